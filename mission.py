@@ -1,0 +1,4805 @@
+#!/usr/bin/python3 -IS
+"""mission: a task runner for the daily backup of a system and its clouds.
+
+It loads tasks from a configuration, runs them in order from root's crontab
+or by hand, gives what they stored to its owner and commits it, mails and
+keeps the log, and pings a monitor only when all went well.
+
+What it promises:
+- One failing task never stops the others, and never passes unnoticed: the
+  exit status, a line on stderr, the mail and the missing ping all say so.
+- What root does in folders that a user can write is done by descriptors or
+  as that user. No symbolic link leads it out, no git hook runs as root.
+- A run that was killed, or lost its machine, is reported by the next one.
+- It hangs on no task, server, mailer or regular expression, and its memory
+  stays small whatever a task prints.
+
+It needs Python 3.9 or newer and nothing else. Read it from top to bottom:
+values first, then decisions, then deeds. Each section says what it touches.
+
+    Kit       what do both programs need?                (files, clock)
+    Jsonc     what does the configuration text say?      (nothing)
+    Config    is this a configuration we can run?        (nothing)
+    Plan      what will this run do, in order?           (nothing)
+    Report    what happened, and how do we tell it?      (nothing)
+    Machine   what may mission do to this host?          (machine)
+    Builtins  which tasks need no script?                (files, network)
+    Journal   what do earlier runs say?                  (files, clock)
+    Run       who carries the plan out?                  (machine)
+    Sample    what does `init` write?                    (nothing)
+    Command   what can I type?                           (terminal)
+
+The shebang's -I keeps the caller's PYTHON* variables and the script's own
+folder out of the imports, -S keeps site-packages out: root runs this file
+and the standard library, nothing else. Modules that cost milliseconds (`re`
+and `json` among them) are imported where they are used: a script is started
+and compiled anew each time, and `mission list` should feel like `ls`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import posixpath
+import pwd
+import stat
+import sys
+import time
+
+PROG, VERSION = "mission", "1.0"
+
+EXIT_OK = 0
+EXIT_PROBLEMS = 1       # the run had errors or warnings
+EXIT_USAGE = 2
+EXIT_DELIVERY = 74      # sysexits(3) EX_IOERR: the tasks were well, but mail,
+                        # ping or log could not be delivered
+EXIT_BUSY = 75          # EX_TEMPFAIL: another run holds the lock
+EXIT_CONFIG = 78        # EX_CONFIG
+EXIT_SIGNAL = 128       # plus the number of the signal, as shells report it
+
+# ==========================================================================
+# Kit: what do both programs need?                           (files, clock)
+#
+# This section is the same text in mission.py and koitab.py; a test compares
+# them. So it knows neither backups nor schedules.
+# ==========================================================================
+
+
+class Error(Exception):
+    """We cannot go on: what is wrong, what to do, and the exit status."""
+
+    def __init__(self, message: str, hint: str = "", status: int = 1):
+        super().__init__(message)
+        self.message, self.hint, self.status = message, hint, status
+
+
+class Record:
+    """A value with named fields that does not change: `Point(1, y=2)`.
+
+    What a frozen dataclass is, without importing `dataclasses`, which would
+    double the start-up of a program that is compiled each time it runs.
+    """
+
+    def __init__(self, *values, **named):
+        fields = tuple(type(self).__annotations__)
+        given = dict(zip(fields, values), **named)
+        for name in fields:
+            value = given.pop(name) if name in given else getattr(self, name)
+            object.__setattr__(self, name, value)
+        if given or len(values) > len(fields):
+            raise TypeError(f"{type(self).__name__} has no {list(given)}")
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"{type(self).__name__}.{name} is settled")
+
+    def __eq__(self, other):
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    __hash__ = None
+
+    def __repr__(self):
+        fields = ", ".join(f"{k}={v!r}" for k, v in vars(self).items())
+        return f"{type(self).__name__}({fields})"
+
+    def but(self, **changes):
+        """The same value with some fields changed."""
+        return type(self)(**{**vars(self), **changes})
+
+
+class Clock:
+    """The time of day, and a time that no one can set."""
+
+    def now(self) -> float:
+        """Seconds since 1970, as the wall clock has it."""
+        return time.time()
+
+    def ticks(self) -> float:
+        """Seconds that only ever grow; for durations and time limits."""
+        return time.monotonic()
+
+
+def rfc3339(at: float) -> str:
+    """Local time with its offset: 2026-03-29T03:00:00+02:00 (RFC 3339)."""
+    text = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(at))
+    return f"{text[:-2]}:{text[-2:]}"
+
+
+def duration_text(seconds: float) -> str:
+    """As Go writes a duration, cut to milliseconds: 12ms 1.5s 1h0m5.1s."""
+    thousandths = int(max(seconds, 0) * 1000)
+    if thousandths < 1000:
+        return f"{thousandths}ms" if thousandths else "0s"
+    minutes, thousandths = divmod(thousandths, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{thousandths / 1000:.3f}".rstrip("0").rstrip(".") + "s"
+    if hours or minutes:
+        text = f"{minutes}m{text}"
+    return f"{hours}h{text}" if hours else text
+
+
+DURATION_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+DIGITS_AND_POINT = frozenset("0123456789.")
+
+
+def seconds_of(text: str) -> float | None:
+    """The seconds in "90s", "1h30m", "500ms"; None if it is no duration."""
+    total, at = 0.0, 0
+    while at < len(text):
+        end = at
+        while text[end:end + 1] in DIGITS_AND_POINT:
+            end += 1
+        unit = "ms" if text.startswith("ms", end) else text[end:end + 1]
+        if unit not in DURATION_UNITS or not text[at:end].strip(".") \
+                or text.count(".", at, end) > 1:
+            return None
+        total += float(text[at:end]) * DURATION_UNITS[unit]
+        at = end + len(unit)
+    return total if text else None
+
+
+def plural(count: int, noun: str) -> str:
+    """1 error, 2 errors."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def nearest(word: str, words) -> str:
+    """The known word that was probably meant, or ''."""
+    import difflib
+    return next(iter(difflib.get_close_matches(word, list(words), 1, 0.5)), "")
+
+
+# All that could steer a terminal, break a line or turn text around: C0 and
+# C1 controls but the tab, line and paragraph separators, bidi overrides,
+# the byte order mark, and halves of surrogate pairs. A regular expression.
+UNSAFE = ("[\0-\x08\n-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e"
+          "\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+def escaped(match) -> str:
+    """The escape for a match of UNSAFE."""
+    code = ord(match.group())
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def visible(text: str) -> str:
+    """The text on one line, each unsafe character written as an escape."""
+    if text.isprintable():
+        return text
+    import re
+    return re.sub(UNSAFE, escaped, text)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write everything, or raise OSError."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest):]
+
+
+def write_atomically(path: str, data: bytes, mode: int = 0o600,
+                     durable: bool = True, dir_fd: int | None = None) -> None:
+    """Replace the file at `path` whole or not at all.
+
+    With `durable` it is on the disk when we return: the file is synced
+    before the rename and the folder after it, or a power cut could leave an
+    empty file, or bring the old one back. Raises OSError.
+    """
+    fresh = path + ".new"
+    try:
+        os.unlink(fresh, dir_fd=dir_fd)     # of a writer that was killed
+    except FileNotFoundError:
+        pass
+    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+                 | os.O_CLOEXEC, mode, dir_fd=dir_fd)
+    try:
+        write_all(fd, data)
+        if durable:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(fresh, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+    if durable:
+        sync_folder(posixpath.dirname(path) or ".", dir_fd)
+
+
+def sync_folder(path: str, dir_fd: int | None = None) -> None:
+    """Bring a folder's names to the disk. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC,
+                 dir_fd=dir_fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def only_one(path: str) -> int | None:
+    """Lock the file at `path`: its descriptor, or None if another has it.
+
+    An flock, not the file's existence: the kernel frees it when its holder
+    ends, however it ends. The folder must be writable by us alone.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC,
+                 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+# ==========================================================================
+# Jsonc: what does the configuration text say?                    (nothing)
+#
+# JSON (RFC 8259) with // and /* */ comments and trailing commas. Comments
+# count as blanks, so the position of every value is true; `json` does not
+# tell positions, which is why there is a reader here.
+# ==========================================================================
+
+DEEPEST = 50            # a configuration is five deep; 100,000 "[" is a bomb
+ENDS_WORD = frozenset(" \t\r\n,:[]{}\"/")
+IN_NUMBER = frozenset("0123456789+-.eE")
+CONSTANTS = {"true": True, "false": False, "null": None}
+
+
+class Unreadable(Exception):
+    """The text is no JSONC from offset `at` on."""
+
+    def __init__(self, at: int, what: str, right: str):
+        super().__init__(what)
+        self.at, self.what, self.right = at, what, right
+
+
+def quoted(text: str) -> str:
+    """As JSON writes it, short enough for a message."""
+    return '"' + visible(text[:60]).replace('"', '\\"') + '"'
+
+
+class JsoncReader:
+    """Reads one text. `places` tells the offset of each value by its path,
+    `keys` that of each key, `twice` the paths of keys that stand twice."""
+
+    def __init__(self, text: str):
+        self.text, self.at = text, 0
+        self.places: dict[tuple, int] = {}
+        self.keys: dict[tuple, int] = {}
+        self.twice: list[tuple[tuple, int]] = []
+
+    def document(self):
+        """The one value of the text. Raises Unreadable."""
+        value = self.value((), 0)
+        if self.peek():
+            self.stop("there is more text after the end", "one { ... } alone")
+        return value
+
+    def stop(self, what: str, right: str):
+        raise Unreadable(self.at, what, right)
+
+    def peek(self) -> str:
+        """The next character that is neither space nor comment; '' at the
+        end."""
+        text = self.text
+        while True:
+            if text[self.at:self.at + 1] in (" ", "\t", "\r", "\n"):
+                self.at += 1
+            elif text.startswith("//", self.at):
+                end = text.find("\n", self.at)
+                self.at = len(text) if end < 0 else end
+            elif text.startswith("/*", self.at):
+                end = text.find("*/", self.at + 2)
+                if end < 0:
+                    self.stop("this comment has no end", "*/")
+                self.at = end + 2
+            else:
+                return text[self.at:self.at + 1]
+
+    def take(self, mark: str) -> bool:
+        if self.peek() != mark:
+            return False
+        self.at += 1
+        return True
+
+    def value(self, path: tuple, depth: int):
+        mark = self.peek()
+        self.places[path] = self.at
+        if depth > DEEPEST:
+            self.stop("this is nested too deep", f"at most {DEEPEST} levels")
+        if mark == "{":
+            return self.mapping(path, depth)
+        if mark == "[":
+            return self.sequence(path, depth)
+        return self.string() if mark == '"' else self.bare_word()
+
+    def mapping(self, path: tuple, depth: int) -> dict:
+        found = {}
+        self.take("{")
+        while not self.take("}"):
+            if self.peek() != '"':
+                self.stop("a key is missing here", 'a key in double quotes')
+            at, key = self.at, self.string()
+            if key in found:
+                self.twice.append((path + (key,), at))
+            self.keys[path + (key,)] = at
+            if not self.take(":"):
+                self.stop(f"there is no colon after {quoted(key)}", ":")
+            found[key] = self.value(path + (key,), depth + 1)
+            if not self.take(",") and self.peek() != "}":
+                self.stop("an object goes on here without a comma", ", or }")
+        return found
+
+    def sequence(self, path: tuple, depth: int) -> list:
+        found = []
+        self.take("[")
+        while not self.take("]"):
+            found.append(self.value(path + (len(found),), depth + 1))
+            if not self.take(",") and self.peek() != "]":
+                self.stop("a list goes on here without a comma", ", or ]")
+        return found
+
+    def string(self) -> str:
+        start, end = self.at, self.at + 1
+        while self.text[end:end + 1] not in ('"', "\n", ""):
+            end += 2 if self.text[end] == "\\" else 1
+        text = self.text[start + 1:end]
+        if self.text[end:end + 1] != '"':
+            self.stop("this string has no end", 'a closing " on its line')
+        if "\\" in text or not text.isprintable():
+            import json     # knows the escapes, and what JSON forbids
+            try:
+                text = json.loads(self.text[start:end + 1])
+            except ValueError as error:
+                self.at += getattr(error, "pos", 0)
+                self.stop("this string is broken",
+                          r"escapes as JSON has them: \n, \t, \\, \u00e9")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            self.stop("half of a surrogate pair", r"both, as in \ud83d\ude00")
+        self.at = end + 1
+        return text
+
+    def bare_word(self):
+        end = self.at
+        while self.text[end:end + 1] not in ENDS_WORD and end < len(self.text):
+            end += 1
+        word = self.text[self.at:end] or self.text[self.at:self.at + 1]
+        digits = word.removeprefix("-")
+        if word in CONSTANTS:
+            value = CONSTANTS[word]
+        elif digits.isascii() and digits.isdigit() and len(digits) <= 18 \
+                and (digits == "0" or digits[0] != "0"):
+            value = int(word)
+        elif digits[:1].isdigit() and len(word) <= 30 \
+                and IN_NUMBER.issuperset(word) and is_float(word):
+            value = float(word)
+        else:
+            self.stop(f"{quoted(word[:20])} is no value" if word
+                      else "the text ends too early",
+                      "a string, a number, true, false, null, [ or {")
+        self.at += len(word)
+        return value
+
+
+def is_float(word: str) -> bool:
+    try:
+        return abs(float(word)) < 1e300
+    except ValueError:
+        return False
+
+
+# ==========================================================================
+# Config: is this a configuration we can run?                     (nothing)
+#
+# Text becomes values with positions, values become a Config, and whatever
+# is wrong becomes a Complaint: all of them, never the first alone. What the
+# host says (is there such a user, such a file?) comes in as Facts, so that
+# every judgement here can be tested without a host.
+# ==========================================================================
+
+LOWER, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
+# Regular expressions. The address is conservative on purpose: it becomes
+# an argument of sendmail.
+VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
+ADDRESS = (r"[A-Za-z0-9_][A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{0,63}"
+           r"@[A-Za-z0-9](?:[A-Za-z0-9.-]{0,253}[A-Za-z0-9])?")
+ENDPOINT = r"(?i)https?://[^\s/?#\\]+(?:[/?#][^\s\\]*)?"
+# As root we would give these away to a user, with all that is in them.
+SYSTEM_FOLDERS = frozenset(
+    "/ /bin /boot /dev /etc /home /lib /lib32 /lib64 /media /mnt /opt /proc "
+    "/root /run /sbin /srv /sys /tmp /usr /usr/bin /usr/lib /usr/local "
+    "/usr/local/bin /usr/sbin /usr/share /var /var/cache /var/lib /var/log "
+    "/var/spool /var/tmp /Applications /Library /System /Users /Volumes "
+    "/private /private/etc /private/var".split())
+BASH_RULE = "set -euo pipefail"
+CARRIED = {"spotify": ("sync", "sessions")}     # built in -> storages it needs
+
+
+def is_label(text: str, first: str) -> bool:
+    """A slug or a name: a-z, digits, - and _, at most 64, as `first`."""
+    return text[:1] in tuple(first) and len(text) <= 64 and set(
+        text) <= set(LOWER + DIGITS + "-_")
+
+
+class Shape(Record):
+    """What a value of the configuration may be, and how it is read."""
+    right: str                  # what would be right, for a complaint
+    fits: object                # value -> bool
+    read: object = None         # value -> what the program works with
+    write: object = None        # and back, for `dump`
+    blank: object = ""          # stands in for a needed value that is broken
+
+
+def texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def number(low: int, high: int) -> Shape:
+    return Shape(f"a whole number from {low} to {high}",
+                 lambda v: type(v) is int and low <= v <= high)
+
+
+def one_of(*words: str) -> Shape:
+    return Shape(" or ".join(f'"{word}"' for word in words),
+                 lambda v: isinstance(v, str) and v in words)
+
+
+SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def bytes_of(text: str) -> int | None:
+    """The bytes in "512", "100K", "5G" (powers of 1024); else None."""
+    text = text.removesuffix("B")
+    unit = text[-1:] if text[-1:] in tuple("KMGT") else ""
+    digits = text.removesuffix(unit)
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 16):
+        return None
+    return int(digits) * SIZE_UNITS[unit]
+
+
+def size_text(size: int) -> str:
+    for unit in "TGMK":
+        if size and size % SIZE_UNITS[unit] == 0:
+            return f"{size // SIZE_UNITS[unit]}{unit}"
+    return str(size)
+
+
+TEXT = Shape("a string", lambda v: isinstance(v, str))
+FLAG = Shape("true or false", lambda v: v is True or v is False)
+TEXTS = Shape("a list of strings", texts, tuple, list)
+DURATION = Shape('a duration such as "90s", "10m" or "2h"',
+                 lambda v: isinstance(v, str) and seconds_of(v) is not None,
+                 seconds_of, duration_text)
+SIZE = Shape('a size such as "500M" or "5G"',
+             lambda v: isinstance(v, str) and bytes_of(v) is not None,
+             bytes_of, size_text)
+VARIABLES = Shape(
+    "an object of strings", lambda v: isinstance(v, dict) and all(
+        isinstance(word, str) for word in v.values()), dict, dict)
+SIZES = Shape(
+    'an object such as {"sync": "5G"}', lambda v: isinstance(v, dict) and all(
+        SIZE.fits(size) for size in v.values()),
+    lambda v: {name: bytes_of(size) for name, size in v.items()},
+    lambda v: {name: size_text(size) for name, size in v.items()})
+SECTION = Shape("an object", lambda v: isinstance(v, dict), blank={})
+SECTIONS = Shape("a list of objects", lambda v: isinstance(v, list), blank=[])
+
+NEEDED = object()       # a key that must be there
+
+# key -> its shape and its default; None is "not set", and `dump` leaves it
+# out. The README's tables have a row for each key here; a test counts them.
+TASK_KEYS = {
+    "slug": (TEXT, NEEDED), "name": (TEXT, ""),
+    "type": (one_of("exec", "builtin"), NEEDED),
+    "scheduled": (FLAG, False), "post": (FLAG, False),
+    "entrypoint": (TEXT, ""), "timeout": (DURATION, None),
+    "retries": (number(0, 100), 0), "retryDelay": (DURATION, 0.0),
+    "needs": (TEXTS, ()), "parallel": (TEXT, ""), "user": (TEXT, ""),
+    "env": (VARIABLES, {}), "nice": (number(0, 19), 0),
+    "minFree": (SIZES, {}),
+}
+USER_KEYS = {"name": (TEXT, NEEDED), "email": (TEXT, "")}
+STORAGE_KEYS = {"path": (TEXT, NEEDED), "chown": (FLAG, False),
+                "commit": (FLAG, False)}
+PING_KEYS = {
+    "enabled": (FLAG, False), "endpoint": (TEXT, ""), "start": (FLAG, False),
+    "fail": (FLAG, False), "log": (FLAG, False), "timeout": (DURATION, 10.0),
+    "retries": (number(1, 20), 3), "caFile": (TEXT, ""),
+}
+NOTIFY_KEYS = {"enabled": (FLAG, False)}
+MAIL_KEYS = {
+    "enabled": (FLAG, False), "type": (one_of("sendmail", "smtp"), "sendmail"),
+    "on": (one_of("always", "failure", "never"), "always"),
+    "start": (FLAG, True), "smtp": (SECTION, None),
+}
+SMTP_KEYS = {
+    "host": (TEXT, ""), "port": (number(1, 65535), None),
+    "security": (one_of("starttls", "tls", "none"), "starttls"),
+    "user": (TEXT, ""), "passName": (TEXT, ""), "from": (TEXT, ""),
+    "caFile": (TEXT, ""),
+}
+LOGS_KEYS = {"keep": (number(1, 10**6), None), "max": (SIZE, 2**30)}
+METRICS_KEYS = {"textfile": (TEXT, "")}
+CONFIG_KEYS = {
+    "tasks": (SECTIONS, NEEDED), "user": (SECTION, NEEDED),
+    "passBin": (TEXT, ""), "storage": (SECTION, NEEDED),
+    "ping": (SECTION, {}), "notify": (SECTION, {}), "mail": (SECTION, {}),
+    "filters": (TEXTS, ()), "redact": (TEXTS, ()), "logs": (SECTION, {}),
+    "metrics": (SECTION, {}), "trust": (one_of("user", "root"), "user"),
+}
+RENAMED = {"from": "sender"}    # `from` is a word of Python's
+
+
+def field_of(key: str) -> str:
+    """retryDelay -> retry_delay: a key's field in its record."""
+    return RENAMED.get(key) or "".join(
+        "_" + c.lower() if c.isupper() else c for c in key)
+
+
+class Task(Record):
+    slug: str
+    name: str
+    type: str
+    scheduled: bool
+    post: bool
+    entrypoint: str             # absolute; "" for a builtin
+    timeout: float | None       # seconds
+    retries: int
+    retry_delay: float          # seconds
+    needs: tuple
+    parallel: str
+    user: str
+    env: dict
+    nice: int
+    min_free: dict              # storage name -> bytes
+
+
+class User(Record):
+    name: str
+    email: str
+
+
+class Storage(Record):
+    name: str
+    path: str
+    chown: bool
+    commit: bool
+
+    @property
+    def variable(self) -> str:
+        return self.name.upper().replace("-", "_") + "_DIR"
+
+
+class Ping(Record):
+    enabled: bool
+    endpoint: str
+    start: bool
+    fail: bool
+    log: bool
+    timeout: float
+    retries: int
+    ca_file: str
+
+
+class Smtp(Record):
+    host: str
+    port: int | None
+    security: str
+    user: str
+    pass_name: str
+    sender: str
+    ca_file: str
+
+
+class Mail(Record):
+    enabled: bool
+    type: str
+    on: str
+    start: bool
+    smtp: Smtp | None
+
+
+class Config(Record):
+    """A configuration with its paths resolved."""
+    path: str
+    tasks: tuple
+    user: User
+    pass_bin: str
+    storage: dict               # name -> Storage, sorted by name
+    ping: Ping
+    notify: bool
+    mail: Mail
+    filters: tuple
+    redact: tuple
+    logs_keep: int | None
+    logs_max: int
+    textfile: str
+    trust: str
+    places: dict                # path of keys -> offset in the text
+
+    def folder(self, name: str) -> str:
+        return self.storage[name].path
+
+
+class Complaint(Record):
+    """One fault: where it is, what is wrong, what would be right."""
+    at: int
+    path: tuple
+    what: str
+    right: str
+    slug: str = ""      # the fault is in this task's script, not in the file
+
+    def line(self, file: str, text: str) -> str:
+        """FILE:LINE:COL: path.to.key: what is wrong (what would be right)"""
+        row = text.count("\n", 0, self.at) + 1
+        column = self.at - text.rfind("\n", 0, self.at)
+        where = path_text(self.path)
+        return visible(f"{file}:{row}:{column}: {where}{': ' if where else ''}"
+                       f"{self.what} ({self.right})")
+
+
+def path_text(path: tuple) -> str:
+    """("tasks", 0, "slug") -> tasks[0].slug"""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}"
+                   for part in path)
+    return text.removeprefix(".")
+
+
+KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean",
+         int: "a number", float: "a number", type(None): "null"}
+
+
+def described(value) -> str:
+    """A wrong value, short enough for a line."""
+    if isinstance(value, (dict, list)) or value is None:
+        return KINDS[type(value)]
+    return quoted(value) if isinstance(value, str) else str(value).lower()
+
+
+class Reading:
+    """From text to a Config; what is wrong is collected in `complaints`."""
+
+    def __init__(self, text: str, path: str):
+        self.path, self.complaints = path, []
+        self.places: dict[tuple, int] = {}
+        self.keys: dict[tuple, int] = {}
+        self.values = self.parse(text)
+
+    def parse(self, text: str):
+        if text.startswith("\ufeff"):
+            return self.complain((), "the file begins with a byte order mark",
+                                 "UTF-8 without it")
+        try:
+            reader = JsoncReader(text)
+            values = reader.document()
+        except Unreadable as error:
+            self.complaints.append(
+                Complaint(error.at, (), error.what, error.right))
+            return None
+        self.places, self.keys = reader.places, reader.keys
+        for path, at in reader.twice:
+            self.complaints.append(Complaint(
+                at, path, "this key stands twice", "once in an object"))
+        return values
+
+    def complain(self, path: tuple, what: str, right: str, key=False) -> None:
+        at = (self.keys if key else self.places).get(path)
+        self.complaints.append(Complaint(
+            place_of(self.places, path) if at is None else at,
+            path, what, right))
+
+    def section(self, values, path: tuple, keys: dict) -> dict:
+        """The fields of one object; defaults for what is missing or broken,
+        so that the rest can still be judged."""
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            self.complain(path, f"{described(values)} is no object", "{ ... }")
+            values = {}
+        for key in values:
+            if key not in keys:
+                meant = nearest(key, keys)
+                self.complain(path + (key,), "unknown key", f"{meant}?"
+                              if meant else "one of " + ", ".join(keys), True)
+        return {field_of(key): self.field(values, path + (key,), *rule)
+                for key, rule in keys.items()}
+
+    def field(self, values: dict, path: tuple, shape: Shape, default):
+        value = values.get(path[-1])
+        if value is None:           # null is "not set", as in the original
+            if default is NEEDED:
+                self.complain(path, "this key is missing", shape.right)
+                return shape.blank
+            return default
+        if not shape.fits(value):
+            self.complain(path, f"{described(value)} does not fit",
+                          shape.right)
+            return shape.blank if default is NEEDED else default
+        return shape.read(value) if shape.read else value
+
+    def config(self) -> Config | None:
+        """The whole, paths as written; None when there is no object."""
+        if not isinstance(self.values, dict):
+            if not self.complaints:
+                self.complain((), f"{described(self.values)} is no object",
+                              "{ ... }")
+            return None
+        top = self.section(self.values, (), CONFIG_KEYS)
+
+        def part(key: str, keys: dict) -> dict:
+            return self.section(top[key], (key,), keys)
+
+        mail, logs = part("mail", MAIL_KEYS), part("logs", LOGS_KEYS)
+        if mail["smtp"] is not None:
+            mail["smtp"] = Smtp(**self.section(
+                mail["smtp"], ("mail", "smtp"), SMTP_KEYS))
+        return Config(
+            path=self.path, pass_bin=top["pass_bin"], mail=Mail(**mail),
+            tasks=tuple(Task(**self.section(task, ("tasks", at), TASK_KEYS))
+                        for at, task in enumerate(top["tasks"])),
+            user=User(**part("user", USER_KEYS)),
+            storage={name: Storage(name=name, **self.section(
+                options, ("storage", name), STORAGE_KEYS))
+                for name, options in sorted(top["storage"].items())},
+            ping=Ping(**part("ping", PING_KEYS)),
+            notify=part("notify", NOTIFY_KEYS)["enabled"],
+            filters=top["filters"], redact=top["redact"],
+            logs_keep=logs["keep"], logs_max=logs["max"],
+            textfile=part("metrics", METRICS_KEYS)["textfile"],
+            trust=top["trust"], places=self.places)
+
+
+def place_of(places: dict, path: tuple) -> int:
+    """The offset of a value, or of the nearest object around it."""
+    while path and path not in places:
+        path = path[:-1]
+    return places.get(path, 0)
+
+
+def resolved(config: Config, home_of) -> tuple[Config, list[Complaint]]:
+    """The configuration with absolute paths.
+
+    `~` is the home of user.name, `~bob` that of bob; a relative path is
+    relative to the configuration file. `home_of(name)` tells a home or None.
+    """
+    complaints = []
+
+    def absolute(path: str, *keys) -> str:
+        if not path:
+            return ""
+        if path.startswith("~"):
+            name, _, rest = path[1:].partition("/")
+            home = home_of(name or config.user.name)
+            if home is None:
+                complaints.append(Complaint(
+                    place_of(config.places, keys), keys,
+                    f"{path}: ~ needs the home of "
+                    f"{name or config.user.name}, who is unknown",
+                    "an absolute path, or a user of this host"))
+                return path
+            path = posixpath.join(home, rest)
+        base = posixpath.dirname(config.path)
+        return posixpath.normpath(posixpath.join(base, path))
+
+    storage = {name: s.but(path=absolute(s.path, "storage", name, "path"))
+               for name, s in config.storage.items()}
+    tasks_folder = storage["tasks"].path if "tasks" in storage else ""
+    tasks = tuple(task.but(
+        name=task.name or task.slug, entrypoint=absolute(
+            task.entrypoint, "tasks", number_, "entrypoint")
+        or (posixpath.join(tasks_folder, task.slug, "run")
+            if task.type == "exec" else ""))
+        for number_, task in enumerate(config.tasks))
+    mail = config.mail
+    if mail.smtp:
+        mail = mail.but(smtp=mail.smtp.but(ca_file=absolute(
+            mail.smtp.ca_file, "mail", "smtp", "caFile")))
+    return config.but(
+        storage=storage, tasks=tasks, mail=mail,
+        pass_bin=absolute(config.pass_bin, "passBin"),
+        ping=config.ping.but(ca_file=absolute(
+            config.ping.ca_file, "ping", "caFile")),
+        textfile=absolute(config.textfile, "metrics", "textfile"),
+    ), complaints
+
+
+def as_json(config: Config) -> dict:
+    """What `dump` prints: fed back as a configuration it says the same."""
+    def written(record, keys: dict) -> dict:
+        found = {}
+        for key, (shape, _) in keys.items():
+            value = getattr(record, field_of(key), None)
+            if value is not None and shape not in (SECTION, SECTIONS):
+                found[key] = shape.write(value) if shape.write else value
+        return found
+
+    mail = written(config.mail, MAIL_KEYS)
+    if config.mail.smtp:
+        mail["smtp"] = written(config.mail.smtp, SMTP_KEYS)
+    logs = {"keep": config.logs_keep, "max": size_text(config.logs_max)}
+    return {
+        "tasks": [written(task, TASK_KEYS) for task in config.tasks],
+        "user": written(config.user, USER_KEYS), "passBin": config.pass_bin,
+        "storage": {name: written(storage, STORAGE_KEYS)
+                    for name, storage in config.storage.items()},
+        "ping": written(config.ping, PING_KEYS),
+        "notify": {"enabled": config.notify}, "mail": mail,
+        "filters": list(config.filters), "redact": list(config.redact),
+        "logs": {key: value for key, value in logs.items()
+                 if value is not None},
+        "metrics": {"textfile": config.textfile}, "trust": config.trust,
+    }
+
+
+class Script(Record):
+    """What the host says of a task's file."""
+    path: str
+    state: str = ""             # "" or what is wrong: "does not exist", ...
+    head: str = ""              # its first bytes, one character each
+    lost_interpreter: str = ""  # named in the #! line and not there
+    intruder: str = ""          # who else could change what root runs
+
+
+class Facts(Record):
+    """What the host says of everything a configuration names."""
+    uids: dict                  # user name -> uid, or None
+    folders: dict               # storage name -> "" or what is wrong with it
+    strangers: dict             # storage name -> a third user's file, or ""
+    scripts: dict               # slug -> Script
+    programs: dict              # program -> path, or None
+    usable: dict                # path of passBin, CA file -> "" or a reason
+    intruder: str = ""          # who else can change the configuration
+    as_user: str = ""           # the user that runs mission
+
+
+class Judge:
+    """Judges one configuration by the facts; all faults, in file order.
+
+    `known`: paths that have a complaint already, and need no second one.
+    """
+
+    def __init__(self, config: Config, facts: Facts, known=()):
+        self.config, self.facts, self.found = config, facts, []
+        self.known = set(known)
+
+    def say(self, path: tuple, what: str, right: str, slug="") -> None:
+        if any(path[:end] in self.known for end in range(1, len(path) + 1)):
+            return
+        at = place_of(self.config.places, path)
+        self.found.append(Complaint(at, path, what, right, slug))
+
+    def complaints(self) -> list[Complaint]:
+        self.of_user()
+        self.of_storage()
+        for number_, task in enumerate(self.config.tasks):
+            self.of_task(task, ("tasks", number_))
+        self.of_order()
+        self.of_delivery()
+        self.of_patterns()
+        if self.facts.intruder:
+            self.say((), self.facts.intruder, "root and "
+                     f"{self.trusted()} alone can write it and its folders")
+        return sorted(self.found, key=lambda c: c.at)
+
+    def trusted(self) -> str:
+        return "nobody else" if self.config.trust == "root" \
+            else self.config.user.name
+
+    def of_user(self) -> None:
+        self.of_account(self.config.user.name, ("user", "name"))
+        if self.config.pass_bin:
+            reason = self.facts.usable.get(self.config.pass_bin)
+            if reason:
+                self.say(("passBin",), f"{self.config.pass_bin} {reason}",
+                         "the path of an executable such as /usr/bin/pass")
+
+    def of_account(self, name: str, path: tuple) -> None:
+        uid = self.facts.uids.get(name)
+        if uid is None:
+            self.say(path, f"there is no user {described(name)}",
+                     "the name of a user of this host")
+        elif uid in (0, 65535, 2**32 - 1):      # the last two mean "nobody
+            self.say(path, f"{name} has the user id {uid}",     # in chown(2)
+                     "an unprivileged user")
+
+    def of_storage(self) -> None:
+        variables = {}
+        for name in ("tasks", "logs"):
+            if name not in self.config.storage:
+                self.say(("storage",), f"there is no storage {name!r}",
+                         f'"{name}": {{"path": "..."}}')
+        for name, storage in self.config.storage.items():
+            path = ("storage", name)
+            if not is_label(name, LOWER):
+                self.say(path, f"{described(name)} is no storage name",
+                         "letters a-z, digits, - and _, first a letter")
+            other = variables.setdefault(storage.variable, name)
+            if other != name:
+                self.say(path, f"gives the variable {storage.variable}, as "
+                         f"does storage.{other}", "a name of its own")
+            self.of_folder(storage, path)
+
+    def of_folder(self, storage: Storage, path: tuple) -> None:
+        fault = self.facts.folders.get(storage.name)
+        if fault:
+            self.say(path + ("path",), f"{storage.path} {fault}",
+                     f"mkdir -p {storage.path}" if "exist" in fault
+                     else "a folder that mission can use")
+        if storage.commit and not fault and \
+                self.facts.programs.get(storage.path + "/.git") is None:
+            self.say(path + ("commit",), f"{storage.path} is no git "
+                     "repository", f"git init {storage.path}, as its owner")
+        if storage.commit and not self.facts.programs.get("git"):
+            self.say(path + ("commit",), "there is no git", "install git")
+        if not storage.chown:
+            return
+        inside = [self.config.folder("tasks")] \
+            if "tasks" in self.config.storage else []
+        for child in inside + [self.config.path]:
+            if child.startswith(storage.path.rstrip("/") + "/"):
+                self.say(path + ("chown",), f"{storage.path} holds {child}",
+                         "a folder that holds backups alone")
+        if storage.path in SYSTEM_FOLDERS:
+            self.say(path + ("chown",), f"{storage.path} belongs to the "
+                     "system", "a folder that holds backups alone")
+        elif self.facts.strangers.get(storage.name):
+            self.say(path + ("chown",), "it holds "
+                     + self.facts.strangers[storage.name],
+                     f"files of root and {self.config.user.name} alone")
+
+    def of_task(self, task: Task, path: tuple) -> None:
+        import re
+        if not is_label(task.slug, LOWER + DIGITS):
+            self.say(path + ("slug",), f"{described(task.slug)} is no slug",
+                     "letters a-z, digits, - and _, at most 64")
+            return
+        if [t.slug for t in self.config.tasks].index(task.slug) != path[1]:
+            self.say(path + ("slug",), f'"{task.slug}" stands twice',
+                     "a slug of its own for each task")
+        if visible(task.name) != task.name or len(task.name) > 200:
+            self.say(path + ("name",), "control characters in a name, or "
+                     "more than 200", "printable text")
+        if task.user:
+            self.of_account(task.user, path + ("user",))
+        if task.parallel and not is_label(
+                task.parallel, LOWER + DIGITS):
+            self.say(path + ("parallel",), f"{described(task.parallel)} is "
+                     "no group name", "letters a-z, digits, - and _")
+        for name, value in task.env.items():
+            if not re.fullmatch(VARIABLE, name) or "\0" in value:
+                self.say(path + ("env", name), "this is no variable",
+                         "letters, digits and _, and a value without NUL")
+        for name in task.min_free:
+            if name not in self.config.storage:
+                self.say(path + ("minFree", name), "no such storage", "one "
+                         "of " + ", ".join(self.config.storage))
+        for what, right in script_faults(task, self.config, self.facts):
+            self.say(path + ("slug",), what, right, task.slug)
+
+    def of_order(self) -> None:
+        tasks = {task.slug: task for task in self.config.tasks}
+        for number_, task in enumerate(self.config.tasks):
+            path = ("tasks", number_, "needs")
+            for slug in task.needs:
+                if slug not in tasks:
+                    meant = nearest(slug, tasks)
+                    self.say(path, f"there is no task {described(slug)}",
+                             f"{meant}?" if meant else "a slug of a task")
+                elif tasks[slug].post and not task.post:
+                    self.say(path, f"{slug} is a post task and runs later",
+                             "a task that is no post task")
+            if task.slug in reachable(task, tasks):
+                self.say(path, f"{task.slug} needs itself in the end",
+                         "an order in which they can run")
+        if not tasks:
+            self.say(("tasks",), "there are no tasks", "at least one")
+
+    def of_delivery(self) -> None:
+        import re
+        config, programs = self.config, self.facts.programs
+        if config.ping.enabled and not re.fullmatch(
+                ENDPOINT, config.ping.endpoint):
+            self.say(("ping", "endpoint"), described(config.ping.endpoint)
+                     + " is no endpoint", "http://... or https://...")
+        if config.notify and not programs.get("notify-send"):
+            self.say(("notify", "enabled"), "there is no notify-send",
+                     "install libnotify-bin, or false")
+        if config.user.email and not address_of(config.user.email):
+            self.say(("user", "email"), described(config.user.email)
+                     + " is no mail address", "name@example.com")
+        if config.mail.enabled:
+            self.of_mail()
+        for keys, path in (("ping", "caFile"), config.ping.ca_file), (
+                ("mail", "smtp", "caFile"),
+                config.mail.smtp.ca_file if config.mail.smtp else ""):
+            if path and self.facts.usable.get(path):
+                self.say(keys, f"{path} {self.facts.usable[path]}",
+                         "a file with the CA's certificate in PEM")
+
+    def of_mail(self) -> None:
+        import re
+        config, smtp = self.config, self.config.mail.smtp
+        if not config.user.email:
+            self.say(("user", "email"), "mail is enabled and there is no "
+                     "address", "name@example.com")
+        if config.mail.type == "sendmail":
+            if not self.facts.programs.get("sendmail"):
+                self.say(("mail", "type"), "there is no sendmail in PATH, "
+                         "/usr/sbin or /usr/lib", "install a mail transport "
+                         'such as msmtp-mta, or "type": "smtp"')
+            return
+        if not smtp or not re.fullmatch(r"[A-Za-z0-9.:_-]+", smtp.host):
+            self.say(("mail", "smtp", "host"), "there is no SMTP host",
+                     '"smtp": {"host": "mail.example.com", ...}')
+        if not smtp:
+            return
+        if smtp.pass_name and not (config.pass_bin and smtp.user):
+            self.say(("mail", "smtp", "passName"), "a password without "
+                     "passBin or user", "passBin, user and passName")
+        if smtp.user and smtp.security == "none" and smtp.host not in (
+                "127.0.0.1", "::1", "localhost"):
+            self.say(("mail", "smtp", "security"), "the password would "
+                     "travel unprotected", '"starttls" or "tls"')
+        if smtp.sender and not address_of(smtp.sender):
+            self.say(("mail", "smtp", "from"), described(smtp.sender)
+                     + " is no mail address", "name@example.com")
+
+    def of_patterns(self) -> None:
+        import re
+        for key in ("filters", "redact"):
+            for number_, text in enumerate(getattr(self.config, key)):
+                try:
+                    pattern(text)
+                except (re.error, Warning, OverflowError,
+                        RecursionError) as error:
+                    self.say((key, number_), f"{described(text)} does not "
+                             f"compile: {error}", "a regular expression")
+
+
+def reachable(task: Task, tasks: dict) -> set:
+    """The slugs that must run before this task, and before those."""
+    found, ahead = set(), list(task.needs)
+    while ahead:
+        slug = ahead.pop()
+        if slug not in found and slug in tasks:
+            found.add(slug)
+            ahead += tasks[slug].needs
+    return found
+
+
+def address_of(email: str) -> str:
+    """The bare address of "Name <a@b>" or "a@b"; '' if it is none."""
+    import re
+    match = re.fullmatch(r"[^<>\r\n\0]*<([^<>\s]+)>|(\S+)", email)
+    address = (match[1] or match[2]) if match else ""
+    return address if re.fullmatch(ADDRESS, address) else ""
+
+
+# The original's regular expressions are Go's (RE2). What it has and Python
+# lacks, and people use: character classes by name, and \z.
+CLASSES = {"alpha": "a-zA-Z", "digit": "0-9", "alnum": "a-zA-Z0-9",
+           "upper": "A-Z", "lower": "a-z", "space": r"\s", "word": r"\w",
+           "blank": r" \t", "xdigit": "0-9A-Fa-f", "punct": r"!-/:-@\[-`{-~"}
+
+
+def pattern(text: str, flags: int = 0) -> re.Pattern:
+    """A pattern of the configuration. Raises re.error, or a Warning."""
+    import re
+    import warnings
+    text = re.sub(r"\[:([a-z]+):\]", lambda match: CLASSES.get(
+        match[1], match[0]), text)
+    text = re.sub(r"(?<!\\)((?:\\\\)*)\\z", r"\1\\Z", text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return re.compile(text, flags)
+
+
+def interpreter_words(head: str) -> list[str]:
+    """The words of the #! line: ["/usr/bin/env", "bash"]; [] if none."""
+    first = head.split("\n", 1)[0]
+    return first[2:].split() if first.startswith("#!") else []
+
+
+def interpreter_name(head: str) -> str:
+    """What really interprets: /bin/bash -> bash, env -S bash -eu -> bash."""
+    words = interpreter_words(head)
+    if words and posixpath.basename(words[0]) == "env":
+        words = [word for word in words[1:]
+                 if not word.startswith("-") and "=" not in word]
+    return words[0] if words else ""
+
+
+PROGRAM_MAGIC = ("\x7fELF", "\xcf\xfa\xed\xfe", "\xca\xfe\xba\xbe")
+
+
+def script_faults(task: Task, config: Config, facts: Facts):
+    """(what, right) for each fault of a task's file."""
+    if task.type == "builtin" and task.slug in CARRIED:
+        for name in CARRIED[task.slug]:
+            if name not in config.storage:
+                yield (f"the built-in {task.slug} needs storage.{name}",
+                       f'"{name}": {{"path": "..."}}')
+        return
+    script = facts.scripts.get(task.slug)
+    if not script:
+        return
+    path, head = script.path, script.head
+    if script.state:
+        yield f"{path} {script.state}", {
+            "does not exist": f"mission new {task.slug}",
+            "is not executable": f"chmod +x {path}",
+        }.get(script.state, "a script that can be read and run")
+        return
+    if script.intruder:
+        yield script.intruder, ("only root and those root trusts may write "
+                                "what root runs, and the folders above it")
+    if task.type == "builtin":
+        return
+    if head.split("\n", 1)[0].endswith("\r"):
+        yield (f"{path}:1: the #! line ends in CR (a Windows line end)",
+               f"sed -i 's/\\r$//' {path}")
+    elif script.lost_interpreter:
+        yield (f"{path}:1: the interpreter {script.lost_interpreter} does "
+               "not exist", "an interpreter of this host")
+    elif not head.startswith("#!"):
+        if not head.startswith(PROGRAM_MAGIC):
+            yield (f"{path}:1: neither a program nor a script with a #! line",
+                   "#!/bin/sh, or another interpreter, as its first line")
+    elif posixpath.basename(interpreter_name(head)) == "bash":
+        line = first_command(head)
+        if line[1] != BASH_RULE:
+            yield (f"{path}:{line[0]}: a bash task must begin with "
+                   f"'{BASH_RULE}'", f"{BASH_RULE} as its first command")
+
+
+def first_command(head: str) -> tuple[int, str]:
+    """Number and text of a script's first line that is no comment."""
+    lines = head.split("\n")
+    for row, line in enumerate(lines[1:], start=2):
+        text = line.strip()
+        if text and not text.startswith("#"):
+            return row, text.split(" #")[0].rstrip(" ;")
+    return min(len(lines), 2), ""
+
+
+# ==========================================================================
+# Plan: what will this run do, in order?                          (nothing)
+#
+# A run is a list of steps, decided before the first is carried out; what
+# `--dry-run` prints is what `run` does. The order is the original's, but
+# for chown before commit: git works as the owner and must be able to read.
+# ==========================================================================
+
+
+class Step(Record):
+    """One step of a run. `kind` is the name of the Runner's method."""
+    kind: str
+    tasks: tuple = ()           # several run side by side
+    storage: Storage | None = None
+
+
+STOPPED_BY_SIGNAL = ("tasks", "chown", "commit")
+
+
+def chosen(config: Config, slugs: list[str]) -> list[Task]:
+    """The tasks of a run: the scheduled ones, or those asked for, in the
+    order asked for. Raises Error (wrong usage) for a slug nobody knows."""
+    tasks = {task.slug: task for task in config.tasks}
+    for slug in slugs:
+        if slug not in tasks:
+            meant = nearest(slug, tasks)
+            raise Error(f"there is no task {quoted(slug)}",
+                        f"did you mean {meant}?" if meant
+                        else "mission list shows them", EXIT_USAGE)
+    found = [tasks[slug] for slug in dict.fromkeys(slugs)] or [
+        task for task in config.tasks if task.scheduled]
+    if not found:
+        raise Error("no task is scheduled", "name tasks with -t, or set "
+                    '"scheduled": true', EXIT_USAGE)
+    return ordered(found)
+
+
+def ordered(tasks: list[Task]) -> list[Task]:
+    """The same order, but what a task needs comes before it."""
+    by_slug = {task.slug: task for task in tasks}
+    found: dict[str, Task] = {}
+
+    def put(task: Task) -> None:
+        for slug in task.needs:
+            if slug in by_slug and slug not in found:
+                put(by_slug[slug])
+        found.setdefault(task.slug, task)
+
+    for task in tasks:
+        put(task)
+    return list(found.values())
+
+
+def batches(tasks: list[Task]) -> list[tuple]:
+    """Neighbours of one parallel group together, unless one needs another."""
+    found: list[list[Task]] = []
+    for task in tasks:
+        last = found[-1] if found else []
+        together = last and task.parallel and last[-1].parallel \
+            == task.parallel and not {t.slug for t in last} & set(task.needs)
+        if together:
+            last.append(task)
+        else:
+            found.append([task])
+    return [tuple(batch) for batch in found]
+
+
+def plan(config: Config, slugs: list[str], headless: bool,
+         quiet: bool = False) -> list[Step]:
+    """The steps of a run, in order."""
+    tasks = chosen(config, slugs)
+    first = [task for task in tasks if not task.post]
+    last = [task for task in tasks if task.post]
+    notify = config.notify and not quiet
+    mail = headless and config.mail.enabled and config.mail.on != "never"
+    steps = [Step("start")]
+    if mail:
+        steps.append(Step("outbox"))
+        if config.mail.start and config.mail.on == "always":
+            steps.append(Step("mail_start"))
+    if headless and config.ping.enabled and (config.ping.start):
+        steps.append(Step("ping_start"))
+    if notify:
+        steps.append(Step("notify_start"))
+    steps += [Step("tasks", batch) for batch in batches(first)]
+    if first:
+        steps += [Step("chown", storage=storage)
+                  for storage in config.storage.values() if storage.chown]
+        steps += [Step("commit", storage=storage)
+                  for storage in config.storage.values() if storage.commit]
+    steps += [Step("tasks", batch) for batch in batches(last)]
+    steps.append(Step("finish"))
+    if notify:
+        steps.append(Step("notify_finish"))
+    steps.append(Step("summary"))
+    if mail:
+        steps.append(Step("mail_finish"))
+    if headless and config.ping.enabled:
+        steps.append(Step("ping_finish"))
+    return steps
+
+
+def step_text(step: Step, config: Config) -> str:
+    """A step in words, for --dry-run."""
+    storage = step.storage
+    if step.kind == "tasks":
+        names = ", ".join(f"{task.slug} ({task.entrypoint or 'built in'})"
+                          for task in step.tasks)
+        return ("run side by side: " if len(step.tasks) > 1
+                else "run the post task " if step.tasks[0].post
+                else "run the task ") + names
+    return {
+        "start": "write the header and StartTime",
+        "outbox": "send mails that earlier runs could not",
+        "mail_start": f"mail {config.user.email}: run started",
+        "ping_start": f"ping {config.ping.endpoint} (start)",
+        "notify_start": f"notify {config.user.name}: run started",
+        "chown": storage and f"chown {storage.path} to {config.user.name}",
+        "commit": storage and f"commit {storage.path}",
+        "finish": "write FinishTime",
+        "notify_finish": f"notify {config.user.name}: run finished",
+        "summary": "list the warnings and errors",
+        "mail_finish": f"mail {config.user.email}: run finished, with the log"
+        + ("" if config.mail.on == "always" else " (on failure)"),
+        "ping_finish": f"ping {config.ping.endpoint} if all went well"
+        + (" (fail, if not)" if config.ping.fail else ""),
+    }[step.kind]
+
+
+def blocked_by(task: Task, outcomes: dict) -> str:
+    """The needed task that failed, or was itself skipped, in this run."""
+    return next((slug for slug in task.needs
+                 if outcomes.get(slug, "ok") != "ok"), "")
+
+
+# ==========================================================================
+# Report: what happened, and how do we tell it?                   (nothing)
+#
+# A task's output is hostile: it may be endless, binary, a hundred megabytes
+# on one line, or look like our own lines. It comes in as chunks of bytes
+# and leaves as text that is safe for a terminal, redacted in the log and
+# filtered in the mail. Work is done on chunks of whole lines, not on lines:
+# a million lines a second pass only this way.
+# ==========================================================================
+
+RULE = "# " + "\u2014" * 47
+MASK = "***"
+LONGEST_LINE = 2**20    # longer ones are cut: one must fit into memory whole
+                        # or no pattern could judge it
+LINE_SECONDS = 1.0      # a pattern may take this long for a line ...
+ALL_SECONDS = 10.0      # ... and this long for all that it was slow for
+SLOW = "<<line withheld: {} took too long to judge it>>"
+TOO_LONG = "<<line of {} bytes withheld: too long to be judged>>"
+MAIL_LIMIT = 200_000    # characters of the log in a mail, half of them tail
+PING_LIMIT = 10_000     # what Healthchecks keeps of a ping's body
+PLAIN = bytes(range(0x20, 0x7F)) + b"\t\n"
+
+
+class TooSlow(Exception):
+    """A function was stopped because it took longer than it may."""
+
+
+class Problem(Record):
+    """Something went wrong: which verdict it touches, and how badly."""
+    verdict: str        # "tasks", "housekeeping" or "delivery"
+    level: str          # "error" or "warning"
+    source: str         # a slug or a step: mail, sendMail, chown ...
+    text: str
+
+
+class TaskResult(Record):
+    """What became of one task."""
+    slug: str
+    outcome: str        # "ok", "failed" or "skipped"
+    seconds: float = 0.0
+    attempts: int = 0
+
+
+def header(title: str) -> str:
+    return f"{RULE}\n# {visible(title)}\n{RULE}\n\n"
+
+
+def stamp(elapsed: float) -> str:
+    """The column in front of each line of the log."""
+    return "[%-10s] " % duration_text(elapsed)
+
+
+def status_text(code: int) -> str:
+    """How a process ended, in the original's words."""
+    if code >= 0:
+        return f"exit status {code}"
+    import signal
+    try:
+        name = f" ({signal.Signals(-code).name})"
+    except ValueError:
+        name = ""
+    return f"killed by signal {-code}{name}"
+
+
+class Rule:
+    """One pattern of the configuration, with how long it may take.
+
+    `screen` tells of a chunk of lines that none of them matches. It is the
+    same pattern with ^ and $ at each line; where that could miss a match
+    (look-around, \\A, \\Z, possessive and atomic groups) there is none.
+    """
+
+    def __init__(self, text: str):
+        import re
+        self.line, self.spent, self.screen = pattern(text), 0.0, None
+        odd = re.sub(r"\(\?(?:[aimux]+\)|:|P<)", "", text)
+        if not re.search(r"\(\?|\\[AZzB]|[*+?}]\+", odd):
+            self.screen = pattern(text, re.M)
+
+
+class Sieve:
+    """Redacts and filters whole lines.
+
+    `limit(seconds, function, *arguments)` calls the function and raises
+    TooSlow when it takes longer. What could not be judged is withheld.
+    """
+
+    def __init__(self, redact, filters, limit):
+        self.redactions = [Rule(text) for text in redact]
+        self.filters = [Rule(text) for text in filters]
+        self.values: list[str] = []     # secrets, redacted by value
+        self.limit = limit
+
+    @property
+    def redacts(self) -> bool:
+        return bool(self.redactions or self.values)
+
+    def redacted(self, text: str) -> str:
+        """Whole lines, each match replaced by ***."""
+        for value in self.values:
+            text = text.replace(value, MASK)
+        for rule in self.redactions:
+            if self.may_match(rule, text):
+                lines = self.judged(
+                    rule, text.split("\n"),
+                    lambda line, rule=rule: rule.line.sub(MASK, line))
+                text = "\n".join(SLOW.format("redact") if line is None
+                                 else line for line in lines)
+        return text
+
+    def wanted(self, text: str) -> list | None:
+        """For each line: True, False (filtered), None (could not be judged);
+        or None if every line is wanted."""
+        verdicts = None
+        for rule in self.filters:
+            if self.may_match(rule, text):
+                lines = text.split("\n")
+                found = self.judged(rule, lines, lambda line, rule=rule:
+                                    not rule.line.search(line))
+                verdicts = found if verdicts is None else [
+                    a if a is False else b if b is False else a and b
+                    for a, b in zip(verdicts, found)]
+        return verdicts
+
+    def may_match(self, rule: Rule, text: str) -> bool:
+        if rule.screen is None or rule.spent:
+            return True
+        try:
+            return bool(self.limit(LINE_SECONDS, rule.screen.search, text))
+        except TooSlow:
+            return True
+
+    def judged(self, rule: Rule, lines: list, judge) -> list:
+        """judge(line) for each line, None where it took too long."""
+        if not rule.spent:
+            try:
+                return self.limit(LINE_SECONDS,
+                                  lambda: [judge(line) for line in lines])
+            except TooSlow:
+                pass
+        return [self.judged_alone(rule, line, judge) for line in lines]
+
+    def judged_alone(self, rule: Rule, line: str, judge):
+        if rule.spent >= ALL_SECONDS:
+            return None
+        try:
+            return self.limit(LINE_SECONDS, judge, line)
+        except TooSlow:
+            rule.spent += LINE_SECONDS
+            return None
+
+
+class Scribe:
+    """Turns the raw output of one process into lines.
+
+    `tell(text, whole)` is called with whole lines, sanitised and without
+    the newline at the end. `whole` is what the filters are to judge: None
+    for the same as `text`, "" for nothing (shown before its line was whole).
+    """
+
+    def __init__(self, sieve: Sieve, tell):
+        import re
+        self.sieve, self.tell = sieve, tell
+        self.unsafe = re.compile(UNSAFE.replace("\\n", "\\x0b"))
+        self.pending = b""      # a line that has not ended yet
+        self.shown = 0          # bytes of it that are in the log already
+        self.cut = 0            # bytes of it that were passed on in pieces
+
+    def take(self, chunk: bytes) -> None:
+        data = self.pending + chunk if self.pending else chunk
+        if b"\r" in data:       # progress bars: each state is a line
+            last = b"\r" if data.endswith(b"\r") else b""
+            data = data[:len(data) - len(last)].replace(
+                b"\r\n", b"\n").replace(b"\r", b"\n") + last
+        end = data.rfind(b"\n") + 1
+        lines, self.pending = data[:end], data[end:]
+        if lines:
+            if self.shown or self.cut:
+                line, _, lines = lines.partition(b"\n")
+                self.rest_of_line(line)
+            if lines:
+                self.tell(self.text(lines[:-1]), None)
+        while len(self.pending) > LONGEST_LINE:
+            self.piece(self.pending[:LONGEST_LINE])
+            self.pending = self.pending[LONGEST_LINE:]
+
+    def text(self, data: bytes) -> str:
+        """Bytes as safe text; what is not UTF-8 becomes an escape."""
+        if not data.translate(None, PLAIN):
+            return data.decode("ascii")
+        text = data.decode("utf-8", "backslashreplace")
+        return self.unsafe.sub(escaped, text)
+
+    def piece(self, data: bytes) -> None:
+        """A part of a line that is too long to be judged."""
+        self.cut += len(data)
+        if not self.sieve.redacts:
+            self.tell(self.text(data) + " <<line goes on>>", "")
+
+    def rest_of_line(self, line: bytes) -> None:
+        if self.cut:
+            size, self.cut = self.cut + len(line), 0
+            note = TOO_LONG.format(f"{size:,}")
+            if self.sieve.redacts:
+                self.tell(note, None)
+            else:
+                self.tell(self.text(line), note)
+        else:
+            shown, self.shown = self.shown, 0
+            self.tell(self.text(line[shown:]), self.text(line))
+
+    @property
+    def waiting(self) -> bool:
+        """Is there a line without an end to show, and may we? A redaction
+        would have to judge the whole of it first."""
+        return len(self.pending) > self.shown and not self.cut \
+            and not self.sieve.redacts
+
+    def silence(self) -> None:
+        """Nothing came for a while: show a prompt that waits."""
+        if self.waiting:
+            self.tell(self.text(self.pending[self.shown:].rstrip(b"\r")), "")
+            self.shown = len(self.pending)
+
+    def end(self) -> None:
+        """The output ended; perhaps without a newline."""
+        line, self.pending = self.pending.rstrip(b"\r"), b""
+        if line[self.shown:] or self.shown or self.cut:
+            self.rest_of_line(line)
+
+
+class Excerpt:
+    """The head and the tail of a long text; what lies between is counted."""
+
+    def __init__(self, limit: int):
+        from collections import deque
+        self.half = limit // 2
+        self.head, self.head_size = [], 0
+        self.tail, self.tail_size = deque(), 0
+        self.lost_lines = self.lost_size = 0
+
+    def add(self, text: str) -> None:
+        """Text that ends in a newline."""
+        room = self.half - self.head_size
+        if room > 0:
+            part = text if len(text) <= room else text[:self.cut_at(
+                text, room)]
+            self.head.append(part)
+            # What follows the first line that does not fit is tail.
+            self.head_size += len(part) if len(part) == len(text) \
+                else self.half
+            text = text[len(part):]
+        if len(text) > self.half:
+            start = text.find("\n", len(text) - self.half - 1) + 1
+            start = start if 0 < start < len(text) else len(text) - self.half
+            self.drop(text[:start])
+            text = text[start:]
+        if text:
+            self.tail.append(text)
+            self.tail_size += len(text)
+        while self.tail_size > self.half:
+            oldest = self.tail.popleft()
+            self.tail_size -= len(oldest)
+            self.drop(oldest)
+
+    def cut_at(self, text: str, room: int) -> int:
+        end = text.rfind("\n", 0, room) + 1
+        return end if end or self.head else room
+
+    def drop(self, text: str) -> None:
+        self.lost_lines += text.count("\n")
+        self.lost_size += len(text)
+
+    def text(self) -> str:
+        gap = f"\n<<{plural(self.lost_lines, 'line')} left out here: " \
+            f"{self.lost_size:,} characters>>\n\n" if self.lost_size else ""
+        return "".join(self.head) + gap + "".join(self.tail)
+
+    def end(self, limit: int) -> str:
+        """The last lines, at most `limit` characters."""
+        text = ("".join(self.head) + "".join(self.tail))[-limit - 1:]
+        return text if len(text) <= limit else text[text.find("\n") + 1:]
+
+
+class Story:
+    """The log as the mail tells it: filtered, and cut to a size."""
+
+    def __init__(self, sieve: Sieve):
+        self.sieve, self.excerpt = sieve, Excerpt(MAIL_LIMIT)
+        self.filtered = 0
+
+    def own(self, text: str) -> None:
+        """A line of mission's: it is never filtered."""
+        self.close()
+        self.excerpt.add(text)
+
+    def output(self, text: str, prefix: str) -> None:
+        """Lines of a task, without the newline at the end."""
+        verdicts = self.sieve.wanted(text)
+        if verdicts is None:
+            return self.own(prefixed(text, prefix))
+        for line, verdict in zip(text.split("\n"), verdicts):
+            if verdict is False:
+                self.filtered += 1
+            else:
+                self.own(prefix + (SLOW.format("a filter")
+                                   if verdict is None else line) + "\n")
+        return None
+
+    def close(self) -> None:
+        """Count, where they stood, the lines that were filtered."""
+        if self.filtered:
+            count, self.filtered = self.filtered, 0
+            self.excerpt.add(f"\n<<{plural(count, 'line')} filtered>>\n\n")
+
+
+def prefixed(text: str, prefix: str) -> str:
+    return prefix + text.replace("\n", "\n" + prefix) + "\n"
+
+
+def counted(problems: list[Problem]) -> str:
+    """2 errors and 1 warning"""
+    levels = [problem.level for problem in problems]
+    parts = [plural(levels.count(level), level)
+             for level in ("error", "warning") if level in levels]
+    return " and ".join(parts)
+
+
+def backup_problems(problems: list[Problem]) -> list[Problem]:
+    """Those of tasks and housekeeping: they make a run red."""
+    return [p for p in problems if p.verdict != "delivery"]
+
+
+def verdict_of(problems: list[Problem], stopped: int) -> str:
+    if stopped:
+        return "stopped"
+    if backup_problems(problems):
+        return "failed"
+    return "trouble" if problems else "ok"
+
+
+def exit_status(problems: list[Problem], stopped: int) -> int:
+    return EXIT_SIGNAL + stopped if stopped else {
+        "failed": EXIT_PROBLEMS, "trouble": EXIT_DELIVERY, "ok": EXIT_OK,
+    }[verdict_of(problems, 0)]
+
+
+def closing_words(problems: list[Problem], stopped: int) -> str:
+    """The one line on stderr; '' when all went well."""
+    if stopped:
+        import signal
+        return f"the run was stopped by {signal.Signals(stopped).name}"
+    backup = backup_problems(problems)
+    if backup:
+        verb = "was" if len(backup) == 1 else "were"
+        return f"{counted(backup)} {verb} emitted during the run"
+    if problems:
+        return "the tasks ran well, but " + "; ".join(
+            f"{problem.source}: {problem.text}" for problem in problems)
+    return ""
+
+
+def subject(host: str, text: str, failed: bool) -> str:
+    """A mail's subject that can be nothing but a subject.
+
+    Python before 3.13 turns the newline of an encoded word into a second
+    header, so `=?` is broken up as well.
+    """
+    line = f"{host}: {'[FAILURE] ' if failed else ''}{text}"
+    return " ".join(visible(line).replace("=?", "= ?").split())[:200]
+
+
+def run_took(seconds: float) -> str:
+    return duration_text(round(seconds)) if seconds >= 1 \
+        else duration_text(seconds)
+
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def spark(values: list[float]) -> str:
+    """A line of bars, the longest duration the highest."""
+    top = max(values, default=0) or 1
+    return "".join(BARS[min(int(value / top * 8), 7)] for value in values)
+
+
+def metrics_text(record: dict, last_success: float) -> str:
+    """A run for node_exporter's textfile collector (Prometheus text)."""
+    lines = []
+
+    def metric(name: str, help_text: str, *rows) -> None:
+        lines.append(f"# HELP mission_{name} {help_text}")
+        lines.append(f"# TYPE mission_{name} gauge")
+        lines.extend(f"mission_{name}{label} {value}" for label, value in rows)
+
+    tasks = [(f'{{task="{task["slug"]}"}}', task) for task in record["tasks"]]
+    metric("run_success", "1 if the last run had no errors or warnings.",
+           ("", int(record["verdict"] in ("ok", "trouble"))))
+    metric("run_start_seconds", "When the last run started.",
+           ("", int(record["started"])))
+    metric("run_duration_seconds", "How long it took.",
+           ("", round(record["seconds"], 3)))
+    metric("run_errors", "Its errors.", ("", record["errors"]))
+    metric("run_warnings", "Its warnings.", ("", record["warnings"]))
+    metric("last_success_seconds", "When the last good run started.",
+           ("", int(last_success)))
+    metric("task_success", "1 if the task ended well in the last run.",
+           *((label, int(task["outcome"] == "ok")) for label, task in tasks))
+    metric("task_duration_seconds", "How long the task took.",
+           *((label, round(task["seconds"], 3)) for label, task in tasks))
+    return "\n".join(lines) + "\n"
+
+
+# ==========================================================================
+# Machine: what may mission do to this host?                      (machine)
+#
+# Everything that touches the host: accounts, processes, descriptors, git,
+# mail, HTTP. Where root works in a folder that a user can write there are
+# two rules: walk by descriptors and follow no link, or do it as that user.
+# ==========================================================================
+
+HOST = os.uname().nodename
+CHUNK = 65536
+SAFE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+TERM_TO_KILL = 10.0     # seconds from SIGTERM to SIGKILL
+KILL_TO_GONE = 10.0     # then we leave a process that even SIGKILL cannot end
+GRACE = 2.0             # for the output of children that outlive their task
+SILENCE = 1.0           # after which a line without an end is shown
+GIT_SECONDS, MAIL_SECONDS, PASS_SECONDS, DESKTOP_SECONDS = 600, 60, 60, 5
+DEEPEST_TREE = 512      # a folder is held open for each level
+LOCK_AGE = 15 * 60      # a git lock this old belongs to nobody
+FRESH = 0.05            # a ctime this new may hide a change after it
+OUTPUT_KEPT = 65536     # characters of a helper program's output
+
+
+class Account(Record):
+    """A user to become."""
+    name: str
+    uid: int
+    gid: int
+    home: str
+
+    @property
+    def popen(self) -> dict:
+        """For Popen: all three, or root's groups would stay (setgroups(2))."""
+        groups = os.getgrouplist(self.name, self.gid)
+        return {"user": self.uid, "group": self.gid, "extra_groups": groups}
+
+
+def account_of(user: str | int) -> Account | None:
+    try:
+        entry = pwd.getpwuid(user) if isinstance(user, int) \
+            else pwd.getpwnam(user)
+    except (KeyError, ValueError, OverflowError):
+        return None
+    return Account(entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir)
+
+
+def myself() -> Account:
+    """Who runs mission. Root's home is the one in passwd: sudo may have
+    left the caller's in HOME."""
+    uid = os.geteuid()
+    account = account_of(uid) or Account(str(uid), uid, os.getegid(), "/")
+    if uid == 0:
+        return account
+    return account.but(home=os.environ.get("HOME") or account.home)
+
+
+def environment(account: Account, **more: str) -> dict:
+    """What a child gets: nothing of the caller's but the time zone."""
+    found = {"PATH": SAFE_PATH, "HOME": account.home, "USER": account.name,
+             "LOGNAME": account.name, "SHELL": "/bin/sh", "LANG": "C.UTF-8"}
+    if os.environ.get("TZ"):
+        found["TZ"] = os.environ["TZ"]
+    return {**found, **more}
+
+
+class Child:
+    """A process in a session of its own, its output, and how it ends."""
+
+    def __init__(self, popen, fd: int, limit: float | None, now: float):
+        self.popen, self.fd, self.pid = popen, fd, popen.pid
+        self.started = self.heard = now
+        self.limit, self.code = limit, None     # code: once it is reaped
+        self.exited = False
+        self.why = ""               # why we ended it
+        self.term_at = self.kill_at = self.ended_at = None
+        self.leftovers: list[str] = []
+        self.patient = False        # does not end at the first signal
+        # For a task: what it is, who reads it, where its secrets are told,
+        # how much it wrote, and what the log no longer takes.
+        self.task = self.scribe = self.secrets = self.over = None
+        self.written = 0
+
+    @property
+    def open(self) -> bool:
+        return self.fd >= 0
+
+    @property
+    def done(self) -> bool:
+        return self.code is not None
+
+    def seconds(self) -> float:
+        return (self.ended_at or self.started) - self.started
+
+    def signal(self, number: int) -> None:
+        try:
+            os.killpg(self.pid, number)
+        except (ProcessLookupError, PermissionError):
+            try:                    # sudo'd: the group may not be ours
+                self.popen.send_signal(number)
+            except (ProcessLookupError, PermissionError):
+                pass
+
+    def has_exited(self) -> bool:
+        """Without reaping it: its pid stays ours, so that we never signal
+        a stranger that got the same number."""
+        if not hasattr(os, "waitid"):       # macOS
+            return self.popen.poll() is not None
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG
+                         | os.WNOWAIT) is not None
+
+    def close(self) -> None:
+        if self.open:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Done(Record):
+    """How a helper program ended."""
+    code: int           # as in Popen: negative for a signal
+    output: str
+    late: bool = False  # it was stopped for taking too long
+
+    @property
+    def reason(self) -> str:
+        """One line for a person."""
+        lines = [line for line in self.output.split("\n") if line.strip()]
+        said = f": {visible(lines[-1].strip())[:300]}" if lines else ""
+        return ("took too long" if self.late
+                else status_text(self.code)) + said
+
+
+class Chowned(Record):
+    """What a walk did: entries given over, entries already right, and
+    (path, reason) for what was left alone."""
+    changed: int
+    right: int
+    left: list
+
+
+def writer_of(status: os.stat_result, trusted: set[int]) -> str:
+    if status.st_uid not in trusted:
+        account = account_of(status.st_uid)
+        return "belongs to " + (account.name if account
+                                else f"user id {status.st_uid}")
+    if stat.S_ISLNK(status.st_mode):
+        return ""           # its folder decides
+    mode = status.st_mode
+    if stat.S_ISDIR(mode) and mode & stat.S_ISVTX:
+        return ""           # as /tmp: others cannot replace what is ours
+    if mode & 0o002:
+        return f"can be written by everyone (mode {mode & 0o7777:04o})"
+    if mode & 0o020 and not members_of(status.st_gid) <= trusted:
+        return f"can be written by its group (mode {mode & 0o7777:04o})"
+    return ""
+
+
+def members_of(gid: int) -> set[int]:
+    """The user ids in a group, as second or as first group."""
+    import grp
+    found = {entry.pw_uid for entry in pwd.getpwall() if entry.pw_gid == gid}
+    try:
+        names = grp.getgrgid(gid).gr_mem
+    except KeyError:
+        return found
+    accounts = (account_of(name) for name in names)
+    return found | {account.uid for account in accounts if account}
+
+
+def folder_fault(path: str, strict: bool) -> str:
+    """What is wrong with a storage's folder; ''."""
+    if not os.path.isdir(path):
+        return "is no folder" if os.path.exists(path) else "does not exist"
+    if strict:
+        try:
+            os.close(open_folder(path))
+        except OSError as error:
+            return f"cannot be opened safely ({error.strerror})"
+    return ""
+
+
+def python_fault(source: bytes, path: str) -> str:
+    """Why a built-in's task.py cannot work; ''."""
+    import ast
+    try:
+        tree = ast.parse(source, path)
+    except (SyntaxError, ValueError) as error:
+        return f"is broken at line {getattr(error, 'lineno', 1)}: {error}"
+    names = [node.name for node in tree.body
+             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    bound = any(isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign))
+                for node in tree.body)
+    return "" if "run" in names or (bound and b"run" in source) \
+        else "has no `def run(args, log)`"
+
+
+def reason_of(error: BaseException) -> str:
+    """An exception in one line for a person."""
+    while getattr(error, "reason", None) and isinstance(
+            error.reason, BaseException):       # URLError wraps the real one
+        error = error.reason
+    text = str(error) or type(error).__name__
+    return visible(" ".join(text.split()))[:300]
+
+
+def processes():
+    """(pid, name) of every process (Linux)."""
+    for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/comm", encoding="utf-8",
+                          errors="replace") as file:
+                    yield int(entry), visible(file.read().strip())
+            except OSError:
+                continue
+
+
+def links_of(pid: int) -> list[str]:
+    """Where the descriptors and the working directory of a process lead."""
+    found = []
+    try:
+        found.append(os.readlink(f"/proc/{pid}/cwd"))
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            found.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    except OSError:
+        pass
+    return found
+
+
+def marked(run_id: str) -> dict[str, str]:
+    """slug -> "pid name" of processes that a run started and that live on:
+    their environment says so (Linux)."""
+    found = {}
+    mark = f"MISSION_RUN_ID={run_id}".encode()
+    for pid, name in processes():
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                words = file.read().split(b"\0")
+        except OSError:
+            continue
+        if mark in words:
+            slugs = [word[13:].decode("utf-8", "replace") for word in words
+                     if word.startswith(b"MISSION_TASK=")]
+            found.setdefault("".join(slugs[:1]), f"{pid} {name}")
+    return found
+
+
+def open_folder(path: str) -> int:
+    """A descriptor of the folder at `path`. Raises OSError.
+
+    As root it is opened name by name. A symbolic link is followed only
+    where nobody but root could have put it: anyone else could make it lead
+    to /etc, before or after we looked.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    if os.geteuid() != 0:
+        return os.open(path, flags)
+    names, links = path.strip("/").split("/"), 0
+    fd = os.open("/", flags)
+    while names:
+        name = names.pop(0)
+        if not name:
+            continue
+        try:
+            below = os.open(name, flags | os.O_NOFOLLOW, dir_fd=fd)
+        except OSError as error:
+            target, links = root_link(fd, name, error), links + 1
+            if target is None or links > 40:
+                os.close(fd)
+                raise
+            names = target.strip("/").split("/") + names
+            if not target.startswith("/"):
+                continue
+            below = os.open("/", flags)
+        os.close(fd)
+        fd = below
+    return fd
+
+
+def root_link(fd: int, name: str, error: OSError) -> str | None:
+    """Where a symbolic link leads that only root could have made."""
+    if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+        return None
+    folder = os.fstat(fd)
+    link = os.lstat(name, dir_fd=fd) if hasattr(os, "lstat") else None
+    sticky = folder.st_mode & stat.S_ISVTX
+    if not stat.S_ISLNK(link.st_mode) or link.st_uid != 0 \
+            or folder.st_uid != 0 or (folder.st_mode & 0o022 and not sticky):
+        return None
+    return os.readlink(name, dir_fd=fd)
+
+
+class ChownWalk:
+    """Gives a tree to a user, by descriptors, whatever happens in it
+    meanwhile.
+
+    Each entry is opened with O_PATH and O_NOFOLLOW, judged by fstat on that
+    descriptor, and changed through it, so that what was judged is what is
+    changed. A regular file with other hard links is changed only when all of
+    them were seen in this tree; its ctime, which every link and rename sets,
+    must have stood still since the first of them was seen.
+    """
+
+    def __init__(self, uid: int, gid: int, stopped=lambda: False):
+        self.uid, self.gid, self.stopped = uid, gid, stopped
+        self.changed = self.right = 0
+        self.left: list[tuple[str, str]] = []
+        self.linked: dict[int, dict] = {}   # inode -> what was seen of it
+        self.device = 0
+        self.flags = os.O_NOFOLLOW | os.O_CLOEXEC
+
+    def walk(self, path: str) -> Chowned:
+        """The whole tree, its top folder included. Raises OSError when the
+        top cannot be opened."""
+        top = open_folder(path)
+        try:
+            self.device = os.fstat(top).st_dev
+            self.folder(top, path, 0)
+            for seen in self.linked.values():
+                self.hard_linked(top, path, seen)
+        finally:
+            os.close(top)
+        return Chowned(self.changed, self.right, self.left)
+
+    def leave(self, path: str, why: str) -> None:
+        self.left.append((visible(path), why))
+
+    def folder(self, fd: int, path: str, depth: int) -> None:
+        """Everything in a folder, then the folder itself."""
+        below = []
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                if self.stopped():
+                    return
+                try:
+                    self.entry(fd, entry.name, path, below)
+                except OSError as error:
+                    self.leave(os.path.join(path, entry.name),
+                               error.strerror)
+        for name, identity in below:
+            inner = os.path.join(path, name)
+            if depth + 1 >= DEEPEST_TREE:
+                self.leave(inner, f"deeper than {DEEPEST_TREE} folders")
+                continue
+            try:
+                self.enter(fd, name, identity, inner, depth)
+            except OSError as error:
+                self.leave(inner, "changed while walking" if error.errno in (
+                    errno.ELOOP, errno.ENOTDIR, errno.ENOENT)
+                    else error.strerror)
+        self.give(fd, os.fstat(fd), path, os.fchown, fd)
+
+    def enter(self, fd, name, identity, path, depth) -> None:
+        # O_NONBLOCK: a FIFO may have taken the folder's place.
+        inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
+                        | self.flags, dir_fd=fd)
+        try:
+            status = os.fstat(inner)
+            if (status.st_dev, status.st_ino) != identity:
+                self.leave(path, "changed while walking")
+            else:
+                self.folder(inner, path, depth + 1)
+        finally:
+            os.close(inner)
+
+    def entry(self, fd: int, name: str, path: str, below: list) -> None:
+        held = os.open(name, PATH_ONLY | self.flags, dir_fd=fd) \
+            if PATH_ONLY else None
+        try:
+            status = os.fstat(held) if held is not None else os.stat(
+                name, dir_fd=fd, follow_symlinks=False)
+            kind = stat.S_IFMT(status.st_mode)
+            path = os.path.join(path, name)
+            if status.st_dev != self.device:
+                self.leave(path, "another file system")
+            elif kind == stat.S_IFDIR:
+                below.append((name, (status.st_dev, status.st_ino)))
+            elif kind in (stat.S_IFBLK, stat.S_IFCHR):
+                self.leave(path, "a device")
+            elif kind == stat.S_IFREG and status.st_nlink > 1:
+                self.count_link(fd, name, path, status)
+            elif held is not None and kind != stat.S_IFLNK:
+                self.give(held, status, path, os.chown,
+                          f"/proc/self/fd/{held}")
+            else:
+                self.give(held, status, path, chown_link, (name, fd))
+        finally:
+            if held is not None:
+                os.close(held)
+
+    def give(self, fd, status, path: str, chown, what) -> None:
+        """Change one entry, unless it is right already."""
+        if (status.st_uid, status.st_gid) == (self.uid, self.gid):
+            self.right += 1
+            return
+        if stat.S_ISREG(status.st_mode) and status.st_mode & 0o6000 \
+                and fd is not None:
+            os.chmod(f"/proc/self/fd/{fd}", status.st_mode & 0o1777)
+            self.leave(path, "given over without its setuid and setgid bits")
+        elif stat.S_ISDIR(status.st_mode) and status.st_mode & 0o6000:
+            os.fchmod(fd, status.st_mode & 0o1777)
+        chown(what, self.uid, self.gid)
+        self.changed += 1
+
+    def count_link(self, fd, name, path, status) -> None:
+        if (status.st_uid, status.st_gid) == (self.uid, self.gid):
+            self.right += 1
+            return
+        seen = self.linked.setdefault(status.st_ino, {
+            "status": status, "path": path, "names": set(), "still": True})
+        # By folder and name: a folder that is moved while we walk brings
+        # the same link twice, and must not count twice.
+        seen["names"].add((os.fstat(fd).st_ino, name))
+        seen["still"] = seen["still"] and status.st_ctime_ns == \
+            seen["status"].st_ctime_ns and time.time() - status.st_ctime > \
+            FRESH
+
+    def hard_linked(self, top: int, root: str, seen: dict) -> None:
+        """Change a file all of whose links are in the tree."""
+        path, status = seen["path"], seen["status"]
+        if len(seen["names"]) != status.st_nlink:
+            return self.leave(path, f"{status.st_nlink} hard links, "
+                              f"{len(seen['names'])} of them here")
+        if not seen["still"] or not PATH_ONLY:
+            return self.leave(path, "hard links that just changed")
+        folders = os.path.relpath(path, root).split("/")
+        fd = os.dup(top)
+        try:
+            for number_, name in enumerate(folders, start=1):
+                flags = PATH_ONLY if number_ == len(folders) \
+                    else PATH_ONLY | os.O_DIRECTORY
+                inner = os.open(name, flags | self.flags, dir_fd=fd)
+                os.close(fd)
+                fd = inner
+            now = os.fstat(fd)
+            if (now.st_ino, now.st_dev, now.st_nlink, now.st_ctime_ns) != (
+                    status.st_ino, status.st_dev, status.st_nlink,
+                    status.st_ctime_ns):
+                return self.leave(path, "changed while walking")
+            self.give(fd, now, path, os.chown, f"/proc/self/fd/{fd}")
+        except OSError as error:
+            self.leave(path, error.strerror)
+        finally:
+            os.close(fd)
+        return None
+
+
+# Without /proc or O_PATH (macOS) entries are changed by name in an open
+# folder, never following a link.
+PATH_ONLY = getattr(os, "O_PATH", 0) if os.path.isdir("/proc/self/fd") else 0
+
+
+def chown_link(what: tuple, uid: int, gid: int) -> None:
+    name, fd = what
+    os.chown(name, uid, gid, dir_fd=fd, follow_symlinks=False)
+
+
+def raise_open_files() -> None:
+    """Folders held open while walking may exceed a soft limit of 1,024."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or hard > soft:
+        wanted = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
+        if wanted > soft:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class Repository:
+    """Commits one folder with git, as the folder's owner.
+
+    Never as root in somebody else's repository: its configuration, hooks
+    and filters run programs, and no set of options switches all of them
+    off. As the owner they can do only what the owner could do anyway.
+    """
+
+    def __init__(self, machine: Machine, path: str, tell):
+        """tell(kind, text): a line for the log ("Status" ...), or raw bytes
+        of git's output with the kind ""."""
+        self.machine, self.path, self.tell = machine, path, tell
+        self.git = machine.program("git") or "git"
+        self.since = machine.clock.now()
+        fd = open_folder(path)
+        try:
+            uid = os.fstat(fd).st_uid
+        finally:
+            os.close(fd)
+        me = myself()
+        self.owner = me if uid == me.uid else account_of(uid)
+        if self.owner is None:
+            raise Error(f"{path} belongs to user id {uid}, who is unknown",
+                        "chown it to a user")
+        if self.owner.uid != me.uid and me.uid != 0:
+            raise Error(f"{path} belongs to {self.owner.name}",
+                        f"run mission as {self.owner.name} or as root")
+        self.env = environment(
+            self.owner, GIT_TERMINAL_PROMPT="0", GIT_PAGER="cat",
+            GIT_EDITOR="true", GIT_OPTIONAL_LOCKS="0", LC_ALL="C.UTF-8")
+
+    def call(self, *arguments: str, data: bytes = b"", tell=None,
+             whole=False) -> Done:
+        options = [
+            "core.fsync=all", "gc.auto=0", "maintenance.auto=false", "core.fsmonitor=false",
+            "core.hooksPath=/dev/null", "commit.gpgSign=false",
+            "status.submoduleSummary=false", "color.ui=false"]
+        argv = [self.git, "-C", self.path, "--no-pager"]
+        for option in options:
+            argv += ["-c", option]
+        return self.machine.run(argv + list(arguments), GIT_SECONDS, data,
+                                self.env, self.owner, "/", tell, whole)
+
+    def must(self, *arguments: str, **options) -> Done:
+        """Call git; raises Error when it fails, once stale locks that
+        explain the failure are out of the way."""
+        done = self.call(*arguments, **options)
+        if done.code and self.clear_locks():
+            done = self.call(*arguments, **options)
+        if done.code:
+            if done.code < 0 or done.late:
+                self.clear_locks()
+            raise Error(f"git {arguments[0]}: {done.reason}")
+        return done
+
+    def raw(self, data: bytes) -> None:
+        self.tell("", data)
+
+    def commit(self, message: str) -> list[str]:
+        """Add and commit everything; warnings. Raises Error, OSError."""
+        self.refuse_mixed_owners()
+        self.wait_for_locks()
+        state = self.unfinished()
+        if state:
+            return [f"{self.path} is in the middle of a {state}: "
+                    "not committed"]
+        self.tell("Status", "")
+        self.must("status", "-sb", tell=self.raw)
+        self.tell("Add", "")
+        self.must("add", "-A", tell=self.raw)
+        warnings = self.nested()
+        staged = self.call("diff", "--cached", "--quiet", "--no-ext-diff",
+                           "--no-textconv")
+        if staged.code == 0:
+            self.tell("NoChanges", "")
+            return warnings
+        self.tell("Commit", message)
+        self.identify()
+        self.must("commit", "--quiet", "--no-verify", "--no-gpg-sign",
+                  "-F", "-", data=message.encode() + b"\n", tell=self.raw)
+        self.call("show", "--oneline", "--shortstat", "--no-ext-diff",
+                  "--no-textconv", "HEAD", tell=self.raw)
+        # git syncs its files, not the folders they stand in: only this
+        # makes what it acknowledged survive a power cut.
+        os.sync()
+        return warnings
+
+    def identify(self) -> None:
+        """A name for the commit where the owner has not set one."""
+        email = f"{self.owner.name}@{HOST}"
+        for key, value in (("name", PROG), ("email", email)):
+            if self.call("config", f"user.{key}").code:
+                for role in ("AUTHOR", "COMMITTER"):
+                    self.env[f"GIT_{role}_{key.upper()}"] = value
+
+    def nested(self) -> list[str]:
+        """Repositories inside: git notes their HEAD and not their files."""
+        listing = self.must("ls-files", "-s", "-z", whole=True).output
+        links = {entry.split("\t", 1)[1] for entry in listing.split("\0")
+                 if entry.startswith("160000 ")}
+        if not links:
+            return []
+        modules = self.call("config", "-z", "-f", ".gitmodules",
+                            "--get-regexp", r"submodule\..*\.path").output
+        declared = {entry.partition("\n")[2]
+                    for entry in modules.split("\0")}
+        return [f"{visible(os.path.join(self.path, name))} is a repository "
+                "of its own: its files are not committed"
+                for name in sorted(links - declared)]
+
+    def folders(self) -> list[str]:
+        """Where git keeps things: .git, or what a .git file leads to."""
+        git = os.path.join(self.path, ".git")
+        if not os.path.isfile(git):
+            return [git]
+        with open(git, encoding="utf-8", errors="surrogateescape") as file:
+            words = file.read(4096).strip()
+        found = os.path.join(self.path, words.removeprefix("gitdir: "))
+        common = os.path.join(found, "commondir")
+        if not os.path.isfile(common):
+            return [found]
+        with open(common, encoding="utf-8",
+                  errors="surrogateescape") as file:
+            return [found, os.path.join(found, file.read(4096).strip())]
+
+    def unfinished(self) -> str:
+        for name, state in (("rebase-merge", "rebase"), ("MERGE_HEAD",
+                            "merge"), ("rebase-apply", "rebase"),
+                            ("CHERRY_PICK_HEAD", "cherry-pick")):
+            if os.path.lexists(os.path.join(self.folders()[0], name)):
+                return state
+        return ""
+
+    def refuse_mixed_owners(self) -> None:
+        """Files of another user in .git would stop git half-way, or, when
+        the owner is root, let that user run programs as root. Root's own
+        repository must be root's all over: any folder of another user could
+        hold a repository with programs in its configuration."""
+        uid = self.owner.uid
+        for folder in self.folders():
+            self.refuse_in(folder, lambda status: status.st_uid == uid)
+        if uid != 0:
+            return
+        found = self.machine.intruder(self.path, {0})
+        if found:
+            raise Error(f"git would run as root, and {found}",
+                        "chown the storage to its user, or protect it")
+        self.refuse_in(self.path, lambda status: status.st_uid == 0 and not (
+            status.st_mode & 0o002 and not stat.S_ISLNK(status.st_mode)))
+
+    def refuse_in(self, top: str, fits) -> None:
+        ahead = [top]
+        while ahead:
+            with os.scandir(ahead.pop()) as entries:
+                for entry in entries:
+                    status = entry.stat(follow_symlinks=False)
+                    if not fits(status):
+                        raise Error(
+                            f"{visible(entry.path)} does not belong to "
+                            f"{self.owner.name} alone, who owns {self.path}",
+                            f"chown -hR {self.owner.name}: {self.path}, or "
+                            '"chown": true for this storage')
+                    if entry.is_dir(follow_symlinks=False):
+                        ahead.append(entry.path)
+
+    # --- locks that a killed git left -------------------------------------
+
+    def locks(self) -> list[str]:
+        found = []
+        for folder in self.folders():
+            for place, _, names in os.walk(os.path.join(folder, "refs")):
+                found += [os.path.join(place, name) for name in names
+                          if name.endswith(".lock")]
+            found += [os.path.join(folder, name)
+                      for name in os.listdir(folder)
+                      if name.endswith(".lock")]
+        return found
+
+    def users(self) -> list[str]:
+        """Processes that have the repository open."""
+        places = [self.path] + self.folders()
+        return [f"{pid} ({name})" for pid, name in processes()
+                if pid != os.getpid() and any(
+                    link == place or link.startswith(place + "/")
+                    for link in links_of(pid) for place in places)
+                and "git" in name]
+
+    def wait_for_locks(self) -> None:
+        """A lock may be another git at work: give it 30 seconds."""
+        deadline = self.machine.clock.ticks() + 30
+        while self.locks() and not self.clear_locks():
+            users = self.users()
+            if self.machine.stopped or not users \
+                    or self.machine.clock.ticks() > deadline:
+                lock = self.locks()[:1]
+                if not lock:
+                    return
+                raise Error(f"{lock[0]} is held"
+                            + (f" by {users[0]}" if users else
+                               ", for less than 15 minutes, by nobody"),
+                            f"if no git works there: rm {lock[0]}")
+            time.sleep(0.1)
+
+    def clear_locks(self) -> bool:
+        """Remove locks that a killed git left: older than the boot, than 15
+        minutes, or made while our own git ran, and nobody at work there."""
+        now = self.machine.clock.now()
+        stale = [lock for lock in self.locks() if self.is_stale(lock, now)]
+        if not stale or self.users():
+            return False
+        self.machine.run(["rm", "-f", "--", *stale], GIT_SECONDS,
+                         account=self.owner)
+        for lock in stale:
+            self.tell("StaleLock", visible(lock))
+        return True
+
+    def is_stale(self, lock: str, now: float) -> bool:
+        try:
+            age = os.lstat(lock).st_mtime
+        except OSError:
+            return False
+        return age < now - LOCK_AGE or age >= self.since - 1 \
+            or age < boot_time()
+
+
+def boot_time() -> float:
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            return next(float(line.split()[1]) for line in file
+                        if line.startswith("btime "))
+    except (OSError, StopIteration):
+        return 0.0
+
+
+class Machine:
+    """The host. One short method for each thing mission may do to it."""
+
+    def __init__(self):
+        self.clock = Clock()
+        self.stopped = 0            # the first signal that told us to stop
+        self.signals = 0            # how many did
+        self.armed = False          # a function is being timed
+        self.wake = self.waker = -1
+        self.on_tick = None         # called about once a second while waiting
+
+    # --- signals ----------------------------------------------------------
+
+    def listen(self) -> None:
+        """From now on a signal to stop is noted, not obeyed."""
+        import signal
+        self.wake, self.waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) \
+            if hasattr(os, "pipe2") else os.pipe()
+        os.set_blocking(self.wake, False)
+        os.set_blocking(self.waker, False)
+        signal.set_wakeup_fd(self.waker, warn_on_full_buffer=False)
+        for number_ in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number_, self.note_signal)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # only to wake us
+        signal.signal(signal.SIGALRM, self.time_is_up)
+
+    def note_signal(self, number_: int, _frame) -> None:
+        self.stopped = self.stopped or number_
+        self.signals += 1
+
+    def time_is_up(self, _number, _frame) -> None:
+        if self.armed:
+            raise TooSlow
+
+    def limit(self, seconds: float, function, *arguments):
+        """function(*arguments); raises TooSlow after `seconds`.
+
+        `re` looks for signals while it matches, and only the main thread is
+        interrupted: this is the one way to stop a runaway pattern.
+        """
+        import signal
+        self.armed = True
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            result = function(*arguments)
+            self.armed = False
+            return result
+        finally:
+            self.armed = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    # --- processes --------------------------------------------------------
+
+    def start(self, argv: list[str], env: dict, cwd: str = "/",
+              account: Account | None = None, limit: float | None = None,
+              stdin=None, pass_fds=()) -> Child:
+        """Start a program in its own session. Raises OSError."""
+        import subprocess
+        become = account.popen if account and os.geteuid() == 0 else {}
+        fd, end = os.pipe()
+        try:
+            popen = subprocess.Popen(
+                argv, env=env, cwd=cwd, stdout=end, stderr=end,
+                stdin=subprocess.DEVNULL if stdin is None else stdin,
+                start_new_session=True, pass_fds=pass_fds, **become)
+        except BaseException:
+            os.close(fd)
+            raise
+        finally:
+            os.close(end)
+        os.set_blocking(fd, False)
+        return Child(popen, fd, limit, self.clock.ticks())
+
+    def attend(self, children: list[Child], heard) -> None:
+        """Wait until the children have ended; heard(child, bytes) gets what
+        they print, and b"" after a second of silence."""
+        import select
+        poll = select.poll()
+        by_fd = {child.fd: child for child in children}
+        for fd in by_fd:
+            poll.register(fd, select.POLLIN)
+        if self.wake >= 0:
+            poll.register(self.wake, select.POLLIN)
+        while not all(child.done for child in children):
+            for fd, _ in poll.poll(self.patience(children)):
+                if fd == self.wake:
+                    self.drain_wake()
+                elif not self.read(by_fd[fd], heard):
+                    poll.unregister(fd)
+                    by_fd[fd].close()
+            now = self.clock.ticks()
+            for child in children:
+                was_open, fd = child.open, child.fd
+                self.judge(child, heard, now)
+                if was_open and not child.open:
+                    poll.unregister(fd)
+            if self.on_tick:
+                self.on_tick()
+
+    def pause(self, seconds: float) -> None:
+        """Wait, unless a signal tells us to stop."""
+        import select
+        deadline = self.clock.ticks() + seconds
+        while not self.stopped and self.clock.ticks() < deadline:
+            left = deadline - self.clock.ticks()
+            if select.select([self.wake] if self.wake >= 0 else [], [], [],
+                             min(left, 1.0))[0]:
+                self.drain_wake()
+
+    def drain_wake(self) -> None:
+        try:
+            while os.read(self.wake, 512):
+                pass
+        except BlockingIOError:
+            pass
+
+    def read(self, child: Child, heard) -> bool:
+        """Pass on one chunk; False at the end of the output."""
+        try:
+            chunk = os.read(child.fd, CHUNK)
+        except BlockingIOError:
+            return True
+        if chunk:
+            child.heard = self.clock.ticks()
+            heard(child, chunk)
+        return bool(chunk)
+
+    def patience(self, children: list[Child]) -> int | None:
+        """Milliseconds until something falls due; None: wait for events."""
+        now, due = self.clock.ticks(), []
+        for child in children:
+            if child.done:
+                continue
+            if child.exited:
+                due.append(child.ended_at + GRACE)
+            elif child.kill_at:
+                due.append(child.kill_at + KILL_TO_GONE)
+            elif child.term_at:
+                due.append(child.term_at + TERM_TO_KILL)
+            elif child.limit is not None:
+                due.append(child.started + child.limit)
+            if child.scribe and child.scribe.waiting:
+                due.append(child.heard + SILENCE)
+            if self.wake < 0 and not child.open:
+                due.append(now + 0.01)      # no SIGCHLD will wake us
+        if self.on_tick or self.wake < 0:
+            due.append(now + 1.0)
+        return max(0, int((min(due) - now) * 1000) + 1) if due else None
+
+    def judge(self, child: Child, heard, now: float) -> None:
+        """Has it ended, is it late, must it be pressed?"""
+        if child.done:
+            return
+        if child.scribe and child.scribe.waiting \
+                and now - child.heard >= SILENCE:
+            heard(child, b"")
+        if not child.exited and child.has_exited():
+            child.exited, child.ended_at = True, now
+        if not child.exited:
+            self.press(child, now)
+        elif child.open and now - child.ended_at >= GRACE:
+            self.end_leftovers(child, heard)
+        if child.exited and not child.open:
+            child.code = child.popen.wait()
+
+    def press(self, child: Child, now: float) -> None:
+        """End a child that is late or unwanted: TERM, then KILL."""
+        import signal
+        if not child.why:
+            if self.stopped and (not child.patient or self.signals > 1):
+                child.why = "stopped by " + signal.Signals(self.stopped).name
+            elif child.limit is not None \
+                    and now - child.started >= child.limit:
+                child.why = f"timed out after {duration_text(child.limit)}"
+            else:
+                return
+            child.term_at = now
+            child.signal(signal.SIGTERM)
+        hurry = self.signals > 1 and not child.patient
+        if not child.kill_at and (
+                hurry or now - child.term_at >= TERM_TO_KILL):
+            child.kill_at = now
+            child.signal(signal.SIGKILL)
+        elif child.kill_at and now - child.kill_at >= KILL_TO_GONE:
+            child.why = f"cannot be killed (process {child.pid})"
+            child.ended_at, child.code = now, -9
+            child.close()
+
+    def end_leftovers(self, child: Child, heard) -> None:
+        """Its children still hold the output: end those of its group, name
+        them all, read what is there and close."""
+        import signal
+        child.leftovers = [f"{pid} {name}" for pid, name in self.holding(
+            child)] or ["unknown"]
+        child.signal(signal.SIGTERM)
+        deadline = self.clock.ticks() + 0.5
+        while self.clock.ticks() < deadline:
+            try:
+                chunk = os.read(child.fd, CHUNK)
+            except BlockingIOError:
+                time.sleep(0.02)
+                continue
+            if not chunk:
+                break
+            heard(child, chunk)
+        child.signal(signal.SIGKILL)
+        child.close()
+
+    def holding(self, child: Child) -> list[tuple[int, str]]:
+        """Processes that have the child's output open (Linux)."""
+        try:
+            pipe = f"pipe:[{os.fstat(child.fd).st_ino}]"
+        except OSError:
+            return []
+        return [(pid, name) for pid, name in processes() if pid != os.getpid()
+                and any(pipe == link for link in links_of(pid))]
+
+    def run(self, argv: list[str], limit: float, data: bytes = b"",
+            env: dict | None = None, account: Account | None = None,
+            cwd: str = "/", tell=None, whole: bool = False) -> Done:
+        """Run a helper program to its end. Its output goes to `tell(bytes)`
+        or is kept, the head of it alone unless `whole`."""
+        import tempfile
+        kept = bytearray()
+
+        def heard(_child, chunk: bytes) -> None:
+            if tell:
+                tell(chunk)
+            if whole or len(kept) < OUTPUT_KEPT:
+                kept.extend(chunk)
+
+        env = env or environment(account or myself())
+        # From a file, not a pipe: a program that stops reading early cannot
+        # hang or break us.
+        with tempfile.TemporaryFile() as stdin:
+            stdin.write(data)
+            stdin.seek(0)
+            try:
+                child = self.start(argv, env, cwd, account, limit, stdin)
+            except OSError as error:
+                return Done(127, f"{argv[0]}: {error.strerror}")
+            child.patient = True
+            self.attend([child], heard)
+        return Done(child.code, kept.decode("utf-8", "replace"),
+                    bool(child.why))
+
+    def apart(self, seconds: float, function, *arguments) -> tuple[bool, str]:
+        """(True, result) of function(*arguments), run in a child process.
+
+        urllib and smtplib limit each read, not the whole, and name look-ups
+        not at all; a process can be ended. Forked, not started: its modules
+        are loaded, so it works even when Python was upgraded meanwhile.
+        """
+        import select
+        import signal
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if not pid:
+            self.child_of_ours(seconds, writing, function, arguments)
+        os.close(writing)
+        os.set_blocking(reading, False)
+        answer, deadline = b"", self.clock.ticks() + seconds
+        poll = select.poll()
+        poll.register(reading, select.POLLIN)
+        while True:
+            left = deadline - self.clock.ticks()
+            if left <= 0 or not poll.poll(int(left * 1000) + 1):
+                os.kill(pid, signal.SIGKILL)
+                answer = b"-no answer within " + duration_text(
+                    seconds).encode()
+                break
+            chunk = os.read(reading, CHUNK)
+            answer += chunk
+            if not chunk:
+                break
+        os.close(reading)
+        os.waitpid(pid, 0)
+        text = answer.decode("utf-8", "replace") or "-ended without an answer"
+        return text[0] == "+", text[1:]
+
+    def child_of_ours(self, seconds, writing, function, arguments) -> None:
+        """The child's side of `apart`; does not return."""
+        import signal
+        try:
+            signal.set_wakeup_fd(-1)
+            for number_ in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                            signal.SIGALRM, signal.SIGCHLD):
+                signal.signal(number_, signal.SIG_DFL)
+            os.setsid()
+            signal.alarm(int(seconds) + 1)      # if we lose our parent
+            os.dup2(writing, 3)                 # and nothing else: the lock
+            os.closerange(4, 4096)              # must not live on in us
+            for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "OPENSSL_CONF"):
+                os.environ.pop(name, None)
+            try:
+                answer = "+" + function(*arguments)
+            except Exception as error:
+                answer = f"-{reason_of(error)}"
+            write_all(3, answer.encode("utf-8", "backslashreplace"))
+        finally:
+            os._exit(0)
+
+    def prepare(self, config: Config) -> None:
+        """Load now what the end of a long run needs, lest an upgrade of
+        Python meanwhile takes it away."""
+        if config.mail.enabled:
+            import email.message    # noqa: F401
+            import email.policy
+            import email.utils
+        if config.mail.enabled and config.mail.type == "smtp":
+            import smtplib          # noqa: F401
+        if config.ping.enabled or config.mail.type == "smtp":
+            import ssl              # noqa: F401
+            import urllib.request   # noqa: F401
+
+    # --- facts ------------------------------------------------------------
+
+    def home_of(self, name: str) -> str | None:
+        account = account_of(name)
+        me = myself()
+        if account and account.uid == me.uid:
+            return me.home
+        return account.home if account else None
+
+    def program(self, name: str) -> str | None:
+        """Where a program is: PATH, then where cron's PATH does not look.
+        Root passes over a folder that somebody else can write."""
+        folders = os.environ.get("PATH", "").split(":")
+        folders += SAFE_PATH.split(":") + ["/usr/lib"]
+        for folder in dict.fromkeys(folders):
+            path = os.path.join(folder, name)
+            if folder.startswith("/") and os.path.isfile(path) \
+                    and os.access(path, os.X_OK) and not (
+                        os.geteuid() == 0 and self.intruder(path, {0})):
+                return path
+        return None
+
+    def facts(self, config: Config) -> Facts:
+        """What the host says of all that the configuration names."""
+        names = {config.user.name} | {task.user for task in config.tasks}
+        accounts = {name: account_of(name) for name in names if name}
+        uids = {name: account.uid if account else None
+                for name, account in accounts.items()}
+        trusted = {0}
+        if config.trust == "user" and uids.get(config.user.name):
+            trusted.add(uids[config.user.name])
+        root = os.geteuid() == 0
+        known = {0, *(uid for uid in uids.values() if uid is not None)}
+        programs = {name: self.program(name) for name in
+                    ("git", "sendmail", "notify-send")}
+        for storage in config.storage.values():
+            git = os.path.join(storage.path, ".git")
+            programs[git] = git if os.path.lexists(git) else None
+        files = [config.ping.ca_file]
+        files += [config.mail.smtp.ca_file] if config.mail.smtp else []
+        usable = {path: "" if os.access(path, os.R_OK)
+                  else "cannot be read" for path in files if path}
+        if config.pass_bin:
+            usable[config.pass_bin] = "" if os.path.isfile(config.pass_bin) \
+                and os.access(config.pass_bin, os.X_OK) \
+                else "is not executable"
+        return Facts(
+            uids=uids, programs=programs, usable=usable,
+            folders={s.name: folder_fault(s.path, s.chown)
+                     for s in config.storage.values()},
+            strangers={s.name: self.stranger(s.path, known) if root
+                       else "" for s in config.storage.values() if s.chown},
+            scripts={task.slug: self.script(task, config, trusted if root
+                     else None) for task in config.tasks},
+            intruder=self.intruder(config.path, trusted) if root else "",
+            as_user=myself().name)
+
+    def stranger(self, folder: str, known: set[int]) -> str:
+        """A file in the folder that belongs to a third user; or ''."""
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    uid = entry.stat(follow_symlinks=False).st_uid
+                    if uid not in known:
+                        return f"{visible(entry.name)} of user id {uid}"
+        except OSError:
+            pass
+        return ""
+
+    def script(self, task: Task, config: Config, trusted) -> Script | None:
+        """The facts of a task's file; `trusted`: uids, None for no check."""
+        path = task.entrypoint
+        if task.type == "builtin":
+            if task.slug in CARRIED or "tasks" not in config.storage:
+                return None
+            path = os.path.join(config.folder("tasks"), task.slug, "task.py")
+        script = Script(path)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return script.but(state="does not exist")
+        except PermissionError:
+            # A program may be executable and not readable.
+            if os.access(path, os.X_OK) and task.type == "exec":
+                return script.but(head=PROGRAM_MAGIC[0])
+            return script.but(state="cannot be read")
+        except OSError as error:
+            return script.but(state=f"cannot be opened ({error.strerror})")
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return script.but(state="is no regular file")
+            head = os.read(fd, 2**20 if task.type == "builtin" else 8192)
+        finally:
+            os.close(fd)
+        intruder = self.intruder(path, trusted) if trusted else ""
+        script = script.but(head=head.decode("latin-1"), intruder=intruder)
+        if task.type == "builtin":
+            return script.but(state=python_fault(head, path))
+        if not os.access(path, os.X_OK):
+            return script.but(state="is not executable")
+        return script.but(lost_interpreter=self.lost_interpreter(script.head))
+
+    def lost_interpreter(self, head: str) -> str:
+        """What the #! line names and this host does not have; or ''."""
+        words = interpreter_words(head)
+        if words and not os.access(words[0], os.X_OK):
+            return words[0]
+        name = interpreter_name(head)
+        if name and "/" not in name and not any(
+                os.access(os.path.join(folder, name), os.X_OK)
+                for folder in SAFE_PATH.split(":")):
+            return name
+        return ""
+
+    def intruder(self, path: str, trusted: set[int]) -> str:
+        """Who, beside `trusted`, could change what stands at `path`: the
+        file and every folder above it, as in sshd's StrictModes; or ''."""
+        for start in dict.fromkeys((path, os.path.realpath(path))):
+            while True:
+                try:
+                    status = os.lstat(start)
+                except OSError as error:
+                    return f"{start}: {error.strerror}"
+                found = writer_of(status, trusted)
+                if found:
+                    return f"{start} {found}"
+                if start == "/":
+                    break
+                start = os.path.dirname(start)
+        return ""
+
+    # --- deeds ------------------------------------------------------------
+
+    def chown_tree(self, path: str, uid: int, gid: int) -> Chowned:
+        """Give a tree to a user. Raises OSError if it cannot be opened."""
+        raise_open_files()
+        return ChownWalk(uid, gid, lambda: bool(self.stopped)).walk(path)
+
+    def commit(self, path: str, message: str, tell, since: float) -> list:
+        """Commit a folder; warnings. `since`: when git of ours may have
+        begun to work there. Raises Error, OSError."""
+        repository = Repository(self, path, tell)
+        repository.since = since
+        return repository.commit(message)
+
+    def free_bytes(self, path: str) -> int:
+        status = os.statvfs(path)
+        return status.f_bavail * status.f_frsize
+
+    def secret(self, pass_bin: str, user: str, name: str) -> str:
+        """What the password store says: its first line. Raises Error.
+
+        As the user: a store brings a configuration and hooks of its own.
+        """
+        account = account_of(user) if os.geteuid() == 0 else myself()
+        done = self.run([pass_bin, name], PASS_SECONDS, account=account,
+                        cwd=account.home if os.path.isdir(account.home)
+                        else "/")
+        line = done.output.split("\n", 1)[0].rstrip("\r")
+        if done.code or not line or len(line) > 4096:
+            raise Error(f"{pass_bin} {visible(name)}: " + (
+                done.reason if done.code else "no password came"))
+        return line
+
+    def notify(self, user: str, text: str, failed: bool) -> str:
+        """Show a message on the user's desktop; '' or why not."""
+        root = os.geteuid() == 0
+        account = account_of(user) if root else myself()
+        given = {} if root else os.environ
+        bus = given.get("DBUS_SESSION_BUS_ADDRESS",
+                        f"unix:path=/run/user/{account.uid}/bus")
+        socket = bus.partition("path=")[2].split(",")[0]
+        if socket and not os.path.exists(socket):
+            return f"{user} has no desktop session"
+        env = environment(account, DBUS_SESSION_BUS_ADDRESS=bus,
+                          DISPLAY=given.get("DISPLAY", ":0"))
+        markup = text.replace("&", "&amp;").replace("<", "&lt;").replace(
+            ">", "&gt;")
+        done = self.run(
+            [self.program("notify-send") or "notify-send", "--app-name",
+             PROG, "--icon", "dialog-error" if failed
+             else "dialog-information", "--urgency", "critical", "--",
+             markup], DESKTOP_SECONDS, env=env, account=account)
+        return done.reason if done.code else ""
+
+    def send_mail(self, config: Config, message: bytes) -> str:
+        """Hand a message over; '' or why it was not accepted."""
+        address = address_of(config.user.email)
+        if config.mail.type == "sendmail":
+            program = self.program("sendmail")
+            if not program:
+                return "there is no sendmail"
+            done = self.run([program, "-i", "--", address], MAIL_SECONDS,
+                            message)
+            return f"sendmail: {done.reason}" if done.code else ""
+        smtp, password = config.mail.smtp, ""
+        if smtp.pass_name:
+            try:
+                password = self.secret(config.pass_bin, config.user.name,
+                                       smtp.pass_name)
+            except Error as error:
+                return error.message
+        sent, reason = self.apart(MAIL_SECONDS, deliver_by_smtp, smtp,
+                                  password, address, message)
+        return "" if sent else f"smtp {smtp.host}: {reason}"
+
+    def ping(self, url: str, body: bytes | None, timeout: float,
+             ca_file: str) -> tuple[bool, str]:
+        """One request; (accepted, what the server said or why not)."""
+        return self.apart(timeout, fetch, url, body, timeout, ca_file)
+
+
+def tls(ca_file: str):
+    """TLS with verification; `ca_file` is for a CA of one's own."""
+    import ssl
+    return ssl.create_default_context(cafile=ca_file or None)
+
+
+def deliver_by_smtp(smtp: Smtp, password: str, address: str,
+                    message: bytes) -> str:
+    """Send one message; raises on any refusal. STARTTLS that was asked for
+    is required: there is no silent fall-back to plain text."""
+    import smtplib
+    direct = smtp.security == "tls"
+    port = smtp.port or {"tls": 465, "starttls": 587, "none": 25}[
+        smtp.security]
+    options = {"host": smtp.host, "port": port, "timeout": MAIL_SECONDS}
+    server = smtplib.SMTP_SSL(context=tls(smtp.ca_file), **options) \
+        if direct else smtplib.SMTP(**options)
+    with server:
+        if smtp.security == "starttls":
+            server.starttls(context=tls(smtp.ca_file))
+        if smtp.user:
+            server.login(smtp.user, password)
+        sender = address_of(smtp.sender or smtp.user) or address
+        server.sendmail(sender, [address], message.replace(b"\n", b"\r\n"))
+    return "accepted"
+
+
+def fetch(url: str, body: bytes | None, timeout: float, ca_file: str) -> str:
+    """GET or POST; the status and the first line of the answer. At most 3
+    redirects, and none from https to http. Raises on anything but 2xx."""
+    import urllib.error
+    import urllib.request
+
+    class Redirects(urllib.request.HTTPRedirectHandler):
+        max_redirections = 3
+
+        def redirect_request(self, request, file, code, text, headers, to):
+            secure = request.full_url.lower().startswith("https:")
+            if not to.lower().startswith("https:" if secure else "http"):
+                raise OSError(f"redirected to {to}")
+            return super().redirect_request(request, file, code, text,
+                                            headers, to)
+
+    # Nothing but http and https: urlopen would read file: and ftp:.
+    opener = urllib.request.OpenerDirector()
+    for handler in (urllib.request.HTTPHandler(),
+                    urllib.request.HTTPSHandler(context=tls(ca_file))
+                    if "https:" in url.lower() or ca_file
+                    else urllib.request.HTTPSHandler(),
+                    urllib.request.HTTPDefaultErrorHandler(),
+                    urllib.request.HTTPErrorProcessor(), Redirects()):
+        opener.add_handler(handler)
+    request = urllib.request.Request(url, data=body, headers={
+        "User-Agent": f"{PROG}/{VERSION}",
+        "Content-Type": "text/plain; charset=utf-8"})
+    try:
+        with opener.open(request, timeout=timeout) as answer:
+            code, text = answer.status, answer.read(1024)
+    except urllib.error.HTTPError as error:
+        raise OSError(f"HTTP {error.code} {error.reason}") from None
+    first = text.decode("utf-8", "replace").strip().split("\n")[0]
+    return f"{code} {visible(first.strip())[:200]}"
+
+
+def rfc5322(host: str, to: str, subject_line: str, body: str,
+            message_id: str, now: float) -> bytes:
+    """A mail (RFC 5322), quoted-printable: no line of a task reaches a mail
+    server as it is."""
+    from email.message import EmailMessage
+    from email.policy import default
+    from email.utils import formatdate
+    message = EmailMessage(policy=default)
+    message["From"] = f"{PROG} <{myself().name}@{host}>"
+    message["To"] = address_of(to)
+    message["Subject"] = subject_line
+    message["Date"] = formatdate(now, localtime=True)
+    message["Message-ID"] = f"<{message_id}@{host}>"
+    message["Auto-Submitted"] = "auto-generated"
+    message.set_content(body, charset="utf-8", cte="quoted-printable")
+    return message.as_bytes()
+
+
+# ==========================================================================
+# Builtins: which tasks need no script?                   (files, network)
+#
+# A built-in task is Python: TASKS_DIR/slug/task.py with `run(args, log)`,
+# or one that stands here. It runs in a process of its own, so that it can
+# be timed out, become another user, and crash without harm.
+# ==========================================================================
+
+SPOTIFY_API = "https://api.spotify.com/v1"
+SPOTIFY_ACCOUNTS = "https://accounts.spotify.com"
+HTTP_SECONDS, HTTP_TRIES, LONGEST_WAIT = 30, 6, 600
+
+
+class Arguments:
+    """What a built-in gets: args.storage, args.target_user,
+    args.pass_value(name)."""
+
+    def __init__(self, given: dict, secrets_fd: int):
+        self.storage: dict[str, str] = given["storage"]
+        self.target_user: str = given["target_user"]
+        self._pass_bin, self._secrets_fd = given["pass_bin"], secrets_fd
+
+    def pass_value(self, name: str) -> str:
+        """A value of the password store. mission is told of it first, and
+        keeps it out of the log."""
+        if not self._pass_bin:
+            raise Error("passBin is not set", "/usr/bin/pass")
+        value = Machine().secret(self._pass_bin, self.target_user, name)
+        write_all(self._secrets_fd, value.encode() + b"\n")
+        return value
+
+
+def run_builtin(slug: str, given_fd: int, secrets_fd: int) -> int:
+    """The child's side of a built-in task; its exit status."""
+    import json
+    import traceback
+    with os.fdopen(given_fd, "rb") as file:
+        given = json.loads(file.read())
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+    def log(text="") -> None:
+        print(text, flush=True)
+
+    try:
+        function = BUILTINS.get(slug) or load_task(given["path"])
+        function(Arguments(given, secrets_fd), log)
+    except Error as error:
+        log(f"{error.message}{f' ({error.hint})' if error.hint else ''}")
+        return 1
+    except Exception:
+        sys.stdout.flush()
+        traceback.print_exc(file=sys.stdout)
+        return 1
+    return 0
+
+
+def load_task(path: str):
+    """The function `run` of a task.py."""
+    import importlib.util
+    sys.path.insert(0, os.path.dirname(path))   # for modules beside it
+    spec = importlib.util.spec_from_file_location("task", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.run
+
+
+class Spotify:
+    """Every playlist of an account with its tracks, a JSON file each."""
+
+    def __init__(self, args: Arguments, log):
+        self.args, self.log = args, log
+        for name in CARRIED["spotify"]:
+            if name not in args.storage:
+                raise Error(f"spotify needs storage.{name}")
+        self.folder = os.path.join(args.storage["sync"], "spotify")
+        self.token_path = os.path.join(args.storage["sessions"], "spotify")
+        self.api = os.environ.get("SPOTIFY_API_URL", SPOTIFY_API)
+        self.accounts = os.environ.get("SPOTIFY_ACCOUNTS_URL",
+                                       SPOTIFY_ACCOUNTS)
+        self.client = None      # (id, secret), fetched when needed
+        self.token = self.stored_token()
+
+    def stored_token(self) -> dict:
+        import json
+        hint = ('a JSON object with "refresh_token", from an OAuth login of '
+                "your Spotify app with the scope playlist-read-private")
+        try:
+            with open(self.token_path, encoding="utf-8") as file:
+                token = json.load(file)
+        except FileNotFoundError:
+            raise Error(f"{self.token_path} does not exist", hint) from None
+        except ValueError as error:
+            raise Error(f"{self.token_path}: {error}", hint) from None
+        if not isinstance(token, dict) or not token.get("refresh_token"):
+            raise Error(f"{self.token_path} has no refresh token", hint)
+        return token
+
+    def refresh(self) -> None:
+        """A new access token; kept on disk before it is used, because the
+        server may have replaced the refresh token with it."""
+        import base64
+        import json
+        from urllib.parse import urlencode
+        if not self.client:
+            secret = self.args.pass_value("spotify_api_client_secret")
+            self.client = self.args.pass_value(
+                "spotify_api_client_id"), secret
+        basic = base64.b64encode(":".join(self.client).encode()).decode()
+        answer = self.request(
+            self.accounts + "/api/token", f"Basic {basic}", urlencode({
+                "grant_type": "refresh_token",
+                "refresh_token": self.token["refresh_token"]}).encode())
+        self.token = {**self.token, "token_type": "Bearer", **{
+            key: answer[key] for key in ("access_token", "refresh_token",
+                                         "token_type") if answer.get(key)}}
+        if not answer.get("access_token"):
+            raise Error("Spotify gave no access token")
+        self.token["expiry"] = time.strftime(
+            "%Y-%m-%dT%H:%M:%SZ", time.gmtime(
+                time.time() + float(answer.get("expires_in", 3600))))
+        write_atomically(self.token_path, json.dumps(
+            self.token, indent=4).encode() + b"\n")
+
+    def request(self, url: str, authorization: str,
+                data: bytes | None = None) -> dict:
+        """One answer as JSON; waits and tries again on 429 and 5xx, and
+        when the connection fails. Raises Error, and Unauthorized on 401."""
+        import json
+        reason = ""
+        for number_ in range(HTTP_TRIES):
+            try:
+                code, headers, body = exchange(url, authorization, data)
+            except OSError as error:
+                code, headers, body = 0, {}, b""
+                reason = reason_of(error)
+            if code == 401 and data is None:
+                raise Unauthorized
+            if code == 200:
+                try:
+                    return json.loads(body)
+                except ValueError:
+                    code, reason = 0, "an answer that is no JSON"
+            elif code:
+                reason = f"HTTP {code} " + visible(
+                    body.decode("utf-8", "replace").strip()[:200])
+            if code and code != 429 and code < 500:
+                break
+            if number_ + 1 < HTTP_TRIES:
+                self.wait(headers, number_, reason)
+        raise Error(f"{url.split('?')[0]}: {reason}")
+
+    def wait(self, headers: dict, number_: int, reason: str) -> None:
+        asked = str(headers.get("Retry-After", ""))
+        seconds = float(asked) if asked.isdigit() else 0.5 * 2 ** number_
+        if seconds > LONGEST_WAIT:
+            raise Error(f"Spotify asks to wait {asked} s", "run it later")
+        self.log(f"Waiting {duration_text(seconds)}: {reason}")
+        time.sleep(seconds)
+
+    def get(self, url: str) -> dict:
+        if not url.startswith(self.api.rstrip("/") + "/"):
+            raise Error(f"Spotify sent us to {visible(url)}",
+                        "the token goes to no other host")
+        if not self.token.get("access_token"):
+            self.refresh()
+        try:
+            return self.request(url, f"Bearer {self.token['access_token']}")
+        except Unauthorized:
+            self.refresh()
+        try:
+            return self.request(url, f"Bearer {self.token['access_token']}")
+        except Unauthorized:
+            raise Error("Spotify refuses a fresh access token") from None
+
+    def pages(self, path: str) -> list:
+        """All items of a listing. Raises Error if it is not complete."""
+        found, url = [], self.api.rstrip("/") + path
+        while url:
+            page = self.get(url)
+            if not isinstance(page.get("items"), list):
+                raise Error(f"{path}: a page without items")
+            found += page["items"]
+            url = page.get("next")
+        if len(found) < page.get("total", len(found)):
+            raise Error(f"{path}: {len(found)} of {page['total']} items came")
+        return found
+
+    def download(self) -> None:
+        import json
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        self.log("Fetching playlists")
+        playlists = [item for item in self.pages("/me/playlists?limit=50")
+                     if isinstance(item, dict) and item.get("id")]
+        self.log(f"Found {plural(len(playlists), 'playlist')}")
+        wanted = set()
+        for playlist in playlists:
+            name = playlist_file(playlist)
+            tracks = self.pages(f"/playlists/{playlist['id']}/tracks"
+                                "?limit=100")
+            data = json.dumps({"playlist": playlist, "tracks": tracks},
+                              indent=4, ensure_ascii=False).encode(
+                                  "utf-8", "backslashreplace") + b"\n"
+            write_atomically(os.path.join(self.folder, name), data)
+            self.log(f"Downloading {name}... {len(data) // 1000}K")
+            wanted.add(name)
+        self.remove_all_but(wanted)
+
+    def remove_all_but(self, wanted: set) -> None:
+        """Remove our own files of playlists that are gone. An account that
+        is suddenly empty is more likely a fault at the other end."""
+        gone = [name for name in sorted(os.listdir(self.folder))
+                if name not in wanted and self.is_ours(name)]
+        if gone and not wanted:
+            raise Error("Spotify lists no playlist at all, and there are "
+                        f"{len(gone)} on disk: nothing was removed",
+                        f"if that is right, empty {self.folder}")
+        for name in gone:
+            os.unlink(os.path.join(self.folder, name))
+            self.log(f"Removed {name}")
+
+    def is_ours(self, name: str) -> bool:
+        import json
+        path = os.path.join(self.folder, name)
+        if not name.endswith(".json") or os.path.islink(path) \
+                or not os.path.isfile(path):
+            return False
+        try:
+            with open(path, encoding="utf-8") as file:
+                return name.startswith(json.load(file)["playlist"]["id"]
+                                       + "_")
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+
+class Unauthorized(Exception):
+    """The access token has expired."""
+
+
+def playlist_file(playlist: dict) -> str:
+    """ID_NAME.json, the name reduced to letters, digits, - and _."""
+    import re
+    name = playlist.get("name") or "unknown-playlist-name"
+    safe = re.sub(r"[^A-Za-z0-9_-]", "", str(name))[:100]
+    identity = re.sub(r"[^A-Za-z0-9]", "", str(playlist["id"]))[:64]
+    return f"{identity}_{safe}.json"
+
+
+def exchange(url: str, authorization: str, data: bytes | None):
+    """(status, headers, body) of one request; redirects are not followed:
+    the authorization would go along. Raises OSError."""
+    import http.client
+    from urllib.parse import urlsplit
+    parts = urlsplit(url)
+    kind = {"https": http.client.HTTPSConnection,
+            "http": http.client.HTTPConnection}.get(parts.scheme)
+    if not kind:
+        raise OSError(f"{parts.scheme} is neither http nor https")
+    more = {"context": tls("")} if parts.scheme == "https" else {}
+    connection = kind(parts.netloc, timeout=HTTP_SECONDS, **more)
+    try:
+        connection.request(
+            "GET" if data is None else "POST",
+            parts.path + ("?" + parts.query if parts.query else ""), data,
+            {"Authorization": authorization, "Accept": "application/json",
+             **({} if data is None else {
+                 "Content-Type": "application/x-www-form-urlencoded"})})
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read()
+    except http.client.HTTPException as error:
+        raise OSError(f"{type(error).__name__} {error}") from None
+    finally:
+        connection.close()
+
+
+def spotify(args: Arguments, log) -> None:
+    """Needs storage.sync and storage.sessions, and the client id and secret
+    in the password store."""
+    Spotify(args, log).download()
+
+
+BUILTINS = {"spotify": spotify}
+
+
+# ==========================================================================
+# Journal: what do earlier runs say?                       (files, clock)
+#
+# One folder for each configuration, writable by the runner alone: the lock,
+# the run in progress, the history (a JSON object a line), and mails that
+# wait. What is in progress is written before it begins, so that a run that
+# was killed leaves word of where it was.
+# ==========================================================================
+
+HISTORY_LIMIT = 8 * 2**20       # then the older half goes
+OUTBOX_LIMIT = 50
+RETRY_LOG = 5.0                 # seconds between tries on a full disk
+SPILL_LIMIT = 2**20             # of a lost log that goes to stderr
+
+
+def state_home() -> str:
+    """Where the state of all configurations is kept."""
+    given = os.environ.get("MISSION_STATE")
+    if given:
+        return os.path.abspath(given)
+    if os.geteuid() == 0:
+        return "/var/lib/mission"
+    base = os.environ.get("XDG_STATE_HOME") or os.path.join(
+        myself().home, ".local", "state")
+    return os.path.join(base, "mission")
+
+
+def state_name(config_path: str) -> str:
+    """The folder of one configuration: its name, and a hash of its path."""
+    import hashlib
+    path = os.path.realpath(config_path)
+    stem = "".join(c for c in os.path.basename(path).split(".json")[0]
+                   if c.isalnum() or c in "._-")
+    return f"{stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
+
+
+def boot_id() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
+            return f.read().strip()
+    except OSError:
+        return str(boot_time())
+
+
+class Journal:
+    """The state folder of one configuration."""
+
+    def __init__(self, folder: str, clock: Clock):
+        self.folder, self.clock, self.held = folder, clock, None
+        self.current: dict = {}
+
+    def path(self, *names: str) -> str:
+        return os.path.join(self.folder, *names)
+
+    # --- the lock ---------------------------------------------------------
+
+    def acquire(self, wait: float) -> None:
+        """Lock out other runs. Raises Error when one goes on."""
+        self.make_folder()
+        deadline = self.clock.ticks() + wait
+        while True:
+            self.held = only_one(self.path("lock"))
+            if self.held is not None:
+                return
+            if self.clock.ticks() >= deadline:
+                raise Error(f"another run is active: {self.busy()}",
+                            "--wait 30m waits for its end", EXIT_BUSY)
+            time.sleep(0.1)
+
+    def make_folder(self) -> None:
+        try:
+            os.makedirs(os.path.dirname(self.folder), 0o711, exist_ok=True)
+            os.makedirs(self.folder, 0o700, exist_ok=True)
+            status = os.lstat(self.folder)
+        except OSError as error:
+            raise Error(f"{error.filename}: {error.strerror}", "mission "
+                        "keeps its lock and history there") from None
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022 \
+                or not stat.S_ISDIR(status.st_mode):
+            raise Error(f"{self.folder} can be written by others",
+                        f"chown {myself().name} and chmod 700")
+
+    def busy(self) -> str:
+        """Who holds the lock, since when, in which task."""
+        run = self.read_current()
+        if not run:
+            return "it has just begun"
+        took = duration_text(round(self.clock.now() - run["started"]))
+        where = f', in task "{run["task"]}"' if run.get("task") else \
+            f", in {run.get('phase', 'its beginning')}"
+        return (f"pid {run['pid']}, since {rfc3339(run['started'])} "
+                f"({took}){where}")
+
+    # --- the run in progress ----------------------------------------------
+
+    def read_current(self) -> dict:
+        import json
+        try:
+            with open(self.path("current.json"), encoding="utf-8") as file:
+                found = json.load(file)
+            return found if "id" in found and "started" in found else {}
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def lost(self) -> list[dict]:
+        """Runs that did not come to their end and were not told of yet."""
+        run = self.read_current()
+        if not run:
+            return []
+        ended = {record["id"] for record in self.history()
+                 if record.get("verdict") != "lost"}
+        if run["id"] in ended:
+            return []
+        return run.get("lost", []) + [
+            {key: value for key, value in run.items() if key != "lost"}]
+
+    def begin(self, run: dict) -> None:
+        self.current = run
+        self.write_current()
+
+    def note(self, **changes) -> None:
+        """Where the run is now."""
+        self.current.update(changes)
+        self.write_current()
+
+    def write_current(self) -> None:
+        import json
+        write_atomically(self.path("current.json"),
+                         json.dumps(self.current).encode())
+
+    # --- the past ---------------------------------------------------------
+
+    def history(self) -> list[dict]:
+        """All runs we remember, oldest first. A line torn by a crash is
+        passed over."""
+        import json
+        try:
+            with open(self.path("history.jsonl"), "rb") as file:
+                lines = file.read().split(b"\n")
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and "id" in record:
+                found.append(record)
+        return found
+
+    def remember(self, record: dict) -> None:
+        """Add a run to the history; on the disk when we return."""
+        import json
+        fd = os.open(self.path("history.jsonl"), os.O_RDWR | os.O_CREAT
+                     | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            size = os.fstat(fd).st_size
+            torn = size and os.pread(fd, 1, size - 1) != b"\n"
+            write_all(fd, b"\n" * bool(torn)
+                      + json.dumps(record).encode() + b"\n")
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        if size > HISTORY_LIMIT:
+            records = self.history()
+            write_atomically(self.path("history.jsonl"), b"".join(
+                json.dumps(old).encode() + b"\n"
+                for old in records[len(records) // 2:]))
+
+    def finish(self, record: dict) -> None:
+        self.remember(record)
+        os.unlink(self.path("current.json"))
+
+    def expected(self) -> dict[str, float]:
+        """slug -> the median of its last ten good durations, in seconds."""
+        durations: dict[str, list] = {}
+        for record in self.history():
+            for task in record.get("tasks", ()):
+                if task["outcome"] == "ok":
+                    durations.setdefault(task["slug"], []).append(
+                        task["seconds"])
+        return {slug: sorted(found[-10:])[len(found[-10:]) // 2]
+                for slug, found in durations.items()}
+
+    # --- mails that wait --------------------------------------------------
+
+    def queue_mail(self, name: str, message: bytes) -> None:
+        os.makedirs(self.path("outbox"), 0o700, exist_ok=True)
+        write_atomically(self.path("outbox", name + ".eml"), message)
+        for old in self.queued_mails()[:-OUTBOX_LIMIT]:
+            os.unlink(old)
+
+    def queued_mails(self) -> list[str]:
+        """The oldest first."""
+        try:
+            names = os.listdir(self.path("outbox"))
+        except FileNotFoundError:
+            return []
+        paths = [self.path("outbox", name) for name in names
+                 if name.endswith(".eml")]
+        return sorted(paths, key=lambda path: (os.stat(path).st_mtime, path))
+
+
+LOG_NAME = "%Y-%m-%d-%H-%M-%S"
+
+
+def is_log_name(name: str) -> bool:
+    """2026-03-29-02-00-00.txt, or with -2 behind when the name was taken."""
+    stem = name.removesuffix(".txt")
+    return name.endswith(".txt") and len(stem) >= 19 and all(
+        part.isascii() and part.isdigit() for part in stem.split("-")) \
+        and 6 <= stem.count("-") + 1 <= 7
+
+
+class Log:
+    """Where the lines of a run go: a file of its own, or the terminal.
+
+    When it cannot be written (a full disk, a closed pipe) the lines go to
+    stderr instead, up to a limit, and the run goes on.
+    """
+
+    def __init__(self, clock: Clock, colour: bool):
+        self.clock, self.colour = clock, colour
+        self.started = clock.ticks()
+        self.path, self.fd, self.folder = "", 1, None
+        self.broken, self.retry_at = "", 0.0
+        self.lost = self.spilled = 0
+        self.shows_status = False
+        self.terminal = os.isatty(1)
+
+    def open(self, folder: str, started: float) -> None:
+        """A file in the logs folder that did not exist before."""
+        self.terminal, name = False, time.strftime(
+            LOG_NAME, time.localtime(started))
+        self.fd = -1
+        try:
+            self.folder = open_folder(folder)
+            for number_ in range(1, 1000):
+                last = f"{name}{f'-{number_}' if number_ > 1 else ''}.txt"
+                try:
+                    self.fd = os.open(
+                        last, os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                        | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_APPEND, 0o600,
+                        dir_fd=self.folder)
+                except FileExistsError:
+                    continue
+                self.path = os.path.join(folder, last)
+                return
+        except OSError as error:
+            self.break_down(f"{folder}: {error.strerror}")
+
+    def elapsed(self) -> float:
+        return self.clock.ticks() - self.started
+
+    def break_down(self, reason: str) -> None:
+        if not self.broken:
+            sys.stderr.write(f"{PROG}: the log cannot be written "
+                             f"({reason}); its lines follow here\n")
+        self.broken = reason
+        self.retry_at = self.clock.ticks() + RETRY_LOG
+
+    def write(self, text: str) -> None:
+        data = text.encode("utf-8", "backslashreplace")
+        if self.shows_status:
+            self.status("")
+        if self.broken and (self.fd < 0 or self.fd == 1
+                            or self.clock.ticks() < self.retry_at):
+            return self.spill(data)
+        if self.lost:
+            data = (f"\n<<{self.lost:,} bytes of the log could not be "
+                    f"written: {self.broken}>>\n\n").encode() + data
+        try:
+            write_all(self.fd, data)
+            self.lost = 0
+        except OSError as error:
+            self.break_down(error.strerror)
+            self.spill(data)
+        return None
+
+    def spill(self, data: bytes) -> None:
+        self.lost += len(data)
+        room = SPILL_LIMIT - self.spilled
+        self.spilled += len(data)
+        try:
+            if room > 0:
+                write_all(2, data[:room])
+        except OSError:
+            pass            # nowhere is left to say it
+
+    def status(self, text: str) -> None:
+        """Replace the last line of a terminal; "" takes it away."""
+        if not self.terminal:
+            return
+        try:
+            width = os.get_terminal_size(1).columns - 1
+            write_all(1, b"\r\x1b[K" + text[:width].encode())
+        except OSError:
+            pass
+        self.shows_status = bool(text)
+
+    def sync(self) -> None:
+        if self.path and not self.broken:
+            try:
+                os.fsync(self.fd)
+            except OSError as error:
+                self.break_down(error.strerror)
+
+    def paint(self, code: str, text: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self.colour else text
+
+    def prune(self, keep: int) -> None:
+        """Remove the oldest run logs, by descriptor, and nothing else."""
+        names = sorted((name for name in os.listdir(self.folder)
+                        if is_log_name(name)), key=lambda name: [
+                            int(part) for part in name[:-4].split("-")])
+        for name in names[:-keep]:
+            status = os.stat(name, dir_fd=self.folder, follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode):
+                os.unlink(name, dir_fd=self.folder)
+
+
+# ==========================================================================
+# Run: who carries the plan out?                                  (machine)
+#
+# One method for each kind of step. No step may stop the next: what goes
+# wrong becomes a Problem, and even a fault of our own is one, so that the
+# mail and the summary still go out.
+# ==========================================================================
+
+LEFT_NAMED = 20         # entries that chown left alone are named, then counted
+
+
+class Runner:
+    """Carries out the steps of one run."""
+
+    def __init__(self, config: Config, machine: Machine, journal: Journal,
+                 log: Log, headless: bool, broken: dict):
+        """`broken`: slug -> the faults of its script."""
+        self.config, self.machine, self.journal = config, machine, journal
+        self.log, self.headless, self.broken = log, headless, broken
+        self.sieve = Sieve(config.redact, config.filters, machine.limit)
+        self.story = Story(self.sieve)
+        self.problems: list[Problem] = []
+        self.results: dict[str, TaskResult] = {}
+        self.started = machine.clock.now()
+        self.took = 0.0
+        self.lost: list[dict] = []
+        self.alive: dict[str, str] = {}     # slug -> process of a lost run
+        self.expected: dict[str, float] = {}
+        self.now_running, self.total = "", 0
+
+    # --- telling ----------------------------------------------------------
+
+    def own(self, text: str, colour: str = "") -> None:
+        """A whole text of mission's own."""
+        text = self.sieve.redacted(text)
+        self.log.write(self.log.paint(colour, text) if colour else text)
+        self.story.own(text)
+
+    def say(self, text: str, colour: str = "") -> None:
+        """One line of mission's own."""
+        self.own(stamp(self.log.elapsed()) + visible(text) + "\n", colour)
+
+    def title(self, text: str) -> None:
+        first = self.story.excerpt.head_size == 0
+        self.own(("" if first else "\n") + header(text), "1")
+
+    def output(self, text: str, whole: str | None, mark: str = "",
+               child: Child | None = None) -> None:
+        """Lines of a task or of git."""
+        prefix = stamp(self.log.elapsed()) + mark
+        text = self.sieve.redacted(text)
+        lines = prefixed(text, prefix)
+        if child and child.written > self.config.logs_max:
+            child.over = child.over or Excerpt(2 * CHUNK)
+            child.over.add(lines)
+        else:
+            self.log.write(lines)
+        if whole is None:
+            self.story.output(text, prefix)
+        elif whole:
+            self.story.output(self.sieve.redacted(whole), prefix)
+
+    def problem(self, verdict: str, level: str, source: str,
+                text: str) -> None:
+        text = self.sieve.redacted(visible(text))
+        self.problems.append(Problem(verdict, level, source, text))
+        word, colour = ("ERROR", "31") if level == "error" else ("WARN", "33")
+        self.say(f"{word}: {text}", colour)
+
+    # --- the run ----------------------------------------------------------
+
+    def carry_out(self, steps: list[Step]) -> int:
+        """All the steps; the exit status."""
+        self.begin(steps)
+        for step in steps:
+            try:
+                if self.machine.stopped and step.kind in STOPPED_BY_SIGNAL:
+                    self.skip(step)
+                else:
+                    self.journal.note(phase=step.kind, task="")
+                    getattr(self, step.kind)(step)
+            except Exception as error:      # a fault of mission itself
+                import traceback
+                for line in traceback.format_exc().splitlines():
+                    self.say(line)
+                self.problem("tasks", "error", step.kind,
+                             f"fault in mission: {reason_of(error)}")
+        return self.end()
+
+    def begin(self, steps: list[Step]) -> None:
+        import uuid
+        self.machine.prepare(self.config)
+        self.run_id = str(uuid.uuid4())
+        self.lost = self.journal.lost()
+        for run in self.lost:
+            self.alive.update(marked(run["id"]))
+        known = {record["id"] for record in self.journal.history()}
+        for run in self.lost:
+            if run["id"] not in known:
+                self.journal.remember(self.record(run, "lost"))
+        self.journal.begin({
+            "id": self.run_id, "pid": os.getpid(), "started": self.started,
+            "boot": boot_id(), "headless": self.headless,
+            "log": self.log.path, "phase": "start", "task": "",
+            "lost": self.lost})
+        self.total = sum(len(step.tasks) for step in steps)
+        if self.log.terminal:
+            self.expected = self.journal.expected()
+            self.machine.on_tick = self.show_status
+
+    def record(self, run: dict, verdict: str) -> dict:
+        """A run as the history keeps it."""
+        levels = [problem.level for problem in self.problems]
+        mine = run["id"] == self.run_id
+        return {
+            "id": run["id"], "start": rfc3339(run["started"]),
+            "started": run["started"], "headless": run.get("headless"),
+            "seconds": round(self.took, 3) if mine else None,
+            "verdict": verdict, "log": run.get("log", ""),
+            "errors": levels.count("error") if mine else 0,
+            "warnings": levels.count("warning") if mine else 0,
+            "last": run.get("task") or run.get("phase", ""),
+            "tasks": [{**vars(result), "seconds": round(result.seconds, 3)}
+                      for result in self.results.values()] if mine else []}
+
+    def end(self) -> int:
+        """Bring everything to the disk; the exit status."""
+        self.log.status("")
+        self.log.sync()
+        if self.log.broken:
+            self.problems.append(Problem(
+                "delivery", "error", "log", f"{self.log.lost:,} bytes could "
+                f"not be written: {self.log.broken}"))
+        verdict = verdict_of(self.problems, self.machine.stopped)
+        record = self.record(self.journal.current, verdict)
+        for deed in (self.write_metrics, self.prune_logs,
+                     self.journal.finish):
+            try:
+                deed(record)
+            except OSError as error:
+                self.problems.append(Problem(
+                    "delivery", "error", deed.__name__.split("_")[-1],
+                    f"{error.filename or ''} {error.strerror}".strip()))
+        return exit_status(self.problems, self.machine.stopped)
+
+    def write_metrics(self, record: dict) -> None:
+        if self.config.textfile:
+            good = [old["started"] for old in [record] + self.journal.history(
+                )[::-1] if old["verdict"] in ("ok", "trouble")]
+            path = self.config.textfile
+            folder = open_folder(os.path.dirname(path))
+            try:
+                write_atomically(
+                    os.path.basename(path), metrics_text(
+                        record, next(iter(good), 0)).encode(), 0o644,
+                    dir_fd=folder)
+            finally:
+                os.close(folder)
+
+    def prune_logs(self, _record: dict) -> None:
+        if self.config.logs_keep and self.log.path:
+            self.log.prune(self.config.logs_keep)
+
+    def start(self, _step: Step) -> None:
+        self.title("Start")
+        local = time.localtime(self.started)
+        self.say("StartTime " + time.strftime("%Y-%m-%d %H:%M:%S", local))
+        for run in self.lost:
+            where = f'task "{run["task"]}"' if run.get("task") \
+                else run.get("phase", "its beginning")
+            why = "the machine was restarted" if run.get("boot") != boot_id() \
+                else "it was killed"
+            self.problem("tasks", "warning", "previousRun", f"run "
+                         f"{run['id'][:8]} of {rfc3339(run['started'])} did "
+                         f"not finish: {why} in {where}")
+            if self.headless and self.config.ping.enabled \
+                    and self.config.ping.fail:
+                self.ping("fail", run["id"])
+
+    def skip(self, step: Step) -> None:
+        """A step that a signal left undone."""
+        for task in step.tasks:
+            self.results[task.slug] = TaskResult(task.slug, "skipped")
+            self.say(f"SKIPPED {task.slug} (the run was stopped)")
+
+    # --- tasks ------------------------------------------------------------
+
+    def tasks(self, step: Step) -> None:
+        names = ", ".join(task.name for task in step.tasks)
+        self.title(("Task: " if len(step.tasks) == 1 else "Tasks: ") + names)
+        together = len(step.tasks) > 1
+        ready = [task for task in step.tasks if self.may_start(task)]
+        attempt = 1
+        while ready:
+            failed = self.attempt(ready, attempt, together)
+            ready = [task for task in failed if attempt <= task.retries
+                     and not self.machine.stopped]
+            if ready:
+                self.machine.pause(max(task.retry_delay for task in ready))
+            if self.machine.stopped:
+                break
+            attempt += 1
+        self.log.sync()
+
+    def attempt(self, tasks: list[Task], number_: int, together: bool) -> list:
+        """Run tasks side by side; those that failed."""
+        children, failed = [], []
+        for task in tasks:
+            try:
+                child = self.launch(task, f"{task.slug}: " if together else "")
+            except OSError as error:
+                self.judge(task, f"cannot start: {error.strerror}", 0.0,
+                           number_)
+                failed.append(task)
+            else:
+                child.task = task
+                children.append(child)
+        self.now_running = ", ".join(task.slug for task in tasks)
+        self.machine.attend(children, self.heard)
+        for child in children:
+            if not self.ended(child, number_):
+                failed.append(child.task)
+        return failed
+
+    def show_status(self) -> None:
+        slug = self.now_running
+        usual = self.expected.get(slug)
+        self.log.status(
+            f"task {min(len(self.results) + 1, self.total)} of {self.total}: "
+            f"{slug}, {duration_text(int(self.log.elapsed()))}"
+            + (f", usually {run_took(usual)}" if usual else ""))
+
+    def may_start(self, task: Task) -> bool:
+        """Whether nothing stands against it; if something does, say so."""
+        needed = blocked_by(task, {slug: result.outcome for slug, result
+                                   in self.results.items()})
+        if needed:
+            word = {"failed": "failed"}.get(
+                self.results[needed].outcome, "was skipped")
+            self.results[task.slug] = TaskResult(task.slug, "skipped")
+            self.problem("tasks", "warning", task.slug,
+                         f"skipped: it needs {needed}, which {word}")
+            return False
+        faults = list(self.broken.get(task.slug, ()))
+        if task.slug in self.alive:
+            faults.append("still running from a run that was lost: process "
+                          + self.alive[task.slug])
+        if task.user and os.geteuid() and task.user != myself().name:
+            faults.append(f"it runs as {task.user}, and mission does not run "
+                          "as root")
+        for name, wanted in task.min_free.items():
+            free = self.machine.free_bytes(self.config.folder(name))
+            if free < wanted:
+                faults.append(
+                    f"only {size_text(free >> 20 << 20)} free on storage "
+                    f"{name}, and {size_text(wanted)} are wanted")
+        for fault in faults:
+            self.problem("tasks", "error", task.slug, fault)
+        if faults:
+            self.results[task.slug] = TaskResult(task.slug, "failed")
+        return not faults
+
+    def launch(self, task: Task, mark: str) -> Child:
+        """Start a task. Raises OSError."""
+        account = account_of(task.user) if task.user else myself()
+        env = environment(
+            account, TARGET_USER=self.config.user.name,
+            PASS_BIN=self.config.pass_bin, MISSION_RUN_ID=self.run_id,
+            MISSION_TASK=task.slug,
+            **{s.variable: s.path for s in self.config.storage.values()})
+        env.update(task.env)
+        become = account if task.user else None
+        self.journal.note(task=task.slug)
+        if task.type == "builtin":
+            child = self.launch_builtin(task, env, become)
+        else:
+            child = self.machine.start(
+                [task.entrypoint], env, os.path.dirname(task.entrypoint),
+                become, task.timeout)
+        if task.nice:
+            os.setpriority(os.PRIO_PGRP, child.pid, task.nice)
+        child.scribe = Scribe(self.sieve, lambda text, whole: self.output(
+            text, whole, mark, child))
+        return child
+
+    def launch_builtin(self, task: Task, env: dict, become) -> Child:
+        """Start ourselves as the child that runs Python for a task."""
+        import json
+        folder = os.path.join(self.config.folder("tasks"), task.slug)
+        for name in ("SPOTIFY_API_URL", "SPOTIFY_ACCOUNTS_URL"):
+            if name in os.environ:
+                env.setdefault(name, os.environ[name])
+        given = json.dumps({
+            "path": os.path.join(folder, "task.py"),
+            "pass_bin": self.config.pass_bin,
+            "target_user": self.config.user.name,
+            "storage": {s.name: s.path for s in
+                        self.config.storage.values()}}).encode()
+        reading, writing = os.pipe()
+        secrets, secrets_end = os.pipe()
+        try:
+            os.set_blocking(writing, False)     # a pipe holds 64 KiB
+            write_all(writing, given)
+            os.close(writing)
+            child = self.machine.start(
+                [sys.executable, "-I", os.path.abspath(__file__), "_builtin",
+                 task.slug, str(reading), str(secrets_end)], env,
+                folder if os.path.isdir(folder) else "/", become,
+                task.timeout, pass_fds=(reading, secrets_end))
+        finally:
+            os.close(reading)
+            os.close(secrets_end)
+        os.set_blocking(secrets, False)
+        child.secrets = secrets
+        return child
+
+    def heard(self, child: Child, chunk: bytes) -> None:
+        """Output of a task, or b"" for a second of silence."""
+        if child.secrets is not None:
+            self.learn_secrets(child.secrets)
+        if chunk:
+            child.written += len(chunk)
+            child.scribe.take(chunk)
+        else:
+            child.scribe.silence()
+
+    def learn_secrets(self, fd: int) -> None:
+        """What a built-in fetched with pass: told before it could be
+        printed, so it is in the pipe before what was printed."""
+        try:
+            data = os.read(fd, CHUNK)
+        except BlockingIOError:
+            return
+        for line in data.decode("utf-8", "replace").split("\n"):
+            for value in (line, visible(line)):
+                if value and value not in self.sieve.values:
+                    self.sieve.values.append(value)
+        self.sieve.values.sort(key=len, reverse=True)
+
+    def ended(self, child: Child, attempt: int) -> bool:
+        """Close the books on one attempt; whether it went well."""
+        self.heard(child, b"")
+        child.scribe.end()
+        if child.over:
+            self.log.write(child.over.text())
+            self.say(f"<<the log keeps {size_text(self.config.logs_max)} of "
+                     "a task's output: above are head and tail of the rest>>")
+        if child.secrets is not None:
+            os.close(child.secrets)
+        if child.leftovers:
+            self.problem("tasks", "warning", child.task.slug,
+                         "processes it left behind held its output open: "
+                         + ", ".join(child.leftovers))
+        fault = child.why or (status_text(child.code) if child.code else "")
+        return self.judge(child.task, fault, child.seconds(), attempt,
+                          child.code)
+
+    def judge(self, task: Task, fault: str, seconds: float, attempt: int,
+              code: int | None = None) -> bool:
+        """Write the closing line of an attempt, and its result."""
+        words = "not started" if code is None else (
+            f"exit {code}" if code >= 0 else status_text(code))
+        before = self.results.get(task.slug)
+        total = seconds + (before.seconds if before else 0)
+        self.results[task.slug] = TaskResult(
+            task.slug, "failed" if fault else "ok", total, attempt)
+        self.say(f"TaskFinish {task.slug}: {words} in "
+                 f"{duration_text(seconds)}")
+        if fault and attempt <= task.retries and not self.machine.stopped:
+            self.say(f"attempt {attempt} of {task.retries + 1} failed: "
+                     f"{fault}; again in {duration_text(task.retry_delay)}")
+        elif fault:
+            self.problem("tasks", "error", task.slug, fault)
+        return not fault
+
+    # --- housekeeping -----------------------------------------------------
+
+    def chown(self, step: Step) -> None:
+        self.once_title("Chown")
+        account = account_of(self.config.user.name)
+        path = step.storage.path
+        try:
+            done = self.machine.chown_tree(path, account.uid, account.gid)
+        except OSError as error:
+            return self.problem("housekeeping", "warning", "chownFiles",
+                                f"{path}: {error.strerror}")
+        self.say(f"{path}: {plural(done.changed, 'file')}")
+        for name, why in done.left[:LEFT_NAMED]:
+            self.say(f"left alone: {name}: {why}")
+        serious = [name for name, why in done.left
+                   if why != "another file system"]
+        if serious:
+            self.problem("housekeeping", "warning", "chownFiles",
+                         f"{path}: left alone: {len(serious):,}, the first "
+                         f"of them {serious[0]}")
+        return None
+
+    def once_title(self, text: str) -> None:
+        if text not in self.__dict__.setdefault("titles", set()):
+            self.titles.add(text)
+            self.title(text)
+
+    def commit(self, step: Step) -> None:
+        self.once_title("Commit")
+        path = step.storage.path
+        self.say(f"RepoDir {path}")
+        scribe = Scribe(self.sieve, self.output)
+
+        def tell(kind: str, text) -> None:
+            if kind:
+                scribe.end()
+                self.say(f"{kind} {text}".rstrip())
+            else:
+                scribe.take(text)
+
+        began = [run["started"] for run in self.lost] + [
+            self.machine.clock.now()]
+        local = time.strftime("%Y-%m-%d %H:%M:%S",
+                              time.localtime(self.machine.clock.now()))
+        message = (f"{'auto' if self.headless else 'manual'} run complete "
+                   f"on {local}")
+        try:
+            for warning in self.machine.commit(path, message, tell,
+                                               min(began)):
+                scribe.end()
+                self.problem("housekeeping", "warning", "commitRepositories",
+                             warning)
+        except (Error, OSError) as error:
+            scribe.end()
+            self.problem("housekeeping", "error", "commitRepositories",
+                         f"{path}: {error.message} ({error.hint})"
+                         if getattr(error, "hint", "") else
+                         f"{path}: {reason_of(error)}")
+        scribe.end()
+
+    # --- the end, and delivery --------------------------------------------
+
+    def finish(self, _step: Step) -> None:
+        self.took = self.log.elapsed()
+        self.title("Finish")
+        self.say(time.strftime("FinishTime %Y-%m-%d %H:%M:%S", time.localtime(
+            self.machine.clock.now())))
+
+    def failed(self) -> bool:
+        return bool(self.machine.stopped or backup_problems(self.problems))
+
+    def finished_text(self) -> str:
+        how = " with errors or warnings" if self.failed() else ""
+        return f"run finished{how} in {run_took(self.took)}"
+
+    def notify_start(self, _step: Step) -> None:
+        self.notify("NotifyStart", "run started", False)
+
+    def notify_finish(self, _step: Step) -> None:
+        self.notify("NotifyFinish", self.finished_text(), self.failed())
+
+    def notify(self, word: str, text: str, failed: bool) -> None:
+        """A desktop that cannot be told is no problem of the backup."""
+        reason = self.machine.notify(self.config.user.name, text, failed)
+        self.say(f"NotifyFailure {reason}" if reason else word)
+
+    def summary(self, _step: Step) -> None:
+        for title, level in (("Warnings", "warning"), ("Errors", "error")):
+            found = [p for p in self.problems if p.level == level]
+            if found:
+                self.title(title)
+                for problem in found:
+                    self.own(f"- {problem.source}: {problem.text}\n")
+
+    def mail_start(self, _step: Step) -> None:
+        self.mail("MailStart", "run started", "start",
+                  "The run has started.\n")
+
+    def mail_finish(self, _step: Step) -> None:
+        if self.config.mail.on == "failure" and not self.problems \
+                and not self.machine.stopped:
+            return
+        self.story.close()
+        found = closing_words(self.problems, self.machine.stopped)
+        body = (f"{found or 'All tasks ran well'}.\n"
+                + (f"The whole log: {HOST}:{self.log.path}\n"
+                   if self.log.path else "")
+                + (f"The log could not be written ({self.log.broken}).\n"
+                   if self.log.broken else "")
+                + "\n" + self.story.excerpt.text())
+        self.title("Mail")
+        self.mail("MailFinish", f"run finished in {run_took(self.took)}",
+                  "finish", body)
+
+    def mail(self, word: str, text: str, kind: str, body: str) -> None:
+        message = rfc5322(
+            HOST, self.config.user.email, subject(
+                HOST, text, kind == "finish" and self.failed()), body,
+            f"{self.run_id}.{kind}", self.machine.clock.now())
+        reason = self.machine.send_mail(self.config, message)
+        if not reason:
+            return self.say(word)
+        try:
+            self.journal.queue_mail(f"{self.run_id}.{kind}", message)
+            reason += "; it waits for the next run"
+        except OSError as error:
+            reason += f"; it could not be kept either: {error.strerror}"
+        return self.problem("delivery", "error", f"mail{kind.capitalize()}",
+                            reason)
+
+    def outbox(self, _step: Step) -> None:
+        """Send what earlier runs could not, until one is refused again."""
+        for path in self.journal.queued_mails():
+            with open(path, "rb") as file:
+                reason = self.machine.send_mail(self.config, file.read())
+            name = os.path.basename(path)
+            if reason:
+                return self.say(f"MailWaits {name}: {reason}")
+            os.unlink(path)
+            self.say(f"MailSent {name}")
+        return None
+
+    def ping_start(self, _step: Step) -> None:
+        self.ping("start", self.run_id)
+
+    def ping_finish(self, _step: Step) -> None:
+        self.title("Ping")
+        if not exit_status(self.problems, self.machine.stopped) \
+                and not self.log.broken:
+            self.ping("", self.run_id)
+        elif self.config.ping.fail and self.failed():
+            self.ping("fail", self.run_id)
+        else:
+            self.say("no ping: not all went well")
+
+    def ping(self, action: str, run_id: str) -> None:
+        """Tell the monitor; tries again when that could help."""
+        ping = self.config.ping
+        url = ping_url(ping, action, run_id, HOST)
+        body = None
+        if ping.log and action != "start":
+            self.story.close()
+            body = self.story.excerpt.end(PING_LIMIT).encode()[-PING_LIMIT:]
+        tries = 1 if action == "start" else ping.retries
+        for number_ in range(tries):
+            accepted, answer = self.machine.ping(url, body, ping.timeout,
+                                                 ping.ca_file)
+            if accepted or not worth_another(answer):
+                break
+            if number_ + 1 < tries:
+                self.say(f"ping: {answer}; again")
+                self.machine.pause(min(2 ** number_, 30))
+        self.say(f"PingResponse {answer}")
+        if not accepted or answer.startswith("200 OK ("):
+            self.problem("delivery", "error", "ping", answer)
+
+
+def ping_url(ping: Ping, action: str, run_id: str, host: str) -> str:
+    """The endpoint for an action, `%s` replaced by the host's name; with
+    `rid` when the monitor is to pair start and end (Healthchecks)."""
+    from urllib.parse import quote, urlsplit, urlunsplit
+    url = ping.endpoint.replace("%s", quote(host, safe=""))
+    if not (action or ping.start or ping.fail or ping.log):
+        return url          # as it was written
+    parts = urlsplit(url)
+    path, query = parts.path, parts.query
+    if action:
+        path = path.rstrip("/") + "/" + action
+    if ping.start or ping.fail or ping.log:
+        query += ("&" if query else "") + "rid=" + run_id
+    return urlunsplit((parts.scheme, parts.netloc, path, query, ""))
+
+
+def worth_another(answer: str) -> bool:
+    """Whether asking again could help: not after "no such check"."""
+    code = answer.removeprefix("HTTP ")[:3]
+    return code in ("408", "429") or not code.startswith("4") \
+        or not answer.startswith("HTTP ")
+
+
+# ==========================================================================
+# Sample: what does `init` write?                                 (nothing)
+#
+# The same text as mission.sample.json; a test compares them, and another
+# checks it on a host that has what it names.
+# ==========================================================================
+
+SAMPLE = r'''// mission's configuration: JSON with comments and trailing commas.
+// `mission check` tells every fault with its line; README.md has all keys.
+{
+    // What to do, in this order. A task is the program TASKS_DIR/slug/run.
+    "tasks": [
+        { "slug": "mail", "name": "Mail", "type": "exec", "scheduled": true },
+        {
+            "slug": "databases",
+            "name": "Databases",
+            "type": "exec",
+            "scheduled": true,
+            "timeout": "1h",                // then SIGTERM, then SIGKILL
+            "retries": 2,
+            "retryDelay": "30s",
+            "minFree": { "local": "1G" },   // else it fails at once
+        },
+        // Not scheduled: runs only when asked for, with `mission run -t`.
+        { "slug": "photos", "name": "Photos", "type": "exec" },
+        // A post task: runs after the others, and after chown and commit.
+        {
+            "slug": "offsite",
+            "name": "Off-site copy",
+            "type": "exec",
+            "scheduled": true,
+            "post": true,
+            "needs": ["databases"],         // skipped if that one failed
+        },
+    ],
+
+    // The unprivileged user whose backups these are.
+    "user": { "name": "anon", "email": "anon@example.com" },
+
+    // Asked for passwords with the name as its one argument.
+    "passBin": "/usr/bin/pass",
+
+    // Each is a variable for the tasks: SYNC_DIR, LOCAL_DIR, ...
+    // chown: give what the tasks stored to user.name.
+    // commit: commit it with git, as the folder's owner.
+    "storage": {
+        "tasks": { "path": "~/backup/tasks" },
+        "logs": { "path": "~/backup/logs" },
+        "sync": { "path": "~/backup/sync", "chown": true, "commit": true },
+        "local": { "path": "~/backup/local", "chown": true },
+    },
+
+    // Asked for with GET when all went well; %s is the host's name.
+    "ping": { "enabled": false, "endpoint": "https://hc-ping.com/UUID" },
+
+    "notify": { "enabled": false },
+
+    "mail": { "enabled": false, "type": "sendmail" },
+
+    // Lines that stay in the log and are left out of the mail.
+    "filters": ["^sending incremental file list$"],
+
+    // What matches becomes *** in the log and in all that is made from it.
+    "redact": ["(?i)(password|token)=[^ ]+"],
+
+    "logs": { "keep": 90 },
+}
+'''
+
+TASK_SCRIPT = """#!/bin/bash
+set -euo pipefail
+
+# The task {slug}. Its folder is the working directory; see README.md for
+# the variables it gets: $LOCAL_DIR and the like, $PASS_BIN, $TARGET_USER.
+# Whatever it prints is in the log; a status that is not 0 is a failure.
+
+echo "nothing is backed up yet: edit $PWD/run"
+exit 1
+"""
+
+COMPLETIONS = {
+    "bash": r'''# mission completion bash > /etc/bash_completion.d/mission
+_mission() {
+    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]}
+    case $before in
+        -c|--config) COMPREPLY=($(compgen -f -- "$word")); return ;;
+        -t|--task) COMPREPLY=($(compgen -W "$(mission list 2>/dev/null)" \
+            -- "$word")); return ;;
+        completion) COMPREPLY=($(compgen -W "bash zsh fish" -- "$word"))
+            return ;;
+    esac
+    COMPREPLY=($(compgen -W "COMMANDS OPTIONS" -- "$word"))
+}
+complete -F _mission mission
+''',
+    "zsh": r'''#compdef mission
+# mission completion zsh > /usr/local/share/zsh/site-functions/_mission
+_mission() {
+    case $words[CURRENT-1] in
+        -c|--config) _files; return ;;
+        -t|--task) compadd -- ${(f)"$(mission list 2>/dev/null)"}; return ;;
+        completion) compadd bash zsh fish; return ;;
+    esac
+    compadd -- COMMANDS OPTIONS
+}
+_mission "$@"
+''',
+    "fish": r'''# mission completion fish > /etc/fish/completions/mission.fish
+complete -c mission -f -a "COMMANDS"
+complete -c mission -s c -l config -r -F
+complete -c mission -s t -l task -r -f -a "(mission list 2>/dev/null)"
+complete -c mission -f -a "OPTIONS"
+''',
+}
+
+# ==========================================================================
+# Command: what can I type?                                      (terminal)
+#
+# One function for each command. `main` is the only way out: it turns an
+# Error into one line on stderr and an exit status.
+# ==========================================================================
+
+USAGE = """\
+mission: run backup tasks in order, and never let a failure pass unnoticed.
+
+Usage:
+  mission [options] init                 write a sample configuration
+  mission [options] run [-t SLUG]... [--headless] [--dry-run] [--wait TIME]
+  mission [options] list [--json]        the tasks
+  mission [options] check                is the configuration right?
+  mission [options] dump                 the configuration as JSON
+  mission [options] history [-n N] [--json]   past runs
+  mission [options] log [RUN]            a saved run log, by default the newest
+  mission [options] new SLUG             begin a new task
+  mission completion bash|zsh|fish       completion for a shell
+
+Options:
+  -c, --config PATH    configuration (default: mission.config.json)
+  -t, --task SLUG      run this task; may be given several times
+      --headless       as from cron: log to a file, mail, ping
+      --dry-run        print what a run would do, and do nothing
+      --wait TIME      wait for another run to end, e.g. 30m
+  -n, --number N       how many past runs (default: 20)
+      --json           for programs
+  -q, --quiet          no desktop notification
+  -v, --verbose        more detail
+  -C, --no-color       no colour
+  -h, --help           this text
+      --version        the version
+
+Exit status: 0 all well; 1 errors or warnings in the run; 2 wrong usage;
+74 only mail, ping or log failed; 75 another run is active; 78 configuration;
+128+N stopped by signal N.
+"""
+
+SHORT = "c:t:n:qvCh"
+LONG = ["config=", "task=", "number=", "quiet", "verbose", "no-color",
+        "headless", "dry-run", "wait=", "json", "help", "version"]
+LONGEST_CONFIG = 2**20
+
+
+class Options:
+    """What was typed."""
+
+    def __init__(self):
+        self.config, self.tasks, self.number = "mission.config.json", [], 20
+        self.quiet = self.verbose = self.headless = self.json = False
+        self.dry_run, self.wait = False, 0.0
+        self.colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+    def read(self, argv: list[str]) -> list[str]:
+        """Take the options from both sides of the command; the rest of the
+        words. Raises Error."""
+        # getopt would load gettext, and with it `re`, to translate two
+        # messages; without it, it says them in English.
+        sys.modules.setdefault("gettext", None)
+        import getopt
+        if sys.modules["gettext"] is None:
+            del sys.modules["gettext"]
+        try:
+            found, words = getopt.gnu_getopt(argv, SHORT, LONG)
+        except getopt.GetoptError as error:
+            raise Error(str(error), "mission --help", EXIT_USAGE) from None
+        for name, value in found:
+            self.put(name, value)
+        return words
+
+    def put(self, name: str, value: str) -> None:
+        if name in ("-h", "--help"):
+            raise Shown(USAGE)
+        if name == "--version":
+            raise Shown(f"{PROG} {VERSION}\n")
+        if name in ("-c", "--config"):
+            self.config = value
+        elif name in ("-t", "--task"):
+            self.tasks.append(value)
+        elif name in ("-n", "--number"):
+            if not (value.isascii() and value.isdigit() and int(value)):
+                raise Error(f"-n {value}: not a number of runs", "-n 20",
+                            EXIT_USAGE)
+            self.number = int(value)
+        elif name == "--wait":
+            wait = seconds_of(value)
+            if wait is None:
+                raise Error(f"--wait {value}: not a duration", "--wait 30m",
+                            EXIT_USAGE)
+            self.wait = wait
+        elif name in ("-C", "--no-color"):
+            self.colour = False
+        else:
+            name = {"-q": "quiet", "-v": "verbose"}.get(
+                name, name.strip("-").replace("-", "_"))
+            setattr(self, name, True)
+
+
+class Shown(Exception):
+    """There is nothing to do but to show a text."""
+
+
+def paint(options: Options, code: str, text: str) -> str:
+    return f"\x1b[{code}m{text}\x1b[0m" if options.colour else text
+
+
+def read_text(path: str) -> str:
+    """A configuration file. Raises Error."""
+    def refuse(reason: str, hint: str = ""):
+        raise Error(f"{path}: {reason}", hint, EXIT_CONFIG)
+
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        refuse("there is no such file", "-c PATH, or `mission init` for one")
+    except OSError as error:
+        refuse(error.strerror)
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            refuse("this is no regular file")
+        if status.st_size > LONGEST_CONFIG:
+            refuse("this is larger than 1 MiB, and no configuration")
+        data = file.read(LONGEST_CONFIG + 1)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        row = data.count(b"\n", 0, error.start) + 1
+        column = error.start - data.rfind(b"\n", 0, error.start)
+        refuse(f"{row}:{column}: not UTF-8", "save it as UTF-8")
+
+
+class Loaded(Record):
+    """A configuration file, read and judged."""
+    config: Config | None
+    text: str
+    complaints: list
+
+
+def loaded(options: Options, with_facts: bool = True) -> Loaded:
+    """Read and judge the configuration. Raises Error if it is unreadable."""
+    path = os.path.abspath(options.config)
+    text = read_text(path)
+    reading = Reading(text, path)
+    config, complaints = reading.config(), reading.complaints
+    if config and with_facts:
+        machine = Machine()
+        config, more = resolved(config, machine.home_of)
+        complaints += more + Judge(config, machine.facts(config), {
+            c.path for c in complaints + more}).complaints()
+    return Loaded(config, text, sorted(complaints, key=lambda c: c.at))
+
+
+def refuse_faults(options: Options, found: Loaded, complaints: list) -> None:
+    """Print every fault and raise Error, if there is one."""
+    lines = dict.fromkeys(complaint.line(options.config, found.text)
+                          for complaint in complaints)
+    for line in lines:
+        print(line, file=sys.stderr)
+    if lines:
+        raise Error(f"{plural(len(lines), 'fault')} in {options.config}", "",
+                    EXIT_CONFIG)
+
+
+def command_init(options: Options) -> int:
+    try:
+        fd = os.open(options.config, os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                     | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise Error(f"{options.config} exists already",
+                    "-c PATH writes another") from None
+    except OSError as error:
+        raise Error(f"{options.config}: {error.strerror}") from None
+    with os.fdopen(fd, "w", encoding="utf-8") as file:
+        file.write(SAMPLE)
+    print(paint(options, "32", f"Created {options.config}") + "; edit it, "
+          "then: mission check")
+    return EXIT_OK
+
+
+def command_check(options: Options) -> int:
+    found = loaded(options)
+    refuse_faults(options, found, found.complaints)
+    return EXIT_OK
+
+
+def command_dump(options: Options) -> int:
+    import json
+    found = loaded(options)
+    refuse_faults(options, found, [c for c in found.complaints if not c.slug])
+    print(json.dumps(as_json(found.config), indent=4, ensure_ascii=False))
+    return EXIT_OK
+
+
+def command_list(options: Options) -> int:
+    found = loaded(options, with_facts=False)
+    refuse_faults(options, found, found.complaints)
+    tasks = found.config.tasks
+    if options.json:
+        import json
+        print(json.dumps([{
+            "slug": task.slug, "name": task.name or task.slug,
+            "type": task.type, "scheduled": task.scheduled,
+            "post": task.post} for task in tasks], indent=4,
+            ensure_ascii=False))
+        return EXIT_OK
+    for task in tasks:
+        if options.verbose:
+            when = paint(options, "32", "scheduled") if task.scheduled \
+                else paint(options, "31", "manual")
+            name = paint(options, "1", visible(task.name or task.slug))
+            print(f"{visible(task.slug)} [{name}, {when}"
+                  f"{', post' if task.post else ''}]")
+        else:
+            print(visible(task.slug))
+    return EXIT_OK
+
+
+def command_run(options: Options) -> int:
+    found = loaded(options)
+    refuse_faults(options, found, [c for c in found.complaints if not c.slug])
+    config, broken = found.config, {}
+    for complaint in found.complaints:
+        broken.setdefault(complaint.slug, []).append(
+            f"{complaint.what} ({complaint.right})")
+    steps = plan(config, options.tasks, options.headless, options.quiet)
+    if options.dry_run:
+        for number_, step in enumerate(steps, start=1):
+            print(f"{number_:3}. {step_text(step, config)}")
+        return EXIT_OK
+    machine = Machine()
+    journal = Journal(os.path.join(state_home(), state_name(config.path)),
+                      machine.clock)
+    refuse_run_of_root(config)
+    journal.acquire(options.wait)
+    machine.listen()
+    log = Log(machine.clock, options.colour and not options.headless)
+    runner = Runner(config, machine, journal, log, options.headless, broken)
+    if options.headless:
+        log.open(config.folder("logs"), runner.started)
+    status = runner.carry_out(steps)
+    if status:
+        raise Error(closing_words(runner.problems, machine.stopped), "",
+                    status)
+    return status
+
+
+def refuse_run_of_root(config: Config) -> None:
+    """Root's lock is root's: we could not see whether a run goes on."""
+    if os.geteuid() and os.path.isdir(os.path.join(
+            "/var/lib/mission", state_name(config.path))) \
+            and not os.environ.get("MISSION_STATE"):
+        raise Error("root runs this configuration, and its lock cannot be "
+                    "seen from here: permission denied",
+                    "sudo mission run, or a configuration of your own",
+                    EXIT_BUSY)
+
+
+def remembered(options: Options) -> Journal:
+    """The journal, for reading. Raises Error when there is none."""
+    path = os.path.abspath(options.config)
+    journal = Journal(os.path.join(state_home(), state_name(path)), Clock())
+    try:
+        os.listdir(journal.folder)
+    except OSError:
+        raise Error(f"no run of {options.config} is remembered",
+                    "-c names the configuration, and root's runs are root's"
+                    ) from None
+    return journal
+
+
+def runs_of(journal: Journal) -> list[dict]:
+    """The history, and what would be reported as lost by the next run."""
+    runs = journal.history()
+    lock = os.path.join(journal.folder, "lock")
+    current = journal.read_current()
+    if current and current["id"] not in {run["id"] for run in runs}:
+        held = only_one(lock)
+        if held is not None:
+            os.close(held)
+        runs.append({
+            "id": current["id"], "start": rfc3339(current["started"]),
+            "seconds": None, "verdict": "running" if held is None else "lost",
+            "log": current.get("log", ""), "errors": 0, "warnings": 0,
+            "last": current.get("task") or current.get("phase"),
+            "headless": current.get("headless"), "tasks": []})
+    return runs
+
+
+COLOURS = {"ok": "32", "running": "36", "trouble": "33"}
+
+
+def command_history(options: Options) -> int:
+    runs = runs_of(remembered(options))
+    shown = runs[-options.number:]
+    if options.json:
+        import json
+        print(json.dumps(shown, indent=4, ensure_ascii=False))
+        return EXIT_OK
+    print(f"{'RUN':8}  {'STARTED':25}  {'TOOK':>12}  VERDICT")
+    for run in shown:
+        took = "-" if run["seconds"] is None else duration_text(
+            run["seconds"])
+        verdict = paint(options, COLOURS.get(run["verdict"], "31"),
+                        f"{run['verdict']:8}")
+        failed = [task["slug"] for task in run["tasks"]
+                  if task["outcome"] == "failed"]
+        detail = ", ".join(failed) if failed else (
+            f"in {run['last']}" if run["verdict"] in ("lost", "running")
+            else "")
+        print(f"{run['id'][:8]:8}  {run['start']:25}  {took:>12}  {verdict}"
+              f" {visible(detail)}".rstrip())
+    durations: dict[str, list] = {}
+    for run in runs:
+        for task in run["tasks"]:
+            if task["outcome"] == "ok":
+                durations.setdefault(task["slug"], []).append(task["seconds"])
+    if durations:
+        print("\nHow long the tasks took, the newest on the right:")
+    width = max(map(len, durations), default=0)
+    for slug, seconds in durations.items():
+        print(f"{slug:{width}}  {spark(seconds[-40:])}  "
+              f"{duration_text(seconds[-1])}")
+    return EXIT_OK
+
+
+def command_log(options: Options, run: str = "") -> int:
+    runs = [r for r in runs_of(remembered(options))
+            if r.get("log") and (not run or r["id"].startswith(run)
+                                 or os.path.basename(r["log"]).startswith(
+                                     run))]
+    if not runs:
+        raise Error(f"no saved log of run {quoted(run)}" if run else
+                    "no run has saved a log", "mission history shows the "
+                    "runs; a run by hand prints its log and saves none")
+    path = runs[-1]["log"]
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+                     | os.O_CLOEXEC)
+    except OSError as error:
+        raise Error(f"{path}: {error.strerror}") from None
+    with os.fdopen(fd, encoding="utf-8", errors="backslashreplace") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise Error(f"{path} is no regular file")
+        if sys.stdout.isatty():
+            return page(file)
+        for line in file:
+            sys.stdout.write(visible(line.rstrip("\n")) + "\n")
+    return EXIT_OK
+
+
+def page(lines) -> int:
+    """Show lines through the caller's pager."""
+    import shlex
+    import subprocess
+    pager = shlex.split(os.environ.get("PAGER") or "less")
+    try:
+        child = subprocess.Popen(pager, stdin=subprocess.PIPE)
+    except OSError as error:
+        raise Error(f"{pager[0]}: {error.strerror}", "PAGER=cat") from None
+    try:
+        with child.stdin as end:
+            for line in lines:
+                end.write((visible(line.rstrip("\n")) + "\n").encode())
+    except BrokenPipeError:
+        pass                # the reader has seen enough
+    child.wait()
+    return EXIT_OK
+
+
+def command_new(options: Options, slug: str) -> int:
+    if not is_label(slug, LOWER + DIGITS):
+        raise Error(f"{quoted(slug)} is no slug", "letters a-z, digits, - "
+                    "and _, at most 64", EXIT_USAGE)
+    found = loaded(options)
+    refuse_faults(options, found, [c for c in found.complaints if not c.slug])
+    folder = found.config.folder("tasks")
+    path = os.path.join(folder, slug, "run")
+    try:
+        tasks = open_folder(folder)
+        owner = os.fstat(tasks)
+        os.mkdir(slug, 0o755, dir_fd=tasks)
+        below = os.open(slug, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+                        | os.O_CLOEXEC, dir_fd=tasks)
+        fd = os.open("run", os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                     | os.O_NOFOLLOW | os.O_CLOEXEC, 0o755, dir_fd=below)
+        write_all(fd, TASK_SCRIPT.replace("{slug}", slug).encode())
+        if os.geteuid() == 0:       # who owns the folder will edit the file
+            for made in (fd, below):
+                os.fchown(made, owner.st_uid, owner.st_gid)
+    except FileExistsError:
+        raise Error(f"{os.path.dirname(path)} exists already",
+                    "choose another slug, or edit what is there") from None
+    except OSError as error:
+        raise Error(f"{path}: {error.strerror}") from None
+    print(f"Created {path}\nAdd this line to the tasks of {options.config}:\n"
+          f'{{ "slug": "{slug}", "name": "{slug.capitalize()}", "type": '
+          '"exec", "scheduled": true },')
+    return EXIT_OK
+
+
+def command_completion(_options: Options, shell: str) -> int:
+    if shell not in COMPLETIONS:
+        raise Error(f"no completion for {quoted(shell)}", "bash, zsh or fish",
+                    EXIT_USAGE)
+    names = " ".join("--" + name.rstrip("=") for name in LONG)
+    print(COMPLETIONS[shell].replace("COMMANDS", " ".join(COMMANDS)).replace(
+        "OPTIONS", names), end="")
+    return EXIT_OK
+
+
+COMMANDS = {    # name -> function, fewest and most words after it
+    "init": (command_init, 0, 0), "run": (command_run, 0, 0),
+    "list": (command_list, 0, 0), "check": (command_check, 0, 0),
+    "dump": (command_dump, 0, 0), "history": (command_history, 0, 0),
+    "log": (command_log, 0, 1), "new": (command_new, 1, 1),
+    "completion": (command_completion, 1, 1),
+}
+
+
+def obey(argv: list[str]) -> int:
+    """Run one command; its exit status. Raises Error."""
+    options = Options()
+    words = options.read(argv)
+    if not words:
+        raise Error("which command?", "mission --help", EXIT_USAGE)
+    name, *rest = words
+    if name not in COMMANDS:
+        meant = nearest(name, COMMANDS)
+        raise Error(f"there is no command {quoted(name)}", f"did you mean "
+                    f"{meant}?" if meant else "mission --help", EXIT_USAGE)
+    function, fewest, most = COMMANDS[name]
+    if not fewest <= len(rest) <= most:
+        what = f"what is {quoted(rest[most])}?" if len(rest) > most \
+            else f"{name} needs a word more"
+        raise Error(what, "mission --help", EXIT_USAGE)
+    return function(options, *rest)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status. The only way out."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["_builtin"]:        # we are the child of a run
+        return run_builtin(argv[1], int(argv[2]), int(argv[3]))
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):      # cron has no locale
+                stream.reconfigure(encoding="utf-8",
+                                   errors="backslashreplace")
+        status = obey(argv)
+        sys.stdout.flush()
+        return status
+    except Shown as text:
+        print(text, end="")
+        return EXIT_OK
+    except Error as error:
+        hint = f" ({error.hint})" if error.hint else ""
+        sys.stdout.flush()
+        print(visible(f"{PROG}: error: {error.message}{hint}"),
+              file=sys.stderr)
+        return error.status
+    except BrokenPipeError:             # mission list | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return EXIT_SIGNAL + 13         # as a program that SIGPIPE ended
+    except KeyboardInterrupt:
+        return EXIT_SIGNAL + 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""What the tests share: a scratch home, real programs, real users."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import pwd
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STRICT = os.environ.get("STRICT") == "1"
+AS_ROOT = os.geteuid() == 0
+# A pyenv python under root's home is out of reach of an ordinary user.
+SYSTEM_PYTHON = "/usr/bin/python3"
+ALICE, ALICE_UID = "alice", 1500
+MALLORY, MALLORY_UID = "mallory", 1501
+
+# Only root can make users, mount, and change owners. Without root these tests
+# are not collected (conftest.py), so that STRICT=1 holds for anyone.
+root_only = pytest.mark.root_only
+
+
+def load(name: str):
+    """mission or koitab as a module, from the file at the top."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+PARTS = {   # program -> the Debian package that brings it
+    "git": "git", "sendmail": "msmtp-mta", "notify-send": "libnotify-bin",
+    "dunst": "dunst", "dunstctl": "dunst", "Xvfb": "xvfb",
+    "dbus-daemon": "dbus", "pass": "pass", "gpg": "gnupg",
+    "strace": "strace", "ts": "moreutils", "openssl": "openssl",
+    "setcap": "libcap2-bin", "getcap": "libcap2-bin", "bash": "bash",
+    "unshare": "util-linux", "setpriv": "util-linux",
+    "mkfs.ext4": "e2fsprogs", "ps": "procps", "zsh": "zsh", "fish": "fish",
+}
+
+
+def find(program: str) -> str | None:
+    path = os.environ.get("PATH", os.defpath)
+    return shutil.which(program, path=path + ":/usr/sbin:/usr/lib:/sbin")
+
+
+def need(*programs: str) -> None:
+    """Skip, naming the missing real part; with STRICT=1 fail."""
+    for program in programs:
+        if not find(program):
+            absent(f"{program} is missing: apt-get install "
+                   f"{PARTS.get(program, program)} (make parts)")
+
+
+def absent(why: str) -> None:
+    if STRICT:
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+def wait_until(question, seconds: float = 10, what: str = "it"):
+    """Ask again until the answer is true; the answer. For other processes,
+    whose events we cannot select on."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        answer = question()
+        if answer:
+            return answer
+        time.sleep(0.01)
+    pytest.fail(f"waited {seconds} s for {what}")
+
+
+class Result:
+    """How a program ended: code, out, err (text)."""
+
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+    def __repr__(self) -> str:
+        return f"exit {self.code}\n--- out\n{self.out}\n--- err\n{self.err}"
+
+
+class Scratch:
+    """A home, folders for storages, and a configuration to run.
+
+    `config` is a dict that tests change before they call `mission(...)`.
+    """
+
+    def __init__(self, folder: Path, user: str | None = None,
+                 python: str = sys.executable):
+        self.folder, self.python = Path(folder), python
+        self.host = None            # a Host: runs in a mount namespace
+        self.home = self.make("home")
+        self.state = self.folder / "state"
+        self.logs, self.tasks = self.make("logs"), self.make("tasks")
+        self.path = self.folder / "mission.config.json"
+        self.env = {"PATH": os.environ.get("PATH", os.defpath),
+                    "HOME": str(self.home), "MISSION_STATE": str(self.state)}
+        self.config = {
+            "tasks": [],
+            "user": {"name": user or some_user()},
+            "storage": {"tasks": {"path": str(self.tasks)},
+                        "logs": {"path": str(self.logs)}},
+        }
+
+    def make(self, name: str) -> Path:
+        path = self.folder / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def storage(self, name: str, **options) -> Path:
+        path = self.make(name)
+        self.config["storage"][name] = {"path": str(path), **options}
+        return path
+
+    def task(self, slug: str, script: str = "", **options) -> Path:
+        """A task with its script (`#!/bin/sh` is put in front if missing)."""
+        folder = self.tasks / slug
+        folder.mkdir(exist_ok=True)
+        script = textwrap.dedent(script).lstrip("\n")
+        if not script.startswith("#!"):
+            script = "#!/bin/sh\n" + script
+        run = folder / "run"
+        run.write_text(script)
+        run.chmod(0o755)
+        self.entry(slug, "exec", **options)
+        return run
+
+    def builtin(self, slug: str, python: str = "", **options) -> None:
+        if python:
+            folder = self.tasks / slug
+            folder.mkdir(exist_ok=True)
+            (folder / "task.py").write_text(textwrap.dedent(python))
+        self.entry(slug, "builtin", **options)
+
+    def entry(self, slug: str, kind: str, **options) -> None:
+        options.setdefault("name", slug.capitalize())
+        options.setdefault("scheduled", True)
+        self.config["tasks"].append({"slug": slug, "type": kind, **options})
+
+    def write(self) -> None:
+        self.path.write_text(json.dumps(self.config, indent=4))
+        self.path.chmod(0o600)
+
+    def command(self, *args: str) -> list[str]:
+        command = [self.python, "-I", "-S", str(ROOT / "mission.py"),
+                   "-c", str(self.path), *args]
+        return self.host.command(command) if self.host else command
+
+    def mission(self, *args: str, timeout: float = 60, write: bool = True,
+                **options) -> Result:
+        """Run mission with the configuration; wait for its end."""
+        if write:
+            self.write()
+        done = subprocess.run(
+            self.command(*args), env=self.env, cwd=str(self.folder),
+            stdin=subprocess.DEVNULL, timeout=timeout,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+        return Result(done.returncode, done.stdout.decode("utf-8", "replace"),
+                      done.stderr.decode("utf-8", "replace"))
+
+    def start(self, *args: str, **options) -> subprocess.Popen:
+        """Start mission and do not wait (end it with `ended`)."""
+        self.write()
+        options.setdefault("stdout", subprocess.PIPE)
+        options.setdefault("stderr", subprocess.PIPE)
+        return subprocess.Popen(
+            self.command(*args), env=self.env, cwd=str(self.folder),
+            stdin=subprocess.DEVNULL, **options)
+
+    def log_files(self) -> list[Path]:
+        return sorted(self.logs.glob("*.txt"), key=lambda p: p.stat().st_mtime)
+
+    def log(self) -> str:
+        """The newest headless log."""
+        return self.log_files()[-1].read_text()
+
+    def history(self) -> list[dict]:
+        files = sorted(self.state.glob("*/history.jsonl"))
+        return [json.loads(line) for file in files
+                for line in file.read_text().splitlines()]
+
+    def outbox(self) -> list[Path]:
+        return sorted(self.state.glob("*/outbox/*.eml"))
+
+
+def some_user() -> str:
+    """A user mission may name: the caller, or for root an account that
+    every system has."""
+    if AS_ROOT:
+        return "daemon"
+    return pwd.getpwuid(os.getuid()).pw_name
+
+
+class Host:
+    """A mount namespace of the test's own, with the users alice and mallory,
+    homes for them, and anything bound over. Invisible outside; root only."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.binds: list[tuple[str, str]] = []
+        self.setup: list[str] = []      # more shell lines, run as root
+        self.home = {}
+        passwd, group = Path("/etc/passwd").read_text(), \
+            Path("/etc/group").read_text()
+        for name, uid in ((ALICE, ALICE_UID), (MALLORY, MALLORY_UID)):
+            home = self.folder / "home" / name
+            home.mkdir(parents=True, exist_ok=True)
+            home.chmod(0o755)
+            os.chown(home, uid, uid)
+            self.home[name] = home
+            passwd += f"{name}:x:{uid}:{uid}:{name}:{home}:/bin/sh\n"
+            group += f"{name}:x:{uid}:\n"
+        for name, text in (("passwd", passwd), ("group", group)):
+            (self.folder / name).write_text(text)
+            self.bind(self.folder / name, f"/etc/{name}")
+
+    def bind(self, source, target) -> None:
+        self.binds.append((str(source), str(target)))
+
+    def command(self, command: list[str]) -> list[str]:
+        lines = [f"mount --bind '{source}' '{target}'"
+                 for source, target in self.binds] + self.setup
+        script = " && ".join(lines + ['exec "$@"'])
+        return ["unshare", "-m", "sh", "-c", script, "sh", *command]
+
+    def run(self, command: list[str], user: str | None = None,
+            **options) -> Result:
+        if user:
+            uid = {ALICE: ALICE_UID, MALLORY: MALLORY_UID}[user]
+            command = ["setpriv", "--reuid", str(uid), "--regid", str(uid),
+                       "--clear-groups", *command]
+        options.setdefault("timeout", 60)
+        done = subprocess.run(self.command(command), stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              **options)
+        return Result(done.returncode, done.stdout.decode("utf-8", "replace"),
+                      done.stderr.decode("utf-8", "replace"))
+
+
+def own(path, uid: int) -> None:
+    """Give a tree to a user (test set-up only: not safe against races)."""
+    path = Path(path)
+    os.chown(path, uid, uid, follow_symlinks=False)
+    if path.is_dir() and not path.is_symlink():
+        for entry in path.iterdir():
+            own(entry, uid)
+
+
+def owner(path) -> int:
+    return os.lstat(path).st_uid
+
+
+def mode(path) -> int:
+    return stat.S_IMODE(os.lstat(path).st_mode)
+
+
+def ended(process: subprocess.Popen, seconds: float = 30) -> Result:
+    """Wait for a started process; kill it (ours alone) if it will not end."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        pytest.fail(f"still running after {seconds} s")
+    return Result(process.returncode, (out or b"").decode("utf-8", "replace"),
+                  (err or b"").decode("utf-8", "replace"))
+
+
+@contextlib.contextmanager
+def stopping(process: subprocess.Popen):
+    """A helper process of a test, ended by its pid at the end."""
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
