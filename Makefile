@@ -1,0 +1,48 @@
+# mission and koi: nothing is built. `make help` lists the targets.
+
+PYTHON ?= python3
+PREFIX ?= /usr/local
+DESTDIR ?=
+BIN = $(DESTDIR)$(PREFIX)/bin
+# What the tests start for real, as Debian calls it.
+PARTS = bash cron dbus dunst e2fsprogs faketime git gnupg libcap2-bin \
+	libnotify-bin moreutils msmtp msmtp-mta openssl pass procps python3 \
+	python3-pytest strace util-linux xvfb
+
+.PHONY: help demo test test-all parts bench lint install uninstall sums
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
+
+demo: ## see mission work, in a scratch folder, without root
+	@$(PYTHON) tests/demo.py
+
+test: ## run the tests (STRICT=1: a skipped test is a failure)
+	@$(PYTHON) -m pytest --version >/dev/null 2>&1 || { \
+	    echo "the tests need pytest: apt-get install python3-pytest," \
+	        "or $(PYTHON) -m pip install pytest"; exit 1; }
+	$(PYTHON) -B -m pytest -q -p no:cacheprovider -c tests/pytest.ini tests
+
+test-all: ## run the tests on every Python from 3.9 that is found
+	@tests/every-python.sh $(PYTHON) tests
+
+parts: ## install the real parts the tests use (Debian, as root)
+	apt-get update -q
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -q \
+	    --no-install-recommends $(PARTS)
+
+bench: ## measure, side by side with a baseline or a peer
+	$(PYTHON) tests/bench/mission.py
+
+lint: ## unused names and other slips (needs ruff)
+	ruff check --no-cache --config tests/ruff.toml mission.py tests
+
+install: ## copy mission to $(PREFIX)/bin
+	install -d $(BIN)
+	install -m 0755 mission.py $(BIN)/mission
+
+uninstall: ## remove it again; configurations, logs and state stay
+	rm -f $(BIN)/mission
+
+sums: ## SHA-256 of what is installed
+	@sha256sum mission.py
