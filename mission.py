@@ -788,14 +788,13 @@ def resolved(config: Config, home_of) -> tuple[Config, list[Complaint]]:
         if path.startswith("~"):
             name, _, rest = path[1:].partition("/")
             home = home_of(name or config.user.name)
-            if home is None:
+            if home is None and (name or config.user.name):
                 complaints.append(Complaint(
                     place_of(config.places, keys), keys,
                     f"{path}: ~ needs the home of "
                     f"{name or config.user.name}, who is unknown",
                     "an absolute path, or a user of this host"))
-                return path
-            path = posixpath.join(home, rest)
+            path = posixpath.join(home or "/", rest)
         base = posixpath.dirname(config.path)
         return posixpath.normpath(posixpath.join(base, path))
 
@@ -806,7 +805,7 @@ def resolved(config: Config, home_of) -> tuple[Config, list[Complaint]]:
         name=task.name or task.slug, entrypoint=absolute(
             task.entrypoint, "tasks", number_, "entrypoint")
         or (posixpath.join(tasks_folder, task.slug, "run")
-            if task.type == "exec" else ""))
+            if task.type == "exec" and tasks_folder else ""))
         for number_, task in enumerate(config.tasks))
     mail = config.mail
     if mail.smtp:
@@ -864,10 +863,10 @@ class Facts(Record):
     folders: dict               # storage name -> "" or what is wrong with it
     strangers: dict             # storage name -> a third user's file, or ""
     scripts: dict               # slug -> Script
+    repositories: set           # names of storages that have a .git
     programs: dict              # program -> path, or None
     usable: dict                # path of passBin, CA file -> "" or a reason
     intruder: str = ""          # who else can change the configuration
-    as_user: str = ""           # the user that runs mission
 
 
 class Judge:
@@ -943,8 +942,8 @@ class Judge:
             self.say(path + ("path",), f"{storage.path} {fault}",
                      f"mkdir -p {storage.path}" if "exist" in fault
                      else "a folder that mission can use")
-        if storage.commit and not fault and \
-                self.facts.programs.get(storage.path + "/.git") is None:
+        if storage.commit and not fault \
+                and storage.name not in self.facts.repositories:
             self.say(path + ("commit",), f"{storage.path} is no git "
                      "repository", f"git init {storage.path}, as its owner")
         if storage.commit and not self.facts.programs.get("git"):
@@ -1445,6 +1444,7 @@ class Sieve:
         try:
             return bool(self.limit(LINE_SECONDS, rule.screen.search, text))
         except TooSlow:
+            rule.screen = None
             return True
 
     def judged(self, rule: Rule, lines: list, judge) -> list:
@@ -2777,9 +2777,6 @@ class Machine:
         known = {0, *(uid for uid in uids.values() if uid is not None)}
         programs = {name: self.program(name) for name in
                     ("git", "sendmail", "notify-send")}
-        for storage in config.storage.values():
-            git = os.path.join(storage.path, ".git")
-            programs[git] = git if os.path.lexists(git) else None
         files = [config.ping.ca_file]
         files += [config.mail.smtp.ca_file] if config.mail.smtp else []
         usable = {path: "" if os.access(path, os.R_OK)
@@ -2790,14 +2787,15 @@ class Machine:
                 else "is not executable"
         return Facts(
             uids=uids, programs=programs, usable=usable,
+            repositories={s.name for s in config.storage.values()
+                          if os.path.lexists(os.path.join(s.path, ".git"))},
             folders={s.name: folder_fault(s.path, s.chown)
                      for s in config.storage.values()},
             strangers={s.name: self.stranger(s.path, known) if root
                        else "" for s in config.storage.values() if s.chown},
             scripts={task.slug: self.script(task, config, trusted if root
                      else None) for task in config.tasks},
-            intruder=self.intruder(config.path, trusted) if root else "",
-            as_user=myself().name)
+            intruder=self.intruder(config.path, trusted) if root else "")
 
     def stranger(self, folder: str, known: set[int]) -> str:
         """A file in the folder that belongs to a third user; or ''."""
@@ -2818,6 +2816,8 @@ class Machine:
             if task.slug in CARRIED or "tasks" not in config.storage:
                 return None
             path = os.path.join(config.folder("tasks"), task.slug, "task.py")
+        if not path:
+            return None
         script = Script(path)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -3669,7 +3669,7 @@ class Runner:
         self.lost: list[dict] = []
         self.alive: dict[str, str] = {}     # slug -> process of a lost run
         self.expected: dict[str, float] = {}
-        self.now_running, self.total = "", 0
+        self.now_running, self.total, self.shown_at = "", 0, 0.0
 
     # --- telling ----------------------------------------------------------
 
@@ -3720,7 +3720,8 @@ class Runner:
                 if self.machine.stopped and step.kind in STOPPED_BY_SIGNAL:
                     self.skip(step)
                 else:
-                    self.journal.note(phase=step.kind, task="")
+                    self.journal.note(phase=step.kind, task=", ".join(
+                        task.slug for task in step.tasks))
                     getattr(self, step.kind)(step)
             except Exception as error:      # a fault of mission itself
                 import traceback
@@ -3866,7 +3867,10 @@ class Runner:
         return failed
 
     def show_status(self) -> None:
-        slug = self.now_running
+        now = self.machine.clock.ticks()
+        if now - self.shown_at < 0.2 and self.log.shows_status:
+            return
+        slug, self.shown_at = self.now_running, now
         usual = self.expected.get(slug)
         self.log.status(
             f"task {min(len(self.results) + 1, self.total)} of {self.total}: "
@@ -3913,7 +3917,6 @@ class Runner:
             **{s.variable: s.path for s in self.config.storage.values()})
         env.update(task.env)
         become = account if task.user else None
-        self.journal.note(task=task.slug)
         if task.type == "builtin":
             child = self.launch_builtin(task, env, become)
         else:
