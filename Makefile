@@ -40,9 +40,11 @@ lint: ## unused names and other slips (needs ruff)
 install: ## copy mission to $(PREFIX)/bin
 	install -d $(BIN)
 	install -m 0755 mission.py $(BIN)/mission
+	@[ -n "$(DESTDIR)" ] || $(BIN)/mission --version >/dev/null
 
 uninstall: ## remove it again; configurations, logs and state stay
 	rm -f $(BIN)/mission
+	rm -rf $(DESTDIR)/var/cache/mission
 
 sums: ## SHA-256 of what is installed
 	@sha256sum mission.py
