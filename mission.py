@@ -818,10 +818,10 @@ def resolved(config: Config, home_of) -> tuple[Config, list[Complaint]]:
     tasks_folder = storage["tasks"].path if "tasks" in storage else ""
     tasks = tuple(task.but(
         name=task.name or task.slug, entrypoint=absolute(
-            task.entrypoint, "tasks", number_, "entrypoint")
+            task.entrypoint, "tasks", index, "entrypoint")
         or (posixpath.join(tasks_folder, task.slug, "run")
             if task.type == "exec" and tasks_folder else ""))
-        for number_, task in enumerate(config.tasks))
+        for index, task in enumerate(config.tasks))
     mail = config.mail
     if mail.smtp:
         mail = mail.but(smtp=mail.smtp.but(ca_file=absolute(
@@ -903,8 +903,8 @@ class Judge:
     def complaints(self) -> list[Complaint]:
         self.of_user()
         self.of_storage()
-        for number_, task in enumerate(self.config.tasks):
-            self.of_task(task, ("tasks", number_))
+        for index, task in enumerate(self.config.tasks):
+            self.of_task(task, ("tasks", index))
         self.of_order()
         self.of_delivery()
         self.of_patterns()
@@ -1010,8 +1010,8 @@ class Judge:
 
     def of_order(self) -> None:
         tasks = {task.slug: task for task in self.config.tasks}
-        for number_, task in enumerate(self.config.tasks):
-            path = ("tasks", number_, "needs")
+        for index, task in enumerate(self.config.tasks):
+            path = ("tasks", index, "needs")
             for slug in task.needs:
                 if slug not in tasks:
                     meant = nearest(slug, tasks)
@@ -1079,12 +1079,12 @@ class Judge:
     def of_patterns(self) -> None:
         import re
         for key in ("filters", "redact"):
-            for number_, text in enumerate(getattr(self.config, key)):
+            for index, text in enumerate(getattr(self.config, key)):
                 try:
                     pattern(text)
                 except (re.error, Warning, OverflowError,
                         RecursionError) as error:
-                    self.say((key, number_), f"{described(text)} does not "
+                    self.say((key, index), f"{described(text)} does not "
                              f"compile: {error}", "a regular expression")
 
 
@@ -1114,7 +1114,7 @@ CLASSES = {"alpha": "a-zA-Z", "digit": "0-9", "alnum": "a-zA-Z0-9",
            "blank": r" \t", "xdigit": "0-9A-Fa-f", "punct": r"!-/:-@\[-`{-~"}
 
 
-def pattern(text: str, flags: int = 0) -> re.Pattern:
+def pattern(text: str, flags: int = 0):
     """A pattern of the configuration. Raises re.error, or a Warning."""
     import re
     import warnings
@@ -1341,8 +1341,8 @@ def blocked_by(task: Task, outcomes: dict) -> str:
 
 RULE = "# " + "\u2014" * 47
 MASK = "***"
-LONGEST_LINE = 2**20    # longer ones are cut: one must fit into memory whole
-                        # or no pattern could judge it
+LONGEST_LINE = 2**18    # longer ones are cut: a line must fit into memory
+                        # several times over, or no pattern could judge it
 LINE_SECONDS = 1.0      # a pattern may take this long for a line ...
 ALL_SECONDS = 10.0      # ... and this long for all that it was slow for
 SLOW = "<<line withheld: {} took too long to judge it>>"
@@ -1350,6 +1350,13 @@ TOO_LONG = "<<line of {} bytes withheld: too long to be judged>>"
 MAIL_LIMIT = 200_000    # characters of the log in a mail, half of them tail
 PING_LIMIT = 10_000     # what Healthchecks keeps of a ping's body
 PLAIN = bytes(range(0x20, 0x7F)) + b"\t\n"
+
+
+# UNSAFE as a table for str.translate; whole lines keep their newlines.
+ESCAPES = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+           for code in (*range(9), *range(11, 32), *range(0x7F, 0xA0), 0x200E,
+                        0x200F, *range(0x2028, 0x202F),
+                        *range(0x2066, 0x206A), 0xFEFF)}
 
 
 class TooSlow(Exception):
@@ -1499,7 +1506,7 @@ class Scribe:
     def __init__(self, sieve: Sieve, tell):
         import re
         self.sieve, self.tell = sieve, tell
-        self.unsafe = re.compile(UNSAFE.replace("\\n", "\\x0b"))
+        self.unsafe = re.compile(UNSAFE.replace("\n", "\x0b"))
         self.pending = b""      # a line that has not ended yet
         self.shown = 0          # bytes of it that are in the log already
         self.cut = 0            # bytes of it that were passed on in pieces
@@ -1527,7 +1534,8 @@ class Scribe:
         if not data.translate(None, PLAIN):
             return data.decode("ascii")
         text = data.decode("utf-8", "backslashreplace")
-        return self.unsafe.sub(escaped, text)
+        # A table, not sub(): a megabyte of NULs would be a million matches.
+        return text.translate(ESCAPES) if self.unsafe.search(text) else text
 
     def piece(self, data: bytes) -> None:
         """A part of a line that is too long to be judged."""
@@ -2175,8 +2183,8 @@ class ChownWalk:
         folders = os.path.relpath(path, root).split("/")
         fd = os.dup(top)
         try:
-            for number_, name in enumerate(folders, start=1):
-                flags = PATH_ONLY if number_ == len(folders) \
+            for depth, name in enumerate(folders, start=1):
+                flags = PATH_ONLY if depth == len(folders) \
                     else PATH_ONLY | os.O_DIRECTORY
                 inner = os.open(name, flags | self.flags, dir_fd=fd)
                 os.close(fd)
@@ -2248,7 +2256,8 @@ class Repository:
     def call(self, *arguments: str, data: bytes = b"", tell=None,
              whole=False) -> Done:
         options = [
-            "core.fsync=all", "gc.auto=0", "maintenance.auto=false", "core.fsmonitor=false",
+            "core.fsync=all", "gc.auto=0", "maintenance.auto=false",
+            "core.fsmonitor=false",
             "core.hooksPath=/dev/null", "commit.gpgSign=false",
             "status.submoduleSummary=false", "color.ui=false"]
         argv = [self.git, "-C", self.path, "--no-pager"]
@@ -2464,18 +2473,19 @@ class Machine:
     def listen(self) -> None:
         """From now on a signal to stop is noted, not obeyed."""
         import signal
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])  # tasks inherit it
         self.wake, self.waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) \
             if hasattr(os, "pipe2") else os.pipe()
         os.set_blocking(self.wake, False)
         os.set_blocking(self.waker, False)
         signal.set_wakeup_fd(self.waker, warn_on_full_buffer=False)
-        for number_ in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number_, self.note_signal)
+        for wanted in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(wanted, self.note_signal)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # only to wake us
         signal.signal(signal.SIGALRM, self.time_is_up)
 
-    def note_signal(self, number_: int, _frame) -> None:
-        self.stopped = self.stopped or number_
+    def note_signal(self, signum: int, _frame) -> None:
+        self.stopped = self.stopped or signum
         self.signals += 1
 
     def time_is_up(self, _number, _frame) -> None:
@@ -2503,16 +2513,20 @@ class Machine:
 
     def start(self, argv: list[str], env: dict, cwd: str = "/",
               account: Account | None = None, limit: float | None = None,
-              stdin=None, pass_fds=()) -> Child:
+              stdin=None, pass_fds=(), nice: int = 0) -> Child:
         """Start a program in its own session. Raises OSError."""
         import subprocess
+        # A function before exec makes Popen slow, so only where it is needed;
+        # we have no threads that it could dead-lock with.
+        before = (lambda: os.nice(nice)) if nice else None
         become = account.popen if account and os.geteuid() == 0 else {}
         fd, end = os.pipe()
         try:
             popen = subprocess.Popen(
                 argv, env=env, cwd=cwd, stdout=end, stderr=end,
                 stdin=subprocess.DEVNULL if stdin is None else stdin,
-                start_new_session=True, pass_fds=pass_fds, **become)
+                start_new_session=True, pass_fds=pass_fds,
+                preexec_fn=before, **become)
         except BaseException:
             os.close(fd)
             raise
@@ -2733,9 +2747,9 @@ class Machine:
         import signal
         try:
             signal.set_wakeup_fd(-1)
-            for number_ in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
-                            signal.SIGALRM, signal.SIGCHLD):
-                signal.signal(number_, signal.SIG_DFL)
+            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                           signal.SIGALRM, signal.SIGCHLD):
+                signal.signal(signum, signal.SIG_DFL)
             os.setsid()
             signal.alarm(int(seconds) + 1)      # if we lose our parent
             os.dup2(writing, 3)                 # and nothing else: the lock
@@ -2755,8 +2769,8 @@ class Machine:
         Python meanwhile takes it away."""
         if config.mail.enabled:
             import email.message    # noqa: F401
-            import email.policy
-            import email.utils
+            import email.policy     # noqa: F401
+            import email.utils      # noqa: F401
         if config.mail.enabled and config.mail.type == "smtp":
             import smtplib          # noqa: F401
         if config.ping.enabled or config.mail.type == "smtp":
@@ -3186,7 +3200,7 @@ class Spotify:
         when the connection fails. Raises Error, and Unauthorized on 401."""
         import json
         reason = ""
-        for number_ in range(HTTP_TRIES):
+        for tried in range(HTTP_TRIES):
             try:
                 code, headers, body = exchange(url, authorization, data)
             except OSError as error:
@@ -3204,13 +3218,13 @@ class Spotify:
                     body.decode("utf-8", "replace").strip()[:200])
             if code and code != 429 and code < 500:
                 break
-            if number_ + 1 < HTTP_TRIES:
-                self.wait(headers, number_, reason)
+            if tried + 1 < HTTP_TRIES:
+                self.wait(headers, tried, reason)
         raise Error(f"{url.split('?')[0]}: {reason}")
 
-    def wait(self, headers: dict, number_: int, reason: str) -> None:
+    def wait(self, headers: dict, tried: int, reason: str) -> None:
         asked = str(headers.get("Retry-After", ""))
-        seconds = float(asked) if asked.isdigit() else 0.5 * 2 ** number_
+        seconds = float(asked) if asked.isdigit() else 0.5 * 2 ** tried
         if seconds > LONGEST_WAIT:
             raise Error(f"Spotify asks to wait {asked} s", "run it later")
         self.log(f"Waiting {duration_text(seconds)}: {reason}")
@@ -3578,8 +3592,8 @@ class Log:
         self.fd = -1
         try:
             self.folder = open_folder(folder)
-            for number_ in range(1, 1000):
-                last = f"{name}{f'-{number_}' if number_ > 1 else ''}.txt"
+            for copy in range(1, 1000):
+                last = f"{name}{f'-{copy}' if copy > 1 else ''}.txt"
                 try:
                     self.fd = os.open(
                         last, os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -3867,7 +3881,7 @@ class Runner:
             attempt += 1
         self.log.sync()
 
-    def attempt(self, tasks: list[Task], number_: int, together: bool) -> list:
+    def attempt(self, tasks: list[Task], count: int, together: bool) -> list:
         """Run tasks side by side; those that failed."""
         children, failed = [], []
         for task in tasks:
@@ -3875,7 +3889,7 @@ class Runner:
                 child = self.launch(task, f"{task.slug}: " if together else "")
             except OSError as error:
                 self.judge(task, f"cannot start: {error.strerror}", 0.0,
-                           number_)
+                           count)
                 failed.append(task)
             else:
                 child.task = task
@@ -3883,7 +3897,7 @@ class Runner:
         self.now_running = ", ".join(task.slug for task in tasks)
         self.machine.attend(children, self.heard)
         for child in children:
-            if not self.ended(child, number_):
+            if not self.ended(child, count):
                 failed.append(child.task)
         return failed
 
@@ -3943,9 +3957,7 @@ class Runner:
         else:
             child = self.machine.start(
                 [task.entrypoint], env, os.path.dirname(task.entrypoint),
-                become, task.timeout)
-        if task.nice:
-            os.setpriority(os.PRIO_PGRP, child.pid, task.nice)
+                become, task.timeout, nice=task.nice)
         child.scribe = Scribe(self.sieve, lambda text, whole: self.output(
             text, whole, mark, child))
         return child
@@ -3973,7 +3985,8 @@ class Runner:
                 [sys.executable, "-I", os.path.abspath(__file__), "_builtin",
                  task.slug, str(reading), str(secrets_end)], env,
                 folder if os.path.isdir(folder) else "/", become,
-                task.timeout, pass_fds=(reading, secrets_end))
+                task.timeout, pass_fds=(reading, secrets_end),
+                nice=task.nice)
         finally:
             os.close(reading)
             os.close(secrets_end)
@@ -4204,14 +4217,14 @@ class Runner:
             self.story.close()
             body = self.story.excerpt.end(PING_LIMIT).encode()[-PING_LIMIT:]
         tries = 1 if action == "start" else ping.retries
-        for number_ in range(tries):
+        for tried in range(tries):
             accepted, answer = self.machine.ping(url, body, ping.timeout,
                                                  ping.ca_file)
             if accepted or not worth_another(answer):
                 break
-            if number_ + 1 < tries:
+            if tried + 1 < tries:
                 self.say(f"ping: {answer}; again")
-                self.machine.pause(min(2 ** number_, 30))
+                self.machine.pause(min(2 ** tried, 30))
         self.say(f"PingResponse {answer}")
         if not accepted or answer.startswith("200 OK ("):
             self.problem("delivery", "error", "ping", answer)
@@ -4584,8 +4597,8 @@ def command_run(options: Options) -> int:
             f"{complaint.what} ({complaint.right})")
     steps = plan(config, options.tasks, options.headless, options.quiet)
     if options.dry_run:
-        for number_, step in enumerate(steps, start=1):
-            print(f"{number_:3}. {step_text(step, config)}")
+        for place, step in enumerate(steps, start=1):
+            print(f"{place:3}. {step_text(step, config)}")
         return EXIT_OK
     machine = Machine()
     journal = Journal(os.path.join(state_home(), state_name(config.path)),
