@@ -142,7 +142,7 @@ def rfc3339(at: float) -> str:
 
 def duration_text(seconds: float) -> str:
     """As Go writes a duration, cut to milliseconds: 12ms 1.5s 1h0m5.1s."""
-    thousandths = int(max(seconds, 0) * 1000)
+    thousandths = int(max(seconds, 0) * 1000 + 1e-6)    # 1.001 is not 1
     if thousandths < 1000:
         return f"{thousandths}ms" if thousandths else "0s"
     minutes, thousandths = divmod(thousandths, 60_000)
@@ -155,6 +155,7 @@ def duration_text(seconds: float) -> str:
 
 DURATION_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 DIGITS_AND_POINT = frozenset("0123456789.")
+LONGEST_DURATION = 86400 * 366 * 100    # a century is no time limit
 
 
 def seconds_of(text: str) -> float | None:
@@ -170,7 +171,7 @@ def seconds_of(text: str) -> float | None:
             return None
         total += float(text[at:end]) * DURATION_UNITS[unit]
         at = end + len(unit)
-    return total if text else None
+    return total if text and total < LONGEST_DURATION else None
 
 
 def plural(count: int, noun: str) -> str:
@@ -274,7 +275,6 @@ def only_one(path: str) -> int | None:
 
 DEEPEST = 50            # a configuration is five deep; 100,000 "[" is a bomb
 ENDS_WORD = frozenset(" \t\r\n,:[]{}\"/")
-IN_NUMBER = frozenset("0123456789+-.eE")
 CONSTANTS = {"true": True, "false": False, "null": None}
 
 
@@ -403,8 +403,7 @@ class JsoncReader:
         elif digits.isascii() and digits.isdigit() and len(digits) <= 18 \
                 and (digits == "0" or digits[0] != "0"):
             value = int(word)
-        elif digits[:1].isdigit() and len(word) <= 30 \
-                and IN_NUMBER.issuperset(word) and is_float(word):
+        elif digits[:1].isdigit() and len(word) <= 30 and is_number(word):
             value = float(word)
         else:
             self.stop(f"{quoted(word[:20])} is no value" if word
@@ -414,11 +413,11 @@ class JsoncReader:
         return value
 
 
-def is_float(word: str) -> bool:
-    try:
-        return abs(float(word)) < 1e300
-    except ValueError:
-        return False
+def is_number(word: str) -> bool:
+    """Whether JSON would take it, and it is no infinity."""
+    import re
+    return bool(re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?"
+                             r"[0-9]+)?", word)) and abs(float(word)) < 1e300
 
 
 # ==========================================================================
@@ -1151,6 +1150,9 @@ def script_faults(task: Task, config: Config, facts: Facts):
             if name not in config.storage:
                 yield (f"the built-in {task.slug} needs storage.{name}",
                        f'"{name}": {{"path": "..."}}')
+        if not config.pass_bin:
+            yield (f"the built-in {task.slug} needs passBin",
+                   '"passBin": "/usr/bin/pass"')
         return
     script = facts.scripts.get(task.slug)
     if not script:
@@ -1943,12 +1945,9 @@ def python_fault(source: bytes, path: str) -> str:
         tree = ast.parse(source, path)
     except (SyntaxError, ValueError) as error:
         return f"is broken at line {getattr(error, 'lineno', 1)}: {error}"
-    names = [node.name for node in tree.body
-             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    bound = any(isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign))
-                for node in tree.body)
-    return "" if "run" in names or (bound and b"run" in source) \
-        else "has no `def run(args, log)`"
+    bound = {getattr(node, name, None) for node in ast.walk(tree)
+             for name in ("name", "asname", "id")}
+    return "" if bound & {"run", "*"} else "has no `def run(args, log)`"
 
 
 def reason_of(error: BaseException) -> str:
@@ -2609,7 +2608,9 @@ class Machine:
                 due.append(now + 0.01)      # no SIGCHLD will wake us
         if self.on_tick or self.wake < 0:
             due.append(now + 1.0)
-        return max(0, int((min(due) - now) * 1000) + 1) if due else None
+        # poll(2) takes an int of milliseconds: 24 days at the most.
+        return max(0, int(min(min(due) - now, 86400) * 1000) + 1) \
+            if due else None
 
     def judge(self, child: Child, heard, now: float) -> None:
         """Has it ended, is it late, must it be pressed?"""
@@ -3099,8 +3100,12 @@ class Arguments:
         if not self._pass_bin:
             raise Error("passBin is not set", "/usr/bin/pass")
         value = Machine().secret(self._pass_bin, self.target_user, name)
-        write_all(self._secrets_fd, value.encode() + b"\n")
+        self.hide(value)
         return value
+
+    def hide(self, value: str) -> None:
+        """Keep a value that came from elsewhere out of the log, too."""
+        write_all(self._secrets_fd, value.encode() + b"\n")
 
 
 def run_builtin(slug: str, given_fd: int, secrets_fd: int) -> int:
@@ -3120,8 +3125,12 @@ def run_builtin(slug: str, given_fd: int, secrets_fd: int) -> int:
     except Error as error:
         log(f"{error.message}{f' ({error.hint})' if error.hint else ''}")
         return 1
-    except Exception:
-        sys.stdout.flush()
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            log(error.code)
+            return 1
+        return error.code or 0
+    except BaseException:
         traceback.print_exc(file=sys.stdout)
         return 1
     return 0
@@ -3158,15 +3167,23 @@ class Spotify:
         hint = ('a JSON object with "refresh_token", from an OAuth login of '
                 "your Spotify app with the scope playlist-read-private")
         try:
-            with open(self.token_path, encoding="utf-8") as file:
-                token = json.load(file)
-        except FileNotFoundError:
-            raise Error(f"{self.token_path} does not exist", hint) from None
+            fd = os.open(self.token_path, os.O_RDONLY | os.O_NONBLOCK)
+            with os.fdopen(fd, "rb") as file:
+                token = json.loads(file.read(CHUNK))
+        except OSError as error:
+            raise Error(f"{self.token_path}: {error.strerror}", hint) from None
         except ValueError as error:
             raise Error(f"{self.token_path}: {error}", hint) from None
-        if not isinstance(token, dict) or not token.get("refresh_token"):
+        if not isinstance(token, dict) or not isinstance(
+                token.get("refresh_token"), str):
             raise Error(f"{self.token_path} has no refresh token", hint)
+        self.hide(token)
         return token
+
+    def hide(self, token: dict) -> None:
+        for key in ("access_token", "refresh_token"):
+            if isinstance(token.get(key), str) and token[key]:
+                self.args.hide(token[key])
 
     def refresh(self) -> None:
         """A new access token; kept on disk before it is used, because the
@@ -3186,11 +3203,13 @@ class Spotify:
         self.token = {**self.token, "token_type": "Bearer", **{
             key: answer[key] for key in ("access_token", "refresh_token",
                                          "token_type") if answer.get(key)}}
-        if not answer.get("access_token"):
+        self.hide(self.token)
+        if not isinstance(answer.get("access_token"), str):
             raise Error("Spotify gave no access token")
+        lives = answer.get("expires_in")
         self.token["expiry"] = time.strftime(
-            "%Y-%m-%dT%H:%M:%SZ", time.gmtime(
-                time.time() + float(answer.get("expires_in", 3600))))
+            "%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + (
+                lives if isinstance(lives, int) else 3600)))
         write_atomically(self.token_path, json.dumps(
             self.token, indent=4).encode() + b"\n")
 
@@ -3210,9 +3229,12 @@ class Spotify:
                 raise Unauthorized
             if code == 200:
                 try:
-                    return json.loads(body)
-                except ValueError:
-                    code, reason = 0, "an answer that is no JSON"
+                    found = json.loads(body)
+                except (ValueError, RecursionError):
+                    found = None
+                if isinstance(found, dict):
+                    return found
+                code, reason = 0, "an answer that is no JSON object"
             elif code:
                 reason = f"HTTP {code} " + visible(
                     body.decode("utf-8", "replace").strip()[:200])
@@ -3231,8 +3253,8 @@ class Spotify:
         time.sleep(seconds)
 
     def get(self, url: str) -> dict:
-        if not url.startswith(self.api.rstrip("/") + "/"):
-            raise Error(f"Spotify sent us to {visible(url)}",
+        if not str(url).startswith(self.api.rstrip("/") + "/"):
+            raise Error(f"Spotify sent us to {visible(str(url))}",
                         "the token goes to no other host")
         if not self.token.get("access_token"):
             self.refresh()
@@ -3247,23 +3269,27 @@ class Spotify:
 
     def pages(self, path: str) -> list:
         """All items of a listing. Raises Error if it is not complete."""
-        found, url = [], self.api.rstrip("/") + path
+        found, url, seen = [], self.api.rstrip("/") + path, set()
         while url:
-            page = self.get(url)
+            page, seen = self.get(url), seen | {url}
             if not isinstance(page.get("items"), list):
                 raise Error(f"{path}: a page without items")
             found += page["items"]
             url = page.get("next")
-        if len(found) < page.get("total", len(found)):
-            raise Error(f"{path}: {len(found)} of {page['total']} items came")
+            if url in seen:
+                raise Error(f"{path}: the pages go round in circles")
+        total = page.get("total", len(found))
+        if isinstance(total, int) and len(found) < total:
+            raise Error(f"{path}: {len(found)} of {total} items came")
         return found
 
     def download(self) -> None:
         import json
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
         self.log("Fetching playlists")
-        playlists = [item for item in self.pages("/me/playlists?limit=50")
-                     if isinstance(item, dict) and item.get("id")]
+        items = self.pages("/me/playlists?limit=50")
+        playlists = [item for item in items if isinstance(item, dict)
+                     and isinstance(item.get("id"), str)]
         self.log(f"Found {plural(len(playlists), 'playlist')}")
         wanted = set()
         for playlist in playlists:
@@ -3276,7 +3302,11 @@ class Spotify:
             write_atomically(os.path.join(self.folder, name), data)
             self.log(f"Downloading {name}... {len(data) // 1000}K")
             wanted.add(name)
-        self.remove_all_but(wanted)
+        if len(playlists) < len(items):
+            self.log(f"{len(items) - len(playlists)} of the playlists cannot "
+                     "be read: nothing is removed")
+        else:
+            self.remove_all_but(wanted)
 
     def remove_all_but(self, wanted: set) -> None:
         """Remove our own files of playlists that are gone. An account that
@@ -3982,7 +4012,7 @@ class Runner:
             write_all(writing, given)
             os.close(writing)
             child = self.machine.start(
-                [sys.executable, "-I", os.path.abspath(__file__), "_builtin",
+                [sys.executable, "-Iu", os.path.abspath(__file__), "_builtin",
                  task.slug, str(reading), str(secrets_end)], env,
                 folder if os.path.isdir(folder) else "/", become,
                 task.timeout, pass_fds=(reading, secrets_end),
@@ -4007,12 +4037,15 @@ class Runner:
     def learn_secrets(self, fd: int) -> None:
         """What a built-in fetched with pass: told before it could be
         printed, so it is in the pipe before what was printed."""
+        import json
         try:
             data = os.read(fd, CHUNK)
         except BlockingIOError:
             return
         for line in data.decode("utf-8", "replace").split("\n"):
-            for value in (line, visible(line)):
+            # As it is, and as tracebacks and JSON would show it.
+            for value in (line, visible(line), repr(line)[1:-1],
+                          json.dumps(line)[1:-1]):
                 if value and value not in self.sieve.values:
                     self.sieve.values.append(value)
         self.sieve.values.sort(key=len, reverse=True)
@@ -4813,7 +4846,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status. The only way out."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["_builtin"]:        # we are the child of a run
-        return run_builtin(argv[1], int(argv[2]), int(argv[3]))
+        # Not sys.exit: a thread that never ends would hold us.
+        os._exit(run_builtin(argv[1], int(argv[2]), int(argv[3])))
     try:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):      # cron has no locale
