@@ -5,9 +5,9 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 BIN = $(DESTDIR)$(PREFIX)/bin
 # What the tests start for real, as Debian calls it.
-PARTS = bash cron dbus dunst e2fsprogs faketime git gnupg libcap2-bin \
-	libnotify-bin moreutils msmtp msmtp-mta openssl pass procps python3 \
-	python3-pytest strace util-linux xvfb
+PARTS = bash dbus dunst e2fsprogs fish git gnupg libcap2-bin libnotify-bin \
+	moreutils msmtp msmtp-mta openssl pass procps python3 python3-pytest \
+	strace util-linux xvfb zsh
 
 .PHONY: help demo test test-all parts bench lint install uninstall sums
 

@@ -723,11 +723,11 @@ class Reading:
     def section(self, values, path: tuple, keys: dict) -> dict:
         """The fields of one object; defaults for what is missing or broken,
         so that the rest can still be judged."""
-        if values is None:
-            values = {}
-        if not isinstance(values, dict):
+        if not isinstance(values, (dict, type(None))):
             self.complain(path, f"{described(values)} is no object", "{ ... }")
-            values = {}
+            return {field_of(key): shape.blank if default is NEEDED
+                    else default for key, (shape, default) in keys.items()}
+        values = values or {}
         for key in values:
             if key not in keys:
                 meant = nearest(key, keys)
@@ -788,29 +788,38 @@ def place_of(places: dict, path: tuple) -> int:
     return places.get(path, 0)
 
 
-def resolved(config: Config, home_of) -> tuple[Config, list[Complaint]]:
-    """The configuration with absolute paths.
+def absolute_path(path: str, base: str, user: str, home_of) -> str:
+    """`~` is the home of `user`, `~bob` that of bob; a relative path is
+    relative to the folder `base`. Raises ValueError with what is wrong."""
+    if "\0" in path:
+        raise ValueError("a path cannot hold NUL")
+    if path.startswith("~"):
+        name, _, rest = path[1:].partition("/")
+        home = home_of(name or user)
+        if home is None:
+            raise ValueError(f"{path}: ~ needs the home of {name or user}, "
+                             "who is unknown")
+        path = posixpath.join(home, rest)
+    # normpath(3) keeps two leading slashes, which POSIX leaves open.
+    return "/" + posixpath.normpath(posixpath.join(base, path)).lstrip("/")
 
-    `~` is the home of user.name, `~bob` that of bob; a relative path is
-    relative to the configuration file. `home_of(name)` tells a home or None.
-    """
+
+def resolved(config: Config, home_of) -> tuple[Config, list[Complaint]]:
+    """The configuration with absolute paths. `home_of(name)` tells a home,
+    or None."""
     complaints = []
 
     def absolute(path: str, *keys) -> str:
-        if not path:
+        if not path or (path.startswith("~") and not config.user.name):
             return ""
-        if path.startswith("~"):
-            name, _, rest = path[1:].partition("/")
-            home = home_of(name or config.user.name)
-            if home is None and (name or config.user.name):
-                complaints.append(Complaint(
-                    place_of(config.places, keys), keys,
-                    f"{path}: ~ needs the home of "
-                    f"{name or config.user.name}, who is unknown",
-                    "an absolute path, or a user of this host"))
-            path = posixpath.join(home or "/", rest)
-        base = posixpath.dirname(config.path)
-        return posixpath.normpath(posixpath.join(base, path))
+        try:
+            return absolute_path(path, posixpath.dirname(config.path),
+                                 config.user.name, home_of)
+        except ValueError as error:
+            complaints.append(Complaint(
+                place_of(config.places, keys), keys, str(error),
+                "an absolute path, or ~ of a user of this host"))
+            return ""
 
     storage = {name: s.but(path=absolute(s.path, "storage", name, "path"))
                for name, s in config.storage.items()}
@@ -1169,7 +1178,9 @@ def script_faults(task: Task, config: Config, facts: Facts):
                                 "what root runs, and the folders above it")
     if task.type == "builtin":
         return
-    if head.split("\n", 1)[0].endswith("\r"):
+    if head.startswith("#!") and not interpreter_name(head):
+        yield (f"{path}:1: the #! line names no interpreter", "#!/bin/sh")
+    elif head.split("\n", 1)[0].endswith("\r"):
         yield (f"{path}:1: the #! line ends in CR (a Windows line end)",
                f"sed -i 's/\\r$//' {path}")
     elif script.lost_interpreter:
@@ -1190,7 +1201,7 @@ def first_command(head: str) -> tuple[int, str]:
     """Number and text of a script's first line that is no comment."""
     lines = head.split("\n")
     for row, line in enumerate(lines[1:], start=2):
-        text = line.strip()
+        text = line.strip(" \t")
         if text and not text.startswith("#"):
             return row, text.split(" #")[0].rstrip(" ;")
     return min(len(lines), 2), ""
@@ -1237,15 +1248,16 @@ def ordered(tasks: list[Task]) -> list[Task]:
     """The same order, but what a task needs comes before it."""
     by_slug = {task.slug: task for task in tasks}
     found: dict[str, Task] = {}
-
-    def put(task: Task) -> None:
-        for slug in task.needs:
-            if slug in by_slug and slug not in found:
-                put(by_slug[slug])
-        found.setdefault(task.slug, task)
-
     for task in tasks:
-        put(task)
+        path = [task.slug]      # a need, and what needs it, down to the task
+        while path:
+            needs = [slug for slug in by_slug[path[-1]].needs if
+                     slug in by_slug and slug not in found
+                     and slug not in path]
+            if needs:
+                path.append(needs[0])
+            else:
+                found.setdefault(path[-1], by_slug[path.pop()])
     return list(found.values())
 
 
@@ -1542,8 +1554,9 @@ class Scribe:
     def piece(self, data: bytes) -> None:
         """A part of a line that is too long to be judged."""
         self.cut += len(data)
+        shown, self.shown = self.shown, 0
         if not self.sieve.redacts:
-            self.tell(self.text(data) + " <<line goes on>>", "")
+            self.tell(self.text(data[shown:]) + " <<line goes on>>", "")
 
     def rest_of_line(self, line: bytes) -> None:
         if self.cut:
@@ -3593,10 +3606,11 @@ LOG_NAME = "%Y-%m-%d-%H-%M-%S"
 
 def is_log_name(name: str) -> bool:
     """2026-03-29-02-00-00.txt, or with -2 behind when the name was taken."""
-    stem = name.removesuffix(".txt")
-    return name.endswith(".txt") and len(stem) >= 19 and all(
-        part.isascii() and part.isdigit() for part in stem.split("-")) \
-        and 6 <= stem.count("-") + 1 <= 7
+    parts = name.removesuffix(".txt").split("-")
+    lengths = [len(part) for part in parts]
+    return name.endswith(".txt") and lengths[:6] == [4, 2, 2, 2, 2, 2] \
+        and len(parts) <= 7 and sum(lengths[6:]) <= 3 and all(
+            part.isascii() and part.isdigit() for part in parts)
 
 
 class Log:
@@ -4520,10 +4534,11 @@ def read_text(path: str) -> str:
         refuse("there is no such file", "-c PATH, or `mission init` for one")
     except OSError as error:
         refuse(error.strerror)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        refuse("this is no regular file")
     with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            refuse("this is no regular file")
         if status.st_size > LONGEST_CONFIG:
             refuse("this is larger than 1 MiB, and no configuration")
         data = file.read(LONGEST_CONFIG + 1)
@@ -4744,9 +4759,10 @@ def command_log(options: Options, run: str = "") -> int:
                      | os.O_CLOEXEC)
     except OSError as error:
         raise Error(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise Error(f"{path} is no regular file")
     with os.fdopen(fd, encoding="utf-8", errors="backslashreplace") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise Error(f"{path} is no regular file")
         if sys.stdout.isatty():
             return page(file)
         for line in file:
@@ -4790,9 +4806,10 @@ def command_new(options: Options, slug: str) -> int:
         fd = os.open("run", os.O_WRONLY | os.O_CREAT | os.O_EXCL
                      | os.O_NOFOLLOW | os.O_CLOEXEC, 0o755, dir_fd=below)
         write_all(fd, TASK_SCRIPT.replace("{slug}", slug).encode())
-        if os.geteuid() == 0:       # who owns the folder will edit the file
-            for made in (fd, below):
+        for made in (fd, below):
+            if os.geteuid() == 0:   # who owns the folder will edit the file
                 os.fchown(made, owner.st_uid, owner.st_gid)
+            os.close(made)
     except FileExistsError:
         raise Error(f"{os.path.dirname(path)} exists already",
                     "choose another slug, or edit what is there") from None
