@@ -436,6 +436,7 @@ VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 ADDRESS = (r"[A-Za-z0-9_][A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{0,63}"
            r"@[A-Za-z0-9](?:[A-Za-z0-9.-]{0,253}[A-Za-z0-9])?")
 ENDPOINT = r"(?i)https?://[^\s/?#\\]+(?:[/?#][^\s\\]*)?"
+HOST_NAME = r"(?i)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.?)+"
 # As root we would give these away to a user, with all that is in them.
 SYSTEM_FOLDERS = frozenset(
     "/ /bin /boot /dev /etc /home /lib /lib32 /lib64 /media /mnt /opt /proc "
@@ -1035,10 +1036,8 @@ class Judge:
             self.say(("tasks",), "there are no tasks", "at least one")
 
     def of_delivery(self) -> None:
-        import re
         config, programs = self.config, self.facts.programs
-        if config.ping.enabled and not re.fullmatch(
-                ENDPOINT, config.ping.endpoint):
+        if config.ping.enabled and not is_endpoint(config.ping.endpoint):
             self.say(("ping", "endpoint"), described(config.ping.endpoint)
                      + " is no endpoint", "http://... or https://...")
         if config.notify and not programs.get("notify-send"):
@@ -1105,6 +1104,26 @@ def reachable(task: Task, tasks: dict) -> set:
             found.add(slug)
             ahead += tasks[slug].needs
     return found
+
+
+def is_endpoint(url: str) -> bool:
+    import re
+    from urllib.parse import urlsplit
+    if not re.fullmatch(ENDPOINT, url) or visible(url) != url:
+        return False
+    try:
+        parts = urlsplit(url.replace("%s", "host"))
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:          # of the port, or brackets that do not match
+        return False
+
+
+def mail_domain(host: str) -> str:
+    """The host's name as a domain of addresses and message ids; a host can
+    have any bytes for a name."""
+    import re
+    return host if re.fullmatch(HOST_NAME, host) and len(host) < 254 \
+        else "localhost"
 
 
 def address_of(email: str) -> str:
@@ -1363,6 +1382,7 @@ SLOW = "<<line withheld: {} took too long to judge it>>"
 TOO_LONG = "<<line of {} bytes withheld: too long to be judged>>"
 MAIL_LIMIT = 200_000    # characters of the log in a mail, half of them tail
 PING_LIMIT = 10_000     # what Healthchecks keeps of a ping's body
+EXCERPT_BLOCK = 2000
 PLAIN = bytes(range(0x20, 0x7F)) + b"\t\n"
 
 
@@ -1616,9 +1636,11 @@ class Excerpt:
             start = start if 0 < start < len(text) else len(text) - self.half
             self.drop(text[:start])
             text = text[start:]
-        if text:
-            self.tail.append(text)
-            self.tail_size += len(text)
+        self.tail_size += len(text)
+        while text:             # in blocks of some lines, dropped as a whole
+            end = text.find("\n", EXCERPT_BLOCK) + 1 or len(text)
+            self.tail.append(text[:end])
+            text = text[end:]
         while self.tail_size > self.half:
             oldest = self.tail.popleft()
             self.tail_size -= len(oldest)
@@ -1785,6 +1807,7 @@ CHUNK = 65536
 SAFE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TERM_TO_KILL = 10.0     # seconds from SIGTERM to SIGKILL
 KILL_TO_GONE = 10.0     # then we leave a process that even SIGKILL cannot end
+STOPPED_SECONDS = 10    # for each delivery, once we were told to stop
 GRACE = 2.0             # for the output of children that outlive their task
 SILENCE = 1.0           # after which a line without an end is shown
 GIT_SECONDS, MAIL_SECONDS, PASS_SECONDS, DESKTOP_SECONDS = 600, 60, 60, 5
@@ -1892,6 +1915,7 @@ class Done(Record):
     code: int           # as in Popen: negative for a signal
     output: str
     late: bool = False  # it was stopped for taking too long
+    unread: int = 0     # bytes of its standard input that it left
 
     @property
     def reason(self) -> str:
@@ -2719,8 +2743,9 @@ class Machine:
                 return Done(127, f"{argv[0]}: {error.strerror}")
             child.patient = True
             self.attend([child], heard)
+            unread = len(data) - os.lseek(stdin.fileno(), 0, os.SEEK_CUR)
         return Done(child.code, kept.decode("utf-8", "replace"),
-                    bool(child.why))
+                    bool(child.why), unread)
 
     def apart(self, seconds: float, function, *arguments) -> tuple[bool, str]:
         """(True, result) of function(*arguments), run in a child process.
@@ -2737,24 +2762,32 @@ class Machine:
             self.child_of_ours(seconds, writing, function, arguments)
         os.close(writing)
         os.set_blocking(reading, False)
+        seconds, signals = self.hurried(seconds), self.signals
         answer, deadline = b"", self.clock.ticks() + seconds
-        poll = select.poll()
-        poll.register(reading, select.POLLIN)
         while True:
             left = deadline - self.clock.ticks()
-            if left <= 0 or not poll.poll(int(left * 1000) + 1):
+            ready = select.select([reading] + [self.wake] * (self.wake >= 0),
+                                  [], [], max(left, 0))[0]
+            if self.wake in ready:
+                self.drain_wake()
+            if self.signals > signals or not ready:
                 os.kill(pid, signal.SIGKILL)
-                answer = b"-no answer within " + duration_text(
-                    seconds).encode()
+                answer = b"-interrupted" if ready else \
+                    b"-no answer within " + duration_text(seconds).encode()
                 break
-            chunk = os.read(reading, CHUNK)
-            answer += chunk
-            if not chunk:
-                break
+            if reading in ready:
+                chunk = os.read(reading, CHUNK)
+                answer += chunk
+                if not chunk:
+                    break
         os.close(reading)
         os.waitpid(pid, 0)
         text = answer.decode("utf-8", "replace") or "-ended without an answer"
         return text[0] == "+", text[1:]
+
+    def hurried(self, seconds: float) -> float:
+        """Whoever stopped us waits: deliver what can be delivered soon."""
+        return min(seconds, STOPPED_SECONDS) if self.stopped else seconds
 
     def child_of_ours(self, seconds, writing, function, arguments) -> None:
         """The child's side of `apart`; does not return."""
@@ -2983,8 +3016,10 @@ class Machine:
             program = self.program("sendmail")
             if not program:
                 return "there is no sendmail"
-            done = self.run([program, "-i", "--", address], MAIL_SECONDS,
-                            message)
+            done = self.run([program, "-i", "--", address],
+                            self.hurried(MAIL_SECONDS), message)
+            if not done.code and done.unread:
+                return "sendmail: it did not read the whole mail"
             return f"sendmail: {done.reason}" if done.code else ""
         smtp, password = config.mail.smtp, ""
         if smtp.pass_name:
@@ -3017,15 +3052,23 @@ def deliver_by_smtp(smtp: Smtp, password: str, address: str,
     direct = smtp.security == "tls"
     port = smtp.port or {"tls": 465, "starttls": 587, "none": 25}[
         smtp.security]
-    options = {"host": smtp.host, "port": port, "timeout": MAIL_SECONDS}
+    options = {"host": smtp.host, "port": port, "timeout": MAIL_SECONDS,
+               "local_hostname": mail_domain(HOST)}
     server = smtplib.SMTP_SSL(context=tls(smtp.ca_file), **options) \
         if direct else smtplib.SMTP(**options)
     with server:
         if smtp.security == "starttls":
             server.starttls(context=tls(smtp.ca_file))
-        if smtp.user:
+        if smtp.user and (smtp.user + password).isascii():
             server.login(smtp.user, password)
-        sender = address_of(smtp.sender or smtp.user) or address
+        elif smtp.user:         # which smtplib cannot: RFC 4616 wants UTF-8
+            import base64
+            words = f"\0{smtp.user}\0{password}".encode()
+            code, text = server.docmd("AUTH", "PLAIN " + base64.b64encode(
+                words).decode())
+            if code != 235:
+                raise smtplib.SMTPAuthenticationError(code, text)
+        sender = address_of(smtp.sender) or address
         server.sendmail(sender, [address], message.replace(b"\n", b"\r\n"))
     return "accepted"
 
@@ -3037,7 +3080,7 @@ def fetch(url: str, body: bytes | None, timeout: float, ca_file: str) -> str:
     import urllib.request
 
     class Redirects(urllib.request.HTTPRedirectHandler):
-        max_redirections = 3
+        max_redirections = max_repeats = 3
 
         def redirect_request(self, request, file, code, text, headers, to):
             secure = request.full_url.lower().startswith("https:")
@@ -3067,19 +3110,20 @@ def fetch(url: str, body: bytes | None, timeout: float, ca_file: str) -> str:
     return f"{code} {visible(first.strip())[:200]}"
 
 
-def rfc5322(host: str, to: str, subject_line: str, body: str,
+def rfc5322(sender: str, to: str, subject_line: str, body: str,
             message_id: str, now: float) -> bytes:
     """A mail (RFC 5322), quoted-printable: no line of a task reaches a mail
-    server as it is."""
+    server as it is. `sender` may be ""."""
+    domain = mail_domain(HOST)
     from email.message import EmailMessage
     from email.policy import default
     from email.utils import formatdate
     message = EmailMessage(policy=default)
-    message["From"] = f"{PROG} <{myself().name}@{host}>"
+    message["From"] = sender or f"{PROG} <{myself().name}@{domain}>"
     message["To"] = address_of(to)
     message["Subject"] = subject_line
     message["Date"] = formatdate(now, localtime=True)
-    message["Message-ID"] = f"<{message_id}@{host}>"
+    message["Message-ID"] = f"<{message_id}@{domain}>"
     message["Auto-Submitted"] = "auto-generated"
     message.set_content(body, charset="utf-8", cte="quoted-printable")
     return message.as_bytes()
@@ -4205,7 +4249,7 @@ class Runner:
         self.story.close()
         found = closing_words(self.problems, self.machine.stopped)
         body = (f"{found or 'All tasks ran well'}.\n"
-                + (f"The whole log: {HOST}:{self.log.path}\n"
+                + (f"The whole log: {visible(HOST)}:{self.log.path}\n"
                    if self.log.path else "")
                 + (f"The log could not be written ({self.log.broken}).\n"
                    if self.log.broken else "")
@@ -4215,8 +4259,10 @@ class Runner:
                   "finish", body)
 
     def mail(self, word: str, text: str, kind: str, body: str) -> None:
+        smtp = self.config.mail.smtp
         message = rfc5322(
-            HOST, self.config.user.email, subject(
+            address_of(smtp.sender) if smtp else "",
+            self.config.user.email, subject(
                 HOST, text, kind == "finish" and self.failed()), body,
             f"{self.run_id}.{kind}", self.machine.clock.now())
         reason = self.machine.send_mail(self.config, message)
@@ -4267,7 +4313,8 @@ class Runner:
         for tried in range(tries):
             accepted, answer = self.machine.ping(url, body, ping.timeout,
                                                  ping.ca_file)
-            if accepted or not worth_another(answer):
+            if accepted or self.machine.stopped \
+                    or not worth_another(answer):
                 break
             if tried + 1 < tries:
                 self.say(f"ping: {answer}; again")
@@ -4281,7 +4328,9 @@ def ping_url(ping: Ping, action: str, run_id: str, host: str) -> str:
     """The endpoint for an action, `%s` replaced by the host's name; with
     `rid` when the monitor is to pair start and end (Healthchecks)."""
     from urllib.parse import quote, urlsplit, urlunsplit
-    url = ping.endpoint.replace("%s", quote(host, safe=""))
+    from string import punctuation
+    url = quote(ping.endpoint.replace("%s", quote(
+        host.encode("utf-8", "surrogateescape"), safe="")), safe=punctuation)
     if not (action or ping.start or ping.fail or ping.log):
         return url          # as it was written
     parts = urlsplit(url)
