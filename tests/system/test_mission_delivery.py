@@ -1,0 +1,1404 @@
+"""Delivery: mail, pings and notifications, into real servers and programs.
+
+A test server keeps what it was sent; tests say what must (not) be in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import textwrap
+import time
+import urllib.parse
+import uuid
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+import pytest
+import servers
+import support
+
+ADDRESS = "nobody@mission.invalid"      # goes nowhere, should it get out
+RUNAWAY = r"(a+)+$"
+BOMB = "a" * 60 + "!"                   # RUNAWAY needs 2**60 steps for it
+DURATION = r"(\d+h)?(\d+m)?[\d.]+m?s"
+
+
+# ==========================================================================
+# Small words for the tests below
+# ==========================================================================
+
+def by_smtp(scratch, sink, **smtp) -> None:
+    """Mail goes straight to the sink; no program needed."""
+    scratch.config["user"]["email"] = ADDRESS
+    scratch.config["mail"] = {
+        "enabled": True, "type": "smtp",
+        "smtp": {"host": "127.0.0.1", "port": sink.port, "security": "none",
+                 "from": "backup@mission.invalid", **smtp}}
+
+
+def by_sendmail(scratch) -> None:
+    scratch.config["user"]["email"] = ADDRESS
+    scratch.config["mail"] = {"enabled": True, "type": "sendmail"}
+
+
+def msmtp(scratch, port: int) -> None:
+    """The real sendmail program of msmtp-mta hands over to `port`.
+
+    For root its settings are /etc/msmtprc, in a mount namespace with a copy
+    of /etc; an ordinary user has ~/.msmtprc.
+    """
+    support.need("sendmail")
+    if os.path.basename(os.path.realpath(support.find("sendmail"))) \
+            != "msmtp":
+        support.absent("sendmail is another program: apt-get install "
+                       "msmtp-mta (make parts)")
+    by_sendmail(scratch)
+    settings = (scratch.folder / "msmtprc") if support.AS_ROOT \
+        else scratch.home / ".msmtprc"
+    settings.write_text(
+        f"account default\nhost 127.0.0.1\nport {port}\ntls off\nauth off\n"
+        "from backup@mission.invalid\nset_date_header off\n"
+        "set_from_header off\n")
+    settings.chmod(0o644 if support.AS_ROOT else 0o600)
+    if support.AS_ROOT and not scratch.host:
+        support.need("unshare")
+        etc = scratch.make("etc")
+        scratch.host = support.Host(scratch.folder / "host")
+        scratch.host.setup += [
+            f"mount -t tmpfs -o mode=755 none '{etc}'",
+            f"cp -a /etc/. '{etc}'", f"cp -a '{settings}' '{etc}/msmtprc'",
+            f"mount --move '{etc}' /etc"]
+
+
+def program(scratch, name: str, script: str) -> Path:
+    """A stand-in for a program, first in PATH."""
+    folder = scratch.make("bin")
+    path = folder / name
+    path.write_text("#!/bin/sh\n" + textwrap.dedent(script))
+    path.chmod(0o755)
+    scratch.env["PATH"] = f"{folder}:/usr/bin:/bin"
+    return path
+
+
+def pinging(scratch, url: str, **options) -> None:
+    scratch.config["ping"] = {"enabled": True, "endpoint": url, **options}
+
+
+def headless(scratch, *args, **options):
+    return scratch.mission("run", "--headless", *args, **options)
+
+
+def undelivered(result) -> None:
+    """The tasks were well, delivery was not: 74, and one line says so."""
+    assert result.code == 74, result
+    assert result.err.startswith("mission: "), result
+    assert "Traceback" not in result.err
+
+
+def hasty(scratch, **limits) -> None:
+    """No pauses between tries, and shorter time limits, by the names of
+    mission's constants."""
+    lines = ["assert m.Machine.pause",
+             "m.Machine.pause = lambda self, seconds: None"]
+    for name, value in limits.items():
+        lines.append(f"assert m.{name} > 0\nm.{name} = {value}")
+    real = str(support.ROOT / "mission.py")
+    driver = scratch.folder / "driver.py"
+    driver.write_text(f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("mission", {real!r})
+m = sys.modules["mission"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(m)
+{chr(10).join(lines)}
+if __name__ == "__main__":
+    sys.exit(m.main(sys.argv[1:]))
+""")
+    plain = scratch.command
+    scratch.command = lambda *args: [
+        str(driver) if word == real else word for word in plain(*args)]
+
+
+def reachable(folder: Path) -> None:
+    """Lets other users pass through the test's folders."""
+    for place in (folder, *folder.parents):
+        if place.stat().st_uid == os.geteuid() and str(place) != "/":
+            place.chmod(place.stat().st_mode | 0o011)
+
+
+def fake_pass(scratch, script: str) -> None:
+    reachable(scratch.folder)
+    scratch.config["passBin"] = str(program(scratch, "fake-pass", script))
+
+
+@pytest.fixture
+def sink():
+    with servers.Sink() as sink:
+        yield sink
+
+
+@pytest.fixture
+def web():
+    with servers.Web() as web:
+        yield web
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    return servers.certificate(tmp_path)
+
+
+# ==========================================================================
+# Mail: what is sent, and when
+# ==========================================================================
+
+def test_a_headless_run_mails_its_start_and_its_finish(scratch, sink):
+    by_smtp(scratch, sink)
+    scratch.task("one", "echo hello")
+    result = headless(scratch)
+    assert result.code == 0 and not result.err, result
+    name = re.escape(socket.gethostname())
+    start, finish = sink.wait(2)
+    assert re.fullmatch(f"{name}: run started", start.subject)
+    assert re.fullmatch(f"{name}: run finished in {DURATION}",
+                        finish.subject)
+    for letter in sink.letters:
+        assert letter.recipients == [ADDRESS]
+        assert letter["To"] == ADDRESS
+        assert letter.message["From"].addresses[0].addr_spec \
+            == "backup@mission.invalid"
+        assert letter["MIME-Version"] == "1.0"
+        assert letter.message.get_content_type() == "text/plain"
+        assert letter.message.get_content_charset() == "utf-8"
+        sent = parsedate_to_datetime(letter["Date"])
+        age = datetime.datetime.now(datetime.timezone.utc) - sent
+        assert abs(age.total_seconds()) < 120
+        assert re.fullmatch(r"<[^<>@\s]+@[^<>@\s]+>", letter["Message-ID"])
+    assert start["Message-ID"] != finish["Message-ID"]
+
+
+def test_a_failed_run_says_failure_in_its_subject(scratch, sink):
+    by_smtp(scratch, sink)
+    scratch.task("one", "exit 3")
+    assert headless(scratch).code == 1
+    start, finish = sink.wait(2)
+    assert "[FAILURE]" not in start.subject
+    name = re.escape(socket.gethostname())
+    assert re.fullmatch(rf"{name}: \[FAILURE\] run finished in {DURATION}",
+                        finish.subject)
+
+
+@pytest.mark.parametrize("mail, script, sent", [
+    ({},                               "true",  ["start", "finish"]),
+    ({},                               "false", ["start", "FAILURE"]),
+    ({"on": "always", "start": False}, "true",  ["finish"]),
+    ({"on": "always", "start": False}, "false", ["FAILURE"]),
+    ({"on": "failure"},                "true",  []),
+    ({"on": "failure"},                "false", ["FAILURE"]),
+    ({"on": "never"},                  "false", []),
+    ({"enabled": False},               "false", []),
+])
+def test_mail_on_and_mail_start_choose_the_mails(scratch, sink, mail, script,
+                                                 sent):
+    by_smtp(scratch, sink)
+    scratch.config["mail"].update(mail)
+    scratch.task("one", script)
+    result = headless(scratch)
+    assert result.code == (0 if script == "true" else 1), result
+    kinds = [re.search("FAILURE|start|finish", subject)[0]
+             for subject in sink.subjects()]
+    assert kinds == sent
+
+
+@pytest.mark.parametrize("args", [["run"], ["run", "--headless", "--dry-run"],
+                                  ["check"]])
+def test_only_a_headless_run_delivers(scratch, sink, web, args):
+    by_smtp(scratch, sink)
+    pinging(scratch, web.url, start=True, fail=True, log=True)
+    scratch.task("one", "exit 3")
+    assert scratch.mission(*args).code == (1 if args == ["run"] else 0)
+    assert sink.sessions == 0 and web.requests == []
+
+
+def test_the_mail_is_a_summary_line_and_the_log(scratch, sink):
+    by_smtp(scratch, sink)
+    scratch.task("one", "echo zażółć 日本 🎉; echo 'two  spaces '")
+    headless(scratch)
+    text = sink.wait(2)[1].text
+    summary, rest = text.split("\n\n", 1)
+    assert re.search("well", summary) and not summary.startswith(("#", "["))
+    assert rest.lstrip("\n").startswith("# —")
+    assert "] zażółć 日本 🎉\n" in text and "] two  spaces \n" in text
+    assert "# Task: One\n" in text and "FinishTime" in text
+    # All that the log had when the mail was made is in the mail.
+    until = scratch.log().split("FinishTime")[0].rstrip()
+    assert until[until.index("# Task"):] in text
+
+
+HOSTILE_LINES = {      # for printf '%b'
+    "a single dot": r".", "two dots": r"..", "a dot and text": r".quit",
+    "invalid UTF-8": r"\377\376 broken",
+    "an encoded surrogate": r"\355\240\200 lone",
+    "an overlong line": "x" * 5000,
+    "smuggled commands": r"a\r\n.\r\nMAIL FROM:<x@mission.invalid>\r\nb",
+    "a dot between carriage returns": r"a\r.\rb",
+    "control characters": r"\033[2J\007\000\013\014\302\205\342\200\250",
+    "From at the start": "From nobody Sat Nov 21",
+}
+
+
+def test_no_line_of_a_task_can_harm_the_mail(scratch, sink):
+    by_smtp(scratch, sink)
+    scratch.task("one", "\n".join(
+        f"echo before {name}; printf '%b\\n' '{line}'; echo after {name}"
+        for name, line in HOSTILE_LINES.items()))
+    assert headless(scratch).code == 0
+    assert len(sink.letters) == 2
+    letter, wire = sink.letters[1], sink.wires[1]
+    for name in HOSTILE_LINES:
+        assert f"] before {name}\n" in letter.text
+        assert f"] after {name}\n" in letter.text
+    assert "] .\n" in letter.text and "x" * 5000 in letter.text
+    assert "FinishTime" in letter.text and not letter.message.defects
+    assert re.search(rb"(?<!\r)\n|\r(?!\n)|\0|\x1b", wire) is None
+    assert max(map(len, wire.split(b"\r\n"))) <= 998    # RFC 5322, 2.1.1
+
+
+@pytest.mark.parametrize("script", [
+    "seq -f 'line %g of many, many lines' 20000",   # in big pieces
+    """i=0
+    while [ $i -lt 20000 ]; do i=$((i+1))
+        echo "line $i of many, many lines"; done""",
+], ids=["fast", "slow"])
+def test_a_long_log_loses_its_middle_and_says_how_much(scratch, sink, script):
+    by_smtp(scratch, sink)
+    scratch.task("one", script)
+    assert headless(scratch).code == 0
+    text = sink.wait(2)[1].text
+    assert 150_000 < len(text.encode()) < 205_000
+    numbers = [int(n) for n in re.findall(r"\] line (\d+) ", text)]
+    assert numbers[0] == 1 and numbers[-1] == 20000
+    steps = [(a, b) for a, b in zip(numbers, numbers[1:]) if b != a + 1]
+    (last, first), = steps      # one gap, and both sides worth reading
+    assert 1000 < last and first < 19000
+    mark = text.split(f"] line {last} ")[1].split("] line")[0]
+    assert str(first - last - 1) in mark.replace(",", "")
+
+
+def test_a_huge_line_does_not_swell_the_mail(scratch, sink):
+    by_smtp(scratch, sink)
+    scratch.task("one", "echo before; head -c 3000000 /dev/zero "
+                        "| tr '\\0' x; echo; echo after")
+    assert headless(scratch).code == 0
+    text = sink.wait(2)[1].text
+    assert "] before\n" in text and "] after\n" in text
+    assert len(text.encode()) < 210_000
+
+
+# ==========================================================================
+# Filters and redactions
+# ==========================================================================
+
+def after_headers(text: str) -> list[str]:
+    """The lines of the only task, without times."""
+    lines = text.split("# Task: One\n")[1].split("\n")[2:]
+    lines = [re.sub(r"^\[[^]]*\] ?", "", line) for line in lines]
+    return [line for line in lines if line]
+
+
+@pytest.mark.parametrize("filters, said, mailed", [
+    ([], "a b", ["a", "b"]),
+    (["^a$"], "a b", ["<<1 lines filtered>>", "b"]),
+    (["^a$"], "xa ax a", ["xa", "ax", "<<1 lines filtered>>"]),
+    (["^s", "t$"], "a s1 s2 1t b s3 c",
+     ["a", "<<3 lines filtered>>", "b", "<<1 lines filtered>>", "c"]),
+    (["."], "a b c", ["<<3 lines filtered>>"]),
+    ([r"\bpass=[[:alnum:]]+"], "x pass=abc", ["x", "<<1 lines filtered>>"]),
+    (["(?i)KEY"], "x mykey", ["x", "<<1 lines filtered>>"]),
+])
+def test_filters_match_the_bare_line_and_are_counted_in_its_place(
+        scratch, sink, filters, said, mailed):
+    by_smtp(scratch, sink)
+    scratch.config["filters"] = filters
+    scratch.task("one", f"printf '%s\\n' {said}")
+    assert headless(scratch).code == 0
+    lines = after_headers(sink.wait(2)[1].text)
+    # `1 line filtered` is as good; what counts is the number and the place.
+    lines = [line.replace("1 line ", "1 lines ") for line in lines]
+    if filters == ["."]:    # also takes whatever mission itself says
+        assert not {"a", "b", "c"} & set(lines)
+        assert "lines filtered>>" in "".join(lines)
+    else:
+        assert lines[:len(mailed)] == mailed
+    assert after_headers(scratch.log())[:len(said.split())] == said.split()
+
+
+def test_a_filter_judges_the_whole_line_before_it_is_cut(scratch, sink):
+    by_smtp(scratch, sink)
+    scratch.config["filters"] = ["password=.*hidden$"]
+    scratch.task("one", "printf 'password=top'; head -c 300000 /dev/zero "
+                        "| tr '\\0' x; echo hidden; echo after")
+    assert headless(scratch).code == 0
+    text = sink.wait(2)[1].text
+    assert "password=top" not in text and "hidden" not in text
+    assert "] after\n" in text and "xxxx" not in text
+
+
+def test_a_runaway_filter_withholds_the_line_and_the_run_goes_on(
+        scratch, sink, web):
+    by_smtp(scratch, sink)
+    pinging(scratch, web.url, log=True)
+    hasty(scratch, LINE_SECONDS=0.3)
+    scratch.config["filters"] = ["^nothing$", RUNAWAY]
+    scratch.task("one", f"echo before; echo {BOMB}; echo after")
+    scratch.task("two", "echo the second")
+    began = time.monotonic()
+    result = headless(scratch)
+    assert time.monotonic() - began < 30
+    assert result.code in (0, 1), result
+    letter = sink.wait(2)[1]
+    assert BOMB not in letter.text and "aaaaaaaa!" not in letter.text
+    assert "] before\n" in letter.text and "] after\n" in letter.text
+    assert "] the second\n" in letter.text
+    assert re.search("withheld", letter.text)
+    assert not any(BOMB.encode() in r.body for r in web.requests)
+    assert BOMB in scratch.log()
+
+
+def test_many_hostile_lines_are_withheld_within_seconds(scratch, sink):
+    by_smtp(scratch, sink)
+    hasty(scratch, LINE_SECONDS=0.2, ALL_SECONDS=1)
+    scratch.config["filters"] = [RUNAWAY]
+    scratch.task("one", f"for i in $(seq 300); do echo {BOMB}; done; "
+                        "echo after")
+    began = time.monotonic()
+    assert headless(scratch).code in (0, 1)
+    assert time.monotonic() - began < 20        # not 300 times 0.2 s
+    text = sink.wait(2)[1].text
+    assert BOMB not in text and "FinishTime" in text
+    assert scratch.log().count(BOMB) == 300
+
+
+def test_redactions_reach_mail_log_and_ping(scratch, sink, web):
+    by_smtp(scratch, sink)
+    pinging(scratch, web.url, log=True)
+    scratch.config["redact"] = [r"token=\w+"]
+    scratch.task("one", "echo a token=geheim b")
+    assert headless(scratch).code == 0
+    texts = [sink.wait(2)[1].text, scratch.log(), web.requests[-1].text]
+    assert all("geheim" not in text for text in texts)
+    assert all("a *** b" in text for text in texts)
+
+
+# ==========================================================================
+# Headers: no value becomes another header, an option or an address
+# ==========================================================================
+
+HOSTILE = [
+    "-oQ/tmp@mission.invalid", "-X/etc/cron.d/x", "-bs", "--", "",
+    "nobody", "@mission.invalid", "nobody@", "a b@mission.invalid",
+    "a@mission.invalid, b@mission.invalid", "a@mission.invalid;b",
+    "a@mission.invalid\nBcc: b@mission.invalid", "a@mission.invalid\r",
+    "a@mission.invalid\n", "a@mission.invalid\x00", "|/bin/sh@x",
+    "a@b@c", "<-oQ@mission.invalid>", "N <-f@mission.invalid>",
+    "a@-mission.invalid", "a@mission.invalid <b@mission.invalid",
+]
+
+
+def faults(scratch, capsys, path: str) -> str:
+    """What `check` says, in this process: a table of cases is quick."""
+    scratch.write()
+    code = support.load("mission").main(["-c", str(scratch.path), "check"])
+    said = capsys.readouterr().err
+    assert code == 78 and f" {path}: " in said, said
+    assert re.search("[\0-\x09\x0b-\x1f\x7f]", said) is None
+    return said
+
+
+@pytest.mark.parametrize("address", HOSTILE)
+def test_a_hostile_address_is_a_fault(scratch, capsys, address):
+    by_smtp(scratch, servers.Sink(port=1))
+    scratch.config["user"]["email"] = address
+    scratch.task("one", "true")
+    faults(scratch, capsys, "user.email")
+
+
+@pytest.mark.parametrize("key", ["user.email", "mail.smtp.from"])
+def test_a_run_with_a_hostile_address_does_not_begin(scratch, sink, key):
+    by_smtp(scratch, sink)
+    part = scratch.config["user"] if key == "user.email" \
+        else scratch.config["mail"]["smtp"]
+    part[key.split(".")[-1]] = "-oQ/tmp@mission.invalid"
+    ran = scratch.folder / "ran"
+    scratch.task("one", f"touch '{ran}'")
+    result = headless(scratch)
+    assert result.code == 78 and key in result.err, result
+    assert sink.sessions == 0 and not ran.exists()
+
+
+@pytest.mark.parametrize("address", [
+    "nobody@mission.invalid", "Anon <nobody@mission.invalid>",
+    "Zoë Ångström <nobody@mission.invalid>",
+    "no.body+backup@mission.invalid", "root@localhost",
+])
+def test_a_usual_address_is_taken(scratch, sink, address):
+    by_smtp(scratch, sink)
+    scratch.config["user"]["email"] = address
+    scratch.task("one", "true")
+    assert headless(scratch).code == 0
+    letter = sink.wait(2)[0]
+    assert letter.recipients == [re.search(r"[^<> ]+@[^<> ]+", address)[0]]
+    assert letter.message["To"].addresses[0].addr_spec \
+        == letter.recipients[0]
+
+
+@pytest.mark.parametrize("name", [
+    "=?UTF-8?Q?a=0ABcc:_x@mission.invalid?=",
+    "=?utf-8?b?CkJjYzogeEBtaXNzaW9uLmludmFsaWQ=?=",
+    "zoë =?UTF-8?Q?=0D=0ABcc:_x@mission.invalid?=",
+    "a, b@mission.invalid", 'quoted" <x@mission.invalid>,', "(comment",
+    "N\u2028Bcc: x@mission.invalid", "N\x1b[2J", "N\x0bBcc: x",
+])
+def test_a_display_name_adds_no_header_and_no_recipient(scratch, sink, name):
+    by_smtp(scratch, sink)
+    scratch.config["user"]["email"] = f"{name} <{ADDRESS}>"
+    scratch.task("one", "true")
+    result = headless(scratch)
+    if result.code == 78:
+        assert "user.email" in result.err
+        return
+    assert result.code == 0, result
+    for letter in sink.wait(2):
+        assert letter.recipients == [ADDRESS]
+        assert letter.message["Bcc"] is None
+        assert len(letter.message["To"].addresses) == 1
+        assert b"\nBcc" not in letter.data
+
+
+class Named:
+    """Runs a command on a host of that name, in a UTS namespace."""
+
+    def __init__(self, name: bytes):
+        self.name = name
+
+    def command(self, command: list[str]) -> list[str]:
+        script = ("import os, socket, sys\n"
+                  "socket.sethostname(os.fsencode(sys.argv[1]))\n"
+                  "os.execv(sys.argv[2], sys.argv[2:])")
+        return ["unshare", "-u", sys.executable, "-c", script,
+                os.fsdecode(self.name), *command]
+
+
+@support.root_only
+@pytest.mark.parametrize("name", [
+    b"box.mission.invalid", "zoë-日本".encode(), b"x" * 64, b" ",
+    b"box\r\n\r\nbody", b"box\x0b\nBcc: x@mission.invalid",
+    "\x1b[2Jbox\u2028\u0085\u202egnp".encode(), b"=?UTF-8?Q?=0ABcc:_x?=",
+    "zoë =?UTF-8?Q?=0ABcc:_x?=".encode(), b"\xff\xfe", b"-oQ/tmp 50%s%d",
+    b"a/../b?c#d&e=f", b"<x@y> [FAILURE]",
+])
+def test_any_host_name_is_one_subject_and_one_part_of_a_url(
+        scratch, sink, web, name):
+    support.need("unshare")
+    scratch.host = Named(name)
+    by_smtp(scratch, sink)
+    del scratch.config["mail"]["smtp"]["from"]      # made from the host name
+    scratch.config["mail"]["start"] = False
+    pinging(scratch, web.url + "/%s/end")
+    scratch.task("one", "true")
+    result = headless(scratch)
+    assert result.code == 0, result
+    letter, = sink.wait(1)
+    assert letter.recipients == [ADDRESS] and not letter.message.defects
+    assert letter.message["Bcc"] is None
+    assert len(letter.message.get_all("Subject")) == 1
+    assert re.fullmatch(r"<[!-~]+@[!-~]+>", letter["Message-ID"].strip())
+    head = letter.data.split(b"\r\n\r\n")[0]
+    assert re.search(rb"[^\t\r\n -~]|\nBcc", head) is None
+    assert re.search("[\0-\x1f\x7f-\x9f\u2028\u202e]",
+                     letter.subject) is None
+    assert re.search(f": run finished in {DURATION}$", letter.subject)
+    path, = [request.path for request in web.requests]
+    match = re.fullmatch(r"/check/([A-Za-z0-9%_.~-]+)/end", path)
+    assert match, path
+    if name == b"a/../b?c#d&e=f":
+        assert match[1] == urllib.parse.quote(name, safe="")
+
+
+# ==========================================================================
+# sendmail: the real program, and programs that misbehave
+# ==========================================================================
+
+def test_mail_goes_through_the_real_sendmail(scratch, sink):
+    msmtp(scratch, sink.port)
+    scratch.env["PATH"] = "/usr/bin:/bin"       # cron's: without /usr/sbin
+    scratch.task("one", "echo zażółć 日本; echo .; echo after; exit 1")
+    result = headless(scratch)
+    assert result.code == 1, result
+    start, finish = sink.wait(2)
+    assert start.subject.endswith(": run started")
+    assert "[FAILURE] run finished in" in finish.subject
+    for letter in (start, finish):
+        assert letter.recipients == [ADDRESS] == [letter["To"]]
+        assert letter["From"] != "None" and letter["Date"] != "None"
+    assert "] zażółć 日本\n" in finish.text
+    assert "] .\n" in finish.text and "] after\n" in finish.text
+
+
+def test_what_sendmail_could_not_pass_on_goes_out_with_the_next_run(
+        scratch):
+    port = servers.free_port()
+    msmtp(scratch, port)
+    scratch.config["mail"]["start"] = False
+    scratch.task("one", "echo the first")
+    result = headless(scratch)
+    undelivered(result)
+    waiting, = scratch.outbox()
+    assert support.mode(waiting) == 0o600
+    assert support.mode(waiting.parent) & 0o077 == 0
+    before = servers.Letter("", [], waiting.read_bytes(), None, False)
+    scratch.task("two", "echo the second")
+    with servers.Sink(port=port) as sink:
+        assert headless(scratch).code == 0
+        late, new = sink.wait(2)
+    assert scratch.outbox() == []
+    assert late["Message-ID"] == before["Message-ID"] != new["Message-ID"]
+    assert late["Date"] == before["Date"] and late.recipients == [ADDRESS]
+    assert "] the first\n" in late.text and "] the second\n" in new.text
+
+
+def test_a_server_that_says_later_keeps_the_mail_in_the_outbox(scratch):
+    with servers.Sink() as sink:
+        msmtp(scratch, sink.port)
+        sink.answers["RCPT"] = "451 try again later"
+        scratch.task("one", "true")
+        undelivered(headless(scratch))
+        assert sink.letters == [] and len(scratch.outbox()) == 2
+        sink.answers.clear()
+        assert headless(scratch).code == 0
+        subjects = [subject.split(": ")[1].split(" in ")[0]
+                    for subject in sink.subjects()]
+        assert subjects == ["run started", "run finished"] * 2
+        assert scratch.outbox() == []
+
+
+@pytest.mark.parametrize("script", [
+    "cat >/dev/null; exit 75", "exec <&-; exit 1", "kill -9 $$",
+    "yes no | head -c 5000000 >&2; exit 68",
+])
+def test_a_sendmail_in_trouble_costs_no_mail(scratch, script):
+    """Case: also a mail larger than a pipe, to one that does not read."""
+    by_sendmail(scratch)
+    program(scratch, "sendmail", script)
+    scratch.config["mail"]["start"] = False
+    scratch.task("one", "head -c 150000 /dev/zero | tr '\\0' x; echo")
+    result = headless(scratch)
+    undelivered(result)
+    waiting, = scratch.outbox()
+    assert support.mode(waiting) == 0o600
+    assert b"run finished in" in waiting.read_bytes()
+    program(scratch, "sendmail", f"exec cat >'{scratch.folder}/sent'")
+    headless(scratch)
+    assert scratch.outbox() == []
+
+
+def test_a_sendmail_that_hangs_is_ended_and_costs_no_mail(scratch):
+    by_sendmail(scratch)
+    program(scratch, "sendmail", f"echo $$ >>'{scratch.folder}/pids'\n"
+                                 "exec sleep 300")
+    hasty(scratch, MAIL_SECONDS=1)
+    scratch.task("one", "true")
+    began = time.monotonic()
+    undelivered(headless(scratch))
+    assert time.monotonic() - began < 20
+    assert len(scratch.outbox()) == 2
+    for pid in (scratch.folder / "pids").read_text().split():
+        assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_a_mail_server_that_hangs_is_given_up(scratch, sink):
+    sink.silent = True
+    by_smtp(scratch, sink)
+    hasty(scratch, MAIL_SECONDS=1)
+    scratch.task("one", "true")
+    began = time.monotonic()
+    undelivered(headless(scratch))
+    assert time.monotonic() - began < 20
+    assert len(scratch.outbox()) == 2
+
+
+def test_a_sendmail_that_took_half_and_said_yes_is_not_believed(scratch):
+    by_sendmail(scratch)
+    program(scratch, "sendmail", "head -c 10 >/dev/null; exit 0")
+    scratch.config["mail"]["start"] = False
+    scratch.task("one", "head -c 150000 /dev/zero | tr '\\0' x; echo")
+    undelivered(headless(scratch))
+    assert len(scratch.outbox()) == 1
+
+
+def test_a_sendmail_gone_during_the_run_costs_no_mail(scratch):
+    by_sendmail(scratch)
+    sendmail = program(scratch, "sendmail", "exec cat >/dev/null")
+    scratch.task("one", f"echo '#!/no/such/interpreter' >'{sendmail}'")
+    undelivered(headless(scratch))
+    waiting, = scratch.outbox()
+    assert b"run finished" in waiting.read_bytes()
+
+
+@support.root_only
+def test_a_missing_sendmail_is_a_fault_before_anything_runs(scratch):
+    support.need("unshare")
+    scratch.host = support.Host(scratch.folder / "host")
+    for folder in ("/usr/local/sbin", "/usr/sbin", "/usr/bin", "/usr/lib"):
+        if os.path.exists(f"{folder}/sendmail"):
+            scratch.host.bind("/dev/null",
+                              os.path.realpath(f"{folder}/sendmail"))
+    by_sendmail(scratch)
+    ran = scratch.folder / "ran"
+    scratch.task("one", f"touch '{ran}'")
+    result = headless(scratch)
+    assert result.code == 78 and "sendmail" in result.err, result
+    assert not ran.exists()
+
+
+def test_sendmail_gets_an_address_and_no_environment_of_the_caller(scratch):
+    by_sendmail(scratch)
+    program(scratch, "sendmail", f"""
+        {{ printf '%s\\n' "$@"; env; }} >>'{scratch.folder}/asked'
+        exec cat >/dev/null""")
+    scratch.env.update({"SECRET": "geheim", "BASH_ENV": "/x",
+                        "LD_LIBRARY_PATH": "/x"})
+    scratch.config["mail"]["start"] = False
+    scratch.task("one", "true")
+    assert headless(scratch).code == 0
+    asked = (scratch.folder / "asked").read_text()
+    words = asked.split("\n")
+    assert words[words.index("--") + 1] == ADDRESS
+    assert "-i" in words or "-oi" in words
+    assert "geheim" not in asked and "LD_LIBRARY_PATH" not in asked
+
+
+def test_every_trouble_is_in_the_log_and_one_line_is_on_stderr(scratch):
+    by_sendmail(scratch)
+    program(scratch, "sendmail", "cat >/dev/null; printf 'no\\033[2J\\nx' >&2;"
+                                 " exit 75")
+    scratch.task("one", "true")
+    result = headless(scratch)
+    undelivered(result)
+    assert result.err.count("\n") == 1 and "\x1b" not in result.err, result
+    assert "75" in scratch.log() and "\x1b" not in scratch.log()
+    assert scratch.history()[-1]["verdict"] == "trouble"
+
+
+def test_a_failed_task_is_worse_than_a_mail_not_sent(scratch):
+    by_sendmail(scratch)
+    program(scratch, "sendmail", "cat >/dev/null; exit 75")
+    scratch.task("one", "exit 3")
+    assert headless(scratch).code == 1
+
+
+# ==========================================================================
+# SMTP: logins, TLS, and servers that lie
+# ==========================================================================
+
+ACCOUNT = ("backup", "pa ss-wörd'\"$x")
+
+
+@pytest.fixture(scope="module")
+def store():
+    """A real pass store of alice (as root) or of a scratch home."""
+    with contextlib.ExitStack() as stack:
+        # gpg-agent's socket needs a short path.
+        folder = Path(tempfile.mkdtemp(prefix="m-"))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder.chmod(0o755)
+        if support.AS_ROOT:
+            support.need("unshare", "setpriv")
+            host = support.Host(folder)
+            uid = str(support.ALICE_UID)
+            store = servers.PassStore(
+                host.home[support.ALICE], lambda command: host.command(
+                    ["setpriv", "--reuid", uid, "--regid", uid,
+                     "--clear-groups", *command]))
+            store.host = host
+        else:
+            store = servers.PassStore()
+            store.host, store.program = None, store.wrapper(folder)
+        stack.enter_context(store)
+        store.insert("mail/backup", ACCOUNT[1])
+        yield store
+
+
+def logging_in(scratch, store, sink, security: str, **smtp) -> None:
+    """Mail through the sink, with the password from the store."""
+    by_smtp(scratch, sink, security=security, user=ACCOUNT[0],
+            passName="mail/backup", **smtp)
+    scratch.host = store.host
+    if store.host:
+        scratch.config["user"]["name"] = support.ALICE
+        scratch.config["passBin"] = support.find("pass")
+    else:
+        scratch.config["passBin"] = str(store.program)
+
+
+@pytest.mark.parametrize("security", ["starttls", "tls", "none"])
+def test_smtp_logs_in_with_the_password_from_pass(scratch, store, certificate,
+                                                  security):
+    with servers.Sink(security, certificate, ACCOUNT) as sink:
+        logging_in(scratch, store, sink, security, caFile=certificate.cert)
+        scratch.task("one", "echo hello")
+        result = headless(scratch)
+        assert result.code == 0, result
+        start, finish = sink.wait(2)
+    assert {letter.login for letter in (start, finish)} == {ACCOUNT}
+    assert finish.secure == (security != "none")
+    assert finish.recipients == [ADDRESS] and "] hello\n" in finish.text
+
+
+@pytest.mark.parametrize("security", ["starttls", "tls"])
+@pytest.mark.parametrize("fault", ["unknown", "expired", "other host"])
+def test_a_bad_certificate_is_refused(scratch, store, tmp_path, security,
+                                      fault):
+    certificate = servers.certificate(
+        tmp_path, expired=fault == "expired", names="DNS:other.invalid"
+        if fault == "other host" else "IP:127.0.0.1,DNS:localhost")
+    trusted = {} if fault == "unknown" else {"caFile": certificate.cert}
+    with servers.Sink(security, certificate, ACCOUNT) as sink:
+        logging_in(scratch, store, sink, security, **trusted)
+        scratch.task("one", "true")
+        result = headless(scratch)
+        undelivered(result)
+        assert sink.letters == [] and sink.logins == []
+    assert len(scratch.outbox()) == 2
+    assert "certificate" in (scratch.log() + result.err).lower()
+
+
+@pytest.mark.parametrize("name, answers", [
+    ("not offered",    {}),
+    ("refused",        {"STARTTLS": "454 TLS not available"}),
+    ("a yes, no TLS",  {"STARTTLS": "220 go on"}),
+    ("offered, a lie", {"EHLO": "250-sink\r\n250-STARTTLS\r\n250 AUTH PLAIN",
+                        "STARTTLS": "502 what"}),
+])
+def test_stripped_tls_is_refused_and_no_word_goes_out(scratch, store, name,
+                                                      answers):
+    with servers.Sink("none", account=ACCOUNT) as sink:
+        sink.answers.update(answers)
+        logging_in(scratch, store, sink, "starttls")
+        scratch.task("one", "true")
+        undelivered(headless(scratch))
+        assert sink.letters == [] and sink.logins == []
+        assert not [line for line in sink.commands
+                    if line.upper().startswith(("AUTH", "MAIL"))]
+    assert len(scratch.outbox()) == 2
+
+
+def test_a_plain_server_behind_the_tls_port_is_refused(scratch, sink):
+    by_smtp(scratch, sink, security="tls")
+    scratch.task("one", "true")
+    undelivered(headless(scratch))
+    assert sink.letters == []
+
+
+def test_a_wrong_password_waits_and_is_told_nowhere(scratch, store, tmp_path,
+                                                    certificate):
+    with servers.Sink("tls", certificate, ("backup", "another")) as sink:
+        logging_in(scratch, store, sink, "tls", caFile=certificate.cert)
+        scratch.task("one", "true")
+        result = headless(scratch)
+        undelivered(result)
+        assert sink.logins and sink.letters == []
+    assert len(scratch.outbox()) == 2
+    texts = [path.read_text() for path in
+             scratch.log_files() + scratch.outbox()]
+    texts += [result.err, str(scratch.history())]
+    assert not any(ACCOUNT[1] in text for text in texts)
+
+
+@pytest.mark.parametrize("script", [
+    "exit 1", "echo no >&2; exit 1", "exit 0", "echo",
+    "head -c 100000 /dev/zero | tr '\\0' x",
+])
+def test_without_a_password_the_mail_waits(scratch, sink, script):
+    by_smtp(scratch, sink, user="backup", passName="mail/backup")
+    fake_pass(scratch, script)
+    scratch.task("one", "true")
+    result = headless(scratch)
+    undelivered(result)
+    assert sink.letters == [] and len(scratch.outbox()) == 2
+    assert "fake-pass" in scratch.log() and "xxxx" not in scratch.log()
+    assert "denied" not in scratch.log()
+
+
+def test_the_first_line_alone_is_the_password(scratch):
+    with servers.Sink(account=("backup", "geheim")) as sink:
+        by_smtp(scratch, sink, user="backup", passName="mail/backup")
+        fake_pass(scratch, "printf '%s\\n' geheim 'url: x'")
+        scratch.task("one", "true")
+        assert headless(scratch).code == 0
+        assert len(sink.letters) == 2
+
+
+@pytest.mark.parametrize("verb, answer", [
+    ("EHLO", "500 what"), ("EHLO", "250 " + "x" * 100_000),
+    ("MAIL", "550 not from you"), ("RCPT", "451 later"),
+    ("DATA", "554 no\x1b[2J"),
+])
+def test_a_server_that_says_no_leaves_the_mail_in_the_outbox(
+        scratch, sink, verb, answer):
+    sink.answers[verb] = answer
+    if verb == "EHLO":
+        sink.answers["HELO"] = "500 what"
+    by_smtp(scratch, sink)
+    scratch.config["mail"]["start"] = False
+    scratch.task("one", "true")
+    result = headless(scratch)
+    undelivered(result)
+    assert len(scratch.outbox()) == 1 and sink.letters == []
+    assert "\x1b" not in result.err + scratch.log()
+    sink.answers.clear()
+    assert headless(scratch).code == 0
+    assert len(sink.letters) == 2 and scratch.outbox() == []
+
+
+def test_a_mail_that_nobody_takes_does_not_stop_the_others(scratch, sink):
+    """The outbox is tried again as a whole; what works goes out."""
+    by_smtp(scratch, sink)
+    scratch.task("one", "true")
+    sink.answers["RCPT"] = "550 no such user"
+    undelivered(headless(scratch))
+    scratch.outbox()[0].write_bytes(b"\xff not a mail\n")
+    sink.answers.clear()
+    headless(scratch)
+    subjects = sink.subjects()
+    assert sum("run finished" in subject for subject in subjects) >= 1
+    assert subjects[-1].split(": ")[1].startswith("run finished")
+
+
+# ==========================================================================
+# Pings
+# ==========================================================================
+
+def test_the_endpoint_is_asked_once_when_all_went_well(scratch, web):
+    pinging(scratch, web.url + "?a=b")
+    scratch.task("one", "true")
+    result = headless(scratch)
+    assert result.code == 0 and not result.err, result
+    assert web.asked() == ["GET /check"]
+    assert web.requests[0].query["a"] == "b" and not web.requests[0].body
+    assert "PingResponse" in scratch.log() and "OK" in scratch.log()
+
+
+@pytest.mark.parametrize("script, asked", [
+    ("true", ["GET /check/start", "GET /check"]),
+    ("false", ["GET /check/start", "GET /check/fail"]),
+])
+def test_start_success_and_fail_share_one_run_id(scratch, web, script, asked):
+    pinging(scratch, web.url, start=True, fail=True)
+    scratch.task("one", script)
+    headless(scratch)
+    assert web.asked() == asked
+    rids = {request.query["rid"] for request in web.requests}
+    assert len(rids) == 1 and uuid.UUID(rids.pop())
+
+
+def test_a_failed_run_does_not_ping_unless_told_to(scratch, web):
+    pinging(scratch, web.url)
+    scratch.task("one", "false")
+    scratch.task("two", "true")
+    assert headless(scratch).code == 1
+    assert web.requests == []
+
+
+def test_the_start_ping_comes_before_the_first_task(scratch, web):
+    pinging(scratch, web.url, start=True)
+    scratch.task("one", f"ls '{scratch.folder}/asked'")
+    web.note, note = lambda request: (
+        (scratch.folder / "asked").touch(), note(request))[1], web.note
+    assert headless(scratch).code == 0
+
+
+@pytest.mark.parametrize("script, path", [("true", "/check"),
+                                          ("false", "/check/fail")])
+def test_the_log_is_posted_with_the_finish(scratch, web, script, path):
+    pinging(scratch, web.url, start=True, fail=True, log=True)
+    scratch.config["filters"] = ["^secret"]
+    scratch.task("one", f"echo hello ż; echo secret sauce; {script}")
+    headless(scratch)
+    finish = web.requests[-1]
+    assert (finish.method, finish.path) == ("POST", path)
+    assert "] hello ż\n" in finish.text and "sauce" not in finish.text
+    assert "filtered>>" in finish.text and "FinishTime" in finish.text
+    assert web.requests[0].query["rid"] == finish.query["rid"]
+
+
+def test_a_long_log_is_posted_from_its_end(scratch, web):
+    pinging(scratch, web.url, log=True)
+    scratch.task("one", "seq 100000")
+    assert headless(scratch).code == 0
+    body = web.requests[-1].body
+    assert len(body) <= 100_000         # Healthchecks' limit
+    assert b"] 100000\n" in body and b"] 1\n" not in body
+    assert b"FinishTime" in body
+
+
+@pytest.mark.parametrize("endpoint, path, query", [
+    ("/%s",        "/HOST",      {}),
+    ("/a%20b/%s",  "/a%20b/HOST", {}),
+    ("/%s/%s",     "/HOST/HOST", {}),
+    ("/x?h=%s",    "/x",         {"h": "HOST"}),
+    ("/100%25/%d", "/100%25/%d", {}),
+    ("/%73",       "/%73",       {}),
+    ("",           "/",          {}),
+    ("?a=1",       "/",          {"a": "1"}),
+    ("/a#part",    "/a",         {}),
+    ("/ż%20",      "/%C5%BC%20", {}),
+])
+def test_percent_s_becomes_the_host_name_and_nothing_else_changes(
+        scratch, web, endpoint, path, query):
+    name = socket.gethostname()
+    pinging(scratch, f"http://127.0.0.1:{web.port}{endpoint}")
+    scratch.task("one", "true")
+    assert headless(scratch).code == 0
+    request, = web.requests
+    assert request.path == path.replace("HOST", name)
+    for key, value in query.items():
+        assert request.query[key] == value.replace("HOST", name)
+
+
+def test_the_kinds_come_before_the_query(scratch, web):
+    pinging(scratch, web.url + "/?create=1&x=%20", start=True, fail=True)
+    scratch.task("one", "false")
+    headless(scratch)
+    assert [r.path.replace("//", "/") for r in web.requests] \
+        == ["/check/start", "/check/fail"]
+    assert all(r.query["create"] == "1" and r.query["x"] == " "
+               and "rid" in r.query for r in web.requests)
+
+
+@pytest.mark.parametrize("answers, tries, code", [
+    ([200], 1, 0), ([201], 1, 0), ([204], 1, 0),
+    ([500, 200], 2, 0), ([429, 503, 200], 3, 0), (["close", 200], 2, 0),
+    ([500], 2, 74), ([429], 2, 74), ([502], 2, 74), (["close"], 2, 74),
+    ([404], 1, 74), ([409], 1, 74), ([410], 1, 74), ([400], 1, 74),
+    ([401], 1, 74), ([304], None, 74), (["garbage"], 2, 74),
+    (["huge head"], None, 74),
+])
+def test_what_the_server_answers_decides(scratch, answers, tries, code):
+    with servers.Web(*answers) as web:
+        hasty(scratch)
+        pinging(scratch, web.url, retries=max(2, tries or 0))
+        scratch.task("one", "true")
+        result = headless(scratch)
+    if code == 74:
+        undelivered(result)
+        if isinstance(answers[0], int):
+            assert str(answers[0]) in scratch.log()
+    assert result.code == code, result
+    assert tries in (len(web.requests), None)
+
+
+def test_a_refused_connection_is_tried_again(scratch):
+    web = servers.Web(port=servers.free_port())
+    pinging(scratch, web.url, retries=4, timeout="5s")
+    scratch.task("one", "true")
+    process = scratch.start("run", "--headless")
+    with support.stopping(process):
+        support.wait_until(lambda: scratch.log_files() and "refused" in
+                           scratch.log(), what="the first try", seconds=20)
+        with web:
+            result = support.ended(process)
+            assert result.code == 0, result
+    assert web.asked() == ["GET /check"]
+
+
+def test_nobody_listening_is_a_delivery_failure(scratch):
+    pinging(scratch, f"http://127.0.0.1:{servers.free_port()}/x", retries=1)
+    scratch.task("one", "true")
+    undelivered(headless(scratch))
+
+
+@pytest.mark.parametrize("fault", ["hang", "drip head", "drip body"])
+def test_one_time_limit_holds_for_the_whole_request(scratch, fault):
+    with servers.Web(fault) as web:
+        pinging(scratch, web.url, timeout="1s", retries=1)
+        scratch.task("one", "true")
+        began = time.monotonic()
+        result = headless(scratch)
+        assert time.monotonic() - began < 8
+        assert len(web.requests) == 1
+    if fault == "drip body":    # the status was known: success either way
+        assert result.code in (0, 74), result
+    else:
+        undelivered(result)
+
+
+def test_a_tls_server_that_never_shakes_hands_is_given_up(scratch):
+    with servers.Sink() as silent:
+        silent.silent = True
+        pinging(scratch, f"https://127.0.0.1:{silent.port}/", timeout="1s",
+                retries=1)
+        scratch.task("one", "true")
+        began = time.monotonic()
+        undelivered(headless(scratch))
+        assert time.monotonic() - began < 8
+
+
+def test_a_huge_body_is_not_read(scratch):
+    with servers.Web("huge body") as web:
+        pinging(scratch, web.url, retries=1)
+        scratch.task("one", "true")
+        headless(scratch)
+        assert len(web.requests) == 1
+    assert web.megabytes < 100
+    assert len(scratch.log()) < 20_000
+
+
+@pytest.mark.parametrize("body", [
+    b"OK\nERROR: forged\n# Task: forged\n[0s        ] forged\r\n",
+    "\x1b[2Ja\u2028b\u202ec".encode() + b"\xff", b"x" * 5000, b"",
+])
+def test_the_answer_is_one_escaped_line_of_the_log(scratch, body):
+    with servers.Web(body) as web:
+        pinging(scratch, web.url)
+        scratch.task("one", "true")
+        assert headless(scratch).code == 0
+    lines = [line for line in scratch.log().split("\n")
+             if "PingResponse" in line]
+    assert len(lines) == 1 and len(lines[0]) < 1000
+    assert re.search("^(ERROR|# Task: forged|\\[0s +\\] forged)",
+                     scratch.log(), re.M) is None
+    assert re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e]",
+                     scratch.log()) is None
+
+
+def redirected(scratch, *answers, certificate=None) -> tuple:
+    with servers.Web(*answers, certificate=certificate) as web:
+        options = {"caFile": certificate.cert} if certificate else {}
+        pinging(scratch, web.url, retries=1, **options)
+        scratch.task("one", "true")
+        return headless(scratch), web
+
+
+@pytest.mark.parametrize("status, target", [
+    (301, "/other"), (302, "HTTP"), (303, "other"), (307, "HTTP"),
+    (308, "/other")])
+def test_a_redirect_to_http_is_followed(scratch, status, target):
+    with servers.Web() as other:
+        target = target.replace("HTTP", f"http://127.0.0.1:{other.port}/z")
+        result, web = redirected(
+            scratch, servers.Redirect(target, status), 200)
+        assert result.code == 0, result
+        if target.startswith("http"):
+            assert other.asked() == ["GET /z"]
+        else:
+            assert web.asked() == ["GET /check", "GET /other"]
+
+
+@pytest.mark.parametrize("count, code", [(3, 0), (4, 74), (99, 74)])
+def test_three_redirects_are_the_most(scratch, count, code):
+    result, web = redirected(
+        scratch, *[servers.Redirect(f"/{n}") for n in range(count)], 200)
+    assert result.code == code, result
+    assert len(web.requests) == 4
+
+
+@pytest.mark.parametrize("target", [
+    "file:///etc/passwd", "ftp://127.0.0.1:1/x", "data:text/plain,OK",
+    "http:///x", "http://127.0.0.1:99999/", "http://[::1", "",
+])
+def test_a_redirect_elsewhere_is_refused(scratch, target):
+    result, web = redirected(scratch, servers.Redirect(target))
+    undelivered(result)
+    assert len(web.requests) <= 4
+    assert "root:" not in scratch.log()
+
+
+def test_a_redirect_from_https_to_http_is_refused(scratch, certificate):
+    with servers.Web() as plain:
+        result, web = redirected(scratch, servers.Redirect(plain.url),
+                                 certificate=certificate)
+        undelivered(result)
+        assert len(web.requests) == 1 and plain.requests == []
+
+
+def test_a_redirect_from_http_to_https_is_followed(scratch, certificate):
+    with servers.Web(certificate=certificate) as safe, \
+            servers.Web(servers.Redirect(safe.url)) as web:
+        pinging(scratch, web.url, caFile=certificate.cert)
+        scratch.task("one", "true")
+        assert headless(scratch).code == 0
+        assert len(safe.requests) == 1
+
+
+@pytest.mark.parametrize("fault", ["unknown", "expired", "other host", None])
+def test_tls_of_an_endpoint_is_verified(scratch, tmp_path, fault):
+    certificate = servers.certificate(
+        tmp_path, expired=fault == "expired", names="DNS:other.invalid"
+        if fault == "other host" else "IP:127.0.0.1,DNS:localhost")
+    options = {} if fault == "unknown" else {"caFile": certificate.cert}
+    with servers.Web(certificate=certificate) as web:
+        pinging(scratch, web.url, retries=1, **options)
+        scratch.task("one", "true")
+        result = headless(scratch)
+        assert len(web.requests) == (0 if fault else 1)
+    assert result.code == (74 if fault else 0), result
+
+
+@pytest.mark.parametrize("endpoint", [
+    "file:///etc/passwd", "ftp://127.0.0.1/x", "data:,OK", "URL:file:///x",
+    "127.0.0.1:80/x", "//127.0.0.1/x", "http:///x", "http:127.0.0.1",
+    "http://a b/", "http://a/\nb", "http://a/\r\nX: y", "http://a/\x00",
+    "http://a/\x1b[2J", "http://a/\x7f", "https://", "", " http://a/",
+    "http://127.0.0.1:99999/", "http://127.0.0.1:x/", "http://[::1/",
+    "http://@:/",
+])
+def test_an_endpoint_is_http_or_https(scratch, capsys, endpoint):
+    pinging(scratch, endpoint)
+    scratch.task("one", "true")
+    faults(scratch, capsys, "ping.endpoint")
+
+
+def test_the_callers_proxy_and_ca_are_not_asked(scratch, web):
+    with servers.Web() as proxy:
+        at = f"http://127.0.0.1:{proxy.port}"
+        scratch.env.update({"http_proxy": at, "HTTP_PROXY": at,
+                            "all_proxy": at})
+        pinging(scratch, web.url)
+        scratch.task("one", "true")
+        assert headless(scratch).code == 0
+        assert proxy.requests == [] and len(web.requests) == 1
+
+
+def test_trouble_with_the_start_ping_does_not_stop_the_backup(scratch):
+    with servers.Web("hang") as web:
+        pinging(scratch, web.url, start=True, timeout="1s", retries=1)
+        ran = scratch.folder / "ran"
+        scratch.task("one", f"touch '{ran}'")
+        undelivered(headless(scratch))
+        assert ran.exists()
+        assert web.asked()[0] == "GET /check/start"
+
+
+def test_a_failed_task_is_worse_than_a_ping_not_taken(scratch):
+    with servers.Web(500) as web:
+        pinging(scratch, web.url, fail=True, retries=1)
+        scratch.task("one", "exit 3")
+        result = headless(scratch)
+        assert result.code == 1, result
+        assert web.asked() == ["GET /check/fail"]
+
+
+def test_no_success_is_pinged_after_a_mail_that_failed(scratch, web):
+    """`The ping goes out when the run would exit 0`: this one would not."""
+    by_sendmail(scratch)
+    program(scratch, "sendmail", "cat >/dev/null; exit 75")
+    pinging(scratch, web.url, start=True, fail=True)
+    scratch.task("one", "true")
+    undelivered(headless(scratch))
+    assert "GET /check" not in web.asked()
+
+
+# ==========================================================================
+# Stopped by a signal
+# ==========================================================================
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT,
+                                    signal.SIGHUP])
+def test_a_stopped_run_still_mails_and_pings_its_failure(scratch, sink, web,
+                                                         number):
+    by_smtp(scratch, sink)
+    pinging(scratch, web.url, start=True, fail=True)
+    started = scratch.folder / "started"
+    scratch.task("one", f"touch '{started}'; exec sleep 60")
+    scratch.task("two", "echo never")
+    process = scratch.start("run", "--headless")
+    with support.stopping(process):
+        support.wait_until(started.exists, what="the task")
+        process.send_signal(number)
+        result = support.ended(process)
+    assert result.code == 128 + number, result
+    start, finish = sink.wait(2)
+    assert "[FAILURE] run finished in" in finish.subject
+    assert "two" in finish.text and "] never" not in finish.text
+    assert web.asked() == ["GET /check/start", "GET /check/fail"]
+
+
+def test_a_signal_during_the_delivery_ends_it(scratch):
+    """The endpoint hangs; nobody waits for it after SIGTERM."""
+    with servers.Web("hang") as web:
+        pinging(scratch, web.url, timeout="40s", retries=9)
+        scratch.task("one", "true")
+        process = scratch.start("run", "--headless")
+        with support.stopping(process):
+            with web.changed:
+                assert web.changed.wait_for(lambda: web.requests, 20)
+            process.terminate()
+            result = support.ended(process, 20)
+    assert result.code in (74, 128 + signal.SIGTERM), result
+
+
+# ==========================================================================
+# Notifications
+# ==========================================================================
+
+@pytest.fixture
+def desk(scratch, tmp_path):
+    """A desk of the user that mission notifies: alice's when root asks."""
+    support.need("Xvfb", "dbus-daemon", "dunst", "dunstctl", "notify-send")
+    scratch.config["notify"] = {"enabled": True}
+    # Sockets need short paths.
+    folder = Path(tempfile.mkdtemp(prefix="m-"))
+    folder.chmod(0o755)
+    runtime = folder / "run"
+    runtime.mkdir(mode=0o700)
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        if support.AS_ROOT:
+            support.need("unshare", "setpriv")
+            scratch.host = host = at_alices_desk(folder, runtime)
+            scratch.config["user"]["name"] = support.ALICE
+            uid = str(support.ALICE_UID)
+            desk = servers.Desk(runtime, lambda command: host.command(
+                ["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups",
+                 *command]))
+        else:
+            desk = servers.Desk(runtime)
+        yield stack.enter_context(desk)
+
+
+def at_alices_desk(folder: Path, runtime: Path) -> support.Host:
+    """A host where `runtime` is alice's /run/user/1500."""
+    uid = support.ALICE_UID
+    os.chown(runtime, uid, uid)
+    host = support.Host(folder)
+    host.setup += ["mount -t tmpfs -o mode=755 none /run",
+                   f"mkdir -p /run/user/{uid}",
+                   f"mount --bind '{runtime}' /run/user/{uid}"]
+    return host
+
+
+def with_bus(scratch, desk) -> None:
+    """An ordinary user's session says where its bus is."""
+    if not support.AS_ROOT:
+        scratch.env.update({
+            name: desk.env[name] for name in
+            ("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "DISPLAY")})
+
+
+@pytest.mark.parametrize("args", [["run"], ["run", "--headless"]])
+@pytest.mark.parametrize("script, last", [
+    ("true", "run finished in"), ("false", "finished with errors"),
+])
+def test_start_and_finish_are_shown_on_the_desk(scratch, desk, args, script,
+                                                last):
+    with_bus(scratch, desk)
+    scratch.task("one", script)
+    scratch.mission(*args)
+    start, finish = desk.shown()
+    assert "run started" in text_of(start).lower()
+    assert last in text_of(finish).lower()
+    assert re.search(f"in {DURATION}", text_of(finish))
+
+
+def text_of(note: dict) -> str:
+    return f"{note['summary']} {note['body']}"
+
+
+def test_quiet_shows_nothing(scratch, desk):
+    with_bus(scratch, desk)
+    scratch.task("one", "true")
+    assert scratch.mission("-q", "run").code == 0
+    assert desk.shown() == []
+
+
+def notify_send(scratch, script: str) -> Path:
+    """A stand-in that writes down its arguments; where they are. The user
+    has a desktop session: there is a bus."""
+    asked = scratch.folder / "asked"
+    asked.touch()
+    asked.chmod(0o666)
+    reachable(scratch.folder)
+    program(scratch, "notify-send", f"""
+        printf '%s\\n' "$@" "uid=$(id -u)" "bus=$DBUS_SESSION_BUS_ADDRESS" \\
+            "secret=$SECRET" >>{shlex.quote(str(asked))}
+        """ + script)
+    scratch.config["notify"] = {"enabled": True}
+    runtime = scratch.make("runtime")
+    (runtime / "bus").touch()
+    if support.AS_ROOT:
+        support.need("unshare")
+        scratch.config["user"]["name"] = support.ALICE
+        scratch.host = at_alices_desk(scratch.folder / "host", runtime)
+    else:
+        scratch.env["DBUS_SESSION_BUS_ADDRESS"] = f"unix:path={runtime}/bus"
+    return asked
+
+
+def test_notify_send_is_run_as_the_user_with_nothing_of_ours(scratch):
+    asked = notify_send(scratch, "exit 0")
+    scratch.env["SECRET"] = "geheim"
+    scratch.task("one", "true", name="<b>bold</b> & --icon=x")
+    scratch.task("two", "false", name="--help")
+    assert scratch.mission("run").code == 1
+    words = asked.read_text().split("\n")
+    uid = support.ALICE_UID if support.AS_ROOT else os.getuid()
+    assert words.count(f"uid={uid}") == 2
+    assert "secret=geheim" not in words
+    assert words.count("--") == 2       # nothing after it is an option
+    texts = [words[n + 1] for n, word in enumerate(words) if word == "--"]
+    assert "started" in texts[0] and "finished with errors" in texts[1]
+    assert not re.search("<b>|&(?!amp;|lt;|gt;)", "".join(words))
+    if support.AS_ROOT:
+        assert f"bus=unix:path=/run/user/{uid}/bus" in words
+
+
+@pytest.mark.parametrize("script", [
+    "exit 1", "echo 'no bus' >&2; exit 1", "kill -9 $$",
+    "head -c 1000000 /dev/zero; exit 3",
+])
+def test_a_desktop_in_trouble_never_turns_a_good_backup_red(scratch, web,
+                                                            script):
+    asked = notify_send(scratch, script)
+    pinging(scratch, web.url)
+    scratch.task("one", "true")
+    result = headless(scratch)
+    assert result.code == 0 and not result.err, result
+    assert asked.read_text().count("uid=") == 2
+    assert scratch.log().count("NotifyFailure") == 2
+    assert web.asked() == ["GET /check"]
+    assert scratch.history()[-1]["verdict"] == "ok"
+
+
+def test_a_notification_that_hangs_is_given_up(scratch):
+    asked = notify_send(scratch, "exec sleep 300")
+    hasty(scratch, DESKTOP_SECONDS=1)
+    scratch.task("one", "true")
+    began = time.monotonic()
+    result = headless(scratch)
+    assert time.monotonic() - began < 20
+    assert result.code == 0 and asked.read_text().count("uid=") == 2, result
+
+
+def test_without_a_bus_there_is_a_line_in_the_log_and_exit_0(scratch):
+    """The real notify-send, and a user who is not logged in."""
+    support.need("notify-send")
+    scratch.config["notify"] = {"enabled": True}
+    if support.AS_ROOT:
+        scratch.host = support.Host(scratch.folder / "host")
+        scratch.host.setup += ["mount -t tmpfs -o mode=755 none /run"]
+        scratch.config["user"]["name"] = support.ALICE
+    else:
+        scratch.env["DBUS_SESSION_BUS_ADDRESS"] = "unix:path=/no/such/bus"
+    scratch.task("one", "true")
+    result = headless(scratch)
+    assert result.code == 0 and not result.err, result
+    assert scratch.log().count("NotifyFailure") == 2

@@ -1,0 +1,570 @@
+"""The files root reads and writes where somebody else may have been first:
+the log, the lock, the configuration, the tasks.
+
+The number in front of a case is that of the project's list of attacks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import support
+
+ALICE, MALLORY = support.ALICE_UID, support.MALLORY_UID
+
+
+@pytest.fixture
+def victim(tmp_path):
+    """A file of root's that no one else may read or change."""
+    path = tmp_path / "shadow"
+    path.write_text("hush hush")
+    path.chmod(0o600)
+    return path
+
+
+def intact(victim: Path) -> bool:
+    return victim.read_text() == "hush hush" and support.owner(victim) == 0 \
+        and support.mode(victim) == 0o600
+
+
+def refused(result, *words: str) -> None:
+    """A fault of the configuration, named, and no traceback."""
+    assert result.code == 78 and "Traceback" not in result.err, result
+    assert all(word in result.err for word in words), result
+
+
+# The log ---------------------------------------------------------------------
+
+
+def names_ahead(seconds: int) -> list[str]:
+    """The names that logs of the next seconds would have."""
+    now = int(time.time())
+    return [time.strftime("%Y-%m-%d-%H-%M-%S.txt", time.localtime(now + n))
+            for n in range(seconds)]
+
+
+PLANTS = {
+    "16 a link to a file": lambda path, victim: path.symlink_to(victim),
+    "16 a link to nowhere": lambda path, victim: path.symlink_to(
+        victim.parent / "planted"),
+    "16 a hard link": lambda path, victim: os.link(victim, path),
+    "16 a file": lambda path, victim: path.write_text("theirs"),
+    "16 a folder": lambda path, victim: path.mkdir(),
+    "17 a fifo": lambda path, victim: os.mkfifo(path),
+}
+
+
+@support.root_only
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_log_is_a_file_that_did_not_exist_before(alice, victim, plant):
+    own = {}
+    for name in names_ahead(60):
+        for path in (name, name.replace(".txt", "-2.txt")):
+            PLANTS[plant](alice.logs / path, victim)
+            own[path] = os.lstat(alice.logs / path).st_ino
+    os.chown(alice.logs, ALICE, ALICE)
+    alice.task("one", "echo done here")
+    result = alice.mission("run", "--headless")
+    assert result.code == 0, result
+    fresh = [path for path in alice.logs.iterdir() if path.name not in own]
+    assert len(fresh) == 1 and "done here" in fresh[0].read_text()
+    assert stat.S_ISREG(os.lstat(fresh[0]).st_mode)
+    assert support.mode(fresh[0]) == 0o600
+    assert intact(victim) and not (victim.parent / "planted").exists()
+    assert all(os.lstat(alice.logs / name).st_ino == inode
+               for name, inode in own.items())
+
+
+def fake_sendmail(scratch) -> Path:
+    """A sendmail that keeps what it gets; the folder of its mails."""
+    mails = scratch.make("mails")
+    program = scratch.make("bin") / "sendmail"
+    program.write_text(f"#!/bin/sh\ncat > '{mails}/'$$\n")
+    program.chmod(0o755)
+    scratch.env["PATH"] = f"{program.parent}:{scratch.env['PATH']}"
+    scratch.config["mail"] = {"enabled": True, "start": False}
+    scratch.config["user"]["email"] = "alice@example.com"
+    return mails
+
+
+AWAY = {
+    "moved": 'mv "$LOGS_DIR"/*.txt /',
+    "removed": 'rm "$LOGS_DIR"/*.txt',
+    "truncated": 'for f in "$LOGS_DIR"/*.txt; do : > "$f"; done',
+    "a link now": 'rm "$LOGS_DIR"/*.txt; for n in $NAMES; do '
+                  'ln -s "$VICTIM" "$LOGS_DIR/$n"; done',
+    "its folder moved": 'mv "$LOGS_DIR" "$LOGS_DIR.away"',
+}
+
+
+@support.root_only
+@pytest.mark.parametrize("how", AWAY)
+def test_18_the_mail_is_whole_whatever_becomes_of_the_log(alice, victim, how):
+    mails = fake_sendmail(alice)
+    script = AWAY[how].replace(" /", f" '{alice.folder}'") \
+        if how == "moved" else AWAY[how]
+    alice.task("before", "echo said before")
+    alice.task("away", f"{script}", env={
+        "VICTIM": str(victim), "NAMES": " ".join(names_ahead(60))})
+    alice.task("after", "echo said after")
+    result = alice.mission("run", "--headless")
+    assert result.code in (0, 74) and intact(victim), result
+    (mail,) = mails.iterdir()
+    text = mail.read_text()
+    assert "said before" in text and "said after" in text
+    assert [t["outcome"] for t in alice.history()[-1]["tasks"]] == ["ok"] * 3
+
+
+@support.root_only
+def test_19_logs_may_be_a_link_of_roots_and_change_hands(alice, host):
+    elsewhere = host.home["alice"] / "logs"
+    elsewhere.mkdir()
+    alice.logs.rmdir()
+    alice.logs.symlink_to(elsewhere)
+    alice.config["storage"]["logs"]["chown"] = True
+    alice.task("one", "echo one")
+    alice.task("last", "echo the last words", post=True)
+    result = alice.mission("run", "--headless")
+    assert (result.code, result.err) == (0, ""), result
+    (log,) = elsewhere.glob("*.txt")
+    assert "the last words" in log.read_text()
+    assert "FinishTime" in log.read_text()
+
+
+@support.root_only
+def test_19_logs_behind_a_link_of_the_users_are_not_written(alice, host,
+                                                            tmp_path):
+    cron = tmp_path / "cron.d"
+    cron.mkdir()
+    link = host.home["alice"] / "logs"
+    link.symlink_to(cron)
+    os.chown(link, ALICE, ALICE, follow_symlinks=False)
+    alice.config["storage"]["logs"]["path"] = str(link)
+    alice.task("one", ":")
+    result = alice.mission("run", "--headless")
+    assert list(cron.iterdir()) == []
+    assert result.code != 0 and "Traceback" not in result.err, result
+
+
+@support.root_only
+def test_23_retention_removes_old_logs_and_nothing_else(alice, victim,
+                                                        tmp_path):
+    treasure = tmp_path / "treasure"
+    treasure.mkdir()
+    (treasure / "2001-01-01-00-00-00.txt").write_text("hush hush")
+    logs, old = alice.logs, [f"2001-01-0{n}-00-00-00" for n in range(1, 9)]
+    for name in old[:2]:
+        (logs / f"{name}.txt").touch()
+    (logs / f"{old[2]}.txt").symlink_to(treasure)
+    (logs / f"{old[3]}.txt").symlink_to(victim)
+    (logs / f"{old[4]}.txt").mkdir()
+    (logs / f"{old[4]}.txt" / "file").touch()
+    os.mkfifo(logs / f"{old[5]}.txt")
+    for name in ("2001-01-01.txt", "notes.txt", f"{old[6]}.txt.bak"):
+        (logs / name).touch()
+    support.own(logs, ALICE)
+    alice.config["logs"] = {"keep": 1}
+    alice.task("one", ":")
+    result = alice.mission("run", "--headless")
+    assert result.code == 0, result
+    assert intact(victim)
+    assert (treasure / "2001-01-01-00-00-00.txt").read_text() == "hush hush"
+    assert (logs / f"{old[4]}.txt" / "file").exists()
+    left = {path.name for path in logs.iterdir()}
+    assert not left & {f"{name}.txt" for name in old[:2]}
+    assert left >= {"2001-01-01.txt", "notes.txt", f"{old[6]}.txt.bak"}
+
+
+# The lock --------------------------------------------------------------------
+
+
+@support.root_only
+def test_20_nobody_else_can_hold_the_lock(alice, host):
+    alice.task("one", ":")
+    assert alice.mission("run").code == 0
+    (lock,) = alice.state.glob("*/lock")
+    assert support.mode(lock.parent) == 0o700
+    for user in (support.ALICE, support.MALLORY):
+        tried = host.run(["flock", "-n", str(lock), "true"], user=user)
+        assert tried.code != 0 and "ermission denied" in tried.err
+
+
+@support.root_only
+def test_20_a_lock_on_the_configuration_blocks_nobody(alice):
+    alice.task("one", ":")
+    alice.write()
+    alice.path.chmod(0o644)
+    with open(alice.path) as config:
+        fcntl.flock(config, fcntl.LOCK_EX)
+        assert alice.mission("run", write=False).code == 0
+
+
+STATES = {
+    "mallory's": lambda home, folder: os.chown(folder, MALLORY, MALLORY),
+    "open to all": lambda home, folder: folder.chmod(0o777),
+    "a link": lambda home, folder: (
+        folder.rename(home.parent / "away"),
+        folder.symlink_to(home.parent / "away"),
+        os.chown(folder, MALLORY, MALLORY, follow_symlinks=False)),
+    "in a folder of mallory's": lambda home, folder: os.chown(
+        home, MALLORY, MALLORY),
+    "in a folder open to all": lambda home, folder: home.chmod(0o777),
+}
+
+
+@support.root_only
+@pytest.mark.parametrize("state", STATES)
+def test_20_a_state_folder_that_another_can_write_is_refused(alice, state):
+    alice.task("one", "echo x >> ../../ran")
+    assert alice.mission("run").code == 0
+    (folder,) = alice.state.iterdir()
+    STATES[state](alice.state, folder)
+    result = alice.mission("run")
+    assert result.code != 0 and "Traceback" not in result.err, result
+    assert (alice.folder / "ran").read_text() == "x\n"
+
+
+@support.root_only
+@pytest.mark.parametrize("kind", ["junk", "a pid"])
+def test_21_a_lock_file_that_was_left_does_not_lock(alice, kind):
+    alice.task("one", ":")
+    assert alice.mission("run").code == 0
+    (lock,) = alice.state.glob("*/lock")
+    lock.write_text("1\n" if kind == "a pid" else "\0junk")
+    assert alice.mission("run").code == 0
+
+
+# The configuration -----------------------------------------------------------
+
+
+def spy(scratch) -> Path:
+    """A task that leaves a mark; the mark, which must not be there."""
+    mark = scratch.folder / "ran"
+    scratch.task("one", f"touch '{mark}'")
+    return mark
+
+
+def give(path: Path, uid: int, gid: int = 0, mode: int | None = None):
+    os.chown(path, uid, gid)
+    if mode is not None:
+        path.chmod(mode)
+
+
+INTRUDERS = {
+    # name -> what happens to the configuration file and its folder
+    "mallory's": lambda path: give(path, MALLORY),
+    "of mallory's group": lambda path: give(path, 0, MALLORY, 0o664),
+    "of everyone": lambda path: give(path, 0, 0, 0o666),
+    "in mallory's folder": lambda path: give(path.parent, MALLORY),
+    "in a folder of mallory's group": lambda path: give(
+        path.parent, 0, MALLORY, 0o775),
+    "in a folder of everyone": lambda path: give(path.parent, 0, 0, 0o777),
+    "below a folder of mallory's": lambda path: give(
+        path.parent.parent, MALLORY),
+}
+
+
+@pytest.fixture
+def deep(alice):
+    """alice's configuration two folders down, away from the tasks."""
+    folder = alice.folder / "etc" / "mission"
+    folder.mkdir(parents=True)
+    alice.path = folder / "mission.config.json"
+    return alice
+
+
+@support.root_only
+@pytest.mark.parametrize("intruder", INTRUDERS)
+def test_24_a_configuration_that_another_can_change_is_refused(deep,
+                                                               intruder):
+    mark = spy(deep)
+    deep.write()
+    INTRUDERS[intruder](deep.path)
+    refused(deep.mission("run", write=False), str(deep.path))
+    assert not mark.exists()
+
+
+@support.root_only
+@pytest.mark.parametrize("trust, code", [(None, 0), ("user", 0),
+                                         ("root", 78)])
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_24_trust_decides_whether_the_user_may_own_it(deep, trust, code,
+                                                      what):
+    spy(deep)
+    if trust:
+        deep.config["trust"] = trust
+    deep.write()
+    give(deep.path if what == "file" else deep.path.parent, ALICE, ALICE)
+    result = deep.mission("run", write=False)
+    assert result.code == code, result
+
+
+LINKS = {
+    # name -> (link, its target) pairs, each below the scratch folder
+    "roots to a file of roots": (0, [("etc/link", "etc/mission/CONFIG")]),
+    "in a folder of mallory's": (78, [("hers/link", "etc/mission/CONFIG")]),
+    "over a link of mallory's": (78, [("etc/link", "hers/link"),
+                                      ("hers/link", "etc/mission/CONFIG")]),
+}
+
+
+@support.root_only
+@pytest.mark.parametrize("case", LINKS)
+def test_24_every_link_on_the_way_is_judged(deep, case):
+    mark = spy(deep)
+    deep.write()
+    code, links = LINKS[case]
+    (deep.folder / "hers").mkdir()
+    for name, target in links:
+        (deep.folder / name).symlink_to(
+            deep.folder / target.replace("CONFIG", deep.path.name))
+    os.chown(deep.folder / "hers", MALLORY, MALLORY)
+    deep.path = deep.folder / links[0][0]
+    result = deep.mission("run", write=False)
+    assert result.code == code, result
+    assert mark.exists() == (code == 0)
+
+
+@support.root_only
+def test_25_a_configuration_lying_where_root_stands_is_judged_too(alice,
+                                                                  host):
+    mark = spy(alice)
+    home = host.home["mallory"]
+    (home / "mission.config.json").write_text(json.dumps(alice.config))
+    support.own(home, MALLORY)
+    result = host.run([sys.executable, "-I", "-S",
+                       str(support.ROOT / "mission.py"), "run"], cwd=home,
+                      env=alice.env)
+    refused(result, "mission.config.json")
+    assert not mark.exists()
+
+
+def sparse(path: Path) -> None:
+    with open(path, "wb") as file:
+        file.truncate(2**30)
+
+
+ODD_FILES = {
+    "a fifo": os.mkfifo, "a folder": os.mkdir, "a gigabyte": sparse,
+    "/dev/zero": lambda path: path.symlink_to("/dev/zero"),
+    "/dev/null": lambda path: path.symlink_to("/dev/null"),
+    "/dev/tty": lambda path: path.symlink_to("/dev/tty"),
+    "/proc/kcore": lambda path: path.symlink_to("/proc/kcore"),
+    "/proc/self/mem": lambda path: path.symlink_to("/proc/self/mem"),
+    "itself": lambda path: path.symlink_to(path),
+    "nothing": lambda path: None,
+}
+
+
+@pytest.mark.parametrize("kind", ODD_FILES)
+def test_26_a_configuration_that_is_no_file_is_refused_at_once(scratch, kind):
+    ODD_FILES[kind](scratch.path)
+    for command in ("check", "list"):
+        result = scratch.mission(command, write=False, timeout=20)
+        refused(result, str(scratch.path))
+        assert len(result.err.splitlines()) <= 2
+
+
+BOMBS = {
+    "100,000 open brackets": b"[" * 100_000,
+    "100,000 open braces": b'{"a":' * 100_000,
+    "a number of 5,000 digits": b'{"tasks": ' + b"9" * 5000 + b"}",
+    "a number with a huge power": b'{"tasks": 1e999999999}',
+    "infinity": b'{"tasks": Infinity}', "not a number": b'{"tasks": NaN}',
+    "minus infinity": b'{"tasks": -Infinity}', "1e999": b'{"tasks": 1e999}',
+    "a comment without an end": b'{"tasks": [] /* ',
+    "a string without an end": b'{"tasks": "',
+    "a backslash at the end": b'{"tasks": "\\',
+    "half a surrogate pair": b'{"tasks": "\\ud800"}',
+    "half a surrogate pair as UTF-8": b'{"tasks": "\xed\xa0\x80"}',
+    "a key that stands twice": b'{"tasks": [], "tasks": []}',
+    "a byte order mark": b'\xef\xbb\xbf{"tasks": []}',
+    "UTF-16": '{"tasks": []}'.encode("utf-16"),
+    "UTF-32": '{"tasks": []}'.encode("utf-32"),
+    "latin-1": '{"tasks": "caf\xe9"}'.encode("latin-1"),
+    "a NUL": b'{"tasks": "\0"}', "NULs": b"\0" * 1000,
+    "nothing": b"", "a blank": b" ", "a comment alone": b"// x",
+    "a list": b"[]", "a string": b'"x"', "null": b"null", "two": b"{} {}",
+    "a comma alone": b"{,}", "two commas": b'{"tasks": [1,,2]}',
+    "no colon": b'{"tasks" []}', "single quotes": b"{'tasks': []}",
+    "a newline in a string": b'{"tasks": "a\nb"}',
+    "an unknown escape": b'{"tasks": "\\x41"}',
+    "a word": b'{"tasks": yes}', "a million blanks": b" " * 2**20 + b"{}",
+    "escapes": b'{"\\u001b[2J": 1}', "raw escapes": b'{"\x1b[2J": 1}',
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_27_broken_text_is_a_line_with_a_place(scratch, bomb):
+    scratch.path.write_bytes(BOMBS[bomb])
+    scratch.path.chmod(0o600)
+    started = time.monotonic()
+    result = scratch.mission("check", write=False, timeout=30)
+    assert time.monotonic() - started < 20
+    assert result.code == 78 and result.out == "", result
+    lines = result.err.splitlines()
+    assert "Traceback" not in result.err and "\x1b" not in result.err
+    assert len(lines) < 20 and max(map(len, lines)) < 1000
+    assert bomb == "a million blanks" or any(
+        line.replace(str(scratch.path), "FILE").split(" ")[0].count(":") >= 2
+        or f"{scratch.path}:" in line for line in lines), result
+
+
+@pytest.mark.parametrize("slug", [
+    "../../etc", "a/b", "..", ".", "-x", "--", "_x", "", " ", "a b", "A",
+    "\uff41", "\u0661", "a\n", "a\0b", "a" * 65, "a" * 300, "a\u202eb",
+    "$(id)"])
+def test_28_a_slug_is_a_plain_word(scratch, slug):
+    scratch.task("one", ":")
+    scratch.config["tasks"][0]["slug"] = slug
+    refused(scratch.mission("run"), "tasks[0].slug")
+
+
+# The tasks -------------------------------------------------------------------
+
+
+TASKS = {
+    # name -> what happens to the script of `bad` (TASKS/bad/run)
+    "mallory's": lambda run: give(run, MALLORY),
+    "of mallory's group": lambda run: give(run, 0, MALLORY, 0o775),
+    "of everyone": lambda run: give(run, 0, 0, 0o777),
+    "its folder mallory's": lambda run: give(run.parent, MALLORY),
+    "its folder of everyone": lambda run: give(run.parent, 0, 0, 0o777),
+    "a link to one of mallory's": lambda run: (
+        run.rename(run.with_name("real")),
+        give(run.with_name("real"), MALLORY),
+        run.symlink_to(run.with_name("real"))),
+    "over a link of mallory's": lambda run: (
+        run.rename(run.parent.parent / "real"),
+        (run.parent / "hers").mkdir(),
+        (run.parent / "hers" / "link").symlink_to(run.parent.parent / "real"),
+        give(run.parent / "hers", MALLORY),
+        run.symlink_to(run.parent / "hers" / "link")),
+}
+
+
+@support.root_only
+@pytest.mark.parametrize("case", TASKS)
+def test_29_root_does_not_run_what_another_can_change(alice, case):
+    mark, good = alice.folder / "mark", alice.folder / "good"
+    TASKS[case](alice.task("bad", f"touch '{mark}'"))
+    alice.task("good", f"touch '{good}'")
+    refused(alice.mission("check"), "bad")
+    result = alice.mission("run", "--headless")
+    assert not mark.exists() and result.code == 1, result
+    assert good.exists(), "a broken script stops no other backup"
+    outcomes = {task["slug"]: task["outcome"]
+                for task in alice.history()[-1]["tasks"]}
+    assert outcomes == {"bad": "failed", "good": "ok"}
+
+
+@support.root_only
+@pytest.mark.parametrize("change", [
+    lambda folder: give(folder, MALLORY),
+    lambda folder: give(folder, 0, 0, 0o777)], ids=["mallory's", "everyone's"])
+@pytest.mark.parametrize("kind", ["task", "entrypoint", "builtin"])
+def test_29_nor_what_lies_in_a_folder_of_anothers(alice, change, kind):
+    mark = alice.folder / "mark"
+    folder = alice.tasks
+    if kind == "builtin":
+        alice.builtin("bad", f"""
+            def run(args, log):
+                open({str(mark)!r}, "w").close()
+            """)
+    elif kind == "entrypoint":
+        folder = alice.make("opt")
+        (folder / "sub").mkdir()
+        program = folder / "sub" / "program"
+        program.write_text(f"#!/bin/sh\ntouch '{mark}'\n")
+        program.chmod(0o755)
+        alice.entry("bad", "exec", entrypoint=str(program))
+    else:
+        alice.task("bad", f"touch '{mark}'")
+    assert alice.mission("run").code == 0 and mark.exists()
+    mark.unlink()
+    change(folder)
+    refused(alice.mission("check"), str(folder))
+    assert alice.mission("run").code == 1 and not mark.exists()
+
+
+@support.root_only
+@pytest.mark.parametrize("trust, code", [(None, 0), ("root", 1)])
+@pytest.mark.parametrize("what", ["script", "folder", "all"])
+def test_29_trust_decides_whether_the_user_may_own_tasks(alice, trust, code,
+                                                         what):
+    mark = alice.folder / "mark"
+    run = alice.task("one", f"touch '{mark}'")
+    if trust:
+        alice.config["trust"] = trust
+    give({"script": run, "folder": run.parent, "all": alice.tasks}[what],
+         ALICE, ALICE)
+    result = alice.mission("run")
+    assert result.code == code and mark.exists() == (code == 0), result
+
+
+@support.root_only
+def test_29_a_program_in_a_folder_of_anothers_is_passed_over(alice, host):
+    """The sendmail of mallory comes first in PATH and is not run."""
+    mails = fake_sendmail(alice)
+    hers, mark = host.home["mallory"], alice.folder / "mark"
+    mark.touch()
+    mark.chmod(0o666)
+    (hers / "sendmail").write_text(f"#!/bin/sh\nid -u > '{mark}'\n")
+    (hers / "sendmail").chmod(0o755)
+    support.own(hers, MALLORY)
+    alice.env["PATH"] = f"{hers}:{alice.env['PATH']}"
+    alice.task("one", ":")
+    result = alice.mission("run", "--headless")
+    assert result.code == 0 and mark.read_text() == "", result
+    assert len(list(mails.iterdir())) == 1
+
+
+# Paths -----------------------------------------------------------------------
+
+
+@support.root_only
+@pytest.mark.parametrize("written, means", [
+    ("~/sub",               "ALICE/sub"),
+    ("~alice/sub",          "ALICE/sub"),
+    ("~mallory/sub",        "MALLORY/sub"),
+    ("~",                   "ALICE"),
+    ("sub",                 "HERE/sub"),
+    ("./sub/",              "HERE/sub"),
+    ("sub/../sub",          "HERE/sub"),
+    ("$HOME/sub",           "HERE/$HOME/sub"),
+    ("sub/~",               "HERE/sub/~"),
+    ("ALICE/./sub//",       "ALICE/sub"),
+])
+def test_31_a_path_means_one_place(alice, host, written, means):
+    """`~` is an expansion at the front alone, and of passwd's homes, not of
+    the caller's HOME; a relative path starts at the configuration."""
+    places = {"ALICE": str(host.home["alice"]), "HERE": str(alice.folder),
+              "MALLORY": str(host.home["mallory"])}
+
+    def spelt(text: str) -> str:
+        for word, path in places.items():
+            text = text.replace(word, path)
+        return text
+
+    Path(spelt(means)).mkdir(parents=True, exist_ok=True)
+    alice.config["storage"]["sync"] = {"path": spelt(written)}
+    alice.task("one", ":")
+    result = alice.mission("dump")
+    assert result.code == 0, result
+    assert json.loads(result.out)["storage"]["sync"]["path"] == spelt(means)
+
+
+@support.root_only
+def test_31_a_home_of_nobody_is_a_fault(alice):
+    alice.config["storage"]["sync"] = {"path": "~nobody-of-that-name/x"}
+    alice.task("one", ":")
+    refused(alice.mission("check"), "storage.sync.path",
+            "nobody-of-that-name")

@@ -1,0 +1,725 @@
+"""git in a folder whose user may write whatever git reads and runs.
+
+Every planted program writes the user id it runs with on a canary. That may
+be alice's, who could run it anyway; it is never root's. The number in front
+of a case is that of the project's list of attacks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+import support
+
+ALICE, MALLORY = support.ALICE_UID, support.MALLORY_UID
+IDENTITY = {f"GIT_{role}_{what}": value
+            for role in ("AUTHOR", "COMMITTER")
+            for what, value in (("NAME", "Test"), ("EMAIL", "t@localhost"))}
+
+
+def git(folder, *args: str, uid: int | None = None, **env) -> support.Result:
+    """git of the test's own, as the user `uid`; never through mission."""
+    become = {"user": uid, "group": uid, "extra_groups": []} if uid else {}
+    done = subprocess.run(
+        ["git", "-C", str(folder), *args], timeout=60, **become,
+        env={"PATH": os.environ.get("PATH", os.defpath), "HOME": "/",
+             "GIT_CONFIG_NOSYSTEM": "1", "LC_ALL": "C", **IDENTITY, **env},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE)
+    return support.Result(done.returncode,
+                          done.stdout.decode("utf-8", "surrogateescape"),
+                          done.stderr.decode("utf-8", "replace"))
+
+
+def must(folder, *args: str, **options) -> str:
+    done = git(folder, *args, **options)
+    assert done.code == 0, (args, done)
+    return done.out.strip()
+
+
+def first_commit(folder: Path, uid: int | None = None) -> Path:
+    """A repository with one file in its first commit."""
+    support.need("git")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "file").write_text("first\n")
+    if uid:
+        support.own(folder, uid)
+    must(folder, "init", "-q", uid=uid)
+    must(folder, "symbolic-ref", "HEAD", "refs/heads/main", uid=uid)
+    must(folder, "add", "-A", uid=uid)
+    must(folder, "commit", "-q", "-m", "first", uid=uid)
+    return folder
+
+
+def sound(folder, uid: int | None = None) -> bool:
+    """All is committed and git fsck finds nothing."""
+    status = git(folder, "status", "--porcelain", uid=uid)
+    check = git(folder, "fsck", "--full", "--strict", uid=uid)
+    return status.code == check.code == 0 and not status.out \
+        and not re.search("error|missing", check.out + check.err)
+
+
+def commits(folder, uid: int | None = None) -> int:
+    return int(must(folder, "rev-list", "--count", "HEAD", uid=uid))
+
+
+class Spy:
+    """Programs to plant, and what they tell of themselves."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir()
+        folder.chmod(0o1777)
+        self.canary = folder / "canary"
+        self.canary.touch()
+        self.canary.chmod(0o666)
+        # One passes on what it reads, as a filter must; the other ends.
+        self.filter = self.program("filter", "exec cat")
+        self.hook = self.program("hook", "exit 0")
+        # Speaks gitprotocol-long-running-process, and can do nothing.
+        self.process = self.program(
+            "process", r"printf '0016git-filter-server\n000eversion=2\n'"
+            "\nprintf 00000000\nexec cat > /dev/null")
+
+    def program(self, name: str, rest: str) -> Path:
+        path = self.folder / name
+        path.write_text(f"#!/bin/sh\nid -u >> '{self.canary}'\n{rest}\n")
+        path.chmod(0o755)
+        return path
+
+    def seen(self) -> set[str]:
+        """The user ids that ran a planted program."""
+        return set(self.canary.read_text().split())
+
+
+@pytest.fixture
+def spy(tmp_path, host):
+    return Spy(tmp_path / "spy")
+
+
+@pytest.fixture
+def repo(alice, host):
+    """alice's repository, which root's run gives to her and commits."""
+    folder = first_commit(host.home["alice"] / "repo", ALICE)
+    alice.config["storage"]["sync"] = {
+        "path": str(folder), "chown": True, "commit": True}
+    alice.task("one", 'date +%s.%N > "$SYNC_DIR/file"; umask 77\n'
+               'date +%s.%N > "$SYNC_DIR/secret"')
+    return folder
+
+
+@pytest.fixture
+def own(scratch):
+    """A repository of whoever runs the test, in a run of theirs."""
+    folder = first_commit(scratch.folder / "repo")
+    scratch.config["storage"]["sync"] = {"path": str(folder), "commit": True}
+    scratch.task("one", 'date +%s.%N > "$SYNC_DIR/file"')
+    return folder
+
+
+# What everyone gets ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("args, word", [
+    (("run", "--headless"), "auto"), (("run",), "manual")])
+def test_a_run_commits_everything_and_says_which_run_it_was(scratch, own,
+                                                            args, word):
+    (own / "new").mkdir()
+    (own / "new" / "file").write_text("x")
+    result = scratch.mission(*args)
+    assert (result.code, result.err) == (0, ""), result
+    assert commits(own) == 2 and sound(own)
+    assert re.fullmatch(rf"{word} run complete on \d{{4}}-\d\d-\d\d "
+                        r"\d\d:\d\d:\d\d", must(own, "log", "-1",
+                                                "--format=%B"))
+    text = scratch.log() if word == "auto" else result.out
+    marks = [re.split(r"\s+", line.split("] ", 1)[-1])[0]
+             for line in text.splitlines() if line.startswith("[")]
+    kept = [m for m in marks if m in ("RepoDir", "Status", "Add", "Commit")]
+    assert kept == ["RepoDir", "Status", "Add", "Commit"]
+
+
+def test_without_changes_there_is_no_commit(scratch, own):
+    scratch.task("none", ":")
+    before = must(own, "rev-parse", "HEAD")
+    result = scratch.mission("run", "-t", "none")
+    assert result.code == 0 and "NoChanges" in result.out, result
+    assert must(own, "rev-parse", "HEAD") == before
+
+
+def test_a_deleted_file_is_committed_and_an_ignored_one_is_not(scratch, own):
+    (own / ".gitignore").write_text("*.tmp\n")
+    (own / "x.tmp").touch()
+    scratch.task("away", 'rm "$SYNC_DIR/file"')
+    assert scratch.mission("run", "-t", "away").code == 0
+    assert must(own, "ls-files") == ".gitignore"
+
+
+@support.root_only
+def test_42_without_an_identity_there_is_one_and_mission_it_is(alice, repo):
+    result = alice.mission("run", "--headless")
+    assert result.code == 0, (result, alice.log())
+    said = must(repo, "log", "-1", "--format=%an, %ae, %cn", uid=ALICE)
+    assert re.fullmatch("mission, alice@.+, mission", said)
+
+
+def test_42_the_owners_identity_is_used_where_there_is_one(scratch, own):
+    must(own, "config", "user.name", "Someone Own")
+    must(own, "config", "user.email", "own@example.com")
+    assert scratch.mission("run").code == 0
+    assert must(own, "log", "-1", "--format=%an <%ae>, %cn") \
+        == "Someone Own <own@example.com>, Someone Own"
+
+
+NAMES = [b"-rf", b":(exclude)*", b":!x", b"--pathspec-from-file=x", b"-", b"*",
+         b" ", b"a\nb", b"\xff\xfe", b"caf\xe9", b"\x1b[2J", b'"', b"\\"]
+
+
+def test_43_files_of_any_name_are_committed(scratch, own):
+    for name in NAMES:
+        Path(os.fsdecode(os.path.join(os.fsencode(own), name))).write_text("x")
+    result = scratch.mission("run")
+    assert result.code == 0, result
+    listed = git(own, "ls-files", "-z").out.split("\0")
+    assert set(map(os.fsdecode, NAMES)) < set(listed)
+    assert sound(own)
+    assert "\x1b" not in result.out
+
+
+@pytest.mark.parametrize("name", ["-rf", "a b", ":(exclude)x", "$(id)", "ü"])
+def test_43_a_storage_of_any_name_is_committed(scratch, name):
+    folder = first_commit(scratch.folder / name)
+    scratch.config["storage"]["sync"] = {"path": str(folder), "commit": True}
+    scratch.task("one", 'echo x > "$SYNC_DIR/new"')
+    result = scratch.mission("run")
+    assert result.code == 0, result
+    assert commits(folder) == 2 and sound(folder)
+
+
+@pytest.mark.parametrize("nested", ["with a commit", "empty"])
+def test_44_a_repository_inside_is_a_warning_that_names_it(scratch, own,
+                                                           nested):
+    inner = own / "clone"
+    if nested == "empty":
+        inner.mkdir()
+        must(inner, "init", "-q")
+        (inner / "file").touch()
+    else:
+        first_commit(inner)
+    result = scratch.mission("run")
+    assert result.code == 1 and "clone" in result.out, result
+    assert "# Warnings" in result.out or "# Errors" in result.out
+
+
+def test_44_a_submodule_that_is_declared_is_no_warning(scratch, own):
+    origin = first_commit(scratch.folder / "origin")
+    must(own, "-c", "protocol.file.allow=always", "submodule", "--quiet",
+         "add", str(origin), "sub")
+    result = scratch.mission("run")
+    assert result.code == 0, result
+
+
+def test_a_worktree_whose_git_is_a_file_is_committed(scratch):
+    main = first_commit(scratch.folder / "main")
+    tree = scratch.folder / "tree"
+    must(main, "worktree", "add", "-q", "-b", "side", str(tree))
+    assert (tree / ".git").is_file()
+    scratch.config["storage"]["sync"] = {"path": str(tree), "commit": True}
+    scratch.task("one", 'echo x > "$SYNC_DIR/new"')
+    result = scratch.mission("run")
+    assert result.code == 0, result
+    assert must(main, "rev-list", "--count", "side") == "2" and sound(tree)
+
+
+def test_38_a_missing_repository_is_a_fault_and_is_not_made(scratch):
+    folder = scratch.storage("sync", commit=True)
+    scratch.task("one", ":")
+    result = scratch.mission("run")
+    assert result.code == 78 and "git init" in result.err, result
+    assert "storage.sync.commit" in result.err
+    assert list(folder.iterdir()) == []
+
+
+# Programs that a repository can start ----------------------------------------
+
+
+def set_config(*pairs: str, file: str = ".git/config"):
+    """Plant values; a value that names a spy's program becomes its path."""
+    def plant(folder: Path, spy: Spy) -> None:
+        for key, value in zip(pairs[::2], pairs[1::2]):
+            value = {"FILTER": str(spy.filter), "HOOK": str(spy.hook),
+                     "PROCESS": str(spy.process),
+                     "HOOKS": str(spy.folder / "hooks")}.get(value, value)
+            must(folder, "config", "-f", str(folder / file), key, value,
+                 uid=support.owner(folder))
+    return plant
+
+
+def hook(name: str):
+    def plant(folder: Path, spy: Spy) -> None:
+        path = folder / ".git" / "hooks" / name
+        path.write_bytes(spy.hook.read_bytes())
+        path.chmod(0o755)
+    return plant
+
+
+def hooks_path(folder: Path, spy: Spy) -> None:
+    (spy.folder / "hooks").mkdir()
+    path = spy.folder / "hooks" / "pre-commit"
+    path.write_bytes(spy.hook.read_bytes())
+    path.chmod(0o755)
+    set_config("core.hooksPath", "HOOKS")(folder, spy)
+
+
+def by_attributes(*pairs: str, file: str = ".gitattributes"):
+    def plant(folder: Path, spy: Spy) -> None:
+        set_config(*pairs)(folder, spy)
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text("* filter=x\n")
+    return plant
+
+
+def included(folder: Path, spy: Spy) -> None:
+    set_config("core.fsmonitor", "HOOK", file=".git/more")(folder, spy)
+    set_config("include.path", "more")(folder, spy)
+
+
+def submodule(folder: Path, spy: Spy) -> None:
+    origin = first_commit(folder.parent / "origin", ALICE)
+    must(folder, "-c", "protocol.file.allow=always", "submodule", "--quiet",
+         "add", str(origin), "sub", uid=ALICE)
+    must(folder, "commit", "-q", "-m", "sub", uid=ALICE)
+    set_config("core.fsmonitor", "HOOK",
+               file=".git/modules/sub/config")(folder, spy)
+
+
+def gc(folder: Path, spy: Spy) -> None:
+    for text in ("a", "b"):
+        (folder / "file").write_text(text)
+        must(folder, "commit", "-q", "-a", "-m", text, uid=ALICE)
+        must(folder, "repack", "-q", "-d", uid=ALICE)
+    set_config("gc.autoPackLimit", "1", "gc.autoDetach", "false")(folder, spy)
+    hook("pre-auto-gc")(folder, spy)
+
+
+VECTORS = {
+    **{f"32 hook {name}": hook(name) for name in (
+        "pre-commit", "prepare-commit-msg", "commit-msg", "post-commit",
+        "post-index-change", "reference-transaction")},
+    "32 core.hooksPath": hooks_path,
+    "33 core.fsmonitor": set_config("core.fsmonitor", "HOOK"),
+    "33 fsmonitor by include.path": included,
+    "33 fsmonitor of a submodule": submodule,
+    "34 filter clean": by_attributes("filter.x.clean", "FILTER"),
+    "34 filter process": by_attributes(
+        "filter.x.process", "PROCESS"),
+    "34 filter by info/attributes": by_attributes(
+        "filter.x.clean", "FILTER", file=".git/info/attributes"),
+    "35 gpg.program": set_config("commit.gpgSign", "true", "gpg.program",
+                                 "HOOK"),
+    "35 gc and pre-auto-gc": gc,
+}
+
+
+@support.root_only
+@pytest.mark.parametrize("vector", VECTORS)
+def test_no_planted_program_runs_as_root(alice, repo, spy, vector):
+    VECTORS[vector](repo, spy)
+    support.own(repo, ALICE)
+    before = commits(repo, ALICE)
+    alice.env["SUDO_UID"] = alice.env["SUDO_GID"] = str(ALICE)  # case 39
+    result = alice.mission("run", "--headless")
+    assert spy.seen() <= {str(ALICE)}
+    assert result.code == 0, (result, alice.log())
+    assert commits(repo, ALICE) == before + 1
+    assert sound(repo, ALICE)
+    assert {support.owner(path) for path in repo.rglob("*")} == {ALICE}
+    assert spy.seen() <= {str(ALICE)}
+
+
+@support.root_only
+@pytest.mark.parametrize("vector", VECTORS)
+def test_a_careless_git_does_run_it_as_root(repo, spy, vector):
+    VECTORS[vector](repo, spy)
+    support.own(repo, ALICE)
+    (repo / "file").write_text("changed")
+    if (repo / "sub").exists():
+        (repo / "sub" / "file").write_text("changed")
+    for args in (("add", "-A"), ("commit", "-m", "x")):
+        git(repo, "-c", "safe.directory=*", *args)
+    assert "0" in spy.seen()
+
+
+@support.root_only
+def test_39_sudo_uid_alone_makes_a_careless_git_run_it(repo, spy):
+    hook("pre-commit")(repo, spy)
+    (repo / "file").write_text("changed")
+    git(repo, "commit", "-a", "-m", "x")
+    assert spy.seen() == set()
+    git(repo, "commit", "-a", "-m", "x", SUDO_UID=str(ALICE))
+    if spy.seen() != {"0"}:
+        support.absent("this git does not heed SUDO_UID")
+
+
+@support.root_only
+def test_40_no_git_variable_of_the_caller_reaches_git(alice, repo, spy,
+                                                      tmp_path):
+    elsewhere = first_commit(tmp_path / "elsewhere")
+    trace = tmp_path / "trace"
+    (spy.folder / "git-add").write_bytes(spy.hook.read_bytes())
+    alice.env.update(
+        GIT_DIR=str(elsewhere / ".git"), GIT_WORK_TREE=str(elsewhere),
+        GIT_INDEX_FILE=str(tmp_path / "index"), GIT_CONFIG_COUNT="2",
+        GIT_CONFIG_KEY_0="filter.x.clean", GIT_CONFIG_VALUE_0=str(spy.filter),
+        GIT_CONFIG_KEY_1="core.fsmonitor", GIT_CONFIG_VALUE_1=str(spy.hook),
+        GIT_CONFIG_PARAMETERS=f"'core.fsmonitor'='{spy.hook}'",
+        GIT_SSH_COMMAND=str(spy.hook), GIT_EDITOR=str(spy.hook),
+        GIT_EXTERNAL_DIFF=str(spy.hook), GIT_TRACE=str(trace),
+        GIT_AUTHOR_NAME="Caller", GIT_COMMITTER_NAME="Caller",
+        GIT_OBJECT_DIRECTORY=str(tmp_path), GIT_NAMESPACE="x",
+        XDG_CONFIG_HOME=str(tmp_path), SUDO_UID=str(ALICE))
+    (repo / ".gitattributes").write_text("* filter=x\n")
+    result = alice.mission("run", "--headless")
+    assert result.code == 0, (result, alice.log())
+    assert spy.seen() == set() and not trace.exists()
+    assert commits(repo, ALICE) == 2 and commits(elsewhere) == 1
+    assert "Caller" not in must(repo, "log", "-1", "--format=%an %cn",
+                                uid=ALICE)
+
+
+@support.root_only
+def test_40_a_git_in_a_folder_that_others_can_write_is_passed_over(
+        alice, repo, spy, host):
+    for folder, uid in (spy.folder, MALLORY), (host.home["mallory"], 0):
+        fake = folder / "git"
+        fake.write_bytes(spy.hook.read_bytes())
+        fake.chmod(0o755)
+        os.chown(fake, uid, uid)
+    alice.env["PATH"] = f"{spy.folder}:{host.home['mallory']}:." \
+        f":{alice.env['PATH']}"
+    result = alice.mission("run", "--headless")
+    assert result.code == 0 and spy.seen() == set(), result
+    assert commits(repo, ALICE) == 2
+
+
+@support.root_only
+def test_42_git_sees_the_owners_home_and_nothing_of_roots(alice, repo, spy,
+                                                          host):
+    told = spy.folder / "told"
+    spy.program("filter", f"env > '{told}'; id -G >> '{told}'; exec cat")
+    by_attributes("filter.x.clean", "FILTER")(repo, spy)
+    must(repo, "config", "-f", str(host.home["alice"] / ".gitconfig"),
+         "user.name", "Alice of the Home", uid=ALICE)
+    alice.env.update(SECRET_TOKEN="hush", HOME="/root")
+    result = alice.mission("run", "--headless")
+    assert result.code == 0, (result, alice.log())
+    lines = told.read_text().splitlines()
+    assert f"HOME={host.home['alice']}" in lines
+    assert lines[-1] == str(ALICE), "no group of root's"
+    assert not [line for line in lines if "hush" in line or "SUDO" in line]
+    assert "Alice of the Home" in must(repo, "log", "-1", "--format=%an",
+                                       uid=ALICE)
+
+
+# Where a repository can lead -------------------------------------------------
+
+
+@pytest.fixture
+def victims(tmp_path, host):
+    """A folder of root's with a secret in it."""
+    folder = tmp_path / "victims"
+    folder.mkdir()
+    (folder / "secret").write_text("hush hush")
+    (folder / "secret").chmod(0o600)
+    (folder / "open").write_text("hush hush")
+    return folder
+
+
+def intact(folder: Path, files=("secret", "open")) -> bool:
+    return sorted(path.name for path in folder.iterdir()) == sorted(files) \
+        and all(path.read_text() == "hush hush" and support.owner(path) == 0
+                for path in folder.iterdir())
+
+
+@support.root_only
+def test_36_a_worktree_elsewhere_is_not_read(alice, repo, victims):
+    victims.chmod(0o700)
+    must(repo, "config", "core.worktree", str(victims), uid=ALICE)
+    result = alice.mission("run", "--headless")
+    must(repo, "config", "--unset", "core.worktree", uid=ALICE)
+    assert result.code == 1 and intact(victims), result
+    assert "commitRepositories" in alice.log()
+    everything = must(repo, "log", "--all", "-p", uid=ALICE)
+    assert "hush" not in everything and "secret" not in everything
+
+
+@support.root_only
+@pytest.mark.parametrize("name", [
+    "logs/HEAD", "COMMIT_EDITMSG", "index", "index.lock", "HEAD",
+    "refs/heads/main", "objects", "hooks"])
+def test_37_a_link_inside_git_changes_nothing_of_roots(alice, repo, victims,
+                                                       name):
+    path = repo / ".git" / name
+    if path.is_dir():
+        path.rename(path.with_name("away"))
+    elif path.exists():
+        path.unlink()
+    path.symlink_to(victims if name in ("objects", "hooks")
+                    else victims / "open")
+    os.utime(path, (0, 0), follow_symlinks=False)
+    support.own(repo, ALICE)
+    result = alice.mission("run", "--headless")
+    assert intact(victims)
+    assert support.owner(victims) == 0
+    assert result.code in (0, 1) and "Traceback" not in result.err, result
+
+
+@support.root_only
+@pytest.mark.parametrize("target", ["an empty folder", "a repository"])
+def test_38_a_git_that_leads_to_a_folder_of_roots_is_refused(
+        alice, repo, victims, tmp_path, target):
+    if target == "a repository":
+        theirs = first_commit(tmp_path / "theirs")
+        where = theirs / ".git"
+    else:
+        where = victims
+    (repo / ".git").rename(repo.parent / "away")
+    (repo / ".git").symlink_to(where)
+    os.chown(repo / ".git", ALICE, ALICE, follow_symlinks=False)
+    result = alice.mission("run", "--headless")
+    assert result.code in (1, 78) and len(result.err) > 10, result
+    assert intact(victims)
+    if target == "a repository":
+        assert commits(theirs) == 1 and sound(theirs)
+
+
+MIXED = {
+    # Where the repository is, and who owns or may write what in it.
+    "top root's, .git alice's": ("alice", {".": 0}),
+    "top alice's, config root's": ("alice", {".git/config": 0}),
+    "top alice's, config mallory's": ("alice", {".git/config": MALLORY}),
+    "top alice's, an object root's": ("alice", {".git/objects/OBJECT": 0}),
+    "top alice's, hooks mallory's": ("alice", {".git/hooks": MALLORY}),
+    "root's, config alice's": ("root", {".git/config": ALICE}),
+    "root's, .git alice's": ("root", {".git": ALICE}),
+    "root's, attributes alice's": ("root", {".git/info": ALICE}),
+    "root's, config for a group": ("root", {".git/config": 0o664}),
+    "root's, .git for a group": ("root", {".git": 0o775}),
+    "root's, hooks for a group": ("root", {".git/hooks": 0o775}),
+    "root's, config for everyone": ("root", {".git/config": 0o666}),
+    "root's, .git for everyone": ("root", {".git": 0o777}),
+    "root's, top for a group": ("root", {".": 0o775}),
+    "root's, a folder of alice's": ("root", {"sub": ALICE}),
+    "root's, below alice's home": ("home", {}),
+}
+
+
+@support.root_only
+@pytest.mark.parametrize("case", MIXED)
+def test_41_owners_that_are_mixed_are_refused_and_named(alice, host, spy,
+                                                        case):
+    """Modes are those of files of root's with alice's group."""
+    place, changes = MIXED[case]
+    uid = ALICE if place == "alice" else None
+    folder = first_commit((alice.folder if place == "root"
+                           else host.home["alice"]) / "repo", uid)
+    if "sub" in changes:
+        first_commit(folder / "sub")
+    by_attributes("filter.x.clean", "FILTER")(folder, spy)
+    support.own(folder, uid or 0)
+    for name, change in changes.items():
+        obj = must(folder, "rev-parse", "HEAD", uid=uid)
+        path = folder / name.replace("OBJECT", f"{obj[:2]}/{obj[2:]}")
+        if change in (0, ALICE, MALLORY):
+            os.chown(path, change, change)
+        else:
+            os.chown(path, 0, ALICE)
+            path.chmod(change)
+    alice.config["storage"]["sync"] = {"path": str(folder), "commit": True}
+    alice.task("one", 'echo x > "$SYNC_DIR/new"')
+    result = alice.mission("run", "--headless")
+    assert "0" not in spy.seen()
+    assert result.code == 1, (result, alice.log())
+    named = [folder / name for name in changes] or [host.home["alice"]]
+    assert "OBJECT" in str(named) or str(named[0]) in alice.log()
+
+
+@support.root_only
+def test_41_roots_own_repository_is_committed_as_root(alice):
+    folder = first_commit(alice.folder / "repo")
+    alice.config["storage"]["sync"] = {"path": str(folder), "commit": True}
+    alice.task("one", 'echo x > "$SYNC_DIR/new"')
+    result = alice.mission("run", "--headless")
+    assert (result.code, result.err) == (0, ""), (result, alice.log())
+    assert commits(folder) == 2 and sound(folder)
+
+
+@support.root_only
+def test_41_what_root_left_in_the_users_repository_is_put_right_by_chown(
+        alice, repo):
+    """As after a `sudo git commit`, or a run without chown."""
+    must(repo, "-c", "safe.directory=*", "commit", "-q", "--allow-empty",
+         "-m", "by root")
+    assert 0 in {support.owner(path) for path in repo.rglob("*")}
+    result = alice.mission("run", "--headless")
+    assert result.code == 0, (result, alice.log())
+    assert commits(repo, ALICE) == 3 and sound(repo, ALICE)
+
+
+@support.root_only
+def test_41_a_git_file_that_becomes_a_fifo_does_not_hang_the_run(alice, repo):
+    alice.task("away", 'mv "$SYNC_DIR/.git" "$SYNC_DIR/../away"\n'
+               'mkfifo "$SYNC_DIR/.git"')
+    result = alice.mission("run", "--headless", timeout=60)
+    assert result.code == 1 and "Traceback" not in alice.log(), result
+
+
+# Locks that were left --------------------------------------------------------
+
+
+@support.root_only
+@pytest.mark.parametrize("name", [
+    "index.lock", "HEAD.lock", "refs/heads/main.lock", "config.lock",
+    "packed-refs.lock"])
+def test_45_an_old_lock_is_cleared_and_all_is_committed(alice, repo, name):
+    lock = repo / ".git" / name
+    lock.touch()
+    os.chown(lock, ALICE, ALICE)
+    os.utime(lock, (0, 0))
+    result = alice.mission("run", "--headless")
+    assert result.code == 0, (result, alice.log())
+    assert not lock.exists() and str(lock) in alice.log()
+    assert commits(repo, ALICE) == 2 and sound(repo, ALICE)
+
+
+@support.root_only
+def test_45_a_fresh_lock_of_an_unknown_is_left_and_named(alice, repo):
+    lock = repo / ".git" / "index.lock"
+    lock.touch()
+    os.chown(lock, ALICE, ALICE)
+    minute_ago = time.time() - 60
+    os.utime(lock, (minute_ago, minute_ago))
+    result = alice.mission("run", "--headless", timeout=120)
+    assert result.code == 1 and lock.exists(), result
+    assert str(lock) in alice.log()
+    assert commits(repo, ALICE) == 1
+
+
+@support.root_only
+def test_45_a_git_at_work_is_waited_for(alice, repo, tmp_path):
+    """alice's own commit holds index.lock while her editor is open."""
+    ready, gate = repo.parent / "ready", repo.parent / "gate"
+    os.mkfifo(gate)
+    os.chown(gate, ALICE, ALICE)
+    editor = repo.parent / "editor"
+    editor.write_text(f"#!/bin/sh\ntouch '{ready}'\nread x < '{gate}'\n"
+                      'echo by hand > "$1"\n')
+    editor.chmod(0o755)
+    (repo / "file").write_text("mine")
+    support.own(repo, ALICE)
+    by_hand = subprocess.Popen(
+        ["git", "-C", str(repo), "commit", "-q", "-a"], user=ALICE,
+        group=ALICE, extra_groups=[], stdin=subprocess.DEVNULL,
+        env={"PATH": os.environ["PATH"], "HOME": "/",
+             "GIT_EDITOR": str(editor), **IDENTITY})
+    with support.stopping(by_hand):
+        support.wait_until(ready.exists, 30, "the editor")
+        assert (repo / ".git" / "index.lock").exists()
+        run = alice.start("run", "--headless")
+        support.wait_until(lambda: alice.log_files()
+                           and "RepoDir" in alice.log(), 30, "the commit")
+        gate.write_text("\n")
+        result = support.ended(run)
+        assert by_hand.wait(timeout=30) == 0
+    assert result.code == 0, (result, alice.log())
+    assert commits(repo, ALICE) == 3 and sound(repo, ALICE)
+
+
+@pytest.fixture
+def slow(repo, spy):
+    """A filter that waits as long as its gate stands, and who runs it."""
+    gate, pids = spy.folder / "gate", spy.folder / "pids"
+    spy.program("filter", f"if [ -e '{gate}' ]; then\n"
+                f"  echo $PPID $$ > '{pids}.new'; mv '{pids}.new' '{pids}'\n"
+                "  exec sleep 100\nfi\nexec cat")
+    by_attributes("filter.x.clean", "FILTER")(repo, spy)
+    gate.touch()
+    return gate, pids
+
+
+def alive(pid: int) -> bool:
+    """Is there such a process, other than as a zombie?"""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def in_filter(pids: Path) -> tuple[int, int]:
+    """Wait for the filter; the pids of git and of the filter."""
+    support.wait_until(pids.exists, 30, "the filter")
+    parent, filter_ = map(int, pids.read_text().split())
+    assert Path(f"/proc/{parent}/comm").read_text().strip() == "git"
+    pids.unlink()
+    return parent, filter_
+
+
+@support.root_only
+def test_45_what_a_killed_git_left_does_not_stop_the_next_run(alice, repo,
+                                                              slow):
+    """Whether this run tries once more or not: git is killed each time."""
+    gate, pids = slow
+    run = alice.start("run", "--headless")
+    while run.poll() is None:
+        git_pid, filter_pid = in_filter(pids)
+        assert (repo / ".git" / "index.lock").exists()
+        os.kill(git_pid, signal.SIGKILL)
+        support.wait_until(lambda: pids.exists() or run.poll() is not None,
+                           30, "the end of the run")
+        assert not alive(filter_pid)
+    result = support.ended(run)
+    assert result.code == 1 and "commitRepositories" in alice.log(), result
+    gate.unlink()
+    again = alice.mission("run", "--headless")
+    assert again.code == 0, (again, alice.log())
+    assert commits(repo, ALICE) == 2 and sound(repo, ALICE)
+
+
+@support.root_only
+def test_45_nor_what_a_killed_runner_and_its_git_left(alice, repo, slow):
+    gate, pids = slow
+    run = alice.start("run", "--headless")
+    git_pid, filter_pid = in_filter(pids)
+    run.kill()
+    os.kill(git_pid, signal.SIGKILL)
+    os.kill(filter_pid, signal.SIGKILL)
+    support.ended(run)
+    gate.unlink()
+    assert (repo / ".git" / "index.lock").exists()
+    again = alice.mission("run", "--headless")
+    last = alice.history()[-1]
+    assert (last["errors"], last["warnings"]) == (0, 1), alice.log()
+    assert again.code == 1, "the lost run is a warning"
+    assert commits(repo, ALICE) == 2 and sound(repo, ALICE)
+
+
+@support.root_only
+def test_45_a_lock_that_is_a_link_takes_nothing_of_roots_along(alice, repo,
+                                                               victims):
+    lock = repo / ".git" / "refs" / "heads" / "main.lock"
+    lock.symlink_to(victims / "open")
+    os.utime(lock, (0, 0), follow_symlinks=False)
+    (repo / ".git" / "refs" / "tags" / "deep").symlink_to(victims)
+    support.own(repo, ALICE)
+    alice.mission("run", "--headless")
+    assert intact(victims)
+    assert stat.S_ISDIR(os.lstat(victims).st_mode)

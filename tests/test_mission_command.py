@@ -1,0 +1,402 @@
+"""Command: what can I type?
+
+In process: `mission.main(argv)` is the whole program. What needs a run is
+tested with real processes elsewhere; here the words and their order count.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+
+import pytest
+
+import support
+
+mission = support.load("mission")
+
+
+@pytest.fixture
+def typed(scratch, capsys, monkeypatch):
+    """typed("list", "-v") -> (exit status, stdout, stderr), in the folder
+    of a configuration with three tasks, named as by default."""
+    monkeypatch.chdir(scratch.folder)
+    for name, value in scratch.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    scratch.task("mail", "echo mail")
+    scratch.task("photos", "echo photos", scheduled=False)
+    scratch.task("offsite", "echo offsite", post=True)
+    scratch.write()
+
+    def run(*words: str):
+        status = mission.main(list(words))
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
+# --- wrong usage ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "which command? (mission --help)"),
+    (["-v"], "which command?"), (["rnu"], "did you mean run?"),
+    (["lst"], 'there is no command "lst" (did you mean list?)'),
+    (["chekc"], "did you mean check?"), (["frobnicate"], "mission --help"),
+    ([""], 'there is no command ""'), (["_builtins"], "there is no command"),
+    (["list", "--jsno"], "--jsno"), (["list", "--task"], "--task"),
+    (["-x", "list"], "-x"), (["list", "-t"], "-t"),
+    (["list", "--json=yes"], "--json"), (["--he", "list"], "--he"),
+    (["list", "more"], 'what is "more"?'), (["log", "a", "b"], 'is "b"?'),
+    (["new"], "new needs a word more"), (["new", "a", "b"], 'what is "b"?'),
+    (["completion"], "needs a word more"),
+    (["completion", "csh"], 'no completion for "csh" (bash, zsh or fish)'),
+    (["history", "-n", "x"], "-n x: not a number of runs"),
+    (["history", "-n", "0"], "-n 0: not a number"),
+    (["history", "-n", "-5"], "not a number"),
+    (["history", "-n", "\u0665"], "not a number"),
+    (["history", "-n", ""], "not a number"),
+    (["run", "--wait", "soon"], "--wait soon: not a duration (--wait 30m)"),
+    (["run", "--wait", "-1s"], "not a duration"),
+    (["run", "-t", "phots"], 'no task "phots" (did you mean photos?)'),
+    (["run", "-t", "mail", "-t", "xyz"], 'there is no task "xyz"'),
+    (["-t", "../mail", "run", "--dry-run"], "there is no task"),
+    (["new", "../x"], '"../x" is no slug'), (["new", "A"], "is no slug"),
+    (["new", "a\nb"], "is no slug"), (["new", "-x"], "-x"),
+    (["new", "x" * 65], "is no slug"),
+    (["\x1b[2Jrun"], "there is no command"),
+], ids=lambda value: " ".join(map(repr, value)) if isinstance(
+    value, list) else None)
+def test_wrong_usage_is_told_on_one_line_and_nothing_runs(
+        words, message, typed, scratch):
+    status, out, err = typed(*words)
+    assert (status, out) == (mission.EXIT_USAGE, "")
+    assert message in err and err.startswith("mission: error: ")
+    assert err.count("\n") == 1 and err[:-1].isprintable()
+    assert not scratch.state.exists()
+
+
+# --- options on both sides ------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [
+    ["-c", "m.json"], ["--config", "m.json"], ["--config=m.json"],
+    ["-cm.json"], ["-v"], ["--verbose"], ["-q"], ["--quiet"], ["-C"],
+    ["--no-color"], ["--headless"], ["--json"], ["-n", "3"], ["--number=3"],
+    ["-vqC"], ["--wait", "1s"], ["-t", "mail"], ["--task=mail"],
+    ["-t", "photos", "--task", "mail", "-q"],
+])
+def test_options_stand_before_or_after_the_command(options, typed):
+    os.replace("mission.config.json", "m.json")
+    if not any("m.json" in word for word in options):
+        options = ["-c", "m.json", *options]
+    for command in (["list"], ["run", "--dry-run"], ["dump"], ["check"]):
+        before, after = typed(*options, *command), typed(*command, *options)
+        middle = typed(*options[:2], *command, *options[2:]) \
+            if not options[0].startswith("-c") or options[0] == "-c" \
+            else before
+        assert before == after == middle and before[0] == 0
+
+
+def test_the_option_given_last_holds(typed):
+    assert typed("-c", "nothing.json", "list", "-c",
+                 "mission.config.json")[0] == 0
+    assert typed("list", "-c", "nothing.json")[0] == mission.EXIT_CONFIG
+
+
+def test_a_file_that_is_named_like_an_option_is_a_file(typed):
+    os.replace("mission.config.json", "-t")
+    assert typed("list", "-c", "-t")[0] == 0
+
+
+@pytest.mark.parametrize("words", [
+    ["--help"], ["-h"], ["run", "--help"], ["-h", "nonsense"],
+    ["log", "a", "b", "--help"],
+])
+def test_help_is_help_wherever_it_stands(words, typed):
+    assert typed(*words) == (0, mission.USAGE, "")
+
+
+@pytest.mark.parametrize("words", [["--version"], ["list", "--version"]])
+def test_the_version(words, typed):
+    assert typed(*words) == (0, f"mission {mission.VERSION}\n", "")
+
+
+def test_the_usage_fits_a_screen_of_80_columns():
+    assert max(map(len, mission.USAGE.splitlines())) <= 79
+
+
+# --- list, check, dump, --dry-run -----------------------------------------
+
+
+def test_list_has_one_slug_a_line_in_the_order_of_the_file(typed):
+    assert typed("list") == (0, "mail\nphotos\noffsite\n", "")
+
+
+def test_list_verbose_says_what_each_is(typed):
+    assert typed("list", "-v", "-C")[1] == (
+        "mail [Mail, scheduled]\nphotos [Photos, manual]\n"
+        "offsite [Offsite, scheduled, post]\n")
+
+
+def test_list_json_is_for_programs(typed):
+    found = json.loads(typed("list", "--json")[1])
+    assert [task["slug"] for task in found] == ["mail", "photos", "offsite"]
+    assert found[2] == {"slug": "offsite", "name": "Offsite", "type": "exec",
+                        "scheduled": True, "post": True}
+
+
+def test_check_of_a_right_configuration_is_silent(typed):
+    assert typed("check") == (0, "", "")
+
+
+def test_what_dump_prints_dumps_the_same(typed, scratch, capsys):
+    status, first, err = typed("dump")
+    assert (status, err) == (0, "")
+    (scratch.folder / "again.json").write_text(first)
+    assert typed("dump", "-c", "again.json") == (0, first, "")
+
+
+def test_dry_run_prints_the_plan_and_touches_nothing(typed, scratch):
+    def everything():
+        return sorted((str(path), path.lstat().st_mtime_ns)
+                      for path in scratch.folder.rglob("*"))
+    before = everything()
+    status, out, err = typed("run", "--dry-run", "--headless")
+    assert (status, err) == (0, "") and everything() == before
+    assert [line[:5] for line in out.splitlines()] == [
+        f"{number:3}. " for number in range(1, out.count("\n") + 1)]
+    assert out.index("run the task mail") < out.index("run the post task off")
+    assert "photos" not in out
+
+
+def test_the_tasks_asked_for_run_in_the_order_asked_for(typed):
+    out = typed("run", "--dry-run", "-t", "photos", "-t", "mail")[1]
+    assert out.index("photos") < out.index("mail") and "offsite" not in out
+
+
+def test_a_broken_script_stops_check_and_not_the_dry_run(typed, scratch):
+    (scratch.tasks / "mail" / "run").unlink()
+    status, out, err = typed("check")
+    assert status == mission.EXIT_CONFIG and out == ""
+    assert "does not exist (mission new mail)" in err
+    assert "mission: error: 1 fault in mission.config.json\n" in err
+    assert typed("run", "--dry-run")[0] == 0
+    assert typed("dump")[0] == 0 and typed("list")[0] == 0
+
+
+@pytest.mark.parametrize("words", [
+    ["check"], ["dump"], ["list"], ["run"], ["run", "--dry-run"],
+    ["new", "other"],
+])
+def test_a_faulty_configuration_stops_every_command(words, typed, scratch):
+    scratch.config["tasks"][0]["timout"] = "5m"
+    scratch.write()
+    status, out, err = typed(*words)
+    assert (status, out) == (mission.EXIT_CONFIG, "")
+    assert re.match(r"mission\.config\.json:\d+:\d+: tasks\[0\]\.timout: "
+                    r"unknown key \(timeout\?\)\nmission: error: 1 fault",
+                    err)
+
+
+# --- init and new ---------------------------------------------------------
+
+
+def test_init_writes_the_sample_for_its_owner_alone(typed, scratch):
+    os.unlink("mission.config.json")
+    status, out, err = typed("init", "-C")
+    assert (status, err) == (0, "") and "mission.config.json" in out
+    assert scratch.path.read_text() == mission.SAMPLE
+    assert support.mode(scratch.path) == 0o600
+
+
+def test_init_replaces_nothing(typed, scratch):
+    before = scratch.path.read_text()
+    status, out, err = typed("init")
+    assert status == 1 and out == "" and "exists already" in err
+    assert scratch.path.read_text() == before
+    os.symlink("elsewhere", "link.json")
+    assert typed("init", "-c", "link.json")[0] == 1
+    assert not os.path.exists("elsewhere")
+    assert typed("init", "-c", "no/such/folder.json")[0] == 1
+
+
+def test_new_begins_a_task_that_fails_until_it_is_written(typed, scratch):
+    status, out, err = typed("new", "music")
+    run = scratch.tasks / "music" / "run"
+    assert (status, err) == (0, "") and str(run) in out
+    assert os.access(run, os.X_OK)
+    line = json.loads(out.splitlines()[-1].rstrip(","))
+    assert line == {"slug": "music", "name": "Music", "type": "exec",
+                    "scheduled": True}
+    scratch.config["tasks"].append(line)
+    scratch.write()
+    assert typed("check") == (0, "", "")
+    support.need("bash")
+    assert subprocess.run([str(run)], cwd=run.parent,
+                          stdout=subprocess.DEVNULL).returncode == 1
+
+
+def test_new_replaces_nothing(typed, scratch):
+    run = scratch.tasks / "mail" / "run"
+    before = run.read_text()
+    status, _, err = typed("new", "mail")
+    assert status == 1 and "exists already" in err
+    assert run.read_text() == before
+
+
+# --- history and log ------------------------------------------------------
+
+
+@pytest.fixture
+def past(typed, scratch):
+    """Three runs that are remembered: ok, failed, lost."""
+    journal = mission.Journal(
+        str(scratch.state / mission.state_name(str(scratch.path))),
+        mission.Clock())
+    journal.make_folder()
+    for number, verdict in enumerate(("ok", "failed", "lost")):
+        log = scratch.logs / f"2026-03-0{number + 1}-02-00-00.txt"
+        log.write_text(f"log {number}\n\x1b[2Jevil\n")
+        journal.remember({
+            "id": f"{number}{number}aabbcc-1", "verdict": verdict,
+            "start": f"2026-03-0{number + 1}T02:00:00+01:00",
+            "started": 1772326800.0 + 86400 * number, "headless": True,
+            "seconds": None if verdict == "lost" else 62.5 + number,
+            "log": str(log), "errors": 0, "warnings": 0, "last": "mail",
+            "tasks": [] if verdict == "lost" else [
+                {"slug": "mail", "outcome": "ok", "seconds": 1.5,
+                 "attempts": 1},
+                {"slug": "offsite", "outcome": verdict, "seconds": 60.0,
+                 "attempts": 1}]})
+    return journal
+
+
+def test_history_shows_when_how_long_and_what_became_of_it(typed, past):
+    status, out, err = typed("history")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert re.match(r"00aabbcc  2026-03-01T02:00:00\+01:00 +1m2\.5s +ok$",
+                    lines[1])
+    assert re.match(r"11aabbcc .* 1m3\.5s +failed +offsite$", lines[2])
+    assert re.match(r"22aabbcc .* - +lost +in mail$", lines[3])
+    assert re.search("^mail +[\u2581-\u2588]{2}  1.5s$", out, re.M)
+    assert re.search("^offsite +[\u2581-\u2588]  1m0s$", out, re.M)
+
+
+def test_history_shows_as_many_as_asked_for(typed, past):
+    found = json.loads(typed("history", "--json", "-n", "2")[1])
+    assert [run["verdict"] for run in found] == ["failed", "lost"]
+
+
+def test_history_before_the_first_run_says_so(typed):
+    status, out, err = typed("history")
+    assert status == 1 and out == "" and "no run of mission" in err
+
+
+@pytest.mark.parametrize("word, number", [
+    ([], 2), (["00"], 0), (["11aabbcc"], 1), (["2026-03-02"], 1),
+    (["2026-03"], 2),
+])
+def test_log_prints_a_saved_log_without_its_escapes(
+        word, number, typed, past):
+    assert typed("log", *word) == (0, f"log {number}\n\\x1b[2Jevil\n", "")
+
+
+def test_log_of_a_run_that_saved_none_says_so(typed, past, scratch):
+    status, out, err = typed("log", "ff")
+    assert status == 1 and out == "" and 'no saved log of run "ff"' in err
+    os.unlink(scratch.logs / "2026-03-03-02-00-00.txt")
+    status, out, err = typed("log")
+    assert status == 1 and out == "" and "2026-03-03-02-00-00.txt: " in err
+
+
+@pytest.mark.parametrize("plant", ["link", "fifo", "folder"])
+def test_log_reads_a_log_and_nothing_else(plant, typed, past, scratch):
+    path = scratch.logs / "2026-03-03-02-00-00.txt"
+    path.unlink()
+    if plant == "link":
+        path.symlink_to("/etc/passwd")
+    elif plant == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    status, out, err = typed("log")
+    assert status == 1 and out == "" and str(path) in err
+
+
+# --- the parts agree ------------------------------------------------------
+
+
+def test_each_command_has_a_function_that_takes_its_words():
+    for name, (function, fewest, most) in mission.COMMANDS.items():
+        words = list(inspect.signature(function).parameters.values())[1:]
+        assert len(words) == most, name
+        assert sum(word.default is word.empty for word in words) == fewest
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_completion_knows_every_command_and_option(shell, typed):
+    status, out, err = typed("completion", shell)
+    assert (status, err) == (0, "")
+    for word in [*mission.COMMANDS, *mission.LONG]:
+        assert word.rstrip("=") in out
+    assert "COMMANDS" not in out and "OPTIONS" not in out
+
+
+@pytest.mark.parametrize("shell, syntax", [
+    ("bash", "-n"), ("zsh", "-n"), ("fish", "--no-execute"),
+])
+def test_a_completion_is_a_script_of_its_shell(shell, syntax, typed,
+                                               tmp_path):
+    support.need(shell)
+    script = tmp_path / "completion"
+    script.write_text(typed("completion", shell)[1])
+    done = subprocess.run([shell, syntax, str(script)],
+                          stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_the_bash_completion_completes(typed, tmp_path):
+    support.need("bash")
+    script = tmp_path / "completion"
+    script.write_text(typed("completion", "bash")[1])
+    done = subprocess.run(
+        ["bash", "-c", 'source "$1"; COMP_WORDS=(mission his); COMP_CWORD=1; '
+         '_mission; echo "${COMPREPLY[@]}"; COMP_WORDS=(mission --dr); '
+         '_mission; echo "${COMPREPLY[@]}"', "bash", str(script)],
+        stdout=subprocess.PIPE)
+    assert done.stdout == b"history\n--dry-run\n"
+
+
+@pytest.mark.parametrize("environ, terminal, words, coloured", [
+    ({}, True, [], True), ({}, False, [], False), ({}, True, ["-C"], False),
+    ({"NO_COLOR": "1"}, True, [], False), ({"NO_COLOR": ""}, True, [], True),
+    ({}, True, ["--no-color"], False),
+])
+def test_colour_is_for_terminals_alone(environ, terminal, words, coloured,
+                                       typed, monkeypatch, capsys):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(mission.sys.stdout, "isatty", lambda: terminal)
+    assert ("\x1b[" in typed("list", "-v", *words)[1]) is coloured
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(scratch):
+    """mission list | head"""
+    for number in range(3000):
+        scratch.entry(f"t{number}", "exec", name="x" * 50)
+    scratch.write()
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = subprocess.Popen(
+        scratch.command("list", "-v"), stdout=writing,
+        stderr=subprocess.PIPE, cwd=scratch.folder, env=scratch.env)
+    os.close(writing)
+    ended = support.ended(process)
+    assert (ended.code, ended.err) == (141, "")

@@ -1,0 +1,755 @@
+"""Config: is this a configuration we can run?
+
+The host is a fake that answers what the tests say; `check` is the real one,
+so each fault is seen as people see it: FILE:LINE:COL: path: what (right).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import random
+
+import pytest
+
+import support
+
+mission = support.load("mission")
+
+HOMES = {"anon": "/home/anon", "bob": "/srv/bob", "root": "/root"}
+
+BASE = """{
+    "tasks": [
+        {"slug": "mail", "type": "exec", "name": "Mail"},
+        {"slug": "photos", "type": "exec"}
+    ],
+    "user": {"name": "anon", "email": "anon@example.com"},
+    "passBin": "/usr/bin/pass",
+    "storage": {
+        "tasks": {"path": "/b/tasks"},
+        "logs": {"path": "/b/logs"},
+        "sync": {"path": "/b/sync", "commit": true}
+    },
+    "mail": {"enabled": false}
+}
+"""
+
+
+class FakeHost:
+    """A Machine that says of its host what a test wants."""
+
+    def __init__(self, **says):
+        self.says = says
+
+    def home_of(self, name: str) -> str | None:
+        return HOMES.get(name)
+
+    def facts(self, config):
+        scripts = {task.slug: mission.Script(
+            path=task.entrypoint, **{"head": "#!/bin/sh\n",
+                                     **self.says.get(task.slug, {})})
+            for task in config.tasks if task.entrypoint}
+        found = {
+            "uids": {"anon": 1000, "bob": 1001, "root": 0, "toor": 0,
+                     "odd": 65535, "none": 2**32 - 1},
+            "folders": {}, "strangers": {}, "scripts": scripts,
+            "repositories": set(config.storage), "usable": {},
+            "programs": {name: f"/usr/bin/{name}" for name in
+                         ("git", "sendmail", "notify-send")}}
+        return mission.Facts(**{**found, **{
+            key: value for key, value in self.says.items() if key in (
+                *found, "intruder")}})
+
+
+@pytest.mark.parametrize("name", ["home_of", "facts"])
+def test_the_fake_has_the_signatures_of_the_real_host(name):
+    fake, real = (inspect.signature(getattr(kind, name))
+                  for kind in (FakeHost, mission.Machine))
+    assert list(fake.parameters) == list(real.parameters)
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch, capsys):
+    """check(text, **facts) -> the lines on stderr but for the last."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(text: str, **says) -> list[str]:
+        monkeypatch.setattr(mission, "Machine", lambda: FakeHost(**says))
+        (tmp_path / "m.json").write_text(text, encoding="utf-8")
+        status = mission.main(["-c", "m.json", "check"])
+        printed = capsys.readouterr()
+        lines = printed.err.splitlines()
+        assert printed.out == ""
+        assert status == (mission.EXIT_CONFIG if lines else mission.EXIT_OK)
+        if lines:
+            noun = "fault" if len(lines) == 2 else "faults"
+            assert lines[-1] == (f"mission: error: {len(lines) - 1} {noun} "
+                                 "in m.json")
+        return lines[:-1]
+
+    return run
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch, check):
+    """read(text) -> the Config of a text that has no fault."""
+    def config(text: str, **says):
+        assert check(text, **says) == []
+        options = mission.Options()
+        options.config = "m.json"
+        return mission.loaded(options).config
+
+    return config
+
+
+def changed(old: str, new: str) -> tuple[str, list[str]]:
+    """BASE with `old` replaced; each @ marks a LINE:COL and is taken out."""
+    assert BASE.count(old) == 1, old
+    text, marks = BASE.replace(old, new), []
+    while "\x01" in text:
+        before = text[:text.index("\x01")]
+        marks.append(f"{before.count(chr(10)) + 1}:"
+                     f"{len(before) - before.rfind(chr(10))}")
+        text = text.replace("\x01", "", 1)
+    return text, marks
+
+
+AT = "\x01"     # where the fault is: @ stands in mail addresses
+TASK = '{"slug": "mail", "type": "exec", "name": "Mail"}'
+PHOTOS = '{"slug": "photos", "type": "exec"}'
+USER = '{"name": "anon", "email": "anon@example.com"}'
+MAIL = '{"enabled": false}'
+SYNC = '{"path": "/b/sync", "commit": true}'
+
+
+def task(more: str) -> str:
+    return TASK[:-1] + f", {more}}}"
+
+
+FAULTS = [      # what stands there, what comes instead, the message
+    # --- the shape: unknown, twice, wrong type, missing
+    (TASK, task(f'{AT}"timout": "5m"'),
+     "tasks[0].timout: unknown key (timeout?)"),
+    (TASK, task(f'{AT}"xyz": 1'), "tasks[0].xyz: unknown key (one of slug,"),
+    ('"mail":', f'{AT}"notfy": {{}}, "mail":', "notfy: unknown key (notify?)"),
+    ('"mail":', f'{AT}"Notify": {{}}, "mail":', "unknown key (notify?)"),
+    (SYNC, f'{SYNC[:-1]}, {AT}"own": 1}}', "storage.sync.own: unknown key"),
+    (MAIL, f'{{{AT}"enable": false}}', "mail.enable: unknown key (enabled?)"),
+    (MAIL, f'{{"smtp": {{{AT}"hots": ""}}}}', "mail.smtp.hots: unknown key"),
+    (TASK, task(f'{AT}"name": "Again"'),
+     "tasks[0].name: this key stands twice (once in an object)"),
+    ('"mail":', f'{AT}"user": {USER}, "mail":', "user: this key stands twice"),
+    (TASK, task(f'"scheduled": {AT}"yes"'),
+     'tasks[0].scheduled: "yes" does not fit (true or false)'),
+    (TASK, task(f'"scheduled": {AT}1'), "1 does not fit (true or false)"),
+    (TASK, task(f'"timeout": {AT}90'), "90 does not fit (a duration such as"),
+    (TASK, task(f'"timeout": {AT}"90"'), "(a duration such as"),
+    (TASK, task(f'"timeout": {AT}"{"9" * 400}s"'), "(a duration such as"),
+    (TASK, task(f'"retries": {AT}-1'), "(a whole number from 0 to 100)"),
+    (TASK, task(f'"retries": {AT}1.5'), "(a whole number from 0 to 100)"),
+    (TASK, task(f'"retries": {AT}true'), "true does not fit (a whole number"),
+    (TASK, task(f'"retries": {AT}"2"'), "(a whole number from 0 to 100)"),
+    (TASK, task(f'"retryDelay": {AT}"soon"'), "tasks[0].retryDelay"),
+    (TASK, task(f'"nice": {AT}20'), "(a whole number from 0 to 19)"),
+    (TASK, task(f'"needs": {AT}"photos"'), "(a list of strings)"),
+    (TASK, task(f'"needs": {AT}[1]'), "a list does not fit (a list of str"),
+    (TASK, task(f'"env": {AT}{{"A": 1}}'), "(an object of strings)"),
+    (TASK, task(f'"minFree": {AT}"5G"'), '(an object such as {"sync": "5G"})'),
+    (TASK, task(f'"minFree": {AT}{{"sync": "lots"}}'), "tasks[0].minFree"),
+    (TASK, f"{AT}5", "tasks[0]: 5 is no object ({ ... })"),
+    ('"tasks": [', f'"tasks": {AT}{{}}, "redact": [',
+     "tasks: an object does not fit (a list of objects)"),
+    (USER, f"{AT}[]", "user: a list does not fit (an object)"),
+    (SYNC, f'{AT}"/b/sync"', 'storage.sync: "/b/sync" is no object'),
+    ('"/b/sync"', f"{AT}7", "storage.sync.path: 7 does not fit (a string)"),
+    ('"/usr/bin/pass"', f'{AT}["pass"]', "passBin: a list does not fit"),
+    ('"mail":', f'"filters": {AT}"x", "mail":', "filters: \"x\" does not fit"),
+    ('"mail":', f'"redact": {AT}[null], "mail":', "(a list of strings)"),
+    ('"mail":', f'"ping": {{"retries": {AT}0}}, "mail":', "from 1 to 20)"),
+    ('"mail":', f'"ping": {{"timeout": {AT}10}}, "mail":', "ping.timeout"),
+    ('"mail":', f'"logs": {{"keep": {AT}0}}, "mail":', "logs.keep: 0 does"),
+    ('"mail":', f'"logs": {{"max": {AT}"1X"}}, "mail":', "(a size such as"),
+    ('"mail":', f'"metrics": {AT}"m", "mail":', "metrics: \"m\" does not fit"),
+    ('"mail":', f'"trust": {AT}"all", "mail":', 'trust: "all" does not fit'),
+    ('"mail":', f'"notify": {AT}true, "mail":', "notify: true does not fit"),
+    (MAIL, f'{{"on": {AT}"error"}}', '("always" or "failure" or "never")'),
+    (MAIL, f'{{"type": {AT}"pigeon"}}', '("sendmail" or "smtp")'),
+    (MAIL, f'{{"smtp": {{"port": {AT}0}}}}', "from 1 to 65535)"),
+    (MAIL, f'{{"smtp": {{"security": {AT}"ssl"}}}}', "mail.smtp.security"),
+    (TASK, f'{AT}{{"type": "exec"}}', "tasks[0].slug: this key is missing"),
+    (TASK, f'{AT}{{"slug": "mail"}}', "tasks[0].type: this key is missing"),
+    (TASK, f'{{"slug": {AT}null, "type": "exec"}}', "tasks[0].slug"),
+    (USER, f'{AT}{{"email": "a@b.c"}}', "user.name: this key is missing"),
+    (SYNC, f"{AT}{{}}", "storage.sync.path: this key is missing (a string)"),
+    # --- tasks
+    (PHOTOS, f'{{"slug": {AT}"mail", "type": "exec"}}',
+     'tasks[1].slug: "mail" stands twice'),
+    *((TASK, f'{{"slug": {AT}{json.dumps(slug)}, "type": "exec"}}',
+       "tasks[0].slug: ") for slug in (
+        "Mail", "a b", "../x", "a/b", "-x", "_x", "", "a\n", "a.b", "x" * 65,
+        "caf\u00e9", "\uff21", "\u0661", "a\0", "--help")),
+    (TASK, TASK.replace('"Mail"', f'{AT}"a\\nERROR: x"'),
+     "tasks[0].name: control characters in a name"),
+    (TASK, TASK.replace('"Mail"', f'{AT}"\\u001b[2J"'), "control characters"),
+    (TASK, TASK.replace('"Mail"', f'{AT}"\\u202egnp"'), "control characters"),
+    (TASK, TASK.replace('"Mail"', f'{AT}"{"x" * 201}"'), "more than 200"),
+    (TASK, TASK.replace('"exec"', f'{AT}"shell"'),
+     'tasks[0].type: "shell" does not fit ("exec" or "builtin")'),
+    (TASK, task(f'"user": {AT}"ghost"'), 'there is no user "ghost"'),
+    (TASK, task(f'"user": {AT}"root"'), "root has the user id 0"),
+    (TASK, task(f'"parallel": {AT}"a b"'), '"a b" is no group name'),
+    (TASK, task(f'"env": {{"A=B": {AT}"x"}}'), "tasks[0].env.A=B: this is no"),
+    (TASK, task(f'"env": {{"": {AT}"x"}}'), "this is no variable"),
+    (TASK, task(f'"env": {{"A": {AT}"\\u0000"}}'), "tasks[0].env.A: this is"),
+    (TASK, task(f'"minFree": {{"snyc": {AT}"5G"}}'), "no such storage"),
+    (TASK, task(f'"needs": {AT}["photo"]'),
+     'tasks[0].needs: there is no task "photo" (photos?)'),
+    (TASK, task(f'"needs": {AT}["mail"]'), "mail needs itself in the end"),
+    (PHOTOS, '{"slug": "photos", "type": "exec", "post": true}, {"slug": '
+     f'"x", "type": "exec", "needs": {AT}["photos"]}}',
+     "tasks[2].needs: photos is a post task and runs later"),
+    # --- user, passBin
+    ('"name": "anon"', f'"name": {AT}"ghost"',
+     'user.name: there is no user "ghost"'),
+    ('"name": "anon"', f'"name": {AT}""', "user.name: there is no user"),
+    ('"name": "anon"', f'"name": {AT}"1000"', "there is no user"),
+    ('"name": "anon"', f'"name": {AT}"root"', "root has the user id 0 (an un"),
+    ('"name": "anon"', f'"name": {AT}"toor"', "toor has the user id 0"),
+    ('"name": "anon"', f'"name": {AT}"odd"', "odd has the user id 65535"),
+    ('"name": "anon"', f'"name": {AT}"none"', "has the user id 4294967295"),
+    *((USER, f'{{"name": "anon", "email": {AT}{json.dumps(email)}}}',
+       "user.email: ") for email in (
+        "anon", "@example.com", "a@", "a b@example.com", "-oQ/tmp@x", "-f@x",
+        "a@b\nBcc: c@d", "a@b\r\n.", "a@b, c@d", "<a@b", "Name <a@b> x",
+        "Name <-oX@b>", "a@b@c", "a@\u00e9.com", "a@-b", "a@b-", "\0@b")),
+    # --- storage
+    ('"/b/tasks"}', '"/b/tasks"}, "a-b": {"path": "/x"}, "a_b": '
+     f'{AT}{{"path": "/y"}}', "gives the variable A_B_DIR, as does storage.a"),
+    *((SYNC, f'{SYNC}, {json.dumps(name)}: {AT}{{"path": "/x"}}',
+       "is no storage name") for name in (
+        "Sync", "1st", "a b", "", "a.b", "-a", "_a", "caf\u00e9", "a\n")),
+    ('"tasks": {"path": "/b/tasks"},', "", "storage: there is no storage 'ta"),
+    ('"logs": {"path": "/b/logs"},', "", "storage: there is no storage 'logs"),
+    *((SYNC, f'{{"path": "{path}", "chown": {AT}true}}', "belongs to the sys")
+      for path in ("/", "/etc", "/usr/", "/home/../etc", "//etc/.", "/root")),
+    (SYNC, f'{{"path": "/b", "chown": {AT}true}}',
+     "storage.sync.chown: /b holds /b/tasks"),
+    # --- delivery
+    *(('"mail":', f'"ping": {{"enabled": true, "endpoint": {AT}'
+       f'{json.dumps(url)}}}, "mail":', "is no endpoint (http://... or https")
+      for url in ("ftp://x/y", "file:///etc/passwd", "example.com/ping", "",
+                  "https://", "http:///x", "https://x/a b", "https://x/\n",
+                  "javascript:alert(1)", "https:\\\\x")),
+    ('"mail":', f'"ping": {AT}{{"enabled": true}}, "mail":', "ping.endpoint"),
+    (MAIL, f'{{"enabled": true, "type": {AT}"smtp"}}', "mail.smtp.host: the"),
+    (MAIL, '{"enabled": true, "type": "smtp", "smtp": {"host": '
+     f'{AT}"a b"}}}}', "mail.smtp.host: there is no SMTP host"),
+    (MAIL, '{"enabled": true, "type": "smtp", "smtp": {"host": "h", '
+     f'"passName": {AT}"p"}}}}', "a password without passBin or user"),
+    (MAIL, '{"enabled": true, "type": "smtp", "smtp": {"host": "h", '
+     f'"security": {AT}"none", "user": "u"}}}}', "travel unprotected"),
+    (MAIL, '{"enabled": true, "type": "smtp", "smtp": {"host": "h", '
+     f'"from": {AT}"nobody"}}}}', '"nobody" is no mail address'),
+    # --- patterns
+    *(('"mail":', f'"filters": ["^x$", {AT}{json.dumps(text)}], "mail":',
+       "filters[1]: ") for text in (
+        "(", "[", "*", "a**", "(?P<", "\\", "a{2,1}", "(?z)", "(?<n",
+        "(" * 200,
+        # Go's, and refused rather than read as something else
+        "\\pL", "\\Qa.b\\E", "\\x{41}", "(?U)a", "[[:^space:]]", "\\C")),
+    ('"mail":', f'"redact": [{AT}"("], "mail":', 'redact[0]: "(" does not co'),
+]
+# The position of these is the object around, or the key.
+AROUND = {"mail.smtp.host: the": '"mail"', "storage: there is no": "storage"}
+
+
+def name_of(value) -> str:
+    return repr(value).replace("\\x01", "")[:60]
+
+
+@pytest.mark.parametrize("old, new, message", FAULTS, ids=name_of)
+def test_each_fault_is_told_with_its_place_and_its_mend(
+        old, new, message, check):
+    text, marks = changed(old, new)
+    lines = [line for line in check(text) if message in line]
+    assert len(lines) == 1
+    place, _, rest = lines[0].partition(": ")
+    assert rest.endswith(")") and "(" in rest
+    if marks and message not in AROUND:
+        assert place == f"m.json:{marks[0]}"
+
+
+HOST_FAULTS = [     # what the host says, where, the message
+    ({"mail": {"state": "does not exist"}}, '"mail"',
+     "tasks[0].slug: /b/tasks/mail/run does not exist (mission new mail)"),
+    ({"mail": {"state": "is not executable"}}, '"mail"',
+     "is not executable (chmod +x /b/tasks/mail/run)"),
+    ({"mail": {"state": "is no regular file"}}, '"mail"', "no regular file"),
+    ({"mail": {"lost_interpreter": "/usr/bin/perl6"}}, '"mail"',
+     "run:1: the interpreter /usr/bin/perl6 does not exist"),
+    ({"mail": {"head": "#!/bin/sh\r\n"}}, '"mail"',
+     "run:1: the #! line ends in CR (a Windows line end) (sed -i"),
+    ({"mail": {"head": "#!/bin/bash\necho\n"}}, '"mail"',
+     "run:2: a bash task must begin with 'set -euo pipefail' (set -euo"),
+    ({"mail": {"intruder": "/b/tasks belongs to bob"}}, '"mail"',
+     "tasks[0].slug: /b/tasks belongs to bob (only root"),
+    ({"folders": {"sync": "does not exist"}}, '"/b/sync"',
+     "storage.sync.path: /b/sync does not exist (mkdir -p /b/sync)"),
+    ({"folders": {"sync": "is no folder"}}, '"/b/sync"', "/b/sync is no fol"),
+    ({"repositories": set()}, "true",
+     "storage.sync.commit: /b/sync is no git repository (git init /b/sync"),
+    ({"programs": {"sendmail": "x"}}, "true",
+     "storage.sync.commit: there is no git (install git)"),
+    ({"usable": {"/usr/bin/pass": "is not executable"}}, '"/usr/bin/pass"',
+     "passBin: /usr/bin/pass is not executable"),
+    ({"intruder": "/etc/m.json belongs to bob"}, "{",
+     "/etc/m.json belongs to bob (root and anon alone can write it"),
+]
+
+
+@pytest.mark.parametrize("says, where, message", HOST_FAULTS, ids=name_of)
+def test_what_the_host_lacks_is_told_where_it_is_named(
+        says, where, message, check):
+    before = BASE[:BASE.index(where)]
+    place = (f"m.json:{before.count(chr(10)) + 1}:"
+             f"{len(before) - before.rfind(chr(10))}: ")
+    lines = check(BASE, **says)
+    assert len(lines) == 1
+    assert lines[0].startswith(place) and message in lines[0]
+
+
+@pytest.mark.parametrize("old, new, says, message", [
+    (MAIL, '{"enabled": true}', {"programs": {"git": "x"}},
+     "mail.type: there is no sendmail in PATH, /usr/sbin or /usr/lib"),
+    (USER, '{"name": "anon"}', {}, "user.email: mail is enabled and there"),
+    ('"mail":', '"notify": {"enabled": true}, "mail":',
+     {"programs": {"git": "x"}}, "notify.enabled: there is no notify-send"),
+    (SYNC, '{"path": "/b/sync", "chown": true}',
+     {"strangers": {"sync": "x of user id 7"}},
+     "storage.sync.chown: it holds x of user id 7"),
+    ('"mail":', '"ping": {"caFile": "ca.pem"}, "mail":', {}, ""),
+])
+def test_what_is_switched_on_must_be_there(old, new, says, message, check):
+    text = BASE.replace(old, new)
+    if "user.email" in message:
+        text = text.replace(MAIL, '{"enabled": true}')
+    lines = check(text, **says)
+    assert [message in line for line in lines] == [True] * bool(message)
+
+
+def test_what_is_switched_off_may_be_missing(check):
+    assert check(BASE.replace(', "commit": true', "").replace(
+        '"mail":', '"ping": {"endpoint": "nonsense"}, "notify": '
+        '{"enabled": false}, "mail":'), programs={}) == []
+
+
+def test_a_configuration_that_only_root_may_change_says_so(check):
+    text = BASE.replace('"mail":', '"trust": "root", "mail":')
+    assert check(text, intruder="m.json belongs to anon") == [
+        "m.json:1:1: m.json belongs to anon (root and nobody else alone can "
+        "write it and its folders)"]
+
+
+def test_a_broken_script_of_a_builtin_is_a_fault_too(check):
+    text = BASE.replace('"photos", "type": "exec"',
+                        '"photos", "type": "builtin"')
+    assert check(text) == []
+    spotify = BASE.replace('"photos", "type": "exec"',
+                           '"spotify", "type": "builtin"')
+    assert [line.split(": ", 1)[1] for line in check(spotify)] == [
+        'tasks[1].slug: the built-in spotify needs storage.sessions '
+        '("sessions": {"path": "..."})']
+
+
+# --- all at once ----------------------------------------------------------
+
+
+def test_all_faults_come_at_once_and_in_the_order_of_the_file(check):
+    text = """{
+  "tasks": [{"slug": "A", "type": "exec", "colour": 1},
+            {"slug": "b", "type": "exec", "timeout": 5, "needs": ["c"]}],
+  "user": {"name": "ghost", "email": "x"},
+  "storage": {"tasks": {"path": "/t"}, "logs": {"path": "/l", "chwon": 1}},
+  "filters": ["("], "notify": {"enabled": "on"}, "redact": [")"]
+}"""
+    rows = text.split("\n")
+    assert [line.split(": ")[:2] for line in check(text)] == [
+        [f"m.json:{row}:{rows[row - 1].index(value) + 1}", path]
+        for row, value, path in (
+            (2, '"A"', "tasks[0].slug"), (2, '"colour"', "tasks[0].colour"),
+            (3, "5", "tasks[1].timeout"), (3, '["c"]', "tasks[1].needs"),
+            (4, '"ghost"', "user.name"), (4, '"x"', "user.email"),
+            (5, '"chwon"', "storage.logs.chwon"), (6, '"("', "filters[0]"),
+            (6, '"on"', "notify.enabled"), (6, '")"', "redact[0]"))]
+
+
+def test_one_mistake_is_told_once(check):
+    """A value that does not fit brings no second fault with it."""
+    for old, new in (
+            ('"name": "anon"', '"name": 5'), ('"/b/sync"', "5"),
+            ('"slug": "photos"', '"slug": 5'), (SYNC, "5"),
+            ('"anon@example.com"', "5"), (MAIL, "[]")):
+        assert len(check(BASE.replace(old, new))) == 1, (old, new)
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "null", '"x"', "5", "{}", '{"tasks": [], "user": {}, '
+    '"storage": {}}', '{"tasks": null, "user": null, "storage": null}',
+])
+def test_a_configuration_of_almost_nothing_is_told_what_it_lacks(text, check):
+    assert check(text)
+
+
+def test_a_byte_order_mark_is_named(check):
+    assert check("\ufeff" + BASE) == [
+        "m.json:1:1: the file begins with a byte order mark "
+        "(UTF-8 without it)"]
+
+
+def test_a_message_stands_on_one_line_whatever_it_quotes(check):
+    text = BASE.replace('"slug": "photos"', r'"slug": "a\nm.json:1:1: \u001b['
+                        r'2J \u202e"').replace('"/b/sync"', r'"/b/\nx"')
+    lines = check(text, folders={"sync": "does not exist"})
+    assert all(line.startswith("m.json:") and line.isprintable()
+               for line in lines)
+    assert len(lines) >= 2
+
+
+@pytest.mark.parametrize("data, words", [
+    (b'{"a": "\xff"}', "m.json: 1:8: not UTF-8"),
+    (b"\n\xfe\xff", "m.json: 2:1: not UTF-8"),
+    ("{}".encode("utf-16"), "m.json: 1:1: not UTF-8"),
+    (b" " * (2**20 + 1), "larger than 1 MiB"), (None, "no such file"),
+    ("folder", "no regular file"), ("fifo", "no regular file"),
+], ids=name_of)
+def test_a_file_that_is_no_text_is_refused(data, words, tmp_path, capsys,
+                                           monkeypatch):
+    import os
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "m.json"
+    if data == "folder":
+        path.mkdir()
+    elif data == "fifo":
+        os.mkfifo(path)
+    elif data is not None:
+        path.write_bytes(data)
+    for command in ("check", "dump", "list", "run"):
+        assert mission.main(["-c", "m.json", command]) == mission.EXIT_CONFIG
+        assert words in capsys.readouterr().err
+
+
+# --- the real host is asked -----------------------------------------------
+
+
+@pytest.mark.parametrize("change", [
+    lambda config: config["tasks"].append(
+        {"slug": "x", "type": "exec", "entrypoint": "/bin/\0sh"}),
+    lambda config: config["storage"].update(sync={"path": "/tmp/\0"}),
+    lambda config: config["storage"].update(
+        sync={"path": "/tmp/\0", "chown": True, "commit": True}),
+    lambda config: config.update(passBin="/bin/\0"),
+    lambda config: config.update(ping={"caFile": "/\0"}),
+    lambda config: config["user"].update(name="a\0b"),
+    lambda config: config.update(metrics={"textfile": "/tmp/\0.prom"}),
+], ids=["entrypoint", "storage", "chown", "passBin", "caFile", "user",
+        "textfile"])
+def test_a_nul_in_a_path_is_a_fault_and_no_crash(change, scratch, capsys):
+    change(scratch.config)
+    scratch.write()
+    assert mission.main(["-c", str(scratch.path), "check"]) == \
+        mission.EXIT_CONFIG
+    assert "mission: error: " in capsys.readouterr().err
+
+
+def test_the_scratch_configuration_is_right(scratch, capsys):
+    scratch.task("mail", "echo hello")
+    scratch.write()
+    assert mission.main(["-c", str(scratch.path), "check"]) == 0, \
+        capsys.readouterr().err
+
+
+# --- what it reads --------------------------------------------------------
+
+
+ORIGINAL = r"""// The original's own keys, as its sample has them.
+{
+    "tasks": [
+        { "slug": "mail", "name": "Mail", "type": "exec", "scheduled": true },
+        { "slug": "own", "name": "Own", "type": "exec", /* in between */
+          "entrypoint": "~/bin/own" }, // trailing comma below
+        { "slug": "last", "name": "", "type": "exec", "post": true, },
+    ],
+    "user": { "name": "anon", "email": "Anon Y <anon@example.com>" },
+    "passBin": "",
+    "storage": {
+        "tasks": { "path": "~/tasks" }, "logs": { "path": "logs" },
+        "my-dir": { "path": "~bob/../x/./y/" },
+        "sync": { "path": "/b//sync", "chown": true, "commit": true }, },
+    "ping": { "enabled": true, "endpoint": "https://hc-ping.com/%s/a%20b" },
+    "notify": { "enabled": false },
+    "mail": { "enabled": true, "type": "sendmail" },
+    "filters": null
+}
+// the end"""
+
+
+def test_a_configuration_of_the_original_reads(read, tmp_path):
+    config = read(ORIGINAL)
+    assert [task.slug for task in config.tasks] == ["mail", "own", "last"]
+    assert [task.scheduled for task in config.tasks] == [True, False, False]
+    assert config.tasks[2].post and not config.tasks[0].post
+    assert config.filters == ()
+    assert config.ping.endpoint == "https://hc-ping.com/%s/a%20b"
+    assert config.mail.enabled and config.mail.on == "always"
+    assert mission.address_of(config.user.email) == "anon@example.com"
+
+
+def test_the_defaults_are_the_originals_behaviour(read):
+    config = read(ORIGINAL.replace('"mail": {', '"logs": {}, "mail": {'))
+    task, ping, mail = config.tasks[0], config.ping, config.mail
+    assert (task.retry_delay, config.notify, mail.enabled) == (0, False, True)
+    assert (task.timeout, task.retries, task.needs, task.parallel, task.user,
+            task.env, task.nice, task.min_free) == (
+                None, 0, (), "", "", {}, 0, {})
+    assert (ping.start, ping.fail, ping.log, ping.timeout, ping.retries) == (
+        False, False, False, 10.0, 3)
+    assert (mail.on, mail.start, mail.smtp) == ("always", True, None)
+    assert (config.redact, config.logs_keep, config.textfile,
+            config.trust) == ((), None, "", "user")
+    assert config.logs_max == 2**30
+
+
+def test_paths_are_made_absolute(read, tmp_path):
+    config = read(ORIGINAL)
+    assert {name: storage.path for name, storage in config.storage.items()} \
+        == {"tasks": "/home/anon/tasks", "logs": str(tmp_path / "logs"),
+            "my-dir": "/srv/x/y", "sync": "/b/sync"}
+    assert [task.entrypoint for task in config.tasks] == [
+        "/home/anon/tasks/mail/run", "/home/anon/bin/own",
+        "/home/anon/tasks/last/run"]
+    assert config.storage["my-dir"].variable == "MY_DIR_DIR"
+    assert [task.name for task in config.tasks] == ["Mail", "Own", "last"]
+
+
+@pytest.mark.parametrize("written, path", [
+    ("~", "/home/anon"), ("~/", "/home/anon"), ("~/a", "/home/anon/a"),
+    ("~bob", "/srv/bob"), ("~bob/a/../b", "/srv/bob/b"),
+    ("a", "/etc/mission/a"), ("./a", "/etc/mission/a"),
+    ("../a", "/etc/a"), ("/a/~/b", "/a/~/b"), ("a/~", "/etc/mission/a/~"),
+    ("/", "/"), ("/a/", "/a"), ("/../a", "/a"),
+    ("$HOME", "/etc/mission/$HOME"), ("//etc/.", "/etc"),
+])
+def test_a_path_is_resolved(written, path):
+    text = BASE.replace('"/b/sync"', json.dumps(written))
+    config = mission.Reading(text, "/etc/mission/m.json").config()
+    config, complaints = mission.resolved(config, HOMES.get)
+    assert (config.storage["sync"].path, complaints) == (path, [])
+
+
+def test_the_home_of_nobody_is_a_fault(check):
+    lines = check(BASE.replace('"/b/sync"', '"~ghost/x"'))
+    assert len(lines) == 1
+    assert "storage.sync.path: ~ghost/x: ~ needs the home of ghost" in lines[0]
+
+
+# --- dump -----------------------------------------------------------------
+
+
+FULL = r"""{
+    "tasks": [
+        {"slug": "a", "name": "A \"q\" \u00e9", "type": "exec",
+         "scheduled": true, "post": false, "entrypoint": "bin/a",
+         "timeout": "1h30m", "retries": 3, "retryDelay": "1m2.026s",
+         "needs": ["b"], "parallel": "g", "user": "bob",
+         "env": {"A": "1 // x", "B": ""}, "nice": 5,
+         "minFree": {"sync": "1536M", "logs": "100"}},
+        {"slug": "b", "type": "builtin", "timeout": "1001ms"}],
+    "user": {"name": "anon", "email": "anon@example.com"},
+    "passBin": "~/bin/pass",
+    "storage": {"tasks": {"path": "tasks"}, "logs": {"path": "/l"},
+                "sync": {"path": "~bob/s", "chown": true, "commit": true}},
+    "ping": {"enabled": true, "endpoint": "http://h/%s", "start": true,
+             "fail": true, "log": true, "timeout": "2.5s", "retries": 1,
+             "caFile": "ca.pem"},
+    "notify": {"enabled": true},
+    "mail": {"enabled": true, "type": "smtp", "on": "failure",
+             "start": false, "smtp": {
+                "host": "h", "port": 2525, "security": "tls", "user": "u",
+                "passName": "p", "from": "a@b.c", "caFile": "~/ca.pem"}},
+    "filters": ["^a\\z", "<&>"], "redact": ["x=\\S+"],
+    "logs": {"keep": 7, "max": "3G"},
+    "metrics": {"textfile": "~/m.prom"}, "trust": "root"
+}"""
+
+
+def dumped(text: str, path: str) -> dict:
+    config = mission.Reading(text, path).config()
+    return mission.as_json(mission.resolved(config, HOMES.get)[0])
+
+
+@pytest.mark.parametrize("text", [BASE, FULL, ORIGINAL, mission.SAMPLE],
+                         ids=["base", "full", "original", "sample"])
+def test_a_dump_dumps_the_same(text):
+    first = dumped(text, "/etc/mission/m.json")
+    again = dumped(json.dumps(first), "/elsewhere/n.json")
+    assert again == first
+
+
+def test_a_dump_loses_nothing():
+    found = dumped(FULL, "/etc/mission/m.json")
+    given = mission.JsoncReader(FULL).document()
+
+    def missing(given, found, path=""):
+        for key in given:
+            if key not in found:
+                yield f"{path}{key}"
+            elif isinstance(given[key], dict):
+                yield from missing(given[key], found[key], f"{path}{key}.")
+    assert list(missing(given, found)) == []
+    assert list(missing(given["tasks"][0], found["tasks"][0])) == []
+    assert found["tasks"][0]["timeout"] == "1h30m0s"
+    assert found["tasks"][0]["retryDelay"] == "1m2.026s"
+    assert found["tasks"][1]["timeout"] == "1.001s"
+    assert found["tasks"][0]["minFree"] == {"sync": "1536M", "logs": "100"}
+    assert found["mail"]["smtp"]["port"] == 2525
+    assert found["logs"] == {"keep": 7, "max": "3G"}
+
+
+def test_the_command_dump_prints_it(read, capsys, monkeypatch):
+    monkeypatch.setattr(mission, "Machine", FakeHost)
+    read(ORIGINAL)
+    assert mission.main(["dump", "-c", "m.json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["user"]["name"] == "anon"
+    assert list(printed["storage"]) == sorted(printed["storage"])
+
+
+# --- durations and sizes --------------------------------------------------
+
+
+@pytest.mark.parametrize("text, size", [
+    ("0", 0), ("512", 512), ("100K", 102400), ("5M", 5 * 2**20),
+    ("5G", 5 * 2**30), ("5GB", 5 * 2**30), ("2T", 2 * 2**40), ("1B", 1),
+    ("", None), ("G", None), ("B", None), ("-1", None), ("1.5G", None),
+    ("5 G", None), ("5g", None), ("5GiB", None), ("5P", None),
+    ("\u0665G", None), ("9" * 20, None), ("1e3", None), ("5G\n", None),
+])
+def test_a_size_is_read_or_refused(text, size):
+    assert mission.bytes_of(text) == size
+    if size is not None:
+        assert mission.bytes_of(mission.size_text(size)) == size
+
+
+@pytest.mark.parametrize("timeout", ["1h", "24d", "25d", "365d", "9999d"])
+def test_a_timeout_of_months_is_waited_for_in_steps_that_poll_takes(timeout):
+    child = mission.Child(type("Popen", (), {"pid": 1}), -1,
+                          mission.seconds_of(timeout), 0.0)
+    machine = mission.Machine()
+    machine.clock = type("Clock", (), {"ticks": lambda self: 0.0})()
+    machine.on_tick, machine.wake = None, 0
+    assert 0 < machine.patience([child]) < 2**31
+
+
+# --- scripts --------------------------------------------------------------
+
+
+RULE_LINE = "set -euo pipefail\n"
+
+
+@pytest.mark.parametrize("head, fault", [
+    ("#!/bin/bash\n" + RULE_LINE, ""),
+    ("#!/bin/bash\n\n# what it does\n  # more\n" + RULE_LINE, ""),
+    ("#!/bin/bash\n   set -euo pipefail   \n", ""),
+    ("#!/bin/bash\nset -euo pipefail # always\n", ""),
+    ("#!/bin/bash\nset -euo pipefail;\n", ""),
+    ("#! /bin/bash\n" + RULE_LINE, ""), ("#!/bin/bash\nset -euo pipefail", ""),
+    ("#!/usr/bin/env bash\n" + RULE_LINE, ""),
+    ("#!/usr/bin/env -S bash -x\n" + RULE_LINE, ""),
+    ("#!/usr/bin/env -S A=b bash\n" + RULE_LINE, ""),
+    ("#!/bin/bash\necho\n" + RULE_LINE, ":2: a bash task"),
+    ("#!/bin/bash\n\n# x\nset -e\n", ":4: a bash task"),
+    ("#!/bin/bash -euo pipefail\necho\n", ":2: a bash task"),
+    ("#!/usr/local/bin/bash\necho\n", ":2: a bash task"),
+    ("#!/usr/bin/env bash\necho\n", ":2: a bash task"),
+    ("#!/usr/bin/env -S bash -eu\necho\n", ":2: a bash task"),
+    ("#!/usr/bin/env -i A=b bash\necho\n", ":2: a bash task"),
+    ("#!/bin/bash\n#set -euo pipefail\n", ":2: a bash task"),
+    ("#!/bin/bash", ":1: a bash task"), ("#!/bin/bash\n", ":2: a bash task"),
+    ("#!/bin/bash\nset -euo pipefail\r\n", ":2: "),
+    ("#!/bin/bash\nset -euo pipefailure\n", ":2: a bash task"),
+    ("#!/bin/bash\r\nset -euo pipefail\r\n", ":1: the #! line ends in CR"),
+    ("#!/usr/bin/env bash\r\n", ":1: the #! line ends in CR"),
+    ("#!/bin/sh\necho\n", ""), ("#!/bin/dash\n", ""),
+    ("#!/usr/bin/python3\nimport os\n", ""), ("#!/usr/bin/rbash-x\n", ""),
+    ("\x7fELF\x02\x01", ""), ("\xcf\xfa\xed\xfe", ""),
+    ("echo hello\n", ":1: neither a program nor"), ("", ":1: neither"),
+    ("\xef\xbb\xbf#!/bin/sh\n", ":1: neither"), (" #!/bin/sh\n", ":1: neith"),
+    ("#!\necho\n", ":1: "), ("#!   \necho\n", ":1: "),
+    ("#!/usr/bin/env\necho\n", ":1: "),
+])
+def test_the_rule_for_scripts(head, fault, check):
+    lines = check(BASE, mail={"head": head})
+    assert len(lines) == bool(fault)
+    if fault:
+        assert f"tasks[0].slug: /b/tasks/mail/run{fault}" in lines[0]
+
+
+# --- patterns -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, matches, misses", [
+    # What Go's RE2 has and Python spells in another way.
+    ("^[[:space:]]+x", " \tx", "x"), ("[[:digit:]]{2}", "a42", "a4"),
+    ("[^[:alnum:]_]", "a-b", "a_b"), ("[[:upper:][:digit:]]", "aB", "ab"),
+    ("[[:punct:]]", "a]", "ab"), ("[[:punct:]]", "a^", "ab"),
+    ("[[:blank:]]", "a\tb", "ab"), ("[[:xdigit:]]{4}", "BEEF", "BEEG"),
+    ("[[:word:]]+-", "a_1-", "--"), ("[[:lower:]]", "Ab", "AB"),
+    ("foo\\z", "a foo", "foo "), ("^$", "", "x"), ("\\\\z", "\\z", "foo"),
+    ("\\\\\\z", "a\\", "\\z"), ("\\Afoo", "foo", " foo"),
+    ("(?i)FOO", "a foo", "fo"), ("(?P<n>a)b", "ab", "a"),
+    ("\\bfoo\\b", "a foo b", "afoo"), ("a{2,3}", "aa", "a"),
+    ("foo$", "foo", "foo "), ("^\\S+\\.go:\\d+", "x.go:12", "x.go:"),
+])
+def test_a_pattern_of_the_original_means_the_same(text, matches, misses):
+    found = mission.pattern(text)
+    assert found.search(matches) and not found.search(misses)
+
+
+# --- whatever stands there ------------------------------------------------
+
+
+ODD = [None, True, 0, -1, 1.5, 10**17, "", "x", "~", "~x/y", "\0", "a\nb",
+       "\u202e", "(", [], [[]], [None], ["x", 1], {}, {"x": {}}, {"": ""},
+       "root", "/", "5G", "90s", {"path": "/"}, {"path": 1}, ["mail"]]
+
+
+def places(value, path=()):
+    yield path
+    for key in (value if isinstance(value, dict) else range(len(value))
+                if isinstance(value, list) else ()):
+        yield from places(value[key], path + (key,))
+
+
+def test_no_value_in_any_place_makes_it_crash():
+    """Each place of a full configuration, each odd value: judged, printed
+    and dumped without an exception."""
+    dice = random.Random(7)
+    full = mission.JsoncReader(FULL).document()
+    spots = [path for path in places(full) if path]
+    cases = [(path, odd) for path in spots for odd in ODD]
+    for path, odd in dice.sample(cases, 1200):
+        values = json.loads(json.dumps(full))
+        around = values
+        for key in path[:-1]:
+            around = around[key]
+        around[path[-1]] = odd
+        text = json.dumps(values, indent=1)
+        reading = mission.Reading(text, "/etc/m.json")
+        config = reading.config()
+        config, more = mission.resolved(config, HOMES.get)
+        found = reading.complaints + more
+        found += mission.Judge(config, FakeHost().facts(config), {
+            fault.path for fault in found}).complaints()
+        for fault in found:
+            assert fault.line("m.json", text).isprintable()
+        json.dumps(mission.as_json(config))

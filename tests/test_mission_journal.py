@@ -1,0 +1,463 @@
+"""Journal: what do earlier runs say?"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+import support
+
+mission = support.load("mission")
+
+
+class FakeClock:
+    """A clock that moves only when a test says so."""
+
+    def __init__(self, now: float = 1774747800.0):
+        self.time = now
+
+    def now(self) -> float:
+        return self.time
+
+    def ticks(self) -> float:
+        return self.time
+
+
+@pytest.fixture
+def journal(tmp_path):
+    found = mission.Journal(str(tmp_path / "state" / "m-1"), FakeClock())
+    found.make_folder()
+    return found
+
+
+def run(name: str, **more) -> dict:
+    return {"id": name, "pid": 7, "started": 1774747800.0, "boot": "b",
+            "phase": "start", "task": "", **more}
+
+
+def record(name: str, verdict: str = "ok", **more) -> dict:
+    return {"id": name, "verdict": verdict, "tasks": [], **more}
+
+
+def ids(records) -> list[str]:
+    return [one["id"] for one in records]
+
+
+def history_file(journal, data: bytes | None = None) -> bytes:
+    path = os.path.join(journal.folder, "history.jsonl")
+    if data is not None:
+        with open(path, "wb") as file:
+            file.write(data)
+    with open(path, "rb") as file:
+        return file.read()
+
+
+# --- the history ----------------------------------------------------------
+
+
+def test_there_is_no_history_before_the_first_run(journal):
+    assert journal.history() == [] and journal.lost() == []
+    assert journal.expected() == {} and journal.queued_mails() == []
+
+
+def test_runs_are_remembered_in_order_one_to_a_line(journal):
+    for name in "abc":
+        journal.remember(record(name, text="caf\u00e9\n"))
+    assert ids(journal.history()) == ["a", "b", "c"]
+    assert history_file(journal).count(b"\n") == 3
+    assert support.mode(os.path.join(journal.folder, "history.jsonl")) \
+        == 0o600
+
+
+GOOD = b'{"id": "a"}\n'
+
+
+@pytest.mark.parametrize("data, found", [
+    (b"", []), (b"\n\n", []), (GOOD, ["a"]), (GOOD[:-1], ["a"]),
+    (GOOD + b'{"id": "b", "ver', ["a"]),
+    (b'{"id": "b", "ver\n' + GOOD, ["a"]), (GOOD + b"\0" * 4096, ["a"]),
+    (b"\0" * 512 + b"\n" + GOOD, ["a"]), (GOOD + b"null\n5\n[]\n{}\n", ["a"]),
+    (GOOD + b"\xff\xfe\n", ["a"]), (GOOD + b"9" * 5000 + b"\n", ["a"]),
+], ids=lambda value: repr(value)[:40])
+def test_a_line_that_a_crash_tore_is_passed_over(data, found, journal):
+    history_file(journal, data)
+    assert ids(journal.history()) == found
+    journal.remember(record("next"))
+    assert ids(journal.history()) == [*found, "next"]
+
+
+def test_no_byte_of_a_torn_history_can_hide_the_next_run(journal):
+    whole = json.dumps(record("a")).encode() + b"\n"
+    for end in range(len(whole) + 1):
+        history_file(journal, whole[:end])
+        journal.remember(record("next"))
+        assert ids(journal.history())[-1] == "next", end
+
+
+def test_what_is_remembered_is_on_the_disk(journal, monkeypatch):
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (
+        synced.append(os.fstat(fd).st_size), real(fd))[1])
+    journal.remember(record("a"))
+    assert len(history_file(journal)) in synced
+
+
+def test_a_history_that_has_grown_too_long_loses_its_older_half(
+        journal, monkeypatch):
+    monkeypatch.setattr(mission, "HISTORY_LIMIT", 2000)
+    for number in range(200):
+        journal.remember(record(str(number)))
+    found = ids(journal.history())
+    assert found == [str(number) for number in range(
+        200 - len(found), 200)]
+    assert 10 < len(found) < 100
+    assert len(history_file(journal)) < 2200
+
+
+def test_a_planted_link_is_not_written_through(journal, tmp_path):
+    victim = tmp_path / "victim"
+    os.symlink(victim, os.path.join(journal.folder, "history.jsonl"))
+    with pytest.raises(OSError):
+        journal.remember(record("a"))
+    assert not victim.exists()
+
+
+def test_the_usual_duration_is_the_median_of_the_last_ten_good_ones(journal):
+    for seconds in [99] * 5 + [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]:
+        journal.remember(record("x", tasks=[
+            {"slug": "mail", "outcome": "ok", "seconds": seconds},
+            {"slug": "mail", "outcome": "failed", "seconds": 1000}]))
+    assert journal.expected() == {"mail": 6}
+
+
+# --- the run in progress, and lost ones -----------------------------------
+
+
+def test_a_run_that_finished_is_not_lost(journal):
+    journal.begin(run("a"))
+    journal.note(phase="tasks", task="mail")
+    assert journal.read_current()["task"] == "mail"
+    journal.finish(record("a"))
+    assert journal.lost() == [] and ids(journal.history()) == ["a"]
+    assert journal.read_current() == {}
+
+
+def test_a_run_that_was_killed_is_lost_with_its_last_task(journal):
+    journal.begin(run("a"))
+    journal.note(phase="tasks", task="mail")
+    again = mission.Journal(journal.folder, FakeClock())
+    assert [(one["id"], one["task"]) for one in again.lost()] == [
+        ("a", "mail")]
+
+
+def test_a_run_killed_between_its_record_and_its_end_is_not_lost(journal):
+    journal.begin(run("a"))
+    journal.remember(record("a"))       # ... and then it was killed
+    assert journal.lost() == []
+
+
+def test_runs_that_were_lost_one_after_the_other_are_all_told_of(journal):
+    """Each dies before it can report the one before it."""
+    for name in "abc":
+        lost = journal.lost()
+        for one in lost:
+            journal.remember(record(one["id"], "lost"))
+        journal.begin(run(name, lost=lost))
+    assert ids(journal.lost()) == ["a", "b", "c"]
+    journal.finish(record("c"))
+    assert journal.lost() == []
+
+
+@pytest.mark.parametrize("text", [
+    "", "null", "[]", "5", '"x"', "{}", '{"id": "a"}', '{"id": "a", "star',
+    "\0" * 100, '{"started": 1}', "\ufeff{}", "9" * 5000,
+], ids=lambda text: repr(text)[:20])
+def test_a_current_file_that_a_crash_tore_is_a_lost_run(text, journal):
+    with open(os.path.join(journal.folder, "current.json"), "w") as file:
+        file.write(text)
+    assert len(journal.lost()) == 1
+    assert journal.busy()
+    journal.begin(run("b"))
+    journal.finish(record("b"))
+    assert ids(journal.history()) == ["b"]
+
+
+def test_history_shows_a_lost_run_before_the_next_one_reports_it(journal):
+    journal.begin(run("a", task="mail"))
+    found = mission.runs_of(journal)
+    assert [(one["id"], one["verdict"], one["last"]) for one in found] == [
+        ("a", "lost", "mail")]
+    journal.acquire(0)
+    assert [one["verdict"] for one in mission.runs_of(journal)] == ["running"]
+    os.close(journal.held)
+
+
+# --- the lock -------------------------------------------------------------
+
+
+OTHER = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("mission", sys.argv[1])
+mission = importlib.util.module_from_spec(spec)
+sys.modules["mission"] = mission
+spec.loader.exec_module(mission)
+journal = mission.Journal(sys.argv[2], mission.Clock())
+journal.acquire(0)
+journal.begin({"id": "a", "pid": 4711, "started": mission.time.time() - 65,
+               "phase": "tasks", "task": "mail"})
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def other_run(journal) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", OTHER, str(support.ROOT / "mission.py"),
+         journal.folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    return process
+
+
+def test_a_second_run_is_told_who_holds_the_lock(journal):
+    journal.clock = mission.Clock()
+    with support.stopping(other_run(journal)) as process:
+        with pytest.raises(mission.Error) as caught:
+            journal.acquire(0)
+        assert caught.value.status == mission.EXIT_BUSY
+        assert "pid 4711, since 2" in caught.value.message
+        assert 'in task "mail"' in caught.value.message
+        assert "(1m" in caught.value.message
+        process.kill()
+        process.wait()
+    journal.acquire(0)      # its death freed the lock
+    assert ids(journal.lost()) == ["a"]
+    os.close(journal.held)
+
+
+def test_wait_waits_for_the_end_of_the_other_run(journal):
+    journal.clock = mission.Clock()
+    with support.stopping(other_run(journal)) as process:
+        began = time.monotonic()
+        with pytest.raises(mission.Error):
+            journal.acquire(0.3)
+        assert time.monotonic() - began >= 0.3
+        process.stdin.close()
+        journal.acquire(60)
+        os.close(journal.held)
+
+
+def test_a_lock_without_a_run_says_that_it_has_just_begun(journal):
+    held = mission.only_one(journal.path("lock"))
+    with pytest.raises(mission.Error, match="just begun"):
+        journal.acquire(0)
+    os.close(held)
+
+
+# --- where it is kept -----------------------------------------------------
+
+
+def test_the_folder_is_ours_alone(tmp_path):
+    old = os.umask(0)
+    try:
+        journal = mission.Journal(str(tmp_path / "a" / "b" / "c"),
+                                  FakeClock())
+        journal.make_folder()
+    finally:
+        os.umask(old)
+    assert support.mode(tmp_path / "a" / "b" / "c") == 0o700
+    assert support.mode(tmp_path / "a" / "b") & 0o022 == 0
+
+
+@pytest.mark.parametrize("spoil", ["mode", "link", "file", "owner"])
+def test_a_folder_that_others_can_write_is_refused(spoil, tmp_path):
+    folder = tmp_path / "state"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if spoil == "link":
+        folder.symlink_to(elsewhere)
+    elif spoil == "file":
+        folder.write_text("")
+    else:
+        folder.mkdir()
+        folder.chmod(0o770 if spoil == "mode" else 0o700)
+    if spoil == "owner":
+        if not support.AS_ROOT:
+            folder.chmod(0o722)
+        else:
+            os.chown(folder, 1500, 1500)
+    with pytest.raises(mission.Error):
+        mission.Journal(str(folder), FakeClock()).make_folder()
+    assert os.listdir(elsewhere) == []
+
+
+def test_one_folder_per_configuration(tmp_path):
+    names = set()
+    for name in ("a/m.json", "b/m.json", "a/m.config.json", "a/.json",
+                 "a/\u00e9 \n.json", "a/" + "x" * 200):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+        names.add(mission.state_name(str(path)))
+    assert len(names) == 6
+    for name in names:
+        assert "/" not in name and name.isprintable() and " " not in name
+        assert len(name.encode()) <= 255
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "a" / "m.json")
+    assert mission.state_name(str(link)) == mission.state_name(
+        str(tmp_path / "a" / "m.json"))
+
+
+@pytest.mark.parametrize("environ, uid, home", [
+    ({"MISSION_STATE": "/s/t"}, 1000, "/s/t"),
+    ({"MISSION_STATE": "/s/t"}, 0, "/s/t"), ({}, 0, "/var/lib/mission"),
+    ({"XDG_STATE_HOME": "/x"}, 0, "/var/lib/mission"),
+    ({"XDG_STATE_HOME": "/x", "HOME": "/h"}, 1000, "/x/mission"),
+    ({"HOME": "/h"}, 1000, "/h/.local/state/mission"),
+])
+def test_where_the_state_lives(environ, uid, home, monkeypatch):
+    for name in ("MISSION_STATE", "XDG_STATE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    assert mission.state_home() == home
+
+
+# --- mails that wait ------------------------------------------------------
+
+
+def test_mails_wait_in_the_order_of_their_runs(journal):
+    for number, name in enumerate(("b", "a", "c")):
+        journal.queue_mail(name, name.encode())
+        path = journal.path("outbox", name + ".eml")
+        os.utime(path, (1000 + number, 1000 + number))
+        assert support.mode(path) == 0o600
+    assert [os.path.basename(path) for path in journal.queued_mails()] == [
+        "b.eml", "a.eml", "c.eml"]
+    assert support.mode(journal.path("outbox")) == 0o700
+
+
+def test_the_outbox_keeps_the_newest_fifty(journal):
+    for number in range(mission.OUTBOX_LIMIT + 5):
+        journal.queue_mail(f"{number:03}", b"x")
+        os.utime(journal.path("outbox", f"{number:03}.eml"),
+                 (1000 + number, 1000 + number))
+    names = [os.path.basename(path) for path in journal.queued_mails()]
+    assert len(names) == mission.OUTBOX_LIMIT
+    assert names[0] == "005.eml" and names[-1] == "054.eml"
+
+
+def test_a_mail_that_was_not_written_whole_is_none(journal):
+    journal.queue_mail("a", b"x")
+    with open(journal.path("outbox", "b.eml.new"), "w") as file:
+        file.write("half a ma")
+    assert len(journal.queued_mails()) == 1
+
+
+# --- the log of a run -----------------------------------------------------
+
+
+@pytest.mark.parametrize("name, ours", [
+    ("2026-03-29-02-00-00.txt", True), ("2026-03-29-02-00-00-2.txt", True),
+    ("2026-03-29-02-00-00-17.txt", True), ("2026-03-29-02-00-00", False),
+    ("2026-03-29-02-00-00.log", False), ("notes.txt", False),
+    ("2026-03-29.txt", False), ("2026-03-29-02-00-00-2-3.txt", False),
+    ("2026-03-29-02-00-00-.txt", False), ("x2026-03-29-02-00-00.txt", False),
+    ("2026-03-29-02-00-0\u0660.txt", False), (".txt", False),
+    ("2026-03-29-02-00-00-x.txt", False), ("", False),
+    ("20260329-02-00-00-00-00.txt", False),
+    ("1-2-3-4-5-6000000000000.txt", False),
+])
+def test_which_files_are_logs_of_runs(name, ours):
+    assert mission.is_log_name(name) is ours
+
+
+def log_of(folder, at: float = 1774747800.0):
+    log = mission.Log(FakeClock(), False)
+    log.open(str(folder), at)
+    return log
+
+
+def test_a_log_is_a_new_file_that_only_the_runner_reads(tmp_path):
+    first, second = log_of(tmp_path), log_of(tmp_path)
+    name = time.strftime("%Y-%m-%d-%H-%M-%S", time.localtime(1774747800))
+    assert os.path.basename(first.path) == f"{name}.txt"
+    assert os.path.basename(second.path) == f"{name}-2.txt"
+    assert support.mode(first.path) == 0o600
+    assert not os.get_inheritable(first.fd)
+    first.write("caf\u00e9 \udcff\n")
+    with open(first.path, "rb") as file:
+        assert file.read() == b"caf\xc3\xa9 \\udcff\n"
+
+
+def test_a_name_that_was_planted_is_passed_over(tmp_path):
+    name = time.strftime("%Y-%m-%d-%H-%M-%S", time.localtime(1774747800))
+    (tmp_path / f"{name}.txt").symlink_to(tmp_path / "victim")
+    os.mkfifo(tmp_path / f"{name}-2.txt")
+    assert log_of(tmp_path).path.endswith(f"{name}-3.txt")
+    assert not (tmp_path / "victim").exists()
+
+
+def test_the_oldest_logs_go_and_nothing_else(tmp_path):
+    logs = ["2025-12-31-23-59-59.txt", "2026-01-01-00-00-00.txt",
+            "2026-01-01-00-00-00-2.txt", "2026-01-01-00-00-00-10.txt"]
+    others = ["notes.txt", "2024-01-01-00-00-00.log", "2020.txt"]
+    for name in logs + others:
+        (tmp_path / name).write_text("x")
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "keep").write_text("x")
+    (tmp_path / "2020-01-01-00-00-00.txt").symlink_to(victim / "keep")
+    (tmp_path / "2020-01-01-00-00-01.txt").mkdir()
+    log = mission.Log(FakeClock(), False)
+    log.folder = os.open(tmp_path, os.O_RDONLY)
+    log.prune(2)
+    left = set(os.listdir(tmp_path))
+    assert set(others) <= left and set(logs[2:]) <= left
+    assert not set(logs[:2]) & left
+    assert (victim / "keep").read_text() == "x"
+    assert "2020-01-01-00-00-01.txt" in left
+
+
+def test_logs_on_a_full_disk_go_to_stderr_up_to_a_limit(
+        tmp_path, monkeypatch, capfd):
+    log, clock = log_of(tmp_path), FakeClock()
+    log.clock = clock
+    good = mission.write_all
+    full = [True]
+
+    def write_all(fd, data):
+        if full[0] and fd == log.fd:
+            raise OSError(28, "No space left on device")
+        good(fd, data)
+    monkeypatch.setattr(mission, "write_all", write_all)
+    monkeypatch.setattr(mission, "SPILL_LIMIT", 25)
+    log.write("first line\n")
+    log.write("second line\n")
+    log.write("third line\n")
+    assert "No space left" in log.broken and log.lost == 34
+    err = capfd.readouterr().err
+    assert "the log cannot be written" in err and "first line\nsecond" in err
+    assert "third line\n" not in err
+    full[0] = False
+    log.write("too early\n")            # it tries again after some seconds
+    clock.time += mission.RETRY_LOG
+    log.write("room again\n")
+    with open(log.path) as file:
+        text = file.read()
+    assert "<<44 bytes of the log could not be written: No space" in text
+    assert text.endswith("room again\n")
+
+
+def test_a_log_folder_that_is_gone_is_no_crash(tmp_path, capfd):
+    log = log_of(tmp_path / "gone")
+    log.write("to stderr\n")
+    assert log.broken and log.path == ""
+    assert "to stderr\n" in capfd.readouterr().err

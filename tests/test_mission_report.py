@@ -1,0 +1,642 @@
+"""Report: what happened, and how do we tell it?"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+
+import pytest
+
+import support
+
+mission = support.load("mission")
+
+EURO = "\u20ac"
+
+
+def at_once(_seconds, function, *arguments):
+    """A `limit` that never strikes."""
+    return function(*arguments)
+
+
+def sieve(redact=(), filters=(), limit=at_once, values=()):
+    found = mission.Sieve(redact, filters, limit)
+    found.values.extend(values)
+    return found
+
+
+class Told:
+    """What a Scribe tells: the lines of the log, and those to be judged."""
+
+    def __init__(self, redact=()):
+        self.shown, self.judged = [], []
+        self.scribe = mission.Scribe(sieve(redact), self.tell)
+
+    def tell(self, text: str, whole) -> None:
+        self.shown += text.split("\n")
+        if whole is None:
+            self.judged += text.split("\n")
+        elif whole:
+            self.judged.append(whole)
+
+    def of(self, *chunks) -> Told:
+        """Take chunks; None is a second of silence."""
+        for chunk in chunks:
+            if chunk is None:
+                self.scribe.silence()
+            else:
+                self.scribe.take(chunk)
+        self.scribe.end()
+        return self
+
+
+# --- from bytes to lines --------------------------------------------------
+
+
+OUTPUTS = [     # bytes, the lines they are
+    (b"", []), (b"a", ["a"]), (b"a\n", ["a"]), (b"\n", [""]),
+    (b"a\n\nb\n", ["a", "", "b"]), (b"a\r\nb\r\n", ["a", "b"]),
+    (b"a\r\n\r\nb", ["a", "", "b"]), (b"a\r", ["a"]), (b"a\n\r\nb", [
+        "a", "", "b"]),
+    (b"10%\r20%\r30%\ndone\n", ["10%", "20%", "30%", "done"]),
+    (b"x\ry\r\nz", ["x", "y", "z"]),
+    (b"tab\tstays\n", ["tab\tstays"]), (b"nul\0nul\n", [r"nul\x00nul"]),
+    (b"\x1b[31mred\x1b[0m\n", [r"\x1b[31mred\x1b[0m"]),
+    (b"bell\x07 bs\x08 vt\x0b ff\x0c\n", [r"bell\x07 bs\x08 vt\x0b ff\x0c"]),
+    (b"\x7f\n", [r"\x7f"]), ("caf\u00e9\nb\n".encode(), ["caf\u00e9", "b"]),
+    (f"{EURO}\n\n{EURO}{EURO}\nplain\n".encode(),
+     [EURO, "", EURO * 2, "plain"]),
+    ("\U0001f600\r\n\u4e2d\n".encode(), ["\U0001f600", "\u4e2d"]),
+    ("c1 \x9b31m\x85\n".encode(), [r"c1 \x9b31m\x85"]),
+    ("\u202egnp\u2066\u200f\n".encode(), [r"\u202egnp\u2066\u200f"]),
+    ("\u2028x\u2029\n".encode(), [r"\u2028x\u2029"]),
+    (b"\xef\xbb\xbfbom\n", [r"\ufeffbom"]),
+    (b"\xff\xfe\n\xe2\x82\n", [r"\xff\xfe", r"\xe2\x82"]),
+    (b"\xe2\x82", [r"\xe2\x82"]), (b"\xc0\xaf \xed\xa0\x80\n",
+                                  [r"\xc0\xaf \xed\xa0\x80"]),
+    (b"\x80\n\xf8\x88\x80\x80\x80", [r"\x80", r"\xf8\x88\x80\x80\x80"]),
+    (b"a\nFinishTime x\n[0s        ] ERROR: x\n",
+     ["a", "FinishTime x", "[0s        ] ERROR: x"]),
+]
+each_output = pytest.mark.parametrize(
+    "data, lines", OUTPUTS, ids=lambda value: repr(value)[:30])
+
+
+@each_output
+def test_bytes_become_lines_that_are_safe_to_show(data, lines):
+    told = Told().of(data)
+    assert told.shown == told.judged == lines
+
+
+@each_output
+def test_where_the_chunks_end_makes_no_difference(data, lines):
+    for cut in range(len(data) + 1):
+        assert Told().of(data[:cut], data[cut:]).shown == lines, cut
+    bytewise = [data[at:at + 1] for at in range(len(data))]
+    assert Told().of(*bytewise).shown == lines
+
+
+@each_output
+def test_silence_anywhere_changes_nothing_that_is_judged(data, lines):
+    for cut in range(len(data) + 1):
+        told = Told().of(data[:cut], None, data[cut:])
+        # An empty line cannot be judged when it was shown already.
+        assert [line for line in told.judged if line] == [
+            line for line in lines if line], cut
+
+
+def test_random_chunks_of_random_bytes_give_the_same_lines():
+    dice = random.Random(3)
+    pieces = [b"\r", b"\n", b"\r\n", b"a", b"\0", EURO.encode(), b"\xff",
+              b"\x1b[1m", "\u202e".encode(), b" "]
+    for _ in range(300):
+        data = b"".join(dice.choice(pieces) for _ in range(40))
+        cuts = sorted(dice.sample(range(len(data)), 6)) + [len(data)]
+        chunks = [data[a:b] for a, b in zip([0] + cuts, cuts)]
+        assert Told().of(*chunks).shown == Told().of(data).shown
+        assert "".join(Told().of(data).shown).isprintable()
+
+
+def test_a_prompt_is_shown_after_a_silence_and_judged_when_it_is_whole():
+    told = Told()
+    told.scribe.take(b"Password: ")
+    assert told.scribe.waiting and told.shown == []
+    told.scribe.silence()
+    assert told.shown == ["Password: "] and told.judged == []
+    assert not told.scribe.waiting
+    told.of(b"wrong\nnext\n")
+    assert told.shown == ["Password: ", "wrong", "next"]
+    assert told.judged == ["Password: wrong", "next"]
+
+
+def test_a_prompt_that_grows_is_shown_piece_by_piece():
+    told = Told().of(b"a", None, b"b", None, b"c", None, b"\n", b"d")
+    assert told.shown == ["a", "b", "c", "", "d"]
+    assert told.judged == ["abc", "d"]
+
+
+def test_nothing_is_shown_before_it_is_whole_when_there_are_redactions():
+    told = Told(redact=["secret"])
+    told.scribe.take(b"sec")
+    told.scribe.silence()
+    assert not told.scribe.waiting and told.shown == []
+    assert told.of(b"ret\n").shown == ["secret"]    # now it can be judged
+
+
+# --- lines that are too long ----------------------------------------------
+
+
+GOES_ON = " <<line goes on>>"
+
+
+@pytest.fixture
+def short_lines(monkeypatch):
+    monkeypatch.setattr(mission, "LONGEST_LINE", 16)
+
+
+def test_a_long_line_is_cut_with_marks_and_nothing_is_lost(short_lines):
+    told = Told().of(b"before\n", b"x" * 20, b"y" * 20, b"z\nafter\n")
+    pieces = told.shown[1:-1]
+    assert all(piece.endswith(GOES_ON) for piece in pieces[:-1])
+    assert "".join(pieces).replace(GOES_ON, "") == "x" * 20 + "y" * 20 + "z"
+    assert (told.shown[0], told.shown[-1]) == ("before", "after")
+    assert told.judged == [
+        "before", mission.TOO_LONG.format("41"), "after"]
+
+
+def test_a_long_line_is_withheld_when_it_cannot_be_redacted(short_lines):
+    told = Told(redact=["secret"]).of(b"x" * 15, b"secret", b"y" * 20,
+                                      b"\nafter\n")
+    assert told.shown == [mission.TOO_LONG.format("41"), "after"]
+
+
+@pytest.mark.parametrize("chunks, lines", [
+    # A prompt was shown; then its line grew too long.
+    ((b"prompt", None, b"x" * 20, b"\nnext line\nlast line\n"),
+     ["next line", "last line"]),
+    ((b"prompt", None, b"x" * 20, None, b"\r", b"next line\nlast line\n"),
+     ["next line", "last line"]),
+    ((b"x" * 40, None, b"\nnext line\n", b"last line\n"),
+     ["next line", "last line"]),
+    ((b"x" * 16, b"\nnext line\n", b"last line\n"),
+     ["next line", "last line"]),
+    ((b"x" * 17, b"\r\nnext line\n", b"last line"),
+     ["next line", "last line"]),
+])
+def test_the_lines_after_a_long_one_are_whole(chunks, lines, short_lines):
+    told = Told().of(*chunks)
+    assert told.shown[-2:] == lines
+    assert told.judged[-2:] == lines
+
+
+def test_what_a_prompt_showed_is_not_shown_again(short_lines):
+    told = Told().of(b"prompt", None, b"x" * 30, b"\n")
+    shown = "".join(told.shown).replace(GOES_ON, "")
+    assert shown == "prompt" + "x" * 30
+
+
+@pytest.mark.parametrize("redact", [(), ("secret",)])
+def test_a_long_line_without_an_end_is_not_lost(redact, short_lines):
+    told = Told(redact).of(b"x" * 16, b"x" * 16)
+    assert told.shown[-1] == mission.TOO_LONG.format("32") if redact else \
+        "".join(told.shown).replace(GOES_ON, "") == "x" * 32
+    assert told.judged == [mission.TOO_LONG.format("32")]
+
+
+def test_an_endless_line_does_not_swell_the_scribe():
+    told = Told()
+    told.tell = lambda text, whole: None
+    told.scribe.tell = told.tell
+    for _ in range(200):
+        told.scribe.take(b"x" * 65536)
+        assert len(told.scribe.pending) <= mission.LONGEST_LINE + 65536
+
+
+# --- redactions and filters -----------------------------------------------
+
+
+PATTERNS = [
+    "^secret", "secret$", "^secret$", "^$", "^", "$", "a^b", "a$b",
+    r"\bkey\b", r"\Bkey", r"\Asecret", r"secret\Z", r"secret\z",
+    "(?<=token=)x+", "(?<!no)secret", "secret(?!s)", "(?=secret)",
+    "(?i)SECRET", "(?m)^secret$", "(?s)a.b", "a.b", "[^a]b", r"a\sb",
+    r"a[\s\S]b", r"\s+$", r"^\s", "(secret|key)+", "s.*t", "^.*$", "x*",
+    "(?P<n>a)(?P=n)", r"(a)\1", "[[:space:]]b", "", "(?x) secret # odd",
+    r"secret(?!\s)", r"(?<!\s)b", r"(?<!\W)a(?!\W)",
+    r"\W", r"^\S+$", "[\n]", r"\n", "a|^b", "(^|,)b", "(a|b$)", r"\d+\s*$",
+]
+LINES = ["", "secret", "a secret", "secret a", "secrets", "nosecret", "a",
+         "b", "ab", "a b", "aa", "a\tb", "key", "a key b", "monkey", "SECRET",
+         "token=xxx", "1,b", "12 ", " ", "caf\u00e9", "x" * 50, "a,b"]
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+def test_a_chunk_is_screened_as_its_lines_are_judged(text):
+    """A chunk is looked at whole only to see that no line can match."""
+    alone = re.compile(mission.pattern(text).pattern, mission.pattern(
+        text).flags)
+    dice = random.Random(text)
+    for _ in range(60):
+        lines = dice.sample(LINES, dice.randrange(1, 6))
+        chunk = "\n".join(lines)
+        wanted = [not alone.search(line) for line in lines]
+        found = sieve(filters=[text]).wanted(chunk)
+        assert (found or [True] * len(lines)) == wanted, lines
+        assert sieve(redact=[text]).redacted(chunk) == "\n".join(
+            alone.sub("***", line) for line in lines), lines
+
+
+@pytest.mark.parametrize("redact, values, text, found", [
+    (["p=[^ ]+"], [], "p=x y\nz p=q", "*** y\nz ***"),
+    (["a", "b"], [], "abc", "******c"), ([], ["hunter2"],
+                                        "x hunter2\nhunter2", "x ***\n***"),
+    ([], ["long secret", "long"], "long secret long", "*** ***"),
+    (["(?<=token=).*"], [], "token=1\ntoken=2", "token=***\ntoken=***"),
+    ([r"(\w+)@"], [], r"a@b \1", r"***b \1"),
+    ([], ["a.b"], "a.b axb", "*** axb"),
+])
+def test_what_matches_becomes_three_stars(redact, values, text, found):
+    one = sieve(redact, values=values)
+    assert one.redacts and one.redacted(text) == found
+
+
+def test_nothing_is_redacted_and_everything_wanted_without_patterns():
+    one = sieve()
+    assert not one.redacts
+    assert one.redacted("a\nb") == "a\nb" and one.wanted("a\nb") is None
+
+
+@pytest.mark.parametrize("filters, text, verdicts", [
+    (["^a$"], "b\nc", None), (["^a$"], "a\nb", [False, True]),
+    (["a", "b"], "a\nb\nc", [False, False, True]),
+    (["^$"], "\nx\n", [False, True, False]), (["zz1$"], "x zz1", [False]),
+])
+def test_filters_match_the_bare_line(filters, text, verdicts):
+    assert sieve(filters=filters).wanted(text) == verdicts
+
+
+def test_a_filter_of_the_original_may_begin_with_the_columns_space():
+    """It judged `[12ms      ] text`: its sample's filters begin so."""
+    one = sieve(filters=[" sending incremental", " $"])
+    assert one.wanted("sending incremental file list\nxsending incremental"
+                      "\nnow sending incremental") == [False, True, False]
+
+
+class Slow:
+    """A `limit` that is too slow for what holds a word: for one line, or
+    for `chunk`, all the lines at once."""
+
+    def __init__(self, word: str, chunk: str):
+        self.word, self.chunk, self.calls = word, chunk, 0
+
+    def __call__(self, seconds, function, *arguments):
+        assert 0 < seconds <= mission.LINE_SECONDS
+        self.calls += 1
+        if self.word in (arguments[0] if arguments else self.chunk):
+            raise mission.TooSlow
+        return function(*arguments)
+
+
+def test_a_line_that_could_not_be_judged_is_withheld():
+    text = "ok\naaa!\nfine"
+    limit = Slow("aaa", text)
+    one = sieve(redact=["(a+)+$"], limit=limit)
+    assert one.redacted(text).split("\n") == [
+        "ok", mission.SLOW.format("redact"), "fine"]
+    one = sieve(filters=["(a+)+$"], limit=limit)
+    assert one.wanted(text) == [True, None, True]
+
+
+def test_a_line_that_one_filter_drops_need_not_be_judged_by_another():
+    one = sieve(filters=["(a+)+$", "!"])
+    one.may_match = lambda rule, text: True
+    one.judged = lambda rule, lines, judge: (
+        [None] if rule is one.filters[0] else [False])
+    assert one.wanted("aaa!") == [False]
+
+
+def test_a_pattern_gets_only_so_much_time_in_a_run():
+    """Ten seconds for all its slow lines; then they are withheld unread."""
+    limit = Slow("a", "a")
+    one = sieve(redact=["(a+)+$"], limit=limit)
+    for _ in range(30):
+        assert one.redacted("a") == mission.SLOW.format("redact")
+    calls = limit.calls
+    assert one.redacted("a") == mission.SLOW.format("redact")
+    assert limit.calls == calls
+    assert calls * mission.LINE_SECONDS <= 2.5 * mission.ALL_SECONDS
+
+
+def test_a_slow_redaction_withholds_nothing_when_nothing_is_slow():
+    limit = Slow("aaa", "quick")
+    assert sieve(redact=["q"], limit=limit).redacted("quick") == "***uick"
+
+
+def test_a_real_runaway_pattern_is_stopped():
+    machine = mission.Machine()
+    import signal
+    before = signal.signal(signal.SIGALRM, machine.time_is_up)
+    try:
+        began = time.monotonic()
+        with pytest.raises(mission.TooSlow):
+            machine.limit(0.05, re.compile("(a+)+$").search, "a" * 40 + "!")
+        assert time.monotonic() - began < 5
+        assert machine.limit(5, re.compile("b").search, "ab")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# --- an excerpt of a long log ---------------------------------------------
+
+
+def excerpt(texts, limit: int):
+    one = mission.Excerpt(limit)
+    for text in texts:
+        one.add(text)
+    return one
+
+
+def test_a_short_text_is_kept_whole():
+    texts = [f"line {number}\n" for number in range(10)]
+    assert excerpt(texts, 1000).text() == "".join(texts)
+
+
+@pytest.mark.parametrize("limit", [10, 50, 100, 1000])
+@pytest.mark.parametrize("sizes", [
+    [5] * 1000, [1] * 300, [49, 51] * 50, [100_000], [3, 100_000, 3],
+    [100_000, 3], [700] * 20, [25, 25, 25, 25],
+])
+def test_head_and_tail_are_kept_and_what_lies_between_is_counted(
+        sizes, limit):
+    texts = [f"{number % 10}" * (size - 1) + "\n"
+             for number, size in enumerate(sizes)]
+    whole = "".join(texts)
+    one = excerpt(texts, limit)
+    head, tail = "".join(one.head), "".join(one.tail)
+    assert whole.startswith(head) and whole.endswith(tail)
+    assert len(head) <= limit and len(tail) <= limit
+    assert len(head) + one.lost_size + len(tail) == len(whole)
+    assert one.lost_lines == whole[len(head):len(whole) - len(tail)].count(
+        "\n")
+    assert one.lost_size == 0 or one.text() == (
+        f"{head}\n<<{mission.plural(one.lost_lines, 'line')} left out here: "
+        f"{one.lost_size:,} characters>>\n\n{tail}")
+    if len(whole) <= limit // 2:
+        assert one.text() == whole
+
+
+def test_a_text_of_many_lines_at_once_is_cut_at_their_ends():
+    whole = "".join(f"line {number}\n" for number in range(1000))
+    one = excerpt([whole], 200)
+    assert "".join(one.head).endswith("\n")
+    assert "".join(one.tail).startswith("line ")
+    assert len(one.text()) < 300
+
+
+@pytest.mark.parametrize("limit", [5, 20, 100, 10_000])
+def test_the_end_for_a_ping_is_whole_lines_within_the_limit(limit):
+    whole = "".join(f"line {number}\n" for number in range(100))
+    found = excerpt([whole], 10_000).end(limit)
+    assert len(found) <= limit and whole.endswith(found)
+    assert found == whole or limit < 8 or found.startswith("line ")
+
+
+def test_an_excerpt_of_a_million_lines_stays_small_and_quick():
+    one, began = mission.Excerpt(2000), time.process_time()
+    for number in range(200_000):
+        one.add(f"{number}\n")
+    assert time.process_time() - began < 5
+    assert len(one.text()) < 2200
+
+
+# --- the log as the mail tells it -----------------------------------------
+
+
+def test_filtered_lines_are_counted_where_they_stood():
+    story = mission.Story(sieve(filters=["^drop"]))
+    story.own("# Start\n")
+    story.output("a\ndrop 1\ndrop 2\nb", "[1s] ")
+    story.output("drop 3", "[2s] ")
+    story.own("[3s] TaskFinish\n")
+    story.output("drop 4", "[4s] ")
+    story.close()
+    assert story.excerpt.text() == (
+        "# Start\n[1s] a\n\n<<2 lines filtered>>\n\n[1s] b\n"
+        "\n<<1 line filtered>>\n\n[3s] TaskFinish\n"
+        "\n<<1 line filtered>>\n\n")
+
+
+def test_our_own_lines_are_never_filtered():
+    story = mission.Story(sieve(filters=["."]))
+    story.own("- mail: exit status 1\n")
+    assert story.excerpt.text() == "- mail: exit status 1\n"
+
+
+def test_a_line_that_no_filter_could_judge_is_withheld_from_the_mail():
+    story = mission.Story(sieve(filters=["x"]))
+    story.sieve.wanted = lambda text: [True, None]
+    story.output("a\nb", "> ")
+    withheld = mission.SLOW.format("a filter")
+    assert story.excerpt.text() == f"> a\n> {withheld}\n"
+
+
+def test_the_mail_is_capped():
+    story = mission.Story(sieve())
+    for number in range(60_000):
+        story.output(f"line {number}", "[1s        ] ")
+    text = story.excerpt.text()
+    assert len(text) <= mission.MAIL_LIMIT + 200
+    assert "line 0\n" in text and "line 59999\n" in text
+    assert re.search(r"<<[\d,]+ lines left out here: [\d,]+ char", text)
+
+
+def test_every_line_of_a_text_gets_the_prefix():
+    assert mission.prefixed("a\n\nb", "> ") == "> a\n> \n> b\n"
+
+
+# --- the log's look -------------------------------------------------------
+
+
+def test_a_header_is_the_originals():
+    rule = "# " + "\u2014" * 47
+    assert mission.header("Task: Mail") == \
+        f"{rule}\n# Task: Mail\n{rule}\n\n"
+
+
+def test_a_title_forges_no_header():
+    assert mission.header("a\n# Finish").count("\n") == 4
+
+
+@pytest.mark.parametrize("elapsed, column", [
+    (0, "[0s        ] "), (0.012, "[12ms      ] "), (1.234, "[1.234s    ] "),
+    (3605.1, "[1h0m5.1s  ] "), (360000.123, "[100h0m0.123s] "),
+])
+def test_the_elapsed_column(elapsed, column):
+    assert mission.stamp(elapsed) == column
+
+
+@pytest.mark.parametrize("code, text", [
+    (0, "exit status 0"), (3, "exit status 3"),
+    (-9, "killed by signal 9 (SIGKILL)"),
+    (-15, "killed by signal 15 (SIGTERM)"), (-99, "killed by signal 99"),
+])
+def test_how_a_process_ended(code, text):
+    assert mission.status_text(code) == text
+
+
+# --- verdicts -------------------------------------------------------------
+
+
+def problem(verdict: str, level: str = "error", source: str = "x",
+            text: str = "y"):
+    return mission.Problem(verdict, level, source, text)
+
+
+E, W = problem("tasks"), problem("tasks", "warning")
+H, D = problem("housekeeping", "warning"), problem("delivery", "error",
+                                                   "ping", "HTTP 500")
+
+
+@pytest.mark.parametrize("problems, stopped, verdict, status, words", [
+    ([], 0, "ok", 0, ""),
+    ([E], 0, "failed", 1, "1 error was emitted during the run"),
+    ([E, E, W], 0, "failed", 1,
+     "2 errors and 1 warning were emitted during the run"),
+    ([W], 0, "failed", 1, "1 warning was emitted during the run"),
+    ([H, H], 0, "failed", 1, "2 warnings were emitted during the run"),
+    ([D], 0, "trouble", 74, "the tasks ran well, but ping: HTTP 500"),
+    ([D, D], 0, "trouble", 74,
+     "the tasks ran well, but ping: HTTP 500; ping: HTTP 500"),
+    ([E, D], 0, "failed", 1, "1 error was emitted during the run"),
+    ([D, W], 0, "failed", 1, "1 warning was emitted during the run"),
+    ([], 15, "stopped", 143, "the run was stopped by SIGTERM"),
+    ([E, D], 2, "stopped", 130, "the run was stopped by SIGINT"),
+    ([D], 1, "stopped", 129, "the run was stopped by SIGHUP"),
+])
+def test_the_verdict_the_exit_status_and_the_one_line(
+        problems, stopped, verdict, status, words):
+    assert mission.verdict_of(problems, stopped) == verdict
+    assert mission.exit_status(problems, stopped) == status
+    assert mission.closing_words(problems, stopped) == words
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0.0123, "12ms"), (0.9996, "999ms"), (1.2, "1s"), (62.4, "1m2s"),
+    (3599.7, "1h0m0s"), (3600, "1h0m0s"),
+])
+def test_how_long_the_run_took(seconds, text):
+    assert mission.run_took(seconds) == text
+
+
+# --- mail's subject -------------------------------------------------------
+
+
+@pytest.mark.parametrize("host, text, failed, line", [
+    ("box", "run finished in 1m2s", True,
+     "box: [FAILURE] run finished in 1m2s"),
+    ("box", "run started", False, "box: run started"),
+    ("b\nBcc: x@y", "t", False, r"b\x0aBcc: x@y: t"),
+    ("b", "a\r\nX-Evil: 1\r\n\r\nbody", False,
+     r"b: a\x0d\x0aX-Evil: 1\x0d\x0a\x0d\x0abody"),
+    ("=?utf-8?q?a=0aBcc:_x?=", "t", False, "= ?utf-8?q?a=0aBcc:_x?=: t"),
+    ("b", "=?=?x", False, "b: = ?= ?x"),
+    ("b", "a\tb  c\u00a0d", False, "b: a b c d"),
+    ("b", "\u2028\u202e\0", False, r"b: \u2028\u202e\x00"),
+])
+def test_a_subject_is_one_line_and_nothing_but_a_subject(
+        host, text, failed, line):
+    assert mission.subject(host, text, failed) == line
+
+
+def test_a_subject_has_an_end():
+    assert len(mission.subject("h" * 1000, "t" * 1000, True)) <= 200
+
+
+@pytest.mark.parametrize("evil", [
+    "x\nBcc: victim@example.com", "x\r\n\r\nbody", "=?utf-8?b?CkJjYzogeA==?=",
+    "=?utf-8?q?=0d=0aBcc:_x?=", "=\u200b?utf-8?q?=0aBcc:_x?=", "x\x0bBcc: x",
+    "x\x85Bcc: x", "x\u2028Bcc: x", "x\0y", "=\t?utf-8?q?=0aBcc:_x?=",
+])
+def test_no_value_becomes_a_header_of_the_mail(evil):
+    import email
+    import email.policy
+    message = mission.rfc5322(
+        "box", "Anon <anon@example.com>", mission.subject(evil, evil, True),
+        f"{evil}\n", "id.start", 0.0)
+    head = message.split(b"\n\n", 1)[0].lower()
+    assert b"\nbcc" not in head and message.count(b"\nSubject:") == 1
+    read = email.message_from_bytes(message, policy=email.policy.default)
+    assert set(read.keys()) == {
+        "From", "To", "Subject", "Date", "Message-ID", "Auto-Submitted",
+        "Content-Type", "Content-Transfer-Encoding", "MIME-Version"}
+    assert read["To"] == "anon@example.com"
+    assert "\n" not in read["Subject"]
+
+
+# --- spark lines and metrics ----------------------------------------------
+
+
+@pytest.mark.parametrize("values, bars", [
+    ([], ""), ([0], "\u2581"), ([0, 0], "\u2581\u2581"), ([5], "\u2588"),
+    ([1, 2, 4, 8], "\u2582\u2583\u2585\u2588"),
+    (list(range(9)), "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+     "\u2588"),
+    ([1, 1_000_000], "\u2581\u2588"),
+])
+def test_a_spark_line_has_a_bar_for_each_value(values, bars):
+    assert mission.spark(values) == bars
+
+
+RECORD = {"verdict": "failed", "started": 1774747800.5, "seconds": 62.1234,
+          "errors": 2, "warnings": 1, "tasks": [
+              {"slug": "mail", "outcome": "ok", "seconds": 1.5},
+              {"slug": "x-y_z", "outcome": "skipped", "seconds": 0.0}]}
+
+
+def test_metrics_are_prometheus_text():
+    text = mission.metrics_text(RECORD, 5.5)
+    assert text.endswith("\n") and "\n\n" not in text
+    sample = re.compile(r'mission_[a-z_]+(\{task="[a-z0-9_-]+"\})? '
+                        r"-?\d+(\.\d+)?(e\+\d+)?")
+    helped, typed = set(), set()
+    for line in text.splitlines():
+        words = line.split(" ", 3)
+        if words[:2] == ["#", "HELP"]:
+            assert words[3]
+            helped.add(words[2])
+        elif words[:2] == ["#", "TYPE"]:
+            assert words[3] == "gauge"
+            typed.add(words[2])
+        else:
+            assert sample.fullmatch(line), line
+            assert re.split("[{ ]", line)[0] in helped & typed
+    assert helped == typed
+    for line in ("mission_run_success 0", "mission_run_errors 2",
+                 "mission_run_warnings 1", "mission_run_duration_seconds "
+                 "62.123", "mission_last_success_seconds 5",
+                 "mission_run_start_seconds 1774747800",
+                 'mission_task_success{task="mail"} 1',
+                 'mission_task_success{task="x-y_z"} 0',
+                 'mission_task_duration_seconds{task="mail"} 1.5'):
+        assert line in text.splitlines()
+
+
+@pytest.mark.parametrize("verdict, success", [
+    ("ok", 1), ("trouble", 1), ("failed", 0), ("stopped", 0), ("lost", 0),
+])
+def test_a_backup_is_good_though_the_mail_was_not(verdict, success):
+    text = mission.metrics_text({**RECORD, "verdict": verdict}, 0)
+    assert f"mission_run_success {success}\n" in text
+
+
+def test_the_two_lists_of_what_is_unsafe_are_one():
+    """`visible` escapes by a pattern, the Scribe by a table."""
+    unsafe = re.compile(mission.UNSAFE)
+    by_pattern = {code for code in range(0x110000)
+                  if unsafe.match(chr(code))}
+    assert by_pattern - set(range(0xD800, 0xE000)) - {10} \
+        == set(mission.ESCAPES)
+    assert all(mission.ESCAPES[code] == mission.visible(chr(code))
+               for code in mission.ESCAPES)

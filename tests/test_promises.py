@@ -1,0 +1,478 @@
+"""What the file says of itself is true: proved from its text, not run."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import re
+import symtable
+import sys
+
+import pytest
+
+import support
+
+mission = support.load("mission")
+
+SOURCES = {name: (support.ROOT / f"{name}.py").read_text(encoding="utf-8")
+           for name in ("mission", "koitab")
+           if (support.ROOT / f"{name}.py").exists()}
+TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
+each_file = pytest.mark.parametrize("name", SOURCES)
+
+RULE = "# " + "=" * 74
+MARKER = re.compile(
+    rf"^{RULE}\n# (\w+): (.+?) +\(([a-z, ]+)\)\n#\n((?:# .+\n)+){RULE}\n",
+    re.M)
+ROW = re.compile(r"^    (\w+) +(\S.*\?) +\(([a-z, ]+)\)$", re.M)
+
+# Names that a section which touches nothing may not say. `posixpath` only
+# reckons with text, and is allowed.
+TOUCHING = set(
+    "os open subprocess socket time print input exec eval compile "
+    "__import__ sys pwd grp fcntl select shutil tempfile pathlib glob "
+    "urllib http smtplib ssl random secrets uuid datetime threading "
+    "multiprocessing resource platform getpass io breakpoint".split())
+# Only to name a signal: SIGTERM and the like are constants.
+HARMLESS = {"signal": {"Signals"}}
+
+NOT_IN_3_9 = {"tomllib", "annotationlib", "pathlib.types", "compression"}
+GONE_BY_3_14 = set(
+    "aifc asynchat asyncore audioop cgi cgitb chunk crypt distutils imghdr "
+    "imp lib2to3 mailcap msilib nis nntplib ossaudiodev pipes smtpd sndhdr "
+    "spwd sunau telnetlib uu xdrlib binhex formatter parser symbol".split())
+# module.name that is newer than 3.9, older than 3.14, or both.
+NOT_EVERYWHERE = set(
+    "datetime.UTC datetime.utcnow datetime.utcfromtimestamp "
+    "hashlib.file_digest itertools.pairwise itertools.batched "
+    "contextlib.chdir enum.StrEnum re.NOFLAG re.template re.TEMPLATE "
+    "typing.Self inspect.getargspec locale.getdefaultlocale "
+    "locale.resetlocale locale.format asyncio.coroutine ast.Num ast.Str "
+    "ast.Bytes ast.NameConstant ast.Ellipsis unittest.makeSuite "
+    "pkgutil.find_loader pkgutil.get_loader pkgutil.ImpImporter "
+    "ssl.wrap_socket ssl.match_hostname ssl.PROTOCOL_TLS "
+    "sqlite3.version sqlite3.OptimizedUnicode tempfile.mktemp "
+    "configparser.SafeConfigParser importlib.find_loader "
+    "sys.stdlib_module_names sys.exception sys.orig_argv os.pidfd_send "
+    "math.cbrt operator.call statistics.correlation "
+    "traceback.print_exception logging.warn threading.currentThread "
+    "urllib.request.URLopener urllib.request.FancyURLopener "
+    "email.utils.localtime types.EllipsisType shutil.ExecError "
+    "os.process_cpu_count os.login_tty time.clock".split())
+
+TOO_WIDE = {"SAMPLE"}   # its own lines are measured below
+LONGEST_FUNCTION, WIDEST_LINE = 45, 79
+
+
+class Section:
+    """A section of a file: its row, its comment, the lines it stands on."""
+
+    def __init__(self, match, text: str, end: int):
+        self.name, self.question, self.touches = match.group(1, 2, 3)
+        self.comment = match[4].splitlines()
+        self.start = text.count("\n", 0, match.start()) + 1
+        self.end = text.count("\n", 0, end)
+        self.text = text[match.end():end]
+        self.row = (self.name, self.question, self.touches)
+
+    def holds(self, node) -> bool:
+        return self.start <= node.lineno <= self.end
+
+
+def sections(name: str) -> list[Section]:
+    text = SOURCES[name]
+    found = list(MARKER.finditer(text))
+    ends = [match.start() for match in found[1:]] + [len(text)]
+    return [Section(match, text, end) for match, end in zip(found, ends)]
+
+
+def defined(node) -> list[str]:
+    """The names that a statement of the module binds."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [
+        node.target] if isinstance(node, ast.AnnAssign) else []
+    return [leaf.id for target in targets for leaf in ast.walk(target)
+            if isinstance(leaf, ast.Name)]
+
+
+def homes(name: str) -> dict[str, int]:
+    """Each name of the module -> the number of its section, 0 the head."""
+    parts, found = sections(name), {}
+    for node in TREES[name].body:
+        place = next((number for number, part in enumerate(parts, start=1)
+                      if part.holds(node)), 0)
+        for word in defined(node):
+            found.setdefault(word, place)
+    return found
+
+
+def globals_of(table) -> set[str]:
+    """What a function or class, and those inside it, ask the module for."""
+    found = {symbol.get_name() for symbol in table.get_symbols()
+             if symbol.is_global() and symbol.is_referenced()}
+    return found.union(*map(globals_of, table.get_children()))
+
+
+def uses(name: str):
+    """(line, names of the module that stand there)."""
+    for table in symtable.symtable(SOURCES[name], name, "exec"
+                                   ).get_children():
+        yield table.get_lineno(), globals_of(table)
+    for node in TREES[name].body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            outside = [*node.decorator_list, *getattr(node, "bases", ())]
+        elif isinstance(node, (ast.Import, ast.ImportFrom, ast.If)):
+            continue        # the last lines call main
+        else:
+            outside = [node]
+        leaves = [leaf for part in outside for leaf in ast.walk(part)]
+        own = {leaf.id for leaf in leaves if isinstance(leaf, ast.Name)
+               and isinstance(leaf.ctx, ast.Store)} - set(defined(node)) | {
+            leaf.arg for leaf in leaves if isinstance(leaf, ast.arg)}
+        yield node.lineno, {leaf.id for leaf in leaves if isinstance(
+            leaf, ast.Name) and isinstance(leaf.ctx, ast.Load)} - own
+
+
+# --- the file introduces itself -------------------------------------------
+
+
+@each_file
+def test_the_table_of_the_docstring_is_the_markers_in_their_order(name):
+    table = ROW.findall(ast.get_docstring(TREES[name], clean=False))
+    assert table == [part.row for part in sections(name)]
+    assert len(table) > 5
+
+
+@each_file
+def test_each_section_is_introduced_in_two_to_eight_lines(name):
+    assert {part.name: len(part.comment) for part in sections(name)
+            if not 2 <= len(part.comment) <= 8} == {}
+
+
+@each_file
+def test_no_rule_stands_for_a_marker_that_is_malformed(name):
+    assert SOURCES[name].count(RULE) == 2 * len(sections(name))
+
+
+@each_file
+def test_every_class_that_people_meet_says_what_it_is(name):
+    silent = [node.name for node in TREES[name].body
+              if isinstance(node, ast.ClassDef)
+              and not ast.get_docstring(node)
+              and not any(isinstance(part, ast.AnnAssign)
+                          for part in node.body)]
+    assert silent == []
+
+
+# --- a section touches what it says, and uses what stands above it --------
+
+
+def touching_names(name: str) -> set[str]:
+    """Names of the module that touch the host, directly or by others."""
+    found: set[str] = set()
+    while True:
+        more = {word for node in TREES[name].body for word in defined(node)
+                if word not in found and any(
+                    isinstance(leaf, ast.Name) and leaf.id in TOUCHING | found
+                    for leaf in ast.walk(node))}
+        if not more:
+            return found
+        found |= more
+
+
+@each_file
+def test_a_section_that_touches_nothing_names_nothing_that_touches(name):
+    forbidden = TOUCHING | touching_names(name)
+    pure = [part for part in sections(name) if part.touches == "nothing"]
+    guilty = []
+    for part in pure:
+        for node in (n for n in TREES[name].body if part.holds(n)):
+            for leaf in ast.walk(node):
+                words = {leaf.id} if isinstance(leaf, ast.Name) else {
+                    alias.name.split(".")[0] for alias in leaf.names
+                } if isinstance(leaf, ast.Import) else {
+                    leaf.module} if isinstance(leaf, ast.ImportFrom) else ()
+                guilty += [f"{part.name} names {word} at line {leaf.lineno}"
+                           for word in words if word in forbidden]
+    assert guilty == []
+    assert pure
+
+
+@each_file
+def test_a_section_that_touches_nothing_only_names_signals(name):
+    guilty = [
+        f"{part.name}: {leaf.value.id}.{leaf.attr} at line {leaf.lineno}"
+        for part in sections(name) if part.touches == "nothing"
+        for node in TREES[name].body if part.holds(node)
+        for leaf in ast.walk(node) if isinstance(leaf, ast.Attribute)
+        and isinstance(leaf.value, ast.Name) and leaf.value.id in HARMLESS
+        and leaf.attr not in HARMLESS[leaf.value.id]]
+    assert guilty == []
+
+
+@each_file
+def test_a_section_uses_only_names_from_itself_and_from_above(name):
+    parts, home = sections(name), homes(name)
+    early = []
+    for line, words in uses(name):
+        here = sum(part.start <= line for part in parts)
+        early += [f"line {line} ({parts[here - 1].name if here else 'head'})"
+                  f" uses {word} of {parts[home[word] - 1].name}"
+                  for word in words if home.get(word, 0) > here]
+    assert early == []
+
+
+@each_file
+def test_every_name_is_defined_and_once(name):
+    """Seen without running: a name that nobody defines is found at night."""
+    bound = {alias.asname or alias.name.split(".")[0]
+             for node in TREES[name].body
+             if isinstance(node, (ast.Import, ast.ImportFrom))
+             for alias in node.names}
+    known = set(homes(name)) | bound | set(dir(builtins)) | {
+        "__file__", "__name__"}
+    # An annotation is never evaluated, so it may name what is imported late.
+    missing = {word for _, words in uses(name) for word in words} - known
+    assert missing - annotation_words(name) == set()
+    names = [word for node in TREES[name].body for word in defined(node)]
+    assert sorted({word for word in names if names.count(word) > 1}) == []
+
+
+def annotation_words(name: str) -> set[str]:
+    notes = [getattr(node, field) for node in ast.walk(TREES[name])
+             for field in ("annotation", "returns")
+             if getattr(node, field, None)]
+    return {leaf.id for note in notes for leaf in ast.walk(note)
+            if isinstance(leaf, ast.Name)}
+
+
+def test_the_kit_is_the_same_text_in_both_files():
+    kits = {part.text for name in SOURCES for part in sections(name)
+            if part.name == "Kit"}
+    assert len(kits) == 1
+
+
+# --- it needs Python 3.9 and nothing else ---------------------------------
+
+
+def imported(name: str):
+    """(module, line) of every import, lazy ones too."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level
+            yield node.module, node.lineno
+            yield from ((f"{node.module}.{alias.name}", node.lineno)
+                        for alias in node.names)
+
+
+@each_file
+def test_imports_are_of_the_standard_library(name):
+    if not hasattr(sys, "stdlib_module_names"):     # before 3.10
+        import importlib.util
+        import sysconfig
+        home = sysconfig.get_path("stdlib")
+
+        def known(module: str) -> bool:
+            spec = importlib.util.find_spec(module)
+            return spec.origin in ("built-in", "frozen", None) \
+                or spec.origin.startswith(home) \
+                and "site-packages" not in spec.origin
+    else:
+        def known(module: str) -> bool:
+            return module in sys.stdlib_module_names
+    roots = {module.split(".")[0] for module, _ in imported(name)}
+    assert {root for root in roots - {"__future__"} if not known(root)} \
+        == set()
+
+
+@each_file
+def test_imports_are_there_from_3_9_to_3_14(name):
+    gone = NOT_IN_3_9 | GONE_BY_3_14 | NOT_EVERYWHERE
+    assert [f"{module} at line {line}" for module, line in imported(name)
+            if module in gone or module.split(".")[0] in gone] == []
+
+
+@each_file
+def test_no_name_is_used_that_some_python_lacks(name):
+    spelled = {f"{leaf.value.id}.{leaf.attr}": leaf.lineno
+               for leaf in ast.walk(TREES[name])
+               if isinstance(leaf, ast.Attribute)
+               and isinstance(leaf.value, ast.Name)}
+    assert {word: line for word, line in spelled.items()
+            if word in NOT_EVERYWHERE} == {}
+    bare = {leaf.id for leaf in ast.walk(TREES[name])
+            if isinstance(leaf, ast.Name)}
+    assert bare & {"aiter", "anext", "ExceptionGroup", "EncodingWarning",
+                   "BaseExceptionGroup", "PythonFinalizationError"} == set()
+
+
+@each_file
+def test_the_file_parses_as_python_3_9(name):
+    ast.parse(SOURCES[name], feature_version=(3, 9))
+
+
+@each_file
+def test_no_call_has_an_argument_that_3_9_lacks(name):
+    late = {"zip": {"strict"}, "dataclass": {"slots", "kw_only"},
+            "Popen": {"process_group"}, "rmtree": {"onexc", "dir_fd"},
+            "TemporaryDirectory": {"delete", "ignore_cleanup_errors"},
+            "NamedTemporaryFile": {"delete_on_close"},
+            "bisect_left": {"key"}, "bisect_right": {"key"}}
+    guilty = []
+    for call in ast.walk(TREES[name]):
+        if isinstance(call, ast.Call):
+            called = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            guilty += [f"{called}({word.arg}=) at line {call.lineno}"
+                       for word in call.keywords
+                       if word.arg in late.get(called, ())]
+    assert guilty == []
+
+
+@each_file
+def test_no_running_expression_joins_types_with_a_bar(name):
+    """`X = int | None` is an error in 3.9; in an annotation it is not."""
+    text = TREES[name]
+    notes = {id(leaf) for node in ast.walk(text)
+             for field in ("annotation", "returns")
+             if getattr(node, field, None)
+             for leaf in ast.walk(getattr(node, field))}
+    types = {"int", "str", "float", "bytes", "dict", "list", "tuple", "set"}
+    assert [node.lineno for node in ast.walk(text)
+            if isinstance(node, ast.BinOp) and id(node) not in notes
+            and isinstance(node.op, ast.BitOr)
+            and any(isinstance(side, ast.Constant) and side.value is None
+                    or isinstance(side, ast.Name) and side.id in types
+                    for side in (node.left, node.right))] == []
+
+
+# --- it can be read in less, in 80 columns, at night ----------------------
+
+
+@each_file
+def test_no_function_is_longer_than_45_lines(name):
+    assert {node.name: node.end_lineno - node.lineno + 1
+            for node in ast.walk(TREES[name])
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            and node.end_lineno - node.lineno >= LONGEST_FUNCTION} == {}
+
+
+@each_file
+def test_no_line_is_wider_than_79_columns(name):
+    wide = {node.lineno for node in TREES[name].body
+            for word in defined(node) if word in TOO_WIDE}
+    assert [f"{name}.py:{row}: {len(line)}" for row, line in enumerate(
+        SOURCES[name].splitlines(), start=1)
+        if len(line) > WIDEST_LINE and row not in wide] == []
+
+
+@each_file
+def test_no_line_ends_in_blanks_or_holds_a_tab(name):
+    assert [row for row, line in enumerate(
+        SOURCES[name].split("\n"), start=1)
+        if line != line.rstrip() or "\t" in line] == []
+
+
+# --- the README says all of it, and nothing else --------------------------
+
+
+def rows() -> list[list[str]]:
+    """The cells of every row of the README's tables."""
+    path = support.ROOT / "README.md"
+    assert path.exists(), "README.md is missing"
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if line.startswith("|")]
+
+
+def words_of_tables() -> set[str]:
+    """What stands in backquotes in the first cell of a row."""
+    return {word for row in rows() for word in re.findall(
+        r"`([^`]+)`", row[0])}
+
+
+def documented_keys() -> set[str]:
+    """tasks[].slug, storage.sync, ... as the README's tables name them."""
+    return {word.replace("<name>", "*").replace("NAME", "*").removesuffix(
+        "[]") for word in words_of_tables()}
+
+
+def all_keys() -> set[str]:
+    """Every key that a configuration may have, by its path."""
+    tables = {"tasks[]": mission.TASK_KEYS, "user": mission.USER_KEYS,
+              "storage.*": mission.STORAGE_KEYS, "ping": mission.PING_KEYS,
+              "notify": mission.NOTIFY_KEYS, "mail": mission.MAIL_KEYS,
+              "mail.smtp": mission.SMTP_KEYS, "logs": mission.LOGS_KEYS,
+              "metrics": mission.METRICS_KEYS}
+    inner = {path.split(".")[0].removesuffix("[]") for path in tables}
+    found = {key for key in mission.CONFIG_KEYS if key not in inner}
+    for path, keys in tables.items():
+        found |= {f"{path}.{key}" for key in keys
+                  if f"{path}.{key}" not in tables}
+    return found
+
+
+def test_every_key_of_the_configuration_is_in_the_readmes_tables():
+    assert sorted(all_keys() - documented_keys()) == []
+
+
+def test_the_readmes_tables_name_no_key_that_is_not_there():
+    tops = tuple(f"{key}{mark}" for key in mission.CONFIG_KEYS
+                 for mark in (".", "[]."))
+    named = {word for word in documented_keys() if word.startswith(tops)
+             and re.fullmatch(r"[A-Za-z*.\[\]]+", word)}
+    assert sorted(named - all_keys() - {"mail.smtp"}) == []
+    assert named
+
+
+def test_every_option_is_in_the_readmes_tables_and_in_the_usage():
+    options = {"--" + name.rstrip("=") for name in mission.LONG} | {
+        "-" + letter for letter in mission.SHORT.replace(":", "")}
+    named = {word for text in words_of_tables() for word in re.findall(
+        r"(?<![\w-])--?[A-Za-z][a-z-]*", text)}
+    usage = set(re.findall(r"(?<![\w-])--?[A-Za-z][a-z-]*", mission.USAGE))
+    assert sorted(options - named) == []
+    assert sorted(options - usage) == []
+    assert sorted(usage - options) == []
+
+
+def test_every_command_is_in_the_readme_and_in_the_usage():
+    text = (support.ROOT / "README.md").read_text(encoding="utf-8")
+    for command in mission.COMMANDS:
+        assert re.search(rf"\bmission (\[options\] )?{command}\b", text)
+        assert re.search(rf"\bmission (\[options\] )?{command}\b",
+                         mission.USAGE)
+
+
+EXITS = {value for word, value in vars(mission).items()
+         if word.startswith("EXIT_")}
+
+
+def test_every_exit_status_is_in_the_readmes_table():
+    first = {re.sub(r"[`*]", "", row[0]) for row in rows()}
+    wanted = {str(value) for value in EXITS - {mission.EXIT_SIGNAL}}
+    assert sorted(wanted - first) == []
+    assert first & {"128+N", "128 + N"}
+
+
+def test_every_exit_status_is_in_the_usage():
+    for value in EXITS:
+        assert re.search(rf"\b{value}\b", mission.USAGE.split(
+            "Exit status")[1])
+
+
+# --- the sample -----------------------------------------------------------
+
+
+def test_mission_sample_json_is_what_init_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert mission.main(["init"]) == 0
+    written = (tmp_path / "mission.config.json").read_bytes()
+    assert written == (support.ROOT / "mission.sample.json").read_bytes()
+
+
+def test_the_sample_fits_the_screen_of_its_reader():
+    assert [line for line in mission.SAMPLE.splitlines()
+            if len(line) > 79] == []
