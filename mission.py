@@ -3568,8 +3568,8 @@ RUN_IN_PROGRESS = {
     "phase": "", "task": "", "log": "", "lost": []}
 PAST_RUN = {
     "id": "", "start": "", "started": 0.0, "headless": False,
-    "seconds": None, "verdict": "", "log": "", "errors": 0, "warnings": 0, "last": "",
-    "tasks": []}
+    "seconds": None, "verdict": "", "log": "", "errors": 0, "warnings": 0,
+    "last": "", "tasks": []}
 TASK_OF_PAST_RUN = {"slug": "", "outcome": "", "seconds": 0.0, "attempts": 0}
 
 
@@ -3585,8 +3585,8 @@ def mended(found: object, blank: dict) -> dict:
     name = next(iter(blank))
     if not isinstance(found, dict) or not isinstance(found.get(name), str):
         return {}
-    whole = {key: found[key] if fits(found.get(key), example) else example
-             for key, example in blank.items()}
+    whole = {key: found[key] if key in found and fits(found[key], example)
+             else example for key, example in blank.items()}
     inner = {"tasks": TASK_OF_PAST_RUN, "lost": RUN_IN_PROGRESS}
     for key in inner.keys() & whole.keys():
         whole[key] = [value for value in (
