@@ -182,7 +182,9 @@ def plural(count: int, noun: str) -> str:
 def nearest(word: str, words) -> str:
     """The known word that was probably meant, or ''."""
     import difflib
-    return next(iter(difflib.get_close_matches(word, list(words), 1, 0.5)), "")
+    known = {each.lower(): each for each in words}
+    found = difflib.get_close_matches(word.lower(), known, 1, 0.5)
+    return known[found[0]] if found else ""
 
 
 # All that could steer a terminal, break a line or turn text around: C0 and
@@ -1450,6 +1452,7 @@ class Rule:
     def __init__(self, text: str):
         import re
         self.line, self.spent, self.screen = pattern(text), 0.0, None
+        self.alone = False      # too slow for a block: line by line
         odd = re.sub(r"\(\?(?:[aimux]+\)|:|P<)", "", text)
         if re.search(r"\(\?|\\[AZzB]|[*+?}]\+", odd):
             return
@@ -1515,7 +1518,7 @@ class Sieve:
         return verdicts
 
     def may_match(self, rule: Rule, block: str) -> bool:
-        if rule.screen is None or rule.spent:
+        if rule.screen is None:
             return True
         try:
             return bool(self.limit(LINE_SECONDS, rule.screen.search, block))
@@ -1525,12 +1528,12 @@ class Sieve:
 
     def judged(self, rule: Rule, lines: list, judge) -> list:
         """judge(line) for each line, None where it took too long."""
-        if not rule.spent:
+        if not rule.alone:
             try:
                 return self.limit(LINE_SECONDS,
                                   lambda: [judge(line) for line in lines])
             except TooSlow:
-                pass
+                rule.alone = True
         return [self.judged_alone(rule, line, judge) for line in lines]
 
     def judged_alone(self, rule: Rule, line: str, judge):
@@ -2418,7 +2421,7 @@ class Repository:
         """A name for the commit where the owner has not set one."""
         email = f"{self.owner.name}@{HOST}"
         for key, value in (("name", PROG), ("email", email)):
-            if self.call("config", f"user.{key}").code:
+            if not self.call("config", f"user.{key}").output.strip():
                 for role in ("AUTHOR", "COMMITTER"):
                     self.env[f"GIT_{role}_{key.upper()}"] = value
 
@@ -2442,15 +2445,12 @@ class Repository:
         git = os.path.join(self.path, ".git")
         if not os.path.isfile(git):
             return [git]
-        with open(git, encoding="utf-8", errors="surrogateescape") as file:
-            words = file.read(4096).strip()
-        found = os.path.join(self.path, words.removeprefix("gitdir: "))
+        found = os.path.join(self.path, short_text(git).removeprefix(
+            "gitdir: "))
         common = os.path.join(found, "commondir")
         if not os.path.isfile(common):
             return [found]
-        with open(common, encoding="utf-8",
-                  errors="surrogateescape") as file:
-            return [found, os.path.join(found, file.read(4096).strip())]
+        return [found, os.path.join(found, short_text(common))]
 
     def unfinished(self) -> str:
         for name, state in (("rebase-merge", "rebase"), ("MERGE_HEAD",
@@ -2550,6 +2550,15 @@ class Repository:
             return False
         return age < now - LOCK_AGE or age >= self.since - 1 \
             or age < boot_time()
+
+
+def short_text(path: str) -> str:
+    """What a small file says. It may have become a FIFO since we looked."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return os.fsdecode(os.read(fd, 4096)).strip()
+    finally:
+        os.close(fd)
 
 
 def boot_time() -> float:
@@ -4436,23 +4445,28 @@ class Runner:
                             reason)
 
     def outbox(self, _step: Step) -> None:
-        """Send what earlier runs could not, until one is refused again."""
+        """Send what earlier runs could not."""
         for path in self.journal.queued_mails():
-            with open(path, "rb") as file:
-                reason = self.machine.send_mail(self.config, file.read())
             name = os.path.basename(path)
-            if reason:
-                return self.say(f"MailWaits {name}: {reason}")
-            os.unlink(path)
-            self.say(f"MailSent {name}")
-        return None
+            try:
+                with open(path, "rb") as file:
+                    reason = self.machine.send_mail(self.config, file.read())
+                if not reason:
+                    os.unlink(path)
+            except OSError as error:
+                reason = error.strerror
+            self.say(f"MailWaits {name}: {reason}" if reason
+                     else f"MailSent {name}")
+            if "took too long" in reason or "no answer" in reason:
+                break           # one such wait a run is enough
 
     def ping_start(self, _step: Step) -> None:
         self.ping("start", self.run_id)
 
     def ping_finish(self, _step: Step) -> None:
         self.title("Ping")
-        if not exit_status(self.problems, self.machine.stopped) \
+        others = [p for p in self.problems if p.source != "pingStart"]
+        if not exit_status(others, self.machine.stopped) \
                 and not self.log.broken:
             self.ping("", self.run_id)
         elif self.config.ping.fail and self.failed():
@@ -4480,7 +4494,8 @@ class Runner:
                 self.machine.pause(min(2 ** tried, 30))
         self.say(f"PingResponse {answer}")
         if not accepted or answer.startswith("200 OK ("):
-            self.problem("delivery", "error", "ping", answer)
+            self.problem("delivery", "error", "ping" + action.capitalize(),
+                         answer)
 
 
 def ping_url(ping: Ping, action: str, run_id: str, host: str) -> str:
