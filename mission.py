@@ -2115,7 +2115,7 @@ def root_link(fd: int, name: str, error: OSError) -> str | None:
     if error.errno not in (errno.ELOOP, errno.ENOTDIR):
         return None
     folder = os.fstat(fd)
-    link = os.lstat(name, dir_fd=fd) if hasattr(os, "lstat") else None
+    link = os.lstat(name, dir_fd=fd)
     sticky = folder.st_mode & stat.S_ISVTX
     if not stat.S_ISLNK(link.st_mode) or link.st_uid != 0 \
             or folder.st_uid != 0 or (folder.st_mode & 0o022 and not sticky):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import support  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     config.addinivalue_line("markers", "root_only: needs root (users, mounts)")
+    if not config.option.basetemp:
+        # A folder of our own: pytest's usual one is closed to other users
+        # again by each session that starts beside this one.
+        folder = tempfile.mkdtemp(prefix="mission-tests-")
+        os.chmod(folder, 0o755)
+        config.option.basetemp = os.path.join(folder, "tests")
+        config.stash_of_ours = folder
+
+
+def pytest_sessionfinish(session, exitstatus):
+    folder = getattr(session.config, "stash_of_ours", None)
+    if folder and exitstatus == 0:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):
