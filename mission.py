@@ -3126,6 +3126,11 @@ def tls(ca_file: str):
     return ssl.create_default_context(cafile=ca_file or None)
 
 
+def sender_of(smtp: Smtp) -> str:
+    """Who the mail is from: servers want who logs in; '' if unknown."""
+    return address_of(smtp.sender) or address_of(smtp.user)
+
+
 def deliver_by_smtp(smtp: Smtp, password: str, address: str,
                     message: bytes) -> str:
     """Send one message; raises on any refusal. STARTTLS that was asked for
@@ -3150,8 +3155,7 @@ def deliver_by_smtp(smtp: Smtp, password: str, address: str,
                 words).decode())
             if code != 235:
                 raise smtplib.SMTPAuthenticationError(code, text)
-        sender = address_of(smtp.sender) or address
-        server.sendmail(sender, [address], message.replace(b"\n", b"\r\n"))
+        server.sendmail(sender_of(smtp) or address, [address], message.replace(b"\n", b"\r\n"))
     return "accepted"
 
 
@@ -4429,7 +4433,7 @@ class Runner:
     def mail(self, word: str, text: str, kind: str, body: str) -> None:
         smtp = self.config.mail.smtp
         message = rfc5322(
-            address_of(smtp.sender) if smtp else "",
+            sender_of(smtp) if smtp else "",
             self.config.user.email, subject(
                 HOST, text, kind == "finish" and self.failed()), body,
             f"{self.run_id}.{kind}", self.machine.clock.now())

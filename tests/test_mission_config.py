@@ -54,6 +54,8 @@ class FakeHost:
                      "odd": 65535, "none": 2**32 - 1},
             "folders": {}, "strangers": {}, "scripts": scripts,
             "repositories": set(config.storage), "usable": {},
+            "of_system": {name for name, storage in config.storage.items()
+                          if storage.path in mission.SYSTEM_FOLDERS},
             "programs": {name: f"/usr/bin/{name}" for name in
                          ("git", "sendmail", "notify-send")}}
         return mission.Facts(**{**found, **{
