@@ -5,8 +5,8 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 BIN = $(DESTDIR)$(PREFIX)/bin
 # What the tests start for real, as Debian calls it.
-PARTS = bash dbus dunst e2fsprogs fish git gnupg libcap2-bin libnotify-bin \
-	moreutils msmtp msmtp-mta openssl pass procps python3 python3-pytest \
+PARTS = bash busybox dbus dunst e2fsprogs fish git gnupg libcap2-bin \
+	libnotify-bin moreutils msmtp msmtp-mta openssl pass procps python3 python3-pytest \
 	strace util-linux xvfb zsh
 
 .PHONY: help demo test test-all parts bench lint install uninstall sums
@@ -33,6 +33,7 @@ parts: ## install the real parts the tests use (Debian, as root)
 
 bench: ## measure, side by side with a baseline or a peer
 	$(PYTHON) tests/bench/mission.py
+	$(PYTHON) tests/bench/koi_next.py
 
 lint: ## unused names and other slips (needs ruff)
 	ruff check --no-cache --config tests/ruff.toml mission.py tests

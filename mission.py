@@ -3155,7 +3155,8 @@ def deliver_by_smtp(smtp: Smtp, password: str, address: str,
                 words).decode())
             if code != 235:
                 raise smtplib.SMTPAuthenticationError(code, text)
-        server.sendmail(sender_of(smtp) or address, [address], message.replace(b"\n", b"\r\n"))
+        server.sendmail(sender_of(smtp) or address, [address],
+                        message.replace(b"\n", b"\r\n"))
     return "accepted"
 
 

@@ -34,7 +34,8 @@ root_only = pytest.mark.root_only
 def load(name: str):
     """mission or koitab as a module, from the file at the top."""
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(
+            name, ROOT / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
@@ -48,6 +49,7 @@ PARTS = {   # program -> the Debian package that brings it
     "strace": "strace", "ts": "moreutils", "openssl": "openssl",
     "setcap": "libcap2-bin", "getcap": "libcap2-bin", "bash": "bash",
     "unshare": "util-linux", "setpriv": "util-linux",
+    "busybox": "busybox",
     "mkfs.ext4": "e2fsprogs", "ps": "procps", "zsh": "zsh", "fish": "fish",
 }
 
