@@ -1,0 +1,400 @@
+"""Command: koitab next, koitab -T, and what is no command at all."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import support
+
+koitab = support.load("koitab")
+CASES = Path(__file__).parent / "cases"
+
+
+class Still:
+    """A clock that stands."""
+
+    def __init__(self, text: str):
+        self.at = datetime.datetime.fromisoformat(text).timestamp()
+
+    def now(self) -> float:
+        return self.at
+
+    def ticks(self) -> float:
+        return 0.0
+
+
+@pytest.fixture
+def type_in(capsys, monkeypatch, tmp_path):
+    """Type a command; its status, output and errors. `tab` is a file."""
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    monkeypatch.chdir(tmp_path)
+
+    def typed(*argv: str, tab: str | None = None,
+              now: str = "2026-03-28T12:00:30+01:00"):
+        if tab is not None:
+            Path("tab").write_text(tab, encoding="utf-8",
+                                   errors="surrogateescape")
+        status = koitab.main(list(argv), koitab.Machine(Still(now)))
+        out, err = capsys.readouterr()
+        return support.Result(status, out, err)
+    return typed
+
+
+TAB = '''MAILTO=root
+[Bots]
+"Crawler" */5 * * * * /usr/local/bin/crawl
+@hourly python script.py
+[Admin]
+"Say Hi" @manual ~/tweet.sh {{To Handle}} {{Delay, int, 0}} {{Emoji, bool}}
+"Night" 30 2 * * * backup
+"Start" @reboot echo up
+'''
+
+
+def test_next_in_words_and_times(type_in):
+    done = type_in("next", "--tab", "tab", "-n", "2", tab=TAB)
+    assert (done.code, done.err) == (0, "")
+    assert done.out == '''\
+[Bots]
+Crawler: Every 5 minutes
+    2026-03-28T12:05:00+01:00
+    2026-03-28T12:10:00+01:00
+python script.py: Every hour
+    2026-03-28T13:00:00+01:00
+    2026-03-28T14:00:00+01:00
+[Admin]
+Say Hi: When asked for
+Night: At 02:30
+    2026-03-29T03:00:00+02:00
+    2026-03-30T02:30:00+02:00
+Start: When the machine starts
+'''
+
+
+def test_next_for_programs(type_in):
+    done = type_in("next", "--tab", "tab", "--json", "-n1", tab=TAB)
+    found = json.loads(done.out)
+    assert [list(row) for row in found] == [
+        ["name", "tag", "line", "schedule", "words", "next"]] * 5
+    assert found[0] == {
+        "name": "Crawler", "tag": found[0]["tag"], "line": 3,
+        "schedule": "*/5 * * * *", "words": "Every 5 minutes",
+        "next": ["2026-03-28T12:05:00+01:00"]}
+    assert (found[1]["name"], found[1]["schedule"]) == (None, "@hourly")
+    assert found[2]["schedule"] == "@manual"
+    assert found[2]["next"] == found[4]["next"] == []
+    assert len({row["tag"] for row in found}) == 5
+
+
+@pytest.mark.parametrize("name, lines", [
+    ("Crawler", [3]), ("Admin/Night", [7]), ("4", [4]), ("Say Hi", [6])])
+def test_next_of_one_job(type_in, name, lines):
+    done = type_in("next", name, "--json", "--tab=tab", tab=TAB)
+    assert [row["line"] for row in json.loads(done.out)] == lines
+    tag = json.loads(done.out)[0]["tag"]
+    again = type_in("next", tag, "--json", "--tab=tab", tab=TAB)
+    assert again.out == done.out
+
+
+def test_a_job_that_is_not_there(type_in):
+    done = type_in("next", "Crawlr", "--tab", "tab", tab=TAB)
+    assert (done.code, done.out) == (1, "")
+    assert 'did you mean "Crawler"?' in done.err
+
+
+@pytest.mark.parametrize("start, first", [
+    ("2026-03-29T01:30", "2026-03-29T03:00:00+02:00"),
+    ("2026-03-29 01:30", "2026-03-29T03:00:00+02:00"),
+    ("2026-03-29T01:30:00+01:00", "2026-03-29T03:00:00+02:00"),
+    ("2026-03-29T00:30:00Z", "2026-03-29T03:00:00+02:00"),
+    ("2026-03-29T00:30:00.5Z", "2026-03-29T03:00:00+02:00"),
+    ("2026-03-29T02:59:59+02:00", "2026-03-29T03:00:00+02:00"),
+    ("2026-03-29T03:00", "2026-03-30T02:30:00+02:00"),
+    ("2026-10-25", "2026-10-25T02:30:00+02:00"),
+    ("2026-10-25T02:30", "2026-10-26T02:30:00+01:00"),
+    ("now", "2026-03-29T03:00:00+02:00"),
+    ("", "2026-03-29T03:00:00+02:00"),
+])
+def test_from(type_in, start, first):
+    done = type_in("next", "Night", "--json", "--tab", "tab", "--from", start,
+                   tab=TAB)
+    assert json.loads(done.out)[0]["next"][0] == first
+
+
+@pytest.mark.parametrize("start", [
+    "yesterday", "2026", "2026-02-30", "2026-13-01", "2026-01-01T24:00",
+    "2026-01-01T12:60", "1", "\uff12026-01-01", "2026-01-01T12:00+1"])
+def test_from_what_is_no_time(type_in, start):
+    done = type_in("next", "--tab", "tab", "--from", start, tab=TAB)
+    assert (done.code, done.out) == (2, "")
+    assert "not a time" in done.err
+
+
+@pytest.mark.parametrize("place, first", [
+    ("UTC", "2026-03-29T02:30:00+00:00"), ("", "2026-03-29T02:30:00+00:00"),
+    ("America/New_York", "2026-03-29T02:30:00-04:00"),
+    (":Asia/Kathmandu", "2026-03-29T02:30:00+05:45"),
+    ("/usr/share/zoneinfo/Europe/Berlin", "2026-03-29T03:00:00+02:00"),
+    ("CET-1CEST,M3.5.0,M10.5.0/3", "2026-03-29T03:00:00+02:00"),
+])
+def test_tz_sets_the_zone(type_in, monkeypatch, place, first):
+    monkeypatch.setenv("TZ", place)
+    done = type_in("next", "Night", "--json", "--tab", "tab", "--from",
+                   "2026-03-29", tab=TAB)
+    assert json.loads(done.out)[0]["next"][0] == first
+
+
+def test_without_tz_the_machine_says_it(type_in, monkeypatch):
+    monkeypatch.delenv("TZ")
+    monkeypatch.setattr(koitab, "LOCAL_ZONE",
+                        "/usr/share/zoneinfo/Asia/Kathmandu")
+    done = type_in("next", "Night", "--json", "--tab", "tab", "-n1", tab=TAB)
+    assert json.loads(done.out)[0]["next"] == ["2026-03-29T02:30:00+05:45"]
+    monkeypatch.setattr(koitab, "LOCAL_ZONE", "/nowhere")
+    done = type_in("next", "Night", "--json", "--tab", "tab", "-n1", tab=TAB)
+    assert json.loads(done.out)[0]["next"] == ["2026-03-29T02:30:00+00:00"]
+
+
+def test_a_zone_that_is_none(type_in, monkeypatch):
+    monkeypatch.setenv("TZ", "Europe/Nowhere")
+    done = type_in("next", "--tab", "tab", tab=TAB)
+    assert (done.code, done.out) == (1, "")
+    assert "no time zone" in done.err
+
+
+@pytest.mark.parametrize("name", ["Europe/Nowhere", "../../../etc/passwd",
+                                  "/etc/localtime", "", "zone.tab", "a\0b",
+                                  "Europe"])
+def test_cron_tz_names_no_file_of_its_own(name):
+    with pytest.raises(koitab.Error):
+        koitab.Machine().zone(name)
+
+
+def test_cron_tz_holds_for_the_lines_below_it(type_in):
+    text = ("0 12 * * * a\nCRON_TZ=America/New_York\n0 12 * * * b\n"
+            "CRON_TZ=Europe/Nowhere\n0 12 * * * c\nCRON_TZ=\n0 12 * * * d\n")
+    done = type_in("next", "--tab", "tab", "--json", "-n1", tab=text)
+    assert [(row["line"], row["next"]) for row in json.loads(done.out)] == [
+        (1, ["2026-03-29T12:00:00+02:00"]), (3, ["2026-03-28T12:00:00-04:00"]),
+        (7, ["2026-03-29T12:00:00+02:00"])]
+    assert json.loads(done.out)[1]["words"] == "At 12:00 (America/New_York)"
+    assert done.code == 1
+    assert done.err.startswith("tab:4:9: bad setting: there is no time zone")
+
+
+def test_utc(type_in):
+    done = type_in("next", "Night", "--utc", "--json", "--tab=tab", "-n1",
+                   tab=TAB)
+    assert json.loads(done.out)[0]["next"] == ["2026-03-29T01:00:00Z"]
+
+
+def test_a_start_that_cron_makes_twice_is_given_twice(type_in):
+    done = type_in("next", "--json", "--tab=tab", "-n3",
+                   tab="0-59/30 2 * * * x\n")
+    assert json.loads(done.out)[0]["next"] == [
+        "2026-03-29T03:00:00+02:00", "2026-03-29T03:00:00+02:00",
+        "2026-03-30T02:00:00+02:00"]
+
+
+def test_a_bad_line_is_told_and_the_others_are_shown(type_in):
+    done = type_in("next", "--json", "--tab=tab", "-n1",
+                   tab="61 * * * * a\n@daily b\n")
+    assert [row["line"] for row in json.loads(done.out)] == [2]
+    assert done.err.startswith("tab:1:1: bad minute: ")
+    assert done.code == 1
+
+
+def test_the_tab_may_come_by_standard_input(type_in, monkeypatch):
+    read, write = os.pipe()
+    os.write(write, TAB.encode())
+    os.close(write)
+    saved = os.dup(0)
+    os.dup2(read, 0)
+    try:
+        done = type_in("next", "Night", "--tab", "-", "-n1")
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+        os.close(read)
+    assert "2026-03-29T03:00:00+02:00" in done.out
+
+
+def test_bytes_that_are_not_utf_8_survive(type_in):
+    done = type_in("next", "--json", "--tab", "tab", "-n1",
+                   tab='"\u00e9\U0001f600" @daily x\n@hourly \udcff\udcfe\n')
+    assert json.loads(done.out)[0]["name"] == "\u00e9\U0001f600"
+    done = type_in("next", "--tab", "tab", "-n1",
+                   tab="@hourly \udcff \x1b[2J\u202e\n")
+    assert "\x1b" not in done.out
+    assert "\u202e" not in done.out
+    assert "\\udcff" in done.out
+
+
+def vectors() -> list[list[str]]:
+    lines = (CASES / "fires.tsv").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t") for line in lines if not line.startswith("#")]
+    return random.Random(1).sample(rows, 40)
+
+
+@pytest.mark.parametrize("spec, place, reference, starts", vectors())
+def test_the_vectors_by_the_command_line(type_in, monkeypatch, spec, place,
+                                         reference, starts):
+    monkeypatch.setenv("TZ", place)
+    done = type_in("next", "--json", "--utc", "--tab=tab", "--from", reference,
+                   tab=f"{spec} true\n")
+    found = json.loads(done.out)[0]["next"]
+    assert [start.replace(":00Z", "Z") for start in found] == (
+        [] if starts == "never" else starts.split(","))
+
+
+# --- koitab -T ------------------------------------------------------------
+
+
+def test_a_good_tab_passes(type_in):
+    done = type_in("-T", "tab", tab=TAB)
+    assert (done.code, done.out) == (0, "")
+    assert done.err == "No syntax issues were found in the crontab file.\n"
+
+
+def test_a_bad_tab_fails_with_every_fault(type_in):
+    done = type_in("-T", "tab", tab="61 * * * * a\n* 24 * * * b\n"
+                   "5-1 * * * * c\n@daily d")
+    assert (done.code, done.out) == (1, "")
+    lines = done.err.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [
+        "tab:1:1", "tab:2:3", "tab:3:1", "tab:3:1", "tab:4:9",
+        "Invalid crontab file. Syntax issues were found."]
+    assert "tab:2:3: bad hour: hour is 0 to 23, not \"24\" (midnight is " \
+        "hour 0)" in lines
+    assert ": warning: " in lines[2]
+
+
+def test_warnings_alone_do_not_fail(type_in):
+    done = type_in("-T", "tab", tab="5-1 * * * * c\n")
+    assert done.code == 0
+    assert "warning: odd minute" in done.err
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: None, "nothing: No such file or directory"),
+    (lambda: os.mkdir("nothing"), "nothing: Is a directory"),
+    (lambda: Path("nothing").write_bytes(b"#" * (2**20 + 1)),
+     "nothing: larger than 1,048,576 bytes"),
+])
+def test_a_file_that_cannot_be_read(type_in, make, message):
+    make()
+    done = type_in("-T", "nothing")
+    assert (done.code, done.out) == (1, "")
+    assert message in done.err
+    assert "Traceback" not in done.err
+
+
+# --- what else can be typed -----------------------------------------------
+
+
+@pytest.mark.parametrize("argv, status, said", [
+    ([], 2, "which command?"), (["nxt"], 2, "did you mean next?"),
+    (["run", "x"], 2, 'there is no command "run"'),
+    (["next"], 2, "which tab?"), (["next", "a", "b"], 2, 'what is "b"?'),
+    (["next", "--nope"], 2, "--nope"), (["next", "--tab"], 2, "--tab"),
+    (["-T"], 1, "-T"), (["-T", "a", "b"], 1, 'what is "b"?'),
+    (["next", "--tab", "tab", "-n", "0"], 2, "not a number"),
+    (["next", "--tab", "tab", "-n", "x"], 2, "not a number"),
+    (["next", "--tab", "tab", "-n", "\u0663"], 2, "not a number"),
+    (["next", "--tab", "tab", "-n", "9999999"], 2, "not a number"),
+    (["\x1b[2J"], 2, "there is no command"),
+])
+def test_wrong_usage(type_in, argv, status, said):
+    done = type_in(*argv, tab=TAB)
+    assert (done.code, done.out) == (status, "")
+    assert said in done.err
+    assert done.err.startswith("koitab: error: ")
+    assert done.err.count("\n") == 1
+    assert "\x1b" not in done.err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["next", "--help"]])
+def test_help_is_an_answer(type_in, argv):
+    done = type_in(*argv)
+    assert (done.code, done.out, done.err) == (0, koitab.USAGE, "")
+    assert all(len(line) < 80 for line in done.out.splitlines())
+
+
+def test_the_usage_names_every_option_and_command():
+    for name in koitab.LONG:
+        assert f"--{name.rstrip('=')}" in koitab.USAGE
+    for name in koitab.COMMANDS:
+        assert f"koitab {name} " in koitab.USAGE
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["-V"]])
+def test_version(type_in, argv):
+    assert type_in(*argv).out == f"koitab {koitab.VERSION}\n"
+
+
+# --- the real program -----------------------------------------------------
+
+
+def run(*argv: str, **options) -> subprocess.CompletedProcess:
+    env = {"PATH": os.environ.get("PATH", os.defpath), "TZ": "UTC"}
+    return subprocess.run(list(argv), env=env, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          timeout=60, **options)
+
+
+def test_the_program_runs_by_itself_and_by_python(tmp_path):
+    path = tmp_path / "tab"
+    path.write_text(TAB)
+    program = str(support.ROOT / "koitab.py")
+    rest = ["next", "Night", "--tab", str(path), "--from", "2026-01-01"]
+    by_python = run(sys.executable, "-B", "-I", "-S", program, *rest)
+    assert by_python.stderr == b""
+    assert by_python.stdout.startswith(
+        b"[Admin]\nNight: At 02:30\n    2026-01-01T02:30:00+00:00\n")
+    if os.path.exists(support.SYSTEM_PYTHON):
+        assert run(program, *rest).stdout == by_python.stdout
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
+    path = tmp_path / "tab"
+    path.write_text("* * * * * x\n")
+    process = subprocess.Popen(
+        [sys.executable, "-B", "-I", "-S", str(support.ROOT / "koitab.py"),
+         "next", "--tab", str(path), "-n", "50000"], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 128 + 13
+
+
+def test_what_costs_milliseconds_is_imported_late(tmp_path):
+    path = tmp_path / "tab"
+    path.write_text(TAB)
+    done = run(sys.executable, "-B", "-I", "-S", "-X", "importtime",
+               str(support.ROOT / "koitab.py"), "next", "--tab", str(path))
+    loaded = {line.rsplit("|", 1)[1].strip() for line in
+              done.stderr.decode().splitlines() if "|" in line}
+    assert "bisect" in loaded
+    assert not loaded & {"re", "json", "zoneinfo", "datetime", "dataclasses",
+                         "hashlib", "difflib", "subprocess", "argparse"}
+
+
+def test_standard_output_may_be_anything():
+    stream = io.StringIO()          # has no reconfigure
+    saved, sys.stdout = sys.stdout, stream
+    try:
+        assert koitab.main(["--version"]) == 0
+    finally:
+        sys.stdout = saved
+    assert stream.getvalue() == f"koitab {koitab.VERSION}\n"

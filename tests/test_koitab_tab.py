@@ -1,0 +1,643 @@
+"""Tab: what does a koitab say?"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+import support
+
+koitab = support.load("koitab")
+CASES = Path(__file__).parent / "cases"
+
+
+def tab(text: str, **options):
+    return koitab.parse_tab(text, **options)
+
+
+def jobs(text: str, **options):
+    """The jobs of a tab without a fault."""
+    found = tab(text, **options)
+    assert [problem.text("tab") for problem in found.faults()] == []
+    return found.jobs
+
+
+def only(line: str, **options):
+    """The job of one line."""
+    found = jobs(line + "\n", **options)
+    assert len(found) == 1
+    return found[0]
+
+
+def faults(text: str, **options) -> list[tuple]:
+    return [(p.line, p.column, p.what) for p in tab(text, **options).faults()]
+
+
+def warnings(text: str, **options) -> list[tuple]:
+    found = tab(text, **options)
+    assert [problem.text("tab") for problem in found.faults()] == []
+    return [(p.column, p.what) for p in found.problems]
+
+
+def rejected() -> list[tuple[str, str]]:
+    lines = (CASES / "rejected.tsv").read_text(encoding="utf-8").splitlines()
+    return [tuple(line.split("\t")[:2]) for line in lines
+            if not line.startswith("# ")]
+
+
+# --- what is refused ------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns, field", rejected())
+def test_what_every_cron_refuses_is_refused(columns, field):
+    line = columns.replace("  (no command)", "") if "(no command)" in columns \
+        else f"{columns} true"
+    found = tab(f"# a comment\n{line}\n")
+    first = found.faults()[0]
+    assert (first.line, first.what) == (2, f"bad {field}")
+    assert 1 <= first.column <= len(line) + 1
+    assert found.jobs == []
+    assert first.text("tab").startswith(f"tab:2:{first.column}: bad {field}: ")
+
+
+def test_all_the_rejected_lines_are_there():
+    assert len(rejected()) == 84
+
+
+@pytest.mark.parametrize("text, where", [
+    ("60 * * * * x\n", [(1, 1, "bad minute")]),
+    ("  60 * * * * x\n", [(1, 3, "bad minute")]),
+    ("5 1,24 * * * x\n", [(1, 5, "bad hour")]),
+    ("60 24 * * * x\n", [(1, 1, "bad minute"), (1, 4, "bad hour")]),
+    ("60 24 32 * * x\n", [(1, 1, "bad minute")]),   # this is no entry at all
+    ("\t5 \t* * * 1-8 x\n", [(1, 13, "bad day-of-week")]),
+    ("* * * *\n", [(1, 8, "bad day-of-week")]),
+    ("* * * JAN c\n", [(1, 11, "bad day-of-week")]),
+    ("@daily\n", [(1, 7, "bad command")]), ("@daily \n", [(1, 8,
+                                                          "bad command")]),
+    ("* * * * * x\n\n61 * * * * y\n* 25 * * * z\n",
+     [(3, 1, "bad minute"), (4, 3, "bad hour")]),
+    ("A=\"x\n", [(1, 1, "bad minute")]),
+    ('A="x" # c\n', [(1, 1, "bad minute")]),
+    ('A="x"y\n', [(1, 1, "bad minute")]),
+    ('A="a\\"b"\n', [(1, 1, "bad minute")]),
+    ("export A=b\n", [(1, 1, "bad minute")]),
+    ("A B=c\n", [(1, 1, "bad minute")]),
+    ("A : b\n", [(1, 1, "bad minute")]),
+    ("garbage\n", [(1, 1, "bad minute")]),
+    ("\r\n", [(1, 1, "bad minute")]),
+    ("\ufeff* * * * * x\n", [(1, 1, "bad minute")]),
+    ("\v* * * * * x\n", [(1, 1, "bad minute")]),
+    ("\u00a0* * * * * x\n", [(1, 1, "bad minute")]),
+    ("* * * * * x", [(1, 12, "premature EOF")]),
+    ("A=b\n* * * * * x\nC=d", [(3, 4, "premature EOF")]),
+    ("* * * * * a\0b\n", [(1, 12, "bad line")]),
+    ("@daily\r\n", [(1, 1, "bad time specifier")]),
+    ("-5 * * * * x\n", [(1, 1, "bad minute")]),
+    ("[]\n", [(1, 2, "bad section")]),
+    ("[a\x1bb]\n", [(1, 2, "bad section")]),
+    (f"[{'x' * 101}]\n", [(1, 2, "bad section")]),
+    ('"" @daily x\n', [(1, 2, "bad name")]),
+    ('"a @daily x\n', [(1, 1, "bad name")]),
+    ('"a"@daily x\n', [(1, 1, "bad name")]),
+    ('"a\u202eb" @daily x\n', [(1, 2, "bad name")]),
+    ("KOI_TIMEOUT=soon\n", [(1, 13, "bad setting")]),
+    ("KOI_OVERLAP = never\n", [(1, 15, "bad setting")]),
+    ("KOI_RETRY=-1\n", [(1, 11, "bad setting")]),
+    ("KOI_CATCHUP=1\n", [(1, 13, "bad setting")]),
+    ("KOI_KEEP=0\n", [(1, 10, "bad setting")]),
+    ("KOI_CONFIRM=maybe\n", [(1, 13, "bad setting")]),
+    ("KOI_START_WITHIN=\n", [(1, 18, "bad setting")]),
+    ("* * * * * x\n* * * * * x\n", [(2, 1, "bad job")]),
+    ('"A" @daily x\n"A" @hourly y\n', [(2, 1, "bad job")]),
+    ("* * * * * " + "x" * 131_072 + "\n", [(1, 11, "bad command")]),
+])
+def test_each_fault_has_a_line_and_a_column(text, where):
+    assert faults(text) == where
+
+
+def test_a_bad_line_drops_that_line_alone():
+    found = tab("A=1\n* * * * * one\n61 * * * * two\n@daily three\nx")
+    assert [job.command for job in found.jobs] == ["one", "three"]
+    assert len(found.faults()) == 2
+
+
+def test_every_fault_is_told_at_once():
+    text = "".join(f"{n} * * * * x{n}\n" for n in range(50, 80))
+    assert [line for line, _, _ in faults(text)] == list(range(11, 31))
+
+
+def test_hints_name_the_mend():
+    def hint(text):
+        return tab(text + "\n").faults()[0].hint
+
+    assert hint("5/10 * * * * x") == "5-59/10"
+    assert hint("* 24 * * * x") == "midnight is hour 0"
+    assert hint("@Daily x") == "@daily"
+    assert hint("* * * january * x") == "did you mean jan?"
+    assert "five columns" in hint("* * * * * * x")
+
+
+# --- assignments ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("line, name, value", [
+    ("A=b", "A", "b"), ("A = b", "A", "b"), ("  A\t=\tb  ", "A", "b"),
+    ("A=", "A", ""), ("A=   ", "A", ""), ('A=""', "A", ""), ("A=''", "A", ""),
+    ('A=" b "', "A", " b "), ("A=\"'x'\"", "A", "'x'"),
+    ("A='a\"b'", "A", 'a"b'), ("A=b c # d", "A", "b c # d"),
+    ("A=a=b%c", "A", "a=b%c"), ('A=x "y"', "A", 'x "y"'),
+    ('"A"=b', "A", "b"), ("'FOO BAR'=x", "FOO BAR", "x"), ("=foo", "", "foo"),
+    ("*=5", "*", "5"), ("1=5", "1", "5"), ("@daily=5", "@daily", "5"),
+    ("FOO+=x", "FOO+", "x"), ("A=b\r", "A", "b"), ('A="b"\r', "A", "b"),
+    ("TZ=UTC 0 0 * * * cmd", "TZ", "UTC 0 0 * * * cmd"),
+    ("A=$HOME", "A", "$HOME"), ("A=\udcff", "A", "\udcff"),
+])
+def test_an_assignment_is_read_as_cron_reads_it(line, name, value):
+    found = jobs(f"{line}\n* * * * * x\n")
+    assert found[0].environment == {name: value}
+
+
+def test_an_assignment_holds_for_the_lines_below_it():
+    found = jobs("@daily a\nA=1\n@daily b\nA=2\nB=3\n@daily c\n")
+    assert [job.environment for job in found] == [
+        {}, {"A": "1"}, {"A": "2", "B": "3"}]
+
+
+def test_settings_hold_for_the_lines_below_them():
+    found = jobs(
+        "@daily a\nKOI_TIMEOUT=10m\nKOI_OVERLAP=skip\nKOI_RETRY=3\n"
+        "KOI_CATCHUP=yes\nKOI_KEEP=7\nKOI_START_WITHIN=90s\nKOI_CONFIRM=cli\n"
+        "CRON_TZ=Europe/Berlin\nRANDOM_DELAY=45\n@daily b\nCRON_TZ=\n"
+        "@daily c\n")
+    assert found[0].settings == koitab.Settings()
+    assert found[1].settings == koitab.Settings(
+        timeout=600.0, overlap="skip", retry=3, catchup="yes", keep=7,
+        start_within=90.0, confirm="cli", zone="Europe/Berlin",
+        random_delay=45)
+    assert found[2].settings.zone == ""
+    assert tab("\nCRON_TZ=X/Y\n@daily a\n").zones == {"X/Y": (2, 9)}
+
+
+# --- entries --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line, when, command", [
+    ("* * * * * x", "* * * * *", "x"), ("\t*\t* *  * * x  ", "* * * * *",
+                                        "x  "),
+    ("@hourly\tpython s.py", "@hourly", "python s.py"),
+    ("@reboot x", "@reboot", "x"), ("@manual ~/t.sh", "@manual", "~/t.sh"),
+    ("0 0 * * MON x # no comment", "0 0 * * MON", "x # no comment"),
+    ("5 4 * * 1 x\r", "5 4 * * 1", "x\r"),
+    ("* * * * * FOO=bar x", "* * * * *", "FOO=bar x"),
+    ("* * * * * \udcff", "* * * * *", "\udcff"),
+])
+def test_an_entry(line, when, command):
+    job = only(line)
+    assert (job.when, job.command) == (when, command)
+
+
+def test_sections_and_names():
+    found = jobs(
+        '0 0 * * * before\n[Bots]\n"Crawler" */5 * * * * crawl\n@hourly s.py\n'
+        ' [ Ad = min ] \n"Say Hi" @manual ~/tweet.sh\n"A"=b\n"A" @daily x\n')
+    assert [(job.line, job.section, job.name) for job in found] == [
+        (1, "", ""), (3, "Bots", "Crawler"), (4, "Bots", ""),
+        (6, "Ad = min", "Say Hi"), (8, "Ad = min", "A")]
+    assert found[4].environment == {"A": "b"}
+    assert found[1].label == "Crawler"
+    assert found[2].label == "s.py"
+
+
+def test_a_tag_is_made_from_section_and_name_else_from_what_runs():
+    named = jobs('[S]\n"N" @daily a\n')[0].tag
+    assert jobs('\nX=1\n[S]\n"N" @hourly b\n')[0].tag == named
+    assert jobs('[T]\n"N" @daily a\n')[0].tag != named
+    plain = only("@daily a").tag
+    assert jobs("[S]\n\n@daily a\n")[0].tag == plain
+    assert only("@hourly a").tag != plain
+    # A name cannot pretend to be a section, nor a Cyrillic letter a Latin.
+    assert len({jobs(text)[0].tag for text in (
+        '[a]\n"b" @daily x\n', '"ab" @daily x\n', '"\u0430b" @daily x\n')}) \
+        == 3
+
+
+@pytest.mark.parametrize("text, options, found", [
+    ("-5 * * * * x", {"root": True}, ("x", True, False)),
+    ("* * * * * -n x", {}, ("x", False, True)),
+    ("* * * * * -nx", {}, ("-nx", False, False)),
+    ("@manual -n  x", {}, ("x", False, True)),
+])
+def test_flags_of_cronie(text, options, found):
+    job = only(text, **options)
+    assert (job.command, job.unlogged, job.mail_failures) == found
+
+
+def test_a_system_tab_has_a_column_for_users():
+    job = only("17 *\t* * *\troot\tcd / && x", system=True)
+    assert (job.user, job.command) == ("root", "cd / && x")
+    assert only("-@daily www x", system=True).user == "www"
+    assert faults("0 0 1 1 * root\n", system=True) == [(1, 15, "bad command")]
+    assert faults("0 0 1 1 * * c\n", system=True) == [
+        (1, 13, "bad username")]
+    assert faults("0 0 1 1 *\n", system=True) == [(1, 10, "bad username")]
+
+
+DEBIAN = '''# /etc/crontab: system-wide crontab
+SHELL=/bin/sh
+PATH=/usr/local/sbin:/usr/local/bin:/sbin:/bin:/usr/sbin:/usr/bin
+
+# *  *  *  *  * user-name command to be executed
+17 *	* * *	root	cd / && run-parts --report /etc/cron.hourly
+25 6	* * *	root	test -x /usr/sbin/anacron || { cd / && run-parts x; }
+52 6	1 * *	root	test -x /usr/sbin/anacron || { cd / && run-parts y; }
+#
+5-55/10 * * * * root command -v debian-sa1 > /dev/null && debian-sa1 1 1
+59 23 * * * root command -v debian-sa1 > /dev/null && debian-sa1 60 2
+57 0 * * 0 root if [ -x /usr/share/mdadm/checkarray ] && [ $(date +\\%d) \
+-le 7 ]; then /usr/share/mdadm/checkarray --cron --all --idle --quiet; fi
+09,39 *     * * *     root   [ -x /usr/lib/php/sessionclean ] && if [ ! -d \
+/run/systemd/system ]; then /usr/lib/php/sessionclean; fi
+@reboot root /bin/true
+'''
+
+
+def test_real_crontabs_of_debian_are_read_without_a_word():
+    found = tab(DEBIAN, system=True)
+    assert [problem.text("tab") for problem in found.problems] == []
+    assert len(found.jobs) == 8
+    assert "date +%d" in found.jobs[5].script
+    for path in ["/etc/crontab", *Path("/etc/cron.d").glob("[!.]*")]:
+        if os.access(path, os.R_OK):
+            text = Path(path).read_text(errors="surrogateescape")
+            assert tab(text, system=True).faults() == []
+
+
+@pytest.mark.parametrize("command, script, stdin", [
+    ("x", "x", ""), ("x%", "x", ""), ("x%a", "x", "a\n"),
+    ("x%a%b", "x", "a\nb\n"), ("x%a%", "x", "a\n"), ("x%%", "x", "\n"),
+    (r"date +\%F", "date +%F", ""), (r"x\\y", r"x\\y", ""),
+    (r"x\\%y", r"x\\", "y\n"), (r"x%a\%b", "x", "a%b\n"),
+    (r"x%a\nb\\%c", "x", "a\\nb\\%c\n"), ('x "a%b"', 'x "a', 'b"\n'),
+    ("x\\", "x\\", ""),
+])
+def test_percent(command, script, stdin):
+    job = only(f"@daily {command}")
+    assert (job.script, job.stdin) == (script, stdin)
+
+
+# --- warnings -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line, where", [
+    ("5-1 * * * * x", [(1, "odd minute"), (1, "odd schedule")]),
+    ("*/100 * * * * x", [(1, "odd minute")]),
+    ("0-59/60 * * * * x", [(1, "odd minute")]),
+    ("0 0 * feb-jan * x", [(7, "odd month"), (1, "odd schedule")]),
+    ("0 0 * * fri-mon x", [(9, "odd day-of-week"), (1, "odd schedule")]),
+    ("30 2 30 2 * x", [(1, "odd schedule")]),
+    ("30 2 31 4,6 * x", [(1, "odd schedule")]),
+    ('"N" 30 2 30 2 * x', [(5, "odd schedule")]),
+    ("0 9 1 * mon x", [(1, "odd schedule")]),
+    ("* 3 * * * x", [(1, "odd schedule")]),
+    ("0 0 * * * root x", [(11, "odd command")]),
+    ("0 0 * * * x\r", [(12, "odd command")]),
+    ("0 0 * * * x > $(date +%F)", [(23, "odd command")]),
+    ("PATH=$PATH:/x", [(6, "odd variable")]),
+    ("A=x # y", [(5, "odd variable")]), ("TZ=UTC 0 0 * * * x",
+                                         [(1, "odd variable")]),
+    ("1=2", [(1, "odd variable")]), ("KOI_TIMOUT=3", [(1, "unknown setting")]),
+    ("RANDOM_DELAY=1441", [(14, "bad setting")]),
+    ("@manual docker ps --format '{{.Names}}'", [(29, "odd argument")]),
+    ("@daily x {{S, secret, abc}}", [(10, "odd argument")]),
+])
+def test_what_looks_wrong_is_warned_of(line, where):
+    assert sorted(warnings(line + "\n")) == sorted(where)
+
+
+@pytest.mark.parametrize("line", [
+    "*/5 * * * * x", "0 0 * * fri-sun x", "0 0 1 * * x", "0 9 */2 * mon x",
+    "10~20 * * * * x", "MAILTO=$USER", r"0 0 * * * date +\%F", "007 * * * * x",
+    "0 0 29 2 * x", "0 0 31 1-2 * x", "A='x # y'", "@daily rooted x",
+])
+def test_what_is_right_is_not_warned_of(line):
+    expected = [] if "A=" not in line else warnings(line + "\n")
+    assert warnings(line + "\n") == expected
+
+
+# --- where a placeholder may stand ----------------------------------------
+
+
+@pytest.mark.parametrize("command, place", [
+    ('x "Hi {{a}}"', "in double quotes"), ("x 'Hi {{a}}'",
+                                           "in single quotes"),
+    ("x $'Hi {{a}}'", "in $'..'"), ("x `y {{a}}`", "in backquotes"),
+    ("x $(y {{a}})", "in $(..)"), ('x "$(y {{a}})"', "in $(..)"),
+    ("x $(y $(z) {{a}})", "in $(..)"), ("x ${V:-{{a}}}", "in ${..}"),
+    ('x "${V:-{{a}}}"', "in ${..}"), ("x $(( 1 + {{a}} ))", "in arithmetic"),
+    ("(( x = {{a}} ))", "in arithmetic"), ("x <(y {{a}})",
+                                           "in <(..) or >(..)"),
+    ("cat <<EOF {{a}} EOF", "in a here-document"),
+    ("cat <<{{a}}", "in a here-document"), ("cat <<-'E' {{a}}",
+                                            "in a here-document"),
+    ("x # {{a}}", "in a comment"), ("x;# {{a}}", "in a comment"),
+    ("x \\{{a}}", "after a backslash"), ("x ${{a}}", "after a $"),
+    ("x[{{a}}]=1", "in an array's index"), ("y x[1+{{a}}]=1",
+                                            "in an array's index"),
+    ("x[y[0]+{{a}}]=1", "in an array's index"), ("x=([{{a}}]=1)",
+                                                 "in an array's index"),
+    ("x[\"]\"{{a}}]=1", "in an array's index"), ("y $[1+{{a}}]",
+                                                 "in arithmetic"),
+    ("x%{{a}}", "after %"), ("x {{b}}%y%{{a}}", "after %"),
+    ("x $'it\\'s' {{a}}", r"after $'..\'..'"),
+    ("sh -c '.. {{a}}'", "in single quotes"),
+    ("python -c \"print('{{a}}')\"", "in double quotes"),
+    ("awk '{print \"{{a}}\"}'", "in single quotes"),
+    ("x \"`y`{{a}}\"", "in double quotes"), ("x 'a'\"b{{a}}\"",
+                                             "in double quotes"),
+    ("x 'it\\' \"{{a}}\"", "in double quotes"), ("x \"a\\\"{{a}}\"",
+                                                 "in double quotes"),
+    ("x $(case y in z) echo;; esac; echo {{a}})", "in $(..)"),
+    ("x $(echo ')' {{a}})", "in $(..)"),
+    ("x `echo \\`y\\` {{a}}`", "in backquotes"),
+    ("x " + "$(" * 60 + "{{a}}", "nested too deep"),
+    ("x " + "(" * 60 + "{{a}}", "nested too deep"),
+])
+def test_a_placeholder_is_refused_where_no_word_stands(command, place):
+    line = f"@manual {command}\n"
+    found = tab(line).faults()
+    assert found[-1].why == f"it stands {place}"
+    assert found[-1].column == line.rindex("{{") + 1
+    assert found[-1].hint
+    # The same in a scheduled job, and in a tab that was edited by hand.
+    assert tab(f"@daily {command}\n".replace(
+        "{{a}}", "{{a, string, b}}")).jobs == []
+
+
+@pytest.mark.parametrize("command, script", [
+    ("x {{a}}", 'x "${KOI_ARG_1}"'), ("x --to={{a}}", 'x --to="${KOI_ARG_1}"'),
+    ("x {{a}} {{b}} {{a}}",
+     'x "${KOI_ARG_1}" "${KOI_ARG_2}" "${KOI_ARG_1}"'),
+    ("{{a}}", '"${KOI_ARG_1}"'), ("V={{a}} x", 'V="${KOI_ARG_1}" x'),
+    ("x 'q'{{a}}\"r\"", "x 'q'\"${KOI_ARG_1}\"\"r\""),
+    ("x > {{a}}", 'x > "${KOI_ARG_1}"'), ("x <<< {{a}}",
+                                          'x <<< "${KOI_ARG_1}"'),
+    ("(x {{a}}; y)", '(x "${KOI_ARG_1}"; y)'),
+    ("x $(y) {{a}}", 'x $(y) "${KOI_ARG_1}"'),
+    ("x $((1+(2))) {{a}}", 'x $((1+(2))) "${KOI_ARG_1}"'),
+    ("x ${V:-$(y)} {{a}}", 'x ${V:-$(y)} "${KOI_ARG_1}"'),
+    ("x `y` {{a}}", 'x `y` "${KOI_ARG_1}"'),
+    ("case {{a}} in a) x;; *) y {{a}};; esac",
+     'case "${KOI_ARG_1}" in a) x;; *) y "${KOI_ARG_1}";; esac'),
+    (r"x \\{{a}}", r'x \\"${KOI_ARG_1}"'), ("x a#{{a}}",
+                                            'x a#"${KOI_ARG_1}"'),
+    (r"x +\%F {{a}}", 'x +%F "${KOI_ARG_1}"'), ("x $# $$ {{a}}",
+                                                'x $# $$ "${KOI_ARG_1}"'),
+    ("x $'a\\n' {{a}}", "x $'a\\n' \"${KOI_ARG_1}\""),
+    ("x \"a'b\" {{a}}", "x \"a'b\" \"${KOI_ARG_1}\""),
+    ("x {{it's \"a\" test}} {{a}}", 'x "${KOI_ARG_1}" "${KOI_ARG_2}"'),
+    ("x[0]={{a}}", 'x[0]="${KOI_ARG_1}"'), ("x {{a}}%in",
+                                          'x "${KOI_ARG_1}"'),
+])
+def test_a_placeholder_becomes_a_word_of_the_environment(command, script):
+    job = only(f"@manual {command}")
+    assert job.script == script
+    assert "KOI_ARG_" not in job.command
+
+
+PAYLOADS = [
+    "$(id > CANARY)", "`id > CANARY`", "'; id > CANARY; '", "a[$(id>CANARY)]",
+    '"; id > CANARY; "', "x\nid > CANARY", "\\", "!!", "*", "~", "", "-rf",
+    "{{x}}", "o'brien", "${KOI_ARG_1}", "\u00e9\U0001f600", "a  b\tc", "#x",
+]
+
+
+@pytest.mark.parametrize("shell", ["dash", "bash", "busybox"])
+def test_each_value_arrives_byte_for_byte(shell, tmp_path):
+    support.need(shell)
+    show = tmp_path / "show"
+    show.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    show.chmod(0o755)
+    lines = ["{0} {{{{a}}}}", "{0} x{{{{a}}}}y", "V={{{{a}}}} {0} k {{{{a}}}}",
+             "({0} {{{{a}}}})", "case {{{{a}}}} in zz) ;; *) {0} {{{{a}}}};;"
+             " esac", "{0} 'q'{{{{a}}}}\"r\" $(true) `true` {{{{b}}}}"]
+    for line in lines:
+        job = only(f"@manual {line.format(show)}")
+        for payload in PAYLOADS:
+            values = {f"KOI_ARG_{n}": payload for n in (1, 2)}
+            command = [support.find(shell)] + ["sh"] * (shell == "busybox")
+            done = subprocess.run(
+                [*command, "-c", job.script], cwd=tmp_path, env=values,
+                stdout=subprocess.PIPE, check=True)
+            got = done.stdout.decode().split("\0")[:-1]
+            assert got in ([payload], [f"x{payload}y"], ["k", payload],
+                           [f"q{payload}r", payload])
+    assert not list(tmp_path.glob("*CANARY*"))
+
+
+@pytest.mark.parametrize("text, param", [
+    ("{{To Handle}}", ("To Handle", "string", None, ())),
+    ("{{Delay, int, 0}}", ("Delay", "int", "0", ())),
+    ("{{Emoji \U0001f603, bool}}", ("Emoji \U0001f603", "bool", None, ())),
+    ("{{ a ,string, b, c }}", ("a", "string", "b, c", ())),
+    ("{{a,,b}}", ("a", "string", "b", ())), ("{{a,,}}", ("a", "string", "",
+                                                         ())),
+    ("{{a, choice(x|y z)}}", ("a", "choice", None, ("x", "y z"))),
+    ("{{a, choice(x|y), y}}", ("a", "choice", "y", ("x", "y"))),
+    ("{{a, text}}", ("a", "text", None, ())),
+    ("{{a, date, 2024-02-29}}", ("a", "date", "2024-02-29", ())),
+    ("{{a, secret}}", ("a", "secret", None, ())),
+])
+def test_an_argument(text, param):
+    found = only(f"@manual x {text}").params[0]
+    assert (found.name, found.type, found.default, found.choices) == param
+
+
+@pytest.mark.parametrize("text", [
+    "{{}}", "{{ }}", "{{,int}}", "{{a, number}}", "{{a, int, x}}",
+    "{{a, int, 1_000}}", "{{a, int, \uff11}}", "{{a, int, +5}}",
+    "{{a, int, 0x10}}", f"{{{{a, int, {'9' * 19}}}}}", "{{a, bool, yes}}",
+    "{{a, bool, True}}", "{{a, choice(), x}}", "{{a, choice(x||y)}}",
+    "{{a, choice(x|x)}}", "{{a, choice(x|y), z}}", "{{a, date, 2023-02-29}}",
+    "{{a, date, 23-1-1}}", "{{a, int}} {{a, bool}}", "{{a", "{{a {b} }}",
+    f"{{{{{'n' * 101}}}}}", "{{a\x07}}", f"{{{{a, string, {'v' * 4097}}}}}",
+    " ".join(f"{{{{p{n}}}}}" for n in range(65)), "{{\udcff, int, 1\udcff}}",
+])
+def test_what_is_no_argument_is_refused(text):
+    assert [what for _, _, what in faults(f"@manual x {text}\n")] == [
+        "bad argument"]
+
+
+def test_a_job_that_is_scheduled_needs_defaults():
+    assert faults("@daily x {{a}}\n") == [(1, 10, "bad argument")]
+    assert only("@daily x {{a, int, 5}}").params[0].default == "5"
+    assert faults("@reboot x {{a, bool}}\n") == [(1, 11, "bad argument")]
+
+
+@pytest.mark.parametrize("kind, good, bad", [
+    ("int", ["0", "-5", "9" * 18], ["", "-", "--1", "+1", "1.0", " 1", "1\n",
+                                    "\u0663", "1e3", "9" * 19]),
+    ("bool", ["true", "false"], ["", "True", "1", "yes", "null"]),
+    ("string", ["", "$(id)", "-rf", "a\tb"], ["a\0b", "a\nb", "\ud800",
+                                             "\x1b[2J", "\u202e"]),
+    ("text", ["a\nb"], ["a\rb", "a\0b", "\x07"]),
+    ("date", ["2026-03-29"], ["2026-3-29", "2026-02-30", "0000-01-01",
+                              "2026-03-29 ", "", "\uff12026-01-01"]),
+])
+def test_which_values_fit_a_type(kind, good, bad):
+    param = koitab.Param("a", kind)
+    assert [value for value in good if param.refusal(value)] == []
+    assert [value for value in bad if not param.refusal(value)] == []
+
+
+@pytest.mark.parametrize("command, program", [
+    ("eval {{a}}", "eval"), ("sh -c 'x \"$1\"' sh {{a}}", "sh -c"),
+    ("bash -lc 'x' {{a}}", "bash -c"), ("su -c x {{a}}", "su -c"),
+    ("ssh host x {{a}}", "ssh"), ("echo {{a}} | xargs -n1 x", "xargs"),
+    ("find . -exec sh -c 'y' {{a}} ;", "sh -c"), ("env -S {{a}}", "env -S"),
+    ("watch {{a}}", "watch"), ("python3 -c 'x' {{a}}", "python3 -c"),
+    ("perl -ne 'x' {{a}}", "perl -e"), ("/usr/bin/awk {{a}} f", "awk"),
+    ("echo {{a}} | sh", "sh"), ("[[ {{a}} -eq 1 ]] && x", "[["),
+    ("let x={{a}}", "let"), ("read {{a}}", "read"),
+    ("sudo {{a}}", "the value is the program"), ("mysql -e {{a}}", "mysql -e"),
+    ("sudo sh -c {{a}}", "sh -c"), ("'eval' {{a}}", "eval"),
+    ("{{a}} x", "the value is the program"),
+    ("true; {{a}}", "the value is the program"),
+    ("V=1 {{a}}", "the value is the program"),
+])
+def test_a_second_parser_is_warned_of(command, program):
+    found = [p for p in tab(f"@manual {command}\n").problems
+             if p.what == "unsafe argument"]
+    assert found
+    assert program in found[0].why
+    assert not found[0].fatal
+
+
+@pytest.mark.parametrize("command", [
+    "echo {{a}}", "sh script.sh {{a}}", "python3 x.py {{a}}", "V={{a}} x",
+    "test {{a}} = b", "timeout 5 x {{a}}", "env A=b x {{a}}", "x evaluate",
+    "echo {{a}} > sh.log",
+])
+def test_an_ordinary_command_is_not_warned_of(command):
+    assert warnings(f"@manual {command}\n") == []
+
+
+@pytest.mark.parametrize("command", [
+    "docker ps --format '{{.Names}}: {{ .Status }}'", "x {{json .Mounts}}",
+    "x '{{range .A}}{{.B}}{{end}}'", "echo {{a,b},{c,d}}",
+    "awk '{{print $1}}'", "x {{", "x }}", "x {{ y", "x '{{$v}}'",
+])
+def test_braces_of_other_programs_stay_as_they_are(command):
+    job = only(f"0 0 * * * {command}")
+    assert (job.script, job.params) == (command, ())
+
+
+# --- hostile tabs ---------------------------------------------------------
+
+
+def bounded(text: str, seconds: float = 5, **options):
+    began = time.perf_counter()
+    found = tab(text, **options)
+    assert time.perf_counter() - began < seconds
+    return found
+
+
+@pytest.mark.parametrize("text", [
+    "{{" * 60_000 + "\n", "@manual x " + "{{" * 60_000 + "\n",
+    "@manual x " + "{{a}}" * 20_000 + "\n", "@manual x '" + "{{a}}" * 20_000,
+    "@manual x " + "$(" * 50_000 + "{{a}}\n", "@manual " + "(" * 50_000 +
+    "{{a}}\n", "@manual " + "${" * 50_000 + "{{a}}\n", "@manual x " +
+    '"$(' * 40_000 + "{{a}}\n", "@manual x " + "`" * 100_001 + "{{a}}\n",
+    "@manual x " + "<(" * 50_000 + "{{a}}\n", "@manual x " + "'{{" * 40_000
+    + "\n", "@manual x " + "$'\\''" * 25_000 + "{{a}}\n",
+    "@manual " + "a[" * 60_000 + "{{a}}\n", "@manual x " + "{{a}" * 30_000,
+    "0," * 400_000 + "0 * * * * x\n", "0-59/1," * 100_000 + "5 * * * * x\n",
+    "5" * 1_000_000 + " * * * * x\n", "\n" * 100_000, "x\n" * 100_000,
+    "* * * * * x\n" * 9_000, "".join(f"A{n}=b\n@daily {n}\n" for n in
+                                     range(6_000)),
+    "KOI_XYZ=1\n" * 5_000, "@" + "a" * 1_000_000 + "\n", "[" * 1_000_000,
+    '"' * 1_000_000, "=" * 1_000_000 + "\n", "\0" * 1_000_000,
+    "* * * * * " + "%" * 130_000 + "\n", "* * * * * " + "\\" * 130_000 + "\n",
+    "@manual x " + "$(a)" * 32_000 + "{{a}}\n",
+    "@manual x" + " $(a) eval sudo" * 8_000 + " {{a}}\n",
+    "@manual x " + "case $(" * 15_000 + ")" * 15_000 + "{{a}}\n",
+], ids=itertools.count())
+def test_a_hostile_tab_costs_little(text):
+    bounded(text[:2**20])
+
+
+def test_limits_are_told():
+    assert "10,000 lines" in tab("@daily x\n" + "\n" * 10_000).faults()[-1].why
+    many = "".join(f"A{n}=b\n" for n in range(1_001))
+    assert faults(many) == [(1_001, 1, "bad variable")]
+
+
+PIECES = [
+    "* * * * *", "*/5 2 * * 1-5", "5-1 * * * *", "@daily", "@manual",
+    "@reboot", "@x", "[S]", '"N"', '"', "'", "=", "A=b", "KOI_RETRY=2",
+    "CRON_TZ=X", "CRON_TZ=", " ", " ", "\t", "\n", "\n", "\r", "\0", "%",
+    "\\", "{{", "}}", "{{a}}", "{{a, int, 5}}", "{{b,choice(x|y)}}", "$(",
+    ")", "((", "))", "`", "${", "}", "$'", "<<", "<<<", "#", ";", "|", "&",
+    "-n ", "-", "root", "eval", "sh -c", "case", "esac", "\udcff", "\u202e",
+    "\ufeff", "é", "61", "7", ",", "~", "/", "-", "x", "$", "[", "]",
+]
+
+
+def test_no_text_makes_a_traceback():
+    dice = random.Random(20260329)
+    began, read, refused = time.perf_counter(), 0, 0
+    for _ in range(6_000):
+        text = "".join(dice.choices(PIECES, k=dice.randrange(1, 30)))
+        if dice.random() < 0.5:
+            text = "@manual x " + text.replace("\n", " ")
+        text += "\n" * (dice.random() < 0.9)
+        found = tab(text, system=dice.random() < 0.2,
+                    root=dice.random() < 0.2)
+        lines = text.split("\n")
+        for problem in found.problems:
+            assert 1 <= problem.line <= len(lines)
+            assert 1 <= problem.column <= len(lines[problem.line - 1]) + 1
+            assert problem.what and problem.why
+            assert not koitab.has_control(problem.text("tab"), "\t")
+        read, refused = read + len(found.jobs), refused + len(found.faults())
+        for job in found.jobs:
+            assert job.tag and isinstance(job.words(), str)
+            for n in range(1, len(job.params) + 1):
+                assert f'"${{KOI_ARG_{n}}}"' in job.script
+    assert read > 500
+    assert refused > 2_000
+    assert time.perf_counter() - began < 60
+
+
+def test_shell_and_lexer_agree_where_a_word_stands(tmp_path):
+    """What the lexer accepts, the shell reads as one word of a command: the
+    value never runs, whatever stands around it."""
+    support.need("bash", "dash")
+    dice, tried = random.Random(11), 0
+    parts = ["a", "'b c'", '"d e"', "$(true)", "`true`", "${V:-x}", "$((1+2))",
+             "\\'", '\\"', "$'f'", ";true", "|cat", "&&true", "(true)",
+             "{{p}}", "{{p}}", '"', "'", "`", "$(", ")", "#", "$", "\\", " "]
+    for _ in range(400):
+        command = "true " + " ".join(dice.choices(parts, k=dice.randrange(
+            2, 8)))
+        if "{{p}}" not in command:
+            continue
+        found = tab(f"@manual {command}\n").jobs
+        if not found:
+            continue
+        tried += 1
+        for shell in ("bash", "dash"):
+            subprocess.run(
+                [support.find(shell), "-c", found[0].script], cwd=tmp_path,
+                env={"KOI_ARG_1": "a;id>CANARY;$(id>CANARY)`id>CANARY`'\"",
+                     "PATH": os.environ.get("PATH", os.defpath)},
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, timeout=20)
+        assert list(tmp_path.iterdir()) == [], command
+    assert tried > 60
