@@ -3067,7 +3067,8 @@ class Machine:
         line = done.output.split("\n", 1)[0].rstrip("\r")
         if done.code or not line or len(line) > 4096:
             raise Error(f"{pass_bin} {visible(name)}: " + (
-                done.reason if done.code else "no password came"))
+                done.reason if done.code else "no password came"
+                if not line else "its first line is longer than 4 KiB"))
         return line
 
     def notify(self, user: str, text: str, failed: bool) -> str:
