@@ -3169,13 +3169,16 @@ def fetch(url: str, body: bytes | None, timeout: float, ca_file: str) -> str:
 
     class Redirects(urllib.request.HTTPRedirectHandler):
         max_redirections = max_repeats = 3
+        # Python before 3.11 does not know 308.
+        http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302
 
         def redirect_request(self, request, file, code, text, headers, to):
             secure = request.full_url.lower().startswith("https:")
             if not to.lower().startswith("https:" if secure else "http"):
                 raise OSError(f"redirected to {to}")
-            return super().redirect_request(request, file, code, text,
-                                            headers, to)
+            return super().redirect_request(
+                request, file, 307 if code == 308 else code, text, headers,
+                to)
 
     # Nothing but http and https: urlopen would read file: and ftp:.
     opener = urllib.request.OpenerDirector()
