@@ -92,7 +92,7 @@ def test_a_changed_program_is_compiled_anew(host, installed):
 @support.root_only
 def test_a_user_can_neither_write_the_cache_nor_needs_it(host, installed):
     private_cache(host)
-    for folder in [installed.parent, *installed.parents[1:3]]:
+    for folder in list(installed.parents)[:3]:
         os.chmod(folder, 0o755)
     result = host.run([str(installed), "--version"], user=support.ALICE)
     assert (result.code, result.err) == (0, "")
