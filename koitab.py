@@ -31,7 +31,12 @@ values first, then decisions, then deeds. Each section says what it touches.
     Schedule  when does an entry run next?               (nothing)
     Tab       what does a koitab say?                    (nothing)
     Plan      given the time, what should start?         (nothing)
-    Machine   what may koi do to this host?              (files)
+    Record    what do we remember about a run?           (nothing)
+    Supervisor  who stays with a job?                    (processes, files)
+    Machine   what may koi do to this host?              (files, processes)
+    Store     where are runs kept?                       (files)
+    Control   how do users reach the daemon?             (network, files)
+    Daemon    who carries the plan out?                  (machine)
     Command   what can I type?                           (terminal)
 
 Above this text stand some lines for sh, which is replaced by Python before
@@ -46,18 +51,25 @@ are used.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import posixpath
+import select
+import signal
+import socket
+import stat
 import sys
 import time
 from bisect import bisect_right
+from struct import Struct
 
 PROG, VERSION = "koitab", "1.0"
 
 EXIT_OK = 0
 EXIT_FAULTS = 1         # as crontab(1): whatever is wrong, it says 1
 EXIT_USAGE = 2          # wrong usage of a command that crontab(1) lacks
+EXIT_BUG = 70           # a fault of ours
 EXIT_SIGNAL = 128       # plus the number of the signal, as shells report it
 
 # ==========================================================================
@@ -1957,6 +1969,9 @@ def parse_tab(text: str, system: bool = False, root: bool = False,
 # ==========================================================================
 
 
+MOST_COUNTED = 10_000   # missed starts of one job that are counted
+
+
 class Reading(Record):
     """One look at both clocks."""
     wall: float             # seconds since 1970, as the machine has it
@@ -1974,6 +1989,7 @@ class Watch(Record):
     """How far the plan was carried out: the last look, and each dial."""
     seen: Reading
     dials: dict             # CRON_TZ -> Dial; "" is the machine's zone
+    skipped: list = []      # (job, how many, the first) that a jump cost
 
 
 class Launch(Record):
@@ -2031,37 +2047,55 @@ def passed(dial: Dial, after: int, until: int) -> Dial:
     return dial
 
 
-def plan(jobs: list[Job], since: Watch, now: Reading
-         ) -> tuple[Watch, list[Launch]]:
+def plan(jobs: list[Job], since: Watch, now: Reading,
+         due: int | None = 0) -> tuple[Watch, list[Launch]]:
     """What fell due after the last look and up to `now`, in order, and the
     watch to go on with. Each start is given once, whenever we look.
 
     Up to the first start the time passed as it should: the daemon slept.
     From there to now something kept it, and cron would have been kept too.
+    `due` is what `first_due` says, if it is known already.
     """
     after = int(since.seen.wall // 1)
     unset = int((since.seen.wall + now.ticks - since.seen.ticks) // 1)
     if unset // MINUTE == after // MINUTE:
         return since, []            # cron would still be asleep
-    due = first_due(jobs, since)
+    due = first_due(jobs, since) if due == 0 else due
     until = unset if due is None else min(unset, due - 1)
     if now.wall // MINUTE != unset // MINUTE:       # somebody set the clock
         until = min(until, unset // MINUTE * MINUTE - 1)
-    dials, launches = {}, []
+    dials, launches, skipped = {}, [], []
     for name, dial in since.dials.items():
         dial = passed(dial, after, until)
         first = wall_minute(dial.zone, now.wall)
         if first != dial.running:
-            launches += look([job for job in jobs if job.schedule
-                              and job.settings.zone == name], dial, first,
-                             first - dial.zone.offset(int(now.wall // 1)))
+            mine = [job for job in jobs if job.schedule
+                    and job.settings.zone == name]
+            launches += look(mine, dial, first, first - dial.zone.offset(
+                int(now.wall // 1)))
+            skipped += leapt_over(mine, dial, first)
             dial = dial.but(running=first,
                             virtual=played(dial.virtual, first, first))
         dials[name] = dial
     # Of jobs that are due in one minute, cron starts the last line first.
     launches.sort(key=lambda launch: (launch.due, launch.wall,
                                       -launch.job.line))
-    return Watch(now, dials), launches
+    return Watch(now, dials, skipped), launches
+
+
+def leapt_over(jobs: list[Job], dial: Dial, first: int) -> list[tuple]:
+    """What nobody will start, as the clock was set by hours: (job, how many
+    starts, the instant of the first)."""
+    found = []
+    for job in jobs if first - dial.virtual > LEAP else ():
+        count, wall = 0, 0
+        for at in job.schedule.walls(dial.virtual + MINUTE, first):
+            count, wall = count + 1, wall or at
+            if count == MOST_COUNTED:
+                break
+        if count:
+            found.append((job, count, dial.zone.instant(wall)))
+    return found
 
 
 def look(jobs: list[Job], dial: Dial, first: int, due: int) -> list[Launch]:
@@ -2076,7 +2110,669 @@ def look(jobs: list[Job], dial: Dial, first: int, due: int) -> list[Launch]:
 
 
 # ==========================================================================
-# Machine: what may koi do to this host?                            (files)
+# Record: what do we remember about a run?                        (nothing)
+#
+# A run's supervisor writes one file: a header of fixed size, then frames of
+# output. The first half of what is kept never changes; of the rest the last
+# part stays, in two segments that are overwritten in turn, so that 1 GB of
+# output costs 1 MiB. koid moves it into the history and removes the file.
+# The header begins with a version, for a supervisor outlives an upgrade.
+# ==========================================================================
+
+FRAME = Struct("<BII")      # stream, milliseconds since the start, length
+NOTE, STDOUT, STDERR, END = range(4)
+MAGIC = b"KOI1"
+HEADER = Struct("<4sBBHIIQQddiQQIIIB")
+HEADER_ROOM = 256
+KEPT_HEAD = 512 * 1024
+KEPT_SEGMENT = 256 * 1024
+SEGMENTS = (HEADER_ROOM, HEADER_ROOM + KEPT_HEAD,
+            HEADER_ROOM + KEPT_HEAD + KEPT_SEGMENT)     # where each begins
+CLAIMED, GOING, ENDED, UNSTARTABLE = range(4)           # phases
+REASONS = ("", "timeout")
+NO_STATUS = -1
+MASK = b"******"
+TRIGGERS = ("schedule", "manual", "catch-up", "retry", "reboot")
+
+
+class Header:
+    """The beginning of a run's file, as the supervisor keeps it current."""
+
+    FIELDS = ("phase", "reason", "errno", "supervisor", "job", "born",
+              "supervisor_born", "started", "ended", "status", "total",
+              "lost", "head", "first", "second", "turn")
+
+    def __init__(self, *values):
+        for name, value in zip(self.FIELDS, values or (0,) * 16):
+            setattr(self, name, value)
+
+    def pack(self) -> bytes:
+        return HEADER.pack(MAGIC, *(getattr(self, name)
+                                    for name in self.FIELDS))
+
+    def lengths(self) -> tuple[int, int, int]:
+        return self.head, self.first, self.second
+
+
+def header_of(data: bytes) -> Header | None:
+    """The header of a run's file; None if it has none, or another's."""
+    if len(data) < HEADER.size or data[:4] != MAGIC:
+        return None
+    return Header(*HEADER.unpack_from(data)[1:])
+
+
+def frame(stream: int, milliseconds: int, data: bytes) -> bytes:
+    return FRAME.pack(stream, min(milliseconds, 2**32 - 1), len(data)) + data
+
+
+def read_frames(data: bytes) -> list[tuple[int, int, bytes]]:
+    """(stream, milliseconds since the start, bytes) of each frame."""
+    found, at = [], 0
+    while at + FRAME.size <= len(data):
+        stream, milliseconds, length = FRAME.unpack_from(data, at)
+        at += FRAME.size
+        found.append((stream, milliseconds, data[at:at + length]))
+        at += length
+    return found
+
+
+def kept_output(data: bytes, header: Header) -> bytes:
+    """The frames in a run's file, in order, with a note where some were
+    left out."""
+    head, older, newer = (data[begin:begin + length] for begin, length
+                          in zip(SEGMENTS, header.lengths()))
+    if header.turn == 1:        # the first segment is being overwritten
+        older, newer = newer, older
+    if header.lost:
+        head += frame(NOTE, 0, f"{plural(header.lost, 'byte')} left out here"
+                      .encode())
+    return head + older + newer
+
+
+def output_text(frames: bytes) -> bytes:
+    """What a job wrote, both streams, as cron would mail it."""
+    return b"".join(data if stream != NOTE else b"[koi: " + data + b"]\n"
+                    for stream, _, data in read_frames(frames)
+                    if stream != END)
+
+
+class Mask:
+    """Puts ****** in the place of secrets, though they come in pieces."""
+
+    def __init__(self, secrets: list[bytes]):
+        self.secrets = sorted({secret for secret in secrets if secret},
+                              key=len, reverse=True)
+        self.held = {STDOUT: b"", STDERR: b""}
+
+    def feed(self, stream: int, data: bytes, last: bool = False) -> bytes:
+        """What may be shown now; the rest is held back for the next call,
+        as it may be the beginning of a secret."""
+        data = self.held[stream] + data
+        for secret in self.secrets:
+            data = data.replace(secret, MASK)
+        keep = 0 if last else max(
+            (size for secret in self.secrets
+             for size in range(1, len(secret))
+             if data.endswith(secret[:size])), default=0)
+        self.held[stream] = data[len(data) - keep:]
+        return data[:len(data) - keep]
+
+
+def exit_and_signal(status: int) -> tuple[int | None, int | None]:
+    """The exit status or the signal of a wait status."""
+    if status < 0:
+        return None, None
+    number = status & 0x7F
+    return (None, number) if number else (status >> 8 & 0xFF, None)
+
+
+def failed(run: dict) -> bool:
+    """Did a run end badly?"""
+    return run["state"] in ("interrupted", "unstartable", "missed") or (
+        run["state"] == "done" and run["exit"] != 0)
+
+
+# ==========================================================================
+# Supervisor: who stays with a job?                     (processes, files)
+#
+# koid may be killed, upgraded or restarted at any time; its jobs must not
+# notice. So each job has a supervisor that owns its pipes, keeps its output
+# and its end in a file, and needs koid for nothing. It is a fork of koid,
+# without exec, since starting another Python would cost a hundred times as
+# much; and in a minute with very many jobs, up to MOST_IN_ONE jobs of one
+# user share one.
+#
+# The file is made with O_EXCL before the job is started. So a run that has
+# no file was not started, and no run is ever started twice, whoever tries.
+# ==========================================================================
+
+MOST_IN_ONE = 8
+LINGER = 1.0            # seconds for output that comes after a job's end
+KILL_AFTER = 10.0       # seconds from TERM to KILL
+TRY_FOR = 60.0          # seconds in which a full process table may empty
+CHUNK = 65_536
+PIPE_ROOM = 60_000      # bytes of input that surely fit into a pipe
+FAR_BEHIND = 2**18      # bytes a terminal may lag before its job must wait
+REPORT = Struct("<Qi")  # run, wait status: what koid is told, in one write
+PASSED_ON = (1, 2, 3, 9, 15)    # signals that `koitab run` may send
+RESET = [number for number in range(1, signal.NSIG) if number not in (
+    signal.SIGKILL, signal.SIGSTOP) and not 32 <= number <= 33]
+
+
+class Account(Record):
+    """Whom a job runs as: what the user database says."""
+    name: str
+    uid: int
+    gid: int
+    home: str
+    groups: list
+
+
+class Order(Record):
+    """All that a supervisor needs to know about one run."""
+    run: int
+    script: str
+    stdin: bytes
+    environment: dict
+    timeout: float = 0.0
+    secrets: list = []
+    connection: object = None   # a socket: `koitab run` listens there
+
+
+def become(account: Account) -> None:
+    """Give up root for good. Raises OSError if any of it fails: a job that
+    keeps a right of root's must not run (CVE-2006-2607)."""
+    if os.geteuid() == 0:
+        os.setgroups(account.groups)
+        if hasattr(os, "setresuid"):
+            os.setresgid(account.gid, account.gid, account.gid)
+            os.setresuid(account.uid, account.uid, account.uid)
+        else:
+            os.setgid(account.gid)
+            os.setuid(account.uid)
+        if sorted(set(os.getgroups())) != sorted(set(account.groups)):
+            raise PermissionError("the groups are not the user's")
+    ids = {os.getuid(), os.geteuid(), *os.getresuid()} \
+        if hasattr(os, "getresuid") else {os.getuid(), os.geteuid()}
+    if ids != {account.uid} or os.getegid() != account.gid:
+        raise PermissionError("the user did not change")
+    if account.uid:
+        try:
+            os.setuid(0)
+        except OSError:
+            return
+        raise PermissionError("root could be had back")
+
+
+class Watched:
+    """One run, while its supervisor stays with it."""
+
+    def __init__(self, order: Order, file: int | None):
+        self.order, self.file = order, file
+        self.header = Header()
+        self.payload = [0, 0, 0]    # bytes of output in each segment
+        self.mask = Mask(order.secrets) if order.secrets else None
+        self.pid, self.handle = 0, -1       # handle: a pidfd
+        self.streams: dict[int, int] = {}   # descriptor -> stream
+        self.connection = order.connection
+        self.began = time.monotonic()       # by the clock that no one sets
+        self.give_up = self.began + TRY_FOR
+        self.again = self.deadline = self.kill_at = FOREVER
+        self.status: int | None = None      # None: it is running
+        self.linger = FOREVER
+        self.finished = False
+        self.backlog = bytearray()          # for the connection
+
+    # --- its file
+
+    def save(self) -> None:
+        """Write the header. A full disk must not hurt the job."""
+        if self.file is not None:
+            try:
+                os.pwrite(self.file, self.header.pack(), 0)
+            except OSError:
+                self.close_file()
+
+    def close_file(self) -> None:
+        os.close(self.file)
+        self.file = None
+
+    def hear(self, stream: int, data: bytes) -> None:
+        """The job wrote something; b"" is its end."""
+        if self.mask:
+            data = self.mask.feed(stream, data, last=not data)
+        if data:
+            self.put(stream, data)
+
+    def put(self, stream: int, data: bytes) -> None:
+        """Keep some output, and show it to who waits for it."""
+        since = int((time.monotonic() - self.began) * 1000)
+        if self.connection:
+            self.backlog += frame(stream, since, data)
+        self.header.total += len(data) * (stream != NOTE)
+        self.keep(stream, since, data)
+
+    def keep(self, stream: int, since: int, data: bytes) -> None:
+        """Write a frame where there is room, and the header after it."""
+        header = self.header
+        while data and self.file is not None:
+            used = header.lengths()[header.turn]
+            room = (KEPT_SEGMENT if header.turn else KEPT_HEAD) \
+                - used - FRAME.size
+            if room <= 0:
+                self.turn_over()
+                continue
+            part, data = data[:room], data[room:]
+            try:
+                os.pwrite(self.file, frame(stream, since, part),
+                          SEGMENTS[header.turn] + used)
+            except OSError:
+                header.lost += len(part)    # no space: the end still counts
+                continue
+            self.payload[header.turn] += len(part)
+            self.set_length(used + FRAME.size + len(part))
+        self.save()
+
+    def set_length(self, length: int) -> None:
+        setattr(self.header, ("head", "first", "second")[self.header.turn],
+                length)
+
+    def turn_over(self) -> None:
+        """Go on in the other segment; what was in it is lost."""
+        header = self.header
+        header.turn = 2 if header.turn == 1 else 1
+        header.lost += self.payload[header.turn]
+        self.payload[header.turn] = 0
+        self.set_length(0)
+
+    # --- its process
+
+    def begin(self, nothing: int) -> None:
+        """Start the job. Raises OSError."""
+        order = self.order
+        home = order.environment["HOME"]
+        try:
+            os.chdir(home)
+        except OSError as error:
+            os.chdir("/")
+            self.put(NOTE, visible(f"{home}: {error.strerror}; it runs in /")
+                     .encode())
+        shell = order.environment["SHELL"]
+        out, out_end = os.pipe()
+        err, err_end = os.pipe()
+        given = input_file(order.stdin) if order.stdin else nothing
+        try:
+            self.pid = os.posix_spawn(
+                shell, [shell, "-c", order.script], order.environment,
+                file_actions=[(os.POSIX_SPAWN_DUP2, given, 0),
+                              (os.POSIX_SPAWN_DUP2, out_end, 1),
+                              (os.POSIX_SPAWN_DUP2, err_end, 2)],
+                setsid=True, setsigmask=[], setsigdef=RESET)
+        except OSError as error:
+            os.close(out)
+            os.close(err)
+            if error.errno not in AGAIN:
+                error = OSError(error.errno, f"{shell}: {error.strerror}")
+            raise error from None
+        finally:
+            for fd in (out_end, err_end, *[given][:given != nothing]):
+                os.close(fd)
+        self.streams = {out: STDOUT, err: STDERR}
+
+    def note_start(self) -> None:
+        header = self.header
+        self.began, header.started = time.monotonic(), time.time()
+        self.deadline = self.began + self.order.timeout \
+            if self.order.timeout else FOREVER
+        header.phase, header.job = GOING, self.pid
+        header.born = born(self.pid)
+        self.save()
+
+    def signal(self, number: int) -> None:
+        """Signal all processes of the job that kept its group."""
+        if self.status is None:
+            try:
+                os.killpg(self.pid, number)
+            except OSError:
+                pass            # it has just ended, or became another user
+
+    def press(self, now: float) -> None:
+        """End a job whose time is up: TERM, and KILL ten seconds later."""
+        if now >= self.kill_at:
+            self.kill_at = FOREVER
+            self.signal(signal.SIGKILL)
+        elif now >= self.deadline:
+            self.header.reason = REASONS.index("timeout")
+            self.deadline, self.kill_at = FOREVER, now + KILL_AFTER
+            self.signal(signal.SIGTERM)
+
+
+AGAIN = (errno.EAGAIN, errno.ENOMEM)
+
+
+def born(pid: int) -> int:
+    """When a process started, in ticks since the boot, from /proc; with the
+    pid that names it for good. 0 if there is no such process."""
+    try:
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.read(fd, 4096)
+        finally:
+            os.close(fd)
+        return int(data.rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def input_file(data: bytes) -> int:
+    """A descriptor from which a job reads this."""
+    if len(data) <= PIPE_ROOM:
+        given, end = os.pipe()
+        os.write(end, data)
+        os.close(end)
+        return given
+    import tempfile
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.seek(0)
+        return fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+
+
+class Supervisor:
+    """Stays with a few jobs of one user until all of them have ended."""
+
+    def __init__(self, account: Account, orders: list[Order], runs: int,
+                 report: int, nothing: int):
+        self.account, self.orders = account, orders
+        self.runs, self.report, self.nothing = runs, report, nothing
+        self.poll = select.poll()
+        self.heard: dict[int, tuple] = {}   # descriptor -> Watched, function
+        self.untold: list[bytes] = []       # what koid does not know yet
+        self.daemon = os.getppid()
+        self.watched: list[Watched] = []
+
+    def live(self) -> None:
+        """From the fork to the end."""
+        self.be_alone()
+        me = os.getpid()
+        mine = born(me)
+        for order in self.orders:
+            run = Watched(order, self.claim(order.run))
+            if run.file is not None or self.unclaimable:
+                run.header.supervisor, run.header.supervisor_born = me, mine
+                run.save()
+                self.watched.append(run)
+                self.connect(run)
+        self.drop()
+        for run in self.watched:
+            self.begin(run)
+        os.chdir("/")
+        while self.heard or self.watched or self.untold:
+            self.turn()
+
+    def be_alone(self) -> None:
+        """Leave koid's session, signals and descriptors behind."""
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                       signal.SIGQUIT, signal.SIGPIPE, signal.SIGIO):
+            signal.signal(number, signal.SIG_IGN)   # it ends with its jobs
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setsid()
+        os.umask(0o022)
+        keep = {0, 1, 2, self.runs, self.report, self.nothing}
+        keep |= {order.connection.fileno() for order in self.orders
+                 if order.connection}
+        close_all_but(sorted(keep))
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.close(null)
+
+    def claim(self, run: int) -> int | None:
+        """Make the run's file; None if it is taken, or cannot be made."""
+        self.unclaimable = False
+        try:
+            return os.open(str(run), os.O_RDWR | os.O_CREAT | os.O_EXCL
+                           | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600,
+                           dir_fd=self.runs)
+        except FileExistsError:
+            return None
+        except OSError:             # a full disk: it runs all the same
+            self.unclaimable = True
+            return None
+
+    def drop(self) -> None:
+        """Become the user; if that fails, none of the jobs is run."""
+        os.close(self.runs)
+        try:
+            become(self.account)
+        except (OSError, ValueError) as error:
+            for run in self.watched:
+                self.refuse(run, error)
+            self.watched = []
+
+    def begin(self, run: Watched) -> None:
+        try:
+            run.begin(self.nothing)
+        except (OSError, ValueError) as error:
+            now = time.monotonic()
+            if getattr(error, "errno", 0) in AGAIN and now < run.give_up:
+                run.again = now + 1
+            else:
+                self.refuse(run, error)
+            return
+        run.note_start()
+        for fd in run.streams:
+            os.set_blocking(fd, False)
+            self.hear(fd, run, self.read)
+        try:
+            run.handle = os.pidfd_open(run.pid)
+            self.hear(run.handle, run, self.reap)
+        except (AttributeError, OSError):
+            run.handle = -1         # macOS, or an old kernel: we look
+
+    def refuse(self, run: Watched, error: Exception) -> None:
+        """It could not be started."""
+        run.header.phase = UNSTARTABLE
+        run.header.errno = getattr(error, "errno", None) or errno.EPERM
+        run.put(NOTE, visible(f"could not start: {error.strerror or error}"
+                              if isinstance(error, OSError) else
+                              f"could not start: {error}").encode())
+        run.header.ended = time.time()
+        self.finish(run)
+
+    # --- what is heard
+
+    def connect(self, run: Watched) -> None:
+        if run.connection:
+            run.connection.setblocking(False)
+            self.hear(run.connection.fileno(), run, self.converse)
+
+    def hear(self, fd: int, run: Watched, function) -> None:
+        self.heard[fd] = (run, function)
+        self.poll.register(fd, select.POLLIN)
+
+    def forget(self, fd: int) -> None:
+        del self.heard[fd]
+        self.poll.unregister(fd)
+        os.close(fd)
+
+    def turn(self) -> None:
+        for fd, events in self.poll.poll(self.patience()):
+            if fd in self.heard:
+                run, function = self.heard[fd]
+                function(run, fd, events)
+        now = time.monotonic()
+        for run in self.watched:
+            if run.handle < 0 < run.pid and run.status is None:
+                self.reap(run)
+            if now >= run.again:
+                run.again = FOREVER
+                self.begin(run)
+            run.press(now)
+            if run.status is not None and not run.finished and (
+                    not run.streams or now >= run.linger):
+                self.finish(run)
+        self.watched = [run for run in self.watched if not run.finished
+                        or run.backlog]
+        self.tell()
+
+    def patience(self) -> float | None:
+        """Milliseconds until something is to be done without being heard."""
+        now = time.monotonic()
+        soon = min((min(run.deadline, run.kill_at, run.linger, run.again)
+                    for run in self.watched if not run.finished),
+                   default=FOREVER)
+        if self.untold:
+            soon = min(soon, now + 1)
+        if any(run.handle < 0 < run.pid and run.status is None
+               for run in self.watched):
+            soon = min(soon, now + 0.2)
+        return None if soon == FOREVER else max(soon - now, 0) * 1000 + 1
+
+    def read(self, run: Watched, fd: int, _events: int) -> None:
+        """Some output, or the end of it."""
+        try:
+            data = os.read(fd, CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not run.finished:
+            run.hear(run.streams[fd], data)
+            self.serve(run)
+        if not data:
+            del run.streams[fd]
+            self.forget(fd)
+
+    def reap(self, run: Watched, fd: int = -1, _events: int = 0) -> None:
+        """The job has ended: how?"""
+        try:
+            pid, status = os.waitpid(run.pid, os.WNOHANG)
+        except ChildProcessError:
+            pid, status = run.pid, 0xFF00
+        if pid:
+            run.status, run.header.ended = status, time.time()
+            run.linger = time.monotonic() + LINGER
+            run.deadline = run.kill_at = FOREVER
+            if fd >= 0:
+                self.forget(fd)
+
+    def finish(self, run: Watched) -> None:
+        """Write down how it ended, and tell koid. What a process that it
+        left behind still writes is read and dropped, so that it lives."""
+        for stream in run.streams.values():
+            run.hear(stream, b"")
+        if run.streams:
+            run.put(NOTE, b"a process that it left behind keeps its output "
+                          b"open; what that writes from here on is not kept")
+        run.finished = True
+        if run.header.phase == GOING:
+            run.header.phase, run.header.status = ENDED, run.status
+        run.save()
+        if run.file is not None and os.getppid() != self.daemon:
+            try:
+                os.fsync(run.file)  # koid, when it is there, does so itself
+            except OSError:
+                pass
+        status = run.status if run.status is not None else NO_STATUS
+        self.untold.append(REPORT.pack(run.order.run, status))
+        if run.connection:
+            import json
+            exit_status, number = exit_and_signal(status)
+            run.backlog += frame(END, 0, json.dumps({
+                "exit": exit_status, "signal": number,
+                "reason": REASONS[run.header.reason]}).encode())
+            self.serve(run)
+
+    def tell(self) -> None:
+        """Report to koid, if it still is the one that we know."""
+        while self.untold:
+            try:
+                os.write(self.report, self.untold[0])
+            except BlockingIOError:
+                return          # it is busy: again in a second
+            except OSError:
+                pass            # it is gone; the next one reads the file
+            del self.untold[0]
+
+    # --- `koitab run`, which waits for the output
+
+    def converse(self, run: Watched, fd: int, events: int) -> None:
+        """A signal for the job came in, or there is room to go on."""
+        if events & select.POLLIN:
+            try:
+                data = run.connection.recv(64)
+            except BlockingIOError:
+                data = b"\0"
+            except OSError:
+                data = b""
+            if not data:
+                return self.hang_up(run)
+            for number in data:
+                if number in PASSED_ON:
+                    run.signal(number)
+        elif events & ~select.POLLOUT:
+            return self.hang_up(run)
+        self.serve(run)
+
+    def serve(self, run: Watched) -> None:
+        """Send what fits; a job whose reader lags far behind has to wait,
+        as it would at a terminal."""
+        if not run.connection:
+            return
+        try:
+            while run.backlog:
+                sent = run.connection.send(run.backlog[:CHUNK])
+                del run.backlog[:sent]
+        except BlockingIOError:
+            pass
+        except OSError:
+            return self.hang_up(run)
+        if run.finished and not run.backlog:
+            return self.hang_up(run)
+        self.poll.modify(run.connection.fileno(), select.POLLIN
+                         | (select.POLLOUT if run.backlog else 0))
+        for fd in run.streams:
+            self.poll.modify(fd, 0 if len(run.backlog) > FAR_BEHIND
+                             and not run.finished else select.POLLIN)
+
+    def hang_up(self, run: Watched) -> None:
+        connection, run.connection = run.connection, None
+        run.backlog.clear()
+        if connection.fileno() in self.heard:
+            fd = connection.detach()
+            self.forget(fd)
+        else:
+            connection.close()
+        for fd in run.streams:
+            self.poll.modify(fd, select.POLLIN)
+
+
+def close_all_but(keep: list[int]) -> None:
+    """Close all descriptors that are not in this sorted list."""
+    for low, high in zip([-1, *keep], [*keep, 65_536]):
+        if high - low > 1:
+            os.closerange(low + 1, high)
+
+
+def supervise(*arguments) -> int:
+    """Fork a supervisor; its pid. Raises OSError."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        Supervisor(*arguments).live()
+        os._exit(0)
+    except BaseException as bug:    # it may never return into koid's code
+        import syslog
+        syslog.syslog(syslog.LOG_CRON | syslog.LOG_ERR,
+                      f"koid: a supervisor failed: {bug!r}")
+        os._exit(EXIT_BUG)
+
+
+# ==========================================================================
+# Machine: what may koi do to this host?                 (files, processes)
 #
 # One short method for each thing. Nothing here decides: what a text or a
 # zone file means is above, what to do about it below.
@@ -2087,6 +2783,46 @@ LONGEST_ZONE_FILE = 2**16
 ZONE_FOLDERS = ("/usr/share/zoneinfo", "/usr/lib/zoneinfo",
                 "/usr/share/lib/zoneinfo", "/etc/zoneinfo")
 LOCAL_ZONE = "/etc/localtime"
+ROOT_HOME, ROOT_SOCKET = "/var/lib/koi", "/run/koi/koid.sock"
+SYSTEM_TAB, SYSTEM_FOLDER = "/etc/crontab", "/etc/cron.d"
+SPOOLS = ("/var/spool/cron/crontabs", "/var/spool/cron")
+CRON_PID = "/run/crond.pid"
+REBOOT_MARKS = ("/run/crond.reboot", "/run/cron.reboot")
+ALLOW, DENY = "/etc/koi.allow", "/etc/koi.deny"
+SENDMAILS = ("/usr/sbin/sendmail", "/usr/lib/sendmail")
+USUAL_PATH = "/usr/bin:/bin"    # Debian's; cronie adds the sbin folders
+USUAL_SHELL = "/bin/sh"
+HOST_SETTINGS = ("/etc/environment", "/etc/default/locale")
+NAME_OF_PACKAGE = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrst"
+                            "uvwxyz0123456789_-")
+
+
+class TabFile(Record):
+    """A crontab on this host, and what stands in it."""
+    path: str
+    user: str               # "": each line names its user
+    stamp: tuple            # changes when the file does
+    text: str | None        # None: it may not be used
+    trouble: str = ""       # why
+
+    @property
+    def system(self) -> bool:
+        return not self.user
+
+
+def file_fault(status, owners: tuple, mask: int, links: bool) -> str:
+    """Why root should not believe a file; "" if it may."""
+    if not stat.S_ISREG(status.st_mode):
+        return "it is no regular file"
+    if status.st_uid not in owners:
+        return f"its owner is uid {status.st_uid}"
+    if status.st_mode & mask:
+        return f"others may change it: chmod go-w (mode " \
+            f"{stat.S_IMODE(status.st_mode):04o})"
+    if links and status.st_nlink != 1:
+        return "it has another name (a hard link)"
+    return "" if status.st_size <= LONGEST_TAB else \
+        f"it is larger than {LONGEST_TAB:,} bytes"
 
 
 class Machine:
@@ -2094,6 +2830,8 @@ class Machine:
 
     def __init__(self, clock: Clock | None = None):
         self.clock = clock or Clock()
+
+    # --- texts and zones
 
     def tab_text(self, path: str) -> str:
         """A tab's text; "-" is standard input. Bytes that are not UTF-8
@@ -2149,6 +2887,2290 @@ class Machine:
     def salt(self) -> str:
         """What ~ in a tab is picked by: the same here, another elsewhere."""
         return f"{os.uname().nodename}:{os.geteuid()}"
+
+    def stamp_of(self, path: str) -> tuple:
+        """Another value when the file at a path has changed."""
+        try:
+            status = os.stat(path)
+        except OSError:
+            return ()
+        return status.st_mtime_ns, status.st_ino, status.st_size
+
+    # --- people
+
+    def user(self) -> str:
+        """The login name of the caller. Raises Error."""
+        uid = os.getuid()
+        name = self.name_of(uid)
+        if not name:
+            raise Error(f"uid {uid} has no name on this host")
+        return name
+
+    def name_of(self, uid: int) -> str:
+        import pwd
+        try:
+            return pwd.getpwuid(uid).pw_name
+        except KeyError:
+            return ""
+
+    def account(self, name: str) -> Account | None:
+        """Whom a job runs as. None: there is no such user. A uid of -1
+        would mean "no change" to the kernel."""
+        import pwd
+        try:
+            entry = pwd.getpwnam(name)
+        except (KeyError, ValueError):
+            return None
+        if not 0 <= entry.pw_uid < 2**32 - 1 or entry.pw_uid == 65535:
+            return None
+        if os.geteuid():
+            return Account(name, entry.pw_uid, os.getegid(), entry.pw_dir, [])
+        return Account(name, entry.pw_uid, entry.pw_gid, entry.pw_dir,
+                       os.getgrouplist(name, entry.pw_gid))
+
+    def refusal(self, user: str) -> str:
+        """Why koi.allow or koi.deny shut this user out; "" if they do not.
+        A file that cannot be read lets nobody in."""
+        if user == "root":
+            return ""
+        for path, wanted in ((ALLOW, True), (DENY, False)):
+            try:
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    names = file.read().splitlines()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                return f"{path}: {error.strerror}"
+            return "" if (user in names) == wanted else path
+        return ""
+
+    def host_environment(self) -> dict:
+        """What logins get from the host, as cron's PAM module reads it."""
+        found = {}
+        for path in HOST_SETTINGS if os.geteuid() == 0 else ():
+            try:
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    lines = file.read(CHUNK).splitlines()
+            except OSError:
+                continue
+            for line in lines:
+                name, equals, value = line.strip().removeprefix(
+                    "export ").partition("=")
+                if equals and name.isidentifier() and "\0" not in value:
+                    found[name] = value.strip("\"'")
+        return found
+
+    # --- koi's own folder
+
+    def home_of_state(self) -> str:
+        """Where the caller's koi keeps its state."""
+        home = os.environ.get("KOI_HOME")
+        if home:
+            return os.path.abspath(home)
+        if os.geteuid() == 0:
+            return ROOT_HOME
+        state = os.environ.get("XDG_STATE_HOME", "")
+        if not state.startswith("/"):
+            state = os.path.expanduser("~/.local/state")
+        return posixpath.join(state, "koi")
+
+    def socket_path(self, home: str) -> str:
+        if home == ROOT_HOME:
+            return ROOT_SOCKET
+        return posixpath.join(home, "koid.sock")
+
+    def make_home(self, home: str) -> None:
+        """Make the folder, or see that it is ours alone. Raises Error."""
+        try:
+            os.makedirs(posixpath.dirname(home), 0o755, exist_ok=True)
+            for folder in (home, f"{home}/tabs", f"{home}/runs"):
+                try:
+                    os.mkdir(folder, 0o700)
+                except FileExistsError:
+                    pass
+                status = os.lstat(folder)
+                if not stat.S_ISDIR(status.st_mode):
+                    raise Error(f"{folder} is no folder")
+                if status.st_uid != os.geteuid():
+                    raise Error(f"{folder} belongs to another user")
+                if status.st_mode & 0o077:
+                    raise Error(f"{folder} is open to others",
+                                f"chmod 700 {folder}")
+        except OSError as error:
+            raise Error(f"{error.filename or home}: {error.strerror}"
+                        ) from None
+
+    def write_tab(self, home: str, user: str, text: str) -> None:
+        """Install a tab, whole or not at all. Raises Error."""
+        self.make_home(home)
+        try:
+            write_atomically(f"{home}/tabs/{user}",
+                             text.encode("utf-8", "surrogateescape"))
+        except OSError as error:
+            raise Error(f"the tab of {user} cannot be written: "
+                        f"{error.strerror}") from None
+
+    def remove_tab(self, home: str, user: str) -> bool:
+        """Remove a tab; False if there is none. Raises Error."""
+        try:
+            os.unlink(f"{home}/tabs/{user}")
+            sync_folder(f"{home}/tabs")
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise Error(f"the tab of {user} cannot be removed: "
+                        f"{error.strerror}") from None
+        return True
+
+    def own_tab(self, home: str, user: str) -> TabFile | None:
+        """A user's koitab, if there is one."""
+        path = f"{home}/tabs/{user}"
+        return self.tab_file(path, user, (os.geteuid(),), 0o022, None)
+
+    def tab_files(self, home: str, system: bool, known: dict) -> list:
+        """Every tab that koid serves. What has not changed since it was
+        read (`known`: path -> TabFile) is not read again."""
+        found = []
+
+        def take(path: str, user: str, owners: tuple, mask: int, **how):
+            file = self.tab_file(path, user, owners, mask,
+                                 known.get(path), **how)
+            if file:
+                found.append(file)
+
+        for name in names_in(f"{home}/tabs"):
+            take(f"{home}/tabs/{name}", name, (os.geteuid(),), 0o022)
+        if system:
+            take(SYSTEM_TAB, "", (0,), 0o022, links=False, follow=True)
+            for name in names_in(SYSTEM_FOLDER):
+                if NAME_OF_PACKAGE.issuperset(name):
+                    take(f"{SYSTEM_FOLDER}/{name}", "", (0,), 0o022,
+                         links=False, follow=True)
+            spool = self.spool()
+            for name in names_in(spool):
+                account = self.account(name)
+                take(f"{spool}/{name}", name,
+                     (0, account.uid) if account else (0,), 0o177)
+        return found
+
+    def spool(self) -> str:
+        """Where the users' crontabs of the host's cron lie."""
+        return next((spool for spool in SPOOLS if os.path.isdir(spool)),
+                    SPOOLS[0])
+
+    def tab_file(self, path: str, user: str, owners: tuple, mask: int,
+                 known: TabFile | None, links: bool = True,
+                 follow: bool = False) -> TabFile | None:
+        """Read one tab, if it may be believed. None: there is none."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+                         | (0 if follow else os.O_NOFOLLOW))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return TabFile(path, user, (error.errno,), None, "it is a link"
+                           if error.errno == errno.ELOOP else error.strerror)
+        try:
+            status = os.fstat(fd)
+            stamp = (status.st_mtime_ns, status.st_ctime_ns, status.st_size,
+                     status.st_ino, status.st_dev)
+            if known and known.stamp == stamp:
+                return known
+            fault = file_fault(status, owners, mask, links)
+            if fault:
+                return TabFile(path, user, stamp, None, fault)
+            with open(fd, "rb", closefd=False) as file:
+                data = file.read(LONGEST_TAB + 1)
+        except OSError as error:
+            return TabFile(path, user, (), None, error.strerror)
+        finally:
+            os.close(fd)
+        return TabFile(path, user, stamp, data.decode("utf-8",
+                                                      "surrogateescape"))
+
+    # --- the boot
+
+    def boot_id(self) -> str:
+        """Another text after each boot; "" if the system has none."""
+        try:
+            with open("/proc/sys/kernel/random/boot_id",
+                      encoding="ascii") as file:
+                return file.read().strip()
+        except OSError:
+            return ""
+
+    def mark_reboot(self) -> bool:
+        """Did cron, or we, run the @reboot jobs since the boot? Then leave
+        cron's mark, so that neither runs them again."""
+        if any(os.path.lexists(mark) for mark in REBOOT_MARKS):
+            return True
+        try:
+            os.close(os.open(REBOOT_MARKS[0], os.O_CREAT | os.O_CLOEXEC, 0))
+        except OSError:
+            pass
+        return False
+
+    def hold_cron_pid(self) -> int:
+        """Lock cron's pid file, as cron does: the descriptor, to be kept.
+        Raises Error if cron runs."""
+        fd = only_one(CRON_PID)
+        if fd is None:
+            with open(CRON_PID, encoding="ascii", errors="replace") as file:
+                pid = file.read(20).strip()
+            raise Error(f"cron runs (pid {pid}), and would start its jobs "
+                        "beside koid", "systemctl disable --now cron")
+        os.fchmod(fd, 0o644)
+        os.ftruncate(fd, 0)
+        os.write(fd, f"{os.getpid()}\n".encode())
+        return fd
+
+    # --- to be woken
+
+    def notice(self, folder: str) -> int | None:
+        """Be sent SIGIO when something changes in a folder (dnotify). The
+        descriptor to keep; None if the system cannot."""
+        if not hasattr(fcntl, "F_NOTIFY"):
+            return None
+        try:
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            fcntl.fcntl(fd, fcntl.F_NOTIFY, fcntl.DN_MODIFY | fcntl.DN_CREATE
+                        | fcntl.DN_DELETE | fcntl.DN_RENAME | fcntl.DN_ATTRIB
+                        | fcntl.DN_MULTISHOT)
+        except OSError:
+            os.close(fd)
+            return None
+        return fd
+
+    def clock_alarm(self) -> int | None:
+        """A descriptor that becomes readable when somebody sets the clock,
+        or the machine wakes; None if the system has no such thing."""
+        if sys.platform != "linux":
+            return None
+        try:
+            import ctypes
+            libc = ctypes.CDLL(None)
+            fd = libc.timerfd_create(0, os.O_CLOEXEC | os.O_NONBLOCK)
+            if fd < 0:
+                return None
+            return fd if self.wind(fd) else None
+        except (ImportError, OSError, AttributeError):
+            return None
+
+    def wind(self, fd: int) -> bool:
+        """Set the alarm: TFD_TIMER_ABSTIME | TFD_TIMER_CANCEL_ON_SET, to an
+        hour that never comes."""
+        import ctypes
+        spec = (ctypes.c_longlong * 4)(0, 0, 2**40, 0)
+        return ctypes.CDLL(None).timerfd_settime(fd, 3, spec, None) == 0
+
+    def signal_job(self, header: Header, number: int) -> bool:
+        """Signal a job's group, if it still is the process it was."""
+        if header.phase != GOING or not header.job \
+                or header.born and born(header.job) != header.born:
+            return False
+        try:
+            os.killpg(header.job, number)
+        except OSError:
+            return False
+        return True
+
+    def log(self, text: str, name: str = "koid", bad: bool = False) -> None:
+        """A line for the system's log, as cron writes them."""
+        import syslog
+        syslog.openlog(name, syslog.LOG_PID, syslog.LOG_CRON)
+        syslog.syslog(syslog.LOG_ERR if bad else syslog.LOG_INFO,
+                      visible(text))
+
+
+def names_in(folder: str) -> list[str]:
+    """The names of tabs in a folder, without leftovers of editors."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    return sorted(name for name in names if name[0] not in ".#"
+                  and not name.startswith("tmp.") and name[-1] != "~"
+                  and not name.endswith(".new"))
+
+
+# ==========================================================================
+# Store: where are runs kept?                                       (files)
+#
+# One SQLite database, written by koid alone. What was acknowledged is on the
+# disk (WAL and synchronous=FULL: a power cut takes nothing back). When it
+# cannot be written the jobs go on: what was to be written waits in memory.
+# ==========================================================================
+
+SCHEMA = 1
+APPLICATION = 0x6B6F6931        # "koi1", so that no other file passes
+MOST_WAITING = 50_000           # statements that wait for a full disk
+UNFINISHED = ("queued", "running")
+TABLES = """
+create table meta (name text primary key, value text not null) without rowid;
+create table jobs (
+    id integer primary key, user text not null, tag text not null,
+    section text not null, name text not null, label text not null,
+    unique (user, tag));
+create table runs (
+    id integer primary key, job integer not null references jobs,
+    trigger text not null, state text not null, due real, asked real,
+    started real, ended real, exit integer, signal integer,
+    reason text not null default '', args text not null default '{}',
+    attempt integer not null default 1, count integer not null default 1,
+    bytes integer not null default 0, cut integer not null default 0,
+    mail text not null default '');
+create index runs_of_job on runs (job, id);
+create index runs_unfinished on runs (state)
+    where state in ('queued', 'running');
+create table output (run integer primary key, frames blob not null);
+"""
+COLUMNS_OF_RUN = ("id", "job", "trigger", "state", "due", "asked", "started",
+                  "ended", "exit", "signal", "reason", "args", "attempt",
+                  "count", "bytes", "cut", "mail")
+SHOWN_COLUMNS = ", ".join(f"r.{name}" for name in COLUMNS_OF_RUN) \
+    + ", j.user, j.tag, j.section, j.name, j.label"
+
+
+class Store:
+    """The history of runs."""
+
+    def __init__(self, path: str, writing: bool = True):
+        self.path, self.writing = path, writing
+        self.trouble = ""               # why nothing can be written
+        self.waiting: list[tuple] = []  # (statement, values) not written yet
+        self.keys: dict[tuple, int] = {}    # (user, tag) -> id in jobs
+        self.last = self.last_job = 0
+        self.db = None
+
+    def open(self) -> str:
+        """Open it or make it. What is damaged is moved aside, and the
+        answer says so. Raises Error."""
+        import sqlite3
+        moved = ""
+        if not self.writing and not os.path.exists(self.path):
+            self.db = sqlite3.connect(":memory:", isolation_level=None)
+            self.db.executescript(TABLES)
+            return ""
+        try:
+            self.connect()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError) \
+                    and "malformed" not in str(error) or not self.writing:
+                raise Error(f"{self.path}: {error}") from None
+            moved = self.move_aside(str(error))
+            self.connect()
+        self.last = self.one("select max(id) from runs") or 0
+        self.last_job = self.one("select max(id) from jobs") or 0
+        self.keys = {(user, tag): key for key, user, tag in
+                     self.db.execute("select id, user, tag from jobs")}
+        return moved
+
+    def connect(self) -> None:
+        import sqlite3
+        empty = not os.path.exists(self.path)
+        if empty:
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY
+                             | os.O_CLOEXEC, 0o600))
+        self.db = db = sqlite3.connect(self.path, isolation_level=None,
+                                       timeout=5)
+        for line in ("journal_mode=wal", "synchronous=full",
+                     "cache_size=-256", "wal_autocheckpoint=256"):
+            db.execute(f"pragma {line}").fetchall()
+        if empty:
+            db.executescript(f"begin; {TABLES} pragma application_id="
+                             f"{APPLICATION}; pragma user_version={SCHEMA};"
+                             " commit")
+            sync_folder(posixpath.dirname(self.path))
+        version = self.one("pragma user_version")
+        if self.one("pragma application_id") != APPLICATION:
+            # A file of length 0 passes every check of SQLite's.
+            raise sqlite3.DatabaseError("it is no history of koi's")
+        if version > SCHEMA:
+            raise Error(f"{self.path} was written by a newer koi (schema "
+                        f"{version})", "install that version again")
+        sound = self.one("pragma quick_check(1)") if self.writing else "ok"
+        if sound != "ok":
+            raise sqlite3.DatabaseError(sound)
+
+    def move_aside(self, why: str) -> str:
+        """Begin a new history; the damaged one is kept."""
+        if self.db:
+            self.db.close()
+        aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
+        for ending in ("", "-wal", "-shm"):
+            try:
+                os.rename(self.path + ending, aside + ending)
+            except FileNotFoundError:
+                pass
+        return f"the history was damaged ({why}) and is now {aside}; a new " \
+            "one was begun"
+
+    def one(self, statement: str, *values):
+        row = self.db.execute(statement, values).fetchone()
+        return row and row[0]
+
+    # --- writing
+
+    def write(self, deeds: list[tuple]) -> bool:
+        """Carry out statements in one transaction, after those that wait.
+        False: they wait too, for the disk is full or cannot be written.
+        Raises Error when the disk fails: what it says is true no more."""
+        import sqlite3
+        self.waiting += deeds
+        if not self.waiting:
+            return True
+        try:
+            self.db.execute("begin immediate")
+            for statement, values in self.waiting:
+                self.db.execute(statement, values)
+            self.db.execute("commit")
+        except sqlite3.OperationalError as error:
+            self.roll_back()
+            self.trouble = f"{self.path}: {error}"
+            if "disk I/O error" in str(error):
+                raise Error(self.trouble) from None
+            del self.waiting[:-MOST_WAITING]
+            return False
+        except sqlite3.DatabaseError as error:
+            self.roll_back()
+            raise Error(f"{self.path}: {error}") from None
+        self.waiting.clear()
+        self.trouble = ""
+        return True
+
+    def roll_back(self) -> None:
+        try:
+            if self.db.in_transaction:
+                self.db.execute("rollback")
+        except Exception:       # the transaction is gone in any case
+            pass
+
+    def job_key(self, user: str, job: Job, tag: str, deeds: list) -> int:
+        """The number of a job in the database."""
+        key = self.keys.get((user, tag))
+        if key is None:
+            self.last_job += 1
+            key = self.keys[user, tag] = self.last_job
+            deeds.append(("insert into jobs values (?, ?, ?, ?, ?, ?)", (
+                key, user, tag, *map(storable, (job.section, job.name,
+                                                job.label)))))
+        return key
+
+    def insert(self, run: dict) -> tuple:
+        """The statement that adds a run."""
+        names = [name for name in COLUMNS_OF_RUN if name in run]
+        return (f"insert into runs ({', '.join(names)}) values "
+                f"({', '.join('?' * len(names))})",
+                tuple(run[name] for name in names))
+
+    def update(self, run: int, **changes) -> tuple:
+        return (f"update runs set {', '.join(f'{n} = ?' for n in changes)} "
+                "where id = ?", (*changes.values(), run))
+
+    def forget(self, key: int, keep: int) -> list[tuple]:
+        """The statements that leave a job its newest runs only."""
+        old = self.one("select id from runs where job = ? order by id desc "
+                       "limit 1 offset ?", key, keep)
+        if old is None:
+            return []
+        old_runs = "(select id from runs where job = ? and id <= ? and " \
+            "state not in ('queued', 'running'))"
+        return [(f"delete from output where run in {old_runs}", (key, old)),
+                (f"delete from runs where id in {old_runs}", (key, old))]
+
+    def note(self, name: str, value: str) -> tuple:
+        return ("insert or replace into meta values (?, ?)", (name, value))
+
+    # --- reading
+
+    def noted(self, name: str) -> str:
+        return self.one("select value from meta where name = ?", name) or ""
+
+    def runs(self, where: str, *values) -> list[dict]:
+        """Runs with the names of their jobs."""
+        rows = self.db.execute(
+            f"select {SHOWN_COLUMNS} from runs r join jobs j on j.id = r.job "
+            f"where {where}", values)
+        return [shown(row) for row in rows.fetchall()]
+
+    def output(self, run: int) -> bytes:
+        return self.one("select frames from output where run = ?", run) or b""
+
+
+def storable(text: str) -> str:
+    """Text that SQLite takes: bytes that are no UTF-8 become escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def shown(row: tuple) -> dict:
+    """A run as others see it."""
+    import json
+    run = dict(zip((*COLUMNS_OF_RUN, "user", "tag", "section", "name",
+                    "label"), row))
+    run["run"], run["args"] = run.pop("id"), json.loads(run["args"])
+    run["cut"] = bool(run["cut"])
+    return run
+
+
+# ==========================================================================
+# Control: how do users reach the daemon?                 (network, files)
+#
+# By a Unix socket, which tells who calls (SO_PEERCRED): not what a variable
+# says counts, but the uid that the kernel knows. One request a connection:
+# a line of JSON, answered by a line of JSON. A user may do all with his own
+# tab, jobs and runs; root may with anyone's.
+# ==========================================================================
+
+LONGEST_REQUEST = 8 * 2**20     # a tab of 1 MiB, each letter escaped
+REQUEST_TIME = 10.0             # seconds to send one
+MOST_VISITORS, MOST_OF_ONE = 256, 64
+LONGEST_VALUE, LONGEST_ARGS = 65_536, 131_000
+MOST_ROWS = 1_000
+
+
+class Duty:
+    """A job that koid has to see to, and for whom."""
+
+    __slots__ = ("job", "user", "file", "tag", "schedule", "settings",
+                 "line", "due", "delay")
+
+    def __init__(self, job: Job, file: TabFile, salt: str):
+        self.job, self.user, self.file = job, job.user or file.user, file.path
+        self.tag, self.line = job.tag, job.line
+        self.schedule, self.settings = job.schedule, job.settings
+        self.due: float | None = 0.0    # 0: to be asked for; None: never
+        self.delay = random_delay(job, salt)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.user, self.tag
+
+
+class Book:
+    """What all tabs on this host say together."""
+
+    def __init__(self, machine: Machine, home: str, system: bool):
+        self.machine, self.home, self.system = machine, home, system
+        self.files: dict[str, TabFile] = {}
+        self.tabs: dict[str, Tab] = {}
+        self.zones: dict[str, Zone] = {"": UTC}
+        self.duties: list[Duty] = []
+        self.troubles: list[str] = []
+        self.stamp: tuple = ()
+
+    def load(self) -> bool:
+        """Read what has changed; False if nothing has. A tab that cannot be
+        read any more goes on as it was."""
+        files = {file.path: file for file in self.machine.tab_files(
+            self.home, self.system, self.files)}
+        stamp = (sorted((path, file.stamp) for path, file in files.items()),
+                 self.machine.stamp_of(LOCAL_ZONE))
+        if stamp == self.stamp:
+            return False
+        self.stamp, salt = stamp, self.machine.salt()
+        tabs, self.troubles = {}, []
+        for path, file in files.items():
+            before = self.tabs.get(path)
+            if before and file is self.files.get(path):
+                tabs[path] = before
+            elif file.text is None or "\0" in file.text:
+                why = file.trouble or "there is a NUL in it"
+                self.troubles.append(f"{path}: not used: {why}")
+                if before and not file.trouble.startswith(UNBELIEVED):
+                    tabs[path] = before
+            else:
+                tabs[path] = parse_tab(file.text, file.system,
+                                       file.user == "root", salt)
+        self.files = {path: file.but(text=file.text and "")
+                      for path, file in files.items()}
+        self.tabs = tabs
+        self.gather(salt)
+        return True
+
+    def forget(self) -> None:
+        """Read all of them anew next time."""
+        self.files, self.stamp = {}, ()
+
+    def gather(self, salt: str) -> None:
+        """The duties, zones and troubles of all tabs."""
+        try:
+            zones = {"": self.machine.local_zone()}
+        except Error as error:
+            zones = {"": UTC}
+            self.troubles.append(f"TZ: {error.message}; UTC is used")
+        duties: list[Duty] = []
+        for path, tab in self.tabs.items():
+            self.troubles += [problem.text(path) for problem in tab.faults()]
+            for name, (line, column) in tab.zones.items():
+                try:
+                    zones[name] = zones.get(name) or self.machine.zone(name)
+                except Error as error:
+                    self.troubles.append(f"{path}:{line}:{column}: "
+                                         f"{error.message}")
+            duties += [Duty(job, self.files[path], salt) for job in tab.jobs
+                       if job.settings.zone in zones]
+        self.zones, self.duties = zones, only_first(duties, self.troubles)
+
+    def find(self, user: str, name: str) -> Duty:
+        """The job that a user means. Raises Error."""
+        mine = [duty for duty in self.duties if not user or duty.user == user]
+        jobs = {id(duty.job): duty for duty in mine}
+        found = chosen([duty.job for duty in mine], name)
+        if len(found) > 1 and len({job.tag for job in found}) > 1:
+            raise Error(f"{short(name)} is the name of {len(found)} jobs",
+                        "use the tag: " + " ".join(job.tag for job in found))
+        return jobs[id(found[0])]
+
+
+UNBELIEVED = ("its owner", "others may", "it has another", "it is ")
+
+
+def only_first(duties: list[Duty], troubles: list[str]) -> list[Duty]:
+    """Without jobs of one user that stand in two files: a run must belong
+    to one of them."""
+    seen: dict[tuple, Duty] = {}
+    for duty in duties:
+        first = seen.setdefault(duty.key, duty)
+        if first is not duty:
+            troubles.append(f"{duty.file}:{duty.line}: not used: the same "
+                            f"job stands in {first.file}:{first.line}")
+    return list(seen.values())
+
+
+def random_delay(job: Job, salt: str) -> int:
+    """Minutes by which RANDOM_DELAY puts a job off on this machine. As in
+    cronie, one factor for all jobs; here a restart does not change it."""
+    return job.settings.random_delay * (picked(f"{salt}\0delay") % 1000) \
+        // 1000
+
+
+def chosen(jobs: list[Job], name: str) -> list[Job]:
+    """The jobs that a name means. Raises Error."""
+    found = [job for job in jobs if not name or name in (
+        job.name, job.tag, str(job.line), f"{job.section}/{job.name}")]
+    if name and not found:
+        meant = nearest(name, [job.name for job in jobs if job.name])
+        raise Error(f"there is no job {short(name)}",
+                    f"did you mean {short(meant)}?" if meant else
+                    "a job's name, its tag, or its line")
+    return found
+
+
+class Caller(Record):
+    """Who asks: the uid that the kernel vouches for."""
+    uid: int
+    name: str
+
+    @property
+    def master(self) -> bool:
+        """May he act for others? Root may; and whoever runs koid owns it."""
+        return self.uid in (0, os.geteuid())
+
+
+class Desk:
+    """Answers requests: for koid, and for koitab where no koid runs."""
+
+    def __init__(self, machine: Machine, home: str, book: Book, store: Store,
+                 daemon=None):
+        self.machine, self.home, self.book = machine, home, book
+        self.store, self.daemon = store, daemon
+
+    def answer(self, caller: Caller, request: dict) -> tuple[dict, bytes]:
+        """The reply, and what comes after it. Raises Error."""
+        op = request.get("op")
+        if not isinstance(op, str) or op not in OPERATIONS:
+            raise Error(f"koid knows no request {short(str(op))}",
+                        "is it older than koitab? restart it")
+        wrong = [name for name, kind in KINDS.items() if not isinstance(
+            request.get(name, kind()), kind) or request.get(name) is True]
+        if wrong:
+            raise Error(f"a request's {wrong[0]} has the wrong type")
+        reply = OPERATIONS[op](self, caller, request)
+        return reply if isinstance(reply, tuple) else (reply, b"")
+
+    def whose(self, caller: Caller, request: dict) -> str:
+        """The user whose tab it is about. Raises Error."""
+        user = request.get("user") or caller.name
+        if user != caller.name and not caller.master:
+            raise Error("must be privileged to use -u")
+        if os.geteuid() and user != self.machine.name_of(os.geteuid()):
+            raise Error("this koid belongs to an ordinary user, and runs "
+                        "jobs for no other")
+        if not user or "/" in user or not self.machine.account(user):
+            raise Error(f"user `{user}' unknown")
+        why = self.machine.refusal(user)
+        if why:
+            raise Error(f"You ({user}) are not allowed to use this program "
+                        f"({PROG})" if user == caller.name else
+                        f"The user {user} cannot use this program ({PROG})",
+                        f"see {why}")
+        return user
+
+    def mine(self, caller: Caller, request: dict) -> str:
+        """The user whose jobs are meant; "" for all."""
+        if caller.master and not request.get("user"):
+            return ""
+        user = request.get("user") or caller.name
+        if user != caller.name and not caller.master:
+            raise Error("must be privileged to use -u")
+        return user
+
+    # --- tabs
+
+    def listing(self, caller: Caller, request: dict) -> dict:
+        user = self.whose(caller, request)
+        file = self.machine.own_tab(self.home, user)
+        if file and file.text is None:
+            raise Error(f"{file.path}: {file.trouble}")
+        return {"text": file and file.text}
+
+    def install(self, caller: Caller, request: dict) -> dict:
+        user, text = self.whose(caller, request), request.get("text", "")
+        tab = parse_tab(text, root=user == "root", salt=self.machine.salt())
+        check_zones(tab, self.machine)
+        if len(text) > LONGEST_TAB:
+            raise Error(f"it is larger than {LONGEST_TAB:,} bytes")
+        installed = not tab.faults()
+        if installed:
+            self.machine.write_tab(self.home, user, text)
+            self.reload()
+        return {"installed": installed, "problems": [
+            vars(problem) for problem in tab.problems]}
+
+    def remove(self, caller: Caller, request: dict) -> dict:
+        user = self.whose(caller, request)
+        removed = self.machine.remove_tab(self.home, user)
+        self.reload()
+        return {"removed": removed}
+
+    def reload(self) -> None:
+        if self.daemon:
+            self.daemon.reload()
+        else:
+            self.book.load()
+
+    # --- jobs and runs
+
+    def jobs(self, caller: Caller, request: dict) -> dict:
+        user = self.mine(caller, request)
+        now, counts = int(self.machine.clock.now()), self.going()
+        return {"jobs": [
+            {"tag": duty.tag, "section": duty.job.section, "user": duty.user,
+             "name": duty.job.name, "label": duty.job.label,
+             "when": duty.job.when, "words": duty.job.words(),
+             "line": duty.line, "file": duty.file,
+             "command": duty.job.command, "confirm": duty.settings.confirm,
+             "params": [vars(param) for param in duty.job.params],
+             "next": self.next_start(duty, now), "last": self.last_run(duty),
+             "running": counts.get(duty.key, 0)}
+            for duty in self.book.duties if not user or duty.user == user]}
+
+    def next_start(self, duty: Duty, now: int) -> float | None:
+        if not duty.schedule:
+            return None
+        due = duty.schedule.next(now, self.book.zones[duty.settings.zone])
+        return due and due + duty.delay * MINUTE
+
+    def last_run(self, duty: Duty) -> dict | None:
+        runs = self.store.runs("r.job = ? order by r.id desc limit 1",
+                               self.store.keys.get(duty.key, 0))
+        return runs[0] if runs else None
+
+    def going(self) -> dict[tuple, int]:
+        """How many runs of each job are going on."""
+        counts: dict[tuple, int] = {}
+        for active in self.daemon.active.values() if self.daemon else ():
+            counts[active.key] = counts.get(active.key, 0) + 1
+        return counts
+
+    def history(self, caller: Caller, request: dict) -> dict:
+        user, where, values = self.mine(caller, request), ["1"], []
+        if user:
+            where.append("j.user = ?")
+            values.append(user)
+        if request.get("job"):
+            keys = self.keys_of(user, request["job"])
+            where.append(f"r.job in ({', '.join(map(str, keys))})")
+        if request.get("before"):
+            where.append("r.id < ?")
+            values.append(request["before"])
+        limit = min(request.get("limit") or 100, MOST_ROWS)
+        return {"runs": self.store.runs(
+            f"{' and '.join(where)} order by r.id desc limit ?",
+            *values, limit)}
+
+    def keys_of(self, user: str, name: str) -> list[int]:
+        """The jobs in the history that a name means; a job that stands in
+        no tab any more is still there. Raises Error."""
+        rows = self.store.db.execute(
+            "select id from jobs where (user = ?1 or ?1 = '') and (name = ?2 "
+            "or tag = ?2 or section || '/' || name = ?2 or label = ?2)",
+            (user, storable(name))).fetchall()
+        if rows:
+            return [row[0] for row in rows]
+        duty = self.book.find(user, name)
+        return [self.store.keys.get(duty.key, 0)]
+
+    def run_of(self, caller: Caller, request: dict) -> dict:
+        """The run that a request is about. Raises Error."""
+        user = self.mine(caller, request)
+        if request.get("run"):
+            runs = self.store.runs("r.id = ?", request["run"])
+            if not runs or user and runs[0]["user"] != user:
+                raise Error(f"there is no run {request['run']}",
+                            "koitab history")
+        else:
+            name = request.get("job", "")
+            keys = ", ".join(map(str, self.keys_of(user, name)))
+            runs = self.store.runs(f"r.job in ({keys}) and r.started is not "
+                                   "null order by r.id desc limit 1")
+            if not runs:
+                raise Error(f"{short(name)} has not run yet")
+        return runs[0]
+
+    def log(self, caller: Caller, request: dict) -> tuple[dict, bytes]:
+        run = self.run_of(caller, request)
+        frames = self.store.output(run["run"])
+        if not frames:              # it is going on, or not yet taken in
+            data = run_file(self.home, run["run"])
+            header = header_of(data)
+            frames = kept_output(data, header) if header else b""
+        return {"run": run, "size": len(frames)}, frames
+
+    def kill(self, caller: Caller, request: dict) -> dict:
+        run = self.run_of(caller, request)
+        if not self.daemon.kill(run["run"], f"killed by {caller.name}"):
+            raise Error(f"run {run['run']} is not going on",
+                        f"koitab history {run['tag']}")
+        return {"run": run}
+
+    def status(self, caller: Caller, request: dict) -> dict:
+        user = self.mine(caller, request)
+        own = self.machine.own_tab(self.home, user or caller.name)
+        tab = parse_tab(own.text) if own and own.text else Tab([], [], {})
+        mine = [duty for duty in self.book.duties
+                if not user or duty.user == user]
+        starts = [start for start in (
+            self.next_start(duty, int(self.machine.clock.now()))
+            for duty in mine) if start]
+        running = self.store.runs("r.state = 'running' and (j.user = ?1 or "
+                                  "?1 = '') order by r.id limit 1000", user)
+        return {
+            "version": VERSION, "pid": os.getpid(), "home": self.home,
+            "started": self.daemon.started, "system": self.book.system,
+            "jobs": len(mine), "running": running,
+            "next": min(starts, default=None), "late": [
+                label for key, label in self.daemon.late()
+                if not user or key[0] == user],
+            "tab": {"user": user or caller.name, "jobs": len(tab.jobs),
+                    "problems": [problem.text("tab")
+                                 for problem in tab.faults()]},
+            "troubles": self.daemon.troubles_of(user)}
+
+
+OPERATIONS = {
+    "list": Desk.listing, "install": Desk.install, "remove": Desk.remove,
+    "jobs": Desk.jobs, "history": Desk.history, "log": Desk.log,
+    "kill": Desk.kill, "status": Desk.status}
+KINDS = {"op": str, "user": str, "text": str, "job": str, "run": int,
+         "limit": int, "before": int, "args": dict}
+
+
+def check_zones(tab: Tab, machine: Machine) -> dict[str, Zone]:
+    """The zones that a tab names; those that there are not become faults
+    of the tab."""
+    zones = {}
+    for name, (line, column) in tab.zones.items():
+        try:
+            zones[name] = machine.zone(name)
+        except Error as error:
+            tab.problems.append(Problem(line, column, "bad setting",
+                                        error.message, error.hint))
+    tab.problems.sort(key=lambda problem: (problem.line, problem.column))
+    return zones
+
+
+def run_file(home: str, run: int) -> bytes:
+    """What a supervisor has written about a run so far; b"" if nothing."""
+    try:
+        with open(f"{home}/runs/{run}", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def checked_values(job: Job, given: dict) -> dict[str, str]:
+    """The values for a job's arguments. Raises Error."""
+    params = {param.name: param for param in job.params}
+    unknown = [name for name in given if name not in params]
+    if unknown:
+        raise Error(f"there is no argument {short(str(unknown[0]))}",
+                    "it has " + ", ".join(params) if params else
+                    "this job has none")
+    values = {}
+    for name, param in params.items():
+        value = given.get(name, param.default)
+        if value is None:
+            raise Error(f"the argument {short(name)} is missing",
+                        f"{name}=VALUE")
+        reason = param.refusal(value) if isinstance(value, str) else \
+            "it is no text"
+        if not reason and len(value.encode("utf-8", "replace")) \
+                > LONGEST_VALUE:
+            reason = f"it is longer than {LONGEST_VALUE:,} bytes"
+        if reason:
+            raise Error(f"the argument {short(name)}: {reason}")
+        values[name] = value
+    if sum(map(len, values.values())) > LONGEST_ARGS:
+        raise Error("the arguments are too long together")
+    return values
+
+
+def parsed_request(line: bytes) -> dict:
+    """A request, or Error."""
+    import json
+    try:
+        request = json.loads(line.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError):
+        raise Error("this is no request") from None
+    if not isinstance(request, dict):
+        raise Error("this is no request")
+    return request
+
+
+def reply_line(reply: dict) -> bytes:
+    import json
+    return json.dumps(reply).encode() + b"\n"
+
+
+def error_reply(error: Error) -> dict:
+    return {"error": error.message, "hint": error.hint,
+            "status": error.status}
+
+
+def caller_of(connection, machine: Machine) -> Caller:
+    """Who is at the other end."""
+    if hasattr(socket, "SO_PEERCRED"):
+        _, uid, _ = Struct("3i").unpack(connection.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    else:       # macOS: LOCAL_PEERCRED gives a struct xucred
+        uid = Struct("2I").unpack_from(connection.getsockopt(0, 1, 76))[1]
+    return Caller(uid % 2**32, machine.name_of(uid))
+
+
+def near_path(path: str) -> tuple[str, int]:
+    """A name for a socket's path that is short enough for the kernel, and
+    a descriptor to close after its use."""
+    if len(os.fsencode(path)) < 100:
+        return path, -1
+    folder, _, name = path.rpartition("/")
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    return f"/proc/self/fd/{fd}/{name}", fd
+
+
+class Link:
+    """The way from koitab to koid; or to the files, where no koid runs and
+    they are the caller's own."""
+
+    def __init__(self, machine: Machine):
+        self.machine = machine
+        self.home = machine.home_of_state()
+        self.path = machine.socket_path(self.home)
+        self.output = b""
+        if os.geteuid() and "KOI_HOME" not in os.environ \
+                and os.path.exists(ROOT_SOCKET):
+            self.home, self.path = ROOT_HOME, ROOT_SOCKET
+
+    def connect(self):
+        """A connection to koid, or None if none answers."""
+        connection = socket.socket(socket.AF_UNIX)
+        near, fd = self.path, -1
+        try:
+            near, fd = near_path(self.path)
+            connection.settimeout(30)
+            connection.connect(near)
+            return connection
+        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
+            connection.close()
+            return None
+        except OSError as error:
+            connection.close()
+            raise Error(f"{self.path}: {error.strerror or error}") from None
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def ask(self, op: str, **fields) -> dict:
+        """The reply to a request; what comes after it is in `output`.
+        Raises Error."""
+        connection = self.connect()
+        if not connection:
+            return self.without_daemon({"op": op, **fields})
+        with connection:
+            reply, rest = exchange_lines(connection, {"op": op, **fields})
+            chunks = [rest]
+            while op == "log" and chunks[-1]:
+                chunks.append(connection.recv(CHUNK))
+            self.output = b"".join(chunks)
+        return {**reply, "daemon": True}
+
+    def follow(self, job: str, args: dict, user: str = "") -> tuple:
+        """Start a run: its number, its connection, the first bytes of its
+        frames. Raises Error."""
+        connection = self.connect()
+        if not connection:
+            raise self.no_daemon()
+        reply, rest = exchange_lines(connection, {
+            "op": "run", "job": job, "args": args, "user": user})
+        connection.settimeout(None)
+        return reply["run"], connection, rest
+
+    def no_daemon(self) -> Error:
+        return Error("koid is not running", "systemctl start koid"
+                     if self.home == ROOT_HOME else "koid &")
+
+    def without_daemon(self, request: dict) -> dict:
+        if request["op"] in ("run", "kill", "status"):
+            raise self.no_daemon()
+        if self.home == ROOT_HOME and os.geteuid():
+            raise self.no_daemon()
+        if os.path.exists(self.home):
+            self.machine.make_home(self.home)
+        book = Book(self.machine, self.home, False)
+        book.load()
+        store = Store(f"{self.home}/history.db", writing=False)
+        store.open()
+        desk = Desk(self.machine, self.home, book, store)
+        uid = os.geteuid()
+        reply, self.output = desk.answer(
+            Caller(uid, self.machine.name_of(uid)), request)
+        return {**reply, "daemon": False}
+
+
+def exchange_lines(connection, request: dict) -> tuple[dict, bytes]:
+    """Send a request: the reply, and what came after it. Raises Error."""
+    data = b""
+    try:
+        connection.sendall(reply_line(request))
+        connection.settimeout(None)
+        while b"\n" not in data:
+            chunk = connection.recv(CHUNK)
+            if not chunk:
+                raise Error("koid hung up", "its log says why")
+            data += chunk
+    except OSError as error:
+        raise Error(f"koid does not answer: {error.strerror or error}"
+                    ) from None
+    line, _, rest = data.partition(b"\n")
+    reply = parsed_request(line)
+    if "error" in reply:
+        raise Error(reply["error"], reply.get("hint", ""),
+                    reply.get("status", 1))
+    return reply, rest
+
+
+# ==========================================================================
+# Daemon: who carries the plan out?                               (machine)
+#
+# One process that sleeps. It wakes when something is due, a supervisor
+# reports, somebody calls, a tab changes or the clock is set; then it looks
+# at the clock first and at all else after. What it is about to start is on
+# the disk before it is started.
+# ==========================================================================
+
+EARLIEST = 1_000_000_000    # a clock before 2001 was never set
+WAIT_FOR_CLOCK = 300.0      # seconds that a machine may take to set it
+SETTLE = 0.3                # seconds until a tab that was edited is read
+RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds between attempts
+TRY_AGAIN = 1.0             # seconds until a full process table is tried
+LONG_ENOUGH = 600.0         # seconds after which nobody waits for a run
+MOST_QUEUED = 100           # runs of one job that may wait
+MOST_MISSED = 10_000        # starts that are counted one by one
+FIRST_LOOK = 2.0            # seconds between looks at adopted runs
+MOST_MAILERS = 2
+MAIL_TIME = 60              # seconds for a sendmail
+
+
+class Pending:
+    """A run that is to be started, now or later."""
+
+    __slots__ = ("run", "duty", "trigger", "due", "asked", "attempt",
+                 "values", "at", "connection", "known", "behind", "greeted")
+
+    def __init__(self, duty: Duty, trigger: str, due: float, now: float):
+        self.run, self.duty, self.trigger = 0, duty, trigger
+        self.due, self.asked, self.attempt = due, now, 1
+        self.values: dict[str, str] = {
+            param.name: param.default or "" for param in duty.job.params}
+        self.at = 0.0           # ticks before which it does not start
+        self.connection = None
+        self.known = False      # it has a row in the history
+        self.behind = False     # it waits for the run before it
+        self.greeted = False    # who waits for it knows its number
+
+    def greet(self) -> None:
+        """Tell who waits which run it is."""
+        self.greeted = True
+        try:
+            self.connection.send(reply_line({"run": self.run}))
+        except OSError:
+            pass                # gone; the run is recorded all the same
+
+    def hang_up(self, why: str) -> None:
+        """Tell who waits that nothing comes any more."""
+        if self.connection:
+            send_last(self.connection, frame(NOTE, 0, why.encode()) + frame(
+                END, 0, reply_line({"exit": None, "signal": None,
+                                    "reason": why})) if self.greeted else
+                      reply_line(error_reply(Error(why))))
+            self.connection = None
+
+    def shown_values(self) -> dict[str, str]:
+        return {param.name: "******" if param.type == "secret"
+                else self.values[param.name]
+                for param in self.duty.job.params}
+
+
+class Active:
+    """A run that goes on, as far as koid knows. `supervisor` is the pid of
+    a child of ours, or 0: the koid before us started it."""
+
+    def __init__(self, run: int, key: tuple, pending: Pending | None,
+                 supervisor: int = 0):
+        self.run, self.key, self.pending = run, key, pending
+        self.supervisor = supervisor
+        self.reason = ""            # why we ended it
+        self.kill, self.kill_at = 0, FOREVER    # a signal to be sent, when
+
+
+class Visitor:
+    """Somebody who calls, until he is answered."""
+
+    def __init__(self, connection, caller: Caller, deadline: float):
+        self.connection, self.caller = connection, caller
+        self.deadline = deadline
+        self.request, self.reply = bytearray(), bytearray()
+
+
+def send_last(connection, reply: bytes) -> None:
+    """Say a last short thing, if the other side still listens."""
+    try:
+        connection.setblocking(False)
+        connection.send(reply)
+    except OSError:
+        pass
+    connection.close()
+
+
+def safe_address(text: str) -> bool:
+    """As cron: letters and a few signs, and nothing that an option or a
+    shell could be made of."""
+    return text.isascii() and text[:1].isalnum() and all(
+        letter.isalnum() or letter in "@!:%-.,_+=/" for letter in text)
+
+
+def job_environment(duty: Duty, account: Account, host: dict,
+                    **more: str) -> dict[str, str]:
+    """The environment of a job: cron's, and ours."""
+    return {**host, "SHELL": USUAL_SHELL, "PATH": USUAL_PATH,
+            "HOME": account.home, **{
+                name: value for name, value in duty.job.environment.items()
+                if name and "=" not in name},
+            "LOGNAME": account.name, "USER": account.name, **more}
+
+
+def batches(orders: list[tuple]) -> list[list[tuple]]:
+    """Which runs share a supervisor: none, unless very many start at once.
+    Each of `orders` begins with its account."""
+    size = max(1, min(MOST_IN_ONE, len(orders) // 16))
+    found: list[list[tuple]] = []
+    open_ones: dict[str, list] = {}
+    for order in orders:
+        batch = open_ones.get(order[0].name)
+        if batch is None or len(batch) >= size:
+            batch = open_ones[order[0].name] = []
+            found.append(batch)
+        batch.append(order)
+    return found
+
+
+class Daemon:
+    """koid."""
+
+    def __init__(self, machine: Machine, home: str, system: bool = False):
+        self.machine, self.home, self.clock = machine, home, machine.clock
+        self.book = Book(machine, home, system)
+        self.store = Store(f"{home}/history.db")
+        self.desk = Desk(machine, home, self.book, self.store, self)
+        self.poll = select.poll()
+        self.heard: dict[int, tuple] = {}   # descriptor -> function, argument
+        self.active: dict[int, Active] = {}
+        self.supervisors: dict[int, set] = {}   # pid -> runs that go on
+        self.ended: dict[int, int] = {}     # run -> wait status, or NO_STATUS
+        self.waiting: list[Pending] = []
+        self.letters: list[tuple] = []
+        self.mailers: dict[int, int] = {}   # pid -> run
+        self.leftover: list[int] = []       # files to remove when written
+        self.troubles: dict[str, str] = {}
+        self.watch: Watch | None = None     # None: the clock is not set
+        self.door_opens = FOREVER           # ticks, after too many visitors
+        self.stopping = self.changed = False
+        self.reload_at = self.look_at = FOREVER
+        self.folders: dict[str, int] = {}
+        self.visitors: dict[int, Visitor] = {}
+
+    # --- from the start to the end
+
+    def live(self) -> None:
+        """Serve until a signal says stop. Raises Error."""
+        self.open()
+        self.say(f"koid {VERSION}: {plural(len(self.book.duties), 'job')}")
+        try:
+            while not self.stopping:
+                try:
+                    self.turn()
+                except Error:
+                    raise
+                except Exception as bug:    # ours; the other jobs go on
+                    self.survive(bug)
+        finally:
+            self.close()
+
+    def open(self) -> None:
+        self.machine.make_home(self.home)
+        self.lock = only_one(f"{self.home}/lock")
+        if self.lock is None:
+            raise Error(f"koid already runs ({self.home})",
+                        "koitab status tells its pid")
+        self.cron_pid = self.machine.hold_cron_pid() if self.book.system \
+            else -1
+        self.started = self.clock.now()
+        self.trouble("history", self.store.open())
+        self.runs = os.open(f"{self.home}/runs", os.O_RDONLY
+                            | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.open_pipes()
+        self.host = self.machine.host_environment()
+        self.book.load()
+        self.tell_of_tabs()
+        self.adopt()
+        self.listen()
+        self.begin_to_watch()
+        import gc
+        gc.collect()
+        gc.freeze()         # supervisors share what is there by now
+
+    def open_pipes(self) -> None:
+        self.nothing, end = os.pipe()       # what a job without input reads
+        os.close(end)
+        reports, self.report = os.pipe()
+        woken, self.wake = os.pipe()
+        for fd in (reports, self.report, woken, self.wake):
+            os.set_blocking(fd, False)
+        self.hear(reports, self.read_reports)
+        self.hear(woken, self.drain)
+        signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                       signal.SIGCHLD, signal.SIGIO):
+            signal.signal(number, self.note_signal)
+        self.alarm = self.machine.clock_alarm()
+        if self.alarm is not None:
+            self.hear(self.alarm, self.clock_was_set)
+        self.notice_folders()
+
+    def survive(self, bug: Exception) -> None:
+        """Something surprised us. A job that cannot be planned is left out,
+        so that one surprise does not become a thousand."""
+        import traceback
+        text = "".join(traceback.format_exception(type(bug), bug,
+                                                  bug.__traceback__)[-3:])
+        self.trouble("bug", f"koid has a fault: {text}")
+        for duty in list(self.book.duties):
+            try:
+                if self.watch:
+                    due_next(duty, self.watch)
+            except Exception as fault:
+                self.book.duties.remove(duty)
+                self.book.troubles.append(f"{duty.file}:{duty.line}: not "
+                                          f"used: koid fails on it: {fault}")
+        time.sleep(TRY_AGAIN)
+
+    def close(self) -> None:
+        """Leave; the jobs and their supervisors stay."""
+        try:
+            self.take_in()
+            if self.watch:
+                self.write([self.seen_note()])
+        except Error as error:
+            self.say(error.message, bad=True)
+        try:
+            os.unlink(self.machine.socket_path(self.home))
+        except OSError:
+            pass
+        if self.cron_pid >= 0:
+            os.unlink(CRON_PID)
+        self.say("stopped; jobs that run go on")
+
+    def note_signal(self, number: int, _frame) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self.stopping = True
+        elif number == signal.SIGHUP:
+            self.book.forget()
+            self.reload_at = 0.0
+        elif number == signal.SIGIO:
+            self.changed = True
+
+    # --- one turn
+
+    def hear(self, fd: int, function, argument=None,
+             events: int = select.POLLIN) -> None:
+        self.heard[fd] = (function, argument)
+        self.poll.register(fd, events)
+
+    def deaf(self, fd: int) -> None:
+        """Hear nothing more from a descriptor, and close it."""
+        del self.heard[fd]
+        self.poll.unregister(fd)
+        os.close(fd)
+
+    def turn(self) -> None:
+        """Sleep until something happens; then do what is due first."""
+        heard = self.poll.poll(self.patience())
+        now = self.clock.ticks()
+        if self.changed and self.reload_at == FOREVER:
+            self.reload_at = now + SETTLE
+        if now >= self.reload_at or self.folders_unwatched():
+            self.reload()
+        self.look()
+        self.start_waiting()
+        for fd, events in heard:
+            if fd in self.heard:
+                function, argument = self.heard[fd]
+                function(argument, fd, events)
+        self.reap()
+        self.look_after(now)
+        self.take_in()
+        self.post()
+
+    def patience(self) -> float:
+        """Milliseconds until something is due; -1 for ever."""
+        now = self.clock.ticks()
+        soon = min(self.reload_at, self.look_at, self.next_wake(),
+                   self.door_opens)
+        for pending in self.waiting:
+            if not pending.behind:
+                soon = min(soon, pending.at)
+        for visitor in self.visitors.values():
+            soon = min(soon, visitor.deadline)
+        for active in self.active.values():
+            soon = min(soon, active.kill_at)
+        if self.store.waiting:
+            soon = min(soon, now + 5)
+        return -1 if soon == FOREVER else max(soon - now, 0) * 1000
+
+    def next_wake(self) -> float:
+        """The ticks at which the next job is due. Without an alarm for a
+        clock that is set, or for tabs that change, also each minute."""
+        if not self.watch:
+            return self.clock.ticks() + 5
+        seen, due = self.watch.seen, self.next_due()
+        if self.alarm is None or self.folders_unwatched():
+            edge = (self.clock.now() // MINUTE + 1) * MINUTE
+            return self.clock.ticks() + min(
+                edge - self.clock.now(),
+                FOREVER if due is None else max(0, seen.ticks + due
+                                                - seen.wall
+                                                - self.clock.ticks()))
+        return FOREVER if due is None else seen.ticks + due - seen.wall
+
+    def next_due(self) -> int | None:
+        """When the first job falls due. What was computed before holds
+        until then, unless the clock is set."""
+        now = self.watch.seen.wall
+        soonest = None
+        for duty in self.book.duties:
+            if duty.due is not None:
+                if duty.due <= now:
+                    duty.due = due_next(duty, self.watch)
+                    if duty.due is None:
+                        continue
+                if soonest is None or duty.due < soonest:
+                    soonest = duty.due
+        return soonest
+
+    # --- what is due
+
+    def reading(self) -> Reading:
+        return Reading(self.clock.now(), self.clock.ticks())
+
+    def look(self) -> None:
+        """Start what fell due."""
+        if not self.watch:
+            self.wait_for_clock()
+            return
+        before, now = self.watch, self.reading()
+        strayed = now.wall - before.seen.wall - now.ticks + before.seen.ticks
+        if abs(strayed) > 1:
+            for duty in self.book.duties:
+                duty.due = 0.0
+        self.watch, launches = plan(self.book.duties, before, now,
+                                    self.next_due())
+        pendings = []
+        for launch in launches:
+            pending = Pending(launch.job, "schedule", launch.due, now.wall)
+            if launch.job.delay:
+                pending.at = now.ticks + launch.job.delay * MINUTE
+            pendings.append(pending)
+        skipped = [self.missed(duty, count, due, "the clock was set")
+                   for duty, count, due in self.watch.skipped]
+        if pendings or skipped:
+            self.launch(pendings, skipped)
+
+    def missed(self, duty: Duty, count: int, due: float, why: str) -> tuple:
+        """A row for starts that were not made."""
+        return (duty, {"trigger": "schedule", "state": "missed", "due": due,
+                       "reason": why, "count": count})
+
+    def launch(self, pendings: list[Pending], rows: list = ()) -> None:
+        """Write down what is to be started, then start it."""
+        ready, deeds = [], [self.seen_note()] if self.watch else []
+        for duty, row in rows:
+            deeds.append(self.new_run(duty, row, deeds))
+            if row["state"] == "missed" and duty.settings.catchup == "yes":
+                pendings.append(Pending(duty, "catch-up", row["due"],
+                                        self.clock.now()))
+        counts = self.desk.going()
+        for pending in pendings:
+            state, reason = self.admit(pending, counts)
+            if state == "running":
+                ready.append(pending)
+                counts[pending.duty.key] = counts.get(pending.duty.key, 0) + 1
+            deeds.append(self.row_of(pending, state, reason, deeds))
+        if not self.write(deeds):
+            ready = [pending for pending in ready if not self.refuse(pending)]
+        for pending in pendings:
+            if pending.connection and not pending.greeted:
+                pending.greet()
+        self.begin(ready)
+
+    def admit(self, pending: Pending, counts: dict) -> tuple[str, str]:
+        """The state in which a run begins, and why it is not `running`."""
+        duty, now = pending.duty, self.clock.ticks()
+        if pending.at > now:
+            self.waiting.append(pending)
+            return "queued", ""
+        policy = duty.settings.overlap
+        if policy == "allow" or not counts.get(duty.key):
+            return "running", self.late_reason(pending)
+        queued = sum(other.duty.key == duty.key for other in self.waiting)
+        if policy == "skip" or queued >= MOST_QUEUED:
+            pending.hang_up("the last run is still going")
+            return "skipped", "the last run was still going" if \
+                policy == "skip" else f"{queued} runs were waiting"
+        if policy == "replace":
+            for active in list(self.active.values()):
+                if active.key == duty.key:
+                    self.kill(active.run, "replaced by the next run")
+        pending.behind = True
+        self.waiting.append(pending)
+        return "queued", "waits for the last run"
+
+    def late_reason(self, pending: Pending) -> str:
+        """What KOI_START_WITHIN has to say."""
+        within = pending.duty.settings.start_within
+        behind = self.clock.now() - pending.due
+        return f"late by {duration_text(int(behind))}" \
+            if within and behind > within else ""
+
+    def late(self) -> list[tuple]:
+        """The jobs that should have started by now, and wait."""
+        return [(pending.duty.key, pending.duty.job.label)
+                for pending in self.waiting if self.late_reason(pending)]
+
+    def row_of(self, pending: Pending, state: str, reason: str,
+               deeds: list) -> tuple:
+        """The statement that says in which state a run is."""
+        import json
+        started = self.clock.now() if state == "running" else None
+        if pending.known:
+            return self.store.update(pending.run, state=state, reason=reason,
+                                     started=started)
+        pending.known = True
+        deed = self.new_run(pending.duty, {
+            "trigger": pending.trigger, "state": state, "due": pending.due,
+            "asked": pending.asked, "started": started, "reason": reason,
+            "args": json.dumps(pending.shown_values(), ensure_ascii=False),
+            "attempt": pending.attempt}, deeds)
+        pending.run = self.store.last
+        return deed
+
+    def new_run(self, duty: Duty, row: dict, deeds: list) -> tuple:
+        self.store.last += 1
+        key = self.store.job_key(duty.user, duty.job, duty.tag, deeds)
+        return self.store.insert({"id": self.store.last, "job": key, **row})
+
+    def refuse(self, pending: Pending) -> bool:
+        """A run that somebody asked for, and that cannot be recorded, does
+        not start; one that is due does."""
+        if pending.trigger != "manual":
+            return False
+        pending.hang_up(f"the run cannot be recorded: "
+                     f"{self.store.trouble}")
+        return True
+
+    # --- starting
+
+    def begin(self, pendings: list[Pending]) -> None:
+        """Give each run to a supervisor."""
+        orders, gone = [], []
+        for pending in pendings:
+            account = self.machine.account(pending.duty.user)
+            try:
+                if not account:
+                    raise ValueError(f"there is no user {pending.duty.user}")
+                orders.append((account, self.order(pending, account),
+                               pending))
+            except ValueError as error:
+                gone.append(self.unstartable(pending, str(error)))
+        if gone:
+            self.write(gone)
+        for batch in batches(orders):
+            self.fork(batch[0][0], [order for _, order, _ in batch],
+                      [pending for _, _, pending in batch])
+
+    def fork(self, account: Account, orders: list[Order],
+             pendings: list[Pending]) -> None:
+        try:
+            pid = supervise(account, orders, self.runs, self.report,
+                            self.nothing)
+        except OSError as error:
+            self.put_off(pendings, error)
+            return
+        self.trouble("fork", "")
+        self.supervisors[pid] = {pending.run for pending in pendings}
+        for pending in pendings:
+            self.active[pending.run] = Active(pending.run, pending.duty.key,
+                                              pending, pid)
+            if pending.connection:
+                pending.connection.close()
+                pending.connection = None
+            if os.geteuid() == 0 and not pending.duty.job.unlogged:
+                self.machine.log(f"({pending.duty.user}) CMD "
+                                 f"({pending.duty.job.command})")
+
+    def order(self, pending: Pending, account: Account) -> Order:
+        job, values = pending.duty.job, pending.values
+        more = {f"KOI_ARG_{number}": values[param.name] for number, param
+                in enumerate(job.params, start=1)}
+        return Order(
+            pending.run, job.script,
+            job.stdin.encode("utf-8", "surrogateescape"),
+            job_environment(pending.duty, account, self.host,
+                            KOI_RUN=str(pending.run), **more),
+            job.settings.timeout,
+            [values[param.name].encode() for param in job.params
+             if param.type == "secret" and values[param.name]],
+            pending.connection)
+
+    def put_off(self, pendings: list[Pending], error: OSError) -> None:
+        """The process table is full: try again, for a minute."""
+        now, deeds = self.clock.now(), []
+        for pending in pendings:
+            if now - max(pending.due, pending.asked) > TRY_FOR:
+                deeds.append(self.unstartable(
+                    pending, f"could not start: {error.strerror}"))
+            else:
+                pending.at = self.clock.ticks() + TRY_AGAIN
+                self.waiting.append(pending)
+        self.trouble("fork", f"no process could be started: "
+                     f"{error.strerror}")
+        self.write(deeds)
+
+    def unstartable(self, pending: Pending, why: str) -> tuple:
+        pending.hang_up(why)
+        self.say(f"({pending.duty.user}) ERROR ({why})", bad=True)
+        return self.store.update(
+            pending.run, state="unstartable", reason=why, started=None,
+            ended=self.clock.now())
+
+    def start_waiting(self) -> None:
+        """Start what has waited long enough, or whose turn has come."""
+        if not self.waiting:
+            return
+        now, counts = self.clock.ticks(), self.desk.going()
+        ready = []
+        for pending in self.waiting:
+            key = pending.duty.key
+            if pending.behind and counts.get(key) or pending.at > now:
+                continue
+            if pending.behind:
+                counts[key] = counts.get(key, 0) + 1
+            ready.append(pending)
+        if ready:
+            self.waiting = [pending for pending in self.waiting
+                            if pending not in ready]
+            for pending in ready:
+                pending.behind, pending.at = False, 0.0
+            self.launch(ready)
+
+    # --- ends
+
+    def read_reports(self, _argument, fd: int, _events: int) -> None:
+        """Supervisors tell how runs ended."""
+        try:
+            data = os.read(fd, CHUNK // REPORT.size * REPORT.size)
+        except BlockingIOError:
+            return
+        for run, status in REPORT.iter_unpack(data):
+            self.ended[run] = status
+
+    def reap(self) -> None:
+        """Supervisors, and senders of mail, that have gone."""
+        while self.supervisors or self.mailers:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            for run in self.supervisors.pop(pid, ()):
+                if run in self.active:
+                    self.ended.setdefault(run, NO_STATUS)
+            if pid in self.mailers:
+                self.mailed(self.mailers.pop(pid), status)
+
+    def look_after(self, now: float) -> None:
+        """Adopted runs, signals that are due, visitors who are slow."""
+        if now >= self.look_at:
+            self.look_at = FOREVER
+            for active in self.active.values():
+                if not active.supervisor:
+                    self.look_at = now + FIRST_LOOK
+                    if self.has_ended(active):
+                        self.ended.setdefault(active.run, NO_STATUS)
+        for active in list(self.active.values()):
+            if now >= active.kill_at:
+                self.press(active, now)
+        for visitor in list(self.visitors.values()):
+            if now >= visitor.deadline:
+                self.dismiss(visitor)
+        if now >= self.door_opens:
+            self.door_opens = FOREVER
+            self.poll.modify(self.door.fileno(), select.POLLIN)
+
+    def has_ended(self, active: Active) -> bool:
+        """Of a run whose supervisor is not our child."""
+        header = header_of(run_file(self.home, active.run))
+        return not header or header.phase in (ENDED, UNSTARTABLE) \
+            or born(header.supervisor) != header.supervisor_born
+
+    def take_in(self) -> None:
+        """Move runs that have ended into the history."""
+        if self.store.waiting and not self.ended:
+            self.write([])
+        if not self.ended:
+            return
+        deeds, again, letters = [], [], []
+        for run, status in self.ended.items():
+            active = self.active.pop(run, None)
+            if active:
+                self.supervisors.get(active.supervisor, set()).discard(run)
+                outcome, frames = self.outcome(active, status)
+                deeds += self.ending(active, outcome, frames)
+                if not self.retry(active, outcome, again, deeds):
+                    self.address(active, outcome, frames, letters, deeds)
+                self.leftover.append(run)
+        self.ended.clear()
+        if self.write(deeds):
+            self.letters += letters
+        self.waiting += again
+        self.start_waiting()
+
+    def write(self, deeds: list[tuple]) -> bool:
+        """Write to the history; files of runs that are in it can go."""
+        written = self.store.write(deeds)
+        self.trouble("disk", self.store.trouble)
+        if written:
+            for run in self.leftover:
+                try:
+                    os.unlink(str(run), dir_fd=self.runs)
+                except OSError:
+                    pass
+            self.leftover.clear()
+        return written
+
+    def outcome(self, active: Active, status: int) -> tuple[dict, bytes]:
+        """How a run ended, as columns of its row; and its output."""
+        data = run_file(self.home, active.run)
+        header = header_of(data)
+        if not header:      # the disk was full, or it never began
+            exit_status, number = exit_and_signal(status)
+            known = exit_status is not None or number is not None
+            return {"state": "done" if known else "interrupted",
+                    "exit": exit_status, "signal": number,
+                    "ended": self.clock.now(), "reason": active.reason or (
+                        "its output could not be kept" if known else
+                        "its supervisor was killed")}, b""
+        frames = kept_output(data, header)
+        exit_status, number = exit_and_signal(header.status) \
+            if header.phase == ENDED else (None, None)
+        state = {ENDED: "done", UNSTARTABLE: "unstartable"}.get(
+            header.phase, "interrupted")
+        reason = active.reason or REASONS[header.reason]
+        if reason == "timeout" and active.pending:
+            limit = active.pending.duty.settings.timeout
+            reason = f"timeout after {duration_text(limit)}"
+        elif state == "interrupted":
+            reason = reason or "its supervisor was killed"
+        elif state == "unstartable":
+            reason = output_text(frames).decode("utf-8", "replace").strip()
+        return {"state": state, "exit": exit_status, "signal": number,
+                "started": header.started or None,
+                "ended": header.ended or self.clock.now(),
+                "reason": reason, "bytes": header.total,
+                "cut": int(header.lost > 0)}, frames
+
+    def ending(self, active: Active, outcome: dict, frames: bytes) -> list:
+        """The statements that keep a run's end, and forget old ones."""
+        columns = {name: value for name, value in outcome.items()
+                   if name != "reason" or value}
+        deeds = [self.store.update(active.run, **columns)]
+        if frames:
+            deeds.append(("insert or replace into output values (?, ?)",
+                          (active.run, frames)))
+        if active.pending:
+            keep = active.pending.duty.settings.keep
+            deeds += self.store.forget(self.store.keys[active.key], keep)
+        if outcome["state"] != "done" and os.geteuid() == 0:
+            self.say(f"({active.key[0]}) ERROR (run {active.run}: "
+                     f"{outcome['reason']})", bad=True)
+        return deeds
+
+    def retry(self, active: Active, outcome: dict, again: list,
+              deeds: list) -> bool:
+        """KOI_RETRY: after a failure, again and again a little later."""
+        last = active.pending
+        if not last or outcome["state"] != "done" or outcome["exit"] == 0 \
+                or active.reason or last.attempt > last.duty.settings.retry:
+            return False
+        wait = min(RETRY_FIRST * 2 ** (last.attempt - 1), RETRY_LONGEST)
+        pending = Pending(last.duty, "retry", self.clock.now() + wait,
+                          self.clock.now())
+        pending.at = self.clock.ticks() + wait
+        pending.attempt, pending.values = last.attempt + 1, last.values
+        deeds.append(self.row_of(pending, "queued", "", deeds))
+        again.append(pending)
+        return True
+
+    # --- killing
+
+    def kill(self, run: int, reason: str) -> bool:
+        """End a run: TERM, and KILL ten seconds later. False: it is over."""
+        waiting = [pending for pending in self.waiting if pending.run == run]
+        if waiting:
+            self.waiting.remove(waiting[0])
+            waiting[0].hang_up(reason)
+            return self.write([self.store.update(
+                run, state="skipped", reason=reason)])
+        active = self.active.get(run)
+        if not active:
+            return False
+        active.reason = active.reason or reason
+        active.kill = active.kill or signal.SIGTERM
+        self.press(active, self.clock.ticks())
+        return True
+
+    def press(self, active: Active, now: float) -> None:
+        """Send the signal that is due."""
+        header = header_of(run_file(self.home, active.run)[:HEADER_ROOM])
+        if not header or header.phase == CLAIMED:
+            active.kill_at = now + 0.05     # it has not begun yet
+            return
+        self.machine.signal_job(header, active.kill)
+        active.kill_at = now + KILL_AFTER if active.kill == signal.SIGTERM \
+            else FOREVER
+        active.kill = signal.SIGKILL
+
+    # --- mail
+
+    def address(self, active: Active, outcome: dict, frames: bytes,
+                letters: list, deeds: list) -> None:
+        """Does cron send mail about this run? Who asked for one by hand has
+        seen what it wrote."""
+        pending, user = active.pending, active.key[0]
+        job = pending.duty.job if pending else None
+        environment = job.environment if job else {}
+        to, text = environment.get("MAILTO", user), output_text(frames)
+        good = outcome["state"] == "done" and outcome["exit"] == 0
+        if not text or not to or pending and pending.trigger == "manual" \
+                or job and job.mail_failures and good:
+            return
+        if not any(os.access(path, os.X_OK) for path in SENDMAILS):
+            if os.geteuid() == 0:
+                self.machine.log("(CRON) info (No MTA installed, discarding "
+                                 "output)")
+            return
+        if not safe_address(to):
+            self.say(f"({user}) UNSAFE MAIL ({to})", bad=True)
+            deeds.append(self.store.update(active.run, mail="unsafe address"))
+            return
+        letters.append((active.run, user, to, job.command if job else "",
+                        environment, text))
+        deeds.append(self.store.update(active.run, mail="due"))
+
+    def post(self) -> None:
+        """Send what is to be sent, two at a time."""
+        while self.letters and len(self.mailers) < MOST_MAILERS:
+            run, *letter = self.letters.pop(0)
+            try:
+                pid = os.fork()
+            except OSError:
+                self.letters.insert(0, (run, *letter))
+                return
+            if not pid:
+                send_letter(self.machine, self.host, *letter)
+            self.mailers[pid] = run
+
+    def mailed(self, run: int, status: int) -> None:
+        result = "sent" if status == 0 else f"failed (status {status:#06x})"
+        if status:
+            self.say(f"(CRON) MAIL (run {run}: got status {status:#06x})",
+                     bad=True)
+        self.write([self.store.update(run, mail=result)])
+
+    # --- after a restart
+
+    def adopt(self) -> None:
+        """Take over what the koid before us left: runs that go on, runs
+        that ended meanwhile, runs that it had no time to begin."""
+        files = {int(name) for name in os.listdir(self.runs)
+                 if name.isascii() and name.isdigit()}
+        self.store.last = max(files | {self.store.last})
+        rows = {row["run"]: row for row in self.store.runs(
+            "r.state in ('queued', 'running')")}
+        duties = {duty.key: duty for duty in self.book.duties}
+        self.leftover = [run for run in files if run not in rows]
+        lost: list[tuple] = []
+        for run, row in rows.items():
+            key = (row["user"], row["tag"])
+            pending = self.pending_of(row, duties.get(key))
+            if run in files:
+                self.active[run] = Active(run, key, pending)
+            elif pending and self.may_still_start(row, pending):
+                self.waiting.append(pending)
+            else:
+                missed = row["trigger"] == "schedule" \
+                    and row["state"] == "running"
+                lost.append(self.store.update(
+                    run, state="missed" if missed else "interrupted",
+                    started=None, reason="koid was stopped before it began"))
+        self.write(lost)
+        self.look_at = 0.0 if self.active else FOREVER
+        self.mail_of_before(duties)
+
+    def pending_of(self, row: dict, duty: Duty | None) -> Pending | None:
+        """The run of a row, if its job is still there and its arguments are
+        known."""
+        if not duty or set(row["args"]) != {param.name for param
+                                            in duty.job.params}:
+            return None
+        pending = Pending(duty, row["trigger"], row["due"] or 0.0,
+                          row["asked"] or 0.0)
+        pending.run, pending.known = row["run"], True
+        pending.values, pending.attempt = row["args"], row["attempt"]
+        pending.behind = row["reason"] == "waits for the last run"
+        pending.at = self.clock.ticks() + max(
+            0.0, pending.due - self.clock.now()) \
+            if row["trigger"] == "retry" else 0.0
+        return pending
+
+    def may_still_start(self, row: dict, pending: Pending) -> bool:
+        """Is it soon enough to begin a run that had no time to?"""
+        if any(param.type == "secret" for param in pending.duty.job.params):
+            return False        # its secrets were kept nowhere
+        if row["state"] == "queued":
+            return True
+        waited = self.clock.now() - (row["started"] or 0.0)
+        return waited < (TRY_FOR if row["trigger"] == "schedule"
+                         else LONG_ENOUGH)
+
+    def mail_of_before(self, duties: dict) -> None:
+        """Mail that was due when the koid before us stopped."""
+        for row in self.store.runs("r.mail = 'due'"):
+            duty = duties.get((row["user"], row["tag"]))
+            environment = duty.job.environment if duty else {}
+            to = environment.get("MAILTO", row["user"])
+            if to and safe_address(to):
+                self.letters.append((
+                    row["run"], row["user"], to, row["label"], environment,
+                    output_text(self.store.output(row["run"]))))
+
+    def begin_to_watch(self) -> None:
+        """Find out what was missed, and wait for what comes."""
+        now = self.reading()
+        seen = float(self.store.noted("seen") or 0)
+        self.clock_by = now.ticks + WAIT_FOR_CLOCK
+        if now.wall < EARLIEST or now.wall < seen - MINUTE:
+            self.trouble("clock", "the clock is not set: it shows "
+                         f"{rfc3339(now.wall)}; jobs wait for "
+                         f"{duration_text(WAIT_FOR_CLOCK)}")
+            return
+        self.watch = watching(now, self.book.zones)
+        rows, launches = [], []
+        if seen:
+            self.watch = self.watch.but(dials=self.dials_of_before(seen))
+            rows, launches = self.missed_since(seen, now.wall)
+        self.launch(launches + self.reboot_jobs(now.wall), rows)
+        self.know_jobs()
+
+    def know_jobs(self) -> None:
+        """Note which jobs there are: what a koid after us was not there for
+        is missed only by a job that we have seen."""
+        deeds = [self.seen_note()] if self.watch else []
+        for duty in self.book.duties:
+            self.store.job_key(duty.user, duty.job, duty.tag, deeds)
+        self.write(deeds)
+
+    def wait_for_clock(self) -> None:
+        now, seen = self.reading(), float(self.store.noted("seen") or 0)
+        if now.wall >= max(EARLIEST, seen - MINUTE) \
+                or now.ticks >= self.clock_by:
+            self.trouble("clock", "" if now.wall >= EARLIEST else
+                         "the clock was never set; jobs run by it all the "
+                         "same")
+            self.watch = watching(now, self.book.zones)
+            self.launch(self.reboot_jobs(now.wall))
+            self.know_jobs()
+
+    def dials_of_before(self, seen: float) -> dict[str, Dial]:
+        """The virtual clocks, where the koid before us left them and what
+        time has passed since."""
+        noted = dict(part.rpartition("=")[::2] for part
+                     in self.store.noted("dials").split("\n") if part)
+        now, dials = int(self.clock.now()), {}
+        for name, dial in self.watch.dials.items():
+            virtual, comma, running = noted.get(name, "").partition(",")
+            if comma:
+                before = Dial(dial.zone, int(virtual), int(running))
+                dial = passed(before, int(seen), now)
+            dials[name] = dial
+        return dials
+
+    def missed_since(self, seen: float, now: float):
+        """Rows for the starts that no koid was there for; those of this very
+        minute are made."""
+        rows, launches, minute = [], [], now // MINUTE * MINUTE
+        for duty in self.book.duties:
+            if not duty.schedule or duty.key not in self.store.keys:
+                continue        # it is new: nobody waited for it
+            first, count, dial = 0, 0, self.watch.dials[
+                duty.settings.zone]
+            for start in duty.schedule.starts(int(seen), dial.zone):
+                if start > now or count >= MOST_COUNTED:
+                    break
+                if start >= minute:
+                    launches.append(Pending(duty, "schedule", start, now))
+                else:
+                    first, count = first or start, count + 1
+            if count:
+                rows.append(self.missed(duty, count, first,
+                                        "koid was not running"))
+        return rows, launches
+
+    def reboot_jobs(self, now: float) -> list[Pending]:
+        """@reboot: once after each boot."""
+        boot = self.machine.boot_id()
+        before = self.store.noted("boot")
+        self.write([self.store.note("boot", boot)])
+        marked = self.book.system and self.machine.mark_reboot()
+        if before == boot or marked:
+            return []
+        return [Pending(duty, "reboot", now, now) for duty
+                in self.book.duties if duty.job.when == "@reboot"]
+
+    def seen_note(self) -> tuple:
+        dials = "\n".join(f"{name}={dial.virtual},{dial.running}"
+                          for name, dial in self.watch.dials.items())
+        return ("insert or replace into meta values ('seen', ?), "
+                "('dials', ?)", (repr(self.watch.seen.wall), dials))
+
+    # --- tabs
+
+    def folders_unwatched(self) -> bool:
+        return not self.folders or None in self.folders.values()
+
+    def notice_folders(self) -> None:
+        """Ask to be told when a tab changes."""
+        wanted = [f"{self.home}/tabs"]
+        if self.book.system:
+            wanted += [SYSTEM_FOLDER, posixpath.dirname(SYSTEM_TAB),
+                       self.machine.spool()]
+        elif os.geteuid() == 0:
+            wanted.append(posixpath.dirname(LOCAL_ZONE))
+        for folder in wanted:
+            if self.folders.get(folder) is None and os.path.isdir(folder):
+                self.folders[folder] = self.machine.notice(folder)
+
+    def reload(self) -> None:
+        """Take up tabs that changed, from the next minute on."""
+        self.changed, self.reload_at = False, FOREVER
+        self.notice_folders()
+        if self.watch and not self.folders_unwatched():
+            self.look()         # the minutes up to now are the old tabs'
+        if not self.book.load():
+            return
+        if self.watch:
+            self.watch = self.rewound(watching(
+                self.watch.seen, self.book.zones, self.watch))
+            self.know_jobs()
+        for pending in self.waiting:
+            for duty in self.book.duties:
+                if duty.key == pending.duty.key:
+                    pending.duty = duty
+        self.tell_of_tabs()
+
+    def rewound(self, watch: Watch) -> Watch:
+        """The watch, with zones as their files now have them."""
+        return watch.but(dials={
+            name: dial.but(zone=self.book.zones[name])
+            for name, dial in watch.dials.items()})
+
+    def tell_of_tabs(self) -> None:
+        for trouble in self.book.troubles:
+            self.say(trouble, bad=True)
+
+    # --- visitors
+
+    def listen(self) -> None:
+        path = self.machine.socket_path(self.home)
+        folder = posixpath.dirname(path)
+        everyone = path == ROOT_SOCKET
+        try:
+            os.makedirs(folder, 0o755, exist_ok=True)
+            near, fd = near_path(path)
+            try:
+                os.unlink(path)     # we hold the lock: nobody listens there
+            except FileNotFoundError:
+                pass
+            self.door = socket.socket(socket.AF_UNIX)
+            mask = os.umask(0o111 if everyone else 0o177)
+            try:
+                self.door.bind(near)
+            finally:
+                os.umask(mask)
+                if fd >= 0:
+                    os.close(fd)
+            self.door.listen(128)
+            self.door.setblocking(False)
+        except OSError as error:
+            raise Error(f"{path}: {error.strerror}") from None
+        self.hear(self.door.fileno(), self.welcome)
+
+    def welcome(self, _argument, _fd: int, _events: int) -> None:
+        """Somebody calls."""
+        while True:
+            try:
+                connection, _ = self.door.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:    # too many files are open
+                self.trouble("visitors", f"nobody can call: {error.strerror}")
+                self.poll.modify(self.door.fileno(), 0)
+                self.door_opens = self.clock.ticks() + TRY_AGAIN
+                return
+            self.trouble("visitors", "")
+            visitor = Visitor(connection, caller_of(connection, self.machine),
+                              self.clock.ticks() + REQUEST_TIME)
+            same = sum(other.caller.uid == visitor.caller.uid
+                       for other in self.visitors.values())
+            if len(self.visitors) >= MOST_VISITORS or same >= MOST_OF_ONE:
+                send_last(connection, error_reply(Error("koid is busy")))
+                continue
+            connection.setblocking(False)
+            self.visitors[connection.fileno()] = visitor
+            self.hear(connection.fileno(), self.serve, visitor)
+
+    def serve(self, visitor: Visitor, fd: int, events: int) -> None:
+        """Read a request, or write what is left of a reply."""
+        try:
+            if visitor.reply:
+                del visitor.reply[:visitor.connection.send(visitor.reply)]
+                if not visitor.reply:
+                    self.dismiss(visitor)
+                return
+            data = visitor.connection.recv(CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        visitor.request += data
+        if not data or len(visitor.request) > LONGEST_REQUEST:
+            self.dismiss(visitor)
+        elif b"\n" in data:
+            self.respond(visitor)
+
+    def respond(self, visitor: Visitor) -> None:
+        rest = b""
+        try:
+            request = parsed_request(bytes(visitor.request.partition(
+                b"\n")[0]))
+            if request.get("op") == "run":
+                self.run_now(visitor, request)
+                return
+            reply, rest = self.desk.answer(visitor.caller, request)
+        except Error as error:
+            reply = error_reply(error)
+        except Exception as bug:    # of ours; the jobs must not suffer
+            self.say(f"a request failed: {bug!r}", bad=True)
+            reply = error_reply(Error("koid failed on this request: "
+                                      f"{type(bug).__name__}"))
+        visitor.reply = bytearray(reply_line(reply) + rest)
+        visitor.deadline = self.clock.ticks() + LONG_ENOUGH
+        self.poll.modify(visitor.connection.fileno(), select.POLLOUT)
+
+    def run_now(self, visitor: Visitor, request: dict) -> None:
+        """Start a job for somebody who waits for its output. Raises
+        Error."""
+        if not self.watch:
+            raise Error("the clock is not set", "date")
+        user = self.desk.mine(visitor.caller, request)
+        given = request.get("args") or {}
+        if not isinstance(request.get("job"), str) \
+                or not isinstance(given, dict):
+            raise Error("a request to run names a job and its arguments")
+        duty = self.book.find(user, request["job"])
+        now = self.clock.now()
+        pending = Pending(duty, "manual", now, now)
+        pending.values = checked_values(duty.job, given)
+        pending.connection = self.part_with(visitor)
+        self.launch([pending])
+
+    def part_with(self, visitor: Visitor):
+        """The visitor's connection, which is ours to watch no longer."""
+        fd = visitor.connection.fileno()
+        del self.visitors[fd], self.heard[fd]
+        self.poll.unregister(fd)
+        return visitor.connection
+
+    def dismiss(self, visitor: Visitor) -> None:
+        self.part_with(visitor).close()
+
+    # --- the rest
+
+    def drain(self, _argument, fd: int, _events: int) -> None:
+        """Signals came in; their handlers have noted them."""
+        try:
+            os.read(fd, CHUNK)
+        except BlockingIOError:
+            pass
+
+    def clock_was_set(self, _argument, fd: int, _events: int) -> None:
+        try:
+            os.read(fd, 8)
+        except OSError:
+            pass                # ECANCELED: that is the news
+        self.machine.wind(fd)
+
+    def say(self, text: str, bad: bool = False) -> None:
+        """A line on stderr, and in the system's log if we are root's."""
+        print(visible(f"{rfc3339(self.clock.now())} koid: {text}"),
+              file=sys.stderr, flush=True)
+        if os.geteuid() == 0:
+            self.machine.log(text, bad=bad)
+
+    def trouble(self, about: str, text: str) -> None:
+        """Something is wrong with us, or not any more."""
+        if text and self.troubles.get(about) != text:
+            self.say(text, bad=True)
+        if text:
+            self.troubles[about] = text
+        else:
+            self.troubles.pop(about, None)
+
+    def troubles_of(self, user: str) -> list[str]:
+        """What is wrong, as far as it is this user's business."""
+        return [*self.troubles.values(), *(
+            text for text in self.book.troubles if not user
+            or text.startswith(f"{self.home}/tabs/{user}:"))]
+
+
+def send_letter(machine: Machine, host: dict, user: str, to: str,
+                command: str, environment: dict, text: bytes) -> None:
+    """In a child of ours: hand a mail to sendmail, as the user whose job it
+    was, and exit with its status."""
+    status = 1
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                       signal.SIGCHLD, signal.SIGIO, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        close_all_but([0, 1, 2])
+        os.setsid()
+        message = letter(user, to, command, environment, text)
+        account = machine.account(user)
+        become(account)
+        try:
+            os.chdir(account.home)
+        except OSError:
+            os.chdir("/")
+        program = next(path for path in SENDMAILS if os.access(path, os.X_OK))
+        import subprocess
+        status = subprocess.run(
+            [program, "-FCronDaemon", "-i", "-B8BITMIME", "-oem", to],
+            input=message, env={**host, "PATH": USUAL_PATH,
+                                "HOME": account.home, "LOGNAME": user,
+                                "USER": user},
+            timeout=MAIL_TIME, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL).returncode % 256
+    except BaseException as error:
+        machine.log(f"({user}) MAIL (not sent: {error})", bad=True)
+    os._exit(status)
+
+
+def letter(user: str, to: str, command: str, environment: dict,
+           text: bytes) -> bytes:
+    """The mail about a run, with cron's headers; without X-Cron-Env, which
+    would send around what a tab keeps secret."""
+    from email import policy
+    from email.message import EmailMessage
+    host = os.uname().nodename.partition(".")[0]
+    sender = environment.get("MAILFROM", "")
+    message = EmailMessage(policy=policy.SMTP.clone(
+        linesep="\n", max_line_length=0, raise_on_defect=False))
+    message["From"] = sender if sender and safe_address(sender) \
+        else f"{user} (Cron Daemon)"
+    message["To"] = to
+    message["Subject"] = one_line(f"Cron <{user}@{host}> "
+                                  f"{split_percent(command)[0]}")
+    message["Auto-Submitted"] = "auto-generated"
+    content = text.decode("utf-8", "replace")
+    long = max(map(len, text.split(b"\n")), default=0) > 900
+    message.set_content(content, cte="quoted-printable" if long
+                        or b"\r" in text or b"\0" in text else "8bit")
+    for header, name in (("Content-Type", "CONTENT_TYPE"),
+                         ("Content-Transfer-Encoding",
+                          "CONTENT_TRANSFER_ENCODING")):
+        if environment.get(name):
+            del message[header]
+            message[header] = one_line(environment[name])
+    return message.as_bytes()
+
+
+def one_line(text: str) -> str:
+    """For a header: what would break or steer it becomes a blank."""
+    return "".join(letter if letter.isprintable() else " "
+                   for letter in text)[:900]
+
+
+def run_daemon(machine: Machine, system: bool) -> int:
+    """Be koid, until a signal says stop. Raises Error."""
+    if system and os.geteuid():
+        raise Error("only root can serve the tabs of the system", "sudo koid "
+                    "--system")
+    Daemon(machine, machine.home_of_state(), system).live()
+    return EXIT_OK
 
 
 # ==========================================================================
@@ -2273,16 +5295,7 @@ def loaded(machine: Machine, path: str) -> tuple[Tab, dict[str, Zone]]:
     tab = parse_tab(machine.tab_text(path),
                     system=path.startswith(SYSTEM_TABS),
                     root=os.geteuid() == 0, salt=machine.salt())
-    zones = {}
-    for name, (line, column) in tab.zones.items():
-        try:
-            zones[name] = machine.zone(name)
-        except Error as error:
-            tab.problems.append(Problem(line, column, "bad setting",
-                                        error.message, error.hint))
-    zones[""] = machine.local_zone()
-    tab.problems.sort(key=lambda problem: (problem.line, problem.column))
-    return tab, zones
+    return tab, {**check_zones(tab, machine), "": machine.local_zone()}
 
 
 def tell(tab: Tab, path: str) -> None:
@@ -2302,18 +5315,6 @@ def command_test(options: Options, machine: Machine) -> int:
     print("No syntax issues were found in the crontab file.",
           file=sys.stderr)
     return EXIT_OK
-
-
-def chosen(jobs: list[Job], name: str) -> list[Job]:
-    """The jobs that a name means. Raises Error."""
-    found = [job for job in jobs if not name or name in (
-        job.name, job.tag, str(job.line), f"{job.section}/{job.name}")]
-    if name and not found:
-        meant = nearest(name, [job.name for job in jobs if job.name])
-        raise Error(f"there is no job {short(name)}",
-                    f"did you mean {short(meant)}?" if meant else
-                    "a job's name, its tag, or its line")
-    return found
 
 
 def starts_of(job: Job, zones: dict, after: int, many: int) -> list[int]:
@@ -2365,7 +5366,12 @@ def show(rows: list) -> None:
             print(f"    {start}")
 
 
+def command_daemon(options: Options, machine: Machine) -> int:
+    return run_daemon(machine, False)
+
+
 COMMANDS = {    # name -> function, most words after it
+    "daemon": (command_daemon, 0),
     "next": (command_next, 1),
 }
 
