@@ -718,6 +718,20 @@ def fill_months() -> None:
     MONTH_STARTS.append(day)
 
 
+SHARED: dict[tuple, tuple] = {}     # most tabs use few minutes and hours
+
+
+def multiples(bits: int, unit: int) -> tuple[int, ...]:
+    """The numbers of these bits, times a unit."""
+    found = SHARED.get((bits, unit))
+    if found is None:
+        if len(SHARED) > 1000:
+            SHARED.clear()
+        found = SHARED[bits, unit] = tuple(
+            unit * n for n in range(bits.bit_length()) if bits >> n & 1)
+    return found
+
+
 class Schedule:
     """When an entry runs: the first five columns of a crontab line."""
 
@@ -755,8 +769,7 @@ class Schedule:
         """Make what `next` needs, when it is needed first."""
         if not MONTH_STARTS:
             fill_months()
-        self.minute_seconds = tuple(
-            MINUTE * n for n in range(60) if self.minutes >> n & 1)
+        self.minute_seconds = multiples(self.minutes, MINUTE)
         # A month may begin on any weekday, so five weeks and a day of bits.
         self.weeks = sum(self.weekdays << week for week in range(0, 42, 7))
         dated = any(self.months >> month & 1 and self.days & (1 << days) - 1
@@ -764,8 +777,7 @@ class Schedule:
         weekly = self.months and self.weekdays
         self.never = not (self.minutes and self.hours and (
             dated and weekly if self.both else dated or weekly))
-        self.hour_seconds = tuple(
-            HOUR * n for n in range(24) if self.hours >> n & 1)
+        self.hour_seconds = multiples(self.hours, HOUR)
 
     def days_in(self, month: int) -> int:
         """A bit for each day that matches in a month of the 400 years."""
@@ -1099,10 +1111,7 @@ class Job(Record):
 
     @property
     def tag(self) -> str:
-        """The identity in twelve letters, for programs."""
-        from hashlib import sha256
-        text = "\0".join(self.identity())
-        return sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+        return tag_of("\0".join(self.identity()))
 
     def words(self) -> str:
         """When it runs, as one would say it."""
@@ -1115,6 +1124,13 @@ class Job(Record):
         if settings.random_delay:
             text += f", delayed by up to {settings.random_delay} minutes"
         return text
+
+
+def tag_of(identity: str) -> str:
+    """An identity in twelve letters, for programs."""
+    from hashlib import sha256      # loads 3 MB: not until somebody asks
+    return sha256(identity.encode("utf-8", "surrogateescape")
+                  ).hexdigest()[:12]
 
 
 class Tab(Record):
@@ -3211,9 +3227,9 @@ UNFINISHED = ("queued", "running")
 TABLES = """
 create table meta (name text primary key, value text not null) without rowid;
 create table jobs (
-    id integer primary key, user text not null, tag text not null,
+    id integer primary key, user text not null, identity text not null,
     section text not null, name text not null, label text not null,
-    unique (user, tag));
+    unique (user, identity));
 create table runs (
     id integer primary key, job integer not null references jobs,
     trigger text not null, state text not null, due real, asked real,
@@ -3231,7 +3247,7 @@ COLUMNS_OF_RUN = ("id", "job", "trigger", "state", "due", "asked", "started",
                   "ended", "exit", "signal", "reason", "args", "attempt",
                   "count", "bytes", "cut", "mail")
 SHOWN_COLUMNS = ", ".join(f"r.{name}" for name in COLUMNS_OF_RUN) \
-    + ", j.user, j.tag, j.section, j.name, j.label"
+    + ", j.user, j.identity, j.section, j.name, j.label"
 
 
 class Store:
@@ -3241,7 +3257,7 @@ class Store:
         self.path, self.writing = path, writing
         self.trouble = ""               # why nothing can be written
         self.waiting: list[tuple] = []  # (statement, values) not written yet
-        self.keys: dict[tuple, int] = {}    # (user, tag) -> id in jobs
+        self.keys: dict[tuple, int] = {}    # (user, identity) -> id in jobs
         self.last = self.last_job = 0
         self.db = None
 
@@ -3264,8 +3280,8 @@ class Store:
             self.connect()
         self.last = self.one("select max(id) from runs") or 0
         self.last_job = self.one("select max(id) from jobs") or 0
-        self.keys = {(user, tag): key for key, user, tag in
-                     self.db.execute("select id, user, tag from jobs")}
+        self.keys = {(user, identity): key for key, user, identity in
+                     self.db.execute("select id, user, identity from jobs")}
         return moved
 
     def connect(self) -> None:
@@ -3348,15 +3364,15 @@ class Store:
         except Exception:       # the transaction is gone in any case
             pass
 
-    def job_key(self, user: str, job: Job, tag: str, deeds: list) -> int:
-        """The number of a job in the database."""
-        key = self.keys.get((user, tag))
+    def job_key(self, whose: tuple, job: Job, deeds: list) -> int:
+        """The number in the database of a job of (user, identity)."""
+        key = self.keys.get(whose)
         if key is None:
             self.last_job += 1
-            key = self.keys[user, tag] = self.last_job
+            key = self.keys[whose] = self.last_job
             deeds.append(("insert into jobs values (?, ?, ?, ?, ?, ?)", (
-                key, user, tag, *map(storable, (job.section, job.name,
-                                                job.label)))))
+                key, *whose, *map(storable, (job.section, job.name,
+                                             job.label)))))
         return key
 
     def insert(self, run: dict) -> tuple:
@@ -3408,9 +3424,10 @@ def storable(text: str) -> str:
 def shown(row: tuple) -> dict:
     """A run as others see it."""
     import json
-    run = dict(zip((*COLUMNS_OF_RUN, "user", "tag", "section", "name",
+    run = dict(zip((*COLUMNS_OF_RUN, "user", "identity", "section", "name",
                     "label"), row))
     run["run"], run["args"] = run.pop("id"), json.loads(run["args"])
+    run["tag"] = tag_of(run["identity"])
     run["cut"] = bool(run["cut"])
     return run
 
@@ -3434,19 +3451,20 @@ MOST_ROWS = 1_000
 class Duty:
     """A job that koid has to see to, and for whom."""
 
-    __slots__ = ("job", "user", "file", "tag", "schedule", "settings",
+    __slots__ = ("job", "user", "file", "identity", "schedule", "settings",
                  "line", "due", "delay")
 
     def __init__(self, job: Job, file: TabFile, salt: str):
         self.job, self.user, self.file = job, job.user or file.user, file.path
-        self.tag, self.line = job.tag, job.line
+        self.identity = storable("\0".join(job.identity()))
+        self.line = job.line
         self.schedule, self.settings = job.schedule, job.settings
         self.due: float | None = 0.0    # 0: to be asked for; None: never
         self.delay = random_delay(job, salt)
 
     @property
     def key(self) -> tuple[str, str]:
-        return self.user, self.tag
+        return self.user, self.identity
 
 
 class Book:
@@ -3550,7 +3568,8 @@ def random_delay(job: Job, salt: str) -> int:
 def chosen(jobs: list[Job], name: str) -> list[Job]:
     """The jobs that a name means. Raises Error."""
     found = [job for job in jobs if not name or name in (
-        job.name, job.tag, str(job.line), f"{job.section}/{job.name}")]
+        job.name, str(job.line), f"{job.section}/{job.name}", job.command)]
+    found = found or [job for job in jobs if job.tag == name]
     if name and not found:
         meant = nearest(name, [job.name for job in jobs if job.name])
         raise Error(f"there is no job {short(name)}",
@@ -3658,7 +3677,7 @@ class Desk:
         user = self.mine(caller, request)
         now, counts = int(self.machine.clock.now()), self.going()
         return {"jobs": [
-            {"tag": duty.tag, "section": duty.job.section, "user": duty.user,
+            {"tag": duty.job.tag, "section": duty.job.section, "user": duty.user,
              "name": duty.job.name, "label": duty.job.label,
              "when": duty.job.when, "words": duty.job.words(),
              "line": duty.line, "file": duty.file,
@@ -3706,11 +3725,12 @@ class Desk:
         """The jobs in the history that a name means; a job that stands in
         no tab any more is still there. Raises Error."""
         rows = self.store.db.execute(
-            "select id from jobs where (user = ?1 or ?1 = '') and (name = ?2 "
-            "or tag = ?2 or section || '/' || name = ?2 or label = ?2)",
-            (user, storable(name))).fetchall()
-        if rows:
-            return [row[0] for row in rows]
+            "select id, identity, name, section || '/' || name, label from "
+            "jobs where user = ?1 or ?1 = ''", (user,)).fetchall()
+        found = [key for key, identity, *names in rows
+                 if storable(name) in names or name == tag_of(identity)]
+        if found:
+            return found
         duty = self.book.find(user, name)
         return [self.store.keys.get(duty.key, 0)]
 
@@ -4028,10 +4048,14 @@ class Pending:
                       reply_line(error_reply(Error(why))))
             self.connection = None
 
-    def shown_values(self) -> dict[str, str]:
-        return {param.name: "******" if param.type == "secret"
-                else self.values[param.name]
-                for param in self.duty.job.params}
+    def shown_values(self) -> str:
+        """The arguments as JSON, without secrets."""
+        if not self.values:
+            return "{}"
+        import json
+        return json.dumps({param.name: "******" if param.type == "secret"
+                           else self.values[param.name]
+                           for param in self.duty.job.params})
 
 
 class Active:
@@ -4392,7 +4416,6 @@ class Daemon:
     def row_of(self, pending: Pending, state: str, reason: str,
                deeds: list) -> tuple:
         """The statement that says in which state a run is."""
-        import json
         started = self.clock.now() if state == "running" else None
         if pending.known:
             return self.store.update(pending.run, state=state, reason=reason,
@@ -4401,14 +4424,14 @@ class Daemon:
         deed = self.new_run(pending.duty, {
             "trigger": pending.trigger, "state": state, "due": pending.due,
             "asked": pending.asked, "started": started, "reason": reason,
-            "args": json.dumps(pending.shown_values(), ensure_ascii=False),
-            "attempt": pending.attempt}, deeds)
+            "args": pending.shown_values(), "attempt": pending.attempt},
+            deeds)
         pending.run = self.store.last
         return deed
 
     def new_run(self, duty: Duty, row: dict, deeds: list) -> tuple:
         self.store.last += 1
-        key = self.store.job_key(duty.user, duty.job, duty.tag, deeds)
+        key = self.store.job_key(duty.key, duty.job, deeds)
         return self.store.insert({"id": self.store.last, "job": key, **row})
 
     def refuse(self, pending: Pending) -> bool:
@@ -4754,7 +4777,7 @@ class Daemon:
         self.leftover = [run for run in files if run not in rows]
         lost: list[tuple] = []
         for run, row in rows.items():
-            key = (row["user"], row["tag"])
+            key = (row["user"], row["identity"])
             pending = self.pending_of(row, duties.get(key))
             if run in files:
                 self.active[run] = Active(run, key, pending)
@@ -4799,7 +4822,7 @@ class Daemon:
     def mail_of_before(self, duties: dict) -> None:
         """Mail that was due when the koid before us stopped."""
         for row in self.store.runs("r.mail = 'due'"):
-            duty = duties.get((row["user"], row["tag"]))
+            duty = duties.get((row["user"], row["identity"]))
             environment = duty.job.environment if duty else {}
             to = environment.get("MAILTO", row["user"])
             if to and safe_address(to):
@@ -4830,7 +4853,7 @@ class Daemon:
         is missed only by a job that we have seen."""
         deeds = [self.seen_note()] if self.watch else []
         for duty in self.book.duties:
-            self.store.job_key(duty.user, duty.job, duty.tag, deeds)
+            self.store.job_key(duty.key, duty.job, deeds)
         self.write(deeds)
 
     def wait_for_clock(self) -> None:

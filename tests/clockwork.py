@@ -14,7 +14,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,21 +25,24 @@ mount -t tmpfs tmpfs "$1" && mkdir "$1/etc" "$1/spool" && : > "$1/empty" &&
 mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /dev/shm &&
 mount --bind "$1/etc" /etc/cron.d && mount --bind "$1/empty" /etc/crontab &&
 mount --bind "$1/spool" /var/spool/cron/crontabs &&
-exec "$2" -IS "$3"
+exec "$2" -IS "$3" stage
 """
+MINUTE = 60
 PATIENCE = 60           # seconds until a daemon that hangs is given up
 PAUSE = 0.001           # between two looks at what cannot be selected on
 
 
 def run(folder: Path, zone: str, lines: list[str], walls: list[int],
-        koitab: Path | None) -> dict:
+        koitab: Path, sleeper: bool) -> dict:
     """What each daemon started: {"cron": [[line, instant], ..], "koid": ..}.
 
-    `walls` are the instants that the clock shows, one after the other;
-    `lines` are times without a command, numbered from 1."""
+    `walls` are the instants that the clock shows, one after the other, a
+    minute apart unless it is set; `lines` are times without a command,
+    numbered from 1. Is koid a `sleeper`, it is not woken each minute, but
+    when it would wake by itself."""
     folder.mkdir()
     order = {"folder": str(folder), "zone": zone, "lines": lines,
-             "walls": walls, "koitab": koitab and str(koitab)}
+             "walls": walls, "koitab": str(koitab), "sleeper": sleeper}
     done = subprocess.run(
         ["unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc", "sh",
          "-c", MOUNTS, "sh", str(folder), PYTHON, str(Path(__file__))],
@@ -51,138 +53,91 @@ def run(folder: Path, zone: str, lines: list[str], walls: list[int],
     return json.loads(done.stdout)
 
 
-class Daemon:
-    """A daemon under the clock, and the pipe its jobs write to."""
+# In the namespace ------------------------------------------------------------
 
-    def __init__(self, name: str, command: list[str], folder: Path,
-                 env: dict):
-        self.name, self.notes = name, folder / f"{name}.notes"
+
+class Daemon:
+    """A daemon under the clock, and the pipe its jobs write to.
+
+    A signal that it does not mind ends its sleep early: it looks at the
+    clock, and starts what is due. Then it sleeps again, in the call `rest`.
+    """
+
+    def __init__(self, name: str, rest: str, command: list[str],
+                 folder: Path, env: dict):
+        self.name, self.rest = name, rest
+        self.starts: list[list[int]] = []
+        # With a writer of our own there is never an end of the file.
+        self.notes = os.open(folder / f"{name}.notes",
+                             os.O_RDWR | os.O_NONBLOCK)
+        fcntl.fcntl(self.notes, fcntl.F_SETPIPE_SZ, 2**20)
         self.errors = folder / f"{name}.errors"
         with open(self.errors, "wb") as errors:
             self.process = subprocess.Popen(
                 command, env=env, cwd="/", stdin=subprocess.DEVNULL,
                 stdout=errors, stderr=errors)
         self.pid = self.process.pid
-        self.starts: list[list[int]] = []
-
-    def open(self) -> None:
-        # With a writer of our own there is never an end of the file.
-        self.fd = os.open(self.notes, os.O_RDWR | os.O_NONBLOCK)
-        fcntl.fcntl(self.fd, fcntl.F_SETPIPE_SZ, 2**20)
-
-    def heed(self, wall: int) -> int:
-        """Note what its jobs have written; how many that were."""
-        try:
-            lines = os.read(self.fd, 2**20).split()
-        except BlockingIOError:
-            return 0
-        self.starts += [[int(line), wall] for line in lines]
-        return len(lines)
-
-    def wait(self, question, what: str):
-        """Ask until the answer is true."""
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            answer = question()
-            if answer:
-                return answer
-            code = self.process.poll()
-            if code is not None or time.monotonic() > deadline:
-                raise SystemExit(
-                    f"{self.name} {what}; exit {code}\n"
-                    f"{self.errors.read_text()}\n{processes()}")
-            select.select([], [], [], PAUSE)
-
-
-class Cron(Daemon):
-    """It sleeps until the next minute, and ten seconds between two minutes
-    that it makes up for. Any signal ends a sleep early."""
-
-    def asleep(self) -> bool:
-        """It sleeps, and no job is left: children come before a sleep."""
-        try:
-            wchan = Path(f"/proc/{self.pid}/wchan").read_text()
-        except OSError:
-            return False
-        return "nanosleep" in wchan and not children(self.pid)
-
-    def naps(self) -> int:
-        """How often it has gone to sleep."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
-
-    def ready(self) -> None:
         self.wait(self.asleep, "does not fall asleep")
 
+    def of_process(self, name: str) -> str:
+        return Path(f"/proc/{self.pid}/{name}").read_text()
+
+    def asleep(self) -> bool:
+        """It rests, and no job is left: jobs are started before a rest."""
+        return self.rest in self.of_process("wchan") \
+            and not self.of_process(f"task/{self.pid}/children")
+
+    def rests(self) -> int:
+        """How often it has gone to sleep, of its own accord."""
+        _, _, count = self.of_process("status").partition(
+            "\nvoluntary_ctxt_switches:")
+        return int(count.split()[0])
+
     def turn(self, wall: int) -> None:
-        """Wake it until it starts nothing more."""
-        started = True
-        while started:
-            naps = self.naps()
-            os.kill(self.pid, signal.SIGHUP)
-            self.wait(lambda: self.naps() > naps and self.asleep(),
-                      "does not go back to sleep")
-            started = self.heed(wall)
+        """Wake it until it starts nothing more. Between two minutes that it
+        makes up for, cron sleeps for ten seconds."""
+        self.wake()
+        while self.heed(wall):
+            self.wake()
 
+    def wake(self) -> None:
+        rests = self.rests()
+        os.kill(self.pid, signal.SIGCHLD)
+        self.wait(lambda: self.rests() > rests and self.asleep(),
+                  "does not go back to sleep")
 
-class Koid(Daemon):
-    """It looks at the clock whenever it wakes, and a request wakes it."""
-
-    def __init__(self, name, command, folder, env):
-        self.socket = f"{env['KOI_HOME']}/koid.sock"
-        super().__init__(name, command, folder, env)
-
-    def ask(self) -> dict:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(PATIENCE)
-            connection.connect(self.socket)
-            connection.sendall(b'{"op": "status"}\n')
-            with connection.makefile("rb") as replies:
-                return json.loads(replies.readline())
-
-    def answers(self) -> bool:
+    def heed(self, wall: int) -> bool:
+        """Note what its jobs have written, if they have."""
         try:
-            return bool(self.ask())
-        except OSError:
+            lines = os.read(self.notes, 2**20).split()
+        except BlockingIOError:
             return False
+        self.starts += [[int(line), wall] for line in lines]
+        return True
 
-    def ready(self) -> None:
-        self.wait(self.answers, "does not answer")
-
-    def idle(self) -> bool:
-        return not self.ask()["running"] and not children(self.pid)
-
-    def turn(self, wall: int) -> None:
-        """Ask it, so that it looks; and wait until nothing runs."""
-        started = True
-        while started:
-            self.ask()
-            self.wait(self.idle, "is never done")
-            started = self.heed(wall)
-
-
-def children(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    except OSError:
-        return ""
-
-
-def processes() -> str:
-    """All of the namespace, for somebody who looks for a fault."""
-    done = subprocess.run(["ps", "-eo", "pid,ppid,stat,wchan:20,args"],
-                          stdout=subprocess.PIPE, check=False)
-    return done.stdout.decode("utf-8", "replace")
+    def wait(self, question, what: str) -> None:
+        """Ask until the answer is true."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if question():
+                return
+            select.select([], [], [], PAUSE)
+        processes = subprocess.run(
+            ["ps", "-eo", "pid,ppid,stat,wchan:20,args"], check=False,
+            stdout=subprocess.PIPE).stdout.decode("utf-8", "replace")
+        raise SystemExit(f"{self.name} {what}; exit {self.process.poll()}\n"
+                         f"{self.errors.read_text()}\n{processes}")
 
 
 class Stage:
-    """The folder, the clock and the tabs of one run."""
+    """The folder, the clock and the daemons of one run."""
 
     def __init__(self, folder: str, zone: str, lines: list[str],
-                 walls: list[int], koitab: str | None):
-        self.folder, self.walls = Path(folder), walls
-        self.lines, self.koitab = lines, koitab
+                 walls: list[int], koitab: str, sleeper: bool):
+        self.folder, self.walls, self.lines = Path(folder), walls, lines
+        self.koitab, self.sleeper = koitab, sleeper
         self.clock, self.home = self.folder / "clock", self.folder / "home"
+        self.alarm = self.folder / "alarm"
         self.env = {
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root",
             "TZ": zone, "KOI_HOME": str(self.home),
@@ -191,49 +146,94 @@ class Stage:
             "FAKETIME_FMT": "%s", "FAKETIME_NO_CACHE": "1",
             "NO_FAKE_STAT": "1"}
 
-    def set(self, wall: int) -> None:
-        """One second after the minute: Debian's cron wakes then."""
+    def set(self, ticks: int, wall: int) -> None:
+        """Let the clock show this; for libfaketime `ticks` is a comment."""
         new = self.folder / "clock.new"
-        new.write_text(str(wall + 1))
+        new.write_text(f"#{ticks}\n{wall}\n")
         new.rename(self.clock)
 
     def tab(self, name: str, path: Path) -> None:
-        os.mkfifo(self.folder / f"{name}.notes", 0o666)
-        head = f"NOTES={self.folder}/{name}.notes\n"
-        path.write_text(head + "".join(
+        os.mkfifo(self.folder / f"{name}.notes")
+        path.write_text(f"NOTES={self.folder}/{name}.notes\n" + "".join(
             f"{line} echo {number} >> $NOTES\n"
             for number, line in enumerate(self.lines, 1)))
         path.chmod(0o600)
 
-    def daemons(self):
+    def start_cron(self) -> Daemon:
         self.tab("cron", self.folder / "spool" / "root")
-        yield Cron("cron", ["cron", "-f"], self.folder, self.env)
-        if self.koitab:
-            (self.home / "tabs").mkdir(parents=True, mode=0o700)
-            self.home.chmod(0o700)
-            self.tab("koid", self.home / "tabs" / "root")
-            yield Koid("koid", [PYTHON, "-IS", self.koitab, "daemon"],
-                       self.folder, self.env)
+        return Daemon("cron", "nanosleep", ["cron", "-f"], self.folder,
+                      self.env)
+
+    def start_koid(self) -> Daemon:
+        (self.home / "tabs").mkdir(parents=True, mode=0o700)
+        self.home.chmod(0o700)
+        self.tab("koid", self.home / "tabs" / "root")
+        launcher = [__file__, "even", str(self.clock), str(self.alarm)]
+        return Daemon("koid", "poll", [
+            PYTHON, "-IS", *(launcher if self.sleeper else []), self.koitab,
+            "daemon"], self.folder, self.env)
 
     def play(self) -> dict:
-        self.set(self.walls[0])
-        daemons = list(self.daemons())
-        for daemon in daemons:
-            daemon.open()
-            daemon.ready()
-        for wall in self.walls[1:]:
-            self.set(wall)
-            for daemon in daemons:
-                daemon.turn(wall)
-        return {daemon.name: daemon.starts for daemon in daemons}
+        """Minute by minute. When somebody sets the clock, in the middle of
+        a minute, the kernel tells koid. Cron does not notice until it wakes;
+        Debian's does that one second after the minute."""
+        self.set(0, self.walls[0])
+        cron, koid = self.start_cron(), self.start_koid()
+        for turn, wall in enumerate(self.walls[1:], 1):
+            ticks = turn * MINUTE
+            if wall != self.walls[turn - 1] + MINUTE:
+                self.set(ticks - 30, wall - 30)
+                koid.turn(wall - MINUTE)
+            self.set(ticks, wall)
+            if not self.sleeper or self.wakes(ticks):
+                koid.turn(wall)
+            self.set(ticks + 1, wall + 1)
+            cron.turn(wall)
+        return {"cron": cron.starts, "koid": koid.starts}
+
+    def wakes(self, ticks: int) -> bool:
+        """Has koid slept as long as it wanted to?"""
+        return float(self.alarm.read_text()) <= ticks
 
 
-def main() -> None:
-    """What `unshare` starts: process 1 of the namespace."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    stage = Stage(**json.load(sys.stdin))
-    json.dump(stage.play(), sys.stdout)
+# In koid ---------------------------------------------------------------------
+
+
+def even(clock: str, alarm: str, *command: str) -> None:
+    """Be koid, with a monotonic clock that nobody sets: libfaketime's goes
+    where the other goes. And say until when koid wants to sleep."""
+    import runpy
+    koid, poll = os.getpid(), select.poll
+    fd = os.open(alarm, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def ticks() -> float:
+        with open(clock) as file:
+            return float(file.readline()[1:])
+
+    class Poll:
+        def __init__(self):
+            self.poller = poll()
+
+        def __getattr__(self, name: str):
+            return getattr(self.poller, name)
+
+        def poll(self, timeout: float = -1):
+            if os.getpid() == koid:     # and not one of its supervisors
+                until = ticks() + timeout / 1000 if timeout >= 0 else 2**40
+                os.pwrite(fd, b"%20.3f" % until, 0)
+            return self.poller.poll(timeout)
+
+    time.monotonic, select.poll = ticks, Poll
+    sys.argv = list(command)
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def main(role: str, *args: str) -> None:
+    if role == "even":
+        even(*args)
+    else:
+        json.dump(Stage(**json.load(sys.stdin)).play(), sys.stdout)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

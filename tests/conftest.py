@@ -78,3 +78,13 @@ def alice(host, tmp_path):
     scratch.folder.chmod(0o755)
     scratch.host = host
     return scratch
+
+
+@pytest.fixture
+def koi(tmp_path):
+    """A koid of this user's own; ended at the end, with its jobs."""
+    tmp_path.chmod(0o755)
+    koi = support.Koi(tmp_path)
+    yield koi
+    koi.stop(9)
+    koi.end_jobs()

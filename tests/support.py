@@ -199,6 +199,134 @@ class Scratch:
         return sorted(self.state.glob("*/outbox/*.eml"))
 
 
+class Koi:
+    """A koid of the test's own: a home, tabs, and what koitab says.
+
+    `host` is a Host with more users, for a koid that root runs for them.
+    """
+
+    def __init__(self, folder: Path, host: "Host | None" = None,
+                 python: str = SYSTEM_PYTHON):
+        self.folder, self.host, self.python = Path(folder), host, python
+        self.home = self.folder / "koi"
+        self.env = {"PATH": os.environ.get("PATH", os.defpath),
+                    "HOME": str(self.folder), "KOI_HOME": str(self.home)}
+        self.daemon: subprocess.Popen | None = None
+        self.said = self.folder / "koid.log"
+        for path in (self.home, self.home / "tabs"):
+            path.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o700)
+
+    @property
+    def user(self) -> str:
+        return pwd.getpwuid(os.geteuid()).pw_name
+
+    def tab(self, text: str, user: str | None = None) -> Path:
+        """Install a tab as koitab does: whole, by rename."""
+        path = self.home / "tabs" / (user or self.user)
+        fresh = path.with_suffix(".new")
+        fresh.write_text(textwrap.dedent(text))
+        fresh.chmod(0o600)
+        fresh.rename(path)
+        return path
+
+    def command(self, *args: str) -> list[str]:
+        return [self.python, "-IS", str(ROOT / "koitab.py"), *args]
+
+    def start(self, *args: str, wrap: tuple = (), **env: str) -> "Koi":
+        """Start koid and wait until it answers."""
+        command = [*wrap, *self.command("daemon", *args)]
+        command = self.host.command(command) if self.host else command
+        with open(self.said, "ab") as log:
+            self.daemon = subprocess.Popen(
+                command, env={**self.env, **env}, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, cwd=str(self.folder))
+        wait_until(self.answers, 30, f"koid to answer\n{self.log()}")
+        return self
+
+    def answers(self) -> bool:
+        if self.daemon.poll() is not None:
+            pytest.fail(f"koid ended: {self.log()}")
+        try:
+            self.ask("status")
+        except load("koitab").Error:
+            return False
+        return True
+
+    def log(self) -> str:
+        return self.said.read_text() if self.said.exists() else ""
+
+    @contextlib.contextmanager
+    def link(self):
+        """A Link of koitab's to this koid."""
+        before = os.environ.get("KOI_HOME")
+        os.environ["KOI_HOME"] = str(self.home)
+        try:
+            yield load("koitab").Link(load("koitab").Machine())
+        finally:
+            os.environ.pop("KOI_HOME")
+            if before is not None:
+                os.environ["KOI_HOME"] = before
+
+    def ask(self, op: str, **fields) -> dict:
+        """A reply of koid's (or of the files). Raises koitab.Error."""
+        with self.link() as link:
+            reply = link.ask(op, **fields)
+            self.output = link.output
+            return reply
+
+    def run(self, job: str, **args: str) -> tuple[int, bytes, bytes, dict]:
+        """Run a job and wait: its number, stdout, stderr, how it ended."""
+        koitab = load("koitab")
+        with self.link() as link:
+            run, connection, data = link.follow(job, args)
+        with connection:
+            connection.settimeout(60)
+            chunks = [data]
+            while chunks[-1] or len(chunks) == 1:
+                chunks.append(connection.recv(65_536))
+        data = b"".join(chunks)
+        streams: dict[int, list] = {0: [], 1: [], 2: [], 3: []}
+        for stream, _, part in koitab.read_frames(data):
+            streams[stream].append(part)
+        return (run, b"".join(streams[1]), b"".join(streams[2]),
+                json.loads(b"".join(streams[3]) or b"{}"))
+
+    def history(self, **fields) -> list[dict]:
+        return self.ask("history", **fields)["runs"]
+
+    def ended(self, job: str | None = None, count: int = 1,
+              seconds: float = 30) -> list[dict]:
+        """The newest runs of a job, when so many have ended."""
+        def done():
+            runs = [run for run in self.history(
+                **({"job": job} if job else {}))
+                if run["state"] not in ("running", "queued")]
+            return runs if len(runs) >= count else None
+        return wait_until(done, seconds, f"{count} runs of {job} to end\n"
+                          f"{self.log()}")
+
+    def text_of(self, run: int) -> str:
+        """What a run wrote, both streams."""
+        self.ask("log", run=run)
+        return load("koitab").output_text(self.output).decode()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End koid by its pid; its exit status."""
+        if self.daemon and self.daemon.poll() is None:
+            self.daemon.send_signal(number)
+            self.daemon.wait(30)
+        return self.daemon.returncode if self.daemon else 0
+
+    def end_jobs(self) -> None:
+        """End what the test's jobs left: by the pids in the runs' files."""
+        koitab = load("koitab")
+        for file in (self.home / "runs").glob("*"):
+            header = koitab.header_of(file.read_bytes())
+            if header and header.phase == koitab.GOING:
+                koitab.Machine().signal_job(header, signal.SIGKILL)
+
+
 def some_user() -> str:
     """A user mission may name: the caller, or for root an account that
     every system has."""

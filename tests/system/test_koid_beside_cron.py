@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
@@ -22,11 +23,12 @@ koitab = support.load("koitab")
 pytestmark = support.root_only
 
 MINUTE = 60
+KOID = support.ROOT / "koitab.py"
 BERLIN, LORD_HOWE = "Europe/Berlin", "Australia/Lord_Howe"
 
-# The first keeps any minute from passing without a start. Those at midnight
-# are for the steps, the hours from 1 to 3 for the changes of summer time.
-LINES = """
+# With the first, no minute passes without a start. Some are for midnight,
+# when we set the clock; some for the hours in which summer time comes.
+MANY = """
 * * * * *
 */2 * * * *
 */5 * * * *
@@ -59,6 +61,40 @@ LINES = """
 50-59/3 */3,23 * * 6
 """.strip().splitlines()
 
+# With these koid sleeps over many minutes, while cron looks at each.
+FEW = """
+11 * * * *
+31 * * * *
+7 */2 * * *
+*/30 2 * * *
+*/20 1-3 * * *
+*/29 */2 * * 0
+40,45 */3 * * *
+58 */2,3 * * *
+21 1-23/2 * * sat,sun
+52 0-23/2 * * *
+17 3 * * *
+30 2 * * *
+0 3 * * *
+59 1 * * *
+2 2 * * 7
+10 2 29 3 *
+50 2 * oct *
+25 22,23,0-3 * * *
+4-6 0,4,8 * * *
+33,34 5-20/3 * * *
+9 3 */2 * sun
+48 6 1-31/2 * mon
+0 9 * * *
+0 0 * * *
+1 0 14 * 2
+30 6,23 * * *
+@hourly
+@daily
+@midnight
+@weekly
+""".strip().splitlines()
+
 
 def clock(begin: str, minutes: int, steps: dict | None = None) -> list[int]:
     """The minutes that a clock shows which is set at some of them.
@@ -71,45 +107,87 @@ def clock(begin: str, minutes: int, steps: dict | None = None) -> list[int]:
     return walls
 
 
-def unsteady(minutes: int) -> dict[int, int]:
+def unsteady(minutes: int, most: int) -> dict[int, int]:
     """A clock that is set again and again, around each limit of the rule."""
-    dice = random.Random(3)
-    steps = [-240, -181, -180, -179, -60, -11, -5, -1, 1, 3, 4, 5, 6, 10, 60,
-             178, 179, 180, 240]
-    return {minute: dice.choice(steps) for minute in range(4, minutes, 4)}
+    dice, minute, steps = random.Random(3), 4, {}
+    while minute < minutes:
+        steps[minute] = dice.choice([
+            -240, -181, -180, -179, -60, -21, -11, -5, -2, -1,
+            1, 2, 3, 4, 5, 6, 10, 21, 60, 178, 179, 180, 240])
+        minute += dice.randint(3, most)
+    return steps
 
 
-SATURDAY, SUNDAY = "2026-06-13", "2026-06-14"
+SPRING, AUTUMN = "2026-03-29T01:40+01:00", "2026-10-25T01:50+02:00"
+SATURDAY = "2026-06-13"
 SCENES = {
-    "Berlin in spring": (BERLIN, clock("2026-03-29T01:40+01:00", 50)),
-    "Berlin in autumn": (BERLIN, clock("2026-10-25T01:50+02:00", 140)),
+    "Berlin in spring": (BERLIN, clock(SPRING, 50), MANY),
+    "Berlin in autumn": (BERLIN, clock(AUTUMN, 140), MANY),
     "Lord Howe in spring": (
-        LORD_HOWE, clock("2026-10-04T01:40+10:30", 40)),
+        LORD_HOWE, clock("2026-10-04T01:40+10:30", 40), MANY),
     "Lord Howe in autumn": (
-        LORD_HOWE, clock("2026-04-05T01:20+11:00", 80)),
+        LORD_HOWE, clock("2026-04-05T01:20+11:00", 75), MANY),
+    "Berlin in spring, few jobs": (BERLIN, clock(SPRING, 480), FEW),
+    "Berlin in autumn, few jobs": (BERLIN, clock(AUTUMN, 480), FEW),
     "set forward by 3 minutes": (
-        BERLIN, clock(f"{SATURDAY}T23:45+02:00", 35, {14: 3})),
+        BERLIN, clock(f"{SATURDAY}T23:45+02:00", 40, {14: 3}), MANY),
     "set forward by 10 minutes": (
-        BERLIN, clock(f"{SATURDAY}T23:40+02:00", 35, {14: 10})),
+        BERLIN, clock(f"{SATURDAY}T23:40+02:00", 40, {14: 10}), MANY),
     "set back by 11 minutes": (
-        BERLIN, clock(f"{SATURDAY}T23:52+02:00", 40, {14: -11})),
+        BERLIN, clock(f"{SATURDAY}T23:52+02:00", 40, {14: -11}), MANY),
     "set forward by 4 hours": (
-        BERLIN, clock(f"{SATURDAY}T23:40+02:00", 35, {14: 240})),
+        BERLIN, clock(f"{SATURDAY}T23:40+02:00", 40, {14: 240}), MANY),
     "set back by 4 hours": (
-        BERLIN, clock(f"{SATURDAY}T23:52+02:00", 35, {14: -240})),
-    "set every four minutes": (
-        BERLIN, clock(f"{SATURDAY}T23:30+02:00", 80, unsteady(80))),
+        BERLIN, clock(f"{SATURDAY}T23:52+02:00", 40, {14: -240}), MANY),
+    "set every few minutes": (
+        BERLIN, clock(f"{SATURDAY}T23:30+02:00", 50, unsteady(50, 5)), MANY),
+    "set now and then, few jobs": (
+        BERLIN, clock(f"{SATURDAY}T23:30+02:00", 600, unsteady(600, 30)),
+        FEW),
 }
 
 
-def planned(zone: str, walls: list[int]) -> list[list[int]]:
-    """What koitab's plan makes of the same looks at the clock; unlike under
-    faketime, time itself passes evenly while the clock is set."""
-    tab = koitab.parse_tab("".join(f"{line} true\n" for line in LINES))
+def play(folder: Path, name: str, program: Path = KOID) -> dict:
+    """Where time just passes and each minute has its jobs, koid runs as it
+    is; elsewhere also its sleep is part of the scene."""
+    zone, walls, lines = SCENES[name]
+    sleeper = lines is FEW or name.startswith("set ")
+    return clockwork.run(folder, zone, lines, walls, program, sleeper)
+
+
+class Comparison:
+    """What cron started in a scene beside what somebody else started, each
+    as pairs of line and instant."""
+
+    def __init__(self, name: str, cron: list, koid: list):
+        self.zone, _, self.lines = SCENES[name]
+        self.cron, self.koid = (Counter(map(tuple, starts))
+                                for starts in (cron, koid))
+        self.count = sum((self.cron | self.koid).values())
+        self.differ = self.count - sum((self.cron & self.koid).values())
+
+    def __str__(self) -> str:
+        return f"compared {self.count} starts, {self.differ} differ"
+
+    def details(self) -> str:
+        zone = koitab.Machine().zone(self.zone)
+        return "\n".join([str(self)] + [
+            f"{koitab.stamp(wall, zone.offset(wall))} line {line} "
+            f"({self.lines[line - 1]}): cron {self.cron[line, wall]}, "
+            f"koid {self.koid[line, wall]}"
+            for line, wall in sorted(self.cron | self.koid,
+                                     key=lambda start: start[::-1])
+            if self.cron[line, wall] != self.koid[line, wall]])
+
+
+def planned(name: str) -> list[list[int]]:
+    """What koitab's plan makes of the same minutes."""
+    zone, walls, lines = SCENES[name]
+    tab = koitab.parse_tab("".join(f"{line} true\n" for line in lines))
     assert not tab.faults(), tab.faults()
     starts, watch = [], None
     for turn, wall in enumerate(walls):
-        now = koitab.Reading(wall + 1.0, 1.0 + turn * MINUTE)
+        now = koitab.Reading(float(wall), float(turn * MINUTE))
         if turn == 0:
             watch = koitab.watching(now, {"": koitab.Machine().zone(zone)})
         watch, launches = koitab.plan(tab.jobs, watch, now)
@@ -117,56 +195,59 @@ def planned(zone: str, walls: list[int]) -> list[list[int]]:
     return starts
 
 
-class Comparison:
-    """Starts of two daemons, as pairs of line and instant."""
-
-    def __init__(self, cron: list, koid: list, zone: str):
-        self.cron, self.koid = (Counter(map(tuple, starts))
-                                for starts in (cron, koid))
-        self.zone = koitab.Machine().zone(zone)
-        self.count = sum((self.cron | self.koid).values())
-        self.differing = sorted(
-            ((self.cron - self.koid) + (self.koid - self.cron)).elements(),
-            key=lambda start: start[::-1])
-
-    def __str__(self) -> str:
-        return (f"compared {self.count} starts, "
-                f"{len(self.differing)} differ")
-
-    def details(self) -> str:
-        return "\n".join([str(self)] + [
-            f"{koitab.stamp(wall, self.zone.offset(wall))} line {line} "
-            f"({LINES[line - 1]}): cron {self.cron[line, wall]}, "
-            f"koid {self.koid[line, wall]}"
-            for line, wall in sorted(set(self.differing),
-                                     key=lambda start: start[::-1])])
-
-
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """All scenes, played as the machine has processors."""
+    """All scenes, as many at a time as the machine has processors."""
     support.need("cron", "faketime", "unshare")
     folder = tmp_path_factory.mktemp("scenes")
     with ThreadPoolExecutor(os.cpu_count()) as stages:
-        yield {name: stages.submit(
-            clockwork.run, folder / str(number), zone, LINES, walls, KOID)
-            for number, (name, (zone, walls)) in enumerate(SCENES.items())}
-
-
-KOID = None
-
-
-def test_there_are_thirty_lines_and_each_of_them_starts(scenes):
-    started = {line for scene in scenes.values()
-               for line, _ in scene.result()["cron"]}
-    assert (len(LINES), started) == (30, set(range(1, 31)))
+        yield {name: stages.submit(play, folder / str(number), name)
+               for number, name in enumerate(SCENES)}
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_the_plan_is_what_debians_cron_starts(scenes, name):
-    zone, walls = SCENES[name]
-    compared = Comparison(scenes[name].result()["cron"],
-                          planned(zone, walls), zone)
-    print(f"\n{name}: plan: {compared}", end=" ")
-    assert compared.count > 150
-    assert not compared.differing, compared.details()
+def test_koid_starts_what_debians_cron_starts(scenes, name):
+    played = scenes[name].result()
+    compared = Comparison(name, played["cron"], played["koid"])
+    print(f"\n{name}: {compared}", end=" ")
+    assert compared.count > (50 if SCENES[name][2] is FEW else 100)
+    assert not compared.differ, compared.details()
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_the_plan_has_what_debians_cron_starts(scenes, name):
+    compared = Comparison(name, scenes[name].result()["cron"], planned(name))
+    assert not compared.differ, compared.details()
+
+
+def test_each_of_thirty_lines_starts_somewhere(scenes):
+    for lines in (MANY, FEW):
+        started = {line for name, scene in scenes.items()
+                   if SCENES[name][2] is lines
+                   for line, _ in scene.result()["cron"]}
+        assert (len(lines), started) == (30, set(range(1, 31)))
+
+
+def test_all_scenes_together_have_more_than_two_thousand_starts(scenes):
+    both = [scene.result() for scene in scenes.values()]
+    compared = [Comparison(name, starts["cron"], starts["koid"])
+                for name, starts in zip(SCENES, both)]
+    count, differ = (sum(getattr(one, what) for one in compared)
+                     for what in ("count", "differ"))
+    print(f"\nall scenes: compared {count} starts, {differ} differ", end=" ")
+    assert count > 2000 and not differ
+
+
+@pytest.mark.parametrize("name, rule, changed", [
+    ("set forward by 10 minutes", "HICCUP = 180 * MINUTE, 5 * MINUTE",
+     "HICCUP = 180 * MINUTE, 15 * MINUTE"),
+    ("set back by 11 minutes", "if wildcard and not MINUTE",
+     "if not MINUTE"),
+])
+def test_another_rule_would_be_seen(tmp_path, name, rule, changed):
+    support.need("cron", "faketime", "unshare")
+    text = KOID.read_text()
+    assert rule in text
+    (tmp_path / "koitab.py").write_text(text.replace(rule, changed))
+    played = play(tmp_path / "scene", name, tmp_path / "koitab.py")
+    assert Comparison(name, played["cron"], played["koid"]).differ > 10

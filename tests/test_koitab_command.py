@@ -1,0 +1,1232 @@
+"""Command: what can be typed, beside a koid that answers from a table."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import plistlib
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import support
+
+koitab = support.load("koitab")
+CASES = Path(__file__).parent / "cases"
+ME = koitab.Machine().name_of(os.getuid())
+
+
+class Koid:
+    """A daemon that answers from its fields, and remembers what was asked.
+    It stands in the place of Link."""
+
+    def __init__(self):
+        self.text, self.daemon, self.output = None, True, b""
+        self.runs, self.problems, self.asked = [], [], []
+        self.refused, self.last, self.confirm = None, {}, "no"
+        self.state = {
+            "version": "1.0", "pid": 7, "started": 1e9, "home": "/h",
+            "system": False, "jobs": 1, "running": [], "late": [],
+            "troubles": [], "next": None,
+            "tab": {"user": ME, "jobs": 1, "problems": []}}
+        self.connection = None
+
+    def ask(self, op: str, **fields) -> dict:
+        self.asked.append((op, fields))
+        if self.refused:
+            raise self.refused
+        return {**getattr(self, f"do_{op}")(fields), "daemon": self.daemon}
+
+    def do_list(self, _fields):
+        return {"text": self.text}
+
+    def do_install(self, fields):
+        tab = koitab.parse_tab(fields["text"])
+        if not tab.faults():
+            self.text = fields["text"]
+        return {"installed": not tab.faults(),
+                "problems": [vars(problem) for problem in tab.problems]}
+
+    def do_remove(self, _fields):
+        before, self.text = self.text, None
+        return {"removed": before is not None}
+
+    def do_jobs(self, _fields):
+        return {"jobs": [
+            {"tag": job.tag, "section": job.section, "name": job.name,
+             "label": job.label, "user": ME, "when": job.when,
+             "words": job.words(), "line": job.line, "file": "/h/tabs/me",
+             "command": job.command, "confirm": self.confirm,
+             "params": [vars(param) for param in job.params], "next": None,
+             "running": 0, "last": self.last.get(job.label)}
+            for job in koitab.parse_tab(self.text or "").jobs]}
+
+    def do_history(self, fields):
+        newest = [run for run in self.runs[::-1]
+                  if run["run"] < fields.get("before", 10**9)]
+        return {"runs": newest[:fields["limit"]]}
+
+    def do_log(self, _fields):
+        return {"run": self.runs[-1], "size": len(self.output)}
+
+    def do_kill(self, _fields):
+        return {"run": self.runs[-1]}
+
+    def do_status(self, _fields):
+        return self.state
+
+    def follow(self, job, args, user):
+        self.asked.append(("run", {"job": job, "args": args, "user": user}))
+        return 12, *self.connection
+
+
+def a_run(number: int = 1, **changes) -> dict:
+    return {"run": number, "user": ME, "tag": "t1", "section": "", "name": "",
+            "label": "backup", "trigger": "schedule", "state": "done",
+            "due": 1e9, "asked": None, "started": 1e9, "ended": 1e9 + number,
+            "exit": 0, "signal": None, "reason": "", "args": {}, "attempt": 1,
+            "count": 1, "bytes": 0, "cut": False, **changes}
+
+
+class Still:
+    """A clock that stands at Saturday 2026-03-28, 12:00:30 UTC."""
+
+    def now(self) -> float:
+        return 1774699230.0
+
+    def ticks(self) -> float:
+        return 0.0
+
+
+@pytest.fixture
+def koid(monkeypatch):
+    fake = Koid()
+    monkeypatch.setattr(koitab, "Link", lambda machine: fake)
+    return fake
+
+
+@pytest.fixture
+def type_in(koid, capfd, monkeypatch, tmp_path):
+    """Type a command, with what is typed after it (or what is piped in);
+    its status, output and errors."""
+    monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.chdir(tmp_path)
+    for name in ("VISUAL", "EDITOR", "KOI_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def typed(*argv: str, stdin: str = "", terminal: bool = False,
+              called: str = "koitab"):
+        raw = io.BytesIO(stdin.encode("utf-8", "surrogateescape"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(
+            raw, "utf-8", errors="surrogateescape"))
+        monkeypatch.setattr(os, "isatty", lambda fd: terminal)
+        for stream in (sys.stdout, sys.stderr):
+            monkeypatch.setattr(stream, "isatty", lambda: terminal)
+        machine = koitab.Machine(Still())
+        monkeypatch.setattr(machine, "tab_text", lambda path: stdin
+                            if path == "-" else koitab.Machine.tab_text(
+                                machine, path))
+        status = koitab.main(list(argv), machine, called)
+        return support.Result(status, *capfd.readouterr())
+    return typed
+
+
+# --- as crontab(1): install -----------------------------------------------
+
+
+@pytest.mark.parametrize("argv, stdin", [
+    (["tab"], ""), (["-"], "@daily x\n"), ([], "@daily x\n"),
+    (["--", "tab"], ""), (["./tab"], "")])
+def test_a_tab_is_installed_from_a_file_or_from_standard_input(
+        type_in, koid, argv, stdin):
+    Path("tab").write_text("@daily x\n")
+    done = type_in(*argv, stdin=stdin)
+    assert (done.code, done.out, done.err) == (0, "", "")
+    assert koid.text == "@daily x\n"
+
+
+def test_an_empty_file_is_an_empty_tab(type_in, koid):
+    assert type_in("-", stdin="").code == 0
+    assert koid.text == ""
+
+
+def test_every_fault_is_told_and_nothing_is_installed(type_in, koid):
+    koid.text = "before\n"
+    done = type_in("-", stdin="61 * * * * a\n@dayly b\n5-1 * * * * c\n")
+    assert (done.code, done.out, koid.text) == (1, "", "before\n")
+    assert done.err == '''\
+-:1:1: bad minute: minute is 0 to 59, not "61"
+-:2:1: bad time specifier: "@dayly" is none (@daily)
+-:3:1: warning: odd minute: "5-1" runs backwards and never comes (5-59,0-1)
+-:3:1: warning: odd schedule: it never runs
+errors in crontab file, can't install.
+'''
+
+
+@pytest.mark.parametrize("text, said", [
+    ("@daily x", ["new crontab file is missing newline before EOF, can't "
+                  "install."]),
+    ("61 * * * * a\n@daily x", [
+        "errors in crontab file, can't install.", "new crontab file is "
+        "missing newline before EOF, can't install."])])
+def test_a_last_line_without_its_end_is_told_in_debians_words(
+        type_in, text, said):
+    done = type_in("-", stdin=text)
+    assert done.code == 1
+    assert done.err.splitlines()[-len(said):] == said
+    assert done.err.count("can't install") == len(said)
+
+
+def test_what_looks_wrong_is_told_and_installed(type_in, koid):
+    done = type_in("-", stdin="5-1 * * * * c\n")
+    assert (done.code, koid.text) == (0, "5-1 * * * * c\n")
+    assert "-:1:1: warning: odd minute" in done.err
+
+
+def test_without_a_daemon_it_is_installed_with_a_warning(type_in, koid):
+    koid.daemon = False
+    done = type_in("-", stdin="@daily x\n")
+    assert (done.code, koid.text) == (0, "@daily x\n")
+    assert done.err.startswith("koitab: warning: koid is not running")
+
+
+@pytest.mark.parametrize("value, safe", [
+    ("a@example.com", True), ("root,b", True), ("", True), ('""', True),
+    ("a.b-c_d+e%f!g:h", True), ("x=/y", True), ("$LOGNAME@x", True),
+    ("9x", True), ("a b", False), ("-x", False), ("<a@b>", False),
+    ("-oQ/tmp", False), ("a;b", False), ("\u00e9@x", False),
+    ("|cat", False), (",a", False)])
+@pytest.mark.parametrize("way", ["-", "-T"])
+def test_an_address_that_nobody_mails_to_is_warned_of(type_in, way, value,
+                                                      safe):
+    for name in ("MAILTO", "MAILFROM"):
+        Path("tab").write_text(f"# hello\n  {name} = {value}\n@daily x\n")
+        done = type_in("tab") if way == "-" else type_in("-T", "tab")
+        assert done.code == 0
+        assert ("tab:2:" in done.err and "unsafe mail" in done.err
+                and ": warning: " in done.err) is not safe, done.err
+
+
+@pytest.mark.parametrize("name, said", [
+    ("nothing", "nothing: No such file or directory\n"),
+    ("histroy", "histroy: No such file or directory (did you mean koitab "
+     "history?)\n"),
+    (".", ".: Is a directory\n")])
+def test_a_file_that_cannot_be_read_is_told_in_crontabs_words(
+        type_in, koid, name, said):
+    done = type_in(name)
+    assert (done.code, done.out, done.err) == (1, "", said)
+    assert koid.asked == []
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["-e", "-l"], "only one operation permitted"),
+    (["-l", "-T", "x"], "only one operation permitted"),
+    (["-l", "x"], "no arguments permitted after this option"),
+    (["-T", "a", "b"], "no arguments permitted after this option"),
+    (["-r", "run"], "no arguments permitted after this option"),
+    (["a", "b"], 'what is "b"?'),
+    (["-i"], "-i does not go with FILE"),
+    (["-i", "-l"], "-i does not go with -l"),
+    (["-u", ME, "-T", "x"], "-u does not go with -T"),
+    (["-u", ME], "file name must be specified for replace"),
+    (["--json", "x"], "--json does not go with FILE"),
+    (["-n", "x"], "-n x: not a number"), (["-x"], "-x"), (["--nope"], "nope"),
+    (["-T"], "-T"), (["-u"], "-u")])
+def test_wrong_usage_of_what_crontab_has(type_in, koid, argv, said):
+    done = type_in(*argv)
+    assert (done.out, koid.asked) == ("", [])
+    assert done.code == 1
+    assert said in done.err
+    assert done.err.startswith("koitab: error: ")
+    assert done.err.count("\n") == 1
+
+
+def test_on_a_terminal_a_bare_call_says_how(type_in, koid):
+    done = type_in(terminal=True)
+    assert (done.code, done.out, koid.asked) == (1, "", [])
+    assert "file name or - (for stdin) must be specified" in done.err
+
+
+def test_it_says_crontab_when_it_is_called_so(type_in, koid):
+    assert type_in("-l", "-e", called="crontab").err.startswith("crontab: ")
+    koid.daemon = False
+    assert type_in("-", stdin="", called="crontab").err.startswith(
+        "crontab: warning: ")
+
+
+def test_a_file_of_that_name_is_no_command_to_crontab(type_in, koid):
+    Path("status").write_text("@daily x\n")
+    done = type_in("status", called="crontab")
+    assert (done.code, koid.asked) == (1, [])
+    assert "crontab ./status" in done.err
+    assert type_in("./status", called="crontab").code == 0
+    assert koid.text == "@daily x\n"
+
+
+# --- as crontab(1): -u, -l, -r --------------------------------------------
+
+
+@pytest.fixture
+def as_alice(monkeypatch):
+    """The kernel says alice; root and koid remain what they are."""
+    monkeypatch.setattr(os, "getuid", lambda: 1500)
+    monkeypatch.setattr(koitab.Machine, "user", lambda self: "alice")
+
+
+@pytest.mark.parametrize("argv", [["-l"], ["-e"], ["-r"], ["tab"],
+                                  ["run", "x"], ["next"], ["history"],
+                                  ["log", "1"], ["kill", "1"], ["import"]])
+def test_u_is_refused_to_others_whatever_the_environment_says(
+        type_in, koid, as_alice, monkeypatch, argv):
+    for name in ("USER", "LOGNAME", "SUDO_USER"):
+        monkeypatch.setenv(name, "root")
+    Path("tab").write_text("@daily x\n")
+    done = type_in("-u", "root", *argv)
+    assert (done.code, done.out, koid.asked) == (1, "", [])
+    assert done.err == "must be privileged to use -u\n"
+
+
+def test_u_with_ones_own_name_is_allowed(type_in, koid, as_alice,
+                                         monkeypatch):
+    import pwd
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: name)
+    koid.text = "@daily x\n"
+    assert type_in("-u", "alice", "-l").out == "@daily x\n"
+    assert koid.asked == [("list", {"user": "alice"})]
+
+
+def test_a_user_that_there_is_not(type_in, koid, monkeypatch):
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    done = type_in("-u", "no\x1bbody", "-l", called="crontab")
+    assert (done.code, koid.asked) == (1, [])
+    assert done.err == "crontab:  user `no\\x1bbody' unknown\n"
+
+
+@pytest.mark.parametrize("argv", [["-l"], ["-r"], ["next"]])
+def test_no_tab_is_told_in_crontabs_words(type_in, argv):
+    done = type_in(*argv)
+    assert (done.code, done.out) == (1, "")
+    assert done.err == f"no crontab for {ME}\n"
+
+
+HOSTILE = "@daily a\r@daily b\t\x08\x1b[2J\u202e\udcff\n# c\n"
+
+
+def test_l_copies_every_byte(koid, capfdbinary):
+    koid.text = HOSTILE
+    koitab.main(["-l"])
+    assert capfdbinary.readouterr().out == HOSTILE.encode(
+        "utf-8", "surrogateescape")
+
+
+def test_l_shows_a_terminal_nothing_that_it_would_obey(type_in, koid):
+    koid.text = HOSTILE
+    assert type_in("-l", terminal=True).out == (
+        "@daily a\\x0d@daily b\t\\x08\\x1b[2J\\u202e\\udcff\n# c\n")
+    koid.text = ""
+    assert type_in("-l", terminal=True).out == ""
+
+
+def test_r_removes_without_a_question(type_in, koid):
+    koid.text = "x"
+    assert type_in("-r", stdin="n\n").code == 0
+    assert koid.text is None
+
+
+@pytest.mark.parametrize("typed, removed, asked", [
+    ("y\n", True, 1), ("Yes\n", True, 1), ("n\n", False, 1),
+    ("NO\n", False, 1), ("", False, 1), ("maybe\n\ny\n", True, 3),
+    ("what\n", False, 2), ("y", True, 1)])
+@pytest.mark.parametrize("argv", [["-r", "-i"], ["-ir"]])
+def test_r_i_asks_until_it_is_told(type_in, koid, argv, typed, removed,
+                                   asked):
+    koid.text = "x"
+    done = type_in(*argv, stdin=typed, called="crontab")
+    assert (done.code, done.out) == (0, "")
+    assert (koid.text is None) is removed
+    question = f"crontab: really delete {ME}'s crontab? (y/n) "
+    assert done.err.count(question) == asked
+    assert done.err.count("Enter Y or N") == asked - 1
+
+
+def test_a_refusal_of_koids_is_printed_as_it_is(type_in, koid):
+    koid.refused = koitab.Error(
+        "You (alice) are not allowed to use this program (koitab)",
+        "see /etc/koi.allow")
+    for argv in (["-l"], ["-r"], ["-e"], ["-"], ["history"]):
+        done = type_in(*argv)
+        assert done.code == 1
+        assert done.err == ("koitab: error: You (alice) are not allowed to "
+                            "use this program (koitab) (see /etc/koi.allow)"
+                            "\n")
+
+
+# --- as crontab(1): -e ----------------------------------------------------
+
+
+@pytest.mark.parametrize("visual, editor, words", [
+    ("vi -u x", "no", ["vi", "-u", "x"]), ("", "vi; id", ["vi;", "id"]),
+    (None, "'my editor' -c \"a b\"", ["my editor", "-c", "a b"]),
+    ("  ", "nano", ["nano"]), (None, "$(id)", ["$(id)"])])
+def test_the_editor_is_split_as_sh_does_and_no_shell_reads_it(
+        monkeypatch, visual, editor, words):
+    for name, value in (("VISUAL", visual), ("EDITOR", editor)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert koitab.editor() == words
+
+
+def test_without_a_choice_the_usual_editors_are_tried(monkeypatch, tmp_path):
+    for name in ("VISUAL", "EDITOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(koitab.Error, match="there is no editor"):
+        koitab.editor()
+    for program in ("nano", "vi", "sensible-editor"):
+        (tmp_path / program).write_text("#!/bin/sh\n")
+        (tmp_path / program).chmod(0o755)
+        assert koitab.editor() == [program]
+
+
+def test_an_editor_with_an_open_quote_is_an_error(type_in, koid, monkeypatch):
+    koid.text = "x\n"
+    monkeypatch.setenv("EDITOR", "vi 'x")
+    done = type_in("-e")
+    assert done.code == 1
+    assert "EDITOR cannot be read" in done.err
+
+
+def test_a_draft_is_the_callers_alone():
+    draft = koitab.Draft("a\udcff\n")
+    try:
+        assert support.mode(draft.folder) == 0o700
+        assert support.mode(draft.path) == 0o600
+        assert draft.text() == "a\udcff\n"
+    finally:
+        draft.remove()
+    assert not os.path.exists(draft.folder)
+
+
+def swap_link(path: str) -> None:
+    os.symlink("/etc/passwd", path)
+
+
+def swap_large(path: str) -> None:
+    Path(path).write_bytes(b"#" * (koitab.LONGEST_TAB + 1))
+
+
+@pytest.mark.parametrize("swap, why", [
+    (swap_link, "symbolic link"), (os.mkfifo, "no regular file"),
+    (os.mkdir, "no regular file"), (swap_large, "larger than"),
+    (lambda path: None, "No such file")])
+def test_what_an_editor_left_is_judged_before_it_is_read(swap, why):
+    draft = koitab.Draft("")
+    try:
+        os.unlink(draft.path)
+        swap(draft.path)
+        with pytest.raises(koitab.Error, match=why):
+            draft.text()
+    finally:
+        draft.remove()
+
+
+@support.root_only
+def test_a_draft_that_belongs_to_another_user_is_not_read():
+    draft = koitab.Draft("")
+    try:
+        os.chown(draft.path, support.ALICE_UID, -1)
+        with pytest.raises(koitab.Error, match="its owner is uid 1500"):
+            draft.text()
+    finally:
+        draft.remove()
+
+
+def test_the_template_is_a_good_tab_when_its_marks_are_taken_away():
+    assert koitab.parse_tab(koitab.TEMPLATE).jobs == []
+    lines = [line[2:] for line in koitab.TEMPLATE.splitlines()
+             if line[2:3] in tuple('[@"0123456789') or "=" in line[:14]]
+    tab = koitab.parse_tab("\n".join(lines) + "\n")
+    assert tab.problems == []
+    assert [(job.section, job.name, job.when) for job in tab.jobs] == [
+        ("", "", "30 2 * * *"), ("Backups", "Work", "30 3 * * mon-fri"),
+        ("Backups", "Say Hi", "@manual")]
+    assert tab.jobs[1].environment == {"MAILTO": "root", "KOI_TIMEOUT": "1h"}
+    assert max(map(len, koitab.TEMPLATE.splitlines())) < 80
+
+
+# --- run ------------------------------------------------------------------
+
+FORM = ('[Bots]\n"Say Hi" @manual say {{To Handle}} {{N, int, 1}} '
+        '{{How, choice(a|b), a}} {{Loud, bool, false}} {{a, string, x}} '
+        '{{a=b, string, y}}\n"Plain" @daily true\n[Other]\n"Plain" @daily x\n'
+        '"Pw" @manual log-in {{Pin, secret}}\n')
+USUAL = {"N": "1", "How": "a", "Loud": "false", "a": "x", "a=b": "y"}
+
+
+@pytest.fixture
+def run(type_in, koid):
+    """`koitab run` beside a job that wrote some frames and ended."""
+    koid.text = FORM
+    ours, theirs = socket.socketpair()
+
+    def ran(*argv, frames=(), exit=0, signal=None, reason="", cut=10**9,
+            **how):
+        end = json.dumps({"exit": exit, "signal": signal, "reason": reason})
+        data = b"".join(koitab.frame(stream, 0, text) for stream, text in (
+            *frames, (koitab.END, end.encode())))
+        koid.connection = ours, data[:cut]
+        theirs.sendall(data[cut:])
+        theirs.shutdown(socket.SHUT_WR)
+        return type_in("run", *argv, **how)
+    yield ran
+    theirs.close()
+    ours.close()
+
+
+def test_a_job_gets_what_was_typed_and_else_the_defaults(run, koid):
+    done = run("Say Hi", "To Handle=@bob=x y", "N=-5", "a=b=1", "Loud=true")
+    assert (done.code, done.out, done.err) == (0, "", "")
+    assert koid.asked[-1] == ("run", {
+        "job": koitab.parse_tab(FORM).jobs[0].tag, "user": ME,
+        "args": {**USUAL, "To Handle": "@bob=x y", "N": "-5", "a=b": "1",
+                 "Loud": "true"}})
+
+
+@pytest.mark.parametrize("words, said", [
+    (["x"], 'what is "x"? (ARG=VALUE)'),
+    (["To Handl=x"], 'no argument "To Handl" (did you mean "To Handle"?)'),
+    (["N=1", "N=2", "To Handle=x"], '"N" is given twice'),
+    (["To Handle=x", "N=five"], '"N": an int is 1 to 18 digits'),
+    (["To Handle=x", "N=\uff15"], '"N": an int is'),
+    (["To Handle=x", "How=c"], '"How": choose one of a|b'),
+    (["To Handle=x", "Loud=yes"], '"Loud": a bool is true or false'),
+    (["To Handle=a\x1bb"], "control character"),
+    (["To Handle=\udcff"], "it is not UTF-8"),
+    ([], 'no value for "To Handle" (koitab run NAME "To Handle=...")')])
+def test_an_argument_that_is_none(run, koid, words, said):
+    done = run("Say Hi", *words)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err
+    assert [op for op, _ in koid.asked] == ["jobs"]
+
+
+@pytest.mark.parametrize("name, tag_of", [
+    ("Bots/Plain", 1), ("3", 1), ("Other/Plain", 2)])
+def test_a_job_by_any_of_its_names(run, koid, name, tag_of):
+    tag = koitab.parse_tab(FORM).jobs[tag_of].tag
+    assert run(name).code == 0
+    assert koid.asked[-1][1]["job"] == tag
+
+
+@pytest.mark.parametrize("name, said", [
+    ("Plain", 'error: 2 jobs are called "Plain" (Bots/Plain, Other/Plain)'),
+    ("Say Hj", 'there is no job "Say Hj" (did you mean "Say Hi"?)')])
+def test_a_job_that_is_none_or_two(run, name, said):
+    done = run(name)
+    assert (done.code, done.out) == (1, "")
+    assert said in done.err
+
+
+def test_values_may_come_by_standard_input(run, koid):
+    assert run("Pw", "Pin=-", stdin="se cret\n").code == 0
+    assert koid.asked[-1][1]["args"] == {"Pin": "se cret"}
+
+
+def test_standard_input_that_is_no_text_is_no_value(run, koid):
+    assert run("Pw", "Pin=-", stdin="\udcff\n").code == 2
+    assert [op for op, _ in koid.asked] == ["jobs"]
+
+
+def test_on_a_terminal_what_is_missing_is_asked_for(run, koid):
+    done = run("Say Hi", "N=2", stdin="a\x1bb\n@bob\n", terminal=True)
+    assert done.code == 0
+    assert done.err == ("To Handle:   it has a control character\n"
+                        "To Handle: ")
+    assert koid.asked[-1][1]["args"] == {**USUAL, "N": "2",
+                                         "To Handle": "@bob"}
+
+
+def test_who_gives_no_answer_runs_nothing(run, koid):
+    done = run("Say Hi", stdin="", terminal=True)
+    assert done.code == 1
+    assert "so nothing ran" in done.err
+    assert [op for op, _ in koid.asked] == ["jobs"]
+
+
+def test_a_secret_is_asked_for_without_an_echo(run, koid, monkeypatch):
+    import getpass
+    monkeypatch.setattr(getpass, "getpass", lambda question: "1234"
+                        if question == "Pin (secret): " else "")
+    assert run("Pw", terminal=True).code == 0
+    assert koid.asked[-1][1]["args"] == {"Pin": "1234"}
+
+
+@pytest.mark.parametrize("confirm, terminal, typed, ran", [
+    ("yes", True, "y\n", True), ("yes", True, "n\n", False),
+    ("yes", True, "", False), ("yes", False, "", True),
+    ("no", True, "", True), ("cli", True, "", True)])
+def test_koi_confirm_asks_on_a_terminal(run, koid, confirm, terminal, typed,
+                                        ran):
+    koid.confirm = confirm
+    done = run("Bots/Plain", stdin=typed, terminal=terminal)
+    assert ("Run Plain? (y/n) " in done.err) is (
+        confirm == "yes" and terminal)
+    assert ("run" in [op for op, _ in koid.asked]) is ran
+    assert done.code == (0 if ran else 1)
+
+
+def test_without_a_daemon_nobody_is_asked_for_arguments(run, koid):
+    koid.daemon = False
+    done = run("Say Hi", terminal=True)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("koitab: error: koid is not running")
+
+
+@pytest.mark.parametrize("cut", [0, 1, 8, 9, 12, 30, 1000])
+def test_output_goes_where_the_job_sent_it(run, cut):
+    """However the frames are cut on their way."""
+    done = run("Bots/Plain", frames=[
+        (1, b"out\n"), (2, b"err\xc3"), (2, b"\xa9\n"), (0, b"a note"),
+        (1, b"\x1b[31mred\x1b[2J\n")], cut=cut)
+    assert done.code == 0
+    assert done.out == "out\n\x1b[31mred\x1b[2J\n"
+    assert done.err == "err\u00e9\nkoitab: a note\n"
+
+
+@pytest.mark.parametrize("end, status, said", [
+    ({"exit": 0}, 0, ""), ({"exit": 3}, 3, ""), ({"exit": 255}, 255, ""),
+    ({"exit": None, "signal": 9}, 137, "killed by signal 9 (SIGKILL)"),
+    ({"exit": None, "signal": 33}, 161, "killed by signal 33"),
+    ({"exit": None, "signal": 15, "reason": "timeout after 10m0s"}, 143,
+     "timeout after 10m0s"),
+    ({"exit": None, "reason": "the last run was still going"}, 1,
+     "the last run was still going")])
+def test_the_exit_status_is_the_jobs(run, end, status, said):
+    done = run("Bots/Plain", **end)
+    assert (done.code, done.out) == (status, "")
+    assert done.err == (f"koitab: {said}\n" if said else "")
+
+
+def test_a_koid_that_hangs_up_leaves_the_run_going_on(type_in, koid):
+    koid.text = FORM
+    ours, theirs = socket.socketpair()
+    koid.connection = ours, b""
+    theirs.close()
+    done = type_in("run", "Bots/Plain")
+    assert done.code == 1
+    assert done.err == (
+        "koitab: run 12 goes on (koitab log 12; koitab kill 12)\n"
+        "koitab: error: koid has hung up (koitab status)\n")
+
+
+def test_two_signals_are_for_the_job_and_the_third_is_for_us(capsys):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        follower = koitab.Follower(koitab.Options(), 12, ours, b"")
+        follower.hear(2, None)
+        assert capsys.readouterr().err == ""
+        follower.hear(2, None)
+        assert "once more" in capsys.readouterr().err
+        with pytest.raises(koitab.Left):
+            follower.hear(2, None)
+        assert theirs.recv(9) == bytes([2, 15])
+
+
+# --- history, log, status, kill -------------------------------------------
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({}, "ok"), ({"exit": 3}, "exit 3"),
+    ({"exit": None, "signal": 9}, "killed by signal 9 (SIGKILL)"),
+    ({"exit": None, "signal": 9, "reason": "killed by alice"},
+     "killed by signal 9 (SIGKILL): killed by alice"),
+    ({"exit": None, "signal": 15, "reason": "timeout after 10m0s"},
+     "timeout after 10m0s"),
+    ({"exit": 1, "attempt": 2}, "exit 1, attempt 2"),
+    ({"state": "missed", "count": 12}, "missed x12"),
+    ({"state": "missed"}, "missed"),
+    ({"state": "interrupted"}, "interrupted"),
+    ({"state": "skipped", "reason": "the last run was still going"},
+     "skipped: the last run was still going"),
+    ({"state": "unstartable", "reason": "no such user"},
+     "not started: no such user"),
+    ({"state": "running"}, "running"), ({"state": "queued"}, "queued")])
+def test_a_result_in_words(changes, words):
+    assert koitab.result_words(a_run(**changes)) == words
+
+
+@pytest.mark.parametrize("durations, line", [
+    ([], ""), ([0.0], "▁"), ([1, 2, 3, 4, 5, 6, 7, 8], "▂▃▄▅▆▇██"),
+    ([0, 100], "▁█")])
+def test_a_spark_line(durations, line):
+    assert koitab.spark(durations) == line
+
+
+def test_history_is_a_table_with_the_newest_at_the_end(type_in, koid):
+    koid.runs = [a_run(1), a_run(2, trigger="manual", exit=3), a_run(
+        3, label="x" * 50, tag="t2", state="missed", started=None,
+        ended=None, count=2), a_run(4, user="bob", label="a\x1bb", tag="t3")]
+    done = type_in("history")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == '''\
+  RUN  STARTED                    JOB                       BY          TOOK  \
+RESULT
+    1  2001-09-09T01:46:40+00:00  backup                    schedule      1s  \
+ok
+    2  2001-09-09T01:46:40+00:00  backup                    manual        2s  \
+exit 3
+    3  2001-09-09T01:46:40+00:00  xxxxxxxxxxxxxxxxxxxxxxxx  schedule       -  \
+missed x2
+    4  2001-09-09T01:46:40+00:00  bob: a\\x1bb               schedule      4s\
+  ok
+
+How long the jobs took, the newest on the right:
+backup                    ▅█  2s
+bob: a\\x1bb               █  4s
+'''
+
+
+def test_history_of_one_job_and_for_programs(type_in, koid):
+    koid.runs = [a_run(number) for number in range(1, 31)]
+    done = type_in("history", "backup", "-n", "3", "--json")
+    assert [run["run"] for run in json.loads(done.out)] == [28, 29, 30]
+    assert koid.asked == [("history", {"job": "backup", "limit": 3})]
+
+
+def test_history_asks_for_pages_until_it_has_enough(type_in, koid,
+                                                    monkeypatch):
+    monkeypatch.setattr(koitab, "PAGE_OF_RUNS", 10)
+    koid.runs = [a_run(number) for number in range(1, 31)]
+    for number, shown in ((25, 25), (99, 30)):
+        done = type_in("history", "-n", str(number), "--json")
+        assert [run["run"] for run in json.loads(done.out)] == list(
+            range(31 - shown, 31))
+
+
+def test_a_history_without_runs(type_in):
+    done = type_in("history")
+    assert (done.code, done.out) == (0, "")
+    assert done.err == "koitab: no run is remembered\n"
+    assert type_in("history", "--json").out == "[]\n"
+
+
+def frames(*parts) -> bytes:
+    return b"".join(koitab.frame(stream, at, data)
+                    for at, (stream, data) in enumerate(parts))
+
+
+@pytest.mark.parametrize("which, fields", [
+    ("7", {"run": 7}), ("backup", {"job": "backup"}), ("0", {"job": "0"})])
+def test_log_by_run_or_by_name(type_in, koid, which, fields):
+    koid.runs = [a_run()]
+    koid.output = frames((1, b"a\n"), (2, b"b"), (0, b"9 bytes left out "
+                         b"here"), (1, b"\x1b[2J\xc3\xa9"))
+    done = type_in("log", which)
+    assert koid.asked == [("log", fields)]
+    assert (done.code, done.out) == (0, "a\n\x1b[2J\u00e9")
+    assert done.err == "bkoitab: 9 bytes left out here\n"
+
+
+def test_log_for_programs(type_in, koid):
+    koid.runs, koid.output = [a_run()], frames(
+        (1, b"a\n"), (2, b"\xff"), (0, b"note"), (3, b"{}"))
+    found = json.loads(type_in("log", "1", "--json").out)
+    assert found.pop("frames") == [
+        {"stream": "stdout", "ms": 0, "text": "a\n"},
+        {"stream": "stderr", "ms": 1, "text": "\\xff"},
+        {"stream": "note", "ms": 2, "text": "note"}]
+    assert found == a_run()
+
+
+@pytest.mark.parametrize("parts, shown", [
+    ([b"a\n"], "a\n"), ([b"a"], "a\n"), ([b"\x1b]0;x\x07\n"],
+                                         "\\x1b]0;x\\x07\n"),
+    ([b"\x1b[1;31mred\x1b[0m\n"], "\x1b[1;31mred\x1b[0m\n\x1b[0m"),
+    ([b"\x1b[3", b"1mred\n"], "\x1b[31mred\n\x1b[0m"),
+    ([b"\xc3", b"\xa9\n"], "\u00e9\n"), ([b"\xc2\x9b2J\n"], "\\x9b2J\n"),
+    ([b"1%\r2%\r\n"], "1%\\x0d2%\n"), ([b"\xe2\x80\xae\n"], "\\u202e\n"),
+    ([b"a\tb\n"], "a\tb\n")])
+def test_log_on_a_terminal_shows_colours_and_obeys_nothing(
+        type_in, koid, parts, shown):
+    koid.runs, koid.output = [a_run()], frames(*((1, p) for p in parts))
+    assert type_in("log", "1", terminal=True).out == shown
+
+
+def test_log_of_a_run_that_goes_on_says_so(type_in, koid):
+    koid.runs = [a_run(5, state="running", ended=None)]
+    assert type_in("log", "5").err == "koitab: run 5: running\n"
+
+
+def test_kill(type_in, koid):
+    koid.runs = [a_run(5)]
+    assert type_in("kill", "5").out == "run 5 (backup) is told to end\n"
+    assert koid.asked == [("kill", {"run": 5})]
+    for which in ("0", "x", "-1", "\u0665"):
+        assert type_in("kill", "--", which).code == 2
+
+
+def test_status_when_all_is_well(type_in, koid):
+    koid.text = "@daily backup\n"
+    koid.last = {"backup": a_run()}
+    koid.state.update(next=1e9, running=[a_run(8, state="running")])
+    done = type_in("status")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == f'''\
+koid      1.0, pid 7, since 2001-09-09T01:46:40+00:00, /h
+tab       {ME}: 1 job
+running   8 backup, since 2001-09-09T01:46:40+00:00 (schedule)
+next      2001-09-09T01:46:40+00:00
+'''
+
+
+@pytest.mark.parametrize("what, said", [
+    ({"late": ["backup"]}, "late      backup"),
+    ({"troubles": ["the disk is full"]}, "trouble   the disk is full"),
+    ({"tab": {"user": "a", "jobs": 0, "problems": ["tab:1:1: bad minute"]}},
+     "          tab:1:1: bad minute"),
+    (a_run(9, exit=3), "failed    backup: exit 3 at 2001-09-09T01:46:40+00:00"
+     " (koitab log 9)"),
+    (a_run(9, state="missed"), "failed    backup: missed at"),
+    (a_run(9, state="interrupted"), "failed    backup: interrupted at"),
+    (a_run(9, exit=None, signal=9), "failed    backup: killed by signal 9")])
+def test_status_is_1_when_something_is_wrong(type_in, koid, what, said):
+    koid.text = "@daily backup\n"
+    if "run" in what:
+        koid.last = {"backup": what}
+    else:
+        koid.state.update(what)
+    done = type_in("status")
+    assert done.code == 1
+    assert said in done.out
+    assert type_in("status", "--json").code == 1
+
+
+def test_status_without_a_daemon_still_tells_of_the_tab(type_in, koid):
+    koid.text = "@daily backup\n"
+
+    def do_status(_fields):
+        raise koitab.Error("koid is not running", "systemctl start koid")
+    koid.do_status = do_status
+    done = type_in("status")
+    assert done.code == 1
+    assert done.out == ("koid      koid is not running (systemctl start koid)"
+                        "\ntab       1 job\n")
+
+
+def test_a_trouble_of_the_tab_is_told_once(type_in, koid):
+    koid.state["tab"]["problems"] = ["tab:1:1: bad minute"]
+    koid.state["troubles"] = ["/h/tabs/me:1:1: bad minute", "another"]
+    done = type_in("status")
+    assert done.out.count("bad minute") == 1
+    assert "trouble   another\n" in done.out
+
+
+# --- next, of what is installed -------------------------------------------
+
+
+def test_next_of_the_installed_tab(type_in, koid):
+    koid.text = '[S]\n"N" 30 2 * * * x\n61 * * * * y\n'
+    done = type_in("next", "-n", "1")
+    assert done.code == 1
+    assert done.out == "[S]\nN: At 02:30\n    2026-03-29T02:30:00+00:00\n"
+    assert done.err.startswith(f"crontab of {ME}:3:1: bad minute")
+    found = json.loads(type_in("next", "N", "--json").out)
+    assert [(row["name"], row["file"], len(row["next"])) for row in found] \
+        == [("N", f"crontab of {ME}", 5)]
+
+
+def test_next_of_a_tab_uses_the_salt_of_its_daemon(type_in, koid,
+                                                   monkeypatch):
+    koid.text = "0~59 0~23 * * * x\n"
+    first = type_in("next", "-n1").out
+    monkeypatch.setattr(koid, "do_list", lambda fields: {
+        "text": koid.text, "salt": "another host's"})
+    assert type_in("next", "-n1").out != first
+
+
+@support.root_only
+def test_next_shows_root_the_tabs_of_the_system(type_in, koid, monkeypatch,
+                                                tmp_path):
+    monkeypatch.setattr(koitab, "SYSTEM_TABS", (f"{tmp_path}/cron.d/",))
+    (tmp_path / "cron.d").mkdir()
+    path = tmp_path / "cron.d" / "pkg"
+    path.write_text("5 4 * * * www-data tidy\n")
+    koid.text = "@daily x\n"
+    jobs = koid.do_jobs({})["jobs"]
+    monkeypatch.setattr(koid, "do_jobs", lambda fields: {
+        "jobs": [*jobs, {**jobs[0], "file": str(path)}]})
+    done = type_in("next", "-n1")
+    assert done.out == (
+        "x: At 00:00\n    2026-03-29T00:00:00+00:00\n"
+        f"# {path}\ntidy: At 04:05\n    2026-03-29T04:05:00+00:00\n")
+
+
+# --- import ---------------------------------------------------------------
+
+
+@pytest.fixture
+def imported(type_in, monkeypatch):
+    """Import these crontabs, as root or for a user; the result passes the
+    test of tabs, always."""
+    def done(*tabs, argv=("import",), user="root"):
+        monkeypatch.setattr(koitab, "sources", lambda options, machine: [
+            koitab.Source(path, path.rpartition("/")[2], text, system)
+            for path, text, system in tabs])
+        monkeypatch.setattr(koitab.Machine, "user", lambda self: user)
+        monkeypatch.setattr(koitab, "running_cron", lambda: 0)
+        result = type_in(*argv)
+        assert result.code == 0, result.err
+        test = type_in("-T", "-", stdin=result.out)
+        assert test.code == 0, test.err + result.out
+        return result
+    return done
+
+
+def live(text: str) -> list[str]:
+    """The lines that are no comment."""
+    return [line for line in text.splitlines()
+            if line and not line.startswith("#")]
+
+
+def test_a_crontab_is_imported_with_its_comments(imported):
+    done = imported(("crontab of root", "# mine\nMAILTO=me\n\n"
+                     "*/5\t* * * * a  b \n@reboot c\n", False))
+    assert done.out == '''\
+# What cron runs, as a koitab: koitab import
+
+[crontab of root]
+# crontab of root
+# mine
+MAILTO=me
+
+*/5\t* * * * a  b \n@reboot c
+'''
+    assert "2 jobs of root; install them: koitab import > tab; koitab tab" \
+        in done.err
+
+
+def test_the_users_column_of_a_system_tab_goes(imported):
+    done = imported(("/etc/crontab", "17 *\t* * *\troot\tcd / && x\n"
+                     "-5 4 * * * root root root\n@daily root -n y\n"
+                     "@hourly  root   z\n", True))
+    assert live(done.out) == [
+        "[crontab]", "17 *\t* * *\tcd / && x", "-5 4 * * * root root",
+        "@daily -n y", "@hourly  z"]
+
+
+def test_jobs_of_others_are_comments_that_say_how_to_install_them(imported):
+    done = imported(("/etc/cron.d/pkg", "1 2 * * * root a\n"
+                     "3 4 * * * www-data b\n5 6 * * * www-data c\n"
+                     "7 8 * * * root d\n", True))
+    assert live(done.out) == ["[pkg]", "1 2 * * * a", "7 8 * * * d"]
+    assert "".join(f"{line}\n" for line in (
+        "1 2 * * * a", "# koitab import: this is for www-data: koitab -u "
+        "www-data import | koitab -u www-data -", "# 3 4 * * * b",
+        "# 5 6 * * * c", "7 8 * * * d")) in done.out
+
+
+@support.root_only
+def test_for_another_user_there_are_his_jobs_alone(imported):
+    done = imported(
+        ("crontab of daemon", "@daily own\n", False),
+        ("/etc/cron.d/a", "1 2 * * * root a\n-3 4 * * * daemon b\n", True),
+        ("/etc/cron.d/b", "# b's\n1 2 * * * root c\n", True),
+        argv=("-u", "daemon", "import"))
+    assert live(done.out) == ["[crontab of daemon]", "@daily own", "[a]",
+                              "3 4 * * * b"]
+    assert "b's" not in done.out
+    assert "koitab -u daemon import > tab; koitab -u daemon tab" in done.err
+
+
+def test_what_one_file_sets_does_not_hold_for_the_next(imported):
+    done = imported(
+        ("/etc/crontab", "SHELL=/bin/bash\nPATH=/opt\nMAILTO=\nHOME=/x\n"
+         "TZ=Asia/Tokyo\nCRON_TZ=Asia/Tokyo\nRANDOM_DELAY=5\nFOO=bar\n"
+         "@daily root a\n", True),
+        ("/etc/cron.d/b", "@daily root b\nPATH=/b\n@daily root c\n", True),
+        ("/etc/cron.d/c", "@daily root d\n", True))
+    jobs = {job.command: job for job in koitab.parse_tab(done.out).jobs}
+    root = {"SHELL": "/bin/sh", "PATH": "/usr/bin:/bin", "MAILTO": "root",
+            "HOME": "/root", "TZ": ":/etc/localtime", "CRON_TZ": "",
+            "RANDOM_DELAY": "0", "FOO": ""}
+    assert jobs["a"].environment["PATH"] == "/opt"
+    assert jobs["b"].environment == root
+    assert (jobs["b"].settings.zone, jobs["b"].settings.random_delay) == (
+        "", 0)
+    assert jobs["c"].environment["PATH"] == "/b"
+    assert jobs["d"].environment == root
+    assert '"FOO" cannot be unset' in done.err
+    assert "Debian's cron ignores" in done.err
+
+
+@pytest.mark.parametrize("line, reason", [
+    ("61 * * * * x", "bad minute"), ("5.5 * * * * x", "bad minute"),
+    ("@dayly x", "bad time specifier"), ('A="x" # c', "bad minute"),
+    ("* * * * * echo '{{x}}'", "bad argument"),
+    ("CRON_TZ=Mars/City", "there is no time zone"), ("\r", "bad minute"),
+    ("[Section]", "no line of cron's")])
+def test_a_line_that_koi_cannot_read_is_kept_as_a_comment(imported, line,
+                                                          reason):
+    done = imported(("crontab of root", f"{line}\n@daily y\n", False))
+    assert live(done.out) == ["[crontab of root]", "@daily y"]
+    marked = done.out.split("# koitab import: ")[1]
+    assert reason in marked.split("\n")[0]
+    assert marked.split("\n")[1] == f"# {line}"
+    assert "1 note in it" in done.err
+
+
+def test_a_last_line_that_cron_does_not_run_stays_a_comment(imported):
+    done = imported(("/etc/cron.d/a", "@daily root a\n@daily root b", True))
+    assert live(done.out) == ["[a]", "@daily a"]
+    assert "# koitab import: premature EOF" in done.out
+
+
+def test_jobs_that_are_the_same_get_names(imported):
+    done = imported(
+        ("crontab of root", '@daily say "hi"\n@daily say "hi"\n@daily x\n',
+         False),
+        ("/etc/cron.d/a", '@daily root say "hi"\n-@daily root z\n'
+         "-@daily root z\n@hourly root x\n", True))
+    tab = koitab.parse_tab(done.out, root=True)
+    assert tab.problems == []
+    assert [job.name for job in tab.jobs] == [
+        "crontab of root: say hi (1)", "crontab of root: say hi (2)", "",
+        "a: say hi (1)", "a: z (1)", "a: z (2)", ""]
+    assert [job.unlogged for job in tab.jobs] == [
+        False, False, False, False, True, True, False]
+    assert tab.jobs[0].command == 'say "hi"'
+
+
+def test_every_line_that_cron_knows_or_refuses_can_be_imported(imported):
+    fires = (CASES / "fires.tsv").read_text().splitlines()
+    specs = sorted({line.split("\t")[0] for line in fires
+                    if not line.startswith("#")})
+    bad = [line.split("\t")[0] for line in (
+        CASES / "rejected.tsv").read_text().splitlines()
+        if not line.startswith("#")]
+    text = "".join(f"{spec} true\n" for spec in specs + bad)
+    done = imported(("crontab of root", text, False))
+    assert len(koitab.parse_tab(done.out).jobs) >= len(specs)
+
+
+def test_bytes_of_any_kind_come_through(monkeypatch, capfdbinary):
+    monkeypatch.setattr(koitab, "sources", lambda options, machine: [
+        koitab.Source("c", "c", "@daily \udcff\u00e9\n# \x1b\udcfe\n",
+                      False)])
+    assert koitab.main(["import"]) == 0
+    out = capfdbinary.readouterr().out
+    assert b"@daily \xff\xc3\xa9\n# \x1b\xfe\n" in out
+
+
+def test_import_warns_when_cron_is_running(imported, type_in, monkeypatch):
+    imported(("crontab of root", "@daily x\n", False))
+    monkeypatch.setattr(koitab, "running_cron", lambda: 99)
+    assert "cron is running (pid 99): jobs would run twice" in type_in(
+        "import").err
+
+
+def test_whether_cron_is_running_is_told_by_its_pid_file(monkeypatch,
+                                                         tmp_path):
+    path = tmp_path / "crond.pid"
+    monkeypatch.setattr(koitab, "CRON_PIDS", (str(path),))
+    assert koitab.running_cron() == 0
+    for text in (f"{os.getpid()}\n", "x", "", "999999999"):
+        path.write_text(text)       # koid itself holds that file, too
+        assert koitab.running_cron() == 0
+    program = tmp_path / "cron"
+    program.symlink_to("/bin/sleep")
+    with support.stopping(subprocess.Popen([str(program), "60"])) as cron:
+        path.write_text(f"{cron.pid}\n")
+        assert support.wait_until(koitab.running_cron) == cron.pid
+
+
+def test_import_without_any_crontab(type_in, monkeypatch):
+    monkeypatch.setattr(koitab, "sources", lambda options, machine: [])
+    done = type_in("import")
+    assert (done.code, done.out) == (1, "")
+    assert done.err == f"no crontab for {ME}\n"
+
+
+@pytest.fixture
+def spool(monkeypatch, tmp_path):
+    """A PATH with a crontab of the test's, and a spool."""
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.defpath}")
+    monkeypatch.setattr(koitab, "SPOOLS", (str(tmp_path / "spool"),))
+    monkeypatch.setattr(koitab, "SYSTEM_TAB", str(tmp_path / "crontab"))
+    monkeypatch.setattr(koitab, "SYSTEM_FOLDER", str(tmp_path / "cron.d"))
+    for name in ("bin", "spool", "cron.d"):
+        (tmp_path / name).mkdir()
+
+    def program(text: str) -> None:
+        path = tmp_path / "bin" / "crontab"
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    program("echo no crontab for you >&2; exit 1")
+    return types.SimpleNamespace(program=program, folder=tmp_path)
+
+
+def found(called: str = "koitab") -> list:
+    return koitab.sources(koitab.Options(called), koitab.Machine())
+
+
+def test_the_crontab_comes_from_the_real_program(spool):
+    spool.program('[ "$1 $2 $3" = "-u %s -l" ] || [ "$*" = -l ] || exit 9\n'
+                  "echo '@daily x'" % ME)
+    assert [(source.path, source.text) for source in found()] == [
+        (f"crontab of {ME}", "@daily x\n")]
+
+
+@support.root_only
+def test_for_root_it_comes_from_the_spool_when_the_program_is_ours(spool):
+    own = spool.folder / "spool" / ME
+    own.write_text("# DO NOT EDIT THIS FILE - edit the master.\n# (x "
+                   "installed on y)\n# (Cron version)\n# mine\n@daily x\n")
+    for text in ("# /var/cache/koi\necho '@daily we'", "exit 1"):
+        spool.program(text)
+        assert [source.text for source in found()] == ["# mine\n@daily x\n"]
+
+
+@support.root_only
+def test_root_gets_the_tabs_of_the_system_that_cron_reads(spool, capsys):
+    (spool.folder / "crontab").write_text("@daily root a\n")
+    for name in ("b_1", "a-2", ".placeholder", "old.bak"):
+        (spool.folder / "cron.d" / name).write_text(f"# {name}\n")
+    assert [(source.section, source.system) for source in found()] == [
+        ("crontab", True), ("a-2", True), ("b_1", True)]
+    err = capsys.readouterr().err
+    assert "old.bak is left out" in err
+    assert ".placeholder" not in err
+
+
+# --- unit, completion, and the rest ---------------------------------------
+
+
+def test_a_unit_ends_no_job(type_in, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(koitab, "__file__", "/usr/local/bin/koi $tab%")
+    monkeypatch.setattr(os, "access", lambda path, mode: True)
+    monkeypatch.setenv("KOI_HOME", "/srv/koi")
+    done = type_in("unit", "daemon", "--system")
+    lines = done.out.splitlines()
+    assert (done.code, done.err) == (0, "")
+    for line in ("KillMode=process", "Restart=always", "OOMPolicy=continue",
+                 'ExecStart="/usr/local/bin/koi $$tab%%" daemon --system',
+                 "Conflicts=cron.service crond.service cronie.service"):
+        assert line in lines
+    assert all(line[0] in "#[ABCDEKORSTW" for line in lines if line)
+    plain = type_in("unit", "daemon").out
+    assert "--system" not in plain
+    assert "Conflicts" not in plain
+
+
+def test_a_unit_for_launchd(type_in, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    found = plistlib.loads(type_in("unit", "daemon").out.encode())
+    assert found["ProgramArguments"][-1] == "daemon"
+    assert found["KeepAlive"] is found["AbandonProcessGroup"] is True
+
+
+@pytest.mark.parametrize("argv", [
+    ["-d"], ["-d", "new"], ["-d", "new", "https://koi.example"],
+    ["dashboard"], ["page"], ["unit", "dashboard"]])
+def test_there_is_no_dashboard_yet(type_in, koid, argv):
+    done = type_in(*argv)
+    assert (done.code, done.out, koid.asked) == (2, "", [])
+    assert done.err.startswith(
+        "koitab: error: this version has no dashboard yet")
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["run"], "run needs a word more"), (["log"], "log needs a word more"),
+    (["history", "a", "b"], 'what is "b"?'),
+    (["next", "--system"], "--system does not go with next"),
+    (["status", "-n", "5"], "-n does not go with status"),
+    (["history", "-i"], "-i does not go with history"),
+    (["unit", "x"], 'there is no unit "x"'),
+    (["completion", "csh"], 'no completion for "csh" (bash, zsh or fish)'),
+    (["history", "--nope"], "--nope"), (["next", "-n", "0"], "not a number")])
+def test_wrong_usage_of_what_crontab_lacks(type_in, koid, argv, said):
+    done = type_in(*argv)
+    assert (done.code, done.out, koid.asked) == (2, "", [])
+    assert said in done.err
+    assert done.err.startswith("koitab: error: ")
+
+
+@pytest.mark.parametrize("argv, called, system", [
+    (["daemon"], "koitab", False), (["daemon", "--system"], "koitab", True),
+    ([], "koid", False), (["--system"], "koid", True),
+    (["daemon"], "koid", False)])
+def test_the_daemon_has_a_name_of_its_own(type_in, monkeypatch, argv, called,
+                                          system):
+    started = []
+    monkeypatch.setattr(koitab, "run_daemon", lambda machine, system:
+                        started.append(system) or 0)
+    assert type_in(*argv, called=called).code == 0
+    assert started == [system]
+
+
+def test_names_for_the_completions(type_in, koid):
+    koid.text = FORM
+    assert type_in("completion", "names").out == (
+        "Say Hi\nPlain\nPlain\nPw\n")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_completion_is_a_script_of_its_shell(type_in, shell, tmp_path):
+    done = type_in("completion", shell)
+    for name in koitab.COMMANDS:
+        assert f" {name} " in done.out.replace('"', " ")
+    for name in koitab.LONG:
+        assert f"--{name.rstrip('=')}" in done.out
+    support.need(shell)
+    script = tmp_path / "script"
+    script.write_text(done.out)
+    check = subprocess.run([shell, "-n", str(script)], stderr=subprocess.PIPE)
+    assert (check.returncode, check.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("typed, found", [
+    (["koitab", "his"], ["history"]), (["koitab", "run", "Say"],
+                                       ["Say\\ Hi"]),
+    (["koitab", "log", ""], ["Plain", "Say\\ Hi", "\\$\\(id\\)"]),
+    (["koitab", "unit", ""], ["daemon"]), (["koitab", "--fr"], ["--from"])])
+def test_the_bash_completion_completes(type_in, tmp_path, typed, found):
+    support.need("bash")
+    program = tmp_path / "koitab"
+    program.write_text("#!/bin/sh\nprintf '%s\\n' 'Say Hi' Plain '$(id)'\n")
+    program.chmod(0o755)
+    (tmp_path / "script").write_text(type_in("completion", "bash").out)
+    words = " ".join(f"'{word}'" for word in typed)
+    done = subprocess.run(
+        ["bash", "-c", f". ./script; COMP_WORDS=({words}); COMP_CWORD="
+         f"{len(typed) - 1}; _koitab; printf '%s\\n' \"${{COMPREPLY[@]}}\""],
+        cwd=tmp_path, stdout=subprocess.PIPE, env={
+            "PATH": f"{tmp_path}:{os.environ.get('PATH', os.defpath)}"})
+    assert sorted(done.stdout.decode().split("\n")[:-1]) == found
+
+
+def test_the_usage_names_every_option_and_command_and_no_other():
+    import re
+    options = {f"--{name.rstrip('=')}" for name in koitab.LONG} | {
+        f"-{letter}" for letter in koitab.SHORT.replace(":", "")}
+    usage = set(re.findall(r"(?<![\w-])--?[A-Za-z][a-z-]*", koitab.USAGE))
+    assert sorted(usage ^ options) == []
+    for name in koitab.COMMANDS:
+        assert f"koitab {name} " in koitab.USAGE
+    assert max(map(len, koitab.USAGE.splitlines())) < 80
+
+
+def test_the_options_of_each_command_are_options():
+    known = {f"--{name.rstrip('=')}" for name in koitab.LONG} | {
+        f"-{letter}" for letter in koitab.SHORT.replace(":", "")}
+    for function, fewest, most, options in koitab.COMMANDS.values():
+        assert set(options.split()) <= known
+        assert callable(function)
+        assert fewest <= most
