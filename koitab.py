@@ -2215,19 +2215,18 @@ def output_text(frames: bytes) -> bytes:
 class Mask:
     """Puts ****** in the place of secrets, though they come in pieces."""
 
-    def __init__(self, secrets: list[bytes]):
-        self.secrets = sorted({secret for secret in secrets if secret},
-                              key=len, reverse=True)
+    def __init__(self, hidden: list[bytes]):
+        self.hidden = sorted(set(hidden) - {b""}, key=len, reverse=True)
         self.held = {STDOUT: b"", STDERR: b""}
 
     def feed(self, stream: int, data: bytes, last: bool = False) -> bytes:
         """What may be shown now; the rest is held back for the next call,
         as it may be the beginning of a secret."""
         data = self.held[stream] + data
-        for secret in self.secrets:
+        for secret in self.hidden:
             data = data.replace(secret, MASK)
         keep = 0 if last else max(
-            (size for secret in self.secrets
+            (size for secret in self.hidden
              for size in range(1, len(secret))
              if data.endswith(secret[:size])), default=0)
         self.held[stream] = data[len(data) - keep:]
@@ -2251,15 +2250,12 @@ def failed(run: dict) -> bool:
 # ==========================================================================
 # Supervisor: who stays with a job?                     (processes, files)
 #
-# koid may be killed, upgraded or restarted at any time; its jobs must not
-# notice. So each job has a supervisor that owns its pipes, keeps its output
-# and its end in a file, and needs koid for nothing. It is a fork of koid,
-# without exec, since starting another Python would cost a hundred times as
-# much; and in a minute with very many jobs, up to MOST_IN_ONE jobs of one
-# user share one.
-#
-# The file is made with O_EXCL before the job is started. So a run that has
-# no file was not started, and no run is ever started twice, whoever tries.
+# koid may be killed, upgraded or restarted at any time, and its jobs do not
+# notice: each has a supervisor that owns its pipes, keeps its output and its
+# end in a file, and needs koid for nothing. That file is made with O_EXCL
+# before the job is started, so no run is ever started twice. A supervisor
+# is a fork of koid, without exec, as another Python would cost far more; in
+# a minute with very many jobs, up to eight of one user share one.
 # ==========================================================================
 
 MOST_IN_ONE = 8
@@ -3677,8 +3673,8 @@ class Desk:
         user = self.mine(caller, request)
         now, counts = int(self.machine.clock.now()), self.going()
         return {"jobs": [
-            {"tag": duty.job.tag, "section": duty.job.section, "user": duty.user,
-             "name": duty.job.name, "label": duty.job.label,
+            {"tag": duty.job.tag, "section": duty.job.section,
+             "user": duty.user, "name": duty.job.name, "label": duty.job.label,
              "when": duty.job.when, "words": duty.job.words(),
              "line": duty.line, "file": duty.file,
              "command": duty.job.command, "confirm": duty.settings.confirm,
@@ -5131,7 +5127,7 @@ def send_letter(machine: Machine, host: dict, user: str, to: str,
         signal.set_wakeup_fd(-1)
         close_all_but([0, 1, 2])
         os.setsid()
-        message = letter(user, to, command, environment, text)
+        message = mail_about(user, to, command, environment, text)
         account = machine.account(user)
         become(account)
         try:
@@ -5152,8 +5148,8 @@ def send_letter(machine: Machine, host: dict, user: str, to: str,
     os._exit(status)
 
 
-def letter(user: str, to: str, command: str, environment: dict,
-           text: bytes) -> bytes:
+def mail_about(user: str, to: str, command: str, environment: dict,
+               text: bytes) -> bytes:
     """The mail about a run, with cron's headers; without X-Cron-Env, which
     would send around what a tab keeps secret."""
     from email import policy
@@ -5199,52 +5195,190 @@ def run_daemon(machine: Machine, system: bool) -> int:
 # ==========================================================================
 # Command: what can I type?                                      (terminal)
 #
-# One function for each command. `main` is the only way out: it turns an
-# Error into one line on stderr and an exit status.
+# What crontab(1) knows works here as it does there: its options, messages
+# and exit status. Beside it stands one function for each command of ours.
+# All of it asks koid, by Link, and does nothing to jobs itself. `main` is
+# the only way out: it turns an Error into one line and an exit status.
 # ==========================================================================
 
 USAGE = """\
 koitab: cron, with names, sections and forms.
 
-Usage:
-  koitab next [NAME] --tab FILE [-n N] [--from TIME] [--utc] [--json]
-                       the next starts of a tab, or of one of its jobs
+As crontab(1):
+  koitab FILE | -      install a tab (./run for a file named like a command)
+  koitab -e | -l       edit it; list it
+  koitab -r [-i]       remove it; -i asks before
   koitab -T FILE       test a tab: every fault, and what looks wrong
 
+Jobs:
+  koitab run NAME [ARG=VALUE]...   run a job now: its output and its status
+  koitab next [NAME] [-n N] [--from TIME] [--tab FILE] [--utc] [--json]
+                                   the next starts, of all jobs or of one
+  koitab history [NAME] [-n N] [--json]   past runs
+  koitab log RUN|NAME [--json]     the output of a run
+  koitab kill RUN                  end a run
+  koitab status [--json]           is all well? status 1 when it is not
+
+Setting up:
+  koitab import                    cron's tabs as a koitab, printed
+  koitab daemon [--system]         koid, in the foreground
+  koitab unit daemon [--system]    a unit for systemd, a plist for launchd
+  koitab completion bash|zsh|fish  completion for a shell
+
 Options:
-      --tab FILE       the tab; - is standard input
-  -n, --number N       how many starts of each job (default: 5)
+  -u USER              the tab and the jobs of another user (root)
+  -n, --number N       how many starts of each job (5); how many runs (20)
+      --tab FILE       a tab that is not installed; - is standard input
       --from TIME      starts later than this: 2026-03-29T01:30, with an
                        offset or Z, or the wall's time (default: now)
       --utc            show times in UTC
       --json           for programs
-  -T FILE              test this file
+      --system         serve /etc/crontab, /etc/cron.d and cron's tabs too
   -h, --help           this text
   -V, --version        the version
 
-TZ sets the time zone, CRON_TZ in a tab that of the lines below it. NAME is
-a job's name, its tag, or its line.
+NAME is a job's name, its tag, its line, or section/name. ARG=- reads the
+value from standard input. TZ sets the time zone of `next --tab`, CRON_TZ in
+a tab that of the lines below it. Called crontab it says crontab; called
+koid it is the daemon.
 
 Exit status: 0 all well; 1 the tab has faults, or something is not there;
-2 wrong usage.
+2 wrong usage of a command that crontab lacks; of `run`, the job's own,
+128+N if signal N ended it.
 """
 
-SHORT = "T:n:hV"
-LONG = ["tab=", "number=", "from=", "utc", "json", "help", "version"]
+SHORT = "u:elriT:n:hV"
+LONG = ["number=", "tab=", "from=", "utc", "json", "system", "help",
+        "version"]
+FIELDS = {"-u": "user", "-e": "edit", "-l": "list", "-r": "remove",
+          "-i": "ask", "-T": "test", "--from": "start"}
+SAME = {"--number": "-n"}
+LATER = ("dashboard", "page")       # commands of a version to come
 SYSTEM_TABS = ("/etc/crontab", "/etc/cron.d/")
 LONGEST_LIST = 100_000
+PAGE_OF_RUNS = 500      # a reply holds so many
+
+TEMPLATE = """\
+# This is a koitab. A line that begins with # is a comment.
+#
+# minute (0-59), hour (0-23), day of month (1-31), month (1-12),
+# day of week (0-7; 0 and 7 are Sunday), then the command for /bin/sh:
+#
+# 30 2 * * * tar -czf "$HOME/backup.tgz" "$HOME/work"
+#
+# What a job prints is kept: koitab history, koitab log NAME. It is mailed,
+# too, as cron does. Settings hold for the lines below them:
+#
+# MAILTO=root
+# KOI_TIMEOUT=1h
+#
+# A section holds the jobs below it together, and a job may have a name:
+#
+# [Backups]
+# "Work" 30 3 * * mon-fri tar -czf "$HOME/work.tgz" "$HOME/work"
+#
+# This one runs when it is asked for: koitab run "Say Hi" To=Ann
+#
+# "Say Hi" @manual echo Hello {{To}} {{Times, int, 1}}
+"""
+
+UNIT = """\
+# {where}
+[Unit]
+Description=koid, which starts the jobs of koitab
+After=remote-fs.target nss-user-lookup.target time-set.target
+{conflicts}StartLimitIntervalSec=0
+
+[Service]
+ExecStart={command}
+{environment}Restart=always
+RestartSec=1
+# Jobs outlive a restart, an upgrade and a crash of koid: it alone is ended,
+# and a job that ate the memory is no reason to end the others.
+KillMode=process
+OOMPolicy=continue
+TasksMax=infinity
+# Nothing more is locked up here: what koid may not do, no job could.
+
+[Install]
+WantedBy={target}
+"""
+
+COMPLETIONS = {
+    "bash": r'''# koitab completion bash > /etc/bash_completion.d/koitab
+_koitab() {
+    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]}
+    local name
+    COMPREPLY=()
+    case $before in
+        run|log|history|next)
+            while read -r name; do
+                name=$(printf %q "$name")
+                [[ $name == "$word"* ]] && COMPREPLY+=("$name")
+            done < <(koitab completion names 2>/dev/null)
+            return ;;
+        -T|--tab) COMPREPLY=($(compgen -f -- "$word")); return ;;
+        -u) COMPREPLY=($(compgen -u -- "$word")); return ;;
+        unit) COMPREPLY=($(compgen -W "daemon" -- "$word")); return ;;
+        completion) COMPREPLY=($(compgen -W "bash zsh fish" -- "$word"))
+            return ;;
+    esac
+    COMPREPLY=($(compgen -W "COMMANDS OPTIONS" -- "$word"))
+    [[ $COMP_CWORD == 1 ]] && COMPREPLY+=($(compgen -f -- "$word"))
+}
+complete -F _koitab koitab
+''',
+    "zsh": r'''#compdef koitab
+# koitab completion zsh > /usr/local/share/zsh/site-functions/_koitab
+_koitab() {
+    case $words[CURRENT-1] in
+        run|log|history|next)
+            compadd -- ${(f)"$(koitab completion names 2>/dev/null)"}
+            return ;;
+        -T|--tab) _files; return ;;
+        -u) _users; return ;;
+        unit) compadd daemon; return ;;
+        completion) compadd bash zsh fish; return ;;
+    esac
+    compadd -- COMMANDS OPTIONS
+    (( CURRENT == 2 )) && _files
+}
+_koitab "$@"
+''',
+    "fish": r'''# koitab completion fish > /etc/fish/completions/koitab.fish
+set -l named run log history next
+complete -c koitab -f -n "__fish_seen_subcommand_from $named" \
+    -a "(koitab completion names 2>/dev/null)"
+complete -c koitab -n "__fish_use_subcommand" -a "COMMANDS"
+complete -c koitab -f -n "__fish_seen_subcommand_from unit" -a "daemon"
+complete -c koitab -f -n "__fish_seen_subcommand_from completion" \
+    -a "bash zsh fish"
+complete -c koitab -s T -r -F
+complete -c koitab -l tab -r -F
+complete -c koitab -s u -x -a "(__fish_complete_users)"
+complete -c koitab -a "OPTIONS"
+''',
+}
 
 
 class Shown(Exception):
     """There is nothing to do but to show a text."""
 
 
-class Options:
-    """What was typed."""
+class Said(Error):
+    """What crontab(1) says, in its own words."""
 
-    def __init__(self):
-        self.tab, self.start, self.test, self.number = "", "", "", 5
-        self.utc = self.json = False
+
+class Options:
+    """What was typed, and by which name we were called."""
+
+    def __init__(self, called: str = PROG):
+        self.called, self.given = called, []
+        self.status = EXIT_USAGE    # of a slip
+        self.user = self.test = self.tab = self.start = ""
+        self.number = 0
+        self.edit = self.list = self.remove = self.ask = False
+        self.utc = self.json = self.system = False
 
     def read(self, argv: list[str]) -> list[str]:
         """Take the options from both sides of the command; the rest of the
@@ -5255,11 +5389,14 @@ class Options:
         import getopt
         if sys.modules["gettext"] is None:
             del sys.modules["gettext"]
+        if not any(word in COMMANDS for word in argv):
+            self.status = EXIT_FAULTS
         try:
             found, words = getopt.gnu_getopt(argv, SHORT, LONG)
         except getopt.GetoptError as error:
-            raise Error(str(error), "koitab --help", EXIT_FAULTS
-                        if "-T" in argv else EXIT_USAGE) from None
+            if error.opt == "d":
+                raise no_dashboard() from None
+            raise Error(str(error), "koitab --help", self.status) from None
         for name, value in found:
             self.put(name, value)
         return words
@@ -5269,19 +5406,320 @@ class Options:
             raise Shown(USAGE)
         if name in ("-V", "--version"):
             raise Shown(f"{PROG} {VERSION}\n")
-        if name == "-T":
-            self.test = value
-        elif name == "--tab":
-            self.tab = value
-        elif name == "--from":
-            self.start = value
-        elif name in ("-n", "--number"):
+        name = SAME.get(name, name)
+        self.given.append(name)
+        if name == "-n":
             self.number = count(value) or 0
             if not 0 < self.number <= LONGEST_LIST:
-                raise Error(f"-n {value}: not a number of starts", "-n 5",
-                            EXIT_USAGE)
+                raise Error(f"-n {value}: not a number", "-n 5; -T FILE "
+                            "tests a tab", self.status)
+        elif name in ("-u", "-T", "--tab", "--from"):
+            setattr(self, FIELDS.get(name, name.strip("-")), value)
         else:
-            setattr(self, name.strip("-"), True)
+            setattr(self, FIELDS.get(name, name.strip("-")), True)
+
+    def allow(self, allowed: str, command: str, status: int) -> None:
+        """Refuse what does not go with this command. Raises Error."""
+        for name in self.given:
+            if name not in allowed.split():
+                raise Error(f"{name} does not go with {command}",
+                            "koitab --help", status)
+
+    def judge_user(self, machine: Machine) -> None:
+        """-u is for root, and for one's own name. The real uid counts, not
+        what the environment says. Raises Error."""
+        if "-u" not in self.given:
+            return
+        if os.getuid() and self.user != machine.user():
+            raise Said("must be privileged to use -u")
+        import pwd
+        try:
+            pwd.getpwnam(self.user)
+        except (KeyError, ValueError):
+            raise Said(f"{self.called}:  user `{self.user}' unknown"
+                       ) from None
+
+    def whose(self) -> dict:
+        """The field of a request that names another user."""
+        return {"user": self.user} if self.user else {}
+
+    def owner(self, machine: Machine) -> str:
+        return self.user or machine.user()
+
+    def warn(self, text: str) -> None:
+        """A line for people, beside the output."""
+        sys.stdout.flush()
+        print(visible(f"{self.called}: {text}"), file=sys.stderr, flush=True)
+
+
+def no_dashboard() -> Error:
+    return Error("this version has no dashboard yet", "koitab history, "
+                 "koitab log and koitab status tell of runs", EXIT_USAGE)
+
+
+def no_tab(options: Options, machine: Machine) -> Error:
+    return Said(f"no crontab for {options.owner(machine)}")
+
+
+def answer_to(question: str) -> str | None:
+    """Ask at the terminal; a line, or None at the end of the input."""
+    sys.stdout.flush()
+    print(question, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line.endswith("\n"):
+        print(file=sys.stderr)
+    return line.rstrip("\r\n") if line else None
+
+
+def agreed(question: str) -> bool:
+    """Ask until the answer is yes or no. The end of the input is a no:
+    cron's own loop has no end there."""
+    while True:
+        answer = answer_to(question)
+        if answer is None or answer[:1] in ("n", "N"):
+            return False
+        if answer[:1] in ("y", "Y"):
+            return True
+        print("Enter Y or N", file=sys.stderr)
+
+
+# --- as crontab(1) --------------------------------------------------------
+
+EDITORS = ("sensible-editor", "vi", "nano")
+NEWLINE = "premature EOF"
+
+
+def odd_addresses(text: str) -> list[Problem]:
+    """Warnings of addresses that cron would not hand to a mailer."""
+    found = []
+    for row, raw in enumerate(text.split("\n"), start=1):
+        line = raw.lstrip(BLANKS)
+        name, value, at = assignment_of(line) or ("", "", 0)
+        if name in EXPANDED and value and "$" not in value \
+                and not safe_address(value):
+            found.append(Problem(
+                row, len(raw) - len(line) + at + 1, "unsafe mail",
+                f"nothing is mailed: {name} is not {short(value)}",
+                "me@example.com,root; no blanks", False))
+    return found
+
+
+def tell(problems: list[Problem], path: str) -> None:
+    """Print all that is wrong, in the order of the lines."""
+    for problem in sorted(problems, key=lambda p: (p.line, p.column)):
+        print(problem.text(path), file=sys.stderr)
+
+
+def install(options: Options, link: Link, text: str, path: str) -> bool:
+    """Have a tab installed, and tell all that is wrong with it."""
+    reply = link.ask("install", text=text, **options.whose())
+    problems = [Problem(**row) for row in reply["problems"]]
+    tell(problems + odd_addresses(text), path)
+    if reply["installed"]:
+        if not reply["daemon"]:
+            options.warn("warning: koid is not running, so no job starts "
+                         "(koitab daemon; koitab unit daemon)")
+        return True
+    faults = {problem.what for problem in problems if problem.fatal}
+    if faults != {NEWLINE}:
+        print("errors in crontab file, can't install.", file=sys.stderr)
+    if NEWLINE in faults:
+        print("new crontab file is missing newline before EOF, can't "
+              "install.", file=sys.stderr)
+    return False
+
+
+def command_replace(options: Options, machine: Machine, path: str) -> int:
+    try:
+        text = machine.tab_text(path)
+    except Error as error:
+        meant = nearest(path, COMMANDS) if path.isalpha() \
+            and not os.path.lexists(path) else ""
+        raise Said(error.message, f"did you mean {PROG} {meant}?" if meant
+                   else "") from None
+    done = install(options, Link(machine), text, path)
+    return EXIT_OK if done else EXIT_FAULTS
+
+
+def command_list(options: Options, machine: Machine) -> int:
+    text = Link(machine).ask("list", **options.whose())["text"]
+    if text is None:
+        raise no_tab(options, machine)
+    if sys.stdout.isatty():     # a CR could hide what a line does
+        lines = text.removesuffix("\n").split("\n") if text else []
+        text = "".join(f"{visible(line)}\n" for line in lines)
+    put_out(sys.stdout, text.encode("utf-8", "surrogateescape"))
+    return EXIT_OK
+
+
+def put_out(stream, data: bytes) -> None:
+    """Write bytes as they are."""
+    stream.flush()
+    stream.buffer.write(data)
+    stream.buffer.flush()
+
+
+def command_remove(options: Options, machine: Machine) -> int:
+    owner = options.owner(machine)
+    if options.ask and not agreed(f"{options.called}: really delete {owner}'s"
+                                  " crontab? (y/n) "):
+        return EXIT_OK
+    if not Link(machine).ask("remove", **options.whose())["removed"]:
+        raise no_tab(options, machine)
+    return EXIT_OK
+
+
+class Draft:
+    """The file that an editor gets, in a folder where nobody but the caller
+    can put another one in its place."""
+
+    def __init__(self, text: str):
+        import tempfile
+        self.first = text
+        try:
+            self.folder = tempfile.mkdtemp(prefix="crontab.")
+            self.path = posixpath.join(self.folder, "crontab")
+            fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                         | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with open(fd, "wb") as file:
+                file.write(text.encode("utf-8", "surrogateescape"))
+        except OSError as error:
+            raise Error(f"no place for a draft: {error.strerror}",
+                        "TMPDIR=/var/tmp") from None
+
+    def text(self) -> str:
+        """What the editor left. The path may name something else by now,
+        so what was opened is judged. Raises Error."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW
+                         | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fault = file_fault(os.fstat(fd), (os.geteuid(),), 0, False)
+                if fault:
+                    raise Error(f"{self.path}: {fault}")
+                with open(fd, "rb", closefd=False) as file:
+                    data = file.read(LONGEST_TAB + 1)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise Error(f"{self.path}: {error.strerror}") from None
+        return data.decode("utf-8", "surrogateescape")
+
+    def remove(self) -> None:
+        import shutil
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def leave(self, options: Options) -> None:
+        """Nothing was installed: whoever has typed something keeps it."""
+        try:
+            changed = self.text() != self.first
+        except Error:
+            changed = True
+        if changed:
+            options.warn(f"edits left in {self.path}")
+        else:
+            self.remove()
+
+
+def editor() -> list[str]:
+    """The caller's editor and its options. No shell reads them. Raises
+    Error."""
+    import shlex
+    import shutil
+    for name in ("VISUAL", "EDITOR"):
+        try:
+            words = shlex.split(os.environ.get(name, ""))
+        except ValueError as error:
+            raise Error(f"{name} cannot be read: {error}", f"{name}=vi"
+                        ) from None
+        if words:
+            return words
+    for program in EDITORS:
+        if shutil.which(program):
+            return [program]
+    raise Error("there is no editor", "EDITOR=PROGRAM koitab -e")
+
+
+def run_editor(path: str) -> None:
+    """Let the caller edit a file. Raises Error.
+
+    What the keyboard sends is for the editor, and must not end us: so we
+    ignore it meanwhile, and the editor begins with what is usual.
+    """
+    words = editor()
+    keys = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
+    before = [signal.signal(number, signal.SIG_IGN) for number in keys]
+    try:
+        child = os.posix_spawnp(
+            words[0], [*words, path], os.environ,
+            setsigdef=(*keys, signal.SIGPIPE, signal.SIGXFSZ))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    except OSError as error:
+        raise Error(f"{words[0]}: {error.strerror}", "EDITOR=PROGRAM "
+                    "koitab -e") from None
+    finally:
+        for number, action in zip(keys, before):
+            signal.signal(number, action or signal.SIG_DFL)
+    if status:
+        raise Error(f"{short(words[0])} " + (
+            f"exited with status {status}" if status > 0
+            else f"killed; signal {-status}"), "nothing was installed")
+
+
+def command_edit(options: Options, machine: Machine) -> int:
+    link = Link(machine)
+    before = link.ask("list", **options.whose())["text"]
+    if before is None:
+        print(f"{no_tab(options, machine)} - using an empty one",
+              file=sys.stderr)
+    draft = Draft(TEMPLATE if before is None else before)
+    try:
+        done = edited(options, link, draft, before)
+    except BaseException:
+        draft.leave(options)
+        raise
+    if done:
+        draft.remove()
+        return EXIT_OK
+    draft.leave(options)
+    return EXIT_FAULTS
+
+
+def edited(options: Options, link: Link, draft: Draft,
+           before: str | None) -> bool:
+    """Edit until the tab is installed or left as it was; False if the
+    caller gives up. Raises Error."""
+    while True:
+        run_editor(draft.path)
+        text = draft.text()
+        if text == draft.first:
+            options.warn("no changes made to crontab")
+            return True
+        if link.ask("list", **options.whose())["text"] != before:
+            raise Error("the crontab was changed by somebody else meanwhile",
+                        "look at both, then install yours by its path")
+        options.warn("installing new crontab")
+        if install(options, link, text, draft.path):
+            return True
+        if not agreed("Do you want to retry the same edit? (Y/N) "):
+            return False
+
+
+def command_test(options: Options, machine: Machine) -> int:
+    """As `crontab -T` of cronie, which stops at the first fault."""
+    text = machine.tab_text(options.test)
+    tab, _ = judged(machine, text, options.test.startswith(SYSTEM_TABS))
+    tell(tab.problems + odd_addresses(text), options.test)
+    if tab.faults():
+        print("Invalid crontab file. Syntax issues were found.",
+              file=sys.stderr)
+        return EXIT_FAULTS
+    print("No syntax issues were found in the crontab file.",
+          file=sys.stderr)
+    return EXIT_OK
+
+
+# --- next -----------------------------------------------------------------
 
 
 def instant_of(text: str, zone: Zone, now: float) -> int:
@@ -5313,31 +5751,34 @@ def instant_of(text: str, zone: Zone, now: float) -> int:
     return zone.instant(wall)
 
 
-def loaded(machine: Machine, path: str) -> tuple[Tab, dict[str, Zone]]:
-    """Read and judge a tab, its time zones too. Raises Error."""
-    tab = parse_tab(machine.tab_text(path),
-                    system=path.startswith(SYSTEM_TABS),
-                    root=os.geteuid() == 0, salt=machine.salt())
+def judged(machine: Machine, text: str, system: bool = False,
+           salt: str = "") -> tuple[Tab, dict[str, Zone]]:
+    """Judge a tab, its time zones too. Raises Error."""
+    tab = parse_tab(text, system, root=os.geteuid() == 0,
+                    salt=salt or machine.salt())
     return tab, {**check_zones(tab, machine), "": machine.local_zone()}
 
 
-def tell(tab: Tab, path: str) -> None:
-    """Print all that is wrong."""
-    for problem in tab.problems:
-        print(problem.text(path), file=sys.stderr)
-
-
-def command_test(options: Options, machine: Machine) -> int:
-    """As `crontab -T` of cronie, which stops at the first fault."""
-    tab, _ = loaded(machine, options.test)
-    tell(tab, options.test)
-    if tab.faults():
-        print("Invalid crontab file. Syntax issues were found.",
-              file=sys.stderr)
-        return EXIT_FAULTS
-    print("No syntax issues were found in the crontab file.",
-          file=sys.stderr)
-    return EXIT_OK
+def tabs_of(options: Options, machine: Machine):
+    """The path, the tab and the zones of each tab that is meant. Raises
+    Error."""
+    if options.tab:
+        return [(options.tab, *judged(
+            machine, machine.tab_text(options.tab),
+            options.tab.startswith(SYSTEM_TABS)))]
+    link, found = Link(machine), []
+    reply = link.ask("list", **options.whose())
+    if reply["text"] is not None:
+        found.append((f"crontab of {options.owner(machine)}", *judged(
+            machine, reply["text"], salt=reply.get("salt", ""))))
+    if os.geteuid() == 0 and not options.user:
+        jobs = link.ask("jobs")["jobs"]
+        found += [(path, *judged(machine, machine.tab_text(path), True))
+                  for path in dict.fromkeys(job["file"] for job in jobs)
+                  if path.startswith(SYSTEM_TABS)]
+    if not found:
+        raise no_tab(options, machine)
+    return found
 
 
 def starts_of(job: Job, zones: dict, after: int, many: int) -> list[int]:
@@ -5350,27 +5791,34 @@ def starts_of(job: Job, zones: dict, after: int, many: int) -> list[int]:
 
 
 def command_next(options: Options, machine: Machine, name: str = "") -> int:
-    if not options.tab:
-        raise Error("which tab?", "koitab next --tab FILE", EXIT_USAGE)
-    tab, zones = loaded(machine, options.tab)
-    tell(tab, options.tab)
-    after = instant_of(options.start, zones[""], machine.clock.now())
-    rows = []
-    for job in chosen([job for job in tab.jobs
-                       if job.settings.zone in zones], name):
-        zone = UTC if options.utc else zones[job.settings.zone]
-        rows.append((job, [
-            utc_stamp(at) if options.utc else stamp(at, zone.offset(at))
-            for at in starts_of(job, zones, after, options.number)]))
+    tabs, rows, faults = tabs_of(options, machine), [], []
+    jobs = chosen([job for _, tab, zones in tabs for job in tab.jobs
+                   if job.settings.zone in zones], name)
+    for path, tab, zones in tabs:
+        tell(tab.problems, path)
+        faults += tab.faults()
+        after = instant_of(options.start, zones[""], machine.clock.now())
+        for job in tab.jobs:
+            if any(job is each for each in jobs):
+                zone = UTC if options.utc else zones[job.settings.zone]
+                starts = starts_of(job, zones, after, options.number or 5)
+                rows.append((path, job, [
+                    utc_stamp(at) if options.utc else
+                    stamp(at, zone.offset(at)) for at in starts]))
     if options.json:
-        import json
-        print(json.dumps([{
+        print_json([{
             "name": job.name or None, "tag": job.tag, "line": job.line,
-            "schedule": job.when, "words": job.words(), "next": starts}
-            for job, starts in rows], indent=4, ensure_ascii=False))
+            "schedule": job.when, "words": job.words(), "next": starts,
+            **({} if options.tab else {"file": path})}
+            for path, job, starts in rows])
     else:
         show(rows)
-    return EXIT_FAULTS if tab.faults() else EXIT_OK
+    return EXIT_FAULTS if faults else EXIT_OK
+
+
+def print_json(value) -> None:
+    import json
+    print(json.dumps(value, indent=4, ensure_ascii=False))
 
 
 def utc_stamp(instant: int) -> str:
@@ -5379,8 +5827,11 @@ def utc_stamp(instant: int) -> str:
 
 def show(rows: list) -> None:
     """The next starts, for people."""
-    section = ""
-    for job, starts in rows:
+    section, file = "", rows[0][0] if rows else ""
+    for path, job, starts in rows:
+        if path != file:
+            section, file = "", path
+            print(f"# {visible(path)}")
         if job.section != section:
             section = job.section
             print(f"[{visible(section)}]")
@@ -5389,64 +5840,923 @@ def show(rows: list) -> None:
             print(f"    {start}")
 
 
+# --- run ------------------------------------------------------------------
+
+PRESSES = 2             # so often a signal is passed on; then we go
+MOST_INPUT = 2**20      # what ARG=- reads; koid takes less
+
+
+def named(jobs: list[dict], name: str) -> dict:
+    """The one job that a name means. Raises Error."""
+    found = [job for job in jobs if name == job["tag"]] or [
+        job for job in jobs if name in (
+            job["name"], str(job["line"]), f"{job['section']}/{job['name']}")]
+    if not found:
+        meant = nearest(name, [job["name"] for job in jobs if job["name"]])
+        raise Error(f"there is no job {short(name)}",
+                    f"did you mean {short(meant)}?" if meant else
+                    "koitab next tells of all")
+    if len(found) > 1:
+        raise Error(f"{len(found)} jobs are called {short(name)}",
+                    ", ".join(f"{job['section']}/{job['name']}"
+                              if job["section"] and job["name"]
+                              else job["tag"] for job in found))
+    return found[0]
+
+
+def params_of(job: dict) -> list[Param]:
+    return [Param(row["name"], row["type"], row["default"],
+                  tuple(row["choices"])) for row in job["params"]]
+
+
+def arguments(job: dict, words: list[str]) -> dict[str, str]:
+    """A value for each argument: as typed, as asked for, or the default.
+    koid judges them again. Raises Error."""
+    params, given = params_of(job), {}
+    for word in words:
+        param = meant_param(params, word)
+        if param.name in given:
+            raise Error(f"{short(param.name)} is given twice", "",
+                        EXIT_USAGE)
+        value = word[len(param.name) + 1:]
+        given[param.name] = value = input_value() if value == "-" else value
+        reason = param.refusal(value)
+        if reason:
+            raise Error(f"{short(param.name)}: {reason}", "", EXIT_USAGE)
+    missing = [param for param in params
+               if param.default is None and param.name not in given]
+    if missing and not os.isatty(0):
+        raise Error("no value for " + joined([
+            short(param.name) for param in missing]), " ".join([
+                "koitab run NAME", *(f'"{visible(param.name)}=..."'
+                                     for param in missing)]), EXIT_USAGE)
+    given.update((param.name, asked(param)) for param in missing)
+    return {param.name: given.get(param.name, param.default)
+            for param in params}
+
+
+def meant_param(params: list[Param], word: str) -> Param:
+    """The argument of ARG=VALUE; its name may hold a =. Raises Error."""
+    found = [param for param in params if word.startswith(f"{param.name}=")]
+    if found:
+        return max(found, key=lambda param: len(param.name))
+    name = word.partition("=")[0]
+    meant = nearest(name, [param.name for param in params])
+    if "=" not in word:
+        raise Error(f"what is {short(word)}?", "ARG=VALUE", EXIT_USAGE)
+    raise Error(f"the job has no argument {short(name)}",
+                f"did you mean {short(meant)}?" if meant else
+                ", ".join(visible(param.name) for param in params),
+                EXIT_USAGE)
+
+
+def input_value() -> str:
+    """What standard input holds, without its last newline: so a secret is
+    in no list of processes. Raises Error."""
+    data = sys.stdin.buffer.read(MOST_INPUT + 1)
+    if len(data) > MOST_INPUT:
+        raise Error("standard input is too long for a value", "", EXIT_USAGE)
+    return data.removesuffix(b"\n").decode("utf-8", "surrogateescape")
+
+
+def asked(param: Param) -> str:
+    """Ask for a value until it is one. Raises Error."""
+    kind = {"bool": "true|false", "choice": "|".join(param.choices),
+            "string": "", "text": "one line"}.get(param.type, param.type)
+    question = visible(param.name) + (f" ({visible(kind)})" if kind else "")
+    while True:
+        if param.type == "secret":
+            value = asked_secret(f"{question}: ")
+        else:
+            value = answer_to(f"{question}: ")
+        if value is None:
+            raise Error(f"no value for {short(param.name)}, so nothing ran")
+        reason = param.refusal(value)
+        if not reason:
+            return value
+        print(f"  {reason}", file=sys.stderr)
+
+
+def asked_secret(question: str) -> str | None:
+    import getpass
+    try:
+        return getpass.getpass(question)
+    except EOFError:
+        return None
+
+
+def command_run(options: Options, machine: Machine, name: str,
+                *words: str) -> int:
+    link = Link(machine)
+    reply = link.ask("jobs", **options.whose())
+    job = named(reply["jobs"], name)
+    if not reply["daemon"]:
+        raise Error("koid is not running", "koitab daemon")
+    args = arguments(job, list(words))
+    if job["confirm"] == "yes" and os.isatty(0) and not agreed(
+            f"Run {visible(job['label'])}? (y/n) "):
+        return EXIT_FAULTS
+    return Follower(options, *link.follow(job["tag"], args, job["user"])
+                    ).watch()
+
+
+class Left(Exception):
+    """The caller does not wait any longer; the job runs on."""
+
+
+class Follower:
+    """Shows what a run writes as it comes, and passes signals on to it."""
+
+    def __init__(self, options: Options, run: int, connection, first: bytes):
+        self.options, self.run, self.connection = options, run, connection
+        self.data = bytearray(first)    # what is no whole frame yet
+        self.heard: list[int] = []      # signals that came for us
+
+    def watch(self) -> int:
+        """Stay until the run ends; its exit status. Raises Error."""
+        sys.stdout.flush()
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        # A signal that comes just before `select` would be forgotten in it;
+        # the byte that is written for each one wakes it up.
+        woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        before = {number: signal.signal(number, self.hear) for number in (
+            signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) != signal.SIG_IGN}     # nohup
+        try:
+            return self.listen(reader)
+        except Left:
+            self.say_goodbye()
+            return EXIT_SIGNAL + self.heard[-1]
+        except OSError:         # nobody reads, or the disk is full
+            self.say_goodbye()
+            raise
+        finally:
+            for number, action in before.items():
+                signal.signal(number, action or signal.SIG_DFL)
+            signal.set_wakeup_fd(woken)
+            os.close(reader)
+            os.close(writer)
+            self.connection.close()
+
+    def hear(self, number: int, _frame) -> None:
+        """The first signal goes to the job as it is, the second as TERM;
+        the third one is for us."""
+        self.heard.append(number)
+        if len(self.heard) > PRESSES:
+            raise Left
+        if len(self.heard) == PRESSES:
+            number = signal.SIGTERM
+            self.options.warn("once more leaves the job running")
+        try:
+            self.connection.send(bytes([number]))
+        except OSError:
+            pass                # it has ended, as we shall read at once
+
+    def say_goodbye(self) -> None:
+        self.options.warn(f"run {self.run} goes on (koitab log {self.run}; "
+                          f"koitab kill {self.run})")
+
+    def listen(self, wakeups: int) -> int:
+        """Read frames until the one that says how it ended."""
+        while True:
+            for stream, body in self.frames():
+                if stream == END:
+                    return self.end(body)
+                self.put(stream, body)
+            ready = select.select([self.connection, wakeups], [], [])[0]
+            if wakeups in ready:
+                os.read(wakeups, 64)
+            if self.connection in ready:
+                self.receive()
+
+    def receive(self) -> None:
+        try:
+            piece = self.connection.recv(CHUNK)
+        except ConnectionError:
+            piece = b""
+        if not piece:
+            self.say_goodbye()
+            raise Error("koid has hung up", "koitab status")
+        self.data += piece
+
+    def frames(self):
+        """The whole frames that have come: stream and bytes."""
+        while len(self.data) >= FRAME.size:
+            stream, _, length = FRAME.unpack_from(self.data)
+            end = FRAME.size + length
+            if len(self.data) < end:
+                return
+            body = bytes(self.data[FRAME.size:end])
+            del self.data[:end]
+            yield stream, body
+
+    def put(self, stream: int, body: bytes) -> None:
+        """Output as the job wrote it: it is the caller's own."""
+        if stream == NOTE:
+            self.options.warn(body.decode("utf-8", "replace"))
+        else:
+            write_all(1 if stream == STDOUT else 2, body)
+
+    def end(self, body: bytes) -> int:
+        """The exit status that the run's end means for us."""
+        import json
+        end = json.loads(body)
+        words = end["reason"] or (end["signal"] and signal_words(
+            end["signal"]))
+        if words:
+            self.options.warn(words)
+        if end["signal"]:
+            return EXIT_SIGNAL + end["signal"]
+        return EXIT_FAULTS if end["exit"] is None else end["exit"]
+
+
+# --- history, log, status, kill -------------------------------------------
+
+BARS = "▁▂▃▄▅▆▇█"
+SPARKS = 40             # durations in one line
+COLOURED = r"(\x1b\[[0-9;:]*m)|"    # SGR: it cannot do harm
+
+
+def spark(durations: list[float]) -> str:
+    """A line of bars, the longest duration the highest."""
+    top = max(durations, default=0) or 1
+    return "".join(BARS[min(int(duration / top * 8), 7)]
+                   for duration in durations)
+
+
+def signal_words(number: int) -> str:
+    try:
+        name = f" ({signal.Signals(number).name})"
+    except ValueError:
+        name = ""
+    return f"killed by signal {number}{name}"
+
+
+def result_words(run: dict) -> str:
+    """How a run went: ok; exit 3; missed x12; skipped: why."""
+    state, reason = run["state"], run["reason"]
+    if state == "missed":
+        words = f"missed x{run['count']}" if run["count"] > 1 else "missed"
+    elif state == "unstartable":
+        words = "not started"
+    elif state != "done":
+        words = state
+    elif run["signal"]:
+        words = signal_words(run["signal"])
+    else:
+        words = f"exit {run['exit']}" if run["exit"] else "ok"
+    if reason.startswith("timeout"):
+        words = reason
+    elif reason:
+        words += f": {reason}"
+    return words + (f", attempt {run['attempt']}" if run["attempt"] > 1
+                    else "")
+
+
+def took(run: dict) -> float | None:
+    """The seconds from start to end, if both are known."""
+    if run["started"] is None or run["ended"] is None:
+        return None
+    return max(run["ended"] - run["started"], 0.0)
+
+
+def took_words(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return duration_text(round(seconds) if seconds >= 10 else
+                         round(seconds, 1) if seconds >= 1 else seconds)
+
+
+def began(run: dict) -> str:
+    """When it started, or should have."""
+    at = next((run[key] for key in ("started", "due", "asked")
+               if run[key] is not None), None)
+    return "-" if at is None else rfc3339(at)
+
+
+def label_of(run: dict, owner: str) -> str:
+    """What a run or job is called, with its user if that is another one."""
+    label = visible(run["label"])
+    return f"{run['user']}: {label}" if run["user"] not in ("", owner) \
+        else label
+
+
+def runs_of(options: Options, link: Link, name: str) -> list[dict]:
+    """The last runs, the newest at the end."""
+    wanted, found = options.number or 20, []
+    fields = {**options.whose(), **({"job": name} if name else {})}
+    while len(found) < wanted:
+        more = {"before": found[-1]["run"]} if found else {}
+        runs = link.ask("history", limit=min(wanted - len(found),
+                                             PAGE_OF_RUNS),
+                        **fields, **more)["runs"]
+        if not runs:
+            break
+        found += runs
+    return found[::-1]
+
+
+def command_history(options: Options, machine: Machine, name: str = ""
+                    ) -> int:
+    runs = runs_of(options, Link(machine), name)
+    if options.json:
+        print_json(runs)
+        return EXIT_OK
+    owner, durations = options.owner(machine), {}
+    labels = [label_of(run, owner)[:24] for run in runs]
+    width = max(map(len, labels), default=0)
+    if not runs:
+        options.warn("no run is remembered")
+        return EXIT_OK
+    print(f"{'RUN':>5}  {'STARTED':25}  {'JOB':{width}}  {'BY':8}  "
+          f"{'TOOK':>6}  RESULT")
+    for run, label in zip(runs, labels):
+        seconds = took(run)
+        print(f"{run['run']:>5}  {began(run):25}  {label:{width}}  "
+              f"{run['trigger']:8}  {took_words(seconds):>6}  "
+              f"{visible(result_words(run))}")
+        if seconds is not None:
+            durations.setdefault((run["user"], run["tag"], label), []
+                                 ).append(seconds)
+    if durations:
+        print("\nHow long the jobs took, the newest on the right:")
+    for (_, _, label), seconds in durations.items():
+        print(f"{label:{width}}  {spark(seconds[-SPARKS:])}  "
+              f"{took_words(seconds[-1])}")
+    return EXIT_OK
+
+
+def command_log(options: Options, machine: Machine, which: str) -> int:
+    link = Link(machine)
+    wanted = {"run": int(which)} if count(which) else {"job": which}
+    run = link.ask("log", **wanted, **options.whose())["run"]
+    frames = read_frames(link.output)
+    if options.json:
+        names = {STDOUT: "stdout", STDERR: "stderr", NOTE: "note"}
+        print_json({**run, "frames": [
+            {"stream": names[stream], "ms": ms,
+             "text": data.decode("utf-8", "backslashreplace")}
+            for stream, ms, data in frames if stream in names]})
+        return EXIT_OK
+    print_frames(options, frames)
+    if run["state"] != "done":
+        options.warn(f"run {run['run']}: {result_words(run)}")
+    return EXIT_OK
+
+
+def print_frames(options: Options, frames: list) -> None:
+    """Output as it was written; on a terminal without what would obey."""
+    targets = {STDOUT: sys.stdout, STDERR: sys.stderr}
+    held = dict.fromkeys(targets, b"")      # lines that have not ended yet
+    for stream, _, data in frames:
+        if stream == NOTE:
+            options.warn(data.decode("utf-8", "replace"))
+        elif stream in targets and not targets[stream].isatty():
+            put_out(targets[stream], data)
+        elif stream in targets:
+            lines, newline, held[stream] = (held[stream] + data).rpartition(
+                b"\n")
+            put_out(targets[stream], safe(lines + newline))
+    for stream, rest in held.items():
+        if rest:
+            put_out(targets[stream], safe(rest + b"\n"))
+
+
+def safe(data: bytes) -> bytes:
+    """Lines that a terminal may get: colours, and escapes for the rest."""
+    import re
+    lines = [re.sub(COLOURED + UNSAFE, lambda found: found[1] or escaped(
+        found), line.removesuffix("\r")) for line in data.decode(
+            "utf-8", "backslashreplace").split("\n")]
+    text = "\n".join(lines)
+    reset = "\x1b[0m" if "\x1b" in text else ""
+    return (text + reset).encode("utf-8", "backslashreplace")
+
+
+def command_kill(options: Options, machine: Machine, which: str) -> int:
+    if not count(which):
+        raise Error(f"{short(which)} is no run", "koitab status shows those "
+                    "that go on, with their numbers", EXIT_USAGE)
+    run = Link(machine).ask("kill", run=int(which), **options.whose())["run"]
+    print(f"run {run['run']} ({visible(run['label'])}) is told to end")
+    return EXIT_OK
+
+
+def command_status(options: Options, machine: Machine) -> int:
+    link = Link(machine)
+    try:
+        state = link.ask("status", **options.whose())
+    except Error as error:
+        if options.json:
+            raise
+        print(f"koid      {visible(error.message)}"
+              + (f" ({visible(error.hint)})" if error.hint else ""))
+        state = None
+    jobs = link.ask("jobs", **options.whose())["jobs"]
+    bad = [job for job in jobs if job["last"] and failed(job["last"])]
+    if options.json:
+        print_json({**state, "failed": bad})
+    else:
+        owner = options.owner(machine)
+        for word, lines in (state_lines(state, owner) if state else {
+                "tab": [plural(len(jobs), "job")]}).items():
+            print_field(word, lines)
+        print_field("failed", [
+            f"{label_of(job, owner)}: {result_words(job['last'])} at "
+            f"{began(job['last'])} (koitab log {job['last']['run']})"
+            for job in bad])
+    well = state and not (bad or state["troubles"] or state["late"]
+                          or state["tab"]["problems"])
+    return EXIT_OK if well else EXIT_FAULTS
+
+
+def state_lines(state: dict, owner: str) -> dict[str, list[str]]:
+    """What there is to say of a daemon, by the word in front of it."""
+    tab = state["tab"]
+    return {
+        "koid": [f"{state['version']}, pid {state['pid']}, since "
+                 f"{rfc3339(state['started'])}, {state['home']}"
+                 + (", with cron's tabs" if state["system"] else "")],
+        "tab": [f"{tab['user']}: {plural(tab['jobs'], 'job')}",
+                *tab["problems"]],
+        "running": [f"{run['run']} {label_of(run, owner)}, since "
+                    f"{began(run)} ({run['trigger']})"
+                    for run in state["running"]],
+        "late": state["late"],
+        "trouble": [text for text in state["troubles"] if not any(
+            text.endswith(known.removeprefix("tab"))
+            for known in tab["problems"])],     # they were told already
+        "next": [rfc3339(state["next"])] if state["next"] else []}
+
+
+def print_field(word: str, lines: list[str]) -> None:
+    for line in lines:
+        print(f"{word:8}  {visible(line)}")
+        word = ""
+
+
+# --- import ---------------------------------------------------------------
+
+MARK = "# koitab import: "      # stands before a line that needs a look
+EMPTY = '""'
+CRON_HEADER = ("# DO NOT EDIT THIS FILE", "# (")
+CRON_PIDS = (CRON_PID, "/var/run/crond.pid", "/var/run/cron.pid")
+OURS = b"/var/cache/koi"        # stands in the first lines of this program
+
+
+class Source(Record):
+    """A crontab of cron's."""
+    path: str
+    section: str
+    text: str
+    system: bool
+
+
+def cron_program() -> str:
+    """The crontab program that is not this one, or ""."""
+    import shutil
+    for path in (shutil.which("crontab"), "/usr/bin/crontab"):
+        if path and os.access(path, os.X_OK):
+            try:
+                with open(path, "rb") as file:
+                    if OURS not in file.read(1024):
+                        return path
+            except PermissionError:     # it is set-id, and ours is not
+                return path
+            except OSError:
+                continue
+    return ""
+
+
+def cron_tab(options: Options, machine: Machine) -> str:
+    """The caller's crontab, from cron; "" if there is none. Raises
+    Error."""
+    import subprocess
+    owner, program = options.owner(machine), cron_program()
+    if program:
+        whose = ["-u", owner] if os.getuid() == 0 else []
+        done = subprocess.run(
+            [program, *whose, "-l"], stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if done.returncode == 0:
+            return done.stdout.decode("utf-8", "surrogateescape")
+        said = done.stderr.decode("utf-8", "replace").strip()
+        if os.geteuid() and "no crontab" not in said:
+            raise Error(f"{program} -l: {said}")
+    elif os.geteuid():
+        raise Error("there is no crontab program that could be asked",
+                    f"as root: koitab -u {owner} import")
+    for spool in SPOOLS if os.geteuid() == 0 else ():
+        path = posixpath.join(spool, owner)
+        if os.path.isfile(path):
+            lines = machine.tab_text(path).split("\n")
+            while lines[0].startswith(CRON_HEADER):
+                del lines[0]
+            return "\n".join(lines)
+    return ""
+
+
+def sources(options: Options, machine: Machine) -> list[Source]:
+    """Every crontab that the caller may see, and koid should take over."""
+    owner = options.owner(machine)
+    text = cron_tab(options, machine)
+    found = [Source(f"crontab of {owner}", owner, text, False)] if text \
+        else []
+    if os.geteuid():
+        return found
+    paths = [SYSTEM_TAB] if os.path.isfile(SYSTEM_TAB) else []
+    for name in sorted(os.listdir(SYSTEM_FOLDER)
+                       if os.path.isdir(SYSTEM_FOLDER) else ()):
+        path = posixpath.join(SYSTEM_FOLDER, name)
+        if NAME_OF_PACKAGE.issuperset(name):
+            paths.append(path)
+        elif name[0] != ".":
+            options.warn(f"{path} is left out: Debian's cron reads no file "
+                         "with such a name")
+    for path in paths:
+        try:
+            found.append(Source(path, posixpath.basename(path),
+                                machine.tab_text(path), True))
+        except Error as error:
+            options.warn(f"{error.message}; it is left out")
+    return found
+
+
+class CronReader(TabReader):
+    """Reads a tab in which one job may stand twice, as it may in cron's."""
+
+    def check_twice(self, job: Job) -> None:
+        pass
+
+
+class Importer:
+    """Makes one koitab of many crontabs."""
+
+    def __init__(self, owner: str, home: str, others: bool):
+        self.owner, self.others = owner, others
+        self.lines: list[str] = []
+        self.jobs: list[tuple[int, str, Job]] = []  # place, section, job
+        self.set: dict[str, None] = {}      # variables of files before
+        self.lost: list[str] = []           # what cannot be set back
+        self.usual = {
+            "SHELL": USUAL_SHELL, "PATH": USUAL_PATH, "HOME": home,
+            "MAILTO": owner, "MAILFROM": owner, "CRON_TZ": "",
+            "RANDOM_DELAY": "0", "TZ": ":/etc/localtime"}
+
+    def add(self, source: Source) -> None:
+        tab = CronReader(source.text, source.system, True, "").read()
+        jobs = {job.line: job for job in tab.jobs}
+        ours = [job for job in tab.jobs if job.user in ("", self.owner)]
+        if not ours and not self.others:
+            return
+        reasons = {problem.line: f"{problem.what}: {problem.why}"
+                   for problem in tab.problems if problem.fatal}
+        self.lines += ["", f"[{source.section}]", f"# {visible(source.path)}"]
+        self.set_back()
+        user = self.owner
+        for row, raw in enumerate(source.text.split("\n"), start=1):
+            line, job = raw.lstrip(BLANKS), jobs.get(row)
+            if job:
+                user = self.job(source, raw, job, user)
+            elif not line or line[0] == "#":
+                self.lines.append(raw)
+            elif assignment_of(line) and row not in reasons:
+                self.set[assignment_of(line)[0]] = None
+                self.lines.append(raw)
+            else:
+                self.lines += [MARK + reasons.get(row, "no line of cron's"),
+                               f"# {raw}"]
+        while not self.lines[-1]:
+            del self.lines[-1]
+
+    def set_back(self) -> None:
+        """What an earlier file set must not hold for this one."""
+        for name in self.set:
+            if name not in self.usual and name not in self.lost:
+                self.lost.append(name)
+            quoted = name if name.isidentifier() else f'"{name}"'
+            self.lines.append(f"{quoted}={self.usual.get(name) or EMPTY}")
+        self.set.clear()
+
+    def job(self, source: Source, raw: str, job: Job, user: str) -> str:
+        """An entry, without the column for users. The user of the last
+        entry that was printed."""
+        line = raw
+        if source.system:
+            flag = "-n " if job.mail_failures else ""
+            head = raw[:len(raw) - len(job.command)].rstrip(BLANKS)
+            if flag:
+                head = head[:-2].rstrip(BLANKS)
+            line = head.removesuffix(job.user) + flag + job.command
+        if job.user in ("", self.owner):
+            if job.unlogged and self.owner != "root":
+                line = line.replace("-", "", 1)     # root alone may say it
+            self.jobs.append((len(self.lines), source.section, job))
+            self.lines.append(line)
+            return self.owner
+        if self.others:
+            if job.user != user:
+                self.lines.append(
+                    f"{MARK}this is for {visible(job.user)}: koitab -u "
+                    f"{visible(job.user)} import | koitab -u "
+                    f"{visible(job.user)} -")
+            self.lines.append(f"# {line}")
+            return job.user
+        return user
+
+    def name_twins(self) -> None:
+        """Jobs without a name that are the same need one each, or their
+        runs would be mixed up."""
+        seen: dict[tuple, list] = {}
+        for place, section, job in self.jobs:
+            if not job.name:
+                seen.setdefault((job.when, job.command), []).append(
+                    (place, section, job))
+        taken = {job.name for _, _, job in self.jobs}
+        for twins in seen.values():
+            for place, section, job in twins if len(twins) > 1 else ():
+                name = self.free_name(f"{section}: {job.command}", taken)
+                line = self.lines[place].lstrip(BLANKS)
+                dash = "-" if line[0] == "-" else ""
+                self.lines[place] = f'{dash}"{name}" {line[len(dash):]}'
+
+    def free_name(self, text: str, taken: set) -> str:
+        """A name that no other job has, made from a text."""
+        text = "".join(letter for letter in text if letter != '"'
+                       and letter.isprintable())[:50].strip()
+        number = 1
+        while f"{text} ({number})" in taken:
+            number += 1
+        taken.add(f"{text} ({number})")
+        return f"{text} ({number})"
+
+    def comment_out(self, machine: Machine) -> int:
+        """Make comments of the lines that koi refuses, with the reason; how
+        many lines need a look."""
+        for _ in range(3):      # what one line sets, another may need
+            tab, _ = judged(machine, self.text())
+            bad = {problem.line: f"{problem.what}: {problem.why}"
+                   for problem in reversed(tab.problems) if problem.fatal
+                   and problem.line <= len(self.lines)}
+            for row in sorted(bad, reverse=True):
+                line = self.lines[row - 1]
+                self.lines[row - 1:row] = [MARK + visible(bad[row]),
+                                           f"# {line}"]
+        return sum(line.startswith(MARK) for line in self.lines)
+
+    def text(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+
+def command_import(options: Options, machine: Machine) -> int:
+    import pwd
+    owner = options.owner(machine)
+    found = sources(options, machine)
+    if not found:
+        raise no_tab(options, machine)
+    importer = Importer(owner, pwd.getpwnam(owner).pw_dir,
+                        others=not options.user)
+    importer.lines.append("# What cron runs, as a koitab: koitab import")
+    for source in found:
+        importer.add(source)
+    importer.name_twins()
+    marked = importer.comment_out(machine)
+    put_out(sys.stdout, importer.text().encode("utf-8", "surrogateescape"))
+    tell_next(options, importer, marked)
+    return EXIT_OK
+
+
+def tell_next(options: Options, importer: Importer, marked: int) -> None:
+    """What to do with an imported tab."""
+    whose = f"-u {options.user} " if options.user else ""
+    options.warn(f"{plural(len(importer.jobs), 'job')} of {importer.owner}; "
+                 f"install them: koitab {whose}import > tab; "
+                 f"koitab {whose}tab")
+    if marked:
+        options.warn(f"{plural(marked, 'note')} in it, which begin with "
+                     f"{MARK.strip()!r}")
+    for name in importer.lost:
+        options.warn(f"{short(name)} cannot be unset in a tab; below the "
+                     "file that sets it, it is empty")
+    if any(line.startswith(("CRON_TZ", "RANDOM_DELAY"))
+           for line in importer.lines):
+        options.warn("CRON_TZ and RANDOM_DELAY count here; Debian's cron "
+                     "ignores them")
+    if any(source_line.startswith("# /etc/") for source_line
+           in importer.lines):
+        options.warn("koitab daemon --system reads /etc/crontab and "
+                     "/etc/cron.d itself: then leave their jobs out")
+    pid = running_cron()
+    if pid:
+        options.warn(f"warning: cron is running (pid {pid}): jobs would run "
+                     "twice; once they are installed: systemctl disable "
+                     "--now cron")
+
+
+def running_cron() -> int:
+    """The process id of the cron that runs here, or 0."""
+    for path in CRON_PIDS:
+        try:
+            with open(path, encoding="ascii") as file:
+                pid = count(file.read(20).strip()) or 0
+            if not os.path.isdir("/proc/self"):
+                os.kill(pid, 0)
+                return pid
+            with open(f"/proc/{pid}/comm", encoding="utf-8") as file:
+                if file.read().strip() in ("cron", "crond"):
+                    return pid
+        except PermissionError:
+            return pid          # it is there, and root's
+        except (OSError, ValueError):
+            continue
+    return 0
+
+
+# --- unit, completion, daemon ---------------------------------------------
+
+
+def command_unit(options: Options, machine: Machine, what: str) -> int:
+    if what == "dashboard":
+        raise no_dashboard()
+    if what != "daemon":
+        raise Error(f"there is no unit {short(what)}", "koitab unit daemon",
+                    EXIT_USAGE)
+    path = os.path.abspath(__file__)
+    command = [path] if os.access(path, os.X_OK) else [
+        sys.executable, "-IS", path]
+    command += ["daemon"] + ["--system"] * options.system
+    kept = {name: os.environ[name] for name in ("KOI_HOME", "XDG_STATE_HOME")
+            if os.environ.get(name)}
+    if sys.platform == "darwin":
+        print(plist(command, kept), end="")
+        return EXIT_OK
+    root = os.geteuid() == 0
+    print(UNIT.format(
+        where="koitab unit daemon > /etc/systemd/system/koid.service; "
+        "systemctl enable --now koid" if root else
+        "koitab unit daemon > ~/.config/systemd/user/koid.service; "
+        "systemctl\n# --user enable --now koid; loginctl enable-linger",
+        conflicts="Conflicts=cron.service crond.service cronie.service\n"
+        if options.system else "",
+        command=" ".join(map(unit_word, command)).replace("$", "$$"),
+        environment="".join(f"Environment={unit_word(f'{n}={value}')}\n"
+                            for n, value in kept.items()),
+        target="multi-user.target" if root else "default.target"), end="")
+    return EXIT_OK
+
+
+def unit_word(word: str) -> str:
+    """A word as systemd reads it, which expands %."""
+    word = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{word}"' if " " in word or '"' in word else word
+
+
+def plist(command: list[str], environment: dict) -> str:
+    """The same for launchd."""
+    import plistlib
+    return plistlib.dumps({
+        "Label": "koid", "ProgramArguments": command,
+        "EnvironmentVariables": environment, "RunAtLoad": True,
+        "KeepAlive": True,
+        "AbandonProcessGroup": True,    # jobs outlive koid
+    }, sort_keys=False).decode()
+
+
+def command_completion(options: Options, machine: Machine, shell: str) -> int:
+    if shell == "names":        # what the scripts below ask for
+        for job in Link(machine).ask("jobs", **options.whose())["jobs"]:
+            if job["name"]:
+                print(job["name"])
+        return EXIT_OK
+    if shell not in COMPLETIONS:
+        raise Error(f"no completion for {short(shell)}", "bash, zsh or fish",
+                    EXIT_USAGE)
+    names = [f"--{name.rstrip('=')}" for name in LONG] + [
+        f"-{letter}" for letter in SHORT.replace(":", "")]
+    print(COMPLETIONS[shell].replace("COMMANDS", " ".join(COMMANDS)).replace(
+        "OPTIONS", " ".join(names)), end="")
+    return EXIT_OK
+
+
 def command_daemon(options: Options, machine: Machine) -> int:
-    return run_daemon(machine, False)
+    return run_daemon(machine, options.system)
 
 
-COMMANDS = {    # name -> function, most words after it
-    "daemon": (command_daemon, 0),
-    "next": (command_next, 1),
+AS_CRONTAB = {"-e": command_edit, "-l": command_list, "-r": command_remove,
+              "-T": command_test}
+COMMANDS = {    # name -> function, fewest and most words after it, options
+    "run": (command_run, 1, 1 + MOST_PARAMS, "-u"),
+    "next": (command_next, 0, 1, "-u -n --from --tab --utc --json"),
+    "history": (command_history, 0, 1, "-u -n --json"),
+    "log": (command_log, 1, 1, "-u --json"),
+    "kill": (command_kill, 1, 1, "-u"),
+    "status": (command_status, 0, 0, "-u --json"),
+    "import": (command_import, 0, 0, "-u"),
+    "daemon": (command_daemon, 0, 0, "--system"),
+    "unit": (command_unit, 1, 1, "--system"),
+    "completion": (command_completion, 1, 1, "-u"),
 }
 
 
-def obey(argv: list[str], machine: Machine) -> int:
-    """Run one command; its exit status. Raises Error."""
-    options = Options()
+def as_crontab(options: Options, machine: Machine, words: list[str]) -> int:
+    """The part that crontab(1) has, too. Raises Error."""
+    def refuse(why: str):
+        raise Error(f"usage error: {why}", "koitab --help", EXIT_FAULTS)
+
+    wanted = [name for name in AS_CRONTAB if name in options.given]
+    if len(wanted) > 1:
+        refuse("only one operation permitted")
+    options.allow({"-r": "-r -i -u", "-T": "-T"}.get(
+        "".join(wanted), " ".join(["-u", *wanted])),
+        "".join(wanted) or "FILE", EXIT_FAULTS)
+    if wanted and words:
+        refuse("no arguments permitted after this option")
+    if wanted:
+        return AS_CRONTAB[wanted[0]](options, machine)
+    if len(words) > 1:
+        refuse(f"what is {short(words[1])}?")
+    if not words and options.user:
+        refuse("file name must be specified for replace")
+    if not words and os.isatty(0):
+        refuse("file name or - (for stdin) must be specified")
+    return command_replace(options, machine, *words or ["-"])
+
+
+def obey(argv: list[str], machine: Machine, called: str = PROG) -> int:
+    """Do what was typed; the exit status. Raises Error."""
+    options = Options(called)
     words = options.read(argv)
-    if options.test:
-        if words:
-            raise Error(f"what is {short(words[0])}?", "koitab -T FILE")
-        return command_test(options, machine)
-    if not words:
-        raise Error("which command?", "koitab --help", EXIT_USAGE)
-    name, *rest = words
-    if name not in COMMANDS:
-        meant = nearest(name, COMMANDS) or "next"
-        raise Error(f"there is no command {short(name)}", f"did you mean "
-                    f"{meant}? koitab --help", EXIT_USAGE)
-    function, most = COMMANDS[name]
-    if len(rest) > most:
-        raise Error(f"what is {short(rest[most])}?", "koitab --help",
-                    EXIT_USAGE)
-    return function(options, machine, *rest)
+    options.judge_user(machine)
+    if called == "koid" and words[:1] != ["daemon"]:
+        words.insert(0, "daemon")
+    name = words[0] if words else ""
+    if name in LATER:
+        raise no_dashboard()
+    if name not in COMMANDS or any(each in AS_CRONTAB
+                                   for each in options.given):
+        return as_crontab(options, machine, words)
+    if called == "crontab" and os.path.lexists(name):
+        raise Error(f"{name} is a file and a command",
+                    f"crontab ./{name}, or {PROG} {name}")
+    function, fewest, most, allowed = COMMANDS[name]
+    options.allow(allowed, name, EXIT_USAGE)
+    if not fewest <= len(words) - 1 <= most:
+        raise Error(f"what is {short(words[most + 1])}?"
+                    if len(words) - 1 > most else f"{name} needs a word more",
+                    "koitab --help", EXIT_USAGE)
+    return function(options, machine, *words[1:])
 
 
-def main(argv: list[str] | None = None,
-         machine: Machine | None = None) -> int:
+def open_standard_streams() -> None:
+    """A caller may have closed 0, 1 or 2: what we open next must not become
+    one of them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)      # the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r",
+                                    closefd=False))
+
+
+def main(argv: list[str] | None = None, machine: Machine | None = None,
+         called: str = "") -> int:
     """Run one command and return its exit status. The only way out."""
+    called = called or posixpath.basename(sys.argv[0])
+    called = called if called in ("crontab", "koid") else PROG
     argv = sys.argv[1:] if argv is None else argv
+    open_standard_streams()
     try:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):      # cron has no locale
                 stream.reconfigure(encoding="utf-8",
                                    errors="backslashreplace")
-        status = obey(argv, machine or Machine())
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")
+        try:
+            status = obey(argv, machine or Machine(), called)
+        except Shown as text:
+            print(text, end="")
+            status = EXIT_OK
         sys.stdout.flush()
         return status
-    except Shown as text:
-        print(text, end="")
-        return EXIT_OK
     except Error as error:
         hint = f" ({error.hint})" if error.hint else ""
+        before = "" if isinstance(error, Said) else f"{called}: error: "
         sys.stdout.flush()
-        print(visible(f"{PROG}: error: {error.message}{hint}"),
-              file=sys.stderr)
+        print(visible(f"{before}{error.message}{hint}"), file=sys.stderr)
         return error.status
     except BrokenPipeError:             # koitab next | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return EXIT_SIGNAL + 13         # as a program that SIGPIPE ended
     except KeyboardInterrupt:
         return EXIT_SIGNAL + 2
+    except OSError as error:            # a full disk, no descriptor left
+        print(visible(f"{called}: error: {error.strerror or error}"),
+              file=sys.stderr)
+        return EXIT_FAULTS
 
 
 if __name__ == "__main__":
