@@ -5,8 +5,8 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 BIN = $(DESTDIR)$(PREFIX)/bin
 # What the tests start for real, as Debian calls it.
-PARTS = bash busybox dbus dunst e2fsprogs fish git gnupg libcap2-bin \
-	libnotify-bin moreutils msmtp msmtp-mta openssl pass procps python3 python3-pytest \
+PARTS = bash busybox cron dbus dunst e2fsprogs faketime fish git gnupg \
+	libcap2-bin libfaketime libnotify-bin moreutils msmtp msmtp-mta openssl pass procps python3 python3-pytest \
 	strace util-linux xvfb zsh
 
 .PHONY: help demo test test-all parts bench lint install uninstall sums
@@ -14,7 +14,7 @@ PARTS = bash busybox dbus dunst e2fsprogs fish git gnupg libcap2-bin \
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
 
-demo: ## see mission work, in a scratch folder, without root
+demo: ## see mission and koi work, in a scratch folder, without root
 	@$(PYTHON) tests/demo.py
 
 test: ## run the tests (STRICT=1: a skipped test is a failure)
@@ -36,16 +36,19 @@ bench: ## measure, side by side with a baseline or a peer
 	$(PYTHON) tests/bench/koi_next.py
 
 lint: ## unused names and other slips (needs ruff)
-	ruff check --no-cache --config tests/ruff.toml mission.py tests
+	ruff check --no-cache --config tests/ruff.toml mission.py koitab.py tests
 
-install: ## copy mission to $(PREFIX)/bin
+install: ## copy mission, koitab and koid to $(PREFIX)/bin
 	install -d $(BIN)
 	install -m 0755 mission.py $(BIN)/mission
-	@[ -n "$(DESTDIR)" ] || $(BIN)/mission --version >/dev/null
+	install -m 0755 koitab.py $(BIN)/koitab
+	ln -sf koitab $(BIN)/koid
+	@[ -n "$(DESTDIR)" ] || for name in mission koitab koid; do \
+	    $(BIN)/$$name --version >/dev/null || exit 1; done
 
-uninstall: ## remove it again; configurations, logs and state stay
-	rm -f $(BIN)/mission
-	rm -rf $(DESTDIR)/var/cache/mission
+uninstall: ## remove them again; configurations, logs and state stay
+	rm -f $(BIN)/mission $(BIN)/koitab $(BIN)/koid
+	rm -rf $(DESTDIR)/var/cache/mission $(DESTDIR)/var/cache/koi
 
 sums: ## SHA-256 of what is installed
-	@sha256sum mission.py
+	@sha256sum mission.py koitab.py

@@ -1,9 +1,10 @@
-"""make demo: mission on real input, in a scratch folder, without root.
+"""make demo: mission and koi on real input, in a scratch folder, as anyone.
 
 A tree of files, a SQLite database and a git repository are backed up by a
 run as cron would start it and by a run by hand; one task fails on purpose.
-Then the history, the log and the mail are shown. Nothing outside the
-scratch folder is touched.
+Then the history, the log and the mail are shown. After that a koid of the
+demo's own is given a tab, and jobs with arguments are run. Nothing outside
+the scratch folder is touched.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import email.policy
 import json
 import os
 import pwd
+import shlex
 import shutil
 import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +68,26 @@ def run(args, log):
     rows = target.execute("select count(*) from orders").fetchone()[0]
     log(f"{rows:,} orders are in the copy")
 '''
+
+TAB = """\
+# All of crontab(5), and sections, names, settings and arguments.
+[Backups]
+"Nightly backup"   30 2 * * mon-fri   {mission} run --headless
+KOI_TIMEOUT=10m
+"Quick check"      */15 * * * *       {mission} check && echo all is well
+
+[For the office]
+"Say hello"        @manual            echo Hello, {{{{To whom}}}}; \
+sleep {{{{Seconds, int, 1}}}}; echo Bye
+"Invoice"          @manual            {folder}/bin/invoice {{{{Customer}}}} \
+{{{{Format, choice(pdf|txt), txt}}}}
+"""
+
+INVOICE = """\
+#!/bin/sh
+echo "an invoice for <$1>, as $2"
+[ -n "$1" ] || { echo "no customer, no invoice" >&2; exit 3; }
+"""
 
 SENDMAIL = """\
 #!/bin/sh
@@ -167,8 +190,72 @@ class Demo:
             print(f"    {line}")
 
 
+class KoiDemo(Demo):
+    """The same for koi, with a koid in the background."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.env["KOI_HOME"] = str(folder / "koi")
+        self.koitab = [sys.executable, "-I", str(ROOT / "koitab.py")]
+
+    def type(self, *words: str, shown: bool = True, text: str = "") -> int:
+        typed = " ".join(shlex.quote(word) for word in words)
+        print(f"\n$ koitab {typed}", flush=True)
+        done = subprocess.run([*self.koitab, *words], cwd=self.folder,
+                              env=self.env, input=text, encoding="utf-8")
+        if done.returncode:
+            print(f"(exit status {done.returncode})", flush=True)
+        return done.returncode
+
+    def __enter__(self) -> KoiDemo:
+        with open(self.folder / "koid.log", "wb") as log:
+            self.koid = subprocess.Popen(
+                [*self.koitab, "daemon"], env=self.env,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        deadline = time.monotonic() + 30
+        while not (self.folder / "koi/koid.sock").exists():
+            if self.koid.poll() is not None or time.monotonic() > deadline:
+                sys.exit((self.folder / "koid.log").read_text())
+            time.sleep(0.05)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.koid.terminate()
+        self.koid.wait()
+
+
 def explain(text: str) -> None:
     print(f"\n--- {text}", flush=True)
+
+
+def show_koi(folder: Path) -> bool:
+    """koitab and koid; did all go as it should?"""
+    mission = folder / "bin/mission"
+    mission.write_text(f'#!/bin/sh\nexport MISSION_STATE="{folder}/state"\n'
+                       f'cd "{folder}" && exec "{sys.executable}" -I '
+                       f'"{ROOT / "mission.py"}" "$@"\n')
+    invoice = folder / "bin/invoice"
+    invoice.write_text(INVOICE)
+    for program in (mission, invoice):
+        program.chmod(0o755)
+    tab = TAB.format(mission=mission, folder=folder)
+    explain("koi: cron, with names, sections, forms and a history. A tab:")
+    print("".join(f"    {line}\n" for line in tab.splitlines()), end="")
+    with KoiDemo(folder) as koi:
+        explain("Installed as with crontab; each line is judged before.")
+        told = [koi.type("-", text=tab)]
+        explain("When does it run? Across both changes of the clock, too.")
+        told.append(koi.type("next", "-n", "2"))
+        explain("A job by hand: its output, its exit status. Whatever stands "
+                "in an\n    argument is a value and never becomes code.")
+        told += [koi.type("run", "Say hello", "To whom=O'Brien $(id)"),
+                 koi.type("run", "Invoice", "Customer=", "Format=pdf"),
+                 koi.type("run", "Invoice", "Customer=Acme & Sons"),
+                 koi.type("run", "Quick check")]
+        explain("Every run is kept, with its output.")
+        told += [koi.type("history"), koi.type("log", "Say hello"),
+                 koi.type("status")]
+    return told == [0, 0, 0, 3, 0, 0, 0, 0, 0]
 
 
 def main() -> int:
@@ -204,14 +291,17 @@ def show(folder: Path) -> int:
     second = demo.type("run", "-t", "database")
     explain("Everything that ran:")
     demo.type("history")
+    fine = (checked, first, second) == (0, 1, 0) and show_koi(folder)
     print("""
-That was mission. Next:
-    sudo make install           copies mission.py to /usr/local/bin/mission
+That was mission and koi. Next:
+    sudo make install           copies both to /usr/local/bin
     mission init                writes a configuration to begin with
     mission check               tells what is not right yet, line by line
     mission run                 runs it by hand; --headless from crontab
+    koid &                      koi's daemon (README: a unit for systemd)
+    koitab -e                   edits your tab, as crontab -e
 README.md has the rest; nothing of this demo is left behind.""")
-    return 0 if (checked, first, second) == (0, 1, 0) else 1
+    return 0 if fine else 1
 
 
 if __name__ == "__main__":
