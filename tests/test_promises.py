@@ -463,6 +463,23 @@ def test_every_exit_status_is_in_the_usage():
             "Exit status")[1])
 
 
+def test_the_readme_says_all_of_koitab():
+    """Options, commands, settings, types, states and triggers."""
+    koitab = support.load("koitab")
+    text = (support.ROOT / "README.md").read_text(encoding="utf-8")
+    koi = text[text.index("\n# koi\n"):]
+    options = {"--" + name.rstrip("=") for name in koitab.LONG} | {
+        "-" + letter for letter in koitab.SHORT.replace(":", "")}
+    wanted = options | set(koitab.SETTINGS) | set(koitab.SPECIALS) | {
+        "@manual", "@reboot", *koitab.TRIGGERS}
+    wanted |= {f"koitab {name}" for name in koitab.COMMANDS}
+    assert sorted(word for word in wanted if not re.search(
+        rf"(?<![\w-]){re.escape(word)}(?![\w-])", koi)) == []
+    states = set(re.findall(r"^\| `([a-z]+)` \|", koi, re.M))
+    assert {"queued", "running", "done", "interrupted", "missed", "skipped",
+            "unstartable"} <= states
+
+
 # --- the sample -----------------------------------------------------------
 
 
