@@ -2896,9 +2896,14 @@ class Machine:
             return self.zone_file(name, name) or self.zone("")
         return self.zone(name) if name else UTC
 
-    def salt(self) -> str:
-        """What ~ in a tab is picked by: the same here, another elsewhere."""
-        return f"{os.uname().nodename}:{os.geteuid()}"
+    def host(self) -> str:
+        """The name of this machine, without its domain."""
+        return os.uname().nodename.partition(".")[0]
+
+    def salt(self, user: str = "") -> str:
+        """What ~ in a user's tab is picked by: always the same here, and
+        another elsewhere."""
+        return f"{self.host()}:{user or self.name_of(os.geteuid())}"
 
     def stamp_of(self, path: str) -> tuple:
         """Another value when the file at a path has changed."""
@@ -3450,13 +3455,13 @@ class Duty:
     __slots__ = ("job", "user", "file", "identity", "schedule", "settings",
                  "line", "due", "delay")
 
-    def __init__(self, job: Job, file: TabFile, salt: str):
+    def __init__(self, job: Job, file: TabFile, delay: int):
         self.job, self.user, self.file = job, job.user or file.user, file.path
         self.identity = storable("\0".join(job.identity()))
         self.line = job.line
         self.schedule, self.settings = job.schedule, job.settings
         self.due: float | None = 0.0    # 0: to be asked for; None: never
-        self.delay = random_delay(job, salt)
+        self.delay = delay              # minutes
 
     @property
     def key(self) -> tuple[str, str]:
@@ -3484,7 +3489,7 @@ class Book:
                  self.machine.stamp_of(LOCAL_ZONE))
         if stamp == self.stamp:
             return False
-        self.stamp, salt = stamp, self.machine.salt()
+        self.stamp = stamp
         tabs, self.troubles = {}, []
         for path, file in files.items():
             before = self.tabs.get(path)
@@ -3496,19 +3501,20 @@ class Book:
                 if before and not file.trouble.startswith(UNBELIEVED):
                     tabs[path] = before
             else:
-                tabs[path] = parse_tab(file.text, file.system,
-                                       file.user == "root", salt)
+                user = file.user or "root"
+                tabs[path] = parse_tab(file.text, file.system, user == "root",
+                                       self.machine.salt(user))
         self.files = {path: file.but(text=file.text and "")
                       for path, file in files.items()}
         self.tabs = tabs
-        self.gather(salt)
+        self.gather()
         return True
 
     def forget(self) -> None:
         """Read all of them anew next time."""
         self.files, self.stamp = {}, ()
 
-    def gather(self, salt: str) -> None:
+    def gather(self) -> None:
         """The duties, zones and troubles of all tabs."""
         try:
             zones = {"": self.machine.local_zone()}
@@ -3524,8 +3530,9 @@ class Book:
                 except Error as error:
                     self.troubles.append(f"{path}:{line}:{column}: "
                                          f"{error.message}")
-            duties += [Duty(job, self.files[path], salt) for job in tab.jobs
-                       if job.settings.zone in zones]
+            duties += [Duty(job, self.files[path],
+                            random_delay(job, self.machine.host()))
+                       for job in tab.jobs if job.settings.zone in zones]
         self.zones, self.duties = zones, only_first(duties, self.troubles)
 
     def find(self, user: str, name: str) -> Duty:
@@ -3554,10 +3561,10 @@ def only_first(duties: list[Duty], troubles: list[str]) -> list[Duty]:
     return list(seen.values())
 
 
-def random_delay(job: Job, salt: str) -> int:
+def random_delay(job: Job, host: str) -> int:
     """Minutes by which RANDOM_DELAY puts a job off on this machine. As in
     cronie, one factor for all jobs; here a restart does not change it."""
-    return job.settings.random_delay * (picked(f"{salt}\0delay") % 1000) \
+    return job.settings.random_delay * (picked(f"{host}\0delay") % 1000) \
         // 1000
 
 
@@ -3644,7 +3651,8 @@ class Desk:
 
     def install(self, caller: Caller, request: dict) -> dict:
         user, text = self.whose(caller, request), request.get("text", "")
-        tab = parse_tab(text, root=user == "root", salt=self.machine.salt())
+        tab = parse_tab(text, root=user == "root",
+                        salt=self.machine.salt(user))
         check_zones(tab, self.machine)
         if len(text) > LONGEST_TAB:
             raise Error(f"it is larger than {LONGEST_TAB:,} bytes")
@@ -4443,12 +4451,15 @@ class Daemon:
 
     def begin(self, pendings: list[Pending]) -> None:
         """Give each run to a supervisor."""
-        orders, gone = [], []
+        orders, gone, accounts = [], [], {}
         for pending in pendings:
-            account = self.machine.account(pending.duty.user)
+            user = pending.duty.user
+            if user not in accounts:
+                accounts[user] = self.machine.account(user)
+            account = accounts[user]
             try:
                 if not account:
-                    raise ValueError(f"there is no user {pending.duty.user}")
+                    raise ValueError(f"there is no user {user}")
                 orders.append((account, self.order(pending, account),
                                pending))
             except ValueError as error:
@@ -4458,6 +4469,7 @@ class Daemon:
         for batch in batches(orders):
             self.fork(batch[0][0], [order for _, order, _ in batch],
                       [pending for _, _, pending in batch])
+        self.log_starts(pendings)
 
     def fork(self, account: Account, orders: list[Order],
              pendings: list[Pending]) -> None:
@@ -4475,9 +4487,13 @@ class Daemon:
             if pending.connection:
                 pending.connection.close()
                 pending.connection = None
-            if os.geteuid() == 0 and not pending.duty.job.unlogged:
+
+    def log_starts(self, pendings: list[Pending]) -> None:
+        """As cron does, in root's log."""
+        for pending in pendings if os.geteuid() == 0 else ():
+            if pending.run in self.active and not pending.duty.job.unlogged:
                 self.machine.log(f"({pending.duty.user}) CMD "
-                                 f"({pending.duty.job.command})")
+                                 f"({pending.duty.job.command})", "CRON")
 
     def order(self, pending: Pending, account: Account) -> Order:
         job, values = pending.duty.job, pending.values
@@ -5127,7 +5143,8 @@ def send_letter(machine: Machine, host: dict, user: str, to: str,
         signal.set_wakeup_fd(-1)
         close_all_but([0, 1, 2])
         os.setsid()
-        message = mail_about(user, to, command, environment, text)
+        message = mail_about(user, machine.host(), to, command, environment,
+                             text)
         account = machine.account(user)
         become(account)
         try:
@@ -5148,13 +5165,12 @@ def send_letter(machine: Machine, host: dict, user: str, to: str,
     os._exit(status)
 
 
-def mail_about(user: str, to: str, command: str, environment: dict,
-               text: bytes) -> bytes:
+def mail_about(user: str, host: str, to: str, command: str,
+               environment: dict, text: bytes) -> bytes:
     """The mail about a run, with cron's headers; without X-Cron-Env, which
     would send around what a tab keeps secret."""
     from email import policy
     from email.message import EmailMessage
-    host = os.uname().nodename.partition(".")[0]
     sender = environment.get("MAILFROM", "")
     message = EmailMessage(policy=policy.SMTP.clone(
         linesep="\n", max_line_length=0, raise_on_defect=False))
@@ -5752,10 +5768,10 @@ def instant_of(text: str, zone: Zone, now: float) -> int:
 
 
 def judged(machine: Machine, text: str, system: bool = False,
-           salt: str = "") -> tuple[Tab, dict[str, Zone]]:
+           user: str = "") -> tuple[Tab, dict[str, Zone]]:
     """Judge a tab, its time zones too. Raises Error."""
     tab = parse_tab(text, system, root=os.geteuid() == 0,
-                    salt=salt or machine.salt())
+                    salt=machine.salt(user))
     return tab, {**check_zones(tab, machine), "": machine.local_zone()}
 
 
@@ -5770,7 +5786,7 @@ def tabs_of(options: Options, machine: Machine):
     reply = link.ask("list", **options.whose())
     if reply["text"] is not None:
         found.append((f"crontab of {options.owner(machine)}", *judged(
-            machine, reply["text"], salt=reply.get("salt", ""))))
+            machine, reply["text"], user=options.owner(machine))))
     if os.geteuid() == 0 and not options.user:
         jobs = link.ask("jobs")["jobs"]
         found += [(path, *judged(machine, machine.tab_text(path), True))
@@ -5781,13 +5797,15 @@ def tabs_of(options: Options, machine: Machine):
     return found
 
 
-def starts_of(job: Job, zones: dict, after: int, many: int) -> list[int]:
-    """The next starts of a job."""
+def starts_of(job: Job, zones: dict, after: int, many: int,
+              delay: int) -> list[int]:
+    """The next starts of a job, put off by so many minutes."""
     from itertools import islice
     if not job.schedule:
         return []
-    return list(islice(job.schedule.starts(after, zones[job.settings.zone]),
-                       many))
+    delay *= MINUTE
+    return [start + delay for start in islice(job.schedule.starts(
+        after - delay, zones[job.settings.zone]), many)]
 
 
 def command_next(options: Options, machine: Machine, name: str = "") -> int:
@@ -5801,7 +5819,8 @@ def command_next(options: Options, machine: Machine, name: str = "") -> int:
         for job in tab.jobs:
             if any(job is each for each in jobs):
                 zone = UTC if options.utc else zones[job.settings.zone]
-                starts = starts_of(job, zones, after, options.number or 5)
+                starts = starts_of(job, zones, after, options.number or 5,
+                                   random_delay(job, machine.host()))
                 rows.append((path, job, [
                     utc_stamp(at) if options.utc else
                     stamp(at, zone.offset(at)) for at in starts]))

@@ -842,15 +842,6 @@ def test_next_of_the_installed_tab(type_in, koid):
         == [("N", f"crontab of {ME}", 5)]
 
 
-def test_next_of_a_tab_uses_the_salt_of_its_daemon(type_in, koid,
-                                                   monkeypatch):
-    koid.text = "0~59 0~23 * * * x\n"
-    first = type_in("next", "-n1").out
-    monkeypatch.setattr(koid, "do_list", lambda fields: {
-        "text": koid.text, "salt": "another host's"})
-    assert type_in("next", "-n1").out != first
-
-
 @support.root_only
 def test_next_shows_root_the_tabs_of_the_system(type_in, koid, monkeypatch,
                                                 tmp_path):
