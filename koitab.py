@@ -2073,7 +2073,12 @@ def plan(jobs: list[Job], since: Watch, now: Reading,
     `due` is what `first_due` says, if it is known already.
     """
     after = int(since.seen.wall // 1)
-    unset = int((since.seen.wall + now.ticks - since.seen.ticks) // 1)
+    even = since.seen.wall + now.ticks - since.seen.ticks
+    if abs(now.wall - even) > 1 and even % MINUTE >= 1:
+        # Somebody has just set the clock. Cron sleeps on until the minute
+        # ends that it began, and looks at the wall then.
+        now = Reading(even, now.ticks)
+    unset = int(even // 1)
     if unset // MINUTE == after // MINUTE:
         return since, []            # cron would still be asleep
     due = first_due(jobs, since) if due == 0 else due
@@ -4304,6 +4309,9 @@ class Daemon:
         if not self.watch:
             return self.clock.ticks() + 5
         seen, due = self.watch.seen, self.next_due()
+        if abs(self.clock.now() - seen.wall
+               - self.clock.ticks() + seen.ticks) > 1:
+            return seen.ticks + MINUTE - seen.wall % MINUTE
         if self.alarm is None or self.folders_unwatched():
             edge = (self.clock.now() // MINUTE + 1) * MINUTE
             return self.clock.ticks() + min(
@@ -4340,11 +4348,11 @@ class Daemon:
             return
         before, now = self.watch, self.reading()
         strayed = now.wall - before.seen.wall - now.ticks + before.seen.ticks
+        self.watch, launches = plan(self.book.duties, before, now,
+                                    self.next_due())
         if abs(strayed) > 1:
             for duty in self.book.duties:
                 duty.due = 0.0
-        self.watch, launches = plan(self.book.duties, before, now,
-                                    self.next_due())
         pendings = []
         for launch in launches:
             pending = Pending(launch.job, "schedule", launch.due, now.wall)

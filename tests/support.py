@@ -49,7 +49,7 @@ PARTS = {   # program -> the Debian package that brings it
     "strace": "strace", "ts": "moreutils", "openssl": "openssl",
     "setcap": "libcap2-bin", "getcap": "libcap2-bin", "bash": "bash",
     "unshare": "util-linux", "setpriv": "util-linux",
-    "busybox": "busybox",
+    "busybox": "busybox", "cron": "cron", "faketime": "faketime",
     "mkfs.ext4": "e2fsprogs", "ps": "procps", "zsh": "zsh", "fish": "fish",
 }
 
