@@ -1164,7 +1164,7 @@ def test_the_daemon_has_a_name_of_its_own(type_in, monkeypatch, argv, called,
 
 
 def test_names_for_the_completions(type_in, koid):
-    koid.text = FORM
+    koid.text = FORM + "@daily without a name\n"
     assert type_in("completion", "names").out == (
         "Say Hi\nPlain\nPlain\nPw\n")
 

@@ -56,6 +56,15 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
+    def interrupt(self) -> None:
+        """Press Ctrl-C until it is heard: Python sees one that comes just
+        before it begins to read only after that."""
+        before = self.shown.count("\n")
+        while self.shown.count("\n") == before:
+            self.type("\x03")
+            self.read(2)            # the echo
+            self.read(2)
+
     def end(self, seconds: float = 20) -> support.Result:
         """Wait for its end: the status, and all that it showed."""
         deadline = time.monotonic() + seconds
@@ -257,7 +266,10 @@ def test_a_faulty_edit_that_is_left_is_kept_and_told(koi, keys):
     koi.editor('echo "61 * * * * x" > "$1"')
     with koi.terminal("-e") as terminal:
         terminal.expect("(Y/N) ")
-        terminal.type(keys)
+        if keys == "\x03":
+            terminal.interrupt()
+        else:
+            terminal.type(keys)
         done = terminal.end()
     draft, = koi.drafts()
     assert done.code == (130 if keys == "\x03" else 1)
