@@ -1017,7 +1017,7 @@ MOST_LINES = 10_000         # Debian's own limit
 MOST_SETTINGS = 1_000       # cronie's: each costs a copy of those above it
 LONGEST_COMMAND = 131_071   # bytes: the kernel's limit for one argument
 LONGEST_NAME = 100
-LONGEST_DEFAULT = 4096
+LONGEST_VALUE, LONGEST_TEXT = 4096, 65_536      # bytes of an argument
 MOST_PARAMS = 64
 DEEPEST_SHELL = 50
 BLANKS = " \t"
@@ -1078,6 +1078,9 @@ class Param(Record):
             return "it is not UTF-8"
         if has_control(value, "\n\t" if self.type == "text" else "\t"):
             return "it has a control character"
+        most = LONGEST_TEXT if self.type == "text" else LONGEST_VALUE
+        if len(value) * 4 > most and len(value.encode()) > most:
+            return f"it is longer than {most:,} bytes"
         return ""
 
 
@@ -1174,28 +1177,76 @@ PLACES = {      # where a placeholder was found -> the mend
     "in a comment": "a # begins a comment; put the argument before it",
     "after a backslash": "leave the backslash away",
     "after a $": "leave the $ away", "in an array's index": ALONE,
+    "in a pattern": ALONE,
+    "after >& or <&": "bash would read it twice; write >{{..}} 2>&1",
+    "after a ' in \"${..}\"": "shells read that in two ways; use other quotes",
     "after %": "what follows % is the job's input; write \\% for a percent",
     r"after $'..\'..'": "shells read that in two ways; use other quotes",
     "nested too deep": ALONE,
 }
 # Programs that read a value a second time, as code: no quoting of ours can
-# help. A letter: only with this option ("-c"); "": always.
+# help. "": always. Letters: with one of these options, as in sh -lc. A word:
+# with this option, as in gdb -ex. ">": a value right after this option.
+# "=": a value that is the whole word, where export V={{x}} would do no harm.
 PARSERS = {
-    "eval": "", "let": "", "trap": "", "xargs": "", "parallel": "",
-    "ssh": "", "watch": "", "awk": "", "gawk": "", "mawk": "", "sed": "",
-    "[[": "", "declare": "", "typeset": "", "unset": "", "source": "",
-    ".": "", "sh": "c", "bash": "c", "dash": "c", "ksh": "c", "zsh": "c",
-    "su": "c", "busybox": "c", "fish": "c", "python": "c", "python3": "c",
-    "perl": "eE", "ruby": "e", "node": "e", "php": "r", "lua": "e",
-    "read": "", "mapfile": "", "readarray": "", "getopts": "",
-    "env": "S", "mysql": "e", "mariadb": "e", "psql": "c", "sqlite3": "",
-    "test": "v", "[": "v", "printf": "v", "at": "", "batch": ""}
-SHELLS = {"sh", "bash", "dash", "ksh", "zsh", "fish"}
+    "eval": "", "let": "", "trap": "", "[[": "", "declare": "", "typeset": "",
+    "unset": "", "source": "", ".": "", "read": "", "mapfile": "",
+    "readarray": "", "getopts": "", "compgen": "", "emulate": "",
+    "integer": "", "export": "=", "readonly": "=", "local": "=",
+    "exit": "=", "return": "=", "shift": "=", "ulimit": "=", "repeat": "=",
+    "xargs": "", "parallel": "", "ssh": "", "autossh": "", "rsh": "",
+    "pdsh": "", "watch": "", "hyperfine": "", "tmux": "", "expect": "c",
+    "at": "", "batch": "", "crontab": "", "koitab": "", "make": "",
+    "gmake": "", "m4": "", "dc": "", "ed": "", "gnuplot": "", "socat": "",
+    "awk": "", "gawk": "", "mawk": "", "nawk": "", "sed": "", "gsed": "",
+    "sg": "", "sqlite3": "", "mysql": "e", "mariadb": "e", "psql": "c",
+    "sh": "c", "ash": "c", "bash": "c", "rbash": "c", "dash": "c",
+    "ksh": "c", "mksh": "c", "zsh": "c", "yash": "c", "fish": "c",
+    "csh": "c", "tcsh": "c", "busybox": "c", "su": "c", "runuser": "c",
+    "script": "c", "flock": "c", "entr": "s", "env": "S",
+    "python": "c", "pypy": "c", "ipython": "c", "perl": "eE", "ruby": "e",
+    "node": "ep", "nodejs": "ep", "php": "rBRE", "lua": "e", "R": "e",
+    "Rscript": "e", "julia": "eE", "guile": "c", "osascript": "e",
+    "vi": "c", "vim": "c", "nvim": "c", "ex": "c", "emacs": "--eval",
+    "gdb": "-ex", "octave": "--eval", "ncat": "c", "nc": "c",
+    "git": ">-c", "rsync": ">-e", "test": "v", "[": "v", "printf": "v"}
+SHELLS = {"sh", "ash", "bash", "rbash", "dash", "ksh", "mksh", "zsh", "yash",
+          "fish", "csh", "tcsh"}
+# Those that run the file that they are told first, or what follows -c or -e
+# in the same word.
+READERS = SHELLS | {"python", "pypy", "perl", "ruby", "node", "nodejs",
+                    "php", "lua", "Rscript", "julia"}
 BUILTINS = {"eval", "let", "trap", "[[", "declare", "typeset", "unset",
-            "source", ".", "read", "mapfile", "readarray", "getopts"}
+            "source", ".", "read", "mapfile", "readarray", "getopts",
+            "compgen", "emulate", "integer", "export", "readonly", "local",
+            "exit", "return", "shift", "ulimit", "repeat"}
+# What runs another program, with what stands before its name.
 WRAPPERS = {"sudo", "doas", "env", "nohup", "nice", "ionice", "timeout",
             "exec", "command", "time", "find", "setsid", "flock", "chroot",
-            "busybox", "stdbuf", "runuser", "systemd-run"}
+            "busybox", "stdbuf", "runuser", "systemd-run", "unshare",
+            "nsenter", "setpriv", "prlimit", "taskset", "chrt", "strace",
+            "docker", "podman", "kubectl", "machinectl", "ip", "entr",
+            "fakeroot", "xvfb-run", "chronic", "sshpass", "screen"}
+LEADERS = {"sudo", "doas", "env", "nohup", "nice", "ionice", "timeout",
+           "setsid", "stdbuf", "systemd-run", "unshare", "setpriv",
+           "chronic", "strace", "fakeroot", "xvfb-run", "entr"}
+# Variables that a shell or a program obeys.
+OBEYED = {"PS4", "PATH", "ENV", "BASH_ENV", "LD_PRELOAD", "LD_LIBRARY_PATH",
+          "RANDOM", "SECONDS", "OPTIND", "HISTCMD", "COLUMNS", "LINES",
+          "PERL5OPT", "PERL5LIB", "PYTHONPATH", "RUBYOPT", "RUBYLIB",
+          "NODE_OPTIONS", "JAVA_TOOL_OPTIONS", "MAKEFLAGS", "EDITOR",
+          "VISUAL", "PAGER", "LESSOPEN", "GIT_SSH", "GIT_SSH_COMMAND",
+          "GIT_EDITOR", "GIT_PAGER", "RSYNC_RSH"}
+POSITIONAL = {f"${digit}" for digit in "123456789"}
+COMPARE = {"-eq", "-ne", "-lt", "-le", "-gt", "-ge", "-t"}
+ENDS_WORD = " \t\n;&|()<>"
+NO_QUOTES = str.maketrans("", "", "'\"\\")
+PLAIN = ("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+         "_-.,!^*?@+")          # in an index or a glob: [0-9]
+# Shells whose words are not those of sh: our lexer does not know them.
+OTHERS = {"fish", "csh", "tcsh", "nu", "elvish", "xonsh", "pwsh", "rc", "es",
+          "python", "python3", "perl"}
+FREE = {"string", "text", "secret"}     # what can hold code
 # What other programs write in double braces: {{.Names}}, {{end}}.
 FOREIGN = {"end", "else"}
 
@@ -1236,6 +1287,9 @@ class Lexer:
         self.beyond = ""        # a place that holds up to the end
         self.open = True        # there may be a }} ahead
         self.cases = False      # was there a `case`?
+        self.array = False      # inside V=(..)
+        self.named: set[str] = set()    # variables that get a value
+        self.sums: list[str] = []       # what a shell reckons with
         self.walk("", "")
 
     def placeholder(self, place: str, first: bool = False) -> bool:
@@ -1256,16 +1310,17 @@ class Lexer:
 
     def walk(self, place: str, stop: str) -> None:
         """Commands, up to the character `stop` or the end."""
-        text, word, first = self.text, -1, True
+        text, word, first = self.text, -1, not self.array
         self.depth += 1
         if self.depth > DEEPEST_SHELL:
             self.rest("nested too deep")
         while self.at < len(text):
             letter = text[self.at]
-            if letter in " \t\r\n;&|()<>" or letter == stop:
-                if word >= 0:
+            if letter in ENDS_WORD:
+                if word >= 0 and not (letter in "<>"
+                                      and text[word:self.at].isdigit()):
                     first = self.put_word(word, first)
-                    word = -1
+                word = -1
                 if letter == stop:
                     # A pattern of `case` closes what nobody opened, so
                     # from there on we do not know: it stays inside.
@@ -1273,8 +1328,9 @@ class Lexer:
                         self.at += 1
                         break
                     self.beyond = place
-                self.operator(letter, place)
-                first = letter in ";&|(" or first and letter in BLANKS
+                self.operator(letter, place or self.pattern(letter, first))
+                first = letter in ";&|)" or first and letter in " \t(<>" \
+                    or text.endswith("()", 0, self.at)
             elif letter == "#" and word < 0:
                 self.rest("in a comment")
             else:
@@ -1287,13 +1343,16 @@ class Lexer:
 
     def put_word(self, start: int, first: bool) -> bool:
         """A word has ended. Is the next one the first of its command?"""
-        word = self.text[start:self.at].strip("'\"")
+        word = self.text[start:self.at].translate(NO_QUOTES)
         self.words.append((word, first))
         self.cases = self.cases or word == "case"
+        if self.words[-2:-1] in ([("for", True)], [("select", True)]):
+            self.named.add(word)
         name = word.split("=")[0]
         return first and (name != word and name.isidentifier() or word in (
             "if", "then", "else", "elif", "do", "while", "until", "!", "{",
-            "time", "exec", "command", "nohup", "setsid", "sudo", "doas"))
+            "time", "exec", "command", "nohup", "setsid", "sudo", "doas",
+            "builtin", "coproc", "noglob", "nocorrect"))
 
     def operator(self, letter: str, place: str) -> None:
         """Take what separates words."""
@@ -1301,19 +1360,49 @@ class Lexer:
         if text.startswith("((", at):
             self.at += 1
             self.walk(place or "in arithmetic", ")")
+            self.sums.append(text[at:self.at])
         elif letter == "(":
+            outer, self.array = self.array, text[at - 1:at] == "="
             self.at += 1
             self.walk(place, ")")
+            self.array = outer
         elif letter in "<>" and text.startswith("(", at + 1):
             self.at += 2
             self.walk("in <(..) or >(..)", ")")
         elif text.startswith("<<<", at):
             self.at += 3
+            self.target(place)
         elif text.startswith("<<", at):
             self.at += 2
             self.beyond = self.beyond or "in a here-document"
+        elif text.startswith((">&", "<&"), at):
+            self.at += 2
+            self.target(place or "after >& or <&")
+        elif letter in "<>":
+            self.at += 1 + text.startswith((">", "|"), at + 1)
+            self.target(place)
         else:
             self.at += 1
+
+    def pattern(self, letter: str, first: bool) -> str:
+        """In zsh *(..), and (..) among a command's words, are patterns, and
+        what is in those can be run."""
+        text, at = self.text, self.at
+        if letter != "(" or first or text[at - 1:at] == "=" \
+                or text.startswith("()", at) \
+                or self.words[-1:] == [("in", False)]:
+            return ""
+        return "in a pattern"
+
+    def target(self, place: str) -> None:
+        """The word after a redirection: it is none of the command's. After
+        >& bash expands what a value says once more."""
+        text = self.text
+        while text[self.at:self.at + 1] in (" ", "\t"):
+            self.at += 1
+        word = self.at
+        while self.at < len(text) and text[self.at] not in ENDS_WORD:
+            self.in_word(text[self.at], place, word, False)
 
     def in_word(self, letter: str, place: str, word: int, first: bool):
         """Take one thing that a word is made of."""
@@ -1329,12 +1418,51 @@ class Lexer:
             self.backquotes()
         elif letter == "$":
             self.dollar(quoted=False)
+        elif letter == "[" and self.opens_index(word):
+            self.beyond = self.beyond or "in an array's index"
+            self.at += 1
         elif letter == "{" and text.startswith("{{", self.at):
-            if in_index(text[word:self.at]):
+            before = text[word:self.at]
+            if in_index(before):
                 place = place or "in an array's index"
-            self.placeholder(place, first and word == self.at) or self.skip()
+            if self.placeholder(place, first and "=" not in before):
+                self.named.add(before.partition("=")[0].rstrip("+"))
+            else:
+                self.skip()
         else:
             self.at += 1
+
+    def reckoned(self, inner: str) -> None:
+        """${!V}, ${x[V]} and ${x:V}: what V says is read as a name, or as a
+        number."""
+        name, colon, rest = inner.partition(":")
+        if inner[1:2] == "!" or "[" in name or colon \
+                and rest[:1] not in tuple("-=?+"):
+            self.sums.append(inner)
+
+    def obeyed(self) -> str:
+        """The variable that gets a value and is read as code, or ''."""
+        told = sorted(self.named & OBEYED)
+        if told:
+            return told[0]
+        for text in self.sums:
+            names = set("".join(letter if letter.isalnum() or letter in "_$"
+                                else " " for letter in text).replace(
+                                    "$", " $").split())
+            told = sorted(names & (self.named | POSITIONAL)
+                          | {f"${name}" for name in self.named} & names)
+            if told:
+                return f"arithmetic with {told[0]}"
+        return ""
+
+    def opens_index(self, word: int) -> bool:
+        """V[.. and ([..]=.. go on up to a ], over blanks too."""
+        text, at = self.text, self.at
+        if self.beyond or not (self.array if word == at
+                               else text[word:at].isidentifier()):
+            return False
+        end = text.find("]", at)
+        return end < 0 or text[at + 1:end].strip(PLAIN) != ""
 
     def skip(self) -> None:
         self.at += 1
@@ -1365,7 +1493,7 @@ class Lexer:
                 end = len(self.text) if end < 0 else end
         self.at = end + 1
 
-    def double(self) -> None:
+    def double(self, inner: bool = False) -> None:
         """"...", where $ and ` and \\ are special."""
         self.at += 1
         while self.at < len(self.text):
@@ -1381,7 +1509,12 @@ class Lexer:
             elif letter == "$":
                 self.dollar(quoted=True)
             elif not self.placeholder("in double quotes"):
+                if inner and letter in "'}":
+                    self.two_ways()
                 self.at += 1
+
+    def two_ways(self) -> None:
+        self.beyond = self.beyond or "after a ' in \"${..}\""
 
     def backquotes(self) -> None:
         """`...`: up to the next one without a backslash."""
@@ -1400,13 +1533,16 @@ class Lexer:
         text, self.at = self.text, self.at + 1
         place = "in double quotes" if quoted else "after a $"
         if text.startswith("((", self.at):
-            self.at += 1
+            at, self.at = self.at, self.at + 1
             self.walk("in arithmetic", ")")
+            self.sums.append(text[at:self.at])
         elif text.startswith("(", self.at):
             self.at += 1
             self.walk("in $(..)", ")")
         elif text.startswith("{", self.at):
-            self.placeholder(place) or self.braces()
+            at = self.at
+            self.placeholder(place) or self.braces(quoted)
+            self.reckoned(text[at:self.at])
         elif text.startswith("[", self.at):     # $[1+2], old and still there
             self.beyond = self.beyond or "in arithmetic"
         elif text.startswith("'", self.at) and not quoted:
@@ -1415,8 +1551,9 @@ class Lexer:
                                                "\t", ";", ")", "&", "|"):
             self.at += 1        # $$ and $# among others
 
-    def braces(self) -> None:
-        """${..}, which may hold all of the others."""
+    def braces(self, quoted: bool) -> None:
+        """${..}, which may hold all of the others. In double quotes not all
+        shells agree what a ' in it means."""
         self.at += 1
         self.depth += 1
         if self.depth > DEEPEST_SHELL:
@@ -1429,14 +1566,17 @@ class Lexer:
             if letter == "\\":
                 self.at += 1
                 self.placeholder("in ${..}") or self.skip()
+            elif letter == "'" and quoted:
+                self.two_ways()
+                self.at += 1
             elif letter == "'":
                 self.single("in ${..}")
             elif letter == '"':
-                self.double()
+                self.double(inner=quoted)
             elif letter == "`":
                 self.backquotes()
             elif letter == "$":
-                self.dollar(quoted=False)
+                self.dollar(quoted)
             elif not self.placeholder("in ${..}"):
                 self.at += 1
         self.depth -= 1
@@ -1460,23 +1600,58 @@ def second_parser(words: list[tuple[str, bool]]) -> str:
     for number, (word, first) in enumerate(words):
         name = word.rpartition("/")[2] or word
         wrapped = name in WRAPPERS or wrapped and not first
-        if name not in PARSERS or not (first or wrapped
-                                       and name not in BUILTINS):
-            continue
+        told = first or wrapped and name not in BUILTINS
+        kind = name if name in PARSERS else name.rstrip("0123456789.")
+        if kind not in PARSERS or not (told or kind in SHELLS):
+            continue                        # python3.11 is a python
         after = []
-        for later, begins in words[number + 1:]:
+        for later, begins in words[number + 1:number + 100]:
             if begins:
                 break
             after.append(later)
-        option = PARSERS[name]
-        if not option:
-            return name
-        if any(later[:1] == "-" and later[:2] != "--"
-               and any(letter in later for letter in option)
-               for later in after):
-            return f"{name} -{option[0]}"
-        if name in SHELLS and number and not after:
-            return name                     # echo {{x}} | sh
+        how = parsed_by(kind, after)
+        if how is not None and (told or how == " -c"):
+            return name + how
+    return ""
+
+
+def parsed_by(name: str, after: list[str]) -> str | None:
+    """Does this program with these words read one of them as code? By which
+    option, or "" if by none; None: it does not."""
+    option = PARSERS[name]
+    if not option:
+        return ""
+    if option == "=":
+        return "" if any(word[:2] == "{{" for word in after) else None
+    if option[0] == ">":
+        told = any(one == option[1:] and two[:2] == "{{"
+                   for one, two in zip(after, after[1:]))
+        return f" {option[1:]}" if told else None
+    if option[0] == "-":
+        return f" {option}" if option in after else None
+    if any(word[:1] == "-" and word[:2] != "--" and any(
+            letter in word for letter in option) for word in after):
+        return f" -{option[0]}"
+    if name in ("test", "[") and not COMPARE.isdisjoint(after):
+        return " of ksh"                    # where -eq takes a sum
+    operands = [word for word in after if word[:1] != "-" or word == "-s"]
+    if name in SHELLS and (not operands or operands[0] == "-s"):
+        return ""                           # echo {{x}} | sh
+    read = name in READERS and operands[:1] and operands[0][:2] == "{{"
+    return "" if read else None
+
+
+def led(words: list[tuple[str, bool]]) -> str:
+    """The value that is the program of another: sudo {{x}}; or ''."""
+    leader = ""
+    for word, first in words:
+        if word[:2] == "{{" and leader:
+            return leader
+        name = word.rpartition("/")[2]
+        if name in LEADERS and (first or leader):
+            leader = name
+        elif first or not (word[:1] in "-0123456789" or "=" in word):
+            leader = ""
     return ""
 
 
@@ -1816,9 +1991,12 @@ class TabReader:
             return script, stdin, ()
         lexer = Lexer(command[:end])
         after = command.find("{{", end)
-        if after >= 0 and "}}" in command[after:] and not is_foreign(
-                command[after + 2:command.index("}}", after)]):
-            lexer.found.append(Found(after, after + 2, "after %"))
+        while after >= 0 and "}}" in command[after:]:
+            close = command.index("}}", after)
+            if not is_foreign(command[after + 2:close]):
+                lexer.found.append(Found(after, after + 2, "after %"))
+                break
+            after = command.find("{{", close)
         problems = [Problem(
             self.row, self.base + at + found.start + 1, "bad argument",
             f"it stands {found.place}", PLACES[found.place])
@@ -1835,7 +2013,12 @@ class TabReader:
             pieces += [split_percent(command[done:found.start])[0],
                        f'"${{KOI_ARG_{number}}}"']
             done = found.end
-        if params:
+        shell = self.environment.get("SHELL", "").rpartition("/")[2]
+        if params and shell in OTHERS:
+            self.refuse(lexer.found[0].start + at, "bad argument",
+                        f"{shell} reads a command in its own way",
+                        "SHELL=/bin/sh above this line")
+        if any(param.type in FREE for param in params.values()):
             self.warn_of_parsers(lexer, at)
         pieces.append(split_percent(command[done:end])[0])
         return "".join(pieces), stdin, tuple(params.values())
@@ -1860,7 +2043,8 @@ class TabReader:
         def stop(why: str, hint: str = "{{name, type, default}}"):
             self.refuse(at, "bad argument", why, hint)
 
-        parts = [part.strip(BLANKS) for part in inner.split(",", 2)]
+        parts = [part.strip(BLANKS) for part in inner.replace(
+            "\\%", "%").split(",", 2)]
         name, kind = parts[0], parts[1] if len(parts) > 1 else ""
         default = parts[2] if len(parts) > 2 else None
         if not name or len(name) > LONGEST_NAME or has_control(name):
@@ -1880,8 +2064,6 @@ class TabReader:
         param = Param(name, kind or "string", default, choices)
         if default is not None:
             reason = param.refusal(default)
-            if len(default) > LONGEST_DEFAULT:
-                reason = f"at most {LONGEST_DEFAULT:,} characters"
             if reason:
                 stop(f"{short(default)} is no default: {reason}", "")
         elif when != "@manual":
@@ -1905,7 +2087,7 @@ class TabReader:
         if job.command.endswith("\r"):
             self.note(at + len(job.command) - 1, "odd command", "the line "
                       "ends in CR LF, and the shell gets the CR", "dos2unix")
-        if not self.system and job.command.split(None, 1)[0] == "root":
+        if not self.system and job.command.split(None, 1)[:1] == ["root"]:
             self.note(at, "odd command", "the command is `root`",
                       "only /etc/crontab and cron.d have a column for users")
         percent = split_percent(job.command)[2]
@@ -1916,11 +2098,15 @@ class TabReader:
 
     def warn_of_parsers(self, lexer: Lexer, at: int) -> None:
         where = at + lexer.found[0].start
-        parser = second_parser(lexer.words)
+        parser = second_parser(lexer.words) or lexer.obeyed()
         if parser:
             self.note(where, "unsafe argument", f"{visible(parser)} reads the "
                       "value again, as code: whoever fills it in can run "
                       "anything")
+        leader = led(lexer.words)
+        if leader:
+            self.note(where, "unsafe argument", f"{leader} runs the value: "
+                      "the value is the program, and can be any")
         for found in lexer.found:
             if found.first:
                 self.note(at + found.start, "unsafe argument", "the value is "
@@ -2153,7 +2339,6 @@ CLAIMED, GOING, ENDED, UNSTARTABLE = range(4)           # phases
 REASONS = ("", "timeout")
 NO_STATUS = -1
 MASK = b"******"
-TRIGGERS = ("schedule", "manual", "catch-up", "retry", "reboot")
 
 
 class Header:
@@ -2228,14 +2413,25 @@ class Mask:
         """What may be shown now; the rest is held back for the next call,
         as it may be the beginning of a secret."""
         data = self.held[stream] + data
+        cut = len(data) if last else self.settled(data)
+        self.held[stream], data = data[cut:], data[:cut]
         for secret in self.hidden:
             data = data.replace(secret, MASK)
-        keep = 0 if last else max(
-            (size for secret in self.hidden
-             for size in range(1, len(secret))
-             if data.endswith(secret[:size])), default=0)
-        self.held[stream] = data[len(data) - keep:]
-        return data[:len(data) - keep]
+        return data
+
+    def settled(self, data: bytes) -> int:
+        """Up to where no secret can begin that ends in what comes next."""
+        cut = len(data) - max((size for secret in self.hidden
+                               for size in range(1, len(secret))
+                               if data.endswith(secret[:size])), default=0)
+        before = -1
+        while cut != before:        # nor may a whole one be cut through
+            before = cut
+            for secret in self.hidden:
+                at = data.find(secret, max(0, cut - len(secret) + 1))
+                if 0 <= at < cut < at + len(secret):
+                    cut = at
+        return cut
 
 
 def exit_and_signal(status: int) -> tuple[int | None, int | None]:
@@ -2268,8 +2464,9 @@ LINGER = 1.0            # seconds for output that comes after a job's end
 KILL_AFTER = 10.0       # seconds from TERM to KILL
 TRY_FOR = 60.0          # seconds in which a full process table may empty
 CHUNK = 65_536
-PIPE_ROOM = 60_000      # bytes of input that surely fit into a pipe
+PIPE_ROOM = 4096        # bytes that fit into a pipe of the smallest kind
 FAR_BEHIND = 2**18      # bytes a terminal may lag before its job must wait
+LONGEST_SLEEP = 86_400.0    # seconds: poll() takes 24 days at most
 REPORT = Struct("<Qi")  # run, wait status: what koid is told, in one write
 PASSED_ON = (1, 2, 3, 9, 15)    # signals that `koitab run` may send
 RESET = [number for number in range(1, signal.NSIG) if number not in (
@@ -2348,11 +2545,7 @@ class Watched:
             try:
                 os.pwrite(self.file, self.header.pack(), 0)
             except OSError:
-                self.close_file()
-
-    def close_file(self) -> None:
-        os.close(self.file)
-        self.file = None
+                pass            # the next one may be written again
 
     def hear(self, stream: int, data: bytes) -> None:
         """The job wrote something; b"" is its end."""
@@ -2401,6 +2594,7 @@ class Watched:
         header.lost += self.payload[header.turn]
         self.payload[header.turn] = 0
         self.set_length(0)
+        self.save()             # before what it describes is overwritten
 
     # --- its process
 
@@ -2415,12 +2609,14 @@ class Watched:
             self.put(NOTE, visible(f"{home}: {error.strerror}; it runs in /")
                      .encode())
         shell = order.environment["SHELL"]
+        given = input_file(order.stdin) if order.stdin else nothing
         out, out_end = os.pipe()
         err, err_end = os.pipe()
-        given = input_file(order.stdin) if order.stdin else nothing
         try:
             self.pid = os.posix_spawn(
-                shell, [shell, "-c", order.script], order.environment,
+                octets(shell), [octets(shell), b"-c", octets(order.script)],
+                {octets(name): octets(value) for name, value
+                 in order.environment.items()},
                 file_actions=[(os.POSIX_SPAWN_DUP2, given, 0),
                               (os.POSIX_SPAWN_DUP2, out_end, 1),
                               (os.POSIX_SPAWN_DUP2, err_end, 2)],
@@ -2447,11 +2643,15 @@ class Watched:
 
     def signal(self, number: int) -> None:
         """Signal all processes of the job that kept its group."""
-        if self.status is None:
+        if self.pid and self.status is None:
             try:
                 os.killpg(self.pid, number)
             except OSError:
                 pass            # it has just ended, or became another user
+        elif self.pid:
+            end_group(self.pid, number)
+        else:
+            self.give_up = 0.0  # it could not be started yet, and will not
 
     def press(self, now: float) -> None:
         """End a job whose time is up: TERM, and KILL ten seconds later."""
@@ -2464,7 +2664,22 @@ class Watched:
             self.signal(signal.SIGTERM)
 
 
+def octets(text: str) -> bytes:
+    """A tab's text as its bytes, whatever locale koid was started in."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 AGAIN = (errno.EAGAIN, errno.ENOMEM)
+
+
+def end_group(pid: int, number: int) -> None:
+    """Signal what is left of a job's group whose leader has ended. While it
+    has a member no other process gets the leader's number."""
+    if not born(pid):
+        try:
+            os.killpg(pid, number)
+        except OSError:
+            pass
 
 
 def born(pid: int) -> int:
@@ -2483,7 +2698,7 @@ def born(pid: int) -> int:
 
 def input_file(data: bytes) -> int:
     """A descriptor from which a job reads this."""
-    if len(data) <= PIPE_ROOM:
+    if len(data) <= PIPE_ROOM:      # else the write could wait for ever
         given, end = os.pipe()
         os.write(end, data)
         os.close(end)
@@ -2631,21 +2846,22 @@ class Supervisor:
                     not run.streams or now >= run.linger):
                 self.finish(run)
         self.watched = [run for run in self.watched if not run.finished
-                        or run.backlog]
+                        or run.backlog or run.kill_at != FOREVER]
         self.tell()
 
     def patience(self) -> float | None:
         """Milliseconds until something is to be done without being heard."""
         now = time.monotonic()
-        soon = min((min(run.deadline, run.kill_at, run.linger, run.again)
-                    for run in self.watched if not run.finished),
-                   default=FOREVER)
+        soon = min((run.kill_at if run.finished else min(
+            run.deadline, run.kill_at, run.linger, run.again)
+            for run in self.watched), default=FOREVER)
         if self.untold:
             soon = min(soon, now + 1)
         if any(run.handle < 0 < run.pid and run.status is None
                for run in self.watched):
             soon = min(soon, now + 0.2)
-        return None if soon == FOREVER else max(soon - now, 0) * 1000 + 1
+        return None if soon == FOREVER else \
+            min(max(soon - now, 0), LONGEST_SLEEP) * 1000 + 1
 
     def read(self, run: Watched, fd: int, _events: int) -> None:
         """Some output, or the end of it."""
@@ -2671,7 +2887,7 @@ class Supervisor:
         if pid:
             run.status, run.header.ended = status, time.time()
             run.linger = time.monotonic() + LINGER
-            run.deadline = run.kill_at = FOREVER
+            run.deadline = FOREVER      # a KILL that is due stays due
             if fd >= 0:
                 self.forget(fd)
 
@@ -2788,11 +3004,12 @@ def supervise(*arguments) -> int:
     try:
         Supervisor(*arguments).live()
         os._exit(0)
-    except BaseException as bug:    # it may never return into koid's code
+    except BaseException as bug:
         import syslog
         syslog.syslog(syslog.LOG_CRON | syslog.LOG_ERR,
                       f"koid: a supervisor failed: {bug!r}")
-        os._exit(EXIT_BUG)
+    finally:
+        os._exit(EXIT_BUG)      # it may never return into koid's code
 
 
 # ==========================================================================
@@ -2847,6 +3064,17 @@ def file_fault(status, owners: tuple, mask: int, links: bool) -> str:
         return "it has another name (a hard link)"
     return "" if status.st_size <= LONGEST_TAB else \
         f"it is larger than {LONGEST_TAB:,} bytes"
+
+
+def unusable_text(text: str) -> str:
+    """Why this cannot be a crontab at all; "" if it can."""
+    try:
+        size = len(text.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        return "it is not UTF-8"
+    if size > LONGEST_TAB:
+        return f"it is larger than {LONGEST_TAB:,} bytes"
+    return "there is a NUL in it" if "\0" in text else ""
 
 
 class Machine:
@@ -3102,8 +3330,8 @@ class Machine:
         try:
             status = os.fstat(fd)
             stamp = (status.st_mtime_ns, status.st_ctime_ns, status.st_size,
-                     status.st_ino, status.st_dev)
-            if known and known.stamp == stamp:
+                     status.st_ino, status.st_dev, owners)
+            if known and known.stamp == stamp and not known.trouble:
                 return known
             fault = file_fault(status, owners, mask, links)
             if fault:
@@ -3114,8 +3342,9 @@ class Machine:
             return TabFile(path, user, (), None, error.strerror)
         finally:
             os.close(fd)
-        return TabFile(path, user, stamp, data.decode("utf-8",
-                                                      "surrogateescape"))
+        text = data.decode("utf-8", "surrogateescape")
+        why = unusable_text(text)
+        return TabFile(path, user, stamp, None if why else text, why)
 
     # --- the boot
 
@@ -3176,7 +3405,7 @@ class Machine:
     def clock_alarm(self) -> int | None:
         """A descriptor that becomes readable when somebody sets the clock,
         or the machine wakes; None if the system has no such thing."""
-        if sys.platform != "linux":
+        if sys.platform != "linux" or sys.maxsize < 2**32:
             return None
         try:
             import ctypes
@@ -3198,7 +3427,7 @@ class Machine:
     def signal_job(self, header: Header, number: int) -> bool:
         """Signal a job's group, if it still is the process it was."""
         if header.phase != GOING or not header.job \
-                or header.born and born(header.job) != header.born:
+                or born(header.job) != header.born:
             return False
         try:
             os.killpg(header.job, number)
@@ -3212,6 +3441,14 @@ class Machine:
         syslog.openlog(name, syslog.LOG_PID, syslog.LOG_CRON)
         syslog.syslog(syslog.LOG_ERR if bad else syslog.LOG_INFO,
                       visible(text))
+
+
+def remove(path: str, dir_fd: int | None = None) -> None:
+    """Remove a file, if it is there and can be."""
+    try:
+        os.unlink(path, dir_fd=dir_fd)
+    except OSError:
+        pass
 
 
 def names_in(folder: str) -> list[str]:
@@ -3236,7 +3473,6 @@ def names_in(folder: str) -> list[str]:
 SCHEMA = 1
 APPLICATION = 0x6B6F6931        # "koi1", so that no other file passes
 MOST_WAITING = 50_000           # statements that wait for a full disk
-UNFINISHED = ("queued", "running")
 TABLES = """
 create table meta (name text primary key, value text not null) without rowid;
 create table jobs (
@@ -3269,6 +3505,7 @@ class Store:
     def __init__(self, path: str, writing: bool = True):
         self.path, self.writing = path, writing
         self.trouble = ""               # why nothing can be written
+        self.broken = False             # the disk failed: start anew
         self.waiting: list[tuple] = []  # (statement, values) not written yet
         self.keys: dict[tuple, int] = {}    # (user, identity) -> id in jobs
         self.last = self.last_job = 0
@@ -3301,18 +3538,12 @@ class Store:
         import sqlite3
         empty = not os.path.exists(self.path)
         if empty:
-            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY
-                             | os.O_CLOEXEC, 0o600))
+            self.make()
         self.db = db = sqlite3.connect(self.path, isolation_level=None,
                                        timeout=5)
         for line in ("journal_mode=wal", "synchronous=full",
                      "cache_size=-256", "wal_autocheckpoint=256"):
             db.execute(f"pragma {line}").fetchall()
-        if empty:
-            db.executescript(f"begin; {TABLES} pragma application_id="
-                             f"{APPLICATION}; pragma user_version={SCHEMA};"
-                             " commit")
-            sync_folder(posixpath.dirname(self.path))
         version = self.one("pragma user_version")
         if self.one("pragma application_id") != APPLICATION:
             # A file of length 0 passes every check of SQLite's.
@@ -3320,9 +3551,27 @@ class Store:
         if version > SCHEMA:
             raise Error(f"{self.path} was written by a newer koi (schema "
                         f"{version})", "install that version again")
-        sound = self.one("pragma quick_check(1)") if self.writing else "ok"
-        if sound != "ok":
-            raise sqlite3.DatabaseError(sound)
+        for table in ("meta", "jobs", "runs") if self.writing else ():
+            sound = self.one(f"pragma quick_check('{table}')")
+            if sound != "ok":   # all output would take minutes to read
+                raise sqlite3.DatabaseError(sound)
+
+    def make(self) -> None:
+        """A new history, whole or not at all: a file of length 0 would pass
+        for a damaged one."""
+        import sqlite3
+        fresh = self.path + ".new"
+        for ending in ("", "-journal"):
+            remove(fresh + ending)
+        os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY
+                         | os.O_CLOEXEC, 0o600))
+        db = sqlite3.connect(fresh, isolation_level=None)
+        db.executescript(f"pragma synchronous=full; begin; {TABLES} pragma "
+                         f"application_id={APPLICATION}; pragma "
+                         f"user_version={SCHEMA}; commit")
+        db.close()
+        os.rename(fresh, self.path)
+        sync_folder(posixpath.dirname(self.path))
 
     def move_aside(self, why: str) -> str:
         """Begin a new history; the damaged one is kept."""
@@ -3360,12 +3609,21 @@ class Store:
             self.roll_back()
             self.trouble = f"{self.path}: {error}"
             if "disk I/O error" in str(error):
+                self.broken = True      # a commit might lie from now on
                 raise Error(self.trouble) from None
-            del self.waiting[:-MOST_WAITING]
+            if len(self.waiting) > MOST_WAITING:
+                self.waiting = [deed for deed in self.waiting
+                                if deed[0].startswith("insert into jobs")
+                                ] + self.waiting[-MOST_WAITING:]
             return False
         except sqlite3.DatabaseError as error:
             self.roll_back()
+            self.broken = True
             raise Error(f"{self.path}: {error}") from None
+        except Exception:       # a value that SQLite cannot take: ours
+            self.roll_back()
+            del self.waiting[len(self.waiting) - len(deeds):]
+            raise
         self.waiting.clear()
         self.trouble = ""
         return True
@@ -3384,8 +3642,8 @@ class Store:
             self.last_job += 1
             key = self.keys[whose] = self.last_job
             deeds.append(("insert into jobs values (?, ?, ?, ?, ?, ?)", (
-                key, *whose, *map(storable, (job.section, job.name,
-                                             job.label)))))
+                key, *map(storable, (*whose, job.section, job.name,
+                                     job.label)))))
         return key
 
     def insert(self, run: dict) -> tuple:
@@ -3456,9 +3714,11 @@ def shown(row: tuple) -> dict:
 
 LONGEST_REQUEST = 8 * 2**20     # a tab of 1 MiB, each letter escaped
 REQUEST_TIME = 10.0             # seconds to send one
-MOST_VISITORS, MOST_OF_ONE = 256, 64
-LONGEST_VALUE, LONGEST_ARGS = 65_536, 131_000
+MOST_VISITORS, MOST_OF_ONE, MOST_AT_ONCE = 256, 64, 16
+MOST_BYTES_OF_ONE = 2 * LONGEST_REQUEST     # of requests that come in
+LONGEST_ARGS = 262_144          # bytes of all arguments of a run together
 MOST_ROWS = 1_000
+LARGEST = 2**62                 # what SQLite can count
 
 
 class Duty:
@@ -3468,7 +3728,8 @@ class Duty:
                  "line", "due", "delay")
 
     def __init__(self, job: Job, file: TabFile, delay: int):
-        self.job, self.user, self.file = job, job.user or file.user, file.path
+        self.job, self.file = job, file.path
+        self.user = storable(job.user or file.user)
         self.identity = storable("\0".join(job.identity()))
         self.line = job.line
         self.schedule, self.settings = job.schedule, job.settings
@@ -3491,6 +3752,7 @@ class Book:
         self.duties: list[Duty] = []
         self.troubles: list[str] = []
         self.stamp: tuple = ()
+        self.links = False      # a tab of the system is a symbolic link
 
     def load(self) -> bool:
         """Read what has changed; False if nothing has. A tab that cannot be
@@ -3501,25 +3763,29 @@ class Book:
                  self.machine.stamp_of(LOCAL_ZONE))
         if stamp == self.stamp:
             return False
-        self.stamp = stamp
         tabs, self.troubles = {}, []
         for path, file in files.items():
             before = self.tabs.get(path)
             if before and file is self.files.get(path):
                 tabs[path] = before
-            elif file.text is None or "\0" in file.text:
-                why = file.trouble or "there is a NUL in it"
-                self.troubles.append(f"{path}: not used: {why}")
-                if before and not file.trouble.startswith(UNBELIEVED):
-                    tabs[path] = before
-            else:
+                continue
+            try:
+                if file.text is None:
+                    raise ValueError(file.trouble)
                 user = file.user or "root"
                 tabs[path] = parse_tab(file.text, file.system, user == "root",
                                        self.machine.salt(user))
+            except Exception as why:    # the other tabs go on
+                self.troubles.append(f"{path}: not used: {why}")
+                if before and not file.trouble.startswith(UNBELIEVED):
+                    tabs[path] = before
         self.files = {path: file.but(text=file.text and "")
                       for path, file in files.items()}
         self.tabs = tabs
         self.gather()
+        self.links = any(file.system and os.path.islink(path)
+                         for path, file in files.items())
+        self.stamp = stamp
         return True
 
     def forget(self) -> None:
@@ -3552,6 +3818,10 @@ class Book:
         mine = [duty for duty in self.duties if not user or duty.user == user]
         jobs = {id(duty.job): duty for duty in mine}
         found = chosen([duty.job for duty in mine], name)
+        users = sorted({jobs[id(job)].user for job in found})
+        if len(users) > 1:
+            raise Error(f"{short(name)} is a job of {', '.join(users)}",
+                        f"koitab -u {users[0]} ...")
         if len(found) > 1 and len({job.tag for job in found}) > 1:
             raise Error(f"{short(name)} is the name of {len(found)} jobs",
                         "use the tag: " + " ".join(job.tag for job in found))
@@ -3619,7 +3889,8 @@ class Desk:
             raise Error(f"koid knows no request {short(str(op))}",
                         "is it older than koitab? restart it")
         wrong = [name for name, kind in KINDS.items() if not isinstance(
-            request.get(name, kind()), kind) or request.get(name) is True]
+            request.get(name, kind()), kind) or kind is int
+            and not -LARGEST < request.get(name, 0) < LARGEST]
         if wrong:
             raise Error(f"a request's {wrong[0]} has the wrong type")
         reply = OPERATIONS[op](self, caller, request)
@@ -3650,6 +3921,8 @@ class Desk:
         user = request.get("user") or caller.name
         if user != caller.name and not caller.master:
             raise Error("must be privileged to use -u")
+        if not user:
+            raise Error(f"uid {caller.uid} has no name on this host")
         return user
 
     # --- tabs
@@ -3663,11 +3936,12 @@ class Desk:
 
     def install(self, caller: Caller, request: dict) -> dict:
         user, text = self.whose(caller, request), request.get("text", "")
+        why = unusable_text(text)
+        if why:
+            raise Error(f"this is no crontab: {why}")
         tab = parse_tab(text, root=user == "root",
                         salt=self.machine.salt(user))
         check_zones(tab, self.machine)
-        if len(text) > LONGEST_TAB:
-            raise Error(f"it is larger than {LONGEST_TAB:,} bytes")
         installed = not tab.faults()
         if installed:
             self.machine.write_tab(self.home, user, text)
@@ -3732,7 +4006,7 @@ class Desk:
         if request.get("before"):
             where.append("r.id < ?")
             values.append(request["before"])
-        limit = min(request.get("limit") or 100, MOST_ROWS)
+        limit = max(1, min(request.get("limit") or 100, MOST_ROWS))
         return {"runs": self.store.runs(
             f"{' and '.join(where)} order by r.id desc limit ?",
             *values, limit)}
@@ -3771,7 +4045,10 @@ class Desk:
         run = self.run_of(caller, request)
         frames = self.store.output(run["run"])
         if not frames:              # it is going on, or not yet taken in
-            data = run_file(self.home, run["run"])
+            try:
+                data = run_file(self.home, run["run"])
+            except OSError as error:
+                raise Error(f"run {run['run']}: {error.strerror}") from None
             header = header_of(data)
             frames = kept_output(data, header) if header else b""
         return {"run": run, "size": len(frames)}, frames
@@ -3785,8 +4062,8 @@ class Desk:
 
     def status(self, caller: Caller, request: dict) -> dict:
         user = self.mine(caller, request)
-        own = self.machine.own_tab(self.home, user or caller.name)
-        tab = parse_tab(own.text) if own and own.text else Tab([], [], {})
+        tab = self.book.tabs.get(f"{self.home}/tabs/{user or caller.name}"
+                                 ) or Tab([], [], {})
         mine = [duty for duty in self.book.duties
                 if not user or duty.user == user]
         starts = [start for start in (
@@ -3829,12 +4106,13 @@ def check_zones(tab: Tab, machine: Machine) -> dict[str, Zone]:
     return zones
 
 
-def run_file(home: str, run: int) -> bytes:
-    """What a supervisor has written about a run so far; b"" if nothing."""
+def run_file(home: str, run: int, most: int = -1) -> bytes:
+    """What a supervisor has written about a run so far, or its beginning;
+    b"" if nothing. Raises OSError."""
     try:
         with open(f"{home}/runs/{run}", "rb") as file:
-            return file.read()
-    except OSError:
+            return file.read(most)
+    except FileNotFoundError:
         return b""
 
 
@@ -3854,14 +4132,12 @@ def checked_values(job: Job, given: dict) -> dict[str, str]:
                         f"{name}=VALUE")
         reason = param.refusal(value) if isinstance(value, str) else \
             "it is no text"
-        if not reason and len(value.encode("utf-8", "replace")) \
-                > LONGEST_VALUE:
-            reason = f"it is longer than {LONGEST_VALUE:,} bytes"
         if reason:
             raise Error(f"the argument {short(name)}: {reason}")
         values[name] = value
-    if sum(map(len, values.values())) > LONGEST_ARGS:
-        raise Error("the arguments are too long together")
+    if sum(len(value.encode()) for value in values.values()) > LONGEST_ARGS:
+        raise Error("the arguments are longer together than "
+                    f"{LONGEST_ARGS:,} bytes")
     return values
 
 
@@ -4024,7 +4300,7 @@ RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds between attempts
 TRY_AGAIN = 1.0             # seconds until a full process table is tried
 LONG_ENOUGH = 600.0         # seconds after which nobody waits for a run
 MOST_QUEUED = 100           # runs of one job that may wait
-MOST_MISSED = 10_000        # starts that are counted one by one
+WRITE_AGAIN = 5.0           # seconds until a full disk is tried again
 FIRST_LOOK = 2.0            # seconds between looks at adopted runs
 MOST_MAILERS = 2
 MAIL_TIME = 60              # seconds for a sendmail
@@ -4034,7 +4310,8 @@ class Pending:
     """A run that is to be started, now or later."""
 
     __slots__ = ("run", "duty", "trigger", "due", "asked", "attempt",
-                 "values", "at", "connection", "known", "behind", "greeted")
+                 "values", "at", "connection", "known", "behind", "greeted",
+                 "full_since")
 
     def __init__(self, duty: Duty, trigger: str, due: float, now: float):
         self.run, self.duty, self.trigger = 0, duty, trigger
@@ -4046,6 +4323,7 @@ class Pending:
         self.known = False      # it has a row in the history
         self.behind = False     # it waits for the run before it
         self.greeted = False    # who waits for it knows its number
+        self.full_since = 0.0   # ticks: no process could be started
 
     def greet(self) -> None:
         """Tell who waits which run it is."""
@@ -4082,6 +4360,7 @@ class Active:
                  supervisor: int = 0):
         self.run, self.key, self.pending = run, key, pending
         self.supervisor = supervisor
+        self.trigger = pending.trigger if pending else "schedule"
         self.reason = ""            # why we ended it
         self.kill, self.kill_at = 0, FOREVER    # a signal to be sent, when
 
@@ -4154,10 +4433,15 @@ class Daemon:
         self.letters: list[tuple] = []
         self.mailers: dict[int, int] = {}   # pid -> run
         self.leftover: list[int] = []       # files to remove when written
+        self.unsaved: list[tuple] = []      # (Active, wait status)
+        self.write_at = 0.0                 # ticks, after a full disk
+        self.doomed: list[tuple] = []       # (ticks, pid of a group's leader)
+        self.also: list[tuple] = []         # to be written with what is next
         self.troubles: dict[str, str] = {}
         self.watch: Watch | None = None     # None: the clock is not set
+        self.clock_by = 0.0                 # ticks, until it must be set
         self.door_opens = FOREVER           # ticks, after too many visitors
-        self.stopping = self.changed = False
+        self.stopping = False
         self.reload_at = self.look_at = FOREVER
         self.folders: dict[str, int] = {}
         self.visitors: dict[int, Visitor] = {}
@@ -4172,6 +4456,9 @@ class Daemon:
             while not self.stopping:
                 try:
                     self.turn()
+                    if self.store.broken:
+                        raise Error(self.store.trouble, "koid ends, and "
+                                    "judges the history when it is started")
                 except Error:
                     raise
                 except Exception as bug:    # ours; the other jobs go on
@@ -4205,11 +4492,11 @@ class Daemon:
     def open_pipes(self) -> None:
         self.nothing, end = os.pipe()       # what a job without input reads
         os.close(end)
-        reports, self.report = os.pipe()
+        self.reports, self.report = os.pipe()
         woken, self.wake = os.pipe()
-        for fd in (reports, self.report, woken, self.wake):
+        for fd in (self.reports, self.report, woken, self.wake):
             os.set_blocking(fd, False)
-        self.hear(reports, self.read_reports)
+        self.hear(self.reports, self.read_reports)
         self.hear(woken, self.drain)
         signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
@@ -4245,12 +4532,9 @@ class Daemon:
                 self.write([self.seen_note()])
         except Error as error:
             self.say(error.message, bad=True)
-        try:
-            os.unlink(self.machine.socket_path(self.home))
-        except OSError:
-            pass
+        remove(self.machine.socket_path(self.home))
         if self.cron_pid >= 0:
-            os.unlink(CRON_PID)
+            remove(CRON_PID)
         self.say("stopped; jobs that run go on")
 
     def note_signal(self, number: int, _frame) -> None:
@@ -4260,7 +4544,7 @@ class Daemon:
             self.book.forget()
             self.reload_at = 0.0
         elif number == signal.SIGIO:
-            self.changed = True
+            self.reload_at = min(self.reload_at, self.clock.ticks() + SETTLE)
 
     # --- one turn
 
@@ -4279,8 +4563,6 @@ class Daemon:
         """Sleep until something happens; then do what is due first."""
         heard = self.poll.poll(self.patience())
         now = self.clock.ticks()
-        if self.changed and self.reload_at == FOREVER:
-            self.reload_at = now + SETTLE
         if now >= self.reload_at or self.folders_unwatched():
             self.reload()
         self.look()
@@ -4307,8 +4589,11 @@ class Daemon:
         for active in self.active.values():
             soon = min(soon, active.kill_at)
         if self.store.waiting:
-            soon = min(soon, now + 5)
-        return -1 if soon == FOREVER else max(soon - now, 0) * 1000
+            soon = min(soon, self.write_at)
+        for at, _ in self.doomed:
+            soon = min(soon, at)
+        return -1 if soon == FOREVER else \
+            min(max(soon - now, 0), LONGEST_SLEEP) * 1000
 
     def next_wake(self) -> float:
         """The ticks at which the next job is due. Without an alarm for a
@@ -4351,7 +4636,7 @@ class Daemon:
     def look(self) -> None:
         """Start what fell due."""
         if not self.watch:
-            self.wait_for_clock()
+            self.begin_to_watch()
             return
         before, now = self.watch, self.reading()
         strayed = now.wall - before.seen.wall - now.ticks + before.seen.ticks
@@ -4379,6 +4664,7 @@ class Daemon:
     def launch(self, pendings: list[Pending], rows: list = ()) -> None:
         """Write down what is to be started, then start it."""
         ready, deeds = [], [self.seen_note()] if self.watch else []
+        deeds, self.also = deeds + self.also, []
         for duty, row in rows:
             deeds.append(self.new_run(duty, row, deeds))
             if row["state"] == "missed" and duty.settings.catchup == "yes":
@@ -4392,7 +4678,9 @@ class Daemon:
                 counts[pending.duty.key] = counts.get(pending.duty.key, 0) + 1
             deeds.append(self.row_of(pending, state, reason, deeds))
         if not self.write(deeds):
-            ready = [pending for pending in ready if not self.refuse(pending)]
+            refused = [pending for pending in pendings
+                       if self.refuse(pending)]
+            ready = [pending for pending in ready if pending not in refused]
         for pending in pendings:
             if pending.connection and not pending.greeted:
                 pending.greet()
@@ -4413,6 +4701,9 @@ class Daemon:
             return "skipped", "the last run was still going" if \
                 policy == "skip" else f"{queued} runs were waiting"
         if policy == "replace":
+            for other in [each for each in self.waiting if each.duty.key
+                          == duty.key and each.behind]:
+                self.kill(other.run, "replaced by the next run")
             for active in list(self.active.values()):
                 if active.key == duty.key:
                     self.kill(active.run, "replaced by the next run")
@@ -4423,7 +4714,8 @@ class Daemon:
     def late_reason(self, pending: Pending) -> str:
         """What KOI_START_WITHIN has to say."""
         within = pending.duty.settings.start_within
-        behind = self.clock.now() - pending.due
+        behind = self.clock.now() - pending.due \
+            - pending.duty.delay * MINUTE * (pending.trigger == "schedule")
         return f"late by {duration_text(int(behind))}" \
             if within and behind > within else ""
 
@@ -4451,6 +4743,8 @@ class Daemon:
     def new_run(self, duty: Duty, row: dict, deeds: list) -> tuple:
         self.store.last += 1
         key = self.store.job_key(duty.key, duty.job, deeds)
+        if row["state"] in ("missed", "skipped"):
+            deeds += self.store.forget(key, duty.settings.keep)
         return self.store.insert({"id": self.store.last, "job": key, **row})
 
     def refuse(self, pending: Pending) -> bool:
@@ -4458,6 +4752,11 @@ class Daemon:
         not start; one that is due does."""
         if pending.trigger != "manual":
             return False
+        self.store.waiting.append(self.store.update(
+            pending.run, state="unstartable", started=None,
+            ended=self.clock.now(), reason="it could not be recorded"))
+        if pending in self.waiting:
+            self.waiting.remove(pending)
         pending.hang_up(f"the run cannot be recorded: "
                      f"{self.store.trouble}")
         return True
@@ -4469,15 +4768,15 @@ class Daemon:
         orders, gone, accounts = [], [], {}
         for pending in pendings:
             user = pending.duty.user
-            if user not in accounts:
-                accounts[user] = self.machine.account(user)
-            account = accounts[user]
             try:
+                if user not in accounts:
+                    accounts[user] = self.machine.account(user)
+                account = accounts[user]
                 if not account:
                     raise ValueError(f"there is no user {user}")
                 orders.append((account, self.order(pending, account),
                                pending))
-            except ValueError as error:
+            except Exception as error:      # one job's; the others start
                 gone.append(self.unstartable(pending, str(error)))
         if gone:
             self.write(gone)
@@ -4526,21 +4825,25 @@ class Daemon:
 
     def put_off(self, pendings: list[Pending], error: OSError) -> None:
         """The process table is full: try again, for a minute."""
-        now, deeds = self.clock.now(), []
+        now, deeds = self.clock.ticks(), []
         for pending in pendings:
-            if now - max(pending.due, pending.asked) > TRY_FOR:
+            pending.full_since = pending.full_since or now
+            if now - pending.full_since > TRY_FOR:
                 deeds.append(self.unstartable(
                     pending, f"could not start: {error.strerror}"))
             else:
-                pending.at = self.clock.ticks() + TRY_AGAIN
+                pending.at = now + TRY_AGAIN
                 self.waiting.append(pending)
         self.trouble("fork", f"no process could be started: "
                      f"{error.strerror}")
         self.write(deeds)
 
     def unstartable(self, pending: Pending, why: str) -> tuple:
+        why = storable(why)
         pending.hang_up(why)
         self.say(f"({pending.duty.user}) ERROR ({why})", bad=True)
+        self.also += self.store.forget(self.store.keys[pending.duty.key],
+                                       pending.duty.settings.keep)
         return self.store.update(
             pending.run, state="unstartable", reason=why, started=None,
             ended=self.clock.now())
@@ -4578,6 +4881,7 @@ class Daemon:
 
     def reap(self) -> None:
         """Supervisors, and senders of mail, that have gone."""
+        self.read_reports(None, self.reports, 0)
         while self.supervisors or self.mailers:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -4586,8 +4890,12 @@ class Daemon:
             if not pid:
                 return
             for run in self.supervisors.pop(pid, ()):
-                if run in self.active:
-                    self.ended.setdefault(run, NO_STATUS)
+                active = self.active.get(run)
+                if active and run not in self.ended:
+                    if self.has_ended(active):
+                        self.ended[run] = NO_STATUS
+                    else:       # another has it, of the koid before us
+                        active.supervisor, self.look_at = 0, 0.0
             if pid in self.mailers:
                 self.mailed(self.mailers.pop(pid), status)
 
@@ -4603,6 +4911,9 @@ class Daemon:
         for active in list(self.active.values()):
             if now >= active.kill_at:
                 self.press(active, now)
+        for at, pid in [each for each in self.doomed if now >= each[0]]:
+            self.doomed.remove((at, pid))
+            end_group(pid, signal.SIGKILL)
         for visitor in list(self.visitors.values()):
             if now >= visitor.deadline:
                 self.dismiss(visitor)
@@ -4612,31 +4923,56 @@ class Daemon:
 
     def has_ended(self, active: Active) -> bool:
         """Of a run whose supervisor is not our child."""
-        header = header_of(run_file(self.home, active.run))
+        try:
+            header = header_of(run_file(self.home, active.run, HEADER_ROOM))
+        except OSError:
+            return False        # too many files are open; later
         return not header or header.phase in (ENDED, UNSTARTABLE) \
             or born(header.supervisor) != header.supervisor_born
 
     def take_in(self) -> None:
-        """Move runs that have ended into the history."""
-        if self.store.waiting and not self.ended:
-            self.write([])
-        if not self.ended:
-            return
-        deeds, again, letters = [], [], []
+        """Move runs that have ended into the history. When it cannot be
+        written, they stay in their files, and we try again."""
+        now = self.clock.ticks()
         for run, status in self.ended.items():
             active = self.active.pop(run, None)
             if active:
                 self.supervisors.get(active.supervisor, set()).discard(run)
-                outcome, frames = self.outcome(active, status)
-                deeds += self.ending(active, outcome, frames)
-                if not self.retry(active, outcome, again, deeds):
-                    self.address(active, outcome, frames, letters, deeds)
-                self.leftover.append(run)
+                self.unsaved.append((active, status))
+        if self.ended:
+            self.start_waiting()
         self.ended.clear()
+        if self.store.waiting and now >= self.write_at:
+            self.write_at = now + WRITE_AGAIN
+            self.write([])
+        if self.unsaved and not self.store.waiting:
+            self.save_ends()
+
+    def save_ends(self) -> None:
+        deeds, again, letters = [], [], []
+        unsaved, self.unsaved = self.unsaved, []
+        for active, status in unsaved:
+            mine: list[tuple] = []
+            try:
+                outcome, frames = self.outcome(active, status)
+                mine += self.ending(active, outcome, frames)
+                if not self.retry(active, outcome, again, mine):
+                    self.address(active, outcome, frames, letters, mine)
+            except OSError as error:    # too many files are open
+                self.trouble("ends", f"a run's end cannot be read: {error}")
+                self.unsaved.append((active, status))
+                self.look_at = min(self.look_at, self.clock.ticks() + 1)
+            except Exception as bug:    # of ours, with this run alone
+                self.trouble("bug", f"run {active.run}: {bug!r}")
+                mine = [self.store.update(
+                    active.run, state="interrupted",
+                    reason="koid failed on its end")]
+            else:
+                self.leftover.append(active.run)
+            deeds += mine
         if self.write(deeds):
             self.letters += letters
         self.waiting += again
-        self.start_waiting()
 
     def write(self, deeds: list[tuple]) -> bool:
         """Write to the history; files of runs that are in it can go."""
@@ -4644,10 +4980,7 @@ class Daemon:
         self.trouble("disk", self.store.trouble)
         if written:
             for run in self.leftover:
-                try:
-                    os.unlink(str(run), dir_fd=self.runs)
-                except OSError:
-                    pass
+                remove(str(run), self.runs)
             self.leftover.clear()
         return written
 
@@ -4663,11 +4996,16 @@ class Daemon:
                     "ended": self.clock.now(), "reason": active.reason or (
                         "its output could not be kept" if known else
                         "its supervisor was killed")}, b""
+        if active.kill == signal.SIGKILL and active.kill_at != FOREVER:
+            self.doomed.append((active.kill_at, header.job))
         frames = kept_output(data, header)
         exit_status, number = exit_and_signal(header.status) \
             if header.phase == ENDED else (None, None)
         state = {ENDED: "done", UNSTARTABLE: "unstartable"}.get(
             header.phase, "interrupted")
+        if header.phase == GOING and status != NO_STATUS:
+            state = "done"      # a full disk: the end was only reported
+            exit_status, number = exit_and_signal(status)
         reason = active.reason or REASONS[header.reason]
         if reason == "timeout" and active.pending:
             limit = active.pending.duty.settings.timeout
@@ -4705,7 +5043,11 @@ class Daemon:
         if not last or outcome["state"] != "done" or outcome["exit"] == 0 \
                 or active.reason or last.attempt > last.duty.settings.retry:
             return False
-        wait = min(RETRY_FIRST * 2 ** (last.attempt - 1), RETRY_LONGEST)
+        if not active.supervisor and any(
+                param.type == "secret" for param in last.duty.job.params):
+            return False        # it was given to the koid before us
+        wait = min(RETRY_FIRST * 2 ** min(last.attempt - 1, 10),
+                   RETRY_LONGEST)
         pending = Pending(last.duty, "retry", self.clock.now() + wait,
                           self.clock.now())
         pending.at = self.clock.ticks() + wait
@@ -4734,7 +5076,10 @@ class Daemon:
 
     def press(self, active: Active, now: float) -> None:
         """Send the signal that is due."""
-        header = header_of(run_file(self.home, active.run)[:HEADER_ROOM])
+        try:
+            header = header_of(run_file(self.home, active.run, HEADER_ROOM))
+        except OSError:
+            header = None
         if not header or header.phase == CLAIMED:
             active.kill_at = now + 0.05     # it has not begun yet
             return
@@ -4754,7 +5099,7 @@ class Daemon:
         environment = job.environment if job else {}
         to, text = environment.get("MAILTO", user), output_text(frames)
         good = outcome["state"] == "done" and outcome["exit"] == 0
-        if not text or not to or pending and pending.trigger == "manual" \
+        if not text or not to or active.trigger == "manual" \
                 or job and job.mail_failures and good:
             return
         if not any(os.access(path, os.X_OK) for path in SENDMAILS):
@@ -4767,20 +5112,21 @@ class Daemon:
             deeds.append(self.store.update(active.run, mail="unsafe address"))
             return
         letters.append((active.run, user, to, job.command if job else "",
-                        environment, text))
+                        environment))
         deeds.append(self.store.update(active.run, mail="due"))
 
     def post(self) -> None:
         """Send what is to be sent, two at a time."""
         while self.letters and len(self.mailers) < MOST_MAILERS:
-            run, *letter = self.letters.pop(0)
+            run, *letter = self.letters[0]
+            text = output_text(self.store.output(run))
             try:
                 pid = os.fork()
             except OSError:
-                self.letters.insert(0, (run, *letter))
                 return
             if not pid:
-                send_letter(self.machine, self.host, *letter)
+                send_letter(self.machine, self.host, *letter, text)
+            del self.letters[0]
             self.mailers[pid] = run
 
     def mailed(self, run: int, status: int) -> None:
@@ -4801,13 +5147,22 @@ class Daemon:
         rows = {row["run"]: row for row in self.store.runs(
             "r.state in ('queued', 'running')")}
         duties = {duty.key: duty for duty in self.book.duties}
-        self.leftover = [run for run in files if run not in rows]
+        lost_ones = [run for run in files if run not in rows]
+        self.leftover = [run for run in lost_ones
+                         if self.has_ended(Active(run, ("", ""), None))]
+        if len(self.leftover) < len(lost_ones):
+            self.trouble("lost", plural(len(lost_ones) - len(self.leftover),
+                         "job") + " of which there is no record goes on")
         lost: list[tuple] = []
         for run, row in rows.items():
             key = (row["user"], row["identity"])
             pending = self.pending_of(row, duties.get(key))
             if run in files:
-                self.active[run] = Active(run, key, pending)
+                self.active[run] = active = Active(run, key, pending)
+                active.trigger = row["trigger"]
+                if self.rebooted():
+                    active.reason = "the machine went down"
+                    self.ended[run] = NO_STATUS
             elif pending and self.may_still_start(row, pending):
                 self.waiting.append(pending)
             else:
@@ -4820,6 +5175,11 @@ class Daemon:
         self.look_at = 0.0 if self.active else FOREVER
         self.mail_of_before(duties)
 
+    def rebooted(self) -> bool:
+        """Was the koid before us there before this boot?"""
+        boot = self.machine.boot_id()
+        return not boot or boot != self.store.noted("boot")
+
     def pending_of(self, row: dict, duty: Duty | None) -> Pending | None:
         """The run of a row, if its job is still there and its arguments are
         known."""
@@ -4831,17 +5191,21 @@ class Daemon:
         pending.run, pending.known = row["run"], True
         pending.values, pending.attempt = row["args"], row["attempt"]
         pending.behind = row["reason"] == "waits for the last run"
-        pending.at = self.clock.ticks() + max(
-            0.0, pending.due - self.clock.now()) \
-            if row["trigger"] == "retry" else 0.0
+        start = pending.due + (duty.delay * MINUTE if row["trigger"]
+                               == "schedule" else 0)
+        pending.at = self.clock.ticks() + max(0.0, start - self.clock.now())
         return pending
 
     def may_still_start(self, row: dict, pending: Pending) -> bool:
         """Is it soon enough to begin a run that had no time to?"""
         if any(param.type == "secret" for param in pending.duty.job.params):
             return False        # its secrets were kept nowhere
-        if row["state"] == "queued":
+        if row["state"] == "queued" and row["trigger"] != "manual":
             return True
+        if row["state"] == "queued":
+            return self.clock.now() - pending.asked < LONG_ENOUGH
+        if self.rebooted():
+            return False        # its file may not have reached the disk
         waited = self.clock.now() - (row["started"] or 0.0)
         return waited < (TRY_FOR if row["trigger"] == "schedule"
                          else LONG_ENOUGH)
@@ -4853,23 +5217,26 @@ class Daemon:
             environment = duty.job.environment if duty else {}
             to = environment.get("MAILTO", row["user"])
             if to and safe_address(to):
-                self.letters.append((
-                    row["run"], row["user"], to, row["label"], environment,
-                    output_text(self.store.output(row["run"]))))
+                self.letters.append((row["run"], row["user"], to,
+                                     row["label"], environment))
 
     def begin_to_watch(self) -> None:
-        """Find out what was missed, and wait for what comes."""
+        """Find out what was missed, and wait for what comes; a clock that
+        cannot be right is given some time first."""
         now = self.reading()
         seen = float(self.store.noted("seen") or 0)
-        self.clock_by = now.ticks + WAIT_FOR_CLOCK
-        if now.wall < EARLIEST or now.wall < seen - MINUTE:
+        unset = now.wall < max(EARLIEST, seen - MINUTE)
+        self.clock_by = self.clock_by or now.ticks + WAIT_FOR_CLOCK
+        if unset and now.ticks < self.clock_by:
             self.trouble("clock", "the clock is not set: it shows "
-                         f"{rfc3339(now.wall)}; jobs wait for "
-                         f"{duration_text(WAIT_FOR_CLOCK)}")
+                         f"{rfc3339(now.wall)}; jobs wait for it, for "
+                         f"{duration_text(WAIT_FOR_CLOCK)} at most")
             return
+        self.trouble("clock", "" if not unset else "the clock was not set; "
+                     "jobs run by what it shows")
         self.watch = watching(now, self.book.zones)
         rows, launches = [], []
-        if seen:
+        if seen and not unset:
             self.watch = self.watch.but(dials=self.dials_of_before(seen))
             rows, launches = self.missed_since(seen, now.wall)
         self.launch(launches + self.reboot_jobs(now.wall), rows)
@@ -4882,17 +5249,6 @@ class Daemon:
         for duty in self.book.duties:
             self.store.job_key(duty.key, duty.job, deeds)
         self.write(deeds)
-
-    def wait_for_clock(self) -> None:
-        now, seen = self.reading(), float(self.store.noted("seen") or 0)
-        if now.wall >= max(EARLIEST, seen - MINUTE) \
-                or now.ticks >= self.clock_by:
-            self.trouble("clock", "" if now.wall >= EARLIEST else
-                         "the clock was never set; jobs run by it all the "
-                         "same")
-            self.watch = watching(now, self.book.zones)
-            self.launch(self.reboot_jobs(now.wall))
-            self.know_jobs()
 
     def dials_of_before(self, seen: float) -> dict[str, Dial]:
         """The virtual clocks, where the koid before us left them and what
@@ -4931,12 +5287,11 @@ class Daemon:
 
     def reboot_jobs(self, now: float) -> list[Pending]:
         """@reboot: once after each boot."""
-        boot = self.machine.boot_id()
-        before = self.store.noted("boot")
-        self.write([self.store.note("boot", boot)])
+        rebooted = self.rebooted()
+        self.also.append(self.store.note("boot", self.machine.boot_id()))
         marked = self.book.system and self.machine.mark_reboot()
-        if before == boot or marked:
-            return []
+        if not rebooted or marked or "history" in self.troubles:
+            return []           # without a history nobody knows
         return [Pending(duty, "reboot", now, now) for duty
                 in self.book.duties if duty.job.when == "@reboot"]
 
@@ -4949,7 +5304,9 @@ class Daemon:
     # --- tabs
 
     def folders_unwatched(self) -> bool:
-        return not self.folders or None in self.folders.values()
+        """Must we look at the tabs ourselves, each minute?"""
+        return self.book.links or not self.folders \
+            or None in self.folders.values()
 
     def notice_folders(self) -> None:
         """Ask to be told when a tab changes."""
@@ -4960,12 +5317,16 @@ class Daemon:
         elif os.geteuid() == 0:
             wanted.append(posixpath.dirname(LOCAL_ZONE))
         for folder in wanted:
-            if self.folders.get(folder) is None and os.path.isdir(folder):
-                self.folders[folder] = self.machine.notice(folder)
+            fd = self.folders.get(folder)
+            if fd is not None and not os.fstat(fd).st_nlink:
+                os.close(fd)            # it was removed, and perhaps remade
+                fd = None
+            self.folders[folder] = self.machine.notice(folder) \
+                if fd is None else fd
 
     def reload(self) -> None:
         """Take up tabs that changed, from the next minute on."""
-        self.changed, self.reload_at = False, FOREVER
+        self.reload_at = FOREVER
         self.notice_folders()
         if self.watch and not self.folders_unwatched():
             self.look()         # the minutes up to now are the old tabs'
@@ -4975,10 +5336,12 @@ class Daemon:
             self.watch = self.rewound(watching(
                 self.watch.seen, self.book.zones, self.watch))
             self.know_jobs()
+        duties = {duty.key: duty for duty in self.book.duties} \
+            if self.waiting else {}
         for pending in self.waiting:
-            for duty in self.book.duties:
-                if duty.key == pending.duty.key:
-                    pending.duty = duty
+            duty = duties.get(pending.duty.key)
+            if duty and duty.job.params == pending.duty.job.params:
+                pending.duty = duty
         self.tell_of_tabs()
 
     def rewound(self, watch: Watch) -> Watch:
@@ -4999,6 +5362,8 @@ class Daemon:
         everyone = path == ROOT_SOCKET
         try:
             os.makedirs(folder, 0o755, exist_ok=True)
+            if everyone:
+                os.chmod(folder, 0o755)     # whatever the umask was
             near, fd = near_path(path)
             try:
                 os.unlink(path)     # we hold the lock: nobody listens there
@@ -5020,7 +5385,7 @@ class Daemon:
 
     def welcome(self, _argument, _fd: int, _events: int) -> None:
         """Somebody calls."""
-        while True:
+        for _ in range(MOST_AT_ONCE):   # then the clock comes first again
             try:
                 connection, _ = self.door.accept()
             except BlockingIOError:
@@ -5035,8 +5400,11 @@ class Daemon:
                               self.clock.ticks() + REQUEST_TIME)
             same = sum(other.caller.uid == visitor.caller.uid
                        for other in self.visitors.values())
-            if len(self.visitors) >= MOST_VISITORS or same >= MOST_OF_ONE:
-                send_last(connection, error_reply(Error("koid is busy")))
+            if not visitor.caller.master and (
+                    same >= MOST_OF_ONE
+                    or len(self.visitors) >= MOST_VISITORS):
+                send_last(connection, reply_line(error_reply(
+                    Error("koid is busy"))))
                 continue
             connection.setblocking(False)
             self.visitors[connection.fileno()] = visitor
@@ -5056,7 +5424,10 @@ class Daemon:
         except OSError:
             data = b""
         visitor.request += data
-        if not data or len(visitor.request) > LONGEST_REQUEST:
+        size = sum(len(other.request) for other in self.visitors.values()
+                   if other.caller.uid == visitor.caller.uid)
+        if not data or len(visitor.request) > LONGEST_REQUEST \
+                or size > MOST_BYTES_OF_ONE:
             self.dismiss(visitor)
         elif b"\n" in data:
             self.respond(visitor)
@@ -5125,8 +5496,11 @@ class Daemon:
 
     def say(self, text: str, bad: bool = False) -> None:
         """A line on stderr, and in the system's log if we are root's."""
-        print(visible(f"{rfc3339(self.clock.now())} koid: {text}"),
-              file=sys.stderr, flush=True)
+        try:
+            print(visible(f"{rfc3339(self.clock.now())} koid: {text}"),
+                  file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            pass                # nobody reads it; the jobs go on
         if os.geteuid() == 0:
             self.machine.log(text, bad=bad)
 
@@ -5177,7 +5551,8 @@ def send_letter(machine: Machine, host: dict, user: str, to: str,
             stderr=subprocess.DEVNULL).returncode % 256
     except BaseException as error:
         machine.log(f"({user}) MAIL (not sent: {error})", bad=True)
-    os._exit(status)
+    finally:
+        os._exit(status)
 
 
 def mail_about(user: str, host: str, to: str, command: str,
