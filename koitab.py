@@ -2406,7 +2406,9 @@ class Mask:
     """Puts ****** in the place of secrets, though they come in pieces."""
 
     def __init__(self, hidden: list[bytes]):
+        import re
         self.hidden = sorted(set(hidden) - {b""}, key=len, reverse=True)
+        self.pattern = b"|".join(map(re.escape, self.hidden))
         self.held = {STDOUT: b"", STDERR: b""}
 
     def feed(self, stream: int, data: bytes, last: bool = False) -> bytes:
@@ -2415,9 +2417,8 @@ class Mask:
         data = self.held[stream] + data
         cut = len(data) if last else self.settled(data)
         self.held[stream], data = data[cut:], data[:cut]
-        for secret in self.hidden:
-            data = data.replace(secret, MASK)
-        return data
+        import re
+        return re.sub(self.pattern, MASK, data) if self.pattern else data
 
     def settled(self, data: bytes) -> int:
         """Up to where no secret can begin that ends in what comes next."""
@@ -3523,8 +3524,9 @@ class Store:
         try:
             self.connect()
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError) \
-                    and "malformed" not in str(error) or not self.writing:
+            if isinstance(error, sqlite3.OperationalError) and not any(
+                    word in str(error) for word in ("malformed", "no such")
+                    ) or not self.writing:
                 raise Error(f"{self.path}: {error}") from None
             moved = self.move_aside(str(error))
             self.connect()
@@ -3578,6 +3580,8 @@ class Store:
         if self.db:
             self.db.close()
         aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
+        while os.path.exists(aside):
+            aside += "x"
         for ending in ("", "-wal", "-shm"):
             try:
                 os.rename(self.path + ending, aside + ending)
