@@ -3722,6 +3722,7 @@ MOST_VISITORS, MOST_OF_ONE, MOST_AT_ONCE = 256, 64, 16
 MOST_BYTES_OF_ONE = 2 * LONGEST_REQUEST     # of requests that come in
 LONGEST_ARGS = 262_144          # bytes of all arguments of a run together
 MOST_ROWS = 1_000
+READ_AGAIN = 20                 # times, while a run writes very fast
 LARGEST = 2**62                 # what SQLite can count
 
 
@@ -4050,11 +4051,9 @@ class Desk:
         frames = self.store.output(run["run"])
         if not frames:              # it is going on, or not yet taken in
             try:
-                data = run_file(self.home, run["run"])
+                frames = output_so_far(self.home, run["run"])
             except OSError as error:
                 raise Error(f"run {run['run']}: {error.strerror}") from None
-            header = header_of(data)
-            frames = kept_output(data, header) if header else b""
         return {"run": run, "size": len(frames)}, frames
 
     def kill(self, caller: Caller, request: dict) -> dict:
@@ -4118,6 +4117,22 @@ def run_file(home: str, run: int, most: int = -1) -> bytes:
             return file.read(most)
     except FileNotFoundError:
         return b""
+
+
+def output_so_far(home: str, run: int) -> bytes:
+    """The frames of a run that goes on. Its supervisor overwrites the older
+    of two segments, so we read again if it has turned to the other one
+    meanwhile. Raises OSError."""
+    for _ in range(READ_AGAIN):
+        before = header_of(run_file(home, run, HEADER_ROOM))
+        data = run_file(home, run)
+        after = header_of(run_file(home, run, HEADER_ROOM))
+        if not before or not after:
+            return b""
+        if (before.turn, before.lost) == (after.turn, after.lost):
+            return kept_output(data, before)
+    before.first = before.second = 0    # it writes too fast: the head alone
+    return kept_output(data, before)
 
 
 def checked_values(job: Job, given: dict) -> dict[str, str]:
@@ -4748,7 +4763,7 @@ class Daemon:
         self.store.last += 1
         key = self.store.job_key(duty.key, duty.job, deeds)
         if row["state"] in ("missed", "skipped"):
-            deeds += self.store.forget(key, duty.settings.keep)
+            deeds += self.store.forget(key, duty.settings.keep - 1)
         return self.store.insert({"id": self.store.last, "job": key, **row})
 
     def refuse(self, pending: Pending) -> bool:
@@ -5566,8 +5581,7 @@ def mail_about(user: str, host: str, to: str, command: str,
     from email import policy
     from email.message import EmailMessage
     sender = environment.get("MAILFROM", "")
-    message = EmailMessage(policy=policy.SMTP.clone(
-        linesep="\n", max_line_length=0, raise_on_defect=False))
+    message = EmailMessage(policy=policy.SMTP.clone(linesep="\n"))
     message["From"] = sender if sender and safe_address(sender) \
         else f"{user} (Cron Daemon)"
     message["To"] = to
