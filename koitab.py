@@ -2752,6 +2752,7 @@ class Supervisor:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         os.umask(0o022)
+        os.chdir("/")
         keep = {0, 1, 2, self.runs, self.report, self.nothing}
         keep |= {order.connection.fileno() for order in self.orders
                  if order.connection}
@@ -3052,15 +3053,21 @@ class TabFile(Record):
         return not self.user
 
 
+EXACTLY_0600 = 0o177    # a mask that means more: as Debian's cron has it
+
+
 def file_fault(status, owners: tuple, mask: int, links: bool) -> str:
     """Why root should not believe a file; "" if it may."""
     if not stat.S_ISREG(status.st_mode):
         return "it is no regular file"
     if status.st_uid not in owners:
         return f"its owner is uid {status.st_uid}"
-    if status.st_mode & mask:
-        return f"others may change it: chmod go-w (mode " \
-            f"{stat.S_IMODE(status.st_mode):04o})"
+    exact = mask == EXACTLY_0600
+    if status.st_mode & mask or exact and stat.S_IMODE(
+            status.st_mode) != 0o600:
+        what = "its mode is not 0600: chmod 600" if exact \
+            else "others may change it: chmod go-w"
+        return f"{what} (mode {stat.S_IMODE(status.st_mode):04o})"
     if links and status.st_nlink != 1:
         return "it has another name (a hard link)"
     return "" if status.st_size <= LONGEST_TAB else \
@@ -3308,7 +3315,7 @@ class Machine:
             for name in names_in(spool):
                 account = self.account(name)
                 take(f"{spool}/{name}", name,
-                     (0, account.uid) if account else (0,), 0o177)
+                     (0, account.uid) if account else (0,), EXACTLY_0600)
         return found
 
     def spool(self) -> str:
@@ -3823,6 +3830,8 @@ class Book:
         mine = [duty for duty in self.duties if not user or duty.user == user]
         jobs = {id(duty.job): duty for duty in mine}
         found = chosen([duty.job for duty in mine], name)
+        if not found:
+            raise Error(f"there is no job {short(name)}")
         users = sorted({jobs[id(job)].user for job in found})
         if len(users) > 1:
             raise Error(f"{short(name)} is a job of {', '.join(users)}",
@@ -3833,7 +3842,7 @@ class Book:
         return jobs[id(found[0])]
 
 
-UNBELIEVED = ("its owner", "others may", "it has another", "it is ")
+UNBELIEVED = ("its ", "others may", "it has another", "it is ")
 
 
 def only_first(duties: list[Duty], troubles: list[str]) -> list[Duty]:
@@ -3893,9 +3902,9 @@ class Desk:
         if not isinstance(op, str) or op not in OPERATIONS:
             raise Error(f"koid knows no request {short(str(op))}",
                         "is it older than koitab? restart it")
-        wrong = [name for name, kind in KINDS.items() if not isinstance(
-            request.get(name, kind()), kind) or kind is int
-            and not -LARGEST < request.get(name, 0) < LARGEST]
+        wrong = [name for name, kind in KINDS.items() if name in request
+                 and (type(request[name]) is not kind or kind is int
+                      and not -LARGEST < request[name] < LARGEST)]
         if wrong:
             raise Error(f"a request's {wrong[0]} has the wrong type")
         reply = OPERATIONS[op](self, caller, request)
@@ -4202,6 +4211,18 @@ def near_path(path: str) -> tuple[str, int]:
     return f"/proc/self/fd/{fd}/{name}", fd
 
 
+def connect_patiently(connection, path: str) -> None:
+    """Connect, though many others do at this moment. Raises OSError."""
+    connection.setblocking(False)
+    for patience in range(200, -1, -1):
+        try:
+            return connection.connect(path)
+        except BlockingIOError:         # its queue is full
+            if not patience:
+                raise
+            time.sleep(0.05)
+
+
 class Link:
     """The way from koitab to koid; or to the files, where no koid runs and
     they are the caller's own."""
@@ -4221,8 +4242,8 @@ class Link:
         near, fd = self.path, -1
         try:
             near, fd = near_path(self.path)
+            connect_patiently(connection, near)
             connection.settimeout(30)
-            connection.connect(near)
             return connection
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
             connection.close()
@@ -5396,7 +5417,7 @@ class Daemon:
                 os.umask(mask)
                 if fd >= 0:
                     os.close(fd)
-            self.door.listen(128)
+            self.door.listen(1024)
             self.door.setblocking(False)
         except OSError as error:
             raise Error(f"{path}: {error.strerror}") from None
