@@ -2740,6 +2740,7 @@ class Supervisor:
         for run in self.watched:
             self.begin(run)
         os.chdir("/")
+        self.tell()
         while self.heard or self.watched or self.untold:
             self.turn()
 
@@ -3619,6 +3620,8 @@ class Store:
         except sqlite3.OperationalError as error:
             self.roll_back()
             self.trouble = f"{self.path}: {error}"
+            if "no such" in str(error):
+                self.give_up(error)
             if "disk I/O error" in str(error):
                 self.broken = True      # a commit might lie from now on
                 raise Error(self.trouble) from None
@@ -3629,8 +3632,7 @@ class Store:
             return False
         except sqlite3.DatabaseError as error:
             self.roll_back()
-            self.broken = True
-            raise Error(f"{self.path}: {error}") from None
+            self.give_up(error)
         except Exception:       # a value that SQLite cannot take: ours
             self.roll_back()
             del self.waiting[len(self.waiting) - len(deeds):]
@@ -3638,6 +3640,15 @@ class Store:
         self.waiting.clear()
         self.trouble = ""
         return True
+
+    def give_up(self, error) -> None:
+        """Writing has failed for good. A damaged history is moved aside, or
+        the next koid would come no further. Raises Error."""
+        import sqlite3
+        self.broken, text = True, f"{self.path}: {error}"
+        if not isinstance(error, sqlite3.IntegrityError):
+            text = self.move_aside(str(error))
+        raise Error(text) from None
 
     def roll_back(self) -> None:
         try:
@@ -3866,9 +3877,10 @@ def random_delay(job: Job, host: str) -> int:
 
 def chosen(jobs: list[Job], name: str) -> list[Job]:
     """The jobs that a name means. Raises Error."""
-    found = [job for job in jobs if not name or name in (
-        job.name, str(job.line), f"{job.section}/{job.name}", job.command)]
-    found = found or [job for job in jobs if job.tag == name]
+    found = [job for job in jobs if not name or name == job.name] or [
+        job for job in jobs if name in (
+            str(job.line), f"{job.section}/{job.name}", job.command)] or [
+        job for job in jobs if job.tag == name]
     if name and not found:
         meant = nearest(name, [job.name for job in jobs if job.name])
         raise Error(f"there is no job {short(name)}",
@@ -4490,7 +4502,11 @@ class Daemon:
 
     def live(self) -> None:
         """Serve until a signal says stop. Raises Error."""
-        self.open()
+        import sqlite3
+        try:
+            self.open()
+        except sqlite3.DatabaseError as error:
+            self.store.give_up(error)
         self.say(f"koid {VERSION}: {plural(len(self.book.duties), 'job')}")
         try:
             while not self.stopping:
@@ -4550,10 +4566,14 @@ class Daemon:
     def survive(self, bug: Exception) -> None:
         """Something surprised us. A job that cannot be planned is left out,
         so that one surprise does not become a thousand."""
-        import traceback
-        text = "".join(traceback.format_exception(type(bug), bug,
-                                                  bug.__traceback__)[-3:])
-        self.trouble("bug", f"koid has a fault: {text}")
+        import sqlite3
+        if type(bug) is sqlite3.DatabaseError:
+            self.store.give_up(bug)
+        where = bug.__traceback__
+        while where.tb_next:
+            where = where.tb_next
+        self.trouble("bug", f"koid has a fault, at its line "
+                     f"{where.tb_lineno}: {bug!r}")
         for duty in list(self.book.duties):
             try:
                 if self.watch:
@@ -5257,8 +5277,9 @@ class Daemon:
             environment = duty.job.environment if duty else {}
             to = environment.get("MAILTO", row["user"])
             if to and safe_address(to):
-                self.letters.append((row["run"], row["user"], to,
-                                     row["label"], environment))
+                self.letters.append((
+                    row["run"], row["user"], to, duty.job.command if duty
+                    else row["label"], environment))
 
     def begin_to_watch(self) -> None:
         """Find out what was missed, and wait for what comes; a clock that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import subprocess
@@ -179,6 +180,14 @@ def a_page_of_noise(path):
     path.write_bytes(data)
 
 
+def a_leaf_of_noise(path):
+    """Where only some of the runs stand."""
+    data = bytearray(path.read_bytes())
+    page = data.rindex(b"a reason a reason") // 4096 * 4096
+    data[page:page + 4096] = b"\xa5" * 4096
+    path.write_bytes(data)
+
+
 def another_program(path):
     path.unlink()
     db = sqlite3.connect(path)
@@ -200,8 +209,8 @@ def no_tables(path):
     db.close()
 
 
-DAMAGES = [garbage, empty, half, a_page_of_noise, another_program,
-           a_damaged_header, no_tables]
+DAMAGES = [garbage, empty, half, a_page_of_noise, a_leaf_of_noise,
+           another_program, a_damaged_header, no_tables]
 
 
 def filled(path) -> None:
@@ -228,6 +237,40 @@ def test_a_damaged_history_is_moved_aside_and_told(path, damage):
     assert numbers(store) == [] and add(store) == 1
     store.db.close()
     assert store_at(path).moved == ""
+
+
+def no_output(path):
+    db = sqlite3.connect(path)
+    db.execute("drop table output")
+    db.commit()
+    db.close()
+
+
+def noise_in_the_output(path):
+    db = sqlite3.connect(path)
+    page, = db.execute("select rootpage from sqlite_master where "
+                       "name = 'output'").fetchone()
+    db.close()
+    data = bytearray(path.read_bytes())
+    data[(page - 1) * 4096:page * 4096] = b"\xa5" * 4096
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [no_output, noise_in_the_output])
+def test_damage_met_by_writing_is_moved_aside_by_the_next_koid(path, damage):
+    """What a run wrote is not looked through at each start. If it turns out
+    to be damaged, koid may end, but it must not end again and again."""
+    filled(path)
+    damage(path)
+    for _ in range(2):
+        store = store_at(path)
+        with contextlib.suppress(koitab.Error):
+            add(store)
+        store.db.close()
+    store = store_at(path)
+    assert add(store) and not store.waiting
+    assert [file for file in path.parent.iterdir()
+            if ".corrupt-" in file.name]
 
 
 def test_two_damaged_histories_are_both_kept(path):

@@ -1,0 +1,572 @@
+"""What koid answers, and to whom: requests, callers, arguments, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+from types import SimpleNamespace
+
+import pytest
+
+import support
+
+koitab = support.load("koitab")
+Error = koitab.Error
+ME = os.geteuid()
+OTHER = 4_000_000_001           # a uid that is neither ours nor root's
+
+
+class Host(koitab.Machine):
+    """A machine with users of our choice, and nobody shut out."""
+
+    NAMES = ("alice", "mallory", "root")
+    shut_out = ""
+
+    def account(self, name):
+        return koitab.Account(name, 1500, 1500, f"/home/{name}", [1500]) \
+            if name in self.NAMES else None
+
+    def name_of(self, uid):
+        return "alice" if uid == ME else ""
+
+    def refusal(self, user):
+        return self.shut_out if user != "root" else ""
+
+
+def master(name: str = "alice"):
+    return koitab.Caller(ME, name)
+
+
+def stranger(name: str = "mallory"):
+    return koitab.Caller(OTHER, name)
+
+
+@pytest.fixture
+def desk(tmp_path):
+    """A desk where no koid runs: alice has two jobs."""
+    home = tmp_path / "koi"
+    (home / "tabs").mkdir(parents=True)
+    for path in (home, home / "tabs"):
+        path.chmod(0o700)
+    tab = home / "tabs" / "alice"
+    tab.write_text('[Night]\n"Hers" @manual echo {{A, string, x}}\n'
+                   '0 3 * * * true\n')
+    tab.chmod(0o600)
+    host = Host()
+    book = koitab.Book(host, str(home), False)
+    book.load()
+    store = koitab.Store(str(home / "history.db"))
+    store.open()
+    daemon = SimpleNamespace(
+        active={}, started=0.0, late=list, reload=book.load,
+        troubles_of=lambda user: [], kill=lambda run, why: False)
+    yield koitab.Desk(host, str(home), book, store, daemon)
+    store.db.close()
+
+
+def add_runs(desk, user: str, count: int) -> None:
+    """So many runs of one job."""
+    duty = desk.book.duties[0]
+    deeds: list = []
+    key = desk.store.job_key((user, duty.identity), duty.job, deeds)
+    deeds += [desk.store.insert({"job": key, "trigger": "manual",
+                                 "state": "done", "exit": 0, "started": 1.0})
+              for _ in range(count)]
+    assert desk.store.write(deeds)
+
+
+# A request is what it should be ----------------------------------------------
+
+
+@pytest.mark.parametrize("line", [
+    b"", b"garbage", b"null", b"[]", b'"x"', b"5", b"{", b"{}x",
+    b'{"op": "list"}{}', b"\xff\xfe", b"[" * 100_000,
+    b'{"a":' * 100_000, b'{"run": ' + b"9" * 1_000_000 + b"x}"])
+def test_what_is_no_object_is_no_request(line):
+    with pytest.raises(Error, match="this is no request"):
+        koitab.parsed_request(line)
+
+
+def test_bytes_that_are_no_utf_8_stay_what_they_are():
+    request = koitab.parsed_request(b'{"text": "caf\xe9"}')
+    assert request["text"].encode("utf-8", "surrogateescape") == b"caf\xe9"
+
+
+@pytest.mark.parametrize("op", [
+    None, 5, "", "fly", "LIST", "list ", ["list"], {"op": "list"}, True,
+    "answer", "__class__", "run"])
+def test_an_operation_is_one_of_a_few_words(desk, op):
+    with pytest.raises(Error, match="koid knows no request"):
+        desk.answer(master(), {"op": op})
+
+
+WRONG = [None, 5, 1.5, True, False, [], {}, ["x"], {"a": 1}, "x", "", "5",
+         -1, 2**63, -2**63 - 1, 10**30]
+RIGHT = {
+    "user": ["x", "", "5"], "text": ["x", "", "5"], "job": ["x", "", "5"],
+    "run": [5, -1], "limit": [5, -1], "before": [5, -1],
+    "args": [{}, {"a": 1}]}
+
+
+@pytest.mark.parametrize("field", RIGHT)
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_each_field_has_one_type(desk, monkeypatch, field, value):
+    """null is no string, true no number, and what SQLite cannot hold is no
+    number either."""
+    monkeypatch.setitem(koitab.OPERATIONS, "list", lambda *_: {"ok": 1})
+    right = any(value == good and type(value) is type(good)
+                for good in RIGHT[field])
+    request = {"op": "list", field: value}
+    if right:
+        assert desk.answer(master(), request) == ({"ok": 1}, b"")
+    else:
+        with pytest.raises(Error, match=f"{field} has the wrong type"):
+            desk.answer(master(), request)
+
+
+def test_fields_that_it_does_not_know_do_no_harm(desk):
+    reply, rest = desk.answer(master(), {"op": "list", "uid": 0, "x": [1]})
+    assert reply["text"].startswith("[Night]") and rest == b""
+
+
+@pytest.mark.parametrize("limit, rows", [
+    (None, 100), (0, 100), (1, 1), (250, 250), (1_200, 1_000),
+    (2**40, 1_000)])
+def test_a_history_has_at_most_a_thousand_rows(desk, limit, rows):
+    add_runs(desk, "alice", 1_200)
+    request = {"op": "history"}
+    if limit is not None:
+        request["limit"] = limit
+    assert len(desk.answer(master(), request)[0]["runs"]) == rows
+
+
+@pytest.mark.parametrize("limit", [-1, -5, -2**62])
+def test_no_limit_is_taken_for_no_limit(desk, limit):
+    """To SQLite a negative one is."""
+    add_runs(desk, "alice", 1_200)
+    try:
+        reply, _ = desk.answer(master(), {"op": "history", "limit": limit})
+    except Error:
+        return
+    assert len(reply["runs"]) <= koitab.MOST_ROWS
+
+
+def test_a_text_that_is_too_long_is_refused_before_it_is_read(
+        desk, monkeypatch):
+    monkeypatch.setattr(koitab, "parse_tab", lambda *_, **__: 1 / 0)
+    with pytest.raises(Error, match="larger than"):
+        desk.answer(master(), {"op": "install", "text": "x" * (2**20 + 1)})
+
+
+# Whose is it? ----------------------------------------------------------------
+
+MUST = "must be privileged"
+NO_USER = "unknown"
+
+
+@pytest.mark.skipif(ME != 0, reason="root's koid serves more than one")
+@pytest.mark.parametrize("caller, user, whose, mine", [
+    (koitab.Caller(0, "root"), None, "root", ""),
+    (koitab.Caller(0, "root"), "", "root", ""),
+    (koitab.Caller(0, "root"), "alice", "alice", "alice"),
+    (koitab.Caller(0, "root"), "ghost", NO_USER, "ghost"),
+    (koitab.Caller(0, "root"), "../x", NO_USER, "../x"),
+    (stranger("mallory"), None, "mallory", "mallory"),
+    (stranger("mallory"), "", "mallory", "mallory"),
+    (stranger("mallory"), "mallory", "mallory", "mallory"),
+    (stranger("mallory"), "alice", MUST, MUST),
+    (stranger("mallory"), "root", MUST, MUST),
+    (stranger("mallory"), "../x", MUST, MUST),
+    (stranger("ghost"), None, NO_USER, "ghost"),
+    # userdel, a container, a service: a uid without a name is not everyone.
+    (stranger(""), None, NO_USER, "no name"),
+    (stranger(""), "", NO_USER, "no name"),
+    (stranger(""), "alice", MUST, MUST),
+])
+def test_a_caller_means_himself_and_root_means_anyone(desk, caller, user,
+                                                      whose, mine):
+    request = {} if user is None else {"user": user}
+    for ask, expected in ((desk.whose, whose), (desk.mine, mine)):
+        if expected in (MUST, NO_USER, "no name"):
+            with pytest.raises(Error, match=expected):
+                ask(caller, request)
+        else:
+            assert ask(caller, request) == expected
+
+
+@pytest.mark.parametrize("user, whose", [
+    (None, "alice"), ("alice", "alice"),
+    ("mallory", "belongs to an ordinary user"),
+    ("root", "belongs to an ordinary user")])
+def test_an_ordinary_users_koid_has_tabs_of_his_alone(
+        desk, monkeypatch, user, whose):
+    monkeypatch.setattr(koitab.os, "geteuid", lambda: 1500)
+    monkeypatch.setattr(Host, "name_of", lambda self, uid: "alice")
+    caller = koitab.Caller(1500, "alice")
+    request = {} if user is None else {"user": user}
+    if whose == "alice":
+        assert desk.whose(caller, request) == "alice"
+    else:
+        with pytest.raises(Error, match=whose):
+            desk.whose(caller, request)
+
+
+@pytest.mark.parametrize("caller, user, says", [
+    (stranger("mallory"), None,
+     "You (mallory) are not allowed to use this program (koitab)"),
+    (koitab.Caller(0, "root"), "mallory",
+     "The user mallory cannot use this program (koitab)"),
+    (koitab.Caller(0, "root"), None, None)])
+def test_who_is_shut_out_hears_it_as_from_crontab(
+        desk, monkeypatch, caller, user, says):
+    monkeypatch.setattr(koitab.os, "geteuid", lambda: 0)
+    desk.machine.shut_out = "/etc/koi.deny"
+    request = {} if user is None else {"user": user}
+    if says is None:
+        assert desk.whose(caller, request) == "root"
+        return
+    with pytest.raises(Error) as refused:
+        desk.whose(caller, request)
+    assert refused.value.message == says
+    assert refused.value.hint == "see /etc/koi.deny"
+
+
+@pytest.mark.parametrize("op", ["jobs", "history", "status"])
+@pytest.mark.parametrize("caller", [stranger("mallory"), stranger("")])
+def test_nothing_of_anothers_is_in_a_reply(desk, op, caller):
+    add_runs(desk, "alice", 3)
+    try:
+        reply, rest = desk.answer(caller, {"op": op})
+    except Error:
+        return
+    assert rest == b"" and "Hers" not in json.dumps(reply)
+    assert "alice" not in json.dumps(
+        {key: reply[key] for key in reply if key != "home"})
+
+
+@pytest.mark.parametrize("op", ["log", "kill"])
+@pytest.mark.parametrize("caller", [stranger("mallory"), stranger("")])
+@pytest.mark.parametrize("request_of", [{"run": 1}, {"job": "Hers"}, {}])
+def test_anothers_run_is_not_there(desk, op, caller, request_of):
+    add_runs(desk, "alice", 3)
+    with pytest.raises(Error):
+        desk.answer(caller, {"op": op, **request_of})
+
+
+def test_the_kernel_says_who_calls(monkeypatch):
+    for name in ("LOGNAME", "USER", "SUDO_USER"):
+        monkeypatch.setenv(name, "mallory")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        caller = koitab.caller_of(ours, koitab.Machine())
+    assert (caller.uid, caller.name) == (ME, koitab.Machine().name_of(ME))
+    assert caller.master
+
+
+# Which job is meant? ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, line", [
+    ("Hers", 2), ("Night/Hers", 2), ("2", 2), ("3", 3), ("true", 3),
+    ("echo {{A, string, x}}", 2)])
+def test_a_job_is_called_by_name_section_line_command_or_tag(desk, name,
+                                                             line):
+    duty = desk.book.find("alice", name)
+    assert duty.line == line
+    assert desk.book.find("alice", duty.job.tag) is duty
+
+
+@pytest.mark.parametrize("user, name", [
+    ("alice", "Hars"), ("alice", "9"), ("mallory", "Hers"), ("mallory", "2"),
+    ("mallory", ""), ("alice", "\0"), ("alice", "\ud800"),
+    ("alice", "x" * 100_000)])
+def test_a_job_that_is_not_there_is_named(desk, user, name):
+    with pytest.raises(Error, match="there is no job"):
+        desk.book.find(user, name)
+
+
+def test_a_name_of_several_jobs_is_asked_about(desk):
+    with pytest.raises(Error, match="the name of 2 jobs") as refused:
+        desk.book.find("alice", "")
+    assert all(duty.job.tag in refused.value.hint
+               for duty in desk.book.duties)
+
+
+# Arguments -------------------------------------------------------------------
+
+
+def job(line: str):
+    tab = koitab.parse_tab(line + "\n")
+    assert not tab.faults(), tab.faults()
+    return tab.jobs[0]
+
+
+FORM = '"Form" @manual echo {{S}} {{N, int, 3}} {{B, bool, false}} ' \
+    '{{C, choice(a|b), a}} {{T, text, x}} {{D, date, 2026-03-29}}'
+
+
+@pytest.mark.parametrize("given, values", [
+    ({"S": "x"}, {"S": "x", "N": "3", "B": "false", "C": "a", "T": "x",
+                  "D": "2026-03-29"}),
+    ({"S": ""}, {"S": ""}),
+    ({"S": "'; id; '\"$(id)`id`\\!*~{{S}}"},
+     {"S": "'; id; '\"$(id)`id`\\!*~{{S}}"}),
+    ({"S": "-rf"}, {"S": "-rf"}), ({"S": "a\tb"}, {"S": "a\tb"}),
+    ({"S": "x", "N": "-0"}, {"N": "-0"}),
+    ({"S": "x", "N": "9" * 18}, {"N": "9" * 18}),
+    ({"S": "x", "B": "true"}, {"B": "true"}),
+    ({"S": "x", "C": "b"}, {"C": "b"}),
+    ({"S": "x", "T": "a\nb"}, {"T": "a\nb"}),
+    ({"S": "x", "D": "2024-02-29"}, {"D": "2024-02-29"}),
+    ({"S": "x" * koitab.LONGEST_VALUE}, {"S": "x" * koitab.LONGEST_VALUE}),
+    ({"S": "x", "T": "x\n" * (koitab.LONGEST_TEXT // 2)},
+     {"T": "x\n" * (koitab.LONGEST_TEXT // 2)}),
+])
+def test_values_are_checked_and_defaults_filled_in(given, values):
+    found = koitab.checked_values(job(FORM), given)
+    assert set(found) == {"S", "N", "B", "C", "T", "D"}
+    assert {name: found[name] for name in values} == values
+
+
+@pytest.mark.parametrize("given, why", [
+    ({}, "the argument \"S\" is missing"),
+    ({"s": "x"}, 'there is no argument "s"'),
+    ({"S": "x", "X": "y"}, 'there is no argument "X"'),
+    ({"S": 5}, "it is no text"), ({"S": ["x"]}, "it is no text"),
+    ({"S": True}, "it is no text"), ({"S": {}}, "it is no text"),
+    ({"S": None}, "is missing"),
+    ({"S": "a\0b"}, "control character"), ({"S": "a\nb"}, "control"),
+    ({"S": "\x1b[31m"}, "control"), ({"S": "\ud800"}, "not UTF-8"),
+    ({"S": "x" * (koitab.LONGEST_VALUE + 1)}, "longer than"),
+    ({"S": "é" * (koitab.LONGEST_VALUE // 2 + 1)}, "longer than"),
+    ({"S": "x", "T": "x" * (koitab.LONGEST_TEXT + 1)}, "longer than"),
+    ({"S": "x", "N": "1.5"}, "int"), ({"S": "x", "N": "１２"}, "int"),
+    ({"S": "x", "N": " 5"}, "int"), ({"S": "x", "N": "+5"}, "int"),
+    ({"S": "x", "N": "1_0"}, "int"), ({"S": "x", "N": ""}, "int"),
+    ({"S": "x", "N": "-"}, "int"), ({"S": "x", "N": "9" * 19}, "int"),
+    ({"S": "x", "N": "5\n"}, "int"), ({"S": "x", "B": "True"}, "bool"),
+    ({"S": "x", "B": "1"}, "bool"), ({"S": "x", "B": ""}, "bool"),
+    ({"S": "x", "C": "c"}, "one of a|b"), ({"S": "x", "C": "a|b"}, "one of"),
+    ({"S": "x", "D": "2026-02-29"}, "date"), ({"S": "x", "D": "heute"},
+                                               "date"),
+    ({"S": "x", "T": "a\rb"}, "control"),
+])
+def test_a_value_that_does_not_fit_is_refused_with_the_reason(given, why):
+    with pytest.raises(Error, match=why.replace("|", r"\|")):
+        koitab.checked_values(job(FORM), given)
+
+
+def test_all_values_together_fit_into_an_environment():
+    form = job("@manual echo " + " ".join(
+        f"{{{{P{number}, text}}}}" for number in range(5)))
+    given = {f"P{number}": "é" * 32_000 for number in range(5)}
+    with pytest.raises(Error, match="together"):
+        koitab.checked_values(form, given)
+    assert koitab.checked_values(form, {**given, "P4": ""})["P4"] == ""
+
+
+def test_a_job_without_arguments_says_so():
+    with pytest.raises(Error, match="no argument") as refused:
+        koitab.checked_values(job("@manual id"), {"A": "x"})
+    assert refused.value.hint == "this job has none"
+
+
+# The environment of a job ----------------------------------------------------
+
+
+def environment(tab: str, host: dict, **more: str) -> dict:
+    file = koitab.TabFile("/tab", "alice", (), "")
+    duty = koitab.Duty(koitab.parse_tab(tab).jobs[0], file, "salt")
+    account = koitab.Account("alice", 1500, 1500, "/home/alice", [1500])
+    return koitab.job_environment(duty, account, host, **more)
+
+
+USUAL = {"SHELL": "/bin/sh", "PATH": "/usr/bin:/bin", "HOME": "/home/alice",
+         "LOGNAME": "alice", "USER": "alice"}
+
+
+@pytest.mark.parametrize("tab, host, changed", [
+    ("", {}, {}),
+    ("A=1\n", {}, {"A": "1"}),
+    ("HOME=/x\nSHELL=/bin/bash\nPATH=/p\n", {},
+     {"HOME": "/x", "SHELL": "/bin/bash", "PATH": "/p"}),
+    # Whose job it is, a tab does not say.
+    ("LOGNAME=root\nUSER=root\n", {}, {}),
+    ("", {"LANG": "C.UTF-8"}, {"LANG": "C.UTF-8"}),
+    # The host's settings come first, cron's defaults and the tab's later.
+    ("LANG=x\n", {"LANG": "C", "PATH": "/host", "USER": "root"},
+     {"LANG": "x"}),
+    ("A=1\nA=2\n", {}, {"A": "2"}), ("A=\n", {}, {"A": ""}),
+    ("LD_PRELOAD=/x.so\n", {}, {"LD_PRELOAD": "/x.so"}),
+    ('"B=C"=1\n', {}, {}), ("MAILTO=bob\n", {}, {"MAILTO": "bob"}),
+])
+def test_a_jobs_environment(tab, host, changed):
+    found = environment(f"{tab}* * * * * id\n", host)
+    assert found == {**USUAL, **changed}
+
+
+def test_what_koi_gives_to_a_job_the_tab_cannot_take():
+    found = environment("KOI_RUN=9\nKOI_ARG_1=x\n* * * * * id\n", {},
+                        KOI_RUN="5", KOI_ARG_1="y")
+    assert (found["KOI_RUN"], found["KOI_ARG_1"]) == ("5", "y")
+
+
+def test_lines_above_count_and_lines_below_do_not():
+    tab = koitab.parse_tab("A=1\n* * * * * x\nA=2\n* * * * * y\n")
+    assert [job.environment["A"] for job in tab.jobs] == ["1", "2"]
+
+
+# Addresses -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address, safe", [
+    ("alice", True), ("alice@example.com", True), ("a,b@c", True),
+    ("a.b+c-d_e=f/g%h:i!j@k", True), ("0day", True),
+    ("", False), ("-oQ/tmp", False), ("-f root", False), ("@x", False),
+    (".x", False), ("a b", False), ("a\nBcc: b", False), ("a\r", False),
+    ("a\0", False), ("a;id", False), ("a|id", False), ("`id`", False),
+    ("$(id)", False), ("a&b", False), ("a<b>", False), ("a'b", False),
+    ('a"b', False), ("a\\b", False), ("a(b)", False), ("a*", False),
+    ("a?", False), ("a~", False), ("a#b", False), ("é@x", False),
+    ("a@é", False), ("٣", False), ("a\u202e", False)])
+def test_an_address_is_letters_and_a_few_signs(address, safe):
+    assert koitab.safe_address(address) is safe
+
+
+# Files -----------------------------------------------------------------------
+
+REGULAR = stat.S_IFREG
+
+
+def status(mode: int = REGULAR | 0o600, uid: int = 0, links: int = 1,
+           size: int = 5):
+    return SimpleNamespace(st_mode=mode, st_uid=uid, st_nlink=links,
+                           st_size=size)
+
+
+OWN, PACKAGED, SPOOLED = ((0,), 0o022, True), ((0,), 0o022, False), \
+    ((0, 1500), 0o177, True)
+
+
+@pytest.mark.parametrize("how, given, fault", [
+    (OWN, status(), ""), (OWN, status(REGULAR | 0o644), ""),
+    (OWN, status(REGULAR | 0o400), ""), (OWN, status(size=0), ""),
+    (OWN, status(REGULAR | 0o620), "chmod"),
+    (OWN, status(REGULAR | 0o602), "chmod"),
+    (OWN, status(REGULAR | 0o666), "0666"),
+    (OWN, status(uid=1500), "uid 1500"), (OWN, status(links=2), "hard link"),
+    (OWN, status(links=0), "hard link"),
+    (OWN, status(size=2**20), ""), (OWN, status(size=2**20 + 1), "1,048,576"),
+    (OWN, status(stat.S_IFIFO | 0o600), "no regular file"),
+    (OWN, status(stat.S_IFDIR | 0o600), "no regular file"),
+    (OWN, status(stat.S_IFCHR | 0o600), "no regular file"),
+    (OWN, status(stat.S_IFLNK | 0o600), "no regular file"),
+    (OWN, status(stat.S_IFSOCK | 0o600), "no regular file"),
+    # Anyone who may link to /etc/crontab could switch it off (MDKSA-2007:234).
+    (PACKAGED, status(REGULAR | 0o644, links=2), ""),
+    (PACKAGED, status(REGULAR | 0o664), "chmod"),
+    (PACKAGED, status(uid=1500), "uid 1500"),
+    (SPOOLED, status(uid=1500), ""), (SPOOLED, status(uid=0), ""),
+    (SPOOLED, status(uid=1501), "uid 1501"),
+    (SPOOLED, status(REGULAR | 0o644), "chmod"),
+    (SPOOLED, status(REGULAR | 0o640), "chmod"),
+    (SPOOLED, status(REGULAR | 0o700), "chmod"),
+    # Debian's cron wants 0600 and nothing else.
+    (SPOOLED, status(REGULAR | 0o400), "chmod"),
+    (SPOOLED, status(REGULAR | 0o4600), "chmod"),
+    (SPOOLED, status(links=2), "hard link"),
+])
+def test_which_files_root_believes(how, given, fault):
+    found = koitab.file_fault(given, *how)
+    assert fault in found if fault else found == ""
+
+
+@pytest.mark.parametrize("how, given, mend", [
+    (OWN, status(REGULAR | 0o666), "chmod go-w"),
+    (SPOOLED, status(REGULAR | 0o644), "chmod 600")])
+def test_the_mend_that_is_named_mends_it(how, given, mend):
+    assert mend in koitab.file_fault(given, *how)
+
+
+def test_a_link_is_not_followed_unless_it_is_a_packages(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("@manual id\n")
+    target.chmod(0o600)
+    link.symlink_to(target)
+    read = koitab.Machine().tab_file
+    assert read(str(link), "x", (ME,), 0o022, None).trouble == "it is a link"
+    assert read(str(link), "", (ME,), 0o022, None,
+                follow=True).text == "@manual id\n"
+    assert read(str(tmp_path / "none"), "x", (ME,), 0o022, None) is None
+
+
+def test_a_fifo_hangs_nobody(tmp_path):
+    os.mkfifo(tmp_path / "fifo", 0o600)
+    file = koitab.Machine().tab_file(str(tmp_path / "fifo"), "x", (ME,),
+                                     0o022, None)
+    assert file.trouble == "it is no regular file"
+
+
+def test_names_in_leaves_out_what_editors_and_packages_leave_behind(tmp_path):
+    for name in ("alice", "bob.smith", "a-b_c", "UPPER", "x~y", "tmpx",
+                 ".hidden", "#auto#", "backup~", "tmp.12345", "alice.new"):
+        (tmp_path / name).touch()
+    assert koitab.names_in(str(tmp_path)) == [
+        "UPPER", "a-b_c", "alice", "bob.smith", "tmpx", "x~y"]
+    assert koitab.names_in(str(tmp_path / "none")) == []
+
+
+def test_a_trouble_stays_until_it_is_mended(desk):
+    """Also when another tab changes meanwhile."""
+    tabs = os.path.join(desk.home, "tabs")
+
+    def write(user: str, text: str) -> None:
+        path = os.path.join(tabs, user)
+        with open(path, "w") as file:
+            file.write(text)
+        os.chmod(path, 0o600)
+        os.utime(path, ns=(len(text), len(text)))
+
+    write("alice", '"Hers" @manual id\n\0\n')
+    desk.book.load()
+    assert "NUL" in " ".join(desk.book.troubles)
+    write("mallory", "@manual id\n")
+    desk.book.load()
+    assert "NUL" in " ".join(desk.book.troubles)
+    write("alice", '"Hers" @manual true\n')
+    desk.book.load()
+    assert desk.book.troubles == []
+
+
+# Who shares a supervisor? ----------------------------------------------------
+
+
+def orders(**counts: int) -> list[tuple]:
+    """Runs of some users, in turn."""
+    waiting, found = dict(counts), []
+    while any(waiting.values()):
+        for name in waiting:
+            if waiting[name]:
+                waiting[name] -= 1
+                found.append((SimpleNamespace(name=name), len(found)))
+    return found
+
+
+@pytest.mark.parametrize("counts, supervisors", [
+    ({}, 0), ({"a": 1}, 1), ({"a": 16}, 16), ({"a": 31}, 31),
+    ({"a": 32}, 16), ({"a": 128}, 16), ({"a": 1_000}, 125),
+    ({"a": 64, "b": 64}, 16), ({"a": 127, "b": 1}, 17),
+    (dict.fromkeys("abcdefghijklmnopqrstuvwxyzABCDEF", 1), 32)])
+def test_supervisors_are_shared_when_very_many_start(counts, supervisors):
+    given = orders(**counts)
+    found = koitab.batches(given)
+    assert len(found) == supervisors
+    assert sorted(order[1] for batch in found for order in batch) == \
+        list(range(len(given)))
+    for batch in found:
+        assert len({order[0].name for order in batch}) == 1
+        assert 1 <= len(batch) <= koitab.MOST_IN_ONE
+        assert [order[1] for order in batch] == sorted(
+            order[1] for order in batch)
