@@ -3698,12 +3698,14 @@ class Store:
     def noted(self, name: str) -> str:
         return self.one("select value from meta where name = ?", name) or ""
 
-    def runs(self, where: str, *values) -> list[dict]:
-        """Runs with the names of their jobs."""
-        rows = self.db.execute(
+    def each_run(self, where: str, *values):
+        """Runs with the names of their jobs, one by one."""
+        return map(shown, self.db.execute(
             f"select {SHOWN_COLUMNS} from runs r join jobs j on j.id = r.job "
-            f"where {where}", values)
-        return [shown(row) for row in rows.fetchall()]
+            f"where {where}", values))
+
+    def runs(self, where: str, *values) -> list[dict]:
+        return list(self.each_run(where, *values))
 
     def output(self, run: int) -> bytes:
         return self.one("select frames from output where run = ?", run) or b""
@@ -3741,6 +3743,7 @@ MOST_BYTES_OF_ONE = 2 * LONGEST_REQUEST     # of requests that come in
 LONGEST_ARGS = 262_144          # bytes of all arguments of a run together
 MOST_ROWS = 1_000
 READ_AGAIN = 20                 # times, while a run writes very fast
+LONGEST_VALUES = 2**20          # characters of arguments in one answer
 LARGEST = 2**62                 # what SQLite can count
 
 
@@ -4033,9 +4036,14 @@ class Desk:
             where.append("r.id < ?")
             values.append(request["before"])
         limit = max(1, min(request.get("limit") or 100, MOST_ROWS))
-        return {"runs": self.store.runs(
-            f"{' and '.join(where)} order by r.id desc limit ?",
-            *values, limit)}
+        text = f"{' and '.join(where)} order by r.id desc limit ?"
+        runs, size = [], 0
+        for run in self.store.each_run(text, *values, limit):
+            runs.append(run)
+            size += sum(map(len, run["args"].values()))
+            if size > LONGEST_VALUES:       # who wants more asks `before`
+                break
+        return {"runs": runs, "more": size > LONGEST_VALUES}
 
     def keys_of(self, user: str, name: str) -> list[int]:
         """The jobs in the history that a name means; a job that stands in
@@ -4318,7 +4326,10 @@ def exchange_lines(connection, request: dict) -> tuple[dict, bytes]:
     """Send a request: the reply, and what came after it. Raises Error."""
     data = b""
     try:
-        connection.sendall(reply_line(request))
+        try:
+            connection.sendall(reply_line(request))
+        except (BrokenPipeError, ConnectionResetError):
+            pass            # it may have said why before it hung up
         connection.settimeout(None)
         while b"\n" not in data:
             chunk = connection.recv(CHUNK)
@@ -5496,6 +5507,7 @@ class Daemon:
     def respond(self, visitor: Visitor) -> None:
         rest = b""
         try:
+            self.be_fair(visitor)
             request = parsed_request(bytes(visitor.request.partition(
                 b"\n")[0]))
             if request.get("op") == "run":
@@ -5511,6 +5523,13 @@ class Daemon:
         visitor.reply = bytearray(reply_line(reply) + rest)
         visitor.deadline = self.clock.ticks() + LONG_ENOUGH
         self.poll.modify(visitor.connection.fileno(), select.POLLOUT)
+
+    def be_fair(self, visitor: Visitor) -> None:
+        """Raises Error while a user does not read what he was told."""
+        unread = sum(len(other.reply) for other in self.visitors.values()
+                     if other.caller.uid == visitor.caller.uid)
+        if unread > MOST_BYTES_OF_ONE:
+            raise Error("koid is busy", "it waits for you to read")
 
     def run_now(self, visitor: Visitor, request: dict) -> None:
         """Start a job for somebody who waits for its output. Raises

@@ -166,7 +166,7 @@ MUST = "must be privileged"
 NO_USER = "unknown"
 
 
-@pytest.mark.skipif(ME != 0, reason="root's koid serves more than one")
+@support.root_only      # whose koid serves more than one user
 @pytest.mark.parametrize("caller, user, whose, mine", [
     (koitab.Caller(0, "root"), None, "root", ""),
     (koitab.Caller(0, "root"), "", "root", ""),

@@ -1,0 +1,1463 @@
+"""koid as root, for several users: who may do what, and what a job can do.
+
+The number in front of a case is that of the project's list of attacks. koid
+runs in a mount namespace of the test's own, with its usual places: its home
+is /var/lib/koi, its socket /run/koi/koid.sock. Users call it from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+import support
+
+koitab = support.load("koitab")
+pytestmark = support.root_only
+
+ALICE, MALLORY, WWW = support.ALICE, support.MALLORY, "www-data"
+STRANGER = 4242                 # a uid that has no name
+# Of its own uid, as the limit of processes counts those of all our tests.
+CAROL, CAROL_UID, DAVE, DAVE_UID = "carol", 1977, "dave", 1978
+GROUPS = (1502, 1503, 1504)     # alice is a member of these, too
+KOID = str(support.ROOT / "koitab.py")
+LOAD = """
+import importlib.util, json, os, sys
+spec = importlib.util.spec_from_file_location("koitab", sys.argv[1])
+koitab = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(koitab)
+"""
+STRICT = ("sh", "-c", 'umask 077; exec "$@"', "sh")
+# koid with other numbers, so that a test need not wait for a minute.
+CHANGED = LOAD + "exec(sys.argv[2], vars(koitab))\n" \
+    "sys.exit(koitab.main(sys.argv[3:]))\n"
+CALLS = LOAD + """
+def asked(request):
+    link = koitab.Link(koitab.Machine())
+    if request["op"] != "run":
+        return link.ask(request.pop("op"), **request)
+    run, connection, data = link.follow(
+        request["job"], request.get("args", {}), request.get("user", ""))
+    chunks = [data]
+    while chunks[-1] or len(chunks) == 1:
+        chunks.append(connection.recv(65536))
+    streams = [[], [], [], []]
+    for stream, _, part in koitab.read_frames(b"".join(chunks)):
+        streams[stream].append(part.decode())
+    return {"run": run, "text": "".join(streams[1] + streams[2]),
+            "notes": streams[0], **json.loads("".join(streams[3]) or "{}")}
+
+for line in sys.stdin:
+    try:
+        reply = asked(json.loads(line))
+    except koitab.Error as error:
+        reply = {"error": error.message, "hint": error.hint}
+    print(json.dumps(reply), flush=True)
+"""
+
+
+class Caller:
+    """A process of some user's that asks koid, one thing after the other."""
+
+    def __init__(self, process: subprocess.Popen):
+        self.process = process
+
+    def ask(self, op: str, **fields) -> dict:
+        """The reply, also when it is {"error": ..}."""
+        request = json.dumps({"op": op, **fields})
+        self.process.stdin.write(request.encode() + b"\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline() or "{}")
+
+    def tab(self, text: str) -> None:
+        assert self.ask("install", text=text)["installed"], text
+
+    def seconds(self) -> float:
+        """How long koid takes to answer."""
+        before = time.monotonic()
+        reply = self.ask("history", limit=1)
+        assert "error" not in reply, reply
+        return time.monotonic() - before
+
+
+class Town(support.Koi):
+    """koid in its usual places, on a host with several users."""
+
+    def __init__(self, folder: Path, host: support.Host):
+        super().__init__(folder)
+        self.place, self.host = host, self
+        self.lib, self.processes = self.folder / "lib", []
+        self.home = self.lib / "koi"
+        (self.home / "tabs").mkdir(parents=True)
+        for path in (self.home, self.home / "tabs"):
+            path.chmod(0o700)
+        self.lib.chmod(0o755)
+        del self.env["KOI_HOME"]
+        self.people(f"{CAROL}:x:{CAROL_UID}:{CAROL_UID}::/:/bin/sh\n",
+                    f"{DAVE}:x:{DAVE_UID}:{DAVE_UID}::/:/bin/sh\n")
+        with open(host.folder / "group", "a") as file:
+            file.writelines(f"g{gid}:x:{gid}:{ALICE}\n" for gid in GROUPS)
+        host.bind(self.lib, "/var/lib")
+        host.setup.append("mount -t tmpfs -o mode=755 tmpfs /run")
+        self.open_place()
+
+    def people(self, *lines: str) -> None:
+        """Add users to the host."""
+        with open(self.place.folder / "passwd", "a") as file:
+            file.writelines(lines)
+
+    def open_place(self) -> None:
+        holder = subprocess.Popen(
+            self.place.command(["sh", "-c", "echo; exec sleep 3600"]),
+            stdout=subprocess.PIPE)
+        self.processes.append(holder)
+        assert holder.stdout.readline(), "no namespace"
+        self.root = Path(f"/proc/{holder.pid}/root")
+
+    def command(self, *args) -> list[str]:
+        """koitab's command line; or, for Koi.start, a command in the
+        namespace."""
+        if args and isinstance(args[0], list):
+            return ["nsenter", f"--mount={self.root.parent}/ns/mnt", "--wd=/",
+                    *args[0]]
+        return super().command(*args)
+
+    def start(self, *args: str, wrap: tuple = (), changed: str = "",
+              **env: str) -> "Town":
+        if changed:
+            self.command, usual = lambda *args: self.command_of(
+                args, changed), self.command
+        try:
+            return super().start(*args, wrap=wrap, **env)
+        finally:
+            if changed:
+                self.command = usual
+
+    def command_of(self, args: tuple, changed: str) -> list[str]:
+        if isinstance(args[0], list):
+            return Town.command(self, *args)
+        return [self.python, "-IBS", "-c", CHANGED, KOID, changed, *args]
+
+    @contextlib.contextmanager
+    def link(self):
+        link = koitab.Link(koitab.Machine())
+        link.path = f"{self.root}{koitab.ROOT_SOCKET}"
+        yield link
+
+    def as_user(self, who, command: list[str], **env: str) -> list[str]:
+        """A command in the namespace, as a user or a uid."""
+        uid = {ALICE: support.ALICE_UID, MALLORY: support.MALLORY_UID,
+               CAROL: CAROL_UID}.get(who, who)
+        settings = [f"{name}={value}" for name, value in env.items()]
+        return self.command(["setpriv", "--reuid", str(uid), "--regid",
+                             str(uid), "--clear-groups", "env", "-i",
+                             "PATH=/usr/bin:/bin", *settings, *command])
+
+    def popen(self, command: list[str], **options) -> subprocess.Popen:
+        """A process that is ended at the end."""
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, **options)
+        self.processes.append(process)
+        return process
+
+    def caller(self, who, **env: str) -> Caller:
+        return Caller(self.popen(self.as_user(
+            who, [self.python, "-IBSc", CALLS, KOID], **env)))
+
+    def python_as(self, who, program: str, *args: str) -> support.Result:
+        """What a program in Python does as this user."""
+        done = subprocess.run(
+            self.as_user(who, [self.python, "-IBSc", LOAD + program, KOID,
+                               *args]),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, timeout=60)
+        return support.Result(done.returncode, done.stdout.decode(),
+                              done.stderr.decode())
+
+    def close(self) -> None:
+        self.stop(signal.SIGKILL)
+        self.end_jobs()
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def town(tmp_path, host):
+    support.need("nsenter", "setpriv", "unshare")
+    tmp_path.chmod(0o755)
+    town = Town(tmp_path, host)
+    yield town
+    town.close()
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A folder into which everyone can write."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    return folder
+
+
+# The places ------------------------------------------------------------------
+
+
+def test_everyone_reaches_the_socket_and_only_root_the_home(town):
+    town.start()
+    assert support.mode(town.root / "run/koi/koid.sock") == 0o666
+    assert support.mode(town.root / "run/koi") == 0o755
+    assert town.caller(ALICE).ask("list")["text"] is None
+    for path in (town.home, town.home / "tabs", town.home / "runs"):
+        assert (support.mode(path), support.owner(path)) == (0o700, 0)
+    for name in ("history.db", "lock"):
+        assert support.mode(town.home / name) == 0o600
+    listed = town.python_as(ALICE, "os.listdir('/var/lib/koi')")
+    assert "PermissionError" in listed.err
+
+
+def test_a_strict_umask_of_roots_shuts_nobody_out(town):
+    town.start(wrap=STRICT)
+    assert town.caller(ALICE).ask("list") == {"text": None, "daemon": True}
+
+
+def test_a_tab_holds_before_the_answer_comes_and_is_the_users_own(town):
+    town.start()
+    alice = town.caller(ALICE)
+    alice.tab('"Mine" @manual id -un\n')
+    assert support.mode(town.home / "tabs" / ALICE) == 0o600
+    assert alice.ask("list")["text"] == '"Mine" @manual id -un\n'
+    assert alice.ask("run", job="Mine")["text"] == "alice\n"
+    assert alice.ask("remove")["removed"] is True
+    assert alice.ask("list")["text"] is None
+    assert "no job" in alice.ask("run", job="Mine")["error"]
+
+
+# Who may do what (74, 77) ----------------------------------------------------
+
+AS_IF = {"LOGNAME": ALICE, "USER": ALICE, "SUDO_USER": ALICE,
+         "SUDO_UID": "1500", "HOME": "/root"}
+ON_ALICE = [("list", {}), ("install", {"text": "@manual id\n"}),
+            ("remove", {}), ("jobs", {}), ("history", {}), ("status", {}),
+            ("run", {"job": "Hers"}), ("log", {"job": "Hers"}),
+            ("log", {"run": 1}), ("kill", {"run": 1})]
+HERS = '"Hers" @manual echo secret\n"Long" @manual sleep 600\n'
+
+
+@pytest.fixture
+def busy(town):
+    """alice has a tab, run 1 that has ended, and run 2 that goes on."""
+    town.tab(HERS, ALICE)
+    town.start()
+    assert town.caller(ALICE).ask("run", job="Hers")["text"] == "secret\n"
+    alice = town.caller(ALICE)
+    alice.process.stdin.write(b'{"op": "run", "job": "Long"}\n')
+    alice.process.stdin.flush()
+    support.wait_until(lambda: [run for run in town.history()
+                                if run["state"] == "running"], 30, "Long")
+    return town
+
+
+@pytest.mark.parametrize("who", [MALLORY, STRANGER])
+@pytest.mark.parametrize("name", [ALICE, "root"])
+def test_77_nobody_acts_for_another_whatever_his_environment_says(
+        busy, who, name):
+    caller = busy.caller(who, **AS_IF)
+    for op, fields in ON_ALICE:
+        reply = caller.ask(op, user=name, **fields)
+        assert reply.get("error") == "must be privileged to use -u", (
+            op, reply)
+    assert (busy.home / "tabs" / ALICE).read_text() == HERS
+    assert not (busy.home / "tabs" / "root").exists()
+    assert [run["state"] for run in busy.history()] == ["running", "done"]
+
+
+@pytest.mark.parametrize("who", [MALLORY, STRANGER])
+def test_77_without_a_name_one_sees_and_runs_ones_own_only(busy, who):
+    caller = busy.caller(who, **AS_IF)
+    for op, fields in (("run", {"job": "Hers"}), ("log", {"job": "Hers"}),
+                       ("log", {"run": 1}), ("kill", {"run": 2}),
+                       ("run", {"job": ""}), ("log", {})):
+        reply = caller.ask(op, **fields)
+        assert "error" in reply, (op, fields, reply)
+    for op, what in (("jobs", "jobs"), ("history", "runs"),
+                     ("status", "running")):
+        assert not caller.ask(op).get(what), (op, caller.ask(op))
+    everything = json.dumps([caller.ask(op) for op in (
+        "jobs", "history", "status", "list")])
+    assert "Hers" not in everything and "secret" not in everything
+    assert [run["state"] for run in busy.history()] == ["running", "done"]
+
+
+def test_a_uid_without_a_name_has_no_tab(town):
+    """After userdel, from a container, of a service: SO_PEERCRED gives a
+    number, and koid must not take "nobody" for "everybody"."""
+    town.start()
+    caller = town.caller(STRANGER)
+    for op, fields in (("install", {"text": "@manual id\n"}), ("list", {}),
+                       ("remove", {})):
+        assert "error" in caller.ask(op, **fields), op
+    assert list((town.home / "tabs").iterdir()) == []
+
+
+def test_root_acts_for_anyone(busy):
+    assert busy.ask("list", user=ALICE)["text"] == HERS
+    assert {job["user"] for job in busy.ask("jobs")["jobs"]} == {ALICE}
+    busy.ask("log", run=1)
+    assert b"secret" in busy.output
+    assert busy.ask("kill", run=2)["run"]["label"] == "Long"
+    newest = busy.ended("Long")[0]
+    assert (newest["signal"], newest["reason"]) == (15, "killed by root")
+    with pytest.raises(koitab.Error, match="unknown"):
+        busy.ask("list", user="nobody-such")
+
+
+@pytest.mark.parametrize("name", [
+    "../x", "..", ".", "/etc/passwd", "alice/../root", "alice\0", "\ud800",
+    "a" * 5000, "-", "*", "alice\n"])
+def test_a_user_that_there_cannot_be_is_unknown(town, name):
+    town.start()
+    with pytest.raises(koitab.Error, match="unknown"):
+        town.ask("install", user=name, text="@manual id\n")
+    assert list((town.home / "tabs").iterdir()) == []
+    assert not (town.home / "x").exists()
+
+
+def test_74_one_users_run_takes_nothing_from_the_others_tab(town):
+    """Two jobs of one name, each its user's."""
+    town.start()
+    callers = {who: town.caller(who) for who in (ALICE, MALLORY)}
+    for who, caller in callers.items():
+        caller.tab(f'"Same" @manual echo {who}; id -un\n')
+    for who, caller in callers.items():
+        assert caller.ask("run", job="Same")["text"] == f"{who}\n{who}\n"
+        assert {run["user"] for run in caller.ask("history")["runs"]} == {who}
+        run = caller.ask("history")["runs"][0]["run"]
+        other = callers[MALLORY if who == ALICE else ALICE]
+        assert "no run" in other.ask("log", run=run)["error"]
+
+
+# koi.allow and koi.deny ------------------------------------------------------
+
+
+@pytest.mark.parametrize("allow, deny, may, may_not", [
+    (None, None, [ALICE, MALLORY], []),
+    ("alice\n", None, [ALICE], [MALLORY]),
+    ("alice\n", "alice\n", [ALICE], [MALLORY]),
+    (None, "mallory\n", [ALICE], [MALLORY]),
+    (None, "", [ALICE, MALLORY], []),
+    ("", None, [], [ALICE, MALLORY]),
+    (" alice\nALICE\n#alice\nalic\n", None, [], [ALICE, MALLORY]),
+    ("FOLDER", None, [], [ALICE, MALLORY]),     # it cannot be read
+    (None, "FOLDER", [], [ALICE, MALLORY]),
+    ("LOOP", None, [], [ALICE, MALLORY]),
+])
+def test_81_koi_allow_and_koi_deny_are_as_crons(town, allow, deny, may,
+                                                may_not):
+    paths = {"koi.allow": allow, "koi.deny": deny}
+    for name, text in paths.items():
+        path = town.folder / name
+        if text == "FOLDER":
+            path.mkdir()
+        elif text == "LOOP":
+            path.symlink_to(name)
+        elif text is not None:
+            path.write_text(text)
+    town.start(changed=f"ALLOW, DENY = '{town.folder}/koi.allow', "
+               f"'{town.folder}/koi.deny'")
+    for who in may + may_not:
+        reply = town.caller(who).ask("install", text="@manual id\n")
+        assert reply.get("installed", False) == (who in may), reply
+    for who in may_not:
+        reply = town.caller(who).ask("list")
+        assert reply["error"] == f"You ({who}) are not allowed to use this " \
+            "program (koitab)"
+    assert town.ask("install", text="@manual id\n")["installed"]     # root
+
+
+def test_81_a_denied_users_tab_is_closed_to_root_too(town):
+    """As in Debian's: the tab's user counts, not the caller."""
+    (town.folder / "koi.deny").write_text("alice\n")
+    town.start(changed=f"DENY = '{town.folder}/koi.deny'")
+    with pytest.raises(koitab.Error, match="alice cannot use this program"):
+        town.ask("install", user=ALICE, text="@manual id\n")
+
+
+# Which files are believed (73, 79) -------------------------------------------
+
+GOOD = '"Job" @manual id -un\n'
+
+
+def plain(path: Path, _town) -> None:
+    path.write_text(GOOD)
+    path.chmod(0o600)
+
+
+def with_mode(number: int):
+    def make(path: Path, town) -> None:
+        plain(path, town)
+        path.chmod(number)
+    return make
+
+
+def of_alice(path: Path, town) -> None:
+    plain(path, town)
+    os.chown(path, support.ALICE_UID, support.ALICE_UID)
+
+
+def hard_link(path: Path, town) -> None:
+    plain(path, town)
+    os.link(path, town.folder / "other-name")
+
+
+def symbolic_link(path: Path, town) -> None:
+    plain(town.folder / "target", town)
+    path.symlink_to(town.folder / "target")
+
+
+def fifo(path: Path, _town) -> None:
+    os.mkfifo(path, 0o600)
+
+
+def folder(path: Path, _town) -> None:
+    path.mkdir(mode=0o600)
+
+
+def endless(path: Path, _town) -> None:
+    path.write_text("#" * (2**20 + 1))
+    path.chmod(0o600)
+
+
+def with_nul(path: Path, _town) -> None:
+    path.write_text(GOOD + "\0\n")
+    path.chmod(0o600)
+
+
+def device(path: Path, _town) -> None:
+    os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+
+
+@pytest.mark.parametrize("make, why", [
+    (with_mode(0o666), "chmod go-w"), (with_mode(0o620), "chmod go-w"),
+    (of_alice, "owner"), (hard_link, "hard link"), (symbolic_link, "link"),
+    (fifo, "no regular file"), (folder, "no regular file"),
+    (device, "no regular file"), (endless, "larger than"),
+    (with_nul, "NUL")])
+def test_73_a_tab_that_others_could_have_written_is_not_used(town, make, why):
+    make(town.home / "tabs" / ALICE, town)
+    town.tab(GOOD, MALLORY)
+    town.start()
+    path = f"/var/lib/koi/tabs/{ALICE}: not used: "
+    for troubles in (town.ask("status")["troubles"],
+                     town.caller(ALICE).ask("status")["troubles"]):
+        assert len(troubles) == 1 and path in troubles[0], troubles
+        assert why in troubles[0]
+    assert path in town.log() and why in town.log()
+    assert town.caller(MALLORY).ask("status")["troubles"] == []
+    alice = town.caller(ALICE)
+    assert "no job" in alice.ask("run", job="Job")["error"]
+    assert town.caller(MALLORY).ask("run", job="Job")["exit"] == 0
+
+
+@pytest.mark.parametrize("make", [plain, with_mode(0o644), with_mode(0o400)])
+def test_73_a_tab_that_root_alone_could_have_written_is_used(town, make):
+    make(town.home / "tabs" / ALICE, town)
+    town.start()
+    assert town.caller(ALICE).ask("run", job="Job")["text"] == "alice\n"
+
+
+def test_73_a_tab_that_becomes_open_to_others_is_dropped(town):
+    path = town.tab(GOOD, ALICE)
+    town.start()
+    path.chmod(0o666)
+    support.wait_until(lambda: town.ask("status")["troubles"], 10, "a look")
+    alice = town.caller(ALICE)
+    assert "no job" in alice.ask("run", job="Job")["error"]
+    path.chmod(0o600)
+    support.wait_until(lambda: not town.ask("status")["troubles"], 10,
+                       "another look")
+    assert alice.ask("run", job="Job")["exit"] == 0
+
+
+def test_73_an_open_home_is_refused_with_what_to_type(town):
+    town.home.chmod(0o755)
+    with pytest.raises(pytest.fail.Exception):
+        town.start()
+    assert "chmod 700 /var/lib/koi" in town.log()
+
+
+def test_73_a_home_that_is_a_link_or_anothers_is_refused(town):
+    shutil.rmtree(town.home)
+    elsewhere = town.folder / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    town.home.symlink_to(elsewhere)
+    with pytest.raises(pytest.fail.Exception):
+        town.start()
+    town.home.unlink()
+    town.home.mkdir(mode=0o700)
+    os.chown(town.home, support.ALICE_UID, 0)
+    with pytest.raises(pytest.fail.Exception):
+        town.start()
+    assert "is no folder" in town.log()
+    assert "belongs to another user" in town.log()
+
+
+def test_79_a_faulty_text_is_not_installed_and_the_old_tab_stays(town):
+    town.start()
+    alice = town.caller(ALICE)
+    alice.tab(GOOD)
+    for text in ("61 * * * * id\n", GOOD + GOOD, "@manual id",
+                 "CRON_TZ=Mars/Base\n* * * * * id\n"):
+        reply = alice.ask("install", text=text)
+        assert reply["installed"] is False and reply["problems"], text
+    assert alice.ask("list")["text"] == GOOD
+    assert alice.ask("run", job="Job")["exit"] == 0
+
+
+def test_78_a_tab_of_any_size_is_answered(town):
+    town.start()
+    alice = town.caller(ALICE)
+    for text, why in (("@manual x\n" * 10_001, "10,000"),
+                      ("#" * 2**20 + "\n", "larger"),
+                      ("* * * * * " + "x" * 900_000 + "\n", "131,071"),
+                      ("@manual a\0b\n", "NUL")):
+        reply = alice.ask("install", text=text)
+        assert not reply.get("installed"), text[:20]
+        assert why in json.dumps(reply), reply
+    assert alice.ask("list")["text"] is None
+
+
+# What a job is and has (80 to 84) --------------------------------------------
+
+PROBE = """
+import json, os, signal
+
+def refused(call, *values):
+    try:
+        call(*values)
+    except PermissionError:
+        return True
+    return False
+
+def is_open(fd):
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+status = dict(line.split(":\\t", 1) for line
+              in open("/proc/self/status").read().splitlines())
+print(json.dumps({
+    "uids": os.getresuid(), "gids": os.getresgid(),
+    "groups": sorted(os.getgroups()), "umask": os.umask(0o022),
+    "fds": [fd for fd in range(70_000) if is_open(fd)],
+    "cwd": os.getcwd(), "leads": os.getsid(0) == os.getpgid(0) != 0,
+    "environment": dict(os.environ), "status": status,
+    "refused": [refused(os.setuid, 0), refused(os.seteuid, 0),
+                refused(os.setresuid, 0, 0, 0), refused(os.setreuid, 0, 0),
+                refused(os.setgid, 0), refused(os.setresgid, 0, 0, 0),
+                refused(os.setgroups, [0]), refused(os.chroot, "/"),
+                refused(os.kill, os.getppid() and 1, 0)]}))
+"""
+
+
+@pytest.fixture
+def probe(tmp_path):
+    """A command that tells what it runs as."""
+    path = tmp_path / "probe.py"
+    path.write_text(PROBE)
+    path.chmod(0o644)
+    return f"/usr/bin/python3 -IBS {path}"
+
+
+def probed(town, who: str, probe: str, settings: str = "",
+           wrap: tuple = ()) -> dict:
+    town.tab(f"{settings}\"Probe\" @manual {probe}\n", who)
+    town.start(wrap=wrap, SECRET_OF_ROOT="x", PYTHONPATH="/x")
+    _, out, err, end = town.run("Probe")
+    assert end["exit"] == 0, (err, town.log())
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("who, uid, groups", [
+    (ALICE, support.ALICE_UID, [support.ALICE_UID, *GROUPS]),
+    (MALLORY, support.MALLORY_UID, [support.MALLORY_UID]),
+    (WWW, 33, [33]), ("nobody", 65534, [65534])])
+def test_80_a_job_has_its_users_rights_and_no_others(town, probe, who, uid,
+                                                     groups):
+    job = probed(town, who, probe)
+    assert job["uids"] == [uid] * 3 and job["gids"] == [uid] * 3
+    assert job["groups"] == groups
+    assert job["refused"] == [True] * len(job["refused"])
+    for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+        assert int(job["status"][name], 16) == 0, name
+
+
+def test_83_a_job_has_three_descriptors_and_a_clean_slate(town, probe):
+    job = probed(town, ALICE, probe, wrap=STRICT)
+    assert job["fds"] == [0, 1, 2]
+    assert job["umask"] == 0o022 and job["leads"]
+
+
+def test_83_signals_that_koid_ignores_do_their_work_in_a_job(town):
+    town.tab('"Status" @manual grep Sig /proc/self/status\n', ALICE)
+    town.start()
+    text = town.caller(ALICE).ask("run", job="Status")["text"]
+    masks = dict(line.split(":\t") for line in text.splitlines())
+    for name in ("SigBlk", "SigIgn"):       # the C library has 32 and 33
+        assert int(masks[name], 16) & ~(3 << 31) == 0, text
+
+
+def test_84_a_job_has_the_environment_of_cron_and_nothing_of_koids(
+        town, probe):
+    job = probed(town, ALICE, probe, "OWN=1\nUSER=root\nLOGNAME=root\n")
+    host = koitab.Machine().host_environment()
+    assert {name: value for name, value in job["environment"].items()
+            if name not in {*host, "LC_CTYPE", "PWD"}} == {
+        "SHELL": "/bin/sh", "HOME": str(town.place.home[ALICE]),
+        "LOGNAME": ALICE, "USER": ALICE, "OWN": "1",
+        "KOI_RUN": job["environment"]["KOI_RUN"],
+        **({} if "PATH" in host else {"PATH": "/usr/bin:/bin"})}
+
+
+def test_root_jobs_are_roots(town):
+    town.tab('"Root" @manual id -u; id -G\n')
+    town.start()
+    _, out, _, end = town.run("Root")
+    assert (out.split()[0], end["exit"]) == (b"0", 0)
+
+
+NOT_THE_USER = [
+    "setresuid:error=EAGAIN", "setresuid:error=EPERM",
+    "setresgid:error=EPERM", "setgroups:error=EPERM",
+    # The kernel says that it did, and did not (CVE-2006-2607 and kin).
+    "setresuid:retval=0", "setresgid:retval=0", "setgroups:retval=0",
+]
+
+
+@pytest.mark.parametrize("fault", NOT_THE_USER)
+def test_80_a_job_that_cannot_become_its_user_is_not_run(town, out, fault):
+    support.need("strace")
+    town.tab(f'"Job" @manual id > {out}/ran\n', ALICE)
+    name = fault.partition(":")[0]
+    town.start(wrap=("strace", "-D", "-f", "-qq", "-o", "/dev/null", "-e",
+                     f"trace={name}", "-e", f"inject={fault}"))
+    alice = town.caller(ALICE)
+    # A refused run is over at once; its caller hears why.
+    reply = alice.ask("run", job="Job")
+    run = town.ended()[0]
+    assert run["state"] == "unstartable" and run["reason"], run
+    assert run["exit"] is None and run["started"] is None
+    assert "could not start" in " ".join(reply["notes"]), reply
+    assert list(out.iterdir()) == []
+    assert alice.seconds() < 5      # strace makes it slow; it lives
+
+
+def test_82_a_home_that_only_its_user_can_enter_is_where_a_job_runs(town):
+    town.place.home[ALICE].chmod(0o700)
+    town.tab('"Where" @manual pwd\n', ALICE)
+    town.start()
+    reply = town.caller(ALICE).ask("run", job="Where")
+    assert reply["text"] == f"{town.place.home[ALICE]}\n"
+    assert reply["notes"] == []
+
+
+@pytest.mark.parametrize("home, why", [
+    ("{root}", "Permission denied"), ("/nonexistent", "No such file"),
+    ("/etc/passwd", "Not a directory")])
+def test_82_a_job_is_not_put_where_its_user_cannot_go(town, home, why):
+    """Somebody who goes there before he gives up root would be let in."""
+    closed = town.folder / "of-root"
+    closed.mkdir(mode=0o700)
+    home = home.format(root=closed)
+    town.tab(f'HOME={home}\n"Where" @manual pwd; ls\n', ALICE)
+    town.start()
+    reply = town.caller(ALICE).ask("run", job="Where")
+    assert reply["text"].splitlines()[0] == "/"
+    assert len(reply["notes"]) == 1 and why in reply["notes"][0]
+    assert home in reply["notes"][0] and reply["exit"] == 0
+
+
+def test_82_a_home_without_a_slash_does_not_mean_where_koid_was_started(town):
+    town.tab('HOME=.\n"Where" @manual pwd\n', ALICE)
+    town.start(wrap=("env", "-C", str(town.folder)))
+    assert town.caller(ALICE).ask("run", job="Where")["text"] == "/\n"
+
+
+def test_81_the_job_of_a_user_who_is_gone_is_recorded_and_not_run(town, out):
+    passwd = town.place.folder / "passwd"
+    before = passwd.read_text()
+    town.people("bob:x:1600:1600::/:/bin/sh\n")
+    town.tab(f'"Bobs" @manual id > {out}/ran\n', "bob")
+    town.tab('"Hers" @manual id -un\n', ALICE)
+    town.start()
+    passwd.write_text(before)
+    assert town.run("Bobs")[3]["reason"] == "there is no user bob"
+    run = town.history(job="Bobs")[0]
+    assert (run["state"], run["user"]) == ("unstartable", "bob")
+    assert run["reason"] == "there is no user bob"
+    assert list(out.iterdir()) == []
+    assert town.caller(ALICE).ask("run", job="Hers")["text"] == "alice\n"
+
+
+@pytest.mark.parametrize("line", [
+    "bob:x:4294967295:1600::/:/bin/sh\n", "bob:x:65535:1600::/:/bin/sh\n"])
+def test_81_a_uid_that_would_mean_no_change_is_no_user(town, out, line):
+    town.people(line)
+    town.tab(f'"Bobs" @manual id > {out}/ran\n', "bob")
+    town.start()
+    assert town.run("Bobs")[3]["reason"] == "there is no user bob"
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("line, uid", [
+    ("bob:!:1600:1600::/:/usr/sbin/nologin\n", 1600),   # locked, no shell
+    ("bob:x:1600:1600::/:/bin/false\n", 1600),
+    ("bob:x:1600:1600::/:\n", 1600),
+    ("toor:x:0:0::/root:/bin/sh\n", 0)])
+def test_81_a_user_who_may_not_log_in_has_jobs_all_the_same(town, line, uid):
+    """As in cron: www-data's tab is why."""
+    town.people(line)
+    name = line.partition(":")[0]
+    town.tab('"Id" @manual id -u\n', name)
+    town.start()
+    assert town.run("Id")[1] == b"%d\n" % uid
+
+
+# Out of the user's reach (85, 86) --------------------------------------------
+
+REACH = """
+import ctypes
+supervisor, koid = map(int, sys.argv[2:])
+libc = ctypes.CDLL(None, use_errno=True)
+reached = []
+for pid in (supervisor, koid):
+    for name in ("mem", "environ", "maps", "fd", "cwd", "root", "exe",
+                 "map_files", "syscall", "stack", "auxv", "io"):
+        path = f"/proc/{pid}/{name}"
+        try:
+            if name in ("fd", "map_files"):
+                os.listdir(path)
+            elif name in ("cwd", "root", "exe"):
+                os.readlink(path)
+            else:
+                os.read(os.open(path, os.O_RDONLY), 1)
+            reached.append(path)
+        except OSError:
+            pass
+    for request in (16, 0x4206):            # PTRACE_ATTACH, PTRACE_SEIZE
+        if libc.ptrace(request, pid, 0, 0) == 0:
+            reached.append(f"ptrace {pid}")
+    handle = libc.syscall(434, pid, 0)      # pidfd_open, pidfd_getfd
+    for fd in range(64):
+        if libc.syscall(438, handle, fd, 0) >= 0:
+            reached.append(f"descriptor {fd} of {pid}")
+try:
+    os.kill(koid, 9)
+    reached.append("kill koid")
+except OSError:
+    pass
+for path in ("/var/lib/koi", "/var/lib/koi/runs/1", "/var/lib/koi/tabs",
+             "/var/lib/koi/history.db", "/run/koi/koid.sock"):
+    for change in (lambda: os.rename(path, path + "x"),
+                   lambda: os.chmod(path, 0o777), lambda: os.unlink(path),
+                   lambda: os.open(path, os.O_RDWR)):
+        try:
+            change()
+            reached.append(path)
+        except OSError:
+            pass
+print(json.dumps(reached))
+"""
+
+
+def going(town):
+    """The header of the only run that goes on; None before it does."""
+    for file in (town.home / "runs").iterdir():
+        header = koitab.header_of(file.read_bytes())
+        if header and header.phase == koitab.GOING:
+            return header
+    return None
+
+
+def test_86_a_supervisor_and_its_files_are_out_of_its_users_reach(busy):
+    """It runs as alice, but it is a part of koid's memory."""
+    supervisor = support.wait_until(
+        lambda: going(busy), 10, "a run").supervisor
+    status = Path(f"/proc/{supervisor}/status").read_text()
+    assert f"Uid:\t{support.ALICE_UID}\t" in status
+    tried = busy.python_as(ALICE, REACH, str(supervisor),
+                           str(busy.daemon.pid))
+    assert (tried.out, tried.err) == ("[]\n", ""), tried
+
+
+def test_86_a_supervisor_that_its_user_kills_is_noted_and_nothing_else(busy):
+    run = support.wait_until(lambda: going(busy), 10, "a run")
+    killed = busy.python_as(ALICE, "os.kill(int(sys.argv[2]), 9)",
+                            str(run.supervisor))
+    os.kill(run.job, 0)         # the job goes on, and nobody sees to it
+    os.killpg(run.job, signal.SIGKILL)
+    assert killed.code == 0, killed
+    run = busy.ended("Long")[0]
+    assert (run["state"], run["reason"]) == (
+        "interrupted", "its supervisor was killed")
+    assert busy.caller(ALICE).ask("run", job="Hers")["text"] == "secret\n"
+
+
+def test_85_an_argument_is_in_no_command_line(town):
+    town.tab('"Hush" @manual echo {{Word, secret}} | wc -c; '
+             'cat /proc/[0-9]*/cmdline | tr "\\0" " "\n', ALICE)
+    town.start()
+    reply = town.caller(ALICE).ask("run", job="Hush",
+                                   args={"Word": "hunter2hunter2"})
+    assert reply["text"].split()[0] == "15"
+    assert "hunter2" not in reply["text"]
+    assert "hunter2" not in json.dumps(town.history())
+    for path in town.home.rglob("*"):
+        assert path.is_dir() or b"hunter2" not in path.read_bytes(), path
+
+
+# A full table of processes (87, fault 34) ------------------------------------
+
+
+def test_87_a_user_who_has_too_many_processes_waits_for_room(town, tmp_path):
+    gate = tmp_path / "gate"
+    town.tab(f'"First" @manual cat {gate}; true\n'
+             '"Second" @manual id -un\n', CAROL)
+    os.mkfifo(gate, 0o644)
+    gate.chmod(0o644)
+    town.start(wrap=("prlimit", "--nproc=4"))
+    first, second = asking(town, CAROL, "First"), None
+    support.wait_until(lambda: processes_of(CAROL_UID) == 3, 30, "three")
+    second = asking(town, CAROL, "Second")
+    support.wait_until(lambda: processes_of(CAROL_UID) == 4, 30, "four")
+    time.sleep(1.5)             # it has tried again by now
+    assert town.history(job="Second")[0]["state"] == "running"
+    assert town.ask("status")["troubles"] == []
+    with open(gate, "w"):
+        pass                    # the first ends, and there is room
+    assert json.loads(first.process.stdout.readline())["exit"] == 0
+    reply = json.loads(second.process.stdout.readline())
+    assert (reply["text"], reply["exit"]) == ("carol\n", 0)
+
+
+def test_87_after_a_minute_without_room_the_run_is_unstartable(town):
+    town.tab('"Long" @manual sleep 600; true\n"Second" @manual id\n', CAROL)
+    town.tab('"His" @manual id -un\n', DAVE)
+    town.start(wrap=("prlimit", "--nproc=4"), changed="TRY_FOR = 2.0")
+    asking(town, CAROL, "Long")
+    support.wait_until(lambda: processes_of(CAROL_UID) == 3, 30, "three")
+    reply = asking(town, CAROL, "Second").process.stdout.readline()
+    assert b"could not start: Resource temporarily unavailable" in reply
+    run = town.ended("Second")[0]
+    assert run["state"] == "unstartable" and run["started"] is None
+    assert "Resource temporarily unavailable" in run["reason"]
+    reply = json.loads(asking(town, DAVE, "His").process.stdout.readline())
+    assert reply["text"] == "dave\n"
+
+
+def asking(town, user: str, job: str) -> Caller:
+    """root asks for a run of a user's, who has no process to spare; the
+    answer is still to come."""
+    caller = Caller(town.popen(town.command(
+        [town.python, "-IBSc", CALLS, KOID])))
+    caller.process.stdin.write(json.dumps(
+        {"op": "run", "job": job, "user": user}).encode() + b"\n")
+    caller.process.stdin.flush()
+    return caller
+
+
+def processes_of(uid: int) -> int:
+    count = 0
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            count += folder.name.isdigit() and \
+                f"Uid:\t{uid}\t" in (folder / "status").read_text()
+    return count
+
+
+@pytest.mark.parametrize("call", ["clone", "clone3"])
+def test_87_koid_survives_a_system_that_starts_no_process(town, call):
+    support.need("strace")
+    town.tab('"Hers" @manual id -un\n', ALICE)
+    town.start(wrap=("strace", "-D", "-f", "-qq", "-o", "/dev/null", "-e",
+                     f"trace={call}", "-e",
+                     f"inject={call}:error=EAGAIN:when=1..2"))
+    reply = town.caller(ALICE).ask("run", job="Hers")
+    assert (reply["text"], reply["exit"]) == ("alice\n", 0), (
+        reply, town.log())
+
+
+# Callers who mean harm -------------------------------------------------------
+
+BAD_REQUESTS = [
+    b"\n", b"garbage\n", b"null\n", b"[]\n", b'"x"\n', b"5\n", b"{}\n",
+    b"\xff\xfe\x00\n", b"{\n", b'{"op": null}\n', b'{"op": 5}\n',
+    b'{"op": ["list"]}\n', b'{"op": "fly"}\n', b'{"op": "__init__"}\n',
+    b'{"op": "install"}{"op": "list"}\n',
+    b'{"op": "list", "user": ["alice"]}\n', b'{"op": "list", "user": 0}\n',
+    b'{"op": "list", "user": {}}\n', b'{"op": "list", "user": "../x"}\n',
+    b'{"op": "list", "user": "alice\\u0000"}\n',
+    b'{"op": "list", "user": "\\ud800"}\n',
+    b'{"op": "install", "text": 5}\n', b'{"op": "install", "text": null}\n',
+    b'{"op": "install", "text": ["@manual id"]}\n',
+    b'{"op": "log", "run": true}\n', b'{"op": "log", "run": "1"}\n',
+    b'{"op": "log", "run": -1}\n', b'{"op": "log", "run": 1e3}\n',
+    b'{"op": "log", "run": 99999999999999999999999}\n',
+    b'{"op": "log", "run": ' + b"9" * 5000 + b'}\n',
+    b'{"op": "log", "run": NaN}\n', b'{"op": "log"}\n',
+    b'{"op": "log", "job": "\\u0000"}\n', b'{"op": "log", "job": ""}\n',
+    b'{"op": "kill"}\n', b'{"op": "kill", "run": 1}\n',
+    b'{"op": "kill", "run": 99999999999999999999999}\n',
+    b'{"op": "history", "before": 99999999999999999999999}\n',
+    b'{"op": "history", "limit": "5"}\n',
+    b'{"op": "history", "job": "\\ud800"}\n',
+    b'{"op": "run"}\n', b'{"op": "run", "job": ""}\n',
+    b'{"op": "run", "job": 5}\n', b'{"op": "run", "job": ["x"]}\n',
+    b'{"op": "run", "job": "x", "args": []}\n',
+    b'{"op": "run", "job": "x", "args": "y"}\n',
+    b'{"op": "run", "job": "x", "user": 5}\n',
+    b'{"op": "run", "job": "x", "user": ["alice"]}\n',
+    b'{"op": "run", "job": "Odd", "args": {"A": 5}}\n',
+    b'{"op": "run", "job": "Odd", "args": {"A": null}}\n',
+    b'{"op": "run", "job": "Odd", "args": {"A": "\\u0000"}}\n',
+    b'{"op": "run", "job": "Odd", "args": {"A": "\\ud800"}}\n',
+    b'{"op": "run", "job": "Odd", "args": {"B": "x"}}\n',
+    b'{"op": "run", "job": "Odd", "args": {"A": "' + b"x" * 70_000 + b'"}}\n',
+    b"[" * 1_000_000 + b"\n", b'{"op":' * 100_000 + b"\n",
+    b'{"op": "list", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n",
+]
+RAW = """
+import socket
+def call(data=b"", seconds=15.0):
+    door = socket.socket(socket.AF_UNIX)
+    door.settimeout(seconds)
+    door.connect("/run/koi/koid.sock")
+    try:
+        door.sendall(data)
+    except OSError:
+        pass            # it hung up: an answer, too
+    return door
+"""
+EACH = RAW + """
+for line in sys.stdin.buffer.read().split(b"\\n--\\n"):
+    door = call(line)
+    answer = b""
+    while chunk := door.recv(65536):
+        answer += chunk
+    print(json.dumps([line[:60].decode("latin-1"),
+                      answer.decode("latin-1")]))
+"""
+
+
+def test_every_bad_request_is_refused_in_words(town):
+    town.tab('"Odd" @manual echo {{A}}\n', MALLORY)
+    town.start()
+    mallory = town.popen(town.as_user(
+        MALLORY, [town.python, "-IBSc", LOAD + EACH, KOID]))
+    out, _ = mallory.communicate(b"--\n".join(
+        line + b"\n" for line in BAD_REQUESTS)[:-1], timeout=60)
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert len(answers) == len(BAD_REQUESTS), town.log()
+    for line, answer in answers:
+        reply = json.loads(answer)
+        assert reply.get("error"), (line, answer)
+        assert "koid failed" not in reply["error"], (line, reply)
+    assert "failed" not in town.log()
+    assert town.history() == []
+
+
+def harmful(town, program: str) -> subprocess.Popen:
+    """mallory does something to koid until we are done; he says when it has
+    begun."""
+    process = town.popen(town.as_user(
+        MALLORY, [town.python, "-IBSc", LOAD + RAW + program
+                  + "\nprint('begun', flush=True)\nsys.stdin.read()\n",
+                  KOID]))
+    said = process.stdout.readline()
+    assert said == b"begun\n", said
+    return process
+
+
+HARM = {
+    "a line of 9 MB": """
+door = call(b"x" * 9_000_000)
+""",
+    "half a request, and silence": """
+doors = [call(b'{"op": "li') for _ in range(60)]
+""",
+    "300 connections": """
+doors = []
+for _ in range(300):
+    try:
+        doors.append(call(b'{'))
+    except OSError:
+        pass
+""",
+    "60 half requests of 4 MB": """
+doors = [call(b"x" * 4_000_000) for _ in range(60)]
+""",
+    "replies that are not read": """
+doors = [call(b'{"op": "log", "job": "Big"}\\n') for _ in range(60)]
+""",
+    "descriptors in the post": """
+import array
+for _ in range(50):
+    door = call()
+    door.sendmsg([b"{"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS,
+                           array.array("i", [0, 1, 2] * 20))])
+""",
+    "calls that are hung up at once": """
+for _ in range(2_000):
+    door = socket.socket(socket.AF_UNIX)
+    door.connect("/run/koi/koid.sock")
+    door.close()
+""",
+}
+
+
+@pytest.mark.parametrize("name", HARM)
+def test_koid_answers_others_within_a_second_whatever_one_sends(town, name):
+    town.tab('"Big" @manual head -c 900000 /dev/zero\n', MALLORY)
+    town.tab('"Hers" @manual id -un\n', ALICE)
+    town.start()
+    if "read" in name:
+        town.run("Big")
+    alice = town.caller(ALICE)
+    alice.seconds()             # it has loaded Python, and so on
+    files = len(os.listdir(f"/proc/{town.daemon.pid}/fd"))
+    before = resident(town.daemon.pid)
+    mallory = harmful(town, HARM[name])
+    took = [alice.seconds() for _ in range(5)]
+    assert max(took) < 1, took
+    assert resident(town.daemon.pid) - before < 80
+    assert alice.ask("run", job="Hers")["text"] == "alice\n"
+    before = time.monotonic()
+    town.ask("status")
+    assert time.monotonic() - before < 1
+    mallory.kill()
+    mallory.wait()
+    support.wait_until(lambda: len(os.listdir(
+        f"/proc/{town.daemon.pid}/fd")) <= files, 10, "koid to let go")
+
+
+def test_a_flood_of_calls_keeps_neither_jobs_nor_others_waiting(town):
+    town.tab('"Hers" @manual id -un\n', ALICE)
+    town.start()
+    alice = town.caller(ALICE)
+    alice.seconds()
+    flood = """
+for _ in range(3):
+    if os.fork() == 0:
+        while os.getppid() != 1:
+            door = socket.socket(socket.AF_UNIX)
+            try:
+                door.connect("/run/koi/koid.sock")
+            except OSError:
+                pass
+            door.close()
+        os._exit(0)
+"""
+    mallory = harmful(town, flood)
+    took = [alice.seconds() for _ in range(10)]
+    reply = alice.ask("run", job="Hers")
+    mallory.kill()
+    mallory.wait()
+    assert max(took) < 3, took     # with no limit: 18 s
+    assert reply["text"] == "alice\n"
+
+
+def test_the_places_that_one_user_cannot_take_are_left_to_the_others(town):
+    town.start()
+    harmful(town, "doors = [call(b'{') for _ in range(64)]")
+    mallory = town.caller(MALLORY)
+    assert "busy" in mallory.ask("history")["error"]
+    assert "error" not in town.caller(ALICE).ask("history")
+
+
+def test_replies_that_nobody_reads_do_not_fill_koid(town):
+    town.tab('"Fat" @manual true {{A, text}} {{B, text}} {{C, text}}\n',
+             MALLORY)
+    town.start()
+    caller = town.caller(MALLORY)
+    for _ in range(20):
+        assert caller.ask("run", job="Fat", args=dict.fromkeys(
+            "ABC", "x" * 60_000))["exit"] == 0
+    before = resident(town.daemon.pid)
+    harmful(town, """
+doors = [call(b'{"op": "history", "limit": 1000}\\n') for _ in range(60)]
+""")
+    town.caller(ALICE).ask("list")      # koid has come to all before this
+    grown = resident(town.daemon.pid) - before
+    print(f"60 replies of 3.6 MB: koid has grown by {grown:.0f} MB")
+    assert grown < 100
+
+
+def resident(pid: int) -> float:
+    """Megabytes of memory."""
+    pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def test_who_is_silent_is_hung_up_on(town):
+    town.start(changed="REQUEST_TIME = 1.0")
+    took = town.python_as(MALLORY, RAW + """
+import time
+before = time.monotonic()
+door = call(b'{"op": "list"')
+assert door.recv(10) == b""
+print(time.monotonic() - before)
+""")
+    assert 0.5 < float(took.out) < 5, took
+
+
+def test_a_tab_that_takes_long_to_read_is_soon_read(town):
+    """koid has one thread: as long as it reads, all wait."""
+    town.start()
+    mallory, alice = town.caller(MALLORY), town.caller(ALICE)
+    alice.seconds()
+    text = "".join(f"* * * * * x{number}\n" for number in range(10_000))
+    begun = time.monotonic()
+    assert mallory.ask("install", text=text)["installed"]
+    print(f"10,000 jobs installed in {time.monotonic() - begun:.1f} s")
+    assert alice.seconds() < 1
+    assert town.ask("remove", user=MALLORY)["removed"]
+
+
+# koid --system ---------------------------------------------------------------
+
+SPOOL = "var/spool/cron/crontabs"
+# name below /etc/cron.d -> does Debian's cron read it? All are root's, 0644.
+NAMES = {
+    "good_1-A": True, "e2scrub_all": True, "php": True, "good.bak": False,
+    "good~": False, ".hidden": False, "#good#": False, "good.dpkg-new": False,
+    "gööd": False, "with blank": False, "tmp.x": False, "UPPER": True}
+
+
+class System(Town):
+    """A host with the tabs of cron: /etc is a copy of this machine's, the
+    spool is empty."""
+
+    def __init__(self, folder: Path, host: support.Host):
+        self.etc, self.spool = folder / "etc", folder / "spool"
+        shutil.copytree("/etc", self.etc, symlinks=True)
+        for path in self.etc.glob("cron*/*"):
+            if not path.name.startswith(("e2scrub", ".")):
+                path.unlink()
+        self.spool.mkdir()
+        self.spool.chmod(0o1730)
+        with open(self.etc / "shadow", "a") as file:    # for cron's PAM
+            file.writelines(f"{name}:*:19000:0:99999:7:::\n" for name in (
+                ALICE, MALLORY, CAROL, DAVE))
+        host.binds.insert(0, (str(self.etc), "/etc"))
+        host.bind(self.spool, f"/{SPOOL}")
+        super().__init__(folder, host)
+
+    def write(self, name: str, text: str, mode: int = 0o644,
+              uid: int = 0) -> Path:
+        """A file as a package brings it."""
+        path = self.etc / name
+        path.write_text(text)
+        path.chmod(mode)
+        os.chown(path, uid, 0)
+        return path
+
+    def put(self, user: str, text: str, mode: int = 0o600,
+            uid: int = 0) -> Path:
+        """A file in the spool."""
+        path = self.spool / user
+        path.write_text(text)
+        path.chmod(mode)
+        os.chown(path, uid, uid)
+        return path
+
+    def cron(self) -> subprocess.Popen:
+        """Debian's cron, in the foreground."""
+        return self.popen(self.command(["cron", "-f"]), stderr=subprocess.PIPE)
+
+    def cron_pid(self) -> str:
+        path = self.root / "run/crond.pid"
+        return path.read_text().strip() if path.exists() else ""
+
+
+@pytest.fixture
+def system(tmp_path, host):
+    support.need("cron", "nsenter", "setpriv", "unshare")
+    tmp_path.chmod(0o755)
+    system = System(tmp_path, host)
+    yield system
+    system.close()
+
+
+def tabs_of_every_kind(system, out) -> None:
+    """Lines that note, in a file of the line's name, whose they are and
+    what they know."""
+    def line(name: str, user: str = "", when: str = "* * * * *") -> str:
+        note = f"{{ id -un; echo $MARK-$OTHER; }} > {out}/{name}"
+        return " ".join(part for part in (when, user, note) if part) + "\n"
+
+    def note_of(name: str) -> str:
+        return shlex.quote(name.replace(" ", "_").replace("#", "+"))
+
+    system.write("crontab", "MARK=crontab\n" + line("root", "root")
+                 + line("alice", ALICE) + line("www", WWW)
+                 + line("never", "root", "0 0 30 2 *"))
+    system.write("cron.d/unknown", line("unknown", "nobody-such"))
+    for name in NAMES:
+        if name != "e2scrub_all":
+            system.write(f"cron.d/{name}", "OTHER=d\n"
+                         + line(f"d-{note_of(name)}", MALLORY))
+    system.write("cron.d/open", line("open", "root"), 0o666)
+    system.write("cron.d/group", line("group", "root"), 0o664)
+    system.write("cron.d/foreign", line("foreign", "root"),
+                 uid=support.ALICE_UID)
+    (system.etc / "cron.d/folder").mkdir()
+    (system.etc / "cron.d/nowhere").symlink_to("/nonexistent")
+    target = system.write("elsewhere", line("linked", "root"))
+    (system.etc / "cron.d/link").symlink_to(f"/etc/{target.name}")
+    system.put(ALICE, line("spool-alice"), uid=support.ALICE_UID)
+    system.put(WWW, line("spool-www"))
+    system.put(MALLORY, line("spool-0644"), 0o644, support.MALLORY_UID)
+    system.put(CAROL, line("spool-0400"), 0o400, CAROL_UID)
+    system.put(DAVE, line("spool-anothers"), uid=support.ALICE_UID)
+    system.put("ghost", line("spool-ghost"))
+    system.put("tmp.abc", line("spool-tmp"))
+    os.link(system.put("daemon", line("spool-linked")),
+            system.folder / "daemon")
+    system.put("aside", line("spool-link"))
+    (system.spool / "bin").symlink_to("aside")
+
+
+def noted(out: Path) -> dict[str, list[str]]:
+    return {path.name: path.read_text().split()
+            for path in out.iterdir() if path.stat().st_size}
+
+
+def test_koid_system_runs_what_debians_cron_runs_and_as_the_same_users(
+        tmp_path, host):
+    """The same files on two hosts, one with each; a real minute."""
+    support.need("cron", "nsenter", "setpriv", "unshare")
+    hosts, notes = [], []
+    for name in ("koid", "cron"):
+        folder = tmp_path / name
+        (folder / "out").mkdir(parents=True)
+        for path in (tmp_path, folder):
+            path.chmod(0o755)
+        (folder / "out").chmod(0o1777)
+        hosts.append(System(folder, support.Host(folder / "host")))
+        notes.append(folder / "out")
+        tabs_of_every_kind(hosts[-1], notes[-1])
+    koid, cron = hosts
+    # cron would hang on the first, and leave out /etc/crontab because of the
+    # second, which any user can make where links are not protected.
+    os.mkfifo(koid.etc / "cron.d/fifo", 0o644)
+    os.link(koid.etc / "crontab", koid.folder / "hard-link")
+    try:
+        if time.time() % 60 > 50:       # both must be there at the edge
+            time.sleep(60 - time.time() % 60)
+        cron.cron()
+        koid.start("--system")
+        expected = {
+            "root": ["root", "crontab-"], "alice": ["alice", "crontab-"],
+            "www": [WWW, "crontab-"], "linked": ["root", "-"],
+            "spool-alice": ["alice", "-"], "spool-www": [WWW, "-"],
+            **{f"d-{name}": ["mallory", "-d"] for name, read
+               in NAMES.items() if read and name != "e2scrub_all"}}
+        support.wait_until(lambda: any(map(noted, notes)), 75, "the minute")
+        time.sleep(5)                   # also for what should not come
+        assert noted(notes[0]) == noted(notes[1]) == expected
+        runs = koid.history()
+        assert {(run["user"], run["reason"]) for run in runs
+                if run["state"] == "unstartable"} >= {
+            ("nobody-such", "there is no user nobody-such")}
+        log = koid.log()
+        for path in ("cron.d/open", "cron.d/group", "cron.d/foreign"):
+            assert f"/etc/{path}: not used: " in log
+        for user in (MALLORY, DAVE, "daemon", "bin"):
+            assert f"/{SPOOL}/{user}: not used: " in log
+        assert "e2scrub_all" in json.dumps(koid.ask("jobs"))
+    finally:
+        for one in hosts:
+            one.close()
+
+
+def soon() -> dict:
+    """For Koi.start: a clock that has three seconds left of its minute."""
+    support.need("faketime")
+    return {"LD_PRELOAD": "/usr/$LIB/faketime/libfaketime.so.1",
+            "FAKETIME": "@2026-06-13 10:00:57", "NO_FAKE_STAT": "1"}
+
+
+@pytest.mark.parametrize("place", ["crontab", "cron.d/one", "spool"])
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_file_that_changes_counts_from_the_next_minute(system, out, place,
+                                                         replaced):
+    """In place, which Debian's cron does not notice in the spool, or by
+    rename."""
+    path = system.spool / ALICE if place == "spool" else system.etc / place
+    user = "" if place == "spool" else "alice "
+
+    def write(to: Path, name: str) -> None:
+        to.write_text(f"* * * * * {user}id -un > {out}/{name}\n")
+        to.chmod(0o600)
+
+    write(path, "before")
+    system.start("--system", **soon())
+    if replaced:
+        write(system.folder / "fresh", "after")
+        os.rename(system.folder / "fresh", path)
+    else:
+        write(path, "after")
+    support.wait_until(lambda: noted(out), 20, system.log())
+    assert noted(out) == {"after": ["alice"]}
+
+
+def test_without_system_the_tabs_of_cron_are_left_to_cron(system, out):
+    system.write("crontab", f"* * * * * root id > {out}/ran\n")
+    system.put(ALICE, f"* * * * * id > {out}/ran\n")
+    cron = system.cron()
+    support.wait_until(system.cron_pid, 10, "cron")
+    system.start()
+    assert system.ask("jobs")["jobs"] == []
+    assert system.cron_pid() == str(cron.pid)
+
+
+# --- beside cron: one of them runs
+
+
+def test_cron_refuses_to_start_beside_koid(system):
+    system.start("--system")
+    assert system.cron_pid() == str(system.daemon.pid)
+    assert support.mode(system.root / "run/crond.pid") == 0o644
+    refused = support.ended(system.cron())
+    assert refused.code == 1, refused
+    assert f"otherpid may be {system.daemon.pid}" in refused.err
+    assert system.ask("status")["system"] is True
+
+
+def test_koid_refuses_to_serve_crons_tabs_beside_cron(system):
+    cron = system.cron()
+    support.wait_until(system.cron_pid, 10, "cron")
+    with pytest.raises(pytest.fail.Exception):
+        system.start("--system")
+    assert f"cron runs (pid {cron.pid})" in system.log()
+    assert system.cron_pid() == str(cron.pid) and cron.poll() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_cron_takes_over_when_koid_stops_though_a_job_runs_on(
+        system, out, number):
+    """A job and its supervisor must not hold the lock."""
+    system.tab(f'"Long" @manual touch {out}/runs; sleep 600\n', ALICE)
+    system.start("--system")
+    asking(system, ALICE, "Long")
+    support.wait_until(lambda: list(out.iterdir()), 20, "Long")
+    system.stop(number)
+    cron = system.cron()
+    support.wait_until(lambda: system.cron_pid() == str(cron.pid), 10,
+                       "cron to take over")
+    assert cron.poll() is None
+
+
+def reboots(out: Path) -> int:
+    return (out / "boots").read_text().count("up") \
+        if (out / "boots").exists() else 0
+
+
+def test_reboot_jobs_run_once_whoever_serves_first(system, out):
+    system.write("crontab", f"@reboot root echo up >> {out}/boots\n")
+    system.start("--system")
+    support.wait_until(lambda: reboots(out), 20, "@reboot")
+    assert (system.root / "run/crond.reboot").exists()
+    system.stop()
+    system.start("--system")
+    system.stop()
+    cron = system.cron()
+    support.wait_until(system.cron_pid, 10, "cron")
+    support.wait_until(lambda: "nanosleep" in Path(
+        f"/proc/{cron.pid}/wchan").read_text(), 10, "cron to sleep")
+    assert reboots(out) == 1
+
+
+@pytest.mark.parametrize("mark", ["crond.reboot", "cron.reboot"])
+def test_koid_runs_no_reboot_job_that_cron_has_run(system, out, mark):
+    """Debian's mark, and cronie's."""
+    (system.root / "run" / mark).touch(mode=0)
+    system.write("crontab", f"@reboot root echo up >> {out}/boots\n")
+    system.tab(f'"Now" @manual echo now >> {out}/boots\n')
+    system.start("--system")
+    assert system.run("Now")[3]["exit"] == 0    # later than any @reboot
+    assert (out / "boots").read_text() == "now\n"
+
+
+def test_koid_without_system_leaves_no_mark_of_crons(system, out):
+    system.tab(f"@reboot echo up >> {out}/boots\n")
+    system.start()
+    support.wait_until(lambda: reboots(out), 20, "@reboot")
+    for name in ("crond.reboot", "cron.reboot", "crond.pid"):
+        assert not (system.root / "run" / name).exists()
+    system.stop()
+    system.start()
+    time.sleep(0.5)
+    assert reboots(out) == 1
+
+
+# An ordinary user's own koid -------------------------------------------------
+
+
+@pytest.mark.parametrize("where, home", [
+    ({"XDG_STATE_HOME": "{home}/state"}, "state/koi"),
+    ({"XDG_STATE_HOME": "not/absolute"}, ".local/state/koi"),
+    ({}, ".local/state/koi"),
+])
+def test_a_users_own_koid_is_his_alone(town, where, home):
+    base = town.place.home[ALICE]
+    env = {"HOME": str(base), **{name: value.format(home=base)
+                                 for name, value in where.items()}}
+    koid = town.popen(town.as_user(ALICE, [*town.command("daemon")], **env),
+                      stderr=subprocess.PIPE)
+    door = base / home / "koid.sock"
+    support.wait_until(door.exists, 20, "the socket")
+    assert (support.mode(door), support.owner(door)) == (
+        0o600, support.ALICE_UID)
+    assert support.mode(base / home) == 0o700
+    alice = town.caller(ALICE, **env)
+    alice.tab('"Me" @manual id -un\n')
+    assert alice.ask("run", job="Me")["text"] == "alice\n"
+    assert alice.ask("status")["system"] is False
+    reply = alice.ask("list", user=MALLORY)
+    assert "belongs to an ordinary user" in reply["error"]
+    mallory = town.caller(MALLORY, KOI_HOME=str(base / home))
+    for op in ("list", "jobs", "history", "status"):
+        assert "Permission denied" in mallory.ask(op)["error"], op
+    assert koid.poll() is None
+
+
+def test_an_ordinary_user_cannot_serve_the_system(town):
+    done = subprocess.run(
+        town.as_user(ALICE, town.command("daemon", "--system"),
+                     HOME=str(town.place.home[ALICE])),
+        stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=30)
+    assert done.returncode != 0
+    assert b"only root can serve the tabs of the system" in done.stderr
+
+
+def test_an_ordinary_user_cannot_be_koid_for_all(town):
+    """Neither in root's home, nor at the socket that all would call."""
+    town.start()
+    done = subprocess.run(
+        town.as_user(ALICE, town.command("daemon"), KOI_HOME="/var/lib/koi"),
+        stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=30)
+    assert done.returncode == 1 and b"error" in done.stderr
+    assert b"Traceback" not in done.stderr
