@@ -823,6 +823,10 @@ class Schedule:
             self.prepare()
         if self.never:
             return
+        if end - low == MINUTE and low % MINUTE == 0:   # as koid looks
+            if self.wall_after(low - 1) == low:
+                yield low
+            return
         day, minutes = self.day_from(low // DAY), self.minute_seconds
         while day * DAY < end:
             for hour in self.hour_seconds:
@@ -2457,10 +2461,10 @@ def failed(run: dict) -> bool:
 # end in a file, and needs koid for nothing. That file is made with O_EXCL
 # before the job is started, so no run is ever started twice. A supervisor
 # is a fork of koid, without exec, as another Python would cost far more; in
-# a minute with very many jobs, up to eight of one user share one.
+# a minute with very many jobs, up to 16 of one user share one.
 # ==========================================================================
 
-MOST_IN_ONE = 8
+MOST_IN_ONE = 16
 LINGER = 1.0            # seconds for output that comes after a job's end
 KILL_AFTER = 10.0       # seconds from TERM to KILL
 TRY_FOR = 60.0          # seconds in which a full process table may empty
@@ -2748,7 +2752,8 @@ class Supervisor:
         """Leave koid's session, signals and descriptors behind."""
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
-                       signal.SIGQUIT, signal.SIGPIPE, signal.SIGIO):
+                       signal.SIGQUIT, signal.SIGPIPE, signal.SIGIO,
+                       signal.SIGALRM):
             signal.signal(number, signal.SIG_IGN)   # it ends with its jobs
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
@@ -4551,6 +4556,8 @@ class Daemon:
         self.tell_of_tabs()
         self.adopt()
         self.listen()
+        for user in {duty.user for duty in self.book.duties}:
+            self.machine.account(user)  # loads what the first start needs
         self.begin_to_watch()
         import gc
         gc.collect()
@@ -4567,7 +4574,7 @@ class Daemon:
         self.hear(woken, self.drain)
         signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
-                       signal.SIGCHLD, signal.SIGIO):
+                       signal.SIGCHLD, signal.SIGIO, signal.SIGALRM):
             signal.signal(number, self.note_signal)
         self.alarm = self.machine.clock_alarm()
         if self.alarm is not None:
@@ -4632,7 +4639,10 @@ class Daemon:
 
     def turn(self) -> None:
         """Sleep until something happens; then do what is due first."""
-        heard = self.poll.poll(self.patience())
+        patience = self.patience()
+        if patience > 0:    # poll alone may be late by a thousandth
+            signal.setitimer(signal.ITIMER_REAL, patience / 1000)
+        heard = self.poll.poll(patience)
         now = self.clock.ticks()
         if now >= self.reload_at or self.folders_unwatched():
             self.reload()
@@ -5607,7 +5617,8 @@ def send_letter(machine: Machine, host: dict, user: str, to: str,
     status = 1
     try:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
-                       signal.SIGCHLD, signal.SIGIO, signal.SIGPIPE):
+                       signal.SIGCHLD, signal.SIGIO, signal.SIGPIPE,
+                       signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
         close_all_but({0, 1, 2})
