@@ -5623,10 +5623,10 @@ def send_letter(machine: Machine, host: dict, user: str, to: str,
         signal.set_wakeup_fd(-1)
         close_all_but({0, 1, 2})
         os.setsid()
-        message = mail_about(user, machine.host(), to, command, environment,
-                             text)
         account = machine.account(user)
         become(account)
+        message = mail_about(user, machine.host(), to, command, environment,
+                             text)
         try:
             os.chdir(account.home)
         except OSError:
