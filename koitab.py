@@ -2687,6 +2687,14 @@ def end_group(pid: int, number: int) -> None:
             pass
 
 
+def remove(path: str, dir_fd: int | None = None) -> None:
+    """Remove a file, if it is there and can be."""
+    try:
+        os.unlink(path, dir_fd=dir_fd)
+    except OSError:
+        pass
+
+
 def born(pid: int) -> int:
     """When a process started, in ticks since the boot, from /proc; with the
     pid that names it for good. 0 if there is no such process."""
@@ -2718,14 +2726,14 @@ def input_file(data: bytes) -> int:
 class Supervisor:
     """Stays with a few jobs of one user until all of them have ended."""
 
-    def __init__(self, account: Account, orders: list[Order], runs: int,
-                 report: int, nothing: int):
+    def __init__(self, daemon: int, account: Account, orders: list[Order],
+                 runs: int, report: int, nothing: int):
         self.account, self.orders = account, orders
         self.runs, self.report, self.nothing = runs, report, nothing
         self.poll = select.poll()
         self.heard: dict[int, tuple] = {}   # descriptor -> Watched, function
         self.untold: list[bytes] = []       # what koid does not know yet
-        self.daemon = os.getppid()
+        self.daemon = daemon                # koid's pid
         self.watched: list[Watched] = []
 
     def live(self) -> None:
@@ -2772,14 +2780,21 @@ class Supervisor:
         """Make the run's file; None if it is taken, or cannot be made."""
         self.unclaimable = False
         try:
-            return os.open(str(run), os.O_RDWR | os.O_CREAT | os.O_EXCL
+            file = os.open(str(run), os.O_RDWR | os.O_CREAT | os.O_EXCL
                            | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600,
                            dir_fd=self.runs)
         except FileExistsError:
             return None
         except OSError:             # a full disk: it runs all the same
-            self.unclaimable = True
+            self.unclaimable = os.getppid() == self.daemon
             return None
+        if os.getppid() == self.daemon:
+            return file
+        # koid was killed before we came to this. The next one may have
+        # started the run, and taken it in, and removed its file.
+        remove(str(run), self.runs)
+        os.close(file)
+        return None
 
     def drop(self) -> None:
         """Become the user; if that fails, none of the jobs is run."""
@@ -3006,11 +3021,12 @@ def close_all_but(keep: set[int]) -> None:
 
 def supervise(*arguments) -> int:
     """Fork a supervisor; its pid. Raises OSError."""
+    daemon = os.getpid()
     pid = os.fork()
     if pid:
         return pid
     try:
-        Supervisor(*arguments).live()
+        Supervisor(daemon, *arguments).live()
         os._exit(0)
     except BaseException as bug:
         import syslog
@@ -3455,14 +3471,6 @@ class Machine:
         syslog.openlog(name, syslog.LOG_PID, syslog.LOG_CRON)
         syslog.syslog(syslog.LOG_ERR if bad else syslog.LOG_INFO,
                       visible(text))
-
-
-def remove(path: str, dir_fd: int | None = None) -> None:
-    """Remove a file, if it is there and can be."""
-    try:
-        os.unlink(path, dir_fd=dir_fd)
-    except OSError:
-        pass
 
 
 def names_in(folder: str) -> list[str]:
