@@ -1135,7 +1135,10 @@ class Job(Record):
 
 def tag_of(identity: str) -> str:
     """An identity in twelve letters, for programs."""
-    from hashlib import sha256      # loads 3 MB: not until somebody asks
+    try:
+        from hashlib import sha256  # loads 3 MB: not until somebody asks
+    except ImportError:
+        return ""                   # Python was upgraded under koid
     return sha256(identity.encode("utf-8", "surrogateescape")
                   ).hexdigest()[:12]
 
@@ -2270,7 +2273,7 @@ def plan(jobs: list[Job], since: Watch, now: Reading,
         now = Reading(even, now.ticks)
     unset = int(even // 1)
     if unset // MINUTE == after // MINUTE:
-        return since, []            # cron would still be asleep
+        return since.but(skipped=[]), []    # cron would still be asleep
     due = first_due(jobs, since) if due == 0 else due
     until = unset if due is None else min(unset, due - 1)
     if now.wall // MINUTE != unset // MINUTE:       # somebody set the clock
@@ -2341,7 +2344,8 @@ SEGMENTS = (HEADER_ROOM, HEADER_ROOM + KEPT_HEAD,
             HEADER_ROOM + KEPT_HEAD + KEPT_SEGMENT)     # where each begins
 CLAIMED, GOING, ENDED, UNSTARTABLE = range(4)           # phases
 REASONS = ("", "timeout")
-NO_STATUS = -1
+NO_STATUS, NO_FILE = -1, -2     # instead of a wait status
+NO_FILE_REASON = "its output cannot be kept"
 MASK = b"******"
 
 
@@ -2716,11 +2720,15 @@ def input_file(data: bytes) -> int:
         os.write(end, data)
         os.close(end)
         return given
-    import tempfile
-    with tempfile.TemporaryFile() as file:
-        file.write(data)
-        file.seek(0)
-        return fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+    if hasattr(os, "memfd_create"):
+        given = os.memfd_create("input")
+    else:
+        import tempfile
+        given, path = tempfile.mkstemp()
+        os.unlink(path)
+    write_all(given, data)
+    os.lseek(given, 0, os.SEEK_SET)
+    return given
 
 
 class Supervisor:
@@ -2743,6 +2751,9 @@ class Supervisor:
         mine = born(me)
         for order in self.orders:
             run = Watched(order, self.claim(order.run))
+            if self.unclaimable:
+                self.untold.append(REPORT.pack(order.run, NO_FILE))
+                self.tell()
             if run.file is not None or self.unclaimable:
                 run.header.supervisor, run.header.supervisor_born = me, mine
                 run.save()
@@ -3175,6 +3186,11 @@ class Machine:
         another elsewhere."""
         return f"{self.host()}:{user or self.name_of(os.geteuid())}"
 
+    def open_files(self) -> int:
+        """How many files we may have open."""
+        import resource
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
     def stamp_of(self, path: str) -> tuple:
         """Another value when the file at a path has changed."""
         try:
@@ -3477,7 +3493,7 @@ def names_in(folder: str) -> list[str]:
     """The names of tabs in a folder, without leftovers of editors."""
     try:
         names = os.listdir(folder)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(name for name in names if name[0] not in ".#"
                   and not name.startswith("tmp.") and name[-1] != "~"
@@ -3564,9 +3580,6 @@ class Store:
             self.make()
         self.db = db = sqlite3.connect(self.path, isolation_level=None,
                                        timeout=5)
-        for line in ("journal_mode=wal", "synchronous=full",
-                     "cache_size=-256", "wal_autocheckpoint=256"):
-            db.execute(f"pragma {line}").fetchall()
         version = self.one("pragma user_version")
         if self.one("pragma application_id") != APPLICATION:
             # A file of length 0 passes every check of SQLite's.
@@ -3574,6 +3587,9 @@ class Store:
         if version > SCHEMA:
             raise Error(f"{self.path} was written by a newer koi (schema "
                         f"{version})", "install that version again")
+        for line in ("journal_mode=wal", "synchronous=full",
+                     "cache_size=-256", "wal_autocheckpoint=256"):
+            db.execute(f"pragma {line}").fetchall()
         for table in ("meta", "jobs", "runs") if self.writing else ():
             sound = self.one(f"pragma quick_check('{table}')")
             if sound != "ok":   # all output would take minutes to read
@@ -3623,6 +3639,8 @@ class Store:
         Raises Error when the disk fails: what it says is true no more."""
         import sqlite3
         self.waiting += deeds
+        if self.broken:
+            return False        # what it would say could be a lie
         if not self.waiting:
             return True
         try:
@@ -3635,7 +3653,7 @@ class Store:
             self.trouble = f"{self.path}: {error}"
             if "no such" in str(error):
                 self.give_up(error)
-            if "disk I/O error" in str(error):
+            if "disk I/O error" in str(error) and not self.only_full():
                 self.broken = True      # a commit might lie from now on
                 raise Error(self.trouble) from None
             if len(self.waiting) > MOST_WAITING:
@@ -3662,6 +3680,22 @@ class Store:
         if not isinstance(error, sqlite3.IntegrityError):
             text = self.move_aside(str(error))
         raise Error(text) from None
+
+    def only_full(self) -> bool:
+        """Is it a quota, or did the disk become read-only? SQLite takes
+        both for a disk that fails."""
+        fresh = self.path + ".new"
+        try:
+            fd = os.open(fresh, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            try:
+                os.pwrite(fd, bytes(4096), 0)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        finally:
+            remove(fresh)
+        return False
 
     def roll_back(self) -> None:
         try:
@@ -3708,6 +3742,12 @@ class Store:
 
     # --- reading
 
+    def noted_time(self, name: str) -> float:
+        try:
+            return float(self.noted(name) or 0)
+        except ValueError:
+            return 0.0
+
     def noted(self, name: str) -> str:
         return self.one("select value from meta where name = ?", name) or ""
 
@@ -3734,7 +3774,14 @@ def shown(row: tuple) -> dict:
     import json
     run = dict(zip((*COLUMNS_OF_RUN, "user", "identity", "section", "name",
                     "label"), row))
-    run["run"], run["args"] = run.pop("id"), json.loads(run["args"])
+    try:
+        run["args"] = dict(json.loads(run["args"]))
+    except (ValueError, TypeError):     # damaged: the arguments of no job
+        run["args"] = {"": ""}
+    for name in ("due", "asked", "started", "ended"):
+        if not isinstance(run[name], (float, int)):
+            run[name] = None
+    run["run"] = run.pop("id")
     run["tag"] = tag_of(run["identity"])
     run["cut"] = bool(run["cut"])
     return run
@@ -3796,8 +3843,14 @@ class Book:
     def load(self) -> bool:
         """Read what has changed; False if nothing has. A tab that cannot be
         read any more goes on as it was."""
-        files = {file.path: file for file in self.machine.tab_files(
-            self.home, self.system, self.files)}
+        try:
+            files = {file.path: file for file in self.machine.tab_files(
+                self.home, self.system, self.files)}
+        except OSError as error:
+            self.stamp = ()
+            self.troubles = [f"{error.filename}: {error.strerror}; the tabs "
+                             "go on as they were"]
+            return True
         stamp = (sorted((path, file.stamp) for path, file in files.items()),
                  self.machine.stamp_of(LOCAL_ZONE))
         if stamp == self.stamp:
@@ -3869,7 +3922,8 @@ class Book:
         return jobs[id(found[0])]
 
 
-UNBELIEVED = ("its ", "others may", "it has another", "it is ")
+UNBELIEVED = ("its ", "others may", "it has another", "it is no ",
+              "it is a link")
 
 
 def only_first(duties: list[Duty], troubles: list[str]) -> list[Duty]:
@@ -4376,10 +4430,12 @@ RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds between attempts
 TRY_AGAIN = 1.0             # seconds until a full process table is tried
 LONG_ENOUGH = 600.0         # seconds after which nobody waits for a run
 MOST_QUEUED = 100           # runs of one job that may wait
+SPARE_FILES = 40            # for all but visitors
 WRITE_AGAIN = 5.0           # seconds until a full disk is tried again
 FIRST_LOOK = 2.0            # seconds between looks at adopted runs
 MOST_MAILERS = 2
 MAIL_TIME = 60              # seconds for a sendmail
+TRY_LATER = 75              # its status for that; the next koid does
 
 
 class Pending:
@@ -4492,6 +4548,10 @@ def batches(orders: list[tuple]) -> list[list[tuple]]:
     return found
 
 
+LOST = Job(0, "", "(record lost)", "@manual", None, "", "", "", "", (), {},
+           Settings())
+
+
 class Daemon:
     """koid."""
 
@@ -4537,8 +4597,9 @@ class Daemon:
                 try:
                     self.turn()
                     if self.store.broken:
-                        raise Error(self.store.trouble, "koid ends, and "
-                                    "judges the history when it is started")
+                        raise Error(self.store.trouble or "the history "
+                                    "cannot be written", "koid ends, and "
+                                    "judges it when it is started again")
                 except Error:
                     raise
                 except Exception as bug:    # ours; the other jobs go on
@@ -4560,6 +4621,7 @@ class Daemon:
                             | os.O_DIRECTORY | os.O_CLOEXEC)
         self.open_pipes()
         self.host = self.machine.host_environment()
+        self.room = self.machine.open_files() - SPARE_FILES
         self.book.load()
         self.tell_of_tabs()
         self.adopt()
@@ -4567,6 +4629,9 @@ class Daemon:
         for user in {duty.user for duty in self.book.duties}:
             self.machine.account(user)  # loads what the first start needs
         self.begin_to_watch()
+        # What a turn may need is loaded now: Python may be upgraded under
+        # us. (What sends mail is not: it would take half as much again.)
+        import ctypes, json, pwd, resource, syslog  # noqa: E401, F401
         import gc
         gc.collect()
         gc.freeze()         # supervisors share what is there by now
@@ -4612,6 +4677,7 @@ class Daemon:
 
     def close(self) -> None:
         """Leave; the jobs and their supervisors stay."""
+        signal.signal(signal.SIGIO, signal.SIG_IGN)     # Python would die
         try:
             self.take_in()
             if self.watch:
@@ -4732,6 +4798,7 @@ class Daemon:
         self.watch, launches = plan(self.book.duties, before, now,
                                     self.next_due())
         if abs(strayed) > 1:
+            self.trouble("clock", "")
             for duty in self.book.duties:
                 duty.due = 0.0
         pendings = []
@@ -4966,7 +5033,10 @@ class Daemon:
         except BlockingIOError:
             return
         for run, status in REPORT.iter_unpack(data):
-            self.ended[run] = status
+            if status == NO_FILE:   # so that nobody takes it for not begun
+                self.write([self.store.update(run, reason=NO_FILE_REASON)])
+            else:
+                self.ended[run] = status
 
     def reap(self) -> None:
         """Supervisors, and senders of mail, that have gone."""
@@ -5219,7 +5289,8 @@ class Daemon:
             self.mailers[pid] = run
 
     def mailed(self, run: int, status: int) -> None:
-        result = "sent" if status == 0 else f"failed (status {status:#06x})"
+        result = "sent" if status == 0 else "due" if status == (
+            TRY_LATER << 8) else f"failed (status {status:#06x})"
         if status:
             self.say(f"(CRON) MAIL (run {run}: got status {status:#06x})",
                      bad=True)
@@ -5236,12 +5307,11 @@ class Daemon:
         rows = {row["run"]: row for row in self.store.runs(
             "r.state in ('queued', 'running')")}
         duties = {duty.key: duty for duty in self.book.duties}
-        lost_ones = [run for run in files if run not in rows]
-        self.leftover = [run for run in lost_ones
-                         if self.has_ended(Active(run, ("", ""), None))]
-        if len(self.leftover) < len(lost_ones):
-            self.trouble("lost", plural(len(lost_ones) - len(self.leftover),
-                         "job") + " of which there is no record goes on")
+        known = {row[0] for row in self.store.db.execute(
+            "select id from runs")} if files else set()
+        self.leftover = [run for run in files if run in known
+                         and run not in rows]
+        self.adopt_strangers(sorted(files - known))
         lost: list[tuple] = []
         for run, row in rows.items():
             key = (row["user"], row["identity"])
@@ -5263,6 +5333,24 @@ class Daemon:
         self.write(lost)
         self.look_at = 0.0 if self.active else FOREVER
         self.mail_of_before(duties)
+
+    def adopt_strangers(self, runs: list[int]) -> None:
+        """Runs that have a file and no record: the disk was full, or the
+        history was lost. They are shown as runs of a job of no tab."""
+        key = self.machine.name_of(os.geteuid()), "lost"
+        for run in runs:
+            header = header_of(run_file(self.home, run, HEADER_ROOM)
+                               ) or Header()
+            deeds: list[tuple] = []
+            job = self.store.job_key(key, LOST, deeds)
+            self.write([*deeds, self.store.insert({
+                "id": run, "job": job, "trigger": "manual",
+                "state": "running", "started": header.started or None,
+                "reason": "its record was lost", "args": "{}"})])
+            self.active[run] = active = Active(run, key, None)
+            active.trigger = "manual"
+            if self.rebooted():
+                self.ended[run] = NO_STATUS
 
     def rebooted(self) -> bool:
         """Was the koid before us there before this boot?"""
@@ -5293,8 +5381,8 @@ class Daemon:
             return True
         if row["state"] == "queued":
             return self.clock.now() - pending.asked < LONG_ENOUGH
-        if self.rebooted():
-            return False        # its file may not have reached the disk
+        if self.rebooted() or row["reason"] == NO_FILE_REASON:
+            return False        # its file did perhaps not reach the disk
         waited = self.clock.now() - (row["started"] or 0.0)
         return waited < (TRY_FOR if row["trigger"] == "schedule"
                          else LONG_ENOUGH)
@@ -5314,7 +5402,7 @@ class Daemon:
         """Find out what was missed, and wait for what comes; a clock that
         cannot be right is given some time first."""
         now = self.reading()
-        seen = float(self.store.noted("seen") or 0)
+        seen = self.store.noted_time("seen")
         unset = now.wall < max(EARLIEST, seen - MINUTE)
         self.clock_by = self.clock_by or now.ticks + WAIT_FOR_CLOCK
         if unset and now.ticks < self.clock_by:
@@ -5348,7 +5436,7 @@ class Daemon:
         now, dials = int(self.clock.now()), {}
         for name, dial in self.watch.dials.items():
             virtual, comma, running = noted.get(name, "").partition(",")
-            if comma:
+            if comma and (virtual + running).replace("-", "").isdigit():
                 before = Dial(dial.zone, int(virtual), int(running))
                 dial = passed(before, int(seen), now)
             dials[name] = dial
@@ -5490,8 +5578,8 @@ class Daemon:
                               self.clock.ticks() + REQUEST_TIME)
             same = sum(other.caller.uid == visitor.caller.uid
                        for other in self.visitors.values())
-            if not visitor.caller.master and (
-                    same >= MOST_OF_ONE
+            if len(self.visitors) >= self.room or not visitor.caller.master \
+                    and (same >= MOST_OF_ONE
                     or len(self.visitors) >= MOST_VISITORS):
                 send_last(connection, reply_line(error_reply(
                     Error("koid is busy"))))
@@ -5538,6 +5626,8 @@ class Daemon:
             self.say(f"a request failed: {bug!r}", bad=True)
             reply = error_reply(Error("koid failed on this request: "
                                       f"{type(bug).__name__}"))
+        if visitor.connection.fileno() not in self.visitors:
+            return              # it was given away already
         visitor.reply = bytearray(reply_line(reply) + rest)
         visitor.deadline = self.clock.ticks() + LONG_ENOUGH
         self.poll.modify(visitor.connection.fileno(), select.POLLOUT)
@@ -5649,6 +5739,7 @@ def send_letter(machine: Machine, host: dict, user: str, to: str,
             timeout=MAIL_TIME, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL).returncode % 256
     except BaseException as error:
+        status = TRY_LATER if isinstance(error, ImportError) else 1
         machine.log(f"({user}) MAIL (not sent: {error})", bad=True)
     finally:
         os._exit(status)

@@ -556,7 +556,7 @@ def orders(**counts: int) -> list[tuple]:
 
 @pytest.mark.parametrize("counts, supervisors", [
     ({}, 0), ({"a": 1}, 1), ({"a": 16}, 16), ({"a": 31}, 31),
-    ({"a": 32}, 16), ({"a": 128}, 16), ({"a": 1_000}, 125),
+    ({"a": 32}, 16), ({"a": 128}, 16), ({"a": 1_000}, 63),
     ({"a": 64, "b": 64}, 16), ({"a": 127, "b": 1}, 17),
     (dict.fromkeys("abcdefghijklmnopqrstuvwxyzABCDEF", 1), 32)])
 def test_supervisors_are_shared_when_very_many_start(counts, supervisors):

@@ -1,0 +1,1637 @@
+"""koid when things go wrong: kills, power cuts, full disks, clocks, damage.
+
+What holds each time: what was acknowledged is in the history, nothing was
+executed twice, what koid cannot account for is called interrupted, and the
+schedule goes on. What a job appends to `truth` is what was executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import koid_kills
+import support
+from koid_kills import begin, keep, restart, struck, truth
+from support import wait_until
+
+koitab = support.load("koitab")
+MINUTE = 60
+HOUR = 60 * MINUTE
+NOON = 1_795_348_800            # 2026-11-22 12:00:00 UTC
+MANY = int(os.environ.get("KOI_MANY", "500"))   # jobs in one minute
+QUIET = 'MAILTO=""\n'
+# FS_IOC_SHUTDOWN, nothing flushed: what was not synced is gone.
+CUT = ("import fcntl, os, struct, sys\n"
+       "fcntl.ioctl(os.open(sys.argv[1], 0), 0x8004587D, "
+       "struct.pack('I', 2))\n")
+
+
+def ask_for(koi, job: str, **args: str) -> int:
+    """Have a job run, and do not wait: the run that was acknowledged."""
+    with koi.link() as link:
+        run, connection, _ = link.follow(job, args)
+    connection.close()
+    return run
+
+
+def states(koi, job: str | None = None) -> list[str]:
+    """Of all runs of a job, the oldest first."""
+    fields = {"job": job, "limit": 1000} if job else {"limit": 1000}
+    return [run["state"] for run in koi.history(**fields)][::-1]
+
+
+def row(koi, run: int) -> dict:
+    return next(found for found in koi.history() if found["run"] == run)
+
+
+def over(koi, run: int, seconds: float = 20) -> dict:
+    """A run, when it is in a final state."""
+    return wait_until(
+        lambda: row(koi, run)["state"] in koid_kills.FINAL and row(koi, run),
+        seconds, f"run {run} to end\n{koi.log()}")
+
+
+def executed(koi, count: int = 1, seconds: float = 20) -> list[int]:
+    """The truth, when it has so many lines."""
+    return wait_until(lambda: len(truth(koi)) >= count and truth(koi),
+                      seconds, f"{count} runs\n{koi.log()}")
+
+
+def refused(koi, job: str) -> str:
+    """Why a job is not run when somebody asks for it."""
+    with pytest.raises(koitab.Error) as error:
+        ask_for(koi, job)
+    return error.value.message
+
+
+def troubles(koi) -> str:
+    return "\n".join(koi.ask("status")["troubles"])
+
+
+def header(koi, run: int):
+    """What the supervisor of a run has noted."""
+    file = koi.home / "runs" / str(run)
+    return wait_until(lambda: file.exists() and started(file), 20,
+                      f"run {run} to begin")
+
+
+def started(file: Path):
+    found = koitab.header_of(file.read_bytes())
+    return found if found and found.phase == koitab.GOING else None
+
+
+def alive(pid: int) -> bool:
+    return koid_kills.phase_of(pid) != ""
+
+
+def end(pid: int) -> None:
+    koid_kills.hit(pid, signal.SIGKILL)
+
+
+class Gate:
+    """Jobs wait at it until it opens; how many of them it does not matter."""
+
+    def __init__(self, koi):
+        import fcntl
+        self.path = koi.folder / "gate"
+        self.file = open(self.path, "w")
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    @property
+    def wait(self) -> str:
+        return f"flock -s {self.path} true"
+
+    def open(self) -> None:
+        self.file.close()
+
+
+@pytest.fixture
+def gate(koi):
+    gate = Gate(koi)
+    yield gate
+    gate.open()
+
+
+@pytest.fixture
+def clock(koi):
+    """Both clocks of a koid that is started with `clock.start`."""
+    return Clocks(koi)
+
+
+# koid, but its clocks are off by what stands in a file: argv is koitab.py,
+# that file. Its jobs have the machine's clock.
+CLOCKED = """
+import importlib.util, os, sys, time
+spec = importlib.util.spec_from_file_location("koitab", sys.argv[1])
+koitab = sys.modules["koitab"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(koitab)
+clock = os.open(sys.argv[2], os.O_RDONLY)   # open: there may be no other
+
+def off(which):
+    return float(os.pread(clock, 100, 0).split()[which])
+
+koitab.Clock.now = lambda self: time.time() + off(0)
+koitab.Clock.ticks = lambda self: time.monotonic() + off(1)
+sys.exit(koitab.main(["daemon"]))
+"""
+
+
+class Clocks:
+    """The wall's and the monotonic one; they go on from where we put them.
+    koid is woken, as the kernel would wake it."""
+
+    def __init__(self, koi):
+        self.koi, self.file = koi, koi.folder / "clock"
+        self.wall = self.ticks = 0.0
+        self.command = [koi.python, "-IS", "-c", CLOCKED,
+                        str(support.ROOT / "koitab.py"), str(self.file)]
+
+    def now(self) -> float:
+        return time.time() + self.wall
+
+    def set(self, wall: float) -> None:
+        """Somebody sets the clock; no time passes by it."""
+        self.shift(wall - self.now())
+
+    def shift(self, seconds: float) -> None:
+        """Somebody sets the clock, by so much."""
+        self.move(seconds, 0.0)
+
+    def elapse(self, seconds: float) -> None:
+        """Time passes."""
+        self.move(seconds, seconds)
+
+    def elapse_to(self, wall: float) -> None:
+        self.elapse(wall - self.now())
+
+    def move(self, wall: float, ticks: float) -> None:
+        self.wall, self.ticks = self.wall + wall, self.ticks + ticks
+        data = f"{self.wall!r} {self.ticks!r}".ljust(100).encode()
+        fd = os.open(self.file, os.O_WRONLY | os.O_CREAT)
+        os.pwrite(fd, data, 0)      # in place, at once
+        os.close(fd)
+        if self.koi.daemon and self.koi.daemon.poll() is None:
+            self.koi.daemon.send_signal(signal.SIGCHLD)
+
+    def start(self, wall: float, *wrap: str, wait: bool = True,
+              **env: str) -> None:
+        """Start koid at that time."""
+        self.set(wall)
+        self.koi.env.update({"TZ": "UTC", **env})
+        begin(self.koi, *wrap, command=self.command)
+        if wait:
+            wait_until(self.koi.answers, 20, f"koid\n{self.koi.log()}")
+
+
+# The sweep: killed at any call -----------------------------------------------
+
+
+def test_koid_killed_at_any_call_loses_and_doubles_nothing(tmp_path):
+    support.need("strace")
+    seen, hits = koid_kills.kill_koid(koid_kills.Rig(tmp_path), 40)
+    print(f"\nkoid killed at {hits} calls: {koid_kills.counts(seen)}")
+    assert hits >= 35 and seen["schedule done"] >= 20, seen
+
+
+def test_a_supervisor_killed_at_any_call_is_said_to_be_interrupted(tmp_path):
+    support.need("strace")
+    seen, hits = koid_kills.kill_supervisor(koid_kills.Rig(tmp_path), 20)
+    print(f"\nsupervisor killed at {hits} calls: {koid_kills.counts(seen)}")
+    assert hits >= 18 and seen["interrupted"] >= 10, seen
+
+
+def test_a_supervisor_that_stalls_while_koid_is_replaced_runs_nothing_twice(
+        tmp_path):
+    support.need("strace")
+    seen, hits = koid_kills.stall_supervisor(koid_kills.Rig(tmp_path), 8)
+    print(f"\nsupervisor stalled at {hits} calls: {koid_kills.counts(seen)}")
+    assert hits == 8, seen
+
+
+# koid is killed --------------------------------------------------------------
+
+
+def test_no_start_is_lost_when_koid_is_back_within_the_minute(koi, clock):
+    koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n')
+    clock.start(NOON + 30)
+    koi.stop(signal.SIGKILL)
+    clock.start(NOON + MINUTE + 40)
+    run, = koi.ended("each")
+    assert (run["state"], run["due"]) == ("done", NOON + MINUTE)
+    # Once, however often koid is killed.
+    for _ in range(3):
+        koi.stop(signal.SIGKILL)
+        clock.start(NOON + MINUTE + 50)
+    assert truth(koi) == [run["run"]] and states(koi) == ["done"]
+
+
+def test_starts_for_which_koid_was_not_there_are_called_missed(koi, clock):
+    koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n'
+            f'"noon" 1 12 * * * {keep(koi)}\n"late" 0 13 * * * true\n')
+    clock.start(NOON + 30)
+    koi.stop(signal.SIGKILL)
+    clock.start(NOON + 10 * MINUTE + 20)
+    koi.ended("each", 2)
+    runs = {run["state"]: run for run in koi.history(job="each")}
+    assert (runs["missed"]["due"], runs["missed"]["count"]) == (NOON + 60, 9)
+    assert runs["missed"]["reason"] == "koid was not running"
+    assert (runs["done"]["due"], truth(koi)) == (NOON + 600,
+                                                 [runs["done"]["run"]])
+    missed, = koi.history(job="noon")
+    assert (missed["state"], missed["due"], missed["count"]) \
+        == ("missed", NOON + 60, 1)
+    assert koi.history(job="late") == []
+
+
+@pytest.mark.parametrize("opens", ["before the restart", "after it"])
+def test_fifty_jobs_outlive_koid_and_nothing_of_them_is_lost(koi, gate,
+                                                             opens):
+    koi.tab(f'{QUIET}"slow" @manual echo begun; {gate.wait}; {keep(koi)}; '
+            "seq 2000; echo odd >&2; exit 3\n")
+    koi.start()
+    runs = [ask_for(koi, "slow") for _ in range(50)]
+    for run in runs:
+        header(koi, run)
+    koi.stop(signal.SIGKILL)
+    if opens == "before the restart":
+        gate.open()
+        executed(koi, 50)
+    koi.start()
+    gate.open()
+    found = koi.ended("slow", 50, seconds=60)
+    assert sorted(run["run"] for run in found) == sorted(runs)
+    assert {(run["state"], run["exit"]) for run in found} == {("done", 3)}
+    assert Counter(truth(koi)) == Counter(runs)
+    whole = "".join(f"{i}\n" for i in range(1, 2001))
+    for run in runs:
+        text = koi.text_of(run)
+        assert text.replace("odd\n", "") == f"begun\nkept\n{whole}"
+        assert text.count("odd\n") == 1
+    assert os.listdir(koi.home / "runs") == []
+
+
+def killed_before_its_first_fork(koi, job: str, **args: str) -> int:
+    """Ask for a job of a koid that dies between the commit and the start:
+    the run that it acknowledged."""
+    support.need("strace")
+    koi.start(wrap=struck("clone", 1))
+    run = ask_for(koi, job, **args)
+    koi.daemon.wait(20)
+    assert koi.daemon.returncode == -signal.SIGKILL and truth(koi) == []
+    return run
+
+
+def test_what_was_acknowledged_before_the_kill_is_started_after_it(koi):
+    koi.tab(f'{QUIET}"job" @manual echo {{{{Who}}}}; {keep(koi)}\n')
+    run = killed_before_its_first_fork(koi, "job", Who="o'brien")
+    for _ in range(3):
+        koi.start()
+        assert over(koi, run)["state"] == "done"
+        koi.stop(signal.SIGKILL)
+    assert truth(koi) == [run]
+    koi.start()
+    assert koi.text_of(run).startswith("o'brien\n")
+
+
+def test_a_secret_is_nowhere_so_its_run_is_interrupted(koi):
+    koi.tab(f'{QUIET}"job" @manual echo {{{{Key, secret}}}}; {keep(koi)}\n')
+    run = killed_before_its_first_fork(koi, "job", Key="tomato")
+    koi.start()
+    assert over(koi, run)["state"] == "interrupted" and truth(koi) == []
+    koi.stop()
+    for file in koi.home.rglob("*"):
+        if file.is_file():
+            assert b"tomato" not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize("trigger, when, back, state", [
+    ("schedule", "* * * * *", 50,       "done"),
+    ("schedule", "* * * * *", 90,       "missed"),
+    ("manual",   "@manual",   9 * MINUTE,  "done"),
+    ("manual",   "@manual",   11 * MINUTE, "interrupted"),
+])
+def test_what_had_no_time_to_begin_begins_soon_or_never(koi, clock, trigger,
+                                                        when, back, state):
+    support.need("strace")
+    koi.tab(f'{QUIET}"job" {when} {keep(koi)}\n')
+    koi.start()
+    koi.stop()                  # it knows the job now
+    koid_kills.meta(koi, seen=repr(NOON - 1.0), dials=None)
+    clock.start(NOON + 1, *struck("clone", 1), wait=trigger == "manual")
+    run = ask_for(koi, "job") if trigger == "manual" else 1
+    koi.daemon.wait(20)
+    assert truth(koi) == []
+    clock.start(NOON + 1 + back)
+    assert over(koi, run)["state"] == state
+    assert truth(koi).count(run) == (state == "done")
+
+
+def test_sigterm_ends_koid_within_two_seconds_and_no_job(koi, gate):
+    koi.tab(f'{QUIET}"slow" @manual {gate.wait}; {keep(koi)}; exit 7\n')
+    koi.start()
+    run = ask_for(koi, "slow")
+    job = header(koi, run).job
+    began = time.monotonic()
+    assert koi.stop(signal.SIGTERM) == 0
+    assert time.monotonic() - began < 2
+    assert alive(job) and not (koi.home / "koid.sock").exists()
+    koi.start()
+    assert row(koi, run)["state"] == "running"
+    gate.open()
+    assert (over(koi, run)["state"], row(koi, run)["exit"]) == ("done", 7)
+    assert truth(koi) == [run]
+
+
+def test_a_stop_is_clean_though_tabs_change_meanwhile(koi):
+    koi.tab('"job" @manual true\n')
+    file = koi.home / "tabs" / koi.user
+    code = ("import os, sys, time\nprint(flush=True)\n"
+            "while True: os.utime(sys.argv[1]), time.sleep(0.001)\n")
+    with support.stopping(subprocess.Popen(
+            [koi.python, "-c", code, str(file)],
+            stdout=subprocess.PIPE)) as toucher:
+        toucher.stdout.readline()
+        assert [koi.start().stop() for _ in range(8)] == [0] * 8
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGCHLD,
+                                    signal.SIGPIPE, signal.SIGIO])
+def test_other_signals_do_not_end_koid(koi, number):
+    koi.tab(f'"job" @manual {keep(koi)}\n')
+    koi.start()
+    for _ in range(20):
+        koi.daemon.send_signal(number)
+    assert koi.run("job")[3]["exit"] == 0
+    assert "Traceback" not in koi.log()
+
+
+def test_a_second_koid_says_so_and_leaves_the_first_alone(koi):
+    koi.tab(f'"job" @manual {keep(koi)}\n')
+    koi.start()
+    second = subprocess.run(
+        koi.command("daemon"), env=koi.env, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+    assert second.returncode == 1 and b"already runs" in second.stderr
+    assert second.stderr.count(b"\n") == 1
+    assert koi.run("job")[3]["exit"] == 0
+    assert koi.ask("status")["pid"] == koi.daemon.pid
+
+
+# A supervisor is killed, or koid sleeps --------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT,
+                                    signal.SIGHUP, signal.SIGPIPE])
+def test_a_supervisor_that_is_told_to_stop_stays_with_its_job(koi, gate,
+                                                              number):
+    # As systemd does to all of a unit, or a logout.
+    koi.tab(f'{QUIET}"slow" @manual {gate.wait}; {keep(koi)}; exit 3\n')
+    koi.start()
+    run = ask_for(koi, "slow")
+    os.kill(header(koi, run).supervisor, number)
+    gate.open()
+    assert over(koi, run)["exit"] == 3 and koi.text_of(run) == "kept\n"
+
+
+@pytest.mark.parametrize("killed", ["supervisor", "both"])
+def test_a_killed_supervisor_leaves_its_output_and_is_not_replaced(
+        koi, gate, killed):
+    koi.tab(f'{QUIET}KOI_RETRY=3\n"slow" @manual {keep(koi)}; echo half; '
+            f"{gate.wait}; echo rest\n")
+    koi.start()
+    run = ask_for(koi, "slow")
+    found = header(koi, run)
+    wait_until(lambda: b"half" in (koi.home / "runs" / str(run)).read_bytes(),
+               20, "its output")
+    if killed == "both":
+        koi.stop(signal.SIGKILL)
+    os.kill(found.supervisor, signal.SIGKILL)
+    if killed == "both":
+        koi.start()
+    ended = over(koi, run)
+    assert (ended["state"], ended["exit"]) == ("interrupted", None)
+    assert koi.text_of(run) == "kept\nhalf\n"
+    gate.open()
+    wait_until(lambda: not alive(found.job), 20, "the job")
+    assert truth(koi) == [run] and states(koi) == ["interrupted"]
+
+
+def test_all_supervisors_and_koid_killed_at_once_and_koid_starts_clean(
+        koi, gate):
+    koi.tab(f'{QUIET}"slow" @manual {keep(koi)}; {gate.wait}\n'
+            '"quick" @manual exit 4\n')
+    koi.start()
+    runs = [ask_for(koi, "slow") for _ in range(10)]
+    found = [header(koi, run) for run in runs]
+    executed(koi, 10)
+    for pid in [koi.daemon.pid, *(each.supervisor for each in found)]:
+        os.kill(pid, signal.SIGKILL)
+    koi.daemon.wait()
+    koi.start()
+    ended = koi.ended("slow", 10)
+    assert {run["state"] for run in ended} == {"interrupted"}
+    assert koi.run("quick")[3]["exit"] == 4
+    assert Counter(truth(koi)) == Counter(runs)
+    wait_until(lambda: not os.listdir(koi.home / "runs"), 20, "no files")
+
+
+def test_a_koid_that_was_stopped_goes_on_as_if_nothing_had_been(koi, gate):
+    koi.tab(f'{QUIET}"slow" @manual {gate.wait}; exit 5\n'
+            f'"quick" @manual {keep(koi)}\n')
+    koi.start()
+    run = ask_for(koi, "slow")
+    job = header(koi, run).job
+    koi.daemon.send_signal(signal.SIGSTOP)
+    gate.open()
+    wait_until(lambda: not alive(job), 20, "the job")
+    caller = socket.socket(socket.AF_UNIX)
+    with caller:
+        caller.connect(str(koi.home / "koid.sock"))
+        caller.sendall(b'{"op": "run", "job": "quick"}\n')
+        time.sleep(0.2)
+        assert truth(koi) == []
+        koi.daemon.send_signal(signal.SIGCONT)
+        assert (over(koi, run)["state"], row(koi, run)["exit"]) == ("done", 5)
+        executed(koi)
+    wait_until(lambda: sorted(states(koi)) == ["done", "done"], 20, "both")
+    assert len(truth(koi)) == 1
+
+
+# Clocks ----------------------------------------------------------------------
+
+
+def starts(koi, job: str) -> list[tuple]:
+    """(state, minutes after noon, count) of each start, in order."""
+    return [(run["state"], (run["due"] - NOON) / 60, run["count"])
+            for run in koi.history(job=job)][::-1]
+
+
+def seen(koi) -> None:
+    """koid has looked at the clock."""
+    koi.ask("status")
+    koi.ask("status")
+
+
+def test_eight_hours_of_suspend_are_no_burst(koi, clock):
+    # At the wake-up the wall has moved on, and the ticks have not.
+    koi.tab(f'{QUIET}"hourly" 0 * * * * {keep(koi)}\n'
+            f'"daily" 0 15 * * * {keep(koi)}\n'
+            f'"five" */5 * * * * {keep(koi)}\n')
+    clock.start(NOON + 30)
+    koi.daemon.send_signal(signal.SIGSTOP)
+    clock.shift(8 * HOUR)
+    koi.daemon.send_signal(signal.SIGCONT)
+    seen(koi)
+    for minute in range(1, 7):
+        clock.elapse_to(NOON + 8 * HOUR + minute * MINUTE)
+        seen(koi)
+    koi.ended("five")
+    assert starts(koi, "daily") == [("missed", 180, 1)]
+    assert starts(koi, "hourly") == [("missed", 60, 8)]
+    assert starts(koi, "five") == [("missed", 5, 96), ("done", 485, 1)]
+    assert len(executed(koi)) == 1
+
+
+def test_what_the_clock_leapt_over_is_caught_up_with_once(koi, clock):
+    koi.tab(f'{QUIET}KOI_CATCHUP=yes\n"daily" 0 15 * * * {keep(koi)}\n')
+    clock.start(NOON + 30)
+    clock.shift(8 * HOUR)
+    seen(koi)
+    clock.elapse_to(NOON + 8 * HOUR + MINUTE)
+    executed(koi)
+    for _ in range(20):
+        seen(koi)
+        clock.elapse(1)
+    assert sorted(states(koi)) == ["done", "missed"]
+    assert len(truth(koi)) == 1
+
+
+def test_an_hour_forward_is_one_start_and_not_twelve(koi, clock):
+    koi.tab(f'{QUIET}"five" */5 * * * * {keep(koi)}\n'
+            f'"half" 30 12 * * * {keep(koi)}\n')
+    clock.start(NOON + 30)
+    clock.shift(HOUR)
+    seen(koi)
+    for minute in range(1, 12):
+        clock.elapse_to(NOON + HOUR + minute * MINUTE)
+        seen(koi)
+    # A fixed time that was leapt over is made up for, once; */5 is not.
+    koi.ended("five", 2)
+    assert [count for *_, count in starts(koi, "half")] == [1]
+    assert states(koi, "half") == ["done"]
+    assert starts(koi, "five") == [("done", 65, 1), ("done", 70, 1)]
+    assert len(truth(koi)) == 3 and troubles(koi) == ""
+
+
+def test_an_hour_back_repeats_no_fixed_time(koi, clock):
+    koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n'
+            f'"half" 30 11 * * * {keep(koi)}\n')
+    clock.start(NOON - 31 * MINUTE + 30)
+    clock.elapse_to(NOON - 30 * MINUTE)
+    koi.ended("half")
+    clock.shift(-HOUR)
+    seen(koi)
+    for minute in range(-89, -25):
+        clock.elapse_to(NOON + minute * MINUTE)
+        seen(koi)
+    wait_until(lambda: states(koi, "each").count("done") >= 64, 20, "64")
+    assert states(koi, "half") == ["done"]
+    used = cpu(koi)
+    time.sleep(1)
+    assert cpu(koi) - used <= 10        # of 100: it does not spin
+
+
+def cpu(koi) -> int:
+    """The processor time that koid has used, in hundredths of a second."""
+    text = Path(f"/proc/{koi.daemon.pid}/stat").read_text()
+    return sum(map(int, text.rpartition(")")[2].split()[11:13]))
+
+
+def test_ten_years_forward_and_back_block_nothing(koi, clock):
+    koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n"hand" @manual true\n')
+    years = 3653 * 24 * HOUR
+    clock.start(NOON + 30)
+    for wall, jump in ((NOON + years, years), (NOON + 4 * MINUTE, -years)):
+        clock.shift(jump)
+        seen(koi)
+        for minute in range(1, 5):
+            clock.elapse_to(wall + minute * MINUTE)
+            seen(koi)
+    koi.ended("each", 2)
+    found = Counter(run["due"] for run in koi.history(job="each")
+                    if run["state"] != "missed")
+    assert max(found.values()) == 1
+    assert NOON + 8 * MINUTE in found and NOON + years + 180 in found
+    assert koi.run("hand")[3]["exit"] == 0 and troubles(koi) == ""
+    # A koid that comes in between waits a few minutes, and not ten years.
+    koi.stop()
+    koid_kills.meta(koi, seen=repr(float(NOON + years)))
+    clock.start(NOON + 10 * MINUTE)
+    assert "clock" in refused(koi, "hand") and "clock" in troubles(koi)
+    clock.elapse(5 * MINUTE)
+    seen(koi)
+    clock.elapse(MINUTE)
+    assert koi.run("hand")[3]["exit"] == 0
+    wait_until(lambda: koi.history(job="each")[0]["due"]
+               == NOON + 16 * MINUTE, 20, "the next minute")
+
+
+SPRING, AUTUMN = 1_774_746_000, 1_792_890_000       # 01:00 UTC
+
+
+@pytest.mark.parametrize("begin, minutes, when, count", [
+    (SPRING - 120, 40, "30 2 * * *", 1),
+    (SPRING - 120, 40, "0 * * * *",  1),
+    (AUTUMN - 3720, 130, "30 2 * * *", 1),
+    (AUTUMN - 3720, 130, "0 * * * *", 3),
+    (AUTUMN - 3720, 130, "*/30 2 * * *", 4),
+])
+def test_summer_time_comes_and_goes_with_one_start(koi, clock, begin,
+                                                   minutes, when, count):
+    koi.tab(f'{QUIET}"job" {when} {keep(koi)}\n')
+    clock.start(begin + 30, TZ="Europe/Berlin")
+    for minute in range(1, minutes):
+        clock.elapse_to(begin + minute * MINUTE)
+        seen(koi)
+    koi.ended("job", count)
+    assert states(koi, "job") == ["done"] * count
+    assert len(truth(koi)) == count
+
+
+def test_a_boot_with_a_clock_of_1970_waits_for_a_sane_one(koi, clock):
+    koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n'
+            f'"boot" @reboot {keep(koi)}\n"hand" @manual true\n')
+    clock.start(90)
+    assert "clock is not set" in troubles(koi)
+    assert "clock" in refused(koi, "hand")
+    assert truth(koi) == [] and koi.history() == []
+    clock.set(NOON + 58)
+    koi.ended("boot")
+    clock.elapse_to(NOON + MINUTE)
+    koi.ended("each")
+    assert troubles(koi) == ""
+    assert [run["due"] for run in koi.history(job="each")] == [NOON + 60]
+    assert koi.run("hand")[3]["exit"] == 0
+
+
+def test_a_clock_that_nobody_sets_is_believed_in_the_end(koi, clock):
+    koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n"hand" @manual true\n')
+    clock.start(90)
+    assert "clock" in refused(koi, "hand")
+    clock.elapse(5 * MINUTE + 1)
+    wait_until(lambda: "not set; jobs run" in troubles(koi), 10, "a warning")
+    clock.elapse(MINUTE)
+    koi.ended("each")
+    assert koi.run("hand")[3]["exit"] == 0
+
+
+def test_what_was_missed_before_a_boot_in_1970_is_told_when_the_clock_is_set(
+        koi, clock):
+    koi.tab(f'{QUIET}"noon" 1 12 * * * {keep(koi)}\nKOI_CATCHUP=yes\n'
+            f'"again" 2 12 * * * {keep(koi)}\n')
+    clock.start(NOON + 30)
+    koi.stop(signal.SIGKILL)
+    clock.start(90)
+    assert "clock is not set" in troubles(koi)
+    clock.set(NOON + HOUR)
+    wait_until(lambda: koi.history(job="noon"), 10,
+               f"what was missed\n{koi.log()}")
+    assert states(koi, "noon") == ["missed"]
+    koi.ended("again", 2)
+    assert sorted(run["trigger"] for run in koi.history(job="again")) \
+        == ["catch-up", "schedule"]
+
+
+@support.root_only
+def test_a_zone_file_that_changes_is_taken_up(koi, tmp_path):
+    support.need("unshare")
+    etc = tmp_path / "etc"
+    shutil.copytree("/etc", etc, symlinks=True,
+                    ignore=shutil.ignore_patterns("ssl", "ca-certificates"))
+
+    def live_in(zone: str) -> None:
+        new = etc / "localtime.new"
+        new.symlink_to(f"/usr/share/zoneinfo/{zone}")
+        new.rename(etc / "localtime")
+
+    koi.host = support.Host(tmp_path / "host")
+    koi.host.binds = [(str(etc), "/etc")]
+    koi.tab(f'{QUIET}"noon" 0 12 * * * {keep(koi)}\n')
+    live_in("Europe/Berlin")
+    koi.start()
+
+    def noon() -> str:
+        due = koi.ask("jobs")["jobs"][0]["next"]
+        return time.strftime("%H:%M", time.gmtime(due))
+
+    assert noon() in ("10:00", "11:00")
+    live_in("Asia/Tokyo")
+    wait_until(lambda: noon() == "03:00", 10, "the new zone")
+
+
+def test_dates_that_never_come_cost_nothing_and_stop_nobody(koi, clock):
+    never = ["0 0 31 4,6,9,11 *", "0 0 30 2 *", "* * 31 2 *"]
+    koi.tab(QUIET + "".join(
+        f'"never {n}" {when} {keep(koi)}\n' for n, when in enumerate(never))
+        + f'"leap" 0 0 29 2 * true\n"each" * * * * * {keep(koi)}\n')
+    clock.start(NOON + 58)
+    jobs = {job["name"]: job["next"] for job in koi.ask("jobs")["jobs"]}
+    assert [jobs[f"never {n}"] for n in range(3)] == [None] * 3
+    assert jobs["leap"] == 1_835_395_200        # 2028-02-29
+    clock.elapse_to(NOON + 60)
+    koi.ended("each")
+    assert len(truth(koi)) == 1
+
+
+# Full disks and power cuts ---------------------------------------------------
+
+
+class Disk:
+    """A file system of the test's own, with koid's home, in a mount
+    namespace that lives as long as the test."""
+
+    def __init__(self, koi, mount: str, more: str = "true"):
+        self.koi, self.mount = koi, mount
+        self.place = koi.folder / "disk"
+        self.place.mkdir()
+        self.holder = subprocess.Popen(
+            ["unshare", "-m", "sh", "-c",
+             f"{mount} && {more} && echo && exec sleep 900"],
+            stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        if not self.holder.stdout.readline():
+            support.absent(f"cannot mount here: {mount}")
+        koi.host = self
+        koi.env["KOI_HOME"] = f"{self.place}/koi"
+        koi.home = Path(f"/proc/{self.holder.pid}/root{self.place}/koi")
+        for path in (koi.home, koi.home / "tabs"):
+            path.mkdir(mode=0o700)
+
+    def command(self, command: list[str]) -> list[str]:
+        return ["nsenter", "-m", "-t", str(self.holder.pid), *command]
+
+    def run(self, *command: str) -> int:
+        return subprocess.run(self.command(list(command)), timeout=60,
+                              stdin=subprocess.DEVNULL).returncode
+
+    def fill(self, leave: int = 0) -> None:
+        """Leave no room, or so many bytes."""
+        filler = self.koi.home.parent / "filler"
+        with contextlib.suppress(OSError):
+            with open(filler, "ab", buffering=0) as file:
+                while True:
+                    file.write(b"x" * 4096)
+        if leave:
+            os.truncate(filler, filler.stat().st_size - leave)
+
+    def free(self) -> None:
+        (self.koi.home.parent / "filler").unlink()
+
+    def cut(self) -> None:
+        """Take the power away, now."""
+        assert self.run(self.koi.python, "-c", CUT, str(self.place)) == 0
+
+    def back(self) -> None:
+        """Mount it again: the journal is replayed."""
+        wait_until(lambda: self.run("umount", "-q", str(self.place)) == 0,
+                   20, "umount")
+        assert self.run("sh", "-c", self.mount) == 0
+
+
+@pytest.fixture
+def tiny(koi):
+    """koid's home on a disk that is soon full."""
+    support.need("unshare")
+    disk = Disk(koi, f"mount -t tmpfs -o size=1m,mode=755 tmpfs "
+                f"{koi.folder}/disk")
+    with support.stopping(disk.holder):
+        yield disk
+        koi.stop(signal.SIGKILL)
+        koi.end_jobs()
+
+
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+@pytest.fixture
+def ext4(koi):
+    """koid's home on a disk whose power can be cut; after it there is
+    another boot."""
+    support.need("unshare", "mkfs.ext4")
+    image, boot = koi.folder / "image", koi.folder / "boot_id"
+    boot.write_text("first\n")
+    disk = Disk(koi, f"{{ [ -e {image} ] || {{ truncate -s 32M {image} && "
+                f"mkfs.ext4 -q -F {image}; }}; }} && mount -o "
+                f"loop,commit=600 {image} {koi.folder}/disk",
+                f"mount --bind {boot} {BOOT_ID}")
+    disk.boot = boot
+    disk.run("sync")
+    with support.stopping(disk.holder):
+        yield disk
+        koi.stop(signal.SIGKILL)
+        koi.end_jobs()
+        disk.run("umount", str(disk.place))
+
+
+@support.root_only
+def test_a_full_disk_stops_no_schedule_and_history_is_whole_after_it(
+        koi, clock, tiny):
+    koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}; exit 3\n'
+            f'"hand" @manual {keep(koi)}\n')
+    clock.command = tiny.command(clock.command)
+    clock.start(NOON + 30)
+    tiny.fill()
+    for minute in (1, 2, 3):
+        clock.elapse_to(NOON + minute * MINUTE)
+        executed(koi, minute)
+    why = refused(koi, "hand")
+    assert "cannot be recorded" in why and "full" in why
+    assert "full" in troubles(koi) and len(truth(koi)) == 3
+    tiny.free()
+    clock.elapse(6)
+    found = koi.ended("each", 3)
+    assert {(run["state"], run["exit"]) for run in found} == {("done", 3)}
+    assert [run["due"] for run in found] == [
+        NOON + minute * MINUTE for minute in (3, 2, 1)]
+    assert sorted(run["run"] for run in found) == sorted(truth(koi))
+    assert koi.run("hand")[3]["exit"] == 0
+    assert troubles(koi) == ""
+
+
+@support.root_only
+def test_a_job_that_runs_when_the_disk_fills_keeps_its_exit(koi, gate, tiny):
+    koi.tab(f'{QUIET}"slow" @manual echo begun; {gate.wait}; {keep(koi)}; '
+            "seq 200000; exit 6\n")
+    koi.start()
+    run = ask_for(koi, "slow")
+    header(koi, run)
+    tiny.fill(leave=16_384)
+    gate.open()
+    executed(koi)
+    wait_until(lambda: not os.listdir(koi.home / "runs")
+               or koitab.header_of((koi.home / "runs" / str(run))
+                                   .read_bytes()).phase == koitab.ENDED, 20,
+               "its end")
+    tiny.free()
+    ended = over(koi, run)
+    assert (ended["state"], ended["exit"], ended["cut"]) == ("done", 6, True)
+    assert ended["bytes"] > 1_000_000
+    assert koi.text_of(run).startswith("begun\n")
+    assert "left out" in koi.text_of(run)
+
+
+@support.root_only
+def test_a_run_whose_file_could_not_be_made_is_not_started_again(koi, gate,
+                                                                 tiny):
+    # No inode is left: the history can still be written.
+    koi.tab(f'{QUIET}"slow" @manual {keep(koi)}; {gate.wait}\n')
+    koi.start()
+    fillers = koi.home.parent / "fillers"
+    fillers.mkdir()
+    assert tiny.run("mount", "-o", "remount,nr_inodes=40",
+                    str(tiny.place)) == 0
+    with contextlib.suppress(OSError):
+        for name in range(100):
+            (fillers / str(name)).touch()
+    try:
+        ask_for(koi, "slow")
+    except koitab.Error:
+        pass                    # refused is good, too
+    time.sleep(0.5)
+    before = truth(koi)
+    koi.stop(signal.SIGKILL)
+    shutil.rmtree(fillers)
+    koi.start()
+    time.sleep(0.5)
+    assert truth(koi) == before
+    gate.open()
+    wait_until(lambda: "running" not in states(koi), 20, "its end")
+    assert truth(koi) == before
+
+
+@support.root_only
+def test_no_restart_while_the_disk_is_full_forgets_a_run(koi, clock, tiny):
+    koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n')
+    clock.command = tiny.command(clock.command)
+    clock.start(NOON + 30)
+    tiny.fill(leave=8192)       # room for a run's file, not for the history
+    clock.elapse_to(NOON + MINUTE)
+    run, = executed(koi)
+    koi.stop()
+    tiny.free()
+    clock.start(NOON + 5 * MINUTE + 20)
+    wait_until(lambda: any(found["run"] == run and found["state"] in (
+        "done", "interrupted") for found in koi.history()), 10,
+        f"run {run} in {koi.history()}")
+
+
+@support.root_only
+def test_a_koid_on_a_read_only_disk_says_so_and_ends(koi, tiny):
+    koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
+    koi.start()
+    assert koi.run("job")[3]["exit"] == 0
+    koi.stop()
+    assert tiny.run("mount", "-o", "remount,ro", str(tiny.place)) == 0
+    begin(koi, command=tiny.command(koi.command("daemon")))
+    assert koi.daemon.wait(20) == 1
+    assert "Read-only" in koi.log() and "Traceback" not in koi.log()
+    assert tiny.run("mount", "-o", "remount,rw", str(tiny.place)) == 0
+    koi.start()
+    assert koi.run("job")[3]["exit"] == 0
+
+
+@support.root_only
+@pytest.mark.parametrize("when", ["fsync 1", "rename 1", "fsync 2", "after"])
+def test_a_power_cut_while_a_tab_is_installed_leaves_a_whole_one(koi, ext4,
+                                                                 when):
+    support.need("strace")
+    old, new = '"old" @manual true\n', '"new" @manual echo new\n'
+    koi.start()
+    assert koi.ask("install", text=old)["installed"]
+    koi.stop()
+    tab = koi.home / "tabs" / koi.user
+    if when == "after":
+        koi.start()
+        assert koi.ask("install", text=new)["installed"]
+    else:
+        koi.start(wrap=struck(*when.split()))
+        with pytest.raises(koitab.Error):
+            koi.ask("install", text=new)
+    ext4.cut()
+    koi.stop(signal.SIGKILL)
+    ext4.back()
+    text = tab.read_text()
+    assert text == new if when == "after" else text in (old, new)
+    koi.start()
+    assert len(koi.ask("jobs")["jobs"]) == 1 and troubles(koi) == ""
+
+
+@support.root_only
+@pytest.mark.parametrize("pause", [0, 0.02, 0.3])
+def test_an_acknowledged_run_survives_the_power_cut_and_is_not_repeated(
+        koi, gate, ext4, pause):
+    koi.tab(f'{QUIET}"hand" @manual {keep(koi)}; {gate.wait}\n')
+    ext4.run("sync")
+    koi.start()
+    runs = []
+    for count in range(1, 4):
+        runs.append(ask_for(koi, "hand"))
+        time.sleep(pause)
+        ext4.cut()
+        koi.stop(signal.SIGKILL)
+        end_all(koi, ext4)
+        ext4.back()
+        ext4.boot.write_text(f"boot {count}\n")
+        koi.start()
+        time.sleep(0.3)         # for what should not happen
+        found = row(koi, runs[-1])
+        assert found["state"] in ("interrupted", "running"), found
+        executed = Counter(truth(koi))
+        assert max(executed.values(), default=0) <= 1, executed
+        if found["state"] == "running":
+            os.kill(header(koi, runs[-1]).job, signal.SIGKILL)
+            over(koi, runs[-1])
+    assert sorted(run["run"] for run in koi.history()) == runs
+
+
+def end_all(koi, disk) -> None:
+    """End all that was started here, as the power cut did."""
+    mine, place = str(koi.folder).encode(), str(disk.place)
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            files = [os.readlink(fd) for fd in (process / "fd").iterdir()]
+            if int(process.name) not in (os.getpid(), disk.holder.pid) and (
+                    mine in (process / "cmdline").read_bytes()
+                    or any(file.startswith(place) for file in files)):
+                end(int(process.name))
+
+
+# A disk that fails -----------------------------------------------------------
+
+
+def failing(calls: str, error: str, when: str, *paths: Path) -> tuple:
+    """What is put before koid's command so that these calls fail."""
+    wanted = [word for path in paths for word in ("-P", str(path))]
+    return ("strace", "-qq", "-o", "/dev/null", "-e", f"trace={calls}",
+            *wanted, "-e", f"inject={calls}:error={error}:when={when}")
+
+
+@pytest.mark.parametrize("calls, error, what", [
+    ("read",       "EIO",    "the tab"),
+    ("openat",     "EIO",    "the tab"),
+    ("openat",     "EMFILE", "the tab"),
+    ("openat",     "EMFILE", "the folder"),
+    ("getdents64", "EIO",    "the folder"),
+])
+def test_a_tab_that_cannot_be_read_goes_on_as_it_was(koi, calls, error,
+                                                     what):
+    support.need("strace")
+    tab = koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
+    path = tab if what == "the tab" else tab.parent
+    # The first look is good; the folder is also opened to be watched.
+    first = {("openat", "the folder"): 3, ("getdents64", "the folder"): 3,
+             ("read", "the tab"): 3}.get((calls, what), 2)
+    koi.start(wrap=failing(calls, error, f"{first}+", path))
+    pid = koi.ask("status")["pid"]
+    assert koi.run("job")[3]["exit"] == 0
+    koi.tab(f'{QUIET}"other" @manual true\n')
+    os.kill(pid, signal.SIGHUP)
+    time.sleep(1)
+    try:
+        assert [job["name"] for job in koi.ask("jobs")["jobs"]] == ["job"]
+        assert koi.run("job")[3]["exit"] == 0
+        assert str(path) in troubles(koi)
+    finally:
+        end(pid)
+
+
+def test_a_failing_sync_is_never_an_acknowledgement(koi):
+    support.need("strace")
+    koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
+    koi.start()
+    koi.run("job")
+    koi.stop()
+    for n in range(1, 12):
+        begin(koi, *failing("fdatasync", "EIO", str(n)))
+        ran = len(truth(koi))
+        acked = koid_kills.by_hand(koi, "job")
+        status = koid_kills.end(koi.daemon)
+        if acked is None:
+            assert status not in (0, -signal.SIGKILL), n
+            assert "disk I/O error" in koi.log(), n
+        restart(koi)
+        wait_until(lambda: not koid_kills.unfinished(koi), 20, "the ends")
+        runs = {run["run"]: run["state"] for run in koi.history()}
+        assert acked is None or acked in runs, n
+        assert set(truth(koi)) <= set(runs), n
+        assert max(Counter(truth(koi)).values()) == 1, n
+        assert len(truth(koi)) <= ran + 1, n
+        koi.stop()
+
+
+def test_a_sync_that_failed_is_not_tried_again(koi):
+    # The kernel may say that all is well the second time, and it is not.
+    support.need("strace")
+    koi.tab(f'{QUIET}"job" @manual {keep(koi)}; exit 9\n')
+    koi.start()
+    koi.run("job")
+    koi.stop()
+    trace = koi.folder / "trace"
+    for n in range(1, 8):
+        begin(koi, "strace", "-qq", "-o", str(trace), "-e",
+              "trace=fdatasync,unlinkat", "-e",
+              f"inject=fdatasync:error=EIO:when={n}")
+        acked = koid_kills.by_hand(koi, "job")
+        koid_kills.end(koi.daemon)
+        lines = trace.read_text().splitlines()
+        # Of a folder's sync SQLite does not mind the failure.
+        failed = [at for at, line in enumerate(lines) if "INJECTED" in line
+                  and line.partition(")")[0] in "".join(lines[:at])]
+        # After it no run's file is removed: it may be all that there is.
+        after = lines[failed[0] + 1:] if failed else []
+        assert "unlinkat" not in "".join(after), (n, lines)
+        restart(koi)
+        assert acked is None or over(koi, acked)["exit"] == 9
+        koi.stop()
+
+
+@pytest.mark.parametrize("error", ["EDQUOT", "EROFS"])
+def test_a_quota_or_a_disk_gone_read_only_is_as_a_full_disk(koi, error):
+    support.need("strace")
+    koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
+    koi.start()
+    koi.run("job")
+    koi.stop()
+    koi.start(wrap=failing("pwrite64", error, "12..30"))
+    pid = koi.ask("status")["pid"]
+    for _ in range(3):
+        with contextlib.suppress(koitab.Error):
+            ask_for(koi, "job")
+    assert koi.ask("status")["pid"] == pid
+    os.kill(pid, signal.SIGTERM)
+    koi.daemon.wait(20)
+
+
+def test_an_end_whose_note_fails_is_told_by_the_pipe(koi, gate):
+    # The supervisor cannot write: koid, which lives, knows the status.
+    koi.tab(f'{QUIET}"slow" @manual {gate.wait}; exit 9\n')
+    support.need("strace")
+    koi.start()
+    run = ask_for(koi, "slow")
+    found = header(koi, run)
+    with support.stopping(subprocess.Popen(
+            ["strace", "-p", str(found.supervisor), "-o", "/dev/null",
+             "-e", "trace=pwrite64", "-e", "inject=pwrite64:error=EIO"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE)) as tracer:
+        assert b"attached" in tracer.stderr.readline()
+        gate.open()
+        ended = over(koi, run)
+        tracer.wait(20)
+    assert (ended["state"], ended["exit"]) == ("done", 9)
+
+
+# Too few of something --------------------------------------------------------
+
+
+def test_no_process_to_be_had_is_tried_again(koi):
+    support.need("strace")
+    koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
+    koi.start(wrap=failing("clone", "EAGAIN", "1..2"))
+    pid = koi.ask("status")["pid"]
+    run = ask_for(koi, "job")
+    wait_until(lambda: "no process" in troubles(koi), 10, "a word about it")
+    assert over(koi, run)["state"] == "done" and truth(koi) == [run]
+    assert troubles(koi) == ""
+    end(pid)
+
+
+def test_no_process_for_a_minute_is_said_of_the_run(koi, clock):
+    support.need("strace")
+    koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
+    clock.start(NOON, *failing("clone", "EAGAIN", "1+"))
+    pid = koi.ask("status")["pid"]
+    run = ask_for(koi, "job")
+    wait_until(lambda: "no process" in troubles(koi), 10, "a word about it")
+    clock.elapse(61)
+    time.sleep(1.2)
+    ended = over(koi, run)
+    assert ended["state"] == "unstartable" and truth(koi) == []
+    assert "temporarily unavailable" in ended["reason"]
+    end(pid)
+
+
+def test_a_job_that_finds_no_process_is_tried_again(koi):
+    support.need("strace")
+    koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
+    koi.start(wrap=("strace", "-f", "-qq", "-o", "/dev/null", "-e",
+                    "trace=clone3,vfork", "-e",
+                    "inject=clone3,vfork:error=EAGAIN:when=1"))
+    pid = koi.ask("status")["pid"]
+    run = ask_for(koi, "job")
+    assert over(koi, run)["state"] == "done" and truth(koi) == [run]
+    end(pid)
+
+
+def callers(koi, count: int) -> list:
+    """Visitors who say nothing."""
+    found = []
+    for _ in range(count):
+        found.append(socket.socket(socket.AF_UNIX))
+        found[-1].connect(str(koi.home / "koid.sock"))
+    return found
+
+
+def peaceful(koi) -> bool:
+    """koid answers, and has nothing to complain about."""
+    try:
+        return troubles(koi) == ""
+    except koitab.Error:
+        return False
+
+
+def test_a_koid_without_descriptors_starts_and_ends_its_jobs(koi, clock):
+    koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}; exit 3\n'
+            f'"hand" @manual echo whole; {keep(koi)}\n')
+    clock.start(NOON + 30, "sh", "-c", 'ulimit -n 48; exec "$@"', "sh")
+    silent = callers(koi, 60)
+    time.sleep(0.5)
+    clock.elapse_to(NOON + MINUTE)
+    executed(koi)
+    koi.daemon.send_signal(signal.SIGHUP)       # it cannot read its tabs now
+    time.sleep(0.5)
+    clock.elapse_to(NOON + 2 * MINUTE)
+    executed(koi, 2)
+    for caller in silent:
+        caller.close()
+    wait_until(lambda: peaceful(koi), 20, "room again")
+    runs = koi.ended("each", 2)
+    assert {(run["state"], run["exit"]) for run in runs} == {("done", 3)}
+    assert [koi.text_of(run["run"]) for run in runs] == ["kept\n"] * 2
+    assert koi.run("hand")[1] == b"whole\nkept\n"
+    assert koi.daemon.poll() is None
+
+
+def test_silent_visitors_keep_nobody_from_being_served(koi):
+    koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
+    koi.start()
+    silent = callers(koi, 300)
+    began = time.monotonic()
+    assert koi.run("job")[3]["exit"] == 0
+    assert time.monotonic() - began < 5
+    for caller in silent:
+        caller.close()
+    assert koi.run("job")[3]["exit"] == 0
+
+
+def test_every_job_of_a_very_full_minute_is_started_once(koi, clock):
+    """KOI_MANY=10000 for the long form."""
+    koi.tab(QUIET + "".join(
+        f'"job {n}" * * * * * {"true" if n % 50 else keep(koi)}\n'
+        for n in range(MANY)))
+    clock.start(NOON + 30)
+    began = time.monotonic()
+    clock.elapse_to(NOON + MINUTE)
+    deadline = 30 + MANY / 50
+    wait_until(lambda: count_of(koi, "done") == MANY, deadline, "them all")
+    print(f"\n{MANY} jobs of one minute: all had ended "
+          f"{time.monotonic() - began:.1f} s after it began")
+    db = sqlite3.connect(koi.home / "history.db")
+    rows = db.execute("select count(distinct job), max(started) - min(asked) "
+                      "from runs where due = ?", (NOON + 60,)).fetchone()
+    db.close()
+    assert rows[0] == MANY
+    assert count_of(koi, "done") == MANY
+    wanted = (MANY + 49) // 50
+    assert len(truth(koi)) == len(set(truth(koi))) == wanted
+
+
+def count_of(koi, state: str) -> int:
+    db = sqlite3.connect(koi.home / "history.db")
+    try:
+        return db.execute("select count(*) from runs where state = ?",
+                          (state,)).fetchone()[0]
+    finally:
+        db.close()
+
+
+@pytest.mark.parametrize("policy, wanted", [
+    ("allow", {"running": 4}),
+    ("skip", {"running": 1, "skipped": 3}),
+    ("queue", {"running": 1, "queued": 3}),
+])
+def test_jobs_that_never_end_keep_nobody_else_from_running(
+        koi, clock, policy, wanted):
+    koi.tab(f'{QUIET}"other" @manual {keep(koi)}\nKOI_OVERLAP={policy}\n'
+            + "".join(f'"ever {n}" * * * * * exec sleep 1000\n'
+                      for n in range(5)))
+    clock.start(NOON + 30)
+    for minute in range(1, 5):
+        clock.elapse_to(NOON + minute * MINUTE)
+        seen(koi)
+    for n in range(5):
+        assert Counter(states(koi, f"ever {n}")) == wanted
+    assert koi.run("other")[3]["exit"] == 0
+    used = cpu(koi)
+    time.sleep(0.5)
+    assert cpu(koi) - used <= 5
+    koi.stop()
+    restart(koi)
+    assert Counter(states(koi, "ever 1"))["running"] == wanted["running"]
+
+
+@pytest.mark.parametrize("command, exit_status, number, out", [
+    ("kill -9 $$",                          None, 9, ""),
+    ("exec >&- 2>&-; sleep 0.2; exit 4",    4, None, ""),
+    ("printf abc",                          0, None, "abc"),
+    ("printf '\\377\\000\\033'; exit 2",    2, None, None),
+    ("exit 255",                            255, None, ""),
+])
+def test_however_a_job_ends_it_is_told(koi, command, exit_status, number,
+                                       out):
+    koi.tab(f'{QUIET}"job" @manual {command}\n')
+    koi.start()
+    _, text, _, last = koi.run("job")
+    assert (last["exit"], last["signal"]) == (exit_status, number)
+    run, = koi.ended("job")
+    assert (run["exit"], run["signal"]) == (exit_status, number)
+    assert out is None or text.decode() == out
+
+
+def test_a_process_that_a_job_leaves_behind_does_not_keep_it(koi):
+    pid = koi.folder / "pid"
+    koi.tab(f'{QUIET}"job" @manual setsid sleep 100 & echo $! > {pid}; '
+            "echo done\n")
+    koi.start()
+    began = time.monotonic()
+    assert koi.run("job")[1] == b"done\n"
+    assert time.monotonic() - began < 10
+    assert "left behind" in koi.text_of(koi.ended("job")[0]["run"])
+    end(int(pid.read_text()))
+
+
+def test_a_flood_of_output_costs_a_supervisor_no_memory(koi, gate):
+    koi.tab(f'{QUIET}"job" @manual head -c 50000000 /dev/zero; {gate.wait}\n')
+    koi.start()
+    run = ask_for(koi, "job")
+    found = header(koi, run)
+    wait_until(lambda: koitab.header_of((koi.home / "runs" / str(run))
+               .read_bytes()).total == 50_000_000, 60, "the flood")
+    status = Path(f"/proc/{found.supervisor}/status").read_text()
+    size = int(status.partition("VmHWM:")[2].split()[0])
+    assert size <= 32 * 1024, f"{size} KiB"
+    gate.open()
+    ended = over(koi, run)
+    assert (ended["bytes"], ended["cut"]) == (50_000_000, True)
+
+
+# Damage ----------------------------------------------------------------------
+
+
+def history_of(koi) -> Path:
+    """A history of some pages, of a koid that is gone."""
+    koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n'
+            '"much" @manual seq 3000; exit 3\n"hand" @manual echo {{Who}}\n')
+    koi.start()
+    for _ in range(4):
+        koi.run("much")
+        koi.run("hand", Who="somebody")
+    wait_until(lambda: not koid_kills.unfinished(koi), 20, "the ends")
+    koi.stop()
+    file = koi.home / "history.db"
+    db = sqlite3.connect(file)
+    db.execute("pragma wal_checkpoint(truncate)").fetchall()
+    db.close()
+    assert file.stat().st_size > 10 * 4096 and not Path(f"{file}-wal").exists()
+    return file
+
+
+def carries_on(koi) -> None:
+    """The schedule goes on, and jobs can be run: at once, or after koid has
+    ended with a word, as systemd starts it again."""
+    for last in (False, False, True):
+        before = len(truth(koi))
+        try:
+            restart(koi)
+            assert koi.run("much")[3]["exit"] == 3
+            koi.stop()
+            koid_kills.meta(koi, seen=repr(time.time() // MINUTE * MINUTE - 1))
+            restart(koi)
+            executed(koi, before + 1, 5)
+            assert koi.stop() == 0
+            return
+        except (koitab.Error, AssertionError, koid_kills.Faulty,
+                sqlite3.Error, pytest.fail.Exception):
+            if last:
+                raise
+            koi.stop()
+
+
+def overwrite(data: bytes, at: int, new: bytes) -> bytes:
+    return data[:at] + new + data[at + len(new):]
+
+
+DAMAGE = {
+    "no header": lambda data: overwrite(data, 0, b"\0" * 100),
+    "rubbish": lambda data: os.urandom(len(data)),
+    "half of it": lambda data: data[:len(data) // 2],
+    "a part of a page": lambda data: data[:-1000],
+    "nothing": lambda data: b"",
+    "one byte": lambda data: b"S",
+    "another program's": lambda data: overwrite(data, 68, b"\0\0\0\0"),
+    **{f"page {page} is zero": lambda data, page=page: overwrite(
+        data, page * 4096, b"\0" * 4096) for page in range(1, 10)},
+    **{f"page {page} is rubbish": lambda data, page=page: overwrite(
+        data, page * 4096, os.urandom(4096)) for page in range(1, 10)},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_history_is_moved_aside_and_the_schedule_goes_on(koi,
+                                                                   damage):
+    file = history_of(koi)
+    data = DAMAGE[damage](file.read_bytes())
+    file.write_bytes(data)
+    size = len(koi.log())
+    carries_on(koi)
+    aside = [path for path in koi.home.glob("history.db.corrupt-*")
+             if not path.name.endswith(("-wal", "-shm"))]
+    if aside:
+        assert max(path.stat().st_size for path in aside) >= len(data)
+        assert "damaged" in koi.log()[size:] and aside[0].name in koi.log()
+    else:                       # it was a page that nothing stands on
+        assert len(koi.history()) > 8
+    assert "Traceback" not in koi.log()
+
+
+@pytest.mark.parametrize("ending", ["-wal", "-shm"])
+@pytest.mark.parametrize("damage", ["rubbish", "half of it", "nothing",
+                                    "removed"])
+def test_damage_beside_the_history_stops_no_schedule(koi, ending, damage):
+    history_of(koi)
+    restart(koi)
+    koi.run("hand", Who="me")
+    koi.stop(signal.SIGKILL)
+    file = koi.home / f"history.db{ending}"
+    data = file.read_bytes()
+    assert data
+    if damage == "removed":
+        file.unlink()
+    else:
+        file.write_bytes(DAMAGE[damage](data))
+    carries_on(koi)
+    assert "Traceback" not in koi.log()
+
+
+@pytest.mark.parametrize("statement", [
+    "update runs set args = '{' where id = 2",
+    "update runs set args = x'ff', reason = x'00ff' where id = 2",
+    "update runs set state = 'running', args = '[' where id = 2",
+    "update runs set state = 'running', due = 'x', started = 'y'",
+    "update runs set state = 'queued', job = 99 where id = 2",
+    "update runs set state = 'what' where id = 2",
+    "update meta set value = 'never' where name = 'seen'",
+    "update meta set value = 'x=1' where name = 'dials'",
+    "update meta set value = '=,' where name = 'dials'",
+    "delete from meta",
+    "update jobs set identity = x'ff00' where id = 1",
+    "delete from jobs",
+    "drop table output",
+    "drop table meta",
+])
+def test_a_history_with_nonsense_in_it_stops_no_schedule(koi, statement):
+    file = history_of(koi)
+    db = sqlite3.connect(file)
+    with db:
+        db.execute(statement)
+    db.close()
+    carries_on(koi)
+    assert "Traceback" not in koi.log()
+
+
+def test_a_history_that_is_damaged_while_koid_runs_ends_koid_with_a_word(
+        koi):
+    file = history_of(koi)
+    restart(koi)
+    size = file.stat().st_size
+    with open(file, "r+b") as damaged:
+        damaged.seek(4096)
+        damaged.write(os.urandom(size - 4096))
+    for _ in range(3):
+        with contextlib.suppress(koitab.Error):
+            ask_for(koi, "much")
+    ran = Counter(truth(koi))
+    koi.stop()
+    carries_on(koi)
+    assert "damaged" in koi.log() and "Traceback" not in koi.log()
+    assert all(count == 1 for count in ran.values())
+
+
+@pytest.mark.parametrize("mode", ["wal", "delete"])
+def test_the_history_of_a_newer_koi_is_refused_without_a_write(koi, mode):
+    file = history_of(koi)
+    db = sqlite3.connect(file)
+    db.execute("pragma user_version = 2")
+    db.execute(f"pragma journal_mode = {mode}").fetchall()
+    db.close()
+    data = file.read_bytes()
+    begin(koi)
+    assert koi.daemon.wait(20) == 1
+    assert "newer koi" in koi.log() and "Traceback" not in koi.log()
+    assert file.read_bytes() == data
+    assert not list(koi.home.glob("history.db.corrupt*"))
+
+
+@pytest.mark.parametrize("data, jobs, word", [
+    (b"\x7fELF\x02\x01\x01\0\0\0", ["good"], "NUL"),
+    (b"* * * * * true\r\n\"two\" @manual true\r\n", None, "tabs/"),
+    (b'"job" @manual true\n"late" @manual true', ["job"], ":2:"),
+    (b'"job" @manual true\n\xff\xfe * * * * rubbish\n', ["job"], ":2:"),
+    (b'"job" @manual true\n61 * * * * late\n', ["job"], ":2:"),
+    (b'"t\xc3\xa4g\xff" @manual true\n', None, ""),
+    (b"\0" * 5000, ["good"], "NUL"),
+    (b'"job" @manual true\n' + b"x" * 2**20, ["good"], "tabs/"),
+    (b"", [], ""),
+    (b"[" * 5000, None, "tabs/"),
+], ids=lambda value: repr(value)[:16])
+def test_a_corrupt_tab_costs_its_bad_lines_or_leaves_the_last_good_one(
+        koi, data, jobs, word):
+    tab = koi.tab(f'"good" @manual {keep(koi)}\n')
+    koi.start()
+    tab.write_bytes(data)
+    koi.daemon.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    names = [job["name"] for job in koi.ask("jobs")["jobs"]]
+    assert jobs is None or names == jobs, koi.log()
+    assert word in troubles(koi) and bool(word) == bool(troubles(koi)) \
+        or jobs is None
+    assert "Traceback" not in koi.log()
+    koi.tab(f'"good" @manual {keep(koi)}\n')
+    wait_until(lambda: troubles(koi) == "" and [
+        job["name"] for job in koi.ask("jobs")["jobs"]] == ["good"], 10,
+        "the good one")
+    assert koi.run("good")[3]["exit"] == 0
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"K", b"KOI1", b"\0" * 256, b"KOI9" + b"\0" * 300,
+    os.urandom(400), b"KOI1" + b"\xff" * 300,
+], ids=lambda data: repr(data[:6]))
+def test_a_damaged_file_of_a_run_is_an_interrupted_run(koi, gate, data):
+    koi.tab(f'{QUIET}"slow" @manual {keep(koi)}; {gate.wait}\n')
+    koi.start()
+    run = ask_for(koi, "slow")
+    found = header(koi, run)
+    executed(koi)
+    koi.stop(signal.SIGKILL)
+    end(found.supervisor)
+    (koi.home / "runs" / str(run)).write_bytes(data)
+    (koi.home / "runs" / "stray").write_bytes(data)
+    koi.start()
+    assert over(koi, run)["state"] == "interrupted"
+    assert truth(koi) == [run] and "Traceback" not in koi.log()
+    gate.open()
+
+
+# Upgrades and changes --------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["cp", "mv"])
+def test_a_koitab_py_that_is_replaced_while_jobs_run_adopts_them(koi, gate,
+                                                                 way):
+    koi.tab(f'{QUIET}"slow" @manual {gate.wait}; {keep(koi)}; exit 8\n'
+            f'"mail" @manual {keep(koi)}\n')
+    program, new = koi.folder / "koitab.py", koi.folder / "new.py"
+    text = (support.ROOT / "koitab.py").read_text()
+    version = f'VERSION = "koitab", "{koitab.VERSION}"'
+    assert version in text
+    program.write_text(text)
+    new.write_text(text.replace(version, 'VERSION = "koitab", "77.7"'))
+    koi.command = lambda *args: [koi.python, "-IS", str(program), *args]
+    koi.start()
+    run = ask_for(koi, "slow")
+    header(koi, run)
+    subprocess.run([way, str(new), str(program)], check=True)
+    assert koi.run("mail")[3]["exit"] == 0
+    assert koi.ask("status")["version"] == koitab.VERSION
+    koi.stop()
+    koi.start()
+    assert koi.ask("status")["version"] == "77.7"
+    assert row(koi, run)["state"] == "running"
+    gate.open()
+    assert over(koi, run)["exit"] == 8 and len(truth(koi)) == 2
+
+
+# koid, from whose first turn on nothing can be imported that is not loaded:
+# argv is koitab.py, a file for what was asked for, and a sendmail.
+BLOCKED = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("koitab", sys.argv[1])
+koitab = sys.modules["koitab"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(koitab)
+
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        with open(sys.argv[2], "a") as notes:
+            notes.write(name + "\\n")
+        raise ImportError(f"the standard library is gone: {name}")
+
+turn = koitab.Daemon.turn
+
+def first_turn(daemon):
+    sys.meta_path.insert(0, Gone())
+    koitab.Daemon.turn = turn
+    turn(daemon)
+
+koitab.Daemon.turn = first_turn
+koitab.SENDMAILS = (sys.argv[3],)
+sys.exit(koitab.main(["daemon"]))
+"""
+
+
+def test_a_python_that_is_upgraded_underneath_stops_nothing(koi, clock):
+    """What koid needs is loaded before the first job, but for what makes
+    the tags that people see, and mails."""
+    mail, wanted = koi.folder / "mail", koi.folder / "wanted"
+    sendmail = koi.folder / "sendmail"
+    sendmail.write_text(f"#!/bin/sh\ncat >> {mail}\n")
+    sendmail.chmod(0o755)
+    wanted.touch()
+    koi.tab(f'"mailed" @reboot echo hello; {keep(koi)}\n'
+            f'"slow" @manual {keep(koi)}; exec sleep 1000\n'
+            f'KOI_RETRY=1\n"args" @manual echo {{{{Who}}}}; exit 3\n'
+            f'"stdin" @manual cat | wc -c%{"x" * 70000}\n')
+    begin(koi, command=[koi.python, "-IS", "-c", BLOCKED,
+                        str(support.ROOT / "koitab.py"), str(wanted),
+                        str(sendmail)])
+    wait_until(koi.answers, 20, f"koid\n{koi.log()}")
+    run = ask_for(koi, "slow")
+    header(koi, run)
+    koi.ask("kill", run=run)
+    assert over(koi, run)["signal"] == signal.SIGTERM
+    assert koi.run("args", Who="you")[1] == b"you\n"
+    assert koi.run("stdin")[1].strip() in (b"70000", b"70001")
+    assert koi.ask("install", text=koi.ask("list")["text"])["installed"]
+    for op in ("status", "jobs", "history"):
+        koi.ask(op)
+    with pytest.raises(koitab.Error):
+        koi.ask("nonsense")
+    # What a mail needs is not held in memory; the next koid sends it.
+    wait_until(lambda: "MAIL (run" in koi.log(), 20, "the mail to fail")
+    assert {found["mail"] for found in koi.history(job="mailed")} == {"due"}
+    koi.daemon.send_signal(signal.SIGHUP)
+    koi.ask("status")
+    assert koi.stop() == 0
+    assert set(wanted.read_text().split()) <= {
+        "hashlib", "email", "difflib"}, koi.log()
+
+
+@pytest.mark.parametrize("change", ["edited", "removed", "renamed",
+                                    "no tab"])
+def test_a_tab_that_changes_does_not_touch_the_job_that_runs(koi, gate,
+                                                             change):
+    line = f'{QUIET}KOI_OVERLAP=skip\n"slow" @manual {gate.wait}; ' \
+        f"{keep(koi)}; exit 8\n"
+    other = '"other" @manual true\n'
+    koi.tab(line + other)
+    koi.start()
+    run = ask_for(koi, "slow")
+    job = header(koi, run).job
+    if change == "no tab":
+        koi.ask("remove")
+    else:
+        text = {"edited": line.replace("exit 8", "exit 1") + other,
+                "removed": other,
+                "renamed": line.replace("slow", "fast") + other}[change]
+        assert koi.ask("install", text=text)["installed"]
+    assert alive(job) and row(koi, run)["state"] == "running"
+    if change == "renamed":
+        assert koi.ask("kill", run=run)["run"]["name"] == "slow"
+        assert over(koi, run)["reason"].startswith("killed by")
+        return
+    gate.open()
+    ended = over(koi, run)
+    assert (ended["exit"], ended["name"]) == (8, "slow")
+    assert truth(koi) == [run]
+    assert [found["run"] for found in koi.history(job="slow")] == [run]
+
+
+@pytest.mark.parametrize("change", ["removed", "edited"])
+def test_a_run_whose_tab_changed_while_koid_was_away_is_adopted(koi, gate,
+                                                                change):
+    koi.tab(f'{QUIET}"slow" @manual {gate.wait}; {keep(koi)}; exit 8\n')
+    koi.start()
+    run = ask_for(koi, "slow")
+    header(koi, run)
+    koi.stop(signal.SIGKILL)
+    koi.tab('"other" @manual true\n' if change == "removed" else
+            f'{QUIET}"slow" @manual echo {{{{Who}}}}\n')
+    koi.start()
+    gate.open()
+    assert over(koi, run)["exit"] == 8 and truth(koi) == [run]
+
+
+def test_the_rig_sees_a_koid_fail_that_notes_nothing(tmp_path):
+    """A sweep that finds nothing must be able to find something."""
+    rig = koid_kills.Rig(tmp_path)
+    koi = rig.fresh()
+    acked, _ = koid_kills.life(koi)
+    db = sqlite3.connect(koi.home / "history.db")
+    with db:
+        db.execute("update runs set state = 'running', ended = null")
+    db.close()
+    for run in (1, 2, 3):       # as if no supervisor had claimed them
+        assert not (koi.home / "runs" / str(run)).exists()
+    with pytest.raises(koid_kills.Faulty, match="executed 2 times"):
+        koid_kills.settled(koi, acked)
+    koi.stop(signal.SIGKILL)
