@@ -7,7 +7,7 @@ BIN = $(DESTDIR)$(PREFIX)/bin
 # What the tests start for real, as Debian calls it.
 PARTS = bash busybox cron dbus dunst e2fsprogs faketime fish git gnupg \
 	libcap2-bin libfaketime libnotify-bin moreutils msmtp msmtp-mta openssl pass procps python3 python3-pytest \
-	strace util-linux xvfb zsh
+	strace systemd util-linux xvfb zsh
 
 .PHONY: help demo test test-all parts bench lint install uninstall sums
 

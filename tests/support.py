@@ -50,6 +50,8 @@ PARTS = {   # program -> the Debian package that brings it
     "setcap": "libcap2-bin", "getcap": "libcap2-bin", "bash": "bash",
     "unshare": "util-linux", "setpriv": "util-linux",
     "busybox": "busybox", "cron": "cron", "faketime": "faketime",
+    "crontab": "cron", "systemd-analyze": "systemd", "dash": "dash",
+    "nsenter": "util-linux",
     "mkfs.ext4": "e2fsprogs", "ps": "procps", "zsh": "zsh", "fish": "fish",
 }
 
