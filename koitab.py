@@ -2273,7 +2273,8 @@ def plan(jobs: list[Job], since: Watch, now: Reading,
         now = Reading(even, now.ticks)
     unset = int(even // 1)
     if unset // MINUTE == after // MINUTE:
-        return since.but(skipped=[]), []    # cron would still be asleep
+        # Cron would still be asleep. What was skipped has been told.
+        return since.but(skipped=[]) if since.skipped else since, []
     due = first_due(jobs, since) if due == 0 else due
     until = unset if due is None else min(unset, due - 1)
     if now.wall // MINUTE != unset // MINUTE:       # somebody set the clock
