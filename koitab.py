@@ -2474,6 +2474,7 @@ LINGER = 1.0            # seconds for output that comes after a job's end
 KILL_AFTER = 10.0       # seconds from TERM to KILL
 TRY_FOR = 60.0          # seconds in which a full process table may empty
 CHUNK = 65_536
+NO_HOME = "/nonexistent"    # what Debian gives users who shall have none
 PIPE_ROOM = 4096        # bytes that fit into a pipe of the smallest kind
 FAR_BEHIND = 2**18      # bytes a terminal may lag before its job must wait
 LONGEST_SLEEP = 86_400.0    # seconds: poll() takes 24 days at most
@@ -2616,8 +2617,9 @@ class Watched:
             os.chdir(home)
         except OSError as error:
             os.chdir("/")
-            self.put(NOTE, visible(f"{home}: {error.strerror}; it runs in /")
-                     .encode())
+            if home != NO_HOME:
+                self.put(NOTE, visible(f"{home}: {error.strerror}; it runs "
+                                       "in /").encode())
         shell = order.environment["SHELL"]
         given = input_file(order.stdin) if order.stdin else nothing
         out, out_end = os.pipe()
@@ -5117,7 +5119,7 @@ class Daemon:
                 outcome, frames = self.outcome(active, status)
                 mine += self.ending(active, outcome, frames)
                 if not self.retry(active, outcome, again, mine):
-                    self.address(active, outcome, frames, letters, mine)
+                    self.address(active, outcome, letters, mine)
             except OSError as error:    # too many files are open
                 self.trouble("ends", f"a run's end cannot be read: {error}")
                 self.unsaved.append((active, status))
@@ -5250,18 +5252,19 @@ class Daemon:
 
     # --- mail
 
-    def address(self, active: Active, outcome: dict, frames: bytes,
-                letters: list, deeds: list) -> None:
+    def address(self, active: Active, outcome: dict, letters: list,
+                deeds: list) -> None:
         """Does cron send mail about this run? Who asked for one by hand has
         seen what it wrote."""
         pending, user = active.pending, active.key[0]
         job = pending.duty.job if pending else None
         environment = job.environment if job else {}
-        to, text = environment.get("MAILTO", user), output_text(frames)
+        to = environment.get("MAILTO", user)
         good = outcome["state"] == "done" and outcome["exit"] == 0
-        if not text or not to or active.trigger == "manual" \
+        wrote = outcome.get("bytes") or outcome["state"] == "unstartable"
+        if not wrote or not to or active.trigger == "manual" \
                 or job and job.mail_failures and good:
-            return
+            return              # a note of ours alone is no reason for mail
         if not any(os.access(path, os.X_OK) for path in SENDMAILS):
             if os.geteuid() == 0:
                 self.machine.log("(CRON) info (No MTA installed, discarding "
