@@ -2766,7 +2766,7 @@ class Supervisor:
         for run in self.watched:
             self.begin(run)
         os.chdir("/")
-        self.tell()
+        self.forget_finished()      # some could not be started
         while self.heard or self.watched or self.untold:
             self.turn()
 
@@ -2882,6 +2882,9 @@ class Supervisor:
             if run.status is not None and not run.finished and (
                     not run.streams or now >= run.linger):
                 self.finish(run)
+        self.forget_finished()
+
+    def forget_finished(self) -> None:
         self.watched = [run for run in self.watched if not run.finished
                         or run.backlog or run.kill_at != FOREVER]
         self.tell()

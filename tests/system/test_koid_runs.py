@@ -1477,3 +1477,11 @@ def test_without_a_sendmail_that_is_only_logged(koi, host, syslog):
     assert out_of(koi, "other") == "other\n"
     assert "unlogged" not in logged(syslog, "(root) CMD (echo other)")
     assert "MTA" not in koi.log()
+
+
+def test_the_supervisor_of_a_job_that_cannot_start_goes_away(koi):
+    serving(koi, 'SHELL=/no/such/shell\n"it" @manual true\n')
+    begin(koi, "it")
+    assert koi.ended("it")[0]["state"] == "unstartable"
+    tree = Path(f"/proc/{koi.daemon.pid}/task/{koi.daemon.pid}/children")
+    wait_until(lambda: tree.read_text() == "", 10, "the supervisor to go")
