@@ -674,7 +674,7 @@ def test_82_a_home_that_only_its_user_can_enter_is_where_a_job_runs(town):
 
 
 @pytest.mark.parametrize("home, why", [
-    ("{root}", "Permission denied"), ("/nonexistent", "No such file"),
+    ("{root}", "Permission denied"), ("/no/such/home", "No such file"),
     ("/etc/passwd", "Not a directory")])
 def test_82_a_job_is_not_put_where_its_user_cannot_go(town, home, why):
     """Somebody who goes there before he gives up root would be let in."""
@@ -687,6 +687,13 @@ def test_82_a_job_is_not_put_where_its_user_cannot_go(town, home, why):
     assert reply["text"].splitlines()[0] == "/"
     assert len(reply["notes"]) == 1 and why in reply["notes"][0]
     assert home in reply["notes"][0] and reply["exit"] == 0
+
+
+def test_82_whom_debian_gives_no_home_hears_nothing_of_it(town):
+    town.tab('HOME=/nonexistent\n"Where" @manual pwd\n', ALICE)
+    town.start()
+    reply = town.caller(ALICE).ask("run", job="Where")
+    assert (reply["text"], reply["notes"]) == ("/\n", [])
 
 
 def test_82_a_home_without_a_slash_does_not_mean_where_koid_was_started(town):
