@@ -26,18 +26,24 @@ What it promises:
 It needs Python 3.9 or newer and nothing else. Read it from top to bottom:
 values first, then decisions, then deeds. Each section says what it touches.
 
-    Kit       what do both programs need?                (files, clock)
-    Time      what do DST and a jumping clock do to minutes?  (nothing)
-    Schedule  when does an entry run next?               (nothing)
-    Tab       what does a koitab say?                    (nothing)
-    Plan      given the time, what should start?         (nothing)
-    Record    what do we remember about a run?           (nothing)
-    Supervisor  who stays with a job?                    (processes, files)
-    Machine   what may koi do to this host?              (files, processes)
-    Store     where are runs kept?                       (files)
-    Control   how do users reach the daemon?             (network, files)
-    Daemon    who carries the plan out?                  (machine)
-    Command   what can I type?                           (terminal)
+    Kit       what do both programs need?            (files, clock)
+    Time      what do DST and a jumping clock do to minutes? (nothing)
+    Schedule  when does an entry run next?           (nothing)
+    Tab       what does a koitab say?                (nothing)
+    Keys      who may ask for a run?                 (nothing)
+    Plan      given the time, what should start?     (nothing)
+    Record    what do we remember about a run?       (nothing)
+    Supervisor who stays with a job?                 (processes, files)
+    Machine   what may koi do to this host?          (files, processes)
+    Store     where are runs kept?                   (files)
+    Control   how do users reach the daemon?         (network, files)
+    Uplink    how do records reach the dashboard?    (network, processes)
+    Daemon    who carries the plan out?              (machine)
+    Hub       what does the dashboard know?          (files)
+    Alerts    who is told, and how?                  (network, processes)
+    Web       what does a browser or an agent get back? (network, files)
+    Page      what does the browser run?             (nothing)
+    Command   what can I type?                       (terminal)
 
 Above this text stand some lines for sh, which is replaced by Python before
 it reads on; for Python they are the beginning of this docstring. They load
@@ -2166,6 +2172,239 @@ def parse_tab(text: str, system: bool = False, root: bool = False,
     tab = TabReader(text, system, root, salt).read()
     tab.problems.sort(key=lambda problem: (problem.line, problem.column))
     return tab
+
+
+# ==========================================================================
+# Keys: who may ask for a run?                                     (nothing)
+#
+# A password becomes three keys, and each goes to whom it is for: one lets a
+# browser read and ask, one lets it only read, and the run key never leaves
+# the browser or the terminal in which the password was typed. A host holds a
+# key of its own, made of the run key and its id. A request is a text and its
+# MAC; the MAC is over the text's exact bytes and is judged before they are
+# read. The page does the same in JavaScript, and a test compares them.
+# ==========================================================================
+
+ROUNDS, MOST_ROUNDS = 600_000, 10_000_000   # OWASP's floor; our own patience
+SALT_BYTES = 16
+MOST_AHEAD = 60_000         # ms by which a caller's clock may be fast
+LONGEST_LIFE = 600_000      # ms that a request may be good for
+LONGEST_BODY = 2**19        # bytes of a request: 256 KiB, each letter escaped
+DEEPEST_BODY = 4
+KEY_LETTERS = "0123456789abcdefghjkmnpqrstvwxyz"    # Crockford's: no i l o u
+VIEW_PREFIX = "view-"
+HEX = frozenset("0123456789abcdef")
+RUN_FIELDS = {"v", "do", "key", "dash", "host", "user", "tag", "job", "args",
+              "secrets", "nonce", "iat", "exp"}
+KILL_FIELDS = {"v", "do", "key", "dash", "host", "user", "run", "epoch",
+               "nonce", "iat", "exp"}
+KINDS_OF_FIELD = {"v": int, "iat": int, "exp": int, "run": int, "epoch": int,
+                  "args": dict, "secrets": dict}    # all others are texts
+
+
+class Forged(Exception):
+    """A request that is not believed, or not carried out: why."""
+
+
+def is_hex(text, length: int) -> bool:
+    return isinstance(text, str) and len(text) == length \
+        and HEX.issuperset(text)
+
+
+def hmac_of(key: bytes, text: bytes) -> bytes:
+    import hmac
+    return hmac.digest(key, text, "sha256")
+
+
+def digest_of(text: str | bytes) -> str:
+    """SHA-256, in hex."""
+    from hashlib import sha256
+    return sha256(text.encode("utf-8", "surrogateescape") if isinstance(
+        text, str) else text).hexdigest()
+
+
+class Keys(Record):
+    """What a password is worth: 32 bytes each."""
+    api: bytes              # reads, and asks for runs
+    view: bytes             # reads
+    run: bytes              # signs; never leaves the machine it was typed on
+
+
+def derive(password: str, salt: bytes, rounds: int = ROUNDS) -> Keys:
+    """The keys of a password. Raises Error for a salt or a number of rounds
+    that would make it easy to guess: who names them is not to be trusted."""
+    if len(salt) != SALT_BYTES or not ROUNDS <= rounds <= MOST_ROUNDS:
+        raise Error("the dashboard asks for keys that would be weak",
+                    "it is not one of ours, or somebody changed it")
+    from hashlib import pbkdf2_hmac
+    from unicodedata import normalize
+    try:
+        secret = normalize("NFC", password).encode()
+    except UnicodeEncodeError:
+        raise Error("the password is not UTF-8") from None
+    root = pbkdf2_hmac("sha256", secret, salt, rounds)
+    return Keys(*(hmac_of(root, f"koi-{name}-v1".encode())
+                  for name in ("api", "view", "run")))
+
+
+def host_key(run_key: bytes, host: str) -> bytes:
+    """What one host holds: with it nothing can be signed for another."""
+    return hmac_of(run_key, f"koi-host-v1\n{host}".encode())
+
+
+def key_id(key: bytes) -> str:
+    """By which both sides see that they hold the same host key."""
+    return digest_of(b"koi-key-v1\n" + key)[:16]
+
+
+def weakness(password: str) -> str:
+    """Why a password is too easy to guess; "" if it is not. Who has the
+    dashboard's database can try some ten thousand a second."""
+    if len(password) < 14:
+        return "it has fewer than 14 characters"
+    if len(set(password.lower())) < 8:
+        return "it has fewer than 8 different characters"
+    steps = [ord(b) - ord(a) for a, b in zip(password, password[1:])]
+    if sum(step in (-1, 0, 1) for step in steps) > len(steps) // 2:
+        return "it is a row of neighbours"
+    plain = password.lower()
+    if any(word in plain for word in ("password", "passwort", "qwerty",
+                                      "letmein", "12345")):
+        return "it is among the first that are tried"
+    return ""
+
+
+def passphrase_of(numbers: bytes) -> str:
+    """A passphrase of 100 bits from 20 random bytes: k7qm-x2dp-..."""
+    letters = [KEY_LETTERS[number % 32] for number in numbers[:20]]
+    return "-".join("".join(letters[at:at + 4]) for at in range(0, 20, 4))
+
+
+def run_mac(key: bytes, body: str) -> str:
+    return hmac_of(key, b"koi-run-v1\n" + body.encode()).hex()
+
+
+def list_mac(key: bytes, body: str) -> str:
+    """Of the list of jobs that a host shows: so nobody can put the name of
+    one job on another."""
+    return hmac_of(hmac_of(key, b"koi-list-v1"), body.encode()).hex()
+
+
+def veiled(key: bytes, nonce: str, name: str, value: bytes) -> bytes:
+    """A secret argument, for the host's eyes alone; and the other way
+    round. XOR with a stream that no other request has."""
+    secret, stream = hmac_of(key, b"koi-secret-v1"), b""
+    while len(stream) < len(value):
+        stream += hmac_of(secret, f"{nonce}\n{name}\n{len(stream) // 32}"
+                          .encode())
+    return bytes(a ^ b for a, b in zip(value, stream))
+
+
+def same_mac(mac: str, wanted: str) -> bool:
+    import hmac
+    return is_hex(mac, 64) and hmac.compare_digest(mac, wanted)
+
+
+def opened(key: bytes, body, mac) -> dict:
+    """What a signed request says. Raises Forged."""
+    if not isinstance(body, str) or not isinstance(mac, str):
+        raise Forged("it is no signed request")
+    if len(body) > LONGEST_BODY:
+        raise Forged(f"it is longer than {LONGEST_BODY:,} bytes")
+    try:
+        body.encode()
+    except UnicodeEncodeError:
+        raise Forged("it is not UTF-8") from None
+    if not same_mac(mac, run_mac(key, body)):
+        raise Forged("its signature is wrong: it was forged or altered, or "
+                     "the host has other keys")
+    request = strictly_parsed(body)
+    kind = request.get("do")
+    fields = {"run": RUN_FIELDS, "kill": KILL_FIELDS}.get(
+        kind if isinstance(kind, str) else "")
+    if request.get("v") != 1 or not fields:
+        raise Forged("it is of another version: reload the page, or bring "
+                     "koi up to date here")
+    if set(request) != fields or any(
+            type(request[name]) is not KINDS_OF_FIELD.get(name, str)
+            for name in fields) or not is_hex(request["nonce"], 32):
+        raise Forged("it has not the fields of a request")
+    for values in (request.get("args", {}), request.get("secrets", {})):
+        if any(type(value) is not str for value in values.values()):
+            raise Forged("an argument is no text")
+    return request
+
+
+def strictly_parsed(body: str) -> dict:
+    """JSON in which nothing can be read in two ways. Raises Forged."""
+    import json
+
+    def pairs(found: list) -> dict:
+        if len(dict(found)) != len(found):
+            raise ValueError
+        return dict(found)
+
+    def whole(text: str) -> int:
+        if len(text) > 18 or text == "-0":
+            raise ValueError
+        return int(text)
+
+    def refuse(_text: str):
+        raise ValueError
+
+    try:
+        request = json.loads(body, object_pairs_hook=pairs, parse_int=whole,
+                             parse_float=refuse, parse_constant=refuse)
+        json.dumps(request, ensure_ascii=False).encode()    # no surrogates
+        if not isinstance(request, dict) or depth_of(request) > DEEPEST_BODY:
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise Forged("it is not the JSON of a request") from None
+    return request
+
+
+def depth_of(value) -> int:
+    inner = value.values() if isinstance(value, dict) else value \
+        if isinstance(value, list) else ()
+    return 1 + max(map(depth_of, inner), default=0) if isinstance(
+        value, (dict, list)) else 0
+
+
+def unfit(request: dict, ours: dict, now: float, since: float) -> str:
+    """Why a request that is genuine is not for us, or not for now; "" if it
+    is. `ours`: key, dash and host; `now` and `since` (when our state began;
+    what was used before that, nobody knows) in seconds."""
+    for name, what in (("key", "other keys"), ("dash", "another dashboard"),
+                       ("host", "another host")):
+        if request[name] != ours[name]:
+            return f"it is for {what}"
+    ms = int(now * 1000)
+    if request["iat"] > ms + MOST_AHEAD:
+        return f"it comes from the future: the clock of who asks is " \
+            f"{(request['iat'] - ms) // 1000} s ahead of the host's"
+    if not 0 < request["exp"] - request["iat"] <= LONGEST_LIFE:
+        return "it would be good for too long"
+    if request["exp"] <= ms:
+        return f"it has expired, {(ms - request['exp']) // 1000} s ago by " \
+            "the host's clock"
+    if request["iat"] < int(since * 1000):
+        return "it is older than what this host remembers"
+    return ""
+
+
+def spec_of(job: Job, user: str) -> str:
+    """A job as people see it who are to run it. A request carries its
+    SHA-256, so it runs what was seen or nothing."""
+    import json
+    return json.dumps({
+        "user": user, "tag": job.tag, "section": job.section,
+        "name": job.name, "label": job.label, "when": job.when,
+        "words": job.words(), "command": job.command,
+        "params": [{"name": param.name, "type": param.type,
+                    "default": param.default, "choices": list(param.choices)}
+                   for param in job.params],
+        "confirm": job.settings.confirm}, ensure_ascii=False).encode(
+            "utf-8", "backslashreplace").decode()
 
 
 # ==========================================================================
@@ -4421,6 +4660,15 @@ def exchange_lines(connection, request: dict) -> tuple[dict, bytes]:
 
 
 # ==========================================================================
+# Uplink: how do records reach the dashboard?           (network, processes)
+#
+# A child of koid's that knows the dashboard and nothing of the host: as root's
+# it becomes `nobody`. It asks koid for what is to be sent, and hands it what
+# came back. It may hang, be lied to and die; koid and its jobs do not notice.
+# ==========================================================================
+
+
+# ==========================================================================
 # Daemon: who carries the plan out?                               (machine)
 #
 # One process that sleeps. It wakes when something is due, a supervisor
@@ -5792,6 +6040,38 @@ def run_daemon(machine: Machine, system: bool) -> int:
                     "--system")
     Daemon(machine, machine.home_of_state(), system).live()
     return EXIT_OK
+
+
+# ==========================================================================
+# Hub: what does the dashboard know?                                 (files)
+#
+# One SQLite database, written by one thread: what waits is written together,
+# and acknowledged when it is on the disk (WAL and synchronous=FULL).
+# ==========================================================================
+
+
+# ==========================================================================
+# Alerts: who is told, and how?                         (network, processes)
+#
+# A change of state is told once: by mail, webhook or ntfy. What cannot be
+# told is tried again, and shown on the page.
+# ==========================================================================
+
+
+# ==========================================================================
+# Web: what does a browser or an agent get back?            (network, files)
+#
+# Bytes become a Request, and a Response becomes bytes. Whoever calls may be
+# hostile, so all of it has limits: bytes, seconds, connections an address.
+# ==========================================================================
+
+
+# ==========================================================================
+# Page: what does the browser run?                                 (nothing)
+#
+# One page, as plain text: nothing is filled in, nothing comes from elsewhere.
+# What jobs and hosts say goes in as text, never as markup.
+# ==========================================================================
 
 
 # ==========================================================================

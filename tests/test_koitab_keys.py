@@ -1,0 +1,225 @@
+"""Keys: what a password is worth, and which requests are believed."""
+
+from __future__ import annotations
+
+import json
+import random
+import unicodedata
+
+import pytest
+
+import support
+
+koitab = support.load("koitab")
+
+SALT = bytes(range(16))
+HOST, DASH = "a1" * 16, "d0" * 8
+KEY = koitab.host_key(bytes(32), HOST)
+NOW = 1_800_000_000.0
+OURS = {"key": koitab.key_id(KEY), "dash": DASH, "host": HOST}
+
+
+def request(**changes) -> dict:
+    body = {"v": 1, "do": "run", **OURS, "user": "ann", "tag": "0a" * 6,
+            "job": "5f" * 32, "args": {"To": "o'brien"}, "secrets": {},
+            "nonce": "ab" * 16, "iat": int(NOW * 1000),
+            "exp": int(NOW * 1000) + 300_000}
+    return {**body, **changes}
+
+
+def text_of(body) -> str:
+    return json.dumps(body, ensure_ascii=False)
+
+
+def signed(body: str, key: bytes = KEY) -> tuple[str, str]:
+    return body, koitab.run_mac(key, body)
+
+
+# --- passwords
+
+
+def test_the_keys_of_a_password_are_those_of_the_vectors():
+    """The page's JavaScript derives the same: test_dashboard_browser.py."""
+    keys = koitab.derive("correct horse battery staple", SALT)
+    host = koitab.host_key(keys.run, HOST)
+    assert (keys.api.hex(), keys.view.hex(), keys.run.hex()) == (
+        VECTOR["api"], VECTOR["view"], VECTOR["run"])
+    assert (host.hex(), koitab.key_id(host)) == (
+        VECTOR["host_key"], VECTOR["key_id"])
+
+
+VECTOR = json.loads((support.ROOT / "tests/cases/keys.json").read_text())
+
+
+def test_the_three_keys_tell_nothing_of_each_other():
+    keys = koitab.derive("correct horse battery staple", SALT)
+    assert len({keys.api, keys.view, keys.run}) == 3
+
+
+def test_a_password_is_the_same_however_it_was_typed():
+    composed, apart = "\u00e9t\u00e9 \u00e0 la plage",  \
+        "e\u0301te\u0301 a\u0300 la plage"
+    assert composed != apart
+    assert unicodedata.normalize("NFC", apart) == composed
+    assert koitab.derive(composed, SALT) == koitab.derive(apart, SALT)
+
+
+@pytest.mark.parametrize("salt, rounds", [
+    (SALT, 599_999), (SALT, 1), (SALT, 10**9), (SALT[:8], 600_000),
+    (b"", 600_000)])
+def test_a_dashboard_that_wants_weak_keys_gets_none(salt, rounds):
+    with pytest.raises(koitab.Error):
+        koitab.derive("correct horse battery staple", salt, rounds)
+
+
+@pytest.mark.parametrize("password", [
+    "", "short", "aaaaaaaaaaaaaaaaaaaa", "abababababababababab",
+    "abcdefghijklmnop", "MyPassword-is-this", "qwertyuiop-asdfgh"])
+def test_a_weak_password_is_refused_with_the_reason(password):
+    assert koitab.weakness(password)
+
+
+@pytest.mark.parametrize("password", [
+    "correct horse battery staple", koitab.passphrase_of(random.Random(2).randbytes(20)),
+    "T7#kd92!xQwm-pa"])
+def test_a_good_password_is_taken(password):
+    assert koitab.weakness(password) == ""
+
+
+def test_a_passphrase_has_a_hundred_bits():
+    """20 letters of 32, each as likely as the other."""
+    seen = {koitab.passphrase_of(bytes([n]) * 20)[0] for n in range(256)}
+    assert len(seen) == 32
+    phrase = koitab.passphrase_of(random.Random(1).randbytes(20))
+    assert len(phrase.replace("-", "")) == 20 and len(phrase) == 24
+
+
+# --- signed requests
+
+
+def test_a_request_that_was_signed_is_read():
+    body = request(args={"To": "o'brien $(id) \U0001f603 \\ \" \n"})
+    assert koitab.opened(KEY, *signed(text_of(body))) == body
+
+
+def test_a_request_may_hold_brackets_and_as_much_as_a_job_takes():
+    body = request(args={"To": "[" * 5000 + "\"" * 100_000})
+    assert koitab.opened(KEY, *signed(text_of(body))) == body
+
+
+@pytest.mark.parametrize("mac", [
+    "", None, 7, [], "00" * 32, "0" * 63, "g" * 64, "\u00e9" * 64])
+def test_a_mac_of_any_shape_but_the_right_one_is_refused(mac):
+    with pytest.raises(koitab.Forged):
+        koitab.opened(KEY, text_of(request()), mac)
+
+
+def test_a_mac_in_other_letters_is_another_mac():
+    body, mac = signed(text_of(request()))
+    for odd in (mac.upper(), f" {mac}", f"{mac}\n", mac[:32] + " " + mac[32:]):
+        with pytest.raises(koitab.Forged):
+            koitab.opened(KEY, body, odd)
+
+
+def test_no_altered_request_is_believed():
+    """Every bit of body and MAC, and as many random changes again."""
+    tried, rng = 0, random.Random(5)
+    body, mac = signed(text_of(request()))
+    raw = body.encode()
+    changed = [raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1:]
+               for at in range(len(raw)) for bit in range(8)]
+    for _ in range(100_000):
+        at = rng.randrange(len(raw))
+        changed.append(raw[:at] + rng.randbytes(rng.randrange(1, 9))
+                       + raw[at + rng.randrange(9):])
+    for data in changed:
+        if data == raw:
+            continue
+        with pytest.raises(koitab.Forged):
+            koitab.opened(KEY, data.decode("utf-8", "surrogateescape"), mac)
+        tried += 1
+    for at in range(64):
+        for letter in "0123456789abcdef":
+            if letter != mac[at]:
+                with pytest.raises(koitab.Forged):
+                    koitab.opened(KEY, body, mac[:at] + letter + mac[at + 1:])
+                tried += 1
+    assert tried > 100_000
+
+
+@pytest.mark.parametrize("body", [
+    "", "null", "[]", "7", '"run"', "{}", "{", "[" * 100_000, "nan",
+    '{"v":1,"v":1}', "\ufeff{}", text_of(request())[:-1],
+    text_of(request()) + " {}",
+    text_of(request()).replace('"v": 1', '"v": 1.0'),
+    text_of(request()).replace('"v": 1', '"v": 1e0'),
+    text_of(request()).replace('"v": 1', '"v": -0'),
+    text_of(request()).replace('"v": 1', '"v": NaN'),
+    text_of(request()).replace('"v": 1', '"v": 9' + "9" * 30),
+    text_of(request()).replace('"tag"', '"tag": "evil", "tag"'),
+    text_of(request(v=2)), text_of(request(v=True)), text_of(request(do="x")),
+    text_of(request(do=[])), text_of(request(more=1)),
+    text_of({k: v for k, v in request().items() if k != "exp"}),
+    text_of(request(args=[])), text_of(request(args={"To": 1})),
+    text_of(request(args={"To": {"a": {"b": ["c"]}}})),
+    text_of(request(secrets={"To": None})), text_of(request(iat="1")),
+    text_of(request(nonce="AB" * 16)), text_of(request(nonce="ab")),
+    text_of(request(nonce=7)), text_of(request(user=None)),
+    json.dumps(request(args={"To": "\ud800"}))])
+def test_what_is_signed_and_no_request_is_refused(body):
+    with pytest.raises(koitab.Forged):
+        koitab.opened(KEY, *signed(body))
+
+
+def test_a_key_signs_for_one_host_alone():
+    other = koitab.host_key(bytes(32), "b2" * 16)
+    with pytest.raises(koitab.Forged):
+        koitab.opened(other, *signed(text_of(request())))
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"key": "0" * 16}, "other keys"), ({"dash": "0" * 16}, "dashboard"),
+    ({"host": "0" * 32}, "host"),
+    ({"iat": int(NOW * 1000) + 61_000, "exp": int(NOW * 1000) + 90_000},
+     "61 s ahead"),
+    ({"exp": int(NOW * 1000) - 5000, "iat": int(NOW * 1000) - 9000},
+     "expired, 5 s ago"),
+    ({"exp": int(NOW * 1000) + 600_001}, "too long"),
+    ({"exp": int(NOW * 1000)}, "too long"),
+    ({"iat": int(NOW * 1000) - 100_001, "exp": int(NOW * 1000) + 1}, "older"),
+])
+def test_a_genuine_request_that_is_not_for_us_or_not_now(changes, word):
+    why = koitab.unfit(request(**changes), OURS, NOW, NOW - 100)
+    assert word in why
+
+
+def test_a_request_within_its_time_is_fit():
+    for seconds in (-59, 0, 299):
+        assert koitab.unfit(request(), OURS, NOW + seconds, NOW) == ""
+
+
+def test_a_secret_is_seen_by_its_host_alone():
+    secret = "hunter2 \U0001f603".encode() * 40
+    hidden = koitab.veiled(KEY, "ab" * 16, "Password", secret)
+    assert hidden != secret and len(hidden) == len(secret)
+    assert koitab.veiled(KEY, "ab" * 16, "Password", hidden) == secret
+    for nonce, name in (("ac" * 16, "Password"), ("ab" * 16, "Other")):
+        assert koitab.veiled(KEY, nonce, name, hidden) != secret
+    assert koitab.veiled(koitab.host_key(bytes(32), DASH), "ab" * 16,
+                         "Password", hidden) != secret
+
+
+def test_what_people_see_of_a_job_changes_with_all_that_it_does():
+    def spec(line: str, before: str = "") -> str:
+        job = koitab.parse_tab(f"{before}\n{line}\n").jobs[0]
+        return koitab.spec_of(job, "ann")
+
+    plain = '"Hi" @manual echo {{To}}'
+    seen = {spec(plain), spec('"Hi" @manual echo {{To, text}}'),
+            spec('"Hi" @manual echo {{To, string, you}}'),
+            spec('"Hi" @manual printf {{To}}'),
+            spec('"Hey" @manual echo {{To}}'),
+            spec(plain, "[Office]"), spec(plain, "KOI_CONFIRM=yes"),
+            spec('"Hi" 1 * * * * echo {{To, string, you}}')}
+    assert len(seen) == 8
+    assert json.loads(spec('"a" @manual echo \udcff'))["command"]
