@@ -2392,6 +2392,44 @@ def unfit(request: dict, ours: dict, now: float, since: float) -> str:
     return ""
 
 
+class Membership(Record):
+    """What a host keeps to belong to a dashboard: the file `keys`."""
+    url: str
+    dash: str
+    host: str               # its id there
+    token: str              # by which the dashboard knows it
+    key: str                # its host key, in hex
+    name: str               # what people call it
+    ca: str = ""            # certificates to trust instead of the system's
+    since: float = 0.0
+
+    @property
+    def secret(self) -> bytes:
+        return bytes.fromhex(self.key)
+
+    def text(self) -> str:
+        import json
+        return json.dumps({"v": 1, **vars(self)}, indent=1) + "\n"
+
+
+def membership_of(text: str) -> Membership:
+    """Raises ValueError if this is not what `text` writes."""
+    import json
+    found = json.loads(text)
+    if not isinstance(found, dict) or found.pop("v", 0) != 1:
+        raise ValueError("it is of another version")
+    try:
+        mine = Membership(**found)
+    except (TypeError, AttributeError):
+        raise ValueError("something is missing in it") from None
+    if not (is_hex(mine.dash, 16) and is_hex(mine.host, 32)
+            and is_hex(mine.token, 64) and is_hex(mine.key, 64)
+            and all(isinstance(part, str) for part in (
+                mine.url, mine.name, mine.ca))):
+        raise ValueError("something is missing in it")
+    return mine
+
+
 def spec_of(job: Job, user: str) -> str:
     """A job as people see it who are to run it. A request carries its
     SHA-256, so it runs what was seen or nothing."""
@@ -2641,6 +2679,29 @@ def kept_output(data: bytes, header: Header) -> bytes:
         head += frame(NOTE, 0, f"{plural(header.lost, 'byte')} left out here"
                       .encode())
     return head + older + newer
+
+
+def frames_since(data: bytes, header: Header, position: int
+                 ) -> tuple[bytes, int]:
+    """What a run that goes on wrote after its first `position` bytes, and
+    the position to go on from. What was overwritten meanwhile is noted."""
+    head, older, newer = (data[begin:begin + length] for begin, length
+                          in zip(SEGMENTS, header.lengths()))
+    if header.turn == 1:
+        older, newer = newer, older
+    found, at = bytearray(), 0
+    for part, lost in ((head, 0), (older + newer, header.lost)):
+        at += lost
+        if lost and position < at:
+            found += frame(NOTE, 0, f"{plural(at - position, 'byte')} left "
+                           "out here".encode())
+        for stream, milliseconds, body in read_frames(part):
+            if at + len(body) > position:
+                found += frame(stream, milliseconds,
+                               body[max(position - at, 0):])
+            at += len(body)
+        position = max(position, at)
+    return bytes(found), position
 
 
 def output_text(frames: bytes) -> bytes:
@@ -3601,6 +3662,53 @@ class Machine:
                      (0, account.uid) if account else (0,), EXACTLY_0600)
         return found
 
+    def membership(self, home: str) -> Membership | None:
+        """The dashboard that this koi belongs to, if there is one. Raises
+        Error."""
+        path = f"{home}/keys"
+        file = self.tab_file(path, "", (os.geteuid(),), EXACTLY_0600, None)
+        if not file:
+            return None
+        if file.text is None:
+            raise Error(f"{path}: not used: {file.trouble}", f"chmod 600 "
+                        f"{path}" if "mode" in file.trouble else
+                        "koitab -d join")
+        try:
+            return membership_of(file.text)
+        except ValueError as error:
+            raise Error(f"{path}: not used: {error}",
+                        "koitab -d off; koitab -d join") from None
+
+    def join(self, home: str, membership: Membership) -> None:
+        """Keep what belongs to a dashboard. Raises Error."""
+        self.make_home(home)
+        try:
+            write_atomically(f"{home}/keys", membership.text().encode())
+        except OSError as error:
+            raise Error(f"{home}/keys: {error.strerror}") from None
+
+    def leave(self, home: str) -> None:
+        """Raises Error."""
+        try:
+            os.unlink(f"{home}/keys")
+            sync_folder(home)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise Error(f"{home}/keys: {error.strerror}") from None
+
+    def zone_name(self) -> str:
+        """What people call the machine's zone: Europe/Berlin; "" if no one
+        says it."""
+        name = os.environ.get("TZ")
+        if name is None:
+            try:
+                name = os.readlink(LOCAL_ZONE)
+            except OSError:
+                return ""
+        return name.removeprefix(":").partition("zoneinfo/")[2] or (
+            name.removeprefix(":"))
+
     def spool(self) -> str:
         """Where the users' crontabs of the host's cron lie."""
         return next((spool for spool in SPOOLS if os.path.isdir(spool)),
@@ -3753,9 +3861,12 @@ def names_in(folder: str) -> list[str]:
 # cannot be written the jobs go on: what was to be written waits in memory.
 # ==========================================================================
 
+LARGEST = 2**62                 # what SQLite can count
 SCHEMA = 1
 APPLICATION = 0x6B6F6931        # "koi1", so that no other file passes
 MOST_WAITING = 50_000           # statements that wait for a full disk
+MOST_UNSENT = 10_000            # runs that are kept for a dashboard
+NONCES_KEPT, NONCES_FOR = 10_000, 8 * DAY   # the rest goes when it is older
 TABLES = """
 create table meta (name text primary key, value text not null) without rowid;
 create table jobs (
@@ -3769,15 +3880,22 @@ create table runs (
     reason text not null default '', args text not null default '{}',
     attempt integer not null default 1, count integer not null default 1,
     bytes integer not null default 0, cut integer not null default 0,
-    mail text not null default '');
+    mail text not null default '', change integer not null default 0);
 create index runs_of_job on runs (job, id);
+create index runs_changed on runs (change);
 create index runs_unfinished on runs (state)
     where state in ('queued', 'running');
 create table output (run integer primary key, frames blob not null);
+create table nonces (
+    number integer primary key, nonce text not null unique, at real not null,
+    run integer not null default 0);
+create table refusals (
+    reason text primary key, count integer not null, at real not null
+    ) without rowid;
 """
 COLUMNS_OF_RUN = ("id", "job", "trigger", "state", "due", "asked", "started",
                   "ended", "exit", "signal", "reason", "args", "attempt",
-                  "count", "bytes", "cut", "mail")
+                  "count", "bytes", "cut", "mail", "change")
 SHOWN_COLUMNS = ", ".join(f"r.{name}" for name in COLUMNS_OF_RUN) \
     + ", j.user, j.identity, j.section, j.name, j.label"
 
@@ -3792,6 +3910,8 @@ class Store:
         self.waiting: list[tuple] = []  # (statement, values) not written yet
         self.keys: dict[tuple, int] = {}    # (user, identity) -> id in jobs
         self.last = self.last_job = 0
+        self.change = 0                 # each row of a run gets the next one
+        self.sent: int | None = None    # up to where a dashboard has them
         self.db = None
 
     def open(self) -> str:
@@ -3816,6 +3936,10 @@ class Store:
         self.last_job = self.one("select max(id) from jobs") or 0
         self.keys = {(user, identity): key for key, user, identity in
                      self.db.execute("select id, user, identity from jobs")}
+        sent = self.noted("sent")
+        self.sent = int(sent) if sent.isdigit() else None
+        self.change = max(self.one("select max(change) from runs") or 0,
+                          self.sent or 0)
         return moved
 
     def connect(self) -> None:
@@ -3850,7 +3974,9 @@ class Store:
         os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY
                          | os.O_CLOEXEC, 0o600))
         db = sqlite3.connect(fresh, isolation_level=None)
-        db.executescript(f"pragma synchronous=full; begin; {TABLES} pragma "
+        epoch = int.from_bytes(os.urandom(6), "big")
+        db.executescript(f"pragma synchronous=full; begin; {TABLES} insert "
+                         f"into meta values ('epoch', {epoch}); pragma "
                          f"application_id={APPLICATION}; pragma "
                          f"user_version={SCHEMA}; commit")
         db.close()
@@ -3960,27 +4086,36 @@ class Store:
                                      job.label)))))
         return key
 
+    def next_change(self) -> int:
+        self.change += 1
+        return self.change
+
     def insert(self, run: dict) -> tuple:
         """The statement that adds a run."""
+        run = {**run, "change": self.next_change()}
         names = [name for name in COLUMNS_OF_RUN if name in run]
         return (f"insert into runs ({', '.join(names)}) values "
                 f"({', '.join('?' * len(names))})",
                 tuple(run[name] for name in names))
 
     def update(self, run: int, **changes) -> tuple:
+        changes["change"] = self.next_change()
         return (f"update runs set {', '.join(f'{n} = ?' for n in changes)} "
                 "where id = ?", (*changes.values(), run))
 
     def forget(self, key: int, keep: int) -> list[tuple]:
-        """The statements that leave a job its newest runs only."""
+        """The statements that leave a job its newest runs only; and those
+        that a dashboard is still to get, if they are not too many."""
         old = self.one("select id from runs where job = ? order by id desc "
                        "limit 1 offset ?", key, keep)
         if old is None:
             return []
         old_runs = "(select id from runs where job = ? and id <= ? and " \
-            "state not in ('queued', 'running'))"
-        return [(f"delete from output where run in {old_runs}", (key, old)),
-                (f"delete from runs where id in {old_runs}", (key, old))]
+            "state not in ('queued', 'running') and (change <= ? or id <= ?))"
+        values = (key, old, LARGEST if self.sent is None else self.sent,
+                  self.last - MOST_UNSENT)
+        return [(f"delete from output where run in {old_runs}", values),
+                (f"delete from runs where id in {old_runs}", values)]
 
     def note(self, name: str, value: str) -> tuple:
         return ("insert or replace into meta values (?, ?)", (name, value))
@@ -4007,6 +4142,51 @@ class Store:
 
     def output(self, run: int) -> bytes:
         return self.one("select frames from output where run = ?", run) or b""
+
+    # --- for a dashboard
+
+    def unsent(self, after: int, most: int) -> list[dict]:
+        """The runs that changed after a change, in that order, with the
+        size of their output."""
+        runs = self.runs("r.change > ? order by r.change limit ?", after, most)
+        for run in runs:
+            run["size"] = self.one("select length(frames) from output where "
+                                   "run = ?", run["run"]) or 0
+        return runs
+
+    def began(self, now: float) -> float:
+        """Since when it is known which requests were used: when this file
+        was made, or put here from a backup, which shows in its inode. The
+        statement that notes it is in `waiting` then."""
+        status = os.stat(self.path)
+        place = f"{status.st_dev}:{status.st_ino}"
+        if self.noted("place") != place:
+            self.waiting += [self.note("place", place),
+                             self.note("began", repr(now))]
+            return now
+        return self.noted_time("began")
+
+    def use(self, nonce: str, now: float, run: int) -> list[tuple]:
+        """The statements that make a request used, for good."""
+        return [("insert into nonces (nonce, at, run) values (?, ?, ?)",
+                 (nonce, now, run)),
+                ("delete from nonces where at < ? and number < (select "
+                 "max(number) from nonces) - ?",
+                 (now - NONCES_FOR, NONCES_KEPT))]
+
+    def used(self, nonce: str) -> int | None:
+        """The run that a request was used for (0: none); None: it is new."""
+        return self.one("select run from nonces where nonce = ?", nonce)
+
+    def refusal(self, reason: str, count: int, now: float) -> tuple:
+        return ("insert into refusals values (?1, ?2, ?3) on conflict "
+                "(reason) do update set count = count + ?2, at = ?3",
+                (reason, count, now))
+
+    def refusals(self) -> list[dict]:
+        return [dict(zip(("reason", "count", "at"), row)) for row in
+                self.db.execute("select * from refusals order by at desc "
+                                "limit 100")]
 
 
 def storable(text: str) -> str:
@@ -4049,7 +4229,6 @@ LONGEST_ARGS = 262_144          # bytes of all arguments of a run together
 MOST_ROWS = 1_000
 READ_AGAIN = 20                 # times, while a run writes very fast
 LONGEST_VALUES = 2**20          # characters of arguments in one answer
-LARGEST = 2**62                 # what SQLite can count
 
 
 class Duty:
@@ -4425,13 +4604,22 @@ class Desk:
             "tab": {"user": user or caller.name, "jobs": len(tab.jobs),
                     "problems": [problem.text("tab")
                                  for problem in tab.faults()]},
-            "troubles": self.daemon.troubles_of(user)}
+            "troubles": self.daemon.troubles_of(user),
+            "dashboard": self.daemon.bridge.shown()
+            if caller.master else None}
+
+    def relink(self, caller: Caller, _request: dict) -> dict:
+        """The file `keys` was written or removed."""
+        if not caller.master:
+            raise Error("only who runs koid can do this")
+        self.daemon.bridge.load()
+        return {"linked": self.daemon.bridge.mine is not None}
 
 
 OPERATIONS = {
     "list": Desk.listing, "install": Desk.install, "remove": Desk.remove,
     "jobs": Desk.jobs, "history": Desk.history, "log": Desk.log,
-    "kill": Desk.kill, "status": Desk.status}
+    "kill": Desk.kill, "status": Desk.status, "relink": Desk.relink}
 KINDS = {"op": str, "user": str, "text": str, "job": str, "run": int,
          "limit": int, "before": int, "args": dict}
 
@@ -4460,20 +4648,26 @@ def run_file(home: str, run: int, most: int = -1) -> bytes:
         return b""
 
 
-def output_so_far(home: str, run: int) -> bytes:
-    """The frames of a run that goes on. Its supervisor overwrites the older
-    of two segments, so we read again if it has turned to the other one
-    meanwhile. Raises OSError."""
+def settled_file(home: str, run: int) -> tuple[bytes, Header | None]:
+    """The file of a run that goes on, and its header; None: there is none.
+    Its supervisor overwrites the older of two segments, so we read again if
+    it has turned to the other one meanwhile. Raises OSError."""
     for _ in range(READ_AGAIN):
         before = header_of(run_file(home, run, HEADER_ROOM))
         data = run_file(home, run)
         after = header_of(run_file(home, run, HEADER_ROOM))
         if not before or not after:
-            return b""
+            return b"", None
         if (before.turn, before.lost) == (after.turn, after.lost):
-            return kept_output(data, before)
+            return data, before
     before.first = before.second = 0    # it writes too fast: the head alone
-    return kept_output(data, before)
+    return data, before
+
+
+def output_so_far(home: str, run: int) -> bytes:
+    """The frames of a run that goes on. Raises OSError."""
+    data, header = settled_file(home, run)
+    return kept_output(data, header) if header else b""
 
 
 def checked_values(job: Job, given: dict) -> dict[str, str]:
@@ -4617,7 +4811,7 @@ class Link:
                      if self.home == ROOT_HOME else "koid &")
 
     def without_daemon(self, request: dict) -> dict:
-        if request["op"] in ("run", "kill", "status"):
+        if request["op"] in ("run", "kill", "status", "relink"):
             raise self.no_daemon()
         if self.home == ROOT_HOME and os.geteuid():
             raise self.no_daemon()
@@ -4667,6 +4861,428 @@ def exchange_lines(connection, request: dict) -> tuple[dict, bytes]:
 # came back. It may hang, be lied to and die; koid and its jobs do not notice.
 # ==========================================================================
 
+HOLD = 25                   # seconds that a dashboard may hold a question
+PATIENCE = 15.0             # seconds for an answer, from the first byte on
+LONGEST_ANSWER = 2**24
+PAUSE_FIRST, PAUSE_LONGEST = 1.0, 60.0  # seconds between tries
+PAUSE_REFUSED = 300.0       # after a dashboard said that it does not know us
+LIVE_PAUSE = 0.4            # seconds between looks at a run that is watched
+MOST_RECORDS, MOST_RECORD_BYTES = 200, 2**20    # in one letter
+LONGEST_PIECE = 2**18       # bytes of output in one letter
+MOST_OWED = 8               # outputs that one letter carries a piece of
+TRIES_OF_ONE = 3            # for a record that the dashboard does not take
+NOBODY = "nobody"
+SYNC = "/api/v1/sync"
+
+
+class Unreachable(Exception):
+    """The dashboard does not answer, or not as one: why."""
+
+
+class Denied(Exception):
+    """The dashboard says no: the HTTP status and its words."""
+
+    def __init__(self, status: int, text: str, hint: str = ""):
+        super().__init__(text)
+        self.status, self.text, self.hint = status, text, hint
+
+
+def server_of(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port of a dashboard's URL. Raises Error."""
+    from urllib.parse import urlsplit
+    try:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        parts, port = urlsplit(""), 0
+    if parts.scheme not in ("http", "https") or not parts.hostname \
+            or "@" in parts.netloc or parts.path.strip("/") or parts.query \
+            or not url.isascii() or has_control(url):
+        raise Error(f"{short(url)} is no URL of a dashboard",
+                    "https://koi.example.com or http://127.0.0.1:8077")
+    return parts.scheme, parts.hostname, port
+
+
+def is_local(host: str) -> bool:
+    """Does what goes there stay on this machine?"""
+    return host in ("localhost", "::1") or host.endswith(".localhost") \
+        or host.startswith("127.") and host.replace(".", "").isdigit()
+
+
+class Wire:
+    """A way to a dashboard: JSON there, and JSON back. No redirect is
+    followed and no proxy of the environment is used, so that the key goes
+    to one host alone. TLS is verified."""
+
+    def __init__(self, url: str, token: str = "", ca: str = ""):
+        self.scheme, self.host, self.port = server_of(url)
+        self.token, self.connection, self.context = token, None, None
+        if self.scheme == "https":
+            import ssl
+            try:
+                self.context = ssl.create_default_context(cadata=ca or None)
+            except (ssl.SSLError, ValueError) as error:
+                raise Error(f"the certificates to trust: {error}",
+                            "a file of PEM certificates") from None
+
+    def connect(self, seconds: float):
+        from http.client import HTTPConnection, HTTPSConnection
+        if self.context:
+            return HTTPSConnection(self.host, self.port, timeout=seconds,
+                                   context=self.context)
+        return HTTPConnection(self.host, self.port, timeout=seconds)
+
+    def close(self) -> None:
+        if self.connection:
+            self.connection.close()
+        self.connection = None
+
+    def cut(self) -> None:
+        """The time is up, though bytes may still drip in."""
+        sock = self.connection and self.connection.sock
+        try:
+            if sock:
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    def ask(self, method: str, path: str, body: dict | None = None,
+            seconds: float = PATIENCE) -> dict:
+        """The JSON of an answer. Raises Unreachable or Denied."""
+        import json
+        status, headers, data = self.fetch(method, path, body, seconds)
+        try:
+            answer = json.loads(data)
+            if not isinstance(answer, dict):
+                raise ValueError
+        except (ValueError, RecursionError):
+            answer = None
+        if status >= 300:
+            said = answer or {}
+            words = said.get("error") or f"it answers with status {status}"
+            raise Denied(status, str(words)[:300],
+                         str(said.get("hint") or "")[:300])
+        if answer is None:
+            raise Unreachable("its answer is not that of a dashboard")
+        return answer
+
+    def fetch(self, method: str, path: str, body: dict | None = None,
+              seconds: float = PATIENCE) -> tuple[int, dict, bytes]:
+        """Status, headers and bytes of an answer. Raises Unreachable."""
+        reused = self.connection is not None
+        try:
+            return self.once(method, path, body, seconds)
+        except ConnectionError as error:
+            if not reused:      # else it was closed while nobody spoke
+                raise Unreachable(why_not(error)) from None
+        except Exception as error:
+            raise Unreachable(why_not(error)) from None
+        try:
+            return self.once(method, path, body, seconds)
+        except Exception as error:
+            raise Unreachable(why_not(error)) from None
+
+    def once(self, method: str, path: str, body: dict | None,
+             seconds: float) -> tuple[int, dict, bytes]:
+        import json
+        from threading import Timer
+        headers = {"Accept": "application/json"}
+        if self.token:
+            headers["Authorization"] = f"Bearer {self.token}"
+        data = None
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+            data = json.dumps(body).encode()
+        self.connection = self.connection or self.connect(seconds)
+        timer = Timer(seconds, self.cut)
+        timer.daemon = True
+        timer.start()
+        done = False
+        try:
+            self.connection.request(method, path, data, headers)
+            response = self.connection.getresponse()
+            answer = response.read(LONGEST_ANSWER + 1)
+            if len(answer) > LONGEST_ANSWER:
+                raise ValueError("its answer is too long")
+            done = True
+            return response.status, dict(response.headers), answer
+        finally:
+            timer.cancel()
+            if not done or response.will_close:
+                self.close()
+
+
+def why_not(error: Exception) -> str:
+    """In words, why a dashboard cannot be reached."""
+    import ssl
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"no TLS: {error.reason or error}"
+    if isinstance(error, TimeoutError) or "timed out" in str(error):
+        return "it does not answer in time"
+    if isinstance(error, socket.gaierror):
+        return f"its name is not known here: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or f"the connection broke ({type(error).__name__})"
+
+
+class Uplink:
+    """Stays in touch with a dashboard, in a child of koid's. One thread
+    holds a question to the dashboard, until there is a request for us; one
+    sends what is new; the first hears what koid says."""
+
+    def __init__(self, mine: Membership, koid, instance: str):
+        from queue import SimpleQueue
+        from threading import Condition, Lock
+        self.mine, self.koid, self.instance = mine, koid, instance
+        self.replies, self.asking = SimpleQueue(), Lock()
+        self.turn = Condition()             # guards what follows
+        self.news = True                    # koid has something new
+        self.acked: int | None = None       # None: the dashboard was not asked
+        self.owed: list[list[int]] = []     # (run, bytes that it has)
+        self.watched: dict[int, int] = {}   # run -> bytes that it has
+        self.verdicts: list[dict] = []
+        self.listed = ""                    # SHA-256 of the list it has
+        self.most = MOST_RECORDS
+        self.tries, self.parked = 0, 0      # of a record it does not take
+        self.facts = self.ask_koid(op="hello") if koid else {}
+
+    def live(self) -> None:
+        """From the fork to koid's end."""
+        from threading import Thread
+        for deed in (self.listen, self.send):
+            Thread(target=self.keep_on, args=(deed,), daemon=True).start()
+
+    # --- koid
+
+    def hear_koid(self) -> None:
+        """Until koid is gone."""
+        import json
+        with self.koid.makefile("rb") as lines:
+            for line in lines:
+                said = json.loads(line)
+                if "news" in said:
+                    with self.turn:
+                        self.news = True
+                        self.turn.notify_all()
+                else:
+                    self.replies.put(said)
+
+    def ask_koid(self, **request) -> dict:
+        import json
+        with self.asking:
+            self.koid.sendall(json.dumps(request).encode() + b"\n")
+            return self.replies.get()
+
+    # --- both threads
+
+    def keep_on(self, deed) -> None:
+        """Do it again and again; slower while it fails."""
+        import random
+        wire, pause, told = None, PAUSE_FIRST, ""
+        while True:
+            try:
+                wire = wire or Wire(self.mine.url, self.mine.token,
+                                    self.mine.ca)
+                deed(wire)
+                pause, trouble = PAUSE_FIRST, ""
+            except (Unreachable, Error) as error:
+                trouble = str(error)
+            except Denied as no:
+                trouble = self.denied(no)
+                if no.status in (401, 403, 409):
+                    pause = PAUSE_REFUSED
+            except Exception as bug:        # ours, or an answer like no other
+                trouble = f"its answer makes no sense: {bug!r}"
+            if trouble != told:
+                self.ask_koid(op="state", about=deed.__name__,
+                              trouble=trouble[:500])
+                told = trouble
+            if trouble:
+                with self.turn:
+                    self.acked = None       # ask anew what it has
+                    self.turn.notify_all()
+                time.sleep(pause * random.uniform(0.7, 1.3))
+                pause = min(pause * 2, PAUSE_LONGEST)
+
+    def denied(self, no: Denied) -> str:
+        words = {401: "it does not know this host", 403: "it refuses this "
+                 "host", 404: "it is no dashboard of koi's", 409:
+                 "another koid uses this host's identity (was the machine "
+                 "cloned? koitab -d off; koitab -d join)"}.get(no.status, "")
+        return f"{words}: {no.text}" if words else no.text
+
+    def greeting(self, wait: int) -> dict:
+        return {"v": 1, "host": self.mine.host, "instance": self.instance,
+                "wait": wait, "now": time.time(), "list_sha": self.listed,
+                **self.facts}
+
+    def take(self, answer: dict) -> None:
+        """Take what a dashboard hands out. It may lie, so each value is
+        looked at. Raises Unreachable."""
+        acked, owed, live = (answer.get(name) for name in (
+            "acked", "owed", "live"))
+        asked = answer.get("requests")
+        if type(acked) is not int or not all(isinstance(each, list) for each
+                                             in (owed, asked)) \
+                or not isinstance(live, dict) or len(asked) > 1000:
+            raise Unreachable("its answer is not that of a dashboard")
+        with self.turn:
+            if self.acked is None or acked < self.acked:
+                self.news = True            # it lost some, or we ask first
+            self.acked = acked
+            self.owed = [pair for pair in owed if isinstance(pair, list) and [
+                type(each) for each in pair] == [int, int]][:1000]
+            self.watched = {int(run): have for run, have in live.items()
+                            if count(run) and type(have) is int}
+            if answer.get("want_list") is True:
+                self.listed, self.news = "", True
+            self.turn.notify_all()
+        for request in asked:
+            self.hand_on(request)
+
+    def hand_on(self, request) -> None:
+        """A request goes to koid, which judges it; its verdict back."""
+        import json
+        if not isinstance(request, dict):
+            return
+        verdict = self.ask_koid(op="request", body=request.get("body"),
+                                mac=request.get("mac"))
+        if not verdict.get("nonce"):
+            try:
+                verdict["nonce"] = str(json.loads(request["body"])["nonce"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                return
+        with self.turn:
+            self.verdicts.append(verdict)
+            self.turn.notify_all()
+
+    # --- the one that waits
+
+    def listen(self, wire: Wire) -> None:
+        """Hold a question until there is something for us."""
+        self.take(wire.ask("POST", SYNC, self.greeting(HOLD),
+                           HOLD + PATIENCE))
+
+    # --- the one that sends
+
+    def send(self, wire: Wire) -> None:
+        """Send what there is; wait, if there is nothing."""
+        with self.turn:
+            self.turn.wait_for(
+                lambda: self.news or self.verdicts or self.owed
+                or self.acked is None,
+                LIVE_PAUSE if self.watched else None)
+            first, self.news = self.acked is None, False
+        if first:
+            self.take(wire.ask("POST", SYNC, self.greeting(0)))
+            return
+        letter, batch = self.letter()
+        if not letter:
+            return
+        try:
+            answer = wire.ask("POST", SYNC, {**self.greeting(0), **letter})
+        except Denied as no:
+            if no.status in (400, 413, 422) and letter.get("records"):
+                self.part(letter["records"])
+                return
+            raise
+        except Unreachable:
+            with self.turn:
+                self.news = True
+            raise
+        self.sent(letter, batch, answer)
+
+    def letter(self) -> tuple[dict, dict]:
+        """All that is to be sent now, and what koid said of it."""
+        batch = self.ask_koid(op="batch", after=max(self.acked or 0,
+                                                    self.parked),
+                              most=self.most, list_sha=self.listed)
+        self.facts = batch["facts"]
+        with self.turn:
+            owed, watched = self.owed[:MOST_OWED], dict(self.watched)
+            verdicts = list(self.verdicts)
+        letter = {
+            "records": batch["records"], "list": batch.get("list"),
+            "next": batch.get("next"), "verdicts": verdicts,
+            "outputs": [self.ask_koid(op="output", run=run, at=have)
+                        for run, have in owed],
+            "live": self.ask_koid(op="live", runs=watched)["live"]
+            if watched else []}
+        return {name: part for name, part in letter.items() if part}, batch
+
+    def sent(self, letter: dict, batch: dict, answer: dict) -> None:
+        with self.turn:
+            del self.verdicts[:len(letter.get("verdicts", ()))]
+            if "list" in letter:
+                self.listed = batch["list_sha"]
+            self.tries, self.most = 0, min(self.most * 2, MOST_RECORDS)
+        self.take(answer)
+        with self.turn:
+            self.news = self.news or batch["more"]
+            safe = self.acked if not self.owed else None
+        if safe is not None:
+            self.ask_koid(op="state", sent=safe)
+
+    def part(self, records: list[dict]) -> None:
+        """The dashboard does not take these: send fewer at a time, and
+        leave out the one that it never takes, so that the others go on."""
+        with self.turn:
+            self.news = True
+            if len(records) > 1:
+                self.most = max(1, len(records) // 2)
+                return
+            self.tries += 1
+            if self.tries < TRIES_OF_ONE:
+                return
+            self.tries, self.parked = 0, records[0]["change"]
+        self.ask_koid(op="state", about="parked", trouble="it does not take "
+                      f"run {records[0]['run']}, which is left out")
+
+
+def link_up(mine: Membership, connection, machine: Machine,
+            instance: str) -> None:
+    """In a child of koid's: live for the dashboard alone, and exit when
+    koid is gone. All that is needed is loaded while it can be read."""
+    status = EXIT_BUG
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                       signal.SIGCHLD, signal.SIGIO, signal.SIGPIPE,
+                       signal.SIGALRM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)
+        close_all_but({0, 1, 2, connection.fileno()})
+        os.setsid()
+        os.chdir("/")
+        import encodings.idna, http.client, json, queue  # noqa: E401, F401
+        import random, ssl, threading, urllib.parse     # noqa: E401, F401
+        Wire(mine.url, mine.token, mine.ca)     # its certificates are read
+        if os.geteuid() == 0:
+            account = machine.account(NOBODY)
+            if not account or not account.uid:
+                raise OSError(errno.EPERM, f"there is no user {NOBODY}")
+            become(account.but(groups=[account.gid]))
+        from threading import Thread
+        uplink = Uplink(mine, None, instance)
+        uplink.koid = connection
+        Thread(target=start_uplink, args=(uplink,), daemon=True).start()
+        uplink.hear_koid()
+        status = EXIT_OK
+    except BaseException as error:
+        print(visible(f"koid: the link to the dashboard failed: {error!r}"),
+              file=sys.stderr, flush=True)
+    finally:
+        os._exit(status)
+
+
+def start_uplink(uplink: Uplink) -> None:
+    """koid's first answer is heard by another thread than this one."""
+    uplink.facts = uplink.ask_koid(op="hello")["facts"]
+    uplink.live()
+
 
 # ==========================================================================
 # Daemon: who carries the plan out?                               (machine)
@@ -4697,7 +5313,7 @@ class Pending:
 
     __slots__ = ("run", "duty", "trigger", "due", "asked", "attempt",
                  "values", "at", "connection", "known", "behind", "greeted",
-                 "full_since")
+                 "full_since", "nonce")
 
     def __init__(self, duty: Duty, trigger: str, due: float, now: float):
         self.run, self.duty, self.trigger = 0, duty, trigger
@@ -4710,6 +5326,7 @@ class Pending:
         self.behind = False     # it waits for the run before it
         self.greeted = False    # who waits for it knows its number
         self.full_since = 0.0   # ticks: no process could be started
+        self.nonce = ""         # of the request that asks for it
 
     def greet(self) -> None:
         """Tell who waits which run it is."""
@@ -4806,6 +5423,435 @@ LOST = Job(0, "", "(record lost)", "@manual", None, "", "", "", "", (), {},
            Settings())
 
 
+RESTART_FIRST, RESTART_LONGEST = 1.0, 60.0  # seconds until a link is tried
+TELL_AGAIN = 10.0           # seconds between notes of the same refusal
+MOST_TOLD = 20              # troubles that a dashboard hears of
+BYTES_OF_LIST = 2**22       # of the list of jobs that it gets
+RECORD_FIELDS = ("run", "change", "user", "tag", "section", "name", "label",
+                 "trigger", "state", "due", "asked", "started", "ended",
+                 "exit", "signal", "reason", "args", "attempt", "count",
+                 "bytes", "cut", "size")
+
+
+class Tail:
+    """How far a run that is watched was sent."""
+
+    def __init__(self) -> None:
+        self.position = self.sent = 0
+
+
+class Bridge:
+    """koid's side of the link to a dashboard. It answers the child that
+    talks to it, and judges each request to run something: the child, like
+    the dashboard, is only a messenger."""
+
+    def __init__(self, daemon: Daemon):
+        self.daemon, self.machine = daemon, daemon.machine
+        self.store, self.clock = daemon.store, daemon.clock
+        self.mine: Membership | None = None
+        self.pid, self.connection = 0, None
+        self.heard, self.unsent = bytearray(), bytearray()
+        self.start_at, self.pause = FOREVER, RESTART_FIRST
+        self.told = -1                  # the last change it was told of
+        self.troubles: dict[str, str] = {}
+        self.tails: dict[int, Tail] = {}
+        self.listed: tuple | None = None        # body, MAC, SHA-256
+        self.duties: dict[tuple, Duty] = {}
+        self.refused: dict[str, list] = {}      # reason -> [count, ticks]
+
+    # --- the child
+
+    def load(self) -> None:
+        """Belong to the dashboard that the file `keys` names, or to none."""
+        before = self.mine
+        try:
+            self.mine = self.machine.membership(self.daemon.home)
+            self.daemon.trouble("keys", "")
+        except Error as error:
+            self.mine = None
+            self.daemon.trouble("keys", f"no dashboard: {error}")
+        if self.mine == before and self.pid:
+            return
+        self.stop()
+        self.troubles.clear()
+        self.listed, self.start_at = None, FOREVER
+        if self.mine:
+            self.begin()
+
+    def begin(self) -> None:
+        """The first use of keys: what a judge needs is loaded now."""
+        import hashlib, hmac    # noqa: E401, F401
+        self.since = self.store.began(self.clock.now())
+        if self.store.sent is None:
+            self.store.sent = 0
+            self.daemon.write([self.store.note("sent", "0")])
+        self.start_at = 0.0
+
+    def start(self) -> None:
+        ours, theirs = socket.socketpair()
+        instance = f"{int(self.clock.now() * 1000)}-{os.urandom(4).hex()}"
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self.troubles["link"] = f"no process for it: {error.strerror}"
+            self.put_off()
+            ours.close()
+            theirs.close()
+            return
+        if not pid:
+            link_up(self.mine, theirs, self.machine, instance)
+        theirs.close()
+        ours.setblocking(False)
+        self.pid, self.connection, self.told = pid, ours, -1
+        self.start_at, self.started = FOREVER, self.clock.ticks()
+        self.heard.clear()
+        self.unsent.clear()
+        self.tails.clear()
+        self.daemon.hear(ours.fileno(), self.serve)
+
+    def put_off(self) -> None:
+        self.start_at = self.clock.ticks() + self.pause
+        self.pause = min(self.pause * 2, RESTART_LONGEST)
+
+    def stop(self) -> None:
+        """Let go of the child; it ends when it notices."""
+        if self.connection:
+            fd = self.connection.detach()
+            self.connection = None
+            self.daemon.deaf(fd)
+        if self.pid:
+            os.kill(self.pid, signal.SIGTERM)   # ours until it is reaped
+
+    def ended(self, status: int) -> None:
+        """The child has gone. It comes back, unless nobody wants it to."""
+        self.pid = 0
+        lost = self.connection is not None
+        self.stop()
+        if self.clock.ticks() - self.started > RESTART_LONGEST:
+            self.pause = RESTART_FIRST
+        if self.mine and lost:
+            self.troubles["link"] = "the process that talks to it ended " \
+                f"(status {status:#06x}) and is started again"
+            self.daemon.say(f"dashboard: {self.troubles['link']}", bad=True)
+            self.put_off()
+        elif self.mine:
+            self.start_at = 0.0
+
+    def turn(self, now: float) -> None:
+        """Once in each turn of koid's."""
+        if now >= self.start_at and not self.pid:
+            self.start()
+        if self.connection and self.store.change != self.told \
+                and not self.unsent:
+            self.told = self.store.change
+            self.reply({"news": 1})
+        for reason, (number, at) in list(self.refused.items()):
+            if number and now - at >= TELL_AGAIN:
+                self.note_refusals(reason, now)
+
+    def wake_at(self) -> float:
+        """The ticks at which there is something to do."""
+        due = [at + TELL_AGAIN for number, at in self.refused.values()
+               if number]
+        return min([self.start_at if not self.pid else FOREVER, *due])
+
+    def serve(self, _argument, fd: int, events: int) -> None:
+        """The child asks, or there is room to answer."""
+        try:
+            if self.unsent:
+                del self.unsent[:self.connection.send(self.unsent)]
+                if not self.unsent:
+                    self.daemon.poll.modify(fd, select.POLLIN)
+                return
+            data = self.connection.recv(2**18)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self.heard += data
+        if not data or len(self.heard) > 2 * LONGEST_ANSWER:
+            self.daemon.poll.modify(fd, 0)      # it is gone: see `ended`
+            self.kill()
+            return
+        while b"\n" in data:
+            line, _, rest = self.heard.partition(b"\n")
+            self.heard = data = rest
+            self.reply(self.answer(parsed_request(bytes(line))))
+
+    def kill(self) -> None:
+        if self.pid:            # 0 would mean all of us
+            os.kill(self.pid, signal.SIGKILL)   # ours until it is reaped
+
+    def reply(self, said: dict) -> None:
+        if not self.connection:
+            return
+        self.unsent += reply_line(said)
+        try:
+            del self.unsent[:self.connection.send(self.unsent)]
+        except OSError:
+            pass                # it is busy, or gone, as we shall hear
+        if self.unsent:
+            self.daemon.poll.modify(self.connection.fileno(),
+                                    select.POLLIN | select.POLLOUT)
+
+    def answer(self, request: dict) -> dict:
+        """What the child asks for. It may be anybody's by now, so what it
+        says is looked at as closely as what a user says."""
+        try:
+            deed = {"hello": self.hello, "batch": self.batch,
+                    "output": self.output, "live": self.live,
+                    "request": self.judge, "state": self.state}[
+                        request.get("op")]
+            return deed(request)
+        except Exception as bug:        # the jobs must not suffer
+            self.daemon.say(f"the link to the dashboard asks for what koid "
+                            f"cannot give: {bug!r}", bad=True)
+            self.kill()
+            return {}
+
+    # --- what the child asks for
+
+    def hello(self, _request: dict) -> dict:
+        return {"facts": self.facts()}
+
+    def facts(self) -> dict:
+        zone, now = self.daemon.book.zones[""], self.clock.now()
+        return {"epoch": int(self.store.noted("epoch") or 0),
+                "offset": zone.offset(int(now)), "version": VERSION,
+                "zone": self.machine.zone_name(),
+                "boot": self.machine.boot_id(),
+                "troubles": [visible(text)[:300] for text in
+                             self.daemon.troubles_of("")[:MOST_TOLD]]}
+
+    def state(self, request: dict) -> dict:
+        about = request.get("about")
+        if about:
+            text = visible(str(request.get("trouble", "")))
+            if text and self.troubles.get(about) != text:
+                self.daemon.say(f"dashboard: {text}", bad=True)
+            self.troubles.pop("link", None)
+            self.troubles.pop(about, None)
+            if text:
+                self.troubles[about] = text
+        sent = request.get("sent")
+        if type(sent) is int and 0 <= sent <= self.store.change \
+                and sent != self.store.sent:
+            self.store.sent = sent
+            self.daemon.also.append(self.store.note("sent", str(sent)))
+        return {}
+
+    def batch(self, request: dict) -> dict:
+        """Runs that changed, and the list of jobs if it is another."""
+        rows = self.store.unsent(int(request["after"]),
+                                 min(int(request["most"]), MOST_RECORDS))
+        body, mac, sha = self.list_of_jobs()
+        now, size, records = int(self.clock.now()), 0, []
+        for row in rows:
+            duty = self.duties.get((row["user"], row["identity"]))
+            record = {name: row[name] for name in RECORD_FIELDS}
+            records.append({**record, "nonce": "", "next": duty
+                            and self.daemon.desk.next_start(duty, now)})
+            size += sum(map(len, row["args"].values())) + 1000
+            if size > MOST_RECORD_BYTES:
+                break
+        reply = {"facts": self.facts(), "records": records, "list_sha": sha,
+                 "more": len(records) < len(rows)
+                 or len(rows) == request["most"]}
+        if request["list_sha"] != sha:
+            reply["list"] = {"body": body, "mac": mac}
+            reply["next"] = {
+                f"{duty.user}\n{duty.job.tag}":
+                self.daemon.desk.next_start(duty, now)
+                for duty in self.duties.values()}
+        return reply
+
+    def list_of_jobs(self) -> tuple[str, str, str]:
+        """The list that people see who are to run something, its MAC and
+        its SHA-256."""
+        if self.listed is None:
+            import json
+            self.duties = {duty.key: duty for duty in self.daemon.book.duties}
+            specs, size = [], 0
+            self.daemon.trouble("list", "")
+            for duty in self.daemon.book.duties:
+                specs.append(spec_of(duty.job, duty.user))
+                size += len(specs[-1])
+                if size > BYTES_OF_LIST:
+                    self.daemon.trouble("list", "the dashboard gets the first"
+                                        f" {len(specs) - 1} jobs only: their "
+                                        "list is too long")
+                    del specs[-1]
+                    break
+            body = json.dumps({
+                "v": 1, "dash": self.mine.dash, "host": self.mine.host,
+                "key": key_id(self.mine.secret), "name": self.mine.name,
+                "at": int(self.clock.now() * 1000), "jobs": specs})
+            self.listed = (body, list_mac(self.mine.secret, body),
+                           digest_of(body))
+        return self.listed
+
+    def output(self, request: dict) -> dict:
+        """A piece of what a run wrote."""
+        from base64 import b64encode
+        run, at = int(request["run"]), int(request["at"])
+        frames = self.store.output(run) if 0 < run < LARGEST else b""
+        if at >= len(frames) or at < 0:
+            return {"run": run, "at": max(at, 0), "data": "", "gone": True}
+        return {"run": run, "at": at, "data": b64encode(
+            frames[at:at + LONGEST_PIECE]).decode()}
+
+    def live(self, request: dict) -> dict:
+        """What runs that are watched have written since the last time."""
+        from base64 import b64encode
+        found = []
+        wanted = {int(run): have for run, have in request["runs"].items()}
+        self.tails = {run: tail for run, tail in self.tails.items()
+                      if run in wanted}
+        for run, have in wanted.items():
+            tail = self.tails.get(run)
+            fresh = tail is None or tail.sent != have
+            if fresh:
+                tail = self.tails[run] = Tail()
+            data, header = settled_file(self.daemon.home, run) \
+                if run in self.daemon.active else (b"", None)
+            if not header:
+                continue
+            frames, tail.position = frames_since(data, header, tail.position)
+            if frames:
+                found.append({"run": run, "at": tail.sent, "data": b64encode(
+                    frames).decode(), **({"reset": True} if fresh else {})})
+                tail.sent += len(frames)
+        return {"live": found}
+
+    # --- requests
+
+    def judge(self, request: dict) -> dict:
+        """The verdict on a request that came from the dashboard. What is
+        accepted is on the disk, and then begins."""
+        try:
+            asked = opened(self.mine.secret, request.get("body"),
+                           request.get("mac"))
+        except Forged as why:
+            return self.refusal("", str(why))
+        nonce = asked["nonce"]
+        why = unfit(asked, {"key": key_id(self.mine.secret),
+                            "dash": self.mine.dash, "host": self.mine.host},
+                    self.clock.now(), self.since)
+        used = self.store.used(nonce)
+        if used is not None:    # its verdict was lost on the way, or a replay
+            return {"nonce": nonce, "verdict": "accepted", "run": used,
+                    "reason": "it was used before, and ran once"}
+        try:
+            if why:
+                raise Forged(why)
+            run = self.begin_run(asked) if asked["do"] == "run" else \
+                self.end_run(asked)
+        except Forged as no:
+            return self.refusal(nonce, str(no))
+        except Error as no:
+            return self.refusal(nonce, str(no))
+        return {"nonce": nonce, "verdict": "accepted", "run": run,
+                "reason": ""}
+
+    def refusal(self, nonce: str, reason: str) -> dict:
+        """Count it, and tell of it now and then: whoever floods us with
+        forgeries must not fill the log."""
+        kind, now = "".join("N" if letter.isdigit() else letter
+                            for letter in reason), self.clock.ticks()
+        counted = self.refused.setdefault(kind, [0, now - TELL_AGAIN])
+        counted[0] += 1
+        if len(self.refused) > 100:
+            self.refused = {kind: counted}
+        return {"nonce": nonce, "verdict": "refused", "run": None,
+                "reason": reason}
+
+    def note_refusals(self, reason: str, now: float) -> None:
+        number = self.refused[reason][0]
+        self.refused[reason] = [0, now]
+        self.daemon.say(f"dashboard: {plural(number, 'request')} refused: "
+                        f"{reason}", bad=True)
+        self.daemon.write([self.store.refusal(reason, number,
+                                              self.clock.now())])
+
+    def wanted_duty(self, asked: dict) -> Duty:
+        """The job that a request means. Raises Forged."""
+        found = [duty for duty in self.daemon.book.duties
+                 if duty.user == asked["user"]
+                 and duty.job.tag == asked["tag"]]
+        if not found:
+            raise Forged("there is no such job any more")
+        duty = found[0]
+        if duty.job.when != "@manual":
+            raise Forged("only jobs that are @manual can be run from a "
+                         "dashboard")
+        if duty.settings.confirm == "cli":
+            raise Forged("this job is to be run from a terminal only")
+        if digest_of(spec_of(duty.job, duty.user)) != asked["job"]:
+            raise Forged("the job was changed since it was shown: reload it")
+        return duty
+
+    def values_of(self, duty: Duty, asked: dict) -> dict[str, str]:
+        """The arguments, secrets unveiled. Raises Forged or Error."""
+        args, secrets = asked["args"], asked["secrets"]
+        secret = {param.name for param in duty.job.params
+                  if param.type == "secret"}
+        if set(secrets) != secret or set(args) & secret or set(args) | \
+                secret != {param.name for param in duty.job.params}:
+            raise Forged("its arguments are not those of the job")
+        values = dict(args)
+        for name, text in secrets.items():
+            if len(text) % 2 or not HEX.issuperset(text):
+                raise Forged("a secret in it cannot be read")
+            try:
+                values[name] = veiled(self.mine.secret, asked["nonce"], name,
+                                      bytes.fromhex(text)).decode()
+            except UnicodeDecodeError:
+                raise Forged("a secret in it cannot be read") from None
+        return checked_values(duty.job, values)
+
+    def begin_run(self, asked: dict) -> int:
+        """Start what is asked for: the run's number. Raises Forged, Error."""
+        if not self.daemon.watch:
+            raise Forged("the host's clock is not set")
+        duty = self.wanted_duty(asked)
+        now = self.clock.now()
+        pending = Pending(duty, "manual", now, now)
+        pending.values = self.values_of(duty, asked)
+        pending.nonce = asked["nonce"]
+        self.daemon.launch([pending])
+        if self.store.trouble:
+            raise Forged("the run cannot be recorded: the host's disk is "
+                         "full or fails")
+        return pending.run
+
+    def end_run(self, asked: dict) -> int:
+        """Kill a run: its number. Raises Forged."""
+        run = asked["run"]
+        epoch = int(self.store.noted("epoch") or 0)
+        active = self.daemon.active.get(run)
+        waiting = [pending for pending in self.daemon.waiting
+                   if pending.run == run]
+        whose = active.key[0] if active else \
+            waiting[0].duty.user if waiting else None
+        if epoch != asked["epoch"] or whose is None:
+            raise Forged(f"run {run} is not going on")
+        if whose != asked["user"]:
+            raise Forged("it is for another user")
+        if not self.daemon.write(self.store.use(asked["nonce"],
+                                                self.clock.now(), run)):
+            raise Forged("it cannot be recorded")
+        self.daemon.kill(run, "killed from the dashboard")
+        return run
+
+    def shown(self) -> dict | None:
+        """For koitab status."""
+        return self.mine and {
+            "url": self.mine.url, "name": self.mine.name,
+            "troubles": list(self.troubles.values()),
+            "unsent": max(0, self.store.change - (self.store.sent or 0)),
+            "refused": self.store.refusals()}
+
+
 class Daemon:
     """koid."""
 
@@ -4835,6 +5881,7 @@ class Daemon:
         self.reload_at = self.look_at = FOREVER
         self.folders: dict[str, int] = {}
         self.visitors: dict[int, Visitor] = {}
+        self.bridge = Bridge(self)
 
     # --- from the start to the end
 
@@ -4887,6 +5934,7 @@ class Daemon:
         # us. (What sends mail is not: it would take half as much again.)
         import ctypes, json, pwd, resource, syslog  # noqa: E401, F401
         import gc
+        self.bridge.load()
         gc.collect()
         gc.freeze()         # supervisors share what is there by now
 
@@ -4932,6 +5980,7 @@ class Daemon:
     def close(self) -> None:
         """Leave; the jobs and their supervisors stay."""
         signal.signal(signal.SIGIO, signal.SIG_IGN)     # Python would die
+        self.bridge.stop()
         try:
             self.take_in()
             if self.watch:
@@ -4984,12 +6033,13 @@ class Daemon:
         self.look_after(now)
         self.take_in()
         self.post()
+        self.bridge.turn(now)
 
     def patience(self) -> float:
         """Milliseconds until something is due; -1 for ever."""
         now = self.clock.ticks()
         soon = min(self.reload_at, self.look_at, self.next_wake(),
-                   self.door_opens)
+                   self.door_opens, self.bridge.wake_at())
         for pending in self.waiting:
             if not pending.behind:
                 soon = min(soon, pending.at)
@@ -5148,6 +6198,8 @@ class Daemon:
             "args": pending.shown_values(), "attempt": pending.attempt},
             deeds)
         pending.run = self.store.last
+        if pending.nonce:
+            deeds += self.store.use(pending.nonce, pending.asked, pending.run)
         return deed
 
     def new_run(self, duty: Duty, row: dict, deeds: list) -> tuple:
@@ -5295,7 +6347,7 @@ class Daemon:
     def reap(self) -> None:
         """Supervisors, and senders of mail, that have gone."""
         self.read_reports(None, self.reports, 0)
-        while self.supervisors or self.mailers:
+        while self.supervisors or self.mailers or self.bridge.pid:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
@@ -5311,6 +6363,8 @@ class Daemon:
                         active.supervisor, self.look_at = 0, 0.0
             if pid in self.mailers:
                 self.mailed(self.mailers.pop(pid), status)
+            if pid == self.bridge.pid:
+                self.bridge.ended(status)
 
     def look_after(self, now: float) -> None:
         """Adopted runs, signals that are due, visitors who are slow."""
@@ -5765,6 +6819,7 @@ class Daemon:
             self.look()         # the minutes up to now are the old tabs'
         if not self.book.load():
             return
+        self.bridge.listed, self.bridge.told = None, -1
         if self.watch:
             self.watch = self.rewound(watching(
                 self.watch.seen, self.book.zones, self.watch))
@@ -6101,6 +7156,15 @@ Jobs:
   koitab kill RUN                  end a run
   koitab status [--json]           is all well? status 1 when it is not
 
+  koitab run --on HOST NAME [ARG=VALUE]...
+                                   on another host, through the dashboard: the
+                                   request is signed here; [--url URL]
+
+A dashboard for this machine:
+  koitab -d new [URL]              make one there: a passphrase and its keys
+  koitab -d join URL               belong to one that there is already
+  koitab -d show | rotate | off    how it is; new keys for all; leave it
+
 Setting up:
   koitab import                    cron's tabs as a koitab, printed
   koitab daemon [--system]         koid, in the foreground
@@ -6116,6 +7180,12 @@ Options:
       --utc            show times in UTC
       --json           for programs
       --system         serve /etc/crontab, /etc/cron.d and cron's tabs too
+      --on HOST        the host that a job is to run on
+      --url URL        the dashboard, if not the one of this machine
+      --ca FILE        certificates (PEM) to trust instead of the system's
+      --password -     a password of one's own, asked for or on standard input
+      --plain-http     http beyond this machine, though it can be read and
+                       changed on the way
   -h, --help           this text
   -V, --version        the version
 
@@ -6129,13 +7199,15 @@ Exit status: 0 all well; 1 the tab has faults, or something is not there;
 128+N if signal N ended it.
 """
 
-SHORT = "u:elriT:n:hV"
-LONG = ["number=", "tab=", "from=", "utc", "json", "system", "help",
-        "version"]
+SHORT = "u:elriT:d:n:hV"
+LONG = ["number=", "tab=", "from=", "utc", "json", "system", "on=", "url=",
+        "ca=", "password=", "plain-http", "help", "version"]
 FIELDS = {"-u": "user", "-e": "edit", "-l": "list", "-r": "remove",
-          "-i": "ask", "-T": "test", "--from": "start"}
+          "-i": "ask", "-T": "test", "-d": "link", "--from": "start",
+          "--plain-http": "plain_http"}
+WITH_VALUE = ("-u", "-T", "-d", "--tab", "--from", "--on", "--url", "--ca",
+              "--password")
 SAME = {"--number": "-n"}
-LATER = ("dashboard", "page")       # commands of a version to come
 SYSTEM_TABS = ("/etc/crontab", "/etc/cron.d/")
 LONGEST_LIST = 100_000
 PAGE_OF_RUNS = 500      # a reply holds so many
@@ -6257,10 +7329,11 @@ class Options:
     def __init__(self, called: str = PROG):
         self.called, self.given = called, []
         self.status = EXIT_USAGE    # of a slip
-        self.user = self.test = self.tab = self.start = ""
+        self.user = self.test = self.tab = self.start = self.link = ""
+        self.on = self.url = self.ca = self.password = ""
         self.number = 0
         self.edit = self.list = self.remove = self.ask = False
-        self.utc = self.json = self.system = False
+        self.utc = self.json = self.system = self.plain_http = False
 
     def read(self, argv: list[str]) -> list[str]:
         """Take the options from both sides of the command; the rest of the
@@ -6277,7 +7350,7 @@ class Options:
             found, words = getopt.gnu_getopt(argv, SHORT, LONG)
         except getopt.GetoptError as error:
             if error.opt == "d":
-                raise no_dashboard() from None
+                self.status = EXIT_USAGE
             raise Error(str(error), "koitab --help", self.status) from None
         for name, value in found:
             self.put(name, value)
@@ -6295,7 +7368,7 @@ class Options:
             if not 0 < self.number <= LONGEST_LIST:
                 raise Error(f"-n {value}: not a number", "-n 5; -T FILE "
                             "tests a tab", self.status)
-        elif name in ("-u", "-T", "--tab", "--from"):
+        elif name in WITH_VALUE:
             setattr(self, FIELDS.get(name, name.strip("-")), value)
         else:
             setattr(self, FIELDS.get(name, name.strip("-")), True)
@@ -6832,6 +7905,8 @@ def asked_secret(question: str) -> str | None:
 
 def command_run(options: Options, machine: Machine, name: str,
                 *words: str) -> int:
+    if options.on:
+        return run_there(options, machine, name, *words)
     link = Link(machine)
     reply = link.ask("jobs", **options.whose())
     job = named(reply["jobs"], name)
@@ -6954,6 +8029,425 @@ class Follower:
         if end["signal"]:
             return EXIT_SIGNAL + end["signal"]
         return EXIT_FAULTS if end["exit"] is None else end["exit"]
+
+
+# --- a dashboard, as a host and as who asks for a run ---------------------
+
+HERE = "http://127.0.0.1:8077"
+ASK_AGAIN = 0.2         # seconds between looks at a request
+GOOD_FOR = 300_000      # ms that a request of ours is good for
+FINAL = ("done", "interrupted", "missed", "skipped", "unstartable")
+
+
+def asked_of(wire: Wire, method: str, path: str, body: dict | None = None,
+             seconds: float = PATIENCE) -> dict:
+    """An answer. Raises Error, with what is wrong in words."""
+    where = f"{wire.scheme}://{wire.host}:{wire.port}"
+    try:
+        return wire.ask(method, path, body, seconds)
+    except Unreachable as error:
+        raise Error(f"{where}: {error}", "koitab dashboard starts one"
+                    if is_local(wire.host) else "") from None
+    except Denied as no:
+        raise Error(f"{where}: {no.text}", no.hint) from None
+
+
+def wire_to(options: Options, url: str, ca: str = "") -> Wire:
+    """Raises Error; and where the keys could be read on the way, unless it
+    is told that they may."""
+    if options.ca:
+        try:
+            with open(options.ca, encoding="ascii") as file:
+                ca = file.read(LONGEST_TAB)
+        except (OSError, ValueError) as error:
+            raise Error(f"--ca {options.ca}: {error}") from None
+    wire = Wire(url, ca=ca)
+    wire.ca = ca
+    if wire.scheme == "http" and not is_local(wire.host) \
+            and not options.plain_http:
+        raise Error(f"{url}: without TLS anybody on the way can read the "
+                    "output and the keys of this dashboard", "https://, an "
+                    "ssh tunnel to 127.0.0.1, or --plain-http if the way is "
+                    "yours")
+    return wire
+
+
+def typed_secret(question: str) -> str:
+    """A password, from the terminal or as a line of standard input: not
+    from an option, which everybody could read. Raises Error."""
+    text = asked_secret(question) if os.isatty(0) \
+        else sys.stdin.readline().rstrip("\r\n")
+    if not text:
+        raise Error("no passphrase was given", "type it, or hand it in on "
+                    "standard input", EXIT_USAGE)
+    return text
+
+
+def new_password(options: Options) -> str:
+    """One of ours, of 100 bits; with --password - the caller's own, if it
+    is not weak. Raises Error."""
+    if not options.password:
+        return passphrase_of(os.urandom(20))
+    if options.password != "-":
+        raise Error("a password in an option could be read by everybody",
+                    "--password - asks for it", EXIT_USAGE)
+    password = typed_secret("New password: ")
+    why = weakness(password)
+    if why:
+        raise Error(f"this password is weak: {why}", "a few words that do "
+                    "not belong together, or leave --password away")
+    if os.isatty(0) and typed_secret("Once more: ") != password:
+        raise Error("the two are not the same")
+    return password
+
+
+def own_state(machine: Machine) -> str:
+    """The folder of the koi that the caller runs. Raises Error."""
+    if os.geteuid() and "KOI_HOME" not in os.environ \
+            and os.path.exists(ROOT_SOCKET):
+        raise Error("this machine's koid is root's", "sudo koitab -d ...")
+    return machine.home_of_state()
+
+
+def link_again(machine: Machine) -> bool:
+    """Have koid read its keys; False if none runs. Raises Error."""
+    link = Link(machine)
+    connection = link.connect()
+    if not connection:
+        return False
+    connection.close()
+    link.ask("relink")
+    return True
+
+
+def hashes_of(keys: Keys, salt: bytes) -> dict:
+    """What a dashboard may know of keys."""
+    return {"salt": salt.hex(), "rounds": ROUNDS,
+            "api_sha256": digest_of(keys.api.hex()),
+            "view_sha256": digest_of(keys.view.hex())}
+
+
+def keys_for(wire: Wire, dash: str, password: str) -> tuple[Keys, str]:
+    """The keys of a password, and the dashboard's id. Raises Error."""
+    found = asked_of(wire, "GET", "/api/v1/salt" + (
+        f"?dash={dash}" if dash else ""))
+    try:
+        salt, rounds = bytes.fromhex(found["salt"]), int(found["rounds"])
+        dash = found["dash"]
+        if not is_hex(dash, 16):
+            raise ValueError
+    except (KeyError, ValueError, TypeError):
+        raise Error("this is no dashboard of koi's") from None
+    return derive(password, salt, rounds), dash
+
+
+def enrol(options: Options, machine: Machine, wire: Wire, url: str,
+          keys: Keys, dash: str) -> None:
+    """Make this host one of a dashboard's. Raises Error."""
+    home, host = own_state(machine), os.urandom(16).hex()
+    token, name = os.urandom(32).hex(), machine.host()
+    wire.token = keys.api.hex()
+    asked_of(wire, "POST", "/api/v1/hosts", {
+        "host": host, "name": name, "token_sha256": digest_of(token)})
+    machine.join(home, Membership(
+        url, dash, host, token, host_key(keys.run, host).hex(), name,
+        wire.ca, machine.clock.now()))
+    if not link_again(machine):
+        options.warn("koid is not running; it links up when it is started")
+
+
+def not_linked(machine: Machine) -> None:
+    """Raises Error if this koi belongs to a dashboard already."""
+    mine = machine.membership(own_state(machine))
+    if mine:
+        raise Error(f"this machine belongs to {mine.url} already",
+                    "koitab -d off, then again")
+
+
+def linked(machine: Machine) -> Membership:
+    mine = machine.membership(own_state(machine))
+    if not mine:
+        raise Error("this machine belongs to no dashboard", "koitab -d new, "
+                    "or koitab -d join URL")
+    return mine
+
+
+def link_new(options: Options, machine: Machine, url: str = HERE) -> int:
+    not_linked(machine)
+    wire = wire_to(options, url)
+    password, salt = new_password(options), os.urandom(SALT_BYTES)
+    keys = derive(password, salt)
+    dash = asked_of(wire, "POST", "/api/v1/dashboards",
+                    hashes_of(keys, salt)).get("dash", "")
+    if not is_hex(dash, 16):
+        raise Error("this is no dashboard of koi's")
+    tell_keys(options, url, dash, keys, password)
+    enrol(options, machine, wire, url, keys, dash)
+    return EXIT_OK
+
+
+def tell_keys(options: Options, url: str, dash: str, keys: Keys,
+              password: str) -> None:
+    """The only time that they are shown."""
+    print(f"dashboard   {url.rstrip('/')}/#{dash}")
+    if not options.password:
+        print(f"passphrase  {password}")
+        print("            Keep it: it is stored nowhere, and whoever has it"
+              " can run your jobs.")
+    print(f"viewer key  {VIEW_PREFIX}{keys.view.hex()}")
+    print("            With this one sees everything and can start nothing.")
+    sys.stdout.flush()
+
+
+def link_join(options: Options, machine: Machine, url: str) -> int:
+    not_linked(machine)
+    url, _, dash = url.partition("#")
+    wire = wire_to(options, url)
+    keys, dash = keys_for(wire, dash, typed_secret("Passphrase: "))
+    enrol(options, machine, wire, url, keys, dash)
+    print(f"this machine is {machine.host()} on {url.rstrip('/')}/#{dash}")
+    return EXIT_OK
+
+
+def link_show(options: Options, machine: Machine) -> int:
+    mine = linked(machine)
+    print_field("dashboard", [f"{mine.url.rstrip('/')}/#{mine.dash}"])
+    print_field("host", [f"{mine.name} ({mine.host})"])
+    print_field("keys", [f"{key_id(mine.secret)}, since "
+                         f"{rfc3339(mine.since)}"])
+    try:
+        state = Link(machine).ask("status").get("dashboard")
+    except Error as error:
+        print_field("link", [error.message])
+        return EXIT_FAULTS
+    print_field("link", link_lines(state)[1:] or ["up"])
+    return EXIT_FAULTS if not state or state["troubles"] else EXIT_OK
+
+
+def link_lines(state: dict | None) -> list[str]:
+    """What there is to say of the link to a dashboard."""
+    if not state:
+        return []
+    return [f"{state['url']}, as {state['name']}", *state["troubles"], *(
+        [f"{plural(state['unsent'], 'change')} not sent yet"]
+        if state["troubles"] and state["unsent"] else []), *(
+            f"refused {row['count']:,} x, last at {rfc3339(row['at'])}: "
+            f"{row['reason']}" for row in state["refused"][:5])]
+
+
+def link_rotate(options: Options, machine: Machine) -> int:
+    """New keys for all. The old ones are worth nothing from here on."""
+    mine = linked(machine)
+    wire = wire_to(options, mine.url, mine.ca)
+    keys, _ = keys_for(wire, mine.dash, typed_secret("Passphrase of now: "))
+    if host_key(keys.run, mine.host) != mine.secret:
+        raise Error("this is not the passphrase of this dashboard")
+    password, salt = new_password(options), os.urandom(SALT_BYTES)
+    fresh = derive(password, salt)
+    wire.token = keys.api.hex()
+    asked_of(wire, "POST", "/api/v1/rotate", hashes_of(fresh, salt))
+    tell_keys(options, mine.url, mine.dash, fresh, password)
+    machine.join(own_state(machine), mine.but(
+        key=host_key(fresh.run, mine.host).hex(), since=machine.clock.now()))
+    link_again(machine)
+    options.warn("on each other host: koitab -d off; koitab -d join "
+                 f"{mine.url} (until then nothing can be run there)")
+    return EXIT_OK
+
+
+def link_off(options: Options, machine: Machine) -> int:
+    home = own_state(machine)
+    try:
+        mine = linked(machine)
+    except Error:
+        machine.leave(home)     # keys that cannot be read, or none
+        raise
+    machine.leave(home)
+    link_again(machine)
+    try:
+        wire = Wire(mine.url, mine.token, mine.ca)
+        asked_of(wire, "DELETE", f"/api/v1/hosts/{mine.host}")
+    except Error as error:
+        options.warn(f"the dashboard was not told: {error.message}")
+    print(f"this machine does not belong to {mine.url} any more")
+    return EXIT_OK
+
+
+LINKS = {"new": (link_new, 0, 1), "join": (link_join, 1, 1),
+         "show": (link_show, 0, 0), "rotate": (link_rotate, 0, 0),
+         "off": (link_off, 0, 0)}
+
+
+def command_link(options: Options, machine: Machine, *words: str) -> int:
+    """koitab -d: Raises Error."""
+    if options.link not in LINKS:
+        raise Error(f"-d {short(options.link)}: what is that?",
+                    "koitab -d " + "|".join(LINKS), EXIT_USAGE)
+    function, fewest, most = LINKS[options.link]
+    options.allow("-d --ca --plain-http" + (
+        " --password" if options.link in ("new", "rotate") else ""),
+        f"-d {options.link}", EXIT_USAGE)
+    if not fewest <= len(words) <= most:
+        raise Error(f"-d {options.link}: " + (
+            "which URL?" if len(words) < fewest else
+            f"what is {short(words[most])}?"),
+            "koitab --help", EXIT_USAGE)
+    return function(options, machine, *words)
+
+
+# --- run --on: signed here, carried by the dashboard
+
+
+def whose_dashboard(options: Options, machine: Machine) -> tuple[Wire, str]:
+    """The dashboard that --url names, or this machine's. Raises Error."""
+    if options.url:
+        url, _, dash = options.url.partition("#")
+        return wire_to(options, url), dash
+    mine = linked(machine)
+    return wire_to(options, mine.url, mine.ca), mine.dash
+
+
+def run_there(options: Options, machine: Machine, name: str,
+              *words: str) -> int:
+    """Run a job of another host's. The exit status is the job's. Raises
+    Error."""
+    wire, dash = whose_dashboard(options, machine)
+    keys, dash = keys_for(wire, dash, typed_secret("Passphrase: "))
+    wire.token = keys.api.hex()
+    hosts = asked_of(wire, "GET", "/api/v1/state").get("hosts", [])
+    found = [host["id"] for host in hosts
+             if options.on in (host["id"], host["name"])]
+    if len(found) != 1:
+        raise Error(f"there is no host {short(options.on)}" if not found else
+                    f"{len(found)} hosts are called {short(options.on)}",
+                    ", ".join(visible(host["name"]) for host in hosts)
+                    if not found else "use the id: " + " ".join(found))
+    key = host_key(keys.run, found[0])
+    specs = verified_specs(asked_of(
+        wire, "GET", f"/api/v1/hosts/{found[0]}/list"), key, dash, found[0])
+    spec, job = chosen_spec(options, specs, name)
+    args = arguments(job, list(words))
+    if job["confirm"] == "yes" and os.isatty(0) and not agreed(
+            f"Run {visible(job['label'])} on {options.on}? (y/n) "):
+        return EXIT_FAULTS
+    body = signed_run(key, dash, found[0], spec, job, args,
+                      int(machine.clock.now() * 1000))
+    asked_of(wire, "POST", "/api/v1/requests", {
+        "host": found[0], "body": body, "mac": run_mac(key, body)})
+    return Remote(options, wire).follow(strictly_parsed(body)["nonce"])
+
+
+def verified_specs(listed: dict, key: bytes, dash: str, host: str) -> list:
+    """The jobs of a host, as it signed them. Raises Error."""
+    body, mac = listed.get("body"), listed.get("mac")
+    if not isinstance(body, str) or not same_mac(mac, list_mac(key, body)):
+        raise Error("the list of this host's jobs is not signed with the "
+                    "keys of this passphrase", "on that host: koitab -d off; "
+                    "koitab -d join")
+    import json
+    said = json.loads(body)
+    if (said["dash"], said["host"]) != (dash, host):
+        raise Error("the dashboard shows the list of another host")
+    return said["jobs"]
+
+
+def chosen_spec(options: Options, specs: list[str], name: str
+                ) -> tuple[str, dict]:
+    """The text and the fields of the job that a name means. Raises
+    Error."""
+    import json
+    jobs = [{**json.loads(spec), "line": 0, "spec": spec} for spec in specs]
+    job = named([job for job in jobs if options.user in ("", job["user"])],
+                name)
+    if job["when"] != "@manual" or job["confirm"] == "cli":
+        raise Error(f"{short(job['label'])} is not to be run from elsewhere",
+                    "only @manual jobs are, without KOI_CONFIRM=cli")
+    return job["spec"], job
+
+
+def signed_run(key: bytes, dash: str, host: str, spec: str, job: dict,
+               args: dict[str, str], now: int) -> str:
+    """The text of a request; `now` in ms."""
+    import json
+    nonce = os.urandom(16).hex()
+    secret = [param.name for param in params_of(job)
+              if param.type == "secret"]
+    return json.dumps({
+        "v": 1, "do": "run", "key": key_id(key), "dash": dash, "host": host,
+        "user": job["user"], "tag": job["tag"], "job": digest_of(spec),
+        "args": {name: value for name, value in args.items()
+                 if name not in secret},
+        "secrets": {name: veiled(key, nonce, name, args[name].encode()).hex()
+                    for name in secret},
+        "nonce": nonce, "iat": now, "exp": now + GOOD_FOR})
+
+
+class Remote:
+    """Shows what a run on another host writes, until it has ended."""
+
+    def __init__(self, options: Options, wire: Wire):
+        self.options, self.wire = options, wire
+        self.shown = 0          # bytes of output
+
+    def follow(self, nonce: str) -> int:
+        """From the request to the run's exit status. Raises Error."""
+        while True:
+            state = asked_of(self.wire, "GET", f"/api/v1/requests/{nonce}")
+            if state["state"] in ("refused", "expired"):
+                raise Error(f"{state['state']}: {state['reason']}")
+            if state["state"] == "accepted" and state.get("run"):
+                break
+            time.sleep(ASK_AGAIN)
+        run = state["run"]
+        self.options.warn(f"run {run} of the dashboard")
+        while True:
+            facts = asked_of(self.wire, "GET", f"/api/v1/runs/{run}")["run"]
+            if facts["state"] in FINAL and facts["have"] >= facts["size"]:
+                self.show(run, 0, live=False)
+                return self.end(facts)
+            if facts["state"] == "running":
+                self.watch(run)
+            else:
+                time.sleep(ASK_AGAIN)
+
+    def watch(self, run: int) -> None:
+        """Show what comes while it goes on."""
+        at = 0
+        while at >= 0:
+            at = self.show(run, at, live=True)
+
+    def show(self, run: int, at: int, live: bool) -> int:
+        """Show a piece; where the next begins, or -1 at the end. Of what was
+        shown live already, only what comes after it."""
+        wait = "&wait=10" if live else ""
+        try:
+            status, headers, data = self.wire.fetch(
+                "GET", f"/api/v1/runs/{run}/output?from={at}&len=1000000"
+                f"{wait}", seconds=PATIENCE + 10)
+        except Unreachable as error:
+            raise Error(str(error)) from None
+        going = headers.get("X-Koi-Live") == "1"
+        if status != 200 or live and not going:
+            return -1
+        seen = 0 if at == 0 else self.shown
+        for stream, _, body in read_frames(data):
+            if stream == NOTE:
+                self.options.warn(body.decode("utf-8", "replace"))
+                continue
+            fresh = body[max(0, min(self.shown - seen, len(body))):]
+            seen += len(body)
+            self.shown = max(self.shown, seen)
+            write_all(1 if stream == STDOUT else 2, fresh)
+        if live:
+            return at + len(data)
+        return self.show(run, at + len(data), live) if data else -1
+
+    def end(self, facts: dict) -> int:
+        if facts["state"] != "done" or facts["signal"] or facts["reason"]:
+            self.options.warn(result_words(facts))
+        if facts["signal"]:
+            return EXIT_SIGNAL + facts["signal"]
+        return EXIT_FAULTS if facts["exit"] is None else facts["exit"]
 
 
 # --- history, log, status, kill -------------------------------------------
@@ -7152,7 +8646,8 @@ def command_status(options: Options, machine: Machine) -> int:
             f"{began(job['last'])} (koitab log {job['last']['run']})"
             for job in bad])
     well = state and not (bad or state["troubles"] or state["late"]
-                          or state["tab"]["problems"])
+                          or state["tab"]["problems"]
+                          or (state.get("dashboard") or {}).get("troubles"))
     return EXIT_OK if well else EXIT_FAULTS
 
 
@@ -7172,12 +8667,13 @@ def state_lines(state: dict, owner: str) -> dict[str, list[str]]:
         "trouble": [text for text in state["troubles"] if not any(
             text.endswith(known.removeprefix("tab"))
             for known in tab["problems"])],     # they were told already
-        "next": [rfc3339(state["next"])] if state["next"] else []}
+        "next": [rfc3339(state["next"])] if state["next"] else [],
+        "dashboard": link_lines(state.get("dashboard"))}
 
 
 def print_field(word: str, lines: list[str]) -> None:
     for line in lines:
-        print(f"{word:8}  {visible(line)}")
+        print(f"{word:9} {visible(line)}")
         word = ""
 
 
@@ -7531,7 +9027,8 @@ def command_daemon(options: Options, machine: Machine) -> int:
 AS_CRONTAB = {"-e": command_edit, "-l": command_list, "-r": command_remove,
               "-T": command_test}
 COMMANDS = {    # name -> function, fewest and most words after it, options
-    "run": (command_run, 1, 1 + MOST_PARAMS, "-u"),
+    "run": (command_run, 1, 1 + MOST_PARAMS,
+            "-u --on --url --ca --plain-http"),
     "next": (command_next, 0, 1, "-u -n --from --tab --utc --json"),
     "history": (command_history, 0, 1, "-u -n --json"),
     "log": (command_log, 1, 1, "-u --json"),
@@ -7576,8 +9073,8 @@ def obey(argv: list[str], machine: Machine, called: str = PROG) -> int:
     if called == "koid" and words[:1] != ["daemon"]:
         words.insert(0, "daemon")
     name = words[0] if words else ""
-    if name in LATER:
-        raise no_dashboard()
+    if options.link:
+        return command_link(options, machine, *words)
     if name not in COMMANDS or any(each in AS_CRONTAB
                                    for each in options.given):
         return as_crontab(options, machine, words)

@@ -85,7 +85,7 @@ def test_a_run_is_shown_with_its_job(store):
         "state": "done", "due": 1.5, "asked": None, "started": 2.5,
         "ended": 3.5, "exit": 3, "signal": None, "reason": "",
         "args": {"To": "bob"}, "attempt": 1, "count": 1, "bytes": 7,
-        "cut": True, "mail": ""}]
+        "cut": True, "mail": "", "change": 1}]
     assert store.output(run) == b"output 1" and store.output(99) == b""
 
 
