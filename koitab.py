@@ -5162,19 +5162,22 @@ class Uplink:
     # --- the one that waits
 
     def listen(self, wire: Wire) -> None:
-        """Hold a question until there is something for us."""
-        self.take(wire.ask("POST", SYNC, self.greeting(HOLD),
-                           HOLD + PATIENCE))
+        """Hold a question until there is something for us. The first one is
+        answered at once: so it is soon known that all is well."""
+        hold = HOLD if wire.connection else 0
+        self.take(wire.ask("POST", SYNC, self.greeting(hold),
+                           hold + PATIENCE))
 
     # --- the one that sends
 
     def send(self, wire: Wire) -> None:
         """Send what there is; wait, if there is nothing."""
         with self.turn:
+            watching = bool(self.watched)
             self.turn.wait_for(
                 lambda: self.news or self.verdicts or self.owed
-                or self.acked is None,
-                LIVE_PAUSE if self.watched else None)
+                or self.acked is None or bool(self.watched) != watching,
+                LIVE_PAUSE if watching else None)
             first, self.news = self.acked is None, False
         if first:
             self.take(wire.ask("POST", SYNC, self.greeting(0)))

@@ -1,0 +1,198 @@
+"""A dashboard of the tests' own, that can be told to lie: what a koid says
+to it is kept, and what it answers is up to the test. (The real one is tested
+with a real koid in test_dashboard_whole.py.)"""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import json
+import os
+import select
+import threading
+import time
+
+import support
+
+koitab = support.load("koitab")
+
+DASH, HOST, TOKEN = "d0" * 8, "a1" * 16, "7e" * 32
+RUN_KEY = bytes(range(32))
+KEY = koitab.host_key(RUN_KEY, HOST)
+
+
+class Dashboard(http.server.ThreadingHTTPServer):
+    """Speaks the sync protocol. `twist(request, answer)` may return
+    (status, headers, bytes) instead of the honest answer."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, twist=None):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.turn = threading.Condition()
+        self.acked, self.records, self.outputs = 0, {}, {}
+        self.letters: list[dict] = []       # all that came
+        self.order: list[int] = []          # changes, as they came
+        self.lists: list[dict] = []
+        self.requests: list[dict] = []      # to be handed out
+        self.verdicts: list[dict] = []
+        self.watched: dict[str, int] = {}
+        self.live: dict[str, bytearray] = {}
+        self.twist = twist
+        self.thread = threading.Thread(target=self.serve_forever, daemon=True)
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, _request, _address) -> None:
+        """A child that was killed: of no interest."""
+
+    def close(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def take(self, letter: dict) -> None:
+        self.letters.append(letter)
+        for record in letter.get("records", ()):
+            self.order.append(record["change"])
+            self.records[record["run"]] = record
+            self.acked = max(self.acked, record["change"])
+        for piece in letter.get("outputs", ()):
+            have = self.outputs.setdefault(piece["run"], bytearray())
+            if piece.get("gone"):
+                self.records[piece["run"]]["size"] = len(have)
+            elif piece["at"] == len(have):
+                have += base64.b64decode(piece["data"])
+        for piece in letter.get("live", ()):
+            name = str(piece["run"])
+            if piece.get("reset"):
+                self.live[name] = bytearray()
+            self.live[name] += base64.b64decode(piece["data"])
+            self.watched[name] = len(self.live[name])
+        if "list" in letter:
+            self.lists.append(letter["list"])
+        self.verdicts += letter.get("verdicts", ())
+
+    def answer(self, letter: dict, connection) -> dict:
+        """The honest one; held while there is nothing to say, and nothing
+        is handed to who has gone."""
+        def gone() -> bool:
+            return bool(select.select([connection], [], [], 0)[0])
+
+        until = time.monotonic() + letter["wait"]
+        with self.turn:
+            self.take(letter)
+            self.turn.notify_all()
+            watched = set(self.watched)
+            while not self.requests and set(self.watched) == watched \
+                    and time.monotonic() < until and not gone():
+                self.turn.wait(min(0.1, max(0, until - time.monotonic())))
+            requests = []
+            if not gone():
+                requests, self.requests = self.requests, []
+        return {"v": 1, "acked": self.acked, "want_list": not self.lists,
+                "owed": [[run, len(self.outputs.get(run, b""))]
+                         for run, record in self.records.items()
+                         if record["state"] == "done"
+                         and len(self.outputs.get(run, b"")) < record["size"]],
+                "live": dict(self.watched), "requests": requests,
+                "twin": False}
+
+    # --- for tests
+
+    def wait_for(self, question, seconds: float = 20, what: str = "it"):
+        """The answer, once it is true."""
+        with self.turn:
+            deadline = time.monotonic() + seconds
+            while not question():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise AssertionError(f"waited {seconds} s for {what}; "
+                                         f"verdicts {self.verdicts}")
+                self.turn.wait(min(left, 0.5))
+            return question()
+
+    def ask(self, body: str, mac: str | None = None) -> None:
+        """Hand a request to the host."""
+        with self.turn:
+            self.requests.append({"body": body, "mac": koitab.run_mac(
+                KEY, body) if mac is None else mac})
+            self.turn.notify_all()
+
+    def verdict(self, nonce: str) -> dict:
+        return self.wait_for(lambda: next((
+            verdict for verdict in self.verdicts
+            if verdict["nonce"] == nonce), None), what=f"verdict {nonce}")
+
+    def specs(self) -> dict[str, str]:
+        """Name -> spec text, of the newest list."""
+        listed = self.wait_for(lambda: self.lists and self.lists[-1])
+        return {json.loads(text)["name"]: text
+                for text in json.loads(listed["body"])["jobs"]}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        letter, said = json.loads(data), None
+        if self.server.twist:
+            said = self.server.twist(letter, self)
+        if said is None:
+            said = 200, {}, json.dumps(self.server.answer(
+                letter, self.connection)).encode()
+        if said == "hang up":
+            self.close_connection = True
+            return
+        status, headers, body = said
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_args) -> None:
+        pass
+
+
+def membership(url: str, **changes):
+    fields = {"url": url, "dash": DASH, "host": HOST, "token": TOKEN,
+              "key": KEY.hex(), "name": "web1", "since": time.time()}
+    return koitab.Membership(**{**fields, **changes})
+
+
+def belong(koi: support.Koi, url: str, **changes) -> None:
+    """Give a koid's home the keys of a dashboard."""
+    path = koi.home / "keys"
+    path.write_text(membership(url, **changes).text())
+    path.chmod(0o600)
+
+
+def request_for(spec: str, args: dict | None = None,
+                secrets: dict | None = None, **changes) -> dict:
+    """A request as the page makes it: the fields."""
+    job, now = json.loads(spec), int(time.time() * 1000)
+    nonce = changes.get("nonce") or os.urandom(16).hex()
+    body = {"v": 1, "do": "run", "key": koitab.key_id(KEY), "dash": DASH,
+            "host": HOST, "user": job["user"], "tag": job["tag"],
+            "job": koitab.digest_of(spec), "args": args or {},
+            "secrets": {name: koitab.veiled(KEY, nonce, name, value.encode()
+                                            ).hex()
+                        for name, value in (secrets or {}).items()},
+            "nonce": nonce, "iat": now, "exp": now + 300_000}
+    return {**body, **changes}
+
+
+def text_of(body: dict) -> str:
+    return json.dumps(body, ensure_ascii=False)
