@@ -454,6 +454,7 @@ def test_the_child_is_killed_and_comes_back(linked, dashboard):
     dashboard.specs()
     before = child_of(linked)
     os.kill(before, 9)
+    support.wait_until(lambda: not koitab.born(before))
     verdict = ask(dashboard, request_for(dashboard.specs()["Plain"]))
     assert verdict["verdict"] == "accepted"
     assert child_of(linked) != before
