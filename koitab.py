@@ -6065,6 +6065,2009 @@ def run_daemon(machine: Machine, system: bool) -> int:
 # hostile, so all of it has limits: bytes, seconds, connections an address.
 # ==========================================================================
 
+LONGEST_LINE, LONGEST_HEAD, MOST_HEADERS = 8192, 16_384, 64
+HEAD_TIME, BODY_TIME, IDLE_TIME = 10.0, 30.0, 75.0  # seconds, in all
+WRITE_TIME = 30.0       # without a byte taken by who asked
+LINGER_TIME, LINGER_BYTES = 1.0, 2**20  # so that a refusal arrives
+STOP_TIME = 1.5         # for what is being written when we are to end
+SWEEP_TIME = 0.5        # between two looks for who is late
+BACKLOG = 1024          # every host calls at the full minute
+MOST_WIRES, MOST_OF_ADDRESS, MOST_UNPROVEN = 4096, 512, 64
+MOST_WRITES = 8192      # that wait for the disk
+MOST_READS, READERS = 256, 4
+PING_BODY, SMALL_BODY = 2**20, 2**16
+SYNC_BODY, REQUEST_BODY = 2**23, 2**20
+INLINE_BODY = 2**15     # longer JSON is not read on the loop
+AHEAD = 2**16           # bytes of requests that wait for their turn
+SLOW_READER = 2**20     # bytes that a stream may be behind
+PIECE = 2**18           # bytes of a download, at a time
+MOST_LINES = 1000       # changes that a stream can catch up with
+MOST_LINE_BYTES = 2**22
+HEARTBEAT = 15.0
+LONGEST_WAIT, LONGEST_LOOK = 25.0, 10.0
+MISSES, MISSES_IN_ALL, BAN, LONGEST_BAN = 10, 300, 60.0, 3600.0
+MOST_STRANGERS = 10_000         # addresses that are remembered
+CERTIFICATE_SOON = 14 * DAY
+
+METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
+LETTERS_OF_TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuv"
+                             "wxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+# What says where a request ends, whose it is, or what it is: two of one kind
+# could be read in two ways, by a proxy and by us.
+ONCE = frozenset("host content-length content-type content-encoding origin "
+                 "authorization expect transfer-encoding if-none-match "
+                 "access-control-request-method".split())
+STATUS = {
+    100: "Continue", 200: "OK", 201: "Created", 202: "Accepted",
+    204: "No Content", 304: "Not Modified", 400: "Bad Request",
+    401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict",
+    411: "Length Required", 413: "Content Too Large", 414: "URI Too Long",
+    415: "Unsupported Media Type", 417: "Expectation Failed",
+    421: "Misdirected Request", 422: "Unprocessable Content",
+    429: "Too Many Requests", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error", 501: "Not Implemented",
+    503: "Service Unavailable", 507: "Insufficient Storage"}
+PLAIN, JSON = "text/plain; charset=utf-8", "application/json"
+# On all that we say: nothing is guessed, kept, framed or told to others.
+GUARDS = (b"X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer"
+          b"\r\nX-Frame-Options: DENY\r\nCross-Origin-Opener-Policy: "
+          b"same-origin\r\n")
+POLICY = ("default-src 'none'; script-src {script}; style-src {style}; "
+          "connect-src 'self'; worker-src blob:; img-src data:; base-uri "
+          "'none'; form-action 'none'; frame-ancestors 'none'; "
+          "require-trusted-types-for 'script'")
+
+
+# --- a head, and what is wrong with it ------------------------------------
+
+
+class Request:
+    """What was asked: a head without fault, and its body."""
+
+    __slots__ = ("method", "path", "query", "headers", "minor", "length",
+                 "body")
+
+    def __init__(self, method: str, target: str, minor: int, headers: dict):
+        self.method, self.minor, self.headers = method, minor, headers
+        self.path, _, self.query = target.partition("?")
+        self.length, self.body = body_length(method, headers), b""
+
+    @property
+    def keeps(self) -> bool:
+        """May another request come by the same connection?"""
+        return self.minor == 1 and "close" not in [
+            word.strip(" \t").lower() for word in
+            self.headers.get("connection", "").split(",")]
+
+    @property
+    def kind(self) -> str:
+        """What the body is said to be, without its parameters."""
+        return self.headers.get("content-type", "").partition(";")[0].strip(
+            " \t").lower()
+
+
+def early_fault(data: bytes, since: int = 0) -> str:
+    """Why these cannot be the first bytes of a request; "" if they can.
+    Seen before the head has ended, so that nobody waits for the end of what
+    is none: a TLS hello, lines that end as HTTP's do not."""
+    if not 65 <= data[0] <= 90:     # a method begins with A to Z
+        return "this port speaks plain http" if data[0] == 22 else \
+            "this is no HTTP"
+    ends = data.count(b"\r\n", since)
+    if data.count(b"\n", since) != ends or data.count(b"\r", since) - ends \
+            != data.endswith(b"\r"):
+        return "a line ends with half of CR LF"
+    return "there is a NUL in it" if data.find(b"\0", since) >= 0 else ""
+
+
+def head_fault(data: bytes, end: int) -> Error | None:
+    """Is a head too large? `end` is where it ends, -1 if it has not yet."""
+    line = data.find(b"\r\n", 0, LONGEST_LINE + 2)
+    if line < 0 and len(data) > LONGEST_LINE:
+        return Error(f"the first line is longer than {LONGEST_LINE:,} bytes",
+                     "", 414)
+    if (len(data) if end < 0 else end + 4) > LONGEST_HEAD:
+        return Error(f"the head is longer than {LONGEST_HEAD:,} bytes", "",
+                     431)
+    return None
+
+
+def read_head(head: bytes) -> Request:
+    """The request whose head this is, without the empty line at its end.
+    Raises Error with the status to answer."""
+    lines = head.decode("latin-1").split("\r\n")
+    if len(lines) - 1 > MOST_HEADERS:
+        raise Error(f"there are more than {MOST_HEADERS} header lines", "",
+                    431)
+    words = lines[0].split(" ")
+    if len(words) != 3:
+        raise Error("the first line is not METHOD TARGET VERSION", "", 400)
+    method, target, version = words
+    if version not in ("HTTP/1.1", "HTTP/1.0"):
+        raise Error("this speaks HTTP/1.1", "", 400)
+    if method not in METHODS:
+        raise Error("there is no such method here", "", 501)
+    why = target_fault(target)
+    if why:
+        raise Error(why, "", 400)
+    headers = read_headers(lines[1:])
+    if version == "HTTP/1.1" and "host" not in headers:
+        raise Error("there is no Host", "", 400)
+    return Request(method, target, int(version[-1]), headers)
+
+
+def target_fault(target: str) -> str:
+    """Why this is no target for us; "" if it is. Our paths are plain, so
+    whatever could be read in two ways is refused and not tidied."""
+    path = target.partition("?")[0]
+    if not path.startswith("/"):
+        return "the target is no path"
+    if not (target.isascii() and target.isprintable()) or " " in target:
+        return "the target is not ASCII without blanks"
+    if "//" in path or "/." in path or any(
+            letter in path for letter in "%\\;") or "#" in target:
+        return "the path is not plain"
+    return ""
+
+
+def read_headers(lines: list[str]) -> dict[str, str]:
+    """Headers by their names in small letters. Raises Error."""
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not name or not LETTERS_OF_TOKEN.issuperset(name):
+            raise Error("a header is not NAME: VALUE", "", 400)
+        name, value = name.lower(), value.strip(" \t")
+        if not value.isprintable() and any(
+                letter < " " and letter != "\t" or letter == "\x7f"
+                for letter in value):
+            raise Error("there is a control character in a header", "", 400)
+        if name in headers:
+            if name in ONCE:
+                raise Error(f"there are two {name} headers", "", 400)
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
+
+
+def body_length(method: str, headers: dict) -> int:
+    """How many bytes come after a head. Raises Error."""
+    if "transfer-encoding" in headers:
+        raise Error("a body has to come with its length",
+                    "Content-Length, no Transfer-Encoding", 501)
+    text = headers.get("content-length", "0")
+    if not text.isascii() or not text.isdigit():
+        raise Error("Content-Length is no number", "", 400)
+    if len(text) > 15:
+        raise Error("the body is too long", "", 413)
+    if int(text) and method in ("GET", "HEAD", "OPTIONS", "DELETE"):
+        raise Error(f"{method} has no body", "", 400)
+    return int(text)
+
+
+def read_query(query: str) -> dict[str, str]:
+    """The fields of a query, each once. Raises Error."""
+    from urllib.parse import unquote_to_bytes
+    fields = {}
+    for part in query.split("&") if query else ():
+        name, _, value = part.partition("=")
+        try:
+            name, value = (unquote_to_bytes(text.replace("+", " ")).decode()
+                           for text in (name, value))
+        except UnicodeDecodeError:
+            raise Error("the query is not UTF-8", "", 400) from None
+        if name in fields or len(fields) >= 16:
+            raise Error("the query has a field twice, or too many", "", 400)
+        fields[name] = value
+    return fields
+
+
+def read_json(body: bytes) -> dict:
+    """The object in a body. Numbers that SQLite cannot hold, halves of
+    surrogate pairs and NaN stop here. Raises Error."""
+    import json
+
+    def whole(text: str) -> int:
+        if len(text) > 18:
+            raise ValueError
+        return int(text)
+
+    def broken(text: str) -> float:
+        number = float(text)
+        if number - number:         # infinity
+            raise ValueError
+        return number
+
+    def refuse(_text: str):
+        raise ValueError
+
+    try:
+        found = json.loads(body.decode(), parse_int=whole, parse_float=broken,
+                           parse_constant=refuse)
+        if b"\\ud" in body or b"\\uD" in body:
+            json.dumps(found, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise Error("the body is not the JSON of a request", "", 400
+                    ) from None
+    if not isinstance(found, dict):
+        raise Error("the body is no JSON object", "", 400)
+    return found
+
+
+# --- who may call us by which name ----------------------------------------
+
+
+def split_authority(text: str) -> tuple[str, str]:
+    """(name, port) of name:port; [::1]:80 keeps its brackets. ("", "") if
+    it is neither."""
+    name, colon, port = text.rpartition(":") if not text.endswith("]") \
+        else (text, "", "")
+    name, port = (name, port) if colon else (text, "")
+    plain = name[1:-1] if name[:1] == "[" and name[-1:] == "]" else name
+    if colon and not (port.isascii() and port.isdigit() and len(port) < 6) \
+            or not plain.isascii() or ":" in plain and plain == name \
+            or not plain.replace("-", "").replace(".", "").replace(
+                ":", "").replace("_", "").isalnum():
+        return "", ""
+    return name.lower(), port
+
+
+def address_of(name: str):
+    """The IP address that a name in a Host is, or None."""
+    from ipaddress import ip_address
+    try:
+        return ip_address(name[1:-1] if name.startswith("[") else name)
+    except ValueError:
+        return None
+
+
+def is_loopback(address: str) -> bool:
+    found = address_of(address.partition("%")[0])
+    mapped = getattr(found, "ipv4_mapped", None)
+    return bool(found) and (mapped or found).is_loopback
+
+
+def believed_host(host: str, names: frozenset, literals: bool) -> bool:
+    """Is this a name of ours? A page of a stranger whose own name was made
+    to point here (DNS rebinding) sends another. With `literals` all IP
+    addresses are: they cannot be made to point anywhere."""
+    name, port = split_authority(host)
+    if name == "localhost" or name in names or f"{name}:{port}" in names:
+        return bool(name)
+    address = address_of(name) if name else None
+    return bool(address) and (literals or address.is_loopback)
+
+
+def network_of(address: str) -> str:
+    """By what a caller is counted: IPv6 gives everyone a /64."""
+    found = address_of(address.partition("%")[0])
+    if found is None:
+        return "?"
+    mapped = getattr(found, "ipv4_mapped", None)
+    if found.version == 4 or mapped:
+        return str(mapped or found)
+    return found.exploded[:19]
+
+
+class Guard:
+    """Who guessed tokens that are none, and how long each has to wait. What
+    is made from a password can be guessed; so it is refused then even when
+    it is right, or it could be told apart."""
+
+    def __init__(self):
+        self.misses: dict[str, list] = {}   # network -> since, count, bans
+        self.banned: dict[str, float] = {}
+        self.known: dict[str, float] = {}   # who had a good one: since when
+        self.since, self.count = 0.0, 0
+
+    def wait(self, network: str, now: float) -> int:
+        """Seconds until this caller may try again; 0: now."""
+        until = self.banned.get(network, 0.0)
+        if self.count >= MISSES_IN_ALL and network not in self.known:
+            until = max(until, self.since + BAN)
+        return int(until - now) + 1 if until > now else 0
+
+    def miss(self, network: str, now: float) -> None:
+        if now - self.since > BAN:
+            self.since, self.count = now, 0
+        self.count += 1
+        row = self.misses.pop(network, None) or [now, 0, 0]
+        if now - row[0] > BAN:
+            # An hour of peace, and what was before is forgotten.
+            row = [now, 0, row[2] if now - row[0] < LONGEST_BAN else 0]
+        row[1] += 1
+        if row[1] >= MISSES:
+            self.banned[network] = now + min(BAN * 2 ** row[2], LONGEST_BAN)
+            row = [self.banned[network], 0, min(row[2] + 1, 10)]
+        self.misses[network] = row          # the newest is last
+        for table in (self.misses, self.banned):
+            if len(table) > MOST_STRANGERS:
+                del table[next(iter(table))]
+
+    def good(self, network: str, now: float) -> None:
+        self.known.pop(network, None)
+        self.known[network] = now
+        if len(self.known) > MOST_STRANGERS:
+            del self.known[next(iter(self.known))]
+
+
+class Crowd:
+    """How many connections each network has, and how many of them have not
+    shown a good token yet."""
+
+    def __init__(self):
+        self.all, self.most = 0, MOST_WIRES
+        self.of: dict[str, list] = {}       # network -> in all, unproven
+
+    def admits(self, network: str | None, room: bool = True) -> bool:
+        """May one more come in? None: it is not counted by its address.
+        Without `room` that of the house does not count."""
+        row = self.of.get(network, (0, 0))
+        return (self.all < self.most or not room) and \
+            row[0] < MOST_OF_ADDRESS and row[1] < MOST_UNPROVEN
+
+    def enter(self, network: str | None) -> None:
+        self.all += 1
+        if network is not None:
+            row = self.of.setdefault(network, [0, 0])
+            row[0] += 1
+            row[1] += 1
+
+    def prove(self, network: str | None) -> None:
+        if network is not None:
+            self.of[network][1] -= 1
+
+    def leave(self, network: str | None, proven: bool) -> None:
+        self.all -= 1
+        if network is not None:
+            row = self.of[network]
+            row[0] -= 1
+            row[1] -= not proven
+            if not row[0]:
+                del self.of[network]
+
+
+# --- what is asked for, and who may ask -----------------------------------
+
+
+class Route(Record):
+    """One line of what can be asked for."""
+    method: str
+    path: str               # words in capitals stand for a value: FIELDS_OF
+    who: str                # anyone, host, viewer (or operator), operator
+    deed: str               # a method of Site's
+    body: int = 0           # bytes at most
+    open: bool = False      # from pages of others, too
+
+
+def is_uuid(text: str) -> bool:
+    return len(text) == 36 and HEX.issuperset(text.replace("-", "")) and [
+        at for at, letter in enumerate(text) if letter == "-"] == [
+            8, 13, 18, 23]
+
+
+def is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 18
+
+
+def is_slug(text: str) -> bool:
+    return 0 < len(text) <= 200 and SLUG.issuperset(text.lower())
+
+
+SLUG = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
+# A word of a path -> what may stand there.
+FIELDS_OF = {
+    "HOST": lambda text: is_hex(text, 32), "NONCE": lambda text: is_hex(
+        text, 32), "JOB": is_number, "RUN": is_number, "N": is_number,
+    "CHECK": is_uuid, "KEY": is_slug, "NAME": lambda text: is_slug(
+        text.rpartition(".")[0])}
+ROUTES = [Route(*row) for row in (
+    ("GET", "/", "anyone", "page"),
+    ("GET", "/healthz", "anyone", "healthz", 0, True),
+    ("GET", "/metrics", "viewer", "metrics"),
+    ("GET", "/badge/KEY/NAME", "anyone", "badge", 0, True),
+    ("GET", "/api/v1/salt", "anyone", "salt"),
+    ("POST", "/api/v1/dashboards", "anyone", "found", SMALL_BODY),
+    ("POST", "/api/v1/rotate", "operator", "rotate", SMALL_BODY),
+    ("POST", "/api/v1/hosts", "operator", "join", SMALL_BODY),
+    ("DELETE", "/api/v1/hosts/HOST", "host or operator", "leave"),
+    ("GET", "/api/v1/hosts/HOST/list", "viewer", "host_list"),
+    ("POST", "/api/v1/sync", "host", "sync", SYNC_BODY),
+    ("GET", "/api/v1/state", "viewer", "state"),
+    ("GET", "/api/v1/stream", "viewer", "stream"),
+    ("GET", "/api/v1/jobs/JOB/runs", "viewer", "runs"),
+    ("GET", "/api/v1/runs/RUN", "viewer", "run"),
+    ("GET", "/api/v1/runs/RUN/chunks", "viewer", "chunks"),
+    ("GET", "/api/v1/runs/RUN/output", "viewer", "output"),
+    ("GET", "/api/v1/runs/RUN/raw", "viewer", "raw"),
+    ("GET", "/api/v1/search", "viewer", "search"),
+    ("GET", "/api/v1/day", "viewer", "day"),
+    ("GET", "/api/v1/audit", "viewer", "audit"),
+    ("POST", "/api/v1/requests", "operator", "ask", REQUEST_BODY),
+    ("GET", "/api/v1/requests/NONCE", "viewer", "asked"),
+    ("POST", "/api/v1/snooze", "operator", "snooze", SMALL_BODY),
+    ("POST", "/api/v1/checks", "operator", "new_check", SMALL_BODY),
+    ("POST", "/api/v1/checks/CHECK", "operator", "change_check", SMALL_BODY),
+    ("GET", "/api/v1/checks/CHECK/pings", "viewer", "pings"),
+    ("GET", "/api/v1/checks/CHECK/pings/N/body", "viewer", "ping_body"),
+    ("GET", "/api/v1/channels", "viewer", "channels"),
+    ("POST", "/api/v1/channels", "operator", "change_channels", SMALL_BODY),
+    ("POST", "/api/v1/forget", "operator", "forget", SMALL_BODY))]
+PING = {method: Route(method, "PING", "anyone", "ping", most, True)
+        for method, most in (("GET", 0), ("POST", PING_BODY))}
+PING_WORDS = ("start", "fail", "log")
+
+
+def table_of(routes: list) -> dict[tuple, list]:
+    """First word and number of words of a path -> what can stand there:
+    the words, and the routes by their methods."""
+    table: dict[tuple, list] = {}
+    for path in dict.fromkeys(route.path for route in routes):
+        words = path.split("/")
+        table.setdefault((words[1], len(words)), []).append((words, {
+            route.method: route for route in routes if route.path == path}))
+    return table
+
+
+TABLE = table_of(ROUTES)
+
+
+def found_routes(path: str) -> tuple[dict, tuple]:
+    """The routes of a path by their methods, and the values in it."""
+    parts = path.split("/")
+    for words, routes in TABLE.get((parts[1], len(parts)), ()):
+        if all(FIELDS_OF[word](part) if word in FIELDS_OF else word == part
+               for word, part in zip(words, parts)):
+            return routes, tuple(part for word, part in zip(words, parts)
+                                 if word in FIELDS_OF)
+    ping = read_ping(parts[1:])
+    return (PING, ping) if ping else ({}, ())
+
+
+def read_ping(parts: list[str]) -> tuple:
+    """What a path means as Healthchecks has them: the uuid or the key, the
+    slug or None, what happened; () if it is no ping. By uuid comes first,
+    so that UUID/start is no slug."""
+    if parts[0] == "ping":
+        parts = parts[1:]
+    if len(parts) > 1 and parts[-1] == "" and is_uuid(parts[0]):
+        parts = parts[:-1]
+    if not parts or not all(map(is_slug, parts)):
+        return ()
+    if is_uuid(parts[0]) and (len(parts) == 1 or len(parts) == 2 and (
+            parts[1] in PING_WORDS or is_number(parts[1]))):
+        key, slug, rest = parts[0], None, parts[1:]
+    elif 2 <= len(parts) <= 3:
+        key, slug, rest = parts[0], parts[1], parts[2:]
+    else:
+        return ()
+    word = rest[0] if rest else "success"
+    return (key, slug, word) if word in PING_WORDS or is_number(
+        word) or not rest else ()
+
+
+# --- what we answer -------------------------------------------------------
+
+
+class Response:
+    """An answer, before it is bytes."""
+
+    __slots__ = ("status", "body", "kind", "headers", "last")
+
+    def __init__(self, status: int = 200, body: bytes = b"",
+                 kind: str = PLAIN, headers: tuple = (), last: bool = False):
+        self.status, self.body, self.kind = status, body, kind
+        self.headers = headers      # (name, value)
+        self.last = last            # hang up after it
+
+
+def json_response(value, status: int = 200, headers: tuple = ()) -> Response:
+    import json
+    return Response(status, json.dumps(value, ensure_ascii=False, separators=(
+        ",", ":")).encode("utf-8", "backslashreplace"), JSON, headers)
+
+
+def error_response(error: Error, headers: tuple = ()) -> Response:
+    """An Error of ours, or of Hub's, as what was wrong with a request."""
+    status = error.status if error.status in STATUS else 500
+    if status in (429, 503, 507) and not headers:
+        headers = (("Retry-After", str(getattr(error, "seconds", 5))),)
+    return json_response({"error": error.message, "hint": error.hint},
+                         status, headers)
+
+
+def head_bytes(response: Response, length: int | None, last: bool) -> bytes:
+    """The head of an answer. Without a length it ends when we hang up.
+    What others say never stands in a head: only plain ASCII passes."""
+    lines = [f"HTTP/1.1 {response.status} {STATUS[response.status]}",
+             f"Content-Type: {response.kind}"]
+    names = set()
+    for name, value in response.headers:
+        assert value.isascii() and value.isprintable(), name
+        names.add(name)
+        lines.append(f"{name}: {value}")
+    if "Cache-Control" not in names:
+        lines.append("Cache-Control: no-store")
+    if length is not None and response.status not in (204, 304):
+        lines.append(f"Content-Length: {length}")
+    if last:
+        lines.append("Connection: close")
+    return "\r\n".join(lines).encode("ascii") + b"\r\n" + GUARDS + b"\r\n"
+
+
+def page_policy_of(text: str) -> str:
+    """The policy under which a page runs nothing but what stands in it."""
+    from base64 import b64encode
+    from hashlib import sha256
+
+    def hashes(tag: str) -> str:
+        found, at = [], text.find(f"<{tag}")
+        while at >= 0:
+            begin = text.index(">", at) + 1
+            end = text.index(f"</{tag}>", begin)
+            digest = sha256(text[begin:end].encode()).digest()
+            found.append(f"'sha256-{b64encode(digest).decode()}'")
+            at = text.find(f"<{tag}", end)
+        return " ".join(found) or "'none'"
+
+    return POLICY.format(script=hashes("script"), style=hashes("style"))
+
+
+# The names that shields.io has for colours.
+COLOURS = {"brightgreen": "#2e7d32", "green": "#2e7d32", "red": "#c62828",
+           "orange": "#b25000", "yellow": "#8a6d00", "blue": "#1565c0"}
+LETTER_WIDTH = 6.6      # of Verdana at 11 px, on the average
+
+
+def badge_svg(label: str, message: str, colour: str) -> bytes:
+    """A badge as the sites of repositories show it."""
+    from html import escape
+    label, message = label[:60], message[:60]
+    left, right = (int(len(text) * LETTER_WIDTH) + 12
+                   for text in (label, message))
+    fill = COLOURS.get(colour, "#616161")
+    text = "".join(
+        f'<text x="{x}" y="14" textLength="{width - 12}">{escape(shown)}'
+        "</text>" for x, width, shown in (
+            (6, left, label), (left + 6, right, message)))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right}" '
+            f'height="20" role="img" aria-label="{escape(label)}: '
+            f'{escape(message)}"><rect width="{left}" height="20" fill="#444"'
+            f'/><rect x="{left}" width="{right}" height="20" fill="{fill}"/>'
+            '<g fill="#fff" font-family="Verdana,sans-serif" font-size="11">'
+            f"{text}</g></svg>").encode("utf-8", "backslashreplace")
+
+
+# --- the expiry of a certificate ------------------------------------------
+
+
+def der_parts(data: bytes) -> list[tuple[int, bytes]]:
+    """The (tag, contents) that stand in DER, one after the other."""
+    found, at = [], 0
+    while at + 2 <= len(data):
+        tag, size = data[at], data[at + 1]
+        at += 2
+        if size & 0x80:             # its length has a length
+            more = size & 0x7F
+            size, at = int.from_bytes(data[at:at + more], "big"), at + more
+        found.append((tag, data[at:at + size]))
+        at += size
+    return found
+
+
+def expiry_of(der: bytes) -> float:
+    """Until when an X.509 certificate is good, in seconds since 1970.
+    Raises ValueError."""
+    from calendar import timegm
+    try:
+        signed = der_parts(der_parts(der_parts(der)[0][1])[0][1])
+        # Version (if there), serial, algorithm, issuer, then the validity.
+        _, validity = signed[4 if signed[0][0] == 0xA0 else 3]
+        tag, text = der_parts(validity)[1]
+    except IndexError:
+        raise ValueError("this is no certificate") from None
+    digits = text.decode("ascii")
+    if tag == 0x17:                 # UTCTime: two digits of the year
+        digits = ("20" if digits < "50" else "19") + digits
+    return float(timegm(time.strptime(digits, "%Y%m%d%H%M%SZ")))
+
+
+# --- one connection -------------------------------------------------------
+
+HEAD, BODY, WORK, LEAVING, GONE = range(5)      # what a connection waits for
+
+
+class Wire:
+    """One connection: its bytes become requests, which are answered in
+    their order. It is a protocol of asyncio's."""
+
+    __slots__ = ("site", "transport", "peer", "counted", "buffer", "seen",
+                 "phase", "deadline", "visit", "proven", "busy", "held",
+                 "clogged", "stalled", "ended", "drained", "rest", "last",
+                 "told")
+
+    def __init__(self, site: Site, peer: str, counted: str | None):
+        self.site, self.peer, self.counted = site, peer, counted
+        self.transport = self.visit = self.rest = None
+        self.buffer, self.seen, self.drained = bytearray(), 0, 0
+        self.phase, self.deadline, self.stalled = HEAD, FOREVER, 0
+        # busy: in `advance`; held: reading is paused; clogged: writing is;
+        # ended: the other side has said all; last: hang up after the answer.
+        self.proven = self.busy = self.held = self.clogged = False
+        self.ended = self.last = False
+        self.told: frozenset = frozenset()  # runs that its host watches
+
+    # --- what asyncio calls
+
+    def connection_made(self, transport) -> None:
+        self.transport = transport
+        self.deadline = self.site.loop.time() + HEAD_TIME
+        self.site.wires[self] = None
+        if self.site.stopping:
+            transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if self.phase >= LEAVING:
+            self.drained += len(data)
+            if self.drained > LINGER_BYTES:
+                self.transport.abort()
+            return
+        if self.phase == HEAD and not self.buffer:
+            self.deadline = self.site.loop.time() + HEAD_TIME
+        self.buffer += data
+        if self.phase == WORK:
+            if len(self.buffer) > AHEAD and not self.held:
+                self.held = True
+                self.transport.pause_reading()
+            return
+        self.advance()
+
+    def eof_received(self) -> bool:
+        """The other side has said all. It may still listen for its answer;
+        but who hangs up on a long poll, as we see it, is gone."""
+        self.ended = True
+        return self.phase == WORK and not (self.visit and self.visit.waits)
+
+    def connection_lost(self, error) -> None:
+        self.phase, self.buffer, self.rest = GONE, bytearray(), None
+        self.site.wires.pop(self, None)
+        self.site.crowd.leave(self.counted, self.proven)
+        if self.visit:
+            self.visit.end()
+            self.visit = None
+
+    def pause_writing(self) -> None:
+        self.clogged = True
+        self.stalled = self.transport.get_write_buffer_size()
+        self.deadline = self.site.loop.time() + WRITE_TIME
+
+    def resume_writing(self) -> None:
+        self.clogged = False
+        self.deadline = FOREVER if self.phase == WORK else \
+            self.site.loop.time() + (IDLE_TIME if self.phase < WORK
+                                     else LINGER_TIME)
+        if self.rest is not None:
+            self.flow()
+        self.advance()
+
+    # --- bytes to requests
+
+    def advance(self) -> None:
+        """Take from the buffer what is whole. An answer may come at once,
+        so this is a loop and no recursion."""
+        if self.busy:
+            return
+        self.busy = True
+        try:
+            while self.buffer and not self.clogged and (
+                    self.phase == HEAD and self.take_head()
+                    or self.phase == BODY and self.take_body()):
+                pass
+        finally:
+            self.busy = False
+        if self.ended and self.phase < WORK:
+            self.transport.close()
+
+    def take_head(self) -> bool:
+        """Is there a whole head? Then it is judged, and its body comes."""
+        buffer = self.buffer
+        end = buffer.find(b"\r\n\r\n", max(self.seen - 3, 0))
+        head = bytes(buffer if end < 0 else buffer[:end + 2])
+        since = min(self.seen, len(head))
+        if since and head[since - 1] == 13:     # CR: its LF came just now
+            since -= 1
+        why = early_fault(head, since)
+        fault = Error(why, "", 400) if why else head_fault(head, end)
+        if not fault and end < 0:
+            self.seen = len(buffer)
+            return False
+        try:
+            if fault:
+                raise fault
+            request = read_head(head[:-2])
+        except Error as error:
+            self.visit = Visit(self, None)
+            self.visit.refuse(error)
+            return False
+        del buffer[:end + 4]
+        self.begin(request)
+        return True
+
+    def begin(self, request: Request) -> None:
+        """A head is whole: may its body come, and may it be carried out?"""
+        self.seen, self.visit = 0, Visit(self, request)
+        self.phase, self.deadline = BODY, self.site.loop.time() + BODY_TIME
+        self.site.judge(self.visit)
+        if self.phase != BODY:
+            return
+        if not request.length:
+            self.take_body()
+        elif "expect" in request.headers and len(
+                self.buffer) < request.length:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def take_body(self) -> bool:
+        request, buffer = self.visit.request, self.buffer
+        if len(buffer) < request.length:
+            return False
+        request.body = bytes(buffer[:request.length])
+        del buffer[:request.length]
+        self.phase, self.deadline = WORK, FOREVER
+        self.site.serve(self.visit)
+        return True
+
+    # --- answers to bytes
+
+    def answer(self, response: Response) -> None:
+        """Write an answer. If the request was not read to its end, no other
+        can follow."""
+        request, whole = self.visit.request, self.visit.whole
+        self.visit = None
+        self.last = response.last or not whole or self.site.stopping \
+            or not request.keeps
+        head = head_bytes(response, len(response.body), self.last)
+        if request and request.method == "HEAD" or response.status in (
+                204, 304):
+            response.body = b""
+        if not whole:
+            self.phase = LEAVING
+        elif self.phase < LEAVING:
+            self.phase = WORK
+        self.rest = memoryview(response.body)[PIECE:]
+        self.transport.write(head + response.body[:PIECE])
+        self.flow()
+
+    def flow(self) -> None:
+        """Write more of a long answer, as fast as it is taken. After it the
+        next request may come."""
+        while self.rest and not self.clogged:
+            piece, self.rest = self.rest[:PIECE], self.rest[PIECE:]
+            self.transport.write(bytes(piece))
+        if self.rest or self.phase == GONE:
+            return
+        self.rest = None
+        if self.last:
+            return self.leave(linger=self.phase == LEAVING)
+        self.phase = HEAD
+        if not self.clogged:
+            self.deadline = self.site.loop.time() + (
+                HEAD_TIME if self.buffer else IDLE_TIME)
+        self.listen()
+        self.advance()
+
+    def listen(self) -> None:
+        if self.held:
+            self.held = False
+            self.transport.resume_reading()
+
+    def leave(self, linger: bool = False) -> None:
+        """Hang up when all is written. With `linger` more may be on its way
+        to us: a socket that is closed over it would send a reset, and our
+        answer would be lost."""
+        self.phase, self.buffer = LEAVING, bytearray()
+        self.deadline = self.site.loop.time() + LINGER_TIME
+        self.listen()
+        if not linger or self.ended:
+            self.transport.close()
+        elif self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def sweep(self, now: float) -> None:
+        """Is this one late? A reader who takes bytes is not."""
+        if now < self.deadline:
+            return
+        left = self.transport.get_write_buffer_size()
+        if left and (self.clogged or self.phase == LEAVING):
+            if self.stalled and left >= self.stalled:
+                return self.transport.abort()
+            self.stalled, self.deadline = left, now + WRITE_TIME
+            return
+        if self.phase >= WORK:
+            self.transport.abort()
+        elif self.phase == BODY or self.buffer:
+            self.visit = self.visit or Visit(self, None)
+            self.visit.refuse(Error("the request came too slowly", "", 408))
+        else:
+            self.leave()
+
+
+class Visit:
+    """A request on its way through us, until it is answered or its caller
+    has gone."""
+
+    __slots__ = ("wire", "request", "route", "values", "access", "address",
+                 "wait", "stream", "cors", "guest")
+
+    def __init__(self, wire: Wire, request: Request | None):
+        self.wire, self.request = wire, request
+        self.route = self.access = self.wait = self.stream = None
+        self.values, self.cors, self.guest = (), (), None
+        self.address = wire.peer
+        if request and wire.counted is None:
+            # The last one is what our proxy saw; before it stands what
+            # the caller says of himself.
+            last = request.headers.get("x-forwarded-for", "").rpartition(
+                ",")[2].strip(" \t")
+            if last:
+                self.address = str(address_of(last) or address_of(
+                    split_authority(last)[0]) or wire.peer)
+
+    @property
+    def whole(self) -> bool:
+        """Was the request read to its end?"""
+        return bool(self.request) and (self.wire.phase == WORK
+                                       or not self.request.length)
+
+    @property
+    def waits(self) -> bool:
+        return bool(self.stream or self.wait and self.wait.resting)
+
+    def fields(self) -> dict:
+        return read_query(self.request.query)
+
+    def answer(self, response: Response) -> None:
+        """Answer, if there is still somebody to hear it."""
+        if self.wire.visit is not self:
+            return
+        self.end()
+        response.headers += self.cors
+        self.wire.answer(response)
+
+    def refuse(self, error: Error, headers: tuple = ()) -> None:
+        self.wire.site.note(self, error)
+        self.answer(error_response(error, headers))
+
+    def end(self) -> None:
+        """Nobody waits any more."""
+        if self.wait:
+            self.wait.end()
+        if self.stream:
+            self.stream.followers.pop(self, None)
+        if self.guest:
+            self.wire.site.guests.leave(self.guest, bool(self.access))
+            self.guest = None
+
+    def begin(self, response: Response) -> None:
+        """The head of an answer that goes on until somebody hangs up."""
+        response.headers += self.cors
+        self.wire.transport.write(head_bytes(response, None, True))
+
+    def piece(self, data: bytes) -> None:
+        """More of it. Who reads so slowly that it piles up is dropped: a
+        stream can be resumed."""
+        transport = self.wire.transport
+        transport.write(data)
+        if transport.get_write_buffer_size() > SLOW_READER:
+            transport.abort()
+
+
+class Wait:
+    """A visit that rests until something happens, or its time is over. It
+    is entered in the book before the question is asked for the first time:
+    what happens between the question and its rest is not missed."""
+
+    __slots__ = ("visit", "key", "again", "last", "stirred", "resting",
+                 "over", "timer")
+
+    def __init__(self, visit: Visit, key: tuple, seconds: float, again):
+        site = visit.wire.site
+        self.visit, self.key, self.again, self.last = visit, key, again, None
+        self.stirred = self.resting = self.over = False
+        site.waiting.setdefault(key, {})[self] = None
+        self.timer = site.loop.call_later(seconds, self.late)
+        visit.wait = self
+
+    def rest(self, last) -> None:
+        """There is nothing to say yet; `last` answers when time is over."""
+        self.last = last
+        if self.over:
+            last()
+        elif self.stirred:
+            self.stirred = False
+            self.again()
+        else:
+            self.resting = True
+
+    def stir(self) -> None:
+        self.stirred = True
+        if self.resting:
+            self.stirred = self.resting = False
+            self.again()
+
+    def late(self) -> None:
+        self.over = True
+        if self.resting:
+            self.last()
+
+    def end(self) -> None:
+        self.timer.cancel()
+        self.resting = False
+        waiting = self.visit.wire.site.waiting
+        others = waiting.get(self.key, {})
+        others.pop(self, None)
+        if not others:
+            waiting.pop(self.key, None)
+        self.again = self.last = self.visit.wait = None
+
+
+class Mailbox:
+    """How threads speak to the loop: whatever lies in it when the loop
+    comes is taken at once, so a thousand letters are one wake-up."""
+
+    def __init__(self, loop):
+        from collections import deque
+        self.loop, self.letters, self.rung = loop, deque(), False
+
+    def put(self, deed, *values) -> None:
+        self.letters.append((deed, values))
+        if not self.rung:
+            self.rung = True
+            try:
+                self.loop.call_soon_threadsafe(self.empty)
+            except RuntimeError:        # the loop has ended
+                pass
+
+    def empty(self) -> None:
+        self.rung = False       # first: what comes from now on rings again
+        while self.letters:
+            deed, values = self.letters.popleft()
+            try:
+                deed(*values)
+            except Exception as error:
+                self.loop.call_exception_handler(
+                    {"message": "in a letter", "exception": error})
+
+
+class Readers:
+    """A few threads that ask the database, and a queue that ends."""
+
+    def __init__(self, mailbox: Mailbox):
+        from queue import SimpleQueue
+        self.mailbox, self.queue = mailbox, SimpleQueue()
+        self.threads: list = []
+        self.waiting = 0        # counted on the loop
+
+    def ask(self, question, then) -> None:
+        """Have `question` answered: then(result, error) comes on the loop.
+        Raises Error."""
+        if self.waiting >= MOST_READS:
+            raise Error("too many questions at once", "try again", 503)
+        if len(self.threads) < READERS and self.waiting >= len(self.threads):
+            self.hire()
+        self.waiting += 1
+        self.queue.put((question, then))
+
+    def hire(self) -> None:
+        from threading import Thread
+        thread = Thread(target=self.work, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            if not self.threads:
+                raise Error("this host lets us start no thread", "", 503
+                            ) from None
+            return
+        self.threads.append(thread)
+
+    def work(self) -> None:
+        while True:
+            question, then = self.queue.get()
+            if not question:
+                return
+            try:
+                result, error = question(), None
+            except Exception as why:
+                result, error = None, why
+            self.mailbox.put(self.done, then, result, error)
+
+    def done(self, then, result, error) -> None:
+        self.waiting -= 1
+        then(result, error)
+
+    def end(self) -> None:
+        for _ in self.threads:
+            self.queue.put((None, None))
+
+
+class Feed:
+    """The changes of one dashboard that its browsers follow, and the last
+    of them, for who comes back."""
+
+    def __init__(self, seq: int, until: float):
+        from collections import deque
+        self.first, self.newest = seq, seq      # after `first` all are here
+        self.lines: deque = deque()             # (seq, line)
+        self.bytes = 0
+        self.followers: dict[Visit, None] = {}
+        self.until = until          # kept so long, though nobody follows
+
+    def add(self, seq: int, line: bytes) -> None:
+        self.newest = seq
+        self.lines.append((seq, line))
+        self.bytes += len(line)
+        while len(self.lines) > MOST_LINES or self.bytes > MOST_LINE_BYTES:
+            self.first, old = self.lines.popleft()
+            self.bytes -= len(old)
+
+    def clear(self, seq: int) -> None:
+        self.first = self.newest = seq
+        self.lines.clear()
+        self.bytes = 0
+
+    def since(self, seq: int) -> list[bytes] | None:
+        """What came later than `seq`; None if that is not known."""
+        if not self.first <= seq:
+            return None
+        return [line for number, line in self.lines if number > seq]
+
+
+# --- what is done for each request ----------------------------------------
+
+
+class Site:
+    """The dashboard's answers: one method for each route. All of it runs on
+    the loop; the database is asked by Readers, and told by Hub's writer."""
+
+    def __init__(self, hub: Hub, page: str, names=(), proxies=(),
+                 allow_new: bool = False, say=None):
+        self.hub, self.allow_new = hub, allow_new
+        self.page = page.encode()
+        self.policy = page_policy_of(page)
+        self.tag = f'"{digest_of(self.page)[:32]}"'
+        self.names, self.proxies = frozenset(names), frozenset(proxies)
+        self.say = say or (lambda text: None)
+        self.literals = self.secure = self.stopping = False
+        self.clock, self.expires = Clock(), 0.0
+        self.loop = self.mailbox = self.readers = None
+        self.wires: dict[Wire, None] = {}
+        self.crowd, self.guests, self.guard = Crowd(), Crowd(), Guard()
+        self.waiting: dict[tuple, dict] = {}    # what for -> Waits
+        self.feeds: dict[str, Feed] = {}
+        self.writes = 0             # that have not come back
+        self.quiet, self.unsaid = [], 0
+
+    def open(self, loop) -> None:
+        """Begin to listen to Hub. On the loop that will carry us."""
+        self.loop, self.mailbox = loop, Mailbox(loop)
+        self.readers = Readers(self.mailbox)
+        self.hub.heard = self.heard
+        self.hub.followed = self.feeds.__contains__
+        loop.call_later(SWEEP_TIME, self.sweep)
+        loop.call_later(HEARTBEAT, self.beat)
+
+    # --- may this be asked?
+
+    def judge(self, visit: Visit) -> None:
+        """A head has come: refuse it, or let its body come."""
+        try:
+            self.check(visit)
+        except Error as error:
+            visit.refuse(error, {
+                401: (("WWW-Authenticate", "Bearer"),),
+                405: (("Allow", error.hint),)}.get(error.status, ()))
+
+    def check(self, visit: Visit) -> None:
+        """Raises Error if this may not be asked, or not by this caller."""
+        request = visit.request
+        host = request.headers.get("host", "")
+        if not believed_host(host, self.names, self.literals):
+            raise Error("this dashboard does not know itself by that name",
+                        "koitab dashboard --name HOST", 421)
+        routes, visit.values = found_routes(request.path)
+        if not routes:
+            raise Error("there is nothing here", "", 404)
+        self.check_origin(visit, host, next(iter(routes.values())))
+        if request.method == "OPTIONS":
+            return visit.answer(Response(204, headers=(
+                ("Access-Control-Allow-Methods", "GET, POST, DELETE"),
+                ("Access-Control-Allow-Headers",
+                 "Authorization, Content-Type"),
+                ("Access-Control-Max-Age", "600"))))
+        visit.route = routes.get(
+            "GET" if request.method == "HEAD" else request.method)
+        if not visit.route:
+            raise Error(f"this is not for {request.method}",
+                        ", ".join(routes), 405)
+        check_body(request, visit.route)
+        self.check_guest(visit)
+        if visit.route.who != "anyone":
+            self.check_token(visit)
+
+    def check_origin(self, visit: Visit, host: str, route: Route) -> None:
+        """A page of a stranger may not ask, but for what is open to all. A
+        page that was opened from a file ("null") may, where it has to show
+        a token: no browser sends one by itself."""
+        origin = visit.request.headers.get("origin")
+        if route.open:
+            visit.cors = (("Access-Control-Allow-Origin", "*"),)
+        elif origin == "null" and route.path.startswith("/api/") and (
+                route.who != "anyone" or route.method == "GET"):
+            visit.cors = (("Access-Control-Allow-Origin", "null"),
+                          ("Access-Control-Expose-Headers", "X-Koi-Size, "
+                           "X-Koi-Live, X-Koi-From, Retry-After"),
+                          ("Vary", "Origin"))
+        elif origin is not None and origin.partition("://")[2].lower() \
+                != host.lower():
+            raise Error("this comes from a page of somebody else", "", 403)
+
+    def check_guest(self, visit: Visit) -> None:
+        """Behind a proxy it is requests that are counted, for all callers
+        share its connections."""
+        if visit.address != visit.wire.peer:
+            network = network_of(visit.address)
+            if not self.guests.admits(network):
+                raise Error("too many requests at once", "try again", 503)
+            self.guests.enter(network)
+            visit.guest = network
+
+    def check_token(self, visit: Visit) -> None:
+        """Whose token is it, and what may he do? Raises Error."""
+        kind, _, token = visit.request.headers.get(
+            "authorization", "").partition(" ")
+        if kind.lower() != "bearer":
+            raise Error("this needs a key", "Authorization: Bearer KEY", 401)
+        access = self.hub.key_of(token.strip(" "))
+        network, now = network_of(visit.address), self.loop.time()
+        wait = self.guard.wait(network, now)
+        if wait and not (access and access.role == "host"):
+            raise Later("too many wrong keys", wait)
+        if not access:
+            self.guard.miss(network, now)
+            raise Error("this key is not known here", "", 401)
+        self.guard.good(network, now)
+        visit.access = access
+        if visit.guest:
+            self.guests.prove(visit.guest)
+        if not visit.wire.proven:
+            visit.wire.proven = True
+            self.crowd.prove(visit.wire.counted)
+        if access.role not in WHO[visit.route.who]:
+            raise Error(f"this is not for a {access.role}", "", 403)
+
+    def serve(self, visit: Visit) -> None:
+        """The request is whole: carry it out."""
+        try:
+            getattr(self, f"do_{visit.route.deed}")(visit)
+        except Exception as error:
+            self.fail(visit, error)
+
+    def fail(self, visit: Visit, error: Exception) -> None:
+        """Tell what went wrong."""
+        if isinstance(error, Error):
+            return visit.refuse(error)
+        if getattr(error, "status", 0) == 507:      # Hub's Full
+            return visit.refuse(Error("the dashboard's disk is full",
+                                      "what there is can be read", 507))
+        self.complain(error)
+        visit.refuse(Error("a fault of the dashboard's", "its log says more",
+                           500))
+
+    # --- to Hub and back
+
+    def read(self, visit: Visit, question, *values, made=None) -> None:
+        """Answer with what a question gives; `made` makes the Response, in
+        the reader's thread."""
+        made = made or json_response
+
+        def ask() -> Response:
+            return made(self.hub.read(question, *values))
+
+        self.readers.ask(ask, lambda response, error: self.fail(visit, error)
+                         if error else visit.answer(response))
+
+    def write(self, visit: Visit, deed, *values, then=None,
+              status: int = 200) -> None:
+        """Have something written, and answer when it is on the disk."""
+        if self.writes >= MOST_WRITES:
+            raise Error("too much waits to be written", "try again", 503)
+        then = then or (lambda result: visit.answer(
+            json_response(result, status)))
+        self.writes += 1
+
+        def done(result, error) -> None:
+            self.writes -= 1
+            if error is not None:
+                return self.fail(visit, error)
+            try:
+                then(result)
+            except Exception as why:
+                self.fail(visit, why)
+
+        try:
+            self.hub.write(deed, *values, then=lambda result, error:
+                           self.mailbox.put(done, result, error))
+        except Exception:
+            self.writes -= 1
+            raise
+
+    def tell(self, visit: Visit, deed, status: int = 200) -> None:
+        """What an operator posted, to a deed of Hub's."""
+        self.write(visit, deed, visit.access.dash,
+                   read_json(visit.request.body), self.clock.now(),
+                   status=status)
+
+    def look_up(self, visit: Visit, question, *values) -> None:
+        """A question about the caller's dashboard."""
+        self.read(visit, question, visit.access.dash, *values)
+
+    # --- for everyone
+
+    def do_page(self, visit: Visit) -> None:
+        headers = (("ETag", self.tag),
+                   ("Content-Security-Policy", self.policy))
+        if visit.request.headers.get("if-none-match") == self.tag:
+            return visit.answer(Response(304, b"", HTML, headers))
+        visit.answer(Response(200, self.page, HTML, headers))
+
+    def do_healthz(self, visit: Visit) -> None:
+        def ask() -> Response:
+            try:
+                return Response(body=self.hub.read(self.hub.health).encode())
+            except Exception as error:
+                return Response(503, visible(str(error)).encode())
+
+        self.readers.ask(ask, lambda response, error: visit.answer(response))
+
+    def do_metrics(self, visit: Visit) -> None:
+        ours = (f"koi_web_connections {len(self.wires)}\n"
+                f"koi_web_waiting {len(self.waiting)}\n")
+        if self.expires:
+            ours += f"koi_web_certificate_expires {self.expires:.0f}\n"
+        self.read(visit, self.hub.metrics, visit.access.dash,
+                  self.clock.now(), made=lambda text: Response(
+                      body=(text + ours).encode(), kind=METRICS))
+
+    def do_badge(self, visit: Visit) -> None:
+        key, name = visit.values
+        name, _, kind = name.rpartition(".")
+        if kind not in ("svg", "json"):
+            raise Error("there is nothing here", "NAME.svg, NAME.json", 404)
+
+        def made(badge: dict) -> Response:
+            headers = (("Cache-Control", "no-cache"),
+                       ("Content-Security-Policy", "default-src 'none'"))
+            if kind == "json":
+                return json_response({"schemaVersion": 1, **badge}, 200,
+                                     headers)
+            return Response(200, badge_svg(
+                badge["label"], badge["message"], badge["color"]),
+                "image/svg+xml", headers)
+
+        self.read(visit, self.hub.badge, key, name, self.clock.now(),
+                  made=made)
+
+    def do_salt(self, visit: Visit) -> None:
+        self.read(visit, self.hub.salt, visit.fields().get("dash", ""))
+
+    def do_found(self, visit: Visit) -> None:
+        """A new dashboard: for all if that is allowed, else only the first,
+        for who sits at this machine."""
+        network, now = network_of(visit.address), self.loop.time()
+        wait = self.guard.wait(network, now)
+        if wait:
+            raise Later("too many at once", wait)
+        near, hub = is_loopback(visit.address), self.hub
+
+        def found(db, asked: dict, at: float) -> dict:
+            if not self.allow_new and not (
+                    near and hub.count_dashboards(db) == 0):
+                raise Error("new dashboards are not made here",
+                            "koitab dashboard --allow-new", 403)
+            return hub.create_dashboard(db, asked, at)
+
+        self.guard.miss(network, now)
+        self.write(visit, found, read_json(visit.request.body),
+                   self.clock.now(), status=201)
+
+    def do_ping(self, visit: Visit) -> None:
+        request, fields = visit.request, visit.fields()
+        call = {"scheme": "https" if self.is_secure(visit) else "http",
+                "method": request.method, "ip": visit.address,
+                "ua": request.headers.get("user-agent", "")[:200],
+                "rid": fields.get("rid"),
+                "create": fields.get("create") == "1",
+                "body": request.body[:PING_BODY_LIMIT]}
+
+        def answer(result: tuple) -> None:
+            visit.answer(Response(result[0], result[1].encode(), headers=(
+                ("Ping-Body-Limit", str(PING_BODY_LIMIT)),)))
+
+        self.write(visit, self.hub.ping, *visit.values, call,
+                   self.clock.now(), then=answer)
+
+    def is_secure(self, visit: Visit) -> bool:
+        return self.secure or visit.wire.counted is None and \
+            visit.request.headers.get("x-forwarded-proto") == "https"
+
+    # --- for browsers: what is there
+
+    def do_state(self, visit: Visit) -> None:
+        self.feed(visit.access.dash)    # before: no change is missed
+        self.read(visit, self.hub.state, visit.access, self.clock.now())
+
+    def do_host_list(self, visit: Visit) -> None:
+        self.look_up(visit, self.hub.host_list, *visit.values)
+
+    def do_runs(self, visit: Visit) -> None:
+        fields = visit.fields()
+        self.look_up(visit, self.hub.runs, int(visit.values[0]),
+                     number_in(fields, "before"),
+                     min(number_in(fields, "limit") or 100, MOST_ROWS))
+
+    def do_run(self, visit: Visit) -> None:
+        self.look_up(visit, self.hub.run, int(visit.values[0]))
+
+    def do_chunks(self, visit: Visit) -> None:
+        self.look_up(visit, self.hub.chunks, int(visit.values[0]))
+
+    def do_raw(self, visit: Visit) -> None:
+        run = int(visit.values[0])
+        self.read(visit, self.hub.raw, visit.access.dash, run,
+                  made=lambda data: Response(200, data, PLAIN, ((
+                      "Content-Disposition",
+                      f'attachment; filename="run-{run}.txt"'),)))
+
+    def do_search(self, visit: Visit) -> None:
+        fields = visit.fields()
+        text = fields.get("q", "")
+        if not text or len(text) > LONGEST_SEARCH or "\0" in text:
+            raise Error("there is nothing to search for", "?q=TEXT", 400)
+        self.look_up(visit, self.hub.search, text, number_in(fields, "job"),
+                     number_in(fields, "before"))
+
+    def do_day(self, visit: Visit) -> None:
+        fields = visit.fields()
+        begin, end = time_in(fields, "from"), time_in(fields, "to")
+        if begin is None or end is None or not begin < end:
+            raise Error("which day?", "?from=T&to=T", 400)
+        self.look_up(visit, self.hub.day, begin, end)
+
+    def do_audit(self, visit: Visit) -> None:
+        self.look_up(visit, self.hub.audit, time_in(visit.fields(), "before"))
+
+    def do_asked(self, visit: Visit) -> None:
+        self.look_up(visit, self.hub.request_state, *visit.values)
+
+    def do_pings(self, visit: Visit) -> None:
+        self.look_up(visit, self.hub.pings, *visit.values,
+                     number_in(visit.fields(), "before"))
+
+    def do_ping_body(self, visit: Visit) -> None:
+        check, number = visit.values
+        self.read(visit, self.hub.ping_body, visit.access.dash, check,
+                  int(number), made=lambda data: Response(200, data, PLAIN))
+
+    def do_channels(self, visit: Visit) -> None:
+        self.look_up(visit, self.hub.channels)
+
+    def do_output(self, visit: Visit) -> None:
+        """A run's frames from a byte on; if there are none yet, when there
+        are, or when the time to wait is over."""
+        fields, run = visit.fields(), int(visit.values[0])
+        dash, at = visit.access.dash, number_in(fields, "from") or 0
+        most = min(number_in(fields, "len") or MOST_OUTPUT, MOST_OUTPUT)
+        seconds = min(time_in(fields, "wait") or 0.0, LONGEST_LOOK)
+        self.hub.look(dash, run)
+
+        def ask() -> None:
+            self.readers.ask(lambda: self.hub.read(
+                self.hub.output, dash, run, at, most), told)
+
+        def told(found, error) -> None:
+            if error:
+                return self.fail(visit, error)
+            data, size, live, begin = (*found, at)[:4]
+            response = Response(200, data, BYTES, (
+                ("X-Koi-Size", str(size)), ("X-Koi-Live", str(int(live))),
+                ("X-Koi-From", str(max(begin, at)))))
+            if visit.wait and live and not data:
+                return visit.wait.rest(lambda: visit.answer(response))
+            visit.answer(response)
+
+        if seconds:
+            Wait(visit, ("run", run), seconds, ask)
+        ask()
+
+    # --- for browsers: what is done
+
+    def do_rotate(self, visit: Visit) -> None:
+        dash = visit.access.dash
+
+        def then(result: dict) -> None:
+            """Who came with the old keys has to come with the new ones."""
+            visit.answer(json_response(result))
+            for other in self.followers(dash):
+                other.wire.leave()
+
+        self.write(visit, self.hub.rotate, dash,
+                   read_json(visit.request.body), self.clock.now(), then=then)
+
+    def do_join(self, visit: Visit) -> None:
+        self.tell(visit, self.hub.add_host, 201)
+
+    def do_leave(self, visit: Visit) -> None:
+        access, host = visit.access, visit.values[0]
+        if access.role == "host" and access.host != host:
+            raise Error("this is another host", "", 403)
+
+        def then(result: dict) -> None:
+            visit.answer(json_response(result))
+            for wait in list(self.waiting.get(("host", host), ())):
+                wait.visit.refuse(Error("this host was removed", "", 401))
+
+        self.write(visit, self.hub.remove_host, access.dash, host,
+                   self.clock.now(), then=then)
+
+    def do_ask(self, visit: Visit) -> None:
+        def then(result: dict) -> None:
+            visit.answer(json_response({
+                "nonce": result["nonce"], "state": result["state"]}, 202))
+
+        self.write(visit, self.hub.request, visit.access.dash,
+                   read_json(visit.request.body), self.clock.now(), then=then)
+
+    def do_snooze(self, visit: Visit) -> None:
+        self.tell(visit, self.hub.snooze)
+
+    def do_new_check(self, visit: Visit) -> None:
+        self.tell(visit, self.hub.make_check, 201)
+
+    def do_change_check(self, visit: Visit) -> None:
+        self.write(visit, self.hub.change_check, visit.access.dash,
+                   *visit.values, read_json(visit.request.body),
+                   self.clock.now())
+
+    def do_change_channels(self, visit: Visit) -> None:
+        self.tell(visit, self.hub.change_channel)
+
+    def do_forget(self, visit: Visit) -> None:
+        self.tell(visit, self.hub.forget)
+
+    # --- for hosts
+
+    def do_sync(self, visit: Visit) -> None:
+        body = visit.request.body
+        if len(body) < INLINE_BODY:
+            return self.sync(visit, read_json(body))
+        self.readers.ask(lambda: read_json(body), lambda asked, error:
+                         self.fail(visit, error) if error
+                         else self.guarded(visit, self.sync, asked))
+
+    def guarded(self, visit: Visit, deed, *values) -> None:
+        try:
+            deed(visit, *values)
+        except Exception as error:
+            self.fail(visit, error)
+
+    def sync(self, visit: Visit, asked: dict) -> None:
+        """Take what a host sends; what there is for it, at once or when it
+        comes."""
+        visit.request.body = b""
+        seconds = asked.get("wait")
+        seconds = min(seconds, LONGEST_WAIT) if isinstance(
+            seconds, (int, float)) else 0
+        reply: dict = {}
+
+        def again() -> None:
+            self.write(visit, self.hub.hand_out, visit.access,
+                       self.clock.now(), then=told)
+
+        def told(found: dict) -> None:
+            reply.update(found)
+            news = any(reply.get(name) for name in
+                       ("requests", "owed", "want_list")) \
+                or frozenset(reply.get("live", ())) != visit.wire.told
+            if visit.wait and not news:
+                return visit.wait.rest(answer)
+            answer()
+
+        def answer() -> None:
+            visit.wire.told = frozenset(reply.get("live", ()))
+            visit.answer(json_response(reply))
+
+        if seconds > 0 and not any(asked.get(name) for name in SENT):
+            Wait(visit, ("host", visit.access.host), seconds, again)
+        self.write(visit, self.hub.sync, visit.access, asked,
+                   self.clock.now(), then=told)
+
+    # --- the stream of changes
+
+    def feed(self, dash: str) -> Feed:
+        """The changes of a dashboard, kept from now on."""
+        until = self.loop.time() + FEED_TIME
+        feed = self.feeds.get(dash)
+        if not feed:
+            feed = self.feeds[dash] = Feed(0, until)
+            feed.clear(self.hub.seq(dash))
+        feed.until = max(feed.until, until)
+        return feed
+
+    def do_stream(self, visit: Visit) -> None:
+        since = number_in(visit.fields(), "since")
+        feed = self.feed(visit.access.dash)
+        lines = feed.since(since) if since is not None and since <= max(
+            feed.newest, self.hub.seq(visit.access.dash)) else None
+        visit.begin(Response(200, kind=NDJSON,
+                             headers=(("X-Accel-Buffering", "no"),)))
+        if visit.request.method == "HEAD":
+            visit.wire.visit = None
+            visit.end()
+            return visit.wire.leave()
+        visit.stream = feed
+        feed.followers[visit] = None
+        visit.piece(RESET if lines is None else b"".join(lines) or b"\n")
+
+    def followers(self, dash: str) -> list[Visit]:
+        feed = self.feeds.get(dash)
+        return list(feed.followers) if feed else []
+
+    def heard(self, dash: str, changes: dict) -> None:
+        """Hub has news. In the writer's thread."""
+        import json
+        seq, line = changes.get("seq"), b""
+        shown = {name: value for name, value in changes.items()
+                 if name not in ("wake", "live")}
+        if changes.get("reset"):
+            line = RESET
+        elif seq is not None and len(shown) > 1:
+            line = json.dumps(shown, ensure_ascii=False, separators=(
+                ",", ":")).encode("utf-8", "backslashreplace") + b"\n"
+        self.mailbox.put(self.spread, dash, seq, line, [
+            *(("host", host) for host in changes.get("wake", ())),
+            *(("run", run) for run in changes.get("live", ()))])
+
+    def spread(self, dash: str, seq: int | None, line: bytes,
+               stirred: list) -> None:
+        """The news, to those whom they concern. On the loop."""
+        for key in stirred:
+            for wait in list(self.waiting.get(key, ())):
+                self.guarded(wait.visit, lambda _visit, wait=wait:
+                             wait.stir())
+        feed = self.feeds.get(dash)
+        if not feed or not line:
+            return
+        if line is RESET:
+            feed.clear(seq or self.hub.seq(dash))
+        elif seq > feed.newest:
+            feed.add(seq, line)
+        for visit in list(feed.followers):
+            visit.piece(line)
+
+    # --- time
+
+    def sweep(self) -> None:
+        """Who is late?"""
+        now = self.loop.time()
+        for wire in list(self.wires):
+            wire.sweep(now)
+        if not self.stopping:
+            self.loop.call_later(SWEEP_TIME, self.sweep)
+        self.say_rest()
+
+    def beat(self) -> None:
+        """A sign of life for all streams, so that no proxy cuts them."""
+        now = self.loop.time()
+        for dash, feed in list(self.feeds.items()):
+            if feed.followers:
+                feed.until = now + FEED_TIME
+            elif feed.until < now:
+                del self.feeds[dash]
+            for visit in list(feed.followers):
+                visit.piece(b"\n")
+        if not self.stopping:
+            self.loop.call_later(HEARTBEAT, self.beat)
+
+    def stop(self) -> None:
+        """Answer those who wait, and hang up on who has nothing asked."""
+        self.stopping = True
+        for waits in list(self.waiting.values()):
+            for wait in list(waits):
+                wait.late()
+        for wire in list(self.wires):
+            if wire.visit and wire.visit.stream or wire.phase == HEAD:
+                wire.leave()
+
+    # --- what is told about it
+
+    def note(self, visit: Visit, error: Error) -> None:
+        """A line about a refusal. Whoever guesses keys shall not fill the
+        disk with it; nor shall it tell a key: of a path the first word."""
+        request = visit.request
+        what = "?" if not request else f"{request.method} " + (
+            visit.route.path if visit.route
+            else "/" + request.path.split("/")[1][:12])
+        self.line(f"{visit.address} {what}: {error.status} {error.message}")
+
+    def line(self, text: str) -> None:
+        now = self.loop.time()
+        self.quiet = [at for at in self.quiet if at > now - LINES_TIME]
+        if len(self.quiet) >= LINES_IN_TIME:
+            self.unsaid += 1
+            return
+        self.quiet.append(now)
+        self.say(text)
+
+    def say_rest(self) -> None:
+        """How many lines were left out."""
+        if self.unsaid and self.quiet[0] < self.loop.time() - LINES_TIME:
+            self.say(f"{plural(self.unsaid, 'line')} more about refusals")
+            self.quiet, self.unsaid = [], 0
+
+    def complain(self, error: BaseException) -> None:
+        """A fault of ours, in one line, with the place."""
+        places, at = [], error.__traceback__
+        while at:
+            places.append(f"{at.tb_frame.f_code.co_name}:{at.tb_lineno}")
+            at = at.tb_next
+        self.line(f"a fault of ours: {type(error).__name__}: {error} "
+                  f"({' '.join(places[-4:])})")
+
+
+HTML, BYTES = "text/html; charset=utf-8", "application/octet-stream"
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
+NDJSON = "application/x-ndjson; charset=utf-8"
+RESET = b'{"reset":true}\n'
+WHO = {"host": ("host",), "viewer": ("viewer", "operator"),
+       "operator": ("operator",), "host or operator": ("host", "operator")}
+# A host that sends one of these wants to know at once that it arrived.
+SENT = ("records", "outputs", "verdicts", "list")
+MOST_OUTPUT, LONGEST_SEARCH = 2**20, 200
+FEED_TIME = 60.0        # in which a browser comes back for what it missed
+LINES_TIME, LINES_IN_TIME = 10.0, 20
+
+
+class Later(Error):
+    """Too often: in how many seconds again."""
+
+    def __init__(self, message: str, seconds: int):
+        super().__init__(message, f"try again in {seconds} s", 429)
+        self.seconds = seconds
+
+
+def check_body(request: Request, route: Route) -> None:
+    """May this body come? Raises Error."""
+    if request.length > route.body:
+        raise Error(f"the body is longer than {route.body:,} bytes", "", 413)
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise Error("the body has to come as it is", "no Content-Encoding",
+                    415)
+    if request.headers.get("expect", "100-continue").lower() \
+            != "100-continue":
+        raise Error("this expects too much", "", 417)
+    if route.method == "POST" and route.deed != "ping" \
+            and request.kind != JSON:
+        raise Error("the body has to be JSON", f"Content-Type: {JSON}", 415)
+
+
+def number_in(fields: dict, name: str) -> int | None:
+    """A number in a query; None if it is not there. Raises Error."""
+    text = fields.get(name)
+    if text is None:
+        return None
+    if not is_number(text):
+        raise Error(f"{name} is no number", "", 400)
+    return int(text)
+
+
+def time_in(fields: dict, name: str) -> float | None:
+    """Seconds in a query; None if they are not there. Raises Error."""
+    text = fields.get(name)
+    if text is None:
+        return None
+    whole, _, part = text.partition(".")
+    if not is_number(whole) or part and not is_number(part[:18]):
+        raise Error(f"{name} is no time", "", 400)
+    return float(f"{whole}.{part[:18] or 0}")
+
+
+# --- sockets --------------------------------------------------------------
+
+
+def listen_address(text: str) -> tuple[str, int]:
+    """The address and the port in 127.0.0.1:8077 or [::1]:8077. Raises
+    Error."""
+    name, port = split_authority(text)
+    name = "127.0.0.1" if name == "localhost" else name
+    address = address_of(name) if name and port else None
+    if not address or int(port) > 65535:
+        raise Error(f"{short(text)} is no ADDRESS:PORT",
+                    "127.0.0.1:8077, 0.0.0.0:8077, [::1]:8077", EXIT_USAGE)
+    return str(address), int(port)
+
+
+def listener(address: str, port: int):
+    """A socket that listens. Raises Error."""
+    found = address_of(address)
+    sock = socket.socket(socket.AF_INET if found.version == 4
+                         else socket.AF_INET6)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if found.version == 6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((address, port))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise Error(f"cannot listen at {url_name(address)}:{port}: "
+                    f"{error.strerror}", "--listen ADDRESS:PORT") from None
+    sock.setblocking(False)
+    return sock
+
+
+def url_name(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+class Certificate:
+    """The certificate that we show, and its key, from two files."""
+
+    def __init__(self, cert: str, key: str):
+        self.cert, self.key = cert, key
+        self.context, self.expires, self.print = None, 0.0, ""
+
+    def load(self) -> None:
+        """Read both files, again on SIGHUP: connections that come later see
+        the new one. Raises Error."""
+        import ssl
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_cert_chain(self.cert, self.key, password=lambda: "")
+            with open(self.cert, encoding="ascii", errors="replace") as file:
+                text = file.read(LONGEST_TAB)
+            begin = text.index("-----BEGIN CERTIFICATE-----")
+            end = text.index("-----END CERTIFICATE-----", begin)
+            der = ssl.PEM_cert_to_DER_cert(
+                text[begin:end] + "-----END CERTIFICATE-----")
+            self.expires = expiry_of(der)
+        except (OSError, ValueError) as error:      # SSLError is an OSError
+            raise Error(f"{self.cert} and {self.key} cannot be used: "
+                        f"{error.strerror or error}" if isinstance(
+                            error, OSError) else f"{self.cert}: {error}",
+                        "a certificate and its key, both PEM") from None
+        self.context, digest = context, digest_of(der).upper()
+        self.print = ":".join(digest[at:at + 2] for at in range(0, 64, 2))
+
+    def trouble(self, now: float) -> str:
+        """What is wrong with its dates; "" if nothing."""
+        if now > self.expires:
+            return f"{self.cert} expired on {rfc3339(self.expires)}"
+        return f"{self.cert} expires on {rfc3339(self.expires)}" \
+            if now > self.expires - CERTIFICATE_SOON else ""
+
+
+class Front:
+    """The sockets of a Site, from the first call to the last answer."""
+
+    def __init__(self, site: Site, listeners: list,
+                 certificate: Certificate | None = None):
+        self.site, self.listeners = site, listeners
+        self.certificate, self.why = certificate, ""
+        self.tasks: set = set()
+        self.spare = -1             # a descriptor, for when there is none
+        self.loop = self.ended = None
+        self.told = -DAY
+
+    def run(self, ready=None) -> str:
+        """Serve until a signal says stop, or Hub cannot go on: then why."""
+        import asyncio
+        most = more_files()
+        self.site.crowd.most = min(MOST_WIRES, max(most - 64, 16))
+        # Children of ours are Alerts': no loop of ours may reap them.
+        loop = asyncio.SelectorEventLoop()
+        try:
+            loop.run_until_complete(self.serve(loop, ready))
+        finally:
+            loop.close()
+        return self.why
+
+    async def serve(self, loop, ready) -> None:
+        self.loop, self.ended = loop, loop.create_future()
+        loop.set_exception_handler(self.surprise)
+        self.site.secure = self.certificate is not None
+        self.site.literals = any(not is_loopback(sock.getsockname()[0])
+                                 for sock in self.listeners)
+        self.site.names |= {url_name(sock.getsockname()[0])
+                            for sock in self.listeners}
+        self.site.open(loop)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
+        self.spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        for sock in self.listeners:
+            loop.add_reader(sock, self.accept, sock)
+        self.tend()
+        if ready:
+            ready()
+        await self.ended
+
+    # --- who comes in
+
+    def accept(self, sock) -> None:
+        """Take those who wait, some at a time, so that others are served
+        in between."""
+        for _ in range(64):
+            try:
+                found, peer = sock.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS,
+                                   errno.ENOMEM):
+                    return self.pause(sock, error)
+                continue                    # he has gone already
+            self.admit(found, peer[0])
+
+    def admit(self, sock, peer: str) -> None:
+        """Before a byte is read or a handshake begins: is there room?"""
+        site = self.site
+        near = is_loopback(peer) or peer in site.proxies
+        counted = None if near else network_of(peer)
+        if not site.crowd.admits(counted) and not self.make_room(counted):
+            site.line(f"{peer} ?: 503 too many connections")
+            return self.turn_away(sock)
+        site.crowd.enter(counted)
+        wire = Wire(site, peer, counted)
+        task = self.loop.create_task(self.welcome(sock, wire))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def make_room(self, counted: str | None) -> bool:
+        """If it is the house that is full, whoever has said nothing for the
+        longest time has to go: so silence keeps nobody out."""
+        if self.site.crowd.all < self.site.crowd.most \
+                or not self.site.crowd.admits(counted, False):
+            return False
+        for wire in self.site.wires:
+            if wire.phase == HEAD and not wire.proven:
+                wire.transport.abort()
+                return True
+        return False
+
+    def turn_away(self, sock) -> None:
+        sock.setblocking(False)
+        try:
+            if not self.certificate:
+                error = Error("too many connections", "try again", 503)
+                response = error_response(error)
+                sock.send(head_bytes(response, len(response.body), True)
+                          + response.body)
+        except OSError:
+            pass
+        sock.close()
+
+    async def welcome(self, sock, wire: Wire) -> None:
+        """Shake hands, without anybody having to wait for it."""
+        context = self.certificate and self.certificate.context
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self.loop.connect_accepted_socket(
+                lambda: wire, sock, ssl=context, **(
+                    {"ssl_handshake_timeout": HEAD_TIME} if context else {}))
+        except (OSError, EOFError):     # no TLS, too slow, or gone
+            pass
+        if not wire.transport:
+            self.site.crowd.leave(wire.counted, False)
+            sock.close()
+
+    def pause(self, sock, error: OSError) -> None:
+        """No descriptor is left. Whoever waits is told so, by closing his
+        connection with the one that we kept; then we rest a moment."""
+        self.site.line(f"cannot accept: {error.strerror}")
+        os.close(self.spare)
+        try:
+            sock.accept()[0].close()
+        except OSError:
+            pass
+        try:
+            self.spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self.spare = os.dup(2)
+        self.loop.remove_reader(sock)
+        self.loop.call_later(0.1, self.resume, sock)
+
+    def resume(self, sock) -> None:
+        if not self.site.stopping:
+            self.loop.add_reader(sock, self.accept, sock)
+
+    # --- what happens meanwhile
+
+    def tend(self) -> None:
+        """Can Hub go on? Is the certificate still good?"""
+        if self.site.stopping:
+            return
+        if self.hub_broken():
+            return self.stop()
+        now = self.loop.time()
+        if self.certificate and now - self.told >= DAY:
+            self.told, self.site.expires = now, self.certificate.expires
+            trouble = self.certificate.trouble(self.site.clock.now())
+            if trouble:
+                self.site.say(f"warning: {trouble}")
+        self.loop.call_later(1.0, self.tend)
+
+    def hub_broken(self) -> str:
+        self.why = self.site.hub.broken
+        return self.why
+
+    def reload(self) -> None:
+        """SIGHUP: the certificate was renewed."""
+        if not self.certificate:
+            return
+        try:
+            self.certificate.load()
+            self.told = -DAY
+            self.site.say("the certificate was read again")
+        except Error as error:
+            self.site.say(f"the certificate stays as it was: {error.message}")
+
+    def surprise(self, loop, context: dict) -> None:
+        """What asyncio has to tell. Who hangs up in the middle is no
+        surprise."""
+        error = context.get("exception")
+        if error is None or isinstance(error, (OSError, EOFError)):
+            return
+        self.site.complain(error)
+
+    def stop(self) -> None:
+        """End: nobody new, what was asked is answered, then all is over."""
+        if self.site.stopping:
+            return
+        for sock in self.listeners:
+            self.loop.remove_reader(sock)
+            sock.close()
+        self.site.stop()
+        self.loop.create_task(self.finish())
+
+    async def finish(self) -> None:
+        import asyncio
+        until = self.loop.time() + STOP_TIME
+        while (self.site.wires or self.site.writes) \
+                and self.loop.time() < until:
+            await asyncio.sleep(0.02)
+        for wire in list(self.site.wires):
+            wire.transport.abort()
+        await asyncio.sleep(0)
+        self.site.readers.end()
+        os.close(self.spare)
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+
+def more_files() -> int:
+    """Raise the limit of open files as far as we may; the limit."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, 65_536) if hard != resource.RLIM_INFINITY else 65_536
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError):
+            return soft
+    return wanted
+
 
 # ==========================================================================
 # Page: what does the browser run?                                 (nothing)
