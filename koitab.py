@@ -8107,7 +8107,8 @@ Jobs:
 Setting up:
   koitab import                    cron's tabs as a koitab, printed
   koitab daemon [--system]         koid, in the foreground
-  koitab unit daemon [--system]    a unit for systemd, a plist for launchd
+  koitab dashboard                 the dashboard, in the foreground
+  koitab unit daemon|dashboard     a unit for systemd, a plist for launchd
   koitab completion bash|zsh|fish  completion for a shell
 
 Options:
@@ -8119,6 +8120,18 @@ Options:
       --utc            show times in UTC
       --json           for programs
       --system         serve /etc/crontab, /etc/cron.d and cron's tabs too
+
+Options of dashboard, and of `unit dashboard`:
+      --listen ADDRESS:PORT   where (127.0.0.1:8077); may be repeated
+      --db FILE        where it keeps all (dashboard.db in the state folder)
+      --cert FILE      https, with this certificate (PEM) ...
+      --key FILE       ... and its key
+      --plain-http     listen beyond this machine without https
+      --name HOST      a name that browsers and hosts call it by; repeatable
+      --behind-proxy ADDRESS   believe X-Forwarded-For from there
+      --allow-new      anyone may make a dashboard here
+      --backup FILE    write a copy of all to FILE, and end
+
   -h, --help           this text
   -V, --version        the version
 
@@ -8133,12 +8146,18 @@ Exit status: 0 all well; 1 the tab has faults, or something is not there;
 """
 
 SHORT = "u:elriT:n:hV"
-LONG = ["number=", "tab=", "from=", "utc", "json", "system", "help",
-        "version"]
+LONG = ["number=", "tab=", "from=", "utc", "json", "system", "listen=",
+        "db=", "cert=", "key=", "plain-http", "name=", "behind-proxy=",
+        "allow-new", "backup=", "help", "version"]
 FIELDS = {"-u": "user", "-e": "edit", "-l": "list", "-r": "remove",
-          "-i": "ask", "-T": "test", "--from": "start"}
+          "-i": "ask", "-T": "test", "--from": "start",
+          "--plain-http": "plain_http", "--allow-new": "allow_new"}
+REPEATED = {"--listen": "listen", "--name": "names",
+            "--behind-proxy": "proxies"}
+OF_DASHBOARD = ("--listen --db --cert --key --plain-http --name "
+                "--behind-proxy --allow-new")
 SAME = {"--number": "-n"}
-LATER = ("dashboard", "page")       # commands of a version to come
+LATER = ("page",)       # commands of a version to come
 SYSTEM_TABS = ("/etc/crontab", "/etc/cron.d/")
 LONGEST_LIST = 100_000
 PAGE_OF_RUNS = 500      # a reply holds so many
@@ -8204,7 +8223,10 @@ _koitab() {
             return ;;
         -T|--tab) COMPREPLY=($(compgen -f -- "$word")); return ;;
         -u) COMPREPLY=($(compgen -u -- "$word")); return ;;
-        unit) COMPREPLY=($(compgen -W "daemon" -- "$word")); return ;;
+        unit) COMPREPLY=($(compgen -W "daemon dashboard" -- "$word"))
+            return ;;
+        --db|--cert|--key|--backup)
+            COMPREPLY=($(compgen -f -- "$word")); return ;;
         completion) COMPREPLY=($(compgen -W "bash zsh fish" -- "$word"))
             return ;;
     esac
@@ -8220,9 +8242,9 @@ _koitab() {
         run|log|history|next)
             compadd -- ${(f)"$(koitab completion names 2>/dev/null)"}
             return ;;
-        -T|--tab) _files; return ;;
+        -T|--tab|--db|--cert|--key|--backup) _files; return ;;
         -u) _users; return ;;
-        unit) compadd daemon; return ;;
+        unit) compadd daemon dashboard; return ;;
         completion) compadd bash zsh fish; return ;;
     esac
     compadd -- COMMANDS OPTIONS
@@ -8235,11 +8257,16 @@ set -l named run log history next
 complete -c koitab -f -n "__fish_seen_subcommand_from $named" \
     -a "(koitab completion names 2>/dev/null)"
 complete -c koitab -n "__fish_use_subcommand" -a "COMMANDS"
-complete -c koitab -f -n "__fish_seen_subcommand_from unit" -a "daemon"
+complete -c koitab -f -n "__fish_seen_subcommand_from unit" \
+    -a "daemon dashboard"
 complete -c koitab -f -n "__fish_seen_subcommand_from completion" \
     -a "bash zsh fish"
 complete -c koitab -s T -r -F
 complete -c koitab -l tab -r -F
+complete -c koitab -l db -r -F
+complete -c koitab -l cert -r -F
+complete -c koitab -l key -r -F
+complete -c koitab -l backup -r -F
 complete -c koitab -s u -x -a "(__fish_complete_users)"
 complete -c koitab -a "OPTIONS"
 ''',
@@ -8264,6 +8291,11 @@ class Options:
         self.number = 0
         self.edit = self.list = self.remove = self.ask = False
         self.utc = self.json = self.system = False
+        self.db = self.cert = self.key = self.backup = ""
+        self.plain_http = self.allow_new = False
+        self.listen: list[str] = []
+        self.names: list[str] = []
+        self.proxies: list[str] = []
 
     def read(self, argv: list[str]) -> list[str]:
         """Take the options from both sides of the command; the rest of the
@@ -8298,7 +8330,10 @@ class Options:
             if not 0 < self.number <= LONGEST_LIST:
                 raise Error(f"-n {value}: not a number", "-n 5; -T FILE "
                             "tests a tab", self.status)
-        elif name in ("-u", "-T", "--tab", "--from"):
+        elif name in REPEATED:
+            getattr(self, REPEATED[name]).append(value)
+        elif name in ("-u", "-T", "--tab", "--from", "--db", "--cert",
+                      "--key", "--backup"):
             setattr(self, FIELDS.get(name, name.strip("-")), value)
         else:
             setattr(self, FIELDS.get(name, name.strip("-")), True)
@@ -9465,14 +9500,16 @@ def running_cron() -> int:
 
 
 def command_unit(options: Options, machine: Machine, what: str) -> int:
-    if what == "dashboard":
-        raise no_dashboard()
-    if what != "daemon":
+    if what not in ("daemon", "dashboard"):
         raise Error(f"there is no unit {short(what)}", "koitab unit daemon",
                     EXIT_USAGE)
+    options.allow("--system" if what == "daemon" else OF_DASHBOARD,
+                  f"unit {what}", EXIT_USAGE)
     path = os.path.abspath(__file__)
     command = [path] if os.access(path, os.X_OK) else [
         sys.executable, "-IS", path]
+    if what == "dashboard":
+        return unit_of_dashboard(options, machine, [*command, what])
     command += ["daemon"] + ["--system"] * options.system
     kept = {name: os.environ[name] for name in ("KOI_HOME", "XDG_STATE_HOME")
             if os.environ.get(name)}
@@ -9500,11 +9537,11 @@ def unit_word(word: str) -> str:
     return f'"{word}"' if " " in word or '"' in word else word
 
 
-def plist(command: list[str], environment: dict) -> str:
+def plist(command: list[str], environment: dict, label: str = "koid") -> str:
     """The same for launchd."""
     import plistlib
     return plistlib.dumps({
-        "Label": "koid", "ProgramArguments": command,
+        "Label": label, "ProgramArguments": command,
         "EnvironmentVariables": environment, "RunAtLoad": True,
         "KeepAlive": True,
         "AbandonProcessGroup": True,    # jobs outlive koid
@@ -9531,6 +9568,206 @@ def command_daemon(options: Options, machine: Machine) -> int:
     return run_daemon(machine, options.system)
 
 
+# --- dashboard ------------------------------------------------------------
+
+DASHBOARD_UNIT = """\
+# {where}
+[Unit]
+Description=koi's dashboard
+StartLimitIntervalSec=0
+
+[Service]
+ExecStart={command}
+{lines}ExecReload=kill -HUP $MAINPID
+Restart=always
+RestartSec=2
+LimitNOFILE=65536
+UMask=0077
+# It needs its database and the network, and nothing else of this host.
+NoNewPrivileges=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+{closed}
+[Install]
+WantedBy={target}
+"""
+# What only the system's manager can close.
+CLOSED = """\
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectSystem=strict
+ProtectHome=read-only
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+ProtectClock=yes
+ProtectHostname=yes
+RestrictNamespaces=yes
+"""
+# No account has to be made for it: systemd lends it one, and a folder.
+LENT = """\
+DynamicUser=yes
+StateDirectory=koi-dashboard
+StateDirectoryMode=0700
+CapabilityBoundingSet={capabilities}
+AmbientCapabilities={capabilities}
+"""
+LENT_DB = "/var/lib/koi-dashboard/dashboard.db"
+
+
+def dashboard_db(options: Options, machine: Machine) -> str:
+    """Where the dashboard keeps all."""
+    return os.path.abspath(
+        options.db or f"{machine.home_of_state()}/dashboard.db")
+
+
+def judge_listen(options: Options) -> list[tuple[str, int]]:
+    """Where to listen, if that is a good idea. Raises Error."""
+    wanted = [listen_address(text) for text in options.listen
+              or ["127.0.0.1:8077"]]
+    if bool(options.cert) != bool(options.key):
+        raise Error("--cert and --key go together", "--cert F --key F",
+                    EXIT_USAGE)
+    open_to = [url_name(address) for address, _ in wanted
+               if not is_loopback(address)]
+    if open_to and not options.cert and not options.plain_http:
+        raise Error(
+            f"at {open_to[0]} it would speak plain http: whoever is on the "
+            "way could read and change all of it, and take over the page "
+            "that asks for the password", "--cert FILE --key FILE; or a "
+            "proxy with https in front of 127.0.0.1; or --plain-http",
+            EXIT_USAGE)
+    for text in options.names:
+        if not split_authority(text)[0]:
+            raise Error(f"{short(text)} is no name of a host", "--name "
+                        "koi.example", EXIT_USAGE)
+    for text in options.proxies:
+        if not address_of(text):
+            raise Error(f"{short(text)} is no address", "--behind-proxy "
+                        "10.0.0.2", EXIT_USAGE)
+    return wanted
+
+
+def command_dashboard(options: Options, machine: Machine) -> int:
+    """Be the dashboard, until a signal says stop."""
+    if options.backup:
+        return back_up(options, machine)
+    wanted, certificate = judge_listen(options), None
+    if options.cert:
+        certificate = Certificate(options.cert, options.key)
+        certificate.load()
+    listeners = [listener(*each) for each in wanted]
+    if not options.db:
+        machine.make_home(machine.home_of_state())
+    hub = Hub(dashboard_db(options, machine), machine.clock)
+    hub.open()
+    hub.start()
+    herald = Herald(hub, machine)
+    herald.start()
+    site = Site(hub, page_text(), [text.lower() for text in options.names],
+                options.proxies, options.allow_new, said_by(machine))
+    front = Front(site, listeners, certificate)
+    try:
+        why = front.run(lambda: tell_where(options, front))
+    finally:
+        herald.stop()
+        hub.stop()
+    if why:
+        raise Error(f"the dashboard cannot go on: {why}")
+    return EXIT_OK
+
+
+def said_by(machine: Machine):
+    """A line of the dashboard's log, on stderr."""
+    def say(text: str) -> None:
+        try:
+            print(visible(f"{rfc3339(machine.clock.now())} dashboard: {text}"
+                          ), file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            pass                # nobody reads it
+    return say
+
+
+def tell_where(options: Options, front: Front) -> None:
+    """It listens: where, and what to type next."""
+    scheme = "https" if front.certificate else "http"
+    urls = []
+    for sock in front.listeners:
+        address, port = sock.getsockname()[:2]
+        urls.append(f"{scheme}://{url_name(address)}:{port}")
+        front.site.say(f"koi {VERSION} listens at {urls[-1]}")
+    if front.certificate:
+        front.site.say("SHA-256 of the certificate: "
+                       f"{front.certificate.print}")
+    if options.plain_http and not front.certificate and front.site.literals:
+        front.site.say("warning: this is plain http: whoever is on the way "
+                       "can read and change all of it")
+    name = options.names[0] if options.names else ""
+    if name and scheme == "https" and not split_authority(name)[1]:
+        name += f":{front.listeners[0].getsockname()[1]}"
+    where = f"{scheme}://{name}" if name else urls[0]
+    front.site.say(f"next: koitab -d new {where}; then open {where}")
+
+
+def back_up(options: Options, machine: Machine) -> int:
+    options.allow("--db --backup", "--backup", EXIT_USAGE)
+    path = dashboard_db(options, machine)
+    if not os.path.exists(path):
+        raise Error(f"{path} is not there", "--db FILE")
+    Hub(path, machine.clock).backup(os.path.abspath(options.backup))
+    return EXIT_OK
+
+
+def unit_of_dashboard(options: Options, machine: Machine,
+                      command: list[str]) -> int:
+    """The dashboard's unit, with the options that it is to have."""
+    low = any(0 < port < 1024 for _, port in judge_listen(options))
+    words, root = list(command), os.geteuid() == 0
+    for name, values in (("--listen", options.listen),
+                         ("--name", options.names),
+                         ("--behind-proxy", options.proxies)):
+        for value in values:
+            words += [name, value]
+    words += ["--plain-http"] * options.plain_http
+    words += ["--allow-new"] * options.allow_new
+    db = dashboard_db(options, machine)
+    lent = root and not options.db and "KOI_HOME" not in os.environ \
+        and sys.platform != "darwin"
+    words += ["--db", LENT_DB if lent else db]
+    files = [(name, os.path.abspath(getattr(options, name)))
+             for name in ("cert", "key") if options.cert]
+    if not lent:
+        words += [word for name, path in files for word in (f"--{name}",
+                                                            path)]
+    if sys.platform == "darwin":
+        print(plist(words, {}, "koi-dashboard"), end="")
+        return EXIT_OK
+    line, lines = " ".join(map(unit_word, words)).replace("$", "$$"), ""
+    if lent:        # its key may be root's alone: systemd hands it over
+        lines = LENT.format(
+            capabilities="CAP_NET_BIND_SERVICE" if low else "") + "".join(
+                f"LoadCredential={name}:{path}\n" for name, path in files)
+        line += "".join(f" --{name} ${{CREDENTIALS_DIRECTORY}}/{name}"
+                        for name, _ in files)
+    elif root:
+        lines = f"ReadWritePaths={unit_word(posixpath.dirname(db))}\n"
+    print(DASHBOARD_UNIT.format(
+        where="koitab unit dashboard > /etc/systemd/system/"
+        "koi-dashboard.service;\n# systemctl enable --now koi-dashboard"
+        if root else "koitab unit dashboard > ~/.config/systemd/user/"
+        "koi-dashboard.service;\n# systemctl --user enable --now "
+        "koi-dashboard; loginctl enable-linger", command=line, lines=lines,
+        closed=CLOSED if root else "",
+        target="multi-user.target" if root else "default.target"), end="")
+    return EXIT_OK
+
+
 AS_CRONTAB = {"-e": command_edit, "-l": command_list, "-r": command_remove,
               "-T": command_test}
 COMMANDS = {    # name -> function, fewest and most words after it, options
@@ -9542,7 +9779,8 @@ COMMANDS = {    # name -> function, fewest and most words after it, options
     "status": (command_status, 0, 0, "-u --json"),
     "import": (command_import, 0, 0, "-u"),
     "daemon": (command_daemon, 0, 0, "--system"),
-    "unit": (command_unit, 1, 1, "--system"),
+    "dashboard": (command_dashboard, 0, 0, OF_DASHBOARD + " --backup"),
+    "unit": (command_unit, 1, 1, "--system " + OF_DASHBOARD),
     "completion": (command_completion, 1, 1, "-u"),
 }
 
