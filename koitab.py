@@ -9856,13 +9856,14 @@ def split_authority(text: str) -> tuple[str, str]:
     name, colon, port = text.rpartition(":") if not text.endswith("]") \
         else (text, "", "")
     name, port = (name, port) if colon else (text, "")
-    plain = name[1:-1] if name[:1] == "[" and name[-1:] == "]" else name
-    if colon and not (port.isascii() and port.isdigit() and len(port) < 6) \
-            or not plain.isascii() or ":" in plain and plain == name \
-            or not plain.replace("-", "").replace(".", "").replace(
-                ":", "").replace("_", "").isalnum():
+    if colon and not (port.isascii() and port.isdigit() and len(port) < 6):
         return "", ""
-    return name.lower(), port
+    if name.startswith("["):
+        found = name.endswith("]") and address_of(name)
+        return (name.lower(), port) if found else ("", "")
+    plain = name.replace("-", "").replace(".", "").replace("_", "")
+    return (name.lower(), port) if plain.isascii() and plain.isalnum() \
+        else ("", "")
 
 
 def address_of(name: str):
@@ -10237,7 +10238,7 @@ class Wire:
     __slots__ = ("site", "transport", "peer", "counted", "buffer", "seen",
                  "phase", "deadline", "visit", "proven", "busy", "held",
                  "clogged", "stalled", "ended", "drained", "rest", "last",
-                 "told")
+                 "told", "task")
 
     def __init__(self, site: Site, peer: str, counted: str | None):
         self.site, self.peer, self.counted = site, peer, counted
@@ -10248,14 +10249,14 @@ class Wire:
         # ended: the other side has said all; last: hang up after the answer.
         self.proven = self.busy = self.held = self.clogged = False
         self.ended = self.last = False
-        self.told: frozenset = frozenset()  # runs that its host watches
+        self.told: tuple = (frozenset(), False, [])     # see Site.sync
+        self.task = None            # the handshake
 
     # --- what asyncio calls
 
     def connection_made(self, transport) -> None:
         self.transport = transport
         self.deadline = self.site.loop.time() + HEAD_TIME
-        self.site.wires[self] = None
         if self.site.stopping:
             transport.abort()
 
@@ -10283,7 +10284,9 @@ class Wire:
 
     def connection_lost(self, error) -> None:
         self.phase, self.buffer, self.rest = GONE, bytearray(), None
-        self.site.wires.pop(self, None)
+        if self not in self.site.wires:
+            return
+        del self.site.wires[self]
         self.site.crowd.leave(self.counted, self.proven)
         if self.visit:
             self.visit.end()
@@ -10424,6 +10427,14 @@ class Wire:
             self.transport.close()
         elif self.transport.can_write_eof():
             self.transport.write_eof()
+
+    def drop(self) -> None:
+        """Hang up now, whatever is being said."""
+        self.phase = GONE
+        if self.transport:
+            self.transport.abort()
+        else:
+            self.task.cancel()
 
     def sweep(self, now: float) -> None:
         """Is this one late? A reader who takes bytes is not."""
@@ -10808,9 +10819,6 @@ class Site:
         """Tell what went wrong."""
         if isinstance(error, Error):
             return visit.refuse(error)
-        if getattr(error, "status", 0) == 507:      # Hub's Full
-            return visit.refuse(Error("the dashboard's disk is full",
-                                      "what there is can be read", 507))
         self.complain(error)
         visit.refuse(Error("a fault of the dashboard's", "its log says more",
                            500))
@@ -10888,7 +10896,7 @@ class Site:
             ours += f"koi_web_certificate_expires {self.expires:.0f}\n"
         self.read(visit, self.hub.metrics, visit.access.dash,
                   self.clock.now(), made=lambda text: Response(
-                      body=(text + ours).encode(), kind=METRICS))
+                      body=(text + ours).encode(), kind=EXPOSITION))
 
     def do_badge(self, visit: Visit) -> None:
         key, name = visit.values
@@ -11018,7 +11026,7 @@ class Site:
         are, or when the time to wait is over."""
         fields, run = visit.fields(), int(visit.values[0])
         dash, at = visit.access.dash, number_in(fields, "from") or 0
-        most = min(number_in(fields, "len") or MOST_OUTPUT, MOST_OUTPUT)
+        most = min(number_in(fields, "len") or MOST_FRAMES, MOST_FRAMES)
         seconds = min(time_in(fields, "wait") or 0.0, LONGEST_LOOK)
         self.hub.look(dash, run)
 
@@ -11127,15 +11135,19 @@ class Site:
 
         def told(found: dict) -> None:
             reply.update(found)
-            news = any(reply.get(name) for name in
-                       ("requests", "owed", "want_list")) \
-                or frozenset(reply.get("live", ())) != visit.wire.told
-            if visit.wait and not news:
+            if visit.wait and not reply.get("requests") \
+                    and demands() == visit.wire.told:
                 return visit.wait.rest(answer)
             answer()
 
+        def demands() -> tuple:
+            """What is wanted of the host. A demand that it does not meet is
+            no news, or it would ask again at once, for ever."""
+            return (frozenset(reply.get("live", ())),
+                    reply.get("want_list"), reply.get("owed"))
+
         def answer() -> None:
-            visit.wire.told = frozenset(reply.get("live", ()))
+            visit.wire.told = demands()
             visit.answer(json_response(reply))
 
         if seconds > 0 and not any(asked.get(name) for name in SENT):
@@ -11237,7 +11249,9 @@ class Site:
             for wait in list(waits):
                 wait.late()
         for wire in list(self.wires):
-            if wire.visit and wire.visit.stream or wire.phase == HEAD:
+            if not wire.transport:
+                wire.drop()
+            elif wire.visit and wire.visit.stream or wire.phase == HEAD:
                 wire.leave()
 
     # --- what is told about it
@@ -11277,14 +11291,14 @@ class Site:
 
 
 HTML, BYTES = "text/html; charset=utf-8", "application/octet-stream"
-METRICS = "text/plain; version=0.0.4; charset=utf-8"
+EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 NDJSON = "application/x-ndjson; charset=utf-8"
 RESET = b'{"reset":true}\n'
 WHO = {"host": ("host",), "viewer": ("viewer", "operator"),
        "operator": ("operator",), "host or operator": ("host", "operator")}
 # A host that sends one of these wants to know at once that it arrived.
 SENT = ("records", "outputs", "verdicts", "list")
-MOST_OUTPUT, LONGEST_SEARCH = 2**20, 200
+MOST_FRAMES, LONGEST_SEARCH = 2**20, 200
 FEED_TIME = 60.0        # in which a browser comes back for what it missed
 LINES_TIME, LINES_IN_TIME = 10.0, 20
 
@@ -11416,7 +11430,6 @@ class Front:
                  certificate: Certificate | None = None):
         self.site, self.listeners = site, listeners
         self.certificate, self.why = certificate, ""
-        self.tasks: set = set()
         self.spare = -1             # a descriptor, for when there is none
         self.loop = self.ended = None
         self.told = -DAY
@@ -11481,9 +11494,8 @@ class Front:
             return self.turn_away(sock)
         site.crowd.enter(counted)
         wire = Wire(site, peer, counted)
-        task = self.loop.create_task(self.welcome(sock, wire))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        site.wires[wire] = None
+        wire.task = self.loop.create_task(self.welcome(sock, wire))
 
     def make_room(self, counted: str | None) -> bool:
         """If it is the house that is full, whoever has said nothing for the
@@ -11493,7 +11505,7 @@ class Front:
             return False
         for wire in self.site.wires:
             if wire.phase == HEAD and not wire.proven:
-                wire.transport.abort()
+                wire.drop()
                 return True
         return False
 
@@ -11515,14 +11527,38 @@ class Front:
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if context:
+                await self.first_byte(sock)
             await self.loop.connect_accepted_socket(
                 lambda: wire, sock, ssl=context, **(
                     {"ssl_handshake_timeout": HEAD_TIME} if context else {}))
         except (OSError, EOFError):     # no TLS, too slow, or gone
             pass
-        if not wire.transport:
-            self.site.crowd.leave(wire.counted, False)
-            sock.close()
+        finally:
+            if not wire.transport:
+                sock.close()
+                wire.connection_lost(None)
+
+    async def first_byte(self, sock) -> None:
+        """Wait until something is said, for a handshake costs 60 kB and a
+        millisecond. Raises OSError."""
+        begun = self.loop.create_future()
+
+        def end(error: OSError | None = None) -> None:
+            if begun.done():
+                return
+            if error:
+                begun.set_exception(error)
+            else:
+                begun.set_result(None)
+
+        self.loop.add_reader(sock, end)
+        timer = self.loop.call_later(HEAD_TIME, end, TimeoutError())
+        try:
+            await begun
+        finally:
+            self.loop.remove_reader(sock)
+            timer.cancel()
 
     def pause(self, sock, error: OSError) -> None:
         """No descriptor is left. Whoever waits is told so, by closing his
@@ -11600,7 +11636,7 @@ class Front:
                 and self.loop.time() < until:
             await asyncio.sleep(0.02)
         for wire in list(self.site.wires):
-            wire.transport.abort()
+            wire.drop()
         await asyncio.sleep(0)
         self.site.readers.end()
         os.close(self.spare)

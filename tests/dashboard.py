@@ -66,7 +66,7 @@ class Client:
         if tls:
             self.sock = tls.wrap_socket(self.sock,
                                         server_hostname="127.0.0.1")
-        self.port, self.data = port, b""
+        self.port, self.data = port, bytearray()
 
     def __enter__(self):
         return self
@@ -84,16 +84,17 @@ class Client:
         try:
             data = self.sock.recv(65_536)
         except (ConnectionResetError, ssl.SSLError):
-            data = b""
+            data = b""      # a reset is an end, too
         self.data += data
         return bool(data)
 
     def head(self) -> tuple[int, dict]:
         while b"\r\n\r\n" not in self.data:
             if not self.more():
-                raise EOFError(self.data)
-        head, _, self.data = self.data.partition(b"\r\n\r\n")
-        first, *lines = head.decode("latin-1").split("\r\n")
+                raise EOFError(bytes(self.data[:300]))
+        end = self.data.index(b"\r\n\r\n")
+        first, *lines = self.data[:end].decode("latin-1").split("\r\n")
+        del self.data[:end + 4]
         return int(first.split(" ")[1]), {
             name.lower(): value for name, value in (
                 line.split(": ", 1) for line in lines)}
@@ -104,8 +105,9 @@ class Client:
             if method != "HEAD" else 0
         while len(self.data) < length:
             if not self.more():
-                raise EOFError(self.data)
-        body, self.data = self.data[:length], self.data[length:]
+                raise EOFError(bytes(self.data[:300]))
+        body = bytes(self.data[:length])
+        del self.data[:length]
         return Reply(status, headers, body)
 
     def ended(self) -> bool:
@@ -117,8 +119,10 @@ class Client:
         while True:
             while b"\n" not in self.data:
                 if not self.more():
-                    raise EOFError(self.data)
-            line, _, self.data = self.data.partition(b"\n")
+                    raise EOFError(bytes(self.data[:300]))
+            end = self.data.index(b"\n")
+            line = bytes(self.data[:end])
+            del self.data[:end + 1]
             if line:
                 return line
 
