@@ -7107,6 +7107,3360 @@ def run_daemon(machine: Machine, system: bool) -> int:
 # and acknowledged when it is on the disk (WAL and synchronous=FULL).
 # ==========================================================================
 
+HUB_SCHEMA = 1
+HUB_APPLICATION = 0x6B6F6932    # "koi2": a history is no dashboard
+MOST_IN_GROUP = 256             # deeds that are written together
+MOST_DEEDS_WAITING = 20_000     # then the next are turned away
+WAL_PAGES = 256                 # 1 MiB of log, then it goes into the database
+BALLAST = 2**21                 # twice the log: given up when the disk is full
+READ_TIME = 1.0                 # seconds that one search may take
+
+SILENT_AFTER = 90.0             # seconds without a sync: three long polls
+LATE_AFTER = 90.0               # seconds: a minute's grace, and the way here
+SETTLED_AFTER = 30.0            # a host that is back may have much to tell
+HAND_OUT_AGAIN = 30.0           # seconds without a verdict
+TWIN_SHOWN = 600.0
+WATCHED_FOR = 15.0              # seconds after the last look at a run
+STRIP = 90                      # runs in a job's strip
+ENOUGH_RUNS, USUAL_RUNS = 20, 30    # to say what is usual; of so many
+SEEN_NOTED = 60.0               # seconds between notes that a host was there
+
+DAY_SECONDS = 86_400.0
+KEEP_RUNS = 10_000              # of one job
+KEEP_RUN_DAYS, KEEP_AUDIT_DAYS, KEEP_EVENT_DAYS = 400, 400, 93
+KEEP_OUTPUT_DAYS = 90           # twice as long when the run failed
+KEEP_PINGS = 100                # of one check
+AT_ONCE = 1_000                 # rows that are removed in one step
+
+MOST_RECORDS, MOST_OUTPUTS, MOST_LIST = 1_000, 200, 8 * 2**20
+MOST_OUTPUT = 4 * 2**20         # bytes of one run; koid keeps 1 MiB
+MOST_JOBS, MOST_HOSTS, MOST_CHECKS = 10_000, 5_000, 1_000
+MOST_OWED = 50
+MOST_REQUESTS_WAITING = 100     # for one host
+MOST_CHANNELS = 20
+MOST_LIVE, LIVE_ROOM = 32, 2**21    # runs that are watched; bytes of each
+MOST_BARS = 20_000              # in one answer about a day
+MOST_TOUCHED = 2_000            # changes; more and the page reads all anew
+PING_BODY_LIMIT = 10_000
+LONGEST_MEASURED = 72 * 3600    # a start and an end that belong together
+LARGEST_TIME = 2**40            # the year 36812
+LARGEST_WHOLE = 2**53 - 1       # what JavaScript can count
+
+HUB_TABLES = """
+create table meta (name text primary key, value text not null) without rowid;
+create table dashboards (
+    id integer primary key, dash text not null unique, salt text not null,
+    rounds integer not null, api text not null unique,
+    view text not null unique, ping_key text not null unique,
+    badge_key text not null unique, made real not null);
+create table hosts (
+    id integer primary key autoincrement, dash integer not null,
+    host text not null unique, name text not null, token text,
+    made real not null, seen real, silent integer not null default 0,
+    gone integer not null default 0, epoch integer,
+    instance text not null default '', "offset" real not null default 0,
+    zone text not null default '', skew real not null default 0,
+    version text not null default '', boot text not null default '',
+    key text not null default '', list text, mac text, list_sha text,
+    troubles text not null default '[]');
+create unique index hosts_by_token on hosts (token) where token is not null;
+create table epochs (host integer not null, epoch integer not null,
+    acked integer not null, primary key (host, epoch)) without rowid;
+create table jobs (
+    id integer primary key autoincrement, dash integer not null,
+    host integer not null, user text not null, tag text not null,
+    section text not null, name text not null, label text not null,
+    timing text not null default '', words text not null default '',
+    command text not null default '', confirm text not null default 'no',
+    spec text not null default '', next real, gone integer not null default 0,
+    failing_since real, failures integer not null default 0, last_ok real,
+    last_failed integer, unique (host, user, tag));
+create index jobs_of_dash on jobs (dash);
+create index jobs_forgotten on jobs (gone) where gone = 2;
+create table runs (
+    id integer primary key autoincrement, dash integer not null,
+    job integer not null, host integer not null, epoch integer not null,
+    n integer not null, change integer not null, trigger text not null,
+    state text not null, at real not null, due real, asked real,
+    started real, ended real, exit integer, signal integer,
+    reason text not null, args text not null, attempt integer not null,
+    count integer not null, bytes integer not null, cut integer not null,
+    size integer not null, have integer not null default 0,
+    line text not null default '', nonce text not null default '',
+    until real not null default 0, pieces integer not null default 0);
+create unique index runs_of_host on runs (host, epoch, n);
+create index runs_of_job on runs (job, id);
+create index runs_good on runs (job, id) where state = 'done' and exit = 0;
+create index runs_by_time on runs (dash, at);
+create index runs_going on runs (dash, host)
+    where state in ('queued', 'running');
+create index runs_owed on runs (host, epoch, n)
+    where have < size and state not in ('queued', 'running');
+create index runs_stale on runs (until) where have > 0;
+create table outputs (
+    id integer primary key, run integer not null, at integer not null,
+    lines integer not null, data blob not null);
+create unique index outputs_of_run on outputs (run, at);
+create table unread (run integer primary key);
+create table requests (
+    id integer primary key autoincrement, dash integer not null,
+    host integer not null, nonce text not null unique, body text not null,
+    mac text not null, asked real not null, exp real not null,
+    state text not null default 'waiting', reason text not null default '',
+    epoch integer, n integer);
+create index requests_waiting on requests (host) where state = 'waiting';
+create index requests_by_time on requests (asked);
+create table audit (
+    id integer primary key, dash integer not null, at real not null,
+    what text not null, host text not null default '',
+    job integer, label text not null default '',
+    args text not null default '{}', state text not null default '',
+    reason text not null default '', nonce text not null default '');
+create unique index audit_by_time on audit (dash, at);
+create index audit_by_nonce on audit (nonce) where nonce <> '';
+create table checks (
+    id integer primary key autoincrement, dash integer not null,
+    uuid text not null unique, name text not null, slug text not null,
+    tags text not null, "desc" text not null, kind text not null,
+    period real not null, grace real not null, schedule text not null,
+    tz text not null, start_within real not null, run_limit real not null,
+    manual_resume integer not null, methods text not null,
+    status text not null default 'new', last_ping real, last_start real,
+    last_rid text, last_duration real, alert_after real,
+    n integer not null default 0, made real not null);
+create index checks_by_slug on checks (dash, slug);
+create table pings (
+    id integer primary key, "check" integer not null, n integer not null,
+    at real not null, kind text not null, exit integer, rid text,
+    scheme text not null, method text not null, ua text not null,
+    ip text not null, duration real, size integer not null,
+    line text not null, body blob not null);
+create unique index pings_of_check on pings ("check", n);
+create table flips (
+    id integer primary key, "check" integer not null, at real not null,
+    old text not null, new text not null, reason text not null);
+create index flips_by_time on flips (at);
+create index flips_of_check on flips ("check", at);
+create table alerts (
+    id integer primary key autoincrement, dash integer not null,
+    subject text not null, kind text not null, since real not null,
+    text text not null, told integer not null default 0,
+    unique (dash, subject, kind));
+create table snoozes (dash integer not null, subject text not null,
+    until real not null, primary key (dash, subject)) without rowid;
+create table channels (
+    id integer primary key autoincrement, dash integer not null,
+    kind text not null, target text not null, last real,
+    error text not null default '', made real not null);
+create table letters (
+    id integer primary key autoincrement, dash integer not null,
+    channel integer not null, key text not null unique, at real not null,
+    due real not null, tries integer not null default 0,
+    title text not null, text text not null, subject text not null,
+    kind text not null, over integer not null, run integer);
+create index letters_due on letters (due);
+create index letters_of_run on letters (run) where run is not null;
+"""
+SMALL_TABLES = ("meta", "dashboards", "hosts", "epochs", "jobs", "requests",
+                "checks", "alerts", "snoozes", "channels", "letters")
+
+
+class Full(Error):
+    """The disk is full: nothing can be kept now."""
+
+    def __init__(self):
+        super().__init__("the dashboard's disk is full, and nothing was kept",
+                         "make room there; it goes on by itself", 507)
+
+
+class Access(Record):
+    """What a token is good for."""
+    role: str               # "operator", "viewer" or "host"
+    dash: str
+    host: str = ""
+
+
+class Vault:
+    """The dashboard's database, and the one thread that writes it.
+
+    A deed is a function that gets the database and writes. What waits is
+    written in one transaction, each deed in a savepoint of its own, so that
+    one fsync serves all and a deed that fails takes none with it. What a
+    deed has to change in memory it leaves in `after`: it is done when the
+    transaction is on the disk.
+    """
+
+    def __init__(self, path: str, clock: Clock | None = None):
+        import threading
+        from collections import deque
+        self.path, self.clock = path, clock or Clock()
+        self.db = self.lock = self.thread = None
+        self.queue = deque()            # (deed, values, then)
+        self.wakes = threading.Condition()
+        self.mine = threading.local()   # each thread's own reader
+        self.stopping, self.full = False, False
+        self.broken = ""                # why nothing can be believed any more
+        self.faults: dict[str, str] = {}
+        self.after: list = []
+        self.chores: list[list] = []    # [when, rest, deed]
+        self.chore("make room", 2.0, self.make_room)
+
+    @property
+    def troubles(self) -> list[str]:
+        """What people should know about the dashboard itself."""
+        return [*self.faults.values(), *([self.broken] if self.broken
+                                         else [])]
+
+    # --- the file
+
+    def open(self) -> None:
+        """Open the database, or make it where none ever was. Raises
+        Error: what is damaged is never passed over for a fresh one."""
+        import sqlite3
+        try:
+            self.lock = only_one(self.path + ".lock")
+            if self.lock is None:
+                raise Error(f"another dashboard has {self.path} open")
+            if not os.path.exists(self.path):
+                self.make()
+            self.connect()
+            self.load()
+            self.make_ballast()
+        except OSError as error:
+            self.close()
+            raise Error(f"{error.filename or self.path}: {error.strerror}",
+                        ) from None
+        except sqlite3.Error as error:
+            self.close()
+            raise self.damaged(error) from None
+        except Error:
+            self.close()
+            raise
+
+    def load(self) -> None:
+        """Bring to memory what is kept there; for those who build on it."""
+
+    def damaged(self, error) -> Error:
+        return Error(f"{self.path} cannot be used: {error}",
+                     "if it is damaged, put the last backup in its place and "
+                     "remove its -wal and -shm; hosts send again what the "
+                     "backup lacks, as far as they remember it", 500)
+
+    def make(self) -> None:
+        """A new database, whole or not at all."""
+        import sqlite3
+        for ending in (".ballast", "-wal"):
+            if os.path.exists(self.path + ending):
+                raise Error(
+                    f"{self.path} is gone, but {self.path}{ending} is there",
+                    "put a backup in its place; to begin anew, remove "
+                    f"{self.path}{ending} too")
+        fresh = self.path + ".new"
+        for ending in ("", "-journal"):
+            remove(fresh + ending)
+        os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY
+                         | os.O_CLOEXEC, 0o600))
+        db = sqlite3.connect(fresh, isolation_level=None)
+        try:
+            db.executescript(
+                "pragma auto_vacuum=incremental; pragma synchronous=full; "
+                f"begin; {HUB_TABLES} pragma application_id="
+                f"{HUB_APPLICATION}; pragma user_version={HUB_SCHEMA}; "
+                "commit")
+            db.execute("insert into meta values ('secret', ?)",
+                       (os.urandom(32).hex(),))
+        finally:
+            db.close()
+        os.rename(fresh, self.path)
+        sync_folder(posixpath.dirname(self.path) or ".")
+
+    def connect(self) -> None:
+        import sqlite3
+        if os.stat(self.path).st_mode & 0o077:
+            os.chmod(self.path, 0o600)
+        self.db = db = sqlite3.connect(
+            self.path, isolation_level=None, timeout=15,
+            check_same_thread=False, cached_statements=256)
+        if self.one("pragma application_id") != HUB_APPLICATION:
+            # A file of length 0 passes every check of SQLite's.
+            raise sqlite3.DatabaseError("it is no dashboard of koi's")
+        version = self.one("pragma user_version")
+        if version > HUB_SCHEMA:
+            raise Error(f"{self.path} was written by a newer koi (schema "
+                        f"{version})", "install that version again")
+        for line in ("journal_mode=wal", "synchronous=full",
+                     "foreign_keys=off", f"wal_autocheckpoint={WAL_PAGES}",
+                     f"journal_size_limit={WAL_PAGES * 4096}",
+                     "cache_size=-16384"):
+            db.execute(f"pragma {line}").fetchall()
+        for table in SMALL_TABLES:      # runs and outputs would take minutes
+            sound = self.one(f"pragma quick_check('{table}')")
+            if sound != "ok":
+                raise sqlite3.DatabaseError(sound)
+        self.one("select max(id) from runs")
+        self.one("select max(id) from outputs")
+        self.prove()
+
+    def prove(self) -> None:
+        """Write something, or fail now and not at the first deed."""
+        import sqlite3
+        try:
+            self.db.execute("insert or replace into meta values ('opened', ?)",
+                            (str(self.clock.now()),))
+        except sqlite3.OperationalError as error:
+            if "full" not in str(error):
+                raise
+            self.fill_up()
+
+    def close(self) -> None:
+        if self.db:
+            self.db.close()
+        if self.lock is not None:
+            os.close(self.lock)
+        self.db = self.lock = None
+
+    def one(self, statement: str, *values):
+        """The first column of the first row, or None."""
+        row = self.db.execute(statement, values).fetchone()
+        return row and row[0]
+
+    def backup(self, path: str) -> None:
+        """Copy the database as it is now to a file; writing goes on.
+        Raises Error."""
+        import sqlite3
+        fresh = path + ".new"
+        try:
+            remove(fresh)
+            os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY
+                             | os.O_CLOEXEC, 0o600))
+            target = sqlite3.connect(fresh)
+            try:
+                self.reader().backup(target)
+            finally:
+                target.close()
+            with open(fresh, "rb") as file:
+                os.fsync(file.fileno())
+            os.rename(fresh, path)
+            sync_folder(posixpath.dirname(path) or ".")
+        except OSError as error:
+            raise Error(f"{path}: {error.strerror}") from None
+        except sqlite3.Error as error:
+            raise Error(f"{path}: {error}") from None
+
+    # --- reading
+
+    def reader(self):
+        """This thread's own connection, which cannot write."""
+        import sqlite3
+        db = getattr(self.mine, "db", None)
+        if not db:
+            db = self.mine.db = sqlite3.connect(
+                self.path, isolation_level=None, timeout=15)
+            for line in ("query_only=1", "cache_size=-2048"):
+                db.execute(f"pragma {line}")
+        return db
+
+    def read(self, question, *values):
+        """Ask the database, in the calling thread. Raises Error."""
+        import sqlite3
+        try:
+            return question(self.reader(), *values)
+        except sqlite3.DatabaseError as error:
+            if "interrupted" in str(error):
+                raise Error("that takes too long to find", "", 503) from None
+            self.faults["reading"] = f"{self.path}: {error}"
+            raise self.damaged(error) from None
+
+    def health(self, db) -> str:
+        db.execute("select value from meta where name = 'opened'").fetchone()
+        if self.broken:
+            raise Error(self.broken, "", 503)
+        return "OK"
+
+    # --- writing
+
+    def write(self, deed, *values, then=None) -> None:
+        """Have a deed done; `then(result, error)` is called in the writer's
+        thread when it is on the disk, or is not."""
+        with self.wakes:
+            refused = self.broken or self.stopping or len(
+                self.queue) >= MOST_DEEDS_WAITING
+            if not refused:
+                self.queue.append((deed, values, then))
+                self.wakes.notify()
+        if refused and then:
+            then(None, Error(self.broken or "the dashboard has too much to "
+                             "write", "try again later", 503))
+
+    def do(self, deed, *values):
+        """Have a deed done and wait for it: its result, or what it
+        raised. Not for the writer's own thread."""
+        import threading
+        done, found = threading.Event(), []
+
+        def then(result, error):
+            found.extend((result, error))
+            done.set()
+
+        self.write(deed, *values, then=then)
+        done.wait()
+        if found[1]:
+            raise found[1]
+        return found[0]
+
+    def start(self) -> None:
+        import threading
+        self.thread = threading.Thread(target=self.live, name="hub")
+        self.thread.daemon = True
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Carry out what waits, and close."""
+        with self.wakes:
+            self.stopping = True
+            self.wakes.notify()
+        if self.thread:
+            self.thread.join()
+        self.close()
+
+    def live(self) -> None:
+        """Write what is to be written, until we are to stop."""
+        while not self.broken:
+            busy = self.turn()
+            with self.wakes:
+                if not self.queue and self.stopping:
+                    return
+                if not self.queue and not busy:
+                    self.wakes.wait(min(max(self.pause(), 0.01), 1.0))
+
+    def pause(self) -> float:
+        """Seconds until something is due without a deed."""
+        return min(when for when, _, _ in self.chores) - self.clock.ticks()
+
+    def turn(self) -> bool:
+        """One round: the deeds that wait, those that are due, and a chore.
+        False if there was nothing to do."""
+        with self.wakes:
+            batch = [self.queue.popleft() for _ in range(
+                min(len(self.queue), MOST_IN_GROUP))]
+        if batch:
+            self.group(batch)
+        due = [] if self.broken or self.full else self.due()
+        if due:
+            self.group(due)
+        return bool(self.tend() or batch or due)
+
+    def due(self) -> list:
+        """Deeds that nobody asked for; for those who build on this."""
+        return []
+
+    def chore(self, _name: str, rest: float, deed) -> None:
+        """Something to be done in small steps: again at once as long as it
+        says True, and else after a rest."""
+        self.chores.append([0.0, rest, deed])
+
+    def tend(self) -> bool:
+        """One step of one chore that is due. After each the deeds that
+        wait come first, so that a chore never holds them up for long."""
+        ticks = self.clock.ticks()
+        due = min(self.chores, key=lambda each: each[0])
+        if self.broken or due[0] > ticks:
+            return False
+        result = []
+        self.group([(due[2], (), lambda *found: result.extend(found))],
+                   chore=True)
+        due[0] = ticks if result[0] else ticks + due[1]
+        if result[1] and not isinstance(result[1], Full):
+            self.faults["chores"] = f"tidying up fails: {result[1]}"
+        return bool(result[0])
+
+    def group(self, batch: list, chore: bool = False) -> None:
+        """Carry out deeds in one transaction, and tell how each went."""
+        import sqlite3
+        if self.full and not chore or self.broken:
+            error = Full() if not self.broken else Error(self.broken, "", 503)
+            return self.tell(batch, [(None, error)] * len(batch))
+        try:
+            self.db.execute("begin immediate")
+            results = [self.carry_out(deed, values)
+                       for deed, values, _ in batch]
+            self.db.execute("commit")
+        except sqlite3.Error as error:
+            self.undo("rollback")
+            self.after.clear()
+            fault = self.fault_of(error)
+            results = [(None, fault)] * len(batch)
+        after, self.after = self.after, []
+        for deed in after:
+            deed()
+        self.tell(batch, results)
+        self.settled()
+
+    def tell(self, batch: list, results: list) -> None:
+        for (_, _, then), (result, error) in zip(batch, results):
+            try:
+                if then:
+                    then(result, error)
+            except Exception as bug:    # the others are told all the same
+                self.faults["bug"] = f"a fault of koi's own: {bug!r}"
+
+    def settled(self) -> None:
+        """The transaction is on the disk; for those who build on this."""
+
+    def carry_out(self, deed, values: tuple) -> tuple:
+        """(result, error) of one deed, which leaves nothing if it fails."""
+        import sqlite3
+        mark = len(self.after)
+        self.db.execute("savepoint deed")
+        try:
+            result = deed(self.db, *values)
+        except Exception as error:
+            if isinstance(error, sqlite3.Error) and (
+                    not self.db.in_transaction or self.is_fatal(error)):
+                raise
+            self.db.execute("rollback to deed")
+            self.db.execute("release deed")
+            del self.after[mark:]
+            return None, error
+        self.db.execute("release deed")
+        return result, None
+
+    def is_fatal(self, error) -> bool:
+        return any(word in str(error) for word in (
+            "full", "I/O", "malformed", "readonly", "not a database",
+            "locked", "unable to open"))
+
+    def undo(self, statement: str) -> None:
+        try:
+            if self.db.in_transaction:
+                self.db.execute(statement)
+        except Exception:       # the transaction is gone in any case
+            pass
+
+    def fault_of(self, error) -> Error:
+        """What an error of SQLite's means for those who wait. After a disk
+        that failed nothing is acknowledged: a commit might lie."""
+        text = str(error)
+        if "full" in text or any(word in text for word in (
+                "I/O", "readonly", "unable to open")) and self.only_full():
+            self.fill_up()
+            return Full()
+        if "locked" in text:
+            return Error("the database is in use", "try again later", 503)
+        self.broken = f"{self.path}: {error}"
+        return Error(self.broken, "the dashboard ends, and looks at its "
+                     "database when it starts", 503)
+
+    only_full = Store.only_full     # it asks for nothing but our `path`
+
+    # --- a full disk
+
+    def fill_up(self) -> None:
+        """The disk is full. The ballast makes room to delete in: SQLite
+        needs some of it even for that."""
+        self.full = True
+        self.faults["full"] = "the dashboard's disk is full: nothing new is " \
+            "kept, and old things are removed where that is allowed"
+        remove(self.path + ".ballast")
+        for each in self.chores:
+            each[0] = 0.0
+
+    def make_ballast(self) -> bool:
+        """Fill the file that is given up when the disk is full; False if
+        there is no room for it, and as much again."""
+        path, fresh = self.path + ".ballast", self.path + ".ballast.new"
+        try:
+            if os.path.exists(path) and os.stat(path).st_size == BALLAST:
+                return True
+            remove(fresh)
+            fd = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY
+                         | os.O_CLOEXEC, 0o600)
+            try:
+                for _ in range(2 * BALLAST // 65_536):
+                    write_all(fd, bytes(65_536))
+                os.fsync(fd)
+                os.ftruncate(fd, BALLAST)
+            finally:
+                os.close(fd)
+            os.rename(fresh, path)
+        except OSError:
+            try:
+                remove(fresh)
+            except OSError:
+                pass
+            return False
+        return True
+
+    def make_room(self, db) -> bool:
+        """The chore that ends a full disk: when there is room for the
+        ballast again, there is for all else."""
+        if self.full:
+            self.after.append(self.shrink)
+        return False
+
+    def shrink(self) -> None:
+        """Give pages that nobody needs back to the disk. Not inside a
+        transaction, for then the log could not be emptied."""
+        import sqlite3
+        try:
+            self.db.execute("pragma incremental_vacuum(2000)").fetchall()
+            self.db.execute("pragma wal_checkpoint(truncate)").fetchall()
+        except sqlite3.Error:
+            pass                # no room even for that; we try again
+        if self.make_ballast():
+            self.full = False
+            self.faults.pop("full", None)
+
+
+# --- what callers say, judged at the door
+
+MISSING = object()
+
+
+class Asked:
+    """The fields of a request, each asked for with its kind and limits.
+
+    Who sends it is known, and may be broken or hostile all the same: what
+    SQLite or a browser could not take ends here. Raises Error (400)."""
+
+    def __init__(self, fields, what: str = "the request"):
+        self.fields, self.what = fields, what
+        if not isinstance(fields, dict):
+            raise Error(f"{what} is no JSON object", "", 400)
+
+    def wrong(self, name: str, why: str) -> Error:
+        return Error(f"{self.what}: {name} {why}", "", 400)
+
+    def get(self, name: str, kinds, default):
+        value = self.fields.get(name)
+        if value is None:
+            if default is MISSING:
+                raise self.wrong(name, "is missing")
+            return default
+        if not isinstance(value, kinds) or (
+                isinstance(value, bool) and kinds is not bool):
+            raise self.wrong(name, "is of the wrong kind")
+        return value
+
+    def text(self, name: str, most: int = 1000, default=MISSING):
+        value = self.get(name, str, default)
+        if value is default:
+            return value
+        if len(value) > most:
+            raise Error(f"{self.what}: {name} is longer than {most:,}", "",
+                        413)
+        if "\0" in value or not is_text(value):
+            raise self.wrong(name, "is no text")
+        return value
+
+    def hex(self, name: str, length: int) -> str:
+        value = self.get(name, str, MISSING)
+        if not is_hex(value, length):
+            raise self.wrong(name, f"is not {length} hex digits")
+        return value
+
+    def whole(self, name: str, default=MISSING, low: int = 0,
+              high: int = LARGEST_WHOLE):
+        value = self.get(name, int, default)
+        if value is not default and not low <= value <= high:
+            raise self.wrong(name, f"is not from {low} to {high}")
+        return value
+
+    def number(self, name: str, default=MISSING, low: float = 0,
+               high: float = LARGEST_TIME):
+        value = self.get(name, (int, float), default)
+        if value is not default and not low <= value <= high:
+            raise self.wrong(name, f"is not from {low} to {high}")
+        return value
+
+    def flag(self, name: str, default=MISSING) -> bool:
+        return self.get(name, bool, default)
+
+    def choice(self, name: str, words, default=MISSING) -> str:
+        value = self.get(name, str, default)
+        if value not in words:
+            raise self.wrong(name, f"is none of {', '.join(words)}")
+        return value
+
+    def each(self, name: str, most: int) -> list:
+        """The requests in a list."""
+        found = self.get(name, list, ())
+        if len(found) > most:
+            raise Error(f"{self.what}: more than {most:,} {name}",
+                        "send them in several requests", 413)
+        return [Asked(fields, name) for fields in found]
+
+    def texts(self, name: str, most: int) -> dict:
+        """An object whose values are texts, together not too long."""
+        found = self.get(name, dict, {})
+        if any(not isinstance(value, str) or not is_text(value)
+               or not is_text(key) for key, value in found.items()):
+            raise self.wrong(name, "holds what is no text")
+        if sum(len(key) + len(value) for key, value in found.items()) > most:
+            raise Error(f"{self.what}: {name} is too long", "", 413)
+        return found
+
+    def data(self, name: str, most: int) -> bytes:
+        """Bytes that come as base64."""
+        from base64 import b64decode
+        from binascii import Error as Unreadable
+        text = self.get(name, str, "")
+        if len(text) > most * 4 // 3 + 4:
+            raise Error(f"{self.what}: {name} is too long", "", 413)
+        try:
+            return b64decode(text, validate=True)
+        except (Unreadable, ValueError):
+            raise self.wrong(name, "is no base64") from None
+
+
+def is_text(text: str) -> bool:
+    """Can it be UTF-8? Halves of surrogate pairs can not."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff"
+                                     for letter in text)
+
+
+def missing_thing(what: str) -> Error:
+    return Error(f"there is no such {what}", "", 404)
+
+
+# --- decisions: a run's letter, a job's state, what is usual
+
+GOING_ON = ("queued", "running")
+RUN_STATES = (*GOING_ON, "done", "interrupted", "missed", "skipped",
+              "unstartable")
+LETTERS = {"queued": "q", "running": "r", "missed": "m", "skipped": "s",
+           "interrupted": "i", "unstartable": "u"}
+BAD_LETTERS = frozenset("fkiu")
+
+
+def letter_of(state: str, status: int | None, number: int | None,
+              reason: str) -> str:
+    """How a run went, in one letter."""
+    if state != "done":
+        return LETTERS.get(state, "i")
+    if status == 0:
+        return "o"
+    return "k" if number or reason.startswith("timeout") else "f"
+
+
+def quantile(ordered: list, part: float) -> float:
+    """The value that this part of all is not above."""
+    return ordered[min(int(len(ordered) * part), len(ordered) - 1)]
+
+
+def usual_of(strip) -> list | None:
+    """[p10, p90] of the last good runs' seconds; None for too few."""
+    times = good_seconds(strip)
+    return [quantile(times, 0.1), quantile(times, 0.9)] if times else None
+
+
+def good_seconds(strip) -> list:
+    """The last good runs' seconds, in order of length; [] for too few."""
+    times = [each[2] for each in strip if each[3] == "o"
+             and each[2] is not None]
+    return sorted(times[-USUAL_RUNS:]) if len(times) >= ENOUGH_RUNS else []
+
+
+def longest_usual(strip) -> float | None:
+    """Seconds after which a run is slower than it ever should be."""
+    times = good_seconds(strip)
+    return max(3 * quantile(times, 0.95), 1.0) if times else None
+
+
+def shortest_usual(strip) -> float | None:
+    """Seconds below which a run is suspiciously fast. What takes less
+    than a second is too short to say."""
+    times = good_seconds(strip)
+    return quantile(times, 0.05) / 5 if times and quantile(
+        times, 0.05) >= 1 else None
+
+
+def plain_line(text: str) -> str:
+    """A line as a terminal would leave it, without colours."""
+    import re
+    text = re.sub(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b"
+                  r"\\)?|[@-Z\\-_])", "", text)
+    return visible(text.rstrip("\r").rpartition("\r")[2]).strip()
+
+
+def last_line(frames: bytes, bad: bool) -> str:
+    """The last line a run wrote; of its errors, if it went badly and wrote
+    some."""
+    kept = read_frames(frames)
+    for streams in ((STDERR,), (STDOUT, STDERR), (NOTE,)):
+        if streams == (STDERR,) and not bad:
+            continue
+        text = b"".join(data for stream, _, data in kept
+                        if stream in streams)[-8192:]
+        for line in reversed(text.decode("utf-8", "replace").split("\n")):
+            line = plain_line(line)
+            if line:
+                return line[:300]
+    return ""
+
+
+def whole_frames(data: bytes) -> tuple[int, int]:
+    """(bytes, lines) of the whole frames at the beginning. Raises
+    ValueError if these are no frames."""
+    at = lines = 0
+    while at + FRAME.size <= len(data):
+        stream, _, length = FRAME.unpack_from(data, at)
+        end = at + FRAME.size + length
+        if stream > END or length > MOST_OUTPUT:
+            raise ValueError
+        if end > len(data):
+            break
+        lines += data.count(b"\n", at + FRAME.size, end)
+        at = end
+    return at, lines
+
+
+def cut_to_frames(data: bytes, most: int) -> bytes:
+    """At most so many bytes: whole frames, or a part of the first."""
+    at = 0
+    while at + FRAME.size <= len(data):
+        end = at + FRAME.size + FRAME.unpack_from(data, at)[2]
+        if end > min(most, len(data)):
+            break
+        at = end
+    return data[:at or most]
+
+
+# --- decisions: a check's state, as Healthchecks has it
+
+CHECK_FIELDS = ("id", "dash", "uuid", "name", "slug", "tags", "desc", "kind",
+                "period", "grace", "schedule", "tz", "start_within",
+                "run_limit", "manual_resume", "methods", "status",
+                "last_ping", "last_start", "last_rid", "last_duration",
+                "alert_after", "n", "made")
+CHECK_COLUMNS = ", ".join(f'"{name}"' for name in CHECK_FIELDS)
+
+
+def down_at(check: dict, expected: float | None) -> float | None:
+    """When a check goes down if nothing comes; None for never.
+
+    As Healthchecks: a start that is open longer than the grace time, or
+    nothing until the grace time after the expected ping. With a limit of
+    its own for the start or the run, an open start has fulfilled what was
+    expected, and only the limit of the run counts.
+    """
+    start, status, grace = check["last_start"], check["status"], \
+        check["grace"]
+    if check["start_within"] or check["run_limit"]:
+        if start is not None and status != "down":
+            return start + (check["run_limit"] or grace)
+        return None if expected is None else expected + (
+            check["start_within"] or grace)
+    if start is not None and status != "down":
+        expected = start if expected is None else min(expected, start)
+    return None if expected is None else expected + grace
+
+
+def check_state(check: dict, expected: float | None, now: float) -> str:
+    """The state that is shown: new, up, grace, down or paused."""
+    start, status = check["last_start"], check["status"]
+    if start is not None and now >= start + (
+            check["run_limit"] or check["grace"]):
+        return "down"
+    if status != "up" or expected is None:
+        return status
+    own = check["start_within"] or check["run_limit"]
+    if own and start is not None:
+        return "up"
+    if now >= expected + (check["start_within"] or check["grace"]):
+        return "down"
+    return "grace" if now >= expected else "up"
+
+
+def after_ping(check: dict, kind: str, rid: str | None, now: float) -> dict:
+    """The fields that a ping changes, by the rules of Healthchecks."""
+    if kind == "start":
+        return {"last_start": now, "last_rid": rid}
+    if kind not in ("success", "fail"):
+        return {}
+    changed = {"last_ping": now, "last_duration": None,
+               "status": "down" if kind == "fail" else "up"}
+    if check["last_start"] is not None:
+        if check["last_rid"] == rid:
+            changed["last_duration"] = max(now - check["last_start"], 0.0)
+            changed["last_start"] = None
+        elif kind == "fail" or rid is None:
+            changed["last_start"] = None
+    return changed
+
+
+def is_uuid(text: str) -> bool:
+    """In its canonical form, in letters of any case."""
+    return len(text) == 36 and text.isascii() and [
+        len(part) for part in text.split("-")] == [8, 4, 4, 4, 12] \
+        and HEX.issuperset(text.lower().replace("-", ""))
+
+
+SLUG_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
+
+
+def every_words(period: float) -> str:
+    """every 5 minutes, every day."""
+    for name, size in (("day", 86_400), ("hour", 3600), ("minute", 60)):
+        if period % size == 0:
+            count = int(period // size)
+            return f"every {name}" if count == 1 else \
+                f"every {plural(count, name)}"
+    return f"every {period:g} seconds"
+
+
+# --- the output of runs that go on
+
+
+class Live:
+    """What runs that are watched have written so far: in memory only, for
+    it comes again, whole, when they have ended."""
+
+    def __init__(self):
+        import threading
+        self.lock = threading.Lock()
+        self.buffers: dict[int, list] = {}      # run -> [begin, bytes]
+        self.looks: dict[int, tuple] = {}       # run -> (host, n, until)
+
+    def look(self, run: int, host: str, n: int, now: float) -> bool:
+        """Somebody looks at a run; True if nobody did until now."""
+        with self.lock:
+            before = self.looks.get(run)
+            self.looks[run] = host, n, now + WATCHED_FOR
+            return not before or before[2] < now
+
+    def watched(self, host: str, now: float) -> dict[int, int]:
+        """A host's runs that are looked at -> bytes that we have."""
+        with self.lock:
+            for run in [run for run, look in self.looks.items()
+                        if look[2] < now - WATCHED_FOR]:
+                del self.looks[run]
+                self.buffers.pop(run, None)
+            return {n: sum(map(len_or_begin, self.buffers.get(run, ())))
+                    for run, (whose, n, until) in self.looks.items()
+                    if whose == host and until >= now}
+
+    def run_of(self, host: str, n: int) -> int | None:
+        with self.lock:
+            return next((run for run, look in self.looks.items()
+                         if look[:2] == (host, n)), None)
+
+    def put(self, run: int, at: int, data: bytes, reset: bool) -> bool:
+        """Add what came; False if it does not fit to what we have."""
+        with self.lock:
+            if run not in self.looks:
+                return False
+            buffer = self.buffers.get(run)
+            if reset or buffer is None:
+                while len(self.buffers) >= MOST_LIVE:
+                    del self.buffers[next(iter(self.buffers))]
+                buffer = self.buffers[run] = [at, b""]
+            if at != buffer[0] + len(buffer[1]):
+                return False
+            whole = buffer[1] + data
+            cut = 0
+            while len(whole) - cut > LIVE_ROOM:
+                cut += FRAME.size + FRAME.unpack_from(whole, cut)[2]
+            self.buffers[run] = [buffer[0] + cut, whole[cut:]]
+            return True
+
+    def end(self, run: int) -> None:
+        with self.lock:
+            self.buffers.pop(run, None)
+            self.looks.pop(run, None)
+
+    def get(self, run: int) -> tuple[int, bytes] | None:
+        """(offset of the first byte, bytes)."""
+        with self.lock:
+            buffer = self.buffers.get(run)
+            return buffer and (buffer[0], buffer[1])
+
+
+def len_or_begin(part) -> int:
+    """Of a buffer [begin, bytes]: their sum is where it ends."""
+    return part if isinstance(part, int) else len(part)
+
+
+class Pulse:
+    """What is known of a host from moment to moment."""
+
+    def __init__(self, row: dict, now: float):
+        self.number, self.host = row["id"], row["host"]
+        self.dash = row["dash"]             # a number
+        self.seen = row["seen"]
+        self.noted = row["seen"] or 0.0     # what the database says
+        self.silent = bool(row["silent"])
+        self.since, self.back = now, now    # so long we would have noticed
+        self.twin = 0.0                     # when the other was turned away
+        self.tag = None                     # of the list
+
+
+class Doors(Vault):
+    """Dashboards and their keys, hosts, channels, and who did what."""
+
+    def __init__(self, path: str, clock: Clock | None = None):
+        import threading
+        super().__init__(path, clock)
+        self.tokens: dict[str, Access] = {}
+        self.numbers: dict[str, int] = {}       # dash -> number
+        self.names: dict[int, str] = {}
+        self.pulses: dict[str, Pulse] = {}      # host -> Pulse
+        self.hosts: dict[int, str] = {}         # number -> host
+        self.touched: dict[str, dict] = {}      # dash -> what -> ids
+        self.seqs: dict[str, int] = {}
+        self.first_seq = 0
+        self.heard = None
+        self.followed = lambda dash: True
+        self.letters = threading.Event()
+
+    def load(self) -> None:
+        self.first_seq = int(self.clock.now() * 1000)
+        self.load_doors()
+
+    def load_doors(self) -> None:
+        """Take dashboards, hosts and tokens anew from the database; who
+        reads them meanwhile sees the old or the new."""
+        tokens, numbers, pulses = {}, {}, {}
+        for number, dash, api, view in self.db.execute(
+                "select id, dash, api, view from dashboards"):
+            numbers[dash] = number
+            tokens[view] = Access("viewer", dash)
+            tokens[api] = Access("operator", dash)
+        self.names = {number: dash for dash, number in numbers.items()}
+        for row in rows_of(self.db, "select id, host, dash, seen, silent, "
+                           "token from hosts where gone < 2"):
+            pulses[row["host"]] = self.pulses.get(row["host"]) or Pulse(
+                row, self.clock.now())
+            if row["token"]:
+                tokens[row["token"]] = Access(
+                    "host", self.names[row["dash"]], row["host"])
+        self.hosts = {pulse.number: host for host, pulse in pulses.items()}
+        self.tokens, self.numbers, self.pulses = tokens, numbers, pulses
+
+    def key_of(self, token: str) -> Access | None:
+        """What a token is good for. It is looked for by its hash, so the
+        time that takes says nothing about the tokens there are."""
+        token = token[len(VIEW_PREFIX):] if token.startswith(VIEW_PREFIX) \
+            else token
+        return self.tokens.get(digest_of(token)) if is_hex(token, 64) \
+            else None
+
+    def number_of(self, dash: str) -> int:
+        number = self.numbers.get(dash)
+        if number is None:
+            raise missing_thing("dashboard")
+        return number
+
+    def pulse_of(self, dash: str, host: str) -> Pulse:
+        pulse = self.pulses.get(host)
+        if not pulse or pulse.dash != self.number_of(dash):
+            raise missing_thing("host")
+        return pulse
+
+    # --- what changed, for those who follow
+
+    def touch(self, dash: str, what: str, *ids) -> None:
+        """Note that something changed; it is told after the commit."""
+        self.touched.setdefault(dash, {}).setdefault(what, {}).update(
+            dict.fromkeys(ids))
+
+    def seq(self, dash: str) -> int:
+        return self.seqs.get(dash, self.first_seq)
+
+    def settled(self) -> None:
+        """Tell what changed, and number it."""
+        touched, self.touched = self.touched, {}
+        for dash, changed in touched.items():
+            lines = {name: list(changed.pop(name)) for name in (
+                "wake", "live") if name in changed}
+            if "letters" in changed:
+                del changed["letters"]
+                self.letters.set()
+            if changed and dash in self.numbers:
+                self.seqs[dash] = self.seq(dash) + 1
+                lines["seq"] = self.seqs[dash]
+                if "reset" in changed or sum(map(
+                        len, changed.values())) > MOST_TOUCHED:
+                    lines["reset"] = True
+                elif self.heard and self.followed(dash):
+                    lines.update(self.described(dash, changed))
+            if self.heard and lines:
+                try:
+                    self.heard(dash, lines)
+                except Exception as bug:
+                    self.faults["bug"] = f"a fault of koi's own: {bug!r}"
+
+    def described(self, dash: str, changed: dict) -> dict:
+        """The new state of what changed; for those who build on this."""
+        return {}
+
+    # --- dashboards
+
+    def keys_asked(self, fields) -> tuple:
+        asked = Asked(fields)
+        return (asked.hex("salt", 2 * SALT_BYTES), asked.whole(
+            "rounds", low=ROUNDS, high=MOST_ROUNDS),
+            asked.hex("api_sha256", 64), asked.hex("view_sha256", 64))
+
+    def create_dashboard(self, db, fields, now: float) -> dict:
+        keys = self.keys_asked(fields)
+        self.fresh_tokens(db, keys[2:], 0)
+        dash = os.urandom(8).hex()
+        from secrets import token_urlsafe
+        db.execute("insert into dashboards (dash, salt, rounds, api, view, "
+                   "ping_key, badge_key, made) values (?,?,?,?,?,?,?,?)",
+                   (dash, *keys, token_urlsafe(16), os.urandom(16).hex(),
+                    now))
+        self.after.append(self.load_doors)
+        return {"dash": dash}
+
+    def rotate(self, db, dash: str, fields, now: float) -> dict:
+        keys, number = self.keys_asked(fields), self.number_of(dash)
+        self.fresh_tokens(db, keys[2:], number)
+        db.execute("update dashboards set salt = ?, rounds = ?, api = ?, "
+                   "view = ? where id = ?", (*keys, number))
+        self.record(db, number, now, "rotate")
+        self.after.append(self.load_doors)
+        return {"dash": dash}
+
+    def fresh_tokens(self, db, tokens: tuple, number: int) -> None:
+        """One token must not open two doors."""
+        if len(set(tokens)) < len(tokens) or db.execute(
+                "select 1 from dashboards where id <> ?3 and (api in (?1, ?2)"
+                " or view in (?1, ?2)) union all select 1 from hosts where "
+                "token in (?1, ?2)", (*tokens, number)).fetchone():
+            raise Error("these keys are in use already", "", 409)
+
+    def count_dashboards(self, _db) -> int:
+        return len(self.numbers)
+
+    def salt(self, db, dash: str = "") -> dict:
+        """What the keys are made with; of a dashboard that is unknown
+        something that looks alike, and is the same each time."""
+        if not dash:
+            if len(self.numbers) != 1:
+                raise Error("which dashboard?", "add ?dash=ID", 400) \
+                    if self.numbers else missing_thing("dashboard")
+            dash = next(iter(self.numbers))
+        if not is_hex(dash, 16):
+            raise Error("a dashboard's id has 16 hex digits", "", 400)
+        found = db.execute("select salt, rounds from dashboards where dash "
+                           "= ?", (dash,)).fetchone()
+        if not found:
+            secret, = db.execute("select value from meta where name = "
+                                 "'secret'").fetchone()
+            found = hmac_of(bytes.fromhex(secret), b"salt\n" + dash.encode()
+                            )[:SALT_BYTES].hex(), ROUNDS
+        return {"dash": dash, "salt": found[0], "rounds": found[1]}
+
+    # --- hosts
+
+    def add_host(self, db, dash: str, fields, now: float) -> dict:
+        asked, number = Asked(fields), self.number_of(dash)
+        host, token = asked.hex("host", 32), asked.hex("token_sha256", 64)
+        name = asked.text("name", 255) or host[:8]
+        there = db.execute("select id, dash, token from hosts where host = ?",
+                           (host,)).fetchone()
+        if there and there[1] != number:
+            raise Error("this host belongs to another dashboard", "koitab -d "
+                        "off there, and join again", 409)
+        if not there or there[2] != token:
+            self.fresh_tokens(db, (token, ""), 0)
+        if there:
+            db.execute("update hosts set name = ?, token = ?, gone = 0 where "
+                       "id = ?", (name, token, there[0]))
+        elif db.execute("select count(*) from hosts where dash = ?", (number,)
+                        ).fetchone()[0] >= MOST_HOSTS:
+            raise Error(f"there are {MOST_HOSTS:,} hosts already", "", 403)
+        else:
+            db.execute("insert into hosts (dash, host, name, token, made) "
+                       "values (?, ?, ?, ?, ?)", (number, host, name, token,
+                                                  now))
+        self.record(db, number, now, "join", host, label=name)
+        self.after.append(self.load_doors)
+        self.touch(dash, "hosts", host)
+        return {"dash": dash}
+
+    def remove_host(self, db, dash: str, host: str, now: float) -> dict:
+        """It may sync no more; what it told stays."""
+        pulse = self.pulse_of(dash, host)
+        db.execute("update hosts set token = null, silent = 0 where id = ?",
+                   (pulse.number,))
+        db.execute("update jobs set gone = 1, next = null where host = ? "
+                   "and gone = 0", (pulse.number,))
+        db.execute("delete from alerts where dash = ? and (subject = ? or "
+                   "subject in (select 'job:' || id from jobs where host = "
+                   "?))", (pulse.dash, f"host:{host}", pulse.number))
+        self.record(db, pulse.dash, now, "forget", host)
+        self.after.append(self.load_doors)
+        self.touch(dash, "hosts", host)
+        self.touch(dash, "reset", host)
+        return {}
+
+    def host_list(self, db, dash: str, host: str) -> dict:
+        found = db.execute("select list, mac from hosts where id = ?", (
+            self.pulse_of(dash, host).number,)).fetchone()
+        if not found or found[0] is None:
+            raise missing_thing("list")
+        return {"body": found[0], "mac": found[1]}
+
+    # --- who did what
+
+    def record(self, db, number: int, now: float, what: str, host: str = "",
+               **named) -> None:
+        """Keep who asked for what. No two rows have the same time, for the
+        page asks for what was before a time."""
+        last = db.execute("select max(at) from audit where dash = ?",
+                          (number,)).fetchone()[0] or 0.0
+        if last < now + DAY_SECONDS:        # else a clock was wrong
+            now = max(now, last + 0.001)
+        row = {"dash": number, "at": now, "what": what, "host": host, **named}
+        db.execute(f"insert into audit ({', '.join(row)}) values "
+                   f"({', '.join('?' * len(row))})", tuple(row.values()))
+
+    def audit(self, db, dash: str, before: float | None = None) -> dict:
+        import json
+        number, most = self.number_of(dash), 100
+        rows = rows_of(db, (
+            "select a.at, 'operator' who, a.what, a.host, a.job, a.label, "
+            "a.args, coalesce(r.state, a.state) state, coalesce(r.reason, "
+            "a.reason) reason, (select id from runs where host = r.host and "
+            "epoch = r.epoch and n = r.n) run from audit a left join requests"
+            " r on a.nonce <> '' and r.nonce = a.nonce where a.dash = ? and "
+            "a.at < ? order by a.at desc limit ?"),
+            number, LARGEST_TIME if before is None else before, most + 1)
+        for row in rows:
+            row["args"] = json.loads(row["args"])
+        return {"rows": rows[:most], "more": len(rows) > most}
+
+    # --- alerts: what is wrong now, and whom that is told
+
+    def raise_alert(self, db, number: int, subject: str, kind: str,
+                    since: float, title: str, text: str, due: float = 0.0,
+                    run: int | None = None) -> None:
+        """Something is wrong. It is told when it begins, and again when it
+        is over: what is decided here is kept in the same transaction as its
+        cause, and sent from there (class Herald)."""
+        text = text[:2000]
+        new = db.execute(
+            "insert or ignore into alerts (dash, subject, kind, since, text) "
+            "values (?, ?, ?, ?, ?)", (number, subject, kind, since, text))
+        self.touch(self.names[number], "alerts", (subject, kind))
+        if not new.rowcount:
+            db.execute("update alerts set text = ? where dash = ? and "
+                       "subject = ? and kind = ?", (text, number, subject,
+                                                    kind))
+        elif not self.is_snoozed(db, number, subject):
+            self.spread(db, number, new.lastrowid, title, text, subject, kind,
+                        False, due, run)
+
+    def spread(self, db, number: int, alert: int, title: str, text: str,
+               subject: str, kind: str, over: bool, due: float = 0.0,
+               run: int | None = None) -> None:
+        """A letter to each channel."""
+        db.execute("update alerts set told = 1 where id = ?", (alert,))
+        for channel, in db.execute("select id from channels where dash = ?",
+                                   (number,)).fetchall():
+            self.letter(db, number, channel, f"{alert}-{kind}-"
+                        f"{'over' if over else 'on'}-{channel}", due, title,
+                        text, subject, kind, over, run)
+
+    def clear_alert(self, db, number: int, subject: str, kind: str,
+                    title: str) -> None:
+        """It is right again; that is told to who was told that it is not."""
+        found = db.execute("select id, told from alerts where dash = ? and "
+                           "subject = ? and kind = ?",
+                           (number, subject, kind)).fetchone()
+        if not found:
+            return
+        if found[1]:
+            self.spread(db, number, found[0], title, "", subject, kind, True)
+        db.execute("delete from alerts where id = ?", (found[0],))
+        self.touch(self.names[number], "alerts", (subject, kind))
+
+    def is_snoozed(self, db, number: int, subject: str) -> bool:
+        return bool(db.execute(
+            "select 1 from snoozes where dash = ? and subject = ? and until "
+            "> ?", (number, subject, self.clock.now())).fetchone())
+
+    # --- channels
+
+    def change_channel(self, db, dash: str, fields, now: float) -> dict:
+        asked, number = Asked(fields), self.number_of(dash)
+        do = asked.choice("do", ("add", "delete", "test"), "add")
+        if do == "add":
+            channel = self.add_channel(db, number, asked, now)
+        else:
+            channel = asked.whole("id")
+            if not db.execute("select 1 from channels where id = ? and dash "
+                              "= ?", (channel, number)).fetchone():
+                raise missing_thing("channel")
+        if do == "delete":
+            db.execute("delete from channels where id = ?", (channel,))
+            db.execute("delete from letters where channel = ?", (channel,))
+        if do == "test":
+            self.letter(db, number, channel, f"test-{now}-{channel}", now,
+                        "koi: a test", "If you can read this, koi can tell "
+                        "you what happens.", "", "test", False)
+        else:
+            self.record(db, number, now, "channel", state=do)
+        return {"id": channel}
+
+    def add_channel(self, db, number: int, asked: Asked, now: float) -> int:
+        kind = asked.choice("kind", ("mail", "webhook", "ntfy"))
+        target = asked.text("target", 1000).strip()
+        if kind == "mail" and not (safe_address(target) and "@" in target
+                                   and "," not in target):
+            raise Error("this is no mail address that sendmail would get",
+                        "name@example.org", 400)
+        if kind != "mail" and not is_web_address(target):
+            raise Error("this is no address of the web",
+                        "https://example.org/path", 400)
+        if db.execute("select count(*) from channels where dash = ?",
+                      (number,)).fetchone()[0] >= MOST_CHANNELS:
+            raise Error(f"there are {MOST_CHANNELS} channels already", "",
+                        403)
+        return db.execute(
+            "insert into channels (dash, kind, target, made) values "
+            "(?, ?, ?, ?)", (number, kind, target, now)).lastrowid
+
+    def channels(self, db, dash: str) -> dict:
+        rows = rows_of(db, "select id, kind, target, last, error from "
+                       "channels where dash = ? order by id",
+                       self.number_of(dash))
+        for row in rows:
+            row["target"] = without_password(row["target"])
+        return {"channels": rows}
+
+    def letter(self, db, number: int, channel: int, key: str, due: float,
+               title: str, text: str, subject: str, kind: str, over: bool,
+               run: int | None = None) -> None:
+        """Something to tell; its key makes sure that it is there once."""
+        db.execute("insert or ignore into letters (dash, channel, key, at, "
+                   "due, title, text, subject, kind, over, run) values "
+                   "(?,?,?,?,?,?,?,?,?,?,?)",
+                   (number, channel, key, self.clock.now(), due, title, text,
+                    subject, kind, over, run))
+        self.touch(self.names[number], "letters", key)
+
+
+def rows_of(db, statement: str, *values) -> list[dict]:
+    """Rows as dicts."""
+    found = db.execute(statement, values)
+    names = [column[0] for column in found.description]
+    return [dict(zip(names, row)) for row in found]
+
+
+def status_in(action: str) -> int | None:
+    """The exit status that an address ends with."""
+    return int(action[:9]) if action.isascii() and action.isdigit() else None
+
+
+def is_web_address(text: str) -> bool:
+    """http or https, a host, and nothing that could break a request."""
+    from urllib.parse import urlsplit
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) \
+            and text.isascii() and text.isprintable() and " " not in text \
+            and (parts.port or 1) > 0
+    except ValueError:
+        return False
+
+
+def without_password(target: str) -> str:
+    """An address as it may be shown."""
+    scheme, found, rest = target.partition("://")
+    place, slash, path = rest.partition("/")
+    if not found or "@" not in place:
+        return target
+    return f"{scheme}://***@{place.rpartition('@')[2]}{slash}{path}"
+
+
+class Checks(Doors):
+    """Pings: jobs that koid does not start, and that tell how they went.
+
+    The addresses, answers and states are those of Healthchecks, so that
+    whatever pings that can ping this.
+    """
+
+    def __init__(self, path: str, clock: Clock | None = None, zone=None):
+        import threading
+        super().__init__(path, clock)
+        self.zone = zone or Machine().zone
+        self.schedules: dict[tuple, tuple] = {}
+        self.alarms: list[tuple] = []           # (at, kind, key), a heap
+        self.armed: dict[tuple, float] = {}     # (kind, key) -> at
+        self.faces_lock = threading.RLock()
+        self.check_strips: dict = {}            # check -> its strip
+
+    # --- what is due at some time
+
+    def arm(self, kind: str, key, at: float | None) -> None:
+        """Look at something at a time, or before it. Whoever looks judges
+        by what is in the database then; so a look too many does no harm."""
+        import heapq
+        if at is None or at >= self.armed.get((kind, key), FOREVER):
+            return
+        self.armed[kind, key] = at
+        heapq.heappush(self.alarms, (at, kind, key))
+
+    def due(self) -> list:
+        import heapq
+        now, found = self.clock.now(), []
+        while self.alarms and self.alarms[0][0] <= now \
+                and len(found) < MOST_IN_GROUP:
+            at, kind, key = heapq.heappop(self.alarms)
+            if self.armed.get((kind, key)) == at:
+                del self.armed[kind, key]
+                found.append((self.look_at, (kind, key, now),
+                              self.looker(kind, key, now)))
+        return found
+
+    def looker(self, kind: str, key, now: float):
+        """If a look fails it is repeated, and not at once."""
+        def then(_result, error):
+            if error:
+                self.arm(kind, key, now + (5.0 if isinstance(error, Error)
+                                           else 3600.0))
+                if not isinstance(error, Error):
+                    self.faults[kind] = f"a fault of koi's own: {error!r}"
+        return then
+
+    def pause(self) -> float:
+        head = self.alarms[0][0] - self.clock.now() if self.alarms else 60.0
+        return min(head, super().pause())
+
+    def look_at(self, db, kind: str, key, now: float) -> None:
+        getattr(self, f"look_at_{kind}")(db, key, now)
+
+    # --- when a ping is expected
+
+    def expected(self, check: dict) -> float | None:
+        """When the next ping should come; None if none is expected."""
+        if check["status"] != "up" or check["last_ping"] is None:
+            return None
+        if check["kind"] == "simple":
+            return check["last_ping"] + check["period"]
+        schedule, zone = self.schedule_of(check["schedule"], check["tz"])
+        return schedule.next(int(check["last_ping"]), zone)
+
+    def schedule_of(self, text: str, tz: str) -> tuple:
+        """A schedule and a zone that were read. Raises Error."""
+        found = self.schedules.get((text, tz))
+        if not found:
+            try:
+                schedule = Schedule.parse(text)
+            except Misread as misread:
+                raise Error(f"the schedule: {misread}", "five columns, as in "
+                            "a crontab: */5 * * * *", 400) from None
+            try:
+                zone = UTC if tz in ("", "UTC") else self.zone(tz)
+            except Error as error:
+                raise Error(error.message, error.hint, 400) from None
+            if len(self.schedules) > 5_000:
+                self.schedules = {}
+            found = self.schedules[text, tz] = schedule, zone
+        return found
+
+    # --- a ping
+
+    def ping(self, db, key: str, slug: str | None, action: str, call: dict,
+             now: float) -> tuple[int, str]:
+        """Take a ping; (status, text) as Healthchecks answers."""
+        created, rid, status = False, call.get("rid"), status_in(action)
+        if slug is None:
+            if status is not None and status > 255:
+                return 400, "invalid url format"
+            check = self.check_by(db, "uuid = ?", key.lower()) if is_uuid(
+                key) else None
+            if not check:
+                return 404, "not found"
+        else:
+            if not SLUG_LETTERS.issuperset(slug) or not slug:
+                return 400, "invalid url format"
+            number, found = self.by_slug(db, key, slug)
+            if len(found) > 1:
+                return 409, "ambiguous slug"
+            check = found[0] if found else None
+            if not check and (number is None or not call.get("create")
+                              or self.is_crowded(db, number, 2)):
+                return 404, "not found"
+        if status is not None and status > 255:
+            return 400, "invalid url format"
+        if rid is not None and not is_uuid(rid):
+            return 400, "invalid uuid format"
+        if not check:
+            check, created = self.new_check(db, number, slug, now), True
+        self.take_ping(db, check, action, rid and rid.lower(), call, now)
+        return (201, "Created") if created else (200, "OK")
+
+    def check_by(self, db, where: str, *values) -> dict | None:
+        row = db.execute(f"select {CHECK_COLUMNS} from checks where {where}",
+                         values).fetchone()
+        return row and dict(zip(CHECK_FIELDS, row))
+
+    def by_slug(self, db, key: str, slug: str) -> tuple:
+        """(number of the dashboard or None, the checks of that name)."""
+        number = db.execute("select id from dashboards where ping_key = ?",
+                            (key,)).fetchone()
+        if not number:
+            return None, []
+        return number[0], [dict(zip(CHECK_FIELDS, row)) for row in db.execute(
+            f"select {CHECK_COLUMNS} from checks where dash = ? and slug = ? "
+            "limit 2", (number[0], slug))]
+
+    def is_crowded(self, db, number: int, times: int) -> bool:
+        return db.execute("select count(*) from checks where dash = ?", (
+            number,)).fetchone()[0] >= MOST_CHECKS * times
+
+    def new_check(self, db, number: int, slug: str, now: float) -> dict:
+        """A check that was made by its first ping."""
+        from uuid import uuid4
+        return self.insert_check(db, {
+            "dash": number, "uuid": str(uuid4()), "name": slug, "slug": slug,
+            "tags": "", "desc": "", "kind": "simple", "period": 86_400.0,
+            "grace": 3600.0, "schedule": "* * * * *", "tz": "UTC",
+            "start_within": 0.0, "run_limit": 0.0, "manual_resume": 0,
+            "methods": "", "made": now})
+
+    def insert_check(self, db, fields: dict) -> dict:
+        names = ", ".join(f'"{name}"' for name in fields)
+        check = db.execute(
+            f"insert into checks ({names}) values "
+            f"({', '.join('?' * len(fields))})",
+            tuple(fields.values())).lastrowid
+        return self.check_by(db, "id = ?", check)
+
+    def take_ping(self, db, check: dict, action: str, rid: str | None,
+                  call: dict, now: float) -> None:
+        status = status_in(action)
+        kind = action if status is None else "fail" if status else "success"
+        if check["methods"] and call["method"] not in check["methods"].split():
+            kind = "ign"
+        if check["status"] == "paused" and check["manual_resume"]:
+            kind = "ign"
+        changed = after_ping(check, kind, rid, now)
+        old, check = check["status"], {**check, **changed}
+        check["n"] += 1
+        changed["n"] = check["n"]
+        if kind != "log" and kind != "ign":
+            changed["alert_after"] = self.when_down(check)
+            self.arm("check", check["id"], self.next_look(check, now))
+        duration = changed.get("last_duration")
+        if duration is not None and duration > LONGEST_MEASURED:
+            duration = None
+        self.keep_ping(db, check, kind, status, rid, call, duration, now)
+        self.update_check(db, check["id"], changed)
+        if check["status"] != old:
+            self.flip(db, check, old, now, "fail" if kind == "fail" else "")
+
+    def update_check(self, db, check: int, changed: dict) -> None:
+        db.execute("update checks set " + ", ".join(
+            f'"{name}" = ?' for name in changed) + " where id = ?",
+            (*changed.values(), check))
+
+    def keep_ping(self, db, check: dict, kind: str, status: int | None,
+                  rid: str | None, call: dict, duration: float | None,
+                  now: float) -> None:
+        body = bytes(call.get("body") or b"")[:PING_BODY_LIMIT]
+        line = plain_line(body[-1000:].decode("utf-8", "replace").strip()
+                          .rpartition("\n")[2])[:200] if body else ""
+        db.execute('insert into pings ("check", n, at, kind, exit, rid, '
+                   "scheme, method, ua, ip, duration, size, line, body) "
+                   "values (?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                   (check["id"], check["n"], now, kind, status, rid,
+                    *(self.header_text(call.get(name), most) for name, most
+                      in (("scheme", 10), ("method", 10), ("ua", 200),
+                          ("ip", 50))), duration, len(body), line, body))
+        if check["n"] % KEEP_PINGS == 0:
+            db.execute('delete from pings where "check" = ? and n <= ?',
+                       (check["id"], check["n"] - KEEP_PINGS))
+        dash = self.names[check["dash"]]
+        self.touch(dash, "checks", check["uuid"])
+        if kind in ("success", "fail"):
+            self.after.append(lambda: self.extend_strip(check["id"], (
+                check["n"], now, duration, "o" if kind == "success"
+                else "f")))
+
+    def header_text(self, text, most: int) -> str:
+        return str(text or "")[:most].replace("\0", "").encode(
+            "utf-8", "replace").decode()
+
+    def when_down(self, check: dict) -> float | None:
+        """When to look at a check; a fault in that must not stop pings."""
+        try:
+            return down_at(check, self.expected(check))
+        except Exception:
+            return self.clock.now() + 3600
+
+    def next_look(self, check: dict, now: float) -> float | None:
+        """When a check's state may change by itself: grace, or down."""
+        try:
+            expected = self.expected(check)
+        except Exception:
+            return now + 3600
+        times = [at for at in (expected, down_at(check, expected))
+                 if at is not None and at > now]
+        return min(times, default=down_at(check, expected))
+
+    def flip(self, db, check: dict, old: str, at: float, reason: str) -> None:
+        """A check has changed its state: kept, and told."""
+        db.execute('insert into flips ("check", at, old, new, reason) values '
+                   "(?, ?, ?, ?, ?)", (check["id"], at, old, check["status"],
+                                       reason))
+        subject, name = f"check:{check['uuid']}", check["name"] or \
+            check["slug"] or check["uuid"]
+        if check["status"] == "down":
+            failed = reason == "fail"
+            self.raise_alert(
+                db, check["dash"], subject, "failed" if failed else "overdue",
+                at, f"{name} {'failed' if failed else 'is overdue'}",
+                f"{name} {'has told a failure' if failed else reason}")
+        else:
+            for kind in ("failed", "overdue"):
+                self.clear_alert(db, check["dash"], subject, kind,
+                                 f"{name} is {check['status']}")
+
+    def look_at_check(self, db, key: int, now: float) -> None:
+        """Is a check overdue? It goes down at the time when it should have
+        been seen, however late we look."""
+        check = self.check_by(db, "id = ?", key)
+        if not check or check["status"] == "down":
+            return
+        when = down_at(check, self.expected(check))
+        if when is None or when > now:
+            self.arm("check", key, self.next_look(check, now))
+            if check["alert_after"] != when:
+                self.update_check(db, key, {"alert_after": when})
+            self.touch(self.names[check["dash"]], "checks", check["uuid"])
+            return
+        old, check["status"] = check["status"], "down"
+        self.update_check(db, key, {"status": "down", "alert_after": None})
+        self.flip(db, check, old, when, "has started, and did not end in time"
+                  if check["last_start"] is not None else "has sent no ping")
+        self.touch(self.names[check["dash"]], "checks", check["uuid"])
+
+    # --- checks, as people change them
+
+    def make_check(self, db, dash: str, fields, now: float) -> dict:
+        from uuid import uuid4
+        number = self.number_of(dash)
+        if self.is_crowded(db, number, 1):
+            raise Error(f"there are {MOST_CHECKS:,} checks already", "", 403)
+        check = self.insert_check(db, {
+            "dash": number, "uuid": str(uuid4()), "made": now,
+            **self.check_asked(Asked(fields, "the check"), {})})
+        self.record(db, number, now, "check", label=check["name"],
+                    state="made")
+        self.touch(dash, "checks", check["uuid"])
+        return {"id": check["uuid"]}
+
+    def check_asked(self, asked: Asked, old: dict) -> dict:
+        """What a person says of a check; what is not said stays."""
+        def minutes(name: str, default: float, low: float) -> float:
+            value = asked.number(name, old.get(name, default),
+                                 high=86_400 * 365)
+            if value and value < 60 or value < low:
+                raise asked.wrong(name, "is less than a minute")
+            return float(value)
+
+        slug = asked.text("slug", 100, old.get("slug", ""))
+        if not SLUG_LETTERS.issuperset(slug):
+            raise asked.wrong("slug", "may have a to z, 0 to 9, - and _")
+        texts = {name: asked.text(name, most, old.get(name, default))
+                 for name, most, default in (
+                     ("name", 100, ""), ("tags", 500, ""), ("desc", 2000, ""),
+                     ("schedule", 200, "* * * * *"), ("tz", 60, "UTC"))}
+        found = {
+            **texts, "slug": slug, "kind": asked.choice(
+                "kind", ("simple", "cron"), old.get("kind", "simple")),
+            "period": minutes("period", 86_400, 60),
+            "grace": minutes("grace", 3600, 60),
+            "start_within": minutes("start_within", 0, 0),
+            "run_limit": minutes("run_limit", 0, 0),
+            "manual_resume": int(asked.flag("manual_resume", bool(
+                old.get("manual_resume", False)))),
+            "methods": asked.choice("methods", ("", "POST"),
+                                    old.get("methods", ""))}
+        if found["kind"] == "cron":
+            self.schedule_of(found["schedule"], found["tz"])
+        return found
+
+    def change_check(self, db, dash: str, uuid: str, fields,
+                     now: float) -> dict:
+        asked, check = Asked(fields, "the check"), self.whole_check(
+            db, dash, uuid)
+        do = asked.choice("do", ("edit", "pause", "resume", "delete"), "edit")
+        if do == "resume" and check["status"] != "paused":
+            raise Error("the check is not paused", "", 409)
+        self.record(db, check["dash"], now, "check", label=check["name"],
+                    state=do)
+        self.touch(dash, "checks", uuid)
+        if do == "delete":
+            return self.delete_check(db, check)
+        old = check["status"]
+        changed = self.check_asked(asked, check) if do == "edit" else {
+            "status": "paused", "last_start": None} if do == "pause" else {
+            "status": "new", "last_start": None, "last_ping": None}
+        check = {**check, **changed}
+        changed["alert_after"] = self.when_down(check)
+        self.update_check(db, check["id"], changed)
+        self.arm("check", check["id"], self.next_look(check, now))
+        if check["status"] != old:
+            self.flip(db, check, old, now, "")
+        return {}
+
+    def whole_check(self, db, dash: str, uuid: str) -> dict:
+        check = self.check_by(db, "uuid = ?", uuid) if is_uuid(uuid) else None
+        if not check or check["dash"] != self.number_of(dash):
+            raise missing_thing("check")
+        return check
+
+    def delete_check(self, db, check: dict) -> dict:
+        db.execute("delete from checks where id = ?", (check["id"],))
+        db.execute('delete from pings where "check" = ?', (check["id"],))
+        db.execute('delete from flips where "check" = ?', (check["id"],))
+        subject = f"check:{check['uuid']}"
+        for kind, in db.execute("select kind from alerts where subject = ? "
+                                "and dash = ?", (subject, check["dash"])
+                                ).fetchall():
+            self.touch(self.names[check["dash"]], "alerts", (subject, kind))
+        db.execute("delete from alerts where dash = ? and subject = ?",
+                   (check["dash"], subject))
+        return {}
+
+    # --- checks, as people see them
+
+    def check_strip(self, db, check: int):
+        """The last pings of a check that said how it went."""
+        from collections import deque
+        with self.faces_lock:
+            strip = self.check_strips.get(check)
+            if strip is None:
+                rows = db.execute(
+                    "select n, at, duration, case kind when 'fail' then 'f' "
+                    'else \'o\' end from pings where "check" = ? and kind in '
+                    "('success', 'fail') order by n desc limit ?",
+                    (check, STRIP)).fetchall()
+                strip = self.check_strips[check] = deque(
+                    reversed(rows), STRIP)
+            return list(strip)
+
+    def extend_strip(self, check: int, entry: tuple) -> None:
+        with self.faces_lock:
+            strip = self.check_strips.get(check)
+            if strip is not None and (not strip or strip[-1][0] < entry[0]):
+                strip.append(entry)
+
+    def check_shape(self, db, check: dict, snoozed: dict, now: float) -> dict:
+        try:
+            expected = self.expected(check)
+            words = Schedule.parse(check["schedule"]).words() \
+                if check["kind"] == "cron" else every_words(check["period"])
+        except (Error, Misread) as error:
+            expected, words = None, str(error)
+        shape = {name: check[name] for name in (
+            "name", "slug", "tags", "desc", "kind", "period", "grace",
+            "schedule", "tz", "start_within", "run_limit", "methods",
+            "last_ping", "last_start", "n")}
+        duration = check["last_duration"]
+        return {
+            **shape, "id": check["uuid"], "words": words,
+            "manual_resume": bool(check["manual_resume"]),
+            "state": check_state(check, expected, now),
+            "started": check["last_start"] is not None,
+            "last_duration": duration if duration is None
+            or duration <= LONGEST_MEASURED else None, "next": expected,
+            "strip": self.check_strip(db, check["id"]),
+            "snoozed": snoozed.get(f"check:{check['uuid']}", 0)}
+
+    def pings(self, db, dash: str, uuid: str,
+              before: int | None = None) -> dict:
+        rows = rows_of(db, "select n, at, kind, exit, rid, method, ua, ip, "
+                       "size, duration, line from pings where "
+                       '"check" = ? and n < ? order by n desc limit 101',
+                       self.whole_check(db, dash, uuid)["id"],
+                       LARGEST_WHOLE if before is None else before)
+        return {"pings": rows[:100], "more": len(rows) > 100}
+
+    def ping_body(self, db, dash: str, uuid: str, n: int) -> bytes:
+        found = db.execute('select body from pings where "check" = ? and n = '
+                           "?", (self.whole_check(db, dash, uuid)["id"], n)
+                           ).fetchone()
+        if not found:
+            raise missing_thing("ping")
+        return found[0]
+
+
+RUN_FIELDS_KEPT = ("id", "job", "host", "n", "epoch", "trigger", "state",
+                   "due", "asked", "started", "ended", "exit", "signal",
+                   "reason", "args", "attempt", "count", "bytes", "cut",
+                   "size", "have", "line")
+RUN_COLUMNS = ", ".join(RUN_FIELDS_KEPT)
+RECORD_FIELDS = ("change", "trigger", "state", "due", "asked", "started",
+                 "ended", "exit", "signal", "reason", "args", "attempt",
+                 "count", "bytes", "cut", "size", "nonce")
+INSERT_RUN = (f"insert into runs (dash, job, host, epoch, n, at, until, "
+              f"{', '.join(RECORD_FIELDS)}) values "
+              f"({', '.join('?' * (7 + len(RECORD_FIELDS)))})")
+UPDATE_RUN = ("update runs set job = ?, at = ?, until = ?, " + ", ".join(
+    f"{name} = ?" for name in RECORD_FIELDS) + " where id = ?")
+JOB_FIELDS = ("id", "dash", "host", "user", "tag", "section", "name", "label",
+              "timing", "words", "command", "confirm", "spec", "next", "gone",
+              "failing_since", "failures", "last_ok", "last_failed")
+JOB_COLUMNS = ", ".join(JOB_FIELDS)
+
+
+class Face:
+    """What is shown of a job's runs: kept in memory, so that a list of many
+    jobs needs no look at their runs."""
+
+    def __init__(self, runs: list[dict]):
+        from collections import deque
+        self.strip = deque(maxlen=STRIP)
+        self.going: list[int] = []
+        self.last = None
+        for run in runs:
+            self.put(run)
+
+    def put(self, run: dict) -> None:
+        """Take a run as it is now. Twice does no harm."""
+        number, going = run["id"], run["state"] in GOING_ON
+        took = None if run["ended"] is None or run["started"] is None \
+            else max(run["ended"] - run["started"], 0.0)
+        at = next((run[name] for name in ("started", "due", "asked", "ended")
+                   if run[name] is not None), None)
+        entry = number, at, took, letter_of(
+            run["state"], run["exit"], run["signal"], run["reason"])
+        for place in range(len(self.strip) - 1, -1, -1):
+            if self.strip[place][0] == number:
+                self.strip[place] = entry
+                break
+            if self.strip[place][0] < number:
+                if place == len(self.strip) - 1:
+                    self.strip.append(entry)
+                break
+        else:
+            if not self.strip:
+                self.strip.append(entry)
+        if going and number not in self.going:
+            self.going.append(number)
+        if not going:
+            if number in self.going:
+                self.going.remove(number)
+            if not self.last or number >= self.last["id"]:
+                self.last = run
+
+
+class Fleet(Checks):
+    """Hosts, their jobs and runs: what koid tells, and what it is told."""
+
+    def __init__(self, path: str, clock: Clock | None = None, zone=None):
+        super().__init__(path, clock, zone)
+        self.output_of_runs = Live()
+        self.faces: dict[int, Face] = {}        # job -> Face
+        self.handed: dict[str, float] = {}      # nonce -> when
+
+    # --- a sync
+
+    def sync(self, db, access: Access, request, now: float) -> dict:
+        """Take what a host tells, and say what it is to do. Nothing that
+        comes twice is kept twice; what comes late changes nothing back."""
+        asked = Asked(request)
+        pulse = self.pulses.get(access.host)
+        if not pulse or asked.hex("host", 32) != access.host:
+            raise Error("this is the token of another host", "", 403)
+        if asked.whole("v") != 1:
+            raise Error("the host speaks another version", "bring koi up to "
+                        "date there or here", 400)
+        epoch = asked.whole("epoch")
+        host = rows_of(db, "select * from hosts where id = ?",
+                       pulse.number)[0]
+        self.note_host(db, pulse, host, asked, now)
+        fields = asked.get("list", dict, None)
+        if fields is not None:
+            host["list_sha"] = self.take_list(db, pulse, Asked(
+                fields, "the list"))
+        self.take_next(db, pulse, asked.get("next", dict, {}), now)
+        acked = self.take_records(db, pulse, epoch, asked.each(
+            "records", MOST_RECORDS), now)
+        for output in asked.each("outputs", MOST_OUTPUTS):
+            self.take_output(db, pulse, epoch, output, now)
+        for output in asked.each("live", MOST_OUTPUTS):
+            self.take_live(pulse, output)
+        for verdict in asked.each("verdicts", MOST_RECORDS):
+            self.take_verdict(db, pulse, epoch, verdict)
+        sha = asked.text("list_sha", 64, "")
+        return {"v": 1, "acked": acked, "twin": False,
+                "want_list": not host["list_sha"] or (
+                    fields is None and sha != host["list_sha"]),
+                "owed": self.owed(db, pulse, epoch),
+                **self.hand_out(db, access, now)}
+
+    def owed(self, db, pulse: Pulse, epoch: int) -> list:
+        """Runs that have ended and whose output is not whole here."""
+        return [list(row) for row in db.execute(
+            "select n, have from runs where host = ? and epoch = ? and "
+            "have < size and state not in ('queued', 'running') "
+            "order by n desc limit ?", (pulse.number, epoch, MOST_OWED))]
+
+    def note_host(self, db, pulse: Pulse, host: dict, asked: Asked,
+                  now: float) -> None:
+        """The host is there; and what it says of itself."""
+        import json
+        instance = asked.text("instance", 100)
+        self.only_instance(pulse, host, instance, now)
+        skew = now - asked.number("now", now)
+        if abs(skew - host["skew"]) < 1:
+            skew = host["skew"]         # the way here takes its time too
+        troubles = [str(each)[:500] for each in asked.get(
+            "troubles", list, [])[:20] if is_text(str(each))]
+        said = {"instance": instance, "skew": skew,
+                "epoch": asked.whole("epoch"),
+                "offset": asked.number("offset", 0, -86_400, 86_400),
+                "zone": asked.text("zone", 200, ""),
+                "version": asked.text("version", 50, ""),
+                "boot": asked.text("boot", 100, ""),
+                "troubles": json.dumps(troubles)}
+        changed = {name: value for name, value in said.items()
+                   if host[name] != value}
+        if pulse.seen is None or changed:
+            self.touch(self.names[pulse.dash], "hosts", pulse.host)
+        if host["silent"]:
+            self.welcome_back(db, pulse, host, now)
+            changed["silent"] = 0
+        pulse.seen = now
+        if changed or now - pulse.noted > SEEN_NOTED:
+            changed["seen"] = now
+            db.execute("update hosts set " + ", ".join(
+                f'"{name}" = ?' for name in changed) + " where id = ?",
+                (*changed.values(), pulse.number))
+            self.after.append(lambda: setattr(pulse, "noted", now))
+        self.arm("host", pulse.host, now + SILENT_AFTER)
+
+    def only_instance(self, pulse: Pulse, host: dict, instance: str,
+                      now: float) -> None:
+        """Of two koids that pass for one host the one that began later is
+        believed, unless it is no more. Raises Error."""
+        def began(text: str) -> tuple:
+            start, _, name = text.partition("-")
+            if not start.isascii() or not start.isdigit() \
+                    or len(start) > 15 or not is_hex(name, 8):
+                raise Error("the request: instance is none", "", 400)
+            return int(start), name
+
+        if began(instance) >= (began(host["instance"]) if host["instance"]
+                               else (0, "")):
+            return
+        if pulse.seen is not None and now - pulse.seen < SILENT_AFTER:
+            pulse.twin = now
+            self.touch(self.names[pulse.dash], "hosts", pulse.host)
+            raise Error("another koid uses this host's identity",
+                        "if this machine is a copy of another: koitab -d "
+                        "off, and join again", 409)
+
+    def welcome_back(self, db, pulse: Pulse, host: dict, now: float) -> None:
+        """A host was silent and is there again."""
+        self.clear_alert(db, pulse.dash, f"host:{pulse.host}", "silent",
+                         f"{host['name']} is back")
+        self.after.append(lambda: vars(pulse).update(silent=False, back=now))
+        dash = self.names[pulse.dash]
+        for job, due in db.execute("select id, next from jobs where host = ?",
+                                   (pulse.number,)).fetchall():
+            self.touch(dash, "jobs", job)
+            if due is not None:
+                self.arm("late", job, max(due + LATE_AFTER,
+                                          now + SETTLED_AFTER))
+        for run, in db.execute(
+                "select id from runs where dash = ? and host = ? and state "
+                "in ('queued', 'running')", (pulse.dash, pulse.number)):
+            self.arm("slow", run, now + SETTLED_AFTER)
+
+    # --- its jobs
+
+    def take_list(self, db, pulse: Pulse, asked: Asked) -> str:
+        """Keep a list as it came, with its MAC, for those who hold the key;
+        and take the jobs from it. The SHA-256 of the list."""
+        import json
+        body, mac = asked.text("body", MOST_LIST), asked.hex("mac", 64)
+        try:
+            inner = Asked(json.loads(body), "the list")
+            specs = inner.get("jobs", list, MISSING)
+            jobs = [self.job_asked(text) for text in specs]
+        except (ValueError, RecursionError):
+            raise Error("the list is no JSON", "", 400) from None
+        if inner.text("host") != pulse.host:
+            raise Error("this is the list of another host", "", 400)
+        if len(jobs) > MOST_JOBS:
+            raise Error(f"more than {MOST_JOBS:,} jobs", "", 413)
+        known = {(user, tag): (job, spec, gone) for job, user, tag, spec, gone
+                 in db.execute("select id, user, tag, spec, gone from jobs "
+                               "where host = ? and gone < 2",
+                               (pulse.number,))}
+        for job in jobs:
+            self.keep_job(db, pulse, job, known.pop(
+                (job["user"], job["tag"]), None))
+        for job, _, gone in known.values():
+            if not gone:
+                self.drop_job(db, pulse, job)
+        sha = digest_of(body)
+        db.execute("update hosts set list = ?, mac = ?, list_sha = ?, key = "
+                   "?, name = ? where id = ?",
+                   (body, mac, sha, inner.text("key", 16, ""), inner.text(
+                       "name", 255, pulse.host[:8]), pulse.number))
+        self.touch(self.names[pulse.dash], "hosts", pulse.host)
+        return sha
+
+    def job_asked(self, text) -> dict:
+        """A job as its host shows it."""
+        import json
+        if not isinstance(text, str) or not is_text(text):
+            raise ValueError
+        asked = Asked(json.loads(text), "a job")
+        job = {name: asked.text(name, most, "") for name, most in (
+            ("section", 1000), ("name", 1000), ("label", 200_000),
+            ("words", 5000), ("command", 200_000), ("confirm", 10))}
+        return {"user": asked.text("user", 256), "tag": asked.text("tag", 100),
+                "timing": asked.text("when", 1000), "spec": text, **job}
+
+    def keep_job(self, db, pulse: Pulse, job: dict, known) -> None:
+        if known and known[1] == job["spec"] and not known[2]:
+            return
+        if known:
+            number = known[0]
+            db.execute("update jobs set gone = 0, " + ", ".join(
+                f"{name} = ?" for name in job) + " where id = ?",
+                (*job.values(), number))
+        else:
+            number = self.insert_job(db, pulse, job)
+        self.touch(self.names[pulse.dash], "jobs", number)
+
+    def insert_job(self, db, pulse: Pulse, job: dict) -> int:
+        job = {"dash": pulse.dash, "host": pulse.number, **job}
+        return db.execute(
+            f"insert into jobs ({', '.join(job)}) values "
+            f"({', '.join('?' * len(job))})", tuple(job.values())).lastrowid
+
+    def drop_job(self, db, pulse: Pulse, job: int) -> None:
+        """A job is in no tab any more; its runs stay."""
+        db.execute("update jobs set gone = 1, next = null where id = ?",
+                   (job,))
+        dash, subject = self.names[pulse.dash], f"job:{job}"
+        for kind, in db.execute("select kind from alerts where dash = ? and "
+                                "subject = ?", (pulse.dash, subject)
+                                ).fetchall():
+            self.touch(dash, "alerts", (subject, kind))
+        db.execute("delete from alerts where dash = ? and subject = ?",
+                   (pulse.dash, subject))
+        self.touch(dash, "jobs", job)
+
+    def take_next(self, db, pulse: Pulse, given: dict, now: float) -> None:
+        """When jobs start next: USER, newline, TAG -> time."""
+        if len(given) > MOST_JOBS:
+            raise Error(f"more than {MOST_JOBS:,} starts", "", 413)
+        for whose in given:
+            user, _, tag = whose.partition("\n")
+            if not is_text(whose) or "\0" in whose:
+                raise Error("the request: next names no job", "", 400)
+            found = db.execute("select id, next, gone from jobs where host = "
+                               "? and user = ? and tag = ?",
+                               (pulse.number, user, tag)).fetchone()
+            if found and not found[2]:
+                self.set_next(db, pulse, found[0], found[1], Asked(
+                    given, "next").number(whose, None), now)
+
+    def set_next(self, db, pulse: Pulse, job: int, before: float | None,
+                 due: float | None, now: float) -> None:
+        if due == before:
+            return
+        db.execute("update jobs set next = ? where id = ?", (due, job))
+        self.touch(self.names[pulse.dash], "jobs", job)
+        if due is not None:
+            self.arm("late", job, due + LATE_AFTER)
+        if due is None or due > now:
+            self.clear_alert(db, pulse.dash, f"job:{job}", "late",
+                             self.name_of_job(db, job) + " is not late")
+
+    def name_of_job(self, db, job: int) -> str:
+        section, name, label, host = db.execute(
+            "select j.section, j.name, j.label, h.name from jobs j join "
+            "hosts h on h.id = j.host where j.id = ?", (job,)).fetchone()
+        name = visible(name or label)[:100]
+        return f"{visible(section)[:50]}/{name} on {host}" if section \
+            else f"{name} on {host}"
+
+    # --- its runs
+
+    def record_asked(self, asked: Asked) -> dict:
+        """A record of a run, as columns."""
+        import json
+        record = {name: asked.whole(name, default) for name, default in (
+            ("change", MISSING), ("attempt", 1), ("count", 1), ("bytes", 0),
+            ("size", 0))}
+        record["size"] = min(record["size"], MOST_OUTPUT)
+        for name in ("due", "asked", "started", "ended", "next"):
+            record[name] = asked.number(name, None)
+        for name in ("exit", "signal"):
+            record[name] = asked.whole(name, None, -2**31, 2**32)
+        for name, most in (("user", 256), ("tag", 100)):
+            record[name] = asked.text(name, most)
+        for name, most in (("section", 1000), ("name", 1000),
+                           ("label", 200_000), ("trigger", 50)):
+            record[name] = asked.text(name, most, "")
+        record["reason"] = asked.text("reason", 200_000, "")[:2000]
+        record["state"] = asked.choice("state", RUN_STATES)
+        record["args"] = json.dumps(asked.texts("args", 2 * LONGEST_ARGS),
+                                    ensure_ascii=False)
+        record["cut"] = int(bool(asked.fields.get("cut")))
+        nonce = asked.text("nonce", 32, "")
+        record["nonce"] = nonce if is_hex(nonce, 32) else ""
+        record["n"] = asked.whole("run", low=1)
+        return record
+
+    def take_records(self, db, pulse: Pulse, epoch: int, records: list,
+                     now: float) -> int:
+        """Keep records; the highest change of this epoch that is kept.
+
+        Ids are given by the order of the host's numbers, which is that of
+        the starts; what runs do to their jobs, in the order of changes."""
+        found = db.execute("select acked from epochs where host = ? and "
+                           "epoch = ?", (pulse.number, epoch)).fetchone()
+        acked = found[0] if found else 0
+        if not records:
+            return acked
+        kept = []
+        for record in sorted(map(self.record_asked, records),
+                             key=lambda each: (each["n"], each["change"])):
+            if self.keep_record(db, pulse, epoch, record, now):
+                kept.append(record)
+        for record in sorted(kept, key=lambda each: each["change"]):
+            self.run_changed(db, pulse, epoch, record, now)
+        highest = max(acked, *(each.fields["change"] for each in records))
+        if highest > acked:
+            db.execute("insert or replace into epochs values (?, ?, ?)",
+                       (pulse.number, epoch, highest))
+        return highest
+
+    def keep_record(self, db, pulse: Pulse, epoch: int, record: dict,
+                    now: float) -> bool:
+        """Keep a record, if it is newer than what is known of its run."""
+        found = db.execute(
+            "select id, change, state from runs where host = ? and epoch = ? "
+            "and n = ?", (pulse.number, epoch, record["n"])).fetchone()
+        going = record["state"] in GOING_ON
+        if found and (record["change"] <= found[1] or (
+                going and found[2] not in GOING_ON)):
+            return False
+        job = record["job"] = self.job_of(db, pulse, record)
+        at = next((record[name] for name in ("started", "due", "asked",
+                                             "ended")
+                   if record[name] is not None), now)
+        letter = letter_of(record["state"], record["exit"], record["signal"],
+                           record["reason"])
+        days = KEEP_OUTPUT_DAYS * (2 if letter in BAD_LETTERS else 1)
+        until = min(record["ended"] or at, now) + days * DAY_SECONDS
+        values = [record[name] for name in RECORD_FIELDS]
+        record.update(at=at, letter=letter, going=going,
+                      fresh=not found or found[2] in GOING_ON)
+        if found:
+            record["id"] = found[0]
+            db.execute(UPDATE_RUN, (job, at, until, *values, found[0]))
+        else:
+            record["id"] = db.execute(INSERT_RUN, (
+                pulse.dash, job, pulse.number, epoch, record["n"], at, until,
+                *values)).lastrowid
+        dash = self.names[pulse.dash]
+        self.touch(dash, "runs", record["id"])
+        self.touch(dash, "jobs", job)
+        self.touch(dash, "live", record["id"])
+        return True
+
+    def job_of(self, db, pulse: Pulse, record: dict) -> int:
+        """The job of a record; one that is unknown is made, for its tab may
+        have changed before we saw the list."""
+        found = db.execute("select id from jobs where host = ? and user = ? "
+                           "and tag = ?", (pulse.number, record["user"],
+                                           record["tag"])).fetchone()
+        if found:
+            return found[0]
+        if db.execute("select count(*) from jobs where host = ?",
+                      (pulse.number,)).fetchone()[0] >= 2 * MOST_JOBS:
+            raise Error(f"the host has more than {2 * MOST_JOBS:,} jobs",
+                        "forget some that are gone", 413)
+        return self.insert_job(db, pulse, {"gone": 1, **{
+            name: record[name] for name in ("user", "tag", "section", "name",
+                                            "label")}})
+
+    def run_changed(self, db, pulse: Pulse, epoch: int, record: dict,
+                    now: float) -> None:
+        """What a run does to its job: its next start, failures, alerts."""
+        job = dict(zip(JOB_FIELDS, db.execute(
+            f"select {JOB_COLUMNS} from jobs where id = ?",
+            (record["job"],)).fetchone()))
+        if record["nonce"]:
+            self.settle_request(db, pulse, record["nonce"], "accepted", "",
+                                epoch, record["n"])
+        if not job["gone"] and "next" in record:
+            self.set_next(db, pulse, job["id"], job["next"], record["next"],
+                          now)
+        kinds = {kind for kind, in db.execute(
+            "select kind from alerts where dash = ? and subject = ?",
+            (pulse.dash, f"job:{job['id']}"))}
+        if record["state"] == "running":
+            self.over(db, pulse, job, kinds & {"late"})
+            self.arm("slow", record["id"], self.slow_at(pulse, job["id"],
+                                                        record["started"]))
+        elif record["fresh"] and not record["going"]:
+            self.run_ended(db, pulse, job, record, kinds, now)
+
+    def over(self, db, pulse: Pulse, job: dict, kinds) -> None:
+        """Alerts that are true no more."""
+        words = {"failed": "works again", "late": "has started",
+                 "missed": "runs again", "slow": "has ended",
+                 "fast": "takes its usual time again"}
+        for kind in sorted(kinds):
+            self.clear_alert(
+                db, pulse.dash, f"job:{job['id']}", kind,
+                f"{self.name_of_job(db, job['id'])} {words[kind]}")
+
+    def run_ended(self, db, pulse: Pulse, job: dict, record: dict,
+                  kinds: set, now: float) -> None:
+        letter, end = record["letter"], record["ended"] or record["at"]
+        if letter == "o":
+            db.execute("update jobs set failures = 0, failing_since = null, "
+                       "last_ok = ? where id = ?", (end, job["id"]))
+            self.over(db, pulse, job, kinds & {"failed", "missed", "late",
+                                               "slow"})
+            self.judge_speed(db, pulse, job, record, kinds, now)
+        elif letter in BAD_LETTERS:
+            job["failures"] += 1
+            db.execute("update jobs set failures = ?, failing_since = "
+                       "coalesce(failing_since, ?), last_failed = ? where id "
+                       "= ?", (job["failures"], end, record["id"], job["id"]))
+            self.over(db, pulse, job, kinds & {"late", "slow"})
+            if end > now - DAY_SECONDS:
+                self.tell_failure(db, pulse, job, record, now)
+        elif letter == "m" and record["at"] > now - DAY_SECONDS:
+            self.over(db, pulse, job, kinds & {"late"})
+            name = self.name_of_job(db, job["id"])
+            self.raise_alert(db, pulse.dash, f"job:{job['id']}", "missed",
+                             record["at"], f"{name} was missed",
+                             f"{plural(record['count'], 'start')} missed: "
+                             f"{record['reason'] or 'koid was not there'}")
+
+    def tell_failure(self, db, pulse: Pulse, job: dict, record: dict,
+                     now: float) -> None:
+        """Once, with the number of failures since. If its output is still
+        to come, it is told with that, or a little later without."""
+        name = self.name_of_job(db, job["id"])
+        how = record["reason"] or (
+            f"signal {record['signal']}" if record["signal"] else
+            f"exit status {record['exit']}" if record["state"] == "done"
+            else record["state"])
+        times = "" if job["failures"] == 1 else \
+            f", {job['failures']} times in a row"
+        self.raise_alert(
+            db, pulse.dash, f"job:{job['id']}", "failed",
+            record["ended"] or record["at"], f"{name} failed",
+            f"{name}: {visible(how)[:500]}{times}",
+            now + 15 if record["size"] else now, record["id"])
+
+    def judge_speed(self, db, pulse: Pulse, job: dict, record: dict,
+                    kinds: set, now: float) -> None:
+        """Was a good run faster than it ever was? Then it did nothing."""
+        limit = shortest_usual(self.face(job["id"]).strip)
+        if record["started"] is None or record["ended"] is None:
+            return
+        took = record["ended"] - record["started"]
+        if limit is None or took >= limit:
+            self.over(db, pulse, job, kinds & {"fast"})
+        elif record["at"] > now - DAY_SECONDS:
+            name = self.name_of_job(db, job["id"])
+            self.raise_alert(
+                db, pulse.dash, f"job:{job['id']}", "fast", record["at"],
+                f"{name} was suspiciously fast", f"{name} ended well after "
+                f"{duration_text(took)}; it never took less than "
+                f"{duration_text(limit * 5)} of late")
+
+    def slow_at(self, pulse: Pulse, job: int,
+                started: float | None) -> float | None:
+        """When a run is slower than its job ever was; in our time."""
+        limit = longest_usual(self.face(job).strip)
+        return None if limit is None or started is None else \
+            started + limit + self.skew_of(pulse)
+
+    def skew_of(self, pulse: Pulse) -> float:
+        """Our clock minus the host's, where that matters."""
+        found = self.db.execute("select skew from hosts where id = ?",
+                                (pulse.number,)).fetchone()
+        return found[0] if found and abs(found[0]) > 5 else 0.0
+
+    # --- what runs have written
+
+    def take_output(self, db, pulse: Pulse, epoch: int, asked: Asked,
+                    now: float) -> None:
+        """Keep a piece of output, if it follows what is there."""
+        found = db.execute(
+            "select id, state, size, have from runs where host = ? and epoch "
+            "= ? and n = ?", (pulse.number, epoch, asked.whole("run"))
+            ).fetchone()
+        data, at = asked.data("data", MOST_OUTPUT), asked.whole("at", 0)
+        if not found or found[1] in GOING_ON:
+            return
+        run, _, size, have = found
+        if asked.flag("gone", False):
+            db.execute("update runs set size = have where id = ?", (run,))
+            return self.output_ended(db, pulse, run, now)
+        if at != have or have >= size:
+            return
+        data = data[:size - have]
+        try:
+            length, lines = whole_frames(data)
+        except ValueError:
+            length = -1
+        if length < 0 or length < len(data) == size - have:
+            db.execute("update runs set size = have where id = ?", (run,))
+            return self.output_ended(db, pulse, run, now)
+        if length:
+            db.execute("insert into outputs (run, at, lines, data) values "
+                       "(?, ?, ?, ?)", (run, have, lines, data[:length]))
+            db.execute("update runs set have = ? where id = ?",
+                       (have + length, run))
+            self.touch(self.names[pulse.dash], "live", run)
+            if have + length == size:
+                self.output_ended(db, pulse, run, now)
+
+    def output_ended(self, db, pulse: Pulse, run: int, now: float) -> None:
+        """The output of a run is whole: its last line, and who waits."""
+        row = dict(zip(RUN_FIELDS_KEPT, db.execute(
+            f"select {RUN_COLUMNS} from runs where id = ?", (run,)
+            ).fetchone()))
+        tail = [data for data, in db.execute(
+            "select data from outputs where run = ? order by at desc limit 3",
+            (run,))]
+        bad = letter_of(row["state"], row["exit"], row["signal"],
+                        row["reason"]) in BAD_LETTERS
+        line = last_line(b"".join(reversed(tail)), bad)
+        db.execute("update runs set line = ? where id = ?", (line, run))
+        if tail:
+            db.execute("insert or ignore into unread values (?)", (run,))
+        db.execute("update letters set due = ?, text = text || ? where run = "
+                   "? and tries = 0 and due > ?",
+                   (now, f"\n\n{line}" if line else "", run, now))
+        dash = self.names[pulse.dash]
+        for what, key in (("runs", run), ("jobs", row["job"]), ("live", run),
+                          ("letters", run)):
+            self.touch(dash, what, key)
+        self.after.append(lambda: self.output_of_runs.end(run))
+
+    def take_live(self, pulse: Pulse, asked: Asked) -> None:
+        """Output of a run that goes on, for those who look at it."""
+        data, at = asked.data("data", LIVE_ROOM), asked.whole("at", 0)
+        run = self.output_of_runs.run_of(pulse.host, asked.whole("run"))
+        if run is None:
+            return
+        try:
+            length, _ = whole_frames(data)
+        except ValueError:
+            return
+        if self.output_of_runs.put(run, at, data[:length],
+                                   asked.flag("reset", False)):
+            self.touch(self.names[pulse.dash], "live", run)
+
+    def look(self, dash: str, run: int) -> None:
+        """Somebody looks at what a run writes; its host is told when that
+        is new. Raises Error if there is no such run."""
+        found = self.read(self.going_run, dash, run)
+        if found and self.output_of_runs.look(run, *found, self.clock.now()):
+            self.write(self.wake, dash, found[0])
+
+    def going_run(self, db, dash: str, run: int) -> tuple | None:
+        """(host, its number for the run), while the run goes on."""
+        row = self.row_of_run(db, dash, run)
+        return (self.hosts.get(row["host"], ""), row["n"]) \
+            if row["state"] in GOING_ON else None
+
+    def wake(self, _db, dash: str, host: str) -> None:
+        """Let a host's long poll look again."""
+        self.touch(dash, "wake", host)
+
+    def watched(self, host: str) -> dict[int, int]:
+        """The runs of a host that are looked at -> bytes we have."""
+        return self.output_of_runs.watched(host, self.clock.now())
+
+    # --- requests: what people ask of hosts
+
+    def request(self, db, dash: str, fields, now: float) -> dict:
+        """Take a signed request for a host. We cannot judge its signature,
+        and need not: the host does."""
+        asked, number = Asked(fields), self.number_of(dash)
+        pulse = self.pulse_of(dash, asked.hex("host", 32))
+        body, mac = asked.text("body", LONGEST_BODY), asked.hex("mac", 64)
+        try:
+            said = Asked(strictly_parsed(body), "the signed request")
+        except Forged as forged:
+            raise Error(f"the signed request: {forged}", "", 400) from None
+        nonce, exp = said.hex("nonce", 32), said.whole("exp") / 1000
+        do = said.choice("do", ("run", "kill"))
+        if said.text("host") != pulse.host or said.text("dash") != dash:
+            raise Error("the request is signed for another host", "", 400)
+        if not now < exp < now + LONGEST_LIFE / 1000 + 60:
+            raise Error("the request has expired, or would live too long",
+                        "is the clock of this machine right?", 400)
+        before = db.execute("select body, mac, dash from requests where nonce"
+                            " = ?", (nonce,)).fetchone()
+        if before and before != (body, mac, number):
+            raise Error("there was another request of this nonce", "", 409)
+        if not before:
+            if db.execute("select count(*) from requests where host = ? and "
+                          "state = 'waiting'", (pulse.number,)).fetchone(
+                          )[0] >= MOST_REQUESTS_WAITING:
+                raise Error("too many requests wait for this host", "", 429)
+            db.execute("insert into requests (dash, host, nonce, body, mac, "
+                       "asked, exp) values (?, ?, ?, ?, ?, ?, ?)", (
+                           number, pulse.number, nonce, body, mac, now, exp))
+            self.audit_request(db, pulse, do, said, nonce, now)
+            self.arm("request", nonce, exp + 5)
+            self.touch(dash, "requests", nonce)
+            self.touch(dash, "wake", pulse.host)
+        return self.request_state(db, dash, nonce)
+
+    def audit_request(self, db, pulse: Pulse, do: str, said: Asked,
+                      nonce: str, now: float) -> None:
+        import json
+        if do == "run":
+            row = db.execute(
+                "select id, label from jobs where host = ? and user = ? and "
+                "tag = ?", (pulse.number, said.text("user", 256),
+                            said.text("tag", 100))).fetchone()
+        else:
+            row = db.execute(
+                "select j.id, j.label from runs r join jobs j on j.id = r.job"
+                " where r.host = ? and r.epoch = ? and r.n = ?", (
+                    pulse.number, said.whole("epoch"), said.whole("run"))
+                ).fetchone()
+        args = {**said.texts("args", 2 * LONGEST_ARGS), **dict.fromkeys(
+            said.texts("secrets", LONGEST_BODY), MASK.decode())}
+        job, label = row or (None, "")
+        self.record(db, pulse.dash, now, do, pulse.host, job=job, nonce=nonce,
+                    label=label[:1000], args=json.dumps(args))
+
+    def request_state(self, db, dash: str, nonce: str) -> dict:
+        found = db.execute(
+            "select state, reason, (select id from runs r where r.host = "
+            "q.host and r.epoch = q.epoch and r.n = q.n) from requests q "
+            "where nonce = ? and dash = ?", (nonce, self.number_of(dash))
+            ).fetchone() if is_hex(nonce, 32) else None
+        if not found:
+            raise missing_thing("request")
+        return dict(zip(("nonce", "state", "reason", "run"), (nonce, *found)))
+
+    def hand_out(self, db, access: Access, now: float) -> dict:
+        """What waits for a host. What was handed out and not answered is
+        handed out again: the answer may have got lost, or the host."""
+        pulse, requests = self.pulse_of(access.dash, access.host), []
+        for nonce, body, mac in db.execute(
+                "select nonce, body, mac from requests where host = ? and "
+                "state = 'waiting' and exp > ? order by id",
+                (pulse.number, now)):
+            if self.handed.get(nonce, 0.0) <= now - HAND_OUT_AGAIN:
+                self.handed[nonce] = now
+                requests.append({"body": body, "mac": mac})
+        return {"requests": requests, "live": {
+            str(n): have for n, have in self.watched(access.host).items()}}
+
+    def take_verdict(self, db, pulse: Pulse, epoch: int,
+                     asked: Asked) -> None:
+        self.settle_request(
+            db, pulse, asked.hex("nonce", 32),
+            asked.choice("verdict", ("accepted", "refused")),
+            asked.text("reason", 2000, ""), epoch, asked.whole("run", None))
+
+    def settle_request(self, db, pulse: Pulse, nonce: str, state: str,
+                       reason: str, epoch: int, n: int | None) -> None:
+        """What became of a request. A run that came of it is the last word;
+        "expired" is only what we suppose."""
+        done = db.execute(
+            "update requests set state = ?1, reason = ?2, epoch = ?3, n = "
+            "coalesce(?4, n) where host = ?5 and nonce = ?6 and (state in "
+            "('waiting', 'expired') or (?1 = 'accepted' and (state <> ?1 or "
+            "n is null and ?4 is not null)))",
+            (state, reason, epoch, n, pulse.number, nonce)).rowcount
+        self.handed.pop(nonce, None)
+        if done:
+            self.touch(self.names[pulse.dash], "requests", nonce)
+
+    def look_at_request(self, db, nonce: str, now: float) -> None:
+        """Has a request expired without an answer?"""
+        found = db.execute("select dash, exp from requests where nonce = ? "
+                           "and state = 'waiting'", (nonce,)).fetchone()
+        if found and found[1] + 5 > now:
+            self.arm("request", nonce, found[1] + 5)
+        elif found:
+            db.execute("update requests set state = 'expired', reason = "
+                       "'the host did not answer' where nonce = ?", (nonce,))
+            self.handed.pop(nonce, None)
+            self.touch(self.names[found[0]], "requests", nonce)
+
+    # --- watches
+
+    def look_at_host(self, db, host: str, now: float) -> None:
+        """Is a host silent? That is one alert; those of its jobs would say
+        the same again."""
+        pulse = self.pulses.get(host)
+        if not pulse or pulse.silent or pulse.seen is None:
+            return
+        at = max(pulse.seen, pulse.since) + SILENT_AFTER
+        row = db.execute("select name, token from hosts where id = ?",
+                         (pulse.number,)).fetchone()
+        if at > now:
+            self.arm("host", host, at)
+        elif row and row[1]:
+            db.execute("update hosts set silent = 1, seen = ? where id = ?",
+                       (pulse.seen, pulse.number))
+            self.raise_alert(db, pulse.dash, f"host:{host}", "silent",
+                             pulse.seen, f"{row[0]} is silent",
+                             f"{row[0]} was last heard of at "
+                             f"{rfc3339(pulse.seen)}; what its jobs do is "
+                             "unknown until it is back")
+            self.after.append(lambda: setattr(pulse, "silent", True))
+            dash = self.names[pulse.dash]
+            self.touch(dash, "hosts", host)
+            self.touch(dash, "jobs", *(job for job, in db.execute(
+                "select id from jobs where host = ?", (pulse.number,))))
+
+    def look_at_late(self, db, job: int, now: float) -> None:
+        """Should a job have started by now, and its host, which is there,
+        says nothing of it?"""
+        row = db.execute("select host, next from jobs where id = ? and gone "
+                         "= 0", (job,)).fetchone()
+        pulse = row and self.pulses.get(self.hosts.get(row[0], ""))
+        if not pulse or row[1] is None or pulse.silent or pulse.seen is None:
+            return
+        at = max(row[1] + self.skew_of(pulse) + LATE_AFTER,
+                 pulse.back + SETTLED_AFTER)
+        if at > now:
+            return self.arm("late", job, at)
+        if now - pulse.seen > SILENT_AFTER / 2:     # is it the host perhaps?
+            return self.arm("late", job, now + SILENT_AFTER / 6)
+        newest = db.execute("select max(due) from (select due from runs where "
+                            "job = ? order by id desc limit 5)", (job,)
+                            ).fetchone()[0]
+        if newest is None or newest < row[1]:
+            name = self.name_of_job(db, job)
+            self.raise_alert(db, pulse.dash, f"job:{job}", "late", row[1],
+                             f"{name} is late", f"{name} should have started "
+                             f"at {rfc3339(row[1])}")
+            self.touch(self.names[pulse.dash], "jobs", job)
+
+    def look_at_slow(self, db, run: int, now: float) -> None:
+        """Does a run take longer than its job ever took?"""
+        row = db.execute("select job, host, state, started from runs where id "
+                         "= ?", (run,)).fetchone()
+        pulse = row and self.pulses.get(self.hosts.get(row[1], ""))
+        if not pulse or row[2] != "running" or pulse.silent:
+            return
+        at = self.slow_at(pulse, row[0], row[3])
+        if at is None or at > now:
+            return self.arm("slow", run, at)
+        name = self.name_of_job(db, row[0])
+        self.raise_alert(
+            db, pulse.dash, f"job:{row[0]}", "slow", row[3],
+            f"{name} takes long", f"{name} has been running for "
+            f"{duration_text(int(now - row[3]))}, three times as long as "
+            "it ever did of late")
+        self.touch(self.names[pulse.dash], "jobs", row[0])
+
+    def snooze(self, db, dash: str, fields, now: float) -> dict:
+        """Tell nothing of a subject until a time; it is shown as before."""
+        asked, number = Asked(fields), self.number_of(dash)
+        subject, until = asked.text("subject", 100), asked.number("until")
+        kind, _, key = subject.partition(":")
+        if kind == "host":
+            self.pulse_of(dash, key)
+        elif kind == "check":
+            self.whole_check(db, dash, key)
+        elif kind != "job" or not (key.isascii() and key.isdigit()):
+            raise missing_thing("subject")
+        else:
+            self.row_of_job(db, dash, int(key[:18]))
+        db.execute("delete from snoozes where dash = ? and subject = ?",
+                   (number, subject))
+        if until > now:
+            db.execute("insert into snoozes values (?, ?, ?)",
+                       (number, subject, until))
+            self.arm("snooze", (number, subject), until)
+        else:
+            self.tell_untold(db, number, subject)
+        self.record(db, number, now, "snooze", key if kind == "host" else "",
+                    job=int(key) if kind == "job" else None, label=subject,
+                    state="on" if until > now else "off")
+        self.touch(dash, {"job": "jobs", "check": "checks", "host": "hosts"}
+                   [kind], int(key) if kind == "job" else key)
+        return {}
+
+    def look_at_snooze(self, db, key: tuple, now: float) -> None:
+        """A snooze that is over: what stands still is told now."""
+        found = db.execute("select until from snoozes where dash = ? and "
+                           "subject = ?", key).fetchone()
+        if found and found[0] > now:
+            self.arm("snooze", key, found[0])
+        elif found:
+            db.execute("delete from snoozes where dash = ? and subject = ?",
+                       key)
+            self.tell_untold(db, *key)
+
+    def tell_untold(self, db, number: int, subject: str) -> None:
+        for alert, kind, text in db.execute(
+                "select id, kind, text from alerts where dash = ? and "
+                "subject = ? and not told", (number, subject)).fetchall():
+            self.spread(db, number, alert, text.partition("\n")[0][:200],
+                        text, subject, kind, False)
+
+    # --- what is shown
+
+    def load(self) -> None:
+        """Besides, all that may be due at some time."""
+        super().load()
+        now = self.clock.now()
+        for host, pulse in self.pulses.items():
+            if pulse.seen is not None:
+                self.arm("host", host, now + SILENT_AFTER)
+        for kind, statement in (
+                ("late", "select id, next from jobs where next is not null "
+                         "and gone = 0"),
+                ("slow", "select id, 0 from runs where state = 'running' and "
+                         "dash in (select id from dashboards)"),
+                ("check", "select id, 0 from checks where status <> 'down'"),
+                ("request", "select nonce, exp + 5 from requests where state "
+                            "= 'waiting'")):
+            for key, at in self.db.execute(statement):
+                self.arm(kind, key, max(at, now + (
+                    SETTLED_AFTER if kind in ("late", "slow") else 0)))
+        for number, subject, until in self.db.execute(
+                "select dash, subject, until from snoozes"):
+            self.arm("snooze", (number, subject), until)
+
+    def face(self, job: int) -> Face:
+        """A job's face; made by the first who looks. Each statement of a
+        reader sees what was committed before it, and what is committed
+        after is put into the faces under this lock: so none goes stale."""
+        with self.faces_lock:
+            face = self.faces.get(job)
+            if face is None:
+                rows = self.reader().execute(
+                    f"select {RUN_COLUMNS} from runs where job = ? order by "
+                    "id desc limit ?", (job, STRIP)).fetchall()
+                face = self.faces[job] = Face([
+                    dict(zip(RUN_FIELDS_KEPT, row)) for row in rows[::-1]])
+            return face
+
+    def settled(self) -> None:
+        """Put what was committed into the faces, then tell of it."""
+        for changed in self.touched.values():
+            for run in changed.get("runs", ()):
+                row = self.db.execute(f"select {RUN_COLUMNS} from runs where "
+                                      "id = ?", (run,)).fetchone()
+                face = row and self.faces.get(row[1])
+                if face:
+                    with self.faces_lock:
+                        face.put(dict(zip(RUN_FIELDS_KEPT, row)))
+        super().settled()
+
+    def described(self, dash: str, changed: dict) -> dict:
+        """A line of the stream."""
+        db, now, number = self.db, self.clock.now(), self.numbers[dash]
+        lines, snoozed = {"gone": {}}, self.snoozed(db, number)
+        makers = {
+            "runs": lambda run: self.run_shape(self.row_of_run(
+                db, dash, run)),
+            "jobs": lambda job: self.job_shape(db, self.row_of_job(
+                db, dash, job), snoozed),
+            "hosts": lambda host: self.host_shape(rows_of(
+                db, "select * from hosts where id = ?", self.pulse_of(
+                    dash, host).number)[0], now),
+            "checks": lambda uuid: self.check_shape(db, self.whole_check(
+                db, dash, uuid), snoozed, now),
+            "requests": lambda nonce: self.request_state(db, dash, nonce),
+            "alerts": lambda key: rows_of(
+                db, "select subject, kind, since, text from alerts where "
+                "dash = ? and subject = ? and kind = ?", number, *key)[0]}
+        for what, make in makers.items():
+            for key in changed.get(what, ()):
+                try:
+                    lines.setdefault(what, []).append(make(key))
+                except (Error, IndexError):
+                    lines["gone"].setdefault(what, []).append(key)
+        if not lines["gone"]:
+            del lines["gone"]
+        return {what: found for what, found in lines.items() if found}
+
+    def snoozed(self, db, number: int) -> dict[str, float]:
+        now = self.clock.now()
+        return {subject: until for subject, until in db.execute(
+            "select subject, until from snoozes where dash = ?", (number,))
+            if until > now}
+
+    def row_of_job(self, db, dash: str, job: int) -> dict:
+        row = db.execute(f"select {JOB_COLUMNS} from jobs where id = ? and "
+                         "dash = ? and gone < 2", (job, self.number_of(dash))
+                         ).fetchone() if 0 <= job <= LARGEST_WHOLE else None
+        if not row:
+            raise missing_thing("job")
+        return dict(zip(JOB_FIELDS, row))
+
+    def row_of_run(self, db, dash: str, run: int) -> dict:
+        row = db.execute(
+            f"select {RUN_COLUMNS} from runs where id = ? and dash = ? and "
+            "(select gone from jobs where id = job) < 2",
+            (run, self.number_of(dash))
+            ).fetchone() if 0 <= run <= LARGEST_WHOLE else None
+        if not row:
+            raise missing_thing("run")
+        return dict(zip(RUN_FIELDS_KEPT, row))
+
+    def run_shape(self, row: dict) -> dict:
+        import json
+        return {**row, "host": self.hosts.get(row["host"], ""),
+                "cut": bool(row["cut"]), "args": json.loads(row["args"])}
+
+    def host_shape(self, row: dict, now: float) -> dict:
+        import json
+        pulse = self.pulses.get(row["host"]) or Pulse(row, now)
+        state = "left" if not row["token"] else "new" if pulse.seen is None \
+            else "silent" if pulse.silent else "twin" if pulse.twin and \
+            pulse.twin > now - TWIN_SHOWN else "up"
+        return {"id": row["host"], "name": row["name"], "seen": pulse.seen,
+                "state": state, "since": row["made"], **{
+                    name: row[name] for name in ("offset", "zone", "skew",
+                                                 "version", "key")},
+                "troubles": json.loads(row["troubles"])}
+
+    def job_shape(self, db, job: dict, snoozed: dict) -> dict:
+        host = self.hosts.get(job["host"], "")
+        with self.faces_lock:
+            face = self.face(job["id"])
+            strip, going, last = list(face.strip), face.going[:], face.last
+        kinds = self.kinds_of_alerts(db, job)
+        failing = None
+        if job["failures"]:
+            line = db.execute("select line from runs where id = ?",
+                              (job["last_failed"],)).fetchone()
+            failing = {"since": job["failing_since"],
+                       "count": job["failures"], "last_ok": job["last_ok"],
+                       "line": line[0] if line else ""}
+        return {
+            **{name: job[name] for name in ("id", "user", "tag", "section",
+                                            "name", "label", "words",
+                                            "command", "next", "confirm")},
+            "host": host, "when": job["timing"], "gone": bool(job["gone"]),
+            "manual": job["timing"] == "@manual", "running": going,
+            "state": self.state_of_job(host, kinds, going, last),
+            "last": last and self.run_shape(last), "strip": strip,
+            "failing": failing, "usual": usual_of(strip),
+            "snoozed": snoozed.get(f"job:{job['id']}", 0)}
+
+    def kinds_of_alerts(self, db, job: dict) -> set:
+        return {kind for kind, in db.execute(
+            "select kind from alerts where dash = ? and subject = ?",
+            (job["dash"], f"job:{job['id']}"))}
+
+    def state_of_job(self, host: str, kinds: set, going: list,
+                     last: dict | None) -> str:
+        pulse = self.pulses.get(host)
+        if pulse and pulse.silent:
+            return "unknown"
+        if going:
+            return "running"
+        if "late" in kinds:
+            return "late"
+        if not last:
+            return "new"
+        letter = letter_of(last["state"], last["exit"], last["signal"],
+                           last["reason"])
+        return {"o": "ok", "m": "missed", "s": "skipped"}.get(letter,
+                                                              "failed")
+
+    def state(self, db, access: Access, now: float) -> dict:
+        """All that the overview shows. The number of the newest change is
+        read first: what happens meanwhile is told once more."""
+        dash, number = access.dash, self.number_of(access.dash)
+        seq, operator = self.seq(dash), access.role == "operator"
+        about = rows_of(db, "select dash id, salt, rounds, ping_key, "
+                        "badge_key from dashboards where id = ?", number)[0]
+        snoozed = self.snoozed(db, number)
+        return {
+            "seq": seq, "now": now, "version": VERSION, "role": access.role,
+            "dash": about if operator else {**about, "ping_key": ""},
+            "hosts": [self.host_shape(row, now) for row in rows_of(
+                db, "select * from hosts where dash = ? and gone < 2 order "
+                "by name, id", number)],
+            "jobs": [self.job_shape(db, dict(zip(JOB_FIELDS, row)), snoozed)
+                     for row in db.execute(
+                         f"select {JOB_COLUMNS} from jobs where dash = ? and "
+                         "gone < 2 order by id", (number,)).fetchall()],
+            "checks": [self.check_shape(db, dict(zip(CHECK_FIELDS, row)),
+                                        snoozed, now)
+                       for row in db.execute(
+                           f"select {CHECK_COLUMNS} from checks where dash = "
+                           "? order by id", (number,)).fetchall()],
+            "alerts": rows_of(db, "select subject, kind, since, text from "
+                              "alerts where dash = ? order by since desc",
+                              number),
+            "troubles": self.troubles}
+
+    def runs(self, db, dash: str, job: int, before: int | None = None,
+             limit: int = 100) -> dict:
+        self.row_of_job(db, dash, job)
+        limit = min(max(limit, 1), 1000)
+        rows = db.execute(
+            f"select {RUN_COLUMNS} from runs where job = ? and id < ? order "
+            "by id desc limit ?", (job, LARGEST_WHOLE if before is None
+                                   else before, limit + 1)).fetchall()
+        return {"runs": [self.run_shape(dict(zip(RUN_FIELDS_KEPT, row)))
+                         for row in rows[:limit]], "more": len(rows) > limit}
+
+    def run(self, db, dash: str, run: int) -> dict:
+        row = self.row_of_run(db, dash, run)
+        job = self.row_of_job(db, dash, row["job"])
+
+        def near(where: str) -> int | None:
+            found = db.execute(f"select id from runs where job = ? and "
+                               f"{where} limit 1", (job["id"], run)
+                               ).fetchone()
+            return found and found[0]
+
+        return {"run": self.run_shape(row), "job": self.job_shape(
+            db, job, self.snoozed(db, job["dash"])),
+            "good": near("state = 'done' and exit = 0 and id < ? order by id "
+                         "desc"),
+            "older": near("id < ? order by id desc"),
+            "newer": near("id > ? order by id")}
+
+    def chunks(self, db, dash: str, run: int) -> dict:
+        row, live = self.row_of_run(db, dash, run), \
+            self.output_of_runs.get(run)
+        found = [list(chunk) for chunk in db.execute(
+            "select at, length(data), lines from outputs where run = ? order "
+            "by at", (run,))]
+        if live and not found:
+            at, data = live
+            found = [[at, len(data), whole_frames(data)[1]]] if data else []
+        return {"size": sum(found[-1][:2]) if found else 0,
+                "live": self.goes_on(row), "chunks": found}
+
+    def goes_on(self, row: dict) -> bool:
+        """Will there be more of a run's output?"""
+        return row["state"] in GOING_ON or row["have"] < row["size"]
+
+    def output(self, db, dash: str, run: int, at: int, most: int) -> tuple:
+        """(frames, size, whether there will be more, where they begin)."""
+        row, live = self.row_of_run(db, dash, run), \
+            self.output_of_runs.get(run)
+        most, at = min(max(most, 1), 2**20), max(at, 0)
+        if live and not row["have"]:
+            begin, data = live
+            at = max(at, begin)
+            return (cut_to_frames(data[at - begin:], most),
+                    begin + len(data), self.goes_on(row), at)
+        found, size = b"", 0
+        for begin, data in db.execute(
+                "select at, data from outputs where run = ?1 and at >= "
+                "coalesce((select max(at) from outputs where run = ?1 and at "
+                "<= ?2), 0) order by at", (run, min(at, LARGEST_WHOLE))):
+            found += data[max(at - begin, 0):]
+            if len(found) > most:
+                break
+        return (cut_to_frames(found, most), row["have"], self.goes_on(row),
+                at)
+
+    def raw(self, db, dash: str, run: int) -> bytes:
+        """What a job wrote, both streams, as cron would mail it."""
+        self.row_of_run(db, dash, run)
+        found = b"".join(data for data, in db.execute(
+            "select data from outputs where run = ? order by at", (run,)))
+        live = self.output_of_runs.get(run)
+        return output_text(found or (live[1] if live else b""))
+
+    def day(self, db, dash: str, begin: float, end: float) -> dict:
+        """The runs of a time as bars, for all jobs at once. What began up to
+        a day before is there too, if it reached into it."""
+        number, rows = self.number_of(dash), {}
+        count = reached = 0
+        for run, job, at, ended, due, letter in self.bars(
+                db, number, begin, end):
+            count, reached = count + 1, at
+            if count > MOST_BARS:
+                end = reached
+                break
+            row = rows.setdefault(job, {"job": job, "bars": [],
+                                        "missing": []})
+            if letter == "m":
+                row["missing"].append([at if due is None else due, run])
+            elif letter != "q":
+                row["bars"].append([at, ended, letter, run])
+        return {"rows": list(rows.values()), "from": begin, "to": end}
+
+    def bars(self, db, number: int, begin: float, end: float):
+        """Runs in order of time: first those that are older and go on."""
+        columns = "select id, job, at, ended, due, state, exit, signal, " \
+            "reason from runs "
+        for statement, values in (
+                (columns + "where dash = ? and state in ('queued', 'running')"
+                 " and at < ? order by at", (number, begin)),
+                (columns + "where dash = ? and at >= ? and at < ? and "
+                 "ended > ? order by at",
+                 (number, begin - DAY_SECONDS, begin, begin)),
+                (columns + "where dash = ? and at >= ? and at < ? order by "
+                 "at", (number, begin, end))):
+            for run, job, at, ended, due, *how in db.execute(statement,
+                                                             values):
+                yield run, job, at, ended, due, letter_of(*how)
+
+
+ALERT_STATES = ("failed", "late", "missed", "unknown")
+BADGES = {"ok": "#2a8a3e", "up": "#2a8a3e", "running": "#2a8a3e",
+          "new": "#77777a", "paused": "#77777a", "skipped": "#77777a",
+          "unknown": "#77777a", "late": "#b87800", "grace": "#b87800",
+          "missed": "#b87800", "failed": "#c32b2b", "down": "#c32b2b"}
+STRIPPED = r"\x1b\[[0-?]*[ -/]*[@-~]"
+PIECE, MOST_PIECES = 8_192, 32  # letters of a step; steps of a run: 256 KiB
+
+
+class Hub(Fleet):
+    """The dashboard. What it forgets, and how things are found in it."""
+
+    def __init__(self, path: str, clock: Clock | None = None, zone=None):
+        super().__init__(path, clock, zone)
+        self.index = ""         # how texts are found: trigram, words, or ""
+        self.round = 0          # the job that is tidied up next
+        self.chore("read outputs", 5.0, self.read_output)
+        self.chore("forget", 60.0, self.forget_old)
+        self.chore("shrink", 300.0, self.give_back)
+
+    def load(self) -> None:
+        """Besides, the index of the outputs, if SQLite can keep one."""
+        import sqlite3
+        for name, how in (("trigram", "trigram"), ("words", "unicode61")):
+            found = self.one("select sql from sqlite_master where name = "
+                             "'found'")
+            try:
+                if not found:
+                    self.db.execute("create virtual table found using fts5("
+                                    f"text, content='', tokenize='{how}')")
+                if not found or how in found:
+                    self.one("select rowid from found limit 1")
+                    self.index = name
+                    break
+            except sqlite3.OperationalError as error:
+                if "full" in str(error):
+                    raise
+        super().load()
+
+    # --- finding
+
+    def read_output(self, db) -> bool:
+        """Take a piece of one output into the index: small steps, as pings
+        wait behind each."""
+        found = db.execute("select u.run, r.pieces, r.have from unread u left "
+                           "join runs r on r.id = u.run limit 1").fetchone()
+        if not found or not self.index:
+            return False
+        run, pieces, have = found
+        parts = text_pieces(self.frames_of(db, run)) if have else []
+        if pieces is not None and pieces < len(parts):
+            db.execute("insert into found (rowid, text) values (?, ?)",
+                       (run * MOST_PIECES + pieces, parts[pieces]))
+            db.execute("update runs set pieces = pieces + 1 where id = ?",
+                       (run,))
+        if pieces is None or pieces + 1 >= len(parts):
+            db.execute("delete from unread where run = ?", (run,))
+        return True
+
+    def frames_of(self, db, run: int) -> bytes:
+        return b"".join(data for data, in db.execute(
+            "select data from outputs where run = ? order by at", (run,)))
+
+    def search(self, db, dash: str, text: str, job: int | None = None,
+               before: int | None = None) -> dict:
+        """Runs whose output holds a text, the newest first: each with the
+        first line that does. For a limited time; then `more` says so."""
+        import sqlite3
+        number, text = self.number_of(dash), text.strip()[:200]
+        if len(text) < 2 or not is_text(text) or "\0" in text:
+            raise Error("two letters at least are needed", "", 400)
+        if job is not None:
+            self.row_of_job(db, dash, job)
+        hits, until = [], time.monotonic() + READ_TIME
+        more, seen = False, None
+        db.set_progress_handler(
+            lambda: int(time.monotonic() > until), 10_000)
+        try:
+            for run in self.candidates(db, number, text, job, before):
+                if len(hits) == 20 or time.monotonic() > until:
+                    more = True
+                    break
+                hit = run != seen and self.line_with(db, run, text)
+                seen = run
+                if hit:
+                    hits.append({"run": self.run_shape(self.row_of_run(
+                        db, dash, run)), "line": hit[0], "at": hit[1]})
+        except sqlite3.OperationalError as error:
+            if "interrupted" not in str(error):
+                raise
+            more = True
+        finally:
+            db.set_progress_handler(None, 0)
+        return {"hits": hits, "more": more}
+
+    def candidates(self, db, number: int, text: str, job: int | None,
+                   before: int | None):
+        """Runs that may hold a text, the newest first; by the index if it
+        can tell, and else all that have output."""
+        last = LARGEST_WHOLE // MOST_PIECES if before is None else before
+        if self.index and (len(text) > 2 or self.index == "words"):
+            quoted = '"' + text.replace('"', '""') + '"'
+            if self.index == "words":
+                quoted += "*"
+            pending = [run for run, in db.execute(
+                "select u.run from unread u join runs r on r.id = u.run "
+                "where u.run < ?1 and r.dash = ?2 and (?3 is null or job = "
+                "?3) order by u.run desc limit 100", (last, number, job))]
+            rows = db.execute(
+                "select r.id from found f join runs r on r.id = f.rowid / ?1 "
+                "where found match ?2 and f.rowid < ?3 and r.dash = ?4 and "
+                "(?5 is null or job = ?5) order by f.rowid desc",
+                (MOST_PIECES, quoted, last * MOST_PIECES, number, job))
+            import heapq
+            return heapq.merge(pending, (run for run, in rows), reverse=True)
+        if job is not None:
+            return (run for run, in db.execute(
+                "select id from runs where job = ? and id < ? and have > 0 "
+                "order by id desc", (job, last)))
+        return (run for run, in db.execute(
+            "select id from runs where dash = ? and id < ? and have > 0 order "
+            "by id desc", (number, last)))
+
+    def line_with(self, db, run: int, text: str) -> tuple | None:
+        """(the first line with a text, where its chunk begins)."""
+        import re
+        wanted = re.compile(re.escape(text), re.I)
+        for at, data in db.execute("select at, data from outputs where run = "
+                                   "? order by at", (run,)):
+            found = re.sub(STRIPPED, "", output_text(data).decode(
+                "utf-8", "replace"))
+            match = wanted.search(found)
+            if match:
+                begin = found.rfind("\n", 0, match.start()) + 1
+                begin = max(begin, match.start() - 150)
+                end = found.find("\n", match.end())
+                end = len(found) if end < 0 else end
+                return visible(found[begin:min(end, begin + 400)]), at
+        return None
+
+    # --- forgetting, in small steps
+
+    def forget(self, db, dash: str, fields, now: float) -> dict:
+        """Remove a job that is in no tab, or a host, with all its runs:
+        they are hidden at once, and removed step by step."""
+        asked, number = Asked(fields), self.number_of(dash)
+        if "host" in asked.fields:
+            host = asked.hex("host", 32)
+            self.remove_host(db, dash, host, now)
+            key = self.pulse_of(dash, host).number
+            db.execute("update hosts set gone = 2, host = host || '-' || id "
+                       "where id = ?", (key,))
+            jobs = [job for job, in db.execute(
+                "select id from jobs where host = ?", (key,))]
+            self.touch(dash, "hosts", host)
+        else:
+            job = self.row_of_job(db, dash, asked.whole("job"))
+            if not job["gone"]:
+                raise Error("the job is in a tab, and would come back",
+                            "take it out of its tab first", 409)
+            jobs = [job["id"]]
+            self.record(db, number, now, "forget", self.hosts.get(
+                job["host"], ""), job=job["id"], label=job["label"][:1000])
+        for key in jobs:
+            self.drop_job(db, self.pulse_of(dash, asked.fields["host"])
+                          if "host" in asked.fields else
+                          self.pulses[self.hosts[job["host"]]], key)
+            db.execute("update jobs set gone = 2, tag = tag || '-' || id "
+                       "where id = ?", (key,))
+        return {}
+
+    def forget_old(self, db) -> bool:
+        """One step: what is too old or too much. True if there may be
+        more."""
+        now = self.clock.now()
+        removed = 0
+        for step in (self.forget_jobs, self.forget_runs, self.forget_outputs,
+                     self.forget_rows):
+            removed += step(db, now)
+            if removed >= AT_ONCE // 2:
+                return True
+        return removed > 0 or self.thin_out(db)
+
+    def forget_jobs(self, db, _now: float) -> int:
+        """The runs of jobs that people have had removed."""
+        found = db.execute("select id from jobs where gone = 2 limit 1"
+                           ).fetchone()
+        if not found:
+            for host, in db.execute("select id from hosts where gone = 2"
+                                    ).fetchall():
+                for statement in ("delete from epochs where host = ?",
+                                  "delete from requests where host = ?",
+                                  "delete from hosts where id = ?"):
+                    db.execute(statement, (host,))
+                return 1
+            return 0
+        runs = [run for run, in db.execute(
+            "select id from runs where job = ? limit ?", (found[0], AT_ONCE))]
+        self.remove_runs(db, runs)
+        if len(runs) < AT_ONCE:
+            db.execute("delete from jobs where id = ?", found)
+            self.after.append(lambda: self.faces.pop(found[0], None))
+        return len(runs) + 1
+
+    def forget_runs(self, db, now: float) -> int:
+        """Runs that are too old."""
+        runs = []
+        for number in self.names:
+            runs += db.execute(
+                "select id, job from runs where dash = ? and at < ? and state"
+                " not in ('queued', 'running') limit ?",
+                (number, now - KEEP_RUN_DAYS * DAY_SECONDS, AT_ONCE)
+                ).fetchall()
+        self.remove_runs(db, [run for run, _ in runs])
+        for job in {job for _, job in runs}:
+            self.after.append(lambda job=job: self.faces.pop(job, None))
+        return len(runs)
+
+    def thin_out(self, db) -> bool:
+        """Jobs with too many runs; one job a step, in turn."""
+        found = db.execute("select id from jobs where id > ? order by id "
+                           "limit 1", (self.round,)).fetchone()
+        if not found:
+            self.round = 0
+            return False
+        old = db.execute("select id from runs where job = ? order by id desc "
+                         "limit 1 offset ?", (found[0], KEEP_RUNS)).fetchone()
+        runs = [] if not old else [run for run, in db.execute(
+            "select id from runs where job = ? and id <= ? and state not in "
+            "('queued', 'running') order by id limit ?",
+            (found[0], old[0], AT_ONCE))]
+        self.remove_runs(db, runs)
+        if len(runs) < AT_ONCE:
+            self.after.append(lambda: setattr(self, "round", found[0]))
+        return True
+
+    def remove_runs(self, db, runs: list[int]) -> None:
+        for run in runs:
+            self.remove_output(db, run)
+            db.execute("delete from runs where id = ?", (run,))
+
+    def remove_output(self, db, run: int) -> int:
+        """The output of a run, and its pieces in the index, which must be
+        named to be removed. The bytes removed."""
+        frames = self.frames_of(db, run)
+        found = db.execute("select pieces from runs where id = ?", (run,)
+                           ).fetchone()
+        if found and found[0] and self.index:
+            for number, text in enumerate(text_pieces(frames)[:found[0]]):
+                db.execute("insert into found (found, rowid, text) values "
+                           "('delete', ?, ?)", (run * MOST_PIECES + number,
+                                                text))
+        if frames:
+            db.execute("delete from outputs where run = ?", (run,))
+            db.execute("delete from unread where run = ?", (run,))
+        return len(frames)
+
+    def forget_outputs(self, db, now: float) -> int:
+        """Outputs that are too old; few at a time, for they are large."""
+        size = count = 0
+        for run, in db.execute("select id from runs where have > 0 and until "
+                               "< ? order by until limit 200", (now,)
+                               ).fetchall():
+            size, count = size + self.remove_output(db, run), count + 1
+            db.execute("update runs set have = 0, size = 0, pieces = 0 where "
+                       "id = ?", (run,))
+            if size > 2**20:
+                break
+        return count
+
+    def forget_rows(self, db, now: float) -> int:
+        """Rows of the smaller tables."""
+        removed = 0
+        for table, column, days, more in (
+                ("audit", "at", KEEP_AUDIT_DAYS, "dash in (select id from "
+                                                 "dashboards) and "),
+                ("flips", "at", KEEP_EVENT_DAYS, ""),
+                ("requests", "asked", KEEP_EVENT_DAYS, "")):
+            removed += db.execute(
+                f"delete from {table} where id in (select id from {table} "
+                f"where {more}{column} < ? limit ?)",
+                (now - days * DAY_SECONDS, AT_ONCE)).rowcount
+        return removed
+
+    def give_back(self, db) -> bool:
+        """Pages that nobody needs; a few at a time."""
+        free = db.execute("pragma freelist_count").fetchone()[0]
+        if free > 2_000 or self.full:
+            db.execute("pragma incremental_vacuum(200)").fetchall()
+        return free > 2_200
+
+    # --- for other programs
+
+    def metrics(self, db, dash: str, now: float) -> str:
+        """The state in Prometheus' text format."""
+        state = self.state(db, Access("viewer", dash), now)
+        names = {host["id"]: host["name"] for host in state["hosts"]}
+        rows: dict[str, list] = {name: [] for name in METRICS}
+
+        def add(name: str, value, /, **labels) -> None:
+            if value is not None:
+                text = ",".join(f'{key}="{label_text(label)}"'
+                                for key, label in labels.items())
+                rows[name].append(f"{name}{{{text}}} {value:.15g}")
+
+        for host in state["hosts"]:
+            add("koi_host_up", host["state"] in ("up", "twin"),
+                host=host["name"])
+            add("koi_host_seen_timestamp_seconds", host["seen"],
+                host=host["name"])
+        for job in state["jobs"]:
+            labels = {"host": names.get(job["host"], ""), "user": job["user"],
+                      "section": job["section"], "tag": job["tag"],
+                      "job": job["name"] or job["label"]}
+            self.measure_job(job, add, labels)
+        for check in state["checks"]:
+            labels = {"name": check["name"], "slug": check["slug"]}
+            add("koi_check_up", check["state"] in ("up", "grace", "new"),
+                **labels)
+            add("koi_check_last_ping_timestamp_seconds", check["last_ping"],
+                **labels)
+        for alert in state["alerts"]:
+            add("koi_alert", 1, subject=alert["subject"], kind=alert["kind"])
+        return "".join(
+            f"# HELP {name} {text}\n# TYPE {name} gauge\n"
+            + "".join(f"{row}\n" for row in rows[name])
+            for name, text in METRICS.items() if rows[name])
+
+    def measure_job(self, job: dict, add, labels: dict) -> None:
+        last, took = job["last"], None
+        if last and last["ended"] is not None and last["started"] is not None:
+            took = last["ended"] - last["started"]
+        add("koi_job_ok", job["state"] not in ALERT_STATES, **labels)
+        add("koi_job_running", len(job["running"]), **labels)
+        add("koi_job_failures", job["failing"]["count"] if job["failing"]
+            else 0, **labels)
+        add("koi_job_last_end_timestamp_seconds", last and last["ended"],
+            **labels)
+        add("koi_job_last_duration_seconds", took, **labels)
+        add("koi_job_last_exit_status", last and last["exit"], **labels)
+        add("koi_job_next_start_timestamp_seconds", job["next"], **labels)
+
+    def badge(self, db, key: str, name: str, now: float) -> dict:
+        """A word and a colour, for who has the key: it opens no more."""
+        found = db.execute("select id, dash from dashboards where badge_key "
+                           "= ?", (key,)).fetchone()
+        if not found:
+            raise missing_thing("badge")
+        number, dash = found
+        if name == "all":
+            count = db.execute("select count(*) from alerts where dash = ?",
+                               (number,)).fetchone()[0]
+            return {"label": "koi", "message": plural(count, "alert")
+                    if count else "ok", "color": BADGES["failed" if count
+                                                        else "ok"]}
+        row = db.execute(f"select {CHECK_COLUMNS} from checks where dash = ? "
+                         "and slug = ?", (number, name)).fetchone()
+        if row:
+            check = self.check_shape(db, dict(zip(CHECK_FIELDS, row)), {},
+                                     now)
+            return {"label": check["name"] or name, "message": check["state"],
+                    "color": BADGES[check["state"]]}
+        row = db.execute(f"select {JOB_COLUMNS} from jobs where dash = ? and "
+                         "tag = ? and gone < 2", (number, name)).fetchone()
+        if not row:
+            raise missing_thing("badge")
+        job = self.job_shape(db, dict(zip(JOB_FIELDS, row)), {})
+        return {"label": job["name"] or job["label"],
+                "message": job["state"], "color": BADGES[job["state"]]}
+
+    # --- letters: what is to be told (class Herald does)
+
+    def letters_due(self, db, now: float) -> list[dict]:
+        """What is to be told now, with the channel it goes to."""
+        return rows_of(
+            db, "select l.id, l.key, l.at, l.tries, l.title, l.text, "
+            "l.subject, l.kind, l.over, l.channel, c.kind way, c.target, "
+            "d.dash from letters l join channels c on c.id = l.channel join "
+            "dashboards d on d.id = l.dash where l.due <= ? order by l.id "
+            "limit 100", now)
+
+    def letter_told(self, db, letter: int, error: str, now: float) -> None:
+        """One was told, or it was tried: then it is tried again, ever more
+        seldom, for a day."""
+        found = db.execute("select channel, at, tries from letters where id = "
+                           "?", (letter,)).fetchone()
+        if not found:
+            return
+        channel, at, tries = found
+        if error and now - at < DAY_SECONDS:
+            db.execute("update letters set tries = tries + 1, due = ? where "
+                       "id = ?", (now + min(15 * 2**min(tries, 10), 3600),
+                                  letter))
+        else:
+            db.execute("delete from letters where id = ?", (letter,))
+        db.execute("update channels set error = ?1, last = case ?1 when '' "
+                   "then ?2 else last end where id = ?3",
+                   (error[:500], now, channel))
+
+
+METRICS = {
+    "koi_host_up": "1 while the host is heard of.",
+    "koi_host_seen_timestamp_seconds": "When it was last heard of.",
+    "koi_job_ok": "0 when the job failed, is late, missed or unknown.",
+    "koi_job_running": "Runs that go on.",
+    "koi_job_failures": "Failures in a row.",
+    "koi_job_last_end_timestamp_seconds": "When its last run ended.",
+    "koi_job_last_duration_seconds": "How long that took.",
+    "koi_job_last_exit_status": "How that ended.",
+    "koi_job_next_start_timestamp_seconds": "When it starts next.",
+    "koi_check_up": "0 when the check is down or paused.",
+    "koi_check_last_ping_timestamp_seconds": "When it was last pinged.",
+    "koi_alert": "1 for each alert that stands."}
+
+
+def label_text(text: str) -> str:
+    """A label's value for Prometheus."""
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace(
+        '"', '\\"')
+
+
+def text_pieces(frames: bytes) -> list[str]:
+    """The text of an output as it is taken into the index: head and tail of
+    what is long, in pieces that end at the end of a line if they can. The
+    same frames must always give the same pieces: by them they are removed.
+    """
+    import re
+    text = b"".join(data for stream, _, data in read_frames(frames)
+                    if stream in (STDOUT, STDERR)).decode("utf-8", "replace")
+    text = re.sub(STRIPPED, "", text).replace("\0", " ")
+    whole = PIECE * MOST_PIECES
+    if len(text) > whole:
+        text = text[:whole // 2] + "\n" + text[-whole // 2 + 1:]
+    pieces = []
+    while text and len(pieces) < MOST_PIECES:
+        end = text.rfind("\n", PIECE // 2, PIECE) + 1
+        if len(text) <= PIECE or not end:
+            end = PIECE
+        pieces.append(text[:end])
+        text = text[end:]
+    return pieces
+
 
 # ==========================================================================
 # Alerts: who is told, and how?                         (network, processes)
@@ -7115,6 +10469,204 @@ def run_daemon(machine: Machine, system: bool) -> int:
 # told is tried again, and shown on the page.
 # ==========================================================================
 
+TELL_TIME = 15.0        # seconds for one letter, all in all
+MOST_ANSWER = 1024      # bytes of an answer that are read
+LOOK_AGAIN = 5.0        # seconds between looks at what is to be told
+
+
+class Herald:
+    """Tells what the hub has decided to tell, and says how that went.
+
+    What is to be told stands in the database until it was told. If we are
+    killed in between it is told again: at least once, then, and each time
+    under the same key (Message-ID, Idempotency-Key, `key`), by which who
+    gets it can see that. Each channel has a thread of its own while there
+    is something for it, so one that hangs holds up no other.
+    """
+
+    def __init__(self, hub: Hub, machine: Machine | None = None):
+        self.hub, self.machine = hub, machine or Machine()
+        self.stopping, self.thread = False, None
+        self.busy: set[int] = set()     # channels
+
+    def start(self) -> None:
+        import threading
+        self.thread = threading.Thread(target=self.live, name="herald",
+                                       daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.stopping = True
+        self.hub.letters.set()
+        if self.thread:
+            self.thread.join()
+
+    def live(self) -> None:
+        while not self.stopping and not self.hub.broken:
+            self.hub.letters.clear()
+            try:
+                self.round()
+            except Error as error:
+                self.hub.faults["alerts"] = f"alerts: {error.message}"
+            except RuntimeError:        # no thread can be started now
+                self.busy.clear()
+            self.hub.letters.wait(LOOK_AGAIN)
+
+    def round(self) -> list:
+        """Begin to tell what is due; the threads that do."""
+        import threading
+        letters: dict[int, list] = {}
+        for letter in self.hub.read(self.hub.letters_due,
+                                    self.hub.clock.now()):
+            letters.setdefault(letter["channel"], []).append(letter)
+        threads = []
+        for channel, mine in letters.items():
+            if channel not in self.busy and not self.hub.full:
+                self.busy.add(channel)
+                threads.append(threading.Thread(
+                    target=self.tell_all, args=(channel, mine), daemon=True))
+                threads[-1].start()
+        return threads
+
+    def tell_all(self, channel: int, letters: list[dict]) -> None:
+        """Tell a channel's letters, in order; until one fails, for the
+        others would fail as it did."""
+        try:
+            for letter in letters:
+                error = self.tell(letter)
+                self.hub.do(self.hub.letter_told, letter["id"], error,
+                            self.hub.clock.now())
+                if error or self.stopping:
+                    break
+        except Error:           # the disk is full, or we are to end
+            pass
+        finally:
+            self.busy.discard(channel)
+
+    def tell(self, letter: dict) -> str:
+        """Tell one; "" if that went well, else why not."""
+        try:
+            return {"mail": self.mail, "webhook": self.post,
+                    "ntfy": self.notify}[letter["way"]](letter)
+        except Exception as error:      # whatever it is, it is tried again
+            return without_secrets(f"{type(error).__name__}: {error}",
+                                   letter["target"])
+
+    def mail(self, letter: dict) -> str:
+        import subprocess
+        program = next((path for path in SENDMAILS
+                        if os.access(path, os.X_OK)), None)
+        if not program:
+            return "there is no sendmail here"
+        if not safe_address(letter["target"]):
+            return "this is no address"
+        done = subprocess.run(
+            [program, "-i", "--", letter["target"]],
+            input=letter_mail(letter, self.machine.host()),
+            env={"PATH": USUAL_PATH, "HOME": os.environ.get("HOME", "/")},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            timeout=TELL_TIME)
+        said = done.stderr.decode("utf-8", "replace").strip()[-300:]
+        return "" if done.returncode == 0 else \
+            f"sendmail says {visible(said) or done.returncode}"
+
+    def post(self, letter: dict) -> str:
+        import json
+        body = {name: letter[name] for name in (
+            "key", "at", "title", "text", "subject", "kind", "dash")}
+        return web_post(letter["target"], json.dumps(
+            {**body, "state": "over" if letter["over"] else "on"}).encode(), {
+                "Content-Type": "application/json",
+                "Idempotency-Key": letter["key"]})
+
+    def notify(self, letter: dict) -> str:
+        """To a topic of ntfy: its headers are ASCII, or RFC 2047."""
+        from email.header import Header as Encoded
+        title = one_line(letter["title"])[:200]
+        if not title.isascii():
+            title = Encoded(title, "utf-8", maxlinelen=10_000).encode()
+        over = bool(letter["over"])
+        return web_post(letter["target"], (letter["text"] or letter["title"]
+                                           ).encode()[:4000], {
+            "Title": title, "Content-Type": "text/plain; charset=utf-8",
+            "Priority": "default" if over or letter["kind"] == "test"
+            else "high", "Tags": "white_check_mark" if over else
+            "bell" if letter["kind"] == "test" else "warning"})
+
+
+def without_secrets(text: str, target: str) -> str:
+    """A fault in words, without the address: it may hold a key."""
+    from urllib.parse import urlsplit
+    for part in (target, *map(str, urlsplit(target)[1:4])):
+        if len(part) > 3:
+            text = text.replace(part, "...")
+    return visible(text)[:300]
+
+
+def letter_mail(letter: dict, host: str) -> bytes:
+    """A letter as a mail. Foreign text is in it, so what could break a
+    header becomes a blank."""
+    from email import policy
+    from email.message import EmailMessage
+    from email.utils import formatdate
+    message = EmailMessage(policy=policy.SMTP.clone(linesep="\n"))
+    message["From"] = f"koi <koi@{one_line(host)}>"
+    message["To"] = letter["target"]
+    message["Subject"] = one_line("koi: " + letter["title"])[:200]
+    message["Date"] = formatdate(letter["at"])
+    message["Message-ID"] = f"<{letter['key']}.{letter['dash']}@koi>"
+    message["Auto-Submitted"] = "auto-generated"
+    text = (letter["text"] or letter["title"]) + "\n"
+    message.set_content("".join(
+        each if each.isprintable() or each == "\n" else " "
+        for each in text), cte="quoted-printable")
+    return message.as_bytes()
+
+
+def web_post(target: str, body: bytes, headers: dict) -> str:
+    """POST to an address; "" for a 2xx. No redirect is followed, no proxy
+    asked, and after TELL_TIME the connection is cut, whatever it does."""
+    import base64
+    import http.client
+    import ssl
+    import threading
+    from urllib.parse import unquote, urlsplit
+    parts = urlsplit(target)
+    options = {"timeout": TELL_TIME}
+    kind = http.client.HTTPConnection
+    if parts.scheme == "https":
+        kind = http.client.HTTPSConnection
+        options["context"] = ssl.create_default_context()
+    connection = kind(parts.hostname, parts.port, **options)
+    watchdog = threading.Timer(TELL_TIME, cut_off, [connection])
+    watchdog.daemon = True
+    if parts.username:
+        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        headers["Authorization"] = "Basic " + base64.b64encode(
+            pair.encode()).decode()
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    watchdog.start()
+    try:
+        connection.request("POST", path, body, {
+            **headers, "User-Agent": f"koi/{VERSION}", "Connection": "close"})
+        answer = connection.getresponse()
+        answer.read(MOST_ANSWER)
+    finally:
+        watchdog.cancel()
+        connection.close()
+    if 300 <= answer.status < 400:
+        return f"it answered {answer.status}: redirects are not followed"
+    return "" if 200 <= answer.status < 300 else \
+        f"it answered {answer.status}"
+
+
+def cut_off(connection) -> None:
+    """End what a connection waits for, from another thread."""
+    try:
+        connection.sock.shutdown(socket.SHUT_RDWR)
+    except (OSError, AttributeError):   # it is not open, or not any more
+        pass
+
 
 # ==========================================================================
 # Web: what does a browser or an agent get back?            (network, files)
@@ -7122,6 +10674,2045 @@ def run_daemon(machine: Machine, system: bool) -> int:
 # Bytes become a Request, and a Response becomes bytes. Whoever calls may be
 # hostile, so all of it has limits: bytes, seconds, connections an address.
 # ==========================================================================
+
+LONGEST_LINE, LONGEST_HEAD, MOST_HEADERS = 8192, 16_384, 64
+HEAD_TIME, BODY_TIME, IDLE_TIME = 10.0, 30.0, 75.0  # seconds, in all
+WRITE_TIME = 30.0       # without a byte taken by who asked
+LINGER_TIME, LINGER_BYTES = 1.0, 2**20  # so that a refusal arrives
+STOP_TIME = 1.5         # for what is being written when we are to end
+SWEEP_TIME = 0.5        # between two looks for who is late
+BACKLOG = 1024          # every host calls at the full minute
+MOST_WIRES, MOST_OF_ADDRESS, MOST_UNPROVEN = 4096, 512, 64
+MOST_WRITES = 8192      # that wait for the disk
+MOST_READS, READERS = 256, 4
+PING_BODY, SMALL_BODY = 2**20, 2**16
+SYNC_BODY, REQUEST_BODY = 2**23, 2**20
+INLINE_BODY = 2**15     # longer JSON is not read on the loop
+AHEAD = 2**16           # bytes of requests that wait for their turn
+SLOW_READER = 2**20     # bytes that a stream may be behind
+PIECE = 2**18           # bytes of a download, at a time
+MOST_LINES = 1000       # changes that a stream can catch up with
+MOST_LINE_BYTES = 2**22
+HEARTBEAT = 15.0
+LONGEST_WAIT, LONGEST_LOOK = 25.0, 10.0
+MISSES, MISSES_IN_ALL, BAN, LONGEST_BAN = 10, 300, 60.0, 3600.0
+MOST_STRANGERS = 10_000         # addresses that are remembered
+CERTIFICATE_SOON = 14 * DAY
+
+METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
+LETTERS_OF_TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuv"
+                             "wxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+# What says where a request ends, whose it is, or what it is: two of one kind
+# could be read in two ways, by a proxy and by us.
+ONCE = frozenset("host content-length content-type content-encoding origin "
+                 "authorization expect transfer-encoding if-none-match "
+                 "access-control-request-method".split())
+STATUS = {
+    100: "Continue", 200: "OK", 201: "Created", 202: "Accepted",
+    204: "No Content", 304: "Not Modified", 400: "Bad Request",
+    401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict",
+    411: "Length Required", 413: "Content Too Large", 414: "URI Too Long",
+    415: "Unsupported Media Type", 417: "Expectation Failed",
+    421: "Misdirected Request", 422: "Unprocessable Content",
+    429: "Too Many Requests", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error", 501: "Not Implemented",
+    503: "Service Unavailable", 507: "Insufficient Storage"}
+PLAIN, JSON = "text/plain; charset=utf-8", "application/json"
+# On all that we say: nothing is guessed, kept, framed or told to others.
+GUARDS = (b"X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer"
+          b"\r\nX-Frame-Options: DENY\r\nCross-Origin-Opener-Policy: "
+          b"same-origin\r\n")
+POLICY = ("default-src 'none'; script-src {script}; style-src {style}; "
+          "connect-src 'self'; worker-src blob:; img-src data:; base-uri "
+          "'none'; form-action 'none'; frame-ancestors 'none'; "
+          "require-trusted-types-for 'script'")
+
+
+# --- a head, and what is wrong with it ------------------------------------
+
+
+class Request:
+    """What was asked: a head without fault, and its body."""
+
+    __slots__ = ("method", "path", "query", "headers", "minor", "length",
+                 "body")
+
+    def __init__(self, method: str, target: str, minor: int, headers: dict):
+        self.method, self.minor, self.headers = method, minor, headers
+        self.path, _, self.query = target.partition("?")
+        self.length, self.body = body_length(method, headers), b""
+
+    @property
+    def keeps(self) -> bool:
+        """May another request come by the same connection?"""
+        return self.minor == 1 and "close" not in [
+            word.strip(" \t").lower() for word in
+            self.headers.get("connection", "").split(",")]
+
+    @property
+    def kind(self) -> str:
+        """What the body is said to be, without its parameters."""
+        return self.headers.get("content-type", "").partition(";")[0].strip(
+            " \t").lower()
+
+
+def early_fault(data: bytes, since: int = 0) -> str:
+    """Why these cannot be the first bytes of a request; "" if they can.
+    Seen before the head has ended, so that nobody waits for the end of what
+    is none: a TLS hello, lines that end as HTTP's do not."""
+    if not 65 <= data[0] <= 90:     # a method begins with A to Z
+        return "this port speaks plain http" if data[0] == 22 else \
+            "this is no HTTP"
+    ends = data.count(b"\r\n", since)
+    if data.count(b"\n", since) != ends or data.count(b"\r", since) - ends \
+            != data.endswith(b"\r"):
+        return "a line ends with half of CR LF"
+    return "there is a NUL in it" if data.find(b"\0", since) >= 0 else ""
+
+
+def head_fault(data: bytes, end: int) -> Error | None:
+    """Is a head too large? `end` is where it ends, -1 if it has not yet."""
+    line = data.find(b"\r\n", 0, LONGEST_LINE + 2)
+    if line < 0 and len(data) > LONGEST_LINE:
+        return Error(f"the first line is longer than {LONGEST_LINE:,} bytes",
+                     "", 414)
+    if (len(data) if end < 0 else end + 4) > LONGEST_HEAD:
+        return Error(f"the head is longer than {LONGEST_HEAD:,} bytes", "",
+                     431)
+    return None
+
+
+def read_head(head: bytes) -> Request:
+    """The request whose head this is, without the empty line at its end.
+    Raises Error with the status to answer."""
+    lines = head.decode("latin-1").split("\r\n")
+    if len(lines) - 1 > MOST_HEADERS:
+        raise Error(f"there are more than {MOST_HEADERS} header lines", "",
+                    431)
+    words = lines[0].split(" ")
+    if len(words) != 3:
+        raise Error("the first line is not METHOD TARGET VERSION", "", 400)
+    method, target, version = words
+    if version not in ("HTTP/1.1", "HTTP/1.0"):
+        raise Error("this speaks HTTP/1.1", "", 400)
+    if method not in METHODS:
+        raise Error("there is no such method here", "", 501)
+    why = target_fault(target)
+    if why:
+        raise Error(why, "", 400)
+    headers = read_headers(lines[1:])
+    if version == "HTTP/1.1" and "host" not in headers:
+        raise Error("there is no Host", "", 400)
+    return Request(method, target, int(version[-1]), headers)
+
+
+def target_fault(target: str) -> str:
+    """Why this is no target for us; "" if it is. Our paths are plain, so
+    whatever could be read in two ways is refused and not tidied."""
+    path = target.partition("?")[0]
+    if not path.startswith("/"):
+        return "the target is no path"
+    if not (target.isascii() and target.isprintable()) or " " in target:
+        return "the target is not ASCII without blanks"
+    if "//" in path or "/." in path or any(
+            letter in path for letter in "%\\;") or "#" in target:
+        return "the path is not plain"
+    return ""
+
+
+def read_headers(lines: list[str]) -> dict[str, str]:
+    """Headers by their names in small letters. Raises Error."""
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not name or not LETTERS_OF_TOKEN.issuperset(name):
+            raise Error("a header is not NAME: VALUE", "", 400)
+        name, value = name.lower(), value.strip(" \t")
+        if not value.isprintable() and any(
+                letter < " " and letter != "\t" or letter == "\x7f"
+                for letter in value):
+            raise Error("there is a control character in a header", "", 400)
+        if name in headers:
+            if name in ONCE:
+                raise Error(f"there are two {name} headers", "", 400)
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
+
+
+def body_length(method: str, headers: dict) -> int:
+    """How many bytes come after a head. Raises Error."""
+    if "transfer-encoding" in headers:
+        raise Error("a body has to come with its length",
+                    "Content-Length, no Transfer-Encoding", 501)
+    text = headers.get("content-length", "0")
+    if not text.isascii() or not text.isdigit():
+        raise Error("Content-Length is no number", "", 400)
+    if len(text) > 15:
+        raise Error("the body is too long", "", 413)
+    if int(text) and method in ("GET", "HEAD", "OPTIONS", "DELETE"):
+        raise Error(f"{method} has no body", "", 400)
+    return int(text)
+
+
+def read_query(query: str) -> dict[str, str]:
+    """The fields of a query, each once. Raises Error."""
+    from urllib.parse import unquote_to_bytes
+    fields = {}
+    for part in query.split("&") if query else ():
+        name, _, value = part.partition("=")
+        try:
+            name, value = (unquote_to_bytes(text.replace("+", " ")).decode()
+                           for text in (name, value))
+        except UnicodeDecodeError:
+            raise Error("the query is not UTF-8", "", 400) from None
+        if name in fields or len(fields) >= 16:
+            raise Error("the query has a field twice, or too many", "", 400)
+        fields[name] = value
+    return fields
+
+
+def read_json(body: bytes) -> dict:
+    """The object in a body. Numbers that SQLite cannot hold, halves of
+    surrogate pairs and NaN stop here. Raises Error."""
+    import json
+
+    def whole(text: str) -> int:
+        if len(text) > 18:
+            raise ValueError
+        return int(text)
+
+    def broken(text: str) -> float:
+        number = float(text)
+        if number - number:         # infinity
+            raise ValueError
+        return number
+
+    def refuse(_text: str):
+        raise ValueError
+
+    try:
+        found = json.loads(body.decode(), parse_int=whole, parse_float=broken,
+                           parse_constant=refuse)
+        if b"\\ud" in body or b"\\uD" in body:
+            json.dumps(found, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise Error("the body is not the JSON of a request", "", 400
+                    ) from None
+    if not isinstance(found, dict):
+        raise Error("the body is no JSON object", "", 400)
+    return found
+
+
+# --- who may call us by which name ----------------------------------------
+
+
+def split_authority(text: str) -> tuple[str, str]:
+    """(name, port) of name:port; [::1]:80 keeps its brackets. ("", "") if
+    it is neither."""
+    name, colon, port = text.rpartition(":") if not text.endswith("]") \
+        else (text, "", "")
+    name, port = (name, port) if colon else (text, "")
+    if colon and not (port.isascii() and port.isdigit() and len(port) < 6):
+        return "", ""
+    if name.startswith("["):
+        found = name.endswith("]") and address_of(name)
+        return (name.lower(), port) if found else ("", "")
+    plain = name.replace("-", "").replace(".", "").replace("_", "")
+    return (name.lower(), port) if plain.isascii() and plain.isalnum() \
+        else ("", "")
+
+
+def address_of(name: str):
+    """The IP address that a name in a Host is, or None."""
+    from ipaddress import ip_address
+    try:
+        return ip_address(name[1:-1] if name.startswith("[") else name)
+    except ValueError:
+        return None
+
+
+def is_loopback(address: str) -> bool:
+    found = address_of(address.partition("%")[0])
+    mapped = getattr(found, "ipv4_mapped", None)
+    return bool(found) and (mapped or found).is_loopback
+
+
+def believed_host(host: str, names: frozenset, literals: bool) -> bool:
+    """Is this a name of ours? A page of a stranger whose own name was made
+    to point here (DNS rebinding) sends another. With `literals` all IP
+    addresses are: they cannot be made to point anywhere."""
+    name, port = split_authority(host)
+    if name == "localhost" or name in names or f"{name}:{port}" in names:
+        return bool(name)
+    address = address_of(name) if name else None
+    return bool(address) and (literals or address.is_loopback)
+
+
+def network_of(address: str) -> str:
+    """By what a caller is counted: IPv6 gives everyone a /64."""
+    found = address_of(address.partition("%")[0])
+    if found is None:
+        return "?"
+    mapped = getattr(found, "ipv4_mapped", None)
+    if found.version == 4 or mapped:
+        return str(mapped or found)
+    return found.exploded[:19]
+
+
+class Guard:
+    """Who guessed tokens that are none, and how long each has to wait. What
+    is made from a password can be guessed; so it is refused then even when
+    it is right, or it could be told apart."""
+
+    def __init__(self):
+        self.misses: dict[str, list] = {}   # network -> since, count, bans
+        self.banned: dict[str, float] = {}
+        self.known: dict[str, float] = {}   # who had a good one: since when
+        self.since, self.count = 0.0, 0
+
+    def wait(self, network: str, now: float) -> int:
+        """Seconds until this caller may try again; 0: now."""
+        until = self.banned.get(network, 0.0)
+        if self.count >= MISSES_IN_ALL and network not in self.known:
+            until = max(until, self.since + BAN)
+        return int(until - now) + 1 if until > now else 0
+
+    def miss(self, network: str, now: float) -> None:
+        if now - self.since > BAN:
+            self.since, self.count = now, 0
+        self.count += 1
+        row = self.misses.pop(network, None) or [now, 0, 0]
+        if now - row[0] > BAN:
+            # An hour of peace, and what was before is forgotten.
+            row = [now, 0, row[2] if now - row[0] < LONGEST_BAN else 0]
+        row[1] += 1
+        if row[1] >= MISSES:
+            self.banned[network] = now + min(BAN * 2 ** row[2], LONGEST_BAN)
+            row = [self.banned[network], 0, min(row[2] + 1, 10)]
+        self.misses[network] = row          # the newest is last
+        for table in (self.misses, self.banned):
+            if len(table) > MOST_STRANGERS:
+                del table[next(iter(table))]
+
+    def good(self, network: str, now: float) -> None:
+        self.known.pop(network, None)
+        self.known[network] = now
+        if len(self.known) > MOST_STRANGERS:
+            del self.known[next(iter(self.known))]
+
+
+class Crowd:
+    """How many connections each network has, and how many of them have not
+    shown a good token yet."""
+
+    def __init__(self):
+        self.all, self.most = 0, MOST_WIRES
+        self.of: dict[str, list] = {}       # network -> in all, unproven
+
+    def admits(self, network: str | None, room: bool = True) -> bool:
+        """May one more come in? None: it is not counted by its address.
+        Without `room` that of the house does not count."""
+        row = self.of.get(network, (0, 0))
+        return (self.all < self.most or not room) and \
+            row[0] < MOST_OF_ADDRESS and row[1] < MOST_UNPROVEN
+
+    def enter(self, network: str | None) -> None:
+        self.all += 1
+        if network is not None:
+            row = self.of.setdefault(network, [0, 0])
+            row[0] += 1
+            row[1] += 1
+
+    def prove(self, network: str | None) -> None:
+        if network is not None:
+            self.of[network][1] -= 1
+
+    def leave(self, network: str | None, proven: bool) -> None:
+        self.all -= 1
+        if network is not None:
+            row = self.of[network]
+            row[0] -= 1
+            row[1] -= not proven
+            if not row[0]:
+                del self.of[network]
+
+
+# --- what is asked for, and who may ask -----------------------------------
+
+
+class Route(Record):
+    """One line of what can be asked for."""
+    method: str
+    path: str               # words in capitals stand for a value: FIELDS_OF
+    who: str                # anyone, host, viewer (or operator), operator
+    deed: str               # a method of Site's
+    body: int = 0           # bytes at most
+    open: bool = False      # from pages of others, too
+
+
+def is_uuid(text: str) -> bool:
+    return len(text) == 36 and HEX.issuperset(text.replace("-", "")) and [
+        at for at, letter in enumerate(text) if letter == "-"] == [
+            8, 13, 18, 23]
+
+
+def is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 18
+
+
+def is_slug(text: str) -> bool:
+    return 0 < len(text) <= 200 and SLUG.issuperset(text.lower())
+
+
+SLUG = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
+# A word of a path -> what may stand there.
+FIELDS_OF = {
+    "HOST": lambda text: is_hex(text, 32), "NONCE": lambda text: is_hex(
+        text, 32), "JOB": is_number, "RUN": is_number, "N": is_number,
+    "CHECK": is_uuid, "KEY": is_slug, "NAME": lambda text: is_slug(
+        text.rpartition(".")[0])}
+ROUTES = [Route(*row) for row in (
+    ("GET", "/", "anyone", "page"),
+    ("GET", "/healthz", "anyone", "healthz", 0, True),
+    ("GET", "/metrics", "viewer", "metrics"),
+    ("GET", "/badge/KEY/NAME", "anyone", "badge", 0, True),
+    ("GET", "/api/v1/salt", "anyone", "salt"),
+    ("POST", "/api/v1/dashboards", "anyone", "found", SMALL_BODY),
+    ("POST", "/api/v1/rotate", "operator", "rotate", SMALL_BODY),
+    ("POST", "/api/v1/hosts", "operator", "join", SMALL_BODY),
+    ("DELETE", "/api/v1/hosts/HOST", "host or operator", "leave"),
+    ("GET", "/api/v1/hosts/HOST/list", "viewer", "host_list"),
+    ("POST", "/api/v1/sync", "host", "sync", SYNC_BODY),
+    ("GET", "/api/v1/state", "viewer", "state"),
+    ("GET", "/api/v1/stream", "viewer", "stream"),
+    ("GET", "/api/v1/jobs/JOB/runs", "viewer", "runs"),
+    ("GET", "/api/v1/runs/RUN", "viewer", "run"),
+    ("GET", "/api/v1/runs/RUN/chunks", "viewer", "chunks"),
+    ("GET", "/api/v1/runs/RUN/output", "viewer", "output"),
+    ("GET", "/api/v1/runs/RUN/raw", "viewer", "raw"),
+    ("GET", "/api/v1/search", "viewer", "search"),
+    ("GET", "/api/v1/day", "viewer", "day"),
+    ("GET", "/api/v1/audit", "viewer", "audit"),
+    ("POST", "/api/v1/requests", "operator", "ask", REQUEST_BODY),
+    ("GET", "/api/v1/requests/NONCE", "viewer", "asked"),
+    ("POST", "/api/v1/snooze", "operator", "snooze", SMALL_BODY),
+    ("POST", "/api/v1/checks", "operator", "new_check", SMALL_BODY),
+    ("POST", "/api/v1/checks/CHECK", "operator", "change_check", SMALL_BODY),
+    ("GET", "/api/v1/checks/CHECK/pings", "viewer", "pings"),
+    ("GET", "/api/v1/checks/CHECK/pings/N/body", "viewer", "ping_body"),
+    ("GET", "/api/v1/channels", "viewer", "channels"),
+    ("POST", "/api/v1/channels", "operator", "change_channels", SMALL_BODY),
+    ("POST", "/api/v1/forget", "operator", "forget", SMALL_BODY))]
+PING = {method: Route(method, "PING", "anyone", "ping", most, True)
+        for method, most in (("GET", 0), ("POST", PING_BODY))}
+PING_WORDS = ("start", "fail", "log")
+
+
+def table_of(routes: list) -> dict[tuple, list]:
+    """First word and number of words of a path -> what can stand there:
+    the words, and the routes by their methods."""
+    table: dict[tuple, list] = {}
+    for path in dict.fromkeys(route.path for route in routes):
+        words = path.split("/")
+        table.setdefault((words[1], len(words)), []).append((words, {
+            route.method: route for route in routes if route.path == path}))
+    return table
+
+
+TABLE = table_of(ROUTES)
+
+
+def found_routes(path: str) -> tuple[dict, tuple]:
+    """The routes of a path by their methods, and the values in it."""
+    parts = path.split("/")
+    for words, routes in TABLE.get((parts[1], len(parts)), ()):
+        if all(FIELDS_OF[word](part) if word in FIELDS_OF else word == part
+               for word, part in zip(words, parts)):
+            return routes, tuple(part for word, part in zip(words, parts)
+                                 if word in FIELDS_OF)
+    ping = read_ping(parts[1:])
+    return (PING, ping) if ping else ({}, ())
+
+
+def read_ping(parts: list[str]) -> tuple:
+    """What a path means as Healthchecks has them: the uuid or the key, the
+    slug or None, what happened; () if it is no ping. By uuid comes first,
+    so that UUID/start is no slug."""
+    if parts[0] == "ping":
+        parts = parts[1:]
+    if len(parts) > 1 and parts[-1] == "" and is_uuid(parts[0]):
+        parts = parts[:-1]
+    if not parts or not all(map(is_slug, parts)):
+        return ()
+    if is_uuid(parts[0]) and (len(parts) == 1 or len(parts) == 2 and (
+            parts[1] in PING_WORDS or is_number(parts[1]))):
+        key, slug, rest = parts[0], None, parts[1:]
+    elif 2 <= len(parts) <= 3:
+        key, slug, rest = parts[0], parts[1], parts[2:]
+    else:
+        return ()
+    word = rest[0] if rest else "success"
+    return (key, slug, word) if word in PING_WORDS or is_number(
+        word) or not rest else ()
+
+
+# --- what we answer -------------------------------------------------------
+
+
+class Response:
+    """An answer, before it is bytes."""
+
+    __slots__ = ("status", "body", "kind", "headers", "last")
+
+    def __init__(self, status: int = 200, body: bytes = b"",
+                 kind: str = PLAIN, headers: tuple = (), last: bool = False):
+        self.status, self.body, self.kind = status, body, kind
+        self.headers = headers      # (name, value)
+        self.last = last            # hang up after it
+
+
+def json_response(value, status: int = 200, headers: tuple = ()) -> Response:
+    import json
+    return Response(status, json.dumps(value, ensure_ascii=False, separators=(
+        ",", ":")).encode("utf-8", "backslashreplace"), JSON, headers)
+
+
+def error_response(error: Error, headers: tuple = ()) -> Response:
+    """An Error of ours, or of Hub's, as what was wrong with a request."""
+    status = error.status if error.status in STATUS else 500
+    if status in (429, 503, 507) and not headers:
+        headers = (("Retry-After", str(getattr(error, "seconds", 5))),)
+    return json_response({"error": error.message, "hint": error.hint},
+                         status, headers)
+
+
+def head_bytes(response: Response, length: int | None, last: bool) -> bytes:
+    """The head of an answer. Without a length it ends when we hang up.
+    What others say never stands in a head: only plain ASCII passes."""
+    lines = [f"HTTP/1.1 {response.status} {STATUS[response.status]}",
+             f"Content-Type: {response.kind}"]
+    names = set()
+    for name, value in response.headers:
+        assert value.isascii() and value.isprintable(), name
+        names.add(name)
+        lines.append(f"{name}: {value}")
+    if "Cache-Control" not in names:
+        lines.append("Cache-Control: no-store")
+    if length is not None and response.status not in (204, 304):
+        lines.append(f"Content-Length: {length}")
+    if last:
+        lines.append("Connection: close")
+    return "\r\n".join(lines).encode("ascii") + b"\r\n" + GUARDS + b"\r\n"
+
+
+def page_policy_of(text: str) -> str:
+    """The policy under which a page runs nothing but what stands in it."""
+    from base64 import b64encode
+    from hashlib import sha256
+
+    def hashes(tag: str) -> str:
+        found, at = [], text.find(f"<{tag}")
+        while at >= 0:
+            begin = text.index(">", at) + 1
+            end = text.index(f"</{tag}>", begin)
+            digest = sha256(text[begin:end].encode()).digest()
+            found.append(f"'sha256-{b64encode(digest).decode()}'")
+            at = text.find(f"<{tag}", end)
+        return " ".join(found) or "'none'"
+
+    return POLICY.format(script=hashes("script"), style=hashes("style"))
+
+
+# The names that shields.io has for colours.
+COLOURS = {"brightgreen": "#2e7d32", "green": "#2e7d32", "red": "#c62828",
+           "orange": "#b25000", "yellow": "#8a6d00", "blue": "#1565c0"}
+LETTER_WIDTH = 6.6      # of Verdana at 11 px, on the average
+
+
+def badge_svg(label: str, message: str, colour: str) -> bytes:
+    """A badge as the sites of repositories show it."""
+    from html import escape
+    label, message = label[:60], message[:60]
+    left, right = (int(len(text) * LETTER_WIDTH) + 12
+                   for text in (label, message))
+    fill = COLOURS.get(colour, "#616161")
+    text = "".join(
+        f'<text x="{x}" y="14" textLength="{width - 12}">{escape(shown)}'
+        "</text>" for x, width, shown in (
+            (6, left, label), (left + 6, right, message)))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right}" '
+            f'height="20" role="img" aria-label="{escape(label)}: '
+            f'{escape(message)}"><rect width="{left}" height="20" fill="#444"'
+            f'/><rect x="{left}" width="{right}" height="20" fill="{fill}"/>'
+            '<g fill="#fff" font-family="Verdana,sans-serif" font-size="11">'
+            f"{text}</g></svg>").encode("utf-8", "backslashreplace")
+
+
+# --- the expiry of a certificate ------------------------------------------
+
+
+def der_parts(data: bytes) -> list[tuple[int, bytes]]:
+    """The (tag, contents) that stand in DER, one after the other."""
+    found, at = [], 0
+    while at + 2 <= len(data):
+        tag, size = data[at], data[at + 1]
+        at += 2
+        if size & 0x80:             # its length has a length
+            more = size & 0x7F
+            size, at = int.from_bytes(data[at:at + more], "big"), at + more
+        found.append((tag, data[at:at + size]))
+        at += size
+    return found
+
+
+def expiry_of(der: bytes) -> float:
+    """Until when an X.509 certificate is good, in seconds since 1970.
+    Raises ValueError."""
+    from calendar import timegm
+    try:
+        signed = der_parts(der_parts(der_parts(der)[0][1])[0][1])
+        # Version (if there), serial, algorithm, issuer, then the validity.
+        _, validity = signed[4 if signed[0][0] == 0xA0 else 3]
+        tag, text = der_parts(validity)[1]
+    except IndexError:
+        raise ValueError("this is no certificate") from None
+    digits = text.decode("ascii")
+    if tag == 0x17:                 # UTCTime: two digits of the year
+        digits = ("20" if digits < "50" else "19") + digits
+    return float(timegm(time.strptime(digits, "%Y%m%d%H%M%SZ")))
+
+
+# --- one connection -------------------------------------------------------
+
+HEAD, BODY, WORK, LEAVING, GONE = range(5)      # what a connection waits for
+
+
+class Wire:
+    """One connection: its bytes become requests, which are answered in
+    their order. It is a protocol of asyncio's."""
+
+    __slots__ = ("site", "transport", "peer", "counted", "buffer", "seen",
+                 "phase", "deadline", "visit", "proven", "busy", "held",
+                 "clogged", "stalled", "ended", "drained", "rest", "last",
+                 "told", "task")
+
+    def __init__(self, site: Site, peer: str, counted: str | None):
+        self.site, self.peer, self.counted = site, peer, counted
+        self.transport = self.visit = self.rest = None
+        self.buffer, self.seen, self.drained = bytearray(), 0, 0
+        self.phase, self.deadline, self.stalled = HEAD, FOREVER, 0
+        # busy: in `advance`; held: reading is paused; clogged: writing is;
+        # ended: the other side has said all; last: hang up after the answer.
+        self.proven = self.busy = self.held = self.clogged = False
+        self.ended = self.last = False
+        self.told: tuple = (frozenset(), False, [])     # see Site.sync
+        self.task = None            # the handshake
+
+    # --- what asyncio calls
+
+    def connection_made(self, transport) -> None:
+        self.transport = transport
+        self.deadline = self.site.loop.time() + HEAD_TIME
+        if self.site.stopping:
+            transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if self.phase >= LEAVING:
+            self.drained += len(data)
+            if self.drained > LINGER_BYTES:
+                self.transport.abort()
+            return
+        if self.phase == HEAD and not self.buffer:
+            self.deadline = self.site.loop.time() + HEAD_TIME
+        self.buffer += data
+        if self.phase == WORK:
+            if len(self.buffer) > AHEAD and not self.held:
+                self.held = True
+                self.transport.pause_reading()
+            return
+        self.advance()
+
+    def eof_received(self) -> bool:
+        """The other side has said all. It may still listen for its answer;
+        but who hangs up on a long poll, as we see it, is gone."""
+        self.ended = True
+        return self.phase == WORK and not (self.visit and self.visit.waits)
+
+    def connection_lost(self, error) -> None:
+        self.phase, self.buffer, self.rest = GONE, bytearray(), None
+        if self not in self.site.wires:
+            return
+        del self.site.wires[self]
+        self.site.crowd.leave(self.counted, self.proven)
+        if self.visit:
+            self.visit.end()
+            self.visit = None
+
+    def pause_writing(self) -> None:
+        self.clogged = True
+        self.stalled = self.transport.get_write_buffer_size()
+        self.deadline = self.site.loop.time() + WRITE_TIME
+
+    def resume_writing(self) -> None:
+        self.clogged = False
+        self.deadline = FOREVER if self.phase == WORK else \
+            self.site.loop.time() + (IDLE_TIME if self.phase < WORK
+                                     else LINGER_TIME)
+        if self.rest is not None:
+            self.flow()
+        self.advance()
+
+    # --- bytes to requests
+
+    def advance(self) -> None:
+        """Take from the buffer what is whole. An answer may come at once,
+        so this is a loop and no recursion."""
+        if self.busy:
+            return
+        self.busy = True
+        try:
+            while self.buffer and not self.clogged and (
+                    self.phase == HEAD and self.take_head()
+                    or self.phase == BODY and self.take_body()):
+                pass
+        finally:
+            self.busy = False
+        if self.ended and self.phase < WORK:
+            self.transport.close()
+
+    def take_head(self) -> bool:
+        """Is there a whole head? Then it is judged, and its body comes."""
+        buffer = self.buffer
+        end = buffer.find(b"\r\n\r\n", max(self.seen - 3, 0))
+        head = bytes(buffer if end < 0 else buffer[:end + 2])
+        since = min(self.seen, len(head))
+        if since and head[since - 1] == 13:     # CR: its LF came just now
+            since -= 1
+        why = early_fault(head, since)
+        fault = Error(why, "", 400) if why else head_fault(head, end)
+        if not fault and end < 0:
+            self.seen = len(buffer)
+            return False
+        try:
+            if fault:
+                raise fault
+            request = read_head(head[:-2])
+        except Error as error:
+            self.visit = Visit(self, None)
+            self.visit.refuse(error)
+            return False
+        del buffer[:end + 4]
+        self.begin(request)
+        return True
+
+    def begin(self, request: Request) -> None:
+        """A head is whole: may its body come, and may it be carried out?"""
+        self.seen, self.visit = 0, Visit(self, request)
+        self.phase, self.deadline = BODY, self.site.loop.time() + BODY_TIME
+        self.site.judge(self.visit)
+        if self.phase != BODY:
+            return
+        if not request.length:
+            self.take_body()
+        elif "expect" in request.headers and len(
+                self.buffer) < request.length:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def take_body(self) -> bool:
+        request, buffer = self.visit.request, self.buffer
+        if len(buffer) < request.length:
+            return False
+        request.body = bytes(buffer[:request.length])
+        del buffer[:request.length]
+        self.phase, self.deadline = WORK, FOREVER
+        self.site.serve(self.visit)
+        return True
+
+    # --- answers to bytes
+
+    def answer(self, response: Response) -> None:
+        """Write an answer. If the request was not read to its end, no other
+        can follow."""
+        request, whole = self.visit.request, self.visit.whole
+        self.visit = None
+        self.last = response.last or not whole or self.site.stopping \
+            or not request.keeps
+        head = head_bytes(response, len(response.body), self.last)
+        if request and request.method == "HEAD" or response.status in (
+                204, 304):
+            response.body = b""
+        if not whole:
+            self.phase = LEAVING
+        elif self.phase < LEAVING:
+            self.phase = WORK
+        self.rest = memoryview(response.body)[PIECE:]
+        self.transport.write(head + response.body[:PIECE])
+        self.flow()
+
+    def flow(self) -> None:
+        """Write more of a long answer, as fast as it is taken. After it the
+        next request may come."""
+        while self.rest and not self.clogged:
+            piece, self.rest = self.rest[:PIECE], self.rest[PIECE:]
+            self.transport.write(bytes(piece))
+        if self.rest or self.phase == GONE:
+            return
+        self.rest = None
+        if self.last:
+            return self.leave(linger=self.phase == LEAVING)
+        self.phase = HEAD
+        if not self.clogged:
+            self.deadline = self.site.loop.time() + (
+                HEAD_TIME if self.buffer else IDLE_TIME)
+        self.listen()
+        self.advance()
+
+    def listen(self) -> None:
+        if self.held:
+            self.held = False
+            self.transport.resume_reading()
+
+    def leave(self, linger: bool = False) -> None:
+        """Hang up when all is written. With `linger` more may be on its way
+        to us: a socket that is closed over it would send a reset, and our
+        answer would be lost."""
+        self.phase, self.buffer = LEAVING, bytearray()
+        self.deadline = self.site.loop.time() + LINGER_TIME
+        self.listen()
+        if not linger or self.ended:
+            self.transport.close()
+        elif self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def drop(self) -> None:
+        """Hang up now, whatever is being said."""
+        self.phase = GONE
+        if self.transport:
+            self.transport.abort()
+        else:
+            self.task.cancel()
+
+    def sweep(self, now: float) -> None:
+        """Is this one late? A reader who takes bytes is not."""
+        if now < self.deadline:
+            return
+        left = self.transport.get_write_buffer_size()
+        if left and (self.clogged or self.phase == LEAVING):
+            if self.stalled and left >= self.stalled:
+                return self.transport.abort()
+            self.stalled, self.deadline = left, now + WRITE_TIME
+            return
+        if self.phase >= WORK:
+            self.transport.abort()
+        elif self.phase == BODY or self.buffer:
+            self.visit = self.visit or Visit(self, None)
+            self.visit.refuse(Error("the request came too slowly", "", 408))
+        else:
+            self.leave()
+
+
+class Visit:
+    """A request on its way through us, until it is answered or its caller
+    has gone."""
+
+    __slots__ = ("wire", "request", "route", "values", "access", "address",
+                 "wait", "stream", "cors", "guest")
+
+    def __init__(self, wire: Wire, request: Request | None):
+        self.wire, self.request = wire, request
+        self.route = self.access = self.wait = self.stream = None
+        self.values, self.cors, self.guest = (), (), None
+        self.address = wire.peer
+        if request and wire.counted is None:
+            # The last one is what our proxy saw; before it stands what
+            # the caller says of himself.
+            last = request.headers.get("x-forwarded-for", "").rpartition(
+                ",")[2].strip(" \t")
+            if last:
+                self.address = str(address_of(last) or address_of(
+                    split_authority(last)[0]) or wire.peer)
+
+    @property
+    def whole(self) -> bool:
+        """Was the request read to its end?"""
+        return bool(self.request) and (self.wire.phase == WORK
+                                       or not self.request.length)
+
+    @property
+    def waits(self) -> bool:
+        return bool(self.stream or self.wait and self.wait.resting)
+
+    def fields(self) -> dict:
+        return read_query(self.request.query)
+
+    def answer(self, response: Response) -> None:
+        """Answer, if there is still somebody to hear it."""
+        if self.wire.visit is not self:
+            return
+        self.end()
+        response.headers += self.cors
+        self.wire.answer(response)
+
+    def refuse(self, error: Error, headers: tuple = ()) -> None:
+        self.wire.site.note(self, error)
+        self.answer(error_response(error, headers))
+
+    def end(self) -> None:
+        """Nobody waits any more."""
+        if self.wait:
+            self.wait.end()
+        if self.stream:
+            self.stream.followers.pop(self, None)
+        if self.guest:
+            self.wire.site.guests.leave(self.guest, bool(self.access))
+            self.guest = None
+
+    def begin(self, response: Response) -> None:
+        """The head of an answer that goes on until somebody hangs up."""
+        response.headers += self.cors
+        self.wire.transport.write(head_bytes(response, None, True))
+
+    def piece(self, data: bytes) -> None:
+        """More of it. Who reads so slowly that it piles up is dropped: a
+        stream can be resumed."""
+        transport = self.wire.transport
+        transport.write(data)
+        if transport.get_write_buffer_size() > SLOW_READER:
+            transport.abort()
+
+
+class Wait:
+    """A visit that rests until something happens, or its time is over. It
+    is entered in the book before the question is asked for the first time:
+    what happens between the question and its rest is not missed."""
+
+    __slots__ = ("visit", "key", "again", "last", "stirred", "resting",
+                 "over", "timer")
+
+    def __init__(self, visit: Visit, key: tuple, seconds: float, again):
+        site = visit.wire.site
+        self.visit, self.key, self.again, self.last = visit, key, again, None
+        self.stirred = self.resting = self.over = False
+        site.waiting.setdefault(key, {})[self] = None
+        self.timer = site.loop.call_later(seconds, self.late)
+        visit.wait = self
+
+    def rest(self, last) -> None:
+        """There is nothing to say yet; `last` answers when time is over."""
+        self.last = last
+        if self.over:
+            last()
+        elif self.stirred:
+            self.stirred = False
+            self.again()
+        else:
+            self.resting = True
+
+    def stir(self) -> None:
+        self.stirred = True
+        if self.resting:
+            self.stirred = self.resting = False
+            self.again()
+
+    def late(self) -> None:
+        self.over = True
+        if self.resting:
+            self.last()
+
+    def end(self) -> None:
+        self.timer.cancel()
+        self.resting = False
+        waiting = self.visit.wire.site.waiting
+        others = waiting.get(self.key, {})
+        others.pop(self, None)
+        if not others:
+            waiting.pop(self.key, None)
+        self.again = self.last = self.visit.wait = None
+
+
+class Mailbox:
+    """How threads speak to the loop: whatever lies in it when the loop
+    comes is taken at once, so a thousand letters are one wake-up."""
+
+    def __init__(self, loop):
+        from collections import deque
+        self.loop, self.letters, self.rung = loop, deque(), False
+
+    def put(self, deed, *values) -> None:
+        self.letters.append((deed, values))
+        if not self.rung:
+            self.rung = True
+            try:
+                self.loop.call_soon_threadsafe(self.empty)
+            except RuntimeError:        # the loop has ended
+                pass
+
+    def empty(self) -> None:
+        self.rung = False       # first: what comes from now on rings again
+        while self.letters:
+            deed, values = self.letters.popleft()
+            try:
+                deed(*values)
+            except Exception as error:
+                self.loop.call_exception_handler(
+                    {"message": "in a letter", "exception": error})
+
+
+class Readers:
+    """A few threads that ask the database, and a queue that ends."""
+
+    def __init__(self, mailbox: Mailbox):
+        from queue import SimpleQueue
+        self.mailbox, self.queue = mailbox, SimpleQueue()
+        self.threads: list = []
+        self.waiting = 0        # counted on the loop
+
+    def ask(self, question, then) -> None:
+        """Have `question` answered: then(result, error) comes on the loop.
+        Raises Error."""
+        if self.waiting >= MOST_READS:
+            raise Error("too many questions at once", "try again", 503)
+        if len(self.threads) < READERS and self.waiting >= len(self.threads):
+            self.hire()
+        self.waiting += 1
+        self.queue.put((question, then))
+
+    def hire(self) -> None:
+        from threading import Thread
+        thread = Thread(target=self.work, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            if not self.threads:
+                raise Error("this host lets us start no thread", "", 503
+                            ) from None
+            return
+        self.threads.append(thread)
+
+    def work(self) -> None:
+        while True:
+            question, then = self.queue.get()
+            if not question:
+                return
+            try:
+                result, error = question(), None
+            except Exception as why:
+                result, error = None, why
+            self.mailbox.put(self.done, then, result, error)
+
+    def done(self, then, result, error) -> None:
+        self.waiting -= 1
+        then(result, error)
+
+    def end(self) -> None:
+        for _ in self.threads:
+            self.queue.put((None, None))
+
+
+class Feed:
+    """The changes of one dashboard that its browsers follow, and the last
+    of them, for who comes back."""
+
+    def __init__(self, seq: int, until: float):
+        from collections import deque
+        self.first, self.newest = seq, seq      # after `first` all are here
+        self.lines: deque = deque()             # (seq, line)
+        self.bytes = 0
+        self.followers: dict[Visit, None] = {}
+        self.until = until          # kept so long, though nobody follows
+
+    def add(self, seq: int, line: bytes) -> None:
+        self.newest = seq
+        self.lines.append((seq, line))
+        self.bytes += len(line)
+        while len(self.lines) > MOST_LINES or self.bytes > MOST_LINE_BYTES:
+            self.first, old = self.lines.popleft()
+            self.bytes -= len(old)
+
+    def clear(self, seq: int) -> None:
+        self.first = self.newest = seq
+        self.lines.clear()
+        self.bytes = 0
+
+    def since(self, seq: int) -> list[bytes] | None:
+        """What came later than `seq`; None if that is not known."""
+        if not self.first <= seq:
+            return None
+        return [line for number, line in self.lines if number > seq]
+
+
+# --- what is done for each request ----------------------------------------
+
+
+class Site:
+    """The dashboard's answers: one method for each route. All of it runs on
+    the loop; the database is asked by Readers, and told by Hub's writer."""
+
+    def __init__(self, hub: Hub, page: str, names=(), proxies=(),
+                 allow_new: bool = False, say=None):
+        self.hub, self.allow_new = hub, allow_new
+        self.page = page.encode()
+        self.policy = page_policy_of(page)
+        self.tag = f'"{digest_of(self.page)[:32]}"'
+        self.names, self.proxies = frozenset(names), frozenset(proxies)
+        self.say = say or (lambda text: None)
+        self.literals = self.secure = self.stopping = False
+        self.clock, self.expires = Clock(), 0.0
+        self.loop = self.mailbox = self.readers = None
+        self.wires: dict[Wire, None] = {}
+        self.crowd, self.guests, self.guard = Crowd(), Crowd(), Guard()
+        self.waiting: dict[tuple, dict] = {}    # what for -> Waits
+        self.feeds: dict[str, Feed] = {}
+        self.writes = 0             # that have not come back
+        self.quiet, self.unsaid = [], 0
+
+    def open(self, loop) -> None:
+        """Begin to listen to Hub. On the loop that will carry us."""
+        self.loop, self.mailbox = loop, Mailbox(loop)
+        self.readers = Readers(self.mailbox)
+        self.hub.heard = self.heard
+        self.hub.followed = self.feeds.__contains__
+        loop.call_later(SWEEP_TIME, self.sweep)
+        loop.call_later(HEARTBEAT, self.beat)
+
+    # --- may this be asked?
+
+    def judge(self, visit: Visit) -> None:
+        """A head has come: refuse it, or let its body come."""
+        try:
+            self.check(visit)
+        except Error as error:
+            visit.refuse(error, {
+                401: (("WWW-Authenticate", "Bearer"),),
+                405: (("Allow", error.hint),)}.get(error.status, ()))
+
+    def check(self, visit: Visit) -> None:
+        """Raises Error if this may not be asked, or not by this caller."""
+        request = visit.request
+        host = request.headers.get("host", "")
+        if not believed_host(host, self.names, self.literals):
+            raise Error("this dashboard does not know itself by that name",
+                        "koitab dashboard --name HOST", 421)
+        routes, visit.values = found_routes(request.path)
+        if not routes:
+            raise Error("there is nothing here", "", 404)
+        self.check_origin(visit, host, next(iter(routes.values())))
+        if request.method == "OPTIONS":
+            return visit.answer(Response(204, headers=(
+                ("Access-Control-Allow-Methods", "GET, POST, DELETE"),
+                ("Access-Control-Allow-Headers",
+                 "Authorization, Content-Type"),
+                ("Access-Control-Max-Age", "600"))))
+        visit.route = routes.get(
+            "GET" if request.method == "HEAD" else request.method)
+        if not visit.route:
+            raise Error(f"this is not for {request.method}",
+                        ", ".join(routes), 405)
+        check_body(request, visit.route)
+        self.check_guest(visit)
+        if visit.route.who != "anyone":
+            self.check_token(visit)
+
+    def check_origin(self, visit: Visit, host: str, route: Route) -> None:
+        """A page of a stranger may not ask, but for what is open to all. A
+        page that was opened from a file ("null") may, where it has to show
+        a token: no browser sends one by itself."""
+        origin = visit.request.headers.get("origin")
+        if route.open:
+            visit.cors = (("Access-Control-Allow-Origin", "*"),)
+        elif origin == "null" and route.path.startswith("/api/") and (
+                route.who != "anyone" or route.method == "GET"):
+            visit.cors = (("Access-Control-Allow-Origin", "null"),
+                          ("Access-Control-Expose-Headers", "X-Koi-Size, "
+                           "X-Koi-Live, X-Koi-From, Retry-After"),
+                          ("Vary", "Origin"))
+        elif origin is not None and origin.partition("://")[2].lower() \
+                != host.lower():
+            raise Error("this comes from a page of somebody else", "", 403)
+
+    def check_guest(self, visit: Visit) -> None:
+        """Behind a proxy it is requests that are counted, for all callers
+        share its connections."""
+        if visit.address != visit.wire.peer:
+            network = network_of(visit.address)
+            if not self.guests.admits(network):
+                raise Error("too many requests at once", "try again", 503)
+            self.guests.enter(network)
+            visit.guest = network
+
+    def check_token(self, visit: Visit) -> None:
+        """Whose token is it, and what may he do? Raises Error."""
+        kind, _, token = visit.request.headers.get(
+            "authorization", "").partition(" ")
+        if kind.lower() != "bearer":
+            raise Error("this needs a key", "Authorization: Bearer KEY", 401)
+        access = self.hub.key_of(token.strip(" "))
+        network, now = network_of(visit.address), self.loop.time()
+        wait = self.guard.wait(network, now)
+        if wait and not (access and access.role == "host"):
+            raise Later("too many wrong keys", wait)
+        if not access:
+            self.guard.miss(network, now)
+            raise Error("this key is not known here", "", 401)
+        self.guard.good(network, now)
+        visit.access = access
+        if visit.guest:
+            self.guests.prove(visit.guest)
+        if not visit.wire.proven:
+            visit.wire.proven = True
+            self.crowd.prove(visit.wire.counted)
+        if access.role not in WHO[visit.route.who]:
+            raise Error(f"this is not for a {access.role}", "", 403)
+
+    def serve(self, visit: Visit) -> None:
+        """The request is whole: carry it out."""
+        try:
+            getattr(self, f"do_{visit.route.deed}")(visit)
+        except Exception as error:
+            self.fail(visit, error)
+
+    def fail(self, visit: Visit, error: Exception) -> None:
+        """Tell what went wrong."""
+        if isinstance(error, Error):
+            return visit.refuse(error)
+        self.complain(error)
+        visit.refuse(Error("a fault of the dashboard's", "its log says more",
+                           500))
+
+    # --- to Hub and back
+
+    def read(self, visit: Visit, question, *values, made=None) -> None:
+        """Answer with what a question gives; `made` makes the Response, in
+        the reader's thread."""
+        made = made or json_response
+
+        def ask() -> Response:
+            return made(self.hub.read(question, *values))
+
+        self.readers.ask(ask, lambda response, error: self.fail(visit, error)
+                         if error else visit.answer(response))
+
+    def write(self, visit: Visit, deed, *values, then=None,
+              status: int = 200) -> None:
+        """Have something written, and answer when it is on the disk."""
+        if self.writes >= MOST_WRITES:
+            raise Error("too much waits to be written", "try again", 503)
+        then = then or (lambda result: visit.answer(
+            json_response(result, status)))
+        self.writes += 1
+
+        def done(result, error) -> None:
+            self.writes -= 1
+            if error is not None:
+                return self.fail(visit, error)
+            try:
+                then(result)
+            except Exception as why:
+                self.fail(visit, why)
+
+        try:
+            self.hub.write(deed, *values, then=lambda result, error:
+                           self.mailbox.put(done, result, error))
+        except Exception:
+            self.writes -= 1
+            raise
+
+    def tell(self, visit: Visit, deed, status: int = 200) -> None:
+        """What an operator posted, to a deed of Hub's."""
+        self.write(visit, deed, visit.access.dash,
+                   read_json(visit.request.body), self.clock.now(),
+                   status=status)
+
+    def look_up(self, visit: Visit, question, *values) -> None:
+        """A question about the caller's dashboard."""
+        self.read(visit, question, visit.access.dash, *values)
+
+    # --- for everyone
+
+    def do_page(self, visit: Visit) -> None:
+        headers = (("ETag", self.tag),
+                   ("Content-Security-Policy", self.policy))
+        if visit.request.headers.get("if-none-match") == self.tag:
+            return visit.answer(Response(304, b"", HTML, headers))
+        visit.answer(Response(200, self.page, HTML, headers))
+
+    def do_healthz(self, visit: Visit) -> None:
+        def ask() -> Response:
+            try:
+                return Response(body=self.hub.read(self.hub.health).encode())
+            except Exception as error:
+                return Response(503, visible(str(error)).encode())
+
+        self.readers.ask(ask, lambda response, error: visit.answer(response))
+
+    def do_metrics(self, visit: Visit) -> None:
+        ours = (f"koi_web_connections {len(self.wires)}\n"
+                f"koi_web_waiting {len(self.waiting)}\n")
+        if self.expires:
+            ours += f"koi_web_certificate_expires {self.expires:.0f}\n"
+        self.read(visit, self.hub.metrics, visit.access.dash,
+                  self.clock.now(), made=lambda text: Response(
+                      body=(text + ours).encode(), kind=EXPOSITION))
+
+    def do_badge(self, visit: Visit) -> None:
+        key, name = visit.values
+        name, _, kind = name.rpartition(".")
+        if kind not in ("svg", "json"):
+            raise Error("there is nothing here", "NAME.svg, NAME.json", 404)
+
+        def made(badge: dict) -> Response:
+            headers = (("Cache-Control", "no-cache"),
+                       ("Content-Security-Policy", "default-src 'none'"))
+            if kind == "json":
+                return json_response({"schemaVersion": 1, **badge}, 200,
+                                     headers)
+            return Response(200, badge_svg(
+                badge["label"], badge["message"], badge["color"]),
+                "image/svg+xml", headers)
+
+        self.read(visit, self.hub.badge, key, name, self.clock.now(),
+                  made=made)
+
+    def do_salt(self, visit: Visit) -> None:
+        self.read(visit, self.hub.salt, visit.fields().get("dash", ""))
+
+    def do_found(self, visit: Visit) -> None:
+        """A new dashboard: for all if that is allowed, else only the first,
+        for who sits at this machine."""
+        network, now = network_of(visit.address), self.loop.time()
+        wait = self.guard.wait(network, now)
+        if wait:
+            raise Later("too many at once", wait)
+        near, hub = is_loopback(visit.address), self.hub
+
+        def found(db, asked: dict, at: float) -> dict:
+            if not self.allow_new and not (
+                    near and hub.count_dashboards(db) == 0):
+                raise Error("new dashboards are not made here",
+                            "koitab dashboard --allow-new", 403)
+            return hub.create_dashboard(db, asked, at)
+
+        self.guard.miss(network, now)
+        self.write(visit, found, read_json(visit.request.body),
+                   self.clock.now(), status=201)
+
+    def do_ping(self, visit: Visit) -> None:
+        request, fields = visit.request, visit.fields()
+        call = {"scheme": "https" if self.is_secure(visit) else "http",
+                "method": request.method, "ip": visit.address,
+                "ua": request.headers.get("user-agent", "")[:200],
+                "rid": fields.get("rid"),
+                "create": fields.get("create") == "1",
+                "body": request.body[:PING_BODY_LIMIT]}
+
+        def answer(result: tuple) -> None:
+            visit.answer(Response(result[0], result[1].encode(), headers=(
+                ("Ping-Body-Limit", str(PING_BODY_LIMIT)),)))
+
+        self.write(visit, self.hub.ping, *visit.values, call,
+                   self.clock.now(), then=answer)
+
+    def is_secure(self, visit: Visit) -> bool:
+        return self.secure or visit.wire.counted is None and \
+            visit.request.headers.get("x-forwarded-proto") == "https"
+
+    # --- for browsers: what is there
+
+    def do_state(self, visit: Visit) -> None:
+        self.feed(visit.access.dash)    # before: no change is missed
+        self.read(visit, self.hub.state, visit.access, self.clock.now())
+
+    def do_host_list(self, visit: Visit) -> None:
+        self.look_up(visit, self.hub.host_list, *visit.values)
+
+    def do_runs(self, visit: Visit) -> None:
+        fields = visit.fields()
+        self.look_up(visit, self.hub.runs, int(visit.values[0]),
+                     number_in(fields, "before"),
+                     min(number_in(fields, "limit") or 100, MOST_ROWS))
+
+    def do_run(self, visit: Visit) -> None:
+        self.look_up(visit, self.hub.run, int(visit.values[0]))
+
+    def do_chunks(self, visit: Visit) -> None:
+        self.look_up(visit, self.hub.chunks, int(visit.values[0]))
+
+    def do_raw(self, visit: Visit) -> None:
+        run = int(visit.values[0])
+        self.read(visit, self.hub.raw, visit.access.dash, run,
+                  made=lambda data: Response(200, data, PLAIN, ((
+                      "Content-Disposition",
+                      f'attachment; filename="run-{run}.txt"'),)))
+
+    def do_search(self, visit: Visit) -> None:
+        fields = visit.fields()
+        text = fields.get("q", "")
+        if not text or len(text) > LONGEST_SEARCH or "\0" in text:
+            raise Error("there is nothing to search for", "?q=TEXT", 400)
+        self.look_up(visit, self.hub.search, text, number_in(fields, "job"),
+                     number_in(fields, "before"))
+
+    def do_day(self, visit: Visit) -> None:
+        fields = visit.fields()
+        begin, end = time_in(fields, "from"), time_in(fields, "to")
+        if begin is None or end is None or not begin < end:
+            raise Error("which day?", "?from=T&to=T", 400)
+        self.look_up(visit, self.hub.day, begin, end)
+
+    def do_audit(self, visit: Visit) -> None:
+        self.look_up(visit, self.hub.audit, time_in(visit.fields(), "before"))
+
+    def do_asked(self, visit: Visit) -> None:
+        self.look_up(visit, self.hub.request_state, *visit.values)
+
+    def do_pings(self, visit: Visit) -> None:
+        self.look_up(visit, self.hub.pings, *visit.values,
+                     number_in(visit.fields(), "before"))
+
+    def do_ping_body(self, visit: Visit) -> None:
+        check, number = visit.values
+        self.read(visit, self.hub.ping_body, visit.access.dash, check,
+                  int(number), made=lambda data: Response(200, data, PLAIN))
+
+    def do_channels(self, visit: Visit) -> None:
+        self.look_up(visit, self.hub.channels)
+
+    def do_output(self, visit: Visit) -> None:
+        """A run's frames from a byte on; if there are none yet, when there
+        are, or when the time to wait is over."""
+        fields, run = visit.fields(), int(visit.values[0])
+        dash, at = visit.access.dash, number_in(fields, "from") or 0
+        most = min(number_in(fields, "len") or MOST_FRAMES, MOST_FRAMES)
+        seconds = min(time_in(fields, "wait") or 0.0, LONGEST_LOOK)
+        self.hub.look(dash, run)
+
+        def ask() -> None:
+            self.readers.ask(lambda: self.hub.read(
+                self.hub.output, dash, run, at, most), told)
+
+        def told(found, error) -> None:
+            if error:
+                return self.fail(visit, error)
+            data, size, live, begin = (*found, at)[:4]
+            response = Response(200, data, BYTES, (
+                ("X-Koi-Size", str(size)), ("X-Koi-Live", str(int(live))),
+                ("X-Koi-From", str(max(begin, at)))))
+            if visit.wait and live and not data:
+                return visit.wait.rest(lambda: visit.answer(response))
+            visit.answer(response)
+
+        if seconds:
+            Wait(visit, ("run", run), seconds, ask)
+        ask()
+
+    # --- for browsers: what is done
+
+    def do_rotate(self, visit: Visit) -> None:
+        dash = visit.access.dash
+
+        def then(result: dict) -> None:
+            """Who came with the old keys has to come with the new ones."""
+            visit.answer(json_response(result))
+            for other in self.followers(dash):
+                other.wire.leave()
+
+        self.write(visit, self.hub.rotate, dash,
+                   read_json(visit.request.body), self.clock.now(), then=then)
+
+    def do_join(self, visit: Visit) -> None:
+        self.tell(visit, self.hub.add_host, 201)
+
+    def do_leave(self, visit: Visit) -> None:
+        access, host = visit.access, visit.values[0]
+        if access.role == "host" and access.host != host:
+            raise Error("this is another host", "", 403)
+
+        def then(result: dict) -> None:
+            visit.answer(json_response(result))
+            for wait in list(self.waiting.get(("host", host), ())):
+                wait.visit.refuse(Error("this host was removed", "", 401))
+
+        self.write(visit, self.hub.remove_host, access.dash, host,
+                   self.clock.now(), then=then)
+
+    def do_ask(self, visit: Visit) -> None:
+        def then(result: dict) -> None:
+            visit.answer(json_response({
+                "nonce": result["nonce"], "state": result["state"]}, 202))
+
+        self.write(visit, self.hub.request, visit.access.dash,
+                   read_json(visit.request.body), self.clock.now(), then=then)
+
+    def do_snooze(self, visit: Visit) -> None:
+        self.tell(visit, self.hub.snooze)
+
+    def do_new_check(self, visit: Visit) -> None:
+        self.tell(visit, self.hub.make_check, 201)
+
+    def do_change_check(self, visit: Visit) -> None:
+        self.write(visit, self.hub.change_check, visit.access.dash,
+                   *visit.values, read_json(visit.request.body),
+                   self.clock.now())
+
+    def do_change_channels(self, visit: Visit) -> None:
+        self.tell(visit, self.hub.change_channel)
+
+    def do_forget(self, visit: Visit) -> None:
+        self.tell(visit, self.hub.forget)
+
+    # --- for hosts
+
+    def do_sync(self, visit: Visit) -> None:
+        body = visit.request.body
+        if len(body) < INLINE_BODY:
+            return self.sync(visit, read_json(body))
+        self.readers.ask(lambda: read_json(body), lambda asked, error:
+                         self.fail(visit, error) if error
+                         else self.guarded(visit, self.sync, asked))
+
+    def guarded(self, visit: Visit, deed, *values) -> None:
+        try:
+            deed(visit, *values)
+        except Exception as error:
+            self.fail(visit, error)
+
+    def sync(self, visit: Visit, asked: dict) -> None:
+        """Take what a host sends; what there is for it, at once or when it
+        comes."""
+        visit.request.body = b""
+        seconds = asked.get("wait")
+        seconds = min(seconds, LONGEST_WAIT) if isinstance(
+            seconds, (int, float)) else 0
+        reply: dict = {}
+
+        def again() -> None:
+            self.write(visit, self.hub.hand_out, visit.access,
+                       self.clock.now(), then=told)
+
+        def told(found: dict) -> None:
+            reply.update(found)
+            if visit.wait and not reply.get("requests") \
+                    and demands() == visit.wire.told:
+                return visit.wait.rest(answer)
+            answer()
+
+        def demands() -> tuple:
+            """What is wanted of the host. A demand that it does not meet is
+            no news, or it would ask again at once, for ever."""
+            return (frozenset(reply.get("live", ())),
+                    reply.get("want_list"), reply.get("owed"))
+
+        def answer() -> None:
+            visit.wire.told = demands()
+            visit.answer(json_response(reply))
+
+        if seconds > 0 and not any(asked.get(name) for name in SENT):
+            Wait(visit, ("host", visit.access.host), seconds, again)
+        self.write(visit, self.hub.sync, visit.access, asked,
+                   self.clock.now(), then=told)
+
+    # --- the stream of changes
+
+    def feed(self, dash: str) -> Feed:
+        """The changes of a dashboard, kept from now on."""
+        until = self.loop.time() + FEED_TIME
+        feed = self.feeds.get(dash)
+        if not feed:
+            feed = self.feeds[dash] = Feed(0, until)
+            feed.clear(self.hub.seq(dash))
+        feed.until = max(feed.until, until)
+        return feed
+
+    def do_stream(self, visit: Visit) -> None:
+        since = number_in(visit.fields(), "since")
+        feed = self.feed(visit.access.dash)
+        lines = feed.since(since) if since is not None and since <= max(
+            feed.newest, self.hub.seq(visit.access.dash)) else None
+        visit.begin(Response(200, kind=NDJSON,
+                             headers=(("X-Accel-Buffering", "no"),)))
+        if visit.request.method == "HEAD":
+            visit.wire.visit = None
+            visit.end()
+            return visit.wire.leave()
+        visit.stream = feed
+        feed.followers[visit] = None
+        visit.piece(RESET if lines is None else b"".join(lines) or b"\n")
+
+    def followers(self, dash: str) -> list[Visit]:
+        feed = self.feeds.get(dash)
+        return list(feed.followers) if feed else []
+
+    def heard(self, dash: str, changes: dict) -> None:
+        """Hub has news. In the writer's thread."""
+        import json
+        seq, line = changes.get("seq"), b""
+        shown = {name: value for name, value in changes.items()
+                 if name not in ("wake", "live")}
+        if changes.get("reset"):
+            line = RESET
+        elif seq is not None and len(shown) > 1:
+            line = json.dumps(shown, ensure_ascii=False, separators=(
+                ",", ":")).encode("utf-8", "backslashreplace") + b"\n"
+        self.mailbox.put(self.spread, dash, seq, line, [
+            *(("host", host) for host in changes.get("wake", ())),
+            *(("run", run) for run in changes.get("live", ()))])
+
+    def spread(self, dash: str, seq: int | None, line: bytes,
+               stirred: list) -> None:
+        """The news, to those whom they concern. On the loop."""
+        for key in stirred:
+            for wait in list(self.waiting.get(key, ())):
+                self.guarded(wait.visit, lambda _visit, wait=wait:
+                             wait.stir())
+        feed = self.feeds.get(dash)
+        if not feed or not line:
+            return
+        if line is RESET:
+            feed.clear(seq or self.hub.seq(dash))
+        elif seq > feed.newest:
+            feed.add(seq, line)
+        for visit in list(feed.followers):
+            visit.piece(line)
+
+    # --- time
+
+    def sweep(self) -> None:
+        """Who is late?"""
+        now = self.loop.time()
+        for wire in list(self.wires):
+            wire.sweep(now)
+        if not self.stopping:
+            self.loop.call_later(SWEEP_TIME, self.sweep)
+        self.say_rest()
+
+    def beat(self) -> None:
+        """A sign of life for all streams, so that no proxy cuts them."""
+        now = self.loop.time()
+        for dash, feed in list(self.feeds.items()):
+            if feed.followers:
+                feed.until = now + FEED_TIME
+            elif feed.until < now:
+                del self.feeds[dash]
+            for visit in list(feed.followers):
+                visit.piece(b"\n")
+        if not self.stopping:
+            self.loop.call_later(HEARTBEAT, self.beat)
+
+    def stop(self) -> None:
+        """Answer those who wait, and hang up on who has nothing asked."""
+        self.stopping = True
+        for waits in list(self.waiting.values()):
+            for wait in list(waits):
+                wait.late()
+        for wire in list(self.wires):
+            if not wire.transport:
+                wire.drop()
+            elif wire.visit and wire.visit.stream or wire.phase == HEAD:
+                wire.leave()
+
+    # --- what is told about it
+
+    def note(self, visit: Visit, error: Error) -> None:
+        """A line about a refusal. Whoever guesses keys shall not fill the
+        disk with it; nor shall it tell a key: of a path the first word."""
+        request = visit.request
+        what = "?" if not request else f"{request.method} " + (
+            visit.route.path if visit.route
+            else "/" + request.path.split("/")[1][:12])
+        self.line(f"{visit.address} {what}: {error.status} {error.message}")
+
+    def line(self, text: str) -> None:
+        now = self.loop.time()
+        self.quiet = [at for at in self.quiet if at > now - LINES_TIME]
+        if len(self.quiet) >= LINES_IN_TIME:
+            self.unsaid += 1
+            return
+        self.quiet.append(now)
+        self.say(text)
+
+    def say_rest(self) -> None:
+        """How many lines were left out."""
+        if self.unsaid and self.quiet[0] < self.loop.time() - LINES_TIME:
+            self.say(f"{plural(self.unsaid, 'line')} more about refusals")
+            self.quiet, self.unsaid = [], 0
+
+    def complain(self, error: BaseException) -> None:
+        """A fault of ours, in one line, with the place."""
+        places, at = [], error.__traceback__
+        while at:
+            places.append(f"{at.tb_frame.f_code.co_name}:{at.tb_lineno}")
+            at = at.tb_next
+        self.line(f"a fault of ours: {type(error).__name__}: {error} "
+                  f"({' '.join(places[-4:])})")
+
+
+HTML, BYTES = "text/html; charset=utf-8", "application/octet-stream"
+EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
+NDJSON = "application/x-ndjson; charset=utf-8"
+RESET = b'{"reset":true}\n'
+WHO = {"host": ("host",), "viewer": ("viewer", "operator"),
+       "operator": ("operator",), "host or operator": ("host", "operator")}
+# A host that sends one of these wants to know at once that it arrived.
+SENT = ("records", "outputs", "verdicts", "list")
+MOST_FRAMES, LONGEST_SEARCH = 2**20, 200
+FEED_TIME = 60.0        # in which a browser comes back for what it missed
+LINES_TIME, LINES_IN_TIME = 10.0, 20
+
+
+class Later(Error):
+    """Too often: in how many seconds again."""
+
+    def __init__(self, message: str, seconds: int):
+        super().__init__(message, f"try again in {seconds} s", 429)
+        self.seconds = seconds
+
+
+def check_body(request: Request, route: Route) -> None:
+    """May this body come? Raises Error."""
+    if request.length > route.body:
+        raise Error(f"the body is longer than {route.body:,} bytes", "", 413)
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise Error("the body has to come as it is", "no Content-Encoding",
+                    415)
+    if request.headers.get("expect", "100-continue").lower() \
+            != "100-continue":
+        raise Error("this expects too much", "", 417)
+    if route.method == "POST" and route.deed != "ping" \
+            and request.kind != JSON:
+        raise Error("the body has to be JSON", f"Content-Type: {JSON}", 415)
+
+
+def number_in(fields: dict, name: str) -> int | None:
+    """A number in a query; None if it is not there. Raises Error."""
+    text = fields.get(name)
+    if text is None:
+        return None
+    if not is_number(text):
+        raise Error(f"{name} is no number", "", 400)
+    return int(text)
+
+
+def time_in(fields: dict, name: str) -> float | None:
+    """Seconds in a query; None if they are not there. Raises Error."""
+    text = fields.get(name)
+    if text is None:
+        return None
+    whole, _, part = text.partition(".")
+    if not is_number(whole) or part and not is_number(part[:18]):
+        raise Error(f"{name} is no time", "", 400)
+    return float(f"{whole}.{part[:18] or 0}")
+
+
+# --- sockets --------------------------------------------------------------
+
+
+def listen_address(text: str) -> tuple[str, int]:
+    """The address and the port in 127.0.0.1:8077 or [::1]:8077. Raises
+    Error."""
+    name, port = split_authority(text)
+    name = "127.0.0.1" if name == "localhost" else name
+    address = address_of(name) if name and port else None
+    if not address or int(port) > 65535:
+        raise Error(f"{short(text)} is no ADDRESS:PORT",
+                    "127.0.0.1:8077, 0.0.0.0:8077, [::1]:8077", EXIT_USAGE)
+    return str(address), int(port)
+
+
+def listener(address: str, port: int):
+    """A socket that listens. Raises Error."""
+    found = address_of(address)
+    sock = socket.socket(socket.AF_INET if found.version == 4
+                         else socket.AF_INET6)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if found.version == 6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((address, port))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise Error(f"cannot listen at {url_name(address)}:{port}: "
+                    f"{error.strerror}", "--listen ADDRESS:PORT") from None
+    sock.setblocking(False)
+    return sock
+
+
+def url_name(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+class Certificate:
+    """The certificate that we show, and its key, from two files."""
+
+    def __init__(self, cert: str, key: str):
+        self.cert, self.key = cert, key
+        self.context, self.expires, self.print = None, 0.0, ""
+
+    def load(self) -> None:
+        """Read both files, again on SIGHUP: connections that come later see
+        the new one. Raises Error."""
+        import ssl
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_cert_chain(self.cert, self.key, password=lambda: "")
+            with open(self.cert, encoding="ascii", errors="replace") as file:
+                text = file.read(LONGEST_TAB)
+            begin = text.index("-----BEGIN CERTIFICATE-----")
+            end = text.index("-----END CERTIFICATE-----", begin)
+            der = ssl.PEM_cert_to_DER_cert(
+                text[begin:end] + "-----END CERTIFICATE-----")
+            self.expires = expiry_of(der)
+        except (OSError, ValueError) as error:      # SSLError is an OSError
+            raise Error(f"{self.cert} and {self.key} cannot be used: "
+                        f"{error.strerror or error}" if isinstance(
+                            error, OSError) else f"{self.cert}: {error}",
+                        "a certificate and its key, both PEM") from None
+        self.context, digest = context, digest_of(der).upper()
+        self.print = ":".join(digest[at:at + 2] for at in range(0, 64, 2))
+
+    def trouble(self, now: float) -> str:
+        """What is wrong with its dates; "" if nothing."""
+        if now > self.expires:
+            return f"{self.cert} expired on {rfc3339(self.expires)}"
+        return f"{self.cert} expires on {rfc3339(self.expires)}" \
+            if now > self.expires - CERTIFICATE_SOON else ""
+
+
+class Front:
+    """The sockets of a Site, from the first call to the last answer."""
+
+    def __init__(self, site: Site, listeners: list,
+                 certificate: Certificate | None = None):
+        self.site, self.listeners = site, listeners
+        self.certificate, self.why = certificate, ""
+        self.spare = -1             # a descriptor, for when there is none
+        self.loop = self.ended = None
+        self.told = -DAY
+
+    def run(self, ready=None) -> str:
+        """Serve until a signal says stop, or Hub cannot go on: then why."""
+        import asyncio
+        most = more_files()
+        self.site.crowd.most = min(MOST_WIRES, max(most - 64, 16))
+        # Children of ours are Alerts': no loop of ours may reap them.
+        loop = asyncio.SelectorEventLoop()
+        try:
+            loop.run_until_complete(self.serve(loop, ready))
+        finally:
+            loop.close()
+        return self.why
+
+    async def serve(self, loop, ready) -> None:
+        self.loop, self.ended = loop, loop.create_future()
+        loop.set_exception_handler(self.surprise)
+        self.site.secure = self.certificate is not None
+        self.site.literals = any(not is_loopback(sock.getsockname()[0])
+                                 for sock in self.listeners)
+        self.site.names |= {url_name(sock.getsockname()[0])
+                            for sock in self.listeners}
+        self.site.open(loop)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
+        self.spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        for sock in self.listeners:
+            loop.add_reader(sock, self.accept, sock)
+        self.tend()
+        if ready:
+            ready()
+        await self.ended
+
+    # --- who comes in
+
+    def accept(self, sock) -> None:
+        """Take those who wait, some at a time, so that others are served
+        in between."""
+        for _ in range(64):
+            try:
+                found, peer = sock.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS,
+                                   errno.ENOMEM):
+                    return self.pause(sock, error)
+                continue                    # he has gone already
+            self.admit(found, peer[0])
+
+    def admit(self, sock, peer: str) -> None:
+        """Before a byte is read or a handshake begins: is there room?"""
+        site = self.site
+        near = is_loopback(peer) or peer in site.proxies
+        counted = None if near else network_of(peer)
+        if not site.crowd.admits(counted) and not self.make_room(counted):
+            site.line(f"{peer} ?: 503 too many connections")
+            return self.turn_away(sock)
+        site.crowd.enter(counted)
+        wire = Wire(site, peer, counted)
+        site.wires[wire] = None
+        wire.task = self.loop.create_task(self.welcome(sock, wire))
+
+    def make_room(self, counted: str | None) -> bool:
+        """If it is the house that is full, whoever has said nothing for the
+        longest time has to go: so silence keeps nobody out."""
+        if self.site.crowd.all < self.site.crowd.most \
+                or not self.site.crowd.admits(counted, False):
+            return False
+        for wire in self.site.wires:
+            if wire.phase == HEAD and not wire.proven:
+                wire.drop()
+                return True
+        return False
+
+    def turn_away(self, sock) -> None:
+        sock.setblocking(False)
+        try:
+            if not self.certificate:
+                error = Error("too many connections", "try again", 503)
+                response = error_response(error)
+                sock.send(head_bytes(response, len(response.body), True)
+                          + response.body)
+        except OSError:
+            pass
+        sock.close()
+
+    async def welcome(self, sock, wire: Wire) -> None:
+        """Shake hands, without anybody having to wait for it."""
+        context = self.certificate and self.certificate.context
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if context:
+                await self.first_byte(sock)
+            await self.loop.connect_accepted_socket(
+                lambda: wire, sock, ssl=context, **(
+                    {"ssl_handshake_timeout": HEAD_TIME} if context else {}))
+        except (OSError, EOFError):     # no TLS, too slow, or gone
+            pass
+        finally:
+            if not wire.transport:
+                sock.close()
+                wire.connection_lost(None)
+
+    async def first_byte(self, sock) -> None:
+        """Wait until something is said, for a handshake costs 60 kB and a
+        millisecond. Raises OSError."""
+        begun = self.loop.create_future()
+
+        def end(error: OSError | None = None) -> None:
+            if begun.done():
+                return
+            if error:
+                begun.set_exception(error)
+            else:
+                begun.set_result(None)
+
+        self.loop.add_reader(sock, end)
+        timer = self.loop.call_later(HEAD_TIME, end, TimeoutError())
+        try:
+            await begun
+        finally:
+            self.loop.remove_reader(sock)
+            timer.cancel()
+
+    def pause(self, sock, error: OSError) -> None:
+        """No descriptor is left. Whoever waits is told so, by closing his
+        connection with the one that we kept; then we rest a moment."""
+        self.site.line(f"cannot accept: {error.strerror}")
+        os.close(self.spare)
+        try:
+            sock.accept()[0].close()
+        except OSError:
+            pass
+        try:
+            self.spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self.spare = os.dup(2)
+        self.loop.remove_reader(sock)
+        self.loop.call_later(0.1, self.resume, sock)
+
+    def resume(self, sock) -> None:
+        if not self.site.stopping:
+            self.loop.add_reader(sock, self.accept, sock)
+
+    # --- what happens meanwhile
+
+    def tend(self) -> None:
+        """Can Hub go on? Is the certificate still good?"""
+        if self.site.stopping:
+            return
+        if self.hub_broken():
+            return self.stop()
+        now = self.loop.time()
+        if self.certificate and now - self.told >= DAY:
+            self.told, self.site.expires = now, self.certificate.expires
+            trouble = self.certificate.trouble(self.site.clock.now())
+            if trouble:
+                self.site.say(f"warning: {trouble}")
+        self.loop.call_later(1.0, self.tend)
+
+    def hub_broken(self) -> str:
+        self.why = self.site.hub.broken
+        return self.why
+
+    def reload(self) -> None:
+        """SIGHUP: the certificate was renewed."""
+        if not self.certificate:
+            return
+        try:
+            self.certificate.load()
+            self.told = -DAY
+            self.site.say("the certificate was read again")
+        except Error as error:
+            self.site.say(f"the certificate stays as it was: {error.message}")
+
+    def surprise(self, loop, context: dict) -> None:
+        """What asyncio has to tell. Who hangs up in the middle is no
+        surprise."""
+        error = context.get("exception")
+        if error is None or isinstance(error, (OSError, EOFError)):
+            return
+        self.site.complain(error)
+
+    def stop(self) -> None:
+        """End: nobody new, what was asked is answered, then all is over."""
+        if self.site.stopping:
+            return
+        for sock in self.listeners:
+            self.loop.remove_reader(sock)
+            sock.close()
+        self.site.stop()
+        self.loop.create_task(self.finish())
+
+    async def finish(self) -> None:
+        import asyncio
+        until = self.loop.time() + STOP_TIME
+        while (self.site.wires or self.site.writes) \
+                and self.loop.time() < until:
+            await asyncio.sleep(0.02)
+        for wire in list(self.site.wires):
+            wire.drop()
+        await asyncio.sleep(0)
+        self.site.readers.end()
+        os.close(self.spare)
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+
+def more_files() -> int:
+    """Raise the limit of open files as far as we may; the limit."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, 65_536) if hard != resource.RLIM_INFINITY else 65_536
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError):
+            return soft
+    return wanted
 
 
 # ==========================================================================
@@ -7171,7 +12762,8 @@ A dashboard for this machine:
 Setting up:
   koitab import                    cron's tabs as a koitab, printed
   koitab daemon [--system]         koid, in the foreground
-  koitab unit daemon [--system]    a unit for systemd, a plist for launchd
+  koitab dashboard                 the dashboard, in the foreground
+  koitab unit daemon|dashboard     a unit for systemd, a plist for launchd
   koitab completion bash|zsh|fish  completion for a shell
 
 Options:
@@ -7189,6 +12781,17 @@ Options:
       --password -     a password of one's own, asked for or on standard input
       --plain-http     http beyond this machine, though it can be read and
                        changed on the way
+
+Options of dashboard, and of `unit dashboard`:
+      --listen ADDRESS:PORT   where (127.0.0.1:8077); may be repeated
+      --db FILE        where it keeps all (dashboard.db in the state folder)
+      --cert FILE      https, with this certificate (PEM) ...
+      --key FILE       ... and its key
+      --name HOST      a name that browsers and hosts call it by; repeatable
+      --behind-proxy ADDRESS   believe X-Forwarded-For from there
+      --allow-new      anyone may make a dashboard here
+      --backup FILE    write a copy of all to FILE, and end
+
   -h, --help           this text
   -V, --version        the version
 
@@ -7204,12 +12807,17 @@ Exit status: 0 all well; 1 the tab has faults, or something is not there;
 
 SHORT = "u:elriT:d:n:hV"
 LONG = ["number=", "tab=", "from=", "utc", "json", "system", "on=", "url=",
-        "ca=", "password=", "plain-http", "help", "version"]
+        "ca=", "password=", "plain-http", "listen=", "db=", "cert=", "key=",
+        "name=", "behind-proxy=", "allow-new", "backup=", "help", "version"]
 FIELDS = {"-u": "user", "-e": "edit", "-l": "list", "-r": "remove",
           "-i": "ask", "-T": "test", "-d": "link", "--from": "start",
-          "--plain-http": "plain_http"}
+          "--plain-http": "plain_http", "--allow-new": "allow_new"}
 WITH_VALUE = ("-u", "-T", "-d", "--tab", "--from", "--on", "--url", "--ca",
-              "--password")
+              "--password", "--db", "--cert", "--key", "--backup")
+REPEATED = {"--listen": "listen", "--name": "names",
+            "--behind-proxy": "proxies"}
+OF_DASHBOARD = ("--listen --db --cert --key --plain-http --name "
+                "--behind-proxy --allow-new")
 SAME = {"--number": "-n"}
 SYSTEM_TABS = ("/etc/crontab", "/etc/cron.d/")
 LONGEST_LIST = 100_000
@@ -7276,7 +12884,10 @@ _koitab() {
             return ;;
         -T|--tab) COMPREPLY=($(compgen -f -- "$word")); return ;;
         -u) COMPREPLY=($(compgen -u -- "$word")); return ;;
-        unit) COMPREPLY=($(compgen -W "daemon" -- "$word")); return ;;
+        unit) COMPREPLY=($(compgen -W "daemon dashboard" -- "$word"))
+            return ;;
+        --db|--cert|--key|--backup)
+            COMPREPLY=($(compgen -f -- "$word")); return ;;
         completion) COMPREPLY=($(compgen -W "bash zsh fish" -- "$word"))
             return ;;
     esac
@@ -7292,9 +12903,9 @@ _koitab() {
         run|log|history|next)
             compadd -- ${(f)"$(koitab completion names 2>/dev/null)"}
             return ;;
-        -T|--tab) _files; return ;;
+        -T|--tab|--db|--cert|--key|--backup) _files; return ;;
         -u) _users; return ;;
-        unit) compadd daemon; return ;;
+        unit) compadd daemon dashboard; return ;;
         completion) compadd bash zsh fish; return ;;
     esac
     compadd -- COMMANDS OPTIONS
@@ -7307,11 +12918,16 @@ set -l named run log history next
 complete -c koitab -f -n "__fish_seen_subcommand_from $named" \
     -a "(koitab completion names 2>/dev/null)"
 complete -c koitab -n "__fish_use_subcommand" -a "COMMANDS"
-complete -c koitab -f -n "__fish_seen_subcommand_from unit" -a "daemon"
+complete -c koitab -f -n "__fish_seen_subcommand_from unit" \
+    -a "daemon dashboard"
 complete -c koitab -f -n "__fish_seen_subcommand_from completion" \
     -a "bash zsh fish"
 complete -c koitab -s T -r -F
 complete -c koitab -l tab -r -F
+complete -c koitab -l db -r -F
+complete -c koitab -l cert -r -F
+complete -c koitab -l key -r -F
+complete -c koitab -l backup -r -F
 complete -c koitab -s u -x -a "(__fish_complete_users)"
 complete -c koitab -a "OPTIONS"
 ''',
@@ -7336,7 +12952,12 @@ class Options:
         self.on = self.url = self.ca = self.password = ""
         self.number = 0
         self.edit = self.list = self.remove = self.ask = False
-        self.utc = self.json = self.system = self.plain_http = False
+        self.utc = self.json = self.system = False
+        self.plain_http = self.allow_new = False
+        self.db = self.cert = self.key = self.backup = ""
+        self.listen: list[str] = []
+        self.names: list[str] = []
+        self.proxies: list[str] = []
 
     def read(self, argv: list[str]) -> list[str]:
         """Take the options from both sides of the command; the rest of the
@@ -7371,6 +12992,8 @@ class Options:
             if not 0 < self.number <= LONGEST_LIST:
                 raise Error(f"-n {value}: not a number", "-n 5; -T FILE "
                             "tests a tab", self.status)
+        elif name in REPEATED:
+            getattr(self, REPEATED[name]).append(value)
         elif name in WITH_VALUE:
             setattr(self, FIELDS.get(name, name.strip("-")), value)
         else:
@@ -7408,11 +13031,6 @@ class Options:
         """A line for people, beside the output."""
         sys.stdout.flush()
         print(visible(f"{self.called}: {text}"), file=sys.stderr, flush=True)
-
-
-def no_dashboard() -> Error:
-    return Error("this version has no dashboard yet", "koitab history, "
-                 "koitab log and koitab status tell of runs", EXIT_USAGE)
 
 
 def no_tab(options: Options, machine: Machine) -> Error:
@@ -8961,14 +14579,16 @@ def running_cron() -> int:
 
 
 def command_unit(options: Options, machine: Machine, what: str) -> int:
-    if what == "dashboard":
-        raise no_dashboard()
-    if what != "daemon":
+    if what not in ("daemon", "dashboard"):
         raise Error(f"there is no unit {short(what)}", "koitab unit daemon",
                     EXIT_USAGE)
+    options.allow("--system" if what == "daemon" else OF_DASHBOARD,
+                  f"unit {what}", EXIT_USAGE)
     path = os.path.abspath(__file__)
     command = [path] if os.access(path, os.X_OK) else [
         sys.executable, "-IS", path]
+    if what == "dashboard":
+        return unit_of_dashboard(options, machine, [*command, what])
     command += ["daemon"] + ["--system"] * options.system
     kept = {name: os.environ[name] for name in ("KOI_HOME", "XDG_STATE_HOME")
             if os.environ.get(name)}
@@ -8996,11 +14616,11 @@ def unit_word(word: str) -> str:
     return f'"{word}"' if " " in word or '"' in word else word
 
 
-def plist(command: list[str], environment: dict) -> str:
+def plist(command: list[str], environment: dict, label: str = "koid") -> str:
     """The same for launchd."""
     import plistlib
     return plistlib.dumps({
-        "Label": "koid", "ProgramArguments": command,
+        "Label": label, "ProgramArguments": command,
         "EnvironmentVariables": environment, "RunAtLoad": True,
         "KeepAlive": True,
         "AbandonProcessGroup": True,    # jobs outlive koid
@@ -9027,6 +14647,206 @@ def command_daemon(options: Options, machine: Machine) -> int:
     return run_daemon(machine, options.system)
 
 
+# --- dashboard ------------------------------------------------------------
+
+DASHBOARD_UNIT = """\
+# {where}
+[Unit]
+Description=koi's dashboard
+StartLimitIntervalSec=0
+
+[Service]
+ExecStart={command}
+{lines}ExecReload=kill -HUP $MAINPID
+Restart=always
+RestartSec=2
+LimitNOFILE=65536
+UMask=0077
+# It needs its database and the network, and nothing else of this host.
+NoNewPrivileges=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+{closed}
+[Install]
+WantedBy={target}
+"""
+# What only the system's manager can close.
+CLOSED = """\
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectSystem=strict
+ProtectHome=read-only
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+ProtectClock=yes
+ProtectHostname=yes
+RestrictNamespaces=yes
+"""
+# No account has to be made for it: systemd lends it one, and a folder.
+LENT = """\
+DynamicUser=yes
+StateDirectory=koi-dashboard
+StateDirectoryMode=0700
+CapabilityBoundingSet={capabilities}
+AmbientCapabilities={capabilities}
+"""
+LENT_DB = "/var/lib/koi-dashboard/dashboard.db"
+
+
+def dashboard_db(options: Options, machine: Machine) -> str:
+    """Where the dashboard keeps all."""
+    return os.path.abspath(
+        options.db or f"{machine.home_of_state()}/dashboard.db")
+
+
+def judge_listen(options: Options) -> list[tuple[str, int]]:
+    """Where to listen, if that is a good idea. Raises Error."""
+    wanted = [listen_address(text) for text in options.listen
+              or ["127.0.0.1:8077"]]
+    if bool(options.cert) != bool(options.key):
+        raise Error("--cert and --key go together", "--cert F --key F",
+                    EXIT_USAGE)
+    open_to = [url_name(address) for address, _ in wanted
+               if not is_loopback(address)]
+    if open_to and not options.cert and not options.plain_http:
+        raise Error(
+            f"at {open_to[0]} it would speak plain http: whoever is on the "
+            "way could read and change all of it, and take over the page "
+            "that asks for the password", "--cert FILE --key FILE; or a "
+            "proxy with https in front of 127.0.0.1; or --plain-http",
+            EXIT_USAGE)
+    for text in options.names:
+        if not split_authority(text)[0]:
+            raise Error(f"{short(text)} is no name of a host", "--name "
+                        "koi.example", EXIT_USAGE)
+    for text in options.proxies:
+        if not address_of(text):
+            raise Error(f"{short(text)} is no address", "--behind-proxy "
+                        "10.0.0.2", EXIT_USAGE)
+    return wanted
+
+
+def command_dashboard(options: Options, machine: Machine) -> int:
+    """Be the dashboard, until a signal says stop."""
+    if options.backup:
+        return back_up(options, machine)
+    wanted, certificate = judge_listen(options), None
+    if options.cert:
+        certificate = Certificate(options.cert, options.key)
+        certificate.load()
+    listeners = [listener(*each) for each in wanted]
+    if not options.db:
+        machine.make_home(machine.home_of_state())
+    hub = Hub(dashboard_db(options, machine), machine.clock)
+    hub.open()
+    hub.start()
+    herald = Herald(hub, machine)
+    herald.start()
+    site = Site(hub, page_text(), [text.lower() for text in options.names],
+                options.proxies, options.allow_new, said_by(machine))
+    front = Front(site, listeners, certificate)
+    try:
+        why = front.run(lambda: tell_where(options, front))
+    finally:
+        herald.stop()
+        hub.stop()
+    if why:
+        raise Error(f"the dashboard cannot go on: {why}")
+    return EXIT_OK
+
+
+def said_by(machine: Machine):
+    """A line of the dashboard's log, on stderr."""
+    def say(text: str) -> None:
+        try:
+            print(visible(f"{rfc3339(machine.clock.now())} dashboard: {text}"
+                          ), file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            pass                # nobody reads it
+    return say
+
+
+def tell_where(options: Options, front: Front) -> None:
+    """It listens: where, and what to type next."""
+    scheme = "https" if front.certificate else "http"
+    urls = []
+    for sock in front.listeners:
+        address, port = sock.getsockname()[:2]
+        urls.append(f"{scheme}://{url_name(address)}:{port}")
+        front.site.say(f"koi {VERSION} listens at {urls[-1]}")
+    if front.certificate:
+        front.site.say("SHA-256 of the certificate: "
+                       f"{front.certificate.print}")
+    if options.plain_http and not front.certificate and front.site.literals:
+        front.site.say("warning: this is plain http: whoever is on the way "
+                       "can read and change all of it")
+    name = options.names[0] if options.names else ""
+    if name and scheme == "https" and not split_authority(name)[1]:
+        name += f":{front.listeners[0].getsockname()[1]}"
+    where = f"{scheme}://{name}" if name else urls[0]
+    front.site.say(f"next: koitab -d new {where}; then open {where}")
+
+
+def back_up(options: Options, machine: Machine) -> int:
+    options.allow("--db --backup", "--backup", EXIT_USAGE)
+    path = dashboard_db(options, machine)
+    if not os.path.exists(path):
+        raise Error(f"{path} is not there", "--db FILE")
+    Hub(path, machine.clock).backup(os.path.abspath(options.backup))
+    return EXIT_OK
+
+
+def unit_of_dashboard(options: Options, machine: Machine,
+                      command: list[str]) -> int:
+    """The dashboard's unit, with the options that it is to have."""
+    low = any(0 < port < 1024 for _, port in judge_listen(options))
+    words, root = list(command), os.geteuid() == 0
+    for name, values in (("--listen", options.listen),
+                         ("--name", options.names),
+                         ("--behind-proxy", options.proxies)):
+        for value in values:
+            words += [name, value]
+    words += ["--plain-http"] * options.plain_http
+    words += ["--allow-new"] * options.allow_new
+    db = dashboard_db(options, machine)
+    lent = root and not options.db and "KOI_HOME" not in os.environ \
+        and sys.platform != "darwin"
+    words += ["--db", LENT_DB if lent else db]
+    files = [(name, os.path.abspath(getattr(options, name)))
+             for name in ("cert", "key") if options.cert]
+    if not lent:
+        words += [word for name, path in files for word in (f"--{name}",
+                                                            path)]
+    if sys.platform == "darwin":
+        print(plist(words, {}, "koi-dashboard"), end="")
+        return EXIT_OK
+    line, lines = " ".join(map(unit_word, words)).replace("$", "$$"), ""
+    if lent:        # its key may be root's alone: systemd hands it over
+        lines = LENT.format(
+            capabilities="CAP_NET_BIND_SERVICE" if low else "") + "".join(
+                f"LoadCredential={name}:{path}\n" for name, path in files)
+        line += "".join(f" --{name} ${{CREDENTIALS_DIRECTORY}}/{name}"
+                        for name, _ in files)
+    elif root:
+        lines = f"ReadWritePaths={unit_word(posixpath.dirname(db))}\n"
+    print(DASHBOARD_UNIT.format(
+        where="koitab unit dashboard > /etc/systemd/system/"
+        "koi-dashboard.service;\n# systemctl enable --now koi-dashboard"
+        if root else "koitab unit dashboard > ~/.config/systemd/user/"
+        "koi-dashboard.service;\n# systemctl --user enable --now "
+        "koi-dashboard; loginctl enable-linger", command=line, lines=lines,
+        closed=CLOSED if root else "",
+        target="multi-user.target" if root else "default.target"), end="")
+    return EXIT_OK
+
+
 AS_CRONTAB = {"-e": command_edit, "-l": command_list, "-r": command_remove,
               "-T": command_test}
 COMMANDS = {    # name -> function, fewest and most words after it, options
@@ -9039,7 +14859,8 @@ COMMANDS = {    # name -> function, fewest and most words after it, options
     "status": (command_status, 0, 0, "-u --json"),
     "import": (command_import, 0, 0, "-u"),
     "daemon": (command_daemon, 0, 0, "--system"),
-    "unit": (command_unit, 1, 1, "--system"),
+    "dashboard": (command_dashboard, 0, 0, OF_DASHBOARD + " --backup"),
+    "unit": (command_unit, 1, 1, "--system " + OF_DASHBOARD),
     "completion": (command_completion, 1, 1, "-u"),
 }
 

@@ -1125,8 +1125,7 @@ def test_a_unit_for_launchd(type_in, monkeypatch):
 
 
 @pytest.mark.parametrize("argv", [
-    ["-d"], ["-d", "new"], ["-d", "new", "https://koi.example"],
-    ["dashboard"], ["page"], ["unit", "dashboard"]])
+    ["-d"], ["-d", "new"], ["-d", "new", "https://koi.example"], ["page"]])
 def test_there_is_no_dashboard_yet(type_in, koid, argv):
     done = type_in(*argv)
     assert (done.code, done.out, koid.asked) == (2, "", [])
@@ -1187,7 +1186,8 @@ def test_a_completion_is_a_script_of_its_shell(type_in, shell, tmp_path):
     (["koitab", "his"], ["history"]), (["koitab", "run", "Say"],
                                        ["Say\\ Hi"]),
     (["koitab", "log", ""], ["Plain", "Say\\ Hi", "\\$\\(id\\)"]),
-    (["koitab", "unit", ""], ["daemon"]), (["koitab", "--fr"], ["--from"])])
+    (["koitab", "unit", ""], ["daemon", "dashboard"]),
+    (["koitab", "--fr"], ["--from"])])
 def test_the_bash_completion_completes(type_in, tmp_path, typed, found):
     support.need("bash")
     program = tmp_path / "koitab"

@@ -1,0 +1,1044 @@
+"""The dashboard over real sockets: who is hostile, slow, silent or many."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import resource
+import select
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import dashboard
+import servers
+import support
+from dashboard import API, HOST, HOST_TOKEN, VIEW, Client, Dashboard, request
+
+koitab = support.load("koitab")
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """A dashboard that most tests share: they leave it as it was."""
+    with Dashboard(tmp_path_factory.mktemp("house")) as found:
+        found.settle()
+        found.uuid = found.check()
+        yield found
+        found.no_fault()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return servers.certificate(tmp_path_factory.mktemp("cert"))
+
+
+@pytest.fixture(scope="module")
+def trust(made):
+    return ssl.create_default_context(cafile=made.cert)
+
+
+def busy(process, seconds: float) -> float:
+    """The share of a core that a process takes."""
+    def used() -> float:
+        with open(f"/proc/{process.pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    before = used()
+    time.sleep(seconds)
+    return (used() - before) / seconds
+
+
+# --- pages and plain answers ----------------------------------------------
+
+
+def test_the_page_comes_with_a_policy_that_fits_it(house):
+    reply = house.ask("GET", "/")
+    assert reply.status == 200
+    assert reply.headers["content-type"] == "text/html; charset=utf-8"
+    assert reply.headers["content-security-policy"] == \
+        koitab.page_policy_of(reply.body.decode())
+    assert reply.headers["cache-control"] == "no-store"
+    assert "set-cookie" not in reply.headers
+    again = house.ask("GET", "/", If_None_Match=reply.headers["etag"])
+    assert (again.status, again.body) == (304, b"")
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/api/v1/state"])
+def test_head_is_get_without_a_body(house, path):
+    with house.client() as client:
+        whole = client.ask("GET", path, token=API)
+        head = client.ask("HEAD", path, token=API)
+        assert head.status == whole.status == 200
+        assert head.headers.keys() == whole.headers.keys()
+        assert client.ask("GET", "/healthz").body == b"OK"
+
+
+def test_metrics_are_for_who_has_a_key(house):
+    assert house.ask("GET", "/metrics").status == 401
+    reply = house.ask("GET", "/metrics", token=VIEW)
+    assert reply.headers["content-type"].startswith("text/plain; version=0")
+    assert b"koi_web_connections " in reply.body
+
+
+def test_a_badge_is_a_picture_or_json(house):
+    key = house.ask("GET", "/api/v1/state", token=API).json["dash"][
+        "badge_key"]
+    picture = house.ask("GET", f"/badge/{key}/all.svg")
+    assert picture.headers["content-type"] == "image/svg+xml"
+    assert picture.headers["cache-control"] == "no-cache"
+    assert picture.headers["access-control-allow-origin"] == "*"
+    assert picture.body.startswith(b"<svg ")
+    assert house.ask("GET", f"/badge/{key}/all.json").json[
+        "schemaVersion"] == 1
+    assert house.ask("GET", f"/badge/{key}/all.png").status == 404
+
+
+# --- a connection serves many requests, in order --------------------------
+
+
+def test_requests_that_come_at_once_are_answered_in_order(house):
+    port = house.port
+    with house.client() as client:
+        client.send(b"".join([
+            request(port, "GET", "/api/v1/state", token=API),
+            request(port, "GET", "/healthz"),
+            request(port, "POST", f"/ping/{house.uuid}", b"x" * 50_000),
+            request(port, "GET", "/nothing"),
+            request(port, "HEAD", "/"), request(port, "GET", "/healthz")]))
+        assert "seq" in client.reply().json
+        assert client.reply().body == b"OK"
+        assert client.reply().status == 200
+        assert client.reply().status == 404
+        assert client.reply("HEAD").status == 200
+        assert client.reply().body == b"OK"
+
+
+def test_a_hundred_pings_in_one_piece(house):
+    with house.client() as client:
+        client.send(request(house.port, "GET", f"/ping/{house.uuid}") * 100)
+        assert {client.reply().body for _ in range(100)} == {b"OK"}
+
+
+def test_a_request_may_come_byte_by_byte(house):
+    data = request(house.port, "POST", f"/ping/{house.uuid}/fail", b"abc")
+    with house.client() as client:
+        for at in range(len(data)):
+            client.send(data[at:at + 1])
+        assert client.reply().body == b"OK"
+        assert client.ask("GET", "/healthz").body == b"OK"
+
+
+def test_close_and_http_1_0_are_honoured(house):
+    for data in (request(house.port, "GET", "/healthz", Connection="close"),
+                 b"GET /healthz HTTP/1.0\r\nHost: localhost\r\n\r\n"):
+        with house.client() as client:
+            reply = client.send(data).reply()
+            assert (reply.status, reply.body) == (200, b"OK")
+            assert reply.headers["connection"] == "close"
+            assert client.ended()
+
+
+def test_who_has_said_all_is_still_answered(house):
+    with house.client() as client:
+        client.send(request(house.port, "GET", "/api/v1/state", token=API))
+        client.sock.shutdown(socket.SHUT_WR)
+        assert client.reply().status == 200
+        assert client.ended()
+
+
+def test_a_body_is_asked_for_when_that_is_expected(house):
+    with house.client() as client:
+        client.send(request(house.port, "POST", f"/ping/{house.uuid}", None,
+                            Content_Length=3, Expect="100-continue"))
+        assert client.head()[0] == 100
+        assert client.send(b"abc").reply().status == 200
+        client.send(request(house.port, "POST", f"/ping/{house.uuid}", None,
+                            Content_Length=10**9, Expect="100-continue"))
+        assert client.reply().status == 413
+        assert client.ended()
+    assert house.ask("POST", f"/ping/{house.uuid}", b"a",
+                     Expect="tea").status == 417
+
+
+# --- what is refused ------------------------------------------------------
+
+SMUGGLED = (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+
+
+@pytest.mark.parametrize("lines", [
+    b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding:\tchunked\r\n",
+    b"Content-Length: 4\r\nContent-Length: 40\r\n",
+    b"Content-Length : 4\r\n", b"Content-Length: 4\r\n folded: x\r\n",
+    b"X: a\rContent-Length: 4\r\n", b"X: a\nContent-Length: 4\r\n",
+    b"no colon\r\nContent-Length: 4\r\n", b"X\0: a\r\n", b"\x0bX: a\r\n",
+    b"Content-Length: +4\r\n", b"Content-Length: 4_0\r\n",
+    b"Content-Length: -1\r\n", b"Content-Length: \xb2\r\n",
+    b"Content-Length: 0x4\r\n", b"Content-Length: 4, 4\r\n",
+    b"Content-Length: 99999999999999999999\r\n",
+    b"Content-Encoding: gzip\r\nContent-Length: 4\r\n",
+    b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n",
+    b"Host: localhost\r\nContent-Length: 4\r\n"])
+def test_nothing_is_smuggled_in_behind_a_body(house, lines):
+    head = b"POST /ping/" + house.uuid.encode() + b" HTTP/1.1\r\nHost: " \
+        b"localhost\r\n" + lines + b"\r\n"
+    with house.client() as client:
+        reply = client.send(head + b"0\r\n\r\n" + SMUGGLED).reply()
+        assert reply.status in (400, 413, 415, 501), reply
+        assert reply.headers["connection"] == "close"
+        assert client.ended()
+
+
+def test_a_get_has_no_body_to_smuggle_in(house):
+    with house.client() as client:
+        client.send(request(house.port, "GET", "/healthz", SMUGGLED))
+        assert client.reply().status == 400
+        assert client.ended()
+
+
+@pytest.mark.parametrize("data", [
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET /\r\n",
+    b"GET / HTTP/0.9\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\0", b"\r\n\r\n",
+    b"GET / HTTP/1.1\n\n", b"HELP\n", b"GET http://evil/ HTTP/1.1\r\n\r\n"
+    b"Host: localhost\r\n\r\n"])
+def test_what_is_no_http_is_told_so_and_hung_up_on_at_once(house, data):
+    with house.client() as client:
+        begin = time.monotonic()
+        if data == b"GET /\r\n":        # half a head: more may come
+            data += b"\r\n"
+        assert client.send(data).reply().status == 400
+        assert client.ended()
+        assert time.monotonic() - begin < 2
+
+
+@pytest.mark.parametrize("target", [
+    "/../../etc/passwd", "/%2e%2e/etc/passwd", "//evil.example/", "/a%00b",
+    "http://evil.example/x", "/\xff", "/api/v1/../state", "/index.html",
+    "/api/v1/runs/1/output/", "/static/koitab.py", "*"])
+def test_a_path_that_is_not_in_the_table_is_nothing(house, target):
+    reply = house.ask("GET", target, token=API)
+    assert reply.status in (400, 404)
+    assert b"root:" not in reply.body
+
+
+def test_a_head_has_limits(house):
+    many = {f"X_{number}": "y" for number in range(70)}
+    large = {f"X_{number}": "y" * 1000 for number in range(20)}
+    assert house.ask("GET", "/healthz", **many).status == 431
+    assert house.ask("GET", "/healthz", **large).status == 431
+    assert house.ask("GET", "/" + "x" * 8192).status == 414
+    with house.client() as client:      # one that never ends
+        client.send(b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 4000)
+        assert client.reply().status == 431
+        assert client.ended()
+
+
+@pytest.mark.parametrize("path, most, token", [
+    ("/api/v1/snooze", 2**16, API), ("/api/v1/requests", 2**20, API),
+    ("/api/v1/sync", 2**23, HOST_TOKEN), ("/ping/UUID", 2**20, "")])
+def test_a_body_has_a_limit_and_who_sends_more_hears_it(house, path, most,
+                                                        token):
+    path = path.replace("UUID", house.uuid)
+    reply = house.ask("POST", path, b"x" * (most + 1), token,
+                      Content_Type="application/json")
+    assert reply.status == 413, reply
+    reply = house.ask("POST", path, b" " * most, token,
+                      Content_Type="application/json")
+    assert reply.status == (200 if "ping" in path else 400), reply
+
+
+def test_a_body_without_a_key_is_not_read(house):
+    reply = house.ask("POST", "/api/v1/sync", b"x" * 2**22,
+                      Content_Type="application/json")
+    assert reply.status == 401
+
+
+@pytest.mark.parametrize("headers, status", [
+    ({"Content_Type": "text/plain"}, 415), ({"Content_Type": None}, 415),
+    ({"Content_Type": "application/x-www-form-urlencoded"}, 415),
+    ({"Content_Type": "application/json", "Content_Encoding": "gzip"}, 415),
+    ({"Content_Type": "Application/JSON; charset=utf-8"}, 400)])
+def test_what_is_posted_is_json(house, headers, status):
+    reply = house.ask("POST", "/api/v1/snooze", b"x=1", API, **headers)
+    assert reply.status == status
+
+
+@pytest.mark.parametrize("method, path, allowed", [
+    ("POST", "/", "GET"), ("PUT", "/api/v1/checks", "POST"),
+    ("GET", "/api/v1/sync", "POST"), ("DELETE", "/healthz", "GET")])
+def test_a_method_that_is_not_for_this_is_told_which_is(house, method, path,
+                                                        allowed):
+    reply = house.ask(method, path, token=API)
+    assert (reply.status, reply.headers["allow"]) == (405, allowed)
+
+
+def test_ten_thousand_heads_that_are_wrong_surprise_nobody(house):
+    """Through a wire that is not connected; some by real ones."""
+    chance = random.Random(105)
+    good = request(1, "POST", "/api/v1/sync?a=b", b"{}", API)
+    parts = [b"\r\n", b"\n", b"\r", b"\0", b":", b" ", b"HTTP/1.1", b"%", b"/",
+             b"Content-Length: 9\r\n", b"Transfer-Encoding: x\r\n",
+             b"\xff\xfe", b"\r\n\r\n", b"GET / HTTP/1.1\r\n", b"..", b"\t",
+             b"Host: localhost\r\n", b"Expect: 100-continue\r\n"]
+
+    def wrong() -> bytes:
+        data = bytearray(good)
+        for _ in range(chance.randint(1, 6)):
+            at = chance.randrange(len(data) + 1)
+            if chance.random() < 0.3:
+                del data[at:at + chance.randint(1, 20)]
+            elif chance.random() < 0.3:
+                data[at:at + 1] = bytes([chance.randrange(256)])
+            else:
+                data[at:at] = chance.choice(parts)
+        return bytes(data)
+
+    for _ in range(10_000):
+        data = wrong()
+        end = data.find(b"\r\n\r\n")
+        head = data if end < 0 else data[:end + 2]
+        try:
+            if head and not koitab.early_fault(head) and end >= 0:
+                koitab.found_routes(koitab.read_head(head[:-2]).path)
+        except koitab.Error as error:
+            assert error.status in koitab.STATUS
+    for _ in range(500):
+        with house.client() as client:
+            client.send(wrong())
+            client.sock.shutdown(socket.SHUT_WR)
+            while client.more():
+                pass
+            assert client.data[:9] in (b"HTTP/1.1 ", b"")
+    assert house.ask("GET", "/healthz").status == 200
+    house.no_fault()
+
+
+# --- who calls, and from where --------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/api/v1/state", "/nope"])
+def test_a_name_that_is_not_ours_is_answered_with_nothing(house, path):
+    reply = house.ask("GET", path, token=API, Host="evil.example")
+    assert reply.status == 421
+    assert "--name" in reply.json["hint"]
+
+
+def test_names_that_were_given_are_ours(tmp_path):
+    with Dashboard(tmp_path, "--name", "Koi.example", "--name",
+                   "b.example:444") as found:
+        for host, status in (("koi.example", 200), ("KOI.EXAMPLE:1", 200),
+                             ("b.example:444", 200), ("b.example", 421),
+                             ("localhost:9", 200), ("10.0.0.1", 421)):
+            assert found.ask("GET", "/", Host=host).status == status
+
+
+@pytest.mark.parametrize("origin, path, status, allowed", [
+    (None, "/api/v1/state", 200, None),
+    ("http://127.0.0.1:PORT", "/api/v1/state", 200, None),
+    ("https://127.0.0.1:PORT", "/api/v1/state", 200, None),
+    ("http://127.0.0.1:1", "/api/v1/state", 403, None),
+    ("http://evil.example", "/api/v1/state", 403, None),
+    ("http://evil.example", "/", 403, None), ("null", "/", 403, None),
+    ("evil", "/api/v1/state", 403, None),
+    ("null", "/api/v1/state", 200, "null"),
+    ("null", "/api/v1/salt", 200, "null"),
+    ("http://evil.example", "/ping/UUID", 200, "*"),
+    (None, "/ping/UUID", 200, "*")])
+def test_pages_of_others_get_nothing(house, origin, path, status, allowed):
+    origin = origin and origin.replace("PORT", str(house.port))
+    reply = house.ask("GET", path.replace("UUID", house.uuid), token=API,
+                      Origin=origin)
+    assert reply.status == status
+    assert reply.headers.get("access-control-allow-origin") == allowed
+
+
+def test_a_page_from_a_file_may_ask_before_it_asks(house):
+    reply = house.ask("OPTIONS", "/api/v1/requests", Origin="null",
+                      Access_Control_Request_Method="POST",
+                      Access_Control_Request_Headers="authorization")
+    assert (reply.status, reply.body) == (204, b"")
+    assert reply.headers["access-control-allow-origin"] == "null"
+    assert "Authorization" in reply.headers["access-control-allow-headers"]
+    refused = house.ask("OPTIONS", "/api/v1/requests",
+                        Origin="https://evil.example")
+    assert refused.status == 403
+    assert "access-control-allow-origin" not in refused.headers
+
+
+def test_no_page_from_a_file_makes_a_dashboard(house):
+    reply = house.ask("POST", "/api/v1/dashboards", {}, Origin="null")
+    assert reply.status == 403
+    assert "access-control-allow-origin" not in reply.headers
+
+
+def path_of(route) -> str:
+    values = {"HOST": HOST, "NONCE": "e5" * 16, "JOB": "1", "RUN": "1",
+              "N": "1", "CHECK": "0b5f1c2e-1111-4222-8333-444455556666",
+              "KEY": "abc", "NAME": "all.svg"}
+    return "/".join(values.get(word, word)
+                    for word in route.path.split("/"))
+
+
+def test_everyone_gets_what_is_for_him_and_nothing_else(house):
+    wrong = []
+    for route in koitab.ROUTES:
+        if route.who == "anyone":
+            continue
+        body = b"[]" if route.method == "POST" else None
+        for token, role in ((API, "operator"), (VIEW, "viewer"),
+                            (f"view-{VIEW}", "viewer"),
+                            (HOST_TOKEN, "host"), ("", "")):
+            if role in koitab.WHO[route.who]:
+                continue
+            reply = house.ask(route.method, path_of(route), body, token,
+                              Content_Type="application/json")
+            if reply.status != (403 if role else 401):
+                wrong.append((route, role, reply))
+    assert wrong == []
+
+
+def test_a_viewer_reads_and_changes_nothing(house):
+    assert house.ask("GET", "/api/v1/state", token=VIEW).json[
+        "role"] == "viewer"
+    assert house.ask("POST", "/api/v1/snooze", {
+        "subject": "job:1", "until": 0}, VIEW).status == 403
+
+
+def test_who_guesses_keys_has_to_wait_and_hosts_have_not(house):
+    where = {"X_Forwarded_For": "203.0.113.9"}
+    statuses = [house.ask("GET", "/api/v1/state", token="f" * 64,
+                          **where).status for _ in range(12)]
+    assert statuses == [401] * 10 + [429] * 2
+    right = house.ask("GET", "/api/v1/state", token=API, **where)
+    assert right.status == 429          # or the right guess would be seen
+    assert 55 <= int(right.headers["retry-after"]) <= 61
+    assert house.ask("POST", "/api/v1/sync", dashboard.sync_of(), HOST_TOKEN,
+                     **where).status == 200
+    assert house.ask("GET", "/api/v1/state", token=API).status == 200
+    assert house.ask("GET", "/healthz", **where).status == 200
+
+
+def test_the_log_tells_neither_keys_nor_queries(tmp_path):
+    with Dashboard(tmp_path) as found:
+        found.settle()
+        found.ask("GET", "/api/v1/state?secret=1", token="deadbeef" * 8,
+                  X_Forwarded_For="203.0.113.10")
+        found.ask("GET", "/api/v1/nope\x7f")
+        found.ask("GET", "/" + "0123456789abcdef" * 4)
+        found.ask("GET", "/ping/0b5f1c2e-1111-4222-8333-444455556666?rid=x")
+        log = found.log()
+    assert "203.0.113.10 GET /api/v1/state: 401" in log
+    for secret in ("secret", "deadbeef", "0123456789abcdef", API, VIEW,
+                   HOST_TOKEN, "0b5f1c2e", "rid", "\x1b", "\x7f"):
+        assert secret not in log
+
+
+def test_many_refusals_do_not_fill_the_log(tmp_path):
+    with Dashboard(tmp_path, patch="k.LINES_TIME = 1.0") as found:
+        with found.client() as client:
+            for _ in range(200):
+                assert client.ask("GET", "/nope").status == 404
+        said = support.wait_until(lambda: "more about refusals" in found.log(
+            ) and found.log(), 10)
+        assert said.count("404") <= 2 * koitab.LINES_IN_TIME
+        assert found.ask("GET", "/nope").status == 404
+
+
+# --- pings ----------------------------------------------------------------
+
+
+def test_a_ping_answers_as_healthchecks_does(house):
+    for method, path in (("GET", ""), ("HEAD", ""), ("POST", "/start"),
+                         ("GET", "/fail"), ("GET", "/log"), ("GET", "/7"),
+                         ("GET", "/")):
+        for prefix in ("/ping", ""):
+            reply = house.ask(method, f"{prefix}/{house.uuid}{path}")
+            assert reply.status == 200
+            assert reply.body == (b"" if method == "HEAD" else b"OK")
+            assert reply.headers["access-control-allow-origin"] == "*"
+            assert reply.headers["ping-body-limit"] == "10000"
+    unknown = house.ask("GET", "/ping/11111111-2222-3333-4444-555555555555")
+    assert (unknown.status, unknown.body) == (404, b"not found")
+    assert unknown.headers["content-type"].startswith("text/plain")
+
+
+# --- hosts wait without a thread ------------------------------------------
+
+
+def waiting(house) -> int:
+    text = house.ask("GET", "/metrics", token=VIEW).body.decode()
+    return int(text.split("koi_web_waiting ")[1].split()[0])
+
+
+def an_order(house, nonce: str = "1" * 32) -> dict:
+    """A request for the host; its body is the host's to judge."""
+    return {"host": HOST, "mac": "0" * 64, "body": json.dumps({
+        "v": 1, "do": "run", "nonce": nonce, "iat": int(time.time() * 1000),
+        "exp": int(time.time() * 1000) + 300_000, "host": HOST,
+        "dash": house.dash,
+        "key": "0" * 16, "user": "root", "tag": "t" * 12, "job": "0" * 64,
+        "args": {}, "secrets": {}})}
+
+
+def settled(client: Client, house, wait: float) -> None:
+    """A long poll that waits, with nothing left to be said at once."""
+    first = client.ask("POST", "/api/v1/sync", dashboard.sync_of(), HOST_TOKEN)
+    assert first.status == 200, first
+    client.send(request(house.port, "POST", "/api/v1/sync",
+                        dashboard.sync_of(wait=wait), HOST_TOKEN))
+    support.wait_until(lambda: waiting(house) == 1, 10, "the poll to wait")
+
+
+def test_a_host_that_waits_is_woken_by_a_request(house):
+    with house.client() as host, house.client() as page:
+        settled(host, house, 25)
+        begin = time.monotonic()
+        asked = page.ask("POST", "/api/v1/requests", an_order(house), API)
+        assert (asked.status, asked.json["state"]) == (202, "waiting")
+        reply = host.reply().json
+        assert time.monotonic() - begin < 1
+        assert reply["requests"][0]["mac"] == "0" * 64
+        assert waiting(house) == 0
+
+
+def test_a_request_that_came_before_is_not_missed(house):
+    house.ask("POST", "/api/v1/requests", an_order(house, "2" * 32), API)
+    begin = time.monotonic()
+    reply = house.ask("POST", "/api/v1/sync", dashboard.sync_of(wait=25),
+                      HOST_TOKEN)
+    assert reply.json["requests"]
+    assert time.monotonic() - begin < 5
+
+
+def test_a_host_that_waits_hears_when_the_time_is_over(house):
+    with house.client() as host:
+        begin = time.monotonic()
+        settled(host, house, 0.7)
+        assert host.reply().json["requests"] == []
+        assert 0.6 < time.monotonic() - begin < 5
+        assert waiting(house) == 0
+
+
+def test_a_host_that_hangs_up_waits_no_more(house):
+    with house.client() as host:
+        settled(host, house, 25)
+    support.wait_until(lambda: waiting(house) == 0, 5, "it to be forgotten")
+
+
+def test_a_host_that_was_removed_is_told_so(house):
+    house.join("77" * 16, "88" * 32)
+    with house.client() as host:
+        host.ask("POST", "/api/v1/sync", dashboard.sync_of("77" * 16),
+                 "88" * 32)
+        host.send(request(house.port, "POST", "/api/v1/sync",
+                          dashboard.sync_of("77" * 16, wait=25), "88" * 32))
+        support.wait_until(lambda: waiting(house) == 1, 10)
+        assert house.ask("DELETE", f"/api/v1/hosts/{'77' * 16}",
+                         token=API).status == 200
+        assert host.reply().status == 401
+
+
+# --- browsers follow ------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stream(house, since: int):
+    with house.client() as client:
+        client.send(request(house.port, "GET", f"/api/v1/stream?since={since}",
+                            token=VIEW))
+        status, headers = client.head()
+        assert (status, headers["content-type"].split(";")[0]) == (
+            200, "application/x-ndjson")
+        yield client
+
+
+def changed(house, number: int) -> None:
+    house.join(f"{number:032x}", f"{number:064x}")
+
+
+def now_of(house) -> int:
+    return house.ask("GET", "/api/v1/state", token=VIEW).json["seq"]
+
+
+def test_a_browser_follows_and_comes_back(house):
+    since = now_of(house)
+    changed(house, 1)
+    with stream(house, since) as client:
+        first = json.loads(client.line())
+        assert first["seq"] > since
+        assert [host["id"] for host in first["hosts"]] == [f"{1:032x}"]
+        changed(house, 2)
+        second = json.loads(client.line())
+        assert second["seq"] > first["seq"]
+        assert "wake" not in second and "live" not in second
+    changed(house, 3)
+    with stream(house, first["seq"]) as client:
+        assert json.loads(client.line()) == second
+        assert json.loads(client.line())["hosts"][0]["id"] == f"{3:032x}"
+
+
+@pytest.mark.parametrize("since", [0, 10**17])
+def test_what_nobody_remembers_begins_anew(house, since):
+    with stream(house, since) as client:
+        assert json.loads(client.line()) == {"reset": True}
+
+
+def test_a_stream_shows_signs_of_life(tmp_path):
+    with Dashboard(tmp_path, patch="k.HEARTBEAT = 0.2") as found:
+        found.settle()
+        with stream(found, now_of(found)) as client:
+            while client.data.count(b"\n") < 3:
+                assert client.more()
+            assert client.data.strip() == b""
+
+
+LARGE = """
+heard = k.Site.heard
+def large(self, dash, changes):
+    heard(self, dash, {**changes, "pad": "x" * 500_000}
+          if "seq" in changes else changes)
+k.Site.heard = large
+"""
+
+
+def test_a_browser_that_does_not_read_is_dropped_and_others_go_on(tmp_path):
+    with Dashboard(tmp_path, patch=LARGE) as found:
+        found.settle()
+        since = now_of(found)
+        with found.client() as slow, stream(found, since) as quick:
+            slow.send(request(found.port, "GET", "/api/v1/stream?since=0",
+                              token=VIEW))
+            slow.head()
+            for number in range(40):
+                changed(found, number + 1)
+                assert json.loads(quick.line())["hosts"][0][
+                    "id"] == f"{number + 1:032x}"
+            assert slow_is_dropped(slow)
+        found.no_fault()
+
+
+def slow_is_dropped(client: Client) -> bool:
+    """What was on its way is there, and then comes the end."""
+    while client.more():
+        pass
+    return b'"host 0000"' in client.data and client.data.count(b"\n") < 40
+
+
+# --- many, slow and silent ------------------------------------------------
+
+
+@contextlib.contextmanager
+def silent(port: int, count: int, data: bytes = b""):
+    """Connections that say nothing, or only so much."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            sock = stack.enter_context(socket.create_connection(
+                ("127.0.0.1", port), 20))
+            if data:
+                sock.sendall(data)
+        yield
+
+
+def open_many(count: int = 2000) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(count, hard), hard))
+
+
+@pytest.mark.parametrize("data", [b"", b"GET / HT"])
+def test_five_hundred_silent_callers_keep_nobody_waiting(house, data):
+    open_many()
+    with silent(house.port, 500, data):
+        begin = time.monotonic()
+        assert house.ask("GET", "/api/v1/state", token=API).status == 200
+        assert time.monotonic() - begin < 1
+
+
+def test_five_hundred_silent_tls_callers_keep_nobody_waiting(tmp_path, made,
+                                                             trust):
+    open_many()
+    with Dashboard(tmp_path, "--cert", made.cert, "--key", made.key,
+                   tls=trust) as found, silent(found.port, 500):
+        begin = time.monotonic()
+        assert found.ask("GET", "/healthz").body == b"OK"
+        assert time.monotonic() - begin < 1
+        found.no_fault()
+
+
+def test_who_is_too_slow_is_told_so_though_he_sends_on(tmp_path):
+    patch = "k.HEAD_TIME = k.BODY_TIME = 0.6; k.SWEEP_TIME = 0.1"
+    with Dashboard(tmp_path, patch=patch) as found:
+        for data in (b"GET / HTTP/1.1\r\nX: ", request(
+                found.port, "POST", "/ping/a/b", None, Content_Length=999)):
+            with found.client() as client:
+                client.send(data)
+                begin = time.monotonic()
+                while not select.select([client.sock], [], [], 0.05)[0]:
+                    client.send(b"x")
+                    assert time.monotonic() - begin < 5
+                assert client.reply().status == 408
+                assert client.ended()
+        with found.client() as client:      # who said nothing at all
+            assert client.ended()
+
+
+def test_a_connection_that_rests_is_closed_after_a_while(tmp_path):
+    patch = "k.IDLE_TIME = 0.3; k.SWEEP_TIME = 0.1"
+    with Dashboard(tmp_path, patch=patch) as found, found.client() as client:
+        assert client.ask("GET", "/healthz").status == 200
+        assert client.ended()
+
+
+def test_who_takes_no_byte_of_his_answer_is_dropped(tmp_path):
+    patch = ("k.WRITE_TIME = 0.5; k.SWEEP_TIME = 0.1\n"
+             "k.page_text = lambda server=None: 'x' * 30_000_000")
+    with Dashboard(tmp_path, patch=patch) as found:
+        with found.client() as client:
+            client.send(request(found.port, "GET", "/"))
+            support.wait_until(lambda: connections(found) == 0, 10)
+        with found.client() as client:      # who takes them all gets all
+            assert len(client.ask("GET", "/").body) == 30_000_000
+        assert rss(found.process.pid) < 250_000
+
+
+def connections(found) -> int:
+    """Established connections of a process, seen from outside."""
+    with open(f"/proc/{found.process.pid}/net/tcp") as file:
+        rows = [line.split() for line in file.readlines()[1:]]
+    return sum(row[1].endswith(f":{found.port:04X}") and row[3] in (
+        "01", "04", "05", "08") and row[9] != "0" for row in rows)
+
+
+def rss(pid: int) -> int:
+    with open(f"/proc/{pid}/status") as file:
+        return int(file.read().split("VmRSS:")[1].split()[0])
+
+
+NOT_NEAR = "k.is_loopback = lambda address: False\n"
+
+
+def test_an_address_has_room_for_a_few_strangers_and_many_hosts(tmp_path):
+    patch = NOT_NEAR + "k.MOST_UNPROVEN, k.MOST_OF_ADDRESS = 8, 30"
+    with Dashboard(tmp_path, "--plain-http", "--allow-new",
+                   patch=patch) as found, contextlib.ExitStack() as stack:
+        found.settle()
+        for _ in range(20):
+            host = stack.enter_context(found.client())
+            assert host.ask("POST", "/api/v1/sync", dashboard.sync_of(),
+                            HOST_TOKEN).status == 200
+        strangers = [stack.enter_context(found.client()) for _ in range(9)]
+        assert strangers[-1].reply().status == 503
+        assert strangers[-1].ended()
+        assert host.ask("GET", "/healthz").status == 200
+        assert "503 too many connections" in found.log()
+
+
+def test_silence_fills_no_house(tmp_path):
+    """Whoever has been silent for the longest time makes room."""
+    with Dashboard(tmp_path, patch="k.MOST_WIRES = 20") as found, silent(
+            found.port, 60):
+        assert found.ask("GET", "/healthz").body == b"OK"
+
+
+# --- what fails -----------------------------------------------------------
+
+
+def test_without_descriptors_it_rests_and_goes_on(tmp_path):
+    with Dashboard(tmp_path) as found:
+        found.settle()
+        pid = found.process.pid
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        used = len(os.listdir(f"/proc/{pid}/fd"))
+        with found.client() as known:
+            assert known.ask("GET", "/healthz").status == 200
+            resource.prlimit(pid, resource.RLIMIT_NOFILE,
+                             (used + 2, before[1]))
+            with silent(found.port, 30):
+                support.wait_until(lambda: "cannot accept" in found.log(), 10)
+                assert known.ask("GET", "/").status == 200
+                assert busy(found.process, 0.5) < 0.5
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        assert found.ask("GET", "/healthz").status == 200
+        found.no_fault()
+
+
+NO_THREAD = """
+import threading
+start = threading.Thread.start
+def refuse(self):
+    if isinstance(getattr(self._target, "__self__", None), k.Readers):
+        raise RuntimeError("can't start new thread")
+    start(self)
+threading.Thread.start = refuse
+"""
+
+
+def test_without_threads_some_questions_are_refused_and_the_rest_goes_on(
+        tmp_path):
+    with Dashboard(tmp_path, patch=NO_THREAD) as found:
+        found.settle()
+        uuid = found.check()
+        for _ in range(2):
+            reply = found.ask("GET", "/api/v1/state", token=API)
+            assert (reply.status, reply.headers["retry-after"]) == (503, "5")
+        assert found.ask("GET", "/").status == 200
+        assert found.ask("GET", f"/ping/{uuid}").status == 200
+        found.no_fault()
+
+
+SLOW = """
+import time
+state = k.Hub.state
+def slow(*values):
+    time.sleep(0.5)
+    return state(*values)
+k.Hub.state, k.MOST_READS = slow, 6
+"""
+
+
+def test_too_many_questions_at_once_are_refused_at_the_door(tmp_path):
+    with Dashboard(tmp_path, patch=SLOW) as found, \
+            contextlib.ExitStack() as stack:
+        found.settle()
+        uuid = found.check()
+        clients = [stack.enter_context(found.client()).send(request(
+            found.port, "GET", "/api/v1/state", token=API))
+            for _ in range(10)]
+        assert found.ask("GET", f"/ping/{uuid}").status == 200
+        statuses = sorted(client.reply().status for client in clients)
+        assert statuses == [200] * 6 + [503] * 4
+
+
+def test_a_fault_of_ours_is_told_in_a_line_and_the_rest_goes_on(tmp_path):
+    patch = "k.Hub.state = lambda *values: 1 / 0"
+    with Dashboard(tmp_path, patch=patch) as found:
+        found.settle()
+        assert found.ask("GET", "/api/v1/state", token=API).status == 500
+        assert "fault of ours: ZeroDivisionError" in found.log()
+        assert "Traceback" not in found.log()
+        assert found.ask("GET", "/healthz").status == 200
+
+
+@support.root_only
+def test_a_full_disk_is_told_and_what_there_is_can_be_read(tmp_path):
+    support.need("unshare")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    prefix = ("unshare", "-m", "sh", "-c", f"mount -t tmpfs -o size=24m "
+              f"none '{folder}' && exec \"$@\"", "sh")
+    with Dashboard(tmp_path, prefix=prefix, db=f"{folder}/d.db") as found:
+        found.settle()
+        uuid = found.check()
+        path = f"/proc/{found.process.pid}/root{folder}/fill"
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+        with contextlib.suppress(OSError):
+            while os.write(fd, b"x" * 4096):
+                pass
+        os.close(fd)
+        with found.client() as client:
+            for _ in range(3000):
+                reply = client.ask("POST", f"/ping/{uuid}", b"x" * 10_000)
+                if reply.status != 200:
+                    break
+        assert reply.status == 507
+        assert "retry-after" in reply.headers
+        assert found.ask("GET", "/api/v1/state", token=API).status == 200
+        os.unlink(path)
+        support.wait_until(lambda: found.ask(
+            "POST", f"/ping/{uuid}", b"x").status == 200, 10)
+        found.no_fault()
+
+
+# --- TLS ------------------------------------------------------------------
+
+
+def test_https_is_new_and_its_certificate_is_shown_and_read_again(
+        tmp_path, made, trust):
+    cert, key = tmp_path / "cert", tmp_path / "key"
+    cert.write_bytes(open(made.cert, "rb").read())
+    key.write_bytes(open(made.key, "rb").read())
+    with Dashboard(tmp_path, "--cert", str(cert), "--key", str(key),
+                   tls=trust) as found:
+        found.settle()
+        shown = found.client().sock.getpeercert(True)
+        assert ":".join(f"{byte:02X}" for byte in __import__(
+            "hashlib").sha256(shown).digest()) in found.log()
+        assert "warning: " in found.log() and "expires on" in found.log()
+        old = ssl.create_default_context(cafile=made.cert)
+        old.maximum_version = ssl.TLSVersion.TLSv1_1
+        with pytest.raises((ssl.SSLError, OSError)):
+            Client(found.port, old)
+        fresh = servers.certificate(tmp_path)
+        cert.write_bytes(open(fresh.cert, "rb").read())
+        found.process.send_signal(signal.SIGHUP)    # not its key: refused
+        support.wait_until(lambda: "stays as it was" in found.log(), 10)
+        assert found.ask("GET", "/healthz").body == b"OK"
+        key.write_bytes(open(fresh.key, "rb").read())
+        found.process.send_signal(signal.SIGHUP)
+        support.wait_until(lambda: "was read again" in found.log(), 10)
+        assert found.client is not None
+        with pytest.raises(ssl.SSLError):
+            found.ask("GET", "/healthz")
+        found.tls = ssl.create_default_context(cafile=fresh.cert)
+        assert found.ask("GET", "/healthz").body == b"OK"
+        found.no_fault()
+
+
+def test_noise_on_the_tls_port_is_no_news(tmp_path, made, trust):
+    with Dashboard(tmp_path, "--cert", made.cert, "--key", made.key,
+                   tls=trust) as found:
+        for data in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01" + b"\xff" * 99,
+                     os.urandom(200), b""):
+            with Client(found.port) as client:
+                client.send(data)
+                client.sock.shutdown(socket.SHUT_WR)
+                while client.more():
+                    pass
+        assert found.ask("GET", "/healthz").body == b"OK"
+        found.no_fault()
+
+
+# --- the command ----------------------------------------------------------
+
+
+def typed(folder, *argv: str) -> support.Result:
+    done = subprocess.run(
+        [sys.executable, "-IS", "-B", dashboard.PROGRAM, *argv],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=30,
+        stderr=subprocess.PIPE, env={
+            "PATH": os.environ["PATH"], "HOME": str(folder),
+            "KOI_HOME": str(folder / "koi")})
+    return support.Result(done.returncode, done.stdout.decode(),
+                          done.stderr.decode())
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--listen", "0.0.0.0:0"], "plain http"),
+    (["--listen", "[::]:0"], "plain http"),
+    (["--listen", "127.0.0.1:0", "--listen", "0.0.0.0:0"], "plain http"),
+    (["--cert", "a"], "go together"), (["--key", "a"], "go together"),
+    (["--listen", "nonsense"], "ADDRESS:PORT"),
+    (["--name", "a b"], "no name"), (["--behind-proxy", "x"], "no address"),
+    (["--number", "1"], "does not go with")])
+def test_what_is_no_good_idea_is_refused(tmp_path, argv, said):
+    done = typed(tmp_path, "dashboard", *argv)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err and "Traceback" not in done.err
+
+
+def test_a_certificate_that_is_not_there_is_told(tmp_path):
+    done = typed(tmp_path, "dashboard", "--cert", "/nope", "--key", "/nope")
+    assert done.code == 1
+    assert "/nope cannot be used: No such file" in done.err
+
+
+def test_a_port_that_is_taken_is_told(tmp_path, house):
+    done = typed(tmp_path, "dashboard", "--listen", f"127.0.0.1:{house.port}",
+                 "--db", str(tmp_path / "db"))
+    assert done.code == 1
+    assert "Address already in use" in done.err
+
+
+def test_one_process_a_database(tmp_path, house):
+    done = typed(tmp_path, "dashboard", "--listen", "127.0.0.1:0", "--db",
+                 house.db)
+    assert done.code == 1, done
+    assert house.ask("GET", "/healthz").status == 200
+
+
+def test_beyond_this_machine_without_https_is_warned_of(tmp_path):
+    with Dashboard(tmp_path, "--listen", "0.0.0.0:0", "--plain-http"
+                   ) as found:
+        assert "warning: this is plain http" in found.log()
+        assert found.ask("GET", "/", Host="10.1.2.3:80").status == 200
+        assert found.ask("GET", "/", Host="evil.example").status == 421
+
+
+def test_it_says_where_it_listens_and_what_to_type_next(house):
+    url = f"http://127.0.0.1:{house.port}"
+    assert f"listens at {url}\n" in house.log()
+    assert f"next: koitab -d new {url}; then open {url}" in house.log()
+
+
+def test_the_database_is_for_its_owner_alone(tmp_path):
+    with Dashboard(tmp_path) as found:
+        found.settle()
+        for path in tmp_path.glob("dashboard.db*"):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+
+def test_a_backup_is_made_while_all_goes_on(tmp_path, house):
+    copy = tmp_path / "copy"
+    done = typed(tmp_path, "dashboard", "--db", house.db, "--backup",
+                 str(copy))
+    assert (done.code, done.err) == (0, "")
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    with Dashboard(tmp_path, db=str(copy)) as found:
+        assert found.ask("GET", "/api/v1/state", token=API).json["checks"]
+    done = typed(tmp_path, "dashboard", "--backup", str(copy))
+    assert (done.code, "is not there" in done.err) == (1, True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_within_two_seconds_and_tells_who_waits(tmp_path, number):
+    with Dashboard(tmp_path) as found:
+        found.settle()
+        since = now_of(found)
+        with found.client() as host, found.client() as idle, \
+                stream(found, since) as page, silent(found.port, 20):
+            settled(host, found, 25)
+            assert idle.ask("GET", "/healthz").status == 200
+            begin = time.monotonic()
+            assert found.stop(number) == 0
+            assert time.monotonic() - begin < 2
+            assert host.reply().json["requests"] == []
+            assert host.ended() and idle.ended()
+            while page.more():
+                pass
+        found.no_fault()
+
+
+def test_what_is_being_written_when_it_ends_is_answered(tmp_path):
+    patch = """
+import time
+ping = k.Hub.ping
+def slow(*values):
+    time.sleep(0.7)
+    return ping(*values)
+k.Hub.ping = slow
+"""
+    with Dashboard(tmp_path, patch=patch) as found:
+        found.settle()
+        uuid = found.check()
+        with found.client() as client:
+            client.send(request(found.port, "GET", f"/ping/{uuid}"))
+            client.send(request(found.port, "GET", "/healthz"))
+            assert found.client().ask("GET", "/healthz").status == 200
+            assert found.stop() == 0
+            reply = client.reply()
+            assert (reply.status, reply.body) == (200, b"OK")
+            assert client.ended()
+
+
+def test_systemd_accepts_the_unit(tmp_path):
+    support.need("systemd-analyze")
+    for options in ([], ["--listen", "0.0.0.0:443", "--cert", "/c", "--key",
+                         "/k", "--name", "koi.example"]):
+        unit = tmp_path / "koi-dashboard.service"
+        done = typed(tmp_path, "unit", "dashboard", *options)
+        assert (done.code, done.err) == (0, "")
+        unit.write_text(done.out)
+        check = subprocess.run(
+            ["systemd-analyze", "verify", "--recursive-errors=no",
+             str(unit)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, "SYSTEMD_LOG_LEVEL": "warning"})
+        assert "koi-dashboard.service" not in check.stdout.decode(), check
