@@ -7132,10 +7132,10 @@ KEEP_OUTPUT_DAYS = 90           # twice as long when the run failed
 KEEP_PINGS = 100                # of one check
 AT_ONCE = 1_000                 # rows that are removed in one step
 
-MOST_RECORDS, MOST_OUTPUTS, MOST_LIST = 1_000, 200, 8 * 2**20
+RECORDS_AT_ONCE, MOST_OUTPUTS, MOST_LIST = 1_000, 200, 8 * 2**20
 MOST_OUTPUT = 4 * 2**20         # bytes of one run; koid keeps 1 MiB
 MOST_JOBS, MOST_HOSTS, MOST_CHECKS = 10_000, 5_000, 1_000
-MOST_OWED = 50
+OWED_AT_ONCE = 50
 MOST_REQUESTS_WAITING = 100     # for one host
 MOST_CHANNELS = 20
 MOST_LIVE, LIVE_ROOM = 32, 2**21    # runs that are watched; bytes of each
@@ -8898,14 +8898,14 @@ RUN_FIELDS_KEPT = ("id", "job", "host", "n", "epoch", "trigger", "state",
                    "reason", "args", "attempt", "count", "bytes", "cut",
                    "size", "have", "line")
 RUN_COLUMNS = ", ".join(RUN_FIELDS_KEPT)
-RECORD_FIELDS = ("change", "trigger", "state", "due", "asked", "started",
+TOLD_FIELDS = ("change", "trigger", "state", "due", "asked", "started",
                  "ended", "exit", "signal", "reason", "args", "attempt",
                  "count", "bytes", "cut", "size", "nonce")
 INSERT_RUN = (f"insert into runs (dash, job, host, epoch, n, at, until, "
-              f"{', '.join(RECORD_FIELDS)}) values "
-              f"({', '.join('?' * (7 + len(RECORD_FIELDS)))})")
+              f"{', '.join(TOLD_FIELDS)}) values "
+              f"({', '.join('?' * (7 + len(TOLD_FIELDS)))})")
 UPDATE_RUN = ("update runs set job = ?, at = ?, until = ?, " + ", ".join(
-    f"{name} = ?" for name in RECORD_FIELDS) + " where id = ?")
+    f"{name} = ?" for name in TOLD_FIELDS) + " where id = ?")
 JOB_FIELDS = ("id", "dash", "host", "user", "tag", "section", "name", "label",
               "timing", "words", "command", "confirm", "spec", "next", "gone",
               "failing_since", "failures", "last_ok", "last_failed")
@@ -8984,12 +8984,12 @@ class Fleet(Checks):
                 fields, "the list"))
         self.take_next(db, pulse, asked.get("next", dict, {}), now)
         acked = self.take_records(db, pulse, epoch, asked.each(
-            "records", MOST_RECORDS), now)
+            "records", RECORDS_AT_ONCE), now)
         for output in asked.each("outputs", MOST_OUTPUTS):
             self.take_output(db, pulse, epoch, output, now)
         for output in asked.each("live", MOST_OUTPUTS):
             self.take_live(pulse, output)
-        for verdict in asked.each("verdicts", MOST_RECORDS):
+        for verdict in asked.each("verdicts", RECORDS_AT_ONCE):
             self.take_verdict(db, pulse, epoch, verdict)
         sha = asked.text("list_sha", 64, "")
         return {"v": 1, "acked": acked, "twin": False,
@@ -9003,7 +9003,7 @@ class Fleet(Checks):
         return [list(row) for row in db.execute(
             "select n, have from runs where host = ? and epoch = ? and "
             "have < size and state not in ('queued', 'running') "
-            "order by n desc limit ?", (pulse.number, epoch, MOST_OWED))]
+            "order by n desc limit ?", (pulse.number, epoch, OWED_AT_ONCE))]
 
     def note_host(self, db, pulse: Pulse, host: dict, asked: Asked,
                   now: float) -> None:
@@ -9260,7 +9260,7 @@ class Fleet(Checks):
                            record["reason"])
         days = KEEP_OUTPUT_DAYS * (2 if letter in BAD_LETTERS else 1)
         until = min(record["ended"] or at, now) + days * DAY_SECONDS
-        values = [record[name] for name in RECORD_FIELDS]
+        values = [record[name] for name in TOLD_FIELDS]
         record.update(at=at, letter=letter, going=going,
                       fresh=not found or found[2] in GOING_ON)
         if found:
@@ -10684,14 +10684,14 @@ SWEEP_TIME = 0.5        # between two looks for who is late
 BACKLOG = 1024          # every host calls at the full minute
 MOST_WIRES, MOST_OF_ADDRESS, MOST_UNPROVEN = 4096, 512, 64
 MOST_WRITES = 8192      # that wait for the disk
-MOST_READS, READERS = 256, 4
+MOST_READS, READING = 256, 4
 PING_BODY, SMALL_BODY = 2**20, 2**16
 SYNC_BODY, REQUEST_BODY = 2**23, 2**20
 INLINE_BODY = 2**15     # longer JSON is not read on the loop
 AHEAD = 2**16           # bytes of requests that wait for their turn
 SLOW_READER = 2**20     # bytes that a stream may be behind
-PIECE = 2**18           # bytes of a download, at a time
-MOST_LINES = 1000       # changes that a stream can catch up with
+DOWNLOAD = 2**18           # bytes of a download, at a time
+MOST_CHANGES = 1000       # changes that a stream can catch up with
 MOST_LINE_BYTES = 2**22
 HEARTBEAT = 15.0
 LONGEST_WAIT, LONGEST_LOOK = 25.0, 10.0
@@ -10718,7 +10718,7 @@ STATUS = {
     429: "Too Many Requests", 431: "Request Header Fields Too Large",
     500: "Internal Server Error", 501: "Not Implemented",
     503: "Service Unavailable", 507: "Insufficient Storage"}
-PLAIN, JSON = "text/plain; charset=utf-8", "application/json"
+TEXT, JSON = "text/plain; charset=utf-8", "application/json"
 # On all that we say: nothing is guessed, kept, framed or told to others.
 GUARDS = (b"X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer"
           b"\r\nX-Frame-Options: DENY\r\nCross-Origin-Opener-Policy: "
@@ -11052,12 +11052,6 @@ class Route(Record):
     open: bool = False      # from pages of others, too
 
 
-def is_uuid(text: str) -> bool:
-    return len(text) == 36 and HEX.issuperset(text.replace("-", "")) and [
-        at for at, letter in enumerate(text) if letter == "-"] == [
-            8, 13, 18, 23]
-
-
 def is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 18
 
@@ -11167,7 +11161,7 @@ class Response:
     __slots__ = ("status", "body", "kind", "headers", "last")
 
     def __init__(self, status: int = 200, body: bytes = b"",
-                 kind: str = PLAIN, headers: tuple = (), last: bool = False):
+                 kind: str = TEXT, headers: tuple = (), last: bool = False):
         self.status, self.body, self.kind = status, body, kind
         self.headers = headers      # (name, value)
         self.last = last            # hang up after it
@@ -11289,7 +11283,7 @@ def expiry_of(der: bytes) -> float:
 HEAD, BODY, WORK, LEAVING, GONE = range(5)      # what a connection waits for
 
 
-class Wire:
+class Peer:
     """One connection: its bytes become requests, which are answered in
     their order. It is a protocol of asyncio's."""
 
@@ -11447,15 +11441,15 @@ class Wire:
             self.phase = LEAVING
         elif self.phase < LEAVING:
             self.phase = WORK
-        self.rest = memoryview(response.body)[PIECE:]
-        self.transport.write(head + response.body[:PIECE])
+        self.rest = memoryview(response.body)[DOWNLOAD:]
+        self.transport.write(head + response.body[:DOWNLOAD])
         self.flow()
 
     def flow(self) -> None:
         """Write more of a long answer, as fast as it is taken. After it the
         next request may come."""
         while self.rest and not self.clogged:
-            piece, self.rest = self.rest[:PIECE], self.rest[PIECE:]
+            piece, self.rest = self.rest[:DOWNLOAD], self.rest[DOWNLOAD:]
             self.transport.write(bytes(piece))
         if self.rest or self.phase == GONE:
             return
@@ -11520,7 +11514,7 @@ class Visit:
     __slots__ = ("wire", "request", "route", "values", "access", "address",
                  "wait", "stream", "cors", "guest")
 
-    def __init__(self, wire: Wire, request: Request | None):
+    def __init__(self, wire: Peer, request: Request | None):
         self.wire, self.request = wire, request
         self.route = self.access = self.wait = self.stream = None
         self.values, self.cors, self.guest = (), (), None
@@ -11674,7 +11668,7 @@ class Readers:
         Raises Error."""
         if self.waiting >= MOST_READS:
             raise Error("too many questions at once", "try again", 503)
-        if len(self.threads) < READERS and self.waiting >= len(self.threads):
+        if len(self.threads) < READING and self.waiting >= len(self.threads):
             self.hire()
         self.waiting += 1
         self.queue.put((question, then))
@@ -11727,7 +11721,7 @@ class Feed:
         self.newest = seq
         self.lines.append((seq, line))
         self.bytes += len(line)
-        while len(self.lines) > MOST_LINES or self.bytes > MOST_LINE_BYTES:
+        while len(self.lines) > MOST_CHANGES or self.bytes > MOST_LINE_BYTES:
             self.first, old = self.lines.popleft()
             self.bytes -= len(old)
 
@@ -11761,7 +11755,7 @@ class Site:
         self.literals = self.secure = self.stopping = False
         self.clock, self.expires = Clock(), 0.0
         self.loop = self.mailbox = self.readers = None
-        self.wires: dict[Wire, None] = {}
+        self.wires: dict[Peer, None] = {}
         self.crowd, self.guests, self.guard = Crowd(), Crowd(), Guard()
         self.waiting: dict[tuple, dict] = {}    # what for -> Waits
         self.feeds: dict[str, Feed] = {}
@@ -12042,7 +12036,7 @@ class Site:
     def do_raw(self, visit: Visit) -> None:
         run = int(visit.values[0])
         self.read(visit, self.hub.raw, visit.access.dash, run,
-                  made=lambda data: Response(200, data, PLAIN, ((
+                  made=lambda data: Response(200, data, TEXT, ((
                       "Content-Disposition",
                       f'attachment; filename="run-{run}.txt"'),)))
 
@@ -12074,7 +12068,7 @@ class Site:
     def do_ping_body(self, visit: Visit) -> None:
         check, number = visit.values
         self.read(visit, self.hub.ping_body, visit.access.dash, check,
-                  int(number), made=lambda data: Response(200, data, PLAIN))
+                  int(number), made=lambda data: Response(200, data, TEXT))
 
     def do_channels(self, visit: Visit) -> None:
         self.look_up(visit, self.hub.channels)
@@ -12238,7 +12232,7 @@ class Site:
             return visit.wire.leave()
         visit.stream = feed
         feed.followers[visit] = None
-        visit.piece(RESET if lines is None else b"".join(lines) or b"\n")
+        visit.piece(START_ANEW if lines is None else b"".join(lines) or b"\n")
 
     def followers(self, dash: str) -> list[Visit]:
         feed = self.feeds.get(dash)
@@ -12251,7 +12245,7 @@ class Site:
         shown = {name: value for name, value in changes.items()
                  if name not in ("wake", "live")}
         if changes.get("reset"):
-            line = RESET
+            line = START_ANEW
         elif seq is not None and len(shown) > 1:
             line = json.dumps(shown, ensure_ascii=False, separators=(
                 ",", ":")).encode("utf-8", "backslashreplace") + b"\n"
@@ -12269,7 +12263,7 @@ class Site:
         feed = self.feeds.get(dash)
         if not feed or not line:
             return
-        if line is RESET:
+        if line is START_ANEW:
             feed.clear(seq or self.hub.seq(dash))
         elif seq > feed.newest:
             feed.add(seq, line)
@@ -12351,7 +12345,7 @@ class Site:
 HTML, BYTES = "text/html; charset=utf-8", "application/octet-stream"
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 NDJSON = "application/x-ndjson; charset=utf-8"
-RESET = b'{"reset":true}\n'
+START_ANEW = b'{"reset":true}\n'
 WHO = {"host": ("host",), "viewer": ("viewer", "operator"),
        "operator": ("operator",), "host or operator": ("host", "operator")}
 # A host that sends one of these wants to know at once that it arrived.
@@ -12551,7 +12545,7 @@ class Front:
             site.line(f"{peer} ?: 503 too many connections")
             return self.turn_away(sock)
         site.crowd.enter(counted)
-        wire = Wire(site, peer, counted)
+        wire = Peer(site, peer, counted)
         site.wires[wire] = None
         wire.task = self.loop.create_task(self.welcome(sock, wire))
 
@@ -12579,7 +12573,7 @@ class Front:
             pass
         sock.close()
 
-    async def welcome(self, sock, wire: Wire) -> None:
+    async def welcome(self, sock, wire: Peer) -> None:
         """Shake hands, without anybody having to wait for it."""
         context = self.certificate and self.certificate.context
         try:
