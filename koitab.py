@@ -5,9 +5,12 @@ import sys
 from importlib.machinery import SourceFileLoader
 del sys.argv[0]
 sys.pycache_prefix = "/var/cache/koi"
-code = SourceFileLoader("__main__", sys.argv[0]).get_code("__main__")
+code = SourceFileLoader("koi", sys.argv[0]).get_code("koi")
 sys.pycache_prefix = None
-exec(code, {"__name__": "__main__", "__file__": sys.argv[0]})' "$0" "$@"
+koi = {"__name__": "koi", "__file__": sys.argv[0]}
+exec(code, koi)
+del code
+sys.exit(koi["main"]())' "$0" "$@"
 
 koitab: cron, with names, sections and forms.
 
@@ -7106,6 +7109,8 @@ def run_daemon(machine: Machine, system: bool) -> int:
 # One SQLite database, written by one thread: what waits is written together,
 # and acknowledged when it is on the disk (WAL and synchronous=FULL).
 # ==========================================================================
+
+UP_TO_HERE = set(globals())     # what koid needs; see `let_go`
 
 HUB_SCHEMA = 1
 HUB_APPLICATION = 0x6B6F6932    # "koi2": a history is no dashboard
@@ -19523,7 +19528,17 @@ def command_completion(options: Options, machine: Machine, shell: str) -> int:
     return EXIT_OK
 
 
+def let_go() -> None:
+    """koid keeps in memory only what it needs: what stands below UP_TO_HERE
+    is half of this file. Of that `main` needs two names to the end."""
+    for name in set(globals()) - UP_TO_HERE - {"UP_TO_HERE", "Said", "Shown"}:
+        del globals()[name]
+    import gc
+    gc.collect()            # classes are rings, which nothing else frees
+
+
 def command_daemon(options: Options, machine: Machine) -> int:
+    let_go()
     return run_daemon(machine, options.system)
 
 
