@@ -17648,6 +17648,7 @@ Setting up:
   koitab import                    cron's tabs as a koitab, printed
   koitab daemon [--system]         koid, in the foreground
   koitab dashboard                 the dashboard, in the foreground
+  koitab page [URL]                its page as a file, to open from disk
   koitab unit daemon|dashboard     a unit for systemd, a plist for launchd
   koitab completion bash|zsh|fish  completion for a shell
 
@@ -19742,6 +19743,18 @@ def unit_of_dashboard(options: Options, machine: Machine,
     return EXIT_OK
 
 
+def command_page(_options: Options, machine: Machine, url: str = "") -> int:
+    """The page as a file: opened from disk, its code never comes from the
+    server. Raises Error."""
+    if not url:
+        mine = machine.membership(own_state(machine))
+        url = mine.url if mine else ""
+    if url:
+        server_of(url)
+    put_out(sys.stdout, page_text(url.rstrip("/")).encode())
+    return EXIT_OK
+
+
 AS_CRONTAB = {"-e": command_edit, "-l": command_list, "-r": command_remove,
               "-T": command_test}
 COMMANDS = {    # name -> function, fewest and most words after it, options
@@ -19753,6 +19766,7 @@ COMMANDS = {    # name -> function, fewest and most words after it, options
     "kill": (command_kill, 1, 1, "-u"),
     "status": (command_status, 0, 0, "-u --json"),
     "import": (command_import, 0, 0, "-u"),
+    "page": (command_page, 0, 1, ""),
     "daemon": (command_daemon, 0, 0, "--system"),
     "dashboard": (command_dashboard, 0, 0, OF_DASHBOARD + " --backup"),
     "unit": (command_unit, 1, 1, "--system " + OF_DASHBOARD),
