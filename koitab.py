@@ -4997,6 +4997,8 @@ class Wire:
             headers["Content-Type"] = "application/json"
             data = json.dumps(body).encode()
         self.connection = self.connection or self.connect(seconds)
+        if self.connection.sock:
+            self.connection.sock.settimeout(seconds)
         timer = Timer(seconds, self.cut)
         timer.daemon = True
         timer.start()
