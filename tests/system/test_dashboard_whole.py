@@ -23,7 +23,7 @@ import json, os, sys
 print("begun", flush=True)
 with open(os.environ["GO"]) as go:
     go.read()
-print(json.dumps(sys.argv[1:], ensure_ascii=False))
+print(json.dumps(sys.argv[1:], ensure_ascii=False), flush=True)
 print("\\033[1;31mred\\033[0m and done", file=sys.stderr)
 """
 TAB = """\
@@ -152,10 +152,12 @@ def test_a_form_runs_a_job_and_its_output_comes_in_live(
     run = int(page.js("return location.hash.split('/')[2]"))
     lines = operator.text(run).splitlines()
     assert json.loads(lines[1]) == [*VALUES.values(), "******"]
-    assert "red and done" in lines[2]
+    assert lines[2] == "\x1b[1;31mred\x1b[0m and done"
     # As text, and the colour as a colour.
     assert page.js("return [...document.querySelectorAll('.pane .text')].map("
-                   "(one) => one.textContent)")[:2] == ["begun", lines[1]]
+                   "(one) => one.textContent)") == [
+        "begun", lines[1], "red and done"]
+    assert page.text(".pane .bold") == "red"
 
 
 def test_the_secret_is_nowhere(house, web1, operator, page):
@@ -263,8 +265,11 @@ def test_two_hosts_stand_side_by_side_and_a_run_is_asked_for_by_name(
     house.join(web2, operator)
     page.to("jobs")
     page.wait(job_row("Two"))
-    assert page.js("return [...document.querySelectorAll('.head h2')].map("
-                   "(one) => one.innerText)")[:2] == ["web1", "web2"]
+    heads = page.js("return [...document.querySelectorAll('.head h2')]"
+                    ".filter((one) => one.checkVisibility()).map((one) => "
+                    "one.innerText)")
+    assert [head for head in heads if head.startswith("web")] == [
+        "web1", "web2"]
     # Typed on one machine, run on the other: its output, and its status.
     done = web1.type("run", "--on", "web2", "Fail",
                      said=operator.password + "\n")
@@ -283,15 +288,213 @@ def test_missions_ping_shows_beside_the_jobs(house, operator, page, tmp_path):
     key = operator.ask("state")["dash"]["ping_key"]
     scratch = support.Scratch(tmp_path)
     scratch.task("say", "echo hello from mission")
-    scratch.config["ping"] = {"enabled": True, "endpoint":
+    scratch.config["ping"] = {"enabled": True, "start": True, "endpoint":
                               f"{house.url}/ping/{key}/nightly?create=1"}
-    assert scratch.mission("--headless").code == 0
+    assert scratch.mission("run", "--headless").code == 0
     page.to("jobs")
     page.wait(job_row("nightly"))
     assert page.js(f"return {job_row('nightly')}.querySelector('.c-is')"
                    ".innerText") == "ok"
     page.js(f"{job_row('nightly')}.querySelector('.c-name a').click()")
-    page.shows("success")
+    page.wait("[...document.querySelectorAll('.list tbody tr')].map((row) => "
+              "row.querySelector('.word').innerText).join() === 'ok,start'")
     check, = operator.ask("state")["checks"]
     pings = operator.ask(f"checks/{check['id']}/pings")["pings"]
     assert [ping["kind"] for ping in pings] == ["success", "start"]
+
+
+# Forty things that somebody tries, in five places each: 200.
+TRIED = """\
+<script>pwned()</script>
+<img src=x onerror=pwned()>
+<svg onload=pwned()>
+<svg/onload=pwned()//
+<body onload=pwned()>
+<iframe srcdoc="<script>parent.pwned()</script>"></iframe>
+<iframe src=javascript:parent.pwned()></iframe>
+<details open ontoggle=pwned()>x</details>
+<video><source onerror=pwned()></video>
+<audio src=x onerror=pwned()></audio>
+<input autofocus onfocus=pwned()>
+<select autofocus onfocus=pwned()></select>
+<textarea autofocus onfocus=pwned()></textarea>
+<marquee onstart=pwned()>x</marquee>
+<object data=javascript:pwned()></object>
+<embed src=javascript:pwned()>
+<a href=javascript:pwned()>x</a>
+<form action=javascript:pwned()><button>x</button></form>
+<math href=javascript:pwned()>x</math>
+<base href=http://evil.test/>
+<link rel=stylesheet href=http://evil.test/x.css>
+<meta http-equiv=refresh content="0;url=javascript:pwned()">
+<style>@import'http://evil.test/x.css';</style>
+<template><script>pwned()</script></template>
+<noscript><p title="</noscript><img src=x onerror=pwned()>">
+<svg><animate onbegin=pwned() attributeName=x dur=1s>
+<svg><script>pwned()</script></svg>
+<svg><a xlink:href=javascript:pwned()><text y=9>x</text></a></svg>
+<x onpointerenter=pwned() style=position:fixed;inset:0>x</x>
+javascript:pwned()
+{{constructor.constructor('pwned()')()}}
+${pwned()}
+__proto__
+&lt;img src=x onerror=pwned()&gt;
+&#60;script&#62;pwned()&#60;/script&#62;
+\\x3cscript\\x3epwned()\\x3c/script\\x3e
+<!--><script>pwned()</script>
+<![CDATA[<script>pwned()</script>]]>
+\x1b]8;;javascript:pwned()\x1b\\\\link\x1b]8;;\x1b\\\\
+\x1b[31m"onmouseover=pwned() x="\x1b[0m
+""".splitlines()
+CORPUS = [place % text for place in (
+    "%s", "\">%s", "'>%s", "</script></title></style>%s", "--!>]]>%s")
+    for text in TRIED]
+# What the page is made of; no text may add to it.
+MARKUP = """
+  const own = new Set(("A ASIDE B BUTTON CODE DD DETAILS DIV DL DT FORM H1 H2 "
+    + "H3 INPUT LABEL LI OL OPTION P PRE SECTION SELECT SPAN SUMMARY TABLE "
+    + "TBODY TD TEXTAREA TH THEAD TIME TR UL I B MARK NAV PROGRESS svg path rect circle "
+    + "g text line title").split(" "));
+  const bad = [];
+  for (const one of document.querySelectorAll("#main *, #top *, #tip *")) {
+    if (!own.has(one.nodeName)) bad.push(one.outerHTML.slice(0, 200));
+    for (const { name, value } of one.attributes) {
+      if (/^on|^srcdoc$|^action$|^formaction$/.test(name)
+          || /^(xlink:)?href$/.test(name) && !/^(#|https?:)/.test(value)) {
+        bad.push(`${name}=${value.slice(0, 200)}`);
+      }
+    }
+  }
+  return bad;
+"""
+
+
+class Liar:
+    """A host whose every word is something that somebody tries."""
+
+    def __init__(self, operator, at: int):
+        self.operator, self.host, self.token = operator, f"{at:032x}", \
+            f"{at:064x}"
+        operator.tell("hosts", {
+            "host": self.host, "name": CORPUS[at],
+            "token_sha256": koitab.digest_of(self.token)})
+
+    def sync(self, **fields) -> dict:
+        reply = self.operator.reply("POST", "sync", {
+            "v": 1, "host": self.host, "epoch": 1, "wait": 0, "instance":
+            "1700000000000-00000001", "now": time.time(), "offset": 0,
+            "zone": CORPUS[1], "version": CORPUS[2][:50], "boot": "b",
+            "troubles": [], "list_sha": "", **fields}, token=self.token)
+        assert reply.status == 200, reply
+        return reply.json
+
+    def listed(self, name: str, specs: list[dict]) -> dict:
+        key = self.operator.key(self.host)
+        body = json.dumps({"v": 1, "dash": self.operator.dash,
+                           "host": self.host, "key": koitab.key_id(key),
+                           "name": name, "at": 0,
+                           "jobs": [json.dumps(spec) for spec in specs]})
+        return {"body": body, "mac": koitab.list_mac(key, body)}
+
+
+def lie(at: int) -> dict:
+    text, other = CORPUS[at], CORPUS[at - 1]
+    return {"user": other, "tag": f"t{at}", "section": other, "name": text,
+            "label": text, "when": "@manual" if at % 2 else other,
+            "words": other, "command": text, "params": [], "confirm": "yes"}
+
+
+def lies(operator) -> tuple:
+    """A dashboard full of it: the run with the output, the job with the
+    form, and the check with the pings."""
+    liar = [Liar(operator, at) for at in range(200)][0]
+    form = {**lie(0), "tag": "form", "when": "@manual", "params": [
+        {"name": f"{at} {text}", "type": "choice" if at % 2 else "string",
+         "default": text, "choices": [CORPUS[at - 1], text]}
+        for at, text in enumerate(CORPUS)]}
+    now, frames = time.time(), b"".join(koitab.frame(
+        1 + at % 2, at, text.encode() + b"\n")
+        for at, text in enumerate(CORPUS))
+    liar.sync(list=liar.listed(CORPUS[0], [form, *map(lie, range(200))]),
+              troubles=CORPUS[:20], records=[
+        {"run": at + 1, "change": at + 1, "user": lie(at)["user"],
+         "tag": f"t{at}", "section": lie(at)["section"], "name": text,
+         "label": text, "trigger": text[:50],
+         "state": "unstartable" if at % 2 else "done", "due": now - 300 + at,
+         "asked": None, "started": None if at % 2 else now - 300 + at,
+         "ended": None if at % 2 else now - 290 + at, "exit": None if at % 2
+         else 1, "signal": None, "reason": text if at % 2 else "",
+         "args": {text: text}, "attempt": 1, "count": 1, "bytes": 9,
+         "cut": False, "size": len(frames) if at == 0 else 0, "next": None,
+         "nonce": ""} for at, text in enumerate(CORPUS)])
+    import base64
+    liar.sync(outputs=[{"run": 1, "at": 0, "data": base64.b64encode(
+        frames).decode()}])
+    verdicts = []
+    for text in CORPUS[:40]:
+        body = operator.request(liar.host, json.dumps(form), {text: text})
+        operator.tell("requests", operator.sealed(liar.host, body))
+        verdicts.append({"nonce": body["nonce"], "verdict": "refused",
+                         "run": None, "reason": text})
+    liar.sync(verdicts=verdicts)
+    check = operator.tell("checks", {
+        "name": CORPUS[0], "slug": "", "tags": CORPUS[1], "desc": CORPUS[2],
+        "kind": "simple", "period": 3600, "grace": 60})["id"]
+    with operator.house.client() as client:
+        for text in CORPUS[-100:]:
+            agent = "".join(filter(str.isprintable, text))
+            assert client.ask("POST", f"/ping/{check}", text.encode(),
+                              User_Agent=agent).status == 200
+    first, = [job["id"] for job in operator.ask("state")["jobs"]
+              if job["tag"] == "t0"]
+    return operator.ask(f"jobs/{first}/runs")["runs"][0], check
+
+
+@pytest.fixture(scope="module")
+def second(house):
+    """Another dashboard on the same server."""
+    password, salt = "a passphrase for the second", os.urandom(16)
+    keys = koitab.derive(password, salt)
+    made = house.dashboard.ask("POST", "/api/v1/dashboards", {
+        "salt": salt.hex(), "rounds": koitab.ROUNDS,
+        "api_sha256": koitab.digest_of(keys.api.hex()),
+        "view_sha256": koitab.digest_of(keys.view.hex())})
+    return dashboard_kit.Operator(house, made.json["dash"], password)
+
+
+def unshown(page, wanted: list[str]) -> list[str]:
+    """Which of these texts do not stand on the page, be it as text or in a
+    field."""
+    text = page.js(
+        "return document.querySelector('#main').textContent + [...document"
+        ".querySelectorAll('input, textarea')].map((one) => one.value).join("
+        "'\\n')")
+    return [one for one in wanted if one not in text]
+
+
+def test_two_hundred_strings_in_every_field_are_text_and_nothing_else(
+        house, second, page):
+    assert len(set(CORPUS)) == 200
+    run, check = lies(second)
+    form = next(job["id"] for job in second.ask("state")["jobs"]
+                if job["tag"] == "form")
+    page.open(f"{house.url}/#{second.dash}", second.password)
+    clear = [text for text in CORPUS if "\x1b" not in text]
+    counts = {}
+    for place, wanted in (
+            ("jobs", clear), ("hosts", clear), ("alerts", clear),
+            (f"job/{form}/run", clear), (f"run/{run['id']}", clear),
+            (f"job/{run['job']}", clear[:1]), ("audit", clear[:38]),
+            (f"check/{check}", [text for text in clear
+                                if text in CORPUS[-100:]]),
+            ("day", clear[:1]), ("search?q=%3Cscript%3E", clear[:1]),
+            (f"run/{run['id']}?diff", []), ("settings", []),
+            (f"check/{check}/edit", clear[:1])):
+        page.to(place)
+        page.wait("!document.querySelector('.waits')")
+        support.wait_until(lambda: not unshown(page, wanted), 10, (
+            f"{unshown(page, wanted)[:3]} at {place}"))
+        assert page.js(MARKUP) == [], place
+        assert page.faults() == [], place
+        counts[place.split("/")[0]] = len(wanted)
+    print("XSS strings shown as text:", counts)
