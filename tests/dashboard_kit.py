@@ -20,18 +20,25 @@ koitab = support.load("koitab")
 PROGRAM = os.environ.get("KOITAB", str(support.ROOT / "koitab.py"))
 # All of them are this one machine: a name for each is put in.
 NAMED = "k.Machine.host = lambda self: {name!r}"
+# A clock that goes right, but for being set wrong.
+SHIFTED = """
+now = k.Clock.now
+k.Clock.now = lambda self: now(self) + {shift}
+"""
 
 
 class Home(support.Koi):
     """A koid, and what is typed on its machine."""
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str, shift: float = 0):
         folder.mkdir(parents=True, exist_ok=True)
         super().__init__(folder)
-        self.name = name
+        self.name, self.shift = name, shift
 
     def command(self, *args: str) -> list[str]:
-        return [self.python, "-IS", "-B", PROGRAM, *args]
+        code = [PROGRAM] if not self.shift else ["-c", PATCHED.format(
+            program=PROGRAM, patch=SHIFTED.format(shift=self.shift))]
+        return [self.python, "-IS", "-B", *code, *args]
 
     def type(self, *args: str, said: str = "", seconds: float = 60
              ) -> support.Result:
@@ -189,9 +196,9 @@ class House:
     def kill(self, number: int = signal.SIGKILL) -> None:
         self.dashboard.stop(number)
 
-    def home(self, name: str, tab: str = "") -> Home:
+    def home(self, name: str, tab: str = "", shift: float = 0) -> Home:
         """A koid that runs."""
-        home = self.homes[name] = Home(self.folder / name, name)
+        home = self.homes[name] = Home(self.folder / name, name, shift)
         if tab:
             home.install(tab)
         home.start()

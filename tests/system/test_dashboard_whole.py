@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sqlite3
 import time
 
 import pytest
 
+import dashboard
 import dashboard_kit
 import support
 from dashboard_kit import House, Page
@@ -29,7 +31,7 @@ print("\\033[1;31mred\\033[0m and done", file=sys.stderr)
 TAB = """\
 GO={folder}/go
 "Boot" @reboot echo up
-"Tick" * * * * * echo tick
+"Daily" 17 3 * * * echo daily
 [Office]
 "Args" @manual {python} {folder}/args.py {{{{Who}}}} {{{{Code}}}} \
 {{{{Mood, string, calm}}}} {{{{Nothing}}}} {{{{Lines, text}}}} \
@@ -105,7 +107,7 @@ def test_what_d_new_says_opens_the_page_and_another_passphrase_does_not(
     assert page.faults(*WRONG) == []
     page.insert("#secret", operator.password)
     page.keys("Enter")
-    page.wait(job_row("Tick"))
+    page.wait(job_row("Daily"))
     assert page.js("return isSecureContext && document.querySelector("
                    "'#plain').hidden")
     assert operator.password not in page.js("return location.href + document"
@@ -114,14 +116,14 @@ def test_what_d_new_says_opens_the_page_and_another_passphrase_does_not(
 
 def test_a_job_shows_as_soon_as_it_is_in_the_tab_with_its_next_start(
         web1, page):
-    words = page.wait(f"{job_row('Tick')}?.querySelector('.c-next "
+    words = page.wait(f"{job_row('Daily')}?.querySelector('.c-next "
                       "time')?.innerText")
     assert words.startswith("in ") or words == "now"
     tab = web1.type("-l").out
-    web1.install(tab + '"Later" 17 3 * * * echo later\n')
+    web1.install(tab + '"Later" 5 4 * * * echo later\n')
     page.wait(job_row("Later"))
     assert page.js(f"return {job_row('Later')}.querySelector('.c-words')"
-                   ".innerText") == "At 03:17"
+                   ".innerText") == "At 04:05"
     web1.install(tab)
     page.wait(f"{job_row('Later')}?.innerText.includes('in no tab')")
 
@@ -261,10 +263,13 @@ def test_from_the_login_to_a_finished_run_by_keyboard_alone(
 def test_two_hosts_stand_side_by_side_and_a_run_is_asked_for_by_name(
         house, web1, operator, page):
     web2 = house.home("web2", '"Fail" @manual echo I am two; exit 4\n'
-                              '"Two" @manual echo two\n')
+                              '"Two" @manual echo two\n'
+                              '"Tick" * * * * * echo tick; sleep 1\n',
+                      shift=(50 - time.time() + 30) % 60 - 30)
     house.join(web2, operator)
     page.to("jobs")
     page.wait(job_row("Two"))
+    page.js("window.same = true")
     heads = page.js("return [...document.querySelectorAll('.head h2')]"
                     ".filter((one) => one.checkVisibility()).map((one) => "
                     "one.innerText)")
@@ -282,6 +287,15 @@ def test_two_hosts_stand_side_by_side_and_a_run_is_asked_for_by_name(
               ".includes('I am two')")
     done = web1.type("run", "--on", "web2", "Fail", said="not it\n")
     assert done.code == 1 and "key is not known" in done.err, done
+
+
+def test_a_run_by_the_schedule_comes_in_while_one_looks(operator, page):
+    """Its clock was set so that a minute is over about now."""
+    page.to("jobs")
+    page.wait(f"{job_row('Tick')}?.querySelector('.c-strip svg')", 60)
+    page.wait(f"{job_row('Tick')}.querySelector('.c-is').innerText == 'ok'")
+    assert page.js("return window.same"), "the page was loaded anew"
+    assert operator.runs("Tick")[0]["trigger"] == "schedule"
 
 
 def test_missions_ping_shows_beside_the_jobs(house, operator, page, tmp_path):
@@ -498,3 +512,113 @@ def test_two_hundred_strings_in_every_field_are_text_and_nothing_else(
         assert page.faults() == [], place
         counts[place.split("/")[0]] = len(wanted)
     print("XSS strings shown as text:", counts)
+
+
+def test_over_plain_http_by_a_name_the_keys_are_made_by_the_pages_own_means(
+        house, operator, page):
+    """Where the browser offers none: there is no secure context."""
+    page.open(f"http://koi.test:{house.port}/#{operator.dash}",
+              operator.password)
+    page.wait(job_row("Quick"))
+    assert not page.js("return isSecureContext || crypto.subtle")
+    page.shows("This page came over plain http", css="#plain")
+    page.click("a[aria-label='Run Quick']")
+    page.insert("#arg0", "by name")
+    page.keys("Enter")
+    page.wait("document.querySelector('.pane')?.innerText.includes("
+              "'quick by name')", 20)
+
+
+def test_the_page_from_disk_does_the_same_with_no_code_of_the_servers(
+        house, web1, operator, page, tmp_path):
+    done = web1.type("page", house.url)
+    assert done.code == 0, done
+    file = tmp_path / "koi.html"
+    file.write_text(done.out)
+    page.open(f"{file.as_uri()}#{operator.dash}", operator.password)
+    page.wait(job_row("Quick"))
+    assert page.js("return location.protocol") == "file:"
+    page.click("a[aria-label='Run Quick']")
+    page.insert("#arg0", "from disk")
+    page.keys("Enter")
+    page.wait("document.querySelector('.pane')?.innerText.includes("
+              "'quick from disk')", 20)
+    page.insert("#find input", "from disk")
+    page.keys("Enter")
+    page.wait("document.querySelector('.hits a')")
+
+
+def test_who_guesses_is_told_how_long_to_wait_and_the_right_one_waits_too(
+        page, tmp_path):
+    with dashboard.Dashboard(tmp_path).settle() as other:
+        page.go(f"http://127.0.0.1:{other.port}")
+        page.insert("#secret", "view-" + "0" * 64)
+        page.keys("Enter")
+        page.shows("That is not the passphrase.")
+        for _ in range(20):
+            if other.ask("GET", "/api/v1/state", token="0" * 64
+                         ).status == 429:
+                break
+        for secret in ("0" * 64, dashboard.VIEW):
+            page.insert("#secret", f"view-{secret}")
+            page.keys("Enter")
+            page.wait("/Too many tries. Try again in \\d+ s\\./.test("
+                      "document.querySelector('#why').innerText)")
+        assert page.faults(*WRONG) == []
+        assert other.ask("POST", "/api/v1/sync", dashboard.sync_of(),
+                         dashboard.HOST_TOKEN).status == 200
+
+
+def test_after_rotate_the_old_passphrase_is_worth_nothing_and_others_rejoin(
+        house, web1, operator, page):
+    page.open(f"{house.url}/#{operator.dash}", operator.password)
+    page.wait(job_row("Quick"))
+    done = web1.type("-d", "rotate", said=operator.password + "\n")
+    assert done.code == 0 and "koitab -d join" in done.err, done
+    page.shows("The password was changed.")
+    page.insert("#secret", operator.password)
+    page.keys("Enter")
+    page.shows("That is not the passphrase.")
+    assert page.faults(*WRONG) == []
+    fresh = re.search(r"^passphrase +(\S+)$", done.out, re.M)[1]
+    page.insert("#secret", fresh)
+    page.keys("Enter")
+    page.wait(job_row("Quick"))
+    page.to("hosts")
+    other = "This host has other keys: type koitab -d join there."
+    page.shows(other)
+    assert page.js(
+        "return [...document.querySelectorAll('.list tbody tr')].filter("
+        "(row) => row.innerText.includes(arguments[0])).map((row) => "
+        "row.querySelector('b').innerText)", other) == ["web2"]
+    page.to("jobs")
+    page.click("a[aria-label='Run Two']")
+    page.shows(other)
+    page.to("jobs")
+    page.click("a[aria-label='Run Quick']")
+    page.insert("#arg0", "anew")
+    page.keys("Enter")
+    page.wait("document.querySelector('.pane')?.innerText.includes("
+              "'quick anew')", 20)
+    # As told: off, and join again.
+    web2, operator = house.homes["web2"], dashboard_kit.Operator(
+        house, operator.dash, fresh)
+    assert web2.type("-d", "off").code == 0
+    house.join(web2, operator)
+    page.to("hosts")
+    page.wait(f"!document.body.innerText.includes({json.dumps(other)})")
+
+
+def test_who_is_off_is_no_host_any_more_and_what_it_did_stays(house, page):
+    web2 = house.homes["web2"]
+    done = web2.type("-d", "off")
+    assert done.code == 0 and "does not belong" in done.out, done
+    page.to("hosts")
+    page.wait("[...document.querySelectorAll('.list tbody tr')].filter((row)"
+              " => row.innerText.includes('web2')).every((row) => "
+              "row.innerText.includes('left'))")
+    page.to("jobs")
+    page.shows("I am two")
+    assert web2.ask("status")["dashboard"] is None
+    assert web2.run("Two")[1] == b"two\n"
+    assert web2.type("-d", "show").code == 1
