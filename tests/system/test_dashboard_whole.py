@@ -527,6 +527,9 @@ def test_over_plain_http_by_a_name_the_keys_are_made_by_the_pages_own_means(
     page.keys("Enter")
     page.wait("document.querySelector('.pane')?.innerText.includes("
               "'quick by name')", 20)
+    # A browser says of a guard that it works for https and at home alone.
+    assert page.faults("Cross-Origin-Opener-Policy header has been ignored"
+                       ) == []
 
 
 def test_the_page_from_disk_does_the_same_with_no_code_of_the_servers(
@@ -550,7 +553,8 @@ def test_the_page_from_disk_does_the_same_with_no_code_of_the_servers(
 
 def test_who_guesses_is_told_how_long_to_wait_and_the_right_one_waits_too(
         page, tmp_path):
-    with dashboard.Dashboard(tmp_path).settle() as other:
+    with dashboard.Dashboard(tmp_path) as other:
+        other.settle()
         page.go(f"http://127.0.0.1:{other.port}")
         page.insert("#secret", "view-" + "0" * 64)
         page.keys("Enter")
