@@ -7413,7 +7413,7 @@ def is_web_address(text: str) -> bool:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) \
             and text.isascii() and text.isprintable() and " " not in text \
-            and (parts.port or 1) > 0
+            and parts.port != 0
     except ValueError:
         return False
 
@@ -8712,9 +8712,9 @@ class Fleet(Checks):
             for run in changed.get("runs", ()):
                 row = self.db.execute(f"select {RUN_COLUMNS} from runs where "
                                       "id = ?", (run,)).fetchone()
-                face = row and self.faces.get(row[1])
-                if face:
-                    with self.faces_lock:
+                with self.faces_lock:   # even to see whether there is one
+                    face = row and self.faces.get(row[1])
+                    if face:
                         face.put(dict(zip(RUN_FIELDS_KEPT, row)))
         super().settled()
 
@@ -9093,13 +9093,13 @@ class Hub(Fleet):
             if self.index == "words":
                 quoted += "*"
             pending = [run for run, in db.execute(
-                "select u.run from unread u join runs r on r.id = u.run "
-                "where u.run < ?1 and r.dash = ?2 and (?3 is null or job = "
-                "?3) order by u.run desc limit 100", (last, number, job))]
+                "select u.run from unread u cross join runs r where r.id = "
+                "u.run and u.run < ?1 and r.dash = ?2 and (?3 is null or job "
+                "= ?3) order by u.run desc limit 100", (last, number, job))]
             rows = db.execute(
                 "select r.id from found f cross join runs r where r.id = "
-                "f.rowid / ?1 and found match ?2 and f.rowid < ?3 and r.dash = ?4 and "
-                "(?5 is null or job = ?5) order by f.rowid desc",
+                "f.rowid / ?1 and found match ?2 and f.rowid < ?3 and r.dash "
+                "= ?4 and (?5 is null or job = ?5) order by f.rowid desc",
                 (MOST_PIECES, quoted, last * MOST_PIECES, number, job))
             import heapq
             return heapq.merge(pending, (run for run, in rows), reverse=True)

@@ -1103,7 +1103,7 @@ def test_many_threads_read_while_one_writes(tmp_path):
     for _ in range(40):
         house.hub.do(house.hub.sync, web1, {
             "v": 1, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
-            "records": [house.record(started=1.0, ended=2.0)]}, NOW)
+            "records": [house.record()]}, house.now)
     for thread in threads:
         thread.join()
     strip = house.job()["strip"]
