@@ -6055,6 +6055,7 @@ MOST_IN_GROUP = 256             # deeds that are written together
 MOST_DEEDS_WAITING = 20_000     # then the next are turned away
 WAL_PAGES = 256                 # 1 MiB of log, then it goes into the database
 BALLAST = 2**21                 # twice the log: given up when the disk is full
+FREE_PAGES = 2_000              # that the database may keep for later
 READ_TIME = 1.0                 # seconds that one search may take
 
 SILENT_AFTER = 90.0             # seconds without a sync: three long polls
@@ -6246,7 +6247,7 @@ class Vault:
         self.faults: dict[str, str] = {}
         self.after: list = []
         self.chores: list[list] = []    # [when, rest, deed]
-        self.chore("make room", 2.0, self.make_room)
+        self.chore("make room", 1.0, self.make_room)
 
     @property
     def troubles(self) -> list[str]:
@@ -6334,7 +6335,7 @@ class Vault:
         for line in ("journal_mode=wal", "synchronous=full",
                      "foreign_keys=off", f"wal_autocheckpoint={WAL_PAGES}",
                      f"journal_size_limit={WAL_PAGES * 4096}",
-                     "cache_size=-16384"):
+                     "secure_delete=fast", "cache_size=-16384"):
             db.execute(f"pragma {line}").fetchall()
         for table in SMALL_TABLES:      # runs and outputs would take minutes
             sound = self.one(f"pragma quick_check('{table}')")
@@ -6519,7 +6520,8 @@ class Vault:
         result = []
         self.group([(due[2], (), lambda *found: result.extend(found))],
                    chore=True)
-        due[0] = ticks if result[0] else ticks + due[1]
+        rest = min(due[1], 2.0) if self.full else due[1]
+        due[0] = ticks if result[0] else ticks + rest
         if result[1] and not isinstance(result[1], Full):
             self.faults["chores"] = f"tidying up fails: {result[1]}"
         return bool(result[0])
@@ -6608,6 +6610,8 @@ class Vault:
     def fill_up(self) -> None:
         """The disk is full. The ballast makes room to delete in: SQLite
         needs some of it even for that."""
+        if self.full:           # and even a chore needed more than there is
+            return
         self.full = True
         self.faults["full"] = "the dashboard's disk is full: nothing new is " \
             "kept, and old things are removed where that is allowed"
@@ -6641,6 +6645,11 @@ class Vault:
             return False
         return True
 
+    @property
+    def at_once(self) -> int:
+        """Rows to remove in one step: few when there is hardly any room."""
+        return AT_ONCE if not self.full else 20
+
     def make_room(self, db) -> bool:
         """The chore that ends a full disk: when there is room for the
         ballast again, there is for all else."""
@@ -6649,17 +6658,22 @@ class Vault:
         return False
 
     def shrink(self) -> None:
-        """Give pages that nobody needs back to the disk. Not inside a
-        transaction, for then the log could not be emptied."""
+        """The disk is full: give it pages that nobody needs, and the log.
+        Not inside a transaction, for then the log could not be emptied."""
         import sqlite3
         try:
-            self.db.execute("pragma incremental_vacuum(2000)").fetchall()
+            self.vacuum(100)
             self.db.execute("pragma wal_checkpoint(truncate)").fetchall()
         except sqlite3.Error:
             pass                # no room even for that; we try again
         if self.make_ballast():
             self.full = False
             self.faults.pop("full", None)
+
+    def vacuum(self, pages: int) -> None:
+        """Give some free pages back. A transaction of its own, by a script:
+        `execute` would stop after the first page, which counts as a row."""
+        self.db.executescript(f"pragma incremental_vacuum({pages})")
 
 
 # --- what callers say, judged at the door
@@ -9034,8 +9048,8 @@ class Hub(Fleet):
         wait behind each."""
         found = db.execute("select u.run, r.pieces, r.have from unread u left "
                            "join runs r on r.id = u.run limit 1").fetchone()
-        if not found or not self.index:
-            return False
+        if not found or not self.index or self.full:
+            return False        # what little room there is, is to forget
         run, pieces, have = found
         parts = text_pieces(self.frames_of(db, run)) if have else []
         if pieces is not None and pieces < len(parts):
@@ -9164,7 +9178,7 @@ class Hub(Fleet):
         for step in (self.forget_jobs, self.forget_runs, self.forget_outputs,
                      self.forget_rows):
             removed += step(db, now)
-            if removed >= AT_ONCE // 2:
+            if removed >= self.at_once // 2:
                 return True
         return removed > 0 or self.thin_out(db)
 
@@ -9182,9 +9196,9 @@ class Hub(Fleet):
                 return 1
             return 0
         runs = [run for run, in db.execute(
-            "select id from runs where job = ? limit ?", (found[0], AT_ONCE))]
+            "select id from runs where job = ? limit ?", (found[0], self.at_once))]
         self.remove_runs(db, runs)
-        if len(runs) < AT_ONCE:
+        if len(runs) < self.at_once:
             db.execute("delete from jobs where id = ?", found)
             self.after.append(lambda: self.faces.pop(found[0], None))
         return len(runs) + 1
@@ -9196,8 +9210,8 @@ class Hub(Fleet):
             runs += db.execute(
                 "select id, job from runs where dash = ? and at < ? and state"
                 " not in ('queued', 'running') limit ?",
-                (number, now - KEEP_RUN_DAYS * DAY_SECONDS, AT_ONCE)
-                ).fetchall()
+                (number, now - KEEP_RUN_DAYS * DAY_SECONDS,
+                 self.at_once)).fetchall()
         self.remove_runs(db, [run for run, _ in runs])
         for job in {job for _, job in runs}:
             self.after.append(lambda job=job: self.faces.pop(job, None))
@@ -9215,9 +9229,9 @@ class Hub(Fleet):
         runs = [] if not old else [run for run, in db.execute(
             "select id from runs where job = ? and id <= ? and state not in "
             "('queued', 'running') order by id limit ?",
-            (found[0], old[0], AT_ONCE))]
+            (found[0], old[0], self.at_once))]
         self.remove_runs(db, runs)
-        if len(runs) < AT_ONCE:
+        if len(runs) < self.at_once:
             self.after.append(lambda: setattr(self, "round", found[0]))
         return True
 
@@ -9251,7 +9265,7 @@ class Hub(Fleet):
             size, count = size + self.remove_output(db, run), count + 1
             db.execute("update runs set have = 0, size = 0, pieces = 0 where "
                        "id = ?", (run,))
-            if size > 2**20:
+            if size > (2**20 if not self.full else 2**17):
                 break
         return count
 
@@ -9266,15 +9280,16 @@ class Hub(Fleet):
             removed += db.execute(
                 f"delete from {table} where id in (select id from {table} "
                 f"where {more}{column} < ? limit ?)",
-                (now - days * DAY_SECONDS, AT_ONCE)).rowcount
+                (now - days * DAY_SECONDS, self.at_once)).rowcount
         return removed
 
     def give_back(self, db) -> bool:
         """Pages that nobody needs; a few at a time."""
         free = db.execute("pragma freelist_count").fetchone()[0]
-        if free > 2_000 or self.full:
-            db.execute("pragma incremental_vacuum(200)").fetchall()
-        return free > 2_200
+        more = free > FREE_PAGES and not self.full
+        if more:
+            self.after.append(lambda: self.vacuum(200))
+        return more
 
     # --- for other programs
 

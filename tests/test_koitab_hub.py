@@ -1027,6 +1027,19 @@ def test_old_runs_and_outputs_go_and_failed_ones_later(house, web1):
     assert house.sync(web1)["owed"] == []
 
 
+def test_pages_that_nobody_needs_are_given_back(house, web1, monkeypatch):
+    monkeypatch.setattr(koitab, "FREE_PAGES", 50)
+    for _ in range(3):
+        written(house, web1, ("x" * 7999 + "\n") * 120)
+    size = house.hub.one("pragma page_count")
+    house.clock.time += 100 * 86_400
+    house.rest()
+    house.clock.time += 301
+    house.rest()
+    assert house.hub.one("pragma freelist_count") <= 50
+    assert house.hub.one("pragma page_count") < size / 2
+
+
 def test_small_steps_even_when_much_is_old(house, web1):
     for _ in range(3):
         house.runs(web1, *[house.record() for _ in range(1000)])
