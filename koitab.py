@@ -6247,7 +6247,7 @@ class Vault:
         self.faults: dict[str, str] = {}
         self.after: list = []
         self.chores: list[list] = []    # [when, rest, deed]
-        self.chore("make room", 1.0, self.make_room)
+        self.chore(1.0, self.make_room)
 
     @property
     def troubles(self) -> list[str]:
@@ -6505,7 +6505,7 @@ class Vault:
         """Deeds that nobody asked for; for those who build on this."""
         return []
 
-    def chore(self, _name: str, rest: float, deed) -> None:
+    def chore(self, rest: float, deed) -> None:
         """Something to be done in small steps: again at once as long as it
         says True, and else after a rest."""
         self.chores.append([0.0, rest, deed])
@@ -6522,8 +6522,10 @@ class Vault:
                    chore=True)
         rest = min(due[1], 2.0) if self.full else due[1]
         due[0] = ticks if result[0] else ticks + rest
+        name = f"chore {due[2].__name__}"
+        self.faults.pop(name, None)
         if result[1] and not isinstance(result[1], Full):
-            self.faults["chores"] = f"tidying up fails: {result[1]}"
+            self.faults[name] = f"tidying up fails: {result[1]}"
         return bool(result[0])
 
     def group(self, batch: list, chore: bool = False) -> None:
@@ -9008,10 +9010,10 @@ class Hub(Fleet):
         super().__init__(path, clock, zone)
         self.index = ""         # how texts are found: trigram, words, or ""
         self.round = 0          # the job that is tidied up next
-        self.chore("warm up", 600.0, self.warm_up)
-        self.chore("read outputs", 5.0, self.read_output)
-        self.chore("forget", 60.0, self.forget_old)
-        self.chore("shrink", 300.0, self.give_back)
+        self.chore(600.0, self.warm_up)
+        self.chore(5.0, self.read_output)
+        self.chore(60.0, self.forget_old)
+        self.chore(300.0, self.give_back)
 
     def load(self) -> None:
         """Besides, the index of the outputs, if SQLite can keep one."""
@@ -9053,13 +9055,28 @@ class Hub(Fleet):
         run, pieces, have = found
         parts = text_pieces(self.frames_of(db, run)) if have else []
         if pieces is not None and pieces < len(parts):
-            db.execute("insert into found (rowid, text) values (?, ?)",
-                       (run * MOST_PIECES + pieces, parts[pieces]))
+            self.change_index(db, "insert into found (rowid, text) values "
+                              "(?, ?)", run * MOST_PIECES + pieces,
+                              parts[pieces])
             db.execute("update runs set pieces = pieces + 1 where id = ?",
                        (run,))
         if pieces is None or pieces + 1 >= len(parts):
             db.execute("delete from unread where run = ?", (run,))
         return True
+
+    def change_index(self, db, statement: str, *values) -> None:
+        """An index that is damaged is no reason to end: without it things
+        are found all the same, only later."""
+        import sqlite3
+        try:
+            if self.index:
+                db.execute(statement, values)
+        except sqlite3.DatabaseError as error:
+            if not db.in_transaction or "malformed" not in str(error):
+                raise
+            self.index = ""
+            self.faults["index"] = "the index of outputs is damaged: search " \
+                "goes on without it, and is slow"
 
     def frames_of(self, db, run: int) -> bytes:
         return b"".join(data for data, in db.execute(
@@ -9089,8 +9106,10 @@ class Hub(Fleet):
                 if hit:
                     hits.append({"run": self.run_shape(self.row_of_run(
                         db, dash, run)), "line": hit[0], "at": hit[1]})
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             if "interrupted" not in str(error):
+                self.index = self.index if "malformed" not in str(error) \
+                    else ""
                 raise
             more = True
         finally:
@@ -9196,7 +9215,8 @@ class Hub(Fleet):
                 return 1
             return 0
         runs = [run for run, in db.execute(
-            "select id from runs where job = ? limit ?", (found[0], self.at_once))]
+            "select id from runs where job = ? limit ?",
+            (found[0], self.at_once))]
         self.remove_runs(db, runs)
         if len(runs) < self.at_once:
             db.execute("delete from jobs where id = ?", found)
@@ -9248,9 +9268,9 @@ class Hub(Fleet):
                            ).fetchone()
         if found and found[0] and self.index:
             for number, text in enumerate(text_pieces(frames)[:found[0]]):
-                db.execute("insert into found (found, rowid, text) values "
-                           "('delete', ?, ?)", (run * MOST_PIECES + number,
-                                                text))
+                self.change_index(
+                    db, "insert into found (found, rowid, text) values "
+                    "('delete', ?, ?)", run * MOST_PIECES + number, text)
         if frames:
             db.execute("delete from outputs where run = ?", (run,))
             db.execute("delete from unread where run = ?", (run,))
@@ -9276,7 +9296,8 @@ class Hub(Fleet):
                 ("audit", "at", KEEP_AUDIT_DAYS, "dash in (select id from "
                                                  "dashboards) and "),
                 ("flips", "at", KEEP_EVENT_DAYS, ""),
-                ("requests", "asked", KEEP_EVENT_DAYS, "")):
+                ("requests", "asked", KEEP_EVENT_DAYS, ""),
+                ("letters", "at", KEEP_EVENT_DAYS, "")):
             removed += db.execute(
                 f"delete from {table} where id in (select id from {table} "
                 f"where {more}{column} < ? limit ?)",

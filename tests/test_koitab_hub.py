@@ -984,6 +984,22 @@ def test_long_output_is_read_by_and_by_head_and_tail(house, web1):
     assert found(house, "first needle")[0][0] == 1
 
 
+def test_a_damaged_index_costs_time_and_nothing_else(house, web1):
+    written(house, web1, "one needle\n")
+    house.rest()
+    house.do(lambda db: db.execute("update found_data set block = x'a5'"))
+    written(house, web1, "two needle\n")
+    house.rest()
+    try:
+        found(house, "needle")
+    except Error as error:
+        assert error.status == 500
+    assert [run for run, _ in found(house, "needle")] == [2, 1]
+    house.clock.time += 500 * 86_400
+    house.rest()
+    assert house.hub.broken == ""
+
+
 def test_a_hundred_hits_come_in_pages(house, web1):
     for number in range(45):
         written(house, web1, f"needle {number}\n")
