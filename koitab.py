@@ -9668,7 +9668,7 @@ GUARDS = (b"X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer"
 POLICY = ("default-src 'none'; script-src {script}; style-src {style}; "
           "connect-src 'self'; worker-src blob:; img-src data:; base-uri "
           "'none'; form-action 'none'; frame-ancestors 'none'; "
-          "require-trusted-types-for 'script'")
+          "require-trusted-types-for 'script'; trusted-types koi")
 
 
 # --- a head, and what is wrong with it ------------------------------------
