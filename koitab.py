@@ -6134,6 +6134,7 @@ create unique index runs_of_host on runs (host, epoch, n);
 create index runs_of_job on runs (job, id);
 create index runs_good on runs (job, id) where state = 'done' and exit = 0;
 create index runs_by_time on runs (dash, at);
+create index runs_long on runs (dash, at) where ended - started > 3600;
 create index runs_going on runs (dash, host)
     where state in ('queued', 'running');
 create index runs_owed on runs (host, epoch, n)
@@ -6468,12 +6469,19 @@ class Vault:
     def live(self) -> None:
         """Write what is to be written, until we are to stop."""
         while not self.broken:
-            busy = self.turn()
+            try:
+                busy = self.turn()
+            except Exception as bug:    # better to begin anew than to hang
+                self.broken = f"a fault of koi's own: {bug!r}"
+                break
             with self.wakes:
                 if not self.queue and self.stopping:
                     return
                 if not self.queue and not busy:
                     self.wakes.wait(min(max(self.pause(), 0.01), 1.0))
+        with self.wakes:        # from now on `write` says no by itself
+            rest, self.queue = list(self.queue), type(self.queue)()
+        self.tell(rest, [(None, Error(self.broken, "", 503))] * len(rest))
 
     def pause(self) -> float:
         """Seconds until something is due without a deed."""
@@ -8733,7 +8741,8 @@ class Fleet(Checks):
                 try:
                     lines.setdefault(what, []).append(make(key))
                 except (Error, IndexError):
-                    lines["gone"].setdefault(what, []).append(key)
+                    lines["gone"].setdefault(what, []).append(
+                        "\n".join(key) if what == "alerts" else key)
         if not lines["gone"]:
             del lines["gone"]
         return {what: found for what, found in lines.items() if found}
@@ -8926,8 +8935,9 @@ class Fleet(Checks):
         return output_text(found or (live[1] if live else b""))
 
     def day(self, db, dash: str, begin: float, end: float) -> dict:
-        """The runs of a time as bars, for all jobs at once. What began up to
-        a day before is there too, if it reached into it."""
+        """The runs of a time as bars, for all jobs at once. What began
+        before is there too, if it reached into it. When there is too much,
+        `to` says how far the answer goes."""
         number, rows = self.number_of(dash), {}
         count = reached = 0
         for run, job, at, ended, due, letter in self.bars(
@@ -8945,15 +8955,20 @@ class Fleet(Checks):
         return {"rows": list(rows.values()), "from": begin, "to": end}
 
     def bars(self, db, number: int, begin: float, end: float):
-        """Runs in order of time: first those that are older and go on."""
+        """Runs in order of time: first those that began before it and
+        reach into it; each kind has an index of its own."""
         columns = "select id, job, at, ended, due, state, exit, signal, " \
             "reason from runs "
         for statement, values in (
-                (columns + "where dash = ? and state in ('queued', 'running')"
-                 " and at < ? order by at", (number, begin)),
-                (columns + "where dash = ? and at >= ? and at < ? and "
-                 "ended > ? order by at",
-                 (number, begin - DAY_SECONDS, begin, begin)),
+                (columns + "indexed by runs_going where dash = ? and state "
+                 "in ('queued', 'running') and at < ? order by at",
+                 (number, begin)),
+                (columns + "where dash = ? and at >= ? and at < ? and ended "
+                 "- started > 3600 and ended > ? order by at",
+                 (number, begin - LONGEST_BAR, begin, begin)),
+                (columns + "where dash = ? and at >= ? and at < ? and ended "
+                 "> ? and ended - started <= 3600 order by at",
+                 (number, begin - 3600, begin, begin)),
                 (columns + "where dash = ? and at >= ? and at < ? order by "
                  "at", (number, begin, end))):
             for run, job, at, ended, due, *how in db.execute(statement,
@@ -8967,7 +8982,9 @@ BADGES = {"ok": "#2a8a3e", "up": "#2a8a3e", "running": "#2a8a3e",
           "unknown": "#77777a", "late": "#b87800", "grace": "#b87800",
           "missed": "#b87800", "failed": "#c32b2b", "down": "#c32b2b"}
 STRIPPED = r"\x1b\[[0-?]*[ -/]*[@-~]"
-PIECE, MOST_PIECES = 8_192, 32  # letters of a step; steps of a run: 256 KiB
+LONGEST_BAR = 30 * DAY_SECONDS
+PIECE, MOST_READ = 8_192, 2**18     # letters of a step, and of a run
+MOST_PIECES = 64                # of a run: each is half full at least
 
 
 class Hub(Fleet):
@@ -8977,6 +8994,7 @@ class Hub(Fleet):
         super().__init__(path, clock, zone)
         self.index = ""         # how texts are found: trigram, words, or ""
         self.round = 0          # the job that is tidied up next
+        self.chore("warm up", 600.0, self.warm_up)
         self.chore("read outputs", 5.0, self.read_output)
         self.chore("forget", 60.0, self.forget_old)
         self.chore("shrink", 300.0, self.give_back)
@@ -8999,6 +9017,15 @@ class Hub(Fleet):
                 if "full" in str(error):
                     raise
         super().load()
+
+    def warm_up(self, db) -> bool:
+        """Make the faces of some jobs, before anybody asks for them."""
+        cold = [job for job, in db.execute("select id from jobs where gone = "
+                                           "0 limit 2000")
+                if job not in self.faces][:20]
+        for job in cold:
+            self.face(job)
+        return bool(cold)
 
     # --- finding
 
@@ -9070,19 +9097,16 @@ class Hub(Fleet):
                 "where u.run < ?1 and r.dash = ?2 and (?3 is null or job = "
                 "?3) order by u.run desc limit 100", (last, number, job))]
             rows = db.execute(
-                "select r.id from found f join runs r on r.id = f.rowid / ?1 "
-                "where found match ?2 and f.rowid < ?3 and r.dash = ?4 and "
+                "select r.id from found f cross join runs r where r.id = "
+                "f.rowid / ?1 and found match ?2 and f.rowid < ?3 and r.dash = ?4 and "
                 "(?5 is null or job = ?5) order by f.rowid desc",
                 (MOST_PIECES, quoted, last * MOST_PIECES, number, job))
             import heapq
             return heapq.merge(pending, (run for run, in rows), reverse=True)
-        if job is not None:
-            return (run for run, in db.execute(
-                "select id from runs where job = ? and id < ? and have > 0 "
-                "order by id desc", (job, last)))
         return (run for run, in db.execute(
-            "select id from runs where dash = ? and id < ? and have > 0 order "
-            "by id desc", (number, last)))
+            "select distinct o.run from outputs o cross join runs r where "
+            "o.run < ?1 and r.id = o.run and r.dash = ?2 and (?3 is null or "
+            "r.job = ?3) order by o.run desc", (last, number, job)))
 
     def line_with(self, db, run: int, text: str) -> tuple | None:
         """(the first line with a text, where its chunk begins)."""
@@ -9391,9 +9415,9 @@ def text_pieces(frames: bytes) -> list[str]:
     text = b"".join(data for stream, _, data in read_frames(frames)
                     if stream in (STDOUT, STDERR)).decode("utf-8", "replace")
     text = re.sub(STRIPPED, "", text).replace("\0", " ")
-    whole = PIECE * MOST_PIECES
-    if len(text) > whole:
-        text = text[:whole // 2] + "\n" + text[-whole // 2 + 1:]
+    if len(text) > MOST_READ:
+        half = MOST_READ // 2
+        text = text[:half] + "\n" + text[-half + 1:]
     pieces = []
     while text and len(pieces) < MOST_PIECES:
         end = text.rfind("\n", PIECE // 2, PIECE) + 1
