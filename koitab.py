@@ -11688,6 +11688,4892 @@ def more_files() -> int:
 # What jobs and hosts say goes in as text, never as markup.
 # ==========================================================================
 
+PAGE_HTML = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<meta name="color-scheme" content="light dark">
+<meta name="koi-server" content="">
+<title>koi</title>
+<link rel="icon" href="data:,">
+<style>/* PAGE_CSS */</style>
+</head>
+<body>
+<noscript>This page needs JavaScript: it makes the keys, and signs, in the
+browser. `koitab status`, `history` and `log` show the same in a
+terminal.</noscript>
+<div id="plain" role="note" hidden></div>
+<header id="top"></header>
+<main id="main" tabindex="-1"></main>
+<div id="told" class="away" aria-live="polite"></div>
+<div id="said" role="status"></div>
+<div id="tip" role="tooltip" hidden></div>
+<dialog id="keys" aria-label="Keys"></dialog>
+<script>/* PAGE_JS */</script>
+</body>
+</html>
+"""
+
+PAGE_CSS = r"""
+/* Colours: one ink, one line, one accent; state has the only others. */
+:root {
+  color-scheme: light;
+  --paper: #f7f7f5; --card: #fff; --ink: #1d2126; --soft: #5a636e;
+  --line: #e3e4e1; --hover: #f0f1ee; --press: #e6e8e4; --accent: #1f5fbf;
+  --on-accent: #fff; --ok: #2a7f4c; --bad: #c4281f; --late: #9a5b00;
+  --run: #1f6fd0; --quiet: #6b7480; --bad-bg: #fdf1f0; --bad-line: #f3cfcc;
+  --mark: #ffe9a8; --here: #fff4d1; --b-ok: #7dbb94; --b-bad: #d5453c;
+  --b-odd: #c98a1b; --b-skip: #bfc5ca; --b-run: #3b82db; --koi: #e4572e;
+  --log: #fcfcfb; --log-ink: #24292f; --add: #e2f3e6; --del: #fbe6e4;
+  --f0: #24292f; --f1: #c4281f; --f2: #1f7a3f; --f3: #8a5a00; --f4: #1f5fbf;
+  --f5: #8e3aa8; --f6: #0b7285; --f7: #6b7480; --f8: #59636e; --f9: #d0342a;
+  --f10: #2a7f4c; --f11: #9a5b00; --f12: #2f6fd6; --f13: #a347bd;
+  --f14: #127a8d; --f15: #3b424a;
+  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans",
+    "DejaVu Sans", sans-serif;
+  --mono: ui-monospace, SFMono-Regular, Menlo, Consolas,
+    "DejaVu Sans Mono", monospace;
+}
+@media (prefers-color-scheme: dark) {
+  :root:not([data-theme="light"]) {
+    color-scheme: dark;
+    --paper: #131619; --card: #1a1e22; --ink: #e3e6e9; --soft: #9aa5b0;
+    --line: #2a3036; --hover: #20252a; --press: #2a3037; --accent: #7fb0f5;
+    --on-accent: #0e1420; --ok: #6cc48c; --bad: #ff8178; --late: #e7b057;
+    --run: #7fb0f5; --quiet: #8f9aa5; --bad-bg: #261a1b; --bad-line: #4a2b2b;
+    --mark: #5c4a12; --here: #33301f; --b-ok: #3f7d58; --b-bad: #e5645b;
+    --b-odd: #d09a3e; --b-skip: #4a535c; --b-run: #5a9bf0; --koi: #f0704a;
+    --log: #15181c; --log-ink: #d9dde1; --add: #17301f; --del: #3a1f20;
+    --f0: #7d8791; --f1: #ff8178; --f2: #6cc48c; --f3: #e7b057;
+    --f4: #7fb0f5; --f5: #d29bee; --f6: #63c7d8; --f7: #c6ccd2;
+    --f8: #8f9aa5; --f9: #ff9c94; --f10: #8ad8a5; --f11: #f3c87c;
+    --f12: #a4c8fa; --f13: #e2bbf5; --f14: #8fdbe7; --f15: #fff;
+  }
+}
+/* The same once more, for who has chosen dark. */
+:root[data-theme="dark"] {
+  color-scheme: dark;
+  --paper: #131619; --card: #1a1e22; --ink: #e3e6e9; --soft: #9aa5b0;
+  --line: #2a3036; --hover: #20252a; --press: #2a3037; --accent: #7fb0f5;
+  --on-accent: #0e1420; --ok: #6cc48c; --bad: #ff8178; --late: #e7b057;
+  --run: #7fb0f5; --quiet: #8f9aa5; --bad-bg: #261a1b; --bad-line: #4a2b2b;
+  --mark: #5c4a12; --here: #33301f; --b-ok: #3f7d58; --b-bad: #e5645b;
+  --b-odd: #d09a3e; --b-skip: #4a535c; --b-run: #5a9bf0; --koi: #f0704a;
+  --log: #15181c; --log-ink: #d9dde1; --add: #17301f; --del: #3a1f20;
+  --f0: #7d8791; --f1: #ff8178; --f2: #6cc48c; --f3: #e7b057;
+  --f4: #7fb0f5; --f5: #d29bee; --f6: #63c7d8; --f7: #c6ccd2;
+  --f8: #8f9aa5; --f9: #ff9c94; --f10: #8ad8a5; --f11: #f3c87c;
+  --f12: #a4c8fa; --f13: #e2bbf5; --f14: #8fdbe7; --f15: #fff;
+}
+
+/* The ground */
+*, ::before, ::after { box-sizing: border-box; }
+html { scrollbar-gutter: stable; }
+body {
+  margin: 0; background: var(--paper); color: var(--ink);
+  font: 14px/1.45 var(--sans); -webkit-text-size-adjust: 100%;
+}
+[hidden] { display: none !important; }
+h1, h2, h3, p, dl, dd, ol, ul, pre { margin: 0; }
+ol, ul { padding: 0; list-style: none; }
+h1 { font-size: 20px; line-height: 1.3; font-weight: 620; }
+h2 { font-size: 14px; font-weight: 620; }
+a { color: var(--accent); text-decoration: none; }
+a:hover { text-decoration: underline; }
+code, pre, kbd, .num { font-family: var(--mono); font-size: 12.5px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+mark { background: var(--mark); color: inherit; border-radius: 2px; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+#main:focus { outline: none; }
+.muted { color: var(--soft); font-weight: 400; }
+.num { font-variant-numeric: tabular-nums; }
+.late { color: var(--late); }
+.error { color: var(--bad); display: block; }
+.away {
+  position: absolute; width: 1px; height: 1px; overflow: hidden;
+  clip-path: inset(50%); white-space: nowrap;
+}
+.grow { flex: 1; }
+.scroll { overflow-x: auto; }
+#main { max-width: 1560px; margin: 0 auto; padding: 16px 20px 64px; }
+.view > * + * { margin-top: 14px; }
+.narrow { max-width: 720px; }
+
+/* Buttons and fields */
+.btn {
+  display: inline-flex; align-items: center; gap: 6px; min-height: 28px;
+  padding: 3px 10px; border: 1px solid var(--line); border-radius: 6px;
+  background: var(--card); color: var(--ink); font: inherit;
+  font-size: 13px; line-height: 1.3; cursor: pointer; white-space: nowrap;
+}
+.btn:hover { background: var(--hover); text-decoration: none; }
+.btn:active { background: var(--press); }
+.btn:disabled { opacity: .6; cursor: default; }
+.btn.primary {
+  background: var(--accent); border-color: var(--accent);
+  color: var(--on-accent); font-weight: 600;
+}
+.btn.primary:hover { filter: brightness(1.08); }
+.btn.danger { color: var(--bad); }
+.btn.quiet { border-color: transparent; background: none; }
+.btn.quiet:hover { background: var(--hover); }
+.btn.run { color: var(--accent); font-weight: 600; }
+.toggle[aria-pressed="true"] {
+  background: var(--press); border-color: var(--soft);
+}
+input:not([type=checkbox]), select, textarea {
+  min-height: 32px; padding: 4px 9px; border: 1px solid var(--line);
+  border-radius: 6px; background: var(--card); color: var(--ink);
+  font: inherit; max-width: 100%;
+}
+input::placeholder { color: var(--soft); opacity: 1; }
+input[type=checkbox] {
+  width: 16px; height: 16px; margin: 0; accent-color: var(--accent);
+}
+[aria-invalid="true"] { border-color: var(--bad) !important; }
+progress { width: 100%; height: 6px; accent-color: var(--accent); }
+.icon {
+  width: 15px; height: 15px; flex: none; fill: none; stroke: currentColor;
+  stroke-width: 1.7; stroke-linecap: round; stroke-linejoin: round;
+}
+.icon .solid { fill: currentColor; stroke: none; }
+.icon .cut { stroke: var(--card); stroke-width: 1.8; }
+
+/* States: a shape, a colour and a word */
+.state { display: inline-flex; align-items: center; gap: 6px;
+  white-space: nowrap; }
+.s-ok .icon, .s-ok > .icon { color: var(--ok); }
+.s-failed { color: var(--bad); font-weight: 600; }
+.s-late, .s-missed { color: var(--late); font-weight: 600; }
+.s-running { color: var(--run); }
+.s-unknown, .s-skipped, .s-new, .s-paused { color: var(--soft); }
+h1 .icon { width: 20px; height: 20px; }
+h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
+@media (prefers-reduced-motion: no-preference) {
+  .s-running .icon { animation: turn 1.6s linear infinite; }
+}
+@keyframes turn { to { transform: rotate(1turn); } }
+
+/* The bar at the top */
+#plain {
+  padding: 8px 20px; background: var(--bad-bg); color: var(--bad);
+  border-bottom: 1px solid var(--bad-line);
+}
+#top { display: none; }
+.open #top {
+  position: sticky; top: 0; z-index: 5; display: flex; gap: 4px 8px;
+  align-items: center; padding: 7px 20px; background: var(--card);
+  border-bottom: 1px solid var(--line);
+}
+.brand {
+  display: inline-flex; align-items: center; gap: 5px; font-size: 17px;
+  font-weight: 700; color: var(--ink); letter-spacing: -.01em;
+}
+.brand:hover { text-decoration: none; }
+.fish { width: 22px; height: 22px; fill: var(--koi);
+  transform: rotate(35deg); }
+.fish .spot { fill: var(--card); opacity: .85; }
+#top nav { display: flex; margin: 0 6px; gap: 2px; }
+#top nav a { padding: 5px 9px; border-radius: 6px; color: var(--soft); }
+#top nav a:hover { background: var(--hover); text-decoration: none; }
+#top nav a[aria-current] { color: var(--ink); font-weight: 600; }
+.count:not(:empty) {
+  margin-left: 5px; padding: 0 6px; border-radius: 9px; font-size: 11.5px;
+  background: var(--bad); color: var(--card); font-weight: 600;
+}
+#find { position: relative; flex: 0 1 260px; margin-left: auto; }
+#find input { width: 100%; padding-left: 30px; background: var(--paper); }
+#find .icon { position: absolute; left: 9px; top: 9px;
+  color: var(--soft); }
+.link { display: inline-flex; gap: 6px; align-items: center;
+  color: var(--soft); font-size: 12.5px; margin: 0 4px; }
+.link i { width: 8px; height: 8px; border-radius: 50%;
+  background: var(--quiet); }
+.link[data-kind="live"] i { background: var(--ok); }
+.link[data-kind="away"] { color: var(--late); }
+.link[data-kind="away"] i { background: none;
+  border: 2px solid var(--late); }
+.zone select { border-color: transparent; background: none;
+  color: var(--soft); font-size: 13px; }
+.zone select:hover { background: var(--hover); }
+.help span { font-weight: 600; min-width: 8px; }
+
+/* Jobs */
+.toolbar { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
+.toolbar input { width: 220px; }
+.chips { display: flex; gap: 4px; flex-wrap: wrap; }
+.chip { border-radius: 15px; color: var(--soft); border-color: transparent;
+  background: none; }
+.chip b { font-weight: 600; font-variant-numeric: tabular-nums; }
+.chip[aria-pressed="true"] { background: var(--press); color: var(--ink); }
+.group + .group { margin-top: 14px; }
+.head > div { display: flex; align-items: baseline; gap: 10px;
+  padding: 0 12px 5px; }
+.head h2 { font-size: 15px; }
+.head h2 .muted { font-size: 13px; margin-left: 8px; }
+.head h3 { font-size: 13px; font-weight: 500; color: var(--soft); }
+.head .btn { margin-left: auto; }
+.hoststate { display: inline-flex; align-items: center; gap: 5px;
+  margin-left: 10px; font-size: 13px; font-weight: 500;
+  color: var(--late); }
+.hoststate .icon { align-self: center; }
+.hint { padding: 10px 12px; background: var(--card);
+  border: 1px solid var(--line); border-radius: 8px; }
+.row {
+  display: grid; column-gap: 14px; align-items: center; min-height: 38px;
+  padding: 3px 12px; background: var(--card); border: 1px solid var(--line);
+  border-top-width: 0;
+  grid-template-columns: 90px minmax(130px, 1.3fr) minmax(110px, 1fr) 172px
+    270px 60px 92px 68px;
+}
+.head + .row { border-top-width: 1px; border-radius: 8px 8px 0 0; }
+.row:last-child { border-radius: 0 0 8px 8px; }
+.head + .row:last-child { border-radius: 8px; }
+.row:hover { background: var(--hover); }
+.row:focus-within { box-shadow: inset 3px 0 0 var(--accent); }
+.row > div { min-width: 0; }
+.c-name { display: flex; gap: 8px; align-items: baseline; }
+.c-name a { color: var(--ink); font-weight: 550; overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap; }
+.c-name .muted { font-size: 12.5px; white-space: nowrap; overflow: hidden;
+  text-overflow: ellipsis; flex-shrink: 3; min-width: 0; }
+.c-words { color: var(--soft); font-size: 13px; overflow: hidden;
+  display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical;
+  line-height: 1.25; }
+.c-last { display: flex; gap: 8px; align-items: baseline;
+  white-space: nowrap; font-size: 13px; }
+.c-last a { color: var(--ink); }
+.c-last .exit { color: var(--bad); font-weight: 600; }
+.c-next { font-size: 13px; white-space: nowrap; }
+.c-act { text-align: right; }
+.c-act .btn { min-height: 26px; }
+.c-strip, .c-spark { line-height: 0; }
+.attention .row { background: var(--card); border-left: 3px solid
+  var(--b-bad); }
+.attention .row .state { font-weight: 600; }
+.why {
+  grid-column: 2 / -1; display: flex; flex-wrap: wrap; align-items: center;
+  gap: 4px 12px; padding: 0 0 7px; font-size: 13px;
+}
+.why pre {
+  flex: 1 1 100%; padding: 4px 8px; border-radius: 5px; overflow: hidden;
+  background: var(--bad-bg); white-space: nowrap; text-overflow: ellipsis;
+}
+.acts { display: inline-flex; gap: 6px; flex-wrap: wrap; }
+.why .acts { margin-left: auto; }
+
+/* Strips, sparks, lanes */
+.bars { display: block; cursor: pointer; overflow: visible;
+  border-radius: 2px; }
+.b-ok { fill: var(--b-ok); } .b-bad { fill: var(--b-bad); }
+.b-odd { fill: var(--b-odd); } .b-skip { fill: var(--b-skip); }
+.b-run { fill: var(--b-run); }
+.b-hollow { fill: none; stroke: var(--b-odd); }
+.b-wait { fill: none; stroke: var(--b-run); }
+.spark rect { fill: var(--press); }
+.spark path { fill: none; stroke: var(--soft); stroke-width: 1.2; }
+.spark circle { fill: var(--ink); }
+#tip {
+  position: fixed; z-index: 9; transform: translateX(-50%);
+  padding: 4px 9px; border-radius: 6px; background: var(--ink);
+  color: var(--paper); font-size: 12.5px; pointer-events: none;
+  white-space: nowrap;
+}
+.day { background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px; padding: 6px 0 10px; }
+.day h2 { padding: 12px 12px 4px; }
+.dayrow { display: grid; grid-template-columns: 200px 1fr;
+  align-items: center; min-height: 26px; }
+.dayrow > a { padding: 0 8px 0 12px; overflow: hidden; font-size: 13px;
+  text-overflow: ellipsis; white-space: nowrap; color: var(--ink); }
+.dayrow:hover { background: var(--hover); }
+.axis { position: sticky; top: 47px; background: var(--card); z-index: 1; }
+.axis:hover { background: var(--card); }
+.axis text { fill: var(--soft); font-size: 11.5px; }
+.hour { stroke: var(--line); fill: none; }
+.now { stroke: var(--koi); stroke-width: 1.5; fill: none; }
+.tick { fill: none; stroke: var(--soft); stroke-width: 1.3; }
+
+/* One job, one run */
+.crumbs { color: var(--soft); font-size: 13px; }
+.verdict { display: flex; gap: 8px 16px; align-items: center;
+  flex-wrap: wrap; justify-content: space-between;
+  margin-top: 2px !important; }
+.verdict h1 { display: flex; align-items: center; gap: 9px;
+  overflow-wrap: anywhere; min-width: 0; }
+.deeds { display: flex; gap: 6px; flex-wrap: wrap; align-items: center; }
+.facts { display: flex; flex-wrap: wrap; gap: 8px 28px;
+  margin-top: 12px; }
+.facts dt { font-size: 12px; color: var(--soft); }
+.facts dd { min-height: 21px; }
+.args { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 10px; }
+.args div { display: flex; gap: 8px; align-items: baseline;
+  min-width: 0; }
+.args dt { color: var(--soft); }
+.args dd { overflow-wrap: anywhere; min-width: 0; }
+.command { padding: 9px 12px; border: 1px solid var(--line);
+  border-radius: 8px; background: var(--card); margin-top: 10px;
+  max-height: 260px; overflow: auto; }
+.wide { margin-top: 14px; }
+.view.run { display: grid; grid-template-columns: minmax(0, 1fr);
+  gap: 0 24px; }
+.view.run > * { margin: 0; }
+.runmain { display: flex; flex-direction: column; gap: 12px; min-width: 0; }
+aside.runs { display: none; }
+@media (min-width: 1100px) {
+  .view.run { grid-template-columns: 232px minmax(0, 1fr); }
+  aside.runs:not(:empty) { display: flex; flex-direction: column;
+    gap: 8px; position: sticky; top: 60px; align-self: start;
+    max-height: calc(100vh - 76px); }
+  .view.run:not(:has(aside.runs:not(:empty))) > .runmain {
+    grid-column: 1 / -1; }
+}
+aside.runs ol { overflow-y: auto; border: 1px solid var(--line);
+  border-radius: 8px; background: var(--card); }
+aside.runs li + li { border-top: 1px solid var(--line); }
+aside.runs a { display: flex; gap: 8px; padding: 5px 10px; font-size: 13px;
+  color: var(--ink); align-items: center; }
+aside.runs a .muted { margin-left: auto; font-size: 12.5px; }
+aside.runs a:hover { background: var(--hover); text-decoration: none; }
+aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
+
+/* Output */
+.output { position: relative; border: 1px solid var(--line);
+  border-radius: 8px; background: var(--log); overflow: hidden; }
+.bar { display: flex; flex-wrap: wrap; gap: 6px; align-items: center;
+  padding: 6px 8px; background: var(--card);
+  border-bottom: 1px solid var(--line); }
+.bar input[type=search] { min-height: 28px; width: 170px; }
+.finding { display: inline-flex; align-items: center; gap: 4px; }
+.finding .btn { padding: 3px 5px; }
+.found { font-size: 12.5px; min-width: 0; }
+.pane { height: calc(100vh - 330px); min-height: 300px; overflow: auto;
+  color: var(--log-ink); font: 12.5px/18px var(--mono); tab-size: 8;
+  padding: 4px 0; overscroll-behavior: contain; }
+.pane:focus-visible { outline-offset: -2px; }
+.sheet { min-width: max-content; }
+.wrap .sheet { min-width: 0; }
+.block { contain: layout style; }
+.line { display: flex; min-height: 18px; border-left: 3px solid
+  transparent; }
+.line.has-err { border-left-color: var(--b-bad); }
+.only-err .line:not(.has-err):not(.note) { display: none; }
+.no { flex: none; width: 58px; padding-right: 12px; text-align: right;
+  color: var(--quiet); user-select: none; }
+.no::before { content: attr(data-n); }
+.at { flex: none; padding-right: 14px; min-width: 84px; text-align: right;
+  color: var(--quiet); user-select: none; }
+.at::before { content: attr(data-at); }
+.text { white-space: pre; padding-right: 16px; unicode-bidi: isolate; }
+.wrap .text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 0; }
+.line.note { color: var(--soft); font-style: italic; padding-left: 58px; }
+.line.note .no { display: none; }
+.line.hit { background: var(--mark); }
+.line.here { background: var(--here); box-shadow: inset 3px 0 0
+  var(--accent); }
+.line.hit.here { background: var(--mark); }
+.newer { position: absolute; bottom: 14px; left: 50%;
+  transform: translateX(-50%); box-shadow: 0 2px 10px #0003; }
+.nothing { padding: 28px; color: var(--soft); text-align: center; }
+.bold { font-weight: 700; } .dim { opacity: .75; }
+.italic { font-style: italic; } .under { text-decoration: underline; }
+.strike { text-decoration: line-through; }
+.under.strike { text-decoration: underline line-through; }
+.control { color: var(--late); }
+.f0 { color: var(--f0); } .g0 { background: var(--f0); }
+.f1 { color: var(--f1); } .g1 { background: var(--f1); }
+.f2 { color: var(--f2); } .g2 { background: var(--f2); }
+.f3 { color: var(--f3); } .g3 { background: var(--f3); }
+.f4 { color: var(--f4); } .g4 { background: var(--f4); }
+.f5 { color: var(--f5); } .g5 { background: var(--f5); }
+.f6 { color: var(--f6); } .g6 { background: var(--f6); }
+.f7 { color: var(--f7); } .g7 { background: var(--f7); }
+.f8 { color: var(--f8); } .g8 { background: var(--f8); }
+.f9 { color: var(--f9); } .g9 { background: var(--f9); }
+.f10 { color: var(--f10); } .g10 { background: var(--f10); }
+.f11 { color: var(--f11); } .g11 { background: var(--f11); }
+.f12 { color: var(--f12); } .g12 { background: var(--f12); }
+.f13 { color: var(--f13); } .g13 { background: var(--f13); }
+.f14 { color: var(--f14); } .g14 { background: var(--f14); }
+.f15 { color: var(--f15); } .g15 { background: var(--f15); }
+.fpaper { color: var(--log); } .gink { background: var(--log-ink); }
+.fink { color: var(--log-ink); } .gpaper { background: var(--log); }
+:is(.g0, .g1, .g2, .g3, .g4, .g5, .g6, .g7, .g8, .g9, .g10, .g11, .g12,
+  .g13, .g14, .g15):not([class*="f"]) { color: var(--log); }
+.diff { border: 1px solid var(--line); border-radius: 8px;
+  overflow: hidden; background: var(--card); }
+.diff .bar { gap: 12px; padding: 6px 12px; }
+.difflines { font: 12.5px/18px var(--mono); overflow: auto;
+  max-height: 45vh; padding: 4px 0; }
+.difflines > div { padding: 0 12px; white-space: pre; min-width:
+  max-content; }
+.difflines .new { background: var(--add); }
+.difflines .gone { background: var(--del); }
+.difflines .fold { color: var(--soft); font-family: var(--sans); }
+.sign { display: inline-block; width: 18px; color: var(--soft); }
+.check { display: inline-flex; gap: 7px; align-items: center; }
+
+/* Cards, forms, lists */
+.card, .empty { padding: 16px 18px; border: 1px solid var(--line);
+  border-radius: 10px; background: var(--card); }
+.empty { padding: 32px 20px; text-align: center; }
+.empty > * + * { margin-top: 10px; }
+.empty h2 { font-size: 16px; }
+.empty .snippet { max-width: 560px; margin-left: auto; margin-right: auto;
+  text-align: left; }
+.login { width: 100%; max-width: 380px; margin: 11vh auto 0; display: flex;
+  flex-direction: column; gap: 8px; padding: 26px; }
+.login h1 { display: flex; align-items: center; gap: 7px; font-size: 24px;
+  margin-bottom: 8px; }
+.login .fish { width: 30px; height: 30px; }
+.login .btn { justify-content: center; min-height: 36px; }
+.login input { min-height: 36px; }
+.login .muted { font-size: 13px; margin-top: 6px; }
+.login .error:empty { display: none; }
+.extra { display: flex; flex-direction: column; gap: 8px; }
+.extra:empty { display: none; }
+label, .label { font-weight: 600; font-size: 13px; }
+.check label { font-weight: 500; font-size: 14px; }
+.runform { display: flex; flex-direction: column; gap: 16px; }
+.field { display: flex; flex-direction: column; gap: 4px; }
+.field.check { flex-direction: row; }
+.field > span { font-size: 13px; }
+.field > span:empty { display: none; }
+.field input:not([type=checkbox]), .field textarea { width: 100%; }
+.field.is-int input, .field.is-date input { width: 220px; }
+.field textarea { min-height: 92px; font-family: var(--mono);
+  font-size: 13px; resize: vertical; }
+.field select { align-self: flex-start; min-width: 220px; }
+.pair { display: flex; gap: 6px; }
+.pair input { width: 120px !important; }
+.pair select { min-width: 0; }
+.previewed .command { margin-top: 4px; }
+.previewed mark { padding: 0 1px; }
+.note { padding: 10px 13px; border: 1px solid var(--line);
+  border-radius: 8px; background: var(--card); }
+.note.bad { border-color: var(--bad-line); background: var(--bad-bg); }
+.note.bad, .note.bad b { color: var(--bad); }
+.note.ok { color: var(--ok); }
+.said:empty { display: none; }
+.ask { display: flex; gap: 8px 12px; flex-wrap: wrap; align-items: center; }
+.runhead .ask { margin-top: 12px; }
+.snippet { display: flex; align-items: flex-start; gap: 4px;
+  border: 1px solid var(--line); border-radius: 8px;
+  background: var(--card); padding: 4px 4px 4px 12px; margin-top: 8px; }
+.snippet pre { flex: 1; padding: 4px 0; min-width: 0; }
+details > summary { cursor: pointer; color: var(--soft); }
+details.card { margin-top: 14px; padding: 10px 14px; }
+details.card > * + * { margin-top: 12px; }
+details h3 { font-size: 13px; font-weight: 600; }
+.part { margin-top: 26px !important; }
+.part > * + * { margin-top: 8px; }
+.part h2 { font-size: 15px; }
+table.list { width: 100%; border-collapse: separate; border-spacing: 0;
+  background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px; font-size: 13.5px; }
+.list th { text-align: left; font-size: 12px; font-weight: 500;
+  color: var(--soft); padding: 7px 12px; }
+.list td { padding: 6px 12px; border-top: 1px solid var(--line);
+  vertical-align: top; }
+.list td:not(.line) { white-space: nowrap; }
+.list td.line { font: 12.5px/1.5 var(--mono); overflow-wrap: anywhere; }
+.list + .btn { margin-top: 10px; }
+.alerts { border: 1px solid var(--line); border-radius: 8px;
+  background: var(--card); }
+.alerts li { display: flex; flex-wrap: wrap; gap: 4px 14px;
+  padding: 9px 14px; align-items: baseline; }
+.alerts li + li { border-top: 1px solid var(--line); }
+.alerts .state { min-width: 90px; align-self: flex-start; }
+.alerts .what { flex: 1; min-width: 220px; overflow-wrap: anywhere; }
+.oneline { display: flex; gap: 6px; flex-wrap: wrap; }
+.oneline input { flex: 1; min-width: 180px; max-width: 420px; }
+.searchform { display: flex; gap: 8px; }
+.searchform input { flex: 1; max-width: 560px; }
+.hits { border: 1px solid var(--line); border-radius: 8px;
+  background: var(--card); overflow: hidden; }
+.hits li + li { border-top: 1px solid var(--line); }
+.hits a { display: block; padding: 8px 14px; color: var(--ink); }
+.hits a:hover { background: var(--hover); text-decoration: none; }
+.hits .what { display: flex; gap: 10px; align-items: center;
+  flex-wrap: wrap; }
+.hits pre { margin-top: 3px; }
+.hits + .btn { margin-top: 10px; }
+.keys > div { display: flex; align-items: baseline; gap: 12px;
+  padding: 3px 0; }
+.keys dt { min-width: 76px; display: flex; gap: 4px; }
+kbd { border: 1px solid var(--line); border-bottom-width: 2px;
+  border-radius: 4px; padding: 0 6px; background: var(--paper); }
+dialog { border: 1px solid var(--line); border-radius: 12px; padding: 22px;
+  background: var(--card); color: var(--ink); min-width: 320px; }
+dialog::backdrop { background: #0006; }
+dialog > * + * { margin-top: 12px; }
+#said { position: fixed; z-index: 8; left: 50%; bottom: 22px;
+  transform: translate(-50%, 20px); padding: 8px 16px; border-radius: 8px;
+  background: var(--ink); color: var(--paper); opacity: 0;
+  pointer-events: none; max-width: calc(100vw - 32px);
+  transition: opacity .15s, transform .15s; }
+#said.shown { opacity: 1; transform: translate(-50%, 0); }
+#said.bad { background: var(--bad); color: var(--card); }
+@media (prefers-reduced-motion: reduce) {
+  #said { transition: none; }
+}
+
+/* Narrower: columns go, the order stays */
+@media (min-width: 1480px) {
+  .row { grid-template-columns: 96px minmax(160px, 1.3fr)
+    minmax(150px, 1fr) 190px 360px 60px 100px 72px; }
+}
+@media (max-width: 1180px) {
+  .row { grid-template-columns: 90px minmax(130px, 1fr) 172px 270px
+    92px 68px; }
+  .c-words, .c-spark { display: none; }
+  .locker span, .link span { display: none; }
+}
+@media (max-width: 940px) {
+  .row { grid-template-columns: 90px minmax(110px, 1fr) 172px 270px 68px; }
+  .c-next { display: none; }
+  #top { flex-wrap: wrap; }
+  #top nav { order: 9; flex-basis: 100%; overflow-x: auto; margin: 0; }
+}
+@media (max-width: 759px) {
+  body { font-size: 15px; }
+  #main { padding: 12px 12px 64px; }
+  .open #top { padding: 6px 12px 2px; }
+  #top nav a { padding: 6px 8px; white-space: nowrap; }
+  #find { flex: 1 1 90px; }
+  .help, .zone { display: none; }
+  .toolbar input { flex: 1 1 140px; width: auto; }
+  .btn { min-height: 34px; }
+  .row { grid-template-columns: minmax(0, 1fr) auto; gap: 3px 10px;
+    padding: 9px 12px; grid-template-areas: "name act" "is next"
+      "last strip"; }
+  .c-is { grid-area: is; } .c-name { grid-area: name; }
+  .c-last { grid-area: last; overflow: hidden; }
+  .c-strip { grid-area: strip; }
+  .c-next { grid-area: next; display: block; text-align: right; }
+  .c-act { grid-area: act; }
+  .c-name { flex-wrap: wrap; gap: 0 8px; }
+  .why { grid-column: 1 / -1; padding: 4px 0 2px; }
+  .why .acts { margin-left: 0; }
+  .head > div { padding-left: 4px; flex-wrap: wrap; }
+  .dayrow { grid-template-columns: 96px 1fr; }
+  .axis { position: static; }
+  .pane { height: 70vh; }
+  .no { width: 40px; padding-right: 8px; }
+  .list td, .list th { padding: 7px 8px; }
+  .facts { gap: 8px 20px; }
+  .bar .btn { padding: 3px 8px; }
+  .login { margin-top: 5vh; padding: 20px; }
+}
+@media (forced-colors: active) {
+  .bars path, .spark path { forced-color-adjust: none; }
+  .row:focus-within { outline: 2px solid Highlight; }
+  .link i { forced-color-adjust: none; }
+}
+"""
+
+PAGE_JS = r""""use strict";
+// koi's page. It is one file without parts from elsewhere: the kit first,
+// then the session, what is known, and one section for each place that the
+// address names (#/jobs, #/run/7). What jobs, hosts and people wrote goes in
+// as text nodes and never as markup; a policy of the browser's (CSP, Trusted
+// Types) would stop it if we slipped.
+
+// --- words: what is said in more than one place --------------------------
+
+const STATES = {    // state -> the word, and a rank: the worst first
+  failed: ["failed", 0], down: ["down", 0], missed: ["missed", 1],
+  late: ["late", 2], grace: ["late", 2], unknown: ["unknown", 4],
+  running: ["running", 3], started: ["running", 3], skipped: ["skipped", 5],
+  new: ["new", 6], paused: ["paused", 6], ok: ["ok", 7], up: ["ok", 7],
+};
+const BAD = new Set(["failed", "down", "missed", "late", "grace"]);
+
+const LETTERS = {   // a run in a strip -> its word, in singular and plural
+  o: "ok", f: "failed", k: "killed", m: "missed", s: "skipped",
+  i: "interrupted", u: "could not start", r: "running", q: "queued",
+};
+const FAILING = new Set(["f", "k", "i", "u"]);
+
+const TRIGGERS = {
+  schedule: "its schedule", manual: "a person", "catch-up": "catching up",
+  retry: "a retry", reboot: "the machine's start",
+};
+
+const WORDS = {
+  viewer: "A viewer's key can read, and nothing else.",
+  keys: "This host has other keys: type koitab -d join there.",
+  nolist: "This host has not shown its signed list of jobs yet.",
+  plain: "This page came over plain http: anyone on the way can change it " +
+    "and take the password. Use TLS, an ssh tunnel, or the page that " +
+    "\u201ckoitab page\u201d writes to a file.",
+  nothing: "printed nothing",
+};
+
+// --- kit: elements, from text only ---------------------------------------
+
+const SVG = "http://www.w3.org/2000/svg";
+const $ = (css, root = document) => root.querySelector(css);
+const isThere = (value) => value !== null && value !== undefined
+  && value !== false;
+
+function dress(node, facts) {
+  for (const [key, value] of Object.entries(facts || {})) {
+    if (!isThere(value)) continue;
+    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else if (key === "text") node.textContent = value;
+    else if (key === "value" || key === "checked") node[key] = value;
+    else node.setAttribute(key, value === true ? "" : value);
+  }
+  return node;
+}
+
+function el(name, facts, ...inside) {
+  const node = dress(document.createElement(name), facts);
+  node.append(...inside.flat(3).filter(isThere));
+  return node;
+}
+
+function svg(name, facts, ...inside) {
+  const node = dress(document.createElementNS(SVG, name), facts);
+  node.append(...inside.flat().filter(isThere));
+  return node;
+}
+
+const link = (href, text, facts) => el("a", { href, ...facts }, text);
+const button = (text, onclick, facts) => el("button", {
+  type: "button", class: "btn", onclick, ...facts }, text);
+const code = (text) => el("code", { text });
+const muted = (...inside) => el("span", { class: "muted" }, ...inside);
+
+const ICONS = {     // drawn on 16 x 16; each state has a shape of its own
+  ok: ["M3.5 8.6l3 3 6-7"], new: ["M8 6.4v3.2M6.4 8h3.2"],
+  failed: ["F", "M8 .8a7.2 7.2 0 1 0 .01 0z", "M5.5 5.5l5 5m0-5l-5 5"],
+  late: ["F", "M8 1.2L15.4 14.6H.6z", "M8 6v4m0 2v.2"],
+  missed: ["M8 2a6 6 0 1 0 .01 0z", "M3.9 12.1l8.2-8.2"],
+  running: ["M8 2a6 6 0 1 1-5.2 3"], skipped: ["M4 4l4 4-4 4M9 4l4 4-4 4"],
+  unknown: ["M6 6.1a2.1 2.1 0 1 1 3 1.9c-.7.4-1 .8-1 1.6M8 12v.2"],
+  paused: ["M6 4v8M10 4v8"],
+  bell: ["M4 11V7.5a4 4 0 0 1 8 0V11l1 1.5H3zM7 14.5h2"],
+  copy: ["M6 6h7v7H6zM3 10V3h7"], sun: ["M8 5a3 3 0 1 0 .01 0z",
+    "M8 1v1.5M8 13.5V15M1 8h1.5M13.5 8H15M3 3l1 1M12 12l1 1",
+    "M3 13l1-1M12 4l1-1"],
+  lock: ["M4 7.5h8V14H4zM5.5 7V5a2.5 2.5 0 0 1 5 0v2"],
+  run: ["M5 3.2v9.6L12.6 8z"], search: ["M7 2.5a4.5 4.5 0 1 0 .01 0z",
+    "M10.4 10.4L14 14"], left: ["M10 3L5 8l5 5"], right: ["M6 3l5 5-5 5"],
+};
+const SHAPES = { down: "failed", grace: "late", started: "running",
+  up: "ok" };
+
+function icon(name) {
+  const [first, ...more] = ICONS[SHAPES[name] || name] || ICONS.unknown;
+  const filled = first === "F";
+  return svg("svg", { class: "icon", viewBox: "0 0 16 16",
+    "aria-hidden": "true" }, (filled ? more : [first, ...more]).map((d, at) =>
+    svg("path", { d, class: filled && !at ? "solid" : filled ? "cut" : "" })));
+}
+
+function stateMark(state) {
+  const [word] = STATES[state] || [state];
+  return el("span", { class: `state s-${SHAPES[state] || state}` },
+    icon(state), el("span", { class: "word", text: word }));
+}
+
+function copyButton(text, label = "Copy") {
+  return button([icon("copy"), el("span", { text: label })], async () => {
+    say(await copied(text()) ? "Copied" : "The browser let nothing be copied");
+  }, { class: "btn quiet" });
+}
+
+async function copied(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch { /* without TLS there is no clipboard: the old way */ }
+  const area = el("textarea", { class: "away", value: text });
+  document.body.append(area);
+  area.select();
+  const done = document.execCommand("copy");
+  area.remove();
+  return done;
+}
+
+const snippet = (text) => el("div", { class: "snippet" },
+  el("pre", {}, code(text)), copyButton(() => text));
+
+function plural(count, one, many = one + "s") {
+  return `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
+}
+
+function bytesWords(count) {
+  for (const unit of ["bytes", "kB", "MB", "GB"]) {
+    if (count < 1000 || unit === "GB") {
+      return `${unit === "bytes" || count >= 10 ? Math.round(count)
+        : count.toFixed(1)} ${unit}`;
+    }
+    count /= 1000;
+  }
+}
+
+// Preferences alone outlive the tab: theme, zone, wrap. Never a key.
+const taste = {
+  get(name, usual) {
+    try { return localStorage.getItem("koi." + name) || usual; }
+    catch { return usual; }
+  },
+  set(name, value) {
+    try { localStorage.setItem("koi." + name, value); } catch { /* none */ }
+  },
+};
+
+// --- kit: time in words --------------------------------------------------
+
+let ahead = 0;      // seconds by which the server's clock is before ours
+const now = () => Date.now() / 1000 + ahead;
+const two = (number) => String(number).padStart(2, "0");
+const WEEKDAYS = "Sun Mon Tue Wed Thu Fri Sat".split(" ");
+const MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(" ");
+
+function lasting(s) {
+  if (!isThere(s)) return "";
+  if (s < 9.95) return `${Math.max(0, s).toFixed(1)} s`;
+  if (s < 59.5) return `${Math.round(s)} s`;
+  const m = Math.round(s / 60), h = Math.floor(m / 60);
+  if (s < 600 && Math.floor(s % 60)) {
+    return `${Math.floor(s / 60)} min ${Math.floor(s % 60)} s`;
+  }
+  if (m < 60) return `${m} min`;
+  if (h < 24) return m % 60 ? `${h} h ${m % 60} min` : `${h} h`;
+  return h % 24 ? `${Math.floor(h / 24)} d ${h % 24} h` : `${h / 24} d`;
+}
+
+// About how long: one number is enough to see how old something is.
+function about(s) {
+  for (const [size, unit, next] of [[1, "s", 90], [60, "min", 90],
+    [3600, "h", 36], [86400, "d", 1e9]]) {
+    const count = Math.round(s / size);
+    if (count < next) return `${Math.max(1, count)} ${unit}`;
+  }
+}
+
+function relative(at) {
+  const s = at - now();
+  if (Math.abs(s) < 1.5) return "now";
+  return s > 0 ? `in ${about(s)}` : `${about(-s)} ago`;
+}
+
+// The zone that times are shown in: Mine, Host or UTC.
+let zoneKind = taste.get("zone", "mine");
+const shifts = new Map();
+
+function hostShift(at, host) {
+  const key = `${host.zone} ${Math.floor(at / 900)}`;
+  if (!shifts.has(key)) {
+    let shift = host.offset || 0;
+    try {
+      const parts = Object.fromEntries(new Intl.DateTimeFormat("en", {
+        timeZone: host.zone, hourCycle: "h23", year: "numeric",
+        month: "numeric", day: "numeric", hour: "numeric",
+        minute: "numeric" }).formatToParts(at * 1000)
+        .map((part) => [part.type, +part.value]));
+      shift = Date.UTC(parts.year, parts.month - 1, parts.day, parts.hour,
+        parts.minute) / 1000 - Math.floor(at / 60) * 60;
+    } catch { /* no name of a zone that the browser knows */ }
+    if (shifts.size > 5000) shifts.clear();
+    shifts.set(key, shift);
+  }
+  return shifts.get(key);
+}
+
+function shiftOf(at, host) {
+  if (zoneKind === "utc") return 0;
+  if (zoneKind === "host" && host) return hostShift(at, host);
+  return -60 * new Date(at * 1000).getTimezoneOffset();
+}
+
+const shifted = (at, host) => new Date((at + shiftOf(at, host)) * 1000);
+const clock = (d) => `${two(d.getUTCHours())}:${two(d.getUTCMinutes())}`;
+const isoDay = (d) => d.toISOString().slice(0, 10);
+
+function when(at, host) {
+  const d = shifted(at, host), today = shifted(now(), host);
+  const days = Math.floor(d / 864e5) - Math.floor(today / 864e5);
+  if (days === 0) return clock(d);
+  if (days === -1) return `yesterday ${clock(d)}`;
+  if (days === 1) return `tomorrow ${clock(d)}`;
+  const date = `${d.getUTCDate()} ${MONTHS[d.getUTCMonth()]}`;
+  if (Math.abs(days) < 6) {
+    return `${WEEKDAYS[d.getUTCDay()]} ${date} ${clock(d)}`;
+  }
+  return d.getUTCFullYear() === today.getUTCFullYear()
+    ? `${date} ${clock(d)}` : `${date} ${d.getUTCFullYear()}`;
+}
+
+function exactly(at, host) {
+  const d = shifted(at, host), shift = shiftOf(at, host);
+  const name = zoneKind === "utc" ? "" : zoneKind === "host" && host
+    ? host.zone : Intl.DateTimeFormat().resolvedOptions().timeZone;
+  const sign = shift < 0 ? "\u2212" : "+", size = Math.abs(shift) / 60;
+  const utc = shift ? `UTC${sign}${Math.floor(size / 60)}${
+    size % 60 ? ":" + two(size % 60) : ""}` : "UTC";
+  return `${WEEKDAYS[d.getUTCDay()]} ${isoDay(d)} ${clock(d)}:${
+    two(d.getUTCSeconds())} (${name && name !== "UTC" ? name + ", " : ""}${
+    utc})`;
+}
+
+// A time that keeps its words current: one timer serves them all.
+function timeOf(at, host, words = relative) {
+  const node = el("time", { class: "rel",
+    datetime: new Date(at * 1000).toISOString(), title: exactly(at, host) });
+  node.at = at;
+  node.words = words;
+  node.textContent = words(at, host);
+  return node;
+}
+
+const dateOf = (at, host) => timeOf(at, host, () => when(at, host));
+
+let ticks = 0;
+function tick() {
+  ticks += 1;
+  for (const node of document.getElementsByClassName("rel")) {
+    if (ticks % 30 && Math.abs(node.at - now()) > 90) continue;
+    const text = node.words(node.at);
+    if (node.textContent !== text) node.textContent = text;
+  }
+}
+
+// --- keys: the same as section Keys of koitab.py -------------------------
+
+// SHA-256 and what is made of it. The text of this function also runs in a
+// worker, where the browser offers no crypto.subtle (plain http).
+function hashing() {
+  const part = (x) => (x - Math.floor(x)) * 2 ** 32 | 0;
+  const K = new Int32Array(64), START = new Int32Array(8);
+  for (let n = 2, found = 0; found < 64; n += 1) {
+    let prime = true;
+    for (let d = 2; d * d <= n; d += 1) if (n % d === 0) prime = false;
+    if (!prime) continue;
+    if (found < 8) START[found] = part(Math.sqrt(n));
+    K[found] = part(Math.cbrt(n));      // FIPS 180-4: roots of primes
+    found += 1;
+  }
+  const w = new Int32Array(64);
+
+  function compress(state, block) {     // block: 16 words
+    for (let i = 0; i < 16; i += 1) w[i] = block[i];
+    for (let i = 16; i < 64; i += 1) {
+      const x = w[i - 15], y = w[i - 2];
+      w[i] = w[i - 16] + w[i - 7]
+        + ((x >>> 7 | x << 25) ^ (x >>> 18 | x << 14) ^ x >>> 3)
+        + ((y >>> 17 | y << 15) ^ (y >>> 19 | y << 13) ^ y >>> 10) | 0;
+    }
+    let a = state[0], b = state[1], c = state[2], d = state[3];
+    let e = state[4], f = state[5], g = state[6], h = state[7];
+    for (let i = 0; i < 64; i += 1) {
+      const one = h + ((e >>> 6 | e << 26) ^ (e >>> 11 | e << 21)
+        ^ (e >>> 25 | e << 7)) + (e & f ^ ~e & g) + K[i] + w[i] | 0;
+      const two = ((a >>> 2 | a << 30) ^ (a >>> 13 | a << 19)
+        ^ (a >>> 22 | a << 10)) + (a & b ^ a & c ^ b & c) | 0;
+      h = g; g = f; f = e; e = d + one | 0;
+      d = c; c = b; b = a; a = one + two | 0;
+    }
+    state[0] += a; state[1] += b; state[2] += c; state[3] += d;
+    state[4] += e; state[5] += f; state[6] += g; state[7] += h;
+  }
+
+  function sha256(bytes) {
+    const size = (bytes.length + 72) & ~63, padded = new Uint8Array(size);
+    padded.set(bytes);
+    padded[bytes.length] = 0x80;
+    const view = new DataView(padded.buffer), block = new Int32Array(16);
+    view.setUint32(size - 8, Math.floor(bytes.length / 2 ** 29));
+    view.setUint32(size - 4, bytes.length << 3);
+    const state = START.slice();
+    for (let at = 0; at < size; at += 64) {
+      for (let i = 0; i < 16; i += 1) block[i] = view.getInt32(at + 4 * i);
+      compress(state, block);
+    }
+    return bytesOf(state);
+  }
+
+  function bytesOf(words) {
+    const view = new DataView(new ArrayBuffer(32));
+    for (let i = 0; i < 8; i += 1) view.setInt32(4 * i, words[i]);
+    return new Uint8Array(view.buffer);
+  }
+
+  function pads(key) {
+    const short = key.length > 64 ? sha256(key) : key;
+    const inner = new Uint8Array(64).fill(0x36);
+    const outer = new Uint8Array(64).fill(0x5c);
+    short.forEach((byte, i) => { inner[i] ^= byte; outer[i] ^= byte; });
+    return [inner, outer];
+  }
+
+  function joined(a, b) {
+    const both = new Uint8Array(a.length + b.length);
+    both.set(a);
+    both.set(b, a.length);
+    return both;
+  }
+
+  function hmac(key, message) {
+    const [inner, outer] = pads(key);
+    return sha256(joined(outer, sha256(joined(inner, message))));
+  }
+
+  // The first 32 bytes. Each round is two compressions: what the pads make
+  // of the state is known.
+  function pbkdf2(password, salt, rounds, progress) {
+    const [before, after] = pads(password).map((pad) => {
+      const view = new DataView(pad.buffer), state = START.slice();
+      compress(state, Int32Array.from({ length: 16 },
+        (_, i) => view.getInt32(4 * i)));
+      return state;
+    });
+    const first = new DataView(hmac(password,
+      joined(salt, Uint8Array.of(0, 0, 0, 1))).buffer);
+    const block = new Int32Array(16), sum = new Int32Array(8);
+    for (let i = 0; i < 8; i += 1) sum[i] = block[i] = first.getInt32(4 * i);
+    block[8] = 1 << 31;
+    block[15] = 96 * 8;
+    const state = new Int32Array(8);
+    for (let round = 1; round < rounds; round += 1) {
+      state.set(before);
+      compress(state, block);
+      block.set(state);
+      state.set(after);
+      compress(state, block);
+      for (let i = 0; i < 8; i += 1) sum[i] ^= block[i] = state[i];
+      if (progress && round % 20000 === 0) progress(round / rounds);
+    }
+    return bytesOf(sum);
+  }
+  return { sha256, hmac, pbkdf2 };
+}
+
+const { sha256, hmac } = hashing();
+const utf8 = (text) => new TextEncoder().encode(text);
+const hex = (bytes) => Array.from(bytes, (byte) =>
+  byte.toString(16).padStart(2, "0")).join("");
+const unhex = (text) => Uint8Array.from(text.match(/../g) || [],
+  (pair) => parseInt(pair, 16));
+const digest = (text) => hex(sha256(utf8(text)));
+const isHex = (text, size) => typeof text === "string"
+  && text.length === size && /^[0-9a-f]*$/.test(text);
+
+const LEAST_ROUNDS = 600000, MOST_ROUNDS = 10000000;
+
+// The keys of a password. Who names salt and rounds is not to be trusted.
+async function derive(password, salt, rounds, progress) {
+  if (!isHex(salt, 32) || !Number.isInteger(rounds)
+      || rounds < LEAST_ROUNDS || rounds > MOST_ROUNDS) {
+    throw new Refusal(0, "This dashboard asks for keys that would be weak.",
+      "It is not one of ours, or somebody changed it.");
+  }
+  const secret = utf8(password.normalize("NFC"));
+  const root = globalThis.crypto?.subtle
+    ? await rootBySubtle(secret, unhex(salt), rounds)
+    : await rootByWorker(secret, unhex(salt), rounds, progress);
+  const key = (name) => hmac(root, utf8(`koi-${name}-v1`));
+  return { api: key("api"), view: key("view"), run: key("run") };
+}
+
+async function rootBySubtle(secret, salt, iterations) {
+  const key = await crypto.subtle.importKey("raw", secret, "PBKDF2", false,
+    ["deriveBits"]);
+  return new Uint8Array(await crypto.subtle.deriveBits({ name: "PBKDF2",
+    hash: "SHA-256", salt, iterations }, key, 256));
+}
+
+// A browser with Trusted Types starts a worker only from a policy's URL;
+// ours lets through what this page made itself.
+const policy = globalThis.trustedTypes?.createPolicy("koi", {
+  createScriptURL(url) {
+    if (!url.startsWith("blob:")) throw new TypeError("no worker of ours");
+    return url;
+  },
+});
+
+function rootByWorker(secret, salt, rounds, progress) {
+  const work = `const { pbkdf2 } = (${hashing})();
+    onmessage = ({ data: [secret, salt, rounds] }) => postMessage(
+      pbkdf2(secret, salt, rounds, (part) => postMessage(part)));`;
+  const url = URL.createObjectURL(new Blob([work]));
+  return new Promise((done, failed) => {
+    const worker = new Worker(policy ? policy.createScriptURL(url) : url);
+    const end = (then, value) => {
+      worker.terminate();
+      URL.revokeObjectURL(url);
+      then(value);
+    };
+    worker.onmessage = ({ data }) => typeof data === "number"
+      ? progress && progress(data) : end(done, data);
+    worker.onerror = () => end(failed, new Refusal(0,
+      "The browser would not compute the keys."));
+    worker.postMessage([secret, salt, rounds]);
+  });
+}
+
+const hostKey = (run, host) => hmac(run, utf8(`koi-host-v1\n${host}`));
+const keyId = (key) => hex(sha256(new Uint8Array(
+  [...utf8("koi-key-v1\n"), ...key]))).slice(0, 16);
+const runMac = (key, body) => hex(hmac(key, utf8("koi-run-v1\n" + body)));
+const listMac = (key, body) => hex(hmac(hmac(key, utf8("koi-list-v1")),
+  utf8(body)));
+
+// A secret argument, for the host's eyes alone.
+function veiled(key, nonce, name, value) {
+  const secret = hmac(key, utf8("koi-secret-v1"));
+  return value.map((byte, at) => {
+    if (at % 32 === 0) {
+      veiled.block = hmac(secret, utf8(`${nonce}\n${name}\n${at / 32}`));
+    }
+    return byte ^ veiled.block[at % 32];
+  });
+}
+
+function randomHex(bytes) {
+  return hex(crypto.getRandomValues(new Uint8Array(bytes)));
+}
+
+// --- session: who we are, for the life of this tab -----------------------
+
+class Refusal extends Error {
+  constructor(status, message, hint = "", wait = 0) {
+    super(message);
+    Object.assign(this, { status, hint, wait });
+  }
+}
+
+const session = { server: "", token: "", keys: null, role: "", dash: "",
+  used: Date.now() };
+const IDLE = 15 * 60 * 1000;
+const isOperator = () => session.role === "operator";
+
+async function fetched(path, { method = "GET", body, signal } = {}) {
+  const headers = {};
+  if (session.token) headers.Authorization = `Bearer ${session.token}`;
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  let reply;
+  try {
+    reply = await fetch(`${session.server}/api/v1/${path}`, { method,
+      headers, signal, body: body === undefined ? undefined
+        : JSON.stringify(body), credentials: "omit", cache: "no-store",
+      redirect: "error", referrerPolicy: "no-referrer" });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refusal(0, "The dashboard does not answer.",
+      "It is down, or the network between is.");
+  }
+  if (!reply.ok) throw await refusalOf(reply);
+  return reply;
+}
+
+async function refusalOf(reply) {
+  let said = {};
+  try { said = await reply.json(); } catch { /* a proxy's page, perhaps */ }
+  return new Refusal(reply.status, said.error
+    || `The dashboard says ${reply.status}.`, said.hint || "",
+    +reply.headers.get("Retry-After") || 0);
+}
+
+const ask = async (path, options) => (await fetched(path, options)).json();
+const tell = (path, body) => ask(path, { method: "POST", body });
+
+// Carry a deed out; what goes wrong is said at the bottom of the page.
+async function attempt(deed, done = "") {
+  try {
+    const result = await deed();
+    if (done) say(done);
+    return result ?? true;
+  } catch (error) {
+    if (error.name === "AbortError") return null;
+    if (!(error instanceof Refusal)) throw error;
+    say(`${error.message} ${error.hint}`.trim(), "bad");
+    return null;
+  }
+}
+
+async function logIn(secret, progress) {
+  const salted = await ask("salt" + (session.dash
+    ? `?dash=${session.dash}` : ""));
+  session.dash = salted.dash;
+  let keys = null, token = secret.trim().toLowerCase();
+  if (/^view-[0-9a-f]{64}$/.test(token)) {
+    token = token.slice(5);
+  } else {
+    keys = await derive(secret, salted.salt, salted.rounds, progress);
+    token = hex(keys.api);
+  }
+  session.token = token;
+  try {
+    learn(await ask("state"));
+  } catch (error) {
+    session.token = "";
+    throw error;
+  }
+  session.keys = session.role === "operator" ? keys : null;
+}
+
+function lock(why = "") {
+  if (!session.token) return;
+  Object.assign(session, { token: "", keys: null, role: "" });
+  stream.stop();
+  forget();
+  shell.closed(why);
+}
+
+// Keys lie open no longer than somebody is here. A viewer's key can do no
+// harm, and its page may hang on a wall.
+function watchIdle() {
+  const mark = () => { session.used = Date.now(); };
+  for (const kind of ["pointerdown", "pointermove", "keydown", "wheel",
+    "touchstart"]) addEventListener(kind, mark, { passive: true });
+  const look = () => {
+    if (isOperator() && Date.now() - session.used > IDLE) {
+      lock("Locked after 15 minutes without a touch.");
+    }
+  };
+  setInterval(look, 5000);
+  document.addEventListener("visibilitychange", look);
+}
+
+// --- what is known: the state, and the stream that keeps it current ------
+
+const known = { seq: 0, hosts: new Map(), jobs: new Map(),
+  checks: new Map(), alerts: new Map(), dash: {}, version: "", runs: [],
+  requests: [] };
+const alertKey = (alert) => `${alert.subject}\n${alert.kind}`;
+const KEY_OF = { hosts: (h) => h.id, jobs: (j) => j.id, checks: (c) => c.id,
+  alerts: alertKey };
+
+function learn(state) {
+  ahead = state.now - Date.now() / 1000;
+  Object.assign(known, { seq: state.seq, dash: state.dash,
+    version: state.version });
+  session.role = state.role;
+  session.dash = state.dash.id;
+  for (const [kind, key] of Object.entries(KEY_OF)) {
+    known[kind] = new Map((state[kind] || []).map((one) => [key(one), one]));
+  }
+}
+
+function forget() {
+  for (const kind of Object.keys(KEY_OF)) known[kind] = new Map();
+  known.dash = {};
+}
+
+function learnMore(change) {
+  if (change.seq) known.seq = change.seq;
+  const before = new Map();
+  for (const job of change.jobs || []) {
+    before.set(job.id, known.jobs.get(job.id)?.state);
+  }
+  for (const [kind, key] of Object.entries(KEY_OF)) {
+    for (const one of change[kind] || []) known[kind].set(key(one), one);
+  }
+  for (const [kind, ids] of Object.entries(change.gone || {})) {
+    for (const id of ids) goneFrom(kind, id);
+  }
+  announce(change.jobs || [], before);
+}
+
+function goneFrom(kind, id) {
+  known[kind]?.delete(id);
+  if (kind !== "alerts") return;
+  for (const [key, alert] of known.alerts) {
+    if (alert.subject === id) known.alerts.delete(key);
+  }
+}
+
+// For who cannot see the page: what became worse, in words.
+function announce(jobs, before) {
+  const worse = jobs.filter((job) => BAD.has(job.state)
+    && before.get(job.id) !== job.state);
+  if (!worse.length) return;
+  $("#told").textContent = worse.slice(0, 3).map((job) =>
+    `${job.label} ${STATES[job.state][0]} on ${hostName(job.host)}`)
+    .join("; ");
+}
+
+const hostOf = (thing) => thing && known.hosts.get(thing.host);
+const hostName = (id) => known.hosts.get(id)?.name || "a forgotten host";
+
+const stream = {
+  abort: null, pause: 1, timer: 0,
+
+  start() {
+    this.stop();
+    this.pause = 1;
+    this.follow();
+  },
+
+  stop() {
+    clearTimeout(this.timer);
+    this.abort?.abort();
+    this.abort = null;
+  },
+
+  async follow() {
+    const abort = this.abort = new AbortController();
+    try {
+      const reply = await fetched(`stream?since=${known.seq}`,
+        { signal: abort.signal });
+      shell.link("live", "Live");
+      await this.read(reply.body.getReader(), abort);
+      this.again(abort, "The dashboard ended the stream.");
+    } catch (error) {
+      if (abort !== this.abort) return;
+      if (error.status === 401) return lock("The password was changed.");
+      this.again(abort, error.message);
+    }
+  },
+
+  // The server sends an empty line each 15 s; after 40 s of silence the
+  // connection is dead, whatever the network says.
+  async read(reader, abort) {
+    const decoder = new TextDecoder();
+    let text = "", watchdog = 0;
+    try {
+      for (;;) {
+        clearTimeout(watchdog);
+        watchdog = setTimeout(() => reader.cancel(), 40000);
+        const { done, value } = await reader.read();
+        if (done || abort !== this.abort) return;
+        const lines = (text + decoder.decode(value, { stream: true }))
+          .split("\n");
+        text = lines.pop();
+        for (const line of lines) if (line) await this.heard(line);
+        this.pause = 1;
+      }
+    } finally {
+      clearTimeout(watchdog);
+    }
+  },
+
+  async heard(line) {
+    const change = JSON.parse(line);
+    if (change.reset) {
+      learn(await ask("state"));
+      shell.changed({ all: true });
+    } else {
+      learnMore(change);
+      shell.changed(change);
+    }
+  },
+
+  again(abort, why) {
+    if (abort !== this.abort) return;
+    const wait = this.pause * (0.8 + 0.4 * Math.random());
+    this.pause = Math.min(this.pause * 2, 30);
+    shell.link("away", `Not connected: next try in ${about(wait)}`, why);
+    this.timer = setTimeout(() => this.follow(), wait * 1000);
+  },
+};
+
+// --- shell: the frame, and which place is shown in it ---------------------
+
+const PLACES = [    // path -> view; the first that fits
+  [/^(?:jobs)?$/, (...all) => jobsView(...all)],
+  [/^job\/(\d+)$/, (...all) => jobView(...all)],
+  [/^job\/(\d+)\/run$/, (...all) => formView(...all)],
+  [/^run\/(\d+)(?:\/([LB])(\d+))?$/, (...all) => runView(...all)],
+  [/^day(?:\/([\d-]{10}))?$/, (...all) => dayView(...all)],
+  [/^search$/, (...all) => searchView(...all)],
+  [/^audit$/, (...all) => auditView(...all)],
+  [/^check\/(new|[0-9a-f-]{36})$/, (...all) => checkView(...all)],
+  [/^check\/([0-9a-f-]{36})\/edit$/, (...all) => checkForm(...all)],
+  [/^alerts$/, (...all) => alertsView(...all)],
+  [/^hosts$/, (...all) => hostsView(...all)],
+  [/^settings$/, (...all) => settingsView(...all)],
+];
+const NAV = [["jobs", "Jobs"], ["day", "Day"], ["alerts", "Alerts"],
+  ["audit", "Audit"], ["hosts", "Hosts"], ["settings", "Settings"]];
+
+function placeNow() {
+  const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
+  for (const [pattern, view] of PLACES) {
+    const match = path.match(pattern);
+    if (match) {
+      return { path, parts: match.slice(1), view,
+        query: new URLSearchParams(query || "") };
+    }
+  }
+  return { path, parts: [], query: new URLSearchParams(), view: lostView };
+}
+
+function go(path, replace = false) {
+  if (replace) history.replaceState(null, "", `#/${path}`);
+  else location.hash = `#/${path}`;
+  if (replace) shell.route();
+}
+
+function lostView(place, root) {
+  root.append(el("h1", { text: "There is nothing here" }),
+    el("p", {}, link("#/jobs", "All jobs")));
+  return { title: "nothing here" };
+}
+
+const shell = {
+  view: null, waiting: null, scrolls: new Map(), path: "",
+
+  open() {
+    document.body.classList.add("open");
+    dress($("#top"), {}).replaceChildren(...this.bar());
+    this.view = null;
+    stream.start();
+    this.route();
+    this.worst();
+  },
+
+  closed(why) {
+    this.view?.leave?.();
+    this.view = null;
+    jobList = null;
+    document.body.classList.remove("open");
+    $("#top").replaceChildren();
+    document.title = "koi";
+    favicon("none");
+    logInView(why);
+  },
+
+  bar() {
+    const nav = el("nav", { "aria-label": "Places" }, NAV.map(([path, word]) =>
+      link(`#/${path}`, [word, path === "alerts"
+        && el("span", { class: "count", id: "alerts" })],
+      { "data-path": path })));
+    const find = el("form", { role: "search", id: "find", onsubmit: (e) => {
+      e.preventDefault();
+      go(`search?q=${encodeURIComponent(find.q.value)}`);
+    } }, icon("search"), el("input", { name: "q", type: "search",
+      placeholder: "Search all outputs", "aria-label": "Search all outputs",
+      autocomplete: "off" }));
+    return [link("#/jobs", [brand(), "koi"], { class: "brand" }), nav, find,
+      el("span", { id: "link", class: "link", role: "status" }),
+      el("label", { class: "zone" }, el("span", { class: "away",
+        text: "Times in the zone of" }), zoneSwitch()),
+      button(icon("sun"), nextTheme, { class: "btn quiet theme",
+        "aria-label": "Light or dark", title: "Light or dark" }),
+      button(el("span", { text: "?" }), () => showKeys(), {
+        class: "btn quiet help", "aria-label": "Keys", title: "Keys (?)" }),
+      button([icon("lock"), el("span", { text: "Lock" })],
+        () => lock("Locked."), { class: "btn quiet locker",
+          title: "Forget the keys and close" })];
+  },
+
+  route() {
+    if (!session.token) return;
+    const place = placeNow();
+    if (this.view?.moved && place.path.split("/").slice(0, 2).join("/")
+        === this.path.split("/").slice(0, 2).join("/")
+        && this.view.moved(place)) return;
+    this.scrolls.set(this.path, scrollY);
+    this.view?.leave?.();
+    hideTip();
+    const root = el("div", { class: "view" });
+    $("#main").replaceChildren(root);
+    this.path = place.path;
+    this.view = place.view(place, root) || {};
+    for (const a of document.querySelectorAll("nav [data-path]")) {
+      const here = (place.path || "jobs").startsWith(a.dataset.path);
+      if (here) a.setAttribute("aria-current", "page");
+      else a.removeAttribute("aria-current");
+    }
+    this.name();
+    scrollTo(0, place.path === "jobs" ? this.scrolls.get("jobs") || 0 : 0);
+    if (document.activeElement === document.body
+        || !document.activeElement) $("#main").focus({ preventScroll: true });
+  },
+
+  // Many changes that come together are drawn once.
+  changed(change) {
+    const all = this.waiting ||= { first: true };
+    for (const [kind, list] of Object.entries(change)) {
+      all[kind] = Array.isArray(list) ? [...all[kind] || [], ...list] : list;
+    }
+    if (!all.first) return;
+    all.first = false;
+    setTimeout(() => {
+      const changes = this.waiting;
+      this.waiting = null;
+      if (!session.token) return;
+      this.view?.update?.(changes);
+      this.worst();
+    }, 30);
+  },
+
+  worst() {
+    const bad = [...known.jobs.values(), ...known.checks.values()].filter(
+      (one) => BAD.has(one.state) && !snoozed(one)).length;
+    this.bad = bad;
+    this.name();
+    favicon(bad ? "bad" : known.alerts.size ? "late"
+      : known.jobs.size + known.checks.size ? "ok" : "none");
+    const count = $("#alerts");
+    if (count) count.textContent = known.alerts.size || "";
+  },
+
+  name() {
+    const title = this.view?.title;
+    document.title = `${this.bad ? `(${this.bad}) ` : ""}${
+      title ? `${title} \u00b7 ` : ""}koi`;
+  },
+
+  link(kind, words, title = "") {
+    dress($("#link"), { title: title || words, "data-kind": kind })
+      .replaceChildren(el("i"), el("span", { text: words }));
+  },
+
+  retitle(title) {
+    if (this.view) this.view.title = title;
+    this.name();
+  },
+};
+
+const snoozed = (one) => one.snoozed && one.snoozed > now();
+
+function brand() {      // a koi from above, in two strokes
+  return svg("svg", { class: "fish", viewBox: "0 0 24 24",
+    "aria-hidden": "true" },
+  svg("path", { d: "M12 1.5c4 3.2 4.600 8.500 1.600 13.500l3.400 6.500"
+    + "c-2.500.1-4-.7-5-2.500-1 1.800-2.500 2.600-5 2.500l3.400-6.500"
+    + "C7.400 10 8 4.700 12 1.500z" }),
+  svg("path", { class: "spot", d: "M12 5c1.800 1.500 2 3.800.6 6-2-.6-2.800-3-"
+    + ".6-6z" }));
+}
+
+const ICON_COLOURS = { bad: "d6342c", late: "c27a00", ok: "2f8f55",
+  none: "8a929c" };
+
+function favicon(kind) {
+  const mark = kind === "bad" ? "M11 11l10 10m0-10l-10 10"
+    : kind === "ok" ? "M9.500 16.500l4.500 4.500 8.500-10" : "M10 16h12";
+  $("link[rel=icon]").href = "data:image/svg+xml," + encodeURIComponent(
+    `<svg xmlns="${SVG}" viewBox="0 0 32 32"><rect width="32" height="32" ` +
+    `rx="9" fill="#${ICON_COLOURS[kind]}"/><path d="${mark}" fill="none" ` +
+    `stroke="#fff" stroke-width="3.500" stroke-linecap="round"/></svg>`);
+}
+
+function zoneSwitch() {
+  return el("select", { value: zoneKind, onchange: (event) => {
+    zoneKind = event.target.value;
+    taste.set("zone", zoneKind);
+    jobList = null;
+    shell.view?.leave?.();
+    shell.view = null;
+    shell.route();
+  } }, [["mine", "My time"], ["host", "Host\u2019s time"], ["utc", "UTC"]]
+    .map(([value, text]) => el("option", { value, text,
+      selected: value === zoneKind })));
+}
+
+const THEMES = ["auto", "light", "dark"];
+
+function showTheme(theme) {
+  document.documentElement.dataset.theme = theme;
+}
+
+function nextTheme() {
+  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  const usual = dark ? ["auto", "light", "dark"] : ["auto", "dark", "light"];
+  const theme = usual[(usual.indexOf(taste.get("theme", "auto")) + 1) % 3];
+  taste.set("theme", theme);
+  showTheme(theme);
+  say({ auto: "Light or dark as the system", light: "Light",
+    dark: "Dark" }[theme]);
+}
+
+let sayTimer = 0;
+function say(text, kind = "") {
+  const line = $("#said");
+  line.className = kind ? `shown ${kind}` : "shown";
+  line.textContent = text;
+  clearTimeout(sayTimer);
+  sayTimer = setTimeout(() => { line.className = ""; },
+    kind ? 9000 : 3500);
+}
+
+// What stands where a list is empty: what it is, and what to type.
+function empty(title, ...inside) {
+  return el("div", { class: "empty" }, el("h2", { text: title }), inside);
+}
+
+// A place that needs an answer first: its words, then its content or why not.
+async function filled(root, question, show) {
+  const wait = el("p", { class: "muted waits", text: "Loading\u2026" });
+  root.append(wait);
+  try {
+    const answer = await question();
+    wait.remove();
+    if (root.isConnected) show(answer);
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    if (!(error instanceof Refusal)) throw error;
+    wait.replaceWith(el("div", { class: "note bad", role: "alert" },
+      el("b", { text: error.message }), " ", error.hint));
+  }
+}
+
+// --- login ---------------------------------------------------------------
+
+function logInView(why = "") {
+  const main = $("#main"), failed = el("p", { class: "error", role: "alert",
+    id: "why", text: why });
+  const secret = el("input", { type: "password", name: "secret",
+    id: "secret", autocomplete: "current-password", required: true,
+    spellcheck: "false", "aria-describedby": "why hint" });
+  const enter = el("button", { class: "btn primary", type: "submit",
+    text: "Open" });
+  const bar = el("progress", { max: 1, hidden: true,
+    "aria-label": "Computing the keys" });
+  const extra = el("div", { class: "extra" });
+  const form = el("form", { class: "card login", onsubmit: (event) => {
+    event.preventDefault();
+    tryLogIn({ form, secret, enter, bar, failed, extra });
+  } }, el("h1", {}, brand(), "koi"),
+  needsServer() && serverField(), extra,
+  el("label", { for: "secret", text: "Passphrase" }), secret, failed,
+  bar, enter, el("p", { class: "muted", id: "hint", text: "It stays in this "
+    + "tab: keys are made of it here, and are gone when the tab is closed. "
+    + "A viewer\u2019s key (view-\u2026) opens this page for reading." }));
+  main.replaceChildren(form);
+  secret.focus();
+}
+
+const onDisk = () => location.protocol === "file:";
+const needsServer = () => onDisk() && !$("meta[name=koi-server]").content;
+
+function serverField() {
+  return [el("label", { for: "server", text: "Dashboard\u2019s address" }),
+    el("input", { id: "server", type: "url", name: "server",
+      required: true, placeholder: "https://koi.example.org",
+      value: session.server })];
+}
+
+function dashField(extra) {
+  extra.replaceChildren(el("label", { for: "dash",
+    text: "Dashboard\u2019s id" }), el("input", { id: "dash", name: "dash",
+    pattern: "[0-9a-f]{16}", required: true, autocomplete: "username",
+    "aria-describedby": "dash-hint" }), el("p", { class: "muted",
+    id: "dash-hint", text: "16 letters and digits: "
+      + "koitab -d show tells it on a host." }));
+  extra.querySelector("input").focus();
+}
+
+async function tryLogIn({ form, secret, enter, bar, failed, extra }) {
+  const text = secret.value;
+  if (form.server) session.server = form.server.value.replace(/\/+$/, "");
+  if (form.dash) session.dash = form.dash.value;
+  failed.textContent = "";
+  enter.disabled = true;
+  enter.textContent = "Opening\u2026";
+  try {
+    await logIn(text, (part) => { bar.hidden = false; bar.value = part; });
+    secret.value = "";
+    if (location.hash === `#${session.dash}`) go("jobs", true);
+    shell.open();
+  } catch (error) {
+    if (!(error instanceof Refusal)) throw error;
+    if (error.status === 400 && !form.dash) dashField(extra);
+    failed.textContent = whyNot(error);
+    secret.select();
+  } finally {
+    bar.hidden = true;
+    enter.disabled = false;
+    enter.textContent = "Open";
+  }
+}
+
+function whyNot(error) {
+  if (error.status === 401) return "That is not the passphrase.";
+  if (error.status === 404) {
+    return "There is no dashboard here yet: type koitab -d new on a host.";
+  }
+  if (error.status === 429) {
+    return error.wait ? "Too many tries. Try again in "
+      + `${about(error.wait)}.` : "Too many tries. Try again in a minute.";
+  }
+  return `${error.message} ${error.hint}`.trim();
+}
+
+// --- strips and bars: many runs in one small picture ----------------------
+
+// Each item: {x, w, letter}. One path for each look, however many there are;
+// looks differ in height and fill, not in colour alone.
+const LOOKS = { o: "ok", f: "bad", k: "bad", u: "bad", i: "odd", m: "hollow",
+  s: "skip", r: "run", q: "wait" };
+const LOW = { o: 0.62, s: 0.3, r: 0.62, q: 0.62 };
+
+function bars(items, height, facts, tipOf, hrefOf) {
+  const paths = {};
+  for (const { x, w, letter } of items) {
+    const look = LOOKS[letter] || "odd";
+    const h = Math.round(height * (LOW[letter] || 1));
+    const inset = look === "hollow" || look === "wait" ? 0.5 : 0;
+    (paths[look] ||= []).push(`M${x + inset} ${height - h + inset}h${
+      Math.max(w - 2 * inset, 0.5)}v${h - 2 * inset}h${
+      -Math.max(w - 2 * inset, 0.5)}z`);
+  }
+  const node = svg("svg", { class: "bars", role: "img", ...facts },
+    Object.entries(paths).map(([look, d]) => svg("path", {
+      class: `b-${look}`, d: d.join("") })));
+  node.bars = { items, tipOf, hrefOf, at: items.length - 1 };
+  return node;
+}
+
+function barAt(node, event) {
+  const box = node.getBoundingClientRect();
+  const scale = (node.viewBox.baseVal?.width || box.width) / box.width;
+  const x = (event.clientX - box.left) * scale;
+  let best = -1, distance = 6;
+  node.bars.items.forEach((item, at) => {
+    const far = x < item.x ? item.x - x : Math.max(0, x - item.x - item.w);
+    if (far < distance) { best = at; distance = far; }
+  });
+  return best;
+}
+
+function showTip(node, at) {
+  const { items, tipOf } = node.bars, item = items[at];
+  if (!item) return hideTip();
+  node.bars.at = at;
+  const tip = $("#tip"), box = node.getBoundingClientRect();
+  const scale = box.width / (node.viewBox.baseVal?.width || box.width);
+  tip.replaceChildren(...[tipOf(item)].flat());
+  tip.hidden = false;
+  const x = box.left + (item.x + item.w / 2) * scale;
+  const half = tip.offsetWidth / 2;
+  tip.style.left = `${Math.min(Math.max(x, half + 8),
+    innerWidth - half - 8)}px`;
+  tip.style.top = `${box.top - tip.offsetHeight - 6 < 0
+    ? box.bottom + 6 : box.top - tip.offsetHeight - 6}px`;
+}
+
+function hideTip() {
+  $("#tip").hidden = true;
+}
+
+function watchBars() {
+  const barsOf = (event) => event.target.closest?.("svg.bars");
+  document.addEventListener("mousemove", (event) => {
+    const node = barsOf(event);
+    if (node) showTip(node, barAt(node, event));
+    else if (document.activeElement?.bars === undefined) hideTip();
+  });
+  document.addEventListener("click", (event) => {
+    const node = barsOf(event), at = node ? barAt(node, event) : -1;
+    const href = at >= 0 && node.bars.hrefOf(node.bars.items[at]);
+    if (href) location.hash = href;
+  });
+  document.addEventListener("focusin", (event) => {
+    const node = barsOf(event);
+    if (node && node.matches(":focus-visible")) showTip(node, node.bars.at);
+    else hideTip();
+  });
+}
+
+// Arrow keys walk along a strip that has the focus; Enter opens.
+function barKey(event) {
+  const node = event.target, step = { ArrowLeft: -1, ArrowRight: 1,
+    Home: -1e6, End: 1e6 }[event.key];
+  if (!node.bars) return false;
+  const { items, hrefOf } = node.bars;
+  if (step) {
+    const at = Math.min(Math.max(node.bars.at + step, 0), items.length - 1);
+    showTip(node, at);
+    $("#told").textContent = $("#tip").textContent;
+  } else if (event.key === "Enter" && items[node.bars.at]) {
+    location.hash = hrefOf(items[node.bars.at]);
+  } else {
+    return false;
+  }
+  event.preventDefault();
+  return true;
+}
+
+const phone = matchMedia("(max-width: 759px)");
+const wide = matchMedia("(min-width: 1480px)");
+
+function strip(cells, host, hrefOf = (item) => `#/run/${item.cell[0]}`) {
+  const most = phone.matches ? 30 : 90, pitch = phone.matches ? 5
+    : wide.matches ? 4 : 3;
+  const last = cells.slice(-most), skip = most - last.length;
+  const items = last.map((cell, at) => ({ x: (at + skip) * pitch,
+    w: pitch - 1, letter: cell[3], cell }));
+  const width = most * pitch;
+  return bars(items, 18, { viewBox: `0 0 ${width} 18`, width, height: 18,
+    tabindex: -1, "aria-label": stripWords(last) },
+  ({ cell }) => cellWords(cell, host), hrefOf);
+}
+
+function stripWords(cells) {
+  const counts = {};
+  for (const cell of cells) {
+    const word = LETTERS[cell[3]] || cell[3];
+    counts[word] = (counts[word] || 0) + 1;
+  }
+  const said = Object.entries(counts).map(([word, n]) => `${n} ${word}`);
+  return said.length ? `last ${plural(cells.length, "run")}: ${
+    said.join(", ")}` : "no runs yet";
+}
+
+function cellWords([, at, seconds, letter], host) {
+  return [el("b", { text: LETTERS[letter] || letter }), " ", when(at, host),
+    isThere(seconds) && letter !== "m" ? ` \u00b7 ${lasting(seconds)}` : ""];
+}
+
+// How long the last 30 runs took, and the band of what is usual.
+function spark(cells, usual) {
+  const found = cells.slice(-30).filter((cell) => isThere(cell[2])
+    && !"msqr".includes(cell[3]));
+  if (found.length < 3) return null;
+  const times = found.map((cell) => Math.max(cell[2], 0.001));
+  const middle = [...times].sort((a, b) => a - b)[times.length >> 1];
+  const log = Math.max(...times) > 10 * middle;
+  const scale = log ? Math.log : (x) => x, all = [...times, ...usual || []];
+  const low = log ? scale(Math.max(0.001, Math.min(...all))) : 0;
+  const high = Math.max(scale(Math.max(...all)), low + 1e-6);
+  const y = (s) => 16 - 14 * (scale(Math.max(s, 0.001)) - low)
+    / (high - low);
+  const x = (at) => 1 + at * 56 / Math.max(1, times.length - 1);
+  const line = times.map((s, at) => `${at ? "L" : "M"}${x(at).toFixed(1)} ${
+    y(s).toFixed(1)}`).join("");
+  const last = times.length - 1;
+  return svg("svg", { class: "spark", viewBox: "0 0 60 18", width: 60,
+    height: 18, role: "img", "aria-label": `took ${lasting(times[last])
+    } last${usual ? `, usually ${lasting(usual[0])} to ${
+      lasting(usual[1])}` : ""}` },
+  usual && svg("rect", { x: 0, width: 60, y: y(usual[1]),
+    height: Math.max(1.5, y(usual[0]) - y(usual[1])) }),
+  svg("path", { d: line }),
+  svg("circle", { cx: x(last), cy: y(times[last]), r: 1.8 }));
+}
+
+// --- jobs: the list that people see first ---------------------------------
+
+let jobList = null;     // kept while other places are shown
+const wanted = { text: "", host: "", state: "" };
+
+function jobsView(place, root) {
+  const asked = place.query.get("state");
+  if (asked) wanted.state = asked;
+  jobList ||= new JobList();
+  root.replaceWith(jobList.root);
+  jobList.update();
+  return { title: "", update: (changes) => jobList.update(changes),
+    keys: { j: () => jobList.step(1), k: () => jobList.step(-1),
+      r: () => jobList.runHere(), "/": () => jobList.text.focus() } };
+}
+
+function endOfRun(run) {
+  if (run.state === "running" || run.state === "queued") return run.state;
+  if (run.state !== "done") return run.state === "unstartable"
+    ? "could not start" : run.state;
+  if (run.reason === "timeout") return "timeout";
+  if (run.signal) return `signal ${run.signal}`;
+  return `exit ${run.exit}`;
+}
+
+function took(run) {
+  if (!run.started) return null;
+  return (run.ended || now()) - run.started;
+}
+
+function nextWords(job) {
+  if (job.gone) return "in no tab";
+  if (job.manual) return "when asked for";
+  if (job.when === "@reboot") return "on reboot";
+  return "not scheduled";
+}
+
+class JobRow {
+  constructor(list) {
+    this.list = list;
+    this.seen = {};
+    this.cells = {};
+    this.root = el("div", { class: "row", role: "row" });
+    for (const name of ["is", "name", "words", "last", "strip", "spark",
+      "next", "act"]) {
+      this.cells[name] = el("div", { class: `c-${name}`, role: "cell" });
+      this.root.append(this.cells[name]);
+    }
+    this.root.row = this;
+  }
+
+  // Only what differs is drawn again: so focus and selection stay.
+  put(name, key, make) {
+    if (this.seen[name] === key) return;
+    this.seen[name] = key;
+    this.cells[name].replaceChildren(...[make()].flat(2).filter(isThere));
+  }
+
+  update(job) {
+    this.job = job;
+    const host = hostOf(job), last = job.last;
+    this.root.classList.toggle("bad", BAD.has(job.state) && !snoozed(job));
+    this.put("is", `${job.state} ${snoozed(job) || ""}`, () => [
+      stateMark(job.state), snoozed(job) && muted(" snoozed")]);
+    this.put("name", `${job.label} ${this.top} ${job.user}`, () => [
+      link(`#/job/${job.id}`, job.label, { title: job.command }),
+      muted(this.top ? `${hostName(job.host)}${job.section
+        ? ` / ${job.section}` : ""}` : job.user !== "root"
+        ? job.user : "")]);
+    this.put("words", job.words + job.when, () => el("span", {
+      text: job.words, title: job.when }));
+    this.put("last", last ? `${last.id} ${last.state} ${last.ended}` : "",
+      () => last ? this.lastRun(last, host) : muted("never ran"));
+    this.put("strip", `${job.strip.map((cell) => cell[3]).join("")}${
+      job.strip[job.strip.length - 1]?.[0]}${phone.matches}${wide.matches}`,
+    () => job.strip.length ? strip(job.strip, host) : null);
+    this.put("spark", `${job.strip.length} ${last?.id} ${last?.ended}`,
+      () => spark(job.strip, job.usual));
+    this.put("next", `${job.next} ${job.gone}`, () => job.next
+      ? timeOf(job.next, host) : muted(nextWords(job)));
+    this.put("act", `${job.manual} ${job.confirm} ${job.gone} ${
+      job.failing?.since} ${job.last?.id} ${job.snoozed}`,
+    () => this.acts(job));
+    this.failing(job, host);
+  }
+
+  lastRun(run, host) {
+    const bad = run.state !== "running" && endOfRun(run) !== "exit 0";
+    return [link(`#/run/${run.id}`, timeOf(run.ended || run.started
+      || run.due || run.asked, host)), el("span", { class: "muted num" },
+      run.started && run.state !== "running" ? lasting(took(run)) : ""),
+    bad && el("span", { class: "exit", text: endOfRun(run) })];
+  }
+
+  acts(job) {
+    return canRun(job) ? runLink(job) : null;
+  }
+
+  // The line that explains a failing job, with what one would do next.
+  failing(job, host) {
+    const f = job.failing, key = f ? `${f.since} ${f.count} ${f.line} ${
+      job.last?.id} ${job.snoozed}` : "";
+    if (this.seen.failing === key) return;
+    this.seen.failing = key;
+    this.more?.remove();
+    this.more = null;
+    if (!f) return;
+    const since = timeOf(f.since, host, () => about(now() - f.since));
+    this.more = el("div", { class: "why", role: "cell" },
+      f.line && el("pre", { text: visible(f.line), title: "the last line "
+        + "of its output" }),
+      el("span", { class: "muted" }, "failing for ", since, `, ${
+        plural(f.count, "run")}; `, f.last_ok ? ["last ok ",
+        timeOf(f.last_ok, host, () => when(f.last_ok, host))]
+        : "never ok in what is kept"),
+      el("span", { class: "acts" },
+        job.last && link(`#/run/${job.last.id}`, "Output", { class: "btn" }),
+        job.last && f.last_ok && link(`#/run/${job.last.id}?diff`,
+          "Diff with last good", { class: "btn" }),
+        isOperator() && snoozeButtons(`job:${job.id}`, job)));
+    this.root.append(this.more);
+  }
+}
+
+const canRun = (job) => isOperator() && job.manual && !job.gone
+  && job.confirm !== "cli";
+
+function runLink(job) {
+  return link(`#/job/${job.id}/run`, [icon("run"), "Run"],
+    { class: "btn run", "aria-label": `Run ${job.label}` });
+}
+
+function snoozeButtons(subject, one) {
+  const until = (seconds, words) => button(words, () => attempt(() =>
+    tell("snooze", { subject, until: seconds ? Math.round(now() + seconds)
+      : 0 }), seconds ? `Quiet for ${about(seconds)}` : "Alerts again"));
+  return snoozed(one) ? until(0, "Wake up")
+    : [until(3600, "Snooze 1 h"), until(86400, "1 d")];
+}
+
+class CheckRow extends JobRow {
+  update(check) {
+    this.job = check;
+    const bad = BAD.has(check.state);
+    this.root.classList.toggle("bad", bad && !snoozed(check));
+    const state = check.started && check.state === "up" ? "running"
+      : check.state;
+    this.put("is", `${state} ${snoozed(check) || ""}`, () => [
+      stateMark(state), snoozed(check) && muted(" snoozed")]);
+    this.put("name", check.name + check.slug + check.tags, () => [
+      link(`#/check/${check.id}`, check.name || check.slug),
+      muted(check.tags || "")]);
+    this.put("words", check.words, () => el("span", { text: check.words }));
+    this.put("last", `${check.last_ping} ${check.last_duration}`, () =>
+      check.last_ping ? [timeOf(check.last_ping), muted(
+        lasting(check.last_duration))] : muted("no ping yet"));
+    this.put("strip", `${check.n} ${check.strip.length} ${phone.matches} ${
+      wide.matches}`, () => check.strip.length ? strip(check.strip, null,
+      () => `#/check/${check.id}`) : null);
+    this.put("spark", `${check.n}`, () => spark(check.strip, null));
+    this.put("next", `${check.next} ${check.state}`, () => check.next
+      ? timeOf(check.next) : muted(check.state === "paused" ? "paused"
+        : "waits for a ping"));
+    this.put("act", "", () => copyButton(() => pingUrl(check), "URL"));
+  }
+}
+
+const origin = () => session.server || location.origin;
+const pingUrl = (check) => `${origin()}/ping/${check.id}`;
+
+class JobList {
+  constructor() {
+    this.rows = new Map();
+    this.groups = new Map();
+    this.here = null;
+    this.body = el("div", { class: "jobs", role: "table",
+      "aria-label": "Jobs" });
+    this.none = el("div");
+    this.root = el("div", { class: "view" }, el("h1", { class: "away",
+      text: "Jobs" }), this.toolbar(), this.body, this.none);
+    this.body.addEventListener("focusin", (event) => this.at(
+      event.target.closest(".row")));
+    for (const query of [phone, wide]) {
+      query.addEventListener("change", () => this.root.isConnected
+        && this.update());
+    }
+  }
+
+  toolbar() {
+    this.text = el("input", { type: "search", placeholder:
+      "Filter jobs  ( / )", "aria-label": "Filter jobs",
+    value: wanted.text, autocomplete: "off", oninput: () => {
+      wanted.text = this.text.value;
+      this.filter();
+    }, onkeydown: (event) => {
+      if (event.key === "Enter") this.step(1);
+    } });
+    this.host = el("select", { "aria-label": "Host", onchange: () => {
+      wanted.host = this.host.value;
+      this.filter();
+    } });
+    this.chips = el("div", { class: "chips", role: "group",
+      "aria-label": "Filter by state" });
+    return el("div", { class: "toolbar" }, this.text, this.host, this.chips);
+  }
+
+  update(changes) {
+    if (changes && !changes.all && !["jobs", "hosts", "checks", "gone"]
+      .some((kind) => changes[kind])) return;
+    const focus = document.activeElement;
+    this.place();
+    this.filter();
+    if (focus !== document.activeElement && focus?.isConnected
+        && this.root.contains(focus)) focus.focus({ preventScroll: true });
+  }
+
+  // Which row stands in which group, in order; nodes move only if they must.
+  place() {
+    const groups = new Map();
+    const into = (key, order, item) => {
+      if (!groups.has(key)) groups.set(key, { order, items: [] });
+      groups.get(key).items.push(item);
+    };
+    for (const job of known.jobs.values()) {
+      const host = hostName(job.host);
+      if (BAD.has(job.state) && !snoozed(job)) into("!", "", job);
+      else into(`${job.host}\n${job.section}`, `1${host}\n${job.host}`, job);
+    }
+    for (const check of known.checks.values()) {
+      if (BAD.has(check.state) && !snoozed(check)) into("!", "", check);
+      else into("checks", "2", check);
+    }
+    if (known.jobs.size + known.checks.size) {
+      if (!groups.has("checks")) groups.set("checks", { order: "2",
+        items: [] });
+    }
+    for (const host of known.hosts.values()) this.bareHost(host, groups);
+    groups.get("!")?.items.sort(worstFirst);
+    this.fill(groups);
+  }
+
+  bareHost(host, groups) {
+    if (![...known.jobs.values()].some((job) => job.host === host.id)) {
+      groups.set(`${host.id}\n`, { order: `1${host.name}\n${host.id}`,
+        items: [] });
+    }
+  }
+
+  fill(groups) {
+    const sorted = [...groups].sort(([, a], [, b]) =>
+      a.order < b.order ? -1 : a.order > b.order ? 1 : 0);
+    const rows = new Set(), kept = new Set();
+    let before = null;
+    for (const [key, { items }] of sorted) {
+      const host = key.includes("\n") ? key.split("\n")[0] : "";
+      const group = this.group(key, host, items.length);
+      kept.add(key);
+      setNext(this.body, before, group.root);
+      before = group.root;
+      let row = group.head;
+      for (const item of items) {
+        const it = this.row(item, key === "!");
+        rows.add(it.key);
+        setNext(group.root, row, it.root);
+        row = it.root;
+      }
+    }
+    drop(this.rows, rows);
+    drop(this.groups, kept);
+  }
+
+  row(item, top) {
+    const check = "methods" in item, key = check ? item.id : +item.id;
+    let row = this.rows.get(key);
+    if (!row) {
+      row = check ? new CheckRow(this) : new JobRow(this);
+      row.key = key;
+      this.rows.set(key, row);
+    }
+    row.top = top;
+    row.update(item);
+    return row;
+  }
+
+  group(key, id, size) {
+    let group = this.groups.get(key);
+    if (!group) {
+      const head = el("div", { class: "head", role: "row" });
+      group = { head, id, root: el("section", { class: "group",
+        role: "rowgroup" }, head) };
+      if (key === "!") group.root.classList.add("attention");
+      this.groups.set(key, group);
+    }
+    const host = known.hosts.get(id), section = key.split("\n")[1];
+    const sign = `${host?.state} ${host?.name} ${host?.seen > 0} ${!size}`;
+    if (group.sign !== sign) {
+      group.sign = sign;
+      group.name = id ? hostHeading(host, id) : null;
+      group.head.replaceChildren(el("div", { role: "columnheader" },
+        id ? [group.name, section && el("h3", { text: section })]
+          : key === "!" ? el("h2", { text: "Needs attention" })
+            : checksHeading()));
+      group.hint?.remove();
+      group.hint = size ? null : el("p", { class: "hint muted" },
+        id ? ["No jobs yet. On ", hostName(id), " type ",
+          code("koitab -e"), "."] : ["None yet. A check is a URL that a "
+          + "job elsewhere pings; it tells when the ping stays away."]);
+      if (group.hint) group.root.append(group.hint);
+    }
+    return group;
+  }
+
+  filter() {
+    const text = wanted.text.toLowerCase();
+    const counts = { bad: 0, running: 0, all: 0, unknown: 0 };
+    let shown = 0;
+    for (const row of this.rows.values()) {
+      const job = row.job, bad = BAD.has(job.state);
+      const near = (!wanted.host || job.host === wanted.host)
+        && (!text || searchable(job).includes(text));
+      if (near) {
+        counts.all += 1;
+        if (bad) counts.bad += 1;
+        if (job.running?.length || job.started) counts.running += 1;
+        if (job.state === "unknown") counts.unknown += 1;
+      }
+      const fits = near && (!wanted.state || (wanted.state === "bad" ? bad
+        : wanted.state === "running" ? job.running?.length || job.started
+          : job.state === wanted.state));
+      row.root.hidden = !fits;
+      shown += fits ? 1 : 0;
+    }
+    const filtering = text || wanted.host || wanted.state;
+    this.showGroups(filtering);
+    this.showChips(counts);
+    this.showHosts();
+    this.showNone(shown, filtering, text);
+  }
+
+  // A host's name stands above the first of its groups that is shown.
+  showGroups(filtering) {
+    const of = new Map([...this.groups.values()].map((one) =>
+      [one.root, one]));
+    let lastHost = "";
+    for (const node of this.body.children) {
+      const group = of.get(node);
+      const any = [...node.children].some((one) => one.row && !one.hidden);
+      node.hidden = Boolean(filtering) && !any;
+      if (node.hidden || !group.id) continue;
+      group.name.hidden = group.id === lastHost;
+      lastHost = group.id;
+    }
+  }
+
+  showChips(counts) {
+    const sign = JSON.stringify([counts, wanted.state]);
+    if (this.chipSign === sign) return;
+    this.chipSign = sign;
+    const focused = this.chips.contains(document.activeElement)
+      && document.activeElement.dataset.state;
+    this.chips.replaceChildren(...[["", "All", "all"], ["bad",
+      "Needs attention", "bad"], ["running", "Running", "running"],
+    ["unknown", "Unknown", "unknown"]].filter(([state, , name]) =>
+      counts[name] || !state || state === wanted.state).map(
+      ([state, word, name]) => button([word, el("b",
+        { text: counts[name] })], () => {
+        wanted.state = state;
+        this.filter();
+      }, { class: "chip", "data-state": state,
+        "aria-pressed": String(wanted.state === state) })));
+    if (focused !== false) $(`[data-state="${focused}"]`, this.chips)
+      ?.focus();
+  }
+
+  showHosts() {
+    const hosts = [...known.hosts.values()].sort(byName);
+    const sign = hosts.map((host) => host.id + host.name).join();
+    if (this.hostSign === sign) return;
+    this.hostSign = sign;
+    this.host.replaceChildren(el("option", { value: "",
+      text: "All hosts" }), ...hosts.map((host) => el("option", {
+      value: host.id, text: host.name })));
+    this.host.value = wanted.host;
+    this.host.hidden = hosts.length < 2;
+  }
+
+  showNone(shown, filtering, text) {
+    const nothing = !known.jobs.size && !known.checks.size
+      && !known.hosts.size;
+    this.body.hidden = nothing;
+    $(".toolbar", this.root).hidden = nothing;
+    this.none.replaceChildren(...[nothing ? noHosts() : !shown && filtering
+      ? empty("No job fits the filter", el("p", {}, button("Clear filter",
+        () => this.clear()), " ", text && link(`#/search?q=${
+        encodeURIComponent(wanted.text)}`, "Search all outputs for it")))
+      : null].filter(isThere));
+  }
+
+  clear() {
+    Object.assign(wanted, { text: "", host: "", state: "" });
+    this.text.value = this.host.value = "";
+    this.filter();
+  }
+
+  // j and k: the focus goes from name to name.
+  step(by) {
+    const rows = [...this.body.querySelectorAll(".row:not([hidden])")];
+    const at = rows.indexOf(this.here);
+    const next = rows[Math.min(Math.max(at + by, 0), rows.length - 1)];
+    $(".c-name a", next || this.body)?.focus();
+    next?.scrollIntoView({ block: "nearest" });
+  }
+
+  at(row) {
+    if (row === this.here || !row) return;
+    $(".bars", this.here || this.body)?.setAttribute("tabindex", -1);
+    this.here = row;
+    $(".bars", row)?.setAttribute("tabindex", 0);
+  }
+
+  runHere() {
+    const job = this.here?.row.job;
+    if (job && job.command !== undefined && canRun(job)) {
+      go(`job/${job.id}/run`);
+    } else {
+      say("This job runs by its schedule; r runs those that are "
+        + "@manual.");
+    }
+  }
+}
+
+const byName = (a, b) => a.name < b.name ? -1 : a.name > b.name ? 1 : 0;
+const searchable = (job) => [job.label, job.name, job.section, job.command,
+  job.user, job.tags, job.slug, job.when, job.words, hostName(job.host)]
+  .join(" ").toLowerCase();
+
+function worstFirst(a, b) {
+  const rank = STATES[a.state][1] - STATES[b.state][1];
+  return rank || (b.failing?.since || b.last_ping || 0)
+    - (a.failing?.since || a.last_ping || 0);
+}
+
+function setNext(parent, before, node) {
+  const next = before ? before.nextSibling : parent.firstChild;
+  if (next !== node) parent.insertBefore(node, next);
+}
+
+function drop(map, kept) {
+  for (const [key, thing] of map) {
+    if (kept.has(key)) continue;
+    thing.root.remove();
+    map.delete(key);
+  }
+}
+
+function hostHeading(host, id) {
+  if (!host) return el("h2", { text: hostName(id) });
+  const state = host.state === "up" ? null : el("span", {
+    class: "hoststate" }, icon("unknown"), hostStateWords(host));
+  return el("h2", {}, host.name, state);
+}
+
+function hostStateWords(host) {
+  if (host.state === "twin") return "two daemons use this host\u2019s "
+    + "identity";
+  if (host.state === "new" || !host.seen) return "has not called yet";
+  return host.state === "silent" ? ["silent, last heard ",
+    timeOf(host.seen, host)] : ["heard ", timeOf(host.seen, host)];
+}
+
+function checksHeading() {
+  return [el("h2", {}, "Checks", muted("what pings in from elsewhere")),
+    isOperator() && link("#/check/new", "New check", { class: "btn" })];
+}
+
+function noHosts() {
+  return empty("No host has joined this dashboard yet",
+    el("p", {}, "On a machine with koi, type:"), joinCommands(),
+    el("p", { class: "muted" }, "Its jobs show here within a second."),
+    isOperator() && el("p", {}, "Or let something that is not koi\u2019s "
+      + "report by a URL: ", link("#/check/new", "New check")));
+}
+
+function joinCommands() {
+  return [snippet(`koitab -d join ${origin()}`), snippet("koitab status")];
+}
+
+// --- output: bytes become lines, as a terminal would show them ------------
+
+// Frames as section Record of koitab.py writes them: stream, ms, length.
+const NOTE = 0, STDERR = 2, FRAMES_END = 3;
+
+function framesOf(bytes) {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
+  const found = [];
+  let at = 0;
+  while (at + 9 <= bytes.length) {
+    const size = view.getUint32(at + 5, true);
+    if (at + 9 + size > bytes.length) break;    // the rest comes later
+    found.push([bytes[at], view.getUint32(at + 1, true),
+      bytes.subarray(at + 9, at + 9 + size)]);
+    at += 9 + size;
+  }
+  return { frames: found, used: at };
+}
+
+// How many bytes at the end are the beginning of a letter in UTF-8.
+function unfinished(bytes) {
+  for (let back = 1; back <= Math.min(3, bytes.length); back += 1) {
+    const byte = bytes[bytes.length - back];
+    if (byte >= 0xc0) {
+      const size = byte >= 0xf0 ? 4 : byte >= 0xe0 ? 3 : 2;
+      return size > back ? back : 0;
+    }
+    if (byte < 0x80) return 0;
+  }
+  return 0;
+}
+
+const isBidi = (c) => c >= 0x202a && c <= 0x202e || c >= 0x2066
+  && c <= 0x2069 || c === 0x200e || c === 0x200f || c === 0x61c;
+const isControl = (c) => c < 0x20 || c >= 0x7f && c < 0xa0 || isBidi(c)
+  || c === 0x2028 || c === 0x2029 || c === 0xfeff;
+
+// A control character as something that one can see.
+function glyph(c) {
+  if (c < 0x20) return String.fromCharCode(0x2400 + c);
+  if (c === 0x7f) return "\u2421";
+  if (c < 0xa0) return `<${c.toString(16)}>`;
+  return `<U+${c.toString(16).toUpperCase().padStart(4, "0")}>`;
+}
+
+function visible(text) {
+  let seen = "";
+  for (let i = 0; i < text.length; i += 1) {
+    const c = text.charCodeAt(i);
+    seen += isControl(c) && c !== 9 ? glyph(c) : text[i];
+  }
+  return seen;
+}
+
+const PLAIN = { fg: null, bg: null, bold: false, dim: false, italic: false,
+  under: false, inverse: false, strike: false, href: "", err: false,
+  control: false };
+const MOST_INKS = 2000, LONGEST_ESCAPE = 4096, LONGEST_SGR = 256;
+const LONGEST_LINE = 32768, LONGEST_LINK = 2048;
+const SWITCHES = { 1: { bold: true }, 2: { dim: true }, 3: { italic: true },
+  4: { under: true }, 7: { inverse: true }, 9: { strike: true },
+  22: { bold: false, dim: false }, 23: { italic: false },
+  24: { under: false }, 27: { inverse: false }, 29: { strike: false },
+  39: { fg: null }, 49: { bg: null } };
+
+function colourOf(numbers) {    // 5;n or 2;r;g;b -> a colour, or undefined
+  const [kind, ...rest] = numbers;
+  const byte = (n) => n >= 0 && n <= 255;
+  if (kind === 5 && byte(rest[0])) return rest[0];
+  if (kind !== 2) return undefined;
+  const rgb = rest.slice(0, 3);
+  return rgb.length === 3 && rgb.every(byte) ? `rgb(${rgb.join()})`
+    : undefined;
+}
+
+// What SGR numbers make of an ink. "38:2::1:2:3" is "38;2;1;2;3" too.
+function inked(ink, text) {
+  const after = { ...ink }, codes = text.split(";");
+  for (let i = 0; i < codes.length; i += 1) {
+    const [n, ...sub] = codes[i].split(":").map(Number);
+    if (n === 0) Object.assign(after, PLAIN, { href: ink.href });
+    else if (n === 38 || n === 48) {
+      const list = sub.length ? sub[0] === 2 && sub.length > 4
+        ? [2, ...sub.slice(2)] : sub : codes.slice(i + 1, i + 5).map(Number);
+      const colour = colourOf(list);
+      if (colour !== undefined) after[n === 38 ? "fg" : "bg"] = colour;
+      if (!sub.length) i += list[0] === 5 ? 2 : list[0] === 2 ? 4 : 0;
+    } else if (n === 4 && sub[0] === 0) after.under = false;
+    else if (SWITCHES[n]) Object.assign(after, SWITCHES[n]);
+    else if (n >= 30 && n <= 37) after.fg = n - 30;
+    else if (n >= 40 && n <= 47) after.bg = n - 40;
+    else if (n >= 90 && n <= 97) after.fg = n - 82;
+    else if (n >= 100 && n <= 107) after.bg = n - 92;
+  }
+  return after;
+}
+
+const TEXT = 0, ESCAPE = 1, CSI = 2, STRING = 3, STRING_END = 4, ONE = 5;
+
+// One line of a terminal, for both streams: \r goes back in it, \b one step,
+// ESC[K clears, \n ends it. All in linear time, whatever comes.
+class Terminal {
+  constructor(before) {
+    this.lines = [];
+    this.inks = new Map();
+    this.ink = before?.ink || PLAIN;
+    this.line = newLine();
+    this.column = before?.column || 0;
+    this.streams = {};
+    if (!before) return;
+    Object.assign(this.line, before.line, { cells: before.line.cells.slice(),
+      inks: before.line.inks.slice() });
+    for (const [n, s] of Object.entries(before.streams)) {
+      this.streams[n] = { ...s };
+    }
+  }
+
+  // What the next block begins with.
+  state() {
+    return { ink: this.ink, line: this.line, column: this.column,
+      streams: this.streams };
+  }
+
+  shared(ink) {
+    const key = JSON.stringify(ink);
+    const found = this.inks.get(key);
+    if (found) return found;
+    if (this.inks.size >= MOST_INKS) return PLAIN;
+    this.inks.set(key, ink);
+    return ink;
+  }
+
+  feed(stream, ms, bytes) {
+    if (stream === NOTE) return this.note(ms, bytes);
+    if (stream >= FRAMES_END) return;
+    const s = this.streams[stream] ||= { left: new Uint8Array(0),
+      mode: TEXT, held: "", size: 0 };
+    let all = bytes;
+    if (s.left.length) {
+      all = new Uint8Array(s.left.length + bytes.length);
+      all.set(s.left);
+      all.set(bytes, s.left.length);
+    }
+    const keep = unfinished(all);
+    s.left = all.slice(all.length - keep);
+    this.write(s, stream === STDERR, ms, new TextDecoder("utf-8",
+      { ignoreBOM: true }).decode(all.subarray(0, all.length - keep)));
+  }
+
+  write(s, err, ms, text) {
+    let base = this.ink, ink = this.shared({ ...base, err });
+    for (let i = 0; i < text.length; i += 1) {
+      const c = text.charCodeAt(i);
+      if (s.mode !== TEXT) {
+        if (!this.escape(s, text[i], c)) i -= 1;
+      } else if (c >= 0x20 && c < 0x7f) {
+        this.put(text[i], ink, ms);
+      } else if (c === 0x1b) {
+        Object.assign(s, { mode: ESCAPE, held: "", size: 0 });
+      } else if (c === 10) this.end();
+      else if (c === 13) this.column = 0;
+      else if (c === 8) this.column = Math.max(0, this.column - 1);
+      else if (isControl(c) && c !== 9) {
+        this.put(glyph(c), this.shared({ ...ink, control: true }), ms);
+      } else if (c >= 0xd800 && c < 0xdc00 && i + 1 < text.length) {
+        this.put(text[i] + text[i += 1], ink, ms);
+      } else this.put(text[i], ink, ms);
+      if (this.ink !== base) {
+        base = this.ink;
+        ink = this.shared({ ...base, err });
+      }
+    }
+  }
+
+  put(cell, ink, ms) {
+    const line = this.line;
+    line.cells[this.column] = cell;
+    line.inks[this.column] = ink;
+    this.column += 1;
+    if (line.at === null) line.at = ms;
+    if (ink.err) line.err = true;
+    if (this.column >= LONGEST_LINE) this.piece();
+  }
+
+  end() {
+    this.line.ended = true;
+    this.lines.push(this.line);
+    this.line = newLine();
+    this.column = 0;
+  }
+
+  piece() {     // what follows is still the same line
+    this.lines.push(this.line);
+    this.line = newLine();
+    this.line.tail = true;
+    this.column = 0;
+  }
+
+  note(ms, bytes) {
+    if (this.line.cells.length) this.piece();
+    const line = newLine(), text = visible(new TextDecoder().decode(bytes));
+    line.note = true;
+    line.at = ms;
+    line.cells = [`koi: ${text}`];
+    line.inks = [PLAIN];
+    this.lines.push(line);
+  }
+
+  // One letter of an escape sequence; false if it is to be read as text.
+  escape(s, letter, c) {
+    s.size += 1;
+    if (c === 10 || s.size > LONGEST_ESCAPE) {
+      s.mode = TEXT;
+      return false;
+    }
+    if (c === 0x1b) {
+      s.mode = s.mode === STRING ? STRING_END : ESCAPE;
+    } else if (s.mode === ESCAPE) this.begin(s, letter);
+    else if (s.mode === CSI) this.control(s, letter, c);
+    else if (s.mode === STRING_END) {
+      s.mode = TEXT;
+      this.command(s.held);
+      return letter === "\\";
+    } else if (s.mode === STRING) {
+      if (c === 7 || c === 0x9c) {
+        s.mode = TEXT;
+        this.command(s.held);
+      } else s.held += s.held.length < LONGEST_LINK ? letter : "";
+    } else s.mode = TEXT;       // ONE: the letter of ESC ( B
+    return true;
+  }
+
+  begin(s, letter) {
+    s.held = letter === "]" ? "]" : "";
+    s.mode = letter === "[" ? CSI : "]PX^_".includes(letter) ? STRING
+      : "()*+-./#% ".includes(letter) ? ONE : TEXT;
+  }
+
+  control(s, letter, c) {
+    if (c < 0x40 || c > 0x7e) {
+      if (s.held.length < LONGEST_SGR) s.held += letter;
+      return;
+    }
+    s.mode = TEXT;
+    if (letter === "K") this.erase(s.held);
+    if (letter === "m" && /^[\d;:]*$/.test(s.held)
+        && s.held.length < LONGEST_SGR) {
+      this.ink = this.shared(inked(this.ink, s.held));
+    }
+  }
+
+  erase(how) {
+    const { cells, inks } = this.line;
+    if (how === "" || how === "0" || how === "2") {
+      cells.length = Math.min(cells.length, this.column);
+      inks.length = cells.length;
+    }
+    if (how === "1" || how === "2") {
+      for (let i = 0; i < Math.min(this.column, cells.length); i += 1) {
+        cells[i] = " ";
+        inks[i] = PLAIN;
+      }
+    }
+  }
+
+  command(held) {       // OSC 8: a link, to the web or to nothing
+    const match = held.match(/^\]8;[^;]*;(.*)$/s);
+    if (match) {
+      this.ink = this.shared({ ...this.ink, href: webAddress(match[1]) });
+    }
+  }
+}
+
+function newLine() {
+  return { cells: [], inks: [], at: null, err: false, note: false,
+    tail: false, ended: false };
+}
+
+function webAddress(text) {
+  if (!text || text.length >= LONGEST_LINK) return "";
+  try {
+    const url = new URL(text);
+    return ["http:", "https:"].includes(url.protocol) ? url.href : "";
+  } catch {
+    return "";
+  }
+}
+
+const textOf = (line) => Array.from(line.cells, (cell) => cell ?? " ")
+  .join("");
+
+// --- output: lines become elements ----------------------------------------
+
+const MOST_SPANS = 400;     // in one line; what is beyond them is plain
+
+function paint(into, line) {
+  const { cells, inks } = line;
+  let from = 0, spans = 0;
+  for (let at = 1; at <= cells.length; at += 1) {
+    if (at < cells.length && (inks[at] === inks[from]
+        || spans >= MOST_SPANS)) continue;
+    let text = "";
+    for (let i = from; i < at; i += 1) text += cells[i] ?? " ";
+    into.append(spanOf(text, spans < MOST_SPANS ? inks[from] || PLAIN
+      : PLAIN));
+    spans += 1;
+    from = at;
+  }
+}
+
+function spanOf(text, ink) {
+  if (ink === PLAIN) return document.createTextNode(text);
+  const names = ["bold", "dim", "italic", "under", "strike", "err",
+    "control"].filter((name) => ink[name]);
+  let { fg, bg } = ink;
+  if (ink.inverse) [fg, bg] = [bg ?? "paper", fg ?? "ink"];
+  const node = document.createElement(ink.href ? "a" : "span");
+  if (ink.href) {
+    node.href = ink.href;
+    node.rel = "noopener noreferrer";
+    node.target = "_blank";
+  }
+  tint(node, names, "f", "color", fg);
+  tint(node, names, "g", "backgroundColor", bg);
+  if (names.length) node.className = names.join(" ");
+  else if (fg === null && bg === null && !ink.href) {
+    return document.createTextNode(text);
+  }
+  node.textContent = text;
+  return node;
+}
+
+// The 16 colours are the theme's, by class; the others are what they are.
+function tint(node, names, letter, property, colour) {
+  if (colour === null) return;
+  if (typeof colour === "number" && colour < 16) {
+    names.push(letter + colour);
+  } else if (colour === "paper" || colour === "ink") {
+    names.push(letter + colour);
+  } else {
+    node.style[property] = typeof colour === "number" ? cube(colour)
+      : colour;
+  }
+}
+
+function cube(n) {
+  if (n >= 232) return `rgb(${[0, 0, 0].fill(8 + (n - 232) * 10)})`;
+  const level = (value) => value ? 55 + value * 40 : 0, at = n - 16;
+  return `rgb(${[level(Math.floor(at / 36)), level(Math.floor(at / 6) % 6),
+    level(at % 6)]})`;
+}
+
+// --- output: 100 MB of it, of which some screens are there ----------------
+
+const LINE_HEIGHT = 18, TALLEST = 12e6;     // pixels; browsers end near 17e6
+const BLOCK_BYTES = 48 * 1024, BLOCK_LINES = 500, MOST_HITS = 1000;
+const GUTTERS = ["off", "since", "clock"];
+
+class Output {
+  constructor(run, host, place) {
+    Object.assign(this, { run, host, blocks: [], near: new Set(),
+      loading: new Set(), size: 0, live: false, follow: false, fresh: 0,
+      query: "", hits: [], hit: -1, scale: 1, abort: new AbortController(),
+      gutter: taste.get("gutter", "off") });
+    this.wrap = taste.get("wrap", phone.matches ? "on" : "off") === "on";
+    this.sheet = el("div", { class: "sheet" });
+    this.pane = el("div", { class: "pane", role: "log", "aria-live": "off",
+      "aria-label": "Output", tabindex: 0 }, this.sheet);
+    this.more = button("", () => this.setFollow(true),
+      { class: "btn primary newer", hidden: true });
+    this.root = el("section", { class: "output", "aria-label": "Output" },
+      this.bar(), this.pane, this.more);
+    this.show();
+    this.eye = new IntersectionObserver((seen) => this.seen(seen),
+      { root: this.pane, rootMargin: "900px 0px" });
+    this.pane.addEventListener("scroll", () => this.scrolled(),
+      { passive: true });
+    this.place = place;
+  }
+
+  bar() {
+    const toggle = (text, title, deed) => button(text, deed, { title,
+      class: "btn toggle", "aria-pressed": "false" });
+    this.finder = el("input", { type: "search", placeholder: "Find",
+      "aria-label": "Find in this output", autocomplete: "off",
+      oninput: () => this.findSoon(), onkeydown: (event) => {
+        if (event.key !== "Enter") return;
+        event.preventDefault();
+        if (this.finder.value !== this.query) this.find();
+        else this.step(event.shiftKey ? -1 : 1);
+      } });
+    this.found = el("span", { class: "muted found", role: "status" });
+    this.buttons = {
+      err: toggle("stderr", "Only lines of stderr", () => this.onlyErr()),
+      gutter: toggle("Times", "Times: off, since the start, by the clock",
+        () => this.nextGutter()),
+      wrap: toggle("Wrap", "Wrap long lines (w)", () => this.setWrap()),
+      follow: toggle("Follow", "Follow the end (f)",
+        () => this.setFollow(!this.follow)),
+    };
+    return el("div", { class: "bar" }, el("span", { class: "finding" },
+      this.finder, this.found,
+      button(icon("left"), () => this.step(-1), { class: "btn quiet step",
+        "aria-label": "Hit before", hidden: true }),
+      button(icon("right"), () => this.step(1), { class: "btn quiet step",
+        "aria-label": "Next hit", hidden: true })),
+    el("span", { class: "grow" }), Object.values(this.buttons),
+    button("Copy", () => this.copy(), { class: "btn" }),
+    button("Download", () => this.download(), { class: "btn" }));
+  }
+
+  show() {
+    const pressed = (name, is) => this.buttons[name].setAttribute(
+      "aria-pressed", String(is));
+    pressed("wrap", this.wrap);
+    pressed("gutter", this.gutter !== "off");
+    pressed("follow", this.follow);
+    this.buttons.follow.hidden = !this.live;
+    this.pane.classList.toggle("wrap", this.wrap);
+    this.pane.dataset.gutter = this.gutter;
+  }
+
+  path(rest) {
+    return `runs/${this.run.id}/${rest}`;
+  }
+
+  // --- which blocks there are
+
+  async open() {
+    const answer = await ask(this.path("chunks"),
+      { signal: this.abort.signal });
+    this.live = answer.live;
+    this.size = 0;
+    const groups = grouped(answer.chunks);
+    const lines = groups.reduce((sum, one) => sum + one.lines, 0);
+    this.scale = Math.min(1, TALLEST / (LINE_HEIGHT * Math.max(lines, 1)));
+    for (const { at, size, lines: count } of groups) {
+      this.add(at, size, count);
+    }
+    this.show();
+    if (this.live) this.poll();
+    else if (!this.size && !answer.size) this.nothing();
+    else if (this.size < answer.size) this.poll();
+    await this.first();
+  }
+
+  nothing() {
+    this.root.replaceChildren(el("p", { class: "nothing",
+      text: nothingWords(this.run) }));
+  }
+
+  add(at, size, lines) {
+    const last = this.blocks[this.blocks.length - 1];
+    const block = { at, size, lines, index: this.blocks.length,
+      number: last ? last.number + last.lines : 1, end: null, shown: null,
+      root: el("div", { class: "block" }) };
+    block.root.block = block;
+    this.closed(block);
+    this.blocks.push(block);
+    this.size = at + size;
+    this.sheet.append(block.root);
+    this.eye.observe(block.root);
+    return block;
+  }
+
+  // Where to begin: a place that was asked for, or the end of what failed.
+  async first() {
+    const [, kind, number] = this.place.parts;
+    const text = this.place.query.get("q");
+    if (text) {
+      this.finder.value = text;
+      this.query = text.toLowerCase();
+    }
+    if (kind === "L") return this.toLine(+number);
+    if (kind === "B") return this.toByte(+number);
+    if (this.live || failedRun(this.run)) await this.toEnd();
+    if (this.live) this.setFollow(true);
+  }
+
+  // --- what is drawn: blocks near the screen come, others go
+
+  seen(entries) {
+    for (const { target, isIntersecting } of entries) {
+      if (isIntersecting) this.near.add(target.block);
+      else {
+        this.near.delete(target.block);
+        this.hide(target.block);
+      }
+    }
+    this.pump();
+  }
+
+  pump() {
+    for (const block of this.near) {
+      if (this.loading.size >= 2) return;
+      if (!block.shown && !this.loading.has(block)) this.load(block);
+    }
+  }
+
+  async load(block) {
+    if (block.shown) return;
+    if (block.coming) return block.coming;
+    this.loading.add(block);
+    block.coming = this.linesOf(block).then((lines) => {
+      block.shown = lines;
+      this.draw(block);
+    }, (error) => {
+      if (error.name !== "AbortError") this.lost(block, error);
+    });
+    await block.coming;
+    block.coming = null;
+    this.loading.delete(block);
+    this.pump();
+  }
+
+  lost(block, error) {
+    block.shown = [];
+    block.root.replaceChildren(el("div", { class: "line note",
+      text: `koi: ${error.message} ${error.hint || ""}` }));
+  }
+
+  // The line that the block before left unfinished is this block's first.
+  async linesOf(block) {
+    if (block.terminal) return this.linesNow(block);
+    const before = this.blocks[block.index - 1];
+    if (before && !before.end) await this.parse(before);
+    const terminal = await this.parse(block);
+    return this.withRest(block, terminal);
+  }
+
+  linesNow(block) {
+    return this.withRest(block, block.terminal);
+  }
+
+  withRest(block, { lines, line }) {
+    return block === this.blocks[this.blocks.length - 1]
+      && line.cells.length ? [...lines, line] : lines;
+  }
+
+  async parse(block) {
+    const terminal = new Terminal(this.blocks[block.index - 1]?.end);
+    const end = block.at + block.size;
+    for (let at = block.at; at < end;) {
+      const bytes = await this.bytes(at, Math.min(end - at, 2 ** 20));
+      const { frames, used } = framesOf(bytes);
+      for (const one of frames) terminal.feed(...one);
+      if (!used) break;
+      at += used;
+    }
+    if (!block.terminal) block.end = terminal.state();
+    return terminal;
+  }
+
+  async bytes(from, len) {
+    const reply = await fetched(this.path(`output?from=${from}&len=${len}`),
+      { signal: this.abort.signal });
+    return new Uint8Array(await reply.arrayBuffer());
+  }
+
+  draw(block) {
+    block.root.replaceChildren(...this.nodes(block, block.shown));
+    block.root.style.height = "";
+    if (this.sticky()) this.pane.scrollTop = this.pane.scrollHeight;
+  }
+
+  nodes(block, lines) {
+    let number = block.number;
+    return lines.map((line) => {
+      const node = this.lineNode(line, line.tail || line.note ? 0 : number);
+      if (line.ended) number += 1;
+      return node;
+    });
+  }
+
+  lineNode(line, number) {
+    const node = document.createElement("div");
+    node.className = `line${line.err ? " has-err" : ""}${
+      line.note ? " note" : ""}`;
+    const no = document.createElement("a");
+    no.className = "no";
+    if (number) {
+      no.dataset.n = number;
+      no.href = `#/run/${this.run.id}/L${number}`;
+      if (number === this.line) node.classList.add("here");
+    }
+    no.tabIndex = -1;
+    node.append(no);
+    if (this.gutter !== "off") node.append(this.timeNode(line));
+    const text = document.createElement("span");
+    text.className = "text";
+    paint(text, line);
+    node.append(text);
+    if (this.query && isHit(text.textContent, this.query)) {
+      node.classList.add("hit");
+    }
+    return node;
+  }
+
+  timeNode(line) {
+    const node = document.createElement("span");
+    node.className = "at";
+    if (line.at !== null) {
+      const d = this.gutter === "clock" && shifted((this.run.started || 0)
+        + line.at / 1000, this.host);
+      node.dataset.at = d ? `${clock(d)}:${two(d.getUTCSeconds())}`
+        : sinceStart(line.at);
+    }
+    return node;
+  }
+
+  hide(block) {
+    if (!block.shown) return;
+    block.height = block.root.offsetHeight;
+    block.shown = null;
+    this.closed(block);
+    block.root.replaceChildren();
+  }
+
+  closed(block) {
+    block.root.style.height = `${block.height
+      || Math.max(1, block.lines) * LINE_HEIGHT * this.scale}px`;
+  }
+
+  redraw() {
+    for (const block of this.blocks) {
+      if (block.shown) this.draw(block);
+      else block.height = 0;
+    }
+  }
+
+  // --- while the run goes on
+
+  async poll() {
+    let wait = 0;
+    while (!this.abort.signal.aborted) {
+      try {
+        const reply = await fetched(this.path(`output?from=${this.size}` +
+          `&len=${2 ** 20}${wait ? "&wait=10" : ""}`),
+        { signal: this.abort.signal });
+        const bytes = new Uint8Array(await reply.arrayBuffer());
+        this.live = reply.headers.get("X-Koi-Live") === "1";
+        this.grow(bytes);
+        wait = this.live ? 10 : 0;
+        if (!this.live && !bytes.length) break;
+      } catch (error) {
+        if (error.name === "AbortError") return;
+        if (error.status && error.status < 500) break;
+        await new Promise((done) => setTimeout(done, 2000));
+      }
+    }
+    this.ended();
+  }
+
+  ended() {
+    if (this.abort.signal.aborted) return;
+    this.live = this.follow = false;
+    this.more.hidden = true;
+    this.show();
+    if (!this.size) this.nothing();
+  }
+
+  grow(bytes) {
+    const { frames } = framesOf(bytes);
+    let added = 0;
+    for (const one of frames) {
+      let tail = this.blocks[this.blocks.length - 1];
+      if (!tail?.terminal || tail.size >= BLOCK_BYTES
+          || tail.lines >= BLOCK_LINES) tail = this.newTail(tail);
+      const before = tail.terminal.lines.length;
+      tail.terminal.feed(...one);
+      const more = tail.terminal.lines.slice(before)
+        .filter((line) => line.ended).length;
+      tail.size += 9 + one[2].length;
+      this.size += 9 + one[2].length;
+      tail.lines += more;
+      added += more;
+    }
+    if (frames.length) this.grown(added);
+  }
+
+  newTail(tail) {
+    if (tail?.terminal) {
+      tail.end = tail.terminal.state();
+      if (tail.shown) {
+        tail.shown = tail.terminal.lines;
+        this.draw(tail);
+      }
+      tail.terminal = null;
+    }
+    const block = this.add(this.size, 0, 0);
+    block.terminal = new Terminal(tail?.end);
+    if (tail && tail.lines && tail.shown) this.hideLater(tail);
+    return block;
+  }
+
+  hideLater(block) {
+    if (!this.near.has(block)) this.hide(block);
+  }
+
+  grown(added) {
+    const tail = this.blocks[this.blocks.length - 1];
+    if (this.near.has(tail) || this.follow) {
+      this.append(tail);
+    } else this.closed(tail);
+    if (this.follow) {
+      this.pane.scrollTop = this.pane.scrollHeight;
+    } else {
+      this.fresh += added;
+      this.more.hidden = !this.fresh;
+      this.more.textContent = `\u2193 ${plural(this.fresh, "new line")}`;
+    }
+  }
+
+  // New lines go below the old ones; only the unfinished one is redrawn.
+  append(tail) {
+    const lines = this.linesNow(tail), drawn = tail.shown || [];
+    let same = 0, number = tail.number;
+    while (same < drawn.length && drawn[same] === lines[same]
+        && drawn[same].ended) {
+      number += 1;
+      same += 1;
+    }
+    if (drawn.some((line, at) => at < same && !line.ended)) same = 0;
+    while (tail.root.childNodes.length > same) tail.root.lastChild.remove();
+    const rest = { number: same ? number : tail.number };
+    tail.root.append(...this.nodes(rest, lines.slice(same)));
+    tail.root.style.height = "";
+    tail.shown = lines;
+  }
+
+  sticky() {
+    return this.follow || this.goingToEnd;
+  }
+
+  scrolled() {
+    const { scrollTop, scrollHeight, clientHeight } = this.pane;
+    const atEnd = scrollHeight - scrollTop - clientHeight < 24;
+    if (this.follow && !atEnd && scrollTop < this.top - 4) {
+      this.setFollow(false);
+    } else if (this.live && atEnd && !this.follow && scrollTop > this.top) {
+      this.setFollow(true);
+    }
+    this.top = scrollTop;
+  }
+
+  setFollow(is) {
+    this.follow = is && this.live;
+    if (is) {
+      this.fresh = 0;
+      this.more.hidden = true;
+      this.pane.scrollTop = this.pane.scrollHeight;
+    }
+    this.top = this.pane.scrollTop;
+    this.show();
+  }
+
+  // --- going to a place
+
+  async toEnd() {
+    const last = this.blocks[this.blocks.length - 1];
+    if (!last) return;
+    this.goingToEnd = true;
+    this.pane.scrollTop = this.pane.scrollHeight;
+    await this.load(last);
+    this.pane.scrollTop = this.pane.scrollHeight;
+    setTimeout(() => { this.goingToEnd = false; }, 300);
+  }
+
+  async toLine(number) {
+    this.line = number;
+    const block = this.blocks.find((one) => number < one.number + one.lines)
+      || this.blocks[this.blocks.length - 1];
+    for (const old of this.sheet.querySelectorAll(".here")) {
+      old.classList.remove("here");
+    }
+    await this.toNode(block, (root) => $(`[data-n="${number}"]`, root)
+      ?.parentNode);
+  }
+
+  async toByte(at) {
+    const block = this.blocks.find((one) => at < one.at + one.size)
+      || this.blocks[this.blocks.length - 1];
+    await this.toNode(block, (root) => $(".hit", root) || root.firstChild);
+    this.count();
+  }
+
+  async toNode(block, pick) {
+    if (!block) return;
+    this.setFollow(false);
+    for (let tries = 0; tries < 3; tries += 1) {
+      this.pane.scrollTop = block.root.offsetTop - 60;
+      await this.load(block);
+      const node = pick(block.root);
+      if (!node) return;
+      node.scrollIntoView({ block: "center" });
+      node.classList.add("here");
+      await new Promise((done) => setTimeout(done, 60));
+      if (block.shown && node.isConnected) return;
+    }
+  }
+
+  // --- finding
+
+  findSoon() {
+    clearTimeout(this.findTimer);
+    this.findTimer = setTimeout(() => this.find(), 350);
+  }
+
+  async find() {
+    clearTimeout(this.findTimer);
+    const query = this.query = this.finder.value.toLowerCase();
+    this.hits = [];
+    this.hit = -1;
+    this.remark();
+    if (!query) return this.count();
+    let searched = 0;
+    for (const block of this.blocks) {
+      const { lines } = block.terminal || await this.parse(block);
+      if (query !== this.query || this.abort.signal.aborted) return;
+      lines.forEach((line, index) => {
+        if (this.hits.length < MOST_HITS && isHit(textOf(line), query)) {
+          this.hits.push({ block, index });
+        }
+      });
+      searched += block.size;
+      this.count(searched < this.size ? searched : 0);
+      if (this.hit < 0 && this.hits.length) this.step(1);
+      if (this.hits.length >= MOST_HITS) break;
+    }
+    this.count();
+  }
+
+  count(searched = 0) {
+    const many = this.hits.length >= MOST_HITS ? "+" : "";
+    this.found.textContent = !this.query ? "" : !this.hits.length
+      ? searched ? `${bytesWords(searched)}\u2026` : this.hit === -1
+        && this.finder.value ? "no hit" : ""
+      : `${this.hit + 1} of ${this.hits.length}${many}${searched
+        ? `, ${bytesWords(searched)}\u2026` : ""}`;
+    for (const step of this.root.querySelectorAll(".step")) {
+      step.hidden = !this.hits.length;
+    }
+  }
+
+  async step(by) {
+    if (!this.hits.length) return;
+    this.hit = (this.hit + by + this.hits.length) % this.hits.length;
+    const { block, index } = this.hits[this.hit];
+    this.count();
+    for (const old of this.sheet.querySelectorAll(".here")) {
+      old.classList.remove("here");
+    }
+    await this.toNode(block, (root) => root.children[index]);
+  }
+
+  remark() {
+    for (const node of this.sheet.querySelectorAll(".line")) {
+      node.classList.toggle("hit", Boolean(this.query) && isHit(
+        $(".text", node)?.textContent || "", this.query));
+      if (!this.query) node.classList.remove("here");
+    }
+  }
+
+  // --- buttons
+
+  onlyErr() {
+    const is = this.pane.classList.toggle("only-err");
+    this.buttons.err.setAttribute("aria-pressed", String(is));
+  }
+
+  nextGutter() {
+    this.gutter = GUTTERS[(GUTTERS.indexOf(this.gutter) + 1) % 3];
+    taste.set("gutter", this.gutter);
+    this.show();
+    this.redraw();
+  }
+
+  setWrap() {
+    this.wrap = !this.wrap;
+    taste.set("wrap", this.wrap ? "on" : "off");
+    this.show();
+    this.redraw();
+  }
+
+  async raw() {
+    return (await fetched(this.path("raw"))).blob();
+  }
+
+  copy() {
+    return attempt(async () => {
+      if (this.size > 8e6) {
+        return say("It is too long to copy: download it.", "bad");
+      }
+      const done = await copied(await (await this.raw()).text());
+      say(done ? "Copied" : "The browser let nothing be copied");
+    });
+  }
+
+  download() {
+    return attempt(async () => {
+      const url = URL.createObjectURL(await this.raw());
+      const a = el("a", { href: url, download: `run-${this.run.id}.txt` });
+      document.body.append(a);
+      a.click();
+      a.remove();
+      setTimeout(() => URL.revokeObjectURL(url), 60000);
+    });
+  }
+
+  leave() {
+    this.abort.abort();
+    this.eye.disconnect();
+    clearTimeout(this.findTimer);
+  }
+}
+
+const isHit = (text, query) => text.toLowerCase().includes(query);
+
+function sinceStart(ms) {
+  const s = ms / 1000;
+  return s < 60 ? `+${s.toFixed(2)}` : s < 3600
+    ? `+${Math.floor(s / 60)}:${two(Math.floor(s % 60))}.${
+      Math.floor(ms % 1000 / 100)}`
+    : `+${Math.floor(s / 3600)}:${two(Math.floor(s / 60) % 60)}:${
+      two(Math.floor(s % 60))}`;
+}
+
+// Small chunks side by side are one block.
+function grouped(chunks) {
+  const groups = [];
+  for (const [at, size, lines] of chunks) {
+    const last = groups[groups.length - 1];
+    if (last && last.at + last.size === at && last.size + size <= BLOCK_BYTES
+        && last.lines + lines <= BLOCK_LINES) {
+      last.size += size;
+      last.lines += lines;
+    } else groups.push({ at, size, lines });
+  }
+  return groups;
+}
+
+// --- run: one run, in a sentence, facts and output ------------------------
+
+const SIGNALS = { 1: "HUP", 2: "INT", 3: "QUIT", 6: "ABRT", 9: "KILL",
+  11: "SEGV", 13: "PIPE", 14: "ALRM", 15: "TERM" };
+const isLive = (run) => run.state === "running" || run.state === "queued";
+const failedRun = (run) => ["interrupted", "unstartable", "missed"]
+  .includes(run.state) || run.state === "done" && run.exit !== 0;
+
+function sentence(run) {
+  const time = lasting(took(run)), why = run.reason ? `: ${run.reason}` : "";
+  switch (run.state) {
+    case "queued": return "Waits for its turn";
+    case "running": return `Running for ${about(took(run) || 0)}`;
+    case "missed": return `Missed: it was due and did not start${why}`;
+    case "skipped": return `Skipped${why}`;
+    case "interrupted": return `Interrupted${why || ": nobody saw its end"}`;
+    case "unstartable": return `Could not start${why}`;
+  }
+  if (run.reason === "timeout") return `Ended at its time limit of ${time}`;
+  if (run.signal) {
+    return `Killed by signal ${run.signal}${SIGNALS[run.signal]
+      ? ` (${SIGNALS[run.signal]})` : ""} after ${time}`;
+  }
+  return run.exit === 0 ? `Finished in ${time}`
+    : `Failed with exit ${run.exit} after ${time}`;
+}
+
+function nothingWords(run) {
+  if (!run.started) return "It did not start, so there is no output.";
+  if (run.have < run.size) return "Its output has not arrived here yet.";
+  return run.state === "done" && run.exit === 0
+    ? `Finished in ${lasting(took(run))} and printed nothing.`
+    : `${sentence(run)}, and printed nothing.`;
+}
+
+const runState = (run) => isLive(run) ? run.state === "queued" ? "new"
+  : "running" : run.state === "missed" ? "missed" : run.state === "skipped"
+  ? "skipped" : failedRun(run) ? "failed" : "ok";
+
+// The seed's form: o'brien is shown as 'o'\''brien'.
+const quoted = (value) => `'${value.replaceAll("'", "'\\''")}'`;
+const DOTS = "\u2022\u2022\u2022\u2022\u2022\u2022";
+const isHidden = (value) => value === "******";
+
+function runView(place, root) {
+  const id = +place.parts[0], view = { title: `run ${id}` };
+  let shown = null;
+  filled(root, () => ask(`runs/${id}`), (answer) => {
+    shown = new RunPage(answer, place, root);
+    const job = answer.job || known.jobs.get(answer.run.job);
+    shell.retitle(job ? job.label : `run ${id}`);
+  });
+  view.update = (changes) => shown?.update(changes);
+  view.leave = () => shown?.output.leave();
+  view.moved = (next) => {
+    if (!shown || +next.parts[0] !== id) return false;
+    shown.moved(next);
+    return true;
+  };
+  view.keys = { f: () => shown?.output.setFollow(!shown.output.follow),
+    w: () => shown?.output.setWrap(),
+    r: () => shown?.again(), "/": () => shown?.output.finder.focus(),
+    j: () => shown?.to(shown.older), k: () => shown?.to(shown.newer) };
+  return view;
+}
+
+class RunPage {
+  constructor({ run, job, good, older, newer }, place, root) {
+    Object.assign(this, { run, job, good, older, newer, root });
+    this.host = known.hosts.get(run.host);
+    this.output = new Output(run, this.host, place);
+    this.head = el("div", { class: "runhead" });
+    this.compared = el("div");
+    this.list = el("aside", { class: "runs", "aria-label":
+      "Runs of this job" });
+    root.classList.add("run");
+    root.append(this.list, el("div", { class: "runmain" }, this.head,
+      this.compared, this.output.root));
+    this.draw();
+    this.output.open().catch((error) => {
+      if (error.name !== "AbortError") say(error.message, "bad");
+    });
+    if (place.query.has("diff")) this.compare();
+    if (matchMedia("(min-width: 1100px)").matches) this.runs();
+  }
+
+  moved(place) {
+    const [, kind, number] = place.parts;
+    if (kind === "L") this.output.toLine(+number);
+    if (place.query.has("diff")) this.compare();
+  }
+
+  update(changes) {
+    const run = (changes.runs || []).find((one) => one.id === this.run.id);
+    if (run || changes.all) {
+      Object.assign(this.run, run || {});
+      this.draw();
+    }
+    const job = known.jobs.get(this.run.job);
+    if (job && this.list.firstChild && changes.jobs) this.runs();
+  }
+
+  draw() {
+    const { run, job } = this, state = runState(run);
+    const at = run.ended || run.started || run.due || run.asked;
+    this.head.replaceChildren(el("p", { class: "crumbs" },
+      link(`#/job/${run.job}`, job?.label || "a job"), muted(" on "),
+      hostName(run.host)),
+    el("div", { class: "verdict" }, el("h1", { class: `s-${state}` },
+      icon(state), el("span", {}, sentence(run), run.ended
+        ? [", ", timeOf(at, this.host)] : "")), this.deeds()),
+    this.facts());
+  }
+
+  deeds() {
+    const { run, job } = this, alive = job && known.jobs.get(job.id) || job;
+    return el("div", { class: "deeds" },
+      this.newer && link(`#/run/${this.newer}`, icon("left"), { class:
+        "btn quiet", "aria-label": "Newer run", title: "Newer run (k)" }),
+      this.older && link(`#/run/${this.older}`, icon("right"), { class:
+        "btn quiet", "aria-label": "Older run", title: "Older run (j)" }),
+      this.good && failedRun(run) && button("Diff with last good",
+        () => this.compare()),
+      alive && canRun(alive) && link(`#/job/${alive.id}/run`, [icon("run"),
+        isLive(run) ? "Run" : "Run again"], { class: "btn" }),
+      run.state === "running" && isOperator() && this.killer());
+  }
+
+  again() {
+    const job = known.jobs.get(this.run.job);
+    if (job && canRun(job)) go(`job/${job.id}/run`);
+  }
+
+  to(id) {
+    if (id) go(`run/${id}`);
+  }
+
+  facts() {
+    const { run } = this, host = this.host, args = Object.entries(run.args);
+    const late = run.started && run.due ? run.started - run.due : 0;
+    const facts = [["Host", hostName(run.host)],
+      ["User", this.job?.user || ""],
+      ["Started by", TRIGGERS[run.trigger] || run.trigger],
+      run.due && ["Due", dateOf(run.due, host)],
+      run.started && ["Start", [dateOf(run.started, host), late >= 60
+        && el("span", { class: "late", text: ` ${about(late)} late` })]],
+      run.ended && run.started && ["Took", lasting(took(run))],
+      ["Number", `#${run.n}`],
+      run.attempt > 1 && ["Attempt", String(run.attempt)],
+      run.count > 1 && ["Counts for", plural(run.count, "start")],
+      run.bytes > 0 && ["Output", bytesWords(run.bytes)
+        + (run.cut ? ", cut" : "")]];
+    return [el("dl", { class: "facts" }, facts.filter(isThere).filter(
+      ([, value]) => value).map(([name, value]) => el("div", {},
+      el("dt", { text: name }), el("dd", {}, value)))),
+    args.length > 0 && el("dl", { class: "args" }, args.map(
+      ([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", {},
+        isHidden(value) ? el("span", { title: "a secret", text: DOTS })
+          : code(visible(quoted(value)))))))].filter(isThere);
+  }
+
+  // --- the runs beside it
+
+  async runs(before = 0) {
+    const rest = before ? `&before=${before}` : "";
+    const answer = await attempt(() => ask(
+      `jobs/${this.run.job}/runs?limit=50${rest}`));
+    if (!answer) return;
+    const items = answer.runs.map((run) => this.item(run));
+    const more = answer.more && button("Older", () => {
+      this.list.lastChild.remove();
+      this.runs(answer.runs[answer.runs.length - 1].id);
+    });
+    if (before) $("ol", this.list).append(...items);
+    else {
+      this.list.replaceChildren(el("h2", { text: "Runs" }),
+        el("ol", {}, items));
+    }
+    if (more) this.list.append(more);
+  }
+
+  item(run) {
+    const state = runState(run), at = run.started || run.due || run.asked;
+    return el("li", {}, link(`#/run/${run.id}`, [el("span", {
+      class: `state s-${state}` }, icon(state)), el("span", {},
+      when(at, this.host)), muted(isLive(run) ? run.state
+      : endOfRun(run) === "exit 0" ? lasting(took(run)) : endOfRun(run))],
+    run.id === this.run.id ? { "aria-current": "page" } : {}));
+  }
+
+  // --- kill, with the question first
+
+  killer() {
+    return button("Kill\u2026", () => {
+      const sure = el("div", { class: "note ask", role: "alertdialog",
+        "aria-label": "Kill it?" }, el("span", {}, `End this run of ${
+        this.job?.label} on ${hostName(this.run.host)}? It gets SIGTERM, `
+        + "and SIGKILL some seconds later."),
+      button(`Kill it on ${hostName(this.run.host)}`, () => {
+        sure.remove();
+        this.kill();
+      }, { class: "btn danger" }), button("No", () => sure.remove()));
+      this.head.append(sure);
+      $("button", sure).focus();
+    }, { class: "btn danger" });
+  }
+
+  async kill() {
+    await attempt(async () => {
+      const { run } = this, key = keyFor(run.host);
+      const body = JSON.stringify({ v: 1, do: "kill", key: keyId(key),
+        dash: session.dash, host: run.host, user: this.job.user, run: run.n,
+        epoch: run.epoch, ...lifetime() });
+      const sent = await tell("requests", { host: run.host, body,
+        mac: runMac(key, body) });
+      say("Asked the host to end it\u2026");
+      const verdict = await verdictOn(sent.nonce);
+      say(verdict.state === "accepted" ? "The host ends it" : `${
+        verdictWords(verdict)}`, verdict.state === "accepted" ? "" : "bad");
+    });
+  }
+
+  // --- difference from the last good run
+
+  async compare() {
+    if (!this.good) return say("There is no good run to compare with.");
+    if (this.compared.firstChild) return this.compared.replaceChildren();
+    this.compared.replaceChildren(el("p", { class: "muted",
+      text: "Comparing\u2026" }));
+    await attempt(async () => {
+      const [old, young] = await Promise.all([this.good, this.run.id].map(
+        linesToCompare));
+      this.compared.replaceChildren(diffNode(old, young, this.good,
+        () => this.compared.replaceChildren()));
+    });
+  }
+}
+
+// --- difference: lines that came and lines that went -----------------------
+
+const MOST_COMPARED = 4000, MOST_APART = 1500;
+
+async function linesToCompare(id) {
+  const { chunks } = await ask(`runs/${id}/chunks`);
+  const terminal = new Terminal();
+  let cut = false;
+  for (const { at, size } of grouped(chunks)) {
+    const reply = await fetched(`runs/${id}/output?from=${at}&len=${size}`);
+    for (const one of framesOf(new Uint8Array(await reply.arrayBuffer()))
+      .frames) terminal.feed(...one);
+    cut = terminal.lines.length >= MOST_COMPARED;
+    if (cut) break;
+  }
+  if (terminal.line.cells.length) terminal.lines.push(terminal.line);
+  return { lines: terminal.lines.slice(0, MOST_COMPARED).map(textOf), cut };
+}
+
+// Myers' O(ND): [" " both, "-" old alone, "+" new alone, line]; null if they
+// are too far apart. `same` tells whether two lines count as one.
+function difference(a, b, same) {
+  const trace = [], most = Math.min(a.length + b.length, MOST_APART);
+  const reach = new Int32Array(2 * most + 3);
+  for (let d = 0; d <= most; d += 1) {
+    trace.push(reach.slice());
+    for (let k = -d; k <= d; k += 2) {
+      const at = k + most + 1;
+      let x = k === -d || k !== d && reach[at - 1] < reach[at + 1]
+        ? reach[at + 1] : reach[at - 1] + 1;
+      while (x < a.length && x - k < b.length && same(a[x], b[x - k])) {
+        x += 1;
+      }
+      reach[at] = x;
+      if (x >= a.length && x - k >= b.length) {
+        return steps(a, b, trace, d, most);
+      }
+    }
+  }
+  return null;
+}
+
+function steps(a, b, trace, last, most) {
+  const found = [];
+  let x = a.length, y = b.length;
+  for (let d = last; d > 0; d -= 1) {
+    const reach = trace[d], k = x - y, at = k + most + 1;
+    const down = k === -d || k !== d && reach[at - 1] < reach[at + 1];
+    const oldX = reach[down ? at + 1 : at - 1];
+    const oldY = oldX - (down ? k + 1 : k - 1);
+    for (; x > oldX && y > oldY; x -= 1, y -= 1) found.push([" ", b[y - 1]]);
+    found.push(down ? ["+", b[oldY]] : ["-", a[oldX]]);
+    x = oldX;
+    y = oldY;
+  }
+  for (; x > 0; x -= 1) found.push([" ", b[x - 1]]);
+  return found.reverse();
+}
+
+const digitless = (line) => line.replace(/\d+/g, "0");
+
+function diffNode(old, young, good, close) {
+  const list = el("div", { class: "difflines" });
+  const numbers = el("input", { type: "checkbox", checked: true,
+    onchange: () => fill() });
+  const told = el("span", { class: "muted" });
+  function fill() {
+    const keys = new Map(), key = (line) => {
+      if (!keys.has(line)) keys.set(line, digitless(line));
+      return keys.get(line);
+    };
+    const found = difference(old.lines, young.lines, numbers.checked
+      ? (a, b) => key(a) === key(b) : (a, b) => a === b);
+    list.replaceChildren(...diffLines(found));
+    told.textContent = found ? counted(found) : "";
+  }
+  fill();
+  return el("section", { class: "diff", "aria-label": "Difference" },
+    el("div", { class: "bar" }, el("h2", {}, "Difference from the last good ",
+      link(`#/run/${good}`, "run")), told, el("span", { class: "grow" }),
+    el("label", { class: "check" }, numbers, "Ignore numbers"),
+    button("Close", close)), (old.cut || young.cut) && el("p", {
+      class: "note", text: `Only the first ${
+        MOST_COMPARED.toLocaleString("en")} lines were compared.` }), list);
+}
+
+function counted(found) {
+  const count = (sign) => found.filter(([one]) => one === sign).length;
+  return `${count("+")} new, ${count("-")} gone`;
+}
+
+// What differs, with three lines around it; the rest is folded.
+function diffLines(found) {
+  if (!found) {
+    return [el("p", { class: "note", text: "These outputs have too little "
+      + "in common to be compared." })];
+  }
+  if (found.every(([sign]) => sign === " ")) {
+    return [el("p", { class: "note", text: "Both printed the same." })];
+  }
+  const near = new Set();
+  found.forEach(([sign], at) => {
+    for (let i = at - 3; sign !== " " && i <= at + 3; i += 1) near.add(i);
+  });
+  const nodes = [];
+  let folded = 0;
+  const fold = () => {
+    if (folded) {
+      nodes.push(el("div", { class: "fold",
+        text: plural(folded, "line") + " the same" }));
+    }
+    folded = 0;
+  };
+  found.forEach(([sign, line], at) => {
+    if (!near.has(at)) { folded += 1; return; }
+    fold();
+    nodes.push(el("div", { class: { "+": "new", "-": "gone", " ": "" }[sign]
+    }, el("span", { class: "sign", text: sign }), line || " "));
+  });
+  fold();
+  return nodes;
+}
+
+// --- job: all that is known about one --------------------------------------
+
+function jobView(place, root) {
+  const id = +place.parts[0], job = known.jobs.get(id);
+  if (!job) return lostView(place, root);
+  const head = el("div"), list = el("div");
+  root.append(head, list);
+  const draw = () => jobHead(head, known.jobs.get(id) || job);
+  draw();
+  filled(list, () => ask(`jobs/${id}/runs?limit=50`), (answer) =>
+    list.append(runTable(answer, job, id)));
+  return { title: job.label, keys: { r: () => canRun(job)
+    && go(`job/${id}/run`) }, update: (changes) => {
+    if (changes.all || (changes.jobs || []).some((one) => one.id === id)) {
+      draw();
+    }
+  } };
+}
+
+function jobHead(head, job) {
+  const host = hostOf(job);
+  head.replaceChildren(el("p", { class: "crumbs" }, link("#/jobs", "Jobs"),
+    muted(" / "), hostName(job.host), job.section
+      && [muted(" / "), job.section]),
+  el("div", { class: "verdict" }, el("h1", {}, job.label),
+    el("div", { class: "deeds" }, canRun(job) && runLink(job),
+      link(`#/search?job=${job.id}`, "Search its output", { class: "btn" }),
+      isOperator() && BAD.has(job.state)
+        && snoozeButtons(`job:${job.id}`, job),
+      isOperator() && job.gone && button("Forget", () => attempt(async () => {
+        await tell("forget", { job: job.id });
+        go("jobs");
+      }, "Forgotten"), { class: "btn danger" }))),
+  el("pre", { class: "command", title: "the command" },
+    code(visible(job.command))),
+  el("dl", { class: "facts" }, [["State", stateMark(job.state)],
+    ["Runs", [job.words, " ", code(job.when)]], ["User", job.user],
+    ["Next", job.next ? [timeOf(job.next, host), muted(" "), muted(dateOf(
+      job.next, host))] : nextWords(job)],
+    job.usual && ["Usually takes", `${lasting(job.usual[0])} to ${
+      lasting(job.usual[1])}`], job.confirm === "cli" && ["Runs by",
+      "koitab run alone (KOI_CONFIRM=cli)"]].filter(isThere).map(
+    ([name, value]) => el("div", {}, el("dt", { text: name }),
+      el("dd", {}, value)))),
+  el("div", { class: "wide" }, job.strip.length > 0
+    && dress(strip(job.strip, host), { tabindex: 0 })));
+}
+
+function runTable(answer, job, id) {
+  const host = hostOf(job), body = el("tbody");
+  const fill = (more) => body.append(...more.map((run) =>
+    el("tr", {}, el("td", {}, stateMark(runState(run))),
+      el("td", {}, link(`#/run/${run.id}`, dateOf(run.started || run.due
+        || run.asked, host))), el("td", { class: "num",
+        text: run.started ? lasting(took(run)) : "" }),
+      el("td", { text: isLive(run) ? "" : endOfRun(run) }),
+      el("td", { class: "muted", text: TRIGGERS[run.trigger]
+        || run.trigger }), el("td", { class: "line" },
+        visible(run.line || ""), argsWords(run.args)))));
+  fill(answer.runs);
+  const older = button("Older runs", async () => {
+    const next = await attempt(() => ask(`jobs/${id}/runs?limit=100&before=${
+      answer.runs[answer.runs.length - 1].id}`));
+    if (!next) return;
+    answer = next;
+    fill(next.runs);
+    older.hidden = !next.more;
+  }, { hidden: !answer.more });
+  if (!answer.runs.length) {
+    return empty("It has not run yet", el("p", {}, job.manual
+      ? "It runs when somebody asks for it." : job.words));
+  }
+  return el("div", { class: "scroll" }, el("table", { class: "list runs" },
+    headRow("State", "Start", "Took", "End", "By", "Last line"), body),
+  older);
+}
+
+const headRow = (...names) => el("thead", {}, el("tr", {}, names.map(
+  (text) => el("th", { scope: "col", text }))));
+
+function argsWords(args) {
+  const list = Object.entries(args || {});
+  return list.length ? muted(" ", list.map(([name, value]) =>
+    `${name}=${isHidden(value) ? DOTS : visible(quoted(value))}`)
+    .join(" ")) : null;
+}
+
+// --- signed requests: what a host believes ---------------------------------
+
+function keyFor(host) {
+  if (!session.keys) throw new Refusal(0, WORDS.viewer);
+  return hostKey(session.keys.run, host);
+}
+
+// By this computer's clock: a dashboard that named the time could ask for a
+// request that is good next week.
+function lifetime() {
+  return { nonce: randomHex(16), iat: Date.now(), exp: Date.now() + 300000 };
+}
+
+// The jobs that a host itself shows, with the texts that it signed.
+async function signedJobs(host) {
+  const key = keyFor(host);
+  let answer;
+  try {
+    answer = await ask(`hosts/${host}/list`);
+  } catch (error) {
+    if (error.status !== 404) throw error;
+    throw new Refusal(404, WORDS.nolist);
+  }
+  if (typeof answer.body !== "string" || !sameText(listMac(key, answer.body),
+    answer.mac)) throw new Refusal(0, WORDS.keys);
+  const list = JSON.parse(answer.body);
+  if (list.v !== 1) {
+    throw new Refusal(0, "This host speaks another version: reload the page.");
+  }
+  if (list.dash !== session.dash || list.host !== host
+      || list.key !== keyId(key)) throw new Refusal(0, WORDS.keys);
+  return list.jobs.map((text) => ({ text, ...JSON.parse(text) }));
+}
+
+// Compared without a hint, by time, of how far they are the same.
+function sameText(a, b) {
+  if (typeof b !== "string" || a.length !== b.length) return false;
+  let different = 0;
+  for (let i = 0; i < a.length; i += 1) {
+    different |= a.charCodeAt(i) ^ b.charCodeAt(i);
+  }
+  return different === 0;
+}
+
+function runRequest(job, spec, values) {
+  const key = keyFor(job.host), life = lifetime(), args = {}, secrets = {};
+  for (const { name, type } of spec.params) {
+    const into = type === "secret" ? secrets : args;
+    Object.defineProperty(into, name, { enumerable: true, value:
+      type === "secret" ? hex(veiled(key, life.nonce, name,
+        utf8(values.get(name)))) : values.get(name) });
+  }
+  const body = JSON.stringify({ v: 1, do: "run", key: keyId(key),
+    dash: session.dash, host: job.host, user: spec.user, tag: spec.tag,
+    job: digest(spec.text), args, secrets, ...life });
+  return { host: job.host, body, mac: runMac(key, body) };
+}
+
+async function verdictOn(nonce, told = () => {}) {
+  const until = Date.now() + 310000;
+  for (;;) {
+    const verdict = await ask(`requests/${nonce}`);
+    if (verdict.state !== "waiting" && !(verdict.state === "accepted"
+        && !verdict.run && Date.now() < until - 300000)) return verdict;
+    if (Date.now() > until) return { state: "expired" };
+    told(verdict);
+    await new Promise((done) => setTimeout(done, 500));
+    if (!session.token) throw new DOMException("locked", "AbortError");
+  }
+}
+
+function verdictWords({ state, reason }) {
+  if (state === "refused") return `The host refused: ${reason}`;
+  if (state === "expired") {
+    return "The host did not take it within 5 minutes; it is void now.";
+  }
+  return "The host accepted it.";
+}
+
+// --- form: made from the arguments that the job declares --------------------
+
+const LONGEST_VALUE = 4096, LONGEST_TEXT = 65536;
+
+// The same as Param.refusal in koitab.py: why a value is none, or "".
+function refusalOfValue({ type, choices }, value) {
+  if (type === "int") {
+    return /^-?\d{1,18}$/.test(value) ? "" : "an int is 1 to 18 digits";
+  }
+  if (type === "bool") {
+    return ["true", "false"].includes(value) ? "" : "a bool is true or false";
+  }
+  if (type === "choice") {
+    return choices.includes(value) ? ""
+      : `choose one of ${choices.join("|")}`;
+  }
+  if (type === "date") {
+    return isDate(value) ? "" : "a date is written 2026-03-29";
+  }
+  if (/[\ud800-\udbff](?![\udc00-\udfff])/.test(value)
+      || /(?:[^\ud800-\udbff]|^)[\udc00-\udfff]/.test(value)) {
+    return "it is not UTF-8";
+  }
+  const allowed = type === "text" ? "\n\t" : "\t";
+  if ([...value].some((letter) => !allowed.includes(letter)
+      && isUnsafe(letter.charCodeAt(0)))) {
+    return "it has a control character";
+  }
+  const most = type === "text" ? LONGEST_TEXT : LONGEST_VALUE;
+  return utf8(value).length > most
+    ? `it is longer than ${most.toLocaleString("en")} bytes` : "";
+}
+
+// UNSAFE in koitab.py.
+const isUnsafe = (c) => c < 0x20 || c >= 0x7f && c <= 0x9f || c === 0x200e
+  || c === 0x200f || c >= 0x2028 && c <= 0x202e || c >= 0x2066
+  && c <= 0x2069 || c === 0xfeff;
+
+function isDate(text) {
+  if (!/^\d{4}-\d{2}-\d{2}$/.test(text) || text < "0001") return false;
+  const date = new Date(`${text}T00:00:00Z`);
+  return !Number.isNaN(+date) && date.toISOString().slice(0, 10) === text;
+}
+
+function formView(place, root) {
+  const id = +place.parts[0], job = known.jobs.get(id);
+  if (!job) return lostView(place, root);
+  root.classList.add("narrow");
+  root.append(el("p", { class: "crumbs" }, link("#/jobs", "Jobs"),
+    muted(" / "), hostName(job.host), muted(" / "),
+    link(`#/job/${id}`, job.label)), el("h1", { text: `Run ${job.label}` }));
+  filled(root, async () => {
+    if (!isOperator()) throw new Refusal(0, WORDS.viewer);
+    const [specs, runs] = await Promise.all([signedJobs(job.host),
+      ask(`jobs/${id}/runs?limit=20`)]);
+    const spec = specs.find((one) => one.tag === job.tag
+      && one.user === job.user);
+    if (!spec) {
+      throw new Refusal(0, "The host\u2019s own list has no such job.",
+        "Its tab has changed: reload the page.");
+    }
+    if (spec.when !== "@manual" || spec.confirm === "cli") {
+      throw new Refusal(0, "This job cannot be run from here.",
+        spec.confirm === "cli" ? `On the host: koitab run "${spec.label}"`
+          : "It runs by its schedule.");
+    }
+    return { spec, runs: runs.runs };
+  }, ({ spec, runs }) => {
+    const form = new RunForm(job, spec, runs);
+    root.append(form.root);
+    form.focus();
+  });
+  return { title: `Run ${job.label}` };
+}
+
+class RunForm {
+  constructor(job, spec, runs) {
+    Object.assign(this, { job, spec });
+    this.fields = spec.params.map((param, at) => new Field(param, at,
+      () => this.changed()));
+    this.preview = el("code");
+    this.said = el("div", { class: "said", role: "status" });
+    this.send = el("button", { class: "btn primary", type: "submit" },
+      icon("run"), spec.confirm === "yes" ? "Run\u2026" : `Run on ${
+        hostName(job.host)}`);
+    this.sure = el("div", { class: "note ask", hidden: true });
+    this.root = el("form", { class: "runform", novalidate: true,
+      onsubmit: (event) => { event.preventDefault(); this.submit(); } },
+    el("p", { class: "muted" }, `Runs on ${hostName(job.host)} as `,
+      el("b", { text: spec.user }), "."), this.lastUsed(runs),
+    this.fields.map((field) => field.root),
+    el("div", { class: "previewed" }, el("h2", { class: "label",
+      text: "What will run" }), el("pre", { class: "command" },
+      this.preview)), el("div", { class: "deeds" }, this.send,
+      link(`#/job/${job.id}`, "Cancel", { class: "btn quiet" })),
+    this.sure, this.said);
+    this.changed();
+  }
+
+  focus() {
+    (this.fields[0]?.input || this.send).focus();
+  }
+
+  // Values of earlier runs: each set once, secrets left out.
+  lastUsed(runs) {
+    const sets = new Map(), names = this.spec.params.map((one) => one.name);
+    for (const run of runs) {
+      const values = names.filter((name) => Object.hasOwn(run.args, name)
+        && !isHidden(run.args[name]));
+      const key = JSON.stringify(values.map((name) => [name,
+        run.args[name]]));
+      if (values.length && !sets.has(key)) sets.set(key, run);
+    }
+    if (!sets.size) return null;
+    const list = [...sets.values()];
+    const select = el("select", { id: "used", onchange: () => this.fill(
+      select.value === "" ? null : list[+select.value].args) },
+    el("option", { value: "", text: "the defaults" }),
+    list.slice(0, 10).map((run, at) => el("option", { value: String(at),
+      text: `${when(run.asked || run.started, hostOf(this.job))}: ${
+        valuesWords(run.args)}` })));
+    return el("div", { class: "field" }, el("label", { for: "used",
+      text: "Fill in" }), select);
+  }
+
+  fill(args) {
+    for (const field of this.fields) field.fill(args);
+    this.changed();
+  }
+
+  changed() {
+    this.sure.hidden = true;
+    this.preview.replaceChildren(...commandParts(this.spec, this.fields));
+  }
+
+  submit() {
+    const bad = this.fields.filter((field) => field.judge());
+    if (bad.length) return bad[0].input.focus();
+    if (this.spec.confirm === "yes" && this.sure.hidden) {
+      return this.question();
+    }
+    this.sure.hidden = true;
+    attempt(() => this.carryOut());
+  }
+
+  question() {
+    const words = `Run ${this.spec.label} on ${hostName(this.job.host)}`;
+    this.sure.replaceChildren(el("span", { text: "This job asks to be sure: "
+      + "it starts at once." }), el("button", { class: "btn primary",
+      type: "submit", text: words }), button("No", () => {
+      this.sure.hidden = true;
+      this.send.focus();
+    }));
+    this.sure.hidden = false;
+    $("button", this.sure).focus();
+  }
+
+  async carryOut() {
+    const values = new Map(this.fields.map((field) => [field.param.name,
+      field.value()]));
+    this.send.disabled = true;
+    this.told("wait", "Signed. Waiting for the host to take it\u2026");
+    try {
+      const sent = await tell("requests", runRequest(this.job, this.spec,
+        values));
+      const verdict = await verdictOn(sent.nonce, ({ state }) =>
+        state === "accepted" && this.told("wait", "Accepted\u2026"));
+      const ok = verdict.state === "accepted";
+      this.told(ok ? "ok" : "bad", verdictWords(verdict));
+      if (ok && verdict.run && this.root.isConnected) {
+        go(`run/${verdict.run}`);
+      }
+    } catch (error) {
+      this.told("bad", error.message);
+      throw error;
+    } finally {
+      this.send.disabled = false;
+    }
+  }
+
+  told(kind, text) {
+    this.said.className = `said note ${kind}`;
+    this.said.textContent = text;
+  }
+}
+
+const valuesWords = (args) => Object.entries(args).filter(([, value]) =>
+  !isHidden(value)).map(([name, value]) => `${name} ${visible(value).slice(
+  0, 40)}`).join(", ");
+
+const HELP = { string: "", int: "A whole number.", bool: "", choice: "",
+  text: "May have several lines.", date: "", secret: "Goes to the host "
+    + "veiled: the dashboard does not learn it, and nothing keeps it." };
+
+class Field {
+  constructor(param, at, changed) {
+    this.param = param;
+    const id = `arg${at}`, help = this.helpWords();
+    this.error = el("span", { class: "error", id: `${id}-error` });
+    this.input = this.make(id, () => {
+      if (this.input.getAttribute("aria-invalid")) this.judge();
+      changed();
+    });
+    this.input.setAttribute("aria-describedby", `${id}-error ${id}-help`);
+    const label = el("label", { for: id, text: visible(param.name) });
+    this.root = el("div", { class: `field is-${param.type}` },
+      param.type === "bool" ? el("div", { class: "check" }, this.input,
+        label) : [label, this.input],
+      el("span", { class: "muted", id: `${id}-help`, text: help }),
+      this.error);
+    this.fill(null);
+  }
+
+  helpWords() {
+    const { type, default: usual } = this.param;
+    const said = isThere(usual) && usual !== "" && !["bool", "secret"]
+      .includes(type) ? `Default: ${visible(usual)}` : "";
+    return [HELP[type], said].filter(Boolean).join(" ");
+  }
+
+  make(id, oninput) {
+    const { type, choices } = this.param, facts = { id, oninput,
+      name: id, autocomplete: "off" };
+    if (type === "bool") return el("input", { ...facts, type: "checkbox" });
+    if (type === "text") {
+      return el("textarea", { ...facts, rows: 4, spellcheck: "false" });
+    }
+    if (type === "choice") {
+      return el("select", { ...facts, onchange: oninput },
+        !isThere(this.param.default) && el("option", { value: "",
+          text: "choose\u2026" }), choices.map((text) => el("option",
+          { value: text, text })));
+    }
+    const kind = { int: "text", date: "date", secret: "password" }[type];
+    return el("input", { ...facts, type: kind || "text",
+      inputmode: type === "int" ? "numeric" : null, spellcheck: "false",
+      autocomplete: type === "secret" ? "new-password" : "off" });
+  }
+
+  fill(args) {
+    const { name, type, default: usual } = this.param;
+    const given = args && Object.hasOwn(args, name) && !isHidden(args[name])
+      ? args[name] : usual ?? "";
+    if (type === "bool") this.input.checked = given === "true";
+    else this.input.value = given;
+    this.error.textContent = "";
+    this.input.removeAttribute("aria-invalid");
+  }
+
+  value() {
+    if (this.param.type === "bool") return String(this.input.checked);
+    return this.input.value;
+  }
+
+  // Says what is wrong beside the field; true if something is.
+  judge() {
+    const why = this.param.type !== "string" && this.param.type !== "text"
+      && !this.value() && this.param.type !== "secret" ? "a value is needed"
+      : refusalOfValue(this.param, this.value());
+    this.error.textContent = why;
+    if (why) this.input.setAttribute("aria-invalid", "true");
+    else this.input.removeAttribute("aria-invalid");
+    return why;
+  }
+}
+
+// The command with the values in it, as the host will show it.
+function commandParts(spec, fields) {
+  const values = new Map(fields.map((field) => [field.param.name, field]));
+  const parts = [], pattern = /\{\{(.*?)\}\}/g;
+  let from = 0;
+  for (const match of spec.command.matchAll(pattern)) {
+    const field = values.get(match[1].replaceAll("\\%", "%").split(",")[0]
+      .trim());
+    if (!field) continue;
+    parts.push(visible(spec.command.slice(from, match.index)),
+      el("mark", { text: field.param.type === "secret" ? field.value()
+        ? DOTS : "''" : shownValue(field.value()) }));
+    from = match.index + match[0].length;
+  }
+  return [...parts, visible(spec.command.slice(from))];
+}
+
+const shownValue = (value) => quoted(value).split("\n").map(visible)
+  .join("\n");
+
+// --- day: one day across hosts ----------------------------------------------
+
+function dayView(place, root) {
+  const asked = place.parts[0], hours = +(place.query.get("h") || 24);
+  const from = asked ? dayStart(asked) : hours === 6
+    ? Math.floor(now() / 3600) * 3600 - 4 * 3600
+    : dayStart(isoDay(shifted(now())));
+  const start = asked && hours === 6 ? from + 3600 * +(place.query.get("at")
+    || 0) : from;
+  const day = new Day(start, start + hours * 3600, hours, root);
+  return { title: "Day", leave: () => day.leave(), keys: {
+    j: () => day.move(1), k: () => day.move(-1) },
+  update: (changes) => (changes.runs || changes.all) && day.again() };
+}
+
+function dayStart(text) {
+  const noon = Date.parse(`${text}T12:00:00Z`) / 1000;
+  if (Number.isNaN(noon)) return dayStart(isoDay(shifted(now())));
+  const first = noon - 43200 - shiftOf(noon);
+  return noon - 43200 - shiftOf(first);
+}
+
+class Day {
+  constructor(from, to, hours, root) {
+    Object.assign(this, { from, to, hours, root });
+    this.grid = el("div", { class: "day" });
+    this.table = el("details", { class: "astable" }, el("summary",
+      { text: "The same as a table" }));
+    root.append(this.bar(), this.grid, this.table);
+    this.resized = () => this.rows && this.draw();
+    addEventListener("resize", this.resized);
+    filled(this.grid, () => this.fetch(), (answer) => this.show(answer));
+    this.timer = setInterval(() => this.draw(), 60000);
+  }
+
+  bar() {
+    const d = shifted(this.from), zoom = (hours) => link(this.path(this.from,
+      hours), `${hours} h`, { class: "btn toggle",
+      "aria-pressed": String(this.hours === hours) });
+    const today = isoDay(d) === isoDay(shifted(now()));
+    return el("div", { class: "verdict" }, el("h1", {}, today ? "Today, "
+      : "", `${WEEKDAYS[d.getUTCDay()]} ${d.getUTCDate()} ${
+      MONTHS[d.getUTCMonth()]}`, this.hours === 6 ? muted(` ${clock(d)} to ${
+      clock(shifted(this.to))}`) : ""),
+    el("div", { class: "deeds" }, button(icon("left"), () => this.move(-1),
+      { "aria-label": "Earlier", title: "Earlier (k)" }),
+    link("#/day", "Today", { class: "btn" }),
+    button(icon("right"), () => this.move(1), { "aria-label": "Later",
+      title: "Later (j)" }), zoom(24), zoom(6)));
+  }
+
+  path(from, hours) {
+    const d = shifted(from + (hours === 24 ? 0 : 1));
+    return `#/day/${isoDay(d)}${hours === 6 ? `?h=6&at=${
+      this.hours === 24 ? Math.max(0, shifted(now()).getUTCHours() - 3)
+        : d.getUTCHours()}` : ""}`;
+  }
+
+  move(by) {
+    const middle = this.from + by * this.hours * 3600
+      + (this.hours === 24 ? 43200 : 0);
+    location.hash = this.path(middle, this.hours);
+  }
+
+  fetch() {
+    return ask(`day?from=${Math.floor(this.from)}&to=${Math.ceil(this.to)}`);
+  }
+
+  again() {
+    clearTimeout(this.soon);
+    this.soon = setTimeout(async () => {
+      const answer = await attempt(() => this.fetch());
+      if (answer && this.root.isConnected) this.show(answer);
+    }, 1500);
+  }
+
+  show(answer) {
+    const rows = new Map(answer.rows.map((row) => [row.job, row]));
+    this.rows = [...known.jobs.values()].map((job) => ({ job,
+      bars: rows.get(job.id)?.bars || [],
+      missing: rows.get(job.id)?.missing || [] }))
+      .filter(({ job, bars: found, missing }) => found.length
+        || missing.length || job.next >= this.from && job.next < this.to)
+      .sort((a, b) => byName({ name: hostName(a.job.host) },
+        { name: hostName(b.job.host) }) || byName(
+        { name: a.job.section }, { name: b.job.section }));
+    this.draw();
+    this.tabulate();
+  }
+
+  draw() {
+    if (!this.rows || !this.grid.isConnected) return;
+    if (!this.rows.length) {
+      return this.grid.replaceChildren(empty("Nothing ran, and nothing was "
+        + "due"));
+    }
+    const name = phone.matches ? 96 : 200;
+    const width = Math.max(200, this.grid.clientWidth - name - 8);
+    let last = "";
+    const nodes = [this.axis(width)];
+    for (const row of this.rows) {
+      if (row.job.host !== last) {
+        nodes.push(el("h2", { text: hostName(row.job.host) }));
+      }
+      last = row.job.host;
+      nodes.push(el("div", { class: "dayrow" }, link(`#/job/${row.job.id}`,
+        row.job.label, { title: row.job.label }), this.lane(row, width)));
+    }
+    this.grid.replaceChildren(...nodes);
+  }
+
+  x(at, width) {
+    return (Math.min(Math.max(at, this.from), this.to) - this.from)
+      / (this.to - this.from) * width;
+  }
+
+  hoursShown(width) {
+    const step = this.hours === 6 ? 1 : width < 500 ? 6 : 2;
+    return Array.from({ length: this.hours / step + 1 }, (_, i) =>
+      this.from + i * step * 3600);
+  }
+
+  axis(width) {
+    return el("div", { class: "dayrow axis" }, el("span"), svg("svg", {
+      width, height: 18, "aria-hidden": "true" },
+    this.hoursShown(width).slice(0, -1).map((at) => svg("text", {
+      x: this.x(at, width) + 3, y: 12, text: clock(shifted(at)) }))));
+  }
+
+  lane({ job, bars: found, missing }, width) {
+    const items = [...found.map(([start, end, letter, run]) => {
+      const x = this.x(start, width);
+      return { x, w: Math.max(3, this.x(end ?? now(), width) - x), letter,
+        run, start, end };
+    }), ...missing.map(([due, run]) => ({ x: this.x(due, width) - 3, w: 7,
+      letter: "m", run, start: due }))].sort((a, b) => a.x - b.x);
+    const node = bars(items, 16, { width, height: 22, tabindex: 0,
+      viewBox: `0 -3 ${width} 22`, "aria-label": `${job.label}: ${
+        laneWords(items)}` },
+    (item) => [el("b", { text: LETTERS[item.letter] || item.letter }), " ",
+      when(item.start, hostOf(job)), item.end ? ` \u00b7 ${
+        lasting(item.end - item.start)}` : ""],
+    (item) => item.run ? `#/run/${item.run}` : "");
+    const line = (at, kind) => svg("path", { class: kind,
+      d: `M${this.x(at, width)} -3v22` });
+    node.prepend(...this.hoursShown(width).map((at) => line(at, "hour")));
+    if (now() > this.from && now() < this.to) node.append(line(now(), "now"));
+    if (job.next >= this.from && job.next < this.to) {
+      node.append(svg("path", { class: "tick",
+        d: `M${this.x(job.next, width)} 2l4 6-4 6-4-6z` }, svg("title",
+        { text: `next ${when(job.next, hostOf(job))}` })));
+    }
+    return node;
+  }
+
+  tabulate() {
+    const rows = this.rows.flatMap(({ job, bars: found, missing }) => [
+      ...found.map(([start, end, letter, run]) => ({ job, start, end, letter,
+        run })), ...missing.map(([start, run]) => ({ job, start, run,
+        letter: "m" }))]).sort((a, b) => a.start - b.start);
+    this.table.replaceChildren(this.table.firstChild, el("table",
+      { class: "list" }, headRow("Start", "Job", "Host", "How", "Took"),
+      el("tbody", {}, rows.slice(0, 2000).map((row) => el("tr", {},
+        el("td", {}, row.run ? link(`#/run/${row.run}`, when(row.start,
+          hostOf(row.job))) : when(row.start, hostOf(row.job))),
+        el("td", { text: row.job.label }),
+        el("td", { text: hostName(row.job.host) }),
+        el("td", { text: LETTERS[row.letter] || row.letter }),
+        el("td", { class: "num", text: row.end ? lasting(row.end - row.start)
+          : "" }))))));
+  }
+
+  leave() {
+    removeEventListener("resize", this.resized);
+    clearInterval(this.timer);
+    clearTimeout(this.soon);
+  }
+}
+
+function laneWords(items) {
+  const counts = {};
+  for (const { letter } of items) {
+    counts[LETTERS[letter]] = (counts[LETTERS[letter]] || 0) + 1;
+  }
+  return Object.entries(counts).map(([word, n]) => `${n} ${word}`)
+    .join(", ") || "nothing yet";
+}
+
+// --- search: through all outputs --------------------------------------------
+
+function searchView(place, root) {
+  const text = place.query.get("q") || "", job = place.query.get("job");
+  const field = el("input", { type: "search", name: "q", value: text,
+    "aria-label": "Search outputs", placeholder: "Text in any output",
+    autocomplete: "off" });
+  const only = job && known.jobs.get(+job);
+  root.append(el("h1", {}, only ? ["Search the output of ", link(
+    `#/job/${job}`, only.label)] : "Search all outputs"),
+  el("form", { class: "searchform", role: "search", onsubmit: (event) => {
+    event.preventDefault();
+    go(`search?q=${encodeURIComponent(field.value)}${job
+      ? `&job=${job}` : ""}`);
+  } }, field, el("button", { class: "btn primary", type: "submit" },
+    "Search")));
+  if (text) {
+    filled(root, () => ask(searchPath(text, job)), (answer) =>
+      root.append(hitList(answer, text, job)));
+  }
+  if (!text) field.focus();
+  return { title: text ? `${text} \u00b7 search` : "Search", keys: {
+    "/": () => field.select(), j: () => nextLink(root, 1),
+    k: () => nextLink(root, -1) } };
+}
+
+function nextLink(root, by) {
+  const links = [...root.querySelectorAll("li > a")];
+  links[Math.max(0, links.indexOf(document.activeElement) + by)]?.focus();
+}
+
+const searchPath = (text, job, before) => `search?q=${
+  encodeURIComponent(text)}${job ? `&job=${job}` : ""}${before
+  ? `&before=${before}` : ""}`;
+
+function hitList(answer, text, job) {
+  if (!answer.hits.length) {
+    return empty("No output has it", el("p", { class: "muted",
+      text: "Searched is what is kept of all runs." }));
+  }
+  const list = el("ol", { class: "hits" });
+  const fill = (hits) => list.append(...hits.map((hit) => hitItem(hit,
+    text)));
+  fill(answer.hits);
+  const more = button("Older hits", async () => {
+    const next = await attempt(() => ask(searchPath(text, job,
+      answer.hits[answer.hits.length - 1].run.id)));
+    if (!next) return;
+    answer = next;
+    fill(next.hits);
+    more.hidden = !next.more || !next.hits.length;
+  }, { hidden: !answer.more });
+  return el("div", {}, list, more);
+}
+
+function hitItem({ run, line, at }, text) {
+  const job = known.jobs.get(run.job), state = runState(run);
+  return el("li", {}, link(`#/run/${run.id}/B${at}?q=${
+    encodeURIComponent(text)}`, [el("span", { class: "what" },
+    el("span", { class: `state s-${state}` }, icon(state)),
+    el("b", { text: job?.label || "a job" }), muted(hostName(run.host)),
+    muted(dateOf(run.started || run.asked, hostOf(run)))),
+  el("pre", {}, marked(line, text))]));
+}
+
+// A line with what was searched for marked; only so much of a long one.
+function marked(line, text) {
+  const low = line.toLowerCase(), wanted = text.toLowerCase();
+  const first = Math.max(0, low.indexOf(wanted) - 80), parts = [];
+  let from = first;
+  for (let at = low.indexOf(wanted, from); at >= 0 && at < first + 400;
+    at = low.indexOf(wanted, from)) {
+    parts.push(visible(line.slice(from, at)), el("mark",
+      { text: visible(line.slice(at, at + wanted.length)) }));
+    from = at + Math.max(1, wanted.length);
+  }
+  return [first ? "\u2026" : "", ...parts,
+    visible(line.slice(from, Math.max(from, first + 400)))];
+}
+
+// --- audit: who asked for what ----------------------------------------------
+
+function auditView(place, root) {
+  root.append(el("h1", { text: "Audit" }));
+  filled(root, () => ask("audit"), (answer) => {
+    if (!answer.rows.length) {
+      return root.append(empty("Nobody has asked for anything yet", el("p",
+        { class: "muted", text: "Each run, kill, snooze and change that is "
+          + "asked for here stands in this list, with the host\u2019s "
+          + "verdict." })));
+    }
+    const body = el("tbody");
+    body.append(...answer.rows.map(auditRow));
+    const older = button("Older", async () => {
+      const next = await attempt(() => ask(`audit?before=${
+        answer.rows[answer.rows.length - 1].at}`));
+      if (!next) return;
+      answer = next;
+      body.append(...next.rows.map(auditRow));
+      older.hidden = !next.more;
+    }, { hidden: !answer.more });
+    root.append(el("div", { class: "scroll" }, el("table", { class: "list" },
+      headRow("When", "Who", "What", "Where", "Verdict"), body)), older);
+  });
+  return { title: "Audit" };
+}
+
+function auditRow(row) {
+  const host = known.hosts.get(row.host);
+  const verdict = row.state === "refused" ? "failed" : row.state === "expired"
+    ? "missed" : row.state === "waiting" ? "new" : "ok";
+  return el("tr", {}, el("td", {}, dateOf(row.at, host)),
+    el("td", { text: row.who }), el("td", {}, el("b", { text: row.what }),
+      " ", row.job ? link(`#/job/${row.job}`, row.label || "a job")
+        : visible(row.label || ""), argsWords(row.args)),
+    el("td", { text: row.host ? hostName(row.host) : "" }),
+    el("td", {}, row.state && el("span", { class: `state s-${verdict}` },
+      icon(verdict), el("span", { class: "word", text: row.state })),
+    row.reason && muted(" ", row.reason), row.run && [" ", link(
+      `#/run/${row.run}`, "output")]));
+}
+
+// --- checks: what pings in from elsewhere -----------------------------------
+
+function checkView(place, root) {
+  const [id] = place.parts;
+  if (id === "new") return checkForm({ parts: [""] }, root);
+  if (!known.checks.has(id)) return lostView(place, root);
+  const head = el("div"), list = el("div");
+  root.append(head, list);
+  const draw = () => checkHead(head, known.checks.get(id));
+  const fill = () => filled(list, () => ask(`checks/${id}/pings`),
+    (answer) => list.replaceChildren(pingTable(id, answer)));
+  draw();
+  fill();
+  let n = known.checks.get(id).n;
+  return { title: known.checks.get(id).name, update: () => {
+    const check = known.checks.get(id);
+    if (!check) return go("jobs");
+    draw();
+    if (check.n !== n) fill();
+    n = check.n;
+  } };
+}
+
+function checkHead(head, check) {
+  const deed = (words, body, facts) => button(words, () => attempt(() =>
+    tell(`checks/${check.id}`, body)), facts);
+  const open = head.querySelector("details")?.open;
+  head.replaceChildren(el("p", { class: "crumbs" }, link("#/jobs", "Jobs"),
+    muted(" / "), "Checks"), el("div", { class: "verdict" },
+    el("h1", { text: check.name || check.slug }), isOperator() && el("div",
+      { class: "deeds" }, link(`#/check/${check.id}/edit`, "Edit",
+        { class: "btn" }), check.state === "paused" ? deed("Resume",
+        { do: "resume" }) : deed("Pause", { do: "pause" }),
+      BAD.has(check.state) && snoozeButtons(`check:${check.id}`, check),
+      deleteButton(check))),
+  el("dl", { class: "facts" }, [["State", stateMark(check.started
+    && check.state === "up" ? "running" : check.state)],
+  ["Expected", check.words], ["Grace", lasting(check.grace)],
+  ["Last ping", check.last_ping ? timeOf(check.last_ping) : "none yet"],
+  ["Next", check.next ? timeOf(check.next) : "when it has pinged once"],
+  check.last_duration && ["Took", lasting(check.last_duration)],
+  check.start_within > 0 && ["Must start within",
+    lasting(check.start_within)],
+  check.run_limit > 0 && ["May run for", lasting(check.run_limit)],
+  check.tags && ["Tags", check.tags]].filter(isThere).map(
+    ([name, value]) => el("div", {}, el("dt", { text: name }),
+      el("dd", {}, value)))),
+  check.desc && el("p", { text: check.desc }),
+  snippet(pingUrl(check)), snippets(check, open));
+}
+
+function deleteButton(check) {
+  return button("Delete\u2026", (event) => {
+    event.target.replaceWith(button(`Delete ${check.name || check.slug}`,
+      () => attempt(async () => {
+        await tell(`checks/${check.id}`, { do: "delete" });
+        go("jobs");
+      }, "Deleted"), { class: "btn danger" }));
+  }, { class: "btn danger" });
+}
+
+function snippets(check, open) {
+  const url = pingUrl(check), made = (title, text) => [el("h3",
+    { text: title }), snippet(text)];
+  return el("details", { class: "card", open: open || !check.n },
+    el("summary", { text: "How to ping it" }),
+    made("In a crontab", `30 2 * * * backup.sh && curl -fsS -m 10 `
+      + `--retry 5 -o /dev/null ${url}`),
+    made("In a script, with its output and exit status", `curl -fsS -m 10 `
+      + `${url}/start\nout=$(backup.sh 2>&1); status=$?\n`
+      + `printf %s "$out" | curl -fsS -m 10 --data-binary @- `
+      + `${url}/$status`),
+    made("In mission\u2019s configuration", `"ping": {"endpoint": "${
+      url}"}`));
+}
+
+function pingTable(id, answer) {
+  if (!answer.pings.length) {
+    return empty("No ping has come yet", el("p", { class: "muted",
+      text: "Any GET, HEAD or POST to the URL above is one." }));
+  }
+  const body = el("tbody");
+  const fill = (pings) => pings.forEach((ping) => body.append(
+    pingRow(id, ping)));
+  fill(answer.pings);
+  const older = button("Older", async () => {
+    const next = await attempt(() => ask(`checks/${id}/pings?before=${
+      answer.pings[answer.pings.length - 1].n}`));
+    if (!next) return;
+    answer = next;
+    fill(next.pings);
+    older.hidden = !next.more;
+  }, { hidden: !answer.more });
+  return el("div", { class: "scroll" }, el("table", { class: "list" },
+    headRow("No", "When", "Kind", "Took", "From", "Body"), body), older);
+}
+
+const PING_KINDS = { "": ["ok", "ok"], success: ["ok", "ok"],
+  start: ["running", "start"], fail: ["failed", "failed"],
+  log: ["new", "log"], ign: ["skipped", "ignored"] };
+
+function pingRow(id, ping) {
+  const [state, word] = PING_KINDS[ping.kind] || ["new", ping.kind];
+  const show = ping.size > 0 && button("Show", async (event) => {
+    const text = await attempt(async () => (await fetched(
+      `checks/${id}/pings/${ping.n}/body`)).text());
+    if (text !== null) {
+      event.target.replaceWith(el("pre", { class: "command",
+        text: visible(text).replaceAll("\u240a", "\n") }));
+    }
+  }, { class: "btn quiet" });
+  return el("tr", {}, el("td", { class: "num", text: `#${ping.n}` }),
+    el("td", {}, dateOf(ping.at)), el("td", {}, el("span", {
+      class: `state s-${state}` }, icon(state), el("span", { class: "word",
+      text: isThere(ping.exit) && ping.exit ? `exit ${ping.exit}` : word }))),
+    el("td", { class: "num", text: lasting(ping.duration) }),
+    el("td", { class: "muted" }, `${ping.method} ${ping.ip}`, " ",
+      el("span", { text: ping.ua })), el("td", { class: "line" },
+      visible(ping.line || ""), show && [" ", muted(bytesWords(ping.size)),
+        show]));
+}
+
+const UNITS = [["minutes", 60], ["hours", 3600], ["days", 86400]];
+
+// A number and its unit; 0 is "none" where that is allowed.
+function timeField(id, label, seconds, help, least = 60) {
+  const [unit, size] = [...UNITS].reverse().find(([, one]) =>
+    seconds && seconds % one === 0) || UNITS[0];
+  const count = el("input", { id, type: "number", min: least ? 1 : 0,
+    value: String(Math.round(seconds / size * 100) / 100), step: "any",
+    required: true, "aria-describedby": `${id}-help` });
+  const units = el("select", { "aria-label": `${label}: unit` }, UNITS.map(
+    ([text]) => el("option", { text, value: text,
+      selected: text === unit })));
+  return { seconds: () => Math.round(+count.value * UNITS.find(
+    ([text]) => text === units.value)[1]),
+  root: el("div", { class: "field" }, el("label", { for: id, text: label }),
+    el("div", { class: "pair" }, count, units), el("span", {
+      class: "muted", id: `${id}-help`, text: help })) };
+}
+
+function plainField(id, label, value, help, facts = {}) {
+  const input = el(facts.rows ? "textarea" : "input", { id, value,
+    autocomplete: "off", spellcheck: "false",
+    "aria-describedby": `${id}-help`, ...facts });
+  return { input, root: el("div", { class: "field" }, el("label", { for: id,
+    text: label }), input, help && el("span", { class: "muted",
+    id: `${id}-help`, text: help })) };
+}
+
+const NEW_CHECK = { name: "", slug: "", tags: "", desc: "", kind: "simple",
+  period: 86400, grace: 3600, schedule: "30 2 * * *", tz: "UTC",
+  start_within: 0, run_limit: 0, manual_resume: false, methods: "" };
+
+function checkForm(place, root) {
+  const [id] = place.parts, old = id ? known.checks.get(id) : NEW_CHECK;
+  if (!old) return lostView(place, root);
+  root.classList.add("narrow");
+  root.append(el("p", { class: "crumbs" }, link("#/jobs", "Jobs"),
+    muted(" / "), "Checks"), el("h1", { text: id ? `Edit ${old.name}`
+    : "New check" }));
+  if (!isOperator()) {
+    root.append(el("p", { class: "note", text: WORDS.viewer }));
+    return { title: "Check" };
+  }
+  const form = new CheckForm(id, old);
+  root.append(form.root);
+  form.name.input.focus();
+  return { title: id ? `Edit ${old.name}` : "New check" };
+}
+
+class CheckForm {
+  constructor(id, old) {
+    this.id = id;
+    this.name = plainField("c-name", "Name", old.name, "", {
+      required: true });
+    this.slug = plainField("c-slug", "Slug", old.slug, "For URLs: small "
+      + "letters, digits, - and _. Empty: made of the name.",
+    { pattern: "[a-z0-9_-]*" });
+    this.tags = plainField("c-tags", "Tags", old.tags,
+      "Words with spaces between.");
+    this.desc = plainField("c-desc", "Note", old.desc, "What to do when it "
+      + "stays away.", { rows: 2 });
+    this.kind = el("select", { id: "c-kind", value: old.kind, onchange: () =>
+      this.showKind() }, [["simple", "every so often"], ["cron",
+      "by a schedule, as in crontab"]].map(([value, text]) => el("option",
+      { value, text, selected: value === old.kind })));
+    this.period = timeField("c-period", "Every", old.period || 86400,
+      "How often it pings.");
+    this.schedule = plainField("c-cron", "Schedule", old.schedule
+      || NEW_CHECK.schedule, "Five columns, as in crontab(5).");
+    this.tz = plainField("c-tz", "Zone", old.tz || "UTC",
+      "For example Europe/Berlin.");
+    this.grace = timeField("c-grace", "Grace", old.grace,
+      "How late it may be before it is down.");
+    this.within = timeField("c-within", "Must start within",
+      old.start_within || 0, "After it is due; 0: no deadline of its own.",
+      0);
+    this.limit = timeField("c-limit", "May run for", old.run_limit || 0,
+      "From its start ping; 0: as long as the grace.", 0);
+    this.resume = el("input", { id: "c-resume", type: "checkbox",
+      checked: old.manual_resume });
+    this.post = el("input", { id: "c-post", type: "checkbox",
+      checked: old.methods === "POST" });
+    this.said = el("p", { class: "error", role: "alert" });
+    this.root = this.form(id);
+    this.showKind();
+  }
+
+  form(id) {
+    const check = (input, text) => el("div", { class: "field check" }, input,
+      el("label", { for: input.id, text }));
+    return el("form", { class: "runform", onsubmit: (event) => {
+      event.preventDefault();
+      this.save();
+    } }, this.name.root, el("div", { class: "field" }, el("label", {
+      for: "c-kind", text: "It pings" }), this.kind), this.period.root,
+    this.schedule.root, this.tz.root, this.grace.root, el("details", {
+      class: "card" }, el("summary", { text: "More" }), this.slug.root,
+    this.tags.root, this.desc.root, this.within.root, this.limit.root,
+    check(this.resume, "Stays paused until somebody resumes it"),
+    check(this.post, "Only POST counts")), this.said, el("div", {
+      class: "deeds" }, el("button", { class: "btn primary", type: "submit",
+      text: id ? "Save" : "Create" }), link(id ? `#/check/${id}` : "#/jobs",
+      "Cancel", { class: "btn quiet" })));
+  }
+
+  showKind() {
+    const cron = this.kind.value === "cron";
+    this.period.root.hidden = cron;
+    this.schedule.root.hidden = this.tz.root.hidden = !cron;
+    $("input", this.period.root).disabled = cron;
+  }
+
+  async save() {
+    const body = { name: this.name.input.value.trim(),
+      slug: this.slug.input.value, tags: this.tags.input.value.trim(),
+      desc: this.desc.input.value, kind: this.kind.value,
+      period: this.period.seconds(), grace: this.grace.seconds(),
+      schedule: this.schedule.input.value.trim(),
+      tz: this.tz.input.value.trim(), start_within: this.within.seconds(),
+      run_limit: this.limit.seconds(), manual_resume: this.resume.checked,
+      methods: this.post.checked ? "POST" : "" };
+    this.said.textContent = "";
+    try {
+      const made = await (this.id ? tell(`checks/${this.id}`, { do: "edit",
+        ...body }) : tell("checks", body));
+      await seen(() => known.checks.has(this.id || made.id));
+      go(`check/${this.id || made.id}`);
+    } catch (error) {
+      if (!(error instanceof Refusal)) throw error;
+      this.said.textContent = `${error.message} ${error.hint}`;
+    }
+  }
+}
+
+// Until the stream has brought what was just made; a second at most.
+async function seen(question) {
+  for (let tries = 0; tries < 20 && !question(); tries += 1) {
+    await new Promise((done) => setTimeout(done, 50));
+  }
+}
+
+// --- alerts, and who is told ------------------------------------------------
+
+function alertsView(place, root) {
+  const list = el("div"), channels = el("section", { class: "part" });
+  root.append(el("h1", { text: "Alerts" }), list, channels);
+  const draw = () => list.replaceChildren(alertList());
+  draw();
+  channels.append(el("h2", { text: "Who is told" }));
+  filled(channels, () => ask("channels"), (answer) =>
+    showChannels(channels, answer.channels));
+  return { title: "Alerts", update: (changes) => {
+    if (changes.alerts || changes.gone || changes.all || changes.jobs) {
+      draw();
+    }
+  } };
+}
+
+const ALERT_STATES = { failed: "failed", late: "late", missed: "missed",
+  slow: "late", fast: "late", silent: "unknown", overdue: "failed" };
+
+function subjectOf({ subject }) {
+  const [kind, id] = [subject.slice(0, subject.indexOf(":")),
+    subject.slice(subject.indexOf(":") + 1)];
+  if (kind === "job") {
+    const job = known.jobs.get(+id);
+    return { one: job, name: job?.label || "a job", href: `#/job/${id}`,
+      where: job && hostName(job.host), host: hostOf(job) };
+  }
+  if (kind === "check") {
+    const check = known.checks.get(id);
+    return { one: check, name: check?.name || "a check",
+      href: `#/check/${id}`, where: "check" };
+  }
+  return { one: known.hosts.get(id), name: hostName(id), href: "#/hosts",
+    where: "host", host: known.hosts.get(id) };
+}
+
+function alertList() {
+  const alerts = [...known.alerts.values()].sort((a, b) =>
+    b.since - a.since);
+  if (!alerts.length) {
+    return empty("All is well", el("p", { class: "muted", text: "Here stands "
+      + "what failed, is late, was missed, or took much longer than it "
+      + "ever did." }));
+  }
+  return el("ul", { class: "alerts" }, alerts.map((alert) => {
+    const { one, name, href, where, host } = subjectOf(alert);
+    const state = ALERT_STATES[alert.kind] || "unknown";
+    return el("li", {}, el("span", { class: `state s-${state}` },
+      icon(state), el("span", { class: "word", text: alert.kind })),
+    el("div", { class: "what" }, link(href, name), " ", muted(where),
+      el("div", { text: visible(alert.text || "") })), muted("since ",
+      dateOf(alert.since, host)), isOperator() && el("span",
+      { class: "acts" }, snoozeButtons(alert.subject, one || {})));
+  }));
+}
+
+const CHANNEL_HELP = { mail: ["Address", "ann@example.org"], webhook: [
+  "URL that gets a POST with JSON", "https://chat.example.org/hook"],
+ntfy: ["Topic\u2019s URL", "https://ntfy.sh/my-topic"] };
+
+function showChannels(root, channels) {
+  const again = () => attempt(async () => {
+    const answer = await ask("channels");
+    root.replaceChildren(root.firstChild);
+    showChannels(root, answer.channels);
+  });
+  const deed = (words, body, done, facts) => button(words, async () => {
+    if (await attempt(() => tell("channels", body), done)) again();
+  }, facts);
+  root.append(channels.length ? el("ul", { class: "alerts" }, channels.map(
+    (one) => el("li", {}, el("b", { text: one.kind }), el("div", {
+      class: "what" }, el("span", { text: one.target }), one.error && el(
+      "div", { class: "error", text: visible(one.error) })),
+    muted(one.last ? ["told ", timeOf(one.last)] : "not used yet"),
+    isOperator() && el("span", { class: "acts" }, deed("Test", { do: "test",
+      id: one.id }, "Sent; look there"), deed("Delete", { do: "delete",
+      id: one.id }, "Deleted"))))) : el("p", { class: "muted",
+    text: "Nobody yet: what goes wrong shows on this page alone." }));
+  if (isOperator()) root.append(channelForm(again));
+}
+
+function channelForm(again) {
+  const kind = el("select", { "aria-label": "By", onchange: () => show() },
+    Object.keys(CHANNEL_HELP).map((text) => el("option", { text,
+      value: text })));
+  const target = el("input", { required: true, autocomplete: "off",
+    spellcheck: "false" });
+  const show = () => {
+    const [label, example] = CHANNEL_HELP[kind.value];
+    dress(target, { "aria-label": label, placeholder: example,
+      type: kind.value === "mail" ? "email" : "url" });
+  };
+  show();
+  return el("form", { class: "oneline", onsubmit: async (event) => {
+    event.preventDefault();
+    if (await attempt(() => tell("channels", { kind: kind.value,
+      target: target.value }), "Added")) again();
+  } }, kind, target, el("button", { class: "btn", type: "submit",
+    text: "Add" }));
+}
+
+// --- hosts ------------------------------------------------------------------
+
+function hostsView(place, root) {
+  const list = el("div");
+  root.append(el("h1", { text: "Hosts" }), list, el("section",
+    { class: "part" }, el("h2", { text: "Add a host" }), el("p", {},
+    "On the machine, type this; it asks for the dashboard\u2019s passphrase, "
+    + "which stays there:"), joinCommands()));
+  const draw = () => list.replaceChildren(known.hosts.size ? hostTable()
+    : el("p", { class: "muted", text: "None yet." }));
+  draw();
+  return { title: "Hosts", update: (changes) => {
+    if (changes.hosts || changes.gone || changes.all) draw();
+  } };
+}
+
+function hostTable() {
+  const hosts = [...known.hosts.values()].sort(byName);
+  return el("div", { class: "scroll" }, el("table", { class: "list" },
+    headRow("Host", "State", "Jobs", "Heard", "Its clock", "koi", ""),
+    el("tbody", {}, hosts.map((host) => {
+      const jobs = [...known.jobs.values()].filter((job) =>
+        job.host === host.id);
+      const state = { up: "ok", silent: "unknown", twin: "late",
+        new: "new" }[host.state] || "unknown";
+      return el("tr", {}, el("td", {}, el("b", { text: host.name }),
+        (host.troubles || []).map((text) => el("div", { class: "error",
+          text: visible(text) }))),
+      el("td", {}, el("span", { class: `state s-${state}` }, icon(state),
+        el("span", { class: "word", text: host.state === "twin"
+          ? "two with one identity" : host.state }))),
+      el("td", { class: "num", text: String(jobs.length) }),
+      el("td", {}, host.seen ? timeOf(host.seen, host) : "never"),
+      el("td", {}, skewWords(host), el("div", { class: "muted",
+        text: host.zone })), el("td", {}, host.version || "",
+        foreignKeys(host)), el("td", {}, isOperator()
+        && forgetButton(host)));
+    }))));
+}
+
+function skewWords(host) {
+  const skew = host.skew || 0;
+  if (Math.abs(skew) < 2) return "right";
+  return el("span", { class: Math.abs(skew) >= 30 ? "late" : "",
+    text: `${about(Math.abs(skew))} ${skew > 0 ? "fast" : "slow"}` });
+}
+
+function foreignKeys(host) {
+  if (!session.keys || !host.key
+      || host.key === keyId(keyFor(host.id))) return null;
+  return el("div", { class: "error", text: WORDS.keys });
+}
+
+function forgetButton(host) {
+  return button("Forget\u2026", (event) => {
+    event.target.replaceWith(button(`Forget ${host.name} and its runs`, () =>
+      attempt(() => tell("forget", { host: host.id }), "Forgotten"),
+    { class: "btn danger" }));
+  }, { class: "btn quiet" });
+}
+
+// --- settings ---------------------------------------------------------------
+
+function settingsView(place, root) {
+  const { dash } = known, mine = `${origin()}/#${dash.id}`;
+  root.classList.add("narrow");
+  root.append(el("h1", { text: "Settings" }), el("section", { class: "part" },
+    el("h2", { text: "This dashboard" }), el("p", {}, "Its address, to "
+    + "bookmark or to pass on:"), snippet(mine)), viewerPart(),
+  el("section", { class: "part" }, el("h2", { text: "Ping key" }),
+    el("p", {}, "With it a check is pinged by its slug, and made by the "
+    + "first ping:"), snippet(`curl -fsS -m 10 ${origin()}/ping/${
+      dash.ping_key}/my-backup?create=1`)),
+  el("section", { class: "part" }, el("h2", { text: "Badges" }), el("p", {},
+    "A small picture of a state, for a wiki or a README. It tells a colour "
+    + "and nothing else:"), snippet(`${origin()}/badge/${dash.badge_key
+    }/all.svg`), el("p", { class: "muted" }, "In the place of ",
+    code("all"), " may stand a check\u2019s slug or a job\u2019s tag; ",
+    code(".json"), " gives the same for programs.")),
+  el("section", { class: "part" }, el("h2", { text: "Prometheus" }),
+    snippet(`curl -H "Authorization: Bearer $KEY" ${origin()}/metrics`),
+    el("p", { class: "muted" }, "KEY is the viewer\u2019s key without its "
+    + "\u201cview-\u201d.")),
+  el("section", { class: "part" }, el("h2", { text: "Passphrase" }),
+    el("p", {}, "To change it, type on a host:"),
+    snippet("koitab -d rotate")),
+  el("p", { class: "muted" }, `koi ${known.version}. You are `,
+    isOperator() ? "an operator: you may run what is @manual."
+      : "a viewer."));
+  return { title: "Settings" };
+}
+
+function viewerPart() {
+  const key = session.keys && `view-${hex(session.keys.view)}`;
+  const part = el("section", { class: "part" }, el("h2", {
+    text: "Viewers" }), el("p", { text: "Who has this key sees all jobs and "
+    + "outputs, and can run nothing. It is typed in the place of the "
+    + "passphrase." }));
+  if (!key) {
+    part.append(el("p", { class: "muted", text: "Operators can see it." }));
+    return part;
+  }
+  part.append(button("Show the viewer\u2019s key", (event) =>
+    event.target.replaceWith(snippet(key))));
+  return part;
+}
+
+// --- keys, and the start ----------------------------------------------------
+
+const KEYS = [["/", "search or filter"], ["j  k", "down, up; older, newer"],
+  ["Enter", "open"], ["\u2190  \u2192", "walk along a strip"],
+  ["r", "run the job"], ["f", "follow an output"], ["w", "wrap its lines"],
+  ["g j", "jobs"], ["g t", "the day"], ["g s", "search"],
+  ["g a", "alerts"], ["g h", "hosts"], ["?", "these keys"],
+  ["Esc", "close, leave a field"]];
+const GOING = { j: "jobs", t: "day", s: "search", a: "alerts", h: "hosts",
+  u: "audit" };
+
+function showKeys() {
+  const dialog = $("#keys");
+  dialog.replaceChildren(el("h2", { text: "Keys" }), el("dl",
+    { class: "keys" }, KEYS.map(([key, words]) => el("div", {}, el("dt", {},
+      key.split(/ +/).map((one) => el("kbd", { text: one }))), el("dd",
+      { text: words })))), button("Close", () => dialog.close(),
+    { class: "btn primary" }));
+  dialog.showModal();
+}
+
+let going = 0;
+
+function onKey(event) {
+  if (!session.token || event.ctrlKey || event.metaKey || event.altKey) {
+    return;
+  }
+  const field = event.target.closest?.("input, textarea, select");
+  if (event.key === "Escape") {
+    if (field) field.blur();
+    hideTip();
+    return;
+  }
+  if (field || $("#keys").open || barKey(event)) return;
+  const key = event.key, keys = shell.view?.keys || {};
+  if (Date.now() - going < 1500 && GOING[key]) {
+    going = 0;
+    go(GOING[key]);
+  } else if (key === "g") going = Date.now();
+  else if (key === "?") showKeys();
+  else if (keys[key]) keys[key]();
+  else if (key === "/") go("search");
+  else return;
+  event.preventDefault();
+}
+
+function begin() {
+  showTheme(taste.get("theme", "auto"));
+  session.server = $("meta[name=koi-server]").content.replace(/\/+$/, "");
+  const dash = location.hash.match(/^#([0-9a-f]{16})$/);
+  if (dash) session.dash = dash[1];
+  if (!onDisk() && !globalThis.isSecureContext) {
+    $("#plain").textContent = WORDS.plain;
+    $("#plain").hidden = false;
+  }
+  watchBars();
+  watchIdle();
+  setInterval(tick, 1000);
+  addEventListener("keydown", onKey);
+  addEventListener("hashchange", () => shell.route());
+  addEventListener("scroll", hideTip, { passive: true });
+  logInView();
+}
+
+begin();
+"""
+
+
+def page_policy(connect: str = "'self'") -> str:
+    """What the browser lets the page do: run this script and this style,
+    and talk to one server. For a header (Content-Security-Policy)."""
+    from base64 import b64encode
+    from hashlib import sha256
+    script, style = (b64encode(sha256(text.encode()).digest()).decode()
+                     for text in (PAGE_JS, PAGE_CSS))
+    return (f"default-src 'none'; script-src 'sha256-{script}'; "
+            f"style-src 'sha256-{style}'; connect-src {connect}; "
+            "img-src data:; worker-src blob:; base-uri 'none'; "
+            "form-action 'none'; frame-ancestors 'none'; "
+            "require-trusted-types-for 'script'; trusted-types koi")
+
+
+def page_text(server: str | None = None) -> str:
+    """The page as one text. With a server ("": it asks which) it is for a
+    file to be opened from disk, and brings its own policy along."""
+    from html import escape
+    text = PAGE_HTML
+    if server is not None:
+        policy = page_policy(server or "http: https:").replace(
+            "frame-ancestors 'none'; ", "")     # for headers alone
+        text = text.replace(
+            '<meta name="koi-server" content="">',
+            '<meta http-equiv="Content-Security-Policy" content="'
+            f'{escape(policy)}">\n'
+            f'<meta name="koi-server" content="{escape(server)}">')
+    return text.replace("/* PAGE_CSS */", PAGE_CSS).replace(
+        "/* PAGE_JS */", PAGE_JS)
+
 
 # ==========================================================================
 # Command: what can I type?                                      (terminal)
