@@ -10751,15 +10751,15 @@ SWEEP_TIME = 0.5        # between two looks for who is late
 BACKLOG = 1024          # every host calls at the full minute
 MOST_WIRES, MOST_OF_ADDRESS, MOST_UNPROVEN = 4096, 512, 64
 MOST_WRITES = 8192      # that wait for the disk
-MOST_READS, READING = 256, 4
+MOST_READS, MOST_READERS = 256, 4
 PING_BODY, SMALL_BODY = 2**20, 2**16
 SYNC_BODY, REQUEST_BODY = 2**23, 2**20
 INLINE_BODY = 2**15     # longer JSON is not read on the loop
 AHEAD = 2**16           # bytes of requests that wait for their turn
 SLOW_READER = 2**20     # bytes that a stream may be behind
-DOWNLOAD = 2**18           # bytes of a download, at a time
+MOUTHFUL = 2**18           # bytes of a download, at a time
 MOST_CHANGES = 1000       # changes that a stream can catch up with
-MOST_LINE_BYTES = 2**22
+MOST_CHANGE_BYTES = 2**22
 HEARTBEAT = 15.0
 LONGEST_WAIT, LONGEST_LOOK = 25.0, 10.0
 MISSES, MISSES_IN_ALL, BAN, LONGEST_BAN = 10, 300, 60.0, 3600.0
@@ -10793,7 +10793,7 @@ GUARDS = (b"X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer"
 POLICY = ("default-src 'none'; script-src {script}; style-src {style}; "
           "connect-src 'self'; worker-src blob:; img-src data:; base-uri "
           "'none'; form-action 'none'; frame-ancestors 'none'; "
-          "require-trusted-types-for 'script'")
+          "require-trusted-types-for 'script'; trusted-types koi")
 
 
 # --- a head, and what is wrong with it ------------------------------------
@@ -11119,20 +11119,24 @@ class Route(Record):
     open: bool = False      # from pages of others, too
 
 
+def is_check(text: str) -> bool:
+    """A uuid as Healthchecks has them in its paths: in small letters."""
+    return is_uuid(text) and text == text.lower()
+
+
 def is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 18
 
 
 def is_slug(text: str) -> bool:
-    return 0 < len(text) <= 200 and SLUG.issuperset(text.lower())
+    return 0 < len(text) <= 200 and SLUG_LETTERS.issuperset(text.lower())
 
 
-SLUG = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 # A word of a path -> what may stand there.
 FIELDS_OF = {
     "HOST": lambda text: is_hex(text, 32), "NONCE": lambda text: is_hex(
         text, 32), "JOB": is_number, "RUN": is_number, "N": is_number,
-    "CHECK": is_uuid, "KEY": is_slug, "NAME": lambda text: is_slug(
+    "CHECK": is_check, "KEY": is_slug, "NAME": lambda text: is_slug(
         text.rpartition(".")[0])}
 ROUTES = [Route(*row) for row in (
     ("GET", "/", "anyone", "page"),
@@ -11203,11 +11207,11 @@ def read_ping(parts: list[str]) -> tuple:
     so that UUID/start is no slug."""
     if parts[0] == "ping":
         parts = parts[1:]
-    if len(parts) > 1 and parts[-1] == "" and is_uuid(parts[0]):
+    if len(parts) > 1 and parts[-1] == "" and is_check(parts[0]):
         parts = parts[:-1]
     if not parts or not all(map(is_slug, parts)):
         return ()
-    if is_uuid(parts[0]) and (len(parts) == 1 or len(parts) == 2 and (
+    if is_check(parts[0]) and (len(parts) == 1 or len(parts) == 2 and (
             parts[1] in PING_WORDS or is_number(parts[1]))):
         key, slug, rest = parts[0], None, parts[1:]
     elif 2 <= len(parts) <= 3:
@@ -11508,15 +11512,15 @@ class Peer:
             self.phase = LEAVING
         elif self.phase < LEAVING:
             self.phase = WORK
-        self.rest = memoryview(response.body)[DOWNLOAD:]
-        self.transport.write(head + response.body[:DOWNLOAD])
+        self.rest = memoryview(response.body)[MOUTHFUL:]
+        self.transport.write(head + response.body[:MOUTHFUL])
         self.flow()
 
     def flow(self) -> None:
         """Write more of a long answer, as fast as it is taken. After it the
         next request may come."""
         while self.rest and not self.clogged:
-            piece, self.rest = self.rest[:DOWNLOAD], self.rest[DOWNLOAD:]
+            piece, self.rest = self.rest[:MOUTHFUL], self.rest[MOUTHFUL:]
             self.transport.write(bytes(piece))
         if self.rest or self.phase == GONE:
             return
@@ -11639,6 +11643,8 @@ class Visit:
         """More of it. Who reads so slowly that it piles up is dropped: a
         stream can be resumed."""
         transport = self.wire.transport
+        if transport.is_closing():
+            return
         transport.write(data)
         if transport.get_write_buffer_size() > SLOW_READER:
             transport.abort()
@@ -11665,17 +11671,20 @@ class Wait:
         self.last = last
         if self.over:
             last()
-        elif self.stirred:
-            self.stirred = False
-            self.again()
         else:
             self.resting = True
+            if self.stirred:
+                self.stir()
 
     def stir(self) -> None:
+        """It has happened: ask again."""
         self.stirred = True
         if self.resting:
             self.stirred = self.resting = False
-            self.again()
+            try:
+                self.again()
+            except Exception as error:
+                self.visit.wire.site.fail(self.visit, error)
 
     def late(self) -> None:
         self.over = True
@@ -11735,7 +11744,7 @@ class Readers:
         Raises Error."""
         if self.waiting >= MOST_READS:
             raise Error("too many questions at once", "try again", 503)
-        if len(self.threads) < READING and self.waiting >= len(self.threads):
+        if self.waiting >= len(self.threads) < MOST_READERS:
             self.hire()
         self.waiting += 1
         self.queue.put((question, then))
@@ -11788,7 +11797,8 @@ class Feed:
         self.newest = seq
         self.lines.append((seq, line))
         self.bytes += len(line)
-        while len(self.lines) > MOST_CHANGES or self.bytes > MOST_LINE_BYTES:
+        while len(self.lines) > MOST_CHANGES \
+                or self.bytes > MOST_CHANGE_BYTES:
             self.first, old = self.lines.popleft()
             self.bytes -= len(old)
 
@@ -11848,6 +11858,8 @@ class Site:
             visit.refuse(error, {
                 401: (("WWW-Authenticate", "Bearer"),),
                 405: (("Allow", error.hint),)}.get(error.status, ()))
+        except Exception as error:
+            self.fail(visit, error)
 
     def check(self, visit: Visit) -> None:
         """Raises Error if this may not be asked, or not by this caller."""
@@ -12147,11 +12159,13 @@ class Site:
         dash, at = visit.access.dash, number_in(fields, "from") or 0
         most = min(number_in(fields, "len") or MOST_FRAMES, MOST_FRAMES)
         seconds = min(time_in(fields, "wait") or 0.0, LONGEST_LOOK)
-        self.hub.look(dash, run)
+
+        def look() -> tuple:
+            self.hub.look(dash, run)
+            return self.hub.read(self.hub.output, dash, run, at, most)
 
         def ask() -> None:
-            self.readers.ask(lambda: self.hub.read(
-                self.hub.output, dash, run, at, most), told)
+            self.readers.ask(look, told)
 
         def told(found, error) -> None:
             if error:
@@ -12229,15 +12243,16 @@ class Site:
         body = visit.request.body
         if len(body) < INLINE_BODY:
             return self.sync(visit, read_json(body))
-        self.readers.ask(lambda: read_json(body), lambda asked, error:
-                         self.fail(visit, error) if error
-                         else self.guarded(visit, self.sync, asked))
 
-    def guarded(self, visit: Visit, deed, *values) -> None:
-        try:
-            deed(visit, *values)
-        except Exception as error:
-            self.fail(visit, error)
+        def told(asked, error) -> None:
+            try:
+                if error:
+                    raise error
+                self.sync(visit, asked)
+            except Exception as why:
+                self.fail(visit, why)
+
+        self.readers.ask(lambda: read_json(body), told)
 
     def sync(self, visit: Visit, asked: dict) -> None:
         """Take what a host sends; what there is for it, at once or when it
@@ -12299,7 +12314,7 @@ class Site:
             return visit.wire.leave()
         visit.stream = feed
         feed.followers[visit] = None
-        visit.piece(START_ANEW if lines is None else b"".join(lines) or b"\n")
+        visit.piece(ANEW if lines is None else b"".join(lines) or b"\n")
 
     def followers(self, dash: str) -> list[Visit]:
         feed = self.feeds.get(dash)
@@ -12312,7 +12327,7 @@ class Site:
         shown = {name: value for name, value in changes.items()
                  if name not in ("wake", "live")}
         if changes.get("reset"):
-            line = START_ANEW
+            line = ANEW
         elif seq is not None and len(shown) > 1:
             line = json.dumps(shown, ensure_ascii=False, separators=(
                 ",", ":")).encode("utf-8", "backslashreplace") + b"\n"
@@ -12325,12 +12340,11 @@ class Site:
         """The news, to those whom they concern. On the loop."""
         for key in stirred:
             for wait in list(self.waiting.get(key, ())):
-                self.guarded(wait.visit, lambda _visit, wait=wait:
-                             wait.stir())
+                wait.stir()
         feed = self.feeds.get(dash)
         if not feed or not line:
             return
-        if line is START_ANEW:
+        if line is ANEW:
             feed.clear(seq or self.hub.seq(dash))
         elif seq > feed.newest:
             feed.add(seq, line)
@@ -12412,7 +12426,7 @@ class Site:
 HTML, BYTES = "text/html; charset=utf-8", "application/octet-stream"
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 NDJSON = "application/x-ndjson; charset=utf-8"
-START_ANEW = b'{"reset":true}\n'
+ANEW = b'{"reset":true}\n'
 WHO = {"host": ("host",), "viewer": ("viewer", "operator"),
        "operator": ("operator",), "host or operator": ("host", "operator")}
 # A host that sends one of these wants to know at once that it arrived.

@@ -460,13 +460,13 @@ def test_who_comes_back_gets_what_he_missed():
     assert feed.since(20) == []
 
 
-@pytest.mark.parametrize("size", [10, koitab.MOST_LINE_BYTES // 50])
+@pytest.mark.parametrize("size", [10, koitab.MOST_CHANGE_BYTES // 50])
 def test_changes_of_long_ago_are_forgotten_and_that_is_known(size):
     feed = koitab.Feed(0, 0.0)
     for seq in range(1, 2001):
         feed.add(seq, b"x" * size)
-    assert feed.bytes <= koitab.MOST_LINE_BYTES
-    assert len(feed.lines) <= koitab.MOST_LINES
+    assert feed.bytes <= koitab.MOST_CHANGE_BYTES
+    assert len(feed.lines) <= koitab.MOST_CHANGES
     assert feed.since(feed.first - 1) is None
     assert len(feed.since(feed.first)) == len(feed.lines) == 2000 - feed.first
 
