@@ -5128,9 +5128,11 @@ class Uplink:
                 "wait": wait, "now": time.time(), "list_sha": self.listed,
                 **self.facts}
 
-    def take(self, answer: dict) -> None:
+    def take(self, answer: dict, listening: bool = False) -> None:
         """Take what a dashboard hands out. It may lie, so each value is
-        looked at. Raises Unreachable."""
+        looked at. Of two answers that cross on their way, the listener's
+        says which runs are watched, and the sender's what was received of
+        them. Raises Unreachable."""
         acked, owed, live = (answer.get(name) for name in (
             "acked", "owed", "live"))
         asked = answer.get("requests")
@@ -5144,8 +5146,12 @@ class Uplink:
             self.acked = acked
             self.owed = [pair for pair in owed if isinstance(pair, list) and [
                 type(each) for each in pair] == [int, int]][:1000]
-            self.watched = {int(run): have for run, have in live.items()
-                            if count(run) and type(have) is int}
+            seen = {int(run): have for run, have in live.items()
+                    if count(run) and type(have) is int}
+            self.watched = {run: self.watched.get(run, have) for run, have
+                            in seen.items()} if listening else {
+                run: seen.get(run, have) for run, have
+                in self.watched.items()}
             if answer.get("want_list") is True:
                 self.listed, self.news = "", True
             self.turn.notify_all()
@@ -5176,7 +5182,7 @@ class Uplink:
         answered at once: so it is soon known that all is well."""
         hold = HOLD if wire.connection else 0
         self.take(wire.ask("POST", SYNC, self.greeting(hold),
-                           hold + PATIENCE))
+                           hold + PATIENCE), listening=True)
         time.sleep(BREATH)      # else one that lies could keep us busy
 
     # --- the one that sends
