@@ -5141,9 +5141,13 @@ class Uplink:
                 or not isinstance(live, dict) or len(asked) > MOST_ASKED:
             raise Unreachable("its answer is not that of a dashboard")
         with self.turn:
-            if self.acked is None or acked < self.acked:
-                self.news = True            # it lost some, or we ask first
-            self.acked = acked
+            if listening and self.acked is not None:
+                if acked < self.acked:      # did it lose some? ask anew
+                    self.acked = None
+            else:
+                self.news = self.news or self.acked is None \
+                    or acked < self.acked
+                self.acked = acked
             self.owed = [pair for pair in owed if isinstance(pair, list) and [
                 type(each) for each in pair] == [int, int]][:1000]
             seen = {int(run): have for run, have in live.items()
@@ -5244,11 +5248,11 @@ class Uplink:
             owed = self.owed[:MOST_OWED]
         self.take(answer)
         records = letter.get("records")
-        if records and self.acked < records[-1]["change"]:
+        if records and answer["acked"] < records[-1]["change"]:
             raise Unreachable("it does not keep what it is sent")
         with self.turn:
             self.news = self.news or batch["more"]
-            again = bool(owed) and self.owed[:MOST_OWED] == owed
+            again = bool(owed) and answer["owed"][:MOST_OWED] == owed
             safe = self.acked if not self.owed else None
         if again:
             raise Unreachable("it asks for output that it was sent")
