@@ -6547,8 +6547,9 @@ class Vault:
         after, self.after = self.after, []
         for deed in after:
             deed()
+        self.settled()          # so that who is told sees it, too
         self.tell(batch, results)
-        self.settled()
+        self.announce()
 
     def tell(self, batch: list, results: list) -> None:
         for (_, _, then), (result, error) in zip(batch, results):
@@ -6560,6 +6561,9 @@ class Vault:
 
     def settled(self) -> None:
         """The transaction is on the disk; for those who build on this."""
+
+    def announce(self) -> None:
+        """Who waits for it knows; now the others are told."""
 
     def carry_out(self, deed, values: tuple) -> tuple:
         """(result, error) of one deed, which leaves nothing if it fails."""
@@ -7133,7 +7137,7 @@ class Doors(Vault):
     def seq(self, dash: str) -> int:
         return self.seqs.get(dash, self.first_seq)
 
-    def settled(self) -> None:
+    def announce(self) -> None:
         """Tell what changed, and number it."""
         touched, self.touched = self.touched, {}
         for dash, changed in touched.items():
@@ -8723,7 +8727,7 @@ class Fleet(Checks):
             return face
 
     def settled(self) -> None:
-        """Put what was committed into the faces, then tell of it."""
+        """Put what was committed into the faces."""
         for changed in self.touched.values():
             for run in changed.get("runs", ()):
                 row = self.db.execute(f"select {RUN_COLUMNS} from runs where "
@@ -8732,7 +8736,6 @@ class Fleet(Checks):
                     face = row and self.faces.get(row[1])
                     if face:
                         face.put(dict(zip(RUN_FIELDS_KEPT, row)))
-        super().settled()
 
     def described(self, dash: str, changed: dict) -> dict:
         """A line of the stream."""
