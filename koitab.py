@@ -7174,7 +7174,7 @@ OWED_AT_ONCE = 50
 MOST_REQUESTS_WAITING = 100     # for one host
 MOST_CHANNELS = 20
 MOST_LIVE, LIVE_ROOM = 32, 2**21    # runs that are watched; bytes of each
-MOST_BARS = 20_000              # in one answer about a day
+MOST_BARS = 12_000              # in one answer about a day
 MOST_TOUCHED = 2_000            # changes; more and the page reads all anew
 PING_BODY_LIMIT = 10_000
 LONGEST_MEASURED = 72 * 3600    # a start and an end that belong together
@@ -7639,8 +7639,9 @@ class Vault:
         after, self.after = self.after, []
         for deed in after:
             deed()
+        self.settled()          # so that who is told sees it, too
         self.tell(batch, results)
-        self.settled()
+        self.announce()
 
     def tell(self, batch: list, results: list) -> None:
         for (_, _, then), (result, error) in zip(batch, results):
@@ -7652,6 +7653,9 @@ class Vault:
 
     def settled(self) -> None:
         """The transaction is on the disk; for those who build on this."""
+
+    def announce(self) -> None:
+        """Who waits for it knows; now the others are told."""
 
     def carry_out(self, deed, values: tuple) -> tuple:
         """(result, error) of one deed, which leaves nothing if it fails."""
@@ -8225,7 +8229,7 @@ class Doors(Vault):
     def seq(self, dash: str) -> int:
         return self.seqs.get(dash, self.first_seq)
 
-    def settled(self) -> None:
+    def announce(self) -> None:
         """Tell what changed, and number it."""
         touched, self.touched = self.touched, {}
         for dash, changed in touched.items():
@@ -9817,7 +9821,7 @@ class Fleet(Checks):
             return face
 
     def settled(self) -> None:
-        """Put what was committed into the faces, then tell of it."""
+        """Put what was committed into the faces."""
         for changed in self.touched.values():
             for run in changed.get("runs", ()):
                 row = self.db.execute(f"select {RUN_COLUMNS} from runs where "
@@ -9826,7 +9830,6 @@ class Fleet(Checks):
                     face = row and self.faces.get(row[1])
                     if face:
                         face.put(dict(zip(RUN_FIELDS_KEPT, row)))
-        super().settled()
 
     def described(self, dash: str, changed: dict) -> dict:
         """A line of the stream."""

@@ -1039,7 +1039,8 @@ def test_old_runs_and_outputs_go_and_failed_ones_later(house, web1):
         assert {run for run, _ in found(house, "needle")} == outputs
         assert house.rows("select count(*) from runs") == [(runs,)]
     assert house.rows("select count(*) from found where found match 'needle'"
-                      ) == [(0,)]
+                      ) == house.rows("select count(*) from found where found "
+                                      "match '\"eedle g\"'") == [(0,)]
     assert house.sync(web1)["owed"] == []
 
 

@@ -226,11 +226,22 @@ def test_a_silent_host_is_one_alert_and_its_jobs_are_unknown(house, web1):
     house.sync(web1)
     assert house.told() == ["web1 is back"]
     assert house.job()["state"] == "running"
-    alive(house, web1, 29)
+    house.after(29)
     assert house.told() == []       # it may have much to tell
-    alive(house, web1, 20)
+    house.sync(web1)
+    alive(house, web1, 40)
     assert house.told() == ["Night/Backup on web1 is late",
                             "Night/Crawl on web1 is late"]
+
+
+def test_a_host_that_may_be_silent_has_no_late_jobs(house, web1):
+    """It was heard of shortly before the start, and not since."""
+    house.sync(web1, next={"root\nbackup": NOW + 10})
+    house.after(40)
+    house.sync(web1)
+    for _ in range(9):
+        house.after(10)
+    assert house.told() == ["web1 is silent"]
 
 
 def test_a_host_that_polls_slowly_is_not_silent(house, web1):
@@ -244,6 +255,14 @@ def test_a_host_that_never_came_is_new_and_not_silent(house):
     house.join()
     house.after(9999)
     assert house.told() == [] and house.state["hosts"][0]["state"] == "new"
+
+
+def test_a_watch_that_comes_early_is_repeated(house, web1):
+    """The dashboard was restarted: nobody can have been heard of."""
+    house.clock.time += DAY
+    again = house.again()
+    again.do(again.hub.look_at_host, HOST, again.now)
+    assert again.told() == []
 
 
 def test_after_a_restart_hosts_have_time_to_come_back(house, web1):
@@ -472,6 +491,18 @@ def test_the_other_channel_is_told_though_one_hangs(quiet, listener,
     errors = [channel["error"] != "" for channel in quiet.ask(
         quiet.hub.channels, quiet.dash)["channels"]]
     assert errors == [True, False]
+
+
+def test_a_channel_is_told_by_one_thread_at_a_time(quiet, listener):
+    quiet.channel("webhook", listener.url)
+    listener.sleeps = 0.2
+    fail(quiet)
+    herald = koitab.Herald(quiet.hub)
+    threads = herald.round() + herald.round()
+    while any(thread.is_alive() for thread in threads):
+        quiet.hub.turn()
+        time.sleep(0.002)
+    assert len(listener.got) == 1
 
 
 def test_an_answer_that_drips_is_cut_off(monkeypatch):
