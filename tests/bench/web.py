@@ -1,6 +1,6 @@
 """The dashboard under load: pings a second, and what idle hosts cost.
 
-    python3 tests/bench/dashboard.py [--hosts N] [--seconds S]
+    python3 tests/bench/web.py [--hosts N] [--seconds S]
 """
 
 from __future__ import annotations
