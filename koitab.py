@@ -10568,7 +10568,7 @@ class Wait:
     def rest(self, last) -> None:
         """There is nothing to say yet; `last` answers when time is over."""
         self.last = last
-        if self.over:
+        if self.over or self.visit.wire.ended:
             last()
         else:
             self.resting = True
@@ -11183,8 +11183,11 @@ class Site:
             visit.wire.told = demands()
             visit.answer(json_response(reply))
 
+        key = ("host", visit.access.host)
+        for wait in list(self.waiting.get(key, ())):
+            wait.late()     # of a connection that broke, as it seems
         if seconds > 0 and not any(asked.get(name) for name in SENT):
-            Wait(visit, ("host", visit.access.host), seconds, again)
+            Wait(visit, key, seconds, again)
         self.write(visit, self.hub.sync, visit.access, asked,
                    self.clock.now(), then=told)
 
@@ -11207,9 +11210,7 @@ class Site:
             feed.newest, self.hub.seq(visit.access.dash)) else None
         visit.begin(Response(200, kind=NDJSON,
                              headers=(("X-Accel-Buffering", "no"),)))
-        if visit.request.method == "HEAD":
-            visit.wire.visit = None
-            visit.end()
+        if visit.request.method == "HEAD" or visit.wire.ended:
             return visit.wire.leave()
         visit.stream = feed
         feed.followers[visit] = None
