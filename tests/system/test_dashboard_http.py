@@ -523,13 +523,26 @@ def settled(client: Client, house, wait: float) -> None:
 def test_a_host_that_waits_is_woken_by_a_request(house):
     with house.client() as host, house.client() as page:
         settled(host, house, 25)
-        begin = time.monotonic()
         asked = page.ask("POST", "/api/v1/requests", an_order(house), API)
         assert (asked.status, asked.json["state"]) == (202, "waiting")
         reply = host.reply().json
-        assert time.monotonic() - begin < 1
         assert reply["requests"][0]["mac"] == "0" * 64
         assert waiting(house) == 0
+
+
+def test_a_host_is_woken_within_a_tenth_of_a_second(tmp_path):
+    took = []
+    with Dashboard(tmp_path) as found:
+        found.settle()
+        with found.client() as host, found.client() as page:
+            for number in range(10):
+                settled(host, found, 25)
+                begin = time.monotonic()
+                page.ask("POST", "/api/v1/requests", an_order(
+                    found, f"{number:032x}"), API)
+                assert host.reply().json["requests"]
+                took.append(time.monotonic() - begin)
+    assert sorted(took)[5] < 0.1, took      # the machine may be busy once
 
 
 def test_a_request_that_came_before_is_not_missed(house):
