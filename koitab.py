@@ -6055,6 +6055,7 @@ MOST_IN_GROUP = 256             # deeds that are written together
 MOST_DEEDS_WAITING = 20_000     # then the next are turned away
 WAL_PAGES = 256                 # 1 MiB of log, then it goes into the database
 BALLAST = 2**21                 # twice the log: given up when the disk is full
+FREE_PAGES = 2_000              # that the database may keep for later
 READ_TIME = 1.0                 # seconds that one search may take
 
 SILENT_AFTER = 90.0             # seconds without a sync: three long polls
@@ -6246,7 +6247,7 @@ class Vault:
         self.faults: dict[str, str] = {}
         self.after: list = []
         self.chores: list[list] = []    # [when, rest, deed]
-        self.chore("make room", 2.0, self.make_room)
+        self.chore(1.0, self.make_room)
 
     @property
     def troubles(self) -> list[str]:
@@ -6334,7 +6335,7 @@ class Vault:
         for line in ("journal_mode=wal", "synchronous=full",
                      "foreign_keys=off", f"wal_autocheckpoint={WAL_PAGES}",
                      f"journal_size_limit={WAL_PAGES * 4096}",
-                     "cache_size=-16384"):
+                     "secure_delete=fast", "cache_size=-16384"):
             db.execute(f"pragma {line}").fetchall()
         for table in SMALL_TABLES:      # runs and outputs would take minutes
             sound = self.one(f"pragma quick_check('{table}')")
@@ -6504,7 +6505,7 @@ class Vault:
         """Deeds that nobody asked for; for those who build on this."""
         return []
 
-    def chore(self, _name: str, rest: float, deed) -> None:
+    def chore(self, rest: float, deed) -> None:
         """Something to be done in small steps: again at once as long as it
         says True, and else after a rest."""
         self.chores.append([0.0, rest, deed])
@@ -6519,9 +6520,12 @@ class Vault:
         result = []
         self.group([(due[2], (), lambda *found: result.extend(found))],
                    chore=True)
-        due[0] = ticks if result[0] else ticks + due[1]
+        rest = min(due[1], 2.0) if self.full else due[1]
+        due[0] = ticks if result[0] else ticks + rest
+        name = f"chore {due[2].__name__}"
+        self.faults.pop(name, None)
         if result[1] and not isinstance(result[1], Full):
-            self.faults["chores"] = f"tidying up fails: {result[1]}"
+            self.faults[name] = f"tidying up fails: {result[1]}"
         return bool(result[0])
 
     def group(self, batch: list, chore: bool = False) -> None:
@@ -6543,8 +6547,9 @@ class Vault:
         after, self.after = self.after, []
         for deed in after:
             deed()
+        self.settled()          # so that who is told sees it, too
         self.tell(batch, results)
-        self.settled()
+        self.announce()
 
     def tell(self, batch: list, results: list) -> None:
         for (_, _, then), (result, error) in zip(batch, results):
@@ -6556,6 +6561,9 @@ class Vault:
 
     def settled(self) -> None:
         """The transaction is on the disk; for those who build on this."""
+
+    def announce(self) -> None:
+        """Who waits for it knows; now the others are told."""
 
     def carry_out(self, deed, values: tuple) -> tuple:
         """(result, error) of one deed, which leaves nothing if it fails."""
@@ -6608,6 +6616,8 @@ class Vault:
     def fill_up(self) -> None:
         """The disk is full. The ballast makes room to delete in: SQLite
         needs some of it even for that."""
+        if self.full:           # and even a chore needed more than there is
+            return
         self.full = True
         self.faults["full"] = "the dashboard's disk is full: nothing new is " \
             "kept, and old things are removed where that is allowed"
@@ -6641,6 +6651,11 @@ class Vault:
             return False
         return True
 
+    @property
+    def at_once(self) -> int:
+        """Rows to remove in one step: few when there is hardly any room."""
+        return AT_ONCE if not self.full else 20
+
     def make_room(self, db) -> bool:
         """The chore that ends a full disk: when there is room for the
         ballast again, there is for all else."""
@@ -6649,17 +6664,22 @@ class Vault:
         return False
 
     def shrink(self) -> None:
-        """Give pages that nobody needs back to the disk. Not inside a
-        transaction, for then the log could not be emptied."""
+        """The disk is full: give it pages that nobody needs, and the log.
+        Not inside a transaction, for then the log could not be emptied."""
         import sqlite3
         try:
-            self.db.execute("pragma incremental_vacuum(2000)").fetchall()
+            self.vacuum(100)
             self.db.execute("pragma wal_checkpoint(truncate)").fetchall()
         except sqlite3.Error:
             pass                # no room even for that; we try again
         if self.make_ballast():
             self.full = False
             self.faults.pop("full", None)
+
+    def vacuum(self, pages: int) -> None:
+        """Give some free pages back. A transaction of its own, by a script:
+        `execute` would stop after the first page, which counts as a row."""
+        self.db.executescript(f"pragma incremental_vacuum({pages})")
 
 
 # --- what callers say, judged at the door
@@ -7117,7 +7137,7 @@ class Doors(Vault):
     def seq(self, dash: str) -> int:
         return self.seqs.get(dash, self.first_seq)
 
-    def settled(self) -> None:
+    def announce(self) -> None:
         """Tell what changed, and number it."""
         touched, self.touched = self.touched, {}
         for dash, changed in touched.items():
@@ -7413,7 +7433,7 @@ def is_web_address(text: str) -> bool:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) \
             and text.isascii() and text.isprintable() and " " not in text \
-            and (parts.port or 1) > 0
+            and parts.port != 0
     except ValueError:
         return False
 
@@ -8707,16 +8727,15 @@ class Fleet(Checks):
             return face
 
     def settled(self) -> None:
-        """Put what was committed into the faces, then tell of it."""
+        """Put what was committed into the faces."""
         for changed in self.touched.values():
             for run in changed.get("runs", ()):
                 row = self.db.execute(f"select {RUN_COLUMNS} from runs where "
                                       "id = ?", (run,)).fetchone()
-                face = row and self.faces.get(row[1])
-                if face:
-                    with self.faces_lock:
+                with self.faces_lock:   # even to see whether there is one
+                    face = row and self.faces.get(row[1])
+                    if face:
                         face.put(dict(zip(RUN_FIELDS_KEPT, row)))
-        super().settled()
 
     def described(self, dash: str, changed: dict) -> dict:
         """A line of the stream."""
@@ -8994,10 +9013,10 @@ class Hub(Fleet):
         super().__init__(path, clock, zone)
         self.index = ""         # how texts are found: trigram, words, or ""
         self.round = 0          # the job that is tidied up next
-        self.chore("warm up", 600.0, self.warm_up)
-        self.chore("read outputs", 5.0, self.read_output)
-        self.chore("forget", 60.0, self.forget_old)
-        self.chore("shrink", 300.0, self.give_back)
+        self.chore(600.0, self.warm_up)
+        self.chore(5.0, self.read_output)
+        self.chore(60.0, self.forget_old)
+        self.chore(300.0, self.give_back)
 
     def load(self) -> None:
         """Besides, the index of the outputs, if SQLite can keep one."""
@@ -9034,18 +9053,33 @@ class Hub(Fleet):
         wait behind each."""
         found = db.execute("select u.run, r.pieces, r.have from unread u left "
                            "join runs r on r.id = u.run limit 1").fetchone()
-        if not found or not self.index:
-            return False
+        if not found or not self.index or self.full:
+            return False        # what little room there is, is to forget
         run, pieces, have = found
         parts = text_pieces(self.frames_of(db, run)) if have else []
         if pieces is not None and pieces < len(parts):
-            db.execute("insert into found (rowid, text) values (?, ?)",
-                       (run * MOST_PIECES + pieces, parts[pieces]))
+            self.change_index(db, "insert into found (rowid, text) values "
+                              "(?, ?)", run * MOST_PIECES + pieces,
+                              parts[pieces])
             db.execute("update runs set pieces = pieces + 1 where id = ?",
                        (run,))
         if pieces is None or pieces + 1 >= len(parts):
             db.execute("delete from unread where run = ?", (run,))
         return True
+
+    def change_index(self, db, statement: str, *values) -> None:
+        """An index that is damaged is no reason to end: without it things
+        are found all the same, only later."""
+        import sqlite3
+        try:
+            if self.index:
+                db.execute(statement, values)
+        except sqlite3.DatabaseError as error:
+            if not db.in_transaction or "malformed" not in str(error):
+                raise
+            self.index = ""
+            self.faults["index"] = "the index of outputs is damaged: search " \
+                "goes on without it, and is slow"
 
     def frames_of(self, db, run: int) -> bytes:
         return b"".join(data for data, in db.execute(
@@ -9075,8 +9109,10 @@ class Hub(Fleet):
                 if hit:
                     hits.append({"run": self.run_shape(self.row_of_run(
                         db, dash, run)), "line": hit[0], "at": hit[1]})
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             if "interrupted" not in str(error):
+                self.index = self.index if "malformed" not in str(error) \
+                    else ""
                 raise
             more = True
         finally:
@@ -9093,13 +9129,13 @@ class Hub(Fleet):
             if self.index == "words":
                 quoted += "*"
             pending = [run for run, in db.execute(
-                "select u.run from unread u join runs r on r.id = u.run "
-                "where u.run < ?1 and r.dash = ?2 and (?3 is null or job = "
-                "?3) order by u.run desc limit 100", (last, number, job))]
+                "select u.run from unread u cross join runs r where r.id = "
+                "u.run and u.run < ?1 and r.dash = ?2 and (?3 is null or job "
+                "= ?3) order by u.run desc limit 100", (last, number, job))]
             rows = db.execute(
                 "select r.id from found f cross join runs r where r.id = "
-                "f.rowid / ?1 and found match ?2 and f.rowid < ?3 and r.dash = ?4 and "
-                "(?5 is null or job = ?5) order by f.rowid desc",
+                "f.rowid / ?1 and found match ?2 and f.rowid < ?3 and r.dash "
+                "= ?4 and (?5 is null or job = ?5) order by f.rowid desc",
                 (MOST_PIECES, quoted, last * MOST_PIECES, number, job))
             import heapq
             return heapq.merge(pending, (run for run, in rows), reverse=True)
@@ -9164,7 +9200,7 @@ class Hub(Fleet):
         for step in (self.forget_jobs, self.forget_runs, self.forget_outputs,
                      self.forget_rows):
             removed += step(db, now)
-            if removed >= AT_ONCE // 2:
+            if removed >= self.at_once // 2:
                 return True
         return removed > 0 or self.thin_out(db)
 
@@ -9182,9 +9218,10 @@ class Hub(Fleet):
                 return 1
             return 0
         runs = [run for run, in db.execute(
-            "select id from runs where job = ? limit ?", (found[0], AT_ONCE))]
+            "select id from runs where job = ? limit ?",
+            (found[0], self.at_once))]
         self.remove_runs(db, runs)
-        if len(runs) < AT_ONCE:
+        if len(runs) < self.at_once:
             db.execute("delete from jobs where id = ?", found)
             self.after.append(lambda: self.faces.pop(found[0], None))
         return len(runs) + 1
@@ -9196,8 +9233,8 @@ class Hub(Fleet):
             runs += db.execute(
                 "select id, job from runs where dash = ? and at < ? and state"
                 " not in ('queued', 'running') limit ?",
-                (number, now - KEEP_RUN_DAYS * DAY_SECONDS, AT_ONCE)
-                ).fetchall()
+                (number, now - KEEP_RUN_DAYS * DAY_SECONDS,
+                 self.at_once)).fetchall()
         self.remove_runs(db, [run for run, _ in runs])
         for job in {job for _, job in runs}:
             self.after.append(lambda job=job: self.faces.pop(job, None))
@@ -9215,9 +9252,9 @@ class Hub(Fleet):
         runs = [] if not old else [run for run, in db.execute(
             "select id from runs where job = ? and id <= ? and state not in "
             "('queued', 'running') order by id limit ?",
-            (found[0], old[0], AT_ONCE))]
+            (found[0], old[0], self.at_once))]
         self.remove_runs(db, runs)
-        if len(runs) < AT_ONCE:
+        if len(runs) < self.at_once:
             self.after.append(lambda: setattr(self, "round", found[0]))
         return True
 
@@ -9234,9 +9271,9 @@ class Hub(Fleet):
                            ).fetchone()
         if found and found[0] and self.index:
             for number, text in enumerate(text_pieces(frames)[:found[0]]):
-                db.execute("insert into found (found, rowid, text) values "
-                           "('delete', ?, ?)", (run * MOST_PIECES + number,
-                                                text))
+                self.change_index(
+                    db, "insert into found (found, rowid, text) values "
+                    "('delete', ?, ?)", run * MOST_PIECES + number, text)
         if frames:
             db.execute("delete from outputs where run = ?", (run,))
             db.execute("delete from unread where run = ?", (run,))
@@ -9251,7 +9288,7 @@ class Hub(Fleet):
             size, count = size + self.remove_output(db, run), count + 1
             db.execute("update runs set have = 0, size = 0, pieces = 0 where "
                        "id = ?", (run,))
-            if size > 2**20:
+            if size > (2**20 if not self.full else 2**17):
                 break
         return count
 
@@ -9262,19 +9299,21 @@ class Hub(Fleet):
                 ("audit", "at", KEEP_AUDIT_DAYS, "dash in (select id from "
                                                  "dashboards) and "),
                 ("flips", "at", KEEP_EVENT_DAYS, ""),
-                ("requests", "asked", KEEP_EVENT_DAYS, "")):
+                ("requests", "asked", KEEP_EVENT_DAYS, ""),
+                ("letters", "at", KEEP_EVENT_DAYS, "")):
             removed += db.execute(
                 f"delete from {table} where id in (select id from {table} "
                 f"where {more}{column} < ? limit ?)",
-                (now - days * DAY_SECONDS, AT_ONCE)).rowcount
+                (now - days * DAY_SECONDS, self.at_once)).rowcount
         return removed
 
     def give_back(self, db) -> bool:
         """Pages that nobody needs; a few at a time."""
         free = db.execute("pragma freelist_count").fetchone()[0]
-        if free > 2_000 or self.full:
-            db.execute("pragma incremental_vacuum(200)").fetchall()
-        return free > 2_200
+        more = free > FREE_PAGES and not self.full
+        if more:
+            self.after.append(lambda: self.vacuum(200))
+        return more
 
     # --- for other programs
 

@@ -984,6 +984,22 @@ def test_long_output_is_read_by_and_by_head_and_tail(house, web1):
     assert found(house, "first needle")[0][0] == 1
 
 
+def test_a_damaged_index_costs_time_and_nothing_else(house, web1):
+    written(house, web1, "one needle\n")
+    house.rest()
+    house.do(lambda db: db.execute("update found_data set block = x'a5'"))
+    written(house, web1, "two needle\n")
+    house.rest()
+    try:
+        found(house, "needle")
+    except Error as error:
+        assert error.status == 500
+    assert [run for run, _ in found(house, "needle")] == [2, 1]
+    house.clock.time += 500 * 86_400
+    house.rest()
+    assert house.hub.broken == ""
+
+
 def test_a_hundred_hits_come_in_pages(house, web1):
     for number in range(45):
         written(house, web1, f"needle {number}\n")
@@ -1023,8 +1039,22 @@ def test_old_runs_and_outputs_go_and_failed_ones_later(house, web1):
         assert {run for run, _ in found(house, "needle")} == outputs
         assert house.rows("select count(*) from runs") == [(runs,)]
     assert house.rows("select count(*) from found where found match 'needle'"
-                      ) == [(0,)]
+                      ) == house.rows("select count(*) from found where found "
+                                      "match '\"eedle g\"'") == [(0,)]
     assert house.sync(web1)["owed"] == []
+
+
+def test_pages_that_nobody_needs_are_given_back(house, web1, monkeypatch):
+    monkeypatch.setattr(koitab, "FREE_PAGES", 50)
+    for _ in range(3):
+        written(house, web1, ("x" * 7999 + "\n") * 120)
+    size = house.hub.one("pragma page_count")
+    house.clock.time += 100 * 86_400
+    house.rest()
+    house.clock.time += 301
+    house.rest()
+    assert house.hub.one("pragma freelist_count") <= 50
+    assert house.hub.one("pragma page_count") < size / 2
 
 
 def test_small_steps_even_when_much_is_old(house, web1):
@@ -1103,7 +1133,7 @@ def test_many_threads_read_while_one_writes(tmp_path):
     for _ in range(40):
         house.hub.do(house.hub.sync, web1, {
             "v": 1, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
-            "records": [house.record(started=1.0, ended=2.0)]}, NOW)
+            "records": [house.record()]}, house.now)
     for thread in threads:
         thread.join()
     strip = house.job()["strip"]
