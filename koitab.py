@@ -11847,6 +11847,7 @@ mark { background: var(--mark); color: inherit; border-radius: 2px; }
 .scroll { overflow-x: auto; }
 #main { max-width: 1560px; margin: 0 auto; padding: 16px 20px 64px; }
 .view > * + * { margin-top: 14px; }
+.view > .away + * { margin-top: 0; }
 .narrow { max-width: 720px; }
 
 /* Buttons and fields */
@@ -11864,6 +11865,7 @@ mark { background: var(--mark); color: inherit; border-radius: 2px; }
   color: var(--on-accent); font-weight: 600;
 }
 .btn.primary:hover { filter: brightness(1.08); }
+.btn > .roomy { margin-left: -2px; }
 .btn.danger { color: var(--bad); }
 .btn.quiet { border-color: transparent; background: none; }
 .btn.quiet:hover { background: var(--hover); }
@@ -11943,6 +11945,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .link[data-kind="away"] { color: var(--late); }
 .link[data-kind="away"] i { background: none;
   border: 2px solid var(--late); }
+.zone { font-weight: 400; }
 .zone select { border-color: transparent; background: none;
   color: var(--soft); font-size: 13px; }
 .zone select:hover { background: var(--hover); }
@@ -11957,6 +11960,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .chip b { font-weight: 600; font-variant-numeric: tabular-nums; }
 .chip[aria-pressed="true"] { background: var(--press); color: var(--ink); }
 .group + .group { margin-top: 14px; }
+.group { content-visibility: auto; contain-intrinsic-size: auto 300px; }
 .head > div { display: flex; align-items: baseline; gap: 10px;
   padding: 0 12px 5px; }
 .head h2 { font-size: 15px; }
@@ -11998,19 +12002,20 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .c-act { text-align: right; }
 .c-act .btn { min-height: 26px; }
 .c-strip, .c-spark { line-height: 0; }
-.attention .row { background: var(--card); border-left: 3px solid
-  var(--b-bad); }
+.attention .row { box-shadow: inset 3px 0 0 var(--b-bad); }
+.attention .row:focus-within { box-shadow: inset 3px 0 0 var(--accent); }
 .attention .row .state { font-weight: 600; }
 .why {
   grid-column: 2 / -1; display: flex; flex-wrap: wrap; align-items: center;
   gap: 4px 12px; padding: 0 0 7px; font-size: 13px;
 }
 .why pre {
-  flex: 1 1 100%; padding: 4px 8px; border-radius: 5px; overflow: hidden;
+  flex: 1 1 240px; padding: 4px 8px; border-radius: 5px; overflow: hidden;
   background: var(--bad-bg); white-space: nowrap; text-overflow: ellipsis;
 }
 .acts { display: inline-flex; gap: 6px; flex-wrap: wrap; }
 .why .acts { margin-left: auto; }
+.why .btn { min-height: 26px; padding: 2px 9px; }
 
 /* Strips, sparks, lanes */
 .bars { display: block; cursor: pointer; overflow: visible;
@@ -12018,7 +12023,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .b-ok { fill: var(--b-ok); } .b-bad { fill: var(--b-bad); }
 .b-odd { fill: var(--b-odd); } .b-skip { fill: var(--b-skip); }
 .b-run { fill: var(--b-run); }
-.b-hollow { fill: none; stroke: var(--b-odd); }
+.b-hollow { fill: none; stroke: var(--b-odd); stroke-width: 1.3; }
 .b-wait { fill: none; stroke: var(--b-run); }
 .spark rect { fill: var(--press); }
 .spark path { fill: none; stroke: var(--soft); stroke-width: 1.2; }
@@ -12068,7 +12073,9 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .view.run { display: grid; grid-template-columns: minmax(0, 1fr);
   gap: 0 24px; }
 .view.run > * { margin: 0; }
-.runmain { display: flex; flex-direction: column; gap: 12px; min-width: 0; }
+.runmain { display: flex; flex-direction: column; gap: 12px; min-width: 0;
+  min-height: max(560px, calc(100vh - 79px)); }
+#main:has(> .view.run) { padding-bottom: 16px; }
 aside.runs { display: none; }
 @media (min-width: 1100px) {
   .view.run { grid-template-columns: 232px minmax(0, 1fr); }
@@ -12078,17 +12085,21 @@ aside.runs { display: none; }
   .view.run:not(:has(aside.runs:not(:empty))) > .runmain {
     grid-column: 1 / -1; }
 }
+aside.runs .btn { justify-content: center; }
+.runmain > div:empty { display: none; }
 aside.runs ol { overflow-y: auto; border: 1px solid var(--line);
   border-radius: 8px; background: var(--card); }
 aside.runs li + li { border-top: 1px solid var(--line); }
-aside.runs a { display: flex; gap: 8px; padding: 5px 10px; font-size: 13px;
-  color: var(--ink); align-items: center; }
+aside.runs a { display: flex; gap: 8px; padding: 5px 10px;
+  align-items: center; font-size: 13px; color: var(--ink);
+  white-space: nowrap; }
 aside.runs a .muted { margin-left: auto; font-size: 12.5px; }
 aside.runs a:hover { background: var(--hover); text-decoration: none; }
 aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 
 /* Output */
-.output { position: relative; border: 1px solid var(--line);
+.output { position: relative; flex: 1; display: flex;
+  flex-direction: column; border: 1px solid var(--line);
   border-radius: 8px; background: var(--log); overflow: hidden; }
 .bar { display: flex; flex-wrap: wrap; gap: 6px; align-items: center;
   padding: 6px 8px; background: var(--card);
@@ -12097,7 +12108,7 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .finding { display: inline-flex; align-items: center; gap: 4px; }
 .finding .btn { padding: 3px 5px; }
 .found { font-size: 12.5px; min-width: 0; }
-.pane { height: calc(100vh - 330px); min-height: 300px; overflow: auto;
+.pane { flex: 1 1 320px; min-height: 0; overflow: auto;
   color: var(--log-ink); font: 12.5px/18px var(--mono); tab-size: 8;
   padding: 4px 0; overscroll-behavior: contain; }
 .pane:focus-visible { outline-offset: -2px; }
@@ -12108,7 +12119,8 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
   transparent; }
 .line.has-err { border-left-color: var(--b-bad); }
 .only-err .line:not(.has-err):not(.note) { display: none; }
-.no { flex: none; width: 58px; padding-right: 12px; text-align: right;
+.no { flex: none; width: calc(var(--digits) + 24px); text-align: right;
+  padding-right: 14px;
   color: var(--quiet); user-select: none; }
 .no::before { content: attr(data-n); }
 .at { flex: none; padding-right: 14px; min-width: 84px; text-align: right;
@@ -12116,7 +12128,8 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .at::before { content: attr(data-at); }
 .text { white-space: pre; padding-right: 16px; unicode-bidi: isolate; }
 .wrap .text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 0; }
-.line.note { color: var(--soft); font-style: italic; padding-left: 58px; }
+.line.note { color: var(--soft); font-style: italic;
+  padding-left: calc(var(--digits) + 24px); }
 .line.note .no { display: none; }
 .line.hit { background: var(--mark); }
 .line.here { background: var(--here); box-shadow: inset 3px 0 0
@@ -12124,6 +12137,7 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .line.hit.here { background: var(--mark); }
 .newer { position: absolute; bottom: 14px; left: 50%;
   transform: translateX(-50%); box-shadow: 0 2px 10px #0003; }
+.output.bare { flex: none; }
 .nothing { padding: 28px; color: var(--soft); text-align: center; }
 .bold { font-weight: 700; } .dim { opacity: .75; }
 .italic { font-style: italic; } .under { text-decoration: underline; }
@@ -12176,6 +12190,7 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .login h1 { display: flex; align-items: center; gap: 7px; font-size: 24px;
   margin-bottom: 8px; }
 .login .fish { width: 30px; height: 30px; }
+.login .primary { margin-top: 6px; }
 .login .btn { justify-content: center; min-height: 36px; }
 .login input { min-height: 36px; }
 .login .muted { font-size: 13px; margin-top: 6px; }
@@ -12225,15 +12240,18 @@ table.list { width: 100%; border-collapse: separate; border-spacing: 0;
   color: var(--soft); padding: 7px 12px; }
 .list td { padding: 6px 12px; border-top: 1px solid var(--line);
   vertical-align: top; }
-.list td:not(.line) { white-space: nowrap; }
-.list td.line { font: 12.5px/1.5 var(--mono); overflow-wrap: anywhere; }
+.list td:not(.says, .wraps) { white-space: nowrap; }
+.list td.wraps { min-width: 140px; overflow-wrap: anywhere; }
+.list td.says { width: 45%; min-width: 220px; overflow-wrap: anywhere;
+  font: 12.5px/1.5 var(--mono); }
 .list + .btn { margin-top: 10px; }
 .alerts { border: 1px solid var(--line); border-radius: 8px;
   background: var(--card); }
 .alerts li { display: flex; flex-wrap: wrap; gap: 4px 14px;
   padding: 9px 14px; align-items: baseline; }
 .alerts li + li { border-top: 1px solid var(--line); }
-.alerts .state { min-width: 90px; align-self: flex-start; }
+.alerts .state { min-width: 90px; align-self: flex-start;
+  margin-top: 3px; }
 .alerts .what { flex: 1; min-width: 220px; overflow-wrap: anywhere; }
 .oneline { display: flex; gap: 6px; flex-wrap: wrap; }
 .oneline input { flex: 1; min-width: 180px; max-width: 420px; }
@@ -12289,9 +12307,10 @@ dialog > * + * { margin-top: 12px; }
   body { font-size: 15px; }
   #main { padding: 12px 12px 64px; }
   .open #top { padding: 6px 12px 2px; }
-  #top nav a { padding: 6px 8px; white-space: nowrap; }
+  #top nav a { padding: 6px 5px; white-space: nowrap; font-size: 14px; }
+  #top nav { justify-content: space-between; scrollbar-width: none; }
   #find { flex: 1 1 90px; }
-  .help, .zone { display: none; }
+  .help, .zone, .roomy { display: none; }
   .toolbar input { flex: 1 1 140px; width: auto; }
   .btn { min-height: 34px; }
   .row { grid-template-columns: minmax(0, 1fr) auto; gap: 3px 10px;
@@ -12308,8 +12327,7 @@ dialog > * + * { margin-top: 12px; }
   .head > div { padding-left: 4px; flex-wrap: wrap; }
   .dayrow { grid-template-columns: 96px 1fr; }
   .axis { position: static; }
-  .pane { height: 70vh; }
-  .no { width: 40px; padding-right: 8px; }
+  .no { width: calc(var(--digits) + 10px); padding-right: 8px; }
   .list td, .list th { padding: 7px 8px; }
   .facts { gap: 8px 20px; }
   .bar .btn { padding: 3px 8px; }
@@ -12397,7 +12415,7 @@ const code = (text) => el("code", { text });
 const muted = (...inside) => el("span", { class: "muted" }, ...inside);
 
 const ICONS = {     // drawn on 16 x 16; each state has a shape of its own
-  ok: ["M3.5 8.6l3 3 6-7"], new: ["M8 6.4v3.2M6.4 8h3.2"],
+  ok: ["M3.5 8.6l3 3 6-7"], new: ["M8 5.2a2.8 2.8 0 1 0 .01 0z"],
   failed: ["F", "M8 .8a7.2 7.2 0 1 0 .01 0z", "M5.5 5.5l5 5m0-5l-5 5"],
   late: ["F", "M8 1.2L15.4 14.6H.6z", "M8 6v4m0 2v.2"],
   missed: ["M8 2a6 6 0 1 0 .01 0z", "M3.9 12.1l8.2-8.2"],
@@ -12497,6 +12515,12 @@ function lasting(s) {
   return h % 24 ? `${Math.floor(h / 24)} d ${h % 24} h` : `${h / 24} d`;
 }
 
+function brief(s) {
+  if (!isThere(s) || s < 59.5) return lasting(s);
+  return s < 3570 ? `${Math.round(s / 60)} min` : s < 86400
+    ? `${(s / 3600).toFixed(1)} h` : `${(s / 86400).toFixed(1)} d`;
+}
+
 // About how long: one number is enough to see how old something is.
 function about(s) {
   for (const [size, unit, next] of [[1, "s", 90], [60, "min", 90],
@@ -12553,16 +12577,18 @@ function when(at, host) {
   if (days === 1) return `tomorrow ${clock(d)}`;
   const date = `${d.getUTCDate()} ${MONTHS[d.getUTCMonth()]}`;
   if (Math.abs(days) < 6) {
-    return `${WEEKDAYS[d.getUTCDay()]} ${date} ${clock(d)}`;
+    return `${WEEKDAYS[d.getUTCDay()]} ${clock(d)}`;
   }
   return d.getUTCFullYear() === today.getUTCFullYear()
     ? `${date} ${clock(d)}` : `${date} ${d.getUTCFullYear()}`;
 }
 
+const OUR_ZONE = Intl.DateTimeFormat().resolvedOptions().timeZone;
+
 function exactly(at, host) {
   const d = shifted(at, host), shift = shiftOf(at, host);
   const name = zoneKind === "utc" ? "" : zoneKind === "host" && host
-    ? host.zone : Intl.DateTimeFormat().resolvedOptions().timeZone;
+    ? host.zone : OUR_ZONE;
   const sign = shift < 0 ? "\u2212" : "+", size = Math.abs(shift) / 60;
   const utc = shift ? `UTC${sign}${Math.floor(size / 60)}${
     size % 60 ? ":" + two(size % 60) : ""}` : "UTC";
@@ -12888,6 +12914,8 @@ function watchIdle() {
   };
   setInterval(look, 5000);
   document.addEventListener("visibilitychange", look);
+  // A page that the browser keeps for its Back button keeps no keys.
+  addEventListener("pagehide", () => lock());
 }
 
 // --- what is known: the state, and the stream that keeps it current ------
@@ -12952,7 +12980,7 @@ const hostOf = (thing) => thing && known.hosts.get(thing.host);
 const hostName = (id) => known.hosts.get(id)?.name || "a forgotten host";
 
 const stream = {
-  abort: null, pause: 1, timer: 0,
+  abort: null, pause: 1, timer: 0, live: false, reader: null,
 
   start() {
     this.stop();
@@ -12966,13 +12994,32 @@ const stream = {
     this.abort = null;
   },
 
+  // A browser has six connections to a server, for all tabs together: one
+  // that nobody sees looks in each 20 s and lets go.
+  rest(reader, abort) {
+    setTimeout(() => {
+      if (!document.hidden || abort !== this.abort) return;
+      this.pause = 20;
+      reader.cancel();
+    }, 60000);
+  },
+
+  looked() {
+    if (!session.token) return;
+    if (document.hidden && this.reader) this.rest(this.reader, this.abort);
+    else if (!document.hidden && !this.live) this.start();
+  },
+
   async follow() {
     const abort = this.abort = new AbortController();
     try {
       const reply = await fetched(`stream?since=${known.seq}`,
         { signal: abort.signal });
       shell.link("live", "Live");
-      await this.read(reply.body.getReader(), abort);
+      this.live = true;
+      const reader = this.reader = reply.body.getReader();
+      if (document.hidden) this.rest(reader, abort);
+      await this.read(reader, abort);
       this.again(abort, "The dashboard ended the stream.");
     } catch (error) {
       if (abort !== this.abort) return;
@@ -12996,7 +13043,7 @@ const stream = {
           .split("\n");
         text = lines.pop();
         for (const line of lines) if (line) await this.heard(line);
-        this.pause = 1;
+        if (!document.hidden) this.pause = 1;
       }
     } finally {
       clearTimeout(watchdog);
@@ -13016,6 +13063,8 @@ const stream = {
 
   again(abort, why) {
     if (abort !== this.abort) return;
+    this.live = false;
+    this.reader = null;
     const wait = this.pause * (0.8 + 0.4 * Math.random());
     this.pause = Math.min(this.pause * 2, 30);
     shell.link("away", `Not connected: next try in ${about(wait)}`, why);
@@ -13182,7 +13231,7 @@ const shell = {
   },
 };
 
-const snoozed = (one) => one.snoozed && one.snoozed > now();
+const snoozed = (one) => Boolean(one.snoozed) && one.snoozed > now();
 
 function brand() {      // a koi from above, in two strokes
   return svg("svg", { class: "fish", viewBox: "0 0 24 24",
@@ -13271,6 +13320,8 @@ async function filled(root, question, show) {
 function logInView(why = "") {
   const main = $("#main"), failed = el("p", { class: "error", role: "alert",
     id: "why", text: why });
+  const who = el("input", { type: "text", autocomplete: "username",
+    hidden: true, value: session.dash || location.host });
   const secret = el("input", { type: "password", name: "secret",
     id: "secret", autocomplete: "current-password", required: true,
     spellcheck: "false", "aria-describedby": "why hint" });
@@ -13284,7 +13335,7 @@ function logInView(why = "") {
     tryLogIn({ form, secret, enter, bar, failed, extra });
   } }, el("h1", {}, brand(), "koi"),
   needsServer() && serverField(), extra,
-  el("label", { for: "secret", text: "Passphrase" }), secret, failed,
+  el("label", { for: "secret", text: "Passphrase" }), who, secret, failed,
   bar, enter, el("p", { class: "muted", id: "hint", text: "It stays in this "
     + "tab: keys are made of it here, and are gone when the tab is closed. "
     + "A viewer\u2019s key (view-\u2026) opens this page for reading." }));
@@ -13361,16 +13412,22 @@ function bars(items, height, facts, tipOf, hrefOf) {
   for (const { x, w, letter } of items) {
     const look = LOOKS[letter] || "odd";
     const h = Math.round(height * (LOW[letter] || 1));
-    const inset = look === "hollow" || look === "wait" ? 0.5 : 0;
-    (paths[look] ||= []).push(`M${x + inset} ${height - h + inset}h${
-      Math.max(w - 2 * inset, 0.5)}v${h - 2 * inset}h${
-      -Math.max(w - 2 * inset, 0.5)}z`);
+    (paths[look] ||= []).push(look === "hollow" || look === "wait"
+      ? hollow(x, height - h, w, h) : `M${x} ${height - h}h${w}v${h}h${
+        -w}z`);
   }
   const node = svg("svg", { class: "bars", role: "img", ...facts },
     Object.entries(paths).map(([look, d]) => svg("path", {
       class: `b-${look}`, d: d.join("") })));
   node.bars = { items, tipOf, hrefOf, at: items.length - 1 };
   return node;
+}
+
+// An outline; what is too narrow for one has its middle missing.
+function hollow(x, y, w, h) {
+  if (w >= 4) return `M${x + 0.5} ${y + 0.5}h${w - 1}v${h - 1}h${1 - w}z`;
+  const end = Math.max(2, Math.floor(h / 4)), middle = x + w / 2;
+  return `M${middle} ${y}v${end}M${middle} ${y + h - end}v${end}`;
 }
 
 function barAt(node, event) {
@@ -13550,6 +13607,15 @@ class JobRow {
       this.root.append(this.cells[name]);
     }
     this.root.row = this;
+    this.link = el("a");
+    this.where = muted();
+    this.cells.name.append(this.link, this.where);
+  }
+
+  name(text, href, title, where) {      // the link stays: it has the focus
+    if (this.link.textContent !== text) this.link.textContent = text;
+    dress(this.link, { href, title });
+    if (this.where.textContent !== where) this.where.textContent = where;
   }
 
   // Only what differs is drawn again: so focus and selection stay.
@@ -13565,11 +13631,9 @@ class JobRow {
     this.root.classList.toggle("bad", BAD.has(job.state) && !snoozed(job));
     this.put("is", `${job.state} ${snoozed(job) || ""}`, () => [
       stateMark(job.state), snoozed(job) && muted(" snoozed")]);
-    this.put("name", `${job.label} ${this.top} ${job.user}`, () => [
-      link(`#/job/${job.id}`, job.label, { title: job.command }),
-      muted(this.top ? `${hostName(job.host)}${job.section
-        ? ` / ${job.section}` : ""}` : job.user !== "root"
-        ? job.user : "")]);
+    this.name(job.label, `#/job/${job.id}`, job.command, this.top
+      ? `${hostName(job.host)}${job.section ? ` / ${job.section}` : ""}`
+      : job.user !== "root" ? job.user : "");
     this.put("words", job.words + job.when, () => el("span", {
       text: job.words, title: job.when }));
     this.put("last", last ? `${last.id} ${last.state} ${last.ended}` : "",
@@ -13590,8 +13654,8 @@ class JobRow {
   lastRun(run, host) {
     const bad = run.state !== "running" && endOfRun(run) !== "exit 0";
     return [link(`#/run/${run.id}`, timeOf(run.ended || run.started
-      || run.due || run.asked, host)), el("span", { class: "muted num" },
-      run.started && run.state !== "running" ? lasting(took(run)) : ""),
+      || run.due || run.asked, host)), muted(run.started
+      && run.state !== "running" ? brief(took(run)) : ""),
     bad && el("span", { class: "exit", text: endOfRun(run) })];
   }
 
@@ -13619,7 +13683,8 @@ class JobRow {
       el("span", { class: "acts" },
         job.last && link(`#/run/${job.last.id}`, "Output", { class: "btn" }),
         job.last && f.last_ok && link(`#/run/${job.last.id}?diff`,
-          "Diff with last good", { class: "btn" }),
+          ["Diff", el("span", { class: "roomy", text: " with last good" })],
+          { class: "btn" }),
         isOperator() && snoozeButtons(`job:${job.id}`, job)));
     this.root.append(this.more);
   }
@@ -13650,13 +13715,12 @@ class CheckRow extends JobRow {
       : check.state;
     this.put("is", `${state} ${snoozed(check) || ""}`, () => [
       stateMark(state), snoozed(check) && muted(" snoozed")]);
-    this.put("name", check.name + check.slug + check.tags, () => [
-      link(`#/check/${check.id}`, check.name || check.slug),
-      muted(check.tags || "")]);
+    this.name(check.name || check.slug, `#/check/${check.id}`, check.desc,
+      check.tags || "");
     this.put("words", check.words, () => el("span", { text: check.words }));
     this.put("last", `${check.last_ping} ${check.last_duration}`, () =>
       check.last_ping ? [timeOf(check.last_ping), muted(
-        lasting(check.last_duration))] : muted("no ping yet"));
+        brief(check.last_duration))] : muted("no ping yet"));
     this.put("strip", `${check.n} ${check.strip.length} ${phone.matches} ${
       wide.matches}`, () => check.strip.length ? strip(check.strip, null,
       () => `#/check/${check.id}`) : null);
@@ -13869,7 +13933,7 @@ class JobList {
         { text: counts[name] })], () => {
         wanted.state = state;
         this.filter();
-      }, { class: "chip", "data-state": state,
+      }, { class: "btn chip", "data-state": state,
         "aria-pressed": String(wanted.state === state) })));
     if (focused !== false) $(`[data-state="${focused}"]`, this.chips)
       ?.focus();
@@ -14276,6 +14340,13 @@ function webAddress(text) {
   }
 }
 
+// A line of output as it would be seen, without colours.
+function plain(text) {
+  const terminal = new Terminal();
+  terminal.feed(1, 0, utf8(text));
+  return [...terminal.lines, terminal.line].map(textOf).join(" ");
+}
+
 const textOf = (line) => Array.from(line.cells, (cell) => cell ?? " ")
   .join("");
 
@@ -14400,6 +14471,9 @@ class Output {
   }
 
   show() {
+    const last = this.blocks[this.blocks.length - 1];
+    const digits = String(last ? last.number + last.lines : 1).length;
+    this.pane.style.setProperty("--digits", `${Math.max(digits, 4)}ch`);
     const pressed = (name, is) => this.buttons[name].setAttribute(
       "aria-pressed", String(is));
     pressed("wrap", this.wrap);
@@ -14435,6 +14509,7 @@ class Output {
   }
 
   nothing() {
+    this.root.classList.add("bare");
     this.root.replaceChildren(el("p", { class: "nothing",
       text: nothingWords(this.run) }));
   }
@@ -14534,7 +14609,10 @@ class Output {
       const bytes = await this.bytes(at, Math.min(end - at, 2 ** 20));
       const { frames, used } = framesOf(bytes);
       for (const one of frames) terminal.feed(...one);
-      if (!used) break;
+      if (!used) {
+        terminal.note(0, utf8("what is kept here cannot be read"));
+        break;
+      }
       at += used;
     }
     if (!block.terminal) block.end = terminal.state();
@@ -14715,7 +14793,7 @@ class Output {
     const rest = { number: same ? number : tail.number };
     tail.root.append(...this.nodes(rest, lines.slice(same)));
     tail.root.style.height = "";
-    tail.shown = lines;
+    tail.shown = [...lines];
   }
 
   sticky() {
@@ -15040,16 +15118,16 @@ class RunPage {
     el("div", { class: "verdict" }, el("h1", { class: `s-${state}` },
       icon(state), el("span", {}, sentence(run), run.ended
         ? [", ", timeOf(at, this.host)] : "")), this.deeds()),
-    this.facts());
+    ...this.facts());
   }
 
   deeds() {
     const { run, job } = this, alive = job && known.jobs.get(job.id) || job;
     return el("div", { class: "deeds" },
-      this.newer && link(`#/run/${this.newer}`, icon("left"), { class:
-        "btn quiet", "aria-label": "Newer run", title: "Newer run (k)" }),
-      this.older && link(`#/run/${this.older}`, icon("right"), { class:
+      this.older && link(`#/run/${this.older}`, icon("left"), { class:
         "btn quiet", "aria-label": "Older run", title: "Older run (j)" }),
+      this.newer && link(`#/run/${this.newer}`, icon("right"), { class:
+        "btn quiet", "aria-label": "Newer run", title: "Newer run (k)" }),
       this.good && failedRun(run) && button("Diff with last good",
         () => this.compare()),
       alive && canRun(alive) && link(`#/job/${alive.id}/run`, [icon("run"),
@@ -15115,7 +15193,7 @@ class RunPage {
     return el("li", {}, link(`#/run/${run.id}`, [el("span", {
       class: `state s-${state}` }, icon(state)), el("span", {},
       when(at, this.host)), muted(isLive(run) ? run.state
-      : endOfRun(run) === "exit 0" ? lasting(took(run)) : endOfRun(run))],
+      : endOfRun(run) === "exit 0" ? brief(took(run)) : endOfRun(run))],
     run.id === this.run.id ? { "aria-current": "page" } : {}));
   }
 
@@ -15145,7 +15223,7 @@ class RunPage {
       const sent = await tell("requests", { host: run.host, body,
         mac: runMac(key, body) });
       say("Asked the host to end it\u2026");
-      const verdict = await verdictOn(sent.nonce);
+      const verdict = await verdictOn(sent.nonce, undefined, false);
       say(verdict.state === "accepted" ? "The host ends it" : `${
         verdictWords(verdict)}`, verdict.state === "accepted" ? "" : "bad");
     });
@@ -15347,7 +15425,7 @@ function runTable(answer, job, id) {
         text: run.started ? lasting(took(run)) : "" }),
       el("td", { text: isLive(run) ? "" : endOfRun(run) }),
       el("td", { class: "muted", text: TRIGGERS[run.trigger]
-        || run.trigger }), el("td", { class: "line" },
+        || run.trigger }), el("td", { class: "says" },
         visible(run.line || ""), argsWords(run.args)))));
   fill(answer.runs);
   const older = button("Older runs", async () => {
@@ -15408,7 +15486,8 @@ async function signedJobs(host) {
   }
   if (list.dash !== session.dash || list.host !== host
       || list.key !== keyId(key)) throw new Refusal(0, WORDS.keys);
-  return list.jobs.map((text) => ({ text, ...JSON.parse(text) }));
+  return list.jobs.map((text) => ({ ...JSON.parse(text), text,
+    on: list.name }));
 }
 
 // Compared without a hint, by time, of how far they are the same.
@@ -15435,12 +15514,14 @@ function runRequest(job, spec, values) {
   return { host: job.host, body, mac: runMac(key, body) };
 }
 
-async function verdictOn(nonce, told = () => {}) {
+// A run that was accepted gets its number some moments later.
+async function verdictOn(nonce, told = () => {}, run = true) {
   const until = Date.now() + 310000;
   for (;;) {
     const verdict = await ask(`requests/${nonce}`);
-    if (verdict.state !== "waiting" && !(verdict.state === "accepted"
-        && !verdict.run && Date.now() < until - 300000)) return verdict;
+    const early = run && verdict.state === "accepted" && !verdict.run
+      && Date.now() < until - 300000;
+    if (verdict.state !== "waiting" && !early) return verdict;
     if (Date.now() > until) return { state: "expired" };
     told(verdict);
     await new Promise((done) => setTimeout(done, 500));
@@ -15504,9 +15585,9 @@ function formView(place, root) {
   const id = +place.parts[0], job = known.jobs.get(id);
   if (!job) return lostView(place, root);
   root.classList.add("narrow");
+  const title = el("h1", { text: "Run" });
   root.append(el("p", { class: "crumbs" }, link("#/jobs", "Jobs"),
-    muted(" / "), hostName(job.host), muted(" / "),
-    link(`#/job/${id}`, job.label)), el("h1", { text: `Run ${job.label}` }));
+    muted(" / "), link(`#/job/${id}`, "the job")), title);
   filled(root, async () => {
     if (!isOperator()) throw new Refusal(0, WORDS.viewer);
     const [specs, runs] = await Promise.all([signedJobs(job.host),
@@ -15524,6 +15605,8 @@ function formView(place, root) {
     }
     return { spec, runs: runs.runs };
   }, ({ spec, runs }) => {
+    // What the host signed is shown, and not what the dashboard says of it.
+    title.textContent = `Run ${spec.label}`;
     const form = new RunForm(job, spec, runs);
     root.append(form.root);
     form.focus();
@@ -15540,11 +15623,11 @@ class RunForm {
     this.said = el("div", { class: "said", role: "status" });
     this.send = el("button", { class: "btn primary", type: "submit" },
       icon("run"), spec.confirm === "yes" ? "Run\u2026" : `Run on ${
-        hostName(job.host)}`);
+        spec.on}`);
     this.sure = el("div", { class: "note ask", hidden: true });
     this.root = el("form", { class: "runform", novalidate: true,
       onsubmit: (event) => { event.preventDefault(); this.submit(); } },
-    el("p", { class: "muted" }, `Runs on ${hostName(job.host)} as `,
+    el("p", { class: "muted" }, `Runs on ${spec.on} as `,
       el("b", { text: spec.user }), "."), this.lastUsed(runs),
     this.fields.map((field) => field.root),
     el("div", { class: "previewed" }, el("h2", { class: "label",
@@ -15602,7 +15685,7 @@ class RunForm {
   }
 
   question() {
-    const words = `Run ${this.spec.label} on ${hostName(this.job.host)}`;
+    const words = `Run ${this.spec.label} on ${this.spec.on}`;
     this.sure.replaceChildren(el("span", { text: "This job asks to be sure: "
       + "it starts at once." }), el("button", { class: "btn primary",
       type: "submit", text: words }), button("No", () => {
@@ -15671,8 +15754,8 @@ class Field {
 
   helpWords() {
     const { type, default: usual } = this.param;
-    const said = isThere(usual) && usual !== "" && !["bool", "secret"]
-      .includes(type) ? `Default: ${visible(usual)}` : "";
+    const said = isThere(usual) && usual !== "" && !["bool", "secret",
+      "text"].includes(type) ? `Default: ${visible(usual)}` : "";
     return [HELP[type], said].filter(Boolean).join(" ");
   }
 
@@ -15878,15 +15961,15 @@ class Day {
         run, start, end };
     }), ...missing.map(([due, run]) => ({ x: this.x(due, width) - 3, w: 7,
       letter: "m", run, start: due }))].sort((a, b) => a.x - b.x);
-    const node = bars(items, 16, { width, height: 22, tabindex: 0,
-      viewBox: `0 -3 ${width} 22`, "aria-label": `${job.label}: ${
+    const node = bars(items, 16, { width, height: 26, tabindex: 0,
+      viewBox: `0 -5 ${width} 26`, "aria-label": `${job.label}: ${
         laneWords(items)}` },
     (item) => [el("b", { text: LETTERS[item.letter] || item.letter }), " ",
       when(item.start, hostOf(job)), item.end ? ` \u00b7 ${
         lasting(item.end - item.start)}` : ""],
     (item) => item.run ? `#/run/${item.run}` : "");
     const line = (at, kind) => svg("path", { class: kind,
-      d: `M${this.x(at, width)} -3v22` });
+      d: `M${this.x(at, width)} -5v26` });
     node.prepend(...this.hoursShown(width).map((at) => line(at, "hour")));
     if (now() > this.from && now() < this.to) node.append(line(now(), "now"));
     if (job.next >= this.from && job.next < this.to) {
@@ -15996,7 +16079,8 @@ function hitItem({ run, line, at }, text) {
 }
 
 // A line with what was searched for marked; only so much of a long one.
-function marked(line, text) {
+function marked(raw, text) {
+  const line = plain(raw);
   const low = line.toLowerCase(), wanted = text.toLowerCase();
   const first = Math.max(0, low.indexOf(wanted) - 80), parts = [];
   let from = first;
@@ -16042,8 +16126,9 @@ function auditRow(row) {
   const verdict = row.state === "refused" ? "failed" : row.state === "expired"
     ? "missed" : row.state === "waiting" ? "new" : "ok";
   return el("tr", {}, el("td", {}, dateOf(row.at, host)),
-    el("td", { text: row.who }), el("td", {}, el("b", { text: row.what }),
-      " ", row.job ? link(`#/job/${row.job}`, row.label || "a job")
+    el("td", { text: row.who }), el("td", { class: "wraps" },
+      el("b", { text: row.what }), " ", row.job
+        ? link(`#/job/${row.job}`, row.label || "a job")
         : visible(row.label || ""), argsWords(row.args)),
     el("td", { text: row.host ? hostName(row.host) : "" }),
     el("td", {}, row.state && el("span", { class: `state s-${verdict}` },
@@ -16169,7 +16254,7 @@ function pingRow(id, ping) {
       text: isThere(ping.exit) && ping.exit ? `exit ${ping.exit}` : word }))),
     el("td", { class: "num", text: lasting(ping.duration) }),
     el("td", { class: "muted" }, `${ping.method} ${ping.ip}`, " ",
-      el("span", { text: ping.ua })), el("td", { class: "line" },
+      el("span", { text: ping.ua })), el("td", { class: "says" },
       visible(ping.line || ""), show && [" ", muted(bytesWords(ping.size)),
         show]));
 }
@@ -16442,7 +16527,8 @@ function hostTable() {
         job.host === host.id);
       const state = { up: "ok", silent: "unknown", twin: "late",
         new: "new" }[host.state] || "unknown";
-      return el("tr", {}, el("td", {}, el("b", { text: host.name }),
+      return el("tr", {}, el("td", { class: "wraps" }, el("b", {
+        text: host.name }),
         (host.troubles || []).map((text) => el("div", { class: "error",
           text: visible(text) }))),
       el("td", {}, el("span", { class: `state s-${state}` }, icon(state),
@@ -16585,6 +16671,7 @@ function begin() {
   addEventListener("keydown", onKey);
   addEventListener("hashchange", () => shell.route());
   addEventListener("scroll", hideTip, { passive: true });
+  document.addEventListener("visibilitychange", () => stream.looked());
   logInView();
 }
 

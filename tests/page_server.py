@@ -165,7 +165,7 @@ class World:
         every = {"*/5": 300, "*/15": 900, "10": 3600}.get(
             job["when"].split(" ")[0], 86400)
         count = 12 if job["manual"] else 4 if job["when"][0] == "@" else 90
-        usual = self.dice.choice([0.2, 1.2, 14, 95, 1800])
+        usual = min(self.dice.choice([0.2, 1.2, 14, 95, 1800]), every / 9)
         fails = self.dice.random() < 0.07
         for back in range(count, 0, -1):
             at = self.now - back * every + self.dice.random() * 2
@@ -348,9 +348,8 @@ class World:
         first, found = at // STEP, []
         for number in range(first, min((at + size + STEP - 1) // STEP,
                                        BIG_CHUNKS)):
-            text = b"".join(b"%-99s\n" % b"line %d: cc -O2 -c part_%d.c"
-                            % (n + 1, n) for n in range(
-                                number * 640, number * 640 + 640))
+            text = "".join(f"{f'line {n + 1}: cc -O2 -c part_{n}.c':<99}\n"
+                           for n in range(number * 640, number * 640 + 640))
             found.append(frame(1 + (number % 9 == 8), number * 3000, text))
         return b"".join(found)[at - first * STEP:][:size]
 
@@ -604,6 +603,7 @@ class Page(http.server.BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.close_connection = True
         self.end_headers()
+        self.wfile.flush()
         since, world = int(query["since"]), self.world
         while not self.server.closing:
             with world.news:
@@ -768,6 +768,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.world = World(**options)
         self.rounds, self.closing = 600_000, False
         self.url = f"http://127.0.0.1:{self.server_port}/"
+
+    def handle_error(self, request, client_address):
+        """Of a browser that went away nothing is said."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.05,),
