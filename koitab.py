@@ -10841,7 +10841,9 @@ class Site:
                           ("Vary", "Origin"))
         elif origin is not None and origin.partition("://")[2].lower() \
                 != host.lower():
-            raise Error("this comes from a page of somebody else", "", 403)
+            raise Error("this comes from a page of somebody else", "a proxy "
+                        "in front of the dashboard has to pass on the Host",
+                        403)
 
     def check_guest(self, visit: Visit) -> None:
         """Behind a proxy it is requests that are counted, for all callers

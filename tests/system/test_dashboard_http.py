@@ -1012,6 +1012,41 @@ def test_an_address_has_room_for_a_few_strangers_and_many_hosts(tmp_path):
         assert "503 too many connections" in found.log()
 
 
+SLOW_HEALTH = """
+import time
+k.MOST_UNPROVEN = 3
+health = k.Hub.health
+k.Hub.health = lambda *values: time.sleep(0.5) or health(*values)
+"""
+
+
+def test_behind_a_proxy_it_is_callers_that_are_counted(tmp_path):
+    with Dashboard(tmp_path, patch=SLOW_HEALTH) as found, \
+            contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(found.client()).send(request(
+            found.port, "GET", "/healthz", X_Forwarded_For="1.1.1.1, "
+            f"203.0.113.{number // 5}")) for number in range(10)]
+        statuses = [client.reply().status for client in clients]
+        assert statuses == [200, 200, 200, 503, 503] * 2
+        assert found.ask("GET", "/healthz", X_Forwarded_For="203.0.113.0"
+                         ).status == 200        # they have been counted off
+
+
+@pytest.mark.parametrize("options, seen", [
+    ((), "127.0.0.1"), (("--behind-proxy", "10.0.0.9"), "127.0.0.1"),
+    (("--behind-proxy", "127.0.0.1"), "203.0.113.5")])
+def test_only_a_proxy_of_ours_is_believed_who_calls(tmp_path, options, seen):
+    with Dashboard(tmp_path, "--plain-http", "--allow-new", *options,
+                   patch=NOT_NEAR) as found:
+        found.settle()
+        uuid = found.check()
+        for header in ("203.0.113.5", "x, 1.1.1.1,203.0.113.5:99"):
+            found.ask("GET", f"/ping/{uuid}", X_Forwarded_For=header)
+        pings = found.ask("GET", f"/api/v1/checks/{uuid}/pings", token=API
+                          ).json["pings"]
+        assert [ping["ip"] for ping in pings] == [seen] * 2
+
+
 def test_silence_fills_no_house(tmp_path):
     """Whoever has been silent for the longest time makes room."""
     with Dashboard(tmp_path, patch="k.MOST_WIRES = 20") as found, silent(
