@@ -11701,7 +11701,7 @@ class Wait:
     def rest(self, last) -> None:
         """There is nothing to say yet; `last` answers when time is over."""
         self.last = last
-        if self.over:
+        if self.over or self.visit.wire.ended:
             last()
         else:
             self.resting = True
@@ -11935,7 +11935,9 @@ class Site:
                           ("Vary", "Origin"))
         elif origin is not None and origin.partition("://")[2].lower() \
                 != host.lower():
-            raise Error("this comes from a page of somebody else", "", 403)
+            raise Error("this comes from a page of somebody else", "a proxy "
+                        "in front of the dashboard has to pass on the Host",
+                        403)
 
     def check_guest(self, visit: Visit) -> None:
         """Behind a proxy it is requests that are counted, for all callers
@@ -12316,8 +12318,11 @@ class Site:
             visit.wire.told = demands()
             visit.answer(json_response(reply))
 
+        key = ("host", visit.access.host)
+        for wait in list(self.waiting.get(key, ())):
+            wait.late()     # of a connection that broke, as it seems
         if seconds > 0 and not any(asked.get(name) for name in SENT):
-            Wait(visit, ("host", visit.access.host), seconds, again)
+            Wait(visit, key, seconds, again)
         self.write(visit, self.hub.sync, visit.access, asked,
                    self.clock.now(), then=told)
 
@@ -12340,9 +12345,7 @@ class Site:
             feed.newest, self.hub.seq(visit.access.dash)) else None
         visit.begin(Response(200, kind=NDJSON,
                              headers=(("X-Accel-Buffering", "no"),)))
-        if visit.request.method == "HEAD":
-            visit.wire.visit = None
-            visit.end()
+        if visit.request.method == "HEAD" or visit.wire.ended:
             return visit.wire.leave()
         visit.stream = feed
         feed.followers[visit] = None
@@ -13053,6 +13056,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .chip b { font-weight: 600; font-variant-numeric: tabular-nums; }
 .chip[aria-pressed="true"] { background: var(--press); color: var(--ink); }
 .group + .group { margin-top: 14px; }
+.group { content-visibility: auto; contain-intrinsic-size: auto 300px; }
 .head > div { display: flex; align-items: baseline; gap: 10px;
   padding: 0 12px 5px; }
 .head h2 { font-size: 15px; }
@@ -13675,10 +13679,12 @@ function when(at, host) {
     ? `${date} ${clock(d)}` : `${date} ${d.getUTCFullYear()}`;
 }
 
+const OUR_ZONE = Intl.DateTimeFormat().resolvedOptions().timeZone;
+
 function exactly(at, host) {
   const d = shifted(at, host), shift = shiftOf(at, host);
   const name = zoneKind === "utc" ? "" : zoneKind === "host" && host
-    ? host.zone : Intl.DateTimeFormat().resolvedOptions().timeZone;
+    ? host.zone : OUR_ZONE;
   const sign = shift < 0 ? "\u2212" : "+", size = Math.abs(shift) / 60;
   const utc = shift ? `UTC${sign}${Math.floor(size / 60)}${
     size % 60 ? ":" + two(size % 60) : ""}` : "UTC";
@@ -14004,6 +14010,8 @@ function watchIdle() {
   };
   setInterval(look, 5000);
   document.addEventListener("visibilitychange", look);
+  // A page that the browser keeps for its Back button keeps no keys.
+  addEventListener("pagehide", () => lock());
 }
 
 // --- what is known: the state, and the stream that keeps it current ------
@@ -14068,7 +14076,7 @@ const hostOf = (thing) => thing && known.hosts.get(thing.host);
 const hostName = (id) => known.hosts.get(id)?.name || "a forgotten host";
 
 const stream = {
-  abort: null, pause: 1, timer: 0,
+  abort: null, pause: 1, timer: 0, live: false, reader: null,
 
   start() {
     this.stop();
@@ -14082,13 +14090,32 @@ const stream = {
     this.abort = null;
   },
 
+  // A browser has six connections to a server, for all tabs together: one
+  // that nobody sees looks in each 20 s and lets go.
+  rest(reader, abort) {
+    setTimeout(() => {
+      if (!document.hidden || abort !== this.abort) return;
+      this.pause = 20;
+      reader.cancel();
+    }, 60000);
+  },
+
+  looked() {
+    if (!session.token) return;
+    if (document.hidden && this.reader) this.rest(this.reader, this.abort);
+    else if (!document.hidden && !this.live) this.start();
+  },
+
   async follow() {
     const abort = this.abort = new AbortController();
     try {
       const reply = await fetched(`stream?since=${known.seq}`,
         { signal: abort.signal });
       shell.link("live", "Live");
-      await this.read(reply.body.getReader(), abort);
+      this.live = true;
+      const reader = this.reader = reply.body.getReader();
+      if (document.hidden) this.rest(reader, abort);
+      await this.read(reader, abort);
       this.again(abort, "The dashboard ended the stream.");
     } catch (error) {
       if (abort !== this.abort) return;
@@ -14112,7 +14139,7 @@ const stream = {
           .split("\n");
         text = lines.pop();
         for (const line of lines) if (line) await this.heard(line);
-        this.pause = 1;
+        if (!document.hidden) this.pause = 1;
       }
     } finally {
       clearTimeout(watchdog);
@@ -14132,6 +14159,8 @@ const stream = {
 
   again(abort, why) {
     if (abort !== this.abort) return;
+    this.live = false;
+    this.reader = null;
     const wait = this.pause * (0.8 + 0.4 * Math.random());
     this.pause = Math.min(this.pause * 2, 30);
     shell.link("away", `Not connected: next try in ${about(wait)}`, why);
@@ -14674,6 +14703,15 @@ class JobRow {
       this.root.append(this.cells[name]);
     }
     this.root.row = this;
+    this.link = el("a");
+    this.where = muted();
+    this.cells.name.append(this.link, this.where);
+  }
+
+  name(text, href, title, where) {      // the link stays: it has the focus
+    if (this.link.textContent !== text) this.link.textContent = text;
+    dress(this.link, { href, title });
+    if (this.where.textContent !== where) this.where.textContent = where;
   }
 
   // Only what differs is drawn again: so focus and selection stay.
@@ -14689,11 +14727,9 @@ class JobRow {
     this.root.classList.toggle("bad", BAD.has(job.state) && !snoozed(job));
     this.put("is", `${job.state} ${snoozed(job) || ""}`, () => [
       stateMark(job.state), snoozed(job) && muted(" snoozed")]);
-    this.put("name", `${job.label} ${this.top} ${job.user}`, () => [
-      link(`#/job/${job.id}`, job.label, { title: job.command }),
-      muted(this.top ? `${hostName(job.host)}${job.section
-        ? ` / ${job.section}` : ""}` : job.user !== "root"
-        ? job.user : "")]);
+    this.name(job.label, `#/job/${job.id}`, job.command, this.top
+      ? `${hostName(job.host)}${job.section ? ` / ${job.section}` : ""}`
+      : job.user !== "root" ? job.user : "");
     this.put("words", job.words + job.when, () => el("span", {
       text: job.words, title: job.when }));
     this.put("last", last ? `${last.id} ${last.state} ${last.ended}` : "",
@@ -14775,9 +14811,8 @@ class CheckRow extends JobRow {
       : check.state;
     this.put("is", `${state} ${snoozed(check) || ""}`, () => [
       stateMark(state), snoozed(check) && muted(" snoozed")]);
-    this.put("name", check.name + check.slug + check.tags, () => [
-      link(`#/check/${check.id}`, check.name || check.slug),
-      muted(check.tags || "")]);
+    this.name(check.name || check.slug, `#/check/${check.id}`, check.desc,
+      check.tags || "");
     this.put("words", check.words, () => el("span", { text: check.words }));
     this.put("last", `${check.last_ping} ${check.last_duration}`, () =>
       check.last_ping ? [timeOf(check.last_ping), muted(
@@ -16284,7 +16319,7 @@ class RunPage {
       const sent = await tell("requests", { host: run.host, body,
         mac: runMac(key, body) });
       say("Asked the host to end it\u2026");
-      const verdict = await verdictOn(sent.nonce);
+      const verdict = await verdictOn(sent.nonce, undefined, false);
       say(verdict.state === "accepted" ? "The host ends it" : `${
         verdictWords(verdict)}`, verdict.state === "accepted" ? "" : "bad");
     });
@@ -16547,7 +16582,8 @@ async function signedJobs(host) {
   }
   if (list.dash !== session.dash || list.host !== host
       || list.key !== keyId(key)) throw new Refusal(0, WORDS.keys);
-  return list.jobs.map((text) => ({ text, ...JSON.parse(text) }));
+  return list.jobs.map((text) => ({ ...JSON.parse(text), text,
+    on: list.name }));
 }
 
 // Compared without a hint, by time, of how far they are the same.
@@ -16574,12 +16610,14 @@ function runRequest(job, spec, values) {
   return { host: job.host, body, mac: runMac(key, body) };
 }
 
-async function verdictOn(nonce, told = () => {}) {
+// A run that was accepted gets its number some moments later.
+async function verdictOn(nonce, told = () => {}, run = true) {
   const until = Date.now() + 310000;
   for (;;) {
     const verdict = await ask(`requests/${nonce}`);
-    if (verdict.state !== "waiting" && !(verdict.state === "accepted"
-        && !verdict.run && Date.now() < until - 300000)) return verdict;
+    const early = run && verdict.state === "accepted" && !verdict.run
+      && Date.now() < until - 300000;
+    if (verdict.state !== "waiting" && !early) return verdict;
     if (Date.now() > until) return { state: "expired" };
     told(verdict);
     await new Promise((done) => setTimeout(done, 500));
@@ -16643,9 +16681,9 @@ function formView(place, root) {
   const id = +place.parts[0], job = known.jobs.get(id);
   if (!job) return lostView(place, root);
   root.classList.add("narrow");
+  const title = el("h1", { text: "Run" });
   root.append(el("p", { class: "crumbs" }, link("#/jobs", "Jobs"),
-    muted(" / "), hostName(job.host), muted(" / "),
-    link(`#/job/${id}`, job.label)), el("h1", { text: `Run ${job.label}` }));
+    muted(" / "), link(`#/job/${id}`, "the job")), title);
   filled(root, async () => {
     if (!isOperator()) throw new Refusal(0, WORDS.viewer);
     const [specs, runs] = await Promise.all([signedJobs(job.host),
@@ -16663,6 +16701,8 @@ function formView(place, root) {
     }
     return { spec, runs: runs.runs };
   }, ({ spec, runs }) => {
+    // What the host signed is shown, and not what the dashboard says of it.
+    title.textContent = `Run ${spec.label}`;
     const form = new RunForm(job, spec, runs);
     root.append(form.root);
     form.focus();
@@ -16679,11 +16719,11 @@ class RunForm {
     this.said = el("div", { class: "said", role: "status" });
     this.send = el("button", { class: "btn primary", type: "submit" },
       icon("run"), spec.confirm === "yes" ? "Run\u2026" : `Run on ${
-        hostName(job.host)}`);
+        spec.on}`);
     this.sure = el("div", { class: "note ask", hidden: true });
     this.root = el("form", { class: "runform", novalidate: true,
       onsubmit: (event) => { event.preventDefault(); this.submit(); } },
-    el("p", { class: "muted" }, `Runs on ${hostName(job.host)} as `,
+    el("p", { class: "muted" }, `Runs on ${spec.on} as `,
       el("b", { text: spec.user }), "."), this.lastUsed(runs),
     this.fields.map((field) => field.root),
     el("div", { class: "previewed" }, el("h2", { class: "label",
@@ -16741,7 +16781,7 @@ class RunForm {
   }
 
   question() {
-    const words = `Run ${this.spec.label} on ${hostName(this.job.host)}`;
+    const words = `Run ${this.spec.label} on ${this.spec.on}`;
     this.sure.replaceChildren(el("span", { text: "This job asks to be sure: "
       + "it starts at once." }), el("button", { class: "btn primary",
       type: "submit", text: words }), button("No", () => {
@@ -17727,6 +17767,7 @@ function begin() {
   addEventListener("keydown", onKey);
   addEventListener("hashchange", () => shell.route());
   addEventListener("scroll", hideTip, { passive: true });
+  document.addEventListener("visibilitychange", () => stream.looked());
   logInView();
 }
 

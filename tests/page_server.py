@@ -769,6 +769,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.rounds, self.closing = 600_000, False
         self.url = f"http://127.0.0.1:{self.server_port}/"
 
+    def handle_error(self, request, client_address):
+        """Of a browser that went away nothing is said."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.05,),
                          daemon=True).start()

@@ -1,0 +1,812 @@
+"""The page in a real browser, against a stand-in of the dashboard."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+import page_server
+from browser import Browser
+from page_server import koitab
+
+PASSWORD = page_server.PASSWORD
+
+
+def log_in(browser, server, secret: str = PASSWORD, path: str = ""):
+    browser.go("about:blank")       # so that nothing of before is left
+    browser.go(server.url + path)
+    browser.type("#secret", secret)
+    browser.keys("Enter")
+    browser.wait("document.body.classList.contains('open')", 20)
+
+
+def visit(browser, path: str, css: str) -> None:
+    browser.js("location.hash = arguments[0]", f"#/{path}")
+    browser.wait(f"document.querySelector({json.dumps(css)})")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with Browser() as browser:
+        yield browser
+        assert browser.console() == []      # no error, no violation
+
+
+@pytest.fixture(scope="module")
+def server():
+    with page_server.Server() as server:
+        yield server
+
+
+@pytest.fixture
+def page(browser, server):
+    server.world.tries = 0
+    browser.size(1280, 900)
+    log_in(browser, server)
+    return browser
+
+
+# --- login
+
+
+def test_a_wrong_passphrase_is_told_and_too_many_tries_wait(browser, server):
+    server.world.tries = 3
+    browser.go("about:blank")
+    browser.go(server.url)
+    for words in ("That is not the passphrase.",
+                  "That is not the passphrase.",
+                  "Too many tries. Try again in 40 s."):
+        browser.js("document.querySelector('#secret').value = 'wrong'")
+        browser.click("form .primary")
+        browser.wait("document.querySelector('#why').textContent "
+                     f"=== {json.dumps(words)}", 20)
+        browser.js("document.querySelector('#why').textContent = ''")
+    server.world.tries = 0
+    refused = [line for line in browser.console() if "status of 4" in line]
+    assert len(refused) == 3                # the browser's own words
+
+
+def test_rounds_below_the_floor_are_not_computed(browser, server):
+    server.rounds = 1000
+    try:
+        browser.go("about:blank")
+        browser.go(server.url)
+        browser.type("#secret", PASSWORD)
+        browser.keys("Enter")
+        browser.wait("document.querySelector('#why').textContent"
+                     ".includes('would be weak')")
+    finally:
+        server.rounds = 600_000
+
+
+def test_a_viewer_reads_and_is_offered_nothing_to_run(browser, server):
+    server.world.tries = 0
+    log_in(browser, server, f"view-{page_server.VECTOR['view']}")
+    browser.find(".row")
+    assert browser.js("return document.querySelectorAll('.run, .acts button')"
+                      ".length") == 0
+    visit(browser, f"job/{server.world.every_type}/run", ".note")
+    assert "can read, and nothing else" in browser.text(".note")
+
+
+def test_locking_forgets_the_keys_and_what_was_shown(page):
+    page.find(".row")
+    page.click(".locker")
+    page.wait("document.querySelector('#secret')")
+    assert page.js("return [session.keys, session.token, known.jobs.size, "
+                   "document.querySelectorAll('.row').length, "
+                   "document.title]") == [None, "", 0, 0, "koi"]
+
+
+def test_it_locks_itself_when_nobody_is_there(page):
+    page.js("session.used -= 16 * 60 * 1000; "
+            "document.dispatchEvent(new Event('visibilitychange'))")
+    page.wait("document.querySelector('#secret')")
+    assert "15 minutes" in page.text("#why")
+
+
+def test_over_plain_http_a_banner_warns_and_the_twin_derives(server):
+    """A name that is not localhost is no secure context."""
+    rule = "--host-resolver-rules=MAP koi.test 127.0.0.1"
+    with Browser(flags=[rule]) as browser:
+        browser.go(server.url.replace("127.0.0.1", "koi.test"))
+        assert browser.js("return [isSecureContext, Boolean(crypto.subtle)]"
+                          ) == [False, False]
+        assert "plain http" in browser.text("#plain")
+        browser.type("#secret", PASSWORD)
+        browser.keys("Enter")
+        browser.wait("document.body.classList.contains('open')", 30)
+        browser.find(".row")
+        assert browser.console() == []
+
+
+def test_the_page_works_from_a_file_and_asks_for_its_server(
+        browser, server, tmp_path):
+    server.world.tries = 0
+    file = tmp_path / "koi.html"
+    file.write_text(koitab.page_text(""))
+    browser.go(f"file://{file}")
+    browser.type("#server", server.url)
+    browser.type("#secret", PASSWORD)
+    browser.keys("Enter")
+    browser.wait("document.body.classList.contains('open')", 20)
+    browser.find(".row")
+    browser.wait("document.querySelector('#link').textContent === 'Live'")
+
+
+# --- jobs
+
+
+def test_failing_jobs_stand_first_with_their_last_line(page, server):
+    page.find(".attention .row")
+    failing = [job for job in server.world.jobs.values()
+               if job["state"] in ("failed", "missed")]
+    assert page.js("return document.querySelector('.jobs').firstChild"
+                   ".classList.contains('attention')")
+    shown = page.js("return [...document.querySelectorAll('.attention .row "
+                    ".c-name a')].map((a) => a.textContent)")
+    assert {job["label"] for job in failing} <= set(shown)
+    assert "failing for" in page.text(".attention .why")
+    assert page.js("return document.title").startswith("(")
+    assert page.js("return decodeURIComponent(document.querySelector("
+                   "'link[rel=icon]').href)").count("#d6342c") == 1
+
+
+def test_a_change_is_drawn_in_place_and_told(page, server):
+    """The focus stays, and so does every row that did not change."""
+    page.find(".row")
+    job = next(job for job in server.world.jobs.values()
+               if job["state"] == "ok" and job["section"] == "System")
+    page.js("""
+        window.node = document.querySelector(
+            `[href="#/job/${arguments[0]}"]`);
+        node.focus(); window.y = scrollY;""", job["id"])
+    job.update(state="failed", failing={
+        "since": time.time(), "count": 1, "last_ok": None, "line": "bad"})
+    server.world.push(jobs=[job])
+    page.wait("node.closest('.attention')")
+    assert page.js("return document.activeElement === node")
+    assert "failed on" in page.js(
+        "return document.querySelector('#told').textContent")
+    job.update(state="ok", failing=None)
+    server.world.push(jobs=[job])
+    page.wait("!node.closest('.attention')")
+
+
+def test_the_filter_finds_by_text_host_and_state(page):
+    page.keys("/")
+    page.keys(*"restart web")
+    page.wait("document.querySelectorAll('.row:not([hidden])').length === 4")
+    page.js("document.activeElement.value = 'no such job'; document"
+            ".activeElement.dispatchEvent(new Event('input'))")
+    page.wait("document.querySelector('.empty')")
+    page.click(".empty button")
+    page.wait("document.querySelectorAll('.row:not([hidden])').length > 50")
+    page.click("[data-state=bad]")
+    assert page.js("return [...document.querySelectorAll('.group:not("
+                   "[hidden])')].length") == 1
+    page.click('[data-state=""]')
+
+
+def test_a_strip_tells_its_runs_by_arrow_keys_and_opens_one(page):
+    page.js("document.querySelector('.group:not(.attention) .row .bars')"
+            ".focus()")
+    page.keys("Left", "Left", "Left")
+    page.wait("!document.querySelector('#tip').hidden")
+    assert page.js("return document.activeElement.getAttribute("
+                   "'aria-label')").startswith("last 90 runs: ")
+    page.keys("Enter")
+    page.wait("location.hash.startsWith('#/run/')")
+
+
+def test_three_hundred_jobs_are_drawn_in_a_tenth_of_a_second(browser):
+    with page_server.Server(many=True) as server:
+        log_in(browser, server)
+        browser.wait("document.querySelectorAll('.row').length >= 300")
+        first, again = browser.js("""
+            const times = [0, 1, 2].map(() => {
+              jobList.root.remove(); jobList = null;
+              const root = document.createElement("div");
+              document.querySelector("#main").replaceChildren(root);
+              const begun = performance.now();
+              jobsView({query: new URLSearchParams()}, root);
+              document.body.offsetHeight;
+              return performance.now() - begun;
+            });
+            const job = [...known.jobs.values()][150];
+            const begun = performance.now();
+            jobList.update({jobs: [job]});
+            document.body.offsetHeight;
+            return [Math.min(...times), performance.now() - begun];""")
+        print(f"\n300 jobs: {first:.0f} ms, one change: {again:.0f} ms")
+        assert first < 400 and again < 100      # on a busy machine
+
+
+# --- keyboard
+
+
+def test_a_walk_without_a_mouse(page, server):
+    page.find(".row")
+    page.keys("j", "j", "k")
+    name = page.js("return document.activeElement.textContent")
+    assert name and page.js("return Boolean(document.activeElement.closest("
+                            "'.row'))")
+    page.keys("Enter")
+    page.wait("location.hash.startsWith('#/job/')")
+    for key, path in (("t", "#/day"), ("s", "#/search"), ("j", "#/jobs")):
+        page.keys("Escape")
+        page.keys("g", key)
+        page.wait(f"location.hash === '{path}'")
+    page.keys("?")
+    page.wait("document.querySelector('#keys').open")
+    page.keys("Escape")
+    page.wait("!document.querySelector('#keys').open")
+    visit(page, f"run/{server.world.colours}", ".line")
+    page.keys("w")
+    page.wait("document.querySelector('.pane').classList.contains('wrap')")
+    page.keys("w")
+    page.wait("!document.querySelector('.pane').classList.contains('wrap')")
+    page.keys("/")
+    page.keys("r", "g")         # in a field these are letters
+    assert page.js("return document.activeElement.value") == "rg"
+    page.keys("Escape")
+
+
+def test_every_field_and_button_has_a_name_and_headings_begin_with_h1(
+        page, server):
+    for path in ("jobs", f"run/{server.world.colours}", "day", "search",
+                 f"job/{server.world.every_type}/run", "audit", "check/new",
+                 "alerts", "hosts", "settings"):
+        visit(page, path, "#main h1")
+        page.wait("!document.querySelector('.waits')")
+        nameless = page.js("""
+            return [...document.querySelectorAll(
+                "button, a, input, select, textarea, summary")].filter((n) =>
+                !n.closest("[hidden]") && !n.hidden && !(n.textContent.trim()
+                || n.ariaLabel || n.labels?.length || n.classList.contains(
+                    "no"))).map((n) => n.outerHTML.slice(0, 90))""")
+        assert nameless == [], path
+        assert page.js("return document.querySelectorAll('h1').length") == 1
+        assert page.js("""
+            const ids = [...document.querySelectorAll("[id]")].map((n) =>
+                n.id);
+            return ids.length - new Set(ids).size""") == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_ground(page, server, scheme):
+    page.media(prefers_color_scheme=scheme)
+    try:
+        for path, css in (("jobs", ".row"), ("alerts", ".alerts li"), (
+                f"run/{server.world.colours}", ".line")):
+            visit(page, path, css)
+            assert page.js(CONTRAST) == [], path
+    finally:
+        page.media(prefers_color_scheme="light")
+
+
+CONTRAST = """
+function light(c) {
+  const [r, g, b] = c.map((v) => (v /= 255) <= 0.03928 ? v / 12.92
+    : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+function ground(node) {
+  for (; node; node = node.parentElement) {
+    const c = rgb(getComputedStyle(node).backgroundColor);
+    if (c.length === 3 || c[3] > 0.9) return c.slice(0, 3);
+  }
+  return [255, 255, 255];
+}
+const bad = new Set();
+for (const node of document.querySelectorAll("body *")) {
+  if (![...node.childNodes].some((n) => n.nodeType === 3
+      && n.textContent.trim()) || !node.checkVisibility()
+      || node.closest("svg, .away, :disabled, #said, [style]")) continue;
+  const a = light(rgb(getComputedStyle(node).color).slice(0, 3));
+  const b = light(ground(node));
+  const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  if (ratio < 4.5) bad.add(`${node.className} ${ratio.toFixed(2)}`);
+}
+return [...bad];
+"""
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_nothing_is_wider_than_a_phone(page, server, width):
+    page.size(width, 800)
+    for path in ("jobs", f"run/{server.world.colours}", "day", "search?q=a",
+                 f"job/{server.world.every_type}/run", "audit", "check/new",
+                 "alerts", "hosts", "settings", "job/1"):
+        visit(page, path, "#main h1")
+        page.wait("!document.querySelector('.waits')")
+        assert page.js("return document.documentElement.scrollWidth"
+                       ) <= width, path
+
+
+# --- output
+
+
+@pytest.mark.parametrize("written, seen", [
+    (r"plain", "plain"),
+    (r"a\nb", "a|b"),
+    (r"10%\r50%\r100%\n", "100%"),
+    (r"100%\r5\n", "500%"),
+    (r"100%\r\x1b[K5\n", "5"),
+    (r"abc\x1b[1Kd", "   d"),
+    (r"abc\x1b[2Kd", "   d"),
+    (r"a\r\nb\r\n", "a|b"),
+    (r"abc\b\bX", "aXc"),
+    (r"\b\b\ba", "a"),
+    (r"\x1b[31mred\x1b[0m", "<f1>red</>"),
+    (r"\x1b[1;4;9mx", "<bold under strike>x</>"),
+    (r"\x1b[1mx\x1b[22my", "<bold>x</>y"),
+    (r"\x1b[91;102mx", "<f9 g10>x</>"),
+    (r"\x1b[31mx\x1b[39my", "<f1>x</>y"),
+    (r"\x1b[7mx", "<fpaper gink>x</>"),
+    (r"\x1b[7;32mx\x1b[27my", "<fpaper g2>x</><f2>y</>"),
+    (r"\x1b[38;5;1mx", "<f1>x</>"),
+    (r"\x1b[38;5;196mx", "<rgb(255, 0, 0)>x</>"),
+    (r"\x1b[38;5;244mx", "<rgb(128, 128, 128)>x</>"),
+    (r"\x1b[38;2;1;2;3mx", "<rgb(1, 2, 3)>x</>"),
+    (r"\x1b[38:2::1:2:3mx", "<rgb(1, 2, 3)>x</>"),
+    (r"\x1b[38:5:9mx", "<f9>x</>"),
+    (r"\x1b[38;2;1;2;300mx", "x"),
+    (r"\x1b[38;5;999mx", "x"),
+    (r"\x1b[38;5mx", "x"),
+    (r"\x1b[38;2;9;9;9;1mx", "<bold rgb(9, 9, 9)>x</>"),
+    (r"\x1b[mx\x1b[;mx", "xx"),
+    (r"\x1b[999;-1;foomx", "oomx"),
+    (r"\x1b[?25lx\x1b[2Jy\x1b[10;20Hz", "xyz"),
+    (r"\x1b(Bx\x1b)0y\x1b=z", "xyz"),
+    (r"\x1b]0;title\x07x", "x"),
+    (r"\x1b]0;title\x1b\\x", "x"),
+    (r"\x1bPq#0;2\x1b\\x", "x"),
+    (r"\x1b]8;;https://a.test/\x1b\\x\x1b]8;;\x1b\\y",
+     "<link https://a.test/>x</>y"),
+    (r"\x1b]8;id=1;http://a.test/\x07x\x1b]8;;\x07", "<link http://a.test/>"
+     "x</>"),
+    (r"\x1b]8;;javascript:alert(1)\x1b\\x", "x"),
+    (r"\x1b]8;;data:text/html,x\x1b\\x", "x"),
+    (r"\x1b]8;;/relative\x1b\\x", "x"),
+    (r"a\x07b\x00c\x7fd", "a<control>\u2407</>b<control>\u2400</>c"
+     "<control>\u2421</>d"),
+    (r"a\u202eb\u2066c", "a<control><U+202E></>b<control><U+2066></>c"),
+    (r"a\x9bb", "a<control><9b></>b"),
+    (r"\x1b", ""),
+    (r"x\x1b[31", "x"),
+    (r"x\x1b]never ends\ny", "x|y"),
+    (r"\ttab", "\ttab"),
+    (r"\u{1f603}\rX", "X"),
+    (r"<b>&amp;</b>", "<b>&amp;</b>"),
+])
+def test_what_a_terminal_shows_the_page_shows(browser, written, seen):
+    assert browser.js(AS_SEEN + "return seen(`" + written + "`)") == seen
+
+
+AS_SEEN = """
+function told(node) {
+  if (node.nodeType === 3) return node.textContent;
+  const words = [...node.classList];
+  if (node.href) words.push("link " + node.getAttribute("href"));
+  for (const name of ["color", "backgroundColor"]) {
+    if (node.style[name]) words.push(node.style[name]);
+  }
+  return `<${words.join(" ")}>${node.textContent}</>`;
+}
+function seen(text, cut = 0) {
+  const terminal = new Terminal(), bytes = utf8(text);
+  for (let at = 0; at < bytes.length; at += cut || bytes.length) {
+    terminal.feed(1, 0, bytes.subarray(at, at + (cut || bytes.length)));
+  }
+  const lines = [...terminal.lines];
+  if (terminal.line.cells.length) lines.push(terminal.line);
+  return lines.map((line) => {
+    const node = document.createElement("span");
+    paint(node, line);
+    return [...node.childNodes].map(told).join("");
+  }).join("|");
+}
+"""
+
+
+def test_it_is_the_same_in_pieces_of_any_size(browser):
+    """A letter of UTF-8, an escape and a line cut anywhere."""
+    assert browser.js(AS_SEEN + r"""
+        const text = "\x1b[1;31mé\u{1f603}日\x1b[0m\r\nab\b\x1b[Kc\x1b]8;;" +
+            "https://a.test/\x1b\\x\x1b]8;;\x07 é\rZ\n\u202ddone";
+        const whole = seen(text);
+        return [1, 2, 3, 5, 7].map((cut) => seen(text, cut) === whole);
+        """) == [True] * 5
+
+
+def test_hostile_output_is_read_in_linear_time(browser):
+    took, spans = browser.js(AS_SEEN + r"""
+        const begun = performance.now(), million = 1e6;
+        let spans = 0;
+        for (const text of ["\x1b[" + "1;".repeat(million / 2),
+            "\x1b]8;;" + "x".repeat(million), "x".repeat(5 * million),
+            "\r" + "ab\r".repeat(million / 3), "\b".repeat(million),
+            "\x1b[31ma\x1b[32mb".repeat(100000),
+            Array.from({length: 30000}, (_, i) => "\x1b[38;2;" + (i >> 8)
+                + ";" + (i & 255) + ";1mx").join(""),
+            "\x1b[K".repeat(300000), "\x1bP".repeat(500000)]) {
+          const terminal = new Terminal();
+          terminal.feed(1, 0, utf8(text));
+          for (const line of [...terminal.lines, terminal.line]) {
+            const node = document.createElement("span");
+            paint(node, line);
+            spans = Math.max(spans, node.childNodes.length);
+          }
+        }
+        return [performance.now() - begun, spans];""")
+    print(f"\nhostile output: {took:.0f} ms, at most {spans} spans a line")
+    assert took < 8000 and spans <= 402
+
+
+def test_output_shows_streams_notes_times_and_a_line_of_its_own(page,
+                                                                server):
+    visit(page, f"run/{server.world.colours}/L52", ".line.here")
+    assert page.text(".line.here .text").startswith("error: ENOSPC")
+    assert "has-err" in page.js("return document.querySelector('.line.here')"
+                                ".className")
+    assert page.js("return document.querySelector('.line.note').textContent"
+                   ) == "koi: 2,048 bytes left out here"
+    assert page.js("return document.querySelector('.text a').rel"
+                   ) == "noopener noreferrer"
+    page.js("[...document.querySelectorAll('.bar button')].find((b) => "
+            "b.textContent === 'Times').click()")
+    assert page.js("return document.querySelector('.at').dataset.at"
+                   ) == "+0.03"
+    page.js("for (let i = 0; i < 2; i += 1) [...document.querySelectorAll("
+            "'.bar button')].find((b) => b.textContent === 'Times').click()")
+    page.type(".bar input", "page-3")
+    page.wait("document.querySelector('.found').textContent === '1 of 10'")
+    page.js("[...document.querySelectorAll('.bar button')].find((b) => "
+            "b.textContent === 'stderr').click()")
+    assert page.js("return [...document.querySelectorAll('.line')].filter("
+                   "(n) => n.checkVisibility()).length") == 4
+
+
+def test_an_empty_output_says_so(page, server):
+    visit(page, f"run/{server.world.quiet}", ".nothing")
+    assert "printed nothing" in page.text(".nothing")
+
+
+def test_a_hundred_megabytes_scroll_in_a_bounded_page(page, server):
+    visit(page, f"run/{server.world.big}", ".line")
+    page.wait("document.querySelector('.pane').lastChild.lastChild"
+              ".textContent.includes('line 1049600:')")
+    most = 0
+    begun = time.monotonic()
+    for part in (0, 0.1, 0.33, 0.5, 0.77, 0.9, 1):
+        page.js("const p = document.querySelector('.pane'); "
+                "p.scrollTop = arguments[0] * p.scrollHeight", part)
+        page.wait("""(() => {
+            const p = document.querySelector('.pane');
+            const box = p.getBoundingClientRect();
+            return document.elementFromPoint(box.left + 90, box.top + 40)
+                ?.closest('.line');
+        })()""")
+        most = max(most, page.js(
+            "return document.querySelectorAll('*').length"))
+    took = time.monotonic() - begun
+    print(f"\n100 MB: 7 jumps in {took:.1f} s, at most {most} elements")
+    assert most < 16_000
+    visit(page, f"run/{server.world.big}/L654321", ".line.here")
+    page.wait("document.querySelector('.line.here .text').textContent"
+              ".startsWith('line 654321: ')")
+
+
+def test_a_live_run_is_followed_until_it_ends(page, server):
+    world, run = server.world, server.world.live
+    visit(page, f"run/{run}", ".line")
+    page.wait("document.querySelectorAll('.line').length === 40")
+    world.outputs[run] += b"".join(page_server.frame(
+        1, 5000 + i, f"more {i}\n") for i in range(200))
+    page.wait("document.querySelectorAll('.line').length === 240")
+    page.wait("(() => { const p = document.querySelector('.pane'); return "
+              "p.scrollHeight - p.scrollTop - p.clientHeight < 30; })()")
+    page.js("document.querySelector('.pane').scrollTop = 0")
+    page.wait("document.querySelector('.bar [title*=end]').ariaPressed "
+              "=== 'false'")
+    world.outputs[run] += page_server.frame(2, 9000, "half a line")
+    world.outputs[run] += page_server.frame(2, 9001, " and its end\n")
+    page.wait("!document.querySelector('.newer').hidden")
+    assert page.text(".newer") == "\u2193 1 new line"
+    page.click(".newer")
+    page.wait("document.querySelector('.block:last-child .line:last-child')"
+              ".textContent === 'half a line and its end'")
+    job = world.jobs[world.runs[run]["job"]]
+    world.runs[run].update(state="done", exit=0, ended=time.time())
+    world.push(runs=[world.runs[run]], jobs=[job])
+    page.wait("document.querySelector('h1').textContent.startsWith("
+              "'Finished in')")
+    page.wait("document.querySelector('.bar [title*=end]').hidden", 15)
+
+
+# --- forms and signed requests
+
+
+def test_a_form_of_every_type_runs_and_leads_to_the_run(page, server):
+    world = server.world
+    job = world.jobs[world.every_type]
+    visit(page, f"job/{world.every_type}/run", ".runform")
+    page.click(".runform .primary")
+    page.wait("document.activeElement.getAttribute('aria-invalid')")
+    assert page.js("return document.activeElement.labels[0].textContent"
+                   ) == "Not before"
+    page.type("#arg0", "o'brien <b>")
+    page.js("const d = document.querySelector('#arg5'); d.value = "
+            "'2026-03-29'; d.dispatchEvent(new Event('input'))")
+    page.type("#arg6", "hunter2")
+    assert "--to='o'\\''brien <b>'" in page.text(".previewed pre")
+    assert "hunter2" not in page.text(".previewed pre")
+    page.click(".runform .primary")
+    page.wait("location.hash.startsWith('#/run/')", 10)
+    asked = world.asked
+    assert asked["args"] == {
+        "To Handle": "o'brien <b>", "Message": "Hello,\nhow are you?",
+        "Delay": "0", "Emoji \U0001f603": "true", "Tone": "warm",
+        "Not before": "2026-03-29"}
+    key = bytes.fromhex(page_server.VECTOR["host_key"])
+    assert koitab.veiled(key, asked["nonce"], "Token", bytes.fromhex(
+        asked["secrets"]["Token"])) == b"hunter2"
+    assert asked["exp"] - asked["iat"] == 300_000
+    page.wait("document.querySelector('h1').textContent.startsWith("
+              "'Finished')", 10)
+    assert "\u2022\u2022" in page.text(".args")
+    world.jobs[job["id"]]["state"] = "ok"
+
+
+def test_a_job_that_asks_to_be_sure_asks(page, server):
+    job = next(job for job in server.world.jobs.values() if job["label"] ==
+               "Restart web" and server.world.hosts[job["host"]]["name"] ==
+               "web1")
+    visit(page, f"job/{job['id']}/run", ".runform")
+    server.world.asked = None
+    page.click(".runform .primary")
+    assert page.text(".ask .primary") == "Run Restart web on web1"
+    assert server.world.asked is None
+    page.click(".ask .primary")
+    page.wait("location.hash.startsWith('#/run/')", 10)
+    assert server.world.asked["args"] == {"Unit": "nginx"}
+
+
+def test_a_host_with_other_keys_is_offered_no_run(page, server):
+    job = next(job for job in server.world.jobs.values() if job["manual"]
+               and server.world.hosts[job["host"]]["name"] == "mail")
+    visit(page, f"job/{job['id']}/run", ".note.bad")
+    assert "other keys" in page.text(".note.bad")
+    assert page.js("return document.querySelector('.runform')") is None
+
+
+def test_a_list_that_was_altered_is_not_believed(page, server, monkeypatch):
+    """The name of one job over the tag of another."""
+    honest = server.world.list_of
+
+    def forged(host):
+        signed = honest(host)
+        return {**signed, "body": signed["body"].replace("Say Hi", "Delete")}
+    monkeypatch.setattr(server.world, "list_of", forged)
+    visit(page, f"job/{server.world.every_type}/run", ".note.bad")
+    assert "other keys" in page.text(".note.bad")
+
+
+def test_the_label_in_the_form_is_the_hosts_and_not_the_dashboards(
+        page, server):
+    """The dashboard may call a job what it likes: the form shows what the
+    host signed."""
+    job = server.world.jobs[server.world.every_type]
+    page.js("known.jobs.get(arguments[0]).label = 'Harmless'", job["id"])
+    page.js("known.jobs.get(arguments[0]).command = 'true'", job["id"])
+    visit(page, f"job/{job['id']}/run", ".runform")
+    assert page.text("h1") == "Run Every type"
+    assert page.text(".previewed pre").startswith("~/tweet.sh --to=")
+
+
+def test_a_refused_request_says_why(page, server, monkeypatch):
+    job = server.world.jobs[server.world.every_type]
+    judge = server.world.judge
+    monkeypatch.setattr(server.world, "judge", lambda sent: {
+        **judge(sent), "refused": "it has expired, 4 s ago"})
+    visit(page, f"job/{job['id']}/run", ".runform")
+    page.js("const d = document.querySelector('#arg5'); d.value = "
+            "'2026-03-29'; d.dispatchEvent(new Event('input'))")
+    page.click(".runform .primary")
+    page.wait("document.querySelector('.said.bad')", 10)
+    assert page.text(".said") == "The host refused: it has expired, 4 s ago"
+
+
+def test_a_running_job_is_killed_by_a_signed_request(page, server):
+    world = server.world
+    job = next(iter(world.jobs.values()))
+    run = world.add_run(job, time.time() - 5, 0, "running")
+    world.outputs[run["id"]] = page_server.frame(1, 5, "begun\n")
+    visit(page, f"run/{run['id']}", ".deeds .danger")
+    page.click(".deeds .danger")
+    page.click(".ask .danger")
+    page.wait("document.querySelector('#said').textContent === "
+              "'The host ends it'", 10)
+    assert world.asked["do"] == "kill" and world.asked["run"] == run["n"]
+    run.update(state="done", exit=0, ended=time.time())
+
+
+# --- checks, alerts, channels
+
+
+def test_a_check_is_made_edited_paused_and_deleted(page, server):
+    checks = server.world.checks
+    visit(page, "check/new", "#c-name")
+    page.type("#c-name", "Nightly <b>")
+    page.click(".runform .primary")
+    page.wait("/^#.check.[0-9a-f-]{36}$/.test(location.hash)")
+    made = [one for one in checks.values() if one["name"] == "Nightly <b>"]
+    assert len(made) == 1 and made[0]["period"] == 86400
+    assert page.text(".snippet").startswith(f"{server.url}ping/")
+    page.js("location.hash += '/edit'")
+    page.js("const k = document.querySelector('#c-kind'); k.value = 'cron'; "
+            "k.dispatchEvent(new Event('change'))")
+    page.click(".runform .primary")
+    page.wait("document.querySelector('.snippet')")
+    assert made[0]["kind"] == "cron"
+    page.js("[...document.querySelectorAll('.deeds button')].find((b) => "
+            "b.textContent === 'Pause').click()")
+    page.wait("document.querySelector('.facts').textContent"
+              ".includes('paused')")
+    page.click(".deeds .danger")
+    page.click(".deeds .danger")
+    page.wait("location.hash === '#/jobs'")
+    assert made[0]["id"] not in checks
+
+
+def test_a_job_is_snoozed_and_leaves_what_needs_attention(page, server):
+    page.find(".attention .why")
+    name = page.text(".attention .c-name a")
+    page.js("[...document.querySelectorAll('.attention button')].find((b) =>"
+            " b.textContent === 'Snooze 1 h').click()")
+    page.wait("document.querySelector('.attention .c-name a').textContent "
+              f"!== {json.dumps(name)}")
+    job = next(job for job in server.world.jobs.values() if job["snoozed"])
+    assert 3500 < job["snoozed"] - time.time() < 3700
+    job["snoozed"] = 0
+
+
+def test_a_channel_is_added_and_deleted(page, server):
+    visit(page, "alerts", ".oneline")
+    page.type(".oneline input", "night@example.org")
+    page.click(".oneline button")
+    page.wait("document.querySelector('.part').textContent"
+              ".includes('night@example.org')")
+    assert server.world.channels[-1]["target"] == "night@example.org"
+    page.js("[...document.querySelectorAll('.part .acts button')].pop()"
+            ".click()")
+    page.wait("!document.querySelector('.part').textContent"
+              ".includes('night@example.org')")
+
+
+# --- what is empty, and what is hostile
+
+
+def test_an_empty_dashboard_says_what_to_type(browser):
+    with page_server.Server(empty=True) as server:
+        log_in(browser, server)
+        assert f"koitab -d join {server.url.rstrip('/')}" in browser.text(
+            ".empty")
+
+
+SCRIPTS = [
+    "<script>alert(%d)</script>", "<img src=x onerror=alert(%d)>",
+    "\"><svg onload=alert(%d)>", "'><iframe srcdoc='<script>alert(%d)'>",
+    "</script><script>alert(%d)</script>", "javascript:alert(%d)",
+    "</textarea><script>alert(%d)</script>", "</title><b onclick=alert(%d)>",
+    "</style><script>alert(%d)</script>", "<!--<script>alert(%d)-->",
+    "<a href=javascript:alert(%d)>x</a>", "<math><mi xlink:href=x>%d",
+    "<details open ontoggle=alert(%d)>", "<object data=data:text/html,%d>",
+    "<base href=//evil.test/%d>", "<link rel=stylesheet href=//evil/%d>",
+    "<meta http-equiv=refresh content=0;url=//evil/%d>", "{{7*%d}}",
+    "${alert(%d)}", "`;alert(%d);//", "\\';alert(%d);//", "&lt;b&gt;%d",
+    "\x1b]8;;javascript:alert(%d)\x07x\x1b]8;;\x07",
+    "\x1b[31m<img src=x onerror=alert(%d)>", "\u202e<b>%d</b>",
+    "<form action=//evil/%d><button>", "<input autofocus onfocus=alert(%d)>",
+    "<video><source onerror=alert(%d)>", "<body onload=alert(%d)>",
+    "<svg><script>alert(%d)</script></svg>", "<style>*{display:none}/*%d",
+    "<template><script>alert(%d)</script></template>", "%%00<script>%d",
+    "<svg><a xlink:href='javascript:alert(%d)'><text>x", "\ufeff<b>%d</b>",
+    "<img srcset='x' onerror=alert(%d)>", "x\" onmouseover=alert(%d) y=\"",
+    "<isindex action=javascript:alert(%d)>", "<portal src=//evil/%d>",
+    "<noscript><p title='</noscript><img src=x onerror=alert(%d)>'>"]
+CORPUS = [text % number for number, text in enumerate(SCRIPTS * 5)]
+
+
+def poisoned(world: page_server.World) -> None:
+    """Every text that people meet, by turns one of the corpus."""
+    turn = iter(range(10**6))
+
+    def evil():
+        return CORPUS[next(turn) % len(CORPUS)]
+    for host in world.hosts.values():
+        host.update(name=evil(), zone=evil(), version=evil(),
+                    troubles=[evil()])
+    for job in world.jobs.values():
+        job.update(user=evil(), section=evil(), name=evil(), label=evil(),
+                   words=evil(), command=evil(), when=job["when"])
+        if job["failing"]:
+            job["failing"]["line"] = evil()
+        for param in job["params"]:
+            param.update(name=evil(), default=evil() if param["type"] ==
+                         "string" else param["default"])
+            param["choices"] = [evil(), evil()] if param["choices"] else []
+    for run in world.runs.values():
+        run.update(line=evil(), reason=evil(), trigger=evil(),
+                   args={evil(): evil()})
+    for check in world.checks.values():
+        check.update(name=evil(), slug=evil(), tags=evil(), desc=evil(),
+                     words=evil(), tz=evil())
+    for alert in world.alerts.values():
+        alert["text"] = evil()
+    for row in world.audit:
+        row.update(who=evil(), label=evil(), reason=evil(),
+                   args={evil(): evil()})
+    for channel in world.channels:
+        channel.update(target=evil(), error=evil())
+    for run in (world.colours, world.live):
+        world.outputs[run] = b"".join(page_server.frame(
+            1 + n % 2, n, text + "\n") for n, text in enumerate(CORPUS))
+
+
+def test_two_hundred_hostile_texts_in_every_field_stay_texts(browser):
+    assert len(set(CORPUS)) == 200
+    with page_server.Server() as server:
+        world = server.world
+        poisoned(world)
+        log_in(browser, server)
+        browser.js("window.alert = (n) => { window.harmed = n || true; }")
+        manual = [job["id"] for job in world.jobs.values() if job["manual"]]
+        check = next(iter(world.checks))
+        for path in ("jobs", "day", "search?q=alert", "audit", "alerts",
+                     "hosts", "settings", f"check/{check}",
+                     f"check/{check}/edit", f"job/{manual[0]}",
+                     f"job/{world.every_type}/run",
+                     f"run/{world.colours}", f"run/{world.live}",
+                     f"run/{world.colours}?diff"):
+            visit(browser, path, "#main h1")
+            browser.wait("!document.querySelector('.waits')")
+            browser.wait("document.querySelector('#main').textContent"
+                         ".length > 20")
+            assert browser.js(FOREIGN) == [], path
+        server.world.push(jobs=list(world.jobs.values()))
+        browser.wait("known.seq > 1")
+        assert browser.js("return window.harmed") is None
+        assert browser.console() == []
+
+
+FOREIGN = """
+const odd = "script img iframe object embed base link meta math video "
+  + "source style template noscript portal form[action] [srcdoc] [style*=':'"
+  + "]:not(#tip):not(.block):not(.pane)";
+const found = [...document.querySelectorAll("#top *, #main *")].filter((n) =>
+  n.matches(odd.split(" ").join(",")) || [...n.attributes].some((a) =>
+    a.name.startsWith("on") || /^\\s*javascript:/i.test(a.value)
+      && a.name !== "title" && a.name !== "value"
+      && a.name !== "placeholder" && a.name !== "aria-label"));
+return found.map((n) => n.outerHTML.slice(0, 120));
+"""
+
+
+def test_what_the_policy_forbids_does_not_run(page):
+    """That the policy works at all: markup of a script is refused."""
+    assert page.js("""
+        try { document.body.innerHTML = "<b>x</b>"; return "made"; }
+        catch (error) { return error.name; }""") == "TypeError"
+    assert page.js("""
+        const s = document.createElement("script");
+        s.append("window.harmed = 1");
+        try { document.body.append(s); } catch { }
+        return window.harmed || 0;""") == 0
+    assert page.js("return fetch('http://127.0.0.1:9/').then(() => 'sent', "
+                   "() => 'kept')") == "kept"
+    assert len(page.console()) >= 2     # each was reported
