@@ -15126,6 +15126,7 @@ function hostHeading(host, id) {
 function hostStateWords(host) {
   if (host.state === "twin") return "two daemons use this host\u2019s "
     + "identity";
+  if (host.state === "left") return "left this dashboard";
   if (host.state === "new" || !host.seen) return "has not called yet";
   return host.state === "silent" ? ["silent, last heard ",
     timeOf(host.seen, host)] : ["heard ", timeOf(host.seen, host)];
@@ -17647,7 +17648,7 @@ function skewWords(host) {
 }
 
 function foreignKeys(host) {
-  if (!session.keys || !host.key
+  if (!session.keys || !host.key || host.state === "left"
       || host.key === keyId(keyFor(host.id))) return null;
   return el("div", { class: "error", text: WORDS.keys });
 }

@@ -1,0 +1,628 @@
+"""All of it together: a dashboard, koids that belong to it, and its page in
+a real browser; then requests, without a browser, that are not as they should
+be. One house and one browser serve most tests, in the order they stand in."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sqlite3
+import time
+
+import pytest
+
+import dashboard
+import dashboard_kit
+import support
+from dashboard_kit import House, Page
+
+koitab = support.load("koitab")
+
+ARGS = """\
+import json, os, sys
+print("begun", flush=True)
+with open(os.environ["GO"]) as go:
+    go.read()
+print(json.dumps(sys.argv[1:], ensure_ascii=False), flush=True)
+print("\\033[1;31mred\\033[0m and done", file=sys.stderr)
+"""
+TAB = """\
+GO={folder}/go
+"Boot" @reboot echo up
+"Daily" 17 3 * * * echo daily
+[Office]
+"Args" @manual {python} {folder}/args.py {{{{Who}}}} {{{{Code}}}} \
+{{{{Mood, string, calm}}}} {{{{Nothing}}}} {{{{Lines, text}}}} \
+{{{{Word, secret}}}}
+"Long" @manual echo long; echo $$ > {folder}/long; exec sleep 300
+"Fail" @manual echo to {{{{Who}}}}; echo bad >&2; exit 3
+"Quick" @manual echo quick {{{{Who, string, koi}}}}
+"""
+SECRET = "correct-horse-4711"
+VALUES = {"Who": "o'brien", "Code": "$(id)", "Mood": "\U0001f600\U0001f41f",
+          "Nothing": "", "Lines": "one\n  two\n`three`"}
+# What a browser says of a passphrase that is wrong, and rightly.
+WRONG = ("status of 401", "status of 429")
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    with House(tmp_path_factory.mktemp("house"), "--name", "koi.test",
+               "--allow-new") as house:
+        yield house
+        house.dashboard.no_fault()
+
+
+@pytest.fixture(scope="module")
+def web1(house):
+    folder = house.folder / "web1"
+    folder.mkdir()
+    (folder / "args.py").write_text(ARGS)
+    os.mkfifo(folder / "go")
+    return house.home("web1", TAB.format(
+        folder=folder, python=shlex.join([support.SYSTEM_PYTHON, "-IS"])))
+
+
+@pytest.fixture(scope="module")
+def operator(house, web1):
+    return house.new(web1)
+
+
+@pytest.fixture(scope="module")
+def page(operator):
+    """A browser, logged in as soon as a test needs it."""
+    with Page(flags=["--host-resolver-rules=MAP koi.test 127.0.0.1 , "
+                     "MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]) as page:
+        yield page
+
+
+@pytest.fixture(autouse=True)
+def well_behaved(request):
+    """Whatever a test does with the page: nothing that comes from outside
+    is carried out, no rule of the policy is broken, nothing is thrown."""
+    yield
+    if "page" in request.fixturenames:
+        assert request.getfixturevalue("page").faults() == []
+
+
+def job_row(label: str) -> str:
+    """The row of a job in the list, as a JavaScript expression."""
+    return ("[...document.querySelectorAll('.row')].find((row) => "
+            f"row.querySelector('.c-name a')?.innerText === "
+            f"{json.dumps(label)})")
+
+
+# --- in the browser
+
+
+def test_what_d_new_says_opens_the_page_and_another_passphrase_does_not(
+        house, operator, page):
+    assert f"{house.url}/#{operator.dash}" in house.said
+    page.go(f"{house.url}/#{operator.dash}")
+    page.insert("#secret", "wrong horse battery staple")
+    page.keys("Enter")
+    page.shows("That is not the passphrase.")
+    assert page.faults(*WRONG) == []
+    page.insert("#secret", operator.password)
+    page.keys("Enter")
+    page.wait(job_row("Daily"))
+    assert page.js("return isSecureContext && document.querySelector("
+                   "'#plain').hidden")
+    assert operator.password not in page.js("return location.href + document"
+                                            ".documentElement.outerHTML")
+
+
+def test_a_job_shows_as_soon_as_it_is_in_the_tab_with_its_next_start(
+        web1, page):
+    words = page.wait(f"{job_row('Daily')}?.querySelector('.c-next "
+                      "time')?.innerText")
+    assert words.startswith("in ") or words == "now"
+    tab = web1.type("-l").out
+    web1.install(tab + '"Later" 5 4 * * * echo later\n')
+    page.wait(job_row("Later"))
+    assert page.js(f"return {job_row('Later')}.querySelector('.c-words')"
+                   ".innerText") == "At 04:05"
+    web1.install(tab)
+    page.wait(f"{job_row('Later')}?.innerText.includes('in no tab')")
+
+
+def test_the_run_at_boot_was_told(page):
+    page.wait(f"{job_row('Boot')}?.querySelector('.c-is')?.innerText"
+              " === 'ok'")
+
+
+def test_a_form_runs_a_job_and_its_output_comes_in_live(
+        house, web1, operator, page):
+    page.press("Jobs")
+    page.click("a[aria-label='Run Args']")
+    page.wait("document.activeElement.id === 'arg0'")
+    for at, value in enumerate([*VALUES.values(), SECRET]):
+        page.insert(f"#arg{at}", value)
+    page.shows("'o'\\''brien' '$(id)'")         # what will run
+    assert SECRET not in page.text(".previewed")
+    page.press("Run on web1")
+    page.wait("location.hash.startsWith('#/run/')", 20)
+    page.wait("document.querySelector('.pane')?.innerText.includes('begun')")
+    page.shows("Running for")
+    with open(web1.folder / "go", "w") as go:
+        go.write("on")
+    page.shows("Finished in")
+    page.wait("document.querySelector('.pane')?.innerText.includes("
+              "'red and done')")
+    run = int(page.js("return location.hash.split('/')[2]"))
+    lines = operator.text(run).splitlines()
+    assert json.loads(lines[1]) == [*VALUES.values(), "******"]
+    assert lines[2] == "\x1b[1;31mred\x1b[0m and done"
+    # As text, and the colour as a colour.
+    assert page.js("return [...document.querySelectorAll('.pane .text')].map("
+                   "(one) => one.textContent)") == [
+        "begun", lines[1], "red and done"]
+    assert page.text(".pane .bold") == "red"
+
+
+def test_the_secret_is_nowhere(house, web1, operator, page):
+    runs = operator.runs("Args")
+    assert runs[0]["args"] == {**VALUES, "Word": "******"}
+    page.to(f"job/{runs[0]['job']}")
+    page.shows("Word=")
+    page.to("audit")
+    page.shows("Args")
+    assert SECRET not in page.js(
+        "return document.documentElement.outerHTML + JSON.stringify([..."
+        "known.jobs.values()]) + JSON.stringify({...localStorage})")
+    files = [path for folder in (house.folder, web1.home)
+             for path in folder.rglob("*") if path.is_file()]
+    assert {house.db, web1.home / "history.db"} <= set(files)
+    veiled = [SECRET.encode(), SECRET.encode().hex().encode()]
+    assert [path for path in files
+            if any(text in path.read_bytes() for text in veiled)] == []
+
+
+def test_a_long_run_is_killed_from_the_page(web1, operator, page):
+    page.to("jobs")
+    page.click("a[aria-label='Run Long']")
+    page.wait("document.querySelector('.runform')")
+    page.press("Run on web1")
+    page.wait("location.hash.startsWith('#/run/')", 20)
+    page.wait("document.querySelector('.pane')?.innerText.includes('long')")
+    pid = int(support.wait_until((web1.folder / "long").read_text))
+    page.press("Kill\u2026")
+    page.press("Kill it on web1")
+    page.shows("Killed by signal 15 (TERM)")
+    support.wait_until(lambda: not koitab.born(pid))
+    assert operator.runs("Long")[0]["signal"] == 15
+
+
+def test_the_search_finds_a_line_and_leads_to_it(page):
+    page.insert("#find input", "`three`")
+    page.keys("Enter")
+    page.wait("document.querySelector('.hits a')")
+    assert "`three`" in page.text(".hits pre")
+    page.click(".hits a")
+    page.wait("document.querySelector('.line.here .text')?.innerText"
+              ".includes('`three`')")
+    assert "/B" in page.js("return location.hash")
+
+
+def test_a_viewer_sees_all_and_can_run_nothing(house, operator, page):
+    page.open(house.url, f"view-{operator.viewer}")
+    page.wait(job_row("Args"))
+    runs = operator.runs("Long")
+    for place in ("jobs", f"job/{runs[0]['job']}", f"run/{runs[0]['id']}",
+                  "audit", "hosts", "alerts", "settings", "day"):
+        page.to(place)
+        page.wait("!document.querySelector('.waits')")
+        assert page.js("return [...document.querySelectorAll('a, button')]"
+                       ".map((one) => one.innerText.trim()).filter((text) =>"
+                       " /^(Run|Kill|Forget|Snooze|New check|Add)\\b/"
+                       ".test(text))") == [], place
+    assert operator.password not in page.text("body")
+    page.to(f"job/{runs[0]['job']}/run")
+    page.shows("A viewer's key can read, and nothing else.")
+    host = operator.host("web1")
+    body = operator.sealed(host, operator.request(
+        host, operator.specs(host)["Quick"], {"Who": "x"}))
+    before = len(operator.runs("Quick"))
+    assert operator.reply("POST", "requests", body,
+                          token=operator.viewer).status == 403
+    # The same from within the page, with all that it knows.
+    assert page.js("""return tell('requests', arguments[0]).then(
+        () => 'taken', (error) => error.status)""", body) == 403
+    assert page.faults("status of 403") == []
+    assert len(operator.runs("Quick")) == before
+
+
+def test_from_the_login_to_a_finished_run_by_keyboard_alone(
+        house, operator, page):
+    page.go(house.url)
+    page.wait("document.activeElement.id === 'secret'")
+    page.command("Input.insertText", text=operator.password)
+    page.keys("Enter")
+    page.wait(job_row("Quick"))
+    for _ in range(12):
+        page.keys("j")
+        if page.js("return document.activeElement.innerText") == "Quick":
+            break
+    page.keys("r")
+    page.wait("document.activeElement.id === 'arg0'")
+    page.keys("Backspace", "Backspace", "Backspace", *"carp", "Enter")
+    page.wait("location.hash.startsWith('#/run/')", 20)
+    page.wait("document.querySelector('.pane')?.innerText.includes("
+              "'quick carp')")
+    page.shows("Finished in")
+    page.keys("g", "h")
+    page.wait("shell.path === 'hosts'")
+    page.keys("?")
+    page.wait("document.querySelector('#keys').open")
+    page.keys("Escape")
+    page.wait("!document.querySelector('#keys').open")
+
+
+def test_two_hosts_stand_side_by_side_and_a_run_is_asked_for_by_name(
+        house, web1, operator, page):
+    web2 = house.home("web2", '"Fail" @manual echo I am two; exit 4\n'
+                              '"Two" @manual echo two\n'
+                              '"Tick" * * * * * echo tick; sleep 1\n',
+                      shift=(50 - time.time() + 30) % 60 - 30)
+    house.join(web2, operator)
+    page.to("jobs")
+    page.wait(job_row("Two"))
+    page.js("window.same = true")
+    heads = page.js("return [...document.querySelectorAll('.head h2')]"
+                    ".filter((one) => one.checkVisibility()).map((one) => "
+                    "one.innerText)")
+    assert [head for head in heads if head.startswith("web")] == [
+        "web1", "web2"]
+    # Typed on one machine, run on the other: its output, and its status.
+    done = web1.type("run", "--on", "web2", "Fail",
+                     said=operator.password + "\n")
+    assert (done.code, done.out) == (4, "I am two\n"), done
+    done = web2.type("run", "--on", "web1", "Fail", "Who=o'brien",
+                     said=operator.password + "\n")
+    assert (done.code, done.out) == (3, "to o'brien\n"), done
+    assert "bad\n" in done.err
+    page.wait("document.querySelector('.group.attention')?.innerText"
+              ".includes('I am two')")
+    done = web1.type("run", "--on", "web2", "Fail", said="not it\n")
+    assert done.code == 1 and "key is not known" in done.err, done
+
+
+def test_a_run_by_the_schedule_comes_in_while_one_looks(operator, page):
+    """Its clock was set so that a minute is over about now."""
+    page.to("jobs")
+    page.wait(f"{job_row('Tick')}?.querySelector('.c-strip svg')", 60)
+    page.wait(f"{job_row('Tick')}.querySelector('.c-is').innerText == 'ok'")
+    assert page.js("return window.same"), "the page was loaded anew"
+    assert operator.runs("Tick")[0]["trigger"] == "schedule"
+
+
+def test_missions_ping_shows_beside_the_jobs(house, operator, page, tmp_path):
+    key = operator.ask("state")["dash"]["ping_key"]
+    scratch = support.Scratch(tmp_path)
+    scratch.task("say", "echo hello from mission")
+    scratch.config["ping"] = {"enabled": True, "start": True, "endpoint":
+                              f"{house.url}/ping/{key}/nightly?create=1"}
+    assert scratch.mission("run", "--headless").code == 0
+    page.to("jobs")
+    page.wait(job_row("nightly"))
+    assert page.js(f"return {job_row('nightly')}.querySelector('.c-is')"
+                   ".innerText") == "ok"
+    page.js(f"{job_row('nightly')}.querySelector('.c-name a').click()")
+    page.wait("[...document.querySelectorAll('.list tbody tr')].map((row) => "
+              "row.querySelector('.word').innerText).join() === 'ok,start'")
+    check, = operator.ask("state")["checks"]
+    pings = operator.ask(f"checks/{check['id']}/pings")["pings"]
+    assert [ping["kind"] for ping in pings] == ["success", "start"]
+
+
+# Forty things that somebody tries, in five places each: 200.
+TRIED = """\
+<script>pwned()</script>
+<img src=x onerror=pwned()>
+<svg onload=pwned()>
+<svg/onload=pwned()//
+<body onload=pwned()>
+<iframe srcdoc="<script>parent.pwned()</script>"></iframe>
+<iframe src=javascript:parent.pwned()></iframe>
+<details open ontoggle=pwned()>x</details>
+<video><source onerror=pwned()></video>
+<audio src=x onerror=pwned()></audio>
+<input autofocus onfocus=pwned()>
+<select autofocus onfocus=pwned()></select>
+<textarea autofocus onfocus=pwned()></textarea>
+<marquee onstart=pwned()>x</marquee>
+<object data=javascript:pwned()></object>
+<embed src=javascript:pwned()>
+<a href=javascript:pwned()>x</a>
+<form action=javascript:pwned()><button>x</button></form>
+<math href=javascript:pwned()>x</math>
+<base href=http://evil.test/>
+<link rel=stylesheet href=http://evil.test/x.css>
+<meta http-equiv=refresh content="0;url=javascript:pwned()">
+<style>@import'http://evil.test/x.css';</style>
+<template><script>pwned()</script></template>
+<noscript><p title="</noscript><img src=x onerror=pwned()>">
+<svg><animate onbegin=pwned() attributeName=x dur=1s>
+<svg><script>pwned()</script></svg>
+<svg><a xlink:href=javascript:pwned()><text y=9>x</text></a></svg>
+<x onpointerenter=pwned() style=position:fixed;inset:0>x</x>
+javascript:pwned()
+{{constructor.constructor('pwned()')()}}
+${pwned()}
+__proto__
+&lt;img src=x onerror=pwned()&gt;
+&#60;script&#62;pwned()&#60;/script&#62;
+\\x3cscript\\x3epwned()\\x3c/script\\x3e
+<!--><script>pwned()</script>
+<![CDATA[<script>pwned()</script>]]>
+\x1b]8;;javascript:pwned()\x1b\\\\link\x1b]8;;\x1b\\\\
+\x1b[31m"onmouseover=pwned() x="\x1b[0m
+""".splitlines()
+CORPUS = [place % text for place in (
+    "%s", "\">%s", "'>%s", "</script></title></style>%s", "--!>]]>%s")
+    for text in TRIED]
+# What the page is made of; no text may add to it.
+MARKUP = """
+  const own = new Set(("A ASIDE B BUTTON CODE DD DETAILS DIV DL DT FORM H1 H2 "
+    + "H3 INPUT LABEL LI OL OPTION P PRE SECTION SELECT SPAN SUMMARY TABLE "
+    + "TBODY TD TEXTAREA TH THEAD TIME TR UL I B MARK NAV PROGRESS svg path rect circle "
+    + "g text line title").split(" "));
+  const bad = [];
+  for (const one of document.querySelectorAll("#main *, #top *, #tip *")) {
+    if (!own.has(one.nodeName)) bad.push(one.outerHTML.slice(0, 200));
+    for (const { name, value } of one.attributes) {
+      if (/^on|^srcdoc$|^action$|^formaction$/.test(name)
+          || /^(xlink:)?href$/.test(name) && !/^(#|https?:)/.test(value)) {
+        bad.push(`${name}=${value.slice(0, 200)}`);
+      }
+    }
+  }
+  return bad;
+"""
+
+
+class Liar:
+    """A host whose every word is something that somebody tries."""
+
+    def __init__(self, operator, at: int):
+        self.operator, self.host, self.token = operator, f"{at:032x}", \
+            f"{at:064x}"
+        operator.tell("hosts", {
+            "host": self.host, "name": CORPUS[at],
+            "token_sha256": koitab.digest_of(self.token)})
+
+    def sync(self, **fields) -> dict:
+        reply = self.operator.reply("POST", "sync", {
+            "v": 1, "host": self.host, "epoch": 1, "wait": 0, "instance":
+            "1700000000000-00000001", "now": time.time(), "offset": 0,
+            "zone": CORPUS[1], "version": CORPUS[2][:50], "boot": "b",
+            "troubles": [], "list_sha": "", **fields}, token=self.token)
+        assert reply.status == 200, reply
+        return reply.json
+
+    def listed(self, name: str, specs: list[dict]) -> dict:
+        key = self.operator.key(self.host)
+        body = json.dumps({"v": 1, "dash": self.operator.dash,
+                           "host": self.host, "key": koitab.key_id(key),
+                           "name": name, "at": 0,
+                           "jobs": [json.dumps(spec) for spec in specs]})
+        return {"body": body, "mac": koitab.list_mac(key, body)}
+
+
+def lie(at: int) -> dict:
+    text, other = CORPUS[at], CORPUS[at - 1]
+    return {"user": other, "tag": f"t{at}", "section": other, "name": text,
+            "label": text, "when": "@manual" if at % 2 else other,
+            "words": other, "command": text, "params": [], "confirm": "yes"}
+
+
+def lies(operator) -> tuple:
+    """A dashboard full of it: the run with the output, the job with the
+    form, and the check with the pings."""
+    liar = [Liar(operator, at) for at in range(200)][0]
+    form = {**lie(0), "tag": "form", "when": "@manual", "params": [
+        {"name": f"{at} {text}", "type": "choice" if at % 2 else "string",
+         "default": text, "choices": [CORPUS[at - 1], text]}
+        for at, text in enumerate(CORPUS)]}
+    now, frames = time.time(), b"".join(koitab.frame(
+        1 + at % 2, at, text.encode() + b"\n")
+        for at, text in enumerate(CORPUS))
+    liar.sync(list=liar.listed(CORPUS[0], [form, *map(lie, range(200))]),
+              troubles=CORPUS[:20], records=[
+        {"run": at + 1, "change": at + 1, "user": lie(at)["user"],
+         "tag": f"t{at}", "section": lie(at)["section"], "name": text,
+         "label": text, "trigger": text[:50],
+         "state": "unstartable" if at % 2 else "done", "due": now - 300 + at,
+         "asked": None, "started": None if at % 2 else now - 300 + at,
+         "ended": None if at % 2 else now - 290 + at, "exit": None if at % 2
+         else 1, "signal": None, "reason": text if at % 2 else "",
+         "args": {text: text}, "attempt": 1, "count": 1, "bytes": 9,
+         "cut": False, "size": len(frames) if at == 0 else 0, "next": None,
+         "nonce": ""} for at, text in enumerate(CORPUS)])
+    import base64
+    liar.sync(outputs=[{"run": 1, "at": 0, "data": base64.b64encode(
+        frames).decode()}])
+    verdicts = []
+    for text in CORPUS[:40]:
+        body = operator.request(liar.host, json.dumps(form), {text: text})
+        operator.tell("requests", operator.sealed(liar.host, body))
+        verdicts.append({"nonce": body["nonce"], "verdict": "refused",
+                         "run": None, "reason": text})
+    liar.sync(verdicts=verdicts)
+    check = operator.tell("checks", {
+        "name": CORPUS[0], "slug": "", "tags": CORPUS[1], "desc": CORPUS[2],
+        "kind": "simple", "period": 3600, "grace": 60})["id"]
+    with operator.house.client() as client:
+        for text in CORPUS[-100:]:
+            agent = "".join(filter(str.isprintable, text))
+            assert client.ask("POST", f"/ping/{check}", text.encode(),
+                              User_Agent=agent).status == 200
+    first, = [job["id"] for job in operator.ask("state")["jobs"]
+              if job["tag"] == "t0"]
+    return operator.ask(f"jobs/{first}/runs")["runs"][0], check
+
+
+@pytest.fixture(scope="module")
+def second(house):
+    """Another dashboard on the same server."""
+    password, salt = "a passphrase for the second", os.urandom(16)
+    keys = koitab.derive(password, salt)
+    made = house.dashboard.ask("POST", "/api/v1/dashboards", {
+        "salt": salt.hex(), "rounds": koitab.ROUNDS,
+        "api_sha256": koitab.digest_of(keys.api.hex()),
+        "view_sha256": koitab.digest_of(keys.view.hex())})
+    return dashboard_kit.Operator(house, made.json["dash"], password)
+
+
+def unshown(page, wanted: list[str]) -> list[str]:
+    """Which of these texts do not stand on the page, be it as text or in a
+    field."""
+    text = page.js(
+        "return document.querySelector('#main').textContent + [...document"
+        ".querySelectorAll('input, textarea')].map((one) => one.value).join("
+        "'\\n')")
+    return [one for one in wanted if one not in text]
+
+
+def test_two_hundred_strings_in_every_field_are_text_and_nothing_else(
+        house, second, page):
+    assert len(set(CORPUS)) == 200
+    run, check = lies(second)
+    form = next(job["id"] for job in second.ask("state")["jobs"]
+                if job["tag"] == "form")
+    page.open(f"{house.url}/#{second.dash}", second.password)
+    clear = [text for text in CORPUS if "\x1b" not in text]
+    counts = {}
+    for place, wanted in (
+            ("jobs", clear), ("hosts", clear), ("alerts", clear),
+            (f"job/{form}/run", clear), (f"run/{run['id']}", clear),
+            (f"job/{run['job']}", clear[:1]), ("audit", clear[:38]),
+            (f"check/{check}", [text for text in clear
+                                if text in CORPUS[-100:]]),
+            ("day", clear[:1]), ("search?q=%3Cscript%3E", clear[:1]),
+            (f"run/{run['id']}?diff", []), ("settings", []),
+            (f"check/{check}/edit", clear[:1])):
+        page.to(place)
+        page.wait("!document.querySelector('.waits')")
+        support.wait_until(lambda: not unshown(page, wanted), 10, (
+            f"{unshown(page, wanted)[:3]} at {place}"))
+        assert page.js(MARKUP) == [], place
+        assert page.faults() == [], place
+        counts[place.split("/")[0]] = len(wanted)
+    print("XSS strings shown as text:", counts)
+
+
+def test_over_plain_http_by_a_name_the_keys_are_made_by_the_pages_own_means(
+        house, operator, page):
+    """Where the browser offers none: there is no secure context."""
+    page.open(f"http://koi.test:{house.port}/#{operator.dash}",
+              operator.password)
+    page.wait(job_row("Quick"))
+    assert not page.js("return isSecureContext || crypto.subtle")
+    page.shows("This page came over plain http", css="#plain")
+    page.click("a[aria-label='Run Quick']")
+    page.insert("#arg0", "by name")
+    page.keys("Enter")
+    page.wait("document.querySelector('.pane')?.innerText.includes("
+              "'quick by name')", 20)
+    # A browser says of a guard that it works for https and at home alone.
+    assert page.faults("Cross-Origin-Opener-Policy header has been ignored"
+                       ) == []
+
+
+def test_the_page_from_disk_does_the_same_with_no_code_of_the_servers(
+        house, web1, operator, page, tmp_path):
+    done = web1.type("page", house.url)
+    assert done.code == 0, done
+    file = tmp_path / "koi.html"
+    file.write_text(done.out)
+    page.open(f"{file.as_uri()}#{operator.dash}", operator.password)
+    page.wait(job_row("Quick"))
+    assert page.js("return location.protocol") == "file:"
+    page.click("a[aria-label='Run Quick']")
+    page.insert("#arg0", "from disk")
+    page.keys("Enter")
+    page.wait("document.querySelector('.pane')?.innerText.includes("
+              "'quick from disk')", 20)
+    page.insert("#find input", "from disk")
+    page.keys("Enter")
+    page.wait("document.querySelector('.hits a')")
+
+
+def test_who_guesses_is_told_how_long_to_wait_and_the_right_one_waits_too(
+        page, tmp_path):
+    with dashboard.Dashboard(tmp_path) as other:
+        other.settle()
+        page.go(f"http://127.0.0.1:{other.port}")
+        page.insert("#secret", "view-" + "0" * 64)
+        page.keys("Enter")
+        page.shows("That is not the passphrase.")
+        for _ in range(20):
+            if other.ask("GET", "/api/v1/state", token="0" * 64
+                         ).status == 429:
+                break
+        for secret in ("0" * 64, dashboard.VIEW):
+            page.insert("#secret", f"view-{secret}")
+            page.keys("Enter")
+            page.wait("/Too many tries. Try again in \\d+ s\\./.test("
+                      "document.querySelector('#why').innerText)")
+        assert page.faults(*WRONG) == []
+        assert other.ask("POST", "/api/v1/sync", dashboard.sync_of(),
+                         dashboard.HOST_TOKEN).status == 200
+
+
+def test_after_rotate_the_old_passphrase_is_worth_nothing_and_others_rejoin(
+        house, web1, operator, page):
+    page.open(f"{house.url}/#{operator.dash}", operator.password)
+    page.wait(job_row("Quick"))
+    done = web1.type("-d", "rotate", said=operator.password + "\n")
+    assert done.code == 0 and "koitab -d join" in done.err, done
+    page.shows("The password was changed.")
+    page.insert("#secret", operator.password)
+    page.keys("Enter")
+    page.shows("That is not the passphrase.")
+    assert page.faults(*WRONG) == []
+    fresh = re.search(r"^passphrase +(\S+)$", done.out, re.M)[1]
+    page.insert("#secret", fresh)
+    page.keys("Enter")
+    page.wait(job_row("Quick"))
+    page.to("hosts")
+    other = "This host has other keys: type koitab -d join there."
+    page.shows(other)
+    assert page.js(
+        "return [...document.querySelectorAll('.list tbody tr')].filter("
+        "(row) => row.innerText.includes(arguments[0])).map((row) => "
+        "row.querySelector('b').innerText)", other) == ["web2"]
+    page.to("jobs")
+    page.click("a[aria-label='Run Two']")
+    page.shows(other)
+    page.to("jobs")
+    page.click("a[aria-label='Run Quick']")
+    page.insert("#arg0", "anew")
+    page.keys("Enter")
+    page.wait("document.querySelector('.pane')?.innerText.includes("
+              "'quick anew')", 20)
+    # As told: off, and join again.
+    web2, operator = house.homes["web2"], dashboard_kit.Operator(
+        house, operator.dash, fresh)
+    assert web2.type("-d", "off").code == 0
+    house.join(web2, operator)
+    page.to("hosts")
+    page.wait(f"!document.body.innerText.includes({json.dumps(other)})")
+
+
+def test_who_is_off_is_no_host_any_more_and_what_it_did_stays(house, page):
+    web2 = house.homes["web2"]
+    done = web2.type("-d", "off")
+    assert done.code == 0 and "does not belong" in done.out, done
+    page.to("hosts")
+    page.wait("[...document.querySelectorAll('.list tbody tr')].filter((row)"
+              " => row.innerText.includes('web2')).every((row) => "
+              "row.innerText.includes('left'))")
+    page.to("jobs")
+    page.shows("I am two")
+    assert web2.ask("status")["dashboard"] is None
+    assert web2.run("Two")[1] == b"two\n"
+    assert web2.type("-d", "show").code == 1
