@@ -83,8 +83,7 @@ class Dashboard:
         self.db, self.said = folder / "dashboard.db", folder / "said"
         self.cert = folder / "cert.pem" if tls else None
         self.found(fill)
-        command = [sys.executable, "-IS", "-B", args.koitab.resolve(),
-                   "dashboard", "--listen", "127.0.0.1:0", "--db", self.db]
+        command = [args.koitab.resolve(), "dashboard", "--listen", "127.0.0.1:0", "--db", self.db]
         if tls:
             make_certificate(folder)
             command += ["--cert", self.cert, "--key", folder / "key.pem"]
@@ -667,7 +666,7 @@ class Koid:
         keys.chmod(0o600)
         with open(folder / "koid.log", "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-IS", args.koitab.resolve(), "daemon"],
+                [args.koitab.resolve(), "daemon"],
                 env={"PATH": bench.PATH, "HOME": str(folder),
                      "KOI_HOME": str(home)}, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, cwd=folder)
@@ -1003,6 +1002,9 @@ def main() -> None:
     if args.inside:
         INSIDE[args.inside[0]](*json.loads(args.inside[1]))
         return
+    # Root's programs begin with what was compiled before, in /var/cache/koi.
+    subprocess.run([args.koitab.resolve(), "--version"], check=True,
+                   stdout=subprocess.DEVNULL)
     print(f"{os.cpu_count()} processors, load {loads()}")
     row("figure", "wanted", "measured")
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
