@@ -4873,6 +4873,10 @@ LIVE_PAUSE = 0.4            # seconds between looks at a run that is watched
 MOST_RECORDS, MOST_RECORD_BYTES = 200, 2**20    # in one letter
 LONGEST_PIECE = 2**18       # bytes of output in one letter
 MOST_OWED = 8               # outputs that one letter carries a piece of
+MOST_WATCHED = 100          # runs that are shown live
+MOST_ASKED = 100            # requests in one answer
+MOST_VERDICTS = 5_000       # that wait to be sent
+BREATH = 0.05               # seconds between questions, whatever the answers
 TRIES_OF_ONE = 3            # for a record that the dashboard does not take
 NOBODY = "nobody"
 SYNC = "/api/v1/sync"
@@ -5132,7 +5136,7 @@ class Uplink:
         asked = answer.get("requests")
         if type(acked) is not int or not all(isinstance(each, list) for each
                                              in (owed, asked)) \
-                or not isinstance(live, dict) or len(asked) > 1000:
+                or not isinstance(live, dict) or len(asked) > MOST_ASKED:
             raise Unreachable("its answer is not that of a dashboard")
         with self.turn:
             if self.acked is None or acked < self.acked:
@@ -5162,6 +5166,7 @@ class Uplink:
                 return
         with self.turn:
             self.verdicts.append(verdict)
+            del self.verdicts[:-MOST_VERDICTS]
             self.turn.notify_all()
 
     # --- the one that waits
@@ -5172,6 +5177,7 @@ class Uplink:
         hold = HOLD if wire.connection else 0
         self.take(wire.ask("POST", SYNC, self.greeting(hold),
                            hold + PATIENCE))
+        time.sleep(BREATH)      # else one that lies could keep us busy
 
     # --- the one that sends
 
@@ -5223,14 +5229,23 @@ class Uplink:
 
     def sent(self, letter: dict, batch: dict, answer: dict) -> None:
         with self.turn:
-            del self.verdicts[:len(letter.get("verdicts", ()))]
+            told = letter.get("verdicts", [])
+            self.verdicts = [verdict for verdict in self.verdicts
+                             if verdict not in told]
             if "list" in letter:
                 self.listed = batch["list_sha"]
             self.tries, self.most = 0, min(self.most * 2, MOST_RECORDS)
+            owed = self.owed[:MOST_OWED]
         self.take(answer)
+        records = letter.get("records")
+        if records and self.acked < records[-1]["change"]:
+            raise Unreachable("it does not keep what it is sent")
         with self.turn:
             self.news = self.news or batch["more"]
+            again = bool(owed) and self.owed[:MOST_OWED] == owed
             safe = self.acked if not self.owed else None
+        if again:
+            raise Unreachable("it asks for output that it was sent")
         if safe is not None:
             self.ask_koid(op="state", sent=safe)
 
@@ -5633,8 +5648,8 @@ class Bridge:
 
     def state(self, request: dict) -> dict:
         about = request.get("about")
-        if about:
-            text = visible(str(request.get("trouble", "")))
+        if about in ("listen", "send", "parked"):
+            text = visible(str(request.get("trouble", ""))[:500])
             if text and self.troubles.get(about) != text:
                 self.daemon.say(f"dashboard: {text}", bad=True)
             self.troubles.pop("link", None)
@@ -5651,7 +5666,8 @@ class Bridge:
     def batch(self, request: dict) -> dict:
         """Runs that changed, and the list of jobs if it is another."""
         rows = self.store.unsent(int(request["after"]),
-                                 min(int(request["most"]), MOST_RECORDS))
+                                 max(1, min(int(request["most"]),
+                                            MOST_RECORDS)))
         body, mac, sha = self.list_of_jobs()
         now, size, records = int(self.clock.now()), 0, []
         for row in rows:
@@ -5712,7 +5728,8 @@ class Bridge:
         """What runs that are watched have written since the last time."""
         from base64 import b64encode
         found = []
-        wanted = {int(run): have for run, have in request["runs"].items()}
+        wanted = {int(run): have for run, have
+                  in list(request["runs"].items())[:MOST_WATCHED]}
         self.tails = {run: tail for run, tail in self.tails.items()
                       if run in wanted}
         for run, have in wanted.items():
@@ -9595,6 +9612,8 @@ class Fleet(Checks):
                 "select nonce, body, mac from requests where host = ? and "
                 "state = 'waiting' and exp > ? order by id",
                 (pulse.number, now)):
+            if len(requests) == MOST_ASKED:
+                break
             if self.handed.get(nonce, 0.0) <= now - HAND_OUT_AGAIN:
                 self.handed[nonce] = now
                 requests.append({"body": body, "mac": mac})

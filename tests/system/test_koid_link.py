@@ -297,6 +297,11 @@ def test_a_request_starts_its_job_soon(linked, dashboard):
 
 # --- a dashboard that is away, slow, lying, or mad
 
+def answer(acked: int, owed: str = "[]", requests: str = "[]") -> tuple:
+    return 200, {}, (f'{{"acked": {acked}, "owed": {owed}, "live": {{}}, '
+                     f'"requests": {requests}}}').encode()
+
+
 NONSENSE = {
     "not JSON": (200, {}, b"<html>bad gateway</html>"),
     "empty": (200, {}, b""),
@@ -311,6 +316,10 @@ NONSENSE = {
     "426": (426, {}, b""), "429": (429, {"Retry-After": "1"}, b"{}"),
     "a redirect": (302, {"Location": "http://127.0.0.1:1/steal"}, b""),
     "hang up": "hang up",
+    "keeps nothing": answer(0),
+    "always wants more": answer(99, "[[1, 0]]"),
+    "a flood of requests": answer(99, "[]", json.dumps(
+        [{"body": "{}", "mac": "0" * 64}] * 101)),
 }
 
 
@@ -354,9 +363,10 @@ def test_nonsense_is_told_and_jobs_run_on_and_nothing_is_lost(hasty):
         hasty.start()
         for what in NONSENSE:
             now.update(what=what, met=0)
-            support.wait_until(lambda: now["met"] > 3, what=what)
+            met = support.wait_until(lambda: now["met"] > 3, what=what)
             assert hasty.run("Plain")[1] == b"plain\n", what
-            assert hasty.ask("status")["dashboard"]["troubles"], what
+            assert met and support.wait_until(lambda: hasty.ask("status")[
+                "dashboard"]["troubles"], what=what)
         now["what"] = ""
         dashboard.wait_for(lambda: len(dashboard.outputs) == len(NONSENSE))
         assert dashboard.order == sorted(set(dashboard.order))
