@@ -7148,7 +7148,7 @@ TWIN_SHOWN = 600.0
 WATCHED_FOR = 15.0              # seconds after the last look at a run
 STRIP = 90                      # runs in a job's strip
 ENOUGH_RUNS, USUAL_RUNS = 20, 30    # to say what is usual; of so many
-SEEN_NOTED = 60.0               # seconds between notes that a host was there
+SEEN_NOTED = 60.0               # seconds between notes of who was there
 
 DAY_SECONDS = 86_400.0
 KEEP_RUNS = 10_000              # of one job
@@ -8987,6 +8987,10 @@ RUN_COLUMNS = ", ".join(RUN_FIELDS_KEPT)
 TOLD_FIELDS = ("change", "trigger", "state", "due", "asked", "started",
                  "ended", "exit", "signal", "reason", "args", "attempt",
                  "count", "bytes", "cut", "size", "nonce")
+HOST_FIELDS = ("id", "dash", "host", "name", "token", "made", "seen",
+               "silent", "gone", "epoch", "instance", "offset", "zone",
+               "skew", "version", "boot", "key", "list_sha", "troubles")
+HOST_COLUMNS = ", ".join(f'"{name}"' for name in HOST_FIELDS)
 INSERT_RUN = (f"insert into runs (dash, job, host, epoch, n, at, until, "
               f"{', '.join(TOLD_FIELDS)}) values "
               f"({', '.join('?' * (7 + len(TOLD_FIELDS)))})")
@@ -9054,8 +9058,9 @@ class Fleet(Checks):
             raise Error("the host speaks another version", "bring koi up to "
                         "date there or here", 400)
         epoch = asked.whole("epoch")
-        host = rows_of(db, "select * from hosts where id = ?",
-                       pulse.number)[0]
+        host = dict(zip(HOST_FIELDS, db.execute(
+            f"select {HOST_COLUMNS} from hosts where id = ?",
+            (pulse.number,)).fetchone()))
         self.note_host(db, pulse, host, asked, now)
         fields = asked.get("list", dict, None)
         if fields is not None:
@@ -9110,13 +9115,22 @@ class Fleet(Checks):
             self.welcome_back(db, pulse, host, now)
             changed["silent"] = 0
         pulse.seen = now
-        if changed or now - pulse.noted > SEEN_NOTED:
+        if changed:
             changed["seen"] = now
             db.execute("update hosts set " + ", ".join(
                 f'"{name}" = ?' for name in changed) + " where id = ?",
                 (*changed.values(), pulse.number))
-            self.after.append(lambda: setattr(pulse, "noted", now))
         self.arm("host", pulse.host, now + SILENT_AFTER)
+
+    def note_seen(self, db) -> bool:
+        """A chore: which hosts were there, all at once. Each on its own
+        would be a commit for each, though it has nothing to say."""
+        fresh = [(pulse.seen, pulse.number) for pulse in
+                 self.pulses.values() if (pulse.seen or 0) > pulse.noted]
+        db.executemany("update hosts set seen = ? where id = ?", fresh)
+        for pulse in self.pulses.values():
+            pulse.noted = pulse.seen or 0.0
+        return False
 
     def only_instance(self, pulse: Pulse, host: dict, instance: str,
                       now: float) -> None:
@@ -9864,8 +9878,8 @@ class Fleet(Checks):
             "jobs": lambda job: self.job_shape(db, self.row_of_job(
                 db, dash, job), snoozed),
             "hosts": lambda host: self.host_shape(rows_of(
-                db, "select * from hosts where id = ?", self.pulse_of(
-                    dash, host).number)[0], now),
+                db, f"select {HOST_COLUMNS} from hosts where id = ?",
+                self.pulse_of(dash, host).number)[0], now),
             "checks": lambda uuid: self.check_shape(db, self.whole_check(
                 db, dash, uuid), snoozed, now),
             "requests": lambda nonce: self.request_state(db, dash, nonce),
@@ -9981,8 +9995,8 @@ class Fleet(Checks):
             "seq": seq, "now": now, "version": VERSION, "role": access.role,
             "dash": about if operator else {**about, "ping_key": ""},
             "hosts": [self.host_shape(row, now) for row in rows_of(
-                db, "select * from hosts where dash = ? and gone < 2 order "
-                "by name, id", number)],
+                db, f"select {HOST_COLUMNS} from hosts where dash = ? and "
+                "gone < 2 order by name, id", number)],
             "jobs": [self.job_shape(db, dict(zip(JOB_FIELDS, row)), snoozed)
                      for row in db.execute(
                          f"select {JOB_COLUMNS} from jobs where dash = ? and "
@@ -10134,6 +10148,7 @@ class Hub(Fleet):
         self.chore(5.0, self.read_output)
         self.chore(60.0, self.forget_old)
         self.chore(300.0, self.give_back)
+        self.chore(SEEN_NOTED, self.note_seen)
 
     def load(self) -> None:
         """Besides, the index of the outputs, if SQLite can keep one."""
