@@ -7158,7 +7158,7 @@ TWIN_SHOWN = 600.0
 WATCHED_FOR = 15.0              # seconds after the last look at a run
 STRIP = 90                      # runs in a job's strip
 ENOUGH_RUNS, USUAL_RUNS = 20, 30    # to say what is usual; of so many
-SEEN_NOTED = 60.0               # seconds between notes that a host was there
+SEEN_NOTED = 60.0               # seconds between notes of who was there
 
 DAY_SECONDS = 86_400.0
 KEEP_RUNS = 10_000              # of one job
@@ -7903,6 +7903,46 @@ def letter_of(state: str, status: int | None, number: int | None,
     if status == 0:
         return "o"
     return "k" if number or reason.startswith("timeout") else "f"
+
+
+class Strip(tuple):
+    """The last runs of a job, or pings of a check, the oldest first: (id,
+    time, seconds, letter) each. It never changes, a change makes another; so
+    all threads may have it, and what is made of it is made once."""
+
+    @classmethod
+    def of(cls, rows) -> Strip:
+        """Of (id, time, seconds, letter), to the millisecond: half the
+        text. `round` would take five times as long."""
+        return cls([(number, at and int(at * 1000 + 0.5) / 1000,
+                     took and int(took * 1000 + 0.5) / 1000, letter)
+                    for number, at, took, letter in rows])
+
+    def put(self, entry: tuple) -> Strip:
+        """With this one, at the end or in the place of an older one of its
+        id. One that is older than all is too old."""
+        number = entry[0]
+        if not self or self[-1][0] < number:
+            return Strip((*self[-STRIP + 1:], *Strip.of([entry])))
+        return Strip(Strip.of([entry])[0] if each[0] == number else each
+                     for each in self)
+
+    @property
+    def usual(self) -> list | None:
+        if "times" not in vars(self):
+            self.times = usual_of(self)
+        return self.times
+
+    @property
+    def json(self) -> str:
+        if "text" not in vars(self):
+            self.text = compact_json(self)
+        return self.text
+
+
+def compact_json(value) -> str:
+    import json
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def quantile(ordered: list, part: float) -> float:
@@ -8894,9 +8934,8 @@ class Checks(Doors):
 
     # --- checks, as people see them
 
-    def check_strip(self, db, check: int):
+    def check_strip(self, db, check: int) -> Strip:
         """The last pings of a check that said how it went."""
-        from collections import deque
         with self.faces_lock:
             strip = self.check_strips.get(check)
             if strip is None:
@@ -8905,15 +8944,14 @@ class Checks(Doors):
                     'else \'o\' end from pings where "check" = ? and kind in '
                     "('success', 'fail') order by n desc limit ?",
                     (check, STRIP)).fetchall()
-                strip = self.check_strips[check] = deque(
-                    reversed(rows), STRIP)
-            return list(strip)
+                strip = self.check_strips[check] = Strip.of(rows[::-1])
+            return strip
 
     def extend_strip(self, check: int, entry: tuple) -> None:
         with self.faces_lock:
             strip = self.check_strips.get(check)
             if strip is not None and (not strip or strip[-1][0] < entry[0]):
-                strip.append(entry)
+                self.check_strips[check] = strip.put(entry)
 
     def check_shape(self, db, check: dict, snoozed: dict, now: float) -> dict:
         try:
@@ -8963,6 +9001,10 @@ RUN_COLUMNS = ", ".join(RUN_FIELDS_KEPT)
 TOLD_FIELDS = ("change", "trigger", "state", "due", "asked", "started",
                  "ended", "exit", "signal", "reason", "args", "attempt",
                  "count", "bytes", "cut", "size", "nonce")
+HOST_FIELDS = ("id", "dash", "host", "name", "token", "made", "seen",
+               "silent", "gone", "epoch", "instance", "offset", "zone",
+               "skew", "version", "boot", "key", "list_sha", "troubles")
+HOST_COLUMNS = ", ".join(f'"{name}"' for name in HOST_FIELDS)
 INSERT_RUN = (f"insert into runs (dash, job, host, epoch, n, at, until, "
               f"{', '.join(TOLD_FIELDS)}) values "
               f"({', '.join('?' * (7 + len(TOLD_FIELDS)))})")
@@ -8974,17 +9016,21 @@ JOB_FIELDS = ("id", "dash", "host", "user", "tag", "section", "name", "label",
 JOB_COLUMNS = ", ".join(JOB_FIELDS)
 
 
+# What a strip shows of a run, and how it went.
+ENTRY_COLUMNS = ("id, coalesce(started, due, asked, ended), max(ended - "
+                 "started, 0.0), state, exit, signal, reason")
+
+
 class Face:
     """What is shown of a job's runs: kept in memory, so that a list of many
     jobs needs no look at their runs."""
 
-    def __init__(self, runs: list[dict]):
-        from collections import deque
-        self.strip = deque(maxlen=STRIP)
-        self.going: list[int] = []
-        self.last = None
-        for run in runs:
-            self.put(run)
+    def __init__(self, rows: list[tuple], last: dict | None):
+        """Of the newest runs, the oldest first, and the last that ended."""
+        self.strip = Strip.of((*row[:3], letter_of(*row[3:]))
+                              for row in rows)
+        self.going = [row[0] for row in rows if row[3] in GOING_ON]
+        self.last = last
 
     def put(self, run: dict) -> None:
         """Take a run as it is now. Twice does no harm."""
@@ -8993,19 +9039,8 @@ class Face:
             else max(run["ended"] - run["started"], 0.0)
         at = next((run[name] for name in ("started", "due", "asked", "ended")
                    if run[name] is not None), None)
-        entry = number, at, took, letter_of(
-            run["state"], run["exit"], run["signal"], run["reason"])
-        for place in range(len(self.strip) - 1, -1, -1):
-            if self.strip[place][0] == number:
-                self.strip[place] = entry
-                break
-            if self.strip[place][0] < number:
-                if place == len(self.strip) - 1:
-                    self.strip.append(entry)
-                break
-        else:
-            if not self.strip:
-                self.strip.append(entry)
+        self.strip = self.strip.put((number, at, took, letter_of(
+            run["state"], run["exit"], run["signal"], run["reason"])))
         if going and number not in self.going:
             self.going.append(number)
         if not going:
@@ -9037,8 +9072,9 @@ class Fleet(Checks):
             raise Error("the host speaks another version", "bring koi up to "
                         "date there or here", 400)
         epoch = asked.whole("epoch")
-        host = rows_of(db, "select * from hosts where id = ?",
-                       pulse.number)[0]
+        host = dict(zip(HOST_FIELDS, db.execute(
+            f"select {HOST_COLUMNS} from hosts where id = ?",
+            (pulse.number,)).fetchone()))
         self.note_host(db, pulse, host, asked, now)
         fields = asked.get("list", dict, None)
         if fields is not None:
@@ -9093,13 +9129,22 @@ class Fleet(Checks):
             self.welcome_back(db, pulse, host, now)
             changed["silent"] = 0
         pulse.seen = now
-        if changed or now - pulse.noted > SEEN_NOTED:
+        if changed:
             changed["seen"] = now
             db.execute("update hosts set " + ", ".join(
                 f'"{name}" = ?' for name in changed) + " where id = ?",
                 (*changed.values(), pulse.number))
-            self.after.append(lambda: setattr(pulse, "noted", now))
         self.arm("host", pulse.host, now + SILENT_AFTER)
+
+    def note_seen(self, db) -> bool:
+        """A chore: which hosts were there, all at once. Each on its own
+        would be a commit for each, though it has nothing to say."""
+        fresh = [(pulse.seen, pulse.number) for pulse in
+                 self.pulses.values() if (pulse.seen or 0) > pulse.noted]
+        db.executemany("update hosts set seen = ? where id = ?", fresh)
+        for pulse in self.pulses.values():
+            pulse.noted = pulse.seen or 0.0
+        return False
 
     def only_instance(self, pulse: Pulse, host: dict, instance: str,
                       now: float) -> None:
@@ -9813,11 +9858,16 @@ class Fleet(Checks):
         with self.faces_lock:
             face = self.faces.get(job)
             if face is None:
-                rows = self.reader().execute(
-                    f"select {RUN_COLUMNS} from runs where job = ? order by "
-                    "id desc limit ?", (job, STRIP)).fetchall()
-                face = self.faces[job] = Face([
-                    dict(zip(RUN_FIELDS_KEPT, row)) for row in rows[::-1]])
+                db = self.reader()
+                rows = db.execute(
+                    f"select {ENTRY_COLUMNS} from runs where job = ? order "
+                    "by id desc limit ?", (job, STRIP)).fetchall()
+                last = rows_of(db, (
+                    f"select {RUN_COLUMNS} from runs where job = ? and state "
+                    "not in ('queued', 'running') order by id desc limit 1"),
+                    job)
+                face = self.faces[job] = Face(rows[::-1], last[0] if last
+                                              else None)
             return face
 
     def settled(self) -> None:
@@ -9841,8 +9891,8 @@ class Fleet(Checks):
             "jobs": lambda job: self.job_shape(db, self.row_of_job(
                 db, dash, job), snoozed),
             "hosts": lambda host: self.host_shape(rows_of(
-                db, "select * from hosts where id = ?", self.pulse_of(
-                    dash, host).number)[0], now),
+                db, f"select {HOST_COLUMNS} from hosts where id = ?",
+                self.pulse_of(dash, host).number)[0], now),
             "checks": lambda uuid: self.check_shape(db, self.whole_check(
                 db, dash, uuid), snoozed, now),
             "requests": lambda nonce: self.request_state(db, dash, nonce),
@@ -9905,7 +9955,7 @@ class Fleet(Checks):
         host = self.hosts.get(job["host"], "")
         with self.faces_lock:
             face = self.face(job["id"])
-            strip, going, last = list(face.strip), face.going[:], face.last
+            strip, going, last = face.strip, face.going[:], face.last
         kinds = self.kinds_of_alerts(db, job)
         failing = None
         if job["failures"]:
@@ -9922,7 +9972,7 @@ class Fleet(Checks):
             "manual": job["timing"] == "@manual", "running": going,
             "state": self.state_of_job(host, kinds, going, last),
             "last": last and self.run_shape(last), "strip": strip,
-            "failing": failing, "usual": usual_of(strip),
+            "failing": failing, "usual": strip.usual,
             "snoozed": snoozed.get(f"job:{job['id']}", 0)}
 
     def kinds_of_alerts(self, db, job: dict) -> set:
@@ -9958,8 +10008,8 @@ class Fleet(Checks):
             "seq": seq, "now": now, "version": VERSION, "role": access.role,
             "dash": about if operator else {**about, "ping_key": ""},
             "hosts": [self.host_shape(row, now) for row in rows_of(
-                db, "select * from hosts where dash = ? and gone < 2 order "
-                "by name, id", number)],
+                db, f"select {HOST_COLUMNS} from hosts where dash = ? and "
+                "gone < 2 order by name, id", number)],
             "jobs": [self.job_shape(db, dict(zip(JOB_FIELDS, row)), snoozed)
                      for row in db.execute(
                          f"select {JOB_COLUMNS} from jobs where dash = ? and "
@@ -10111,6 +10161,7 @@ class Hub(Fleet):
         self.chore(5.0, self.read_output)
         self.chore(60.0, self.forget_old)
         self.chore(300.0, self.give_back)
+        self.chore(SEEN_NOTED, self.note_seen)
 
     def load(self) -> None:
         """Besides, the index of the outputs, if SQLite can keep one."""
@@ -10783,6 +10834,7 @@ SWEEP_TIME = 0.5        # between two looks for who is late
 BACKLOG = 1024          # every host calls at the full minute
 MOST_WIRES, MOST_OF_ADDRESS, MOST_UNPROVEN = 4096, 512, 64
 MOST_WRITES = 8192      # that wait for the disk
+TLS_BUFFER = 2**14      # of each connection: a record; asyncio takes 2**18
 MOST_READS, MOST_READERS = 256, 4
 PING_BODY, SMALL_BODY = 2**20, 2**16
 SYNC_BODY, REQUEST_BODY = 2**23, 2**20
@@ -11271,9 +11323,22 @@ class Response:
 
 
 def json_response(value, status: int = 200, headers: tuple = ()) -> Response:
-    import json
-    return Response(status, json.dumps(value, ensure_ascii=False, separators=(
-        ",", ":")).encode("utf-8", "backslashreplace"), JSON, headers)
+    return Response(status, compact_json(value).encode(
+        "utf-8", "backslashreplace"), JSON, headers)
+
+
+def state_response(state: dict) -> Response:
+    """All that the overview shows. Strips are nearly all of it and seldom
+    change, so each keeps its own text."""
+    def spliced(each: dict) -> str:
+        strip = each.pop("strip")
+        return f'{compact_json(each)[:-1]},"strip":{strip.json}}}'
+
+    lists = "".join(
+        f',"{name}":[{",".join(map(spliced, state.pop(name)))}]'
+        for name in ("jobs", "checks"))
+    return Response(200, f"{compact_json(state)[:-1]}{lists}}}".encode(
+        "utf-8", "backslashreplace"), JSON)
 
 
 def error_response(error: Error, headers: tuple = ()) -> Response:
@@ -12129,7 +12194,8 @@ class Site:
 
     def do_state(self, visit: Visit) -> None:
         self.feed(visit.access.dash)    # before: no change is missed
-        self.read(visit, self.hub.state, visit.access, self.clock.now())
+        self.read(visit, self.hub.state, visit.access, self.clock.now(),
+                  made=state_response)
 
     def do_host_list(self, visit: Visit) -> None:
         self.look_up(visit, self.hub.host_list, *visit.values)
@@ -12357,15 +12423,14 @@ class Site:
 
     def heard(self, dash: str, changes: dict) -> None:
         """Hub has news. In the writer's thread."""
-        import json
         seq, line = changes.get("seq"), b""
         shown = {name: value for name, value in changes.items()
                  if name not in ("wake", "live")}
         if changes.get("reset"):
             line = ANEW
         elif seq is not None and len(shown) > 1:
-            line = json.dumps(shown, ensure_ascii=False, separators=(
-                ",", ":")).encode("utf-8", "backslashreplace") + b"\n"
+            line = compact_json(shown).encode(
+                "utf-8", "backslashreplace") + b"\n"
         self.mailbox.put(self.spread, dash, seq, line, [
             *(("host", host) for host in changes.get("wake", ())),
             *(("run", run) for run in changes.get("live", ()))])
@@ -12609,6 +12674,9 @@ class Front:
         self.site.crowd.most = min(MOST_WIRES, max(most - 64, 16))
         # Children of ours are Alerts': no loop of ours may reap them.
         loop = asyncio.SelectorEventLoop()
+        if self.certificate:
+            from asyncio.sslproto import SSLProtocol
+            SSLProtocol.max_size = TLS_BUFFER
         try:
             loop.run_until_complete(self.serve(loop, ready))
         finally:
