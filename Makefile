@@ -34,6 +34,7 @@ parts: ## install the real parts the tests use (Debian, as root)
 bench: ## measure, side by side with a baseline or a peer
 	$(PYTHON) tests/bench/mission.py
 	$(PYTHON) tests/bench/koi.py --quick
+	$(PYTHON) tests/bench/dashboard.py --quick
 
 lint: ## unused names and other slips (needs ruff)
 	ruff check --no-cache --config tests/ruff.toml mission.py koitab.py tests

@@ -4873,6 +4873,10 @@ LIVE_PAUSE = 0.4            # seconds between looks at a run that is watched
 MOST_RECORDS, MOST_RECORD_BYTES = 200, 2**20    # in one letter
 LONGEST_PIECE = 2**18       # bytes of output in one letter
 MOST_OWED = 8               # outputs that one letter carries a piece of
+MOST_WATCHED = 100          # runs that are shown live
+MOST_ASKED = 100            # requests in one answer
+MOST_VERDICTS = 5_000       # that wait to be sent
+BREATH = 0.05               # seconds between questions, whatever the answers
 TRIES_OF_ONE = 3            # for a record that the dashboard does not take
 NOBODY = "nobody"
 SYNC = "/api/v1/sync"
@@ -5124,24 +5128,34 @@ class Uplink:
                 "wait": wait, "now": time.time(), "list_sha": self.listed,
                 **self.facts}
 
-    def take(self, answer: dict) -> None:
+    def take(self, answer: dict, listening: bool = False) -> None:
         """Take what a dashboard hands out. It may lie, so each value is
-        looked at. Raises Unreachable."""
+        looked at. Of two answers that cross on their way, the listener's
+        says which runs are watched, and the sender's what was received of
+        them. Raises Unreachable."""
         acked, owed, live = (answer.get(name) for name in (
             "acked", "owed", "live"))
         asked = answer.get("requests")
         if type(acked) is not int or not all(isinstance(each, list) for each
                                              in (owed, asked)) \
-                or not isinstance(live, dict) or len(asked) > 1000:
+                or not isinstance(live, dict) or len(asked) > MOST_ASKED:
             raise Unreachable("its answer is not that of a dashboard")
         with self.turn:
-            if self.acked is None or acked < self.acked:
-                self.news = True            # it lost some, or we ask first
-            self.acked = acked
+            if listening and self.acked is not None:
+                if acked < self.acked:      # did it lose some? ask anew
+                    self.acked = None
+            else:
+                self.news = self.news or self.acked is None \
+                    or acked < self.acked
+                self.acked = acked
             self.owed = [pair for pair in owed if isinstance(pair, list) and [
                 type(each) for each in pair] == [int, int]][:1000]
-            self.watched = {int(run): have for run, have in live.items()
-                            if count(run) and type(have) is int}
+            seen = {int(run): have for run, have in live.items()
+                    if count(run) and type(have) is int}
+            self.watched = {run: self.watched.get(run, have) for run, have
+                            in seen.items()} if listening else {
+                run: seen.get(run, have) for run, have
+                in self.watched.items()}
             if answer.get("want_list") is True:
                 self.listed, self.news = "", True
             self.turn.notify_all()
@@ -5162,6 +5176,7 @@ class Uplink:
                 return
         with self.turn:
             self.verdicts.append(verdict)
+            del self.verdicts[:-MOST_VERDICTS]
             self.turn.notify_all()
 
     # --- the one that waits
@@ -5171,7 +5186,8 @@ class Uplink:
         answered at once: so it is soon known that all is well."""
         hold = HOLD if wire.connection else 0
         self.take(wire.ask("POST", SYNC, self.greeting(hold),
-                           hold + PATIENCE))
+                           hold + PATIENCE), listening=True)
+        time.sleep(BREATH)      # else one that lies could keep us busy
 
     # --- the one that sends
 
@@ -5223,14 +5239,23 @@ class Uplink:
 
     def sent(self, letter: dict, batch: dict, answer: dict) -> None:
         with self.turn:
-            del self.verdicts[:len(letter.get("verdicts", ()))]
+            told = letter.get("verdicts", [])
+            self.verdicts = [verdict for verdict in self.verdicts
+                             if verdict not in told]
             if "list" in letter:
                 self.listed = batch["list_sha"]
             self.tries, self.most = 0, min(self.most * 2, MOST_RECORDS)
+            owed = self.owed[:MOST_OWED]
         self.take(answer)
+        records = letter.get("records")
+        if records and answer["acked"] < records[-1]["change"]:
+            raise Unreachable("it does not keep what it is sent")
         with self.turn:
             self.news = self.news or batch["more"]
+            again = bool(owed) and answer["owed"][:MOST_OWED] == owed
             safe = self.acked if not self.owed else None
+        if again:
+            raise Unreachable("it asks for output that it was sent")
         if safe is not None:
             self.ask_koid(op="state", sent=safe)
 
@@ -5633,8 +5658,8 @@ class Bridge:
 
     def state(self, request: dict) -> dict:
         about = request.get("about")
-        if about:
-            text = visible(str(request.get("trouble", "")))
+        if about in ("listen", "send", "parked"):
+            text = visible(str(request.get("trouble", ""))[:500])
             if text and self.troubles.get(about) != text:
                 self.daemon.say(f"dashboard: {text}", bad=True)
             self.troubles.pop("link", None)
@@ -5651,7 +5676,8 @@ class Bridge:
     def batch(self, request: dict) -> dict:
         """Runs that changed, and the list of jobs if it is another."""
         rows = self.store.unsent(int(request["after"]),
-                                 min(int(request["most"]), MOST_RECORDS))
+                                 max(1, min(int(request["most"]),
+                                            MOST_RECORDS)))
         body, mac, sha = self.list_of_jobs()
         now, size, records = int(self.clock.now()), 0, []
         for row in rows:
@@ -5712,7 +5738,8 @@ class Bridge:
         """What runs that are watched have written since the last time."""
         from base64 import b64encode
         found = []
-        wanted = {int(run): have for run, have in request["runs"].items()}
+        wanted = {int(run): have for run, have
+                  in list(request["runs"].items())[:MOST_WATCHED]}
         self.tails = {run: tail for run, tail in self.tails.items()
                       if run in wanted}
         for run, have in wanted.items():
@@ -7123,6 +7150,7 @@ MOST_IN_GROUP = 256             # deeds that are written together
 MOST_DEEDS_WAITING = 20_000     # then the next are turned away
 WAL_PAGES = 256                 # 1 MiB of log, then it goes into the database
 BALLAST = 2**21                 # twice the log: given up when the disk is full
+FREE_PAGES = 2_000              # that the database may keep for later
 READ_TIME = 1.0                 # seconds that one search may take
 
 SILENT_AFTER = 90.0             # seconds without a sync: three long polls
@@ -7133,7 +7161,7 @@ TWIN_SHOWN = 600.0
 WATCHED_FOR = 15.0              # seconds after the last look at a run
 STRIP = 90                      # runs in a job's strip
 ENOUGH_RUNS, USUAL_RUNS = 20, 30    # to say what is usual; of so many
-SEEN_NOTED = 60.0               # seconds between notes that a host was there
+SEEN_NOTED = 60.0               # seconds between notes of who was there
 
 DAY_SECONDS = 86_400.0
 KEEP_RUNS = 10_000              # of one job
@@ -7149,7 +7177,7 @@ OWED_AT_ONCE = 50
 MOST_REQUESTS_WAITING = 100     # for one host
 MOST_CHANNELS = 20
 MOST_LIVE, LIVE_ROOM = 32, 2**21    # runs that are watched; bytes of each
-MOST_BARS = 20_000              # in one answer about a day
+MOST_BARS = 12_000              # in one answer about a day
 MOST_TOUCHED = 2_000            # changes; more and the page reads all anew
 PING_BODY_LIMIT = 10_000
 LONGEST_MEASURED = 72 * 3600    # a start and an end that belong together
@@ -7202,6 +7230,7 @@ create unique index runs_of_host on runs (host, epoch, n);
 create index runs_of_job on runs (job, id);
 create index runs_good on runs (job, id) where state = 'done' and exit = 0;
 create index runs_by_time on runs (dash, at);
+create index runs_long on runs (dash, at) where ended - started > 3600;
 create index runs_going on runs (dash, host)
     where state in ('queued', 'running');
 create index runs_owed on runs (host, epoch, n)
@@ -7313,7 +7342,7 @@ class Vault:
         self.faults: dict[str, str] = {}
         self.after: list = []
         self.chores: list[list] = []    # [when, rest, deed]
-        self.chore("make room", 2.0, self.make_room)
+        self.chore(1.0, self.make_room)
 
     @property
     def troubles(self) -> list[str]:
@@ -7401,7 +7430,7 @@ class Vault:
         for line in ("journal_mode=wal", "synchronous=full",
                      "foreign_keys=off", f"wal_autocheckpoint={WAL_PAGES}",
                      f"journal_size_limit={WAL_PAGES * 4096}",
-                     "cache_size=-16384"):
+                     "secure_delete=fast", "cache_size=-16384"):
             db.execute(f"pragma {line}").fetchall()
         for table in SMALL_TABLES:      # runs and outputs would take minutes
             sound = self.one(f"pragma quick_check('{table}')")
@@ -7536,12 +7565,19 @@ class Vault:
     def live(self) -> None:
         """Write what is to be written, until we are to stop."""
         while not self.broken:
-            busy = self.turn()
+            try:
+                busy = self.turn()
+            except Exception as bug:    # better to begin anew than to hang
+                self.broken = f"a fault of koi's own: {bug!r}"
+                break
             with self.wakes:
                 if not self.queue and self.stopping:
                     return
                 if not self.queue and not busy:
                     self.wakes.wait(min(max(self.pause(), 0.01), 1.0))
+        with self.wakes:        # from now on `write` says no by itself
+            rest, self.queue = list(self.queue), type(self.queue)()
+        self.tell(rest, [(None, Error(self.broken, "", 503))] * len(rest))
 
     def pause(self) -> float:
         """Seconds until something is due without a deed."""
@@ -7564,7 +7600,7 @@ class Vault:
         """Deeds that nobody asked for; for those who build on this."""
         return []
 
-    def chore(self, _name: str, rest: float, deed) -> None:
+    def chore(self, rest: float, deed) -> None:
         """Something to be done in small steps: again at once as long as it
         says True, and else after a rest."""
         self.chores.append([0.0, rest, deed])
@@ -7579,9 +7615,12 @@ class Vault:
         result = []
         self.group([(due[2], (), lambda *found: result.extend(found))],
                    chore=True)
-        due[0] = ticks if result[0] else ticks + due[1]
+        rest = min(due[1], 2.0) if self.full else due[1]
+        due[0] = ticks if result[0] else ticks + rest
+        name = f"chore {due[2].__name__}"
+        self.faults.pop(name, None)
         if result[1] and not isinstance(result[1], Full):
-            self.faults["chores"] = f"tidying up fails: {result[1]}"
+            self.faults[name] = f"tidying up fails: {result[1]}"
         return bool(result[0])
 
     def group(self, batch: list, chore: bool = False) -> None:
@@ -7603,8 +7642,9 @@ class Vault:
         after, self.after = self.after, []
         for deed in after:
             deed()
+        self.settled()          # so that who is told sees it, too
         self.tell(batch, results)
-        self.settled()
+        self.announce()
 
     def tell(self, batch: list, results: list) -> None:
         for (_, _, then), (result, error) in zip(batch, results):
@@ -7616,6 +7656,9 @@ class Vault:
 
     def settled(self) -> None:
         """The transaction is on the disk; for those who build on this."""
+
+    def announce(self) -> None:
+        """Who waits for it knows; now the others are told."""
 
     def carry_out(self, deed, values: tuple) -> tuple:
         """(result, error) of one deed, which leaves nothing if it fails."""
@@ -7668,6 +7711,8 @@ class Vault:
     def fill_up(self) -> None:
         """The disk is full. The ballast makes room to delete in: SQLite
         needs some of it even for that."""
+        if self.full:           # and even a chore needed more than there is
+            return
         self.full = True
         self.faults["full"] = "the dashboard's disk is full: nothing new is " \
             "kept, and old things are removed where that is allowed"
@@ -7701,6 +7746,11 @@ class Vault:
             return False
         return True
 
+    @property
+    def at_once(self) -> int:
+        """Rows to remove in one step: few when there is hardly any room."""
+        return AT_ONCE if not self.full else 20
+
     def make_room(self, db) -> bool:
         """The chore that ends a full disk: when there is room for the
         ballast again, there is for all else."""
@@ -7709,17 +7759,22 @@ class Vault:
         return False
 
     def shrink(self) -> None:
-        """Give pages that nobody needs back to the disk. Not inside a
-        transaction, for then the log could not be emptied."""
+        """The disk is full: give it pages that nobody needs, and the log.
+        Not inside a transaction, for then the log could not be emptied."""
         import sqlite3
         try:
-            self.db.execute("pragma incremental_vacuum(2000)").fetchall()
+            self.vacuum(100)
             self.db.execute("pragma wal_checkpoint(truncate)").fetchall()
         except sqlite3.Error:
             pass                # no room even for that; we try again
         if self.make_ballast():
             self.full = False
             self.faults.pop("full", None)
+
+    def vacuum(self, pages: int) -> None:
+        """Give some free pages back. A transaction of its own, by a script:
+        `execute` would stop after the first page, which counts as a row."""
+        self.db.executescript(f"pragma incremental_vacuum({pages})")
 
 
 # --- what callers say, judged at the door
@@ -7851,6 +7906,46 @@ def letter_of(state: str, status: int | None, number: int | None,
     if status == 0:
         return "o"
     return "k" if number or reason.startswith("timeout") else "f"
+
+
+class Strip(tuple):
+    """The last runs of a job, or pings of a check, the oldest first: (id,
+    time, seconds, letter) each. It never changes, a change makes another; so
+    all threads may have it, and what is made of it is made once."""
+
+    @classmethod
+    def of(cls, rows) -> Strip:
+        """Of (id, time, seconds, letter), to the millisecond: half the
+        text. `round` would take five times as long."""
+        return cls([(number, at and int(at * 1000 + 0.5) / 1000,
+                     took and int(took * 1000 + 0.5) / 1000, letter)
+                    for number, at, took, letter in rows])
+
+    def put(self, entry: tuple) -> Strip:
+        """With this one, at the end or in the place of an older one of its
+        id. One that is older than all is too old."""
+        number = entry[0]
+        if not self or self[-1][0] < number:
+            return Strip((*self[-STRIP + 1:], *Strip.of([entry])))
+        return Strip(Strip.of([entry])[0] if each[0] == number else each
+                     for each in self)
+
+    @property
+    def usual(self) -> list | None:
+        if "times" not in vars(self):
+            self.times = usual_of(self)
+        return self.times
+
+    @property
+    def json(self) -> str:
+        if "text" not in vars(self):
+            self.text = compact_json(self)
+        return self.text
+
+
+def compact_json(value) -> str:
+    import json
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def quantile(ordered: list, part: float) -> float:
@@ -8177,7 +8272,7 @@ class Doors(Vault):
     def seq(self, dash: str) -> int:
         return self.seqs.get(dash, self.first_seq)
 
-    def settled(self) -> None:
+    def announce(self) -> None:
         """Tell what changed, and number it."""
         touched, self.touched = self.touched, {}
         for dash, changed in touched.items():
@@ -8473,7 +8568,7 @@ def is_web_address(text: str) -> bool:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) \
             and text.isascii() and text.isprintable() and " " not in text \
-            and (parts.port or 1) > 0
+            and parts.port != 0
     except ValueError:
         return False
 
@@ -8842,9 +8937,8 @@ class Checks(Doors):
 
     # --- checks, as people see them
 
-    def check_strip(self, db, check: int):
+    def check_strip(self, db, check: int) -> Strip:
         """The last pings of a check that said how it went."""
-        from collections import deque
         with self.faces_lock:
             strip = self.check_strips.get(check)
             if strip is None:
@@ -8853,15 +8947,14 @@ class Checks(Doors):
                     'else \'o\' end from pings where "check" = ? and kind in '
                     "('success', 'fail') order by n desc limit ?",
                     (check, STRIP)).fetchall()
-                strip = self.check_strips[check] = deque(
-                    reversed(rows), STRIP)
-            return list(strip)
+                strip = self.check_strips[check] = Strip.of(rows[::-1])
+            return strip
 
     def extend_strip(self, check: int, entry: tuple) -> None:
         with self.faces_lock:
             strip = self.check_strips.get(check)
             if strip is not None and (not strip or strip[-1][0] < entry[0]):
-                strip.append(entry)
+                self.check_strips[check] = strip.put(entry)
 
     def check_shape(self, db, check: dict, snoozed: dict, now: float) -> dict:
         try:
@@ -8911,6 +9004,10 @@ RUN_COLUMNS = ", ".join(RUN_FIELDS_KEPT)
 TOLD_FIELDS = ("change", "trigger", "state", "due", "asked", "started",
                  "ended", "exit", "signal", "reason", "args", "attempt",
                  "count", "bytes", "cut", "size", "nonce")
+HOST_FIELDS = ("id", "dash", "host", "name", "token", "made", "seen",
+               "silent", "gone", "epoch", "instance", "offset", "zone",
+               "skew", "version", "boot", "key", "list_sha", "troubles")
+HOST_COLUMNS = ", ".join(f'"{name}"' for name in HOST_FIELDS)
 INSERT_RUN = (f"insert into runs (dash, job, host, epoch, n, at, until, "
               f"{', '.join(TOLD_FIELDS)}) values "
               f"({', '.join('?' * (7 + len(TOLD_FIELDS)))})")
@@ -8922,17 +9019,21 @@ JOB_FIELDS = ("id", "dash", "host", "user", "tag", "section", "name", "label",
 JOB_COLUMNS = ", ".join(JOB_FIELDS)
 
 
+# What a strip shows of a run, and how it went.
+ENTRY_COLUMNS = ("id, coalesce(started, due, asked, ended), max(ended - "
+                 "started, 0.0), state, exit, signal, reason")
+
+
 class Face:
     """What is shown of a job's runs: kept in memory, so that a list of many
     jobs needs no look at their runs."""
 
-    def __init__(self, runs: list[dict]):
-        from collections import deque
-        self.strip = deque(maxlen=STRIP)
-        self.going: list[int] = []
-        self.last = None
-        for run in runs:
-            self.put(run)
+    def __init__(self, rows: list[tuple], last: dict | None):
+        """Of the newest runs, the oldest first, and the last that ended."""
+        self.strip = Strip.of((*row[:3], letter_of(*row[3:]))
+                              for row in rows)
+        self.going = [row[0] for row in rows if row[3] in GOING_ON]
+        self.last = last
 
     def put(self, run: dict) -> None:
         """Take a run as it is now. Twice does no harm."""
@@ -8941,19 +9042,8 @@ class Face:
             else max(run["ended"] - run["started"], 0.0)
         at = next((run[name] for name in ("started", "due", "asked", "ended")
                    if run[name] is not None), None)
-        entry = number, at, took, letter_of(
-            run["state"], run["exit"], run["signal"], run["reason"])
-        for place in range(len(self.strip) - 1, -1, -1):
-            if self.strip[place][0] == number:
-                self.strip[place] = entry
-                break
-            if self.strip[place][0] < number:
-                if place == len(self.strip) - 1:
-                    self.strip.append(entry)
-                break
-        else:
-            if not self.strip:
-                self.strip.append(entry)
+        self.strip = self.strip.put((number, at, took, letter_of(
+            run["state"], run["exit"], run["signal"], run["reason"])))
         if going and number not in self.going:
             self.going.append(number)
         if not going:
@@ -8985,8 +9075,9 @@ class Fleet(Checks):
             raise Error("the host speaks another version", "bring koi up to "
                         "date there or here", 400)
         epoch = asked.whole("epoch")
-        host = rows_of(db, "select * from hosts where id = ?",
-                       pulse.number)[0]
+        host = dict(zip(HOST_FIELDS, db.execute(
+            f"select {HOST_COLUMNS} from hosts where id = ?",
+            (pulse.number,)).fetchone()))
         self.note_host(db, pulse, host, asked, now)
         fields = asked.get("list", dict, None)
         if fields is not None:
@@ -9041,13 +9132,22 @@ class Fleet(Checks):
             self.welcome_back(db, pulse, host, now)
             changed["silent"] = 0
         pulse.seen = now
-        if changed or now - pulse.noted > SEEN_NOTED:
+        if changed:
             changed["seen"] = now
             db.execute("update hosts set " + ", ".join(
                 f'"{name}" = ?' for name in changed) + " where id = ?",
                 (*changed.values(), pulse.number))
-            self.after.append(lambda: setattr(pulse, "noted", now))
         self.arm("host", pulse.host, now + SILENT_AFTER)
+
+    def note_seen(self, db) -> bool:
+        """A chore: which hosts were there, all at once. Each on its own
+        would be a commit for each, though it has nothing to say."""
+        fresh = [(pulse.seen, pulse.number) for pulse in
+                 self.pulses.values() if (pulse.seen or 0) > pulse.noted]
+        db.executemany("update hosts set seen = ? where id = ?", fresh)
+        for pulse in self.pulses.values():
+            pulse.noted = pulse.seen or 0.0
+        return False
 
     def only_instance(self, pulse: Pulse, host: dict, instance: str,
                       now: float) -> None:
@@ -9574,6 +9674,8 @@ class Fleet(Checks):
                 "select nonce, body, mac from requests where host = ? and "
                 "state = 'waiting' and exp > ? order by id",
                 (pulse.number, now)):
+            if len(requests) == MOST_ASKED:
+                break
             if self.handed.get(nonce, 0.0) <= now - HAND_OUT_AGAIN:
                 self.handed[nonce] = now
                 requests.append({"body": body, "mac": mac})
@@ -9759,24 +9861,28 @@ class Fleet(Checks):
         with self.faces_lock:
             face = self.faces.get(job)
             if face is None:
-                rows = self.reader().execute(
-                    f"select {RUN_COLUMNS} from runs where job = ? order by "
-                    "id desc limit ?", (job, STRIP)).fetchall()
-                face = self.faces[job] = Face([
-                    dict(zip(RUN_FIELDS_KEPT, row)) for row in rows[::-1]])
+                db = self.reader()
+                rows = db.execute(
+                    f"select {ENTRY_COLUMNS} from runs where job = ? order "
+                    "by id desc limit ?", (job, STRIP)).fetchall()
+                last = rows_of(db, (
+                    f"select {RUN_COLUMNS} from runs where job = ? and state "
+                    "not in ('queued', 'running') order by id desc limit 1"),
+                    job)
+                face = self.faces[job] = Face(rows[::-1], last[0] if last
+                                              else None)
             return face
 
     def settled(self) -> None:
-        """Put what was committed into the faces, then tell of it."""
+        """Put what was committed into the faces."""
         for changed in self.touched.values():
             for run in changed.get("runs", ()):
                 row = self.db.execute(f"select {RUN_COLUMNS} from runs where "
                                       "id = ?", (run,)).fetchone()
-                face = row and self.faces.get(row[1])
-                if face:
-                    with self.faces_lock:
+                with self.faces_lock:   # even to see whether there is one
+                    face = row and self.faces.get(row[1])
+                    if face:
                         face.put(dict(zip(RUN_FIELDS_KEPT, row)))
-        super().settled()
 
     def described(self, dash: str, changed: dict) -> dict:
         """A line of the stream."""
@@ -9788,8 +9894,8 @@ class Fleet(Checks):
             "jobs": lambda job: self.job_shape(db, self.row_of_job(
                 db, dash, job), snoozed),
             "hosts": lambda host: self.host_shape(rows_of(
-                db, "select * from hosts where id = ?", self.pulse_of(
-                    dash, host).number)[0], now),
+                db, f"select {HOST_COLUMNS} from hosts where id = ?",
+                self.pulse_of(dash, host).number)[0], now),
             "checks": lambda uuid: self.check_shape(db, self.whole_check(
                 db, dash, uuid), snoozed, now),
             "requests": lambda nonce: self.request_state(db, dash, nonce),
@@ -9801,7 +9907,8 @@ class Fleet(Checks):
                 try:
                     lines.setdefault(what, []).append(make(key))
                 except (Error, IndexError):
-                    lines["gone"].setdefault(what, []).append(key)
+                    lines["gone"].setdefault(what, []).append(
+                        "\n".join(key) if what == "alerts" else key)
         if not lines["gone"]:
             del lines["gone"]
         return {what: found for what, found in lines.items() if found}
@@ -9851,7 +9958,7 @@ class Fleet(Checks):
         host = self.hosts.get(job["host"], "")
         with self.faces_lock:
             face = self.face(job["id"])
-            strip, going, last = list(face.strip), face.going[:], face.last
+            strip, going, last = face.strip, face.going[:], face.last
         kinds = self.kinds_of_alerts(db, job)
         failing = None
         if job["failures"]:
@@ -9868,7 +9975,7 @@ class Fleet(Checks):
             "manual": job["timing"] == "@manual", "running": going,
             "state": self.state_of_job(host, kinds, going, last),
             "last": last and self.run_shape(last), "strip": strip,
-            "failing": failing, "usual": usual_of(strip),
+            "failing": failing, "usual": strip.usual,
             "snoozed": snoozed.get(f"job:{job['id']}", 0)}
 
     def kinds_of_alerts(self, db, job: dict) -> set:
@@ -9904,8 +10011,8 @@ class Fleet(Checks):
             "seq": seq, "now": now, "version": VERSION, "role": access.role,
             "dash": about if operator else {**about, "ping_key": ""},
             "hosts": [self.host_shape(row, now) for row in rows_of(
-                db, "select * from hosts where dash = ? and gone < 2 order "
-                "by name, id", number)],
+                db, f"select {HOST_COLUMNS} from hosts where dash = ? and "
+                "gone < 2 order by name, id", number)],
             "jobs": [self.job_shape(db, dict(zip(JOB_FIELDS, row)), snoozed)
                      for row in db.execute(
                          f"select {JOB_COLUMNS} from jobs where dash = ? and "
@@ -9994,8 +10101,9 @@ class Fleet(Checks):
         return output_text(found or (live[1] if live else b""))
 
     def day(self, db, dash: str, begin: float, end: float) -> dict:
-        """The runs of a time as bars, for all jobs at once. What began up to
-        a day before is there too, if it reached into it."""
+        """The runs of a time as bars, for all jobs at once. What began
+        before is there too, if it reached into it. When there is too much,
+        `to` says how far the answer goes."""
         number, rows = self.number_of(dash), {}
         count = reached = 0
         for run, job, at, ended, due, letter in self.bars(
@@ -10013,15 +10121,20 @@ class Fleet(Checks):
         return {"rows": list(rows.values()), "from": begin, "to": end}
 
     def bars(self, db, number: int, begin: float, end: float):
-        """Runs in order of time: first those that are older and go on."""
+        """Runs in order of time: first those that began before it and
+        reach into it; each kind has an index of its own."""
         columns = "select id, job, at, ended, due, state, exit, signal, " \
             "reason from runs "
         for statement, values in (
-                (columns + "where dash = ? and state in ('queued', 'running')"
-                 " and at < ? order by at", (number, begin)),
-                (columns + "where dash = ? and at >= ? and at < ? and "
-                 "ended > ? order by at",
-                 (number, begin - DAY_SECONDS, begin, begin)),
+                (columns + "indexed by runs_going where dash = ? and state "
+                 "in ('queued', 'running') and at < ? order by at",
+                 (number, begin)),
+                (columns + "where dash = ? and at >= ? and at < ? and ended "
+                 "- started > 3600 and ended > ? order by at",
+                 (number, begin - LONGEST_BAR, begin, begin)),
+                (columns + "where dash = ? and at >= ? and at < ? and ended "
+                 "> ? and ended - started <= 3600 order by at",
+                 (number, begin - 3600, begin, begin)),
                 (columns + "where dash = ? and at >= ? and at < ? order by "
                  "at", (number, begin, end))):
             for run, job, at, ended, due, *how in db.execute(statement,
@@ -10035,7 +10148,9 @@ BADGES = {"ok": "#2a8a3e", "up": "#2a8a3e", "running": "#2a8a3e",
           "unknown": "#77777a", "late": "#b87800", "grace": "#b87800",
           "missed": "#b87800", "failed": "#c32b2b", "down": "#c32b2b"}
 STRIPPED = r"\x1b\[[0-?]*[ -/]*[@-~]"
-PIECE, MOST_PIECES = 8_192, 32  # letters of a step; steps of a run: 256 KiB
+LONGEST_BAR = 30 * DAY_SECONDS
+PIECE, MOST_READ = 8_192, 2**18     # letters of a step, and of a run
+MOST_PIECES = 64                # of a run: each is half full at least
 
 
 class Hub(Fleet):
@@ -10045,9 +10160,11 @@ class Hub(Fleet):
         super().__init__(path, clock, zone)
         self.index = ""         # how texts are found: trigram, words, or ""
         self.round = 0          # the job that is tidied up next
-        self.chore("read outputs", 5.0, self.read_output)
-        self.chore("forget", 60.0, self.forget_old)
-        self.chore("shrink", 300.0, self.give_back)
+        self.chore(600.0, self.warm_up)
+        self.chore(5.0, self.read_output)
+        self.chore(60.0, self.forget_old)
+        self.chore(300.0, self.give_back)
+        self.chore(SEEN_NOTED, self.note_seen)
 
     def load(self) -> None:
         """Besides, the index of the outputs, if SQLite can keep one."""
@@ -10068,6 +10185,15 @@ class Hub(Fleet):
                     raise
         super().load()
 
+    def warm_up(self, db) -> bool:
+        """Make the faces of some jobs, before anybody asks for them."""
+        cold = [job for job, in db.execute("select id from jobs where gone = "
+                                           "0 limit 2000")
+                if job not in self.faces][:20]
+        for job in cold:
+            self.face(job)
+        return bool(cold)
+
     # --- finding
 
     def read_output(self, db) -> bool:
@@ -10075,18 +10201,33 @@ class Hub(Fleet):
         wait behind each."""
         found = db.execute("select u.run, r.pieces, r.have from unread u left "
                            "join runs r on r.id = u.run limit 1").fetchone()
-        if not found or not self.index:
-            return False
+        if not found or not self.index or self.full:
+            return False        # what little room there is, is to forget
         run, pieces, have = found
         parts = text_pieces(self.frames_of(db, run)) if have else []
         if pieces is not None and pieces < len(parts):
-            db.execute("insert into found (rowid, text) values (?, ?)",
-                       (run * MOST_PIECES + pieces, parts[pieces]))
+            self.change_index(db, "insert into found (rowid, text) values "
+                              "(?, ?)", run * MOST_PIECES + pieces,
+                              parts[pieces])
             db.execute("update runs set pieces = pieces + 1 where id = ?",
                        (run,))
         if pieces is None or pieces + 1 >= len(parts):
             db.execute("delete from unread where run = ?", (run,))
         return True
+
+    def change_index(self, db, statement: str, *values) -> None:
+        """An index that is damaged is no reason to end: without it things
+        are found all the same, only later."""
+        import sqlite3
+        try:
+            if self.index:
+                db.execute(statement, values)
+        except sqlite3.DatabaseError as error:
+            if not db.in_transaction or "malformed" not in str(error):
+                raise
+            self.index = ""
+            self.faults["index"] = "the index of outputs is damaged: search " \
+                "goes on without it, and is slow"
 
     def frames_of(self, db, run: int) -> bytes:
         return b"".join(data for data, in db.execute(
@@ -10116,8 +10257,10 @@ class Hub(Fleet):
                 if hit:
                     hits.append({"run": self.run_shape(self.row_of_run(
                         db, dash, run)), "line": hit[0], "at": hit[1]})
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             if "interrupted" not in str(error):
+                self.index = self.index if "malformed" not in str(error) \
+                    else ""
                 raise
             more = True
         finally:
@@ -10134,23 +10277,20 @@ class Hub(Fleet):
             if self.index == "words":
                 quoted += "*"
             pending = [run for run, in db.execute(
-                "select u.run from unread u join runs r on r.id = u.run "
-                "where u.run < ?1 and r.dash = ?2 and (?3 is null or job = "
-                "?3) order by u.run desc limit 100", (last, number, job))]
+                "select u.run from unread u cross join runs r where r.id = "
+                "u.run and u.run < ?1 and r.dash = ?2 and (?3 is null or job "
+                "= ?3) order by u.run desc limit 100", (last, number, job))]
             rows = db.execute(
-                "select r.id from found f join runs r on r.id = f.rowid / ?1 "
-                "where found match ?2 and f.rowid < ?3 and r.dash = ?4 and "
-                "(?5 is null or job = ?5) order by f.rowid desc",
+                "select r.id from found f cross join runs r where r.id = "
+                "f.rowid / ?1 and found match ?2 and f.rowid < ?3 and r.dash "
+                "= ?4 and (?5 is null or job = ?5) order by f.rowid desc",
                 (MOST_PIECES, quoted, last * MOST_PIECES, number, job))
             import heapq
             return heapq.merge(pending, (run for run, in rows), reverse=True)
-        if job is not None:
-            return (run for run, in db.execute(
-                "select id from runs where job = ? and id < ? and have > 0 "
-                "order by id desc", (job, last)))
         return (run for run, in db.execute(
-            "select id from runs where dash = ? and id < ? and have > 0 order "
-            "by id desc", (number, last)))
+            "select distinct o.run from outputs o cross join runs r where "
+            "o.run < ?1 and r.id = o.run and r.dash = ?2 and (?3 is null or "
+            "r.job = ?3) order by o.run desc", (last, number, job)))
 
     def line_with(self, db, run: int, text: str) -> tuple | None:
         """(the first line with a text, where its chunk begins)."""
@@ -10208,7 +10348,7 @@ class Hub(Fleet):
         for step in (self.forget_jobs, self.forget_runs, self.forget_outputs,
                      self.forget_rows):
             removed += step(db, now)
-            if removed >= AT_ONCE // 2:
+            if removed >= self.at_once // 2:
                 return True
         return removed > 0 or self.thin_out(db)
 
@@ -10226,9 +10366,10 @@ class Hub(Fleet):
                 return 1
             return 0
         runs = [run for run, in db.execute(
-            "select id from runs where job = ? limit ?", (found[0], AT_ONCE))]
+            "select id from runs where job = ? limit ?",
+            (found[0], self.at_once))]
         self.remove_runs(db, runs)
-        if len(runs) < AT_ONCE:
+        if len(runs) < self.at_once:
             db.execute("delete from jobs where id = ?", found)
             self.after.append(lambda: self.faces.pop(found[0], None))
         return len(runs) + 1
@@ -10240,8 +10381,8 @@ class Hub(Fleet):
             runs += db.execute(
                 "select id, job from runs where dash = ? and at < ? and state"
                 " not in ('queued', 'running') limit ?",
-                (number, now - KEEP_RUN_DAYS * DAY_SECONDS, AT_ONCE)
-                ).fetchall()
+                (number, now - KEEP_RUN_DAYS * DAY_SECONDS,
+                 self.at_once)).fetchall()
         self.remove_runs(db, [run for run, _ in runs])
         for job in {job for _, job in runs}:
             self.after.append(lambda job=job: self.faces.pop(job, None))
@@ -10259,9 +10400,9 @@ class Hub(Fleet):
         runs = [] if not old else [run for run, in db.execute(
             "select id from runs where job = ? and id <= ? and state not in "
             "('queued', 'running') order by id limit ?",
-            (found[0], old[0], AT_ONCE))]
+            (found[0], old[0], self.at_once))]
         self.remove_runs(db, runs)
-        if len(runs) < AT_ONCE:
+        if len(runs) < self.at_once:
             self.after.append(lambda: setattr(self, "round", found[0]))
         return True
 
@@ -10278,9 +10419,9 @@ class Hub(Fleet):
                            ).fetchone()
         if found and found[0] and self.index:
             for number, text in enumerate(text_pieces(frames)[:found[0]]):
-                db.execute("insert into found (found, rowid, text) values "
-                           "('delete', ?, ?)", (run * MOST_PIECES + number,
-                                                text))
+                self.change_index(
+                    db, "insert into found (found, rowid, text) values "
+                    "('delete', ?, ?)", run * MOST_PIECES + number, text)
         if frames:
             db.execute("delete from outputs where run = ?", (run,))
             db.execute("delete from unread where run = ?", (run,))
@@ -10295,7 +10436,7 @@ class Hub(Fleet):
             size, count = size + self.remove_output(db, run), count + 1
             db.execute("update runs set have = 0, size = 0, pieces = 0 where "
                        "id = ?", (run,))
-            if size > 2**20:
+            if size > (2**20 if not self.full else 2**17):
                 break
         return count
 
@@ -10306,19 +10447,21 @@ class Hub(Fleet):
                 ("audit", "at", KEEP_AUDIT_DAYS, "dash in (select id from "
                                                  "dashboards) and "),
                 ("flips", "at", KEEP_EVENT_DAYS, ""),
-                ("requests", "asked", KEEP_EVENT_DAYS, "")):
+                ("requests", "asked", KEEP_EVENT_DAYS, ""),
+                ("letters", "at", KEEP_EVENT_DAYS, "")):
             removed += db.execute(
                 f"delete from {table} where id in (select id from {table} "
                 f"where {more}{column} < ? limit ?)",
-                (now - days * DAY_SECONDS, AT_ONCE)).rowcount
+                (now - days * DAY_SECONDS, self.at_once)).rowcount
         return removed
 
     def give_back(self, db) -> bool:
         """Pages that nobody needs; a few at a time."""
         free = db.execute("pragma freelist_count").fetchone()[0]
-        if free > 2_000 or self.full:
-            db.execute("pragma incremental_vacuum(200)").fetchall()
-        return free > 2_200
+        more = free > FREE_PAGES and not self.full
+        if more:
+            self.after.append(lambda: self.vacuum(200))
+        return more
 
     # --- for other programs
 
@@ -10459,9 +10602,9 @@ def text_pieces(frames: bytes) -> list[str]:
     text = b"".join(data for stream, _, data in read_frames(frames)
                     if stream in (STDOUT, STDERR)).decode("utf-8", "replace")
     text = re.sub(STRIPPED, "", text).replace("\0", " ")
-    whole = PIECE * MOST_PIECES
-    if len(text) > whole:
-        text = text[:whole // 2] + "\n" + text[-whole // 2 + 1:]
+    if len(text) > MOST_READ:
+        half = MOST_READ // 2
+        text = text[:half] + "\n" + text[-half + 1:]
     pieces = []
     while text and len(pieces) < MOST_PIECES:
         end = text.rfind("\n", PIECE // 2, PIECE) + 1
@@ -10694,15 +10837,16 @@ SWEEP_TIME = 0.5        # between two looks for who is late
 BACKLOG = 1024          # every host calls at the full minute
 MOST_WIRES, MOST_OF_ADDRESS, MOST_UNPROVEN = 4096, 512, 64
 MOST_WRITES = 8192      # that wait for the disk
-MOST_READS, READING = 256, 4
+TLS_BUFFER = 2**14      # of each connection: a record; asyncio takes 2**18
+MOST_READS, MOST_READERS = 256, 4
 PING_BODY, SMALL_BODY = 2**20, 2**16
 SYNC_BODY, REQUEST_BODY = 2**23, 2**20
 INLINE_BODY = 2**15     # longer JSON is not read on the loop
 AHEAD = 2**16           # bytes of requests that wait for their turn
 SLOW_READER = 2**20     # bytes that a stream may be behind
-DOWNLOAD = 2**18           # bytes of a download, at a time
+MOUTHFUL = 2**18           # bytes of a download, at a time
 MOST_CHANGES = 1000       # changes that a stream can catch up with
-MOST_LINE_BYTES = 2**22
+MOST_CHANGE_BYTES = 2**22
 HEARTBEAT = 15.0
 LONGEST_WAIT, LONGEST_LOOK = 25.0, 10.0
 MISSES, MISSES_IN_ALL, BAN, LONGEST_BAN = 10, 300, 60.0, 3600.0
@@ -10736,7 +10880,7 @@ GUARDS = (b"X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer"
 POLICY = ("default-src 'none'; script-src {script}; style-src {style}; "
           "connect-src 'self'; worker-src blob:; img-src data:; base-uri "
           "'none'; form-action 'none'; frame-ancestors 'none'; "
-          "require-trusted-types-for 'script'")
+          "require-trusted-types-for 'script'; trusted-types koi")
 
 
 # --- a head, and what is wrong with it ------------------------------------
@@ -11062,20 +11206,24 @@ class Route(Record):
     open: bool = False      # from pages of others, too
 
 
+def is_check(text: str) -> bool:
+    """A uuid as Healthchecks has them in its paths: in small letters."""
+    return is_uuid(text) and text == text.lower()
+
+
 def is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 18
 
 
 def is_slug(text: str) -> bool:
-    return 0 < len(text) <= 200 and SLUG.issuperset(text.lower())
+    return 0 < len(text) <= 200 and SLUG_LETTERS.issuperset(text.lower())
 
 
-SLUG = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 # A word of a path -> what may stand there.
 FIELDS_OF = {
     "HOST": lambda text: is_hex(text, 32), "NONCE": lambda text: is_hex(
         text, 32), "JOB": is_number, "RUN": is_number, "N": is_number,
-    "CHECK": is_uuid, "KEY": is_slug, "NAME": lambda text: is_slug(
+    "CHECK": is_check, "KEY": is_slug, "NAME": lambda text: is_slug(
         text.rpartition(".")[0])}
 ROUTES = [Route(*row) for row in (
     ("GET", "/", "anyone", "page"),
@@ -11146,11 +11294,11 @@ def read_ping(parts: list[str]) -> tuple:
     so that UUID/start is no slug."""
     if parts[0] == "ping":
         parts = parts[1:]
-    if len(parts) > 1 and parts[-1] == "" and is_uuid(parts[0]):
+    if len(parts) > 1 and parts[-1] == "" and is_check(parts[0]):
         parts = parts[:-1]
     if not parts or not all(map(is_slug, parts)):
         return ()
-    if is_uuid(parts[0]) and (len(parts) == 1 or len(parts) == 2 and (
+    if is_check(parts[0]) and (len(parts) == 1 or len(parts) == 2 and (
             parts[1] in PING_WORDS or is_number(parts[1]))):
         key, slug, rest = parts[0], None, parts[1:]
     elif 2 <= len(parts) <= 3:
@@ -11178,9 +11326,22 @@ class Response:
 
 
 def json_response(value, status: int = 200, headers: tuple = ()) -> Response:
-    import json
-    return Response(status, json.dumps(value, ensure_ascii=False, separators=(
-        ",", ":")).encode("utf-8", "backslashreplace"), JSON, headers)
+    return Response(status, compact_json(value).encode(
+        "utf-8", "backslashreplace"), JSON, headers)
+
+
+def state_response(state: dict) -> Response:
+    """All that the overview shows. Strips are nearly all of it and seldom
+    change, so each keeps its own text."""
+    def spliced(each: dict) -> str:
+        strip = each.pop("strip")
+        return f'{compact_json(each)[:-1]},"strip":{strip.json}}}'
+
+    lists = "".join(
+        f',"{name}":[{",".join(map(spliced, state.pop(name)))}]'
+        for name in ("jobs", "checks"))
+    return Response(200, f"{compact_json(state)[:-1]}{lists}}}".encode(
+        "utf-8", "backslashreplace"), JSON)
 
 
 def error_response(error: Error, headers: tuple = ()) -> Response:
@@ -11451,15 +11612,15 @@ class Peer:
             self.phase = LEAVING
         elif self.phase < LEAVING:
             self.phase = WORK
-        self.rest = memoryview(response.body)[DOWNLOAD:]
-        self.transport.write(head + response.body[:DOWNLOAD])
+        self.rest = memoryview(response.body)[MOUTHFUL:]
+        self.transport.write(head + response.body[:MOUTHFUL])
         self.flow()
 
     def flow(self) -> None:
         """Write more of a long answer, as fast as it is taken. After it the
         next request may come."""
         while self.rest and not self.clogged:
-            piece, self.rest = self.rest[:DOWNLOAD], self.rest[DOWNLOAD:]
+            piece, self.rest = self.rest[:MOUTHFUL], self.rest[MOUTHFUL:]
             self.transport.write(bytes(piece))
         if self.rest or self.phase == GONE:
             return
@@ -11582,6 +11743,8 @@ class Visit:
         """More of it. Who reads so slowly that it piles up is dropped: a
         stream can be resumed."""
         transport = self.wire.transport
+        if transport.is_closing():
+            return
         transport.write(data)
         if transport.get_write_buffer_size() > SLOW_READER:
             transport.abort()
@@ -11606,19 +11769,22 @@ class Wait:
     def rest(self, last) -> None:
         """There is nothing to say yet; `last` answers when time is over."""
         self.last = last
-        if self.over:
+        if self.over or self.visit.wire.ended:
             last()
-        elif self.stirred:
-            self.stirred = False
-            self.again()
         else:
             self.resting = True
+            if self.stirred:
+                self.stir()
 
     def stir(self) -> None:
+        """It has happened: ask again."""
         self.stirred = True
         if self.resting:
             self.stirred = self.resting = False
-            self.again()
+            try:
+                self.again()
+            except Exception as error:
+                self.visit.wire.site.fail(self.visit, error)
 
     def late(self) -> None:
         self.over = True
@@ -11678,7 +11844,7 @@ class Readers:
         Raises Error."""
         if self.waiting >= MOST_READS:
             raise Error("too many questions at once", "try again", 503)
-        if len(self.threads) < READING and self.waiting >= len(self.threads):
+        if self.waiting >= len(self.threads) < MOST_READERS:
             self.hire()
         self.waiting += 1
         self.queue.put((question, then))
@@ -11731,7 +11897,8 @@ class Feed:
         self.newest = seq
         self.lines.append((seq, line))
         self.bytes += len(line)
-        while len(self.lines) > MOST_CHANGES or self.bytes > MOST_LINE_BYTES:
+        while len(self.lines) > MOST_CHANGES \
+                or self.bytes > MOST_CHANGE_BYTES:
             self.first, old = self.lines.popleft()
             self.bytes -= len(old)
 
@@ -11791,6 +11958,8 @@ class Site:
             visit.refuse(error, {
                 401: (("WWW-Authenticate", "Bearer"),),
                 405: (("Allow", error.hint),)}.get(error.status, ()))
+        except Exception as error:
+            self.fail(visit, error)
 
     def check(self, visit: Visit) -> None:
         """Raises Error if this may not be asked, or not by this caller."""
@@ -11834,7 +12003,9 @@ class Site:
                           ("Vary", "Origin"))
         elif origin is not None and origin.partition("://")[2].lower() \
                 != host.lower():
-            raise Error("this comes from a page of somebody else", "", 403)
+            raise Error("this comes from a page of somebody else", "a proxy "
+                        "in front of the dashboard has to pass on the Host",
+                        403)
 
     def check_guest(self, visit: Visit) -> None:
         """Behind a proxy it is requests that are counted, for all callers
@@ -12026,7 +12197,8 @@ class Site:
 
     def do_state(self, visit: Visit) -> None:
         self.feed(visit.access.dash)    # before: no change is missed
-        self.read(visit, self.hub.state, visit.access, self.clock.now())
+        self.read(visit, self.hub.state, visit.access, self.clock.now(),
+                  made=state_response)
 
     def do_host_list(self, visit: Visit) -> None:
         self.look_up(visit, self.hub.host_list, *visit.values)
@@ -12090,11 +12262,13 @@ class Site:
         dash, at = visit.access.dash, number_in(fields, "from") or 0
         most = min(number_in(fields, "len") or MOST_FRAMES, MOST_FRAMES)
         seconds = min(time_in(fields, "wait") or 0.0, LONGEST_LOOK)
-        self.hub.look(dash, run)
+
+        def look() -> tuple:
+            self.hub.look(dash, run)
+            return self.hub.read(self.hub.output, dash, run, at, most)
 
         def ask() -> None:
-            self.readers.ask(lambda: self.hub.read(
-                self.hub.output, dash, run, at, most), told)
+            self.readers.ask(look, told)
 
         def told(found, error) -> None:
             if error:
@@ -12172,15 +12346,16 @@ class Site:
         body = visit.request.body
         if len(body) < INLINE_BODY:
             return self.sync(visit, read_json(body))
-        self.readers.ask(lambda: read_json(body), lambda asked, error:
-                         self.fail(visit, error) if error
-                         else self.guarded(visit, self.sync, asked))
 
-    def guarded(self, visit: Visit, deed, *values) -> None:
-        try:
-            deed(visit, *values)
-        except Exception as error:
-            self.fail(visit, error)
+        def told(asked, error) -> None:
+            try:
+                if error:
+                    raise error
+                self.sync(visit, asked)
+            except Exception as why:
+                self.fail(visit, why)
+
+        self.readers.ask(lambda: read_json(body), told)
 
     def sync(self, visit: Visit, asked: dict) -> None:
         """Take what a host sends; what there is for it, at once or when it
@@ -12212,8 +12387,11 @@ class Site:
             visit.wire.told = demands()
             visit.answer(json_response(reply))
 
+        key = ("host", visit.access.host)
+        for wait in list(self.waiting.get(key, ())):
+            wait.late()     # of a connection that broke, as it seems
         if seconds > 0 and not any(asked.get(name) for name in SENT):
-            Wait(visit, ("host", visit.access.host), seconds, again)
+            Wait(visit, key, seconds, again)
         self.write(visit, self.hub.sync, visit.access, asked,
                    self.clock.now(), then=told)
 
@@ -12236,13 +12414,11 @@ class Site:
             feed.newest, self.hub.seq(visit.access.dash)) else None
         visit.begin(Response(200, kind=NDJSON,
                              headers=(("X-Accel-Buffering", "no"),)))
-        if visit.request.method == "HEAD":
-            visit.wire.visit = None
-            visit.end()
+        if visit.request.method == "HEAD" or visit.wire.ended:
             return visit.wire.leave()
         visit.stream = feed
         feed.followers[visit] = None
-        visit.piece(START_ANEW if lines is None else b"".join(lines) or b"\n")
+        visit.piece(ANEW if lines is None else b"".join(lines) or b"\n")
 
     def followers(self, dash: str) -> list[Visit]:
         feed = self.feeds.get(dash)
@@ -12250,15 +12426,14 @@ class Site:
 
     def heard(self, dash: str, changes: dict) -> None:
         """Hub has news. In the writer's thread."""
-        import json
         seq, line = changes.get("seq"), b""
         shown = {name: value for name, value in changes.items()
                  if name not in ("wake", "live")}
         if changes.get("reset"):
-            line = START_ANEW
+            line = ANEW
         elif seq is not None and len(shown) > 1:
-            line = json.dumps(shown, ensure_ascii=False, separators=(
-                ",", ":")).encode("utf-8", "backslashreplace") + b"\n"
+            line = compact_json(shown).encode(
+                "utf-8", "backslashreplace") + b"\n"
         self.mailbox.put(self.spread, dash, seq, line, [
             *(("host", host) for host in changes.get("wake", ())),
             *(("run", run) for run in changes.get("live", ()))])
@@ -12268,12 +12443,11 @@ class Site:
         """The news, to those whom they concern. On the loop."""
         for key in stirred:
             for wait in list(self.waiting.get(key, ())):
-                self.guarded(wait.visit, lambda _visit, wait=wait:
-                             wait.stir())
+                wait.stir()
         feed = self.feeds.get(dash)
         if not feed or not line:
             return
-        if line is START_ANEW:
+        if line is ANEW:
             feed.clear(seq or self.hub.seq(dash))
         elif seq > feed.newest:
             feed.add(seq, line)
@@ -12355,7 +12529,7 @@ class Site:
 HTML, BYTES = "text/html; charset=utf-8", "application/octet-stream"
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 NDJSON = "application/x-ndjson; charset=utf-8"
-START_ANEW = b'{"reset":true}\n'
+ANEW = b'{"reset":true}\n'
 WHO = {"host": ("host",), "viewer": ("viewer", "operator"),
        "operator": ("operator",), "host or operator": ("host", "operator")}
 # A host that sends one of these wants to know at once that it arrived.
@@ -12503,6 +12677,9 @@ class Front:
         self.site.crowd.most = min(MOST_WIRES, max(most - 64, 16))
         # Children of ours are Alerts': no loop of ours may reap them.
         loop = asyncio.SelectorEventLoop()
+        if self.certificate:
+            from asyncio.sslproto import SSLProtocol
+            SSLProtocol.max_size = TLS_BUFFER
         try:
             loop.run_until_complete(self.serve(loop, ready))
         finally:

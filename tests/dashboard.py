@@ -66,7 +66,7 @@ class Client:
         if tls:
             self.sock = tls.wrap_socket(self.sock,
                                         server_hostname="127.0.0.1")
-        self.port, self.data = port, bytearray()
+        self.port, self.data, self.reset = port, bytearray(), False
 
     def __enter__(self):
         return self
@@ -84,7 +84,7 @@ class Client:
         try:
             data = self.sock.recv(65_536)
         except (ConnectionResetError, ssl.SSLError):
-            data = b""      # a reset is an end, too
+            data, self.reset = b"", True
         self.data += data
         return bool(data)
 
@@ -109,6 +109,13 @@ class Client:
         body = bytes(self.data[:length])
         del self.data[:length]
         return Reply(status, headers, body)
+
+    def to_the_end(self, seconds: float = 10) -> bytes:
+        """All that comes until the other side hangs up."""
+        until = time.monotonic() + seconds
+        while self.more():
+            assert time.monotonic() < until, "it does not hang up"
+        return bytes(self.data)
 
     def ended(self) -> bool:
         """Nothing more comes: the other side has hung up."""

@@ -3,8 +3,9 @@
 A tree of files, a SQLite database and a git repository are backed up by a
 run as cron would start it and by a run by hand; one task fails on purpose.
 Then the history, the log and the mail are shown. After that a koid of the
-demo's own is given a tab, and jobs with arguments are run. Nothing outside
-the scratch folder is touched.
+demo's own is given a tab, and jobs with arguments are run. At the end all of
+it comes together on a dashboard: on a terminal it stays up until Ctrl-C.
+Nothing outside the scratch folder is touched.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ import os
 import pwd
 import shlex
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+USUAL_PORT = 8077
 
 TASKS = {
     "files": """\
@@ -72,7 +76,7 @@ def run(args, log):
 TAB = """\
 # All of crontab(5), and sections, names, settings and arguments.
 [Backups]
-"Nightly backup"   30 2 * * mon-fri   {mission} run --headless
+"Nightly backup"   30 2 * * mon-fri   {mission} -c night.json run --headless
 KOI_TIMEOUT=10m
 "Quick check"      */15 * * * *       {mission} check && echo all is well
 
@@ -158,6 +162,10 @@ def write_config(folder: Path, git: bool) -> None:
     }
     text = "// Written by make demo.\n" + json.dumps(config, indent=4) + "\n"
     (folder / "mission.config.json").write_text(text)
+    # What koi runs at night: without the task that fails, and with a ping.
+    config["tasks"] = [each for each in config["tasks"]
+                       if each["slug"] != "cloud"]
+    (folder / "night.json").write_text(json.dumps(config, indent=4) + "\n")
 
 
 class Demo:
@@ -224,6 +232,141 @@ class KoiDemo(Demo):
         self.koid.wait()
 
 
+class Dashboard:
+    """A dashboard in the background, and what is seen on it."""
+
+    def __init__(self, koi: KoiDemo):
+        self.koi, self.port = koi, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.keys = None
+
+    def __enter__(self) -> Dashboard:
+        print(f"\n$ koitab dashboard --listen 127.0.0.1:{self.port} &")
+        with open(self.koi.folder / "dashboard.log", "wb") as log:
+            self.server = subprocess.Popen(
+                [*self.koi.koitab, "dashboard", "--listen",
+                 f"127.0.0.1:{self.port}"], env=self.koi.env,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.wait_for(lambda: self.get("/healthz") == "OK", "the dashboard")
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.server.terminate()
+        self.server.wait()
+
+    def get(self, path: str) -> str:
+        request = urllib.request.Request(self.url + path)
+        if self.keys:
+            request.add_header("Authorization", f"Bearer {self.keys}")
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=10) as answer:
+            return answer.read().decode()
+
+    def state(self) -> dict:
+        return json.loads(self.get("/api/v1/state"))
+
+    def wait_for(self, question, what: str):
+        """The answer, as soon as it is true."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                answer = question()
+            except OSError:
+                answer = None
+            if answer:
+                return answer
+            if self.server.poll() is not None:
+                break
+            time.sleep(0.05)
+        sys.exit(f"no sign of {what}\n" + (
+            self.koi.folder / "dashboard.log").read_text())
+
+    def join(self) -> str:
+        """Make a dashboard and belong to it: its link and passphrase, as
+        koitab tells them. The viewer key is kept for this demo's looks."""
+        print(f"\n$ koitab -d new {self.url}", flush=True)
+        said = subprocess.run(
+            [*self.koi.koitab, "-d", "new", self.url], env=self.koi.env,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            encoding="utf-8", check=True).stdout
+        print(said, end="", flush=True)
+        self.keys = next(word for word in said.split()
+                         if word.startswith("view-")).removeprefix("view-")
+        return "".join(line + "\n" for line in said.splitlines()
+                       if line.startswith(("dashboard", "passphrase")))
+
+
+def free_port() -> int:
+    """The usual one, or another that is free."""
+    for port in (USUAL_PORT, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
+    sys.exit("no port is free")
+
+
+def ping_key(dashboard: Dashboard) -> str:
+    """It is not for viewers, so it is asked for with the host's database."""
+    db = sqlite3.connect(dashboard.koi.folder / "koi/dashboard.db")
+    try:
+        return db.execute("select ping_key from dashboards").fetchone()[0]
+    finally:
+        db.close()
+
+
+def show_dashboard(koi: KoiDemo) -> bool:
+    """mission under koid, its ping and its output on the dashboard."""
+    explain("The dashboard: one process, in a browser, for all your hosts.")
+    with Dashboard(koi) as dashboard:
+        link = dashboard.join()
+        night = koi.folder / "night.json"
+        config = json.loads(night.read_text())
+        config["ping"] = {
+            "enabled": True, "log": True, "endpoint": f"{dashboard.url}/ping/"
+            f"{ping_key(dashboard)}/nightly-backup?create=1"}
+        night.write_text(json.dumps(config, indent=4) + "\n")
+        explain("mission under koi: its run is on the dashboard, and its "
+                "ping with its log.")
+        told = koi.type("run", "Nightly backup")
+        state = dashboard.wait_for(lambda: arrived(dashboard.state()),
+                                   "the backup and its ping")
+        print()
+        for job in state["jobs"]:
+            last = job["last"] or {}
+            print(f"    {job['state']:8} {job['name']:16} {job['words']:36} "
+                  f"{last.get('line') or ''}"[:100])
+        for check in state["checks"]:
+            print(f"    {check['state']:8} {check['name']:16} "
+                  f"pinged {check['n']} x")
+        wait_at_terminal(link)
+    return told == 0
+
+
+def arrived(state: dict) -> dict | None:
+    """The state, once the backup has been reported and has pinged."""
+    good = [job for job in state["jobs"] if job["name"] == "Nightly backup"
+            and job["state"] == "ok"]
+    up = [check for check in state["checks"] if check["state"] == "up"]
+    return state if good and up else None
+
+
+def wait_at_terminal(link: str) -> None:
+    """On a terminal the dashboard stays, to be looked at."""
+    if not (sys.stdout.isatty() and sys.stdin.isatty()):
+        return
+    print(f"\nOpen this in a browser, and run \"Say hello\" there:\n\n{link}"
+          "\nCtrl-C ends the demo.", flush=True)
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        print()
+
+
 def explain(text: str) -> None:
     print(f"\n--- {text}", flush=True)
 
@@ -231,7 +374,8 @@ def explain(text: str) -> None:
 def show_koi(folder: Path) -> bool:
     """koitab and koid; did all go as it should?"""
     mission = folder / "bin/mission"
-    mission.write_text(f'#!/bin/sh\nexport MISSION_STATE="{folder}/state"\n'
+    mission.write_text(f'#!/bin/sh\nexport MISSION_STATE="{folder}/state" '
+                       f'PATH="{folder}/bin:$PATH"\n'
                        f'cd "{folder}" && exec "{sys.executable}" -I '
                        f'"{ROOT / "mission.py"}" "$@"\n')
     invoice = folder / "bin/invoice"
@@ -255,7 +399,7 @@ def show_koi(folder: Path) -> bool:
         explain("Every run is kept, with its output.")
         told += [koi.type("history"), koi.type("log", "Say hello"),
                  koi.type("status")]
-    return told == [0, 0, 0, 3, 0, 0, 0, 0, 0]
+        return told == [0, 0, 0, 3, 0, 0, 0, 0, 0] and show_dashboard(koi)
 
 
 def main() -> int:
@@ -300,6 +444,7 @@ That was mission and koi. Next:
     mission run                 runs it by hand; --headless from crontab
     koid &                      koi's daemon (README: a unit for systemd)
     koitab -e                   edits your tab, as crontab -e
+    koitab dashboard            the dashboard; koitab -d new links up with it
 README.md has the rest; nothing of this demo is left behind.""")
     return 0 if fine else 1
 

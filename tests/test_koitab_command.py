@@ -1124,6 +1124,55 @@ def test_a_unit_for_launchd(type_in, monkeypatch):
     assert found["KeepAlive"] is found["AbandonProcessGroup"] is True
 
 
+def test_a_unit_of_the_dashboard_can_do_little(type_in, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(koitab, "__file__", "/usr/local/bin/koitab")
+    monkeypatch.setattr(os, "access", lambda path, mode: True)
+    monkeypatch.delenv("KOI_HOME", raising=False)
+    done = type_in("unit", "dashboard", "--listen", "0.0.0.0:443", "--cert",
+                   "/etc/c.pem", "--key", "/etc/k.pem", "--name", "a$b.x",
+                   "--allow-new")
+    assert (done.code, done.out) == (2, "")     # no name of a host
+    done = type_in("unit", "dashboard", "--listen", "0.0.0.0:443", "--cert",
+                   "/etc/c.pem", "--key", "/etc/k.pem", "--name", "koi.x")
+    lines = done.out.splitlines()
+    assert (done.code, done.err) == (0, "")
+    assert "ExecStart=/usr/local/bin/koitab dashboard --listen 0.0.0.0:443 " \
+        "--name koi.x --db /var/lib/koi-dashboard/dashboard.db --cert " \
+        "${CREDENTIALS_DIRECTORY}/cert --key ${CREDENTIALS_DIRECTORY}/key" \
+        in lines
+    for line in ("DynamicUser=yes", "ProtectSystem=strict", "PrivateTmp=yes",
+                 "NoNewPrivileges=yes", "MemoryDenyWriteExecute=yes",
+                 "SystemCallFilter=@system-service", "LimitNOFILE=65536",
+                 "LoadCredential=key:/etc/k.pem",
+                 "AmbientCapabilities=CAP_NET_BIND_SERVICE"):
+        assert line in lines
+
+
+def test_a_unit_of_the_dashboard_keeps_to_the_database_it_is_given(
+        type_in, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    done = type_in("unit", "dashboard", "--db", "/srv/a b/koi.db")
+    assert '--db "/srv/a b/koi.db"' in done.out
+    assert 'ReadWritePaths="/srv/a b"' in done.out
+    assert "DynamicUser" not in done.out
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    done = type_in("unit", "dashboard", "--db", "/srv/koi.db")
+    assert "WantedBy=default.target" in done.out
+    assert "ProtectSystem" not in done.out      # not a user's to ask for
+
+
+def test_a_plist_of_the_dashboard(type_in, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    found = plistlib.loads(type_in("unit", "dashboard", "--listen",
+                                   "[::1]:8077").out.encode())
+    assert found["Label"] == "koi-dashboard"
+    assert found["ProgramArguments"][-5:-1] == [
+        "dashboard", "--listen", "[::1]:8077", "--db"]
+
+
 @pytest.mark.parametrize("argv", [
     ["-d"], ["-d", "new"], ["-d", "new", "https://koi.example"], ["page"]])
 def test_there_is_no_dashboard_yet(type_in, koid, argv):

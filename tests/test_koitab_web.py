@@ -460,13 +460,13 @@ def test_who_comes_back_gets_what_he_missed():
     assert feed.since(20) == []
 
 
-@pytest.mark.parametrize("size", [10, koitab.MOST_LINE_BYTES // 50])
+@pytest.mark.parametrize("size", [10, koitab.MOST_CHANGE_BYTES // 50])
 def test_changes_of_long_ago_are_forgotten_and_that_is_known(size):
     feed = koitab.Feed(0, 0.0)
     for seq in range(1, 2001):
         feed.add(seq, b"x" * size)
-    assert feed.bytes <= koitab.MOST_LINE_BYTES
-    assert len(feed.lines) <= koitab.MOST_LINES
+    assert feed.bytes <= koitab.MOST_CHANGE_BYTES
+    assert len(feed.lines) <= koitab.MOST_CHANGES
     assert feed.since(feed.first - 1) is None
     assert len(feed.since(feed.first)) == len(feed.lines) == 2000 - feed.first
 
@@ -477,6 +477,82 @@ def test_after_a_reset_nothing_older_is_known():
     feed.clear(5)
     assert feed.since(4) is None
     assert (feed.since(5), feed.bytes) == ([], 0)
+
+
+# --- long polls ----------------------------------------------------------
+
+
+class Loop:
+    """A loop that does nothing by itself."""
+
+    def call_later(self, _seconds, deed):
+        self.late = deed
+        return self
+
+    def cancel(self):
+        self.late = None
+
+
+class Polled(koitab.Visit):
+    """A visit that remembers what was done."""
+
+
+@pytest.fixture
+def wait():
+    """A long poll, and what happened to it."""
+    visit = Polled.__new__(Polled)
+    visit.wire = koitab.Wire.__new__(koitab.Wire)
+    visit.wire.site = site = koitab.Site(None, "")
+    site.loop, visit.stream, visit.wire.ended = Loop(), None, False
+    visit.done = []
+    return koitab.Wait(visit, ("host", "a"), 25,
+                       lambda: visit.done.append("again"))
+
+
+def test_a_poll_rests_until_something_happens(wait):
+    wait.rest(lambda: wait.visit.done.append("last"))
+    assert (wait.visit.done, wait.visit.waits) == ([], True)
+    wait.stir()
+    assert (wait.visit.done, wait.visit.waits) == (["again"], False)
+
+
+def test_what_happens_between_the_question_and_the_rest_is_not_missed(wait):
+    wait.stir()
+    assert wait.visit.done == []          # the question is still under way
+    wait.rest(lambda: wait.visit.done.append("last"))
+    assert wait.visit.done == ["again"]
+    wait.rest(lambda: wait.visit.done.append("last"))
+    assert wait.visit.done == ["again"]
+
+
+def test_a_poll_whose_time_is_over_answers_with_what_there_is(wait):
+    wait.rest(lambda: wait.visit.done.append("last"))
+    wait.visit.wire.site.loop.late()
+    assert wait.visit.done == ["last"]
+
+
+def test_a_poll_whose_time_is_over_while_it_asks_answers_after_that(wait):
+    wait.visit.wire.site.loop.late()
+    assert wait.visit.done == []
+    wait.rest(lambda: wait.visit.done.append("last"))
+    assert wait.visit.done == ["last"]
+
+
+def test_who_hung_up_while_his_poll_asked_does_not_rest(wait):
+    wait.visit.wire.ended = True
+    wait.rest(lambda: wait.visit.done.append("last"))
+    assert (wait.visit.done, wait.resting) == (["last"], False)
+
+
+def test_a_poll_that_has_ended_is_forgotten(wait):
+    site = wait.visit.wire.site
+    other = koitab.Wait(wait.visit, ("host", "a"), 25, None)
+    assert len(site.waiting["host", "a"]) == 2
+    wait.visit.wait = wait
+    wait.end()
+    assert list(site.waiting["host", "a"]) == [other]
+    other.end()
+    assert (site.waiting, site.loop.late) == ({}, None)
 
 
 # --- certificates ---------------------------------------------------------

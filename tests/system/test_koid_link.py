@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-import dashboards
+import lying_dashboard
 import support
-from dashboards import DASH, HOST, KEY, request_for, text_of
+from lying_dashboard import DASH, HOST, KEY, request_for, text_of
 
 koitab = support.load("koitab")
 
@@ -33,7 +33,7 @@ KOI_CONFIRM=no
 
 @pytest.fixture
 def dashboard():
-    with dashboards.Dashboard() as dashboard:
+    with lying_dashboard.Dashboard() as dashboard:
         yield dashboard
 
 
@@ -41,7 +41,7 @@ def dashboard():
 def linked(koi, dashboard):
     """A koid that belongs to the dashboard."""
     koi.tab(TAB.replace("'%s|'", r"'\%s|'"))
-    dashboards.belong(koi, dashboard.url)
+    lying_dashboard.belong(koi, dashboard.url)
     koi.start()
     return koi
 
@@ -76,7 +76,7 @@ def test_what_ran_before_it_belonged_is_sent_too(koi, dashboard):
     koi.start()
     for _ in range(3):
         koi.run("Plain")
-    dashboards.belong(koi, dashboard.url)
+    lying_dashboard.belong(koi, dashboard.url)
     assert koi.ask("relink")["linked"]
     dashboard.wait_for(lambda: len(dashboard.outputs) == 3)
 
@@ -192,7 +192,7 @@ def test_a_replayed_request_runs_nothing_again(linked, dashboard):
 
 def test_a_request_from_before_a_restored_backup_is_refused(koi, dashboard):
     koi.tab('"Plain" @manual echo plain\n')
-    dashboards.belong(koi, dashboard.url)
+    lying_dashboard.belong(koi, dashboard.url)
     koi.start()
     body = request_for(dashboard.specs()["Plain"])
     koi.stop()
@@ -273,7 +273,7 @@ def test_a_run_is_killed_only_by_a_signed_request(linked, dashboard):
 def test_a_request_that_cannot_be_recorded_is_refused(koi, dashboard):
     """A full disk: nothing runs that could be forgotten, and run again."""
     koi.tab('"Plain" @manual echo plain\n')
-    dashboards.belong(koi, dashboard.url)
+    lying_dashboard.belong(koi, dashboard.url)
     support.need("strace")
     koi.start(wrap=("strace", "-D", "-qq", "-o", "/dev/null", "-P",
                     f"{koi.home}/history.db-wal", "-e", "trace=pwrite64",
@@ -297,6 +297,11 @@ def test_a_request_starts_its_job_soon(linked, dashboard):
 
 # --- a dashboard that is away, slow, lying, or mad
 
+def answer(acked: int, owed: str = "[]", requests: str = "[]") -> tuple:
+    return 200, {}, (f'{{"acked": {acked}, "owed": {owed}, "live": {{}}, '
+                     f'"requests": {requests}}}').encode()
+
+
 NONSENSE = {
     "not JSON": (200, {}, b"<html>bad gateway</html>"),
     "empty": (200, {}, b""),
@@ -311,6 +316,10 @@ NONSENSE = {
     "426": (426, {}, b""), "429": (429, {"Retry-After": "1"}, b"{}"),
     "a redirect": (302, {"Location": "http://127.0.0.1:1/steal"}, b""),
     "hang up": "hang up",
+    "keeps nothing": answer(0),
+    "always wants more": answer(99, "[[1, 0]]"),
+    "a flood of requests": answer(99, "[]", json.dumps(
+        [{"body": "{}", "mac": "0" * 64}] * 101)),
 }
 
 
@@ -349,14 +358,15 @@ def test_nonsense_is_told_and_jobs_run_on_and_nothing_is_lost(hasty):
         return NONSENSE.get(now["what"])
 
     hasty.tab('"Plain" @manual echo plain\n')
-    with dashboards.Dashboard(twist) as dashboard:
-        dashboards.belong(hasty, dashboard.url)
+    with lying_dashboard.Dashboard(twist) as dashboard:
+        lying_dashboard.belong(hasty, dashboard.url)
         hasty.start()
         for what in NONSENSE:
             now.update(what=what, met=0)
-            support.wait_until(lambda: now["met"] > 3, what=what)
+            met = support.wait_until(lambda: now["met"] > 3, what=what)
             assert hasty.run("Plain")[1] == b"plain\n", what
-            assert hasty.ask("status")["dashboard"]["troubles"], what
+            assert met and support.wait_until(lambda: hasty.ask("status")[
+                "dashboard"]["troubles"], what=what)
         now["what"] = ""
         dashboard.wait_for(lambda: len(dashboard.outputs) == len(NONSENSE))
         assert dashboard.order == sorted(set(dashboard.order))
@@ -375,8 +385,8 @@ def test_who_is_not_wanted_stops_asking(koi, status, words):
         return status, {}, b'{"error": "no"}'
 
     koi.tab('"Plain" @manual echo plain\n')
-    with dashboards.Dashboard(twist) as dashboard:
-        dashboards.belong(koi, dashboard.url)
+    with lying_dashboard.Dashboard(twist) as dashboard:
+        lying_dashboard.belong(koi, dashboard.url)
         koi.start()
         support.wait_until(lambda: words in " ".join(koi.ask("status")[
             "dashboard"]["troubles"]))
@@ -389,7 +399,7 @@ def test_where_nobody_listens_jobs_run_on_and_all_comes_later(koi):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     koi.tab('"Plain" @manual echo plain\n')
-    dashboards.belong(koi, f"http://127.0.0.1:{port}")
+    lying_dashboard.belong(koi, f"http://127.0.0.1:{port}")
     koi.start()
     for _ in range(3):
         koi.run("Plain")
@@ -400,7 +410,7 @@ def test_where_nobody_listens_jobs_run_on_and_all_comes_later(koi):
 def test_one_that_accepts_and_says_nothing_costs_nothing(koi):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         koi.tab('"Plain" @manual echo plain\n')
-        dashboards.belong(koi, "http://127.0.0.1:%d"
+        lying_dashboard.belong(koi, "http://127.0.0.1:%d"
                           % silent.getsockname()[1])
         koi.start()
         first, _ = silent.accept()
@@ -419,8 +429,8 @@ def test_a_record_that_is_never_taken_is_left_out_and_the_rest_go_on(hasty):
     koi.start()
     for _ in range(4):
         koi.run("Plain")
-    with dashboards.Dashboard(twist) as dashboard:
-        dashboards.belong(koi, dashboard.url)
+    with lying_dashboard.Dashboard(twist) as dashboard:
+        lying_dashboard.belong(koi, dashboard.url)
         koi.ask("relink")
         dashboard.wait_for(lambda: {1, 3, 4} <= set(dashboard.outputs), 30)
         assert 2 not in dashboard.records
@@ -499,7 +509,7 @@ def test_who_leaves_is_not_heard_any_more(linked, dashboard):
         '"v": 1', '"v": 2')), "version")])
 def test_keys_that_cannot_be_believed_are_not_used(koi, dashboard, spoil, why):
     koi.tab('"Plain" @manual echo plain\n')
-    dashboards.belong(koi, dashboard.url)
+    lying_dashboard.belong(koi, dashboard.url)
     spoil(koi.home / "keys")
     koi.start()
     state = koi.ask("status")

@@ -82,9 +82,9 @@ class Dashboard(http.server.ThreadingHTTPServer):
             self.lists.append(letter["list"])
         self.verdicts += letter.get("verdicts", ())
 
-    def answer(self, letter: dict, connection) -> dict:
-        """The honest one; held while there is nothing to say, and nothing
-        is handed to who has gone."""
+    def answer(self, letter: dict, connection, told: set) -> dict:
+        """The honest one; held while there is nothing to say that was not
+        `told` on this connection, and nothing is handed to who has gone."""
         def gone() -> bool:
             return bool(select.select([connection], [], [], 0)[0])
 
@@ -92,13 +92,14 @@ class Dashboard(http.server.ThreadingHTTPServer):
         with self.turn:
             self.take(letter)
             self.turn.notify_all()
-            watched = set(self.watched)
-            while not self.requests and set(self.watched) == watched \
+            while not self.requests and set(self.watched) == told \
                     and time.monotonic() < until and not gone():
                 self.turn.wait(min(0.1, max(0, until - time.monotonic())))
             requests = []
             if not gone():
                 requests, self.requests = self.requests, []
+            told.clear()
+            told.update(self.watched)
         return {"v": 1, "acked": self.acked, "want_list": not self.lists,
                 "owed": [[run, len(self.outputs.get(run, b""))]
                          for run, record in self.records.items()
@@ -143,6 +144,10 @@ class Dashboard(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    def setup(self) -> None:
+        super().setup()
+        self.told: set[str] = set()
+
     def do_POST(self) -> None:
         data = self.rfile.read(int(self.headers["Content-Length"]))
         letter, said = json.loads(data), None
@@ -150,7 +155,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             said = self.server.twist(letter, self)
         if said is None:
             said = 200, {}, json.dumps(self.server.answer(
-                letter, self.connection)).encode()
+                letter, self.connection, self.told)).encode()
         if said == "hang up":
             self.close_connection = True
             return

@@ -1,0 +1,617 @@
+"""Watches: what is wrong is told once, and once more when it is over."""
+
+from __future__ import annotations
+
+import email
+import email.policy
+import http.server
+import json
+import socket
+import stat
+import threading
+import time
+
+import pytest
+
+import support
+from houses import HOST, NOW, House, frames, piece, spec
+from test_koitab_hub import refused
+
+koitab = support.load("koitab")
+DAY, HOUR = 86_400, 3600
+
+
+@pytest.fixture(autouse=True)
+def small_ballast(monkeypatch):
+    monkeypatch.setattr(koitab, "BALLAST", 65_536)
+
+
+@pytest.fixture
+def house(tmp_path):
+    house = House(tmp_path / "dashboard.db")
+    house.channel()
+    yield house
+    house.hub.close()
+
+
+@pytest.fixture
+def web1(house):
+    web1 = house.join()
+    house.sync(web1, list=house.list_of(web1, spec(), spec("crawl")))
+    return web1
+
+
+def alive(house, access, seconds: float) -> None:
+    """Time passes, and the host polls."""
+    while seconds > 0:
+        house.after(min(20, seconds))
+        house.sync(access)
+        seconds -= 20
+
+
+def kinds(house) -> list[str]:
+    return sorted(alert["kind"] for alert in house.state["alerts"])
+
+
+# ==========================================================================
+# Jobs
+# ==========================================================================
+
+def test_a_failure_is_told_once_and_its_end_too(house, web1):
+    house.runs(web1, house.record(exit=1))
+    assert house.told() == ["Night/Backup on web1 failed"]
+    house.runs(web1, house.record(exit=2))
+    house.runs(web1, house.record(exit=3))
+    assert house.told() == []
+    assert house.state["alerts"][0]["text"] == \
+        "Night/Backup on web1: exit status 3, 3 times in a row"
+    house.runs(web1, house.record())
+    assert house.told() == ["Night/Backup on web1 works again"]
+    assert kinds(house) == []
+    house.runs(web1, house.record())
+    assert house.told() == []
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"exit": 3}, "exit status 3"), ({"exit": None, "signal": 9}, "signal 9"),
+    ({"exit": 143, "reason": "timeout after 10m"}, "timeout after 10m"),
+    ({"state": "interrupted"}, "interrupted"),
+    ({"state": "unstartable", "reason": "no such \x1b[31m user"},
+     r"no such \x1b[31m user")])
+def test_how_it_failed_is_told(house, web1, fields, words):
+    house.runs(web1, {**house.record(), **fields})
+    assert house.state["alerts"][0]["text"] == f"Night/Backup on web1: {words}"
+
+
+def test_the_letter_waits_for_the_output_but_not_for_ever(house, web1):
+    data = frames("it broke\n", 2)
+    house.runs(web1, house.record(exit=1, size=len(data)))
+    due = house.hub.letters_due
+    assert house.ask(due, house.now) == []
+    assert len(house.ask(due, house.now + 15)) == 1
+    house.sync(web1, outputs=[piece(1, 0, data)])
+    letter, = house.ask(due, house.now)
+    assert letter["text"].endswith("exit status 1\n\nit broke")
+
+
+def test_old_failures_that_come_late_are_shown_and_not_told(house, web1):
+    old = NOW - 2 * DAY
+    house.runs(web1, house.record(exit=1, due=old, started=old, ended=old))
+    assert house.told() == [] and house.job()["state"] == "failed"
+
+
+def test_a_job_is_late_when_its_host_is_there_and_says_nothing(house, web1):
+    house.sync(web1, next={"root\nbackup": NOW + 100})
+    alive(house, web1, 189)
+    assert house.told() == []
+    alive(house, web1, 21)
+    assert house.told() == ["Night/Backup on web1 is late"]
+    assert house.job()["state"] == "late"
+    alive(house, web1, 600)
+    assert house.told() == []
+    house.runs(web1, house.record("running", next=NOW + DAY))
+    assert house.told() == ["Night/Backup on web1 is not late"]
+    assert house.job()["state"] == "running"
+
+
+def test_a_job_that_starts_in_time_is_not_late(house, web1):
+    house.sync(web1, next={"root\nbackup": NOW + 100})
+    alive(house, web1, 120)
+    house.runs(web1, house.record("running", due=NOW + 100,
+                                  next=NOW + 100 + DAY))
+    alive(house, web1, 600)
+    assert house.told() == []
+
+
+@pytest.mark.parametrize("fields", [
+    {"next": None}, {"next": NOW + 100}])       # a koid that says no more
+def test_a_record_of_the_start_is_enough(house, web1, fields):
+    house.sync(web1, next={"root\nbackup": NOW + 100})
+    alive(house, web1, 120)
+    house.runs(web1, house.record("running", due=NOW + 100, **fields))
+    alive(house, web1, 600)
+    assert house.told() == []
+
+
+def test_a_job_that_left_its_tab_is_not_late(house, web1):
+    house.sync(web1, next={"root\nbackup": NOW + 100})
+    house.sync(web1, list=house.list_of(web1, spec("crawl")))
+    alive(house, web1, 600)
+    assert house.told() == []
+
+
+def test_a_job_is_late_by_the_clock_of_its_host(house, web1):
+    """It is ten minutes behind: so is what it says of the next start."""
+    def pass_time(rounds: int) -> None:
+        for _ in range(rounds):
+            house.after(20)
+            house.sync(web1, now=house.now - 600)
+
+    house.sync(web1, now=NOW - 600, next={"root\nbackup": NOW - 550})
+    pass_time(6)
+    assert house.told() == []
+    pass_time(2)
+    assert house.told() == ["Night/Backup on web1 is late"]
+
+
+def test_what_was_missed_is_told_until_it_runs_again(house, web1):
+    house.runs(web1, house.record("missed", count=8, reason="it was off"))
+    assert house.told() == ["Night/Backup on web1 was missed"]
+    assert house.state["alerts"][0]["text"] == "8 starts missed: it was off"
+    house.runs(web1, house.record("missed"))
+    assert house.told() == []
+    house.runs(web1, house.record())
+    assert house.told() == ["Night/Backup on web1 runs again"]
+
+
+def twenty(house, web1, seconds: float = 10) -> None:
+    house.runs(web1, *[house.record(started=house.now - seconds)
+                       for _ in range(20)])
+
+
+@pytest.mark.parametrize("runs, slow", [(20, True), (19, False)])
+def test_a_run_slower_than_ever_is_told_while_it_goes_on(house, web1, runs,
+                                                         slow):
+    house.runs(web1, *[house.record() for _ in range(runs)])
+    house.runs(web1, house.record("running", started=NOW))
+    alive(house, web1, 29)
+    assert house.told() == []
+    alive(house, web1, 3)
+    assert house.told() == ["Night/Backup on web1 takes long"] * slow
+    alive(house, web1, 300)
+    house.runs(web1, house.record(run=runs + 1, started=NOW))
+    assert house.told() == ["Night/Backup on web1 has ended"] * slow
+
+
+def test_slowness_is_seen_after_a_restart_too(house, web1):
+    twenty(house, web1)
+    house.runs(web1, house.record("running", started=NOW))
+    again = house.again()
+    again.after(35)
+    access = again.hub.key_of(koitab.digest_of("token of " + HOST))
+    again.sync(access)
+    again.after(1)
+    assert again.told() == ["Night/Backup on web1 takes long"]
+
+
+@pytest.mark.parametrize("usual, took, fast", [
+    (10, 1.9, True), (10, 2.1, False), (0.5, 0.01, False)])
+def test_a_good_run_that_was_far_too_fast_is_told(house, web1, usual, took,
+                                                  fast):
+    twenty(house, web1, usual)
+    house.runs(web1, house.record(started=NOW - took))
+    assert house.told() == ["Night/Backup on web1 was suspiciously fast"
+                            ] * fast
+    house.runs(web1, house.record())
+    assert house.told() == ["Night/Backup on web1 takes its usual time again"
+                            ] * fast
+
+
+# ==========================================================================
+# Hosts
+# ==========================================================================
+
+def test_a_silent_host_is_one_alert_and_its_jobs_are_unknown(house, web1):
+    house.sync(web1, next={"root\nbackup": NOW + 60, "root\ncrawl": NOW + 60})
+    house.runs(web1, house.record("running", started=NOW, next=NOW + 60))
+    house.after(89)
+    assert house.told() == []
+    house.after(1)
+    assert house.told() == ["web1 is silent"]
+    assert house.state["hosts"][0]["state"] == "silent"
+    assert {job["state"] for job in house.state["jobs"]} == {"unknown"}
+    for _ in range(50):
+        house.after(100)
+    assert house.told() == [] and kinds(house) == ["silent"]
+    house.sync(web1)
+    assert house.told() == ["web1 is back"]
+    assert house.job()["state"] == "running"
+    house.after(29)
+    assert house.told() == []       # it may have much to tell
+    house.sync(web1)
+    alive(house, web1, 40)
+    assert house.told() == ["Night/Backup on web1 is late",
+                            "Night/Crawl on web1 is late"]
+
+
+def test_a_host_that_may_be_silent_has_no_late_jobs(house, web1):
+    """It was heard of shortly before the start, and not since."""
+    house.sync(web1, next={"root\nbackup": NOW + 10})
+    house.after(40)
+    house.sync(web1)
+    for _ in range(9):
+        house.after(10)
+    assert house.told() == ["web1 is silent"]
+
+
+def test_a_host_that_polls_slowly_is_not_silent(house, web1):
+    for _ in range(20):
+        house.after(80)
+        house.sync(web1)
+    assert house.told() == []
+
+
+def test_a_host_that_never_came_is_new_and_not_silent(house):
+    house.join()
+    house.after(9999)
+    assert house.told() == [] and house.state["hosts"][0]["state"] == "new"
+
+
+def test_a_watch_that_comes_early_is_repeated(house, web1):
+    """The dashboard was restarted: nobody can have been heard of."""
+    house.clock.time += DAY
+    again = house.again()
+    again.do(again.hub.look_at_host, HOST, again.now)
+    assert again.told() == []
+
+
+def test_after_a_restart_hosts_have_time_to_come_back(house, web1):
+    house.clock.time += DAY
+    again = house.again()
+    again.hub.turn()
+    assert again.told() == []
+    again.after(89)
+    assert again.told() == []
+    again.after(2)
+    assert again.told() == ["web1 is silent"]
+    more = again.again()
+    more.after(200)
+    assert more.told() == []        # it was told
+    assert more.state["hosts"][0]["state"] == "silent"
+
+
+# ==========================================================================
+# Checks
+# ==========================================================================
+
+def test_a_check_is_told_when_it_is_overdue_and_when_it_is_back(house):
+    check = house.do(house.hub.make_check, house.dash, {"name": "Sync"},
+                     NOW)["id"]
+    house.ping(check)
+    house.after(DAY + HOUR)
+    assert house.told() == ["Sync is overdue"] and kinds(house) == ["overdue"]
+    house.after(DAY)
+    house.ping(check)
+    assert house.told() == ["Sync is up"] and kinds(house) == []
+    house.ping(check, action="fail")
+    house.ping(check, action="fail")
+    assert house.told() == ["Sync failed"] and kinds(house) == ["failed"]
+
+
+# ==========================================================================
+# Snooze
+# ==========================================================================
+
+def snooze(house, subject: str, seconds: float) -> None:
+    house.do(house.hub.snooze, house.dash, {
+        "subject": subject, "until": house.now + seconds if seconds else 0},
+        house.now)
+
+
+def test_what_is_snoozed_is_shown_and_not_told(house, web1):
+    snooze(house, "job:1", HOUR)
+    assert house.job() is not None and house.job()["snoozed"] == NOW + HOUR
+    house.runs(web1, house.record(exit=1))
+    assert house.told() == [] and house.job()["state"] == "failed"
+    house.runs(web1, house.record())
+    assert house.told() == []       # neither its end: nobody knew
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_stands_when_the_snooze_is_over_is_told_then(house, web1, early):
+    snooze(house, "job:1", HOUR)
+    house.runs(web1, house.record(exit=1))
+    if early:
+        snooze(house, "job:1", 0)
+    else:
+        alive(house, web1, HOUR + 20)
+    assert len(house.told()) == 1 and house.job()["snoozed"] == 0
+    house.runs(web1, house.record())
+    assert house.told() == ["Night/Backup on web1 works again"]
+
+
+def test_a_snooze_is_kept_over_a_restart(house, web1):
+    snooze(house, f"host:{HOST}", HOUR)
+    again = house.again()
+    again.after(100)
+    assert again.told() == []
+    again.after(HOUR)
+    assert len(again.told()) == 1
+
+
+@pytest.mark.parametrize("subject", [
+    "job:99", "job:x", "job:", "host:" + "d" * 32, "check:1", "", "job:²",
+    "moon:1", "job:" + "9" * 40])
+def test_only_what_there_is_can_be_snoozed(house, web1, subject):
+    with refused(404):
+        snooze(house, subject, 60)
+
+
+# ==========================================================================
+# Telling
+# ==========================================================================
+
+class Listener(http.server.BaseHTTPRequestHandler):
+    """Keeps what is posted, and answers as it is told."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.got.append((self.path, dict(self.headers), body))
+        if self.server.sleeps:
+            time.sleep(self.server.sleeps)
+        self.send_response(self.server.status)
+        if self.server.status == 302:
+            self.send_header("Location", "/elsewhere")
+        self.send_header("Content-Length", "3")
+        self.end_headers()
+        self.wfile.write(b"ok\n")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def listener():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener)
+    server.got, server.status, server.sleeps = [], 200, 0
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def tell(house) -> None:
+    """One round of the herald, with the hub driven by hand."""
+    herald = koitab.Herald(house.hub)
+    threads = herald.round()
+    until = time.monotonic() + 10
+    while any(thread.is_alive() for thread in threads):
+        house.hub.turn()
+        time.sleep(0.002)
+        assert time.monotonic() < until
+    house.hub.turn()
+
+
+@pytest.fixture
+def quiet(house):
+    """No channel but those that the test makes."""
+    house.do(house.hub.change_channel, house.dash,
+             {"do": "delete", "id": 1}, NOW)
+    return house
+
+
+def fail(house) -> None:
+    web1 = house.join()
+    house.runs(web1, house.record(exit=1, name='Bäck"up\r\nBcc: x'))
+
+
+def test_a_webhook_gets_json_with_a_key(quiet, listener):
+    quiet.channel("webhook", listener.url + "/hook?a=b")
+    fail(quiet)
+    tell(quiet)
+    (path, headers, body), = listener.got
+    body = json.loads(body)
+    assert path == "/hook?a=b"
+    assert headers["Idempotency-Key"] == body["key"]
+    assert (body["kind"], body["state"], body["subject"], body["dash"]) == (
+        "failed", "on", "job:1", quiet.dash)
+    assert quiet.rows("select * from letters") == []
+    channel, = quiet.ask(quiet.hub.channels, quiet.dash)["channels"]
+    assert (channel["last"], channel["error"]) == (NOW, "")
+
+
+def test_ntfy_gets_a_title_a_priority_and_a_tag(quiet, listener):
+    quiet.channel("ntfy", listener.url + "/topic")
+    fail(quiet)
+    tell(quiet)
+    (path, headers, body), = listener.got
+    assert headers["Title"].startswith("=?utf-8?")
+    assert headers["Priority"] == "high" and headers["Tags"] == "warning"
+    assert "Bcc" not in headers and b"exit status 1" in body
+
+
+def test_a_password_in_an_address_is_sent_and_never_shown(quiet, listener):
+    url = listener.url.replace("http://", "http://me:geh%20eim@")
+    quiet.channel("webhook", url)
+    listener.status = 500
+    fail(quiet)
+    tell(quiet)
+    assert listener.got[0][1]["Authorization"] == "Basic bWU6Z2VoIGVpbQ=="
+    channel, = quiet.ask(quiet.hub.channels, quiet.dash)["channels"]
+    assert "geh" not in json.dumps(channel) and "***@" in channel["target"]
+
+
+@pytest.mark.parametrize("status, words", [
+    (500, "it answered 500"), (404, "it answered 404"),
+    (302, "redirects are not followed")])
+def test_what_fails_is_told_again_later_for_a_day(quiet, listener, status,
+                                                  words):
+    quiet.channel("webhook", listener.url)
+    check = quiet.do(quiet.hub.make_check, quiet.dash, {"name": "x"},
+                     NOW)["id"]
+    quiet.ping(check, action="fail")
+    listener.status = status
+    tell(quiet)
+    channel, = quiet.ask(quiet.hub.channels, quiet.dash)["channels"]
+    assert words in channel["error"] and channel["last"] is None
+    tell(quiet)
+    assert len(listener.got) == 1       # not at once
+    waits = []
+    for _ in range(12):
+        due, = quiet.rows("select due from letters")[0]
+        waits.append(due - quiet.now)
+        quiet.clock.time = due
+        tell(quiet)
+    assert waits[:3] == [15, 30, 60] and max(waits) == HOUR
+    keys = {dict(headers)["Idempotency-Key"]
+            for _, headers, _ in listener.got}
+    assert len(keys) == 1
+    quiet.clock.time = NOW + DAY + 1
+    tell(quiet)
+    assert quiet.rows("select * from letters") == []
+
+
+def test_the_other_channel_is_told_though_one_hangs(quiet, listener,
+                                                    monkeypatch):
+    monkeypatch.setattr(koitab, "TELL_TIME", 0.3)
+    dead = socket.socket()
+    dead.bind(("127.0.0.1", 0))
+    dead.listen()               # it accepts, and never says a word
+    quiet.channel("webhook", f"http://127.0.0.1:{dead.getsockname()[1]}/")
+    quiet.channel("webhook", listener.url)
+    fail(quiet)
+    began = time.monotonic()
+    tell(quiet)
+    assert time.monotonic() - began < 3
+    dead.close()
+    assert len(listener.got) == 1
+    errors = [channel["error"] != "" for channel in quiet.ask(
+        quiet.hub.channels, quiet.dash)["channels"]]
+    assert errors == [True, False]
+
+
+def test_a_channel_is_told_by_one_thread_at_a_time(quiet, listener):
+    quiet.channel("webhook", listener.url)
+    listener.sleeps = 0.2
+    fail(quiet)
+    herald = koitab.Herald(quiet.hub)
+    threads = herald.round() + herald.round()
+    while any(thread.is_alive() for thread in threads):
+        quiet.hub.turn()
+        time.sleep(0.002)
+    assert len(listener.got) == 1
+
+
+def test_an_answer_that_drips_is_cut_off(monkeypatch):
+    monkeypatch.setattr(koitab, "TELL_TIME", 0.4)
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def drip():
+        connection, _ = server.accept()
+        try:
+            connection.sendall(b"HTTP/1.1 ")
+            for _ in range(40):
+                connection.sendall(b"x")
+                time.sleep(0.1)
+        except OSError:
+            pass
+        connection.close()
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    began = time.monotonic()
+    with pytest.raises(Exception):
+        koitab.web_post(f"http://127.0.0.1:{server.getsockname()[1]}/",
+                        b"", {})
+    assert time.monotonic() - began < 2
+    thread.join()
+    server.close()
+
+
+def test_mail_goes_through_sendmail_with_clean_headers(house, tmp_path,
+                                                       monkeypatch):
+    program, kept = tmp_path / "sendmail", tmp_path / "mail"
+    program.write_text(f"#!/bin/sh\necho \"$@\" > {kept}.args\n"
+                       f"exec cat > {kept}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(koitab, "SENDMAILS", (str(program),))
+    fail(house)
+    tell(house)
+    assert (tmp_path / "mail.args").read_text() == "-i -- ops@example.org\n"
+    message = email.message_from_bytes(kept.read_bytes(),
+                                       policy=email.policy.default)
+    assert message["Bcc"] is None and message["To"] == "ops@example.org"
+    assert message["Subject"] == \
+        r'koi: Night/Bäck"up\x0d\x0aBcc: x on web1 failed'
+    assert message["Message-ID"] and "exit status 1" in message.get_content()
+    assert house.rows("select * from letters") == []
+
+
+def test_a_sendmail_that_fails_is_shown(house, tmp_path, monkeypatch):
+    program = tmp_path / "sendmail"
+    program.write_text("#!/bin/sh\necho no route >&2; exit 75\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(koitab, "SENDMAILS", (str(program),))
+    fail(house)
+    tell(house)
+    assert house.ask(house.hub.channels, house.dash)["channels"][0][
+        "error"] == "sendmail says no route"
+
+
+@pytest.mark.parametrize("kind, target", [
+    ("mail", "-oQ/tmp"), ("mail", "a@b c@d"), ("mail", "root"),
+    ("mail", "a@b\nBcc: c"), ("mail", "a@b,c@d"), ("webhook", "ftp://x/"),
+    ("webhook", "file:///etc/passwd"), ("webhook", "http://"),
+    ("webhook", "http://x/ y"), ("webhook", "http://x/\r\nA: b"),
+    ("ntfy", "javascript:1"), ("ntfy", "http://x:99999/"), ("sms", "1"),
+    ("webhook", "http://é/"), ("webhook", "http://x:0/")])
+def test_a_channel_that_is_none_is_refused(house, kind, target):
+    with refused(400):
+        house.channel(kind, target)
+
+
+def test_a_test_letter_can_be_asked_for(quiet, listener):
+    channel = quiet.channel("webhook", listener.url)
+    quiet.do(quiet.hub.change_channel, quiet.dash,
+             {"do": "test", "id": channel}, NOW)
+    tell(quiet)
+    assert json.loads(listener.got[0][2])["kind"] == "test"
+    with refused(404):
+        quiet.do(quiet.hub.change_channel, quiet.dash,
+                 {"do": "test", "id": 99}, NOW)
+
+
+def test_what_was_decided_is_told_after_a_crash(quiet, listener):
+    """The letter stands in the transaction of its cause."""
+    quiet.channel("webhook", listener.url)
+    fail(quiet)
+    again = quiet.again()
+    tell(again)
+    assert len(listener.got) == 1
+    more = again.again()
+    more.after(60)
+    tell(more)
+    assert len(listener.got) == 1
+
+
+def test_the_herald_is_woken_by_what_is_to_be_told(tmp_path, listener):
+    house = House(tmp_path / "d.db", koitab.Clock())
+    house.channel("webhook", listener.url)
+    web1 = house.join()
+    house.hub.start()
+    herald = koitab.Herald(house.hub)
+    herald.start()
+    time.sleep(0.1)
+    began = time.monotonic()
+    house.hub.do(house.hub.sync, web1, {
+        "v": 1, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
+        "records": [{**house.record(exit=1), "ended": time.time()}]},
+        time.time())
+    support.wait_until(lambda: listener.got, 5)
+    assert time.monotonic() - began < 2
+    support.wait_until(lambda: house.rows("select * from letters") == [], 5)
+    herald.stop()
+    house.hub.stop()
