@@ -5784,7 +5784,8 @@ class Bridge:
             run = self.begin_run(asked) if asked["do"] == "run" else \
                 self.end_run(asked)
         except (Forged, Error) as no:
-            if used is None and asked["exp"] > self.clock.now() * 1000:
+            if used is None and not self.store.trouble \
+                    and asked["exp"] > self.clock.now() * 1000:
                 # For good: or it would run when what is wrong has passed.
                 self.daemon.write(self.store.use(nonce, self.clock.now(), 0))
             return self.refusal(nonce, str(no))
