@@ -3903,6 +3903,11 @@ SHOWN_COLUMNS = ", ".join(f"r.{name}" for name in COLUMNS_OF_RUN) \
     + ", j.user, j.identity, j.section, j.name, j.label"
 
 
+def fresh_epoch() -> int:
+    """By which a dashboard tells two histories of one host apart."""
+    return int.from_bytes(os.urandom(6), "big")
+
+
 class Store:
     """The history of runs."""
 
@@ -3977,9 +3982,8 @@ class Store:
         os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY
                          | os.O_CLOEXEC, 0o600))
         db = sqlite3.connect(fresh, isolation_level=None)
-        epoch = int.from_bytes(os.urandom(6), "big")
         db.executescript(f"pragma synchronous=full; begin; {TABLES} insert "
-                         f"into meta values ('epoch', {epoch}); pragma "
+                         f"into meta values ('epoch', {fresh_epoch()}); pragma "
                          f"application_id={APPLICATION}; pragma "
                          f"user_version={SCHEMA}; commit")
         db.close()
@@ -4164,8 +4168,11 @@ class Store:
         status = os.stat(self.path)
         place = f"{status.st_dev}:{status.st_ino}"
         if self.noted("place") != place:
+            # The numbers of the next runs may have been used before, too.
             self.waiting += [self.note("place", place),
-                             self.note("began", repr(now))]
+                             self.note("began", repr(now)),
+                             self.note("epoch", str(fresh_epoch())),
+                             self.note("told before", str(self.sent or 0))]
             return now
         return self.noted_time("began")
 
@@ -5515,9 +5522,8 @@ class Bridge:
         """The first use of keys: what a judge needs is loaded now."""
         import hashlib, hmac    # noqa: E401, F401
         self.since = self.store.began(self.clock.now())
-        if self.store.sent is None:
-            self.store.sent = 0
-            self.daemon.write([self.store.note("sent", "0")])
+        first, self.store.sent = self.store.sent is None, self.store.sent or 0
+        self.daemon.write([self.store.note("sent", "0")] if first else [])
         self.start_at = 0.0
 
     def start(self) -> None:
@@ -5675,7 +5681,8 @@ class Bridge:
 
     def batch(self, request: dict) -> dict:
         """Runs that changed, and the list of jobs if it is another."""
-        rows = self.store.unsent(int(request["after"]),
+        told = self.store.noted("told before")  # under another epoch
+        rows = self.store.unsent(max(int(request["after"]), int(told or 0)),
                                  max(1, min(int(request["most"]),
                                             MOST_RECORDS)))
         body, mac, sha = self.list_of_jobs()

@@ -185,12 +185,15 @@ def judge_requests(house: House, load: Load) -> dict[str, int]:
         return states if all(state in FINAL for state in states.values()) \
             else None
     states = support.wait_until(settled, 90, "all requests to be settled")
+    wait_for_all_runs(house, load.home)
     taken = {nonce for nonce, was in load.requests.items() if was}
     assert taken <= set(states), "one that was taken is lost"
     assert set(states) <= set(load.requests)
-    of_runs = [nonce for nonce, in house.rows(
-        "select nonce from runs where nonce <> ''")]
-    assert len(of_runs) == len(set(of_runs)), "one has two runs"
+    of_runs = house.rows(
+        "select r.id from requests q join runs r on r.host = q.host and "
+        "r.epoch = q.epoch and r.n = q.n where q.state = 'accepted'")
+    assert len(of_runs) == len(set(of_runs)) == list(states.values()).count(
+        "accepted"), "two have one run, or one has none"
     support.wait_until(lambda: not [
         run for run in load.home.history(limit=500)
         if run["state"] in ("queued", "running")], 30, "the last to end")
