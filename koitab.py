@@ -9692,6 +9692,7 @@ MOST_WRITES = 8192      # that wait for the disk
 MOST_READS, MOST_READERS = 256, 4
 PING_BODY, SMALL_BODY = 2**20, 2**16
 SYNC_BODY, REQUEST_BODY = 2**23, 2**20
+TLS_BUFFER = 2**15      # two records
 INLINE_BODY = 2**15     # longer JSON is not read on the loop
 AHEAD = 2**16           # bytes of requests that wait for their turn
 SLOW_READER = 2**20     # bytes that a stream may be behind
@@ -11511,6 +11512,11 @@ class Front:
     def run(self, ready=None) -> str:
         """Serve until a signal says stop, or Hub cannot go on: then why."""
         import asyncio
+        if self.certificate:
+            # From 3.11 on each connection has a buffer of this size, by
+            # default 256 KiB: half a gigabyte for 2,000 hosts that wait.
+            from asyncio import sslproto
+            sslproto.SSLProtocol.max_size = TLS_BUFFER
         most = more_files()
         self.site.crowd.most = min(MOST_WIRES, max(most - 64, 16))
         # Children of ours are Alerts': no loop of ours may reap them.
@@ -11667,7 +11673,10 @@ class Front:
             self.told, self.site.expires = now, self.certificate.expires
             trouble = self.certificate.trouble(self.site.clock.now())
             if trouble:
+                self.site.hub.faults["certificate"] = trouble   # on the page
                 self.site.say(f"warning: {trouble}")
+            else:
+                self.site.hub.faults.pop("certificate", None)
         self.loop.call_later(1.0, self.tend)
 
     def hub_broken(self) -> str:

@@ -1178,6 +1178,8 @@ def test_https_is_new_and_its_certificate_is_shown_and_read_again(
         assert ":".join(f"{byte:02X}" for byte in hashlib.sha256(
             shown).digest()) in found.log()
         assert "warning: " in found.log() and "expires on" in found.log()
+        assert "expires on" in found.ask("GET", "/api/v1/state", token=API
+                                         ).json["troubles"][0]
         old = ssl.create_default_context(cafile=made.cert)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # that it is old
@@ -1199,6 +1201,18 @@ def test_https_is_new_and_its_certificate_is_shown_and_read_again(
         found.tls = ssl.create_default_context(cafile=fresh.cert)
         assert found.ask("GET", "/healthz").body == b"OK"
         found.no_fault()
+
+
+def test_a_connection_by_tls_costs_no_quarter_of_a_megabyte(tmp_path, made,
+                                                           trust):
+    with Dashboard(tmp_path, "--cert", made.cert, "--key", made.key,
+                   tls=trust) as found, contextlib.ExitStack() as stack:
+        for _ in range(10):
+            stack.enter_context(found.client()).ask("GET", "/healthz")
+        before = rss(found.process.pid)
+        for _ in range(100):
+            stack.enter_context(found.client()).ask("GET", "/healthz")
+        assert rss(found.process.pid) - before < 100 * 120      # kB
 
 
 def test_noise_on_the_tls_port_is_no_news(tmp_path, made, trust):
