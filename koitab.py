@@ -11498,6 +11498,14 @@ class Certificate:
             if now > self.expires - CERTIFICATE_SOON else ""
 
 
+# Loaded when we start: a Python that is upgraded underneath has other files.
+NEEDED = tuple(
+    "base64 binascii calendar email.header email.message email.policy "
+    "email.utils hashlib heapq hmac html http.client ipaddress json queue re "
+    "secrets sqlite3 ssl struct subprocess threading unicodedata urllib.parse "
+    "uuid zlib".split())
+
+
 class Front:
     """The sockets of a Site, from the first call to the last answer."""
 
@@ -11512,6 +11520,9 @@ class Front:
     def run(self, ready=None) -> str:
         """Serve until a signal says stop, or Hub cannot go on: then why."""
         import asyncio
+        from importlib import import_module
+        for name in NEEDED:
+            import_module(name)
         if self.certificate:
             # From 3.11 on each connection has a buffer of this size, by
             # default 256 KiB: half a gigabyte for 2,000 hosts that wait.

@@ -1133,6 +1133,52 @@ def test_a_fault_of_ours_is_told_in_a_line_and_the_rest_goes_on(tmp_path):
         assert found.ask("GET", "/healthz").status == 200
 
 
+BROKEN = """
+def broken(self, db):
+    self.broken = "the disk lies"
+    raise k.Error("no", "", 503)
+k.Hub.health = broken
+"""
+
+
+def test_when_the_database_cannot_be_believed_it_ends_and_says_why(tmp_path):
+    with Dashboard(tmp_path, patch=BROKEN) as found:
+        assert found.ask("GET", "/healthz").status == 503
+        assert found.process.wait(10) == 1
+        assert "the dashboard cannot go on: the disk lies" in found.log()
+
+
+def test_all_that_is_loaded_late_was_loaded_at_the_start(tmp_path):
+    """A Python that is upgraded underneath has no files for us any more."""
+    patch = """
+front = k.Front.serve
+async def serve(self, loop, ready):
+    import builtins
+    known, load = set(sys.modules), builtins.__import__
+    def only_known(name, *rest):
+        if name not in known:
+            raise ImportError(f"{name} is loaded late")
+        return load(name, *rest)
+    builtins.__import__ = only_known
+    await front(self, loop, ready)
+k.Front.serve = serve
+"""
+    with Dashboard(tmp_path, patch=patch) as found:
+        found.settle()
+        uuid = found.check()
+        badge = found.ask("GET", "/api/v1/state", token=API).json["dash"][
+            "badge_key"]
+        for path in ("/", f"/ping/{uuid}?rid={uuid}", "/metrics", "/healthz",
+                     f"/badge/{badge}/all.svg", "/api/v1/search?q=abc",
+                     f"/api/v1/checks/{uuid}/pings", "/api/v1/audit"):
+            assert found.ask("GET", path, token=API).status == 200, path
+        for path in ("/nope", "/%", "/api/v1/runs/1/output"):
+            assert found.ask("GET", path, token=API).status in (400, 404)
+        assert found.ask("POST", "/api/v1/sync", dashboard.sync_of(
+            ), HOST_TOKEN).status == 200
+        found.no_fault()
+
+
 @support.root_only
 def test_a_full_disk_is_told_and_what_there_is_can_be_read(tmp_path):
     support.need("unshare")
