@@ -6090,6 +6090,7 @@ PAGE_HTML = r"""<!doctype html>
 browser. `koitab status`, `history` and `log` show the same in a
 terminal.</noscript>
 <div id="plain" role="note" hidden></div>
+<div id="troubles" role="status" hidden></div>
 <header id="top"></header>
 <main id="main" tabindex="-1"></main>
 <div id="told" class="away" aria-live="polite"></div>
@@ -6244,7 +6245,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 @keyframes turn { to { transform: rotate(1turn); } }
 
 /* The bar at the top */
-#plain {
+#plain, #troubles {
   padding: 8px 20px; background: var(--bad-bg); color: var(--bad);
   border-bottom: 1px solid var(--bad-line);
 }
@@ -7267,7 +7268,7 @@ const KEY_OF = { hosts: (h) => h.id, jobs: (j) => j.id, checks: (c) => c.id,
 function learn(state) {
   ahead = state.now - Date.now() / 1000;
   Object.assign(known, { seq: state.seq, dash: state.dash,
-    version: state.version });
+    version: state.version, troubles: state.troubles || [] });
   session.role = state.role;
   session.dash = state.dash.id;
   for (const [kind, key] of Object.entries(KEY_OF)) {
@@ -7469,6 +7470,7 @@ const shell = {
     this.view = null;
     jobList = null;
     document.body.classList.remove("open");
+    $("#troubles").hidden = true;
     $("#top").replaceChildren();
     document.title = "koi";
     favicon("none");
@@ -7541,6 +7543,9 @@ const shell = {
   },
 
   worst() {
+    const troubles = $("#troubles");
+    troubles.hidden = !known.troubles?.length;
+    troubles.textContent = (known.troubles || []).join(" ");
     const bad = [...known.jobs.values(), ...known.checks.values()].filter(
       (one) => BAD.has(one.state) && !snoozed(one)).length;
     this.bad = bad;
@@ -8365,6 +8370,7 @@ function hostHeading(host, id) {
 }
 
 function hostStateWords(host) {
+  if (host.state === "left") return "has left the dashboard";
   if (host.state === "twin") return "two daemons use this host\u2019s "
     + "identity";
   if (host.state === "new" || !host.seen) return "has not called yet";
@@ -8832,7 +8838,10 @@ class Output {
       { signal: this.abort.signal });
     this.live = answer.live;
     this.size = 0;
-    const groups = grouped(answer.chunks);
+    // What a live run has written is read from its beginning, as it comes.
+    const flows = answer.live && answer.size < 4e6;
+    if (flows) this.size = answer.chunks[0]?.[0] || 0;
+    const groups = flows ? [] : grouped(answer.chunks);
     const lines = groups.reduce((sum, one) => sum + one.lines, 0);
     this.scale = Math.min(1, TALLEST / (LINE_HEIGHT * Math.max(lines, 1)));
     for (const { at, size, lines: count } of groups) {
@@ -8853,16 +8862,59 @@ class Output {
 
   add(at, size, lines) {
     const last = this.blocks[this.blocks.length - 1];
-    const block = { at, size, lines, index: this.blocks.length,
-      number: last ? last.number + last.lines : 1, end: null, shown: null,
-      root: el("div", { class: "block" }) };
-    block.root.block = block;
-    this.closed(block);
+    const block = this.block({ at, size, lines }, this.blocks.length,
+      last ? last.number + last.lines : 1);
     this.blocks.push(block);
     this.size = at + size;
     this.sheet.append(block.root);
     this.eye.observe(block.root);
     return block;
+  }
+
+  block(part, index, number) {
+    const block = { ...part, index, number, end: null, shown: null,
+      root: el("div", { class: "block" }) };
+    block.root.block = block;
+    this.closed(block);
+    return block;
+  }
+
+  // A chunk may hold a megabyte. When it is looked at it becomes blocks, cut
+  // between frames.
+  async split(block) {
+    const parts = [], end = block.at + block.size;
+    for (let at = block.at; at < end;) {
+      const { frames, used } = framesOf(await this.bytes(at,
+        Math.min(end - at, 2 ** 20)));
+      for (const [, , data] of frames) {
+        parts.push([at, 9 + data.length, newlines(data)]);
+        at += 9 + data.length;
+      }
+      if (!used) break;
+    }
+    const finer = grouped(parts);
+    block.whole = true;
+    if (finer.length < 2 || !this.blocks.includes(block)) return;
+    let number = block.number;
+    const made = finer.map((part) => {
+      const one = this.block({ ...part, whole: true }, 0, number);
+      number += part.lines;
+      return one;
+    });
+    this.eye.unobserve(block.root);
+    this.near.delete(block);
+    block.root.replaceWith(...made.map((one) => one.root));
+    this.blocks.splice(block.index, 1, ...made);
+    this.blocks.forEach((one, index) => { one.index = index; });
+    for (const one of made) this.eye.observe(one.root);
+  }
+
+  // The block that a question picks, cut if it is too large to be drawn.
+  async fine(pick) {
+    const block = pick();
+    if (!block || !tooLarge(block)) return block;
+    await this.split(block);
+    return pick();
   }
 
   // Where to begin: a place that was asked for, or the end of what failed.
@@ -8903,10 +8955,13 @@ class Output {
     if (block.shown) return;
     if (block.coming) return block.coming;
     this.loading.add(block);
-    block.coming = this.linesOf(block).then((lines) => {
+    block.coming = (tooLarge(block) ? this.split(block).then(() =>
+      this.blocks[block.index] === block && this.linesOf(block))
+      : this.linesOf(block)).then((lines) => {
+      if (!lines) return;
       block.shown = lines;
       this.draw(block);
-    }, (error) => {
+    }).catch((error) => {
       if (error.name !== "AbortError") this.lost(block, error);
     });
     await block.coming;
@@ -8959,6 +9014,9 @@ class Output {
   async bytes(from, len) {
     const reply = await fetched(this.path(`output?from=${from}&len=${len}`),
       { signal: this.abort.signal });
+    if (+reply.headers.get("X-Koi-From") > from) {
+      throw new Refusal(0, "these lines come again when the run has ended");
+    }
     return new Uint8Array(await reply.arrayBuffer());
   }
 
@@ -9044,6 +9102,7 @@ class Output {
         { signal: this.abort.signal });
         const bytes = new Uint8Array(await reply.arrayBuffer());
         this.live = reply.headers.get("X-Koi-Live") === "1";
+        this.skip(+reply.headers.get("X-Koi-From"));
         this.grow(bytes);
         wait = this.live ? 10 : 0;
         if (!this.live && !bytes.length) break;
@@ -9062,6 +9121,16 @@ class Output {
     this.more.hidden = true;
     this.show();
     if (!this.size) this.nothing();
+  }
+
+  // While a run goes on only the last part of a long output is there.
+  skip(from) {
+    if (!(from > this.size)) return;
+    const tail = this.newTail(this.blocks[this.blocks.length - 1]);
+    tail.terminal.note(0, utf8(`${bytesWords(from - this.size)} are left out `
+      + "until the run has ended"));
+    this.size = from;
+    tail.at = from;
   }
 
   grow(bytes) {
@@ -9162,7 +9231,7 @@ class Output {
   // --- going to a place
 
   async toEnd() {
-    const last = this.blocks[this.blocks.length - 1];
+    const last = await this.fine(() => this.blocks[this.blocks.length - 1]);
     if (!last) return;
     this.goingToEnd = true;
     this.pane.scrollTop = this.pane.scrollHeight;
@@ -9173,8 +9242,8 @@ class Output {
 
   async toLine(number) {
     this.line = number;
-    const block = this.blocks.find((one) => number < one.number + one.lines)
-      || this.blocks[this.blocks.length - 1];
+    const block = await this.fine(() => this.blocks.find((one) =>
+      number < one.number + one.lines) || this.blocks[this.blocks.length - 1]);
     for (const old of this.sheet.querySelectorAll(".here")) {
       old.classList.remove("here");
     }
@@ -9183,10 +9252,10 @@ class Output {
   }
 
   async toByte(at) {
-    const block = this.blocks.find((one) => at < one.at + one.size)
-      || this.blocks[this.blocks.length - 1];
-    await this.toNode(block, (root) => $(".hit", root) || root.firstChild);
-    this.count();
+    if (this.query) return this.find(at);
+    const block = await this.fine(() => this.blocks.find((one) =>
+      at < one.at + one.size) || this.blocks[this.blocks.length - 1]);
+    await this.toNode(block, (root) => root.firstChild);
   }
 
   async toNode(block, pick) {
@@ -9211,7 +9280,8 @@ class Output {
     this.findTimer = setTimeout(() => this.find(), 350);
   }
 
-  async find() {
+  // All hits, and the first of them at or after a byte.
+  async find(from = 0) {
     clearTimeout(this.findTimer);
     const query = this.query = this.finder.value.toLowerCase();
     this.hits = [];
@@ -9219,7 +9289,8 @@ class Output {
     this.remark();
     if (!query) return this.count();
     let searched = 0;
-    for (const block of this.blocks) {
+    for (let i = 0; i < this.blocks.length; i += 1) {
+      const block = await this.fine(() => this.blocks[i]);
       const { lines } = block.terminal || await this.parse(block);
       if (query !== this.query || this.abort.signal.aborted) return;
       lines.forEach((line, index) => {
@@ -9229,7 +9300,11 @@ class Output {
       });
       searched += block.size;
       this.count(searched < this.size ? searched : 0);
-      if (this.hit < 0 && this.hits.length) this.step(1);
+      if (this.hit < 0 && block.at + block.size > from
+          && this.hits.some((one) => one.block === block)) {
+        this.hit = this.hits.findIndex((one) => one.block === block) - 1;
+        this.step(1);
+      }
       if (this.hits.length >= MOST_HITS) break;
     }
     this.count();
@@ -9317,6 +9392,17 @@ class Output {
     this.eye.disconnect();
     clearTimeout(this.findTimer);
   }
+}
+
+const tooLarge = (block) => !block.terminal && !block.whole
+  && (block.size > 2 * BLOCK_BYTES || block.lines > 2 * BLOCK_LINES);
+
+function newlines(bytes) {
+  let count = 0;
+  for (let at = bytes.indexOf(10); at >= 0; at = bytes.indexOf(10, at + 1)) {
+    count += 1;
+  }
+  return count;
 }
 
 const isHit = (text, query) => text.toLowerCase().includes(query);
@@ -10226,8 +10312,22 @@ class Day {
     location.hash = this.path(middle, this.hours);
   }
 
-  fetch() {
-    return ask(`day?from=${Math.floor(this.from)}&to=${Math.ceil(this.to)}`);
+  // When there is too much for one answer, `to` tells how far it goes.
+  async fetch() {
+    const rows = new Map(), to = Math.ceil(this.to);
+    for (let from = Math.floor(this.from), asked = 0; from < to
+        && asked < 10; asked += 1) {
+      const answer = await ask(`day?from=${from}&to=${to}`);
+      for (const row of answer.rows) {
+        const all = rows.get(row.job) || { job: row.job, bars: [],
+          missing: [] };
+        all.bars.push(...row.bars);
+        all.missing.push(...row.missing);
+        rows.set(row.job, all);
+      }
+      from = answer.to > from ? answer.to : to;
+    }
+    return { rows: [...rows.values()] };
   }
 
   again() {
@@ -10863,7 +10963,7 @@ function hostTable() {
       const jobs = [...known.jobs.values()].filter((job) =>
         job.host === host.id);
       const state = { up: "ok", silent: "unknown", twin: "late",
-        new: "new" }[host.state] || "unknown";
+        new: "new", left: "paused" }[host.state] || "unknown";
       return el("tr", {}, el("td", { class: "wraps" }, el("b", {
         text: host.name }),
         (host.troubles || []).map((text) => el("div", { class: "error",
@@ -10909,10 +11009,10 @@ function settingsView(place, root) {
   root.append(el("h1", { text: "Settings" }), el("section", { class: "part" },
     el("h2", { text: "This dashboard" }), el("p", {}, "Its address, to "
     + "bookmark or to pass on:"), snippet(mine)), viewerPart(),
-  el("section", { class: "part" }, el("h2", { text: "Ping key" }),
-    el("p", {}, "With it a check is pinged by its slug, and made by the "
-    + "first ping:"), snippet(`curl -fsS -m 10 ${origin()}/ping/${
-      dash.ping_key}/my-backup?create=1`)),
+  dash.ping_key ? el("section", { class: "part" }, el("h2", {
+    text: "Ping key" }), el("p", {}, "With it a check is pinged by its "
+    + "slug, and made by the first ping:"), snippet(`curl -fsS -m 10 ${
+    origin()}/ping/${dash.ping_key}/my-backup?create=1`)) : "",
   el("section", { class: "part" }, el("h2", { text: "Badges" }), el("p", {},
     "A small picture of a state, for a wiki or a README. It tells a colour "
     + "and nothing else:"), snippet(`${origin()}/badge/${dash.badge_key

@@ -42,9 +42,14 @@ def server():
 
 @pytest.fixture
 def page(browser, server):
+    """Logged in, at the list of jobs."""
     server.world.tries = 0
     browser.size(1280, 900)
-    log_in(browser, server)
+    if browser.js("return location.href.split('#')[0] !== arguments[0] || "
+                  "!document.body.classList.contains('open') || "
+                  "!isOperator()", server.url):
+        log_in(browser, server)
+    visit(browser, "jobs", ".row")
     return browser
 
 
@@ -499,6 +504,26 @@ def test_a_hundred_megabytes_scroll_in_a_bounded_page(page, server):
     visit(page, f"run/{server.world.big}/L654321", ".line.here")
     page.wait("document.querySelector('.line.here .text').textContent"
               ".startsWith('line 654321: ')")
+
+
+def test_one_large_chunk_becomes_blocks_when_it_is_looked_at(page, server):
+    visit(page, f"run/{server.world.lump}/L12345", ".line.here")
+    assert page.text(".line.here .text") == "part 12344 of it"
+    assert page.js("return document.querySelectorAll('.line').length") < 4000
+    assert page.js("return document.querySelectorAll('.block').length") > 30
+    page.type(".bar input", "part 19999")
+    page.wait("document.querySelector('.found').textContent === '1 of 1'")
+    page.wait("document.querySelector('.line.here .text').textContent === "
+              "'part 19999 of it'")
+
+
+def test_a_hit_of_the_search_leads_to_its_line(page, server):
+    visit(page, "search?q=step 3 took", ".hits a")
+    assert page.js("return document.querySelectorAll('.hits mark').length"
+                   ) >= 5
+    page.click(".hits a")
+    page.wait("document.querySelector('.line.hit.here')")
+    assert "step 3 took" in page.text(".line.hit.here")
 
 
 def test_a_live_run_is_followed_until_it_ends(page, server):
