@@ -6326,6 +6326,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .row > div { min-width: 0; }
 .c-name { display: flex; gap: 8px; align-items: baseline; }
 .c-name a { color: var(--ink); font-weight: 550; overflow: hidden;
+  flex-shrink: 0; max-width: 100%;
   text-overflow: ellipsis; white-space: nowrap; }
 .c-name .muted { font-size: 12.5px; white-space: nowrap; overflow: hidden;
   text-overflow: ellipsis; flex-shrink: 3; min-width: 0; }
@@ -6456,7 +6457,7 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .line { display: flex; min-height: 18px; border-left: 3px solid
   transparent; }
 .line.has-err { border-left-color: var(--b-bad); }
-.only-err .line:not(.has-err):not(.note) { display: none; }
+.only-err .line:not(.has-err):not(.ours) { display: none; }
 .no { flex: none; width: calc(var(--digits) + 24px); text-align: right;
   padding-right: 14px;
   color: var(--quiet); user-select: none; }
@@ -6466,9 +6467,9 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .at::before { content: attr(data-at); }
 .text { white-space: pre; padding-right: 16px; unicode-bidi: isolate; }
 .wrap .text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 0; }
-.line.note { color: var(--soft); font-style: italic;
+.line.ours { color: var(--soft); font-style: italic;
   padding-left: calc(var(--digits) + 24px); }
-.line.note .no { display: none; }
+.line.ours .no { display: none; }
 .line.hit { background: var(--mark); }
 .line.here { background: var(--here); box-shadow: inset 3px 0 0
   var(--accent); }
@@ -6641,7 +6642,7 @@ dialog > * + * { margin-top: 12px; }
   #top { flex-wrap: wrap; }
   #top nav { order: 9; flex-basis: 100%; overflow-x: auto; margin: 0; }
 }
-@media (max-width: 759px) {
+@media (max-width: 859px) {
   body { font-size: 15px; }
   #main { padding: 12px 12px 64px; }
   .open #top { padding: 6px 12px 2px; }
@@ -6671,6 +6672,10 @@ dialog > * + * { margin-top: 12px; }
   .bar .btn { padding: 3px 8px; }
   .login { margin-top: 5vh; padding: 20px; }
 }
+@media (max-width: 379px) {
+  .row { grid-template-areas: "name act" "is next" "last last"
+    "strip strip"; }
+}
 @media (forced-colors: active) {
   .bars path, .spark path { forced-color-adjust: none; }
   .row:focus-within { outline: 2px solid Highlight; }
@@ -6699,7 +6704,6 @@ const LETTERS = {   // a run in a strip -> its word, in singular and plural
   o: "ok", f: "failed", k: "killed", m: "missed", s: "skipped",
   i: "interrupted", u: "could not start", r: "running", q: "queued",
 };
-const FAILING = new Set(["f", "k", "i", "u"]);
 
 const TRIGGERS = {
   schedule: "its schedule", manual: "a person", "catch-up": "catching up",
@@ -7272,8 +7276,18 @@ function learn(state) {
   session.role = state.role;
   session.dash = state.dash.id;
   for (const [kind, key] of Object.entries(KEY_OF)) {
-    known[kind] = new Map((state[kind] || []).map((one) => [key(one), one]));
+    known[kind] = new Map((state[kind] || []).map((one) => [key(one),
+      readable(kind, one)]));
   }
+}
+
+// Names are shown in many places: what would turn or hide them in all.
+const NAMES = { jobs: ["label", "name", "section", "words", "user"],
+  hosts: ["name"], checks: ["name", "tags", "words"], alerts: ["text"] };
+
+function readable(kind, one) {
+  for (const name of NAMES[kind]) one[name] = visible(one[name] || "");
+  return one;
 }
 
 function forget() {
@@ -7288,7 +7302,9 @@ function learnMore(change) {
     before.set(job.id, known.jobs.get(job.id)?.state);
   }
   for (const [kind, key] of Object.entries(KEY_OF)) {
-    for (const one of change[kind] || []) known[kind].set(key(one), one);
+    for (const one of change[kind] || []) {
+      known[kind].set(key(one), readable(kind, one));
+    }
   }
   for (const [kind, ids] of Object.entries(change.gone || {})) {
     for (const id of ids) goneFrom(kind, id);
@@ -7610,8 +7626,6 @@ function zoneSwitch() {
       selected: value === zoneKind })));
 }
 
-const THEMES = ["auto", "light", "dark"];
-
 function showTheme(theme) {
   document.documentElement.dataset.theme = theme;
 }
@@ -7842,7 +7856,7 @@ function barKey(event) {
   return true;
 }
 
-const phone = matchMedia("(max-width: 759px)");
+const phone = matchMedia("(max-width: 859px)");
 const wide = matchMedia("(min-width: 1480px)");
 
 function strip(cells, host, hrefOf = (item) => `#/run/${item.cell[0]}`) {
@@ -8068,8 +8082,8 @@ class CheckRow extends JobRow {
       () => `#/check/${check.id}`) : null);
     this.put("spark", `${check.n}`, () => spark(check.strip, null));
     this.put("next", `${check.next} ${check.state}`, () => check.next
-      ? timeOf(check.next) : muted(check.state === "paused" ? "paused"
-        : "waits for a ping"));
+      ? timeOf(check.next) : muted({ paused: "paused",
+        down: "overdue" }[check.state] || "waits for a ping"));
     this.put("act", "", () => copyButton(() => pingUrl(check), "URL"));
   }
 }
@@ -8432,10 +8446,9 @@ const isBidi = (c) => c >= 0x202a && c <= 0x202e || c >= 0x2066
 const isControl = (c) => c < 0x20 || c >= 0x7f && c < 0xa0 || isBidi(c)
   || c === 0x2028 || c === 0x2029 || c === 0xfeff;
 
-// A control character as something that one can see.
+// A control character as something that one can see: ^G, <U+202E>.
 function glyph(c) {
-  if (c < 0x20) return String.fromCharCode(0x2400 + c);
-  if (c === 0x7f) return "\u2421";
+  if (c < 0x20 || c === 0x7f) return `^${String.fromCharCode(c ^ 64)}`;
   if (c < 0xa0) return `<${c.toString(16)}>`;
   return `<U+${c.toString(16).toUpperCase().padStart(4, "0")}>`;
 }
@@ -8448,6 +8461,8 @@ function visible(text) {
   }
   return seen;
 }
+
+const visibleLines = (text) => text.split("\n").map(visible).join("\n");
 
 const PLAIN = { fg: null, bg: null, bold: false, dim: false, italic: false,
   under: false, inverse: false, strike: false, href: "", err: false,
@@ -8972,7 +8987,7 @@ class Output {
 
   lost(block, error) {
     block.shown = [];
-    block.root.replaceChildren(el("div", { class: "line note",
+    block.root.replaceChildren(el("div", { class: "line ours",
       text: `koi: ${error.message} ${error.hint || ""}` }));
   }
 
@@ -9038,7 +9053,7 @@ class Output {
   lineNode(line, number) {
     const node = document.createElement("div");
     node.className = `line${line.err ? " has-err" : ""}${
-      line.note ? " note" : ""}`;
+      line.note ? " ours" : ""}`;
     const no = document.createElement("a");
     no.className = "no";
     if (number) {
@@ -9910,7 +9925,7 @@ async function signedJobs(host) {
   if (list.dash !== session.dash || list.host !== host
       || list.key !== keyId(key)) throw new Refusal(0, WORDS.keys);
   return list.jobs.map((text) => ({ ...JSON.parse(text), text,
-    on: list.name }));
+    on: visible(list.name) }));
 }
 
 // Compared without a hint, by time, of how far they are the same.
@@ -10029,7 +10044,7 @@ function formView(place, root) {
     return { spec, runs: runs.runs };
   }, ({ spec, runs }) => {
     // What the host signed is shown, and not what the dashboard says of it.
-    title.textContent = `Run ${spec.label}`;
+    title.textContent = `Run ${visible(spec.label)}`;
     const form = new RunForm(job, spec, runs);
     root.append(form.root);
     form.focus();
@@ -10108,7 +10123,7 @@ class RunForm {
   }
 
   question() {
-    const words = `Run ${this.spec.label} on ${this.spec.on}`;
+    const words = `Run ${visible(this.spec.label)} on ${this.spec.on}`;
     this.sure.replaceChildren(el("span", { text: "This job asks to be sure: "
       + "it starts at once." }), el("button", { class: "btn primary",
       type: "submit", text: words }), button("No", () => {
@@ -10245,8 +10260,7 @@ function commandParts(spec, fields) {
   return [...parts, visible(spec.command.slice(from))];
 }
 
-const shownValue = (value) => quoted(value).split("\n").map(visible)
-  .join("\n");
+const shownValue = (value) => visibleLines(quoted(value));
 
 // --- day: one day across hosts ----------------------------------------------
 
@@ -10682,7 +10696,7 @@ function pingRow(id, ping) {
       `checks/${id}/pings/${ping.n}/body`)).text());
     if (text !== null) {
       event.target.replaceWith(el("pre", { class: "command",
-        text: visible(text).replaceAll("\u240a", "\n") }));
+        text: visibleLines(text) }));
     }
   }, { class: "btn quiet" });
   return el("tr", {}, el("td", { class: "num", text: `#${ping.n}` }),

@@ -377,8 +377,7 @@ def test_nothing_is_wider_than_a_phone(page, server, width):
     (r"\x1b]8;;javascript:alert(1)\x1b\\x", "x"),
     (r"\x1b]8;;data:text/html,x\x1b\\x", "x"),
     (r"\x1b]8;;/relative\x1b\\x", "x"),
-    (r"a\x07b\x00c\x7fd", "a<control>\u2407</>b<control>\u2400</>c"
-     "<control>\u2421</>d"),
+    (r"a\x07b\x00c\x7fd", "a<control>^G</>b<control>^@</>c<control>^?</>d"),
     (r"a\u202eb\u2066c", "a<control><U+202E></>b<control><U+2066></>c"),
     (r"a\x9bb", "a<control><9b></>b"),
     (r"\x1b", ""),
@@ -458,7 +457,7 @@ def test_output_shows_streams_notes_times_and_a_line_of_its_own(page,
     assert page.text(".line.here .text").startswith("error: ENOSPC")
     assert "has-err" in page.js("return document.querySelector('.line.here')"
                                 ".className")
-    assert page.js("return document.querySelector('.line.note').textContent"
+    assert page.js("return document.querySelector('.line.ours').textContent"
                    ) == "koi: 2,048 bytes left out here"
     assert page.js("return document.querySelector('.text a').rel"
                    ) == "noopener noreferrer"
