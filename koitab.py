@@ -10838,6 +10838,7 @@ TLS_BUFFER = 2**14      # of each connection: a record; asyncio takes 2**18
 MOST_READS, MOST_READERS = 256, 4
 PING_BODY, SMALL_BODY = 2**20, 2**16
 SYNC_BODY, REQUEST_BODY = 2**23, 2**20
+TLS_BUFFER = 2**15      # two records
 INLINE_BODY = 2**15     # longer JSON is not read on the loop
 AHEAD = 2**16           # bytes of requests that wait for their turn
 SLOW_READER = 2**20     # bytes that a stream may be behind
@@ -12656,6 +12657,14 @@ class Certificate:
             if now > self.expires - CERTIFICATE_SOON else ""
 
 
+# Loaded when we start: a Python that is upgraded underneath has other files.
+NEEDED = tuple(
+    "base64 binascii calendar email.header email.message email.policy "
+    "email.utils hashlib heapq hmac html http.client ipaddress json queue re "
+    "secrets sqlite3 ssl struct subprocess threading unicodedata urllib.parse "
+    "uuid zlib".split())
+
+
 class Front:
     """The sockets of a Site, from the first call to the last answer."""
 
@@ -12670,6 +12679,14 @@ class Front:
     def run(self, ready=None) -> str:
         """Serve until a signal says stop, or Hub cannot go on: then why."""
         import asyncio
+        from importlib import import_module
+        for name in NEEDED:
+            import_module(name)
+        if self.certificate:
+            # From 3.11 on each connection has a buffer of this size, by
+            # default 256 KiB: half a gigabyte for 2,000 hosts that wait.
+            from asyncio import sslproto
+            sslproto.SSLProtocol.max_size = TLS_BUFFER
         most = more_files()
         self.site.crowd.most = min(MOST_WIRES, max(most - 64, 16))
         # Children of ours are Alerts': no loop of ours may reap them.
@@ -12829,7 +12846,10 @@ class Front:
             self.told, self.site.expires = now, self.certificate.expires
             trouble = self.certificate.trouble(self.site.clock.now())
             if trouble:
+                self.site.hub.faults["certificate"] = trouble   # on the page
                 self.site.say(f"warning: {trouble}")
+            else:
+                self.site.hub.faults.pop("certificate", None)
         self.loop.call_later(1.0, self.tend)
 
     def hub_broken(self) -> str:
@@ -12917,6 +12937,7 @@ PAGE_HTML = r"""<!doctype html>
 browser. `koitab status`, `history` and `log` show the same in a
 terminal.</noscript>
 <div id="plain" role="note" hidden></div>
+<div id="troubles" role="status" hidden></div>
 <header id="top"></header>
 <main id="main" tabindex="-1"></main>
 <div id="told" class="away" aria-live="polite"></div>
@@ -13071,7 +13092,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 @keyframes turn { to { transform: rotate(1turn); } }
 
 /* The bar at the top */
-#plain {
+#plain, #troubles {
   padding: 8px 20px; background: var(--bad-bg); color: var(--bad);
   border-bottom: 1px solid var(--bad-line);
 }
@@ -13152,6 +13173,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .row > div { min-width: 0; }
 .c-name { display: flex; gap: 8px; align-items: baseline; }
 .c-name a { color: var(--ink); font-weight: 550; overflow: hidden;
+  flex-shrink: 0; max-width: 100%;
   text-overflow: ellipsis; white-space: nowrap; }
 .c-name .muted { font-size: 12.5px; white-space: nowrap; overflow: hidden;
   text-overflow: ellipsis; flex-shrink: 3; min-width: 0; }
@@ -13282,7 +13304,7 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .line { display: flex; min-height: 18px; border-left: 3px solid
   transparent; }
 .line.has-err { border-left-color: var(--b-bad); }
-.only-err .line:not(.has-err):not(.note) { display: none; }
+.only-err .line:not(.has-err):not(.ours) { display: none; }
 .no { flex: none; width: calc(var(--digits) + 24px); text-align: right;
   padding-right: 14px;
   color: var(--quiet); user-select: none; }
@@ -13292,9 +13314,9 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .at::before { content: attr(data-at); }
 .text { white-space: pre; padding-right: 16px; unicode-bidi: isolate; }
 .wrap .text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 0; }
-.line.note { color: var(--soft); font-style: italic;
+.line.ours { color: var(--soft); font-style: italic;
   padding-left: calc(var(--digits) + 24px); }
-.line.note .no { display: none; }
+.line.ours .no { display: none; }
 .line.hit { background: var(--mark); }
 .line.here { background: var(--here); box-shadow: inset 3px 0 0
   var(--accent); }
@@ -13467,7 +13489,7 @@ dialog > * + * { margin-top: 12px; }
   #top { flex-wrap: wrap; }
   #top nav { order: 9; flex-basis: 100%; overflow-x: auto; margin: 0; }
 }
-@media (max-width: 759px) {
+@media (max-width: 859px) {
   body { font-size: 15px; }
   #main { padding: 12px 12px 64px; }
   .open #top { padding: 6px 12px 2px; }
@@ -13497,6 +13519,10 @@ dialog > * + * { margin-top: 12px; }
   .bar .btn { padding: 3px 8px; }
   .login { margin-top: 5vh; padding: 20px; }
 }
+@media (max-width: 379px) {
+  .row { grid-template-areas: "name act" "is next" "last last"
+    "strip strip"; }
+}
 @media (forced-colors: active) {
   .bars path, .spark path { forced-color-adjust: none; }
   .row:focus-within { outline: 2px solid Highlight; }
@@ -13525,7 +13551,6 @@ const LETTERS = {   // a run in a strip -> its word, in singular and plural
   o: "ok", f: "failed", k: "killed", m: "missed", s: "skipped",
   i: "interrupted", u: "could not start", r: "running", q: "queued",
 };
-const FAILING = new Set(["f", "k", "i", "u"]);
 
 const TRIGGERS = {
   schedule: "its schedule", manual: "a person", "catch-up": "catching up",
@@ -14094,12 +14119,22 @@ const KEY_OF = { hosts: (h) => h.id, jobs: (j) => j.id, checks: (c) => c.id,
 function learn(state) {
   ahead = state.now - Date.now() / 1000;
   Object.assign(known, { seq: state.seq, dash: state.dash,
-    version: state.version });
+    version: state.version, troubles: state.troubles || [] });
   session.role = state.role;
   session.dash = state.dash.id;
   for (const [kind, key] of Object.entries(KEY_OF)) {
-    known[kind] = new Map((state[kind] || []).map((one) => [key(one), one]));
+    known[kind] = new Map((state[kind] || []).map((one) => [key(one),
+      readable(kind, one)]));
   }
+}
+
+// Names are shown in many places: what would turn or hide them in all.
+const NAMES = { jobs: ["label", "name", "section", "words", "user"],
+  hosts: ["name"], checks: ["name", "tags", "words"], alerts: ["text"] };
+
+function readable(kind, one) {
+  for (const name of NAMES[kind]) one[name] = visible(one[name] || "");
+  return one;
 }
 
 function forget() {
@@ -14114,7 +14149,9 @@ function learnMore(change) {
     before.set(job.id, known.jobs.get(job.id)?.state);
   }
   for (const [kind, key] of Object.entries(KEY_OF)) {
-    for (const one of change[kind] || []) known[kind].set(key(one), one);
+    for (const one of change[kind] || []) {
+      known[kind].set(key(one), readable(kind, one));
+    }
   }
   for (const [kind, ids] of Object.entries(change.gone || {})) {
     for (const id of ids) goneFrom(kind, id);
@@ -14296,6 +14333,7 @@ const shell = {
     this.view = null;
     jobList = null;
     document.body.classList.remove("open");
+    $("#troubles").hidden = true;
     $("#top").replaceChildren();
     document.title = "koi";
     favicon("none");
@@ -14368,6 +14406,9 @@ const shell = {
   },
 
   worst() {
+    const troubles = $("#troubles");
+    troubles.hidden = !known.troubles?.length;
+    troubles.textContent = (known.troubles || []).join(" ");
     const bad = [...known.jobs.values(), ...known.checks.values()].filter(
       (one) => BAD.has(one.state) && !snoozed(one)).length;
     this.bad = bad;
@@ -14431,8 +14472,6 @@ function zoneSwitch() {
     .map(([value, text]) => el("option", { value, text,
       selected: value === zoneKind })));
 }
-
-const THEMES = ["auto", "light", "dark"];
 
 function showTheme(theme) {
   document.documentElement.dataset.theme = theme;
@@ -14664,7 +14703,7 @@ function barKey(event) {
   return true;
 }
 
-const phone = matchMedia("(max-width: 759px)");
+const phone = matchMedia("(max-width: 859px)");
 const wide = matchMedia("(min-width: 1480px)");
 
 function strip(cells, host, hrefOf = (item) => `#/run/${item.cell[0]}`) {
@@ -14890,8 +14929,8 @@ class CheckRow extends JobRow {
       () => `#/check/${check.id}`) : null);
     this.put("spark", `${check.n}`, () => spark(check.strip, null));
     this.put("next", `${check.next} ${check.state}`, () => check.next
-      ? timeOf(check.next) : muted(check.state === "paused" ? "paused"
-        : "waits for a ping"));
+      ? timeOf(check.next) : muted({ paused: "paused",
+        down: "overdue" }[check.state] || "waits for a ping"));
     this.put("act", "", () => copyButton(() => pingUrl(check), "URL"));
   }
 }
@@ -15192,6 +15231,7 @@ function hostHeading(host, id) {
 }
 
 function hostStateWords(host) {
+  if (host.state === "left") return "has left the dashboard";
   if (host.state === "twin") return "two daemons use this host\u2019s "
     + "identity";
   if (host.state === "left") return "left this dashboard";
@@ -15254,10 +15294,9 @@ const isBidi = (c) => c >= 0x202a && c <= 0x202e || c >= 0x2066
 const isControl = (c) => c < 0x20 || c >= 0x7f && c < 0xa0 || isBidi(c)
   || c === 0x2028 || c === 0x2029 || c === 0xfeff;
 
-// A control character as something that one can see.
+// A control character as something that one can see: ^G, <U+202E>.
 function glyph(c) {
-  if (c < 0x20) return String.fromCharCode(0x2400 + c);
-  if (c === 0x7f) return "\u2421";
+  if (c < 0x20 || c === 0x7f) return `^${String.fromCharCode(c ^ 64)}`;
   if (c < 0xa0) return `<${c.toString(16)}>`;
   return `<U+${c.toString(16).toUpperCase().padStart(4, "0")}>`;
 }
@@ -15270,6 +15309,8 @@ function visible(text) {
   }
   return seen;
 }
+
+const visibleLines = (text) => text.split("\n").map(visible).join("\n");
 
 const PLAIN = { fg: null, bg: null, bold: false, dim: false, italic: false,
   under: false, inverse: false, strike: false, href: "", err: false,
@@ -15660,7 +15701,10 @@ class Output {
       { signal: this.abort.signal });
     this.live = answer.live;
     this.size = 0;
-    const groups = grouped(answer.chunks);
+    // What a live run has written is read from its beginning, as it comes.
+    const flows = answer.live && answer.size < 4e6;
+    if (flows) this.size = answer.chunks[0]?.[0] || 0;
+    const groups = flows ? [] : grouped(answer.chunks);
     const lines = groups.reduce((sum, one) => sum + one.lines, 0);
     this.scale = Math.min(1, TALLEST / (LINE_HEIGHT * Math.max(lines, 1)));
     for (const { at, size, lines: count } of groups) {
@@ -15681,16 +15725,59 @@ class Output {
 
   add(at, size, lines) {
     const last = this.blocks[this.blocks.length - 1];
-    const block = { at, size, lines, index: this.blocks.length,
-      number: last ? last.number + last.lines : 1, end: null, shown: null,
-      root: el("div", { class: "block" }) };
-    block.root.block = block;
-    this.closed(block);
+    const block = this.block({ at, size, lines }, this.blocks.length,
+      last ? last.number + last.lines : 1);
     this.blocks.push(block);
     this.size = at + size;
     this.sheet.append(block.root);
     this.eye.observe(block.root);
     return block;
+  }
+
+  block(part, index, number) {
+    const block = { ...part, index, number, end: null, shown: null,
+      root: el("div", { class: "block" }) };
+    block.root.block = block;
+    this.closed(block);
+    return block;
+  }
+
+  // A chunk may hold a megabyte. When it is looked at it becomes blocks, cut
+  // between frames.
+  async split(block) {
+    const parts = [], end = block.at + block.size;
+    for (let at = block.at; at < end;) {
+      const { frames, used } = framesOf(await this.bytes(at,
+        Math.min(end - at, 2 ** 20)));
+      for (const [, , data] of frames) {
+        parts.push([at, 9 + data.length, newlines(data)]);
+        at += 9 + data.length;
+      }
+      if (!used) break;
+    }
+    const finer = grouped(parts);
+    block.whole = true;
+    if (finer.length < 2 || !this.blocks.includes(block)) return;
+    let number = block.number;
+    const made = finer.map((part) => {
+      const one = this.block({ ...part, whole: true }, 0, number);
+      number += part.lines;
+      return one;
+    });
+    this.eye.unobserve(block.root);
+    this.near.delete(block);
+    block.root.replaceWith(...made.map((one) => one.root));
+    this.blocks.splice(block.index, 1, ...made);
+    this.blocks.forEach((one, index) => { one.index = index; });
+    for (const one of made) this.eye.observe(one.root);
+  }
+
+  // The block that a question picks, cut if it is too large to be drawn.
+  async fine(pick) {
+    const block = pick();
+    if (!block || !tooLarge(block)) return block;
+    await this.split(block);
+    return pick();
   }
 
   // Where to begin: a place that was asked for, or the end of what failed.
@@ -15731,10 +15818,13 @@ class Output {
     if (block.shown) return;
     if (block.coming) return block.coming;
     this.loading.add(block);
-    block.coming = this.linesOf(block).then((lines) => {
+    block.coming = (tooLarge(block) ? this.split(block).then(() =>
+      this.blocks[block.index] === block && this.linesOf(block))
+      : this.linesOf(block)).then((lines) => {
+      if (!lines) return;
       block.shown = lines;
       this.draw(block);
-    }, (error) => {
+    }).catch((error) => {
       if (error.name !== "AbortError") this.lost(block, error);
     });
     await block.coming;
@@ -15745,7 +15835,7 @@ class Output {
 
   lost(block, error) {
     block.shown = [];
-    block.root.replaceChildren(el("div", { class: "line note",
+    block.root.replaceChildren(el("div", { class: "line ours",
       text: `koi: ${error.message} ${error.hint || ""}` }));
   }
 
@@ -15787,6 +15877,9 @@ class Output {
   async bytes(from, len) {
     const reply = await fetched(this.path(`output?from=${from}&len=${len}`),
       { signal: this.abort.signal });
+    if (+reply.headers.get("X-Koi-From") > from) {
+      throw new Refusal(0, "these lines come again when the run has ended");
+    }
     return new Uint8Array(await reply.arrayBuffer());
   }
 
@@ -15808,7 +15901,7 @@ class Output {
   lineNode(line, number) {
     const node = document.createElement("div");
     node.className = `line${line.err ? " has-err" : ""}${
-      line.note ? " note" : ""}`;
+      line.note ? " ours" : ""}`;
     const no = document.createElement("a");
     no.className = "no";
     if (number) {
@@ -15872,6 +15965,7 @@ class Output {
         { signal: this.abort.signal });
         const bytes = new Uint8Array(await reply.arrayBuffer());
         this.live = reply.headers.get("X-Koi-Live") === "1";
+        this.skip(+reply.headers.get("X-Koi-From"));
         this.grow(bytes);
         wait = this.live ? 10 : 0;
         if (!this.live && !bytes.length) break;
@@ -15890,6 +15984,16 @@ class Output {
     this.more.hidden = true;
     this.show();
     if (!this.size) this.nothing();
+  }
+
+  // While a run goes on only the last part of a long output is there.
+  skip(from) {
+    if (!(from > this.size)) return;
+    const tail = this.newTail(this.blocks[this.blocks.length - 1]);
+    tail.terminal.note(0, utf8(`${bytesWords(from - this.size)} are left out `
+      + "until the run has ended"));
+    this.size = from;
+    tail.at = from;
   }
 
   grow(bytes) {
@@ -15990,7 +16094,7 @@ class Output {
   // --- going to a place
 
   async toEnd() {
-    const last = this.blocks[this.blocks.length - 1];
+    const last = await this.fine(() => this.blocks[this.blocks.length - 1]);
     if (!last) return;
     this.goingToEnd = true;
     this.pane.scrollTop = this.pane.scrollHeight;
@@ -16001,8 +16105,8 @@ class Output {
 
   async toLine(number) {
     this.line = number;
-    const block = this.blocks.find((one) => number < one.number + one.lines)
-      || this.blocks[this.blocks.length - 1];
+    const block = await this.fine(() => this.blocks.find((one) =>
+      number < one.number + one.lines) || this.blocks[this.blocks.length - 1]);
     for (const old of this.sheet.querySelectorAll(".here")) {
       old.classList.remove("here");
     }
@@ -16011,10 +16115,10 @@ class Output {
   }
 
   async toByte(at) {
-    const block = this.blocks.find((one) => at < one.at + one.size)
-      || this.blocks[this.blocks.length - 1];
-    await this.toNode(block, (root) => $(".hit", root) || root.firstChild);
-    this.count();
+    if (this.query) return this.find(at);
+    const block = await this.fine(() => this.blocks.find((one) =>
+      at < one.at + one.size) || this.blocks[this.blocks.length - 1]);
+    await this.toNode(block, (root) => root.firstChild);
   }
 
   async toNode(block, pick) {
@@ -16039,7 +16143,8 @@ class Output {
     this.findTimer = setTimeout(() => this.find(), 350);
   }
 
-  async find() {
+  // All hits, and the first of them at or after a byte.
+  async find(from = 0) {
     clearTimeout(this.findTimer);
     const query = this.query = this.finder.value.toLowerCase();
     this.hits = [];
@@ -16047,7 +16152,8 @@ class Output {
     this.remark();
     if (!query) return this.count();
     let searched = 0;
-    for (const block of this.blocks) {
+    for (let i = 0; i < this.blocks.length; i += 1) {
+      const block = await this.fine(() => this.blocks[i]);
       const { lines } = block.terminal || await this.parse(block);
       if (query !== this.query || this.abort.signal.aborted) return;
       lines.forEach((line, index) => {
@@ -16057,7 +16163,11 @@ class Output {
       });
       searched += block.size;
       this.count(searched < this.size ? searched : 0);
-      if (this.hit < 0 && this.hits.length) this.step(1);
+      if (this.hit < 0 && block.at + block.size > from
+          && this.hits.some((one) => one.block === block)) {
+        this.hit = this.hits.findIndex((one) => one.block === block) - 1;
+        this.step(1);
+      }
       if (this.hits.length >= MOST_HITS) break;
     }
     this.count();
@@ -16145,6 +16255,17 @@ class Output {
     this.eye.disconnect();
     clearTimeout(this.findTimer);
   }
+}
+
+const tooLarge = (block) => !block.terminal && !block.whole
+  && (block.size > 2 * BLOCK_BYTES || block.lines > 2 * BLOCK_LINES);
+
+function newlines(bytes) {
+  let count = 0;
+  for (let at = bytes.indexOf(10); at >= 0; at = bytes.indexOf(10, at + 1)) {
+    count += 1;
+  }
+  return count;
 }
 
 const isHit = (text, query) => text.toLowerCase().includes(query);
@@ -16652,7 +16773,7 @@ async function signedJobs(host) {
   if (list.dash !== session.dash || list.host !== host
       || list.key !== keyId(key)) throw new Refusal(0, WORDS.keys);
   return list.jobs.map((text) => ({ ...JSON.parse(text), text,
-    on: list.name }));
+    on: visible(list.name) }));
 }
 
 // Compared without a hint, by time, of how far they are the same.
@@ -16771,7 +16892,7 @@ function formView(place, root) {
     return { spec, runs: runs.runs };
   }, ({ spec, runs }) => {
     // What the host signed is shown, and not what the dashboard says of it.
-    title.textContent = `Run ${spec.label}`;
+    title.textContent = `Run ${visible(spec.label)}`;
     const form = new RunForm(job, spec, runs);
     root.append(form.root);
     form.focus();
@@ -16850,7 +16971,7 @@ class RunForm {
   }
 
   question() {
-    const words = `Run ${this.spec.label} on ${this.spec.on}`;
+    const words = `Run ${visible(this.spec.label)} on ${this.spec.on}`;
     this.sure.replaceChildren(el("span", { text: "This job asks to be sure: "
       + "it starts at once." }), el("button", { class: "btn primary",
       type: "submit", text: words }), button("No", () => {
@@ -16987,8 +17108,7 @@ function commandParts(spec, fields) {
   return [...parts, visible(spec.command.slice(from))];
 }
 
-const shownValue = (value) => quoted(value).split("\n").map(visible)
-  .join("\n");
+const shownValue = (value) => visibleLines(quoted(value));
 
 // --- day: one day across hosts ----------------------------------------------
 
@@ -17054,8 +17174,22 @@ class Day {
     location.hash = this.path(middle, this.hours);
   }
 
-  fetch() {
-    return ask(`day?from=${Math.floor(this.from)}&to=${Math.ceil(this.to)}`);
+  // When there is too much for one answer, `to` tells how far it goes.
+  async fetch() {
+    const rows = new Map(), to = Math.ceil(this.to);
+    for (let from = Math.floor(this.from), asked = 0; from < to
+        && asked < 10; asked += 1) {
+      const answer = await ask(`day?from=${from}&to=${to}`);
+      for (const row of answer.rows) {
+        const all = rows.get(row.job) || { job: row.job, bars: [],
+          missing: [] };
+        all.bars.push(...row.bars);
+        all.missing.push(...row.missing);
+        rows.set(row.job, all);
+      }
+      from = answer.to > from ? answer.to : to;
+    }
+    return { rows: [...rows.values()] };
   }
 
   again() {
@@ -17410,7 +17544,7 @@ function pingRow(id, ping) {
       `checks/${id}/pings/${ping.n}/body`)).text());
     if (text !== null) {
       event.target.replaceWith(el("pre", { class: "command",
-        text: visible(text).replaceAll("\u240a", "\n") }));
+        text: visibleLines(text) }));
     }
   }, { class: "btn quiet" });
   return el("tr", {}, el("td", { class: "num", text: `#${ping.n}` }),
@@ -17691,7 +17825,7 @@ function hostTable() {
       const jobs = [...known.jobs.values()].filter((job) =>
         job.host === host.id);
       const state = { up: "ok", silent: "unknown", twin: "late",
-        new: "new" }[host.state] || "unknown";
+        new: "new", left: "paused" }[host.state] || "unknown";
       return el("tr", {}, el("td", { class: "wraps" }, el("b", {
         text: host.name }),
         (host.troubles || []).map((text) => el("div", { class: "error",
@@ -17737,10 +17871,10 @@ function settingsView(place, root) {
   root.append(el("h1", { text: "Settings" }), el("section", { class: "part" },
     el("h2", { text: "This dashboard" }), el("p", {}, "Its address, to "
     + "bookmark or to pass on:"), snippet(mine)), viewerPart(),
-  el("section", { class: "part" }, el("h2", { text: "Ping key" }),
-    el("p", {}, "With it a check is pinged by its slug, and made by the "
-    + "first ping:"), snippet(`curl -fsS -m 10 ${origin()}/ping/${
-      dash.ping_key}/my-backup?create=1`)),
+  dash.ping_key ? el("section", { class: "part" }, el("h2", {
+    text: "Ping key" }), el("p", {}, "With it a check is pinged by its "
+    + "slug, and made by the first ping:"), snippet(`curl -fsS -m 10 ${
+    origin()}/ping/${dash.ping_key}/my-backup?create=1`)) : "",
   el("section", { class: "part" }, el("h2", { text: "Badges" }), el("p", {},
     "A small picture of a state, for a wiki or a README. It tells a colour "
     + "and nothing else:"), snippet(`${origin()}/badge/${dash.badge_key

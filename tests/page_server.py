@@ -95,7 +95,7 @@ class World:
         self.hosts, self.jobs, self.runs, self.checks = {}, {}, {}, {}
         self.alerts, self.audit, self.channels = {}, [], []
         self.requests, self.outputs, self.chunked = {}, {}, {}
-        self.tries = 0
+        self.tries = self.lump = 0
         self.hostile = hostile
         if not empty:
             self.make_hosts()
@@ -262,6 +262,10 @@ class World:
         self.quiet = job = self.jobs[max(self.jobs)]["last"]["id"]
         self.outputs[self.quiet] = b""
         self.runs[self.quiet]["bytes"] = 0
+        self.add_job(web1, "Lab|One lump|0 0 * * *|At 00:00|make")
+        self.lump = self.jobs[max(self.jobs)]["last"]["id"]
+        self.outputs[self.lump] = b"".join(frame(1, i, f"part {i} of it\n")
+                                           for i in range(20_000))
         self.add_job(web1, "Lab|Live|0 0 * * *|At 00:00|tail -f")
         job = self.jobs[max(self.jobs)]
         self.live = self.add_run(job, self.now - 12, 0, "running")["id"]
@@ -359,11 +363,13 @@ class World:
                 [n * STEP, STEP, 640] for n in range(BIG_CHUNKS)]}
         live = self.runs[run]["state"] == "running"
         data, chunks, at = self.frames(run), [], 0
+        if live or run == self.lump:    # one chunk, as a sync brings it
+            return {"size": len(data), "live": live, "chunks": [
+                [0, len(data), data.count(b"\n")]]}
         for _, _, text in koitab.read_frames(data):
             chunks.append([at, 9 + len(text), text.count(b"\n")])
             at += 9 + len(text)
-        return {"size": len(data), "live": live,
-                "chunks": [] if live else chunks}
+        return {"size": len(data), "live": live, "chunks": chunks}
 
     def list_of(self, host: str) -> dict:
         name = self.hosts[host]["name"]
