@@ -13564,7 +13564,6 @@ const WORDS = {
   plain: "This page came over plain http: anyone on the way can change it " +
     "and take the password. Use TLS, an ssh tunnel, or the page that " +
     "\u201ckoitab page\u201d writes to a file.",
-  nothing: "printed nothing",
 };
 
 // --- kit: elements, from text only ---------------------------------------
@@ -14195,20 +14194,21 @@ const stream = {
     this.abort = null;
   },
 
-  // A browser has six connections to a server, for all tabs together: one
-  // that nobody sees looks in each 20 s and lets go.
-  rest(reader, abort) {
+  // A browser has six connections to a server, for all tabs together. A tab
+  // that nobody sees lets go of its own, and looks in each 20 s or so.
+  rest(reader, abort, seconds) {
     setTimeout(() => {
       if (!document.hidden || abort !== this.abort) return;
       this.pause = 20;
       reader.cancel();
-    }, 60000);
+    }, seconds * 1000);
   },
 
   looked() {
     if (!session.token) return;
-    if (document.hidden && this.reader) this.rest(this.reader, this.abort);
-    else if (!document.hidden && !this.live) this.start();
+    if (document.hidden && this.reader) {
+      this.rest(this.reader, this.abort, 60);
+    } else if (!document.hidden && !this.live) this.start();
   },
 
   async follow() {
@@ -14219,7 +14219,7 @@ const stream = {
       shell.link("live", "Live");
       this.live = true;
       const reader = this.reader = reply.body.getReader();
-      if (document.hidden) this.rest(reader, abort);
+      if (document.hidden) this.rest(reader, abort, 3);
       await this.read(reader, abort);
       this.again(abort, "The dashboard ended the stream.");
     } catch (error) {
@@ -16026,19 +16026,17 @@ class Output {
     }
     const block = this.add(this.size, 0, 0);
     block.terminal = new Terminal(tail?.end);
-    if (tail && tail.lines && tail.shown) this.hideLater(tail);
     return block;
-  }
-
-  hideLater(block) {
-    if (!this.near.has(block)) this.hide(block);
   }
 
   grown(added) {
     const tail = this.blocks[this.blocks.length - 1];
     if (this.near.has(tail) || this.follow) {
       this.append(tail);
-    } else this.closed(tail);
+    } else {
+      tail.height = 0;      // what was measured is too little now
+      this.closed(tail);
+    }
     if (this.follow) {
       this.pane.scrollTop = this.pane.scrollHeight;
     } else {
@@ -16057,10 +16055,8 @@ class Output {
       number += 1;
       same += 1;
     }
-    if (drawn.some((line, at) => at < same && !line.ended)) same = 0;
     while (tail.root.childNodes.length > same) tail.root.lastChild.remove();
-    const rest = { number: same ? number : tail.number };
-    tail.root.append(...this.nodes(rest, lines.slice(same)));
+    tail.root.append(...this.nodes({ number }, lines.slice(same)));
     tail.root.style.height = "";
     tail.shown = [...lines];
   }
@@ -17475,7 +17471,8 @@ function checkHead(head, check) {
     && check.state === "up" ? "running" : check.state)],
   ["Expected", check.words], ["Grace", lasting(check.grace)],
   ["Last ping", check.last_ping ? timeOf(check.last_ping) : "none yet"],
-  ["Next", check.next ? timeOf(check.next) : "when it has pinged once"],
+  ["Next", check.next ? timeOf(check.next) : check.state === "paused"
+    ? "paused" : check.last_ping ? "overdue" : "when it has pinged once"],
   check.last_duration && ["Took", lasting(check.last_duration)],
   check.start_within > 0 && ["Must start within",
     lasting(check.start_within)],
@@ -17508,8 +17505,9 @@ function snippets(check, open) {
       + `${url}/start\nout=$(backup.sh 2>&1); status=$?\n`
       + `printf %s "$out" | curl -fsS -m 10 --data-binary @- `
       + `${url}/$status`),
-    made("In mission\u2019s configuration", `"ping": {"endpoint": "${
-      url}"}`));
+    made("In mission\u2019s configuration", `"ping": {\n  `
+      + `"enabled": true, "endpoint": "${url}",\n  `
+      + `"start": true, "fail": true, "log": true\n}`));
 }
 
 function pingTable(id, answer) {
@@ -17964,6 +17962,10 @@ function begin() {
     $("#plain").textContent = WORDS.plain;
     $("#plain").hidden = false;
   }
+  const fault = (error) => error?.name !== "AbortError" && say(
+    `A fault of this page: ${error?.message || error}`, "bad");
+  addEventListener("error", (event) => fault(event.error));
+  addEventListener("unhandledrejection", (event) => fault(event.reason));
   watchBars();
   watchIdle();
   setInterval(tick, 1000);
@@ -17998,8 +18000,10 @@ def page_text(server: str | None = None) -> str:
     from html import escape
     text = PAGE_HTML
     if server is not None:
-        policy = page_policy(server or "http: https:").replace(
-            "frame-ancestors 'none'; ", "")     # for headers alone
+        plain = set(server).isdisjoint(" ;,'\"\n")
+        policy = page_policy(
+            "'none'" if not plain else server or "http: https:").replace(
+                "frame-ancestors 'none'; ", "")     # for headers alone
         text = text.replace(
             '<meta name="koi-server" content="">',
             '<meta http-equiv="Content-Security-Policy" content="'

@@ -603,6 +603,8 @@ class Page(http.server.BaseHTTPRequestHandler):
         self.answer(self.world.state(self.role()))
 
     def get_stream(self, _rest, query):
+        if self.server.deaf:
+            return self.refuse(503, "not now")
         self.send_response(200)
         self.send_header("Content-Type", "application/x-ndjson")
         self.send_header("Access-Control-Allow-Origin", "*")
@@ -622,6 +624,7 @@ class Page(http.server.BaseHTTPRequestHandler):
             if not fresh:
                 self.wfile.write(b"\n")
             self.wfile.flush()
+        return None
 
     def get_hosts(self, rest, _query):
         self.answer(self.world.list_of(rest[0]))
@@ -772,7 +775,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, port: int = 0, address: str = "127.0.0.1", **options):
         super().__init__((address, port), Page)
         self.world = World(**options)
-        self.rounds, self.closing = 600_000, False
+        self.rounds, self.closing, self.deaf = 600_000, False, False
         self.url = f"http://127.0.0.1:{self.server_port}/"
 
     def handle_error(self, request, client_address):

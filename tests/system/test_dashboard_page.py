@@ -180,6 +180,41 @@ def test_a_change_is_drawn_in_place_and_told(page, server):
     page.wait("!node.closest('.attention')")
 
 
+def test_a_lost_stream_is_told_and_found_again(page, server):
+    """And what happened meanwhile is known then."""
+    page.wait("stream.live")
+    job = next(job for job in server.world.jobs.values()
+               if job["state"] == "ok" and job["section"] == "Backup")
+    server.deaf = True
+    page.js("stream.reader.cancel()")
+    page.wait("document.querySelector('#link').textContent"
+              ".startsWith('Not connected: next try in ')")
+    job["state"] = "late"
+    server.world.push(jobs=[job])
+    server.deaf = False
+    page.wait("stream.live && known.jobs.get(%d).state === 'late'"
+              % job["id"], 15)
+    job["state"] = "ok"
+    server.world.changes.append({"seq": server.world.seq + 1,
+                                 "reset": True})
+    server.world.push()
+    page.wait("known.jobs.get(%d).state === 'ok'" % job["id"])
+    page.console()      # of the tries that failed
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("utc", "(UTC)"), ("host", "(America/New_York, UTC\u22125)")])
+def test_times_are_told_in_the_zone_that_was_chosen(page, kind, words):
+    title = page.js("""
+        const host = [...known.hosts.values()].find((h) =>
+            h.name === "build");
+        zoneKind = arguments[0];
+        try { return exactly(1772359200, host); }
+        finally { zoneKind = "mine"; }""", kind)
+    assert title.endswith(words)
+    assert ("10:00:00" if kind == "utc" else "05:00:00") in title
+
+
 def test_the_filter_finds_by_text_host_and_state(page):
     page.keys("/")
     page.keys(*"restart web")
