@@ -5773,17 +5773,21 @@ class Bridge:
                             "dash": self.mine.dash, "host": self.mine.host},
                     self.clock.now(), self.since)
         used = self.store.used(nonce)
-        if used is not None:    # its verdict was lost on the way, or a replay
+        if used:                # its verdict was lost on the way, or a replay
             return {"nonce": nonce, "verdict": "accepted", "run": used,
                     "reason": "it was used before, and ran once"}
         try:
+            if used == 0:
+                raise Forged("it was refused before")
             if why:
                 raise Forged(why)
             run = self.begin_run(asked) if asked["do"] == "run" else \
                 self.end_run(asked)
-        except Forged as no:
-            return self.refusal(nonce, str(no))
-        except Error as no:
+        except (Forged, Error) as no:
+            if used is None and not self.store.trouble \
+                    and asked["exp"] > self.clock.now() * 1000:
+                # For good: or it would run when what is wrong has passed.
+                self.daemon.write(self.store.use(nonce, self.clock.now(), 0))
             return self.refusal(nonce, str(no))
         return {"nonce": nonce, "verdict": "accepted", "run": run,
                 "reason": ""}

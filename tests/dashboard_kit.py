@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import time
 from pathlib import Path
@@ -168,8 +169,9 @@ class Operator:
 class House:
     """A dashboard that can be killed and started again at its port."""
 
-    def __init__(self, folder: Path, *options: str):
+    def __init__(self, folder: Path, *options: str, patch: str = ""):
         self.folder, self.options = Path(folder), options
+        self.patch = patch
         self.folder.mkdir(parents=True, exist_ok=True)
         self.dashboards: list[Dashboard] = []
         self.homes: dict[str, Home] = {}
@@ -190,7 +192,8 @@ class House:
 
     def open(self) -> None:
         where = ("--listen", f"127.0.0.1:{self.port}") if self.port else ()
-        self.dashboards.append(Dashboard(self.folder, *where, *self.options))
+        self.dashboards.append(Dashboard(
+            self.folder, *where, *self.options, patch=self.patch))
         self.port = self.dashboard.__enter__().port
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -220,6 +223,14 @@ class House:
 
     def client(self) -> Client:
         return self.dashboard.client()
+
+    def rows(self, question: str, *values) -> list[tuple]:
+        """What stands in the database, without the dashboard's help."""
+        db = sqlite3.connect(f"file:{self.db}?mode=ro", uri=True, timeout=30)
+        try:
+            return db.execute(question, values).fetchall()
+        finally:
+            db.close()
 
     def log(self) -> str:
         return "".join(one.log() for one in self.dashboards)

@@ -626,3 +626,258 @@ def test_who_is_off_is_no_host_any_more_and_what_it_did_stays(house, page):
     assert web2.ask("status")["dashboard"] is None
     assert web2.run("Two")[1] == b"two\n"
     assert web2.type("-d", "show").code == 1
+
+
+# --- requests, without a browser: what is not as it was signed never runs
+
+NOTE = """\
+"Note" @manual echo {{{{Nonce}}}} >> {done} && sync {done}
+"Typed" @manual : {{{{Times, int, 1}}}} {{{{Mood, choice(calm|gay), calm}}}}; \
+echo {{{{Nonce}}}} >> {done} && sync {done}
+"Daily" 0 3 * * * echo daily >> {done}
+KOI_CONFIRM=cli
+"Typed here" @manual echo {{{{Nonce}}}} >> {done}
+"""
+
+
+class Firm:
+    """Two hosts whose jobs note the nonce that they were asked with: what
+    stands there ran, whatever anybody says."""
+
+    def __init__(self, house: House):
+        self.house, self.done = house, house.folder / "done"
+        self.done.touch()
+        self.tab = NOTE.format(done=self.done)
+        self.homes = [house.home(name, self.tab) for name in ("web1", "web2")]
+        self.operator = house.new(self.homes[0])
+        house.join(self.homes[1], self.operator)
+        self.hosts = [self.operator.host(name) for name in ("web1", "web2")]
+        self.specs = [self.operator.specs(host) for host in self.hosts]
+
+    def ran(self, nonce: str) -> int:
+        return self.done.read_text().split().count(nonce)
+
+    def body(self, name: str = "Note", at: int = 0, **changes) -> dict:
+        nonce = changes.pop("nonce", os.urandom(16).hex())
+        args = {"Nonce": nonce, **({"Times": "2", "Mood": "gay"}
+                                   if name == "Typed" else {})}
+        return {**self.operator.request(
+            self.hosts[at], self.specs[at][name], args, nonce=nonce),
+            **changes}
+
+    def post(self, sealed: dict):
+        return self.operator.reply("POST", "requests", sealed)
+
+    def answer(self, body: dict, sealed: dict | None = None) -> dict:
+        """Post it; the verdict, as GET /requests/NONCE gives it."""
+        reply = self.post(sealed or self.operator.sealed(body["host"], body))
+        assert reply.status == 202, reply
+        return self.operator.verdict(body["nonce"])
+
+    def settled(self) -> None:
+        """All that was begun has ended, on both hosts."""
+        for home in self.homes:
+            support.wait_until(lambda: not [
+                run for run in home.history() if run["state"] in (
+                    "queued", "running")], 20, "all runs to end")
+
+    def rows(self, statement: str, *values) -> list:
+        """Change the dashboard's database, as who has broken into it."""
+        self.house.kill(15)
+        db = sqlite3.connect(self.house.db)
+        with db:
+            found = db.execute(statement, values).fetchall()
+        db.close()
+        self.house.open()
+        return found
+
+
+@pytest.fixture(scope="module")
+def firm(tmp_path_factory):
+    with House(tmp_path_factory.mktemp("firm")) as house:
+        yield Firm(house)
+        house.dashboard.no_fault()
+
+
+def test_what_was_signed_runs_once_and_its_run_is_told(firm):
+    body = firm.body("Typed")
+    verdict = firm.answer(body)
+    assert verdict["state"] == "accepted" and verdict["reason"] == ""
+    run = support.wait_until(lambda: (found := firm.operator.ask(
+        f"runs/{verdict['run']}")["run"])["state"] == "done" and found)
+    assert (run["exit"], run["trigger"], run["args"]) == (
+        0, "manual", body["args"])
+    assert firm.ran(body["nonce"]) == 1
+
+
+def forged(firm, body):     # by one who has the dashboard, and not the key
+    return firm.operator.sealed(body["host"], body, key=b"k" * 32)
+
+
+def altered(firm, body):    # one letter of what was signed
+    sealed = firm.operator.sealed(body["host"], body)
+    return {**sealed, "body": sealed["body"].replace('"do": "run"',
+                                                     '"do" : "run"')}
+
+
+def swapped(firm, body):    # to the other host, which has the same job
+    text = json.dumps({**body, "host": firm.hosts[1]})
+    return {"host": firm.hosts[1], "body": text, "mac": koitab.run_mac(
+        firm.operator.key(firm.hosts[0]), text)}
+
+
+def honest(firm, body):
+    return firm.operator.sealed(body["host"], body)
+
+
+@pytest.mark.parametrize("name, changes, seal, why", [
+    ("Note", {}, forged, "its signature is wrong"),
+    ("Note", {}, altered, "its signature is wrong"),
+    ("Note", {}, swapped, "its signature is wrong"),
+    ("Note", {"key": "0" * 16}, honest, "it is for other keys"),
+    ("Note", {"user": "nobody"}, honest, "there is no such job"),
+    ("Note", {"tag": "0" * 12}, honest, "there is no such job"),
+    ("Note", {"job": "0" * 64}, honest, "the job was changed since"),
+    ("Note", {"iat": 1_000}, honest, "would be good for too long"),
+    ("Note", {"args": {}}, honest, "its arguments are not those"),
+    ("Note", {"args": {"Nonce": "x", "More": "y"}}, honest, "its arguments"),
+    ("Note", {"args": {"Nonce": "a\u0007b"}}, honest, "control character"),
+    ("Note", {"args": {"Nonce": "x" * 4097}}, honest, "longer than"),
+    ("Typed", {"args": {"Nonce": "x", "Times": "0x2", "Mood": "gay"}},
+     honest, "an int is"),
+    ("Typed", {"args": {"Nonce": "x", "Times": "2", "Mood": "wild"}},
+     honest, "choose one of"),
+    ("Daily", {"args": {}}, honest, "only jobs that are @manual"),
+    ("Typed here", {}, honest, "from a terminal only")])
+def test_what_is_not_as_it_should_be_is_refused_with_the_reason(
+        firm, name, changes, seal, why):
+    before = firm.done.read_text()
+    body = firm.body(name, **changes)
+    verdict = firm.answer(body, seal(firm, body))
+    assert verdict["state"] == "refused" and why in verdict["reason"], verdict
+    assert verdict["run"] is None
+    assert not any(run["nonce"] == body["nonce"] if "nonce" in run else False
+                   for home in firm.homes for run in home.history())
+    firm.settled()
+    assert firm.done.read_text() == before
+
+
+@pytest.mark.parametrize("changes", [
+    {"exp": 1_700_000_300_000, "iat": 1_700_000_000_000},
+    {"exp": 4_000_000_300_000, "iat": 4_000_000_000_000},
+    {"host": "0" * 32}, {"dash": "0" * 16}])
+def test_what_cannot_be_meant_is_refused_at_the_door(firm, changes):
+    body = firm.body(**changes)
+    reply = firm.post(firm.operator.sealed(firm.hosts[0], body))
+    assert reply.status == 400 and reply.json["error"], reply
+    assert firm.operator.reply("GET", f"requests/{body['nonce']}"
+                               ).status == 404
+    assert firm.ran(body["nonce"]) == 0
+
+
+def test_a_job_that_changes_between_the_list_and_the_request_does_not_run(
+        firm):
+    body = firm.body()
+    firm.homes[0].install(firm.tab.replace("echo {{Nonce}}",
+                                           "echo not {{Nonce}}"))
+    verdict = firm.answer(body)
+    firm.homes[0].install(firm.tab)
+    assert verdict["state"] == "refused"
+    assert "the job was changed since it was shown" in verdict["reason"]
+    assert firm.ran(body["nonce"]) == 0
+
+
+def test_the_same_request_twice_is_one(firm):
+    body = firm.body()
+    sealed = honest(firm, body)
+    first = firm.answer(body)
+    again = [firm.post(sealed) for _ in range(5)]
+    assert [reply.status for reply in again] == [202] * 5
+    assert firm.operator.verdict(body["nonce"]) == first
+    other = {**body, "args": {"Nonce": "another"}}
+    assert firm.post(honest(firm, other)).status == 409
+    firm.settled()
+    assert firm.ran(body["nonce"]) == 1
+    assert "another" not in firm.done.read_text()
+
+
+def test_a_broken_into_dashboard_that_replays_everything_runs_nothing(firm):
+    """All that was ever asked waits again, under the dates of today; koid
+    has been started anew, too."""
+    fresh = [firm.body() for _ in range(3)]
+    for body in fresh:
+        assert firm.answer(body)["state"] == "accepted"
+    firm.settled()
+    before = sorted(firm.done.read_text().split())
+    firm.homes[0].stop()
+    firm.homes[0].start()
+    nonces = [nonce for nonce, in firm.rows(
+        "update requests set state = 'waiting', reason = '', n = null, exp = "
+        "exp + 600 returning nonce")]
+    assert len(nonces) > 15
+    verdicts = {nonce: firm.operator.verdict(nonce) for nonce in nonces}
+    for body in fresh:
+        assert verdicts[body["nonce"]]["reason"] == \
+            "it was used before, and ran once"
+    firm.settled()
+    assert sorted(firm.done.read_text().split()) == before
+    print(f"replayed {len(nonces)}, executed 0")
+
+
+def test_one_that_dates_an_old_request_into_the_future_runs_nothing(firm):
+    """The dashboard's own idea of when it expires counts for nothing."""
+    body = firm.body(iat=int(time.time() * 1000) - 400_000,
+                     exp=int(time.time() * 1000) - 100_000)
+    sealed = honest(firm, body)
+    firm.rows("insert into requests (dash, host, nonce, body, mac, asked, "
+              "exp) select dash, id, ?, ?, ?, ?, ? from hosts where host = ?",
+              body["nonce"], sealed["body"], sealed["mac"], time.time(),
+              time.time() + 600, body["host"])
+    verdict = firm.operator.verdict(body["nonce"])
+    assert verdict["state"] == "refused"
+    assert "it has expired" in verdict["reason"]
+    assert firm.ran(body["nonce"]) == 0
+
+
+def test_a_request_that_no_host_fetches_expires(firm):
+    firm.homes[1].stop()
+    now = int(time.time() * 1000)
+    body = firm.body(at=1, iat=now, exp=now + 1_500)
+    assert firm.post(honest(firm, body)).status == 202
+    verdict = firm.operator.verdict(body["nonce"])
+    firm.homes[1].start()
+    assert verdict["state"] == "expired", verdict
+    assert firm.answer(firm.body(at=1))["state"] == "accepted"
+    assert firm.ran(body["nonce"]) == 0
+
+
+def test_a_host_restored_from_a_backup_runs_nothing_again_and_goes_on(firm):
+    """What it ran since the backup it has forgotten; so it takes nothing
+    that is older than the day of its return."""
+    home = firm.homes[0]
+    home.stop()
+    backup = {name: (home.home / name).read_bytes()
+              for name in ("history.db",)}
+    home.start()
+    body = firm.body()
+    assert firm.answer(body)["state"] == "accepted"
+    firm.settled()
+    home.stop()
+    for name, data in backup.items():
+        (home.home / name).unlink()
+        for part in ("-wal", "-shm"):
+            (home.home / (name + part)).unlink(missing_ok=True)
+        (home.home / name).write_bytes(data)
+        (home.home / name).chmod(0o600)
+    home.start()
+    firm.rows("update requests set state = 'waiting', n = null where nonce "
+              "= ?", body["nonce"])
+    verdict = firm.operator.verdict(body["nonce"])
+    assert verdict["reason"] == "it is older than what this host remembers"
+    assert firm.ran(body["nonce"]) == 1
+    time.sleep(0.01)
+    fresh = firm.body()
+    verdict = firm.answer(fresh)
+    assert verdict["state"] == "accepted" and firm.ran(fresh["nonce"]) == 1
+    assert firm.operator.ask(f"runs/{verdict['run']}")["run"]["args"] == \
+        fresh["args"]

@@ -1,0 +1,296 @@
+"""kill -9 under load: of the dashboard, of koid, of the link between them.
+What was acknowledged is there afterwards, and nothing is there twice.
+
+`KILLS=200` makes it long; without, it is as short as CI wants it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import sqlite3
+import threading
+import time
+
+import pytest
+
+import support
+from dashboard_kit import House
+
+koitab = support.load("koitab")
+
+KILLS = int(os.environ.get("KILLS", "15"))
+SEED = int(os.environ.get("SEED", "4711"))
+PINGERS, MOST_PINGS = 3, 90     # of one check 100 pings are kept
+TAB = """\
+KOI_KEEP=100000
+"Note" @manual echo {{{{Nonce}}}} >> {done} && sync {done}
+"Out" @manual echo out {{{{N}}}}; echo err {{{{N}}}} >&2
+"Long" @manual echo long; while :; do sleep 0.2; echo on; done
+"""
+GONE = (OSError, EOFError)      # of a dashboard that was killed meanwhile
+FINAL = ("accepted", "refused", "expired")
+
+
+class Load:
+    """Threads that ask for much, until they are told to stop; what each was
+    told is kept. An unexpected fault of theirs is the test's."""
+
+    def __init__(self, house: House, operator, home):
+        self.house, self.operator, self.home = house, operator, home
+        self.host = operator.host(home.name)
+        self.spec = operator.specs(self.host)["Note"]
+        self.round, self.over, self.faults = 0, threading.Event(), []
+        self.pings: dict[str, bool] = {}        # body -> acknowledged?
+        self.requests: dict[str, bool] = {}     # nonce -> taken (202)?
+        self.again = 0          # requests that were posted once more
+        self.threads = []
+
+    def start(self, *deeds) -> "Load":
+        self.threads = [threading.Thread(target=self.keep_on, args=deed)
+                        for deed in deeds]
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def keep_on(self, deed, *values) -> None:
+        try:
+            while not self.over.is_set():
+                deed(*values)
+        except BaseException as fault:
+            self.faults.append(repr(fault))
+            raise
+
+    def stop(self) -> None:
+        self.over.set()
+        for thread in self.threads:
+            thread.join(60)
+        assert self.faults == []
+
+    def ping(self, worker: int) -> None:
+        """Ping by one connection until it breaks."""
+        key, number, last = self.key, 0, -1
+        with contextlib.suppress(*GONE), self.house.client() as client:
+            while not self.over.is_set():
+                turn = self.round
+                number = number + 1 if turn == last else 0
+                last = turn
+                if number >= MOST_PINGS:
+                    self.over.wait(0.02)
+                    continue
+                body = f"{turn}-{worker}-{number}-{time.monotonic_ns()}"
+                self.pings[body] = False
+                reply = client.ask("POST", f"/ping/{key}/r{turn}-w{worker}"
+                                   "?create=1", body.encode())
+                assert reply.status in (200, 201), reply
+                self.pings[body] = True
+                self.over.wait(0.004)
+        self.over.wait(0.03)
+
+    def run(self) -> None:
+        """A job of koid's, by itself."""
+        self.home.run("Out", N=str(time.monotonic_ns()))
+        self.over.wait(0.05)
+
+    def ask(self) -> None:
+        """A signed request. Who was not answered asks once more."""
+        nonce = os.urandom(16).hex()
+        sealed = self.operator.sealed(self.host, self.operator.request(
+            self.host, self.spec, {"Nonce": nonce}, nonce=nonce))
+        self.requests[nonce] = False
+        for _ in range(3):
+            with contextlib.suppress(*GONE):
+                reply = self.operator.reply("POST", "requests", sealed)
+                if reply.status == 429:         # a hundred wait already
+                    break
+                assert reply.status == 202, reply
+                self.requests[nonce] = True
+                break
+            self.again += 1
+            self.over.wait(0.3)
+        self.over.wait(0.04)
+
+    @property
+    def key(self) -> str:
+        found, = self.house.rows("select ping_key from dashboards")[0]
+        return found
+
+
+@pytest.fixture
+def house(tmp_path):
+    # What was handed to a link that was killed is handed out again soon.
+    with House(tmp_path, patch="k.HAND_OUT_AGAIN = 1.0") as house:
+        yield house
+        assert "fault of ours" not in house.log(), house.log()
+        assert "Traceback" not in house.log(), house.log()
+
+
+@pytest.fixture
+def home(house):
+    home = house.home("web1", TAB.format(done=house.folder / "done"))
+    (house.folder / "done").touch()
+    return home
+
+
+@pytest.fixture
+def load(house, home):
+    load = Load(house, house.new(home), home)
+    yield load
+    load.over.set()
+
+
+def wait_for_all_runs(house: House, home) -> list[dict]:
+    """Until the dashboard has every run of koid's with its output; they."""
+    def whole():
+        runs = home.history(limit=500)
+        while runs and len(runs) % 500 == 0:
+            more = home.history(limit=500, before=runs[-1]["run"])
+            runs += more
+            if not more:
+                break
+        if any(run["state"] in ("queued", "running") for run in runs):
+            return None
+        there = house.rows("select count(*) from runs where state not in "
+                           "('queued', 'running') and have = size")[0][0]
+        return runs if there >= len(runs) else None
+    return support.wait_until(whole, 90, f"all runs\n{home.log()[-2000:]}")
+
+
+def judge_runs(house: House, home) -> int:
+    """Each run of koid's stands there once, with the same output."""
+    runs = wait_for_all_runs(house, home)
+    there = house.rows("select n, id, state, exit, signal from runs")
+    assert sorted(row[0] for row in there) == sorted(
+        run["run"] for run in runs), "a run is lost or doubled"
+    history = sqlite3.connect(f"file:{home.home}/history.db?mode=ro",
+                              uri=True)
+    ours = dict(history.execute("select run, frames from output"))
+    history.close()
+    by_number = {run["run"]: run for run in runs}
+    for n, ident, state, status, number in there:
+        run = by_number[n]
+        assert (state, status, number) == (
+            run["state"], run["exit"], run["signal"]), run
+        kept = b"".join(data for data, in house.rows(
+            "select data from outputs where run = ? order by at", ident))
+        assert kept == ours.get(n, b""), (n, kept, ours.get(n))
+    return len(runs)
+
+
+def judge_requests(house: House, load: Load) -> dict[str, int]:
+    """Each that was taken has come to one end, which is the truth."""
+    def settled():
+        states = dict(house.rows("select nonce, state from requests"))
+        return states if all(state in FINAL for state in states.values()) \
+            else None
+    states = support.wait_until(settled, 90, "all requests to be settled")
+    taken = {nonce for nonce, was in load.requests.items() if was}
+    assert taken <= set(states), "one that was taken is lost"
+    assert set(states) <= set(load.requests)
+    of_runs = [nonce for nonce, in house.rows(
+        "select nonce from runs where nonce <> ''")]
+    assert len(of_runs) == len(set(of_runs)), "one has two runs"
+    support.wait_until(lambda: not [
+        run for run in load.home.history(limit=500)
+        if run["state"] in ("queued", "running")], 30, "the last to end")
+    ran = (house.folder / "done").read_text().split()
+    assert len(ran) == len(set(ran)), "one was executed twice"
+    for nonce in load.requests:
+        if states.get(nonce) != "accepted":
+            assert nonce not in ran, (nonce, states.get(nonce))
+    counts = {state: list(states.values()).count(state) for state in FINAL}
+    return {**counts, "taken": len(taken), "executed": len(ran)}
+
+
+def judge_pings(house: House, load: Load) -> tuple[int, int]:
+    """Those acknowledged are there, and none is there twice."""
+    there = [body.decode() for body, in house.rows("select body from pings")]
+    lost = [body for body, was in load.pings.items()
+            if was and body not in set(there)]
+    assert lost == [], f"{len(lost)} lost, such as {lost[:3]}"
+    assert len(there) == len(set(there)), "one is doubled"
+    return sum(load.pings.values()), len(load.pings)
+
+
+def test_what_was_acknowledged_outlives_any_kill_and_nothing_is_doubled(
+        house, home, load):
+    dice, pid = random.Random(SEED), home.daemon.pid
+    load.start(*[(load.ping, worker) for worker in range(PINGERS)],
+               (load.run,), (load.ask,))
+    begun = time.monotonic()
+    for load.round in range(KILLS):
+        time.sleep(dice.uniform(0.02, 0.9))
+        house.kill()
+        house.open()
+    time.sleep(0.3)
+    load.stop()
+    assert home.daemon.poll() is None and home.daemon.pid == pid
+    lasted = time.monotonic() - begun
+    runs = judge_runs(house, home)
+    requests = judge_requests(house, load)
+    assert requests["accepted"] == requests["executed"], requests
+    acked, sent = judge_pings(house, load)
+    assert house.rows("pragma integrity_check") == [("ok",)]
+    assert acked > 10 * KILLS and runs > KILLS and requests["taken"] > KILLS
+    print(f"{KILLS} kills in {lasted:.0f} s: {acked} of {sent} pings "
+          f"acknowledged, {runs} runs reported, requests {requests} "
+          f"({load.again} asked again); lost 0, doubled 0")
+
+
+def test_requests_end_once_however_often_koid_and_the_link_are_killed(
+        house, home, load):
+    dice, kills = random.Random(SEED), {"koid": 0, "link": 0}
+    load.start((load.ask,))
+    for _ in range(max(6, KILLS * 2 // 3)):
+        time.sleep(dice.uniform(0.02, 0.7))
+        child = home.child()
+        if child and dice.random() < 0.6:
+            os.kill(child, 9)
+            kills["link"] += 1
+            support.wait_until(lambda: not koitab.born(child))
+        else:
+            home.stop(9)
+            home.start()
+            kills["koid"] += 1
+    load.stop()
+    requests = judge_requests(house, load)
+    runs = judge_runs(house, home)
+    # A koid that dies between its note and the start of the job leaves a
+    # run that was interrupted, and is not repeated.
+    assert requests["executed"] <= requests["accepted"] <= runs
+    assert min(kills.values()) > 0
+    print(f"killed {kills}: requests {requests}, {runs} runs; none twice")
+
+
+def test_while_the_dashboard_is_away_jobs_run_on_and_all_is_shown_afterwards(
+        house, home, load):
+    home.run("Out", N="before")
+    with home.link() as link:
+        long, connection, _ = link.follow("Long", {})
+        connection.close()
+    support.wait_until(lambda: house.rows("select 1 from runs where state = "
+                                          "'running'"))
+    house.kill()
+    for number in range(20):
+        home.run("Out", N=str(number))
+    support.wait_until(lambda: home.ask("status")["dashboard"]["troubles"])
+    before, begun = home.seconds(), time.monotonic()
+    time.sleep(2)
+    used = (home.seconds() - before) / (time.monotonic() - begun)
+    unsent = home.ask("status")["dashboard"]["unsent"]
+    assert unsent >= 20
+    house.open()
+    support.wait_until(lambda: len(house.rows("select 1 from runs")) == 22,
+                       30)
+    home.ask("kill", run=long)
+    assert judge_runs(house, home) == 22
+    assert load.operator.text(load.operator.runs("Long")[0]["id"]
+                              ).startswith("long\non\non\n")
+    texts = [load.operator.text(run["id"])
+             for run in load.operator.runs("Out")]
+    assert sorted(texts) == sorted(
+        f"out {n}\nerr {n}\n" for n in ["before", *range(20)])
+    assert used < 0.1, f"{used:.0%} of a core"
+    print(f"away: 20 runs, {unsent} changes kept, koid used {used:.1%} of a "
+          "core; each shown once")
