@@ -10844,11 +10844,10 @@ SWEEP_TIME = 0.5        # between two looks for who is late
 BACKLOG = 1024          # every host calls at the full minute
 MOST_WIRES, MOST_OF_ADDRESS, MOST_UNPROVEN = 4096, 512, 64
 MOST_WRITES = 8192      # that wait for the disk
-TLS_BUFFER = 2**14      # of each connection: a record; asyncio takes 2**18
 MOST_READS, MOST_READERS = 256, 4
 PING_BODY, SMALL_BODY = 2**20, 2**16
 SYNC_BODY, REQUEST_BODY = 2**23, 2**20
-TLS_BUFFER = 2**15      # two records
+TLS_BUFFER = 2**15      # two records; asyncio takes 2**18 a connection
 INLINE_BODY = 2**15     # longer JSON is not read on the loop
 AHEAD = 2**16           # bytes of requests that wait for their turn
 SLOW_READER = 2**20     # bytes that a stream may be behind
@@ -12701,9 +12700,6 @@ class Front:
         self.site.crowd.most = min(MOST_WIRES, max(most - 64, 16))
         # Children of ours are Alerts': no loop of ours may reap them.
         loop = asyncio.SelectorEventLoop()
-        if self.certificate:
-            from asyncio.sslproto import SSLProtocol
-            SSLProtocol.max_size = TLS_BUFFER
         try:
             loop.run_until_complete(self.serve(loop, ready))
         finally:
