@@ -7916,6 +7916,12 @@ def letter_of(state: str, status: int | None, number: int | None,
     return "k" if number or reason.startswith("timeout") else "f"
 
 
+def milliseconds(seconds: float | None) -> float | None:
+    """Seconds, to the millisecond: that is half the text. `round` would
+    take five times as long."""
+    return seconds and int(seconds * 1000 + 0.5) / 1000
+
+
 class Strip(tuple):
     """The last runs of a job, or pings of a check, the oldest first: (id,
     time, seconds, letter) each. It never changes, a change makes another; so
@@ -7923,10 +7929,8 @@ class Strip(tuple):
 
     @classmethod
     def of(cls, rows) -> Strip:
-        """Of (id, time, seconds, letter), to the millisecond: half the
-        text. `round` would take five times as long."""
-        return cls([(number, at and int(at * 1000 + 0.5) / 1000,
-                     took and int(took * 1000 + 0.5) / 1000, letter)
+        """Of (id, time, seconds, letter)."""
+        return cls([(number, milliseconds(at), milliseconds(took), letter)
                     for number, at, took, letter in rows])
 
     def put(self, entry: tuple) -> Strip:
@@ -10120,12 +10124,14 @@ class Fleet(Checks):
             if count > MOST_BARS:
                 end = reached
                 break
-            row = rows.setdefault(job, {"job": job, "bars": [],
-                                        "missing": []})
+            row = rows.get(job)
+            if row is None:
+                row = rows[job] = {"job": job, "bars": [], "missing": []}
             if letter == "m":
                 row["missing"].append([at if due is None else due, run])
             elif letter != "q":
-                row["bars"].append([at, ended, letter, run])
+                row["bars"].append([milliseconds(at), milliseconds(ended),
+                                    letter, run])
         return {"rows": list(rows.values()), "from": begin, "to": end}
 
     def bars(self, db, number: int, begin: float, end: float):
@@ -10845,10 +10851,10 @@ SWEEP_TIME = 0.5        # between two looks for who is late
 BACKLOG = 1024          # every host calls at the full minute
 MOST_WIRES, MOST_OF_ADDRESS, MOST_UNPROVEN = 4096, 512, 64
 MOST_WRITES = 8192      # that wait for the disk
-TLS_BUFFER = 2**14      # of each connection: a record; asyncio takes 2**18
 MOST_READS, MOST_READERS = 256, 4
 PING_BODY, SMALL_BODY = 2**20, 2**16
 SYNC_BODY, REQUEST_BODY = 2**23, 2**20
+TLS_BUFFER = 2**15      # two records; asyncio takes 2**18 a connection
 INLINE_BODY = 2**15     # longer JSON is not read on the loop
 AHEAD = 2**16           # bytes of requests that wait for their turn
 SLOW_READER = 2**20     # bytes that a stream may be behind
@@ -12667,6 +12673,14 @@ class Certificate:
             if now > self.expires - CERTIFICATE_SOON else ""
 
 
+# Loaded when we start: a Python that is upgraded underneath has other files.
+NEEDED = tuple(
+    "base64 binascii calendar email.header email.message email.policy "
+    "email.utils hashlib heapq hmac html http.client ipaddress json queue re "
+    "secrets sqlite3 ssl struct subprocess threading unicodedata urllib.parse "
+    "uuid zlib".split())
+
+
 class Front:
     """The sockets of a Site, from the first call to the last answer."""
 
@@ -12681,13 +12695,18 @@ class Front:
     def run(self, ready=None) -> str:
         """Serve until a signal says stop, or Hub cannot go on: then why."""
         import asyncio
+        from importlib import import_module
+        for name in NEEDED:
+            import_module(name)
+        if self.certificate:
+            # From 3.11 on each connection has a buffer of this size, by
+            # default 256 KiB: half a gigabyte for 2,000 hosts that wait.
+            from asyncio import sslproto
+            sslproto.SSLProtocol.max_size = TLS_BUFFER
         most = more_files()
         self.site.crowd.most = min(MOST_WIRES, max(most - 64, 16))
         # Children of ours are Alerts': no loop of ours may reap them.
         loop = asyncio.SelectorEventLoop()
-        if self.certificate:
-            from asyncio.sslproto import SSLProtocol
-            SSLProtocol.max_size = TLS_BUFFER
         try:
             loop.run_until_complete(self.serve(loop, ready))
         finally:
@@ -12840,7 +12859,10 @@ class Front:
             self.told, self.site.expires = now, self.certificate.expires
             trouble = self.certificate.trouble(self.site.clock.now())
             if trouble:
+                self.site.hub.faults["certificate"] = trouble   # on the page
                 self.site.say(f"warning: {trouble}")
+            else:
+                self.site.hub.faults.pop("certificate", None)
         self.loop.call_later(1.0, self.tend)
 
     def hub_broken(self) -> str:
@@ -12928,6 +12950,7 @@ PAGE_HTML = r"""<!doctype html>
 browser. `koitab status`, `history` and `log` show the same in a
 terminal.</noscript>
 <div id="plain" role="note" hidden></div>
+<div id="troubles" role="status" hidden></div>
 <header id="top"></header>
 <main id="main" tabindex="-1"></main>
 <div id="told" class="away" aria-live="polite"></div>
@@ -13082,7 +13105,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 @keyframes turn { to { transform: rotate(1turn); } }
 
 /* The bar at the top */
-#plain {
+#plain, #troubles {
   padding: 8px 20px; background: var(--bad-bg); color: var(--bad);
   border-bottom: 1px solid var(--bad-line);
 }
@@ -13163,6 +13186,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .row > div { min-width: 0; }
 .c-name { display: flex; gap: 8px; align-items: baseline; }
 .c-name a { color: var(--ink); font-weight: 550; overflow: hidden;
+  flex-shrink: 0; max-width: 100%;
   text-overflow: ellipsis; white-space: nowrap; }
 .c-name .muted { font-size: 12.5px; white-space: nowrap; overflow: hidden;
   text-overflow: ellipsis; flex-shrink: 3; min-width: 0; }
@@ -13293,7 +13317,7 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .line { display: flex; min-height: 18px; border-left: 3px solid
   transparent; }
 .line.has-err { border-left-color: var(--b-bad); }
-.only-err .line:not(.has-err):not(.note) { display: none; }
+.only-err .line:not(.has-err):not(.ours) { display: none; }
 .no { flex: none; width: calc(var(--digits) + 24px); text-align: right;
   padding-right: 14px;
   color: var(--quiet); user-select: none; }
@@ -13303,9 +13327,9 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .at::before { content: attr(data-at); }
 .text { white-space: pre; padding-right: 16px; unicode-bidi: isolate; }
 .wrap .text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 0; }
-.line.note { color: var(--soft); font-style: italic;
+.line.ours { color: var(--soft); font-style: italic;
   padding-left: calc(var(--digits) + 24px); }
-.line.note .no { display: none; }
+.line.ours .no { display: none; }
 .line.hit { background: var(--mark); }
 .line.here { background: var(--here); box-shadow: inset 3px 0 0
   var(--accent); }
@@ -13478,7 +13502,7 @@ dialog > * + * { margin-top: 12px; }
   #top { flex-wrap: wrap; }
   #top nav { order: 9; flex-basis: 100%; overflow-x: auto; margin: 0; }
 }
-@media (max-width: 759px) {
+@media (max-width: 859px) {
   body { font-size: 15px; }
   #main { padding: 12px 12px 64px; }
   .open #top { padding: 6px 12px 2px; }
@@ -13508,6 +13532,10 @@ dialog > * + * { margin-top: 12px; }
   .bar .btn { padding: 3px 8px; }
   .login { margin-top: 5vh; padding: 20px; }
 }
+@media (max-width: 379px) {
+  .row { grid-template-areas: "name act" "is next" "last last"
+    "strip strip"; }
+}
 @media (forced-colors: active) {
   .bars path, .spark path { forced-color-adjust: none; }
   .row:focus-within { outline: 2px solid Highlight; }
@@ -13536,7 +13564,6 @@ const LETTERS = {   // a run in a strip -> its word, in singular and plural
   o: "ok", f: "failed", k: "killed", m: "missed", s: "skipped",
   i: "interrupted", u: "could not start", r: "running", q: "queued",
 };
-const FAILING = new Set(["f", "k", "i", "u"]);
 
 const TRIGGERS = {
   schedule: "its schedule", manual: "a person", "catch-up": "catching up",
@@ -13550,7 +13577,6 @@ const WORDS = {
   plain: "This page came over plain http: anyone on the way can change it " +
     "and take the password. Use TLS, an ssh tunnel, or the page that " +
     "\u201ckoitab page\u201d writes to a file.",
-  nothing: "printed nothing",
 };
 
 // --- kit: elements, from text only ---------------------------------------
@@ -14105,12 +14131,22 @@ const KEY_OF = { hosts: (h) => h.id, jobs: (j) => j.id, checks: (c) => c.id,
 function learn(state) {
   ahead = state.now - Date.now() / 1000;
   Object.assign(known, { seq: state.seq, dash: state.dash,
-    version: state.version });
+    version: state.version, troubles: state.troubles || [] });
   session.role = state.role;
   session.dash = state.dash.id;
   for (const [kind, key] of Object.entries(KEY_OF)) {
-    known[kind] = new Map((state[kind] || []).map((one) => [key(one), one]));
+    known[kind] = new Map((state[kind] || []).map((one) => [key(one),
+      readable(kind, one)]));
   }
+}
+
+// Names are shown in many places: what would turn or hide them in all.
+const NAMES = { jobs: ["label", "name", "section", "words", "user"],
+  hosts: ["name"], checks: ["name", "tags", "words"], alerts: ["text"] };
+
+function readable(kind, one) {
+  for (const name of NAMES[kind]) one[name] = visible(one[name] || "");
+  return one;
 }
 
 function forget() {
@@ -14125,7 +14161,9 @@ function learnMore(change) {
     before.set(job.id, known.jobs.get(job.id)?.state);
   }
   for (const [kind, key] of Object.entries(KEY_OF)) {
-    for (const one of change[kind] || []) known[kind].set(key(one), one);
+    for (const one of change[kind] || []) {
+      known[kind].set(key(one), readable(kind, one));
+    }
   }
   for (const [kind, ids] of Object.entries(change.gone || {})) {
     for (const id of ids) goneFrom(kind, id);
@@ -14169,20 +14207,21 @@ const stream = {
     this.abort = null;
   },
 
-  // A browser has six connections to a server, for all tabs together: one
-  // that nobody sees looks in each 20 s and lets go.
-  rest(reader, abort) {
+  // A browser has six connections to a server, for all tabs together. A tab
+  // that nobody sees lets go of its own, and looks in each 20 s or so.
+  rest(reader, abort, seconds) {
     setTimeout(() => {
       if (!document.hidden || abort !== this.abort) return;
       this.pause = 20;
       reader.cancel();
-    }, 60000);
+    }, seconds * 1000);
   },
 
   looked() {
     if (!session.token) return;
-    if (document.hidden && this.reader) this.rest(this.reader, this.abort);
-    else if (!document.hidden && !this.live) this.start();
+    if (document.hidden && this.reader) {
+      this.rest(this.reader, this.abort, 60);
+    } else if (!document.hidden && !this.live) this.start();
   },
 
   async follow() {
@@ -14193,7 +14232,7 @@ const stream = {
       shell.link("live", "Live");
       this.live = true;
       const reader = this.reader = reply.body.getReader();
-      if (document.hidden) this.rest(reader, abort);
+      if (document.hidden) this.rest(reader, abort, 3);
       await this.read(reader, abort);
       this.again(abort, "The dashboard ended the stream.");
     } catch (error) {
@@ -14307,6 +14346,7 @@ const shell = {
     this.view = null;
     jobList = null;
     document.body.classList.remove("open");
+    $("#troubles").hidden = true;
     $("#top").replaceChildren();
     document.title = "koi";
     favicon("none");
@@ -14379,6 +14419,9 @@ const shell = {
   },
 
   worst() {
+    const troubles = $("#troubles");
+    troubles.hidden = !known.troubles?.length;
+    troubles.textContent = (known.troubles || []).join(" ");
     const bad = [...known.jobs.values(), ...known.checks.values()].filter(
       (one) => BAD.has(one.state) && !snoozed(one)).length;
     this.bad = bad;
@@ -14442,8 +14485,6 @@ function zoneSwitch() {
     .map(([value, text]) => el("option", { value, text,
       selected: value === zoneKind })));
 }
-
-const THEMES = ["auto", "light", "dark"];
 
 function showTheme(theme) {
   document.documentElement.dataset.theme = theme;
@@ -14675,7 +14716,7 @@ function barKey(event) {
   return true;
 }
 
-const phone = matchMedia("(max-width: 759px)");
+const phone = matchMedia("(max-width: 859px)");
 const wide = matchMedia("(min-width: 1480px)");
 
 function strip(cells, host, hrefOf = (item) => `#/run/${item.cell[0]}`) {
@@ -14901,8 +14942,8 @@ class CheckRow extends JobRow {
       () => `#/check/${check.id}`) : null);
     this.put("spark", `${check.n}`, () => spark(check.strip, null));
     this.put("next", `${check.next} ${check.state}`, () => check.next
-      ? timeOf(check.next) : muted(check.state === "paused" ? "paused"
-        : "waits for a ping"));
+      ? timeOf(check.next) : muted({ paused: "paused",
+        down: "overdue" }[check.state] || "waits for a ping"));
     this.put("act", "", () => copyButton(() => pingUrl(check), "URL"));
   }
 }
@@ -15203,6 +15244,7 @@ function hostHeading(host, id) {
 }
 
 function hostStateWords(host) {
+  if (host.state === "left") return "has left the dashboard";
   if (host.state === "twin") return "two daemons use this host\u2019s "
     + "identity";
   if (host.state === "left") return "left this dashboard";
@@ -15265,10 +15307,9 @@ const isBidi = (c) => c >= 0x202a && c <= 0x202e || c >= 0x2066
 const isControl = (c) => c < 0x20 || c >= 0x7f && c < 0xa0 || isBidi(c)
   || c === 0x2028 || c === 0x2029 || c === 0xfeff;
 
-// A control character as something that one can see.
+// A control character as something that one can see: ^G, <U+202E>.
 function glyph(c) {
-  if (c < 0x20) return String.fromCharCode(0x2400 + c);
-  if (c === 0x7f) return "\u2421";
+  if (c < 0x20 || c === 0x7f) return `^${String.fromCharCode(c ^ 64)}`;
   if (c < 0xa0) return `<${c.toString(16)}>`;
   return `<U+${c.toString(16).toUpperCase().padStart(4, "0")}>`;
 }
@@ -15281,6 +15322,8 @@ function visible(text) {
   }
   return seen;
 }
+
+const visibleLines = (text) => text.split("\n").map(visible).join("\n");
 
 const PLAIN = { fg: null, bg: null, bold: false, dim: false, italic: false,
   under: false, inverse: false, strike: false, href: "", err: false,
@@ -15671,7 +15714,10 @@ class Output {
       { signal: this.abort.signal });
     this.live = answer.live;
     this.size = 0;
-    const groups = grouped(answer.chunks);
+    // What a live run has written is read from its beginning, as it comes.
+    const flows = answer.live && answer.size < 4e6;
+    if (flows) this.size = answer.chunks[0]?.[0] || 0;
+    const groups = flows ? [] : grouped(answer.chunks);
     const lines = groups.reduce((sum, one) => sum + one.lines, 0);
     this.scale = Math.min(1, TALLEST / (LINE_HEIGHT * Math.max(lines, 1)));
     for (const { at, size, lines: count } of groups) {
@@ -15692,16 +15738,59 @@ class Output {
 
   add(at, size, lines) {
     const last = this.blocks[this.blocks.length - 1];
-    const block = { at, size, lines, index: this.blocks.length,
-      number: last ? last.number + last.lines : 1, end: null, shown: null,
-      root: el("div", { class: "block" }) };
-    block.root.block = block;
-    this.closed(block);
+    const block = this.block({ at, size, lines }, this.blocks.length,
+      last ? last.number + last.lines : 1);
     this.blocks.push(block);
     this.size = at + size;
     this.sheet.append(block.root);
     this.eye.observe(block.root);
     return block;
+  }
+
+  block(part, index, number) {
+    const block = { ...part, index, number, end: null, shown: null,
+      root: el("div", { class: "block" }) };
+    block.root.block = block;
+    this.closed(block);
+    return block;
+  }
+
+  // A chunk may hold a megabyte. When it is looked at it becomes blocks, cut
+  // between frames.
+  async split(block) {
+    const parts = [], end = block.at + block.size;
+    for (let at = block.at; at < end;) {
+      const { frames, used } = framesOf(await this.bytes(at,
+        Math.min(end - at, 2 ** 20)));
+      for (const [, , data] of frames) {
+        parts.push([at, 9 + data.length, newlines(data)]);
+        at += 9 + data.length;
+      }
+      if (!used) break;
+    }
+    const finer = grouped(parts);
+    block.whole = true;
+    if (finer.length < 2 || !this.blocks.includes(block)) return;
+    let number = block.number;
+    const made = finer.map((part) => {
+      const one = this.block({ ...part, whole: true }, 0, number);
+      number += part.lines;
+      return one;
+    });
+    this.eye.unobserve(block.root);
+    this.near.delete(block);
+    block.root.replaceWith(...made.map((one) => one.root));
+    this.blocks.splice(block.index, 1, ...made);
+    this.blocks.forEach((one, index) => { one.index = index; });
+    for (const one of made) this.eye.observe(one.root);
+  }
+
+  // The block that a question picks, cut if it is too large to be drawn.
+  async fine(pick) {
+    const block = pick();
+    if (!block || !tooLarge(block)) return block;
+    await this.split(block);
+    return pick();
   }
 
   // Where to begin: a place that was asked for, or the end of what failed.
@@ -15742,10 +15831,13 @@ class Output {
     if (block.shown) return;
     if (block.coming) return block.coming;
     this.loading.add(block);
-    block.coming = this.linesOf(block).then((lines) => {
+    block.coming = (tooLarge(block) ? this.split(block).then(() =>
+      this.blocks[block.index] === block && this.linesOf(block))
+      : this.linesOf(block)).then((lines) => {
+      if (!lines) return;
       block.shown = lines;
       this.draw(block);
-    }, (error) => {
+    }).catch((error) => {
       if (error.name !== "AbortError") this.lost(block, error);
     });
     await block.coming;
@@ -15756,7 +15848,7 @@ class Output {
 
   lost(block, error) {
     block.shown = [];
-    block.root.replaceChildren(el("div", { class: "line note",
+    block.root.replaceChildren(el("div", { class: "line ours",
       text: `koi: ${error.message} ${error.hint || ""}` }));
   }
 
@@ -15798,6 +15890,9 @@ class Output {
   async bytes(from, len) {
     const reply = await fetched(this.path(`output?from=${from}&len=${len}`),
       { signal: this.abort.signal });
+    if (+reply.headers.get("X-Koi-From") > from) {
+      throw new Refusal(0, "these lines come again when the run has ended");
+    }
     return new Uint8Array(await reply.arrayBuffer());
   }
 
@@ -15819,7 +15914,7 @@ class Output {
   lineNode(line, number) {
     const node = document.createElement("div");
     node.className = `line${line.err ? " has-err" : ""}${
-      line.note ? " note" : ""}`;
+      line.note ? " ours" : ""}`;
     const no = document.createElement("a");
     no.className = "no";
     if (number) {
@@ -15883,6 +15978,7 @@ class Output {
         { signal: this.abort.signal });
         const bytes = new Uint8Array(await reply.arrayBuffer());
         this.live = reply.headers.get("X-Koi-Live") === "1";
+        this.skip(+reply.headers.get("X-Koi-From"));
         this.grow(bytes);
         wait = this.live ? 10 : 0;
         if (!this.live && !bytes.length) break;
@@ -15901,6 +15997,16 @@ class Output {
     this.more.hidden = true;
     this.show();
     if (!this.size) this.nothing();
+  }
+
+  // While a run goes on only the last part of a long output is there.
+  skip(from) {
+    if (!(from > this.size)) return;
+    const tail = this.newTail(this.blocks[this.blocks.length - 1]);
+    tail.terminal.note(0, utf8(`${bytesWords(from - this.size)} are left out `
+      + "until the run has ended"));
+    this.size = from;
+    tail.at = from;
   }
 
   grow(bytes) {
@@ -15933,19 +16039,17 @@ class Output {
     }
     const block = this.add(this.size, 0, 0);
     block.terminal = new Terminal(tail?.end);
-    if (tail && tail.lines && tail.shown) this.hideLater(tail);
     return block;
-  }
-
-  hideLater(block) {
-    if (!this.near.has(block)) this.hide(block);
   }
 
   grown(added) {
     const tail = this.blocks[this.blocks.length - 1];
     if (this.near.has(tail) || this.follow) {
       this.append(tail);
-    } else this.closed(tail);
+    } else {
+      tail.height = 0;      // what was measured is too little now
+      this.closed(tail);
+    }
     if (this.follow) {
       this.pane.scrollTop = this.pane.scrollHeight;
     } else {
@@ -15964,10 +16068,8 @@ class Output {
       number += 1;
       same += 1;
     }
-    if (drawn.some((line, at) => at < same && !line.ended)) same = 0;
     while (tail.root.childNodes.length > same) tail.root.lastChild.remove();
-    const rest = { number: same ? number : tail.number };
-    tail.root.append(...this.nodes(rest, lines.slice(same)));
+    tail.root.append(...this.nodes({ number }, lines.slice(same)));
     tail.root.style.height = "";
     tail.shown = [...lines];
   }
@@ -16001,7 +16103,7 @@ class Output {
   // --- going to a place
 
   async toEnd() {
-    const last = this.blocks[this.blocks.length - 1];
+    const last = await this.fine(() => this.blocks[this.blocks.length - 1]);
     if (!last) return;
     this.goingToEnd = true;
     this.pane.scrollTop = this.pane.scrollHeight;
@@ -16012,8 +16114,8 @@ class Output {
 
   async toLine(number) {
     this.line = number;
-    const block = this.blocks.find((one) => number < one.number + one.lines)
-      || this.blocks[this.blocks.length - 1];
+    const block = await this.fine(() => this.blocks.find((one) =>
+      number < one.number + one.lines) || this.blocks[this.blocks.length - 1]);
     for (const old of this.sheet.querySelectorAll(".here")) {
       old.classList.remove("here");
     }
@@ -16022,10 +16124,10 @@ class Output {
   }
 
   async toByte(at) {
-    const block = this.blocks.find((one) => at < one.at + one.size)
-      || this.blocks[this.blocks.length - 1];
-    await this.toNode(block, (root) => $(".hit", root) || root.firstChild);
-    this.count();
+    if (this.query) return this.find(at);
+    const block = await this.fine(() => this.blocks.find((one) =>
+      at < one.at + one.size) || this.blocks[this.blocks.length - 1]);
+    await this.toNode(block, (root) => root.firstChild);
   }
 
   async toNode(block, pick) {
@@ -16050,7 +16152,8 @@ class Output {
     this.findTimer = setTimeout(() => this.find(), 350);
   }
 
-  async find() {
+  // All hits, and the first of them at or after a byte.
+  async find(from = 0) {
     clearTimeout(this.findTimer);
     const query = this.query = this.finder.value.toLowerCase();
     this.hits = [];
@@ -16058,7 +16161,8 @@ class Output {
     this.remark();
     if (!query) return this.count();
     let searched = 0;
-    for (const block of this.blocks) {
+    for (let i = 0; i < this.blocks.length; i += 1) {
+      const block = await this.fine(() => this.blocks[i]);
       const { lines } = block.terminal || await this.parse(block);
       if (query !== this.query || this.abort.signal.aborted) return;
       lines.forEach((line, index) => {
@@ -16068,7 +16172,11 @@ class Output {
       });
       searched += block.size;
       this.count(searched < this.size ? searched : 0);
-      if (this.hit < 0 && this.hits.length) this.step(1);
+      if (this.hit < 0 && block.at + block.size > from
+          && this.hits.some((one) => one.block === block)) {
+        this.hit = this.hits.findIndex((one) => one.block === block) - 1;
+        this.step(1);
+      }
       if (this.hits.length >= MOST_HITS) break;
     }
     this.count();
@@ -16156,6 +16264,17 @@ class Output {
     this.eye.disconnect();
     clearTimeout(this.findTimer);
   }
+}
+
+const tooLarge = (block) => !block.terminal && !block.whole
+  && (block.size > 2 * BLOCK_BYTES || block.lines > 2 * BLOCK_LINES);
+
+function newlines(bytes) {
+  let count = 0;
+  for (let at = bytes.indexOf(10); at >= 0; at = bytes.indexOf(10, at + 1)) {
+    count += 1;
+  }
+  return count;
 }
 
 const isHit = (text, query) => text.toLowerCase().includes(query);
@@ -16663,7 +16782,7 @@ async function signedJobs(host) {
   if (list.dash !== session.dash || list.host !== host
       || list.key !== keyId(key)) throw new Refusal(0, WORDS.keys);
   return list.jobs.map((text) => ({ ...JSON.parse(text), text,
-    on: list.name }));
+    on: visible(list.name) }));
 }
 
 // Compared without a hint, by time, of how far they are the same.
@@ -16782,7 +16901,7 @@ function formView(place, root) {
     return { spec, runs: runs.runs };
   }, ({ spec, runs }) => {
     // What the host signed is shown, and not what the dashboard says of it.
-    title.textContent = `Run ${spec.label}`;
+    title.textContent = `Run ${visible(spec.label)}`;
     const form = new RunForm(job, spec, runs);
     root.append(form.root);
     form.focus();
@@ -16861,7 +16980,7 @@ class RunForm {
   }
 
   question() {
-    const words = `Run ${this.spec.label} on ${this.spec.on}`;
+    const words = `Run ${visible(this.spec.label)} on ${this.spec.on}`;
     this.sure.replaceChildren(el("span", { text: "This job asks to be sure: "
       + "it starts at once." }), el("button", { class: "btn primary",
       type: "submit", text: words }), button("No", () => {
@@ -16998,8 +17117,7 @@ function commandParts(spec, fields) {
   return [...parts, visible(spec.command.slice(from))];
 }
 
-const shownValue = (value) => quoted(value).split("\n").map(visible)
-  .join("\n");
+const shownValue = (value) => visibleLines(quoted(value));
 
 // --- day: one day across hosts ----------------------------------------------
 
@@ -17065,8 +17183,22 @@ class Day {
     location.hash = this.path(middle, this.hours);
   }
 
-  fetch() {
-    return ask(`day?from=${Math.floor(this.from)}&to=${Math.ceil(this.to)}`);
+  // When there is too much for one answer, `to` tells how far it goes.
+  async fetch() {
+    const rows = new Map(), to = Math.ceil(this.to);
+    for (let from = Math.floor(this.from), asked = 0; from < to
+        && asked < 10; asked += 1) {
+      const answer = await ask(`day?from=${from}&to=${to}`);
+      for (const row of answer.rows) {
+        const all = rows.get(row.job) || { job: row.job, bars: [],
+          missing: [] };
+        all.bars.push(...row.bars);
+        all.missing.push(...row.missing);
+        rows.set(row.job, all);
+      }
+      from = answer.to > from ? answer.to : to;
+    }
+    return { rows: [...rows.values()] };
   }
 
   again() {
@@ -17352,7 +17484,8 @@ function checkHead(head, check) {
     && check.state === "up" ? "running" : check.state)],
   ["Expected", check.words], ["Grace", lasting(check.grace)],
   ["Last ping", check.last_ping ? timeOf(check.last_ping) : "none yet"],
-  ["Next", check.next ? timeOf(check.next) : "when it has pinged once"],
+  ["Next", check.next ? timeOf(check.next) : check.state === "paused"
+    ? "paused" : check.last_ping ? "overdue" : "when it has pinged once"],
   check.last_duration && ["Took", lasting(check.last_duration)],
   check.start_within > 0 && ["Must start within",
     lasting(check.start_within)],
@@ -17385,8 +17518,9 @@ function snippets(check, open) {
       + `${url}/start\nout=$(backup.sh 2>&1); status=$?\n`
       + `printf %s "$out" | curl -fsS -m 10 --data-binary @- `
       + `${url}/$status`),
-    made("In mission\u2019s configuration", `"ping": {"endpoint": "${
-      url}"}`));
+    made("In mission\u2019s configuration", `"ping": {\n  `
+      + `"enabled": true, "endpoint": "${url}",\n  `
+      + `"start": true, "fail": true, "log": true\n}`));
 }
 
 function pingTable(id, answer) {
@@ -17421,7 +17555,7 @@ function pingRow(id, ping) {
       `checks/${id}/pings/${ping.n}/body`)).text());
     if (text !== null) {
       event.target.replaceWith(el("pre", { class: "command",
-        text: visible(text).replaceAll("\u240a", "\n") }));
+        text: visibleLines(text) }));
     }
   }, { class: "btn quiet" });
   return el("tr", {}, el("td", { class: "num", text: `#${ping.n}` }),
@@ -17702,7 +17836,7 @@ function hostTable() {
       const jobs = [...known.jobs.values()].filter((job) =>
         job.host === host.id);
       const state = { up: "ok", silent: "unknown", twin: "late",
-        new: "new" }[host.state] || "unknown";
+        new: "new", left: "paused" }[host.state] || "unknown";
       return el("tr", {}, el("td", { class: "wraps" }, el("b", {
         text: host.name }),
         (host.troubles || []).map((text) => el("div", { class: "error",
@@ -17748,10 +17882,10 @@ function settingsView(place, root) {
   root.append(el("h1", { text: "Settings" }), el("section", { class: "part" },
     el("h2", { text: "This dashboard" }), el("p", {}, "Its address, to "
     + "bookmark or to pass on:"), snippet(mine)), viewerPart(),
-  el("section", { class: "part" }, el("h2", { text: "Ping key" }),
-    el("p", {}, "With it a check is pinged by its slug, and made by the "
-    + "first ping:"), snippet(`curl -fsS -m 10 ${origin()}/ping/${
-      dash.ping_key}/my-backup?create=1`)),
+  dash.ping_key ? el("section", { class: "part" }, el("h2", {
+    text: "Ping key" }), el("p", {}, "With it a check is pinged by its "
+    + "slug, and made by the first ping:"), snippet(`curl -fsS -m 10 ${
+    origin()}/ping/${dash.ping_key}/my-backup?create=1`)) : "",
   el("section", { class: "part" }, el("h2", { text: "Badges" }), el("p", {},
     "A small picture of a state, for a wiki or a README. It tells a colour "
     + "and nothing else:"), snippet(`${origin()}/badge/${dash.badge_key
@@ -17841,6 +17975,10 @@ function begin() {
     $("#plain").textContent = WORDS.plain;
     $("#plain").hidden = false;
   }
+  const fault = (error) => error?.name !== "AbortError" && say(
+    `A fault of this page: ${error?.message || error}`, "bad");
+  addEventListener("error", (event) => fault(event.error));
+  addEventListener("unhandledrejection", (event) => fault(event.reason));
   watchBars();
   watchIdle();
   setInterval(tick, 1000);
@@ -17875,8 +18013,10 @@ def page_text(server: str | None = None) -> str:
     from html import escape
     text = PAGE_HTML
     if server is not None:
-        policy = page_policy(server or "http: https:").replace(
-            "frame-ancestors 'none'; ", "")     # for headers alone
+        plain = set(server).isdisjoint(" ;,'\"\n")
+        policy = page_policy(
+            "'none'" if not plain else server or "http: https:").replace(
+                "frame-ancestors 'none'; ", "")     # for headers alone
         text = text.replace(
             '<meta name="koi-server" content="">',
             '<meta http-equiv="Content-Security-Policy" content="'

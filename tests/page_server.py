@@ -95,7 +95,7 @@ class World:
         self.hosts, self.jobs, self.runs, self.checks = {}, {}, {}, {}
         self.alerts, self.audit, self.channels = {}, [], []
         self.requests, self.outputs, self.chunked = {}, {}, {}
-        self.tries = 0
+        self.tries = self.lump = 0
         self.hostile = hostile
         if not empty:
             self.make_hosts()
@@ -262,6 +262,10 @@ class World:
         self.quiet = job = self.jobs[max(self.jobs)]["last"]["id"]
         self.outputs[self.quiet] = b""
         self.runs[self.quiet]["bytes"] = 0
+        self.add_job(web1, "Lab|One lump|0 0 * * *|At 00:00|make")
+        self.lump = self.jobs[max(self.jobs)]["last"]["id"]
+        self.outputs[self.lump] = b"".join(frame(1, i, f"part {i} of it\n")
+                                           for i in range(20_000))
         self.add_job(web1, "Lab|Live|0 0 * * *|At 00:00|tail -f")
         job = self.jobs[max(self.jobs)]
         self.live = self.add_run(job, self.now - 12, 0, "running")["id"]
@@ -359,11 +363,13 @@ class World:
                 [n * STEP, STEP, 640] for n in range(BIG_CHUNKS)]}
         live = self.runs[run]["state"] == "running"
         data, chunks, at = self.frames(run), [], 0
+        if live or run == self.lump:    # one chunk, as a sync brings it
+            return {"size": len(data), "live": live, "chunks": [
+                [0, len(data), data.count(b"\n")]]}
         for _, _, text in koitab.read_frames(data):
             chunks.append([at, 9 + len(text), text.count(b"\n")])
             at += 9 + len(text)
-        return {"size": len(data), "live": live,
-                "chunks": [] if live else chunks}
+        return {"size": len(data), "live": live, "chunks": chunks}
 
     def list_of(self, host: str) -> dict:
         name = self.hosts[host]["name"]
@@ -597,6 +603,8 @@ class Page(http.server.BaseHTTPRequestHandler):
         self.answer(self.world.state(self.role()))
 
     def get_stream(self, _rest, query):
+        if self.server.deaf:
+            return self.refuse(503, "not now")
         self.send_response(200)
         self.send_header("Content-Type", "application/x-ndjson")
         self.send_header("Access-Control-Allow-Origin", "*")
@@ -616,6 +624,7 @@ class Page(http.server.BaseHTTPRequestHandler):
             if not fresh:
                 self.wfile.write(b"\n")
             self.wfile.flush()
+        return None
 
     def get_hosts(self, rest, _query):
         self.answer(self.world.list_of(rest[0]))
@@ -766,7 +775,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, port: int = 0, address: str = "127.0.0.1", **options):
         super().__init__((address, port), Page)
         self.world = World(**options)
-        self.rounds, self.closing = 600_000, False
+        self.rounds, self.closing, self.deaf = 600_000, False, False
         self.url = f"http://127.0.0.1:{self.server_port}/"
 
     def handle_error(self, request, client_address):

@@ -189,7 +189,8 @@ def test_json_of_a_request():
     ("localhost.evil.example", False), ("127.0.0.1.evil.example", False),
     ("10.0.0.1:8077", False), ("[fe80::1]:8077", False), ("::1", False),
     ("localhost:80:80", False), ("localhost:", False), ("localhost:x", False),
-    ("user@localhost", False), ("localhost/evil", False), ("2130706433", False),
+    ("user@localhost", False), ("localhost/evil", False),
+    ("2130706433", False),
     ("localhost, evil.example", False), ("l\xf6calhost", False),
     ("localhost:99999999", False), ("[localhost]", False)])
 def test_only_names_of_ours_are_believed(host, believed):

@@ -1133,6 +1133,52 @@ def test_a_fault_of_ours_is_told_in_a_line_and_the_rest_goes_on(tmp_path):
         assert found.ask("GET", "/healthz").status == 200
 
 
+BROKEN = """
+def broken(self, db):
+    self.broken = "the disk lies"
+    raise k.Error("no", "", 503)
+k.Hub.health = broken
+"""
+
+
+def test_when_the_database_cannot_be_believed_it_ends_and_says_why(tmp_path):
+    with Dashboard(tmp_path, patch=BROKEN) as found:
+        assert found.ask("GET", "/healthz").status == 503
+        assert found.process.wait(10) == 1
+        assert "the dashboard cannot go on: the disk lies" in found.log()
+
+
+def test_all_that_is_loaded_late_was_loaded_at_the_start(tmp_path):
+    """A Python that is upgraded underneath has no files for us any more."""
+    patch = """
+front = k.Front.serve
+async def serve(self, loop, ready):
+    import builtins
+    known, load = set(sys.modules), builtins.__import__
+    def only_known(name, *rest):
+        if name not in known:
+            raise ImportError(f"{name} is loaded late")
+        return load(name, *rest)
+    builtins.__import__ = only_known
+    await front(self, loop, ready)
+k.Front.serve = serve
+"""
+    with Dashboard(tmp_path, patch=patch) as found:
+        found.settle()
+        uuid = found.check()
+        badge = found.ask("GET", "/api/v1/state", token=API).json["dash"][
+            "badge_key"]
+        for path in ("/", f"/ping/{uuid}?rid={uuid}", "/metrics", "/healthz",
+                     f"/badge/{badge}/all.svg", "/api/v1/search?q=abc",
+                     f"/api/v1/checks/{uuid}/pings", "/api/v1/audit"):
+            assert found.ask("GET", path, token=API).status == 200, path
+        for path in ("/nope", "/%", "/api/v1/runs/1/output"):
+            assert found.ask("GET", path, token=API).status in (400, 404)
+        assert found.ask("POST", "/api/v1/sync", dashboard.sync_of(
+            ), HOST_TOKEN).status == 200
+        found.no_fault()
+
+
 @support.root_only
 def test_a_full_disk_is_told_and_what_there_is_can_be_read(tmp_path):
     support.need("unshare")
@@ -1178,6 +1224,8 @@ def test_https_is_new_and_its_certificate_is_shown_and_read_again(
         assert ":".join(f"{byte:02X}" for byte in hashlib.sha256(
             shown).digest()) in found.log()
         assert "warning: " in found.log() and "expires on" in found.log()
+        assert "expires on" in found.ask("GET", "/api/v1/state", token=API
+                                         ).json["troubles"][0]
         old = ssl.create_default_context(cafile=made.cert)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # that it is old
@@ -1199,6 +1247,18 @@ def test_https_is_new_and_its_certificate_is_shown_and_read_again(
         found.tls = ssl.create_default_context(cafile=fresh.cert)
         assert found.ask("GET", "/healthz").body == b"OK"
         found.no_fault()
+
+
+def test_a_connection_by_tls_costs_no_quarter_of_a_megabyte(tmp_path, made,
+                                                           trust):
+    with Dashboard(tmp_path, "--cert", made.cert, "--key", made.key,
+                   tls=trust) as found, contextlib.ExitStack() as stack:
+        for _ in range(10):
+            stack.enter_context(found.client()).ask("GET", "/healthz")
+        before = rss(found.process.pid)
+        for _ in range(100):
+            stack.enter_context(found.client()).ask("GET", "/healthz")
+        assert rss(found.process.pid) - before < 100 * 120      # kB
 
 
 def test_noise_on_the_tls_port_is_no_news(tmp_path, made, trust):

@@ -42,9 +42,14 @@ def server():
 
 @pytest.fixture
 def page(browser, server):
+    """Logged in, at the list of jobs."""
     server.world.tries = 0
     browser.size(1280, 900)
-    log_in(browser, server)
+    if browser.js("return location.href.split('#')[0] !== arguments[0] || "
+                  "!document.body.classList.contains('open') || "
+                  "!isOperator()", server.url):
+        log_in(browser, server)
+    visit(browser, "jobs", ".row")
     return browser
 
 
@@ -173,6 +178,41 @@ def test_a_change_is_drawn_in_place_and_told(page, server):
     job.update(state="ok", failing=None)
     server.world.push(jobs=[job])
     page.wait("!node.closest('.attention')")
+
+
+def test_a_lost_stream_is_told_and_found_again(page, server):
+    """And what happened meanwhile is known then."""
+    page.wait("stream.live")
+    job = next(job for job in server.world.jobs.values()
+               if job["state"] == "ok" and job["section"] == "Backup")
+    server.deaf = True
+    page.js("stream.reader.cancel()")
+    page.wait("document.querySelector('#link').textContent"
+              ".startsWith('Not connected: next try in ')")
+    job["state"] = "late"
+    server.world.push(jobs=[job])
+    server.deaf = False
+    page.wait("stream.live && known.jobs.get(%d).state === 'late'"
+              % job["id"], 15)
+    job["state"] = "ok"
+    server.world.changes.append({"seq": server.world.seq + 1,
+                                 "reset": True})
+    server.world.push()
+    page.wait("known.jobs.get(%d).state === 'ok'" % job["id"])
+    page.console()      # of the tries that failed
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("utc", "(UTC)"), ("host", "(America/New_York, UTC\u22125)")])
+def test_times_are_told_in_the_zone_that_was_chosen(page, kind, words):
+    title = page.js("""
+        const host = [...known.hosts.values()].find((h) =>
+            h.name === "build");
+        zoneKind = arguments[0];
+        try { return exactly(1772359200, host); }
+        finally { zoneKind = "mine"; }""", kind)
+    assert title.endswith(words)
+    assert ("10:00:00" if kind == "utc" else "05:00:00") in title
 
 
 def test_the_filter_finds_by_text_host_and_state(page):
@@ -372,8 +412,7 @@ def test_nothing_is_wider_than_a_phone(page, server, width):
     (r"\x1b]8;;javascript:alert(1)\x1b\\x", "x"),
     (r"\x1b]8;;data:text/html,x\x1b\\x", "x"),
     (r"\x1b]8;;/relative\x1b\\x", "x"),
-    (r"a\x07b\x00c\x7fd", "a<control>\u2407</>b<control>\u2400</>c"
-     "<control>\u2421</>d"),
+    (r"a\x07b\x00c\x7fd", "a<control>^G</>b<control>^@</>c<control>^?</>d"),
     (r"a\u202eb\u2066c", "a<control><U+202E></>b<control><U+2066></>c"),
     (r"a\x9bb", "a<control><9b></>b"),
     (r"\x1b", ""),
@@ -453,7 +492,7 @@ def test_output_shows_streams_notes_times_and_a_line_of_its_own(page,
     assert page.text(".line.here .text").startswith("error: ENOSPC")
     assert "has-err" in page.js("return document.querySelector('.line.here')"
                                 ".className")
-    assert page.js("return document.querySelector('.line.note').textContent"
+    assert page.js("return document.querySelector('.line.ours').textContent"
                    ) == "koi: 2,048 bytes left out here"
     assert page.js("return document.querySelector('.text a').rel"
                    ) == "noopener noreferrer"
@@ -499,6 +538,26 @@ def test_a_hundred_megabytes_scroll_in_a_bounded_page(page, server):
     visit(page, f"run/{server.world.big}/L654321", ".line.here")
     page.wait("document.querySelector('.line.here .text').textContent"
               ".startsWith('line 654321: ')")
+
+
+def test_one_large_chunk_becomes_blocks_when_it_is_looked_at(page, server):
+    visit(page, f"run/{server.world.lump}/L12345", ".line.here")
+    assert page.text(".line.here .text") == "part 12344 of it"
+    assert page.js("return document.querySelectorAll('.line').length") < 4000
+    assert page.js("return document.querySelectorAll('.block').length") > 30
+    page.type(".bar input", "part 19999")
+    page.wait("document.querySelector('.found').textContent === '1 of 1'")
+    page.wait("document.querySelector('.line.here .text').textContent === "
+              "'part 19999 of it'")
+
+
+def test_a_hit_of_the_search_leads_to_its_line(page, server):
+    visit(page, "search?q=step 3 took", ".hits a")
+    assert page.js("return document.querySelectorAll('.hits mark').length"
+                   ) >= 5
+    page.click(".hits a")
+    page.wait("document.querySelector('.line.hit.here')")
+    assert "step 3 took" in page.text(".line.hit.here")
 
 
 def test_a_live_run_is_followed_until_it_ends(page, server):
