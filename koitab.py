@@ -3982,8 +3982,9 @@ class Store:
         os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY
                          | os.O_CLOEXEC, 0o600))
         db = sqlite3.connect(fresh, isolation_level=None)
+        epoch = fresh_epoch()
         db.executescript(f"pragma synchronous=full; begin; {TABLES} insert "
-                         f"into meta values ('epoch', {fresh_epoch()}); pragma "
+                         f"into meta values ('epoch', {epoch}); pragma "
                          f"application_id={APPLICATION}; pragma "
                          f"user_version={SCHEMA}; commit")
         db.close()
