@@ -20103,7 +20103,9 @@ def tell_where(options: Options, front: Front) -> None:
         front.site.say("warning: this is plain http: whoever is on the way "
                        "can read and change all of it")
     name = options.names[0] if options.names else ""
-    if name and scheme == "https" and not split_authority(name)[1]:
+    if name and options.proxies:
+        scheme = "https"                # the proxy's, and its port
+    elif name and not split_authority(name)[1]:
         name += f":{front.listeners[0].getsockname()[1]}"
     where = f"{scheme}://{name}" if name else urls[0]
     front.site.say(f"next: koitab -d new {where}; then open {where}")

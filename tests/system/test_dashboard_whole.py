@@ -367,8 +367,8 @@ CORPUS = [place % text for place in (
 MARKUP = """
   const own = new Set(("A ASIDE B BUTTON CODE DD DETAILS DIV DL DT FORM H1 H2 "
     + "H3 INPUT LABEL LI OL OPTION P PRE SECTION SELECT SPAN SUMMARY TABLE "
-    + "TBODY TD TEXTAREA TH THEAD TIME TR UL I B MARK NAV PROGRESS svg path rect circle "
-    + "g text line title").split(" "));
+    + "TBODY TD TEXTAREA TH THEAD TIME TR UL I B MARK NAV PROGRESS svg path "
+    + "rect circle g text line title").split(" "));
   const bad = [];
   for (const one of document.querySelectorAll("#main *, #top *, #tip *")) {
     if (!own.has(one.nodeName)) bad.push(one.outerHTML.slice(0, 200));
@@ -517,8 +517,9 @@ def test_two_hundred_strings_in_every_field_are_text_and_nothing_else(
 def test_over_plain_http_by_a_name_the_keys_are_made_by_the_pages_own_means(
         house, operator, page):
     """Where the browser offers none: there is no secure context."""
-    page.open(f"http://koi.test:{house.port}/#{operator.dash}",
-              operator.password)
+    url = f"http://koi.test:{house.port}"
+    assert f"koitab -d new {url}; then open {url}\n" in house.log()
+    page.open(f"{url}/#{operator.dash}", operator.password)
     page.wait(job_row("Quick"))
     assert not page.js("return isSecureContext || crypto.subtle")
     page.shows("This page came over plain http", css="#plain")
