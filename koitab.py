@@ -9141,6 +9141,8 @@ class Fleet(Checks):
                    if host[name] != value}
         if pulse.seen is None or changed:
             self.touch(self.names[pulse.dash], "hosts", pulse.host)
+        if "epoch" in changed and host["epoch"] is not None:
+            self.end_history(db, pulse, said["epoch"])
         if host["silent"]:
             self.welcome_back(db, pulse, host, now)
             changed["silent"] = 0
@@ -9161,6 +9163,22 @@ class Fleet(Checks):
         for pulse in self.pulses.values():
             pulse.noted = pulse.seen or 0.0
         return False
+
+    def end_history(self, db, pulse: Pulse, epoch: int) -> None:
+        """A host has begun another history, as its old one was damaged or
+        came from a backup: of what went on in that nothing more will come."""
+        dash = self.names[pulse.dash]
+        for run, job in db.execute(
+                "select id, job from runs where dash = ? and host = ? and "
+                "state in ('queued', 'running') and epoch <> ?",
+                (pulse.dash, pulse.number, epoch)).fetchall():
+            db.execute("update runs set state = 'interrupted', reason = ? "
+                       "where id = ?", ("the host lost its history", run))
+            for what, key in (("runs", run), ("jobs", job), ("live", run)):
+                self.touch(dash, what, key)
+        db.execute("update runs set size = have where host = ? and epoch <> "
+                   "? and have < size and state not in ('queued', 'running')",
+                   (pulse.number, epoch))
 
     def only_instance(self, pulse: Pulse, host: dict, instance: str,
                       now: float) -> None:
