@@ -422,7 +422,7 @@ def lies(operator) -> tuple:
     """A dashboard full of it: the run with the output, the job with the
     form, and the check with the pings."""
     liar = [Liar(operator, at) for at in range(200)][0]
-    form = {**lie(0), "tag": "form", "when": "@manual", "params": [
+    form = {**lie(1), "tag": "form", "when": "@manual", "params": [
         {"name": f"{at} {text}", "type": "choice" if at % 2 else "string",
          "default": text, "choices": [CORPUS[at - 1], text]}
         for at, text in enumerate(CORPUS)]}
