@@ -4164,8 +4164,8 @@ class Store:
 
     def began(self, now: float) -> float:
         """Since when it is known which requests were used: when this file
-        was made, or put here from a backup, which shows in its inode. The
-        statement that notes it is in `waiting` then."""
+        was made, or put here from a backup, which shows in its inode. To be
+        asked at each start; what notes it is in `waiting` then."""
         status = os.stat(self.path)
         place = f"{status.st_dev}:{status.st_ino}"
         if self.noted("place") != place:
@@ -5522,7 +5522,9 @@ class Bridge:
     def begin(self) -> None:
         """The first use of keys: what a judge needs is loaded now."""
         import hashlib, hmac    # noqa: E401, F401
-        self.since = self.store.began(self.clock.now())
+        began = self.store.began(self.clock.now())
+        # Before we had these keys nobody could sign with them.
+        self.since = began if began >= self.mine.since else 0.0
         first, self.store.sent = self.store.sent is None, self.store.sent or 0
         self.daemon.write([self.store.note("sent", "0")] if first else [])
         self.start_at = 0.0
@@ -5981,6 +5983,7 @@ class Daemon:
         # us. (What sends mail is not: it would take half as much again.)
         import ctypes, json, pwd, resource, syslog  # noqa: E401, F401
         import gc
+        self.store.began(self.clock.now())
         self.bridge.load()
         gc.collect()
         gc.freeze()         # supervisors share what is there by now
