@@ -7966,9 +7966,13 @@ def usual_of(strip) -> list | None:
 
 def good_seconds(strip) -> list:
     """The last good runs' seconds, in order of length; [] for too few."""
-    times = [each[2] for each in strip if each[3] == "o"
-             and each[2] is not None]
-    return sorted(times[-USUAL_RUNS:]) if len(times) >= ENOUGH_RUNS else []
+    times = []
+    for _, _, took, letter in reversed(strip):
+        if letter == "o" and took is not None:
+            times.append(took)
+            if len(times) == USUAL_RUNS:
+                break
+    return sorted(times) if len(times) >= ENOUGH_RUNS else []
 
 
 def longest_usual(strip) -> float | None:
@@ -11294,14 +11298,15 @@ def table_of(routes: list) -> dict[tuple, list]:
 
 
 TABLE = table_of(ROUTES)
-PLAIN = {"/".join(words): routes for found in TABLE.values()
-         for words, routes in found if not FIELDS_OF.keys() & set(words)}
+PLAIN_PATHS = {"/".join(words): routes for found in TABLE.values()
+               for words, routes in found
+               if not FIELDS_OF.keys() & set(words)}
 
 
 def found_routes(path: str) -> tuple[dict, tuple]:
     """The routes of a path by their methods, and the values in it."""
-    if path in PLAIN:
-        return PLAIN[path], ()
+    if path in PLAIN_PATHS:
+        return PLAIN_PATHS[path], ()
     parts = path.split("/")
     for words, routes in TABLE.get((parts[1], len(parts)), ()):
         if all(FIELDS_OF[word](part) if word in FIELDS_OF else word == part
