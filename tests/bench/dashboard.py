@@ -936,6 +936,9 @@ def million(args, folder: Path) -> None:
             f"{filling.outputs:,} outputs, {size:.0f} MB; the dashboard "
             f"starts in {ours.start_time:.1f} s")
         client = ours.client()
+        question_row(client, "state, as it starts", lambda: "/api/v1/state",
+                     1, "")
+        time.sleep(2)           # it has looked at all jobs by then
         for name, path in filling.questions().items():
             question_row(client, name, path, many)
         row("million: memory after that", "",
@@ -943,7 +946,8 @@ def million(args, folder: Path) -> None:
             f"peak {status_of(ours.pid, 'VmHWM') / 1024:.0f} MB")
 
 
-def question_row(client, name: str, path, many: int) -> None:
+def question_row(client, name: str, path, many: int,
+                 wanted: str = "under 100 ms") -> None:
     times, size, wrong = [], 0, ""
     for _ in range(many):
         began = time.perf_counter()
@@ -954,7 +958,7 @@ def question_row(client, name: str, path, many: int) -> None:
             wrong = f"; STATUS {status} {data[:100]!r}"
     first = times[0]
     times.sort()
-    row(f"million: {name}", "under 100 ms", f"{times[len(times) // 2]:.1f} ms",
+    row(f"million: {name}", wanted, f"{times[len(times) // 2]:.1f} ms",
         f"the longest {times[-1]:.1f} ms, the first {first:.1f} ms, "
         f"{size / 1024:,.0f} kB{wrong}")
 
@@ -1009,6 +1013,7 @@ def main() -> None:
     row("figure", "wanted", "measured")
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         for name in (args.only or ",".join(FIGURES)).split(","):
+            print(f"--- {name}, load {loads()}", flush=True)
             FIGURES[name](args, Path(folder))
     print(f"load {loads()}")
 
