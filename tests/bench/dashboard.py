@@ -83,7 +83,8 @@ class Dashboard:
         self.db, self.said = folder / "dashboard.db", folder / "said"
         self.cert = folder / "cert.pem" if tls else None
         self.found(fill)
-        command = [args.koitab.resolve(), "dashboard", "--listen", "127.0.0.1:0", "--db", self.db]
+        command = [args.koitab.resolve(), "dashboard", "--listen",
+                   "127.0.0.1:0", "--db", self.db]
         if tls:
             make_certificate(folder)
             command += ["--cert", self.cert, "--key", folder / "key.pem"]
@@ -315,7 +316,7 @@ class Rounds:
         return (f"{rates[0]:,.0f} to {rates[-1]:,.0f}; p50 / p99 "
                 f"{self.median(name, 'p50') * 1e3:.0f} / "
                 f"{self.median(name, 'p99') * 1e3:.0f} ms; CPU server "
-                f"{self.median(name, 'served'):.0%}, load "
+                f"{self.median(name, 'served'):.0%}, who asks "
                 f"{self.median(name, 'cpu'):.0%}"
                 + (f"; {bad} NOT ACKNOWLEDGED" if bad else ""))
 
@@ -453,7 +454,8 @@ def pings(args, folder: Path) -> None:
             rounds.take(f"{wires}", ours.pid, load_pings, ours.port, checks,
                         wires, seconds)
         size = status_of(ours.pid, "VmHWM") / 1024
-    row("pings: acknowledged a second", "3,000", f"{rounds.median('koi'):,.0f}",
+    row("pings: acknowledged a second", "3,000",
+        f"{rounds.median('koi'):,.0f}",
         f"{PING_WIRES} connections; {rounds.note('koi')}; peak {size:.0f} MB")
     row("pings: / http.server, a commit each", "more than 1",
         f"{rounds.ratio('koi', 'kept'):.2f}",
