@@ -6672,6 +6672,17 @@ dialog > * + * { margin-top: 12px; }
   .bar .btn { padding: 3px 8px; }
   .login { margin-top: 5vh; padding: 20px; }
 }
+@media (max-width: 640px) {
+  .list, .list tbody { display: block; }
+  .list thead { display: none; }
+  .list tr { display: flex; flex-wrap: wrap; gap: 2px 14px;
+    padding: 9px 12px; }
+  .list tr + tr { border-top: 1px solid var(--line); }
+  .list td, .list td.says, .list td.wraps { padding: 0; border: 0;
+    min-width: 0; width: auto; }
+  .list td:empty { display: none; }
+  .list td.wraps, .list td.says { flex-basis: 100%; }
+}
 @media (max-width: 379px) {
   .row { grid-template-areas: "name act" "is next" "last last"
     "strip strip"; }
@@ -8147,7 +8158,10 @@ class JobList {
     for (const job of known.jobs.values()) {
       const host = hostName(job.host);
       if (BAD.has(job.state) && !snoozed(job)) into("!", "", job);
-      else into(`${job.host}\n${job.section}`, `1${host}\n${job.host}`, job);
+      else {
+        into(`${job.host}\n${job.section}`, `1${host}\n${job.host}${
+          job.section ? 1 : 0}`, job);
+      }
     }
     for (const check of known.checks.values()) {
       if (BAD.has(check.state) && !snoozed(check)) into("!", "", check);
@@ -8164,7 +8178,7 @@ class JobList {
 
   bareHost(host, groups) {
     if (![...known.jobs.values()].some((job) => job.host === host.id)) {
-      groups.set(`${host.id}\n`, { order: `1${host.name}\n${host.id}`,
+      groups.set(`${host.id}\n`, { order: `1${host.name}\n${host.id}0`,
         items: [] });
     }
   }

@@ -236,7 +236,7 @@ def test_a_strip_tells_its_runs_by_arrow_keys_and_opens_one(page):
     page.keys("Left", "Left", "Left")
     page.wait("!document.querySelector('#tip').hidden")
     assert page.js("return document.activeElement.getAttribute("
-                   "'aria-label')").startswith("last 90 runs: ")
+                   "'aria-label')").startswith("last 12 runs: ")
     page.keys("Enter")
     page.wait("location.hash.startsWith('#/run/')")
 
