@@ -6681,6 +6681,10 @@ dialog > * + * { margin-top: 12px; }
   .list td, .list td.says, .list td.wraps { padding: 0; border: 0;
     min-width: 0; width: auto; }
   .list td:empty { display: none; }
+  .list td:not(.says, .wraps) { white-space: normal; }
+  .list td[data-th]::before { content: attr(data-th) " "; font-size: 12px;
+    color: var(--soft); }
+  .list td .btn.quiet { padding-left: 0; }
   .list td.wraps, .list td.says { flex-basis: 100%; }
 }
 @media (max-width: 379px) {
@@ -10985,25 +10989,28 @@ function hostTable() {
   const hosts = [...known.hosts.values()].sort(byName);
   return el("div", { class: "scroll" }, el("table", { class: "list" },
     headRow("Host", "State", "Jobs", "Heard", "Its clock", "koi", ""),
-    el("tbody", {}, hosts.map((host) => {
-      const jobs = [...known.jobs.values()].filter((job) =>
-        job.host === host.id);
-      const state = { up: "ok", silent: "unknown", twin: "late",
-        new: "new", left: "paused" }[host.state] || "unknown";
-      return el("tr", {}, el("td", { class: "wraps" }, el("b", {
-        text: host.name }),
-        (host.troubles || []).map((text) => el("div", { class: "error",
-          text: visible(text) }))),
-      el("td", {}, el("span", { class: `state s-${state}` }, icon(state),
-        el("span", { class: "word", text: host.state === "twin"
-          ? "two with one identity" : host.state }))),
-      el("td", { class: "num", text: String(jobs.length) }),
-      el("td", {}, host.seen ? timeOf(host.seen, host) : "never"),
-      el("td", {}, skewWords(host), el("div", { class: "muted",
-        text: host.zone })), el("td", {}, host.version || "",
-        foreignKeys(host)), el("td", {}, isOperator()
-        && forgetButton(host)));
-    }))));
+    el("tbody", {}, hosts.map(hostRow))));
+}
+
+const HOST_STATES = { up: ["ok", "up"], silent: ["unknown", "silent"],
+  twin: ["late", "two with one identity"], new: ["new", "new"],
+  left: ["paused", "left"] };
+
+function hostRow(host) {
+  const jobs = [...known.jobs.values()].filter((job) =>
+    job.host === host.id).length;
+  const [state, word] = HOST_STATES[host.state] || ["unknown", host.state];
+  const cell = (name, ...inside) => el("td", { "data-th": name }, inside);
+  return el("tr", {}, el("td", { class: "wraps" },
+    el("b", { text: host.name }), (host.troubles || []).map((text) =>
+      el("div", { class: "error", text: visible(text) }))),
+  el("td", {}, el("span", { class: `state s-${state}` }, icon(state),
+    el("span", { class: "word", text: word }))),
+  cell("Jobs", String(jobs)), cell("Heard", host.seen
+    ? timeOf(host.seen, host) : "never"),
+  cell("Clock", skewWords(host), el("div", { class: "muted",
+    text: host.zone })), cell("koi", host.version || "",
+    foreignKeys(host)), el("td", {}, isOperator() && forgetButton(host)));
 }
 
 function skewWords(host) {
