@@ -8978,6 +8978,8 @@ class Output {
   }
 
   pump() {
+    // Who has left gets an AbortError at once, and would ask for ever.
+    if (this.abort.signal.aborted) return;
     for (const block of this.near) {
       if (this.loading.size >= 2) return;
       if (!block.shown && !this.loading.has(block)) this.load(block);
@@ -9136,9 +9138,9 @@ class Output {
         const bytes = new Uint8Array(await reply.arrayBuffer());
         this.live = reply.headers.get("X-Koi-Live") === "1";
         this.skip(+reply.headers.get("X-Koi-From"));
-        this.grow(bytes);
+        const grew = this.grow(bytes);
         wait = this.live ? 10 : 0;
-        if (!this.live && !bytes.length) break;
+        if (bytes.length ? !grew : !this.live) break;
       } catch (error) {
         if (error.name === "AbortError") return;
         if (error.status && error.status < 500) break;
@@ -9183,6 +9185,7 @@ class Output {
       added += more;
     }
     if (frames.length) this.grown(added);
+    return frames.length;
   }
 
   newTail(tail) {
@@ -10305,7 +10308,7 @@ class Day {
     this.table = el("details", { class: "astable" }, el("summary",
       { text: "The same as a table" }));
     root.append(this.bar(), this.grid, this.table);
-    this.resized = () => this.rows && this.draw();
+    this.resized = () => this.grid.clientWidth !== this.width && this.draw();
     addEventListener("resize", this.resized);
     filled(this.grid, () => this.fetch(), (answer) => this.show(answer));
     this.timer = setInterval(() => this.draw(), 60000);
@@ -10387,7 +10390,8 @@ class Day {
         + "due"));
     }
     const name = phone.matches ? 96 : 200;
-    const width = Math.max(200, this.grid.clientWidth - name - 8);
+    this.width = this.grid.clientWidth;
+    const width = Math.max(160, this.width - name - 8);
     let last = "";
     const nodes = [this.axis(width)];
     for (const row of this.rows) {
