@@ -13576,6 +13576,21 @@ dialog > * + * { margin-top: 12px; }
   .bar .btn { padding: 3px 8px; }
   .login { margin-top: 5vh; padding: 20px; }
 }
+@media (max-width: 640px) {
+  .list, .list tbody { display: block; }
+  .list thead { display: none; }
+  .list tr { display: flex; flex-wrap: wrap; gap: 2px 14px;
+    padding: 9px 12px; }
+  .list tr + tr { border-top: 1px solid var(--line); }
+  .list td, .list td.says, .list td.wraps { padding: 0; border: 0;
+    min-width: 0; width: auto; }
+  .list td:empty { display: none; }
+  .list td:not(.says, .wraps) { white-space: normal; }
+  .list td[data-th]::before { content: attr(data-th) " "; font-size: 12px;
+    color: var(--soft); }
+  .list td .btn.quiet { padding-left: 0; }
+  .list td.wraps, .list td.says { flex-basis: 100%; }
+}
 @media (max-width: 379px) {
   .row { grid-template-areas: "name act" "is next" "last last"
     "strip strip"; }
@@ -15051,7 +15066,10 @@ class JobList {
     for (const job of known.jobs.values()) {
       const host = hostName(job.host);
       if (BAD.has(job.state) && !snoozed(job)) into("!", "", job);
-      else into(`${job.host}\n${job.section}`, `1${host}\n${job.host}`, job);
+      else {
+        into(`${job.host}\n${job.section}`, `1${host}\n${job.host}${
+          job.section ? 1 : 0}`, job);
+      }
     }
     for (const check of known.checks.values()) {
       if (BAD.has(check.state) && !snoozed(check)) into("!", "", check);
@@ -15068,7 +15086,7 @@ class JobList {
 
   bareHost(host, groups) {
     if (![...known.jobs.values()].some((job) => job.host === host.id)) {
-      groups.set(`${host.id}\n`, { order: `1${host.name}\n${host.id}`,
+      groups.set(`${host.id}\n`, { order: `1${host.name}\n${host.id}0`,
         items: [] });
     }
   }
@@ -15865,6 +15883,8 @@ class Output {
   }
 
   pump() {
+    // Who has left gets an AbortError at once, and would ask for ever.
+    if (this.abort.signal.aborted) return;
     for (const block of this.near) {
       if (this.loading.size >= 2) return;
       if (!block.shown && !this.loading.has(block)) this.load(block);
@@ -16023,9 +16043,9 @@ class Output {
         const bytes = new Uint8Array(await reply.arrayBuffer());
         this.live = reply.headers.get("X-Koi-Live") === "1";
         this.skip(+reply.headers.get("X-Koi-From"));
-        this.grow(bytes);
+        const grew = this.grow(bytes);
         wait = this.live ? 10 : 0;
-        if (!this.live && !bytes.length) break;
+        if (bytes.length ? !grew : !this.live) break;
       } catch (error) {
         if (error.name === "AbortError") return;
         if (error.status && error.status < 500) break;
@@ -16070,6 +16090,7 @@ class Output {
       added += more;
     }
     if (frames.length) this.grown(added);
+    return frames.length;
   }
 
   newTail(tail) {
@@ -17192,7 +17213,7 @@ class Day {
     this.table = el("details", { class: "astable" }, el("summary",
       { text: "The same as a table" }));
     root.append(this.bar(), this.grid, this.table);
-    this.resized = () => this.rows && this.draw();
+    this.resized = () => this.grid.clientWidth !== this.width && this.draw();
     addEventListener("resize", this.resized);
     filled(this.grid, () => this.fetch(), (answer) => this.show(answer));
     this.timer = setInterval(() => this.draw(), 60000);
@@ -17274,7 +17295,8 @@ class Day {
         + "due"));
     }
     const name = phone.matches ? 96 : 200;
-    const width = Math.max(200, this.grid.clientWidth - name - 8);
+    this.width = this.grid.clientWidth;
+    const width = Math.max(160, this.width - name - 8);
     let last = "";
     const nodes = [this.axis(width)];
     for (const row of this.rows) {
@@ -17876,25 +17898,28 @@ function hostTable() {
   const hosts = [...known.hosts.values()].sort(byName);
   return el("div", { class: "scroll" }, el("table", { class: "list" },
     headRow("Host", "State", "Jobs", "Heard", "Its clock", "koi", ""),
-    el("tbody", {}, hosts.map((host) => {
-      const jobs = [...known.jobs.values()].filter((job) =>
-        job.host === host.id);
-      const state = { up: "ok", silent: "unknown", twin: "late",
-        new: "new", left: "paused" }[host.state] || "unknown";
-      return el("tr", {}, el("td", { class: "wraps" }, el("b", {
-        text: host.name }),
-        (host.troubles || []).map((text) => el("div", { class: "error",
-          text: visible(text) }))),
-      el("td", {}, el("span", { class: `state s-${state}` }, icon(state),
-        el("span", { class: "word", text: host.state === "twin"
-          ? "two with one identity" : host.state }))),
-      el("td", { class: "num", text: String(jobs.length) }),
-      el("td", {}, host.seen ? timeOf(host.seen, host) : "never"),
-      el("td", {}, skewWords(host), el("div", { class: "muted",
-        text: host.zone })), el("td", {}, host.version || "",
-        foreignKeys(host)), el("td", {}, isOperator()
-        && forgetButton(host)));
-    }))));
+    el("tbody", {}, hosts.map(hostRow))));
+}
+
+const HOST_STATES = { up: ["ok", "up"], silent: ["unknown", "silent"],
+  twin: ["late", "two with one identity"], new: ["new", "new"],
+  left: ["paused", "left"] };
+
+function hostRow(host) {
+  const jobs = [...known.jobs.values()].filter((job) =>
+    job.host === host.id).length;
+  const [state, word] = HOST_STATES[host.state] || ["unknown", host.state];
+  const cell = (name, ...inside) => el("td", { "data-th": name }, inside);
+  return el("tr", {}, el("td", { class: "wraps" },
+    el("b", { text: host.name }), (host.troubles || []).map((text) =>
+      el("div", { class: "error", text: visible(text) }))),
+  el("td", {}, el("span", { class: `state s-${state}` }, icon(state),
+    el("span", { class: "word", text: word }))),
+  cell("Jobs", String(jobs)), cell("Heard", host.seen
+    ? timeOf(host.seen, host) : "never"),
+  cell("Clock", skewWords(host), el("div", { class: "muted",
+    text: host.zone })), cell("koi", host.version || "",
+    foreignKeys(host)), el("td", {}, isOperator() && forgetButton(host)));
 }
 
 function skewWords(host) {

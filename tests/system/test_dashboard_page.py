@@ -236,7 +236,7 @@ def test_a_strip_tells_its_runs_by_arrow_keys_and_opens_one(page):
     page.keys("Left", "Left", "Left")
     page.wait("!document.querySelector('#tip').hidden")
     assert page.js("return document.activeElement.getAttribute("
-                   "'aria-label')").startswith("last 90 runs: ")
+                   "'aria-label')").startswith("last 12 runs: ")
     page.keys("Enter")
     page.wait("location.hash.startsWith('#/run/')")
 
@@ -540,6 +540,20 @@ def test_a_hundred_megabytes_scroll_in_a_bounded_page(page, server):
               ".startsWith('line 654321: ')")
 
 
+def test_leaving_while_output_comes_ends_the_asking(page, server):
+    """A fetch that was given up fails at once: who asks again, asks for
+    ever, and the page hangs."""
+    for _ in range(3):
+        visit(page, f"run/{server.world.big}", ".block")
+        page.js("const p = document.querySelector('.pane'); p.scrollTop = "
+                "p.scrollHeight / 2; return new Promise((done) => "
+                "requestAnimationFrame(() => requestAnimationFrame(() => {"
+                "location.hash = '#/hosts'; done(); })))")
+        page.wait("document.querySelector('table')")
+        assert page.js("return new Promise((done) => setTimeout(() => "
+                       "done('alive'), 50))") == "alive"
+
+
 def test_one_large_chunk_becomes_blocks_when_it_is_looked_at(page, server):
     visit(page, f"run/{server.world.lump}/L12345", ".line.here")
     assert page.text(".line.here .text") == "part 12344 of it"
@@ -582,7 +596,7 @@ def test_a_live_run_is_followed_until_it_ends(page, server):
     job = world.jobs[world.runs[run]["job"]]
     world.runs[run].update(state="done", exit=0, ended=time.time())
     world.push(runs=[world.runs[run]], jobs=[job])
-    page.wait("document.querySelector('h1').textContent.startsWith("
+    page.wait("document.querySelector('h1')?.textContent.startsWith("
               "'Finished in')")
     page.wait("document.querySelector('.bar [title*=end]').hidden", 15)
 
@@ -615,7 +629,7 @@ def test_a_form_of_every_type_runs_and_leads_to_the_run(page, server):
     assert koitab.veiled(key, asked["nonce"], "Token", bytes.fromhex(
         asked["secrets"]["Token"])) == b"hunter2"
     assert asked["exp"] - asked["iat"] == 300_000
-    page.wait("document.querySelector('h1').textContent.startsWith("
+    page.wait("document.querySelector('h1')?.textContent.startsWith("
               "'Finished')", 10)
     assert "\u2022\u2022" in page.text(".args")
     world.jobs[job["id"]]["state"] = "ok"
