@@ -5,11 +5,11 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 BIN = $(DESTDIR)$(PREFIX)/bin
 # What the tests start for real, as Debian calls it.
-PARTS = bash busybox cron dbus dunst e2fsprogs faketime fish git gnupg \
+PARTS = bash busybox chromium chromium-driver cron dbus dunst e2fsprogs faketime fish fonts-dejavu-core git gnupg \
 	libcap2-bin libfaketime libnotify-bin moreutils msmtp msmtp-mta openssl pass procps python3 python3-pytest \
 	strace systemd util-linux xvfb zsh
 
-.PHONY: help demo test test-all parts bench lint install uninstall sums
+.PHONY: help demo test test-all parts bench pictures lint install uninstall sums
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
@@ -21,7 +21,7 @@ test: ## run the tests (STRICT=1: a skipped test is a failure)
 	@$(PYTHON) -m pytest --version >/dev/null 2>&1 || { \
 	    echo "the tests need pytest: apt-get install python3-pytest," \
 	        "or $(PYTHON) -m pip install pytest"; exit 1; }
-	$(PYTHON) -B -m pytest -q -p no:cacheprovider -c tests/pytest.ini tests
+	@$(PYTHON) -B tests/halves.py $(PYTHON)
 
 test-all: ## run the tests on every Python from 3.9 that is found
 	@tests/every-python.sh $(PYTHON) tests
@@ -35,6 +35,9 @@ bench: ## measure, side by side with a baseline or a peer
 	$(PYTHON) tests/bench/mission.py
 	$(PYTHON) tests/bench/koi.py --quick
 	$(PYTHON) tests/bench/dashboard.py --quick
+
+pictures: ## take the README's pictures of the dashboard (needs chromium)
+	@$(PYTHON) -B tests/pictures.py
 
 lint: ## unused names and other slips (needs ruff)
 	ruff check --no-cache --config tests/ruff.toml mission.py koitab.py tests

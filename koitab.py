@@ -7996,9 +7996,13 @@ def usual_of(strip) -> list | None:
 
 def good_seconds(strip) -> list:
     """The last good runs' seconds, in order of length; [] for too few."""
-    times = [each[2] for each in strip if each[3] == "o"
-             and each[2] is not None]
-    return sorted(times[-USUAL_RUNS:]) if len(times) >= ENOUGH_RUNS else []
+    times = []
+    for _, _, took, letter in reversed(strip):
+        if letter == "o" and took is not None:
+            times.append(took)
+            if len(times) == USUAL_RUNS:
+                break
+    return sorted(times) if len(times) >= ENOUGH_RUNS else []
 
 
 def longest_usual(strip) -> float | None:
@@ -8131,9 +8135,9 @@ def after_ping(check: dict, kind: str, rid: str | None, now: float) -> dict:
 
 def is_uuid(text: str) -> bool:
     """In its canonical form, in letters of any case."""
-    return len(text) == 36 and text.isascii() and [
-        len(part) for part in text.split("-")] == [8, 4, 4, 4, 12] \
-        and HEX.issuperset(text.lower().replace("-", ""))
+    return len(text) == 36 and text[8:24:5] == "----" and text.isascii() \
+        and text.count("-") == 4 and HEX.issuperset(
+            text.replace("-", "").lower())
 
 
 SLUG_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
@@ -8824,7 +8828,8 @@ class Checks(Doors):
                 else "f")))
 
     def header_text(self, text, most: int) -> str:
-        return str(text or "")[:most].replace("\0", "").encode(
+        text = str(text or "")[:most].replace("\0", "")
+        return text if text.isascii() else text.encode(
             "utf-8", "replace").decode()
 
     def when_down(self, check: dict) -> float | None:
@@ -10905,6 +10910,7 @@ MOST_CHANGE_BYTES = 2**22
 HEARTBEAT = 15.0
 LONGEST_WAIT, LONGEST_LOOK = 25.0, 10.0
 MISSES, MISSES_IN_ALL, BAN, LONGEST_BAN = 10, 300, 60.0, 3600.0
+MOST_ADDRESSES = 1000           # that were read, and are at hand
 MOST_STRANGERS = 10_000         # addresses that are remembered
 CERTIFICATE_SOON = 14 * DAY
 
@@ -11134,12 +11140,23 @@ def split_authority(text: str) -> tuple[str, str]:
 
 
 def address_of(name: str):
-    """The IP address that a name in a Host is, or None."""
-    from ipaddress import ip_address
-    try:
-        return ip_address(name[1:-1] if name.startswith("[") else name)
-    except ValueError:
-        return None
+    """The IP address that a name in a Host is, or None. Nearly all requests
+    have the same few, and to read one takes long."""
+    found = ADDRESSES.get(name, MISSING)
+    if found is MISSING:
+        from ipaddress import ip_address
+        try:
+            found = ip_address(name[1:-1] if name.startswith("[") else name)
+        except ValueError:
+            found = None
+        if len(ADDRESSES) >= MOST_ADDRESSES:
+            ADDRESSES.clear()
+        if len(name) < 100:
+            ADDRESSES[name] = found
+    return found
+
+
+ADDRESSES: dict = {}
 
 
 def is_loopback(address: str) -> bool:
@@ -11329,10 +11346,15 @@ def table_of(routes: list) -> dict[tuple, list]:
 
 
 TABLE = table_of(ROUTES)
+PLAIN_PATHS = {"/".join(words): routes for found in TABLE.values()
+               for words, routes in found
+               if not FIELDS_OF.keys() & set(words)}
 
 
 def found_routes(path: str) -> tuple[dict, tuple]:
     """The routes of a path by their methods, and the values in it."""
+    if path in PLAIN_PATHS:
+        return PLAIN_PATHS[path], ()
     parts = path.split("/")
     for words, routes in TABLE.get((parts[1], len(parts)), ()):
         if all(FIELDS_OF[word](part) if word in FIELDS_OF else word == part

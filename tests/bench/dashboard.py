@@ -83,7 +83,8 @@ class Dashboard:
         self.db, self.said = folder / "dashboard.db", folder / "said"
         self.cert = folder / "cert.pem" if tls else None
         self.found(fill)
-        command = [args.koitab.resolve(), "dashboard", "--listen", "127.0.0.1:0", "--db", self.db]
+        command = [args.koitab.resolve(), "dashboard", "--listen",
+                   "127.0.0.1:0", "--db", self.db]
         if tls:
             make_certificate(folder)
             command += ["--cert", self.cert, "--key", folder / "key.pem"]
@@ -315,7 +316,7 @@ class Rounds:
         return (f"{rates[0]:,.0f} to {rates[-1]:,.0f}; p50 / p99 "
                 f"{self.median(name, 'p50') * 1e3:.0f} / "
                 f"{self.median(name, 'p99') * 1e3:.0f} ms; CPU server "
-                f"{self.median(name, 'served'):.0%}, load "
+                f"{self.median(name, 'served'):.0%}, who asks "
                 f"{self.median(name, 'cpu'):.0%}"
                 + (f"; {bad} NOT ACKNOWLEDGED" if bad else ""))
 
@@ -453,7 +454,8 @@ def pings(args, folder: Path) -> None:
             rounds.take(f"{wires}", ours.pid, load_pings, ours.port, checks,
                         wires, seconds)
         size = status_of(ours.pid, "VmHWM") / 1024
-    row("pings: acknowledged a second", "3,000", f"{rounds.median('koi'):,.0f}",
+    row("pings: acknowledged a second", "3,000",
+        f"{rounds.median('koi'):,.0f}",
         f"{PING_WIRES} connections; {rounds.note('koi')}; peak {size:.0f} MB")
     row("pings: / http.server, a commit each", "more than 1",
         f"{rounds.ratio('koi', 'kept'):.2f}",
@@ -936,6 +938,9 @@ def million(args, folder: Path) -> None:
             f"{filling.outputs:,} outputs, {size:.0f} MB; the dashboard "
             f"starts in {ours.start_time:.1f} s")
         client = ours.client()
+        question_row(client, "state, as it starts", lambda: "/api/v1/state",
+                     1, "")
+        time.sleep(2)           # it has looked at all jobs by then
         for name, path in filling.questions().items():
             question_row(client, name, path, many)
         row("million: memory after that", "",
@@ -943,7 +948,8 @@ def million(args, folder: Path) -> None:
             f"peak {status_of(ours.pid, 'VmHWM') / 1024:.0f} MB")
 
 
-def question_row(client, name: str, path, many: int) -> None:
+def question_row(client, name: str, path, many: int,
+                 wanted: str = "under 100 ms") -> None:
     times, size, wrong = [], 0, ""
     for _ in range(many):
         began = time.perf_counter()
@@ -954,7 +960,7 @@ def question_row(client, name: str, path, many: int) -> None:
             wrong = f"; STATUS {status} {data[:100]!r}"
     first = times[0]
     times.sort()
-    row(f"million: {name}", "under 100 ms", f"{times[len(times) // 2]:.1f} ms",
+    row(f"million: {name}", wanted, f"{times[len(times) // 2]:.1f} ms",
         f"the longest {times[-1]:.1f} ms, the first {first:.1f} ms, "
         f"{size / 1024:,.0f} kB{wrong}")
 
@@ -1009,6 +1015,7 @@ def main() -> None:
     row("figure", "wanted", "measured")
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         for name in (args.only or ",".join(FIGURES)).split(","):
+            print(f"--- {name}, load {loads()}", flush=True)
             FIGURES[name](args, Path(folder))
     print(f"load {loads()}")
 
