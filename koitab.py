@@ -4884,6 +4884,7 @@ MOST_OWED = 8               # outputs that one letter carries a piece of
 MOST_WATCHED = 100          # runs that are shown live
 MOST_ASKED = 100            # requests in one answer
 MOST_VERDICTS = 5_000       # that wait to be sent
+VERDICTS_AT_ONCE = 200      # in one letter; a dashboard takes 1,000
 BREATH = 0.05               # seconds between questions, whatever the answers
 TRIES_OF_ONE = 3            # for a record that the dashboard does not take
 NOBODY = "nobody"
@@ -5060,7 +5061,8 @@ class Uplink:
         self.acked: int | None = None       # None: the dashboard was not asked
         self.owed: list[list[int]] = []     # (run, bytes that it has)
         self.watched: dict[int, int] = {}   # run -> bytes that it has
-        self.verdicts: list[dict] = []
+        self.verdicts: dict[str, dict] = {}     # by nonce: not told yet
+        self.reached = 0                    # answers that were good
         self.listed = ""                    # SHA-256 of the list it has
         self.most = MOST_RECORDS
         self.tries, self.parked = 0, 0      # of a record it does not take
@@ -5100,6 +5102,7 @@ class Uplink:
         import random
         wire, pause, told = None, PAUSE_FIRST, ""
         while True:
+            early = False
             try:
                 wire = wire or Wire(self.mine.url, self.mine.token,
                                     self.mine.ca)
@@ -5107,6 +5110,7 @@ class Uplink:
                 pause, trouble = PAUSE_FIRST, ""
             except (Unreachable, Error) as error:
                 trouble = str(error)
+                early = bool(wire) and not wire.connection  # the way broke
             except Denied as no:
                 trouble = self.denied(no)
                 if no.status in (401, 403, 409):
@@ -5117,12 +5121,24 @@ class Uplink:
                 self.ask_koid(op="state", about=deed.__name__,
                               trouble=trouble[:500])
                 told = trouble
-            if trouble:
-                with self.turn:
+            with self.turn:
+                if trouble:
                     self.acked = None       # ask anew what it has
-                    self.turn.notify_all()
-                time.sleep(pause * random.uniform(0.7, 1.3))
+                else:
+                    self.reached += 1
+                self.turn.notify_all()
+            if trouble:
+                self.rest(pause * random.uniform(0.7, 1.3), early)
                 pause = min(pause * 2, PAUSE_LONGEST)
+
+    def rest(self, seconds: float, early: bool) -> None:
+        """After a failure. Once the other thread gets through, the dashboard
+        is back, and it is time to try again (`early`)."""
+        before = self.reached
+        time.sleep(min(seconds, PAUSE_FIRST))
+        with self.turn:
+            self.turn.wait_for(lambda: early and self.reached != before,
+                               max(seconds - PAUSE_FIRST, 0))
 
     def denied(self, no: Denied) -> str:
         words = {401: "it does not know this host", 403: "it refuses this "
@@ -5183,8 +5199,11 @@ class Uplink:
             except (ValueError, KeyError, TypeError, RecursionError):
                 return
         with self.turn:
-            self.verdicts.append(verdict)
-            del self.verdicts[:-MOST_VERDICTS]
+            # Asked for again, the last word on it is enough.
+            self.verdicts.pop(verdict["nonce"], None)
+            self.verdicts[verdict["nonce"]] = verdict
+            if len(self.verdicts) > MOST_VERDICTS:
+                del self.verdicts[next(iter(self.verdicts))]
             self.turn.notify_all()
 
     # --- the one that waits
@@ -5235,7 +5254,7 @@ class Uplink:
         self.facts = batch["facts"]
         with self.turn:
             owed, watched = self.owed[:MOST_OWED], dict(self.watched)
-            verdicts = list(self.verdicts)
+            verdicts = list(self.verdicts.values())[:VERDICTS_AT_ONCE]
         letter = {
             "records": batch["records"], "list": batch.get("list"),
             "next": batch.get("next"), "verdicts": verdicts,
@@ -5247,9 +5266,9 @@ class Uplink:
 
     def sent(self, letter: dict, batch: dict, answer: dict) -> None:
         with self.turn:
-            told = letter.get("verdicts", [])
-            self.verdicts = [verdict for verdict in self.verdicts
-                             if verdict not in told]
+            for verdict in letter.get("verdicts", ()):
+                if self.verdicts.get(verdict["nonce"]) is verdict:
+                    del self.verdicts[verdict["nonce"]]
             if "list" in letter:
                 self.listed = batch["list_sha"]
             self.tries, self.most = 0, min(self.most * 2, MOST_RECORDS)

@@ -44,8 +44,9 @@ class Home(support.Koi):
     def type(self, *args: str, said: str = "", seconds: float = 60
              ) -> support.Result:
         """Type a koitab command; `said` is its standard input."""
-        code = PATCHED.format(program=PROGRAM,
-                              patch=NAMED.format(name=self.name))
+        patch = NAMED.format(name=self.name) + SHIFTED.format(
+            shift=self.shift)
+        code = PATCHED.format(program=PROGRAM, patch=patch)
         done = subprocess.run(
             [self.python, "-IS", "-B", "-c", code, *args], env=self.env,
             input=said.encode(), stdout=subprocess.PIPE,

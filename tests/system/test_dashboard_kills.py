@@ -15,6 +15,7 @@ import time
 
 import pytest
 
+import lying_dashboard
 import support
 from dashboard_kit import House
 
@@ -297,3 +298,38 @@ def test_while_the_dashboard_is_away_jobs_run_on_and_all_is_shown_afterwards(
     assert used < 0.1, f"{used:.0%} of a core"
     print(f"away: 20 runs, {unsent} changes kept, koid used {used:.1%} of a "
           "core; each shown once")
+
+
+def test_verdicts_that_could_not_be_told_are_told_later_each_once(koi):
+    """A dashboard that hands the same requests out, again and again, while
+    it takes nothing: what waits is no longer than there are requests."""
+    koi.tab('"Plain" @manual echo plain\n')
+    with lying_dashboard.Dashboard() as dashboard:
+        lying_dashboard.belong(koi, dashboard.url)
+        koi.start()
+        spec, turned_away = dashboard.specs()["Plain"], []
+
+        def twist(letter, _handler):
+            if letter.get("verdicts"):
+                turned_away.append(len(letter["verdicts"]))
+                return 503, {}, b"{}"
+
+        dashboard.twist = twist
+        bodies = [lying_dashboard.request_for(spec) for _ in range(30)]
+        for _ in range(12):     # a hundred at a time, as a dashboard may
+            with dashboard.turn:
+                dashboard.requests = [
+                    {"body": text, "mac": koitab.run_mac(
+                        lying_dashboard.KEY, text)} for text in map(
+                            lying_dashboard.text_of, bodies)] * 3
+                dashboard.turn.notify_all()
+            dashboard.wait_for(lambda: not dashboard.requests)
+        koi.ended(count=30)
+        support.wait_until(lambda: turned_away)
+        dashboard.twist = None
+        dashboard.wait_for(lambda: {body["nonce"] for body in bodies} == {
+            verdict["nonce"] for verdict in dashboard.verdicts}, 30)
+        told = [verdict["verdict"] for verdict in dashboard.verdicts]
+        assert set(told) == {"accepted"} and len(told) <= 60
+        assert max(turned_away) <= 30
+        dashboard.wait_for(lambda: len(dashboard.outputs) == 30)
