@@ -15348,7 +15348,8 @@ function noHosts() {
 }
 
 function joinCommands() {
-  return [snippet(`koitab -d join ${origin()}`), snippet("koitab status")];
+  return [snippet(`koitab -d join ${origin()}/#${known.dash.id}`),
+    snippet("koitab status")];
 }
 
 // --- output: bytes become lines, as a terminal would show them ------------

@@ -32,6 +32,11 @@ STEP = 9 + 64_000       # of the 100 MB: a frame of 640 lines, 100 bytes each
 BIG_CHUNKS = 1640
 HOSTS = [("web1", "Europe/Berlin", 3600), ("db1", "Europe/Berlin", 3600),
          ("mail", "UTC", 0), ("build", "America/New_York", -18000)]
+FAULTS = ["error: /var/log/mail.log: read-only file system",
+          "rsync error: some files vanished before they could be sent",
+          "nginx: [emerg] cannot load certificate: no such file",
+          "Fatal: unable to open repository: no route to host",
+          "ENOSPC: no space left on device, write 'dist/index.html'"]
 JOBS = """\
 Backup|Database dump|15 2 * * *|At 02:15|pg_dump -Fc shop > /backup/shop.dump
 Backup|Files|30 2 * * *|At 02:30|restic backup /srv --exclude-caches
@@ -190,8 +195,8 @@ class World:
                "signal": None, "reason": "", "args": self.args_of(job),
                "attempt": 1, "count": 1, "bytes": 900, "cut": False,
                "size": 1000, "have": 1000, "line": self.odd(
-                   "pg_dump: error: connection to server failed: timeout"
-                   if exit_status else "done."), **more}
+                   FAULTS[job["id"] % len(FAULTS)] if exit_status
+                   else "done."), **more}
         self.runs[number] = run
         letter = {"done": "f" if exit_status else "o", "missed": "m",
                   "running": "r"}.get(state, "i")
@@ -240,33 +245,33 @@ class World:
     def make_special(self):
         """Jobs for the harder pictures: 100 MB, live, every type."""
         web1 = VECTOR["host"]
-        self.add_job(web1, "Lab|Every type|@manual|When asked for|~/tweet.sh"
+        self.add_job(web1, "Office|Write a message|@manual|When asked for|~/tweet.sh"
                      " --to={{To Handle}} {{Message}} {{Delay}} {{Emoji "
                      "\U0001f603}} {{Tone}} {{Not before}} {{Token}}",
                      params=ALL_TYPES)
         self.every_type = max(self.jobs)
-        self.add_job(web1, "Lab|Huge output|0 1 * * *|At 01:00|make -C world")
+        self.add_job(web1, "Shop|Import catalogue|0 1 * * *|At 01:00|make -C catalogue")
         job = self.jobs[max(self.jobs)]
         run = self.add_run(job, self.now - 7200, 5400, exit_status=2,
                            bytes=BIG_CHUNKS * 64000,
                            size=BIG_CHUNKS * STEP, have=BIG_CHUNKS * STEP)
         self.big = run["id"]
         self.settle(job)
-        self.add_job(web1, "Lab|Colours|0 0 * * *|At 00:00|npm run build")
+        self.add_job(web1, "Shop|Build the site|0 0 * * *|At 00:00|npm run build")
         job = self.jobs[max(self.jobs)]
         self.colours = self.add_run(job, self.now - 240, 12,
                                     exit_status=3)["id"]
         self.outputs[self.colours] = colourful()
         self.settle(job)
-        self.add_job(web1, "Lab|Quiet|0 0 * * *|At 00:00|true")
+        self.add_job(web1, "Backup|Rotate logs|0 0 * * *|At 00:00|true")
         self.quiet = job = self.jobs[max(self.jobs)]["last"]["id"]
         self.outputs[self.quiet] = b""
         self.runs[self.quiet]["bytes"] = 0
-        self.add_job(web1, "Lab|One lump|0 0 * * *|At 00:00|make")
+        self.add_job(web1, "Shop|Compile|0 0 * * *|At 00:00|make")
         self.lump = self.jobs[max(self.jobs)]["last"]["id"]
         self.outputs[self.lump] = b"".join(frame(1, i, f"part {i} of it\n")
                                            for i in range(20_000))
-        self.add_job(web1, "Lab|Live|0 0 * * *|At 00:00|tail -f")
+        self.add_job(web1, "Shop|Follow orders|0 0 * * *|At 00:00|tail -f")
         job = self.jobs[max(self.jobs)]
         self.live = self.add_run(job, self.now - 12, 0, "running")["id"]
         self.outputs[self.live] = b"".join(frame(

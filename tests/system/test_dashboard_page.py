@@ -677,7 +677,7 @@ def test_the_label_in_the_form_is_the_hosts_and_not_the_dashboards(
     page.js("known.jobs.get(arguments[0]).label = 'Harmless'", job["id"])
     page.js("known.jobs.get(arguments[0]).command = 'true'", job["id"])
     visit(page, f"job/{job['id']}/run", ".runform")
-    assert page.text("h1") == "Run Every type"
+    assert page.text("h1") == "Run Write a message"
     assert page.text(".previewed pre").startswith("~/tweet.sh --to=")
 
 
