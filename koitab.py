@@ -9170,6 +9170,11 @@ class Fleet(Checks):
             self.touch(self.names[pulse.dash], "hosts", pulse.host)
         if "epoch" in changed and host["epoch"] is not None:
             self.end_history(db, pulse, said["epoch"])
+        if "instance" in changed:       # what the last one got may be lost
+            for nonce, in db.execute(
+                    "select nonce from requests where host = ? and state = "
+                    "'waiting'", (pulse.number,)):
+                self.handed.pop(nonce, None)
         if host["silent"]:
             self.welcome_back(db, pulse, host, now)
             changed["silent"] = 0

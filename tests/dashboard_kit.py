@@ -170,9 +170,8 @@ class Operator:
 class House:
     """A dashboard that can be killed and started again at its port."""
 
-    def __init__(self, folder: Path, *options: str, patch: str = ""):
+    def __init__(self, folder: Path, *options: str):
         self.folder, self.options = Path(folder), options
-        self.patch = patch
         self.folder.mkdir(parents=True, exist_ok=True)
         self.dashboards: list[Dashboard] = []
         self.homes: dict[str, Home] = {}
@@ -193,8 +192,7 @@ class House:
 
     def open(self) -> None:
         where = ("--listen", f"127.0.0.1:{self.port}") if self.port else ()
-        self.dashboards.append(Dashboard(
-            self.folder, *where, *self.options, patch=self.patch))
+        self.dashboards.append(Dashboard(self.folder, *where, *self.options))
         self.port = self.dashboard.__enter__().port
 
     def kill(self, number: int = signal.SIGKILL) -> None:

@@ -120,8 +120,7 @@ class Load:
 
 @pytest.fixture
 def house(tmp_path):
-    # What was handed to a link that was killed is handed out again soon.
-    with House(tmp_path, patch="k.HAND_OUT_AGAIN = 1.0") as house:
+    with House(tmp_path) as house:
         yield house
         assert "fault of ours" not in house.log(), house.log()
         assert "Traceback" not in house.log(), house.log()
