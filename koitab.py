@@ -3903,6 +3903,23 @@ SHOWN_COLUMNS = ", ".join(f"r.{name}" for name in COLUMNS_OF_RUN) \
     + ", j.user, j.identity, j.section, j.name, j.label"
 
 
+def birth_of(path: str) -> int:
+    """When a file was made, in nanoseconds; 0 if the system does not tell.
+    Raises OSError."""
+    status = os.stat(path)
+    if hasattr(status, "st_birthtime"):
+        return int(status.st_birthtime * 1e9)
+    import ctypes
+    found = ctypes.create_string_buffer(256)    # struct statx, statx(2)
+    try:
+        if ctypes.CDLL(None).statx(-100, os.fsencode(path), 0, 0x800, found):
+            return 0
+    except AttributeError:      # an old libc
+        return 0
+    seconds, rest = Struct("=qI").unpack_from(found, 80)
+    return seconds * 10**9 + rest
+
+
 def fresh_epoch() -> int:
     """By which a dashboard tells two histories of one host apart."""
     return int.from_bytes(os.urandom(6), "big")
@@ -4164,10 +4181,10 @@ class Store:
 
     def began(self, now: float) -> float:
         """Since when it is known which requests were used: when this file
-        was made, or put here from a backup, which shows in its inode. To be
-        asked at each start; what notes it is in `waiting` then."""
-        status = os.stat(self.path)
-        place = f"{status.st_dev}:{status.st_ino}"
+        was made, or put here from a backup, which shows in its inode and
+        its birth (an inode is soon given to another file). To be asked at
+        each start; what notes it is in `waiting` then."""
+        place = f"{os.stat(self.path).st_ino}:{birth_of(self.path)}"
         if self.noted("place") != place:
             # The numbers of the next runs may have been used before, too.
             self.waiting += [self.note("place", place),
