@@ -1,12 +1,27 @@
 #!/bin/sh
 """:"
 exec /usr/bin/python3 -IS -c '
-import sys
+import marshal, os, sys
 from importlib.machinery import SourceFileLoader
 del sys.argv[0]
-sys.pycache_prefix = "/var/cache/koi"
-code = SourceFileLoader("koi", sys.argv[0]).get_code("koi")
-sys.pycache_prefix = None
+def load():
+    sys.pycache_prefix = "/var/cache/koi"
+    code = SourceFileLoader("koi", sys.argv[0]).get_code("koi")
+    sys.pycache_prefix = None
+    return code
+if "daemon" in sys.argv or sys.argv[0].endswith("koid"):
+    end, start = os.pipe()
+    if not os.fork():
+        os.close(end)
+        with open(start, "wb") as out:
+            out.write(marshal.dumps(load()))
+        os._exit(0)
+    os.close(start)
+    with open(end, "rb") as given:
+        code = marshal.loads(given.read())
+    os.wait()
+else:
+    code = load()
 koi = {"__name__": "koi", "__file__": sys.argv[0]}
 exec(code, koi)
 del code
@@ -52,10 +67,11 @@ Above this text stand some lines for sh, which is replaced by Python before
 it reads on; for Python they are the beginning of this docstring. They load
 this file through Python's own cache of compiled code, in /var/cache/koi,
 where root alone can write; without it the file is compiled, and
-`python3 -IS koitab.py` works as well. -I and -S keep the caller's PYTHON*
-variables, the script's folder and site-packages out of the imports. Modules
-that cost milliseconds (`re` and `json` among them) are imported where they
-are used.
+`python3 -IS koitab.py` works as well. koid, which stays, has another process
+load it, for compiling takes much memory that it would keep. -I and -S keep
+the caller's PYTHON* variables, the script's folder and site-packages out of
+the imports. Modules that cost milliseconds (`re` and `json` among them) are
+imported where they are used.
 """
 
 from __future__ import annotations
@@ -20063,6 +20079,8 @@ def command_completion(options: Options, machine: Machine, shell: str) -> int:
 def let_go() -> None:
     """koid keeps in memory only what it needs: what stands below UP_TO_HERE
     is half of this file. Of that `main` needs two names to the end."""
+    if __name__ == PROG:
+        return              # a test has loaded us as a module
     for name in set(globals()) - UP_TO_HERE - {"UP_TO_HERE", "Said", "Shown"}:
         del globals()[name]
     import gc

@@ -215,6 +215,7 @@ class Koi:
                     "HOME": str(self.folder), "KOI_HOME": str(self.home)}
         self.daemon: subprocess.Popen | None = None
         self.said = self.folder / "koid.log"
+        self.installed = False      # started as root's is, by its first lines
         for path in (self.home, self.home / "tabs"):
             path.mkdir(parents=True, exist_ok=True)
             path.chmod(0o700)
@@ -233,7 +234,9 @@ class Koi:
         return path
 
     def command(self, *args: str) -> list[str]:
-        return [self.python, "-IS", str(ROOT / "koitab.py"), *args]
+        program = str(ROOT / "koitab.py")
+        return [program, *args] if self.installed else [
+            self.python, "-IS", program, *args]
 
     def start(self, *args: str, wrap: tuple = (), **env: str) -> "Koi":
         """Start koid and wait until it answers."""

@@ -1264,6 +1264,7 @@ def test_a_process_that_a_job_leaves_behind_does_not_keep_it(koi):
 
 
 def test_a_flood_of_output_costs_a_supervisor_no_memory(koi, gate):
+    koi.installed = True
     koi.tab(f'{QUIET}"job" @manual head -c 50000000 /dev/zero; {gate.wait}\n')
     koi.start()
     run = ask_for(koi, "job")

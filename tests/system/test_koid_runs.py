@@ -533,6 +533,7 @@ def test_of_a_large_output_head_and_tail_are_kept(koi):
 def test_200_mb_cost_neither_the_job_nor_the_memory(koi, fifo):
     """With SIZE=1000000000 in the environment it is one of 1 GB."""
     size = int(os.environ.get("SIZE", 200_000_000))
+    koi.installed = True
     serving(koi, f'"it" @manual head -c {size} /dev/zero; echo; echo end; '
             f'{fifo.wait}\n')
     run = begin(koi, "it")
