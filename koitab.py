@@ -10177,7 +10177,7 @@ class Fleet(Checks):
             at = max(at, begin)
             return (cut_to_frames(data[at - begin:], most),
                     begin + len(data), self.goes_on(row), at)
-        found, size = b"", 0
+        found = b""
         for begin, data in db.execute(
                 "select at, data from outputs where run = ?1 and at >= "
                 "coalesce((select max(at) from outputs where run = ?1 and at "

@@ -181,7 +181,7 @@ def counting_walk(tree, uid: int, gid: int) -> None:
     """By descriptors, and a file of several names is given away when as
     many names were seen: what `wander` is made for."""
     seen: dict[tuple, int] = {}
-    for _, folders, files, fd in os.fwalk(tree):
+    for _, _, files, fd in os.fwalk(tree):
         for name in files:
             with contextlib.suppress(OSError):
                 status = os.lstat(name, dir_fd=fd)

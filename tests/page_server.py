@@ -66,7 +66,8 @@ ALL_TYPES = [
      "choices": ["warm", "cool", "o'brien's"]},
     {"name": "Not before", "type": "date", "default": None, "choices": []},
     {"name": "Token", "type": "secret", "default": None, "choices": []}]
-HOSTILE = ["<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>",
+HOSTILE = ["<img src=x onerror=alert(1)>",
+           "</script><script>alert(2)</script>",
            "javascript:alert(3)", '"><svg onload=alert(4)>', "\u202egnp.exe",
            "\x1b[31mred\x1b[0m", "{{constructor}}", "__proto__"]
 
@@ -245,19 +246,21 @@ class World:
     def make_special(self):
         """Jobs for the harder pictures: 100 MB, live, every type."""
         web1 = VECTOR["host"]
-        self.add_job(web1, "Office|Write a message|@manual|When asked for|~/tweet.sh"
-                     " --to={{To Handle}} {{Message}} {{Delay}} {{Emoji "
-                     "\U0001f603}} {{Tone}} {{Not before}} {{Token}}",
+        self.add_job(web1, "Office|Write a message|@manual|When asked for|"
+                     "~/tweet.sh --to={{To Handle}} {{Message}} {{Delay}} "
+                     "{{Emoji \U0001f603}} {{Tone}} {{Not before}} {{Token}}",
                      params=ALL_TYPES)
         self.every_type = max(self.jobs)
-        self.add_job(web1, "Shop|Import catalogue|0 1 * * *|At 01:00|make -C catalogue")
+        self.add_job(web1, "Shop|Import catalogue|0 1 * * *|At 01:00|"
+                     "make -C catalogue")
         job = self.jobs[max(self.jobs)]
         run = self.add_run(job, self.now - 7200, 5400, exit_status=2,
                            bytes=BIG_CHUNKS * 64000,
                            size=BIG_CHUNKS * STEP, have=BIG_CHUNKS * STEP)
         self.big = run["id"]
         self.settle(job)
-        self.add_job(web1, "Shop|Build the site|0 0 * * *|At 00:00|npm run build")
+        self.add_job(web1, "Shop|Build the site|0 0 * * *|At 00:00|"
+                     "npm run build")
         job = self.jobs[max(self.jobs)]
         self.colours = self.add_run(job, self.now - 240, 12,
                                     exit_status=3)["id"]

@@ -651,7 +651,7 @@ def test_a_runs_letter_and_its_jobs_state(house, web1, fields, letter, state):
 
 
 def test_the_strip_is_the_last_ninety_runs_oldest_first(house, web1):
-    house.state             # so that it is kept up, not read anew
+    assert house.state      # so that it is kept up, not read anew
     house.runs(web1, *[house.record(exit=number % 2)
                        for number in range(100)])
     strip = house.job()["strip"]
@@ -662,7 +662,7 @@ def test_the_strip_is_the_last_ninety_runs_oldest_first(house, web1):
 
 def test_failing_since_when_how_often_and_with_what_line(house, web1):
     house.runs(web1, house.record())
-    for number in range(3):
+    for _ in range(3):
         house.clock.time += 100
         house.runs(web1, house.record(exit=1, size=len(TEXT)))
         house.sync(web1, outputs=[piece(house.number, 0, TEXT)])
@@ -937,7 +937,7 @@ def test_a_text_is_found_in_all_outputs(house, web1, index):
     if index:
         house.hub.db.execute(
             "create virtual table found using fts5(text, content='', "
-            f"tokenize='{dict(words='unicode61').get(index, index)}')")
+            f"tokenize='{'unicode61' if index == 'words' else index}')")
     house.hub.index = index
     written(house, web1, "nothing here\n")
     one = written(house, web1, "a\nThe Needle's eye\nb\n", tag="crawl")

@@ -80,7 +80,8 @@ def test_a_weak_password_is_refused_with_the_reason(password):
 
 
 @pytest.mark.parametrize("password", [
-    "correct horse battery staple", koitab.passphrase_of(random.Random(2).randbytes(20)),
+    "correct horse battery staple",
+    koitab.passphrase_of(random.Random(2).randbytes(20)),
     "T7#kd92!xQwm-pa"])
 def test_a_good_password_is_taken(password):
     assert koitab.weakness(password) == ""

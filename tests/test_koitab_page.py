@@ -232,7 +232,8 @@ def test_a_request_is_believed_and_its_secret_unveiled(page):
 
 @pytest.mark.parametrize("seconds, words", [
     (0.04, "0.0 s"), (0.2, "0.2 s"), (9.96, "10 s"), (59, "59 s"),
-    (60, "1 min"), (61, "1 min 1 s"), (3500, "58 min"), (3599, "1 h"), (3600, "1 h"),
+    (60, "1 min"), (61, "1 min 1 s"), (3500, "58 min"), (3599, "1 h"),
+    (3600, "1 h"),
     (5400, "1 h 30 min"), (86400, "1 d"), (90000, "1 d 1 h")])
 def test_how_long_something_took_in_words(page, seconds, words):
     assert page.js("return lasting(arguments[0])", seconds) == words

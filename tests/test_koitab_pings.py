@@ -223,7 +223,7 @@ def test_a_duration_of_more_than_three_days_is_none(house):
 
 
 def test_the_strip_shows_ends(house, check):
-    house.state
+    assert house.state
     for action in ("start", "success", "log", "fail", "0", "9"):
         house.ping(check, action=action)
     assert [(each[0], each[3]) for each in shown(house)["strip"]] == [

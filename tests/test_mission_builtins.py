@@ -726,11 +726,11 @@ def odd_texts(tmp_path_factory):
     """One run: each text is said by a task of its own."""
     scratch = support.Scratch(tmp_path_factory.mktemp("texts"))
     scratch.env["LC_ALL"] = "C"
-    for number, text in enumerate(ODD_TEXTS):
+    for number, odd in enumerate(ODD_TEXTS):
         scratch.builtin(f"text{number}", f"""
             import sys
             def run(args, log):
-                {text}
+                {odd}
                 log("still here after {number}")
             """)
     return scratch.mission("run")

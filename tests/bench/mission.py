@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,8 +184,8 @@ def tasks(bench: Bench, runs: int) -> None:
     for name, wanted, measure in (
             ("tasks: a task above a sh loop", "at most 2.5 ms", bench.seconds),
             ("tasks: of that, processor time", "", bench.cpu_seconds)):
-        bare, ours = in_turn(runs or 9, lambda: measure(loop),
-                             lambda: measure(run))
+        bare, ours = in_turn(runs or 9, partial(measure, loop),
+                             partial(measure, run))
         above = median((b - a) / len(slugs) * 1e3 for a, b in zip(bare, ours))
         row(name, wanted, f"{above:.2f} ms", f"ours {median(ours) * 1e3:.0f} "
             f"ms, sh {median(bare) * 1e3:.0f} ms")

@@ -251,7 +251,7 @@ def test_requests_end_once_however_often_koid_and_the_link_are_killed(
         if child and dice.random() < 0.6:
             os.kill(child, 9)
             kills["link"] += 1
-            support.wait_until(lambda: not koitab.born(child))
+            support.wait_until(lambda gone=child: not koitab.born(gone))
         else:
             home.stop(9)
             home.start()

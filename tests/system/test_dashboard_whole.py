@@ -506,7 +506,7 @@ def test_two_hundred_strings_in_every_field_are_text_and_nothing_else(
             (f"check/{check}/edit", clear[:1])):
         page.to(place)
         page.wait("!document.querySelector('.waits')")
-        support.wait_until(lambda: not unshown(page, wanted), 10, (
+        support.wait_until(lambda all=wanted: not unshown(page, all), 30, (
             f"{unshown(page, wanted)[:3]} at {place}"))
         assert page.js(MARKUP) == [], place
         if place.startswith("check/") and not place.endswith("edit"):
@@ -709,7 +709,7 @@ class Firm:
     def settled(self) -> None:
         """All that was begun has ended, on both hosts."""
         for home in self.homes:
-            support.wait_until(lambda: not [
+            support.wait_until(lambda home=home: not [
                 run for run in home.history() if run["state"] in (
                     "queued", "running")], 20, "all runs to end")
 

@@ -72,7 +72,7 @@ def test_jobs_runs_and_output_reach_the_dashboard_once_each(linked, dashboard):
 
 
 def test_what_ran_before_it_belonged_is_sent_too(koi, dashboard):
-    koi.tab('"Plain" @manual echo plain\n').parent
+    koi.tab('"Plain" @manual echo plain\n')
     koi.start()
     for _ in range(3):
         koi.run("Plain")
@@ -184,7 +184,8 @@ def test_a_replayed_request_runs_nothing_again(linked, dashboard):
             linked.start()
         before = len(dashboard.verdicts)
         dashboard.ask(text_of(body))
-        dashboard.wait_for(lambda: len(dashboard.verdicts) > before)
+        dashboard.wait_for(lambda known=before: len(
+            dashboard.verdicts) > known)
         assert dashboard.verdicts[-1]["run"] == first["run"]
         assert "used before" in dashboard.verdicts[-1]["reason"]
     assert len(linked.ended()) == 1

@@ -214,7 +214,8 @@ def test_a_bare_call_on_a_terminal_says_how(koi):
 
 def test_an_edit_is_installed_and_its_draft_is_removed(koi):
     koi.run("-", stdin=DAILY)
-    koi.editor('ls -ld "$1" "${1%/*}" > "$HOME/modes"; echo "@hourly y" >> "$1"')
+    koi.editor('ls -ld "$1" "${1%/*}" > "$HOME/modes"; '
+               'echo "@hourly y" >> "$1"')
     with koi.terminal("-e") as terminal:
         done = terminal.end()
     assert done.code == 0

@@ -368,7 +368,7 @@ def test_needs_skips_what_hangs_on_a_failure_and_only_that(scratch):
 def test_a_parallel_group_runs_side_by_side_with_whole_marked_lines(scratch):
     meet = scratch.make("meet")
     # Each waits for the other's line: one after the other they would hang.
-    for slug, mine, theirs in (("left", "l", "r"), ("right", "r", "l")):
+    for slug, mine in (("left", "l"), ("right", "r")):
         os.mkfifo(meet / mine)
         scratch.task(slug, f"""
             cd "$MEET"
