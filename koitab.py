@@ -5842,6 +5842,9 @@ class Bridge:
                                               self.clock.now())])
 
     def wanted_duty(self, asked: dict) -> Duty:
+        if not self.daemon.write([]):       # nobody knows what was used
+            return self.refusal(nonce, "it cannot be recorded: the host's "
+                                "disk is full or fails")
         """The job that a request means. Raises Forged."""
         found = [duty for duty in self.daemon.book.duties
                  if duty.user == asked["user"]
