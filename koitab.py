@@ -5560,6 +5560,8 @@ class Bridge:
             theirs.close()
             return
         if not pid:
+        elif "keys" not in self.daemon.troubles:
+            self.store.sent = None      # nothing is kept for anybody
             link_up(self.mine, theirs, self.machine, instance)
         theirs.close()
         ours.setblocking(False)
