@@ -2418,7 +2418,10 @@ class Membership(Record):
 def membership_of(text: str) -> Membership:
     """Raises ValueError if this is not what `text` writes."""
     import json
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is damaged") from None
     if not isinstance(found, dict) or found.pop("v", 0) != 1:
         raise ValueError("it is of another version")
     try:
@@ -2427,6 +2430,7 @@ def membership_of(text: str) -> Membership:
         raise ValueError("something is missing in it") from None
     if not (is_hex(mine.dash, 16) and is_hex(mine.host, 32)
             and is_hex(mine.token, 64) and is_hex(mine.key, 64)
+            and isinstance(mine.since, (int, float))
             and all(isinstance(part, str) for part in (
                 mine.url, mine.name, mine.ca))):
         raise ValueError("something is missing in it")
