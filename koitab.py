@@ -4887,6 +4887,7 @@ LONGEST_PIECE = 2**18       # bytes of output in one letter
 MOST_OWED = 8               # outputs that one letter carries a piece of
 MOST_WATCHED = 100          # runs that are shown live
 MOST_ASKED = 100            # requests in one answer
+LIVE_BYTES = 2**20          # of them, in one letter; and one run's more
 MOST_VERDICTS = 5_000       # that wait to be sent
 VERDICTS_AT_ONCE = 200      # in one letter; a dashboard takes 1,000
 BREATH = 0.05               # seconds between questions, whatever the answers
@@ -5071,6 +5072,7 @@ class Uplink:
         self.most = MOST_RECORDS
         self.tries, self.parked = 0, 0      # of a record it does not take
         self.facts = self.ask_koid(op="hello") if koid else {}
+        self.alone = False                  # records come without all else
 
     def live(self) -> None:
         """From the fork to koid's end."""
@@ -5241,7 +5243,7 @@ class Uplink:
             answer = wire.ask("POST", SYNC, {**self.greeting(0), **letter})
         except Denied as no:
             if no.status in (400, 413, 422) and letter.get("records"):
-                self.part(letter["records"])
+                self.part(letter)
                 return
             raise
         except Unreachable:
@@ -5266,7 +5268,8 @@ class Uplink:
                         for run, have in owed],
             "live": self.ask_koid(op="live", runs=watched)["live"]
             if watched else []}
-        return {name: part for name, part in letter.items() if part}, batch
+        return {name: part for name, part in letter.items() if part and (
+            not self.alone or name in ("records", "verdicts"))}, batch
 
     def sent(self, letter: dict, batch: dict, answer: dict) -> None:
         with self.turn:
@@ -5276,23 +5279,27 @@ class Uplink:
             if "list" in letter:
                 self.listed = batch["list_sha"]
             self.tries, self.most = 0, min(self.most * 2, MOST_RECORDS)
-            owed = self.owed[:MOST_OWED]
+            self.alone = False
+        owed = [[piece["run"], piece["at"]]
+                for piece in letter.get("outputs", ())]
         self.take(answer)
         records = letter.get("records")
         if records and answer["acked"] < records[-1]["change"]:
             raise Unreachable("it does not keep what it is sent")
         with self.turn:
             self.news = self.news or batch["more"]
-            again = bool(owed) and answer["owed"][:MOST_OWED] == owed
+            again = bool(owed) and answer["owed"][:len(owed)] == owed
             safe = self.acked if not self.owed else None
         if again:
             raise Unreachable("it asks for output that it was sent")
         if safe is not None:
             self.ask_koid(op="state", sent=safe)
 
-    def part(self, records: list[dict]) -> None:
-        """The dashboard does not take these: send fewer at a time, and
-        leave out the one that it never takes, so that the others go on."""
+    def part(self, letter: dict) -> None:
+        """The dashboard does not take these records: send them without
+        what else was in the letter, then fewer at a time, and leave out the
+        one that it never takes, so that the others go on."""
+        records = letter["records"]
         with self.turn:
             self.news = True
             if len(records) > 1:
@@ -5303,6 +5310,9 @@ class Uplink:
                 return
             self.tries, self.parked = 0, records[0]["change"]
         self.ask_koid(op="state", about="parked", trouble="it does not take "
+            if not self.alone and set(letter) != {"records"}:
+                self.alone = True
+                return
                       f"run {records[0]['run']}, which is left out")
 
 
@@ -5744,7 +5754,7 @@ class Bridge:
             self.daemon.trouble("list", "")
             for duty in self.daemon.book.duties:
                 specs.append(spec_of(duty.job, duty.user))
-                size += len(specs[-1])
+                size += len(json.dumps(json.dumps(specs[-1])))
                 if size > BYTES_OF_LIST:
                     self.daemon.trouble("list", "the dashboard gets the first"
                                         f" {len(specs) - 1} jobs only: their "
@@ -5777,7 +5787,11 @@ class Bridge:
                   in list(request["runs"].items())[:MOST_WATCHED]}
         self.tails = {run: tail for run, tail in self.tails.items()
                       if run in wanted}
-        for run, have in wanted.items():
+        room = LIVE_BYTES       # who has come off worst comes first
+        for run, have in sorted(wanted.items(), key=lambda pair: getattr(
+                self.tails.get(pair[0]), "sent", 0)):
+            if room <= 0:
+                break
             tail = self.tails.get(run)
             fresh = tail is None or tail.sent != have
             if fresh:
@@ -5811,6 +5825,7 @@ class Bridge:
         if used:                # its verdict was lost on the way, or a replay
             return {"nonce": nonce, "verdict": "accepted", "run": used,
                     "reason": "it was used before, and ran once"}
+                room -= len(frames)
         try:
             if used == 0:
                 raise Forged("it was refused before")
