@@ -4879,6 +4879,7 @@ def exchange_lines(connection, request: dict) -> tuple[dict, bytes]:
 HOLD = 25                   # seconds that a dashboard may hold a question
 PATIENCE = 15.0             # seconds for an answer, from the first byte on
 LONGEST_ANSWER = 2**24
+LONGEST_QUESTION = 2**23    # to koid: a request, each letter escaped
 PAUSE_FIRST, PAUSE_LONGEST = 1.0, 60.0  # seconds between tries
 PAUSE_REFUSED = 300.0       # after a dashboard said that it does not know us
 LIVE_PAUSE = 0.4            # seconds between looks at a run that is watched
@@ -4886,8 +4887,8 @@ MOST_RECORDS, MOST_RECORD_BYTES = 200, 2**20    # in one letter
 LONGEST_PIECE = 2**18       # bytes of output in one letter
 MOST_OWED = 8               # outputs that one letter carries a piece of
 MOST_WATCHED = 100          # runs that are shown live
-MOST_ASKED = 100            # requests in one answer
 LIVE_BYTES = 2**20          # of them, in one letter; and one run's more
+MOST_ASKED = 100            # requests in one answer
 MOST_VERDICTS = 5_000       # that wait to be sent
 VERDICTS_AT_ONCE = 200      # in one letter; a dashboard takes 1,000
 BREATH = 0.05               # seconds between questions, whatever the answers
@@ -5071,8 +5072,8 @@ class Uplink:
         self.listed = ""                    # SHA-256 of the list it has
         self.most = MOST_RECORDS
         self.tries, self.parked = 0, 0      # of a record it does not take
-        self.facts = self.ask_koid(op="hello") if koid else {}
         self.alone = False                  # records come without all else
+        self.facts = self.ask_koid(op="hello") if koid else {}
 
     def live(self) -> None:
         """From the fork to koid's end."""
@@ -5166,8 +5167,8 @@ class Uplink:
         acked, owed, live = (answer.get(name) for name in (
             "acked", "owed", "live"))
         asked = answer.get("requests")
-        if type(acked) is not int or not all(isinstance(each, list) for each
-                                             in (owed, asked)) \
+        if type(acked) is not int or not 0 <= acked < LARGEST \
+                or not isinstance(owed, list) or not isinstance(asked, list) \
                 or not isinstance(live, dict) or len(asked) > MOST_ASKED:
             raise Unreachable("its answer is not that of a dashboard")
         with self.turn:
@@ -5180,8 +5181,10 @@ class Uplink:
                 self.acked = acked
             self.owed = [pair for pair in owed if isinstance(pair, list) and [
                 type(each) for each in pair] == [int, int]][:1000]
-            seen = {int(run): have for run, have in live.items()
-                    if count(run) and type(have) is int}
+            seen = {int(run): have for run, have
+                    in list(live.items())[:MOST_WATCHED]
+                    if run.isdecimal() and len(run) < 19
+                    and type(have) is int}
             self.watched = {run: self.watched.get(run, have) for run, have
                             in seen.items()} if listening else {
                 run: seen.get(run, have) for run, have
@@ -5197,12 +5200,17 @@ class Uplink:
         import json
         if not isinstance(request, dict):
             return
-        verdict = self.ask_koid(op="request", body=request.get("body"),
-                                mac=request.get("mac"))
+        body, mac = (text if isinstance(text, str) and len(text) <= most
+                     else None for text, most in (
+                         (request.get("body"), LONGEST_BODY),
+                         (request.get("mac"), 64)))
+        verdict = self.ask_koid(op="request", body=body, mac=mac)
         if not verdict.get("nonce"):
             try:
-                verdict["nonce"] = str(json.loads(request["body"])["nonce"])
+                verdict["nonce"] = json.loads(body)["nonce"]
             except (ValueError, KeyError, TypeError, RecursionError):
+                return
+            if not is_hex(verdict["nonce"], 32):
                 return
         with self.turn:
             # Asked for again, the last word on it is enough.
@@ -5302,6 +5310,9 @@ class Uplink:
         records = letter["records"]
         with self.turn:
             self.news = True
+            if not self.alone and set(letter) != {"records"}:
+                self.alone = True
+                return
             if len(records) > 1:
                 self.most = max(1, len(records) // 2)
                 return
@@ -5310,9 +5321,6 @@ class Uplink:
                 return
             self.tries, self.parked = 0, records[0]["change"]
         self.ask_koid(op="state", about="parked", trouble="it does not take "
-            if not self.alone and set(letter) != {"records"}:
-                self.alone = True
-                return
                       f"run {records[0]['run']}, which is left out")
 
 
@@ -5532,6 +5540,7 @@ class Bridge:
         self.listed: tuple | None = None        # body, MAC, SHA-256
         self.duties: dict[tuple, Duty] = {}
         self.refused: dict[str, list] = {}      # reason -> [count, ticks]
+        self.said: dict[str, float] = {}        # about what -> ticks
 
     # --- the child
 
@@ -5551,6 +5560,8 @@ class Bridge:
         self.listed, self.start_at = None, FOREVER
         if self.mine:
             self.begin()
+        elif "keys" not in self.daemon.troubles:
+            self.store.sent = None      # nothing is kept for anybody
 
     def begin(self) -> None:
         """The first use of keys: what a judge needs is loaded now."""
@@ -5563,19 +5574,18 @@ class Bridge:
         self.start_at = 0.0
 
     def start(self) -> None:
-        ours, theirs = socket.socketpair()
-        instance = f"{int(self.clock.now() * 1000)}-{os.urandom(4).hex()}"
+        instance, pair = f"{int(self.clock.now() * 1000)}-" \
+            f"{os.urandom(4).hex()}", ()
         try:
+            ours, theirs = pair = socket.socketpair()
             pid = os.fork()
         except OSError as error:
             self.troubles["link"] = f"no process for it: {error.strerror}"
             self.put_off()
-            ours.close()
-            theirs.close()
+            for end in pair:
+                end.close()
             return
         if not pid:
-        elif "keys" not in self.daemon.troubles:
-            self.store.sent = None      # nothing is kept for anybody
             link_up(self.mine, theirs, self.machine, instance)
         theirs.close()
         ours.setblocking(False)
@@ -5591,13 +5601,12 @@ class Bridge:
         self.pause = min(self.pause * 2, RESTART_LONGEST)
 
     def stop(self) -> None:
-        """Let go of the child; it ends when it notices."""
+        """Let go of the child, whatever it is at: it has nothing to save."""
         if self.connection:
             fd = self.connection.detach()
             self.connection = None
             self.daemon.deaf(fd)
-        if self.pid:
-            os.kill(self.pid, signal.SIGTERM)   # ours until it is reaped
+        self.kill()
 
     def ended(self, status: int) -> None:
         """The child has gone. It comes back, unless nobody wants it to."""
@@ -5646,14 +5655,16 @@ class Bridge:
         except OSError:
             data = b""
         self.heard += data
-        if not data or len(self.heard) > 2 * LONGEST_ANSWER:
-            self.daemon.poll.modify(fd, 0)      # it is gone: see `ended`
+        line, end, more = self.heard.partition(b"\n") if b"\n" in data \
+            else (b"", b"", b"")
+        if not data or more or len(self.heard) > LONGEST_QUESTION:
+            # It is gone (see `ended`), or it is ours no more: ours waits
+            # for an answer before it asks again.
+            self.daemon.poll.modify(fd, 0)
             self.kill()
-            return
-        while b"\n" in data:
-            line, _, rest = self.heard.partition(b"\n")
-            self.heard = data = rest
-            self.reply(self.answer(parsed_request(bytes(line))))
+        elif end:
+            self.heard.clear()
+            self.reply(self.answer(bytes(line)))
 
     def kill(self) -> None:
         if self.pid:            # 0 would mean all of us
@@ -5668,13 +5679,13 @@ class Bridge:
         except OSError:
             pass                # it is busy, or gone, as we shall hear
         if self.unsent:
-            self.daemon.poll.modify(self.connection.fileno(),
-                                    select.POLLIN | select.POLLOUT)
+            self.daemon.poll.modify(self.connection.fileno(), select.POLLOUT)
 
-    def answer(self, request: dict) -> dict:
+    def answer(self, line: bytes) -> dict:
         """What the child asks for. It may be anybody's by now, so what it
         says is looked at as closely as what a user says."""
         try:
+            request = parsed_request(line)
             deed = {"hello": self.hello, "batch": self.batch,
                     "output": self.output, "live": self.live,
                     "request": self.judge, "state": self.state}[
@@ -5704,8 +5715,8 @@ class Bridge:
         about = request.get("about")
         if about in ("listen", "send", "parked"):
             text = visible(str(request.get("trouble", ""))[:500])
-            if text and self.troubles.get(about) != text:
-                self.daemon.say(f"dashboard: {text}", bad=True)
+            if self.troubles.get(about) != text:
+                self.tell(about, text)
             self.troubles.pop("link", None)
             self.troubles.pop(about, None)
             if text:
@@ -5714,8 +5725,17 @@ class Bridge:
         if type(sent) is int and 0 <= sent <= self.store.change \
                 and sent != self.store.sent:
             self.store.sent = sent
+            self.daemon.also = [deed for deed in self.daemon.also
+                                if deed[1][:1] != ("sent",)]
             self.daemon.also.append(self.store.note("sent", str(sent)))
         return {}
+
+    def tell(self, about: str, text: str) -> None:
+        """A line for the log; not more often than somebody may read it."""
+        now = self.clock.ticks()
+        if text and now - self.said.get(about, -TELL_AGAIN) >= TELL_AGAIN:
+            self.said[about] = now
+            self.daemon.say(f"dashboard: {text}", bad=True)
 
     def batch(self, request: dict) -> dict:
         """Runs that changed, and the list of jobs if it is another."""
@@ -5805,6 +5825,7 @@ class Bridge:
                 found.append({"run": run, "at": tail.sent, "data": b64encode(
                     frames).decode(), **({"reset": True} if fresh else {})})
                 tail.sent += len(frames)
+                room -= len(frames)
         return {"live": found}
 
     # --- requests
@@ -5821,11 +5842,13 @@ class Bridge:
         why = unfit(asked, {"key": key_id(self.mine.secret),
                             "dash": self.mine.dash, "host": self.mine.host},
                     self.clock.now(), self.since)
+        if not self.daemon.write([]):       # nobody knows what was used
+            return self.refusal(nonce, "it cannot be recorded: the host's "
+                                "disk is full or fails")
         used = self.store.used(nonce)
         if used:                # its verdict was lost on the way, or a replay
             return {"nonce": nonce, "verdict": "accepted", "run": used,
                     "reason": "it was used before, and ran once"}
-                room -= len(frames)
         try:
             if used == 0:
                 raise Forged("it was refused before")
@@ -5863,9 +5886,6 @@ class Bridge:
                                               self.clock.now())])
 
     def wanted_duty(self, asked: dict) -> Duty:
-        if not self.daemon.write([]):       # nobody knows what was used
-            return self.refusal(nonce, "it cannot be recorded: the host's "
-                                "disk is full or fails")
         """The job that a request means. Raises Forged."""
         found = [duty for duty in self.daemon.book.duties
                  if duty.user == asked["user"]
