@@ -19445,7 +19445,8 @@ class Remote:
 
     def __init__(self, options: Options, wire: Wire):
         self.options, self.wire = options, wire
-        self.shown = 0          # bytes of output
+        self.shown = self.seen = 0      # bytes of output; of these pieces
+        self.notes: set[bytes] = set()  # that were shown
 
     def follow(self, nonce: str) -> int:
         """From the request to the run's exit status. Raises Error."""
@@ -19465,8 +19466,7 @@ class Remote:
                 return self.end(facts)
             if facts["state"] == "running":
                 self.watch(run)
-            else:
-                time.sleep(ASK_AGAIN)
+            time.sleep(ASK_AGAIN)
 
     def watch(self, run: int) -> None:
         """Show what comes while it goes on."""
@@ -19484,10 +19484,15 @@ class Remote:
                 f"{wait}", seconds=PATIENCE + 10)
         except Unreachable as error:
             raise Error(str(error)) from None
-        going = headers.get("X-Koi-Live") == "1"
-        if status != 200 or live and not going:
+        try:
+            whole = whole_frames(data)[0] == len(data)
+        except ValueError:
+            whole = False       # of what is kept, `at` is another place
+        if status != 200 or not whole or live and (
+                headers.get("X-Koi-Live") != "1"        # or we fell behind
+                or headers.get("X-Koi-From", str(at)) != str(at)):
             return -1
-        seen = 0 if at == 0 else self.shown
+        self.seen = self.seen if at else 0
         for stream, _, body in read_frames(data):
             if stream == NOTE:
                 self.options.warn(body.decode("utf-8", "replace"))
@@ -19532,6 +19537,22 @@ def signal_words(number: int) -> str:
 
 def result_words(run: dict) -> str:
     """How a run went: ok; exit 3; missed x12; skipped: why."""
+    def note(self, text: bytes) -> None:
+        """What koi has to say of the output; twice nothing."""
+        number, _, rest = text.partition(b" ")
+        number = number.replace(b",", b"")
+        lost = int(number) if rest.endswith(b"left out here") \
+            and number.isdigit() and len(number) < 19 else 0
+        if self.seen + lost > self.shown if lost else \
+                text not in self.notes:
+            self.options.warn(text.decode("utf-8", "replace"))
+            self.notes.add(text)
+        self.pass_by(lost)
+
+    def pass_by(self, size: int) -> None:
+        self.seen += size
+        self.shown = max(self.shown, self.seen)
+
     state, reason = run["state"], run["reason"]
     if state == "missed":
         words = f"missed x{run['count']}" if run["count"] > 1 else "missed"
