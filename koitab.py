@@ -19372,7 +19372,8 @@ def run_there(options: Options, machine: Machine, name: str,
     wire, dash = whose_dashboard(options, machine)
     keys, dash = keys_for(wire, dash, typed_secret("Passphrase: "))
     wire.token = keys.api.hex()
-    hosts = asked_of(wire, "GET", "/api/v1/state").get("hosts", [])
+    hosts = [host for host in asked_of(wire, "GET", "/api/v1/state").get(
+        "hosts", []) if host["state"] != "left"]
     found = [host["id"] for host in hosts
              if options.on in (host["id"], host["name"])]
     if len(found) != 1:
