@@ -19133,8 +19133,9 @@ def wire_to(options: Options, url: str, ca: str = "") -> Wire:
 def typed_secret(question: str) -> str:
     """A password, from the terminal or as a line of standard input: not
     from an option, which everybody could read. Raises Error."""
-    text = asked_secret(question) if os.isatty(0) \
-        else sys.stdin.readline().rstrip("\r\n")
+    # Not from sys.stdin itself: it would read ahead of what ARG=- is to have.
+    text = asked_secret(question) if os.isatty(0) else sys.stdin.buffer \
+        .readline().decode("utf-8", "surrogateescape").rstrip("\r\n")
     if not text:
         raise Error("no passphrase was given", "type it, or hand it in on "
                     "standard input", EXIT_USAGE)
