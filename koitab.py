@@ -18963,8 +18963,9 @@ def asked_secret(question: str) -> str | None:
 
 def command_run(options: Options, machine: Machine, name: str,
                 *words: str) -> int:
-    if options.on:
+    if "--on" in options.given:
         return run_there(options, machine, name, *words)
+    options.allow("-u", "run without --on", EXIT_USAGE)
     link = Link(machine)
     reply = link.ask("jobs", **options.whose())
     job = named(reply["jobs"], name)
@@ -19359,8 +19360,8 @@ def command_link(options: Options, machine: Machine, *words: str) -> int:
 
 def whose_dashboard(options: Options, machine: Machine) -> tuple[Wire, str]:
     """The dashboard that --url names, or this machine's. Raises Error."""
-    if options.url:
-        url, _, dash = options.url.partition("#")
+    if "--url" in options.given:
+        url, dash = url_and_dash(options.url)
         return wire_to(options, url), dash
     mine = linked(machine)
     return wire_to(options, mine.url, mine.ca), mine.dash
@@ -20378,7 +20379,8 @@ def obey(argv: list[str], machine: Machine, called: str = PROG) -> int:
     """Do what was typed; the exit status. Raises Error."""
     options = Options(called)
     words = options.read(argv)
-    options.judge_user(machine)
+    if "--on" not in options.given:     # else he is another host's
+        options.judge_user(machine)
     if called == "koid" and words[:1] != ["daemon"]:
         words.insert(0, "daemon")
     name = words[0] if words else ""
