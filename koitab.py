@@ -19327,6 +19327,13 @@ def link_off(options: Options, machine: Machine) -> int:
     try:
         wire = Wire(mine.url, mine.token, mine.ca)
         asked_of(wire, "DELETE", f"/api/v1/hosts/{mine.host}")
+    wire.token = keys.api.hex()
+    try:
+        asked_of(wire, "POST", "/api/v1/rotate", hashes_of(fresh, salt))
+    except Error as error:
+        raise Error(error.message, "the old passphrase holds; or, if only "
+                    "the answer was lost, the new one: then koitab -d off; "
+                    "koitab -d join") from None
     except Error as error:
         options.warn(f"the dashboard was not told: {error.message}")
     print(f"this machine does not belong to {mine.url} any more")
