@@ -4919,7 +4919,7 @@ def server_of(url: str) -> tuple[str, str, int]:
         parts, port = urlsplit(""), 0
     if parts.scheme not in ("http", "https") or not parts.hostname \
             or "@" in parts.netloc or parts.path.strip("/") or parts.query \
-            or not url.isascii() or has_control(url):
+            or parts.fragment or not url.isascii() or has_control(url):
         raise Error(f"{short(url)} is no URL of a dashboard",
                     "https://koi.example.com or http://127.0.0.1:8077")
     return parts.scheme, parts.hostname, port
@@ -19093,6 +19093,7 @@ class Follower:
 # --- a dashboard, as a host and as who asks for a run ---------------------
 
 HERE = "http://127.0.0.1:8077"
+LONGEST_CA = 2**19      # bytes: it becomes a part of the file `keys`
 ASK_AGAIN = 0.2         # seconds between looks at a request
 GOOD_FOR = 300_000      # ms that a request of ours is good for
 FINAL = ("done", "interrupted", "missed", "skipped", "unstartable")
@@ -19114,12 +19115,17 @@ def asked_of(wire: Wire, method: str, path: str, body: dict | None = None,
 def wire_to(options: Options, url: str, ca: str = "") -> Wire:
     """Raises Error; and where the keys could be read on the way, unless it
     is told that they may."""
-    if options.ca:
+    if "--ca" in options.given:
         try:
             with open(options.ca, encoding="ascii") as file:
-                ca = file.read(LONGEST_TAB)
-        except (OSError, ValueError) as error:
-            raise Error(f"--ca {options.ca}: {error}") from None
+                ca = file.read(LONGEST_CA + 1)
+        except OSError as error:
+            raise Error(f"--ca {options.ca}: {error.strerror}") from None
+        except ValueError:
+            ca = ""
+        if "-----BEGIN CERTIFICATE-----" not in ca or len(ca) > LONGEST_CA:
+            raise Error(f"--ca {options.ca}: it is no file of certificates",
+                        f"PEM, and at most {LONGEST_CA:,} bytes")
     wire = Wire(url, ca=ca)
     wire.ca = ca
     if wire.scheme == "http" and not is_local(wire.host) \
@@ -19129,6 +19135,19 @@ def wire_to(options: Options, url: str, ca: str = "") -> Wire:
                     "ssh tunnel to 127.0.0.1, or --plain-http if the way is "
                     "yours")
     return wire
+
+
+def url_and_dash(text: str) -> tuple[str, str]:
+    """A dashboard's URL and id, as `-d new` prints them; or without the id,
+    as a browser shows it when it has gone on to a place of the page. Raises
+    Error."""
+    url, _, dash = text.partition("#")
+    if dash.startswith("/"):
+        dash = ""
+    if dash and not is_hex(dash, 16):
+        raise Error(f"#{short(dash)} is no dashboard's id", "it is behind the"
+                    " # of the link that koitab -d new printed")
+    return url, dash
 
 
 def typed_secret(question: str) -> str:
@@ -19165,7 +19184,8 @@ def own_state(machine: Machine) -> str:
     """The folder of the koi that the caller runs. Raises Error."""
     if os.geteuid() and "KOI_HOME" not in os.environ \
             and os.path.exists(ROOT_SOCKET):
-        raise Error("this machine's koid is root's", "sudo koitab -d ...")
+        raise Error("this machine's koid is root's", "sudo; or name the "
+                    "dashboard: run --on HOST --url URL, page URL")
     return machine.home_of_state()
 
 
@@ -19261,7 +19281,7 @@ def tell_keys(options: Options, url: str, dash: str, keys: Keys,
 
 def link_join(options: Options, machine: Machine, url: str) -> int:
     not_linked(machine)
-    url, _, dash = url.partition("#")
+    url, dash = url_and_dash(url)
     wire = wire_to(options, url)
     keys, dash = keys_for(wire, dash, typed_secret("Passphrase: "))
     enrol(options, machine, wire, url, keys, dash)
@@ -19280,7 +19300,8 @@ def link_show(options: Options, machine: Machine) -> int:
     except Error as error:
         print_field("link", [error.message])
         return EXIT_FAULTS
-    print_field("link", link_lines(state)[1:] or ["up"])
+    print_field("link", link_lines(state)[1:] or ["up"] if state else [
+        "koid does not use these keys: see koitab status; or restart it"])
     return EXIT_FAULTS if not state or state["troubles"] else EXIT_OK
 
 
@@ -19304,9 +19325,15 @@ def link_rotate(options: Options, machine: Machine) -> int:
         raise Error("this is not the passphrase of this dashboard")
     password, salt = new_password(options), os.urandom(SALT_BYTES)
     fresh = derive(password, salt)
-    wire.token = keys.api.hex()
-    asked_of(wire, "POST", "/api/v1/rotate", hashes_of(fresh, salt))
+    # First: what is in force and known to nobody would lock all out.
     tell_keys(options, mine.url, mine.dash, fresh, password)
+    wire.token = keys.api.hex()
+    try:
+        asked_of(wire, "POST", "/api/v1/rotate", hashes_of(fresh, salt))
+    except Error as error:
+        raise Error(error.message, "the old passphrase holds; or, if only "
+                    "the answer was lost, the new one: then koitab -d off; "
+                    "koitab -d join") from None
     machine.join(own_state(machine), mine.but(
         key=host_key(fresh.run, mine.host).hex(), since=machine.clock.now()))
     link_again(machine)
@@ -19318,22 +19345,18 @@ def link_rotate(options: Options, machine: Machine) -> int:
 def link_off(options: Options, machine: Machine) -> int:
     home = own_state(machine)
     try:
-        mine = linked(machine)
-    except Error:
-        machine.leave(home)     # keys that cannot be read, or none
-        raise
+        mine = machine.membership(home)
+    except Error as error:      # whose they are nobody knows any more
+        machine.leave(home)
+        link_again(machine)
+        options.warn(f"removed all the same: {error.message}")
+        return EXIT_OK
+    mine = mine or linked(machine)
     machine.leave(home)
     link_again(machine)
     try:
         wire = Wire(mine.url, mine.token, mine.ca)
         asked_of(wire, "DELETE", f"/api/v1/hosts/{mine.host}")
-    wire.token = keys.api.hex()
-    try:
-        asked_of(wire, "POST", "/api/v1/rotate", hashes_of(fresh, salt))
-    except Error as error:
-        raise Error(error.message, "the old passphrase holds; or, if only "
-                    "the answer was lost, the new one: then koitab -d off; "
-                    "koitab -d join") from None
     except Error as error:
         options.warn(f"the dashboard was not told: {error.message}")
     print(f"this machine does not belong to {mine.url} any more")
@@ -19505,15 +19528,30 @@ class Remote:
         self.seen = self.seen if at else 0
         for stream, _, body in read_frames(data):
             if stream == NOTE:
-                self.options.warn(body.decode("utf-8", "replace"))
+                self.note(body)
                 continue
-            fresh = body[max(0, min(self.shown - seen, len(body))):]
-            seen += len(body)
-            self.shown = max(self.shown, seen)
-            write_all(1 if stream == STDOUT else 2, fresh)
+            write_all(1 if stream == STDOUT else 2,
+                      body[max(0, self.shown - self.seen):])
+            self.pass_by(len(body))
         if live:
             return at + len(data)
         return self.show(run, at + len(data), live) if data else -1
+
+    def note(self, text: bytes) -> None:
+        """What koi has to say of the output; twice nothing."""
+        number, _, rest = text.partition(b" ")
+        number = number.replace(b",", b"")
+        lost = int(number) if rest.endswith(b"left out here") \
+            and number.isdigit() and len(number) < 19 else 0
+        if self.seen + lost > self.shown if lost else \
+                text not in self.notes:
+            self.options.warn(text.decode("utf-8", "replace"))
+            self.notes.add(text)
+        self.pass_by(lost)
+
+    def pass_by(self, size: int) -> None:
+        self.seen += size
+        self.shown = max(self.shown, self.seen)
 
     def end(self, facts: dict) -> int:
         if facts["state"] != "done" or facts["signal"] or facts["reason"]:
@@ -19547,22 +19585,6 @@ def signal_words(number: int) -> str:
 
 def result_words(run: dict) -> str:
     """How a run went: ok; exit 3; missed x12; skipped: why."""
-    def note(self, text: bytes) -> None:
-        """What koi has to say of the output; twice nothing."""
-        number, _, rest = text.partition(b" ")
-        number = number.replace(b",", b"")
-        lost = int(number) if rest.endswith(b"left out here") \
-            and number.isdigit() and len(number) < 19 else 0
-        if self.seen + lost > self.shown if lost else \
-                text not in self.notes:
-            self.options.warn(text.decode("utf-8", "replace"))
-            self.notes.add(text)
-        self.pass_by(lost)
-
-    def pass_by(self, size: int) -> None:
-        self.seen += size
-        self.shown = max(self.shown, self.seen)
-
     state, reason = run["state"], run["reason"]
     if state == "missed":
         words = f"missed x{run['count']}" if run["count"] > 1 else "missed"
