@@ -437,6 +437,26 @@ def test_a_record_that_is_never_taken_is_left_out_and_the_rest_go_on(hasty):
         assert "run 2" in " ".join(koi.ask("status")["dashboard"]["troubles"])
 
 
+def test_no_record_is_blamed_for_a_list_that_is_not_taken(hasty):
+    """A proxy, say, that lets only short letters through."""
+    def twist(letter, _handler):
+        if "list" in letter:
+            return 413, {}, b"<html>too large"
+
+    hasty.tab('"Plain" @manual echo plain\n')
+    hasty.start()
+    for _ in range(6):
+        hasty.run("Plain")
+    with lying_dashboard.Dashboard(twist) as dashboard:
+        lying_dashboard.belong(hasty, dashboard.url)
+        hasty.ask("relink")
+        dashboard.wait_for(lambda: set(range(1, 7)) <= set(
+            dashboard.records), 30)
+        assert "left out" not in hasty.log()
+        assert "413" in " ".join(support.wait_until(lambda: hasty.ask(
+            "status")["dashboard"]["troubles"]))
+
+
 def test_a_dashboard_that_forgot_gets_everything_again(linked, dashboard):
     for _ in range(3):
         linked.run("Plain")
