@@ -438,6 +438,26 @@ def test_a_record_that_is_never_taken_is_left_out_and_the_rest_go_on(hasty):
         assert "run 2" in " ".join(koi.ask("status")["dashboard"]["troubles"])
 
 
+def test_no_record_is_blamed_for_a_list_that_is_not_taken(hasty):
+    """A proxy, say, that lets only short letters through."""
+    def twist(letter, _handler):
+        if "list" in letter:
+            return 413, {}, b"<html>too large"
+
+    hasty.tab('"Plain" @manual echo plain\n')
+    hasty.start()
+    for _ in range(6):
+        hasty.run("Plain")
+    with lying_dashboard.Dashboard(twist) as dashboard:
+        lying_dashboard.belong(hasty, dashboard.url)
+        hasty.ask("relink")
+        dashboard.wait_for(lambda: set(range(1, 7)) <= set(
+            dashboard.records), 30)
+        assert "left out" not in hasty.log()
+        assert "413" in " ".join(support.wait_until(lambda: hasty.ask(
+            "status")["dashboard"]["troubles"]))
+
+
 def test_a_dashboard_that_forgot_gets_everything_again(linked, dashboard):
     for _ in range(3):
         linked.run("Plain")
@@ -516,3 +536,195 @@ def test_keys_that_cannot_be_believed_are_not_used(koi, dashboard, spoil, why):
     state = koi.ask("status")
     assert why in " ".join(state["troubles"]) and state["dashboard"] is None
     assert koi.run("Plain")[1] == b"plain\n" and dashboard.letters == []
+
+
+# --- a child that is ours no more
+
+HOSTILE = """\
+import importlib.util, json, os, signal, sys, time
+spec = importlib.util.spec_from_file_location("koitab", sys.argv.pop(1))
+koitab = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(koitab)
+koitab.RESTART_FIRST, koitab.RESTART_LONGEST = 0.1, 1.0
+
+def link_up(mine, connection, machine, instance):
+    try:
+{deeds}
+        time.sleep(60)
+    finally:
+        os._exit(0)
+
+koitab.link_up = link_up
+sys.exit(koitab.main())
+"""
+QUESTION = 'json.dumps({"op": "batch", "after": 0, "most": 200, ' \
+    '"list_sha": ""}).encode() + b"\\n"'
+
+
+class Hostile(support.Koi):
+    """A koid whose child was taken over, and does this."""
+
+    deeds = ""
+
+    def command(self, *args: str) -> list[str]:
+        return [self.python, "-IS", "-c", HOSTILE.format(deeds="".join(
+            f"        {line}\n" for line in self.deeds.splitlines())),
+            str(support.ROOT / "koitab.py"), *args]
+
+    def begin(self, deeds: str, tab: str = '"Plain" @manual echo plain\n'):
+        self.deeds = deeds
+        self.tab(tab)
+        lying_dashboard.belong(self, "http://127.0.0.1:9")
+        self.start()
+
+    def memory(self) -> int:
+        """MiB that koid holds."""
+        with open(f"/proc/{self.daemon.pid}/status") as file:
+            return next(int(line.split()[1]) for line in file
+                        if line.startswith("VmRSS:")) // 1024
+
+    def seconds(self) -> float:
+        """Processor time of koid's own, so far."""
+        with open(f"/proc/{self.daemon.pid}/stat") as file:
+            parts = file.read().rpartition(")")[2].split()
+        return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    koi = Hostile(tmp_path)
+    yield koi
+    koi.stop(9)
+    koi.end_jobs()
+
+
+@pytest.mark.parametrize("said", [
+    r'b"x\n"', r'b"[]\n"', r'b"\xff\n"', r'b"\n" * 200_000',
+    r'b"[" * 100_000 + b"\n"', 'b"x" * 9_000_000',
+    r"""b'{"op": ["batch"]}\n'""",
+    r"""b'{"op": "output", "run": "x", "at": 0}\n'"""])
+def test_who_talks_nonsense_is_replaced_and_koid_stays(hostile, said):
+    hostile.begin(f"connection.sendall({said})")
+    first = child_of(hostile)
+    support.wait_until(lambda: not koitab.born(first))
+    support.wait_until(lambda: child_of(hostile) != first)
+    assert hostile.run("Plain")[1] == b"plain\n"
+    assert hostile.seconds() < 2
+    assert len(hostile.log()) < 5000
+
+
+def test_who_asks_much_and_hears_nothing_fills_no_memory(hostile):
+    """Its questions are short, and the answers are not."""
+    tab = "".join(f'"Job {n}" @manual echo {"x" * 900}\n'
+                  for n in range(1000)) + '"Plain" @manual echo plain\n'
+    hostile.begin("while True: connection.sendall(" + QUESTION + " * 500)",
+                  tab)
+    before = hostile.memory()
+    time.sleep(1)
+    assert hostile.run("Plain")[1] == b"plain\n"
+    assert hostile.memory() < before + 60
+
+
+def test_who_does_not_take_its_answer_costs_no_time(hostile):
+    tab = "".join(f'"Job {n}" @manual echo {"x" * 900}\n'
+                  for n in range(1000)) + '"Plain" @manual echo plain\n'
+    hostile.begin("connection.sendall(" + QUESTION + ")\ntime.sleep(1)\n"
+                  "connection.sendall(b'x')", tab)
+    time.sleep(1.5)
+    before = hostile.seconds()
+    time.sleep(1)
+    assert hostile.seconds() - before < 0.3
+    assert hostile.run("Plain")[1] == b"plain\n"
+
+
+def test_who_says_a_thousand_things_fills_neither_log_nor_memory(hostile):
+    hostile.begin("""\
+lines = connection.makefile("rb")
+for n in range(20_000):
+    connection.sendall(json.dumps({
+        "op": "state", "about": "send", "trouble": f"no {n}",
+        "sent": n % 2}).encode() + b"\\n")
+    while lines.readline() == b'{"news": 1}\\n':
+        pass""", '"Plain" @manual echo plain\n"Other" @manual echo other\n')
+    for _ in range(2):
+        hostile.run("Plain")
+    before = hostile.memory()
+    support.wait_until(lambda: hostile.ask("status")["dashboard"][
+        "troubles"] == ["no 19999"], 30)
+    assert len(hostile.log()) < 5000
+    assert hostile.memory() < before + 3
+
+
+def test_who_does_not_let_go_is_ended(hostile, dashboard):
+    """New keys have a new child, whatever the old one is at."""
+    hostile.begin("signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))")
+    first = child_of(hostile)
+    lying_dashboard.belong(hostile, dashboard.url)
+    assert hostile.ask("relink")["linked"]
+    support.wait_until(lambda: not koitab.born(first))
+    assert support.wait_until(lambda: child_of(hostile) != first)
+
+
+# --- what else is kept, or not
+
+
+def test_a_request_replayed_while_the_disk_is_full_does_koid_no_harm(
+        koi, dashboard):
+    """What was used could not be written, so nobody knows it: what is asked
+    for again must not become a second row of the same."""
+    support.need("strace")
+    koi.tab('"Plain" @manual echo plain\n')
+    lying_dashboard.belong(koi, dashboard.url)
+    koi.start(wrap=("strace", "-D", "-qq", "-o", "/dev/null", "-P",
+                    f"{koi.home}/history.db-wal", "-e", "trace=pwrite64",
+                    "-e", "inject=pwrite64:error=ENOSPC:when=40..60"))
+    spec, body = dashboard.specs()["Plain"], None
+    while not body or dashboard.verdict(body["nonce"])[
+            "verdict"] == "accepted":
+        body = request_for(spec)
+        dashboard.ask(text_of(body))
+    for _ in range(40):
+        before = len(dashboard.verdicts)
+        dashboard.ask(text_of(body))
+        dashboard.wait_for(lambda: len(dashboard.verdicts) > before)
+        if dashboard.verdicts[-1]["verdict"] == "accepted":
+            break
+    assert dashboard.verdicts[-1]["verdict"] == "accepted", \
+        dashboard.verdicts
+    run = dashboard.verdicts[-1]["run"]
+    assert koi.daemon.poll() is None, koi.log()
+    for _ in range(3):      # and again, now that it is known
+        before = len(dashboard.verdicts)
+        dashboard.ask(text_of(body))
+        dashboard.wait_for(lambda: len(dashboard.verdicts) > before)
+        assert dashboard.verdicts[-1]["run"] == run
+
+
+def test_who_belongs_to_none_any_more_keeps_no_more_than_koi_keep(
+        koi, dashboard):
+    koi.tab('KOI_KEEP=2\n"Plain" @manual echo plain\n')
+    lying_dashboard.belong(koi, dashboard.url)
+    koi.start()
+    dashboard.specs()
+    (koi.home / "keys").unlink()
+    koi.ask("relink")
+    for _ in range(5):
+        koi.run("Plain")
+    assert len(koi.ended(count=2)) == 2
+    koi.stop()
+    koi.start()
+    for _ in range(3):
+        koi.run("Plain")
+    assert len(koi.ended(count=2)) == 2
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, json.dumps({
+    "v": 1, **vars(lying_dashboard.membership("http://127.0.0.1:9")),
+    "since": "today"})])
+def test_keys_that_are_damaged_stop_no_job(koi, text):
+    koi.tab('"Plain" @manual echo plain\n')
+    (koi.home / "keys").write_text(text)
+    (koi.home / "keys").chmod(0o600)
+    koi.start()
+    assert "keys: not used" in " ".join(koi.ask("status")["troubles"])
+    assert koi.run("Plain")[1] == b"plain\n"

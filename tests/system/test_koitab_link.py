@@ -1,0 +1,359 @@
+"""`koitab -d` and `koitab run --on`, as they are typed: with a dashboard and
+koids that are real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import ssl
+import subprocess
+
+import pytest
+
+import dashboard
+import dashboard_kit
+import servers
+import support
+from dashboard_kit import House
+
+koitab = support.load("koitab")
+
+TAB = """\
+"Say" @manual echo "to $KOI_ARG_1" {{To}}; exit 3
+"Pair" @manual printf '<\\%s>' {{One}} {{Two, secret}}
+"Big" @manual seq 300000; seq 20 >&2
+"Slow" @manual seq 120000; sleep 3; seq 120001 300000
+"Long" @manual echo begun; exec sleep 60
+"Twice" @manual echo twice
+"Daily" 0 3 * * * echo daily
+KOI_CONFIRM=yes
+"Asks" @manual echo asked
+KOI_CONFIRM=cli
+"Here" @manual echo here
+"""
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    with House(tmp_path_factory.mktemp("house"), "--allow-new") as house:
+        yield house
+
+
+@pytest.fixture(scope="module")
+def web1(house):
+    return house.home("web1", TAB)
+
+
+@pytest.fixture(scope="module")
+def operator(house, web1):
+    return house.new(web1)
+
+
+@pytest.fixture(scope="module")
+def ready(operator, web1):
+    """Once the dashboard has the list of jobs."""
+    operator.specs(operator.host("web1"))
+    return operator
+
+
+@pytest.fixture
+def loose(house, tmp_path):
+    """A machine that belongs to none, without a koid."""
+    return dashboard_kit.Home(tmp_path, "loose")
+
+
+def there(web1, operator, *words: str, said: str = "") -> support.Result:
+    return web1.type("run", "--on", "web1", *words,
+                     said=f"{operator.password}\n{said}")
+
+
+# --- what is wrong is told before anything is done
+
+
+WRONG = [   # what is typed, a part of what is said, the status
+    (["-d", "blah"], '-d "blah": what is that?', 2),
+    (["-d", "join"], "which URL?", 2),
+    (["-d", "new", "http://127.0.0.1:1", "more"], 'what is "more"?', 2),
+    (["-d", "show", "more"], 'what is "more"?', 2),
+    (["-d", "show"], "belongs to no dashboard (koitab -d new", 1),
+    (["-d", "off"], "belongs to no dashboard", 1),
+    (["-d", "rotate"], "belongs to no dashboard", 1),
+    (["-d", "show", "--password", "-"], "does not go with -d show", 2),
+    (["-d", "join", "x", "--password", "-"], "does not go with", 2),
+    (["-d", "new", "--password", "hunter2"], "read by everybody", 2),
+    (["-d", "new", "ftp://127.0.0.1"], "no URL of a dashboard", 1),
+    (["-d", "new", "127.0.0.1:8077"], "no URL of a dashboard", 1),
+    (["-d", "new", "http://u:p@127.0.0.1"], "no URL of a dashboard", 1),
+    (["-d", "new", "http://127.0.0.1/path"], "no URL of a dashboard", 1),
+    (["-d", "new", "http://127.0.0.1:99999"], "no URL of a dashboard", 1),
+    (["-d", "new", "http://127.0.0.1/#ab"], "no URL of a dashboard", 1),
+    (["-d", "new", "http://192.0.2.1"], "without TLS", 1),
+    (["-d", "join", "http://koi.example"], "--plain-http", 1),
+    (["-d", "join", "http://127.0.0.1:1/#nonsense"], "no dashboard's id", 1),
+    (["-d", "join", "http://127.0.0.1:1"], "no passphrase was given", 2),
+    (["-d", "new", "http://127.0.0.1:1"],
+     "http://127.0.0.1:1: Connection refused (koitab dashboard", 1),
+    (["-d", "new", "https://127.0.0.1:1", "--ca", "/none"],
+     "--ca /none: No such file", 1),
+    (["-d", "new", "https://127.0.0.1:1", "--ca", ""], "--ca", 1),
+    (["-d", "new", "https://127.0.0.1:1", "--ca", "/dev/null"],
+     "no file of certificates", 1),
+    (["run", "--on", "web1", "Say"], "belongs to no dashboard", 1),
+    (["run", "--on", "web1", "--url", "", "Say"], "no URL of a", 1),
+    (["run", "--url", "http://127.0.0.1:1", "Say"], "does not go with", 2),
+    (["run", "--plain-http", "Say"], "does not go with", 2),
+    (["run", "--on", "", "Say"], "belongs to no dashboard", 1),
+    (["page", "nonsense"], "no URL of a dashboard", 1),
+]
+
+
+@pytest.mark.parametrize("typed, words, status", WRONG)
+def test_what_cannot_be_is_told_with_the_mend(loose, typed, words, status):
+    done = loose.type(*typed)
+    assert (words in done.err, done.code, done.out) == (True, status, ""), done
+    assert len(done.err.splitlines()) == 1
+    assert not (loose.home / "keys").exists()
+
+
+@pytest.mark.parametrize("password, words", [
+    ("", "no passphrase was given"), ("short", "fewer than 14"),
+    ("ababababababababab", "different characters"),
+    ("abcdefghijklmnopqr", "neighbours"),
+    ("MyPassword-is-this", "first that are tried")])
+def test_a_weak_password_makes_no_dashboard(house, loose, password, words):
+    done = loose.type("-d", "new", house.url, "--password", "-",
+                      said=password + "\n")
+    assert words in done.err and done.code in (1, 2) and not done.out, done
+
+
+def test_a_password_of_ones_own_is_not_printed_and_lets_in(house, loose):
+    mine = "caf\u00e9 horse battery staple"
+    done = loose.type("-d", "new", house.url, "--password", "-",
+                      said=mine + "\n")
+    assert done.code == 0 and mine not in done.out + done.err, done
+    assert "passphrase" not in done.out and "viewer key" in done.out
+    assert "koid is not running" in done.err
+    dash = re.search("#([0-9a-f]{16})$", done.out, re.M)[1]
+    assert support.mode(loose.home / "keys") == 0o600
+    again = loose.type("-d", "new", house.url)
+    assert again.code == 1 and "already (koitab -d off" in again.err
+    assert loose.type("-d", "show").code == 1       # no koid is there
+    assert loose.type("-d", "off").code == 0
+    # As a browser shows the address of a page; and with the wrong one.
+    for url, word, code in ((f"{house.url}/#{dash}", "not it", 1),
+                            (f"{house.url}/#{dash}", mine, 0)):
+        done = loose.type("-d", "join", url, said=word + "\n")
+        assert done.code == code, done
+    # The password is UTF-8, whatever the terminal's letters are.
+    loose.type("-d", "off")
+    loose.env["LC_ALL"] = "en_US.ISO-8859-1"
+    assert loose.type("-d", "join", url, said=mine + "\n").code == 0
+
+
+def test_an_address_as_the_browser_shows_it_will_do(tmp_path, loose):
+    with House(tmp_path / "own") as house:
+        other = dashboard_kit.Home(tmp_path / "other", "other")
+        operator = house.new(other)
+        done = loose.type("-d", "join", f"{house.url}/#/jobs?x=1",
+                          said=operator.password + "\n")
+        assert done.code == 0, done
+        assert f"#{operator.dash}" in done.out
+        # Only the first may be made here.
+        third = dashboard_kit.Home(tmp_path / "third", "third")
+        done = third.type("-d", "new", house.url)
+        assert done.code == 1 and "--allow-new" in done.err, done
+
+
+def test_keys_that_nobody_can_read_can_be_removed(loose):
+    keys = loose.home / "keys"
+    keys.write_text("{")
+    keys.chmod(0o600)
+    done = loose.type("-d", "show")
+    assert done.code == 1 and "koitab -d off" in done.err
+    done = loose.type("-d", "off")
+    assert (done.code, done.out) == (0, ""), done
+    assert "removed" in done.err and not keys.exists()
+
+
+def test_show_tells_how_the_link_is(house, web1, ready):
+    done = web1.type("-d", "show")
+    assert done.code == 0, done
+    assert f"{house.url}/#{ready.dash}" in done.out
+    assert re.search(r"^link +up$", done.out, re.M)
+    assert re.search(r"^host +web1 \([0-9a-f]{32}\)$", done.out, re.M)
+
+
+def test_show_does_not_call_up_what_koid_does_not_use(house, loose, web1):
+    loose.start()
+    try:
+        (loose.home / "keys").write_bytes((web1.home / "keys").read_bytes())
+        (loose.home / "keys").chmod(0o600)
+        done = loose.type("-d", "show")
+        assert done.code == 1 and "does not use these keys" in done.out, done
+    finally:
+        loose.stop(9)
+
+
+def test_https_is_trusted_by_the_certificate_that_is_given(tmp_path):
+    made = servers.certificate(tmp_path)
+    with dashboard.Dashboard(
+            tmp_path, "--cert", str(made.cert), "--key", str(made.key),
+            tls=ssl.create_default_context(cafile=str(made.cert))) as there:
+        url = f"https://127.0.0.1:{there.port}"
+        home = dashboard_kit.Home(tmp_path / "home", "home")
+        done = home.type("-d", "new", url)
+        assert done.code == 1 and "certificate is not trusted" in done.err
+        done = home.type("-d", "new", url, "--ca", str(made.cert))
+        assert done.code == 0, done
+        home.start()
+        try:
+            def linked():
+                return home.type("-d", "show").out.rstrip().endswith("up")
+            support.wait_until(linked)
+            assert "BEGIN CERT" in (home.home / "keys").read_text()
+        finally:
+            home.stop(9)
+
+
+# --- rotate
+
+
+def test_new_keys_are_told_before_they_are_in_force(house, tmp_path):
+    """Whoever is killed, or cannot print, must not lock himself out."""
+    home = dashboard_kit.Home(tmp_path, "rotating")
+    operator = house.new(home)
+    done = home.type("-d", "rotate", said="not it\n")
+    assert "not the passphrase of this dashboard" in done.err and not done.out
+    keys = (home.home / "keys").read_bytes()
+    if os.path.exists("/dev/full"):
+        code = dashboard.PATCHED.format(program=dashboard_kit.PROGRAM,
+                                        patch="")
+        with open("/dev/full", "wb") as full:
+            subprocess.run(
+                [home.python, "-IS", "-B", "-c", code, "-d", "rotate"],
+                env=home.env, input=operator.password.encode() + b"\n",
+                stdout=full, stderr=subprocess.DEVNULL, timeout=60)
+        assert operator.ask("state")["dash"]["id"] == operator.dash
+        assert (home.home / "keys").read_bytes() == keys
+    mine = "correct horse battery staple"
+    done = home.type("-d", "rotate", "--password", "-",
+                     said=f"{operator.password}\n{mine}\n")
+    assert done.code == 0 and "viewer key" in done.out, done
+    assert operator.reply("GET", "state").status == 401
+    fresh = dashboard_kit.Operator(house, operator.dash, mine)
+    assert fresh.ask("state")["dash"]["id"] == operator.dash
+    assert json.loads((home.home / "keys").read_text())["key"] == fresh.key(
+        fresh.host("rotating")).hex()
+
+
+# --- a user who is not root, beside root's koid
+
+
+@support.root_only
+def test_beside_roots_koid_a_user_is_told_what_to_type(tmp_path):
+    code = dashboard.PATCHED.format(
+        program=dashboard_kit.PROGRAM,
+        patch=f"k.ROOT_SOCKET = {str(tmp_path / 'sock')!r}")
+    (tmp_path / "sock").touch()
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_mode & 0o005 != 0o005:
+            pytest.skip(f"{folder} is closed") if str(folder) == "/" \
+                else folder.chmod(folder.stat().st_mode | 0o055)
+    for typed in (["-d", "new"], ["-d", "show"], ["page"],
+                  ["run", "--on", "web1", "Say"]):
+        done = subprocess.run(
+            [support.SYSTEM_PYTHON, "-IS", "-B", "-c", code, *typed],
+            env={"PATH": os.defpath, "HOME": "/nonexistent"},
+            input=b"", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            user="nobody", group="nogroup", extra_groups=[])
+        assert done.returncode == 1, done
+        assert b"koid is root's (sudo; or" in done.stderr, done
+
+
+# --- run --on
+
+
+def test_a_run_there_is_as_a_run_here(web1, ready):
+    done = there(web1, ready, "Say", "To=o'brien")
+    assert (done.code, done.out) == (3, "to o'brien o'brien\n"), done
+    # What ARG=- reads comes after the passphrase.
+    done = there(web1, ready, "Pair", "One=1", "Two=-", said="hunter2\n")
+    assert (done.code, done.out) == (0, "<1><******>"), done
+    done = there(web1, ready, "Asks")       # nobody is there to be asked
+    assert (done.code, done.out) == (0, "asked\n"), done
+
+
+WRONG_RUNS = [
+    (["web1", "Sya"], 'there is no job "Sya" (did you mean "Say"?)', 1),
+    (["web1", "Say"], 'no value for "To"', 2),
+    (["web1", "Say", "To=a", "To=b"], "given twice", 2),
+    (["web1", "Say", "Of=a"], 'no argument "Of"', 2),
+    (["web1", "Say", "To=a\nb"], '"To": it has a control', 2),
+    (["web1", "Daily"], "only @manual jobs are", 1),
+    (["web1", "Here"], "KOI_CONFIRM=cli", 1),
+    (["web9", "Say"], 'there is no host "web9"', 1),
+    (["", "Say"], "there is no host", 1),
+    (["web1", "-u", "nobody-of-here", "Twice"], "there is no job", 1),
+]
+
+
+@pytest.mark.parametrize("typed, words, status", WRONG_RUNS)
+def test_what_cannot_run_there_is_told(web1, ready, typed, words, status):
+    done = web1.type("run", "--on", *typed, said=ready.password + "\n")
+    assert (words in done.err, done.code, done.out) == (True, status, ""), done
+
+
+def test_a_wrong_passphrase_runs_nothing(web1, ready):
+    done = web1.type("run", "--on", "web1", "Twice", said="not it\n")
+    assert done.code == 1 and not done.out, done
+
+
+def numbers(text: str) -> list[int]:
+    return [int(line) for line in text.split("\n") if line.isdigit()]
+
+
+@pytest.mark.parametrize("job", ["Big", "Slow"])
+def test_of_two_megabytes_head_and_tail_come_once_each(web1, ready, job):
+    """The rest is left out, and that is told; whatever was seen live."""
+    done = there(web1, ready, job)
+    assert done.code == 0, done.err[-500:]
+    found = numbers(done.out)
+    assert found[:50_000] == list(range(1, 50_001))
+    assert found[-30_000:] == list(range(270_001, 300_001))
+    assert len(set(found)) > len(found) - 3     # a number may be cut in two
+    assert "left out here" in done.err
+    if job == "Big":
+        assert numbers(done.err) == list(range(1, 21))
+
+
+def test_of_a_run_that_is_killed_the_signal_is_the_status(web1, ready):
+    asked = subprocess.Popen(
+        web1.command("run", "--on", "web1", "Long"), env=web1.env,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    asked.stdin.write(ready.password.encode() + b"\n")
+    asked.stdin.close()
+    assert asked.stdout.readline() == b"begun\n"    # while it goes on
+    run = web1.history(limit=1)[0]["run"]
+    web1.ask("kill", run=run)
+    assert asked.wait(20) == 128 + 15
+    assert b"killed by" in asked.stderr.read()
+
+
+def test_a_host_that_came_back_is_called_as_before(house, ready, tmp_path):
+    """What it was before it left is no second host of the same name."""
+    web3 = house.home("web3", '"Twice" @manual echo twice\n')
+    house.join(web3, ready)
+    assert web3.type("-d", "off").code == 0
+    house.join(web3, ready)
+    hosts = [host for host in ready.ask("state")["hosts"]
+             if host["name"] == "web3"]
+    here = next(host["id"] for host in hosts if host["state"] != "left")
+    ready.specs(here)
+    done = web3.type("run", "--on", "web3", "Twice",
+                     said=ready.password + "\n")
+    assert (done.code, done.out) == (0, "twice\n"), done
+
+
+def test_nothing_surprised_the_dashboard(house):
+    house.dashboard.no_fault()
