@@ -541,7 +541,7 @@ def test_keys_that_cannot_be_believed_are_not_used(koi, dashboard, spoil, why):
 # --- a child that is ours no more
 
 HOSTILE = """\
-import importlib.util, json, os, signal, sys, time
+import importlib.util, json, os, select, signal, sys, time
 spec = importlib.util.spec_from_file_location("koitab", sys.argv.pop(1))
 koitab = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(koitab)
@@ -549,8 +549,11 @@ koitab.RESTART_FIRST, koitab.RESTART_LONGEST = 0.1, 1.0
 
 def link_up(mine, connection, machine, instance):
     try:
+        koitab.close_all_but({{0, 1, 2, connection.fileno()}})
 {deeds}
-        time.sleep(60)
+        end = select.poll()
+        end.register(connection, 0)
+        end.poll(60_000)        # until koid hangs up
     finally:
         os._exit(0)
 
