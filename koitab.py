@@ -5558,7 +5558,8 @@ class Tail:
 class Bridge:
     """koid's side of the link to a dashboard. It answers the child that
     talks to it, and judges each request to run something: the child, like
-    the dashboard, is only a messenger."""
+    the dashboard, only carries it. (But the child is a fork of koid's, and
+    what koid knows was in its memory.)"""
 
     def __init__(self, daemon: Daemon):
         self.daemon, self.machine = daemon, daemon.machine

@@ -21,6 +21,7 @@ SECONDS = {     # on a machine with two cores, both busy
     "test_koid_faults.py": 274, "test_mission_faults.py": 165,
     "test_koid_users.py": 150, "test_koitab_arguments.py": 116,
     "test_dashboard_whole.py": 100, "test_mission_delivery.py": 89,
+    "test_koitab_link.py": 60,
     "test_mission_builtins.py": 72, "test_koid_link.py": 66,
     "test_dashboard_page.py": 62, "test_koid_runs.py": 57,
     "test_dashboard_kills.py": 52, "test_dashboard_http.py": 40,

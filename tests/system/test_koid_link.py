@@ -689,7 +689,8 @@ def test_a_request_replayed_while_the_disk_is_full_does_koid_no_harm(
     for _ in range(40):
         before = len(dashboard.verdicts)
         dashboard.ask(text_of(body))
-        dashboard.wait_for(lambda: len(dashboard.verdicts) > before)
+        dashboard.wait_for(lambda known=before: len(
+            dashboard.verdicts) > known)
         if dashboard.verdicts[-1]["verdict"] == "accepted":
             break
     assert dashboard.verdicts[-1]["verdict"] == "accepted", \
@@ -699,7 +700,8 @@ def test_a_request_replayed_while_the_disk_is_full_does_koid_no_harm(
     for _ in range(3):      # and again, now that it is known
         before = len(dashboard.verdicts)
         dashboard.ask(text_of(body))
-        dashboard.wait_for(lambda: len(dashboard.verdicts) > before)
+        dashboard.wait_for(lambda known=before: len(
+            dashboard.verdicts) > known)
         assert dashboard.verdicts[-1]["run"] == run
 
 
