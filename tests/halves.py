@@ -3,6 +3,10 @@ their time is waiting; and one line that adds both up.
 
     halves.py PYTHON [OPTION]...    what follows goes to pytest
 
+Most tests start real daemons and wait for them, beside another half that
+does the same. So a test that failed is run once more, alone: what fails then
+has failed, and what passes is told of and counts as passed.
+
 Which file goes where is decided by its weight: seconds that were measured
 once, in this table, or its length. A file is never parted.
 """
@@ -30,6 +34,7 @@ SECONDS = {     # on a machine with two cores, both busy
     "test_mission_git.py": 25, "test_mission_files.py": 19,
     "test_koitab_schedule.py": 14, "test_koitab_crontab.py": 11}
 LINES_A_SECOND = 150    # of a file that is not in the table
+MOST_AGAIN = 5          # more than that is no bad luck
 COUNTED = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")
 
 
@@ -48,39 +53,72 @@ def halves(files: list[Path]) -> list[list[Path]]:
     return found
 
 
+def counted(text: str) -> dict[str, int]:
+    """What pytest's last line says."""
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    last = (text.strip().splitlines() or [""])[-1]
+    for number, what in COUNTED.findall(last):
+        what = "failed" if what.startswith("error") else what
+        counts[what] += int(number)
+    return counts
+
+
+def start(python: str, options: list[str], cache: str, files: list[Path],
+          **how) -> subprocess.Popen:
+    return subprocess.Popen(
+        [python, "-B", "-m", "pytest", "-q", "-c", str(TESTS / "pytest.ini"),
+         "-o", f"cache_dir={cache}", *options, *map(str, files)],
+        stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", **how)
+
+
+def shown(process: subprocess.Popen) -> str:
+    """What it says, passed on line by line."""
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    process.wait()
+    return "".join(lines)
+
+
+def again(python: str, options: list[str], cache: str, files: list[Path],
+          status: int, text: str) -> tuple[int, dict[str, int]]:
+    """The status of a half and its counts; its failed tests once more."""
+    counts = counted(text)
+    if status != 1 or counts["failed"] > MOST_AGAIN:
+        return status, counts
+    print(f"\n--- {counts['failed']} failed beside the other half; alone:")
+    process = start(python, [*options, "--lf", "--lfnf=none"], cache, files,
+                    stdout=subprocess.PIPE)
+    alone = counted(shown(process))
+    return process.returncode, {
+        "passed": counts["passed"] + alone["passed"],
+        "failed": alone["failed"], "skipped": counts["skipped"]}
+
+
 def run(python: str, options: list[str]) -> int:
     """Both halves, the first one seen as it goes; the worse status."""
-    files = sorted(TESTS.glob("test_*.py")) + sorted(
-        TESTS.glob("system/test_*.py"))
-    command = [python, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider",
-               "-c", str(TESTS / "pytest.ini"), *options]
-    first, second = halves(files)
-    with tempfile.TemporaryFile("w+") as said, \
-            tempfile.TemporaryFile("w+") as also:
-        other = subprocess.Popen([*command, *map(str, second)], stdout=also,
-                                 stderr=subprocess.STDOUT)
-        this = subprocess.Popen([*command, *map(str, first)],
-                                stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, encoding="utf-8",
-                                errors="replace")
-        for line in this.stdout:
-            print(line, end="", flush=True)
-            said.write(line)
-        statuses = [this.wait(), other.wait()]
-        texts = []
-        for file in (said, also):
-            file.seek(0)
-            texts.append(file.read())
+    files = halves(sorted(TESTS.glob("test_*.py"))
+                   + sorted(TESTS.glob("system/test_*.py")))
+    with tempfile.TemporaryDirectory(prefix="halves-") as folder, \
+            open(f"{folder}/said", "w+", errors="replace") as also:
+        caches = [f"{folder}/{number}" for number in range(2)]
+        other = start(python, options, caches[1], files[1], stdout=also)
+        this = start(python, options, caches[0], files[0],
+                     stdout=subprocess.PIPE)
+        texts = [shown(this)]
+        other.wait()
+        also.seek(0)
+        texts.append(also.read())
         print(texts[1], end="", flush=True)
-    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
-    for text in texts:
-        last = (text.strip().splitlines() or [""])[-1]
-        for number, what in COUNTED.findall(last):
-            what = "failed" if what.startswith("error") else what
-            counts[what] += int(number)
-    print(", ".join(f"{number} {what}" for what, number in counts.items()))
+        found = [again(python, options, cache, half, process.returncode, text)
+                 for cache, half, process, text in zip(
+                     caches, files, (this, other), texts)]
+    total = {what: sum(counts[what] for _, counts in found)
+             for what in ("passed", "failed", "skipped")}
+    print(", ".join(f"{number} {what}" for what, number in total.items()))
     # 5 says that no test was collected: in neither half is that well.
-    return max(statuses, key=abs)
+    return max((status for status, _ in found), key=abs)
 
 
 if __name__ == "__main__":
