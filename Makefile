@@ -18,13 +18,10 @@ demo: ## see mission and koi work, in a scratch folder, without root
 	@$(PYTHON) tests/demo.py
 
 test: ## run the tests (STRICT=1: a skipped test is a failure)
-	@$(PYTHON) -m pytest --version >/dev/null 2>&1 || { \
-	    echo "the tests need pytest: apt-get install python3-pytest," \
-	        "or $(PYTHON) -m pip install pytest"; exit 1; }
-	@$(PYTHON) -B tests/halves.py $(PYTHON)
+	@exec $(PYTHON) -B tests/run.py
 
-test-all: ## run the tests on every Python from 3.9 that is found
-	@tests/every-python.sh $(PYTHON) tests
+test-all: ## also the long sweeps, and with every Python from 3.9 that is found
+	@exec $(PYTHON) -B tests/run.py --full --every-python
 
 parts: ## install the real parts the tests use (Debian, as root)
 	apt-get update -q

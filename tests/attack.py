@@ -53,7 +53,7 @@ while True:
 @contextlib.contextmanager
 def attacking(program: str, *names, uid: int = support.ALICE_UID):
     """The attacker at work, as a user; ended by its pid at the end."""
-    command = [support.SYSTEM_PYTHON, "-I", "-S", "-c", PROGRAMS[program],
+    command = [support.SHARED_PYTHON, "-I", "-S", "-c", PROGRAMS[program],
                *map(str, names)]
     if support.AS_ROOT:
         command = as_user(command, uid)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,31 +15,54 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import support  # noqa: E402
 
 
+REPORT = os.environ.get("TESTS_REPORT")     # where tests/run.py reads results
+# What the caller's shell may say to the programs under test, or to git.
+FOREIGN = ("KOI_", "MISSION_", "GIT_", "XDG_", "NO_COLOR", "PYTHON", "LC_")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     config.addinivalue_line("markers", "root_only: needs root (users, mounts)")
+    os.umask(0o022)
+    for name in list(os.environ):
+        if name.startswith(FOREIGN):
+            del os.environ[name]
     if not config.option.basetemp:
-        # A folder of our own: pytest's usual one is closed to other users
-        # again by each session that starts beside this one.
-        folder = tempfile.mkdtemp(prefix="mission-tests-")
-        os.chmod(folder, 0o755)
-        config.option.basetemp = os.path.join(folder, "tests")
-        config.stash_of_ours = folder
+        # Not pytest's usual directory: each session closes that to other
+        # users again.
+        config.option.basetemp = str(support.SCRATCH / f"tests-{os.getpid()}")
 
 
 def pytest_sessionfinish(session, exitstatus):
-    folder = getattr(session.config, "stash_of_ours", None)
-    if folder and exitstatus == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+    if exitstatus == 0:
+        shutil.rmtree(session.config.option.basetemp, ignore_errors=True)
+        if not REPORT:
+            shutil.rmtree(support.SCRATCH, ignore_errors=True)
+
+
+def pytest_runtest_logreport(report):
+    """One line of JSON for each test, when its outcome is known."""
+    if REPORT and (report.failed or report.skipped or report.when == "call"):
+        result = {"test": report.nodeid, "outcome": report.outcome}
+        if report.skipped:
+            result["reason"] = report.longrepr[2].replace("Skipped: ", "")
+        with open(REPORT, "a", encoding="utf-8") as file:
+            print(json.dumps(result), file=file)
 
 
 def pytest_collection_modifyitems(config, items):
-    if support.AS_ROOT:
+    """With STRICT=1 an ordinary user runs what an ordinary user can."""
+    if support.AS_ROOT or not support.STRICT:
         return
     root = [item for item in items if item.get_closest_marker("root_only")]
     if root:
         config.hook.pytest_deselected(items=root)
         items[:] = [item for item in items if item not in root]
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("root_only") and not support.AS_ROOT:
+        pytest.skip("needs root")
 
 
 @pytest.hookimpl(hookwrapper=True)

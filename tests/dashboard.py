@@ -12,7 +12,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,21 +21,6 @@ import support
 
 API, VIEW = "a1" * 32, "b2" * 32
 HOST, HOST_TOKEN = "c3" * 16, "d4" * 32
-PROGRAM = os.environ.get("KOITAB", str(support.ROOT / "koitab.py"))
-# A program that changes koitab before it runs: to make limits small, and to
-# let things fail that do not fail by themselves.
-PATCHED = """
-import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
-loader = SourceFileLoader("koitab", {program!r})
-k = module_from_spec(spec_from_loader("koitab", loader))
-sys.modules["koitab"] = k
-sys.dont_write_bytecode = True
-loader.exec_module(k)
-{patch}
-sys.exit(k.main(sys.argv[1:]))
-"""
 
 
 def sha256(text: str) -> str:
@@ -167,9 +151,7 @@ class Dashboard:
         self.folder, self.tls = Path(folder), tls
         self.db = db or str(self.folder / "dashboard.db")
         self.said = self.folder / f"said-{time.monotonic_ns()}"
-        code = ["-c", PATCHED.format(program=PROGRAM, patch=patch)] \
-            if patch else [PROGRAM]
-        self.command = [*prefix, sys.executable, "-IS", "-B", *code,
+        self.command = [*prefix, *support.program("koitab", patch=patch),
                         "dashboard"]
         listen = () if "--listen" in options else (
             "--listen", "127.0.0.1:0")

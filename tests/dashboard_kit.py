@@ -15,10 +15,9 @@ from pathlib import Path
 
 import support
 from browser import Browser
-from dashboard import PATCHED, Client, Dashboard, Reply
+from dashboard import Client, Dashboard, Reply
 
 koitab = support.load("koitab")
-PROGRAM = os.environ.get("KOITAB", str(support.ROOT / "koitab.py"))
 # All of them are this one machine: a name for each is put in.
 NAMED = "k.Machine.host = lambda self: {name!r}"
 # A clock that goes right, but for being set wrong.
@@ -37,19 +36,17 @@ class Home(support.Koi):
         self.name, self.shift = name, shift
 
     def command(self, *args: str) -> list[str]:
-        code = [PROGRAM] if not self.shift else ["-c", PATCHED.format(
-            program=PROGRAM, patch=SHIFTED.format(shift=self.shift))]
-        return [self.python, "-IS", "-B", *code, *args]
+        patch = SHIFTED.format(shift=self.shift) if self.shift else ""
+        return [*support.program("koitab", self.python, patch), *args]
 
     def type(self, *args: str, said: str = "", seconds: float = 60
              ) -> support.Result:
         """Type a koitab command; `said` is its standard input."""
         patch = NAMED.format(name=self.name) + SHIFTED.format(
             shift=self.shift)
-        code = PATCHED.format(program=PROGRAM, patch=patch)
         done = subprocess.run(
-            [self.python, "-IS", "-B", "-c", code, *args], env=self.env,
-            input=said.encode(), stdout=subprocess.PIPE,
+            [*support.program("koitab", self.python, patch), *args],
+            env=self.env, input=said.encode(), stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, timeout=seconds, cwd=str(self.folder))
         return support.Result(done.returncode, done.stdout.decode(),
                               done.stderr.decode())

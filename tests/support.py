@@ -18,17 +18,62 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from scratch import is_shared, make_scratch_directory
+
+CHECKOUT = Path(__file__).resolve().parent.parent
 STRICT = os.environ.get("STRICT") == "1"
+# The long form of sweeps and matrices: make test-all.
+FULL = os.environ.get("TESTS_FULL") == "1"
 AS_ROOT = os.geteuid() == 0
-# A pyenv python under root's home is out of reach of an ordinary user.
-SYSTEM_PYTHON = "/usr/bin/python3"
 ALICE, ALICE_UID = "alice", 1500
 MALLORY, MALLORY_UID = "mallory", 1501
 
-# Only root can make users, mount, and change owners. Without root these tests
-# are not collected (conftest.py), so that STRICT=1 holds for anyone.
+# Only root can make users, mount, and change owners (see conftest.py).
 root_only = pytest.mark.root_only
+
+
+# tests/run.py makes one for all its workers, and removes it.
+SCRATCH = Path(os.environ.get("TESTS_SCRATCH") or make_scratch_directory())
+CACHE = SCRATCH / "compiled"
+
+
+def shared_checkout() -> Path:
+    """The checkout, or a copy of it where other users cannot enter it: a
+    checkout of root's is often in /root, or was made under umask 077."""
+    if not AS_ROOT or all(map(is_shared, [
+            CHECKOUT / "mission.py", CHECKOUT / "koitab.py",
+            CHECKOUT / "tests", Path(__file__)])):
+        return CHECKOUT
+    copy = SCRATCH / "checkout"
+    if not copy.exists():
+        fresh = SCRATCH / f"checkout-{os.getpid()}"
+        shutil.copytree(CHECKOUT, fresh,
+                        ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        for path in [fresh, *fresh.rglob("*")]:
+            mode = path.stat().st_mode
+            path.chmod(mode | (0o055 if mode & 0o100 else 0o044))
+        try:
+            fresh.rename(copy)
+        except OSError:             # another worker was faster
+            shutil.rmtree(fresh)
+    return copy
+
+
+ROOT = shared_checkout()
+# The interpreter under test. A virtual environment only starts it.
+PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+# One that every user can start: one under /root cannot be.
+SHARED_PYTHON = PYTHON if not AS_ROOT or is_shared(PYTHON) \
+    else "/usr/bin/python3"
+
+
+def program(name: str, python: str = PYTHON, patch: str = "") -> list[str]:
+    """The command that starts mission or koitab, before its arguments.
+
+    See tests/cached.py: `patch` is Python text that changes the module `k`.
+    """
+    return [python, "-IS", str(ROOT / "tests/cached.py"), str(CACHE), patch,
+            str(ROOT / f"{name}.py")]
 
 
 def load(name: str):
@@ -104,7 +149,7 @@ class Scratch:
     """
 
     def __init__(self, folder: Path, user: str | None = None,
-                 python: str = sys.executable):
+                 python: str = PYTHON):
         self.folder, self.python = Path(folder), python
         self.host = None            # a Host: runs in a mount namespace
         self.home = self.make("home")
@@ -160,8 +205,8 @@ class Scratch:
         self.path.chmod(0o600)
 
     def command(self, *args: str) -> list[str]:
-        command = [self.python, "-I", "-S", str(ROOT / "mission.py"),
-                   "-c", str(self.path), *args]
+        command = [*program("mission", self.python), "-c", str(self.path),
+                   *args]
         return self.host.command(command) if self.host else command
 
     def mission(self, *args: str, timeout: float = 60, write: bool = True,
@@ -208,7 +253,7 @@ class Koi:
     """
 
     def __init__(self, folder: Path, host: "Host | None" = None,
-                 python: str = SYSTEM_PYTHON):
+                 python: str = SHARED_PYTHON):
         self.folder, self.host, self.python = Path(folder), host, python
         self.home = self.folder / "koi"
         self.env = {"PATH": os.environ.get("PATH", os.defpath),
@@ -234,9 +279,9 @@ class Koi:
         return path
 
     def command(self, *args: str) -> list[str]:
-        program = str(ROOT / "koitab.py")
-        return [program, *args] if self.installed else [
-            self.python, "-IS", program, *args]
+        start = [str(ROOT / "koitab.py")] if self.installed else program(
+            "koitab", self.python)
+        return [*start, *args]
 
     def start(self, *args: str, wrap: tuple = (), **env: str) -> "Koi":
         """Start koid and wait until it answers."""

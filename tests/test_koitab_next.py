@@ -358,7 +358,7 @@ def test_the_program_runs_by_itself_and_by_python(tmp_path):
     assert by_python.stderr == b""
     assert by_python.stdout.startswith(
         b"[Admin]\nNight: At 02:30\n    2026-01-01T02:30:00+00:00\n")
-    if os.path.exists(support.SYSTEM_PYTHON):
+    if os.path.exists(support.SHARED_PYTHON):
         assert run(program, *rest).stdout == by_python.stdout
 
 

@@ -898,7 +898,7 @@ def test_what_it_says_cannot_forge_the_runners_lines(scratch):
 
 @support.root_only
 def test_a_builtin_task_runs_as_the_user_it_names(alice):
-    alice.python = support.SYSTEM_PYTHON
+    alice.python = support.SHARED_PYTHON
     alice.builtin("mine", """
         import os
         def run(args, log):

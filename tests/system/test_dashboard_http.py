@@ -15,7 +15,6 @@ import socket
 import ssl
 import stat
 import subprocess
-import sys
 import time
 import warnings
 
@@ -1279,7 +1278,7 @@ def test_noise_on_the_tls_port_is_no_news(tmp_path, made, trust):
 
 def typed(folder, *argv: str) -> support.Result:
     done = subprocess.run(
-        [sys.executable, "-IS", "-B", dashboard.PROGRAM, *argv],
+        [*support.program("koitab"), *argv],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=30,
         stderr=subprocess.PIPE, env={
             "PATH": os.environ["PATH"], "HOME": str(folder),

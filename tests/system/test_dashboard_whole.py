@@ -62,7 +62,7 @@ def web1(house):
     (folder / "args.py").write_text(ARGS)
     os.mkfifo(folder / "go")
     return house.home("web1", TAB.format(
-        folder=folder, python=shlex.join([support.SYSTEM_PYTHON, "-IS"])))
+        folder=folder, python=shlex.join([support.SHARED_PYTHON, "-IS"])))
 
 
 @pytest.fixture(scope="module")

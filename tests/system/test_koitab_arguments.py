@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -329,8 +328,8 @@ def test_koitab_says_where_and_how_to_mend(tmp_path):
     tab = "".join(f"@manual {command}\n" for command, _, _ in REFUSED)
     file.write_text(tab, newline="")
     done = subprocess.run(
-        [sys.executable, "-I", str(support.ROOT / "koitab.py"), "-T",
-         str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [*support.program("koitab"), "-T", str(file)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={"HOME": str(tmp_path)}, timeout=60)
     said = done.stdout.decode()
     assert done.returncode == 1
@@ -761,7 +760,7 @@ def koid(tmp_path):
     home = tmp_path / "koi"
     env = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8",
            "HOME": str(tmp_path), "KOI_HOME": str(home)}
-    program = [sys.executable, "-I", str(support.ROOT / "koitab.py")]
+    program = support.program("koitab")
 
     def command(*words, **options):
         return subprocess.run(

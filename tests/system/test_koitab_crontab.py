@@ -11,7 +11,6 @@ import select
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +20,6 @@ import support
 
 PROGRAM = str(support.ROOT / "koitab.py")
 # The first lines of the file, which run it from Python's cache.
-LAUNCHER = Path(PROGRAM).read_text(encoding="utf-8").split("'")[1]
 DAILY = "@daily x\n"
 
 
@@ -86,17 +84,15 @@ class Terminal:
 class Koi:
     """A home of koi's, the programs in it, and its daemon."""
 
-    def __init__(self, folder: Path, cache: Path):
+    def __init__(self, folder: Path):
         self.folder, self.home = folder, folder / "koi"
-        self.launcher = LAUNCHER.replace("/var/cache/koi", str(cache))
         (folder / "tmp").mkdir()
         self.env = {"PATH": os.environ.get("PATH", os.defpath), "TZ": "UTC",
                     "HOME": str(folder), "KOI_HOME": str(self.home),
                     "TMPDIR": str(folder / "tmp"), "TERM": "dumb"}
 
     def command(self, *argv: str) -> list[str]:
-        return [sys.executable, "-I", "-S", "-c", self.launcher, PROGRAM,
-                *argv]
+        return [*support.program("koitab"), *argv]
 
     def start(self, *argv: str, **options) -> subprocess.Popen:
         options.setdefault("stdin", subprocess.DEVNULL)
@@ -143,14 +139,9 @@ class Koi:
         return list((self.folder / "tmp").glob("crontab.*/crontab"))
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def koi(tmp_path, cache):
-    return Koi(tmp_path, cache)
+def koi(tmp_path):
+    return Koi(tmp_path)
 
 
 # --- a tab comes and goes -------------------------------------------------
@@ -513,7 +504,7 @@ def test_a_name_is_no_run_without_koid(koi):
 def test_u_of_an_ordinary_user_is_refused(host):
     host.setup.append(f"export USER=root LOGNAME=root SUDO_USER=root "
                       f"KOI_HOME={host.home['alice']}/koi")
-    command = [support.SYSTEM_PYTHON, "-B", "-I", "-S", PROGRAM]
+    command = support.program("koitab", support.SHARED_PYTHON)
     done = host.run([*command, "-u", "root", "-l"], user="alice")
     assert (done.code, done.err) == (1, "must be privileged to use -u\n")
     done = host.run([*command, "-u", "alice", "-l"], user="alice")
@@ -540,7 +531,7 @@ def test_what_debians_cron_runs_is_imported_and_installed(host, tmp_path):
     host.setup += [f"export KOI_HOME={tmp_path}/koi",
                    "echo '7 8 * * * own' | crontab -",
                    "echo '9 10 * * * alices' | crontab -u alice -"]
-    koi = f"{support.SYSTEM_PYTHON} -B -I -S {PROGRAM}"
+    koi = shlex.join(support.program("koitab", support.SHARED_PYTHON))
     done = host.run(["sh", "-ec", f"{koi} import | {koi} - && {koi} -l; "
                      f"{koi} -u alice import | {koi} -T -; "
                      f"{koi} -u alice import 2>/dev/null"])
@@ -564,7 +555,7 @@ def test_import_of_an_ordinary_user(host, tmp_path):
     fake.write_text("#!/bin/sh\n[ \"$*\" = -l ] && echo '@daily mine'\n")
     fake.chmod(0o755)
     host.setup.append(f"export PATH={program}:$PATH")
-    done = host.run([support.SYSTEM_PYTHON, "-B", "-I", "-S", PROGRAM,
+    done = host.run([*support.program("koitab", support.SHARED_PYTHON),
                      "import"], user="alice")
     assert done.code == 0, done
     assert "[alice]\n# crontab of alice\n@daily mine\n" in done.out

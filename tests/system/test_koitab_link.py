@@ -227,11 +227,9 @@ def test_new_keys_are_told_before_they_are_in_force(house, tmp_path):
     assert "not the passphrase of this dashboard" in done.err and not done.out
     keys = (home.home / "keys").read_bytes()
     if os.path.exists("/dev/full"):
-        code = dashboard.PATCHED.format(program=dashboard_kit.PROGRAM,
-                                        patch="")
         with open("/dev/full", "wb") as full:
             subprocess.run(
-                [home.python, "-IS", "-B", "-c", code, "-d", "rotate"],
+                [*home.command(), "-d", "rotate"],
                 env=home.env, input=operator.password.encode() + b"\n",
                 stdout=full, stderr=subprocess.DEVNULL, timeout=60)
         assert operator.ask("state")["dash"]["id"] == operator.dash
@@ -252,9 +250,7 @@ def test_new_keys_are_told_before_they_are_in_force(house, tmp_path):
 
 @support.root_only
 def test_beside_roots_koid_a_user_is_told_what_to_type(tmp_path):
-    code = dashboard.PATCHED.format(
-        program=dashboard_kit.PROGRAM,
-        patch=f"k.ROOT_SOCKET = {str(tmp_path / 'sock')!r}")
+    patch = f"k.ROOT_SOCKET = {str(tmp_path / 'sock')!r}"
     (tmp_path / "sock").touch()
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_mode & 0o005 != 0o005:
@@ -263,7 +259,7 @@ def test_beside_roots_koid_a_user_is_told_what_to_type(tmp_path):
     for typed in (["-d", "new"], ["-d", "show"], ["page"],
                   ["run", "--on", "web1", "Say"]):
         done = subprocess.run(
-            [support.SYSTEM_PYTHON, "-IS", "-B", "-c", code, *typed],
+            [*support.program("koitab", support.SHARED_PYTHON, patch), *typed],
             env={"PATH": os.defpath, "HOME": "/nonexistent"},
             input=b"", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             user="nobody", group="nogroup", extra_groups=[])

@@ -530,7 +530,7 @@ def test_somebody_else_is_told_that_he_may_not(alice, host):
     home = host.home["mallory"]
     shutil.copy(support.ROOT / "mission.py", home)
     result = host.run(
-        [support.SYSTEM_PYTHON, "-I", "-S", str(home / "mission.py"), "-c",
+        [support.SHARED_PYTHON, "-I", "-S", str(home / "mission.py"), "-c",
          str(alice.path), "run"], user=support.MALLORY,
         env={"PATH": os.environ["PATH"], "HOME": str(home)})
     assert result.code == 78 and "ermission" in result.err, result

@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import stat
-import sys
 import time
 from pathlib import Path
 
@@ -340,8 +339,7 @@ def test_25_a_configuration_lying_where_root_stands_is_judged_too(alice,
     home = host.home["mallory"]
     (home / "mission.config.json").write_text(json.dumps(alice.config))
     support.own(home, MALLORY)
-    result = host.run([sys.executable, "-I", "-S",
-                       str(support.ROOT / "mission.py"), "run"], cwd=home,
+    result = host.run([*support.program("mission"), "run"], cwd=home,
                       env=alice.env)
     refused(result, "mission.config.json")
     assert not mark.exists()

@@ -196,7 +196,7 @@ def test_modules_planted_where_mission_starts_are_not_imported(
         cwd = folder
     elif where == "the user site":
         name = subprocess.run(
-            [support.SYSTEM_PYTHON, "-c", "import site; "
+            [support.SHARED_PYTHON, "-c", "import site; "
              "print(site.getusersitepackages())"], env=env, check=True,
             stdout=subprocess.PIPE).stdout.decode().strip()
         Path(name).parent.mkdir(parents=True)
@@ -217,7 +217,7 @@ def test_a_naive_program_does_import_them(scratch, planted):
     program, canary = planted
     naive = program.parent / "naive.py"
     naive.write_text("import json\n")
-    subprocess.run([support.SYSTEM_PYTHON, str(naive)], check=False,
+    subprocess.run([support.SHARED_PYTHON, str(naive)], check=False,
                    env=scratch.env, cwd="/")
     assert canary.exists()
 
@@ -270,7 +270,7 @@ def on_own_terminal(how: str, command: list[str], env: dict) -> str:
 
 
 def test_a_task_cannot_type_into_the_terminal_of_its_caller(scratch):
-    script = INJECT.format(python=support.SYSTEM_PYTHON)
+    script = INJECT.format(python=support.SHARED_PYTHON)
     run = scratch.task("typist", script)
     scratch.write()
     legacy = Path("/proc/sys/dev/tty/legacy_tiocsti")

@@ -6,17 +6,17 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import support
 
-MISSION = [sys.executable, "-I", "-S", str(support.ROOT / "mission.py")]
+MISSION = support.program("mission")
 RULE = "# " + "\u2014" * 47
 HEADER = re.compile(f"^{RULE}\n# (.*)\n{RULE}\n\n", re.M)
 # The original's elapsed column: Go's duration cut to milliseconds.
@@ -716,7 +716,7 @@ def test_completion_completes_in_bash(scratch):
     scratch.write()
     script = scratch.mission("completion", "bash").out
     program = scratch.make("bin") / "mission"
-    program.write_text("#!/bin/sh\nexec " + " ".join(MISSION) + ' "$@"\n')
+    program.write_text("#!/bin/sh\nexec " + shlex.join(MISSION) + ' "$@"\n')
     program.chmod(0o755)
 
     def completed(*words: str) -> set[str]:
