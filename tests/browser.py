@@ -28,8 +28,8 @@ FLAGS = [
     "--disable-background-networking", "--disable-component-update",
     "--disable-extensions", "--disable-domain-reliability", "--no-pings",
     "--disable-default-apps", "--metrics-recording-only",
-    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
-    " , EXCLUDE localhost , EXCLUDE *.test"]
+    "--host-resolver-rules=MAP koi.test 127.0.0.1 , MAP * ~NOTFOUND"
+    " , EXCLUDE 127.0.0.1 , EXCLUDE localhost"]
 # https://www.w3.org/TR/webdriver2/#keyboard-actions
 KEYS = {"Enter": "\ue007", "Tab": "\ue004", "Escape": "\ue00c",
         "Left": "\ue012", "Up": "\ue013", "Right": "\ue014",

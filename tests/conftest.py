@@ -111,3 +111,67 @@ def koi(tmp_path):
     yield koi
     koi.stop(9)
     koi.end_jobs()
+
+
+# --- The dashboard (dashboard_rig.py, which is imported where it is needed:
+# --- it loads koitab.py)
+
+
+@pytest.fixture
+def small_ballast(monkeypatch):
+    """A database does not begin with a reserve of megabytes."""
+    monkeypatch.setattr(support.load("koitab"), "BALLAST", 65_536)
+
+
+@pytest.fixture
+def dashboard(tmp_path):
+    """A dashboard in this process, under a fake clock."""
+    import dashboard_rig
+    dashboard = dashboard_rig.InProcessDashboard(tmp_path / "dashboard.db")
+    yield dashboard
+    dashboard.hub.close()
+
+
+@pytest.fixture
+def web1(dashboard):
+    """A host of that dashboard: who a request with its token is from."""
+    return dashboard.join()
+
+
+@pytest.fixture(scope="module")
+def server(request, tmp_path_factory):
+    """A process that the tests of a file share. The file's SERVER_OPTIONS
+    are options of `koitab dashboard`."""
+    import dashboard_rig
+    with dashboard_rig.DashboardProcess(
+            tmp_path_factory.mktemp("dashboard"),
+            *getattr(request.module, "SERVER_OPTIONS", ())) as server:
+        yield server
+        server.assert_no_bugs()
+
+
+@pytest.fixture(scope="module")
+def web1_tab(request):
+    """The tab of web1_host: the file's TAB."""
+    return request.module.TAB
+
+
+@pytest.fixture(scope="module")
+def web1_host(server, web1_tab):
+    """A koid, which is a member of the server's first dashboard with the
+    fixture `operator`."""
+    return server.add_host("web1", web1_tab)
+
+
+@pytest.fixture(scope="module")
+def operator(server, web1_host):
+    return web1_host.create_dashboard(server)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """One browser for all tests of a file; koi.test leads to loopback, but
+    is not a secure context."""
+    import dashboard_rig
+    with dashboard_rig.PageDriver() as browser:
+        yield browser

@@ -10,13 +10,13 @@ import shutil
 from pathlib import Path
 
 import page_server
-from browser import Browser
+from dashboard_rig import PageDriver
 
 FOLDER = Path(__file__).resolve().parent / "pictures"
 SIZE, PHONE = (1280, 800), (390, 760)
 
 
-def take(browser: Browser, name: str, place: str, ready: str) -> None:
+def take(browser: PageDriver, name: str, place: str, ready: str) -> None:
     """Go to a place of the page; the picture, once it is there."""
     browser.js("location.hash = arguments[0]", place)
     browser.wait(ready)
@@ -32,13 +32,10 @@ def take(browser: Browser, name: str, place: str, ready: str) -> None:
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
-    with page_server.Server() as server, Browser() as browser:
+    with page_server.Server() as server, PageDriver() as browser:
         world = server.world
         browser.size(*SIZE)
-        browser.go(server.url)
-        browser.type("#secret", page_server.PASSWORD)
-        browser.keys("Enter")
-        browser.wait("document.body.classList.contains('open')", 30)
+        browser.open(server.url, page_server.PASSWORD)
         shown = "document.querySelector('main').innerText.length > 200"
         take(browser, "jobs", "#/jobs", shown)
         take(browser, "run", f"#/run/{world.colours}",

@@ -9,45 +9,15 @@ import threading
 
 import pytest
 
-import houses
 import support
-from houses import HOST, NOW, House, frames, piece, spec
+from dashboard_rig import (HOST, NOW, OPERATOR_TOKEN, VIEWER_TOKEN,
+                           InProcessDashboard, frames, piece, refused, spec)
 
 koitab = support.load("koitab")
 Error = koitab.Error
 
 
-@pytest.fixture(autouse=True)
-def small_ballast(monkeypatch):
-    monkeypatch.setattr(koitab, "BALLAST", 65_536)
-
-
-@pytest.fixture
-def house(tmp_path):
-    house = House(tmp_path / "dashboard.db")
-    yield house
-    house.hub.close()
-
-
-@pytest.fixture
-def web1(house):
-    return house.join()
-
-
-class refused:
-    """What stands below raises an Error of this status."""
-
-    def __init__(self, status: int):
-        self.status = status
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _trace):
-        assert isinstance(error, Error), f"nothing was refused: {error!r}"
-        assert error.status == self.status, error.message
-        self.message = error.message
-        return True
+pytestmark = pytest.mark.usefixtures("small_ballast")
 
 
 # ==========================================================================
@@ -55,33 +25,33 @@ class refused:
 # ==========================================================================
 
 def test_what_was_acknowledged_is_on_the_disk(tmp_path):
-    house = House(tmp_path / "d.db", durable=True)
-    assert house.hub.one("pragma journal_mode") == "wal"
-    assert house.hub.one("pragma synchronous") == 2         # FULL
-    assert house.hub.one("pragma auto_vacuum") == 2         # INCREMENTAL
+    dashboard = InProcessDashboard(tmp_path / "d.db", durable=True)
+    assert dashboard.hub.one("pragma journal_mode") == "wal"
+    assert dashboard.hub.one("pragma synchronous") == 2         # FULL
+    assert dashboard.hub.one("pragma auto_vacuum") == 2         # INCREMENTAL
 
 
-def test_the_database_is_for_its_owner_alone(house, tmp_path):
-    house.join()
+def test_the_database_is_for_its_owner_alone(dashboard, tmp_path):
+    dashboard.join()
     assert {file.name: support.mode(file) for file in tmp_path.iterdir()
             } == dict.fromkeys((
                 "dashboard.db", "dashboard.db-wal", "dashboard.db-shm",
                 "dashboard.db.ballast", "dashboard.db.lock"), 0o600)
 
 
-def test_a_second_dashboard_does_not_open_the_same_database(house):
+def test_a_second_dashboard_does_not_open_the_same_database(dashboard):
     with pytest.raises(Error, match="another dashboard"):
-        House(house.path)
+        InProcessDashboard(dashboard.path)
 
 
-def test_a_newer_schema_is_left_alone(house):
-    house.hub.db.execute("pragma user_version=99")
-    house.hub.close()
+def test_a_newer_schema_is_left_alone(dashboard):
+    dashboard.hub.db.execute("pragma user_version=99")
+    dashboard.hub.close()
     with pytest.raises(Error, match="newer koi"):
-        House(house.path)
+        InProcessDashboard(dashboard.path)
 
 
-def test_each_deed_stands_or_falls_alone(house):
+def test_each_deed_stands_or_falls_alone(dashboard):
     def good(db, name):
         db.execute("insert into meta values (?, '1')", (name,))
         return name
@@ -96,52 +66,52 @@ def test_each_deed_stands_or_falls_alone(house):
 
     told = []
     for deed, *values in ((good, "a"), (bad,), (bug,), (good, "b")):
-        house.hub.write(deed, *values, then=lambda *how: told.append(how))
-    house.hub.turn()
+        dashboard.hub.write(deed, *values, then=lambda *how: told.append(how))
+    dashboard.hub.turn()
     assert [how[0] for how in told] == ["a", None, None, "b"]
     assert told[1][1].status == 400
     assert isinstance(told[2][1], sqlite3.OperationalError)
-    assert house.rows("select name from meta where value = '1' order by 1"
-                      ) == [("a",), ("b",)]
+    assert dashboard.rows("select name from meta where value = '1' order by 1"
+                          ) == [("a",), ("b",)]
 
 
-def test_what_waits_is_written_in_one_transaction(house):
+def test_what_waits_is_written_in_one_transaction(dashboard):
     seen, commits = [], []
-    house.hub.db.set_trace_callback(
+    dashboard.hub.db.set_trace_callback(
         lambda text: commits.append(text) if text.lower() == "commit"
         else None)
     for number in range(50):
-        house.hub.write(lambda db, n: seen.append(n), number)
-    house.hub.turn()
+        dashboard.hub.write(lambda db, n: seen.append(n), number)
+    dashboard.hub.turn()
     assert seen == list(range(50))
     assert len(commits) == 2        # the group, and a chore
 
 
-def test_an_answer_is_given_after_the_commit(house):
+def test_an_answer_is_given_after_the_commit(dashboard):
     """Another connection sees what was acknowledged, when it is."""
     seen = []
-    house.hub.write(lambda db: db.execute(
+    dashboard.hub.write(lambda db: db.execute(
         "insert into meta values ('x', 'y')"), then=lambda *how: seen.append(
-            house.ask(lambda db: db.execute(
+            dashboard.ask(lambda db: db.execute(
                 "select value from meta where name = 'x'").fetchone())))
-    house.hub.turn()
+    dashboard.hub.turn()
     assert seen == [("y",)]
 
 
-def test_what_a_failed_deed_leaves_for_memory_is_not_done(house):
+def test_what_a_failed_deed_leaves_for_memory_is_not_done(dashboard):
     def deed(_db):
-        house.hub.after.append(lambda: done.append(1))
+        dashboard.hub.after.append(lambda: done.append(1))
         raise Error("no")
 
     done = []
-    house.hub.write(deed)
-    house.hub.turn()
+    dashboard.hub.write(deed)
+    dashboard.hub.turn()
     assert done == []
 
 
-def test_a_question_cannot_write(house):
+def test_a_question_cannot_write(dashboard):
     with pytest.raises(Error):
-        house.ask(lambda db: db.execute("delete from meta"))
+        dashboard.ask(lambda db: db.execute("delete from meta"))
 
 
 def test_a_writers_thread_does_what_waits_before_it_ends(tmp_path):
@@ -169,43 +139,43 @@ def test_a_fault_of_ours_in_the_thread_ends_it_and_nobody_hangs(tmp_path):
     hub.stop()
 
 
-def test_a_disk_that_fails_ends_all_acknowledging(house, monkeypatch):
+def test_a_disk_that_fails_ends_all_acknowledging(dashboard, monkeypatch):
     def deed(_db):
         raise sqlite3.OperationalError("disk I/O error")
 
-    monkeypatch.setattr(house.hub, "only_full", lambda: False)
+    monkeypatch.setattr(dashboard.hub, "only_full", lambda: False)
     with pytest.raises(Error, match="I/O"):
-        house.do(deed)
-    assert "I/O" in house.hub.broken
+        dashboard.do(deed)
+    assert "I/O" in dashboard.hub.broken
     with pytest.raises(Error):
-        house.do(lambda db: 1)
-    assert house.ask(lambda db: 1) == 1     # reads go on
+        dashboard.do(lambda db: 1)
+    assert dashboard.ask(lambda db: 1) == 1     # reads go on
 
 
-def test_a_full_disk_answers_507_and_heals(house, monkeypatch):
+def test_a_full_disk_answers_507_and_heals(dashboard, monkeypatch):
     def deed(_db):
         raise sqlite3.OperationalError("database or disk is full")
 
     monkeypatch.setattr(koitab.Hub, "make_ballast", lambda hub: room)
     room = False
     with refused(507):
-        house.do(deed)
-    assert not os.path.exists(house.path + ".ballast")
-    assert "full" in house.state["troubles"][0]
+        dashboard.do(deed)
+    assert not os.path.exists(dashboard.path + ".ballast")
+    assert "full" in dashboard.state["troubles"][0]
     with refused(507):
-        house.do(lambda db: 1)
+        dashboard.do(lambda db: 1)
     room = True
-    house.clock.time += 3
-    house.rest()
-    assert house.do(lambda db: 1) == 1 and house.hub.troubles == []
+    dashboard.clock.time += 3
+    dashboard.run_chores()
+    assert dashboard.do(lambda db: 1) == 1 and dashboard.hub.troubles == []
 
 
-def test_a_backup_is_whole_and_only_ours(house, web1, tmp_path):
-    house.runs(web1, house.record())
-    house.hub.backup(str(tmp_path / "copy.db"))
+def test_a_backup_is_whole_and_only_ours(dashboard, web1, tmp_path):
+    dashboard.runs(web1, dashboard.record())
+    dashboard.hub.backup(str(tmp_path / "copy.db"))
     assert support.mode(tmp_path / "copy.db") == 0o600
-    house.runs(web1, house.record())
-    copy = House(tmp_path / "copy.db", fresh=False)
+    dashboard.runs(web1, dashboard.record())
+    copy = InProcessDashboard(tmp_path / "copy.db", fresh=False)
     assert len(copy.job()["strip"]) == 1
     copy.hub.close()
 
@@ -214,174 +184,176 @@ def test_a_backup_is_whole_and_only_ours(house, web1, tmp_path):
 # Keys and dashboards
 # ==========================================================================
 
-def test_a_token_opens_what_it_is_for(house, web1):
-    key_of = house.hub.key_of
-    assert key_of(houses.OPERATOR) == koitab.Access("operator", house.dash)
-    assert key_of(houses.VIEWER) == koitab.Access("viewer", house.dash)
-    assert key_of("view-" + houses.VIEWER).role == "viewer"
-    assert web1 == koitab.Access("host", house.dash, HOST)
+def test_a_token_opens_what_it_is_for(dashboard, web1):
+    key_of = dashboard.hub.key_of
+    assert key_of(OPERATOR_TOKEN) == koitab.Access("operator", dashboard.dash)
+    assert key_of(VIEWER_TOKEN) == koitab.Access("viewer", dashboard.dash)
+    assert key_of("view-" + VIEWER_TOKEN).role == "viewer"
+    assert web1 == koitab.Access("host", dashboard.dash, HOST)
     for token in ("", "a" * 63, "A" * 64, "f" * 64, "a" * 64 + "\n"):
         assert key_of(token) is None
 
 
-def test_rotated_keys_open_nothing_any_more(house):
-    house.do(house.hub.rotate, house.dash, {
+def test_rotated_keys_open_nothing_any_more(dashboard):
+    dashboard.do(dashboard.hub.rotate, dashboard.dash, {
         "salt": "1" * 32, "rounds": 700_000,
         "api_sha256": koitab.digest_of("1" * 64),
         "view_sha256": koitab.digest_of("2" * 64)}, NOW)
-    assert house.hub.key_of(houses.OPERATOR) is None
-    assert house.hub.key_of("1" * 64).role == "operator"
-    assert house.ask(house.hub.salt, "") == {
-        "dash": house.dash, "salt": "1" * 32, "rounds": 700_000}
+    assert dashboard.hub.key_of(OPERATOR_TOKEN) is None
+    assert dashboard.hub.key_of("1" * 64).role == "operator"
+    assert dashboard.ask(dashboard.hub.salt, "") == {
+        "dash": dashboard.dash, "salt": "1" * 32, "rounds": 700_000}
 
 
-def test_the_database_holds_no_token(house, web1):
-    house.rest()
-    data = b"".join(open(house.path + ending, "rb").read()
+def test_the_database_holds_no_token(dashboard, web1):
+    dashboard.run_chores()
+    data = b"".join(open(dashboard.path + ending, "rb").read()
                     for ending in ("", "-wal"))
-    assert houses.OPERATOR.encode() not in data
+    assert OPERATOR_TOKEN.encode() not in data
     assert koitab.digest_of("token of " + HOST).encode() not in data
-    assert koitab.digest_of(houses.OPERATOR).encode() in data
+    assert koitab.digest_of(OPERATOR_TOKEN).encode() in data
 
 
 @pytest.mark.parametrize("fields", [
     {"rounds": 599_999}, {"rounds": 600_000.0}, {"rounds": True},
     {"salt": "0" * 31}, {"salt": "G" * 32}, {"salt": None},
     {"api_sha256": "é" * 64}, {"view_sha256": 7}, {"rounds": 2**70}])
-def test_weak_or_odd_keys_are_refused(house, fields):
+def test_weak_or_odd_keys_are_refused(dashboard, fields):
     with refused(400):
-        house.do(house.hub.create_dashboard, {
+        dashboard.do(dashboard.hub.create_dashboard, {
             "salt": "0" * 32, "rounds": 600_000, "api_sha256": "1" * 64,
             "view_sha256": "2" * 64, **fields}, NOW)
 
 
-def test_one_token_opens_one_door(house):
+def test_one_token_opens_one_door(dashboard):
     with refused(409):
-        house.do(house.hub.create_dashboard, {
+        dashboard.do(dashboard.hub.create_dashboard, {
             "salt": "0" * 32, "rounds": 600_000,
-            "api_sha256": koitab.digest_of(houses.VIEWER),
+            "api_sha256": koitab.digest_of(VIEWER_TOKEN),
             "view_sha256": "2" * 64}, NOW)
     with refused(409):
-        house.do(house.hub.add_host, house.dash, {
+        dashboard.do(dashboard.hub.add_host, dashboard.dash, {
             "host": HOST, "name": "x",
-            "token_sha256": koitab.digest_of(houses.OPERATOR)}, NOW)
+            "token_sha256": koitab.digest_of(OPERATOR_TOKEN)}, NOW)
 
 
-def test_an_unknown_dashboard_has_a_salt_that_looks_real_and_stays(house):
-    one = house.ask(house.hub.salt, "0123456789abcdef")
-    assert one == house.ask(house.hub.salt, "0123456789abcdef")
-    assert one != house.ask(house.hub.salt, "0123456789abcdee")
+def test_an_unknown_dashboard_has_a_salt_that_looks_real_and_stays(dashboard):
+    one = dashboard.ask(dashboard.hub.salt, "0123456789abcdef")
+    assert one == dashboard.ask(dashboard.hub.salt, "0123456789abcdef")
+    assert one != dashboard.ask(dashboard.hub.salt, "0123456789abcdee")
     assert set(one) == {"dash", "salt", "rounds"} and len(one["salt"]) == 32
-    assert house.again().ask(koitab.Hub.salt.__get__(house.hub),
-                             "0123456789abcdef") == one
+    assert dashboard.reopen().ask(koitab.Hub.salt.__get__(dashboard.hub),
+                                  "0123456789abcdef") == one
 
 
-def test_a_host_of_another_dashboard_is_not_there(house, web1):
-    other = house.do(house.hub.create_dashboard, {
+def test_a_host_of_another_dashboard_is_not_there(dashboard, web1):
+    other = dashboard.do(dashboard.hub.create_dashboard, {
         "salt": "0" * 32, "rounds": 600_000, "api_sha256": "3" * 64,
         "view_sha256": "4" * 64}, NOW)["dash"]
-    house.runs(web1, house.record(size=5))
+    dashboard.runs(web1, dashboard.record(size=5))
     with refused(409):
-        house.do(house.hub.add_host, other, {
+        dashboard.do(dashboard.hub.add_host, other, {
             "host": HOST, "name": "x", "token_sha256": "5" * 64}, NOW)
-    for question, *values in ((house.hub.host_list, HOST),
-                              (house.hub.run, 1), (house.hub.runs, 1),
-                              (house.hub.output, 1, 0, 10),
-                              (house.hub.chunks, 1), (house.hub.raw, 1)):
+    for question, *values in ((dashboard.hub.host_list, HOST),
+                              (dashboard.hub.run, 1), (dashboard.hub.runs, 1),
+                              (dashboard.hub.output, 1, 0, 10),
+                              (dashboard.hub.chunks, 1), (dashboard.hub.raw,
+                                                          1)):
         with refused(404):
-            house.ask(question, other, *values)
-    for deed, asked in ((house.hub.forget, {"job": 1}),
-                        (house.hub.forget, {"host": HOST}),
-                        (house.hub.snooze, {"subject": "job:1",
-                                            "until": NOW + 9})):
+            dashboard.ask(question, other, *values)
+    for deed, asked in ((dashboard.hub.forget, {"job": 1}),
+                        (dashboard.hub.forget, {"host": HOST}),
+                        (dashboard.hub.snooze, {"subject": "job:1",
+                                                "until": NOW + 9})):
         with refused(404):
-            house.do(deed, other, asked, NOW)
-    assert house.ask(house.hub.day, other, 0, NOW * 2)["rows"] == []
+            dashboard.do(deed, other, asked, NOW)
+    assert dashboard.ask(dashboard.hub.day, other, 0, NOW * 2)["rows"] == []
 
 
 # ==========================================================================
 # A sync
 # ==========================================================================
 
-def test_a_list_makes_jobs_and_keeps_its_exact_text(house, web1):
-    house.sync(web1, list=house.list_of(web1, spec(), spec("crawl")),
-               next={"root\nbackup": NOW + 60, "root\ncrawl": None})
-    backup, crawl = house.state["jobs"]
+def test_a_list_makes_jobs_and_keeps_its_exact_text(dashboard, web1):
+    dashboard.sync(web1, list=dashboard.list_of(web1, spec(), spec("crawl")),
+                   next={"root\nbackup": NOW + 60, "root\ncrawl": None})
+    backup, crawl = dashboard.state["jobs"]
     assert (backup["name"], backup["words"], backup["next"]) == (
         "Backup", "At 03:00", NOW + 60)
     assert crawl["next"] is None and not crawl["gone"]
-    assert house.ask(house.hub.host_list, house.dash, HOST) == \
-        house.list_of(web1, spec(), spec("crawl"))
+    assert dashboard.ask(dashboard.hub.host_list, dashboard.dash, HOST) == \
+        dashboard.list_of(web1, spec(), spec("crawl"))
 
 
-def test_a_job_that_is_in_no_list_is_gone_and_comes_back(house, web1):
-    house.sync(web1, list=house.list_of(web1, spec(), spec("crawl")))
-    house.sync(web1, list=house.list_of(web1, spec("crawl")))
-    assert [job["gone"] for job in house.state["jobs"]] == [True, False]
-    house.sync(web1, list=house.list_of(web1, spec(), spec("crawl")))
-    assert [job["gone"] for job in house.state["jobs"]] == [False, False]
+def test_a_job_that_is_in_no_list_is_gone_and_comes_back(dashboard, web1):
+    dashboard.sync(web1, list=dashboard.list_of(web1, spec(), spec("crawl")))
+    dashboard.sync(web1, list=dashboard.list_of(web1, spec("crawl")))
+    assert [job["gone"] for job in dashboard.state["jobs"]] == [True, False]
+    dashboard.sync(web1, list=dashboard.list_of(web1, spec(), spec("crawl")))
+    assert [job["gone"] for job in dashboard.state["jobs"]] == [False, False]
 
 
-def test_the_list_is_wanted_when_it_is_not_known(house, web1):
-    assert house.sync(web1)["want_list"]
-    body = house.list_of(web1, spec())
+def test_the_list_is_wanted_when_it_is_not_known(dashboard, web1):
+    assert dashboard.sync(web1)["want_list"]
+    body = dashboard.list_of(web1, spec())
     sha = koitab.digest_of(body["body"])
-    assert not house.sync(web1, list=body)["want_list"]
-    assert not house.sync(web1, list_sha=sha)["want_list"]
-    assert house.sync(web1, list_sha="0" * 64)["want_list"]
+    assert not dashboard.sync(web1, list=body)["want_list"]
+    assert not dashboard.sync(web1, list_sha=sha)["want_list"]
+    assert dashboard.sync(web1, list_sha="0" * 64)["want_list"]
 
 
-def test_a_record_comes_twice_and_is_kept_once(house, web1):
-    record = house.record()
+def test_a_record_comes_twice_and_is_kept_once(dashboard, web1):
+    record = dashboard.record()
     for _ in range(3):
-        assert house.runs(web1, record)["acked"] == 1
-    assert house.rows("select count(*) from runs") == [(1,)]
-    assert len(house.job()["strip"]) == 1
+        assert dashboard.runs(web1, record)["acked"] == 1
+    assert dashboard.rows("select count(*) from runs") == [(1,)]
+    assert len(dashboard.job()["strip"]) == 1
 
 
-def test_a_run_that_goes_on_is_changed_and_never_goes_back(house, web1):
-    start = house.record("running")
-    house.runs(web1, start)
-    assert house.job()["state"] == "running"
-    end = house.record(run=start["run"])
-    house.runs(web1, end)
-    assert house.job()["state"] == "ok" and house.job()["running"] == []
-    house.runs(web1, {**start, "change": 99})       # late, and wrong
-    assert house.job()["state"] == "ok"
-    assert house.rows("select count(*) from runs") == [(1,)]
+def test_a_run_that_goes_on_is_changed_and_never_goes_back(dashboard, web1):
+    start = dashboard.record("running")
+    dashboard.runs(web1, start)
+    assert dashboard.job()["state"] == "running"
+    end = dashboard.record(run=start["run"])
+    dashboard.runs(web1, end)
+    assert dashboard.job()["state"] == "ok" and dashboard.job()[
+        "running"] == []
+    dashboard.runs(web1, {**start, "change": 99})       # late, and wrong
+    assert dashboard.job()["state"] == "ok"
+    assert dashboard.rows("select count(*) from runs") == [(1,)]
 
 
-def test_the_end_may_come_before_the_start(house, web1):
-    start = house.record("running")
-    end = house.record(run=start["run"], exit=3)
-    assert house.runs(web1, end)["acked"] == 2
-    house.runs(web1, start)
-    assert house.job()["state"] == "failed"
-    assert house.job()["last"]["exit"] == 3
+def test_the_end_may_come_before_the_start(dashboard, web1):
+    start = dashboard.record("running")
+    end = dashboard.record(run=start["run"], exit=3)
+    assert dashboard.runs(web1, end)["acked"] == 2
+    dashboard.runs(web1, start)
+    assert dashboard.job()["state"] == "failed"
+    assert dashboard.job()["last"]["exit"] == 3
 
 
-def test_a_run_without_a_job_makes_it(house, web1):
-    house.runs(web1, house.record(tag="gone", name="Old"))
-    job, = house.state["jobs"]
+def test_a_run_without_a_job_makes_it(dashboard, web1):
+    dashboard.runs(web1, dashboard.record(tag="gone", name="Old"))
+    job, = dashboard.state["jobs"]
     assert (job["name"], job["gone"], job["state"]) == ("Old", True, "ok")
 
 
-def test_a_new_history_counts_anew(house, web1):
+def test_a_new_history_counts_anew(dashboard, web1):
     """history.db was lost: the numbers begin again, and are other runs."""
-    house.runs(web1, house.record(run=1, change=5))
-    again = house.record(run=1, change=1, exit=1)
-    assert house.sync(web1, epoch=2, records=[again])["acked"] == 1
-    assert house.rows("select count(*) from runs") == [(2,)]
-    assert house.sync(web1, epoch=1)["acked"] == 5
+    dashboard.runs(web1, dashboard.record(run=1, change=5))
+    reopened = dashboard.record(run=1, change=1, exit=1)
+    assert dashboard.sync(web1, epoch=2, records=[reopened])["acked"] == 1
+    assert dashboard.rows("select count(*) from runs") == [(2,)]
+    assert dashboard.sync(web1, epoch=1)["acked"] == 5
 
 
-def test_a_restored_database_says_from_where_it_needs_records(house, web1,
+def test_a_restored_database_says_from_where_it_needs_records(dashboard, web1,
                                                               tmp_path):
-    house.runs(web1, *[house.record() for _ in range(3)])
-    house.hub.backup(str(tmp_path / "old.db"))
-    late = [house.record() for _ in range(4)]
-    assert house.runs(web1, *late)["acked"] == 7
-    old = House(tmp_path / "old.db", fresh=False)
+    dashboard.runs(web1, *[dashboard.record() for _ in range(3)])
+    dashboard.hub.backup(str(tmp_path / "old.db"))
+    late = [dashboard.record() for _ in range(4)]
+    assert dashboard.runs(web1, *late)["acked"] == 7
+    old = InProcessDashboard(tmp_path / "old.db", fresh=False)
     access = old.hub.key_of(koitab.digest_of("token of " + HOST))
     assert old.sync(access, list_sha="0" * 64) == {
         "v": 1, "acked": 3, "want_list": True, "owed": [], "requests": [],
@@ -391,13 +363,13 @@ def test_a_restored_database_says_from_where_it_needs_records(house, web1,
     old.hub.close()
 
 
-def test_ids_have_the_order_of_the_starts(house, web1):
+def test_ids_have_the_order_of_the_starts(dashboard, web1):
     """A long run ends after others that began later."""
-    long = house.record("running")
-    short = house.record()
-    end = house.record(run=long["run"], change=9)
-    house.runs(web1, short, end)
-    assert [n for n, in house.rows("select n from runs order by id")] == [
+    long = dashboard.record("running")
+    short = dashboard.record()
+    end = dashboard.record(run=long["run"], change=9)
+    dashboard.runs(web1, short, end)
+    assert [n for n, in dashboard.rows("select n from runs order by id")] == [
         1, 2]
 
 
@@ -420,10 +392,11 @@ ODD_FIELDS = [
 
 
 @pytest.mark.parametrize("fields", ODD_FIELDS, ids=lambda f: str(f)[:40])
-def test_a_sync_that_is_odd_is_refused_whole(house, web1, fields):
+def test_a_sync_that_is_odd_is_refused_whole(dashboard, web1, fields):
     with refused(403 if "host" in fields else 400):
-        house.sync(web1, **{"list": house.list_of(web1, spec()), **fields})
-    assert house.rows("select count(*) from jobs") == [(0,)]
+        dashboard.sync(web1, **{"list": dashboard.list_of(web1, spec()),
+                                **fields})
+    assert dashboard.rows("select count(*) from jobs") == [(0,)]
 
 
 ODD_RECORDS = [
@@ -437,10 +410,10 @@ ODD_RECORDS = [
 
 
 @pytest.mark.parametrize("fields", ODD_RECORDS, ids=str)
-def test_a_record_that_is_odd_is_refused(house, web1, fields):
+def test_a_record_that_is_odd_is_refused(dashboard, web1, fields):
     with refused(400):
-        house.runs(web1, house.record(), house.record(**fields))
-    assert house.rows("select count(*) from runs") == [(0,)]
+        dashboard.runs(web1, dashboard.record(), dashboard.record(**fields))
+    assert dashboard.rows("select count(*) from runs") == [(0,)]
 
 
 @pytest.mark.parametrize("fields", [
@@ -448,40 +421,40 @@ def test_a_record_that_is_odd_is_refused(house, web1, fields):
     {"zone": "x" * 201}, {"next": dict.fromkeys(map(str, range(10_001)))},
     {"list": {"body": "x" * (8 * 2**20 + 1), "mac": "e" * 64}},
     {"outputs": [{"run": 1, "at": 0, "data": "A" * 6_000_000}]}])
-def test_too_much_at_once_is_refused(house, web1, fields):
+def test_too_much_at_once_is_refused(dashboard, web1, fields):
     with refused(413):
-        house.sync(web1, **fields)
+        dashboard.sync(web1, **fields)
 
 
-def test_long_texts_are_cut_or_refused_but_never_a_fault(house, web1):
-    house.runs(web1, house.record(reason="x" * 100_000,
-                                  args={"a": "'; drop table runs --"}))
-    run = house.job()["last"]
+def test_long_texts_are_cut_or_refused_but_never_a_fault(dashboard, web1):
+    dashboard.runs(web1, dashboard.record(reason="x" * 100_000,
+                                          args={"a": "'; drop table runs --"}))
+    run = dashboard.job()["last"]
     assert len(run["reason"]) == 2000
     assert run["args"] == {"a": "'; drop table runs --"}
     with refused(413):
-        house.runs(web1, house.record(args={"a": "x" * 600_000}))
+        dashboard.runs(web1, dashboard.record(args={"a": "x" * 600_000}))
 
 
-def test_of_two_koids_with_one_identity_the_newer_is_believed(house, web1):
-    house.sync(web1, instance="2000-aaaaaaaa")
+def test_of_two_koids_with_one_identity_the_newer_is_believed(dashboard, web1):
+    dashboard.sync(web1, instance="2000-aaaaaaaa")
     with refused(409) as refusal:
-        house.sync(web1, instance="1000-bbbbbbbb")
+        dashboard.sync(web1, instance="1000-bbbbbbbb")
     assert refusal.message == "another koid uses this host's identity"
-    assert house.state["hosts"][0]["state"] == "twin"
-    assert not house.sync(web1, instance="2000-aaaaaaaa")["twin"]
-    house.sync(web1, instance="3000-cccccccc")      # a restart
+    assert dashboard.state["hosts"][0]["state"] == "twin"
+    assert not dashboard.sync(web1, instance="2000-aaaaaaaa")["twin"]
+    dashboard.sync(web1, instance="3000-cccccccc")      # a restart
     with refused(409):
-        house.sync(web1, instance="2000-aaaaaaaa")
-    house.after(700)
-    house.sync(web1, instance="2000-aaaaaaaa")      # the other is no more
-    assert house.state["hosts"][0]["state"] == "up"
+        dashboard.sync(web1, instance="2000-aaaaaaaa")
+    dashboard.pass_time(700)
+    dashboard.sync(web1, instance="2000-aaaaaaaa")      # the other is no more
+    assert dashboard.state["hosts"][0]["state"] == "up"
 
 
-def test_a_clock_that_is_wrong_shows(house, web1):
-    house.sync(web1, now=NOW - 43)
-    assert house.state["hosts"][0]["skew"] == 43
-    assert house.state["hosts"][0]["offset"] == 3600
+def test_a_clock_that_is_wrong_shows(dashboard, web1):
+    dashboard.sync(web1, now=NOW - 43)
+    assert dashboard.state["hosts"][0]["skew"] == 43
+    assert dashboard.state["hosts"][0]["offset"] == 3600
 
 
 # ==========================================================================
@@ -491,58 +464,60 @@ def test_a_clock_that_is_wrong_shows(house, web1):
 TEXT = frames("one\ntwo\n") + frames("it broke\n", 2) + frames("three\n")
 
 
-def test_output_comes_in_pieces_and_is_asked_for(house, web1):
+def test_output_comes_in_pieces_and_is_asked_for(dashboard, web1):
     cut = len(frames("one\n"))
-    reply = house.runs(web1, house.record(size=len(TEXT), exit=1))
+    reply = dashboard.runs(web1, dashboard.record(size=len(TEXT), exit=1))
     assert reply["owed"] == [[1, 0]]
-    reply = house.sync(web1, outputs=[piece(1, 0, TEXT[:cut])])
+    reply = dashboard.sync(web1, outputs=[piece(1, 0, TEXT[:cut])])
     assert reply["owed"] == [[1, cut]]
     for at in (0, cut - 1, cut + 1, 10**6):         # not where it ends
-        house.sync(web1, outputs=[piece(1, at, TEXT[at:])])
-    reply = house.sync(web1, outputs=[piece(1, cut, TEXT[cut:])])
+        dashboard.sync(web1, outputs=[piece(1, at, TEXT[at:])])
+    reply = dashboard.sync(web1, outputs=[piece(1, cut, TEXT[cut:])])
     assert reply["owed"] == []
-    assert house.ask(house.hub.output, house.dash, 1, 0, 10**6) == (
+    assert dashboard.ask(dashboard.hub.output, dashboard.dash, 1, 0,
+                         10**6) == (
         TEXT, len(TEXT), False, 0)
-    assert house.ask(house.hub.raw, house.dash, 1) == \
+    assert dashboard.ask(dashboard.hub.raw, dashboard.dash, 1) == \
         b"one\ntwo\nit broke\nthree\n"
-    assert house.ask(house.hub.chunks, house.dash, 1) == {
+    assert dashboard.ask(dashboard.hub.chunks, dashboard.dash, 1) == {
         "size": len(TEXT), "live": False,
         "chunks": [[0, cut, 1], [cut, len(TEXT) - cut, 3]]}
 
 
-def test_a_piece_is_kept_up_to_its_last_whole_frame(house, web1):
+def test_a_piece_is_kept_up_to_its_last_whole_frame(dashboard, web1):
     cut = len(frames("one\n"))
-    house.runs(web1, house.record(size=len(TEXT)))
-    reply = house.sync(web1, outputs=[piece(1, 0, TEXT[:cut + 5])])
+    dashboard.runs(web1, dashboard.record(size=len(TEXT)))
+    reply = dashboard.sync(web1, outputs=[piece(1, 0, TEXT[:cut + 5])])
     assert reply["owed"] == [[1, cut]]
 
 
 @pytest.mark.parametrize("data", [
     b"no frames at all", b"\xff" * 40, TEXT[:-1] + b"",
     koitab.frame(9, 0, b"x") * 4], ids=["text", "ff", "cut", "stream"])
-def test_output_that_is_none_is_not_asked_for_again(house, web1, data):
-    house.runs(web1, house.record(size=len(data)))
-    house.sync(web1, outputs=[piece(1, 0, data)])
-    reply = house.sync(web1, outputs=[piece(1, 0, data)])
+def test_output_that_is_none_is_not_asked_for_again(dashboard, web1, data):
+    dashboard.runs(web1, dashboard.record(size=len(data)))
+    dashboard.sync(web1, outputs=[piece(1, 0, data)])
+    reply = dashboard.sync(web1, outputs=[piece(1, 0, data)])
     assert reply["owed"] == [] or reply["owed"] == [[1, len(frames(
         "one\ntwo\nit broke\n"))]]
-    house.rest()
+    dashboard.run_chores()
 
 
-def test_output_that_the_host_has_lost_is_not_asked_for(house, web1):
-    assert house.runs(web1, house.record(size=99))["owed"] == [[1, 0]]
-    assert house.sync(web1, outputs=[piece(1, 0, b"", gone=True)]
-                      )["owed"] == []
+def test_output_that_the_host_has_lost_is_not_asked_for(dashboard, web1):
+    assert dashboard.runs(web1, dashboard.record(size=99))["owed"] == [[1, 0]]
+    assert dashboard.sync(web1, outputs=[piece(1, 0, b"", gone=True)]
+                          )["owed"] == []
 
 
 @pytest.mark.parametrize("size", [1, 9, 10, 30, 10**6])
-def test_any_part_of_output_is_whole_frames(house, web1, size):
-    house.runs(web1, house.record(size=len(TEXT)))
-    house.sync(web1, outputs=[piece(1, 0, TEXT)])
+def test_any_part_of_output_is_whole_frames(dashboard, web1, size):
+    dashboard.runs(web1, dashboard.record(size=len(TEXT)))
+    dashboard.sync(web1, outputs=[piece(1, 0, TEXT)])
     at, found = 0, b""
     while at < len(TEXT):
-        part, whole, _, begin = house.ask(house.hub.output, house.dash, 1,
-                                          at, size)
+        part, whole, _, begin = dashboard.ask(dashboard.hub.output,
+                                              dashboard.dash, 1,
+                                              at, size)
         assert part and whole == len(TEXT) and begin == at
         found += part
         at += len(part)
@@ -556,75 +531,77 @@ def test_any_part_of_output_is_whole_frames(house, web1, size):
     ("\x1b]0;title\x07shown\n", 1, 0, "shown"),
     ("no end", 1, 0, "no end"), ("a\x07b\n", 1, 0, r"a\x07b"),
     ("x" * 999 + "\n", 1, 0, "x" * 300), ("\xff\n", 1, 0, "\xff")])
-def test_the_last_line_is_what_a_terminal_would_show(house, web1, text,
+def test_the_last_line_is_what_a_terminal_would_show(dashboard, web1, text,
                                                      stream, status, line):
     data = frames(text, stream)
-    house.runs(web1, house.record(size=len(data), exit=status))
-    house.sync(web1, outputs=[piece(1, 0, data)])
-    assert house.job()["last"]["line"] == line
+    dashboard.runs(web1, dashboard.record(size=len(data), exit=status))
+    dashboard.sync(web1, outputs=[piece(1, 0, data)])
+    assert dashboard.job()["last"]["line"] == line
 
 
-def test_the_last_line_of_a_failed_run_is_of_its_errors(house, web1):
+def test_the_last_line_of_a_failed_run_is_of_its_errors(dashboard, web1):
     for exit_status, line in ((1, "it broke"), (0, "three")):
-        run = house.record(size=len(TEXT), exit=exit_status)
-        house.runs(web1, run)
-        house.sync(web1, outputs=[piece(run["run"], 0, TEXT)])
-        assert house.job()["last"]["line"] == line
+        run = dashboard.record(size=len(TEXT), exit=exit_status)
+        dashboard.runs(web1, run)
+        dashboard.sync(web1, outputs=[piece(run["run"], 0, TEXT)])
+        assert dashboard.job()["last"]["line"] == line
 
 
 # --- live
 
-def test_a_run_that_is_looked_at_is_asked_for(house, web1):
-    house.runs(web1, house.record("running"))
-    assert house.sync(web1)["live"] == {}
-    house.lines.clear()
-    house.hub.look(house.dash, 1)
-    house.hub.turn()
-    assert house.lines == [{"wake": [HOST]}]
-    assert house.sync(web1)["live"] == {"1": 0}
+def test_a_run_that_is_looked_at_is_asked_for(dashboard, web1):
+    dashboard.runs(web1, dashboard.record("running"))
+    assert dashboard.sync(web1)["live"] == {}
+    dashboard.lines.clear()
+    dashboard.hub.look(dashboard.dash, 1)
+    dashboard.hub.turn()
+    assert dashboard.lines == [{"wake": [HOST]}]
+    assert dashboard.sync(web1)["live"] == {"1": 0}
     data = frames("one\ntwo\n")
-    reply = house.sync(web1, live=[piece(1, 0, data)])
+    reply = dashboard.sync(web1, live=[piece(1, 0, data)])
     assert reply["live"] == {"1": len(data)}
-    assert house.ask(house.hub.output, house.dash, 1, 0, 999) == (
+    assert dashboard.ask(dashboard.hub.output, dashboard.dash, 1, 0, 999) == (
         data, len(data), True, 0)
-    house.after(16)
-    assert house.sync(web1)["live"] == {}
-    assert house.rows("select count(*) from outputs") == [(0,)]
+    dashboard.pass_time(16)
+    assert dashboard.sync(web1)["live"] == {}
+    assert dashboard.rows("select count(*) from outputs") == [(0,)]
 
 
-def test_live_output_must_follow_what_is_there(house, web1):
-    house.runs(web1, house.record("running"))
-    house.hub.look(house.dash, 1)
+def test_live_output_must_follow_what_is_there(dashboard, web1):
+    dashboard.runs(web1, dashboard.record("running"))
+    dashboard.hub.look(dashboard.dash, 1)
     data = frames("one\n")
-    house.sync(web1, live=[piece(1, 0, data)])
-    house.sync(web1, live=[piece(1, 5, data)])
-    assert house.hub.output_of_runs.get(1) == (0, data)
-    house.sync(web1, live=[piece(1, 50, data, reset=True)])
-    assert house.hub.output_of_runs.get(1) == (50, data)
-    assert house.ask(house.hub.output, house.dash, 1, 0, 999)[3] == 50
+    dashboard.sync(web1, live=[piece(1, 0, data)])
+    dashboard.sync(web1, live=[piece(1, 5, data)])
+    assert dashboard.hub.output_of_runs.get(1) == (0, data)
+    dashboard.sync(web1, live=[piece(1, 50, data, reset=True)])
+    assert dashboard.hub.output_of_runs.get(1) == (50, data)
+    assert dashboard.ask(dashboard.hub.output, dashboard.dash, 1, 0,
+                         999)[3] == 50
 
 
-def test_live_output_has_a_limit_and_begins_at_a_frame(house, web1):
-    house.runs(web1, house.record("running"))
-    house.hub.look(house.dash, 1)
+def test_live_output_has_a_limit_and_begins_at_a_frame(dashboard, web1):
+    dashboard.runs(web1, dashboard.record("running"))
+    dashboard.hub.look(dashboard.dash, 1)
     data = koitab.frame(1, 0, b"x" * 60_000)
     for number in range(50):
-        house.sync(web1, live=[piece(1, number * len(data), data)])
-    begin, kept = house.hub.output_of_runs.get(1)
+        dashboard.sync(web1, live=[piece(1, number * len(data), data)])
+    begin, kept = dashboard.hub.output_of_runs.get(1)
     assert len(kept) <= koitab.LIVE_ROOM and begin + len(kept) == 50 * len(
         data)
     assert begin % len(data) == 0 and begin > 0
 
 
-def test_live_output_goes_when_the_whole_is_there(house, web1):
-    house.runs(web1, house.record("running"))
-    house.hub.look(house.dash, 1)
-    house.sync(web1, live=[piece(1, 0, frames("one\n"))])
-    house.runs(web1, house.record(run=1, size=len(TEXT)))
-    assert house.ask(house.hub.output, house.dash, 1, 0, 999)[2]
-    house.sync(web1, outputs=[piece(1, 0, TEXT)])
-    assert house.hub.output_of_runs.get(1) is None
-    assert house.ask(house.hub.output, house.dash, 1, 0, 999)[:3] == (
+def test_live_output_goes_when_the_whole_is_there(dashboard, web1):
+    dashboard.runs(web1, dashboard.record("running"))
+    dashboard.hub.look(dashboard.dash, 1)
+    dashboard.sync(web1, live=[piece(1, 0, frames("one\n"))])
+    dashboard.runs(web1, dashboard.record(run=1, size=len(TEXT)))
+    assert dashboard.ask(dashboard.hub.output, dashboard.dash, 1, 0, 999)[2]
+    dashboard.sync(web1, outputs=[piece(1, 0, TEXT)])
+    assert dashboard.hub.output_of_runs.get(1) is None
+    assert dashboard.ask(dashboard.hub.output, dashboard.dash, 1, 0,
+                         999)[:3] == (
         TEXT, len(TEXT), False)
 
 
@@ -643,49 +620,51 @@ def test_live_output_goes_when_the_whole_is_there(house, web1):
     ({"state": "unstartable"}, "u", "failed"),
     ({"state": "running", "ended": None, "exit": None}, "r", "running"),
     ({"state": "queued"}, "q", "running")])
-def test_a_runs_letter_and_its_jobs_state(house, web1, fields, letter, state):
-    house.runs(web1, {**house.record(), **fields})
-    job = house.job()
+def test_a_runs_letter_and_its_jobs_state(dashboard, web1, fields, letter,
+                                          state):
+    dashboard.runs(web1, {**dashboard.record(), **fields})
+    job = dashboard.job()
     assert (job["strip"][-1][3], job["state"]) == (letter, state)
-    assert house.again().job()["strip"][-1][3] == letter
+    assert dashboard.reopen().job()["strip"][-1][3] == letter
 
 
-def test_the_strip_is_the_last_ninety_runs_oldest_first(house, web1):
-    assert house.state      # so that it is kept up, not read anew
-    house.runs(web1, *[house.record(exit=number % 2)
-                       for number in range(100)])
-    strip = house.job()["strip"]
+def test_the_strip_is_the_last_ninety_runs_oldest_first(dashboard, web1):
+    assert dashboard.state      # so that it is kept up, not read anew
+    dashboard.runs(web1, *[dashboard.record(exit=number % 2)
+                           for number in range(100)])
+    strip = dashboard.job()["strip"]
     assert [entry[0] for entry in strip] == list(range(11, 101))
     assert strip[0][1:] == (NOW - 10, 10.0, "o")
-    assert house.again().job()["strip"] == strip
+    assert dashboard.reopen().job()["strip"] == strip
 
 
-def test_failing_since_when_how_often_and_with_what_line(house, web1):
-    house.runs(web1, house.record())
+def test_failing_since_when_how_often_and_with_what_line(dashboard, web1):
+    dashboard.runs(web1, dashboard.record())
     for _ in range(3):
-        house.clock.time += 100
-        house.runs(web1, house.record(exit=1, size=len(TEXT)))
-        house.sync(web1, outputs=[piece(house.number, 0, TEXT)])
-    assert house.job()["failing"] == {
+        dashboard.clock.time += 100
+        dashboard.runs(web1, dashboard.record(exit=1, size=len(TEXT)))
+        dashboard.sync(web1, outputs=[piece(dashboard.number, 0, TEXT)])
+    assert dashboard.job()["failing"] == {
         "since": NOW + 100, "count": 3, "last_ok": NOW, "line": "it broke"}
-    house.runs(web1, house.record("skipped"), house.record("missed"))
-    assert house.job()["failing"]["count"] == 3
-    house.runs(web1, house.record())
-    assert house.job()["failing"] is None
+    dashboard.runs(web1, dashboard.record("skipped"),
+                   dashboard.record("missed"))
+    assert dashboard.job()["failing"]["count"] == 3
+    dashboard.runs(web1, dashboard.record())
+    assert dashboard.job()["failing"] is None
 
 
-def test_what_is_usual_is_said_after_twenty_good_runs(house, web1):
+def test_what_is_usual_is_said_after_twenty_good_runs(dashboard, web1):
     for number in range(20):
-        assert house.job()["usual"] is None if number else True
-        house.runs(web1, house.record(started=NOW - 10 - number))
-    assert house.job()["usual"] == [12.0, 28.0]
+        assert dashboard.job()["usual"] is None if number else True
+        dashboard.runs(web1, dashboard.record(started=NOW - 10 - number))
+    assert dashboard.job()["usual"] == [12.0, 28.0]
 
 
-def test_a_change_is_told_after_it_is_in_the_state(house, web1):
+def test_a_change_is_told_after_it_is_in_the_state(dashboard, web1):
     seen = []
-    house.hub.heard = lambda dash, changes: seen.append(
-        (changes, house.state["seq"], house.job()["state"]))
-    house.runs(web1, house.record())
+    dashboard.hub.heard = lambda dash, changes: seen.append(
+        (changes, dashboard.state["seq"], dashboard.job()["state"]))
+    dashboard.runs(web1, dashboard.record())
     (changes, seq, state), = seen
     assert (changes["seq"], state) == (seq, "ok")
     assert changes["jobs"][0]["strip"][-1][3] == "o"
@@ -693,34 +672,35 @@ def test_a_change_is_told_after_it_is_in_the_state(house, web1):
     json.dumps(changes)
 
 
-def test_numbers_of_changes_grow_over_restarts(house, web1):
-    house.runs(web1, house.record())
-    before = house.state["seq"]
-    house.clock.time += 2
-    assert house.again().state["seq"] > before
+def test_numbers_of_changes_grow_over_restarts(dashboard, web1):
+    dashboard.runs(web1, dashboard.record())
+    before = dashboard.state["seq"]
+    dashboard.clock.time += 2
+    assert dashboard.reopen().state["seq"] > before
 
 
-def test_a_flood_of_changes_says_read_all_anew(house, web1):
-    house.lines.clear()
+def test_a_flood_of_changes_says_read_all_anew(dashboard, web1):
+    dashboard.lines.clear()
     for _ in range(3):
-        house.hub.write(house.hub.sync, web1, {
+        dashboard.hub.write(dashboard.hub.sync, web1, {
             "v": 1, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
-            "records": [house.record() for _ in range(900)]}, NOW)
-    house.hub.turn()
-    assert house.lines[0]["reset"] and "runs" not in house.lines[0]
+            "records": [dashboard.record() for _ in range(900)]}, NOW)
+    dashboard.hub.turn()
+    assert dashboard.lines[0]["reset"] and "runs" not in dashboard.lines[0]
 
 
-def test_a_viewer_is_told_no_key_to_ping_with(house):
-    state = house.ask(house.hub.state, house.hub.key_of(houses.VIEWER), NOW)
+def test_a_viewer_is_told_no_key_to_ping_with(dashboard):
+    state = dashboard.ask(dashboard.hub.state,
+                          dashboard.hub.key_of(VIEWER_TOKEN), NOW)
     assert state["role"] == "viewer" and state["dash"]["ping_key"] == ""
-    assert house.state["dash"]["ping_key"]
+    assert dashboard.state["dash"]["ping_key"]
 
 
-def test_runs_are_turned_over_page_by_page(house, web1):
-    house.runs(web1, *[house.record() for _ in range(25)])
+def test_runs_are_turned_over_page_by_page(dashboard, web1):
+    dashboard.runs(web1, *[dashboard.record() for _ in range(25)])
     seen, before = [], None
     while True:
-        page = house.ask(house.hub.runs, house.dash, 1, before, 10)
+        page = dashboard.ask(dashboard.hub.runs, dashboard.dash, 1, before, 10)
         seen += [run["id"] for run in page["runs"]]
         if not page["more"]:
             break
@@ -728,25 +708,26 @@ def test_runs_are_turned_over_page_by_page(house, web1):
     assert seen == list(range(25, 0, -1))
 
 
-def test_a_run_knows_its_neighbours_and_the_last_good_one(house, web1):
-    house.runs(web1, house.record(), house.record(tag="crawl"),
-               house.record(exit=1), house.record(exit=2), house.record())
-    shown = house.ask(house.hub.run, house.dash, 4)
+def test_a_run_knows_its_neighbours_and_the_last_good_one(dashboard, web1):
+    dashboard.runs(web1, dashboard.record(), dashboard.record(tag="crawl"),
+                   dashboard.record(exit=1), dashboard.record(exit=2),
+                   dashboard.record())
+    shown = dashboard.ask(dashboard.hub.run, dashboard.dash, 4)
     assert (shown["good"], shown["older"], shown["newer"]) == (1, 3, 5)
     assert shown["job"]["tag"] == "backup"
 
 
-def test_a_day_shows_what_reached_into_it(house, web1):
+def test_a_day_shows_what_reached_into_it(dashboard, web1):
     day = NOW + 86_400
     cases = [       # (started, ended, shown)
         (NOW, NOW + 60, False), (NOW, day + 60, True),
         (day - 100, day + 100, True), (day - 100, day - 50, False),
         (day + 10, day + 20, True), (day + 86_400, day + 86_500, False)]
-    house.runs(web1, *[house.record(started=a, ended=b, due=a)
-                       for a, b, _ in cases],
-               house.record("running", started=NOW - 9e5),
-               house.record("missed", due=day + 5))
-    found = house.ask(house.hub.day, house.dash, day, day + 86_400)
+    dashboard.runs(web1, *[dashboard.record(started=a, ended=b, due=a)
+                           for a, b, _ in cases],
+                   dashboard.record("running", started=NOW - 9e5),
+                   dashboard.record("missed", due=day + 5))
+    found = dashboard.ask(dashboard.hub.day, dashboard.dash, day, day + 86_400)
     row, = found["rows"]
     assert sorted(bar[3] for bar in row["bars"]) == sorted(
         [number for number, case in enumerate(cases, 1) if case[2]] + [7])
@@ -754,158 +735,172 @@ def test_a_day_shows_what_reached_into_it(house, web1):
     assert (found["from"], found["to"]) == (day, day + 86_400)
 
 
-def test_a_day_with_too_much_says_how_far_it_goes(house, web1, monkeypatch):
+def test_a_day_with_too_much_says_how_far_it_goes(dashboard, web1,
+                                                  monkeypatch):
     monkeypatch.setattr(koitab, "MOST_BARS", 10)
-    house.runs(web1, *[house.record(started=NOW + n, ended=NOW + n)
-                       for n in range(25)])
+    dashboard.runs(web1, *[dashboard.record(started=NOW + n, ended=NOW + n)
+                           for n in range(25)])
     seen, begin = [], NOW
     while begin < NOW + 100:
-        found = house.ask(house.hub.day, house.dash, begin, NOW + 100)
+        found = dashboard.ask(dashboard.hub.day, dashboard.dash, begin,
+                              NOW + 100)
         seen += [bar[3] for row in found["rows"] for bar in row["bars"]]
         begin = found["to"]
     assert sorted(set(seen)) == list(range(1, 26))
 
 
-def test_metrics_are_prometheus_text(house, web1):
-    house.runs(web1, house.record(exit=1, name='a"b\\c\nd'))
-    text = house.ask(house.hub.metrics, house.dash, NOW)
+def test_metrics_are_prometheus_text(dashboard, web1):
+    dashboard.runs(web1, dashboard.record(exit=1, name='a"b\\c\nd'))
+    text = dashboard.ask(dashboard.hub.metrics, dashboard.dash, NOW)
     assert 'job="a\\"b\\\\c\\nd"} 0' in text
     for line in text.splitlines():
         assert line.startswith("# ") or line.rpartition(" ")[2].replace(
             ".", "").isdigit(), line
 
 
-def test_a_badge_is_a_word_for_who_has_the_key(house, web1):
-    key = house.state["dash"]["badge_key"]
-    house.runs(web1, house.record(exit=1))
-    assert house.ask(house.hub.badge, key, "all", NOW)["message"] == "1 alert"
-    assert house.ask(house.hub.badge, key, "backup", NOW) == {
+def test_a_badge_is_a_word_for_who_has_the_key(dashboard, web1):
+    key = dashboard.state["dash"]["badge_key"]
+    dashboard.runs(web1, dashboard.record(exit=1))
+    assert dashboard.ask(dashboard.hub.badge, key, "all",
+                         NOW)["message"] == "1 alert"
+    assert dashboard.ask(dashboard.hub.badge, key, "backup", NOW) == {
         "label": "Backup", "message": "failed", "color": "#c32b2b"}
     with refused(404):
-        house.ask(house.hub.badge, "0" * 32, "all", NOW)
+        dashboard.ask(dashboard.hub.badge, "0" * 32, "all", NOW)
     with refused(404):
-        house.ask(house.hub.badge, key, "nothing", NOW)
+        dashboard.ask(dashboard.hub.badge, key, "nothing", NOW)
 
 
 # ==========================================================================
 # Requests
 # ==========================================================================
 
-def request(house, nonce: str = "1" * 32, **fields) -> dict:
-    body = {"v": 1, "do": "run", "key": "0" * 16, "dash": house.dash,
+def request(dashboard, nonce: str = "1" * 32, **fields) -> dict:
+    body = {"v": 1, "do": "run", "key": "0" * 16, "dash": dashboard.dash,
             "host": HOST, "user": "root", "tag": "backup", "job": "0" * 64,
             "args": {"To": "bob"}, "secrets": {"Pin": "00ff"},
-            "nonce": nonce, "iat": int(house.now * 1000),
-            "exp": int(house.now * 1000) + 300_000, **fields}
+            "nonce": nonce, "iat": int(dashboard.now * 1000),
+            "exp": int(dashboard.now * 1000) + 300_000, **fields}
     return {"host": HOST, "body": json.dumps(body), "mac": "f" * 64}
 
 
 @pytest.fixture
-def asked(house, web1):
-    house.sync(web1, list=house.list_of(web1, spec()))
-    found = request(house)
-    house.do(house.hub.request, house.dash, found, NOW)
+def asked(dashboard, web1):
+    dashboard.sync(web1, list=dashboard.list_of(web1, spec()))
+    found = request(dashboard)
+    dashboard.do(dashboard.hub.request, dashboard.dash, found, NOW)
     return found
 
 
-def test_a_request_is_handed_out_and_answered(house, web1, asked):
+def test_a_request_is_handed_out_and_answered(dashboard, web1, asked):
     signed = {"body": asked["body"], "mac": asked["mac"]}
-    assert house.sync(web1)["requests"] == [signed]
-    assert house.sync(web1)["requests"] == []       # it was just handed out
-    house.clock.time += 31
-    assert house.sync(web1)["requests"] == [signed]
-    house.sync(web1, verdicts=[{"nonce": "1" * 32, "verdict": "accepted",
-                                "run": 1, "reason": ""}])
-    house.runs(web1, house.record("queued", nonce="1" * 32))
-    house.clock.time += 31
-    assert house.sync(web1)["requests"] == []
-    assert house.ask(house.hub.request_state, house.dash, "1" * 32) == {
+    assert dashboard.sync(web1)["requests"] == [signed]
+    assert dashboard.sync(web1)[
+        "requests"] == []       # it was just handed out
+    dashboard.clock.time += 31
+    assert dashboard.sync(web1)["requests"] == [signed]
+    dashboard.sync(web1, verdicts=[{"nonce": "1" * 32, "verdict": "accepted",
+                                    "run": 1, "reason": ""}])
+    dashboard.runs(web1, dashboard.record("queued", nonce="1" * 32))
+    dashboard.clock.time += 31
+    assert dashboard.sync(web1)["requests"] == []
+    assert dashboard.ask(dashboard.hub.request_state, dashboard.dash,
+                         "1" * 32) == {
         "nonce": "1" * 32, "state": "accepted", "reason": "", "run": 1}
 
 
-def test_the_same_request_twice_is_one(house, asked):
-    again = house.do(house.hub.request, house.dash, asked, NOW)
-    assert again["state"] == "waiting"
-    assert house.rows("select count(*) from requests") == [(1,)]
-    assert house.rows("select count(*) from audit where what = 'run'") == [
+def test_the_same_request_twice_is_one(dashboard, asked):
+    reopened = dashboard.do(dashboard.hub.request, dashboard.dash, asked, NOW)
+    assert reopened["state"] == "waiting"
+    assert dashboard.rows("select count(*) from requests") == [(1,)]
+    assert dashboard.rows("select count(*) from audit where what = 'run'") == [
         (1,)]
     with refused(409):
-        house.do(house.hub.request, house.dash, request(house, tag="x"), NOW)
+        dashboard.do(dashboard.hub.request, dashboard.dash,
+                     request(dashboard, tag="x"), NOW)
 
 
-def test_a_request_that_nobody_answers_expires(house, web1, asked):
-    house.after(301)
-    assert house.sync(web1)["requests"] == []
-    house.after(5)
-    found = house.ask(house.hub.request_state, house.dash, "1" * 32)
+def test_a_request_that_nobody_answers_expires(dashboard, web1, asked):
+    dashboard.pass_time(301)
+    assert dashboard.sync(web1)["requests"] == []
+    dashboard.pass_time(5)
+    found = dashboard.ask(dashboard.hub.request_state, dashboard.dash,
+                          "1" * 32)
     assert found["state"] == "expired"
-    house.sync(web1, verdicts=[{"nonce": "1" * 32, "verdict": "accepted",
-                                "run": 1, "reason": ""}])     # it came late
-    assert house.ask(house.hub.request_state, house.dash, "1" * 32
-                     )["state"] == "accepted"
+    dashboard.sync(web1, verdicts=[{"nonce": "1" * 32, "verdict": "accepted",
+                                    "run": 1, "reason":
+                                    ""}])     # it came late
+    assert dashboard.ask(dashboard.hub.request_state, dashboard.dash, "1" * 32
+                         )["state"] == "accepted"
 
 
-def test_a_request_expires_though_the_dashboard_was_restarted(house, asked):
-    again = house.again()
-    again.after(310)
-    assert again.ask(again.hub.request_state, house.dash, "1" * 32
-                     )["state"] == "expired"
+def test_a_request_expires_though_the_dashboard_was_restarted(dashboard,
+                                                              asked):
+    reopened = dashboard.reopen()
+    reopened.pass_time(310)
+    assert reopened.ask(reopened.hub.request_state, dashboard.dash, "1" * 32
+                        )["state"] == "expired"
 
 
-def test_a_refusal_is_shown_with_its_reason(house, web1, asked):
-    house.sync(web1, verdicts=[{"nonce": "1" * 32, "verdict": "refused",
-                                "run": None, "reason": "its job changed"}])
-    row, = [row for row in house.ask(house.hub.audit, house.dash)["rows"]
+def test_a_refusal_is_shown_with_its_reason(dashboard, web1, asked):
+    dashboard.sync(web1, verdicts=[{"nonce": "1" * 32, "verdict": "refused",
+                                    "run": None, "reason": "its job changed"}])
+    row, = [row for row in dashboard.ask(dashboard.hub.audit,
+                                         dashboard.dash)["rows"]
             if row["what"] == "run"]
     assert (row["state"], row["reason"], row["label"]) == (
         "refused", "its job changed", "Backup")
     assert row["args"] == {"To": "bob", "Pin": "******"}
-    house.runs(web1, house.record(nonce="1" * 32))      # then it ran after
-    row, = [row for row in house.ask(house.hub.audit, house.dash)["rows"]
+    dashboard.runs(web1, dashboard.record(nonce="1" *
+                                          32))      # then it ran after
+    row, = [row for row in dashboard.ask(dashboard.hub.audit,
+                                         dashboard.dash)["rows"]
             if row["what"] == "run"]
     assert (row["state"], row["run"]) == ("accepted", 1)
 
 
-def test_a_verdict_of_another_host_is_nothing(house, asked):
-    other = house.join("d" * 32, "web2")
-    house.sync(other, verdicts=[{"nonce": "1" * 32, "verdict": "refused",
-                                 "run": None, "reason": "x"}])
-    assert house.ask(house.hub.request_state, house.dash, "1" * 32
-                     )["state"] == "waiting"
+def test_a_verdict_of_another_host_is_nothing(dashboard, asked):
+    other = dashboard.join("d" * 32, "web2")
+    dashboard.sync(other, verdicts=[{"nonce": "1" * 32, "verdict": "refused",
+                                     "run": None, "reason": "x"}])
+    assert dashboard.ask(dashboard.hub.request_state, dashboard.dash, "1" * 32
+                         )["state"] == "waiting"
 
 
 @pytest.mark.parametrize("fields", [
     {"dash": "0" * 16}, {"host": "d" * 32}, {"nonce": "x"}, {"do": "dance"},
     {"exp": 1}, {"exp": 2 * 10**12}, {"exp": 1.5}, {"args": {"a": 1}},
     {"user": "a\0"}, {"secrets": []}], ids=str)
-def test_a_request_that_is_odd_is_refused(house, web1, fields):
+def test_a_request_that_is_odd_is_refused(dashboard, web1, fields):
     with refused(400):
-        house.do(house.hub.request, house.dash, request(
-            house, **{"nonce": "2" * 32, **fields}), NOW)
+        dashboard.do(dashboard.hub.request, dashboard.dash, request(
+            dashboard, **{"nonce": "2" * 32, **fields}), NOW)
 
 
-def test_a_request_that_can_be_read_in_two_ways_is_refused(house, web1):
-    asked = request(house)
+def test_a_request_that_can_be_read_in_two_ways_is_refused(dashboard, web1):
+    asked = request(dashboard)
     asked["body"] = asked["body"].replace('"tag":', '"tag": "a", "tag":')
     with refused(400):
-        house.do(house.hub.request, house.dash, asked, NOW)
+        dashboard.do(dashboard.hub.request, dashboard.dash, asked, NOW)
 
 
-def test_requests_that_wait_for_one_host_have_a_limit(house, web1):
+def test_requests_that_wait_for_one_host_have_a_limit(dashboard, web1):
     for number in range(100):
-        house.do(house.hub.request, house.dash, request(
-            house, f"{number:032x}"), NOW)
+        dashboard.do(dashboard.hub.request, dashboard.dash, request(
+            dashboard, f"{number:032x}"), NOW)
     with refused(429):
-        house.do(house.hub.request, house.dash, request(house, "f" * 32),
-                 NOW)
+        dashboard.do(dashboard.hub.request, dashboard.dash, request(dashboard,
+                                                                    "f" * 32),
+                     NOW)
 
 
-def test_the_audit_is_turned_over_page_by_page(house):
+def test_the_audit_is_turned_over_page_by_page(dashboard):
     for number in range(230):       # all at one moment
-        house.hub.record(house.hub.db, 1, NOW, "check", label=str(number))
+        dashboard.hub.record(dashboard.hub.db, 1, NOW, "check",
+                             label=str(number))
     seen, before = [], None
     while True:
-        page = house.ask(house.hub.audit, house.dash, before)
+        page = dashboard.ask(dashboard.hub.audit, dashboard.dash, before)
         seen += [int(row["label"]) for row in page["rows"]]
         if not page["more"]:
             break
@@ -917,96 +912,99 @@ def test_the_audit_is_turned_over_page_by_page(house):
 # Finding
 # ==========================================================================
 
-def written(house, web1, text: str, **fields) -> int:
+def written(dashboard, web1, text: str, **fields) -> int:
     """A run that wrote this; its id."""
     data = frames(text)
-    record = house.record(size=len(data), **fields)
-    house.runs(web1, record)
-    house.sync(web1, outputs=[piece(record["run"], 0, data)])
-    return house.rows("select max(id) from runs")[0][0]
+    record = dashboard.record(size=len(data), **fields)
+    dashboard.runs(web1, record)
+    dashboard.sync(web1, outputs=[piece(record["run"], 0, data)])
+    return dashboard.rows("select max(id) from runs")[0][0]
 
 
-def found(house, text: str, *more) -> list:
-    hits = house.ask(house.hub.search, house.dash, text, *more)["hits"]
+def found(dashboard, text: str, *more) -> list:
+    hits = dashboard.ask(dashboard.hub.search, dashboard.dash, text,
+                         *more)["hits"]
     return [(hit["run"]["id"], hit["line"]) for hit in hits]
 
 
 @pytest.mark.parametrize("index", ["trigram", "words", ""])
-def test_a_text_is_found_in_all_outputs(house, web1, index):
-    house.hub.db.execute("drop table found")
+def test_a_text_is_found_in_all_outputs(dashboard, web1, index):
+    dashboard.hub.db.execute("drop table found")
     if index:
-        house.hub.db.execute(
+        dashboard.hub.db.execute(
             "create virtual table found using fts5(text, content='', "
             f"tokenize='{'unicode61' if index == 'words' else index}')")
-    house.hub.index = index
-    written(house, web1, "nothing here\n")
-    one = written(house, web1, "a\nThe Needle's eye\nb\n", tag="crawl")
-    two = written(house, web1, "x\n\x1b[31mneed\x1b[0mle 'quote\" %_\n")
+    dashboard.hub.index = index
+    written(dashboard, web1, "nothing here\n")
+    one = written(dashboard, web1, "a\nThe Needle's eye\nb\n", tag="crawl")
+    two = written(dashboard, web1, "x\n\x1b[31mneed\x1b[0mle 'quote\" %_\n")
     for _ in range(2):      # before and after they are in the index
-        assert found(house, "NEEDLE") == [(two, "needle 'quote\" %_"),
-                                          (one, "The Needle's eye")]
-        assert found(house, "needle", 2) == [(one, "The Needle's eye")]
-        assert found(house, "needle", None, two) == [
+        assert found(dashboard, "NEEDLE") == [(two, "needle 'quote\" %_"),
+                                              (one, "The Needle's eye")]
+        assert found(dashboard, "needle", 2) == [(one, "The Needle's eye")]
+        assert found(dashboard, "needle", None, two) == [
             (one, "The Needle's eye")]
-        assert found(house, "zebra") == []
-        assert found(house, "needle 'quote\"") == [(two,
-                                                    "needle 'quote\" %_")]
-        house.rest()
+        assert found(dashboard, "zebra") == []
+        assert found(dashboard, "needle 'quote\"") == [(two,
+                                                        "needle 'quote\" %_")]
+        dashboard.run_chores()
 
 
 @pytest.mark.parametrize("text", ['"', "a* OR", "NEAR(", "text:", "%%", "--",
                                   "^x", "') --"])
-def test_no_text_is_an_order_to_the_index(house, web1, text):
-    run = written(house, web1, f"left {text} right\n")
-    house.rest()
+def test_no_text_is_an_order_to_the_index(dashboard, web1, text):
+    run = written(dashboard, web1, f"left {text} right\n")
+    dashboard.run_chores()
     if len(text) > 1:
-        assert found(house, text) == [(run, f"left {text} right")]
+        assert found(dashboard, text) == [(run, f"left {text} right")]
 
 
-def test_the_chunk_of_a_hit_is_named(house, web1):
+def test_the_chunk_of_a_hit_is_named(dashboard, web1):
     data = [frames("one\n" * 9), frames("two needle\n")]
-    house.runs(web1, house.record(size=sum(map(len, data))))
-    house.sync(web1, outputs=[piece(1, 0, data[0])])
-    house.sync(web1, outputs=[piece(1, len(data[0]), data[1])])
-    hit, = house.ask(house.hub.search, house.dash, "needle")["hits"]
+    dashboard.runs(web1, dashboard.record(size=sum(map(len, data))))
+    dashboard.sync(web1, outputs=[piece(1, 0, data[0])])
+    dashboard.sync(web1, outputs=[piece(1, len(data[0]), data[1])])
+    hit, = dashboard.ask(dashboard.hub.search, dashboard.dash,
+                         "needle")["hits"]
     assert hit["at"] == len(data[0])
 
 
-def test_long_output_is_read_by_and_by_head_and_tail(house, web1):
+def test_long_output_is_read_by_and_by_head_and_tail(dashboard, web1):
     text = "first needle\n" + "x" * 79 + "\n"
-    written(house, web1, text + ("y" * 79 + "\n") * 9000 + "last needle\n")
+    written(dashboard, web1, text + ("y" * 79 + "\n") * 9000 + "last needle\n")
     steps = 0
-    while house.rows("select * from unread"):
-        house.hub.group([(house.hub.read_output, (), None)])
+    while dashboard.rows("select * from unread"):
+        dashboard.hub.group([(dashboard.hub.read_output, (), None)])
         steps += 1
     assert 20 < steps <= 64
-    assert found(house, "last needle")[0][0] == 1
-    assert found(house, "first needle")[0][0] == 1
+    assert found(dashboard, "last needle")[0][0] == 1
+    assert found(dashboard, "first needle")[0][0] == 1
 
 
-def test_a_damaged_index_costs_time_and_nothing_else(house, web1):
-    written(house, web1, "one needle\n")
-    house.rest()
-    house.do(lambda db: db.execute("update found_data set block = x'a5'"))
-    written(house, web1, "two needle\n")
-    house.rest()
+def test_a_damaged_index_costs_time_and_nothing_else(dashboard, web1):
+    written(dashboard, web1, "one needle\n")
+    dashboard.run_chores()
+    dashboard.do(lambda db: db.execute("update found_data set block = x'a5'"))
+    written(dashboard, web1, "two needle\n")
+    dashboard.run_chores()
     try:
-        found(house, "needle")
+        found(dashboard, "needle")
     except Error as error:
         assert error.status == 500
-    assert [run for run, _ in found(house, "needle")] == [2, 1]
-    house.clock.time += 500 * 86_400
-    house.rest()
-    assert house.hub.broken == ""
+    assert [run for run, _ in found(dashboard, "needle")] == [2, 1]
+    dashboard.clock.time += 500 * 86_400
+    dashboard.run_chores()
+    assert dashboard.hub.broken == ""
 
 
-def test_a_hundred_hits_come_in_pages(house, web1):
+def test_a_hundred_hits_come_in_pages(dashboard, web1):
     for number in range(45):
-        written(house, web1, f"needle {number}\n")
-    house.rest()
+        written(dashboard, web1, f"needle {number}\n")
+    dashboard.run_chores()
     seen, before, more = [], None, True
     while more:
-        page = house.ask(house.hub.search, house.dash, "needle", None, before)
+        page = dashboard.ask(dashboard.hub.search, dashboard.dash, "needle",
+                             None, before)
         seen += [hit["run"]["id"] for hit in page["hits"]]
         before, more = seen[-1], page["more"]
     assert seen == list(range(45, 0, -1))
@@ -1016,111 +1014,116 @@ def test_a_hundred_hits_come_in_pages(house, web1):
 # Forgetting
 # ==========================================================================
 
-def test_runs_beyond_the_limit_are_thinned_out(house, web1, monkeypatch):
+def test_runs_beyond_the_limit_are_thinned_out(dashboard, web1, monkeypatch):
     monkeypatch.setattr(koitab, "KEEP_RUNS", 10)
-    house.runs(web1, *[house.record() for _ in range(30)],
-               *[house.record(tag="crawl") for _ in range(5)])
-    house.rest()
-    assert house.rows("select job, count(*), min(id) from runs group by job"
-                      ) == [(1, 10, 21), (2, 5, 31)]
+    dashboard.runs(web1, *[dashboard.record() for _ in range(30)],
+                   *[dashboard.record(tag="crawl") for _ in range(5)])
+    dashboard.run_chores()
+    assert dashboard.rows(
+        "select job, count(*), min(id) from runs group by job"
+                          ) == [(1, 10, 21), (2, 5, 31)]
 
 
-def test_old_runs_and_outputs_go_and_failed_ones_later(house, web1):
-    good = written(house, web1, "needle good\n")
-    bad = written(house, web1, "needle bad\n", exit=1)
-    house.rest()
+def test_old_runs_and_outputs_go_and_failed_ones_later(dashboard, web1):
+    good = written(dashboard, web1, "needle good\n")
+    bad = written(dashboard, web1, "needle bad\n", exit=1)
+    dashboard.run_chores()
     for days, outputs, runs in ((89, {good, bad}, 2), (91, {bad}, 2),
                                 (179, {bad}, 2), (181, set(), 2),
                                 (401, set(), 0)):
-        house.clock.time = NOW + days * 86_400
-        house.rest()
-        assert {run for run, in house.rows("select run from outputs")
+        dashboard.clock.time = NOW + days * 86_400
+        dashboard.run_chores()
+        assert {run for run, in dashboard.rows("select run from outputs")
                 } == outputs, days
-        assert {run for run, _ in found(house, "needle")} == outputs
-        assert house.rows("select count(*) from runs") == [(runs,)]
-    assert house.rows("select count(*) from found where found match 'needle'"
-                      ) == house.rows("select count(*) from found where found "
-                                      "match '\"eedle g\"'") == [(0,)]
-    assert house.sync(web1)["owed"] == []
+        assert {run for run, _ in found(dashboard, "needle")} == outputs
+        assert dashboard.rows("select count(*) from runs") == [(runs,)]
+    assert dashboard.rows(
+        "select count(*) from found where found match 'needle'"
+                          ) == dashboard.rows(
+                              "select count(*) from found where found "
+                                              "match '\"eedle g\"'") == [(0,)]
+    assert dashboard.sync(web1)["owed"] == []
 
 
-def test_pages_that_nobody_needs_are_given_back(house, web1, monkeypatch):
+def test_pages_that_nobody_needs_are_given_back(dashboard, web1, monkeypatch):
     monkeypatch.setattr(koitab, "FREE_PAGES", 50)
     for _ in range(3):
-        written(house, web1, ("x" * 7999 + "\n") * 120)
-    size = house.hub.one("pragma page_count")
-    house.clock.time += 100 * 86_400
-    house.rest()
-    house.clock.time += 301
-    house.rest()
-    assert house.hub.one("pragma freelist_count") <= 50
-    assert house.hub.one("pragma page_count") < size / 2
+        written(dashboard, web1, ("x" * 7999 + "\n") * 120)
+    size = dashboard.hub.one("pragma page_count")
+    dashboard.clock.time += 100 * 86_400
+    dashboard.run_chores()
+    dashboard.clock.time += 301
+    dashboard.run_chores()
+    assert dashboard.hub.one("pragma freelist_count") <= 50
+    assert dashboard.hub.one("pragma page_count") < size / 2
 
 
-def test_small_steps_even_when_much_is_old(house, web1):
+def test_small_steps_even_when_much_is_old(dashboard, web1):
     for _ in range(3):
-        house.runs(web1, *[house.record() for _ in range(1000)])
-    house.clock.time += 500 * 86_400
-    house.hub.group([(house.hub.forget_old, (), None)])
-    assert house.rows("select count(*) from runs") == [(2000,)]
+        dashboard.runs(web1, *[dashboard.record() for _ in range(1000)])
+    dashboard.clock.time += 500 * 86_400
+    dashboard.hub.group([(dashboard.hub.forget_old, (), None)])
+    assert dashboard.rows("select count(*) from runs") == [(2000,)]
 
 
 def test_a_job_that_is_forgotten_is_hidden_at_once_and_then_removed(
-        house, web1):
-    house.runs(web1, house.record(), house.record(tag="crawl"))
-    house.sync(web1, list=house.list_of(web1, spec("crawl")))
+        dashboard, web1):
+    dashboard.runs(web1, dashboard.record(), dashboard.record(tag="crawl"))
+    dashboard.sync(web1, list=dashboard.list_of(web1, spec("crawl")))
     with refused(409):
-        house.do(house.hub.forget, house.dash, {"job": 2}, NOW)
-    house.do(house.hub.forget, house.dash, {"job": 1}, NOW)
-    assert [job["id"] for job in house.state["jobs"]] == [2]
+        dashboard.do(dashboard.hub.forget, dashboard.dash, {"job": 2}, NOW)
+    dashboard.do(dashboard.hub.forget, dashboard.dash, {"job": 1}, NOW)
+    assert [job["id"] for job in dashboard.state["jobs"]] == [2]
     with refused(404):
-        house.ask(house.hub.run, house.dash, 1)
-    house.runs(web1, house.record())        # it comes back: a new one
-    assert [job["id"] for job in house.state["jobs"]] == [2, 3]
-    house.clock.time += 61
-    house.rest()
-    assert house.rows("select job from runs order by id") == [(2,), (3,)]
-    assert house.rows("select id from jobs") == [(2,), (3,)]
+        dashboard.ask(dashboard.hub.run, dashboard.dash, 1)
+    dashboard.runs(web1, dashboard.record())        # it comes back: a new one
+    assert [job["id"] for job in dashboard.state["jobs"]] == [2, 3]
+    dashboard.clock.time += 61
+    dashboard.run_chores()
+    assert dashboard.rows("select job from runs order by id") == [(2,), (3,)]
+    assert dashboard.rows("select id from jobs") == [(2,), (3,)]
 
 
-def test_a_host_that_is_forgotten_is_gone_with_all_it_told(house, web1):
-    house.runs(web1, house.record())
-    house.do(house.hub.forget, house.dash, {"host": HOST}, NOW)
-    assert house.state["hosts"] == house.state["jobs"] == []
-    assert house.hub.key_of(koitab.digest_of("token of " + HOST)) is None
+def test_a_host_that_is_forgotten_is_gone_with_all_it_told(dashboard, web1):
+    dashboard.runs(web1, dashboard.record())
+    dashboard.do(dashboard.hub.forget, dashboard.dash, {"host": HOST}, NOW)
+    assert dashboard.state["hosts"] == dashboard.state["jobs"] == []
+    assert dashboard.hub.key_of(koitab.digest_of("token of " + HOST)) is None
     with pytest.raises(Error):
-        house.sync(web1)
-    house.clock.time += 61
-    house.rest()
-    assert house.rows("select (select count(*) from runs), (select count(*) "
-                      "from hosts), (select count(*) from jobs)") == [
-                          (0, 0, 0)]
-    house.runs(house.join(), house.record())        # and may join again
-    assert len(house.state["hosts"]) == 1
+        dashboard.sync(web1)
+    dashboard.clock.time += 61
+    dashboard.run_chores()
+    assert dashboard.rows(
+        "select (select count(*) from runs), (select count(*) "
+                          "from hosts), (select count(*) from jobs)") == [
+                              (0, 0, 0)]
+    dashboard.runs(dashboard.join(),
+                   dashboard.record())        # and may join again
+    assert len(dashboard.state["hosts"]) == 1
 
 
-def test_a_host_that_left_keeps_its_history(house, web1):
-    house.runs(web1, house.record())
-    house.do(house.hub.remove_host, house.dash, HOST, NOW)
-    assert house.hub.key_of(koitab.digest_of("token of " + HOST)) is None
-    assert house.state["hosts"][0]["state"] == "left"
-    assert house.job()["gone"] and len(house.job()["strip"]) == 1
-    house.after(500)
-    assert house.state["alerts"] == []
-    house.runs(house.join(), house.record())
-    assert house.state["hosts"][0]["state"] == "up"
-    assert len(house.job()["strip"]) == 2
+def test_a_host_that_left_keeps_its_history(dashboard, web1):
+    dashboard.runs(web1, dashboard.record())
+    dashboard.do(dashboard.hub.remove_host, dashboard.dash, HOST, NOW)
+    assert dashboard.hub.key_of(koitab.digest_of("token of " + HOST)) is None
+    assert dashboard.state["hosts"][0]["state"] == "left"
+    assert dashboard.job()["gone"] and len(dashboard.job()["strip"]) == 1
+    dashboard.pass_time(500)
+    assert dashboard.state["alerts"] == []
+    dashboard.runs(dashboard.join(), dashboard.record())
+    assert dashboard.state["hosts"][0]["state"] == "up"
+    assert len(dashboard.job()["strip"]) == 2
 
 
 def test_many_threads_read_while_one_writes(tmp_path):
-    house = House(tmp_path / "d.db", koitab.Clock())
-    web1, faults = house.join(), []
-    house.hub.start()
+    dashboard = InProcessDashboard(tmp_path / "d.db", koitab.Clock())
+    web1, faults = dashboard.join(), []
+    dashboard.hub.start()
 
     def look():
         try:
             for _ in range(30):
-                strip = [run for job in house.state["jobs"]
+                strip = [run for job in dashboard.state["jobs"]
                          for run in job["strip"]]
                 assert [run[0] for run in strip] == sorted(
                     run[0] for run in strip)
@@ -1131,12 +1134,12 @@ def test_many_threads_read_while_one_writes(tmp_path):
     for thread in threads:
         thread.start()
     for _ in range(40):
-        house.hub.do(house.hub.sync, web1, {
+        dashboard.hub.do(dashboard.hub.sync, web1, {
             "v": 1, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
-            "records": [house.record()]}, house.now)
+            "records": [dashboard.record()]}, dashboard.now)
     for thread in threads:
         thread.join()
-    strip = house.job()["strip"]
-    house.hub.stop()
+    strip = dashboard.job()["strip"]
+    dashboard.hub.stop()
     assert faults == [] and [entry[0] for entry in strip] == list(
         range(1, 41))

@@ -12,7 +12,6 @@ import pytest
 
 import page_server
 import support
-from browser import Browser
 
 koitab = support.load("koitab")
 PARTS = {name: getattr(koitab, name)
@@ -107,15 +106,16 @@ def test_functions_are_short_enough_to_be_read():
 
 
 @pytest.fixture(scope="module")
-def page():
-    with page_server.Server(empty=True) as server, Browser() as browser:
-        browser.go(server.url)
+def login_page(browser):
+    """The page before the login, for its functions."""
+    with page_server.Server(empty=True) as stand_in:
+        browser.go(stand_in.url)
         browser.find("#secret")
         yield browser
 
 
-def test_the_keys_of_a_password_are_those_of_section_keys(page):
-    keys = page.js("""
+def test_the_keys_of_a_password_are_those_of_section_keys(login_page):
+    keys = login_page.js("""
         const [password, salt] = arguments;
         return derive(password, salt, 600000).then((keys) => ({
             api: hex(keys.api), view: hex(keys.view), run: hex(keys.run)}));
@@ -123,38 +123,39 @@ def test_the_keys_of_a_password_are_those_of_section_keys(page):
     assert keys == {name: VECTOR[name] for name in ("api", "view", "run")}
 
 
-def test_a_password_is_the_same_however_it_was_typed(page):
+def test_a_password_is_the_same_however_it_was_typed(login_page):
     assert unicodedata.normalize("NFC", VECTOR["password_apart"]) \
         != VECTOR["password_apart"]
-    assert page.js("return derive(arguments[0], arguments[1], 600000)"
-                   ".then((keys) => hex(keys.api))",
-                   VECTOR["password_apart"], VECTOR["salt"]) == \
+    assert login_page.js("return derive(arguments[0], arguments[1], 600000)"
+                         ".then((keys) => hex(keys.api))",
+                         VECTOR["password_apart"], VECTOR["salt"]) == \
         VECTOR["api_apart"]
 
 
-def test_the_twin_in_plain_javascript_comes_to_the_same(page):
+def test_the_twin_in_plain_javascript_comes_to_the_same(login_page):
     """In the worker that a page without a secure context uses."""
-    root = page.js("return rootByWorker(utf8(arguments[0]), "
-                   "unhex(arguments[1]), 600000, (part) => { window.part = "
-                   "part; }).then((root) => hex(hmac(root, "
-                   "utf8('koi-api-v1'))))", VECTOR["password"],
-                   VECTOR["salt"])
+    root = login_page.js("return rootByWorker(utf8(arguments[0]), "
+                         "unhex(arguments[1]), 600000, (part) => { "
+                         "window.part = part; }).then((root) => hex(hmac("
+                         "root, utf8('koi-api-v1'))))", VECTOR["password"],
+                         VECTOR["salt"])
     assert root == VECTOR["api"]
-    assert 0.9 < page.js("return window.part") < 1      # it told how far
-    assert page.console() == []
+    assert 0.9 < login_page.js("return window.part") < 1      # it told how far
+    assert login_page.faults() == []
 
 
 @pytest.mark.parametrize("salt, rounds", [
     ("00" * 16, 599_999), ("00" * 16, 10_000_001), ("00" * 8, 600_000),
     ("", 600_000), ("zz" * 16, 600_000), ("00" * 16, 600_000.5)])
-def test_a_dashboard_that_wants_weak_keys_gets_none(page, salt, rounds):
-    assert page.js("return derive('a password', ...arguments).then(() => "
-                   "'derived', (error) => error.message)", salt, rounds
-                   ) == "This dashboard asks for keys that would be weak."
+def test_a_dashboard_that_wants_weak_keys_gets_none(login_page, salt, rounds):
+    assert login_page.js(
+        "return derive('a password', ...arguments).then(() => 'derived', "
+        "(error) => error.message)", salt, rounds) == (
+            "This dashboard asks for keys that would be weak.")
 
 
-def test_signatures_are_those_of_section_keys(page):
-    found = page.js("""
+def test_signatures_are_those_of_section_keys(login_page):
+    found = login_page.js("""
         const key = hostKey(unhex(arguments[0].run), arguments[0].host);
         return {host_key: hex(key), key_id: keyId(key),
             run_mac: runMac(key, arguments[0].body),
@@ -165,9 +166,9 @@ def test_signatures_are_those_of_section_keys(page):
 
 
 @pytest.mark.parametrize("size", [0, 1, 55, 56, 63, 64, 65, 119, 120, 1000])
-def test_sha256_is_sha256_at_each_border(page, size):
+def test_sha256_is_sha256_at_each_border(login_page, size):
     text = "a" * size
-    assert page.js("return digest(arguments[0])", text) == \
+    assert login_page.js("return digest(arguments[0])", text) == \
         sha256(text.encode()).hexdigest()
 
 
@@ -184,30 +185,30 @@ TYPES = [("string", ()), ("text", ()), ("int", ()), ("bool", ()),
 
 
 @pytest.mark.parametrize("kind, choices", TYPES)
-def test_a_value_is_refused_with_the_words_of_section_tab(page, kind,
+def test_a_value_is_refused_with_the_words_of_section_tab(login_page, kind,
                                                           choices):
     param = koitab.Param("x", kind, None, choices)
     expected = [param.refusal(value) for value in VALUES]
-    assert page.js("return arguments[1].map((value) => refusalOfValue("
-                   "arguments[0], value))", {"type": kind, "choices":
-                                             list(choices)}, VALUES
-                   ) == expected
+    assert login_page.js("return arguments[1].map((value) => refusalOfValue("
+                         "arguments[0], value))", {"type": kind, "choices":
+                                                   list(choices)}, VALUES
+                         ) == expected
 
 
-def test_half_a_letter_is_refused(page):
-    assert page.js(r"return ['\ud800', 'a\udc00', '\udc00\ud800']"
-                   ".map((value) => refusalOfValue({type: 'string'}, value))"
-                   ) == ["it is not UTF-8"] * 3
+def test_half_a_letter_is_refused(login_page):
+    assert login_page.js(
+        r"return ['\ud800', 'a\udc00', '\udc00\ud800'].map((value) => "
+        "refusalOfValue({type: 'string'}, value))") == ["it is not UTF-8"] * 3
 
 
-def test_a_request_is_believed_and_its_secret_unveiled(page):
+def test_a_request_is_believed_and_its_secret_unveiled(login_page):
     """From the page's signature to koid's judgement, byte by byte."""
     spec = {"user": "ann", "tag": "0a" * 6, "params": [
         {"name": "__proto__", "type": "string"},
         {"name": "Emoji \U0001f603", "type": "bool"},
         {"name": "Token", "type": "secret"}]}
     text = json.dumps(spec, ensure_ascii=False)
-    sent = page.js("""
+    sent = login_page.js("""
         const [spec, text, vector] = arguments;
         session.keys = {run: unhex(vector.run)};
         session.dash = "d0".repeat(8);
@@ -235,18 +236,19 @@ def test_a_request_is_believed_and_its_secret_unveiled(page):
     (60, "1 min"), (61, "1 min 1 s"), (3500, "58 min"), (3599, "1 h"),
     (3600, "1 h"),
     (5400, "1 h 30 min"), (86400, "1 d"), (90000, "1 d 1 h")])
-def test_how_long_something_took_in_words(page, seconds, words):
-    assert page.js("return lasting(arguments[0])", seconds) == words
+def test_how_long_something_took_in_words(login_page, seconds, words):
+    assert login_page.js("return lasting(arguments[0])", seconds) == words
 
 
 @pytest.mark.parametrize("old, new, expected", [
     ("abc", "abc", " a b c"), ("", "a", "+a"), ("a", "", "-a"),
     ("abcd", "abxd", " a b-c+x d"), ("abc", "xabcy", "+x a b c+y"),
     ("aaa", "aa", None), ("abcabba", "cbabac", None)])
-def test_a_difference_turns_the_old_lines_into_the_new(page, old, new,
+def test_a_difference_turns_the_old_lines_into_the_new(login_page, old, new,
                                                        expected):
-    found = page.js("return difference([...arguments[0]], [...arguments[1]],"
-                    " (a, b) => a === b)", old, new)
+    found = login_page.js(
+        "return difference([...arguments[0]], [...arguments[1]],"
+                          " (a, b) => a === b)", old, new)
     assert "".join(x for sign, x in found if sign != "+") == old
     assert "".join(x for sign, x in found if sign != "-") == new
     if expected is not None:
@@ -254,8 +256,8 @@ def test_a_difference_turns_the_old_lines_into_the_new(page, old, new,
         assert sorted(got) == sorted(expected)
 
 
-def test_a_difference_of_thousands_of_lines_is_quick_or_given_up(page):
-    took, same, far = page.js("""
+def test_a_difference_of_thousands_of_lines_is_quick_or_given_up(login_page):
+    took, same, far = login_page.js("""
         const a = Array.from({length: 4000}, (_, i) => "line " + i);
         const b = a.map((line, i) => i % 40 ? line : "new " + i);
         const begun = performance.now(), equal = (x, y) => x === y;

@@ -15,62 +15,59 @@ import time
 import pytest
 
 import support
-from houses import HOST, NOW, House, frames, piece, spec
-from test_koitab_hub import refused
+from dashboard_rig import (HOST, NOW, InProcessDashboard, frames, piece,
+                           refused, spec)
 
 koitab = support.load("koitab")
 DAY, HOUR = 86_400, 3600
 
 
+pytestmark = pytest.mark.usefixtures("small_ballast")
+
+
 @pytest.fixture(autouse=True)
-def small_ballast(monkeypatch):
-    monkeypatch.setattr(koitab, "BALLAST", 65_536)
+def mail_channel(dashboard):
+    """Somebody is notified."""
+    dashboard.channel()
 
 
 @pytest.fixture
-def house(tmp_path):
-    house = House(tmp_path / "dashboard.db")
-    house.channel()
-    yield house
-    house.hub.close()
-
-
-@pytest.fixture
-def web1(house):
-    web1 = house.join()
-    house.sync(web1, list=house.list_of(web1, spec(), spec("crawl")))
+def web1(dashboard, web1):
+    """A host that has sent its list of two jobs."""
+    dashboard.sync(web1, list=dashboard.list_of(web1, spec(), spec("crawl")))
     return web1
 
 
-def alive(house, access, seconds: float) -> None:
+def alive(dashboard, access, seconds: float) -> None:
     """Time passes, and the host polls."""
     while seconds > 0:
-        house.after(min(20, seconds))
-        house.sync(access)
+        dashboard.pass_time(min(20, seconds))
+        dashboard.sync(access)
         seconds -= 20
 
 
-def kinds(house) -> list[str]:
-    return sorted(alert["kind"] for alert in house.state["alerts"])
+def kinds(dashboard) -> list[str]:
+    return sorted(alert["kind"] for alert in dashboard.state["alerts"])
 
 
 # ==========================================================================
 # Jobs
 # ==========================================================================
 
-def test_a_failure_is_told_once_and_its_end_too(house, web1):
-    house.runs(web1, house.record(exit=1))
-    assert house.told() == ["Night/Backup on web1 failed"]
-    house.runs(web1, house.record(exit=2))
-    house.runs(web1, house.record(exit=3))
-    assert house.told() == []
-    assert house.state["alerts"][0]["text"] == \
+def test_a_failure_is_told_once_and_its_end_too(dashboard, web1):
+    dashboard.runs(web1, dashboard.record(exit=1))
+    assert dashboard.take_notifications() == ["Night/Backup on web1 failed"]
+    dashboard.runs(web1, dashboard.record(exit=2))
+    dashboard.runs(web1, dashboard.record(exit=3))
+    assert dashboard.take_notifications() == []
+    assert dashboard.state["alerts"][0]["text"] == \
         "Night/Backup on web1: exit status 3, 3 times in a row"
-    house.runs(web1, house.record())
-    assert house.told() == ["Night/Backup on web1 works again"]
-    assert kinds(house) == []
-    house.runs(web1, house.record())
-    assert house.told() == []
+    dashboard.runs(web1, dashboard.record())
+    assert dashboard.take_notifications() == [
+        "Night/Backup on web1 works again"]
+    assert kinds(dashboard) == []
+    dashboard.runs(web1, dashboard.record())
+    assert dashboard.take_notifications() == []
 
 
 @pytest.mark.parametrize("fields, words", [
@@ -79,205 +76,222 @@ def test_a_failure_is_told_once_and_its_end_too(house, web1):
     ({"state": "interrupted"}, "interrupted"),
     ({"state": "unstartable", "reason": "no such \x1b[31m user"},
      r"no such \x1b[31m user")])
-def test_how_it_failed_is_told(house, web1, fields, words):
-    house.runs(web1, {**house.record(), **fields})
-    assert house.state["alerts"][0]["text"] == f"Night/Backup on web1: {words}"
+def test_how_it_failed_is_told(dashboard, web1, fields, words):
+    dashboard.runs(web1, {**dashboard.record(), **fields})
+    assert dashboard.state["alerts"][0][
+        "text"] == f"Night/Backup on web1: {words}"
 
 
-def test_the_letter_waits_for_the_output_but_not_for_ever(house, web1):
+def test_the_letter_waits_for_the_output_but_not_for_ever(dashboard, web1):
     data = frames("it broke\n", 2)
-    house.runs(web1, house.record(exit=1, size=len(data)))
-    due = house.hub.letters_due
-    assert house.ask(due, house.now) == []
-    assert len(house.ask(due, house.now + 15)) == 1
-    house.sync(web1, outputs=[piece(1, 0, data)])
-    letter, = house.ask(due, house.now)
+    dashboard.runs(web1, dashboard.record(exit=1, size=len(data)))
+    due = dashboard.hub.letters_due
+    assert dashboard.ask(due, dashboard.now) == []
+    assert len(dashboard.ask(due, dashboard.now + 15)) == 1
+    dashboard.sync(web1, outputs=[piece(1, 0, data)])
+    letter, = dashboard.ask(due, dashboard.now)
     assert letter["text"].endswith("exit status 1\n\nit broke")
 
 
-def test_old_failures_that_come_late_are_shown_and_not_told(house, web1):
+def test_old_failures_that_come_late_are_shown_and_not_told(dashboard, web1):
     old = NOW - 2 * DAY
-    house.runs(web1, house.record(exit=1, due=old, started=old, ended=old))
-    assert house.told() == [] and house.job()["state"] == "failed"
+    dashboard.runs(web1, dashboard.record(exit=1, due=old, started=old,
+                                          ended=old))
+    assert dashboard.take_notifications() == [] and dashboard.job()[
+        "state"] == "failed"
 
 
-def test_a_job_is_late_when_its_host_is_there_and_says_nothing(house, web1):
-    house.sync(web1, next={"root\nbackup": NOW + 100})
-    alive(house, web1, 189)
-    assert house.told() == []
-    alive(house, web1, 21)
-    assert house.told() == ["Night/Backup on web1 is late"]
-    assert house.job()["state"] == "late"
-    alive(house, web1, 600)
-    assert house.told() == []
-    house.runs(web1, house.record("running", next=NOW + DAY))
-    assert house.told() == ["Night/Backup on web1 is not late"]
-    assert house.job()["state"] == "running"
+def test_a_job_is_late_when_its_host_is_there_and_says_nothing(dashboard,
+                                                               web1):
+    dashboard.sync(web1, next={"root\nbackup": NOW + 100})
+    alive(dashboard, web1, 189)
+    assert dashboard.take_notifications() == []
+    alive(dashboard, web1, 21)
+    assert dashboard.take_notifications() == ["Night/Backup on web1 is late"]
+    assert dashboard.job()["state"] == "late"
+    alive(dashboard, web1, 600)
+    assert dashboard.take_notifications() == []
+    dashboard.runs(web1, dashboard.record("running", next=NOW + DAY))
+    assert dashboard.take_notifications() == [
+        "Night/Backup on web1 is not late"]
+    assert dashboard.job()["state"] == "running"
 
 
-def test_a_job_that_starts_in_time_is_not_late(house, web1):
-    house.sync(web1, next={"root\nbackup": NOW + 100})
-    alive(house, web1, 120)
-    house.runs(web1, house.record("running", due=NOW + 100,
-                                  next=NOW + 100 + DAY))
-    alive(house, web1, 600)
-    assert house.told() == []
+def test_a_job_that_starts_in_time_is_not_late(dashboard, web1):
+    dashboard.sync(web1, next={"root\nbackup": NOW + 100})
+    alive(dashboard, web1, 120)
+    dashboard.runs(web1, dashboard.record("running", due=NOW + 100,
+                                          next=NOW + 100 + DAY))
+    alive(dashboard, web1, 600)
+    assert dashboard.take_notifications() == []
 
 
 @pytest.mark.parametrize("fields", [
     {"next": None}, {"next": NOW + 100}])       # a koid that says no more
-def test_a_record_of_the_start_is_enough(house, web1, fields):
-    house.sync(web1, next={"root\nbackup": NOW + 100})
-    alive(house, web1, 120)
-    house.runs(web1, house.record("running", due=NOW + 100, **fields))
-    alive(house, web1, 600)
-    assert house.told() == []
+def test_a_record_of_the_start_is_enough(dashboard, web1, fields):
+    dashboard.sync(web1, next={"root\nbackup": NOW + 100})
+    alive(dashboard, web1, 120)
+    dashboard.runs(web1, dashboard.record("running", due=NOW + 100, **fields))
+    alive(dashboard, web1, 600)
+    assert dashboard.take_notifications() == []
 
 
-def test_a_job_that_left_its_tab_is_not_late(house, web1):
-    house.sync(web1, next={"root\nbackup": NOW + 100})
-    house.sync(web1, list=house.list_of(web1, spec("crawl")))
-    alive(house, web1, 600)
-    assert house.told() == []
+def test_a_job_that_left_its_tab_is_not_late(dashboard, web1):
+    dashboard.sync(web1, next={"root\nbackup": NOW + 100})
+    dashboard.sync(web1, list=dashboard.list_of(web1, spec("crawl")))
+    alive(dashboard, web1, 600)
+    assert dashboard.take_notifications() == []
 
 
-def test_a_job_is_late_by_the_clock_of_its_host(house, web1):
+def test_a_job_is_late_by_the_clock_of_its_host(dashboard, web1):
     """It is ten minutes behind: so is what it says of the next start."""
     def pass_time(rounds: int) -> None:
         for _ in range(rounds):
-            house.after(20)
-            house.sync(web1, now=house.now - 600)
+            dashboard.pass_time(20)
+            dashboard.sync(web1, now=dashboard.now - 600)
 
-    house.sync(web1, now=NOW - 600, next={"root\nbackup": NOW - 550})
+    dashboard.sync(web1, now=NOW - 600, next={"root\nbackup": NOW - 550})
     pass_time(6)
-    assert house.told() == []
+    assert dashboard.take_notifications() == []
     pass_time(2)
-    assert house.told() == ["Night/Backup on web1 is late"]
+    assert dashboard.take_notifications() == ["Night/Backup on web1 is late"]
 
 
-def test_what_was_missed_is_told_until_it_runs_again(house, web1):
-    house.runs(web1, house.record("missed", count=8, reason="it was off"))
-    assert house.told() == ["Night/Backup on web1 was missed"]
-    assert house.state["alerts"][0]["text"] == "8 starts missed: it was off"
-    house.runs(web1, house.record("missed"))
-    assert house.told() == []
-    house.runs(web1, house.record())
-    assert house.told() == ["Night/Backup on web1 runs again"]
+def test_what_was_missed_is_told_until_it_runs_again(dashboard, web1):
+    dashboard.runs(web1, dashboard.record("missed", count=8,
+                                          reason="it was off"))
+    assert dashboard.take_notifications() == [
+        "Night/Backup on web1 was missed"]
+    assert dashboard.state["alerts"][0][
+        "text"] == "8 starts missed: it was off"
+    dashboard.runs(web1, dashboard.record("missed"))
+    assert dashboard.take_notifications() == []
+    dashboard.runs(web1, dashboard.record())
+    assert dashboard.take_notifications() == [
+        "Night/Backup on web1 runs again"]
 
 
-def twenty(house, web1, seconds: float = 10) -> None:
-    house.runs(web1, *[house.record(started=house.now - seconds)
-                       for _ in range(20)])
+def twenty(dashboard, web1, seconds: float = 10) -> None:
+    dashboard.runs(web1, *[dashboard.record(started=dashboard.now - seconds)
+                           for _ in range(20)])
 
 
 @pytest.mark.parametrize("runs, slow", [(20, True), (19, False)])
-def test_a_run_slower_than_ever_is_told_while_it_goes_on(house, web1, runs,
+def test_a_run_slower_than_ever_is_told_while_it_goes_on(dashboard, web1, runs,
                                                          slow):
-    house.runs(web1, *[house.record() for _ in range(runs)])
-    house.runs(web1, house.record("running", started=NOW))
-    alive(house, web1, 29)
-    assert house.told() == []
-    alive(house, web1, 3)
-    assert house.told() == ["Night/Backup on web1 takes long"] * slow
-    alive(house, web1, 300)
-    house.runs(web1, house.record(run=runs + 1, started=NOW))
-    assert house.told() == ["Night/Backup on web1 has ended"] * slow
+    dashboard.runs(web1, *[dashboard.record() for _ in range(runs)])
+    dashboard.runs(web1, dashboard.record("running", started=NOW))
+    alive(dashboard, web1, 29)
+    assert dashboard.take_notifications() == []
+    alive(dashboard, web1, 3)
+    assert dashboard.take_notifications() == [
+        "Night/Backup on web1 takes long"] * slow
+    alive(dashboard, web1, 300)
+    dashboard.runs(web1, dashboard.record(run=runs + 1, started=NOW))
+    assert dashboard.take_notifications() == [
+        "Night/Backup on web1 has ended"] * slow
 
 
-def test_slowness_is_seen_after_a_restart_too(house, web1):
-    twenty(house, web1)
-    house.runs(web1, house.record("running", started=NOW))
-    again = house.again()
-    again.after(35)
-    access = again.hub.key_of(koitab.digest_of("token of " + HOST))
-    again.sync(access)
-    again.after(1)
-    assert again.told() == ["Night/Backup on web1 takes long"]
+def test_slowness_is_seen_after_a_restart_too(dashboard, web1):
+    twenty(dashboard, web1)
+    dashboard.runs(web1, dashboard.record("running", started=NOW))
+    reopened = dashboard.reopen()
+    reopened.pass_time(35)
+    access = reopened.hub.key_of(koitab.digest_of("token of " + HOST))
+    reopened.sync(access)
+    reopened.pass_time(1)
+    assert reopened.take_notifications() == ["Night/Backup on web1 takes long"]
 
 
 @pytest.mark.parametrize("usual, took, fast", [
     (10, 1.9, True), (10, 2.1, False), (0.5, 0.01, False)])
-def test_a_good_run_that_was_far_too_fast_is_told(house, web1, usual, took,
+def test_a_good_run_that_was_far_too_fast_is_told(dashboard, web1, usual, took,
                                                   fast):
-    twenty(house, web1, usual)
-    house.runs(web1, house.record(started=NOW - took))
-    assert house.told() == ["Night/Backup on web1 was suspiciously fast"
-                            ] * fast
-    house.runs(web1, house.record())
-    assert house.told() == ["Night/Backup on web1 takes its usual time again"
-                            ] * fast
+    twenty(dashboard, web1, usual)
+    dashboard.runs(web1, dashboard.record(started=NOW - took))
+    assert dashboard.take_notifications() == [
+        "Night/Backup on web1 was suspiciously fast"
+                                              ] * fast
+    dashboard.runs(web1, dashboard.record())
+    assert dashboard.take_notifications() == [
+        "Night/Backup on web1 takes its usual time again"
+                                              ] * fast
 
 
 # ==========================================================================
 # Hosts
 # ==========================================================================
 
-def test_a_silent_host_is_one_alert_and_its_jobs_are_unknown(house, web1):
-    house.sync(web1, next={"root\nbackup": NOW + 60, "root\ncrawl": NOW + 60})
-    house.runs(web1, house.record("running", started=NOW, next=NOW + 60))
-    house.after(89)
-    assert house.told() == []
-    house.after(1)
-    assert house.told() == ["web1 is silent"]
-    assert house.state["hosts"][0]["state"] == "silent"
-    assert {job["state"] for job in house.state["jobs"]} == {"unknown"}
+def test_a_silent_host_is_one_alert_and_its_jobs_are_unknown(dashboard, web1):
+    dashboard.sync(web1, next={"root\nbackup": NOW + 60, "root\ncrawl": NOW +
+                               60})
+    dashboard.runs(web1, dashboard.record("running", started=NOW, next=NOW +
+                                          60))
+    dashboard.pass_time(89)
+    assert dashboard.take_notifications() == []
+    dashboard.pass_time(1)
+    assert dashboard.take_notifications() == ["web1 is silent"]
+    assert dashboard.state["hosts"][0]["state"] == "silent"
+    assert {job["state"] for job in dashboard.state["jobs"]} == {"unknown"}
     for _ in range(50):
-        house.after(100)
-    assert house.told() == [] and kinds(house) == ["silent"]
-    house.sync(web1)
-    assert house.told() == ["web1 is back"]
-    assert house.job()["state"] == "running"
-    house.after(29)
-    assert house.told() == []       # it may have much to tell
-    house.sync(web1)
-    alive(house, web1, 40)
-    assert house.told() == ["Night/Backup on web1 is late",
-                            "Night/Crawl on web1 is late"]
+        dashboard.pass_time(100)
+    assert dashboard.take_notifications() == [] and kinds(dashboard) == [
+        "silent"]
+    dashboard.sync(web1)
+    assert dashboard.take_notifications() == ["web1 is back"]
+    assert dashboard.job()["state"] == "running"
+    dashboard.pass_time(29)
+    assert dashboard.take_notifications() == []   # it may have much to send
+    dashboard.sync(web1)
+    alive(dashboard, web1, 40)
+    assert dashboard.take_notifications() == ["Night/Backup on web1 is late",
+                                              "Night/Crawl on web1 is late"]
 
 
-def test_a_host_that_may_be_silent_has_no_late_jobs(house, web1):
+def test_a_host_that_may_be_silent_has_no_late_jobs(dashboard, web1):
     """It was heard of shortly before the start, and not since."""
-    house.sync(web1, next={"root\nbackup": NOW + 10})
-    house.after(40)
-    house.sync(web1)
+    dashboard.sync(web1, next={"root\nbackup": NOW + 10})
+    dashboard.pass_time(40)
+    dashboard.sync(web1)
     for _ in range(9):
-        house.after(10)
-    assert house.told() == ["web1 is silent"]
+        dashboard.pass_time(10)
+    assert dashboard.take_notifications() == ["web1 is silent"]
 
 
-def test_a_host_that_polls_slowly_is_not_silent(house, web1):
+def test_a_host_that_polls_slowly_is_not_silent(dashboard, web1):
     for _ in range(20):
-        house.after(80)
-        house.sync(web1)
-    assert house.told() == []
+        dashboard.pass_time(80)
+        dashboard.sync(web1)
+    assert dashboard.take_notifications() == []
 
 
-def test_a_host_that_never_came_is_new_and_not_silent(house):
-    house.join()
-    house.after(9999)
-    assert house.told() == [] and house.state["hosts"][0]["state"] == "new"
+def test_a_host_that_never_came_is_new_and_not_silent(dashboard):
+    dashboard.join()
+    dashboard.pass_time(9999)
+    assert dashboard.take_notifications() == [] and dashboard.state["hosts"][
+        0]["state"] == "new"
 
 
-def test_a_watch_that_comes_early_is_repeated(house, web1):
+def test_a_watch_that_comes_early_is_repeated(dashboard, web1):
     """The dashboard was restarted: nobody can have been heard of."""
-    house.clock.time += DAY
-    again = house.again()
-    again.do(again.hub.look_at_host, HOST, again.now)
-    assert again.told() == []
+    dashboard.clock.time += DAY
+    reopened = dashboard.reopen()
+    reopened.do(reopened.hub.look_at_host, HOST, reopened.now)
+    assert reopened.take_notifications() == []
 
 
-def test_after_a_restart_hosts_have_time_to_come_back(house, web1):
-    house.clock.time += DAY
-    again = house.again()
-    again.hub.turn()
-    assert again.told() == []
-    again.after(89)
-    assert again.told() == []
-    again.after(2)
-    assert again.told() == ["web1 is silent"]
-    more = again.again()
-    more.after(200)
-    assert more.told() == []        # it was told
+def test_after_a_restart_hosts_have_time_to_come_back(dashboard, web1):
+    dashboard.clock.time += DAY
+    reopened = dashboard.reopen()
+    reopened.hub.turn()
+    assert reopened.take_notifications() == []
+    reopened.pass_time(89)
+    assert reopened.take_notifications() == []
+    reopened.pass_time(2)
+    assert reopened.take_notifications() == ["web1 is silent"]
+    more = reopened.reopen()
+    more.pass_time(200)
+    assert more.take_notifications() == []        # it was told
     assert more.state["hosts"][0]["state"] == "silent"
 
 
@@ -285,67 +299,77 @@ def test_after_a_restart_hosts_have_time_to_come_back(house, web1):
 # Checks
 # ==========================================================================
 
-def test_a_check_is_told_when_it_is_overdue_and_when_it_is_back(house):
-    check = house.do(house.hub.make_check, house.dash, {"name": "Sync"},
-                     NOW)["id"]
-    house.ping(check)
-    house.after(DAY + HOUR)
-    assert house.told() == ["Sync is overdue"] and kinds(house) == ["overdue"]
-    house.after(DAY)
-    house.ping(check)
-    assert house.told() == ["Sync is up"] and kinds(house) == []
-    house.ping(check, action="fail")
-    house.ping(check, action="fail")
-    assert house.told() == ["Sync failed"] and kinds(house) == ["failed"]
+def test_a_check_is_told_when_it_is_overdue_and_when_it_is_back(dashboard):
+    check = dashboard.do(dashboard.hub.make_check, dashboard.dash,
+                         {"name": "Sync"},
+                         NOW)["id"]
+    dashboard.ping(check)
+    dashboard.pass_time(DAY + HOUR)
+    assert dashboard.take_notifications() == ["Sync is overdue"] and kinds(
+        dashboard) == ["overdue"]
+    dashboard.pass_time(DAY)
+    dashboard.ping(check)
+    assert dashboard.take_notifications() == ["Sync is up"] and kinds(
+        dashboard) == []
+    dashboard.ping(check, action="fail")
+    dashboard.ping(check, action="fail")
+    assert dashboard.take_notifications() == ["Sync failed"] and kinds(
+        dashboard) == ["failed"]
 
 
 # ==========================================================================
 # Snooze
 # ==========================================================================
 
-def snooze(house, subject: str, seconds: float) -> None:
-    house.do(house.hub.snooze, house.dash, {
-        "subject": subject, "until": house.now + seconds if seconds else 0},
-        house.now)
+def snooze(dashboard, subject: str, seconds: float) -> None:
+    dashboard.do(dashboard.hub.snooze, dashboard.dash, {
+        "subject": subject, "until": dashboard.now + seconds if seconds else
+        0},
+        dashboard.now)
 
 
-def test_what_is_snoozed_is_shown_and_not_told(house, web1):
-    snooze(house, "job:1", HOUR)
-    assert house.job() is not None and house.job()["snoozed"] == NOW + HOUR
-    house.runs(web1, house.record(exit=1))
-    assert house.told() == [] and house.job()["state"] == "failed"
-    house.runs(web1, house.record())
-    assert house.told() == []       # neither its end: nobody knew
+def test_what_is_snoozed_is_shown_and_not_told(dashboard, web1):
+    snooze(dashboard, "job:1", HOUR)
+    assert dashboard.job() is not None and dashboard.job()[
+        "snoozed"] == NOW + HOUR
+    dashboard.runs(web1, dashboard.record(exit=1))
+    assert dashboard.take_notifications() == [] and dashboard.job()[
+        "state"] == "failed"
+    dashboard.runs(web1, dashboard.record())
+    assert dashboard.take_notifications() == []   # its end neither
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_what_stands_when_the_snooze_is_over_is_told_then(house, web1, early):
-    snooze(house, "job:1", HOUR)
-    house.runs(web1, house.record(exit=1))
+def test_what_stands_when_the_snooze_is_over_is_told_then(dashboard, web1,
+                                                          early):
+    snooze(dashboard, "job:1", HOUR)
+    dashboard.runs(web1, dashboard.record(exit=1))
     if early:
-        snooze(house, "job:1", 0)
+        snooze(dashboard, "job:1", 0)
     else:
-        alive(house, web1, HOUR + 20)
-    assert len(house.told()) == 1 and house.job()["snoozed"] == 0
-    house.runs(web1, house.record())
-    assert house.told() == ["Night/Backup on web1 works again"]
+        alive(dashboard, web1, HOUR + 20)
+    assert len(dashboard.take_notifications()) == 1 and dashboard.job()[
+        "snoozed"] == 0
+    dashboard.runs(web1, dashboard.record())
+    assert dashboard.take_notifications() == [
+        "Night/Backup on web1 works again"]
 
 
-def test_a_snooze_is_kept_over_a_restart(house, web1):
-    snooze(house, f"host:{HOST}", HOUR)
-    again = house.again()
-    again.after(100)
-    assert again.told() == []
-    again.after(HOUR)
-    assert len(again.told()) == 1
+def test_a_snooze_is_kept_over_a_restart(dashboard, web1):
+    snooze(dashboard, f"host:{HOST}", HOUR)
+    reopened = dashboard.reopen()
+    reopened.pass_time(100)
+    assert reopened.take_notifications() == []
+    reopened.pass_time(HOUR)
+    assert len(reopened.take_notifications()) == 1
 
 
 @pytest.mark.parametrize("subject", [
     "job:99", "job:x", "job:", "host:" + "d" * 32, "check:1", "", "job:²",
     "moon:1", "job:" + "9" * 40])
-def test_only_what_there_is_can_be_snoozed(house, web1, subject):
+def test_only_what_there_is_can_be_snoozed(dashboard, web1, subject):
     with refused(404):
-        snooze(house, subject, 60)
+        snooze(dashboard, subject, 60)
 
 
 # ==========================================================================
@@ -384,29 +408,29 @@ def listener():
     server.server_close()
 
 
-def tell(house) -> None:
+def tell(dashboard) -> None:
     """One round of the herald, with the hub driven by hand."""
-    herald = koitab.Herald(house.hub)
+    herald = koitab.Herald(dashboard.hub)
     threads = herald.round()
     until = time.monotonic() + 10
     while any(thread.is_alive() for thread in threads):
-        house.hub.turn()
+        dashboard.hub.turn()
         time.sleep(0.002)
         assert time.monotonic() < until
-    house.hub.turn()
+    dashboard.hub.turn()
 
 
 @pytest.fixture
-def quiet(house):
+def quiet(dashboard):
     """No channel but those that the test makes."""
-    house.do(house.hub.change_channel, house.dash,
-             {"do": "delete", "id": 1}, NOW)
-    return house
+    dashboard.do(dashboard.hub.change_channel, dashboard.dash,
+                 {"do": "delete", "id": 1}, NOW)
+    return dashboard
 
 
-def fail(house) -> None:
-    web1 = house.join()
-    house.runs(web1, house.record(exit=1, name='Bäck"up\r\nBcc: x'))
+def fail(dashboard) -> None:
+    web1 = dashboard.join()
+    dashboard.runs(web1, dashboard.record(exit=1, name='Bäck"up\r\nBcc: x'))
 
 
 def test_a_webhook_gets_json_with_a_key(quiet, listener):
@@ -532,15 +556,15 @@ def test_an_answer_that_drips_is_cut_off(monkeypatch):
     server.close()
 
 
-def test_mail_goes_through_sendmail_with_clean_headers(house, tmp_path,
+def test_mail_goes_through_sendmail_with_clean_headers(dashboard, tmp_path,
                                                        monkeypatch):
     program, kept = tmp_path / "sendmail", tmp_path / "mail"
     program.write_text(f"#!/bin/sh\necho \"$@\" > {kept}.args\n"
                        f"exec cat > {kept}\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(koitab, "SENDMAILS", (str(program),))
-    fail(house)
-    tell(house)
+    fail(dashboard)
+    tell(dashboard)
     assert (tmp_path / "mail.args").read_text() == "-i -- ops@example.org\n"
     message = email.message_from_bytes(kept.read_bytes(),
                                        policy=email.policy.default)
@@ -548,17 +572,18 @@ def test_mail_goes_through_sendmail_with_clean_headers(house, tmp_path,
     assert message["Subject"] == \
         r'koi: Night/Bäck"up\x0d\x0aBcc: x on web1 failed'
     assert message["Message-ID"] and "exit status 1" in message.get_content()
-    assert house.rows("select * from letters") == []
+    assert dashboard.rows("select * from letters") == []
 
 
-def test_a_sendmail_that_fails_is_shown(house, tmp_path, monkeypatch):
+def test_a_sendmail_that_fails_is_shown(dashboard, tmp_path, monkeypatch):
     program = tmp_path / "sendmail"
     program.write_text("#!/bin/sh\necho no route >&2; exit 75\n")
     program.chmod(0o755)
     monkeypatch.setattr(koitab, "SENDMAILS", (str(program),))
-    fail(house)
-    tell(house)
-    assert house.ask(house.hub.channels, house.dash)["channels"][0][
+    fail(dashboard)
+    tell(dashboard)
+    assert dashboard.ask(dashboard.hub.channels,
+                         dashboard.dash)["channels"][0][
         "error"] == "sendmail says no route"
 
 
@@ -569,9 +594,9 @@ def test_a_sendmail_that_fails_is_shown(house, tmp_path, monkeypatch):
     ("webhook", "http://x/ y"), ("webhook", "http://x/\r\nA: b"),
     ("ntfy", "javascript:1"), ("ntfy", "http://x:99999/"), ("sms", "1"),
     ("webhook", "http://é/"), ("webhook", "http://x:0/")])
-def test_a_channel_that_is_none_is_refused(house, kind, target):
+def test_a_channel_that_is_none_is_refused(dashboard, kind, target):
     with refused(400):
-        house.channel(kind, target)
+        dashboard.channel(kind, target)
 
 
 def test_a_test_letter_can_be_asked_for(quiet, listener):
@@ -589,30 +614,31 @@ def test_what_was_decided_is_told_after_a_crash(quiet, listener):
     """The letter stands in the transaction of its cause."""
     quiet.channel("webhook", listener.url)
     fail(quiet)
-    again = quiet.again()
-    tell(again)
+    reopened = quiet.reopen()
+    tell(reopened)
     assert len(listener.got) == 1
-    more = again.again()
-    more.after(60)
+    more = reopened.reopen()
+    more.pass_time(60)
     tell(more)
     assert len(listener.got) == 1
 
 
 def test_the_herald_is_woken_by_what_is_to_be_told(tmp_path, listener):
-    house = House(tmp_path / "d.db", koitab.Clock())
-    house.channel("webhook", listener.url)
-    web1 = house.join()
-    house.hub.start()
-    herald = koitab.Herald(house.hub)
+    dashboard = InProcessDashboard(tmp_path / "d.db", koitab.Clock())
+    dashboard.channel("webhook", listener.url)
+    web1 = dashboard.join()
+    dashboard.hub.start()
+    herald = koitab.Herald(dashboard.hub)
     herald.start()
     time.sleep(0.1)
     began = time.monotonic()
-    house.hub.do(house.hub.sync, web1, {
+    dashboard.hub.do(dashboard.hub.sync, web1, {
         "v": 1, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
-        "records": [{**house.record(exit=1), "ended": time.time()}]},
+        "records": [{**dashboard.record(exit=1), "ended": time.time()}]},
         time.time())
     support.wait_until(lambda: listener.got, 5)
     assert time.monotonic() - began < 2
-    support.wait_until(lambda: house.rows("select * from letters") == [], 5)
+    support.wait_until(lambda: dashboard.rows("select * from letters") == [],
+                       5)
     herald.stop()
-    house.hub.stop()
+    dashboard.hub.stop()

@@ -13,17 +13,15 @@ from pathlib import Path
 
 import pytest
 
-import houses
+import dashboard_rig
 import support
-from houses import House, frames, piece
+from dashboard_rig import HOST, InProcessDashboard, frames, piece
 
 koitab = support.load("koitab")
-TESTS = str(Path(houses.__file__).parent)
+TESTS = str(Path(dashboard_rig.__file__).parent)
 
 
-@pytest.fixture(autouse=True)
-def small_ballast(monkeypatch):
-    monkeypatch.setattr(koitab, "BALLAST", 65_536)
+pytestmark = pytest.mark.usefixtures("small_ballast")
 
 
 # ==========================================================================
@@ -35,14 +33,15 @@ def small_ballast(monkeypatch):
 WRITER = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-import houses
-koitab = houses.koitab
+from dashboard_rig import (
+    HOST, HOST_TOKEN, InProcessDashboard, frames, koitab, piece)
 koitab.BALLAST = 65536
-house = houses.House(sys.argv[2], koitab.Clock(), fresh=False, durable=True)
-access = house.hub.key_of(koitab.digest_of("token of " + houses.HOST))
-house.change = house.number = int(sys.argv[3])
-key = house.rows("select ping_key from dashboards")[0][0]
-house.hub.start()
+dashboard = InProcessDashboard(sys.argv[2], koitab.Clock(), fresh=False,
+                               durable=True)
+access = dashboard.hub.key_of(HOST_TOKEN)
+dashboard.change = dashboard.number = int(sys.argv[3])
+key = dashboard.rows("select ping_key from dashboards")[0][0]
+dashboard.hub.start()
 
 def say(text):
     def then(result, error):
@@ -51,18 +50,19 @@ def say(text):
     return then
 
 while True:
-    data = houses.frames(f"needle {house.number + 1}\\n" * 20)
+    data = frames(f"needle {dashboard.number + 1}\\n" * 20)
     for _ in range(5):
-        record = house.record(exit=house.number % 2, size=len(data))
-        house.hub.write(house.hub.sync, access, {
-            "v": 1, "host": houses.HOST, "epoch": 1,
+        record = dashboard.record(exit=dashboard.number % 2, size=len(data))
+        dashboard.hub.write(dashboard.hub.sync, access, {
+            "v": 1, "host": HOST, "epoch": 1,
             "instance": "1-aaaaaaaa", "records": [record],
-            "outputs": [houses.piece(record["run"], 0, data)]},
-            house.now, then=say(f"run {record['run']}"))
-        house.hub.write(house.hub.ping, key, "beat", str(house.number % 2),
-                        {"method": "GET"}, house.now,
-                        then=say(f"ping {house.number}"))
-    house.hub.do(lambda db: None)
+            "outputs": [piece(record["run"], 0, data)]},
+            dashboard.now, then=say(f"run {record['run']}"))
+        dashboard.hub.write(
+            dashboard.hub.ping, key, "beat", str(dashboard.number % 2),
+            {"method": "GET"}, dashboard.now,
+            then=say(f"ping {dashboard.number}"))
+    dashboard.hub.do(lambda db: None)
 """
 
 
@@ -70,11 +70,11 @@ def test_what_was_acknowledged_is_there_after_any_kill(tmp_path):
     """Ten kills at random moments: each acknowledged run and ping is there
     once, what is there is whole, and no letter is there twice."""
     path, seed = tmp_path / "d.db", int(os.environ.get("SEED", "7"))
-    house = House(path, koitab.Clock())
-    house.join()
-    house.channel()
-    house.ping(house.state["dash"]["ping_key"], "beat", create=True)
-    house.hub.close()
+    dashboard = InProcessDashboard(path, koitab.Clock())
+    dashboard.join()
+    dashboard.channel()
+    dashboard.ping(dashboard.state["dash"]["ping_key"], "beat", create=True)
+    dashboard.hub.close()
     chance, acknowledged, number = random.Random(seed), set(), 0
     for _ in range(10):
         writer = subprocess.Popen(
@@ -89,38 +89,39 @@ def test_what_was_acknowledged_is_there_after_any_kill(tmp_path):
         said = told.decode().rpartition("\n")[0].splitlines()
         assert not [line for line in said if "error" in line]
         acknowledged.update(said)
-        house = House(path, koitab.Clock(), fresh=False)
-        kept = {n for n, in house.rows("select n from runs")}
+        dashboard = InProcessDashboard(path, koitab.Clock(), fresh=False)
+        kept = {n for n, in dashboard.rows("select n from runs")}
         assert {int(line[4:]) for line in said if line.startswith("run")
                 } <= kept, seed
         number = max(kept)
-        assert_whole(house)
-        house.hub.close()
+        assert_whole(dashboard)
+        dashboard.hub.close()
     runs = {int(line[4:]) for line in acknowledged if line[0] == "r"}
     pings = sum(line[0] == "p" for line in acknowledged)
-    house = House(path, koitab.Clock(), fresh=False)
+    dashboard = InProcessDashboard(path, koitab.Clock(), fresh=False)
     assert len(runs) > 100 and pings > 100
-    assert house.rows("select count(*), count(distinct n) from runs")[0][
+    assert dashboard.rows("select count(*), count(distinct n) from runs")[0][
         0] >= len(runs)
-    assert house.rows("select n from checks")[0][0] >= pings
-    house.hub.close()
+    assert dashboard.rows("select n from checks")[0][0] >= pings
+    dashboard.hub.close()
 
 
-def assert_whole(house) -> None:
+def assert_whole(dashboard) -> None:
     """What hangs together was written together."""
-    assert house.hub.one("pragma integrity_check") == "ok"
-    assert house.rows(
+    assert dashboard.hub.one("pragma integrity_check") == "ok"
+    assert dashboard.rows(
         "select r.id from runs r left join outputs o on o.run = r.id group by"
         " r.id having sum(length(o.data)) <> r.have or r.have <> r.size"
     ) == []
-    assert house.rows("select max(change) from runs") == house.rows(
+    assert dashboard.rows("select max(change) from runs") == dashboard.rows(
         "select acked from epochs")
-    assert house.rows('select max(p.n) = c.n from pings p, checks c') == [
+    assert dashboard.rows('select max(p.n) = c.n from pings p, checks c') == [
         (1,)]
     # Each failure after a success was told once, and its end once.
-    told = house.rows("select key from letters where subject = 'job:1' order "
-                      "by id")
-    states = [bool(status) for status, in house.rows(
+    told = dashboard.rows(
+        "select key from letters where subject = 'job:1' order "
+                          "by id")
+    states = [bool(status) for status, in dashboard.rows(
         "select exit from runs order by id")]
     turns = sum(a != b for a, b in zip([False, *states], states))
     assert len(told) == len(set(told)) == turns
@@ -133,45 +134,45 @@ def assert_whole(house) -> None:
 FILLER = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-import houses
-koitab = houses.koitab
+from dashboard_rig import (
+    FakeClock, InProcessDashboard, frames, koitab, piece)
 folder = sys.argv[2]
-clock = houses.FakeClock()
-house = houses.House(folder + "/d.db", clock, durable=True)
-web1 = house.join()
+clock = FakeClock()
+dashboard = InProcessDashboard(folder + "/d.db", clock, durable=True)
+web1 = dashboard.join()
 
 def fill(text):
     count = 0
     while True:
-        data = houses.frames((text * 4000 + "\\n") * 8)
-        record = house.record(size=len(data))
+        data = frames((text * 4000 + "\\n") * 8)
+        record = dashboard.record(size=len(data))
         try:
-            house.runs(web1, record)
-            house.sync(web1, outputs=[houses.piece(record["run"], 0, data)])
+            dashboard.runs(web1, record)
+            dashboard.sync(web1, outputs=[piece(record["run"], 0, data)])
         except koitab.Full as error:
             return count, error.status
         count += 1
 
 count, status = fill("x" * 7)
-print("full", count > 5, status, len(house.state["jobs"]) == 1,
-      os.path.exists(folder + "/d.db.ballast"), house.hub.troubles != [])
+print("full", count > 5, status, len(dashboard.state["jobs"]) == 1,
+      os.path.exists(folder + "/d.db.ballast"), dashboard.hub.troubles != [])
 try:
-    house.runs(web1, house.record())
+    dashboard.runs(web1, dashboard.record())
     print("kept?!")
 except koitab.Full:
     print("still full")
 clock.time += 100 * 86400       # the outputs are too old now
 for _ in range(200):
     clock.time += 1
-    house.rest()
-    if not house.hub.full:
+    dashboard.run_chores()
+    if not dashboard.hub.full:
         break
-print("room", house.hub.full, house.hub.troubles,
+print("room", dashboard.hub.full, dashboard.hub.troubles,
       os.path.exists(folder + "/d.db.ballast"))
-house.runs(web1, house.record())
-print("outputs", house.rows("select count(*) from outputs")[0][0],
-      "runs", house.rows("select count(*) from runs")[0][0] > count,
-      house.hub.one("pragma integrity_check"), house.hub.broken == "")
+dashboard.runs(web1, dashboard.record())
+print("outputs", dashboard.rows("select count(*) from outputs")[0][0],
+      "runs", dashboard.rows("select count(*) from runs")[0][0] > count,
+      dashboard.hub.one("pragma integrity_check"), dashboard.hub.broken == "")
 again, status = fill("y" * 7)
 print("again", again > 5, status)
 """
@@ -225,32 +226,33 @@ def another(path: Path) -> None:
     db.close()
 
 
-def old_house(path: Path) -> House:
-    house = House(path)
-    web1 = house.join()
+def old_dashboard(path: Path) -> InProcessDashboard:
+    dashboard = InProcessDashboard(path)
+    web1 = dashboard.join()
     for number in range(30):
         data = frames(f"line {number}\n" * 50)
-        house.runs(web1, house.record(size=len(data), tag=f"job{number}",
-                                      exit=number % 2))
-        house.sync(web1, outputs=[piece(house.number, 0, data)])
-    house.rest()
-    house.hub.db.execute("pragma wal_checkpoint(truncate)").fetchall()
-    house.hub.close()
-    house.hub.mine.db.close()
-    return house
+        dashboard.runs(web1, dashboard.record(size=len(data),
+                                              tag=f"job{number}",
+                                              exit=number % 2))
+        dashboard.sync(web1, outputs=[piece(dashboard.number, 0, data)])
+    dashboard.run_chores()
+    dashboard.hub.db.execute("pragma wal_checkpoint(truncate)").fetchall()
+    dashboard.hub.close()
+    dashboard.hub.mine.db.close()
+    return dashboard
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_database_is_told_and_left_as_it_is(tmp_path, damage):
     path = tmp_path / "d.db"
-    old_house(path)
+    old_dashboard(path)
     for ending in ("-wal", "-shm"):
         Path(str(path) + ending).unlink(missing_ok=True)
     DAMAGES[damage](path)
     before = path.read_bytes() if path.is_file() else None
     for _ in range(2):
         with pytest.raises(koitab.Error) as told:
-            House(path, fresh=False)
+            InProcessDashboard(path, fresh=False)
         assert str(path) in told.value.message
         if damage != "a folder":
             assert "backup" in told.value.hint
@@ -262,69 +264,70 @@ def test_random_damage_never_becomes_a_fresh_or_a_wrong_start(tmp_path, seed):
     """Pages of garbage anywhere: it is refused at the start, or the pages
     that are whole are shown and the others told; never an unknown fault."""
     path = tmp_path / "d.db"
-    old_house(path)
+    old_dashboard(path)
     chance = random.Random(seed)
     pages = path.stat().st_size // PAGE
     for _ in range(3):
         overwrite(path, chance.randrange(1, pages) * PAGE,
                   chance.randbytes(PAGE))
     try:
-        house = House(path, fresh=False)
+        dashboard = InProcessDashboard(path, fresh=False)
     except koitab.Error as error:
         assert "backup" in error.hint
         return
-    assert house.rows("select count(*) from dashboards") == [(1,)]
-    for question in (lambda: house.state, lambda: house.ask(
-            house.hub.raw, house.dash, 5), lambda: house.ask(
-            house.hub.search, house.dash, "line 12")):
+    assert dashboard.rows("select count(*) from dashboards") == [(1,)]
+    for question in (lambda: dashboard.state, lambda: dashboard.ask(
+            dashboard.hub.raw, dashboard.dash, 5), lambda: dashboard.ask(
+            dashboard.hub.search, dashboard.dash, "line 12")):
         try:
             question()
         except koitab.Error as error:
             assert error.status in (404, 500)
-    house.rest()
-    house.hub.close()
+    dashboard.run_chores()
+    dashboard.hub.close()
 
 
 @pytest.mark.parametrize("ending", ["-wal", "-shm", ".ballast", ".lock"])
 def test_the_files_beside_it_may_be_lost(tmp_path, ending):
     path = tmp_path / "d.db"
-    old_house(path)
+    old_dashboard(path)
     Path(str(path) + ending).unlink(missing_ok=True)
-    house = House(path, fresh=False)
-    assert len(house.state["jobs"]) == 30
+    dashboard = InProcessDashboard(path, fresh=False)
+    assert len(dashboard.state["jobs"]) == 30
     assert Path(str(path) + ".ballast").stat().st_size == 65_536
-    house.hub.close()
+    dashboard.hub.close()
 
 
 def test_a_backup_that_locks_it_for_a_while_only_delays(tmp_path):
-    house = House(tmp_path / "d.db", koitab.Clock())
-    web1 = house.join()
-    house.hub.start()
-    other = sqlite3.connect(house.path, isolation_level=None)
+    dashboard = InProcessDashboard(tmp_path / "d.db", koitab.Clock())
+    web1 = dashboard.join()
+    dashboard.hub.start()
+    other = sqlite3.connect(dashboard.path, isolation_level=None)
     other.execute("begin immediate")
     told = []
-    house.hub.write(house.hub.sync, web1, {
-        "v": 1, "host": houses.HOST, "epoch": 1, "instance": "1-aaaaaaaa",
-        "records": [house.record()]}, house.now,
+    dashboard.hub.write(dashboard.hub.sync, web1, {
+        "v": 1, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
+        "records": [dashboard.record()]}, dashboard.now,
         then=lambda *how: told.append(how))
     time.sleep(0.5)
-    assert told == [] and house.ask(house.hub.health) == "OK"
+    assert told == [] and dashboard.ask(dashboard.hub.health) == "OK"
     other.execute("rollback")
     other.close()
     support.wait_until(lambda: told, 5)
     assert told[0][0]["acked"] == 1
-    house.hub.stop()
+    dashboard.hub.stop()
 
 
 def test_a_database_that_cannot_be_written_is_told_at_the_start(tmp_path):
     path = tmp_path / "d.db"
-    old_house(path)
+    old_dashboard(path)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("begin immediate")
-    script = ("import sys; sys.path.insert(0, sys.argv[1]); import houses; "
-              "import sqlite3; real = sqlite3.connect; sqlite3.connect = "
-              "lambda *a, **k: real(*a, **{**k, 'timeout': 0.2}); "
-              "houses.House(sys.argv[2], fresh=False)")
+    script = ("import sys; sys.path.insert(0, sys.argv[1]); "
+              "import dashboard_rig, sqlite3; real = sqlite3.connect; "
+              "sqlite3.connect = lambda *a, **k: "
+              "real(*a, **{**k, 'timeout': 0.2}); "
+              "dashboard_rig.InProcessDashboard(sys.argv[2], fresh=False)")
     done = subprocess.run([sys.executable, "-B", "-c", script, TESTS,
                            str(path)], stderr=subprocess.PIPE)
     other.close()

@@ -20,22 +20,21 @@ import warnings
 
 import pytest
 
-import dashboard
 import servers
 import support
-from dashboard import API, HOST, HOST_TOKEN, VIEW, Client, Dashboard, request
+from dashboard_rig import (HOST, HOST_TOKEN, OPERATOR_TOKEN, VIEWER_TOKEN,
+                           DashboardProcess, HttpClient, encode_request,
+                           sync_payload)
 
 koitab = support.load("koitab")
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
+def server(server):
     """A dashboard that most tests share: they leave it as it was."""
-    with Dashboard(tmp_path_factory.mktemp("house")) as found:
-        found.settle()
-        found.uuid = found.check()
-        yield found
-        found.no_fault()
+    server.set_up()
+    server.uuid = server.add_check()
+    return server
 
 
 @pytest.fixture(scope="module")
@@ -62,60 +61,63 @@ def busy(process, seconds: float) -> float:
 # --- pages and plain answers ----------------------------------------------
 
 
-def test_the_page_comes_with_a_policy_that_fits_it(house):
-    reply = house.ask("GET", "/")
+def test_the_page_comes_with_a_policy_that_fits_it(server):
+    reply = server.ask("GET", "/")
     assert reply.status == 200
     assert reply.headers["content-type"] == "text/html; charset=utf-8"
     assert reply.headers["content-security-policy"] == \
         koitab.page_policy_of(reply.body.decode())
     assert reply.headers["cache-control"] == "no-store"
     assert "set-cookie" not in reply.headers
-    again = house.ask("GET", "/", If_None_Match=reply.headers["etag"])
+    again = server.ask("GET", "/", If_None_Match=reply.headers["etag"])
     assert (again.status, again.body) == (304, b"")
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/api/v1/state"])
-def test_head_is_get_without_a_body(house, path):
-    with house.client() as client:
-        whole = client.ask("GET", path, token=API)
-        head = client.ask("HEAD", path, token=API)
+def test_head_is_get_without_a_body(server, path):
+    with server.client() as client:
+        whole = client.ask("GET", path, token=OPERATOR_TOKEN)
+        head = client.ask("HEAD", path, token=OPERATOR_TOKEN)
         assert head.status == whole.status == 200
         assert head.headers.keys() == whole.headers.keys()
         assert client.ask("GET", "/healthz").body == b"OK"
 
 
-def test_metrics_are_for_who_has_a_key(house):
-    assert house.ask("GET", "/metrics").status == 401
-    reply = house.ask("GET", "/metrics", token=VIEW)
+def test_metrics_are_for_who_has_a_key(server):
+    assert server.ask("GET", "/metrics").status == 401
+    reply = server.ask("GET", "/metrics", token=VIEWER_TOKEN)
     assert reply.headers["content-type"].startswith("text/plain; version=0")
     assert b"koi_web_connections " in reply.body
 
 
-def test_a_badge_is_a_picture_or_json(house):
-    key = house.ask("GET", "/api/v1/state", token=API).json["dash"][
+def test_a_badge_is_a_picture_or_json(server):
+    key = server.ask("GET", "/api/v1/state",
+                     token=OPERATOR_TOKEN).json["dash"][
         "badge_key"]
-    picture = house.ask("GET", f"/badge/{key}/all.svg")
+    picture = server.ask("GET", f"/badge/{key}/all.svg")
     assert picture.headers["content-type"] == "image/svg+xml"
     assert picture.headers["cache-control"] == "no-cache"
     assert picture.headers["access-control-allow-origin"] == "*"
     assert picture.body.startswith(b"<svg ")
-    assert house.ask("GET", f"/badge/{key}/all.json").json[
+    assert server.ask("GET", f"/badge/{key}/all.json").json[
         "schemaVersion"] == 1
-    assert house.ask("GET", f"/badge/{key}/all.png").status == 404
+    assert server.ask("GET", f"/badge/{key}/all.png").status == 404
 
 
 # --- a connection serves many requests, in order --------------------------
 
 
-def test_requests_that_come_at_once_are_answered_in_order(house):
-    port = house.port
-    with house.client() as client:
+def test_requests_that_come_at_once_are_answered_in_order(server):
+    port = server.port
+    with server.client() as client:
         client.send(b"".join([
-            request(port, "GET", "/api/v1/state", token=API),
-            request(port, "GET", "/healthz"),
-            request(port, "POST", f"/ping/{house.uuid}", b"x" * 50_000),
-            request(port, "GET", "/nothing"),
-            request(port, "HEAD", "/"), request(port, "GET", "/healthz")]))
+            encode_request(port, "GET", "/api/v1/state", token=OPERATOR_TOKEN),
+            encode_request(port, "GET", "/healthz"),
+            encode_request(port, "POST", f"/ping/{server.uuid}",
+                           b"x" * 50_000),
+            encode_request(port, "GET", "/nothing"),
+            encode_request(port, "HEAD", "/"), encode_request(port, "GET",
+                                                              "/healthz")]))
         assert "seq" in client.reply().json
         assert client.reply().body == b"OK"
         assert client.reply().status == 200
@@ -124,51 +126,58 @@ def test_requests_that_come_at_once_are_answered_in_order(house):
         assert client.reply().body == b"OK"
 
 
-def test_a_hundred_pings_in_one_piece(house):
-    with house.client() as client:
-        client.send(request(house.port, "GET", f"/ping/{house.uuid}") * 100)
+def test_a_hundred_pings_in_one_piece(server):
+    with server.client() as client:
+        client.send(encode_request(server.port, "GET", f"/ping/{server.uuid}")
+                    * 100)
         assert {client.reply().body for _ in range(100)} == {b"OK"}
 
 
-def test_a_request_may_come_byte_by_byte(house):
-    data = request(house.port, "POST", f"/ping/{house.uuid}/fail", b"abc")
-    with house.client() as client:
+def test_a_request_may_come_byte_by_byte(server):
+    data = encode_request(server.port, "POST", f"/ping/{server.uuid}/fail",
+                          b"abc")
+    with server.client() as client:
         for at in range(len(data)):
             client.send(data[at:at + 1])
         assert client.reply().body == b"OK"
         assert client.ask("GET", "/healthz").body == b"OK"
 
 
-def test_close_and_http_1_0_are_honoured(house):
-    for data in (request(house.port, "GET", "/healthz", Connection="close"),
+def test_close_and_http_1_0_are_honoured(server):
+    for data in (encode_request(server.port, "GET", "/healthz",
+                                Connection="close"),
                  b"GET /healthz HTTP/1.0\r\nHost: localhost\r\n\r\n"):
-        with house.client() as client:
+        with server.client() as client:
             reply = client.send(data).reply()
             assert (reply.status, reply.body) == (200, b"OK")
             assert reply.headers["connection"] == "close"
-            assert client.ended()
+            assert client.is_closed()
 
 
-def test_who_has_said_all_is_still_answered(house):
-    with house.client() as client:
-        client.send(request(house.port, "GET", "/api/v1/state", token=API))
+def test_who_has_said_all_is_still_answered(server):
+    with server.client() as client:
+        client.send(encode_request(server.port, "GET", "/api/v1/state",
+                                   token=OPERATOR_TOKEN))
         client.sock.shutdown(socket.SHUT_WR)
         assert client.reply().status == 200
-        assert client.ended()
+        assert client.is_closed()
 
 
-def test_a_body_is_asked_for_when_that_is_expected(house):
-    with house.client() as client:
-        client.send(request(house.port, "POST", f"/ping/{house.uuid}", None,
-                            Content_Length=3, Expect="100-continue"))
+def test_a_body_is_asked_for_when_that_is_expected(server):
+    with server.client() as client:
+        client.send(encode_request(server.port, "POST", f"/ping/{server.uuid}",
+                                   None,
+                                   Content_Length=3, Expect="100-continue"))
         assert client.head()[0] == 100
         assert client.send(b"abc").reply().status == 200
-        client.send(request(house.port, "POST", f"/ping/{house.uuid}", None,
-                            Content_Length=10**9, Expect="100-continue"))
+        client.send(encode_request(server.port, "POST", f"/ping/{server.uuid}",
+                                   None,
+                                   Content_Length=10**9,
+                                   Expect="100-continue"))
         assert client.reply().status == 413
-        assert client.ended()
-    assert house.ask("POST", f"/ping/{house.uuid}", b"a",
-                     Expect="tea").status == 417
+        assert client.is_closed()
+    assert server.ask("POST", f"/ping/{server.uuid}", b"a",
+                      Expect="tea").status == 417
 
 
 # --- what is refused ------------------------------------------------------
@@ -189,21 +198,21 @@ SMUGGLED = (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     b"Content-Encoding: gzip\r\nContent-Length: 4\r\n",
     b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n",
     b"Host: localhost\r\nContent-Length: 4\r\n"])
-def test_nothing_is_smuggled_in_behind_a_body(house, lines):
-    head = b"POST /ping/" + house.uuid.encode() + b" HTTP/1.1\r\nHost: " \
+def test_nothing_is_smuggled_in_behind_a_body(server, lines):
+    head = b"POST /ping/" + server.uuid.encode() + b" HTTP/1.1\r\nHost: " \
         b"localhost\r\n" + lines + b"\r\n"
-    with house.client() as client:
+    with server.client() as client:
         reply = client.send(head + b"0\r\n\r\n" + SMUGGLED).reply()
         assert reply.status in (400, 413, 415, 501), reply
         assert reply.headers["connection"] == "close"
-        assert client.ended()
+        assert client.is_closed()
 
 
-def test_a_get_has_no_body_to_smuggle_in(house):
-    with house.client() as client:
-        client.send(request(house.port, "GET", "/healthz", SMUGGLED))
+def test_a_get_has_no_body_to_smuggle_in(server):
+    with server.client() as client:
+        client.send(encode_request(server.port, "GET", "/healthz", SMUGGLED))
         assert client.reply().status == 400
-        assert client.ended()
+        assert client.is_closed()
 
 
 @pytest.mark.parametrize("data", [
@@ -211,13 +220,13 @@ def test_a_get_has_no_body_to_smuggle_in(house):
     b"GET / HTTP/0.9\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\0", b"\r\n\r\n",
     b"GET / HTTP/1.1\n\n", b"HELP\n", b"GET http://evil/ HTTP/1.1\r\n\r\n"
     b"Host: localhost\r\n\r\n"])
-def test_what_is_no_http_is_told_so_and_hung_up_on_at_once(house, data):
-    with house.client() as client:
+def test_what_is_no_http_is_told_so_and_hung_up_on_at_once(server, data):
+    with server.client() as client:
         begin = time.monotonic()
         if data == b"GET /\r\n":        # half a head: more may come
             data += b"\r\n"
         assert client.send(data).reply().status == 400
-        assert client.ended()
+        assert client.is_closed()
         assert time.monotonic() - begin < 2
 
 
@@ -225,57 +234,58 @@ def test_what_is_no_http_is_told_so_and_hung_up_on_at_once(house, data):
     "/../../etc/passwd", "/%2e%2e/etc/passwd", "//evil.example/", "/a%00b",
     "http://evil.example/x", "/\xff", "/api/v1/../state", "/index.html",
     "/api/v1/runs/1/output/", "/static/koitab.py", "*"])
-def test_a_path_that_is_not_in_the_table_is_nothing(house, target):
-    reply = house.ask("GET", target, token=API)
+def test_a_path_that_is_not_in_the_table_is_nothing(server, target):
+    reply = server.ask("GET", target, token=OPERATOR_TOKEN)
     assert reply.status in (400, 404)
     assert b"root:" not in reply.body
 
 
-def test_a_head_has_limits(house):
+def test_a_head_has_limits(server):
     many = {f"X_{number}": "y" for number in range(70)}
     large = {f"X_{number}": "y" * 1000 for number in range(20)}
-    assert house.ask("GET", "/healthz", **many).status == 431
-    assert house.ask("GET", "/healthz", **large).status == 431
-    assert house.ask("GET", "/" + "x" * 8192).status == 414
-    with house.client() as client:      # one that never ends
+    assert server.ask("GET", "/healthz", **many).status == 431
+    assert server.ask("GET", "/healthz", **large).status == 431
+    assert server.ask("GET", "/" + "x" * 8192).status == 414
+    with server.client() as client:      # one that never ends
         client.send(b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 4000)
         assert client.reply().status == 431
-        assert client.ended()
+        assert client.is_closed()
 
 
 @pytest.mark.parametrize("path, most, token", [
-    ("/api/v1/snooze", 2**16, API), ("/api/v1/requests", 2**20, API),
+    ("/api/v1/snooze", 2**16, OPERATOR_TOKEN), ("/api/v1/requests", 2**20,
+                                                OPERATOR_TOKEN),
     ("/api/v1/sync", 2**23, HOST_TOKEN), ("/ping/UUID", 2**20, "")])
-def test_a_body_has_a_limit_and_who_sends_more_hears_it(house, path, most,
+def test_a_body_has_a_limit_and_who_sends_more_hears_it(server, path, most,
                                                         token):
-    path = path.replace("UUID", house.uuid)
-    reply = house.ask("POST", path, b"x" * (most + 1), token,
-                      Content_Type="application/json")
+    path = path.replace("UUID", server.uuid)
+    reply = server.ask("POST", path, b"x" * (most + 1), token,
+                       Content_Type="application/json")
     assert reply.status == 413, reply
-    reply = house.ask("POST", path, b" " * most, token,
-                      Content_Type="application/json")
+    reply = server.ask("POST", path, b" " * most, token,
+                       Content_Type="application/json")
     assert reply.status == (200 if "ping" in path else 400), reply
 
 
-def test_a_body_without_a_key_is_not_read(house):
-    reply = house.ask("POST", "/api/v1/sync", b"x" * 2**22,
-                      Content_Type="application/json")
+def test_a_body_without_a_key_is_not_read(server):
+    reply = server.ask("POST", "/api/v1/sync", b"x" * 2**22,
+                       Content_Type="application/json")
     assert reply.status == 401
 
 
-def test_a_refusal_arrives_though_a_body_is_on_its_way(house):
+def test_a_refusal_arrives_though_a_body_is_on_its_way(server):
     """A socket that is closed over what it has not read sends a reset."""
-    with house.client() as client:
-        client.send(request(house.port, "POST", "/api/v1/snooze",
-                            b"x" * 300_000, "f" * 64,
-                            Content_Type="application/json"))
+    with server.client() as client:
+        client.send(encode_request(server.port, "POST", "/api/v1/snooze",
+                                   b"x" * 300_000, "f" * 64,
+                                   Content_Type="application/json"))
         assert client.reply().status == 413
-        assert client.ended() and not client.reset
+        assert client.is_closed() and not client.reset
 
 
-def test_who_sends_on_while_he_is_served_is_read_no_further(house):
-    with house.client() as host:
-        settled(host, house, 25)
+def test_who_sends_on_while_he_is_served_is_read_no_further(server):
+    with server.client() as host:
+        settled(host, server, 25)
         host.sock.settimeout(0.5)
         sent = 0
         with contextlib.suppress(socket.timeout):
@@ -289,24 +299,25 @@ def test_who_sends_on_while_he_is_served_is_read_no_further(house):
     ({"Content_Type": "application/x-www-form-urlencoded"}, 415),
     ({"Content_Type": "application/json", "Content_Encoding": "gzip"}, 415),
     ({"Content_Type": "Application/JSON; charset=utf-8"}, 400)])
-def test_what_is_posted_is_json(house, headers, status):
-    reply = house.ask("POST", "/api/v1/snooze", b"x=1", API, **headers)
+def test_what_is_posted_is_json(server, headers, status):
+    reply = server.ask("POST", "/api/v1/snooze", b"x=1", OPERATOR_TOKEN,
+                       **headers)
     assert reply.status == status
 
 
 @pytest.mark.parametrize("method, path, allowed", [
     ("POST", "/", "GET"), ("PUT", "/api/v1/checks", "POST"),
     ("GET", "/api/v1/sync", "POST"), ("DELETE", "/healthz", "GET")])
-def test_a_method_that_is_not_for_this_is_told_which_is(house, method, path,
+def test_a_method_that_is_not_for_this_is_told_which_is(server, method, path,
                                                         allowed):
-    reply = house.ask(method, path, token=API)
+    reply = server.ask(method, path, token=OPERATOR_TOKEN)
     assert (reply.status, reply.headers["allow"]) == (405, allowed)
 
 
-def test_ten_thousand_heads_that_are_wrong_surprise_nobody(house):
+def test_ten_thousand_heads_that_are_wrong_surprise_nobody(server):
     """Through a wire that is not connected; some by real ones."""
     chance = random.Random(105)
-    good = request(1, "POST", "/api/v1/sync?a=b", b"{}", API)
+    good = encode_request(1, "POST", "/api/v1/sync?a=b", b"{}", OPERATOR_TOKEN)
     parts = [b"\r\n", b"\n", b"\r", b"\0", b":", b" ", b"HTTP/1.1", b"%", b"/",
              b"Content-Length: 9\r\n", b"Transfer-Encoding: x\r\n",
              b"\xff\xfe", b"\r\n\r\n", b"GET / HTTP/1.1\r\n", b"..", b"\t",
@@ -334,28 +345,28 @@ def test_ten_thousand_heads_that_are_wrong_surprise_nobody(house):
         except koitab.Error as error:
             assert error.status in koitab.STATUS
     for _ in range(500):
-        with house.client() as client:
+        with server.client() as client:
             client.send(wrong())
             client.sock.shutdown(socket.SHUT_WR)
-            client.to_the_end()
+            client.read_to_end()
             assert client.data[:9] in (b"HTTP/1.1 ", b"")
-    assert house.ask("GET", "/healthz").status == 200
-    house.no_fault()
+    assert server.ask("GET", "/healthz").status == 200
+    server.assert_no_bugs()
 
 
 # --- who calls, and from where --------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/api/v1/state", "/nope"])
-def test_a_name_that_is_not_ours_is_answered_with_nothing(house, path):
-    reply = house.ask("GET", path, token=API, Host="evil.example")
+def test_a_name_that_is_not_ours_is_answered_with_nothing(server, path):
+    reply = server.ask("GET", path, token=OPERATOR_TOKEN, Host="evil.example")
     assert reply.status == 421
     assert "--name" in reply.json["hint"]
 
 
 def test_names_that_were_given_are_ours(tmp_path):
-    with Dashboard(tmp_path, "--name", "Koi.example", "--name",
-                   "b.example:444") as found:
+    with DashboardProcess(tmp_path, "--name", "Koi.example", "--name",
+                          "b.example:444") as found:
         for host, status in (("koi.example", 200), ("KOI.EXAMPLE:1", 200),
                              ("b.example:444", 200), ("b.example", 421),
                              ("localhost:9", 200), ("10.0.0.1", 421)):
@@ -374,29 +385,30 @@ def test_names_that_were_given_are_ours(tmp_path):
     ("null", "/api/v1/salt", 200, "null"),
     ("http://evil.example", "/ping/UUID", 200, "*"),
     (None, "/ping/UUID", 200, "*")])
-def test_pages_of_others_get_nothing(house, origin, path, status, allowed):
-    origin = origin and origin.replace("PORT", str(house.port))
-    reply = house.ask("GET", path.replace("UUID", house.uuid), token=API,
-                      Origin=origin)
+def test_pages_of_others_get_nothing(server, origin, path, status, allowed):
+    origin = origin and origin.replace("PORT", str(server.port))
+    reply = server.ask("GET", path.replace("UUID", server.uuid),
+                       token=OPERATOR_TOKEN,
+                       Origin=origin)
     assert reply.status == status
     assert reply.headers.get("access-control-allow-origin") == allowed
 
 
-def test_a_page_from_a_file_may_ask_before_it_asks(house):
-    reply = house.ask("OPTIONS", "/api/v1/requests", Origin="null",
-                      Access_Control_Request_Method="POST",
-                      Access_Control_Request_Headers="authorization")
+def test_a_page_from_a_file_may_ask_before_it_asks(server):
+    reply = server.ask("OPTIONS", "/api/v1/requests", Origin="null",
+                       Access_Control_Request_Method="POST",
+                       Access_Control_Request_Headers="authorization")
     assert (reply.status, reply.body) == (204, b"")
     assert reply.headers["access-control-allow-origin"] == "null"
     assert "Authorization" in reply.headers["access-control-allow-headers"]
-    refused = house.ask("OPTIONS", "/api/v1/requests",
-                        Origin="https://evil.example")
+    refused = server.ask("OPTIONS", "/api/v1/requests",
+                         Origin="https://evil.example")
     assert refused.status == 403
     assert "access-control-allow-origin" not in refused.headers
 
 
-def test_no_page_from_a_file_makes_a_dashboard(house):
-    reply = house.ask("POST", "/api/v1/dashboards", {}, Origin="null")
+def test_no_page_from_a_file_makes_a_dashboard(server):
+    reply = server.ask("POST", "/api/v1/dashboards", {}, Origin="null")
     assert reply.status == 403
     assert "access-control-allow-origin" not in reply.headers
 
@@ -409,48 +421,50 @@ def path_of(route) -> str:
                     for word in route.path.split("/"))
 
 
-def test_everyone_gets_what_is_for_him_and_nothing_else(house):
+def test_everyone_gets_what_is_for_him_and_nothing_else(server):
     wrong = []
     for route in koitab.ROUTES:
         if route.who == "anyone":
             continue
         body = b"[]" if route.method == "POST" else None
-        for token, role in ((API, "operator"), (VIEW, "viewer"),
-                            (f"view-{VIEW}", "viewer"),
+        for token, role in ((OPERATOR_TOKEN, "operator"), (VIEWER_TOKEN,
+                                                           "viewer"),
+                            (f"view-{VIEWER_TOKEN}", "viewer"),
                             (HOST_TOKEN, "host"), ("", "")):
             if role in koitab.WHO[route.who]:
                 continue
-            reply = house.ask(route.method, path_of(route), body, token,
-                              Content_Type="application/json")
+            reply = server.ask(route.method, path_of(route), body, token,
+                               Content_Type="application/json")
             if reply.status != (403 if role else 401):
                 wrong.append((route, role, reply))
     assert wrong == []
 
 
-def test_a_viewer_reads_and_changes_nothing(house):
-    assert house.ask("GET", "/api/v1/state", token=VIEW).json[
+def test_a_viewer_reads_and_changes_nothing(server):
+    assert server.ask("GET", "/api/v1/state", token=VIEWER_TOKEN).json[
         "role"] == "viewer"
-    assert house.ask("POST", "/api/v1/snooze", {
-        "subject": "job:1", "until": 0}, VIEW).status == 403
+    assert server.ask("POST", "/api/v1/snooze", {
+        "subject": "job:1", "until": 0}, VIEWER_TOKEN).status == 403
 
 
-def test_who_guesses_keys_has_to_wait_and_hosts_have_not(house):
+def test_who_guesses_keys_has_to_wait_and_hosts_have_not(server):
     where = {"X_Forwarded_For": "203.0.113.9"}
-    statuses = [house.ask("GET", "/api/v1/state", token="f" * 64,
-                          **where).status for _ in range(12)]
+    statuses = [server.ask("GET", "/api/v1/state", token="f" * 64,
+                           **where).status for _ in range(12)]
     assert statuses == [401] * 10 + [429] * 2
-    right = house.ask("GET", "/api/v1/state", token=API, **where)
+    right = server.ask("GET", "/api/v1/state", token=OPERATOR_TOKEN, **where)
     assert right.status == 429          # or the right guess would be seen
     assert 55 <= int(right.headers["retry-after"]) <= 61
-    assert house.ask("POST", "/api/v1/sync", dashboard.sync_of(), HOST_TOKEN,
-                     **where).status == 200
-    assert house.ask("GET", "/api/v1/state", token=API).status == 200
-    assert house.ask("GET", "/healthz", **where).status == 200
+    assert server.ask("POST", "/api/v1/sync", sync_payload(), HOST_TOKEN,
+                      **where).status == 200
+    assert server.ask("GET", "/api/v1/state",
+                      token=OPERATOR_TOKEN).status == 200
+    assert server.ask("GET", "/healthz", **where).status == 200
 
 
 def test_the_log_tells_neither_keys_nor_queries(tmp_path):
-    with Dashboard(tmp_path) as found:
-        found.settle()
+    with DashboardProcess(tmp_path) as found:
+        found.set_up()
         found.ask("GET", "/api/v1/state?secret=1", token="deadbeef" * 8,
                   X_Forwarded_For="203.0.113.10")
         found.ask("GET", "/api/v1/nope\x7f")
@@ -458,13 +472,14 @@ def test_the_log_tells_neither_keys_nor_queries(tmp_path):
         found.ask("GET", "/ping/0b5f1c2e-1111-4222-8333-444455556666?rid=x")
         log = found.log()
     assert "203.0.113.10 GET /api/v1/state: 401" in log
-    for secret in ("secret", "deadbeef", "0123456789abcdef", API, VIEW,
+    for secret in ("secret", "deadbeef", "0123456789abcdef", OPERATOR_TOKEN,
+                   VIEWER_TOKEN,
                    HOST_TOKEN, "0b5f1c2e", "rid", "\x1b", "\x7f"):
         assert secret not in log
 
 
 def test_many_refusals_do_not_fill_the_log(tmp_path):
-    with Dashboard(tmp_path, patch="k.LINES_TIME = 1.0") as found:
+    with DashboardProcess(tmp_path, patch="k.LINES_TIME = 1.0") as found:
         with found.client() as client:
             for _ in range(200):
                 assert client.ask("GET", "/nope").status == 404
@@ -477,17 +492,17 @@ def test_many_refusals_do_not_fill_the_log(tmp_path):
 # --- pings ----------------------------------------------------------------
 
 
-def test_a_ping_answers_as_healthchecks_does(house):
+def test_a_ping_answers_as_healthchecks_does(server):
     for method, path in (("GET", ""), ("HEAD", ""), ("POST", "/start"),
                          ("GET", "/fail"), ("GET", "/log"), ("GET", "/7"),
                          ("GET", "/")):
         for prefix in ("/ping", ""):
-            reply = house.ask(method, f"{prefix}/{house.uuid}{path}")
+            reply = server.ask(method, f"{prefix}/{server.uuid}{path}")
             assert reply.status == 200
             assert reply.body == (b"" if method == "HEAD" else b"OK")
             assert reply.headers["access-control-allow-origin"] == "*"
             assert reply.headers["ping-body-limit"] == "10000"
-    unknown = house.ask("GET", "/ping/11111111-2222-3333-4444-555555555555")
+    unknown = server.ask("GET", "/ping/11111111-2222-3333-4444-555555555555")
     assert (unknown.status, unknown.body) == (404, b"not found")
     assert unknown.headers["content-type"].startswith("text/plain")
 
@@ -495,117 +510,120 @@ def test_a_ping_answers_as_healthchecks_does(house):
 # --- hosts wait without a thread ------------------------------------------
 
 
-def waiting(house) -> int:
-    text = house.ask("GET", "/metrics", token=VIEW).body.decode()
+def waiting(server) -> int:
+    text = server.ask("GET", "/metrics", token=VIEWER_TOKEN).body.decode()
     return int(text.split("koi_web_waiting ")[1].split()[0])
 
 
-def an_order(house, nonce: str = "1" * 32) -> dict:
+def an_order(server, nonce: str = "1" * 32) -> dict:
     """A request for the host; its body is the host's to judge."""
     return {"host": HOST, "mac": "0" * 64, "body": json.dumps({
         "v": 1, "do": "run", "nonce": nonce, "iat": int(time.time() * 1000),
         "exp": int(time.time() * 1000) + 300_000, "host": HOST,
-        "dash": house.dash,
+        "dash": server.dash,
         "key": "0" * 16, "user": "root", "tag": "t" * 12, "job": "0" * 64,
         "args": {}, "secrets": {}})}
 
 
-def settled(client: Client, house, wait: float) -> None:
+def settled(client: HttpClient, server, wait: float) -> None:
     """A long poll that waits, with nothing left to be said at once."""
-    first = client.ask("POST", "/api/v1/sync", dashboard.sync_of(), HOST_TOKEN)
+    first = client.ask("POST", "/api/v1/sync", sync_payload(), HOST_TOKEN)
     assert first.status == 200, first
-    client.send(request(house.port, "POST", "/api/v1/sync",
-                        dashboard.sync_of(wait=wait), HOST_TOKEN))
-    support.wait_until(lambda: waiting(house) == 1, 10, "the poll to wait")
+    client.send(encode_request(server.port, "POST", "/api/v1/sync",
+                               sync_payload(wait=wait), HOST_TOKEN))
+    support.wait_until(lambda: waiting(server) == 1, 10, "the poll to wait")
 
 
-def test_a_host_that_waits_is_woken_by_a_request(house):
-    with house.client() as host, house.client() as page:
-        settled(host, house, 25)
-        asked = page.ask("POST", "/api/v1/requests", an_order(house), API)
+def test_a_host_that_waits_is_woken_by_a_request(server):
+    with server.client() as host, server.client() as page:
+        settled(host, server, 25)
+        asked = page.ask("POST", "/api/v1/requests", an_order(server),
+                         OPERATOR_TOKEN)
         assert (asked.status, asked.json["state"]) == (202, "waiting")
         reply = host.reply().json
         assert reply["requests"][0]["mac"] == "0" * 64
-        assert waiting(house) == 0
+        assert waiting(server) == 0
 
 
 def test_a_host_is_woken_within_a_tenth_of_a_second(tmp_path):
     took = []
-    with Dashboard(tmp_path) as found:
-        found.settle()
+    with DashboardProcess(tmp_path) as found:
+        found.set_up()
         with found.client() as host, found.client() as page:
             for number in range(10):
                 settled(host, found, 25)
                 begin = time.monotonic()
                 page.ask("POST", "/api/v1/requests", an_order(
-                    found, f"{number:032x}"), API)
+                    found, f"{number:032x}"), OPERATOR_TOKEN)
                 assert host.reply().json["requests"]
                 took.append(time.monotonic() - begin)
     assert sorted(took)[5] < 0.1, took      # the machine may be busy once
 
 
-def test_a_request_that_came_before_is_not_missed(house):
-    house.ask("POST", "/api/v1/requests", an_order(house, "2" * 32), API)
+def test_a_request_that_came_before_is_not_missed(server):
+    server.ask("POST", "/api/v1/requests", an_order(server, "2" * 32),
+               OPERATOR_TOKEN)
     begin = time.monotonic()
-    reply = house.ask("POST", "/api/v1/sync", dashboard.sync_of(wait=25),
-                      HOST_TOKEN)
+    reply = server.ask("POST", "/api/v1/sync", sync_payload(wait=25),
+                       HOST_TOKEN)
     assert reply.json["requests"]
     assert time.monotonic() - begin < 5
 
 
-def test_a_host_that_waits_hears_when_the_time_is_over(house):
-    with house.client() as host:
+def test_a_host_that_waits_hears_when_the_time_is_over(server):
+    with server.client() as host:
         begin = time.monotonic()
-        settled(host, house, 0.7)
+        settled(host, server, 0.7)
         assert host.reply().json["requests"] == []
         assert 0.6 < time.monotonic() - begin < 5
-        assert waiting(house) == 0
+        assert waiting(server) == 0
 
 
-def test_a_host_that_has_sent_something_hears_at_once_that_it_arrived(house):
+def test_a_host_that_has_sent_something_hears_at_once_that_it_arrived(server):
     host, token = "12" * 16, "34" * 32
-    house.join(host, token)
-    with house.client() as client:
-        client.ask("POST", "/api/v1/sync", dashboard.sync_of(host), token)
+    server.register_host(host, token)
+    with server.client() as client:
+        client.ask("POST", "/api/v1/sync", sync_payload(host), token)
         for sent in ({"records": [a_record(1, b"")]}, {"verdicts": [
                 {"nonce": "9" * 32, "verdict": "refused", "run": None,
                  "reason": "x"}]}):
             begin = time.monotonic()
-            reply = client.ask("POST", "/api/v1/sync", dashboard.sync_of(
+            reply = client.ask("POST", "/api/v1/sync", sync_payload(
                 host, wait=25, **sent), token)
             assert reply.json["acked"] == 10
             assert time.monotonic() - begin < 5
 
 
-def test_a_host_that_hangs_up_waits_no_more(house):
-    with house.client() as host:
-        settled(host, house, 25)
-    support.wait_until(lambda: waiting(house) == 0, 5, "it to be forgotten")
+def test_a_host_that_hangs_up_waits_no_more(server):
+    with server.client() as host:
+        settled(host, server, 25)
+    support.wait_until(lambda: waiting(server) == 0, 5, "it to be forgotten")
 
 
-def test_a_newer_poll_of_a_host_ends_its_older_one(house):
+def test_a_newer_poll_of_a_host_ends_its_older_one(server):
     """Or a connection that broke would be handed what the other waits for."""
-    with house.client() as old, house.client() as new:
-        settled(old, house, 25)
-        new.ask("POST", "/api/v1/sync", dashboard.sync_of(), HOST_TOKEN)
-        new.send(request(house.port, "POST", "/api/v1/sync",
-                         dashboard.sync_of(wait=25), HOST_TOKEN))
+    with server.client() as old, server.client() as new:
+        settled(old, server, 25)
+        new.ask("POST", "/api/v1/sync", sync_payload(), HOST_TOKEN)
+        new.send(encode_request(server.port, "POST", "/api/v1/sync",
+                                sync_payload(wait=25), HOST_TOKEN))
         assert old.reply().json["requests"] == []
-        support.wait_until(lambda: waiting(house) == 1, 10)
-        house.ask("POST", "/api/v1/requests", an_order(house, "3" * 32), API)
+        support.wait_until(lambda: waiting(server) == 1, 10)
+        server.ask("POST", "/api/v1/requests", an_order(server, "3" * 32),
+                   OPERATOR_TOKEN)
         assert new.reply().json["requests"]
 
 
-def test_a_host_that_was_removed_is_told_so(house):
-    house.join("77" * 16, "88" * 32)
-    with house.client() as host:
-        host.ask("POST", "/api/v1/sync", dashboard.sync_of("77" * 16),
+def test_a_host_that_was_removed_is_told_so(server):
+    server.register_host("77" * 16, "88" * 32)
+    with server.client() as host:
+        host.ask("POST", "/api/v1/sync", sync_payload("77" * 16),
                  "88" * 32)
-        host.send(request(house.port, "POST", "/api/v1/sync",
-                          dashboard.sync_of("77" * 16, wait=25), "88" * 32))
-        support.wait_until(lambda: waiting(house) == 1, 10)
-        assert house.ask("DELETE", f"/api/v1/hosts/{'77' * 16}",
-                         token=API).status == 200
+        host.send(encode_request(server.port, "POST", "/api/v1/sync",
+                                 sync_payload("77" * 16, wait=25), "88" * 32))
+        support.wait_until(lambda: waiting(server) == 1, 10)
+        assert server.ask("DELETE", f"/api/v1/hosts/{'77' * 16}",
+                          token=OPERATOR_TOKEN).status == 200
         assert host.reply().status == 401
 
 
@@ -630,42 +648,44 @@ def a_record(number: int, frames: bytes, **changes) -> dict:
 
 
 @pytest.fixture(scope="module")
-def told(house):
+def told(server):
     """The id of a run that a host has told all about, and its frames."""
     frames = frames_of("<script>alert(1)</script>\n", "needle\n",
                        "x" * 900_000, "\x1b[31mred\x1b[0m\n")
     host, token = "ab" * 16, "cd" * 32
-    house.join(host, token)
-    first = house.ask("POST", "/api/v1/sync", dashboard.sync_of(
+    server.register_host(host, token)
+    first = server.ask("POST", "/api/v1/sync", sync_payload(
         host, records=[a_record(1, frames)], wait=25), token).json
     assert (first["acked"], first["owed"]) == (10, [[1, 0]])
-    house.ask("POST", "/api/v1/sync", dashboard.sync_of(host, outputs=[
+    server.ask("POST", "/api/v1/sync", sync_payload(host, outputs=[
         {"run": 1, "at": 0, "data": base64.b64encode(frames).decode()}]),
         token)
-    state = house.ask("GET", "/api/v1/state", token=VIEW).json
+    state = server.ask("GET", "/api/v1/state", token=VIEWER_TOKEN).json
     job = next(job for job in state["jobs"] if job["host"] == host)
     return job["id"], job["last"]["id"], frames
 
 
-def test_a_run_and_all_about_it(house, told):
+def test_a_run_and_all_about_it(server, told):
     job, run, frames = told
-    whole = house.ask("GET", f"/api/v1/runs/{run}", token=VIEW).json
+    whole = server.ask("GET", f"/api/v1/runs/{run}", token=VIEWER_TOKEN).json
     assert whole["run"]["have"] == len(frames)
     assert whole["job"]["label"] == "<img src=x onerror=alert(1)>"
-    runs = house.ask("GET", f"/api/v1/jobs/{job}/runs?limit=5", token=VIEW)
+    runs = server.ask("GET", f"/api/v1/jobs/{job}/runs?limit=5",
+                      token=VIEWER_TOKEN)
     assert [each["id"] for each in runs.json["runs"]] == [run]
-    assert house.ask("GET", f"/api/v1/jobs/{job}/runs?before={run}",
-                     token=VIEW).json["runs"] == []
-    chunks = house.ask("GET", f"/api/v1/runs/{run}/chunks", token=VIEW).json
+    assert server.ask("GET", f"/api/v1/jobs/{job}/runs?before={run}",
+                      token=VIEWER_TOKEN).json["runs"] == []
+    chunks = server.ask("GET", f"/api/v1/runs/{run}/chunks",
+                        token=VIEWER_TOKEN).json
     assert (chunks["size"], chunks["live"]) == (len(frames), False)
 
 
-def test_output_comes_in_pieces_that_make_the_whole(house, told):
+def test_output_comes_in_pieces_that_make_the_whole(server, told):
     _, run, frames = told
     data, path = b"", f"/api/v1/runs/{run}/output"
     while len(data) < len(frames):
-        reply = house.ask("GET", f"{path}?from={len(data)}&len=99999",
-                          token=VIEW)
+        reply = server.ask("GET", f"{path}?from={len(data)}&len=99999",
+                           token=VIEWER_TOKEN)
         assert reply.headers["content-type"] == "application/octet-stream"
         assert reply.headers["x-koi-size"] == str(len(frames))
         assert reply.headers["x-koi-live"] == "0"
@@ -673,13 +693,14 @@ def test_output_comes_in_pieces_that_make_the_whole(house, told):
         data += reply.body
     assert data == frames
     begin = time.monotonic()    # it has ended: there is nothing to wait for
-    assert house.ask("GET", f"{path}?from={len(data)}&wait=10",
-                     token=VIEW).body == b""
+    assert server.ask("GET", f"{path}?from={len(data)}&wait=10",
+                      token=VIEWER_TOKEN).body == b""
     assert time.monotonic() - begin < 5
 
 
-def test_raw_output_is_text_and_never_a_page(house, told):
-    reply = house.ask("GET", f"/api/v1/runs/{told[1]}/raw", token=VIEW)
+def test_raw_output_is_text_and_never_a_page(server, told):
+    reply = server.ask("GET", f"/api/v1/runs/{told[1]}/raw",
+                       token=VIEWER_TOKEN)
     assert reply.body == b"".join(part for _, _, part in koitab.read_frames(
         told[2]))
     assert reply.headers["content-type"] == "text/plain; charset=utf-8"
@@ -687,125 +708,134 @@ def test_raw_output_is_text_and_never_a_page(house, told):
     assert reply.headers["x-content-type-options"] == "nosniff"
 
 
-def test_text_is_found_in_outputs(house, told):
+def test_text_is_found_in_outputs(server, told):
     for text in ("needle", "needle' or 1=1 --", '"needle" NEAR x', "%"):
-        reply = house.ask("GET", "/api/v1/search?q=" + "".join(
-            f"%{byte:02x}" for byte in text.encode()), token=VIEW)
+        reply = server.ask("GET", "/api/v1/search?q=" + "".join(
+            f"%{byte:02x}" for byte in text.encode()), token=VIEWER_TOKEN)
         assert reply.status == (200 if len(text) > 1 else 400), reply
         assert len(reply.json.get("hits", ())) == (text == "needle")
     for query in ("", "q=", "q=" + "x" * 201, "q=a%00b", "q=ab&job=x"):
-        assert house.ask("GET", f"/api/v1/search?{query}",
-                         token=VIEW).status == 400
+        assert server.ask("GET", f"/api/v1/search?{query}",
+                          token=VIEWER_TOKEN).status == 400
 
 
-def test_a_day_and_the_audit(house, told):
+def test_a_day_and_the_audit(server, told):
     now = time.time()
-    day = house.ask("GET", f"/api/v1/day?from={now - 3600}&to={now:.1f}",
-                    token=VIEW).json
+    day = server.ask("GET", f"/api/v1/day?from={now - 3600}&to={now:.1f}",
+                     token=VIEWER_TOKEN).json
     assert told[1] in [bar[3] for row in day["rows"] for bar in row["bars"]]
     for query in ("", "from=1", "from=5&to=1", "from=a&to=b", "from=1&to=1e9",
                   "from=-1&to=9"):
-        assert house.ask("GET", f"/api/v1/day?{query}",
-                         token=VIEW).status == 400
-    rows = house.ask("GET", "/api/v1/audit", token=VIEW).json["rows"]
+        assert server.ask("GET", f"/api/v1/day?{query}",
+                          token=VIEWER_TOKEN).status == 400
+    rows = server.ask("GET", "/api/v1/audit", token=VIEWER_TOKEN).json["rows"]
     assert rows
-    assert house.ask("GET", f"/api/v1/audit?before={rows[-1]['at']}",
-                     token=VIEW).json["rows"] == []
+    assert server.ask("GET", f"/api/v1/audit?before={rows[-1]['at']}",
+                      token=VIEWER_TOKEN).json["rows"] == []
 
 
-def test_checks_and_channels_are_made_changed_and_removed(house):
-    uuid = house.ask("POST", "/api/v1/checks", {
-        "name": "<b>", "slug": "b", "period": 3600, "grace": 60}, API
+def test_checks_and_channels_are_made_changed_and_removed(server):
+    uuid = server.ask("POST", "/api/v1/checks", {
+        "name": "<b>", "slug": "b", "period": 3600, "grace": 60},
+                      OPERATOR_TOKEN
         ).json["id"]
     path = f"/api/v1/checks/{uuid}"
-    house.ask("POST", f"/ping/{uuid}", b"<script>" + b"x" * 20_000,
-              User_Agent="curl <i>", X_Forwarded_For="1.2.3.4, 203.0.113.5")
-    ping = house.ask("GET", f"{path}/pings", token=VIEW).json["pings"][0]
+    server.ask("POST", f"/ping/{uuid}", b"<script>" + b"x" * 20_000,
+               User_Agent="curl <i>", X_Forwarded_For="1.2.3.4, 203.0.113.5")
+    ping = server.ask("GET", f"{path}/pings",
+                      token=VIEWER_TOKEN).json["pings"][0]
     assert (ping["ua"], ping["ip"], ping["size"]) == (
         "curl <i>", "203.0.113.5", 10_000)
-    body = house.ask("GET", f"{path}/pings/{ping['n']}/body", token=VIEW)
+    body = server.ask("GET", f"{path}/pings/{ping['n']}/body",
+                      token=VIEWER_TOKEN)
     assert body.body == b"<script>" + b"x" * 9_992
     assert body.headers["content-type"].startswith("text/plain")
     for do, status in (("pause", 200), ("resume", 200), ("resume", 409),
                        ("delete", 200), ("delete", 404), ("nope", 404)):
-        assert house.ask("POST", path, {"do": do}, API).status == status
-    made = house.ask("POST", "/api/v1/channels", {
-        "kind": "mail", "target": "a@example.org"}, API)
+        assert server.ask("POST", path, {"do": do},
+                          OPERATOR_TOKEN).status == status
+    made = server.ask("POST", "/api/v1/channels", {
+        "kind": "mail", "target": "a@example.org"}, OPERATOR_TOKEN)
     assert made.status == 200
-    assert [each["id"] for each in house.ask(
-        "GET", "/api/v1/channels", token=VIEW).json["channels"]] == [
+    assert [each["id"] for each in server.ask(
+        "GET", "/api/v1/channels", token=VIEWER_TOKEN).json["channels"]] == [
             made.json["id"]]
-    assert house.ask("POST", "/api/v1/channels", {
-        "do": "delete", "id": made.json["id"]}, API).status == 200
+    assert server.ask("POST", "/api/v1/channels", {
+        "do": "delete", "id": made.json["id"]}, OPERATOR_TOKEN).status == 200
 
 
-def test_a_run_that_is_looked_at_is_told_to_its_host_and_comes_live(house):
+def test_a_run_that_is_looked_at_is_told_to_its_host_and_comes_live(server):
     host, token = "ef" * 16, "01" * 32
-    house.join(host, token)
+    server.register_host(host, token)
     going = a_record(1, b"", state="running", ended=None, exit=None,
                      tag="livelivelive")
-    house.ask("POST", "/api/v1/sync", dashboard.sync_of(
+    server.ask("POST", "/api/v1/sync", sync_payload(
         host, records=[going]), token)
-    state = house.ask("GET", "/api/v1/state", token=VIEW).json
+    state = server.ask("GET", "/api/v1/state", token=VIEWER_TOKEN).json
     run = next(job for job in state["jobs"] if job["host"] == host)[
         "running"][0]
-    with house.client() as agent, house.client() as page:
-        agent.ask("POST", "/api/v1/sync", dashboard.sync_of(host), token)
-        agent.send(request(house.port, "POST", "/api/v1/sync",
-                           dashboard.sync_of(host, wait=25), token))
-        support.wait_until(lambda: waiting(house) == 1, 10)
+    with server.client() as agent, server.client() as page:
+        agent.ask("POST", "/api/v1/sync", sync_payload(host), token)
+        agent.send(encode_request(server.port, "POST", "/api/v1/sync",
+                                  sync_payload(host, wait=25), token))
+        support.wait_until(lambda: waiting(server) == 1, 10)
         begin = time.monotonic()
-        page.send(request(house.port, "GET", f"/api/v1/runs/{run}/output?from"
-                          "=0&wait=10", token=VIEW))
+        page.send(encode_request(server.port, "GET",
+                                 f"/api/v1/runs/{run}/output?from"
+                                 "=0&wait=10", token=VIEWER_TOKEN))
         assert agent.reply().json["live"] == {"1": 0}
         frames = frames_of("hello\n")
-        agent.ask("POST", "/api/v1/sync", dashboard.sync_of(host, live=[
+        agent.ask("POST", "/api/v1/sync", sync_payload(host, live=[
             {"run": 1, "at": 0, "data": base64.b64encode(frames).decode()}]),
             token)
         reply = page.reply()
         assert (reply.body, reply.headers["x-koi-live"]) == (frames, "1")
         assert time.monotonic() - begin < 5
-        page.send(request(house.port, "GET", f"/api/v1/runs/{run}/output?from"
-                          f"={len(frames)}&wait=0.5", token=VIEW))
+        page.send(encode_request(server.port, "GET",
+                                 f"/api/v1/runs/{run}/output?from"
+                                 f"={len(frames)}&wait=0.5",
+                                 token=VIEWER_TOKEN))
         reply = page.reply()
         assert (reply.status, reply.body) == (200, b"")
-    assert waiting(house) == 0
+    assert waiting(server) == 0
 
 
 def test_a_rotated_key_opens_nothing_and_closes_streams(tmp_path):
-    with Dashboard(tmp_path) as found:
-        found.settle()
+    with DashboardProcess(tmp_path) as found:
+        found.set_up()
         with stream(found, now_of(found)) as client:
             made = found.ask("POST", "/api/v1/rotate", {
                 "salt": "11" * 16, "rounds": 600_000,
-                "api_sha256": dashboard.sha256("e" * 64),
-                "view_sha256": dashboard.sha256("f" * 64)}, API)
+                "api_sha256": koitab.digest_of("e" * 64),
+                "view_sha256": koitab.digest_of("f" * 64)}, OPERATOR_TOKEN)
             assert made.status == 200
-            client.to_the_end()
-        assert found.ask("GET", "/api/v1/state", token=API).status == 401
-        assert found.ask("GET", "/api/v1/state", token=VIEW).status == 401
+            client.read_to_end()
+        assert found.ask("GET", "/api/v1/state",
+                         token=OPERATOR_TOKEN).status == 401
+        assert found.ask("GET", "/api/v1/state",
+                         token=VIEWER_TOKEN).status == 401
         assert found.ask("GET", "/api/v1/state", token="e" * 64).status == 200
 
 
 def test_only_the_first_dashboard_is_made_by_anyone_from_here(tmp_path):
     asked = {"salt": "11" * 16, "rounds": 600_000, "api_sha256": "e" * 64,
              "view_sha256": "f" * 64}
-    with Dashboard(tmp_path) as found:
+    with DashboardProcess(tmp_path) as found:
         far = {"X_Forwarded_For": "203.0.113.1"}
         assert found.ask("POST", "/api/v1/dashboards", asked,
                          **far).status == 403
         assert found.ask("GET", "/api/v1/salt").status == 404
-        found.settle()
+        found.set_up()
         refused = found.ask("POST", "/api/v1/dashboards", asked)
         assert refused.status == 403
         assert "--allow-new" in refused.json["hint"]
         salt = found.ask("GET", "/api/v1/salt").json
         assert (salt["dash"], salt["rounds"]) == (found.dash, 600_000)
-        found.no_fault()
+        found.assert_no_bugs()
 
 
 def test_anyone_makes_a_dashboard_where_that_is_allowed(tmp_path):
-    with Dashboard(tmp_path, "--allow-new") as found:
+    with DashboardProcess(tmp_path, "--allow-new") as found:
         far = {"X_Forwarded_For": "203.0.113.1"}
         statuses = [found.ask("POST", "/api/v1/dashboards", {
             "salt": "11" * 16, "rounds": 600_000,
@@ -820,50 +850,51 @@ def test_anyone_makes_a_dashboard_where_that_is_allowed(tmp_path):
 
 
 @contextlib.contextmanager
-def stream(house, since: int):
-    with house.client() as client:
-        client.send(request(house.port, "GET", f"/api/v1/stream?since={since}",
-                            token=VIEW))
+def stream(server, since: int):
+    with server.client() as client:
+        client.send(encode_request(server.port, "GET",
+                                   f"/api/v1/stream?since={since}",
+                                   token=VIEWER_TOKEN))
         status, headers = client.head()
         assert (status, headers["content-type"].split(";")[0]) == (
             200, "application/x-ndjson")
         yield client
 
 
-def changed(house, number: int) -> None:
-    house.join(f"{number:032x}", f"{number:064x}")
+def changed(server, number: int) -> None:
+    server.register_host(f"{number:032x}", f"{number:064x}")
 
 
-def now_of(house) -> int:
-    return house.ask("GET", "/api/v1/state", token=VIEW).json["seq"]
+def now_of(server) -> int:
+    return server.ask("GET", "/api/v1/state", token=VIEWER_TOKEN).json["seq"]
 
 
-def test_a_browser_follows_and_comes_back(house):
-    since = now_of(house)
-    changed(house, 1)
-    with stream(house, since) as client:
+def test_a_browser_follows_and_comes_back(server):
+    since = now_of(server)
+    changed(server, 1)
+    with stream(server, since) as client:
         first = json.loads(client.line())
         assert first["seq"] > since
         assert [host["id"] for host in first["hosts"]] == [f"{1:032x}"]
-        changed(house, 2)
+        changed(server, 2)
         second = json.loads(client.line())
         assert second["seq"] > first["seq"]
         assert "wake" not in second and "live" not in second
-    changed(house, 3)
-    with stream(house, first["seq"]) as client:
+    changed(server, 3)
+    with stream(server, first["seq"]) as client:
         assert json.loads(client.line()) == second
         assert json.loads(client.line())["hosts"][0]["id"] == f"{3:032x}"
 
 
 @pytest.mark.parametrize("since", [0, 10**17])
-def test_what_nobody_remembers_begins_anew(house, since):
-    with stream(house, since) as client:
+def test_what_nobody_remembers_begins_anew(server, since):
+    with stream(server, since) as client:
         assert json.loads(client.line()) == {"reset": True}
 
 
 def test_a_stream_shows_signs_of_life(tmp_path):
-    with Dashboard(tmp_path, patch="k.HEARTBEAT = 0.2") as found:
-        found.settle()
+    with DashboardProcess(tmp_path, patch="k.HEARTBEAT = 0.2") as found:
+        found.set_up()
         with stream(found, now_of(found)) as client:
             while client.data.count(b"\n") < 3:
                 assert client.more()
@@ -880,24 +911,25 @@ k.Site.heard = large
 
 
 def test_a_browser_that_does_not_read_is_dropped_and_others_go_on(tmp_path):
-    with Dashboard(tmp_path, patch=LARGE) as found:
-        found.settle()
+    with DashboardProcess(tmp_path, patch=LARGE) as found:
+        found.set_up()
         since = now_of(found)
         with found.client() as slow, stream(found, since) as quick:
-            slow.send(request(found.port, "GET", "/api/v1/stream?since=0",
-                              token=VIEW))
+            slow.send(encode_request(found.port, "GET",
+                                     "/api/v1/stream?since=0",
+                                     token=VIEWER_TOKEN))
             slow.head()
             for number in range(40):
                 changed(found, number + 1)
                 assert json.loads(quick.line())["hosts"][0][
                     "id"] == f"{number + 1:032x}"
             assert slow_is_dropped(slow)
-        found.no_fault()
+        found.assert_no_bugs()
 
 
-def slow_is_dropped(client: Client) -> bool:
+def slow_is_dropped(client: HttpClient) -> bool:
     """What was on its way is there, and then comes the end."""
-    client.to_the_end()
+    client.read_to_end()
     return b'"host 0000"' in client.data and client.data.count(b"\n") < 40
 
 
@@ -923,29 +955,30 @@ def open_many(count: int = 2000) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"GET / HT"])
-def test_five_hundred_silent_callers_keep_nobody_waiting(house, data):
+def test_five_hundred_silent_callers_keep_nobody_waiting(server, data):
     open_many()
-    with silent(house.port, 500, data):
+    with silent(server.port, 500, data):
         begin = time.monotonic()
-        assert house.ask("GET", "/api/v1/state", token=API).status == 200
+        assert server.ask("GET", "/api/v1/state",
+                          token=OPERATOR_TOKEN).status == 200
         assert time.monotonic() - begin < 1
 
 
 def test_five_hundred_silent_tls_callers_keep_nobody_waiting(tmp_path, made,
                                                              trust):
     open_many()
-    with Dashboard(tmp_path, "--cert", made.cert, "--key", made.key,
-                   tls=trust) as found, silent(found.port, 500):
+    with DashboardProcess(tmp_path, "--cert", made.cert, "--key", made.key,
+                          tls=trust) as found, silent(found.port, 500):
         begin = time.monotonic()
         assert found.ask("GET", "/healthz").body == b"OK"
         assert time.monotonic() - begin < 1
-        found.no_fault()
+        found.assert_no_bugs()
 
 
 def test_who_is_too_slow_is_told_so_though_he_sends_on(tmp_path):
     patch = "k.HEAD_TIME = k.BODY_TIME = 0.6; k.SWEEP_TIME = 0.1"
-    with Dashboard(tmp_path, patch=patch) as found:
-        for data in (b"GET / HTTP/1.1\r\nX: ", request(
+    with DashboardProcess(tmp_path, patch=patch) as found:
+        for data in (b"GET / HTTP/1.1\r\nX: ", encode_request(
                 found.port, "POST", "/ping/a/b", None, Content_Length=999)):
             with found.client() as client:
                 client.send(data)
@@ -954,24 +987,25 @@ def test_who_is_too_slow_is_told_so_though_he_sends_on(tmp_path):
                     client.send(b"x")
                     assert time.monotonic() - begin < 5
                 assert client.reply().status == 408
-                assert client.ended()
+                assert client.is_closed()
         with found.client() as client:      # who said nothing at all
-            assert client.ended()
+            assert client.is_closed()
 
 
 def test_a_connection_that_rests_is_closed_after_a_while(tmp_path):
     patch = "k.IDLE_TIME = 0.3; k.SWEEP_TIME = 0.1"
-    with Dashboard(tmp_path, patch=patch) as found, found.client() as client:
+    with DashboardProcess(tmp_path,
+                          patch=patch) as found, found.client() as client:
         assert client.ask("GET", "/healthz").status == 200
-        assert client.ended()
+        assert client.is_closed()
 
 
 def test_who_takes_no_byte_of_his_answer_is_dropped(tmp_path):
     patch = ("k.WRITE_TIME = 0.5; k.SWEEP_TIME = 0.1\n"
              "k.page_text = lambda server=None: 'x' * 30_000_000")
-    with Dashboard(tmp_path, patch=patch) as found:
+    with DashboardProcess(tmp_path, patch=patch) as found:
         with found.client() as client:
-            client.send(request(found.port, "GET", "/"))
+            client.send(encode_request(found.port, "GET", "/"))
             support.wait_until(lambda: connections(found) == 1, 10)
             support.wait_until(lambda: connections(found) == 0, 10)
         with found.client() as client:      # who takes them all gets all
@@ -997,16 +1031,16 @@ NOT_NEAR = "k.is_loopback = lambda address: False\n"
 
 def test_an_address_has_room_for_a_few_strangers_and_many_hosts(tmp_path):
     patch = NOT_NEAR + "k.MOST_UNPROVEN, k.MOST_OF_ADDRESS = 8, 30"
-    with Dashboard(tmp_path, "--plain-http", "--allow-new",
-                   patch=patch) as found, contextlib.ExitStack() as stack:
-        found.settle()
+    with contextlib.ExitStack() as stack, DashboardProcess(
+            tmp_path, "--plain-http", "--allow-new", patch=patch) as found:
+        found.set_up()
         for _ in range(20):
             host = stack.enter_context(found.client())
-            assert host.ask("POST", "/api/v1/sync", dashboard.sync_of(),
+            assert host.ask("POST", "/api/v1/sync", sync_payload(),
                             HOST_TOKEN).status == 200
         strangers = [stack.enter_context(found.client()) for _ in range(9)]
         assert strangers[-1].reply().status == 503
-        assert strangers[-1].ended()
+        assert strangers[-1].is_closed()
         assert host.ask("GET", "/healthz").status == 200
         assert "503 too many connections" in found.log()
 
@@ -1020,9 +1054,9 @@ k.Hub.health = lambda *values: time.sleep(0.5) or health(*values)
 
 
 def test_behind_a_proxy_it_is_callers_that_are_counted(tmp_path):
-    with Dashboard(tmp_path, patch=SLOW_HEALTH) as found, \
+    with DashboardProcess(tmp_path, patch=SLOW_HEALTH) as found, \
             contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(found.client()).send(request(
+        clients = [stack.enter_context(found.client()).send(encode_request(
             found.port, "GET", "/healthz", X_Forwarded_For="1.1.1.1, "
             f"203.0.113.{number // 5}")) for number in range(10)]
         statuses = [client.reply().status for client in clients]
@@ -1035,20 +1069,22 @@ def test_behind_a_proxy_it_is_callers_that_are_counted(tmp_path):
     ((), "127.0.0.1"), (("--behind-proxy", "10.0.0.9"), "127.0.0.1"),
     (("--behind-proxy", "127.0.0.1"), "203.0.113.5")])
 def test_only_a_proxy_of_ours_is_believed_who_calls(tmp_path, options, seen):
-    with Dashboard(tmp_path, "--plain-http", "--allow-new", *options,
-                   patch=NOT_NEAR) as found:
-        found.settle()
-        uuid = found.check()
+    with DashboardProcess(tmp_path, "--plain-http", "--allow-new", *options,
+                          patch=NOT_NEAR) as found:
+        found.set_up()
+        uuid = found.add_check()
         for header in ("203.0.113.5", "x, 1.1.1.1,203.0.113.5:99"):
             found.ask("GET", f"/ping/{uuid}", X_Forwarded_For=header)
-        pings = found.ask("GET", f"/api/v1/checks/{uuid}/pings", token=API
+        pings = found.ask("GET", f"/api/v1/checks/{uuid}/pings",
+                          token=OPERATOR_TOKEN
                           ).json["pings"]
         assert [ping["ip"] for ping in pings] == [seen] * 2
 
 
-def test_silence_fills_no_house(tmp_path):
+def test_silent_connections_make_room_for_a_new_one(tmp_path):
     """Whoever has been silent for the longest time makes room."""
-    with Dashboard(tmp_path, patch="k.MOST_WIRES = 20") as found, silent(
+    with DashboardProcess(tmp_path,
+                          patch="k.MOST_WIRES = 20") as found, silent(
             found.port, 60):
         assert found.ask("GET", "/healthz").body == b"OK"
 
@@ -1057,8 +1093,8 @@ def test_silence_fills_no_house(tmp_path):
 
 
 def test_without_descriptors_it_rests_and_goes_on(tmp_path):
-    with Dashboard(tmp_path) as found:
-        found.settle()
+    with DashboardProcess(tmp_path) as found:
+        found.set_up()
         pid = found.process.pid
         before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         used = len(os.listdir(f"/proc/{pid}/fd"))
@@ -1072,7 +1108,7 @@ def test_without_descriptors_it_rests_and_goes_on(tmp_path):
                 assert busy(found.process, 0.5) < 0.5
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
         assert found.ask("GET", "/healthz").status == 200
-        found.no_fault()
+        found.assert_no_bugs()
 
 
 NO_THREAD = """
@@ -1088,15 +1124,15 @@ threading.Thread.start = refuse
 
 def test_without_threads_some_questions_are_refused_and_the_rest_goes_on(
         tmp_path):
-    with Dashboard(tmp_path, patch=NO_THREAD) as found:
-        found.settle()
-        uuid = found.check()
+    with DashboardProcess(tmp_path, patch=NO_THREAD) as found:
+        found.set_up()
+        uuid = found.add_check()
         for _ in range(2):
-            reply = found.ask("GET", "/api/v1/state", token=API)
+            reply = found.ask("GET", "/api/v1/state", token=OPERATOR_TOKEN)
             assert (reply.status, reply.headers["retry-after"]) == (503, "5")
         assert found.ask("GET", "/").status == 200
         assert found.ask("GET", f"/ping/{uuid}").status == 200
-        found.no_fault()
+        found.assert_no_bugs()
 
 
 SLOW = """
@@ -1110,12 +1146,12 @@ k.Hub.state, k.MOST_READS = slow, 6
 
 
 def test_too_many_questions_at_once_are_refused_at_the_door(tmp_path):
-    with Dashboard(tmp_path, patch=SLOW) as found, \
+    with DashboardProcess(tmp_path, patch=SLOW) as found, \
             contextlib.ExitStack() as stack:
-        found.settle()
-        uuid = found.check()
-        clients = [stack.enter_context(found.client()).send(request(
-            found.port, "GET", "/api/v1/state", token=API))
+        found.set_up()
+        uuid = found.add_check()
+        clients = [stack.enter_context(found.client()).send(encode_request(
+            found.port, "GET", "/api/v1/state", token=OPERATOR_TOKEN))
             for _ in range(10)]
         assert found.ask("GET", f"/ping/{uuid}").status == 200
         statuses = sorted(client.reply().status for client in clients)
@@ -1124,9 +1160,10 @@ def test_too_many_questions_at_once_are_refused_at_the_door(tmp_path):
 
 def test_a_fault_of_ours_is_told_in_a_line_and_the_rest_goes_on(tmp_path):
     patch = "k.Hub.state = lambda *values: 1 / 0"
-    with Dashboard(tmp_path, patch=patch) as found:
-        found.settle()
-        assert found.ask("GET", "/api/v1/state", token=API).status == 500
+    with DashboardProcess(tmp_path, patch=patch) as found:
+        found.set_up()
+        assert found.ask("GET", "/api/v1/state",
+                         token=OPERATOR_TOKEN).status == 500
         assert "fault of ours: ZeroDivisionError" in found.log()
         assert "Traceback" not in found.log()
         assert found.ask("GET", "/healthz").status == 200
@@ -1141,7 +1178,7 @@ k.Hub.health = broken
 
 
 def test_when_the_database_cannot_be_believed_it_ends_and_says_why(tmp_path):
-    with Dashboard(tmp_path, patch=BROKEN) as found:
+    with DashboardProcess(tmp_path, patch=BROKEN) as found:
         assert found.ask("GET", "/healthz").status == 503
         assert found.process.wait(10) == 1
         assert "the dashboard cannot go on: the disk lies" in found.log()
@@ -1162,20 +1199,23 @@ async def serve(self, loop, ready):
     await front(self, loop, ready)
 k.Front.serve = serve
 """
-    with Dashboard(tmp_path, patch=patch) as found:
-        found.settle()
-        uuid = found.check()
-        badge = found.ask("GET", "/api/v1/state", token=API).json["dash"][
+    with DashboardProcess(tmp_path, patch=patch) as found:
+        found.set_up()
+        uuid = found.add_check()
+        badge = found.ask("GET", "/api/v1/state",
+                          token=OPERATOR_TOKEN).json["dash"][
             "badge_key"]
         for path in ("/", f"/ping/{uuid}?rid={uuid}", "/metrics", "/healthz",
                      f"/badge/{badge}/all.svg", "/api/v1/search?q=abc",
                      f"/api/v1/checks/{uuid}/pings", "/api/v1/audit"):
-            assert found.ask("GET", path, token=API).status == 200, path
+            assert found.ask("GET", path,
+                             token=OPERATOR_TOKEN).status == 200, path
         for path in ("/nope", "/%", "/api/v1/runs/1/output"):
-            assert found.ask("GET", path, token=API).status in (400, 404)
-        assert found.ask("POST", "/api/v1/sync", dashboard.sync_of(
+            assert found.ask("GET", path, token=OPERATOR_TOKEN).status in (400,
+                                                                           404)
+        assert found.ask("POST", "/api/v1/sync", sync_payload(
             ), HOST_TOKEN).status == 200
-        found.no_fault()
+        found.assert_no_bugs()
 
 
 @support.root_only
@@ -1185,9 +1225,10 @@ def test_a_full_disk_is_told_and_what_there_is_can_be_read(tmp_path):
     folder.mkdir()
     prefix = ("unshare", "-m", "sh", "-c", f"mount -t tmpfs -o size=24m "
               f"none '{folder}' && exec \"$@\"", "sh")
-    with Dashboard(tmp_path, prefix=prefix, db=f"{folder}/d.db") as found:
-        found.settle()
-        uuid = found.check()
+    with DashboardProcess(tmp_path, prefix=prefix,
+                          db=f"{folder}/d.db") as found:
+        found.set_up()
+        uuid = found.add_check()
         path = f"/proc/{found.process.pid}/root{folder}/fill"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT)
         with contextlib.suppress(OSError):
@@ -1201,11 +1242,12 @@ def test_a_full_disk_is_told_and_what_there_is_can_be_read(tmp_path):
                     break
         assert reply.status == 507
         assert "retry-after" in reply.headers
-        assert found.ask("GET", "/api/v1/state", token=API).status == 200
+        assert found.ask("GET", "/api/v1/state",
+                         token=OPERATOR_TOKEN).status == 200
         os.unlink(path)
         support.wait_until(lambda: found.ask(
             "POST", f"/ping/{uuid}", b"x").status == 200, 10)
-        found.no_fault()
+        found.assert_no_bugs()
 
 
 # --- TLS ------------------------------------------------------------------
@@ -1216,14 +1258,15 @@ def test_https_is_new_and_its_certificate_is_shown_and_read_again(
     cert, key = tmp_path / "cert", tmp_path / "key"
     cert.write_bytes(open(made.cert, "rb").read())
     key.write_bytes(open(made.key, "rb").read())
-    with Dashboard(tmp_path, "--cert", str(cert), "--key", str(key),
-                   tls=trust) as found:
-        found.settle()
+    with DashboardProcess(tmp_path, "--cert", str(cert), "--key", str(key),
+                          tls=trust) as found:
+        found.set_up()
         shown = found.client().sock.getpeercert(True)
         assert ":".join(f"{byte:02X}" for byte in hashlib.sha256(
             shown).digest()) in found.log()
         assert "warning: " in found.log() and "expires on" in found.log()
-        assert "expires on" in found.ask("GET", "/api/v1/state", token=API
+        assert "expires on" in found.ask("GET", "/api/v1/state",
+                                         token=OPERATOR_TOKEN
                                          ).json["troubles"][0]
         old = ssl.create_default_context(cafile=made.cert)
         with warnings.catch_warnings():
@@ -1232,7 +1275,7 @@ def test_https_is_new_and_its_certificate_is_shown_and_read_again(
             old.maximum_version = ssl.TLSVersion.TLSv1_1
             old.set_ciphers("ALL:@SECLEVEL=0")
         with pytest.raises((ssl.SSLError, OSError)):
-            Client(found.port, old)
+            HttpClient(found.port, old)
         fresh = servers.certificate(tmp_path)
         cert.write_bytes(open(fresh.cert, "rb").read())
         found.process.send_signal(signal.SIGHUP)    # not its key: refused
@@ -1245,13 +1288,13 @@ def test_https_is_new_and_its_certificate_is_shown_and_read_again(
             found.ask("GET", "/healthz")
         found.tls = ssl.create_default_context(cafile=fresh.cert)
         assert found.ask("GET", "/healthz").body == b"OK"
-        found.no_fault()
+        found.assert_no_bugs()
 
 
 def test_a_connection_by_tls_costs_no_quarter_of_a_megabyte(tmp_path, made,
                                                            trust):
-    with Dashboard(tmp_path, "--cert", made.cert, "--key", made.key,
-                   tls=trust) as found, contextlib.ExitStack() as stack:
+    with DashboardProcess(tmp_path, "--cert", made.cert, "--key", made.key,
+                          tls=trust) as found, contextlib.ExitStack() as stack:
         for _ in range(10):
             stack.enter_context(found.client()).ask("GET", "/healthz")
         before = rss(found.process.pid)
@@ -1261,16 +1304,16 @@ def test_a_connection_by_tls_costs_no_quarter_of_a_megabyte(tmp_path, made,
 
 
 def test_noise_on_the_tls_port_is_no_news(tmp_path, made, trust):
-    with Dashboard(tmp_path, "--cert", made.cert, "--key", made.key,
-                   tls=trust) as found:
+    with DashboardProcess(tmp_path, "--cert", made.cert, "--key", made.key,
+                          tls=trust) as found:
         for data in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01" + b"\xff" * 99,
                      os.urandom(200), b""):
-            with Client(found.port) as client:
+            with HttpClient(found.port) as client:
                 client.send(data)
                 client.sock.shutdown(socket.SHUT_WR)
-                client.to_the_end()
+                client.read_to_end()
         assert found.ask("GET", "/healthz").body == b"OK"
-        found.no_fault()
+        found.assert_no_bugs()
 
 
 # --- the command ----------------------------------------------------------
@@ -1307,57 +1350,58 @@ def test_a_certificate_that_is_not_there_is_told(tmp_path):
     assert "/nope cannot be used: No such file" in done.err
 
 
-def test_a_port_that_is_taken_is_told(tmp_path, house):
-    done = typed(tmp_path, "dashboard", "--listen", f"127.0.0.1:{house.port}",
+def test_a_port_that_is_taken_is_told(tmp_path, server):
+    done = typed(tmp_path, "dashboard", "--listen", f"127.0.0.1:{server.port}",
                  "--db", str(tmp_path / "db"))
     assert done.code == 1
     assert "Address already in use" in done.err
 
 
-def test_one_process_a_database(tmp_path, house):
+def test_one_process_a_database(tmp_path, server):
     done = typed(tmp_path, "dashboard", "--listen", "127.0.0.1:0", "--db",
-                 house.db)
+                 server.db)
     assert done.code == 1, done
-    assert house.ask("GET", "/healthz").status == 200
+    assert server.ask("GET", "/healthz").status == 200
 
 
 def test_beyond_this_machine_without_https_is_warned_of(tmp_path):
-    with Dashboard(tmp_path, "--listen", "0.0.0.0:0", "--plain-http"
-                   ) as found:
+    with DashboardProcess(tmp_path, "--listen", "0.0.0.0:0", "--plain-http"
+                          ) as found:
         assert "warning: this is plain http" in found.log()
         assert found.ask("GET", "/", Host="10.1.2.3:80").status == 200
         assert found.ask("GET", "/", Host="evil.example").status == 421
 
 
-def test_it_says_where_it_listens_and_what_to_type_next(house):
-    url = f"http://127.0.0.1:{house.port}"
-    assert f"listens at {url}\n" in house.log()
-    assert f"next: koitab -d new {url}; then open {url}" in house.log()
+def test_it_says_where_it_listens_and_what_to_type_next(server):
+    url = f"http://127.0.0.1:{server.port}"
+    assert f"listens at {url}\n" in server.log()
+    assert f"next: koitab -d new {url}; then open {url}" in server.log()
 
 
 def test_the_database_is_for_its_owner_alone(tmp_path):
-    with Dashboard(tmp_path) as found:
-        found.settle()
+    with DashboardProcess(tmp_path) as found:
+        found.set_up()
         for path in tmp_path.glob("dashboard.db*"):
             assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
 
 
-def test_a_backup_is_made_while_all_goes_on(tmp_path, house):
+def test_a_backup_is_made_while_all_goes_on(tmp_path, server):
     copy = tmp_path / "copy"
-    done = typed(tmp_path, "dashboard", "--db", house.db, "--backup",
+    done = typed(tmp_path, "dashboard", "--db", server.db, "--backup",
                  str(copy))
     assert (done.code, done.err) == (0, "")
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
-    with Dashboard(tmp_path, db=str(copy)) as found:
-        assert found.ask("GET", "/api/v1/state", token=API).json["checks"]
+    with DashboardProcess(tmp_path, db=str(copy)) as found:
+        assert found.ask("GET", "/api/v1/state",
+                         token=OPERATOR_TOKEN).json["checks"]
     done = typed(tmp_path, "dashboard", "--backup", str(copy))
     assert (done.code, "is not there" in done.err) == (1, True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_ends_within_two_seconds_and_tells_who_waits(tmp_path, number):
-    with Dashboard(tmp_path) as found:
-        found.settle()
+    with DashboardProcess(tmp_path) as found:
+        found.set_up()
         since = now_of(found)
         with found.client() as host, found.client() as idle, \
                 stream(found, since) as page, silent(found.port, 20):
@@ -1367,9 +1411,9 @@ def test_it_ends_within_two_seconds_and_tells_who_waits(tmp_path, number):
             assert found.stop(number) == 0
             assert time.monotonic() - begin < 2
             assert host.reply().json["requests"] == []
-            assert host.ended() and idle.ended()
-            page.to_the_end()
-        found.no_fault()
+            assert host.is_closed() and idle.is_closed()
+            page.read_to_end()
+        found.assert_no_bugs()
 
 
 def test_what_is_being_written_when_it_ends_is_answered(tmp_path):
@@ -1381,17 +1425,17 @@ def slow(*values):
     return ping(*values)
 k.Hub.ping = slow
 """
-    with Dashboard(tmp_path, patch=patch) as found:
-        found.settle()
-        uuid = found.check()
+    with DashboardProcess(tmp_path, patch=patch) as found:
+        found.set_up()
+        uuid = found.add_check()
         with found.client() as client:
-            client.send(request(found.port, "GET", f"/ping/{uuid}"))
-            client.send(request(found.port, "GET", "/healthz"))
+            client.send(encode_request(found.port, "GET", f"/ping/{uuid}"))
+            client.send(encode_request(found.port, "GET", "/healthz"))
             assert found.client().ask("GET", "/healthz").status == 200
             assert found.stop() == 0
             reply = client.reply()
             assert (reply.status, reply.body) == (200, b"OK")
-            assert client.ended()
+            assert client.is_closed()
 
 
 def test_systemd_accepts_the_unit(tmp_path):

@@ -17,7 +17,7 @@ import pytest
 
 import lying_dashboard
 import support
-from dashboard_kit import House
+from dashboard_rig import DashboardProcess
 
 koitab = support.load("koitab")
 
@@ -38,9 +38,9 @@ class Load:
     """Threads that ask for much, until they are told to stop; what each was
     told is kept. An unexpected fault of theirs is the test's."""
 
-    def __init__(self, house: House, operator, home):
-        self.house, self.operator, self.home = house, operator, home
-        self.host = operator.host(home.name)
+    def __init__(self, server: DashboardProcess, operator, koid):
+        self.server, self.operator, self.koid = server, operator, koid
+        self.host = operator.host(koid.name)
         self.spec = operator.specs(self.host)["Note"]
         self.round, self.over, self.faults = 0, threading.Event(), []
         self.pings: dict[str, bool] = {}        # body -> acknowledged?
@@ -72,7 +72,7 @@ class Load:
     def ping(self, worker: int) -> None:
         """Ping by one connection until it breaks."""
         key, number, last = self.key, 0, -1
-        with contextlib.suppress(*GONE), self.house.client() as client:
+        with contextlib.suppress(*GONE), self.server.client() as client:
             while not self.over.is_set():
                 turn = self.round
                 number = number + 1 if turn == last else 0
@@ -91,7 +91,7 @@ class Load:
 
     def run(self) -> None:
         """A job of koid's, by itself."""
-        self.home.run("Out", N=str(time.monotonic_ns()))
+        self.koid.run("Out", N=str(time.monotonic_ns()))
         self.over.wait(0.05)
 
     def ask(self) -> None:
@@ -114,56 +114,55 @@ class Load:
 
     @property
     def key(self) -> str:
-        found, = self.house.rows("select ping_key from dashboards")[0]
+        found, = self.server.rows("select ping_key from dashboards")[0]
         return found
 
 
 @pytest.fixture
-def house(tmp_path):
-    with House(tmp_path) as house:
-        yield house
-        assert "fault of ours" not in house.log(), house.log()
-        assert "Traceback" not in house.log(), house.log()
+def server(tmp_path):
+    with DashboardProcess(tmp_path) as server:
+        yield server
+        server.assert_no_bugs()
 
 
 @pytest.fixture
-def home(house):
-    home = house.home("web1", TAB.format(done=house.folder / "done"))
-    (house.folder / "done").touch()
-    return home
+def koid(server):
+    koid = server.add_host("web1", TAB.format(done=server.folder / "done"))
+    (server.folder / "done").touch()
+    return koid
 
 
 @pytest.fixture
-def load(house, home):
-    load = Load(house, house.new(home), home)
+def load(server, koid):
+    load = Load(server, koid.create_dashboard(server), koid)
     yield load
     load.over.set()
 
 
-def wait_for_all_runs(house: House, home) -> list[dict]:
+def wait_for_all_runs(server: DashboardProcess, koid) -> list[dict]:
     """Until the dashboard has every run of koid's with its output; they."""
     def whole():
-        runs = home.history(limit=500)
+        runs = koid.history(limit=500)
         while runs and len(runs) % 500 == 0:
-            more = home.history(limit=500, before=runs[-1]["run"])
+            more = koid.history(limit=500, before=runs[-1]["run"])
             runs += more
             if not more:
                 break
         if any(run["state"] in ("queued", "running") for run in runs):
             return None
-        there = house.rows("select count(*) from runs where state not in "
-                           "('queued', 'running') and have = size")[0][0]
+        there = server.rows("select count(*) from runs where state not in "
+                            "('queued', 'running') and have = size")[0][0]
         return runs if there >= len(runs) else None
-    return support.wait_until(whole, 90, f"all runs\n{home.log()[-2000:]}")
+    return support.wait_until(whole, 90, f"all runs\n{koid.log()[-2000:]}")
 
 
-def judge_runs(house: House, home) -> int:
+def judge_runs(server: DashboardProcess, koid) -> int:
     """Each run of koid's stands there once, with the same output."""
-    runs = wait_for_all_runs(house, home)
-    there = house.rows("select n, id, state, exit, signal from runs")
+    runs = wait_for_all_runs(server, koid)
+    there = server.rows("select n, id, state, exit, signal from runs")
     assert sorted(row[0] for row in there) == sorted(
         run["run"] for run in runs), "a run is lost or doubled"
-    history = sqlite3.connect(f"file:{home.home}/history.db?mode=ro",
+    history = sqlite3.connect(f"file:{koid.home}/history.db?mode=ro",
                               uri=True)
     ours = dict(history.execute("select run, frames from output"))
     history.close()
@@ -172,32 +171,32 @@ def judge_runs(house: House, home) -> int:
         run = by_number[n]
         assert (state, status, number) == (
             run["state"], run["exit"], run["signal"]), run
-        kept = b"".join(data for data, in house.rows(
+        kept = b"".join(data for data, in server.rows(
             "select data from outputs where run = ? order by at", ident))
         assert kept == ours.get(n, b""), (n, kept, ours.get(n))
     return len(runs)
 
 
-def judge_requests(house: House, load: Load) -> dict[str, int]:
+def judge_requests(server: DashboardProcess, load: Load) -> dict[str, int]:
     """Each that was taken has come to one end, which is the truth."""
     def settled():
-        states = dict(house.rows("select nonce, state from requests"))
+        states = dict(server.rows("select nonce, state from requests"))
         return states if all(state in FINAL for state in states.values()) \
             else None
     states = support.wait_until(settled, 90, "all requests to be settled")
-    wait_for_all_runs(house, load.home)
+    wait_for_all_runs(server, load.koid)
     taken = {nonce for nonce, was in load.requests.items() if was}
     assert taken <= set(states), "one that was taken is lost"
     assert set(states) <= set(load.requests)
-    of_runs = house.rows(
+    of_runs = server.rows(
         "select r.id from requests q join runs r on r.host = q.host and "
         "r.epoch = q.epoch and r.n = q.n where q.state = 'accepted'")
     assert len(of_runs) == len(set(of_runs)) == list(states.values()).count(
         "accepted"), "two have one run, or one has none"
     support.wait_until(lambda: not [
-        run for run in load.home.history(limit=500)
+        run for run in load.koid.history(limit=500)
         if run["state"] in ("queued", "running")], 30, "the last to end")
-    ran = (house.folder / "done").read_text().split()
+    ran = (server.folder / "done").read_text().split()
     assert len(ran) == len(set(ran)), "one was executed twice"
     for nonce in load.requests:
         if states.get(nonce) != "accepted":
@@ -206,9 +205,9 @@ def judge_requests(house: House, load: Load) -> dict[str, int]:
     return {**counts, "taken": len(taken), "executed": len(ran)}
 
 
-def judge_pings(house: House, load: Load) -> tuple[int, int]:
+def judge_pings(server: DashboardProcess, load: Load) -> tuple[int, int]:
     """Those acknowledged are there, and none is there twice."""
-    there = [body.decode() for body, in house.rows("select body from pings")]
+    there = [body.decode() for body, in server.rows("select body from pings")]
     lost = [body for body, was in load.pings.items()
             if was and body not in set(there)]
     assert lost == [], f"{len(lost)} lost, such as {lost[:3]}"
@@ -217,24 +216,24 @@ def judge_pings(house: House, load: Load) -> tuple[int, int]:
 
 
 def test_what_was_acknowledged_outlives_any_kill_and_nothing_is_doubled(
-        house, home, load):
-    dice, pid = random.Random(SEED), home.daemon.pid
+        server, koid, load):
+    dice, pid = random.Random(SEED), koid.daemon.pid
     load.start(*[(load.ping, worker) for worker in range(PINGERS)],
                (load.run,), (load.ask,))
     begun = time.monotonic()
     for load.round in range(KILLS):
         time.sleep(dice.uniform(0.02, 0.9))
-        house.kill()
-        house.open()
+        server.stop()
+        server.start()
     time.sleep(0.3)
     load.stop()
-    assert home.daemon.poll() is None and home.daemon.pid == pid
+    assert koid.daemon.poll() is None and koid.daemon.pid == pid
     lasted = time.monotonic() - begun
-    runs = judge_runs(house, home)
-    requests = judge_requests(house, load)
+    runs = judge_runs(server, koid)
+    requests = judge_requests(server, load)
     assert requests["accepted"] == requests["executed"], requests
-    acked, sent = judge_pings(house, load)
-    assert house.rows("pragma integrity_check") == [("ok",)]
+    acked, sent = judge_pings(server, load)
+    assert server.rows("pragma integrity_check") == [("ok",)]
     assert acked > 10 * KILLS and runs > KILLS and requests["taken"] > KILLS
     print(f"{KILLS} kills in {lasted:.0f} s: {acked} of {sent} pings "
           f"acknowledged, {runs} runs reported, requests {requests} "
@@ -242,23 +241,23 @@ def test_what_was_acknowledged_outlives_any_kill_and_nothing_is_doubled(
 
 
 def test_requests_end_once_however_often_koid_and_the_link_are_killed(
-        house, home, load):
+        server, koid, load):
     dice, kills = random.Random(SEED), {"koid": 0, "link": 0}
     load.start((load.ask,))
     for _ in range(max(6, KILLS * 2 // 3)):
         time.sleep(dice.uniform(0.02, 0.7))
-        child = home.child()
+        child = koid.agent()
         if child and dice.random() < 0.6:
             os.kill(child, 9)
             kills["link"] += 1
             support.wait_until(lambda gone=child: not koitab.born(gone))
         else:
-            home.stop(9)
-            home.start()
+            koid.stop(9)
+            koid.start()
             kills["koid"] += 1
     load.stop()
-    requests = judge_requests(house, load)
-    runs = judge_runs(house, home)
+    requests = judge_requests(server, load)
+    runs = judge_runs(server, koid)
     # A koid that dies between its note and the start of the job leaves a
     # run that was interrupted, and is not repeated.
     assert requests["executed"] <= requests["accepted"] <= runs
@@ -267,27 +266,27 @@ def test_requests_end_once_however_often_koid_and_the_link_are_killed(
 
 
 def test_while_the_dashboard_is_away_jobs_run_on_and_all_is_shown_afterwards(
-        house, home, load):
-    home.run("Out", N="before")
-    with home.link() as link:
+        server, koid, load):
+    koid.run("Out", N="before")
+    with koid.link() as link:
         long, connection, _ = link.follow("Long", {})
         connection.close()
-    support.wait_until(lambda: house.rows("select 1 from runs where state = "
-                                          "'running'"))
-    house.kill()
+    support.wait_until(lambda: server.rows("select 1 from runs where state = "
+                                           "'running'"))
+    server.stop()
     for number in range(20):
-        home.run("Out", N=str(number))
-    support.wait_until(lambda: home.ask("status")["dashboard"]["troubles"])
-    before, begun = home.seconds(), time.monotonic()
+        koid.run("Out", N=str(number))
+    support.wait_until(lambda: koid.ask("status")["dashboard"]["troubles"])
+    before, begun = koid.cpu_seconds(), time.monotonic()
     time.sleep(2)
-    used = (home.seconds() - before) / (time.monotonic() - begun)
-    unsent = home.ask("status")["dashboard"]["unsent"]
+    used = (koid.cpu_seconds() - before) / (time.monotonic() - begun)
+    unsent = koid.ask("status")["dashboard"]["unsent"]
     assert unsent >= 20
-    house.open()
-    support.wait_until(lambda: len(house.rows("select 1 from runs")) == 22,
+    server.start()
+    support.wait_until(lambda: len(server.rows("select 1 from runs")) == 22,
                        30)
-    home.ask("kill", run=long)
-    assert judge_runs(house, home) == 22
+    koid.ask("kill", run=long)
+    assert judge_runs(server, koid) == 22
     assert load.operator.text(load.operator.runs("Long")[0]["id"]
                               ).startswith("long\non\non\n")
     texts = [load.operator.text(run["id"])

@@ -8,58 +8,44 @@ import time
 import pytest
 
 import page_server
-from browser import Browser
 from page_server import koitab
 
 PASSWORD = page_server.PASSWORD
 
 
-def log_in(browser, server, secret: str = PASSWORD, path: str = ""):
-    browser.go("about:blank")       # so that nothing of before is left
-    browser.go(server.url + path)
-    browser.type("#secret", secret)
-    browser.keys("Enter")
-    browser.wait("document.body.classList.contains('open')", 20)
-
-
-def visit(browser, path: str, css: str) -> None:
-    browser.js("location.hash = arguments[0]", f"#/{path}")
-    browser.wait(f"document.querySelector({json.dumps(css)})")
+@pytest.fixture(scope="module", autouse=True)
+def well_behaved(browser):
+    """No test leaves an error or a violation of the policy unexpected."""
+    yield
+    assert browser.faults() == []
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with Browser() as browser:
-        yield browser
-        assert browser.console() == []      # no error, no violation
-
-
-@pytest.fixture(scope="module")
-def server():
-    with page_server.Server() as server:
-        yield server
+def stand_in():
+    with page_server.Server() as stand_in:
+        yield stand_in
 
 
 @pytest.fixture
-def page(browser, server):
+def page(browser, stand_in):
     """Logged in, at the list of jobs."""
-    server.world.tries = 0
+    stand_in.world.tries = 0
     browser.size(1280, 900)
     if browser.js("return location.href.split('#')[0] !== arguments[0] || "
                   "!document.body.classList.contains('open') || "
-                  "!isOperator()", server.url):
-        log_in(browser, server)
-    visit(browser, "jobs", ".row")
+                  "!isOperator()", stand_in.url):
+        browser.open(stand_in.url, PASSWORD)
+    browser.visit("jobs", ".row")
     return browser
 
 
 # --- login
 
 
-def test_a_wrong_passphrase_is_told_and_too_many_tries_wait(browser, server):
-    server.world.tries = 3
+def test_a_wrong_passphrase_is_told_and_too_many_tries_wait(browser, stand_in):
+    stand_in.world.tries = 3
     browser.go("about:blank")
-    browser.go(server.url)
+    browser.go(stand_in.url)
     for words in ("That is not the passphrase.",
                   "That is not the passphrase.",
                   "Too many tries. Try again in 40 s."):
@@ -68,31 +54,31 @@ def test_a_wrong_passphrase_is_told_and_too_many_tries_wait(browser, server):
         browser.wait("document.querySelector('#why').textContent "
                      f"=== {json.dumps(words)}", 20)
         browser.js("document.querySelector('#why').textContent = ''")
-    server.world.tries = 0
-    refused = [line for line in browser.console() if "status of 4" in line]
+    stand_in.world.tries = 0
+    refused = [line for line in browser.faults() if "status of 4" in line]
     assert len(refused) == 3                # the browser's own words
 
 
-def test_rounds_below_the_floor_are_not_computed(browser, server):
-    server.rounds = 1000
+def test_rounds_below_the_floor_are_not_computed(browser, stand_in):
+    stand_in.rounds = 1000
     try:
         browser.go("about:blank")
-        browser.go(server.url)
+        browser.go(stand_in.url)
         browser.type("#secret", PASSWORD)
         browser.keys("Enter")
         browser.wait("document.querySelector('#why').textContent"
                      ".includes('would be weak')")
     finally:
-        server.rounds = 600_000
+        stand_in.rounds = 600_000
 
 
-def test_a_viewer_reads_and_is_offered_nothing_to_run(browser, server):
-    server.world.tries = 0
-    log_in(browser, server, f"view-{page_server.VECTOR['view']}")
+def test_a_viewer_reads_and_is_offered_nothing_to_run(browser, stand_in):
+    stand_in.world.tries = 0
+    browser.open(stand_in.url, f"view-{page_server.VECTOR['view']}")
     browser.find(".row")
     assert browser.js("return document.querySelectorAll('.run, .acts button')"
                       ".length") == 0
-    visit(browser, f"job/{server.world.every_type}/run", ".note")
+    browser.visit(f"job/{stand_in.world.every_type}/run", ".note")
     assert "can read, and nothing else" in browser.text(".note")
 
 
@@ -112,28 +98,27 @@ def test_it_locks_itself_when_nobody_is_there(page):
     assert "15 minutes" in page.text("#why")
 
 
-def test_over_plain_http_a_banner_warns_and_the_twin_derives(server):
+def test_over_plain_http_a_banner_warns_and_the_twin_derives(
+        browser, stand_in):
     """A name that is not localhost is no secure context."""
-    rule = "--host-resolver-rules=MAP koi.test 127.0.0.1"
-    with Browser(flags=[rule]) as browser:
-        browser.go(server.url.replace("127.0.0.1", "koi.test"))
-        assert browser.js("return [isSecureContext, Boolean(crypto.subtle)]"
-                          ) == [False, False]
-        assert "plain http" in browser.text("#plain")
-        browser.type("#secret", PASSWORD)
-        browser.keys("Enter")
-        browser.wait("document.body.classList.contains('open')", 30)
-        browser.find(".row")
-        assert browser.console() == []
+    browser.go(stand_in.url.replace("127.0.0.1", "koi.test"))
+    assert browser.js("return [isSecureContext, Boolean(crypto.subtle)]"
+                      ) == [False, False]
+    assert "plain http" in browser.text("#plain")
+    browser.type("#secret", PASSWORD)
+    browser.keys("Enter")
+    browser.wait("document.body.classList.contains('open')", 30)
+    browser.find(".row")
+    assert browser.faults() == []
 
 
 def test_the_page_works_from_a_file_and_asks_for_its_server(
-        browser, server, tmp_path):
-    server.world.tries = 0
+        browser, stand_in, tmp_path):
+    stand_in.world.tries = 0
     file = tmp_path / "koi.html"
     file.write_text(koitab.page_text(""))
     browser.go(f"file://{file}")
-    browser.type("#server", server.url)
+    browser.type("#server", stand_in.url)
     browser.type("#secret", PASSWORD)
     browser.keys("Enter")
     browser.wait("document.body.classList.contains('open')", 20)
@@ -144,9 +129,9 @@ def test_the_page_works_from_a_file_and_asks_for_its_server(
 # --- jobs
 
 
-def test_failing_jobs_stand_first_with_their_last_line(page, server):
+def test_failing_jobs_stand_first_with_their_last_line(page, stand_in):
     page.find(".attention .row")
-    failing = [job for job in server.world.jobs.values()
+    failing = [job for job in stand_in.world.jobs.values()
                if job["state"] in ("failed", "missed")]
     assert page.js("return document.querySelector('.jobs').firstChild"
                    ".classList.contains('attention')")
@@ -159,10 +144,10 @@ def test_failing_jobs_stand_first_with_their_last_line(page, server):
                    "'link[rel=icon]').href)").count("#d6342c") == 1
 
 
-def test_a_change_is_drawn_in_place_and_told(page, server):
+def test_a_change_is_drawn_in_place_and_told(page, stand_in):
     """The focus stays, and so does every row that did not change."""
     page.find(".row")
-    job = next(job for job in server.world.jobs.values()
+    job = next(job for job in stand_in.world.jobs.values()
                if job["state"] == "ok" and job["section"] == "System")
     page.js("""
         window.node = document.querySelector(
@@ -170,36 +155,36 @@ def test_a_change_is_drawn_in_place_and_told(page, server):
         node.focus(); window.y = scrollY;""", job["id"])
     job.update(state="failed", failing={
         "since": time.time(), "count": 1, "last_ok": None, "line": "bad"})
-    server.world.push(jobs=[job])
+    stand_in.world.push(jobs=[job])
     page.wait("node.closest('.attention')")
     assert page.js("return document.activeElement === node")
     assert "failed on" in page.js(
         "return document.querySelector('#told').textContent")
     job.update(state="ok", failing=None)
-    server.world.push(jobs=[job])
+    stand_in.world.push(jobs=[job])
     page.wait("!node.closest('.attention')")
 
 
-def test_a_lost_stream_is_told_and_found_again(page, server):
+def test_a_lost_stream_is_told_and_found_again(page, stand_in):
     """And what happened meanwhile is known then."""
     page.wait("stream.live")
-    job = next(job for job in server.world.jobs.values()
+    job = next(job for job in stand_in.world.jobs.values()
                if job["state"] == "ok" and job["section"] == "Backup")
-    server.deaf = True
+    stand_in.deaf = True
     page.js("stream.reader.cancel()")
     page.wait("document.querySelector('#link').textContent"
               ".startsWith('Not connected: next try in ')")
     job["state"] = "late"
-    server.world.push(jobs=[job])
-    server.deaf = False
+    stand_in.world.push(jobs=[job])
+    stand_in.deaf = False
     page.wait("stream.live && known.jobs.get(%d).state === 'late'"
               % job["id"], 15)
     job["state"] = "ok"
-    server.world.changes.append({"seq": server.world.seq + 1,
-                                 "reset": True})
-    server.world.push()
+    stand_in.world.changes.append({"seq": stand_in.world.seq + 1,
+                                   "reset": True})
+    stand_in.world.push()
     page.wait("known.jobs.get(%d).state === 'ok'" % job["id"])
-    page.console()      # of the tries that failed
+    page.faults()      # of the tries that failed
 
 
 @pytest.mark.parametrize("kind, words", [
@@ -242,8 +227,8 @@ def test_a_strip_tells_its_runs_by_arrow_keys_and_opens_one(page):
 
 
 def test_three_hundred_jobs_are_drawn_in_a_tenth_of_a_second(browser):
-    with page_server.Server(many=True) as server:
-        log_in(browser, server)
+    with page_server.Server(many=True) as stand_in:
+        browser.open(stand_in.url, PASSWORD)
         browser.wait("document.querySelectorAll('.row').length >= 300")
         first, again = browser.js("""
             const times = [0, 1, 2].map(() => {
@@ -267,7 +252,7 @@ def test_three_hundred_jobs_are_drawn_in_a_tenth_of_a_second(browser):
 # --- keyboard
 
 
-def test_a_walk_without_a_mouse(page, server):
+def test_a_walk_without_a_mouse(page, stand_in):
     page.find(".row")
     page.keys("j", "j", "k")
     name = page.js("return document.activeElement.textContent")
@@ -283,7 +268,7 @@ def test_a_walk_without_a_mouse(page, server):
     page.wait("document.querySelector('#keys').open")
     page.keys("Escape")
     page.wait("!document.querySelector('#keys').open")
-    visit(page, f"run/{server.world.colours}", ".line")
+    page.visit(f"run/{stand_in.world.colours}", ".line")
     page.keys("w")
     page.wait("document.querySelector('.pane').classList.contains('wrap')")
     page.keys("w")
@@ -295,11 +280,11 @@ def test_a_walk_without_a_mouse(page, server):
 
 
 def test_every_field_and_button_has_a_name_and_headings_begin_with_h1(
-        page, server):
-    for path in ("jobs", f"run/{server.world.colours}", "day", "search",
-                 f"job/{server.world.every_type}/run", "audit", "check/new",
+        page, stand_in):
+    for path in ("jobs", f"run/{stand_in.world.colours}", "day", "search",
+                 f"job/{stand_in.world.every_type}/run", "audit", "check/new",
                  "alerts", "hosts", "settings"):
-        visit(page, path, "#main h1")
+        page.visit(path, "#main h1")
         page.wait("!document.querySelector('.waits')")
         nameless = page.js("""
             return [...document.querySelectorAll(
@@ -316,12 +301,12 @@ def test_every_field_and_button_has_a_name_and_headings_begin_with_h1(
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_its_ground(page, server, scheme):
+def test_text_stands_out_from_its_ground(page, stand_in, scheme):
     page.media(prefers_color_scheme=scheme)
     try:
         for path, css in (("jobs", ".row"), ("alerts", ".alerts li"), (
-                f"run/{server.world.colours}", ".line")):
-            visit(page, path, css)
+                f"run/{stand_in.world.colours}", ".line")):
+            page.visit(path, css)
             assert page.js(CONTRAST) == [], path
     finally:
         page.media(prefers_color_scheme="light")
@@ -356,12 +341,12 @@ return [...bad];
 
 
 @pytest.mark.parametrize("width", [320, 390])
-def test_nothing_is_wider_than_a_phone(page, server, width):
+def test_nothing_is_wider_than_a_phone(page, stand_in, width):
     page.size(width, 800)
-    for path in ("jobs", f"run/{server.world.colours}", "day", "search?q=a",
-                 f"job/{server.world.every_type}/run", "audit", "check/new",
+    for path in ("jobs", f"run/{stand_in.world.colours}", "day", "search?q=a",
+                 f"job/{stand_in.world.every_type}/run", "audit", "check/new",
                  "alerts", "hosts", "settings", "job/1"):
-        visit(page, path, "#main h1")
+        page.visit(path, "#main h1")
         page.wait("!document.querySelector('.waits')")
         assert page.js("return document.documentElement.scrollWidth"
                        ) <= width, path
@@ -487,8 +472,8 @@ def test_hostile_output_is_read_in_linear_time(browser):
 
 
 def test_output_shows_streams_notes_times_and_a_line_of_its_own(page,
-                                                                server):
-    visit(page, f"run/{server.world.colours}/L52", ".line.here")
+                                                                stand_in):
+    page.visit(f"run/{stand_in.world.colours}/L52", ".line.here")
     assert page.text(".line.here .text").startswith("error: ENOSPC")
     assert "has-err" in page.js("return document.querySelector('.line.here')"
                                 ".className")
@@ -510,13 +495,13 @@ def test_output_shows_streams_notes_times_and_a_line_of_its_own(page,
                    "(n) => n.checkVisibility()).length") == 4
 
 
-def test_an_empty_output_says_so(page, server):
-    visit(page, f"run/{server.world.quiet}", ".nothing")
+def test_an_empty_output_says_so(page, stand_in):
+    page.visit(f"run/{stand_in.world.quiet}", ".nothing")
     assert "printed nothing" in page.text(".nothing")
 
 
-def test_a_hundred_megabytes_scroll_in_a_bounded_page(page, server):
-    visit(page, f"run/{server.world.big}", ".line")
+def test_a_hundred_megabytes_scroll_in_a_bounded_page(page, stand_in):
+    page.visit(f"run/{stand_in.world.big}", ".line")
     page.wait("document.querySelector('.pane').lastChild.lastChild"
               ".textContent.includes('line 1049600:')")
     most = 0
@@ -535,16 +520,16 @@ def test_a_hundred_megabytes_scroll_in_a_bounded_page(page, server):
     took = time.monotonic() - begun
     print(f"\n100 MB: 7 jumps in {took:.1f} s, at most {most} elements")
     assert most < 16_000
-    visit(page, f"run/{server.world.big}/L654321", ".line.here")
+    page.visit(f"run/{stand_in.world.big}/L654321", ".line.here")
     page.wait("document.querySelector('.line.here .text').textContent"
               ".startsWith('line 654321: ')")
 
 
-def test_leaving_while_output_comes_ends_the_asking(page, server):
+def test_leaving_while_output_comes_ends_the_asking(page, stand_in):
     """A fetch that was given up fails at once: who asks again, asks for
     ever, and the page hangs."""
     for _ in range(3):
-        visit(page, f"run/{server.world.big}", ".block")
+        page.visit(f"run/{stand_in.world.big}", ".block")
         page.js("const p = document.querySelector('.pane'); p.scrollTop = "
                 "p.scrollHeight / 2; return new Promise((done) => "
                 "requestAnimationFrame(() => requestAnimationFrame(() => {"
@@ -554,8 +539,8 @@ def test_leaving_while_output_comes_ends_the_asking(page, server):
                        "done('alive'), 50))") == "alive"
 
 
-def test_one_large_chunk_becomes_blocks_when_it_is_looked_at(page, server):
-    visit(page, f"run/{server.world.lump}/L12345", ".line.here")
+def test_one_large_chunk_becomes_blocks_when_it_is_looked_at(page, stand_in):
+    page.visit(f"run/{stand_in.world.lump}/L12345", ".line.here")
     assert page.text(".line.here .text") == "part 12344 of it"
     assert page.js("return document.querySelectorAll('.line').length") < 4000
     assert page.js("return document.querySelectorAll('.block').length") > 30
@@ -565,8 +550,8 @@ def test_one_large_chunk_becomes_blocks_when_it_is_looked_at(page, server):
               "'part 19999 of it'")
 
 
-def test_a_hit_of_the_search_leads_to_its_line(page, server):
-    visit(page, "search?q=step 3 took", ".hits a")
+def test_a_hit_of_the_search_leads_to_its_line(page, stand_in):
+    page.visit("search?q=step 3 took", ".hits a")
     assert page.js("return document.querySelectorAll('.hits mark').length"
                    ) >= 5
     page.click(".hits a")
@@ -574,9 +559,9 @@ def test_a_hit_of_the_search_leads_to_its_line(page, server):
     assert "step 3 took" in page.text(".line.hit.here")
 
 
-def test_a_live_run_is_followed_until_it_ends(page, server):
-    world, run = server.world, server.world.live
-    visit(page, f"run/{run}", ".line")
+def test_a_live_run_is_followed_until_it_ends(page, stand_in):
+    world, run = stand_in.world, stand_in.world.live
+    page.visit(f"run/{run}", ".line")
     page.wait("document.querySelectorAll('.line').length === 40")
     world.outputs[run] += b"".join(page_server.frame(
         1, 5000 + i, f"more {i}\n") for i in range(200))
@@ -604,10 +589,10 @@ def test_a_live_run_is_followed_until_it_ends(page, server):
 # --- forms and signed requests
 
 
-def test_a_form_of_every_type_runs_and_leads_to_the_run(page, server):
-    world = server.world
+def test_a_form_of_every_type_runs_and_leads_to_the_run(page, stand_in):
+    world = stand_in.world
     job = world.jobs[world.every_type]
-    visit(page, f"job/{world.every_type}/run", ".runform")
+    page.visit(f"job/{world.every_type}/run", ".runform")
     page.click(".runform .primary")
     page.wait("document.activeElement.getAttribute('aria-invalid')")
     assert page.js("return document.activeElement.labels[0].textContent"
@@ -635,58 +620,58 @@ def test_a_form_of_every_type_runs_and_leads_to_the_run(page, server):
     world.jobs[job["id"]]["state"] = "ok"
 
 
-def test_a_job_that_asks_to_be_sure_asks(page, server):
-    job = next(job for job in server.world.jobs.values() if job["label"] ==
-               "Restart web" and server.world.hosts[job["host"]]["name"] ==
+def test_a_job_that_asks_to_be_sure_asks(page, stand_in):
+    job = next(job for job in stand_in.world.jobs.values() if job["label"] ==
+               "Restart web" and stand_in.world.hosts[job["host"]]["name"] ==
                "web1")
-    visit(page, f"job/{job['id']}/run", ".runform")
-    server.world.asked = None
+    page.visit(f"job/{job['id']}/run", ".runform")
+    stand_in.world.asked = None
     page.click(".runform .primary")
     assert page.text(".ask .primary") == "Run Restart web on web1"
-    assert server.world.asked is None
+    assert stand_in.world.asked is None
     page.click(".ask .primary")
     page.wait("location.hash.startsWith('#/run/')", 10)
-    assert server.world.asked["args"] == {"Unit": "nginx"}
+    assert stand_in.world.asked["args"] == {"Unit": "nginx"}
 
 
-def test_a_host_with_other_keys_is_offered_no_run(page, server):
-    job = next(job for job in server.world.jobs.values() if job["manual"]
-               and server.world.hosts[job["host"]]["name"] == "mail")
-    visit(page, f"job/{job['id']}/run", ".note.bad")
+def test_a_host_with_other_keys_is_offered_no_run(page, stand_in):
+    job = next(job for job in stand_in.world.jobs.values() if job["manual"]
+               and stand_in.world.hosts[job["host"]]["name"] == "mail")
+    page.visit(f"job/{job['id']}/run", ".note.bad")
     assert "other keys" in page.text(".note.bad")
     assert page.js("return document.querySelector('.runform')") is None
 
 
-def test_a_list_that_was_altered_is_not_believed(page, server, monkeypatch):
+def test_a_list_that_was_altered_is_not_believed(page, stand_in, monkeypatch):
     """The name of one job over the tag of another."""
-    honest = server.world.list_of
+    honest = stand_in.world.list_of
 
     def forged(host):
         signed = honest(host)
         return {**signed, "body": signed["body"].replace("Say Hi", "Delete")}
-    monkeypatch.setattr(server.world, "list_of", forged)
-    visit(page, f"job/{server.world.every_type}/run", ".note.bad")
+    monkeypatch.setattr(stand_in.world, "list_of", forged)
+    page.visit(f"job/{stand_in.world.every_type}/run", ".note.bad")
     assert "other keys" in page.text(".note.bad")
 
 
 def test_the_label_in_the_form_is_the_hosts_and_not_the_dashboards(
-        page, server):
+        page, stand_in):
     """The dashboard may call a job what it likes: the form shows what the
     host signed."""
-    job = server.world.jobs[server.world.every_type]
+    job = stand_in.world.jobs[stand_in.world.every_type]
     page.js("known.jobs.get(arguments[0]).label = 'Harmless'", job["id"])
     page.js("known.jobs.get(arguments[0]).command = 'true'", job["id"])
-    visit(page, f"job/{job['id']}/run", ".runform")
+    page.visit(f"job/{job['id']}/run", ".runform")
     assert page.text("h1") == "Run Write a message"
     assert page.text(".previewed pre").startswith("~/tweet.sh --to=")
 
 
-def test_a_refused_request_says_why(page, server, monkeypatch):
-    job = server.world.jobs[server.world.every_type]
-    judge = server.world.judge
-    monkeypatch.setattr(server.world, "judge", lambda sent: {
+def test_a_refused_request_says_why(page, stand_in, monkeypatch):
+    job = stand_in.world.jobs[stand_in.world.every_type]
+    judge = stand_in.world.judge
+    monkeypatch.setattr(stand_in.world, "judge", lambda sent: {
         **judge(sent), "refused": "it has expired, 4 s ago"})
-    visit(page, f"job/{job['id']}/run", ".runform")
+    page.visit(f"job/{job['id']}/run", ".runform")
     page.js("const d = document.querySelector('#arg5'); d.value = "
             "'2026-03-29'; d.dispatchEvent(new Event('input'))")
     page.click(".runform .primary")
@@ -694,12 +679,12 @@ def test_a_refused_request_says_why(page, server, monkeypatch):
     assert page.text(".said") == "The host refused: it has expired, 4 s ago"
 
 
-def test_a_running_job_is_killed_by_a_signed_request(page, server):
-    world = server.world
+def test_a_running_job_is_killed_by_a_signed_request(page, stand_in):
+    world = stand_in.world
     job = next(iter(world.jobs.values()))
     run = world.add_run(job, time.time() - 5, 0, "running")
     world.outputs[run["id"]] = page_server.frame(1, 5, "begun\n")
-    visit(page, f"run/{run['id']}", ".deeds .danger")
+    page.visit(f"run/{run['id']}", ".deeds .danger")
     page.click(".deeds .danger")
     page.click(".ask .danger")
     page.wait("document.querySelector('#said').textContent === "
@@ -711,15 +696,15 @@ def test_a_running_job_is_killed_by_a_signed_request(page, server):
 # --- checks, alerts, channels
 
 
-def test_a_check_is_made_edited_paused_and_deleted(page, server):
-    checks = server.world.checks
-    visit(page, "check/new", "#c-name")
+def test_a_check_is_made_edited_paused_and_deleted(page, stand_in):
+    checks = stand_in.world.checks
+    page.visit("check/new", "#c-name")
     page.type("#c-name", "Nightly <b>")
     page.click(".runform .primary")
     page.wait("/^#.check.[0-9a-f-]{36}$/.test(location.hash)")
     made = [one for one in checks.values() if one["name"] == "Nightly <b>"]
     assert len(made) == 1 and made[0]["period"] == 86400
-    assert page.text(".snippet").startswith(f"{server.url}ping/")
+    assert page.text(".snippet").startswith(f"{stand_in.url}ping/")
     page.js("location.hash += '/edit'")
     page.js("const k = document.querySelector('#c-kind'); k.value = 'cron'; "
             "k.dispatchEvent(new Event('change'))")
@@ -736,25 +721,25 @@ def test_a_check_is_made_edited_paused_and_deleted(page, server):
     assert made[0]["id"] not in checks
 
 
-def test_a_job_is_snoozed_and_leaves_what_needs_attention(page, server):
+def test_a_job_is_snoozed_and_leaves_what_needs_attention(page, stand_in):
     page.find(".attention .why")
     name = page.text(".attention .c-name a")
     page.js("[...document.querySelectorAll('.attention button')].find((b) =>"
             " b.textContent === 'Snooze 1 h').click()")
     page.wait("document.querySelector('.attention .c-name a').textContent "
               f"!== {json.dumps(name)}")
-    job = next(job for job in server.world.jobs.values() if job["snoozed"])
+    job = next(job for job in stand_in.world.jobs.values() if job["snoozed"])
     assert 3500 < job["snoozed"] - time.time() < 3700
     job["snoozed"] = 0
 
 
-def test_a_channel_is_added_and_deleted(page, server):
-    visit(page, "alerts", ".oneline")
+def test_a_channel_is_added_and_deleted(page, stand_in):
+    page.visit("alerts", ".oneline")
     page.type(".oneline input", "night@example.org")
     page.click(".oneline button")
     page.wait("document.querySelector('.part').textContent"
               ".includes('night@example.org')")
-    assert server.world.channels[-1]["target"] == "night@example.org"
+    assert stand_in.world.channels[-1]["target"] == "night@example.org"
     page.js("[...document.querySelectorAll('.part .acts button')].pop()"
             ".click()")
     page.wait("!document.querySelector('.part').textContent"
@@ -765,9 +750,9 @@ def test_a_channel_is_added_and_deleted(page, server):
 
 
 def test_an_empty_dashboard_says_what_to_type(browser):
-    with page_server.Server(empty=True) as server:
-        log_in(browser, server)
-        assert f"koitab -d join {server.url.rstrip('/')}" in browser.text(
+    with page_server.Server(empty=True) as stand_in:
+        browser.open(stand_in.url, PASSWORD)
+        assert f"koitab -d join {stand_in.url.rstrip('/')}" in browser.text(
             ".empty")
 
 
@@ -833,10 +818,10 @@ def poisoned(world: page_server.World) -> None:
 
 def test_two_hundred_hostile_texts_in_every_field_stay_texts(browser):
     assert len(set(CORPUS)) == 200
-    with page_server.Server() as server:
-        world = server.world
+    with page_server.Server() as stand_in:
+        world = stand_in.world
         poisoned(world)
-        log_in(browser, server)
+        browser.open(stand_in.url, PASSWORD)
         browser.js("window.alert = (n) => { window.harmed = n || true; }")
         manual = [job["id"] for job in world.jobs.values() if job["manual"]]
         check = next(iter(world.checks))
@@ -846,15 +831,15 @@ def test_two_hundred_hostile_texts_in_every_field_stay_texts(browser):
                      f"job/{world.every_type}/run",
                      f"run/{world.colours}", f"run/{world.live}",
                      f"run/{world.colours}?diff"):
-            visit(browser, path, "#main h1")
+            browser.visit(path, "#main h1")
             browser.wait("!document.querySelector('.waits')")
             browser.wait("document.querySelector('#main').textContent"
                          ".length > 20")
             assert browser.js(FOREIGN) == [], path
-        server.world.push(jobs=list(world.jobs.values()))
+        stand_in.world.push(jobs=list(world.jobs.values()))
         browser.wait("known.seq > 1")
         assert browser.js("return window.harmed") is None
-        assert browser.console() == []
+        assert browser.faults() == []
 
 
 FOREIGN = """
@@ -882,4 +867,4 @@ def test_what_the_policy_forbids_does_not_run(page):
         return window.harmed || 0;""") == 0
     assert page.js("return fetch('http://127.0.0.1:9/').then(() => 'sent', "
                    "() => 'kept')") == "kept"
-    assert len(page.console()) >= 2     # each was reported
+    assert len(page.faults()) >= 2     # each was reported

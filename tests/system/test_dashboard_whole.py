@@ -1,6 +1,6 @@
 """All of it together: a dashboard, koids that belong to it, and its page in
 a real browser; then requests, without a browser, that are not as they should
-be. One house and one browser serve most tests, in the order they stand in."""
+be. One server and one browser serve most tests, in the order of this file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import time
 
 import pytest
 
-import dashboard
-import dashboard_kit
 import support
-from dashboard_kit import House, Page
+from dashboard_rig import (HOST_TOKEN, VIEWER_TOKEN, DashboardProcess,
+                           Operator, sync_payload)
 
 koitab = support.load("koitab")
+SERVER_OPTIONS = ["--name", "koi.test", "--allow-new"]
 
 ARGS = """\
 import json, os, sys
@@ -48,34 +48,13 @@ WRONG = ("status of 401", "status of 429")
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    with House(tmp_path_factory.mktemp("house"), "--name", "koi.test",
-               "--allow-new") as house:
-        yield house
-        house.dashboard.no_fault()
-
-
-@pytest.fixture(scope="module")
-def web1(house):
-    folder = house.folder / "web1"
+def web1_tab(server):
+    folder = server.folder / "web1"
     folder.mkdir()
     (folder / "args.py").write_text(ARGS)
     os.mkfifo(folder / "go")
-    return house.home("web1", TAB.format(
-        folder=folder, python=shlex.join([support.SHARED_PYTHON, "-IS"])))
-
-
-@pytest.fixture(scope="module")
-def operator(house, web1):
-    return house.new(web1)
-
-
-@pytest.fixture(scope="module")
-def page(operator):
-    """A browser, logged in as soon as a test needs it."""
-    with Page(flags=["--host-resolver-rules=MAP koi.test 127.0.0.1 , "
-                     "MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]) as page:
-        yield page
+    return TAB.format(folder=folder, python=shlex.join(
+        [support.SHARED_PYTHON, "-IS"]))
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +62,8 @@ def well_behaved(request):
     """Whatever a test does with the page: nothing that comes from outside
     is carried out, no rule of the policy is broken, nothing is thrown."""
     yield
-    if "page" in request.fixturenames:
-        assert request.getfixturevalue("page").faults() == []
+    if "browser" in request.fixturenames:
+        assert request.getfixturevalue("browser").faults() == []
 
 
 def job_row(label: str) -> str:
@@ -98,132 +77,136 @@ def job_row(label: str) -> str:
 
 
 def test_what_d_new_says_opens_the_page_and_another_passphrase_does_not(
-        house, operator, page):
-    assert f"{house.url}/#{operator.dash}" in house.said
-    page.go(f"{house.url}/#{operator.dash}")
-    page.insert("#secret", "wrong horse battery staple")
-    page.keys("Enter")
-    page.shows("That is not the passphrase.")
-    assert page.faults(*WRONG) == []
-    page.insert("#secret", operator.password)
-    page.keys("Enter")
-    page.wait(job_row("Daily"))
-    assert page.js("return isSecureContext && document.querySelector("
-                   "'#plain').hidden")
-    assert operator.password not in page.js("return location.href + document"
-                                            ".documentElement.outerHTML")
+        server, web1_host, operator, browser):
+    assert f"{server.url}/#{operator.dash}" in web1_host.printed
+    browser.go(f"{server.url}/#{operator.dash}")
+    browser.insert("#secret", "wrong horse battery staple")
+    browser.keys("Enter")
+    browser.shows("That is not the passphrase.")
+    assert browser.faults(*WRONG) == []
+    browser.insert("#secret", operator.password)
+    browser.keys("Enter")
+    browser.wait(job_row("Daily"))
+    assert browser.js("return isSecureContext && document.querySelector("
+                      "'#plain').hidden")
+    assert operator.password not in browser.js(
+        "return location.href + document"
+                                               ".documentElement.outerHTML")
 
 
 def test_a_job_shows_as_soon_as_it_is_in_the_tab_with_its_next_start(
-        web1, page):
-    words = page.wait(f"{job_row('Daily')}?.querySelector('.c-next "
-                      "time')?.innerText")
+        web1_host, browser):
+    words = browser.wait(f"{job_row('Daily')}?.querySelector('.c-next "
+                         "time')?.innerText")
     assert words.startswith("in ") or words == "now"
-    tab = web1.type("-l").out
-    web1.install(tab + '"Later" 5 4 * * * echo later\n')
-    page.wait(job_row("Later"))
-    assert page.js(f"return {job_row('Later')}.querySelector('.c-words')"
-                   ".innerText") == "At 04:05"
-    web1.install(tab)
-    page.wait(f"{job_row('Later')}?.innerText.includes('in no tab')")
+    tab = web1_host.koitab("-l").out
+    web1_host.install(tab + '"Later" 5 4 * * * echo later\n')
+    browser.wait(job_row("Later"))
+    assert browser.js(f"return {job_row('Later')}.querySelector('.c-words')"
+                      ".innerText") == "At 04:05"
+    web1_host.install(tab)
+    browser.wait(f"{job_row('Later')}?.innerText.includes('in no tab')")
 
 
-def test_the_run_at_boot_was_told(page):
-    page.wait(f"{job_row('Boot')}?.querySelector('.c-is')?.innerText"
-              " === 'ok'")
+def test_the_run_at_boot_was_told(browser):
+    browser.wait(f"{job_row('Boot')}?.querySelector('.c-is')?.innerText"
+                 " === 'ok'")
 
 
 def test_a_form_runs_a_job_and_its_output_comes_in_live(
-        house, web1, operator, page):
-    page.press("Jobs")
-    page.click("a[aria-label='Run Args']")
-    page.wait("document.activeElement.id === 'arg0'")
+        server, web1_host, operator, browser):
+    browser.press("Jobs")
+    browser.click("a[aria-label='Run Args']")
+    browser.wait("document.activeElement.id === 'arg0'")
     for at, value in enumerate([*VALUES.values(), SECRET]):
-        page.insert(f"#arg{at}", value)
-    page.shows("'o'\\''brien' '$(id)'")         # what will run
-    assert SECRET not in page.text(".previewed")
-    page.press("Run on web1")
-    page.wait("location.hash.startsWith('#/run/')", 20)
-    page.wait("document.querySelector('.pane')?.innerText.includes('begun')")
-    page.shows("Running for")
-    with open(web1.folder / "go", "w") as go:
+        browser.insert(f"#arg{at}", value)
+    browser.shows("'o'\\''brien' '$(id)'")         # what will run
+    assert SECRET not in browser.text(".previewed")
+    browser.press("Run on web1")
+    browser.wait("location.hash.startsWith('#/run/')", 20)
+    browser.wait(
+        "document.querySelector('.pane')?.innerText.includes('begun')")
+    browser.shows("Running for")
+    with open(web1_host.folder / "go", "w") as go:
         go.write("on")
-    page.shows("Finished in")
-    page.wait("document.querySelector('.pane')?.innerText.includes("
-              "'red and done')")
-    run = int(page.js("return location.hash.split('/')[2]"))
+    browser.shows("Finished in")
+    browser.wait("document.querySelector('.pane')?.innerText.includes("
+                 "'red and done')")
+    run = int(browser.js("return location.hash.split('/')[2]"))
     lines = operator.text(run).splitlines()
     assert json.loads(lines[1]) == [*VALUES.values(), "******"]
     assert lines[2] == "\x1b[1;31mred\x1b[0m and done"
     # As text, and the colour as a colour.
-    assert page.js("return [...document.querySelectorAll('.pane .text')].map("
-                   "(one) => one.textContent)") == [
-        "begun", lines[1], "red and done"]
-    assert page.text(".pane .bold") == "red"
+    assert browser.js(
+        "return [...document.querySelectorAll('.pane .text')].map("
+                      "(one) => one.textContent)") == [
+           "begun", lines[1], "red and done"]
+    assert browser.text(".pane .bold") == "red"
 
 
-def test_the_secret_is_nowhere(house, web1, operator, page):
+def test_the_secret_is_nowhere(server, web1_host, operator, browser):
     runs = operator.runs("Args")
     assert runs[0]["args"] == {**VALUES, "Word": "******"}
-    page.to(f"job/{runs[0]['job']}")
-    page.shows("Word=")
-    page.to("audit")
-    page.shows("Args")
-    assert SECRET not in page.js(
+    browser.visit(f"job/{runs[0]['job']}")
+    browser.shows("Word=")
+    browser.visit("audit")
+    browser.shows("Args")
+    assert SECRET not in browser.js(
         "return document.documentElement.outerHTML + JSON.stringify([..."
         "known.jobs.values()]) + JSON.stringify({...localStorage})")
-    files = [path for folder in (house.folder, web1.home)
+    files = [path for folder in (server.folder, web1_host.home)
              for path in folder.rglob("*") if path.is_file()]
-    assert {house.db, web1.home / "history.db"} <= set(files)
+    assert {server.db, web1_host.home / "history.db"} <= set(files)
     veiled = [SECRET.encode(), SECRET.encode().hex().encode()]
     assert [path for path in files
             if any(text in path.read_bytes() for text in veiled)] == []
 
 
-def test_a_long_run_is_killed_from_the_page(web1, operator, page):
-    page.to("jobs")
-    page.click("a[aria-label='Run Long']")
-    page.wait("document.querySelector('.runform')")
-    page.press("Run on web1")
-    page.wait("location.hash.startsWith('#/run/')", 20)
-    page.wait("document.querySelector('.pane')?.innerText.includes('long')")
-    pid = int(support.wait_until((web1.folder / "long").read_text))
-    page.press("Kill\u2026")
-    page.press("Kill it on web1")
-    page.shows("Killed by signal 15 (TERM)")
+def test_a_long_run_is_killed_from_the_page(web1_host, operator, browser):
+    browser.visit("jobs")
+    browser.click("a[aria-label='Run Long']")
+    browser.wait("document.querySelector('.runform')")
+    browser.press("Run on web1")
+    browser.wait("location.hash.startsWith('#/run/')", 20)
+    browser.wait("document.querySelector('.pane')?.innerText.includes('long')")
+    pid = int(support.wait_until((web1_host.folder / "long").read_text))
+    browser.press("Kill\u2026")
+    browser.press("Kill it on web1")
+    browser.shows("Killed by signal 15 (TERM)")
     support.wait_until(lambda: not koitab.born(pid))
     assert operator.runs("Long")[0]["signal"] == 15
 
 
-def test_the_search_finds_a_line_and_leads_to_it(page):
-    page.insert("#find input", "`three`")
-    page.keys("Enter")
-    page.wait("document.querySelector('.hits a')")
-    assert "`three`" in page.text(".hits pre")
-    page.click(".hits a")
-    page.wait("document.querySelector('.line.here .text')?.innerText"
-              ".includes('`three`')")
-    assert "/B" in page.js("return location.hash")
+def test_the_search_finds_a_line_and_leads_to_it(browser):
+    browser.insert("#find input", "`three`")
+    browser.keys("Enter")
+    browser.wait("document.querySelector('.hits a')")
+    assert "`three`" in browser.text(".hits pre")
+    browser.click(".hits a")
+    browser.wait("document.querySelector('.line.here .text')?.innerText"
+                 ".includes('`three`')")
+    assert "/B" in browser.js("return location.hash")
 
 
-def test_a_viewer_sees_all_and_can_run_nothing(house, web1, operator, page):
-    page.open(house.url, f"view-{operator.viewer}")
-    page.wait(job_row("Args"))
+def test_a_viewer_sees_all_and_can_run_nothing(server, web1_host, operator,
+                                               browser):
+    browser.open(server.url, f"view-{operator.viewer}")
+    browser.wait(job_row("Args"))
     runs = operator.runs("Long")
     if not runs:                # this test was chosen alone
-        web1.type("run", "Fail", "Who=ann")
+        web1_host.koitab("run", "Fail", "Who=ann")
         runs = support.wait_until(lambda: operator.runs("Fail"))
     for place in ("jobs", f"job/{runs[0]['job']}", f"run/{runs[0]['id']}",
                   "audit", "hosts", "alerts", "settings", "day"):
-        page.to(place)
-        page.wait("!document.querySelector('.waits')")
-        assert page.js("return [...document.querySelectorAll('a, button')]"
-                       ".map((one) => one.innerText.trim()).filter((text) =>"
-                       " /^(Run|Kill|Forget|Snooze|New check|Add)\\b/"
-                       ".test(text))") == [], place
-    assert operator.password not in page.text("body")
-    page.to(f"job/{runs[0]['job']}/run")
-    page.shows("A viewer's key can read, and nothing else.")
+        browser.visit(place)
+        browser.wait("!document.querySelector('.waits')")
+        assert browser.js(
+            "return [...document.querySelectorAll('a, button')].map((one) => "
+            "one.innerText.trim()).filter((text) => /^(Run|Kill|Forget|"
+            "Snooze|New check|Add)\\b/.test(text))") == [], place
+    assert operator.password not in browser.text("body")
+    browser.visit(f"job/{runs[0]['job']}/run")
+    browser.shows("A viewer's key can read, and nothing else.")
     host = operator.host("web1")
     body = operator.sealed(host, operator.request(
         host, operator.specs(host)["Quick"], {"Who": "x"}))
@@ -231,90 +214,92 @@ def test_a_viewer_sees_all_and_can_run_nothing(house, web1, operator, page):
     assert operator.reply("POST", "requests", body,
                           token=operator.viewer).status == 403
     # The same from within the page, with all that it knows.
-    assert page.js("""return tell('requests', arguments[0]).then(
+    assert browser.js("""return tell('requests', arguments[0]).then(
         () => 'taken', (error) => error.status)""", body) == 403
-    assert page.faults("status of 403") == []
+    assert browser.faults("status of 403") == []
     assert len(operator.runs("Quick")) == before
 
 
 def test_from_the_login_to_a_finished_run_by_keyboard_alone(
-        house, operator, page):
-    page.go(house.url)
-    page.wait("document.activeElement.id === 'secret'")
-    page.command("Input.insertText", text=operator.password)
-    page.keys("Enter")
-    page.wait(job_row("Quick"))
+        server, web1_host, operator, browser):
+    browser.go(server.url)
+    browser.wait("document.activeElement.id === 'secret'")
+    browser.command("Input.insertText", text=operator.password)
+    browser.keys("Enter")
+    browser.wait(job_row("Quick"))
     for _ in range(12):
-        page.keys("j")
-        if page.js("return document.activeElement.innerText") == "Quick":
+        browser.keys("j")
+        if browser.js("return document.activeElement.innerText") == "Quick":
             break
-    page.keys("r")
-    page.wait("document.activeElement.id === 'arg0'")
-    page.keys("Backspace", "Backspace", "Backspace", *"carp", "Enter")
-    page.wait("location.hash.startsWith('#/run/')", 20)
-    page.wait("document.querySelector('.pane')?.innerText.includes("
-              "'quick carp')")
-    page.shows("Finished in")
-    page.keys("g", "h")
-    page.wait("shell.path === 'hosts'")
-    page.keys("?")
-    page.wait("document.querySelector('#keys').open")
-    page.keys("Escape")
-    page.wait("!document.querySelector('#keys').open")
+    browser.keys("r")
+    browser.wait("document.activeElement.id === 'arg0'")
+    browser.keys("Backspace", "Backspace", "Backspace", *"carp", "Enter")
+    browser.wait("location.hash.startsWith('#/run/')", 20)
+    browser.wait("document.querySelector('.pane')?.innerText.includes("
+                 "'quick carp')")
+    browser.shows("Finished in")
+    browser.keys("g", "h")
+    browser.wait("shell.path === 'hosts'")
+    browser.keys("?")
+    browser.wait("document.querySelector('#keys').open")
+    browser.keys("Escape")
+    browser.wait("!document.querySelector('#keys').open")
 
 
 def test_two_hosts_stand_side_by_side_and_a_run_is_asked_for_by_name(
-        house, web1, operator, page):
-    web2 = house.home("web2", '"Fail" @manual echo I am two; exit 4\n'
+        server, web1_host, operator, browser):
+    web2 = server.add_host("web2", '"Fail" @manual echo I am two; exit 4\n'
                               '"Two" @manual echo two\n'
                               '"Tick" * * * * * echo tick; sleep 1\n',
-                      shift=(50 - time.time() + 30) % 60 - 30)
-    house.join(web2, operator)
-    page.to("jobs")
-    page.wait(job_row("Two"))
-    page.js("window.same = true")
-    heads = page.js("return [...document.querySelectorAll('.head h2')]"
-                    ".filter((one) => one.checkVisibility()).map((one) => "
-                    "one.innerText)")
+                           shift=(50 - time.time() + 30) % 60 - 30)
+    web2.join(operator)
+    browser.visit("jobs")
+    browser.wait(job_row("Two"))
+    browser.js("window.same = true")
+    heads = browser.js("return [...document.querySelectorAll('.head h2')]"
+                       ".filter((one) => one.checkVisibility()).map((one) => "
+                       "one.innerText)")
     assert [head for head in heads if head.startswith("web")] == [
         "web1", "web2"]
     # Typed on one machine, run on the other: its output, and its status.
-    done = web1.type("run", "--on", "web2", "Fail",
-                     said=operator.password + "\n")
+    done = web1_host.koitab("run", "--on", "web2", "Fail",
+                            stdin=operator.password + "\n")
     assert (done.code, done.out) == (4, "I am two\n"), done
-    done = web2.type("run", "--on", "web1", "Fail", "Who=o'brien",
-                     said=operator.password + "\n")
+    done = web2.koitab("run", "--on", "web1", "Fail", "Who=o'brien",
+                       stdin=operator.password + "\n")
     assert (done.code, done.out) == (3, "to o'brien\n"), done
     assert "bad\n" in done.err
-    page.wait("document.querySelector('.group.attention')?.innerText"
-              ".includes('I am two')")
-    done = web1.type("run", "--on", "web2", "Fail", said="not it\n")
+    browser.wait("document.querySelector('.group.attention')?.innerText"
+                 ".includes('I am two')")
+    done = web1_host.koitab("run", "--on", "web2", "Fail", stdin="not it\n")
     assert done.code == 1 and "key is not known" in done.err, done
 
 
-def test_a_run_by_the_schedule_comes_in_while_one_looks(operator, page):
+def test_a_run_by_the_schedule_comes_in_while_one_looks(operator, browser):
     """Its clock was set so that a minute is over about now."""
-    page.to("jobs")
-    page.wait(f"{job_row('Tick')}?.querySelector('.c-strip svg')", 60)
-    page.wait(f"{job_row('Tick')}.querySelector('.c-is').innerText == 'ok'")
-    assert page.js("return window.same"), "the page was loaded anew"
+    browser.visit("jobs")
+    browser.wait(f"{job_row('Tick')}?.querySelector('.c-strip svg')", 60)
+    browser.wait(f"{job_row('Tick')}.querySelector('.c-is').innerText == 'ok'")
+    assert browser.js("return window.same"), "the page was loaded anew"
     assert operator.runs("Tick")[0]["trigger"] == "schedule"
 
 
-def test_missions_ping_shows_beside_the_jobs(house, operator, page, tmp_path):
+def test_missions_ping_shows_beside_the_jobs(server, operator, browser,
+                                             tmp_path):
     key = operator.ask("state")["dash"]["ping_key"]
     scratch = support.Scratch(tmp_path)
     scratch.task("say", "echo hello from mission")
     scratch.config["ping"] = {"enabled": True, "start": True, "endpoint":
-                              f"{house.url}/ping/{key}/nightly?create=1"}
+                              f"{server.url}/ping/{key}/nightly?create=1"}
     assert scratch.mission("run", "--headless").code == 0
-    page.to("jobs")
-    page.wait(job_row("nightly"))
-    assert page.js(f"return {job_row('nightly')}.querySelector('.c-is')"
-                   ".innerText") == "ok"
-    page.js(f"{job_row('nightly')}.querySelector('.c-name a').click()")
-    page.wait("[...document.querySelectorAll('.list tbody tr')].map((row) => "
-              "row.querySelector('.word').innerText).join() === 'ok,start'")
+    browser.visit("jobs")
+    browser.wait(job_row("nightly"))
+    assert browser.js(f"return {job_row('nightly')}.querySelector('.c-is')"
+                      ".innerText") == "ok"
+    browser.js(f"{job_row('nightly')}.querySelector('.c-name a').click()")
+    browser.wait(
+        "[...document.querySelectorAll('.list tbody tr')].map((row) => "
+                 "row.querySelector('.word').innerText).join() === 'ok,start'")
     check, = operator.ask("state")["checks"]
     pings = operator.ask(f"checks/{check['id']}/pings")["pings"]
     assert [ping["kind"] for ping in pings] == ["success", "start"]
@@ -457,7 +442,7 @@ def lies(operator) -> tuple:
     check = operator.tell("checks", {
         "name": CORPUS[0], "slug": "", "tags": CORPUS[1], "desc": CORPUS[2],
         "kind": "simple", "period": 3600, "grace": 60})["id"]
-    with operator.house.client() as client:
+    with operator.dashboard.client() as client:
         for text in CORPUS[-100:]:
             agent = "".join(filter(str.isprintable, text))
             assert client.ask("POST", f"/ping/{check}", text.encode(),
@@ -468,21 +453,21 @@ def lies(operator) -> tuple:
 
 
 @pytest.fixture(scope="module")
-def second(house):
+def second(server):
     """Another dashboard on the same server."""
     password, salt = "a passphrase for the second", os.urandom(16)
     keys = koitab.derive(password, salt)
-    made = house.dashboard.ask("POST", "/api/v1/dashboards", {
+    made = server.ask("POST", "/api/v1/dashboards", {
         "salt": salt.hex(), "rounds": koitab.ROUNDS,
         "api_sha256": koitab.digest_of(keys.api.hex()),
         "view_sha256": koitab.digest_of(keys.view.hex())})
-    return dashboard_kit.Operator(house, made.json["dash"], password)
+    return Operator(server, made.json["dash"], password)
 
 
-def unshown(page, wanted: list[str]) -> list[str]:
+def unshown(browser, wanted: list[str]) -> list[str]:
     """Which of these texts do not stand on the page, be it as text or in a
     field."""
-    text = page.js(
+    text = browser.js(
         "return document.querySelector('#main').textContent + [...document"
         ".querySelectorAll('input, textarea')].map((one) => one.value).join("
         "'\\n')")
@@ -490,12 +475,12 @@ def unshown(page, wanted: list[str]) -> list[str]:
 
 
 def test_two_hundred_strings_in_every_field_are_text_and_nothing_else(
-        house, second, page):
+        server, second, browser):
     assert len(set(CORPUS)) == 200
     run, check = lies(second)
     form = next(job["id"] for job in second.ask("state")["jobs"]
                 if job["tag"] == "form")
-    page.open(f"{house.url}/#{second.dash}", second.password)
+    browser.open(f"{server.url}/#{second.dash}", second.password)
     clear = [text for text in CORPUS if "\x1b" not in text]
     counts = {}
     for place, wanted in (
@@ -507,133 +492,134 @@ def test_two_hundred_strings_in_every_field_are_text_and_nothing_else(
             ("day", clear[:1]), ("search?q=%3Cscript%3E", clear[:1]),
             (f"run/{run['id']}?diff", []), ("settings", []),
             (f"check/{check}/edit", clear[:1])):
-        page.to(place)
-        page.wait("!document.querySelector('.waits')")
-        support.wait_until(lambda all=wanted: not unshown(page, all), 30, (
-            f"{unshown(page, wanted)[:3]} at {place}"))
-        assert page.js(MARKUP) == [], place
+        browser.visit(place)
+        browser.wait("!document.querySelector('.waits')")
+        support.wait_until(lambda all=wanted: not unshown(browser, all), 30, (
+            f"{unshown(browser, wanted)[:3]} at {place}"))
+        assert browser.js(MARKUP) == [], place
         if place.startswith("check/") and not place.endswith("edit"):
-            page.press("Show")          # the body of the newest ping
-            page.wait("!document.querySelector('.list pre')?.hidden")
-            assert page.js(MARKUP) == [], place
-        assert page.faults() == [], place
+            browser.press("Show")          # the body of the newest ping
+            browser.wait("!document.querySelector('.list pre')?.hidden")
+            assert browser.js(MARKUP) == [], place
+        assert browser.faults() == [], place
         counts[place] = len(wanted)
     print("XSS strings shown as text:", counts)
 
 
 def test_over_plain_http_by_a_name_the_keys_are_made_by_the_pages_own_means(
-        house, operator, page):
+        server, web1_host, operator, browser):
     """Where the browser offers none: there is no secure context."""
-    url = f"http://koi.test:{house.port}"
-    assert f"koitab -d new {url}; then open {url}\n" in house.log()
-    page.open(f"{url}/#{operator.dash}", operator.password)
-    page.wait(job_row("Quick"))
-    assert not page.js("return isSecureContext || crypto.subtle")
-    page.shows("This page came over plain http", css="#plain")
-    page.click("a[aria-label='Run Quick']")
-    page.insert("#arg0", "by name")
-    page.keys("Enter")
-    page.wait("document.querySelector('.pane')?.innerText.includes("
-              "'quick by name')", 20)
+    url = f"http://koi.test:{server.port}"
+    assert f"koitab -d new {url}; then open {url}\n" in server.log()
+    browser.open(f"{url}/#{operator.dash}", operator.password)
+    browser.wait(job_row("Quick"))
+    assert not browser.js("return isSecureContext || crypto.subtle")
+    browser.shows("This page came over plain http", css="#plain")
+    browser.click("a[aria-label='Run Quick']")
+    browser.insert("#arg0", "by name")
+    browser.keys("Enter")
+    browser.wait("document.querySelector('.pane')?.innerText.includes("
+                 "'quick by name')", 20)
     # A browser says of a guard that it works for https and at home alone.
-    assert page.faults("Cross-Origin-Opener-Policy header has been ignored"
-                       ) == []
+    assert browser.faults("Cross-Origin-Opener-Policy header has been ignored"
+                          ) == []
 
 
 def test_the_page_from_disk_does_the_same_with_no_code_of_the_servers(
-        house, web1, operator, page, tmp_path):
-    done = web1.type("page", house.url)
+        server, web1_host, operator, browser, tmp_path):
+    done = web1_host.koitab("page", server.url)
     assert done.code == 0, done
     file = tmp_path / "koi.html"
     file.write_text(done.out)
-    page.open(f"{file.as_uri()}#{operator.dash}", operator.password)
-    page.wait(job_row("Quick"))
-    assert page.js("return location.protocol") == "file:"
-    page.click("a[aria-label='Run Quick']")
-    page.insert("#arg0", "from disk")
-    page.keys("Enter")
-    page.wait("document.querySelector('.pane')?.innerText.includes("
-              "'quick from disk')", 20)
-    page.insert("#find input", "from disk")
-    page.keys("Enter")
-    page.wait("document.querySelector('.hits a')")
+    browser.open(f"{file.as_uri()}#{operator.dash}", operator.password)
+    browser.wait(job_row("Quick"))
+    assert browser.js("return location.protocol") == "file:"
+    browser.click("a[aria-label='Run Quick']")
+    browser.insert("#arg0", "from disk")
+    browser.keys("Enter")
+    browser.wait("document.querySelector('.pane')?.innerText.includes("
+                 "'quick from disk')", 20)
+    browser.insert("#find input", "from disk")
+    browser.keys("Enter")
+    browser.wait("document.querySelector('.hits a')")
 
 
 def test_who_guesses_is_told_how_long_to_wait_and_the_right_one_waits_too(
-        page, tmp_path):
-    with dashboard.Dashboard(tmp_path) as other:
-        other.settle()
-        page.go(f"http://127.0.0.1:{other.port}")
-        page.insert("#secret", "view-" + "0" * 64)
-        page.keys("Enter")
-        page.shows("That is not the passphrase.")
+        browser, tmp_path):
+    with DashboardProcess(tmp_path) as other:
+        other.set_up()
+        browser.go(f"http://127.0.0.1:{other.port}")
+        browser.insert("#secret", "view-" + "0" * 64)
+        browser.keys("Enter")
+        browser.shows("That is not the passphrase.")
         for _ in range(20):
             if other.ask("GET", "/api/v1/state", token="0" * 64
                          ).status == 429:
                 break
-        for secret in ("0" * 64, dashboard.VIEW):
-            page.insert("#secret", f"view-{secret}")
-            page.keys("Enter")
-            page.wait("/Too many tries. Try again in \\d+ s\\./.test("
-                      "document.querySelector('#why').innerText)")
-        assert page.faults(*WRONG) == []
-        assert other.ask("POST", "/api/v1/sync", dashboard.sync_of(),
-                         dashboard.HOST_TOKEN).status == 200
+        for secret in ("0" * 64, VIEWER_TOKEN):
+            browser.insert("#secret", f"view-{secret}")
+            browser.keys("Enter")
+            browser.wait("/Too many tries. Try again in \\d+ s\\./.test("
+                         "document.querySelector('#why').innerText)")
+        assert browser.faults(*WRONG) == []
+        assert other.ask("POST", "/api/v1/sync", sync_payload(),
+                         HOST_TOKEN).status == 200
 
 
 def test_after_rotate_the_old_passphrase_is_worth_nothing_and_others_rejoin(
-        house, web1, operator, page):
-    page.open(f"{house.url}/#{operator.dash}", operator.password)
-    page.wait(job_row("Quick"))
-    done = web1.type("-d", "rotate", said=operator.password + "\n")
+        server, web1_host, operator, browser):
+    browser.open(f"{server.url}/#{operator.dash}", operator.password)
+    browser.wait(job_row("Quick"))
+    done = web1_host.koitab("-d", "rotate", stdin=operator.password + "\n")
     assert done.code == 0 and "koitab -d join" in done.err, done
-    page.shows("The password was changed.")
-    page.insert("#secret", operator.password)
-    page.keys("Enter")
-    page.shows("That is not the passphrase.")
-    assert page.faults(*WRONG) == []
+    browser.shows("The password was changed.")
+    browser.insert("#secret", operator.password)
+    browser.keys("Enter")
+    browser.shows("That is not the passphrase.")
+    assert browser.faults(*WRONG) == []
     fresh = re.search(r"^passphrase +(\S+)$", done.out, re.M)[1]
-    page.insert("#secret", fresh)
-    page.keys("Enter")
-    page.wait(job_row("Quick"))
-    page.to("hosts")
+    browser.insert("#secret", fresh)
+    browser.keys("Enter")
+    browser.wait(job_row("Quick"))
+    browser.visit("hosts")
     other = "This host has other keys: type koitab -d join there."
-    page.shows(other)
-    assert page.js(
+    browser.shows(other)
+    assert browser.js(
         "return [...document.querySelectorAll('.list tbody tr')].filter("
         "(row) => row.innerText.includes(arguments[0])).map((row) => "
         "row.querySelector('b').innerText)", other) == ["web2"]
-    page.to("jobs")
-    page.click("a[aria-label='Run Two']")
-    page.shows(other)
-    page.to("jobs")
-    page.click("a[aria-label='Run Quick']")
-    page.insert("#arg0", "anew")
-    page.keys("Enter")
-    page.wait("document.querySelector('.pane')?.innerText.includes("
-              "'quick anew')", 20)
+    browser.visit("jobs")
+    browser.click("a[aria-label='Run Two']")
+    browser.shows(other)
+    browser.visit("jobs")
+    browser.click("a[aria-label='Run Quick']")
+    browser.insert("#arg0", "anew")
+    browser.keys("Enter")
+    browser.wait("document.querySelector('.pane')?.innerText.includes("
+                 "'quick anew')", 20)
     # As told: off, and join again.
-    web2, operator = house.homes["web2"], dashboard_kit.Operator(
-        house, operator.dash, fresh)
-    assert web2.type("-d", "off").code == 0
-    house.join(web2, operator)
-    page.to("hosts")
-    page.wait(f"!document.body.innerText.includes({json.dumps(other)})")
+    web2, operator = server.hosts["web2"], Operator(
+        server, operator.dash, fresh)
+    assert web2.koitab("-d", "off").code == 0
+    web2.join(operator)
+    browser.visit("hosts")
+    browser.wait(f"!document.body.innerText.includes({json.dumps(other)})")
 
 
-def test_who_is_off_is_no_host_any_more_and_what_it_did_stays(house, page):
-    web2 = house.homes["web2"]
-    done = web2.type("-d", "off")
+def test_who_is_off_is_no_host_any_more_and_what_it_did_stays(server, browser):
+    web2 = server.hosts["web2"]
+    done = web2.koitab("-d", "off")
     assert done.code == 0 and "does not belong" in done.out, done
-    page.to("hosts")
-    page.wait("[...document.querySelectorAll('.list tbody tr')].filter((row)"
-              " => row.innerText.includes('web2')).every((row) => "
-              "row.innerText.includes('left'))")
-    page.to("jobs")
-    page.shows("I am two")
+    browser.visit("hosts")
+    browser.wait(
+        "[...document.querySelectorAll('.list tbody tr')].filter((row)"
+                 " => row.innerText.includes('web2')).every((row) => "
+                 "row.innerText.includes('left'))")
+    browser.visit("jobs")
+    browser.shows("I am two")
     assert web2.ask("status")["dashboard"] is None
     assert web2.run("Two")[1] == b"two\n"
-    assert web2.type("-d", "show").code == 1
+    assert web2.koitab("-d", "show").code == 1
 
 
 def test_what_went_on_in_a_history_that_is_lost_goes_on_no_more(second):
@@ -679,13 +665,14 @@ class Firm:
     """Two hosts whose jobs note the nonce that they were asked with: what
     stands there ran, whatever anybody says."""
 
-    def __init__(self, house: House):
-        self.house, self.done = house, house.folder / "done"
+    def __init__(self, server: DashboardProcess):
+        self.server, self.done = server, server.folder / "done"
         self.done.touch()
         self.tab = NOTE.format(done=self.done)
-        self.homes = [house.home(name, self.tab) for name in ("web1", "web2")]
-        self.operator = house.new(self.homes[0])
-        house.join(self.homes[1], self.operator)
+        self.koids = [server.add_host(name, self.tab) for name in ("web1",
+                                                                   "web2")]
+        self.operator = self.koids[0].create_dashboard(server)
+        self.koids[1].join(self.operator)
         self.hosts = [self.operator.host(name) for name in ("web1", "web2")]
         self.specs = [self.operator.specs(host) for host in self.hosts]
 
@@ -711,27 +698,27 @@ class Firm:
 
     def settled(self) -> None:
         """All that was begun has ended, on both hosts."""
-        for home in self.homes:
-            support.wait_until(lambda home=home: not [
-                run for run in home.history() if run["state"] in (
+        for koid in self.koids:
+            support.wait_until(lambda koid=koid: not [
+                run for run in koid.history() if run["state"] in (
                     "queued", "running")], 20, "all runs to end")
 
     def rows(self, statement: str, *values) -> list:
         """Change the dashboard's database, as who has broken into it."""
-        self.house.kill(15)
-        db = sqlite3.connect(self.house.db)
+        self.server.kill(15)
+        db = sqlite3.connect(self.server.db)
         with db:
             found = db.execute(statement, values).fetchall()
         db.close()
-        self.house.open()
+        self.server.open()
         return found
 
 
 @pytest.fixture(scope="module")
 def firm(tmp_path_factory):
-    with House(tmp_path_factory.mktemp("firm")) as house:
-        yield Firm(house)
-        house.dashboard.no_fault()
+    with DashboardProcess(tmp_path_factory.mktemp("firm")) as server:
+        yield Firm(server)
+        server.assert_no_bugs()
 
 
 def test_what_was_signed_runs_once_and_its_run_is_told(firm):
@@ -788,12 +775,12 @@ def test_what_is_not_as_it_should_be_is_refused_with_the_reason(
         firm, name, changes, seal, why):
     firm.settled()
     before = firm.done.read_text()
-    runs = [len(home.history()) for home in firm.homes]
+    runs = [len(koid.history()) for koid in firm.koids]
     body = firm.body(name, **changes)
     verdict = firm.answer(body, seal(firm, body))
     assert verdict["state"] == "refused" and why in verdict["reason"], verdict
     assert verdict["run"] is None
-    assert [len(home.history()) for home in firm.homes] == runs
+    assert [len(koid.history()) for koid in firm.koids] == runs
     assert firm.done.read_text() == before
 
 
@@ -813,10 +800,10 @@ def test_what_cannot_be_meant_is_refused_at_the_door(firm, changes):
 def test_a_job_that_changes_between_the_list_and_the_request_does_not_run(
         firm):
     body = firm.body()
-    firm.homes[0].install(firm.tab.replace("echo {{Nonce}}",
+    firm.koids[0].install(firm.tab.replace("echo {{Nonce}}",
                                            "echo not {{Nonce}}"))
     verdict = firm.answer(body)
-    firm.homes[0].install(firm.tab)
+    firm.koids[0].install(firm.tab)
     assert verdict["state"] == "refused"
     assert "the job was changed since it was shown" in verdict["reason"]
     assert firm.ran(body["nonce"]) == 0
@@ -844,8 +831,8 @@ def test_a_broken_into_dashboard_that_replays_everything_runs_nothing(firm):
         assert firm.answer(body)["state"] == "accepted"
     firm.settled()
     before = sorted(firm.done.read_text().split())
-    firm.homes[0].stop()
-    firm.homes[0].start()
+    firm.koids[0].stop()
+    firm.koids[0].start()
     nonces = [nonce for nonce, in firm.rows(
         "update requests set state = 'waiting', reason = '', n = null, exp = "
         "exp + 600 returning nonce")]
@@ -875,12 +862,12 @@ def test_one_that_dates_an_old_request_into_the_future_runs_nothing(firm):
 
 
 def test_a_request_that_no_host_fetches_expires(firm):
-    firm.homes[1].stop()
+    firm.koids[1].stop()
     now = int(time.time() * 1000)
     body = firm.body(at=1, iat=now, exp=now + 1_500)
     assert firm.post(honest(firm, body)).status == 202
     verdict = firm.operator.verdict(body["nonce"])
-    firm.homes[1].start()
+    firm.koids[1].start()
     assert verdict["state"] == "expired", verdict
     assert firm.answer(firm.body(at=1))["state"] == "accepted"
     assert firm.ran(body["nonce"]) == 0
@@ -889,28 +876,28 @@ def test_a_request_that_no_host_fetches_expires(firm):
 def test_a_host_restored_from_a_backup_runs_nothing_again_and_goes_on(firm):
     """What it ran since the backup it has forgotten; so it takes nothing
     that is older than the day of its return."""
-    home = firm.homes[0]
-    home.stop()
+    koid = firm.koids[0]
+    koid.stop()
     backup = {path: path.read_bytes()
-              for path in home.home.glob("history.db*")}
-    home.start()
+              for path in koid.home.glob("history.db*")}
+    koid.start()
     body = firm.body()
     assert firm.answer(body)["state"] == "accepted"
     firm.settled()
-    home.stop()
-    for path in home.home.glob("history.db*"):
+    koid.stop()
+    for path in koid.home.glob("history.db*"):
         path.unlink()
     for path, data in backup.items():
         path.with_suffix(".back").write_bytes(data)     # another file
         path.with_suffix(".back").chmod(0o600)
         path.with_suffix(".back").rename(path)
-    home.start()
+    koid.start()
     firm.rows("update requests set state = 'waiting', n = null where nonce "
               "= ?", body["nonce"])
     verdict = firm.operator.verdict(body["nonce"])
     assert verdict["reason"] == "it is older than what this host remembers"
     assert firm.ran(body["nonce"]) == 1
-    count = len(firm.house.rows("select 1 from runs"))
+    count = len(firm.server.rows("select 1 from runs"))
     fresh = firm.body()
     verdict = firm.answer(fresh)
     firm.settled()
@@ -918,4 +905,4 @@ def test_a_host_restored_from_a_backup_runs_nothing_again_and_goes_on(firm):
     # Its number was used before; what is shown is this one, and once.
     assert firm.operator.ask(f"runs/{verdict['run']}")["run"]["args"] == \
         fresh["args"]
-    assert len(firm.house.rows("select 1 from runs")) == count + 1
+    assert len(firm.server.rows("select 1 from runs")) == count + 1

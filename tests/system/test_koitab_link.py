@@ -11,13 +11,12 @@ import subprocess
 
 import pytest
 
-import dashboard
-import dashboard_kit
 import servers
 import support
-from dashboard_kit import House
+from dashboard_rig import DashboardHost, DashboardProcess, Operator
 
 koitab = support.load("koitab")
+SERVER_OPTIONS = ["--allow-new"]
 
 TAB = """\
 "Say" @manual echo "to $KOI_ARG_1" {{To}}; exit 3
@@ -35,37 +34,21 @@ KOI_CONFIRM=cli
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    with House(tmp_path_factory.mktemp("house"), "--allow-new") as house:
-        yield house
-
-
-@pytest.fixture(scope="module")
-def web1(house):
-    return house.home("web1", TAB)
-
-
-@pytest.fixture(scope="module")
-def operator(house, web1):
-    return house.new(web1)
-
-
-@pytest.fixture(scope="module")
-def ready(operator, web1):
+def ready(operator, web1_host):
     """Once the dashboard has the list of jobs."""
     operator.specs(operator.host("web1"))
     return operator
 
 
 @pytest.fixture
-def loose(house, tmp_path):
+def loose(server, tmp_path):
     """A machine that belongs to none, without a koid."""
-    return dashboard_kit.Home(tmp_path, "loose")
+    return DashboardHost(tmp_path, "loose")
 
 
-def there(web1, operator, *words: str, said: str = "") -> support.Result:
-    return web1.type("run", "--on", "web1", *words,
-                     said=f"{operator.password}\n{said}")
+def there(web1_host, operator, *words: str, stdin: str = "") -> support.Result:
+    return web1_host.koitab("run", "--on", "web1", *words,
+                            stdin=f"{operator.password}\n{stdin}")
 
 
 # --- what is wrong is told before anything is done
@@ -110,7 +93,7 @@ WRONG = [   # what is typed, a part of what is said, the status
 
 @pytest.mark.parametrize("typed, words, status", WRONG)
 def test_what_cannot_be_is_told_with_the_mend(loose, typed, words, status):
-    done = loose.type(*typed)
+    done = loose.koitab(*typed)
     assert (words in done.err, done.code, done.out) == (True, status, ""), done
     assert len(done.err.splitlines()) == 1
     assert not (loose.home / "keys").exists()
@@ -121,47 +104,47 @@ def test_what_cannot_be_is_told_with_the_mend(loose, typed, words, status):
     ("ababababababababab", "different characters"),
     ("abcdefghijklmnopqr", "neighbours"),
     ("MyPassword-is-this", "first that are tried")])
-def test_a_weak_password_makes_no_dashboard(house, loose, password, words):
-    done = loose.type("-d", "new", house.url, "--password", "-",
-                      said=password + "\n")
+def test_a_weak_password_makes_no_dashboard(server, loose, password, words):
+    done = loose.koitab("-d", "new", server.url, "--password", "-",
+                        stdin=password + "\n")
     assert words in done.err and done.code in (1, 2) and not done.out, done
 
 
-def test_a_password_of_ones_own_is_not_printed_and_lets_in(house, loose):
+def test_a_password_of_ones_own_is_not_printed_and_lets_in(server, loose):
     mine = "caf\u00e9 horse battery staple"
-    done = loose.type("-d", "new", house.url, "--password", "-",
-                      said=mine + "\n")
+    done = loose.koitab("-d", "new", server.url, "--password", "-",
+                        stdin=mine + "\n")
     assert done.code == 0 and mine not in done.out + done.err, done
     assert "passphrase" not in done.out and "viewer key" in done.out
     assert "koid is not running" in done.err
     dash = re.search("#([0-9a-f]{16})$", done.out, re.M)[1]
     assert support.mode(loose.home / "keys") == 0o600
-    again = loose.type("-d", "new", house.url)
+    again = loose.koitab("-d", "new", server.url)
     assert again.code == 1 and "already (koitab -d off" in again.err
-    assert loose.type("-d", "show").code == 1       # no koid is there
-    assert loose.type("-d", "off").code == 0
+    assert loose.koitab("-d", "show").code == 1       # no koid is there
+    assert loose.koitab("-d", "off").code == 0
     # As a browser shows the address of a page; and with the wrong one.
-    for url, word, code in ((f"{house.url}/#{dash}", "not it", 1),
-                            (f"{house.url}/#{dash}", mine, 0)):
-        done = loose.type("-d", "join", url, said=word + "\n")
+    for url, word, code in ((f"{server.url}/#{dash}", "not it", 1),
+                            (f"{server.url}/#{dash}", mine, 0)):
+        done = loose.koitab("-d", "join", url, stdin=word + "\n")
         assert done.code == code, done
     # The password is UTF-8, whatever the terminal's letters are.
-    loose.type("-d", "off")
+    loose.koitab("-d", "off")
     loose.env["LC_ALL"] = "en_US.ISO-8859-1"
-    assert loose.type("-d", "join", url, said=mine + "\n").code == 0
+    assert loose.koitab("-d", "join", url, stdin=mine + "\n").code == 0
 
 
 def test_an_address_as_the_browser_shows_it_will_do(tmp_path, loose):
-    with House(tmp_path / "own") as house:
-        other = dashboard_kit.Home(tmp_path / "other", "other")
-        operator = house.new(other)
-        done = loose.type("-d", "join", f"{house.url}/#/jobs?x=1",
-                          said=operator.password + "\n")
+    with DashboardProcess(tmp_path / "own") as server:
+        other = DashboardHost(tmp_path / "other", "other")
+        operator = other.create_dashboard(server)
+        done = loose.koitab("-d", "join", f"{server.url}/#/jobs?x=1",
+                            stdin=operator.password + "\n")
         assert done.code == 0, done
         assert f"#{operator.dash}" in done.out
         # Only the first may be made here.
-        third = dashboard_kit.Home(tmp_path / "third", "third")
-        done = third.type("-d", "new", house.url)
+        third = DashboardHost(tmp_path / "third", "third")
+        done = third.koitab("-d", "new", server.url)
         assert done.code == 1 and "--allow-new" in done.err, done
 
 
@@ -169,27 +152,29 @@ def test_keys_that_nobody_can_read_can_be_removed(loose):
     keys = loose.home / "keys"
     keys.write_text("{")
     keys.chmod(0o600)
-    done = loose.type("-d", "show")
+    done = loose.koitab("-d", "show")
     assert done.code == 1 and "koitab -d off" in done.err
-    done = loose.type("-d", "off")
+    done = loose.koitab("-d", "off")
     assert (done.code, done.out) == (0, ""), done
     assert "removed" in done.err and not keys.exists()
 
 
-def test_show_tells_how_the_link_is(house, web1, ready):
-    done = web1.type("-d", "show")
+def test_show_tells_how_the_link_is(server, web1_host, ready):
+    done = web1_host.koitab("-d", "show")
     assert done.code == 0, done
-    assert f"{house.url}/#{ready.dash}" in done.out
+    assert f"{server.url}/#{ready.dash}" in done.out
     assert re.search(r"^link +up$", done.out, re.M)
     assert re.search(r"^host +web1 \([0-9a-f]{32}\)$", done.out, re.M)
 
 
-def test_show_does_not_call_up_what_koid_does_not_use(house, loose, web1):
+def test_show_does_not_call_up_what_koid_does_not_use(server, loose,
+                                                      web1_host):
     loose.start()
     try:
-        (loose.home / "keys").write_bytes((web1.home / "keys").read_bytes())
+        (loose.home / "keys").write_bytes((web1_host.home /
+                                           "keys").read_bytes())
         (loose.home / "keys").chmod(0o600)
-        done = loose.type("-d", "show")
+        done = loose.koitab("-d", "show")
         assert done.code == 1 and "does not use these keys" in done.out, done
     finally:
         loose.stop(9)
@@ -197,51 +182,51 @@ def test_show_does_not_call_up_what_koid_does_not_use(house, loose, web1):
 
 def test_https_is_trusted_by_the_certificate_that_is_given(tmp_path):
     made = servers.certificate(tmp_path)
-    with dashboard.Dashboard(
+    with DashboardProcess(
             tmp_path, "--cert", str(made.cert), "--key", str(made.key),
             tls=ssl.create_default_context(cafile=str(made.cert))) as there:
         url = f"https://127.0.0.1:{there.port}"
-        home = dashboard_kit.Home(tmp_path / "home", "home")
-        done = home.type("-d", "new", url)
+        koid = DashboardHost(tmp_path / "home", "home")
+        done = koid.koitab("-d", "new", url)
         assert done.code == 1 and "certificate is not trusted" in done.err
-        done = home.type("-d", "new", url, "--ca", str(made.cert))
+        done = koid.koitab("-d", "new", url, "--ca", str(made.cert))
         assert done.code == 0, done
-        home.start()
+        koid.start()
         try:
             def linked():
-                return home.type("-d", "show").out.rstrip().endswith("up")
+                return koid.koitab("-d", "show").out.rstrip().endswith("up")
             support.wait_until(linked)
-            assert "BEGIN CERT" in (home.home / "keys").read_text()
+            assert "BEGIN CERT" in (koid.home / "keys").read_text()
         finally:
-            home.stop(9)
+            koid.stop(9)
 
 
 # --- rotate
 
 
-def test_new_keys_are_told_before_they_are_in_force(house, tmp_path):
+def test_new_keys_are_told_before_they_are_in_force(server, tmp_path):
     """Whoever is killed, or cannot print, must not lock himself out."""
-    home = dashboard_kit.Home(tmp_path, "rotating")
-    operator = house.new(home)
-    done = home.type("-d", "rotate", said="not it\n")
+    koid = DashboardHost(tmp_path, "rotating")
+    operator = koid.create_dashboard(server)
+    done = koid.koitab("-d", "rotate", stdin="not it\n")
     assert "not the passphrase of this dashboard" in done.err and not done.out
-    keys = (home.home / "keys").read_bytes()
+    keys = (koid.home / "keys").read_bytes()
     if os.path.exists("/dev/full"):
         with open("/dev/full", "wb") as full:
             subprocess.run(
-                [*home.command(), "-d", "rotate"],
-                env=home.env, input=operator.password.encode() + b"\n",
+                [*koid.command(), "-d", "rotate"],
+                env=koid.env, input=operator.password.encode() + b"\n",
                 stdout=full, stderr=subprocess.DEVNULL, timeout=60)
         assert operator.ask("state")["dash"]["id"] == operator.dash
-        assert (home.home / "keys").read_bytes() == keys
+        assert (koid.home / "keys").read_bytes() == keys
     mine = "correct horse battery staple"
-    done = home.type("-d", "rotate", "--password", "-",
-                     said=f"{operator.password}\n{mine}\n")
+    done = koid.koitab("-d", "rotate", "--password", "-",
+                       stdin=f"{operator.password}\n{mine}\n")
     assert done.code == 0 and "viewer key" in done.out, done
     assert operator.reply("GET", "state").status == 401
-    fresh = dashboard_kit.Operator(house, operator.dash, mine)
+    fresh = Operator(server, operator.dash, mine)
     assert fresh.ask("state")["dash"]["id"] == operator.dash
-    assert json.loads((home.home / "keys").read_text())["key"] == fresh.key(
+    assert json.loads((koid.home / "keys").read_text())["key"] == fresh.key(
         fresh.host("rotating")).hex()
 
 
@@ -270,13 +255,13 @@ def test_beside_roots_koid_a_user_is_told_what_to_type(tmp_path):
 # --- run --on
 
 
-def test_a_run_there_is_as_a_run_here(web1, ready):
-    done = there(web1, ready, "Say", "To=o'brien")
+def test_a_run_there_is_as_a_run_here(web1_host, ready):
+    done = there(web1_host, ready, "Say", "To=o'brien")
     assert (done.code, done.out) == (3, "to o'brien o'brien\n"), done
     # What ARG=- reads comes after the passphrase.
-    done = there(web1, ready, "Pair", "One=1", "Two=-", said="hunter2\n")
+    done = there(web1_host, ready, "Pair", "One=1", "Two=-", stdin="hunter2\n")
     assert (done.code, done.out) == (0, "<1><******>"), done
-    done = there(web1, ready, "Asks")       # nobody is there to be asked
+    done = there(web1_host, ready, "Asks")       # nobody is there to be asked
     assert (done.code, done.out) == (0, "asked\n"), done
 
 
@@ -295,13 +280,13 @@ WRONG_RUNS = [
 
 
 @pytest.mark.parametrize("typed, words, status", WRONG_RUNS)
-def test_what_cannot_run_there_is_told(web1, ready, typed, words, status):
-    done = web1.type("run", "--on", *typed, said=ready.password + "\n")
+def test_what_cannot_run_there_is_told(web1_host, ready, typed, words, status):
+    done = web1_host.koitab("run", "--on", *typed, stdin=ready.password + "\n")
     assert (words in done.err, done.code, done.out) == (True, status, ""), done
 
 
-def test_a_wrong_passphrase_runs_nothing(web1, ready):
-    done = web1.type("run", "--on", "web1", "Twice", said="not it\n")
+def test_a_wrong_passphrase_runs_nothing(web1_host, ready):
+    done = web1_host.koitab("run", "--on", "web1", "Twice", stdin="not it\n")
     assert done.code == 1 and not done.out, done
 
 
@@ -310,9 +295,9 @@ def numbers(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("job", ["Big", "Slow"])
-def test_of_two_megabytes_head_and_tail_come_once_each(web1, ready, job):
+def test_of_two_megabytes_head_and_tail_come_once_each(web1_host, ready, job):
     """The rest is left out, and that is told; whatever was seen live."""
-    done = there(web1, ready, job)
+    done = there(web1_host, ready, job)
     assert done.code == 0, done.err[-500:]
     found = numbers(done.out)
     assert found[:50_000] == list(range(1, 50_001))
@@ -323,33 +308,33 @@ def test_of_two_megabytes_head_and_tail_come_once_each(web1, ready, job):
         assert numbers(done.err) == list(range(1, 21))
 
 
-def test_of_a_run_that_is_killed_the_signal_is_the_status(web1, ready):
+def test_of_a_run_that_is_killed_the_signal_is_the_status(web1_host, ready):
     asked = subprocess.Popen(
-        web1.command("run", "--on", "web1", "Long"), env=web1.env,
+        web1_host.command("run", "--on", "web1", "Long"), env=web1_host.env,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     asked.stdin.write(ready.password.encode() + b"\n")
     asked.stdin.close()
     assert asked.stdout.readline() == b"begun\n"    # while it goes on
-    run = web1.history(limit=1)[0]["run"]
-    web1.ask("kill", run=run)
+    run = web1_host.history(limit=1)[0]["run"]
+    web1_host.ask("kill", run=run)
     assert asked.wait(20) == 128 + 15
     assert b"killed by" in asked.stderr.read()
 
 
-def test_a_host_that_came_back_is_called_as_before(house, ready, tmp_path):
+def test_a_host_that_came_back_is_called_as_before(server, ready, tmp_path):
     """What it was before it left is no second host of the same name."""
-    web3 = house.home("web3", '"Twice" @manual echo twice\n')
-    house.join(web3, ready)
-    assert web3.type("-d", "off").code == 0
-    house.join(web3, ready)
+    web3 = server.add_host("web3", '"Twice" @manual echo twice\n')
+    web3.join(ready)
+    assert web3.koitab("-d", "off").code == 0
+    web3.join(ready)
     hosts = [host for host in ready.ask("state")["hosts"]
              if host["name"] == "web3"]
     here = next(host["id"] for host in hosts if host["state"] != "left")
     ready.specs(here)
-    done = web3.type("run", "--on", "web3", "Twice",
-                     said=ready.password + "\n")
+    done = web3.koitab("run", "--on", "web3", "Twice",
+                       stdin=ready.password + "\n")
     assert (done.code, done.out) == (0, "twice\n"), done
 
 
-def test_nothing_surprised_the_dashboard(house):
-    house.dashboard.no_fault()
+def test_nothing_surprised_the_dashboard(server):
+    server.assert_no_bugs()
