@@ -24,6 +24,7 @@ import ssl
 import subprocess
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -43,6 +44,22 @@ def token_of(host: str) -> str:
 
 
 HOST_TOKEN = token_of(HOST)
+
+
+# 600,000 rounds take 0.2 s of processor time for each passphrase typed, and
+# what is tested here does not depend on their number.
+ROUNDS = 1000
+FEW_ROUNDS = f"""
+k.ROUNDS, k.derive.__defaults__ = {ROUNDS}, ({ROUNDS},)
+k.PAGE_JS = k.PAGE_JS.replace("LEAST_ROUNDS = 600000",
+                              "LEAST_ROUNDS = {ROUNDS}")
+"""
+
+
+def derive(password: str, salt: bytes, rounds: int) -> koitab.Keys:
+    """The keys of a password, also by as few rounds as above."""
+    with mock.patch.object(koitab, "ROUNDS", ROUNDS):
+        return koitab.derive(password, salt, rounds)
 
 
 def new_dashboard() -> dict:
@@ -386,16 +403,17 @@ class DashboardProcess:
     started again; and the hosts that were added to it, which end with it.
 
     `prefix` is a command that starts it, `db` another database than
-    dashboard.db of the folder.
+    dashboard.db of the folder. Passphrases have few rounds, unless `rounds`
+    is "".
     """
 
     def __init__(self, folder: Path, *options: str, patch: str = "",
                  tls: ssl.SSLContext | None = None, prefix: tuple = (),
-                 db: str = ""):
+                 db: str = "", rounds: str = FEW_ROUNDS):
         self.folder, self.options, self.tls = Path(folder), options, tls
         self.folder.mkdir(parents=True, exist_ok=True)
         self.db = Path(db or self.folder / "dashboard.db")
-        self.patch, self.prefix, self.port = patch, prefix, 0
+        self.patch, self.prefix, self.port = rounds + patch, prefix, 0
         self.logs: list[Path] = []      # one for each start
         self.hosts: dict[str, DashboardHost] = {}
 
@@ -511,7 +529,7 @@ class DashboardProcess:
 
 
 # All hosts are this one machine, so a patch gives each its name.
-NAMED = "k.Machine.host = lambda self: {name!r}"
+NAMED = "k.Machine.host = lambda self: {name!r}\n"
 # A clock that goes right, but for being set wrong.
 SHIFTED = """
 now = k.Clock.now
@@ -522,24 +540,24 @@ k.Clock.now = lambda self: now(self) + {shift}
 class DashboardHost(support.Koi):
     """A koid, and the koitab commands of its machine."""
 
-    def __init__(self, folder: Path, name: str, shift: float = 0):
+    def __init__(self, folder: Path, name: str, shift: float = 0,
+                 rounds: str = FEW_ROUNDS):
         folder.mkdir(parents=True, exist_ok=True)
         super().__init__(folder)
-        self.name, self.shift = name, shift
+        self.name = name
+        self.patch = rounds + NAMED.format(name=name) + (
+            SHIFTED.format(shift=shift) if shift else "")
 
     def command(self, *args: str) -> list[str]:
-        patch = SHIFTED.format(shift=self.shift) if self.shift else ""
-        return [*support.program("koitab", self.python, patch), *args]
+        return [*support.program("koitab", self.python, self.patch), *args]
 
     def koitab(self, *args: str, stdin: str = "", seconds: float = 60
                ) -> support.Result:
         """Run a koitab command on this host, and wait for its end."""
-        patch = NAMED.format(name=self.name) + SHIFTED.format(
-            shift=self.shift)
         done = subprocess.run(
-            [*support.program("koitab", self.python, patch), *args],
-            env=self.env, input=stdin.encode(), stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, timeout=seconds, cwd=str(self.folder))
+            self.command(*args), env=self.env, input=stdin.encode(),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=seconds,
+            cwd=str(self.folder))
         return support.Result(done.returncode, done.stdout.decode(),
                               done.stderr.decode())
 
@@ -601,8 +619,8 @@ class Operator:
                  password: str):
         self.dashboard, self.dash, self.password = dashboard, dash, password
         salted = dashboard.ask("GET", f"/api/v1/salt?dash={dash}").json
-        self.keys = koitab.derive(password, bytes.fromhex(salted["salt"]),
-                                  salted["rounds"])
+        self.keys = derive(password, bytes.fromhex(salted["salt"]),
+                           salted["rounds"])
         self.token, self.viewer = self.keys.api.hex(), self.keys.view.hex()
 
     def reply(self, method: str, path: str, body=None, token: str = ""

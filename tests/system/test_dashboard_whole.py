@@ -14,8 +14,8 @@ import time
 import pytest
 
 import support
-from dashboard_rig import (HOST_TOKEN, VIEWER_TOKEN, DashboardProcess,
-                           Operator, sync_payload)
+from dashboard_rig import (HOST_TOKEN, ROUNDS, VIEWER_TOKEN, DashboardProcess,
+                           Operator, derive, sync_payload)
 
 koitab = support.load("koitab")
 SERVER_OPTIONS = ["--name", "koi.test", "--allow-new"]
@@ -456,9 +456,9 @@ def lies(operator) -> tuple:
 def second(server):
     """Another dashboard on the same server."""
     password, salt = "a passphrase for the second", os.urandom(16)
-    keys = koitab.derive(password, salt)
+    keys = derive(password, salt, ROUNDS)
     made = server.ask("POST", "/api/v1/dashboards", {
-        "salt": salt.hex(), "rounds": koitab.ROUNDS,
+        "salt": salt.hex(), "rounds": ROUNDS,
         "api_sha256": koitab.digest_of(keys.api.hex()),
         "view_sha256": koitab.digest_of(keys.view.hex())})
     return Operator(server, made.json["dash"], password)

@@ -184,18 +184,17 @@ def test_https_is_trusted_by_the_certificate_that_is_given(tmp_path):
     made = servers.certificate(tmp_path)
     with DashboardProcess(
             tmp_path, "--cert", str(made.cert), "--key", str(made.key),
-            tls=ssl.create_default_context(cafile=str(made.cert))) as there:
-        url = f"https://127.0.0.1:{there.port}"
-        koid = DashboardHost(tmp_path / "home", "home")
-        done = koid.koitab("-d", "new", url)
+            tls=ssl.create_default_context(cafile=str(made.cert)),
+            rounds="") as https:
+        koid = DashboardHost(tmp_path / "home", "home", rounds="")
+        done = koid.koitab("-d", "new", https.url)
         assert done.code == 1 and "certificate is not trusted" in done.err
-        done = koid.koitab("-d", "new", url, "--ca", str(made.cert))
+        done = koid.koitab("-d", "new", https.url, "--ca", str(made.cert))
         assert done.code == 0, done
         koid.start()
         try:
-            def linked():
-                return koid.koitab("-d", "show").out.rstrip().endswith("up")
-            support.wait_until(linked)
+            support.wait_until(lambda: koid.koitab(
+                "-d", "show").out.rstrip().endswith("up"), 30)
             assert "BEGIN CERT" in (koid.home / "keys").read_text()
         finally:
             koid.stop(9)
