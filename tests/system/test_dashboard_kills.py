@@ -1,7 +1,7 @@
 """kill -9 under load: of the dashboard, of koid, of the link between them.
 What was acknowledged is there afterwards, and nothing is there twice.
 
-`KILLS=200` makes it long; without, it is as short as CI wants it.
+`make test-all` kills more often; KILLS=200 as often as one likes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dashboard_rig import DashboardProcess
 
 koitab = support.load("koitab")
 
-KILLS = int(os.environ.get("KILLS", "15"))
+KILLS = int(os.environ.get("KILLS") or (60 if support.FULL else 6))
 SEED = int(os.environ.get("SEED", "4711"))
 PINGERS, MOST_PINGS = 3, 90     # of one check 100 pings are kept
 TAB = """\
@@ -44,6 +44,7 @@ class Load:
         self.spec = operator.specs(self.host)["Note"]
         self.round, self.over, self.faults = 0, threading.Event(), []
         self.pings: dict[str, bool] = {}        # body -> acknowledged?
+        self.runs: dict[str, bool] = {}         # of koid's -> ended?
         self.requests: dict[str, bool] = {}     # nonce -> taken (202)?
         self.again = 0          # requests that were posted once more
         self.threads = []
@@ -62,6 +63,13 @@ class Load:
         except BaseException as fault:
             self.faults.append(repr(fault))
             raise
+
+    def more(self, counts: dict[str, bool], count: int) -> None:
+        """Wait until so many more of these were acknowledged."""
+        count += sum(list(counts.values()))
+        support.wait_until(
+            lambda: self.faults or sum(list(counts.values())) >= count, 60,
+            f"{count} acknowledged")
 
     def stop(self) -> None:
         self.over.set()
@@ -91,7 +99,9 @@ class Load:
 
     def run(self) -> None:
         """A job of koid's, by itself."""
-        self.koid.run("Out", N=str(time.monotonic_ns()))
+        number = str(time.monotonic_ns())
+        self.koid.run("Out", N=number)
+        self.runs[number] = True
         self.over.wait(0.05)
 
     def ask(self) -> None:
@@ -222,10 +232,13 @@ def test_what_was_acknowledged_outlives_any_kill_and_nothing_is_doubled(
                (load.run,), (load.ask,))
     begun = time.monotonic()
     for load.round in range(KILLS):
-        time.sleep(dice.uniform(0.02, 0.9))
-        server.stop()
+        load.more(load.pings, dice.randrange(1, 60))
+        load.more(dice.choice([load.pings, load.runs, load.requests]), 1)
+        server.kill()
         server.start()
-    time.sleep(0.3)
+    load.more(load.pings, 1 + max(0, 10 * KILLS - sum(load.pings.values())))
+    load.more(load.runs, 1 + max(0, KILLS - len(load.runs)))
+    load.more(load.requests, 1 + max(0, KILLS - len(load.requests)))
     load.stop()
     assert koid.daemon.poll() is None and koid.daemon.pid == pid
     lasted = time.monotonic() - begun
@@ -240,14 +253,26 @@ def test_what_was_acknowledged_outlives_any_kill_and_nothing_is_doubled(
           f"({load.again} asked again); lost 0, doubled 0")
 
 
+def results(server: DashboardProcess) -> int:
+    return server.rows("select count(*) from requests where state <> "
+                       "'waiting'")[0][0]
+
+
 def test_requests_end_once_however_often_koid_and_the_link_are_killed(
         server, koid, load):
     dice, kills = random.Random(SEED), {"koid": 0, "link": 0}
     load.start((load.ask,))
     for _ in range(max(6, KILLS * 2 // 3)):
-        time.sleep(dice.uniform(0.02, 0.7))
-        child = koid.agent()
-        if child and dice.random() < 0.6:
+        load.more(load.requests, dice.randrange(1, 10))
+        # Of each two kills one comes when there is a new result.
+        if dice.random() < 0.5:
+            before = results(server)
+            support.wait_until(lambda seen=before: results(server) > seen, 60)
+        # Each of the two is killed twice at least.
+        child = support.wait_until(koid.agent, 30) \
+            if kills["link"] < 2 <= kills["koid"] else koid.agent()
+        if child and (kills["koid"] >= 2 > kills["link"]
+                      or dice.random() < 0.6):
             os.kill(child, 9)
             kills["link"] += 1
             support.wait_until(lambda gone=child: not koitab.born(gone))
@@ -273,12 +298,12 @@ def test_while_the_dashboard_is_away_jobs_run_on_and_all_is_shown_afterwards(
         connection.close()
     support.wait_until(lambda: server.rows("select 1 from runs where state = "
                                            "'running'"))
-    server.stop()
+    server.kill()
     for number in range(20):
         koid.run("Out", N=str(number))
     support.wait_until(lambda: koid.ask("status")["dashboard"]["troubles"])
     before, begun = koid.cpu_seconds(), time.monotonic()
-    time.sleep(2)
+    time.sleep(1)
     used = (koid.cpu_seconds() - before) / (time.monotonic() - begun)
     unsent = koid.ask("status")["dashboard"]["unsent"]
     assert unsent >= 20

@@ -251,7 +251,7 @@ def test_two_hosts_stand_side_by_side_and_a_run_is_asked_for_by_name(
     web2 = server.add_host("web2", '"Fail" @manual echo I am two; exit 4\n'
                               '"Two" @manual echo two\n'
                               '"Tick" * * * * * echo tick; sleep 1\n',
-                           shift=(50 - time.time() + 30) % 60 - 30)
+                           shift=(55 - time.time() + 30) % 60 - 30)
     web2.join(operator)
     browser.visit("jobs")
     browser.wait(job_row("Two"))
@@ -705,7 +705,7 @@ class Firm:
 
     def rows(self, statement: str, *values) -> list:
         """Change the dashboard's database, as who has broken into it."""
-        self.server.kill(15)
+        self.server.stop()
         db = sqlite3.connect(self.server.db)
         with db:
             found = db.execute(statement, values).fetchall()
