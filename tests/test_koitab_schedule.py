@@ -186,22 +186,26 @@ EXPRESSIONS = [
 ]
 
 
-@pytest.mark.parametrize("place, begin", [
+MODELLED = [
     ("Europe/Berlin", "2025-01-10 00:00"),
     ("America/New_York", "2024-02-11 07:33"),
     ("Australia/Lord_Howe", "2025-02-01 00:00"),
     ("Antarctica/Troll", "2025-03-01 00:00"),
     ("Asia/Beirut", "2025-01-01 00:00"),
     ("Pacific/Apia", "2011-08-01 00:00"),
-])
+]
+
+
+@pytest.mark.parametrize("place, begin", MODELLED)
 def test_as_a_model_that_goes_minute_by_minute(place, begin):
     first = at(begin) // MINUTE
     last = first + 410 * 1440
     events = list(cron(first + turn + offset for turn, offset in enumerate(
         offsets(place, first, last))))
     here, dice = zone(place), random.Random(place)
-    compared = 0
-    for text in EXPRESSIONS:
+    compared, turn = 0, MODELLED.index((place, begin)) % 3
+    # By default each expression in two of the zones.
+    for text in EXPRESSIONS if support.FULL else EXPRESSIONS[turn::3]:
         wanted = [(first + event[0]) * MINUTE
                   for event in Plain(text).picks(events)]
         schedule = parse(text)
@@ -217,7 +221,7 @@ def test_as_a_model_that_goes_minute_by_minute(place, begin):
                 assert schedule.next(later - 1, here) == later
                 assert schedule.next(start + dice.randrange(
                     later - start) // MINUTE * MINUTE, here) == later
-    assert compared > 600_000
+    assert compared > (600_000 if support.FULL else 10_000)
 
 
 def test_random_expressions_agree_with_the_model():
@@ -226,7 +230,7 @@ def test_random_expressions_agree_with_the_model():
     last = first + 20 * 1440
     events = list(cron(first + turn + offset for turn, offset in enumerate(
         offsets("Europe/Berlin", first, last))))
-    for _ in range(150):
+    for _ in range(150 if support.FULL else 40):
         text = random_expression(dice)
         wanted = [(first + e[0]) * MINUTE for e in Plain(text).picks(events)]
         end = (last - 15) * MINUTE
@@ -367,12 +371,12 @@ def test_next_is_the_first_of_the_starts_everywhere():
 
 def test_a_job_whose_day_always_lies_in_the_gap_is_given_up():
     """8 March is a Sunday only when the clocks of New York leap then."""
-    began = time.perf_counter()
+    began = time.process_time()
     schedule = parse("*/10 2 8 3 */7")
     assert schedule.next(at("2026-01-01 00:00"), zone("America/New_York")) \
         is None
     assert schedule.next(at("2026-01-01 00:00"), zone("Europe/Berlin"))
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_matches_says_which_minutes_of_the_wall_fit():
@@ -485,11 +489,11 @@ def test_what_is_no_rule_is_none(rule):
     "AAA0BBB0,M3.5.0,M10.5.0", "AAA0BBB,M3.5.0,M3.5.0", "AAA0BBB,0,0",
     "AAA24BBB-24,J1/167,J365/-167"])
 def test_an_absurd_rule_does_not_hang(rule):
-    began = time.perf_counter()
+    began = time.process_time()
     here = koitab.zone_of_rule(rule)
     found = parse("30 2 * * *").starts(at("2026-01-01 00:00"), here)
     assert len(list(itertools.islice(found, 100))) == 100
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_broken_zone_files_are_refused():
