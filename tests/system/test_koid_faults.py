@@ -719,7 +719,7 @@ class Disk:
             path.mkdir(mode=0o700)
 
     def command(self, command: list[str]) -> list[str]:
-        return ["nsenter", "-m", "-t", str(self.holder.pid), *command]
+        return ["nsenter", "-r", "-m", "-t", str(self.holder.pid), *command]
 
     def run(self, *command: str) -> int:
         return subprocess.run(self.command(list(command)), timeout=60,
@@ -752,7 +752,7 @@ class Disk:
 @pytest.fixture
 def tiny(koi):
     """koid's home on a disk that is soon full."""
-    support.need("unshare")
+    support.need("unshare", "nsenter")
     disk = Disk(koi, f"mount -t tmpfs -o size=1m,mode=755 tmpfs "
                 f"{koi.folder}/disk")
     with support.stopping(disk.holder):
@@ -768,7 +768,7 @@ BOOT_ID = "/proc/sys/kernel/random/boot_id"
 def ext4(koi):
     """koid's home on a disk whose power can be cut; after it there is
     another boot."""
-    support.need("unshare", "mkfs.ext4")
+    support.need("unshare", "nsenter", "mkfs.ext4")
     image, boot = koi.folder / "image", koi.folder / "boot_id"
     boot.write_text("first\n")
     disk = Disk(koi, f"{{ [ -e {image} ] || {{ truncate -s 32M {image} && "

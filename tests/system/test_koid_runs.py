@@ -259,13 +259,13 @@ def test_a_tab_sets_all_but_who_one_is(koi, tmp_path):
 @support.root_only
 def test_under_it_lies_what_logins_get_from_the_host(koi, host, tmp_path):
     """/etc/environment and /etc/default/locale, as by cron's PAM module."""
-    (tmp_path / "environment").write_text(
+    etc = copy_of_etc(host, tmp_path)
+    (etc / "environment").write_text(
         'PATH="/from/host"\n# a comment\nexport HTTP_PROXY=http://proxy\n'
         "HOME=/from/host\nLOGNAME=host\nLANG=overruled\nQ='x y'\nno sense\n"
         "1BAD=name\n")
-    (tmp_path / "locale").write_text('LANG="de_DE.UTF-8"\nLC_ALL=C\n')
-    host.bind(tmp_path / "environment", "/etc/environment")
-    host.bind(tmp_path / "locale", "/etc/default/locale")
+    (etc / "default").mkdir()
+    (etc / "default/locale").write_text('LANG="de_DE.UTF-8"\nLC_ALL=C\n')
     koi.host = host
     koi.tab(f'LC_ALL=POSIX\n"hers" @manual {ENVIRON}\n', user=ALICE)
     serving(koi, f'LC_ALL=POSIX\n"his" @manual {ENVIRON}\n')
