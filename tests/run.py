@@ -374,7 +374,7 @@ def run(options: argparse.Namespace) -> int:
             queues[-1].run()
     except Unavailable as problem:
         screen.line(f"make test: error: {problem}")
-        screen.line("make test: hint: apt-get install python3-pytest")
+        screen.line("make test: hint: as root: apt-get install python3-pytest")
         status = EXIT_NO_PYTEST
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

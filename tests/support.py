@@ -248,7 +248,10 @@ class Scratch:
         self.config["tasks"].append({"slug": slug, "type": kind, **options})
 
     def write(self) -> None:
-        self.path.write_text(json.dumps(self.config, indent=4))
+        text = json.dumps(self.config, indent=4)
+        # A mission that was just started may be reading it.
+        if not self.path.exists() or self.path.read_bytes() != text.encode():
+            self.path.write_text(text)
         self.path.chmod(0o600)
 
     def command(self, *args: str) -> list[str]:
@@ -432,6 +435,15 @@ def some_user() -> str:
     return pwd.getpwuid(os.getuid()).pw_name
 
 
+def system_accounts(file: str) -> str:
+    """The lines of a passwd or group file without those of people, who may
+    have the names or ids of the tests' users."""
+    return "".join(
+        line for line in Path(file).read_text().splitlines(keepends=True)
+        if line.count(":") < 2 or not 1000 <= int(
+            line.split(":")[2] or 0) < 60_000)
+
+
 class Host:
     """A mount namespace of the test's own, with the users alice and mallory,
     homes for them, and anything bound over. Invisible outside; root only."""
@@ -443,8 +455,7 @@ class Host:
         self.binds: list[tuple[str, str]] = []
         self.setup: list[str] = []      # more shell lines, run as root
         self.home = {}
-        passwd, group = Path("/etc/passwd").read_text(), \
-            Path("/etc/group").read_text()
+        passwd, group = map(system_accounts, ("/etc/passwd", "/etc/group"))
         for name, uid in ((ALICE, ALICE_UID), (MALLORY, MALLORY_UID)):
             home = self.folder / "home" / name
             home.mkdir(parents=True, exist_ok=True)

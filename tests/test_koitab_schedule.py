@@ -365,12 +365,12 @@ def test_next_is_the_first_of_the_starts_everywhere():
 
 def test_a_job_whose_day_always_lies_in_the_gap_is_given_up():
     """8 March is a Sunday only when the clocks of New York leap then."""
-    began = time.perf_counter()
+    began = time.process_time()
     schedule = parse("*/10 2 8 3 */7")
     assert schedule.next(at("2026-01-01 00:00"), zone("America/New_York")) \
         is None
     assert schedule.next(at("2026-01-01 00:00"), zone("Europe/Berlin"))
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_matches_says_which_minutes_of_the_wall_fit():
@@ -485,11 +485,11 @@ def test_what_is_no_rule_is_none(rule):
     "AAA0BBB0,M3.5.0,M10.5.0", "AAA0BBB,M3.5.0,M3.5.0", "AAA0BBB,0,0",
     "AAA24BBB-24,J1/167,J365/-167"])
 def test_an_absurd_rule_does_not_hang(rule):
-    began = time.perf_counter()
+    began = time.process_time()
     here = koitab.zone_of_rule(rule)
     found = parse("30 2 * * *").starts(at("2026-01-01 00:00"), here)
     assert len(list(itertools.islice(found, 100))) == 100
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_broken_zone_files_are_refused():

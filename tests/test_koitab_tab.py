@@ -542,9 +542,9 @@ def test_braces_of_other_programs_stay_as_they_are(command):
 
 
 def bounded(text: str, seconds: float = 5, **options):
-    began = time.perf_counter()
+    began = time.process_time()
     found = tab(text, **options)
-    assert time.perf_counter() - began < seconds
+    assert time.process_time() - began < seconds
     return found
 
 
@@ -591,7 +591,7 @@ PIECES = [
 
 def test_no_text_makes_a_traceback():
     dice = random.Random(20260329)
-    began, read, refused = time.perf_counter(), 0, 0
+    began, read, refused = time.process_time(), 0, 0
     for _ in range(6_000):
         text = "".join(dice.choices(PIECES, k=dice.randrange(1, 30)))
         if dice.random() < 0.5:
@@ -612,7 +612,7 @@ def test_no_text_makes_a_traceback():
                 assert f'"${{KOI_ARG_{n}}}"' in job.script
     assert read > 500
     assert refused > 2_000
-    assert time.perf_counter() - began < 60
+    assert time.process_time() - began < 60
 
 
 def test_shell_and_lexer_agree_where_a_word_stands(tmp_path):
