@@ -343,7 +343,8 @@ def test_version(type_in, argv):
 
 
 def run(*argv: str, **options) -> subprocess.CompletedProcess:
-    env = {"PATH": os.environ.get("PATH", os.defpath), "TZ": "UTC0"}
+    env = {"PATH": os.environ.get("PATH", os.defpath),
+           "TZ": str(support.ZONES / "UTC")}
     return subprocess.run(list(argv), env=env, stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           timeout=60, **options)
