@@ -153,6 +153,17 @@ def need_zone(name: str) -> None:
                "an old name tzdata-legacy (make parts)")
 
 
+CAPABILITIES = {"CAP_SYS_PTRACE": 19}       # capabilities(7)
+
+
+def need_capability(name: str) -> None:
+    """Skip if root does not have this capability, as in a container."""
+    status = Path("/proc/self/status").read_text()
+    held = int(status.partition("CapEff:")[2].split()[0], 16)
+    if not held >> CAPABILITIES[name] & 1:
+        absent(f"{name} is missing")
+
+
 def need_user(name: str) -> None:
     """Skip if this machine has no such account."""
     try:
