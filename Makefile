@@ -7,7 +7,9 @@ BIN = $(DESTDIR)$(PREFIX)/bin
 # What the tests start for real, as Debian calls it.
 PARTS = bash busybox chromium chromium-driver cron dbus dunst e2fsprogs faketime fish fonts-dejavu-core git gnupg \
 	libcap2-bin libfaketime libnotify-bin moreutils msmtp msmtp-mta openssl pass procps python3 python3-pytest \
-	strace systemd util-linux xvfb zsh
+	strace systemd tzdata util-linux xvfb zsh
+# From trixie on old names of time zones are in a package of their own.
+PARTS_IF_THERE = tzdata-legacy
 
 .PHONY: help demo test test-all parts bench pictures lint install uninstall sums
 
@@ -26,7 +28,8 @@ test-all: ## also the long sweeps, and with every Python from 3.9 that is found
 parts: ## install the real parts the tests use (Debian, as root)
 	apt-get update -q
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -q \
-	    --no-install-recommends $(PARTS)
+	    --no-install-recommends $(PARTS) \
+	    $$(apt-cache pkgnames | grep -x $(PARTS_IF_THERE))
 
 bench: ## measure, side by side with a baseline or a peer
 	$(PYTHON) tests/bench/mission.py

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,20 +15,26 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import support  # noqa: E402
+from scratch import clean_environment  # noqa: E402
+from scratch import shared_temporary_directory  # noqa: E402
 
 
 REPORT = os.environ.get("TESTS_REPORT")     # where tests/run.py reads results
-# What the caller's shell may say to the programs under test, or to git.
-FOREIGN = ("KOI_", "MISSION_", "GIT_", "XDG_", "NO_COLOR", "PYTHON", "LC_")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     config.addinivalue_line("markers", "root_only: needs root (users, mounts)")
     os.umask(0o022)
-    for name in list(os.environ):
-        if name.startswith(FOREIGN):
-            del os.environ[name]
+    for name in set(os.environ) - set(clean_environment()):
+        del os.environ[name]
+    tempfile.tempdir = os.environ["TMPDIR"] = shared_temporary_directory()
+    # nohup, or a shell that runs make in the background, ignores some; what
+    # the tests start would inherit that.
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if not config.option.basetemp:
         # Not pytest's usual directory: each session closes that to other
         # users again.

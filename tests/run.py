@@ -25,7 +25,8 @@ import sys
 import time
 from pathlib import Path
 
-from scratch import make_scratch_directory
+from scratch import clean_environment, make_scratch_directory, \
+    shared_temporary_directory
 
 TESTS = Path(__file__).resolve().parent
 CHECKOUT = TESTS.parent
@@ -164,7 +165,7 @@ class Worker:
             self.process = subprocess.Popen(
                 [*command, str(file)], stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT, cwd=CHECKOUT,
-                env={**os.environ, **env, "TESTS_SCRATCH": str(scratch),
+                env={**env, "TESTS_SCRATCH": str(scratch),
                      "TESTS_REPORT": str(report)}, start_new_session=True)
         self.counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
         self.skips: list[str] = []
@@ -323,7 +324,11 @@ def pythons() -> list[str]:
 def make_queue(python: str, options: argparse.Namespace, scratch: Path,
                screen: Screen) -> Queue:
     """The queue of one interpreter, with what its workers share."""
-    python, env = find_pytest(python)
+    python, more = find_pytest(python)
+    # Plugins of the machine's pytest are none of ours.
+    env = {**clean_environment(), **more,
+           "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+           "TMPDIR": shared_temporary_directory()}
     scratch.mkdir(mode=0o755)
     command = [python, "-X", f"pycache_prefix={scratch / 'compiled'}", "-m",
                "pytest", "-q", "-p", "no:cacheprovider", "-c",
@@ -338,7 +343,7 @@ def make_queue(python: str, options: argparse.Namespace, scratch: Path,
         [python, "-c", "import support, subprocess\nfor name in ('mission', "
          "'koitab'): subprocess.run([*support.program(name), '--version'])"],
         cwd=TESTS, stdout=subprocess.DEVNULL,
-        env={**os.environ, **env, "TESTS_SCRATCH": str(scratch),
+        env={**env, "TESTS_SCRATCH": str(scratch),
              "PYTHONDONTWRITEBYTECODE": "1"})
     return Queue(files, command, scratch, env, screen)
 
@@ -369,7 +374,7 @@ def run(options: argparse.Namespace) -> int:
             queues[-1].run()
     except Unavailable as problem:
         screen.line(f"make test: error: {problem}")
-        screen.line("make test: hint: apt-get install python3-pytest")
+        screen.line("make test: hint: as root: apt-get install python3-pytest")
         status = EXIT_NO_PYTEST
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -387,4 +392,5 @@ def run(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     os.umask(0o022)
+    sys.stdout.reconfigure(errors="backslashreplace")   # LANG of any kind
     sys.exit(run(arguments(sys.argv[1:])))

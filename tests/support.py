@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -60,6 +61,9 @@ def shared_checkout() -> Path:
 
 
 ROOT = shared_checkout()
+# Time zone law changes: what the vectors of tests/cases assert holds for
+# these zone files, and not for those of every machine.
+ZONES = ROOT / "tests/cases/zoneinfo"
 # The interpreter under test. A virtual environment only starts it.
 PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 # One that every user can start: one under /root cannot be.
@@ -77,13 +81,16 @@ def program(name: str, python: str = PYTHON, patch: str = "") -> list[str]:
 
 
 def load(name: str):
-    """mission or koitab as a module, from the file at the top."""
+    """mission or koitab as a module, from the file at the top. koitab has
+    the time zones of tests/cases before those of the machine."""
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(
             name, ROOT / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
+        if name == "koitab":
+            module.ZONE_FOLDERS = (str(ZONES), *module.ZONE_FOLDERS)
     return sys.modules[name]
 
 
@@ -96,7 +103,7 @@ PARTS = {   # program -> the Debian package that brings it
     "unshare": "util-linux", "setpriv": "util-linux",
     "busybox": "busybox", "cron": "cron", "faketime": "faketime",
     "crontab": "cron", "systemd-analyze": "systemd", "dash": "dash",
-    "nsenter": "util-linux",
+    "nsenter": "util-linux", "setsid": "util-linux",
     "mkfs.ext4": "e2fsprogs", "ps": "procps", "zsh": "zsh", "fish": "fish",
 }
 
@@ -106,12 +113,63 @@ def find(program: str) -> str | None:
     return shutil.which(program, path=path + ":/usr/sbin:/usr/lib:/sbin")
 
 
+# What a program needs of this machine beyond being installed: a container
+# may have no CAP_SYS_ADMIN, or forbid ptrace.
+TRIALS = {
+    "unshare": ("-m", "-u", "-p", "-f", "mount", "-t", "tmpfs", "tmpfs",
+                str(SCRATCH)),
+    "strace": ("-o", "/dev/null", "true"),
+}
+
+
+@functools.lru_cache(maxsize=None)
+def trial_failure(program: str) -> str:
+    """Why a program that is installed does not work here; "" if it does."""
+    done = subprocess.run(
+        [find(program), *TRIALS[program]], stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60)
+    lines = done.stderr.decode("utf-8", "replace").splitlines()
+    return f"exit status {done.returncode} {' '.join(lines[:1])}".strip() \
+        if done.returncode else ""
+
+
 def need(*programs: str) -> None:
-    """Skip, naming the missing real part; with STRICT=1 fail."""
+    """Skip, naming what is missing or does not work here; with STRICT=1
+    fail. `unshare` is for namespaces with mounts, which need root."""
     for program in programs:
         if not find(program):
             absent(f"{program} is missing: apt-get install "
                    f"{PARTS.get(program, program)} (make parts)")
+        failure = program in TRIALS and trial_failure(program)
+        if failure:
+            absent(f"{program} does not work on this machine: {failure}")
+
+
+def need_zone(name: str) -> None:
+    """Skip if this machine's tzdata does not have this time zone."""
+    if not any(os.path.isfile(os.path.join(folder, name)) for folder in
+               load("koitab").ZONE_FOLDERS if folder != str(ZONES)):
+        absent(f"time zone {name} is missing: apt-get install tzdata, for "
+               "an old name tzdata-legacy (make parts)")
+
+
+CAPABILITIES = {"CAP_SYS_PTRACE": 19}       # capabilities(7)
+
+
+def need_capability(name: str) -> None:
+    """Skip if root does not have this capability, as in a container."""
+    status = Path("/proc/self/status").read_text()
+    held = int(status.partition("CapEff:")[2].split()[0], 16)
+    if not held >> CAPABILITIES[name] & 1:
+        absent(f"{name} is missing")
+
+
+def need_user(name: str) -> None:
+    """Skip if this machine has no such account."""
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        absent(f"user {name} is missing")
 
 
 def absent(why: str) -> None:
@@ -201,7 +259,10 @@ class Scratch:
         self.config["tasks"].append({"slug": slug, "type": kind, **options})
 
     def write(self) -> None:
-        self.path.write_text(json.dumps(self.config, indent=4))
+        text = json.dumps(self.config, indent=4)
+        # A mission that was just started may be reading it.
+        if not self.path.exists() or self.path.read_bytes() != text.encode():
+            self.path.write_text(text)
         self.path.chmod(0o600)
 
     def command(self, *args: str) -> list[str]:
@@ -385,18 +446,27 @@ def some_user() -> str:
     return pwd.getpwuid(os.getuid()).pw_name
 
 
+def system_accounts(file: str) -> str:
+    """The lines of a passwd or group file without those of people, who may
+    have the names or ids of the tests' users."""
+    return "".join(
+        line for line in Path(file).read_text().splitlines(keepends=True)
+        if line.count(":") < 2 or not 1000 <= int(
+            line.split(":")[2] or 0) < 60_000)
+
+
 class Host:
     """A mount namespace of the test's own, with the users alice and mallory,
     homes for them, and anything bound over. Invisible outside; root only."""
 
     def __init__(self, folder: Path):
+        need("unshare")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.binds: list[tuple[str, str]] = []
         self.setup: list[str] = []      # more shell lines, run as root
         self.home = {}
-        passwd, group = Path("/etc/passwd").read_text(), \
-            Path("/etc/group").read_text()
+        passwd, group = map(system_accounts, ("/etc/passwd", "/etc/group"))
         for name, uid in ((ALICE, ALICE_UID), (MALLORY, MALLORY_UID)):
             home = self.folder / "home" / name
             home.mkdir(parents=True, exist_ok=True)
@@ -410,6 +480,10 @@ class Host:
             self.bind(self.folder / name, f"/etc/{name}")
 
     def bind(self, source, target) -> None:
+        """A mount needs its mount point: skip where that is missing."""
+        if str(target).startswith(("/etc/", "/usr/")) \
+                and not os.path.exists(target):
+            absent(f"{target} is missing")
         self.binds.append((str(source), str(target)))
 
     def command(self, command: list[str]) -> list[str]:

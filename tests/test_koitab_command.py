@@ -672,7 +672,7 @@ def test_a_spark_line(durations, line):
 def test_history_is_a_table_with_the_newest_at_the_end(type_in, koid):
     koid.runs = [a_run(1), a_run(2, trigger="manual", exit=3), a_run(
         3, label="x" * 50, tag="t2", state="missed", started=None,
-        ended=None, count=2), a_run(4, user="bob", label="a\x1bb", tag="t3")]
+        ended=None, count=2), a_run(4, user="b+b", label="a\x1bb", tag="t3")]
     done = type_in("history")
     assert (done.code, done.err) == (0, "")
     assert done.out == '''\
@@ -684,12 +684,12 @@ ok
 exit 3
     3  2001-09-09T01:46:40+00:00  xxxxxxxxxxxxxxxxxxxxxxxx  schedule       -  \
 missed x2
-    4  2001-09-09T01:46:40+00:00  bob: a\\x1bb               schedule      4s\
+    4  2001-09-09T01:46:40+00:00  b+b: a\\x1bb               schedule      4s\
   ok
 
 How long the jobs took, the newest on the right:
 backup                    ▅█  2s
-bob: a\\x1bb               █  4s
+b+b: a\\x1bb               █  4s
 '''
 
 
@@ -903,6 +903,7 @@ MAILTO=me
         in done.err
 
 
+@support.root_only     # a "-" before the time is root's
 def test_the_users_column_of_a_system_tab_goes(imported):
     done = imported(("/etc/crontab", "17 *\t* * *\troot\tcd / && x\n"
                      "-5 4 * * * root root root\n@daily root -n y\n"
@@ -979,6 +980,7 @@ def test_a_last_line_that_cron_does_not_run_stays_a_comment(imported):
     assert "# koitab import: premature EOF" in done.out
 
 
+@support.root_only     # a "-" before the time is root's
 def test_jobs_that_are_the_same_get_names(imported):
     done = imported(
         ("crontab of root", '@daily say "hi"\n@daily say "hi"\n@daily x\n',

@@ -143,7 +143,7 @@ def test_from_what_is_no_time(type_in, start):
     ("UTC", "2026-03-29T02:30:00+00:00"), ("", "2026-03-29T02:30:00+00:00"),
     ("America/New_York", "2026-03-29T02:30:00-04:00"),
     (":Asia/Kathmandu", "2026-03-29T02:30:00+05:45"),
-    ("/usr/share/zoneinfo/Europe/Berlin", "2026-03-29T03:00:00+02:00"),
+    (str(support.ZONES / "Europe/Berlin"), "2026-03-29T03:00:00+02:00"),
     ("CET-1CEST,M3.5.0,M10.5.0/3", "2026-03-29T03:00:00+02:00"),
 ])
 def test_tz_sets_the_zone(type_in, monkeypatch, place, first):
@@ -156,7 +156,7 @@ def test_tz_sets_the_zone(type_in, monkeypatch, place, first):
 def test_without_tz_the_machine_says_it(type_in, monkeypatch):
     monkeypatch.delenv("TZ")
     monkeypatch.setattr(koitab, "LOCAL_ZONE",
-                        "/usr/share/zoneinfo/Asia/Kathmandu")
+                        str(support.ZONES / "Asia/Kathmandu"))
     done = type_in("next", "Night", "--json", "--tab", "tab", "-n1", tab=TAB)
     assert json.loads(done.out)[0]["next"] == ["2026-03-29T02:30:00+05:45"]
     monkeypatch.setattr(koitab, "LOCAL_ZONE", "/nowhere")
@@ -343,7 +343,8 @@ def test_version(type_in, argv):
 
 
 def run(*argv: str, **options) -> subprocess.CompletedProcess:
-    env = {"PATH": os.environ.get("PATH", os.defpath), "TZ": "UTC"}
+    env = {"PATH": os.environ.get("PATH", os.defpath),
+           "TZ": str(support.ZONES / "UTC")}
     return subprocess.run(list(argv), env=env, stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           timeout=60, **options)

@@ -199,6 +199,8 @@ def planned(name: str) -> list[list[int]]:
 def scenes(tmp_path_factory):
     """All scenes, as many at a time as the machine has processors."""
     support.need("cron", "faketime", "unshare")
+    support.need_zone(BERLIN)
+    support.need_zone(LORD_HOWE)
     folder = tmp_path_factory.mktemp("scenes")
     with ThreadPoolExecutor(os.cpu_count()) as stages:
         yield {name: stages.submit(play, folder / str(number), name)
@@ -246,6 +248,8 @@ def test_all_scenes_together_have_more_than_two_thousand_starts(scenes):
 ])
 def test_another_rule_would_be_seen(tmp_path, name, rule, changed):
     support.need("cron", "faketime", "unshare")
+    support.need_zone(BERLIN)
+    support.need_zone(LORD_HOWE)
     text = KOID.read_text()
     assert rule in text
     (tmp_path / "koitab.py").write_text(text.replace(rule, changed))

@@ -188,7 +188,7 @@ class Clocks:
               **env: str) -> None:
         """Start koid at that time."""
         self.set(wall)
-        self.koi.env.update({"TZ": "UTC", **env})
+        self.koi.env.update({"TZ": "UTC0", **env})
         begin(self.koi, *wrap, command=self.command)
         if wait:
             wait_until(self.koi.answers, 20, f"koid\n{self.koi.log()}")
@@ -600,6 +600,7 @@ SPRING, AUTUMN = 1_774_746_000, 1_792_890_000       # 01:00 UTC
 ])
 def test_summer_time_comes_and_goes_with_one_start(koi, clock, begin,
                                                    minutes, when, count):
+    support.need_zone("Europe/Berlin")
     koi.tab(f'{QUIET}"job" {when} {keep(koi)}\n')
     clock.start(begin + 30, TZ="Europe/Berlin")
     for minute in range(1, minutes):
@@ -657,6 +658,8 @@ def test_what_was_missed_before_a_boot_in_1970_is_told_when_the_clock_is_set(
 @support.root_only
 def test_a_zone_file_that_changes_is_taken_up(koi, tmp_path):
     support.need("unshare")
+    support.need_zone("Europe/Berlin")
+    support.need_zone("Asia/Tokyo")
     etc = tmp_path / "etc"
     shutil.copytree("/etc", etc, symlinks=True,
                     ignore=shutil.ignore_patterns("ssl", "ca-certificates"))
@@ -719,7 +722,7 @@ class Disk:
             path.mkdir(mode=0o700)
 
     def command(self, command: list[str]) -> list[str]:
-        return ["nsenter", "-m", "-t", str(self.holder.pid), *command]
+        return ["nsenter", "-r", "-m", "-t", str(self.holder.pid), *command]
 
     def run(self, *command: str) -> int:
         return subprocess.run(self.command(list(command)), timeout=60,
@@ -752,7 +755,7 @@ class Disk:
 @pytest.fixture
 def tiny(koi):
     """koid's home on a disk that is soon full."""
-    support.need("unshare")
+    support.need("unshare", "nsenter")
     disk = Disk(koi, f"mount -t tmpfs -o size=1m,mode=755 tmpfs "
                 f"{koi.folder}/disk")
     with support.stopping(disk.holder):
@@ -768,7 +771,7 @@ BOOT_ID = "/proc/sys/kernel/random/boot_id"
 def ext4(koi):
     """koid's home on a disk whose power can be cut; after it there is
     another boot."""
-    support.need("unshare", "mkfs.ext4")
+    support.need("unshare", "nsenter", "mkfs.ext4")
     image, boot = koi.folder / "image", koi.folder / "boot_id"
     boot.write_text("first\n")
     disk = Disk(koi, f"{{ [ -e {image} ] || {{ truncate -s 32M {image} && "

@@ -232,6 +232,7 @@ def test_a_job_has_crons_environment_and_nothing_of_koids(koi):
 
 
 def test_a_tab_sets_all_but_who_one_is(koi, tmp_path):
+    support.need_zone("Europe/Berlin")
     serving(koi, f'''\
         SHELL=/bin/bash
         HOME={tmp_path}
@@ -259,13 +260,13 @@ def test_a_tab_sets_all_but_who_one_is(koi, tmp_path):
 @support.root_only
 def test_under_it_lies_what_logins_get_from_the_host(koi, host, tmp_path):
     """/etc/environment and /etc/default/locale, as by cron's PAM module."""
-    (tmp_path / "environment").write_text(
+    etc = copy_of_etc(host, tmp_path)
+    (etc / "environment").write_text(
         'PATH="/from/host"\n# a comment\nexport HTTP_PROXY=http://proxy\n'
         "HOME=/from/host\nLOGNAME=host\nLANG=overruled\nQ='x y'\nno sense\n"
         "1BAD=name\n")
-    (tmp_path / "locale").write_text('LANG="de_DE.UTF-8"\nLC_ALL=C\n')
-    host.bind(tmp_path / "environment", "/etc/environment")
-    host.bind(tmp_path / "locale", "/etc/default/locale")
+    (etc / "default").mkdir()
+    (etc / "default/locale").write_text('LANG="de_DE.UTF-8"\nLC_ALL=C\n')
     koi.host = host
     koi.tab(f'LC_ALL=POSIX\n"hers" @manual {ENVIRON}\n', user=ALICE)
     serving(koi, f'LC_ALL=POSIX\n"his" @manual {ENVIRON}\n')
@@ -884,7 +885,7 @@ def test_a_run_that_waited_too_long_is_late(koi, fifo):
 def at_the_edge(koi, text: str) -> None:
     """koid, a few seconds before a minute begins."""
     support.need("faketime")
-    serving(koi, text, LD_PRELOAD=FAKETIME, TZ="UTC",
+    serving(koi, text, LD_PRELOAD=FAKETIME, TZ="UTC0",
             FAKETIME="@2026-11-22 10:29:57")
 
 
@@ -893,6 +894,7 @@ EDGE = 1795343400       # 2026-11-22 10:30:00 UTC
 
 def test_what_is_due_starts_at_the_minute_and_what_is_delayed_waits(koi):
     """And nothing else starts."""
+    support.need_zone("Asia/Kabul")
     tab = """\
         "every" * * * * * echo every
         "now" 30 10 * * * echo now

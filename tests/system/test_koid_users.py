@@ -128,8 +128,8 @@ class Town(support.Koi):
         """koitab's command line; or, for Koi.start, a command in the
         namespace."""
         if args and isinstance(args[0], list):
-            return ["nsenter", f"--mount={self.root.parent}/ns/mnt", "--wd=/",
-                    *args[0]]
+            return ["nsenter", f"--mount={self.root.parent}/ns/mnt",
+                    f"--root={self.root}", "--wd=/", *args[0]]
         return super().command(*args)
 
     def start(self, *args: str, wrap: tuple = (), changed: str = "",

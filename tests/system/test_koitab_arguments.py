@@ -83,7 +83,7 @@ class Room:
 
 @pytest.fixture
 def room(tmp_path):
-    support.need("dash", "bash", "busybox")
+    support.need(*MUST)
     return Room(tmp_path / "room")
 
 
@@ -552,6 +552,7 @@ def stay_values(room: Room, jobs: list) -> int:
 
 
 def test_no_value_runs_in_a_line_that_is_taken(tmp_path):
+    support.need(*MUST)
     jobs, tried = taken_by_chance(8_000 // ONE_IN, seed=93)
     arrived = in_parts(stay_values, jobs, tmp_path)
     print(f"\n{tried:,} lines by chance, {len(jobs):,} taken: 0 canaries, "

@@ -631,7 +631,7 @@ class Disk:
             support.absent(f"cannot mount here: {mount}")
 
     def command(self, command: list[str]) -> list[str]:
-        return ["nsenter", "-m", "-t", str(self.holder.pid), *command]
+        return ["nsenter", "-r", "-m", "-t", str(self.holder.pid), *command]
 
     def run(self, command: list[str], **options) -> support.Result:
         done = subprocess.run(self.command(command), timeout=60,
@@ -658,7 +658,9 @@ class Disk:
 @pytest.fixture
 def disk(request, tmp_path):
     """A Disk at tmp_path/disk, mounted by the test's parameter."""
-    support.need("unshare")
+    support.need("unshare", "nsenter")
+    if "mkfs.ext4" in request.param:
+        support.need("mkfs.ext4")
     disk = Disk(tmp_path / "disk", request.param.format(
         folder=tmp_path / "disk", image=tmp_path / "image"))
     with support.stopping(disk.holder):
@@ -679,6 +681,7 @@ def tmpfs(size: str):
 @pytest.fixture
 def on_disk(scratch, disk):
     """A backup whose repository, logs and state are on the disk."""
+    support.need("git")
     scratch.host = disk
     place = disk.folder
     for name in ("sync", "logs", "state"):

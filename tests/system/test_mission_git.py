@@ -39,6 +39,14 @@ def git(folder, *args: str, uid: int | None = None, **env) -> support.Result:
                           done.stderr.decode("utf-8", "replace"))
 
 
+def trusting(folder: Path) -> dict[str, str]:
+    """The environment of a git that trusts every directory. It reads a file:
+    git before 2.35.3 takes safe.directory from no option."""
+    folder.mkdir()
+    (folder / ".gitconfig").write_text("[safe]\n\tdirectory = *\n")
+    return {"HOME": str(folder)}
+
+
 def must(folder, *args: str, **options) -> str:
     done = git(folder, *args, **options)
     assert done.code == 0, (args, done)
@@ -347,15 +355,18 @@ def test_no_planted_program_runs_as_root(alice, repo, spy, vector):
 
 @support.root_only
 @pytest.mark.parametrize("vector", VECTORS)
-def test_a_careless_git_does_run_it_as_root(repo, spy, vector):
+def test_a_careless_git_does_run_it_as_root(repo, spy, vector, tmp_path):
+    careless = trusting(tmp_path / "trusting")
     VECTORS[vector](repo, spy)
     support.own(repo, ALICE)
     (repo / "file").write_text("changed")
     if (repo / "sub").exists():
         (repo / "sub" / "file").write_text("changed")
     for args in (("add", "-A"), ("commit", "-m", "x")):
-        git(repo, "-c", "safe.directory=*", *args)
-    assert "0" in spy.seen()
+        git(repo, *args, **careless)
+    if "0" not in spy.seen():
+        support.absent(f"{git(repo, 'version').out.strip()} does not run "
+                       f"{vector}")
 
 
 @support.root_only
@@ -564,10 +575,10 @@ def test_41_roots_own_repository_is_committed_as_root(alice):
 
 @support.root_only
 def test_41_what_root_left_in_the_users_repository_is_put_right_by_chown(
-        alice, repo):
+        alice, repo, tmp_path):
     """As after a `sudo git commit`, or a run without chown."""
-    must(repo, "-c", "safe.directory=*", "commit", "-q", "--allow-empty",
-         "-m", "by root")
+    must(repo, "commit", "-q", "--allow-empty", "-m", "by root",
+         **trusting(tmp_path / "trusting"))
     assert 0 in {support.owner(path) for path in repo.rglob("*")}
     result = alice.mission("run", "--headless")
     assert result.code == 0, (result, alice.log())

@@ -313,7 +313,7 @@ def test_what_a_leftover_still_says_is_not_lost(scratch):
 
 
 def test_a_child_in_a_session_of_its_own_is_named_and_left(scratch):
-    support.need("unshare")         # util-linux, which also brings setsid
+    support.need("setsid")
     pidfile = scratch.folder / "pid"
     scratch.task("daemon", """
         setsid sh -c 'echo $$ > "$PIDFILE"; exec sleep 300' &
