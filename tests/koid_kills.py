@@ -463,9 +463,16 @@ def stall(held: Held, name: str, n: int) -> str:
     support.wait_until(lambda: has_stopped(trace) or not is_alive(pid),
                        PATIENCE, "its stop")
     koi.stop(signal.SIGKILL)
+    # It ends if the supervisor still has the lock, and koid's socket, where
+    # nobody would answer; or it comes, and says so.
+    said = len(koi.log())
     koi.spawn()
-    if answered(koi):       # else it ended, because the lock is held
+    support.wait_until(lambda: koi.daemon.poll() is not None
+                       or f"koid {KOITAB.VERSION}: " in koi.log()[said:],
+                       PATIENCE, "a fresh koid")
+    if koi.daemon.poll() is None:
         # Should it dare a second start, that comes to its end first.
+        koi.ask("status")
         support.wait_until(lambda: not support.children_of(koi.daemon.pid),
                            PATIENCE, "a second start")
         koi.ask("status")

@@ -327,7 +327,7 @@ NONSENSE = {
 @pytest.fixture
 def hasty(koi):
     """A koid whose link tries again at once; all else is the same."""
-    return koi.hasten(PAUSE_FIRST=0.02, PAUSE_LONGEST=0.05)
+    return koi.hasten(PAUSE_FIRST=0.02, PAUSE_LONGEST=0.05, HOLD=0.5)
 
 
 def test_nonsense_is_told_and_jobs_run_on_and_nothing_is_lost(hasty):
