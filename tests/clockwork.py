@@ -86,6 +86,20 @@ def show(clock: Path, wall: float, ticks: float) -> None:
     os.close(fd)
 
 
+def show_faked(clock: Path, wall: int) -> None:
+    """Write what the clock of a program under libfaketime shows."""
+    new = clock.with_suffix(".new")
+    new.write_text(f"{wall}\n")
+    new.rename(clock)
+
+
+def faked(clock: Path) -> dict[str, str]:
+    """The environment of a program with that clock."""
+    return {"LD_PRELOAD": "/usr/$LIB/faketime/libfaketime.so.1",
+            "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_FMT": "%s",
+            "FAKETIME_NO_CACHE": "1", "NO_FAKE_STAT": "1"}
+
+
 def read_sleep(clock: Path) -> tuple[int, float]:
     """How many turns koid has made, and until which ticks it sleeps."""
     turns, until = clock.read_bytes()[200:].split()
@@ -99,6 +113,7 @@ class StillClock:
     def __init__(self, koi):
         self.koi, self.file = koi, koi.folder / "clock"
         self.wall, self.ticks = 0.0, 1000.0
+        show(self.file, self.wall, self.ticks)
         koi.patch += STILL.format(clock=str(self.file))
 
     def start(self, wall: float, *wrap: str, wait: bool = True,
@@ -168,27 +183,17 @@ def run(folder: Path, zone: str, lines: list[str], walls: list[int],
 # In the namespace ------------------------------------------------------------
 
 
-class Daemon:
-    """A daemon under the clock, and the pipe its jobs write to.
+class Sleeper:
+    """A daemon under a clock that stands still.
 
     A signal that it does not mind ends its sleep early: it looks at the
     clock, and starts what is due. Then it sleeps again, in the call `rest`.
     """
 
-    def __init__(self, name: str, rest: str, command: list[str],
-                 folder: Path, env: dict):
-        self.name, self.rest = name, rest
-        self.starts: list[list[int]] = []
-        # With a writer of our own there is never an end of the file.
-        self.notes = os.open(folder / f"{name}.notes",
-                             os.O_RDWR | os.O_NONBLOCK)
-        fcntl.fcntl(self.notes, fcntl.F_SETPIPE_SZ, 2**20)
-        self.errors = folder / f"{name}.errors"
-        with open(self.errors, "wb") as errors:
-            self.process = subprocess.Popen(
-                command, env=env, cwd="/", stdin=subprocess.DEVNULL,
-                stdout=errors, stderr=errors)
-        self.pid = self.process.pid
+    def __init__(self, process: subprocess.Popen, rest: str,
+                 errors: Path | None = None):
+        self.process, self.rest, self.errors = process, rest, errors
+        self.pid = process.pid
         self.wait(self.asleep, "does not fall asleep")
 
     def of_process(self, name: str) -> str:
@@ -205,27 +210,11 @@ class Daemon:
             "\nvoluntary_ctxt_switches:")
         return int(count.split()[0])
 
-    def turn(self, wall: int) -> None:
-        """Wake it until it starts nothing more. Between two minutes that it
-        makes up for, cron sleeps for ten seconds."""
-        self.wake()
-        while self.heed(wall):
-            self.wake()
-
     def wake(self) -> None:
         rests = self.rests()
         os.kill(self.pid, signal.SIGCHLD)
         self.wait(lambda: self.rests() > rests and self.asleep(),
                   "does not go back to sleep")
-
-    def heed(self, wall: int) -> bool:
-        """Note what its jobs have written, if they have."""
-        try:
-            lines = os.read(self.notes, 2**20).split()
-        except BlockingIOError:
-            return False
-        self.starts += [[int(line), wall] for line in lines]
-        return True
 
     def wait(self, question, what: str) -> None:
         """Ask until the answer is true."""
@@ -237,8 +226,42 @@ class Daemon:
         processes = subprocess.run(
             ["ps", "-eo", "pid,ppid,stat,wchan:20,args"], check=False,
             stdout=subprocess.PIPE).stdout.decode("utf-8", "replace")
-        raise SystemExit(f"{self.name} {what}; exit {self.process.poll()}\n"
-                         f"{self.errors.read_text()}\n{processes}")
+        raise AssertionError(
+            f"{self.process.args} {what}; exit {self.process.poll()}\n"
+            f"{self.errors.read_text() if self.errors else ''}\n{processes}")
+
+
+class Daemon(Sleeper):
+    """One of the two, and the pipe its jobs write to."""
+
+    def __init__(self, name: str, rest: str, command: list[str],
+                 folder: Path, env: dict):
+        self.starts: list[list[int]] = []
+        # With a writer of our own there is never an end of the file.
+        self.notes = os.open(folder / f"{name}.notes",
+                             os.O_RDWR | os.O_NONBLOCK)
+        fcntl.fcntl(self.notes, fcntl.F_SETPIPE_SZ, 2**20)
+        errors = folder / f"{name}.errors"
+        with open(errors, "wb") as file:
+            super().__init__(subprocess.Popen(
+                command, env=env, cwd="/", stdin=subprocess.DEVNULL,
+                stdout=file, stderr=file), rest, errors)
+
+    def turn(self, wall: int) -> None:
+        """Wake it until it starts nothing more. Between two minutes that it
+        makes up for, cron sleeps for ten seconds."""
+        self.wake()
+        while self.heed(wall):
+            self.wake()
+
+    def heed(self, wall: int) -> bool:
+        """Note what its jobs have written, if they have."""
+        try:
+            lines = os.read(self.notes, 2**20).split()
+        except BlockingIOError:
+            return False
+        self.starts += [[int(line), wall] for line in lines]
+        return True
 
 
 class Stage:
@@ -253,17 +276,11 @@ class Stage:
         self.env = {
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root",
             "TZ": zone, "KOI_HOME": str(self.home)}
-        self.faked = {
-            **self.env, "LD_PRELOAD": "/usr/$LIB/faketime/libfaketime.so.1",
-            "FAKETIME_TIMESTAMP_FILE": str(self.clock),
-            "FAKETIME_FMT": "%s", "FAKETIME_NO_CACHE": "1",
-            "NO_FAKE_STAT": "1"}
+        self.faked = {**self.env, **faked(self.clock)}
 
     def set(self, ticks: int, wall: int) -> None:
         """Let both clocks show this. libfaketime knows no other ticks."""
-        new = self.folder / "clock.new"
-        new.write_text(f"{wall}\n")
-        new.rename(self.clock)
+        show_faked(self.clock, wall)
         show(self.koids, wall, ticks)
 
     def tab(self, name: str, path: Path) -> None:

@@ -298,9 +298,9 @@ class Koi:
             "koitab", self.python, self.patch)
         return [*start, *args]
 
-    def hasten(self, **limits: float) -> "Koi":
-        """Make waits short, by the names of koitab's constants."""
-        for name, value in limits.items():
+    def set_constants(self, **values) -> "Koi":
+        """Change constants of koitab's, so that a test need not wait."""
+        for name, value in values.items():
             assert hasattr(load("koitab"), name), name
             self.patch += f"k.{name} = {value!r}\n"
         return self
@@ -555,24 +555,24 @@ def megabytes_of(pid: int) -> float:
     return int(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def processor_time(pid: int) -> list[str]:
-    """How long a process has run: exactly, so that it stays the same only
-    if it does not run, where the kernel has schedstat; else in hundredths
-    of a second."""
+def processor_seconds(pid: int) -> float:
+    """For how long a process has run: exactly, where the kernel has
+    schedstat; else in hundredths."""
     try:
-        return Path(f"/proc/{pid}/schedstat").read_text().split()[:1]
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
     except FileNotFoundError:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(
-            ")")[2].split()[11:13]
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(
+            ")")[2].split()
+        return sum(map(int, words[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_until_idle(pid: int, seconds: float = 0.1) -> None:
     """Wait until a process does nothing for so long: one that spins never
     does."""
     def idle() -> bool:
-        before = processor_time(pid)
+        before = processor_seconds(pid)
         time.sleep(seconds)     # the length is what is tested
-        return processor_time(pid) == before
+        return processor_seconds(pid) == before
     wait_until(idle, 20, f"process {pid} to be idle")
 
 

@@ -327,7 +327,7 @@ NONSENSE = {
 @pytest.fixture
 def hasty(koi):
     """A koid whose link tries again at once; all else is the same."""
-    return koi.hasten(PAUSE_FIRST=0.02, PAUSE_LONGEST=0.05, HOLD=0.5)
+    return koi.set_constants(PAUSE_FIRST=0.02, PAUSE_LONGEST=0.05, HOLD=0.5)
 
 
 def test_nonsense_is_told_and_jobs_run_on_and_nothing_is_lost(hasty):
@@ -568,15 +568,8 @@ def test_who_talks_nonsense_is_replaced_and_koid_stays(hostile, said):
     support.wait_until(lambda: not koitab.born(first))
     support.wait_until(lambda: child_of(hostile) != first)
     assert hostile.run("Plain")[1] == b"plain\n"
-    assert processor_seconds(hostile.daemon.pid) < 2
+    assert support.processor_seconds(hostile.daemon.pid) < 2
     assert len(hostile.log()) < 5000
-
-
-def processor_seconds(pid: int) -> float:
-    """Processor time, so far."""
-    with open(f"/proc/{pid}/stat") as file:
-        parts = file.read().rpartition(")")[2].split()
-    return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_who_asks_much_and_hears_nothing_fills_no_memory(hostile):

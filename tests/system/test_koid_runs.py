@@ -504,7 +504,7 @@ def test_what_a_job_leaves_behind_holds_no_run_open_and_lives_on(
         koi, fifo, tmp_path):
     """It may write as much as it likes: nobody reads it, and it is not
     hurt. The pipe has room for 64 KB."""
-    koi.hasten(LINGER=0.1)
+    koi.set_constants(LINGER=0.1)
     serving(koi, f'"it" @manual (trap "" HUP; {fifo.wait}; head -c 300000 '
             f'/dev/zero; echo $? > {tmp_path}/left) & echo done\n')
     run, out, _, end = koi.run("it")
@@ -522,7 +522,7 @@ def test_what_a_job_leaves_behind_holds_no_run_open_and_lives_on(
 
 
 def test_what_comes_just_after_the_end_is_kept(koi):
-    koi.hasten(LINGER=30.0)     # it is late however slow the machine is
+    koi.set_constants(LINGER=30.0)     # it is late however slow the machine is
     serving(koi, '"it" @manual (sleep 0.2; echo late) & echo done\n')
     run, out, _, _ = koi.run("it")
     assert out == b"done\nlate\n" and koi.text_of(run) == "done\nlate\n"
@@ -547,7 +547,7 @@ def test_a_job_that_closes_its_output_runs_on_and_costs_nothing(koi, fifo):
 
 def test_a_job_whose_time_is_up_is_asked_to_end_and_then_killed(koi):
     """TERM goes to all of its group; KILL comes a little later."""
-    koi.hasten(KILL_AFTER=0.3)
+    koi.set_constants(KILL_AFTER=0.3)
     serving(koi, """\
         KOI_TIMEOUT=1s
         "good" @manual trap 'echo bye; exit 3' TERM; sleep 60 & wait
@@ -634,7 +634,7 @@ def test_a_run_replaces_the_one_before(koi):
 
 
 def test_a_job_that_fails_is_tried_again(koi, tmp_path):
-    koi.hasten(RETRY_FIRST=0.2)
+    koi.set_constants(RETRY_FIRST=0.2)
     count = f"echo >> {tmp_path}/$1; [ $(wc -l < {tmp_path}/$1) -ge"
     (tmp_path / "try").write_text(f"{count} $2 ]\n")
     serving(koi, f"""\
@@ -682,7 +682,7 @@ def test_a_run_that_somebody_ended_is_not_tried_again(koi, clock):
 
 
 def test_a_secret_is_there_when_a_job_is_tried_again(koi):
-    koi.hasten(RETRY_FIRST=0.05)
+    koi.set_constants(RETRY_FIRST=0.05)
     serving(koi, 'KOI_RETRY=1\n"it" @manual echo {{Key, secret}} | wc -c; '
             'false\n')
     koi.run("it", Key="hunter2")
@@ -964,7 +964,7 @@ def test_a_client_may_kill(koi):
 # ==========================================================================
 
 def test_a_run_is_ended_by_term_and_then_by_kill(koi):
-    koi.hasten(KILL_AFTER=0.3)
+    koi.set_constants(KILL_AFTER=0.3)
     serving(koi, """\
         "good" @manual trap 'echo bye; exit 3' TERM; echo on; sleep 60 & wait
         "deaf" @manual trap '' TERM; echo on; while :; do sleep 0.2; done
@@ -1028,7 +1028,7 @@ def test_a_tab_with_a_fault_changes_nothing(koi):
 
 
 def test_a_tab_edited_by_hand_is_taken_up_by_the_next_minute(koi):
-    koi.hasten(SETTLE=0.05)
+    koi.set_constants(SETTLE=0.05)
     serving(koi, '"old" @manual echo old\n')
     path = koi.home / "tabs" / koi.user
 
