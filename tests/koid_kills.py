@@ -30,6 +30,9 @@ KEEP = 'echo "$KOI_RUN" | dd of={} oflag=append conv=notrunc,fsync ' \
     'status=none && echo kept'
 TAB = 'MAILTO=""\n"slot" * * * * * {keep}\n"boot" @reboot {keep}\n' \
     '"hand" @manual {keep}\n'
+# Of a supervisor's calls: between letting go of koid's lock and claiming the
+# run; the start of the job; its end; the end of all.
+TELLING = ("getpid", "clone3", "vfork", "wait4", "exit_group")
 FINAL = {"done", "interrupted", "missed", "skipped", "unstartable"}
 MINUTE = 60
 NOON = 1_795_348_800    # 2026-11-22 12:00:00 UTC; the clock stands still
@@ -365,7 +368,8 @@ def kill_supervisor(rig: Rig, most: int | None, tell=None
     second one is killed with it. As kill_koid."""
     held = Held(rig)
     koi, seen, hits = held.koi, Counter(), 0
-    points = sweep.choose(calls_of_supervisor(held), most=most)
+    points = sweep.choose(calls_of_supervisor(held), most=most,
+                          telling=TELLING)
     try:
         for count, (name, n) in enumerate(points):
             try:
@@ -437,7 +441,8 @@ def stall_supervisor(rig: Rig, most: int | None, tell=None
     """Stop a supervisor at `most` of its calls, as a busy machine might;
     kill koid; let a fresh one do what it will, and the supervisor go on."""
     held, seen, hits = Held(rig), Counter(), 0
-    points = sweep.choose(calls_of_supervisor(held), most=most)
+    points = sweep.choose(calls_of_supervisor(held), most=most,
+                          telling=TELLING)
     try:
         for name, n in points:
             try:
