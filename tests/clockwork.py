@@ -1,10 +1,14 @@
-"""Debian's cron and koid side by side, under one clock that we move.
+"""koid under a clock that stands still until a test moves it: alone
+(StillClock), or beside Debian's cron (run).
+
+koid reads its clock when it wakes, and at no other time, so a busy machine
+changes nothing: a turn of koid's has one time, and all that follows from a
+time is decided before koid sleeps again.
 
 `run` starts this file in a namespace of its own: nothing outside is seen or
 changed, and all that it starts ends with it. There both daemons are given
-the same lines and, by libfaketime, the same clock. The clock stands still
-until we set it, so a slow machine changes nothing: what is started before
-both daemons sleep again was started in that minute.
+the same lines and the same clock (cron by libfaketime). What is started
+before both daemons sleep again was started in that minute.
 """
 
 from __future__ import annotations
@@ -25,24 +29,147 @@ mount -t tmpfs tmpfs "$1" && mkdir "$1/etc" "$1/spool" && : > "$1/empty" &&
 mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /dev/shm &&
 mount --bind "$1/etc" /etc/cron.d && mount --bind "$1/empty" /etc/crontab &&
 mount --bind "$1/spool" /var/spool/cron/crontabs &&
-exec "$2" -IS "$3" stage
+exec "$2" -IS "$3"
+"""
+# For support.program: Clock shows what is in the file {clock!r} since koid
+# last woke. After it stand the turns that koid has made, and the ticks until
+# which it sleeps. The descriptor is kept: koid may have no other left. The
+# numbers are there twice, because a read may see half of a write.
+STILL = """
+import os
+file = os.open({clock!r}, os.O_RDWR)
+shown = []
+
+def look():
+    numbers = os.pread(file, 200, 0).split()
+    while numbers[:2] != numbers[2:]:
+        numbers = os.pread(file, 200, 0).split()
+    shown[:] = map(float, numbers[:2])
+
+class Poll:
+    turns = 0
+
+    def __init__(self, poller):
+        self.poller = poller
+
+    def __getattr__(self, name):
+        return getattr(self.poller, name)
+
+    def poll(self, timeout=-1):
+        self.turns += 1
+        until = shown[1] + timeout / 1000 if timeout >= 0 else 2.0**40
+        os.pwrite(file, b"%20d %20.3f" % (self.turns, until), 200)
+        try:
+            return self.poller.poll(timeout)
+        finally:
+            look()
+
+def init(daemon, *args, init=k.Daemon.__init__):
+    init(daemon, *args)
+    daemon.poll = Poll(daemon.poll)
+
+look()
+k.Daemon.__init__ = init
+k.Clock.now = lambda self: shown[0]
+k.Clock.ticks = lambda self: shown[1]
 """
 MINUTE = 60
 PATIENCE = 60           # seconds until a daemon that hangs is given up
 PAUSE = 0.001           # between two looks at what cannot be selected on
 
 
+def show(clock: Path, wall: float, ticks: float) -> None:
+    """Write what the clock shows, in place."""
+    fd = os.open(clock, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    os.pwrite(fd, f"{wall!r} {ticks!r} {wall!r} {ticks!r}".ljust(
+        200).encode(), 0)
+    os.close(fd)
+
+
+def show_faked(clock: Path, wall: int) -> None:
+    """Write what the clock of a program under libfaketime shows."""
+    new = clock.with_suffix(".new")
+    new.write_text(f"{wall}\n")
+    new.rename(clock)
+
+
+def faked(clock: Path) -> dict[str, str]:
+    """The environment of a program with that clock."""
+    return {"LD_PRELOAD": "/usr/$LIB/faketime/libfaketime.so.1",
+            "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_FMT": "%s",
+            "FAKETIME_NO_CACHE": "1", "NO_FAKE_STAT": "1"}
+
+
+def read_sleep(clock: Path) -> tuple[int, float]:
+    """How many turns koid has made, and until which ticks it sleeps."""
+    turns, until = clock.read_bytes()[200:].split()
+    return int(turns), float(until)
+
+
+class StillClock:
+    """The wall clock and the monotonic clock of one koid of a test's. They
+    stand still, but for these methods; the jobs have the machine's."""
+
+    def __init__(self, koi):
+        self.koi, self.file = koi, koi.folder / "clock"
+        self.wall, self.ticks = 0.0, 1000.0
+        show(self.file, self.wall, self.ticks)
+        koi.patch += STILL.format(clock=str(self.file))
+
+    def start(self, wall: float, *wrap: str, wait: bool = True,
+              **env: str) -> None:
+        """Start koid at that time."""
+        self.set(wall)
+        start = self.koi.start if wait else self.koi.spawn
+        start(wrap=wrap, **{"TZ": "UTC0", **env})
+
+    def set(self, wall: float) -> None:
+        """Somebody sets the clock; no time passes by it."""
+        self.move(wall - self.wall, 0.0)
+
+    def shift(self, seconds: float) -> None:
+        """Somebody sets the clock, by so much."""
+        self.move(seconds, 0.0)
+
+    def elapse(self, seconds: float) -> None:
+        """Time passes."""
+        self.move(seconds, seconds)
+
+    def elapse_to(self, wall: float) -> None:
+        self.elapse(wall - self.wall)
+
+    def move(self, wall: float, ticks: float) -> None:
+        """koid is woken, as the kernel would wake it."""
+        self.wall, self.ticks = self.wall + wall, self.ticks + ticks
+        show(self.file, self.wall, self.ticks)
+        if self.koi.daemon and self.koi.daemon.poll() is None:
+            self.koi.daemon.send_signal(signal.SIGCHLD)
+
+    def seen(self) -> None:
+        """Wait until koid has looked at the clock and has started what is
+        due: it does so before it answers."""
+        self.koi.ask("status")
+
+    def turns(self) -> int:
+        return read_sleep(self.file)[0]
+
+    def sleep(self) -> float:
+        """For how long koid wants to sleep, in seconds."""
+        return read_sleep(self.file)[1] - self.ticks
+
+
 def run(folder: Path, zone: str, lines: list[str], walls: list[int],
-        koitab: Path, sleeper: bool) -> dict:
+        command: list[str], sleeper: bool) -> dict:
     """What each daemon started: {"cron": [[line, instant], ..], "koid": ..}.
 
     `walls` are the instants that the clock shows, one after the other, a
     minute apart unless it is set; `lines` are times without a command,
-    numbered from 1. Is koid a `sleeper`, it is not woken each minute, but
-    when it would wake by itself."""
+    numbered from 1. `command` starts koitab, with STILL on folder/koid.clock.
+    Is koid a `sleeper`, it is not woken each minute, but when it would wake
+    by itself."""
     folder.mkdir()
     order = {"folder": str(folder), "zone": zone, "lines": lines,
-             "walls": walls, "koitab": str(koitab), "sleeper": sleeper}
+             "walls": walls, "command": command, "sleeper": sleeper}
     done = subprocess.run(
         ["unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc", "sh",
          "-c", MOUNTS, "sh", str(folder), PYTHON, str(Path(__file__))],
@@ -56,27 +183,17 @@ def run(folder: Path, zone: str, lines: list[str], walls: list[int],
 # In the namespace ------------------------------------------------------------
 
 
-class Daemon:
-    """A daemon under the clock, and the pipe its jobs write to.
+class Sleeper:
+    """A daemon under a clock that stands still.
 
     A signal that it does not mind ends its sleep early: it looks at the
     clock, and starts what is due. Then it sleeps again, in the call `rest`.
     """
 
-    def __init__(self, name: str, rest: str, command: list[str],
-                 folder: Path, env: dict):
-        self.name, self.rest = name, rest
-        self.starts: list[list[int]] = []
-        # With a writer of our own there is never an end of the file.
-        self.notes = os.open(folder / f"{name}.notes",
-                             os.O_RDWR | os.O_NONBLOCK)
-        fcntl.fcntl(self.notes, fcntl.F_SETPIPE_SZ, 2**20)
-        self.errors = folder / f"{name}.errors"
-        with open(self.errors, "wb") as errors:
-            self.process = subprocess.Popen(
-                command, env=env, cwd="/", stdin=subprocess.DEVNULL,
-                stdout=errors, stderr=errors)
-        self.pid = self.process.pid
+    def __init__(self, process: subprocess.Popen, rest: str,
+                 errors: Path | None = None):
+        self.process, self.rest, self.errors = process, rest, errors
+        self.pid = process.pid
         self.wait(self.asleep, "does not fall asleep")
 
     def of_process(self, name: str) -> str:
@@ -93,27 +210,11 @@ class Daemon:
             "\nvoluntary_ctxt_switches:")
         return int(count.split()[0])
 
-    def turn(self, wall: int) -> None:
-        """Wake it until it starts nothing more. Between two minutes that it
-        makes up for, cron sleeps for ten seconds."""
-        self.wake()
-        while self.heed(wall):
-            self.wake()
-
     def wake(self) -> None:
         rests = self.rests()
         os.kill(self.pid, signal.SIGCHLD)
         self.wait(lambda: self.rests() > rests and self.asleep(),
                   "does not go back to sleep")
-
-    def heed(self, wall: int) -> bool:
-        """Note what its jobs have written, if they have."""
-        try:
-            lines = os.read(self.notes, 2**20).split()
-        except BlockingIOError:
-            return False
-        self.starts += [[int(line), wall] for line in lines]
-        return True
 
     def wait(self, question, what: str) -> None:
         """Ask until the answer is true."""
@@ -125,32 +226,62 @@ class Daemon:
         processes = subprocess.run(
             ["ps", "-eo", "pid,ppid,stat,wchan:20,args"], check=False,
             stdout=subprocess.PIPE).stdout.decode("utf-8", "replace")
-        raise SystemExit(f"{self.name} {what}; exit {self.process.poll()}\n"
-                         f"{self.errors.read_text()}\n{processes}")
+        raise AssertionError(
+            f"{self.process.args} {what}; exit {self.process.poll()}\n"
+            f"{self.errors.read_text() if self.errors else ''}\n{processes}")
+
+
+class Daemon(Sleeper):
+    """One of the two, and the pipe its jobs write to."""
+
+    def __init__(self, name: str, rest: str, command: list[str],
+                 folder: Path, env: dict):
+        self.starts: list[list[int]] = []
+        # With a writer of our own there is never an end of the file.
+        self.notes = os.open(folder / f"{name}.notes",
+                             os.O_RDWR | os.O_NONBLOCK)
+        fcntl.fcntl(self.notes, fcntl.F_SETPIPE_SZ, 2**20)
+        errors = folder / f"{name}.errors"
+        with open(errors, "wb") as file:
+            super().__init__(subprocess.Popen(
+                command, env=env, cwd="/", stdin=subprocess.DEVNULL,
+                stdout=file, stderr=file), rest, errors)
+
+    def turn(self, wall: int) -> None:
+        """Wake it until it starts nothing more. Between two minutes that it
+        makes up for, cron sleeps for ten seconds."""
+        self.wake()
+        while self.heed(wall):
+            self.wake()
+
+    def heed(self, wall: int) -> bool:
+        """Note what its jobs have written, if they have."""
+        try:
+            lines = os.read(self.notes, 2**20).split()
+        except BlockingIOError:
+            return False
+        self.starts += [[int(line), wall] for line in lines]
+        return True
 
 
 class Stage:
     """The folder, the clock and the daemons of one run."""
 
     def __init__(self, folder: str, zone: str, lines: list[str],
-                 walls: list[int], koitab: str, sleeper: bool):
+                 walls: list[int], command: list[str], sleeper: bool):
         self.folder, self.walls, self.lines = Path(folder), walls, lines
-        self.koitab, self.sleeper = koitab, sleeper
+        self.command, self.sleeper = command, sleeper
         self.clock, self.home = self.folder / "clock", self.folder / "home"
-        self.alarm = self.folder / "alarm"
+        self.koids = self.folder / "koid.clock"
         self.env = {
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root",
-            "TZ": zone, "KOI_HOME": str(self.home),
-            "LD_PRELOAD": "/usr/$LIB/faketime/libfaketime.so.1",
-            "FAKETIME_TIMESTAMP_FILE": str(self.clock),
-            "FAKETIME_FMT": "%s", "FAKETIME_NO_CACHE": "1",
-            "NO_FAKE_STAT": "1"}
+            "TZ": zone, "KOI_HOME": str(self.home)}
+        self.faked = {**self.env, **faked(self.clock)}
 
     def set(self, ticks: int, wall: int) -> None:
-        """Let the clock show this; for libfaketime `ticks` is a comment."""
-        new = self.folder / "clock.new"
-        new.write_text(f"#{ticks}\n{wall}\n")
-        new.rename(self.clock)
+        """Let both clocks show this. libfaketime knows no other ticks."""
+        show_faked(self.clock, wall)
+        show(self.koids, wall, ticks)
 
     def tab(self, name: str, path: Path) -> None:
         os.mkfifo(self.folder / f"{name}.notes")
@@ -162,16 +293,14 @@ class Stage:
     def start_cron(self) -> Daemon:
         self.tab("cron", self.folder / "spool" / "root")
         return Daemon("cron", "nanosleep", ["cron", "-f"], self.folder,
-                      self.env)
+                      self.faked)
 
     def start_koid(self) -> Daemon:
         (self.home / "tabs").mkdir(parents=True, mode=0o700)
         self.home.chmod(0o700)
         self.tab("koid", self.home / "tabs" / "root")
-        launcher = [__file__, "even", str(self.clock), str(self.alarm)]
-        return Daemon("koid", "poll", [
-            PYTHON, "-IS", *(launcher if self.sleeper else []), self.koitab,
-            "daemon"], self.folder, self.env)
+        return Daemon("koid", "poll", [*self.command, "daemon"], self.folder,
+                      self.env)
 
     def play(self) -> dict:
         """Minute by minute. When somebody sets the clock, in the middle of
@@ -193,47 +322,8 @@ class Stage:
 
     def wakes(self, ticks: int) -> bool:
         """Has koid slept as long as it wanted to?"""
-        return float(self.alarm.read_text()) <= ticks
-
-
-# In koid ---------------------------------------------------------------------
-
-
-def even(clock: str, alarm: str, *command: str) -> None:
-    """Be koid, with a monotonic clock that nobody sets: libfaketime's goes
-    where the other goes. And say until when koid wants to sleep."""
-    import runpy
-    koid, poll = os.getpid(), select.poll
-    fd = os.open(alarm, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-    def ticks() -> float:
-        with open(clock) as file:
-            return float(file.readline()[1:])
-
-    class Poll:
-        def __init__(self):
-            self.poller = poll()
-
-        def __getattr__(self, name: str):
-            return getattr(self.poller, name)
-
-        def poll(self, timeout: float = -1):
-            if os.getpid() == koid:     # and not one of its supervisors
-                until = ticks() + timeout / 1000 if timeout >= 0 else 2**40
-                os.pwrite(fd, b"%20.3f" % until, 0)
-            return self.poller.poll(timeout)
-
-    time.monotonic, select.poll = ticks, Poll
-    sys.argv = list(command)
-    runpy.run_path(command[0], run_name="__main__")
-
-
-def main(role: str, *args: str) -> None:
-    if role == "even":
-        even(*args)
-    else:
-        json.dump(Stage(**json.load(sys.stdin)).play(), sys.stdout)
+        return read_sleep(self.koids)[1] <= ticks
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    json.dump(Stage(**json.load(sys.stdin)).play(), sys.stdout)

@@ -20,17 +20,24 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import clockwork
 import support
 import sweep
+from support import is_alive, process_state
 
 # One line of a tab: the truth about a run, on the disk.
 KEEP = 'echo "$KOI_RUN" | dd of={} oflag=append conv=notrunc,fsync ' \
     'status=none && echo kept'
 TAB = 'MAILTO=""\n"slot" * * * * * {keep}\n"boot" @reboot {keep}\n' \
     '"hand" @manual {keep}\n'
+# Of a supervisor's calls: between letting go of koid's lock and claiming the
+# run; the start of the job; its end; the end of all.
+TELLING = ("getpid", "clone3", "vfork", "wait4", "exit_group")
 FINAL = {"done", "interrupted", "missed", "skipped", "unstartable"}
 MINUTE = 60
+NOON = 1_795_348_800    # 2026-11-22 12:00:00 UTC; the clock stands still
 PATIENCE = 30           # seconds for what should take one
+KOITAB = support.load("koitab")
 BUSY = "already runs"   # a supervisor that has not begun holds the lock
 
 
@@ -50,31 +57,18 @@ def truth(koi) -> list[int]:
         if file.exists() else []
 
 
-def meta(koi, **values: str | None) -> None:
-    """Change what a koid that is gone knew: None forgets it."""
-    db = sqlite3.connect(koi.home / "history.db")
-    with db:
-        for name, value in values.items():
-            db.execute("delete from meta where name = ?", (name,))
-            if value is not None:
-                db.execute("insert into meta values (?, ?)", (name, value))
-    db.close()
-
-
-def unfinished(koi) -> list[dict]:
-    return [run for run in koi.history() if run["state"] not in FINAL]
-
-
 # --- one life of a koid, and what comes after it ----------------------------
 
 
 class Rig:
-    """A koid that always has something to start, made anew for each kill."""
+    """A koid that always has something to start, made anew for each kill.
+
+    Its clock stands still, a few seconds after a minute that is due."""
 
     def __init__(self, folder: Path):
         self.folder, self.count = Path(folder), 0
         self.seed = self.make()
-        self.seed.start()
+        self.seed.clock.start(NOON + 5)
         self.seed.ended("boot")
         self.seed.stop()
         db = sqlite3.connect(self.seed.home / "history.db")
@@ -90,6 +84,8 @@ class Rig:
         folder = self.folder / f"{self.count}"
         folder.mkdir(mode=0o755)
         koi = support.Koi(folder)
+        koi.clock = clockwork.StillClock(koi)
+        koi.clock.set(NOON + 5)
         koi.tab(tab.format(keep=keep(koi)))
         return koi
 
@@ -99,19 +95,9 @@ class Rig:
         file = koi.home / "history.db"
         file.write_bytes(self.data)
         file.chmod(0o600)
-        koi.since = time.time() // MINUTE * MINUTE - 1
-        meta(koi, seen=repr(koi.since), boot="another boot")
+        koi.since = NOON - 1.0
+        koi.meta(seen=repr(koi.since), boot="another boot")
         return koi
-
-
-def begin(koi, *wrap: str, command: list | None = None) -> subprocess.Popen:
-    """Start koid and do not wait for it."""
-    with open(koi.said, "ab") as log:
-        koi.daemon = subprocess.Popen(
-            [*wrap, *(command or koi.command("daemon"))], env=koi.env,
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            cwd=str(koi.folder))
-    return koi.daemon
 
 
 def restart(koi, *wrap: str) -> None:
@@ -119,7 +105,7 @@ def restart(koi, *wrap: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         size = len(koi.log())
-        begin(koi, *wrap)
+        koi.spawn(wrap=wrap)
         if answered(koi):
             return
         if BUSY not in koi.log()[size:]:
@@ -146,8 +132,7 @@ def by_hand(koi, job: str = "hand") -> int | None:
     if koid lives as long."""
     while koi.daemon.poll() is None:
         try:
-            with koi.link() as link:
-                run, connection, _ = link.follow(job, {})
+            run, connection, _ = koi.follow(job)
         except support.load("koitab").Error as error:
             if "not running" not in error.message:
                 return None
@@ -161,41 +146,25 @@ def by_hand(koi, job: str = "hand") -> int | None:
     return None
 
 
-def child_of(process: subprocess.Popen) -> int:
-    """The pid of what strace runs."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    try:
-        return int(children.read_text().split()[0])
-    except (OSError, IndexError):
-        return 0
-
-
 def end(process: subprocess.Popen) -> int:
     """Tell a koid to stop, under strace or not; how it ended."""
     traced = process.args[0] == "strace"
-    pid = child_of(process) if traced else process.pid
-    hit(pid, signal.SIGTERM)
+    pids = support.children_of(process.pid)[:1] if traced else [process.pid]
+    for pid in pids:
+        support.kill(pid, signal.SIGTERM)
     try:
         return process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
-        hit(pid, signal.SIGKILL)
+        for pid in pids:
+            support.kill(pid)
         process.wait()
         raise Faulty("koid hangs") from None
-
-
-def hit(pid: int, number: int) -> None:
-    """Signal a process that may be gone."""
-    if pid:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            pass
 
 
 def life(koi, *wrap: str) -> tuple[int | None, int]:
     """From a start, with a minute and @reboot due, over a run by hand to a
     stop: the acknowledged run, and how koid ended."""
-    process = begin(koi, *wrap)
+    process = koi.spawn(wrap=wrap)
     acked = by_hand(koi)
     deadline = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
@@ -208,17 +177,35 @@ def life(koi, *wrap: str) -> tuple[int | None, int]:
 def settled(koi, acked: int | None) -> Counter:
     """What a fresh koid makes of it: the states of all runs. Raises
     Faulty."""
+    # koid looks after what it adopts every few seconds; its clock stands.
+    support.wait_until(lambda: not any(map(supervised, list(
+        (koi.home / "runs").iterdir()))), PATIENCE, "the supervisors")
     restart(koi)
     deadline = time.monotonic() + PATIENCE
-    while unfinished(koi) and time.monotonic() < deadline:
+    while not finished(koi) and time.monotonic() < deadline:
         time.sleep(0.01)
-    now, runs, executed = time.time(), koi.history(), Counter(truth(koi))
-    wrong = faults(koi, runs, executed, acked, now)
+    runs, executed = koi.history(), Counter(truth(koi))
+    wrong = faults(koi, runs, executed, acked, koi.clock.wall)
     if koi.stop():
         wrong.append(f"the fresh koid ended with {koi.daemon.returncode}")
     if wrong:
         raise Faulty("; ".join(wrong) + f"\n{runs}\n{koi.log()}")
     return Counter(f"{run['trigger']} {run['state']}" for run in runs)
+
+
+def finished(koi) -> bool:
+    return all(run["state"] in FINAL for run in koi.history())
+
+
+def supervised(file: Path) -> bool:
+    """Has the run of this file a supervisor that is still at work?"""
+    try:
+        header = KOITAB.header_of(file.read_bytes())
+    except FileNotFoundError:
+        return False
+    return bool(header) and header.phase in (
+        KOITAB.CLAIMED, KOITAB.GOING) and KOITAB.born(
+            header.supervisor) == header.supervisor_born
 
 
 def faults(koi, runs: list, executed: Counter, acked: int | None,
@@ -303,23 +290,16 @@ def judge(place: str, fault: Faulty, tell) -> None:
 
 # --- a supervisor: it stops as it begins, so that strace can take hold -------
 
-# koid, with one change: argv is a koitab.py, and a file for the pids of
-# supervisors.
 HOLD = """
-import importlib.util, os, signal, sys
-spec = importlib.util.spec_from_file_location("koitab", sys.argv[1])
-koitab = sys.modules["koitab"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(koitab)
-live = koitab.Supervisor.live
+import os, signal
 
-def stopped(supervisor):
-    with open(sys.argv[2], "a") as notes:
-        notes.write(f"{os.getpid()}\\n")
+def live(supervisor, live=k.Supervisor.live):
+    with open({file!r}, "a") as notes:
+        notes.write(f"{{os.getpid()}}\\n")
     os.kill(os.getpid(), signal.SIGSTOP)
     live(supervisor)
 
-koitab.Supervisor.live = stopped
-sys.exit(koitab.main(["daemon"]))
+k.Supervisor.live = live
 """
 
 
@@ -330,12 +310,15 @@ class Held:
         self.koi = rig.make('MAILTO=""\n"hand" @manual {keep}\n')
         self.file = self.koi.folder / "supervisors"
         self.file.touch()
+        self.unheld = self.koi.patch
+        self.held = self.unheld + HOLD.format(file=str(self.file))
         self.start()
 
     def start(self) -> None:
-        begin(self.koi, command=[
-            self.koi.python, "-IS", "-c", HOLD,
-            str(support.ROOT / "koitab.py"), str(self.file)])
+        """Start koid so that supervisors wait; restart() does without."""
+        self.koi.patch = self.held
+        self.koi.spawn()
+        self.koi.patch = self.unheld
         if not answered(self.koi):
             raise Faulty(self.koi.log())
 
@@ -343,24 +326,14 @@ class Held:
         """Have a run; its number, and the pid of its supervisor, which is
         stopped."""
         before = len(self.file.read_text().splitlines())
-        with self.koi.link() as link:
-            run, connection, _ = link.follow("hand", {})
-        connection.close()
+        run = self.koi.launch("hand")
         support.wait_until(
             lambda: len(self.file.read_text().splitlines()) > before,
             PATIENCE, "a supervisor")
         pid = int(self.file.read_text().split()[-1])
-        support.wait_until(lambda: phase_of(pid) == "T", PATIENCE, "its stop")
+        support.wait_until(lambda: process_state(pid) == "T", PATIENCE,
+                           "its stop")
         return run, pid
-
-
-def phase_of(pid: int) -> str:
-    """As ps shows it: R, S, T; "" when it is gone."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    return text.rpartition(")")[2].split()[0].replace("Z", "")
 
 
 def watch(pid: int, *options: str) -> subprocess.Popen:
@@ -395,7 +368,8 @@ def kill_supervisor(rig: Rig, most: int | None, tell=None
     second one is killed with it. As kill_koid."""
     held = Held(rig)
     koi, seen, hits = held.koi, Counter(), 0
-    points = sweep.choose(calls_of_supervisor(held), most=most)
+    points = sweep.choose(calls_of_supervisor(held), most=most,
+                          telling=TELLING)
     try:
         for count, (name, n) in enumerate(points):
             try:
@@ -418,6 +392,8 @@ def strike_supervisor(held: Held, name: str, n: int, both: bool) -> str:
                f"inject={name}:{sweep.KILL}:when={n}"))
     if both:
         koi.stop(signal.SIGKILL)
+        # Until init has reaped it, it seems to be at work.
+        support.wait_until(lambda: not KOITAB.born(pid), PATIENCE, "its end")
         restart(koi)
     state = support.wait_until(lambda: final_state(koi, run), PATIENCE,
                                f"the end of run {run}: {koi.log()}")
@@ -465,7 +441,8 @@ def stall_supervisor(rig: Rig, most: int | None, tell=None
     """Stop a supervisor at `most` of its calls, as a busy machine might;
     kill koid; let a fresh one do what it will, and the supervisor go on."""
     held, seen, hits = Held(rig), Counter(), 0
-    points = sweep.choose(calls_of_supervisor(held), most=most)
+    points = sweep.choose(calls_of_supervisor(held), most=most,
+                          telling=TELLING)
     try:
         for name, n in points:
             try:
@@ -484,24 +461,31 @@ def stall(held: Held, name: str, n: int) -> str:
     killed and another came."""
     koi = held.koi
     run, pid = held.ask()
-    tracer = watch(pid, "-o", "/dev/null", "-e", f"trace={name}", "-e",
+    trace = koi.folder / "stop"
+    trace.write_text("")
+    tracer = watch(pid, "-o", str(trace), "-e", f"trace={name}", "-e",
                    f"inject={name}:signal=SIGSTOP:when={n}")
-    support.wait_until(lambda: phase_of(pid) in ("t", "T", ""), PATIENCE,
-                       "its stop")
+    support.wait_until(lambda: has_stopped(trace) or not is_alive(pid),
+                       PATIENCE, "its stop")
     koi.stop(signal.SIGKILL)
-    begin(koi)
-    # Time enough for a second start, should this koid dare; or it waits.
-    deadline = time.monotonic() + 1.0
-    while time.monotonic() < deadline and run not in truth(koi):
-        time.sleep(0.01)
-    if run in truth(koi) and answered(koi):
-        support.wait_until(lambda: final_state(koi, run) or phase_of(pid) in
-                           ("t", "T"), PATIENCE, "its end")
-        time.sleep(0.2)
-    hit(pid, signal.SIGCONT)
+    # It ends if the supervisor still has the lock, and koid's socket, where
+    # nobody would answer; or it comes, and says so.
+    said = len(koi.log())
+    koi.spawn()
+    support.wait_until(lambda: koi.daemon.poll() is not None
+                       or f"koid {KOITAB.VERSION}: " in koi.log()[said:],
+                       PATIENCE, "a fresh koid")
+    if koi.daemon.poll() is None:
+        # Should it dare a second start, that comes to its end first.
+        koi.ask("status")
+        support.wait_until(lambda: not support.children_of(koi.daemon.pid),
+                           PATIENCE, "a second start")
+        koi.ask("status")
+    support.kill(pid, signal.SIGCONT)
     gone(tracer)
     if not answered(koi):
         restart(koi)
+    koi.clock.elapse(KOITAB.FIRST_LOOK)     # at the run that it adopted
     state = support.wait_until(lambda: final_state(koi, run), PATIENCE,
                                f"the end of run {run}: {koi.log()}")
     quiet(koi, run)
@@ -511,6 +495,12 @@ def stall(held: Held, name: str, n: int) -> str:
     if executed > 1 or executed and state not in ("done", "interrupted"):
         raise Faulty(f"executed {executed} times, and is {state}")
     return state
+
+
+def has_stopped(trace: Path) -> bool:
+    """By the signal of ours, and not by the one that held it at first."""
+    _, signal_came, after = trace.read_text().partition("--- SIGSTOP {")
+    return bool(signal_came) and "--- stopped by SIGSTOP" in after
 
 
 def counts(seen: Counter) -> str:

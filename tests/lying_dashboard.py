@@ -40,7 +40,8 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.watched: dict[str, int] = {}
         self.live: dict[str, bytearray] = {}
         self.twist = twist
-        self.thread = threading.Thread(target=self.serve_forever, daemon=True)
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.02,),
+                                       daemon=True)
         self.thread.start()
 
     @property

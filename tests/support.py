@@ -10,6 +10,7 @@ import os
 import pwd
 import shutil
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -178,6 +179,15 @@ def absent(why: str) -> None:
     pytest.skip(why)
 
 
+def sample(values, *telling) -> list:
+    """All values in the long form (make test-all); else every eighth, and
+    those that are named."""
+    values = list(values)
+    assert all(value in values for value in telling), telling
+    return [value for number, value in enumerate(values)
+            if FULL or value in telling or number % 8 == 0]
+
+
 def wait_until(question, seconds: float = 10, what: str = "it"):
     """Ask again until the answer is true; the answer. For other processes,
     whose events we cannot select on."""
@@ -307,10 +317,14 @@ class Scratch:
         return sorted(self.state.glob("*/outbox/*.eml"))
 
 
+UNFINISHED = ("running", "queued")      # states of a run
+
+
 class Koi:
     """A koid of the test's own: a home, tabs, and what koitab says.
 
     `host` is a Host with more users, for a koid that root runs for them.
+    `patch` changes the program: see program().
     """
 
     def __init__(self, folder: Path, host: "Host | None" = None,
@@ -322,6 +336,7 @@ class Koi:
         self.daemon: subprocess.Popen | None = None
         self.said = self.folder / "koid.log"
         self.installed = False      # started as root's is, by its first lines
+        self.patch = ""
         for path in (self.home, self.home / "tabs"):
             path.mkdir(parents=True, exist_ok=True)
             path.chmod(0o700)
@@ -341,17 +356,30 @@ class Koi:
 
     def command(self, *args: str) -> list[str]:
         start = [str(ROOT / "koitab.py")] if self.installed else program(
-            "koitab", self.python)
+            "koitab", self.python, self.patch)
         return [*start, *args]
 
-    def start(self, *args: str, wrap: tuple = (), **env: str) -> "Koi":
-        """Start koid and wait until it answers."""
+    def set_constants(self, **values) -> "Koi":
+        """Change constants of koitab's, so that a test need not wait."""
+        for name, value in values.items():
+            assert hasattr(load("koitab"), name), name
+            self.patch += f"k.{name} = {value!r}\n"
+        return self
+
+    def spawn(self, *args: str, wrap: tuple = (), **env: str
+              ) -> subprocess.Popen:
+        """Start koid, below `wrap`, and do not wait for it."""
         command = [*wrap, *self.command("daemon", *args)]
         command = self.host.command(command) if self.host else command
         with open(self.said, "ab") as log:
             self.daemon = subprocess.Popen(
                 command, env={**self.env, **env}, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, cwd=str(self.folder))
+        return self.daemon
+
+    def start(self, *args: str, wrap: tuple = (), **env: str) -> "Koi":
+        """Start koid and wait until it answers."""
+        self.spawn(*args, wrap=wrap, **env)
         wait_until(self.answers, 30, f"koid to answer\n{self.log()}")
         return self
 
@@ -403,8 +431,70 @@ class Koi:
         return (run, b"".join(streams[1]), b"".join(streams[2]),
                 json.loads(b"".join(streams[3]) or b"{}"))
 
+    def follow(self, job: str, **args: str) -> tuple:
+        """Start a job: its run, and a connection that its output comes
+        from, as frames."""
+        with self.link() as link:
+            run, connection, rest = link.follow(job, args)
+        connection.settimeout(60)
+        return run, connection, rest
+
+    def launch(self, job: str, **args: str) -> int:
+        """Start a job and do not wait for it: its run."""
+        run, connection, _ = self.follow(job, **args)
+        connection.close()
+        return run
+
     def history(self, **fields) -> list[dict]:
         return self.ask("history", **fields)["runs"]
+
+    def row(self, run: int) -> dict:
+        return next(row for row in self.history(limit=1000)
+                    if row["run"] == run)
+
+    def end_of(self, run: int, seconds: float = 30) -> dict:
+        """The row of a run, when it has ended."""
+        def done():
+            row = self.row(run)
+            return row if row["state"] not in UNFINISHED else None
+        return wait_until(done, seconds, f"run {run} to end\n{self.log()}")
+
+    def unfinished(self) -> list[dict]:
+        return [run for run in self.history(limit=1000)
+                if run["state"] in UNFINISHED]
+
+    def header(self, run: int):
+        """The header of a run's file; None while there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            return load("koitab").header_of(
+                (self.home / "runs" / str(run)).read_bytes())
+        return None
+
+    def running(self, run: int):
+        """The header of a run, once its job has been started."""
+        def begun():
+            header = self.header(run)
+            return header if header and header.phase == load(
+                "koitab").GOING else None
+        return wait_until(begun, 30, f"run {run} to begin\n{self.log()}")
+
+    def troubles(self) -> str:
+        return "\n".join(self.ask("status")["troubles"])
+
+    def names(self) -> list[str]:
+        return [job["name"] for job in self.ask("jobs")["jobs"]]
+
+    def meta(self, **values: str | None) -> dict:
+        """What a koid that has ended has noted for the next one, changed:
+        None removes a note."""
+        with contextlib.closing(
+                sqlite3.connect(self.home / "history.db")) as db, db:
+            for name, value in values.items():
+                db.execute("delete from meta where name = ?", (name,))
+                if value is not None:
+                    db.execute("insert into meta values (?, ?)",
+                               (name, value))
+            return dict(db.execute("select name, value from meta"))
 
     def ended(self, job: str | None = None, count: int = 1,
               seconds: float = 30) -> list[dict]:
@@ -412,7 +502,7 @@ class Koi:
         def done():
             runs = [run for run in self.history(
                 **({"job": job} if job else {}))
-                if run["state"] not in ("running", "queued")]
+                if run["state"] not in UNFINISHED]
             return runs if len(runs) >= count else None
         return wait_until(done, seconds, f"{count} runs of {job} to end\n"
                           f"{self.log()}")
@@ -433,7 +523,7 @@ class Koi:
         """End what the test's jobs left: by the pids in the runs' files."""
         koitab = load("koitab")
         for file in (self.home / "runs").glob("*"):
-            header = koitab.header_of(file.read_bytes())
+            header = self.header(file.name)
             if header and header.phase == koitab.GOING:
                 koitab.Machine().signal_job(header, signal.SIGKILL)
 
@@ -504,6 +594,60 @@ class Host:
                               **options)
         return Result(done.returncode, done.stdout.decode("utf-8", "replace"),
                       done.stderr.decode("utf-8", "replace"))
+
+
+def process_state(pid: int) -> str:
+    """As ps shows it: R, S, T; "" when the process has ended."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return text.rpartition(")")[2].split()[0].replace("Z", "")
+
+
+def is_alive(pid: int) -> bool:
+    return process_state(pid) != ""
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    """Signal a process of the test's that may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def children_of(pid: int) -> list[int]:
+    try:
+        return list(map(int, Path(
+            f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    except OSError:
+        return []
+
+
+def megabytes_of(pid: int) -> float:
+    """The memory that a process has in use."""
+    pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def processor_seconds(pid: int) -> float:
+    """For how long a process has run: exactly, where the kernel has
+    schedstat; else in hundredths."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+    except FileNotFoundError:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(
+            ")")[2].split()
+        return sum(map(int, words[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_until_idle(pid: int, seconds: float = 0.1) -> None:
+    """Wait until a process does nothing for so long: one that spins never
+    does."""
+    def idle() -> bool:
+        before = processor_seconds(pid)
+        time.sleep(seconds)     # the length is what is tested
+        return processor_seconds(pid) == before
+    wait_until(idle, 20, f"process {pid} to be idle")
 
 
 def own(path, uid: int) -> None:

@@ -39,10 +39,11 @@ def calls(command: list[str], **options) -> list[tuple[str, str]]:
 
 def choose(made: list[tuple[str, str]], after: str = "", but: str = "",
            syscalls: tuple[str, ...] | None = None, most: int | None = None,
-           ) -> list[tuple[str, int]]:
+           telling: tuple[str, ...] = TELLING) -> list[tuple[str, int]]:
     """The (name, n) to strike: every call of `syscalls` (None: of any name)
     made after the first line that contains `after`, but no line that matches
-    `but`; `most` of them, spread evenly, the telling ones before the rest."""
+    `but`; `most` of them, spread evenly, those of `telling` before the
+    rest."""
     counted, started, found = Counter(), not after, []
     for name, line in made:
         counted[name] += 1
@@ -52,9 +53,9 @@ def choose(made: list[tuple[str, str]], after: str = "", but: str = "",
             found.append((name, counted[name]))
     if most is None or len(found) <= most:
         return found
-    telling = [point for point in found if point[0] in TELLING]
-    rest = [point for point in found if point[0] not in TELLING]
-    chosen = set(spread(telling, most))
+    first = [point for point in found if point[0] in telling]
+    rest = [point for point in found if point[0] not in telling]
+    chosen = set(spread(first, most))
     chosen |= set(spread(rest, most - len(chosen)))
     return [point for point in found if point in chosen]
 

@@ -128,7 +128,8 @@ SCENES = {
     "Lord Howe in autumn": (
         LORD_HOWE, clock("2026-04-05T01:20+11:00", 75), MANY),
     "Berlin in spring, few jobs": (BERLIN, clock(SPRING, 480), FEW),
-    "Berlin in autumn, few jobs": (BERLIN, clock(AUTUMN, 480), FEW),
+    "Berlin in autumn, few jobs": (
+        BERLIN, clock(AUTUMN, 480 if support.FULL else 240), FEW),
     "set forward by 3 minutes": (
         BERLIN, clock(f"{SATURDAY}T23:45+02:00", 40, {14: 3}), MANY),
     "set forward by 10 minutes": (
@@ -142,9 +143,15 @@ SCENES = {
     "set every few minutes": (
         BERLIN, clock(f"{SATURDAY}T23:30+02:00", 50, unsteady(50, 5)), MANY),
     "set now and then, few jobs": (
-        BERLIN, clock(f"{SATURDAY}T23:30+02:00", 600, unsteady(600, 30)),
-        FEW),
+        BERLIN, clock(f"{SATURDAY}T23:30+02:00",
+                      600 if support.FULL else 240, unsteady(600, 30)), FEW),
 }
+if not support.FULL:    # each rule and each kind of scene once
+    SCENES = {name: SCENES[name] for name in (
+        "Berlin in spring", "Lord Howe in autumn",
+        "Berlin in autumn, few jobs", "set forward by 10 minutes",
+        "set back by 11 minutes", "set every few minutes",
+        "set now and then, few jobs")}
 
 
 def play(folder: Path, name: str, program: Path = KOID) -> dict:
@@ -152,7 +159,10 @@ def play(folder: Path, name: str, program: Path = KOID) -> dict:
     is; elsewhere also its sleep is part of the scene."""
     zone, walls, lines = SCENES[name]
     sleeper = lines is FEW or name.startswith("set ")
-    return clockwork.run(folder, zone, lines, walls, program, sleeper)
+    patch = clockwork.STILL.format(clock=f"{folder}/koid.clock")
+    command = [*support.program("koitab", "/usr/bin/python3", patch)[:-1],
+               str(program)]
+    return clockwork.run(folder, zone, lines, walls, command, sleeper)
 
 
 class Comparison:
@@ -223,21 +233,21 @@ def test_the_plan_has_what_debians_cron_starts(scenes, name):
 
 
 def test_each_of_thirty_lines_starts_somewhere(scenes):
-    for lines in (MANY, FEW):
+    for lines in (MANY, FEW) if support.FULL else (MANY,):
         started = {line for name, scene in scenes.items()
                    if SCENES[name][2] is lines
                    for line, _ in scene.result()["cron"]}
         assert (len(lines), started) == (30, set(range(1, 31)))
 
 
-def test_all_scenes_together_have_more_than_two_thousand_starts(scenes):
+def test_all_scenes_together_have_more_than_a_thousand_starts(scenes):
     both = [scene.result() for scene in scenes.values()]
     compared = [Comparison(name, starts["cron"], starts["koid"])
                 for name, starts in zip(SCENES, both)]
     count, differ = (sum(getattr(one, what) for one in compared)
                      for what in ("count", "differ"))
     print(f"\nall scenes: compared {count} starts, {differ} differ", end=" ")
-    assert count > 2000 and not differ
+    assert count > (2000 if support.FULL else 1200) and not differ
 
 
 @pytest.mark.parametrize("name, rule, changed", [

@@ -20,16 +20,16 @@ from pathlib import Path
 
 import pytest
 
+import clockwork
 import koid_kills
 import support
-from koid_kills import begin, keep, restart, struck, truth
-from support import wait_until
+from koid_kills import NOON, keep, restart, struck, truth
+from support import is_alive, wait_until, wait_until_idle
 
 koitab = support.load("koitab")
 MINUTE = 60
 HOUR = 60 * MINUTE
-NOON = 1_795_348_800            # 2026-11-22 12:00:00 UTC
-MANY = int(os.environ.get("KOI_MANY", "500"))   # jobs in one minute
+MANY = 500 if support.FULL else 256     # jobs in one minute
 QUIET = 'MAILTO=""\n'
 # FS_IOC_SHUTDOWN, nothing flushed: what was not synced is gone.
 CUT = ("import fcntl, os, struct, sys\n"
@@ -37,29 +37,10 @@ CUT = ("import fcntl, os, struct, sys\n"
        "struct.pack('I', 2))\n")
 
 
-def ask_for(koi, job: str, **args: str) -> int:
-    """Have a job run, and do not wait: the run that was acknowledged."""
-    with koi.link() as link:
-        run, connection, _ = link.follow(job, args)
-    connection.close()
-    return run
-
-
 def states(koi, job: str | None = None) -> list[str]:
     """Of all runs of a job, the oldest first."""
     fields = {"job": job, "limit": 1000} if job else {"limit": 1000}
     return [run["state"] for run in koi.history(**fields)][::-1]
-
-
-def row(koi, run: int) -> dict:
-    return next(found for found in koi.history() if found["run"] == run)
-
-
-def over(koi, run: int, seconds: float = 20) -> dict:
-    """A run, when it is in a final state."""
-    return wait_until(
-        lambda: row(koi, run)["state"] in koid_kills.FINAL and row(koi, run),
-        seconds, f"run {run} to end\n{koi.log()}")
 
 
 def executed(koi, count: int = 1, seconds: float = 20) -> list[int]:
@@ -71,32 +52,8 @@ def executed(koi, count: int = 1, seconds: float = 20) -> list[int]:
 def refused(koi, job: str) -> str:
     """Why a job is not run when somebody asks for it."""
     with pytest.raises(koitab.Error) as error:
-        ask_for(koi, job)
+        koi.launch(job)
     return error.value.message
-
-
-def troubles(koi) -> str:
-    return "\n".join(koi.ask("status")["troubles"])
-
-
-def header(koi, run: int):
-    """What the supervisor of a run has noted."""
-    file = koi.home / "runs" / str(run)
-    return wait_until(lambda: file.exists() and started(file), 20,
-                      f"run {run} to begin")
-
-
-def started(file: Path):
-    found = koitab.header_of(file.read_bytes())
-    return found if found and found.phase == koitab.GOING else None
-
-
-def alive(pid: int) -> bool:
-    return koid_kills.phase_of(pid) != ""
-
-
-def end(pid: int) -> None:
-    koid_kills.hit(pid, signal.SIGKILL)
 
 
 class Gate:
@@ -125,73 +82,8 @@ def gate(koi):
 
 @pytest.fixture
 def clock(koi):
-    """Both clocks of a koid that is started with `clock.start`."""
-    return Clocks(koi)
-
-
-# koid, but its clocks are off by what stands in a file: argv is koitab.py,
-# that file. Its jobs have the machine's clock.
-CLOCKED = """
-import importlib.util, os, sys, time
-spec = importlib.util.spec_from_file_location("koitab", sys.argv[1])
-koitab = sys.modules["koitab"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(koitab)
-clock = os.open(sys.argv[2], os.O_RDONLY)   # open: there may be no other
-
-def off(which):
-    return float(os.pread(clock, 100, 0).split()[which])
-
-koitab.Clock.now = lambda self: time.time() + off(0)
-koitab.Clock.ticks = lambda self: time.monotonic() + off(1)
-sys.exit(koitab.main(["daemon"]))
-"""
-
-
-class Clocks:
-    """The wall's and the monotonic one; they go on from where we put them.
-    koid is woken, as the kernel would wake it."""
-
-    def __init__(self, koi):
-        self.koi, self.file = koi, koi.folder / "clock"
-        self.wall = self.ticks = 0.0
-        self.command = [koi.python, "-IS", "-c", CLOCKED,
-                        str(support.ROOT / "koitab.py"), str(self.file)]
-
-    def now(self) -> float:
-        return time.time() + self.wall
-
-    def set(self, wall: float) -> None:
-        """Somebody sets the clock; no time passes by it."""
-        self.shift(wall - self.now())
-
-    def shift(self, seconds: float) -> None:
-        """Somebody sets the clock, by so much."""
-        self.move(seconds, 0.0)
-
-    def elapse(self, seconds: float) -> None:
-        """Time passes."""
-        self.move(seconds, seconds)
-
-    def elapse_to(self, wall: float) -> None:
-        self.elapse(wall - self.now())
-
-    def move(self, wall: float, ticks: float) -> None:
-        self.wall, self.ticks = self.wall + wall, self.ticks + ticks
-        data = f"{self.wall!r} {self.ticks!r}".ljust(100).encode()
-        fd = os.open(self.file, os.O_WRONLY | os.O_CREAT)
-        os.pwrite(fd, data, 0)      # in place, at once
-        os.close(fd)
-        if self.koi.daemon and self.koi.daemon.poll() is None:
-            self.koi.daemon.send_signal(signal.SIGCHLD)
-
-    def start(self, wall: float, *wrap: str, wait: bool = True,
-              **env: str) -> None:
-        """Start koid at that time."""
-        self.set(wall)
-        self.koi.env.update({"TZ": "UTC0", **env})
-        begin(self.koi, *wrap, command=self.command)
-        if wait:
-            wait_until(self.koi.answers, 20, f"koid\n{self.koi.log()}")
+    """The clock of a koid that is started with `clock.start`."""
+    return clockwork.StillClock(koi)
 
 
 # The sweep: killed at any call -----------------------------------------------
@@ -199,24 +91,27 @@ class Clocks:
 
 def test_koid_killed_at_any_call_loses_and_doubles_nothing(tmp_path):
     support.need("strace")
-    seen, hits = koid_kills.kill_koid(koid_kills.Rig(tmp_path), 40)
+    most = 40 if support.FULL else 10
+    seen, hits = koid_kills.kill_koid(koid_kills.Rig(tmp_path), most)
     print(f"\nkoid killed at {hits} calls: {koid_kills.counts(seen)}")
-    assert hits >= 35 and seen["schedule done"] >= 20, seen
+    assert hits >= most * 7 // 8 and seen["schedule done"] >= most // 2, seen
 
 
 def test_a_supervisor_killed_at_any_call_is_said_to_be_interrupted(tmp_path):
     support.need("strace")
-    seen, hits = koid_kills.kill_supervisor(koid_kills.Rig(tmp_path), 20)
+    most = 20 if support.FULL else 6
+    seen, hits = koid_kills.kill_supervisor(koid_kills.Rig(tmp_path), most)
     print(f"\nsupervisor killed at {hits} calls: {koid_kills.counts(seen)}")
-    assert hits >= 18 and seen["interrupted"] >= 10, seen
+    assert hits >= most * 9 // 10 and seen["interrupted"] >= most // 2, seen
 
 
 def test_a_supervisor_that_stalls_while_koid_is_replaced_runs_nothing_twice(
         tmp_path):
     support.need("strace")
-    seen, hits = koid_kills.stall_supervisor(koid_kills.Rig(tmp_path), 8)
+    most = 8 if support.FULL else 4
+    seen, hits = koid_kills.stall_supervisor(koid_kills.Rig(tmp_path), most)
     print(f"\nsupervisor stalled at {hits} calls: {koid_kills.counts(seen)}")
-    assert hits == 8, seen
+    assert hits == most, seen
 
 
 # koid is killed --------------------------------------------------------------
@@ -255,21 +150,22 @@ def test_starts_for_which_koid_was_not_there_are_called_missed(koi, clock):
 
 
 @pytest.mark.parametrize("opens", ["before the restart", "after it"])
-def test_fifty_jobs_outlive_koid_and_nothing_of_them_is_lost(koi, gate,
-                                                             opens):
+def test_many_jobs_outlive_koid_and_nothing_of_them_is_lost(koi, gate,
+                                                            opens):
+    count = 50 if support.FULL else 12
     koi.tab(f'{QUIET}"slow" @manual echo begun; {gate.wait}; {keep(koi)}; '
             "seq 2000; echo odd >&2; exit 3\n")
     koi.start()
-    runs = [ask_for(koi, "slow") for _ in range(50)]
+    runs = [koi.launch("slow") for _ in range(count)]
     for run in runs:
-        header(koi, run)
+        koi.running(run)
     koi.stop(signal.SIGKILL)
     if opens == "before the restart":
         gate.open()
-        executed(koi, 50)
+        executed(koi, count)
     koi.start()
     gate.open()
-    found = koi.ended("slow", 50, seconds=60)
+    found = koi.ended("slow", count, seconds=60)
     assert sorted(run["run"] for run in found) == sorted(runs)
     assert {(run["state"], run["exit"]) for run in found} == {("done", 3)}
     assert Counter(truth(koi)) == Counter(runs)
@@ -286,7 +182,7 @@ def killed_before_its_first_fork(koi, job: str, **args: str) -> int:
     the run that it acknowledged."""
     support.need("strace")
     koi.start(wrap=struck("clone", 1))
-    run = ask_for(koi, job, **args)
+    run = koi.launch(job, **args)
     koi.daemon.wait(20)
     assert koi.daemon.returncode == -signal.SIGKILL and truth(koi) == []
     return run
@@ -297,7 +193,7 @@ def test_what_was_acknowledged_before_the_kill_is_started_after_it(koi):
     run = killed_before_its_first_fork(koi, "job", Who="o'brien")
     for _ in range(3):
         koi.start()
-        assert over(koi, run)["state"] == "done"
+        assert koi.end_of(run)["state"] == "done"
         koi.stop(signal.SIGKILL)
     assert truth(koi) == [run]
     koi.start()
@@ -308,7 +204,7 @@ def test_a_secret_is_nowhere_so_its_run_is_interrupted(koi):
     koi.tab(f'{QUIET}"job" @manual echo {{{{Key, secret}}}}; {keep(koi)}\n')
     run = killed_before_its_first_fork(koi, "job", Key="tomato")
     koi.start()
-    assert over(koi, run)["state"] == "interrupted" and truth(koi) == []
+    assert koi.end_of(run)["state"] == "interrupted" and truth(koi) == []
     koi.stop()
     for file in koi.home.rglob("*"):
         if file.is_file():
@@ -325,31 +221,31 @@ def test_what_had_no_time_to_begin_begins_soon_or_never(koi, clock, trigger,
                                                         when, back, state):
     support.need("strace")
     koi.tab(f'{QUIET}"job" {when} {keep(koi)}\n')
-    koi.start()
+    clock.start(NOON - MINUTE - 30)
     koi.stop()                  # it knows the job now
-    koid_kills.meta(koi, seen=repr(NOON - 1.0), dials=None)
+    koi.meta(seen=repr(NOON - 1.0), dials=None)
     clock.start(NOON + 1, *struck("clone", 1), wait=trigger == "manual")
-    run = ask_for(koi, "job") if trigger == "manual" else 1
+    run = koi.launch("job") if trigger == "manual" else 1
     koi.daemon.wait(20)
     assert truth(koi) == []
     clock.start(NOON + 1 + back)
-    assert over(koi, run)["state"] == state
+    assert koi.end_of(run)["state"] == state
     assert truth(koi).count(run) == (state == "done")
 
 
-def test_sigterm_ends_koid_within_two_seconds_and_no_job(koi, gate):
+def test_sigterm_ends_koid_at_once_and_no_job(koi, clock, gate):
     koi.tab(f'{QUIET}"slow" @manual {gate.wait}; {keep(koi)}; exit 7\n')
-    koi.start()
-    run = ask_for(koi, "slow")
-    job = header(koi, run).job
-    began = time.monotonic()
+    clock.start(NOON)           # it stands: koid does not wait for a time
+    run = koi.launch("slow")
+    job = koi.running(run).job
     assert koi.stop(signal.SIGTERM) == 0
-    assert time.monotonic() - began < 2
-    assert alive(job) and not (koi.home / "koid.sock").exists()
-    koi.start()
-    assert row(koi, run)["state"] == "running"
+    assert is_alive(job) and not (koi.home / "koid.sock").exists()
+    clock.start(NOON)
+    assert koi.row(run)["state"] == "running"
     gate.open()
-    assert (over(koi, run)["state"], row(koi, run)["exit"]) == ("done", 7)
+    wait_until(lambda: koi.header(run).phase == koitab.ENDED, 20, "its end")
+    clock.elapse(koitab.FIRST_LOOK)
+    assert (koi.end_of(run)["state"], koi.row(run)["exit"]) == ("done", 7)
     assert truth(koi) == [run]
 
 
@@ -362,17 +258,18 @@ def test_a_stop_is_clean_though_tabs_change_meanwhile(koi):
             [koi.python, "-c", code, str(file)],
             stdout=subprocess.PIPE)) as toucher:
         toucher.stdout.readline()
-        assert [koi.start().stop() for _ in range(8)] == [0] * 8
+        for _ in range(8 if support.FULL else 3):
+            assert koi.start().stop() == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGCHLD,
-                                    signal.SIGPIPE, signal.SIGIO])
-def test_other_signals_do_not_end_koid(koi, number):
+def test_other_signals_do_not_end_koid(koi):
     koi.tab(f'"job" @manual {keep(koi)}\n')
     koi.start()
-    for _ in range(20):
-        koi.daemon.send_signal(number)
-    assert koi.run("job")[3]["exit"] == 0
+    for number in (signal.SIGHUP, signal.SIGCHLD, signal.SIGPIPE,
+                   signal.SIGIO):
+        for _ in range(20):
+            koi.daemon.send_signal(number)
+        assert koi.run("job")[3]["exit"] == 0
     assert "Traceback" not in koi.log()
 
 
@@ -391,17 +288,17 @@ def test_a_second_koid_says_so_and_leaves_the_first_alone(koi):
 # A supervisor is killed, or koid sleeps --------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT,
-                                    signal.SIGHUP, signal.SIGPIPE])
-def test_a_supervisor_that_is_told_to_stop_stays_with_its_job(koi, gate,
-                                                              number):
+def test_a_supervisor_that_is_told_to_stop_stays_with_its_job(koi, gate):
     # As systemd does to all of a unit, or a logout.
     koi.tab(f'{QUIET}"slow" @manual {gate.wait}; {keep(koi)}; exit 3\n')
     koi.start()
-    run = ask_for(koi, "slow")
-    os.kill(header(koi, run).supervisor, number)
+    runs = [koi.launch("slow") for _ in range(4)]
+    for run, number in zip(runs, (signal.SIGTERM, signal.SIGINT,
+                                  signal.SIGHUP, signal.SIGPIPE)):
+        os.kill(koi.running(run).supervisor, number)
     gate.open()
-    assert over(koi, run)["exit"] == 3 and koi.text_of(run) == "kept\n"
+    for run in runs:
+        assert koi.end_of(run)["exit"] == 3 and koi.text_of(run) == "kept\n"
 
 
 @pytest.mark.parametrize("killed", ["supervisor", "both"])
@@ -410,8 +307,8 @@ def test_a_killed_supervisor_leaves_its_output_and_is_not_replaced(
     koi.tab(f'{QUIET}KOI_RETRY=3\n"slow" @manual {keep(koi)}; echo half; '
             f"{gate.wait}; echo rest\n")
     koi.start()
-    run = ask_for(koi, "slow")
-    found = header(koi, run)
+    run = koi.launch("slow")
+    found = koi.running(run)
     wait_until(lambda: b"half" in (koi.home / "runs" / str(run)).read_bytes(),
                20, "its output")
     if killed == "both":
@@ -419,11 +316,11 @@ def test_a_killed_supervisor_leaves_its_output_and_is_not_replaced(
     os.kill(found.supervisor, signal.SIGKILL)
     if killed == "both":
         koi.start()
-    ended = over(koi, run)
+    ended = koi.end_of(run)
     assert (ended["state"], ended["exit"]) == ("interrupted", None)
     assert koi.text_of(run) == "kept\nhalf\n"
     gate.open()
-    wait_until(lambda: not alive(found.job), 20, "the job")
+    wait_until(lambda: not is_alive(found.job), 20, "the job")
     assert truth(koi) == [run] and states(koi) == ["interrupted"]
 
 
@@ -432,8 +329,8 @@ def test_all_supervisors_and_koid_killed_at_once_and_koid_starts_clean(
     koi.tab(f'{QUIET}"slow" @manual {keep(koi)}; {gate.wait}\n'
             '"quick" @manual exit 4\n')
     koi.start()
-    runs = [ask_for(koi, "slow") for _ in range(10)]
-    found = [header(koi, run) for run in runs]
+    runs = [koi.launch("slow") for _ in range(10)]
+    found = [koi.running(run) for run in runs]
     executed(koi, 10)
     for pid in [koi.daemon.pid, *(each.supervisor for each in found)]:
         os.kill(pid, signal.SIGKILL)
@@ -450,19 +347,20 @@ def test_a_koid_that_was_stopped_goes_on_as_if_nothing_had_been(koi, gate):
     koi.tab(f'{QUIET}"slow" @manual {gate.wait}; exit 5\n'
             f'"quick" @manual {keep(koi)}\n')
     koi.start()
-    run = ask_for(koi, "slow")
-    job = header(koi, run).job
+    run = koi.launch("slow")
+    job = koi.running(run).job
     koi.daemon.send_signal(signal.SIGSTOP)
+    wait_until(lambda: support.process_state(koi.daemon.pid) == "T", 20,
+               "its stop")
     gate.open()
-    wait_until(lambda: not alive(job), 20, "the job")
+    wait_until(lambda: not is_alive(job), 20, "the job")
     caller = socket.socket(socket.AF_UNIX)
     with caller:
         caller.connect(str(koi.home / "koid.sock"))
         caller.sendall(b'{"op": "run", "job": "quick"}\n')
-        time.sleep(0.2)
         assert truth(koi) == []
         koi.daemon.send_signal(signal.SIGCONT)
-        assert (over(koi, run)["state"], row(koi, run)["exit"]) == ("done", 5)
+        assert (koi.end_of(run)["state"], koi.row(run)["exit"]) == ("done", 5)
         executed(koi)
     wait_until(lambda: sorted(states(koi)) == ["done", "done"], 20, "both")
     assert len(truth(koi)) == 1
@@ -477,12 +375,6 @@ def starts(koi, job: str) -> list[tuple]:
             for run in koi.history(job=job)][::-1]
 
 
-def seen(koi) -> None:
-    """koid has looked at the clock."""
-    koi.ask("status")
-    koi.ask("status")
-
-
 def test_eight_hours_of_suspend_are_no_burst(koi, clock):
     # At the wake-up the wall has moved on, and the ticks have not.
     koi.tab(f'{QUIET}"hourly" 0 * * * * {keep(koi)}\n'
@@ -492,10 +384,10 @@ def test_eight_hours_of_suspend_are_no_burst(koi, clock):
     koi.daemon.send_signal(signal.SIGSTOP)
     clock.shift(8 * HOUR)
     koi.daemon.send_signal(signal.SIGCONT)
-    seen(koi)
+    clock.seen()
     for minute in range(1, 7):
         clock.elapse_to(NOON + 8 * HOUR + minute * MINUTE)
-        seen(koi)
+        clock.seen()
     koi.ended("five", 2)
     assert starts(koi, "daily") == [("missed", 180, 1)]
     assert starts(koi, "hourly") == [("missed", 60, 8)]
@@ -507,11 +399,11 @@ def test_what_the_clock_leapt_over_is_caught_up_with_once(koi, clock):
     koi.tab(f'{QUIET}KOI_CATCHUP=yes\n"daily" 0 15 * * * {keep(koi)}\n')
     clock.start(NOON + 30)
     clock.shift(8 * HOUR)
-    seen(koi)
+    clock.seen()
     clock.elapse_to(NOON + 8 * HOUR + MINUTE)
     wait_until(lambda: "done" in states(koi), 20, "its end")
     for _ in range(20):
-        seen(koi)
+        clock.seen()
         clock.elapse(1)
     assert sorted(states(koi)) == ["done", "missed"]
     assert len(truth(koi)) == 1
@@ -522,17 +414,17 @@ def test_an_hour_forward_is_one_start_and_not_twelve(koi, clock):
             f'"half" 30 12 * * * {keep(koi)}\n')
     clock.start(NOON + 30)
     clock.shift(HOUR)
-    seen(koi)
+    clock.seen()
     for minute in range(1, 12):
         clock.elapse_to(NOON + HOUR + minute * MINUTE)
-        seen(koi)
+        clock.seen()
     # A fixed time that was leapt over is made up for, once; */5 is not.
     koi.ended("five", 2)
     koi.ended("half")
     assert [count for *_, count in starts(koi, "half")] == [1]
     assert states(koi, "half") == ["done"]
     assert starts(koi, "five") == [("done", 65, 1), ("done", 70, 1)]
-    assert len(truth(koi)) == 3 and troubles(koi) == ""
+    assert len(truth(koi)) == 3 and koi.troubles() == ""
 
 
 def test_an_hour_back_repeats_no_fixed_time(koi, clock):
@@ -542,21 +434,14 @@ def test_an_hour_back_repeats_no_fixed_time(koi, clock):
     clock.elapse_to(NOON - 30 * MINUTE)
     koi.ended("half")
     clock.shift(-HOUR)
-    seen(koi)
+    clock.seen()
     for minute in range(-89, -25):
         clock.elapse_to(NOON + minute * MINUTE)
-        seen(koi)
+        clock.seen()
     wait_until(lambda: states(koi, "each").count("done") >= 64, 20, "64")
     assert states(koi, "half") == ["done"]
-    used = cpu(koi)
-    time.sleep(1)
-    assert cpu(koi) - used <= 10        # of 100: it does not spin
-
-
-def cpu(koi) -> int:
-    """The processor time that koid has used, in hundredths of a second."""
-    text = Path(f"/proc/{koi.daemon.pid}/stat").read_text()
-    return sum(map(int, text.rpartition(")")[2].split()[11:13]))
+    wait_until_idle(koi.daemon.pid)     # it does not spin
+    assert clock.sleep() == MINUTE
 
 
 def test_ten_years_forward_and_back_block_nothing(koi, clock):
@@ -565,23 +450,23 @@ def test_ten_years_forward_and_back_block_nothing(koi, clock):
     clock.start(NOON + 30)
     for wall, jump in ((NOON + years, years), (NOON + 4 * MINUTE, -years)):
         clock.shift(jump)
-        seen(koi)
+        clock.seen()
         for minute in range(1, 5):
             clock.elapse_to(wall + minute * MINUTE)
-            seen(koi)
+            clock.seen()
     koi.ended("each", 2)
     found = Counter(run["due"] for run in koi.history(job="each")
                     if run["state"] != "missed")
     assert max(found.values()) == 1
     assert NOON + 8 * MINUTE in found and NOON + years + 180 in found
-    assert koi.run("hand")[3]["exit"] == 0 and troubles(koi) == ""
+    assert koi.run("hand")[3]["exit"] == 0 and koi.troubles() == ""
     # A koid that comes in between waits a few minutes, and not ten years.
     koi.stop()
-    koid_kills.meta(koi, seen=repr(float(NOON + years)))
+    koi.meta(seen=repr(float(NOON + years)))
     clock.start(NOON + 10 * MINUTE)
-    assert "clock" in refused(koi, "hand") and "clock" in troubles(koi)
+    assert "clock" in refused(koi, "hand") and "clock" in koi.troubles()
     clock.elapse(5 * MINUTE)
-    seen(koi)
+    clock.seen()
     clock.elapse(MINUTE)
     assert koi.run("hand")[3]["exit"] == 0
     wait_until(lambda: koi.history(job="each")[0]["due"]
@@ -605,7 +490,7 @@ def test_summer_time_comes_and_goes_with_one_start(koi, clock, begin,
     clock.start(begin + 30, TZ="Europe/Berlin")
     for minute in range(1, minutes):
         clock.elapse_to(begin + minute * MINUTE)
-        seen(koi)
+        clock.seen()
     koi.ended("job", count)
     assert states(koi, "job") == ["done"] * count
     assert len(truth(koi)) == count
@@ -615,14 +500,14 @@ def test_a_boot_with_a_clock_of_1970_waits_for_a_sane_one(koi, clock):
     koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n'
             f'"boot" @reboot {keep(koi)}\n"hand" @manual true\n')
     clock.start(90)
-    assert "clock is not set" in troubles(koi)
+    assert "clock is not set" in koi.troubles()
     assert "clock" in refused(koi, "hand")
     assert truth(koi) == [] and koi.history() == []
     clock.set(NOON + 58)
     koi.ended("boot")
     clock.elapse_to(NOON + MINUTE)
     koi.ended("each")
-    assert troubles(koi) == ""
+    assert koi.troubles() == ""
     assert [run["due"] for run in koi.history(job="each")] == [NOON + 60]
     assert koi.run("hand")[3]["exit"] == 0
 
@@ -632,7 +517,7 @@ def test_a_clock_that_nobody_sets_is_believed_in_the_end(koi, clock):
     clock.start(90)
     assert "clock" in refused(koi, "hand")
     clock.elapse(5 * MINUTE + 1)
-    wait_until(lambda: "not set; jobs run" in troubles(koi), 10, "a warning")
+    wait_until(lambda: "not set; jobs run" in koi.troubles(), 10, "a warning")
     clock.elapse(MINUTE)
     koi.ended("each")
     assert koi.run("hand")[3]["exit"] == 0
@@ -645,7 +530,7 @@ def test_what_was_missed_before_a_boot_in_1970_is_told_when_the_clock_is_set(
     clock.start(NOON + 30)
     koi.stop(signal.SIGKILL)
     clock.start(90)
-    assert "clock is not set" in troubles(koi)
+    assert "clock is not set" in koi.troubles()
     clock.set(NOON + HOUR)
     wait_until(lambda: koi.history(job="noon"), 10,
                f"what was missed\n{koi.log()}")
@@ -699,6 +584,15 @@ def test_dates_that_never_come_cost_nothing_and_stop_nobody(koi, clock):
 
 
 # Full disks and power cuts ---------------------------------------------------
+
+
+def starts_nothing(koi) -> None:
+    """What koid was to start when it came has been started by its first
+    answer, as a child of koid's, and has ended."""
+    koi.ask("status")
+    wait_until(lambda: not support.children_of(koi.daemon.pid), 20,
+               "a second start to end")
+    koi.ask("status")
 
 
 class Disk:
@@ -792,7 +686,6 @@ def test_a_full_disk_stops_no_schedule_and_history_is_whole_after_it(
         koi, clock, tiny):
     koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}; exit 3\n'
             f'"hand" @manual {keep(koi)}\n')
-    clock.command = tiny.command(clock.command)
     clock.start(NOON + 30)
     tiny.fill()
     for minute in (1, 2, 3):
@@ -800,7 +693,7 @@ def test_a_full_disk_stops_no_schedule_and_history_is_whole_after_it(
         executed(koi, minute)
     why = refused(koi, "hand")
     assert "cannot be recorded" in why and "full" in why
-    assert "full" in troubles(koi) and len(truth(koi)) == 3
+    assert "full" in koi.troubles() and len(truth(koi)) == 3
     tiny.free()
     clock.elapse(6)
     found = koi.ended("each", 3)
@@ -809,7 +702,7 @@ def test_a_full_disk_stops_no_schedule_and_history_is_whole_after_it(
         NOON + minute * MINUTE for minute in (3, 2, 1)]
     assert sorted(run["run"] for run in found) == sorted(truth(koi))
     assert koi.run("hand")[3]["exit"] == 0
-    assert troubles(koi) == ""
+    assert koi.troubles() == ""
 
 
 @support.root_only
@@ -817,8 +710,8 @@ def test_a_job_that_runs_when_the_disk_fills_keeps_its_exit(koi, gate, tiny):
     koi.tab(f'{QUIET}"slow" @manual echo begun; {gate.wait}; {keep(koi)}; '
             "seq 200000; exit 6\n")
     koi.start()
-    run = ask_for(koi, "slow")
-    header(koi, run)
+    run = koi.launch("slow")
+    koi.running(run)
     tiny.fill(leave=16_384)
     gate.open()
     executed(koi)
@@ -827,7 +720,7 @@ def test_a_job_that_runs_when_the_disk_fills_keeps_its_exit(koi, gate, tiny):
                                    .read_bytes()).phase == koitab.ENDED, 20,
                "its end")
     tiny.free()
-    ended = over(koi, run)
+    ended = koi.end_of(run)
     assert (ended["state"], ended["exit"], ended["cut"]) == ("done", 6, True)
     assert ended["bytes"] > 1_000_000
     assert koi.text_of(run).startswith("begun\n")
@@ -848,15 +741,16 @@ def test_a_run_whose_file_could_not_be_made_is_not_started_again(koi, gate,
         for name in range(100):
             (fillers / str(name)).touch()
     try:
-        ask_for(koi, "slow")
+        koi.launch("slow")
     except koitab.Error:
         pass                    # refused is good, too
-    time.sleep(0.5)
+    else:
+        executed(koi)
     before = truth(koi)
     koi.stop(signal.SIGKILL)
     shutil.rmtree(fillers)
     koi.start()
-    time.sleep(0.5)
+    starts_nothing(koi)
     assert truth(koi) == before
     gate.open()
     wait_until(lambda: "running" not in states(koi), 20, "its end")
@@ -866,11 +760,12 @@ def test_a_run_whose_file_could_not_be_made_is_not_started_again(koi, gate,
 @support.root_only
 def test_no_restart_while_the_disk_is_full_forgets_a_run(koi, clock, tiny):
     koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n')
-    clock.command = tiny.command(clock.command)
     clock.start(NOON + 30)
     tiny.fill(leave=8192)       # room for a run's file, not for the history
     clock.elapse_to(NOON + MINUTE)
     run, = executed(koi)
+    wait_until(lambda: not (header := koi.header(run))
+               or header.phase == koitab.ENDED, 20, "its end")
     koi.stop()
     tiny.free()
     clock.start(NOON + 5 * MINUTE + 20)
@@ -886,8 +781,7 @@ def test_a_koid_on_a_read_only_disk_says_so_and_ends(koi, tiny):
     assert koi.run("job")[3]["exit"] == 0
     koi.stop()
     assert tiny.run("mount", "-o", "remount,ro", str(tiny.place)) == 0
-    begin(koi, command=tiny.command(koi.command("daemon")))
-    assert koi.daemon.wait(20) == 1
+    assert koi.spawn().wait(20) == 1
     assert "Read-only" in koi.log() and "Traceback" not in koi.log()
     assert tiny.run("mount", "-o", "remount,rw", str(tiny.place)) == 0
     koi.start()
@@ -917,34 +811,34 @@ def test_a_power_cut_while_a_tab_is_installed_leaves_a_whole_one(koi, ext4,
     text = tab.read_text()
     assert text == new if when == "after" else text in (old, new)
     koi.start()
-    assert len(koi.ask("jobs")["jobs"]) == 1 and troubles(koi) == ""
+    assert len(koi.ask("jobs")["jobs"]) == 1 and koi.troubles() == ""
 
 
 @support.root_only
-@pytest.mark.parametrize("pause", [0, 0.02, 0.3])
+@pytest.mark.parametrize("when", ["at once", "claimed", "executed"])
 def test_an_acknowledged_run_survives_the_power_cut_and_is_not_repeated(
-        koi, gate, ext4, pause):
+        koi, gate, ext4, when):
     koi.tab(f'{QUIET}"hand" @manual {keep(koi)}; {gate.wait}\n')
     ext4.run("sync")
     koi.start()
     runs = []
-    for count in range(1, 4):
-        runs.append(ask_for(koi, "hand"))
-        time.sleep(pause)
+    for count in range(1, 4 if support.FULL else 3):
+        before = len(truth(koi))
+        runs.append(koi.launch("hand"))
+        if when == "claimed":
+            wait_until(lambda: koi.header(runs[-1]), 20, "its supervisor")
+        elif when == "executed":
+            executed(koi, before + 1)
         ext4.cut()
         koi.stop(signal.SIGKILL)
         end_all(koi, ext4)
         ext4.back()
         ext4.boot.write_text(f"boot {count}\n")
         koi.start()
-        time.sleep(0.3)         # for what should not happen
-        found = row(koi, runs[-1])
-        assert found["state"] in ("interrupted", "running"), found
-        executed = Counter(truth(koi))
-        assert max(executed.values(), default=0) <= 1, executed
-        if found["state"] == "running":
-            os.kill(header(koi, runs[-1]).job, signal.SIGKILL)
-            over(koi, runs[-1])
+        starts_nothing(koi)
+        assert koi.row(runs[-1])["state"] == "interrupted"
+        ran = Counter(truth(koi))
+        assert max(ran.values(), default=0) <= 1, ran
     assert sorted(run["run"] for run in koi.history()) == runs
 
 
@@ -957,7 +851,7 @@ def end_all(koi, disk) -> None:
             if int(process.name) not in (os.getpid(), disk.holder.pid) and (
                     mine in (process / "cmdline").read_bytes()
                     or any(file.startswith(place) for file in files)):
-                end(int(process.name))
+                support.kill(int(process.name))
 
 
 # A disk that fails -----------------------------------------------------------
@@ -990,13 +884,12 @@ def test_a_tab_that_cannot_be_read_goes_on_as_it_was(koi, calls, error,
     assert koi.run("job")[3]["exit"] == 0
     koi.tab(f'{QUIET}"other" @manual true\n')
     os.kill(pid, signal.SIGHUP)
-    time.sleep(1)
     try:
         assert [job["name"] for job in koi.ask("jobs")["jobs"]] == ["job"]
         assert koi.run("job")[3]["exit"] == 0
-        assert str(path) in troubles(koi)
+        assert str(path) in koi.troubles()
     finally:
-        end(pid)
+        support.kill(pid)
 
 
 def test_a_failing_sync_is_never_an_acknowledgement(koi):
@@ -1005,8 +898,8 @@ def test_a_failing_sync_is_never_an_acknowledgement(koi):
     koi.start()
     koi.run("job")
     koi.stop()
-    for n in range(1, 12):
-        begin(koi, *failing("fdatasync", "EIO", str(n)))
+    for n in range(1, 12, 1 if support.FULL else 3):
+        koi.spawn(wrap=failing("fdatasync", "EIO", str(n)))
         ran = len(truth(koi))
         acked = koid_kills.by_hand(koi, "job")
         status = koid_kills.end(koi.daemon)
@@ -1014,7 +907,7 @@ def test_a_failing_sync_is_never_an_acknowledgement(koi):
             assert status not in (0, -signal.SIGKILL), n
             assert "disk I/O error" in koi.log(), n
         restart(koi)
-        wait_until(lambda: not koid_kills.unfinished(koi), 20, "the ends")
+        wait_until(lambda: not koi.unfinished(), 20, "the ends")
         runs = {run["run"]: run["state"] for run in koi.history()}
         assert acked is None or acked in runs, n
         assert set(truth(koi)) <= set(runs), n
@@ -1031,10 +924,10 @@ def test_a_sync_that_failed_is_not_tried_again(koi):
     koi.run("job")
     koi.stop()
     trace = koi.folder / "trace"
-    for n in range(1, 8):
-        begin(koi, "strace", "-qq", "-o", str(trace), "-e",
-              "trace=fdatasync,unlinkat", "-e",
-              f"inject=fdatasync:error=EIO:when={n}")
+    for n in range(1, 8, 1 if support.FULL else 3):
+        koi.spawn(wrap=("strace", "-qq", "-o", str(trace), "-e",
+                        "trace=fdatasync,unlinkat", "-e",
+                        f"inject=fdatasync:error=EIO:when={n}"))
         acked = koid_kills.by_hand(koi, "job")
         koid_kills.end(koi.daemon)
         lines = trace.read_text().splitlines()
@@ -1045,7 +938,7 @@ def test_a_sync_that_failed_is_not_tried_again(koi):
         after = lines[failed[0] + 1:] if failed else []
         assert "unlinkat" not in "".join(after), (n, lines)
         restart(koi)
-        assert acked is None or over(koi, acked)["exit"] == 9
+        assert acked is None or koi.end_of(acked)["exit"] == 9
         koi.stop()
 
 
@@ -1060,7 +953,7 @@ def test_a_quota_or_a_disk_gone_read_only_is_as_a_full_disk(koi, error):
     pid = koi.ask("status")["pid"]
     for _ in range(3):
         with contextlib.suppress(koitab.Error):
-            ask_for(koi, "job")
+            koi.launch("job")
     assert koi.ask("status")["pid"] == pid
     os.kill(pid, signal.SIGTERM)
     koi.daemon.wait(20)
@@ -1071,8 +964,8 @@ def test_an_end_whose_note_fails_is_told_by_the_pipe(koi, gate):
     koi.tab(f'{QUIET}"slow" @manual {gate.wait}; exit 9\n')
     support.need("strace")
     koi.start()
-    run = ask_for(koi, "slow")
-    found = header(koi, run)
+    run = koi.launch("slow")
+    found = koi.running(run)
     with support.stopping(subprocess.Popen(
             ["strace", "-p", str(found.supervisor), "-o", "/dev/null",
              "-e", "trace=pwrite64", "-e", "inject=pwrite64:error=EIO"],
@@ -1080,7 +973,7 @@ def test_an_end_whose_note_fails_is_told_by_the_pipe(koi, gate):
             stderr=subprocess.PIPE)) as tracer:
         assert b"attached" in tracer.stderr.readline()
         gate.open()
-        ended = over(koi, run)
+        ended = koi.end_of(run)
         tracer.wait(20)
     assert (ended["state"], ended["exit"]) == ("done", 9)
 
@@ -1093,11 +986,11 @@ def test_no_process_to_be_had_is_tried_again(koi):
     koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
     koi.start(wrap=failing("clone", "EAGAIN", "1..2"))
     pid = koi.ask("status")["pid"]
-    run = ask_for(koi, "job")
-    wait_until(lambda: "no process" in troubles(koi), 10, "a word about it")
-    assert over(koi, run)["state"] == "done" and truth(koi) == [run]
-    assert troubles(koi) == ""
-    end(pid)
+    run = koi.launch("job")
+    wait_until(lambda: "no process" in koi.troubles(), 10, "a word about it")
+    assert koi.end_of(run)["state"] == "done" and truth(koi) == [run]
+    assert koi.troubles() == ""
+    support.kill(pid)
 
 
 def test_no_process_for_a_minute_is_said_of_the_run(koi, clock):
@@ -1105,14 +998,13 @@ def test_no_process_for_a_minute_is_said_of_the_run(koi, clock):
     koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
     clock.start(NOON, *failing("clone", "EAGAIN", "1+"))
     pid = koi.ask("status")["pid"]
-    run = ask_for(koi, "job")
-    wait_until(lambda: "no process" in troubles(koi), 10, "a word about it")
-    clock.elapse(61)
-    time.sleep(1.2)
-    ended = over(koi, run)
+    run = koi.launch("job")
+    wait_until(lambda: "no process" in koi.troubles(), 10, "a word about it")
+    clock.elapse(koitab.TRY_FOR + 1)
+    ended = koi.end_of(run)
     assert ended["state"] == "unstartable" and truth(koi) == []
     assert "temporarily unavailable" in ended["reason"]
-    end(pid)
+    support.kill(pid)
 
 
 def test_a_job_that_finds_no_process_is_tried_again(koi):
@@ -1122,9 +1014,9 @@ def test_a_job_that_finds_no_process_is_tried_again(koi):
                     "trace=clone3,vfork", "-e",
                     "inject=clone3,vfork:error=EAGAIN:when=1"))
     pid = koi.ask("status")["pid"]
-    run = ask_for(koi, "job")
-    assert over(koi, run)["state"] == "done" and truth(koi) == [run]
-    end(pid)
+    run = koi.launch("job")
+    assert koi.end_of(run)["state"] == "done" and truth(koi) == [run]
+    support.kill(pid)
 
 
 def callers(koi, count: int) -> list:
@@ -1139,7 +1031,7 @@ def callers(koi, count: int) -> list:
 def peaceful(koi) -> bool:
     """koid answers, and has nothing to complain about."""
     try:
-        return troubles(koi) == ""
+        return koi.troubles() == ""
     except koitab.Error:
         return False
 
@@ -1149,11 +1041,11 @@ def test_a_koid_without_descriptors_starts_and_ends_its_jobs(koi, clock):
             f'"hand" @manual echo whole; {keep(koi)}\n')
     clock.start(NOON + 30, "sh", "-c", 'ulimit -n 48; exec "$@"', "sh")
     silent = callers(koi, 60)
-    time.sleep(0.5)
+    silent[-1].settimeout(20)
+    assert b"busy" in silent[-1].recv(1000)     # koid has met all of them
     clock.elapse_to(NOON + MINUTE)
     executed(koi)
     koi.daemon.send_signal(signal.SIGHUP)       # it cannot read its tabs now
-    time.sleep(0.5)
     clock.elapse_to(NOON + 2 * MINUTE)
     executed(koi, 2)
     for caller in silent:
@@ -1166,20 +1058,17 @@ def test_a_koid_without_descriptors_starts_and_ends_its_jobs(koi, clock):
     assert koi.daemon.poll() is None
 
 
-def test_silent_visitors_keep_nobody_from_being_served(koi):
+def test_silent_visitors_keep_nobody_from_being_served(koi, clock):
     koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
-    koi.start()
+    clock.start(NOON)           # it stands: they are not sent away
     silent = callers(koi, 300)
-    began = time.monotonic()
     assert koi.run("job")[3]["exit"] == 0
-    assert time.monotonic() - began < 5
     for caller in silent:
         caller.close()
     assert koi.run("job")[3]["exit"] == 0
 
 
 def test_every_job_of_a_very_full_minute_is_started_once(koi, clock):
-    """KOI_MANY=10000 for the long form."""
     koi.tab(QUIET + "".join(
         f'"job {n}" * * * * * {"true" if n % 50 else keep(koi)}\n'
         for n in range(MANY)))
@@ -1222,100 +1111,117 @@ def test_jobs_that_never_end_keep_nobody_else_from_running(
     clock.start(NOON + 30)
     for minute in range(1, 5):
         clock.elapse_to(NOON + minute * MINUTE)
-        seen(koi)
+        clock.seen()
     for n in range(5):
         assert Counter(states(koi, f"ever {n}")) == wanted
     assert koi.run("other")[3]["exit"] == 0
-    used = cpu(koi)
-    time.sleep(0.5)
-    assert cpu(koi) - used <= 5
+    wait_until_idle(koi.daemon.pid)
     last = koi.history(limit=1)[0]["run"]
     koi.stop()
-    restart(koi)        # perhaps in a minute in which they are due again
+    restart(koi)
     running = [run["run"] for run in koi.history(job="ever 1")
                if run["state"] == "running" and run["run"] <= last]
     assert len(running) == wanted["running"]
 
 
-@pytest.mark.parametrize("command, exit_status, number, out", [
+ENDS = [
     ("kill -9 $$",                          None, 9, ""),
     ("exec >&- 2>&-; sleep 0.2; exit 4",    4, None, ""),
     ("printf abc",                          0, None, "abc"),
     ("printf '\\377\\000\\033'; exit 2",    2, None, None),
     ("exit 255",                            255, None, ""),
-])
-def test_however_a_job_ends_it_is_told(koi, command, exit_status, number,
-                                       out):
-    koi.tab(f'{QUIET}"job" @manual {command}\n')
+]
+
+
+def test_however_a_job_ends_it_is_told(koi):
+    koi.tab(QUIET + "".join(f'"job {n}" @manual {command}\n'
+                            for n, (command, *_) in enumerate(ENDS)))
     koi.start()
-    _, text, _, last = koi.run("job")
-    assert (last["exit"], last["signal"]) == (exit_status, number)
-    run, = koi.ended("job")
-    assert (run["exit"], run["signal"]) == (exit_status, number)
-    assert out is None or text.decode() == out
+    for n, (command, exit_status, number, out) in enumerate(ENDS):
+        _, text, _, last = koi.run(f"job {n}")
+        assert (last["exit"], last["signal"]) == (exit_status, number), \
+            command
+        run, = koi.ended(f"job {n}")
+        assert (run["exit"], run["signal"]) == (exit_status, number)
+        assert out is None or text.decode() == out
 
 
 def test_a_process_that_a_job_leaves_behind_does_not_keep_it(koi):
     pid = koi.folder / "pid"
-    koi.tab(f'{QUIET}"job" @manual setsid sleep 100 & echo $! > {pid}; '
+    koi.tab(f'{QUIET}"job" @manual setsid sleep 1000 & echo $! > {pid}; '
             "echo done\n")
-    koi.start()
-    began = time.monotonic()
+    koi.set_constants(LINGER=0.1).start()
     assert koi.run("job")[1] == b"done\n"
-    assert time.monotonic() - began < 10
     assert "left behind" in koi.text_of(koi.ended("job")[0]["run"])
-    end(int(pid.read_text()))
+    support.kill(int(pid.read_text()))
 
 
 def test_a_flood_of_output_costs_a_supervisor_no_memory(koi, gate):
     koi.installed = True
     koi.tab(f'{QUIET}"job" @manual head -c 50000000 /dev/zero; {gate.wait}\n')
     koi.start()
-    run = ask_for(koi, "job")
-    found = header(koi, run)
+    run = koi.launch("job")
+    found = koi.running(run)
     wait_until(lambda: koitab.header_of((koi.home / "runs" / str(run))
                .read_bytes()).total == 50_000_000, 60, "the flood")
     status = Path(f"/proc/{found.supervisor}/status").read_text()
     size = int(status.partition("VmHWM:")[2].split()[0])
     assert size <= 32 * 1024, f"{size} KiB"
     gate.open()
-    ended = over(koi, run)
+    ended = koi.end_of(run)
     assert (ended["bytes"], ended["cut"]) == (50_000_000, True)
 
 
 # Damage ----------------------------------------------------------------------
 
 
-def history_of(koi) -> Path:
+@pytest.fixture(scope="module")
+def old_history(tmp_path_factory):
     """A history of some pages, of a koid that is gone."""
-    koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n'
-            '"much" @manual seq 3000; exit 3\n"hand" @manual echo {{Who}}\n')
-    koi.start()
+    koi = support.Koi(tmp_path_factory.mktemp("history"))
+    tab_of_history(koi)
+    clockwork.StillClock(koi).start(NOON)
     for _ in range(4):
         koi.run("much")
         koi.run("hand", Who="somebody")
-    wait_until(lambda: not koid_kills.unfinished(koi), 20, "the ends")
+    wait_until(lambda: not koi.unfinished(), 20, "the ends")
     koi.stop()
     file = koi.home / "history.db"
     db = sqlite3.connect(file)
     db.execute("pragma wal_checkpoint(truncate)").fetchall()
     db.close()
     assert file.stat().st_size > 10 * 4096 and not Path(f"{file}-wal").exists()
+    return file.read_bytes()
+
+
+def tab_of_history(koi) -> None:
+    koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n'
+            '"much" @manual seq 3000; exit 3\n"hand" @manual echo {{Who}}\n')
+
+
+@pytest.fixture
+def history(koi, clock, old_history):
+    """The history of a koid that is to be started, at noon."""
+    tab_of_history(koi)
+    file = koi.home / "history.db"
+    file.write_bytes(old_history)
+    file.chmod(0o600)
+    clock.set(NOON)
     return file
 
 
-def carries_on(koi) -> None:
+def carries_on(koi, clock) -> None:
     """The schedule goes on, and jobs can be run: at once, or after koid has
     ended with a word, as systemd starts it again."""
     for last in (False, False, True):
         before = len(truth(koi))
         try:
             restart(koi)
-            assert koi.run("much")[3]["exit"] == 3
+            assert koi.run("much")[3].get("exit") == 3
             koi.stop()
-            koid_kills.meta(koi, seen=repr(time.time() // MINUTE * MINUTE - 1))
+            clock.elapse(MINUTE)
             restart(koi)
-            executed(koi, before + 1, 5)
+            has_started(koi, before)
             assert koi.stop() == 0
             return
         except (koitab.Error, AssertionError, koid_kills.Faulty,
@@ -1323,6 +1229,13 @@ def carries_on(koi) -> None:
             if last:
                 raise
             koi.stop()
+
+
+def has_started(koi, before: int) -> None:
+    """What koid started before its first answer has been executed."""
+    wait_until(lambda: len(truth(koi)) > before
+               or not support.children_of(koi.daemon.pid), 20, "a start")
+    assert len(truth(koi)) > before
 
 
 def overwrite(data: bytes, at: int, new: bytes) -> bytes:
@@ -1344,14 +1257,16 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_history_is_moved_aside_and_the_schedule_goes_on(koi,
-                                                                   damage):
-    file = history_of(koi)
+@pytest.mark.parametrize("damage", support.sample(
+    DAMAGE, "no header", "half of it", "a part of a page", "nothing",
+    "another program's", "page 1 is zero"))
+def test_a_damaged_history_is_moved_aside_and_the_schedule_goes_on(
+        koi, clock, history, damage):
+    file = history
     data = DAMAGE[damage](file.read_bytes())
     file.write_bytes(data)
     size = len(koi.log())
-    carries_on(koi)
+    carries_on(koi, clock)
     aside = [path for path in koi.home.glob("history.db.corrupt-*")
              if not path.name.endswith(("-wal", "-shm"))]
     if aside:
@@ -1362,11 +1277,12 @@ def test_a_damaged_history_is_moved_aside_and_the_schedule_goes_on(koi,
     assert "Traceback" not in koi.log()
 
 
-@pytest.mark.parametrize("ending", ["-wal", "-shm"])
-@pytest.mark.parametrize("damage", ["rubbish", "half of it", "nothing",
-                                    "removed"])
-def test_damage_beside_the_history_stops_no_schedule(koi, ending, damage):
-    history_of(koi)
+@pytest.mark.parametrize("damage, ending", support.sample(
+    [(damage, ending) for ending in ("-wal", "-shm")
+     for damage in ("rubbish", "half of it", "nothing", "removed")],
+    ("half of it", "-wal"), ("removed", "-wal"), ("rubbish", "-shm")))
+def test_damage_beside_the_history_stops_no_schedule(koi, clock, history,
+                                                     damage, ending):
     restart(koi)
     koi.run("hand", Who="me")
     koi.stop(signal.SIGKILL)
@@ -1377,11 +1293,11 @@ def test_damage_beside_the_history_stops_no_schedule(koi, ending, damage):
         file.unlink()
     else:
         file.write_bytes(DAMAGE[damage](data))
-    carries_on(koi)
+    carries_on(koi, clock)
     assert "Traceback" not in koi.log()
 
 
-@pytest.mark.parametrize("statement", [
+NONSENSE = [
     "update runs set args = '{' where id = 2",
     "update runs set args = x'ff', reason = x'00ff' where id = 2",
     "update runs set state = 'running', args = '[' where id = 2",
@@ -1396,51 +1312,54 @@ def test_damage_beside_the_history_stops_no_schedule(koi, ending, damage):
     "delete from jobs",
     "drop table output",
     "drop table meta",
-])
-def test_a_history_with_nonsense_in_it_stops_no_schedule(koi, statement):
-    file = history_of(koi)
-    db = sqlite3.connect(file)
+]
+
+
+@pytest.mark.parametrize("statement", support.sample(
+    NONSENSE, *NONSENSE[1:12:5], "drop table output"))
+def test_a_history_with_nonsense_in_it_stops_no_schedule(koi, clock, history,
+                                                         statement):
+    db = sqlite3.connect(history)
     with db:
         db.execute(statement)
     db.close()
-    carries_on(koi)
+    carries_on(koi, clock)
     assert "Traceback" not in koi.log()
 
 
 def test_a_history_that_is_damaged_while_koid_runs_ends_koid_with_a_word(
-        koi):
-    file = history_of(koi)
+        koi, clock, history):
     restart(koi)
-    size = file.stat().st_size
-    with open(file, "r+b") as damaged:
+    size = history.stat().st_size
+    with open(history, "r+b") as damaged:
         damaged.seek(4096)
         damaged.write(os.urandom(size - 4096))
     for _ in range(3):
         with contextlib.suppress(koitab.Error):
-            ask_for(koi, "much")
+            koi.launch("much")
     ran = Counter(truth(koi))
     koi.stop()
-    carries_on(koi)
+    carries_on(koi, clock)
     assert "damaged" in koi.log() and "Traceback" not in koi.log()
     assert all(count == 1 for count in ran.values())
 
 
 @pytest.mark.parametrize("mode", ["wal", "delete"])
-def test_the_history_of_a_newer_koi_is_refused_without_a_write(koi, mode):
-    file = history_of(koi)
+def test_the_history_of_a_newer_koi_is_refused_without_a_write(koi, history,
+                                                               mode):
+    file = history
     db = sqlite3.connect(file)
     db.execute("pragma user_version = 2")
     db.execute(f"pragma journal_mode = {mode}").fetchall()
     db.close()
     data = file.read_bytes()
-    begin(koi)
-    assert koi.daemon.wait(20) == 1
+    assert koi.spawn().wait(20) == 1
     assert "newer koi" in koi.log() and "Traceback" not in koi.log()
     assert file.read_bytes() == data
     assert not list(koi.home.glob("history.db.corrupt*"))
 
 
-@pytest.mark.parametrize("data, jobs, word", [
+CORRUPT = [
     (b"\x7fELF\x02\x01\x01\0\0\0", ["good"], "NUL"),
     (b"* * * * * true\r\n\"two\" @manual true\r\n", None, "tabs/"),
     (b'"job" @manual true\n"late" @manual true', ["job"], ":2:"),
@@ -1451,43 +1370,43 @@ def test_the_history_of_a_newer_koi_is_refused_without_a_write(koi, mode):
     (b'"job" @manual true\n' + b"x" * 2**20, ["good"], "tabs/"),
     (b"", [], ""),
     (b"[" * 5000, None, "tabs/"),
-], ids=lambda value: repr(value)[:16])
+]
+
+
 def test_a_corrupt_tab_costs_its_bad_lines_or_leaves_the_last_good_one(
-        koi, data, jobs, word):
+        koi, clock):
     tab = koi.tab(f'"good" @manual {keep(koi)}\n')
-    koi.start()
-    tab.write_bytes(data)
-    koi.daemon.send_signal(signal.SIGHUP)
-    time.sleep(0.5)
-    names = [job["name"] for job in koi.ask("jobs")["jobs"]]
-    assert jobs is None or names == jobs, koi.log()
-    assert word in troubles(koi) and bool(word) == bool(troubles(koi)) \
-        or jobs is None
-    assert "Traceback" not in koi.log()
-    koi.tab(f'"good" @manual {keep(koi)}\n')
-    wait_until(lambda: troubles(koi) == "" and [
-        job["name"] for job in koi.ask("jobs")["jobs"]] == ["good"], 10,
-        "the good one")
-    assert koi.run("good")[3]["exit"] == 0
+    clock.start(NOON)
+    for data, jobs, word in CORRUPT:
+        tab.write_bytes(data)
+        koi.daemon.send_signal(signal.SIGHUP)   # read before the next answer
+        assert jobs is None or koi.names() == jobs, (data[:20], koi.log())
+        said = koi.troubles()
+        assert word in said and bool(word) == bool(said) or jobs is None
+        assert "Traceback" not in koi.log()
+        koi.tab(f'"good" @manual {keep(koi)}\n')
+        koi.daemon.send_signal(signal.SIGHUP)
+        assert koi.troubles() == "" and koi.names() == ["good"], data[:20]
+        assert koi.run("good")[3]["exit"] == 0
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"K", b"KOI1", b"\0" * 256, b"KOI9" + b"\0" * 300,
-    os.urandom(400), b"KOI1" + b"\xff" * 300,
-], ids=lambda data: repr(data[:6]))
-def test_a_damaged_file_of_a_run_is_an_interrupted_run(koi, gate, data):
+def test_a_damaged_file_of_a_run_is_an_interrupted_run(koi, gate):
     koi.tab(f'{QUIET}"slow" @manual {keep(koi)}; {gate.wait}\n')
     koi.start()
-    run = ask_for(koi, "slow")
-    found = header(koi, run)
-    executed(koi)
+    damaged = [b"", b"K", b"KOI1", b"\0" * 256, b"KOI9" + b"\0" * 300,
+               os.urandom(400), b"KOI1" + b"\xff" * 300]
+    runs = [koi.launch("slow") for _ in damaged]
+    found = [koi.running(run) for run in runs]
+    executed(koi, len(runs))
     koi.stop(signal.SIGKILL)
-    end(found.supervisor)
-    (koi.home / "runs" / str(run)).write_bytes(data)
-    (koi.home / "runs" / "stray").write_bytes(data)
+    for header, run, data in zip(found, runs, damaged):
+        support.kill(header.supervisor)
+        (koi.home / "runs" / str(run)).write_bytes(data)
+        (koi.home / "runs" / f"stray{run}").write_bytes(data)
     koi.start()
-    assert over(koi, run)["state"] == "interrupted"
-    assert truth(koi) == [run] and "Traceback" not in koi.log()
+    for run, data in zip(runs, damaged):
+        assert koi.end_of(run)["state"] == "interrupted", data
+    assert sorted(truth(koi)) == runs and "Traceback" not in koi.log()
     gate.open()
 
 
@@ -1507,47 +1426,38 @@ def test_a_koitab_py_that_is_replaced_while_jobs_run_adopts_them(koi, gate,
     new.write_text(text.replace(version, 'VERSION = "koitab", "77.7"'))
     koi.command = lambda *args: [koi.python, "-IS", str(program), *args]
     koi.start()
-    run = ask_for(koi, "slow")
-    header(koi, run)
+    run = koi.launch("slow")
+    koi.running(run)
     subprocess.run([way, str(new), str(program)], check=True)
     assert koi.run("mail")[3]["exit"] == 0
     assert koi.ask("status")["version"] == koitab.VERSION
     koi.stop()
     koi.start()
     assert koi.ask("status")["version"] == "77.7"
-    assert row(koi, run)["state"] == "running"
+    assert koi.row(run)["state"] == "running"
     gate.open()
-    assert over(koi, run)["exit"] == 8 and len(truth(koi)) == 2
+    assert koi.end_of(run)["exit"] == 8 and len(truth(koi)) == 2
 
 
-# koid, from whose first turn on nothing can be imported that is not loaded:
-# argv is koitab.py, a file for what was asked for, and a sendmail.
+# From koid's first turn on nothing can be imported that is not loaded.
 BLOCKED = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("koitab", sys.argv[1])
-koitab = sys.modules["koitab"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(koitab)
-
 class Gone:
     def find_spec(self, name, path=None, target=None):
-        with open(sys.argv[2], "a") as notes:
+        with open({wanted!r}, "a") as notes:
             notes.write(name + "\\n")
-        raise ImportError(f"the standard library is gone: {name}")
+        raise ImportError(f"the standard library is gone: {{name}}")
 
-turn = koitab.Daemon.turn
-
-def first_turn(daemon):
+def first_turn(daemon, turn=k.Daemon.turn):
     sys.meta_path.insert(0, Gone())
-    koitab.Daemon.turn = turn
+    k.Daemon.turn = turn
     turn(daemon)
 
-koitab.Daemon.turn = first_turn
-koitab.SENDMAILS = (sys.argv[3],)
-sys.exit(koitab.main(["daemon"]))
+k.Daemon.turn = first_turn
+k.SENDMAILS = ({sendmail!r},)
 """
 
 
-def test_a_python_that_is_upgraded_underneath_stops_nothing(koi, clock):
+def test_a_python_that_is_upgraded_underneath_stops_nothing(koi):
     """What koid needs is loaded before the first job, but for what makes
     the tags that people see, and mails."""
     mail, wanted = koi.folder / "mail", koi.folder / "wanted"
@@ -1559,14 +1469,12 @@ def test_a_python_that_is_upgraded_underneath_stops_nothing(koi, clock):
             f'"slow" @manual {keep(koi)}; exec sleep 1000\n'
             f'KOI_RETRY=1\n"args" @manual echo {{{{Who}}}}; exit 3\n'
             f'"stdin" @manual cat | wc -c%{"x" * 70000}\n')
-    begin(koi, command=[koi.python, "-IS", "-c", BLOCKED,
-                        str(support.ROOT / "koitab.py"), str(wanted),
-                        str(sendmail)])
-    wait_until(koi.answers, 20, f"koid\n{koi.log()}")
-    run = ask_for(koi, "slow")
-    header(koi, run)
+    koi.patch = BLOCKED.format(wanted=str(wanted), sendmail=str(sendmail))
+    koi.start()
+    run = koi.launch("slow")
+    koi.running(run)
     koi.ask("kill", run=run)
-    assert over(koi, run)["signal"] == signal.SIGTERM
+    assert koi.end_of(run)["signal"] == signal.SIGTERM
     assert koi.run("args", Who="you")[1] == b"you\n"
     assert koi.run("stdin")[1].strip() in (b"70000", b"70001")
     assert koi.ask("install", text=koi.ask("list")["text"])["installed"]
@@ -1593,8 +1501,8 @@ def test_a_tab_that_changes_does_not_touch_the_job_that_runs(koi, gate,
     other = '"other" @manual true\n'
     koi.tab(line + other)
     koi.start()
-    run = ask_for(koi, "slow")
-    job = header(koi, run).job
+    run = koi.launch("slow")
+    job = koi.running(run).job
     if change == "no tab":
         koi.ask("remove")
     else:
@@ -1602,13 +1510,13 @@ def test_a_tab_that_changes_does_not_touch_the_job_that_runs(koi, gate,
                 "removed": other,
                 "renamed": line.replace("slow", "fast") + other}[change]
         assert koi.ask("install", text=text)["installed"]
-    assert alive(job) and row(koi, run)["state"] == "running"
+    assert is_alive(job) and koi.row(run)["state"] == "running"
     if change == "renamed":
         assert koi.ask("kill", run=run)["run"]["name"] == "slow"
-        assert over(koi, run)["reason"].startswith("killed by")
+        assert koi.end_of(run)["reason"].startswith("killed by")
         return
     gate.open()
-    ended = over(koi, run)
+    ended = koi.end_of(run)
     assert (ended["exit"], ended["name"]) == (8, "slow")
     assert truth(koi) == [run]
     assert [found["run"] for found in koi.history(job="slow")] == [run]
@@ -1619,14 +1527,14 @@ def test_a_run_whose_tab_changed_while_koid_was_away_is_adopted(koi, gate,
                                                                 change):
     koi.tab(f'{QUIET}"slow" @manual {gate.wait}; {keep(koi)}; exit 8\n')
     koi.start()
-    run = ask_for(koi, "slow")
-    header(koi, run)
+    run = koi.launch("slow")
+    koi.running(run)
     koi.stop(signal.SIGKILL)
     koi.tab('"other" @manual true\n' if change == "removed" else
             f'{QUIET}"slow" @manual echo {{{{Who}}}}\n')
     koi.start()
     gate.open()
-    assert over(koi, run)["exit"] == 8 and truth(koi) == [run]
+    assert koi.end_of(run)["exit"] == 8 and truth(koi) == [run]
 
 
 def test_the_rig_sees_a_koid_fail_that_notes_nothing(tmp_path):

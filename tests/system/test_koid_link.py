@@ -7,6 +7,7 @@ import json
 import os
 import random
 import socket
+import textwrap
 import time
 
 import pytest
@@ -87,16 +88,14 @@ def test_a_tab_that_changes_is_listed_anew(linked, dashboard):
     dashboard.wait_for(lambda: set(dashboard.specs()) == {"Other"})
 
 
-def test_a_run_that_is_watched_is_live_within_a_second(linked, dashboard):
+def test_a_run_that_is_watched_is_live_while_it_runs(linked, dashboard):
     verdict = ask(dashboard, request_for(dashboard.specs()["Long"]))
     run = str(verdict["run"])
     with dashboard.turn:
         dashboard.watched[run] = 0
         dashboard.turn.notify_all()
-    asked = time.monotonic()
     dashboard.wait_for(lambda: b"begun\n" in koitab.output_text(bytes(
         dashboard.live.get(run, b""))))
-    assert time.monotonic() - asked < 3     # the machine may be loaded
     size = len(dashboard.live[run])
     dashboard.wait_for(lambda: len(dashboard.live[run]) > size)
     text = koitab.output_text(bytes(dashboard.live[run]))
@@ -226,13 +225,14 @@ def test_of_many_mutated_and_replayed_requests_none_is_executed(
     mac = koitab.run_mac(KEY, body)
     raw, sent = body.encode(), 0
     with dashboard.turn:
-        for _ in range(2000):
+        count = 2000 if support.FULL else 500
+        for _ in range(count):
             at = rng.randrange(len(raw))
             data = raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(7)]
                                     ) + raw[at + 1:]
             dashboard.requests.append({"body": data.decode(), "mac": mac})
             sent += 1
-            if len(dashboard.requests) == 500:
+            if len(dashboard.requests) == 250:
                 dashboard.turn.notify_all()
                 dashboard.turn.wait_for(lambda: not dashboard.requests, 20)
         dashboard.requests += [
@@ -246,7 +246,7 @@ def test_of_many_mutated_and_replayed_requests_none_is_executed(
     assert all(verdict["verdict"] == "refused" for verdict
                in dashboard.verdicts if verdict["nonce"] != last["nonce"])
     assert len(linked.log()) < 20_000       # nor is the log flooded
-    assert sent == 2000
+    assert sent == count
 
 
 def test_a_run_is_killed_only_by_a_signed_request(linked, dashboard):
@@ -324,31 +324,10 @@ NONSENSE = {
 }
 
 
-HASTY = """\
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("koitab", sys.argv.pop(1))
-koitab = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(koitab)
-koitab.PAUSE_FIRST, koitab.PAUSE_LONGEST = 0.05, 0.2
-sys.exit(koitab.main())
-"""
-
-
-class Hasty(support.Koi):
-    """A koid whose link tries again at once, so that the tests need not
-    wait: all else is the same."""
-
-    def command(self, *args: str) -> list[str]:
-        return [self.python, "-IS", "-c", HASTY,
-                str(support.ROOT / "koitab.py"), *args]
-
-
 @pytest.fixture
-def hasty(tmp_path):
-    koi = Hasty(tmp_path)
-    yield koi
-    koi.stop(9)
-    koi.end_jobs()
+def hasty(koi):
+    """A koid whose link tries again at once; all else is the same."""
+    return koi.set_constants(PAUSE_FIRST=0.02, PAUSE_LONGEST=0.05, HOLD=0.5)
 
 
 def test_nonsense_is_told_and_jobs_run_on_and_nothing_is_lost(hasty):
@@ -362,14 +341,16 @@ def test_nonsense_is_told_and_jobs_run_on_and_nothing_is_lost(hasty):
     with lying_dashboard.Dashboard(twist) as dashboard:
         lying_dashboard.belong(hasty, dashboard.url)
         hasty.start()
-        for what in NONSENSE:
+        chosen = support.sample(NONSENSE, "deep", "502", "a redirect",
+                                "hang up", "a flood of requests")
+        for what in chosen:
             now.update(what=what, met=0)
             met = support.wait_until(lambda: now["met"] > 3, what=what)
             assert hasty.run("Plain")[1] == b"plain\n", what
             assert met and support.wait_until(lambda: hasty.ask("status")[
                 "dashboard"]["troubles"], what=what)
         now["what"] = ""
-        dashboard.wait_for(lambda: len(dashboard.outputs) == len(NONSENSE))
+        dashboard.wait_for(lambda: len(dashboard.outputs) == len(chosen))
         assert dashboard.order == sorted(set(dashboard.order))
         support.wait_until(lambda: not hasty.ask("status")["dashboard"][
             "troubles"], 30, "the trouble to be over")
@@ -475,10 +456,8 @@ def test_a_dashboard_that_forgot_gets_everything_again(linked, dashboard):
 
 
 def child_of(koi) -> int:
-    children = support.wait_until(lambda: open(
-        f"/proc/{koi.daemon.pid}/task/{koi.daemon.pid}/children"
-    ).read().split())
-    return int(children[0])
+    return support.wait_until(
+        lambda: support.children_of(koi.daemon.pid), what="the child")[0]
 
 
 def test_the_child_is_killed_and_comes_back(linked, dashboard):
@@ -541,16 +520,13 @@ def test_keys_that_cannot_be_believed_are_not_used(koi, dashboard, spoil, why):
 
 # --- a child that is ours no more
 
-HOSTILE = """\
-import importlib.util, json, os, select, signal, sys, time
-spec = importlib.util.spec_from_file_location("koitab", sys.argv.pop(1))
-koitab = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(koitab)
-koitab.RESTART_FIRST, koitab.RESTART_LONGEST = 0.1, 1.0
+HOSTILE = """
+import json, os, select, signal, socket, time
+k.RESTART_FIRST, k.RESTART_LONGEST = 0.1, 1.0
 
 def link_up(mine, connection, machine, instance):
     try:
-        koitab.close_all_but({{0, 1, 2, connection.fileno()}})
+        k.close_all_but({{0, 1, 2, connection.fileno()}})
 {deeds}
         end = select.poll()
         end.register(connection, 0)
@@ -558,8 +534,7 @@ def link_up(mine, connection, machine, instance):
     finally:
         os._exit(0)
 
-koitab.link_up = link_up
-sys.exit(koitab.main())
+k.link_up = link_up
 """
 QUESTION = 'json.dumps({"op": "batch", "after": 0, "most": 200, ' \
     '"list_sha": ""}).encode() + b"\\n"'
@@ -568,30 +543,11 @@ QUESTION = 'json.dumps({"op": "batch", "after": 0, "most": 200, ' \
 class Hostile(support.Koi):
     """A koid whose child was taken over, and does this."""
 
-    deeds = ""
-
-    def command(self, *args: str) -> list[str]:
-        return [self.python, "-IS", "-c", HOSTILE.format(deeds="".join(
-            f"        {line}\n" for line in self.deeds.splitlines())),
-            str(support.ROOT / "koitab.py"), *args]
-
     def begin(self, deeds: str, tab: str = '"Plain" @manual echo plain\n'):
-        self.deeds = deeds
+        self.patch += HOSTILE.format(deeds=textwrap.indent(deeds, " " * 8))
         self.tab(tab)
         lying_dashboard.belong(self, "http://127.0.0.1:9")
         self.start()
-
-    def memory(self) -> int:
-        """MiB that koid holds."""
-        with open(f"/proc/{self.daemon.pid}/status") as file:
-            return next(int(line.split()[1]) for line in file
-                        if line.startswith("VmRSS:")) // 1024
-
-    def seconds(self) -> float:
-        """Processor time of koid's own, so far."""
-        with open(f"/proc/{self.daemon.pid}/stat") as file:
-            parts = file.read().rpartition(")")[2].split()
-        return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.fixture
@@ -613,7 +569,7 @@ def test_who_talks_nonsense_is_replaced_and_koid_stays(hostile, said):
     support.wait_until(lambda: not koitab.born(first))
     support.wait_until(lambda: child_of(hostile) != first)
     assert hostile.run("Plain")[1] == b"plain\n"
-    assert hostile.seconds() < 2
+    assert support.processor_seconds(hostile.daemon.pid) < 2
     assert len(hostile.log()) < 5000
 
 
@@ -623,40 +579,41 @@ def test_who_asks_much_and_hears_nothing_fills_no_memory(hostile):
                   for n in range(1000)) + '"Plain" @manual echo plain\n'
     hostile.begin("while True: connection.sendall(" + QUESTION + " * 500)",
                   tab)
-    before = hostile.memory()
-    time.sleep(1)
+    before = support.megabytes_of(hostile.daemon.pid)
+    support.wait_until(lambda: hostile.log().count("started again") > 2)
     assert hostile.run("Plain")[1] == b"plain\n"
-    assert hostile.memory() < before + 60
+    assert support.megabytes_of(hostile.daemon.pid) < before + 60
 
 
 def test_who_does_not_take_its_answer_costs_no_time(hostile):
     tab = "".join(f'"Job {n}" @manual echo {"x" * 900}\n'
                   for n in range(1000)) + '"Plain" @manual echo plain\n'
-    hostile.begin("connection.sendall(" + QUESTION + ")\ntime.sleep(1)\n"
+    hostile.begin(f"connection.sendall({QUESTION})\n"
+                  "while len(connection.recv(999, socket.MSG_PEEK)) < 999:\n"
+                  "    time.sleep(0.01)     # until the answer has begun\n"
                   "connection.sendall(b'x')", tab)
-    time.sleep(1.5)
-    before = hostile.seconds()
-    time.sleep(1)
-    assert hostile.seconds() - before < 0.3
+    support.wait_until_idle(child_of(hostile))
+    support.wait_until_idle(hostile.daemon.pid)
     assert hostile.run("Plain")[1] == b"plain\n"
 
 
 def test_who_says_a_thousand_things_fills_neither_log_nor_memory(hostile):
-    hostile.begin("""\
+    count = 20_000 if support.FULL else 4000
+    hostile.begin(f"""\
 lines = connection.makefile("rb")
-for n in range(20_000):
-    connection.sendall(json.dumps({
-        "op": "state", "about": "send", "trouble": f"no {n}",
-        "sent": n % 2}).encode() + b"\\n")
-    while lines.readline() == b'{"news": 1}\\n':
+for n in range({count}):
+    connection.sendall(json.dumps({{
+        "op": "state", "about": "send", "trouble": f"no {{n}}",
+        "sent": n % 2}}).encode() + b"\\n")
+    while lines.readline() == b'{{"news": 1}}\\n':
         pass""", '"Plain" @manual echo plain\n"Other" @manual echo other\n')
     for _ in range(2):
         hostile.run("Plain")
-    before = hostile.memory()
+    before = support.megabytes_of(hostile.daemon.pid)
     support.wait_until(lambda: hostile.ask("status")["dashboard"][
-        "troubles"] == ["no 19999"], 30)
+        "troubles"] == [f"no {count - 1}"], 30)
     assert len(hostile.log()) < 5000
-    assert hostile.memory() < before + 3
+    assert support.megabytes_of(hostile.daemon.pid) < before + 3
 
 
 def test_who_does_not_let_go_is_ended(hostile, dashboard):

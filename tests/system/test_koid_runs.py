@@ -16,18 +16,17 @@ import signal
 import socket
 import sqlite3
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 
+import clockwork
 import servers
 import support
-from support import ALICE, ALICE_UID, wait_until
+from support import ALICE, ALICE_UID, wait_until, wait_until_idle
 
 koitab = support.load("koitab")
 NOTE, STDOUT, STDERR, END = range(4)
-FAKETIME = "/usr/$LIB/faketime/libfaketime.so.1"
 
 
 # ==========================================================================
@@ -49,18 +48,9 @@ def out_of(koi, job: str, **args: str) -> str:
     return koi.run(job, **args)[1].decode()
 
 
-def begin(koi, job: str, **args: str) -> int:
-    """Start a job and go away."""
-    run, connection = follow(koi, job, **args)
-    connection.close()
-    return run
-
-
 def follow(koi, job: str, **args: str) -> tuple:
     """Start a job: its number, and a connection that begins with frames."""
-    with koi.link() as link:
-        run, connection, rest = link.follow(job, args)
-    connection.settimeout(60)
+    run, connection, rest = koi.follow(job, **args)
     return run, Frames(connection, rest)
 
 
@@ -120,67 +110,14 @@ class Fifo:
 
 
 @pytest.fixture
+def clock(koi):
+    """The clock of a koid that is started with `clock.start`."""
+    return clockwork.StillClock(koi)
+
+
+@pytest.fixture
 def fifo(tmp_path):
     return Fifo(tmp_path / "fifo")
-
-
-def hasty(koi, **limits) -> None:
-    """Shorter waits, by the names of koitab's constants."""
-    lines = [f"assert m.{name}\nm.{name} = {value}"
-             for name, value in limits.items()]
-    driver = koi.folder / "driver.py"
-    driver.write_text(f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("koitab", {koitab.__file__!r})
-m = sys.modules["koitab"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(m)
-{chr(10).join(lines)}
-sys.exit(m.main(sys.argv[1:]))
-""")
-    koi.command = lambda *args: [koi.python, "-IS", str(driver), *args]
-
-
-def run_of(koi, number: int) -> dict:
-    return next(run for run in koi.history() if run["run"] == number)
-
-
-def ended(koi, number: int, seconds: float = 30) -> dict:
-    """A run, when it has come to its end."""
-    def done():
-        run = run_of(koi, number)
-        return run if run["state"] not in ("running", "queued") else None
-    return wait_until(done, seconds, f"run {number} to end\n{koi.log()}")
-
-
-def header_of(koi, number: int):
-    return koitab.header_of((koi.home / "runs" / str(number)).read_bytes())
-
-
-def running(koi, number: int):
-    """The header of a run, once its job has been started."""
-    def going():
-        with contextlib.suppress(FileNotFoundError):
-            header = header_of(koi, number)
-            return header and header.phase == koitab.GOING and header
-    return wait_until(going, 30, f"run {number} to begin")
-
-
-def alive(pid: int) -> bool:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return text.rpartition(")")[2].split()[0] != "Z"
-
-
-def meta(koi, **values: str) -> dict:
-    """koid's notes to itself (while it is stopped), changed."""
-    with contextlib.closing(sqlite3.connect(koi.home / "history.db")) as db:
-        for name, value in values.items():
-            db.execute("insert or replace into meta values (?, ?)",
-                       (name, value))
-        db.commit()
-        return dict(db.execute("select name, value from meta"))
 
 
 def streams(koi, run: int) -> tuple[bytes, bytes]:
@@ -190,11 +127,6 @@ def streams(koi, run: int) -> tuple[bytes, bytes]:
     return tuple(b"".join(part for number, _, part in frames
                           if number == stream)
                  for stream in (STDOUT, STDERR))
-
-
-def unfinished(koi) -> list:
-    return [run for run in koi.history(limit=1000)
-            if run["state"] in ("running", "queued")]
 
 
 def short_of(run: dict) -> tuple:
@@ -434,7 +366,7 @@ def test_the_exit_status_or_the_signal_is_kept(koi):
     for number, (_, code, sign) in enumerate(ENDS):
         run, _, _, end = koi.run(f"n{number}")
         assert (end["exit"], end["signal"]) == (code, sign)
-        kept = ended(koi, run)
+        kept = koi.end_of(run)
         assert short_of(kept) == ("manual", "done", code, sign)
         assert kept["asked"] <= kept["started"] <= kept["ended"] + 0.01
 
@@ -448,7 +380,7 @@ def test_a_shell_that_cannot_be_started(koi, shell, reason):
             '"next" @manual echo yes\n')
     run, out, _, end = koi.run("it")
     assert not out and end["exit"] is None and end["signal"] is None
-    kept = ended(koi, run)
+    kept = koi.end_of(run)
     assert kept["state"] == "unstartable" and kept["started"] is None
     assert f"{shell}: {reason}" in kept["reason"]
     assert koi.run("next")[1] == b"yes\n"
@@ -478,7 +410,7 @@ def test_both_streams_are_kept_apart_and_in_order(koi, fifo):
         frames.wait(b"err %d\n" % number, STDERR)
         fifo.go()
     assert frames.end()["exit"] == 0
-    ended(koi, run)
+    koi.end_of(run)
     koi.ask("log", run=run)
     kept = koitab.read_frames(koi.output)
     expected = [(stream, f"{name} {number}\n".encode()) for number in
@@ -493,11 +425,11 @@ def test_both_streams_are_kept_apart_and_in_order(koi, fifo):
 
 def test_what_is_being_written_can_be_read(koi, fifo):
     serving(koi, f'"it" @manual printf begun; {fifo.wait}; echo " done"\n')
-    run = begin(koi, "it")
+    run = koi.launch("it")
     wait_until(lambda: koi.text_of(run) == "begun", 30, "the beginning")
-    assert run_of(koi, run)["state"] == "running"
+    assert koi.row(run)["state"] == "running"
     fifo.go()
-    ended(koi, run)
+    koi.end_of(run)
     assert koi.text_of(run) == "begun done\n"
 
 
@@ -510,7 +442,7 @@ def test_any_bytes_are_kept_as_they_are(koi, tmp_path):
     serving(koi, f'"it" @manual cat {tmp_path}/data\n')
     run, out, _, _ = koi.run("it")
     assert out == data
-    kept = ended(koi, run)
+    kept = koi.end_of(run)
     assert (kept["bytes"], kept["cut"]) == (len(data), False)
     koi.ask("log", run=run)
     assert koitab.output_text(koi.output) == data
@@ -521,7 +453,7 @@ def test_of_a_large_output_head_and_tail_are_kept(koi):
     run, out, _, _ = koi.run("it")
     whole = "".join(f"{number}\n" for number in range(1, 500_001))
     assert out.decode() == whole            # who watches misses nothing
-    kept = ended(koi, run)
+    kept = koi.end_of(run)
     assert (kept["bytes"], kept["cut"]) == (len(whole), True)
     assert (kept["exit"], kept["signal"]) == (0, None)
     head, _, rest = koi.text_of(run).partition("[koi: ")
@@ -531,22 +463,21 @@ def test_of_a_large_output_head_and_tail_are_kept(koi):
     assert 500_000 < len(head) < 2**19 and 2**18 < len(tail) < 2**19
 
 
-def test_200_mb_cost_neither_the_job_nor_the_memory(koi, fifo):
-    """With SIZE=1000000000 in the environment it is one of 1 GB."""
-    size = int(os.environ.get("SIZE", 200_000_000))
+def test_a_huge_output_costs_neither_the_job_nor_the_memory(koi, fifo):
+    size = 200_000_000 if support.FULL else 50_000_000
     koi.installed = True
     serving(koi, f'"it" @manual head -c {size} /dev/zero; echo; echo end; '
             f'{fifo.wait}\n')
-    run = begin(koi, "it")
-    supervisor = running(koi, run).supervisor
-    wait_until(lambda: header_of(koi, run).total == size + 5, 120, "the end")
+    run = koi.launch("it")
+    supervisor = koi.running(run).supervisor
+    wait_until(lambda: koi.header(run).total == size + 5, 120, "the end")
     status = Path(f"/proc/{supervisor}/status").read_text()
     peak = int(status.partition("VmHWM:")[2].split()[0])
     assert streams(koi, run)[0].endswith(b"\0\nend\n")
     file = koi.home / "runs" / str(run)
     assert file.stat().st_size <= 2**20 + 256
     fifo.go()
-    kept = ended(koi, run)
+    kept = koi.end_of(run)
     assert (kept["exit"], kept["bytes"], kept["cut"]) == (0, size + 5, True)
     assert peak < 32 * 1024, f"{peak} kB"
 
@@ -555,10 +486,10 @@ def test_what_is_written_fast_can_be_read_meanwhile(koi):
     """Its file is overwritten while we read it: what we are given must
     still be frames, and nothing else in them than it wrote."""
     serving(koi, '"it" @manual yes 0123456789\n')
-    run = begin(koi, "it")
-    running(koi, run)
-    wait_until(lambda: header_of(koi, run).lost, 30, "the cut")
-    for _ in range(150):
+    run = koi.launch("it")
+    koi.running(run)
+    wait_until(lambda: koi.header(run).lost, 30, "the cut")
+    for _ in range(150 if support.FULL else 40):
         reply = koi.ask("log", run=run)
         frames = koitab.read_frames(koi.output)
         assert sum(9 + len(part) for _, _, part in frames) == reply["size"]
@@ -574,11 +505,12 @@ def test_what_a_job_leaves_behind_holds_no_run_open_and_lives_on(
         koi, fifo, tmp_path):
     """It may write as much as it likes: nobody reads it, and it is not
     hurt. The pipe has room for 64 KB."""
+    koi.set_constants(LINGER=0.1)
     serving(koi, f'"it" @manual (trap "" HUP; {fifo.wait}; head -c 300000 '
             f'/dev/zero; echo $? > {tmp_path}/left) & echo done\n')
     run, out, _, end = koi.run("it")
     assert out == b"done\n" and end["exit"] == 0
-    kept = ended(koi, run)
+    kept = koi.end_of(run)
     assert (kept["state"], kept["bytes"]) == ("done", 5)
     assert "a process that it left behind keeps its output open" \
         in koi.text_of(run)
@@ -587,10 +519,11 @@ def test_what_a_job_leaves_behind_holds_no_run_open_and_lives_on(
     wait_until((tmp_path / "left").exists, 30, "the process left behind")
     wait_until((tmp_path / "left").read_text, 30, "its status")
     assert (tmp_path / "left").read_text() == "0\n"
-    assert run_of(koi, run) == kept
+    assert koi.row(run) == kept
 
 
 def test_what_comes_just_after_the_end_is_kept(koi):
+    koi.set_constants(LINGER=30.0)     # it is late however slow the machine is
     serving(koi, '"it" @manual (sleep 0.2; echo late) & echo done\n')
     run, out, _, _ = koi.run("it")
     assert out == b"done\nlate\n" and koi.text_of(run) == "done\nlate\n"
@@ -599,21 +532,14 @@ def test_what_comes_just_after_the_end_is_kept(koi):
 def test_a_job_that_closes_its_output_runs_on_and_costs_nothing(koi, fifo):
     serving(koi, f'"it" @manual exec >&- 2>&-; {fifo.wait}; exit 5\n')
     run, frames = follow(koi, "it")
-    header = running(koi, run)
+    header = koi.running(run)
     wait_until(lambda: not os.path.exists(f"/proc/{header.job}/fd/1"), 30,
                "the output to be closed")
-    before = cpu_of(header.supervisor)
-    time.sleep(1)
-    assert cpu_of(header.supervisor) - before < 0.2, "it spins"
-    assert run_of(koi, run)["state"] == "running"
+    wait_until_idle(header.supervisor)
+    assert koi.row(run)["state"] == "running"
     fifo.go()
     assert frames.end()["exit"] == 5
-    assert ended(koi, run)["exit"] == 5 and koi.text_of(run) == ""
-
-
-def cpu_of(pid: int) -> float:
-    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    assert koi.end_of(run)["exit"] == 5 and koi.text_of(run) == ""
 
 
 # ==========================================================================
@@ -622,19 +548,20 @@ def cpu_of(pid: int) -> float:
 
 def test_a_job_whose_time_is_up_is_asked_to_end_and_then_killed(koi):
     """TERM goes to all of its group; KILL comes a little later."""
-    hasty(koi, KILL_AFTER=1.0)
+    koi.set_constants(KILL_AFTER=0.3)
     serving(koi, """\
         KOI_TIMEOUT=1s
         "good" @manual trap 'echo bye; exit 3' TERM; sleep 60 & wait
         "plain" @manual sleep 60
         "deaf" @manual trap '' TERM; echo deaf; while :; do sleep 1; done
+        KOI_TIMEOUT=1m
         "quick" @manual echo quick
         KOI_TIMEOUT=0s
         "free" @manual sleep 1.5; echo free
         """)
-    runs = {name: begin(koi, name) for name in
+    runs = {name: koi.launch(name) for name in
             ("good", "plain", "deaf", "quick", "free")}
-    found = {name: ended(koi, run) for name, run in runs.items()}
+    found = {name: koi.end_of(run) for name, run in runs.items()}
     assert {name: (run["exit"], run["signal"], run["reason"])
             for name, run in found.items()} == {
         "good": (3, None, "timeout after 1s"),
@@ -642,8 +569,8 @@ def test_a_job_whose_time_is_up_is_asked_to_end_and_then_killed(koi):
         "deaf": (None, 9, "timeout after 1s"),
         "quick": (0, None, ""), "free": (0, None, "")}
     assert koi.text_of(runs["good"]) == "bye\n"
-    assert 1 <= found["plain"]["ended"] - found["plain"]["started"] < 1.9
-    assert found["deaf"]["ended"] - found["deaf"]["started"] >= 2
+    assert found["plain"]["ended"] - found["plain"]["started"] >= 1
+    assert found["deaf"]["ended"] - found["deaf"]["started"] >= 1.3
 
 
 def test_runs_of_a_job_may_overlap(koi, tmp_path):
@@ -663,8 +590,8 @@ def test_runs_of_a_job_may_overlap(koi, tmp_path):
 def test_a_run_is_skipped_while_the_last_one_goes_on(koi, fifo):
     serving(koi, f'KOI_OVERLAP=skip\n"it" @manual echo on; {fifo.wait}\n'
             f'"other" @manual echo other\n')
-    run = begin(koi, "it")
-    running(koi, run)
+    run = koi.launch("it")
+    koi.running(run)
     with pytest.raises(koitab.Error, match="still going"):
         koi.run("it")
     assert out_of(koi, "other") == "other\n"
@@ -673,10 +600,10 @@ def test_a_run_is_skipped_while_the_last_one_goes_on(koi, fifo):
     assert skipped["reason"] == "the last run was still going"
     assert skipped["started"] is None
     fifo.go()
-    assert ended(koi, run)["exit"] == 0
-    second = begin(koi, "it")
+    assert koi.end_of(run)["exit"] == 0
+    second = koi.launch("it")
     fifo.go()
-    assert ended(koi, second)["exit"] == 0
+    assert koi.end_of(second)["exit"] == 0
 
 
 def test_runs_wait_in_line(koi, fifo):
@@ -702,13 +629,13 @@ def test_a_run_replaces_the_one_before(koi):
     frames.wait(b"on")
     second, _, _, end = koi.run("it", For="0")
     assert end["exit"] == 0
-    assert (run_of(koi, first)["signal"], run_of(koi, first)["reason"]) == (
+    assert (koi.row(first)["signal"], koi.row(first)["reason"]) == (
         15, "replaced by the next run")
-    assert run_of(koi, second)["started"] >= run_of(koi, first)["ended"]
+    assert koi.row(second)["started"] >= koi.row(first)["ended"]
 
 
 def test_a_job_that_fails_is_tried_again(koi, tmp_path):
-    hasty(koi, RETRY_FIRST=0.2)
+    koi.set_constants(RETRY_FIRST=0.2)
     count = f"echo >> {tmp_path}/$1; [ $(wc -l < {tmp_path}/$1) -ge"
     (tmp_path / "try").write_text(f"{count} $2 ]\n")
     serving(koi, f"""\
@@ -743,19 +670,20 @@ def test_a_job_that_fails_is_tried_again(koi, tmp_path):
     assert len(koi.history()) == 10
 
 
-def test_a_run_that_somebody_ended_is_not_tried_again(koi):
-    hasty(koi, RETRY_FIRST=0.05)
-    serving(koi, 'KOI_RETRY=3\n"it" @manual exec sleep 60\n')
-    run = begin(koi, "it")
-    running(koi, run)
+def test_a_run_that_somebody_ended_is_not_tried_again(koi, clock):
+    koi.tab('KOI_RETRY=3\n"it" @manual exec sleep 60\n')
+    clock.start(EDGE)
+    run = koi.launch("it")
+    koi.running(run)
     koi.ask("kill", run=run)
-    assert ended(koi, run)["signal"] == 15
-    time.sleep(0.5)
+    assert koi.end_of(run)["signal"] == 15
+    clock.elapse(koitab.RETRY_LONGEST)
+    clock.seen()
     assert len(koi.history()) == 1
 
 
 def test_a_secret_is_there_when_a_job_is_tried_again(koi):
-    hasty(koi, RETRY_FIRST=0.05)
+    koi.set_constants(RETRY_FIRST=0.05)
     serving(koi, 'KOI_RETRY=1\n"it" @manual echo {{Key, secret}} | wc -c; '
             'false\n')
     koi.run("it", Key="hunter2")
@@ -772,11 +700,11 @@ def rows(koi, table: str) -> list:
 def test_a_job_keeps_as_many_runs_as_it_says(koi):
     serving(koi, 'KOI_KEEP=3\n"it" @manual echo it\nKOI_KEEP=1\n'
             '"one" @manual echo one\n')
-    runs = [begin(koi, "it") for _ in range(6)]
+    runs = [koi.launch("it") for _ in range(6)]
     koi.run("one")
     last = koi.run("one")[0]
     for run in (runs[-1], last):
-        ended(koi, run)
+        koi.end_of(run)
     wait_until(lambda: rows(koi, "runs") == [*runs[-3:], last], 10, "old runs"
                " to be forgotten")
     assert rows(koi, "output") == [*runs[-3:], last]
@@ -788,8 +716,8 @@ def test_a_job_keeps_as_many_runs_as_it_says(koi):
 def test_runs_that_never_began_are_forgotten_as_well(koi, fifo):
     """A job that hangs, with KOI_OVERLAP=skip, must not fill the disk."""
     serving(koi, f'KOI_KEEP=3\nKOI_OVERLAP=skip\n"it" @manual {fifo.wait}\n')
-    run = begin(koi, "it")
-    running(koi, run)
+    run = koi.launch("it")
+    koi.running(run)
     for _ in range(10):
         with pytest.raises(koitab.Error):
             koi.run("it")
@@ -799,20 +727,10 @@ def test_runs_that_never_began_are_forgotten_as_well(koi, fifo):
 
 
 HOUR = 3600
+EDGE = 1795343400       # 2026-11-22 10:30:00 UTC
 
 
-def hours_ago(koi, hours: int) -> None:
-    """koid was stopped, so many hours ago."""
-    found = meta(koi)
-    dials = "\n".join(
-        f"{name}={','.join(str(int(x) - hours * HOUR) for x in numbers)}"
-        for name, _, text in (line.rpartition("=") for line
-                              in found["dials"].split("\n"))
-        for numbers in [text.split(",")])
-    meta(koi, seen=str(float(found["seen"]) - hours * HOUR), dials=dials)
-
-
-def test_what_was_missed_is_told_and_made_up_for_once_if_wanted(koi):
+def test_what_was_missed_is_told_and_made_up_for_once_if_wanted(koi, clock):
     tab = """\
         "hourly" 59 * * * * echo hourly
         KOI_CATCHUP=yes
@@ -820,10 +738,11 @@ def test_what_was_missed_is_told_and_made_up_for_once_if_wanted(koi):
         "daily" 59 23 * * * echo daily
         "asked" @manual echo asked
         """
-    serving(koi, tab)
+    koi.tab(tab)
+    clock.start(EDGE)
     koi.stop()
-    hours_ago(koi, 48)
-    serving(koi, tab + '        "new" 59 * * * * echo new\n')
+    koi.tab(tab + '        "new" 59 * * * * echo new\n')
+    clock.start(EDGE + 48 * HOUR)
     wait_until(lambda: {run["state"] for run in koi.history()}
                == {"missed", "done"}, 30, "the catching up")
     found = {(run["name"], run["trigger"]): run for run in koi.history()}
@@ -836,11 +755,10 @@ def test_what_was_missed_is_told_and_made_up_for_once_if_wanted(koi):
         ("daily", "catch-up"): ("done", 1)}
     missed = found["hourly", "schedule"]
     assert missed["reason"] == "koid was not running"
-    assert missed["due"] < time.time() - 47 * HOUR
-    assert missed["due"] % HOUR == 59 * 60
+    assert missed["due"] == EDGE + 29 * 60
     before = koi.history()
     koi.stop()
-    koi.start()
+    clock.start(EDGE + 48 * HOUR)
     assert koi.history() == before      # it is told once
 
 
@@ -855,44 +773,38 @@ def test_jobs_at_the_start_of_the_machine_run_once_after_each_boot(koi):
     koi.run("other")                    # by then they would have begun
     assert [run["name"] for run in koi.history()] == ["other", "boot"]
     koi.stop()
-    meta(koi, boot="another")
+    koi.meta(boot="another")
     koi.start()
     koi.ended("more")
     assert sorted(run["name"] for run in koi.ended(count=4)) == [
         "boot", "boot", "more", "other"]
 
 
-def test_a_run_that_waited_too_long_is_late(koi, fifo):
-    serving(koi, f"""\
+def test_a_run_that_waited_too_long_is_late(koi, clock, fifo):
+    koi.tab(f"""\
         KOI_OVERLAP=queue
         "patient" @manual {fifo.wait}
         KOI_START_WITHIN=1s
         "it" @manual {fifo.wait}
         """)
-    first, second = begin(koi, "it"), begin(koi, "it")
-    running(koi, first)
+    clock.start(EDGE)
+    first, second = koi.launch("it"), koi.launch("it")
+    koi.running(first)
+    clock.elapse(1)
     assert koi.ask("status")["late"] == []
-    wait_until(lambda: koi.ask("status")["late"] == ["it"], 10, "lateness")
+    clock.elapse(0.5)
+    assert koi.ask("status")["late"] == ["it"]
     fifo.go()
-    running(koi, second)
-    assert run_of(koi, second)["reason"].startswith("late by ")
+    koi.running(second)
+    assert koi.row(second)["reason"].startswith("late by ")
     assert koi.ask("status")["late"] == []
     fifo.go()
-    assert ended(koi, second)["reason"].startswith("late by ")
-    assert run_of(koi, first)["reason"] == ""
+    assert koi.end_of(second)["reason"].startswith("late by ")
+    assert koi.row(first)["reason"] == ""
 
 
-def at_the_edge(koi, text: str) -> None:
-    """koid, a few seconds before a minute begins."""
-    support.need("faketime")
-    serving(koi, text, LD_PRELOAD=FAKETIME, TZ="UTC0",
-            FAKETIME="@2026-11-22 10:29:57")
-
-
-EDGE = 1795343400       # 2026-11-22 10:30:00 UTC
-
-
-def test_what_is_due_starts_at_the_minute_and_what_is_delayed_waits(koi):
+def test_what_is_due_starts_at_the_minute_and_what_is_delayed_waits(koi,
+                                                                    clock):
     """And nothing else starts."""
     support.need_zone("Asia/Kabul")
     tab = """\
@@ -906,23 +818,26 @@ def test_what_is_due_starts_at_the_minute_and_what_is_delayed_waits(koi):
         RANDOM_DELAY=1440
         "delayed" 30 10 * * * echo delayed
         """
-    at_the_edge(koi, tab)
-    found = {run["name"]: run for run in wait_until(
-        lambda: [run for run in koi.history() if run["state"] == "done"]
-        and koi.ended(count=3) and koi.history(), 60, "the minute")}
+    koi.tab(tab)
+    clock.start(EDGE - 3)
+    clock.elapse(2.99)
+    clock.seen()
+    assert koi.history() == []
+    clock.elapse_to(EDGE)
+    koi.ended(count=3)
+    found = {run["name"]: run for run in koi.history()}
     assert {name: (run["trigger"], run["state"], run["due"])
             for name, run in found.items()} == {
         "every": ("schedule", "done", EDGE), "now": ("schedule", "done", EDGE),
         "Kabul": ("schedule", "done", EDGE),
         "delayed": ("schedule", "queued", EDGE)}
-    for name in ("every", "now", "Kabul"):
-        assert EDGE <= found[name]["started"] < EDGE + 5
+    assert {run["asked"] for run in found.values()} == {EDGE}
     jobs = {job["name"]: job["next"] for job in koi.ask("jobs")["jobs"]}
     assert jobs["every"] == EDGE + 60 and jobs["asked"] is None
     delay = jobs["delayed"] - EDGE - 86400
     assert 0 < delay < 1440 * 60 and delay % 60 == 0
     koi.stop()
-    at_the_edge(koi, tab)       # a restart does not end the delay
+    clock.start(EDGE)           # a restart does not end the delay
     koi.run("asked")
     assert koi.history(job="delayed")[0]["state"] == "queued"
     koi.ask("kill", run=found["delayed"]["run"])
@@ -956,7 +871,7 @@ tr -d '\\n'; {fifo.wait}; cut -c{half + 1}- {tmp_path}/given; printf end
     run, frames = follow(koi, "it", Key=SECRET)
     frames.wait(b"it is ******.\n")
     frames.wait(b"******\n", STDERR)
-    header = running(koi, run)
+    header = koi.running(run)
     assert SECRET.encode() not in Path(
         f"/proc/{header.job}/cmdline").read_bytes()
     assert not in_files(koi, SECRET)
@@ -965,7 +880,7 @@ tr -d '\\n'; {fifo.wait}; cut -c{half + 1}- {tmp_path}/given; printf end
     assert (tmp_path / "given").read_text() == SECRET
     assert frames.text(STDOUT) == b"it is ******.\n******\nend"
     assert frames.text(STDERR) == b"******\n"
-    kept = ended(koi, run)
+    kept = koi.end_of(run)
     assert kept["args"] == {"Key": "******"}
     assert streams(koi, run) == (b"it is ******.\n******\nend", b"******\n")
     koi.stop()
@@ -990,45 +905,37 @@ def test_a_client_that_goes_away_leaves_the_job_running(koi, fifo):
     frames.wait(b"on")
     frames.close()
     fifo.go()
-    kept = ended(koi, run)
+    kept = koi.end_of(run)
     assert short_of(kept) == ("manual", "done", 3, None)
     assert kept["bytes"] == 588_898
 
 
-def stands_still(koi, run: int) -> bool:
-    """Has a run written something, and does it write no more?"""
-    before = header_of(koi, run).total
-    time.sleep(0.5)
-    return bool(before) and header_of(koi, run).total == before
+def wait_until_it_waits(koi, run: int) -> None:
+    """A run has written something, and its supervisor reads no more."""
+    wait_until(lambda: koi.header(run).total, 30, "its output")
+    wait_until_idle(koi.header(run).supervisor)
 
 
 def test_a_slow_reader_makes_the_job_wait_and_misses_nothing(koi, tmp_path):
-    serving(koi, f'"it" @manual seq 2000000; echo done > {tmp_path}/done\n')
+    serving(koi, f'"it" @manual seq 400000; echo done > {tmp_path}/done\n')
     run, frames = follow(koi, "it")
-    header = running(koi, run)
-    wait_until(lambda: stands_still(koi, run), 30, "the job to wait")
+    koi.running(run)
+    wait_until_it_waits(koi, run)
     assert not (tmp_path / "done").exists()
-    assert header_of(koi, run).total < 2_000_000
-    assert cpu_rests(header.supervisor), "it spins"
+    assert koi.header(run).total < 2_000_000
     assert frames.end()["exit"] == 0
-    whole = "".join(f"{number}\n" for number in range(1, 2_000_001))
+    whole = "".join(f"{number}\n" for number in range(1, 400_001))
     assert frames.text(STDOUT) == whole.encode()
     assert (tmp_path / "done").exists()
 
 
-def cpu_rests(pid: int) -> bool:
-    before = cpu_of(pid)
-    time.sleep(0.5)
-    return cpu_of(pid) - before < 0.1
-
-
 def test_a_reader_who_gives_up_sets_the_job_free(koi):
-    serving(koi, '"it" @manual seq 2000000\n')
+    serving(koi, '"it" @manual seq 400000\n')
     run, frames = follow(koi, "it")
-    running(koi, run)
-    wait_until(lambda: stands_still(koi, run), 30, "the job to wait")
+    koi.running(run)
+    wait_until_it_waits(koi, run)
     frames.close()
-    assert ended(koi, run)["bytes"] == 14_888_896
+    assert koi.end_of(run)["bytes"] == 2_688_895
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 15])
@@ -1043,7 +950,7 @@ def test_a_signal_from_the_client_reaches_the_jobs_group(koi, number):
     frames.send(bytes([number]))
     assert frames.end() == {"exit": 4, "signal": None, "reason": ""}
     assert frames.text(STDOUT).split() == [b"on", b"child", b"shell"]
-    assert ended(koi, run)["reason"] == ""
+    assert koi.end_of(run)["reason"] == ""
 
 
 def test_a_client_may_kill(koi):
@@ -1059,7 +966,7 @@ def test_a_client_may_kill(koi):
 # ==========================================================================
 
 def test_a_run_is_ended_by_term_and_then_by_kill(koi):
-    hasty(koi, KILL_AFTER=1.0)
+    koi.set_constants(KILL_AFTER=0.3)
     serving(koi, """\
         "good" @manual trap 'echo bye; exit 3' TERM; echo on; sleep 60 & wait
         "deaf" @manual trap '' TERM; echo on; while :; do sleep 0.2; done
@@ -1070,7 +977,7 @@ def test_a_run_is_ended_by_term_and_then_by_kill(koi):
         koi.ask("kill", run=run)
         end = frames.end()
         assert (end["exit"], end["signal"]) == (code, sign)
-        kept = ended(koi, run)
+        kept = koi.end_of(run)
         assert short_of(kept) == ("manual", "done", code, sign)
         assert kept["reason"] == f"killed by {koi.user}"
         with pytest.raises(koitab.Error, match="is not going on"):
@@ -1085,21 +992,17 @@ def test_a_run_that_waits_can_be_killed(koi, fifo):
     first[1].wait(b"on")
     koi.ask("kill", run=second[0])
     assert second[1].end()["reason"] == f"killed by {koi.user}"
-    killed = run_of(koi, second[0])
+    killed = koi.row(second[0])
     assert (killed["state"], killed["started"]) == ("skipped", None)
     fifo.go()
     assert first[1].end()["exit"] == 0
-    ended(koi, first[0])
-    assert unfinished(koi) == []
+    koi.end_of(first[0])
+    assert koi.unfinished() == []
 
 
 # ==========================================================================
 # Tabs that change
 # ==========================================================================
-
-def names(koi) -> list[str]:
-    return [job["name"] for job in koi.ask("jobs")["jobs"]]
-
 
 def test_an_installed_tab_holds_before_the_reply(koi):
     serving(koi, '"old" @manual echo old\n')
@@ -1107,14 +1010,14 @@ def test_an_installed_tab_holds_before_the_reply(koi):
         text = f'"new {number}" @manual echo {number}\n'
         assert koi.ask("install", text=text) == {
             "installed": True, "problems": [], "daemon": True}
-        assert names(koi) == [f"new {number}"]
+        assert koi.names() == [f"new {number}"]
         assert koi.ask("list")["text"] == text
         assert (koi.home / "tabs" / koi.user).read_text() == text
         assert out_of(koi, f"new {number}") == f"{number}\n"
     koi.stop(signal.SIGKILL)
     koi.start()
-    assert names(koi) == ["new 4"]
-    assert koi.ask("remove")["removed"] is True and names(koi) == []
+    assert koi.names() == ["new 4"]
+    assert koi.ask("remove")["removed"] is True and koi.names() == []
     assert koi.ask("remove")["removed"] is False
 
 
@@ -1123,15 +1026,16 @@ def test_a_tab_with_a_fault_changes_nothing(koi):
     reply = koi.ask("install", text='"new" @manual echo\n99 * * * * no\n')
     assert reply["installed"] is False
     assert [problem["line"] for problem in reply["problems"]] == [2]
-    assert names(koi) == ["old"] and "old" in koi.ask("list")["text"]
+    assert koi.names() == ["old"] and "old" in koi.ask("list")["text"]
 
 
 def test_a_tab_edited_by_hand_is_taken_up_by_the_next_minute(koi):
+    koi.set_constants(SETTLE=0.05)
     serving(koi, '"old" @manual echo old\n')
     path = koi.home / "tabs" / koi.user
 
     def taken(*expected):
-        wait_until(lambda: names(koi) == [*expected], 60, "the tab")
+        wait_until(lambda: koi.names() == [*expected], 60, "the tab")
     path.write_text('"written" @manual echo\n')             # in place
     taken("written")
     with open(path, "a") as tab:
@@ -1143,7 +1047,7 @@ def test_a_tab_edited_by_hand_is_taken_up_by_the_next_minute(koi):
     taken("renamed")
     path.chmod(0o666)                   # now anybody may have written it
     wait_until(lambda: koi.ask("status")["troubles"], 60, "the mode")
-    assert names(koi) == []
+    assert koi.names() == []
     path.chmod(0o600)
     taken("renamed")
     path.unlink()
@@ -1156,12 +1060,12 @@ def test_a_run_that_waits_while_its_arguments_change(koi, fifo, tmp_path):
            f'touch {tmp_path}/on; {fifo.wait}; }}; echo {{{{A}}}}\n'
            '"other" @manual echo other\n')
     serving(koi, tab)
-    first, second = begin(koi, "it", A="1"), begin(koi, "it", A="2")
+    first, second = koi.launch("it", A="1"), koi.launch("it", A="2")
     koi.ask("install", text=tab.replace("{{A}}", "{{B}} of {{C}}"))
     fifo.go()
-    ended(koi, first)
+    koi.end_of(first)
     assert out_of(koi, "other") == "other\n"
-    kept = ended(koi, second, 10)
+    kept = koi.end_of(second, 10)
     if kept["state"] == "done":
         assert koi.text_of(second) == "2\n"
     assert koi.ask("status")["troubles"] == []
@@ -1215,7 +1119,7 @@ def post(koi, host, sink):
 
 def mailed(koi, sink, count: int) -> list:
     """The letters, when nothing more is to be sent."""
-    wait_until(lambda: not unfinished(koi) and "due" not in marks(
+    wait_until(lambda: not koi.unfinished() and "due" not in marks(
         koi).values(), 60, f"the mail\n{koi.log()}")
     assert len(sink.letters) == count, (sink.subjects(), koi.log())
     return sink.letters
@@ -1378,7 +1282,7 @@ def test_a_job_of_a_user_is_mailed_by_that_user(koi, host, tmp_path):
     program = tmp_path / "sendmail"
     program.write_text(
         '#!/bin/sh\nexec > "$HOME/got"\nid -un; pwd; umask; echo "$@"; '
-        "ls /proc/$$/fd | sort -n | xargs; env | sort; cat\n")
+        "echo /proc/$$/fd/*; env | sort; cat\n")
     program.chmod(0o755)
     host.bind(program, os.path.realpath(support.find("sendmail")
                                         or "/usr/sbin/sendmail"))
@@ -1393,9 +1297,9 @@ def test_a_job_of_a_user_is_mailed_by_that_user(koi, host, tmp_path):
         ).splitlines()
     assert (who, where) == (ALICE, str(home))
     assert options == "-FCronDaemon -i -B8BITMIME -oem ops@koi.invalid"
-    assert {"0", "1", "2"} <= set(files.split())
-    # sh reads its script at 10, and makes pipes for its line at 3 and 4.
-    assert set(files.split()) <= {"0", "1", "2", "3", "4", "10"}
+    # sh reads the folder at 3, and its script at 10.
+    assert {"0", "1", "2"} <= set(map(os.path.basename, files.split())) <= {
+        "0", "1", "2", "3", "10"}
     blank = rest.index("")
     begin_of_mail = next(at for at, line in enumerate(rest)
                          if line.startswith("From: "))
@@ -1484,7 +1388,7 @@ def test_without_a_sendmail_that_is_only_logged(koi, host, syslog):
 
 def test_the_supervisor_of_a_job_that_cannot_start_goes_away(koi):
     serving(koi, 'SHELL=/no/such/shell\n"it" @manual true\n')
-    begin(koi, "it")
+    koi.launch("it")
     assert koi.ended("it")[0]["state"] == "unstartable"
     tree = Path(f"/proc/{koi.daemon.pid}/task/{koi.daemon.pid}/children")
     wait_until(lambda: tree.read_text() == "", 10, "the supervisor to go")
