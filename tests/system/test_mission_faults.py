@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import support
+from support import count_commits, git, is_alive, is_committed, must_git
 import sweep
 
 DOCUMENTED = {0, 1, 2, 74, 75, 78}
@@ -108,7 +109,7 @@ def test_a_run_killed_at_any_call_is_made_good_by_the_next(scratch):
             at_most_the_loss(scratch, again)
             assert (folder / "count").read_text().count("\n") == before + 2
             silent(scratch.headless(write=False))
-            assert support.is_committed(folder)
+            assert is_committed(folder)
         except AssertionError as error:
             raise AssertionError(f"{place}: {error}\n{again}") from None
 
@@ -183,7 +184,7 @@ def test_a_failing_call_never_ends_in_a_traceback_or_a_false_success(
             assert last["log"] and Path(last["log"]).exists(), place
             log = Path(last["log"]).read_text()
             assert "one ran" in log and "two ran" in log, place
-            assert "FinishTime" in log and support.is_committed(folder), place
+            assert "FinishTime" in log and is_committed(folder), place
 
     struck = sweep.sweep(
         scratch.command("run", "--headless"), syscalls,
@@ -192,7 +193,7 @@ def test_a_failing_call_never_ends_in_a_traceback_or_a_false_success(
     after = scratch.headless(write=False)
     at_most_the_loss(scratch, after)
     silent(scratch.headless(write=False))
-    assert support.is_committed(folder)
+    assert is_committed(folder)
     assert struck or syscalls[0] in ("flock", "mkdir")
 
 
@@ -237,14 +238,14 @@ def test_a_task_that_outlived_its_runner_is_not_started_beside_itself(
         process.kill()
         process.wait()
     try:
-        assert support.is_alive(orphan)
+        assert is_alive(orphan)
         (scratch.tasks / "go").touch()
         result = scratch.mission("run")
         # Ended first, or left and this task not started: either is said.
         assert "twice" not in result.out, result
         assert re.search(rf"\b{orphan}\b", result.out), result
     finally:
-        if support.is_alive(orphan):
+        if is_alive(orphan):
             os.kill(orphan, signal.SIGKILL)
 
 
@@ -308,7 +309,7 @@ def test_a_signal_stops_the_task_and_leaves_the_rest(scratch, number):
         result = support.ended(process, 40)
     assert result.code in (128 + number, -number), result
     assert len(result.err.splitlines()) == 1, result
-    assert not support.is_alive(task)
+    assert not is_alive(task)
     assert not (scratch.tasks / "ran").exists()
     log, last = scratch.log(), scratch.history()[-1]
     assert number.name in log or str(int(number)) in log
@@ -319,7 +320,7 @@ def test_a_signal_stops_the_task_and_leaves_the_rest(scratch, number):
         assert re.search(rf"(?i)skipped.*\b{slug}\b|\b{slug}\b.*skipped",
                          log)
     # No commit of half a backup, and the next run has nothing to report.
-    assert support.git(folder, "log", "--format=%s").out == "first\n"
+    assert git(folder, "log", "--format=%s").out == "first\n"
     silent(scratch.mission("run", "-t", "never"))
 
 
@@ -343,7 +344,7 @@ def test_a_second_signal_kills_at_once(scratch):
         process.terminate()
         result = support.ended(process)
     assert time.monotonic() - began < 8         # not the 10 s of the first
-    assert result.code in (143, -15) and not support.is_alive(task)
+    assert result.code in (143, -15) and not is_alive(task)
     assert "Traceback" not in result.err
 
 
@@ -355,7 +356,7 @@ def test_a_deaf_task_is_killed_after_the_grace(scratch):
         task = in_task(pids)
         process.terminate()
         result = support.ended(process, 40)
-    assert result.code in (143, -15) and not support.is_alive(task)
+    assert result.code in (143, -15) and not is_alive(task)
 
 
 def test_ctrl_c_reaches_the_task_once_and_through_the_runner(scratch):
@@ -405,8 +406,8 @@ def test_a_run_whose_reader_went_away_still_does_its_work(scratch, sink):
     os.close(out)
     result = support.ended(process)
     assert (folder / "count").read_text() == "one\ntwo\n"
-    assert support.is_committed(folder)
-    assert support.count_commits(folder) == 2
+    assert is_committed(folder)
+    assert count_commits(folder) == 2
     assert result.code == 74, result
     told(result, "log")
 
@@ -422,7 +423,7 @@ def test_a_closed_stdout_or_stderr_is_survived(scratch):
         assert done.returncode in (0, 74), (closing, done)
         assert b"Traceback" not in done.stdout + done.stderr
         # What mission opens must not become the task's or its own stdout.
-        assert support.is_committed(folder)
+        assert is_committed(folder)
     assert (folder / "count").read_text() == "one\n" * 3
 
 
@@ -536,19 +537,19 @@ def fake_git(scratch, script: str) -> None:
 def test_a_git_that_was_killed_fails_one_run_and_not_the_next(
         scratch, command, leaves):
     folder = tallying(scratch, "one")
-    branch = support.git(folder, "symbolic-ref", "--short", "HEAD").out.strip()
+    branch = git(folder, "symbolic-ref", "--short", "HEAD").out.strip()
     lock = leaves.replace("$BRANCH", branch)
     path = scratch.env["PATH"]
     fake_git(scratch, f'case " $* " in *" {command} "*)\n'
              f'  touch "{folder}/.git/{lock}"; kill -9 $$;; esac')
     result = scratch.mission("run")
     assert result.code == 1 and len(result.err.splitlines()) == 1, result
-    assert not support.is_committed(folder)
+    assert not is_committed(folder)
     scratch.env["PATH"] = path
     again = scratch.mission("run")
     assert again.code == 0, again
-    assert support.is_committed(folder)
-    assert support.git(folder, "show", "HEAD:count").out == "one\none\n"
+    assert is_committed(folder)
+    assert git(folder, "show", "HEAD:count").out == "one\none\n"
 
 
 def test_an_old_lock_of_nobody_is_cleared_and_said(scratch):
@@ -558,14 +559,14 @@ def test_an_old_lock_of_nobody_is_cleared_and_said(scratch):
     os.utime(lock, (0, 0))
     result = scratch.mission("run")
     assert result.code == 0 and "index.lock" in result.out, result
-    assert support.is_committed(folder) and not lock.exists()
+    assert is_committed(folder) and not lock.exists()
 
 
 def test_the_lock_of_a_git_at_work_is_left_alone(scratch):
     folder = tallying(scratch, "one")
     # A commit that waits for its editor holds index.lock, as in life.
     (folder / "staged").write_text("x")
-    support.git(folder, "add", "staged")
+    git(folder, "add", "staged")
     editor = scratch.folder / "editor"
     ready = scratch.folder / "ready"
     editor.write_text(f"#!/bin/sh\ntouch {ready}\nexec sleep 300\n")
@@ -671,7 +672,7 @@ def on_disk(scratch, disk):
     scratch.env["MISSION_STATE"] = str(place / "state")
     scratch.task("one", 'date +%N >> "$SYNC_DIR/count"\necho "one ran"')
     for args in ("init -q", "commit -q --allow-empty -m first"):
-        support.must_git(place / "sync", *args.split(), host=disk)
+        must_git(place / "sync", *args.split(), host=disk)
     disk.run(["sync"])
     return scratch
 
@@ -679,12 +680,12 @@ def on_disk(scratch, disk):
 def whole_again(scratch, disk) -> None:
     """After the power cut: git is sound and the next two runs do well."""
     sync = disk.folder / "sync"
-    fsck = support.git(sync, "fsck", "--full", host=disk)
+    fsck = git(sync, "fsck", "--full", host=disk)
     assert fsck.code == 0, fsck
     at_most_the_loss(scratch, scratch.headless())
-    assert support.is_committed(sync, host=disk)
+    assert is_committed(sync, host=disk)
     silent(scratch.headless())
-    assert support.is_committed(sync, host=disk)
+    assert is_committed(sync, host=disk)
 
 
 @support.root_only
@@ -696,12 +697,12 @@ def test_what_a_run_committed_survives_the_power_cut(on_disk, disk):
     for _ in range(3 if support.FULL else 1):
         silent(on_disk.headless())
         sync = disk.folder / "sync"
-        head = support.git(sync, "rev-parse", "HEAD", host=disk).out
+        head = git(sync, "rev-parse", "HEAD", host=disk).out
         last = on_disk.history()[-1]
         disk.cut()
         disk.back()
-        assert support.git(sync, "rev-parse", "HEAD", host=disk).out == head
-        assert support.is_committed(sync, host=disk)
+        assert git(sync, "rev-parse", "HEAD", host=disk).out == head
+        assert is_committed(sync, host=disk)
         # So did its log and its entry in the history.
         assert on_disk.history()[-1] == last
         assert "one ran" in disk.see(Path(last["log"])).read_text()
@@ -768,14 +769,14 @@ def test_a_full_logs_folder_stops_no_task(scratch, disk):
     assert result.code == 74, result
     told(result, "log")
     assert (folder / "count").read_text() == "one\ntwo\n"
-    assert support.is_committed(folder)
+    assert is_committed(folder)
     assert (scratch.tasks / "done").exists()
     last = scratch.history()[-1]
     assert {task["outcome"] for task in last["tasks"]} == {"ok"}
     # The same with no room for the log's name even.
     disk.run(["sh", "-c", f"cat /dev/zero > {disk.folder}/filler"])
     assert scratch.headless().code == 74
-    assert support.is_committed(folder)
+    assert is_committed(folder)
 
 
 @support.root_only
@@ -785,18 +786,18 @@ def test_a_full_repository_fails_alone(scratch, disk):
     full = disk.folder
     scratch.config["storage"]["full"] = {"path": str(full), "commit": True}
     scratch.host = disk
-    assert support.git(full, "init", "-q", host=disk).code == 0
+    assert git(full, "init", "-q", host=disk).code == 0
     scratch.task("fill", 'head -c 700000 /dev/urandom > "$FULL_DIR/big"')
     result = scratch.mission("run")
     assert result.code == 1 and len(result.err.splitlines()) == 1, result
     assert re.search("(?i)no space", result.out), result
-    assert support.is_committed(other)
-    assert support.git(other, "log", "--format=%s").out.count("\n") == 2
+    assert is_committed(other)
+    assert git(other, "log", "--format=%s").out.count("\n") == 2
     # With room again the next run commits it all.
     disk.run(["mount", "-o", "remount,size=8m", str(full)])
     result = scratch.mission("run")
     assert result.code == 0, result
-    assert support.is_committed(full, host=disk)
+    assert is_committed(full, host=disk)
 
 
 @support.root_only
@@ -812,7 +813,7 @@ def test_a_full_state_folder_is_said_and_stops_no_task(scratch, disk):
     assert result.code == 74, result
     told(result, "No space left")
     assert (folder / "count").read_text() == "one\ntwo\n" * 2
-    assert support.is_committed(folder)
+    assert is_committed(folder)
     disk.run(["rm", str(disk.folder / "filler")])
     at_most_the_loss(scratch, scratch.mission("run"))
 
@@ -841,5 +842,5 @@ def test_few_file_descriptors_are_enough_or_it_is_said(scratch):
         assert done.returncode in DOCUMENTED, (limit, done)
         assert done.returncode == 0 or done.stderr, (limit, done)
         if done.returncode == 0:
-            assert support.is_committed(folder)
+            assert is_committed(folder)
     assert done.returncode == 0, done           # 16 are enough

@@ -71,7 +71,7 @@ def test_a_log_is_a_file_that_did_not_exist_before(alice, victim, plant):
             own[path] = os.lstat(alice.logs / path).st_ino
     os.chown(alice.logs, ALICE, ALICE)
     alice.task("one", "echo done here")
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert result.code == 0, result
     fresh = [path for path in alice.logs.iterdir() if path.name not in own]
     assert len(fresh) == 1 and "done here" in fresh[0].read_text()
@@ -114,7 +114,7 @@ def test_18_the_mail_is_whole_whatever_becomes_of_the_log(alice, victim, how):
     alice.task("away", f"{script}", env={
         "VICTIM": str(victim), "NAMES": " ".join(names_ahead(60))})
     alice.task("after", "echo said after")
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert result.code in (0, 74) and intact(victim), result
     (mail,) = mails.iterdir()
     text = mail.read_text()
@@ -131,7 +131,7 @@ def test_19_logs_may_be_a_link_of_roots_and_change_hands(alice, host):
     alice.config["storage"]["logs"]["chown"] = True
     alice.task("one", "echo one")
     alice.task("last", "echo the last words", post=True)
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert (result.code, result.err) == (0, ""), result
     (log,) = elsewhere.glob("*.txt")
     assert "the last words" in log.read_text()
@@ -148,7 +148,7 @@ def test_19_logs_behind_a_link_of_the_users_are_not_written(alice, host,
     os.chown(link, ALICE, ALICE, follow_symlinks=False)
     alice.config["storage"]["logs"]["path"] = str(link)
     alice.task("one", ":")
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert list(cron.iterdir()) == []
     assert result.code != 0 and "Traceback" not in result.err, result
 
@@ -172,7 +172,7 @@ def test_23_retention_removes_old_logs_and_nothing_else(alice, victim,
     support.own(logs, ALICE)
     alice.config["logs"] = {"keep": 1}
     alice.task("one", ":")
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert result.code == 0, result
     assert intact(victim)
     assert (treasure / "2001-01-01-00-00-00.txt").read_text() == "hush hush"
@@ -456,7 +456,7 @@ def test_29_root_does_not_run_what_another_can_change(alice, case):
     TASKS[case](alice.task("bad", f"touch '{mark}'"))
     alice.task("good", f"touch '{good}'")
     refused(alice.mission("check"), "bad")
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert not mark.exists() and result.code == 1, result
     assert good.exists(), "a broken script stops no other backup"
     outcomes = {task["slug"]: task["outcome"]
@@ -520,7 +520,7 @@ def test_29_a_program_in_a_folder_of_anothers_is_passed_over(alice, host):
     support.own(hers, MALLORY)
     alice.env["PATH"] = f"{hers}:{alice.env['PATH']}"
     alice.task("one", ":")
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert result.code == 0 and mark.read_text() == "", result
     assert len(list(mails.iterdir())) == 1
 
