@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 import re
 import shlex
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import time
 import urllib.parse
@@ -106,9 +106,9 @@ def web():
         yield web
 
 
-@pytest.fixture
-def certificate(tmp_path):
-    return servers.certificate(tmp_path)
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    return servers.certificate(tmp_path_factory.mktemp("certificate"))
 
 
 # ==========================================================================
@@ -448,7 +448,7 @@ class Named:
         script = ("import os, socket, sys\n"
                   "socket.sethostname(os.fsencode(sys.argv[1]))\n"
                   "os.execv(sys.argv[2], sys.argv[2:])")
-        return ["unshare", "-u", sys.executable, "-c", script,
+        return ["unshare", "-u", support.PYTHON, "-IS", "-c", script,
                 os.fsdecode(self.name), *command]
 
 
@@ -718,13 +718,24 @@ def test_smtp_logs_in_with_the_password_from_pass(scratch, store, certificate,
     assert finish.recipients == [ADDRESS] and "] hello\n" in finish.text
 
 
+@pytest.fixture(scope="module")
+def certificate_of(tmp_path_factory):
+    """A function: a certificate by its fault. Each is made once."""
+    folder = tmp_path_factory.mktemp("certificates")
+
+    @functools.lru_cache(maxsize=None)
+    def make(fault: str | None) -> servers.Certificate:
+        return servers.certificate(
+            folder, expired=fault == "expired", names="DNS:other.invalid"
+            if fault == "other host" else "IP:127.0.0.1,DNS:localhost")
+    return make
+
+
 @pytest.mark.parametrize("security", ["starttls", "tls"])
 @pytest.mark.parametrize("fault", ["unknown", "expired", "other host"])
-def test_a_bad_certificate_is_refused(scratch, store, tmp_path, security,
-                                      fault):
-    certificate = servers.certificate(
-        tmp_path, expired=fault == "expired", names="DNS:other.invalid"
-        if fault == "other host" else "IP:127.0.0.1,DNS:localhost")
+def test_a_bad_certificate_is_refused(scratch, store, certificate_of,
+                                      security, fault):
+    certificate = certificate_of(fault)
     trusted = {} if fault == "unknown" else {"caFile": certificate.cert}
     with servers.Sink(security, certificate, ACCOUNT) as sink:
         logging_in(scratch, store, sink, security, **trusted)
@@ -1095,10 +1106,8 @@ def test_a_redirect_from_http_to_https_is_followed(scratch, certificate):
 
 
 @pytest.mark.parametrize("fault", ["unknown", "expired", "other host", None])
-def test_tls_of_an_endpoint_is_verified(scratch, tmp_path, fault):
-    certificate = servers.certificate(
-        tmp_path, expired=fault == "expired", names="DNS:other.invalid"
-        if fault == "other host" else "IP:127.0.0.1,DNS:localhost")
+def test_tls_of_an_endpoint_is_verified(scratch, certificate_of, fault):
+    certificate = certificate_of(fault)
     options = {} if fault == "unknown" else {"caFile": certificate.cert}
     with servers.Web(certificate=certificate) as web:
         pinging(scratch, web.url, retries=1, **options)
@@ -1206,10 +1215,19 @@ def test_a_signal_during_the_delivery_ends_it(scratch):
 # ==========================================================================
 
 @pytest.fixture
-def desk(scratch, tmp_path):
+def desk(scratch, open_desk):
     """A desk of the user that mission notifies: alice's when root asks."""
-    support.need("Xvfb", "dbus-daemon", "dunst", "dunstctl", "notify-send")
     scratch.config["notify"] = {"enabled": True}
+    if open_desk.host:
+        scratch.host = open_desk.host
+        scratch.config["user"]["name"] = support.ALICE
+    open_desk.shown()           # of the test before
+    return open_desk
+
+
+@pytest.fixture(scope="module")
+def open_desk():
+    support.need("Xvfb", "dbus-daemon", "dunst", "dunstctl", "notify-send")
     # Sockets need short paths.
     folder = Path(tempfile.mkdtemp(prefix="m-"))
     folder.chmod(0o755)
@@ -1219,14 +1237,15 @@ def desk(scratch, tmp_path):
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         if support.AS_ROOT:
             support.need("unshare", "setpriv")
-            scratch.host = host = at_alices_desk(folder, runtime)
-            scratch.config["user"]["name"] = support.ALICE
+            host = at_alices_desk(folder, runtime)
             uid = str(support.ALICE_UID)
             desk = servers.Desk(runtime, lambda command: host.command(
                 ["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups",
                  *command]))
+            desk.host = host
         else:
             desk = servers.Desk(runtime)
+            desk.host = None
         yield stack.enter_context(desk)
 
 

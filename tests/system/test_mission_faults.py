@@ -325,10 +325,12 @@ def test_a_signal_stops_the_task_and_leaves_the_rest(scratch, number):
 
 
 def deaf(scratch) -> Path:
-    """A task that ignores SIGTERM."""
-    pids = scratch.folder / "pids"
-    scratch.task("deaf", "trap '' TERM INT HUP\necho $$ >> \"$PIDS\"\n"
-                 "while :; do sleep 1; done", env={"PIDS": str(pids)})
+    """A task that notes SIGTERM and goes on; the file of its pid."""
+    pids, heard = scratch.folder / "pids", scratch.folder / "heard"
+    scratch.task("deaf", "trap '' INT HUP\n"
+                 "trap 'echo TERM >> \"$HEARD\"' TERM\n"
+                 "echo $$ >> \"$PIDS\"\nwhile :; do sleep 1; done",
+                 env={"PIDS": str(pids), "HEARD": str(heard)})
     return pids
 
 
@@ -338,7 +340,9 @@ def test_a_second_signal_kills_at_once(scratch):
     with support.stopping(process):
         task = in_task(pids)
         process.terminate()
-        time.sleep(0.5)         # two signals at once would be one
+        # Two signals at once would be one.
+        support.wait_until((scratch.folder / "heard").exists, 20,
+                           "the first SIGTERM to reach the task")
         assert process.poll() is None
         began = time.monotonic()
         process.terminate()
@@ -461,7 +465,7 @@ def test_wait_takes_the_lock_when_it_is_free(scratch):
         second = scratch.start("run", "-t", "other", "--wait", "60s")
         with support.stopping(second):
             with pytest.raises(subprocess.TimeoutExpired):
-                second.wait(timeout=1)
+                second.wait(timeout=0.5)
             gate.write_text("x\n")
             assert support.ended(first).code == 0
             silent(support.ended(second))
@@ -493,6 +497,7 @@ def test_a_leftover_of_a_task_does_not_hold_the_lock(scratch):
                  '300\' >/dev/null 2>&1 &\nwhile ! [ -s "$PIDFILE" ]; do '
                  "sleep 0.05; done", env={"PIDFILE": str(pidfile)})
     scratch.task("hello")
+    scratch.patch(GRACE=0.2)
     assert scratch.mission("run", "-t", "daemon").code in (0, 1)
     try:
         silent(scratch.mission("run", "-t", "hello"))

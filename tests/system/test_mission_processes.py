@@ -276,6 +276,7 @@ def test_a_child_that_keeps_the_pipe_does_not_keep_the_run(scratch):
         echo after
         """, env={"PIDFILE": str(pidfile)})
     scratch.task("next", "echo next")
+    scratch.patch(GRACE=0.2)
     began = time.monotonic()
     result = scratch.mission("run")
     assert time.monotonic() - began < 30
@@ -302,6 +303,7 @@ def test_a_child_in_a_session_of_its_own_is_named_and_left(scratch):
         setsid sh -c 'echo $$ > "$PIDFILE"; exec sleep 300' &
         while ! [ -s "$PIDFILE" ]; do sleep 0.05; done
         """, env={"PIDFILE": str(pidfile)})
+    scratch.patch(GRACE=0.2)
     result = scratch.mission("run")
     pid = int(pidfile.read_text())
     try:
@@ -427,7 +429,7 @@ def test_a_pass_that_misbehaves_fails_the_task_and_says_so(
     fake_pass(scratch, script)
     scratch.builtin("fetch", "def run(args, log):\n"
                     "    log('got ' + args.pass_value('key'))\n",
-                    timeout="4s")
+                    timeout="1s" if script == "sleep 300" else "60s")
     result = scratch.mission("run")
     assert result.code == 1
     assert "got" not in " ".join(log_texts(result.out))
@@ -448,8 +450,9 @@ def measured_run(scratch) -> tuple[float, int, str]:
         return peak, process.returncode, errors.read().decode()
 
 
-def test_a_million_lines_arrive_complete_and_in_order(scratch):
-    scratch.task("count", "seq 1000000")
+def test_many_lines_arrive_complete_and_in_order(scratch):
+    count = 1_000_000 if support.FULL else 200_000
+    scratch.task("count", f"seq {count}")
     peak, code, err = measured_run(scratch)
     assert (code, err) == (0, "") and peak < 40
     wanted = 1
@@ -457,11 +460,12 @@ def test_a_million_lines_arrive_complete_and_in_order(scratch):
         for line in log:
             if line.endswith(f"] {wanted}\n"):
                 wanted += 1
-    assert wanted == 1000001
+    assert wanted == count + 1
 
 
-def test_a_line_of_100_mb_arrives_whole_in_little_memory(scratch):
-    scratch.task("long", "echo start\nhead -c 100000000 /dev/zero | "
+def test_a_huge_line_arrives_whole_in_little_memory(scratch):
+    size = 100_000_000 if support.FULL else 45_000_000
+    scratch.task("long", f"echo start\nhead -c {size} /dev/zero | "
                  "tr '\\0' x\necho; echo end")
     peak, code, err = measured_run(scratch)
     assert (code, err) == (0, "") and peak < 40
@@ -471,7 +475,7 @@ def test_a_line_of_100_mb_arrives_whole_in_little_memory(scratch):
             if b"xxxx" in line:
                 count += line.count(b"x")
                 longest = max(longest, len(line))
-    assert count == 100_000_000 and longest < 2_000_000
+    assert count == size and longest < 2_000_000
     said = scratch.log_files()[-1].read_bytes()[-600:].decode()
     assert "end" in log_texts(said)
 
@@ -490,7 +494,7 @@ def test_binary_junk_becomes_a_log_one_can_read(scratch):
 
 def test_an_endless_stream_ends_at_the_timeout_within_its_limits(scratch):
     scratch.config["logs"] = {"max": "1M"}
-    scratch.task("endless", "echo first; exec yes", timeout="2s")
+    scratch.task("endless", "echo first; exec yes", timeout="1s")
     scratch.task("next", "echo next")
     peak, code, err = measured_run(scratch)
     assert code == 1 and "1 error" in err and peak < 40
@@ -505,13 +509,13 @@ def test_an_endless_stream_ends_at_the_timeout_within_its_limits(scratch):
 
 def test_an_endless_stream_without_a_newline_does_not_swell(scratch):
     scratch.config["logs"] = {"max": "1M"}
-    scratch.task("endless", "exec cat /dev/zero", timeout="2s")
+    scratch.task("endless", "exec cat /dev/zero", timeout="1s")
     peak, code, err = measured_run(scratch)
     assert code == 1 and "1 error" in err and peak < 40
 
 
 def test_a_task_that_closes_its_output_is_still_waited_for(scratch):
-    scratch.task("quiet", "exec >&- 2>&-\nsleep 1\ntouch ../done\nexit 5")
+    scratch.task("quiet", "exec >&- 2>&-\nsleep 0.3\ntouch ../done\nexit 5")
     result = scratch.mission("run")
     assert result.code == 1 and (scratch.tasks / "done").exists()
     assert "ERROR: exit status 5" in log_texts(result.out)
@@ -520,6 +524,7 @@ def test_a_task_that_closes_its_output_is_still_waited_for(scratch):
 def test_a_prompt_without_a_newline_is_seen_while_it_waits(scratch):
     fifo = scratch.folder / "fifo"
     os.mkfifo(fifo)
+    scratch.patch(SILENCE=0.1)
     scratch.task("prompt", 'printf "Password: "; read answer < "$FIFO"\n'
                  'echo "thanks"', env={"FIFO": str(fifo)})
     process = scratch.start("run", "--headless")
@@ -581,6 +586,7 @@ def test_a_secret_fetched_with_pass_is_redacted_by_value(scratch):
 ])
 def test_a_line_that_a_runaway_redaction_cannot_judge_is_withheld(
         scratch, junk):
+    scratch.patch(LINE_SECONDS=0.3)
     scratch.config["redact"] = ["(a+)+$", "secret"]
     scratch.task("hello", f"echo before\necho 'hidden {junk}'\necho after\n"
                  "echo my secret\n")
