@@ -238,6 +238,20 @@ class Scratch:
             if place.stat().st_uid == os.geteuid() and str(place) != "/":
                 place.chmod(place.stat().st_mode | 0o011)
 
+    def fake_pass(self, script: str) -> None:
+        """A passBin, which the user that mission runs it as can reach."""
+        self.open_to_others()
+        self.config["passBin"] = str(self.stand_in("fake-pass", script))
+
+    def keep_mail(self, **options) -> Path:
+        """Mail is on, and a sendmail puts each message into this folder."""
+        mails = self.make("mails")
+        self.stand_in("sendmail", f"exec cat > '{mails}'/$$.eml")
+        self.config["user"]["email"] = "alice@example.com"
+        self.config["mail"] = {"enabled": True, "type": "sendmail",
+                               **options}
+        return mails
+
     def patch(self, text: str = "", **limits: float) -> None:
         """Change mission in each start from now on, its built-in tasks too:
         limits by the names of its constants, or `text`, executed with the

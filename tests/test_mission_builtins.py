@@ -47,15 +47,6 @@ class Pass:
         return self.asked_file.read_text().splitlines()
 
 
-def keep_mail(scratch: support.Scratch) -> Path:
-    """Mail is on, and a sendmail puts each message into a folder."""
-    mails = scratch.make("mails")
-    scratch.stand_in("sendmail", f"exec cat > {mails}/$$.eml")
-    scratch.config["user"]["email"] = "alice@example.com"
-    scratch.config["mail"] = {"enabled": True, "type": "sendmail"}
-    return mails
-
-
 def readable(path: Path) -> str:
     """A file as its reader sees it: a mail is decoded."""
     if path.suffix != ".eml":
@@ -639,7 +630,7 @@ def test_what_spotify_needs_is_named_when_it_is_missing(account, missing):
 
 def test_no_token_and_no_credential_is_in_log_mail_or_history(
         account, spotify):
-    keep_mail(account.scratch)
+    account.scratch.keep_mail()
     account.log_in_long_ago()
     spotify.rotate = True
     spotify.add("one", "One")
@@ -1030,7 +1021,7 @@ def said(tmp_path_factory):
     """One run: each way to say a secret in a task of its own."""
     scratch = support.Scratch(tmp_path_factory.mktemp("said"))
     secrets = Pass(scratch)
-    keep_mail(scratch)
+    scratch.keep_mail()
     for number, python in enumerate(SAID.values()):
         secrets.put(f"bank{number}", f"{SECRET} {number}!")
         scratch.builtin(f"said{number}", f"""

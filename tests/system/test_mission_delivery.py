@@ -89,11 +89,6 @@ def undelivered(result) -> None:
     assert "Traceback" not in result.err
 
 
-def fake_pass(scratch, script: str) -> None:
-    scratch.open_to_others()
-    scratch.config["passBin"] = str(scratch.stand_in("fake-pass", script))
-
-
 @pytest.fixture
 def sink():
     with servers.Sink() as sink:
@@ -795,7 +790,7 @@ def test_a_wrong_password_waits_and_is_told_nowhere(scratch, store, tmp_path,
 ])
 def test_without_a_password_the_mail_waits(scratch, sink, script):
     by_smtp(scratch, sink, user="backup", passName="mail/backup")
-    fake_pass(scratch, script)
+    scratch.fake_pass(script)
     scratch.task("one", "true")
     result = scratch.headless()
     undelivered(result)
@@ -807,7 +802,7 @@ def test_without_a_password_the_mail_waits(scratch, sink, script):
 def test_the_first_line_alone_is_the_password(scratch):
     with servers.Sink(account=("backup", "geheim")) as sink:
         by_smtp(scratch, sink, user="backup", passName="mail/backup")
-        fake_pass(scratch, "printf '%s\\n' geheim 'url: x'")
+        scratch.fake_pass("printf '%s\\n' geheim 'url: x'")
         scratch.task("one", "true")
         assert scratch.headless().code == 0
         assert len(sink.letters) == 2

@@ -525,12 +525,8 @@ def test_somebody_else_is_told_that_he_may_not(alice, host):
 
 def fake_git(scratch, script: str) -> None:
     """A git before the real one in PATH; "$GIT" is the real one."""
-    folder = scratch.make("bin")
-    program = folder / "git"
-    program.write_text(f"#!/bin/sh\nGIT={shutil.which('git')}\n{script}\n"
-                       'exec "$GIT" "$@"\n')
-    program.chmod(0o755)
-    scratch.env["PATH"] = f"{folder}:{os.environ['PATH']}"
+    scratch.stand_in("git", f"GIT={shutil.which('git')}\n{script}\n"
+                     'exec "$GIT" "$@"')
 
 
 @pytest.mark.parametrize("command, leaves", [

@@ -396,7 +396,7 @@ def victims(tmp_path, host):
     return folder
 
 
-def intact(folder: Path, files=("secret", "open")) -> bool:
+def all_intact(folder: Path, files=("secret", "open")) -> bool:
     return sorted(path.name for path in folder.iterdir()) == sorted(files) \
         and all(path.read_text() == "hush hush" and support.owner(path) == 0
                 for path in folder.iterdir())
@@ -408,7 +408,7 @@ def test_36_a_worktree_elsewhere_is_not_read(alice, repo, victims):
     must_git(repo, "config", "core.worktree", str(victims), uid=ALICE)
     result = alice.headless()
     must_git(repo, "config", "--unset", "core.worktree", uid=ALICE)
-    assert result.code == 1 and intact(victims), result
+    assert result.code == 1 and all_intact(victims), result
     assert "commitRepositories" in alice.log()
     everything = must_git(repo, "log", "--all", "-p", uid=ALICE)
     assert "hush" not in everything and "secret" not in everything
@@ -430,7 +430,7 @@ def test_37_a_link_inside_git_changes_nothing_of_roots(alice, repo, victims,
     os.utime(path, (0, 0), follow_symlinks=False)
     support.own(repo, ALICE)
     result = alice.headless()
-    assert intact(victims)
+    assert all_intact(victims)
     assert support.owner(victims) == 0
     assert result.code in (0, 1) and "Traceback" not in result.err, result
 
@@ -449,7 +449,7 @@ def test_38_a_git_that_leads_to_a_folder_of_roots_is_refused(
     os.chown(repo / ".git", ALICE, ALICE, follow_symlinks=False)
     result = alice.headless()
     assert result.code in (1, 78) and len(result.err) > 10, result
-    assert intact(victims)
+    assert all_intact(victims)
     if target == "a repository":
         assert count_commits(theirs) == 1 and is_committed(theirs)
 
@@ -670,5 +670,5 @@ def test_45_a_lock_that_is_a_link_takes_nothing_of_roots_along(alice, repo,
     (repo / ".git" / "refs" / "tags" / "deep").symlink_to(victims)
     support.own(repo, ALICE)
     alice.headless()
-    assert intact(victims)
+    assert all_intact(victims)
     assert stat.S_ISDIR(os.lstat(victims).st_mode)

@@ -412,12 +412,6 @@ def test_pass_runs_as_the_user_and_its_value_is_never_shown(alice, host):
             assert not [line for line in seen if line.startswith(name + "=")]
 
 
-def fake_pass(scratch, script: str) -> None:
-    """A passBin, which the user (daemon for root) can reach."""
-    scratch.open_to_others()
-    scratch.config["passBin"] = str(scratch.stand_in("fake-pass", script))
-
-
 @pytest.mark.parametrize("script, why", [
     ("echo half; exit 3",                     "fake-pass key: exit status 3"),
     ("sleep 300",                             "timed out"),
@@ -426,7 +420,7 @@ def fake_pass(scratch, script: str) -> None:
 ])
 def test_a_pass_that_misbehaves_fails_the_task_and_says_so(
         scratch, script, why):
-    fake_pass(scratch, script)
+    scratch.fake_pass(script)
     scratch.builtin("fetch", "def run(args, log):\n"
                     "    log('got ' + args.pass_value('key'))\n",
                     timeout="1s" if script == "sleep 300" else "60s")
@@ -562,7 +556,7 @@ def test_redactions_hold_in_the_log_and_all_that_is_made_from_it(scratch):
 
 
 def test_a_secret_fetched_with_pass_is_redacted_by_value(scratch):
-    fake_pass(scratch, "printf '%s\\n' 's(w+o.rd[fish'")
+    scratch.fake_pass("printf '%s\\n' 's(w+o.rd[fish'")
     scratch.builtin("fetch", """
         import sys
         def run(args, log):
