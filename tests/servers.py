@@ -85,7 +85,7 @@ class Service:
         self.server.service = self
         self.port = self.server.server_address[1]
         self.stopped.clear()
-        threading.Thread(target=self.server.serve_forever, args=(0.05,),
+        threading.Thread(target=self.server.serve_forever, args=(0.01,),
                          daemon=True).start()
         return self
 
@@ -420,6 +420,7 @@ class Desk:
                     "XDG_RUNTIME_DIR": str(self.runtime),
                     "DBUS_SESSION_BUS_ADDRESS": self.bus}
         self.processes: list[subprocess.Popen] = []
+        self.seen = 0           # the id of the last note that was read
 
     def start(self, command: list[str], **options) -> subprocess.Popen:
         process = subprocess.Popen(command, env=self.env, **{
@@ -470,13 +471,17 @@ class Desk:
                               done.stderr.decode())
 
     def shown(self) -> list[dict]:
-        """What was shown, oldest first: summary, body, urgency, ..."""
+        """What was shown since the last call, oldest first: summary, body,
+        urgency, ..."""
         self.control("close-all")
         support.wait_until(lambda: self.control("count", "displayed")
                            .out.strip() == "0", what="notes to close")
         history = json.loads(self.control("history").out)["data"][0]
-        return [{name: value["data"] for name, value in note.items()}
-                for note in reversed(history)]
+        notes = [note for note in
+                 ({name: value["data"] for name, value in note.items()}
+                  for note in reversed(history)) if note["id"] > self.seen]
+        self.seen = max([self.seen, *(note["id"] for note in notes)])
+        return notes
 
 
 # ==========================================================================

@@ -129,7 +129,7 @@ class Spotify:
         self.http = Listener(("127.0.0.1", 0), Handler)
         self.http.spotify = self
         self.thread = threading.Thread(target=self.http.serve_forever,
-                                       kwargs={"poll_interval": 0.05})
+                                       kwargs={"poll_interval": 0.01})
         self.thread.start()
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
         return self

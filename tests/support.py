@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import sqlite3
@@ -210,6 +211,26 @@ class Result:
         return f"exit {self.code}\n--- out\n{self.out}\n--- err\n{self.err}"
 
 
+# A built-in task runs in a child that mission starts as `sys.executable -Iu
+# mission.py _builtin ...`: that, too, must come from the cache, and with the
+# same patch. `text` is this text, and what a test adds to it.
+BUILTIN_FROM_CACHE = f"""
+start = k.Machine.start
+def start_from_cache(self, argv, *rest, **options):
+    if argv[3:4] == ["_builtin"]:
+        assert argv[1] == "-Iu"
+        argv = [argv[0], "-ISu", {str(ROOT / "tests/cached.py")!r},
+                {str(CACHE)!r}, f"text = {{text!r}}\\nexec(text)", *argv[2:]]
+    return start(self, argv, *rest, **options)
+k.Machine.start = start_from_cache
+"""
+# For `Scratch.patch`: mission does not wait between its tries.
+NO_PAUSES = """
+assert k.Machine.pause
+k.Machine.pause = lambda self, seconds: None
+"""
+
+
 class Scratch:
     """A home, folders for storages, and a configuration to run.
 
@@ -220,6 +241,7 @@ class Scratch:
                  python: str = PYTHON):
         self.folder, self.python = Path(folder), python
         self.host = None            # a Host: runs in a mount namespace
+        self.patches = [BUILTIN_FROM_CACHE]
         self.home = self.make("home")
         self.state = self.folder / "state"
         self.logs, self.tasks = self.make("logs"), self.make("tasks")
@@ -268,6 +290,44 @@ class Scratch:
         options.setdefault("scheduled", True)
         self.config["tasks"].append({"slug": slug, "type": kind, **options})
 
+    def stand_in(self, name: str, script: str) -> Path:
+        """A program of this name, first in PATH."""
+        path = self.make("bin") / name
+        path.write_text("#!/bin/sh\n" + textwrap.dedent(script) + "\n")
+        path.chmod(0o755)
+        found = self.env["PATH"].split(os.pathsep)
+        if str(path.parent) not in found:
+            self.env["PATH"] = os.pathsep.join([str(path.parent), *found])
+        return path
+
+    def open_to_others(self) -> None:
+        """Let other users pass through the folders of the test."""
+        for place in (self.folder, *self.folder.parents):
+            if place.stat().st_uid == os.geteuid() and str(place) != "/":
+                place.chmod(place.stat().st_mode | 0o011)
+
+    def fake_pass(self, script: str) -> None:
+        """A passBin, which the user that mission runs it as can reach."""
+        self.open_to_others()
+        self.config["passBin"] = str(self.stand_in("fake-pass", script))
+
+    def keep_mail(self, **options) -> Path:
+        """Mail is on, and a sendmail puts each message into this folder."""
+        mails = self.make("mails")
+        self.stand_in("sendmail", f"exec cat > '{mails}'/$$.eml")
+        self.config["user"]["email"] = "alice@example.com"
+        self.config["mail"] = {"enabled": True, "type": "sendmail",
+                               **options}
+        return mails
+
+    def patch(self, text: str = "", **limits: float) -> None:
+        """Change mission in each start from now on, its built-in tasks too:
+        limits by the names of its constants, or `text`, executed with the
+        module as `k`."""
+        for name, value in limits.items():
+            self.patches.append(f"assert k.{name} > 0\nk.{name} = {value!r}")
+        self.patches.append(textwrap.dedent(text))
+
     def write(self) -> None:
         text = json.dumps(self.config, indent=4)
         # A mission that was just started may be reading it.
@@ -276,8 +336,10 @@ class Scratch:
         self.path.chmod(0o600)
 
     def command(self, *args: str) -> list[str]:
-        command = [*program("mission", self.python), "-c", str(self.path),
-                   *args]
+        text = "\n".join(self.patches)
+        patch = f"text = {text!r}\nexec(text)"
+        command = [*program("mission", self.python, patch), "-c",
+                   str(self.path), *args]
         return self.host.command(command) if self.host else command
 
     def mission(self, *args: str, timeout: float = 60, write: bool = True,
@@ -291,6 +353,9 @@ class Scratch:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
         return Result(done.returncode, done.stdout.decode("utf-8", "replace"),
                       done.stderr.decode("utf-8", "replace"))
+
+    def headless(self, *args: str, **options) -> Result:
+        return self.mission("run", "--headless", *args, **options)
 
     def start(self, *args: str, **options) -> subprocess.Popen:
         """Start mission and do not wait (end it with `ended`)."""
@@ -313,11 +378,114 @@ class Scratch:
         return [json.loads(line) for file in files
                 for line in file.read_text().splitlines()]
 
+    def outcomes(self) -> dict[str, str]:
+        """Of each task of the last run: ok, failed or skipped."""
+        return {task["slug"]: task["outcome"]
+                for task in self.history()[-1]["tasks"]}
+
     def outbox(self) -> list[Path]:
         return sorted(self.state.glob("*/outbox/*.eml"))
 
 
 UNFINISHED = ("running", "queued")      # states of a run
+# The log of a run: headers of three lines, and lines with an elapsed column,
+# which is Go's duration cut to milliseconds, as in the original.
+LOG_RULE = "# " + "\u2014" * 47
+LOG_HEADER = re.compile(f"^{LOG_RULE}\n# (.*)\n{LOG_RULE}\n\n", re.M)
+LOG_LINE = re.compile(r"^\[((?:\d+h)?(?:\d+m)?\d+(?:\.\d+)?m?s) *\] ?(.*)$")
+
+
+def log_titles(log: str) -> list[str]:
+    return LOG_HEADER.findall(log)
+
+
+def log_section(log: str, title: str) -> str:
+    """The text below a header, up to the next one."""
+    parts = LOG_HEADER.split(log)
+    return parts[parts.index(title) + 1]
+
+
+def log_texts(log: str) -> list[str]:
+    """The lines without their elapsed column. Other controls than a newline
+    are left in them."""
+    return [found[2] for line in log.split("\n")
+            for found in [LOG_LINE.match(line)] if found]
+
+
+# --- git of the tests' own, never through mission ---------------------------
+
+GIT_IDENTITY = {f"GIT_{role}_{what}": value
+                for role in ("AUTHOR", "COMMITTER")
+                for what, value in (("NAME", "Test"),
+                                    ("EMAIL", "t@localhost"))}
+
+
+def git(folder, *args: str, uid: int | None = None, host=None,
+        **env: str) -> Result:
+    """git in a folder, as the user `uid`, or in the namespace of `host`."""
+    become = {"user": uid, "group": uid, "extra_groups": []} if uid else {}
+    command = ["git", "-C", str(folder), *args]
+    done = subprocess.run(
+        host.command(command) if host else command, timeout=60, **become,
+        env={"PATH": os.environ.get("PATH", os.defpath), "HOME": "/",
+             "GIT_CONFIG_NOSYSTEM": "1", "LC_ALL": "C", **GIT_IDENTITY,
+             **env},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE)
+    return Result(done.returncode,
+                  done.stdout.decode("utf-8", "surrogateescape"),
+                  done.stderr.decode("utf-8", "replace"))
+
+
+def must_git(folder, *args: str, **options) -> str:
+    """What git printed. It must have succeeded."""
+    done = git(folder, *args, **options)
+    assert done.code == 0, (args, done)
+    return done.out.strip()
+
+
+def init_repository(folder, **options) -> Path:
+    need("git")
+    must_git(folder, "init", "-q", **options)
+    must_git(folder, "symbolic-ref", "HEAD", "refs/heads/main", **options)
+    return Path(folder)
+
+
+def make_repository(folder: Path, uid: int | None = None, file: str = "file",
+                    text: str = "first\n") -> Path:
+    """A repository of the user's with one file in its first commit. git
+    makes it once; the others are copies."""
+    made = SCRATCH / f"repository-{os.getpid()}-{file}"
+    if not made.exists():
+        made.mkdir()
+        (made / file).write_text(text)
+        init_repository(made)
+        for sample in (made / ".git/hooks").glob("*.sample"):
+            sample.unlink()
+        must_git(made, "add", "-A")
+        must_git(made, "commit", "-q", "-m", "first")
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+    if uid:
+        own(folder, uid)
+    return folder
+
+
+def is_committed(folder, **options) -> bool:
+    """Is everything committed, and the repository sound?"""
+    status = git(folder, "status", "--porcelain", **options)
+    check = git(folder, "fsck", "--full", "--strict", **options)
+    return status.code == check.code == 0 and not status.out \
+        and not re.search("error|missing", check.out + check.err)
+
+
+def count_commits(folder, **options) -> int:
+    return int(must_git(folder, "rev-list", "--count", "HEAD", **options))
+
+
+def commit_subjects(folder) -> list[str]:
+    """Those of a repository's commits, newest first; none without a commit.
+    """
+    return git(folder, "log", "--format=%s").out.splitlines()
 
 
 class Koi:

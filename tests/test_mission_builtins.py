@@ -33,13 +33,10 @@ class Pass:
         self.asked_file.write_text("")
         # mission may well run it as user.name instead of root.
         self.asked_file.chmod(0o666)
-        for folder in [scratch.folder, *scratch.folder.parents][:3]:
-            if folder.stat().st_uid == os.geteuid():
-                folder.chmod(folder.stat().st_mode | 0o011)
-        program(self.folder / "pass",
-                f'echo "$# $1" >> {self.asked_file}\n'
-                f'exec cat "{self.folder}/$1.value"')
-        scratch.config["passBin"] = str(self.folder / "pass")
+        scratch.open_to_others()
+        scratch.config["passBin"] = str(scratch.stand_in(
+            "pass-of-the-test", f'echo "$# $1" >> {self.asked_file}\n'
+            f'exec cat "{self.folder}/$1.value"'))
 
     def put(self, name: str, value: str) -> None:
         path = self.folder / f"{name}.value"
@@ -48,21 +45,6 @@ class Pass:
 
     def asked(self) -> list[str]:
         return self.asked_file.read_text().splitlines()
-
-
-def program(path: Path, script: str) -> None:
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-
-
-def keep_mail(scratch: support.Scratch) -> Path:
-    """Mail is on, and a sendmail puts each message into a folder."""
-    folder, mails = scratch.make("bin"), scratch.make("mails")
-    program(folder / "sendmail", f"exec cat > {mails}/$$.eml")
-    scratch.env["PATH"] = f"{folder}:{scratch.env['PATH']}"
-    scratch.config["user"]["email"] = "alice@example.com"
-    scratch.config["mail"] = {"enabled": True, "type": "sendmail"}
-    return mails
 
 
 def readable(path: Path) -> str:
@@ -96,6 +78,13 @@ def secrets(scratch):
 # Spotify: the files
 # ==========================================================================
 
+# The pauses between two requests last a hundredth.
+SHORT_SLEEPS = """
+sleep = k.time.sleep
+k.time.sleep = lambda seconds: sleep(seconds / 100)
+"""
+
+
 class Account:
     """A Spotify account, and the configuration that backs it up."""
 
@@ -107,6 +96,7 @@ class Account:
         secrets.put("spotify_api_client_id", CLIENT[0])
         secrets.put("spotify_api_client_secret", CLIENT[1])
         scratch.builtin("spotify", env=spotify.env())
+        scratch.patch(SHORT_SLEEPS)
         self.task = scratch.config["tasks"][0]
         self.log_in(spotify.token(), FAR_AWAY)
 
@@ -428,13 +418,23 @@ def test_retry_after_is_waited_for(account, spotify, path):
     spotify.add("one", "One")
     if path == "/api/token":
         account.log_in_long_ago()
-    spotify.script(path, status(429, retry_after=1),
-                   status(429, retry_after=1))
+    spotify.script(path, status(429, retry_after=7),
+                   status(429, retry_after=7))
+    # Each pause is noted: how long it is to be, and when it begins by the
+    # clock that the requests have, too.
+    pauses = account.scratch.folder / "pauses"
+    account.scratch.patch(f"""
+        def note(seconds):
+            with open({str(pauses)!r}, "a") as file:
+                print(seconds, k.time.monotonic(), file=file)
+        k.time.sleep = note
+        """)
     account.back_up()
-    times = [asked.at for asked in spotify.asked(path)]
-    assert len(times) == 3
-    assert all(later - sooner >= 1
-               for sooner, later in zip(times, times[1:]))
+    first, second, third = [asked.at for asked in spotify.asked(path)]
+    (one, sooner), (other, later) = [
+        map(float, line.split()) for line in pauses.read_text().splitlines()]
+    assert one == other == 7
+    assert first < sooner < second < later < third
 
 
 @pytest.mark.parametrize("after", ["", "soon", "1e9999", "in one second"])
@@ -471,7 +471,7 @@ def test_a_hiccup_of_the_server_does_not_fail_the_backup(
 
 def test_a_server_that_never_answers_meets_the_timeout(account, spotify):
     spotify.add("one", "One")
-    account.task["timeout"] = "2s"
+    account.task["timeout"] = "1s"
     spotify.script(LISTING, then=held)
     began = time.monotonic()
     assert "timed out" in account.back_up(well=False).out
@@ -630,7 +630,7 @@ def test_what_spotify_needs_is_named_when_it_is_missing(account, missing):
 
 def test_no_token_and_no_credential_is_in_log_mail_or_history(
         account, spotify):
-    keep_mail(account.scratch)
+    account.scratch.keep_mail()
     account.log_in_long_ago()
     spotify.rotate = True
     spotify.add("one", "One")
@@ -646,12 +646,6 @@ def test_no_token_and_no_credential_is_in_log_mail_or_history(
 # Built-in tasks of the user's own: what they get
 # ==========================================================================
 
-def lines(out: str) -> list[str]:
-    """What the tasks wrote, without the elapsed column."""
-    return [line.split("] ", 1)[1] for line in out.splitlines()
-            if line.startswith("[") and "] " in line]
-
-
 def test_a_builtin_task_gets_storage_user_and_passwords(scratch, secrets):
     sync = scratch.storage("sync")
     secrets.put("a-name", "a value, for all to see")
@@ -663,7 +657,7 @@ def test_a_builtin_task_gets_storage_user_and_passwords(scratch, secrets):
         """)
     result = scratch.mission("run")
     assert result.code == 0, result
-    assert [line for line in lines(result.out)
+    assert [line for line in support.log_texts(result.out)
             if line[:5] in ("sync ", "user ", "long ")] == [
         f"sync {sync}", f"user {scratch.config['user']['name']}", "long 23"]
     assert secrets.asked() == ["1 a-name"]
@@ -689,7 +683,7 @@ def test_a_builtin_task_runs_as_a_script_would(scratch):
     for line in (f"cwd {scratch.tasks}/mine", "leader True", "stdin ''",
                  f"TARGET_USER {user}", f"SYNC_DIR {scratch.folder}/sync",
                  "MISSION_TASK mine", "CAKE lemon", "secret none"):
-        assert line in lines(result.out)
+        assert line in support.log_texts(result.out)
 
 
 def test_all_that_a_builtin_task_says_is_in_the_log_in_order(scratch):
@@ -708,7 +702,7 @@ def test_all_that_a_builtin_task_says_is_in_the_log_in_order(scratch):
         """)
     result = scratch.mission("run")
     assert result.code == 0, result
-    assert [line for line in lines(result.out)
+    assert [line for line in support.log_texts(result.out)
             if line[:1].isdigit() and line[1:2] == " "] == [
         "1 printed", "2 logged", "3 without an end", "4 complained",
         "5 written", "6 echoed", "7 two", "8 lines", "9 bye"]
@@ -738,7 +732,7 @@ def odd_texts(tmp_path_factory):
 
 @pytest.mark.parametrize("number", range(len(ODD_TEXTS)), ids=ODD_TEXTS)
 def test_no_text_that_it_says_can_break_it(odd_texts, number):
-    assert f"still here after {number}" in lines(odd_texts.out)
+    assert f"still here after {number}" in support.log_texts(odd_texts.out)
     assert odd_texts.code == 0
     assert not set("\x1b\0\r\x85\u2028\u202e") & set(odd_texts.out)
 
@@ -766,6 +760,10 @@ ENDS = {            # the body of run() -> what the log says about it
 }
 
 
+def task_section(log: str, slug: str) -> str:
+    return support.log_section(log, f"Task: {slug.capitalize()}")
+
+
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
     """One run: for each end a task that ends so, and one that is well."""
@@ -783,17 +781,11 @@ def ends(tmp_path_factory):
 def test_a_builtin_task_that_fails_fails_alone(ends, body):
     scratch, result = ends
     slug = f"end{list(ENDS).index(body)}"
-    assert ENDS[body] in section(result.out, slug)
-    assert {task["slug"]: task["outcome"]
-            for task in scratch.history()[-1]["tasks"]}[slug] == "failed"
-    assert "the last one ran" in section(result.out, "last")
+    assert ENDS[body] in task_section(result.out, slug)
+    assert scratch.outcomes()[slug] == "failed"
+    assert "the last one ran" in task_section(result.out, "last")
     assert (result.code, result.err.count("\n")) == (1, 1)
     assert f"{len(ENDS)} errors " in result.err
-
-
-def section(out: str, slug: str) -> str:
-    """The part of a log that is about one task."""
-    return out.split(f"# Task: {slug.capitalize()}\n")[1].split("\n# Task:")[0]
 
 
 def test_an_exception_brings_its_traceback_with_file_and_line(scratch):
@@ -807,7 +799,8 @@ def test_an_exception_brings_its_traceback_with_file_and_line(scratch):
     out = scratch.mission("run").out
     wanted = ["before", "Traceback (most recent call last):",
               "KeyError: 'no such key'"]
-    assert [line for line in lines(out) if line in wanted] == wanted
+    assert [line for line in support.log_texts(out)
+            if line in wanted] == wanted
     assert f'File "{scratch.tasks}/mine/task.py", line 3, in deep' in out
     assert 'return {}["no such key"]' in out
 
@@ -824,7 +817,7 @@ def test_an_endless_loop_meets_the_timeout(scratch):
     result = scratch.mission("run")
     assert result.code == 1 and time.monotonic() - began < 30
     assert "timed out" in result.out
-    assert "the next one ran" in lines(result.out)
+    assert "the next one ran" in support.log_texts(result.out)
 
 
 def test_a_thread_that_never_ends_does_not_hold_the_run(scratch):
@@ -836,7 +829,7 @@ def test_a_thread_that_never_ends_does_not_hold_the_run(scratch):
         """, timeout="10s")
     result = scratch.mission("run")
     assert result.code == 0, result
-    assert "returns" in lines(result.out)
+    assert "returns" in support.log_texts(result.out)
 
 
 def test_what_it_changes_is_changed_for_itself_alone(scratch):
@@ -857,9 +850,10 @@ def test_what_it_changes_is_changed_for_itself_alone(scratch):
             log("done")
         """)
     scratch.task("after", where, env={"LABEL": "after"})
-    result = scratch.mission("run", "--headless")
+    result = scratch.headless()
     assert result.code == 0, result
-    said = dict(line.split(": ", 1) for line in lines(scratch.log())
+    said = dict(line.split(": ", 1)
+                for line in support.log_texts(scratch.log())
                 if line.startswith(("before: ", "after: ")))
     assert said["after"] == said["before"].replace("/before ", "/after ")
     assert support.mode(scratch.log_files()[-1]) == 0o600
@@ -875,9 +869,9 @@ def test_it_holds_none_of_the_runners_files(scratch):
                 except OSError:
                     pass
         """)
-    result = scratch.mission("run", "--headless")
+    result = scratch.headless()
     assert result.code == 0, result
-    files = [line for line in lines(scratch.log())
+    files = [line for line in support.log_texts(scratch.log())
              if line.startswith("open ")]
     assert "open /dev/null" in files
     assert [line for line in files if str(scratch.state) in line
@@ -907,7 +901,7 @@ def test_a_builtin_task_runs_as_the_user_it_names(alice):
     result = alice.mission("run")
     assert result.code == 0, result
     uid = support.ALICE_UID
-    assert f"ids ({uid}, {uid}, [{uid}])" in lines(result.out)
+    assert f"ids ({uid}, {uid}, [{uid}])" in support.log_texts(result.out)
 
 
 # ==========================================================================
@@ -925,7 +919,7 @@ FAULTS = {          # task.py, or None -> words of the complaint
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory):
+def broken_builtins(tmp_path_factory):
     """A task for each fault, as slug a, b, c ..., and one that is well."""
     scratch = support.Scratch(tmp_path_factory.mktemp("faults"))
     slugs = {fault: f"fault{n}" for n, fault in enumerate(FAULTS)}
@@ -942,8 +936,8 @@ def faults(tmp_path_factory):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_check_names_a_fault_in_a_builtin_task(faults, fault):
-    slugs, check, _ = faults
+def test_check_names_a_fault_in_a_builtin_task(broken_builtins, fault):
+    slugs, check, _ = broken_builtins
     line, = [line for line in check.err.splitlines()
              if f"/{slugs[fault]}/task.py" in line]
     assert FAULTS[fault][1] in line.split("task.py", 1)[1]
@@ -951,11 +945,12 @@ def test_check_names_a_fault_in_a_builtin_task(faults, fault):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_a_builtin_task_fails_it_alone_in_a_run(faults, fault):
-    slugs, _, run = faults
-    about = section(run.out, slugs[fault])
+def test_a_fault_in_a_builtin_task_fails_it_alone_in_a_run(
+        broken_builtins, fault):
+    slugs, _, run = broken_builtins
+    about = task_section(run.out, slugs[fault])
     assert "ERROR: " in about and FAULTS[fault][1] in about
-    assert "the last one ran" in lines(run.out)
+    assert "the last one ran" in support.log_texts(run.out)
     assert f"{len(FAULTS)} errors " in run.err and run.code == 1
 
 
@@ -990,7 +985,7 @@ def test_a_module_that_fails_to_load_fails_its_task_alone(scratch):
     result = scratch.mission("run")
     assert result.code == 1
     assert "No module named 'no_such_module'" in result.out
-    assert "the next one ran" in lines(result.out)
+    assert "the next one ran" in support.log_texts(result.out)
 
 
 # ==========================================================================
@@ -1026,7 +1021,7 @@ def said(tmp_path_factory):
     """One run: each way to say a secret in a task of its own."""
     scratch = support.Scratch(tmp_path_factory.mktemp("said"))
     secrets = Pass(scratch)
-    keep_mail(scratch)
+    scratch.keep_mail()
     for number, python in enumerate(SAID.values()):
         secrets.put(f"bank{number}", f"{SECRET} {number}!")
         scratch.builtin(f"said{number}", f"""
@@ -1036,7 +1031,7 @@ def said(tmp_path_factory):
                 secret = args.pass_value("bank{number}")
                 {python}
             """)
-    return scratch, secrets, scratch.mission("run", "--headless")
+    return scratch, secrets, scratch.headless()
 
 
 @pytest.mark.parametrize("how", SAID)
@@ -1046,7 +1041,7 @@ def test_a_value_from_pass_is_in_no_log_mail_or_history_when_it(said, how):
     secret = f"{SECRET} {number}!"
     assert f"1 bank{number}" in secrets.asked()
     assert len(list((scratch.folder / "mails").iterdir())) == 2
-    about = section(scratch.log(), f"said{number}")
+    about = task_section(scratch.log(), f"said{number}")
     assert "begins" in about and "***" in about
     assert leaks(scratch, result, secret, repr(secret)[1:-1]) == []
 
@@ -1073,7 +1068,7 @@ def test_a_value_is_hidden_from_the_tasks_that_come_after(scratch, secrets):
             args.pass_value("bank")
         """)
     scratch.task("next", f"cat {secrets.folder}/bank.value; exit 3")
-    result = scratch.mission("run", "--headless")
+    result = scratch.headless()
     assert result.code == 1 and "***" in scratch.log()
     assert leaks(scratch, result, SECRET) == []
 
@@ -1084,7 +1079,7 @@ def test_only_the_first_line_of_a_value_counts(scratch, secrets):
         def run(args, log):
             log("length %d" % len(args.pass_value("bank")))
         """)
-    assert "length 14" in lines(scratch.mission("run").out)
+    assert "length 14" in support.log_texts(scratch.mission("run").out)
 
 
 def test_an_empty_value_spoils_nothing_in_the_log(scratch, secrets):
@@ -1097,7 +1092,8 @@ def test_an_empty_value_spoils_nothing_in_the_log(scratch, secrets):
                 pass
             log("a line that is not touched")
         """)
-    assert "a line that is not touched" in lines(scratch.mission("run").out)
+    assert "a line that is not touched" in support.log_texts(
+        scratch.mission("run").out)
 
 
 def test_a_pass_that_fails_fails_the_task_by_name(scratch, secrets):

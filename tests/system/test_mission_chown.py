@@ -22,7 +22,8 @@ import support
 pytestmark = support.root_only
 
 ALICE, MALLORY = support.ALICE_UID, support.MALLORY_UID
-SECONDS = 1.0       # of each race here; tests/bench/chown_race.py runs longer
+# Each race lasts at least so long; tests/bench/chown_race.py runs longer.
+SECONDS, PASSES = (2.0, 100) if support.FULL else (0.3, 20)
 
 
 def chown_tree(tree, uid: int = ALICE, gid: int = ALICE):
@@ -93,7 +94,7 @@ def test_everything_plain_is_given_over_and_counted(tree):
 def test_a_run_gives_what_its_tasks_left_to_the_user(alice, host):
     folder = backup(alice, host)
     alice.task("one", 'mkdir "$SYNC_DIR/new"; echo x > "$SYNC_DIR/new/file"')
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert (result.code, result.err) == (0, ""), result
     assert support.owner(folder / "new" / "file") == ALICE
     assert support.owner(folder / "new") == ALICE
@@ -140,12 +141,14 @@ def at_most(seconds: float):
         signal.signal(signal.SIGALRM, before)
 
 
-def race(rig, walk, seconds: float = SECONDS) -> tuple[int, int]:
+def race(rig, walk, seconds: float = SECONDS,
+         least: int = PASSES) -> tuple[int, int]:
     """(passes, stolen files) of a walk against the attacker. The group
     changes with each pass, so that there is always something to do."""
     passes, deadline = 0, time.monotonic() + seconds
     with rig.attacker():
-        while time.monotonic() < deadline and not rig.stolen():
+        while (time.monotonic() < deadline or passes < least) \
+                and not rig.stolen():
             with at_most(10):
                 walk(rig.tree, ALICE, ALICE + passes % 2)
             passes += 1
@@ -234,7 +237,7 @@ def test_3_a_snapshot_of_hard_links_just_made_is_given_over(alice, host):
     folder = backup(alice, host)
     alice.task("one", 'cd "$SYNC_DIR"; mkdir today\n'
                'for name in a b c; do echo x > $name; done; cp -al ? today')
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert (result.code, result.err) == (0, ""), alice.log()
     assert {support.owner(path) for path in folder.rglob("*")} == {ALICE}
 
@@ -244,7 +247,7 @@ def test_3_a_run_that_left_a_hard_link_alone_is_not_all_well(alice, host,
     folder = backup(alice, host)
     os.link(victim, folder / "hard")
     alice.task("one", 'echo x > "$SYNC_DIR/new"')
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert untouched(victim)
     assert result.code == 1 and len(result.err.splitlines()) == 1, result
     assert f"{folder}/hard" in alice.log()
@@ -333,7 +336,7 @@ def test_9_a_mount_inside_the_tree_is_not_entered(alice, host, victim, kind):
     alice.task("look", f"stat -c %u '{here}' > '{seen}'\n"
                f"find '{here}' -type f -exec stat -c %u {{}} + >> '{seen}'",
                post=True)
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert support.owner(folder / "new") == ALICE, result
     assert set(seen.read_text().split()) == {"0"}, alice.log()
     assert untouched(victim)
@@ -353,7 +356,7 @@ def test_10_a_storage_behind_a_link_of_the_users_is_refused(alice, host,
     os.chown(link, ALICE, ALICE, follow_symlinks=False)
     alice.config["storage"]["sync"] = {"path": str(link), "chown": True}
     alice.task("one", ":")
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert untouched(victims / "file") and support.owner(victims) == 0
     assert result.code != 0 and "Traceback" not in result.err, result
 
@@ -370,7 +373,7 @@ def test_10_a_storage_turned_into_a_link_during_the_run_is_refused(
     alice.task("one", f"mv '{top}' '{top}.away'\n"
                f"ln -s '{victim.parent}/victims' '{top}'\n"
                f"chown -h alice '{top}'")
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert top.is_symlink() and folder.exists()
     assert untouched(victims / "file") and support.owner(victims) == 0
     assert result.code == 1, result
@@ -383,7 +386,7 @@ def test_10_a_storage_behind_a_link_of_roots_is_fine(alice, host):
     link.symlink_to(folder)
     alice.config["storage"]["sync"]["path"] = str(link)
     alice.task("one", 'echo x > "$SYNC_DIR/new"')
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert result.code == 0, result
     assert support.owner(folder / "new") == ALICE
 
@@ -464,7 +467,7 @@ def test_12_a_run_over_a_deep_tree_ends_with_a_clean_message(alice, host):
     alice.task("one", 'echo x > "$SYNC_DIR/new"')
     dig(folder, 5000)
     try:
-        result = alice.mission("run", "--headless")
+        result = alice.headless()
         broken = "Traceback" in result.err + alice.log()
         assert not broken, "a traceback"
         assert result.code in (0, 1), result
@@ -496,7 +499,7 @@ def test_14_a_name_in_the_log_is_one_escaped_line(alice, host, victim, name,
     folder = backup(alice, host)
     os.link(victim, os.path.join(os.fsencode(folder), name))
     alice.task("one", ":")
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert result.code == 1, result
     log = alice.log()
     assert shown in log
@@ -537,7 +540,7 @@ def test_15_only_the_name_of_an_unprivileged_user_will_do(alice, host, name):
     (folder / "root's").touch()
     alice.config["user"]["name"] = name
     alice.task("one", f"touch '{alice.folder}/ran'")
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert result.code == 78 and "user.name" in result.err, result
     assert support.owner(folder / "root's") == 0
     assert not (alice.folder / "ran").exists()

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 import re
 import shlex
 import shutil
 import signal
 import socket
-import sys
 import tempfile
-import textwrap
 import time
 import urllib.parse
 import uuid
@@ -79,22 +78,8 @@ def msmtp(scratch, port: int) -> None:
             f"mount --move '{etc}' /etc"]
 
 
-def program(scratch, name: str, script: str) -> Path:
-    """A stand-in for a program, first in PATH."""
-    folder = scratch.make("bin")
-    path = folder / name
-    path.write_text("#!/bin/sh\n" + textwrap.dedent(script))
-    path.chmod(0o755)
-    scratch.env["PATH"] = f"{folder}:/usr/bin:/bin"
-    return path
-
-
 def pinging(scratch, url: str, **options) -> None:
     scratch.config["ping"] = {"enabled": True, "endpoint": url, **options}
-
-
-def headless(scratch, *args, **options):
-    return scratch.mission("run", "--headless", *args, **options)
 
 
 def undelivered(result) -> None:
@@ -102,41 +87,6 @@ def undelivered(result) -> None:
     assert result.code == 74, result
     assert result.err.startswith("mission: "), result
     assert "Traceback" not in result.err
-
-
-def hasty(scratch, **limits) -> None:
-    """No pauses between tries, and shorter time limits, by the names of
-    mission's constants."""
-    lines = ["assert m.Machine.pause",
-             "m.Machine.pause = lambda self, seconds: None"]
-    for name, value in limits.items():
-        lines.append(f"assert m.{name} > 0\nm.{name} = {value}")
-    real = str(support.ROOT / "mission.py")
-    driver = scratch.folder / "driver.py"
-    driver.write_text(f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("mission", {real!r})
-m = sys.modules["mission"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(m)
-{chr(10).join(lines)}
-if __name__ == "__main__":
-    sys.exit(m.main(sys.argv[1:]))
-""")
-    plain = scratch.command
-    scratch.command = lambda *args: [
-        str(driver) if word == real else word for word in plain(*args)]
-
-
-def reachable(folder: Path) -> None:
-    """Lets other users pass through the test's folders."""
-    for place in (folder, *folder.parents):
-        if place.stat().st_uid == os.geteuid() and str(place) != "/":
-            place.chmod(place.stat().st_mode | 0o011)
-
-
-def fake_pass(scratch, script: str) -> None:
-    reachable(scratch.folder)
-    scratch.config["passBin"] = str(program(scratch, "fake-pass", script))
 
 
 @pytest.fixture
@@ -151,9 +101,9 @@ def web():
         yield web
 
 
-@pytest.fixture
-def certificate(tmp_path):
-    return servers.certificate(tmp_path)
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    return servers.certificate(tmp_path_factory.mktemp("certificate"))
 
 
 # ==========================================================================
@@ -163,7 +113,7 @@ def certificate(tmp_path):
 def test_a_headless_run_mails_its_start_and_its_finish(scratch, sink):
     by_smtp(scratch, sink)
     scratch.task("one", "echo hello")
-    result = headless(scratch)
+    result = scratch.headless()
     assert result.code == 0 and not result.err, result
     name = re.escape(socket.gethostname())
     start, finish = sink.wait(2)
@@ -188,7 +138,7 @@ def test_a_headless_run_mails_its_start_and_its_finish(scratch, sink):
 def test_a_failed_run_says_failure_in_its_subject(scratch, sink):
     by_smtp(scratch, sink)
     scratch.task("one", "exit 3")
-    assert headless(scratch).code == 1
+    assert scratch.headless().code == 1
     start, finish = sink.wait(2)
     assert "[FAILURE]" not in start.subject
     name = re.escape(socket.gethostname())
@@ -211,7 +161,7 @@ def test_mail_on_and_mail_start_choose_the_mails(scratch, sink, mail, script,
     by_smtp(scratch, sink)
     scratch.config["mail"].update(mail)
     scratch.task("one", script)
-    result = headless(scratch)
+    result = scratch.headless()
     assert result.code == (0 if script == "true" else 1), result
     kinds = [re.search("FAILURE|start|finish", subject)[0]
              for subject in sink.subjects()]
@@ -231,7 +181,7 @@ def test_only_a_headless_run_delivers(scratch, sink, web, args):
 def test_the_mail_is_a_summary_line_and_the_log(scratch, sink):
     by_smtp(scratch, sink)
     scratch.task("one", "echo zażółć 日本 🎉; echo 'two  spaces '")
-    headless(scratch)
+    scratch.headless()
     text = sink.wait(2)[1].text
     summary, rest = text.split("\n\n", 1)
     assert re.search("well", summary) and not summary.startswith(("#", "["))
@@ -260,7 +210,7 @@ def test_no_line_of_a_task_can_harm_the_mail(scratch, sink):
     scratch.task("one", "\n".join(
         f"echo before {name}; printf '%b\\n' '{line}'; echo after {name}"
         for name, line in HOSTILE_LINES.items()))
-    assert headless(scratch).code == 0
+    assert scratch.headless().code == 0
     assert len(sink.letters) == 2
     letter, wire = sink.letters[1], sink.wires[1]
     for name in HOSTILE_LINES:
@@ -281,7 +231,7 @@ def test_no_line_of_a_task_can_harm_the_mail(scratch, sink):
 def test_a_long_log_loses_its_middle_and_says_how_much(scratch, sink, script):
     by_smtp(scratch, sink)
     scratch.task("one", script)
-    assert headless(scratch).code == 0
+    assert scratch.headless().code == 0
     text = sink.wait(2)[1].text
     assert 150_000 < len(text.encode()) < 205_000
     numbers = [int(n) for n in re.findall(r"\] line (\d+) ", text)]
@@ -297,7 +247,7 @@ def test_a_huge_line_does_not_swell_the_mail(scratch, sink):
     by_smtp(scratch, sink)
     scratch.task("one", "echo before; head -c 3000000 /dev/zero "
                         "| tr '\\0' x; echo; echo after")
-    assert headless(scratch).code == 0
+    assert scratch.headless().code == 0
     text = sink.wait(2)[1].text
     assert "] before\n" in text and "] after\n" in text
     assert len(text.encode()) < 210_000
@@ -329,7 +279,7 @@ def test_filters_match_the_bare_line_and_are_counted_in_its_place(
     by_smtp(scratch, sink)
     scratch.config["filters"] = filters
     scratch.task("one", f"printf '%s\\n' {said}")
-    assert headless(scratch).code == 0
+    assert scratch.headless().code == 0
     lines = after_headers(sink.wait(2)[1].text)
     # `1 line filtered` is as good; what counts is the number and the place.
     lines = [line.replace("1 line ", "1 lines ") for line in lines]
@@ -346,7 +296,7 @@ def test_a_filter_judges_the_whole_line_before_it_is_cut(scratch, sink):
     scratch.config["filters"] = ["password=.*hidden$"]
     scratch.task("one", "printf 'password=top'; head -c 300000 /dev/zero "
                         "| tr '\\0' x; echo hidden; echo after")
-    assert headless(scratch).code == 0
+    assert scratch.headless().code == 0
     text = sink.wait(2)[1].text
     assert "password=top" not in text and "hidden" not in text
     assert "] after\n" in text and "xxxx" not in text
@@ -356,12 +306,12 @@ def test_a_runaway_filter_withholds_the_line_and_the_run_goes_on(
         scratch, sink, web):
     by_smtp(scratch, sink)
     pinging(scratch, web.url, log=True)
-    hasty(scratch, LINE_SECONDS=0.3)
+    scratch.patch(LINE_SECONDS=0.3)
     scratch.config["filters"] = ["^nothing$", RUNAWAY]
     scratch.task("one", f"echo before; echo {BOMB}; echo after")
     scratch.task("two", "echo the second")
     began = time.monotonic()
-    result = headless(scratch)
+    result = scratch.headless()
     assert time.monotonic() - began < 30
     assert result.code in (0, 1), result
     letter = sink.wait(2)[1]
@@ -375,12 +325,12 @@ def test_a_runaway_filter_withholds_the_line_and_the_run_goes_on(
 
 def test_many_hostile_lines_are_withheld_within_seconds(scratch, sink):
     by_smtp(scratch, sink)
-    hasty(scratch, LINE_SECONDS=0.2, ALL_SECONDS=1)
+    scratch.patch(LINE_SECONDS=0.2, ALL_SECONDS=1)
     scratch.config["filters"] = [RUNAWAY]
     scratch.task("one", f"for i in $(seq 300); do echo {BOMB}; done; "
                         "echo after")
     began = time.monotonic()
-    assert headless(scratch).code in (0, 1)
+    assert scratch.headless().code in (0, 1)
     assert time.monotonic() - began < 20        # not 300 times 0.2 s
     text = sink.wait(2)[1].text
     assert BOMB not in text and "FinishTime" in text
@@ -392,7 +342,7 @@ def test_redactions_reach_mail_log_and_ping(scratch, sink, web):
     pinging(scratch, web.url, log=True)
     scratch.config["redact"] = [r"token=\w+"]
     scratch.task("one", "echo a token=geheim b")
-    assert headless(scratch).code == 0
+    assert scratch.headless().code == 0
     texts = [sink.wait(2)[1].text, scratch.log(), web.requests[-1].text]
     assert all("geheim" not in text for text in texts)
     assert all("a *** b" in text for text in texts)
@@ -413,7 +363,7 @@ HOSTILE = [
 ]
 
 
-def faults(scratch, capsys, path: str) -> str:
+def config_error(scratch, capsys, path: str) -> str:
     """What `check` says, in this process: a table of cases is quick."""
     scratch.write()
     code = support.load("mission").main(["-c", str(scratch.path), "check"])
@@ -428,7 +378,7 @@ def test_a_hostile_address_is_a_fault(scratch, capsys, address):
     by_smtp(scratch, servers.Sink(port=1))
     scratch.config["user"]["email"] = address
     scratch.task("one", "true")
-    faults(scratch, capsys, "user.email")
+    config_error(scratch, capsys, "user.email")
 
 
 @pytest.mark.parametrize("key", ["user.email", "mail.smtp.from"])
@@ -439,7 +389,7 @@ def test_a_run_with_a_hostile_address_does_not_begin(scratch, sink, key):
     part[key.split(".")[-1]] = "-oQ/tmp@mission.invalid"
     ran = scratch.folder / "ran"
     scratch.task("one", f"touch '{ran}'")
-    result = headless(scratch)
+    result = scratch.headless()
     assert result.code == 78 and key in result.err, result
     assert sink.sessions == 0 and not ran.exists()
 
@@ -453,7 +403,7 @@ def test_a_usual_address_is_taken(scratch, sink, address):
     by_smtp(scratch, sink)
     scratch.config["user"]["email"] = address
     scratch.task("one", "true")
-    assert headless(scratch).code == 0
+    assert scratch.headless().code == 0
     letter = sink.wait(2)[0]
     assert letter.recipients == [re.search(r"[^<> ]+@[^<> ]+", address)[0]]
     assert letter.message["To"].addresses[0].addr_spec \
@@ -471,7 +421,7 @@ def test_a_display_name_adds_no_header_and_no_recipient(scratch, sink, name):
     by_smtp(scratch, sink)
     scratch.config["user"]["email"] = f"{name} <{ADDRESS}>"
     scratch.task("one", "true")
-    result = headless(scratch)
+    result = scratch.headless()
     if result.code == 78:
         assert "user.email" in result.err
         return
@@ -493,7 +443,7 @@ class Named:
         script = ("import os, socket, sys\n"
                   "socket.sethostname(os.fsencode(sys.argv[1]))\n"
                   "os.execv(sys.argv[2], sys.argv[2:])")
-        return ["unshare", "-u", sys.executable, "-c", script,
+        return ["unshare", "-u", support.PYTHON, "-IS", "-c", script,
                 os.fsdecode(self.name), *command]
 
 
@@ -514,7 +464,7 @@ def test_any_host_name_is_one_subject_and_one_part_of_a_url(
     scratch.config["mail"]["start"] = False
     pinging(scratch, web.url + "/%s/end")
     scratch.task("one", "true")
-    result = headless(scratch)
+    result = scratch.headless()
     assert result.code == 0, result
     letter, = sink.wait(1)
     assert letter.recipients == [ADDRESS] and not letter.message.defects
@@ -541,7 +491,7 @@ def test_mail_goes_through_the_real_sendmail(scratch, sink):
     msmtp(scratch, sink.port)
     scratch.env["PATH"] = "/usr/bin:/bin"       # cron's: without /usr/sbin
     scratch.task("one", "echo zażółć 日本; echo .; echo after; exit 1")
-    result = headless(scratch)
+    result = scratch.headless()
     assert result.code == 1, result
     start, finish = sink.wait(2)
     assert start.subject.endswith(": run started")
@@ -559,7 +509,7 @@ def test_what_sendmail_could_not_pass_on_goes_out_with_the_next_run(
     msmtp(scratch, port)
     scratch.config["mail"]["start"] = False
     scratch.task("one", "echo the first")
-    result = headless(scratch)
+    result = scratch.headless()
     undelivered(result)
     waiting, = scratch.outbox()
     assert support.mode(waiting) == 0o600
@@ -567,7 +517,7 @@ def test_what_sendmail_could_not_pass_on_goes_out_with_the_next_run(
     before = servers.Letter("", [], waiting.read_bytes(), None, False)
     scratch.task("two", "echo the second")
     with servers.Sink(port=port) as sink:
-        assert headless(scratch).code == 0
+        assert scratch.headless().code == 0
         late, new = sink.wait(2)
     assert scratch.outbox() == []
     assert late["Message-ID"] == before["Message-ID"] != new["Message-ID"]
@@ -580,10 +530,10 @@ def test_a_server_that_says_later_keeps_the_mail_in_the_outbox(scratch):
         msmtp(scratch, sink.port)
         sink.answers["RCPT"] = "451 try again later"
         scratch.task("one", "true")
-        undelivered(headless(scratch))
+        undelivered(scratch.headless())
         assert sink.letters == [] and len(scratch.outbox()) == 2
         sink.answers.clear()
-        assert headless(scratch).code == 0
+        assert scratch.headless().code == 0
         subjects = [subject.split(": ")[1].split(" in ")[0]
                     for subject in sink.subjects()]
         assert subjects == ["run started", "run finished"] * 2
@@ -597,27 +547,27 @@ def test_a_server_that_says_later_keeps_the_mail_in_the_outbox(scratch):
 def test_a_sendmail_in_trouble_costs_no_mail(scratch, script):
     """Case: also a mail larger than a pipe, to one that does not read."""
     by_sendmail(scratch)
-    program(scratch, "sendmail", script)
+    scratch.stand_in("sendmail", script)
     scratch.config["mail"]["start"] = False
     scratch.task("one", "head -c 150000 /dev/zero | tr '\\0' x; echo")
-    result = headless(scratch)
+    result = scratch.headless()
     undelivered(result)
     waiting, = scratch.outbox()
     assert support.mode(waiting) == 0o600
     assert b"run finished in" in waiting.read_bytes()
-    program(scratch, "sendmail", f"exec cat >'{scratch.folder}/sent'")
-    headless(scratch)
+    scratch.stand_in("sendmail", f"exec cat >'{scratch.folder}/sent'")
+    scratch.headless()
     assert scratch.outbox() == []
 
 
 def test_a_sendmail_that_hangs_is_ended_and_costs_no_mail(scratch):
     by_sendmail(scratch)
-    program(scratch, "sendmail", f"echo $$ >>'{scratch.folder}/pids'\n"
+    scratch.stand_in("sendmail", f"echo $$ >>'{scratch.folder}/pids'\n"
                                  "exec sleep 300")
-    hasty(scratch, MAIL_SECONDS=1)
+    scratch.patch(MAIL_SECONDS=1)
     scratch.task("one", "true")
     began = time.monotonic()
-    undelivered(headless(scratch))
+    undelivered(scratch.headless())
     assert time.monotonic() - began < 20
     assert len(scratch.outbox()) == 2
     for pid in (scratch.folder / "pids").read_text().split():
@@ -627,28 +577,28 @@ def test_a_sendmail_that_hangs_is_ended_and_costs_no_mail(scratch):
 def test_a_mail_server_that_hangs_is_given_up(scratch, sink):
     sink.silent = True
     by_smtp(scratch, sink)
-    hasty(scratch, MAIL_SECONDS=1)
+    scratch.patch(MAIL_SECONDS=1)
     scratch.task("one", "true")
     began = time.monotonic()
-    undelivered(headless(scratch))
+    undelivered(scratch.headless())
     assert time.monotonic() - began < 20
     assert len(scratch.outbox()) == 2
 
 
 def test_a_sendmail_that_took_half_and_said_yes_is_not_believed(scratch):
     by_sendmail(scratch)
-    program(scratch, "sendmail", "head -c 10 >/dev/null; exit 0")
+    scratch.stand_in("sendmail", "head -c 10 >/dev/null; exit 0")
     scratch.config["mail"]["start"] = False
     scratch.task("one", "head -c 150000 /dev/zero | tr '\\0' x; echo")
-    undelivered(headless(scratch))
+    undelivered(scratch.headless())
     assert len(scratch.outbox()) == 1
 
 
 def test_a_sendmail_gone_during_the_run_costs_no_mail(scratch):
     by_sendmail(scratch)
-    sendmail = program(scratch, "sendmail", "exec cat >/dev/null")
+    sendmail = scratch.stand_in("sendmail", "exec cat >/dev/null")
     scratch.task("one", f"echo '#!/no/such/interpreter' >'{sendmail}'")
-    undelivered(headless(scratch))
+    undelivered(scratch.headless())
     waiting, = scratch.outbox()
     assert b"run finished" in waiting.read_bytes()
 
@@ -664,21 +614,21 @@ def test_a_missing_sendmail_is_a_fault_before_anything_runs(scratch):
     by_sendmail(scratch)
     ran = scratch.folder / "ran"
     scratch.task("one", f"touch '{ran}'")
-    result = headless(scratch)
+    result = scratch.headless()
     assert result.code == 78 and "sendmail" in result.err, result
     assert not ran.exists()
 
 
 def test_sendmail_gets_an_address_and_no_environment_of_the_caller(scratch):
     by_sendmail(scratch)
-    program(scratch, "sendmail", f"""
+    scratch.stand_in("sendmail", f"""
         {{ printf '%s\\n' "$@"; env; }} >>'{scratch.folder}/asked'
         exec cat >/dev/null""")
     scratch.env.update({"SECRET": "geheim", "BASH_ENV": "/x",
                         "LD_LIBRARY_PATH": "/x"})
     scratch.config["mail"]["start"] = False
     scratch.task("one", "true")
-    assert headless(scratch).code == 0
+    assert scratch.headless().code == 0
     asked = (scratch.folder / "asked").read_text()
     words = asked.split("\n")
     assert words[words.index("--") + 1] == ADDRESS
@@ -688,10 +638,10 @@ def test_sendmail_gets_an_address_and_no_environment_of_the_caller(scratch):
 
 def test_every_trouble_is_in_the_log_and_one_line_is_on_stderr(scratch):
     by_sendmail(scratch)
-    program(scratch, "sendmail", "cat >/dev/null; printf 'no\\033[2J\\nx' >&2;"
+    scratch.stand_in("sendmail", "cat >/dev/null; printf 'no\\033[2J\\nx' >&2;"
                                  " exit 75")
     scratch.task("one", "true")
-    result = headless(scratch)
+    result = scratch.headless()
     undelivered(result)
     assert result.err.count("\n") == 1 and "\x1b" not in result.err, result
     assert "75" in scratch.log() and "\x1b" not in scratch.log()
@@ -700,9 +650,9 @@ def test_every_trouble_is_in_the_log_and_one_line_is_on_stderr(scratch):
 
 def test_a_failed_task_is_worse_than_a_mail_not_sent(scratch):
     by_sendmail(scratch)
-    program(scratch, "sendmail", "cat >/dev/null; exit 75")
+    scratch.stand_in("sendmail", "cat >/dev/null; exit 75")
     scratch.task("one", "exit 3")
-    assert headless(scratch).code == 1
+    assert scratch.headless().code == 1
 
 
 # ==========================================================================
@@ -755,7 +705,7 @@ def test_smtp_logs_in_with_the_password_from_pass(scratch, store, certificate,
     with servers.Sink(security, certificate, ACCOUNT) as sink:
         logging_in(scratch, store, sink, security, caFile=certificate.cert)
         scratch.task("one", "echo hello")
-        result = headless(scratch)
+        result = scratch.headless()
         assert result.code == 0, result
         start, finish = sink.wait(2)
     assert {letter.login for letter in (start, finish)} == {ACCOUNT}
@@ -763,18 +713,29 @@ def test_smtp_logs_in_with_the_password_from_pass(scratch, store, certificate,
     assert finish.recipients == [ADDRESS] and "] hello\n" in finish.text
 
 
+@pytest.fixture(scope="module")
+def certificate_of(tmp_path_factory):
+    """A function: a certificate by its fault. Each is made once."""
+    folder = tmp_path_factory.mktemp("certificates")
+
+    @functools.lru_cache(maxsize=None)
+    def make(fault: str | None) -> servers.Certificate:
+        return servers.certificate(
+            folder, expired=fault == "expired", names="DNS:other.invalid"
+            if fault == "other host" else "IP:127.0.0.1,DNS:localhost")
+    return make
+
+
 @pytest.mark.parametrize("security", ["starttls", "tls"])
 @pytest.mark.parametrize("fault", ["unknown", "expired", "other host"])
-def test_a_bad_certificate_is_refused(scratch, store, tmp_path, security,
-                                      fault):
-    certificate = servers.certificate(
-        tmp_path, expired=fault == "expired", names="DNS:other.invalid"
-        if fault == "other host" else "IP:127.0.0.1,DNS:localhost")
+def test_a_bad_certificate_is_refused(scratch, store, certificate_of,
+                                      security, fault):
+    certificate = certificate_of(fault)
     trusted = {} if fault == "unknown" else {"caFile": certificate.cert}
     with servers.Sink(security, certificate, ACCOUNT) as sink:
         logging_in(scratch, store, sink, security, **trusted)
         scratch.task("one", "true")
-        result = headless(scratch)
+        result = scratch.headless()
         undelivered(result)
         assert sink.letters == [] and sink.logins == []
     assert len(scratch.outbox()) == 2
@@ -794,7 +755,7 @@ def test_stripped_tls_is_refused_and_no_word_goes_out(scratch, store, name,
         sink.answers.update(answers)
         logging_in(scratch, store, sink, "starttls")
         scratch.task("one", "true")
-        undelivered(headless(scratch))
+        undelivered(scratch.headless())
         assert sink.letters == [] and sink.logins == []
         assert not [line for line in sink.commands
                     if line.upper().startswith(("AUTH", "MAIL"))]
@@ -804,7 +765,7 @@ def test_stripped_tls_is_refused_and_no_word_goes_out(scratch, store, name,
 def test_a_plain_server_behind_the_tls_port_is_refused(scratch, sink):
     by_smtp(scratch, sink, security="tls")
     scratch.task("one", "true")
-    undelivered(headless(scratch))
+    undelivered(scratch.headless())
     assert sink.letters == []
 
 
@@ -813,7 +774,7 @@ def test_a_wrong_password_waits_and_is_told_nowhere(scratch, store, tmp_path,
     with servers.Sink("tls", certificate, ("backup", "another")) as sink:
         logging_in(scratch, store, sink, "tls", caFile=certificate.cert)
         scratch.task("one", "true")
-        result = headless(scratch)
+        result = scratch.headless()
         undelivered(result)
         assert sink.logins and sink.letters == []
     assert len(scratch.outbox()) == 2
@@ -829,9 +790,9 @@ def test_a_wrong_password_waits_and_is_told_nowhere(scratch, store, tmp_path,
 ])
 def test_without_a_password_the_mail_waits(scratch, sink, script):
     by_smtp(scratch, sink, user="backup", passName="mail/backup")
-    fake_pass(scratch, script)
+    scratch.fake_pass(script)
     scratch.task("one", "true")
-    result = headless(scratch)
+    result = scratch.headless()
     undelivered(result)
     assert sink.letters == [] and len(scratch.outbox()) == 2
     assert "fake-pass" in scratch.log() and "xxxx" not in scratch.log()
@@ -841,9 +802,9 @@ def test_without_a_password_the_mail_waits(scratch, sink, script):
 def test_the_first_line_alone_is_the_password(scratch):
     with servers.Sink(account=("backup", "geheim")) as sink:
         by_smtp(scratch, sink, user="backup", passName="mail/backup")
-        fake_pass(scratch, "printf '%s\\n' geheim 'url: x'")
+        scratch.fake_pass("printf '%s\\n' geheim 'url: x'")
         scratch.task("one", "true")
-        assert headless(scratch).code == 0
+        assert scratch.headless().code == 0
         assert len(sink.letters) == 2
 
 
@@ -860,12 +821,12 @@ def test_a_server_that_says_no_leaves_the_mail_in_the_outbox(
     by_smtp(scratch, sink)
     scratch.config["mail"]["start"] = False
     scratch.task("one", "true")
-    result = headless(scratch)
+    result = scratch.headless()
     undelivered(result)
     assert len(scratch.outbox()) == 1 and sink.letters == []
     assert "\x1b" not in result.err + scratch.log()
     sink.answers.clear()
-    assert headless(scratch).code == 0
+    assert scratch.headless().code == 0
     assert len(sink.letters) == 2 and scratch.outbox() == []
 
 
@@ -874,10 +835,10 @@ def test_a_mail_that_nobody_takes_does_not_stop_the_others(scratch, sink):
     by_smtp(scratch, sink)
     scratch.task("one", "true")
     sink.answers["RCPT"] = "550 no such user"
-    undelivered(headless(scratch))
+    undelivered(scratch.headless())
     scratch.outbox()[0].write_bytes(b"\xff not a mail\n")
     sink.answers.clear()
-    headless(scratch)
+    scratch.headless()
     subjects = sink.subjects()
     assert sum("run finished" in subject for subject in subjects) >= 1
     assert subjects[-1].split(": ")[1].startswith("run finished")
@@ -890,7 +851,7 @@ def test_a_mail_that_nobody_takes_does_not_stop_the_others(scratch, sink):
 def test_the_endpoint_is_asked_once_when_all_went_well(scratch, web):
     pinging(scratch, web.url + "?a=b")
     scratch.task("one", "true")
-    result = headless(scratch)
+    result = scratch.headless()
     assert result.code == 0 and not result.err, result
     assert web.asked() == ["GET /check"]
     assert web.requests[0].query["a"] == "b" and not web.requests[0].body
@@ -904,7 +865,7 @@ def test_the_endpoint_is_asked_once_when_all_went_well(scratch, web):
 def test_start_success_and_fail_share_one_run_id(scratch, web, script, asked):
     pinging(scratch, web.url, start=True, fail=True)
     scratch.task("one", script)
-    headless(scratch)
+    scratch.headless()
     assert web.asked() == asked
     rids = {request.query["rid"] for request in web.requests}
     assert len(rids) == 1 and uuid.UUID(rids.pop())
@@ -914,7 +875,7 @@ def test_a_failed_run_does_not_ping_unless_told_to(scratch, web):
     pinging(scratch, web.url)
     scratch.task("one", "false")
     scratch.task("two", "true")
-    assert headless(scratch).code == 1
+    assert scratch.headless().code == 1
     assert web.requests == []
 
 
@@ -923,7 +884,7 @@ def test_the_start_ping_comes_before_the_first_task(scratch, web):
     scratch.task("one", f"ls '{scratch.folder}/asked'")
     web.note, note = lambda request: (
         (scratch.folder / "asked").touch(), note(request))[1], web.note
-    assert headless(scratch).code == 0
+    assert scratch.headless().code == 0
 
 
 @pytest.mark.parametrize("script, path", [("true", "/check"),
@@ -932,7 +893,7 @@ def test_the_log_is_posted_with_the_finish(scratch, web, script, path):
     pinging(scratch, web.url, start=True, fail=True, log=True)
     scratch.config["filters"] = ["^secret"]
     scratch.task("one", f"echo hello ż; echo secret sauce; {script}")
-    headless(scratch)
+    scratch.headless()
     finish = web.requests[-1]
     assert (finish.method, finish.path) == ("POST", path)
     assert "] hello ż\n" in finish.text and "sauce" not in finish.text
@@ -943,7 +904,7 @@ def test_the_log_is_posted_with_the_finish(scratch, web, script, path):
 def test_a_long_log_is_posted_from_its_end(scratch, web):
     pinging(scratch, web.url, log=True)
     scratch.task("one", "seq 100000")
-    assert headless(scratch).code == 0
+    assert scratch.headless().code == 0
     body = web.requests[-1].body
     assert len(body) <= 100_000         # Healthchecks' limit
     assert b"] 100000\n" in body and b"] 1\n" not in body
@@ -967,7 +928,7 @@ def test_percent_s_becomes_the_host_name_and_nothing_else_changes(
     name = socket.gethostname()
     pinging(scratch, f"http://127.0.0.1:{web.port}{endpoint}")
     scratch.task("one", "true")
-    assert headless(scratch).code == 0
+    assert scratch.headless().code == 0
     request, = web.requests
     assert request.path == path.replace("HOST", name)
     for key, value in query.items():
@@ -977,7 +938,7 @@ def test_percent_s_becomes_the_host_name_and_nothing_else_changes(
 def test_the_kinds_come_before_the_query(scratch, web):
     pinging(scratch, web.url + "/?create=1&x=%20", start=True, fail=True)
     scratch.task("one", "false")
-    headless(scratch)
+    scratch.headless()
     assert [r.path.replace("//", "/") for r in web.requests] \
         == ["/check/start", "/check/fail"]
     assert all(r.query["create"] == "1" and r.query["x"] == " "
@@ -994,10 +955,10 @@ def test_the_kinds_come_before_the_query(scratch, web):
 ])
 def test_what_the_server_answers_decides(scratch, answers, tries, code):
     with servers.Web(*answers) as web:
-        hasty(scratch)
+        scratch.patch(support.NO_PAUSES)
         pinging(scratch, web.url, retries=max(2, tries or 0))
         scratch.task("one", "true")
-        result = headless(scratch)
+        result = scratch.headless()
     if code == 74:
         undelivered(result)
         if isinstance(answers[0], int):
@@ -1023,7 +984,7 @@ def test_a_refused_connection_is_tried_again(scratch):
 def test_nobody_listening_is_a_delivery_failure(scratch):
     pinging(scratch, f"http://127.0.0.1:{servers.free_port()}/x", retries=1)
     scratch.task("one", "true")
-    undelivered(headless(scratch))
+    undelivered(scratch.headless())
 
 
 @pytest.mark.parametrize("fault", ["hang", "drip head", "drip body"])
@@ -1032,7 +993,7 @@ def test_one_time_limit_holds_for_the_whole_request(scratch, fault):
         pinging(scratch, web.url, timeout="1s", retries=1)
         scratch.task("one", "true")
         began = time.monotonic()
-        result = headless(scratch)
+        result = scratch.headless()
         assert time.monotonic() - began < 8
         assert len(web.requests) == 1
     if fault == "drip body":    # the status was known: success either way
@@ -1048,7 +1009,7 @@ def test_a_tls_server_that_never_shakes_hands_is_given_up(scratch):
                 retries=1)
         scratch.task("one", "true")
         began = time.monotonic()
-        undelivered(headless(scratch))
+        undelivered(scratch.headless())
         assert time.monotonic() - began < 8
 
 
@@ -1056,7 +1017,7 @@ def test_a_huge_body_is_not_read(scratch):
     with servers.Web("huge body") as web:
         pinging(scratch, web.url, retries=1)
         scratch.task("one", "true")
-        headless(scratch)
+        scratch.headless()
         assert len(web.requests) == 1
     assert web.megabytes < 100
     assert len(scratch.log()) < 20_000
@@ -1070,7 +1031,7 @@ def test_the_answer_is_one_escaped_line_of_the_log(scratch, body):
     with servers.Web(body) as web:
         pinging(scratch, web.url)
         scratch.task("one", "true")
-        assert headless(scratch).code == 0
+        assert scratch.headless().code == 0
     lines = [line for line in scratch.log().split("\n")
              if "PingResponse" in line]
     assert len(lines) == 1 and len(lines[0]) < 1000
@@ -1085,7 +1046,7 @@ def redirected(scratch, *answers, certificate=None) -> tuple:
         options = {"caFile": certificate.cert} if certificate else {}
         pinging(scratch, web.url, retries=1, **options)
         scratch.task("one", "true")
-        return headless(scratch), web
+        return scratch.headless(), web
 
 
 @pytest.mark.parametrize("status, target", [
@@ -1135,20 +1096,18 @@ def test_a_redirect_from_http_to_https_is_followed(scratch, certificate):
             servers.Web(servers.Redirect(safe.url)) as web:
         pinging(scratch, web.url, caFile=certificate.cert)
         scratch.task("one", "true")
-        assert headless(scratch).code == 0
+        assert scratch.headless().code == 0
         assert len(safe.requests) == 1
 
 
 @pytest.mark.parametrize("fault", ["unknown", "expired", "other host", None])
-def test_tls_of_an_endpoint_is_verified(scratch, tmp_path, fault):
-    certificate = servers.certificate(
-        tmp_path, expired=fault == "expired", names="DNS:other.invalid"
-        if fault == "other host" else "IP:127.0.0.1,DNS:localhost")
+def test_tls_of_an_endpoint_is_verified(scratch, certificate_of, fault):
+    certificate = certificate_of(fault)
     options = {} if fault == "unknown" else {"caFile": certificate.cert}
     with servers.Web(certificate=certificate) as web:
         pinging(scratch, web.url, retries=1, **options)
         scratch.task("one", "true")
-        result = headless(scratch)
+        result = scratch.headless()
         assert len(web.requests) == (0 if fault else 1)
     assert result.code == (74 if fault else 0), result
 
@@ -1164,7 +1123,7 @@ def test_tls_of_an_endpoint_is_verified(scratch, tmp_path, fault):
 def test_an_endpoint_is_http_or_https(scratch, capsys, endpoint):
     pinging(scratch, endpoint)
     scratch.task("one", "true")
-    faults(scratch, capsys, "ping.endpoint")
+    config_error(scratch, capsys, "ping.endpoint")
 
 
 def test_the_callers_proxy_and_ca_are_not_asked(scratch, web):
@@ -1174,7 +1133,7 @@ def test_the_callers_proxy_and_ca_are_not_asked(scratch, web):
                             "all_proxy": at})
         pinging(scratch, web.url)
         scratch.task("one", "true")
-        assert headless(scratch).code == 0
+        assert scratch.headless().code == 0
         assert proxy.requests == [] and len(web.requests) == 1
 
 
@@ -1183,7 +1142,7 @@ def test_trouble_with_the_start_ping_does_not_stop_the_backup(scratch):
         pinging(scratch, web.url, start=True, timeout="1s", retries=1)
         ran = scratch.folder / "ran"
         scratch.task("one", f"touch '{ran}'")
-        undelivered(headless(scratch))
+        undelivered(scratch.headless())
         assert ran.exists()
         assert web.asked()[0] == "GET /check/start"
 
@@ -1192,7 +1151,7 @@ def test_a_failed_task_is_worse_than_a_ping_not_taken(scratch):
     with servers.Web(500) as web:
         pinging(scratch, web.url, fail=True, retries=1)
         scratch.task("one", "exit 3")
-        result = headless(scratch)
+        result = scratch.headless()
         assert result.code == 1, result
         assert web.asked() == ["GET /check/fail"]
 
@@ -1200,10 +1159,10 @@ def test_a_failed_task_is_worse_than_a_ping_not_taken(scratch):
 def test_no_success_is_pinged_after_a_mail_that_failed(scratch, web):
     """`The ping goes out when the run would exit 0`: this one would not."""
     by_sendmail(scratch)
-    program(scratch, "sendmail", "cat >/dev/null; exit 75")
+    scratch.stand_in("sendmail", "cat >/dev/null; exit 75")
     pinging(scratch, web.url, start=True, fail=True)
     scratch.task("one", "true")
-    undelivered(headless(scratch))
+    undelivered(scratch.headless())
     assert "GET /check" not in web.asked()
 
 
@@ -1251,10 +1210,19 @@ def test_a_signal_during_the_delivery_ends_it(scratch):
 # ==========================================================================
 
 @pytest.fixture
-def desk(scratch, tmp_path):
+def desk(scratch, open_desk):
     """A desk of the user that mission notifies: alice's when root asks."""
-    support.need("Xvfb", "dbus-daemon", "dunst", "dunstctl", "notify-send")
     scratch.config["notify"] = {"enabled": True}
+    if open_desk.host:
+        scratch.host = open_desk.host
+        scratch.config["user"]["name"] = support.ALICE
+    open_desk.shown()           # of the test before
+    return open_desk
+
+
+@pytest.fixture(scope="module")
+def open_desk():
+    support.need("Xvfb", "dbus-daemon", "dunst", "dunstctl", "notify-send")
     # Sockets need short paths.
     folder = Path(tempfile.mkdtemp(prefix="m-"))
     folder.chmod(0o755)
@@ -1264,14 +1232,15 @@ def desk(scratch, tmp_path):
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         if support.AS_ROOT:
             support.need("unshare", "setpriv")
-            scratch.host = host = at_alices_desk(folder, runtime)
-            scratch.config["user"]["name"] = support.ALICE
+            host = at_alices_desk(folder, runtime)
             uid = str(support.ALICE_UID)
             desk = servers.Desk(runtime, lambda command: host.command(
                 ["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups",
                  *command]))
+            desk.host = host
         else:
             desk = servers.Desk(runtime)
+            desk.host = None
         yield stack.enter_context(desk)
 
 
@@ -1326,8 +1295,8 @@ def notify_send(scratch, script: str) -> Path:
     asked = scratch.folder / "asked"
     asked.touch()
     asked.chmod(0o666)
-    reachable(scratch.folder)
-    program(scratch, "notify-send", f"""
+    scratch.open_to_others()
+    scratch.stand_in("notify-send", f"""
         printf '%s\\n' "$@" "uid=$(id -u)" "bus=$DBUS_SESSION_BUS_ADDRESS" \\
             "secret=$SECRET" >>{shlex.quote(str(asked))}
         """ + script)
@@ -1370,7 +1339,7 @@ def test_a_desktop_in_trouble_never_turns_a_good_backup_red(scratch, web,
     asked = notify_send(scratch, script)
     pinging(scratch, web.url)
     scratch.task("one", "true")
-    result = headless(scratch)
+    result = scratch.headless()
     assert result.code == 0 and not result.err, result
     assert asked.read_text().count("uid=") == 2
     assert scratch.log().count("NotifyFailure") == 2
@@ -1380,10 +1349,10 @@ def test_a_desktop_in_trouble_never_turns_a_good_backup_red(scratch, web,
 
 def test_a_notification_that_hangs_is_given_up(scratch):
     asked = notify_send(scratch, "exec sleep 300")
-    hasty(scratch, DESKTOP_SECONDS=1)
+    scratch.patch(DESKTOP_SECONDS=1)
     scratch.task("one", "true")
     began = time.monotonic()
-    result = headless(scratch)
+    result = scratch.headless()
     assert time.monotonic() - began < 20
     assert result.code == 0 and asked.read_text().count("uid=") == 2, result
 
@@ -1399,6 +1368,6 @@ def test_without_a_bus_there_is_a_line_in_the_log_and_exit_0(scratch):
     else:
         scratch.env["DBUS_SESSION_BUS_ADDRESS"] = "unix:path=/no/such/bus"
     scratch.task("one", "true")
-    result = headless(scratch)
+    result = scratch.headless()
     assert result.code == 0 and not result.err, result
     assert scratch.log().count("NotifyFailure") == 2

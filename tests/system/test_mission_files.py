@@ -29,12 +29,12 @@ def victim(tmp_path):
     return path
 
 
-def intact(victim: Path) -> bool:
+def is_intact(victim: Path) -> bool:
     return victim.read_text() == "hush hush" and support.owner(victim) == 0 \
         and support.mode(victim) == 0o600
 
 
-def refused(result, *words: str) -> None:
+def assert_refused(result, *words: str) -> None:
     """A fault of the configuration, named, and no traceback."""
     assert result.code == 78 and "Traceback" not in result.err, result
     assert all(word in result.err for word in words), result
@@ -71,27 +71,15 @@ def test_a_log_is_a_file_that_did_not_exist_before(alice, victim, plant):
             own[path] = os.lstat(alice.logs / path).st_ino
     os.chown(alice.logs, ALICE, ALICE)
     alice.task("one", "echo done here")
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert result.code == 0, result
     fresh = [path for path in alice.logs.iterdir() if path.name not in own]
     assert len(fresh) == 1 and "done here" in fresh[0].read_text()
     assert stat.S_ISREG(os.lstat(fresh[0]).st_mode)
     assert support.mode(fresh[0]) == 0o600
-    assert intact(victim) and not (victim.parent / "planted").exists()
+    assert is_intact(victim) and not (victim.parent / "planted").exists()
     assert all(os.lstat(alice.logs / name).st_ino == inode
                for name, inode in own.items())
-
-
-def fake_sendmail(scratch) -> Path:
-    """A sendmail that keeps what it gets; the folder of its mails."""
-    mails = scratch.make("mails")
-    program = scratch.make("bin") / "sendmail"
-    program.write_text(f"#!/bin/sh\ncat > '{mails}/'$$\n")
-    program.chmod(0o755)
-    scratch.env["PATH"] = f"{program.parent}:{scratch.env['PATH']}"
-    scratch.config["mail"] = {"enabled": True, "start": False}
-    scratch.config["user"]["email"] = "alice@example.com"
-    return mails
 
 
 AWAY = {
@@ -107,15 +95,15 @@ AWAY = {
 @support.root_only
 @pytest.mark.parametrize("how", AWAY)
 def test_18_the_mail_is_whole_whatever_becomes_of_the_log(alice, victim, how):
-    mails = fake_sendmail(alice)
+    mails = alice.keep_mail(start=False)
     script = AWAY[how].replace(" /", f" '{alice.folder}'") \
         if how == "moved" else AWAY[how]
     alice.task("before", "echo said before")
     alice.task("away", f"{script}", env={
         "VICTIM": str(victim), "NAMES": " ".join(names_ahead(60))})
     alice.task("after", "echo said after")
-    result = alice.mission("run", "--headless")
-    assert result.code in (0, 74) and intact(victim), result
+    result = alice.headless()
+    assert result.code in (0, 74) and is_intact(victim), result
     (mail,) = mails.iterdir()
     text = mail.read_text()
     assert "said before" in text and "said after" in text
@@ -131,7 +119,7 @@ def test_19_logs_may_be_a_link_of_roots_and_change_hands(alice, host):
     alice.config["storage"]["logs"]["chown"] = True
     alice.task("one", "echo one")
     alice.task("last", "echo the last words", post=True)
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert (result.code, result.err) == (0, ""), result
     (log,) = elsewhere.glob("*.txt")
     assert "the last words" in log.read_text()
@@ -148,7 +136,7 @@ def test_19_logs_behind_a_link_of_the_users_are_not_written(alice, host,
     os.chown(link, ALICE, ALICE, follow_symlinks=False)
     alice.config["storage"]["logs"]["path"] = str(link)
     alice.task("one", ":")
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert list(cron.iterdir()) == []
     assert result.code != 0 and "Traceback" not in result.err, result
 
@@ -172,9 +160,9 @@ def test_23_retention_removes_old_logs_and_nothing_else(alice, victim,
     support.own(logs, ALICE)
     alice.config["logs"] = {"keep": 1}
     alice.task("one", ":")
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert result.code == 0, result
-    assert intact(victim)
+    assert is_intact(victim)
     assert (treasure / "2001-01-01-00-00-00.txt").read_text() == "hush hush"
     assert (logs / f"{old[4]}.txt" / "file").exists()
     left = {path.name for path in logs.iterdir()}
@@ -244,7 +232,7 @@ def test_21_a_lock_file_that_was_left_does_not_lock(alice, kind):
 # The configuration -----------------------------------------------------------
 
 
-def spy(scratch) -> Path:
+def marking_task(scratch) -> Path:
     """A task that leaves a mark; the mark, which must not be there."""
     mark = scratch.folder / "ran"
     scratch.task("one", f"touch '{mark}'")
@@ -284,10 +272,10 @@ def deep(alice):
 @pytest.mark.parametrize("intruder", INTRUDERS)
 def test_24_a_configuration_that_another_can_change_is_refused(deep,
                                                                intruder):
-    mark = spy(deep)
+    mark = marking_task(deep)
     deep.write()
     INTRUDERS[intruder](deep.path)
-    refused(deep.mission("run", write=False), str(deep.path))
+    assert_refused(deep.mission("run", write=False), str(deep.path))
     assert not mark.exists()
 
 
@@ -297,7 +285,7 @@ def test_24_a_configuration_that_another_can_change_is_refused(deep,
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_24_trust_decides_whether_the_user_may_own_it(deep, trust, code,
                                                       what):
-    spy(deep)
+    marking_task(deep)
     if trust:
         deep.config["trust"] = trust
     deep.write()
@@ -318,7 +306,7 @@ LINKS = {
 @support.root_only
 @pytest.mark.parametrize("case", LINKS)
 def test_24_every_link_on_the_way_is_judged(deep, case):
-    mark = spy(deep)
+    mark = marking_task(deep)
     deep.write()
     code, links = LINKS[case]
     (deep.folder / "hers").mkdir()
@@ -335,13 +323,13 @@ def test_24_every_link_on_the_way_is_judged(deep, case):
 @support.root_only
 def test_25_a_configuration_lying_where_root_stands_is_judged_too(alice,
                                                                   host):
-    mark = spy(alice)
+    mark = marking_task(alice)
     home = host.home["mallory"]
     (home / "mission.config.json").write_text(json.dumps(alice.config))
     support.own(home, MALLORY)
     result = host.run([*support.program("mission"), "run"], cwd=home,
                       env=alice.env)
-    refused(result, "mission.config.json")
+    assert_refused(result, "mission.config.json")
     assert not mark.exists()
 
 
@@ -367,7 +355,7 @@ def test_26_a_configuration_that_is_no_file_is_refused_at_once(scratch, kind):
     ODD_FILES[kind](scratch.path)
     for command in ("check", "list"):
         result = scratch.mission(command, write=False, timeout=20)
-        refused(result, str(scratch.path))
+        assert_refused(result, str(scratch.path))
         assert len(result.err.splitlines()) <= 2
 
 
@@ -423,7 +411,7 @@ def test_27_broken_text_is_a_line_with_a_place(scratch, bomb):
 def test_28_a_slug_is_a_plain_word(scratch, slug):
     scratch.task("one", ":")
     scratch.config["tasks"][0]["slug"] = slug
-    refused(scratch.mission("run"), "tasks[0].slug")
+    assert_refused(scratch.mission("run"), "tasks[0].slug")
 
 
 # The tasks -------------------------------------------------------------------
@@ -455,8 +443,8 @@ def test_29_root_does_not_run_what_another_can_change(alice, case):
     mark, good = alice.folder / "mark", alice.folder / "good"
     TASKS[case](alice.task("bad", f"touch '{mark}'"))
     alice.task("good", f"touch '{good}'")
-    refused(alice.mission("check"), "bad")
-    result = alice.mission("run", "--headless")
+    assert_refused(alice.mission("check"), "bad")
+    result = alice.headless()
     assert not mark.exists() and result.code == 1, result
     assert good.exists(), "a broken script stops no other backup"
     outcomes = {task["slug"]: task["outcome"]
@@ -489,7 +477,7 @@ def test_29_nor_what_lies_in_a_folder_of_anothers(alice, change, kind):
     assert alice.mission("run").code == 0 and mark.exists()
     mark.unlink()
     change(folder)
-    refused(alice.mission("check"), str(folder))
+    assert_refused(alice.mission("check"), str(folder))
     assert alice.mission("run").code == 1 and not mark.exists()
 
 
@@ -511,7 +499,7 @@ def test_29_trust_decides_whether_the_user_may_own_tasks(alice, trust, code,
 @support.root_only
 def test_29_a_program_in_a_folder_of_anothers_is_passed_over(alice, host):
     """The sendmail of mallory comes first in PATH and is not run."""
-    mails = fake_sendmail(alice)
+    mails = alice.keep_mail(start=False)
     hers, mark = host.home["mallory"], alice.folder / "mark"
     mark.touch()
     mark.chmod(0o666)
@@ -520,7 +508,7 @@ def test_29_a_program_in_a_folder_of_anothers_is_passed_over(alice, host):
     support.own(hers, MALLORY)
     alice.env["PATH"] = f"{hers}:{alice.env['PATH']}"
     alice.task("one", ":")
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert result.code == 0 and mark.read_text() == "", result
     assert len(list(mails.iterdir())) == 1
 
@@ -564,5 +552,5 @@ def test_31_a_path_means_one_place(alice, host, written, means):
 def test_31_a_home_of_nobody_is_a_fault(alice):
     alice.config["storage"]["sync"] = {"path": "~nobody-of-that-name/x"}
     alice.task("one", ":")
-    refused(alice.mission("check"), "storage.sync.path",
-            "nobody-of-that-name")
+    assert_refused(alice.mission("check"), "storage.sync.path",
+                   "nobody-of-that-name")

@@ -18,25 +18,10 @@ from pathlib import Path
 import pytest
 
 import support
+from support import (count_commits, git, is_alive, is_committed,
+                     make_repository, must_git)
 
 ALICE, MALLORY = support.ALICE_UID, support.MALLORY_UID
-IDENTITY = {f"GIT_{role}_{what}": value
-            for role in ("AUTHOR", "COMMITTER")
-            for what, value in (("NAME", "Test"), ("EMAIL", "t@localhost"))}
-
-
-def git(folder, *args: str, uid: int | None = None, **env) -> support.Result:
-    """git of the test's own, as the user `uid`; never through mission."""
-    become = {"user": uid, "group": uid, "extra_groups": []} if uid else {}
-    done = subprocess.run(
-        ["git", "-C", str(folder), *args], timeout=60, **become,
-        env={"PATH": os.environ.get("PATH", os.defpath), "HOME": "/",
-             "GIT_CONFIG_NOSYSTEM": "1", "LC_ALL": "C", **IDENTITY, **env},
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE)
-    return support.Result(done.returncode,
-                          done.stdout.decode("utf-8", "surrogateescape"),
-                          done.stderr.decode("utf-8", "replace"))
 
 
 def trusting(folder: Path) -> dict[str, str]:
@@ -45,38 +30,6 @@ def trusting(folder: Path) -> dict[str, str]:
     folder.mkdir()
     (folder / ".gitconfig").write_text("[safe]\n\tdirectory = *\n")
     return {"HOME": str(folder)}
-
-
-def must(folder, *args: str, **options) -> str:
-    done = git(folder, *args, **options)
-    assert done.code == 0, (args, done)
-    return done.out.strip()
-
-
-def first_commit(folder: Path, uid: int | None = None) -> Path:
-    """A repository with one file in its first commit."""
-    support.need("git")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "file").write_text("first\n")
-    if uid:
-        support.own(folder, uid)
-    must(folder, "init", "-q", uid=uid)
-    must(folder, "symbolic-ref", "HEAD", "refs/heads/main", uid=uid)
-    must(folder, "add", "-A", uid=uid)
-    must(folder, "commit", "-q", "-m", "first", uid=uid)
-    return folder
-
-
-def sound(folder, uid: int | None = None) -> bool:
-    """All is committed and git fsck finds nothing."""
-    status = git(folder, "status", "--porcelain", uid=uid)
-    check = git(folder, "fsck", "--full", "--strict", uid=uid)
-    return status.code == check.code == 0 and not status.out \
-        and not re.search("error|missing", check.out + check.err)
-
-
-def commits(folder, uid: int | None = None) -> int:
-    return int(must(folder, "rev-list", "--count", "HEAD", uid=uid))
 
 
 class Spy:
@@ -116,7 +69,7 @@ def spy(tmp_path, host):
 @pytest.fixture
 def repo(alice, host):
     """alice's repository, which root's run gives to her and commits."""
-    folder = first_commit(host.home["alice"] / "repo", ALICE)
+    folder = make_repository(host.home["alice"] / "repo", ALICE)
     alice.config["storage"]["sync"] = {
         "path": str(folder), "chown": True, "commit": True}
     alice.task("one", 'date +%s.%N > "$SYNC_DIR/file"; umask 77\n'
@@ -127,7 +80,7 @@ def repo(alice, host):
 @pytest.fixture
 def own(scratch):
     """A repository of whoever runs the test, in a run of theirs."""
-    folder = first_commit(scratch.folder / "repo")
+    folder = make_repository(scratch.folder / "repo")
     scratch.config["storage"]["sync"] = {"path": str(folder), "commit": True}
     scratch.task("one", 'date +%s.%N > "$SYNC_DIR/file"')
     return folder
@@ -144,10 +97,10 @@ def test_a_run_commits_everything_and_says_which_run_it_was(scratch, own,
     (own / "new" / "file").write_text("x")
     result = scratch.mission(*args)
     assert (result.code, result.err) == (0, ""), result
-    assert commits(own) == 2 and sound(own)
+    assert count_commits(own) == 2 and is_committed(own)
     assert re.fullmatch(rf"{word} run complete on \d{{4}}-\d\d-\d\d "
-                        r"\d\d:\d\d:\d\d", must(own, "log", "-1",
-                                                "--format=%B"))
+                        r"\d\d:\d\d:\d\d", must_git(own, "log", "-1",
+                                                    "--format=%B"))
     text = scratch.log() if word == "auto" else result.out
     marks = [re.split(r"\s+", line.split("] ", 1)[-1])[0]
              for line in text.splitlines() if line.startswith("[")]
@@ -157,10 +110,10 @@ def test_a_run_commits_everything_and_says_which_run_it_was(scratch, own,
 
 def test_without_changes_there_is_no_commit(scratch, own):
     scratch.task("none", ":")
-    before = must(own, "rev-parse", "HEAD")
+    before = must_git(own, "rev-parse", "HEAD")
     result = scratch.mission("run", "-t", "none")
     assert result.code == 0 and "NoChanges" in result.out, result
-    assert must(own, "rev-parse", "HEAD") == before
+    assert must_git(own, "rev-parse", "HEAD") == before
 
 
 def test_a_deleted_file_is_committed_and_an_ignored_one_is_not(scratch, own):
@@ -168,22 +121,22 @@ def test_a_deleted_file_is_committed_and_an_ignored_one_is_not(scratch, own):
     (own / "x.tmp").touch()
     scratch.task("away", 'rm "$SYNC_DIR/file"')
     assert scratch.mission("run", "-t", "away").code == 0
-    assert must(own, "ls-files") == ".gitignore"
+    assert must_git(own, "ls-files") == ".gitignore"
 
 
 @support.root_only
 def test_42_without_an_identity_there_is_one_and_mission_it_is(alice, repo):
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert result.code == 0, (result, alice.log())
-    said = must(repo, "log", "-1", "--format=%an, %ae, %cn", uid=ALICE)
+    said = must_git(repo, "log", "-1", "--format=%an, %ae, %cn", uid=ALICE)
     assert re.fullmatch("mission, alice@.+, mission", said)
 
 
 def test_42_the_owners_identity_is_used_where_there_is_one(scratch, own):
-    must(own, "config", "user.name", "Someone Own")
-    must(own, "config", "user.email", "own@example.com")
+    must_git(own, "config", "user.name", "Someone Own")
+    must_git(own, "config", "user.email", "own@example.com")
     assert scratch.mission("run").code == 0
-    assert must(own, "log", "-1", "--format=%an <%ae>, %cn") \
+    assert must_git(own, "log", "-1", "--format=%an <%ae>, %cn") \
         == "Someone Own <own@example.com>, Someone Own"
 
 
@@ -198,18 +151,18 @@ def test_43_files_of_any_name_are_committed(scratch, own):
     assert result.code == 0, result
     listed = git(own, "ls-files", "-z").out.split("\0")
     assert set(map(os.fsdecode, NAMES)) < set(listed)
-    assert sound(own)
+    assert is_committed(own)
     assert "\x1b" not in result.out
 
 
 @pytest.mark.parametrize("name", ["-rf", "a b", ":(exclude)x", "$(id)", "ü"])
 def test_43_a_storage_of_any_name_is_committed(scratch, name):
-    folder = first_commit(scratch.folder / name)
+    folder = make_repository(scratch.folder / name)
     scratch.config["storage"]["sync"] = {"path": str(folder), "commit": True}
     scratch.task("one", 'echo x > "$SYNC_DIR/new"')
     result = scratch.mission("run")
     assert result.code == 0, result
-    assert commits(folder) == 2 and sound(folder)
+    assert count_commits(folder) == 2 and is_committed(folder)
 
 
 @pytest.mark.parametrize("nested", ["with a commit", "empty"])
@@ -218,33 +171,34 @@ def test_44_a_repository_inside_is_a_warning_that_names_it(scratch, own,
     inner = own / "clone"
     if nested == "empty":
         inner.mkdir()
-        must(inner, "init", "-q")
+        must_git(inner, "init", "-q")
         (inner / "file").touch()
     else:
-        first_commit(inner)
+        make_repository(inner)
     result = scratch.mission("run")
     assert result.code == 1 and "clone" in result.out, result
     assert "# Warnings" in result.out or "# Errors" in result.out
 
 
 def test_44_a_submodule_that_is_declared_is_no_warning(scratch, own):
-    origin = first_commit(scratch.folder / "origin")
-    must(own, "-c", "protocol.file.allow=always", "submodule", "--quiet",
-         "add", str(origin), "sub")
+    origin = make_repository(scratch.folder / "origin")
+    must_git(own, "-c", "protocol.file.allow=always", "submodule", "--quiet",
+             "add", str(origin), "sub")
     result = scratch.mission("run")
     assert result.code == 0, result
 
 
 def test_a_worktree_whose_git_is_a_file_is_committed(scratch):
-    main = first_commit(scratch.folder / "main")
+    main = make_repository(scratch.folder / "main")
     tree = scratch.folder / "tree"
-    must(main, "worktree", "add", "-q", "-b", "side", str(tree))
+    must_git(main, "worktree", "add", "-q", "-b", "side", str(tree))
     assert (tree / ".git").is_file()
     scratch.config["storage"]["sync"] = {"path": str(tree), "commit": True}
     scratch.task("one", 'echo x > "$SYNC_DIR/new"')
     result = scratch.mission("run")
     assert result.code == 0, result
-    assert must(main, "rev-list", "--count", "side") == "2" and sound(tree)
+    assert must_git(main, "rev-list", "--count", "side") == "2"
+    assert is_committed(tree)
 
 
 def test_38_a_missing_repository_is_a_fault_and_is_not_made(scratch):
@@ -266,8 +220,8 @@ def set_config(*pairs: str, file: str = ".git/config"):
             value = {"FILTER": str(spy.filter), "HOOK": str(spy.hook),
                      "PROCESS": str(spy.process),
                      "HOOKS": str(spy.folder / "hooks")}.get(value, value)
-            must(folder, "config", "-f", str(folder / file), key, value,
-                 uid=support.owner(folder))
+            must_git(folder, "config", "-f", str(folder / file), key, value,
+                     uid=support.owner(folder))
     return plant
 
 
@@ -301,10 +255,10 @@ def included(folder: Path, spy: Spy) -> None:
 
 
 def submodule(folder: Path, spy: Spy) -> None:
-    origin = first_commit(folder.parent / "origin", ALICE)
-    must(folder, "-c", "protocol.file.allow=always", "submodule", "--quiet",
-         "add", str(origin), "sub", uid=ALICE)
-    must(folder, "commit", "-q", "-m", "sub", uid=ALICE)
+    origin = make_repository(folder.parent / "origin", ALICE)
+    must_git(folder, "-c", "protocol.file.allow=always", "submodule",
+             "--quiet", "add", str(origin), "sub", uid=ALICE)
+    must_git(folder, "commit", "-q", "-m", "sub", uid=ALICE)
     set_config("core.fsmonitor", "HOOK",
                file=".git/modules/sub/config")(folder, spy)
 
@@ -312,8 +266,8 @@ def submodule(folder: Path, spy: Spy) -> None:
 def gc(folder: Path, spy: Spy) -> None:
     for text in ("a", "b"):
         (folder / "file").write_text(text)
-        must(folder, "commit", "-q", "-a", "-m", text, uid=ALICE)
-        must(folder, "repack", "-q", "-d", uid=ALICE)
+        must_git(folder, "commit", "-q", "-a", "-m", text, uid=ALICE)
+        must_git(folder, "repack", "-q", "-d", uid=ALICE)
     set_config("gc.autoPackLimit", "1", "gc.autoDetach", "false")(folder, spy)
     hook("pre-auto-gc")(folder, spy)
 
@@ -342,13 +296,13 @@ VECTORS = {
 def test_no_planted_program_runs_as_root(alice, repo, spy, vector):
     VECTORS[vector](repo, spy)
     support.own(repo, ALICE)
-    before = commits(repo, ALICE)
+    before = count_commits(repo, uid=ALICE)
     alice.env["SUDO_UID"] = alice.env["SUDO_GID"] = str(ALICE)  # case 39
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert spy.seen() <= {str(ALICE)}
     assert result.code == 0, (result, alice.log())
-    assert commits(repo, ALICE) == before + 1
-    assert sound(repo, ALICE)
+    assert count_commits(repo, uid=ALICE) == before + 1
+    assert is_committed(repo, uid=ALICE)
     assert {support.owner(path) for path in repo.rglob("*")} == {ALICE}
     assert spy.seen() <= {str(ALICE)}
 
@@ -383,7 +337,7 @@ def test_39_sudo_uid_alone_makes_a_careless_git_run_it(repo, spy):
 @support.root_only
 def test_40_no_git_variable_of_the_caller_reaches_git(alice, repo, spy,
                                                       tmp_path):
-    elsewhere = first_commit(tmp_path / "elsewhere")
+    elsewhere = make_repository(tmp_path / "elsewhere")
     trace = tmp_path / "trace"
     (spy.folder / "git-add").write_bytes(spy.hook.read_bytes())
     alice.env.update(
@@ -398,12 +352,13 @@ def test_40_no_git_variable_of_the_caller_reaches_git(alice, repo, spy,
         GIT_OBJECT_DIRECTORY=str(tmp_path), GIT_NAMESPACE="x",
         XDG_CONFIG_HOME=str(tmp_path), SUDO_UID=str(ALICE))
     (repo / ".gitattributes").write_text("* filter=x\n")
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert result.code == 0, (result, alice.log())
     assert spy.seen() == set() and not trace.exists()
-    assert commits(repo, ALICE) == 2 and commits(elsewhere) == 1
-    assert "Caller" not in must(repo, "log", "-1", "--format=%an %cn",
-                                uid=ALICE)
+    assert count_commits(repo, uid=ALICE) == 2
+    assert count_commits(elsewhere) == 1
+    assert "Caller" not in must_git(repo, "log", "-1", "--format=%an %cn",
+                                    uid=ALICE)
 
 
 @support.root_only
@@ -416,9 +371,9 @@ def test_40_a_git_in_a_folder_that_others_can_write_is_passed_over(
         os.chown(fake, uid, uid)
     alice.env["PATH"] = f"{spy.folder}:{host.home['mallory']}:." \
         f":{alice.env['PATH']}"
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert result.code == 0 and spy.seen() == set(), result
-    assert commits(repo, ALICE) == 2
+    assert count_commits(repo, uid=ALICE) == 2
 
 
 @support.root_only
@@ -427,17 +382,17 @@ def test_42_git_sees_the_owners_home_and_nothing_of_roots(alice, repo, spy,
     told = spy.folder / "told"
     spy.program("filter", f"env > '{told}'; id -G >> '{told}'; exec cat")
     by_attributes("filter.x.clean", "FILTER")(repo, spy)
-    must(repo, "config", "-f", str(host.home["alice"] / ".gitconfig"),
-         "user.name", "Alice of the Home", uid=ALICE)
+    must_git(repo, "config", "-f", str(host.home["alice"] / ".gitconfig"),
+             "user.name", "Alice of the Home", uid=ALICE)
     alice.env.update(SECRET_TOKEN="hush", HOME="/root")
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert result.code == 0, (result, alice.log())
     lines = told.read_text().splitlines()
     assert f"HOME={host.home['alice']}" in lines
     assert lines[-1] == str(ALICE), "no group of root's"
     assert not [line for line in lines if "hush" in line or "SUDO" in line]
-    assert "Alice of the Home" in must(repo, "log", "-1", "--format=%an",
-                                       uid=ALICE)
+    assert "Alice of the Home" in must_git(repo, "log", "-1", "--format=%an",
+                                           uid=ALICE)
 
 
 # Where a repository can lead -------------------------------------------------
@@ -454,7 +409,7 @@ def victims(tmp_path, host):
     return folder
 
 
-def intact(folder: Path, files=("secret", "open")) -> bool:
+def all_intact(folder: Path, files=("secret", "open")) -> bool:
     return sorted(path.name for path in folder.iterdir()) == sorted(files) \
         and all(path.read_text() == "hush hush" and support.owner(path) == 0
                 for path in folder.iterdir())
@@ -463,12 +418,12 @@ def intact(folder: Path, files=("secret", "open")) -> bool:
 @support.root_only
 def test_36_a_worktree_elsewhere_is_not_read(alice, repo, victims):
     victims.chmod(0o700)
-    must(repo, "config", "core.worktree", str(victims), uid=ALICE)
-    result = alice.mission("run", "--headless")
-    must(repo, "config", "--unset", "core.worktree", uid=ALICE)
-    assert result.code == 1 and intact(victims), result
+    must_git(repo, "config", "core.worktree", str(victims), uid=ALICE)
+    result = alice.headless()
+    must_git(repo, "config", "--unset", "core.worktree", uid=ALICE)
+    assert result.code == 1 and all_intact(victims), result
     assert "commitRepositories" in alice.log()
-    everything = must(repo, "log", "--all", "-p", uid=ALICE)
+    everything = must_git(repo, "log", "--all", "-p", uid=ALICE)
     assert "hush" not in everything and "secret" not in everything
 
 
@@ -487,8 +442,8 @@ def test_37_a_link_inside_git_changes_nothing_of_roots(alice, repo, victims,
                     else victims / "open")
     os.utime(path, (0, 0), follow_symlinks=False)
     support.own(repo, ALICE)
-    result = alice.mission("run", "--headless")
-    assert intact(victims)
+    result = alice.headless()
+    assert all_intact(victims)
     assert support.owner(victims) == 0
     assert result.code in (0, 1) and "Traceback" not in result.err, result
 
@@ -498,18 +453,18 @@ def test_37_a_link_inside_git_changes_nothing_of_roots(alice, repo, victims,
 def test_38_a_git_that_leads_to_a_folder_of_roots_is_refused(
         alice, repo, victims, tmp_path, target):
     if target == "a repository":
-        theirs = first_commit(tmp_path / "theirs")
+        theirs = make_repository(tmp_path / "theirs")
         where = theirs / ".git"
     else:
         where = victims
     (repo / ".git").rename(repo.parent / "away")
     (repo / ".git").symlink_to(where)
     os.chown(repo / ".git", ALICE, ALICE, follow_symlinks=False)
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert result.code in (1, 78) and len(result.err) > 10, result
-    assert intact(victims)
+    assert all_intact(victims)
     if target == "a repository":
-        assert commits(theirs) == 1 and sound(theirs)
+        assert count_commits(theirs) == 1 and is_committed(theirs)
 
 
 MIXED = {
@@ -540,14 +495,14 @@ def test_41_owners_that_are_mixed_are_refused_and_named(alice, host, spy,
     """Modes are those of files of root's with alice's group."""
     place, changes = MIXED[case]
     uid = ALICE if place == "alice" else None
-    folder = first_commit((alice.folder if place == "root"
+    folder = make_repository((alice.folder if place == "root"
                            else host.home["alice"]) / "repo", uid)
     if "sub" in changes:
-        first_commit(folder / "sub")
+        make_repository(folder / "sub")
     by_attributes("filter.x.clean", "FILTER")(folder, spy)
     support.own(folder, uid or 0)
     for name, change in changes.items():
-        obj = must(folder, "rev-parse", "HEAD", uid=uid)
+        obj = must_git(folder, "rev-parse", "HEAD", uid=uid)
         path = folder / name.replace("OBJECT", f"{obj[:2]}/{obj[2:]}")
         if change in (0, ALICE, MALLORY):
             os.chown(path, change, change)
@@ -556,7 +511,7 @@ def test_41_owners_that_are_mixed_are_refused_and_named(alice, host, spy,
             path.chmod(change)
     alice.config["storage"]["sync"] = {"path": str(folder), "commit": True}
     alice.task("one", 'echo x > "$SYNC_DIR/new"')
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert "0" not in spy.seen()
     assert result.code == 1, (result, alice.log())
     named = [folder / name for name in changes] or [host.home["alice"]]
@@ -565,31 +520,32 @@ def test_41_owners_that_are_mixed_are_refused_and_named(alice, host, spy,
 
 @support.root_only
 def test_41_roots_own_repository_is_committed_as_root(alice):
-    folder = first_commit(alice.folder / "repo")
+    folder = make_repository(alice.folder / "repo")
     alice.config["storage"]["sync"] = {"path": str(folder), "commit": True}
     alice.task("one", 'echo x > "$SYNC_DIR/new"')
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert (result.code, result.err) == (0, ""), (result, alice.log())
-    assert commits(folder) == 2 and sound(folder)
+    assert count_commits(folder) == 2 and is_committed(folder)
 
 
 @support.root_only
 def test_41_what_root_left_in_the_users_repository_is_put_right_by_chown(
         alice, repo, tmp_path):
     """As after a `sudo git commit`, or a run without chown."""
-    must(repo, "commit", "-q", "--allow-empty", "-m", "by root",
-         **trusting(tmp_path / "trusting"))
+    must_git(repo, "commit", "-q", "--allow-empty", "-m", "by root",
+             **trusting(tmp_path / "trusting"))
     assert 0 in {support.owner(path) for path in repo.rglob("*")}
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert result.code == 0, (result, alice.log())
-    assert commits(repo, ALICE) == 3 and sound(repo, ALICE)
+    assert count_commits(repo, uid=ALICE) == 3
+    assert is_committed(repo, uid=ALICE)
 
 
 @support.root_only
 def test_41_a_git_file_that_becomes_a_fifo_does_not_hang_the_run(alice, repo):
     alice.task("away", 'mv "$SYNC_DIR/.git" "$SYNC_DIR/../away"\n'
                'mkfifo "$SYNC_DIR/.git"')
-    result = alice.mission("run", "--headless", timeout=60)
+    result = alice.headless(timeout=60)
     assert result.code == 1 and "Traceback" not in alice.log(), result
 
 
@@ -605,10 +561,11 @@ def test_45_an_old_lock_is_cleared_and_all_is_committed(alice, repo, name):
     lock.touch()
     os.chown(lock, ALICE, ALICE)
     os.utime(lock, (0, 0))
-    result = alice.mission("run", "--headless")
+    result = alice.headless()
     assert result.code == 0, (result, alice.log())
     assert not lock.exists() and str(lock) in alice.log()
-    assert commits(repo, ALICE) == 2 and sound(repo, ALICE)
+    assert count_commits(repo, uid=ALICE) == 2
+    assert is_committed(repo, uid=ALICE)
 
 
 @support.root_only
@@ -618,10 +575,10 @@ def test_45_a_fresh_lock_of_an_unknown_is_left_and_named(alice, repo):
     os.chown(lock, ALICE, ALICE)
     minute_ago = time.time() - 60
     os.utime(lock, (minute_ago, minute_ago))
-    result = alice.mission("run", "--headless", timeout=120)
+    result = alice.headless(timeout=120)
     assert result.code == 1 and lock.exists(), result
     assert str(lock) in alice.log()
-    assert commits(repo, ALICE) == 1
+    assert count_commits(repo, uid=ALICE) == 1
 
 
 @support.root_only
@@ -640,7 +597,7 @@ def test_45_a_git_at_work_is_waited_for(alice, repo, tmp_path):
         ["git", "-C", str(repo), "commit", "-q", "-a"], user=ALICE,
         group=ALICE, extra_groups=[], stdin=subprocess.DEVNULL,
         env={"PATH": os.environ["PATH"], "HOME": "/",
-             "GIT_EDITOR": str(editor), **IDENTITY})
+             "GIT_EDITOR": str(editor), **support.GIT_IDENTITY})
     with support.stopping(by_hand):
         support.wait_until(ready.exists, 30, "the editor")
         assert (repo / ".git" / "index.lock").exists()
@@ -651,7 +608,8 @@ def test_45_a_git_at_work_is_waited_for(alice, repo, tmp_path):
         result = support.ended(run)
         assert by_hand.wait(timeout=30) == 0
     assert result.code == 0, (result, alice.log())
-    assert commits(repo, ALICE) == 3 and sound(repo, ALICE)
+    assert count_commits(repo, uid=ALICE) == 3
+    assert is_committed(repo, uid=ALICE)
 
 
 @pytest.fixture
@@ -664,15 +622,6 @@ def slow(repo, spy):
     by_attributes("filter.x.clean", "FILTER")(repo, spy)
     gate.touch()
     return gate, pids
-
-
-def alive(pid: int) -> bool:
-    """Is there such a process, other than as a zombie?"""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return status.rpartition(")")[2].split()[0] != "Z"
 
 
 def in_filter(pids: Path) -> tuple[int, int]:
@@ -696,13 +645,14 @@ def test_45_what_a_killed_git_left_does_not_stop_the_next_run(alice, repo,
         os.kill(git_pid, signal.SIGKILL)
         support.wait_until(lambda: pids.exists() or run.poll() is not None,
                            30, "the end of the run")
-        assert not alive(filter_pid)
+        assert not is_alive(filter_pid)
     result = support.ended(run)
     assert result.code == 1 and "commitRepositories" in alice.log(), result
     gate.unlink()
-    again = alice.mission("run", "--headless")
+    again = alice.headless()
     assert again.code == 0, (again, alice.log())
-    assert commits(repo, ALICE) == 2 and sound(repo, ALICE)
+    assert count_commits(repo, uid=ALICE) == 2
+    assert is_committed(repo, uid=ALICE)
 
 
 @support.root_only
@@ -716,11 +666,12 @@ def test_45_nor_what_a_killed_runner_and_its_git_left(alice, repo, slow):
     support.ended(run)
     gate.unlink()
     assert (repo / ".git" / "index.lock").exists()
-    again = alice.mission("run", "--headless")
+    again = alice.headless()
     last = alice.history()[-1]
     assert (last["errors"], last["warnings"]) == (0, 1), alice.log()
     assert again.code == 1, "the lost run is a warning"
-    assert commits(repo, ALICE) == 2 and sound(repo, ALICE)
+    assert count_commits(repo, uid=ALICE) == 2
+    assert is_committed(repo, uid=ALICE)
 
 
 @support.root_only
@@ -731,6 +682,6 @@ def test_45_a_lock_that_is_a_link_takes_nothing_of_roots_along(alice, repo,
     os.utime(lock, (0, 0), follow_symlinks=False)
     (repo / ".git" / "refs" / "tags" / "deep").symlink_to(victims)
     support.own(repo, ALICE)
-    alice.mission("run", "--headless")
-    assert intact(victims)
+    alice.headless()
+    assert all_intact(victims)
     assert stat.S_ISDIR(os.lstat(victims).st_mode)

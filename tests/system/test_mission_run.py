@@ -15,44 +15,11 @@ from pathlib import Path
 import pytest
 
 import support
+from support import (LOG_LINE, LOG_RULE, commit_subjects, init_repository,
+                     is_alive, log_section, log_texts, log_titles)
 
 MISSION = support.program("mission")
-RULE = "# " + "\u2014" * 47
-HEADER = re.compile(f"^{RULE}\n# (.*)\n{RULE}\n\n", re.M)
-# The original's elapsed column: Go's duration cut to milliseconds.
-TIMED = re.compile(r"^\[((?:\d+h)?(?:\d+m)?\d+(?:\.\d+)?m?s) *\] ?(.*)$")
 SPARKS = set("▁▂▃▄▅▆▇█")
-
-
-def titles(log: str) -> list[str]:
-    return HEADER.findall(log)
-
-
-def section(log: str, title: str) -> str:
-    """What stands under a header, up to the next one."""
-    parts = HEADER.split(log)
-    return parts[parts.index(title) + 1]
-
-
-def texts(log: str) -> list[str]:
-    """The lines without their elapsed column."""
-    return [found[2] for line in log.splitlines()
-            for found in [TIMED.match(line)] if found]
-
-
-def repository(folder: Path) -> Path:
-    support.need("git")
-    subprocess.run(["git", "init", "-q", str(folder)], check=True,
-                   stdout=subprocess.DEVNULL)
-    return folder
-
-
-def subjects(folder: Path) -> list[str]:
-    """The commits of a repository, newest first."""
-    done = subprocess.run(["git", "-C", str(folder), "log", "--format=%s"],
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                          universal_newlines=True)
-    return done.stdout.splitlines()
 
 
 def listing(folder: Path) -> dict:
@@ -111,7 +78,7 @@ def on_terminal(scratch, *args: str, **env: str) -> str:
 
 
 def test_tasks_run_in_order_then_chown_then_commit_then_post_tasks(scratch):
-    sync = repository(scratch.storage("sync", commit=True))
+    sync = init_repository(scratch.storage("sync", commit=True))
     scratch.storage("local", chown=True)
     scratch.task("late", 'git -C "$SYNC_DIR" log --format=%s', post=True)
     scratch.task("first", 'echo one > "$SYNC_DIR/file"')
@@ -119,22 +86,23 @@ def test_tasks_run_in_order_then_chown_then_commit_then_post_tasks(scratch):
     scratch.task("second", "echo two")
     result = scratch.mission("run")
     assert (result.code, result.err) == (0, "")
-    assert titles(result.out) == [
+    assert log_titles(result.out) == [
         "Start", "Task: First", "Task: Second", "Chown", "Commit",
         "Task: Late", "Finish"]
-    assert "two" in texts(section(result.out, "Task: Second"))
+    assert "two" in log_texts(log_section(result.out, "Task: Second"))
     # A post task sees the commit of this run already made.
-    assert subjects(sync)[0] in texts(section(result.out, "Task: Late"))
+    assert commit_subjects(sync)[0] in log_texts(
+        log_section(result.out, "Task: Late"))
     assert re.fullmatch(r"manual run complete on .*\d{4}.*",
-                        subjects(sync)[0])
+                        commit_subjects(sync)[0])
 
 
 def test_a_run_of_post_tasks_alone_commits_nothing(scratch):
-    sync = repository(scratch.storage("sync", commit=True))
+    sync = init_repository(scratch.storage("sync", commit=True))
     scratch.task("late", 'echo x > "$SYNC_DIR/file"', post=True)
     result = scratch.mission("run")
-    assert result.code == 0 and subjects(sync) == []
-    assert titles(result.out) == ["Start", "Task: Late", "Finish"]
+    assert result.code == 0 and commit_subjects(sync) == []
+    assert log_titles(result.out) == ["Start", "Task: Late", "Finish"]
 
 
 def test_t_runs_the_named_tasks_in_the_order_given(scratch):
@@ -142,25 +110,25 @@ def test_t_runs_the_named_tasks_in_the_order_given(scratch):
         scratch.task(slug, f"echo {slug}", scheduled=slug != "c")
     result = scratch.mission("run", "-t", "c", "--task", "a")
     assert result.code == 0
-    assert titles(result.out) == ["Start", "Task: C", "Task: A", "Finish"]
+    assert log_titles(result.out) == ["Start", "Task: C", "Task: A", "Finish"]
 
 
 def test_the_log_looks_like_the_originals(scratch):
     scratch.task("hello", "echo one\necho two >&2\nprintf three",
                  name="Say hello")
     log = scratch.mission("run").out
-    assert log.startswith(f"{RULE}\n# Start\n{RULE}\n\n[")
-    assert f"\n\n{RULE}\n# Task: Say hello\n{RULE}\n\n[" in log
+    assert log.startswith(f"{LOG_RULE}\n# Start\n{LOG_RULE}\n\n[")
+    assert f"\n\n{LOG_RULE}\n# Task: Say hello\n{LOG_RULE}\n\n[" in log
     for line in log.splitlines():
-        assert not line or line.startswith("# ") or TIMED.match(line), line
+        assert not line or line.startswith("# ") or LOG_LINE.match(line), line
     # Ten columns at least, and stdout and stderr in the order written.
     assert re.search(r"^\[\d+m?s {5,}\] one$", log, re.M)
-    said = texts(section(log, "Task: Say hello"))
+    said = log_texts(log_section(log, "Task: Say hello"))
     assert said[:3] == ["one", "two", "three"]
     stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
-    assert re.fullmatch(f"StartTime {stamp}", texts(log)[0])
+    assert re.fullmatch(f"StartTime {stamp}", log_texts(log)[0])
     assert re.fullmatch(f"FinishTime {stamp}",
-                        texts(section(log, "Finish"))[0])
+                        log_texts(log_section(log, "Finish"))[0])
 
 
 @pytest.mark.parametrize("script, closing", [
@@ -172,7 +140,7 @@ def test_every_task_has_a_closing_line_with_exit_and_duration(
         scratch, script, closing):
     scratch.task("hello", script)
     log = scratch.mission("run").out
-    line = [text for text in texts(section(log, "Task: Hello"))
+    line = [text for text in log_texts(log_section(log, "Task: Hello"))
             if text.startswith("TaskFinish hello")]
     assert len(line) == 1 and re.search(closing, line[0]), log
     assert re.search(r" in \d+(\.\d+)?m?s$", line[0])
@@ -185,21 +153,22 @@ def test_problems_are_shown_at_once_and_again_in_the_summaries(scratch):
     result = scratch.mission("run")
     assert result.code == 1
     assert re.search("1 error and 1 warning", one_line(result))
-    assert "still" in texts(result.out) and "never" not in texts(result.out)
-    at_once = section(result.out, "Task: Bad")
-    assert "ERROR: exit status 3" in texts(at_once)
+    said = log_texts(result.out)
+    assert "still" in said and "never" not in said
+    at_once = log_section(result.out, "Task: Bad")
+    assert "ERROR: exit status 3" in log_texts(at_once)
     assert re.search(r"^(\[.*\] )?- bad: exit status 3$",
-                     section(result.out, "Errors"), re.M)
+                     log_section(result.out, "Errors"), re.M)
     assert re.search(r"^(\[.*\] )?- needy: .*bad.*",
-                     section(result.out, "Warnings"), re.M)
+                     log_section(result.out, "Warnings"), re.M)
     # The summaries stand at the end, warnings first.
-    assert titles(result.out)[-3:] == ["Finish", "Warnings", "Errors"]
+    assert log_titles(result.out)[-3:] == ["Finish", "Warnings", "Errors"]
 
 
 def test_a_headless_run_writes_a_private_log_and_nothing_else(scratch):
     scratch.task("hello", "echo hello")
-    first = scratch.mission("run", "--headless")
-    second = scratch.mission("run", "--headless")
+    first = scratch.headless()
+    second = scratch.headless()
     for result in (first, second):
         assert (result.code, result.out, result.err) == (0, "", "")
     names = sorted((path.name for path in scratch.log_files()), key=len)
@@ -208,7 +177,7 @@ def test_a_headless_run_writes_a_private_log_and_nothing_else(scratch):
     assert all(re.fullmatch(stamp + r"(-2)?\.txt", name) for name in names)
     assert len(names) == 2
     assert {support.mode(path) for path in scratch.log_files()} == {0o600}
-    assert "hello" in texts(scratch.log())
+    assert "hello" in log_texts(scratch.log())
 
 
 def test_a_run_by_hand_saves_no_log(scratch):
@@ -222,7 +191,8 @@ def test_two_hundred_tasks_run_in_order(scratch):
         scratch.task(f"t{number}", f"echo says {number}")
     result = scratch.mission("run")
     assert result.code == 0
-    assert [text for text in texts(result.out) if text.startswith("says")] \
+    said = log_texts(result.out)
+    assert [text for text in said if text.startswith("says")] \
         == [f"says {number}" for number in range(200)]
 
 
@@ -326,13 +296,13 @@ def test_the_configuration_may_be_named_behind_the_command(scratch):
 
 @pytest.mark.parametrize("ran_before", [False, True])
 def test_a_dry_run_prints_the_plan_and_touches_nothing(scratch, ran_before):
-    repository(scratch.storage("sync", commit=True))
+    init_repository(scratch.storage("sync", commit=True))
     scratch.storage("local", chown=True)
     scratch.task("first", 'date +%s%N >> "$SYNC_DIR/file"')
     scratch.task("late", "echo x", post=True)
     scratch.write()
     if ran_before:
-        assert scratch.mission("run", "--headless").code == 0
+        assert scratch.headless().code == 0
     before = listing(scratch.folder)
     for args in (["run", "--dry-run"], ["run", "--dry-run", "--headless"],
                  ["--headless", "run", "-t", "late", "--dry-run"]):
@@ -348,18 +318,13 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(scratch, ran_before):
 # needs, parallel, retries, timeout, user, nice, env, minFree -----------------
 
 
-def outcomes(scratch) -> dict[str, str]:
-    return {task["slug"]: task["outcome"]
-            for task in scratch.history()[-1]["tasks"]}
-
-
 def test_needs_skips_what_hangs_on_a_failure_and_only_that(scratch):
     scratch.task("mount", "exit 1")
     scratch.task("copy", "exit 0", needs=["mount"])
     scratch.task("check", "exit 0", needs=["copy"])
     scratch.task("other", "exit 0")
     assert scratch.mission("run").code == 1
-    assert outcomes(scratch) == {"mount": "failed", "copy": "skipped",
+    assert scratch.outcomes() == {"mount": "failed", "copy": "skipped",
                                  "check": "skipped", "other": "ok"}
     # What is needed but not part of this run has not failed in it.
     assert scratch.mission("run", "-t", "copy").code == 0
@@ -382,14 +347,15 @@ def test_a_parallel_group_runs_side_by_side_with_whole_marked_lines(scratch):
     scratch.task("after", "echo after")
     result = scratch.mission("run")
     assert result.code == 0, result
+    said = log_texts(result.out)
     for slug in ("left", "right"):
-        lines = [text for text in texts(result.out) if f"{slug}-" in text]
+        lines = [text for text in said if f"{slug}-" in text]
         ends = [re.fullmatch(rf"\W*{slug}\W+{slug}-(\d+)-end", line)
                 for line in lines]
         assert all(ends), lines[:3]
         assert [int(end[1]) for end in ends] == list(range(300))
-    assert texts(result.out).index("after") \
-        > max(i for i, text in enumerate(texts(result.out)) if "-end" in text)
+    assert said.index("after") \
+        > max(i for i, text in enumerate(said) if "-end" in text)
 
 
 def test_a_task_is_tried_again_and_each_attempt_is_in_the_log(scratch):
@@ -403,8 +369,8 @@ def test_a_task_is_tried_again_and_each_attempt_is_in_the_log(scratch):
     flaky, hopeless = scratch.history()[-1]["tasks"]
     assert (flaky["outcome"], flaky["attempts"]) == ("ok", 3)
     assert (hopeless["outcome"], hopeless["attempts"]) == ("failed", 2)
-    assert texts(result.out).count("trying") == 2
-    assert "exit 9" in section(result.out, "Task: Flaky")
+    assert log_texts(result.out).count("trying") == 2
+    assert "exit 9" in log_section(result.out, "Task: Flaky")
     assert result.code == 1 and "1 error" in one_line(result)
 
 
@@ -422,13 +388,14 @@ def test_a_task_over_its_time_is_asked_to_end_and_has_failed(scratch):
         """, timeout="1s")
     scratch.task("next", "echo next")
     result = scratch.mission("run")
-    assert result.code == 1 and outcomes(scratch)["slow"] == "failed"
-    assert "cleaned up" in texts(result.out)
-    assert re.search(r"- slow: .*1s", section(result.out, "Errors"))
-    assert "next" in texts(result.out)
+    assert result.code == 1 and scratch.outcomes()["slow"] == "failed"
+    assert "cleaned up" in log_texts(result.out)
+    assert re.search(r"- slow: .*1s", log_section(result.out, "Errors"))
+    assert "next" in log_texts(result.out)
 
 
 def test_a_task_that_will_not_end_is_killed_with_its_children(scratch):
+    scratch.patch(TERM_TO_KILL=1)
     pids = scratch.folder / "pids"
     scratch.task("deaf", """
         trap '' TERM
@@ -438,18 +405,10 @@ def test_a_task_that_will_not_end_is_killed_with_its_children(scratch):
         """, timeout="1s", env={"PIDS": str(pids)})
     result = scratch.mission("run")
     assert result.code == 1
-    assert 9 < scratch.history()[-1]["seconds"] < 30
+    # The time limit of the task, and TERM_TO_KILL.
+    assert 2 <= scratch.history()[-1]["seconds"] < 30
     for pid in pids.read_text().split():
-        assert not alive(int(pid))
-
-
-def alive(pid: int) -> bool:
-    """Is there such a process, other than as a zombie?"""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return status.rpartition(")")[2].split()[0] != "Z"
+        assert not is_alive(int(pid))
 
 
 @support.root_only
@@ -462,10 +421,10 @@ def test_a_task_runs_as_the_user_it_names(alice, host):
     alice.task("me", "id -u")
     result = alice.mission("run")
     assert result.code == 0, result
-    said = texts(result.out)
+    said = log_texts(result.out)
     assert "1500 1500 1500" in said
     assert f"{host.home['alice']} alice alice" in said
-    assert texts(section(result.out, "Task: Me"))[0] == "0"
+    assert log_texts(log_section(result.out, "Task: Me"))[0] == "0"
     assert support.owner(host.home["alice"] / "made") == support.ALICE_UID
 
 
@@ -473,7 +432,7 @@ def test_nice_and_env_reach_the_task(scratch):
     base = os.getpriority(os.PRIO_PROCESS, 0)
     scratch.task("hello", 'nice; echo "$GREETING"', nice=7,
                  env={"GREETING": "good $HOME morning"})
-    said = texts(scratch.mission("run").out)
+    said = log_texts(scratch.mission("run").out)
     assert str(min(base + 7, 19)) in said or "7" in said
     assert "good $HOME morning" in said
 
@@ -484,9 +443,9 @@ def test_a_task_without_the_free_space_it_wants_is_not_started(scratch):
     scratch.task("small", "echo small", minFree={"sync": "1K"})
     result = scratch.mission("run")
     assert result.code == 1 and not (scratch.tasks / "ran").exists()
-    assert outcomes(scratch) == {"big": "failed", "small": "ok"}
+    assert scratch.outcomes() == {"big": "failed", "small": "ok"}
     assert re.search("- big: .*free.*sync|- big: .*sync.*free",
-                     section(result.out, "Errors"))
+                     log_section(result.out, "Errors"))
 
 
 def test_a_broken_script_fails_its_task_alone(scratch):
@@ -497,9 +456,9 @@ def test_a_broken_script_fails_its_task_alone(scratch):
     scratch.task("good", "echo good")
     result = scratch.mission("run")
     assert result.code == 1 and "4 errors" in one_line(result)
-    assert "good" in texts(result.out)
+    assert "good" in log_texts(result.out)
     for slug in ("crlf", "lost", "plain", "loose"):
-        assert re.search(f"- {slug}: ", section(result.out, "Errors"))
+        assert re.search(f"- {slug}: ", log_section(result.out, "Errors"))
 
 
 # Verdicts --------------------------------------------------------------------
@@ -507,7 +466,7 @@ def test_a_broken_script_fails_its_task_alone(scratch):
 
 def broken_repository(scratch):
     """A commit that fails: the repository's HEAD is damaged."""
-    sync = repository(scratch.storage("sync", commit=True))
+    sync = init_repository(scratch.storage("sync", commit=True))
     scratch.task("hello", 'echo x > "$SYNC_DIR/file"')
     (sync / ".git" / "HEAD").write_text("nonsense\n")
 
@@ -520,7 +479,7 @@ def broken_repository(scratch):
 def test_tasks_housekeeping_and_delivery_are_judged_apart(
         scratch, setup, code, verdict, tasks):
     setup(scratch)
-    result = scratch.mission("run", "--headless")
+    result = scratch.headless()
     last = scratch.history()[-1]
     assert (result.code, last["verdict"]) == (code, verdict), result
     assert {task["outcome"] for task in last["tasks"]} == {tasks}
@@ -554,12 +513,12 @@ def test_history_tells_when_how_long_and_the_verdict(scratch):
 
 def test_log_shows_the_newest_run_or_the_one_asked_for(scratch):
     scratch.task("hello", 'echo "run $MISSION_RUN_ID"')
-    scratch.mission("run", "--headless")
-    scratch.mission("run", "--headless")
+    scratch.headless()
+    scratch.headless()
     old, new = [run["id"] for run in scratch.history()]
-    assert f"run {new}" in texts(scratch.mission("log").out)
-    assert f"run {old}" in texts(scratch.mission("log", old).out)
-    assert f"run {old}" in texts(scratch.mission("log", old[:8]).out)
+    assert f"run {new}" in log_texts(scratch.mission("log").out)
+    assert f"run {old}" in log_texts(scratch.mission("log", old).out)
+    assert f"run {old}" in log_texts(scratch.mission("log", old[:8]).out)
     missing = scratch.mission("log", "ffffffff-0")
     assert missing.code != 0 and "ffffffff-0" in missing.err
     assert missing.out == "" and "Traceback" not in missing.err
@@ -575,7 +534,7 @@ def test_logs_keep_removes_the_oldest_run_logs_and_no_other_file(scratch):
     victim.write_text("mine")
     (scratch.logs / "2020-01-01-00-00-00.txt").symlink_to(victim)
     for _ in range(4):
-        assert scratch.mission("run", "--headless").code == 0
+        assert scratch.headless().code == 0
     ours = [path for path in scratch.log_files()
             if not path.is_symlink() and path.name not in strangers]
     assert len(ours) == 2 and "hello" in ours[-1].read_text()
@@ -647,7 +606,7 @@ def test_check_says_nothing_when_all_is_well(scratch):
 
 
 def test_dump_fed_back_dumps_the_same(scratch):
-    repository(scratch.storage("sync", commit=True))
+    init_repository(scratch.storage("sync", commit=True))
     scratch.config["storage"]["logs"]["path"] = "logs"      # relative
     scratch.task("hello", timeout="90s", retries=2, retryDelay="1m",
                  env={"KEY": "a\u00e4\n"}, nice=3, minFree={"sync": "5G"},
@@ -755,6 +714,6 @@ def test_a_status_line_is_shown_on_a_terminal_and_nowhere_else(scratch):
     shown = on_terminal(scratch, "run")
     assert re.search(r"\b1( of |/)2\b", shown), shown
     piped = scratch.mission("run").out
-    scratch.mission("run", "--headless")
+    scratch.headless()
     for log in (piped, scratch.log()):
         assert not re.search(r"[\x00-\x08\x0b-\x1f]|\b1( of |/)2\b", log)
