@@ -15,6 +15,8 @@ import contextlib
 import difflib
 import email
 import email.policy
+import http.client
+import http.server
 import json
 import os
 import re
@@ -22,7 +24,6 @@ import select
 import shlex
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -32,7 +33,8 @@ import pytest
 
 import dashboard
 import support
-from servers import Web
+from houses import frames, piece
+from servers import Service, Web
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 ACCEPT = os.environ.get("GOLDEN") == "accept"
@@ -73,7 +75,8 @@ PLACEHOLDERS: list[tuple[str, str | Callable]] = [
     (r"\b\d{10,13}(\.\d+)?\b", number_or_now),
     # The date of a mail (RFC 5322), and of the name of a log.
     (r"(?m)^(! |\| |  )Date: .*", r"\1Date: <date>"),
-    (r"\b\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d\.txt\b", "<time>.txt"),
+    (r"\b\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d(-2)?\.txt\b",
+     "<time>.txt"),
     # How long something took: mission's column of times, its sentences, the
     # columns of both histories, bars, JSON, metrics.
     (r"(?m)^(\| |  )\[[0-9hms.]+ *\] ", r"\1[<took>] "),
@@ -92,11 +95,19 @@ PLACEHOLDERS: list[tuple[str, str | Callable]] = [
     (r"\b[0-9a-f]{64}\b", "<64 hex>"),
     (r"\b[0-9a-f]{32}\b", "<32 hex>"),
     (r"\b[0-9a-f]{16}\b", "<16 hex>"),
-    (r'\bpid"?:? \d+\b', "pid <pid>"),
+    (r'("Key": )"[0-9a-f]{12}"', r'\1"<encrypted>"'),
+    (r'(\\"Key\\": )\\"[0-9a-f]{12}\\"', r'\1\\"<encrypted>\\"'),
+    (r'("epoch": )\d{6,}', r"\1<epoch>"),
+    (r"<ms>-[0-9a-f]{8}", "<ms>-<8 hex>"),
+    (r'("data": )"[A-Za-z0-9+/=]+"', r'\1"<base64>"'),
+    (r'\b(pid"?:?) \d+\b', r"\1 <pid>"),
     (r"127\.0\.0\.1:(?!8077\b)\d{4,5}\b", "127.0.0.1:<port>"),
-    # The commit of mission's; a place in a program.
+    # A commit of mission's, and who runs it.
     (r"\] [0-9a-f]{7,12} (?=manual run)", "] <commit> "),
-    (r'/mission\.py", line \d+', '/mission.py", line <line>'),
+    (r"mission <(root|op)@", "mission <USER@"),
+    # What Python adds to a traceback: frames of mission's, and carets.
+    (r'(?m)^.*  File "CHECKOUT/mission\.py", line \d+.*\n.*\n', ""),
+    (r"(?m)^.*\] +[~^]+\n", ""),
     # A cron that runs on this machine.
     (r"(?m)^.*cron is running \(pid <pid>\).*\n", ""),
 ]
@@ -125,6 +136,12 @@ MISSION = PERSON.format(or_another=f" or {NOBODY}") + 'k.HOST = "web1"\n'
 KOITAB = PERSON.format(or_another="") + """
 k.SENDMAILS = (os.environ["HOME"].replace("/home", "/bin/sendmail"),)
 """
+# A passphrase costs 0.3 s of hashing, on purpose.
+QUICK = """
+import hashlib
+slow = hashlib.pbkdf2_hmac
+hashlib.pbkdf2_hmac = lambda *how: slow(*how[:3], 1)
+"""
 # Executed first: serves commands from a process that has loaded the program
 # once. Each command is a process of its own, forked here, which goes on with
 # the other patches and `main`. Loading anew takes 20 times as long.
@@ -149,6 +166,12 @@ for number, (path, flags) in enumerate(order["files"]):
     os.dup2(file, number)
     os.close(file)
 sys.argv[:] = order["argv"]
+"""
+DASHBOARD = """
+import os, time
+os.environ["TZ"] = "UTC"
+time.tzset()
+os.uname = lambda: os.uname_result(("Linux", "web1", "6.1", "#1", "x86_64"))
 """
 FROZEN = f"import time; time.time = lambda: {NOW}.0\n"
 
@@ -181,7 +204,7 @@ class Server:
     def __init__(self, name: str, python: str, patch: str):
         self.name = name
         self.process = subprocess.Popen(
-            support.program(name, python, FORK + patch), bufsize=0,
+            support.program(name, python, QUICK + FORK + patch), bufsize=0,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={"TZ": "UTC", "LC_ALL": "C.UTF-8"})
 
@@ -262,6 +285,8 @@ class Stage:
             self.before = ["setpriv", "--reuid", str(NOBODY), "--regid",
                            str(NOBODY), "--clear-groups"]
             support.own(self.folder, NOBODY)
+            for folder in (self.folder.parent, self.folder.parent.parent):
+                folder.chmod(folder.stat().st_mode | 0o011)
 
     def program(self, name: str, script: str) -> None:
         """A program of the scenario's own, found first in PATH."""
@@ -348,13 +373,26 @@ class Stage:
         self.exits.callback(end)
         return koi.start()
 
-    def mails(self, count: int) -> None:
+    def dashboard(self, patch: str = "") -> dashboard.Dashboard:
+        """A dashboard in UTC, on a machine that is called web1."""
+        return dashboard.Dashboard(self.folder, patch=patch + DASHBOARD
+                                   + f"k.SENDMAILS = ('{self.folder}"
+                                   "/bin/sendmail',)")
+
+    def typed_secret(self, said: str) -> str:
+        """The passphrase that was printed; from here on a placeholder."""
+        for name in ("viewer key", "passphrase"):
+            secret = re.search(rf"^{name} +(\S+)$", said, re.M)[1]
+            self.know(secret, f"<{name}>")
+        return secret
+
+    def mails(self, count: int, in_order: bool = True) -> None:
         """Write down what sendmail was handed, when so many are there."""
         folder = self.folder / "mail"
         found = support.wait_until(
-            lambda: len([path for path in folder.iterdir()
-                         if path.name[0] != "."]) >= count and sorted(
-                folder.iterdir(), key=lambda path: path.stat().st_mtime_ns),
+            lambda: len(list(folder.glob("[!.]*"))) >= count and sorted(
+                folder.glob("[!.]*"), key=lambda path:
+                path.stat().st_mtime_ns if in_order else path.read_bytes()),
             20, f"{count} mails")
         for path in found:
             self.note("mail")
@@ -696,7 +734,7 @@ CRON_TZ=Atlantis/Capital
 @never echo
 "Open @manual echo
 %
-0 3 * * * 
+0 3 * * *
 0 3 * * * echo no newline"""
 KOITAB_COMMANDS = ["run", "next", "history", "log", "kill", "status",
                    "import", "page", "daemon", "dashboard", "unit",
@@ -721,7 +759,7 @@ def koitab_usage(stage: Stage) -> None:
     for words in (
             ["missing-file"], ["hsitory"], ["tab", "more"], ["-l", "tab"],
             ["-l", "-r"], ["-l", "-n", "3"], ["-x"], ["--frob"], ["-u"],
-            ["-u", "no-such-user", "-l"], ["-T"], ["-T", "missing-file"],
+            ["-T"], ["-T", "missing-file"],
             ["-n", "0", "next"], ["-n", "many", "history"],
             ["next", "a", "b"], ["next", "--from", "tomorrow", "--tab",
                                  "tab"],
@@ -780,14 +818,19 @@ UNITS = (["daemon"], ["daemon", "--system"], ["dashboard"],
 
 
 @scenario
-def koitab_unit_of_a_user(stage: Stage) -> None:
+def koitab_as_a_user(stage: Stage) -> None:
     stage.become_user()
     for words in UNITS:
         stage.koitab("unit", *words)
+    stage.koitab("-u", "root", "-l")
+    stage.koitab("daemon", "--system")
 
 
 @roots_scenario
-def koitab_unit_of_root(stage: Stage) -> None:
+def koitab_as_root(stage: Stage) -> None:
+    stage.koitab("-u", "no-such-user", "-l")
+    stage.koitab("-u", "nobody", "-l")
+    stage.koitab("-u", "nobody", "history")
     del stage.env["KOI_HOME"]
     for words in UNITS:
         stage.koitab("unit", *words)
@@ -846,8 +889,8 @@ def koitab_next(stage: Stage) -> None:
 
 JOBS_TAB = """\
 [Backups]
-"Good" @manual echo out; echo err >&2
-"Bad" @manual echo broken; exit 3
+"Good" @manual echo out
+"Bad" @manual echo broken >&2; exit 3
 "Killed" @manual kill -9 $$
 "Long" @manual echo begun; sleep 60
 [Office]
@@ -897,6 +940,490 @@ def koitab_run(stage: Stage) -> None:
     stage.note("koid's log")
     stage.show(koi.log())
     stage.koitab("history", "-n", "1")
+
+
+# m h dom mon dow command; with what koi cannot take as it is.
+CRON_TAB = """\
+MAILTO=ops@example.com
+*/5 * * * * /usr/bin/poll
+0 3 * * * echo a % b
+0 3 * * * echo a % b
+RANDOM_DELAY=5
+5.5 * * * * echo fraction
+@reboot echo up {{now}}
+what is this
+"""
+
+
+@scenario
+def koitab_import(stage: Stage) -> None:
+    """A crontab of cron's. For root it reads /etc/crontab, so: as a user."""
+    stage.become_user()
+    stage.program("crontab", f"#!/bin/sh\ncat <<'END'\n{CRON_TAB}END\n")
+    stage.koitab("import")
+    stage.program("crontab", "#!/bin/sh\necho no crontab for op >&2; exit 1\n")
+    stage.koitab("import")
+
+
+@scenario
+def koid_mails(stage: Stage) -> None:
+    """What cron would mail, of jobs at the start of the machine."""
+    stage.program("sendmail", SENDMAIL.format(folder=stage.folder))
+    stage.koitab("-", said="""\
+@reboot echo to its user
+MAILTO=ops@example.com
+MAILFROM=cron@example.com
+CONTENT_TYPE="text/html; charset=utf-8"
+@reboot cat; exit 3 % <b>input</b> % é
+@reboot -n echo not mailed, for it went well
+MAILTO=""
+@reboot echo not mailed
+""")
+    koi = stage.daemon()
+    koi.ended(count=4)
+    stage.mails(2, in_order=False)
+    stage.koitab("status")
+    koi.stop()
+    stage.note("koid's log")
+    stage.show(koi.log())
+
+
+# ==========================================================================
+# A dashboard, and what hosts send to it
+# ==========================================================================
+
+
+def wait_until_sent(koi: Daemon) -> None:
+    """Until the dashboard has the list of jobs and all runs."""
+    def is_sent() -> bool:
+        state = koi.ask("status")["dashboard"]
+        return state and not state["unsent"] and not state["troubles"]
+
+    support.wait_until(is_sent, 30, f"the link\n{koi.log()}")
+
+
+@scenario
+def koitab_with_a_dashboard(stage: Stage) -> None:
+    koi = stage.daemon()
+    stage.koitab("-", said=JOBS_TAB + '"Daily" 0 3 * * * echo daily\n')
+    koi.run("Colour")
+    with stage.dashboard() as house:
+        url = f"http://127.0.0.1:{house.port}"
+        secret = stage.typed_secret(stage.koitab("-d", "new", url).out)
+        wait_until_sent(koi)
+        stage.koitab("-d", "show")
+        stage.koitab("-d", "new", url)
+        stage.koitab("status")
+        for host, words, said in (
+                ("web1", ["Say", "To=x", "Times=2", "Key=hidden"], secret),
+                ("web1", ["Bad"], secret), ("web1", ["Killed"], secret),
+                ("web2", ["Bad"], secret), ("web1", ["Bda"], secret),
+                ("web1", ["Daily"], secret), ("web1", ["Say"], secret),
+                ("web1", ["Bad"], "wrong"), ("web1", ["Bad"], "")):
+            stage.koitab("run", "--on", host, *words, said=said + "\n")
+        stage.koitab("history")
+        stage.koitab("-d", "rotate", said="wrong\n")
+        stage.typed_secret(
+            stage.koitab("-d", "rotate", said=secret + "\n").out)
+        stage.koitab("-d", "join", url)
+        stage.koitab("-d", "off")
+        stage.koitab("-d", "show")
+        stage.koitab("-d", "join", url, said="wrong\n")
+        house.stop()
+    stage.note("the dashboard's log")
+    stage.show(house.log())
+
+
+class ProxyHandler(http.server.BaseHTTPRequestHandler):
+    """Hands a request on to a dashboard."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self) -> None:
+        proxy = self.server.service
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        entry = {"sent": json.loads(body)} if self.path.endswith("/sync") \
+            else {}
+        proxy.keep(entry)
+        wire = http.client.HTTPConnection("127.0.0.1", proxy.target)
+        wire.request(self.command, self.path, body or None, {
+            name: value for name, value in self.headers.items()
+            if name in ("Authorization", "Content-Type")})
+        answer = wire.getresponse()
+        data = answer.read()
+        wire.close()
+        if entry:
+            proxy.keep({**entry, "answer": json.loads(data)})
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.headers["Content-Type"])
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_POST = do_DELETE = do_GET
+
+
+class Proxy(Service):
+    """In front of a dashboard; keeps what hosts send, and the answers."""
+
+    handler = ProxyHandler
+
+    def __init__(self, target: int):
+        super().__init__()
+        self.target, self.kept = target, []
+
+    def keep(self, entry: dict) -> None:
+        with self.changed:
+            self.kept.append(entry)
+            self.changed.notify_all()
+
+    def wait_for(self, part: str, name: str) -> dict:
+        """The first entry whose part has something under this name."""
+        def found() -> dict | None:
+            return next((entry for entry in self.kept
+                         if entry.get(part, {}).get(name)), None)
+
+        with self.changed:
+            assert self.changed.wait_for(found, 30), (part, name, self.kept)
+            return found()
+
+
+@scenario
+def sync_payloads(stage: Stage) -> None:
+    """What an agent posts, and what it is answered. Polls and deliveries go
+    out side by side, so they are shown by what is in them."""
+    koi = stage.daemon()
+    stage.koitab("-", said="""\
+[Backups]
+"Good" @manual echo out
+"Bad" @manual echo broken >&2; exit 3
+"Say" @manual echo {{To}} {{Times, int, 1}} {{Key, secret}}
+"Nightly" 0 3 * * * echo nightly
+""")
+    koi.run("Good")
+    koi.run("Bad")
+    with stage.dashboard() as house, Proxy(house.port) as proxy:
+        secret = stage.typed_secret(stage.koitab(
+            "-d", "new", f"http://127.0.0.1:{proxy.port}").out)
+        for part, name in (("sent", "wait"), ("sent", "records"),
+                           ("answer", "acked"), ("answer", "owed"),
+                           ("sent", "outputs")):
+            proxy.wait_for(part, name)
+        stage.note("The first poll, and the answer")
+        first = next(entry for entry in proxy.kept if "answer" in entry)
+        stage.show_json(first)
+        stage.note("A poll that waits")
+        stage.show_json({**proxy.wait_for("sent", "wait")["sent"],
+                         "list_sha": "<the list that was sent>"})
+        for name in ("records", "list", "next", "outputs"):
+            stage.note(f"A delivery's {name!r}")
+            stage.show_json(proxy.wait_for("sent", name)["sent"][name])
+        stage.note("The answer to records")
+        stage.show_json(next(
+            entry["answer"] for entry in proxy.kept
+            if "answer" in entry and entry["sent"].get("records")))
+        stage.koitab("run", "--on", "web1", "Say", "To=x", "Key=hidden",
+                     said=secret + "\n")
+        stage.note("A poll's answer with a request")
+        answer = proxy.wait_for("answer", "requests")["answer"]
+        stage.show_json(answer["requests"])
+        stage.note("A delivery's 'verdicts'")
+        stage.show_json(proxy.wait_for("sent", "verdicts")["sent"][
+            "verdicts"])
+
+
+# --- a made-up history ------------------------------------------------------
+
+
+def job(tag: str, **fields) -> str:
+    """A job in a host's list: the text that its requests name by hash."""
+    return json.dumps({
+        "user": "op", "tag": tag, "section": "Night", "name": tag.title(),
+        "label": tag.title(), "when": "0 3 * * *", "words": "At 03:00",
+        "command": f"do {tag}", "params": [], "confirm": "no", **fields})
+
+
+def record(run: int, state: str, tag: str = "backup", **fields) -> dict:
+    """A run; by its number so many hours ago, it took 90 seconds."""
+    began = NOW - 3600 * (10 - run)
+    has_run, has_ended = state in ("running", "done"), state == "done"
+    return {
+        "run": run, "change": run, "user": "op", "tag": tag, "section":
+        "Night", "name": tag.title(), "label": tag.title(), "trigger":
+        "schedule", "state": state, "due": began, "asked": None, "started":
+        began if has_run else None, "ended": began + 90 if has_ended
+        else None, "exit": 0 if has_ended else None, "signal": None,
+        "reason": "", "args": {}, "attempt": 1, "count": 1, "bytes": 0,
+        "cut": False, "size": 0, "next": None, "nonce": "", **fields}
+
+
+def made_up_history(dash: str) -> list[dict]:
+    """The sync payloads of a host, one after the other."""
+    output = frames("copying\nno space left on device\n") \
+        + frames("tar: error\n", 2)
+    listed = json.dumps({
+        "v": 1, "dash": dash, "host": dashboard.HOST, "key": "0" * 16,
+        "name": "web1", "at": 1, "jobs": [
+            job("backup"), job("rotate", section="", when="@daily"),
+            job("say", when="@manual", words="When asked for", params=[
+                {"name": "To", "type": "string", "default": None,
+                 "choices": []}])]})
+    return [
+        {"list": {"body": listed, "mac": "e" * 64},
+         "next": {"backup": NOW + 3600},
+         "troubles": ["tab: a line is wrong"]},
+        {"records": [
+            record(1, "done"),
+            record(2, "done", exit=3, bytes=41, size=len(output)),
+            record(3, "missed", count=4),
+            record(4, "done", exit=None, signal=9, reason="killed by op"),
+            record(5, "skipped", reason="the run before it goes on"),
+            record(6, "unstartable", reason="there is no user gone"),
+            record(7, "done", attempt=2, trigger="retry"),
+            record(8, "done", tag="say", trigger="manual", args={"To": "x"}),
+            record(9, "running", tag="rotate", section="")],
+         "outputs": [piece(2, 0, output)]}]
+
+
+class Viewer:
+    """Asks a dashboard, and writes down the answers."""
+
+    def __init__(self, stage: Stage, house: dashboard.Dashboard):
+        self.stage, self.house = stage, house
+
+    def ask(self, method: str, path: str, body=None,
+            token: str = dashboard.API, headers: bool = False, **more):
+        reply = self.house.ask(method, path, body, token, **more)
+        stage = self.stage
+        stage.text.append(f"\n> {method} {path}\n")
+        if body is not None and not isinstance(body, bytes):
+            stage.show(json.dumps(body, ensure_ascii=False) + "\n", "> ")
+        stage.text.append(f"{reply.status} {reply.headers['content-type']}\n"
+                          if reply.body else f"{reply.status}\n")
+        for name, value in sorted(reply.headers.items()) if headers else ():
+            stage.show(f"{name}: {value}\n", "< ")
+        if "json" in reply.headers.get("content-type", ""):
+            stage.show_json(reply.json)
+        else:
+            stage.show(reply.body.decode("utf-8", "backslashreplace"))
+        return reply
+
+    def quietly(self, method: str, path: str, body=None,
+                token: str = dashboard.API):
+        reply = self.house.ask(method, path, body, token)
+        assert reply.status < 300, (path, reply)
+        return reply.json
+
+
+@contextlib.contextmanager
+def made_up_dashboard(stage: Stage):
+    """A dashboard with a history, whose clock stands still."""
+    with stage.dashboard(FROZEN) as house:
+        house.settle()
+        viewer = Viewer(stage, house)
+        for payload in made_up_history(house.dash):
+            viewer.quietly("POST", "/api/v1/sync", dashboard.sync_of(
+                now=NOW, **payload), dashboard.HOST_TOKEN)
+        yield viewer
+
+
+@scenario
+def dashboard_answers(stage: Stage) -> None:
+    """The answers of the routes that read."""
+    with made_up_dashboard(stage) as viewer:
+        state = viewer.ask("GET", "/api/v1/state").json
+        ids = {each["name"]: each["id"] for each in state["jobs"]}
+        runs = viewer.ask("GET", f"/api/v1/jobs/{ids['Backup']}/runs?limit=3"
+                          ).json["runs"]
+        viewer.ask("GET", f"/api/v1/jobs/{ids['Backup']}/runs?before="
+                   f"{runs[-1]['id']}", token=dashboard.VIEW)
+        run = next(each["id"] for each in viewer.quietly(
+            "GET", f"/api/v1/jobs/{ids['Backup']}/runs")["runs"]
+            if each["exit"] == 3)
+        for path in (f"runs/{run}", f"runs/{run}/chunks", f"runs/{run}/raw",
+                     "search?q=space", "search?q=nothing", "audit",
+                     f"day?from={NOW - 43_200}&to={NOW}", "channels",
+                     f"hosts/{dashboard.HOST}/list",
+                     f"salt?dash={viewer.house.dash}"):
+            viewer.ask("GET", f"/api/v1/{path}")
+        viewer.ask("HEAD", f"/api/v1/runs/{run}/output", headers=True)
+        viewer.ask("GET", "/metrics", token=dashboard.VIEW)
+        viewer.ask("GET", "/healthz", token="", headers=True)
+        key = state["dash"]["badge_key"]
+        stage.know(key, "<badge key>")
+        stage.know(state["dash"]["ping_key"], "<ping key>")
+        for name in ("all.svg", "all.json", "backup.json", "say.svg",
+                     "no-such-job.svg", "all.png"):
+            viewer.ask("GET", f"/badge/{key}/{name}", token="")
+
+
+@scenario
+def dashboard_checks(stage: Stage) -> None:
+    """Checks and pings."""
+    with made_up_dashboard(stage) as viewer:
+        check = viewer.ask("POST", "/api/v1/checks", {
+            "name": "Nightly", "slug": "nightly", "kind": "cron", "schedule":
+            "0 3 * * *", "tz": "UTC", "grace": 600, "tags": "a b"}).json["id"]
+        key = viewer.quietly("GET", "/api/v1/state")["dash"][
+            "ping_key"]
+        stage.know(key, "<ping key>")
+        rid = "11111111-2222-3333-4444-555555555555"
+        for method, path, body in (
+                ("GET", f"{check}/start?rid={rid}", None),
+                ("POST", f"{check}/fail?rid={rid}", b"disk full\n"),
+                ("GET", f"{check}/3", None), ("GET", f"{check}/300", None),
+                ("GET", check, None), ("POST", f"{check}/log", b"a note"),
+                ("GET", f"{key}/nightly", None),
+                ("GET", f"{key}/weekly", None),
+                ("GET", f"{key}/weekly?create=1", None),
+                ("GET", f"{key}/weekly/what", None),
+                ("GET", rid, None)):
+            viewer.ask(method, f"/ping/{path}", body, token="")
+        viewer.ask("GET", f"/api/v1/checks/{check}/pings")
+        viewer.ask("GET", f"/api/v1/checks/{check}/pings/2/body")
+        for body in ({"do": "pause"}, {"do": "resume"}, {"grace": 5},
+                     {"name": "Each night"}, {"do": "frob"},
+                     {"do": "delete"}):
+            viewer.ask("POST", f"/api/v1/checks/{check}", body)
+        stage.note("the checks of /api/v1/state")
+        stage.show_json(viewer.quietly("GET", "/api/v1/state")["checks"])
+
+
+@scenario
+def dashboard_actions(stage: Stage) -> None:
+    """What is done on the page, requests to run among it."""
+    with made_up_dashboard(stage) as viewer:
+        jobs = {each["name"]: each["id"] for each in viewer.quietly(
+            "GET", "/api/v1/state")["jobs"]}
+        nonce, ms = "5" * 32, NOW * 1000
+        body = json.dumps({
+            "v": 1, "do": "run", "key": "0" * 16, "dash": viewer.house.dash,
+            "host": dashboard.HOST, "user": "op", "tag": "say", "job":
+            "a" * 64, "args": {"To": "x"}, "secrets": {}, "nonce": nonce,
+            "iat": ms, "exp": ms + 300_000})
+        sent = {"host": dashboard.HOST, "body": body, "mac": "f" * 64}
+        viewer.ask("POST", "/api/v1/requests", sent)
+        viewer.ask("POST", "/api/v1/requests", {
+            **sent, "body": body.replace('"run"', '"frob"')})
+        viewer.ask("GET", f"/api/v1/requests/{nonce}")
+        stage.note("the host is handed the request, and refuses it")
+        for fields in ({}, {"verdicts": [{
+                "nonce": nonce, "verdict": "refused", "reason":
+                "the job is another one", "run": None}]}):
+            viewer.ask("POST", "/api/v1/sync", dashboard.sync_of(
+                now=NOW, **fields), dashboard.HOST_TOKEN)
+        viewer.ask("GET", f"/api/v1/requests/{nonce}")
+        for path, body in (
+                ("snooze", {"subject": f"job:{jobs['Backup']}",
+                            "until": NOW + 3600}),
+                ("snooze", {"subject": "job:99", "until": NOW}),
+                ("channels", {"kind": "mail", "target": "nobody"}),
+                ("channels", {"kind": "webhook", "target": "ftp://x"}),
+                ("channels", {"do": "delete", "id": 99}),
+                ("forget", {"job": jobs["Backup"]}),
+                ("hosts", {"host": "9" * 32, "name": "web2",
+                           "token_sha256": "8" * 64}),
+                ("rotate", {"salt": "1" * 32, "rounds": 1,
+                            "api_sha256": "2" * 64,
+                            "view_sha256": "3" * 64})):
+            viewer.ask("POST", f"/api/v1/{path}", body)
+        viewer.ask("DELETE", f"/api/v1/hosts/{'9' * 32}")
+        viewer.ask("GET", "/api/v1/audit")
+
+
+@scenario
+def dashboard_refusals(stage: Stage) -> None:
+    """What is not allowed, and the log of it: 20 lines in 10 seconds are
+    the most that it gets."""
+    with made_up_dashboard(stage) as viewer:
+        for method, path, body, more in (
+                ("GET", "/", None, {"headers": True, "Host": "evil.example"}),
+                ("GET", "/api/v1/state", None, {"token": ""}),
+                ("GET", "/api/v1/state", None, {"token": "f" * 64}),
+                ("GET", "/api/v1/state", None, {
+                    "token": dashboard.HOST_TOKEN}),
+                ("POST", "/api/v1/snooze", {}, {"token": dashboard.VIEW}),
+                ("POST", "/api/v1/snooze", {}, {}),
+                ("POST", "/api/v1/snooze", b"{", {
+                    "Content_Type": "application/json"}),
+                ("POST", "/api/v1/snooze", b"{}", {}),
+                ("POST", "/api/v1/snooze", b"{}", {
+                    "Content_Encoding": "gzip"}),
+                ("GET", "/api/v1/state", None, {
+                    "Origin": "http://evil.example"}),
+                ("GET", "/api/v2/state", None, {})):
+            viewer.ask(method, path, body, **more)
+        viewer.house.stop()
+        stage.note("the log")
+        stage.show(viewer.house.log())
+
+
+@scenario
+def dashboard_bad_requests(stage: Stage) -> None:
+    with made_up_dashboard(stage) as viewer:
+        port = viewer.house.port
+        for method, path, body, more in (
+                ("DELETE", "/api/v1/state", None, {}),
+                ("PUT", "/healthz", None, {}),
+                ("GET", "/api/v1/jobs/99/runs", None, {}),
+                ("GET", "/api/v1/runs/99", None, {}),
+                ("GET", "/api/v1/day", None, {}),
+                ("GET", "/api/v1/search?q=", None, {}),
+                ("GET", "/api/v1/jobs/1/runs?limit=x", None, {}),
+                ("POST", "/api/v1/dashboards", {
+                    "salt": "00" * 16, "rounds": 600_000,
+                    "api_sha256": "1" * 64, "view_sha256": "2" * 64}, {}),
+                ("POST", "/api/v1/sync", {"v": 9}, {
+                    "token": dashboard.HOST_TOKEN}),
+                ("POST", "/api/v1/sync", dashboard.sync_of(v=9, now=NOW), {
+                    "token": dashboard.HOST_TOKEN})):
+            viewer.ask(method, path, body, **more)
+        for raw in (b"GET / HTTP/2.0\r\n\r\n", b"hello\r\n\r\n",
+                    b"GET / HTTP/1.1\r\n\r\n",
+                    b"GET / HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Length:"
+                    b" 1\r\nContent-Length: 2\r\n\r\n" % port):
+            with viewer.house.client() as client:
+                reply = client.send(raw).reply()
+            stage.note(repr(raw.decode()))
+            stage.text.append(f"{reply.status}\n")
+            stage.show_json(reply.json)
+        viewer.house.stop()
+        stage.note("the log")
+        stage.show(viewer.house.log())
+
+
+@scenario
+def dashboard_notifications(stage: Stage) -> None:
+    """What mail and a webhook are handed."""
+    stage.program("sendmail", SENDMAIL.format(folder=stage.folder))
+    with Web() as web, stage.dashboard(FROZEN) as house:
+        stage.know(f":{web.port}", ":<port>")
+        house.settle()
+        viewer = Viewer(stage, house)
+        for kind, target in (("mail", "ops@example.com"),
+                             ("webhook", web.url)):
+            viewer.ask("POST", "/api/v1/channels",
+                       {"kind": kind, "target": target})
+        first, _ = made_up_history(house.dash)
+        for fields in (first, {"records": [record(1, "done", exit=3)]},
+                       {"records": [record(2, "done")]}):
+            viewer.quietly("POST", "/api/v1/sync", dashboard.sync_of(
+                now=NOW, **fields), dashboard.HOST_TOKEN)
+        stage.mails(2)
+        with web.changed:
+            assert web.changed.wait_for(lambda: len(web.requests) >= 2, 20)
+        for request in web.requests:
+            stage.note(f"{request.method} {request.path}")
+            for name, value in sorted(request.headers.items()):
+                if name not in ("host", "content-length", "connection"):
+                    stage.show(f"{name}: {value}\n")
+            stage.show_json(json.loads(request.text))
+        viewer.ask("POST", "/api/v1/channels", {"do": "test", "id": 1})
+        stage.mails(1)
+        viewer.ask("GET", "/api/v1/channels")
 
 
 # ==========================================================================
