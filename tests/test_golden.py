@@ -87,7 +87,10 @@ PLACEHOLDERS: list[tuple[str, str | Callable]] = [
     (r"[▁▂▃▄▅▆▇█]", "▇"),
     (r"(?m)▇  [0-9hms.]+$", "▇  <took>"),
     (r'"(seconds|ms)": \d+(\.\d+)?', r'"\1": <took>'),
-    (r"(duration_seconds(\{.*\})?) \d+(\.\d+)?", r"\1 <took>"),
+    (r"(mission_\w+_duration_seconds(\{.*\})?) \d+(\.\d+)?", r"\1 <took>"),
+    # How many commits a dashboard made, and who is still connected to it.
+    (r'("seq": )\d+', r"\1<seq>"),
+    (r"(?m)(koi_web_connections) \d+$", r"\1 <number>"),
     # Identifiers that are made at random, some cut to 8 digits.
     (r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b",
      "<uuid>"),
@@ -761,8 +764,8 @@ def koitab_help(stage: Stage) -> None:
 def koitab_usage(stage: Stage) -> None:
     stage.file("tab", GOOD_TAB)
     for words in (
-            ["missing-file"], ["hsitory"], ["pause"], ["help"], ["tab", "more"], ["-l", "tab"],
-            ["-l", "-r"], ["-l", "-n", "3"], ["-x"], ["--frob"], ["-u"],
+            ["missing-file"], ["hsitory"], ["pause"], ["help"],
+            ["tab", "more"], ["-l", "tab"], ["-l", "-r"], ["-l", "-n", "3"], ["-x"], ["--frob"], ["-u"],
             ["-T"], ["-T", "missing-file"],
             ["-n", "0", "next"], ["-n", "many", "history"],
             ["next", "a", "b"], ["next", "--from", "tomorrow", "--tab",
