@@ -765,7 +765,8 @@ def koitab_usage(stage: Stage) -> None:
     stage.file("tab", GOOD_TAB)
     for words in (
             ["missing-file"], ["hsitory"], ["pause"], ["help"],
-            ["tab", "more"], ["-l", "tab"], ["-l", "-r"], ["-l", "-n", "3"], ["-x"], ["--frob"], ["-u"],
+            ["tab", "more"], ["-l", "tab"], ["-l", "-r"], ["-l", "-n", "3"],
+            ["-x"], ["--frob"], ["-u"],
             ["-T"], ["-T", "missing-file"],
             ["-n", "0", "next"], ["-n", "many", "history"],
             ["next", "a", "b"], ["next", "--from", "tomorrow", "--tab",
