@@ -115,15 +115,28 @@ class Browser:
                     raise
             time.sleep(0.03)
 
+    def with_element(self, css: str, method: str, what: str, body=None):
+        """Do something with the first element that fits. The page may
+        replace an element between the two calls: then find the new one."""
+        end = time.monotonic() + 5
+        while True:
+            try:
+                return self.call(method, f"/element/{self.find(css)}/{what}",
+                                 body)
+            except BrowserError as error:
+                if not str(error).startswith("stale element reference") \
+                        or time.monotonic() > end:
+                    raise
+
     def click(self, css: str) -> None:
         """A real click: the element must be seen and not covered."""
-        self.call("POST", f"/element/{self.find(css)}/click")
+        self.with_element(css, "POST", "click")
 
     def type(self, css: str, text: str) -> None:
-        self.call("POST", f"/element/{self.find(css)}/value", {"text": text})
+        self.with_element(css, "POST", "value", {"text": text})
 
     def text(self, css: str) -> str:
-        return self.call("GET", f"/element/{self.find(css)}/text")
+        return self.with_element(css, "GET", "text")
 
     def keys(self, *names: str) -> None:
         """Press keys where the focus is: "j", "Enter", "Shift+Tab"."""

@@ -731,6 +731,14 @@ class PageDriver(Browser):
 
     kept: list[str] = []
 
+    def cpu_seconds(self) -> float:
+        """Processor time of the page's thread, which a busy machine does not
+        lengthen."""
+        self.command("Performance.enable", timeDomain="threadTicks")
+        return next(metric["value"] for metric in self.command(
+            "Performance.getMetrics")["metrics"]
+            if metric["name"] == "TaskDuration")
+
     def go(self, url: str) -> None:
         """A fresh document; what the one before did wrong is not lost."""
         self.kept = self.faults()

@@ -26,8 +26,7 @@ def make(dashboard, **fields) -> str:
 
 def change(dashboard, check: str, **fields) -> dict:
     return dashboard.do(dashboard.hub.change_check, dashboard.dash, check,
-                        fields,
-                        dashboard.now)
+                        fields, dashboard.now)
 
 
 @pytest.fixture

@@ -531,14 +531,18 @@ def test_a_channel_is_told_by_one_thread_at_a_time(quiet, listener):
 def test_an_answer_that_drips_is_cut_off(monkeypatch):
     monkeypatch.setattr(koitab, "TELL_TIME", 0.4)
     server = socket.create_server(("127.0.0.1", 0))
-    over = threading.Event()
+    over, finished = threading.Event(), []
 
     def drip():
         connection, _ = server.accept()
         try:
             connection.sendall(b"HTTP/1.1 ")
-            while not over.wait(0.05):
+            for _ in range(300):
                 connection.sendall(b"x")
+                if over.wait(0.05):
+                    break
+            else:
+                finished.append(True)
         except OSError:
             pass
         connection.close()
@@ -548,8 +552,9 @@ def test_an_answer_that_drips_is_cut_off(monkeypatch):
     with pytest.raises((OSError, http.client.HTTPException)):
         koitab.web_post(f"http://127.0.0.1:{server.getsockname()[1]}/",
                         b"", {})
-    over.set()          # it would have gone on for ever
+    over.set()
     thread.join()
+    assert not finished
     server.close()
 
 

@@ -171,8 +171,7 @@ def test_a_body_is_asked_for_when_that_is_expected(server):
         assert client.head()[0] == 100
         assert client.send(b"abc").reply().status == 200
         client.send(encode_request(server.port, "POST", f"/ping/{server.uuid}",
-                                   None,
-                                   Content_Length=10**9,
+                                   None, Content_Length=10**9,
                                    Expect="100-continue"))
         assert client.reply().status == 413
         assert client.is_closed()

@@ -710,7 +710,7 @@ class Firm:
         with db:
             found = db.execute(statement, values).fetchall()
         db.close()
-        self.server.open()
+        self.server.start()
         return found
 
 

@@ -22,7 +22,7 @@ TAB = """\
 "Say" @manual echo "to $KOI_ARG_1" {{To}}; exit 3
 "Pair" @manual printf '<\\%s>' {{One}} {{Two, secret}}
 "Big" @manual seq 300000; seq 20 >&2
-"Slow" @manual seq 120000; sleep 3; seq 120001 300000
+"Slow" @manual seq 120000; sleep 1; seq 120001 300000
 "Long" @manual echo begun; exec sleep 60
 "Twice" @manual echo twice
 "Daily" 0 3 * * * echo daily
