@@ -293,7 +293,8 @@ def test_a_request_starts_its_job_soon(linked, dashboard):
     asked = time.time()
     verdict = ask(dashboard, request_for(spec))
     run = support.wait_until(lambda: linked.ended())[0]
-    assert run["run"] == verdict["run"] and run["started"] - asked < 5
+    assert run["run"] == verdict["run"]
+    assert run["started"] - asked < koitab.HOLD     # no poll has to end first
 
 
 # --- a dashboard that is away, slow, lying, or mad

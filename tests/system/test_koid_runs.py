@@ -548,7 +548,7 @@ def test_a_job_that_closes_its_output_runs_on_and_costs_nothing(koi, fifo):
 
 def test_a_job_whose_time_is_up_is_asked_to_end_and_then_killed(koi):
     """TERM goes to all of its group; KILL comes a little later."""
-    koi.set_constants(KILL_AFTER=0.3)
+    koi.set_constants(KILL_AFTER=1.0)
     serving(koi, """\
         KOI_TIMEOUT=1s
         "good" @manual trap 'echo bye; exit 3' TERM; sleep 60 & wait
@@ -569,8 +569,9 @@ def test_a_job_whose_time_is_up_is_asked_to_end_and_then_killed(koi):
         "deaf": (None, 9, "timeout after 1s"),
         "quick": (0, None, ""), "free": (0, None, "")}
     assert koi.text_of(runs["good"]) == "bye\n"
-    assert found["plain"]["ended"] - found["plain"]["started"] >= 1
-    assert found["deaf"]["ended"] - found["deaf"]["started"] >= 1.3
+    # `started` may be noted late: the clock for the limit runs before it.
+    assert found["plain"]["ended"] - found["plain"]["started"] >= 0.5
+    assert found["deaf"]["ended"] - found["deaf"]["started"] >= 1.5
 
 
 def test_runs_of_a_job_may_overlap(koi, tmp_path):
