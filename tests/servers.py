@@ -54,9 +54,14 @@ def certificate(folder, names: str = "IP:127.0.0.1,DNS:localhost",
          "-subj", "/CN=mission test", "-addext", f"subjectAltName={names}",
          "-keyout", key, "-out", cert], check=True, **QUIET)
     if expired:
-        subprocess.run(
-            ["openssl", "x509", "-in", cert, "-signkey", key, "-days", "-1",
-             "-out", cert], check=True, **QUIET)
+        # From 3.4 on openssl has -not_after, and later no negative -days.
+        again = ["openssl", "x509", "-in", cert, "-signkey", key,
+                 "-out", cert]
+        done = subprocess.run(
+            [*again, "-not_before", "20200101000000Z",
+             "-not_after", "20200201000000Z"], **QUIET)
+        if done.returncode:
+            subprocess.run([*again, "-days", "-1"], check=True, **QUIET)
     os.chmod(cert, 0o644)
     return Certificate(cert, key)
 

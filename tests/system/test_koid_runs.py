@@ -1089,7 +1089,9 @@ def copy_of_etc(host, folder: Path) -> Path:
     more.mkdir()
     host.setup += [
         f"mount -t tmpfs -o mode=755 none '{etc}'",
-        f"cp -a /etc/. '{etc}'", f"cp -a '{more}/.' '{etc}'",
+        f"cp -a /etc/. '{etc}'",
+        # Debian's /etc/default/locale is a link, and may lead nowhere.
+        f"cp -a --remove-destination '{more}/.' '{etc}'",
         f"cp '{host.folder}/passwd' '{host.folder}/group' '{etc}'",
         f"mount --move '{etc}' /etc"]
     return more

@@ -268,7 +268,8 @@ def gc(folder: Path, spy: Spy) -> None:
         (folder / "file").write_text(text)
         must_git(folder, "commit", "-q", "-a", "-m", text, uid=ALICE)
         must_git(folder, "repack", "-q", "-d", uid=ALICE)
-    set_config("gc.autoPackLimit", "1", "gc.autoDetach", "false")(folder, spy)
+    set_config("gc.autoPackLimit", "1", "gc.autoDetach", "false",
+               "maintenance.strategy", "gc")(folder, spy)    # git 2.5x
     hook("pre-auto-gc")(folder, spy)
 
 
