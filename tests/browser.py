@@ -93,7 +93,7 @@ class Browser:
         request = urllib.request.Request(
             url, data, {"Content-Type": "application/json"}, method=method)
         try:
-            with self.opener.open(request, timeout=60) as reply:
+            with self.opener.open(request, timeout=120) as reply:
                 return json.loads(reply.read())["value"]
         except urllib.error.HTTPError as error:
             value = json.loads(error.read())["value"]
@@ -103,7 +103,7 @@ class Browser:
     def go(self, url: str) -> None:
         self.call("POST", "/url", {"url": url})
 
-    def find(self, css: str, seconds: float = 5) -> str:
+    def find(self, css: str, seconds: float = 30) -> str:
         """The first element that fits, as soon as it is there."""
         end = time.monotonic() + seconds
         while True:
@@ -118,7 +118,7 @@ class Browser:
     def with_element(self, css: str, method: str, what: str, body=None):
         """Do something with the first element that fits. The page may
         replace an element between the two calls: then find the new one."""
-        end = time.monotonic() + 5
+        end = time.monotonic() + 30
         while True:
             try:
                 return self.call(method, f"/element/{self.find(css)}/{what}",
@@ -155,7 +155,7 @@ class Browser:
         return self.call("POST", "/execute/sync",
                          {"script": script, "args": list(values)})
 
-    def wait(self, question: str, seconds: float = 8):
+    def wait(self, question: str, seconds: float = 30):
         """Until a JavaScript expression is true; its value."""
         end = time.monotonic() + seconds
         while True:

@@ -773,7 +773,7 @@ class PageDriver(Browser):
         self.js("document.activeElement.select()")
         self.command("Input.insertText", text=text)
 
-    def shows(self, text: str, seconds: float = 10, css: str = "body") -> None:
+    def shows(self, text: str, seconds: float = 30, css: str = "body") -> None:
         """Wait until a text is to be seen."""
         self.wait(f"document.querySelector({json.dumps(css)})?.innerText"
                   f".includes({json.dumps(text)})", seconds)

@@ -92,7 +92,8 @@ def params_of(command: str) -> list[dict]:
 class World:
     """All that the made-up dashboard knows."""
 
-    def __init__(self, empty=False, many=False, hostile=False, now=None):
+    def __init__(self, empty=False, many=False, hostile=False, now=None,
+                 strip=90):
         self.now = now or time.time()
         self.dice = random.Random(7)
         self.seq, self.changes = 1, []
@@ -102,7 +103,7 @@ class World:
         self.alerts, self.audit, self.channels = {}, [], []
         self.requests, self.outputs, self.chunked = {}, {}, {}
         self.tries = self.lump = 0
-        self.hostile = hostile
+        self.hostile, self.strip = hostile, strip
         if not empty:
             self.make_hosts()
             self.make_jobs(many)
@@ -170,7 +171,8 @@ class World:
     def make_runs(self, job: dict):
         every = {"*/5": 300, "*/15": 900, "10": 3600}.get(
             job["when"].split(" ")[0], 86400)
-        count = 12 if job["manual"] else 4 if job["when"][0] == "@" else 90
+        count = 12 if job["manual"] else 4 if job["when"][0] == "@" \
+            else self.strip
         usual = min(self.dice.choice([0.2, 1.2, 14, 95, 1800]), every / 9)
         fails = self.dice.random() < 0.07
         for back in range(count, 0, -1):
