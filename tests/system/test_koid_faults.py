@@ -365,6 +365,17 @@ def test_a_stop_is_clean_though_tabs_change_meanwhile(koi):
         assert [koi.start().stop() for _ in range(8)] == [0] * 8
 
 
+def test_a_stopped_koid_has_no_timer_that_could_kill_it(koi):
+    """Python ends with the default action of SIGALRM."""
+    at_exit = ("import atexit, signal\natexit.register(lambda: print('left', "
+               "signal.getitimer(signal.ITIMER_REAL), file=sys.stderr))")
+    koi.command = lambda *args: [
+        *support.program("koitab", koi.python, at_exit), *args]
+    koi.tab('"job" * * * * * true\n')
+    assert koi.start().stop() == 0
+    assert "left (0.0, 0.0)" in koi.log()
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGCHLD,
                                     signal.SIGPIPE, signal.SIGIO])
 def test_other_signals_do_not_end_koid(koi, number):
