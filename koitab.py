@@ -6127,6 +6127,7 @@ class Daemon:
     def close(self) -> None:
         """Leave; the jobs and their supervisors stay."""
         signal.signal(signal.SIGIO, signal.SIG_IGN)     # Python would die
+        signal.setitimer(signal.ITIMER_REAL, 0)         # and by SIGALRM
         self.bridge.stop()
         try:
             self.take_in()

@@ -262,6 +262,16 @@ def test_a_stop_is_clean_though_tabs_change_meanwhile(koi):
             assert koi.start().stop() == 0
 
 
+def test_a_stopped_koid_has_no_timer_that_could_kill_it(koi):
+    """Python ends with the default action of SIGALRM."""
+    at_exit = ("import atexit, signal\natexit.register(lambda: print('left', "
+               "signal.getitimer(signal.ITIMER_REAL), file=sys.stderr))")
+    koi.patch(at_exit)
+    koi.tab('"job" * * * * * true\n')
+    assert koi.start().stop() == 0
+    assert "left (0.0, 0.0)" in koi.log()
+
+
 def test_other_signals_do_not_end_koid(koi):
     koi.tab(f'"job" @manual {keep(koi)}\n')
     koi.start()
