@@ -31,9 +31,10 @@ from pathlib import Path
 
 import pytest
 
-import dashboard
 import support
-from houses import frames, piece
+from dashboard_rig import (HOST, HOST_TOKEN, OPERATOR_TOKEN, VIEWER_TOKEN,
+                           DashboardProcess, encode_request, frames, piece,
+                           sync_payload)
 from servers import Service, Web
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -377,11 +378,11 @@ class Stage:
         self.exits.callback(end)
         return koi.start()
 
-    def dashboard(self, patch: str = "") -> dashboard.Dashboard:
+    def dashboard(self, patch: str = "") -> DashboardProcess:
         """A dashboard in UTC, on a machine that is called web1."""
-        return dashboard.Dashboard(self.folder, patch=patch + DASHBOARD
-                                   + f"k.SENDMAILS = ('{self.folder}"
-                                   "/bin/sendmail',)")
+        return DashboardProcess(
+            self.folder, patch=patch + DASHBOARD
+            + f"k.SENDMAILS = ('{self.folder}/bin/sendmail',)")
 
     def typed_secret(self, said: str) -> str:
         """The passphrase that was printed; from here on a placeholder."""
@@ -1173,7 +1174,7 @@ def made_up_history(dash: str) -> list[dict]:
     output = frames("copying\nno space left on device\n") \
         + frames("tar: error\n", 2)
     listed = json.dumps({
-        "v": 1, "dash": dash, "host": dashboard.HOST, "key": "0" * 16,
+        "v": 1, "dash": dash, "host": HOST, "key": "0" * 16,
         "name": "web1", "at": 1, "jobs": [
             job("backup"), job("rotate", section="", when="@daily"),
             job("say", when="@manual", words="When asked for", params=[
@@ -1201,11 +1202,11 @@ def made_up_history(dash: str) -> list[dict]:
 class Viewer:
     """Asks a dashboard, and writes down the answers."""
 
-    def __init__(self, stage: Stage, house: dashboard.Dashboard):
+    def __init__(self, stage: Stage, house: DashboardProcess):
         self.stage, self.house = stage, house
 
     def ask(self, method: str, path: str, body=None,
-            token: str = dashboard.API, headers: bool = False, **more):
+            token: str = OPERATOR_TOKEN, headers: bool = False, **more):
         reply = self.house.ask(method, path, body, token, **more)
         stage = self.stage
         stage.text.append(f"\n> {method} {path}\n")
@@ -1222,7 +1223,7 @@ class Viewer:
         return reply
 
     def quietly(self, method: str, path: str, body=None,
-                token: str = dashboard.API):
+                token: str = OPERATOR_TOKEN):
         reply = self.house.ask(method, path, body, token)
         assert reply.status < 300, (path, reply)
         return reply.json
@@ -1232,11 +1233,11 @@ class Viewer:
 def made_up_dashboard(stage: Stage):
     """A dashboard with a history, whose clock stands still."""
     with stage.dashboard(FROZEN) as house:
-        house.settle()
+        house.set_up()
         viewer = Viewer(stage, house)
         for payload in made_up_history(house.dash):
-            viewer.quietly("POST", "/api/v1/sync", dashboard.sync_of(
-                now=NOW, **payload), dashboard.HOST_TOKEN)
+            viewer.quietly("POST", "/api/v1/sync", sync_payload(
+                now=NOW, **payload), HOST_TOKEN)
         yield viewer
 
 
@@ -1249,18 +1250,18 @@ def dashboard_answers(stage: Stage) -> None:
         runs = viewer.ask("GET", f"/api/v1/jobs/{ids['Backup']}/runs?limit=3"
                           ).json["runs"]
         viewer.ask("GET", f"/api/v1/jobs/{ids['Backup']}/runs?before="
-                   f"{runs[-1]['id']}", token=dashboard.VIEW)
+                   f"{runs[-1]['id']}", token=VIEWER_TOKEN)
         run = next(each["id"] for each in viewer.quietly(
             "GET", f"/api/v1/jobs/{ids['Backup']}/runs")["runs"]
             if each["exit"] == 3)
         for path in (f"runs/{run}", f"runs/{run}/chunks", f"runs/{run}/raw",
                      "search?q=space", "search?q=nothing", "audit",
                      f"day?from={NOW - 43_200}&to={NOW}", "channels",
-                     f"hosts/{dashboard.HOST}/list",
+                     f"hosts/{HOST}/list",
                      f"salt?dash={viewer.house.dash}"):
             viewer.ask("GET", f"/api/v1/{path}")
         viewer.ask("HEAD", f"/api/v1/runs/{run}/output", headers=True)
-        viewer.ask("GET", "/metrics", token=dashboard.VIEW)
+        viewer.ask("GET", "/metrics", token=VIEWER_TOKEN)
         viewer.ask("GET", "/healthz", token="", headers=True)
         key = state["dash"]["badge_key"]
         stage.know(key, "<badge key>")
@@ -1311,10 +1312,10 @@ def dashboard_actions(stage: Stage) -> None:
         nonce, ms = "5" * 32, NOW * 1000
         body = json.dumps({
             "v": 1, "do": "run", "key": "0" * 16, "dash": viewer.house.dash,
-            "host": dashboard.HOST, "user": "op", "tag": "say", "job":
+            "host": HOST, "user": "op", "tag": "say", "job":
             "a" * 64, "args": {"To": "x"}, "secrets": {}, "nonce": nonce,
             "iat": ms, "exp": ms + 300_000})
-        sent = {"host": dashboard.HOST, "body": body, "mac": "f" * 64}
+        sent = {"host": HOST, "body": body, "mac": "f" * 64}
         viewer.ask("POST", "/api/v1/requests", sent)
         viewer.ask("POST", "/api/v1/requests", {
             **sent, "body": body.replace('"run"', '"frob"')})
@@ -1323,12 +1324,12 @@ def dashboard_actions(stage: Stage) -> None:
         for fields in ({}, {"verdicts": [{
                 "nonce": nonce, "verdict": "refused", "reason":
                 "the job is another one", "run": None}]}):
-            viewer.ask("POST", "/api/v1/sync", dashboard.sync_of(
-                now=NOW, **fields), dashboard.HOST_TOKEN)
+            viewer.ask("POST", "/api/v1/sync", sync_payload(
+                now=NOW, **fields), HOST_TOKEN)
         viewer.ask("GET", f"/api/v1/requests/{nonce}")
         with viewer.house.client() as client:
-            client.send(dashboard.request(
-                client.port, "GET", "/api/v1/stream", None, dashboard.API))
+            client.send(encode_request(
+                client.port, "GET", "/api/v1/stream", None, OPERATOR_TOKEN))
             stage.note("GET /api/v1/stream, with a snooze after it")
             stage.text.append(f"{client.head()[0]}\n")
             stage.show_json(json.loads(client.line()))
@@ -1363,8 +1364,8 @@ def dashboard_refusals(stage: Stage) -> None:
                 ("GET", "/api/v1/state", None, {"token": ""}),
                 ("GET", "/api/v1/state", None, {"token": "f" * 64}),
                 ("GET", "/api/v1/state", None, {
-                    "token": dashboard.HOST_TOKEN}),
-                ("POST", "/api/v1/snooze", {}, {"token": dashboard.VIEW}),
+                    "token": HOST_TOKEN}),
+                ("POST", "/api/v1/snooze", {}, {"token": VIEWER_TOKEN}),
                 ("POST", "/api/v1/snooze", {}, {}),
                 ("POST", "/api/v1/snooze", b"{", {
                     "Content_Type": "application/json"}),
@@ -1396,9 +1397,9 @@ def dashboard_bad_requests(stage: Stage) -> None:
                     "salt": "00" * 16, "rounds": 600_000,
                     "api_sha256": "1" * 64, "view_sha256": "2" * 64}, {}),
                 ("POST", "/api/v1/sync", {"v": 9}, {
-                    "token": dashboard.HOST_TOKEN}),
-                ("POST", "/api/v1/sync", dashboard.sync_of(v=9, now=NOW), {
-                    "token": dashboard.HOST_TOKEN})):
+                    "token": HOST_TOKEN}),
+                ("POST", "/api/v1/sync", sync_payload(v=9, now=NOW), {
+                    "token": HOST_TOKEN})):
             viewer.ask(method, path, body, **more)
         for raw in (b"GET / HTTP/2.0\r\n\r\n", b"hello\r\n\r\n",
                     b"GET / HTTP/1.1\r\n\r\n",
@@ -1420,7 +1421,7 @@ def dashboard_notifications(stage: Stage) -> None:
     stage.program("sendmail", SENDMAIL.format(folder=stage.folder))
     with Web() as web, stage.dashboard(FROZEN) as house:
         stage.know(f":{web.port}", ":<port>")
-        house.settle()
+        house.set_up()
         viewer = Viewer(stage, house)
         for kind, target in (("mail", "ops@example.com"),
                              ("webhook", web.url)):
@@ -1429,8 +1430,8 @@ def dashboard_notifications(stage: Stage) -> None:
         first, _ = made_up_history(house.dash)
         for fields in (first, {"records": [record(1, "done", exit=3)]},
                        {"records": [record(2, "done")]}):
-            viewer.quietly("POST", "/api/v1/sync", dashboard.sync_of(
-                now=NOW, **fields), dashboard.HOST_TOKEN)
+            viewer.quietly("POST", "/api/v1/sync", sync_payload(
+                now=NOW, **fields), HOST_TOKEN)
             # What comes while a channel is busy may wait for 5 seconds.
             if fields is not first:
                 support.wait_until(lambda: all(

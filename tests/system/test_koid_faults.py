@@ -266,7 +266,7 @@ def test_a_stopped_koid_has_no_timer_that_could_kill_it(koi):
     """Python ends with the default action of SIGALRM."""
     at_exit = ("import atexit, signal\natexit.register(lambda: print('left', "
                "signal.getitimer(signal.ITIMER_REAL), file=sys.stderr))")
-    koi.patch(at_exit)
+    koi.patch = at_exit + "\n"
     koi.tab('"job" * * * * * true\n')
     assert koi.start().stop() == 0
     assert "left (0.0, 0.0)" in koi.log()
@@ -1389,14 +1389,15 @@ def test_a_corrupt_tab_costs_its_bad_lines_or_leaves_the_last_good_one(
     clock.start(NOON)
     for data, jobs, word in CORRUPT:
         tab.write_bytes(data)
-        koi.daemon.send_signal(signal.SIGHUP)   # read before the next answer
-        assert jobs is None or koi.names() == jobs, (data[:20], koi.log())
-        said = koi.troubles()
-        assert word in said and bool(word) == bool(said) or jobs is None
+        koi.daemon.send_signal(signal.SIGHUP)
+        wait_until(lambda jobs=jobs, word=word: jobs is None or koi.names() == jobs and bool(
+            word) == bool(koi.troubles()), 20, f"{data[:20]}\n{koi.log()}")
+        assert jobs is None or word in koi.troubles()
         assert "Traceback" not in koi.log()
         koi.tab(f'"good" @manual {keep(koi)}\n')
         koi.daemon.send_signal(signal.SIGHUP)
-        assert koi.troubles() == "" and koi.names() == ["good"], data[:20]
+        wait_until(lambda: koi.names() == ["good"] and not koi.troubles(),
+                   20, f"the good tab after {data[:20]}")
         assert koi.run("good")[3]["exit"] == 0
 
 
