@@ -334,7 +334,7 @@ def test_koitab_says_where_and_how_to_mend(tmp_path):
     """All at once, in one tab; and koid runs none of them."""
     file = tmp_path / "tab"
     tab = "".join(f"@manual {command}\n" for command, _, _ in REFUSED)
-    file.write_text(tab, newline="")
+    file.write_bytes(tab.encode())
     done = subprocess.run(
         [*support.program("koitab"), "-T", str(file)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
