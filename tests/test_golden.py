@@ -381,7 +381,7 @@ class Stage:
     def dashboard(self, patch: str = "") -> DashboardProcess:
         """A dashboard in UTC, on a machine that is called web1."""
         return DashboardProcess(
-            self.folder, patch=patch + DASHBOARD
+            self.folder, rounds="", patch=patch + DASHBOARD
             + f"k.SENDMAILS = ('{self.folder}/bin/sendmail',)")
 
     def typed_secret(self, said: str) -> str:
