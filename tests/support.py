@@ -261,6 +261,8 @@ class Scratch:
         return path
 
     def storage(self, name: str, **options) -> Path:
+        if options.get("commit"):
+            need("git")
         path = self.make(name)
         self.config["storage"][name] = {"path": str(path), **options}
         return path
@@ -423,6 +425,7 @@ GIT_IDENTITY = {f"GIT_{role}_{what}": value
 def git(folder, *args: str, uid: int | None = None, host=None,
         **env: str) -> Result:
     """git in a folder, as the user `uid`, or in the namespace of `host`."""
+    need("git")
     become = {"user": uid, "group": uid, "extra_groups": []} if uid else {}
     command = ["git", "-C", str(folder), *args]
     done = subprocess.run(
@@ -455,6 +458,7 @@ def make_repository(folder: Path, uid: int | None = None, file: str = "file",
                     text: str = "first\n") -> Path:
     """A repository of the user's with one file in its first commit. git
     makes it once; the others are copies."""
+    need("git")
     made = SCRATCH / f"repository-{os.getpid()}-{file}"
     if not made.exists():
         made.mkdir()
