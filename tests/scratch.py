@@ -10,7 +10,7 @@ from pathlib import Path
 # All that the tests take over from the caller. Anything else can change what
 # the programs under test do: KOI_HOME, GIT_DIR, TZ, LANG, http_proxy,
 # BASH_ENV, PYTHONOPTIMIZE, PYTEST_ADDOPTS.
-KEPT = ("PATH", "HOME", "STRICT")
+KEPT = ("PATH", "HOME", "STRICT", "GOLDEN")
 KEPT_PREFIXES = ("TESTS_", "PYTEST_CURRENT_TEST")
 
 

@@ -91,6 +91,7 @@ PLACEHOLDERS: list[tuple[str, str | Callable]] = [
     (r"(mission_\w+_duration_seconds(\{.*\})?) \d+(\.\d+)?", r"\1 <took>"),
     # How many commits a dashboard made, and who is still connected to it.
     (r'("seq": )\d+', r"\1<seq>"),
+    (r'("change": )\d+', r"\1<change>"),
     (r"(?m)(koi_web_connections) \d+$", r"\1 <number>"),
     # Identifiers that are made at random, some cut to 8 digits.
     (r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b",
