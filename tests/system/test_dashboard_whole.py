@@ -757,7 +757,7 @@ def honest(firm, body):
     ("Note", {}, altered, "its signature is wrong"),
     ("Note", {}, swapped, "its signature is wrong"),
     ("Note", {"key": "0" * 16}, honest, "it is for other keys"),
-    ("Note", {"user": "nobody"}, honest, "there is no such job"),
+    ("Note", {"user": "somebody"}, honest, "there is no such job"),
     ("Note", {"tag": "0" * 12}, honest, "there is no such job"),
     ("Note", {"job": "0" * 64}, honest, "the job was changed since"),
     ("Note", {"iat": 1_000}, honest, "would be good for too long"),

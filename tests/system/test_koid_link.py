@@ -135,7 +135,7 @@ WRONG = {   # what is changed -> a word of the reason
     "other host": ({"host": "b2" * 16}, "another host"),
     "other dashboard": ({"dash": "0" * 16}, "another dashboard"),
     "other keys": ({"key": "0" * 16}, "other keys"),
-    "other user": ({"user": "nobody"}, "no such job"),
+    "other user": ({"user": "somebody"}, "no such job"),
     "unknown job": ({"tag": "0" * 12}, "no such job"),
     "changed job": ({"job": "0" * 64}, "changed since"),
     "expired": ({"iat": 1_600_000_000_000, "exp": 1_600_000_300_000},
@@ -263,7 +263,7 @@ def test_a_run_is_killed_only_by_a_signed_request(linked, dashboard):
 
     for changes, word in (({"epoch": epoch + 1}, "not going on"),
                           ({"run": run + 1}, "not going on"),
-                          ({"user": "nobody"}, "another user")):
+                          ({"user": "somebody"}, "another user")):
         assert word in told(**changes)["reason"]
     assert told()["verdict"] == "accepted"
     run, = linked.ended()
