@@ -160,7 +160,7 @@ class Worker:
         self.output = scratch / f"{file.stem}.output"
         report = scratch / f"{file.stem}.report"
         report.touch()
-        self.report = open(report, encoding="utf-8")
+        self.report, self.unread = open(report, encoding="utf-8"), ""
         with open(self.output, "wb") as output:
             self.process = subprocess.Popen(
                 [*command, str(file)], stdin=subprocess.DEVNULL,
@@ -171,8 +171,9 @@ class Worker:
         self.skips: list[str] = []
 
     def read_report(self) -> int:
-        """Count the results that are new; how many those are."""
-        lines = self.report.readlines()
+        """Count the results that are new; how many those are. The last line
+        may be half of one, which its test is writing."""
+        *lines, self.unread = (self.unread + self.report.read()).split("\n")
         for line in lines:
             result = json.loads(line)
             self.counts[result["outcome"]] += 1
