@@ -493,3 +493,24 @@ def test_mission_sample_json_is_what_init_writes(tmp_path, monkeypatch):
 def test_the_sample_fits_the_screen_of_its_reader():
     assert [line for line in mission.SAMPLE.splitlines()
             if len(line) > 79] == []
+
+
+# Limits that the tests make short, so that none of them waits so long. The
+# first is the contract's; README and comments name the others.
+LIMITS = [
+    ("mission", "TERM_TO_KILL", 10), ("mission", "KILL_TO_GONE", 10),
+    ("mission", "GRACE", 2), ("mission", "SILENCE", 1),
+    ("mission", "LINE_SECONDS", 1), ("mission", "LOCK_AGE", 15 * 60),
+    ("koitab", "KILL_AFTER", 10), ("koitab", "LINGER", 1),
+    ("koitab", "TRY_FOR", 60), ("koitab", "MAIL_TIME", 60),
+    ("koitab", "REQUEST_TIME", 10), ("koitab", "HOLD", 25),
+    ("koitab", "PATIENCE", 15), ("koitab", "WRITE_AGAIN", 5),
+    ("koitab", "WAIT_FOR_CLOCK", 300), ("koitab", "READ_TIME", 1),
+    ("koitab", "ROUNDS", 600_000),
+]
+
+
+@pytest.mark.parametrize("program, name, value", LIMITS)
+def test_limit_that_tests_shorten_has_its_documented_value(program, name,
+                                                           value):
+    assert getattr(support.load(program), name) == value

@@ -1388,8 +1388,13 @@ def wait_for_tab(koi, clock, jobs: list, troubled: bool) -> None:
     notices by itself it reads a moment later, so time has to pass."""
     def is_read() -> bool:
         clock.elapse(1)
-        return koi.names() == jobs and bool(koi.troubles()) == troubled
-    wait_until(is_read, 20, f"{jobs}\n{koi.log()}")
+        seen[:] = koi.names(), koi.troubles()
+        return seen[0] == jobs and bool(seen[1]) == troubled
+    seen: list = []
+    try:
+        wait_until(is_read, 20, f"{jobs}")
+    finally:
+        print(seen, koi.log())
 
 
 def test_a_corrupt_tab_costs_its_bad_lines_or_leaves_the_last_good_one(
