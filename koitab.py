@@ -113,7 +113,7 @@ class Error(Exception):
         self.message, self.hint, self.status = message, hint, status
 
 
-class Record:
+class FrozenRecord:
     """A value with named fields that does not change: `Point(1, y=2)`.
 
     What a frozen dataclass is, without importing `dataclasses`, which would
@@ -141,7 +141,7 @@ class Record:
         fields = ", ".join(f"{k}={v!r}" for k, v in vars(self).items())
         return f"{type(self).__name__}({fields})"
 
-    def but(self, **changes):
+    def replace(self, **changes):
         """The same value with some fields changed."""
         return type(self)(**{**vars(self), **changes})
 
@@ -158,13 +158,13 @@ class Clock:
         return time.monotonic()
 
 
-def rfc3339(at: float) -> str:
+def format_rfc3339(at: float) -> str:
     """Local time with its offset: 2026-03-29T03:00:00+02:00 (RFC 3339)."""
     text = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(at))
     return f"{text[:-2]}:{text[-2:]}"
 
 
-def duration_text(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """As Go writes a duration, cut to milliseconds: 12ms 1.5s 1h0m5.1s."""
     thousandths = int(max(seconds, 0) * 1000 + 1e-6)    # 1.001 is not 1
     if thousandths < 1000:
@@ -182,7 +182,7 @@ DIGITS_AND_POINT = frozenset("0123456789.")
 LONGEST_DURATION = 86400 * 366 * 100    # a century is no time limit
 
 
-def seconds_of(text: str) -> float | None:
+def parse_duration(text: str) -> float | None:
     """The seconds in "90s", "1h30m", "500ms"; None if it is no duration."""
     total, at = 0.0, 0
     while at < len(text):
@@ -224,7 +224,7 @@ def escaped(match) -> str:
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
-def visible(text: str) -> str:
+def escape_controls(text: str) -> str:
     """The text on one line, each unsafe character written as an escape."""
     if text.isprintable():
         return text
@@ -275,7 +275,7 @@ def sync_folder(path: str, dir_fd: int | None = None) -> None:
         os.close(fd)
 
 
-def only_one(path: str) -> int | None:
+def try_lock(path: str) -> int | None:
     """Lock the file at `path`: its descriptor, or None if another has it.
 
     An flock, not the file's existence: the kernel frees it when its holder
@@ -335,7 +335,7 @@ CYCLE = 146_097         # days in 400 years; a multiple of seven
 FOREVER = float("inf")
 
 
-def resume(virtual: int, first: int, wildcard: bool) -> int:
+def first_minute_after_jump(virtual: int, first: int, wildcard: bool) -> int:
     """The minute with which a job goes on when the wall shows `first`."""
     ahead = first - virtual
     if ahead > LEAP or ahead <= -LEAP:
@@ -345,9 +345,10 @@ def resume(virtual: int, first: int, wildcard: bool) -> int:
     return virtual + MINUTE
 
 
-def played(virtual: int, first: int, last: int) -> int:
+def advance_virtual_minute(virtual: int, first: int, last: int) -> int:
     """The virtual minute after a stretch from `first` to `last`."""
-    set_afresh = resume(virtual, first, wildcard=False) == first
+    set_afresh = first_minute_after_jump(virtual, first,
+                                         wildcard=False) == first
     return last if set_afresh else max(virtual, last)
 
 
@@ -391,60 +392,61 @@ class Zone:
 
     def __init__(self, name: str, begins: list, offsets: list[int], rule=None):
         self.name, self.rule = name, rule
-        self.begins, self.offsets, self.calm = [-FOREVER], offsets[:1], [
+        self.begins, self.offsets, self.caught_up_from = [-FOREVER], \
+            offsets[:1], [
             -FOREVER]
         for begin, offset in zip(begins, offsets[1:]):
-            self.put(begin, offset)
+            self.add_transition(begin, offset)
         self.year = max(date_of(begins[-1] // DAY)[0], 1900) if begins \
             else 1970
         if not rule:
             self.begins.append(FOREVER)
         self.reach = self.begins[-1]
 
-    def put(self, begin: int, offset: int) -> None:
+    def add_transition(self, begin: int, offset: int) -> None:
         """The clock is set to another offset, later than all before."""
         if begin == self.begins[-1]:        # "all year round", as rules say
-            for past in (self.begins, self.offsets, self.calm):
+            for past in (self.begins, self.offsets, self.caught_up_from):
                 past.pop()
         before = self.offsets[-1]
         if offset == before or begin < self.begins[-1]:
             return
         virtual = (begin - 1 + before) // MINUTE * MINUTE
         first = -(-(begin + offset) // MINUTE) * MINUTE
-        waits = resume(virtual, first, wildcard=False) > first
+        waits = first_minute_after_jump(virtual, first, wildcard=False) > first
         self.begins.append(begin)
         self.offsets.append(offset)
-        self.calm.append(virtual if waits else -FOREVER)
+        self.caught_up_from.append(virtual if waits else -FOREVER)
 
     def extend(self, instant: int) -> None:
         """Let the rule make years, until `reach` is later than `instant`."""
         if isinstance(self.rule, str):
-            zone = zone_of_rule(self.rule)
+            zone = parse_posix_tz(self.rule)
             self.rule = zone and zone.rule
         if not self.rule:
             self.begins.append(FOREVER)
             self.reach = FOREVER
         while self.reach <= instant:
             for begin, offset in self.rule.changes(self.year):
-                self.put(begin, offset)
+                self.add_transition(begin, offset)
             self.year += 1
             if self.year > date_of(instant // DAY)[0] + 3:
                 self.begins.append(FOREVER)     # it is a rule for no change
             self.reach = self.begins[-1]
 
-    def stretch(self, instant: int) -> int:
+    def period_at(self, instant: int) -> int:
         """The number of the stretch that an instant lies in."""
         if instant >= self.reach:
             self.extend(instant)
         return bisect_right(self.begins, instant) - 1
 
     def offset(self, instant: int) -> int:
-        return self.offsets[self.stretch(instant)]
+        return self.offsets[self.period_at(instant)]
 
     def stretches(self, after: int):
         """The stretches of minutes after that of `after`: the first minute
         of the wall, the wall second where it ends, and the offset."""
-        number = self.stretch(after)
+        number = self.period_at(after)
         offset = self.offsets[number]
         running = (after + offset) // MINUTE * MINUTE
         first = running + MINUTE
@@ -455,7 +457,7 @@ class Zone:
                 if end == FOREVER:
                     return
                 running = (end - 1) // MINUTE * MINUTE
-            number = self.stretch(end - offset)
+            number = self.period_at(end - offset)
             offset = self.offsets[number]
             first = -(-(self.begins[number] + offset) // MINUTE) * MINUTE
             first += MINUTE * (first == running)
@@ -463,8 +465,8 @@ class Zone:
     def instant(self, wall: int) -> int:
         """When the wall shows this: the first time if there are two, and
         the moment of the change if there is none."""
-        latest = self.stretch(wall + DAY)
-        for number in range(self.stretch(wall - DAY), latest + 1):
+        latest = self.period_at(wall + DAY)
+        for number in range(self.period_at(wall - DAY), latest + 1):
             instant = wall - self.offsets[number]
             if number == latest or instant < self.begins[number + 1]:
                 return max(instant, self.begins[number])
@@ -474,7 +476,7 @@ class Zone:
 UTC = Zone("UTC", [], [0])
 
 
-class Rule:
+class DstRule:
     """When the clocks change each year: a TZ of POSIX, as in
     CET-1CEST,M3.5.0,M10.5.0/3."""
 
@@ -519,7 +521,7 @@ def clock_seconds(text: str) -> int:
     return -seconds if text[0] == "-" else seconds
 
 
-def zone_of_rule(text: str, name: str = "") -> Zone | None:
+def parse_posix_tz(text: str, name: str = "") -> Zone | None:
     """The zone of a TZ of POSIX; None if the text is none."""
     import re
     found = re.fullmatch(RULE_TEXT, text)
@@ -529,13 +531,13 @@ def zone_of_rule(text: str, name: str = "") -> Zone | None:
     if not found[3]:
         return Zone(name or text, [], [standard])
     if not found[7] and not found[8] and found[6] is None:
-        return zone_of_rule(text + USUAL_RULE, name or text)
+        return parse_posix_tz(text + USUAL_RULE, name or text)
     summer = -clock_seconds(found[4]) if found[4] else standard + HOUR
     days = [day_rule(*found.group(*range(at, at + 5))) for at in (5, 10)]
     if None in days:
         return None
     return Zone(name or text, [], [standard],
-                Rule(standard, summer, *days))
+                DstRule(standard, summer, *days))
 
 
 def day_rule(kind, number, month_kind, month_text, clock):
@@ -554,7 +556,7 @@ def day_rule(kind, number, month_kind, month_text, clock):
             clock_seconds(clock or "2")) if right else None
 
 
-def zone_of_data(name: str, data: bytes) -> Zone:
+def parse_tzif(name: str, data: bytes) -> Zone:
     """The zone of a TZif file (RFC 8536). Raises ValueError."""
     from struct import calcsize, error, unpack_from
     try:
@@ -603,7 +605,7 @@ SPECIALS = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *",
 LONGEST_NUMBER = 9      # digits; cron's own 32 bits take 4294967301 for 5
 
 
-class Misread(Exception):
+class ScheduleError(Exception):
     """A column cannot be read: which, where in it, why, and the mend."""
 
     def __init__(self, column: str, at: int, why: str, hint: str = ""):
@@ -611,7 +613,7 @@ class Misread(Exception):
         self.column, self.at, self.why, self.hint = column, at, why, hint
 
 
-class Column:
+class ScheduleField:
     """One of the five: its name, its range, and words for its values."""
 
     def __init__(self, name: str, low: int, high: int, names: dict):
@@ -696,30 +698,32 @@ class Column:
             else self.high
         if low > high:
             self.stop(at, f"{short(text)} runs backwards", f"{high}~{low}")
-        return low + (pick or picked)(f"{self.name} {text}") % (
+        return low + (pick or stable_random)(f"{self.name} {text}") % (
             high - low + 1)
 
     def span(self) -> str:
         return f"{self.name} is {self.low} to {self.high}"
 
     def stop(self, at: int, why: str, hint: str = ""):
-        raise Misread(self.name, at, why, hint)
+        raise ScheduleError(self.name, at, why, hint)
 
 
 def short(text: str) -> str:
     """In quotes, and short enough for a message."""
-    return f'"{visible(text[:40])}{"..." if len(text) > 40 else ""}"'
+    return f'"{escape_controls(text[:40])}{"..." if len(text) > 40 else ""}"'
 
 
-def picked(text: str) -> int:
+def stable_random(text: str) -> int:
     """A number that looks random and is the same for the same text."""
     from zlib import crc32
     return crc32(text.encode("utf-8", "surrogateescape"))
 
 
-COLUMNS = (Column("minute", 0, 59, {}), Column("hour", 0, 23, {}),
-           Column("day-of-month", 1, 31, {}), Column("month", 1, 12, MONTHS),
-           Column("day-of-week", 0, 7, WEEKDAYS))
+COLUMNS = (ScheduleField("minute", 0, 59, {}),
+           ScheduleField("hour", 0, 23, {}),
+           ScheduleField("day-of-month", 1, 31, {}),
+           ScheduleField("month", 1, 12, MONTHS),
+           ScheduleField("day-of-week", 0, 7, WEEKDAYS))
 
 # The months of 400 years from 1970 on: the day each begins (and the end),
 # the weekday of its first day, and a bit for each of its days. A day's bit
@@ -782,10 +786,11 @@ class Schedule:
         parts = SPECIALS.get(text, text).split()
         if len(parts) != 5:
             if text.startswith("@"):
-                raise Misread("time specifier", 0, f"{short(text)} is none",
-                              " ".join(SPECIALS))
-            raise Misread(COLUMNS[min(len(parts), 4)].name, len(text),
-                          f"five columns are needed, not {len(parts)}")
+                raise ScheduleError("time specifier", 0,
+                                    f"{short(text)} is none",
+                                    " ".join(SPECIALS))
+            raise ScheduleError(COLUMNS[min(len(parts), 4)].name, len(text),
+                                f"five columns are needed, not {len(parts)}")
         return cls(text, [column.bits(part, pick) for column, part
                           in zip(COLUMNS, parts)],
                    [part[0] == "*" for part in parts])
@@ -883,14 +888,14 @@ class Schedule:
         number = bisect_right(zone.begins, after) - 1
         offset = zone.offsets[number]
         wall = after + offset
-        if wall >= zone.calm[number]:
+        if wall >= zone.caught_up_from[number]:
             start = self.wall_after(wall) - offset
             if start < zone.begins[number + 1]:
                 return start
-        return next(self.starts(after, zone), None)
+        return next(self.iter_starts(after, zone), None)
 
-    def starts(self, after: int, zone: Zone = UTC,
-               virtual: int | None = None):
+    def iter_starts(self, after: int, zone: Zone = UTC,
+                    virtual: int | None = None):
         """All starts later than the minute of `after`, as Debian's cron
         makes them. Without end, but for a schedule that never runs.
 
@@ -903,20 +908,21 @@ class Schedule:
             return
         latest = after
         if virtual is None:
-            number = zone.stretch(after)
+            number = zone.period_at(after)
             wall = after + zone.offsets[number]
-            virtual = max(wall // MINUTE * MINUTE, zone.calm[number])
+            virtual = max(wall // MINUTE * MINUTE, zone.caught_up_from[number])
         for first, end, offset in zone.stretches(after):
-            low = resume(virtual, first, self.wildcard)
+            low = first_minute_after_jump(virtual, first, self.wildcard)
             for wall in self.walls(low, end):
                 latest = (wall if wall > first else first) - offset
                 yield latest
             # A wildcard job whose only day always lies in a gap.
             if end - offset - latest > CYCLE * DAY:
                 return
-            virtual = played(virtual, first, (end - 1) // MINUTE * MINUTE)
+            virtual = advance_virtual_minute(virtual, first,
+                                             (end - 1) // MINUTE * MINUTE)
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """As one would say it: At 02:30 on Mondays."""
         if self.hour_seconds is None:
             self.prepare()
@@ -1053,7 +1059,7 @@ BLANKS = " \t"
 SPACE = " \t\r\f\v"
 
 
-class Problem(Record):
+class Diagnostic(FrozenRecord):
     """Something is wrong with a line, or looks as if it were."""
     line: int
     column: int
@@ -1064,12 +1070,14 @@ class Problem(Record):
 
     def text(self, file: str) -> str:
         hint = f" ({self.hint})" if self.hint else ""
-        return visible(f"{file}:{self.line}:{self.column}: "
-                       f"{'' if self.fatal else 'warning: '}{self.what}: "
-                       f"{self.why}{hint}")
+        return escape_controls(
+            f"{file}:{self.line}:{self.column}: "
+            f"{'' if self.fatal else 'warning: '}{self.what}: "
+            f"{self.why}{hint}"
+        )
 
 
-class Settings(Record):
+class Settings(FrozenRecord):
     """What assignments of ours say about the jobs below them."""
     timeout: float = 0.0        # seconds; 0: none
     overlap: str = "allow"
@@ -1082,14 +1090,14 @@ class Settings(Record):
     random_delay: int = 0       # minutes
 
 
-class Param(Record):
+class Parameter(FrozenRecord):
     """An argument of a job: {{name, type, default}}."""
     name: str
     type: str = "string"
     default: str | None = None
     choices: tuple = ()
 
-    def refusal(self, value: str) -> str:
+    def value_error(self, value: str) -> str:
         """Why this is no value for it; "" if it is one."""
         if self.type == "int":
             digits = value.removeprefix("-")
@@ -1113,7 +1121,7 @@ class Param(Record):
         return ""
 
 
-class Job(Record):
+class Job(FrozenRecord):
     """An entry of a tab that can run."""
     line: int
     section: str
@@ -1143,14 +1151,14 @@ class Job(Record):
 
     @property
     def tag(self) -> str:
-        return tag_of("\0".join(self.identity()))
+        return short_hash("\0".join(self.identity()))
 
     def words(self) -> str:
         """When it runs, as one would say it."""
         if not self.schedule:
             return {"@manual": "When asked for",
                     "@reboot": "When the machine starts"}[self.when]
-        text, settings = self.schedule.words(), self.settings
+        text, settings = self.schedule.describe(), self.settings
         if settings.zone:
             text += f" ({settings.zone})"
         if settings.random_delay:
@@ -1158,7 +1166,7 @@ class Job(Record):
         return text
 
 
-def tag_of(identity: str) -> str:
+def short_hash(identity: str) -> str:
     """An identity in twelve letters, for programs."""
     try:
         from hashlib import sha256  # loads 3 MB: not until somebody asks
@@ -1168,13 +1176,13 @@ def tag_of(identity: str) -> str:
                   ).hexdigest()[:12]
 
 
-class Tab(Record):
+class Tab(FrozenRecord):
     """What a koitab says: its jobs, and what is wrong with it."""
     jobs: list
     problems: list
     zones: dict             # CRON_TZ -> (line, column) where it stands first
 
-    def faults(self) -> list[Problem]:
+    def faults(self) -> list[Diagnostic]:
         return [problem for problem in self.problems if problem.fatal]
 
 
@@ -1300,7 +1308,7 @@ def in_index(before: str) -> bool:
     return not (index.isalnum() and after.startswith(("=", "+=")))
 
 
-class Found(Record):
+class Placeholder(FrozenRecord):
     """{{...}} in a command: from `start` to `end`, and where it stands."""
     start: int
     end: int
@@ -1313,7 +1321,7 @@ class Lexer:
 
     def __init__(self, text: str):
         self.text, self.at, self.depth = text, 0, 0
-        self.found: list[Found] = []
+        self.found: list[Placeholder] = []
         self.odd: list[tuple[int, str]] = []    # {{ that are no placeholder
         self.words: list[tuple[str, bool]] = []     # word, begins a command
         self.beyond = ""        # a place that holds up to the end
@@ -1336,7 +1344,8 @@ class Lexer:
                              if is_foreign(inner) else "braces"))
             self.open = end >= 0
             return False
-        self.found.append(Found(at, end + 2, place or self.beyond, first))
+        self.found.append(Placeholder(at, end + 2, place or self.beyond,
+                                      first))
         self.at = end + 2
         return True
 
@@ -1626,7 +1635,7 @@ class Lexer:
         self.at += 1
 
 
-def second_parser(words: list[tuple[str, bool]]) -> str:
+def find_evaluator(words: list[tuple[str, bool]]) -> str:
     """The program on this line that would read a value as code, or ''."""
     wrapped = False
     for number, (word, first) in enumerate(words):
@@ -1641,13 +1650,13 @@ def second_parser(words: list[tuple[str, bool]]) -> str:
             if begins:
                 break
             after.append(later)
-        how = parsed_by(kind, after)
+        how = evaluator_of(kind, after)
         if how is not None and (told or how == " -c"):
             return name + how
     return ""
 
 
-def parsed_by(name: str, after: list[str]) -> str | None:
+def evaluator_of(name: str, after: list[str]) -> str | None:
     """Does this program with these words read one of them as code? By which
     option, or "" if by none; None: it does not."""
     option = PARSERS[name]
@@ -1673,7 +1682,7 @@ def parsed_by(name: str, after: list[str]) -> str | None:
     return "" if read else None
 
 
-def led(words: list[tuple[str, bool]]) -> str:
+def wrapped_program(words: list[tuple[str, bool]]) -> str:
     """The value that is the program of another: sudo {{x}}; or ''."""
     leader = ""
     for word, first in words:
@@ -1742,13 +1751,14 @@ def some_count(text: str) -> int | None:
 
 
 SETTINGS = {    # variable -> field of Settings, its reader, what is right
-    "KOI_TIMEOUT": ("timeout", seconds_of, "a duration such as 90s or 1h30m"),
+    "KOI_TIMEOUT": ("timeout", parse_duration,
+                    "a duration such as 90s or 1h30m"),
     "KOI_OVERLAP": ("overlap", one_of("allow", "skip", "queue", "replace"),
                     "allow, skip, queue or replace"),
     "KOI_RETRY": ("retry", count, "how many times, 0 or more"),
     "KOI_CATCHUP": ("catchup", one_of("yes", "no"), "yes or no"),
     "KOI_KEEP": ("keep", some_count, "how many runs, 1 or more"),
-    "KOI_START_WITHIN": ("start_within", seconds_of,
+    "KOI_START_WITHIN": ("start_within", parse_duration,
                          "a duration such as 10m"),
     "KOI_CONFIRM": ("confirm", one_of("yes", "no", "cli"), "yes, no or cli"),
     "CRON_TZ": ("zone", str, "a name such as Europe/Berlin"),
@@ -1786,10 +1796,10 @@ def assignment_of(line: str) -> tuple[str, str, int] | None:
     return name, value, at
 
 
-class Refused(Exception):
+class LineRejected(Exception):
     """This line is no good: the Problem. Drops the line."""
 
-    def __init__(self, *problems: Problem):
+    def __init__(self, *problems: Diagnostic):
         super().__init__(problems)
         self.problems = problems
 
@@ -1812,23 +1822,26 @@ class TabReader:
         last = lines.pop()
         for self.row, self.raw in enumerate(lines, start=1):
             if self.row > MOST_LINES:
-                self.note(0, "bad tab", f"more than {MOST_LINES:,} lines", "",
-                          True)
+                self.add_diagnostic(0, "bad tab",
+                                    f"more than {MOST_LINES:,} lines", "",
+                                    True)
                 return self.tab
             self.read_line()
         if last.strip(BLANKS) and not last.lstrip(BLANKS).startswith("#"):
             self.row, self.base = len(lines) + 1, 0
-            self.note(len(last), "premature EOF", "the last line does not end",
-                      "press Enter at its end", True)
+            self.add_diagnostic(len(last), "premature EOF",
+                                "the last line does not end",
+                                "press Enter at its end", True)
         return self.tab
 
-    def note(self, at: int, what: str, why: str, hint: str = "",
-             fatal: bool = False) -> None:
+    def add_diagnostic(self, at: int, what: str, why: str, hint: str = "",
+                       fatal: bool = False) -> None:
         self.tab.problems.append(
-            Problem(self.row, self.base + at + 1, what, why, hint, fatal))
+            Diagnostic(self.row, self.base + at + 1, what, why, hint, fatal))
 
     def refuse(self, at: int, what: str, why: str, hint: str = ""):
-        raise Refused(Problem(self.row, self.base + at + 1, what, why, hint))
+        raise LineRejected(Diagnostic(self.row, self.base + at + 1, what, why,
+                                      hint))
 
     def read_line(self) -> None:
         line = self.raw.lstrip(BLANKS)
@@ -1847,7 +1860,7 @@ class TabReader:
                 self.assign(*found)
             else:
                 self.tab.jobs.append(self.entry(line))
-        except Refused as refused:
+        except LineRejected as refused:
             self.tab.problems.extend(refused.problems)
 
     def read_section(self, text: str) -> None:
@@ -1873,22 +1886,26 @@ class TabReader:
             self.put_setting(name, value, at)
         elif name.startswith("KOI_"):
             meant = nearest(name[:30], SETTINGS)
-            self.note(0, "unknown setting", f"koi has no {visible(name)}",
-                      f"did you mean {meant}?" if meant else "")
+            self.add_diagnostic(0, "unknown setting",
+                                f"koi has no {escape_controls(name)}",
+                                f"did you mean {meant}?" if meant else "")
         elif not name.isidentifier() or not name.isascii():
-            self.note(0, "odd variable", f"{short(name)} is no name that a "
-                      "shell can read")
+            self.add_diagnostic(0, "odd variable",
+                                f"{short(name)} is no name that a "
+                                "shell can read")
         elif "\t" not in value and len(value.split()) >= 6 and all(
                 part[0] in "*0123456789" for part in value.split()[1:6]):
-            self.note(0, "odd variable", f"this sets {name}, and is no job",
-                      "a job has its columns first")
+            self.add_diagnostic(0, "odd variable",
+                                f"this sets {name}, and is no job",
+                                "a job has its columns first")
         elif "$" in value and name not in EXPANDED:
-            self.note(at + self.raw[self.base + at:].index("$"),
-                      "odd variable", "cron expands no $ in a value")
+            self.add_diagnostic(at + self.raw[self.base + at:].index("$"),
+                                "odd variable", "cron expands no $ in a value")
         elif " #" in value and value[0] != "#":
-            self.note(at + self.raw[self.base + at:].index(" #") + 1,
-                      "odd variable", "this # begins no comment: all of the "
-                      "line is the value")
+            self.add_diagnostic(at + self.raw[self.base + at:].index(" #") + 1,
+                                "odd variable",
+                                "this # begins no comment: all of the "
+                                "line is the value")
         self.environment = {**self.environment, name: value}
 
     def put_setting(self, name: str, value: str, at: int) -> None:
@@ -1896,13 +1913,14 @@ class TabReader:
         setting = reader(value)
         if setting is None:
             if name == "RANDOM_DELAY":      # cronie logs it and goes on
-                self.note(at, "bad setting", f"{name} is {right}; ignored")
+                self.add_diagnostic(at, "bad setting",
+                                    f"{name} is {right}; ignored")
                 return
             self.refuse(at, "bad setting", f"{name} is not {short(value)}",
                         right)
         if name == "CRON_TZ" and value:
             self.tab.zones.setdefault(value, (self.row, self.base + at + 1))
-        self.settings = self.settings.but(**{field: setting})
+        self.settings = self.settings.replace(**{field: setting})
 
     # --- an entry: [-]["Name"] columns [user] [-n] command
 
@@ -1971,12 +1989,12 @@ class TabReader:
 
     def read_columns(self, line: str, at: int):
         def pick(text: str) -> int:
-            return picked(f"{self.salt}\0{line}\0{text}")
+            return stable_random(f"{self.salt}\0{line}\0{text}")
 
         words, bits, problems = [], [], []
         for column in COLUMNS:
             if at >= len(line):
-                problems = problems or [Problem(
+                problems = problems or [Diagnostic(
                     self.row, self.base + at + 1, f"bad {column.name}",
                     "the line ends too early", "five columns, then the "
                     "command")]
@@ -1985,14 +2003,14 @@ class TabReader:
             words.append(word)
             try:
                 bits.append(column.bits(word, pick))
-            except Misread as bad:
-                problems.append(Problem(
+            except ScheduleError as bad:
+                problems.append(Diagnostic(
                     self.row, self.base + begin + bad.at + 1,
                     f"bad {bad.column}", bad.why, bad.hint))
         if len(problems) in (len(words), 3, 4):
             problems = problems[:1]     # this was not meant to be an entry
         if problems:
-            raise Refused(*problems)
+            raise LineRejected(*problems)
         text = " ".join(words)
         return text, Schedule(text, bits, [w[0] == "*" for w in words]), at
 
@@ -2026,16 +2044,16 @@ class TabReader:
         while after >= 0 and "}}" in command[after:]:
             close = command.index("}}", after)
             if not is_foreign(command[after + 2:close]):
-                lexer.found.append(Found(after, after + 2, "after %"))
+                lexer.found.append(Placeholder(after, after + 2, "after %"))
                 break
             after = command.find("{{", close)
-        problems = [Problem(
+        problems = [Diagnostic(
             self.row, self.base + at + found.start + 1, "bad argument",
             f"it stands {found.place}", PLACES[found.place])
             for found in lexer.found if found.place]
         self.look_at_odd(lexer, at, when)
         if problems:
-            raise Refused(*problems)
+            raise LineRejected(*problems)
         params, pieces, done = {}, [], 0
         for found in lexer.found:
             param = self.param(command[found.start + 2:found.end - 2],
@@ -2059,18 +2077,20 @@ class TabReader:
         """Braces that make no argument: another program's, or a slip."""
         for where, kind in lexer.odd[:MOST_PARAMS]:
             if kind == "foreign":
-                self.note(at + where, "odd argument", "these braces stay as "
-                          "they are: no argument is named like that")
+                self.add_diagnostic(at + where, "odd argument",
+                                    "these braces stay as "
+                                    "they are: no argument is named like that")
             elif when == "@manual":
                 self.refuse(at + where, "bad argument",
                             "this {{ has no }}" if kind == "open" else
                             "there are braces in braces",
                             "{{name, type, default}}")
             elif kind == "braces":
-                self.note(at + where, "odd argument", "these braces stay as "
-                          "they are: there are braces in them")
+                self.add_diagnostic(at + where, "odd argument",
+                                    "these braces stay as "
+                                    "they are: there are braces in them")
 
-    def param(self, inner: str, at: int, when: str, known: dict) -> Param:
+    def param(self, inner: str, at: int, when: str, known: dict) -> Parameter:
         """{{name, type, default}}. Raises Refused."""
         def stop(why: str, hint: str = "{{name, type, default}}"):
             self.refuse(at, "bad argument", why, hint)
@@ -2093,22 +2113,26 @@ class TabReader:
                           "secret"):
             stop(f"{short(kind)} is no type", "string, int, bool, text, date,"
                  " secret or choice(a|b|c)")
-        param = Param(name, kind or "string", default, choices)
+        param = Parameter(name, kind or "string", default, choices)
         if default is not None:
-            reason = param.refusal(default)
+            reason = param.value_error(default)
             if reason:
                 stop(f"{short(default)} is no default: {reason}", "")
         elif when != "@manual":
-            stop("nobody is asked when the job is due, so it needs a default",
-                 f"{{{{{visible(name)}, {kind or 'string'}, default}}}}")
+            stop(
+                "nobody is asked when the job is due, so it needs a default",
+                f"{{{{{escape_controls(name)}, "
+                f"{kind or 'string'}, default}}}}",
+            )
         if name in known and known[name] != param:
             stop(f"there are two arguments {short(name)}",
-                 f"{{{{{visible(name)}}}}} stands for the same again")
+                 f"{{{{{escape_controls(name)}}}}} stands for the same again")
         if len(known) >= MOST_PARAMS:
             stop(f"there are more than {MOST_PARAMS}", "")
         if kind == "secret" and default:
-            self.note(at, "odd argument", "a default that stands here is no "
-                      "secret")
+            self.add_diagnostic(at, "odd argument",
+                                "a default that stands here is no "
+                                "secret")
         return param
 
     # --- what is right and looks wrong
@@ -2117,32 +2141,48 @@ class TabReader:
         if job.schedule and not job.when.startswith("@"):
             self.warn_of_schedule(job.schedule, self.raw[self.base:])
         if job.command.endswith("\r"):
-            self.note(at + len(job.command) - 1, "odd command", "the line "
-                      "ends in CR LF, and the shell gets the CR", "dos2unix")
+            self.add_diagnostic(at + len(job.command) - 1, "odd command",
+                                "the line "
+                                "ends in CR LF, and the shell gets the CR",
+                                "dos2unix")
         if not self.system and job.command.split(None, 1)[:1] == ["root"]:
-            self.note(at, "odd command", "the command is `root`",
-                      "only /etc/crontab and cron.d have a column for users")
+            self.add_diagnostic(
+                at,
+                "odd command",
+                "the command is `root`",
+                "only /etc/crontab and cron.d have a column for users",
+            )
         percent = split_percent(job.command)[2]
         if percent < len(job.command) and job.command[
                 percent + 1:percent + 2].isalpha() and "date" in job.command:
-            self.note(at + percent, "odd command", "the command ends here, "
-                      "and the rest is its input", r"write \%")
+            self.add_diagnostic(at + percent, "odd command",
+                                "the command ends here, "
+                                "and the rest is its input", r"write \%")
 
     def warn_of_parsers(self, lexer: Lexer, at: int) -> None:
         where = at + lexer.found[0].start
-        parser = second_parser(lexer.words) or lexer.obeyed()
+        parser = find_evaluator(lexer.words) or lexer.obeyed()
         if parser:
-            self.note(where, "unsafe argument", f"{visible(parser)} reads the "
-                      "value again, as code: whoever fills it in can run "
-                      "anything")
-        leader = led(lexer.words)
+            self.add_diagnostic(
+                where,
+                "unsafe argument",
+                f"{escape_controls(parser)} reads the "
+                "value again, as code: whoever fills it in can run "
+                "anything",
+            )
+        leader = wrapped_program(lexer.words)
         if leader:
-            self.note(where, "unsafe argument", f"{leader} runs the value: "
-                      "the value is the program, and can be any")
+            self.add_diagnostic(where, "unsafe argument",
+                                f"{leader} runs the value: "
+                                "the value is the program, and can be any")
         for found in lexer.found:
             if found.first:
-                self.note(at + found.start, "unsafe argument", "the value is "
-                          "the program: whoever fills it in can run anything")
+                self.add_diagnostic(
+                    at + found.start,
+                    "unsafe argument",
+                    "the value is "
+                    "the program: whoever fills it in can run anything",
+                )
 
     def warn_of_schedule(self, schedule: Schedule, line: str) -> None:
         at = 0
@@ -2152,21 +2192,23 @@ class TabReader:
             at = self.skip(line, line.index('"', at + 1) + 1)
         first, words = at, schedule.text.split(" ")
         for column, word in zip(COLUMNS, words):
-            for why, hint in odd_parts(column, word):
-                self.note(at, f"odd {column.name}", why, hint)
+            for why, hint in suspicious_parts(column, word):
+                self.add_diagnostic(at, f"odd {column.name}", why, hint)
             at = self.word(line, at)[1]
-        if schedule.words() == "Never":
-            self.note(first, "odd schedule", "it never runs")
+        if schedule.describe() == "Never":
+            self.add_diagnostic(first, "odd schedule", "it never runs")
         elif not schedule.both and "*" not in (words[2], words[4]):
-            self.note(first, "odd schedule", "a day needs to satisfy only "
-                      f"one of two columns: {schedule.words()}")
+            self.add_diagnostic(first, "odd schedule",
+                                "a day needs to satisfy only "
+                                f"one of two columns: {schedule.describe()}")
         elif words[0] == "*" and schedule.hours.bit_length() > 0 \
                 and schedule.hours & (schedule.hours - 1) == 0:
-            self.note(first, "odd schedule", "in that hour it runs every "
-                      "minute", f"0 {' '.join(words[1:])}")
+            self.add_diagnostic(first, "odd schedule",
+                                "in that hour it runs every "
+                                "minute", f"0 {' '.join(words[1:])}")
 
 
-def odd_parts(column: Column, word: str):
+def suspicious_parts(column: ScheduleField, word: str):
     """What is strange in a column: a range that runs backwards, a step that
     is too long. With the hint."""
     for part in word.split(","):
@@ -2221,7 +2263,7 @@ KINDS_OF_FIELD = {"v": int, "iat": int, "exp": int, "run": int, "epoch": int,
                   "args": dict, "secrets": dict}    # all others are texts
 
 
-class Forged(Exception):
+class RequestRejected(Exception):
     """A request that is not believed, or not carried out: why."""
 
 
@@ -2242,7 +2284,7 @@ def digest_of(text: str | bytes) -> str:
         text, str) else text).hexdigest()
 
 
-class Keys(Record):
+class Keys(FrozenRecord):
     """What a password is worth: 32 bytes each."""
     api: bytes              # reads, and asks for runs
     view: bytes             # reads
@@ -2309,7 +2351,7 @@ def list_mac(key: bytes, body: str) -> str:
     return hmac_of(hmac_of(key, b"koi-list-v1"), body.encode()).hex()
 
 
-def veiled(key: bytes, nonce: str, name: str, value: bytes) -> bytes:
+def encrypt_secret(key: bytes, nonce: str, name: str, value: bytes) -> bytes:
     """A secret argument, for the host's eyes alone; and the other way
     round. XOR with a stream that no other request has."""
     secret, stream = hmac_of(key, b"koi-secret-v1"), b""
@@ -2324,37 +2366,39 @@ def same_mac(mac: str, wanted: str) -> bool:
     return is_hex(mac, 64) and hmac.compare_digest(mac, wanted)
 
 
-def opened(key: bytes, body, mac) -> dict:
+def verify_request(key: bytes, body, mac) -> dict:
     """What a signed request says. Raises Forged."""
     if not isinstance(body, str) or not isinstance(mac, str):
-        raise Forged("it is no signed request")
+        raise RequestRejected("it is no signed request")
     if len(body) > LONGEST_BODY:
-        raise Forged(f"it is longer than {LONGEST_BODY:,} bytes")
+        raise RequestRejected(f"it is longer than {LONGEST_BODY:,} bytes")
     try:
         body.encode()
     except UnicodeEncodeError:
-        raise Forged("it is not UTF-8") from None
+        raise RequestRejected("it is not UTF-8") from None
     if not same_mac(mac, run_mac(key, body)):
-        raise Forged("its signature is wrong: it was forged or altered, or "
-                     "the host has other keys")
-    request = strictly_parsed(body)
+        raise RequestRejected(
+            "its signature is wrong: it was forged or altered, or "
+                              "the host has other keys")
+    request = parse_strict_json(body)
     kind = request.get("do")
     fields = {"run": RUN_FIELDS, "kill": KILL_FIELDS}.get(
         kind if isinstance(kind, str) else "")
     if request.get("v") != 1 or not fields:
-        raise Forged("it is of another version: reload the page, or bring "
-                     "koi up to date here")
+        raise RequestRejected(
+            "it is of another version: reload the page, or bring "
+                              "koi up to date here")
     if set(request) != fields or any(
             type(request[name]) is not KINDS_OF_FIELD.get(name, str)
             for name in fields) or not is_hex(request["nonce"], 32):
-        raise Forged("it has not the fields of a request")
+        raise RequestRejected("it has not the fields of a request")
     for values in (request.get("args", {}), request.get("secrets", {})):
         if any(type(value) is not str for value in values.values()):
-            raise Forged("an argument is no text")
+            raise RequestRejected("an argument is no text")
     return request
 
 
-def strictly_parsed(body: str) -> dict:
+def parse_strict_json(body: str) -> dict:
     """JSON in which nothing can be read in two ways. Raises Forged."""
     import json
 
@@ -2378,7 +2422,7 @@ def strictly_parsed(body: str) -> dict:
         if not isinstance(request, dict) or depth_of(request) > DEEPEST_BODY:
             raise ValueError
     except (ValueError, RecursionError):
-        raise Forged("it is not the JSON of a request") from None
+        raise RequestRejected("it is not the JSON of a request") from None
     return request
 
 
@@ -2389,7 +2433,8 @@ def depth_of(value) -> int:
         value, (dict, list)) else 0
 
 
-def unfit(request: dict, ours: dict, now: float, since: float) -> str:
+def request_mismatch(request: dict, ours: dict, now: float,
+                     since: float) -> str:
     """Why a request that is genuine is not for us, or not for now; "" if it
     is. `ours`: key, dash and host; `now` and `since` (when our state began;
     what was used before that, nobody knows) in seconds."""
@@ -2411,7 +2456,7 @@ def unfit(request: dict, ours: dict, now: float, since: float) -> str:
     return ""
 
 
-class Membership(Record):
+class Enrollment(FrozenRecord):
     """What a host keeps to belong to a dashboard: the file `keys`."""
     url: str
     dash: str
@@ -2431,7 +2476,7 @@ class Membership(Record):
         return json.dumps({"v": 1, **vars(self)}, indent=1) + "\n"
 
 
-def membership_of(text: str) -> Membership:
+def parse_enrollment(text: str) -> Enrollment:
     """Raises ValueError if this is not what `text` writes."""
     import json
     try:
@@ -2441,7 +2486,7 @@ def membership_of(text: str) -> Membership:
     if not isinstance(found, dict) or found.pop("v", 0) != 1:
         raise ValueError("it is of another version")
     try:
-        mine = Membership(**found)
+        mine = Enrollment(**found)
     except (TypeError, AttributeError):
         raise ValueError("something is missing in it") from None
     if not (is_hex(mine.dash, 16) and is_hex(mine.host, 32)
@@ -2453,7 +2498,7 @@ def membership_of(text: str) -> Membership:
     return mine
 
 
-def spec_of(job: Job, user: str) -> str:
+def job_manifest(job: Job, user: str) -> str:
     """A job as people see it who are to run it. A request carries its
     SHA-256, so it runs what was seen or nothing."""
     import json
@@ -2481,27 +2526,27 @@ def spec_of(job: Job, user: str) -> str:
 MOST_COUNTED = 10_000   # missed starts of one job that are counted
 
 
-class Reading(Record):
+class ClockSample(FrozenRecord):
     """One look at both clocks."""
     wall: float             # seconds since 1970, as the machine has it
     ticks: float            # seconds that only ever grow
 
 
-class Dial(Record):
+class ZoneClock(FrozenRecord):
     """Where the day of one zone stands, in minutes of its wall."""
     zone: Zone
     virtual: int            # the last minute whose jobs were started
     running: int            # the last minute that was looked at
 
 
-class Watch(Record):
+class SchedulerState(FrozenRecord):
     """How far the plan was carried out: the last look, and each dial."""
-    seen: Reading
-    dials: dict             # CRON_TZ -> Dial; "" is the machine's zone
+    seen: ClockSample
+    zone_clocks: dict             # CRON_TZ -> Dial; "" is the machine's zone
     skipped: list = []      # (job, how many, the first) that a jump cost
 
 
-class Launch(Record):
+class Launch(FrozenRecord):
     """A job that should start: the minute of the wall that it is for, and
     the instant at which it fell due."""
     job: Job
@@ -2514,50 +2559,54 @@ def wall_minute(zone: Zone, instant: float) -> int:
     return (instant + zone.offset(instant)) // MINUTE * MINUTE
 
 
-def watching(now: Reading, zones: dict, before: Watch | None = None) -> Watch:
+def watching(now: ClockSample, zones: dict,
+             before: SchedulerState | None = None) -> SchedulerState:
     """The watch over these zones. What was watched before goes on; a zone
     that is new begins with the minute after this one, as cron does."""
-    dials = before.dials if before else {}
+    zone_clocks = before.zone_clocks if before else {}
     minutes = {name: wall_minute(zone, now.wall)
                for name, zone in zones.items()}
-    return Watch(before.seen if before else now, {
-        name: dials[name] if name in dials else Dial(
+    return SchedulerState(before.seen if before else now, {
+        name: zone_clocks[name] if name in zone_clocks else ZoneClock(
             zone, minutes[name], minutes[name])
         for name, zone in zones.items()})
 
 
-def due_next(job: Job, since: Watch) -> int | None:
+def next_due(job: Job, since: SchedulerState) -> int | None:
     """When a job falls due first after the last look, if nobody sets the
     clock."""
     if not job.schedule:
         return None
-    dial, wall = since.dials[job.settings.zone], int(since.seen.wall // 1)
-    zone = dial.zone
-    if dial.virtual == dial.running >= zone.calm[zone.stretch(wall)]:
+    zone_clock, wall = since.zone_clocks[job.settings.zone], \
+        int(since.seen.wall // 1)
+    zone = zone_clock.zone
+    if zone_clock.virtual == zone_clock.running \
+            >= zone.caught_up_from[zone.period_at(wall)]:
         return job.schedule.next(wall, zone)
-    return next(job.schedule.starts(wall, zone, dial.virtual), None)
+    return next(job.schedule.iter_starts(wall, zone, zone_clock.virtual), None)
 
 
-def first_due(jobs: list[Job], since: Watch) -> int | None:
+def first_due(jobs: list[Job], since: SchedulerState) -> int | None:
     """When the daemon has to look again, for a start."""
-    return min((due for due in (due_next(job, since) for job in jobs)
+    return min((due for due in (next_due(job, since) for job in jobs)
                 if due is not None), default=None)
 
 
-def passed(dial: Dial, after: int, until: int) -> Dial:
+def advance(zone_clock: ZoneClock, after: int, until: int) -> ZoneClock:
     """The dial after the minutes up to `until`, in which nothing was due."""
-    virtual, running = dial.virtual, dial.running
-    for first, end, offset in dial.zone.stretches(after):
+    virtual, running = zone_clock.virtual, zone_clock.running
+    for first, end, offset in zone_clock.zone.stretches(after):
         last = min(end - 1, until + offset) // MINUTE * MINUTE
         if last >= first:
-            virtual, running = played(virtual, first, last), last
+            virtual, running = advance_virtual_minute(virtual, first,
+                                                      last), last
         if end > until + offset:
-            return dial.but(virtual=virtual, running=running)
-    return dial
+            return zone_clock.replace(virtual=virtual, running=running)
+    return zone_clock
 
 
-def plan(jobs: list[Job], since: Watch, now: Reading,
-         due: int | None = 0) -> tuple[Watch, list[Launch]]:
+def plan(jobs: list[Job], since: SchedulerState, now: ClockSample,
+         due: int | None = 0) -> tuple[SchedulerState, list[Launch]]:
     """What fell due after the last look and up to `now`, in order, and the
     watch to go on with. Each start is given once, whenever we look.
 
@@ -2570,54 +2619,62 @@ def plan(jobs: list[Job], since: Watch, now: Reading,
     if abs(now.wall - even) > 1 and even % MINUTE >= 1:
         # Somebody has just set the clock. Cron sleeps on until the minute
         # ends that it began, and looks at the wall then.
-        now = Reading(even, now.ticks)
+        now = ClockSample(even, now.ticks)
     unset = int(even // 1)
     if unset // MINUTE == after // MINUTE:
         # Cron would still be asleep. What was skipped has been told.
-        return since.but(skipped=[]) if since.skipped else since, []
+        return since.replace(skipped=[]) if since.skipped else since, []
     due = first_due(jobs, since) if due == 0 else due
     until = unset if due is None else min(unset, due - 1)
     if now.wall // MINUTE != unset // MINUTE:       # somebody set the clock
         until = min(until, unset // MINUTE * MINUTE - 1)
-    dials, launches, skipped = {}, [], []
-    for name, dial in since.dials.items():
-        dial = passed(dial, after, until)
-        first = wall_minute(dial.zone, now.wall)
-        if first != dial.running:
+    zone_clocks, launches, skipped = {}, [], []
+    for name, zone_clock in since.zone_clocks.items():
+        zone_clock = advance(zone_clock, after, until)
+        first = wall_minute(zone_clock.zone, now.wall)
+        if first != zone_clock.running:
             mine = [job for job in jobs if job.schedule
                     and job.settings.zone == name]
-            launches += look(mine, dial, first, first - dial.zone.offset(
+            launches += due_at_minute(mine, zone_clock, first,
+                                      first - zone_clock.zone.offset(
                 int(now.wall // 1)))
-            skipped += leapt_over(mine, dial, first)
-            dial = dial.but(running=first,
-                            virtual=played(dial.virtual, first, first))
-        dials[name] = dial
+            skipped += leapt_over(mine, zone_clock, first)
+            zone_clock = zone_clock.replace(
+                running=first,
+                virtual=advance_virtual_minute(
+                    zone_clock.virtual, first, first
+                ),
+            )
+        zone_clocks[name] = zone_clock
     # Of jobs that are due in one minute, cron starts the last line first.
     launches.sort(key=lambda launch: (launch.due, launch.wall,
                                       -launch.job.line))
-    return Watch(now, dials, skipped), launches
+    return SchedulerState(now, zone_clocks, skipped), launches
 
 
-def leapt_over(jobs: list[Job], dial: Dial, first: int) -> list[tuple]:
+def leapt_over(jobs: list[Job], zone_clock: ZoneClock,
+               first: int) -> list[tuple]:
     """What nobody will start, as the clock was set by hours: (job, how many
     starts, the instant of the first)."""
     found = []
-    for job in jobs if first - dial.virtual > LEAP else ():
+    for job in jobs if first - zone_clock.virtual > LEAP else ():
         count, wall = 0, 0
-        for at in job.schedule.walls(dial.virtual + MINUTE, first):
+        for at in job.schedule.walls(zone_clock.virtual + MINUTE, first):
             count, wall = count + 1, wall or at
             if count == MOST_COUNTED:
                 break
         if count:
-            found.append((job, count, dial.zone.instant(wall)))
+            found.append((job, count, zone_clock.zone.instant(wall)))
     return found
 
 
-def look(jobs: list[Job], dial: Dial, first: int, due: int) -> list[Launch]:
+def due_at_minute(jobs: list[Job], zone_clock: ZoneClock, first: int,
+                  due: int) -> list[Launch]:
     """What to start when the wall shows `first`."""
     launches = []
     for job in jobs:
-        low = resume(dial.virtual, first, job.schedule.wildcard)
+        low = first_minute_after_jump(zone_clock.virtual, first,
+                                      job.schedule.wildcard)
         if low <= first:
             launches += [Launch(job, wall, due) for wall
                          in job.schedule.walls(low, first + MINUTE)]
@@ -2650,7 +2707,7 @@ NO_FILE_REASON = "its output cannot be kept"
 MASK = b"******"
 
 
-class Header:
+class RunFileHeader:
     """The beginning of a run's file, as the supervisor keeps it current."""
 
     FIELDS = ("phase", "reason", "errno", "supervisor", "job", "born",
@@ -2669,11 +2726,11 @@ class Header:
         return self.head, self.first, self.second
 
 
-def header_of(data: bytes) -> Header | None:
+def parse_header(data: bytes) -> RunFileHeader | None:
     """The header of a run's file; None if it has none, or another's."""
     if len(data) < HEADER.size or data[:4] != MAGIC:
         return None
-    return Header(*HEADER.unpack_from(data)[1:])
+    return RunFileHeader(*HEADER.unpack_from(data)[1:])
 
 
 def frame(stream: int, milliseconds: int, data: bytes) -> bytes:
@@ -2691,7 +2748,7 @@ def read_frames(data: bytes) -> list[tuple[int, int, bytes]]:
     return found
 
 
-def kept_output(data: bytes, header: Header) -> bytes:
+def stored_frames(data: bytes, header: RunFileHeader) -> bytes:
     """The frames in a run's file, in order, with a note where some were
     left out."""
     head, older, newer = (data[begin:begin + length] for begin, length
@@ -2704,7 +2761,7 @@ def kept_output(data: bytes, header: Header) -> bytes:
     return head + older + newer
 
 
-def frames_since(data: bytes, header: Header, position: int
+def frames_since(data: bytes, header: RunFileHeader, position: int
                  ) -> tuple[bytes, int]:
     """What a run that goes on wrote after its first `position` bytes, and
     the position to go on from. What was overwritten meanwhile is noted."""
@@ -2734,7 +2791,7 @@ def output_text(frames: bytes) -> bytes:
                     if stream != END)
 
 
-class Mask:
+class SecretMasker:
     """Puts ****** in the place of secrets, though they come in pieces."""
 
     def __init__(self, hidden: list[bytes]):
@@ -2775,7 +2832,7 @@ def exit_and_signal(status: int) -> tuple[int | None, int | None]:
     return (None, number) if number else (status >> 8 & 0xFF, None)
 
 
-def failed(run: dict) -> bool:
+def is_failure(run: dict) -> bool:
     """Did a run end badly?"""
     return run["state"] in ("interrupted", "unstartable", "missed") or (
         run["state"] == "done" and run["exit"] != 0)
@@ -2807,7 +2864,7 @@ RESET = [number for number in range(1, signal.NSIG) if number not in (
     signal.SIGKILL, signal.SIGSTOP) and not 32 <= number <= 33]
 
 
-class Account(Record):
+class Account(FrozenRecord):
     """Whom a job runs as: what the user database says."""
     name: str
     uid: int
@@ -2816,7 +2873,7 @@ class Account(Record):
     groups: list
 
 
-class Order(Record):
+class LaunchSpec(FrozenRecord):
     """All that a supervisor needs to know about one run."""
     run: int
     script: str
@@ -2827,7 +2884,7 @@ class Order(Record):
     connection: object = None   # a socket: `koitab run` listens there
 
 
-def become(account: Account) -> None:
+def drop_privileges(account: Account) -> None:
     """Give up root for good. Raises OSError if any of it fails: a job that
     keeps a right of root's must not run (CVE-2006-2607)."""
     if os.geteuid() == 0:
@@ -2852,14 +2909,14 @@ def become(account: Account) -> None:
         raise PermissionError("root could be had back")
 
 
-class Watched:
+class SupervisedRun:
     """One run, while its supervisor stays with it."""
 
-    def __init__(self, order: Order, file: int | None):
+    def __init__(self, order: LaunchSpec, file: int | None):
         self.order, self.file = order, file
-        self.header = Header()
+        self.header = RunFileHeader()
         self.payload = [0, 0, 0]    # bytes of output in each segment
-        self.mask = Mask(order.secrets) if order.secrets else None
+        self.mask = SecretMasker(order.secrets) if order.secrets else None
         self.pid, self.handle = 0, -1       # handle: a pidfd
         self.streams: dict[int, int] = {}   # descriptor -> stream
         self.connection = order.connection
@@ -2881,7 +2938,7 @@ class Watched:
             except OSError:
                 pass            # the next one may be written again
 
-    def hear(self, stream: int, data: bytes) -> None:
+    def on_output(self, stream: int, data: bytes) -> None:
         """The job wrote something; b"" is its end."""
         if self.mask:
             data = self.mask.feed(stream, data, last=not data)
@@ -2904,7 +2961,7 @@ class Watched:
             room = (KEPT_SEGMENT if header.turn else KEPT_HEAD) \
                 - used - FRAME.size
             if room <= 0:
-                self.turn_over()
+                self.switch_segment()
                 continue
             part, data = data[:room], data[room:]
             try:
@@ -2921,7 +2978,7 @@ class Watched:
         setattr(self.header, ("head", "first", "second")[self.header.turn],
                 length)
 
-    def turn_over(self) -> None:
+    def switch_segment(self) -> None:
         """Go on in the other segment; what was in it is lost."""
         header = self.header
         header.turn = 2 if header.turn == 1 else 1
@@ -2941,16 +2998,18 @@ class Watched:
         except OSError as error:
             os.chdir("/")
             if home != NO_HOME:
-                self.put(NOTE, visible(f"{home}: {error.strerror}; it runs "
-                                       "in /").encode())
+                self.put(NOTE,
+                         escape_controls(f"{home}: {error.strerror}; it runs "
+                                               "in /").encode())
         shell = order.environment["SHELL"]
         given = input_file(order.stdin) if order.stdin else nothing
         out, out_end = os.pipe()
         err, err_end = os.pipe()
         try:
             self.pid = os.posix_spawn(
-                octets(shell), [octets(shell), b"-c", octets(order.script)],
-                {octets(name): octets(value) for name, value
+                encode_os(shell),
+                [encode_os(shell), b"-c", encode_os(order.script)],
+                {encode_os(name): encode_os(value) for name, value
                  in order.environment.items()},
                 file_actions=[(os.POSIX_SPAWN_DUP2, given, 0),
                               (os.POSIX_SPAWN_DUP2, out_end, 1),
@@ -2973,7 +3032,7 @@ class Watched:
         self.deadline = self.began + self.order.timeout \
             if self.order.timeout else FOREVER
         header.phase, header.job = GOING, self.pid
-        header.born = born(self.pid)
+        header.born = process_start_time(self.pid)
         self.save()
 
     def signal(self, number: int) -> None:
@@ -2988,7 +3047,7 @@ class Watched:
         else:
             self.give_up = 0.0  # it could not be started yet, and will not
 
-    def press(self, now: float) -> None:
+    def escalate_kill(self, now: float) -> None:
         """End a job whose time is up: TERM, and KILL ten seconds later."""
         if now >= self.kill_at:
             self.kill_at = FOREVER
@@ -2999,7 +3058,7 @@ class Watched:
             self.signal(signal.SIGTERM)
 
 
-def octets(text: str) -> bytes:
+def encode_os(text: str) -> bytes:
     """A tab's text as its bytes, whatever locale koid was started in."""
     return text.encode("utf-8", "surrogateescape")
 
@@ -3010,7 +3069,7 @@ AGAIN = (errno.EAGAIN, errno.ENOMEM)
 def end_group(pid: int, number: int) -> None:
     """Signal what is left of a job's group whose leader has ended. While it
     has a member no other process gets the leader's number."""
-    if not born(pid):
+    if not process_start_time(pid):
         try:
             os.killpg(pid, number)
         except OSError:
@@ -3025,7 +3084,7 @@ def remove(path: str, dir_fd: int | None = None) -> None:
         pass
 
 
-def born(pid: int) -> int:
+def process_start_time(pid: int) -> int:
     """When a process started, in ticks since the boot, from /proc; with the
     pid that names it for good. 0 if there is no such process."""
     try:
@@ -3060,7 +3119,7 @@ def input_file(data: bytes) -> int:
 class Supervisor:
     """Stays with a few jobs of one user until all of them have ended."""
 
-    def __init__(self, daemon: int, account: Account, orders: list[Order],
+    def __init__(self, daemon: int, account: Account, orders: list[LaunchSpec],
                  runs: int, report: int, nothing: int):
         self.account, self.orders = account, orders
         self.runs, self.report, self.nothing = runs, report, nothing
@@ -3068,18 +3127,18 @@ class Supervisor:
         self.heard: dict[int, tuple] = {}   # descriptor -> Watched, function
         self.untold: list[bytes] = []       # what koid does not know yet
         self.daemon = daemon                # koid's pid
-        self.watched: list[Watched] = []
+        self.watched: list[SupervisedRun] = []
 
-    def live(self) -> None:
+    def serve(self) -> None:
         """From the fork to the end."""
-        self.be_alone()
+        self.detach()
         me = os.getpid()
-        mine = born(me)
+        mine = process_start_time(me)
         for order in self.orders:
-            run = Watched(order, self.claim(order.run))
+            run = SupervisedRun(order, self.claim(order.run))
             if self.unclaimable:
                 self.untold.append(REPORT.pack(order.run, NO_FILE))
-                self.tell()
+                self.report_ends()
             if run.file is not None or self.unclaimable:
                 run.header.supervisor, run.header.supervisor_born = me, mine
                 run.save()
@@ -3093,7 +3152,7 @@ class Supervisor:
         while self.heard or self.watched or self.untold:
             self.turn()
 
-    def be_alone(self) -> None:
+    def detach(self) -> None:
         """Leave koid's session, signals and descriptors behind."""
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
@@ -3137,13 +3196,13 @@ class Supervisor:
         """Become the user; if that fails, none of the jobs is run."""
         os.close(self.runs)
         try:
-            become(self.account)
+            drop_privileges(self.account)
         except (OSError, ValueError) as error:
             for run in self.watched:
                 self.refuse(run, error)
             self.watched = []
 
-    def begin(self, run: Watched) -> None:
+    def begin(self, run: SupervisedRun) -> None:
         try:
             run.begin(self.nothing)
         except (OSError, ValueError) as error:
@@ -3163,24 +3222,25 @@ class Supervisor:
         except (AttributeError, OSError):
             run.handle = -1         # macOS, or an old kernel: we look
 
-    def refuse(self, run: Watched, error: Exception) -> None:
+    def refuse(self, run: SupervisedRun, error: Exception) -> None:
         """It could not be started."""
         run.header.phase = UNSTARTABLE
         run.header.errno = getattr(error, "errno", None) or errno.EPERM
-        run.put(NOTE, visible(f"could not start: {error.strerror or error}"
-                              if isinstance(error, OSError) else
-                              f"could not start: {error}").encode())
+        run.put(NOTE,
+                escape_controls(f"could not start: {error.strerror or error}"
+                                      if isinstance(error, OSError) else
+                                      f"could not start: {error}").encode())
         run.header.ended = time.time()
         self.finish(run)
 
     # --- what is heard
 
-    def connect(self, run: Watched) -> None:
+    def connect(self, run: SupervisedRun) -> None:
         if run.connection:
             run.connection.setblocking(False)
             self.hear(run.connection.fileno(), run, self.converse)
 
-    def hear(self, fd: int, run: Watched, function) -> None:
+    def hear(self, fd: int, run: SupervisedRun, function) -> None:
         self.heard[fd] = (run, function)
         self.poll.register(fd, select.POLLIN)
 
@@ -3201,7 +3261,7 @@ class Supervisor:
             if now >= run.again:
                 run.again = FOREVER
                 self.begin(run)
-            run.press(now)
+            run.escalate_kill(now)
             if run.status is not None and not run.finished and (
                     not run.streams or now >= run.linger):
                 self.finish(run)
@@ -3210,7 +3270,7 @@ class Supervisor:
     def forget_finished(self) -> None:
         self.watched = [run for run in self.watched if not run.finished
                         or run.backlog or run.kill_at != FOREVER]
-        self.tell()
+        self.report_ends()
 
     def patience(self) -> float | None:
         """Milliseconds until something is to be done without being heard."""
@@ -3226,7 +3286,7 @@ class Supervisor:
         return None if soon == FOREVER else \
             min(max(soon - now, 0), LONGEST_SLEEP) * 1000 + 1
 
-    def read(self, run: Watched, fd: int, _events: int) -> None:
+    def read(self, run: SupervisedRun, fd: int, _events: int) -> None:
         """Some output, or the end of it."""
         try:
             data = os.read(fd, CHUNK)
@@ -3235,13 +3295,13 @@ class Supervisor:
         except OSError:
             data = b""
         if not run.finished:
-            run.hear(run.streams[fd], data)
-            self.serve(run)
+            run.on_output(run.streams[fd], data)
+            self.send_backlog(run)
         if not data:
             del run.streams[fd]
             self.forget(fd)
 
-    def reap(self, run: Watched, fd: int = -1, _events: int = 0) -> None:
+    def reap(self, run: SupervisedRun, fd: int = -1, _events: int = 0) -> None:
         """The job has ended: how?"""
         try:
             pid, status = os.waitpid(run.pid, os.WNOHANG)
@@ -3254,11 +3314,11 @@ class Supervisor:
             if fd >= 0:
                 self.forget(fd)
 
-    def finish(self, run: Watched) -> None:
+    def finish(self, run: SupervisedRun) -> None:
         """Write down how it ended, and tell koid. What a process that it
         left behind still writes is read and dropped, so that it lives."""
         for stream in run.streams.values():
-            run.hear(stream, b"")
+            run.on_output(stream, b"")
         if run.streams:
             run.put(NOTE, b"a process that it left behind keeps its output "
                           b"open; what that writes from here on is not kept")
@@ -3279,9 +3339,9 @@ class Supervisor:
             run.backlog += frame(END, 0, json.dumps({
                 "exit": exit_status, "signal": number,
                 "reason": REASONS[run.header.reason]}).encode())
-            self.serve(run)
+            self.send_backlog(run)
 
-    def tell(self) -> None:
+    def report_ends(self) -> None:
         """Report to koid, if it still is the one that we know."""
         while self.untold:
             try:
@@ -3294,7 +3354,7 @@ class Supervisor:
 
     # --- `koitab run`, which waits for the output
 
-    def converse(self, run: Watched, fd: int, events: int) -> None:
+    def converse(self, run: SupervisedRun, fd: int, events: int) -> None:
         """A signal for the job came in, or there is room to go on."""
         if events & select.POLLIN:
             try:
@@ -3310,9 +3370,9 @@ class Supervisor:
                     run.signal(number)
         elif events & ~select.POLLOUT:
             return self.hang_up(run)
-        self.serve(run)
+        self.send_backlog(run)
 
-    def serve(self, run: Watched) -> None:
+    def send_backlog(self, run: SupervisedRun) -> None:
         """Send what fits; a job whose reader lags far behind has to wait,
         as it would at a terminal."""
         if not run.connection:
@@ -3333,7 +3393,7 @@ class Supervisor:
             self.poll.modify(fd, 0 if len(run.backlog) > FAR_BEHIND
                              and not run.finished else select.POLLIN)
 
-    def hang_up(self, run: Watched) -> None:
+    def hang_up(self, run: SupervisedRun) -> None:
         connection, run.connection = run.connection, None
         run.backlog.clear()
         if connection.fileno() in self.heard:
@@ -3359,14 +3419,14 @@ def close_all_but(keep: set[int]) -> None:
             pass            # that was the folder itself
 
 
-def supervise(*arguments) -> int:
+def fork_supervisor(*arguments) -> int:
     """Fork a supervisor; its pid. Raises OSError."""
     daemon = os.getpid()
     pid = os.fork()
     if pid:
         return pid
     try:
-        Supervisor(daemon, *arguments).live()
+        Supervisor(daemon, *arguments).serve()
         os._exit(0)
     except BaseException as bug:
         import syslog
@@ -3402,7 +3462,7 @@ NAME_OF_PACKAGE = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrst"
                             "uvwxyz0123456789_-")
 
 
-class TabFile(Record):
+class TabFile(FrozenRecord):
     """A crontab on this host, and what stands in it."""
     path: str
     user: str               # "": each line names its user
@@ -3479,7 +3539,7 @@ class Machine:
                 zone = self.zone_file(posixpath.join(folder, name), name)
                 if zone:
                     return zone
-        zone = zone_of_rule(name) if name.isascii() else None
+        zone = parse_posix_tz(name) if name.isascii() else None
         if not zone:
             raise Error(f"there is no time zone {short(name)}",
                         "Europe/Berlin; ls /usr/share/zoneinfo"
@@ -3491,7 +3551,7 @@ class Machine:
         """The zone in a file, or None if there is none."""
         try:
             with open(path, "rb") as file:
-                return zone_of_data(name, file.read(LONGEST_ZONE_FILE))
+                return parse_tzif(name, file.read(LONGEST_ZONE_FILE))
         except (OSError, ValueError):
             return None
 
@@ -3685,7 +3745,7 @@ class Machine:
                      (0, account.uid) if account else (0,), EXACTLY_0600)
         return found
 
-    def membership(self, home: str) -> Membership | None:
+    def read_enrollment(self, home: str) -> Enrollment | None:
         """The dashboard that this koi belongs to, if there is one. Raises
         Error."""
         path = f"{home}/keys"
@@ -3697,12 +3757,12 @@ class Machine:
                         f"{path}" if "mode" in file.trouble else
                         "koitab -d join")
         try:
-            return membership_of(file.text)
+            return parse_enrollment(file.text)
         except ValueError as error:
             raise Error(f"{path}: not used: {error}",
                         "koitab -d off; koitab -d join") from None
 
-    def join(self, home: str, membership: Membership) -> None:
+    def write_enrollment(self, home: str, membership: Enrollment) -> None:
         """Keep what belongs to a dashboard. Raises Error."""
         self.make_home(home)
         try:
@@ -3710,7 +3770,7 @@ class Machine:
         except OSError as error:
             raise Error(f"{home}/keys: {error.strerror}") from None
 
-    def leave(self, home: str) -> None:
+    def remove_enrollment(self, home: str) -> None:
         """Raises Error."""
         try:
             os.unlink(f"{home}/keys")
@@ -3793,7 +3853,7 @@ class Machine:
     def hold_cron_pid(self) -> int:
         """Lock cron's pid file, as cron does: the descriptor, to be kept.
         Raises Error if cron runs."""
-        fd = only_one(CRON_PID)
+        fd = try_lock(CRON_PID)
         if fd is None:
             with open(CRON_PID, encoding="ascii", errors="replace") as file:
                 pid = file.read(20).strip()
@@ -3806,7 +3866,7 @@ class Machine:
 
     # --- to be woken
 
-    def notice(self, folder: str) -> int | None:
+    def watch_directory(self, folder: str) -> int | None:
         """Be sent SIGIO when something changes in a folder (dnotify). The
         descriptor to keep; None if the system cannot."""
         if not hasattr(fcntl, "F_NOTIFY"):
@@ -3835,21 +3895,21 @@ class Machine:
             fd = libc.timerfd_create(0, os.O_CLOEXEC | os.O_NONBLOCK)
             if fd < 0:
                 return None
-            return fd if self.wind(fd) else None
+            return fd if self.rearm_timer(fd) else None
         except (ImportError, OSError, AttributeError):
             return None
 
-    def wind(self, fd: int) -> bool:
+    def rearm_timer(self, fd: int) -> bool:
         """Set the alarm: TFD_TIMER_ABSTIME | TFD_TIMER_CANCEL_ON_SET, to an
         hour that never comes."""
         import ctypes
         spec = (ctypes.c_longlong * 4)(0, 0, 2**40, 0)
         return ctypes.CDLL(None).timerfd_settime(fd, 3, spec, None) == 0
 
-    def signal_job(self, header: Header, number: int) -> bool:
+    def signal_job(self, header: RunFileHeader, number: int) -> bool:
         """Signal a job's group, if it still is the process it was."""
         if header.phase != GOING or not header.job \
-                or born(header.job) != header.born:
+                or process_start_time(header.job) != header.born:
             return False
         try:
             os.killpg(header.job, number)
@@ -3862,7 +3922,7 @@ class Machine:
         import syslog
         syslog.openlog(name, syslog.LOG_PID, syslog.LOG_CRON)
         syslog.syslog(syslog.LOG_ERR if bad else syslog.LOG_INFO,
-                      visible(text))
+                      escape_controls(text))
 
 
 def names_in(folder: str) -> list[str]:
@@ -3923,7 +3983,7 @@ SHOWN_COLUMNS = ", ".join(f"r.{name}" for name in COLUMNS_OF_RUN) \
     + ", j.user, j.identity, j.section, j.name, j.label"
 
 
-def birth_of(path: str) -> int:
+def creation_time(path: str) -> int:
     """When a file was made, in nanoseconds; 0 if the system does not tell.
     Raises OSError."""
     status = os.stat(path)
@@ -3940,12 +4000,12 @@ def birth_of(path: str) -> int:
     return seconds * 10**9 + rest
 
 
-def fresh_epoch() -> int:
+def new_epoch() -> int:
     """By which a dashboard tells two histories of one host apart."""
     return int.from_bytes(os.urandom(6), "big")
 
 
-class Store:
+class RunStore:
     """The history of runs."""
 
     def __init__(self, path: str, writing: bool = True):
@@ -3981,7 +4041,7 @@ class Store:
         self.last_job = self.one("select max(id) from jobs") or 0
         self.keys = {(user, identity): key for key, user, identity in
                      self.db.execute("select id, user, identity from jobs")}
-        sent = self.noted("sent")
+        sent = self.get_meta("sent")
         self.sent = int(sent) if sent.isdigit() else None
         self.change = max(self.one("select max(change) from runs") or 0,
                           self.sent or 0)
@@ -4019,7 +4079,7 @@ class Store:
         os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY
                          | os.O_CLOEXEC, 0o600))
         db = sqlite3.connect(fresh, isolation_level=None)
-        epoch = fresh_epoch()
+        epoch = new_epoch()
         db.executescript(f"pragma synchronous=full; begin; {TABLES} insert "
                          f"into meta values ('epoch', {epoch}); pragma "
                          f"application_id={APPLICATION}; pragma "
@@ -4069,7 +4129,7 @@ class Store:
             self.trouble = f"{self.path}: {error}"
             if "no such" in str(error):
                 self.give_up(error)
-            if "disk I/O error" in str(error) and not self.only_full():
+            if "disk I/O error" in str(error) and not self.is_disk_full():
                 self.broken = True      # a commit might lie from now on
                 raise Error(self.trouble) from None
             if len(self.waiting) > MOST_WAITING:
@@ -4097,7 +4157,7 @@ class Store:
             text = self.move_aside(str(error))
         raise Error(text) from None
 
-    def only_full(self) -> bool:
+    def is_disk_full(self) -> bool:
         """Is it a quota, or did the disk become read-only? SQLite takes
         both for a disk that fails."""
         fresh = self.path + ".new"
@@ -4148,7 +4208,7 @@ class Store:
         return (f"update runs set {', '.join(f'{n} = ?' for n in changes)} "
                 "where id = ?", (*changes.values(), run))
 
-    def forget(self, key: int, keep: int) -> list[tuple]:
+    def prune(self, key: int, keep: int) -> list[tuple]:
         """The statements that leave a job its newest runs only; and those
         that a dashboard is still to get, if they are not too many."""
         old = self.one("select id from runs where job = ? order by id desc "
@@ -4162,18 +4222,18 @@ class Store:
         return [(f"delete from output where run in {old_runs}", values),
                 (f"delete from runs where id in {old_runs}", values)]
 
-    def note(self, name: str, value: str) -> tuple:
+    def set_meta(self, name: str, value: str) -> tuple:
         return ("insert or replace into meta values (?, ?)", (name, value))
 
     # --- reading
 
     def noted_time(self, name: str) -> float:
         try:
-            return float(self.noted(name) or 0)
+            return float(self.get_meta(name) or 0)
         except ValueError:
             return 0.0
 
-    def noted(self, name: str) -> str:
+    def get_meta(self, name: str) -> str:
         return self.one("select value from meta where name = ?", name) or ""
 
     def each_run(self, where: str, *values):
@@ -4190,7 +4250,7 @@ class Store:
 
     # --- for a dashboard
 
-    def unsent(self, after: int, most: int) -> list[dict]:
+    def changed_since(self, after: int, most: int) -> list[dict]:
         """The runs that changed after a change, in that order, with the
         size of their output."""
         runs = self.runs("r.change > ? order by r.change limit ?", after, most)
@@ -4204,17 +4264,17 @@ class Store:
         was made, or put here from a backup, which shows in its inode and
         its birth (an inode is soon given to another file). To be asked at
         each start; what notes it is in `waiting` then."""
-        place = f"{os.stat(self.path).st_ino}:{birth_of(self.path)}"
-        if self.noted("place") != place:
+        place = f"{os.stat(self.path).st_ino}:{creation_time(self.path)}"
+        if self.get_meta("place") != place:
             # The numbers of the next runs may have been used before, too.
-            self.waiting += [self.note("place", place),
-                             self.note("began", repr(now)),
-                             self.note("epoch", str(fresh_epoch())),
-                             self.note("told before", str(self.sent or 0))]
+            self.waiting += [self.set_meta("place", place),
+                             self.set_meta("began", repr(now)),
+                             self.set_meta("epoch", str(new_epoch())),
+                             self.set_meta("told before", str(self.sent or 0))]
             return now
         return self.noted_time("began")
 
-    def use(self, nonce: str, now: float, run: int) -> list[tuple]:
+    def record_nonce(self, nonce: str, now: float, run: int) -> list[tuple]:
         """The statements that make a request used, for good."""
         return [("insert into nonces (nonce, at, run) values (?, ?, ?)",
                  (nonce, now, run)),
@@ -4222,7 +4282,7 @@ class Store:
                  "max(number) from nonces) - ?",
                  (now - NONCES_FOR, NONCES_KEPT))]
 
-    def used(self, nonce: str) -> int | None:
+    def nonce_run(self, nonce: str) -> int | None:
         """The run that a request was used for (0: none); None: it is new."""
         return self.one("select run from nonces where nonce = ?", nonce)
 
@@ -4255,7 +4315,7 @@ def shown(row: tuple) -> dict:
         if not isinstance(run[name], (float, int)):
             run[name] = None
     run["run"] = run.pop("id")
-    run["tag"] = tag_of(run["identity"])
+    run["tag"] = short_hash(run["identity"])
     run["cut"] = bool(run["cut"])
     return run
 
@@ -4279,7 +4339,7 @@ READ_AGAIN = 20                 # times, while a run writes very fast
 LONGEST_VALUES = 2**20          # characters of arguments in one answer
 
 
-class Duty:
+class ScheduledJob:
     """A job that koid has to see to, and for whom."""
 
     __slots__ = ("job", "user", "file", "identity", "schedule", "settings",
@@ -4299,7 +4359,7 @@ class Duty:
         return self.user, self.identity
 
 
-class Book:
+class TabRegistry:
     """What all tabs on this host say together."""
 
     def __init__(self, machine: Machine, home: str, system: bool):
@@ -4307,7 +4367,7 @@ class Book:
         self.files: dict[str, TabFile] = {}
         self.tabs: dict[str, Tab] = {}
         self.zones: dict[str, Zone] = {"": UTC}
-        self.duties: list[Duty] = []
+        self.scheduled_jobs: list[ScheduledJob] = []
         self.troubles: list[str] = []
         self.stamp: tuple = ()
         self.links = False      # a tab of the system is a symbolic link
@@ -4343,27 +4403,27 @@ class Book:
                 self.troubles.append(f"{path}: not used: {why}")
                 if before and not file.trouble.startswith(UNBELIEVED):
                     tabs[path] = before
-        self.files = {path: file.but(text=file.text and "")
+        self.files = {path: file.replace(text=file.text and "")
                       for path, file in files.items()}
         self.tabs = tabs
-        self.gather()
+        self.rebuild()
         self.links = any(file.system and os.path.islink(path)
                          for path, file in files.items())
         self.stamp = stamp
         return True
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """Read all of them anew next time."""
         self.files, self.stamp = {}, ()
 
-    def gather(self) -> None:
+    def rebuild(self) -> None:
         """The duties, zones and troubles of all tabs."""
         try:
             zones = {"": self.machine.local_zone()}
         except Error as error:
             zones = {"": UTC}
             self.troubles.append(f"TZ: {error.message}; UTC is used")
-        duties: list[Duty] = []
+        scheduled_jobs: list[ScheduledJob] = []
         for path, tab in self.tabs.items():
             self.troubles += [problem.text(path) for problem in tab.faults()]
             for name, (line, column) in tab.zones.items():
@@ -4372,16 +4432,20 @@ class Book:
                 except Error as error:
                     self.troubles.append(f"{path}:{line}:{column}: "
                                          f"{error.message}")
-            duties += [Duty(job, self.files[path],
-                            random_delay(job, self.machine.host()))
-                       for job in tab.jobs if job.settings.zone in zones]
-        self.zones, self.duties = zones, only_first(duties, self.troubles)
+            scheduled_jobs += [ScheduledJob(job, self.files[path],
+                                            random_delay(job,
+                                                         self.machine.host()))
+                               for job in tab.jobs if job.settings.zone
+                               in zones]
+        self.zones, self.scheduled_jobs = zones, only_first(scheduled_jobs,
+                                                            self.troubles)
 
-    def find(self, user: str, name: str) -> Duty:
+    def resolve(self, user: str, name: str) -> ScheduledJob:
         """The job that a user means. Raises Error."""
-        mine = [duty for duty in self.duties if not user or duty.user == user]
-        jobs = {id(duty.job): duty for duty in mine}
-        found = chosen([duty.job for duty in mine], name)
+        mine = [scheduled for scheduled in self.scheduled_jobs if not user
+                or scheduled.user == user]
+        jobs = {id(scheduled.job): scheduled for scheduled in mine}
+        found = match_jobs([scheduled.job for scheduled in mine], name)
         if not found:
             raise Error(f"there is no job {short(name)}")
         users = sorted({jobs[id(job)].user for job in found})
@@ -4398,14 +4462,16 @@ UNBELIEVED = ("its ", "others may", "it has another", "it is no ",
               "it is a link")
 
 
-def only_first(duties: list[Duty], troubles: list[str]) -> list[Duty]:
+def only_first(scheduled_jobs: list[ScheduledJob],
+               troubles: list[str]) -> list[ScheduledJob]:
     """Without jobs of one user that stand in two files: a run must belong
     to one of them."""
-    seen: dict[tuple, Duty] = {}
-    for duty in duties:
-        first = seen.setdefault(duty.key, duty)
-        if first is not duty:
-            troubles.append(f"{duty.file}:{duty.line}: not used: the same "
+    seen: dict[tuple, ScheduledJob] = {}
+    for scheduled in scheduled_jobs:
+        first = seen.setdefault(scheduled.key, scheduled)
+        if first is not scheduled:
+            troubles.append(
+                f"{scheduled.file}:{scheduled.line}: not used: the same "
                             f"job stands in {first.file}:{first.line}")
     return list(seen.values())
 
@@ -4413,11 +4479,12 @@ def only_first(duties: list[Duty], troubles: list[str]) -> list[Duty]:
 def random_delay(job: Job, host: str) -> int:
     """Minutes by which RANDOM_DELAY puts a job off on this machine. As in
     cronie, one factor for all jobs; here a restart does not change it."""
-    return job.settings.random_delay * (picked(f"{host}\0delay") % 1000) \
+    return job.settings.random_delay * (stable_random(f"{host}\0delay")
+                                        % 1000) \
         // 1000
 
 
-def chosen(jobs: list[Job], name: str) -> list[Job]:
+def match_jobs(jobs: list[Job], name: str) -> list[Job]:
     """The jobs that a name means. Raises Error."""
     found = [job for job in jobs if not name or name == job.name] or [
         job for job in jobs if name in (
@@ -4431,23 +4498,24 @@ def chosen(jobs: list[Job], name: str) -> list[Job]:
     return found
 
 
-class Caller(Record):
+class Caller(FrozenRecord):
     """Who asks: the uid that the kernel vouches for."""
     uid: int
     name: str
 
     @property
-    def master(self) -> bool:
+    def is_admin(self) -> bool:
         """May he act for others? Root may; and whoever runs koid owns it."""
         return self.uid in (0, os.geteuid())
 
 
-class Desk:
+class ControlService:
     """Answers requests: for koid, and for koitab where no koid runs."""
 
-    def __init__(self, machine: Machine, home: str, book: Book, store: Store,
+    def __init__(self, machine: Machine, home: str, registry: TabRegistry,
+                 store: RunStore,
                  daemon=None):
-        self.machine, self.home, self.book = machine, home, book
+        self.machine, self.home, self.registry = machine, home, registry
         self.store, self.daemon = store, daemon
 
     def answer(self, caller: Caller, request: dict) -> tuple[dict, bytes]:
@@ -4467,7 +4535,7 @@ class Desk:
     def whose(self, caller: Caller, request: dict) -> str:
         """The user whose tab it is about. Raises Error."""
         user = request.get("user") or caller.name
-        if user != caller.name and not caller.master:
+        if user != caller.name and not caller.is_admin:
             raise Error("must be privileged to use -u")
         if os.geteuid() and user != self.machine.name_of(os.geteuid()):
             raise Error("this koid belongs to an ordinary user, and runs "
@@ -4482,12 +4550,12 @@ class Desk:
                         f"see {why}")
         return user
 
-    def mine(self, caller: Caller, request: dict) -> str:
+    def allowed_user(self, caller: Caller, request: dict) -> str:
         """The user whose jobs are meant; "" for all."""
-        if caller.master and not request.get("user"):
+        if caller.is_admin and not request.get("user"):
             return ""
         user = request.get("user") or caller.name
-        if user != caller.name and not caller.master:
+        if user != caller.name and not caller.is_admin:
             raise Error("must be privileged to use -u")
         if not user:
             raise Error(f"uid {caller.uid} has no name on this host")
@@ -4527,44 +4595,50 @@ class Desk:
         if self.daemon:
             self.daemon.reload()
         else:
-            self.book.load()
+            self.registry.load()
 
     # --- jobs and runs
 
     def jobs(self, caller: Caller, request: dict) -> dict:
-        user = self.mine(caller, request)
-        now, counts = int(self.machine.clock.now()), self.going()
+        user = self.allowed_user(caller, request)
+        now, counts = int(self.machine.clock.now()), self.running_counts()
         return {"jobs": [
-            {"tag": duty.job.tag, "section": duty.job.section,
-             "user": duty.user, "name": duty.job.name, "label": duty.job.label,
-             "when": duty.job.when, "words": duty.job.words(),
-             "line": duty.line, "file": duty.file,
-             "command": duty.job.command, "confirm": duty.settings.confirm,
-             "params": [vars(param) for param in duty.job.params],
-             "next": self.next_start(duty, now), "last": self.last_run(duty),
-             "running": counts.get(duty.key, 0)}
-            for duty in self.book.duties if not user or duty.user == user]}
+            {"tag": scheduled.job.tag, "section": scheduled.job.section,
+             "user": scheduled.user, "name": scheduled.job.name,
+             "label": scheduled.job.label,
+             "when": scheduled.job.when, "words": scheduled.job.words(),
+             "line": scheduled.line, "file": scheduled.file,
+             "command": scheduled.job.command,
+             "confirm": scheduled.settings.confirm,
+             "params": [vars(param) for param in scheduled.job.params],
+             "next": self.next_start(scheduled, now),
+             "last": self.last_run(scheduled),
+             "running": counts.get(scheduled.key, 0)}
+            for scheduled in self.registry.scheduled_jobs if not user
+            or scheduled.user == user]}
 
-    def next_start(self, duty: Duty, now: int) -> float | None:
-        if not duty.schedule:
+    def next_start(self, scheduled: ScheduledJob, now: int) -> float | None:
+        if not scheduled.schedule:
             return None
-        due = duty.schedule.next(now, self.book.zones[duty.settings.zone])
-        return due and due + duty.delay * MINUTE
+        due = scheduled.schedule.next(now,
+                                      self.registry.zones[
+            scheduled.settings.zone])
+        return due and due + scheduled.delay * MINUTE
 
-    def last_run(self, duty: Duty) -> dict | None:
+    def last_run(self, scheduled: ScheduledJob) -> dict | None:
         runs = self.store.runs("r.job = ? order by r.id desc limit 1",
-                               self.store.keys.get(duty.key, 0))
+                               self.store.keys.get(scheduled.key, 0))
         return runs[0] if runs else None
 
-    def going(self) -> dict[tuple, int]:
+    def running_counts(self) -> dict[tuple, int]:
         """How many runs of each job are going on."""
         counts: dict[tuple, int] = {}
-        for active in self.daemon.active.values() if self.daemon else ():
-            counts[active.key] = counts.get(active.key, 0) + 1
+        for running in self.daemon.running.values() if self.daemon else ():
+            counts[running.key] = counts.get(running.key, 0) + 1
         return counts
 
     def history(self, caller: Caller, request: dict) -> dict:
-        user, where, values = self.mine(caller, request), ["1"], []
+        user, where, values = self.allowed_user(caller, request), ["1"], []
         if user:
             where.append("j.user = ?")
             values.append(user)
@@ -4591,15 +4665,15 @@ class Desk:
             "select id, identity, name, section || '/' || name, label from "
             "jobs where user = ?1 or ?1 = ''", (user,)).fetchall()
         found = [key for key, identity, *names in rows
-                 if storable(name) in names or name == tag_of(identity)]
+                 if storable(name) in names or name == short_hash(identity)]
         if found:
             return found
-        duty = self.book.find(user, name)
-        return [self.store.keys.get(duty.key, 0)]
+        scheduled = self.registry.resolve(user, name)
+        return [self.store.keys.get(scheduled.key, 0)]
 
     def run_of(self, caller: Caller, request: dict) -> dict:
         """The run that a request is about. Raises Error."""
-        user = self.mine(caller, request)
+        user = self.allowed_user(caller, request)
         if request.get("run"):
             runs = self.store.runs("r.id = ?", request["run"])
             if not runs or user and runs[0]["user"] != user:
@@ -4632,19 +4706,19 @@ class Desk:
         return {"run": run}
 
     def status(self, caller: Caller, request: dict) -> dict:
-        user = self.mine(caller, request)
-        tab = self.book.tabs.get(f"{self.home}/tabs/{user or caller.name}"
-                                 ) or Tab([], [], {})
-        mine = [duty for duty in self.book.duties
-                if not user or duty.user == user]
+        user = self.allowed_user(caller, request)
+        tab = self.registry.tabs.get(f"{self.home}/tabs/{user or caller.name}"
+                                     ) or Tab([], [], {})
+        mine = [scheduled for scheduled in self.registry.scheduled_jobs
+                if not user or scheduled.user == user]
         starts = [start for start in (
-            self.next_start(duty, int(self.machine.clock.now()))
-            for duty in mine) if start]
+            self.next_start(scheduled, int(self.machine.clock.now()))
+            for scheduled in mine) if start]
         running = self.store.runs("r.state = 'running' and (j.user = ?1 or "
                                   "?1 = '') order by r.id limit 1000", user)
         return {
             "version": VERSION, "pid": os.getpid(), "home": self.home,
-            "started": self.daemon.started, "system": self.book.system,
+            "started": self.daemon.started, "system": self.registry.system,
             "jobs": len(mine), "running": running,
             "next": min(starts, default=None), "late": [
                 label for key, label in self.daemon.late()
@@ -4653,21 +4727,24 @@ class Desk:
                     "problems": [problem.text("tab")
                                  for problem in tab.faults()]},
             "troubles": self.daemon.troubles_of(user),
-            "dashboard": self.daemon.bridge.shown()
-            if caller.master else None}
+            "dashboard": self.daemon.broker.shown()
+            if caller.is_admin else None}
 
     def relink(self, caller: Caller, _request: dict) -> dict:
         """The file `keys` was written or removed."""
-        if not caller.master:
+        if not caller.is_admin:
             raise Error("only who runs koid can do this")
-        self.daemon.bridge.load()
-        return {"linked": self.daemon.bridge.mine is not None}
+        self.daemon.broker.load()
+        return {"linked": self.daemon.broker.mine is not None}
 
 
 OPERATIONS = {
-    "list": Desk.listing, "install": Desk.install, "remove": Desk.remove,
-    "jobs": Desk.jobs, "history": Desk.history, "log": Desk.log,
-    "kill": Desk.kill, "status": Desk.status, "relink": Desk.relink}
+    "list": ControlService.listing, "install": ControlService.install,
+    "remove": ControlService.remove,
+    "jobs": ControlService.jobs, "history": ControlService.history,
+    "log": ControlService.log,
+    "kill": ControlService.kill, "status": ControlService.status,
+    "relink": ControlService.relink}
 KINDS = {"op": str, "user": str, "text": str, "job": str, "run": int,
          "limit": int, "before": int, "args": dict}
 
@@ -4680,8 +4757,8 @@ def check_zones(tab: Tab, machine: Machine) -> dict[str, Zone]:
         try:
             zones[name] = machine.zone(name)
         except Error as error:
-            tab.problems.append(Problem(line, column, "bad setting",
-                                        error.message, error.hint))
+            tab.problems.append(Diagnostic(line, column, "bad setting",
+                                           error.message, error.hint))
     tab.problems.sort(key=lambda problem: (problem.line, problem.column))
     return zones
 
@@ -4696,14 +4773,15 @@ def run_file(home: str, run: int, most: int = -1) -> bytes:
         return b""
 
 
-def settled_file(home: str, run: int) -> tuple[bytes, Header | None]:
+def read_stable_file(home: str, run: int) -> tuple[bytes,
+                                                   RunFileHeader | None]:
     """The file of a run that goes on, and its header; None: there is none.
     Its supervisor overwrites the older of two segments, so we read again if
     it has turned to the other one meanwhile. Raises OSError."""
     for _ in range(READ_AGAIN):
-        before = header_of(run_file(home, run, HEADER_ROOM))
+        before = parse_header(run_file(home, run, HEADER_ROOM))
         data = run_file(home, run)
-        after = header_of(run_file(home, run, HEADER_ROOM))
+        after = parse_header(run_file(home, run, HEADER_ROOM))
         if not before or not after:
             return b"", None
         if (before.turn, before.lost) == (after.turn, after.lost):
@@ -4714,11 +4792,11 @@ def settled_file(home: str, run: int) -> tuple[bytes, Header | None]:
 
 def output_so_far(home: str, run: int) -> bytes:
     """The frames of a run that goes on. Raises OSError."""
-    data, header = settled_file(home, run)
-    return kept_output(data, header) if header else b""
+    data, header = read_stable_file(home, run)
+    return stored_frames(data, header) if header else b""
 
 
-def checked_values(job: Job, given: dict) -> dict[str, str]:
+def validate_arguments(job: Job, given: dict) -> dict[str, str]:
     """The values for a job's arguments. Raises Error."""
     params = {param.name: param for param in job.params}
     unknown = [name for name in given if name not in params]
@@ -4732,7 +4810,7 @@ def checked_values(job: Job, given: dict) -> dict[str, str]:
         if value is None:
             raise Error(f"the argument {short(name)} is missing",
                         f"{name}=VALUE")
-        reason = param.refusal(value) if isinstance(value, str) else \
+        reason = param.value_error(value) if isinstance(value, str) else \
             "it is no text"
         if reason:
             raise Error(f"the argument {short(name)}: {reason}")
@@ -4797,7 +4875,7 @@ def connect_patiently(connection, path: str) -> None:
             time.sleep(0.05)
 
 
-class Link:
+class DaemonClient:
     """The way from koitab to koid; or to the files, where no koid runs and
     they are the caller's own."""
 
@@ -4843,7 +4921,7 @@ class Link:
             self.output = b"".join(chunks)
         return {**reply, "daemon": True}
 
-    def follow(self, job: str, args: dict, user: str = "") -> tuple:
+    def attach(self, job: str, args: dict, user: str = "") -> tuple:
         """Start a run: its number, its connection, the first bytes of its
         frames. Raises Error."""
         connection = self.connect()
@@ -4865,13 +4943,13 @@ class Link:
             raise self.no_daemon()
         if os.path.exists(self.home):
             self.machine.make_home(self.home)
-        book = Book(self.machine, self.home, False)
-        book.load()
-        store = Store(f"{self.home}/history.db", writing=False)
+        registry = TabRegistry(self.machine, self.home, False)
+        registry.load()
+        store = RunStore(f"{self.home}/history.db", writing=False)
         store.open()
-        desk = Desk(self.machine, self.home, book, store)
+        control = ControlService(self.machine, self.home, registry, store)
         uid = os.geteuid()
-        reply, self.output = desk.answer(
+        reply, self.output = control.answer(
             Caller(uid, self.machine.name_of(uid)), request)
         return {**reply, "daemon": False}
 
@@ -4930,11 +5008,11 @@ NOBODY = "nobody"
 SYNC = "/api/v1/sync"
 
 
-class Unreachable(Exception):
+class ConnectionFailed(Exception):
     """The dashboard does not answer, or not as one: why."""
 
 
-class Denied(Exception):
+class HttpRefused(Exception):
     """The dashboard says no: the HTTP status and its words."""
 
     def __init__(self, status: int, text: str, hint: str = ""):
@@ -4964,7 +5042,7 @@ def is_local(host: str) -> bool:
         or host.startswith("127.") and host.replace(".", "").isdigit()
 
 
-class Wire:
+class DashboardClient:
     """A way to a dashboard: JSON there, and JSON back. No redirect is
     followed and no proxy of the environment is used, so that the key goes
     to one host alone. TLS is verified."""
@@ -4992,7 +5070,7 @@ class Wire:
             self.connection.close()
         self.connection = None
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         """The time is up, though bytes may still drip in."""
         sock = self.connection and self.connection.sock
         try:
@@ -5001,8 +5079,8 @@ class Wire:
         except OSError:
             pass
 
-    def ask(self, method: str, path: str, body: dict | None = None,
-            seconds: float = PATIENCE) -> dict:
+    def request(self, method: str, path: str, body: dict | None = None,
+                seconds: float = PATIENCE) -> dict:
         """The JSON of an answer. Raises Unreachable or Denied."""
         import json
         status, headers, data = self.fetch(method, path, body, seconds)
@@ -5015,10 +5093,10 @@ class Wire:
         if status >= 300:
             said = answer or {}
             words = said.get("error") or f"it answers with status {status}"
-            raise Denied(status, str(words)[:300],
-                         str(said.get("hint") or "")[:300])
+            raise HttpRefused(status, str(words)[:300],
+                              str(said.get("hint") or "")[:300])
         if answer is None:
-            raise Unreachable("its answer is not that of a dashboard")
+            raise ConnectionFailed("its answer is not that of a dashboard")
         return answer
 
     def fetch(self, method: str, path: str, body: dict | None = None,
@@ -5029,13 +5107,13 @@ class Wire:
             return self.once(method, path, body, seconds)
         except ConnectionError as error:
             if not reused:      # else it was closed while nobody spoke
-                raise Unreachable(why_not(error)) from None
+                raise ConnectionFailed(why_not(error)) from None
         except Exception as error:
-            raise Unreachable(why_not(error)) from None
+            raise ConnectionFailed(why_not(error)) from None
         try:
             return self.once(method, path, body, seconds)
         except Exception as error:
-            raise Unreachable(why_not(error)) from None
+            raise ConnectionFailed(why_not(error)) from None
 
     def once(self, method: str, path: str, body: dict | None,
              seconds: float) -> tuple[int, dict, bytes]:
@@ -5051,7 +5129,7 @@ class Wire:
         self.connection = self.connection or self.connect(seconds)
         if self.connection.sock:
             self.connection.sock.settimeout(seconds)
-        timer = Timer(seconds, self.cut)
+        timer = Timer(seconds, self.abort)
         timer.daemon = True
         timer.start()
         done = False
@@ -5085,12 +5163,12 @@ def why_not(error: Exception) -> str:
     return str(error) or f"the connection broke ({type(error).__name__})"
 
 
-class Uplink:
+class SyncAgent:
     """Stays in touch with a dashboard, in a child of koid's. One thread
     holds a question to the dashboard, until there is a request for us; one
     sends what is new; the first hears what koid says."""
 
-    def __init__(self, mine: Membership, koid, instance: str):
+    def __init__(self, mine: Enrollment, koid, instance: str):
         from queue import SimpleQueue
         from threading import Condition, Lock
         self.mine, self.koid, self.instance = mine, koid, instance
@@ -5100,7 +5178,7 @@ class Uplink:
         self.acked: int | None = None       # None: the dashboard was not asked
         self.owed: list[list[int]] = []     # (run, bytes that it has)
         self.watched: dict[int, int] = {}   # run -> bytes that it has
-        self.verdicts: dict[str, dict] = {}     # by nonce: not told yet
+        self.results: dict[str, dict] = {}     # by nonce: not told yet
         self.reached = 0                    # answers that were good
         self.listed = ""                    # SHA-256 of the list it has
         self.most = MOST_RECORDS
@@ -5111,8 +5189,9 @@ class Uplink:
     def live(self) -> None:
         """From the fork to koid's end."""
         from threading import Thread
-        for deed in (self.listen, self.send):
-            Thread(target=self.keep_on, args=(deed,), daemon=True).start()
+        for deed in (self.poll, self.send):
+            Thread(target=self.retry_forever, args=(deed,),
+                   daemon=True).start()
 
     # --- koid
 
@@ -5137,21 +5216,22 @@ class Uplink:
 
     # --- both threads
 
-    def keep_on(self, deed) -> None:
+    def retry_forever(self, deed) -> None:
         """Do it again and again; slower while it fails."""
         import random
-        wire, pause, told = None, PAUSE_FIRST, ""
+        client, pause, told = None, PAUSE_FIRST, ""
         while True:
             early = False
             try:
-                wire = wire or Wire(self.mine.url, self.mine.token,
-                                    self.mine.ca)
-                deed(wire)
+                client = client or DashboardClient(self.mine.url,
+                                                   self.mine.token,
+                                                   self.mine.ca)
+                deed(client)
                 pause, trouble = PAUSE_FIRST, ""
-            except (Unreachable, Error) as error:
+            except (ConnectionFailed, Error) as error:
                 trouble = str(error)
-                early = bool(wire) and not wire.connection  # the way broke
-            except Denied as no:
+                early = bool(client) and not client.connection  # the way broke
+            except HttpRefused as no:
                 trouble = self.denied(no)
                 if no.status in (401, 403, 409):
                     pause = PAUSE_REFUSED
@@ -5180,19 +5260,19 @@ class Uplink:
             self.turn.wait_for(lambda: early and self.reached != before,
                                max(seconds - PAUSE_FIRST, 0))
 
-    def denied(self, no: Denied) -> str:
+    def denied(self, no: HttpRefused) -> str:
         words = {401: "it does not know this host", 403: "it refuses this "
                  "host", 404: "it is no dashboard of koi's", 409:
                  "another koid uses this host's identity (was the machine "
                  "cloned? koitab -d off; koitab -d join)"}.get(no.status, "")
         return f"{words}: {no.text}" if words else no.text
 
-    def greeting(self, wait: int) -> dict:
+    def sync_header(self, wait: int) -> dict:
         return {"v": 1, "host": self.mine.host, "instance": self.instance,
                 "wait": wait, "now": time.time(), "list_sha": self.listed,
                 **self.facts}
 
-    def take(self, answer: dict, listening: bool = False) -> None:
+    def apply_answer(self, answer: dict, listening: bool = False) -> None:
         """Take what a dashboard hands out. It may lie, so each value is
         looked at. Of two answers that cross on their way, the listener's
         says which runs are watched, and the sender's what was received of
@@ -5203,7 +5283,7 @@ class Uplink:
         if type(acked) is not int or not 0 <= acked < LARGEST \
                 or not isinstance(owed, list) or not isinstance(asked, list) \
                 or not isinstance(live, dict) or len(asked) > MOST_ASKED:
-            raise Unreachable("its answer is not that of a dashboard")
+            raise ConnectionFailed("its answer is not that of a dashboard")
         with self.turn:
             if listening and self.acked is not None:
                 if acked < self.acked:      # did it lose some? ask anew
@@ -5226,9 +5306,9 @@ class Uplink:
                 self.listed, self.news = "", True
             self.turn.notify_all()
         for request in asked:
-            self.hand_on(request)
+            self.forward_request(request)
 
-    def hand_on(self, request) -> None:
+    def forward_request(self, request) -> None:
         """A request goes to koid, which judges it; its verdict back."""
         import json
         if not isinstance(request, dict):
@@ -5237,63 +5317,65 @@ class Uplink:
                      else None for text, most in (
                          (request.get("body"), LONGEST_BODY),
                          (request.get("mac"), 64)))
-        verdict = self.ask_koid(op="request", body=body, mac=mac)
-        if not verdict.get("nonce"):
+        result = self.ask_koid(op="request", body=body, mac=mac)
+        if not result.get("nonce"):
             try:
-                verdict["nonce"] = json.loads(body)["nonce"]
+                result["nonce"] = json.loads(body)["nonce"]
             except (ValueError, KeyError, TypeError, RecursionError):
                 return
-            if not is_hex(verdict["nonce"], 32):
+            if not is_hex(result["nonce"], 32):
                 return
         with self.turn:
             # Asked for again, the last word on it is enough.
-            self.verdicts.pop(verdict["nonce"], None)
-            self.verdicts[verdict["nonce"]] = verdict
-            if len(self.verdicts) > MOST_VERDICTS:
-                del self.verdicts[next(iter(self.verdicts))]
+            self.results.pop(result["nonce"], None)
+            self.results[result["nonce"]] = result
+            if len(self.results) > MOST_VERDICTS:
+                del self.results[next(iter(self.results))]
             self.turn.notify_all()
 
     # --- the one that waits
 
-    def listen(self, wire: Wire) -> None:
+    def poll(self, client: DashboardClient) -> None:
         """Hold a question until there is something for us. The first one is
         answered at once: so it is soon known that all is well."""
-        hold = HOLD if wire.connection else 0
-        self.take(wire.ask("POST", SYNC, self.greeting(hold),
-                           hold + PATIENCE), listening=True)
+        hold = HOLD if client.connection else 0
+        self.apply_answer(client.request("POST", SYNC, self.sync_header(hold),
+                                         hold + PATIENCE), listening=True)
         time.sleep(BREATH)      # else one that lies could keep us busy
 
     # --- the one that sends
 
-    def send(self, wire: Wire) -> None:
+    def send(self, client: DashboardClient) -> None:
         """Send what there is; wait, if there is nothing."""
         with self.turn:
             watching = bool(self.watched)
             self.turn.wait_for(
-                lambda: self.news or self.verdicts or self.owed
+                lambda: self.news or self.results or self.owed
                 or self.acked is None or bool(self.watched) != watching,
                 LIVE_PAUSE if watching else None)
             first, self.news = self.acked is None, False
         if first:
-            self.take(wire.ask("POST", SYNC, self.greeting(0)))
+            self.apply_answer(client.request("POST", SYNC,
+                                             self.sync_header(0)))
             return
-        letter, batch = self.letter()
-        if not letter:
+        payload, batch = self.sync_payload()
+        if not payload:
             return
         try:
-            answer = wire.ask("POST", SYNC, {**self.greeting(0), **letter})
-        except Denied as no:
-            if no.status in (400, 413, 422) and letter.get("records"):
-                self.part(letter)
+            answer = client.request("POST", SYNC,
+                                    {**self.sync_header(0), **payload})
+        except HttpRefused as no:
+            if no.status in (400, 413, 422) and payload.get("records"):
+                self.split_batch(payload)
                 return
             raise
-        except Unreachable:
+        except ConnectionFailed:
             with self.turn:
                 self.news = True
             raise
-        self.sent(letter, batch, answer)
+        self.sent(payload, batch, answer)
 
-    def letter(self) -> tuple[dict, dict]:
+    def sync_payload(self) -> tuple[dict, dict]:
         """All that is to be sent now, and what koid said of it."""
         batch = self.ask_koid(op="batch", after=max(self.acked or 0,
                                                     self.parked),
@@ -5301,49 +5383,49 @@ class Uplink:
         self.facts = batch["facts"]
         with self.turn:
             owed, watched = self.owed[:MOST_OWED], dict(self.watched)
-            verdicts = list(self.verdicts.values())[:VERDICTS_AT_ONCE]
-        letter = {
+            results = list(self.results.values())[:VERDICTS_AT_ONCE]
+        payload = {
             "records": batch["records"], "list": batch.get("list"),
-            "next": batch.get("next"), "verdicts": verdicts,
+            "next": batch.get("next"), "verdicts": results,
             "outputs": [self.ask_koid(op="output", run=run, at=have)
                         for run, have in owed],
             "live": self.ask_koid(op="live", runs=watched)["live"]
             if watched else []}
-        return {name: part for name, part in letter.items() if part and (
+        return {name: part for name, part in payload.items() if part and (
             not self.alone or name in ("records", "verdicts"))}, batch
 
-    def sent(self, letter: dict, batch: dict, answer: dict) -> None:
+    def sent(self, payload: dict, batch: dict, answer: dict) -> None:
         with self.turn:
-            for verdict in letter.get("verdicts", ()):
-                if self.verdicts.get(verdict["nonce"]) is verdict:
-                    del self.verdicts[verdict["nonce"]]
-            if "list" in letter:
+            for result in payload.get("verdicts", ()):
+                if self.results.get(result["nonce"]) is result:
+                    del self.results[result["nonce"]]
+            if "list" in payload:
                 self.listed = batch["list_sha"]
             self.tries, self.most = 0, min(self.most * 2, MOST_RECORDS)
             self.alone = False
         owed = [[piece["run"], piece["at"]]
-                for piece in letter.get("outputs", ())]
-        self.take(answer)
-        records = letter.get("records")
+                for piece in payload.get("outputs", ())]
+        self.apply_answer(answer)
+        records = payload.get("records")
         if records and answer["acked"] < records[-1]["change"]:
-            raise Unreachable("it does not keep what it is sent")
+            raise ConnectionFailed("it does not keep what it is sent")
         with self.turn:
             self.news = self.news or batch["more"]
             again = bool(owed) and answer["owed"][:len(owed)] == owed
             safe = self.acked if not self.owed else None
         if again:
-            raise Unreachable("it asks for output that it was sent")
+            raise ConnectionFailed("it asks for output that it was sent")
         if safe is not None:
             self.ask_koid(op="state", sent=safe)
 
-    def part(self, letter: dict) -> None:
+    def split_batch(self, payload: dict) -> None:
         """The dashboard does not take these records: send them without
         what else was in the letter, then fewer at a time, and leave out the
         one that it never takes, so that the others go on."""
-        records = letter["records"]
+        records = payload["records"]
         with self.turn:
             self.news = True
-            if not self.alone and set(letter) != {"records"}:
+            if not self.alone and set(payload) != {"records"}:
                 self.alone = True
                 return
             if len(records) > 1:
@@ -5357,8 +5439,8 @@ class Uplink:
                       f"run {records[0]['run']}, which is left out")
 
 
-def link_up(mine: Membership, connection, machine: Machine,
-            instance: str) -> None:
+def run_agent(mine: Enrollment, connection, machine: Machine,
+              instance: str) -> None:
     """In a child of koid's: live for the dashboard alone, and exit when
     koid is gone. All that is needed is loaded while it can be read."""
     status = EXIT_BUG
@@ -5374,29 +5456,31 @@ def link_up(mine: Membership, connection, machine: Machine,
         os.chdir("/")
         import encodings.idna, http.client, json, queue  # noqa: E401, F401
         import random, ssl, threading, urllib.parse     # noqa: E401, F401
-        Wire(mine.url, mine.token, mine.ca)     # its certificates are read
+        # its certificates are read
+        DashboardClient(mine.url, mine.token, mine.ca)
         if os.geteuid() == 0:
             account = machine.account(NOBODY)
             if not account or not account.uid:
                 raise OSError(errno.EPERM, f"there is no user {NOBODY}")
-            become(account.but(groups=[account.gid]))
+            drop_privileges(account.replace(groups=[account.gid]))
         from threading import Thread
-        uplink = Uplink(mine, None, instance)
-        uplink.koid = connection
-        Thread(target=start_uplink, args=(uplink,), daemon=True).start()
-        uplink.hear_koid()
+        agent = SyncAgent(mine, None, instance)
+        agent.koid = connection
+        Thread(target=start_uplink, args=(agent,), daemon=True).start()
+        agent.hear_koid()
         status = EXIT_OK
     except BaseException as error:
-        print(visible(f"koid: the link to the dashboard failed: {error!r}"),
+        print(escape_controls(
+            f"koid: the link to the dashboard failed: {error!r}"),
               file=sys.stderr, flush=True)
     finally:
         os._exit(status)
 
 
-def start_uplink(uplink: Uplink) -> None:
+def start_uplink(agent: SyncAgent) -> None:
     """koid's first answer is heard by another thread than this one."""
-    uplink.facts = uplink.ask_koid(op="hello")["facts"]
-    uplink.live()
+    agent.facts = agent.ask_koid(op="hello")["facts"]
+    agent.live()
 
 
 # ==========================================================================
@@ -5423,22 +5507,24 @@ MAIL_TIME = 60              # seconds for a sendmail
 TRY_LATER = 75              # its status for that; the next koid does
 
 
-class Pending:
+class QueuedRun:
     """A run that is to be started, now or later."""
 
-    __slots__ = ("run", "duty", "trigger", "due", "asked", "attempt",
-                 "values", "at", "connection", "known", "behind", "greeted",
+    __slots__ = ("run", "scheduled", "trigger", "due", "asked", "attempt",
+                 "values", "at", "connection", "known", "waits_for_previous",
+                 "greeted",
                  "full_since", "nonce")
 
-    def __init__(self, duty: Duty, trigger: str, due: float, now: float):
-        self.run, self.duty, self.trigger = 0, duty, trigger
+    def __init__(self, scheduled: ScheduledJob, trigger: str, due: float,
+                 now: float):
+        self.run, self.scheduled, self.trigger = 0, scheduled, trigger
         self.due, self.asked, self.attempt = due, now, 1
         self.values: dict[str, str] = {
-            param.name: param.default or "" for param in duty.job.params}
+            param.name: param.default or "" for param in scheduled.job.params}
         self.at = 0.0           # ticks before which it does not start
         self.connection = None
         self.known = False      # it has a row in the history
-        self.behind = False     # it waits for the run before it
+        self.waits_for_previous = False     # it waits for the run before it
         self.greeted = False    # who waits for it knows its number
         self.full_since = 0.0   # ticks: no process could be started
         self.nonce = ""         # of the request that asks for it
@@ -5451,7 +5537,7 @@ class Pending:
         except OSError:
             pass                # gone; the run is recorded all the same
 
-    def hang_up(self, why: str) -> None:
+    def reject(self, why: str) -> None:
         """Tell who waits that nothing comes any more."""
         if self.connection:
             send_last(self.connection, frame(NOTE, 0, why.encode()) + frame(
@@ -5467,23 +5553,23 @@ class Pending:
         import json
         return json.dumps({param.name: "******" if param.type == "secret"
                            else self.values[param.name]
-                           for param in self.duty.job.params})
+                           for param in self.scheduled.job.params})
 
 
-class Active:
+class RunningRun:
     """A run that goes on, as far as koid knows. `supervisor` is the pid of
     a child of ours, or 0: the koid before us started it."""
 
-    def __init__(self, run: int, key: tuple, pending: Pending | None,
+    def __init__(self, run: int, key: tuple, queued: QueuedRun | None,
                  supervisor: int = 0):
-        self.run, self.key, self.pending = run, key, pending
+        self.run, self.key, self.pending = run, key, queued
         self.supervisor = supervisor
-        self.trigger = pending.trigger if pending else "schedule"
+        self.trigger = queued.trigger if queued else "schedule"
         self.reason = ""            # why we ended it
         self.kill, self.kill_at = 0, FOREVER    # a signal to be sent, when
 
 
-class Visitor:
+class ControlConnection:
     """Somebody who calls, until he is answered."""
 
     def __init__(self, connection, caller: Caller, deadline: float):
@@ -5509,12 +5595,13 @@ def safe_address(text: str) -> bool:
         letter.isalnum() or letter in "@!:%-.,_+=/" for letter in text)
 
 
-def job_environment(duty: Duty, account: Account, host: dict,
+def job_environment(scheduled: ScheduledJob, account: Account, host: dict,
                     **more: str) -> dict[str, str]:
     """The environment of a job: cron's, and ours."""
     return {**host, "SHELL": USUAL_SHELL, "PATH": USUAL_PATH,
             "HOME": account.home, **{
-                name: value for name, value in duty.job.environment.items()
+                name: value for name,
+                value in scheduled.job.environment.items()
                 if name and "=" not in name},
             "LOGNAME": account.name, "USER": account.name, **more}
 
@@ -5548,14 +5635,14 @@ RECORD_FIELDS = ("run", "change", "user", "tag", "section", "name", "label",
                  "bytes", "cut", "size")
 
 
-class Tail:
+class OutputCursor:
     """How far a run that is watched was sent."""
 
     def __init__(self) -> None:
         self.position = self.sent = 0
 
 
-class Bridge:
+class AgentBroker:
     """koid's side of the link to a dashboard. It answers the child that
     talks to it, and judges each request to run something: the child, like
     the dashboard, only carries it. (But the child is a fork of koid's, and
@@ -5564,15 +5651,16 @@ class Bridge:
     def __init__(self, daemon: Daemon):
         self.daemon, self.machine = daemon, daemon.machine
         self.store, self.clock = daemon.store, daemon.clock
-        self.mine: Membership | None = None
+        self.mine: Enrollment | None = None
         self.pid, self.connection = 0, None
         self.heard, self.unsent = bytearray(), bytearray()
         self.start_at, self.pause = FOREVER, RESTART_FIRST
-        self.told = -1                  # the last change it was told of
+        # the last change it was told of
+        self.last_change_sent = -1
         self.troubles: dict[str, str] = {}
-        self.tails: dict[int, Tail] = {}
+        self.tails: dict[int, OutputCursor] = {}
         self.listed: tuple | None = None        # body, MAC, SHA-256
-        self.duties: dict[tuple, Duty] = {}
+        self.scheduled_jobs: dict[tuple, ScheduledJob] = {}
         self.refused: dict[str, list] = {}      # reason -> [count, ticks]
         self.said: dict[str, float] = {}        # about what -> ticks
 
@@ -5582,11 +5670,11 @@ class Bridge:
         """Belong to the dashboard that the file `keys` names, or to none."""
         before = self.mine
         try:
-            self.mine = self.machine.membership(self.daemon.home)
-            self.daemon.trouble("keys", "")
+            self.mine = self.machine.read_enrollment(self.daemon.home)
+            self.daemon.set_problem("keys", "")
         except Error as error:
             self.mine = None
-            self.daemon.trouble("keys", f"no dashboard: {error}")
+            self.daemon.set_problem("keys", f"no dashboard: {error}")
         if self.mine == before and self.pid:
             return
         self.stop()
@@ -5594,7 +5682,7 @@ class Bridge:
         self.listed, self.start_at = None, FOREVER
         if self.mine:
             self.begin()
-        elif "keys" not in self.daemon.troubles:
+        elif "keys" not in self.daemon.problems:
             self.store.sent = None      # nothing is kept for anybody
 
     def begin(self) -> None:
@@ -5604,7 +5692,7 @@ class Bridge:
         # Before we had these keys nobody could sign with them.
         self.since = began if began >= self.mine.since else 0.0
         first, self.store.sent = self.store.sent is None, self.store.sent or 0
-        self.daemon.write([self.store.note("sent", "0")] if first else [])
+        self.daemon.write([self.store.set_meta("sent", "0")] if first else [])
         self.start_at = 0.0
 
     def start(self) -> None:
@@ -5620,15 +5708,15 @@ class Bridge:
                 end.close()
             return
         if not pid:
-            link_up(self.mine, theirs, self.machine, instance)
+            run_agent(self.mine, theirs, self.machine, instance)
         theirs.close()
         ours.setblocking(False)
-        self.pid, self.connection, self.told = pid, ours, -1
+        self.pid, self.connection, self.last_change_sent = pid, ours, -1
         self.start_at, self.started = FOREVER, self.clock.ticks()
         self.heard.clear()
         self.unsent.clear()
         self.tails.clear()
-        self.daemon.hear(ours.fileno(), self.serve)
+        self.daemon.register_fd(ours.fileno(), self.serve)
 
     def put_off(self) -> None:
         self.start_at = self.clock.ticks() + self.pause
@@ -5639,7 +5727,7 @@ class Bridge:
         if self.connection:
             fd = self.connection.detach()
             self.connection = None
-            self.daemon.deaf(fd)
+            self.daemon.unregister_fd(fd)
         self.kill()
 
     def ended(self, status: int) -> None:
@@ -5652,7 +5740,7 @@ class Bridge:
         if self.mine and lost:
             self.troubles["link"] = "the process that talks to it ended " \
                 f"(status {status:#06x}) and is started again"
-            self.daemon.say(f"dashboard: {self.troubles['link']}", bad=True)
+            self.daemon.log(f"dashboard: {self.troubles['link']}", bad=True)
             self.put_off()
         elif self.mine:
             self.start_at = 0.0
@@ -5661,9 +5749,9 @@ class Bridge:
         """Once in each turn of koid's."""
         if now >= self.start_at and not self.pid:
             self.start()
-        if self.connection and self.store.change != self.told \
+        if self.connection and self.store.change != self.last_change_sent \
                 and not self.unsent:
-            self.told = self.store.change
+            self.last_change_sent = self.store.change
             self.reply({"news": 1})
         for reason, (number, at) in list(self.refused.items()):
             if number and now - at >= TELL_AGAIN:
@@ -5722,11 +5810,11 @@ class Bridge:
             request = parsed_request(line)
             deed = {"hello": self.hello, "batch": self.batch,
                     "output": self.output, "live": self.live,
-                    "request": self.judge, "state": self.state}[
+                    "request": self.verify_and_run, "state": self.state}[
                         request.get("op")]
             return deed(request)
         except Exception as bug:        # the jobs must not suffer
-            self.daemon.say(f"the link to the dashboard asks for what koid "
+            self.daemon.log(f"the link to the dashboard asks for what koid "
                             f"cannot give: {bug!r}", bad=True)
             self.kill()
             return {}
@@ -5737,20 +5825,20 @@ class Bridge:
         return {"facts": self.facts()}
 
     def facts(self) -> dict:
-        zone, now = self.daemon.book.zones[""], self.clock.now()
-        return {"epoch": int(self.store.noted("epoch") or 0),
+        zone, now = self.daemon.registry.zones[""], self.clock.now()
+        return {"epoch": int(self.store.get_meta("epoch") or 0),
                 "offset": zone.offset(int(now)), "version": VERSION,
                 "zone": self.machine.zone_name(),
                 "boot": self.machine.boot_id(),
-                "troubles": [visible(text)[:300] for text in
+                "troubles": [escape_controls(text)[:300] for text in
                              self.daemon.troubles_of("")[:MOST_TOLD]]}
 
     def state(self, request: dict) -> dict:
         about = request.get("about")
         if about in ("listen", "send", "parked"):
-            text = visible(str(request.get("trouble", ""))[:500])
+            text = escape_controls(str(request.get("trouble", ""))[:500])
             if self.troubles.get(about) != text:
-                self.tell(about, text)
+                self.log_once(about, text)
             self.troubles.pop("link", None)
             self.troubles.pop(about, None)
             if text:
@@ -5759,31 +5847,38 @@ class Bridge:
         if type(sent) is int and 0 <= sent <= self.store.change \
                 and sent != self.store.sent:
             self.store.sent = sent
-            self.daemon.also = [deed for deed in self.daemon.also
-                                if deed[1][:1] != ("sent",)]
-            self.daemon.also.append(self.store.note("sent", str(sent)))
+            self.daemon.deferred_statements = [
+                deed
+                for deed in self.daemon.deferred_statements
+                if deed[1][:1] != ("sent",)
+            ]
+            self.daemon.deferred_statements.append(self.store.set_meta("sent",
+                                                                       str(
+                sent)))
         return {}
 
-    def tell(self, about: str, text: str) -> None:
+    def log_once(self, about: str, text: str) -> None:
         """A line for the log; not more often than somebody may read it."""
         now = self.clock.ticks()
         if text and now - self.said.get(about, -TELL_AGAIN) >= TELL_AGAIN:
             self.said[about] = now
-            self.daemon.say(f"dashboard: {text}", bad=True)
+            self.daemon.log(f"dashboard: {text}", bad=True)
 
     def batch(self, request: dict) -> dict:
         """Runs that changed, and the list of jobs if it is another."""
-        told = self.store.noted("told before")  # under another epoch
-        rows = self.store.unsent(max(int(request["after"]), int(told or 0)),
-                                 max(1, min(int(request["most"]),
-                                            MOST_RECORDS)))
+        told = self.store.get_meta("told before")  # under another epoch
+        rows = self.store.changed_since(max(int(request["after"]),
+                                            int(told or 0)),
+                                        max(1, min(int(request["most"]),
+                                                   MOST_RECORDS)))
         body, mac, sha = self.list_of_jobs()
         now, size, records = int(self.clock.now()), 0, []
         for row in rows:
-            duty = self.duties.get((row["user"], row["identity"]))
+            scheduled = self.scheduled_jobs.get((row["user"], row["identity"]))
             record = {name: row[name] for name in RECORD_FIELDS}
-            records.append({**record, "nonce": "", "next": duty
-                            and self.daemon.desk.next_start(duty, now)})
+            records.append({**record, "nonce": "", "next": scheduled
+                            and self.daemon.control.next_start(scheduled,
+                                                               now)})
             size += sum(map(len, row["args"].values())) + 1000
             if size > MOST_RECORD_BYTES:
                 break
@@ -5793,9 +5888,9 @@ class Bridge:
         if request["list_sha"] != sha:
             reply["list"] = {"body": body, "mac": mac}
             reply["next"] = {
-                f"{duty.user}\n{duty.job.tag}":
-                self.daemon.desk.next_start(duty, now)
-                for duty in self.duties.values()}
+                f"{scheduled.user}\n{scheduled.job.tag}":
+                self.daemon.control.next_start(scheduled, now)
+                for scheduled in self.scheduled_jobs.values()}
         return reply
 
     def list_of_jobs(self) -> tuple[str, str, str]:
@@ -5803,16 +5898,22 @@ class Bridge:
         its SHA-256."""
         if self.listed is None:
             import json
-            self.duties = {duty.key: duty for duty in self.daemon.book.duties}
+            self.scheduled_jobs = {
+                scheduled.key: scheduled
+                for scheduled in self.daemon.registry.scheduled_jobs
+            }
             specs, size = [], 0
-            self.daemon.trouble("list", "")
-            for duty in self.daemon.book.duties:
-                specs.append(spec_of(duty.job, duty.user))
+            self.daemon.set_problem("list", "")
+            for scheduled in self.daemon.registry.scheduled_jobs:
+                specs.append(job_manifest(scheduled.job, scheduled.user))
                 size += len(json.dumps(json.dumps(specs[-1])))
                 if size > BYTES_OF_LIST:
-                    self.daemon.trouble("list", "the dashboard gets the first"
-                                        f" {len(specs) - 1} jobs only: their "
-                                        "list is too long")
+                    self.daemon.set_problem(
+                        "list",
+                        "the dashboard gets the first"
+                        f" {len(specs) - 1} jobs only: their "
+                        "list is too long",
+                    )
                     del specs[-1]
                     break
             body = json.dumps({
@@ -5849,9 +5950,9 @@ class Bridge:
             tail = self.tails.get(run)
             fresh = tail is None or tail.sent != have
             if fresh:
-                tail = self.tails[run] = Tail()
-            data, header = settled_file(self.daemon.home, run) \
-                if run in self.daemon.active else (b"", None)
+                tail = self.tails[run] = OutputCursor()
+            data, header = read_stable_file(self.daemon.home, run) \
+                if run in self.daemon.running else (b"", None)
             if not header:
                 continue
             frames, tail.position = frames_since(data, header, tail.position)
@@ -5864,37 +5965,39 @@ class Bridge:
 
     # --- requests
 
-    def judge(self, request: dict) -> dict:
+    def verify_and_run(self, request: dict) -> dict:
         """The verdict on a request that came from the dashboard. What is
         accepted is on the disk, and then begins."""
         try:
-            asked = opened(self.mine.secret, request.get("body"),
-                           request.get("mac"))
-        except Forged as why:
+            asked = verify_request(self.mine.secret, request.get("body"),
+                                   request.get("mac"))
+        except RequestRejected as why:
             return self.refusal("", str(why))
         nonce = asked["nonce"]
-        why = unfit(asked, {"key": key_id(self.mine.secret),
-                            "dash": self.mine.dash, "host": self.mine.host},
-                    self.clock.now(), self.since)
+        why = request_mismatch(asked, {"key": key_id(self.mine.secret),
+                                       "dash": self.mine.dash,
+                                       "host": self.mine.host},
+                               self.clock.now(), self.since)
         if not self.daemon.write([]):       # nobody knows what was used
             return self.refusal(nonce, "it cannot be recorded: the host's "
                                 "disk is full or fails")
-        used = self.store.used(nonce)
+        used = self.store.nonce_run(nonce)
         if used:                # its verdict was lost on the way, or a replay
             return {"nonce": nonce, "verdict": "accepted", "run": used,
                     "reason": "it was used before, and ran once"}
         try:
             if used == 0:
-                raise Forged("it was refused before")
+                raise RequestRejected("it was refused before")
             if why:
-                raise Forged(why)
+                raise RequestRejected(why)
             run = self.begin_run(asked) if asked["do"] == "run" else \
                 self.end_run(asked)
-        except (Forged, Error) as no:
+        except (RequestRejected, Error) as no:
             if used is None and not self.store.trouble \
                     and asked["exp"] > self.clock.now() * 1000:
                 # For good: or it would run when what is wrong has passed.
-                self.daemon.write(self.store.use(nonce, self.clock.now(), 0))
+                self.daemon.write(self.store.record_nonce(nonce,
+                                                          self.clock.now(), 0))
             return self.refusal(nonce, str(no))
         return {"nonce": nonce, "verdict": "accepted", "run": run,
                 "reason": ""}
@@ -5914,78 +6017,86 @@ class Bridge:
     def note_refusals(self, reason: str, now: float) -> None:
         number = self.refused[reason][0]
         self.refused[reason] = [0, now]
-        self.daemon.say(f"dashboard: {plural(number, 'request')} refused: "
+        self.daemon.log(f"dashboard: {plural(number, 'request')} refused: "
                         f"{reason}", bad=True)
         self.daemon.write([self.store.refusal(reason, number,
                                               self.clock.now())])
 
-    def wanted_duty(self, asked: dict) -> Duty:
+    def wanted_duty(self, asked: dict) -> ScheduledJob:
         """The job that a request means. Raises Forged."""
-        found = [duty for duty in self.daemon.book.duties
-                 if duty.user == asked["user"]
-                 and duty.job.tag == asked["tag"]]
+        found = [scheduled for scheduled in self.daemon.registry.scheduled_jobs
+                 if scheduled.user == asked["user"]
+                 and scheduled.job.tag == asked["tag"]]
         if not found:
-            raise Forged("there is no such job any more")
-        duty = found[0]
-        if duty.job.when != "@manual":
-            raise Forged("only jobs that are @manual can be run from a "
-                         "dashboard")
-        if duty.settings.confirm == "cli":
-            raise Forged("this job is to be run from a terminal only")
-        if digest_of(spec_of(duty.job, duty.user)) != asked["job"]:
-            raise Forged("the job was changed since it was shown: reload it")
-        return duty
+            raise RequestRejected("there is no such job any more")
+        scheduled = found[0]
+        if scheduled.job.when != "@manual":
+            raise RequestRejected(
+                "only jobs that are @manual can be run from a "
+                                  "dashboard")
+        if scheduled.settings.confirm == "cli":
+            raise RequestRejected("this job is to be run from a terminal only")
+        if digest_of(job_manifest(scheduled.job,
+                                  scheduled.user)) != asked["job"]:
+            raise RequestRejected(
+                "the job was changed since it was shown: reload it")
+        return scheduled
 
-    def values_of(self, duty: Duty, asked: dict) -> dict[str, str]:
+    def values_of(self, scheduled: ScheduledJob, asked: dict) -> dict[str,
+                                                                      str]:
         """The arguments, secrets unveiled. Raises Forged or Error."""
         args, secrets = asked["args"], asked["secrets"]
-        secret = {param.name for param in duty.job.params
+        secret = {param.name for param in scheduled.job.params
                   if param.type == "secret"}
         if set(secrets) != secret or set(args) & secret or set(args) | \
-                secret != {param.name for param in duty.job.params}:
-            raise Forged("its arguments are not those of the job")
+                secret != {param.name for param in scheduled.job.params}:
+            raise RequestRejected("its arguments are not those of the job")
         values = dict(args)
         for name, text in secrets.items():
             if len(text) % 2 or not HEX.issuperset(text):
-                raise Forged("a secret in it cannot be read")
+                raise RequestRejected("a secret in it cannot be read")
             try:
-                values[name] = veiled(self.mine.secret, asked["nonce"], name,
-                                      bytes.fromhex(text)).decode()
+                values[name] = encrypt_secret(self.mine.secret, asked["nonce"],
+                                              name,
+                                              bytes.fromhex(text)).decode()
             except UnicodeDecodeError:
-                raise Forged("a secret in it cannot be read") from None
-        return checked_values(duty.job, values)
+                raise RequestRejected(
+                    "a secret in it cannot be read") from None
+        return validate_arguments(scheduled.job, values)
 
     def begin_run(self, asked: dict) -> int:
         """Start what is asked for: the run's number. Raises Forged, Error."""
         if not self.daemon.watch:
-            raise Forged("the host's clock is not set")
-        duty = self.wanted_duty(asked)
+            raise RequestRejected("the host's clock is not set")
+        scheduled = self.wanted_duty(asked)
         now = self.clock.now()
-        pending = Pending(duty, "manual", now, now)
-        pending.values = self.values_of(duty, asked)
-        pending.nonce = asked["nonce"]
-        self.daemon.launch([pending])
+        queued = QueuedRun(scheduled, "manual", now, now)
+        queued.values = self.values_of(scheduled, asked)
+        queued.nonce = asked["nonce"]
+        self.daemon.record_and_start([queued])
         if self.store.trouble:
-            raise Forged("the run cannot be recorded: the host's disk is "
-                         "full or fails")
-        return pending.run
+            raise RequestRejected(
+                "the run cannot be recorded: the host's disk is "
+                                  "full or fails")
+        return queued.run
 
     def end_run(self, asked: dict) -> int:
         """Kill a run: its number. Raises Forged."""
         run = asked["run"]
-        epoch = int(self.store.noted("epoch") or 0)
-        active = self.daemon.active.get(run)
-        waiting = [pending for pending in self.daemon.waiting
-                   if pending.run == run]
-        whose = active.key[0] if active else \
-            waiting[0].duty.user if waiting else None
+        epoch = int(self.store.get_meta("epoch") or 0)
+        running = self.daemon.running.get(run)
+        waiting = [queued for queued in self.daemon.waiting
+                   if queued.run == run]
+        whose = running.key[0] if running else \
+            waiting[0].scheduled.user if waiting else None
         if epoch != asked["epoch"] or whose is None:
-            raise Forged(f"run {run} is not going on")
+            raise RequestRejected(f"run {run} is not going on")
         if whose != asked["user"]:
-            raise Forged("it is for another user")
-        if not self.daemon.write(self.store.use(asked["nonce"],
-                                                self.clock.now(), run)):
-            raise Forged("it cannot be recorded")
+            raise RequestRejected("it is for another user")
+        if not self.daemon.write(self.store.record_nonce(asked["nonce"],
+                                                         self.clock.now(),
+                                                         run)):
+            raise RequestRejected("it cannot be recorded")
         self.daemon.kill(run, "killed from the dashboard")
         return run
 
@@ -6003,46 +6114,54 @@ class Daemon:
 
     def __init__(self, machine: Machine, home: str, system: bool = False):
         self.machine, self.home, self.clock = machine, home, machine.clock
-        self.book = Book(machine, home, system)
-        self.store = Store(f"{home}/history.db")
-        self.desk = Desk(machine, home, self.book, self.store, self)
+        self.registry = TabRegistry(machine, home, system)
+        self.store = RunStore(f"{home}/history.db")
+        self.control = ControlService(machine, home, self.registry, self.store,
+                                      self)
         self.poll = select.poll()
         self.heard: dict[int, tuple] = {}   # descriptor -> function, argument
-        self.active: dict[int, Active] = {}
+        self.running: dict[int, RunningRun] = {}
         self.supervisors: dict[int, set] = {}   # pid -> runs that go on
         self.ended: dict[int, int] = {}     # run -> wait status, or NO_STATUS
-        self.waiting: list[Pending] = []
-        self.letters: list[tuple] = []
+        self.waiting: list[QueuedRun] = []
+        self.mail_queue: list[tuple] = []
         self.mailers: dict[int, int] = {}   # pid -> run
-        self.leftover: list[int] = []       # files to remove when written
-        self.unsaved: list[tuple] = []      # (Active, wait status)
+        # files to remove when written
+        self.files_to_remove: list[int] = []
+        self.unrecorded_ends: list[tuple] = []      # (Active, wait status)
         self.write_at = 0.0                 # ticks, after a full disk
-        self.doomed: list[tuple] = []       # (ticks, pid of a group's leader)
-        self.also: list[tuple] = []         # to be written with what is next
-        self.troubles: dict[str, str] = {}
-        self.watch: Watch | None = None     # None: the clock is not set
+        # (ticks, pid of a group's leader)
+        self.pending_kills: list[tuple] = []
+        # to be written with what is next
+        self.deferred_statements: list[tuple] = []
+        self.problems: dict[str, str] = {}
+        # None: the clock is not set
+        self.watch: SchedulerState | None = None
         self.clock_by = 0.0                 # ticks, until it must be set
         self.door_opens = FOREVER           # ticks, after too many visitors
         self.stopping = False
         self.reload_at = self.look_at = FOREVER
         self.folders: dict[str, int] = {}
-        self.visitors: dict[int, Visitor] = {}
-        self.bridge = Bridge(self)
+        self.connections: dict[int, ControlConnection] = {}
+        self.broker = AgentBroker(self)
 
     # --- from the start to the end
 
-    def live(self) -> None:
+    def serve(self) -> None:
         """Serve until a signal says stop. Raises Error."""
         import sqlite3
         try:
             self.open()
         except sqlite3.DatabaseError as error:
             self.store.give_up(error)
-        self.say(f"koid {VERSION}: {plural(len(self.book.duties), 'job')}")
+        self.log(
+            f"koid {VERSION}: "
+            f"{plural(len(self.registry.scheduled_jobs), 'job')}"
+        )
         try:
             while not self.stopping:
                 try:
-                    self.turn()
+                    self.run_once()
                     if self.store.broken:
                         raise Error(self.store.trouble or "the history "
                                     "cannot be written", "koid ends, and "
@@ -6056,32 +6175,33 @@ class Daemon:
 
     def open(self) -> None:
         self.machine.make_home(self.home)
-        self.lock = only_one(f"{self.home}/lock")
+        self.lock = try_lock(f"{self.home}/lock")
         if self.lock is None:
             raise Error(f"koid already runs ({self.home})",
                         "koitab status tells its pid")
-        self.cron_pid = self.machine.hold_cron_pid() if self.book.system \
+        self.cron_pid = self.machine.hold_cron_pid() if self.registry.system \
             else -1
         self.started = self.clock.now()
-        self.trouble("history", self.store.open())
+        self.set_problem("history", self.store.open())
         self.runs = os.open(f"{self.home}/runs", os.O_RDONLY
                             | os.O_DIRECTORY | os.O_CLOEXEC)
         self.open_pipes()
         self.host = self.machine.host_environment()
         self.room = self.machine.open_files() - SPARE_FILES
-        self.book.load()
+        self.registry.load()
         self.tell_of_tabs()
-        self.adopt()
+        self.adopt_runs()
         self.listen()
-        for user in {duty.user for duty in self.book.duties}:
+        for user in {scheduled.user
+                     for scheduled in self.registry.scheduled_jobs}:
             self.machine.account(user)  # loads what the first start needs
-        self.begin_to_watch()
+        self.start_scheduling()
         # What a turn may need is loaded now: Python may be upgraded under
         # us. (What sends mail is not: it would take half as much again.)
         import ctypes, json, pwd, resource, syslog  # noqa: E401, F401
         import gc
         self.store.began(self.clock.now())
-        self.bridge.load()
+        self.broker.load()
         gc.collect()
         gc.freeze()         # supervisors share what is there by now
 
@@ -6092,15 +6212,15 @@ class Daemon:
         woken, self.wake = os.pipe()
         for fd in (self.reports, self.report, woken, self.wake):
             os.set_blocking(fd, False)
-        self.hear(self.reports, self.read_reports)
-        self.hear(woken, self.drain)
+        self.register_fd(self.reports, self.read_reports)
+        self.register_fd(woken, self.drain)
         signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
                        signal.SIGCHLD, signal.SIGIO, signal.SIGALRM):
             signal.signal(number, self.note_signal)
         self.alarm = self.machine.clock_alarm()
         if self.alarm is not None:
-            self.hear(self.alarm, self.clock_was_set)
+            self.register_fd(self.alarm, self.clock_was_set)
         self.notice_folders()
 
     def survive(self, bug: Exception) -> None:
@@ -6112,92 +6232,94 @@ class Daemon:
         where = bug.__traceback__
         while where.tb_next:
             where = where.tb_next
-        self.trouble("bug", f"koid has a fault, at its line "
-                     f"{where.tb_lineno}: {bug!r}")
-        for duty in list(self.book.duties):
+        self.set_problem("bug", f"koid has a fault, at its line "
+                         f"{where.tb_lineno}: {bug!r}")
+        for scheduled in list(self.registry.scheduled_jobs):
             try:
                 if self.watch:
-                    due_next(duty, self.watch)
+                    next_due(scheduled, self.watch)
             except Exception as fault:
-                self.book.duties.remove(duty)
-                self.book.troubles.append(f"{duty.file}:{duty.line}: not "
-                                          f"used: koid fails on it: {fault}")
+                self.registry.scheduled_jobs.remove(scheduled)
+                self.registry.troubles.append(
+                    f"{scheduled.file}:{scheduled.line}: not "
+                    f"used: koid fails on it: {fault}"
+                )
         time.sleep(TRY_AGAIN)
 
     def close(self) -> None:
         """Leave; the jobs and their supervisors stay."""
         signal.signal(signal.SIGIO, signal.SIG_IGN)     # Python would die
         signal.setitimer(signal.ITIMER_REAL, 0)         # and by SIGALRM
-        self.bridge.stop()
+        self.broker.stop()
         try:
-            self.take_in()
+            self.collect_finished()
             if self.watch:
                 self.write([self.seen_note()])
         except Error as error:
-            self.say(error.message, bad=True)
+            self.log(error.message, bad=True)
         remove(self.machine.socket_path(self.home))
         if self.cron_pid >= 0:
             remove(CRON_PID)
-        self.say("stopped; jobs that run go on")
+        self.log("stopped; jobs that run go on")
 
     def note_signal(self, number: int, _frame) -> None:
         if number in (signal.SIGTERM, signal.SIGINT):
             self.stopping = True
         elif number == signal.SIGHUP:
-            self.book.forget()
+            self.registry.invalidate()
             self.reload_at = 0.0
         elif number == signal.SIGIO:
             self.reload_at = min(self.reload_at, self.clock.ticks() + SETTLE)
 
     # --- one turn
 
-    def hear(self, fd: int, function, argument=None,
-             events: int = select.POLLIN) -> None:
+    def register_fd(self, fd: int, function, argument=None,
+                    events: int = select.POLLIN) -> None:
         self.heard[fd] = (function, argument)
         self.poll.register(fd, events)
 
-    def deaf(self, fd: int) -> None:
+    def unregister_fd(self, fd: int) -> None:
         """Hear nothing more from a descriptor, and close it."""
         del self.heard[fd]
         self.poll.unregister(fd)
         os.close(fd)
 
-    def turn(self) -> None:
+    def run_once(self) -> None:
         """Sleep until something happens; then do what is due first."""
-        patience = self.patience()
+        patience = self.poll_timeout()
         if patience > 0:    # poll alone may be late by a thousandth
             signal.setitimer(signal.ITIMER_REAL, patience / 1000)
         heard = self.poll.poll(patience)
         now = self.clock.ticks()
         if now >= self.reload_at or self.folders_unwatched():
             self.reload()
-        self.look()
-        self.start_waiting()
+        self.start_due()
+        self.start_queued()
         for fd, events in heard:
             if fd in self.heard:
                 function, argument = self.heard[fd]
                 function(argument, fd, events)
         self.reap()
         self.look_after(now)
-        self.take_in()
+        self.collect_finished()
         self.post()
-        self.bridge.turn(now)
+        self.broker.turn(now)
 
-    def patience(self) -> float:
+    def poll_timeout(self) -> float:
         """Milliseconds until something is due; -1 for ever."""
         now = self.clock.ticks()
         soon = min(self.reload_at, self.look_at, self.next_wake(),
-                   self.door_opens, self.bridge.wake_at())
-        for pending in self.waiting:
-            if not pending.behind:
-                soon = min(soon, pending.at)
-        for visitor in self.visitors.values():
-            soon = min(soon, visitor.deadline)
-        for active in self.active.values():
-            soon = min(soon, active.kill_at)
+                   self.door_opens, self.broker.wake_at())
+        for queued in self.waiting:
+            if not queued.waits_for_previous:
+                soon = min(soon, queued.at)
+        for connection in self.connections.values():
+            soon = min(soon, connection.deadline)
+        for running in self.running.values():
+            soon = min(soon, running.kill_at)
         if self.store.waiting:
             soon = min(soon, self.write_at)
-        for at, _ in self.doomed:
+        for at, _ in self.pending_kills:
             soon = min(soon, at)
         return -1 if soon == FOREVER else \
             min(max(soon - now, 0), LONGEST_SLEEP) * 1000
@@ -6225,258 +6347,272 @@ class Daemon:
         until then, unless the clock is set."""
         now = self.watch.seen.wall
         soonest = None
-        for duty in self.book.duties:
-            if duty.due is not None:
-                if duty.due <= now:
-                    duty.due = due_next(duty, self.watch)
-                    if duty.due is None:
+        for scheduled in self.registry.scheduled_jobs:
+            if scheduled.due is not None:
+                if scheduled.due <= now:
+                    scheduled.due = next_due(scheduled, self.watch)
+                    if scheduled.due is None:
                         continue
-                if soonest is None or duty.due < soonest:
-                    soonest = duty.due
+                if soonest is None or scheduled.due < soonest:
+                    soonest = scheduled.due
         return soonest
 
     # --- what is due
 
-    def reading(self) -> Reading:
-        return Reading(self.clock.now(), self.clock.ticks())
+    def reading(self) -> ClockSample:
+        return ClockSample(self.clock.now(), self.clock.ticks())
 
-    def look(self) -> None:
+    def start_due(self) -> None:
         """Start what fell due."""
         if not self.watch:
-            self.begin_to_watch()
+            self.start_scheduling()
             return
         before, now = self.watch, self.reading()
         strayed = now.wall - before.seen.wall - now.ticks + before.seen.ticks
-        self.watch, launches = plan(self.book.duties, before, now,
+        self.watch, launches = plan(self.registry.scheduled_jobs, before, now,
                                     self.next_due())
         if abs(strayed) > 1:
-            self.trouble("clock", "")
-            for duty in self.book.duties:
-                duty.due = 0.0
+            self.set_problem("clock", "")
+            for scheduled in self.registry.scheduled_jobs:
+                scheduled.due = 0.0
         pendings = []
         for launch in launches:
-            pending = Pending(launch.job, "schedule", launch.due, now.wall)
+            queued = QueuedRun(launch.job, "schedule", launch.due, now.wall)
             if launch.job.delay:
-                pending.at = now.ticks + launch.job.delay * MINUTE
-            pendings.append(pending)
-        skipped = [self.missed(duty, count, due, "the clock was set")
-                   for duty, count, due in self.watch.skipped]
+                queued.at = now.ticks + launch.job.delay * MINUTE
+            pendings.append(queued)
+        skipped = [self.missed(scheduled, count, due, "the clock was set")
+                   for scheduled, count, due in self.watch.skipped]
         if pendings or skipped:
-            self.launch(pendings, skipped)
+            self.record_and_start(pendings, skipped)
 
-    def missed(self, duty: Duty, count: int, due: float, why: str) -> tuple:
+    def missed(self, scheduled: ScheduledJob, count: int, due: float,
+               why: str) -> tuple:
         """A row for starts that were not made."""
-        return (duty, {"trigger": "schedule", "state": "missed", "due": due,
-                       "reason": why, "count": count})
+        return (scheduled,
+                {"trigger": "schedule", "state": "missed", "due": due,
+                            "reason": why, "count": count})
 
-    def launch(self, pendings: list[Pending], rows: list = ()) -> None:
+    def record_and_start(self, pendings: list[QueuedRun],
+                         rows: list = ()) -> None:
         """Write down what is to be started, then start it."""
-        ready, deeds = [], [self.seen_note()] if self.watch else []
-        deeds, self.also = deeds + self.also, []
-        for duty, row in rows:
-            deeds.append(self.new_run(duty, row, deeds))
-            if row["state"] == "missed" and duty.settings.catchup == "yes":
-                pendings.append(Pending(duty, "catch-up", row["due"],
-                                        self.clock.now()))
-        counts = self.desk.going()
-        for pending in pendings:
-            state, reason = self.admit(pending, counts)
+        ready, statements = [], [self.seen_note()] if self.watch else []
+        statements, self.deferred_statements = statements \
+            + self.deferred_statements, []
+        for scheduled, row in rows:
+            statements.append(self.new_run(scheduled, row, statements))
+            if row["state"] == "missed" and scheduled.settings.catchup \
+                    == "yes":
+                pendings.append(QueuedRun(scheduled, "catch-up", row["due"],
+                                          self.clock.now()))
+        counts = self.control.running_counts()
+        for queued in pendings:
+            state, reason = self.admit(queued, counts)
             if state == "running":
-                ready.append(pending)
-                counts[pending.duty.key] = counts.get(pending.duty.key, 0) + 1
-            deeds.append(self.row_of(pending, state, reason, deeds))
-        if not self.write(deeds):
-            refused = [pending for pending in pendings
-                       if self.refuse(pending)]
-            ready = [pending for pending in ready if pending not in refused]
-        for pending in pendings:
-            if pending.connection and not pending.greeted:
-                pending.greet()
-        self.begin(ready)
+                ready.append(queued)
+                counts[queued.scheduled.key] = counts.get(
+                    queued.scheduled.key, 0) + 1
+            statements.append(self.row_of(queued, state, reason, statements))
+        if not self.write(statements):
+            refused = [queued for queued in pendings
+                       if self.refuse(queued)]
+            ready = [queued for queued in ready if queued not in refused]
+        for queued in pendings:
+            if queued.connection and not queued.greeted:
+                queued.greet()
+        self.start_supervisors(ready)
 
-    def admit(self, pending: Pending, counts: dict) -> tuple[str, str]:
+    def admit(self, queued: QueuedRun, counts: dict) -> tuple[str, str]:
         """The state in which a run begins, and why it is not `running`."""
-        duty, now = pending.duty, self.clock.ticks()
-        if pending.at > now:
-            self.waiting.append(pending)
+        scheduled, now = queued.scheduled, self.clock.ticks()
+        if queued.at > now:
+            self.waiting.append(queued)
             return "queued", ""
-        policy = duty.settings.overlap
-        if policy == "allow" or not counts.get(duty.key):
-            return "running", self.late_reason(pending)
-        queued = sum(other.duty.key == duty.key for other in self.waiting)
-        if policy == "skip" or queued >= MOST_QUEUED:
-            pending.hang_up("the last run is still going")
+        policy = scheduled.settings.overlap
+        if policy == "allow" or not counts.get(scheduled.key):
+            return "running", self.late_reason(queued)
+        waiting = sum(other.scheduled.key == scheduled.key
+                      for other in self.waiting)
+        if policy == "skip" or waiting >= MOST_QUEUED:
+            queued.reject("the last run is still going")
             return "skipped", "the last run was still going" if \
-                policy == "skip" else f"{queued} runs were waiting"
+                policy == "skip" else f"{waiting} runs were waiting"
         if policy == "replace":
-            for other in [each for each in self.waiting if each.duty.key
-                          == duty.key and each.behind]:
+            for other in [each for each in self.waiting if each.scheduled.key
+                          == scheduled.key and each.waits_for_previous]:
                 self.kill(other.run, "replaced by the next run")
-            for active in list(self.active.values()):
-                if active.key == duty.key:
-                    self.kill(active.run, "replaced by the next run")
-        pending.behind = True
-        self.waiting.append(pending)
+            for running in list(self.running.values()):
+                if running.key == scheduled.key:
+                    self.kill(running.run, "replaced by the next run")
+        queued.waits_for_previous = True
+        self.waiting.append(queued)
         return "queued", "waits for the last run"
 
-    def late_reason(self, pending: Pending) -> str:
+    def late_reason(self, queued: QueuedRun) -> str:
         """What KOI_START_WITHIN has to say."""
-        within = pending.duty.settings.start_within
-        behind = self.clock.now() - pending.due \
-            - pending.duty.delay * MINUTE * (pending.trigger == "schedule")
-        return f"late by {duration_text(int(behind))}" \
+        within = queued.scheduled.settings.start_within
+        behind = self.clock.now() - queued.due \
+            - queued.scheduled.delay * MINUTE * (queued.trigger
+                                                 == "schedule")
+        return f"late by {format_duration(int(behind))}" \
             if within and behind > within else ""
 
     def late(self) -> list[tuple]:
         """The jobs that should have started by now, and wait."""
-        return [(pending.duty.key, pending.duty.job.label)
-                for pending in self.waiting if self.late_reason(pending)]
+        return [(queued.scheduled.key, queued.scheduled.job.label)
+                for queued in self.waiting if self.late_reason(queued)]
 
-    def row_of(self, pending: Pending, state: str, reason: str,
-               deeds: list) -> tuple:
+    def row_of(self, queued: QueuedRun, state: str, reason: str,
+               statements: list) -> tuple:
         """The statement that says in which state a run is."""
         started = self.clock.now() if state == "running" else None
-        if pending.known:
-            return self.store.update(pending.run, state=state, reason=reason,
+        if queued.known:
+            return self.store.update(queued.run, state=state, reason=reason,
                                      started=started)
-        pending.known = True
-        deed = self.new_run(pending.duty, {
-            "trigger": pending.trigger, "state": state, "due": pending.due,
-            "asked": pending.asked, "started": started, "reason": reason,
-            "args": pending.shown_values(), "attempt": pending.attempt},
-            deeds)
-        pending.run = self.store.last
-        if pending.nonce:
-            deeds += self.store.use(pending.nonce, pending.asked, pending.run)
+        queued.known = True
+        deed = self.new_run(queued.scheduled, {
+            "trigger": queued.trigger, "state": state, "due": queued.due,
+            "asked": queued.asked, "started": started, "reason": reason,
+            "args": queued.shown_values(), "attempt": queued.attempt},
+            statements)
+        queued.run = self.store.last
+        if queued.nonce:
+            statements += self.store.record_nonce(queued.nonce, queued.asked,
+                                                  queued.run)
         return deed
 
-    def new_run(self, duty: Duty, row: dict, deeds: list) -> tuple:
+    def new_run(self, scheduled: ScheduledJob, row: dict,
+                statements: list) -> tuple:
         self.store.last += 1
-        key = self.store.job_key(duty.key, duty.job, deeds)
+        key = self.store.job_key(scheduled.key, scheduled.job, statements)
         if row["state"] in ("missed", "skipped"):
-            deeds += self.store.forget(key, duty.settings.keep - 1)
+            statements += self.store.prune(key, scheduled.settings.keep - 1)
         return self.store.insert({"id": self.store.last, "job": key, **row})
 
-    def refuse(self, pending: Pending) -> bool:
+    def refuse(self, queued: QueuedRun) -> bool:
         """A run that somebody asked for, and that cannot be recorded, does
         not start; one that is due does."""
-        if pending.trigger != "manual":
+        if queued.trigger != "manual":
             return False
         self.store.waiting.append(self.store.update(
-            pending.run, state="unstartable", started=None,
+            queued.run, state="unstartable", started=None,
             ended=self.clock.now(), reason="it could not be recorded"))
-        if pending in self.waiting:
-            self.waiting.remove(pending)
-        pending.hang_up(f"the run cannot be recorded: "
+        if queued in self.waiting:
+            self.waiting.remove(queued)
+        queued.reject(f"the run cannot be recorded: "
                      f"{self.store.trouble}")
         return True
 
     # --- starting
 
-    def begin(self, pendings: list[Pending]) -> None:
+    def start_supervisors(self, pendings: list[QueuedRun]) -> None:
         """Give each run to a supervisor."""
         orders, gone, accounts = [], [], {}
-        for pending in pendings:
-            user = pending.duty.user
+        for queued in pendings:
+            user = queued.scheduled.user
             try:
                 if user not in accounts:
                     accounts[user] = self.machine.account(user)
                 account = accounts[user]
                 if not account:
                     raise ValueError(f"there is no user {user}")
-                orders.append((account, self.order(pending, account),
-                               pending))
+                orders.append((account, self.order(queued, account),
+                               queued))
             except Exception as error:      # one job's; the others start
-                gone.append(self.unstartable(pending, str(error)))
+                gone.append(self.unstartable(queued, str(error)))
         if gone:
             self.write(gone)
         for batch in batches(orders):
             self.fork(batch[0][0], [order for _, order, _ in batch],
-                      [pending for _, _, pending in batch])
+                      [queued for _, _, queued in batch])
         self.log_starts(pendings)
 
-    def fork(self, account: Account, orders: list[Order],
-             pendings: list[Pending]) -> None:
+    def fork(self, account: Account, orders: list[LaunchSpec],
+             pendings: list[QueuedRun]) -> None:
         try:
-            pid = supervise(account, orders, self.runs, self.report,
-                            self.nothing)
+            pid = fork_supervisor(account, orders, self.runs, self.report,
+                                  self.nothing)
         except OSError as error:
-            self.put_off(pendings, error)
+            self.delay_start(pendings, error)
             return
-        self.trouble("fork", "")
-        self.supervisors[pid] = {pending.run for pending in pendings}
-        for pending in pendings:
-            self.active[pending.run] = Active(pending.run, pending.duty.key,
-                                              pending, pid)
-            if pending.connection:
-                pending.connection.close()
-                pending.connection = None
+        self.set_problem("fork", "")
+        self.supervisors[pid] = {queued.run for queued in pendings}
+        for queued in pendings:
+            self.running[queued.run] = RunningRun(queued.run,
+                                                  queued.scheduled.key,
+                                                  queued, pid)
+            if queued.connection:
+                queued.connection.close()
+                queued.connection = None
 
-    def log_starts(self, pendings: list[Pending]) -> None:
+    def log_starts(self, pendings: list[QueuedRun]) -> None:
         """As cron does, in root's log."""
-        for pending in pendings if os.geteuid() == 0 else ():
-            if pending.run in self.active and not pending.duty.job.unlogged:
-                self.machine.log(f"({pending.duty.user}) CMD "
-                                 f"({pending.duty.job.command})", "CRON")
+        for queued in pendings if os.geteuid() == 0 else ():
+            if queued.run in self.running \
+                    and not queued.scheduled.job.unlogged:
+                self.machine.log(f"({queued.scheduled.user}) CMD "
+                                 f"({queued.scheduled.job.command})", "CRON")
 
-    def order(self, pending: Pending, account: Account) -> Order:
-        job, values = pending.duty.job, pending.values
+    def order(self, queued: QueuedRun, account: Account) -> LaunchSpec:
+        job, values = queued.scheduled.job, queued.values
         more = {f"KOI_ARG_{number}": values[param.name] for number, param
                 in enumerate(job.params, start=1)}
-        return Order(
-            pending.run, job.script,
+        return LaunchSpec(
+            queued.run, job.script,
             job.stdin.encode("utf-8", "surrogateescape"),
-            job_environment(pending.duty, account, self.host,
-                            KOI_RUN=str(pending.run), **more),
+            job_environment(queued.scheduled, account, self.host,
+                            KOI_RUN=str(queued.run), **more),
             job.settings.timeout,
             [values[param.name].encode() for param in job.params
              if param.type == "secret" and values[param.name]],
-            pending.connection)
+            queued.connection)
 
-    def put_off(self, pendings: list[Pending], error: OSError) -> None:
+    def delay_start(self, pendings: list[QueuedRun], error: OSError) -> None:
         """The process table is full: try again, for a minute."""
-        now, deeds = self.clock.ticks(), []
-        for pending in pendings:
-            pending.full_since = pending.full_since or now
-            if now - pending.full_since > TRY_FOR:
-                deeds.append(self.unstartable(
-                    pending, f"could not start: {error.strerror}"))
+        now, statements = self.clock.ticks(), []
+        for queued in pendings:
+            queued.full_since = queued.full_since or now
+            if now - queued.full_since > TRY_FOR:
+                statements.append(self.unstartable(
+                    queued, f"could not start: {error.strerror}"))
             else:
-                pending.at = now + TRY_AGAIN
-                self.waiting.append(pending)
-        self.trouble("fork", f"no process could be started: "
-                     f"{error.strerror}")
-        self.write(deeds)
+                queued.at = now + TRY_AGAIN
+                self.waiting.append(queued)
+        self.set_problem("fork", f"no process could be started: "
+                         f"{error.strerror}")
+        self.write(statements)
 
-    def unstartable(self, pending: Pending, why: str) -> tuple:
+    def unstartable(self, queued: QueuedRun, why: str) -> tuple:
         why = storable(why)
-        pending.hang_up(why)
-        self.say(f"({pending.duty.user}) ERROR ({why})", bad=True)
-        self.also += self.store.forget(self.store.keys[pending.duty.key],
-                                       pending.duty.settings.keep)
+        queued.reject(why)
+        self.log(f"({queued.scheduled.user}) ERROR ({why})", bad=True)
+        self.deferred_statements += self.store.prune(
+            self.store.keys[queued.scheduled.key],
+            queued.scheduled.settings.keep)
         return self.store.update(
-            pending.run, state="unstartable", reason=why, started=None,
+            queued.run, state="unstartable", reason=why, started=None,
             ended=self.clock.now())
 
-    def start_waiting(self) -> None:
+    def start_queued(self) -> None:
         """Start what has waited long enough, or whose turn has come."""
         if not self.waiting:
             return
-        now, counts = self.clock.ticks(), self.desk.going()
+        now, counts = self.clock.ticks(), self.control.running_counts()
         ready = []
-        for pending in self.waiting:
-            key = pending.duty.key
-            if pending.behind and counts.get(key) or pending.at > now:
+        for queued in self.waiting:
+            key = queued.scheduled.key
+            if queued.waits_for_previous and counts.get(key) or queued.at \
+                    > now:
                 continue
-            if pending.behind:
+            if queued.waits_for_previous:
                 counts[key] = counts.get(key, 0) + 1
-            ready.append(pending)
+            ready.append(queued)
         if ready:
-            self.waiting = [pending for pending in self.waiting
-                            if pending not in ready]
-            for pending in ready:
-                pending.behind, pending.at = False, 0.0
-            self.launch(ready)
+            self.waiting = [queued for queued in self.waiting
+                            if queued not in ready]
+            for queued in ready:
+                queued.waits_for_previous, queued.at = False, 0.0
+            self.record_and_start(ready)
 
     # --- ends
 
@@ -6495,7 +6631,7 @@ class Daemon:
     def reap(self) -> None:
         """Supervisors, and senders of mail, that have gone."""
         self.read_reports(None, self.reports, 0)
-        while self.supervisors or self.mailers or self.bridge.pid:
+        while self.supervisors or self.mailers or self.broker.pid:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
@@ -6503,117 +6639,119 @@ class Daemon:
             if not pid:
                 return
             for run in self.supervisors.pop(pid, ()):
-                active = self.active.get(run)
-                if active and run not in self.ended:
-                    if self.has_ended(active):
+                running = self.running.get(run)
+                if running and run not in self.ended:
+                    if self.has_ended(running):
                         self.ended[run] = NO_STATUS
                     else:       # another has it, of the koid before us
-                        active.supervisor, self.look_at = 0, 0.0
+                        running.supervisor, self.look_at = 0, 0.0
             if pid in self.mailers:
                 self.mailed(self.mailers.pop(pid), status)
-            if pid == self.bridge.pid:
-                self.bridge.ended(status)
+            if pid == self.broker.pid:
+                self.broker.ended(status)
 
     def look_after(self, now: float) -> None:
         """Adopted runs, signals that are due, visitors who are slow."""
         if now >= self.look_at:
             self.look_at = FOREVER
-            for active in self.active.values():
-                if not active.supervisor:
+            for running in self.running.values():
+                if not running.supervisor:
                     self.look_at = now + FIRST_LOOK
-                    if self.has_ended(active):
-                        self.ended.setdefault(active.run, NO_STATUS)
-        for active in list(self.active.values()):
-            if now >= active.kill_at:
-                self.press(active, now)
-        for at, pid in [each for each in self.doomed if now >= each[0]]:
-            self.doomed.remove((at, pid))
+                    if self.has_ended(running):
+                        self.ended.setdefault(running.run, NO_STATUS)
+        for running in list(self.running.values()):
+            if now >= running.kill_at:
+                self.escalate_kill(running, now)
+        for at, pid in [each for each in self.pending_kills if now >= each[0]]:
+            self.pending_kills.remove((at, pid))
             end_group(pid, signal.SIGKILL)
-        for visitor in list(self.visitors.values()):
-            if now >= visitor.deadline:
-                self.dismiss(visitor)
+        for connection in list(self.connections.values()):
+            if now >= connection.deadline:
+                self.close_connection(connection)
         if now >= self.door_opens:
             self.door_opens = FOREVER
-            self.poll.modify(self.door.fileno(), select.POLLIN)
+            self.poll.modify(self.listener.fileno(), select.POLLIN)
 
-    def has_ended(self, active: Active) -> bool:
+    def has_ended(self, running: RunningRun) -> bool:
         """Of a run whose supervisor is not our child."""
         try:
-            header = header_of(run_file(self.home, active.run, HEADER_ROOM))
+            header = parse_header(run_file(self.home, running.run,
+                                           HEADER_ROOM))
         except OSError:
             return False        # too many files are open; later
         return not header or header.phase in (ENDED, UNSTARTABLE) \
-            or born(header.supervisor) != header.supervisor_born
+            or process_start_time(header.supervisor) != header.supervisor_born
 
-    def take_in(self) -> None:
+    def collect_finished(self) -> None:
         """Move runs that have ended into the history. When it cannot be
         written, they stay in their files, and we try again."""
         now = self.clock.ticks()
         for run, status in self.ended.items():
-            active = self.active.pop(run, None)
-            if active:
-                self.supervisors.get(active.supervisor, set()).discard(run)
-                self.unsaved.append((active, status))
+            running = self.running.pop(run, None)
+            if running:
+                self.supervisors.get(running.supervisor, set()).discard(run)
+                self.unrecorded_ends.append((running, status))
         if self.ended:
-            self.start_waiting()
+            self.start_queued()
         self.ended.clear()
         if self.store.waiting and now >= self.write_at:
             self.write_at = now + WRITE_AGAIN
             self.write([])
-        if self.unsaved and not self.store.waiting:
-            self.save_ends()
+        if self.unrecorded_ends and not self.store.waiting:
+            self.record_ends()
 
-    def save_ends(self) -> None:
-        deeds, again, letters = [], [], []
-        unsaved, self.unsaved = self.unsaved, []
-        for active, status in unsaved:
+    def record_ends(self) -> None:
+        statements, again, mails = [], [], []
+        unsaved, self.unrecorded_ends = self.unrecorded_ends, []
+        for running, status in unsaved:
             mine: list[tuple] = []
             try:
-                outcome, frames = self.outcome(active, status)
-                mine += self.ending(active, outcome, frames)
-                if not self.retry(active, outcome, again, mine):
-                    self.address(active, outcome, letters, mine)
+                outcome, frames = self.outcome(running, status)
+                mine += self.ending(running, outcome, frames)
+                if not self.retry(running, outcome, again, mine):
+                    self.queue_mail(running, outcome, mails, mine)
             except OSError as error:    # too many files are open
-                self.trouble("ends", f"a run's end cannot be read: {error}")
-                self.unsaved.append((active, status))
+                self.set_problem("ends",
+                                 f"a run's end cannot be read: {error}")
+                self.unrecorded_ends.append((running, status))
                 self.look_at = min(self.look_at, self.clock.ticks() + 1)
             except Exception as bug:    # of ours, with this run alone
-                self.trouble("bug", f"run {active.run}: {bug!r}")
+                self.set_problem("bug", f"run {running.run}: {bug!r}")
                 mine = [self.store.update(
-                    active.run, state="interrupted",
+                    running.run, state="interrupted",
                     reason="koid failed on its end")]
             else:
-                self.leftover.append(active.run)
-            deeds += mine
-        if self.write(deeds):
-            self.letters += letters
+                self.files_to_remove.append(running.run)
+            statements += mine
+        if self.write(statements):
+            self.mail_queue += mails
         self.waiting += again
 
-    def write(self, deeds: list[tuple]) -> bool:
+    def write(self, statements: list[tuple]) -> bool:
         """Write to the history; files of runs that are in it can go."""
-        written = self.store.write(deeds)
-        self.trouble("disk", self.store.trouble)
+        written = self.store.write(statements)
+        self.set_problem("disk", self.store.trouble)
         if written:
-            for run in self.leftover:
+            for run in self.files_to_remove:
                 remove(str(run), self.runs)
-            self.leftover.clear()
+            self.files_to_remove.clear()
         return written
 
-    def outcome(self, active: Active, status: int) -> tuple[dict, bytes]:
+    def outcome(self, running: RunningRun, status: int) -> tuple[dict, bytes]:
         """How a run ended, as columns of its row; and its output."""
-        data = run_file(self.home, active.run)
-        header = header_of(data)
+        data = run_file(self.home, running.run)
+        header = parse_header(data)
         if not header:      # the disk was full, or it never began
             exit_status, number = exit_and_signal(status)
             known = exit_status is not None or number is not None
             return {"state": "done" if known else "interrupted",
                     "exit": exit_status, "signal": number,
-                    "ended": self.clock.now(), "reason": active.reason or (
+                    "ended": self.clock.now(), "reason": running.reason or (
                         "its output could not be kept" if known else
                         "its supervisor was killed")}, b""
-        if active.kill == signal.SIGKILL and active.kill_at != FOREVER:
-            self.doomed.append((active.kill_at, header.job))
-        frames = kept_output(data, header)
+        if running.kill == signal.SIGKILL and running.kill_at != FOREVER:
+            self.pending_kills.append((running.kill_at, header.job))
+        frames = stored_frames(data, header)
         exit_status, number = exit_and_signal(header.status) \
             if header.phase == ENDED else (None, None)
         state = {ENDED: "done", UNSTARTABLE: "unstartable"}.get(
@@ -6621,10 +6759,10 @@ class Daemon:
         if header.phase == GOING and status != NO_STATUS:
             state = "done"      # a full disk: the end was only reported
             exit_status, number = exit_and_signal(status)
-        reason = active.reason or REASONS[header.reason]
-        if reason == "timeout" and active.pending:
-            limit = active.pending.duty.settings.timeout
-            reason = f"timeout after {duration_text(limit)}"
+        reason = running.reason or REASONS[header.reason]
+        if reason == "timeout" and running.pending:
+            limit = running.pending.scheduled.settings.timeout
+            reason = f"timeout after {format_duration(limit)}"
         elif state == "interrupted":
             reason = reason or "its supervisor was killed"
         elif state == "unstartable":
@@ -6635,87 +6773,90 @@ class Daemon:
                 "reason": reason, "bytes": header.total,
                 "cut": int(header.lost > 0)}, frames
 
-    def ending(self, active: Active, outcome: dict, frames: bytes) -> list:
+    def ending(self, running: RunningRun, outcome: dict,
+               frames: bytes) -> list:
         """The statements that keep a run's end, and forget old ones."""
         columns = {name: value for name, value in outcome.items()
                    if name != "reason" or value}
-        deeds = [self.store.update(active.run, **columns)]
+        statements = [self.store.update(running.run, **columns)]
         if frames:
-            deeds.append(("insert or replace into output values (?, ?)",
-                          (active.run, frames)))
-        if active.pending:
-            keep = active.pending.duty.settings.keep
-            deeds += self.store.forget(self.store.keys[active.key], keep)
+            statements.append(("insert or replace into output values (?, ?)",
+                               (running.run, frames)))
+        if running.pending:
+            keep = running.pending.scheduled.settings.keep
+            statements += self.store.prune(self.store.keys[running.key], keep)
         if outcome["state"] != "done" and os.geteuid() == 0:
-            self.say(f"({active.key[0]}) ERROR (run {active.run}: "
+            self.log(f"({running.key[0]}) ERROR (run {running.run}: "
                      f"{outcome['reason']})", bad=True)
-        return deeds
+        return statements
 
-    def retry(self, active: Active, outcome: dict, again: list,
-              deeds: list) -> bool:
+    def retry(self, running: RunningRun, outcome: dict, again: list,
+              statements: list) -> bool:
         """KOI_RETRY: after a failure, again and again a little later."""
-        last = active.pending
+        last = running.pending
         if not last or outcome["state"] != "done" or outcome["exit"] == 0 \
-                or active.reason or last.attempt > last.duty.settings.retry:
+                or running.reason or last.attempt \
+                > last.scheduled.settings.retry:
             return False
-        if not active.supervisor and any(
-                param.type == "secret" for param in last.duty.job.params):
+        if not running.supervisor and any(
+                param.type == "secret" for param in last.scheduled.job.params):
             return False        # it was given to the koid before us
         wait = min(RETRY_FIRST * 2 ** min(last.attempt - 1, 10),
                    RETRY_LONGEST)
-        pending = Pending(last.duty, "retry", self.clock.now() + wait,
-                          self.clock.now())
-        pending.at = self.clock.ticks() + wait
-        pending.attempt, pending.values = last.attempt + 1, last.values
-        deeds.append(self.row_of(pending, "queued", "", deeds))
-        again.append(pending)
+        queued = QueuedRun(last.scheduled, "retry", self.clock.now() + wait,
+                           self.clock.now())
+        queued.at = self.clock.ticks() + wait
+        queued.attempt, queued.values = last.attempt + 1, last.values
+        statements.append(self.row_of(queued, "queued", "", statements))
+        again.append(queued)
         return True
 
     # --- killing
 
     def kill(self, run: int, reason: str) -> bool:
         """End a run: TERM, and KILL ten seconds later. False: it is over."""
-        waiting = [pending for pending in self.waiting if pending.run == run]
+        waiting = [queued for queued in self.waiting if queued.run == run]
         if waiting:
             self.waiting.remove(waiting[0])
-            waiting[0].hang_up(reason)
+            waiting[0].reject(reason)
             return self.write([self.store.update(
                 run, state="skipped", reason=reason)])
-        active = self.active.get(run)
-        if not active:
+        running = self.running.get(run)
+        if not running:
             return False
-        active.reason = active.reason or reason
-        active.kill = active.kill or signal.SIGTERM
-        self.press(active, self.clock.ticks())
+        running.reason = running.reason or reason
+        running.kill = running.kill or signal.SIGTERM
+        self.escalate_kill(running, self.clock.ticks())
         return True
 
-    def press(self, active: Active, now: float) -> None:
+    def escalate_kill(self, running: RunningRun, now: float) -> None:
         """Send the signal that is due."""
         try:
-            header = header_of(run_file(self.home, active.run, HEADER_ROOM))
+            header = parse_header(run_file(self.home, running.run,
+                                           HEADER_ROOM))
         except OSError:
             header = None
         if not header or header.phase == CLAIMED:
-            active.kill_at = now + 0.05     # it has not begun yet
+            running.kill_at = now + 0.05     # it has not begun yet
             return
-        self.machine.signal_job(header, active.kill)
-        active.kill_at = now + KILL_AFTER if active.kill == signal.SIGTERM \
+        self.machine.signal_job(header, running.kill)
+        running.kill_at = now + KILL_AFTER if running.kill == signal.SIGTERM \
             else FOREVER
-        active.kill = signal.SIGKILL
+        running.kill = signal.SIGKILL
 
     # --- mail
 
-    def address(self, active: Active, outcome: dict, letters: list,
-                deeds: list) -> None:
+    def queue_mail(self, running: RunningRun, outcome: dict, mails: list,
+                   statements: list) -> None:
         """Does cron send mail about this run? Who asked for one by hand has
         seen what it wrote."""
-        pending, user = active.pending, active.key[0]
-        job = pending.duty.job if pending else None
+        queued, user = running.pending, running.key[0]
+        job = queued.scheduled.job if queued else None
         environment = job.environment if job else {}
         to = environment.get("MAILTO", user)
         good = outcome["state"] == "done" and outcome["exit"] == 0
         wrote = outcome.get("bytes") or outcome["state"] == "unstartable"
-        if not wrote or not to or active.trigger == "manual" \
+        if not wrote or not to or running.trigger == "manual" \
                 or job and job.mail_failures and good:
             return              # a note of ours alone is no reason for mail
         if not any(os.access(path, os.X_OK) for path in SENDMAILS):
@@ -6724,38 +6865,39 @@ class Daemon:
                                  "output)")
             return
         if not safe_address(to):
-            self.say(f"({user}) UNSAFE MAIL ({to})", bad=True)
-            deeds.append(self.store.update(active.run, mail="unsafe address"))
+            self.log(f"({user}) UNSAFE MAIL ({to})", bad=True)
+            statements.append(self.store.update(running.run,
+                                                mail="unsafe address"))
             return
-        letters.append((active.run, user, to, job.command if job else "",
-                        environment))
-        deeds.append(self.store.update(active.run, mail="due"))
+        mails.append((running.run, user, to, job.command if job else "",
+                      environment))
+        statements.append(self.store.update(running.run, mail="due"))
 
     def post(self) -> None:
         """Send what is to be sent, two at a time."""
-        while self.letters and len(self.mailers) < MOST_MAILERS:
-            run, *letter = self.letters[0]
+        while self.mail_queue and len(self.mailers) < MOST_MAILERS:
+            run, *mail = self.mail_queue[0]
             text = output_text(self.store.output(run))
             try:
                 pid = os.fork()
             except OSError:
                 return
             if not pid:
-                send_letter(self.machine, self.host, *letter, text)
-            del self.letters[0]
+                send_cron_mail(self.machine, self.host, *mail, text)
+            del self.mail_queue[0]
             self.mailers[pid] = run
 
     def mailed(self, run: int, status: int) -> None:
         result = "sent" if status == 0 else "due" if status == (
             TRY_LATER << 8) else f"failed (status {status:#06x})"
         if status:
-            self.say(f"(CRON) MAIL (run {run}: got status {status:#06x})",
+            self.log(f"(CRON) MAIL (run {run}: got status {status:#06x})",
                      bad=True)
         self.write([self.store.update(run, mail=result)])
 
     # --- after a restart
 
-    def adopt(self) -> None:
+    def adopt_runs(self) -> None:
         """Take over what the koid before us left: runs that go on, runs
         that ended meanwhile, runs that it had no time to begin."""
         files = {int(name) for name in os.listdir(self.runs)
@@ -6763,24 +6905,25 @@ class Daemon:
         self.store.last = max(files | {self.store.last})
         rows = {row["run"]: row for row in self.store.runs(
             "r.state in ('queued', 'running')")}
-        duties = {duty.key: duty for duty in self.book.duties}
+        scheduled_jobs = {scheduled.key: scheduled
+                          for scheduled in self.registry.scheduled_jobs}
         known = {row[0] for row in self.store.db.execute(
             "select id from runs")} if files else set()
-        self.leftover = [run for run in files if run in known
-                         and run not in rows]
-        self.adopt_strangers(sorted(files - known))
+        self.files_to_remove = [run for run in files if run in known
+                                and run not in rows]
+        self.adopt_orphans(sorted(files - known))
         lost: list[tuple] = []
         for run, row in rows.items():
             key = (row["user"], row["identity"])
-            pending = self.pending_of(row, duties.get(key))
+            queued = self.pending_of(row, scheduled_jobs.get(key))
             if run in files:
-                self.active[run] = active = Active(run, key, pending)
-                active.trigger = row["trigger"]
+                self.running[run] = running = RunningRun(run, key, queued)
+                running.trigger = row["trigger"]
                 if self.rebooted():
-                    active.reason = "the machine went down"
+                    running.reason = "the machine went down"
                     self.ended[run] = NO_STATUS
-            elif pending and self.may_still_start(row, pending):
-                self.waiting.append(pending)
+            elif queued and self.may_still_start(row, queued):
+                self.waiting.append(queued)
             else:
                 missed = row["trigger"] == "schedule" \
                     and row["state"] == "running"
@@ -6788,74 +6931,77 @@ class Daemon:
                     run, state="missed" if missed else "interrupted",
                     started=None, reason="koid was stopped before it began"))
         self.write(lost)
-        self.look_at = 0.0 if self.active else FOREVER
-        self.mail_of_before(duties)
+        self.look_at = 0.0 if self.running else FOREVER
+        self.mail_of_before(scheduled_jobs)
 
-    def adopt_strangers(self, runs: list[int]) -> None:
+    def adopt_orphans(self, runs: list[int]) -> None:
         """Runs that have a file and no record: the disk was full, or the
         history was lost. They are shown as runs of a job of no tab."""
         key = self.machine.name_of(os.geteuid()), "lost"
         for run in runs:
-            header = header_of(run_file(self.home, run, HEADER_ROOM)
-                               ) or Header()
-            deeds: list[tuple] = []
-            job = self.store.job_key(key, LOST, deeds)
-            self.write([*deeds, self.store.insert({
+            header = parse_header(run_file(self.home, run, HEADER_ROOM)
+                                  ) or RunFileHeader()
+            statements: list[tuple] = []
+            job = self.store.job_key(key, LOST, statements)
+            self.write([*statements, self.store.insert({
                 "id": run, "job": job, "trigger": "manual",
                 "state": "running", "started": header.started or None,
                 "reason": "its record was lost", "args": "{}"})])
-            self.active[run] = active = Active(run, key, None)
-            active.trigger = "manual"
+            self.running[run] = running = RunningRun(run, key, None)
+            running.trigger = "manual"
             if self.rebooted():
                 self.ended[run] = NO_STATUS
 
     def rebooted(self) -> bool:
         """Was the koid before us there before this boot?"""
         boot = self.machine.boot_id()
-        return not boot or boot != self.store.noted("boot")
+        return not boot or boot != self.store.get_meta("boot")
 
-    def pending_of(self, row: dict, duty: Duty | None) -> Pending | None:
+    def pending_of(self, row: dict,
+                   scheduled: ScheduledJob | None) -> QueuedRun | None:
         """The run of a row, if its job is still there and its arguments are
         known."""
-        if not duty or set(row["args"]) != {param.name for param
-                                            in duty.job.params}:
+        if not scheduled or set(row["args"]) != {param.name for param
+                                                 in scheduled.job.params}:
             return None
-        pending = Pending(duty, row["trigger"], row["due"] or 0.0,
-                          row["asked"] or 0.0)
-        pending.run, pending.known = row["run"], True
-        pending.values, pending.attempt = row["args"], row["attempt"]
-        pending.behind = row["reason"] == "waits for the last run"
-        start = pending.due + (duty.delay * MINUTE if row["trigger"]
-                               == "schedule" else 0)
-        pending.at = self.clock.ticks() + max(0.0, start - self.clock.now())
-        return pending
+        queued = QueuedRun(scheduled, row["trigger"], row["due"] or 0.0,
+                           row["asked"] or 0.0)
+        queued.run, queued.known = row["run"], True
+        queued.values, queued.attempt = row["args"], row["attempt"]
+        queued.waits_for_previous = row["reason"] == "waits for the last run"
+        start = queued.due + (scheduled.delay * MINUTE if row["trigger"]
+                              == "schedule" else 0)
+        queued.at = self.clock.ticks() + max(0.0, start - self.clock.now())
+        return queued
 
-    def may_still_start(self, row: dict, pending: Pending) -> bool:
+    def may_still_start(self, row: dict, queued: QueuedRun) -> bool:
         """Is it soon enough to begin a run that had no time to?"""
-        if any(param.type == "secret" for param in pending.duty.job.params):
+        if any(param.type == "secret"
+               for param in queued.scheduled.job.params):
             return False        # its secrets were kept nowhere
         if row["state"] == "queued" and row["trigger"] != "manual":
             return True
         if row["state"] == "queued":
-            return self.clock.now() - pending.asked < LONG_ENOUGH
+            return self.clock.now() - queued.asked < LONG_ENOUGH
         if self.rebooted() or row["reason"] == NO_FILE_REASON:
             return False        # its file did perhaps not reach the disk
         waited = self.clock.now() - (row["started"] or 0.0)
         return waited < (TRY_FOR if row["trigger"] == "schedule"
                          else LONG_ENOUGH)
 
-    def mail_of_before(self, duties: dict) -> None:
+    def mail_of_before(self, scheduled_jobs: dict) -> None:
         """Mail that was due when the koid before us stopped."""
         for row in self.store.runs("r.mail = 'due'"):
-            duty = duties.get((row["user"], row["identity"]))
-            environment = duty.job.environment if duty else {}
+            scheduled = scheduled_jobs.get((row["user"], row["identity"]))
+            environment = scheduled.job.environment if scheduled else {}
             to = environment.get("MAILTO", row["user"])
             if to and safe_address(to):
-                self.letters.append((
-                    row["run"], row["user"], to, duty.job.command if duty
+                self.mail_queue.append((
+                    row["run"], row["user"], to,
+                    scheduled.job.command if scheduled
                     else row["label"], environment))
 
-    def begin_to_watch(self) -> None:
+    def start_scheduling(self) -> None:
         """Find out what was missed, and wait for what comes; a clock that
         cannot be right is given some time first."""
         now = self.reading()
@@ -6863,90 +7009,101 @@ class Daemon:
         unset = now.wall < max(EARLIEST, seen - MINUTE)
         self.clock_by = self.clock_by or now.ticks + WAIT_FOR_CLOCK
         if unset and now.ticks < self.clock_by:
-            self.trouble("clock", "the clock is not set: it shows "
-                         f"{rfc3339(now.wall)}; jobs wait for it, for "
-                         f"{duration_text(WAIT_FOR_CLOCK)} at most")
+            self.set_problem(
+                "clock",
+                "the clock is not set: it shows "
+                f"{format_rfc3339(now.wall)}; jobs wait for it, for "
+                f"{format_duration(WAIT_FOR_CLOCK)} at most",
+            )
             return
-        self.trouble("clock", "" if not unset else "the clock was not set; "
-                     "jobs run by what it shows")
-        self.watch = watching(now, self.book.zones)
+        self.set_problem("clock",
+                         "" if not unset else "the clock was not set; "
+                         "jobs run by what it shows")
+        self.watch = watching(now, self.registry.zones)
         rows, launches = [], []
         if seen and not unset:
-            self.watch = self.watch.but(dials=self.dials_of_before(seen))
+            self.watch = self.watch.replace(
+                zone_clocks=self.dials_of_before(seen))
             rows, launches = self.missed_since(seen, now.wall)
-        self.launch(launches + self.reboot_jobs(now.wall), rows)
+        self.record_and_start(launches + self.reboot_jobs(now.wall), rows)
         self.know_jobs()
 
     def know_jobs(self) -> None:
         """Note which jobs there are: what a koid after us was not there for
         is missed only by a job that we have seen."""
-        deeds = [self.seen_note()] if self.watch else []
-        for duty in self.book.duties:
-            self.store.job_key(duty.key, duty.job, deeds)
-        self.write(deeds)
+        statements = [self.seen_note()] if self.watch else []
+        for scheduled in self.registry.scheduled_jobs:
+            self.store.job_key(scheduled.key, scheduled.job, statements)
+        self.write(statements)
 
-    def dials_of_before(self, seen: float) -> dict[str, Dial]:
+    def dials_of_before(self, seen: float) -> dict[str, ZoneClock]:
         """The virtual clocks, where the koid before us left them and what
         time has passed since."""
         noted = dict(part.rpartition("=")[::2] for part
-                     in self.store.noted("dials").split("\n") if part)
-        now, dials = int(self.clock.now()), {}
-        for name, dial in self.watch.dials.items():
+                     in self.store.get_meta("dials").split("\n") if part)
+        now, zone_clocks = int(self.clock.now()), {}
+        for name, zone_clock in self.watch.zone_clocks.items():
             virtual, comma, running = noted.get(name, "").partition(",")
             if comma and (virtual + running).replace("-", "").isdigit():
-                before = Dial(dial.zone, int(virtual), int(running))
-                dial = passed(before, int(seen), now)
-            dials[name] = dial
-        return dials
+                before = ZoneClock(zone_clock.zone, int(virtual), int(running))
+                zone_clock = advance(before, int(seen), now)
+            zone_clocks[name] = zone_clock
+        return zone_clocks
 
     def missed_since(self, seen: float, now: float):
         """Rows for the starts that no koid was there for; those of this very
         minute are made."""
         rows, launches, minute = [], [], now // MINUTE * MINUTE
-        for duty in self.book.duties:
-            if not duty.schedule or duty.key not in self.store.keys:
+        for scheduled in self.registry.scheduled_jobs:
+            if not scheduled.schedule or scheduled.key not in self.store.keys:
                 continue        # it is new: nobody waited for it
-            first, count, dial = 0, 0, self.watch.dials[
-                duty.settings.zone]
-            for start in duty.schedule.starts(int(seen), dial.zone):
+            first, count, zone_clock = 0, 0, self.watch.zone_clocks[
+                scheduled.settings.zone]
+            for start in scheduled.schedule.iter_starts(int(seen),
+                                                        zone_clock.zone):
                 if start > now or count >= MOST_COUNTED:
                     break
                 if start >= minute:
-                    launches.append(Pending(duty, "schedule", start, now))
+                    launches.append(QueuedRun(scheduled, "schedule", start,
+                                              now))
                 else:
                     first, count = first or start, count + 1
             if count:
-                rows.append(self.missed(duty, count, first,
+                rows.append(self.missed(scheduled, count, first,
                                         "koid was not running"))
         return rows, launches
 
-    def reboot_jobs(self, now: float) -> list[Pending]:
+    def reboot_jobs(self, now: float) -> list[QueuedRun]:
         """@reboot: once after each boot."""
         rebooted = self.rebooted()
-        self.also.append(self.store.note("boot", self.machine.boot_id()))
-        marked = self.book.system and self.machine.mark_reboot()
-        if not rebooted or marked or "history" in self.troubles:
+        self.deferred_statements.append(
+            self.store.set_meta("boot", self.machine.boot_id()))
+        marked = self.registry.system and self.machine.mark_reboot()
+        if not rebooted or marked or "history" in self.problems:
             return []           # without a history nobody knows
-        return [Pending(duty, "reboot", now, now) for duty
-                in self.book.duties if duty.job.when == "@reboot"]
+        return [QueuedRun(scheduled, "reboot", now, now) for scheduled
+                in self.registry.scheduled_jobs if scheduled.job.when
+                == "@reboot"]
 
     def seen_note(self) -> tuple:
-        dials = "\n".join(f"{name}={dial.virtual},{dial.running}"
-                          for name, dial in self.watch.dials.items())
+        zone_clocks = "\n".join(
+            f"{name}={zone_clock.virtual},{zone_clock.running}"
+                                for name,
+            zone_clock in self.watch.zone_clocks.items())
         return ("insert or replace into meta values ('seen', ?), "
-                "('dials', ?)", (repr(self.watch.seen.wall), dials))
+                "('dials', ?)", (repr(self.watch.seen.wall), zone_clocks))
 
     # --- tabs
 
     def folders_unwatched(self) -> bool:
         """Must we look at the tabs ourselves, each minute?"""
-        return self.book.links or not self.folders \
+        return self.registry.links or not self.folders \
             or None in self.folders.values()
 
     def notice_folders(self) -> None:
         """Ask to be told when a tab changes."""
         wanted = [f"{self.home}/tabs"]
-        if self.book.system:
+        if self.registry.system:
             wanted += [SYSTEM_FOLDER, posixpath.dirname(SYSTEM_TAB),
                        self.machine.spool()]
         elif os.geteuid() == 0:
@@ -6956,7 +7113,7 @@ class Daemon:
             if fd is not None and not os.fstat(fd).st_nlink:
                 os.close(fd)            # it was removed, and perhaps remade
                 fd = None
-            self.folders[folder] = self.machine.notice(folder) \
+            self.folders[folder] = self.machine.watch_directory(folder) \
                 if fd is None else fd
 
     def reload(self) -> None:
@@ -6964,31 +7121,33 @@ class Daemon:
         self.reload_at = FOREVER
         self.notice_folders()
         if self.watch and not self.folders_unwatched():
-            self.look()         # the minutes up to now are the old tabs'
-        if not self.book.load():
+            self.start_due()         # the minutes up to now are the old tabs'
+        if not self.registry.load():
             return
-        self.bridge.listed, self.bridge.told = None, -1
+        self.broker.listed, self.broker.last_change_sent = None, -1
         if self.watch:
             self.watch = self.rewound(watching(
-                self.watch.seen, self.book.zones, self.watch))
+                self.watch.seen, self.registry.zones, self.watch))
             self.know_jobs()
-        duties = {duty.key: duty for duty in self.book.duties} \
+        scheduled_jobs = {scheduled.key: scheduled
+                          for scheduled in self.registry.scheduled_jobs} \
             if self.waiting else {}
-        for pending in self.waiting:
-            duty = duties.get(pending.duty.key)
-            if duty and duty.job.params == pending.duty.job.params:
-                pending.duty = duty
+        for queued in self.waiting:
+            scheduled = scheduled_jobs.get(queued.scheduled.key)
+            if scheduled and scheduled.job.params \
+                    == queued.scheduled.job.params:
+                queued.scheduled = scheduled
         self.tell_of_tabs()
 
-    def rewound(self, watch: Watch) -> Watch:
+    def rewound(self, watch: SchedulerState) -> SchedulerState:
         """The watch, with zones as their files now have them."""
-        return watch.but(dials={
-            name: dial.but(zone=self.book.zones[name])
-            for name, dial in watch.dials.items()})
+        return watch.replace(zone_clocks={
+            name: zone_clock.replace(zone=self.registry.zones[name])
+            for name, zone_clock in watch.zone_clocks.items()})
 
     def tell_of_tabs(self) -> None:
-        for trouble in self.book.troubles:
-            self.say(trouble, bad=True)
+        for trouble in self.registry.troubles:
+            self.log(trouble, bad=True)
 
     # --- visitors
 
@@ -7005,124 +7164,129 @@ class Daemon:
                 os.unlink(path)     # we hold the lock: nobody listens there
             except FileNotFoundError:
                 pass
-            self.door = socket.socket(socket.AF_UNIX)
+            self.listener = socket.socket(socket.AF_UNIX)
             mask = os.umask(0o111 if everyone else 0o177)
             try:
-                self.door.bind(near)
+                self.listener.bind(near)
             finally:
                 os.umask(mask)
                 if fd >= 0:
                     os.close(fd)
-            self.door.listen(1024)
-            self.door.setblocking(False)
+            self.listener.listen(1024)
+            self.listener.setblocking(False)
         except OSError as error:
             raise Error(f"{path}: {error.strerror}") from None
-        self.hear(self.door.fileno(), self.welcome)
+        self.register_fd(self.listener.fileno(), self.accept)
 
-    def welcome(self, _argument, _fd: int, _events: int) -> None:
+    def accept(self, _argument, _fd: int, _events: int) -> None:
         """Somebody calls."""
         for _ in range(MOST_AT_ONCE):   # then the clock comes first again
             try:
-                connection, _ = self.door.accept()
+                sock, _ = self.listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:    # too many files are open
-                self.trouble("visitors", f"nobody can call: {error.strerror}")
-                self.poll.modify(self.door.fileno(), 0)
+                self.set_problem("visitors",
+                                 f"nobody can call: {error.strerror}")
+                self.poll.modify(self.listener.fileno(), 0)
                 self.door_opens = self.clock.ticks() + TRY_AGAIN
                 return
-            self.trouble("visitors", "")
-            visitor = Visitor(connection, caller_of(connection, self.machine),
-                              self.clock.ticks() + REQUEST_TIME)
-            same = sum(other.caller.uid == visitor.caller.uid
-                       for other in self.visitors.values())
-            if len(self.visitors) >= self.room or not visitor.caller.master \
+            self.set_problem("visitors", "")
+            connection = ControlConnection(sock, caller_of(sock, self.machine),
+                                           self.clock.ticks() + REQUEST_TIME)
+            same = sum(other.caller.uid == connection.caller.uid
+                       for other in self.connections.values())
+            if len(self.connections) >= self.room \
+                    or not connection.caller.is_admin \
                     and (same >= MOST_OF_ONE
-                    or len(self.visitors) >= MOST_VISITORS):
-                send_last(connection, reply_line(error_reply(
+                    or len(self.connections) >= MOST_VISITORS):
+                send_last(sock, reply_line(error_reply(
                     Error("koid is busy"))))
                 continue
-            connection.setblocking(False)
-            self.visitors[connection.fileno()] = visitor
-            self.hear(connection.fileno(), self.serve, visitor)
+            sock.setblocking(False)
+            self.connections[sock.fileno()] = connection
+            self.register_fd(sock.fileno(), self.serve_connection, connection)
 
-    def serve(self, visitor: Visitor, fd: int, events: int) -> None:
+    def serve_connection(self, connection: ControlConnection, fd: int,
+                         events: int) -> None:
         """Read a request, or write what is left of a reply."""
         try:
-            if visitor.reply:
-                del visitor.reply[:visitor.connection.send(visitor.reply)]
-                if not visitor.reply:
-                    self.dismiss(visitor)
+            if connection.reply:
+                del connection.reply[
+                    :connection.connection.send(connection.reply)]
+                if not connection.reply:
+                    self.close_connection(connection)
                 return
-            data = visitor.connection.recv(CHUNK)
+            data = connection.connection.recv(CHUNK)
         except BlockingIOError:
             return
         except OSError:
             data = b""
-        visitor.request += data
-        size = sum(len(other.request) for other in self.visitors.values()
-                   if other.caller.uid == visitor.caller.uid)
-        if not data or len(visitor.request) > LONGEST_REQUEST \
+        connection.request += data
+        size = sum(len(other.request) for other in self.connections.values()
+                   if other.caller.uid == connection.caller.uid)
+        if not data or len(connection.request) > LONGEST_REQUEST \
                 or size > MOST_BYTES_OF_ONE:
-            self.dismiss(visitor)
+            self.close_connection(connection)
         elif b"\n" in data:
-            self.respond(visitor)
+            self.respond(connection)
 
-    def respond(self, visitor: Visitor) -> None:
+    def respond(self, connection: ControlConnection) -> None:
         rest = b""
         try:
-            self.be_fair(visitor)
-            request = parsed_request(bytes(visitor.request.partition(
+            self.be_fair(connection)
+            request = parsed_request(bytes(connection.request.partition(
                 b"\n")[0]))
             if request.get("op") == "run":
-                self.run_now(visitor, request)
+                self.start_manual(connection, request)
                 return
-            reply, rest = self.desk.answer(visitor.caller, request)
+            reply, rest = self.control.answer(connection.caller, request)
         except Error as error:
             reply = error_reply(error)
         except Exception as bug:    # of ours; the jobs must not suffer
-            self.say(f"a request failed: {bug!r}", bad=True)
+            self.log(f"a request failed: {bug!r}", bad=True)
             reply = error_reply(Error("koid failed on this request: "
                                       f"{type(bug).__name__}"))
-        if visitor.connection.fileno() not in self.visitors:
+        if connection.connection.fileno() not in self.connections:
             return              # it was given away already
-        visitor.reply = bytearray(reply_line(reply) + rest)
-        visitor.deadline = self.clock.ticks() + LONG_ENOUGH
-        self.poll.modify(visitor.connection.fileno(), select.POLLOUT)
+        connection.reply = bytearray(reply_line(reply) + rest)
+        connection.deadline = self.clock.ticks() + LONG_ENOUGH
+        self.poll.modify(connection.connection.fileno(), select.POLLOUT)
 
-    def be_fair(self, visitor: Visitor) -> None:
+    def be_fair(self, connection: ControlConnection) -> None:
         """Raises Error while a user does not read what he was told."""
-        unread = sum(len(other.reply) for other in self.visitors.values()
-                     if other.caller.uid == visitor.caller.uid)
+        unread = sum(len(other.reply) for other in self.connections.values()
+                     if other.caller.uid == connection.caller.uid)
         if unread > MOST_BYTES_OF_ONE:
             raise Error("koid is busy", "it waits for you to read")
 
-    def run_now(self, visitor: Visitor, request: dict) -> None:
+    def start_manual(self, connection: ControlConnection,
+                     request: dict) -> None:
         """Start a job for somebody who waits for its output. Raises
         Error."""
         if not self.watch:
             raise Error("the clock is not set", "date")
-        user = self.desk.mine(visitor.caller, request)
+        user = self.control.allowed_user(connection.caller, request)
         given = request.get("args") or {}
         if not isinstance(request.get("job"), str) \
                 or not isinstance(given, dict):
             raise Error("a request to run names a job and its arguments")
-        duty = self.book.find(user, request["job"])
+        scheduled = self.registry.resolve(user, request["job"])
         now = self.clock.now()
-        pending = Pending(duty, "manual", now, now)
-        pending.values = checked_values(duty.job, given)
-        pending.connection = self.part_with(visitor)
-        self.launch([pending])
+        queued = QueuedRun(scheduled, "manual", now, now)
+        queued.values = validate_arguments(scheduled.job, given)
+        queued.connection = self.part_with(connection)
+        self.record_and_start([queued])
 
-    def part_with(self, visitor: Visitor):
+    def part_with(self, connection: ControlConnection):
         """The visitor's connection, which is ours to watch no longer."""
-        fd = visitor.connection.fileno()
-        del self.visitors[fd], self.heard[fd]
+        fd = connection.connection.fileno()
+        del self.connections[fd], self.heard[fd]
         self.poll.unregister(fd)
-        return visitor.connection
+        return connection.connection
 
-    def dismiss(self, visitor: Visitor) -> None:
-        self.part_with(visitor).close()
+    def close_connection(self, connection: ControlConnection) -> None:
+        self.part_with(connection).close()
 
     # --- the rest
 
@@ -7138,36 +7302,37 @@ class Daemon:
             os.read(fd, 8)
         except OSError:
             pass                # ECANCELED: that is the news
-        self.machine.wind(fd)
+        self.machine.rearm_timer(fd)
 
-    def say(self, text: str, bad: bool = False) -> None:
+    def log(self, text: str, bad: bool = False) -> None:
         """A line on stderr, and in the system's log if we are root's."""
         try:
-            print(visible(f"{rfc3339(self.clock.now())} koid: {text}"),
+            print(escape_controls(
+                f"{format_rfc3339(self.clock.now())} koid: {text}"),
                   file=sys.stderr, flush=True)
         except (OSError, ValueError):
             pass                # nobody reads it; the jobs go on
         if os.geteuid() == 0:
             self.machine.log(text, bad=bad)
 
-    def trouble(self, about: str, text: str) -> None:
+    def set_problem(self, about: str, text: str) -> None:
         """Something is wrong with us, or not any more."""
-        if text and self.troubles.get(about) != text:
-            self.say(text, bad=True)
+        if text and self.problems.get(about) != text:
+            self.log(text, bad=True)
         if text:
-            self.troubles[about] = text
+            self.problems[about] = text
         else:
-            self.troubles.pop(about, None)
+            self.problems.pop(about, None)
 
     def troubles_of(self, user: str) -> list[str]:
         """What is wrong, as far as it is this user's business."""
-        return [*self.troubles.values(), *(
-            text for text in self.book.troubles if not user
+        return [*self.problems.values(), *(
+            text for text in self.registry.troubles if not user
             or text.startswith(f"{self.home}/tabs/{user}:"))]
 
 
-def send_letter(machine: Machine, host: dict, user: str, to: str,
-                command: str, environment: dict, text: bytes) -> None:
+def send_cron_mail(machine: Machine, host: dict, user: str, to: str,
+                   command: str, environment: dict, text: bytes) -> None:
     """In a child of ours: hand a mail to sendmail, as the user whose job it
     was, and exit with its status."""
     status = 1
@@ -7180,7 +7345,7 @@ def send_letter(machine: Machine, host: dict, user: str, to: str,
         close_all_but({0, 1, 2})
         os.setsid()
         account = machine.account(user)
-        become(account)
+        drop_privileges(account)
         message = mail_about(user, machine.host(), to, command, environment,
                              text)
         try:
@@ -7241,7 +7406,7 @@ def run_daemon(machine: Machine, system: bool) -> int:
     if system and os.geteuid():
         raise Error("only root can serve the tabs of the system", "sudo koid "
                     "--system")
-    Daemon(machine, machine.home_of_state(), system).live()
+    Daemon(machine, machine.home_of_state(), system).serve()
     return EXIT_OK
 
 
@@ -7414,7 +7579,7 @@ SMALL_TABLES = ("meta", "dashboards", "hosts", "epochs", "jobs", "requests",
                 "checks", "alerts", "snoozes", "channels", "letters")
 
 
-class Full(Error):
+class DiskFull(Error):
     """The disk is full: nothing can be kept now."""
 
     def __init__(self):
@@ -7422,14 +7587,14 @@ class Full(Error):
                          "make room there; it goes on by itself", 507)
 
 
-class Access(Record):
+class Principal(FrozenRecord):
     """What a token is good for."""
     role: str               # "operator", "viewer" or "host"
     dash: str
     host: str = ""
 
 
-class Vault:
+class DatabaseWriter:
     """The dashboard's database, and the one thread that writes it.
 
     A deed is a function that gets the database and writes. What waits is
@@ -7467,7 +7632,7 @@ class Vault:
         Error: what is damaged is never passed over for a fresh one."""
         import sqlite3
         try:
-            self.lock = only_one(self.path + ".lock")
+            self.lock = try_lock(self.path + ".lock")
             if self.lock is None:
                 raise Error(f"another dashboard has {self.path} open")
             if not os.path.exists(self.path):
@@ -7628,20 +7793,20 @@ class Vault:
 
     # --- writing
 
-    def write(self, deed, *values, then=None) -> None:
+    def write(self, operation, *values, then=None) -> None:
         """Have a deed done; `then(result, error)` is called in the writer's
         thread when it is on the disk, or is not."""
         with self.wakes:
             refused = self.broken or self.stopping or len(
                 self.queue) >= MOST_DEEDS_WAITING
             if not refused:
-                self.queue.append((deed, values, then))
+                self.queue.append((operation, values, then))
                 self.wakes.notify()
         if refused and then:
             then(None, Error(self.broken or "the dashboard has too much to "
                              "write", "try again later", 503))
 
-    def do(self, deed, *values):
+    def do(self, operation, *values):
         """Have a deed done and wait for it: its result, or what it
         raised. Not for the writer's own thread."""
         import threading
@@ -7651,7 +7816,7 @@ class Vault:
             found.extend((result, error))
             done.set()
 
-        self.write(deed, *values, then=then)
+        self.write(operation, *values, then=then)
         done.wait()
         if found[1]:
             raise found[1]
@@ -7710,10 +7875,10 @@ class Vault:
         """Deeds that nobody asked for; for those who build on this."""
         return []
 
-    def chore(self, rest: float, deed) -> None:
+    def chore(self, rest: float, operation) -> None:
         """Something to be done in small steps: again at once as long as it
         says True, and else after a rest."""
-        self.chores.append([0.0, rest, deed])
+        self.chores.append([0.0, rest, operation])
 
     def tend(self) -> bool:
         """One step of one chore that is due. After each the deeds that
@@ -7729,7 +7894,7 @@ class Vault:
         due[0] = ticks if result[0] else ticks + rest
         name = f"chore {due[2].__name__}"
         self.faults.pop(name, None)
-        if result[1] and not isinstance(result[1], Full):
+        if result[1] and not isinstance(result[1], DiskFull):
             self.faults[name] = f"tidying up fails: {result[1]}"
         return bool(result[0])
 
@@ -7737,12 +7902,13 @@ class Vault:
         """Carry out deeds in one transaction, and tell how each went."""
         import sqlite3
         if self.full and not chore or self.broken:
-            error = Full() if not self.broken else Error(self.broken, "", 503)
+            error = DiskFull() if not self.broken else Error(self.broken, "",
+                                                             503)
             return self.tell(batch, [(None, error)] * len(batch))
         try:
             self.db.execute("begin immediate")
-            results = [self.carry_out(deed, values)
-                       for deed, values, _ in batch]
+            results = [self.carry_out(operation, values)
+                       for operation, values, _ in batch]
             self.db.execute("commit")
         except sqlite3.Error as error:
             self.undo("rollback")
@@ -7750,11 +7916,11 @@ class Vault:
             fault = self.fault_of(error)
             results = [(None, fault)] * len(batch)
         after, self.after = self.after, []
-        for deed in after:
-            deed()
+        for operation in after:
+            operation()
         self.settled()          # so that who is told sees it, too
         self.tell(batch, results)
-        self.announce()
+        self.publish()
 
     def tell(self, batch: list, results: list) -> None:
         for (_, _, then), (result, error) in zip(batch, results):
@@ -7767,16 +7933,16 @@ class Vault:
     def settled(self) -> None:
         """The transaction is on the disk; for those who build on this."""
 
-    def announce(self) -> None:
+    def publish(self) -> None:
         """Who waits for it knows; now the others are told."""
 
-    def carry_out(self, deed, values: tuple) -> tuple:
+    def carry_out(self, operation, values: tuple) -> tuple:
         """(result, error) of one deed, which leaves nothing if it fails."""
         import sqlite3
         mark = len(self.after)
         self.db.execute("savepoint deed")
         try:
-            result = deed(self.db, *values)
+            result = operation(self.db, *values)
         except Exception as error:
             if isinstance(error, sqlite3.Error) and (
                     not self.db.in_transaction or self.is_fatal(error)):
@@ -7807,14 +7973,14 @@ class Vault:
         if "full" in text or any(word in text for word in (
                 "I/O", "readonly", "unable to open")) and self.only_full():
             self.fill_up()
-            return Full()
+            return DiskFull()
         if "locked" in text:
             return Error("the database is in use", "try again later", 503)
         self.broken = f"{self.path}: {error}"
         return Error(self.broken, "the dashboard ends, and looks at its "
                      "database when it starts", 503)
 
-    only_full = Store.only_full     # it asks for nothing but our `path`
+    only_full = RunStore.is_disk_full     # it asks for nothing but our `path`
 
     # --- a full disk
 
@@ -7892,7 +8058,7 @@ class Vault:
 MISSING = object()
 
 
-class Asked:
+class RequestFields:
     """The fields of a request, each asked for with its kind and limits.
 
     Who sends it is known, and may be broken or hostile all the same: what
@@ -7963,7 +8129,7 @@ class Asked:
         if len(found) > most:
             raise Error(f"{self.what}: more than {most:,} {name}",
                         "send them in several requests", 413)
-        return [Asked(fields, name) for fields in found]
+        return [RequestFields(fields, name) for fields in found]
 
     def texts(self, name: str, most: int) -> dict:
         """An object whose values are texts, together not too long."""
@@ -8008,8 +8174,8 @@ LETTERS = {"queued": "q", "running": "r", "missed": "m", "skipped": "s",
 BAD_LETTERS = frozenset("fkiu")
 
 
-def letter_of(state: str, status: int | None, number: int | None,
-              reason: str) -> str:
+def outcome_code(state: str, status: int | None, number: int | None,
+                 reason: str) -> str:
     """How a run went, in one letter."""
     if state != "done":
         return LETTERS.get(state, "i")
@@ -8024,25 +8190,26 @@ def milliseconds(seconds: float | None) -> float | None:
     return seconds and int(seconds * 1000 + 0.5) / 1000
 
 
-class Strip(tuple):
+class RecentRuns(tuple):
     """The last runs of a job, or pings of a check, the oldest first: (id,
     time, seconds, letter) each. It never changes, a change makes another; so
     all threads may have it, and what is made of it is made once."""
 
     @classmethod
-    def of(cls, rows) -> Strip:
+    def of(cls, rows) -> RecentRuns:
         """Of (id, time, seconds, letter)."""
         return cls([(number, milliseconds(at), milliseconds(took), letter)
                     for number, at, took, letter in rows])
 
-    def put(self, entry: tuple) -> Strip:
+    def put(self, entry: tuple) -> RecentRuns:
         """With this one, at the end or in the place of an older one of its
         id. One that is older than all is too old."""
         number = entry[0]
         if not self or self[-1][0] < number:
-            return Strip((*self[-STRIP + 1:], *Strip.of([entry])))
-        return Strip(Strip.of([entry])[0] if each[0] == number else each
-                     for each in self)
+            return RecentRuns((*self[-STRIP + 1:], *RecentRuns.of([entry])))
+        return RecentRuns(RecentRuns.of([entry])[0] if each[0] == number
+                          else each
+                          for each in self)
 
     @property
     def usual(self) -> list | None:
@@ -8103,7 +8270,7 @@ def plain_line(text: str) -> str:
     import re
     text = re.sub(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b"
                   r"\\)?|[@-Z\\-_])", "", text)
-    return visible(text.rstrip("\r").rpartition("\r")[2]).strip()
+    return escape_controls(text.rstrip("\r").rpartition("\r")[2]).strip()
 
 
 def last_line(frames: bytes, bad: bool) -> str:
@@ -8235,7 +8402,7 @@ def every_words(period: float) -> str:
 # --- the output of runs that go on
 
 
-class Live:
+class LiveOutput:
     """What runs that are watched have written so far: in memory only, for
     it comes again, whole, when they have ended."""
 
@@ -8304,7 +8471,7 @@ def len_or_begin(part) -> int:
     return part if isinstance(part, int) else len(part)
 
 
-class Pulse:
+class HostStatus:
     """What is known of a host from moment to moment."""
 
     def __init__(self, row: dict, now: float):
@@ -8318,16 +8485,16 @@ class Pulse:
         self.tag = None                     # of the list
 
 
-class Doors(Vault):
+class Doors(DatabaseWriter):
     """Dashboards and their keys, hosts, channels, and who did what."""
 
     def __init__(self, path: str, clock: Clock | None = None):
         import threading
         super().__init__(path, clock)
-        self.tokens: dict[str, Access] = {}
+        self.tokens: dict[str, Principal] = {}
         self.numbers: dict[str, int] = {}       # dash -> number
         self.names: dict[int, str] = {}
-        self.pulses: dict[str, Pulse] = {}      # host -> Pulse
+        self.host_statuses: dict[str, HostStatus] = {}      # host -> Pulse
         self.hosts: dict[int, str] = {}         # number -> host
         self.touched: dict[str, dict] = {}      # dash -> what -> ids
         self.seqs: dict[str, int] = {}
@@ -8343,24 +8510,26 @@ class Doors(Vault):
     def load_doors(self) -> None:
         """Take dashboards, hosts and tokens anew from the database; who
         reads them meanwhile sees the old or the new."""
-        tokens, numbers, pulses = {}, {}, {}
+        tokens, numbers, statuses = {}, {}, {}
         for number, dash, api, view in self.db.execute(
                 "select id, dash, api, view from dashboards"):
             numbers[dash] = number
-            tokens[view] = Access("viewer", dash)
-            tokens[api] = Access("operator", dash)
+            tokens[view] = Principal("viewer", dash)
+            tokens[api] = Principal("operator", dash)
         self.names = {number: dash for dash, number in numbers.items()}
         for row in rows_of(self.db, "select id, host, dash, seen, silent, "
                            "token from hosts where gone < 2"):
-            pulses[row["host"]] = self.pulses.get(row["host"]) or Pulse(
+            statuses[row["host"]] = self.host_statuses.get(row["host"]) \
+                or HostStatus(
                 row, self.clock.now())
             if row["token"]:
-                tokens[row["token"]] = Access(
+                tokens[row["token"]] = Principal(
                     "host", self.names[row["dash"]], row["host"])
-        self.hosts = {pulse.number: host for host, pulse in pulses.items()}
-        self.tokens, self.numbers, self.pulses = tokens, numbers, pulses
+        self.hosts = {status.number: host for host, status in statuses.items()}
+        self.tokens, self.numbers, self.host_statuses = tokens, numbers, \
+            statuses
 
-    def key_of(self, token: str) -> Access | None:
+    def key_of(self, token: str) -> Principal | None:
         """What a token is good for. It is looked for by its hash, so the
         time that takes says nothing about the tokens there are."""
         token = token[len(VIEW_PREFIX):] if token.startswith(VIEW_PREFIX) \
@@ -8374,15 +8543,15 @@ class Doors(Vault):
             raise missing_thing("dashboard")
         return number
 
-    def pulse_of(self, dash: str, host: str) -> Pulse:
-        pulse = self.pulses.get(host)
-        if not pulse or pulse.dash != self.number_of(dash):
+    def pulse_of(self, dash: str, host: str) -> HostStatus:
+        status = self.host_statuses.get(host)
+        if not status or status.dash != self.number_of(dash):
             raise missing_thing("host")
-        return pulse
+        return status
 
     # --- what changed, for those who follow
 
-    def touch(self, dash: str, what: str, *ids) -> None:
+    def mark_changed(self, dash: str, what: str, *ids) -> None:
         """Note that something changed; it is told after the commit."""
         self.touched.setdefault(dash, {}).setdefault(what, {}).update(
             dict.fromkeys(ids))
@@ -8390,7 +8559,7 @@ class Doors(Vault):
     def seq(self, dash: str) -> int:
         return self.seqs.get(dash, self.first_seq)
 
-    def announce(self) -> None:
+    def publish(self) -> None:
         """Tell what changed, and number it."""
         touched, self.touched = self.touched, {}
         for dash, changed in touched.items():
@@ -8406,21 +8575,21 @@ class Doors(Vault):
                         len, changed.values())) > MOST_TOUCHED:
                     lines["reset"] = True
                 elif self.heard and self.followed(dash):
-                    lines.update(self.described(dash, changed))
+                    lines.update(self.describe_changes(dash, changed))
             if self.heard and lines:
                 try:
                     self.heard(dash, lines)
                 except Exception as bug:
                     self.faults["bug"] = f"a fault of koi's own: {bug!r}"
 
-    def described(self, dash: str, changed: dict) -> dict:
+    def describe_changes(self, dash: str, changed: dict) -> dict:
         """The new state of what changed; for those who build on this."""
         return {}
 
     # --- dashboards
 
     def keys_asked(self, fields) -> tuple:
-        asked = Asked(fields)
+        asked = RequestFields(fields)
         return (asked.hex("salt", 2 * SALT_BYTES), asked.whole(
             "rounds", low=ROUNDS, high=MOST_ROUNDS),
             asked.hex("api_sha256", 64), asked.hex("view_sha256", 64))
@@ -8479,7 +8648,7 @@ class Doors(Vault):
     # --- hosts
 
     def add_host(self, db, dash: str, fields, now: float) -> dict:
-        asked, number = Asked(fields), self.number_of(dash)
+        asked, number = RequestFields(fields), self.number_of(dash)
         host, token = asked.hex("host", 32), asked.hex("token_sha256", 64)
         name = asked.text("name", 255) or host[:8]
         there = db.execute("select id, dash, token from hosts where host = ?",
@@ -8501,23 +8670,23 @@ class Doors(Vault):
                                                   now))
         self.record(db, number, now, "join", host, label=name)
         self.after.append(self.load_doors)
-        self.touch(dash, "hosts", host)
+        self.mark_changed(dash, "hosts", host)
         return {"dash": dash}
 
     def remove_host(self, db, dash: str, host: str, now: float) -> dict:
         """It may sync no more; what it told stays."""
-        pulse = self.pulse_of(dash, host)
+        status = self.pulse_of(dash, host)
         db.execute("update hosts set token = null, silent = 0 where id = ?",
-                   (pulse.number,))
+                   (status.number,))
         db.execute("update jobs set gone = 1, next = null where host = ? "
-                   "and gone = 0", (pulse.number,))
+                   "and gone = 0", (status.number,))
         db.execute("delete from alerts where dash = ? and (subject = ? or "
                    "subject in (select 'job:' || id from jobs where host = "
-                   "?))", (pulse.dash, f"host:{host}", pulse.number))
-        self.record(db, pulse.dash, now, "forget", host)
+                   "?))", (status.dash, f"host:{host}", status.number))
+        self.record(db, status.dash, now, "forget", host)
         self.after.append(self.load_doors)
-        self.touch(dash, "hosts", host)
-        self.touch(dash, "reset", host)
+        self.mark_changed(dash, "hosts", host)
+        self.mark_changed(dash, "reset", host)
         return {}
 
     def host_list(self, db, dash: str, host: str) -> dict:
@@ -8568,25 +8737,26 @@ class Doors(Vault):
         new = db.execute(
             "insert or ignore into alerts (dash, subject, kind, since, text) "
             "values (?, ?, ?, ?, ?)", (number, subject, kind, since, text))
-        self.touch(self.names[number], "alerts", (subject, kind))
+        self.mark_changed(self.names[number], "alerts", (subject, kind))
         if not new.rowcount:
             db.execute("update alerts set text = ? where dash = ? and "
                        "subject = ? and kind = ?", (text, number, subject,
                                                     kind))
         elif not self.is_snoozed(db, number, subject):
-            self.spread(db, number, new.lastrowid, title, text, subject, kind,
-                        False, due, run)
+            self.enqueue(db, number, new.lastrowid, title, text, subject, kind,
+                         False, due, run)
 
-    def spread(self, db, number: int, alert: int, title: str, text: str,
-               subject: str, kind: str, over: bool, due: float = 0.0,
-               run: int | None = None) -> None:
+    def enqueue(self, db, number: int, alert: int, title: str, text: str,
+                subject: str, kind: str, over: bool, due: float = 0.0,
+                run: int | None = None) -> None:
         """A letter to each channel."""
         db.execute("update alerts set told = 1 where id = ?", (alert,))
         for channel, in db.execute("select id from channels where dash = ?",
                                    (number,)).fetchall():
-            self.letter(db, number, channel, f"{alert}-{kind}-"
-                        f"{'over' if over else 'on'}-{channel}", due, title,
-                        text, subject, kind, over, run)
+            self.insert_notification(db, number, channel, f"{alert}-{kind}-"
+                                     f"{'over' if over else 'on'}-{channel}",
+                                     due, title,
+                                     text, subject, kind, over, run)
 
     def clear_alert(self, db, number: int, subject: str, kind: str,
                     title: str) -> None:
@@ -8597,9 +8767,9 @@ class Doors(Vault):
         if not found:
             return
         if found[1]:
-            self.spread(db, number, found[0], title, "", subject, kind, True)
+            self.enqueue(db, number, found[0], title, "", subject, kind, True)
         db.execute("delete from alerts where id = ?", (found[0],))
-        self.touch(self.names[number], "alerts", (subject, kind))
+        self.mark_changed(self.names[number], "alerts", (subject, kind))
 
     def is_snoozed(self, db, number: int, subject: str) -> bool:
         return bool(db.execute(
@@ -8609,7 +8779,7 @@ class Doors(Vault):
     # --- channels
 
     def change_channel(self, db, dash: str, fields, now: float) -> dict:
-        asked, number = Asked(fields), self.number_of(dash)
+        asked, number = RequestFields(fields), self.number_of(dash)
         do = asked.choice("do", ("add", "delete", "test"), "add")
         if do == "add":
             channel = self.add_channel(db, number, asked, now)
@@ -8622,14 +8792,17 @@ class Doors(Vault):
             db.execute("delete from channels where id = ?", (channel,))
             db.execute("delete from letters where channel = ?", (channel,))
         if do == "test":
-            self.letter(db, number, channel, f"test-{now}-{channel}", now,
-                        "koi: a test", "If you can read this, koi can tell "
-                        "you what happens.", "", "test", False)
+            self.insert_notification(db, number, channel,
+                                     f"test-{now}-{channel}", now,
+                                     "koi: a test",
+                                     "If you can read this, koi can tell "
+                                     "you what happens.", "", "test", False)
         else:
             self.record(db, number, now, "channel", state=do)
         return {"id": channel}
 
-    def add_channel(self, db, number: int, asked: Asked, now: float) -> int:
+    def add_channel(self, db, number: int, asked: RequestFields,
+                    now: float) -> int:
         kind = asked.choice("kind", ("mail", "webhook", "ntfy"))
         target = asked.text("target", 1000).strip()
         if kind == "mail" and not (safe_address(target) and "@" in target
@@ -8655,16 +8828,18 @@ class Doors(Vault):
             row["target"] = without_password(row["target"])
         return {"channels": rows}
 
-    def letter(self, db, number: int, channel: int, key: str, due: float,
-               title: str, text: str, subject: str, kind: str, over: bool,
-               run: int | None = None) -> None:
+    def insert_notification(self, db, number: int, channel: int, key: str,
+                            due: float,
+                            title: str, text: str, subject: str, kind: str,
+                            over: bool,
+                            run: int | None = None) -> None:
         """Something to tell; its key makes sure that it is there once."""
         db.execute("insert or ignore into letters (dash, channel, key, at, "
                    "due, title, text, subject, kind, over, run) values "
                    "(?,?,?,?,?,?,?,?,?,?,?)",
                    (number, channel, key, self.clock.now(), due, title, text,
                     subject, kind, over, run))
-        self.touch(self.names[number], "letters", key)
+        self.mark_changed(self.names[number], "letters", key)
 
 
 def rows_of(db, statement: str, *values) -> list[dict]:
@@ -8700,7 +8875,7 @@ def without_password(target: str) -> str:
     return f"{scheme}://***@{place.rpartition('@')[2]}{slash}{path}"
 
 
-class Checks(Doors):
+class PingChecks(Doors):
     """Pings: jobs that koid does not start, and that tell how they went.
 
     The addresses, answers and states are those of Healthchecks, so that
@@ -8719,7 +8894,7 @@ class Checks(Doors):
 
     # --- what is due at some time
 
-    def arm(self, kind: str, key, at: float | None) -> None:
+    def schedule_check(self, kind: str, key, at: float | None) -> None:
         """Look at something at a time, or before it. Whoever looks judges
         by what is in the database then; so a look too many does no harm."""
         import heapq
@@ -8736,7 +8911,7 @@ class Checks(Doors):
             at, kind, key = heapq.heappop(self.alarms)
             if self.armed.get((kind, key)) == at:
                 del self.armed[kind, key]
-                found.append((self.look_at, (kind, key, now),
+                found.append((self.run_check, (kind, key, now),
                               self.looker(kind, key, now)))
         return found
 
@@ -8744,8 +8919,9 @@ class Checks(Doors):
         """If a look fails it is repeated, and not at once."""
         def then(_result, error):
             if error:
-                self.arm(kind, key, now + (5.0 if isinstance(error, Error)
-                                           else 3600.0))
+                self.schedule_check(kind, key,
+                                    now + (5.0 if isinstance(error, Error)
+                                                      else 3600.0))
                 if not isinstance(error, Error):
                     self.faults[kind] = f"a fault of koi's own: {error!r}"
         return then
@@ -8754,7 +8930,7 @@ class Checks(Doors):
         head = self.alarms[0][0] - self.clock.now() if self.alarms else 60.0
         return min(head, super().pause())
 
-    def look_at(self, db, kind: str, key, now: float) -> None:
+    def run_check(self, db, kind: str, key, now: float) -> None:
         getattr(self, f"look_at_{kind}")(db, key, now)
 
     # --- when a ping is expected
@@ -8774,7 +8950,7 @@ class Checks(Doors):
         if not found:
             try:
                 schedule = Schedule.parse(text)
-            except Misread as misread:
+            except ScheduleError as misread:
                 raise Error(f"the schedule: {misread}", "five columns, as in "
                             "a crontab: */5 * * * *", 400) from None
             try:
@@ -8869,7 +9045,8 @@ class Checks(Doors):
         changed["n"] = check["n"]
         if kind != "log" and kind != "ign":
             changed["alert_after"] = self.when_down(check)
-            self.arm("check", check["id"], self.next_look(check, now))
+            self.schedule_check("check", check["id"],
+                                self.next_look(check, now))
         duration = changed.get("last_duration")
         if duration is not None and duration > LONGEST_MEASURED:
             duration = None
@@ -8900,7 +9077,7 @@ class Checks(Doors):
             db.execute('delete from pings where "check" = ? and n <= ?',
                        (check["id"], check["n"] - KEEP_PINGS))
         dash = self.names[check["dash"]]
-        self.touch(dash, "checks", check["uuid"])
+        self.mark_changed(dash, "checks", check["uuid"])
         if kind in ("success", "fail"):
             self.after.append(lambda: self.extend_strip(check["id"], (
                 check["n"], now, duration, "o" if kind == "success"
@@ -8954,16 +9131,17 @@ class Checks(Doors):
             return
         when = down_at(check, self.expected(check))
         if when is None or when > now:
-            self.arm("check", key, self.next_look(check, now))
+            self.schedule_check("check", key, self.next_look(check, now))
             if check["alert_after"] != when:
                 self.update_check(db, key, {"alert_after": when})
-            self.touch(self.names[check["dash"]], "checks", check["uuid"])
+            self.mark_changed(self.names[check["dash"]], "checks",
+                              check["uuid"])
             return
         old, check["status"] = check["status"], "down"
         self.update_check(db, key, {"status": "down", "alert_after": None})
         self.flip(db, check, old, when, "has started, and did not end in time"
                   if check["last_start"] is not None else "has sent no ping")
-        self.touch(self.names[check["dash"]], "checks", check["uuid"])
+        self.mark_changed(self.names[check["dash"]], "checks", check["uuid"])
 
     # --- checks, as people change them
 
@@ -8974,13 +9152,13 @@ class Checks(Doors):
             raise Error(f"there are {MOST_CHECKS:,} checks already", "", 403)
         check = self.insert_check(db, {
             "dash": number, "uuid": str(uuid4()), "made": now,
-            **self.check_asked(Asked(fields, "the check"), {})})
+            **self.check_asked(RequestFields(fields, "the check"), {})})
         self.record(db, number, now, "check", label=check["name"],
                     state="made")
-        self.touch(dash, "checks", check["uuid"])
+        self.mark_changed(dash, "checks", check["uuid"])
         return {"id": check["uuid"]}
 
-    def check_asked(self, asked: Asked, old: dict) -> dict:
+    def check_asked(self, asked: RequestFields, old: dict) -> dict:
         """What a person says of a check; what is not said stays."""
         def minutes(name: str, default: float, low: float) -> float:
             value = asked.number(name, old.get(name, default),
@@ -9013,14 +9191,14 @@ class Checks(Doors):
 
     def change_check(self, db, dash: str, uuid: str, fields,
                      now: float) -> dict:
-        asked, check = Asked(fields, "the check"), self.whole_check(
+        asked, check = RequestFields(fields, "the check"), self.whole_check(
             db, dash, uuid)
         do = asked.choice("do", ("edit", "pause", "resume", "delete"), "edit")
         if do == "resume" and check["status"] != "paused":
             raise Error("the check is not paused", "", 409)
         self.record(db, check["dash"], now, "check", label=check["name"],
                     state=do)
-        self.touch(dash, "checks", uuid)
+        self.mark_changed(dash, "checks", uuid)
         if do == "delete":
             return self.delete_check(db, check)
         old = check["status"]
@@ -9030,7 +9208,7 @@ class Checks(Doors):
         check = {**check, **changed}
         changed["alert_after"] = self.when_down(check)
         self.update_check(db, check["id"], changed)
-        self.arm("check", check["id"], self.next_look(check, now))
+        self.schedule_check("check", check["id"], self.next_look(check, now))
         if check["status"] != old:
             self.flip(db, check, old, now, "")
         return {}
@@ -9049,14 +9227,15 @@ class Checks(Doors):
         for kind, in db.execute("select kind from alerts where subject = ? "
                                 "and dash = ?", (subject, check["dash"])
                                 ).fetchall():
-            self.touch(self.names[check["dash"]], "alerts", (subject, kind))
+            self.mark_changed(self.names[check["dash"]], "alerts",
+                              (subject, kind))
         db.execute("delete from alerts where dash = ? and subject = ?",
                    (check["dash"], subject))
         return {}
 
     # --- checks, as people see them
 
-    def check_strip(self, db, check: int) -> Strip:
+    def check_strip(self, db, check: int) -> RecentRuns:
         """The last pings of a check that said how it went."""
         with self.faces_lock:
             strip = self.check_strips.get(check)
@@ -9066,7 +9245,7 @@ class Checks(Doors):
                     'else \'o\' end from pings where "check" = ? and kind in '
                     "('success', 'fail') order by n desc limit ?",
                     (check, STRIP)).fetchall()
-                strip = self.check_strips[check] = Strip.of(rows[::-1])
+                strip = self.check_strips[check] = RecentRuns.of(rows[::-1])
             return strip
 
     def extend_strip(self, check: int, entry: tuple) -> None:
@@ -9078,9 +9257,9 @@ class Checks(Doors):
     def check_shape(self, db, check: dict, snoozed: dict, now: float) -> dict:
         try:
             expected = self.expected(check)
-            words = Schedule.parse(check["schedule"]).words() \
+            words = Schedule.parse(check["schedule"]).describe() \
                 if check["kind"] == "cron" else every_words(check["period"])
-        except (Error, Misread) as error:
+        except (Error, ScheduleError) as error:
             expected, words = None, str(error)
         shape = {name: check[name] for name in (
             "name", "slug", "tags", "desc", "kind", "period", "grace",
@@ -9143,14 +9322,14 @@ ENTRY_COLUMNS = ("id, coalesce(started, due, asked, ended), max(ended - "
                  "started, 0.0), state, exit, signal, reason")
 
 
-class Face:
+class JobSummary:
     """What is shown of a job's runs: kept in memory, so that a list of many
     jobs needs no look at their runs."""
 
     def __init__(self, rows: list[tuple], last: dict | None):
         """Of the newest runs, the oldest first, and the last that ended."""
-        self.strip = Strip.of((*row[:3], letter_of(*row[3:]))
-                              for row in rows)
+        self.strip = RecentRuns.of((*row[:3], outcome_code(*row[3:]))
+                                   for row in rows)
         self.going = [row[0] for row in rows if row[3] in GOING_ON]
         self.last = last
 
@@ -9161,7 +9340,7 @@ class Face:
             else max(run["ended"] - run["started"], 0.0)
         at = next((run[name] for name in ("started", "due", "asked", "ended")
                    if run[name] is not None), None)
-        self.strip = self.strip.put((number, at, took, letter_of(
+        self.strip = self.strip.put((number, at, took, outcome_code(
             run["state"], run["exit"], run["signal"], run["reason"])))
         if going and number not in self.going:
             self.going.append(number)
@@ -9172,23 +9351,23 @@ class Face:
                 self.last = run
 
 
-class Fleet(Checks):
+class Fleet(PingChecks):
     """Hosts, their jobs and runs: what koid tells, and what it is told."""
 
     def __init__(self, path: str, clock: Clock | None = None, zone=None):
         super().__init__(path, clock, zone)
-        self.output_of_runs = Live()
-        self.faces: dict[int, Face] = {}        # job -> Face
+        self.output_of_runs = LiveOutput()
+        self.summaries: dict[int, JobSummary] = {}        # job -> Face
         self.handed: dict[str, float] = {}      # nonce -> when
 
     # --- a sync
 
-    def sync(self, db, access: Access, request, now: float) -> dict:
+    def sync(self, db, access: Principal, request, now: float) -> dict:
         """Take what a host tells, and say what it is to do. Nothing that
         comes twice is kept twice; what comes late changes nothing back."""
-        asked = Asked(request)
-        pulse = self.pulses.get(access.host)
-        if not pulse or asked.hex("host", 32) != access.host:
+        asked = RequestFields(request)
+        status = self.host_statuses.get(access.host)
+        if not status or asked.hex("host", 32) != access.host:
             raise Error("this is the token of another host", "", 403)
         if asked.whole("v") != 1:
             raise Error("the host speaks another version", "bring koi up to "
@@ -9196,41 +9375,42 @@ class Fleet(Checks):
         epoch = asked.whole("epoch")
         host = dict(zip(HOST_FIELDS, db.execute(
             f"select {HOST_COLUMNS} from hosts where id = ?",
-            (pulse.number,)).fetchone()))
-        self.note_host(db, pulse, host, asked, now)
+            (status.number,)).fetchone()))
+        self.note_host(db, status, host, asked, now)
         fields = asked.get("list", dict, None)
         if fields is not None:
-            host["list_sha"] = self.take_list(db, pulse, Asked(
+            host["list_sha"] = self.take_list(db, status, RequestFields(
                 fields, "the list"))
-        self.take_next(db, pulse, asked.get("next", dict, {}), now)
-        acked = self.take_records(db, pulse, epoch, asked.each(
+        self.take_next(db, status, asked.get("next", dict, {}), now)
+        acked = self.take_records(db, status, epoch, asked.each(
             "records", RECORDS_AT_ONCE), now)
         for output in asked.each("outputs", MOST_OUTPUTS):
-            self.take_output(db, pulse, epoch, output, now)
+            self.take_output(db, status, epoch, output, now)
         for output in asked.each("live", MOST_OUTPUTS):
-            self.take_live(pulse, output)
+            self.take_live(status, output)
         for verdict in asked.each("verdicts", RECORDS_AT_ONCE):
-            self.take_verdict(db, pulse, epoch, verdict)
+            self.take_verdict(db, status, epoch, verdict)
         sha = asked.text("list_sha", 64, "")
         return {"v": 1, "acked": acked, "twin": False,
                 "want_list": not host["list_sha"] or (
                     fields is None and sha != host["list_sha"]),
-                "owed": self.owed(db, pulse, epoch),
-                **self.hand_out(db, access, now)}
+                "owed": self.missing_output(db, status, epoch),
+                **self.waiting_requests(db, access, now)}
 
-    def owed(self, db, pulse: Pulse, epoch: int) -> list:
+    def missing_output(self, db, status: HostStatus, epoch: int) -> list:
         """Runs that have ended and whose output is not whole here."""
         return [list(row) for row in db.execute(
             "select n, have from runs where host = ? and epoch = ? and "
             "have < size and state not in ('queued', 'running') "
-            "order by n desc limit ?", (pulse.number, epoch, OWED_AT_ONCE))]
+            "order by n desc limit ?", (status.number, epoch, OWED_AT_ONCE))]
 
-    def note_host(self, db, pulse: Pulse, host: dict, asked: Asked,
+    def note_host(self, db, status: HostStatus, host: dict,
+                  asked: RequestFields,
                   now: float) -> None:
         """The host is there; and what it says of itself."""
         import json
         instance = asked.text("instance", 100)
-        self.only_instance(pulse, host, instance, now)
+        self.check_instance(status, host, instance, now)
         skew = now - asked.number("now", now)
         if abs(skew - host["skew"]) < 1:
             skew = host["skew"]         # the way here takes its time too
@@ -9245,54 +9425,55 @@ class Fleet(Checks):
                 "troubles": json.dumps(troubles)}
         changed = {name: value for name, value in said.items()
                    if host[name] != value}
-        if pulse.seen is None or changed:
-            self.touch(self.names[pulse.dash], "hosts", pulse.host)
+        if status.seen is None or changed:
+            self.mark_changed(self.names[status.dash], "hosts", status.host)
         if "epoch" in changed and host["epoch"] is not None:
-            self.end_history(db, pulse, said["epoch"])
+            self.end_epoch(db, status, said["epoch"])
         if "instance" in changed:       # what the last one got may be lost
             for nonce, in db.execute(
                     "select nonce from requests where host = ? and state = "
-                    "'waiting'", (pulse.number,)):
+                    "'waiting'", (status.number,)):
                 self.handed.pop(nonce, None)
         if host["silent"]:
-            self.welcome_back(db, pulse, host, now)
+            self.on_host_up(db, status, host, now)
             changed["silent"] = 0
-        pulse.seen = now
+        status.seen = now
         if changed:
             changed["seen"] = now
             db.execute("update hosts set " + ", ".join(
                 f'"{name}" = ?' for name in changed) + " where id = ?",
-                (*changed.values(), pulse.number))
-        self.arm("host", pulse.host, now + SILENT_AFTER)
+                (*changed.values(), status.number))
+        self.schedule_check("host", status.host, now + SILENT_AFTER)
 
     def note_seen(self, db) -> bool:
         """A chore: which hosts were there, all at once. Each on its own
         would be a commit for each, though it has nothing to say."""
-        fresh = [(pulse.seen, pulse.number) for pulse in
-                 self.pulses.values() if (pulse.seen or 0) > pulse.noted]
+        fresh = [(status.seen, status.number) for status in
+                 self.host_statuses.values() if (status.seen or 0)
+                 > status.noted]
         db.executemany("update hosts set seen = ? where id = ?", fresh)
-        for pulse in self.pulses.values():
-            pulse.noted = pulse.seen or 0.0
+        for status in self.host_statuses.values():
+            status.noted = status.seen or 0.0
         return False
 
-    def end_history(self, db, pulse: Pulse, epoch: int) -> None:
+    def end_epoch(self, db, status: HostStatus, epoch: int) -> None:
         """A host has begun another history, as its old one was damaged or
         came from a backup: of what went on in that nothing more will come."""
-        dash = self.names[pulse.dash]
+        dash = self.names[status.dash]
         for run, job in db.execute(
                 "select id, job from runs where dash = ? and host = ? and "
                 "state in ('queued', 'running') and epoch <> ?",
-                (pulse.dash, pulse.number, epoch)).fetchall():
+                (status.dash, status.number, epoch)).fetchall():
             db.execute("update runs set state = 'interrupted', reason = ? "
                        "where id = ?", ("the host lost its history", run))
             for what, key in (("runs", run), ("jobs", job), ("live", run)):
-                self.touch(dash, what, key)
+                self.mark_changed(dash, what, key)
         db.execute("update runs set size = have where host = ? and epoch <> "
                    "? and have < size and state not in ('queued', 'running')",
-                   (pulse.number, epoch))
+                   (status.number, epoch))
 
-    def only_instance(self, pulse: Pulse, host: dict, instance: str,
-                      now: float) -> None:
+    def check_instance(self, status: HostStatus, host: dict, instance: str,
+                       now: float) -> None:
         """Of two koids that pass for one host the one that began later is
         believed, unless it is no more. Raises Error."""
         def began(text: str) -> tuple:
@@ -9305,63 +9486,64 @@ class Fleet(Checks):
         if began(instance) >= (began(host["instance"]) if host["instance"]
                                else (0, "")):
             return
-        if pulse.seen is not None and now - pulse.seen < SILENT_AFTER:
-            pulse.twin = now
-            self.touch(self.names[pulse.dash], "hosts", pulse.host)
+        if status.seen is not None and now - status.seen < SILENT_AFTER:
+            status.twin = now
+            self.mark_changed(self.names[status.dash], "hosts", status.host)
             raise Error("another koid uses this host's identity",
                         "if this machine is a copy of another: koitab -d "
                         "off, and join again", 409)
 
-    def welcome_back(self, db, pulse: Pulse, host: dict, now: float) -> None:
+    def on_host_up(self, db, status: HostStatus, host: dict,
+                   now: float) -> None:
         """A host was silent and is there again."""
-        self.clear_alert(db, pulse.dash, f"host:{pulse.host}", "silent",
+        self.clear_alert(db, status.dash, f"host:{status.host}", "silent",
                          f"{host['name']} is back")
-        self.after.append(lambda: vars(pulse).update(silent=False, back=now))
-        dash = self.names[pulse.dash]
+        self.after.append(lambda: vars(status).update(silent=False, back=now))
+        dash = self.names[status.dash]
         for job, due in db.execute("select id, next from jobs where host = ?",
-                                   (pulse.number,)).fetchall():
-            self.touch(dash, "jobs", job)
+                                   (status.number,)).fetchall():
+            self.mark_changed(dash, "jobs", job)
             if due is not None:
-                self.arm("late", job, max(due + LATE_AFTER,
-                                          now + SETTLED_AFTER))
+                self.schedule_check("late", job, max(due + LATE_AFTER,
+                                                     now + SETTLED_AFTER))
         for run, in db.execute(
                 "select id from runs where dash = ? and host = ? and state "
-                "in ('queued', 'running')", (pulse.dash, pulse.number)):
-            self.arm("slow", run, now + SETTLED_AFTER)
+                "in ('queued', 'running')", (status.dash, status.number)):
+            self.schedule_check("slow", run, now + SETTLED_AFTER)
 
     # --- its jobs
 
-    def take_list(self, db, pulse: Pulse, asked: Asked) -> str:
+    def take_list(self, db, status: HostStatus, asked: RequestFields) -> str:
         """Keep a list as it came, with its MAC, for those who hold the key;
         and take the jobs from it. The SHA-256 of the list."""
         import json
         body, mac = asked.text("body", MOST_LIST), asked.hex("mac", 64)
         try:
-            inner = Asked(json.loads(body), "the list")
+            inner = RequestFields(json.loads(body), "the list")
             specs = inner.get("jobs", list, MISSING)
             jobs = [self.job_asked(text) for text in specs]
         except (ValueError, RecursionError):
             raise Error("the list is no JSON", "", 400) from None
-        if inner.text("host") != pulse.host:
+        if inner.text("host") != status.host:
             raise Error("this is the list of another host", "", 400)
         if len(jobs) > MOST_JOBS:
             raise Error(f"more than {MOST_JOBS:,} jobs", "", 413)
         known = {(user, tag): (job, spec, gone) for job, user, tag, spec, gone
                  in db.execute("select id, user, tag, spec, gone from jobs "
                                "where host = ? and gone < 2",
-                               (pulse.number,))}
+                               (status.number,))}
         for job in jobs:
-            self.keep_job(db, pulse, job, known.pop(
+            self.keep_job(db, status, job, known.pop(
                 (job["user"], job["tag"]), None))
         for job, _, gone in known.values():
             if not gone:
-                self.drop_job(db, pulse, job)
+                self.drop_job(db, status, job)
         sha = digest_of(body)
         db.execute("update hosts set list = ?, mac = ?, list_sha = ?, key = "
                    "?, name = ? where id = ?",
                    (body, mac, sha, inner.text("key", 16, ""), inner.text(
-                       "name", 255, pulse.host[:8]), pulse.number))
-        self.touch(self.names[pulse.dash], "hosts", pulse.host)
+                       "name", 255, status.host[:8]), status.number))
+        self.mark_changed(self.names[status.dash], "hosts", status.host)
         return sha
 
     def job_asked(self, text) -> dict:
@@ -9369,14 +9551,14 @@ class Fleet(Checks):
         import json
         if not isinstance(text, str) or not is_text(text):
             raise ValueError
-        asked = Asked(json.loads(text), "a job")
+        asked = RequestFields(json.loads(text), "a job")
         job = {name: asked.text(name, most, "") for name, most in (
             ("section", 1000), ("name", 1000), ("label", 200_000),
             ("words", 5000), ("command", 200_000), ("confirm", 10))}
         return {"user": asked.text("user", 256), "tag": asked.text("tag", 100),
                 "timing": asked.text("when", 1000), "spec": text, **job}
 
-    def keep_job(self, db, pulse: Pulse, job: dict, known) -> None:
+    def keep_job(self, db, status: HostStatus, job: dict, known) -> None:
         if known and known[1] == job["spec"] and not known[2]:
             return
         if known:
@@ -9385,29 +9567,30 @@ class Fleet(Checks):
                 f"{name} = ?" for name in job) + " where id = ?",
                 (*job.values(), number))
         else:
-            number = self.insert_job(db, pulse, job)
-        self.touch(self.names[pulse.dash], "jobs", number)
+            number = self.insert_job(db, status, job)
+        self.mark_changed(self.names[status.dash], "jobs", number)
 
-    def insert_job(self, db, pulse: Pulse, job: dict) -> int:
-        job = {"dash": pulse.dash, "host": pulse.number, **job}
+    def insert_job(self, db, status: HostStatus, job: dict) -> int:
+        job = {"dash": status.dash, "host": status.number, **job}
         return db.execute(
             f"insert into jobs ({', '.join(job)}) values "
             f"({', '.join('?' * len(job))})", tuple(job.values())).lastrowid
 
-    def drop_job(self, db, pulse: Pulse, job: int) -> None:
+    def drop_job(self, db, status: HostStatus, job: int) -> None:
         """A job is in no tab any more; its runs stay."""
         db.execute("update jobs set gone = 1, next = null where id = ?",
                    (job,))
-        dash, subject = self.names[pulse.dash], f"job:{job}"
+        dash, subject = self.names[status.dash], f"job:{job}"
         for kind, in db.execute("select kind from alerts where dash = ? and "
-                                "subject = ?", (pulse.dash, subject)
+                                "subject = ?", (status.dash, subject)
                                 ).fetchall():
-            self.touch(dash, "alerts", (subject, kind))
+            self.mark_changed(dash, "alerts", (subject, kind))
         db.execute("delete from alerts where dash = ? and subject = ?",
-                   (pulse.dash, subject))
-        self.touch(dash, "jobs", job)
+                   (status.dash, subject))
+        self.mark_changed(dash, "jobs", job)
 
-    def take_next(self, db, pulse: Pulse, given: dict, now: float) -> None:
+    def take_next(self, db, status: HostStatus, given: dict,
+                  now: float) -> None:
         """When jobs start next: USER, newline, TAG -> time."""
         if len(given) > MOST_JOBS:
             raise Error(f"more than {MOST_JOBS:,} starts", "", 413)
@@ -9417,34 +9600,34 @@ class Fleet(Checks):
                 raise Error("the request: next names no job", "", 400)
             found = db.execute("select id, next, gone from jobs where host = "
                                "? and user = ? and tag = ?",
-                               (pulse.number, user, tag)).fetchone()
+                               (status.number, user, tag)).fetchone()
             if found and not found[2]:
-                self.set_next(db, pulse, found[0], found[1], Asked(
+                self.set_next(db, status, found[0], found[1], RequestFields(
                     given, "next").number(whose, None), now)
 
-    def set_next(self, db, pulse: Pulse, job: int, before: float | None,
+    def set_next(self, db, status: HostStatus, job: int, before: float | None,
                  due: float | None, now: float) -> None:
         if due == before:
             return
         db.execute("update jobs set next = ? where id = ?", (due, job))
-        self.touch(self.names[pulse.dash], "jobs", job)
+        self.mark_changed(self.names[status.dash], "jobs", job)
         if due is not None:
-            self.arm("late", job, due + LATE_AFTER)
+            self.schedule_check("late", job, due + LATE_AFTER)
         if due is None or due > now:
-            self.clear_alert(db, pulse.dash, f"job:{job}", "late",
+            self.clear_alert(db, status.dash, f"job:{job}", "late",
                              self.name_of_job(db, job) + " is not late")
 
     def name_of_job(self, db, job: int) -> str:
         section, name, label, host = db.execute(
             "select j.section, j.name, j.label, h.name from jobs j join "
             "hosts h on h.id = j.host where j.id = ?", (job,)).fetchone()
-        name = visible(name or label)[:100]
-        return f"{visible(section)[:50]}/{name} on {host}" if section \
+        name = escape_controls(name or label)[:100]
+        return f"{escape_controls(section)[:50]}/{name} on {host}" if section \
             else f"{name} on {host}"
 
     # --- its runs
 
-    def record_asked(self, asked: Asked) -> dict:
+    def record_asked(self, asked: RequestFields) -> dict:
         """A record of a run, as columns."""
         import json
         record = {name: asked.whole(name, default) for name, default in (
@@ -9470,46 +9653,47 @@ class Fleet(Checks):
         record["n"] = asked.whole("run", low=1)
         return record
 
-    def take_records(self, db, pulse: Pulse, epoch: int, records: list,
+    def take_records(self, db, status: HostStatus, epoch: int, records: list,
                      now: float) -> int:
         """Keep records; the highest change of this epoch that is kept.
 
         Ids are given by the order of the host's numbers, which is that of
         the starts; what runs do to their jobs, in the order of changes."""
         found = db.execute("select acked from epochs where host = ? and "
-                           "epoch = ?", (pulse.number, epoch)).fetchone()
+                           "epoch = ?", (status.number, epoch)).fetchone()
         acked = found[0] if found else 0
         if not records:
             return acked
         kept = []
         for record in sorted(map(self.record_asked, records),
                              key=lambda each: (each["n"], each["change"])):
-            if self.keep_record(db, pulse, epoch, record, now):
+            if self.keep_record(db, status, epoch, record, now):
                 kept.append(record)
         for record in sorted(kept, key=lambda each: each["change"]):
-            self.run_changed(db, pulse, epoch, record, now)
+            self.run_changed(db, status, epoch, record, now)
         highest = max(acked, *(each.fields["change"] for each in records))
         if highest > acked:
             db.execute("insert or replace into epochs values (?, ?, ?)",
-                       (pulse.number, epoch, highest))
+                       (status.number, epoch, highest))
         return highest
 
-    def keep_record(self, db, pulse: Pulse, epoch: int, record: dict,
+    def keep_record(self, db, status: HostStatus, epoch: int, record: dict,
                     now: float) -> bool:
         """Keep a record, if it is newer than what is known of its run."""
         found = db.execute(
             "select id, change, state from runs where host = ? and epoch = ? "
-            "and n = ?", (pulse.number, epoch, record["n"])).fetchone()
+            "and n = ?", (status.number, epoch, record["n"])).fetchone()
         going = record["state"] in GOING_ON
         if found and (record["change"] <= found[1] or (
                 going and found[2] not in GOING_ON)):
             return False
-        job = record["job"] = self.job_of(db, pulse, record)
+        job = record["job"] = self.job_of(db, status, record)
         at = next((record[name] for name in ("started", "due", "asked",
                                              "ended")
                    if record[name] is not None), now)
-        letter = letter_of(record["state"], record["exit"], record["signal"],
-                           record["reason"])
+        letter = outcome_code(record["state"], record["exit"],
+                              record["signal"],
+                              record["reason"])
         days = KEEP_OUTPUT_DAYS * (2 if letter in BAD_LETTERS else 1)
         until = min(record["ended"] or at, now) + days * DAY_SECONDS
         values = [record[name] for name in TOLD_FIELDS]
@@ -9520,88 +9704,90 @@ class Fleet(Checks):
             db.execute(UPDATE_RUN, (job, at, until, *values, found[0]))
         else:
             record["id"] = db.execute(INSERT_RUN, (
-                pulse.dash, job, pulse.number, epoch, record["n"], at, until,
+                status.dash, job, status.number, epoch, record["n"], at, until,
                 *values)).lastrowid
-        dash = self.names[pulse.dash]
-        self.touch(dash, "runs", record["id"])
-        self.touch(dash, "jobs", job)
-        self.touch(dash, "live", record["id"])
+        dash = self.names[status.dash]
+        self.mark_changed(dash, "runs", record["id"])
+        self.mark_changed(dash, "jobs", job)
+        self.mark_changed(dash, "live", record["id"])
         return True
 
-    def job_of(self, db, pulse: Pulse, record: dict) -> int:
+    def job_of(self, db, status: HostStatus, record: dict) -> int:
         """The job of a record; one that is unknown is made, for its tab may
         have changed before we saw the list."""
         found = db.execute("select id from jobs where host = ? and user = ? "
-                           "and tag = ?", (pulse.number, record["user"],
+                           "and tag = ?", (status.number, record["user"],
                                            record["tag"])).fetchone()
         if found:
             return found[0]
         if db.execute("select count(*) from jobs where host = ?",
-                      (pulse.number,)).fetchone()[0] >= 2 * MOST_JOBS:
+                      (status.number,)).fetchone()[0] >= 2 * MOST_JOBS:
             raise Error(f"the host has more than {2 * MOST_JOBS:,} jobs",
                         "forget some that are gone", 413)
-        return self.insert_job(db, pulse, {"gone": 1, **{
+        return self.insert_job(db, status, {"gone": 1, **{
             name: record[name] for name in ("user", "tag", "section", "name",
                                             "label")}})
 
-    def run_changed(self, db, pulse: Pulse, epoch: int, record: dict,
+    def run_changed(self, db, status: HostStatus, epoch: int, record: dict,
                     now: float) -> None:
         """What a run does to its job: its next start, failures, alerts."""
         job = dict(zip(JOB_FIELDS, db.execute(
             f"select {JOB_COLUMNS} from jobs where id = ?",
             (record["job"],)).fetchone()))
         if record["nonce"]:
-            self.settle_request(db, pulse, record["nonce"], "accepted", "",
+            self.settle_request(db, status, record["nonce"], "accepted", "",
                                 epoch, record["n"])
         if not job["gone"] and "next" in record:
-            self.set_next(db, pulse, job["id"], job["next"], record["next"],
+            self.set_next(db, status, job["id"], job["next"], record["next"],
                           now)
         kinds = {kind for kind, in db.execute(
             "select kind from alerts where dash = ? and subject = ?",
-            (pulse.dash, f"job:{job['id']}"))}
+            (status.dash, f"job:{job['id']}"))}
         if record["state"] == "running":
-            self.over(db, pulse, job, kinds & {"late"})
-            self.arm("slow", record["id"], self.slow_at(pulse, job["id"],
-                                                        record["started"]))
+            self.over(db, status, job, kinds & {"late"})
+            self.schedule_check("slow", record["id"],
+                                self.slow_at(status, job["id"],
+                                                                   record[
+                "started"]))
         elif record["fresh"] and not record["going"]:
-            self.run_ended(db, pulse, job, record, kinds, now)
+            self.run_ended(db, status, job, record, kinds, now)
 
-    def over(self, db, pulse: Pulse, job: dict, kinds) -> None:
+    def over(self, db, status: HostStatus, job: dict, kinds) -> None:
         """Alerts that are true no more."""
         words = {"failed": "works again", "late": "has started",
                  "missed": "runs again", "slow": "has ended",
                  "fast": "takes its usual time again"}
         for kind in sorted(kinds):
             self.clear_alert(
-                db, pulse.dash, f"job:{job['id']}", kind,
+                db, status.dash, f"job:{job['id']}", kind,
                 f"{self.name_of_job(db, job['id'])} {words[kind]}")
 
-    def run_ended(self, db, pulse: Pulse, job: dict, record: dict,
+    def run_ended(self, db, status: HostStatus, job: dict, record: dict,
                   kinds: set, now: float) -> None:
         letter, end = record["letter"], record["ended"] or record["at"]
         if letter == "o":
             db.execute("update jobs set failures = 0, failing_since = null, "
                        "last_ok = ? where id = ?", (end, job["id"]))
-            self.over(db, pulse, job, kinds & {"failed", "missed", "late",
-                                               "slow"})
-            self.judge_speed(db, pulse, job, record, kinds, now)
+            self.over(db, status, job, kinds & {"failed", "missed", "late",
+                                                "slow"})
+            self.judge_speed(db, status, job, record, kinds, now)
         elif letter in BAD_LETTERS:
             job["failures"] += 1
             db.execute("update jobs set failures = ?, failing_since = "
                        "coalesce(failing_since, ?), last_failed = ? where id "
                        "= ?", (job["failures"], end, record["id"], job["id"]))
-            self.over(db, pulse, job, kinds & {"late", "slow"})
+            self.over(db, status, job, kinds & {"late", "slow"})
             if end > now - DAY_SECONDS:
-                self.tell_failure(db, pulse, job, record, now)
+                self.tell_failure(db, status, job, record, now)
         elif letter == "m" and record["at"] > now - DAY_SECONDS:
-            self.over(db, pulse, job, kinds & {"late"})
+            self.over(db, status, job, kinds & {"late"})
             name = self.name_of_job(db, job["id"])
-            self.raise_alert(db, pulse.dash, f"job:{job['id']}", "missed",
+            self.raise_alert(db, status.dash, f"job:{job['id']}", "missed",
                              record["at"], f"{name} was missed",
                              f"{plural(record['count'], 'start')} missed: "
                              f"{record['reason'] or 'koid was not there'}")
 
-    def tell_failure(self, db, pulse: Pulse, job: dict, record: dict,
+    def tell_failure(self, db, status: HostStatus, job: dict, record: dict,
                      now: float) -> None:
         """Once, with the number of failures since. If its output is still
         to come, it is told with that, or a little later without."""
@@ -9613,49 +9799,50 @@ class Fleet(Checks):
         times = "" if job["failures"] == 1 else \
             f", {job['failures']} times in a row"
         self.raise_alert(
-            db, pulse.dash, f"job:{job['id']}", "failed",
+            db, status.dash, f"job:{job['id']}", "failed",
             record["ended"] or record["at"], f"{name} failed",
-            f"{name}: {visible(how)[:500]}{times}",
+            f"{name}: {escape_controls(how)[:500]}{times}",
             now + 15 if record["size"] else now, record["id"])
 
-    def judge_speed(self, db, pulse: Pulse, job: dict, record: dict,
+    def judge_speed(self, db, status: HostStatus, job: dict, record: dict,
                     kinds: set, now: float) -> None:
         """Was a good run faster than it ever was? Then it did nothing."""
-        limit = shortest_usual(self.face(job["id"]).strip)
+        limit = shortest_usual(self.summary(job["id"]).strip)
         if record["started"] is None or record["ended"] is None:
             return
         took = record["ended"] - record["started"]
         if limit is None or took >= limit:
-            self.over(db, pulse, job, kinds & {"fast"})
+            self.over(db, status, job, kinds & {"fast"})
         elif record["at"] > now - DAY_SECONDS:
             name = self.name_of_job(db, job["id"])
             self.raise_alert(
-                db, pulse.dash, f"job:{job['id']}", "fast", record["at"],
+                db, status.dash, f"job:{job['id']}", "fast", record["at"],
                 f"{name} was suspiciously fast", f"{name} ended well after "
-                f"{duration_text(took)}; it never took less than "
-                f"{duration_text(limit * 5)} of late")
+                f"{format_duration(took)}; it never took less than "
+                f"{format_duration(limit * 5)} of late")
 
-    def slow_at(self, pulse: Pulse, job: int,
+    def slow_at(self, status: HostStatus, job: int,
                 started: float | None) -> float | None:
         """When a run is slower than its job ever was; in our time."""
-        limit = longest_usual(self.face(job).strip)
+        limit = longest_usual(self.summary(job).strip)
         return None if limit is None or started is None else \
-            started + limit + self.skew_of(pulse)
+            started + limit + self.skew_of(status)
 
-    def skew_of(self, pulse: Pulse) -> float:
+    def skew_of(self, status: HostStatus) -> float:
         """Our clock minus the host's, where that matters."""
         found = self.db.execute("select skew from hosts where id = ?",
-                                (pulse.number,)).fetchone()
+                                (status.number,)).fetchone()
         return found[0] if found and abs(found[0]) > 5 else 0.0
 
     # --- what runs have written
 
-    def take_output(self, db, pulse: Pulse, epoch: int, asked: Asked,
+    def take_output(self, db, status: HostStatus, epoch: int,
+                    asked: RequestFields,
                     now: float) -> None:
         """Keep a piece of output, if it follows what is there."""
         found = db.execute(
             "select id, state, size, have from runs where host = ? and epoch "
-            "= ? and n = ?", (pulse.number, epoch, asked.whole("run"))
+            "= ? and n = ?", (status.number, epoch, asked.whole("run"))
             ).fetchone()
         data, at = asked.data("data", MOST_OUTPUT), asked.whole("at", 0)
         if not found or found[1] in GOING_ON:
@@ -9663,7 +9850,7 @@ class Fleet(Checks):
         run, _, size, have = found
         if asked.flag("gone", False):
             db.execute("update runs set size = have where id = ?", (run,))
-            return self.output_ended(db, pulse, run, now)
+            return self.output_ended(db, status, run, now)
         if at != have or have >= size:
             return
         data = data[:size - have]
@@ -9673,17 +9860,18 @@ class Fleet(Checks):
             length = -1
         if length < 0 or length < len(data) == size - have:
             db.execute("update runs set size = have where id = ?", (run,))
-            return self.output_ended(db, pulse, run, now)
+            return self.output_ended(db, status, run, now)
         if length:
             db.execute("insert into outputs (run, at, lines, data) values "
                        "(?, ?, ?, ?)", (run, have, lines, data[:length]))
             db.execute("update runs set have = ? where id = ?",
                        (have + length, run))
-            self.touch(self.names[pulse.dash], "live", run)
+            self.mark_changed(self.names[status.dash], "live", run)
             if have + length == size:
-                self.output_ended(db, pulse, run, now)
+                self.output_ended(db, status, run, now)
 
-    def output_ended(self, db, pulse: Pulse, run: int, now: float) -> None:
+    def output_ended(self, db, status: HostStatus, run: int,
+                     now: float) -> None:
         """The output of a run is whole: its last line, and who waits."""
         row = dict(zip(RUN_FIELDS_KEPT, db.execute(
             f"select {RUN_COLUMNS} from runs where id = ?", (run,)
@@ -9691,8 +9879,8 @@ class Fleet(Checks):
         tail = [data for data, in db.execute(
             "select data from outputs where run = ? order by at desc limit 3",
             (run,))]
-        bad = letter_of(row["state"], row["exit"], row["signal"],
-                        row["reason"]) in BAD_LETTERS
+        bad = outcome_code(row["state"], row["exit"], row["signal"],
+                           row["reason"]) in BAD_LETTERS
         line = last_line(b"".join(reversed(tail)), bad)
         db.execute("update runs set line = ? where id = ?", (line, run))
         if tail:
@@ -9700,16 +9888,16 @@ class Fleet(Checks):
         db.execute("update letters set due = ?, text = text || ? where run = "
                    "? and tries = 0 and due > ?",
                    (now, f"\n\n{line}" if line else "", run, now))
-        dash = self.names[pulse.dash]
+        dash = self.names[status.dash]
         for what, key in (("runs", run), ("jobs", row["job"]), ("live", run),
                           ("letters", run)):
-            self.touch(dash, what, key)
+            self.mark_changed(dash, what, key)
         self.after.append(lambda: self.output_of_runs.end(run))
 
-    def take_live(self, pulse: Pulse, asked: Asked) -> None:
+    def take_live(self, status: HostStatus, asked: RequestFields) -> None:
         """Output of a run that goes on, for those who look at it."""
         data, at = asked.data("data", LIVE_ROOM), asked.whole("at", 0)
-        run = self.output_of_runs.run_of(pulse.host, asked.whole("run"))
+        run = self.output_of_runs.run_of(status.host, asked.whole("run"))
         if run is None:
             return
         try:
@@ -9718,7 +9906,7 @@ class Fleet(Checks):
             return
         if self.output_of_runs.put(run, at, data[:length],
                                    asked.flag("reset", False)):
-            self.touch(self.names[pulse.dash], "live", run)
+            self.mark_changed(self.names[status.dash], "live", run)
 
     def look(self, dash: str, run: int) -> None:
         """Somebody looks at what a run writes; its host is told when that
@@ -9735,7 +9923,7 @@ class Fleet(Checks):
 
     def wake(self, _db, dash: str, host: str) -> None:
         """Let a host's long poll look again."""
-        self.touch(dash, "wake", host)
+        self.mark_changed(dash, "wake", host)
 
     def watched(self, host: str) -> dict[int, int]:
         """The runs of a host that are looked at -> bytes we have."""
@@ -9746,16 +9934,16 @@ class Fleet(Checks):
     def request(self, db, dash: str, fields, now: float) -> dict:
         """Take a signed request for a host. We cannot judge its signature,
         and need not: the host does."""
-        asked, number = Asked(fields), self.number_of(dash)
-        pulse = self.pulse_of(dash, asked.hex("host", 32))
+        asked, number = RequestFields(fields), self.number_of(dash)
+        status = self.pulse_of(dash, asked.hex("host", 32))
         body, mac = asked.text("body", LONGEST_BODY), asked.hex("mac", 64)
         try:
-            said = Asked(strictly_parsed(body), "the signed request")
-        except Forged as forged:
+            said = RequestFields(parse_strict_json(body), "the signed request")
+        except RequestRejected as forged:
             raise Error(f"the signed request: {forged}", "", 400) from None
         nonce, exp = said.hex("nonce", 32), said.whole("exp") / 1000
         do = said.choice("do", ("run", "kill"))
-        if said.text("host") != pulse.host or said.text("dash") != dash:
+        if said.text("host") != status.host or said.text("dash") != dash:
             raise Error("the request is signed for another host", "", 400)
         if not now < exp < now + LONGEST_LIFE / 1000 + 60:
             raise Error("the request has expired, or would live too long",
@@ -9766,36 +9954,38 @@ class Fleet(Checks):
             raise Error("there was another request of this nonce", "", 409)
         if not before:
             if db.execute("select count(*) from requests where host = ? and "
-                          "state = 'waiting'", (pulse.number,)).fetchone(
+                          "state = 'waiting'", (status.number,)).fetchone(
                           )[0] >= MOST_REQUESTS_WAITING:
                 raise Error("too many requests wait for this host", "", 429)
             db.execute("insert into requests (dash, host, nonce, body, mac, "
                        "asked, exp) values (?, ?, ?, ?, ?, ?, ?)", (
-                           number, pulse.number, nonce, body, mac, now, exp))
-            self.audit_request(db, pulse, do, said, nonce, now)
-            self.arm("request", nonce, exp + 5)
-            self.touch(dash, "requests", nonce)
-            self.touch(dash, "wake", pulse.host)
+                           number, status.number, nonce, body, mac, now, exp))
+            self.audit_request(db, status, do, said, nonce, now)
+            self.schedule_check("request", nonce, exp + 5)
+            self.mark_changed(dash, "requests", nonce)
+            self.mark_changed(dash, "wake", status.host)
         return self.request_state(db, dash, nonce)
 
-    def audit_request(self, db, pulse: Pulse, do: str, said: Asked,
+    def audit_request(self, db, status: HostStatus, do: str,
+                      said: RequestFields,
                       nonce: str, now: float) -> None:
         import json
         if do == "run":
             row = db.execute(
                 "select id, label from jobs where host = ? and user = ? and "
-                "tag = ?", (pulse.number, said.text("user", 256),
+                "tag = ?", (status.number, said.text("user", 256),
                             said.text("tag", 100))).fetchone()
         else:
             row = db.execute(
                 "select j.id, j.label from runs r join jobs j on j.id = r.job"
                 " where r.host = ? and r.epoch = ? and r.n = ?", (
-                    pulse.number, said.whole("epoch"), said.whole("run"))
+                    status.number, said.whole("epoch"), said.whole("run"))
                 ).fetchone()
         args = {**said.texts("args", 2 * LONGEST_ARGS), **dict.fromkeys(
             said.texts("secrets", LONGEST_BODY), MASK.decode())}
         job, label = row or (None, "")
-        self.record(db, pulse.dash, now, do, pulse.host, job=job, nonce=nonce,
+        self.record(db, status.dash, now, do, status.host, job=job,
+                    nonce=nonce,
                     label=label[:1000], args=json.dumps(args))
 
     def request_state(self, db, dash: str, nonce: str) -> dict:
@@ -9808,14 +9998,14 @@ class Fleet(Checks):
             raise missing_thing("request")
         return dict(zip(("nonce", "state", "reason", "run"), (nonce, *found)))
 
-    def hand_out(self, db, access: Access, now: float) -> dict:
+    def waiting_requests(self, db, access: Principal, now: float) -> dict:
         """What waits for a host. What was handed out and not answered is
         handed out again: the answer may have got lost, or the host."""
-        pulse, requests = self.pulse_of(access.dash, access.host), []
+        status, requests = self.pulse_of(access.dash, access.host), []
         for nonce, body, mac in db.execute(
                 "select nonce, body, mac from requests where host = ? and "
                 "state = 'waiting' and exp > ? order by id",
-                (pulse.number, now)):
+                (status.number, now)):
             if len(requests) == MOST_ASKED:
                 break
             if self.handed.get(nonce, 0.0) <= now - HAND_OUT_AGAIN:
@@ -9824,14 +10014,14 @@ class Fleet(Checks):
         return {"requests": requests, "live": {
             str(n): have for n, have in self.watched(access.host).items()}}
 
-    def take_verdict(self, db, pulse: Pulse, epoch: int,
-                     asked: Asked) -> None:
+    def take_verdict(self, db, status: HostStatus, epoch: int,
+                     asked: RequestFields) -> None:
         self.settle_request(
-            db, pulse, asked.hex("nonce", 32),
+            db, status, asked.hex("nonce", 32),
             asked.choice("verdict", ("accepted", "refused")),
             asked.text("reason", 2000, ""), epoch, asked.whole("run", None))
 
-    def settle_request(self, db, pulse: Pulse, nonce: str, state: str,
+    def settle_request(self, db, status: HostStatus, nonce: str, state: str,
                        reason: str, epoch: int, n: int | None) -> None:
         """What became of a request. A run that came of it is the last word;
         "expired" is only what we suppose."""
@@ -9840,95 +10030,102 @@ class Fleet(Checks):
             "coalesce(?4, n) where host = ?5 and nonce = ?6 and (state in "
             "('waiting', 'expired') or (?1 = 'accepted' and (state <> ?1 or "
             "n is null and ?4 is not null)))",
-            (state, reason, epoch, n, pulse.number, nonce)).rowcount
+            (state, reason, epoch, n, status.number, nonce)).rowcount
         self.handed.pop(nonce, None)
         if done:
-            self.touch(self.names[pulse.dash], "requests", nonce)
+            self.mark_changed(self.names[status.dash], "requests", nonce)
 
     def look_at_request(self, db, nonce: str, now: float) -> None:
         """Has a request expired without an answer?"""
         found = db.execute("select dash, exp from requests where nonce = ? "
                            "and state = 'waiting'", (nonce,)).fetchone()
         if found and found[1] + 5 > now:
-            self.arm("request", nonce, found[1] + 5)
+            self.schedule_check("request", nonce, found[1] + 5)
         elif found:
             db.execute("update requests set state = 'expired', reason = "
                        "'the host did not answer' where nonce = ?", (nonce,))
             self.handed.pop(nonce, None)
-            self.touch(self.names[found[0]], "requests", nonce)
+            self.mark_changed(self.names[found[0]], "requests", nonce)
 
     # --- watches
 
     def look_at_host(self, db, host: str, now: float) -> None:
         """Is a host silent? That is one alert; those of its jobs would say
         the same again."""
-        pulse = self.pulses.get(host)
-        if not pulse or pulse.silent or pulse.seen is None:
+        status = self.host_statuses.get(host)
+        if not status or status.silent or status.seen is None:
             return
-        at = max(pulse.seen, pulse.since) + SILENT_AFTER
+        at = max(status.seen, status.since) + SILENT_AFTER
         row = db.execute("select name, token from hosts where id = ?",
-                         (pulse.number,)).fetchone()
+                         (status.number,)).fetchone()
         if at > now:
-            self.arm("host", host, at)
+            self.schedule_check("host", host, at)
         elif row and row[1]:
             db.execute("update hosts set silent = 1, seen = ? where id = ?",
-                       (pulse.seen, pulse.number))
-            self.raise_alert(db, pulse.dash, f"host:{host}", "silent",
-                             pulse.seen, f"{row[0]} is silent",
-                             f"{row[0]} was last heard of at "
-                             f"{rfc3339(pulse.seen)}; what its jobs do is "
-                             "unknown until it is back")
-            self.after.append(lambda: setattr(pulse, "silent", True))
-            dash = self.names[pulse.dash]
-            self.touch(dash, "hosts", host)
-            self.touch(dash, "jobs", *(job for job, in db.execute(
-                "select id from jobs where host = ?", (pulse.number,))))
+                       (status.seen, status.number))
+            self.raise_alert(
+                db,
+                status.dash,
+                f"host:{host}",
+                "silent",
+                status.seen,
+                f"{row[0]} is silent",
+                f"{row[0]} was last heard of at "
+                f"{format_rfc3339(status.seen)}; what its jobs do is "
+                "unknown until it is back",
+            )
+            self.after.append(lambda: setattr(status, "silent", True))
+            dash = self.names[status.dash]
+            self.mark_changed(dash, "hosts", host)
+            self.mark_changed(dash, "jobs", *(job for job, in db.execute(
+                "select id from jobs where host = ?", (status.number,))))
 
     def look_at_late(self, db, job: int, now: float) -> None:
         """Should a job have started by now, and its host, which is there,
         says nothing of it?"""
         row = db.execute("select host, next from jobs where id = ? and gone "
                          "= 0", (job,)).fetchone()
-        pulse = row and self.pulses.get(self.hosts.get(row[0], ""))
-        if not pulse or row[1] is None or pulse.silent or pulse.seen is None:
+        status = row and self.host_statuses.get(self.hosts.get(row[0], ""))
+        if not status or row[1] is None or status.silent or status.seen \
+                is None:
             return
-        at = max(row[1] + self.skew_of(pulse) + LATE_AFTER,
-                 pulse.back + SETTLED_AFTER)
+        at = max(row[1] + self.skew_of(status) + LATE_AFTER,
+                 status.back + SETTLED_AFTER)
         if at > now:
-            return self.arm("late", job, at)
-        if now - pulse.seen > SILENT_AFTER / 2:     # is it the host perhaps?
-            return self.arm("late", job, now + SILENT_AFTER / 6)
+            return self.schedule_check("late", job, at)
+        if now - status.seen > SILENT_AFTER / 2:     # is it the host perhaps?
+            return self.schedule_check("late", job, now + SILENT_AFTER / 6)
         newest = db.execute("select max(due) from (select due from runs where "
                             "job = ? order by id desc limit 5)", (job,)
                             ).fetchone()[0]
         if newest is None or newest < row[1]:
             name = self.name_of_job(db, job)
-            self.raise_alert(db, pulse.dash, f"job:{job}", "late", row[1],
+            self.raise_alert(db, status.dash, f"job:{job}", "late", row[1],
                              f"{name} is late", f"{name} should have started "
-                             f"at {rfc3339(row[1])}")
-            self.touch(self.names[pulse.dash], "jobs", job)
+                             f"at {format_rfc3339(row[1])}")
+            self.mark_changed(self.names[status.dash], "jobs", job)
 
     def look_at_slow(self, db, run: int, now: float) -> None:
         """Does a run take longer than its job ever took?"""
         row = db.execute("select job, host, state, started from runs where id "
                          "= ?", (run,)).fetchone()
-        pulse = row and self.pulses.get(self.hosts.get(row[1], ""))
-        if not pulse or row[2] != "running" or pulse.silent:
+        status = row and self.host_statuses.get(self.hosts.get(row[1], ""))
+        if not status or row[2] != "running" or status.silent:
             return
-        at = self.slow_at(pulse, row[0], row[3])
+        at = self.slow_at(status, row[0], row[3])
         if at is None or at > now:
-            return self.arm("slow", run, at)
+            return self.schedule_check("slow", run, at)
         name = self.name_of_job(db, row[0])
         self.raise_alert(
-            db, pulse.dash, f"job:{row[0]}", "slow", row[3],
+            db, status.dash, f"job:{row[0]}", "slow", row[3],
             f"{name} takes long", f"{name} has been running for "
-            f"{duration_text(int(now - row[3]))}, three times as long as "
+            f"{format_duration(int(now - row[3]))}, three times as long as "
             "it ever did of late")
-        self.touch(self.names[pulse.dash], "jobs", row[0])
+        self.mark_changed(self.names[status.dash], "jobs", row[0])
 
     def snooze(self, db, dash: str, fields, now: float) -> dict:
         """Tell nothing of a subject until a time; it is shown as before."""
-        asked, number = Asked(fields), self.number_of(dash)
+        asked, number = RequestFields(fields), self.number_of(dash)
         subject, until = asked.text("subject", 100), asked.number("until")
         kind, _, key = subject.partition(":")
         if kind == "host":
@@ -9944,14 +10141,15 @@ class Fleet(Checks):
         if until > now:
             db.execute("insert into snoozes values (?, ?, ?)",
                        (number, subject, until))
-            self.arm("snooze", (number, subject), until)
+            self.schedule_check("snooze", (number, subject), until)
         else:
             self.tell_untold(db, number, subject)
         self.record(db, number, now, "snooze", key if kind == "host" else "",
                     job=int(key) if kind == "job" else None, label=subject,
                     state="on" if until > now else "off")
-        self.touch(dash, {"job": "jobs", "check": "checks", "host": "hosts"}
-                   [kind], int(key) if kind == "job" else key)
+        self.mark_changed(dash,
+                          {"job": "jobs", "check": "checks", "host": "hosts"}
+                          [kind], int(key) if kind == "job" else key)
         return {}
 
     def look_at_snooze(self, db, key: tuple, now: float) -> None:
@@ -9959,7 +10157,7 @@ class Fleet(Checks):
         found = db.execute("select until from snoozes where dash = ? and "
                            "subject = ?", key).fetchone()
         if found and found[0] > now:
-            self.arm("snooze", key, found[0])
+            self.schedule_check("snooze", key, found[0])
         elif found:
             db.execute("delete from snoozes where dash = ? and subject = ?",
                        key)
@@ -9969,8 +10167,8 @@ class Fleet(Checks):
         for alert, kind, text in db.execute(
                 "select id, kind, text from alerts where dash = ? and "
                 "subject = ? and not told", (number, subject)).fetchall():
-            self.spread(db, number, alert, text.partition("\n")[0][:200],
-                        text, subject, kind, False)
+            self.enqueue(db, number, alert, text.partition("\n")[0][:200],
+                         text, subject, kind, False)
 
     # --- what is shown
 
@@ -9978,9 +10176,9 @@ class Fleet(Checks):
         """Besides, all that may be due at some time."""
         super().load()
         now = self.clock.now()
-        for host, pulse in self.pulses.items():
-            if pulse.seen is not None:
-                self.arm("host", host, now + SILENT_AFTER)
+        for host, status in self.host_statuses.items():
+            if status.seen is not None:
+                self.schedule_check("host", host, now + SILENT_AFTER)
         for kind, statement in (
                 ("late", "select id, next from jobs where next is not null "
                          "and gone = 0"),
@@ -9990,19 +10188,19 @@ class Fleet(Checks):
                 ("request", "select nonce, exp + 5 from requests where state "
                             "= 'waiting'")):
             for key, at in self.db.execute(statement):
-                self.arm(kind, key, max(at, now + (
+                self.schedule_check(kind, key, max(at, now + (
                     SETTLED_AFTER if kind in ("late", "slow") else 0)))
         for number, subject, until in self.db.execute(
                 "select dash, subject, until from snoozes"):
-            self.arm("snooze", (number, subject), until)
+            self.schedule_check("snooze", (number, subject), until)
 
-    def face(self, job: int) -> Face:
+    def summary(self, job: int) -> JobSummary:
         """A job's face; made by the first who looks. Each statement of a
         reader sees what was committed before it, and what is committed
         after is put into the faces under this lock: so none goes stale."""
         with self.faces_lock:
-            face = self.faces.get(job)
-            if face is None:
+            summary = self.summaries.get(job)
+            if summary is None:
                 db = self.reader()
                 rows = db.execute(
                     f"select {ENTRY_COLUMNS} from runs where job = ? order "
@@ -10011,9 +10209,10 @@ class Fleet(Checks):
                     f"select {RUN_COLUMNS} from runs where job = ? and state "
                     "not in ('queued', 'running') order by id desc limit 1"),
                     job)
-                face = self.faces[job] = Face(rows[::-1], last[0] if last
-                                              else None)
-            return face
+                summary = self.summaries[job] = JobSummary(rows[::-1],
+                                                           last[0] if last
+                                                           else None)
+            return summary
 
     def settled(self) -> None:
         """Put what was committed into the faces."""
@@ -10022,11 +10221,11 @@ class Fleet(Checks):
                 row = self.db.execute(f"select {RUN_COLUMNS} from runs where "
                                       "id = ?", (run,)).fetchone()
                 with self.faces_lock:   # even to see whether there is one
-                    face = row and self.faces.get(row[1])
-                    if face:
-                        face.put(dict(zip(RUN_FIELDS_KEPT, row)))
+                    summary = row and self.summaries.get(row[1])
+                    if summary:
+                        summary.put(dict(zip(RUN_FIELDS_KEPT, row)))
 
-    def described(self, dash: str, changed: dict) -> dict:
+    def describe_changes(self, dash: str, changed: dict) -> dict:
         """A line of the stream."""
         db, now, number = self.db, self.clock.now(), self.numbers[dash]
         lines, snoozed = {"gone": {}}, self.snoozed(db, number)
@@ -10086,11 +10285,11 @@ class Fleet(Checks):
 
     def host_shape(self, row: dict, now: float) -> dict:
         import json
-        pulse = self.pulses.get(row["host"]) or Pulse(row, now)
-        state = "left" if not row["token"] else "new" if pulse.seen is None \
-            else "silent" if pulse.silent else "twin" if pulse.twin and \
-            pulse.twin > now - TWIN_SHOWN else "up"
-        return {"id": row["host"], "name": row["name"], "seen": pulse.seen,
+        status = self.host_statuses.get(row["host"]) or HostStatus(row, now)
+        state = "left" if not row["token"] else "new" if status.seen is None \
+            else "silent" if status.silent else "twin" if status.twin and \
+            status.twin > now - TWIN_SHOWN else "up"
+        return {"id": row["host"], "name": row["name"], "seen": status.seen,
                 "state": state, "since": row["made"], **{
                     name: row[name] for name in ("offset", "zone", "skew",
                                                  "version", "key")},
@@ -10099,8 +10298,8 @@ class Fleet(Checks):
     def job_shape(self, db, job: dict, snoozed: dict) -> dict:
         host = self.hosts.get(job["host"], "")
         with self.faces_lock:
-            face = self.face(job["id"])
-            strip, going, last = face.strip, face.going[:], face.last
+            summary = self.summary(job["id"])
+            strip, going, last = summary.strip, summary.going[:], summary.last
         kinds = self.kinds_of_alerts(db, job)
         failing = None
         if job["failures"]:
@@ -10127,8 +10326,8 @@ class Fleet(Checks):
 
     def state_of_job(self, host: str, kinds: set, going: list,
                      last: dict | None) -> str:
-        pulse = self.pulses.get(host)
-        if pulse and pulse.silent:
+        status = self.host_statuses.get(host)
+        if status and status.silent:
             return "unknown"
         if going:
             return "running"
@@ -10136,12 +10335,12 @@ class Fleet(Checks):
             return "late"
         if not last:
             return "new"
-        letter = letter_of(last["state"], last["exit"], last["signal"],
-                           last["reason"])
+        letter = outcome_code(last["state"], last["exit"], last["signal"],
+                              last["reason"])
         return {"o": "ok", "m": "missed", "s": "skipped"}.get(letter,
                                                               "failed")
 
-    def state(self, db, access: Access, now: float) -> dict:
+    def state(self, db, access: Principal, now: float) -> dict:
         """All that the overview shows. The number of the newest change is
         read first: what happens meanwhile is told once more."""
         dash, number = access.dash, self.number_of(access.dash)
@@ -10283,7 +10482,7 @@ class Fleet(Checks):
                  "at", (number, begin, end))):
             for run, job, at, ended, due, *how in db.execute(statement,
                                                              values):
-                yield run, job, at, ended, due, letter_of(*how)
+                yield run, job, at, ended, due, outcome_code(*how)
 
 
 ALERT_STATES = ("failed", "late", "missed", "unknown")
@@ -10297,7 +10496,7 @@ PIECE, MOST_READ = 8_192, 2**18     # letters of a step, and of a run
 MOST_PIECES = 64                # of a run: each is half full at least
 
 
-class Hub(Fleet):
+class Dashboard(Fleet):
     """The dashboard. What it forgets, and how things are found in it."""
 
     def __init__(self, path: str, clock: Clock | None = None, zone=None):
@@ -10306,7 +10505,7 @@ class Hub(Fleet):
         self.round = 0          # the job that is tidied up next
         self.chore(600.0, self.warm_up)
         self.chore(5.0, self.read_output)
-        self.chore(60.0, self.forget_old)
+        self.chore(60.0, self.expire_old)
         self.chore(300.0, self.give_back)
         self.chore(SEEN_NOTED, self.note_seen)
 
@@ -10333,9 +10532,9 @@ class Hub(Fleet):
         """Make the faces of some jobs, before anybody asks for them."""
         cold = [job for job, in db.execute("select id from jobs where gone = "
                                            "0 limit 2000")
-                if job not in self.faces][:20]
+                if job not in self.summaries][:20]
         for job in cold:
-            self.face(job)
+            self.summary(job)
         return bool(cold)
 
     # --- finding
@@ -10420,7 +10619,7 @@ class Hub(Fleet):
             quoted = '"' + text.replace('"', '""') + '"'
             if self.index == "words":
                 quoted += "*"
-            pending = [run for run, in db.execute(
+            queued = [run for run, in db.execute(
                 "select u.run from unread u cross join runs r where r.id = "
                 "u.run and u.run < ?1 and r.dash = ?2 and (?3 is null or job "
                 "= ?3) order by u.run desc limit 100", (last, number, job))]
@@ -10430,7 +10629,7 @@ class Hub(Fleet):
                 "= ?4 and (?5 is null or job = ?5) order by f.rowid desc",
                 (MOST_PIECES, quoted, last * MOST_PIECES, number, job))
             import heapq
-            return heapq.merge(pending, (run for run, in rows), reverse=True)
+            return heapq.merge(queued, (run for run, in rows), reverse=True)
         return (run for run, in db.execute(
             "select distinct o.run from outputs o cross join runs r where "
             "o.run < ?1 and r.id = o.run and r.dash = ?2 and (?3 is null or "
@@ -10450,7 +10649,7 @@ class Hub(Fleet):
                 begin = max(begin, match.start() - 150)
                 end = found.find("\n", match.end())
                 end = len(found) if end < 0 else end
-                return visible(found[begin:min(end, begin + 400)]), at
+                return escape_controls(found[begin:min(end, begin + 400)]), at
         return None
 
     # --- forgetting, in small steps
@@ -10458,7 +10657,7 @@ class Hub(Fleet):
     def forget(self, db, dash: str, fields, now: float) -> dict:
         """Remove a job that is in no tab, or a host, with all its runs:
         they are hidden at once, and removed step by step."""
-        asked, number = Asked(fields), self.number_of(dash)
+        asked, number = RequestFields(fields), self.number_of(dash)
         if "host" in asked.fields:
             host = asked.hex("host", 32)
             self.remove_host(db, dash, host, now)
@@ -10467,7 +10666,7 @@ class Hub(Fleet):
                        "where id = ?", (key,))
             jobs = [job for job, in db.execute(
                 "select id from jobs where host = ?", (key,))]
-            self.touch(dash, "hosts", host)
+            self.mark_changed(dash, "hosts", host)
         else:
             job = self.row_of_job(db, dash, asked.whole("job"))
             if not job["gone"]:
@@ -10479,12 +10678,12 @@ class Hub(Fleet):
         for key in jobs:
             self.drop_job(db, self.pulse_of(dash, asked.fields["host"])
                           if "host" in asked.fields else
-                          self.pulses[self.hosts[job["host"]]], key)
+                          self.host_statuses[self.hosts[job["host"]]], key)
             db.execute("update jobs set gone = 2, tag = tag || '-' || id "
                        "where id = ?", (key,))
         return {}
 
-    def forget_old(self, db) -> bool:
+    def expire_old(self, db) -> bool:
         """One step: what is too old or too much. True if there may be
         more."""
         now = self.clock.now()
@@ -10494,7 +10693,7 @@ class Hub(Fleet):
             removed += step(db, now)
             if removed >= self.at_once // 2:
                 return True
-        return removed > 0 or self.thin_out(db)
+        return removed > 0 or self.prune_runs(db)
 
     def forget_jobs(self, db, _now: float) -> int:
         """The runs of jobs that people have had removed."""
@@ -10515,7 +10714,7 @@ class Hub(Fleet):
         self.remove_runs(db, runs)
         if len(runs) < self.at_once:
             db.execute("delete from jobs where id = ?", found)
-            self.after.append(lambda: self.faces.pop(found[0], None))
+            self.after.append(lambda: self.summaries.pop(found[0], None))
         return len(runs) + 1
 
     def forget_runs(self, db, now: float) -> int:
@@ -10529,10 +10728,10 @@ class Hub(Fleet):
                  self.at_once)).fetchall()
         self.remove_runs(db, [run for run, _ in runs])
         for job in {job for _, job in runs}:
-            self.after.append(lambda job=job: self.faces.pop(job, None))
+            self.after.append(lambda job=job: self.summaries.pop(job, None))
         return len(runs)
 
-    def thin_out(self, db) -> bool:
+    def prune_runs(self, db) -> bool:
         """Jobs with too many runs; one job a step, in turn."""
         found = db.execute("select id from jobs where id > ? order by id "
                            "limit 1", (self.round,)).fetchone()
@@ -10611,7 +10810,7 @@ class Hub(Fleet):
 
     def metrics(self, db, dash: str, now: float) -> str:
         """The state in Prometheus' text format."""
-        state = self.state(db, Access("viewer", dash), now)
+        state = self.state(db, Principal("viewer", dash), now)
         names = {host["id"]: host["name"] for host in state["hosts"]}
         rows: dict[str, list] = {name: [] for name in METRICS}
 
@@ -10697,20 +10896,21 @@ class Hub(Fleet):
             "dashboards d on d.id = l.dash where l.due <= ? order by l.id "
             "limit 100", now)
 
-    def letter_told(self, db, letter: int, error: str, now: float) -> None:
+    def mark_delivered(self, db, notification: int, error: str,
+                       now: float) -> None:
         """One was told, or it was tried: then it is tried again, ever more
         seldom, for a day."""
         found = db.execute("select channel, at, tries from letters where id = "
-                           "?", (letter,)).fetchone()
+                           "?", (notification,)).fetchone()
         if not found:
             return
         channel, at, tries = found
         if error and now - at < DAY_SECONDS:
             db.execute("update letters set tries = tries + 1, due = ? where "
                        "id = ?", (now + min(15 * 2**min(tries, 10), 3600),
-                                  letter))
+                                  notification))
         else:
-            db.execute("delete from letters where id = ?", (letter,))
+            db.execute("delete from letters where id = ?", (notification,))
         db.execute("update channels set error = ?1, last = case ?1 when '' "
                    "then ?2 else last end where id = ?3",
                    (error[:500], now, channel))
@@ -10771,7 +10971,7 @@ MOST_ANSWER = 1024      # bytes of an answer that are read
 LOOK_AGAIN = 5.0        # seconds between looks at what is to be told
 
 
-class Herald:
+class Notifier:
     """Tells what the hub has decided to tell, and says how that went.
 
     What is to be told stands in the database until it was told. If we are
@@ -10781,8 +10981,8 @@ class Herald:
     is something for it, so one that hangs holds up no other.
     """
 
-    def __init__(self, hub: Hub, machine: Machine | None = None):
-        self.hub, self.machine = hub, machine or Machine()
+    def __init__(self, dashboard: Dashboard, machine: Machine | None = None):
+        self.dashboard, self.machine = dashboard, machine or Machine()
         self.stopping, self.thread = False, None
         self.busy: set[int] = set()     # channels
 
@@ -10794,45 +10994,47 @@ class Herald:
 
     def stop(self) -> None:
         self.stopping = True
-        self.hub.letters.set()
+        self.dashboard.letters.set()
         if self.thread:
             self.thread.join()
 
     def live(self) -> None:
-        while not self.stopping and not self.hub.broken:
-            self.hub.letters.clear()
+        while not self.stopping and not self.dashboard.broken:
+            self.dashboard.letters.clear()
             try:
                 self.round()
             except Error as error:
-                self.hub.faults["alerts"] = f"alerts: {error.message}"
+                self.dashboard.faults["alerts"] = f"alerts: {error.message}"
             except RuntimeError:        # no thread can be started now
                 self.busy.clear()
-            self.hub.letters.wait(LOOK_AGAIN)
+            self.dashboard.letters.wait(LOOK_AGAIN)
 
     def round(self) -> list:
         """Begin to tell what is due; the threads that do."""
         import threading
-        letters: dict[int, list] = {}
-        for letter in self.hub.read(self.hub.letters_due,
-                                    self.hub.clock.now()):
-            letters.setdefault(letter["channel"], []).append(letter)
+        notifications: dict[int, list] = {}
+        for notification in self.dashboard.read(self.dashboard.letters_due,
+                                                self.dashboard.clock.now()):
+            notifications.setdefault(notification["channel"],
+                                     []).append(notification)
         threads = []
-        for channel, mine in letters.items():
-            if channel not in self.busy and not self.hub.full:
+        for channel, mine in notifications.items():
+            if channel not in self.busy and not self.dashboard.full:
                 self.busy.add(channel)
                 threads.append(threading.Thread(
                     target=self.tell_all, args=(channel, mine), daemon=True))
                 threads[-1].start()
         return threads
 
-    def tell_all(self, channel: int, letters: list[dict]) -> None:
+    def tell_all(self, channel: int, notifications: list[dict]) -> None:
         """Tell a channel's letters, in order; until one fails, for the
         others would fail as it did."""
         try:
-            for letter in letters:
-                error = self.tell(letter)
-                self.hub.do(self.hub.letter_told, letter["id"], error,
-                            self.hub.clock.now())
+            for notification in notifications:
+                error = self.deliver(notification)
+                self.dashboard.do(self.dashboard.mark_delivered,
+                                  notification["id"], error,
+                                  self.dashboard.clock.now())
                 if error or self.stopping:
                     break
         except Error:           # the disk is full, or we are to end
@@ -10840,55 +11042,57 @@ class Herald:
         finally:
             self.busy.discard(channel)
 
-    def tell(self, letter: dict) -> str:
+    def deliver(self, notification: dict) -> str:
         """Tell one; "" if that went well, else why not."""
         try:
-            return {"mail": self.mail, "webhook": self.post,
-                    "ntfy": self.notify}[letter["way"]](letter)
+            return {"mail": self.mail, "webhook": self.send_webhook,
+                    "ntfy": self.send_ntfy}[notification["way"]](notification)
         except Exception as error:      # whatever it is, it is tried again
             return without_secrets(f"{type(error).__name__}: {error}",
-                                   letter["target"])
+                                   notification["target"])
 
-    def mail(self, letter: dict) -> str:
+    def mail(self, notification: dict) -> str:
         import subprocess
         program = next((path for path in SENDMAILS
                         if os.access(path, os.X_OK)), None)
         if not program:
             return "there is no sendmail here"
-        if not safe_address(letter["target"]):
+        if not safe_address(notification["target"]):
             return "this is no address"
         done = subprocess.run(
-            [program, "-i", "--", letter["target"]],
-            input=letter_mail(letter, self.machine.host()),
+            [program, "-i", "--", notification["target"]],
+            input=letter_mail(notification, self.machine.host()),
             env={"PATH": USUAL_PATH, "HOME": os.environ.get("HOME", "/")},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             timeout=TELL_TIME)
         said = done.stderr.decode("utf-8", "replace").strip()[-300:]
         return "" if done.returncode == 0 else \
-            f"sendmail says {visible(said) or done.returncode}"
+            f"sendmail says {escape_controls(said) or done.returncode}"
 
-    def post(self, letter: dict) -> str:
+    def send_webhook(self, notification: dict) -> str:
         import json
-        body = {name: letter[name] for name in (
+        body = {name: notification[name] for name in (
             "key", "at", "title", "text", "subject", "kind", "dash")}
-        return web_post(letter["target"], json.dumps(
-            {**body, "state": "over" if letter["over"] else "on"}).encode(), {
+        return web_post(notification["target"], json.dumps(
+            {**body,
+             "state": "over" if notification["over"] else "on"}).encode(), {
                 "Content-Type": "application/json",
-                "Idempotency-Key": letter["key"]})
+                "Idempotency-Key": notification["key"]})
 
-    def notify(self, letter: dict) -> str:
+    def send_ntfy(self, notification: dict) -> str:
         """To a topic of ntfy: its headers are ASCII, or RFC 2047."""
         from email.header import Header as Encoded
-        title = one_line(letter["title"])[:200]
+        title = one_line(notification["title"])[:200]
         if not title.isascii():
             title = Encoded(title, "utf-8", maxlinelen=10_000).encode()
-        over = bool(letter["over"])
-        return web_post(letter["target"], (letter["text"] or letter["title"]
-                                           ).encode()[:4000], {
+        over = bool(notification["over"])
+        return web_post(notification["target"],
+                        (notification["text"] or notification["title"]
+                                                 ).encode()[:4000], {
             "Title": title, "Content-Type": "text/plain; charset=utf-8",
-            "Priority": "default" if over or letter["kind"] == "test"
+            "Priority": "default" if over or notification["kind"] == "test"
             else "high", "Tags": "white_check_mark" if over else
-            "bell" if letter["kind"] == "test" else "warning"})
+            "bell" if notification["kind"] == "test" else "warning"})
 
 
 def without_secrets(text: str, target: str) -> str:
@@ -10897,7 +11101,7 @@ def without_secrets(text: str, target: str) -> str:
     for part in (target, *map(str, urlsplit(target)[1:4])):
         if len(part) > 3:
             text = text.replace(part, "...")
-    return visible(text)[:300]
+    return escape_controls(text)[:300]
 
 
 def letter_mail(letter: dict, host: str) -> bytes:
@@ -11249,7 +11453,7 @@ def is_loopback(address: str) -> bool:
     return bool(found) and (mapped or found).is_loopback
 
 
-def believed_host(host: str, names: frozenset, literals: bool) -> bool:
+def is_allowed_host(host: str, names: frozenset, literals: bool) -> bool:
     """Is this a name of ours? A page of a stranger whose own name was made
     to point here (DNS rebinding) sends another. With `literals` all IP
     addresses are: they cannot be made to point anywhere."""
@@ -11271,7 +11475,7 @@ def network_of(address: str) -> str:
     return found.exploded[:19]
 
 
-class Guard:
+class LoginThrottle:
     """Who guessed tokens that are none, and how long each has to wait. What
     is made from a password can be guessed; so it is refused then even when
     it is right, or it could be told apart."""
@@ -11313,7 +11517,7 @@ class Guard:
             del self.known[next(iter(self.known))]
 
 
-class Crowd:
+class ConnectionLimits:
     """How many connections each network has, and how many of them have not
     shown a good token yet."""
 
@@ -11352,14 +11556,14 @@ class Crowd:
 # --- what is asked for, and who may ask -----------------------------------
 
 
-class Route(Record):
+class Route(FrozenRecord):
     """One line of what can be asked for."""
     method: str
     path: str               # words in capitals stand for a value: FIELDS_OF
-    who: str                # anyone, host, viewer (or operator), operator
-    deed: str               # a method of Site's
+    role: str                # anyone, host, viewer (or operator), operator
+    handler: str               # a method of Site's
     body: int = 0           # bytes at most
-    open: bool = False      # from pages of others, too
+    cors: bool = False      # from pages of others, too
 
 
 def is_check(text: str) -> bool:
@@ -11387,7 +11591,7 @@ ROUTES = [Route(*row) for row in (
     ("GET", "/metrics", "viewer", "metrics"),
     ("GET", "/badge/KEY/NAME", "anyone", "badge", 0, True),
     ("GET", "/api/v1/salt", "anyone", "salt"),
-    ("POST", "/api/v1/dashboards", "anyone", "found", SMALL_BODY),
+    ("POST", "/api/v1/dashboards", "anyone", "create_dashboard", SMALL_BODY),
     ("POST", "/api/v1/rotate", "operator", "rotate", SMALL_BODY),
     ("POST", "/api/v1/hosts", "operator", "join", SMALL_BODY),
     ("DELETE", "/api/v1/hosts/HOST", "host or operator", "leave"),
@@ -11403,8 +11607,8 @@ ROUTES = [Route(*row) for row in (
     ("GET", "/api/v1/search", "viewer", "search"),
     ("GET", "/api/v1/day", "viewer", "day"),
     ("GET", "/api/v1/audit", "viewer", "audit"),
-    ("POST", "/api/v1/requests", "operator", "ask", REQUEST_BODY),
-    ("GET", "/api/v1/requests/NONCE", "viewer", "asked"),
+    ("POST", "/api/v1/requests", "operator", "create_request", REQUEST_BODY),
+    ("GET", "/api/v1/requests/NONCE", "viewer", "request_state"),
     ("POST", "/api/v1/snooze", "operator", "snooze", SMALL_BODY),
     ("POST", "/api/v1/checks", "operator", "new_check", SMALL_BODY),
     ("POST", "/api/v1/checks/CHECK", "operator", "change_check", SMALL_BODY),
@@ -11615,18 +11819,18 @@ def expiry_of(der: bytes) -> float:
 HEAD, BODY, WORK, LEAVING, GONE = range(5)      # what a connection waits for
 
 
-class Peer:
+class HttpConnection:
     """One connection: its bytes become requests, which are answered in
     their order. It is a protocol of asyncio's."""
 
-    __slots__ = ("site", "transport", "peer", "counted", "buffer", "seen",
-                 "phase", "deadline", "visit", "proven", "busy", "held",
+    __slots__ = ("api", "transport", "peer", "counted", "buffer", "seen",
+                 "phase", "deadline", "context", "proven", "busy", "held",
                  "clogged", "stalled", "ended", "drained", "rest", "last",
                  "told", "task")
 
-    def __init__(self, site: Site, peer: str, counted: str | None):
-        self.site, self.peer, self.counted = site, peer, counted
-        self.transport = self.visit = self.rest = None
+    def __init__(self, api: Api, peer: str, counted: str | None):
+        self.api, self.peer, self.counted = api, peer, counted
+        self.transport = self.context = self.rest = None
         self.buffer, self.seen, self.drained = bytearray(), 0, 0
         self.phase, self.deadline, self.stalled = HEAD, FOREVER, 0
         # busy: in `advance`; held: reading is paused; clogged: writing is;
@@ -11640,8 +11844,8 @@ class Peer:
 
     def connection_made(self, transport) -> None:
         self.transport = transport
-        self.deadline = self.site.loop.time() + HEAD_TIME
-        if self.site.stopping:
+        self.deadline = self.api.loop.time() + HEAD_TIME
+        if self.api.stopping:
             transport.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -11651,7 +11855,7 @@ class Peer:
                 self.transport.abort()
             return
         if self.phase == HEAD and not self.buffer:
-            self.deadline = self.site.loop.time() + HEAD_TIME
+            self.deadline = self.api.loop.time() + HEAD_TIME
         self.buffer += data
         if self.phase == WORK:
             if len(self.buffer) > AHEAD and not self.held:
@@ -11664,28 +11868,28 @@ class Peer:
         """The other side has said all. It may still listen for its answer;
         but who hangs up on a long poll, as we see it, is gone."""
         self.ended = True
-        return self.phase == WORK and not (self.visit and self.visit.waits)
+        return self.phase == WORK and not (self.context and self.context.waits)
 
     def connection_lost(self, error) -> None:
         self.phase, self.buffer, self.rest = GONE, bytearray(), None
-        if self not in self.site.wires:
+        if self not in self.api.connections:
             return
-        del self.site.wires[self]
-        self.site.crowd.leave(self.counted, self.proven)
-        if self.visit:
-            self.visit.end()
-            self.visit = None
+        del self.api.connections[self]
+        self.api.limits.leave(self.counted, self.proven)
+        if self.context:
+            self.context.end()
+            self.context = None
 
     def pause_writing(self) -> None:
         self.clogged = True
         self.stalled = self.transport.get_write_buffer_size()
-        self.deadline = self.site.loop.time() + WRITE_TIME
+        self.deadline = self.api.loop.time() + WRITE_TIME
 
     def resume_writing(self) -> None:
         self.clogged = False
         self.deadline = FOREVER if self.phase == WORK else \
-            self.site.loop.time() + (IDLE_TIME if self.phase < WORK
-                                     else LINGER_TIME)
+            self.api.loop.time() + (IDLE_TIME if self.phase < WORK
+                                    else LINGER_TIME)
         if self.rest is not None:
             self.flow()
         self.advance()
@@ -11726,8 +11930,8 @@ class Peer:
                 raise fault
             request = read_head(head[:-2])
         except Error as error:
-            self.visit = Visit(self, None)
-            self.visit.refuse(error)
+            self.context = RequestContext(self, None)
+            self.context.refuse(error)
             return False
         del buffer[:end + 4]
         self.begin(request)
@@ -11735,9 +11939,9 @@ class Peer:
 
     def begin(self, request: Request) -> None:
         """A head is whole: may its body come, and may it be carried out?"""
-        self.seen, self.visit = 0, Visit(self, request)
-        self.phase, self.deadline = BODY, self.site.loop.time() + BODY_TIME
-        self.site.judge(self.visit)
+        self.seen, self.context = 0, RequestContext(self, request)
+        self.phase, self.deadline = BODY, self.api.loop.time() + BODY_TIME
+        self.api.judge(self.context)
         if self.phase != BODY:
             return
         if not request.length:
@@ -11747,13 +11951,13 @@ class Peer:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def take_body(self) -> bool:
-        request, buffer = self.visit.request, self.buffer
+        request, buffer = self.context.request, self.buffer
         if len(buffer) < request.length:
             return False
         request.body = bytes(buffer[:request.length])
         del buffer[:request.length]
         self.phase, self.deadline = WORK, FOREVER
-        self.site.serve(self.visit)
+        self.api.serve(self.context)
         return True
 
     # --- answers to bytes
@@ -11761,9 +11965,9 @@ class Peer:
     def answer(self, response: Response) -> None:
         """Write an answer. If the request was not read to its end, no other
         can follow."""
-        request, whole = self.visit.request, self.visit.whole
-        self.visit = None
-        self.last = response.last or not whole or self.site.stopping \
+        request, whole = self.context.request, self.context.whole
+        self.context = None
+        self.last = response.last or not whole or self.api.stopping \
             or not request.keeps
         head = head_bytes(response, len(response.body), self.last)
         if request and request.method == "HEAD" or response.status in (
@@ -11790,7 +11994,7 @@ class Peer:
             return self.leave(linger=self.phase == LEAVING)
         self.phase = HEAD
         if not self.clogged:
-            self.deadline = self.site.loop.time() + (
+            self.deadline = self.api.loop.time() + (
                 HEAD_TIME if self.buffer else IDLE_TIME)
         self.listen()
         self.advance()
@@ -11805,7 +12009,7 @@ class Peer:
         to us: a socket that is closed over it would send a reset, and our
         answer would be lost."""
         self.phase, self.buffer = LEAVING, bytearray()
-        self.deadline = self.site.loop.time() + LINGER_TIME
+        self.deadline = self.api.loop.time() + LINGER_TIME
         self.listen()
         if not linger or self.ended:
             self.transport.close()
@@ -11833,37 +12037,37 @@ class Peer:
         if self.phase >= WORK:
             self.transport.abort()
         elif self.phase == BODY or self.buffer:
-            self.visit = self.visit or Visit(self, None)
-            self.visit.refuse(Error("the request came too slowly", "", 408))
+            self.context = self.context or RequestContext(self, None)
+            self.context.refuse(Error("the request came too slowly", "", 408))
         else:
             self.leave()
 
 
-class Visit:
+class RequestContext:
     """A request on its way through us, until it is answered or its caller
     has gone."""
 
-    __slots__ = ("wire", "request", "route", "values", "access", "address",
-                 "wait", "stream", "cors", "guest")
+    __slots__ = ("connection", "request", "route", "values", "access",
+                 "address", "wait", "stream", "cors", "guest")
 
-    def __init__(self, wire: Peer, request: Request | None):
-        self.wire, self.request = wire, request
+    def __init__(self, connection: HttpConnection, request: Request | None):
+        self.connection, self.request = connection, request
         self.route = self.access = self.wait = self.stream = None
         self.values, self.cors, self.guest = (), (), None
-        self.address = wire.peer
-        if request and wire.counted is None:
+        self.address = connection.peer
+        if request and connection.counted is None:
             # The last one is what our proxy saw; before it stands what
             # the caller says of himself.
             last = request.headers.get("x-forwarded-for", "").rpartition(
                 ",")[2].strip(" \t")
             if last:
                 self.address = str(address_of(last) or address_of(
-                    split_authority(last)[0]) or wire.peer)
+                    split_authority(last)[0]) or connection.peer)
 
     @property
     def whole(self) -> bool:
         """Was the request read to its end?"""
-        return bool(self.request) and (self.wire.phase == WORK
+        return bool(self.request) and (self.connection.phase == WORK
                                        or not self.request.length)
 
     @property
@@ -11875,14 +12079,14 @@ class Visit:
 
     def answer(self, response: Response) -> None:
         """Answer, if there is still somebody to hear it."""
-        if self.wire.visit is not self:
+        if self.connection.context is not self:
             return
         self.end()
         response.headers += self.cors
-        self.wire.answer(response)
+        self.connection.answer(response)
 
     def refuse(self, error: Error, headers: tuple = ()) -> None:
-        self.wire.site.note(self, error)
+        self.connection.api.note(self, error)
         self.answer(error_response(error, headers))
 
     def end(self) -> None:
@@ -11892,18 +12096,18 @@ class Visit:
         if self.stream:
             self.stream.followers.pop(self, None)
         if self.guest:
-            self.wire.site.guests.leave(self.guest, bool(self.access))
+            self.connection.api.guests.leave(self.guest, bool(self.access))
             self.guest = None
 
     def begin(self, response: Response) -> None:
         """The head of an answer that goes on until somebody hangs up."""
         response.headers += self.cors
-        self.wire.transport.write(head_bytes(response, None, True))
+        self.connection.transport.write(head_bytes(response, None, True))
 
     def piece(self, data: bytes) -> None:
         """More of it. Who reads so slowly that it piles up is dropped: a
         stream can be resumed."""
-        transport = self.wire.transport
+        transport = self.connection.transport
         if transport.is_closing():
             return
         transport.write(data)
@@ -11916,21 +12120,23 @@ class Wait:
     is entered in the book before the question is asked for the first time:
     what happens between the question and its rest is not missed."""
 
-    __slots__ = ("visit", "key", "again", "last", "stirred", "resting",
+    __slots__ = ("context", "key", "again", "last", "stirred", "resting",
                  "over", "timer")
 
-    def __init__(self, visit: Visit, key: tuple, seconds: float, again):
-        site = visit.wire.site
-        self.visit, self.key, self.again, self.last = visit, key, again, None
+    def __init__(self, context: RequestContext, key: tuple, seconds: float,
+                 again):
+        api = context.connection.api
+        self.context, self.key, self.again, self.last = context, key, again, \
+            None
         self.stirred = self.resting = self.over = False
-        site.waiting.setdefault(key, {})[self] = None
-        self.timer = site.loop.call_later(seconds, self.late)
-        visit.wait = self
+        api.waiting.setdefault(key, {})[self] = None
+        self.timer = api.loop.call_later(seconds, self.late)
+        context.wait = self
 
     def rest(self, last) -> None:
         """There is nothing to say yet; `last` answers when time is over."""
         self.last = last
-        if self.over or self.visit.wire.ended:
+        if self.over or self.context.connection.ended:
             last()
         else:
             self.resting = True
@@ -11945,7 +12151,7 @@ class Wait:
             try:
                 self.again()
             except Exception as error:
-                self.visit.wire.site.fail(self.visit, error)
+                self.context.connection.api.fail(self.context, error)
 
     def late(self) -> None:
         self.over = True
@@ -11955,12 +12161,12 @@ class Wait:
     def end(self) -> None:
         self.timer.cancel()
         self.resting = False
-        waiting = self.visit.wire.site.waiting
+        waiting = self.context.connection.api.waiting
         others = waiting.get(self.key, {})
         others.pop(self, None)
         if not others:
             waiting.pop(self.key, None)
-        self.again = self.last = self.visit.wait = None
+        self.again = self.last = self.context.wait = None
 
 
 class Mailbox:
@@ -12042,7 +12248,7 @@ class Readers:
             self.queue.put((None, None))
 
 
-class Feed:
+class ChangeStream:
     """The changes of one dashboard that its browsers follow, and the last
     of them, for who comes back."""
 
@@ -12051,7 +12257,7 @@ class Feed:
         self.first, self.newest = seq, seq      # after `first` all are here
         self.lines: deque = deque()             # (seq, line)
         self.bytes = 0
-        self.followers: dict[Visit, None] = {}
+        self.followers: dict[RequestContext, None] = {}
         self.until = until          # kept so long, though nobody follows
 
     def add(self, seq: int, line: bytes) -> None:
@@ -12078,13 +12284,13 @@ class Feed:
 # --- what is done for each request ----------------------------------------
 
 
-class Site:
+class Api:
     """The dashboard's answers: one method for each route. All of it runs on
     the loop; the database is asked by Readers, and told by Hub's writer."""
 
-    def __init__(self, hub: Hub, page: str, names=(), proxies=(),
+    def __init__(self, dashboard: Dashboard, page: str, names=(), proxies=(),
                  allow_new: bool = False, say=None):
-        self.hub, self.allow_new = hub, allow_new
+        self.dashboard, self.allow_new = dashboard, allow_new
         self.page = page.encode()
         self.policy = page_policy_of(page)
         self.tag = f'"{digest_of(self.page)[:32]}"'
@@ -12093,10 +12299,11 @@ class Site:
         self.literals = self.secure = self.stopping = False
         self.clock, self.expires = Clock(), 0.0
         self.loop = self.mailbox = self.readers = None
-        self.wires: dict[Peer, None] = {}
-        self.crowd, self.guests, self.guard = Crowd(), Crowd(), Guard()
+        self.connections: dict[HttpConnection, None] = {}
+        self.limits, self.guests, self.throttle = ConnectionLimits(), \
+            ConnectionLimits(), LoginThrottle()
         self.waiting: dict[tuple, dict] = {}    # what for -> Waits
-        self.feeds: dict[str, Feed] = {}
+        self.feeds: dict[str, ChangeStream] = {}
         self.writes = 0             # that have not come back
         self.quiet, self.unsaid = [], 0
 
@@ -12104,196 +12311,199 @@ class Site:
         """Begin to listen to Hub. On the loop that will carry us."""
         self.loop, self.mailbox = loop, Mailbox(loop)
         self.readers = Readers(self.mailbox)
-        self.hub.heard = self.heard
-        self.hub.followed = self.feeds.__contains__
+        self.dashboard.heard = self.on_changes
+        self.dashboard.followed = self.feeds.__contains__
         loop.call_later(SWEEP_TIME, self.sweep)
         loop.call_later(HEARTBEAT, self.beat)
 
     # --- may this be asked?
 
-    def judge(self, visit: Visit) -> None:
+    def judge(self, context: RequestContext) -> None:
         """A head has come: refuse it, or let its body come."""
         try:
-            self.check(visit)
+            self.check(context)
         except Error as error:
-            visit.refuse(error, {
+            context.refuse(error, {
                 401: (("WWW-Authenticate", "Bearer"),),
                 405: (("Allow", error.hint),)}.get(error.status, ()))
         except Exception as error:
-            self.fail(visit, error)
+            self.fail(context, error)
 
-    def check(self, visit: Visit) -> None:
+    def check(self, context: RequestContext) -> None:
         """Raises Error if this may not be asked, or not by this caller."""
-        request = visit.request
+        request = context.request
         host = request.headers.get("host", "")
-        if not believed_host(host, self.names, self.literals):
+        if not is_allowed_host(host, self.names, self.literals):
             raise Error("this dashboard does not know itself by that name",
                         "koitab dashboard --name HOST", 421)
-        routes, visit.values = found_routes(request.path)
+        routes, context.values = found_routes(request.path)
         if not routes:
             raise Error("there is nothing here", "", 404)
-        self.check_origin(visit, host, next(iter(routes.values())))
+        self.check_origin(context, host, next(iter(routes.values())))
         if request.method == "OPTIONS":
-            return visit.answer(Response(204, headers=(
+            return context.answer(Response(204, headers=(
                 ("Access-Control-Allow-Methods", "GET, POST, DELETE"),
                 ("Access-Control-Allow-Headers",
                  "Authorization, Content-Type"),
                 ("Access-Control-Max-Age", "600"))))
-        visit.route = routes.get(
+        context.route = routes.get(
             "GET" if request.method == "HEAD" else request.method)
-        if not visit.route:
+        if not context.route:
             raise Error(f"this is not for {request.method}",
                         ", ".join(routes), 405)
-        check_body(request, visit.route)
-        self.check_guest(visit)
-        if visit.route.who != "anyone":
-            self.check_token(visit)
+        check_body(request, context.route)
+        self.check_guest(context)
+        if context.route.role != "anyone":
+            self.check_token(context)
 
-    def check_origin(self, visit: Visit, host: str, route: Route) -> None:
+    def check_origin(self, context: RequestContext, host: str,
+                     route: Route) -> None:
         """A page of a stranger may not ask, but for what is open to all. A
         page that was opened from a file ("null") may, where it has to show
         a token: no browser sends one by itself."""
-        origin = visit.request.headers.get("origin")
-        if route.open:
-            visit.cors = (("Access-Control-Allow-Origin", "*"),)
+        origin = context.request.headers.get("origin")
+        if route.cors:
+            context.cors = (("Access-Control-Allow-Origin", "*"),)
         elif origin == "null" and route.path.startswith("/api/") and (
-                route.who != "anyone" or route.method == "GET"):
-            visit.cors = (("Access-Control-Allow-Origin", "null"),
-                          ("Access-Control-Expose-Headers", "X-Koi-Size, "
-                           "X-Koi-Live, X-Koi-From, Retry-After"),
-                          ("Vary", "Origin"))
+                route.role != "anyone" or route.method == "GET"):
+            context.cors = (("Access-Control-Allow-Origin", "null"),
+                            ("Access-Control-Expose-Headers", "X-Koi-Size, "
+                             "X-Koi-Live, X-Koi-From, Retry-After"),
+                            ("Vary", "Origin"))
         elif origin is not None and origin.partition("://")[2].lower() \
                 != host.lower():
             raise Error("this comes from a page of somebody else", "a proxy "
                         "in front of the dashboard has to pass on the Host",
                         403)
 
-    def check_guest(self, visit: Visit) -> None:
+    def check_guest(self, context: RequestContext) -> None:
         """Behind a proxy it is requests that are counted, for all callers
         share its connections."""
-        if visit.address != visit.wire.peer:
-            network = network_of(visit.address)
+        if context.address != context.connection.peer:
+            network = network_of(context.address)
             if not self.guests.admits(network):
                 raise Error("too many requests at once", "try again", 503)
             self.guests.enter(network)
-            visit.guest = network
+            context.guest = network
 
-    def check_token(self, visit: Visit) -> None:
+    def check_token(self, context: RequestContext) -> None:
         """Whose token is it, and what may he do? Raises Error."""
-        kind, _, token = visit.request.headers.get(
+        kind, _, token = context.request.headers.get(
             "authorization", "").partition(" ")
         if kind.lower() != "bearer":
             raise Error("this needs a key", "Authorization: Bearer KEY", 401)
-        access = self.hub.key_of(token.strip(" "))
-        network, now = network_of(visit.address), self.loop.time()
-        wait = self.guard.wait(network, now)
+        access = self.dashboard.key_of(token.strip(" "))
+        network, now = network_of(context.address), self.loop.time()
+        wait = self.throttle.wait(network, now)
         if wait and not (access and access.role == "host"):
-            raise Later("too many wrong keys", wait)
+            raise TooManyRequests("too many wrong keys", wait)
         if not access:
-            self.guard.miss(network, now)
+            self.throttle.miss(network, now)
             raise Error("this key is not known here", "", 401)
-        self.guard.good(network, now)
-        visit.access = access
-        if visit.guest:
-            self.guests.prove(visit.guest)
-        if not visit.wire.proven:
-            visit.wire.proven = True
-            self.crowd.prove(visit.wire.counted)
-        if access.role not in WHO[visit.route.who]:
+        self.throttle.good(network, now)
+        context.access = access
+        if context.guest:
+            self.guests.prove(context.guest)
+        if not context.connection.proven:
+            context.connection.proven = True
+            self.limits.prove(context.connection.counted)
+        if access.role not in WHO[context.route.role]:
             raise Error(f"this is not for a {access.role}", "", 403)
 
-    def serve(self, visit: Visit) -> None:
+    def serve(self, context: RequestContext) -> None:
         """The request is whole: carry it out."""
         try:
-            getattr(self, f"do_{visit.route.deed}")(visit)
+            getattr(self, f"do_{context.route.handler}")(context)
         except Exception as error:
-            self.fail(visit, error)
+            self.fail(context, error)
 
-    def fail(self, visit: Visit, error: Exception) -> None:
+    def fail(self, context: RequestContext, error: Exception) -> None:
         """Tell what went wrong."""
         if isinstance(error, Error):
-            return visit.refuse(error)
+            return context.refuse(error)
         self.complain(error)
-        visit.refuse(Error("a fault of the dashboard's", "its log says more",
-                           500))
+        context.refuse(Error("a fault of the dashboard's", "its log says more",
+                             500))
 
     # --- to Hub and back
 
-    def read(self, visit: Visit, question, *values, made=None) -> None:
+    def read(self, context: RequestContext, question, *values,
+             made=None) -> None:
         """Answer with what a question gives; `made` makes the Response, in
         the reader's thread."""
         made = made or json_response
 
         def ask() -> Response:
-            return made(self.hub.read(question, *values))
+            return made(self.dashboard.read(question, *values))
 
-        self.readers.ask(ask, lambda response, error: self.fail(visit, error)
-                         if error else visit.answer(response))
+        self.readers.ask(ask, lambda response, error: self.fail(context, error)
+                         if error else context.answer(response))
 
-    def write(self, visit: Visit, deed, *values, then=None,
+    def write(self, context: RequestContext, deed, *values, then=None,
               status: int = 200) -> None:
         """Have something written, and answer when it is on the disk."""
         if self.writes >= MOST_WRITES:
             raise Error("too much waits to be written", "try again", 503)
-        then = then or (lambda result: visit.answer(
+        then = then or (lambda result: context.answer(
             json_response(result, status)))
         self.writes += 1
 
         def done(result, error) -> None:
             self.writes -= 1
             if error is not None:
-                return self.fail(visit, error)
+                return self.fail(context, error)
             try:
                 then(result)
             except Exception as why:
-                self.fail(visit, why)
+                self.fail(context, why)
 
         try:
-            self.hub.write(deed, *values, then=lambda result, error:
-                           self.mailbox.put(done, result, error))
+            self.dashboard.write(deed, *values, then=lambda result, error:
+                                 self.mailbox.put(done, result, error))
         except Exception:
             self.writes -= 1
             raise
 
-    def tell(self, visit: Visit, deed, status: int = 200) -> None:
+    def tell(self, context: RequestContext, deed, status: int = 200) -> None:
         """What an operator posted, to a deed of Hub's."""
-        self.write(visit, deed, visit.access.dash,
-                   read_json(visit.request.body), self.clock.now(),
+        self.write(context, deed, context.access.dash,
+                   read_json(context.request.body), self.clock.now(),
                    status=status)
 
-    def look_up(self, visit: Visit, question, *values) -> None:
+    def look_up(self, context: RequestContext, question, *values) -> None:
         """A question about the caller's dashboard."""
-        self.read(visit, question, visit.access.dash, *values)
+        self.read(context, question, context.access.dash, *values)
 
     # --- for everyone
 
-    def do_page(self, visit: Visit) -> None:
+    def do_page(self, context: RequestContext) -> None:
         headers = (("ETag", self.tag),
                    ("Content-Security-Policy", self.policy))
-        if visit.request.headers.get("if-none-match") == self.tag:
-            return visit.answer(Response(304, b"", HTML, headers))
-        visit.answer(Response(200, self.page, HTML, headers))
+        if context.request.headers.get("if-none-match") == self.tag:
+            return context.answer(Response(304, b"", HTML, headers))
+        context.answer(Response(200, self.page, HTML, headers))
 
-    def do_healthz(self, visit: Visit) -> None:
+    def do_healthz(self, context: RequestContext) -> None:
         def ask() -> Response:
             try:
-                return Response(body=self.hub.read(self.hub.health).encode())
+                return Response(
+                    body=self.dashboard.read(self.dashboard.health).encode())
             except Exception as error:
-                return Response(503, visible(str(error)).encode())
+                return Response(503, escape_controls(str(error)).encode())
 
-        self.readers.ask(ask, lambda response, error: visit.answer(response))
+        self.readers.ask(ask, lambda response, error: context.answer(response))
 
-    def do_metrics(self, visit: Visit) -> None:
-        ours = (f"koi_web_connections {len(self.wires)}\n"
+    def do_metrics(self, context: RequestContext) -> None:
+        ours = (f"koi_web_connections {len(self.connections)}\n"
                 f"koi_web_waiting {len(self.waiting)}\n")
         if self.expires:
             ours += f"koi_web_certificate_expires {self.expires:.0f}\n"
-        self.read(visit, self.hub.metrics, visit.access.dash,
+        self.read(context, self.dashboard.metrics, context.access.dash,
                   self.clock.now(), made=lambda text: Response(
                       body=(text + ours).encode(), kind=EXPOSITION))
 
-    def do_badge(self, visit: Visit) -> None:
-        key, name = visit.values
+    def do_badge(self, context: RequestContext) -> None:
+        key, name = context.values
         name, _, kind = name.rpartition(".")
         if kind not in ("svg", "json"):
             raise Error("there is nothing here", "NAME.svg, NAME.json", 404)
@@ -12308,234 +12518,243 @@ class Site:
                 badge["label"], badge["message"], badge["color"]),
                 "image/svg+xml", headers)
 
-        self.read(visit, self.hub.badge, key, name, self.clock.now(),
+        self.read(context, self.dashboard.badge, key, name, self.clock.now(),
                   made=made)
 
-    def do_salt(self, visit: Visit) -> None:
-        self.read(visit, self.hub.salt, visit.fields().get("dash", ""))
+    def do_salt(self, context: RequestContext) -> None:
+        self.read(context, self.dashboard.salt,
+                  context.fields().get("dash", ""))
 
-    def do_found(self, visit: Visit) -> None:
+    def do_create_dashboard(self, context: RequestContext) -> None:
         """A new dashboard: for all if that is allowed, else only the first,
         for who sits at this machine."""
-        network, now = network_of(visit.address), self.loop.time()
-        wait = self.guard.wait(network, now)
+        network, now = network_of(context.address), self.loop.time()
+        wait = self.throttle.wait(network, now)
         if wait:
-            raise Later("too many at once", wait)
-        near, hub = is_loopback(visit.address), self.hub
+            raise TooManyRequests("too many at once", wait)
+        near, dashboard = is_loopback(context.address), self.dashboard
 
         def found(db, asked: dict, at: float) -> dict:
             if not self.allow_new and not (
-                    near and hub.count_dashboards(db) == 0):
+                    near and dashboard.count_dashboards(db) == 0):
                 raise Error("new dashboards are not made here",
                             "koitab dashboard --allow-new", 403)
-            return hub.create_dashboard(db, asked, at)
+            return dashboard.create_dashboard(db, asked, at)
 
-        self.guard.miss(network, now)
-        self.write(visit, found, read_json(visit.request.body),
+        self.throttle.miss(network, now)
+        self.write(context, found, read_json(context.request.body),
                    self.clock.now(), status=201)
 
-    def do_ping(self, visit: Visit) -> None:
-        request, fields = visit.request, visit.fields()
-        call = {"scheme": "https" if self.is_secure(visit) else "http",
-                "method": request.method, "ip": visit.address,
+    def do_ping(self, context: RequestContext) -> None:
+        request, fields = context.request, context.fields()
+        call = {"scheme": "https" if self.is_secure(context) else "http",
+                "method": request.method, "ip": context.address,
                 "ua": request.headers.get("user-agent", "")[:200],
                 "rid": fields.get("rid"),
                 "create": fields.get("create") == "1",
                 "body": request.body[:PING_BODY_LIMIT]}
 
         def answer(result: tuple) -> None:
-            visit.answer(Response(result[0], result[1].encode(), headers=(
+            context.answer(Response(result[0], result[1].encode(), headers=(
                 ("Ping-Body-Limit", str(PING_BODY_LIMIT)),)))
 
-        self.write(visit, self.hub.ping, *visit.values, call,
+        self.write(context, self.dashboard.ping, *context.values, call,
                    self.clock.now(), then=answer)
 
-    def is_secure(self, visit: Visit) -> bool:
-        return self.secure or visit.wire.counted is None and \
-            visit.request.headers.get("x-forwarded-proto") == "https"
+    def is_secure(self, context: RequestContext) -> bool:
+        return self.secure or context.connection.counted is None and \
+            context.request.headers.get("x-forwarded-proto") == "https"
 
     # --- for browsers: what is there
 
-    def do_state(self, visit: Visit) -> None:
-        self.feed(visit.access.dash)    # before: no change is missed
-        self.read(visit, self.hub.state, visit.access, self.clock.now(),
+    def do_state(self, context: RequestContext) -> None:
+        self.stream(context.access.dash)    # before: no change is missed
+        self.read(context, self.dashboard.state, context.access,
+                  self.clock.now(),
                   made=state_response)
 
-    def do_host_list(self, visit: Visit) -> None:
-        self.look_up(visit, self.hub.host_list, *visit.values)
+    def do_host_list(self, context: RequestContext) -> None:
+        self.look_up(context, self.dashboard.host_list, *context.values)
 
-    def do_runs(self, visit: Visit) -> None:
-        fields = visit.fields()
-        self.look_up(visit, self.hub.runs, int(visit.values[0]),
+    def do_runs(self, context: RequestContext) -> None:
+        fields = context.fields()
+        self.look_up(context, self.dashboard.runs, int(context.values[0]),
                      number_in(fields, "before"),
                      min(number_in(fields, "limit") or 100, MOST_ROWS))
 
-    def do_run(self, visit: Visit) -> None:
-        self.look_up(visit, self.hub.run, int(visit.values[0]))
+    def do_run(self, context: RequestContext) -> None:
+        self.look_up(context, self.dashboard.run, int(context.values[0]))
 
-    def do_chunks(self, visit: Visit) -> None:
-        self.look_up(visit, self.hub.chunks, int(visit.values[0]))
+    def do_chunks(self, context: RequestContext) -> None:
+        self.look_up(context, self.dashboard.chunks, int(context.values[0]))
 
-    def do_raw(self, visit: Visit) -> None:
-        run = int(visit.values[0])
-        self.read(visit, self.hub.raw, visit.access.dash, run,
+    def do_raw(self, context: RequestContext) -> None:
+        run = int(context.values[0])
+        self.read(context, self.dashboard.raw, context.access.dash, run,
                   made=lambda data: Response(200, data, TEXT, ((
                       "Content-Disposition",
                       f'attachment; filename="run-{run}.txt"'),)))
 
-    def do_search(self, visit: Visit) -> None:
-        fields = visit.fields()
+    def do_search(self, context: RequestContext) -> None:
+        fields = context.fields()
         text = fields.get("q", "")
         if not text or len(text) > LONGEST_SEARCH or "\0" in text:
             raise Error("there is nothing to search for", "?q=TEXT", 400)
-        self.look_up(visit, self.hub.search, text, number_in(fields, "job"),
+        self.look_up(context, self.dashboard.search, text,
+                     number_in(fields, "job"),
                      number_in(fields, "before"))
 
-    def do_day(self, visit: Visit) -> None:
-        fields = visit.fields()
+    def do_day(self, context: RequestContext) -> None:
+        fields = context.fields()
         begin, end = time_in(fields, "from"), time_in(fields, "to")
         if begin is None or end is None or not begin < end:
             raise Error("which day?", "?from=T&to=T", 400)
-        self.look_up(visit, self.hub.day, begin, end)
+        self.look_up(context, self.dashboard.day, begin, end)
 
-    def do_audit(self, visit: Visit) -> None:
-        self.look_up(visit, self.hub.audit, time_in(visit.fields(), "before"))
+    def do_audit(self, context: RequestContext) -> None:
+        self.look_up(context, self.dashboard.audit,
+                     time_in(context.fields(), "before"))
 
-    def do_asked(self, visit: Visit) -> None:
-        self.look_up(visit, self.hub.request_state, *visit.values)
+    def do_request_state(self, context: RequestContext) -> None:
+        self.look_up(context, self.dashboard.request_state, *context.values)
 
-    def do_pings(self, visit: Visit) -> None:
-        self.look_up(visit, self.hub.pings, *visit.values,
-                     number_in(visit.fields(), "before"))
+    def do_pings(self, context: RequestContext) -> None:
+        self.look_up(context, self.dashboard.pings, *context.values,
+                     number_in(context.fields(), "before"))
 
-    def do_ping_body(self, visit: Visit) -> None:
-        check, number = visit.values
-        self.read(visit, self.hub.ping_body, visit.access.dash, check,
+    def do_ping_body(self, context: RequestContext) -> None:
+        check, number = context.values
+        self.read(context, self.dashboard.ping_body, context.access.dash,
+                  check,
                   int(number), made=lambda data: Response(200, data, TEXT))
 
-    def do_channels(self, visit: Visit) -> None:
-        self.look_up(visit, self.hub.channels)
+    def do_channels(self, context: RequestContext) -> None:
+        self.look_up(context, self.dashboard.channels)
 
-    def do_output(self, visit: Visit) -> None:
+    def do_output(self, context: RequestContext) -> None:
         """A run's frames from a byte on; if there are none yet, when there
         are, or when the time to wait is over."""
-        fields, run = visit.fields(), int(visit.values[0])
-        dash, at = visit.access.dash, number_in(fields, "from") or 0
+        fields, run = context.fields(), int(context.values[0])
+        dash, at = context.access.dash, number_in(fields, "from") or 0
         most = min(number_in(fields, "len") or MOST_FRAMES, MOST_FRAMES)
         seconds = min(time_in(fields, "wait") or 0.0, LONGEST_LOOK)
 
         def look() -> tuple:
-            self.hub.look(dash, run)
-            return self.hub.read(self.hub.output, dash, run, at, most)
+            self.dashboard.look(dash, run)
+            return self.dashboard.read(self.dashboard.output, dash, run, at,
+                                       most)
 
         def ask() -> None:
             self.readers.ask(look, told)
 
         def told(found, error) -> None:
             if error:
-                return self.fail(visit, error)
+                return self.fail(context, error)
             data, size, live, begin = (*found, at)[:4]
             response = Response(200, data, BYTES, (
                 ("X-Koi-Size", str(size)), ("X-Koi-Live", str(int(live))),
                 ("X-Koi-From", str(max(begin, at)))))
-            if visit.wait and live and not data:
-                return visit.wait.rest(lambda: visit.answer(response))
-            visit.answer(response)
+            if context.wait and live and not data:
+                return context.wait.rest(lambda: context.answer(response))
+            context.answer(response)
 
         if seconds:
-            Wait(visit, ("run", run), seconds, ask)
+            Wait(context, ("run", run), seconds, ask)
         ask()
 
     # --- for browsers: what is done
 
-    def do_rotate(self, visit: Visit) -> None:
-        dash = visit.access.dash
+    def do_rotate(self, context: RequestContext) -> None:
+        dash = context.access.dash
 
         def then(result: dict) -> None:
             """Who came with the old keys has to come with the new ones."""
-            visit.answer(json_response(result))
+            context.answer(json_response(result))
             for other in self.followers(dash):
-                other.wire.leave()
+                other.connection.leave()
 
-        self.write(visit, self.hub.rotate, dash,
-                   read_json(visit.request.body), self.clock.now(), then=then)
+        self.write(context, self.dashboard.rotate, dash,
+                   read_json(context.request.body), self.clock.now(),
+                   then=then)
 
-    def do_join(self, visit: Visit) -> None:
-        self.tell(visit, self.hub.add_host, 201)
+    def do_join(self, context: RequestContext) -> None:
+        self.tell(context, self.dashboard.add_host, 201)
 
-    def do_leave(self, visit: Visit) -> None:
-        access, host = visit.access, visit.values[0]
+    def do_leave(self, context: RequestContext) -> None:
+        access, host = context.access, context.values[0]
         if access.role == "host" and access.host != host:
             raise Error("this is another host", "", 403)
 
         def then(result: dict) -> None:
-            visit.answer(json_response(result))
+            context.answer(json_response(result))
             for wait in list(self.waiting.get(("host", host), ())):
-                wait.visit.refuse(Error("this host was removed", "", 401))
+                wait.context.refuse(Error("this host was removed", "", 401))
 
-        self.write(visit, self.hub.remove_host, access.dash, host,
+        self.write(context, self.dashboard.remove_host, access.dash, host,
                    self.clock.now(), then=then)
 
-    def do_ask(self, visit: Visit) -> None:
+    def do_create_request(self, context: RequestContext) -> None:
         def then(result: dict) -> None:
-            visit.answer(json_response({
+            context.answer(json_response({
                 "nonce": result["nonce"], "state": result["state"]}, 202))
 
-        self.write(visit, self.hub.request, visit.access.dash,
-                   read_json(visit.request.body), self.clock.now(), then=then)
+        self.write(context, self.dashboard.request, context.access.dash,
+                   read_json(context.request.body), self.clock.now(),
+                   then=then)
 
-    def do_snooze(self, visit: Visit) -> None:
-        self.tell(visit, self.hub.snooze)
+    def do_snooze(self, context: RequestContext) -> None:
+        self.tell(context, self.dashboard.snooze)
 
-    def do_new_check(self, visit: Visit) -> None:
-        self.tell(visit, self.hub.make_check, 201)
+    def do_new_check(self, context: RequestContext) -> None:
+        self.tell(context, self.dashboard.make_check, 201)
 
-    def do_change_check(self, visit: Visit) -> None:
-        self.write(visit, self.hub.change_check, visit.access.dash,
-                   *visit.values, read_json(visit.request.body),
+    def do_change_check(self, context: RequestContext) -> None:
+        self.write(context, self.dashboard.change_check, context.access.dash,
+                   *context.values, read_json(context.request.body),
                    self.clock.now())
 
-    def do_change_channels(self, visit: Visit) -> None:
-        self.tell(visit, self.hub.change_channel)
+    def do_change_channels(self, context: RequestContext) -> None:
+        self.tell(context, self.dashboard.change_channel)
 
-    def do_forget(self, visit: Visit) -> None:
-        self.tell(visit, self.hub.forget)
+    def do_forget(self, context: RequestContext) -> None:
+        self.tell(context, self.dashboard.forget)
 
     # --- for hosts
 
-    def do_sync(self, visit: Visit) -> None:
-        body = visit.request.body
+    def do_sync(self, context: RequestContext) -> None:
+        body = context.request.body
         if len(body) < INLINE_BODY:
-            return self.sync(visit, read_json(body))
+            return self.sync(context, read_json(body))
 
         def told(asked, error) -> None:
             try:
                 if error:
                     raise error
-                self.sync(visit, asked)
+                self.sync(context, asked)
             except Exception as why:
-                self.fail(visit, why)
+                self.fail(context, why)
 
         self.readers.ask(lambda: read_json(body), told)
 
-    def sync(self, visit: Visit, asked: dict) -> None:
+    def sync(self, context: RequestContext, asked: dict) -> None:
         """Take what a host sends; what there is for it, at once or when it
         comes."""
-        visit.request.body = b""
+        context.request.body = b""
         seconds = asked.get("wait")
         seconds = min(seconds, LONGEST_WAIT) if isinstance(
             seconds, (int, float)) else 0
         reply: dict = {}
 
         def again() -> None:
-            self.write(visit, self.hub.hand_out, visit.access,
+            self.write(context, self.dashboard.waiting_requests,
+                       context.access,
                        self.clock.now(), then=told)
 
         def told(found: dict) -> None:
             reply.update(found)
-            if visit.wait and not reply.get("requests") \
-                    and demands() == visit.wire.told:
-                return visit.wait.rest(answer)
+            if context.wait and not reply.get("requests") \
+                    and demands() == context.connection.told:
+                return context.wait.rest(answer)
             answer()
 
         def demands() -> tuple:
@@ -12545,47 +12764,47 @@ class Site:
                     reply.get("want_list"), reply.get("owed"))
 
         def answer() -> None:
-            visit.wire.told = demands()
-            visit.answer(json_response(reply))
+            context.connection.told = demands()
+            context.answer(json_response(reply))
 
-        key = ("host", visit.access.host)
+        key = ("host", context.access.host)
         for wait in list(self.waiting.get(key, ())):
             wait.late()     # of a connection that broke, as it seems
         if seconds > 0 and not any(asked.get(name) for name in SENT):
-            Wait(visit, key, seconds, again)
-        self.write(visit, self.hub.sync, visit.access, asked,
+            Wait(context, key, seconds, again)
+        self.write(context, self.dashboard.sync, context.access, asked,
                    self.clock.now(), then=told)
 
     # --- the stream of changes
 
-    def feed(self, dash: str) -> Feed:
+    def stream(self, dash: str) -> ChangeStream:
         """The changes of a dashboard, kept from now on."""
         until = self.loop.time() + FEED_TIME
-        feed = self.feeds.get(dash)
-        if not feed:
-            feed = self.feeds[dash] = Feed(0, until)
-            feed.clear(self.hub.seq(dash))
-        feed.until = max(feed.until, until)
-        return feed
+        stream = self.feeds.get(dash)
+        if not stream:
+            stream = self.feeds[dash] = ChangeStream(0, until)
+            stream.clear(self.dashboard.seq(dash))
+        stream.until = max(stream.until, until)
+        return stream
 
-    def do_stream(self, visit: Visit) -> None:
-        since = number_in(visit.fields(), "since")
-        feed = self.feed(visit.access.dash)
-        lines = feed.since(since) if since is not None and since <= max(
-            feed.newest, self.hub.seq(visit.access.dash)) else None
-        visit.begin(Response(200, kind=NDJSON,
-                             headers=(("X-Accel-Buffering", "no"),)))
-        if visit.request.method == "HEAD" or visit.wire.ended:
-            return visit.wire.leave()
-        visit.stream = feed
-        feed.followers[visit] = None
-        visit.piece(ANEW if lines is None else b"".join(lines) or b"\n")
+    def do_stream(self, context: RequestContext) -> None:
+        since = number_in(context.fields(), "since")
+        stream = self.stream(context.access.dash)
+        lines = stream.since(since) if since is not None and since <= max(
+            stream.newest, self.dashboard.seq(context.access.dash)) else None
+        context.begin(Response(200, kind=NDJSON,
+                               headers=(("X-Accel-Buffering", "no"),)))
+        if context.request.method == "HEAD" or context.connection.ended:
+            return context.connection.leave()
+        context.stream = stream
+        stream.followers[context] = None
+        context.piece(ANEW if lines is None else b"".join(lines) or b"\n")
 
-    def followers(self, dash: str) -> list[Visit]:
-        feed = self.feeds.get(dash)
-        return list(feed.followers) if feed else []
+    def followers(self, dash: str) -> list[RequestContext]:
+        stream = self.feeds.get(dash)
+        return list(stream.followers) if stream else []
 
-    def heard(self, dash: str, changes: dict) -> None:
+    def on_changes(self, dash: str, changes: dict) -> None:
         """Hub has news. In the writer's thread."""
         seq, line = changes.get("seq"), b""
         shown = {name: value for name, value in changes.items()
@@ -12595,33 +12814,33 @@ class Site:
         elif seq is not None and len(shown) > 1:
             line = compact_json(shown).encode(
                 "utf-8", "backslashreplace") + b"\n"
-        self.mailbox.put(self.spread, dash, seq, line, [
+        self.mailbox.put(self.dispatch_changes, dash, seq, line, [
             *(("host", host) for host in changes.get("wake", ())),
             *(("run", run) for run in changes.get("live", ()))])
 
-    def spread(self, dash: str, seq: int | None, line: bytes,
-               stirred: list) -> None:
+    def dispatch_changes(self, dash: str, seq: int | None, line: bytes,
+                         stirred: list) -> None:
         """The news, to those whom they concern. On the loop."""
         for key in stirred:
             for wait in list(self.waiting.get(key, ())):
                 wait.stir()
-        feed = self.feeds.get(dash)
-        if not feed or not line:
+        stream = self.feeds.get(dash)
+        if not stream or not line:
             return
         if line is ANEW:
-            feed.clear(seq or self.hub.seq(dash))
-        elif seq > feed.newest:
-            feed.add(seq, line)
-        for visit in list(feed.followers):
-            visit.piece(line)
+            stream.clear(seq or self.dashboard.seq(dash))
+        elif seq > stream.newest:
+            stream.add(seq, line)
+        for context in list(stream.followers):
+            context.piece(line)
 
     # --- time
 
     def sweep(self) -> None:
         """Who is late?"""
         now = self.loop.time()
-        for wire in list(self.wires):
-            wire.sweep(now)
+        for connection in list(self.connections):
+            connection.sweep(now)
         if not self.stopping:
             self.loop.call_later(SWEEP_TIME, self.sweep)
         self.say_rest()
@@ -12629,13 +12848,13 @@ class Site:
     def beat(self) -> None:
         """A sign of life for all streams, so that no proxy cuts them."""
         now = self.loop.time()
-        for dash, feed in list(self.feeds.items()):
-            if feed.followers:
-                feed.until = now + FEED_TIME
-            elif feed.until < now:
+        for dash, stream in list(self.feeds.items()):
+            if stream.followers:
+                stream.until = now + FEED_TIME
+            elif stream.until < now:
                 del self.feeds[dash]
-            for visit in list(feed.followers):
-                visit.piece(b"\n")
+            for context in list(stream.followers):
+                context.piece(b"\n")
         if not self.stopping:
             self.loop.call_later(HEARTBEAT, self.beat)
 
@@ -12645,22 +12864,23 @@ class Site:
         for waits in list(self.waiting.values()):
             for wait in list(waits):
                 wait.late()
-        for wire in list(self.wires):
-            if not wire.transport:
-                wire.drop()
-            elif wire.visit and wire.visit.stream or wire.phase == HEAD:
-                wire.leave()
+        for connection in list(self.connections):
+            if not connection.transport:
+                connection.drop()
+            elif connection.context and connection.context.stream \
+                    or connection.phase == HEAD:
+                connection.leave()
 
     # --- what is told about it
 
-    def note(self, visit: Visit, error: Error) -> None:
+    def note(self, context: RequestContext, error: Error) -> None:
         """A line about a refusal. Whoever guesses keys shall not fill the
         disk with it; nor shall it tell a key: of a path the first word."""
-        request = visit.request
+        request = context.request
         what = "?" if not request else f"{request.method} " + (
-            visit.route.path if visit.route
+            context.route.path if context.route
             else "/" + request.path.split("/")[1][:12])
-        self.line(f"{visit.address} {what}: {error.status} {error.message}")
+        self.line(f"{context.address} {what}: {error.status} {error.message}")
 
     def line(self, text: str) -> None:
         now = self.loop.time()
@@ -12700,7 +12920,7 @@ FEED_TIME = 60.0        # in which a browser comes back for what it missed
 LINES_TIME, LINES_IN_TIME = 10.0, 20
 
 
-class Later(Error):
+class TooManyRequests(Error):
     """Too often: in how many seconds again."""
 
     def __init__(self, message: str, seconds: int):
@@ -12718,7 +12938,7 @@ def check_body(request: Request, route: Route) -> None:
     if request.headers.get("expect", "100-continue").lower() \
             != "100-continue":
         raise Error("this expects too much", "", 417)
-    if route.method == "POST" and route.deed != "ping" \
+    if route.method == "POST" and route.handler != "ping" \
             and request.kind != JSON:
         raise Error("the body has to be JSON", f"Content-Type: {JSON}", 415)
 
@@ -12815,8 +13035,8 @@ class Certificate:
     def trouble(self, now: float) -> str:
         """What is wrong with its dates; "" if nothing."""
         if now > self.expires:
-            return f"{self.cert} expired on {rfc3339(self.expires)}"
-        return f"{self.cert} expires on {rfc3339(self.expires)}" \
+            return f"{self.cert} expired on {format_rfc3339(self.expires)}"
+        return f"{self.cert} expires on {format_rfc3339(self.expires)}" \
             if now > self.expires - CERTIFICATE_SOON else ""
 
 
@@ -12828,12 +13048,12 @@ NEEDED = tuple(
     "uuid zlib".split())
 
 
-class Front:
+class HttpServer:
     """The sockets of a Site, from the first call to the last answer."""
 
-    def __init__(self, site: Site, listeners: list,
+    def __init__(self, api: Api, listeners: list,
                  certificate: Certificate | None = None):
-        self.site, self.listeners = site, listeners
+        self.api, self.listeners = api, listeners
         self.certificate, self.why = certificate, ""
         self.spare = -1             # a descriptor, for when there is none
         self.loop = self.ended = None
@@ -12851,7 +13071,7 @@ class Front:
             from asyncio import sslproto
             sslproto.SSLProtocol.max_size = TLS_BUFFER
         most = more_files()
-        self.site.crowd.most = min(MOST_WIRES, max(most - 64, 16))
+        self.api.limits.most = min(MOST_WIRES, max(most - 64, 16))
         # Children of ours are Alerts': no loop of ours may reap them.
         loop = asyncio.SelectorEventLoop()
         try:
@@ -12863,12 +13083,12 @@ class Front:
     async def serve(self, loop, ready) -> None:
         self.loop, self.ended = loop, loop.create_future()
         loop.set_exception_handler(self.surprise)
-        self.site.secure = self.certificate is not None
-        self.site.literals = any(not is_loopback(sock.getsockname()[0])
-                                 for sock in self.listeners)
-        self.site.names |= {url_name(sock.getsockname()[0])
-                            for sock in self.listeners}
-        self.site.open(loop)
+        self.api.secure = self.certificate is not None
+        self.api.literals = any(not is_loopback(sock.getsockname()[0])
+                                for sock in self.listeners)
+        self.api.names |= {url_name(sock.getsockname()[0])
+                           for sock in self.listeners}
+        self.api.open(loop)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
         loop.add_signal_handler(signal.SIGHUP, self.reload)
@@ -12899,26 +13119,26 @@ class Front:
 
     def admit(self, sock, peer: str) -> None:
         """Before a byte is read or a handshake begins: is there room?"""
-        site = self.site
-        near = is_loopback(peer) or peer in site.proxies
+        api = self.api
+        near = is_loopback(peer) or peer in api.proxies
         counted = None if near else network_of(peer)
-        if not site.crowd.admits(counted) and not self.make_room(counted):
-            site.line(f"{peer} ?: 503 too many connections")
+        if not api.limits.admits(counted) and not self.make_room(counted):
+            api.line(f"{peer} ?: 503 too many connections")
             return self.turn_away(sock)
-        site.crowd.enter(counted)
-        wire = Peer(site, peer, counted)
-        site.wires[wire] = None
-        wire.task = self.loop.create_task(self.welcome(sock, wire))
+        api.limits.enter(counted)
+        connection = HttpConnection(api, peer, counted)
+        api.connections[connection] = None
+        connection.task = self.loop.create_task(self.welcome(sock, connection))
 
     def make_room(self, counted: str | None) -> bool:
         """If it is the house that is full, whoever has said nothing for the
         longest time has to go: so silence keeps nobody out."""
-        if self.site.crowd.all < self.site.crowd.most \
-                or not self.site.crowd.admits(counted, False):
+        if self.api.limits.all < self.api.limits.most \
+                or not self.api.limits.admits(counted, False):
             return False
-        for wire in self.site.wires:
-            if wire.phase == HEAD and not wire.proven:
-                wire.drop()
+        for connection in self.api.connections:
+            if connection.phase == HEAD and not connection.proven:
+                connection.drop()
                 return True
         return False
 
@@ -12934,7 +13154,7 @@ class Front:
             pass
         sock.close()
 
-    async def welcome(self, sock, wire: Peer) -> None:
+    async def welcome(self, sock, connection: HttpConnection) -> None:
         """Shake hands, without anybody having to wait for it."""
         context = self.certificate and self.certificate.context
         try:
@@ -12943,14 +13163,14 @@ class Front:
             if context:
                 await self.first_byte(sock)
             await self.loop.connect_accepted_socket(
-                lambda: wire, sock, ssl=context, **(
+                lambda: connection, sock, ssl=context, **(
                     {"ssl_handshake_timeout": HEAD_TIME} if context else {}))
         except (OSError, EOFError):     # no TLS, too slow, or gone
             pass
         finally:
-            if not wire.transport:
+            if not connection.transport:
                 sock.close()
-                wire.connection_lost(None)
+                connection.connection_lost(None)
 
     async def first_byte(self, sock) -> None:
         """Wait until something is said, for a handshake costs 60 kB and a
@@ -12976,7 +13196,7 @@ class Front:
     def pause(self, sock, error: OSError) -> None:
         """No descriptor is left. Whoever waits is told so, by closing his
         connection with the one that we kept; then we rest a moment."""
-        self.site.line(f"cannot accept: {error.strerror}")
+        self.api.line(f"cannot accept: {error.strerror}")
         os.close(self.spare)
         try:
             sock.accept()[0].close()
@@ -12990,30 +13210,31 @@ class Front:
         self.loop.call_later(0.1, self.resume, sock)
 
     def resume(self, sock) -> None:
-        if not self.site.stopping:
+        if not self.api.stopping:
             self.loop.add_reader(sock, self.accept, sock)
 
     # --- what happens meanwhile
 
     def tend(self) -> None:
         """Can Hub go on? Is the certificate still good?"""
-        if self.site.stopping:
+        if self.api.stopping:
             return
         if self.hub_broken():
             return self.stop()
         now = self.loop.time()
         if self.certificate and now - self.told >= DAY:
-            self.told, self.site.expires = now, self.certificate.expires
-            trouble = self.certificate.trouble(self.site.clock.now())
+            self.told, self.api.expires = now, self.certificate.expires
+            trouble = self.certificate.trouble(self.api.clock.now())
             if trouble:
-                self.site.hub.faults["certificate"] = trouble   # on the page
-                self.site.say(f"warning: {trouble}")
+                # on the page
+                self.api.dashboard.faults["certificate"] = trouble
+                self.api.say(f"warning: {trouble}")
             else:
-                self.site.hub.faults.pop("certificate", None)
+                self.api.dashboard.faults.pop("certificate", None)
         self.loop.call_later(1.0, self.tend)
 
     def hub_broken(self) -> str:
-        self.why = self.site.hub.broken
+        self.why = self.api.dashboard.broken
         return self.why
 
     def reload(self) -> None:
@@ -13023,9 +13244,9 @@ class Front:
         try:
             self.certificate.load()
             self.told = -DAY
-            self.site.say("the certificate was read again")
+            self.api.say("the certificate was read again")
         except Error as error:
-            self.site.say(f"the certificate stays as it was: {error.message}")
+            self.api.say(f"the certificate stays as it was: {error.message}")
 
     def surprise(self, loop, context: dict) -> None:
         """What asyncio has to tell. Who hangs up in the middle is no
@@ -13033,28 +13254,28 @@ class Front:
         error = context.get("exception")
         if error is None or isinstance(error, (OSError, EOFError)):
             return
-        self.site.complain(error)
+        self.api.complain(error)
 
     def stop(self) -> None:
         """End: nobody new, what was asked is answered, then all is over."""
-        if self.site.stopping:
+        if self.api.stopping:
             return
         for sock in self.listeners:
             self.loop.remove_reader(sock)
             sock.close()
-        self.site.stop()
+        self.api.stop()
         self.loop.create_task(self.finish())
 
     async def finish(self) -> None:
         import asyncio
         until = self.loop.time() + STOP_TIME
-        while (self.site.wires or self.site.writes) \
+        while (self.api.connections or self.api.writes) \
                 and self.loop.time() < until:
             await asyncio.sleep(0.02)
-        for wire in list(self.site.wires):
-            wire.drop()
+        for connection in list(self.api.connections):
+            connection.drop()
         await asyncio.sleep(0)
-        self.site.readers.end()
+        self.api.readers.end()
         os.close(self.spare)
         if not self.ended.done():
             self.ended.set_result(None)
@@ -13748,7 +13969,7 @@ const $ = (css, root = document) => root.querySelector(css);
 const isThere = (value) => value !== null && value !== undefined
   && value !== false;
 
-function dress(node, facts) {
+function setAttributes(node, facts) {
   for (const [key, value] of Object.entries(facts || {})) {
     if (!isThere(value)) continue;
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
@@ -13760,13 +13981,13 @@ function dress(node, facts) {
 }
 
 function el(name, facts, ...inside) {
-  const node = dress(document.createElement(name), facts);
+  const node = setAttributes(document.createElement(name), facts);
   node.append(...inside.flat(3).filter(isThere));
   return node;
 }
 
 function svg(name, facts, ...inside) {
-  const node = dress(document.createElementNS(SVG, name), facts);
+  const node = setAttributes(document.createElementNS(SVG, name), facts);
   node.append(...inside.flat().filter(isThere));
   return node;
 }
@@ -13812,7 +14033,8 @@ function stateMark(state) {
 
 function copyButton(text, label = "Copy") {
   return button([icon("copy"), el("span", { text: label })], async () => {
-    say(await copied(text()) ? "Copied" : "The browser let nothing be copied");
+    showToast(await copied(text()) ? "Copied"
+      : "The browser let nothing be copied");
   }, { class: "btn quiet" });
 }
 
@@ -13847,7 +14069,7 @@ function bytesWords(count) {
 }
 
 // Preferences alone outlive the tab: theme, zone, wrap. Never a key.
-const taste = {
+const preferences = {
   get(name, usual) {
     try { return localStorage.getItem("koi." + name) || usual; }
     catch { return usual; }
@@ -13900,7 +14122,7 @@ function relative(at) {
 }
 
 // The zone that times are shown in: Mine, Host or UTC.
-let zoneKind = taste.get("zone", "mine");
+let zoneKind = preferences.get("zone", "mine");
 const shifts = new Map();
 
 function hostShift(at, host) {
@@ -14108,7 +14330,7 @@ const LEAST_ROUNDS = 600000, MOST_ROUNDS = 10000000;
 async function derive(password, salt, rounds, progress) {
   if (!isHex(salt, 32) || !Number.isInteger(rounds)
       || rounds < LEAST_ROUNDS || rounds > MOST_ROUNDS) {
-    throw new Refusal(0, "This dashboard asks for keys that would be weak.",
+    throw new ApiError(0, "This dashboard asks for keys that would be weak.",
       "It is not one of ours, or somebody changed it.");
   }
   const secret = utf8(password.normalize("NFC"));
@@ -14149,7 +14371,7 @@ function rootByWorker(secret, salt, rounds, progress) {
     };
     worker.onmessage = ({ data }) => typeof data === "number"
       ? progress && progress(data) : end(done, data);
-    worker.onerror = () => end(failed, new Refusal(0,
+    worker.onerror = () => end(failed, new ApiError(0,
       "The browser would not compute the keys."));
     worker.postMessage([secret, salt, rounds]);
   });
@@ -14163,13 +14385,14 @@ const listMac = (key, body) => hex(hmac(hmac(key, utf8("koi-list-v1")),
   utf8(body)));
 
 // A secret argument, for the host's eyes alone.
-function veiled(key, nonce, name, value) {
+function encryptSecret(key, nonce, name, value) {
   const secret = hmac(key, utf8("koi-secret-v1"));
   return value.map((byte, at) => {
     if (at % 32 === 0) {
-      veiled.block = hmac(secret, utf8(`${nonce}\n${name}\n${at / 32}`));
+      encryptSecret.block = hmac(secret, utf8(
+        `${nonce}\n${name}\n${at / 32}`));
     }
-    return byte ^ veiled.block[at % 32];
+    return byte ^ encryptSecret.block[at % 32];
   });
 }
 
@@ -14179,7 +14402,7 @@ function randomHex(bytes) {
 
 // --- session: who we are, for the life of this tab -----------------------
 
-class Refusal extends Error {
+class ApiError extends Error {
   constructor(status, message, hint = "", wait = 0) {
     super(message);
     Object.assign(this, { status, hint, wait });
@@ -14203,7 +14426,7 @@ async function fetched(path, { method = "GET", body, signal } = {}) {
       redirect: "error", referrerPolicy: "no-referrer" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Refusal(0, "The dashboard does not answer.",
+    throw new ApiError(0, "The dashboard does not answer.",
       "It is down, or the network between is.");
   }
   if (!reply.ok) throw await refusalOf(reply);
@@ -14213,30 +14436,30 @@ async function fetched(path, { method = "GET", body, signal } = {}) {
 async function refusalOf(reply) {
   let said = {};
   try { said = await reply.json(); } catch { /* a proxy's page, perhaps */ }
-  return new Refusal(reply.status, said.error
+  return new ApiError(reply.status, said.error
     || `The dashboard says ${reply.status}.`, said.hint || "",
     +reply.headers.get("Retry-After") || 0);
 }
 
-const ask = async (path, options) => (await fetched(path, options)).json();
-const tell = (path, body) => ask(path, { method: "POST", body });
+const get = async (path, options) => (await fetched(path, options)).json();
+const post = (path, body) => get(path, { method: "POST", body });
 
 // Carry a deed out; what goes wrong is said at the bottom of the page.
-async function attempt(deed, done = "") {
+async function withToast(deed, done = "") {
   try {
     const result = await deed();
-    if (done) say(done);
+    if (done) showToast(done);
     return result ?? true;
   } catch (error) {
     if (error.name === "AbortError") return null;
-    if (!(error instanceof Refusal)) throw error;
-    say(`${error.message} ${error.hint}`.trim(), "bad");
+    if (!(error instanceof ApiError)) throw error;
+    showToast(`${error.message} ${error.hint}`.trim(), "bad");
     return null;
   }
 }
 
 async function logIn(secret, progress) {
-  const salted = await ask("salt" + (session.dash
+  const salted = await get("salt" + (session.dash
     ? `?dash=${session.dash}` : ""));
   session.dash = salted.dash;
   let keys = null, token = secret.trim().toLowerCase();
@@ -14248,7 +14471,7 @@ async function logIn(secret, progress) {
   }
   session.token = token;
   try {
-    learn(await ask("state"));
+    replaceState(await get("state"));
   } catch (error) {
     session.token = "";
     throw error;
@@ -14261,7 +14484,7 @@ function lock(why = "") {
   Object.assign(session, { token: "", keys: null, role: "" });
   stream.stop();
   forget();
-  shell.closed(why);
+  app.closed(why);
 }
 
 // Keys lie open no longer than somebody is here. A viewer's key can do no
@@ -14283,21 +14506,21 @@ function watchIdle() {
 
 // --- what is known: the state, and the stream that keeps it current ------
 
-const known = { seq: 0, hosts: new Map(), jobs: new Map(),
+const state = { seq: 0, hosts: new Map(), jobs: new Map(),
   checks: new Map(), alerts: new Map(), dash: {}, version: "", runs: [],
   requests: [] };
 const alertKey = (alert) => `${alert.subject}\n${alert.kind}`;
 const KEY_OF = { hosts: (h) => h.id, jobs: (j) => j.id, checks: (c) => c.id,
   alerts: alertKey };
 
-function learn(state) {
-  ahead = state.now - Date.now() / 1000;
-  Object.assign(known, { seq: state.seq, dash: state.dash,
-    version: state.version, troubles: state.troubles || [] });
-  session.role = state.role;
-  session.dash = state.dash.id;
+function replaceState(answer) {
+  ahead = answer.now - Date.now() / 1000;
+  Object.assign(state, { seq: answer.seq, dash: answer.dash,
+    version: answer.version, troubles: answer.troubles || [] });
+  session.role = answer.role;
+  session.dash = answer.dash.id;
   for (const [kind, key] of Object.entries(KEY_OF)) {
-    known[kind] = new Map((state[kind] || []).map((one) => [key(one),
+    state[kind] = new Map((answer[kind] || []).map((one) => [key(one),
       readable(kind, one)]));
   }
 }
@@ -14312,32 +14535,32 @@ function readable(kind, one) {
 }
 
 function forget() {
-  for (const kind of Object.keys(KEY_OF)) known[kind] = new Map();
-  known.dash = {};
+  for (const kind of Object.keys(KEY_OF)) state[kind] = new Map();
+  state.dash = {};
 }
 
-function learnMore(change) {
-  if (change.seq) known.seq = change.seq;
+function applyChange(change) {
+  if (change.seq) state.seq = change.seq;
   const before = new Map();
   for (const job of change.jobs || []) {
-    before.set(job.id, known.jobs.get(job.id)?.state);
+    before.set(job.id, state.jobs.get(job.id)?.state);
   }
   for (const [kind, key] of Object.entries(KEY_OF)) {
     for (const one of change[kind] || []) {
-      known[kind].set(key(one), readable(kind, one));
+      state[kind].set(key(one), readable(kind, one));
     }
   }
   for (const [kind, ids] of Object.entries(change.gone || {})) {
-    for (const id of ids) goneFrom(kind, id);
+    for (const id of ids) removeFrom(kind, id);
   }
   announce(change.jobs || [], before);
 }
 
-function goneFrom(kind, id) {
-  known[kind]?.delete(id);
+function removeFrom(kind, id) {
+  state[kind]?.delete(id);
   if (kind !== "alerts") return;
-  for (const [key, alert] of known.alerts) {
-    if (alert.subject === id) known.alerts.delete(key);
+  for (const [key, alert] of state.alerts) {
+    if (alert.subject === id) state.alerts.delete(key);
   }
 }
 
@@ -14351,8 +14574,8 @@ function announce(jobs, before) {
     .join("; ");
 }
 
-const hostOf = (thing) => thing && known.hosts.get(thing.host);
-const hostName = (id) => known.hosts.get(id)?.name || "a forgotten host";
+const hostOf = (thing) => thing && state.hosts.get(thing.host);
+const hostName = (id) => state.hosts.get(id)?.name || "a forgotten host";
 
 const stream = {
   abort: null, pause: 1, timer: 0, live: false, reader: null,
@@ -14389,9 +14612,9 @@ const stream = {
   async follow() {
     const abort = this.abort = new AbortController();
     try {
-      const reply = await fetched(`stream?since=${known.seq}`,
+      const reply = await fetched(`stream?since=${state.seq}`,
         { signal: abort.signal });
-      shell.link("live", "Live");
+      app.link("live", "Live");
       this.live = true;
       const reader = this.reader = reply.body.getReader();
       if (document.hidden) this.rest(reader, abort, 3);
@@ -14429,11 +14652,11 @@ const stream = {
   async heard(line) {
     const change = JSON.parse(line);
     if (change.reset) {
-      learn(await ask("state"));
-      shell.changed({ all: true });
+      replaceState(await get("state"));
+      app.changed({ all: true });
     } else {
-      learnMore(change);
-      shell.changed(change);
+      applyChange(change);
+      app.changed(change);
     }
   },
 
@@ -14443,14 +14666,14 @@ const stream = {
     this.reader = null;
     const wait = this.pause * (0.8 + 0.4 * Math.random());
     this.pause = Math.min(this.pause * 2, 30);
-    shell.link("away", `Not connected: next try in ${about(wait)}`, why);
+    app.link("away", `Not connected: next try in ${about(wait)}`, why);
     this.timer = setTimeout(() => this.follow(), wait * 1000);
   },
 };
 
 // --- shell: the frame, and which place is shown in it ---------------------
 
-const PLACES = [    // path -> view; the first that fits
+const VIEWS = [    // path -> view; the first that fits
   [/^(?:jobs)?$/, (...all) => jobsView(...all)],
   [/^job\/(\d+)$/, (...all) => jobView(...all)],
   [/^job\/(\d+)\/run$/, (...all) => formView(...all)],
@@ -14469,7 +14692,7 @@ const NAV = [["jobs", "Jobs"], ["day", "Day"], ["alerts", "Alerts"],
 
 function placeNow() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
-  for (const [pattern, view] of PLACES) {
+  for (const [pattern, view] of VIEWS) {
     const match = path.match(pattern);
     if (match) {
       return { path, parts: match.slice(1), view,
@@ -14482,7 +14705,7 @@ function placeNow() {
 function go(path, replace = false) {
   if (replace) history.replaceState(null, "", `#/${path}`);
   else location.hash = `#/${path}`;
-  if (replace) shell.route();
+  if (replace) app.route();
 }
 
 function lostView(place, root) {
@@ -14491,12 +14714,12 @@ function lostView(place, root) {
   return { title: "nothing here" };
 }
 
-const shell = {
+const app = {
   view: null, waiting: null, scrolls: new Map(), path: "",
 
   open() {
     document.body.classList.add("open");
-    dress($("#top"), {}).replaceChildren(...this.bar());
+    setAttributes($("#top"), {}).replaceChildren(...this.bar());
     this.view = null;
     stream.start();
     this.route();
@@ -14582,16 +14805,16 @@ const shell = {
 
   worst() {
     const troubles = $("#troubles");
-    troubles.hidden = !known.troubles?.length;
-    troubles.textContent = (known.troubles || []).join(" ");
-    const bad = [...known.jobs.values(), ...known.checks.values()].filter(
+    troubles.hidden = !state.troubles?.length;
+    troubles.textContent = (state.troubles || []).join(" ");
+    const bad = [...state.jobs.values(), ...state.checks.values()].filter(
       (one) => BAD.has(one.state) && !snoozed(one)).length;
     this.bad = bad;
     this.name();
-    favicon(bad ? "bad" : known.alerts.size ? "late"
-      : known.jobs.size + known.checks.size ? "ok" : "none");
+    favicon(bad ? "bad" : state.alerts.size ? "late"
+      : state.jobs.size + state.checks.size ? "ok" : "none");
     const count = $("#alerts");
-    if (count) count.textContent = known.alerts.size || "";
+    if (count) count.textContent = state.alerts.size || "";
   },
 
   name() {
@@ -14601,7 +14824,7 @@ const shell = {
   },
 
   link(kind, words, title = "") {
-    dress($("#link"), { title: title || words, "data-kind": kind })
+    setAttributes($("#link"), { title: title || words, "data-kind": kind })
       .replaceChildren(el("i"), el("span", { text: words }));
   },
 
@@ -14638,11 +14861,11 @@ function favicon(kind) {
 function zoneSwitch() {
   return el("select", { value: zoneKind, onchange: (event) => {
     zoneKind = event.target.value;
-    taste.set("zone", zoneKind);
+    preferences.set("zone", zoneKind);
     jobList = null;
-    shell.view?.leave?.();
-    shell.view = null;
-    shell.route();
+    app.view?.leave?.();
+    app.view = null;
+    app.route();
   } }, [["mine", "My time"], ["host", "Host\u2019s time"], ["utc", "UTC"]]
     .map(([value, text]) => el("option", { value, text,
       selected: value === zoneKind })));
@@ -14655,15 +14878,16 @@ function showTheme(theme) {
 function nextTheme() {
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
   const usual = dark ? ["auto", "light", "dark"] : ["auto", "dark", "light"];
-  const theme = usual[(usual.indexOf(taste.get("theme", "auto")) + 1) % 3];
-  taste.set("theme", theme);
+  const now = usual.indexOf(preferences.get("theme", "auto"));
+  const theme = usual[(now + 1) % 3];
+  preferences.set("theme", theme);
   showTheme(theme);
-  say({ auto: "Light or dark as the system", light: "Light",
+  showToast({ auto: "Light or dark as the system", light: "Light",
     dark: "Dark" }[theme]);
 }
 
 let sayTimer = 0;
-function say(text, kind = "") {
+function showToast(text, kind = "") {
   const line = $("#said");
   line.className = kind ? `shown ${kind}` : "shown";
   line.textContent = text;
@@ -14687,7 +14911,7 @@ async function filled(root, question, show) {
     if (root.isConnected) show(answer);
   } catch (error) {
     if (error.name === "AbortError") return;
-    if (!(error instanceof Refusal)) throw error;
+    if (!(error instanceof ApiError)) throw error;
     wait.replaceWith(el("div", { class: "note bad", role: "alert" },
       el("b", { text: error.message }), " ", error.hint));
   }
@@ -14752,9 +14976,9 @@ async function tryLogIn({ form, secret, enter, bar, failed, extra }) {
     await logIn(text, (part) => { bar.hidden = false; bar.value = part; });
     secret.value = "";
     if (location.hash === `#${session.dash}`) go("jobs", true);
-    shell.open();
+    app.open();
   } catch (error) {
-    if (!(error instanceof Refusal)) throw error;
+    if (!(error instanceof ApiError)) throw error;
     if (error.status === 400 && !form.dash) dashField(extra);
     failed.textContent = whyNot(error);
     secret.select();
@@ -14992,7 +15216,7 @@ class JobRow {
 
   name(text, href, title, where) {      // the link stays: it has the focus
     if (this.link.textContent !== text) this.link.textContent = text;
-    dress(this.link, { href, title });
+    setAttributes(this.link, { href, title });
     if (this.where.textContent !== where) this.where.textContent = where;
   }
 
@@ -15077,8 +15301,8 @@ function runLink(job) {
 }
 
 function snoozeButtons(subject, one) {
-  const until = (seconds, words) => button(words, () => attempt(() =>
-    tell("snooze", { subject, until: seconds ? Math.round(now() + seconds)
+  const until = (seconds, words) => button(words, () => withToast(() =>
+    post("snooze", { subject, until: seconds ? Math.round(now() + seconds)
       : 0 }), seconds ? `Quiet for ${about(seconds)}` : "Alerts again"));
   return snoozed(one) ? until(0, "Wake up")
     : [until(3600, "Snooze 1 h"), until(86400, "1 d")];
@@ -15166,7 +15390,7 @@ class JobList {
       if (!groups.has(key)) groups.set(key, { order, items: [] });
       groups.get(key).items.push(item);
     };
-    for (const job of known.jobs.values()) {
+    for (const job of state.jobs.values()) {
       const host = hostName(job.host);
       if (BAD.has(job.state) && !snoozed(job)) into("!", "", job);
       else {
@@ -15174,21 +15398,21 @@ class JobList {
           job.section ? 1 : 0}`, job);
       }
     }
-    for (const check of known.checks.values()) {
+    for (const check of state.checks.values()) {
       if (BAD.has(check.state) && !snoozed(check)) into("!", "", check);
       else into("checks", "2", check);
     }
-    if (known.jobs.size + known.checks.size) {
+    if (state.jobs.size + state.checks.size) {
       if (!groups.has("checks")) groups.set("checks", { order: "2",
         items: [] });
     }
-    for (const host of known.hosts.values()) this.bareHost(host, groups);
+    for (const host of state.hosts.values()) this.bareHost(host, groups);
     groups.get("!")?.items.sort(worstFirst);
     this.fill(groups);
   }
 
   bareHost(host, groups) {
-    if (![...known.jobs.values()].some((job) => job.host === host.id)) {
+    if (![...state.jobs.values()].some((job) => job.host === host.id)) {
       groups.set(`${host.id}\n`, { order: `1${host.name}\n${host.id}0`,
         items: [] });
     }
@@ -15239,7 +15463,7 @@ class JobList {
       if (key === "!") group.root.classList.add("attention");
       this.groups.set(key, group);
     }
-    const host = known.hosts.get(id), section = key.split("\n")[1];
+    const host = state.hosts.get(id), section = key.split("\n")[1];
     const sign = `${host?.state} ${host?.name} ${host?.seen > 0} ${!size}`;
     if (group.sign !== sign) {
       group.sign = sign;
@@ -15321,7 +15545,7 @@ class JobList {
   }
 
   showHosts() {
-    const hosts = [...known.hosts.values()].sort(byName);
+    const hosts = [...state.hosts.values()].sort(byName);
     const sign = hosts.map((host) => host.id + host.name).join();
     if (this.hostSign === sign) return;
     this.hostSign = sign;
@@ -15333,8 +15557,8 @@ class JobList {
   }
 
   showNone(shown, filtering, text) {
-    const nothing = !known.jobs.size && !known.checks.size
-      && !known.hosts.size;
+    const nothing = !state.jobs.size && !state.checks.size
+      && !state.hosts.size;
     this.body.hidden = nothing;
     $(".toolbar", this.root).hidden = nothing;
     this.none.replaceChildren(...[nothing ? noHosts() : !shown && filtering
@@ -15371,7 +15595,7 @@ class JobList {
     if (job && job.command !== undefined && canRun(job)) {
       go(`job/${job.id}/run`);
     } else {
-      say("This job runs by its schedule; r runs those that are "
+      showToast("This job runs by its schedule; r runs those that are "
         + "@manual.");
     }
   }
@@ -15432,7 +15656,7 @@ function noHosts() {
 }
 
 function joinCommands() {
-  return [snippet(`koitab -d join ${origin()}/#${known.dash.id}`),
+  return [snippet(`koitab -d join ${origin()}/#${state.dash.id}`),
     snippet("koitab status")];
 }
 
@@ -15802,13 +16026,13 @@ const LINE_HEIGHT = 18, TALLEST = 12e6;     // pixels; browsers end near 17e6
 const BLOCK_BYTES = 48 * 1024, BLOCK_LINES = 500, MOST_HITS = 1000;
 const GUTTERS = ["off", "since", "clock"];
 
-class Output {
+class OutputViewer {
   constructor(run, host, place) {
     Object.assign(this, { run, host, blocks: [], near: new Set(),
       loading: new Set(), size: 0, live: false, follow: false, fresh: 0,
       query: "", hits: [], hit: -1, scale: 1, abort: new AbortController(),
-      gutter: taste.get("gutter", "off") });
-    this.wrap = taste.get("wrap", phone.matches ? "on" : "off") === "on";
+      gutter: preferences.get("gutter", "off") });
+    this.wrap = preferences.get("wrap", phone.matches ? "on" : "off") === "on";
     this.sheet = el("div", { class: "sheet" });
     this.pane = el("div", { class: "pane", role: "log", "aria-live": "off",
       "aria-label": "Output", tabindex: 0 }, this.sheet);
@@ -15876,7 +16100,7 @@ class Output {
   // --- which blocks there are
 
   async open() {
-    const answer = await ask(this.path("chunks"),
+    const answer = await get(this.path("chunks"),
       { signal: this.abort.signal });
     this.live = answer.live;
     this.size = 0;
@@ -16059,7 +16283,7 @@ class Output {
     const reply = await fetched(this.path(`output?from=${from}&len=${len}`),
       { signal: this.abort.signal });
     if (+reply.headers.get("X-Koi-From") > from) {
-      throw new Refusal(0, "these lines come again when the run has ended");
+      throw new ApiError(0, "these lines come again when the run has ended");
     }
     return new Uint8Array(await reply.arrayBuffer());
   }
@@ -16391,14 +16615,14 @@ class Output {
 
   nextGutter() {
     this.gutter = GUTTERS[(GUTTERS.indexOf(this.gutter) + 1) % 3];
-    taste.set("gutter", this.gutter);
+    preferences.set("gutter", this.gutter);
     this.show();
     this.redraw();
   }
 
   setWrap() {
     this.wrap = !this.wrap;
-    taste.set("wrap", this.wrap ? "on" : "off");
+    preferences.set("wrap", this.wrap ? "on" : "off");
     this.show();
     this.redraw();
   }
@@ -16408,17 +16632,17 @@ class Output {
   }
 
   copy() {
-    return attempt(async () => {
+    return withToast(async () => {
       if (this.size > 8e6) {
-        return say("It is too long to copy: download it.", "bad");
+        return showToast("It is too long to copy: download it.", "bad");
       }
       const done = await copied(await (await this.raw()).text());
-      say(done ? "Copied" : "The browser let nothing be copied");
+      showToast(done ? "Copied" : "The browser let nothing be copied");
     });
   }
 
   download() {
-    return attempt(async () => {
+    return withToast(async () => {
       const url = URL.createObjectURL(await this.raw());
       const a = el("a", { href: url, download: `run-${this.run.id}.txt` });
       document.body.append(a);
@@ -16518,10 +16742,10 @@ const isHidden = (value) => value === "******";
 function runView(place, root) {
   const id = +place.parts[0], view = { title: `run ${id}` };
   let shown = null;
-  filled(root, () => ask(`runs/${id}`), (answer) => {
+  filled(root, () => get(`runs/${id}`), (answer) => {
     shown = new RunPage(answer, place, root);
-    const job = answer.job || known.jobs.get(answer.run.job);
-    shell.retitle(job ? job.label : `run ${id}`);
+    const job = answer.job || state.jobs.get(answer.run.job);
+    app.retitle(job ? job.label : `run ${id}`);
   });
   view.update = (changes) => shown?.update(changes);
   view.leave = () => shown?.output.leave();
@@ -16540,8 +16764,8 @@ function runView(place, root) {
 class RunPage {
   constructor({ run, job, good, older, newer }, place, root) {
     Object.assign(this, { run, job, good, older, newer, root });
-    this.host = known.hosts.get(run.host);
-    this.output = new Output(run, this.host, place);
+    this.host = state.hosts.get(run.host);
+    this.output = new OutputViewer(run, this.host, place);
     this.head = el("div", { class: "runhead" });
     this.compared = el("div");
     this.list = el("aside", { class: "runs", "aria-label":
@@ -16551,7 +16775,7 @@ class RunPage {
       this.compared, this.output.root));
     this.draw();
     this.output.open().catch((error) => {
-      if (error.name !== "AbortError") say(error.message, "bad");
+      if (error.name !== "AbortError") showToast(error.message, "bad");
     });
     if (place.query.has("diff")) this.compare();
     if (matchMedia("(min-width: 1100px)").matches) this.runs();
@@ -16569,7 +16793,7 @@ class RunPage {
       Object.assign(this.run, run || {});
       this.draw();
     }
-    const job = known.jobs.get(this.run.job);
+    const job = state.jobs.get(this.run.job);
     if (job && this.list.firstChild && changes.jobs) this.runs();
   }
 
@@ -16586,7 +16810,7 @@ class RunPage {
   }
 
   deeds() {
-    const { run, job } = this, alive = job && known.jobs.get(job.id) || job;
+    const { run, job } = this, alive = job && state.jobs.get(job.id) || job;
     return el("div", { class: "deeds" },
       this.older && link(`#/run/${this.older}`, icon("left"), { class:
         "btn quiet", "aria-label": "Older run", title: "Older run (j)" }),
@@ -16600,7 +16824,7 @@ class RunPage {
   }
 
   again() {
-    const job = known.jobs.get(this.run.job);
+    const job = state.jobs.get(this.run.job);
     if (job && canRun(job)) go(`job/${job.id}/run`);
   }
 
@@ -16636,7 +16860,7 @@ class RunPage {
 
   async runs(before = 0) {
     const rest = before ? `&before=${before}` : "";
-    const answer = await attempt(() => ask(
+    const answer = await withToast(() => get(
       `jobs/${this.run.job}/runs?limit=50${rest}`));
     if (!answer) return;
     const items = answer.runs.map((run) => this.item(run));
@@ -16679,16 +16903,16 @@ class RunPage {
   }
 
   async kill() {
-    await attempt(async () => {
+    await withToast(async () => {
       const { run } = this, key = keyFor(run.host);
       const body = JSON.stringify({ v: 1, do: "kill", key: keyId(key),
         dash: session.dash, host: run.host, user: this.job.user, run: run.n,
         epoch: run.epoch, ...lifetime() });
-      const sent = await tell("requests", { host: run.host, body,
+      const sent = await post("requests", { host: run.host, body,
         mac: runMac(key, body) });
-      say("Asked the host to end it\u2026");
+      showToast("Asked the host to end it\u2026");
       const verdict = await verdictOn(sent.nonce, undefined, false);
-      say(verdict.state === "accepted" ? "The host ends it" : `${
+      showToast(verdict.state === "accepted" ? "The host ends it" : `${
         verdictWords(verdict)}`, verdict.state === "accepted" ? "" : "bad");
     });
   }
@@ -16696,11 +16920,11 @@ class RunPage {
   // --- difference from the last good run
 
   async compare() {
-    if (!this.good) return say("There is no good run to compare with.");
+    if (!this.good) return showToast("There is no good run to compare with.");
     if (this.compared.firstChild) return this.compared.replaceChildren();
     this.compared.replaceChildren(el("p", { class: "muted",
       text: "Comparing\u2026" }));
-    await attempt(async () => {
+    await withToast(async () => {
       const [old, young] = await Promise.all([this.good, this.run.id].map(
         linesToCompare));
       this.compared.replaceChildren(diffNode(old, young, this.good,
@@ -16714,7 +16938,7 @@ class RunPage {
 const MOST_COMPARED = 4000, MOST_APART = 1500;
 
 async function linesToCompare(id) {
-  const { chunks } = await ask(`runs/${id}/chunks`);
+  const { chunks } = await get(`runs/${id}/chunks`);
   const terminal = new Terminal();
   let cut = false;
   for (const { at, size } of grouped(chunks)) {
@@ -16835,13 +17059,13 @@ function diffLines(found) {
 // --- job: all that is known about one --------------------------------------
 
 function jobView(place, root) {
-  const id = +place.parts[0], job = known.jobs.get(id);
+  const id = +place.parts[0], job = state.jobs.get(id);
   if (!job) return lostView(place, root);
   const head = el("div"), list = el("div");
   root.append(head, list);
-  const draw = () => jobHead(head, known.jobs.get(id) || job);
+  const draw = () => jobHead(head, state.jobs.get(id) || job);
   draw();
-  filled(list, () => ask(`jobs/${id}/runs?limit=50`), (answer) =>
+  filled(list, () => get(`jobs/${id}/runs?limit=50`), (answer) =>
     list.append(runTable(answer, job, id)));
   return { title: job.label, keys: { r: () => canRun(job)
     && go(`job/${id}/run`) }, update: (changes) => {
@@ -16861,10 +17085,11 @@ function jobHead(head, job) {
       link(`#/search?job=${job.id}`, "Search its output", { class: "btn" }),
       isOperator() && BAD.has(job.state)
         && snoozeButtons(`job:${job.id}`, job),
-      isOperator() && job.gone && button("Forget", () => attempt(async () => {
-        await tell("forget", { job: job.id });
-        go("jobs");
-      }, "Forgotten"), { class: "btn danger" }))),
+      isOperator() && job.gone && button("Forget", () => withToast(
+        async () => {
+          await post("forget", { job: job.id });
+          go("jobs");
+        }, "Forgotten"), { class: "btn danger" }))),
   el("pre", { class: "command", title: "the command" },
     code(visible(job.command))),
   el("dl", { class: "facts" }, [["State", stateMark(job.state)],
@@ -16877,7 +17102,7 @@ function jobHead(head, job) {
     ([name, value]) => el("div", {}, el("dt", { text: name }),
       el("dd", {}, value)))),
   el("div", { class: "wide" }, job.strip.length > 0
-    && dress(strip(job.strip, host), { tabindex: 0 })));
+    && setAttributes(strip(job.strip, host), { tabindex: 0 })));
 }
 
 function runTable(answer, job, id) {
@@ -16893,7 +17118,7 @@ function runTable(answer, job, id) {
         visible(run.line || ""), argsWords(run.args)))));
   fill(answer.runs);
   const older = button("Older runs", async () => {
-    const next = await attempt(() => ask(`jobs/${id}/runs?limit=100&before=${
+    const next = await withToast(() => get(`jobs/${id}/runs?limit=100&before=${
       answer.runs[answer.runs.length - 1].id}`));
     if (!next) return;
     answer = next;
@@ -16922,7 +17147,7 @@ function argsWords(args) {
 // --- signed requests: what a host believes ---------------------------------
 
 function keyFor(host) {
-  if (!session.keys) throw new Refusal(0, WORDS.viewer);
+  if (!session.keys) throw new ApiError(0, WORDS.viewer);
   return hostKey(session.keys.run, host);
 }
 
@@ -16937,19 +17162,20 @@ async function signedJobs(host) {
   const key = keyFor(host);
   let answer;
   try {
-    answer = await ask(`hosts/${host}/list`);
+    answer = await get(`hosts/${host}/list`);
   } catch (error) {
     if (error.status !== 404) throw error;
-    throw new Refusal(404, WORDS.nolist);
+    throw new ApiError(404, WORDS.nolist);
   }
   if (typeof answer.body !== "string" || !sameText(listMac(key, answer.body),
-    answer.mac)) throw new Refusal(0, WORDS.keys);
+    answer.mac)) throw new ApiError(0, WORDS.keys);
   const list = JSON.parse(answer.body);
   if (list.v !== 1) {
-    throw new Refusal(0, "This host speaks another version: reload the page.");
+    throw new ApiError(0,
+      "This host speaks another version: reload the page.");
   }
   if (list.dash !== session.dash || list.host !== host
-      || list.key !== keyId(key)) throw new Refusal(0, WORDS.keys);
+      || list.key !== keyId(key)) throw new ApiError(0, WORDS.keys);
   return list.jobs.map((text) => ({ ...JSON.parse(text), text,
     on: visible(list.name) }));
 }
@@ -16969,7 +17195,7 @@ function runRequest(job, spec, values) {
   for (const { name, type } of spec.params) {
     const into = type === "secret" ? secrets : args;
     Object.defineProperty(into, name, { enumerable: true, value:
-      type === "secret" ? hex(veiled(key, life.nonce, name,
+      type === "secret" ? hex(encryptSecret(key, life.nonce, name,
         utf8(values.get(name)))) : values.get(name) });
   }
   const body = JSON.stringify({ v: 1, do: "run", key: keyId(key),
@@ -16982,7 +17208,7 @@ function runRequest(job, spec, values) {
 async function verdictOn(nonce, told = () => {}, run = true) {
   const until = Date.now() + 310000;
   for (;;) {
-    const verdict = await ask(`requests/${nonce}`);
+    const verdict = await get(`requests/${nonce}`);
     const early = run && verdict.state === "accepted" && !verdict.run
       && Date.now() < until - 300000;
     if (verdict.state !== "waiting" && !early) return verdict;
@@ -17046,24 +17272,24 @@ function isDate(text) {
 }
 
 function formView(place, root) {
-  const id = +place.parts[0], job = known.jobs.get(id);
+  const id = +place.parts[0], job = state.jobs.get(id);
   if (!job) return lostView(place, root);
   root.classList.add("narrow");
   const title = el("h1", { text: "Run" });
   root.append(el("p", { class: "crumbs" }, link("#/jobs", "Jobs"),
     muted(" / "), link(`#/job/${id}`, "the job")), title);
   filled(root, async () => {
-    if (!isOperator()) throw new Refusal(0, WORDS.viewer);
+    if (!isOperator()) throw new ApiError(0, WORDS.viewer);
     const [specs, runs] = await Promise.all([signedJobs(job.host),
-      ask(`jobs/${id}/runs?limit=20`)]);
+      get(`jobs/${id}/runs?limit=20`)]);
     const spec = specs.find((one) => one.tag === job.tag
       && one.user === job.user);
     if (!spec) {
-      throw new Refusal(0, "The host\u2019s own list has no such job.",
+      throw new ApiError(0, "The host\u2019s own list has no such job.",
         "Its tab has changed: reload the page.");
     }
     if (spec.when !== "@manual" || spec.confirm === "cli") {
-      throw new Refusal(0, "This job cannot be run from here.",
+      throw new ApiError(0, "This job cannot be run from here.",
         spec.confirm === "cli" ? `On the host: koitab run "${spec.label}"`
           : "It runs by its schedule.");
     }
@@ -17145,7 +17371,7 @@ class RunForm {
       return this.question();
     }
     this.sure.hidden = true;
-    attempt(() => this.carryOut());
+    withToast(() => this.carryOut());
   }
 
   question() {
@@ -17166,7 +17392,7 @@ class RunForm {
     this.send.disabled = true;
     this.told("wait", "Signed. Waiting for the host to take it\u2026");
     try {
-      const sent = await tell("requests", runRequest(this.job, this.spec,
+      const sent = await post("requests", runRequest(this.job, this.spec,
         values));
       const verdict = await verdictOn(sent.nonce, ({ state }) =>
         state === "accepted" && this.told("wait", "Accepted\u2026"));
@@ -17357,7 +17583,7 @@ class Day {
     const rows = new Map(), to = Math.ceil(this.to);
     for (let from = Math.floor(this.from), asked = 0; from < to
         && asked < 20; asked += 1) {
-      const answer = await ask(`day?from=${from}&to=${to}`);
+      const answer = await get(`day?from=${from}&to=${to}`);
       for (const row of answer.rows) {
         const all = rows.get(row.job) || { job: row.job, bars: [],
           missing: [] };
@@ -17375,14 +17601,14 @@ class Day {
   again() {
     clearTimeout(this.soon);
     this.soon = setTimeout(async () => {
-      const answer = await attempt(() => this.fetch());
+      const answer = await withToast(() => this.fetch());
       if (answer && this.root.isConnected) this.show(answer);
     }, 1500);
   }
 
   show(answer) {
     const rows = new Map(answer.rows.map((row) => [row.job, row]));
-    this.rows = [...known.jobs.values()].map((job) => ({ job,
+    this.rows = [...state.jobs.values()].map((job) => ({ job,
       bars: rows.get(job.id)?.bars || [],
       missing: rows.get(job.id)?.missing || [] }))
       .filter(({ job, bars: found, missing }) => found.length
@@ -17500,7 +17726,7 @@ function searchView(place, root) {
   const field = el("input", { type: "search", name: "q", value: text,
     "aria-label": "Search outputs", placeholder: "Text in any output",
     autocomplete: "off" });
-  const only = job && known.jobs.get(+job);
+  const only = job && state.jobs.get(+job);
   root.append(el("h1", {}, only ? ["Search the output of ", link(
     `#/job/${job}`, only.label)] : "Search all outputs"),
   el("form", { class: "searchform", role: "search", onsubmit: (event) => {
@@ -17510,7 +17736,7 @@ function searchView(place, root) {
   } }, field, el("button", { class: "btn primary", type: "submit" },
     "Search")));
   if (text) {
-    filled(root, () => ask(searchPath(text, job)), (answer) =>
+    filled(root, () => get(searchPath(text, job)), (answer) =>
       root.append(hitList(answer, text, job)));
   }
   if (!text) field.focus();
@@ -17538,7 +17764,7 @@ function hitList(answer, text, job) {
     text)));
   fill(answer.hits);
   const more = button("Older hits", async () => {
-    const next = await attempt(() => ask(searchPath(text, job,
+    const next = await withToast(() => get(searchPath(text, job,
       answer.hits[answer.hits.length - 1].run.id)));
     if (!next) return;
     answer = next;
@@ -17549,10 +17775,10 @@ function hitList(answer, text, job) {
 }
 
 function hitItem({ run, line, at }, text) {
-  const job = known.jobs.get(run.job), state = runState(run);
+  const job = state.jobs.get(run.job), shown = runState(run);
   return el("li", {}, link(`#/run/${run.id}/B${at}?q=${
     encodeURIComponent(text)}`, [el("span", { class: "what" },
-    el("span", { class: `state s-${state}` }, icon(state)),
+    el("span", { class: `state s-${shown}` }, icon(shown)),
     el("b", { text: job?.label || "a job" }), muted(hostName(run.host)),
     muted(dateOf(run.started || run.asked, hostOf(run)))),
   el("pre", {}, marked(line, text))]));
@@ -17578,7 +17804,7 @@ function marked(raw, text) {
 
 function auditView(place, root) {
   root.append(el("h1", { text: "Audit" }));
-  filled(root, () => ask("audit"), (answer) => {
+  filled(root, () => get("audit"), (answer) => {
     if (!answer.rows.length) {
       return root.append(empty("Nobody has asked for anything yet", el("p",
         { class: "muted", text: "Each run, kill, snooze and change that is "
@@ -17588,7 +17814,7 @@ function auditView(place, root) {
     const body = el("tbody");
     body.append(...answer.rows.map(auditRow));
     const older = button("Older", async () => {
-      const next = await attempt(() => ask(`audit?before=${
+      const next = await withToast(() => get(`audit?before=${
         answer.rows[answer.rows.length - 1].at}`));
       if (!next) return;
       answer = next;
@@ -17602,7 +17828,7 @@ function auditView(place, root) {
 }
 
 function auditRow(row) {
-  const host = known.hosts.get(row.host);
+  const host = state.hosts.get(row.host);
   const verdict = row.state === "refused" ? "failed" : row.state === "expired"
     ? "missed" : row.state === "waiting" ? "new" : "ok";
   return el("tr", {}, el("td", {}, dateOf(row.at, host)),
@@ -17622,17 +17848,17 @@ function auditRow(row) {
 function checkView(place, root) {
   const [id] = place.parts;
   if (id === "new") return checkForm({ parts: [""] }, root);
-  if (!known.checks.has(id)) return lostView(place, root);
+  if (!state.checks.has(id)) return lostView(place, root);
   const head = el("div"), list = el("div");
   root.append(head, list);
-  const draw = () => checkHead(head, known.checks.get(id));
-  const fill = () => filled(list, () => ask(`checks/${id}/pings`),
+  const draw = () => checkHead(head, state.checks.get(id));
+  const fill = () => filled(list, () => get(`checks/${id}/pings`),
     (answer) => list.replaceChildren(pingTable(id, answer)));
   draw();
   fill();
-  let n = known.checks.get(id).n;
-  return { title: known.checks.get(id).name, update: () => {
-    const check = known.checks.get(id);
+  let n = state.checks.get(id).n;
+  return { title: state.checks.get(id).name, update: () => {
+    const check = state.checks.get(id);
     if (!check) return go("jobs");
     draw();
     if (check.n !== n) fill();
@@ -17641,8 +17867,8 @@ function checkView(place, root) {
 }
 
 function checkHead(head, check) {
-  const deed = (words, body, facts) => button(words, () => attempt(() =>
-    tell(`checks/${check.id}`, body)), facts);
+  const deed = (words, body, facts) => button(words, () => withToast(() =>
+    post(`checks/${check.id}`, body)), facts);
   const open = head.querySelector("details")?.open;
   head.replaceChildren(el("p", { class: "crumbs" }, link("#/jobs", "Jobs"),
     muted(" / "), "Checks"), el("div", { class: "verdict" },
@@ -17672,8 +17898,8 @@ function checkHead(head, check) {
 function deleteButton(check) {
   return button("Delete\u2026", (event) => {
     event.target.replaceWith(button(`Delete ${check.name || check.slug}`,
-      () => attempt(async () => {
-        await tell(`checks/${check.id}`, { do: "delete" });
+      () => withToast(async () => {
+        await post(`checks/${check.id}`, { do: "delete" });
         go("jobs");
       }, "Deleted"), { class: "btn danger" }));
   }, { class: "btn danger" });
@@ -17705,7 +17931,7 @@ function pingTable(id, answer) {
     pingRow(id, ping)));
   fill(answer.pings);
   const older = button("Older", async () => {
-    const next = await attempt(() => ask(`checks/${id}/pings?before=${
+    const next = await withToast(() => get(`checks/${id}/pings?before=${
       answer.pings[answer.pings.length - 1].n}`));
     if (!next) return;
     answer = next;
@@ -17723,7 +17949,7 @@ const PING_KINDS = { "": ["ok", "ok"], success: ["ok", "ok"],
 function pingRow(id, ping) {
   const [state, word] = PING_KINDS[ping.kind] || ["new", ping.kind];
   const show = ping.size > 0 && button("Show", async (event) => {
-    const text = await attempt(async () => (await fetched(
+    const text = await withToast(async () => (await fetched(
       `checks/${id}/pings/${ping.n}/body`)).text());
     if (text !== null) {
       event.target.replaceWith(el("pre", { class: "command",
@@ -17774,7 +18000,7 @@ const NEW_CHECK = { name: "", slug: "", tags: "", desc: "", kind: "simple",
   start_within: 0, run_limit: 0, manual_resume: false, methods: "" };
 
 function checkForm(place, root) {
-  const [id] = place.parts, old = id ? known.checks.get(id) : NEW_CHECK;
+  const [id] = place.parts, old = id ? state.checks.get(id) : NEW_CHECK;
   if (!old) return lostView(place, root);
   root.classList.add("narrow");
   root.append(el("p", { class: "crumbs" }, link("#/jobs", "Jobs"),
@@ -17864,12 +18090,12 @@ class CheckForm {
       methods: this.post.checked ? "POST" : "" };
     this.said.textContent = "";
     try {
-      const made = await (this.id ? tell(`checks/${this.id}`, { do: "edit",
-        ...body }) : tell("checks", body));
-      await seen(() => known.checks.has(this.id || made.id));
+      const made = await (this.id ? post(`checks/${this.id}`, { do: "edit",
+        ...body }) : post("checks", body));
+      await seen(() => state.checks.has(this.id || made.id));
       go(`check/${this.id || made.id}`);
     } catch (error) {
-      if (!(error instanceof Refusal)) throw error;
+      if (!(error instanceof ApiError)) throw error;
       this.said.textContent = `${error.message} ${error.hint}`;
     }
   }
@@ -17890,7 +18116,7 @@ function alertsView(place, root) {
   const draw = () => list.replaceChildren(alertList());
   draw();
   channels.append(el("h2", { text: "Who is told" }));
-  filled(channels, () => ask("channels"), (answer) =>
+  filled(channels, () => get("channels"), (answer) =>
     showChannels(channels, answer.channels));
   return { title: "Alerts", update: (changes) => {
     if (changes.alerts || changes.gone || changes.all || changes.jobs) {
@@ -17906,21 +18132,21 @@ function subjectOf({ subject }) {
   const [kind, id] = [subject.slice(0, subject.indexOf(":")),
     subject.slice(subject.indexOf(":") + 1)];
   if (kind === "job") {
-    const job = known.jobs.get(+id);
+    const job = state.jobs.get(+id);
     return { one: job, name: job?.label || "a job", href: `#/job/${id}`,
       where: job && hostName(job.host), host: hostOf(job) };
   }
   if (kind === "check") {
-    const check = known.checks.get(id);
+    const check = state.checks.get(id);
     return { one: check, name: check?.name || "a check",
       href: `#/check/${id}`, where: "check" };
   }
-  return { one: known.hosts.get(id), name: hostName(id), href: "#/hosts",
-    where: "host", host: known.hosts.get(id) };
+  return { one: state.hosts.get(id), name: hostName(id), href: "#/hosts",
+    where: "host", host: state.hosts.get(id) };
 }
 
 function alertList() {
-  const alerts = [...known.alerts.values()].sort((a, b) =>
+  const alerts = [...state.alerts.values()].sort((a, b) =>
     b.since - a.since);
   if (!alerts.length) {
     return empty("All is well", el("p", { class: "muted", text: "Here stands "
@@ -17944,13 +18170,13 @@ const CHANNEL_HELP = { mail: ["Address", "ann@example.org"], webhook: [
 ntfy: ["Topic\u2019s URL", "https://ntfy.sh/my-topic"] };
 
 function showChannels(root, channels) {
-  const again = () => attempt(async () => {
-    const answer = await ask("channels");
+  const again = () => withToast(async () => {
+    const answer = await get("channels");
     root.replaceChildren(root.firstChild);
     showChannels(root, answer.channels);
   });
   const deed = (words, body, done, facts) => button(words, async () => {
-    if (await attempt(() => tell("channels", body), done)) again();
+    if (await withToast(() => post("channels", body), done)) again();
   }, facts);
   root.append(channels.length ? el("ul", { class: "alerts" }, channels.map(
     (one) => el("li", {}, el("b", { text: one.kind }), el("div", {
@@ -17972,13 +18198,13 @@ function channelForm(again) {
     spellcheck: "false" });
   const show = () => {
     const [label, example] = CHANNEL_HELP[kind.value];
-    dress(target, { "aria-label": label, placeholder: example,
+    setAttributes(target, { "aria-label": label, placeholder: example,
       type: kind.value === "mail" ? "email" : "url" });
   };
   show();
   return el("form", { class: "oneline", onsubmit: async (event) => {
     event.preventDefault();
-    if (await attempt(() => tell("channels", { kind: kind.value,
+    if (await withToast(() => post("channels", { kind: kind.value,
       target: target.value }), "Added")) again();
   } }, kind, target, el("button", { class: "btn", type: "submit",
     text: "Add" }));
@@ -17992,7 +18218,7 @@ function hostsView(place, root) {
     { class: "part" }, el("h2", { text: "Add a host" }), el("p", {},
     "On the machine, type this; it asks for the dashboard\u2019s passphrase, "
     + "which stays there:"), joinCommands()));
-  const draw = () => list.replaceChildren(known.hosts.size ? hostTable()
+  const draw = () => list.replaceChildren(state.hosts.size ? hostTable()
     : el("p", { class: "muted", text: "None yet." }));
   draw();
   return { title: "Hosts", update: (changes) => {
@@ -18001,7 +18227,7 @@ function hostsView(place, root) {
 }
 
 function hostTable() {
-  const hosts = [...known.hosts.values()].sort(byName);
+  const hosts = [...state.hosts.values()].sort(byName);
   return el("div", { class: "scroll" }, el("table", { class: "list" },
     headRow("Host", "State", "Jobs", "Heard", "Its clock", "koi", ""),
     el("tbody", {}, hosts.map(hostRow))));
@@ -18012,14 +18238,14 @@ const HOST_STATES = { up: ["ok", "up"], silent: ["unknown", "silent"],
   left: ["paused", "left"] };
 
 function hostRow(host) {
-  const jobs = [...known.jobs.values()].filter((job) =>
+  const jobs = [...state.jobs.values()].filter((job) =>
     job.host === host.id).length;
-  const [state, word] = HOST_STATES[host.state] || ["unknown", host.state];
+  const [shape, word] = HOST_STATES[host.state] || ["unknown", host.state];
   const cell = (name, ...inside) => el("td", { "data-th": name }, inside);
   return el("tr", {}, el("td", { class: "wraps" },
     el("b", { text: host.name }), (host.troubles || []).map((text) =>
       el("div", { class: "error", text: visible(text) }))),
-  el("td", {}, el("span", { class: `state s-${state}` }, icon(state),
+  el("td", {}, el("span", { class: `state s-${shape}` }, icon(shape),
     el("span", { class: "word", text: word }))),
   cell("Jobs", String(jobs)), cell("Heard", host.seen
     ? timeOf(host.seen, host) : "never"),
@@ -18044,7 +18270,7 @@ function foreignKeys(host) {
 function forgetButton(host) {
   return button("Forget\u2026", (event) => {
     event.target.replaceWith(button(`Forget ${host.name} and its runs`, () =>
-      attempt(() => tell("forget", { host: host.id }), "Forgotten"),
+      withToast(() => post("forget", { host: host.id }), "Forgotten"),
     { class: "btn danger" }));
   }, { class: "btn quiet" });
 }
@@ -18052,7 +18278,7 @@ function forgetButton(host) {
 // --- settings ---------------------------------------------------------------
 
 function settingsView(place, root) {
-  const { dash } = known, mine = `${origin()}/#${dash.id}`;
+  const { dash } = state, mine = `${origin()}/#${dash.id}`;
   root.classList.add("narrow");
   root.append(el("h1", { text: "Settings" }), el("section", { class: "part" },
     el("h2", { text: "This dashboard" }), el("p", {}, "Its address, to "
@@ -18074,7 +18300,7 @@ function settingsView(place, root) {
   el("section", { class: "part" }, el("h2", { text: "Passphrase" }),
     el("p", {}, "To change it, type on a host:"),
     snippet("koitab -d rotate")),
-  el("p", { class: "muted" }, `koi ${known.version}. You are `,
+  el("p", { class: "muted" }, `koi ${state.version}. You are `,
     isOperator() ? "an operator: you may run what is @manual."
       : "a viewer."));
   return { title: "Settings" };
@@ -18129,7 +18355,7 @@ function onKey(event) {
     return;
   }
   if (field || $("#keys").open || barKey(event)) return;
-  const key = event.key, keys = shell.view?.keys || {};
+  const key = event.key, keys = app.view?.keys || {};
   if (Date.now() - going < 1500 && GOING[key]) {
     going = 0;
     go(GOING[key]);
@@ -18142,7 +18368,7 @@ function onKey(event) {
 }
 
 function begin() {
-  showTheme(taste.get("theme", "auto"));
+  showTheme(preferences.get("theme", "auto"));
   session.server = $("meta[name=koi-server]").content.replace(/\/+$/, "");
   const dash = location.hash.match(/^#([0-9a-f]{16})$/);
   if (dash) session.dash = dash[1];
@@ -18150,7 +18376,7 @@ function begin() {
     $("#plain").textContent = WORDS.plain;
     $("#plain").hidden = false;
   }
-  const fault = (error) => error?.name !== "AbortError" && say(
+  const fault = (error) => error?.name !== "AbortError" && showToast(
     `A fault of this page: ${error?.message || error}`, "bad");
   addEventListener("error", (event) => fault(event.error));
   addEventListener("unhandledrejection", (event) => fault(event.reason));
@@ -18158,7 +18384,7 @@ function begin() {
   watchIdle();
   setInterval(tick, 1000);
   addEventListener("keydown", onKey);
-  addEventListener("hashchange", () => shell.route());
+  addEventListener("hashchange", () => app.route());
   addEventListener("scroll", hideTip, { passive: true });
   document.addEventListener("visibilitychange", () => stream.looked());
   logInView();
@@ -18413,11 +18639,11 @@ complete -c koitab -a "OPTIONS"
 }
 
 
-class Shown(Exception):
+class ExitWithText(Exception):
     """There is nothing to do but to show a text."""
 
 
-class Said(Error):
+class CrontabError(Error):
     """What crontab(1) says, in its own words."""
 
 
@@ -18461,9 +18687,9 @@ class Options:
 
     def put(self, name: str, value: str) -> None:
         if name in ("-h", "--help"):
-            raise Shown(USAGE)
+            raise ExitWithText(USAGE)
         if name in ("-V", "--version"):
-            raise Shown(f"{PROG} {VERSION}\n")
+            raise ExitWithText(f"{PROG} {VERSION}\n")
         name = SAME.get(name, name)
         self.given.append(name)
         if name == "-n":
@@ -18478,26 +18704,26 @@ class Options:
         else:
             setattr(self, FIELDS.get(name, name.strip("-")), True)
 
-    def allow(self, allowed: str, command: str, status: int) -> None:
+    def reject_others(self, allowed: str, command: str, status: int) -> None:
         """Refuse what does not go with this command. Raises Error."""
         for name in self.given:
             if name not in allowed.split():
                 raise Error(f"{name} does not go with {command}",
                             "koitab --help", status)
 
-    def judge_user(self, machine: Machine) -> None:
+    def check_user(self, machine: Machine) -> None:
         """-u is for root, and for one's own name. The real uid counts, not
         what the environment says. Raises Error."""
         if "-u" not in self.given:
             return
         if os.getuid() and self.user != machine.user():
-            raise Said("must be privileged to use -u")
+            raise CrontabError("must be privileged to use -u")
         import pwd
         try:
             pwd.getpwnam(self.user)
         except (KeyError, ValueError):
-            raise Said(f"{self.called}:  user `{self.user}' unknown"
-                       ) from None
+            raise CrontabError(f"{self.called}:  user `{self.user}' unknown"
+                               ) from None
 
     def whose(self) -> dict:
         """The field of a request that names another user."""
@@ -18509,11 +18735,12 @@ class Options:
     def warn(self, text: str) -> None:
         """A line for people, beside the output."""
         sys.stdout.flush()
-        print(visible(f"{self.called}: {text}"), file=sys.stderr, flush=True)
+        print(escape_controls(f"{self.called}: {text}"), file=sys.stderr,
+              flush=True)
 
 
 def no_tab(options: Options, machine: Machine) -> Error:
-    return Said(f"no crontab for {options.owner(machine)}")
+    return CrontabError(f"no crontab for {options.owner(machine)}")
 
 
 def answer_to(question: str) -> str | None:
@@ -18544,7 +18771,7 @@ EDITORS = ("sensible-editor", "vi", "nano")
 NEWLINE = "premature EOF"
 
 
-def odd_addresses(text: str) -> list[Problem]:
+def odd_addresses(text: str) -> list[Diagnostic]:
     """Warnings of addresses that cron would not hand to a mailer."""
     found = []
     for row, raw in enumerate(text.split("\n"), start=1):
@@ -18552,24 +18779,25 @@ def odd_addresses(text: str) -> list[Problem]:
         name, value, at = assignment_of(line) or ("", "", 0)
         if name in EXPANDED and value and "$" not in value \
                 and not safe_address(value):
-            found.append(Problem(
+            found.append(Diagnostic(
                 row, len(raw) - len(line) + at + 1, "unsafe mail",
                 f"nothing is mailed: {name} is not {short(value)}",
                 "me@example.com,root; no blanks", False))
     return found
 
 
-def tell(problems: list[Problem], path: str) -> None:
+def print_diagnostics(problems: list[Diagnostic], path: str) -> None:
     """Print all that is wrong, in the order of the lines."""
     for problem in sorted(problems, key=lambda p: (p.line, p.column)):
         print(problem.text(path), file=sys.stderr)
 
 
-def install(options: Options, link: Link, text: str, path: str) -> bool:
+def install(options: Options, link: DaemonClient, text: str,
+            path: str) -> bool:
     """Have a tab installed, and tell all that is wrong with it."""
     reply = link.ask("install", text=text, **options.whose())
-    problems = [Problem(**row) for row in reply["problems"]]
-    tell(problems + odd_addresses(text), path)
+    problems = [Diagnostic(**row) for row in reply["problems"]]
+    print_diagnostics(problems + odd_addresses(text), path)
     if reply["installed"]:
         if not reply["daemon"]:
             options.warn("warning: koid is not running, so no job starts "
@@ -18590,19 +18818,20 @@ def command_replace(options: Options, machine: Machine, path: str) -> int:
     except Error as error:
         meant = nearest(path, COMMANDS) if path.isalpha() \
             and not os.path.lexists(path) else ""
-        raise Said(error.message, f"did you mean {PROG} {meant}?" if meant
-                   else "") from None
-    done = install(options, Link(machine), text, path)
+        raise CrontabError(error.message,
+                           f"did you mean {PROG} {meant}?" if meant
+                           else "") from None
+    done = install(options, DaemonClient(machine), text, path)
     return EXIT_OK if done else EXIT_FAULTS
 
 
 def command_list(options: Options, machine: Machine) -> int:
-    text = Link(machine).ask("list", **options.whose())["text"]
+    text = DaemonClient(machine).ask("list", **options.whose())["text"]
     if text is None:
         raise no_tab(options, machine)
     if sys.stdout.isatty():     # a CR could hide what a line does
         lines = text.removesuffix("\n").split("\n") if text else []
-        text = "".join(f"{visible(line)}\n" for line in lines)
+        text = "".join(f"{escape_controls(line)}\n" for line in lines)
     put_out(sys.stdout, text.encode("utf-8", "surrogateescape"))
     return EXIT_OK
 
@@ -18619,12 +18848,12 @@ def command_remove(options: Options, machine: Machine) -> int:
     if options.ask and not agreed(f"{options.called}: really delete {owner}'s"
                                   " crontab? (y/n) "):
         return EXIT_OK
-    if not Link(machine).ask("remove", **options.whose())["removed"]:
+    if not DaemonClient(machine).ask("remove", **options.whose())["removed"]:
         raise no_tab(options, machine)
     return EXIT_OK
 
 
-class Draft:
+class EditSession:
     """The file that an editor gets, in a folder where nobody but the caller
     can put another one in its place."""
 
@@ -18722,12 +18951,12 @@ def run_editor(path: str) -> None:
 
 
 def command_edit(options: Options, machine: Machine) -> int:
-    link = Link(machine)
+    link = DaemonClient(machine)
     before = link.ask("list", **options.whose())["text"]
     if before is None:
         print(f"{no_tab(options, machine)} - using an empty one",
               file=sys.stderr)
-    draft = Draft(TEMPLATE if before is None else before)
+    draft = EditSession(TEMPLATE if before is None else before)
     try:
         done = edited(options, link, draft, before)
     except BaseException:
@@ -18740,7 +18969,7 @@ def command_edit(options: Options, machine: Machine) -> int:
     return EXIT_FAULTS
 
 
-def edited(options: Options, link: Link, draft: Draft,
+def edited(options: Options, link: DaemonClient, draft: EditSession,
            before: str | None) -> bool:
     """Edit until the tab is installed or left as it was; False if the
     caller gives up. Raises Error."""
@@ -18764,7 +18993,7 @@ def command_test(options: Options, machine: Machine) -> int:
     """As `crontab -T` of cronie, which stops at the first fault."""
     text = machine.tab_text(options.test)
     tab, _ = judged(machine, text, options.test.startswith(SYSTEM_TABS))
-    tell(tab.problems + odd_addresses(text), options.test)
+    print_diagnostics(tab.problems + odd_addresses(text), options.test)
     if tab.faults():
         print("Invalid crontab file. Syntax issues were found.",
               file=sys.stderr)
@@ -18821,7 +19050,7 @@ def tabs_of(options: Options, machine: Machine):
         return [(options.tab, *judged(
             machine, machine.tab_text(options.tab),
             options.tab.startswith(SYSTEM_TABS)))]
-    link, found = Link(machine), []
+    link, found = DaemonClient(machine), []
     reply = link.ask("list", **options.whose())
     if reply["text"] is not None:
         found.append((f"crontab of {options.owner(machine)}", *judged(
@@ -18843,16 +19072,16 @@ def starts_of(job: Job, zones: dict, after: int, many: int,
     if not job.schedule:
         return []
     delay *= MINUTE
-    return [start + delay for start in islice(job.schedule.starts(
+    return [start + delay for start in islice(job.schedule.iter_starts(
         after - delay, zones[job.settings.zone]), many)]
 
 
 def command_next(options: Options, machine: Machine, name: str = "") -> int:
     tabs, rows, faults = tabs_of(options, machine), [], []
-    jobs = chosen([job for _, tab, zones in tabs for job in tab.jobs
-                   if job.settings.zone in zones], name)
+    jobs = match_jobs([job for _, tab, zones in tabs for job in tab.jobs
+                       if job.settings.zone in zones], name)
     for path, tab, zones in tabs:
-        tell(tab.problems, path)
+        print_diagnostics(tab.problems, path)
         faults += tab.faults()
         after = instant_of(options.start, zones[""], machine.clock.now())
         for job in tab.jobs:
@@ -18889,11 +19118,11 @@ def show(rows: list) -> None:
     for path, job, starts in rows:
         if path != file:
             section, file = "", path
-            print(f"# {visible(path)}")
+            print(f"# {escape_controls(path)}")
         if job.section != section:
             section = job.section
-            print(f"[{visible(section)}]")
-        print(f"{visible(job.label)}: {visible(job.words())}")
+            print(f"[{escape_controls(section)}]")
+        print(f"{escape_controls(job.label)}: {escape_controls(job.words())}")
         for start in starts:
             print(f"    {start}")
 
@@ -18904,7 +19133,7 @@ PRESSES = 2             # so often a signal is passed on; then we go
 MOST_INPUT = 2**20      # what ARG=- reads; koid takes less
 
 
-def named(jobs: list[dict], name: str) -> dict:
+def find_job(jobs: list[dict], name: str) -> dict:
     """The one job that a name means. Raises Error."""
     found = [job for job in jobs if name == job["tag"]] or [
         job for job in jobs if name in (
@@ -18922,9 +19151,9 @@ def named(jobs: list[dict], name: str) -> dict:
     return found[0]
 
 
-def params_of(job: dict) -> list[Param]:
-    return [Param(row["name"], row["type"], row["default"],
-                  tuple(row["choices"])) for row in job["params"]]
+def params_of(job: dict) -> list[Parameter]:
+    return [Parameter(row["name"], row["type"], row["default"],
+                      tuple(row["choices"])) for row in job["params"]]
 
 
 def arguments(job: dict, words: list[str]) -> dict[str, str]:
@@ -18932,13 +19161,13 @@ def arguments(job: dict, words: list[str]) -> dict[str, str]:
     koid judges them again. Raises Error."""
     params, given = params_of(job), {}
     for word in words:
-        param = meant_param(params, word)
+        param = match_parameter(params, word)
         if param.name in given:
             raise Error(f"{short(param.name)} is given twice", "",
                         EXIT_USAGE)
         value = word[len(param.name) + 1:]
         given[param.name] = value = input_value() if value == "-" else value
-        reason = param.refusal(value)
+        reason = param.value_error(value)
         if reason:
             raise Error(f"{short(param.name)}: {reason}", "", EXIT_USAGE)
     missing = [param for param in params
@@ -18946,14 +19175,14 @@ def arguments(job: dict, words: list[str]) -> dict[str, str]:
     if missing and not os.isatty(0):
         raise Error("no value for " + joined([
             short(param.name) for param in missing]), " ".join([
-                "koitab run NAME", *(f'"{visible(param.name)}=..."'
+                "koitab run NAME", *(f'"{escape_controls(param.name)}=..."'
                                      for param in missing)]), EXIT_USAGE)
-    given.update((param.name, asked(param)) for param in missing)
+    given.update((param.name, prompt_value(param)) for param in missing)
     return {param.name: given.get(param.name, param.default)
             for param in params}
 
 
-def meant_param(params: list[Param], word: str) -> Param:
+def match_parameter(params: list[Parameter], word: str) -> Parameter:
     """The argument of ARG=VALUE; its name may hold a =. Raises Error."""
     found = [param for param in params if word.startswith(f"{param.name}=")]
     if found:
@@ -18964,7 +19193,7 @@ def meant_param(params: list[Param], word: str) -> Param:
         raise Error(f"what is {short(word)}?", "ARG=VALUE", EXIT_USAGE)
     raise Error(f"the job has no argument {short(name)}",
                 f"did you mean {short(meant)}?" if meant else
-                ", ".join(visible(param.name) for param in params),
+                ", ".join(escape_controls(param.name) for param in params),
                 EXIT_USAGE)
 
 
@@ -18977,11 +19206,12 @@ def input_value() -> str:
     return data.removesuffix(b"\n").decode("utf-8", "surrogateescape")
 
 
-def asked(param: Param) -> str:
+def prompt_value(param: Parameter) -> str:
     """Ask for a value until it is one. Raises Error."""
     kind = {"bool": "true|false", "choice": "|".join(param.choices),
             "string": "", "text": "one line"}.get(param.type, param.type)
-    question = visible(param.name) + (f" ({visible(kind)})" if kind else "")
+    question = escape_controls(param.name) + (f" ({escape_controls(kind)})"
+                                              if kind else "")
     while True:
         if param.type == "secret":
             value = asked_secret(f"{question}: ")
@@ -18989,7 +19219,7 @@ def asked(param: Param) -> str:
             value = answer_to(f"{question}: ")
         if value is None:
             raise Error(f"no value for {short(param.name)}, so nothing ran")
-        reason = param.refusal(value)
+        reason = param.value_error(value)
         if not reason:
             return value
         print(f"  {reason}", file=sys.stderr)
@@ -19007,25 +19237,25 @@ def command_run(options: Options, machine: Machine, name: str,
                 *words: str) -> int:
     if "--on" in options.given:
         return run_there(options, machine, name, *words)
-    options.allow("-u", "run without --on", EXIT_USAGE)
-    link = Link(machine)
+    options.reject_others("-u", "run without --on", EXIT_USAGE)
+    link = DaemonClient(machine)
     reply = link.ask("jobs", **options.whose())
-    job = named(reply["jobs"], name)
+    job = find_job(reply["jobs"], name)
     if not reply["daemon"]:
         raise Error("koid is not running", "koitab daemon")
     args = arguments(job, list(words))
     if job["confirm"] == "yes" and os.isatty(0) and not agreed(
-            f"Run {visible(job['label'])}? (y/n) "):
+            f"Run {escape_controls(job['label'])}? (y/n) "):
         return EXIT_FAULTS
-    return Follower(options, *link.follow(job["tag"], args, job["user"])
-                    ).watch()
+    return RunAttachment(options, *link.attach(job["tag"], args, job["user"])
+                         ).watch()
 
 
-class Left(Exception):
+class Detached(Exception):
     """The caller does not wait any longer; the job runs on."""
 
 
-class Follower:
+class RunAttachment:
     """Shows what a run writes as it comes, and passes signals on to it."""
 
     def __init__(self, options: Options, run: int, connection, first: bytes):
@@ -19046,7 +19276,7 @@ class Follower:
             if signal.getsignal(number) != signal.SIG_IGN}     # nohup
         try:
             return self.listen(reader)
-        except Left:
+        except Detached:
             self.say_goodbye()
             return EXIT_SIGNAL + self.heard[-1]
         except OSError:         # nobody reads, or the disk is full
@@ -19065,7 +19295,7 @@ class Follower:
         the third one is for us."""
         self.heard.append(number)
         if len(self.heard) > PRESSES:
-            raise Left
+            raise Detached
         if len(self.heard) == PRESSES:
             number = signal.SIGTERM
             self.options.warn("once more leaves the job running")
@@ -19141,20 +19371,21 @@ GOOD_FOR = 300_000      # ms that a request of ours is good for
 FINAL = ("done", "interrupted", "missed", "skipped", "unstartable")
 
 
-def asked_of(wire: Wire, method: str, path: str, body: dict | None = None,
+def asked_of(wire: DashboardClient, method: str, path: str,
+             body: dict | None = None,
              seconds: float = PATIENCE) -> dict:
     """An answer. Raises Error, with what is wrong in words."""
     where = f"{wire.scheme}://{wire.host}:{wire.port}"
     try:
-        return wire.ask(method, path, body, seconds)
-    except Unreachable as error:
+        return wire.request(method, path, body, seconds)
+    except ConnectionFailed as error:
         raise Error(f"{where}: {error}", "koitab dashboard starts one"
                     if is_local(wire.host) else "") from None
-    except Denied as no:
+    except HttpRefused as no:
         raise Error(f"{where}: {no.text}", no.hint) from None
 
 
-def wire_to(options: Options, url: str, ca: str = "") -> Wire:
+def wire_to(options: Options, url: str, ca: str = "") -> DashboardClient:
     """Raises Error; and where the keys could be read on the way, unless it
     is told that they may."""
     if "--ca" in options.given:
@@ -19168,7 +19399,7 @@ def wire_to(options: Options, url: str, ca: str = "") -> Wire:
         if "-----BEGIN CERTIFICATE-----" not in ca or len(ca) > LONGEST_CA:
             raise Error(f"--ca {options.ca}: it is no file of certificates",
                         f"PEM, and at most {LONGEST_CA:,} bytes")
-    wire = Wire(url, ca=ca)
+    wire = DashboardClient(url, ca=ca)
     wire.ca = ca
     if wire.scheme == "http" and not is_local(wire.host) \
             and not options.plain_http:
@@ -19233,7 +19464,7 @@ def own_state(machine: Machine) -> str:
 
 def link_again(machine: Machine) -> bool:
     """Have koid read its keys; False if none runs. Raises Error."""
-    link = Link(machine)
+    link = DaemonClient(machine)
     connection = link.connect()
     if not connection:
         return False
@@ -19249,7 +19480,8 @@ def hashes_of(keys: Keys, salt: bytes) -> dict:
             "view_sha256": digest_of(keys.view.hex())}
 
 
-def keys_for(wire: Wire, dash: str, password: str) -> tuple[Keys, str]:
+def keys_for(wire: DashboardClient, dash: str, password: str) -> tuple[Keys,
+                                                                       str]:
     """The keys of a password, and the dashboard's id. Raises Error."""
     found = asked_of(wire, "GET", "/api/v1/salt" + (
         f"?dash={dash}" if dash else ""))
@@ -19263,7 +19495,7 @@ def keys_for(wire: Wire, dash: str, password: str) -> tuple[Keys, str]:
     return derive(password, salt, rounds), dash
 
 
-def enrol(options: Options, machine: Machine, wire: Wire, url: str,
+def enrol(options: Options, machine: Machine, wire: DashboardClient, url: str,
           keys: Keys, dash: str) -> None:
     """Make this host one of a dashboard's. Raises Error."""
     home, host = own_state(machine), os.urandom(16).hex()
@@ -19271,7 +19503,7 @@ def enrol(options: Options, machine: Machine, wire: Wire, url: str,
     wire.token = keys.api.hex()
     asked_of(wire, "POST", "/api/v1/hosts", {
         "host": host, "name": name, "token_sha256": digest_of(token)})
-    machine.join(home, Membership(
+    machine.write_enrollment(home, Enrollment(
         url, dash, host, token, host_key(keys.run, host).hex(), name,
         wire.ca, machine.clock.now()))
     if not link_again(machine):
@@ -19280,14 +19512,14 @@ def enrol(options: Options, machine: Machine, wire: Wire, url: str,
 
 def not_linked(machine: Machine) -> None:
     """Raises Error if this koi belongs to a dashboard already."""
-    mine = machine.membership(own_state(machine))
+    mine = machine.read_enrollment(own_state(machine))
     if mine:
         raise Error(f"this machine belongs to {mine.url} already",
                     "koitab -d off, then again")
 
 
-def linked(machine: Machine) -> Membership:
-    mine = machine.membership(own_state(machine))
+def linked(machine: Machine) -> Enrollment:
+    mine = machine.read_enrollment(own_state(machine))
     if not mine:
         raise Error("this machine belongs to no dashboard", "koitab -d new, "
                     "or koitab -d join URL")
@@ -19336,9 +19568,9 @@ def link_show(options: Options, machine: Machine) -> int:
     print_field("dashboard", [f"{mine.url.rstrip('/')}/#{mine.dash}"])
     print_field("host", [f"{mine.name} ({mine.host})"])
     print_field("keys", [f"{key_id(mine.secret)}, since "
-                         f"{rfc3339(mine.since)}"])
+                         f"{format_rfc3339(mine.since)}"])
     try:
-        state = Link(machine).ask("status").get("dashboard")
+        state = DaemonClient(machine).ask("status").get("dashboard")
     except Error as error:
         print_field("link", [error.message])
         return EXIT_FAULTS
@@ -19351,11 +19583,21 @@ def link_lines(state: dict | None) -> list[str]:
     """What there is to say of the link to a dashboard."""
     if not state:
         return []
-    return [f"{state['url']}, as {state['name']}", *state["troubles"], *(
-        [f"{plural(state['unsent'], 'change')} not sent yet"]
-        if state["troubles"] and state["unsent"] else []), *(
-            f"refused {row['count']:,} x, last at {rfc3339(row['at'])}: "
-            f"{row['reason']}" for row in state["refused"][:5])]
+    return [
+        f"{state['url']}, as {state['name']}",
+        *state["troubles"],
+        *(
+            [f"{plural(state['unsent'], 'change')} not sent yet"]
+            if state["troubles"] and state["unsent"]
+            else []
+        ),
+        *(
+            f"refused {row['count']:,} x, last at "
+            f"{format_rfc3339(row['at'])}: "
+            f"{row['reason']}"
+            for row in state["refused"][:5]
+        ),
+    ]
 
 
 def link_rotate(options: Options, machine: Machine) -> int:
@@ -19376,7 +19618,7 @@ def link_rotate(options: Options, machine: Machine) -> int:
         raise Error(error.message, "the old passphrase holds; or, if only "
                     "the answer was lost, the new one: then koitab -d off; "
                     "koitab -d join") from None
-    machine.join(own_state(machine), mine.but(
+    machine.write_enrollment(own_state(machine), mine.replace(
         key=host_key(fresh.run, mine.host).hex(), since=machine.clock.now()))
     link_again(machine)
     options.warn("on each other host: koitab -d off; koitab -d join "
@@ -19387,17 +19629,17 @@ def link_rotate(options: Options, machine: Machine) -> int:
 def link_off(options: Options, machine: Machine) -> int:
     home = own_state(machine)
     try:
-        mine = machine.membership(home)
+        mine = machine.read_enrollment(home)
     except Error as error:      # whose they are nobody knows any more
-        machine.leave(home)
+        machine.remove_enrollment(home)
         link_again(machine)
         options.warn(f"removed all the same: {error.message}")
         return EXIT_OK
     mine = mine or linked(machine)
-    machine.leave(home)
+    machine.remove_enrollment(home)
     link_again(machine)
     try:
-        wire = Wire(mine.url, mine.token, mine.ca)
+        wire = DashboardClient(mine.url, mine.token, mine.ca)
         asked_of(wire, "DELETE", f"/api/v1/hosts/{mine.host}")
     except Error as error:
         options.warn(f"the dashboard was not told: {error.message}")
@@ -19416,7 +19658,7 @@ def command_link(options: Options, machine: Machine, *words: str) -> int:
         raise Error(f"-d {short(options.link)}: what is that?",
                     "koitab -d " + "|".join(LINKS), EXIT_USAGE)
     function, fewest, most = LINKS[options.link]
-    options.allow("-d --ca --plain-http" + (
+    options.reject_others("-d --ca --plain-http" + (
         " --password" if options.link in ("new", "rotate") else ""),
         f"-d {options.link}", EXIT_USAGE)
     if not fewest <= len(words) <= most:
@@ -19430,7 +19672,8 @@ def command_link(options: Options, machine: Machine, *words: str) -> int:
 # --- run --on: signed here, carried by the dashboard
 
 
-def whose_dashboard(options: Options, machine: Machine) -> tuple[Wire, str]:
+def whose_dashboard(options: Options,
+                    machine: Machine) -> tuple[DashboardClient, str]:
     """The dashboard that --url names, or this machine's. Raises Error."""
     if "--url" in options.given:
         url, dash = url_and_dash(options.url)
@@ -19453,21 +19696,21 @@ def run_there(options: Options, machine: Machine, name: str,
     if len(found) != 1:
         raise Error(f"there is no host {short(options.on)}" if not found else
                     f"{len(found)} hosts are called {short(options.on)}",
-                    ", ".join(visible(host["name"]) for host in hosts)
+                    ", ".join(escape_controls(host["name"]) for host in hosts)
                     if not found else "use the id: " + " ".join(found))
     key = host_key(keys.run, found[0])
     specs = verified_specs(asked_of(
         wire, "GET", f"/api/v1/hosts/{found[0]}/list"), key, dash, found[0])
-    spec, job = chosen_spec(options, specs, name)
+    spec, job = match_manifest(options, specs, name)
     args = arguments(job, list(words))
     if job["confirm"] == "yes" and os.isatty(0) and not agreed(
-            f"Run {visible(job['label'])} on {options.on}? (y/n) "):
+            f"Run {escape_controls(job['label'])} on {options.on}? (y/n) "):
         return EXIT_FAULTS
     body = signed_run(key, dash, found[0], spec, job, args,
                       int(machine.clock.now() * 1000))
     asked_of(wire, "POST", "/api/v1/requests", {
         "host": found[0], "body": body, "mac": run_mac(key, body)})
-    return Remote(options, wire).follow(strictly_parsed(body)["nonce"])
+    return RemoteRun(options, wire).follow(parse_strict_json(body)["nonce"])
 
 
 def verified_specs(listed: dict, key: bytes, dash: str, host: str) -> list:
@@ -19484,14 +19727,14 @@ def verified_specs(listed: dict, key: bytes, dash: str, host: str) -> list:
     return said["jobs"]
 
 
-def chosen_spec(options: Options, specs: list[str], name: str
-                ) -> tuple[str, dict]:
+def match_manifest(options: Options, specs: list[str], name: str
+                   ) -> tuple[str, dict]:
     """The text and the fields of the job that a name means. Raises
     Error."""
     import json
     jobs = [{**json.loads(spec), "line": 0, "spec": spec} for spec in specs]
-    job = named([job for job in jobs if options.user in ("", job["user"])],
-                name)
+    job = find_job([job for job in jobs if options.user in ("", job["user"])],
+                   name)
     if job["when"] != "@manual" or job["confirm"] == "cli":
         raise Error(f"{short(job['label'])} is not to be run from elsewhere",
                     "only @manual jobs are, without KOI_CONFIRM=cli")
@@ -19510,23 +19753,25 @@ def signed_run(key: bytes, dash: str, host: str, spec: str, job: dict,
         "user": job["user"], "tag": job["tag"], "job": digest_of(spec),
         "args": {name: value for name, value in args.items()
                  if name not in secret},
-        "secrets": {name: veiled(key, nonce, name, args[name].encode()).hex()
+        "secrets": {name: encrypt_secret(key, nonce, name,
+                                         args[name].encode()).hex()
                     for name in secret},
         "nonce": nonce, "iat": now, "exp": now + GOOD_FOR})
 
 
-class Remote:
+class RemoteRun:
     """Shows what a run on another host writes, until it has ended."""
 
-    def __init__(self, options: Options, wire: Wire):
-        self.options, self.wire = options, wire
+    def __init__(self, options: Options, client: DashboardClient):
+        self.options, self.connection = options, client
         self.shown = self.seen = 0      # bytes of output; of these pieces
         self.notes: set[bytes] = set()  # that were shown
 
     def follow(self, nonce: str) -> int:
         """From the request to the run's exit status. Raises Error."""
         while True:
-            state = asked_of(self.wire, "GET", f"/api/v1/requests/{nonce}")
+            state = asked_of(self.connection, "GET",
+                             f"/api/v1/requests/{nonce}")
             if state["state"] in ("refused", "expired"):
                 raise Error(f"{state['state']}: {state['reason']}")
             if state["state"] == "accepted" and state.get("run"):
@@ -19535,7 +19780,8 @@ class Remote:
         run = state["run"]
         self.options.warn(f"run {run} of the dashboard")
         while True:
-            facts = asked_of(self.wire, "GET", f"/api/v1/runs/{run}")["run"]
+            facts = asked_of(self.connection, "GET",
+                             f"/api/v1/runs/{run}")["run"]
             if facts["state"] in FINAL and facts["have"] >= facts["size"]:
                 self.show(run, 0, live=False)
                 return self.end(facts)
@@ -19554,10 +19800,10 @@ class Remote:
         shown live already, only what comes after it."""
         wait = "&wait=10" if live else ""
         try:
-            status, headers, data = self.wire.fetch(
+            status, headers, data = self.connection.fetch(
                 "GET", f"/api/v1/runs/{run}/output?from={at}&len=1000000"
                 f"{wait}", seconds=PATIENCE + 10)
-        except Unreachable as error:
+        except ConnectionFailed as error:
             raise Error(str(error)) from None
         try:
             whole = whole_frames(data)[0] == len(data)
@@ -19610,7 +19856,7 @@ SPARKS = 40             # durations in one line
 COLOURED = r"(\x1b\[[0-9;:]*m)|"    # SGR: it cannot do harm
 
 
-def spark(durations: list[float]) -> str:
+def sparkline(durations: list[float]) -> str:
     """A line of bars, the longest duration the highest."""
     top = max(durations, default=0) or 1
     return "".join(BARS[min(int(duration / top * 8), 7)]
@@ -19656,25 +19902,25 @@ def took(run: dict) -> float | None:
 def took_words(seconds: float | None) -> str:
     if seconds is None:
         return "-"
-    return duration_text(round(seconds) if seconds >= 10 else
-                         round(seconds, 1) if seconds >= 1 else seconds)
+    return format_duration(round(seconds) if seconds >= 10 else
+                           round(seconds, 1) if seconds >= 1 else seconds)
 
 
 def began(run: dict) -> str:
     """When it started, or should have."""
     at = next((run[key] for key in ("started", "due", "asked")
                if run[key] is not None), None)
-    return "-" if at is None else rfc3339(at)
+    return "-" if at is None else format_rfc3339(at)
 
 
 def label_of(run: dict, owner: str) -> str:
     """What a run or job is called, with its user if that is another one."""
-    label = visible(run["label"])
+    label = escape_controls(run["label"])
     return f"{run['user']}: {label}" if run["user"] not in ("", owner) \
         else label
 
 
-def runs_of(options: Options, link: Link, name: str) -> list[dict]:
+def runs_of(options: Options, link: DaemonClient, name: str) -> list[dict]:
     """The last runs, the newest at the end."""
     wanted, found = options.number or 20, []
     fields = {**options.whose(), **({"job": name} if name else {})}
@@ -19691,7 +19937,7 @@ def runs_of(options: Options, link: Link, name: str) -> list[dict]:
 
 def command_history(options: Options, machine: Machine, name: str = ""
                     ) -> int:
-    runs = runs_of(options, Link(machine), name)
+    runs = runs_of(options, DaemonClient(machine), name)
     if options.json:
         print_json(runs)
         return EXIT_OK
@@ -19707,20 +19953,20 @@ def command_history(options: Options, machine: Machine, name: str = ""
         seconds = took(run)
         print(f"{run['run']:>5}  {began(run):25}  {label:{width}}  "
               f"{run['trigger']:8}  {took_words(seconds):>6}  "
-              f"{visible(result_words(run))}")
+              f"{escape_controls(result_words(run))}")
         if seconds is not None:
             durations.setdefault((run["user"], run["tag"], label), []
                                  ).append(seconds)
     if durations:
         print("\nHow long the jobs took, the newest on the right:")
     for (_, _, label), seconds in durations.items():
-        print(f"{label:{width}}  {spark(seconds[-SPARKS:])}  "
+        print(f"{label:{width}}  {sparkline(seconds[-SPARKS:])}  "
               f"{took_words(seconds[-1])}")
     return EXIT_OK
 
 
 def command_log(options: Options, machine: Machine, which: str) -> int:
-    link = Link(machine)
+    link = DaemonClient(machine)
     wanted = {"run": int(which)} if count(which) else {"job": which}
     run = link.ask("log", **wanted, **options.whose())["run"]
     frames = read_frames(link.output)
@@ -19770,23 +20016,24 @@ def command_kill(options: Options, machine: Machine, which: str) -> int:
     if not count(which):
         raise Error(f"{short(which)} is no run", "koitab status shows those "
                     "that go on, with their numbers", EXIT_USAGE)
-    run = Link(machine).ask("kill", run=int(which), **options.whose())["run"]
-    print(f"run {run['run']} ({visible(run['label'])}) is told to end")
+    run = DaemonClient(machine).ask("kill", run=int(which),
+                                    **options.whose())["run"]
+    print(f"run {run['run']} ({escape_controls(run['label'])}) is told to end")
     return EXIT_OK
 
 
 def command_status(options: Options, machine: Machine) -> int:
-    link = Link(machine)
+    link = DaemonClient(machine)
     try:
         state = link.ask("status", **options.whose())
     except Error as error:
         if options.json:
             raise
-        print(f"koid      {visible(error.message)}"
-              + (f" ({visible(error.hint)})" if error.hint else ""))
+        print(f"koid      {escape_controls(error.message)}"
+              + (f" ({escape_controls(error.hint)})" if error.hint else ""))
         state = None
     jobs = link.ask("jobs", **options.whose())["jobs"]
-    bad = [job for job in jobs if job["last"] and failed(job["last"])]
+    bad = [job for job in jobs if job["last"] and is_failure(job["last"])]
     if options.json:
         print_json({**state, "failed": bad})
     else:
@@ -19809,7 +20056,7 @@ def state_lines(state: dict, owner: str) -> dict[str, list[str]]:
     tab = state["tab"]
     return {
         "koid": [f"{state['version']}, pid {state['pid']}, since "
-                 f"{rfc3339(state['started'])}, {state['home']}"
+                 f"{format_rfc3339(state['started'])}, {state['home']}"
                  + (", with cron's tabs" if state["system"] else "")],
         "tab": [f"{tab['user']}: {plural(tab['jobs'], 'job')}",
                 *tab["problems"]],
@@ -19820,13 +20067,13 @@ def state_lines(state: dict, owner: str) -> dict[str, list[str]]:
         "trouble": [text for text in state["troubles"] if not any(
             text.endswith(known.removeprefix("tab"))
             for known in tab["problems"])],     # they were told already
-        "next": [rfc3339(state["next"])] if state["next"] else [],
+        "next": [format_rfc3339(state["next"])] if state["next"] else [],
         "dashboard": link_lines(state.get("dashboard"))}
 
 
 def print_field(word: str, lines: list[str]) -> None:
     for line in lines:
-        print(f"{word:9} {visible(line)}")
+        print(f"{word:9} {escape_controls(line)}")
         word = ""
 
 
@@ -19839,7 +20086,7 @@ CRON_PIDS = (CRON_PID, "/var/run/crond.pid", "/var/run/cron.pid")
 OURS = b"/var/cache/koi"        # stands in the first lines of this program
 
 
-class Source(Record):
+class Source(FrozenRecord):
     """A crontab of cron's."""
     path: str
     section: str
@@ -19946,7 +20193,8 @@ class Importer:
             return
         reasons = {problem.line: f"{problem.what}: {problem.why}"
                    for problem in tab.problems if problem.fatal}
-        self.lines += ["", f"[{source.section}]", f"# {visible(source.path)}"]
+        self.lines += ["", f"[{source.section}]",
+                       f"# {escape_controls(source.path)}"]
         self.set_back()
         user = self.owner
         for row, raw in enumerate(source.text.split("\n"), start=1):
@@ -19992,9 +20240,11 @@ class Importer:
         if self.others:
             if job.user != user:
                 self.lines.append(
-                    f"{MARK}this is for {visible(job.user)}: koitab -u "
-                    f"{visible(job.user)} import | koitab -u "
-                    f"{visible(job.user)} -")
+                    f"{MARK}this is for {escape_controls(job.user)}: koitab "
+                    "-u "
+                    f"{escape_controls(job.user)} import | koitab -u "
+                    f"{escape_controls(job.user)} -"
+                )
             self.lines.append(f"# {line}")
             return job.user
         return user
@@ -20035,7 +20285,7 @@ class Importer:
                    and problem.line <= len(self.lines)}
             for row in sorted(bad, reverse=True):
                 line = self.lines[row - 1]
-                self.lines[row - 1:row] = [MARK + visible(bad[row]),
+                self.lines[row - 1:row] = [MARK + escape_controls(bad[row]),
                                            f"# {line}"]
         return sum(line.startswith(MARK) for line in self.lines)
 
@@ -20114,8 +20364,8 @@ def command_unit(options: Options, machine: Machine, what: str) -> int:
     if what not in ("daemon", "dashboard"):
         raise Error(f"there is no unit {short(what)}", "koitab unit daemon",
                     EXIT_USAGE)
-    options.allow("--system" if what == "daemon" else OF_DASHBOARD,
-                  f"unit {what}", EXIT_USAGE)
+    options.reject_others("--system" if what == "daemon" else OF_DASHBOARD,
+                          f"unit {what}", EXIT_USAGE)
     path = os.path.abspath(__file__)
     command = [path] if os.access(path, os.X_OK) else [
         sys.executable, "-IS", path]
@@ -20161,7 +20411,8 @@ def plist(command: list[str], environment: dict, label: str = "koid") -> str:
 
 def command_completion(options: Options, machine: Machine, shell: str) -> int:
     if shell == "names":        # what the scripts below ask for
-        for job in Link(machine).ask("jobs", **options.whose())["jobs"]:
+        for job in DaemonClient(machine).ask("jobs",
+                                             **options.whose())["jobs"]:
             if job["name"]:
                 print(job["name"])
         return EXIT_OK
@@ -20180,7 +20431,8 @@ def let_go() -> None:
     is half of this file. Of that `main` needs two names to the end."""
     if __name__ == PROG:
         return              # a test has loaded us as a module
-    for name in set(globals()) - UP_TO_HERE - {"UP_TO_HERE", "Said", "Shown"}:
+    for name in set(globals()) - UP_TO_HERE - {
+            "UP_TO_HERE", "CrontabError", "ExitWithText"}:
         del globals()[name]
     import gc
     gc.collect()            # classes are rings, which nothing else frees
@@ -20288,19 +20540,20 @@ def command_dashboard(options: Options, machine: Machine) -> int:
     listeners = [listener(*each) for each in wanted]
     if not options.db:
         machine.make_home(machine.home_of_state())
-    hub = Hub(dashboard_db(options, machine), machine.clock)
-    hub.open()
-    hub.start()
-    herald = Herald(hub, machine)
-    herald.start()
-    site = Site(hub, page_text(), [text.lower() for text in options.names],
-                options.proxies, options.allow_new, said_by(machine))
-    front = Front(site, listeners, certificate)
+    dashboard = Dashboard(dashboard_db(options, machine), machine.clock)
+    dashboard.open()
+    dashboard.start()
+    notifier = Notifier(dashboard, machine)
+    notifier.start()
+    api = Api(dashboard, page_text(),
+              [text.lower() for text in options.names],
+              options.proxies, options.allow_new, said_by(machine))
+    server = HttpServer(api, listeners, certificate)
     try:
-        why = front.run(lambda: tell_where(options, front))
+        why = server.run(lambda: tell_where(options, server))
     finally:
-        herald.stop()
-        hub.stop()
+        notifier.stop()
+        dashboard.stop()
     if why:
         raise Error(f"the dashboard cannot go on: {why}")
     return EXIT_OK
@@ -20310,42 +20563,43 @@ def said_by(machine: Machine):
     """A line of the dashboard's log, on stderr."""
     def say(text: str) -> None:
         try:
-            print(visible(f"{rfc3339(machine.clock.now())} dashboard: {text}"
-                          ), file=sys.stderr, flush=True)
+            print(escape_controls(
+                f"{format_rfc3339(machine.clock.now())} dashboard: {text}"
+                                  ), file=sys.stderr, flush=True)
         except (OSError, ValueError):
             pass                # nobody reads it
     return say
 
 
-def tell_where(options: Options, front: Front) -> None:
+def tell_where(options: Options, server: HttpServer) -> None:
     """It listens: where, and what to type next."""
-    scheme = "https" if front.certificate else "http"
+    scheme = "https" if server.certificate else "http"
     urls = []
-    for sock in front.listeners:
+    for sock in server.listeners:
         address, port = sock.getsockname()[:2]
         urls.append(f"{scheme}://{url_name(address)}:{port}")
-        front.site.say(f"koi {VERSION} listens at {urls[-1]}")
-    if front.certificate:
-        front.site.say("SHA-256 of the certificate: "
-                       f"{front.certificate.print}")
-    if options.plain_http and not front.certificate and front.site.literals:
-        front.site.say("warning: this is plain http: whoever is on the way "
+        server.api.say(f"koi {VERSION} listens at {urls[-1]}")
+    if server.certificate:
+        server.api.say("SHA-256 of the certificate: "
+                       f"{server.certificate.print}")
+    if options.plain_http and not server.certificate and server.api.literals:
+        server.api.say("warning: this is plain http: whoever is on the way "
                        "can read and change all of it")
     name = options.names[0] if options.names else ""
     if name and options.proxies:
         scheme = "https"                # the proxy's, and its port
     elif name and not split_authority(name)[1]:
-        name += f":{front.listeners[0].getsockname()[1]}"
+        name += f":{server.listeners[0].getsockname()[1]}"
     where = f"{scheme}://{name}" if name else urls[0]
-    front.site.say(f"next: koitab -d new {where}; then open {where}")
+    server.api.say(f"next: koitab -d new {where}; then open {where}")
 
 
 def back_up(options: Options, machine: Machine) -> int:
-    options.allow("--db --backup", "--backup", EXIT_USAGE)
+    options.reject_others("--db --backup", "--backup", EXIT_USAGE)
     path = dashboard_db(options, machine)
     if not os.path.exists(path):
         raise Error(f"{path} is not there", "--db FILE")
-    Hub(path, machine.clock).backup(os.path.abspath(options.backup))
+    Dashboard(path, machine.clock).backup(os.path.abspath(options.backup))
     return EXIT_OK
 
 
@@ -20397,7 +20651,7 @@ def command_page(_options: Options, machine: Machine, url: str = "") -> int:
     """The page as a file: opened from disk, its code never comes from the
     server. Raises Error."""
     if not url:
-        mine = machine.membership(own_state(machine))
+        mine = machine.read_enrollment(own_state(machine))
         url = mine.url if mine else ""
     if url:
         server_of(url)
@@ -20432,7 +20686,7 @@ def as_crontab(options: Options, machine: Machine, words: list[str]) -> int:
     wanted = [name for name in AS_CRONTAB if name in options.given]
     if len(wanted) > 1:
         refuse("only one operation permitted")
-    options.allow({"-r": "-r -i -u", "-T": "-T"}.get(
+    options.reject_others({"-r": "-r -i -u", "-T": "-T"}.get(
         "".join(wanted), " ".join(["-u", *wanted])),
         "".join(wanted) or "FILE", EXIT_FAULTS)
     if wanted and words:
@@ -20448,12 +20702,12 @@ def as_crontab(options: Options, machine: Machine, words: list[str]) -> int:
     return command_replace(options, machine, *words or ["-"])
 
 
-def obey(argv: list[str], machine: Machine, called: str = PROG) -> int:
+def dispatch(argv: list[str], machine: Machine, called: str = PROG) -> int:
     """Do what was typed; the exit status. Raises Error."""
     options = Options(called)
     words = options.read(argv)
     if "--on" not in options.given:     # else he is another host's
-        options.judge_user(machine)
+        options.check_user(machine)
     if called == "koid" and words[:1] != ["daemon"]:
         words.insert(0, "daemon")
     name = words[0] if words else ""
@@ -20466,7 +20720,7 @@ def obey(argv: list[str], machine: Machine, called: str = PROG) -> int:
         raise Error(f"{name} is a file and a command",
                     f"crontab ./{name}, or {PROG} {name}")
     function, fewest, most, allowed = COMMANDS[name]
-    options.allow(allowed, name, EXIT_USAGE)
+    options.reject_others(allowed, name, EXIT_USAGE)
     if not fewest <= len(words) - 1 <= most:
         raise Error(f"what is {short(words[most + 1])}?"
                     if len(words) - 1 > most else f"{name} needs a word more",
@@ -20502,17 +20756,19 @@ def main(argv: list[str] | None = None, machine: Machine | None = None,
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="surrogateescape")
         try:
-            status = obey(argv, machine or Machine(), called)
-        except Shown as text:
+            status = dispatch(argv, machine or Machine(), called)
+        except ExitWithText as text:
             print(text, end="")
             status = EXIT_OK
         sys.stdout.flush()
         return status
     except Error as error:
         hint = f" ({error.hint})" if error.hint else ""
-        before = "" if isinstance(error, Said) else f"{called}: error: "
+        before = "" if isinstance(error,
+                                  CrontabError) else f"{called}: error: "
         sys.stdout.flush()
-        print(visible(f"{before}{error.message}{hint}"), file=sys.stderr)
+        print(escape_controls(f"{before}{error.message}{hint}"),
+              file=sys.stderr)
         return error.status
     except BrokenPipeError:             # koitab next | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -20520,7 +20776,7 @@ def main(argv: list[str] | None = None, machine: Machine | None = None,
     except KeyboardInterrupt:
         return EXIT_SIGNAL + 2
     except OSError as error:            # a full disk, no descriptor left
-        print(visible(f"{called}: error: {error.strerror or error}"),
+        print(escape_controls(f"{called}: error: {error.strerror or error}"),
               file=sys.stderr)
         return EXIT_FAULTS
 

@@ -89,7 +89,7 @@ class Error(Exception):
         self.message, self.hint, self.status = message, hint, status
 
 
-class Record:
+class FrozenRecord:
     """A value with named fields that does not change: `Point(1, y=2)`.
 
     What a frozen dataclass is, without importing `dataclasses`, which would
@@ -117,7 +117,7 @@ class Record:
         fields = ", ".join(f"{k}={v!r}" for k, v in vars(self).items())
         return f"{type(self).__name__}({fields})"
 
-    def but(self, **changes):
+    def replace(self, **changes):
         """The same value with some fields changed."""
         return type(self)(**{**vars(self), **changes})
 
@@ -134,13 +134,13 @@ class Clock:
         return time.monotonic()
 
 
-def rfc3339(at: float) -> str:
+def format_rfc3339(at: float) -> str:
     """Local time with its offset: 2026-03-29T03:00:00+02:00 (RFC 3339)."""
     text = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(at))
     return f"{text[:-2]}:{text[-2:]}"
 
 
-def duration_text(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """As Go writes a duration, cut to milliseconds: 12ms 1.5s 1h0m5.1s."""
     thousandths = int(max(seconds, 0) * 1000 + 1e-6)    # 1.001 is not 1
     if thousandths < 1000:
@@ -158,7 +158,7 @@ DIGITS_AND_POINT = frozenset("0123456789.")
 LONGEST_DURATION = 86400 * 366 * 100    # a century is no time limit
 
 
-def seconds_of(text: str) -> float | None:
+def parse_duration(text: str) -> float | None:
     """The seconds in "90s", "1h30m", "500ms"; None if it is no duration."""
     total, at = 0.0, 0
     while at < len(text):
@@ -200,7 +200,7 @@ def escaped(match) -> str:
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
-def visible(text: str) -> str:
+def escape_controls(text: str) -> str:
     """The text on one line, each unsafe character written as an escape."""
     if text.isprintable():
         return text
@@ -251,7 +251,7 @@ def sync_folder(path: str, dir_fd: int | None = None) -> None:
         os.close(fd)
 
 
-def only_one(path: str) -> int | None:
+def try_lock(path: str) -> int | None:
     """Lock the file at `path`: its descriptor, or None if another has it.
 
     An flock, not the file's existence: the kernel frees it when its holder
@@ -280,7 +280,7 @@ ENDS_WORD = frozenset(" \t\r\n,:[]{}\"/")
 CONSTANTS = {"true": True, "false": False, "null": None}
 
 
-class Unreadable(Exception):
+class JsoncError(Exception):
     """The text is no JSONC from offset `at` on."""
 
     def __init__(self, at: int, what: str, right: str):
@@ -290,7 +290,7 @@ class Unreadable(Exception):
 
 def quoted(text: str) -> str:
     """As JSON writes it, short enough for a message."""
-    return '"' + visible(text[:60]).replace('"', '\\"') + '"'
+    return '"' + escape_controls(text[:60]).replace('"', '\\"') + '"'
 
 
 class JsoncReader:
@@ -311,7 +311,7 @@ class JsoncReader:
         return value
 
     def stop(self, what: str, right: str):
-        raise Unreadable(self.at, what, right)
+        raise JsoncError(self.at, what, right)
 
     def peek(self) -> str:
         """The next character that is neither space nor comment; '' at the
@@ -458,7 +458,7 @@ def is_label(text: str, first: str) -> bool:
         text) <= set(LOWER + DIGITS + "-_")
 
 
-class Shape(Record):
+class ValueType(FrozenRecord):
     """What a value of the configuration may be, and how it is read."""
     right: str                  # what would be right, for a complaint
     fits: object                # value -> bool
@@ -471,14 +471,14 @@ def texts(value) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
-def number(low: int, high: int) -> Shape:
-    return Shape(f"a whole number from {low} to {high}",
-                 lambda v: type(v) is int and low <= v <= high)
+def number(low: int, high: int) -> ValueType:
+    return ValueType(f"a whole number from {low} to {high}",
+                     lambda v: type(v) is int and low <= v <= high)
 
 
-def one_of(*words: str) -> Shape:
-    return Shape(" or ".join(f'"{word}"' for word in words),
-                 lambda v: isinstance(v, str) and v in words)
+def one_of(*words: str) -> ValueType:
+    return ValueType(" or ".join(f'"{word}"' for word in words),
+                     lambda v: isinstance(v, str) and v in words)
 
 
 SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -501,25 +501,28 @@ def size_text(size: int) -> str:
     return str(size)
 
 
-TEXT = Shape("a string", lambda v: isinstance(v, str))
-FLAG = Shape("true or false", lambda v: v is True or v is False)
-TEXTS = Shape("a list of strings", texts, tuple, list)
-DURATION = Shape('a duration such as "90s", "10m" or "2h"',
-                 lambda v: isinstance(v, str) and seconds_of(v) is not None,
-                 seconds_of, duration_text)
-SIZE = Shape('a size such as "500M" or "5G"',
-             lambda v: isinstance(v, str) and bytes_of(v) is not None,
-             bytes_of, size_text)
-VARIABLES = Shape(
+TEXT = ValueType("a string", lambda v: isinstance(v, str))
+FLAG = ValueType("true or false", lambda v: v is True or v is False)
+TEXTS = ValueType("a list of strings", texts, tuple, list)
+DURATION = ValueType('a duration such as "90s", "10m" or "2h"',
+                     lambda v: isinstance(v,
+                                          str) and parse_duration(v)
+                     is not None,
+                     parse_duration, format_duration)
+SIZE = ValueType('a size such as "500M" or "5G"',
+                 lambda v: isinstance(v, str) and bytes_of(v) is not None,
+                 bytes_of, size_text)
+VARIABLES = ValueType(
     "an object of strings", lambda v: isinstance(v, dict) and all(
         isinstance(word, str) for word in v.values()), dict, dict)
-SIZES = Shape(
+SIZES = ValueType(
     'an object such as {"sync": "5G"}', lambda v: isinstance(v, dict) and all(
         SIZE.fits(size) for size in v.values()),
     lambda v: {name: bytes_of(size) for name, size in v.items()},
     lambda v: {name: size_text(size) for name, size in v.items()})
-SECTION = Shape("an object", lambda v: isinstance(v, dict), blank={})
-SECTIONS = Shape("a list of objects", lambda v: isinstance(v, list), blank=[])
+SECTION = ValueType("an object", lambda v: isinstance(v, dict), blank={})
+SECTIONS = ValueType("a list of objects", lambda v: isinstance(v, list),
+                     blank=[])
 
 NEEDED = object()       # a key that must be there
 
@@ -573,7 +576,7 @@ def field_of(key: str) -> str:
         "_" + c.lower() if c.isupper() else c for c in key)
 
 
-class Task(Record):
+class Task(FrozenRecord):
     slug: str
     name: str
     type: str
@@ -591,12 +594,12 @@ class Task(Record):
     min_free: dict              # storage name -> bytes
 
 
-class User(Record):
+class User(FrozenRecord):
     name: str
     email: str
 
 
-class Storage(Record):
+class Storage(FrozenRecord):
     name: str
     path: str
     chown: bool
@@ -607,7 +610,7 @@ class Storage(Record):
         return self.name.upper().replace("-", "_") + "_DIR"
 
 
-class Ping(Record):
+class Ping(FrozenRecord):
     enabled: bool
     endpoint: str
     start: bool
@@ -618,7 +621,7 @@ class Ping(Record):
     ca_file: str
 
 
-class Smtp(Record):
+class Smtp(FrozenRecord):
     host: str
     port: int | None
     security: str
@@ -628,7 +631,7 @@ class Smtp(Record):
     ca_file: str
 
 
-class Mail(Record):
+class Mail(FrozenRecord):
     enabled: bool
     type: str
     on: str
@@ -636,7 +639,7 @@ class Mail(Record):
     smtp: Smtp | None
 
 
-class Config(Record):
+class Config(FrozenRecord):
     """A configuration with its paths resolved."""
     path: str
     tasks: tuple
@@ -658,7 +661,7 @@ class Config(Record):
         return self.storage[name].path
 
 
-class Complaint(Record):
+class Diagnostic(FrozenRecord):
     """One fault: where it is, what is wrong, what would be right."""
     at: int
     path: tuple
@@ -671,8 +674,9 @@ class Complaint(Record):
         row = text.count("\n", 0, self.at) + 1
         column = self.at - text.rfind("\n", 0, self.at)
         where = path_text(self.path)
-        return visible(f"{file}:{row}:{column}: {where}{': ' if where else ''}"
-                       f"{self.what} ({self.right})")
+        return escape_controls(
+            f"{file}:{row}:{column}: {where}{': ' if where else ''}"
+                               f"{self.what} ({self.right})")
 
 
 def path_text(path: tuple) -> str:
@@ -693,7 +697,7 @@ def described(value) -> str:
     return quoted(value) if isinstance(value, str) else str(value).lower()
 
 
-class Reading:
+class ConfigReader:
     """From text to a Config; what is wrong is collected in `complaints`."""
 
     def __init__(self, text: str, path: str):
@@ -709,19 +713,19 @@ class Reading:
         try:
             reader = JsoncReader(text)
             values = reader.document()
-        except Unreadable as error:
+        except JsoncError as error:
             self.complaints.append(
-                Complaint(error.at, (), error.what, error.right))
+                Diagnostic(error.at, (), error.what, error.right))
             return None
         self.places, self.keys = reader.places, reader.keys
         for path, at in reader.twice:
-            self.complaints.append(Complaint(
+            self.complaints.append(Diagnostic(
                 at, path, "this key stands twice", "once in an object"))
         return values
 
     def complain(self, path: tuple, what: str, right: str, key=False) -> None:
         at = (self.keys if key else self.places).get(path)
-        self.complaints.append(Complaint(
+        self.complaints.append(Diagnostic(
             place_of(self.places, path) if at is None else at,
             path, what, right))
 
@@ -741,7 +745,7 @@ class Reading:
         return {field_of(key): self.field(values, path + (key,), *rule)
                 for key, rule in keys.items()}
 
-    def field(self, values: dict, path: tuple, shape: Shape, default):
+    def field(self, values: dict, path: tuple, shape: ValueType, default):
         value = values.get(path[-1])
         if value is None:           # null is "not set", as in the original
             if default is NEEDED:
@@ -809,7 +813,7 @@ def absolute_path(path: str, base: str, user: str, home_of) -> str:
     return "/" + posixpath.normpath(posixpath.join(base, path)).lstrip("/")
 
 
-def resolved(config: Config, home_of) -> tuple[Config, list[Complaint]]:
+def resolved(config: Config, home_of) -> tuple[Config, list[Diagnostic]]:
     """The configuration with absolute paths. `home_of(name)` tells a home,
     or None."""
     complaints = []
@@ -821,15 +825,15 @@ def resolved(config: Config, home_of) -> tuple[Config, list[Complaint]]:
             return absolute_path(path, posixpath.dirname(config.path),
                                  config.user.name, home_of)
         except ValueError as error:
-            complaints.append(Complaint(
+            complaints.append(Diagnostic(
                 place_of(config.places, keys), keys, str(error),
                 "an absolute path, or ~ of a user of this host"))
             return ""
 
-    storage = {name: s.but(path=absolute(s.path, "storage", name, "path"))
+    storage = {name: s.replace(path=absolute(s.path, "storage", name, "path"))
                for name, s in config.storage.items()}
     tasks_folder = storage["tasks"].path if "tasks" in storage else ""
-    tasks = tuple(task.but(
+    tasks = tuple(task.replace(
         name=task.name or task.slug, entrypoint=absolute(
             task.entrypoint, "tasks", index, "entrypoint")
         or (posixpath.join(tasks_folder, task.slug, "run")
@@ -837,12 +841,12 @@ def resolved(config: Config, home_of) -> tuple[Config, list[Complaint]]:
         for index, task in enumerate(config.tasks))
     mail = config.mail
     if mail.smtp:
-        mail = mail.but(smtp=mail.smtp.but(ca_file=absolute(
+        mail = mail.replace(smtp=mail.smtp.replace(ca_file=absolute(
             mail.smtp.ca_file, "mail", "smtp", "caFile")))
-    return config.but(
+    return config.replace(
         storage=storage, tasks=tasks, mail=mail,
         pass_bin=absolute(config.pass_bin, "passBin"),
-        ping=config.ping.but(ca_file=absolute(
+        ping=config.ping.replace(ca_file=absolute(
             config.ping.ca_file, "ping", "caFile")),
         textfile=absolute(config.textfile, "metrics", "textfile"),
     ), complaints
@@ -876,7 +880,7 @@ def as_json(config: Config) -> dict:
     }
 
 
-class Script(Record):
+class Script(FrozenRecord):
     """What the host says of a task's file."""
     path: str
     state: str = ""             # "" or what is wrong: "does not exist", ...
@@ -885,7 +889,7 @@ class Script(Record):
     intruder: str = ""          # who else could change what root runs
 
 
-class Facts(Record):
+class HostFacts(FrozenRecord):
     """What the host says of everything a configuration names."""
     uids: dict                  # user name -> uid, or None
     folders: dict               # storage name -> "" or what is wrong with it
@@ -898,23 +902,24 @@ class Facts(Record):
     intruder: str = ""          # who else can change the configuration
 
 
-class Judge:
+class ConfigValidator:
     """Judges one configuration by the facts; all faults, in file order.
 
     `known`: paths that have a complaint already, and need no second one.
     """
 
-    def __init__(self, config: Config, facts: Facts, known=()):
+    def __init__(self, config: Config, facts: HostFacts, known=()):
         self.config, self.facts, self.found = config, facts, []
         self.known = set(known)
 
-    def say(self, path: tuple, what: str, right: str, slug="") -> None:
+    def add_diagnostic(self, path: tuple, what: str, right: str,
+                       slug="") -> None:
         if any(path[:end] in self.known for end in range(1, len(path) + 1)):
             return
         at = place_of(self.config.places, path)
-        self.found.append(Complaint(at, path, what, right, slug))
+        self.found.append(Diagnostic(at, path, what, right, slug))
 
-    def complaints(self) -> list[Complaint]:
+    def complaints(self) -> list[Diagnostic]:
         self.of_user()
         self.of_storage()
         for index, task in enumerate(self.config.tasks):
@@ -923,8 +928,9 @@ class Judge:
         self.of_delivery()
         self.of_patterns()
         if self.facts.intruder:
-            self.say((), self.facts.intruder, "root and "
-                     f"{self.trusted()} alone can write it and its folders")
+            self.add_diagnostic((), self.facts.intruder, "root and "
+                                f"{self.trusted()} alone can write it and its "
+                                "folders")
         return sorted(self.found, key=lambda c: c.at)
 
     def trusted(self) -> str:
@@ -936,91 +942,113 @@ class Judge:
         if self.config.pass_bin:
             reason = self.facts.usable.get(self.config.pass_bin)
             if reason:
-                self.say(("passBin",), f"{self.config.pass_bin} {reason}",
-                         "the path of an executable such as /usr/bin/pass")
+                self.add_diagnostic(("passBin",),
+                                    f"{self.config.pass_bin} {reason}",
+                                    "the path of an executable such as "
+                                    "/usr/bin/pass")
 
     def of_account(self, name: str, path: tuple) -> None:
         uid = self.facts.uids.get(name)
         if uid is None:
-            self.say(path, f"there is no user {described(name)}",
-                     "the name of a user of this host")
+            self.add_diagnostic(path, f"there is no user {described(name)}",
+                                "the name of a user of this host")
         elif uid in NOT_A_USER:
-            self.say(path, f"{name} has the user id {uid}",
-                     "an unprivileged user")
+            self.add_diagnostic(path, f"{name} has the user id {uid}",
+                                "an unprivileged user")
 
     def of_storage(self) -> None:
         variables = {}
         for name in ("tasks", "logs"):
             if name not in self.config.storage:
-                self.say(("storage",), f"there is no storage {name!r}",
-                         f'"{name}": {{"path": "..."}}')
+                self.add_diagnostic(("storage",),
+                                    f"there is no storage {name!r}",
+                                    f'"{name}": {{"path": "..."}}')
         for name, storage in self.config.storage.items():
             path = ("storage", name)
             if not is_label(name, LOWER):
-                self.say(path, f"{described(name)} is no storage name",
-                         "letters a-z, digits, - and _, first a letter")
+                self.add_diagnostic(path,
+                                    f"{described(name)} is no storage name",
+                                    "letters a-z, digits, - and _, first a "
+                                    "letter")
             other = variables.setdefault(storage.variable, name)
             if other != name:
-                self.say(path, f"gives the variable {storage.variable}, as "
-                         f"does storage.{other}", "a name of its own")
+                self.add_diagnostic(path,
+                                    f"gives the variable {storage.variable}, "
+                                    "as "
+                                    f"does storage.{other}",
+                                    "a name of its own")
             self.of_folder(storage, path)
 
     def of_folder(self, storage: Storage, path: tuple) -> None:
         fault = self.facts.folders.get(storage.name)
         if fault:
-            self.say(path + ("path",), f"{storage.path} {fault}",
-                     f"mkdir -p {storage.path}" if "exist" in fault
-                     else "a folder that mission can use")
+            self.add_diagnostic(path + ("path",), f"{storage.path} {fault}",
+                                f"mkdir -p {storage.path}" if "exist" in fault
+                                else "a folder that mission can use")
         if storage.commit and not fault \
                 and storage.name not in self.facts.repositories:
-            self.say(path + ("commit",), f"{storage.path} is no git "
-                     "repository", f"git init {storage.path}, as its owner")
+            self.add_diagnostic(path + ("commit",),
+                                f"{storage.path} is no git "
+                                "repository",
+                                f"git init {storage.path}, as its owner")
         if storage.commit and not self.facts.programs.get("git"):
-            self.say(path + ("commit",), "there is no git", "install git")
+            self.add_diagnostic(path + ("commit",), "there is no git",
+                                "install git")
         if not storage.chown:
             return
         inside = [self.config.folder("tasks")] \
             if "tasks" in self.config.storage else []
         for child in inside + [self.config.path]:
             if child.startswith(storage.path.rstrip("/") + "/"):
-                self.say(path + ("chown",), f"{storage.path} holds {child}",
-                         "a folder that holds backups alone")
+                self.add_diagnostic(path + ("chown",),
+                                    f"{storage.path} holds {child}",
+                                    "a folder that holds backups alone")
         if storage.name in self.facts.of_system:
-            self.say(path + ("chown",), f"{storage.path} belongs to the "
-                     "system", "a folder that holds backups alone")
+            self.add_diagnostic(path + ("chown",),
+                                f"{storage.path} belongs to the "
+                                "system", "a folder that holds backups alone")
         elif self.facts.strangers.get(storage.name):
-            self.say(path + ("chown",), "it holds "
-                     + self.facts.strangers[storage.name],
-                     f"files of root and {self.config.user.name} alone")
+            self.add_diagnostic(path + ("chown",), "it holds "
+                                + self.facts.strangers[storage.name],
+                                f"files of root and {self.config.user.name} "
+                                "alone")
 
     def of_task(self, task: Task, path: tuple) -> None:
         import re
         if not is_label(task.slug, LOWER + DIGITS):
-            self.say(path + ("slug",), f"{described(task.slug)} is no slug",
-                     "letters a-z, digits, - and _, at most 64")
+            self.add_diagnostic(path + ("slug",),
+                                f"{described(task.slug)} is no slug",
+                                "letters a-z, digits, - and _, at most 64")
             return
         if [t.slug for t in self.config.tasks].index(task.slug) != path[1]:
-            self.say(path + ("slug",), f'"{task.slug}" stands twice',
-                     "a slug of its own for each task")
-        if visible(task.name) != task.name or len(task.name) > 200:
-            self.say(path + ("name",), "control characters in a name, or "
-                     "more than 200", "printable text")
+            self.add_diagnostic(path + ("slug",),
+                                f'"{task.slug}" stands twice',
+                                "a slug of its own for each task")
+        if escape_controls(task.name) != task.name or len(task.name) > 200:
+            self.add_diagnostic(path + ("name",),
+                                "control characters in a name, or "
+                                "more than 200", "printable text")
         if task.user:
             self.of_account(task.user, path + ("user",))
         if task.parallel and not is_label(
                 task.parallel, LOWER + DIGITS):
-            self.say(path + ("parallel",), f"{described(task.parallel)} is "
-                     "no group name", "letters a-z, digits, - and _")
+            self.add_diagnostic(path + ("parallel",),
+                                f"{described(task.parallel)} is "
+                                "no group name",
+                                "letters a-z, digits, - and _")
         for name, value in task.env.items():
             if not re.fullmatch(VARIABLE, name) or "\0" in value:
-                self.say(path + ("env", name), "this is no variable",
-                         "letters, digits and _, and a value without NUL")
+                self.add_diagnostic(path + ("env", name),
+                                    "this is no variable",
+                                    "letters, digits and _, and a value "
+                                    "without NUL")
         for name in task.min_free:
             if name not in self.config.storage:
-                self.say(path + ("minFree", name), "no such storage", "one "
-                         "of " + ", ".join(self.config.storage))
+                self.add_diagnostic(path + ("minFree", name),
+                                    "no such storage", "one "
+                                    "of " + ", ".join(self.config.storage))
         for what, right in script_faults(task, self.config, self.facts):
-            self.say(path + ("slug",), what, right, task.slug)
+            self.add_diagnostic(path + ("slug",), what, right, task.slug)
 
     def of_order(self) -> None:
         tasks = {task.slug: task for task in self.config.tasks}
@@ -1029,64 +1057,81 @@ class Judge:
             for slug in task.needs:
                 if slug not in tasks:
                     meant = nearest(slug, tasks)
-                    self.say(path, f"there is no task {described(slug)}",
-                             f"{meant}?" if meant else "a slug of a task")
+                    self.add_diagnostic(path,
+                                        f"there is no task {described(slug)}",
+                                        f"{meant}?" if meant
+                                        else "a slug of a task")
                 elif tasks[slug].post and not task.post:
-                    self.say(path, f"{slug} is a post task and runs later",
-                             "a task that is no post task")
+                    self.add_diagnostic(path,
+                                        f"{slug} is a post task and runs "
+                                        "later",
+                                        "a task that is no post task")
             if task.slug in reachable(task, tasks):
-                self.say(path, f"{task.slug} needs itself in the end",
-                         "an order in which they can run")
+                self.add_diagnostic(path,
+                                    f"{task.slug} needs itself in the end",
+                                    "an order in which they can run")
         if not tasks:
-            self.say(("tasks",), "there are no tasks", "at least one")
+            self.add_diagnostic(("tasks",), "there are no tasks",
+                                "at least one")
 
     def of_delivery(self) -> None:
         config, programs = self.config, self.facts.programs
         if config.ping.enabled and not is_endpoint(config.ping.endpoint):
-            self.say(("ping", "endpoint"), described(config.ping.endpoint)
-                     + " is no endpoint", "http://... or https://...")
+            self.add_diagnostic(("ping", "endpoint"),
+                                described(config.ping.endpoint)
+                                + " is no endpoint",
+                                "http://... or https://...")
         if config.notify and not programs.get("notify-send"):
-            self.say(("notify", "enabled"), "there is no notify-send",
-                     "install libnotify-bin, or false")
+            self.add_diagnostic(("notify", "enabled"),
+                                "there is no notify-send",
+                                "install libnotify-bin, or false")
         if config.user.email and not address_of(config.user.email):
-            self.say(("user", "email"), described(config.user.email)
-                     + " is no mail address", "name@example.com")
+            self.add_diagnostic(("user", "email"), described(config.user.email)
+                                + " is no mail address", "name@example.com")
         if config.mail.enabled:
             self.of_mail()
         for keys, path in (("ping", "caFile"), config.ping.ca_file), (
                 ("mail", "smtp", "caFile"),
                 config.mail.smtp.ca_file if config.mail.smtp else ""):
             if path and self.facts.usable.get(path):
-                self.say(keys, f"{path} {self.facts.usable[path]}",
-                         "a file with the CA's certificate in PEM")
+                self.add_diagnostic(keys, f"{path} {self.facts.usable[path]}",
+                                    "a file with the CA's certificate in PEM")
 
     def of_mail(self) -> None:
         import re
         config, smtp = self.config, self.config.mail.smtp
         if not config.user.email:
-            self.say(("user", "email"), "mail is enabled and there is no "
-                     "address", "name@example.com")
+            self.add_diagnostic(("user", "email"),
+                                "mail is enabled and there is no "
+                                "address", "name@example.com")
         if config.mail.type == "sendmail":
             if not self.facts.programs.get("sendmail"):
-                self.say(("mail", "type"), "there is no sendmail in PATH, "
-                         "/usr/sbin or /usr/lib", "install a mail transport "
-                         'such as msmtp-mta, or "type": "smtp"')
+                self.add_diagnostic(("mail", "type"),
+                                    "there is no sendmail in PATH, "
+                                    "/usr/sbin or /usr/lib",
+                                    "install a mail transport "
+                                    'such as msmtp-mta, or "type": "smtp"')
             return
         if not smtp or not re.fullmatch(r"[A-Za-z0-9.:_-]+", smtp.host):
-            self.say(("mail", "smtp", "host"), "there is no SMTP host",
-                     '"smtp": {"host": "mail.example.com", ...}')
+            self.add_diagnostic(("mail", "smtp", "host"),
+                                "there is no SMTP host",
+                                '"smtp": {"host": "mail.example.com", ...}')
         if not smtp:
             return
         if smtp.pass_name and not (config.pass_bin and smtp.user):
-            self.say(("mail", "smtp", "passName"), "a password without "
-                     "passBin or user", "passBin, user and passName")
+            self.add_diagnostic(("mail", "smtp", "passName"),
+                                "a password without "
+                                "passBin or user",
+                                "passBin, user and passName")
         if smtp.user and smtp.security == "none" and smtp.host not in (
                 "127.0.0.1", "::1", "localhost"):
-            self.say(("mail", "smtp", "security"), "the password would "
-                     "travel unprotected", '"starttls" or "tls"')
+            self.add_diagnostic(("mail", "smtp", "security"),
+                                "the password would "
+                                "travel unprotected", '"starttls" or "tls"')
         if smtp.sender and not address_of(smtp.sender):
-            self.say(("mail", "smtp", "from"), described(smtp.sender)
-                     + " is no mail address", "name@example.com")
+            self.add_diagnostic(("mail", "smtp", "from"),
+                                described(smtp.sender)
+                                + " is no mail address", "name@example.com")
 
     def of_patterns(self) -> None:
         import re
@@ -1096,8 +1141,10 @@ class Judge:
                     pattern(text)
                 except (re.error, Warning, OverflowError,
                         RecursionError) as error:
-                    self.say((key, index), f"{described(text)} does not "
-                             f"compile: {error}", "a regular expression")
+                    self.add_diagnostic((key, index),
+                                        f"{described(text)} does not "
+                                        f"compile: {error}",
+                                        "a regular expression")
 
 
 def reachable(task: Task, tasks: dict) -> set:
@@ -1114,7 +1161,7 @@ def reachable(task: Task, tasks: dict) -> set:
 def is_endpoint(url: str) -> bool:
     import re
     from urllib.parse import urlsplit
-    if not re.fullmatch(ENDPOINT, url) or visible(url) != url:
+    if not re.fullmatch(ENDPOINT, url) or escape_controls(url) != url:
         return False
     try:
         parts = urlsplit(url.replace("%s", "host"))
@@ -1176,7 +1223,7 @@ def interpreter_name(head: str) -> str:
 PROGRAM_MAGIC = ("\x7fELF", "\xcf\xfa\xed\xfe", "\xca\xfe\xba\xbe")
 
 
-def script_faults(task: Task, config: Config, facts: Facts):
+def script_faults(task: Task, config: Config, facts: HostFacts):
     """(what, right) for each fault of a task's file."""
     if task.type == "builtin" and task.slug in CARRIED:
         for name in CARRIED[task.slug]:
@@ -1240,7 +1287,7 @@ def first_command(head: str) -> tuple[int, str]:
 # ==========================================================================
 
 
-class Step(Record):
+class Step(FrozenRecord):
     """One step of a run. `kind` is the name of the Runner's method."""
     kind: str
     tasks: tuple = ()           # several run side by side
@@ -1250,7 +1297,7 @@ class Step(Record):
 STOPPED_BY_SIGNAL = ("tasks", "chown", "commit")
 
 
-def chosen(config: Config, slugs: list[str]) -> list[Task]:
+def select_tasks(config: Config, slugs: list[str]) -> list[Task]:
     """The tasks of a run: the scheduled ones, or those asked for, in the
     order asked for. Raises Error (wrong usage) for a slug nobody knows."""
     tasks = {task.slug: task for task in config.tasks}
@@ -1285,7 +1332,7 @@ def ordered(tasks: list[Task]) -> list[Task]:
     return list(found.values())
 
 
-def batches(tasks: list[Task]) -> list[tuple]:
+def parallel_groups(tasks: list[Task]) -> list[tuple]:
     """Neighbours of one parallel group together, unless one needs another."""
     found: list[list[Task]] = []
     for task in tasks:
@@ -1302,7 +1349,7 @@ def batches(tasks: list[Task]) -> list[tuple]:
 def plan(config: Config, slugs: list[str], headless: bool,
          quiet: bool = False) -> list[Step]:
     """The steps of a run, in order."""
-    tasks = chosen(config, slugs)
+    tasks = select_tasks(config, slugs)
     first = [task for task in tasks if not task.post]
     last = [task for task in tasks if task.post]
     notify = config.notify and not quiet
@@ -1316,13 +1363,13 @@ def plan(config: Config, slugs: list[str], headless: bool,
         steps.append(Step("ping_start"))
     if notify:
         steps.append(Step("notify_start"))
-    steps += [Step("tasks", batch) for batch in batches(first)]
+    steps += [Step("tasks", batch) for batch in parallel_groups(first)]
     if first:
         steps += [Step("chown", storage=storage)
                   for storage in config.storage.values() if storage.chown]
         steps += [Step("commit", storage=storage)
                   for storage in config.storage.values() if storage.commit]
-    steps += [Step("tasks", batch) for batch in batches(last)]
+    steps += [Step("tasks", batch) for batch in parallel_groups(last)]
     steps.append(Step("finish"))
     if notify:
         steps.append(Step("notify_finish"))
@@ -1402,7 +1449,7 @@ class TooSlow(Exception):
     """A function was stopped because it took longer than it may."""
 
 
-class Problem(Record):
+class RunProblem(FrozenRecord):
     """Something went wrong: which verdict it touches, and how badly."""
     verdict: str        # "tasks", "housekeeping" or "delivery"
     level: str          # "error" or "warning"
@@ -1410,7 +1457,7 @@ class Problem(Record):
     text: str
 
 
-class TaskResult(Record):
+class TaskResult(FrozenRecord):
     """What became of one task."""
     slug: str
     outcome: str        # "ok", "failed" or "skipped"
@@ -1419,12 +1466,12 @@ class TaskResult(Record):
 
 
 def header(title: str) -> str:
-    return f"{RULE}\n# {visible(title)}\n{RULE}\n\n"
+    return f"{RULE}\n# {escape_controls(title)}\n{RULE}\n\n"
 
 
-def stamp(elapsed: float) -> str:
+def elapsed_column(elapsed: float) -> str:
     """The column in front of each line of the log."""
-    return "[%-10s] " % duration_text(elapsed)
+    return "[%-10s] " % format_duration(elapsed)
 
 
 def status_text(code: int) -> str:
@@ -1439,7 +1486,7 @@ def status_text(code: int) -> str:
     return f"killed by signal {-code}{name}"
 
 
-class Rule:
+class LinePattern:
     """One pattern of the configuration, with how long it may take.
 
     `screen` tells of a block of lines, each with a newline before it, that
@@ -1473,7 +1520,7 @@ def as_bare_line(text: str) -> str:
     return LEADING_SPACE + text[1:] if text.startswith(" ") else text
 
 
-class Sieve:
+class LogFilter:
     """Redacts and filters whole lines.
 
     `limit(seconds, function, *arguments)` calls the function and raises
@@ -1481,8 +1528,8 @@ class Sieve:
     """
 
     def __init__(self, redact, filters, limit):
-        self.redactions = [Rule(text) for text in redact]
-        self.filters = [Rule(as_bare_line(text)) for text in filters]
+        self.redactions = [LinePattern(text) for text in redact]
+        self.filters = [LinePattern(as_bare_line(text)) for text in filters]
         self.values: list[str] = []     # secrets, redacted by value
         self.limit = limit
 
@@ -1517,7 +1564,7 @@ class Sieve:
                     for a, b in zip(verdicts, found)]
         return verdicts
 
-    def may_match(self, rule: Rule, block: str) -> bool:
+    def may_match(self, rule: LinePattern, block: str) -> bool:
         if rule.screen is None:
             return True
         try:
@@ -1526,7 +1573,7 @@ class Sieve:
             rule.screen = None
             return True
 
-    def judged(self, rule: Rule, lines: list, judge) -> list:
+    def judged(self, rule: LinePattern, lines: list, judge) -> list:
         """judge(line) for each line, None where it took too long."""
         if not rule.alone:
             try:
@@ -1536,7 +1583,7 @@ class Sieve:
                 rule.alone = True
         return [self.judged_alone(rule, line, judge) for line in lines]
 
-    def judged_alone(self, rule: Rule, line: str, judge):
+    def judged_alone(self, rule: LinePattern, line: str, judge):
         if rule.spent >= ALL_SECONDS:
             return None
         try:
@@ -1546,7 +1593,7 @@ class Sieve:
             return None
 
 
-class Scribe:
+class OutputDecoder:
     """Turns the raw output of one process into lines.
 
     `tell(text, whole)` is called with whole lines, sanitised and without
@@ -1554,7 +1601,7 @@ class Scribe:
     for the same as `text`, "" for nothing (shown before its line was whole).
     """
 
-    def __init__(self, sieve: Sieve, tell):
+    def __init__(self, sieve: LogFilter, tell):
         import re
         self.sieve, self.tell = sieve, tell
         self.unsafe = re.compile(UNSAFE.replace("\n", "\x0b"))
@@ -1682,10 +1729,10 @@ class Excerpt:
         return text if len(text) <= limit else text[text.find("\n") + 1:]
 
 
-class Story:
+class MailLog:
     """The log as the mail tells it: filtered, and cut to a size."""
 
-    def __init__(self, sieve: Sieve):
+    def __init__(self, sieve: LogFilter):
         self.sieve, self.excerpt = sieve, Excerpt(MAIL_LIMIT)
         self.filtered = 0
 
@@ -1718,7 +1765,7 @@ def prefixed(text: str, prefix: str) -> str:
     return prefix + text.replace("\n", "\n" + prefix) + "\n"
 
 
-def counted(problems: list[Problem]) -> str:
+def counted(problems: list[RunProblem]) -> str:
     """2 errors and 1 warning"""
     levels = [problem.level for problem in problems]
     parts = [plural(levels.count(level), level)
@@ -1726,12 +1773,12 @@ def counted(problems: list[Problem]) -> str:
     return " and ".join(parts)
 
 
-def backup_problems(problems: list[Problem]) -> list[Problem]:
+def backup_problems(problems: list[RunProblem]) -> list[RunProblem]:
     """Those of tasks and housekeeping: they make a run red."""
     return [p for p in problems if p.verdict != "delivery"]
 
 
-def verdict_of(problems: list[Problem], stopped: int) -> str:
+def result_of(problems: list[RunProblem], stopped: int) -> str:
     if stopped:
         return "stopped"
     if backup_problems(problems):
@@ -1739,13 +1786,13 @@ def verdict_of(problems: list[Problem], stopped: int) -> str:
     return "trouble" if problems else "ok"
 
 
-def exit_status(problems: list[Problem], stopped: int) -> int:
+def exit_status(problems: list[RunProblem], stopped: int) -> int:
     return EXIT_SIGNAL + stopped if stopped else {
         "failed": EXIT_PROBLEMS, "trouble": EXIT_DELIVERY, "ok": EXIT_OK,
-    }[verdict_of(problems, 0)]
+    }[result_of(problems, 0)]
 
 
-def closing_words(problems: list[Problem], stopped: int) -> str:
+def closing_words(problems: list[RunProblem], stopped: int) -> str:
     """The one line on stderr; '' when all went well."""
     if stopped:
         import signal
@@ -1767,18 +1814,18 @@ def subject(host: str, text: str, failed: bool) -> str:
     header, so `=?` is broken up as well.
     """
     line = f"{host}: {'[FAILURE] ' if failed else ''}{text}"
-    return " ".join(visible(line).replace("=?", "= ?").split())[:200]
+    return " ".join(escape_controls(line).replace("=?", "= ?").split())[:200]
 
 
 def run_took(seconds: float) -> str:
-    return duration_text(round(seconds)) if seconds >= 1 \
-        else duration_text(seconds)
+    return format_duration(round(seconds)) if seconds >= 1 \
+        else format_duration(seconds)
 
 
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def spark(values: list[float]) -> str:
+def sparkline(values: list[float]) -> str:
     """A line of bars, the longest duration the highest."""
     top = max(values, default=0) or 1
     return "".join(BARS[min(int(value / top * 8), 7)] for value in values)
@@ -1834,7 +1881,7 @@ FRESH = 0.05            # a ctime this new may hide a change after it
 OUTPUT_KEPT = 65536     # characters of a helper program's output
 
 
-class Account(Record):
+class Account(FrozenRecord):
     """A user to become."""
     name: str
     uid: int
@@ -1864,7 +1911,7 @@ def myself() -> Account:
     account = account_of(uid) or Account(str(uid), uid, os.getegid(), "/")
     if uid == 0:
         return account
-    return account.but(home=os.environ.get("HOME") or account.home)
+    return account.replace(home=os.environ.get("HOME") or account.home)
 
 
 def environment(account: Account, **more: str) -> dict:
@@ -1927,7 +1974,7 @@ class Child:
             self.fd = -1
 
 
-class Done(Record):
+class ProcessResult(FrozenRecord):
     """How a helper program ended."""
     code: int           # as in Popen: negative for a signal
     output: str
@@ -1938,12 +1985,12 @@ class Done(Record):
     def reason(self) -> str:
         """One line for a person."""
         lines = [line for line in self.output.split("\n") if line.strip()]
-        said = f": {visible(lines[-1].strip())[:300]}" if lines else ""
+        said = f": {escape_controls(lines[-1].strip())[:300]}" if lines else ""
         return ("took too long" if self.late
                 else status_text(self.code)) + said
 
 
-class Chowned(Record):
+class ChownReport(FrozenRecord):
     """What a walk did: entries given over, entries already right, and
     (path, reason) for what was left alone."""
     changed: int
@@ -1980,7 +2027,7 @@ def members_of(gid: int) -> set[int]:
     return found | {account.uid for account in accounts if account}
 
 
-def stations(path: str) -> list[str]:
+def path_components(path: str) -> list[str]:
     """Every name on the way to what `path` leads to, links included: who
     can change one of them can change what stands there."""
     names, at, found, links = path.split("/"), "/", ["/"], 0
@@ -2033,7 +2080,7 @@ def reason_of(error: BaseException) -> str:
             error.reason, BaseException):       # URLError wraps the real one
         error = error.reason
     text = str(error) or type(error).__name__
-    return visible(" ".join(text.split()))[:300]
+    return escape_controls(" ".join(text.split()))[:300]
 
 
 def processes():
@@ -2043,7 +2090,7 @@ def processes():
             try:
                 with open(f"/proc/{entry}/comm", encoding="utf-8",
                           errors="replace") as file:
-                    yield int(entry), visible(file.read().strip())
+                    yield int(entry), escape_controls(file.read().strip())
             except OSError:
                 continue
 
@@ -2143,7 +2190,7 @@ class ChownWalk:
         self.device = 0
         self.flags = os.O_NOFOLLOW | os.O_CLOEXEC
 
-    def walk(self, path: str) -> Chowned:
+    def walk(self, path: str) -> ChownReport:
         """The whole tree, its top folder included. Raises OSError when the
         top cannot be opened."""
         top = open_folder(path)
@@ -2157,10 +2204,10 @@ class ChownWalk:
                 self.hard_linked(top, path, seen)
         finally:
             os.close(top)
-        return Chowned(self.changed, self.right, self.left)
+        return ChownReport(self.changed, self.right, self.left)
 
     def leave(self, path: str, why: str) -> None:
-        self.left.append((visible(path), why))
+        self.left.append((escape_controls(path), why))
 
     def folder(self, fd: int, path: str, depth: int) -> None:
         """Everything in a folder, then the folder itself."""
@@ -2361,7 +2408,7 @@ class Repository:
             GIT_EDITOR="true", GIT_OPTIONAL_LOCKS="0", LC_ALL="C.UTF-8")
 
     def call(self, *arguments: str, data: bytes = b"", tell=None,
-             whole=False) -> Done:
+             whole=False) -> ProcessResult:
         options = [
             "core.fsync=all", "gc.auto=0", "maintenance.auto=false",
             "core.fsmonitor=false",
@@ -2373,7 +2420,7 @@ class Repository:
         return self.machine.run(argv + list(arguments), GIT_SECONDS, data,
                                 self.env, self.owner, "/", tell, whole)
 
-    def must(self, *arguments: str, **options) -> Done:
+    def must(self, *arguments: str, **options) -> ProcessResult:
         """Call git; raises Error when it fails, once stale locks that
         explain the failure are out of the way."""
         done = self.call(*arguments, **options)
@@ -2436,7 +2483,9 @@ class Repository:
                             "--get-regexp", r"submodule\..*\.path").output
         declared = {entry.partition("\n")[2]
                     for entry in modules.split("\0")}
-        return [f"{visible(os.path.join(self.path, name))} is a repository "
+        return [
+            f"{escape_controls(os.path.join(self.path, name))} is a "
+            "repository "
                 "of its own: its files are not committed"
                 for name in sorted(links - declared)]
 
@@ -2471,7 +2520,7 @@ class Repository:
         if uid != 0:
             return
         for folder in [self.path] + self.folders():
-            found = self.machine.intruder(folder, {0})
+            found = self.machine.untrusted_writer(folder, {0})
             if found:
                 raise Error(f"git would run as root, and {found}",
                             "chown the storage to its user, or protect it")
@@ -2485,7 +2534,8 @@ class Repository:
                     status = entry.stat(follow_symlinks=False)
                     if not fits(status):
                         raise Error(
-                            f"{visible(entry.path)} does not belong to "
+                            f"{escape_controls(entry.path)} does not belong "
+                            "to "
                             f"{self.owner.name} alone, who owns {self.path}",
                             f"chown -hR {self.owner.name}: {self.path}, or "
                             '"chown": true for this storage')
@@ -2540,7 +2590,7 @@ class Repository:
         self.machine.run(["rm", "-f", "--", *stale], GIT_SECONDS,
                          account=self.owner)
         for lock in stale:
-            self.tell("StaleLock", visible(lock))
+            self.tell("StaleLock", escape_controls(lock))
         return True
 
     def is_stale(self, lock: str, now: float) -> bool:
@@ -2668,7 +2718,7 @@ class Machine:
             now = self.clock.ticks()
             for child in children:
                 was_open, fd = child.open, child.fd
-                self.judge(child, heard, now)
+                self.enforce_limits(child, heard, now)
                 if was_open and not child.open:
                     poll.unregister(fd)
             if self.on_tick:
@@ -2726,7 +2776,7 @@ class Machine:
         return max(0, int(min(min(due) - now, 86400) * 1000) + 1) \
             if due else None
 
-    def judge(self, child: Child, heard, now: float) -> None:
+    def enforce_limits(self, child: Child, heard, now: float) -> None:
         """Has it ended, is it late, must it be pressed?"""
         if child.done:
             return
@@ -2736,13 +2786,13 @@ class Machine:
         if not child.exited and child.has_exited():
             child.exited, child.ended_at = True, now
         if not child.exited:
-            self.press(child, now)
+            self.escalate_kill(child, now)
         elif child.open and now - child.ended_at >= GRACE:
             self.end_leftovers(child, heard)
         if child.exited and not child.open:
             child.code = child.popen.wait()
 
-    def press(self, child: Child, now: float) -> None:
+    def escalate_kill(self, child: Child, now: float) -> None:
         """End a child that is late or unwanted: TERM, then KILL."""
         import signal
         if not child.why:
@@ -2750,7 +2800,7 @@ class Machine:
                 child.why = "stopped by " + signal.Signals(self.stopped).name
             elif child.limit is not None \
                     and now - child.started >= child.limit:
-                child.why = f"timed out after {duration_text(child.limit)}"
+                child.why = f"timed out after {format_duration(child.limit)}"
             else:
                 return
             child.term_at = now
@@ -2796,7 +2846,7 @@ class Machine:
 
     def run(self, argv: list[str], limit: float, data: bytes = b"",
             env: dict | None = None, account: Account | None = None,
-            cwd: str = "/", tell=None, whole: bool = False) -> Done:
+            cwd: str = "/", tell=None, whole: bool = False) -> ProcessResult:
         """Run a helper program to its end. Its output goes to `tell(bytes)`
         or is kept, the head of it alone unless `whole`."""
         import tempfile
@@ -2817,14 +2867,15 @@ class Machine:
             try:
                 child = self.start(argv, env, cwd, account, limit, stdin)
             except OSError as error:
-                return Done(127, f"{argv[0]}: {error.strerror}")
+                return ProcessResult(127, f"{argv[0]}: {error.strerror}")
             child.patient = True
             self.attend([child], heard)
             unread = len(data) - os.lseek(stdin.fileno(), 0, os.SEEK_CUR)
-        return Done(child.code, kept.decode("utf-8", "replace"),
-                    bool(child.why), unread)
+        return ProcessResult(child.code, kept.decode("utf-8", "replace"),
+                             bool(child.why), unread)
 
-    def apart(self, seconds: float, function, *arguments) -> tuple[bool, str]:
+    def run_in_child(self, seconds: float, function, *arguments) -> tuple[bool,
+                                                                          str]:
         """(True, result) of function(*arguments), run in a child process.
 
         urllib and smtplib limit each read, not the whole, and name look-ups
@@ -2850,7 +2901,7 @@ class Machine:
             if self.signals > signals or not ready:
                 os.kill(pid, signal.SIGKILL)
                 answer = b"-interrupted" if ready else \
-                    b"-no answer within " + duration_text(seconds).encode()
+                    b"-no answer within " + format_duration(seconds).encode()
                 break
             if reading in ready:
                 chunk = os.read(reading, CHUNK)
@@ -2919,11 +2970,12 @@ class Machine:
             path = os.path.join(folder, name)
             if folder.startswith("/") and os.path.isfile(path) \
                     and os.access(path, os.X_OK) and not (
-                        os.geteuid() == 0 and self.intruder(path, {0})):
+                        os.geteuid() == 0 and self.untrusted_writer(path,
+                                                                    {0})):
                 return path
         return None
 
-    def facts(self, config: Config) -> Facts:
+    def facts(self, config: Config) -> HostFacts:
         """What the host says of all that the configuration names."""
         names = {config.user.name} | {task.user for task in config.tasks}
         accounts = {name: account_of(name) for name in names if name}
@@ -2944,7 +2996,7 @@ class Machine:
             usable[config.pass_bin] = "" if os.path.isfile(config.pass_bin) \
                 and os.access(config.pass_bin, os.X_OK) \
                 else "is not executable"
-        return Facts(
+        return HostFacts(
             uids=uids, programs=programs, usable=usable,
             of_system={s.name for s in config.storage.values()
                        if os.path.realpath(s.path) in SYSTEM_FOLDERS},
@@ -2952,13 +3004,14 @@ class Machine:
                           if os.path.lexists(os.path.join(s.path, ".git"))},
             folders={s.name: folder_fault(s.path, s.chown)
                      for s in config.storage.values()},
-            strangers={s.name: self.stranger(s.path, known) if root
+            strangers={s.name: self.foreign_file(s.path, known) if root
                        else "" for s in config.storage.values() if s.chown},
             scripts={task.slug: self.script(task, config, trusted if root
                      else None) for task in config.tasks},
-            intruder=self.intruder(config.path, trusted) if root else "")
+            intruder=self.untrusted_writer(config.path,
+                                           trusted) if root else "")
 
-    def stranger(self, folder: str, known: set[int]) -> str:
+    def foreign_file(self, folder: str, known: set[int]) -> str:
         """A file in the folder that belongs to a third user; or ''."""
         try:
             uid = os.stat(folder).st_uid
@@ -2968,7 +3021,8 @@ class Machine:
                 for entry in entries:
                     uid = entry.stat(follow_symlinks=False).st_uid
                     if uid not in known:
-                        return f"{visible(entry.name)} of user id {uid}"
+                        return (f"{escape_controls(entry.name)} of user id "
+                                f"{uid}")
         except OSError:
             pass
         return ""
@@ -2986,29 +3040,30 @@ class Machine:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
-            return script.but(state="does not exist")
+            return script.replace(state="does not exist")
         except ValueError:          # NUL; the slug's fault is told
-            return script.but(state="is no path")
+            return script.replace(state="is no path")
         except PermissionError:
             # A program may be executable and not readable.
             if os.access(path, os.X_OK) and task.type == "exec":
-                return script.but(head=PROGRAM_MAGIC[0])
-            return script.but(state="cannot be read")
+                return script.replace(head=PROGRAM_MAGIC[0])
+            return script.replace(state="cannot be read")
         except OSError as error:
-            return script.but(state=f"cannot be opened ({error.strerror})")
+            return script.replace(state=f"cannot be opened ({error.strerror})")
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                return script.but(state="is no regular file")
+                return script.replace(state="is no regular file")
             head = os.read(fd, 2**20 if task.type == "builtin" else 8192)
         finally:
             os.close(fd)
-        intruder = self.intruder(path, trusted) if trusted else ""
-        script = script.but(head=head.decode("latin-1"), intruder=intruder)
+        intruder = self.untrusted_writer(path, trusted) if trusted else ""
+        script = script.replace(head=head.decode("latin-1"), intruder=intruder)
         if task.type == "builtin":
-            return script.but(state=python_fault(head, path))
+            return script.replace(state=python_fault(head, path))
         if not os.access(path, os.X_OK):
-            return script.but(state="is not executable")
-        return script.but(lost_interpreter=self.lost_interpreter(script.head))
+            return script.replace(state="is not executable")
+        return script.replace(
+            lost_interpreter=self.lost_interpreter(script.head))
 
     def lost_interpreter(self, head: str) -> str:
         """What the #! line names and this host does not have; or ''."""
@@ -3022,11 +3077,11 @@ class Machine:
             return name
         return ""
 
-    def intruder(self, path: str, trusted: set[int]) -> str:
+    def untrusted_writer(self, path: str, trusted: set[int]) -> str:
         """Who, beside `trusted`, could change what stands at `path`: the
         file and every folder above it, as in sshd's StrictModes; or ''."""
         try:
-            for place in stations(path):
+            for place in path_components(path):
                 found = writer_of(os.lstat(place), trusted)
                 if found:
                     return f"{place} {found}"
@@ -3036,7 +3091,7 @@ class Machine:
 
     # --- deeds ------------------------------------------------------------
 
-    def chown_tree(self, path: str, uid: int, gid: int) -> Chowned:
+    def chown_tree(self, path: str, uid: int, gid: int) -> ChownReport:
         """Give a tree to a user. Raises OSError if it cannot be opened."""
         raise_open_files()
         # Two calls for each folder of depth, and those that led to here.
@@ -3066,7 +3121,7 @@ class Machine:
                         else "/")
         line = done.output.split("\n", 1)[0].rstrip("\r")
         if done.code or not line or len(line) > 4096:
-            raise Error(f"{pass_bin} {visible(name)}: " + (
+            raise Error(f"{pass_bin} {escape_controls(name)}: " + (
                 done.reason if done.code else "no password came"
                 if not line else "its first line is longer than 4 KiB"))
         return line
@@ -3111,14 +3166,14 @@ class Machine:
                                        smtp.pass_name)
             except Error as error:
                 return error.message
-        sent, reason = self.apart(MAIL_SECONDS, deliver_by_smtp, smtp,
-                                  password, address, message)
+        sent, reason = self.run_in_child(MAIL_SECONDS, deliver_by_smtp, smtp,
+                                         password, address, message)
         return "" if sent else f"smtp {smtp.host}: {reason}"
 
     def ping(self, url: str, body: bytes | None, timeout: float,
              ca_file: str) -> tuple[bool, str]:
         """One request; (accepted, what the server said or why not)."""
-        return self.apart(timeout, fetch, url, body, timeout, ca_file)
+        return self.run_in_child(timeout, fetch, url, body, timeout, ca_file)
 
 
 def tls(ca_file: str):
@@ -3198,7 +3253,7 @@ def fetch(url: str, body: bytes | None, timeout: float, ca_file: str) -> str:
     except urllib.error.HTTPError as error:
         raise OSError(f"HTTP {error.code} {error.reason}") from None
     first = text.decode("utf-8", "replace").strip().split("\n")[0]
-    return f"{code} {visible(first.strip())[:200]}"
+    return f"{code} {escape_controls(first.strip())[:200]}"
 
 
 def rfc5322(sender: str, to: str, subject_line: str, body: str,
@@ -3233,7 +3288,7 @@ SPOTIFY_ACCOUNTS = "https://accounts.spotify.com"
 HTTP_SECONDS, HTTP_TRIES, LONGEST_WAIT = 30, 6, 600
 
 
-class Arguments:
+class TaskArguments:
     """What a built-in gets: args.storage, args.target_user,
     args.pass_value(name)."""
 
@@ -3269,7 +3324,7 @@ def run_builtin(slug: str, given_fd: int, secrets_fd: int) -> int:
 
     try:
         function = BUILTINS.get(slug) or load_task(given["path"])
-        function(Arguments(given, secrets_fd), log)
+        function(TaskArguments(given, secrets_fd), log)
     except Error as error:
         log(f"{error.message}{f' ({error.hint})' if error.hint else ''}")
         return 1
@@ -3297,7 +3352,7 @@ def load_task(path: str):
 class Spotify:
     """Every playlist of an account with its tracks, a JSON file each."""
 
-    def __init__(self, args: Arguments, log):
+    def __init__(self, args: TaskArguments, log):
         self.args, self.log = args, log
         for name in CARRIED["spotify"]:
             if name not in args.storage:
@@ -3387,7 +3442,7 @@ class Spotify:
                     return found
                 code, reason = 0, "an answer that is no JSON object"
             elif code:
-                reason = f"HTTP {code} " + visible(
+                reason = f"HTTP {code} " + escape_controls(
                     body.decode("utf-8", "replace").strip()[:200])
             if code and code != 429 and code < 500:
                 break
@@ -3400,12 +3455,12 @@ class Spotify:
         seconds = float(asked) if asked.isdecimal() else 0.5 * 2 ** tried
         if seconds > LONGEST_WAIT:
             raise Error(f"Spotify asks to wait {asked} s", "run it later")
-        self.log(f"Waiting {duration_text(seconds)}: {reason}")
+        self.log(f"Waiting {format_duration(seconds)}: {reason}")
         time.sleep(seconds)
 
     def get(self, url: str) -> dict:
         if not str(url).startswith(self.api.rstrip("/") + "/"):
-            raise Error(f"Spotify sent us to {visible(str(url))}",
+            raise Error(f"Spotify sent us to {escape_controls(str(url))}",
                         "the token goes to no other host")
         if not self.token.get("access_token"):
             self.refresh()
@@ -3528,7 +3583,7 @@ def exchange(url: str, authorization: str, data: bytes | None):
         connection.close()
 
 
-def spotify(args: Arguments, log) -> None:
+def spotify(args: TaskArguments, log) -> None:
     """Needs storage.sync and storage.sessions, and the client id and secret
     in the password store."""
     Spotify(args, log).download()
@@ -3591,7 +3646,7 @@ PAST_RUN = {
 TASK_OF_PAST_RUN = {"slug": "", "outcome": "", "seconds": 0.0, "attempts": 0}
 
 
-def mended(found: object, blank: dict) -> dict:
+def coerce_record(found: object, blank: dict) -> dict:
     """What stands in our files with every key of `blank`, of its type: a
     crash may have torn it. {} if it is no such object at all."""
     def fits(value, example) -> bool:
@@ -3608,11 +3663,11 @@ def mended(found: object, blank: dict) -> dict:
     inner = {"tasks": TASK_OF_PAST_RUN, "lost": RUN_IN_PROGRESS}
     for key in inner.keys() & whole.keys():
         whole[key] = [value for value in (
-            mended(value, inner[key]) for value in whole[key]) if value]
+            coerce_record(value, inner[key]) for value in whole[key]) if value]
     return whole
 
 
-class Journal:
+class StateDirectory:
     """The state folder of one configuration. `broken` tells why it could
     not be read or written: that must not stop a backup, and is told at the
     end."""
@@ -3633,7 +3688,7 @@ class Journal:
         deadline = self.clock.ticks() + wait
         while True:
             try:
-                self.held = only_one(self.path("lock"))
+                self.held = try_lock(self.path("lock"))
             except OSError as error:
                 raise Error(f"{self.path('lock')}: {error.strerror}",
                             "without a lock two runs could meet") from None
@@ -3667,10 +3722,10 @@ class Journal:
         run = self.read_current()
         if not run.get("pid"):
             return "it has just begun"
-        took = duration_text(round(self.clock.now() - run["started"]))
+        took = format_duration(round(self.clock.now() - run["started"]))
         where = f', in task "{run["task"]}"' if run.get("task") else \
             f", in {run.get('phase', 'its beginning')}"
-        return (f"pid {run['pid']}, since {rfc3339(run['started'])} "
+        return (f"pid {run['pid']}, since {format_rfc3339(run['started'])} "
                 f"({took}){where}")
 
     # --- the run in progress ----------------------------------------------
@@ -3684,7 +3739,7 @@ class Journal:
         except OSError:
             return {}
         try:
-            found = mended(json.loads(data), RUN_IN_PROGRESS)
+            found = coerce_record(json.loads(data), RUN_IN_PROGRESS)
         except (ValueError, RecursionError):
             found = {}
         # Torn by a power cut: a lost run all the same.
@@ -3747,7 +3802,7 @@ class Journal:
         found = []
         for line in lines:
             try:
-                record = mended(json.loads(line), PAST_RUN)
+                record = coerce_record(json.loads(line), PAST_RUN)
             except (ValueError, RecursionError):
                 continue
             if record:
@@ -3821,7 +3876,7 @@ def is_log_name(name: str) -> bool:
             part.isascii() and part.isdigit() for part in parts)
 
 
-class Log:
+class RunLog:
     """Where the lines of a run go: a file of its own, or the terminal.
 
     When it cannot be written (a full disk, a closed pipe) the lines go to
@@ -3949,14 +4004,15 @@ LEFT_NAMED = 20         # entries that chown left alone are named, then counted
 class Runner:
     """Carries out the steps of one run."""
 
-    def __init__(self, config: Config, machine: Machine, journal: Journal,
-                 log: Log, headless: bool, broken: dict):
+    def __init__(self, config: Config, machine: Machine,
+                 journal: StateDirectory,
+                 log: RunLog, headless: bool, broken: dict):
         """`broken`: slug -> the faults of its script."""
         self.config, self.machine, self.journal = config, machine, journal
         self.log, self.headless, self.broken = log, headless, broken
-        self.sieve = Sieve(config.redact, config.filters, machine.limit)
-        self.story = Story(self.sieve)
-        self.problems: list[Problem] = []
+        self.sieve = LogFilter(config.redact, config.filters, machine.limit)
+        self.story = MailLog(self.sieve)
+        self.problems: list[RunProblem] = []
         self.results: dict[str, TaskResult] = {}
         self.started = machine.clock.now()
         self.took = 0.0
@@ -3967,24 +4023,26 @@ class Runner:
 
     # --- telling ----------------------------------------------------------
 
-    def own(self, text: str, colour: str = "") -> None:
+    def log_own(self, text: str, colour: str = "") -> None:
         """A whole text of mission's own."""
         text = self.sieve.redacted(text)
         self.log.write(self.log.paint(colour, text) if colour else text)
         self.story.own(text)
 
-    def say(self, text: str, colour: str = "") -> None:
+    def log_line(self, text: str, colour: str = "") -> None:
         """One line of mission's own."""
-        self.own(stamp(self.log.elapsed()) + visible(text) + "\n", colour)
+        self.log_own(elapsed_column(self.log.elapsed()) + escape_controls(text)
+                     + "\n",
+                     colour)
 
-    def title(self, text: str) -> None:
+    def log_header(self, text: str) -> None:
         first = self.story.excerpt.head_size == 0
-        self.own(("" if first else "\n") + header(text), "1")
+        self.log_own(("" if first else "\n") + header(text), "1")
 
     def output(self, text: str, whole: str | None, mark: str = "",
                child: Child | None = None) -> None:
         """Lines of a task or of git."""
-        prefix = stamp(self.log.elapsed()) + mark
+        prefix = elapsed_column(self.log.elapsed()) + mark
         text = self.sieve.redacted(text)
         lines = prefixed(text, prefix)
         if child and child.written > self.config.logs_max:
@@ -3999,10 +4057,10 @@ class Runner:
 
     def problem(self, verdict: str, level: str, source: str,
                 text: str) -> None:
-        text = self.sieve.redacted(visible(text))
-        self.problems.append(Problem(verdict, level, source, text))
+        text = self.sieve.redacted(escape_controls(text))
+        self.problems.append(RunProblem(verdict, level, source, text))
         word, colour = ("ERROR", "31") if level == "error" else ("WARN", "33")
-        self.say(f"{word}: {text}", colour)
+        self.log_line(f"{word}: {text}", colour)
 
     # --- the run ----------------------------------------------------------
 
@@ -4020,7 +4078,7 @@ class Runner:
             except Exception as error:      # a fault of mission itself
                 import traceback
                 for line in traceback.format_exc().splitlines():
-                    self.say(line)
+                    self.log_line(line)
                 self.problem("tasks", "error", step.kind,
                              f"fault in mission: {reason_of(error)}")
         return self.end()
@@ -4054,7 +4112,7 @@ class Runner:
         levels = [problem.level for problem in self.problems]
         mine = run["id"] == self.run_id
         return {
-            "id": run["id"], "start": rfc3339(run["started"]),
+            "id": run["id"], "start": format_rfc3339(run["started"]),
             "started": run["started"], "headless": run.get("headless"),
             "seconds": round(self.took, 3) if mine else None,
             "verdict": verdict, "log": run.get("log", ""),
@@ -4069,20 +4127,20 @@ class Runner:
         self.log.status("")
         self.log.sync()
         if self.log.broken:
-            self.problems.append(Problem(
+            self.problems.append(RunProblem(
                 "delivery", "error", "log", f"{self.log.lost:,} bytes could "
                 f"not be written: {self.log.broken}"))
         if self.journal.broken:
-            self.problems.append(Problem("delivery", "error", "history",
-                                         self.journal.broken))
-        verdict = verdict_of(self.problems, self.machine.stopped)
+            self.problems.append(RunProblem("delivery", "error", "history",
+                                            self.journal.broken))
+        verdict = result_of(self.problems, self.machine.stopped)
         record = self.record(self.journal.current, verdict)
         for deed in (self.write_metrics, self.prune_logs,
                      self.journal.finish):
             try:
                 deed(record)
             except OSError as error:
-                self.problems.append(Problem(
+                self.problems.append(RunProblem(
                     "delivery", "error", deed.__name__.split("_")[-1],
                     f"{error.filename or ''} {error.strerror}".strip()))
         return exit_status(self.problems, self.machine.stopped)
@@ -4106,16 +4164,17 @@ class Runner:
             self.log.prune(self.config.logs_keep)
 
     def start(self, _step: Step) -> None:
-        self.title("Start")
+        self.log_header("Start")
         local = time.localtime(self.started)
-        self.say("StartTime " + time.strftime("%Y-%m-%d %H:%M:%S", local))
+        self.log_line("StartTime " + time.strftime("%Y-%m-%d %H:%M:%S", local))
         for run in self.lost:
             where = f'task "{run["task"]}"' if run.get("task") \
                 else run.get("phase", "its beginning")
             why = "the machine was restarted" if run.get("boot") != boot_id() \
                 else "it was killed"
             self.problem("tasks", "warning", "previousRun", f"run "
-                         f"{run['id'][:8]} of {rfc3339(run['started'])} did "
+                         f"{run['id'][:8]} of "
+                         f"{format_rfc3339(run['started'])} did "
                          f"not finish: {why} in {where}")
             if self.headless and self.config.ping.enabled \
                     and self.config.ping.fail:
@@ -4125,13 +4184,14 @@ class Runner:
         """A step that a signal left undone."""
         for task in step.tasks:
             self.results[task.slug] = TaskResult(task.slug, "skipped")
-            self.say(f"SKIPPED {task.slug} (the run was stopped)")
+            self.log_line(f"SKIPPED {task.slug} (the run was stopped)")
 
     # --- tasks ------------------------------------------------------------
 
     def tasks(self, step: Step) -> None:
         names = ", ".join(task.name for task in step.tasks)
-        self.title(("Task: " if len(step.tasks) == 1 else "Tasks: ") + names)
+        self.log_header(("Task: " if len(step.tasks) == 1 else "Tasks: ")
+                        + names)
         together = len(step.tasks) > 1
         ready = [task for task in step.tasks if self.may_start(task)]
         attempt = 1
@@ -4160,7 +4220,7 @@ class Runner:
                 child.task = task
                 children.append(child)
         self.now_running = ", ".join(task.slug for task in tasks)
-        self.machine.attend(children, self.heard)
+        self.machine.attend(children, self.on_output)
         for child in children:
             if not self.ended(child, count):
                 failed.append(child.task)
@@ -4174,7 +4234,7 @@ class Runner:
         usual = self.expected.get(slug)
         self.log.status(
             f"task {min(len(self.results) + 1, self.total)} of {self.total}: "
-            f"{slug}, {duration_text(int(self.log.elapsed()))}"
+            f"{slug}, {format_duration(int(self.log.elapsed()))}"
             + (f", usually {run_took(usual)}" if usual else ""))
 
     def may_start(self, task: Task) -> bool:
@@ -4223,7 +4283,8 @@ class Runner:
             child = self.machine.start(
                 [task.entrypoint], env, os.path.dirname(task.entrypoint),
                 become, task.timeout, nice=task.nice)
-        child.scribe = Scribe(self.sieve, lambda text, whole: self.output(
+        child.scribe = OutputDecoder(self.sieve, lambda text,
+                                     whole: self.output(
             text, whole, mark, child))
         return child
 
@@ -4259,7 +4320,7 @@ class Runner:
         child.secrets = secrets
         return child
 
-    def heard(self, child: Child, chunk: bytes) -> None:
+    def on_output(self, child: Child, chunk: bytes) -> None:
         """Output of a task, or b"" for a second of silence."""
         if child.secrets is not None:
             self.learn_secrets(child.secrets)
@@ -4279,7 +4340,7 @@ class Runner:
             return
         for line in data.decode("utf-8", "replace").split("\n"):
             # As it is, and as tracebacks and JSON would show it.
-            for value in (line, visible(line), repr(line)[1:-1],
+            for value in (line, escape_controls(line), repr(line)[1:-1],
                           json.dumps(line)[1:-1]):
                 if value and value not in self.sieve.values:
                     self.sieve.values.append(value)
@@ -4287,12 +4348,14 @@ class Runner:
 
     def ended(self, child: Child, attempt: int) -> bool:
         """Close the books on one attempt; whether it went well."""
-        self.heard(child, b"")
+        self.on_output(child, b"")
         child.scribe.end()
         if child.over:
             self.log.write(child.over.text())
-            self.say(f"<<the log keeps {size_text(self.config.logs_max)} of "
-                     "a task's output: above are head and tail of the rest>>")
+            self.log_line(
+                f"<<the log keeps {size_text(self.config.logs_max)} of "
+                          "a task's output: above are head and tail of the "
+                          "rest>>")
         if child.secrets is not None:
             os.close(child.secrets)
         if child.leftovers:
@@ -4312,11 +4375,12 @@ class Runner:
         total = seconds + (before.seconds if before else 0)
         self.results[task.slug] = TaskResult(
             task.slug, "failed" if fault else "ok", total, attempt)
-        self.say(f"TaskFinish {task.slug}: {words} in "
-                 f"{duration_text(seconds)}")
+        self.log_line(f"TaskFinish {task.slug}: {words} in "
+                      f"{format_duration(seconds)}")
         if fault and attempt <= task.retries and not self.machine.stopped:
-            self.say(f"attempt {attempt} of {task.retries + 1} failed: "
-                     f"{fault}; again in {duration_text(task.retry_delay)}")
+            self.log_line(f"attempt {attempt} of {task.retries + 1} failed: "
+                          f"{fault}; again in "
+                          f"{format_duration(task.retry_delay)}")
         elif fault:
             self.problem("tasks", "error", task.slug, fault)
         return not fault
@@ -4332,9 +4396,9 @@ class Runner:
         except OSError as error:
             return self.problem("housekeeping", "warning", "chownFiles",
                                 f"{path}: {error.strerror}")
-        self.say(f"{path}: {plural(done.changed, 'file')}")
+        self.log_line(f"{path}: {plural(done.changed, 'file')}")
         for name, why in done.left[:LEFT_NAMED]:
-            self.say(f"left alone: {name}: {why}")
+            self.log_line(f"left alone: {name}: {why}")
         serious = [name for name, why in done.left
                    if why != "another file system"]
         if serious:
@@ -4346,18 +4410,18 @@ class Runner:
     def once_title(self, text: str) -> None:
         if text not in self.__dict__.setdefault("titles", set()):
             self.titles.add(text)
-            self.title(text)
+            self.log_header(text)
 
     def commit(self, step: Step) -> None:
         self.once_title("Commit")
         path = step.storage.path
-        self.say(f"RepoDir {path}")
-        scribe = Scribe(self.sieve, self.output)
+        self.log_line(f"RepoDir {path}")
+        scribe = OutputDecoder(self.sieve, self.output)
 
         def tell(kind: str, text) -> None:
             if kind:
                 scribe.end()
-                self.say(f"{kind} {text}".rstrip())
+                self.log_line(f"{kind} {text}".rstrip())
             else:
                 scribe.take(text)
 
@@ -4385,8 +4449,9 @@ class Runner:
 
     def finish(self, _step: Step) -> None:
         self.took = self.log.elapsed()
-        self.title("Finish")
-        self.say(time.strftime("FinishTime %Y-%m-%d %H:%M:%S", time.localtime(
+        self.log_header("Finish")
+        self.log_line(time.strftime("FinishTime %Y-%m-%d %H:%M:%S",
+                                    time.localtime(
             self.machine.clock.now())))
 
     def failed(self) -> bool:
@@ -4405,15 +4470,15 @@ class Runner:
     def notify(self, word: str, text: str, failed: bool) -> None:
         """A desktop that cannot be told is no problem of the backup."""
         reason = self.machine.notify(self.config.user.name, text, failed)
-        self.say(f"NotifyFailure {reason}" if reason else word)
+        self.log_line(f"NotifyFailure {reason}" if reason else word)
 
     def summary(self, _step: Step) -> None:
         for title, level in (("Warnings", "warning"), ("Errors", "error")):
             found = [p for p in self.problems if p.level == level]
             if found:
-                self.title(title)
+                self.log_header(title)
                 for problem in found:
-                    self.own(f"- {problem.source}: {problem.text}\n")
+                    self.log_own(f"- {problem.source}: {problem.text}\n")
 
     def mail_start(self, _step: Step) -> None:
         self.mail("MailStart", "run started", "start",
@@ -4426,12 +4491,12 @@ class Runner:
         self.story.close()
         found = closing_words(self.problems, self.machine.stopped)
         body = (f"{found or 'All tasks ran well'}.\n"
-                + (f"The whole log: {visible(HOST)}:{self.log.path}\n"
+                + (f"The whole log: {escape_controls(HOST)}:{self.log.path}\n"
                    if self.log.path else "")
                 + (f"The log could not be written ({self.log.broken}).\n"
                    if self.log.broken else "")
                 + "\n" + self.story.excerpt.text())
-        self.title("Mail")
+        self.log_header("Mail")
         self.mail("MailFinish", f"run finished in {run_took(self.took)}",
                   "finish", body)
 
@@ -4444,7 +4509,7 @@ class Runner:
             f"{self.run_id}.{kind}", self.machine.clock.now())
         reason = self.machine.send_mail(self.config, message)
         if not reason:
-            return self.say(word)
+            return self.log_line(word)
         try:
             self.journal.queue_mail(f"{self.run_id}.{kind}", message)
             reason += "; it waits for the next run"
@@ -4464,8 +4529,8 @@ class Runner:
                     os.unlink(path)
             except OSError as error:
                 reason = error.strerror
-            self.say(f"MailWaits {name}: {reason}" if reason
-                     else f"MailSent {name}")
+            self.log_line(f"MailWaits {name}: {reason}" if reason
+                          else f"MailSent {name}")
             if "took too long" in reason or "no answer" in reason:
                 break           # one such wait a run is enough
 
@@ -4473,7 +4538,7 @@ class Runner:
         self.ping("start", self.run_id)
 
     def ping_finish(self, _step: Step) -> None:
-        self.title("Ping")
+        self.log_header("Ping")
         others = [p for p in self.problems if p.source != "pingStart"]
         if not exit_status(others, self.machine.stopped) \
                 and not self.log.broken:
@@ -4481,7 +4546,7 @@ class Runner:
         elif self.config.ping.fail and self.failed():
             self.ping("fail", self.run_id)
         else:
-            self.say("no ping: not all went well")
+            self.log_line("no ping: not all went well")
 
     def ping(self, action: str, run_id: str) -> None:
         """Tell the monitor; tries again when that could help."""
@@ -4499,9 +4564,9 @@ class Runner:
                     or not worth_another(answer):
                 break
             if tried + 1 < tries:
-                self.say(f"ping: {answer}; again")
+                self.log_line(f"ping: {answer}; again")
                 self.machine.pause(min(2 ** tried, 30))
-        self.say(f"PingResponse {answer}")
+        self.log_line(f"PingResponse {answer}")
         if not accepted or answer.startswith("200 OK ("):
             self.problem("delivery", "error", "ping" + action.capitalize(),
                          answer)
@@ -4721,9 +4786,9 @@ class Options:
 
     def put(self, name: str, value: str) -> None:
         if name in ("-h", "--help"):
-            raise Shown(USAGE)
+            raise ExitWithText(USAGE)
         if name == "--version":
-            raise Shown(f"{PROG} {VERSION}\n")
+            raise ExitWithText(f"{PROG} {VERSION}\n")
         if name in ("-c", "--config"):
             self.config = value
         elif name in ("-t", "--task"):
@@ -4734,7 +4799,7 @@ class Options:
                             EXIT_USAGE)
             self.number = int(value)
         elif name == "--wait":
-            wait = seconds_of(value)
+            wait = parse_duration(value)
             if wait is None:
                 raise Error(f"--wait {value}: not a duration", "--wait 30m",
                             EXIT_USAGE)
@@ -4747,7 +4812,7 @@ class Options:
             setattr(self, name, True)
 
 
-class Shown(Exception):
+class ExitWithText(Exception):
     """There is nothing to do but to show a text."""
 
 
@@ -4785,28 +4850,29 @@ def read_text(path: str) -> str:
         refuse(f"{row}:{column}: not UTF-8", "save it as UTF-8")
 
 
-class Loaded(Record):
+class LoadedConfig(FrozenRecord):
     """A configuration file, read and judged."""
     config: Config | None
     text: str
     complaints: list
 
 
-def loaded(options: Options, with_facts: bool = True) -> Loaded:
+def loaded(options: Options, with_facts: bool = True) -> LoadedConfig:
     """Read and judge the configuration. Raises Error if it is unreadable."""
     path = os.path.abspath(options.config)
     text = read_text(path)
-    reading = Reading(text, path)
+    reading = ConfigReader(text, path)
     config, complaints = reading.config(), reading.complaints
     if config and with_facts:
         machine = Machine()
         config, more = resolved(config, machine.home_of)
-        complaints += more + Judge(config, machine.facts(config), {
+        complaints += more + ConfigValidator(config, machine.facts(config), {
             c.path for c in complaints + more}).complaints()
-    return Loaded(config, text, sorted(complaints, key=lambda c: c.at))
+    return LoadedConfig(config, text, sorted(complaints, key=lambda c: c.at))
 
 
-def refuse_faults(options: Options, found: Loaded, complaints: list) -> None:
+def require_valid(options: Options, found: LoadedConfig,
+                  complaints: list) -> None:
     """Print every fault and raise Error, if there is one."""
     lines = dict.fromkeys(complaint.line(options.config, found.text)
                           for complaint in complaints)
@@ -4835,21 +4901,21 @@ def command_init(options: Options) -> int:
 
 def command_check(options: Options) -> int:
     found = loaded(options)
-    refuse_faults(options, found, found.complaints)
+    require_valid(options, found, found.complaints)
     return EXIT_OK
 
 
 def command_dump(options: Options) -> int:
     import json
     found = loaded(options)
-    refuse_faults(options, found, [c for c in found.complaints if not c.slug])
+    require_valid(options, found, [c for c in found.complaints if not c.slug])
     print(json.dumps(as_json(found.config), indent=4, ensure_ascii=False))
     return EXIT_OK
 
 
 def command_list(options: Options) -> int:
     found = loaded(options, with_facts=False)
-    refuse_faults(options, found, found.complaints)
+    require_valid(options, found, found.complaints)
     tasks = found.config.tasks
     if options.json:
         import json
@@ -4863,17 +4929,17 @@ def command_list(options: Options) -> int:
         if options.verbose:
             when = paint(options, "32", "scheduled") if task.scheduled \
                 else paint(options, "31", "manual")
-            name = paint(options, "1", visible(task.name or task.slug))
-            print(f"{visible(task.slug)} [{name}, {when}"
+            name = paint(options, "1", escape_controls(task.name or task.slug))
+            print(f"{escape_controls(task.slug)} [{name}, {when}"
                   f"{', post' if task.post else ''}]")
         else:
-            print(visible(task.slug))
+            print(escape_controls(task.slug))
     return EXIT_OK
 
 
 def command_run(options: Options) -> int:
     found = loaded(options)
-    refuse_faults(options, found, [c for c in found.complaints if not c.slug])
+    require_valid(options, found, [c for c in found.complaints if not c.slug])
     config, broken = found.config, {}
     for complaint in found.complaints:
         broken.setdefault(complaint.slug, []).append(
@@ -4884,12 +4950,13 @@ def command_run(options: Options) -> int:
             print(f"{place:3}. {step_text(step, config)}")
         return EXIT_OK
     machine = Machine()
-    journal = Journal(os.path.join(state_home(), state_name(config.path)),
-                      machine.clock)
+    journal = StateDirectory(os.path.join(state_home(),
+                                          state_name(config.path)),
+                             machine.clock)
     refuse_run_of_root(config)
     journal.acquire(options.wait)
     machine.listen()
-    log = Log(machine.clock, options.colour and not options.headless)
+    log = RunLog(machine.clock, options.colour and not options.headless)
     runner = Runner(config, machine, journal, log, options.headless, broken)
     if options.headless:
         log.open(config.folder("logs"), runner.started)
@@ -4911,10 +4978,11 @@ def refuse_run_of_root(config: Config) -> None:
                     EXIT_BUSY)
 
 
-def remembered(options: Options) -> Journal:
+def open_state(options: Options) -> StateDirectory:
     """The journal, for reading. Raises Error when there is none."""
     path = os.path.abspath(options.config)
-    journal = Journal(os.path.join(state_home(), state_name(path)), Clock())
+    journal = StateDirectory(os.path.join(state_home(), state_name(path)),
+                             Clock())
     try:
         os.listdir(journal.folder)
     except OSError:
@@ -4924,17 +4992,17 @@ def remembered(options: Options) -> Journal:
     return journal
 
 
-def runs_of(journal: Journal) -> list[dict]:
+def runs_of(journal: StateDirectory) -> list[dict]:
     """The history, and what would be reported as lost by the next run."""
     runs = journal.history()
     lock = os.path.join(journal.folder, "lock")
     current = journal.read_current()
     if current and current["id"] not in {run["id"] for run in runs}:
-        held = only_one(lock)
+        held = try_lock(lock)
         if held is not None:
             os.close(held)
         runs.append({
-            "id": current["id"], "start": rfc3339(current["started"]),
+            "id": current["id"], "start": format_rfc3339(current["started"]),
             "seconds": None, "verdict": "running" if held is None else "lost",
             "log": current.get("log", ""), "errors": 0, "warnings": 0,
             "last": current.get("task") or current.get("phase"),
@@ -4946,7 +5014,7 @@ COLOURS = {"ok": "32", "running": "36", "trouble": "33"}
 
 
 def command_history(options: Options) -> int:
-    runs = runs_of(remembered(options))
+    runs = runs_of(open_state(options))
     shown = runs[-options.number:]
     if options.json:
         import json
@@ -4954,7 +5022,7 @@ def command_history(options: Options) -> int:
         return EXIT_OK
     print(f"{'RUN':8}  {'STARTED':25}  {'TOOK':>12}  VERDICT")
     for run in shown:
-        took = "-" if run["seconds"] is None else duration_text(
+        took = "-" if run["seconds"] is None else format_duration(
             run["seconds"])
         verdict = paint(options, COLOURS.get(run["verdict"], "31"),
                         f"{run['verdict']:8}")
@@ -4964,7 +5032,7 @@ def command_history(options: Options) -> int:
             f"in {run['last']}" if run["verdict"] in ("lost", "running")
             else "")
         print(f"{run['id'][:8]:8}  {run['start']:25}  {took:>12}  {verdict}"
-              f" {visible(detail)}".rstrip())
+              f" {escape_controls(detail)}".rstrip())
     durations: dict[str, list] = {}
     for run in runs:
         for task in run["tasks"]:
@@ -4974,13 +5042,13 @@ def command_history(options: Options) -> int:
         print("\nHow long the tasks took, the newest on the right:")
     width = max(map(len, durations), default=0)
     for slug, seconds in durations.items():
-        print(f"{slug:{width}}  {spark(seconds[-40:])}  "
-              f"{duration_text(seconds[-1])}")
+        print(f"{slug:{width}}  {sparkline(seconds[-40:])}  "
+              f"{format_duration(seconds[-1])}")
     return EXIT_OK
 
 
 def command_log(options: Options, run: str = "") -> int:
-    runs = [r for r in runs_of(remembered(options))
+    runs = [r for r in runs_of(open_state(options))
             if r.get("log") and (not run or r["id"].startswith(run)
                                  or os.path.basename(r["log"]).startswith(
                                      run))]
@@ -5001,7 +5069,7 @@ def command_log(options: Options, run: str = "") -> int:
         if sys.stdout.isatty():
             return page(file)
         for line in file:
-            sys.stdout.write(visible(line.rstrip("\n")) + "\n")
+            sys.stdout.write(escape_controls(line.rstrip("\n")) + "\n")
     return EXIT_OK
 
 
@@ -5017,7 +5085,7 @@ def page(lines) -> int:
     try:
         with child.stdin as end:
             for line in lines:
-                end.write((visible(line.rstrip("\n")) + "\n").encode())
+                end.write((escape_controls(line.rstrip("\n")) + "\n").encode())
     except BrokenPipeError:
         pass                # the reader has seen enough
     child.wait()
@@ -5029,7 +5097,7 @@ def command_new(options: Options, slug: str) -> int:
         raise Error(f"{quoted(slug)} is no slug", "letters a-z, digits, - "
                     "and _, at most 64", EXIT_USAGE)
     found = loaded(options)
-    refuse_faults(options, found, [c for c in found.complaints if not c.slug])
+    require_valid(options, found, [c for c in found.complaints if not c.slug])
     folder = found.config.folder("tasks")
     path = os.path.join(folder, slug, "run")
     try:
@@ -5075,7 +5143,7 @@ COMMANDS = {    # name -> function, fewest and most words after it
 }
 
 
-def obey(argv: list[str]) -> int:
+def dispatch(argv: list[str]) -> int:
     """Run one command; its exit status. Raises Error."""
     options = Options()
     words = options.read(argv)
@@ -5120,8 +5188,8 @@ def main(argv: list[str] | None = None) -> int:
                 stream.reconfigure(encoding="utf-8",
                                    errors="backslashreplace")
         try:
-            status = obey(argv)
-        except Shown as text:
+            status = dispatch(argv)
+        except ExitWithText as text:
             print(text, end="")
             status = EXIT_OK
         sys.stdout.flush()
@@ -5129,7 +5197,7 @@ def main(argv: list[str] | None = None) -> int:
     except Error as error:
         hint = f" ({error.hint})" if error.hint else ""
         sys.stdout.flush()
-        print(visible(f"{PROG}: error: {error.message}{hint}"),
+        print(escape_controls(f"{PROG}: error: {error.message}{hint}"),
               file=sys.stderr)
         return error.status
     except BrokenPipeError:             # mission list | head
@@ -5138,7 +5206,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_SIGNAL + 2
     except OSError as error:            # a full disk, no descriptor left
-        print(visible(f"{PROG}: error: {reason_of(error)}"), file=sys.stderr)
+        print(escape_controls(f"{PROG}: error: {reason_of(error)}"),
+              file=sys.stderr)
         return EXIT_PROBLEMS
 
 

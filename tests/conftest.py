@@ -137,7 +137,7 @@ def dashboard(tmp_path):
     import dashboard_rig
     dashboard = dashboard_rig.InProcessDashboard(tmp_path / "dashboard.db")
     yield dashboard
-    dashboard.hub.close()
+    dashboard.dashboard.close()
 
 
 @pytest.fixture

@@ -138,61 +138,65 @@ class InProcessDashboard:
                  durable: bool = False):
         self.path = str(path)
         self.clock = clock or FakeClock()
-        self.hub = koitab.Hub(self.path, self.clock)
-        self.hub.open()
+        self.dashboard = koitab.Dashboard(self.path, self.clock)
+        self.dashboard.open()
         if not durable:         # a test has no power cut
-            self.hub.db.execute("pragma synchronous=off")
+            self.dashboard.db.execute("pragma synchronous=off")
         self.lines: list[dict] = []
-        self.hub.heard = lambda dash, changes: self.lines.append(changes)
+        self.dashboard.heard = lambda dash, changes: self.lines.append(changes)
         self.change = self.number = 0
         self.dash = ""
         if fresh:
-            self.dash = self.do(self.hub.create_dashboard, new_dashboard(),
+            self.dash = self.do(self.dashboard.create_dashboard,
+                                new_dashboard(),
                                 NOW)["dash"]
         else:
-            self.dash = next(iter(self.hub.numbers), "")
+            self.dash = next(iter(self.dashboard.numbers), "")
 
     # --- write and read
 
     def do(self, deed, *values):
         """Carry out a deed: its result, or what it raises."""
         found = []
-        self.hub.write(deed, *values, then=lambda *told: found.extend(told))
-        self.hub.turn()
+        self.dashboard.write(deed, *values,
+                             then=lambda *told: found.extend(told))
+        self.dashboard.turn()
         result, error = found
         if error:
             raise error
         return result
 
     def ask(self, question, *values):
-        return self.hub.read(question, *values)
+        return self.dashboard.read(question, *values)
 
     def run_chores(self) -> None:
         """Do all that waits, and all chores that are due."""
         for _ in range(10_000):
-            busy = self.hub.turn()
-            if self.hub.broken or not busy and all(
-                    when > self.now for when, _, _ in self.hub.chores):
+            busy = self.dashboard.turn()
+            if self.dashboard.broken or not busy and all(
+                    when > self.now for when, _, _ in self.dashboard.chores):
                 return
         raise AssertionError("there is always another chore")
 
     def pass_time(self, seconds: float) -> None:
         """Let time pass, and look."""
         self.clock.time += seconds
-        for chore in self.hub.chores:       # they are tested by themselves
+        # they are tested by themselves
+        for chore in self.dashboard.chores:
             chore[0] = max(chore[0], self.clock.time + 1)
-        self.hub.turn()
+        self.dashboard.turn()
 
     def reopen(self) -> InProcessDashboard:
         """The same database, opened by the next dashboard."""
-        self.hub.close()
+        self.dashboard.close()
         dashboard = InProcessDashboard(self.path, self.clock, fresh=False)
         dashboard.change, dashboard.number = self.change, self.number
         return dashboard
 
     @property
     def state(self) -> dict:
-        return self.ask(self.hub.state, self.hub.key_of(OPERATOR_TOKEN),
+        return self.ask(self.dashboard.state,
+                        self.dashboard.key_of(OPERATOR_TOKEN),
                         self.clock.now())
 
     @property
@@ -200,23 +204,23 @@ class InProcessDashboard:
         return self.clock.now()
 
     def rows(self, statement: str, *values) -> list:
-        return self.hub.db.execute(statement, values).fetchall()
+        return self.dashboard.db.execute(statement, values).fetchall()
 
     # --- hosts
 
     def join(self, host: str = HOST, name: str = "web1"):
         """Add a host; what its token is good for."""
-        self.do(self.hub.add_host, self.dash, {
+        self.do(self.dashboard.add_host, self.dash, {
             "host": host, "name": name,
             "token_sha256": koitab.digest_of(token_of(host))}, self.now)
-        return self.hub.key_of(token_of(host))
+        return self.dashboard.key_of(token_of(host))
 
     @property
     def ping_key(self) -> str:
         return self.state["dash"]["ping_key"]
 
     def sync(self, access, **fields) -> dict:
-        return self.do(self.hub.sync, access, {
+        return self.do(self.dashboard.sync, access, {
             "v": 1, "host": access.host, "epoch": 1,
             "instance": "1000-abcdef01", "wait": 0, "now": self.now,
             "offset": 3600, "zone": "Europe/Berlin", "version": "1.0",
@@ -256,19 +260,19 @@ class InProcessDashboard:
 
     def ping(self, key: str, slug=None, action: str = "success",
              **call) -> tuple:
-        return self.do(self.hub.ping, key, slug, action, {
+        return self.do(self.dashboard.ping, key, slug, action, {
             "scheme": "https", "method": "GET", "ua": "curl", "ip": "::1",
             "rid": None, "create": False, "body": b"", **call}, self.now)
 
     def channel(self, kind: str = "mail", target: str = "ops@example.org"):
-        return self.do(self.hub.change_channel, self.dash,
+        return self.do(self.dashboard.change_channel, self.dash,
                        {"kind": kind, "target": target}, self.now)["id"]
 
     def take_notifications(self) -> list[str]:
         """The titles of the notifications; there are none afterwards."""
         found = [title for title, in self.rows(
             "select title from letters order by id")]
-        self.hub.db.execute("delete from letters")
+        self.dashboard.db.execute("delete from letters")
         return found
 
 
@@ -679,8 +683,9 @@ class Operator:
                 "dash": self.dash, "host": host, "user": job["user"],
                 "tag": job["tag"], "job": koitab.digest_of(spec),
                 "args": args or {}, "secrets": {
-                    name: koitab.veiled(key, nonce, name, value.encode()
-                                        ).hex()
+                    name: koitab.encrypt_secret(key, nonce, name,
+                                                value.encode()
+                                                ).hex()
                     for name, value in (secrets or {}).items()},
                 "nonce": nonce, "iat": now, "exp": now + 300_000, **changes}
 

@@ -200,11 +200,11 @@ def finished(koi) -> bool:
 def supervised(file: Path) -> bool:
     """Has the run of this file a supervisor that is still at work?"""
     try:
-        header = KOITAB.header_of(file.read_bytes())
+        header = KOITAB.parse_header(file.read_bytes())
     except FileNotFoundError:
         return False
     return bool(header) and header.phase in (
-        KOITAB.CLAIMED, KOITAB.GOING) and KOITAB.born(
+        KOITAB.CLAIMED, KOITAB.GOING) and KOITAB.process_start_time(
             header.supervisor) == header.supervisor_born
 
 
@@ -293,13 +293,13 @@ def judge(place: str, fault: Faulty, tell) -> None:
 HOLD = """
 import os, signal
 
-def live(supervisor, live=k.Supervisor.live):
+def live(supervisor, live=k.Supervisor.serve):
     with open({file!r}, "a") as notes:
         notes.write(f"{{os.getpid()}}\\n")
     os.kill(os.getpid(), signal.SIGSTOP)
     live(supervisor)
 
-k.Supervisor.live = live
+k.Supervisor.serve = live
 """
 
 
@@ -393,7 +393,8 @@ def strike_supervisor(held: Held, name: str, n: int, both: bool) -> str:
     if both:
         koi.stop(signal.SIGKILL)
         # Until init has reaped it, it seems to be at work.
-        support.wait_until(lambda: not KOITAB.born(pid), PATIENCE, "its end")
+        support.wait_until(lambda: not KOITAB.process_start_time(pid),
+                           PATIENCE, "its end")
         restart(koi)
     state = support.wait_until(lambda: final_state(koi, run), PATIENCE,
                                f"the end of run {run}: {koi.log()}")

@@ -175,7 +175,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def membership(url: str, **changes):
     fields = {"url": url, "dash": DASH, "host": HOST, "token": TOKEN,
               "key": KEY.hex(), "name": "web1", "since": time.time()}
-    return koitab.Membership(**{**fields, **changes})
+    return koitab.Enrollment(**{**fields, **changes})
 
 
 def belong(koi: support.Koi, url: str, **changes) -> None:
@@ -193,8 +193,9 @@ def request_for(spec: str, args: dict | None = None,
     body = {"v": 1, "do": "run", "key": koitab.key_id(KEY), "dash": DASH,
             "host": HOST, "user": job["user"], "tag": job["tag"],
             "job": koitab.digest_of(spec), "args": args or {},
-            "secrets": {name: koitab.veiled(KEY, nonce, name, value.encode()
-                                            ).hex()
+            "secrets": {name: koitab.encrypt_secret(KEY, nonce, name,
+                                                    value.encode()
+                                                    ).hex()
                         for name, value in (secrets or {}).items()},
             "nonce": nonce, "iat": now, "exp": now + 300_000}
     return {**body, **changes}

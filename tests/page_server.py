@@ -155,7 +155,7 @@ class World:
         section = self.odd(section) if section else ""
         command = self.odd(command) if self.hostile else command
         job = {"id": number, "host": host, "user": "root" if section !=
-               "Shop" else "shop", "tag": koitab.tag_of(f"{host}{number}"),
+               "Shop" else "shop", "tag": koitab.short_hash(f"{host}{number}"),
                "section": section, "name": name, "label": name,
                "when": when, "words": words, "command": command,
                "manual": when == "@manual", "confirm": "yes" if
@@ -402,9 +402,10 @@ class World:
         """What koid would say to a signed request."""
         host, now = sent["host"], time.time()
         key = koitab.host_key(self.keys.run, host)
-        asked = koitab.opened(key, sent["body"], sent["mac"])
-        why = koitab.unfit(asked, {"key": koitab.key_id(key), "dash": DASH,
-                                   "host": host}, now, 0)
+        asked = koitab.verify_request(key, sent["body"], sent["mac"])
+        why = koitab.request_mismatch(asked,
+                                      {"key": koitab.key_id(key), "dash": DASH,
+                                              "host": host}, now, 0)
         job = next((job for job in self.jobs.values() if job["host"] == host
                     and job["tag"] == asked.get("tag")), None)
         if asked["do"] == "run" and (not job or koitab.digest_of(

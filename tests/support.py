@@ -573,7 +573,7 @@ class Koi:
         before = os.environ.get("KOI_HOME")
         os.environ["KOI_HOME"] = str(self.home)
         try:
-            yield load("koitab").Link(load("koitab").Machine())
+            yield load("koitab").DaemonClient(load("koitab").Machine())
         finally:
             os.environ.pop("KOI_HOME")
             if before is not None:
@@ -590,7 +590,7 @@ class Koi:
         """Run a job and wait: its number, stdout, stderr, how it ended."""
         koitab = load("koitab")
         with self.link() as link:
-            run, connection, data = link.follow(job, args)
+            run, connection, data = link.attach(job, args)
         with connection:
             connection.settimeout(60)
             chunks = [data]
@@ -607,7 +607,7 @@ class Koi:
         """Start a job: its run, and a connection that its output comes
         from, as frames."""
         with self.link() as link:
-            run, connection, rest = link.follow(job, args)
+            run, connection, rest = link.attach(job, args)
         connection.settimeout(60)
         return run, connection, rest
 
@@ -638,7 +638,7 @@ class Koi:
     def header(self, run: int):
         """The header of a run's file; None while there is none."""
         with contextlib.suppress(FileNotFoundError):
-            return load("koitab").header_of(
+            return load("koitab").parse_header(
                 (self.home / "runs" / str(run)).read_bytes())
         return None
 

@@ -80,7 +80,7 @@ class Koid:
     def do_status(self, _fields):
         return self.state
 
-    def follow(self, job, args, user):
+    def attach(self, job, args, user):
         self.asked.append(("run", {"job": job, "args": args, "user": user}))
         return 12, *self.connection
 
@@ -106,7 +106,7 @@ class Still:
 @pytest.fixture
 def koid(monkeypatch):
     fake = Koid()
-    monkeypatch.setattr(koitab, "Link", lambda machine: fake)
+    monkeypatch.setattr(koitab, "DaemonClient", lambda machine: fake)
     return fake
 
 
@@ -404,7 +404,7 @@ def test_an_editor_with_an_open_quote_is_an_error(type_in, koid, monkeypatch):
 
 
 def test_a_draft_is_the_callers_alone():
-    draft = koitab.Draft("a\udcff\n")
+    draft = koitab.EditSession("a\udcff\n")
     try:
         assert support.mode(draft.folder) == 0o700
         assert support.mode(draft.path) == 0o600
@@ -427,7 +427,7 @@ def swap_large(path: str) -> None:
     (os.mkdir, "no regular file"), (swap_large, "larger than"),
     (lambda path: None, "No such file")])
 def test_what_an_editor_left_is_judged_before_it_is_read(swap, why):
-    draft = koitab.Draft("")
+    draft = koitab.EditSession("")
     try:
         os.unlink(draft.path)
         swap(draft.path)
@@ -439,7 +439,7 @@ def test_what_an_editor_left_is_judged_before_it_is_read(swap, why):
 
 @support.root_only
 def test_a_draft_that_belongs_to_another_user_is_not_read():
-    draft = koitab.Draft("")
+    draft = koitab.EditSession("")
     try:
         os.chown(draft.path, support.ALICE_UID, -1)
         with pytest.raises(koitab.Error, match="its owner is uid 1500"):
@@ -629,12 +629,12 @@ def test_a_koid_that_hangs_up_leaves_the_run_going_on(type_in, koid):
 def test_two_signals_are_for_the_job_and_the_third_is_for_us(capsys):
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        follower = koitab.Follower(koitab.Options(), 12, ours, b"")
+        follower = koitab.RunAttachment(koitab.Options(), 12, ours, b"")
         follower.hear(2, None)
         assert capsys.readouterr().err == ""
         follower.hear(2, None)
         assert "once more" in capsys.readouterr().err
-        with pytest.raises(koitab.Left):
+        with pytest.raises(koitab.Detached):
             follower.hear(2, None)
         assert theirs.recv(9) == bytes([2, 15])
 
@@ -666,7 +666,7 @@ def test_a_result_in_words(changes, words):
     ([], ""), ([0.0], "▁"), ([1, 2, 3, 4, 5, 6, 7, 8], "▂▃▄▅▆▇██"),
     ([0, 100], "▁█")])
 def test_a_spark_line(durations, line):
-    assert koitab.spark(durations) == line
+    assert koitab.sparkline(durations) == line
 
 
 def test_history_is_a_table_with_the_newest_at_the_end(type_in, koid):

@@ -55,20 +55,20 @@ def desk(tmp_path):
                    '0 3 * * * true\n')
     tab.chmod(0o600)
     host = Host()
-    book = koitab.Book(host, str(home), False)
+    book = koitab.TabRegistry(host, str(home), False)
     book.load()
-    store = koitab.Store(str(home / "history.db"))
+    store = koitab.RunStore(str(home / "history.db"))
     store.open()
     daemon = SimpleNamespace(
-        active={}, started=0.0, late=list, reload=book.load,
+        running={}, started=0.0, late=list, reload=book.load,
         troubles_of=lambda user: [], kill=lambda run, why: False)
-    yield koitab.Desk(host, str(home), book, store, daemon)
+    yield koitab.ControlService(host, str(home), book, store, daemon)
     store.db.close()
 
 
 def add_runs(desk, user: str, count: int) -> None:
     """So many runs of one job."""
-    duty = desk.book.duties[0]
+    duty = desk.registry.scheduled_jobs[0]
     deeds: list = []
     key = desk.store.job_key((user, duty.identity), duty.job, deeds)
     deeds += [desk.store.insert({"job": key, "trigger": "manual",
@@ -188,7 +188,7 @@ NO_USER = "unknown"
 def test_a_caller_means_himself_and_root_means_anyone(desk, caller, user,
                                                       whose, mine):
     request = {} if user is None else {"user": user}
-    for ask, expected in ((desk.whose, whose), (desk.mine, mine)):
+    for ask, expected in ((desk.whose, whose), (desk.allowed_user, mine)):
         if expected in (MUST, NO_USER, "no name"):
             with pytest.raises(Error, match=expected):
                 ask(caller, request)
@@ -262,7 +262,7 @@ def test_the_kernel_says_who_calls(monkeypatch):
     with ours, theirs:
         caller = koitab.caller_of(ours, koitab.Machine())
     assert (caller.uid, caller.name) == (ME, koitab.Machine().name_of(ME))
-    assert caller.master
+    assert caller.is_admin
 
 
 # Which job is meant? ---------------------------------------------------------
@@ -273,9 +273,9 @@ def test_the_kernel_says_who_calls(monkeypatch):
     ("echo {{A, string, x}}", 2)])
 def test_a_job_is_called_by_name_section_line_command_or_tag(desk, name,
                                                              line):
-    duty = desk.book.find("alice", name)
+    duty = desk.registry.resolve("alice", name)
     assert duty.line == line
-    assert desk.book.find("alice", duty.job.tag) is duty
+    assert desk.registry.resolve("alice", duty.job.tag) is duty
 
 
 @pytest.mark.parametrize("user, name", [
@@ -284,14 +284,14 @@ def test_a_job_is_called_by_name_section_line_command_or_tag(desk, name,
     ("alice", "x" * 100_000)])
 def test_a_job_that_is_not_there_is_named(desk, user, name):
     with pytest.raises(Error, match="there is no job"):
-        desk.book.find(user, name)
+        desk.registry.resolve(user, name)
 
 
 def test_a_name_of_several_jobs_is_asked_about(desk):
     with pytest.raises(Error, match="the name of 2 jobs") as refused:
-        desk.book.find("alice", "")
+        desk.registry.resolve("alice", "")
     assert all(duty.job.tag in refused.value.hint
-               for duty in desk.book.duties)
+               for duty in desk.registry.scheduled_jobs)
 
 
 # Arguments -------------------------------------------------------------------
@@ -325,7 +325,7 @@ FORM = '"Form" @manual echo {{S}} {{N, int, 3}} {{B, bool, false}} ' \
      {"T": "x\n" * (koitab.LONGEST_TEXT // 2)}),
 ])
 def test_values_are_checked_and_defaults_filled_in(given, values):
-    found = koitab.checked_values(job(FORM), given)
+    found = koitab.validate_arguments(job(FORM), given)
     assert set(found) == {"S", "N", "B", "C", "T", "D"}
     assert {name: found[name] for name in values} == values
 
@@ -355,7 +355,7 @@ def test_values_are_checked_and_defaults_filled_in(given, values):
 ])
 def test_a_value_that_does_not_fit_is_refused_with_the_reason(given, why):
     with pytest.raises(Error, match=why.replace("|", r"\|")):
-        koitab.checked_values(job(FORM), given)
+        koitab.validate_arguments(job(FORM), given)
 
 
 def test_all_values_together_fit_into_an_environment():
@@ -363,13 +363,13 @@ def test_all_values_together_fit_into_an_environment():
         f"{{{{P{number}, text}}}}" for number in range(5)))
     given = {f"P{number}": "é" * 32_000 for number in range(5)}
     with pytest.raises(Error, match="together"):
-        koitab.checked_values(form, given)
-    assert koitab.checked_values(form, {**given, "P4": ""})["P4"] == ""
+        koitab.validate_arguments(form, given)
+    assert koitab.validate_arguments(form, {**given, "P4": ""})["P4"] == ""
 
 
 def test_a_job_without_arguments_says_so():
     with pytest.raises(Error, match="no argument") as refused:
-        koitab.checked_values(job("@manual id"), {"A": "x"})
+        koitab.validate_arguments(job("@manual id"), {"A": "x"})
     assert refused.value.hint == "this job has none"
 
 
@@ -378,7 +378,7 @@ def test_a_job_without_arguments_says_so():
 
 def environment(tab: str, host: dict, **more: str) -> dict:
     file = koitab.TabFile("/tab", "alice", (), "")
-    duty = koitab.Duty(koitab.parse_tab(tab).jobs[0], file, "salt")
+    duty = koitab.ScheduledJob(koitab.parse_tab(tab).jobs[0], file, "salt")
     account = koitab.Account("alice", 1500, 1500, "/home/alice", [1500])
     return koitab.job_environment(duty, account, host, **more)
 
@@ -530,14 +530,14 @@ def test_a_trouble_stays_until_it_is_mended(desk):
         os.utime(path, ns=(len(text), len(text)))
 
     write("alice", '"Hers" @manual id\n\0\n')
-    desk.book.load()
-    assert "NUL" in " ".join(desk.book.troubles)
+    desk.registry.load()
+    assert "NUL" in " ".join(desk.registry.troubles)
     write("mallory", "@manual id\n")
-    desk.book.load()
-    assert "NUL" in " ".join(desk.book.troubles)
+    desk.registry.load()
+    assert "NUL" in " ".join(desk.registry.troubles)
     write("alice", '"Hers" @manual true\n')
-    desk.book.load()
-    assert desk.book.troubles == []
+    desk.registry.load()
+    assert desk.registry.troubles == []
 
 
 # Who shares a supervisor? ----------------------------------------------------

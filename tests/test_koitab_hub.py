@@ -26,9 +26,10 @@ pytestmark = pytest.mark.usefixtures("small_ballast")
 
 def test_what_was_acknowledged_is_on_the_disk(tmp_path):
     dashboard = InProcessDashboard(tmp_path / "d.db", durable=True)
-    assert dashboard.hub.one("pragma journal_mode") == "wal"
-    assert dashboard.hub.one("pragma synchronous") == 2         # FULL
-    assert dashboard.hub.one("pragma auto_vacuum") == 2         # INCREMENTAL
+    assert dashboard.dashboard.one("pragma journal_mode") == "wal"
+    assert dashboard.dashboard.one("pragma synchronous") == 2         # FULL
+    # INCREMENTAL
+    assert dashboard.dashboard.one("pragma auto_vacuum") == 2
 
 
 def test_the_database_is_for_its_owner_alone(dashboard, tmp_path):
@@ -45,8 +46,8 @@ def test_a_second_dashboard_does_not_open_the_same_database(dashboard):
 
 
 def test_a_newer_schema_is_left_alone(dashboard):
-    dashboard.hub.db.execute("pragma user_version=99")
-    dashboard.hub.close()
+    dashboard.dashboard.db.execute("pragma user_version=99")
+    dashboard.dashboard.close()
     with pytest.raises(Error, match="newer koi"):
         InProcessDashboard(dashboard.path)
 
@@ -66,8 +67,9 @@ def test_each_deed_stands_or_falls_alone(dashboard):
 
     told = []
     for deed, *values in ((good, "a"), (bad,), (bug,), (good, "b")):
-        dashboard.hub.write(deed, *values, then=lambda *how: told.append(how))
-    dashboard.hub.turn()
+        dashboard.dashboard.write(deed, *values,
+                                  then=lambda *how: told.append(how))
+    dashboard.dashboard.turn()
     assert [how[0] for how in told] == ["a", None, None, "b"]
     assert told[1][1].status == 400
     assert isinstance(told[2][1], sqlite3.OperationalError)
@@ -77,12 +79,12 @@ def test_each_deed_stands_or_falls_alone(dashboard):
 
 def test_what_waits_is_written_in_one_transaction(dashboard):
     seen, commits = [], []
-    dashboard.hub.db.set_trace_callback(
+    dashboard.dashboard.db.set_trace_callback(
         lambda text: commits.append(text) if text.lower() == "commit"
         else None)
     for number in range(50):
-        dashboard.hub.write(lambda db, n: seen.append(n), number)
-    dashboard.hub.turn()
+        dashboard.dashboard.write(lambda db, n: seen.append(n), number)
+    dashboard.dashboard.turn()
     assert seen == list(range(50))
     assert len(commits) == 2        # the group, and a chore
 
@@ -90,22 +92,22 @@ def test_what_waits_is_written_in_one_transaction(dashboard):
 def test_an_answer_is_given_after_the_commit(dashboard):
     """Another connection sees what was acknowledged, when it is."""
     seen = []
-    dashboard.hub.write(lambda db: db.execute(
+    dashboard.dashboard.write(lambda db: db.execute(
         "insert into meta values ('x', 'y')"), then=lambda *how: seen.append(
             dashboard.ask(lambda db: db.execute(
                 "select value from meta where name = 'x'").fetchone())))
-    dashboard.hub.turn()
+    dashboard.dashboard.turn()
     assert seen == [("y",)]
 
 
 def test_what_a_failed_deed_leaves_for_memory_is_not_done(dashboard):
     def deed(_db):
-        dashboard.hub.after.append(lambda: done.append(1))
+        dashboard.dashboard.after.append(lambda: done.append(1))
         raise Error("no")
 
     done = []
-    dashboard.hub.write(deed)
-    dashboard.hub.turn()
+    dashboard.dashboard.write(deed)
+    dashboard.dashboard.turn()
     assert done == []
 
 
@@ -115,7 +117,7 @@ def test_a_question_cannot_write(dashboard):
 
 
 def test_a_writers_thread_does_what_waits_before_it_ends(tmp_path):
-    hub = koitab.Hub(str(tmp_path / "d.db"))
+    hub = koitab.Dashboard(str(tmp_path / "d.db"))
     hub.open()
     hub.start()
     told = []
@@ -128,7 +130,7 @@ def test_a_writers_thread_does_what_waits_before_it_ends(tmp_path):
 
 
 def test_a_fault_of_ours_in_the_thread_ends_it_and_nobody_hangs(tmp_path):
-    hub = koitab.Hub(str(tmp_path / "d.db"))
+    hub = koitab.Dashboard(str(tmp_path / "d.db"))
     hub.open()
     hub.due = lambda: 1 / 0
     hub.start()
@@ -143,10 +145,10 @@ def test_a_disk_that_fails_ends_all_acknowledging(dashboard, monkeypatch):
     def deed(_db):
         raise sqlite3.OperationalError("disk I/O error")
 
-    monkeypatch.setattr(dashboard.hub, "only_full", lambda: False)
+    monkeypatch.setattr(dashboard.dashboard, "only_full", lambda: False)
     with pytest.raises(Error, match="I/O"):
         dashboard.do(deed)
-    assert "I/O" in dashboard.hub.broken
+    assert "I/O" in dashboard.dashboard.broken
     with pytest.raises(Error):
         dashboard.do(lambda db: 1)
     assert dashboard.ask(lambda db: 1) == 1     # reads go on
@@ -156,7 +158,7 @@ def test_a_full_disk_answers_507_and_heals(dashboard, monkeypatch):
     def deed(_db):
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(koitab.Hub, "make_ballast", lambda hub: room)
+    monkeypatch.setattr(koitab.Dashboard, "make_ballast", lambda hub: room)
     room = False
     with refused(507):
         dashboard.do(deed)
@@ -167,17 +169,18 @@ def test_a_full_disk_answers_507_and_heals(dashboard, monkeypatch):
     room = True
     dashboard.clock.time += 3
     dashboard.run_chores()
-    assert dashboard.do(lambda db: 1) == 1 and dashboard.hub.troubles == []
+    assert dashboard.do(lambda db: 1) == 1 and dashboard.dashboard.troubles \
+        == []
 
 
 def test_a_backup_is_whole_and_only_ours(dashboard, web1, tmp_path):
     dashboard.runs(web1, dashboard.record())
-    dashboard.hub.backup(str(tmp_path / "copy.db"))
+    dashboard.dashboard.backup(str(tmp_path / "copy.db"))
     assert support.mode(tmp_path / "copy.db") == 0o600
     dashboard.runs(web1, dashboard.record())
     copy = InProcessDashboard(tmp_path / "copy.db", fresh=False)
     assert len(copy.job()["strip"]) == 1
-    copy.hub.close()
+    copy.dashboard.close()
 
 
 # ==========================================================================
@@ -185,23 +188,24 @@ def test_a_backup_is_whole_and_only_ours(dashboard, web1, tmp_path):
 # ==========================================================================
 
 def test_a_token_opens_what_it_is_for(dashboard, web1):
-    key_of = dashboard.hub.key_of
-    assert key_of(OPERATOR_TOKEN) == koitab.Access("operator", dashboard.dash)
-    assert key_of(VIEWER_TOKEN) == koitab.Access("viewer", dashboard.dash)
+    key_of = dashboard.dashboard.key_of
+    assert key_of(OPERATOR_TOKEN) == koitab.Principal("operator",
+                                                      dashboard.dash)
+    assert key_of(VIEWER_TOKEN) == koitab.Principal("viewer", dashboard.dash)
     assert key_of("view-" + VIEWER_TOKEN).role == "viewer"
-    assert web1 == koitab.Access("host", dashboard.dash, HOST)
+    assert web1 == koitab.Principal("host", dashboard.dash, HOST)
     for token in ("", "a" * 63, "A" * 64, "f" * 64, "a" * 64 + "\n"):
         assert key_of(token) is None
 
 
 def test_rotated_keys_open_nothing_any_more(dashboard):
-    dashboard.do(dashboard.hub.rotate, dashboard.dash, {
+    dashboard.do(dashboard.dashboard.rotate, dashboard.dash, {
         "salt": "1" * 32, "rounds": 700_000,
         "api_sha256": koitab.digest_of("1" * 64),
         "view_sha256": koitab.digest_of("2" * 64)}, NOW)
-    assert dashboard.hub.key_of(OPERATOR_TOKEN) is None
-    assert dashboard.hub.key_of("1" * 64).role == "operator"
-    assert dashboard.ask(dashboard.hub.salt, "") == {
+    assert dashboard.dashboard.key_of(OPERATOR_TOKEN) is None
+    assert dashboard.dashboard.key_of("1" * 64).role == "operator"
+    assert dashboard.ask(dashboard.dashboard.salt, "") == {
         "dash": dashboard.dash, "salt": "1" * 32, "rounds": 700_000}
 
 
@@ -220,54 +224,58 @@ def test_the_database_holds_no_token(dashboard, web1):
     {"api_sha256": "é" * 64}, {"view_sha256": 7}, {"rounds": 2**70}])
 def test_weak_or_odd_keys_are_refused(dashboard, fields):
     with refused(400):
-        dashboard.do(dashboard.hub.create_dashboard, {
+        dashboard.do(dashboard.dashboard.create_dashboard, {
             "salt": "0" * 32, "rounds": 600_000, "api_sha256": "1" * 64,
             "view_sha256": "2" * 64, **fields}, NOW)
 
 
 def test_one_token_opens_one_door(dashboard):
     with refused(409):
-        dashboard.do(dashboard.hub.create_dashboard, {
+        dashboard.do(dashboard.dashboard.create_dashboard, {
             "salt": "0" * 32, "rounds": 600_000,
             "api_sha256": koitab.digest_of(VIEWER_TOKEN),
             "view_sha256": "2" * 64}, NOW)
     with refused(409):
-        dashboard.do(dashboard.hub.add_host, dashboard.dash, {
+        dashboard.do(dashboard.dashboard.add_host, dashboard.dash, {
             "host": HOST, "name": "x",
             "token_sha256": koitab.digest_of(OPERATOR_TOKEN)}, NOW)
 
 
 def test_an_unknown_dashboard_has_a_salt_that_looks_real_and_stays(dashboard):
-    one = dashboard.ask(dashboard.hub.salt, "0123456789abcdef")
-    assert one == dashboard.ask(dashboard.hub.salt, "0123456789abcdef")
-    assert one != dashboard.ask(dashboard.hub.salt, "0123456789abcdee")
+    one = dashboard.ask(dashboard.dashboard.salt, "0123456789abcdef")
+    assert one == dashboard.ask(dashboard.dashboard.salt, "0123456789abcdef")
+    assert one != dashboard.ask(dashboard.dashboard.salt, "0123456789abcdee")
     assert set(one) == {"dash", "salt", "rounds"} and len(one["salt"]) == 32
-    assert dashboard.reopen().ask(koitab.Hub.salt.__get__(dashboard.hub),
+    assert dashboard.reopen().ask(
+        koitab.Dashboard.salt.__get__(dashboard.dashboard),
                                   "0123456789abcdef") == one
 
 
 def test_a_host_of_another_dashboard_is_not_there(dashboard, web1):
-    other = dashboard.do(dashboard.hub.create_dashboard, {
+    other = dashboard.do(dashboard.dashboard.create_dashboard, {
         "salt": "0" * 32, "rounds": 600_000, "api_sha256": "3" * 64,
         "view_sha256": "4" * 64}, NOW)["dash"]
     dashboard.runs(web1, dashboard.record(size=5))
     with refused(409):
-        dashboard.do(dashboard.hub.add_host, other, {
+        dashboard.do(dashboard.dashboard.add_host, other, {
             "host": HOST, "name": "x", "token_sha256": "5" * 64}, NOW)
-    for question, *values in ((dashboard.hub.host_list, HOST),
-                              (dashboard.hub.run, 1), (dashboard.hub.runs, 1),
-                              (dashboard.hub.output, 1, 0, 10),
-                              (dashboard.hub.chunks, 1), (dashboard.hub.raw,
-                                                          1)):
+    for question, *values in ((dashboard.dashboard.host_list, HOST),
+                              (dashboard.dashboard.run, 1),
+                              (dashboard.dashboard.runs, 1),
+                              (dashboard.dashboard.output, 1, 0, 10),
+                              (dashboard.dashboard.chunks, 1),
+                              (dashboard.dashboard.raw,
+                                                                1)):
         with refused(404):
             dashboard.ask(question, other, *values)
-    for deed, asked in ((dashboard.hub.forget, {"job": 1}),
-                        (dashboard.hub.forget, {"host": HOST}),
-                        (dashboard.hub.snooze, {"subject": "job:1",
-                                                "until": NOW + 9})):
+    for deed, asked in ((dashboard.dashboard.forget, {"job": 1}),
+                        (dashboard.dashboard.forget, {"host": HOST}),
+                        (dashboard.dashboard.snooze, {"subject": "job:1",
+                                                      "until": NOW + 9})):
         with refused(404):
             dashboard.do(deed, other, asked, NOW)
-    assert dashboard.ask(dashboard.hub.day, other, 0, NOW * 2)["rows"] == []
+    assert dashboard.ask(dashboard.dashboard.day, other, 0,
+                         NOW * 2)["rows"] == []
 
 
 # ==========================================================================
@@ -281,7 +289,8 @@ def test_a_list_makes_jobs_and_keeps_its_exact_text(dashboard, web1):
     assert (backup["name"], backup["words"], backup["next"]) == (
         "Backup", "At 03:00", NOW + 60)
     assert crawl["next"] is None and not crawl["gone"]
-    assert dashboard.ask(dashboard.hub.host_list, dashboard.dash, HOST) == \
+    assert dashboard.ask(dashboard.dashboard.host_list, dashboard.dash,
+                         HOST) == \
         dashboard.list_of(web1, spec(), spec("crawl"))
 
 
@@ -350,17 +359,17 @@ def test_a_new_history_counts_anew(dashboard, web1):
 def test_a_restored_database_says_from_where_it_needs_records(dashboard, web1,
                                                               tmp_path):
     dashboard.runs(web1, *[dashboard.record() for _ in range(3)])
-    dashboard.hub.backup(str(tmp_path / "old.db"))
+    dashboard.dashboard.backup(str(tmp_path / "old.db"))
     late = [dashboard.record() for _ in range(4)]
     assert dashboard.runs(web1, *late)["acked"] == 7
     old = InProcessDashboard(tmp_path / "old.db", fresh=False)
-    access = old.hub.key_of(koitab.digest_of("token of " + HOST))
+    access = old.dashboard.key_of(koitab.digest_of("token of " + HOST))
     assert old.sync(access, list_sha="0" * 64) == {
         "v": 1, "acked": 3, "want_list": True, "owed": [], "requests": [],
         "live": {}, "twin": False}
     assert old.sync(access, records=late)["acked"] == 7
     assert old.rows("select count(*) from runs") == [(7,)]
-    old.hub.close()
+    old.dashboard.close()
 
 
 def test_ids_have_the_order_of_the_starts(dashboard, web1):
@@ -474,12 +483,12 @@ def test_output_comes_in_pieces_and_is_asked_for(dashboard, web1):
         dashboard.sync(web1, outputs=[piece(1, at, TEXT[at:])])
     reply = dashboard.sync(web1, outputs=[piece(1, cut, TEXT[cut:])])
     assert reply["owed"] == []
-    assert dashboard.ask(dashboard.hub.output, dashboard.dash, 1, 0,
+    assert dashboard.ask(dashboard.dashboard.output, dashboard.dash, 1, 0,
                          10**6) == (
         TEXT, len(TEXT), False, 0)
-    assert dashboard.ask(dashboard.hub.raw, dashboard.dash, 1) == \
+    assert dashboard.ask(dashboard.dashboard.raw, dashboard.dash, 1) == \
         b"one\ntwo\nit broke\nthree\n"
-    assert dashboard.ask(dashboard.hub.chunks, dashboard.dash, 1) == {
+    assert dashboard.ask(dashboard.dashboard.chunks, dashboard.dash, 1) == {
         "size": len(TEXT), "live": False,
         "chunks": [[0, cut, 1], [cut, len(TEXT) - cut, 3]]}
 
@@ -515,7 +524,7 @@ def test_any_part_of_output_is_whole_frames(dashboard, web1, size):
     dashboard.sync(web1, outputs=[piece(1, 0, TEXT)])
     at, found = 0, b""
     while at < len(TEXT):
-        part, whole, _, begin = dashboard.ask(dashboard.hub.output,
+        part, whole, _, begin = dashboard.ask(dashboard.dashboard.output,
                                               dashboard.dash, 1,
                                               at, size)
         assert part and whole == len(TEXT) and begin == at
@@ -553,14 +562,15 @@ def test_a_run_that_is_looked_at_is_asked_for(dashboard, web1):
     dashboard.runs(web1, dashboard.record("running"))
     assert dashboard.sync(web1)["live"] == {}
     dashboard.lines.clear()
-    dashboard.hub.look(dashboard.dash, 1)
-    dashboard.hub.turn()
+    dashboard.dashboard.look(dashboard.dash, 1)
+    dashboard.dashboard.turn()
     assert dashboard.lines == [{"wake": [HOST]}]
     assert dashboard.sync(web1)["live"] == {"1": 0}
     data = frames("one\ntwo\n")
     reply = dashboard.sync(web1, live=[piece(1, 0, data)])
     assert reply["live"] == {"1": len(data)}
-    assert dashboard.ask(dashboard.hub.output, dashboard.dash, 1, 0, 999) == (
+    assert dashboard.ask(dashboard.dashboard.output, dashboard.dash, 1, 0,
+                         999) == (
         data, len(data), True, 0)
     dashboard.pass_time(16)
     assert dashboard.sync(web1)["live"] == {}
@@ -569,24 +579,24 @@ def test_a_run_that_is_looked_at_is_asked_for(dashboard, web1):
 
 def test_live_output_must_follow_what_is_there(dashboard, web1):
     dashboard.runs(web1, dashboard.record("running"))
-    dashboard.hub.look(dashboard.dash, 1)
+    dashboard.dashboard.look(dashboard.dash, 1)
     data = frames("one\n")
     dashboard.sync(web1, live=[piece(1, 0, data)])
     dashboard.sync(web1, live=[piece(1, 5, data)])
-    assert dashboard.hub.output_of_runs.get(1) == (0, data)
+    assert dashboard.dashboard.output_of_runs.get(1) == (0, data)
     dashboard.sync(web1, live=[piece(1, 50, data, reset=True)])
-    assert dashboard.hub.output_of_runs.get(1) == (50, data)
-    assert dashboard.ask(dashboard.hub.output, dashboard.dash, 1, 0,
+    assert dashboard.dashboard.output_of_runs.get(1) == (50, data)
+    assert dashboard.ask(dashboard.dashboard.output, dashboard.dash, 1, 0,
                          999)[3] == 50
 
 
 def test_live_output_has_a_limit_and_begins_at_a_frame(dashboard, web1):
     dashboard.runs(web1, dashboard.record("running"))
-    dashboard.hub.look(dashboard.dash, 1)
+    dashboard.dashboard.look(dashboard.dash, 1)
     data = koitab.frame(1, 0, b"x" * 60_000)
     for number in range(50):
         dashboard.sync(web1, live=[piece(1, number * len(data), data)])
-    begin, kept = dashboard.hub.output_of_runs.get(1)
+    begin, kept = dashboard.dashboard.output_of_runs.get(1)
     assert len(kept) <= koitab.LIVE_ROOM and begin + len(kept) == 50 * len(
         data)
     assert begin % len(data) == 0 and begin > 0
@@ -594,13 +604,14 @@ def test_live_output_has_a_limit_and_begins_at_a_frame(dashboard, web1):
 
 def test_live_output_goes_when_the_whole_is_there(dashboard, web1):
     dashboard.runs(web1, dashboard.record("running"))
-    dashboard.hub.look(dashboard.dash, 1)
+    dashboard.dashboard.look(dashboard.dash, 1)
     dashboard.sync(web1, live=[piece(1, 0, frames("one\n"))])
     dashboard.runs(web1, dashboard.record(run=1, size=len(TEXT)))
-    assert dashboard.ask(dashboard.hub.output, dashboard.dash, 1, 0, 999)[2]
+    assert dashboard.ask(dashboard.dashboard.output, dashboard.dash, 1, 0,
+                         999)[2]
     dashboard.sync(web1, outputs=[piece(1, 0, TEXT)])
-    assert dashboard.hub.output_of_runs.get(1) is None
-    assert dashboard.ask(dashboard.hub.output, dashboard.dash, 1, 0,
+    assert dashboard.dashboard.output_of_runs.get(1) is None
+    assert dashboard.ask(dashboard.dashboard.output, dashboard.dash, 1, 0,
                          999)[:3] == (
         TEXT, len(TEXT), False)
 
@@ -662,7 +673,7 @@ def test_what_is_usual_is_said_after_twenty_good_runs(dashboard, web1):
 
 def test_a_change_is_told_after_it_is_in_the_state(dashboard, web1):
     seen = []
-    dashboard.hub.heard = lambda dash, changes: seen.append(
+    dashboard.dashboard.heard = lambda dash, changes: seen.append(
         (changes, dashboard.state["seq"], dashboard.job()["state"]))
     dashboard.runs(web1, dashboard.record())
     (changes, seq, state), = seen
@@ -682,16 +693,16 @@ def test_numbers_of_changes_grow_over_restarts(dashboard, web1):
 def test_a_flood_of_changes_says_read_all_anew(dashboard, web1):
     dashboard.lines.clear()
     for _ in range(3):
-        dashboard.hub.write(dashboard.hub.sync, web1, {
+        dashboard.dashboard.write(dashboard.dashboard.sync, web1, {
             "v": 1, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
             "records": [dashboard.record() for _ in range(900)]}, NOW)
-    dashboard.hub.turn()
+    dashboard.dashboard.turn()
     assert dashboard.lines[0]["reset"] and "runs" not in dashboard.lines[0]
 
 
 def test_a_viewer_is_told_no_key_to_ping_with(dashboard):
-    state = dashboard.ask(dashboard.hub.state,
-                          dashboard.hub.key_of(VIEWER_TOKEN), NOW)
+    state = dashboard.ask(dashboard.dashboard.state,
+                          dashboard.dashboard.key_of(VIEWER_TOKEN), NOW)
     assert state["role"] == "viewer" and state["dash"]["ping_key"] == ""
     assert dashboard.state["dash"]["ping_key"]
 
@@ -700,7 +711,8 @@ def test_runs_are_turned_over_page_by_page(dashboard, web1):
     dashboard.runs(web1, *[dashboard.record() for _ in range(25)])
     seen, before = [], None
     while True:
-        page = dashboard.ask(dashboard.hub.runs, dashboard.dash, 1, before, 10)
+        page = dashboard.ask(dashboard.dashboard.runs, dashboard.dash, 1,
+                             before, 10)
         seen += [run["id"] for run in page["runs"]]
         if not page["more"]:
             break
@@ -712,7 +724,7 @@ def test_a_run_knows_its_neighbours_and_the_last_good_one(dashboard, web1):
     dashboard.runs(web1, dashboard.record(), dashboard.record(tag="crawl"),
                    dashboard.record(exit=1), dashboard.record(exit=2),
                    dashboard.record())
-    shown = dashboard.ask(dashboard.hub.run, dashboard.dash, 4)
+    shown = dashboard.ask(dashboard.dashboard.run, dashboard.dash, 4)
     assert (shown["good"], shown["older"], shown["newer"]) == (1, 3, 5)
     assert shown["job"]["tag"] == "backup"
 
@@ -727,7 +739,8 @@ def test_a_day_shows_what_reached_into_it(dashboard, web1):
                            for a, b, _ in cases],
                    dashboard.record("running", started=NOW - 9e5),
                    dashboard.record("missed", due=day + 5))
-    found = dashboard.ask(dashboard.hub.day, dashboard.dash, day, day + 86_400)
+    found = dashboard.ask(dashboard.dashboard.day, dashboard.dash, day,
+                          day + 86_400)
     row, = found["rows"]
     assert sorted(bar[3] for bar in row["bars"]) == sorted(
         [number for number, case in enumerate(cases, 1) if case[2]] + [7])
@@ -742,7 +755,7 @@ def test_a_day_with_too_much_says_how_far_it_goes(dashboard, web1,
                            for n in range(25)])
     seen, begin = [], NOW
     while begin < NOW + 100:
-        found = dashboard.ask(dashboard.hub.day, dashboard.dash, begin,
+        found = dashboard.ask(dashboard.dashboard.day, dashboard.dash, begin,
                               NOW + 100)
         seen += [bar[3] for row in found["rows"] for bar in row["bars"]]
         begin = found["to"]
@@ -751,7 +764,7 @@ def test_a_day_with_too_much_says_how_far_it_goes(dashboard, web1,
 
 def test_metrics_are_prometheus_text(dashboard, web1):
     dashboard.runs(web1, dashboard.record(exit=1, name='a"b\\c\nd'))
-    text = dashboard.ask(dashboard.hub.metrics, dashboard.dash, NOW)
+    text = dashboard.ask(dashboard.dashboard.metrics, dashboard.dash, NOW)
     assert 'job="a\\"b\\\\c\\nd"} 0' in text
     for line in text.splitlines():
         assert line.startswith("# ") or line.rpartition(" ")[2].replace(
@@ -761,14 +774,14 @@ def test_metrics_are_prometheus_text(dashboard, web1):
 def test_a_badge_is_a_word_for_who_has_the_key(dashboard, web1):
     key = dashboard.state["dash"]["badge_key"]
     dashboard.runs(web1, dashboard.record(exit=1))
-    assert dashboard.ask(dashboard.hub.badge, key, "all",
+    assert dashboard.ask(dashboard.dashboard.badge, key, "all",
                          NOW)["message"] == "1 alert"
-    assert dashboard.ask(dashboard.hub.badge, key, "backup", NOW) == {
+    assert dashboard.ask(dashboard.dashboard.badge, key, "backup", NOW) == {
         "label": "Backup", "message": "failed", "color": "#c32b2b"}
     with refused(404):
-        dashboard.ask(dashboard.hub.badge, "0" * 32, "all", NOW)
+        dashboard.ask(dashboard.dashboard.badge, "0" * 32, "all", NOW)
     with refused(404):
-        dashboard.ask(dashboard.hub.badge, key, "nothing", NOW)
+        dashboard.ask(dashboard.dashboard.badge, key, "nothing", NOW)
 
 
 # ==========================================================================
@@ -788,7 +801,7 @@ def request(dashboard, nonce: str = "1" * 32, **fields) -> dict:
 def asked(dashboard, web1):
     dashboard.sync(web1, list=dashboard.list_of(web1, spec()))
     found = request(dashboard)
-    dashboard.do(dashboard.hub.request, dashboard.dash, found, NOW)
+    dashboard.do(dashboard.dashboard.request, dashboard.dash, found, NOW)
     return found
 
 
@@ -804,19 +817,20 @@ def test_a_request_is_handed_out_and_answered(dashboard, web1, asked):
     dashboard.runs(web1, dashboard.record("queued", nonce="1" * 32))
     dashboard.clock.time += 31
     assert dashboard.sync(web1)["requests"] == []
-    assert dashboard.ask(dashboard.hub.request_state, dashboard.dash,
+    assert dashboard.ask(dashboard.dashboard.request_state, dashboard.dash,
                          "1" * 32) == {
         "nonce": "1" * 32, "state": "accepted", "reason": "", "run": 1}
 
 
 def test_the_same_request_twice_is_one(dashboard, asked):
-    reopened = dashboard.do(dashboard.hub.request, dashboard.dash, asked, NOW)
+    reopened = dashboard.do(dashboard.dashboard.request, dashboard.dash, asked,
+                            NOW)
     assert reopened["state"] == "waiting"
     assert dashboard.rows("select count(*) from requests") == [(1,)]
     assert dashboard.rows("select count(*) from audit where what = 'run'") == [
         (1,)]
     with refused(409):
-        dashboard.do(dashboard.hub.request, dashboard.dash,
+        dashboard.do(dashboard.dashboard.request, dashboard.dash,
                      request(dashboard, tag="x"), NOW)
 
 
@@ -824,13 +838,14 @@ def test_a_request_that_nobody_answers_expires(dashboard, web1, asked):
     dashboard.pass_time(301)
     assert dashboard.sync(web1)["requests"] == []
     dashboard.pass_time(5)
-    found = dashboard.ask(dashboard.hub.request_state, dashboard.dash,
+    found = dashboard.ask(dashboard.dashboard.request_state, dashboard.dash,
                           "1" * 32)
     assert found["state"] == "expired"
     dashboard.sync(web1, verdicts=[{"nonce": "1" * 32, "verdict": "accepted",
                                     "run": 1, "reason":
                                     ""}])     # it came late
-    assert dashboard.ask(dashboard.hub.request_state, dashboard.dash, "1" * 32
+    assert dashboard.ask(dashboard.dashboard.request_state, dashboard.dash,
+                         "1" * 32
                          )["state"] == "accepted"
 
 
@@ -838,14 +853,15 @@ def test_a_request_expires_though_the_dashboard_was_restarted(dashboard,
                                                               asked):
     reopened = dashboard.reopen()
     reopened.pass_time(310)
-    assert reopened.ask(reopened.hub.request_state, dashboard.dash, "1" * 32
+    assert reopened.ask(reopened.dashboard.request_state, dashboard.dash,
+                        "1" * 32
                         )["state"] == "expired"
 
 
 def test_a_refusal_is_shown_with_its_reason(dashboard, web1, asked):
     dashboard.sync(web1, verdicts=[{"nonce": "1" * 32, "verdict": "refused",
                                     "run": None, "reason": "its job changed"}])
-    row, = [row for row in dashboard.ask(dashboard.hub.audit,
+    row, = [row for row in dashboard.ask(dashboard.dashboard.audit,
                                          dashboard.dash)["rows"]
             if row["what"] == "run"]
     assert (row["state"], row["reason"], row["label"]) == (
@@ -853,7 +869,7 @@ def test_a_refusal_is_shown_with_its_reason(dashboard, web1, asked):
     assert row["args"] == {"To": "bob", "Pin": "******"}
     dashboard.runs(web1, dashboard.record(nonce="1" *
                                           32))      # then it ran after
-    row, = [row for row in dashboard.ask(dashboard.hub.audit,
+    row, = [row for row in dashboard.ask(dashboard.dashboard.audit,
                                          dashboard.dash)["rows"]
             if row["what"] == "run"]
     assert (row["state"], row["run"]) == ("accepted", 1)
@@ -863,7 +879,8 @@ def test_a_verdict_of_another_host_is_nothing(dashboard, asked):
     other = dashboard.join("d" * 32, "web2")
     dashboard.sync(other, verdicts=[{"nonce": "1" * 32, "verdict": "refused",
                                      "run": None, "reason": "x"}])
-    assert dashboard.ask(dashboard.hub.request_state, dashboard.dash, "1" * 32
+    assert dashboard.ask(dashboard.dashboard.request_state, dashboard.dash,
+                         "1" * 32
                          )["state"] == "waiting"
 
 
@@ -873,7 +890,7 @@ def test_a_verdict_of_another_host_is_nothing(dashboard, asked):
     {"user": "a\0"}, {"secrets": []}], ids=str)
 def test_a_request_that_is_odd_is_refused(dashboard, web1, fields):
     with refused(400):
-        dashboard.do(dashboard.hub.request, dashboard.dash, request(
+        dashboard.do(dashboard.dashboard.request, dashboard.dash, request(
             dashboard, **{"nonce": "2" * 32, **fields}), NOW)
 
 
@@ -881,26 +898,29 @@ def test_a_request_that_can_be_read_in_two_ways_is_refused(dashboard, web1):
     asked = request(dashboard)
     asked["body"] = asked["body"].replace('"tag":', '"tag": "a", "tag":')
     with refused(400):
-        dashboard.do(dashboard.hub.request, dashboard.dash, asked, NOW)
+        dashboard.do(dashboard.dashboard.request, dashboard.dash, asked, NOW)
 
 
 def test_requests_that_wait_for_one_host_have_a_limit(dashboard, web1):
     for number in range(100):
-        dashboard.do(dashboard.hub.request, dashboard.dash, request(
+        dashboard.do(dashboard.dashboard.request, dashboard.dash, request(
             dashboard, f"{number:032x}"), NOW)
     with refused(429):
-        dashboard.do(dashboard.hub.request, dashboard.dash, request(dashboard,
-                                                                    "f" * 32),
-                     NOW)
+        dashboard.do(
+            dashboard.dashboard.request,
+            dashboard.dash,
+            request(dashboard, "f" * 32),
+            NOW,
+        )
 
 
 def test_the_audit_is_turned_over_page_by_page(dashboard):
     for number in range(230):       # all at one moment
-        dashboard.hub.record(dashboard.hub.db, 1, NOW, "check",
-                             label=str(number))
+        dashboard.dashboard.record(dashboard.dashboard.db, 1, NOW, "check",
+                                   label=str(number))
     seen, before = [], None
     while True:
-        page = dashboard.ask(dashboard.hub.audit, dashboard.dash, before)
+        page = dashboard.ask(dashboard.dashboard.audit, dashboard.dash, before)
         seen += [int(row["label"]) for row in page["rows"]]
         if not page["more"]:
             break
@@ -922,19 +942,19 @@ def written(dashboard, web1, text: str, **fields) -> int:
 
 
 def found(dashboard, text: str, *more) -> list:
-    hits = dashboard.ask(dashboard.hub.search, dashboard.dash, text,
+    hits = dashboard.ask(dashboard.dashboard.search, dashboard.dash, text,
                          *more)["hits"]
     return [(hit["run"]["id"], hit["line"]) for hit in hits]
 
 
 @pytest.mark.parametrize("index", ["trigram", "words", ""])
 def test_a_text_is_found_in_all_outputs(dashboard, web1, index):
-    dashboard.hub.db.execute("drop table found")
+    dashboard.dashboard.db.execute("drop table found")
     if index:
-        dashboard.hub.db.execute(
+        dashboard.dashboard.db.execute(
             "create virtual table found using fts5(text, content='', "
             f"tokenize='{'unicode61' if index == 'words' else index}')")
-    dashboard.hub.index = index
+    dashboard.dashboard.index = index
     written(dashboard, web1, "nothing here\n")
     one = written(dashboard, web1, "a\nThe Needle's eye\nb\n", tag="crawl")
     two = written(dashboard, web1, "x\n\x1b[31mneed\x1b[0mle 'quote\" %_\n")
@@ -964,7 +984,7 @@ def test_the_chunk_of_a_hit_is_named(dashboard, web1):
     dashboard.runs(web1, dashboard.record(size=sum(map(len, data))))
     dashboard.sync(web1, outputs=[piece(1, 0, data[0])])
     dashboard.sync(web1, outputs=[piece(1, len(data[0]), data[1])])
-    hit, = dashboard.ask(dashboard.hub.search, dashboard.dash,
+    hit, = dashboard.ask(dashboard.dashboard.search, dashboard.dash,
                          "needle")["hits"]
     assert hit["at"] == len(data[0])
 
@@ -974,7 +994,8 @@ def test_long_output_is_read_by_and_by_head_and_tail(dashboard, web1):
     written(dashboard, web1, text + ("y" * 79 + "\n") * 9000 + "last needle\n")
     steps = 0
     while dashboard.rows("select * from unread"):
-        dashboard.hub.group([(dashboard.hub.read_output, (), None)])
+        dashboard.dashboard.group([(dashboard.dashboard.read_output, (),
+                                    None)])
         steps += 1
     assert 20 < steps <= 64
     assert found(dashboard, "last needle")[0][0] == 1
@@ -994,7 +1015,7 @@ def test_a_damaged_index_costs_time_and_nothing_else(dashboard, web1):
     assert [run for run, _ in found(dashboard, "needle")] == [2, 1]
     dashboard.clock.time += 500 * 86_400
     dashboard.run_chores()
-    assert dashboard.hub.broken == ""
+    assert dashboard.dashboard.broken == ""
 
 
 def test_a_hundred_hits_come_in_pages(dashboard, web1):
@@ -1003,7 +1024,8 @@ def test_a_hundred_hits_come_in_pages(dashboard, web1):
     dashboard.run_chores()
     seen, before, more = [], None, True
     while more:
-        page = dashboard.ask(dashboard.hub.search, dashboard.dash, "needle",
+        page = dashboard.ask(dashboard.dashboard.search, dashboard.dash,
+                             "needle",
                              None, before)
         seen += [hit["run"]["id"] for hit in page["hits"]]
         before, more = seen[-1], page["more"]
@@ -1049,20 +1071,20 @@ def test_pages_that_nobody_needs_are_given_back(dashboard, web1, monkeypatch):
     monkeypatch.setattr(koitab, "FREE_PAGES", 50)
     for _ in range(3):
         written(dashboard, web1, ("x" * 7999 + "\n") * 120)
-    size = dashboard.hub.one("pragma page_count")
+    size = dashboard.dashboard.one("pragma page_count")
     dashboard.clock.time += 100 * 86_400
     dashboard.run_chores()
     dashboard.clock.time += 301
     dashboard.run_chores()
-    assert dashboard.hub.one("pragma freelist_count") <= 50
-    assert dashboard.hub.one("pragma page_count") < size / 2
+    assert dashboard.dashboard.one("pragma freelist_count") <= 50
+    assert dashboard.dashboard.one("pragma page_count") < size / 2
 
 
 def test_small_steps_even_when_much_is_old(dashboard, web1):
     for _ in range(3):
         dashboard.runs(web1, *[dashboard.record() for _ in range(1000)])
     dashboard.clock.time += 500 * 86_400
-    dashboard.hub.group([(dashboard.hub.forget_old, (), None)])
+    dashboard.dashboard.group([(dashboard.dashboard.expire_old, (), None)])
     assert dashboard.rows("select count(*) from runs") == [(2000,)]
 
 
@@ -1071,11 +1093,12 @@ def test_a_job_that_is_forgotten_is_hidden_at_once_and_then_removed(
     dashboard.runs(web1, dashboard.record(), dashboard.record(tag="crawl"))
     dashboard.sync(web1, list=dashboard.list_of(web1, spec("crawl")))
     with refused(409):
-        dashboard.do(dashboard.hub.forget, dashboard.dash, {"job": 2}, NOW)
-    dashboard.do(dashboard.hub.forget, dashboard.dash, {"job": 1}, NOW)
+        dashboard.do(dashboard.dashboard.forget, dashboard.dash, {"job": 2},
+                     NOW)
+    dashboard.do(dashboard.dashboard.forget, dashboard.dash, {"job": 1}, NOW)
     assert [job["id"] for job in dashboard.state["jobs"]] == [2]
     with refused(404):
-        dashboard.ask(dashboard.hub.run, dashboard.dash, 1)
+        dashboard.ask(dashboard.dashboard.run, dashboard.dash, 1)
     dashboard.runs(web1, dashboard.record())        # it comes back: a new one
     assert [job["id"] for job in dashboard.state["jobs"]] == [2, 3]
     dashboard.clock.time += 61
@@ -1086,9 +1109,11 @@ def test_a_job_that_is_forgotten_is_hidden_at_once_and_then_removed(
 
 def test_a_host_that_is_forgotten_is_gone_with_all_it_told(dashboard, web1):
     dashboard.runs(web1, dashboard.record())
-    dashboard.do(dashboard.hub.forget, dashboard.dash, {"host": HOST}, NOW)
+    dashboard.do(dashboard.dashboard.forget, dashboard.dash, {"host": HOST},
+                 NOW)
     assert dashboard.state["hosts"] == dashboard.state["jobs"] == []
-    assert dashboard.hub.key_of(koitab.digest_of("token of " + HOST)) is None
+    assert dashboard.dashboard.key_of(koitab.digest_of("token of "
+                                                       + HOST)) is None
     with pytest.raises(Error):
         dashboard.sync(web1)
     dashboard.clock.time += 61
@@ -1104,8 +1129,9 @@ def test_a_host_that_is_forgotten_is_gone_with_all_it_told(dashboard, web1):
 
 def test_a_host_that_left_keeps_its_history(dashboard, web1):
     dashboard.runs(web1, dashboard.record())
-    dashboard.do(dashboard.hub.remove_host, dashboard.dash, HOST, NOW)
-    assert dashboard.hub.key_of(koitab.digest_of("token of " + HOST)) is None
+    dashboard.do(dashboard.dashboard.remove_host, dashboard.dash, HOST, NOW)
+    assert dashboard.dashboard.key_of(koitab.digest_of("token of "
+                                                       + HOST)) is None
     assert dashboard.state["hosts"][0]["state"] == "left"
     assert dashboard.job()["gone"] and len(dashboard.job()["strip"]) == 1
     dashboard.pass_time(500)
@@ -1118,7 +1144,7 @@ def test_a_host_that_left_keeps_its_history(dashboard, web1):
 def test_many_threads_read_while_one_writes(tmp_path):
     dashboard = InProcessDashboard(tmp_path / "d.db", koitab.Clock())
     web1, faults = dashboard.join(), []
-    dashboard.hub.start()
+    dashboard.dashboard.start()
 
     def look():
         try:
@@ -1134,12 +1160,12 @@ def test_many_threads_read_while_one_writes(tmp_path):
     for thread in threads:
         thread.start()
     for _ in range(40):
-        dashboard.hub.do(dashboard.hub.sync, web1, {
+        dashboard.dashboard.do(dashboard.dashboard.sync, web1, {
             "v": 1, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
             "records": [dashboard.record()]}, dashboard.now)
     for thread in threads:
         thread.join()
     strip = dashboard.job()["strip"]
-    dashboard.hub.stop()
+    dashboard.dashboard.stop()
     assert faults == [] and [entry[0] for entry in strip] == list(
         range(1, 41))

@@ -100,26 +100,26 @@ def test_a_passphrase_has_a_hundred_bits():
 
 def test_a_request_that_was_signed_is_read():
     body = request(args={"To": "o'brien $(id) \U0001f603 \\ \" \n"})
-    assert koitab.opened(KEY, *signed(text_of(body))) == body
+    assert koitab.verify_request(KEY, *signed(text_of(body))) == body
 
 
 def test_a_request_may_hold_brackets_and_as_much_as_a_job_takes():
     body = request(args={"To": "[" * 5000 + "\"" * 100_000})
-    assert koitab.opened(KEY, *signed(text_of(body))) == body
+    assert koitab.verify_request(KEY, *signed(text_of(body))) == body
 
 
 @pytest.mark.parametrize("mac", [
     "", None, 7, [], "00" * 32, "0" * 63, "g" * 64, "\u00e9" * 64])
 def test_a_mac_of_any_shape_but_the_right_one_is_refused(mac):
-    with pytest.raises(koitab.Forged):
-        koitab.opened(KEY, text_of(request()), mac)
+    with pytest.raises(koitab.RequestRejected):
+        koitab.verify_request(KEY, text_of(request()), mac)
 
 
 def test_a_mac_in_other_letters_is_another_mac():
     body, mac = signed(text_of(request()))
     for odd in (mac.upper(), f" {mac}", f"{mac}\n", mac[:32] + " " + mac[32:]):
-        with pytest.raises(koitab.Forged):
-            koitab.opened(KEY, body, odd)
+        with pytest.raises(koitab.RequestRejected):
+            koitab.verify_request(KEY, body, odd)
 
 
 def test_no_altered_request_is_believed():
@@ -136,14 +136,16 @@ def test_no_altered_request_is_believed():
     for data in changed:
         if data == raw:
             continue
-        with pytest.raises(koitab.Forged):
-            koitab.opened(KEY, data.decode("utf-8", "surrogateescape"), mac)
+        with pytest.raises(koitab.RequestRejected):
+            koitab.verify_request(KEY, data.decode("utf-8", "surrogateescape"),
+                                  mac)
         tried += 1
     for at in range(64):
         for letter in "0123456789abcdef":
             if letter != mac[at]:
-                with pytest.raises(koitab.Forged):
-                    koitab.opened(KEY, body, mac[:at] + letter + mac[at + 1:])
+                with pytest.raises(koitab.RequestRejected):
+                    koitab.verify_request(KEY, body,
+                                          mac[:at] + letter + mac[at + 1:])
                 tried += 1
     assert tried > 100_000
 
@@ -168,14 +170,14 @@ def test_no_altered_request_is_believed():
     text_of(request(nonce=7)), text_of(request(user=None)),
     json.dumps(request(args={"To": "\ud800"}))])
 def test_what_is_signed_and_no_request_is_refused(body):
-    with pytest.raises(koitab.Forged):
-        koitab.opened(KEY, *signed(body))
+    with pytest.raises(koitab.RequestRejected):
+        koitab.verify_request(KEY, *signed(body))
 
 
 def test_a_key_signs_for_one_host_alone():
     other = koitab.host_key(bytes(32), "b2" * 16)
-    with pytest.raises(koitab.Forged):
-        koitab.opened(other, *signed(text_of(request())))
+    with pytest.raises(koitab.RequestRejected):
+        koitab.verify_request(other, *signed(text_of(request())))
 
 
 @pytest.mark.parametrize("changes, word", [
@@ -190,30 +192,31 @@ def test_a_key_signs_for_one_host_alone():
     ({"iat": int(NOW * 1000) - 100_001, "exp": int(NOW * 1000) + 1}, "older"),
 ])
 def test_a_genuine_request_that_is_not_for_us_or_not_now(changes, word):
-    why = koitab.unfit(request(**changes), OURS, NOW, NOW - 100)
+    why = koitab.request_mismatch(request(**changes), OURS, NOW, NOW - 100)
     assert word in why
 
 
 def test_a_request_within_its_time_is_fit():
     for seconds in (-59, 0, 299):
-        assert koitab.unfit(request(), OURS, NOW + seconds, NOW) == ""
+        assert koitab.request_mismatch(request(), OURS, NOW + seconds,
+                                       NOW) == ""
 
 
 def test_a_secret_is_seen_by_its_host_alone():
     secret = "hunter2 \U0001f603".encode() * 40
-    hidden = koitab.veiled(KEY, "ab" * 16, "Password", secret)
+    hidden = koitab.encrypt_secret(KEY, "ab" * 16, "Password", secret)
     assert hidden != secret and len(hidden) == len(secret)
-    assert koitab.veiled(KEY, "ab" * 16, "Password", hidden) == secret
+    assert koitab.encrypt_secret(KEY, "ab" * 16, "Password", hidden) == secret
     for nonce, name in (("ac" * 16, "Password"), ("ab" * 16, "Other")):
-        assert koitab.veiled(KEY, nonce, name, hidden) != secret
-    assert koitab.veiled(koitab.host_key(bytes(32), DASH), "ab" * 16,
-                         "Password", hidden) != secret
+        assert koitab.encrypt_secret(KEY, nonce, name, hidden) != secret
+    assert koitab.encrypt_secret(koitab.host_key(bytes(32), DASH), "ab" * 16,
+                                 "Password", hidden) != secret
 
 
 def test_what_people_see_of_a_job_changes_with_all_that_it_does():
     def spec(line: str, before: str = "") -> str:
         job = koitab.parse_tab(f"{before}\n{line}\n").jobs[0]
-        return koitab.spec_of(job, "ann")
+        return koitab.job_manifest(job, "ann")
 
     plain = '"Hi" @manual echo {{To}}'
     seen = {spec(plain), spec('"Hi" @manual echo {{To, text}}'),

@@ -44,7 +44,7 @@ def test_local_storage_keeps_preferences_and_nothing_else():
     used = re.findall(r"localStorage\.\w+\([^)]*\)", koitab.PAGE_JS)
     assert used == ['localStorage.getItem("koi." + name)',
                     'localStorage.setItem("koi." + name, value)']
-    assert set(re.findall(r'taste\.set\("(\w+)"', koitab.PAGE_JS)) == {
+    assert set(re.findall(r'preferences\.set\("(\w+)"', koitab.PAGE_JS)) == {
         "zone", "theme", "gutter", "wrap"}
 
 
@@ -160,8 +160,8 @@ def test_signatures_are_those_of_section_keys(login_page):
         return {host_key: hex(key), key_id: keyId(key),
             run_mac: runMac(key, arguments[0].body),
             list_mac: listMac(key, arguments[0].body),
-            veiled: hex(veiled(key, arguments[0].nonce, arguments[0].name,
-                utf8(arguments[0].secret)))};""", VECTOR)
+            veiled: hex(encryptSecret(key, arguments[0].nonce,
+                arguments[0].name, utf8(arguments[0].secret)))};""", VECTOR)
     assert found == {name: VECTOR[name] for name in found}
 
 
@@ -187,8 +187,8 @@ TYPES = [("string", ()), ("text", ()), ("int", ()), ("bool", ()),
 @pytest.mark.parametrize("kind, choices", TYPES)
 def test_a_value_is_refused_with_the_words_of_section_tab(login_page, kind,
                                                           choices):
-    param = koitab.Param("x", kind, None, choices)
-    expected = [param.refusal(value) for value in VALUES]
+    param = koitab.Parameter("x", kind, None, choices)
+    expected = [param.value_error(value) for value in VALUES]
     assert login_page.js("return arguments[1].map((value) => refusalOfValue("
                          "arguments[0], value))", {"type": kind, "choices":
                                                    list(choices)}, VALUES
@@ -217,15 +217,16 @@ def test_a_request_is_believed_and_its_secret_unveiled(login_page):
         return runRequest({host: vector.host}, {...spec, text}, values);
         """.replace("\U0001f603", "\\u{1f603}"), spec, text, VECTOR)
     key = bytes.fromhex(VECTOR["host_key"])
-    asked = koitab.opened(key, sent["body"], sent["mac"])
+    asked = koitab.verify_request(key, sent["body"], sent["mac"])
     assert asked["args"] == {"__proto__": "o'brien \u00e9",
                              "Emoji \U0001f603": "true"}
     assert asked["job"] == koitab.digest_of(text)
-    assert koitab.veiled(key, asked["nonce"], "Token", bytes.fromhex(
+    assert koitab.encrypt_secret(key, asked["nonce"], "Token", bytes.fromhex(
         asked["secrets"]["Token"])).decode() == "hunter2 \U0001f603"
-    assert koitab.unfit(asked, {"key": koitab.key_id(key), "dash": "d0" * 8,
-                                "host": VECTOR["host"]},
-                        asked["iat"] / 1000 + 1, 0) == ""
+    assert koitab.request_mismatch(asked, {"key": koitab.key_id(key),
+                                           "dash": "d0" * 8,
+                                           "host": VECTOR["host"]},
+                                   asked["iat"] / 1000 + 1, 0) == ""
 
 
 # --- in a browser: words

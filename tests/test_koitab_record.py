@@ -64,18 +64,18 @@ def test_the_text_of_an_output_is_both_streams_and_the_notes():
 # ==========================================================================
 
 def header(**values):
-    made = koitab.Header()
+    made = koitab.RunFileHeader()
     for name, value in values.items():
-        assert name in koitab.Header.FIELDS
+        assert name in koitab.RunFileHeader.FIELDS
         setattr(made, name, value)
     return made
 
 
 def test_a_header_is_read_as_it_was_written():
-    values = dict(zip(koitab.Header.FIELDS, range(1, 17)))
+    values = dict(zip(koitab.RunFileHeader.FIELDS, range(1, 17)))
     values.update(started=1.5, ended=2.25, status=-1, born=2**63,
                   total=2**40, lost=2**40 - 1, job=2**22)
-    found = koitab.header_of(header(**values).pack() + b"more")
+    found = koitab.parse_header(header(**values).pack() + b"more")
     assert vars(found) == values
 
 
@@ -89,7 +89,7 @@ def test_a_header_fits_into_its_room_and_begins_with_its_version():
     b"", b"KOI1", header().pack()[:-1], b"KOI2" + header().pack()[4:],
     b"\0" * 256])
 def test_what_is_no_header_of_ours_is_none(data):
-    assert koitab.header_of(data) is None
+    assert koitab.parse_header(data) is None
 
 
 # ==========================================================================
@@ -119,13 +119,13 @@ def file_of(head: bytes, first: bytes, second: bytes, **fields) -> tuple:
 ])
 def test_the_segments_stand_in_their_order(turn, first, second, lost, text):
     data, made = file_of(b"head", first, second, turn=turn, lost=lost)
-    assert koitab.output_text(koitab.kept_output(data, made)
+    assert koitab.output_text(koitab.stored_frames(data, made)
                               ).decode() == text
 
 
 def test_what_lies_behind_the_segments_is_not_shown():
     data, made = file_of(b"new", b"1", None, turn=2)
-    assert b"before" not in koitab.kept_output(data, made)
+    assert b"before" not in koitab.stored_frames(data, made)
 
 
 SMALL_HEAD, SMALL_SEGMENT = 200, 100
@@ -145,16 +145,16 @@ def pieces_kept(pieces: list[bytes]) -> tuple[bytes, object, int]:
     """What a supervisor keeps of an output: the frames, the header, and
     the size of the file."""
     with tempfile.TemporaryFile() as file:
-        run = koitab.Watched(koitab.Order(1, "", b"", {}),
-                             os.dup(file.fileno()))
+        run = koitab.SupervisedRun(koitab.LaunchSpec(1, "", b"", {}),
+                                   os.dup(file.fileno()))
         for piece in pieces:
-            run.hear(STDOUT, piece)
+            run.on_output(STDOUT, piece)
         run.save()
         os.close(run.file)
         file.seek(0)
         data = file.read()
-    found = koitab.header_of(data)
-    return koitab.kept_output(data, found), found, len(data)
+    found = koitab.parse_header(data)
+    return koitab.stored_frames(data, found), found, len(data)
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -202,7 +202,7 @@ def test_a_megabyte_is_kept_whole_but_for_its_frames():
 # ==========================================================================
 
 def masked(secrets: list[bytes], pieces: list[bytes]) -> bytes:
-    mask = koitab.Mask(secrets)
+    mask = koitab.SecretMasker(secrets)
     return b"".join([mask.feed(STDOUT, piece) for piece in pieces]
                     + [mask.feed(STDOUT, b"", last=True)])
 
@@ -280,7 +280,7 @@ def test_several_secrets_are_masked_as_if_the_text_came_whole(seed):
 
 
 def test_no_secret_waits_in_one_stream_for_the_other():
-    mask = koitab.Mask([b"secret"])
+    mask = koitab.SecretMasker([b"secret"])
     assert mask.feed(STDOUT, b"sec") == b""
     assert mask.feed(STDERR, b"ret") == b"ret"
     assert mask.feed(STDOUT, b"ret") == b"******"
@@ -314,4 +314,4 @@ def test_no_status_is_neither():
     ("missed", None, True), ("skipped", None, False),
     ("queued", None, False), ("running", None, False)])
 def test_what_counts_as_a_failure(state, exit_status, bad):
-    assert koitab.failed({"state": state, "exit": exit_status}) is bad
+    assert koitab.is_failure({"state": state, "exit": exit_status}) is bad

@@ -61,7 +61,7 @@ def test_four_hundred_vectors(spec, place, reference, starts):
             > after + 3 * 365 * DAY
         return
     wanted = [at(start) for start in starts.split(",")]
-    found = schedule.starts(after, here)
+    found = schedule.iter_starts(after, here)
     assert list(itertools.islice(found, len(wanted))) == wanted
     assert schedule.next(after, here) == wanted[0]
 
@@ -76,10 +76,10 @@ def test_starts_that_were_seen_of_the_real_daemon(spec, place, reference,
         virtual = after + here.offset(after)
     if starts == "never":
         assert schedule.next(after, here) is None
-        assert list(schedule.starts(after, here)) == []
+        assert list(schedule.iter_starts(after, here)) == []
         return
     wanted = starts.split(",")
-    found = list(itertools.islice(schedule.starts(after, here, virtual),
+    found = list(itertools.islice(schedule.iter_starts(after, here, virtual),
                                   len(wanted)))
     assert [koitab.stamp(start, here.offset(start)) for start in found] == [
         f"{start[:16]}:00{start[16:]}" for start in wanted]
@@ -208,7 +208,7 @@ def test_as_a_model_that_goes_minute_by_minute(place, begin):
                   for event in Plain(text).picks(events)]
         schedule = parse(text)
         wanted = before(wanted, (last - 15) * MINUTE)
-        found = before(schedule.starts(first * MINUTE, here),
+        found = before(schedule.iter_starts(first * MINUTE, here),
                        (last - 15) * MINUTE)
         assert found == wanted, text
         compared += len(found)
@@ -232,7 +232,7 @@ def test_random_expressions_agree_with_the_model():
         text = random_expression(dice)
         wanted = [(first + e[0]) * MINUTE for e in Plain(text).picks(events)]
         end = (last - 15) * MINUTE
-        found = parse(text).starts(first * MINUTE, zone("Europe/Berlin"))
+        found = parse(text).iter_starts(first * MINUTE, zone("Europe/Berlin"))
         assert before(found, end) == before(wanted, end), text
 
 
@@ -307,7 +307,7 @@ def test_there_are_twelve_months_and_seven_weekdays():
     "1~2~3 * * * *", "* * * * jan", "1. * * * *", "１ * * * *",
 ])
 def test_what_is_no_schedule_is_refused(text):
-    with pytest.raises(koitab.Misread):
+    with pytest.raises(koitab.ScheduleError):
         parse(text)
 
 
@@ -364,7 +364,7 @@ def test_next_is_the_first_of_the_starts_everywhere():
             dice.choice(names))
         after = dice.randrange(at("1900-01-01 00:00"), at("2200-01-01 00:00"))
         assert schedule.next(after, here) == next(
-            schedule.starts(after, here), None)
+            schedule.iter_starts(after, here), None)
 
 
 def test_a_job_whose_day_always_lies_in_the_gap_is_given_up():
@@ -411,14 +411,14 @@ def test_matches_says_which_minutes_of_the_wall_fit():
      "January and July"),
 ])
 def test_words(text, words):
-    assert parse(text).words() == words
+    assert parse(text).describe() == words
 
 
 def test_other_schedules_have_other_words():
     dice, known = random.Random(7), {}
     for _ in range(3000):
         schedule = parse(random_expression(dice))
-        words = schedule.words()
+        words = schedule.describe()
         if words == "Never":
             continue
         full_days, full_week = (1 << 31) - 1, 127
@@ -466,7 +466,7 @@ def test_a_zone_agrees_with_the_standard_library(name, monkeypatch):
     ("XXX3EDT4,0/0,J365/23", None),
 ])
 def test_a_rule_of_posix_is_a_zone(rule, like):
-    ours = koitab.zone_of_rule(rule)
+    ours = koitab.parse_posix_tz(rule)
     if like is None:            # summer time all year round
         assert {ours.offset(at(f"2030-{month:02}-01 00:00"))
                 for month in range(1, 13)} == {-4 * HOUR}
@@ -482,7 +482,7 @@ def test_a_rule_of_posix_is_a_zone(rule, like):
     "CET-1CEST,M3.5.0", "CET-1;id", "C" * 10_000,
 ])
 def test_what_is_no_rule_is_none(rule):
-    assert koitab.zone_of_rule(rule) is None
+    assert koitab.parse_posix_tz(rule) is None
 
 
 @pytest.mark.parametrize("rule", [
@@ -490,8 +490,8 @@ def test_what_is_no_rule_is_none(rule):
     "AAA24BBB-24,J1/167,J365/-167"])
 def test_an_absurd_rule_does_not_hang(rule):
     began = time.process_time()
-    here = koitab.zone_of_rule(rule)
-    found = parse("30 2 * * *").starts(at("2026-01-01 00:00"), here)
+    here = koitab.parse_posix_tz(rule)
+    found = parse("30 2 * * *").iter_starts(at("2026-01-01 00:00"), here)
     assert len(list(itertools.islice(found, 100))) == 100
     assert time.process_time() - began < 2
 
@@ -505,7 +505,7 @@ def test_broken_zone_files_are_refused():
             if broken:
                 broken[dice.randrange(len(broken))] = dice.randrange(256)
         try:
-            here = koitab.zone_of_data("broken", bytes(broken))
+            here = koitab.parse_tzif("broken", bytes(broken))
             here.offset(at("2026-01-01 00:00"))
         except ValueError:
             continue
@@ -542,18 +542,18 @@ def test_days_and_dates_agree_with_the_standard_library():
 def test_with_which_minute_a_job_goes_on(ahead, wildcard, fixed):
     """Minutes from the virtual one, when the wall is so far ahead of it."""
     first = ahead * MINUTE
-    assert koitab.resume(0, first, True) == wildcard * MINUTE
-    assert koitab.resume(0, first, False) == fixed * MINUTE
+    assert koitab.first_minute_after_jump(0, first, True) == wildcard * MINUTE
+    assert koitab.first_minute_after_jump(0, first, False) == fixed * MINUTE
 
 
 def test_a_clock_set_back_within_a_minute_starts_nothing_again():
     begin = at("2026-03-01 00:00")
-    watch = koitab.watching(koitab.Reading(begin, 0.0), {"": koitab.UTC})
+    watch = koitab.watching(koitab.ClockSample(begin, 0.0), {"": koitab.UTC})
     jobs = [job("* * * * *")]
-    watch, launches = koitab.plan(jobs, watch, koitab.Reading(
+    watch, launches = koitab.plan(jobs, watch, koitab.ClockSample(
         begin + 61, 61.0))
     assert len(launches) == 1
-    later, launches = koitab.plan(jobs, watch, koitab.Reading(
+    later, launches = koitab.plan(jobs, watch, koitab.ClockSample(
         begin + 50, 70.0))
     assert (later is watch, launches) == (True, [])
 
@@ -568,8 +568,8 @@ def started(jobs, walls, looks, here):
     """(turn, minute of the wall, line) of a daemon that looks when it must,
     and at some turns when it need not."""
     def reading(turn):
-        return koitab.Reading(walls[turn] * MINUTE + 0.5,
-                              1000.0 + turn * MINUTE)
+        return koitab.ClockSample(walls[turn] * MINUTE + 0.5,
+                                  1000.0 + turn * MINUTE)
 
     watch, found = koitab.watching(reading(0), {"": here}), []
     due = koitab.first_due(jobs, watch)
@@ -632,7 +632,7 @@ def test_no_start_is_made_twice_or_lost_however_late_we_wake():
         ["*/20 * * * *", "30 2 * * *", "0,10 1-4 * * *", "17 */3 * * *"])]
     for begin in ("2026-03-28 20:00", "2026-10-24 20:00"):
         now = at(begin)
-        watch, end = koitab.watching(koitab.Reading(now, 0.0),
+        watch, end = koitab.watching(koitab.ClockSample(now, 0.0),
                                      {"": here}), now + DAY
         found = []
         while watch.seen.wall < end:
@@ -641,15 +641,15 @@ def test_no_start_is_made_twice_or_lost_however_late_we_wake():
                 due + dice.random() * 59, due + dice.random(),
                 max(due - dice.random() * 900, watch.seen.wall + 0.01)])
             watch, launches = koitab.plan(
-                jobs, watch, koitab.Reading(now, now - at(begin)))
+                jobs, watch, koitab.ClockSample(now, now - at(begin)))
             found += [(launch.job.line, launch.due) for launch in launches]
             if not launches and watch.seen.wall != now:
                 watch, launches = koitab.plan(
-                    jobs, watch, koitab.Reading(due, due - at(begin)))
+                    jobs, watch, koitab.ClockSample(due, due - at(begin)))
                 found += [(launch.job.line, launch.due)
                           for launch in launches]
         wanted = [(one.line, start) for one in jobs for start in before(
-            one.schedule.starts(at(begin), here), now + 0.001)]
+            one.schedule.iter_starts(at(begin), here), now + 0.001)]
         assert sorted(found) == sorted(wanted)
 
 
@@ -658,9 +658,9 @@ def test_after_a_long_halt_fixed_jobs_are_made_up_for_and_others_run_once():
     jobs = [job("* * * * *", 1), job("0-59 * * * *", 2)]
     jobs[1] = job("0-59 0-23 * * *", 2)
     begin = at("2026-03-01 00:00")
-    watch = koitab.watching(koitab.Reading(begin, 0.0), {"": here})
+    watch = koitab.watching(koitab.ClockSample(begin, 0.0), {"": here})
     watch, launches = koitab.plan(
-        jobs, watch, koitab.Reading(begin + 600, 600.0))
+        jobs, watch, koitab.ClockSample(begin + 600, 600.0))
     assert sum(launch.job.line == 1 for launch in launches) == 1
     assert [launch.wall for launch in launches if launch.job.line == 2] == [
         begin + MINUTE * n for n in range(1, 11)]
@@ -672,11 +672,11 @@ def test_each_zone_has_a_clock_of_its_own():
     berlin = zone("Europe/Berlin")
     jobs = [job("30 2 * * *", 1), job("30 1 * * *", 2, "UTC")]
     begin = at("2026-10-24 22:00")
-    watch = koitab.watching(koitab.Reading(begin, 0.0),
+    watch = koitab.watching(koitab.ClockSample(begin, 0.0),
                             {"": berlin, "UTC": koitab.UTC})
     found = []
     for minute in range(1, 600):
-        watch, launches = koitab.plan(jobs, watch, koitab.Reading(
+        watch, launches = koitab.plan(jobs, watch, koitab.ClockSample(
             begin + minute * 60, minute * 60.0))
         found += [(launch.job.line, launch.due) for launch in launches]
     assert found == [(1, at("2026-10-25T02:30+02:00")),
@@ -685,16 +685,17 @@ def test_each_zone_has_a_clock_of_its_own():
 
 def test_a_zone_that_is_new_begins_with_the_next_minute():
     begin = at("2026-03-01 00:00")
-    watch = koitab.watching(koitab.Reading(begin, 0.0), {"": koitab.UTC})
-    later = koitab.watching(koitab.Reading(begin, 0.0),
+    watch = koitab.watching(koitab.ClockSample(begin, 0.0), {"": koitab.UTC})
+    later = koitab.watching(koitab.ClockSample(begin, 0.0),
                             {"": koitab.UTC, "X": koitab.UTC}, watch)
-    assert later.dials[""] is watch.dials[""]
-    assert later.dials["X"].virtual == begin
+    assert later.zone_clocks[""] is watch.zone_clocks[""]
+    assert later.zone_clocks["X"].virtual == begin
 
 
 def test_jobs_of_one_minute_start_in_reverse_order_as_crons():
     begin = at("2026-03-01 00:00")
     jobs = [job("* * * * *", line) for line in (1, 2, 3)]
-    watch = koitab.watching(koitab.Reading(begin, 0.0), {"": koitab.UTC})
-    _, launches = koitab.plan(jobs, watch, koitab.Reading(begin + 60, 60.0))
+    watch = koitab.watching(koitab.ClockSample(begin, 0.0), {"": koitab.UTC})
+    _, launches = koitab.plan(jobs, watch,
+                              koitab.ClockSample(begin + 60, 60.0))
     assert [launch.job.line for launch in launches] == [3, 2, 1]

@@ -22,7 +22,7 @@ BACKUP, CRAWL = koitab.parse_tab(TAB).jobs
 
 
 def store_at(path, writing: bool = True):
-    store = koitab.Store(str(path), writing)
+    store = koitab.RunStore(str(path), writing)
     store.moved = store.open()
     return store
 
@@ -92,17 +92,17 @@ def test_a_run_is_shown_with_its_job(store):
 def test_a_run_is_changed_and_a_note_is_kept(store):
     run = add(store, "running")
     store.write([store.update(run, state="done", exit=0, reason="x'; drop"),
-                 store.note("boot", "one"), store.note("boot", "two")])
+                 store.set_meta("boot", "one"), store.set_meta("boot", "two")])
     shown, = store.runs("1")
     assert (shown["state"], shown["reason"]) == ("done", "x'; drop")
-    assert store.noted("boot") == "two" and store.noted("other") == ""
+    assert store.get_meta("boot") == "two" and store.get_meta("other") == ""
 
 
 def test_statements_are_carried_out_together_or_not_at_all(store):
     run = add(store)
     with pytest.raises(koitab.Error):
-        store.write([store.note("a", "1"), store.insert({"id": run})])
-    assert store.noted("a") == "" and not store.db.in_transaction
+        store.write([store.set_meta("a", "1"), store.insert({"id": run})])
+    assert store.get_meta("a") == "" and not store.db.in_transaction
 
 
 def test_a_job_has_one_number_for_ever(store, path):
@@ -128,7 +128,7 @@ def test_bytes_that_are_no_text_can_be_in_a_job(store):
 def test_no_number_is_given_twice(store, path):
     for _ in range(5):
         add(store)
-    store.write(store.forget(1, 2))
+    store.write(store.prune(1, 2))
     assert numbers(store) == [4, 5]
     again = store_at(path)
     assert again.last == 5 and again.last_job == 1
@@ -150,7 +150,7 @@ def test_a_job_keeps_its_newest_runs(store, keep, states, left):
     for letter in states:
         add(store, names[letter])
     other = add(store, job=CRAWL)
-    store.write(store.forget(1, keep))
+    store.write(store.prune(1, keep))
     assert numbers(store) == [*left, other]
     for run in range(1, 6):
         assert bool(store.output(run)) == (
@@ -334,38 +334,38 @@ def room(store) -> None:
 def test_a_full_disk_keeps_statements_and_writes_them_later(store):
     add(store)
     fill(store)
-    big = store.note("big", "x" * 100_000)
+    big = store.set_meta("big", "x" * 100_000)
     assert store.write([big]) is False
     assert "full" in store.trouble
-    assert store.write([store.note("small", "y")]) is False
-    assert store.noted("small") == ""       # in order, after the first
+    assert store.write([store.set_meta("small", "y")]) is False
+    assert store.get_meta("small") == ""       # in order, after the first
     assert not store.db.in_transaction
     room(store)
     assert store.write([]) is True
-    assert (store.noted("big")[:1], store.noted("small")) == ("x", "y")
+    assert (store.get_meta("big")[:1], store.get_meta("small")) == ("x", "y")
     assert store.trouble == "" and not store.waiting
 
 
 def test_of_what_waits_the_newest_is_kept(store, monkeypatch):
     monkeypatch.setattr(koitab, "MOST_WAITING", 10)
     fill(store)
-    store.write([store.note("big", "x" * 100_000)])
+    store.write([store.set_meta("big", "x" * 100_000)])
     for number in range(30):
-        store.write([store.note(f"n{number}", "y" * 100_000)])
+        store.write([store.set_meta(f"n{number}", "y" * 100_000)])
     assert len(store.waiting) == 10
     room(store)
     store.write([])
-    assert store.noted("n20") and not store.noted("n19")
+    assert store.get_meta("n20") and not store.get_meta("n19")
 
 
 def test_a_history_that_another_holds_waits_as_well(store, path):
     store.db.execute("pragma busy_timeout=10")
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("begin immediate")
-    assert store.write([store.note("a", "1")]) is False
+    assert store.write([store.set_meta("a", "1")]) is False
     assert "locked" in store.trouble
     other.execute("rollback")
-    assert store.write([]) is True and store.noted("a") == "1"
+    assert store.write([]) is True and store.get_meta("a") == "1"
 
 
 DRIVER = """
@@ -373,7 +373,7 @@ import importlib.util, os, sys
 spec = importlib.util.spec_from_file_location("koitab", sys.argv[1])
 koitab = sys.modules["koitab"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(koitab)
-store = koitab.Store(sys.argv[2] + "/history.db")
+store = koitab.RunStore(sys.argv[2] + "/history.db")
 store.open()
 ballast = sys.argv[2] + "/ballast"
 with open(ballast, "wb", buffering=0) as file:
@@ -382,12 +382,13 @@ with open(ballast, "wb", buffering=0) as file:
             file.write(b"x" * 4096)
     except OSError:
         pass
-first = store.write([store.note("big", "x" * 100_000)])
-second = store.write([store.note("small", "y")])
+first = store.write([store.set_meta("big", "x" * 100_000)])
+second = store.write([store.set_meta("small", "y")])
 trouble = store.trouble
 os.unlink(ballast)
 third = store.write([])
-print(first, second, third, store.noted("small"), len(store.noted("big")))
+print(first, second, third, store.get_meta("small"),
+      len(store.get_meta("big")))
 print(trouble)
 """
 

@@ -491,9 +491,9 @@ def test_a_job_that_is_scheduled_needs_defaults():
                               "2026-03-29 ", "", "\uff12026-01-01"]),
 ])
 def test_which_values_fit_a_type(kind, good, bad):
-    param = koitab.Param("a", kind)
-    assert [value for value in good if param.refusal(value)] == []
-    assert [value for value in bad if not param.refusal(value)] == []
+    param = koitab.Parameter("a", kind)
+    assert [value for value in good if param.value_error(value)] == []
+    assert [value for value in bad if not param.value_error(value)] == []
 
 
 @pytest.mark.parametrize("command, program", [

@@ -85,7 +85,7 @@ def test_how_it_failed_is_told(dashboard, web1, fields, words):
 def test_the_letter_waits_for_the_output_but_not_for_ever(dashboard, web1):
     data = frames("it broke\n", 2)
     dashboard.runs(web1, dashboard.record(exit=1, size=len(data)))
-    due = dashboard.hub.letters_due
+    due = dashboard.dashboard.letters_due
     assert dashboard.ask(due, dashboard.now) == []
     assert len(dashboard.ask(due, dashboard.now + 15)) == 1
     dashboard.sync(web1, outputs=[piece(1, 0, data)])
@@ -197,7 +197,7 @@ def test_slowness_is_seen_after_a_restart_too(dashboard, web1):
     dashboard.runs(web1, dashboard.record("running", started=NOW))
     reopened = dashboard.reopen()
     reopened.pass_time(35)
-    access = reopened.hub.key_of(koitab.digest_of("token of " + HOST))
+    access = reopened.dashboard.key_of(koitab.digest_of("token of " + HOST))
     reopened.sync(access)
     reopened.pass_time(1)
     assert reopened.take_notifications() == ["Night/Backup on web1 takes long"]
@@ -276,14 +276,14 @@ def test_a_watch_that_comes_early_is_repeated(dashboard, web1):
     """The dashboard was restarted: nobody can have been heard of."""
     dashboard.clock.time += DAY
     reopened = dashboard.reopen()
-    reopened.do(reopened.hub.look_at_host, HOST, reopened.now)
+    reopened.do(reopened.dashboard.look_at_host, HOST, reopened.now)
     assert reopened.take_notifications() == []
 
 
 def test_after_a_restart_hosts_have_time_to_come_back(dashboard, web1):
     dashboard.clock.time += DAY
     reopened = dashboard.reopen()
-    reopened.hub.turn()
+    reopened.dashboard.turn()
     assert reopened.take_notifications() == []
     reopened.pass_time(89)
     assert reopened.take_notifications() == []
@@ -300,7 +300,7 @@ def test_after_a_restart_hosts_have_time_to_come_back(dashboard, web1):
 # ==========================================================================
 
 def test_a_check_is_told_when_it_is_overdue_and_when_it_is_back(dashboard):
-    check = dashboard.do(dashboard.hub.make_check, dashboard.dash,
+    check = dashboard.do(dashboard.dashboard.make_check, dashboard.dash,
                          {"name": "Sync"},
                          NOW)["id"]
     dashboard.ping(check)
@@ -322,7 +322,7 @@ def test_a_check_is_told_when_it_is_overdue_and_when_it_is_back(dashboard):
 # ==========================================================================
 
 def snooze(dashboard, subject: str, seconds: float) -> None:
-    dashboard.do(dashboard.hub.snooze, dashboard.dash, {
+    dashboard.do(dashboard.dashboard.snooze, dashboard.dash, {
         "subject": subject, "until": dashboard.now + seconds if seconds else
         0},
         dashboard.now)
@@ -410,20 +410,20 @@ def listener():
 
 def tell(dashboard) -> None:
     """One round of the herald, with the hub driven by hand."""
-    herald = koitab.Herald(dashboard.hub)
+    herald = koitab.Notifier(dashboard.dashboard)
     threads = herald.round()
     until = time.monotonic() + 10
     while any(thread.is_alive() for thread in threads):
-        dashboard.hub.turn()
+        dashboard.dashboard.turn()
         time.sleep(0.002)
         assert time.monotonic() < until
-    dashboard.hub.turn()
+    dashboard.dashboard.turn()
 
 
 @pytest.fixture
 def quiet(dashboard):
     """No channel but those that the test makes."""
-    dashboard.do(dashboard.hub.change_channel, dashboard.dash,
+    dashboard.do(dashboard.dashboard.change_channel, dashboard.dash,
                  {"do": "delete", "id": 1}, NOW)
     return dashboard
 
@@ -444,7 +444,7 @@ def test_a_webhook_gets_json_with_a_key(quiet, listener):
     assert (body["kind"], body["state"], body["subject"], body["dash"]) == (
         "failed", "on", "job:1", quiet.dash)
     assert quiet.rows("select * from letters") == []
-    channel, = quiet.ask(quiet.hub.channels, quiet.dash)["channels"]
+    channel, = quiet.ask(quiet.dashboard.channels, quiet.dash)["channels"]
     assert (channel["last"], channel["error"]) == (NOW, "")
 
 
@@ -465,7 +465,7 @@ def test_a_password_in_an_address_is_sent_and_never_shown(quiet, listener):
     fail(quiet)
     tell(quiet)
     assert listener.got[0][1]["Authorization"] == "Basic bWU6Z2VoIGVpbQ=="
-    channel, = quiet.ask(quiet.hub.channels, quiet.dash)["channels"]
+    channel, = quiet.ask(quiet.dashboard.channels, quiet.dash)["channels"]
     assert "geh" not in json.dumps(channel) and "***@" in channel["target"]
 
 
@@ -475,12 +475,12 @@ def test_a_password_in_an_address_is_sent_and_never_shown(quiet, listener):
 def test_what_fails_is_told_again_later_for_a_day(quiet, listener, status,
                                                   words):
     quiet.channel("webhook", listener.url)
-    check = quiet.do(quiet.hub.make_check, quiet.dash, {"name": "x"},
+    check = quiet.do(quiet.dashboard.make_check, quiet.dash, {"name": "x"},
                      NOW)["id"]
     quiet.ping(check, action="fail")
     listener.status = status
     tell(quiet)
-    channel, = quiet.ask(quiet.hub.channels, quiet.dash)["channels"]
+    channel, = quiet.ask(quiet.dashboard.channels, quiet.dash)["channels"]
     assert words in channel["error"] and channel["last"] is None
     tell(quiet)
     assert len(listener.got) == 1       # not at once
@@ -512,7 +512,7 @@ def test_the_other_channel_is_told_though_one_hangs(quiet, listener,
     dead.close()
     assert len(listener.got) == 1
     errors = [channel["error"] != "" for channel in quiet.ask(
-        quiet.hub.channels, quiet.dash)["channels"]]
+        quiet.dashboard.channels, quiet.dash)["channels"]]
     assert errors == [True, False]
 
 
@@ -520,10 +520,10 @@ def test_a_channel_is_told_by_one_thread_at_a_time(quiet, listener):
     quiet.channel("webhook", listener.url)
     listener.sleeps = 0.2
     fail(quiet)
-    herald = koitab.Herald(quiet.hub)
+    herald = koitab.Notifier(quiet.dashboard)
     threads = herald.round() + herald.round()
     while any(thread.is_alive() for thread in threads):
-        quiet.hub.turn()
+        quiet.dashboard.turn()
         time.sleep(0.002)
     assert len(listener.got) == 1
 
@@ -584,7 +584,7 @@ def test_a_sendmail_that_fails_is_shown(dashboard, tmp_path, monkeypatch):
     monkeypatch.setattr(koitab, "SENDMAILS", (str(program),))
     fail(dashboard)
     tell(dashboard)
-    assert dashboard.ask(dashboard.hub.channels,
+    assert dashboard.ask(dashboard.dashboard.channels,
                          dashboard.dash)["channels"][0][
         "error"] == "sendmail says no route"
 
@@ -603,12 +603,12 @@ def test_a_channel_that_is_none_is_refused(dashboard, kind, target):
 
 def test_a_test_letter_can_be_asked_for(quiet, listener):
     channel = quiet.channel("webhook", listener.url)
-    quiet.do(quiet.hub.change_channel, quiet.dash,
+    quiet.do(quiet.dashboard.change_channel, quiet.dash,
              {"do": "test", "id": channel}, NOW)
     tell(quiet)
     assert json.loads(listener.got[0][2])["kind"] == "test"
     with refused(404):
-        quiet.do(quiet.hub.change_channel, quiet.dash,
+        quiet.do(quiet.dashboard.change_channel, quiet.dash,
                  {"do": "test", "id": 99}, NOW)
 
 
@@ -629,11 +629,11 @@ def test_the_herald_is_woken_by_what_is_to_be_told(tmp_path, listener):
     dashboard = InProcessDashboard(tmp_path / "d.db", koitab.Clock())
     dashboard.channel("webhook", listener.url)
     web1 = dashboard.join()
-    dashboard.hub.start()
-    herald = koitab.Herald(dashboard.hub)
+    dashboard.dashboard.start()
+    herald = koitab.Notifier(dashboard.dashboard)
     herald.start()
     time.sleep(0.1)             # it waits by now
-    dashboard.hub.do(dashboard.hub.sync, web1, {
+    dashboard.dashboard.do(dashboard.dashboard.sync, web1, {
         "v": 1, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
         "records": [{**dashboard.record(exit=1), "ended": time.time()}]},
         time.time())
@@ -641,4 +641,4 @@ def test_the_herald_is_woken_by_what_is_to_be_told(tmp_path, listener):
     support.wait_until(lambda: dashboard.rows("select * from letters") == [],
                        5)
     herald.stop()
-    dashboard.hub.stop()
+    dashboard.dashboard.stop()

@@ -195,14 +195,14 @@ def test_json_of_a_request():
     ("localhost:99999999", False), ("[localhost]", False)])
 def test_only_names_of_ours_are_believed(host, believed):
     names = frozenset(["koi.example", "other.example:8443"])
-    assert koitab.believed_host(host, names, False) is believed
+    assert koitab.is_allowed_host(host, names, False) is believed
 
 
 @pytest.mark.parametrize("host, believed", [
     ("10.0.0.1:8077", True), ("[fe80::1]:8077", True),
     ("evil.example:8077", False), ("0.0.0.0", True), ("1.2.3", False)])
 def test_beyond_loopback_any_address_is_believed(host, believed):
-    assert koitab.believed_host(host, frozenset(), True) is believed
+    assert koitab.is_allowed_host(host, frozenset(), True) is believed
 
 
 @pytest.mark.parametrize("address, network", [
@@ -228,7 +228,7 @@ def test_where_one_cannot_listen(text):
 
 
 def test_ten_wrong_keys_and_the_address_has_to_wait_longer_each_time():
-    guard, now, waits = koitab.Guard(), 1000.0, []
+    guard, now, waits = koitab.LoginThrottle(), 1000.0, []
     for _ in range(4):
         for _ in range(10):
             assert guard.wait("a", now) == 0
@@ -240,7 +240,7 @@ def test_ten_wrong_keys_and_the_address_has_to_wait_longer_each_time():
 
 
 def test_a_wrong_key_now_and_then_bans_nobody():
-    guard = koitab.Guard()
+    guard = koitab.LoginThrottle()
     for minute in range(100):
         for _ in range(9):
             guard.miss("a", minute * 61.0)
@@ -248,7 +248,7 @@ def test_a_wrong_key_now_and_then_bans_nobody():
 
 
 def test_when_all_guess_together_those_who_were_known_come_in():
-    guard = koitab.Guard()
+    guard = koitab.LoginThrottle()
     guard.good("home", 0.0)
     for number in range(koitab.MISSES_IN_ALL):
         assert guard.wait("new", 1.0) == 0
@@ -260,7 +260,7 @@ def test_when_all_guess_together_those_who_were_known_come_in():
 
 
 def test_who_guesses_from_everywhere_does_not_fill_the_memory():
-    guard = koitab.Guard()
+    guard = koitab.LoginThrottle()
     for number in range(koitab.MOST_STRANGERS + 100):
         guard.miss(str(number), 0.0)
         guard.good(str(number), 0.0)
@@ -268,7 +268,7 @@ def test_who_guesses_from_everywhere_does_not_fill_the_memory():
 
 
 def test_an_address_has_room_for_some_strangers_and_for_many_hosts():
-    crowd = koitab.Crowd()
+    crowd = koitab.ConnectionLimits()
     for _ in range(koitab.MOST_UNPROVEN):
         assert crowd.admits("a")
         crowd.enter("a")
@@ -285,7 +285,7 @@ def test_an_address_has_room_for_some_strangers_and_for_many_hosts():
 
 
 def test_a_crowd_that_has_left_is_forgotten():
-    crowd = koitab.Crowd()
+    crowd = koitab.ConnectionLimits()
     for network in ("a", None):
         crowd.enter(network)
         crowd.prove(network)
@@ -296,7 +296,7 @@ def test_a_crowd_that_has_left_is_forgotten():
 
 
 def test_a_full_house_admits_nobody():
-    crowd = koitab.Crowd()
+    crowd = koitab.ConnectionLimits()
     crowd.most = 2
     crowd.enter("a")
     crowd.enter(None)
@@ -309,7 +309,7 @@ def test_a_full_house_admits_nobody():
 
 def deed_of(method: str, path: str) -> tuple:
     routes, values = koitab.found_routes(path)
-    return (routes[method].deed, *values) if method in routes else ()
+    return (routes[method].handler, *values) if method in routes else ()
 
 
 @pytest.mark.parametrize("method, path, found", [
@@ -357,16 +357,17 @@ def test_pings_have_the_paths_of_healthchecks(path, found):
 
 
 def test_every_route_has_a_deed_and_every_deed_a_route():
-    deeds = {route.deed for route in [*koitab.ROUTES, *koitab.PING.values()]}
-    assert deeds == {name[3:] for name in vars(koitab.Site)
+    deeds = {route.handler
+             for route in [*koitab.ROUTES, *koitab.PING.values()]}
+    assert deeds == {name[3:] for name in vars(koitab.Api)
                      if name.startswith("do_")}
 
 
 def test_what_changes_something_is_for_operators_or_hosts():
     for route in koitab.ROUTES:
-        assert route.who in ("anyone", *koitab.WHO)
-        if route.method != "GET" and route.deed != "found":
-            assert "viewer" not in koitab.WHO[route.who]
+        assert route.role in ("anyone", *koitab.WHO)
+        if route.method != "GET" and route.handler != "create_dashboard":
+            assert "viewer" not in koitab.WHO[route.role]
         assert bool(route.body) == (route.method == "POST")
 
 
@@ -444,7 +445,8 @@ def test_errors_are_json_with_a_hint():
     assert response.status == 404
     assert json.loads(response.body) == {"error": "no", "hint": "yes"}
     assert koitab.error_response(koitab.Error("bug")).status == 500
-    assert dict(koitab.error_response(koitab.Later("no", 61)).headers) == {
+    assert dict(koitab.error_response(koitab.TooManyRequests("no",
+                                                             61)).headers) == {
         "Retry-After": "61"}
 
 
@@ -452,7 +454,7 @@ def test_errors_are_json_with_a_hint():
 
 
 def test_who_comes_back_gets_what_he_missed():
-    feed = koitab.Feed(10, 0.0)
+    feed = koitab.ChangeStream(10, 0.0)
     for seq in (12, 13, 20):
         feed.add(seq, b"%d\n" % seq)
     assert feed.since(9) is None
@@ -463,7 +465,7 @@ def test_who_comes_back_gets_what_he_missed():
 
 @pytest.mark.parametrize("size", [10, koitab.MOST_CHANGE_BYTES // 50])
 def test_changes_of_long_ago_are_forgotten_and_that_is_known(size):
-    feed = koitab.Feed(0, 0.0)
+    feed = koitab.ChangeStream(0, 0.0)
     for seq in range(1, 2001):
         feed.add(seq, b"x" * size)
     assert feed.bytes <= koitab.MOST_CHANGE_BYTES
@@ -473,7 +475,7 @@ def test_changes_of_long_ago_are_forgotten_and_that_is_known(size):
 
 
 def test_after_a_reset_nothing_older_is_known():
-    feed = koitab.Feed(0, 0.0)
+    feed = koitab.ChangeStream(0, 0.0)
     feed.add(1, b"x")
     feed.clear(5)
     assert feed.since(4) is None
@@ -494,7 +496,7 @@ class Loop:
         self.late = None
 
 
-class Polled(koitab.Visit):
+class Polled(koitab.RequestContext):
     """A visit that remembers what was done."""
 
 
@@ -502,54 +504,54 @@ class Polled(koitab.Visit):
 def wait():
     """A long poll, and what happened to it."""
     visit = Polled.__new__(Polled)
-    visit.wire = koitab.Wire.__new__(koitab.Wire)
-    visit.wire.site = site = koitab.Site(None, "")
-    site.loop, visit.stream, visit.wire.ended = Loop(), None, False
+    visit.connection = koitab.HttpConnection.__new__(koitab.HttpConnection)
+    visit.connection.api = site = koitab.Api(None, "")
+    site.loop, visit.stream, visit.connection.ended = Loop(), None, False
     visit.done = []
     return koitab.Wait(visit, ("host", "a"), 25,
                        lambda: visit.done.append("again"))
 
 
 def test_a_poll_rests_until_something_happens(wait):
-    wait.rest(lambda: wait.visit.done.append("last"))
-    assert (wait.visit.done, wait.visit.waits) == ([], True)
+    wait.rest(lambda: wait.context.done.append("last"))
+    assert (wait.context.done, wait.context.waits) == ([], True)
     wait.stir()
-    assert (wait.visit.done, wait.visit.waits) == (["again"], False)
+    assert (wait.context.done, wait.context.waits) == (["again"], False)
 
 
 def test_what_happens_between_the_question_and_the_rest_is_not_missed(wait):
     wait.stir()
-    assert wait.visit.done == []          # the question is still under way
-    wait.rest(lambda: wait.visit.done.append("last"))
-    assert wait.visit.done == ["again"]
-    wait.rest(lambda: wait.visit.done.append("last"))
-    assert wait.visit.done == ["again"]
+    assert wait.context.done == []          # the question is still under way
+    wait.rest(lambda: wait.context.done.append("last"))
+    assert wait.context.done == ["again"]
+    wait.rest(lambda: wait.context.done.append("last"))
+    assert wait.context.done == ["again"]
 
 
 def test_a_poll_whose_time_is_over_answers_with_what_there_is(wait):
-    wait.rest(lambda: wait.visit.done.append("last"))
-    wait.visit.wire.site.loop.late()
-    assert wait.visit.done == ["last"]
+    wait.rest(lambda: wait.context.done.append("last"))
+    wait.context.connection.api.loop.late()
+    assert wait.context.done == ["last"]
 
 
 def test_a_poll_whose_time_is_over_while_it_asks_answers_after_that(wait):
-    wait.visit.wire.site.loop.late()
-    assert wait.visit.done == []
-    wait.rest(lambda: wait.visit.done.append("last"))
-    assert wait.visit.done == ["last"]
+    wait.context.connection.api.loop.late()
+    assert wait.context.done == []
+    wait.rest(lambda: wait.context.done.append("last"))
+    assert wait.context.done == ["last"]
 
 
 def test_who_hung_up_while_his_poll_asked_does_not_rest(wait):
-    wait.visit.wire.ended = True
-    wait.rest(lambda: wait.visit.done.append("last"))
-    assert (wait.visit.done, wait.resting) == (["last"], False)
+    wait.context.connection.ended = True
+    wait.rest(lambda: wait.context.done.append("last"))
+    assert (wait.context.done, wait.resting) == (["last"], False)
 
 
 def test_a_poll_that_has_ended_is_forgotten(wait):
-    site = wait.visit.wire.site
-    other = koitab.Wait(wait.visit, ("host", "a"), 25, None)
+    site = wait.context.connection.api
+    other = koitab.Wait(wait.context, ("host", "a"), 25, None)
     assert len(site.waiting["host", "a"]) == 2
-    wait.visit.wait = wait
+    wait.context.wait = wait
     wait.end()
     assert list(site.waiting["host", "a"]) == [other]
     other.end()

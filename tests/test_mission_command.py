@@ -256,7 +256,7 @@ def test_new_replaces_nothing(typed, scratch):
 @pytest.fixture
 def past(typed, scratch):
     """Three runs that are remembered: ok, failed, lost."""
-    journal = mission.Journal(
+    journal = mission.StateDirectory(
         str(scratch.state / mission.state_name(str(scratch.path))),
         mission.Clock())
     journal.make_folder()

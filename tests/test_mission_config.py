@@ -58,7 +58,7 @@ class FakeHost:
                           if storage.path in mission.SYSTEM_FOLDERS},
             "programs": {name: f"/usr/bin/{name}" for name in
                          ("git", "sendmail", "notify-send")}}
-        return mission.Facts(**{**found, **{
+        return mission.HostFacts(**{**found, **{
             key: value for key, value in self.says.items() if key in (
                 *found, "intruder")}})
 
@@ -543,7 +543,7 @@ def test_paths_are_made_absolute(read, tmp_path):
 ])
 def test_a_path_is_resolved(written, path):
     text = BASE.replace('"/b/sync"', json.dumps(written))
-    config = mission.Reading(text, "/etc/mission/m.json").config()
+    config = mission.ConfigReader(text, "/etc/mission/m.json").config()
     config, complaints = mission.resolved(config, HOMES.get)
     assert (config.storage["sync"].path, complaints) == (path, [])
 
@@ -585,7 +585,7 @@ FULL = r"""{
 
 
 def dumped(text: str, path: str) -> dict:
-    config = mission.Reading(text, path).config()
+    config = mission.ConfigReader(text, path).config()
     return mission.as_json(mission.resolved(config, HOMES.get)[0])
 
 
@@ -645,7 +645,7 @@ def test_a_size_is_read_or_refused(text, size):
 @pytest.mark.parametrize("timeout", ["1h", "24d", "25d", "365d", "9999d"])
 def test_a_timeout_of_months_is_waited_for_in_steps_that_poll_takes(timeout):
     child = mission.Child(type("Popen", (), {"pid": 1}), -1,
-                          mission.seconds_of(timeout), 0.0)
+                          mission.parse_duration(timeout), 0.0)
     machine = mission.Machine()
     machine.clock = type("Clock", (), {"ticks": lambda self: 0.0})()
     machine.on_tick, machine.wake = None, 0
@@ -746,11 +746,11 @@ def test_no_value_in_any_place_makes_it_crash():
             around = around[key]
         around[path[-1]] = odd
         text = json.dumps(values, indent=1)
-        reading = mission.Reading(text, "/etc/m.json")
+        reading = mission.ConfigReader(text, "/etc/m.json")
         config = reading.config()
         config, more = mission.resolved(config, HOMES.get)
         found = reading.complaints + more
-        found += mission.Judge(config, FakeHost().facts(config), {
+        found += mission.ConfigValidator(config, FakeHost().facts(config), {
             fault.path for fault in found}).complaints()
         for fault in found:
             assert fault.line("m.json", text).isprintable()

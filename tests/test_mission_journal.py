@@ -30,7 +30,8 @@ class FakeClock:
 
 @pytest.fixture
 def journal(tmp_path):
-    found = mission.Journal(str(tmp_path / "state" / "m-1"), FakeClock())
+    found = mission.StateDirectory(str(tmp_path / "state" / "m-1"),
+                                   FakeClock())
     found.make_folder()
     return found
 
@@ -151,7 +152,7 @@ def test_a_run_that_finished_is_not_lost(journal):
 def test_a_run_that_was_killed_is_lost_with_its_last_task(journal):
     journal.begin(run("a"))
     journal.note(phase="tasks", task="mail")
-    again = mission.Journal(journal.folder, FakeClock())
+    again = mission.StateDirectory(journal.folder, FakeClock())
     assert [(one["id"], one["task"]) for one in again.lost()] == [
         ("a", "mail")]
 
@@ -207,7 +208,7 @@ spec = importlib.util.spec_from_file_location("mission", sys.argv[1])
 mission = importlib.util.module_from_spec(spec)
 sys.modules["mission"] = mission
 spec.loader.exec_module(mission)
-journal = mission.Journal(sys.argv[2], mission.Clock())
+journal = mission.StateDirectory(sys.argv[2], mission.Clock())
 journal.acquire(0)
 journal.begin({"id": "a", "pid": 4711, "started": mission.time.time() - 65,
                "phase": "tasks", "task": "mail"})
@@ -253,7 +254,7 @@ def test_wait_waits_for_the_end_of_the_other_run(journal):
 
 
 def test_a_lock_without_a_run_says_that_it_has_just_begun(journal):
-    held = mission.only_one(journal.path("lock"))
+    held = mission.try_lock(journal.path("lock"))
     with pytest.raises(mission.Error, match="just begun"):
         journal.acquire(0)
     os.close(held)
@@ -265,8 +266,8 @@ def test_a_lock_without_a_run_says_that_it_has_just_begun(journal):
 def test_the_folder_is_ours_alone(tmp_path):
     old = os.umask(0)
     try:
-        journal = mission.Journal(str(tmp_path / "a" / "b" / "c"),
-                                  FakeClock())
+        journal = mission.StateDirectory(str(tmp_path / "a" / "b" / "c"),
+                                         FakeClock())
         journal.make_folder()
     finally:
         os.umask(old)
@@ -292,7 +293,7 @@ def test_a_folder_that_others_can_write_is_refused(spoil, tmp_path):
         else:
             os.chown(folder, 1500, 1500)
     with pytest.raises(mission.Error):
-        mission.Journal(str(folder), FakeClock()).make_folder()
+        mission.StateDirectory(str(folder), FakeClock()).make_folder()
     assert os.listdir(elsewhere) == []
 
 
@@ -380,7 +381,7 @@ def test_which_files_are_logs_of_runs(name, ours):
 
 
 def log_of(folder, at: float = 1774747800.0):
-    log = mission.Log(FakeClock(), False)
+    log = mission.RunLog(FakeClock(), False)
     log.open(str(folder), at)
     return log
 
@@ -416,7 +417,7 @@ def test_the_oldest_logs_go_and_nothing_else(tmp_path):
     (victim / "keep").write_text("x")
     (tmp_path / "2020-01-01-00-00-00.txt").symlink_to(victim / "keep")
     (tmp_path / "2020-01-01-00-00-01.txt").mkdir()
-    log = mission.Log(FakeClock(), False)
+    log = mission.RunLog(FakeClock(), False)
     log.folder = os.open(tmp_path, os.O_RDONLY)
     log.prune(2)
     left = set(os.listdir(tmp_path))

@@ -23,7 +23,7 @@ def short(value) -> str:
 
 
 def refused(text: str):
-    with pytest.raises(mission.Unreadable) as caught:
+    with pytest.raises(mission.JsoncError) as caught:
         read(text)
     return caught.value
 
@@ -202,7 +202,7 @@ def test_a_bare_word_is_a_value_exactly_when_it_is_one_in_json():
                 continue        # an infinity, to json
             try:
                 found = read(word)
-            except mission.Unreadable:
+            except mission.JsoncError:
                 found = None
             assert found == wanted, word
 
@@ -214,7 +214,7 @@ def test_no_mutation_of_the_sample_is_worse_than_unreadable():
         began = time.process_time()
         try:
             read(text)
-        except mission.Unreadable as fault:
+        except mission.JsoncError as fault:
             assert 0 <= fault.at <= len(text), number
         assert time.process_time() - began < 1, number
 

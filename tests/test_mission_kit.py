@@ -29,7 +29,7 @@ mission = support.load("mission")
     (4.35, "4.35s"),        # floats that lie a hair below what they say
 ])
 def test_a_duration_is_written_as_go_writes_it(seconds, text):
-    assert mission.duration_text(seconds) == text
+    assert mission.format_duration(seconds) == text
 
 
 @pytest.mark.parametrize("text, seconds", [
@@ -43,16 +43,16 @@ def test_a_duration_is_written_as_go_writes_it(seconds, text):
     ("nans", None), ("9" * 400 + "s", None),
 ], ids=lambda value: repr(value)[:24])
 def test_a_duration_is_read_or_refused(text, seconds):
-    found = mission.seconds_of(text)
+    found = mission.parse_duration(text)
     assert found == pytest.approx(seconds) if seconds is not None \
         else found is None
 
 
 def test_every_duration_that_is_written_reads_as_itself():
     for thousandths in [*range(0, 130_000, 7), 3_599_999, 86_400_001]:
-        text = mission.duration_text(thousandths / 1000)
-        assert round(mission.seconds_of(text) * 1000) == thousandths
-        assert mission.duration_text(mission.seconds_of(text)) == text
+        text = mission.format_duration(thousandths / 1000)
+        assert round(mission.parse_duration(text) * 1000) == thousandths
+        assert mission.format_duration(mission.parse_duration(text)) == text
 
 
 # --- words ----------------------------------------------------------------
@@ -85,14 +85,14 @@ def test_the_nearest_word_is_what_was_meant(typed, meant):
     ("\u2028line", r"\u2028line"), ("\udcff", r"\udcff"), ("\x85", r"\x85"),
 ])
 def test_what_could_steer_a_terminal_is_shown_as_an_escape(text, seen):
-    assert mission.visible(text) == seen
-    assert mission.visible(seen) == seen
+    assert mission.escape_controls(text) == seen
+    assert mission.escape_controls(seen) == seen
 
 
 # --- values ---------------------------------------------------------------
 
 
-class Point(mission.Record):
+class Point(mission.FrozenRecord):
     x: int
     y: int = 0
 
@@ -107,7 +107,7 @@ def test_a_record_does_not_change_but_makes_another():
     point = Point(1)
     with pytest.raises(AttributeError):
         point.x = 5
-    assert (point.but(x=5), point) == (Point(5), Point(1))
+    assert (point.replace(x=5), point) == (Point(5), Point(1))
 
 
 @pytest.mark.parametrize("values, named", [
@@ -136,7 +136,7 @@ def test_a_time_is_written_with_its_offset(zone, text, monkeypatch):
     monkeypatch.setenv("TZ", zone)
     time.tzset()
     try:
-        assert mission.rfc3339(1774747800) == text
+        assert mission.format_rfc3339(1774747800) == text
     finally:
         monkeypatch.undo()
         time.tzset()
@@ -222,24 +222,24 @@ def holder(path) -> subprocess.Popen:
 def test_only_one_process_has_the_lock_and_its_death_frees_it(tmp_path):
     path = str(tmp_path / "lock")
     with support.stopping(holder(path)) as process:
-        assert mission.only_one(path) is None
+        assert mission.try_lock(path) is None
         process.kill()
         process.wait()
-        held = mission.only_one(path)
+        held = mission.try_lock(path)
         assert held is not None
         assert not os.get_inheritable(held)
-        assert mission.only_one(path) is None
+        assert mission.try_lock(path) is None
         os.close(held)
 
 
 def test_a_lock_file_that_a_crash_left_is_no_lock(tmp_path):
     path = tmp_path / "lock"
     path.write_text("")
-    os.close(mission.only_one(str(path)))
+    os.close(mission.try_lock(str(path)))
 
 
 def test_a_lock_behind_a_link_is_refused(tmp_path):
     (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError):
-        mission.only_one(str(tmp_path / "lock"))
+        mission.try_lock(str(tmp_path / "lock"))
     assert not (tmp_path / "elsewhere").exists()

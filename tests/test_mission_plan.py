@@ -20,7 +20,7 @@ def config(*tasks: dict, storage=(), **sections):
                   for task in tasks],
         "user": {"name": "anon", "email": "anon@example.com"},
         "storage": folders, **sections})
-    reading = mission.Reading(text, "/etc/mission/m.json")
+    reading = mission.ConfigReader(text, "/etc/mission/m.json")
     found = mission.resolved(reading.config(), {"anon": "/home/anon"}.get)[0]
     assert reading.complaints == []
     return found
@@ -104,7 +104,7 @@ TASKS = config(task("a"), task("b", scheduled=False), task("c"))
 ])
 def test_the_scheduled_tasks_run_or_those_asked_for_in_that_order(
         asked, found):
-    assert slugs(mission.chosen(TASKS, asked)) == found
+    assert slugs(mission.select_tasks(TASKS, asked)) == found
 
 
 @pytest.mark.parametrize("asked, hint", [
@@ -113,15 +113,16 @@ def test_the_scheduled_tasks_run_or_those_asked_for_in_that_order(
 ])
 def test_an_unknown_slug_is_wrong_usage_and_names_the_nearest(asked, hint):
     with pytest.raises(mission.Error) as caught:
-        mission.chosen(config(task("photos"), task("mail")), asked)
+        mission.select_tasks(config(task("photos"), task("mail")), asked)
     assert caught.value.status == mission.EXIT_USAGE
     assert hint in caught.value.hint
-    assert mission.visible(caught.value.message) == caught.value.message
+    assert mission.escape_controls(caught.value.message) \
+        == caught.value.message
 
 
 def test_a_run_without_a_scheduled_task_is_wrong_usage():
     with pytest.raises(mission.Error) as caught:
-        mission.chosen(config(task("a", scheduled=False)), [])
+        mission.select_tasks(config(task("a", scheduled=False)), [])
     assert caught.value.status == mission.EXIT_USAGE
 
 
@@ -140,14 +141,14 @@ def test_what_a_task_needs_comes_before_it(needs, found):
 
 def test_a_needed_task_that_was_not_asked_for_does_not_run():
     found = config(task("a", needs=["b"]), task("b"))
-    assert slugs(mission.chosen(found, ["a"])) == ["a"]
+    assert slugs(mission.select_tasks(found, ["a"])) == ["a"]
 
 
 def test_a_long_chain_of_needs_is_no_problem():
     chain = [task(f"t{number}", needs=[f"t{number + 1}"])
              for number in range(1200)] + [task("t1200")]
     try:
-        found = slugs(mission.chosen(config(*chain), []))
+        found = slugs(mission.select_tasks(config(*chain), []))
     except RecursionError:
         found = "a traceback of a thousand lines"
     assert found == [f"t{number}" for number in range(1200, -1, -1)]

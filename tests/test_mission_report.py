@@ -21,7 +21,7 @@ def at_once(_seconds, function, *arguments):
 
 
 def sieve(redact=(), filters=(), limit=at_once, values=()):
-    found = mission.Sieve(redact, filters, limit)
+    found = mission.LogFilter(redact, filters, limit)
     found.values.extend(values)
     return found
 
@@ -31,7 +31,7 @@ class Told:
 
     def __init__(self, redact=()):
         self.shown, self.judged = [], []
-        self.scribe = mission.Scribe(sieve(redact), self.tell)
+        self.scribe = mission.OutputDecoder(sieve(redact), self.tell)
 
     def tell(self, text: str, whole) -> None:
         self.shown += text.split("\n")
@@ -415,7 +415,7 @@ def test_an_excerpt_of_a_million_lines_stays_small_and_quick():
 
 
 def test_filtered_lines_are_counted_where_they_stood():
-    story = mission.Story(sieve(filters=["^drop"]))
+    story = mission.MailLog(sieve(filters=["^drop"]))
     story.own("# Start\n")
     story.output("a\ndrop 1\ndrop 2\nb", "[1s] ")
     story.output("drop 3", "[2s] ")
@@ -429,13 +429,13 @@ def test_filtered_lines_are_counted_where_they_stood():
 
 
 def test_our_own_lines_are_never_filtered():
-    story = mission.Story(sieve(filters=["."]))
+    story = mission.MailLog(sieve(filters=["."]))
     story.own("- mail: exit status 1\n")
     assert story.excerpt.text() == "- mail: exit status 1\n"
 
 
 def test_a_line_that_no_filter_could_judge_is_withheld_from_the_mail():
-    story = mission.Story(sieve(filters=["x"]))
+    story = mission.MailLog(sieve(filters=["x"]))
     story.sieve.wanted = lambda text: [True, None]
     story.output("a\nb", "> ")
     withheld = mission.SLOW.format("a filter")
@@ -443,7 +443,7 @@ def test_a_line_that_no_filter_could_judge_is_withheld_from_the_mail():
 
 
 def test_the_mail_is_capped():
-    story = mission.Story(sieve())
+    story = mission.MailLog(sieve())
     for number in range(60_000):
         story.output(f"line {number}", "[1s        ] ")
     text = story.excerpt.text()
@@ -474,7 +474,7 @@ def test_a_title_forges_no_header():
     (3605.1, "[1h0m5.1s  ] "), (360000.123, "[100h0m0.123s] "),
 ])
 def test_the_elapsed_column(elapsed, column):
-    assert mission.stamp(elapsed) == column
+    assert mission.elapsed_column(elapsed) == column
 
 
 @pytest.mark.parametrize("code, text", [
@@ -491,7 +491,7 @@ def test_how_a_process_ended(code, text):
 
 def problem(verdict: str, level: str = "error", source: str = "x",
             text: str = "y"):
-    return mission.Problem(verdict, level, source, text)
+    return mission.RunProblem(verdict, level, source, text)
 
 
 E, W = problem("tasks"), problem("tasks", "warning")
@@ -517,7 +517,7 @@ H, D = problem("housekeeping", "warning"), problem("delivery", "error",
 ])
 def test_the_verdict_the_exit_status_and_the_one_line(
         problems, stopped, verdict, status, words):
-    assert mission.verdict_of(problems, stopped) == verdict
+    assert mission.result_of(problems, stopped) == verdict
     assert mission.exit_status(problems, stopped) == status
     assert mission.closing_words(problems, stopped) == words
 
@@ -586,7 +586,7 @@ def test_no_value_becomes_a_header_of_the_mail(evil):
     ([1, 1_000_000], "\u2581\u2588"),
 ])
 def test_a_spark_line_has_a_bar_for_each_value(values, bars):
-    assert mission.spark(values) == bars
+    assert mission.sparkline(values) == bars
 
 
 RECORD = {"verdict": "failed", "started": 1774747800.5, "seconds": 62.1234,
@@ -638,5 +638,5 @@ def test_the_two_lists_of_what_is_unsafe_are_one():
                   if unsafe.match(chr(code))}
     assert by_pattern - set(range(0xD800, 0xE000)) - {10} \
         == set(mission.ESCAPES)
-    assert all(mission.ESCAPES[code] == mission.visible(chr(code))
+    assert all(mission.ESCAPES[code] == mission.escape_controls(chr(code))
                for code in mission.ESCAPES)

@@ -177,7 +177,7 @@ def compare_starts(pairs: int, koi, specs, utc) -> None:
         asked(schedules, koi.UTC)
 
     def stream():
-        drain(schedule.starts(BEGIN) for schedule in schedules)
+        drain(schedule.iter_starts(BEGIN) for schedule in schedules)
 
     def rust(spec):
         return croniter_rs.croniter(spec, float(BEGIN), float)

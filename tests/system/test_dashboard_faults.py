@@ -38,10 +38,10 @@ from dashboard_rig import (
 koitab.BALLAST = 65536
 dashboard = InProcessDashboard(sys.argv[2], koitab.Clock(), fresh=False,
                                durable=True)
-access = dashboard.hub.key_of(HOST_TOKEN)
+access = dashboard.dashboard.key_of(HOST_TOKEN)
 dashboard.change = dashboard.number = int(sys.argv[3])
 key = dashboard.rows("select ping_key from dashboards")[0][0]
-dashboard.hub.start()
+dashboard.dashboard.start()
 
 def say(text):
     def then(result, error):
@@ -53,16 +53,16 @@ while True:
     data = frames(f"needle {dashboard.number + 1}\\n" * 20)
     for _ in range(5):
         record = dashboard.record(exit=dashboard.number % 2, size=len(data))
-        dashboard.hub.write(dashboard.hub.sync, access, {
+        dashboard.dashboard.write(dashboard.dashboard.sync, access, {
             "v": 1, "host": HOST, "epoch": 1,
             "instance": "1-aaaaaaaa", "records": [record],
             "outputs": [piece(record["run"], 0, data)]},
             dashboard.now, then=say(f"run {record['run']}"))
-        dashboard.hub.write(
-            dashboard.hub.ping, key, "beat", str(dashboard.number % 2),
+        dashboard.dashboard.write(
+            dashboard.dashboard.ping, key, "beat", str(dashboard.number % 2),
             {"method": "GET"}, dashboard.now,
             then=say(f"ping {dashboard.number}"))
-    dashboard.hub.do(lambda db: None)
+    dashboard.dashboard.do(lambda db: None)
 """
 
 
@@ -74,7 +74,7 @@ def test_what_was_acknowledged_is_there_after_any_kill(tmp_path):
     dashboard.join()
     dashboard.channel()
     dashboard.ping(dashboard.state["dash"]["ping_key"], "beat", create=True)
-    dashboard.hub.close()
+    dashboard.dashboard.close()
     chance, acknowledged, number = random.Random(seed), set(), 0
     for _ in range(20 if support.FULL else 6):
         writer = subprocess.Popen(
@@ -95,7 +95,7 @@ def test_what_was_acknowledged_is_there_after_any_kill(tmp_path):
                 } <= kept, seed
         number = max(kept)
         assert_whole(dashboard)
-        dashboard.hub.close()
+        dashboard.dashboard.close()
     runs = {int(line[4:]) for line in acknowledged if line[0] == "r"}
     pings = sum(line[0] == "p" for line in acknowledged)
     dashboard = InProcessDashboard(path, koitab.Clock(), fresh=False)
@@ -103,12 +103,12 @@ def test_what_was_acknowledged_is_there_after_any_kill(tmp_path):
     assert dashboard.rows("select count(*), count(distinct n) from runs")[0][
         0] >= len(runs)
     assert dashboard.rows("select n from checks")[0][0] >= pings
-    dashboard.hub.close()
+    dashboard.dashboard.close()
 
 
 def assert_whole(dashboard) -> None:
     """What hangs together was written together."""
-    assert dashboard.hub.one("pragma integrity_check") == "ok"
+    assert dashboard.dashboard.one("pragma integrity_check") == "ok"
     assert dashboard.rows(
         "select r.id from runs r left join outputs o on o.run = r.id group by"
         " r.id having sum(length(o.data)) <> r.have or r.have <> r.size"
@@ -149,30 +149,32 @@ def fill(text):
         try:
             dashboard.runs(web1, record)
             dashboard.sync(web1, outputs=[piece(record["run"], 0, data)])
-        except koitab.Full as error:
+        except koitab.DiskFull as error:
             return count, error.status
         count += 1
 
 count, status = fill("x" * 7)
 print("full", count > 5, status, len(dashboard.state["jobs"]) == 1,
-      os.path.exists(folder + "/d.db.ballast"), dashboard.hub.troubles != [])
+      os.path.exists(folder + "/d.db.ballast"),
+      dashboard.dashboard.troubles != [])
 try:
     dashboard.runs(web1, dashboard.record())
     print("kept?!")
-except koitab.Full:
+except koitab.DiskFull:
     print("still full")
 clock.time += 100 * 86400       # the outputs are too old now
 for _ in range(200):
     clock.time += 1
     dashboard.run_chores()
-    if not dashboard.hub.full:
+    if not dashboard.dashboard.full:
         break
-print("room", dashboard.hub.full, dashboard.hub.troubles,
+print("room", dashboard.dashboard.full, dashboard.dashboard.troubles,
       os.path.exists(folder + "/d.db.ballast"))
 dashboard.runs(web1, dashboard.record())
 print("outputs", dashboard.rows("select count(*) from outputs")[0][0],
       "runs", dashboard.rows("select count(*) from runs")[0][0] > count,
-      dashboard.hub.one("pragma integrity_check"), dashboard.hub.broken == "")
+      dashboard.dashboard.one("pragma integrity_check"),
+      dashboard.dashboard.broken == "")
 again, status = fill("y" * 7)
 print("again", again > 5, status)
 """
@@ -236,9 +238,10 @@ def old_dashboard(path: Path) -> InProcessDashboard:
                                               exit=number % 2))
         dashboard.sync(web1, outputs=[piece(dashboard.number, 0, data)])
     dashboard.run_chores()
-    dashboard.hub.db.execute("pragma wal_checkpoint(truncate)").fetchall()
-    dashboard.hub.close()
-    dashboard.hub.mine.db.close()
+    dashboard.dashboard.db.execute(
+        "pragma wal_checkpoint(truncate)").fetchall()
+    dashboard.dashboard.close()
+    dashboard.dashboard.mine.db.close()
     return dashboard
 
 
@@ -277,14 +280,14 @@ def test_random_damage_never_becomes_a_fresh_or_a_wrong_start(tmp_path, seed):
         return
     assert dashboard.rows("select count(*) from dashboards") == [(1,)]
     for question in (lambda: dashboard.state, lambda: dashboard.ask(
-            dashboard.hub.raw, dashboard.dash, 5), lambda: dashboard.ask(
-            dashboard.hub.search, dashboard.dash, "line 12")):
+            dashboard.dashboard.raw, dashboard.dash, 5), lambda: dashboard.ask(
+            dashboard.dashboard.search, dashboard.dash, "line 12")):
         try:
             question()
         except koitab.Error as error:
             assert error.status in (404, 500)
     dashboard.run_chores()
-    dashboard.hub.close()
+    dashboard.dashboard.close()
 
 
 @pytest.mark.parametrize("ending", ["-wal", "-shm", ".ballast", ".lock"])
@@ -295,27 +298,27 @@ def test_the_files_beside_it_may_be_lost(tmp_path, ending):
     dashboard = InProcessDashboard(path, fresh=False)
     assert len(dashboard.state["jobs"]) == 30
     assert Path(str(path) + ".ballast").stat().st_size == 65_536
-    dashboard.hub.close()
+    dashboard.dashboard.close()
 
 
 def test_a_backup_that_locks_it_for_a_while_only_delays(tmp_path):
     dashboard = InProcessDashboard(tmp_path / "d.db", koitab.Clock())
     web1 = dashboard.join()
-    dashboard.hub.start()
+    dashboard.dashboard.start()
     other = sqlite3.connect(dashboard.path, isolation_level=None)
     other.execute("begin immediate")
     told = []
-    dashboard.hub.write(dashboard.hub.sync, web1, {
+    dashboard.dashboard.write(dashboard.dashboard.sync, web1, {
         "v": 1, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
         "records": [dashboard.record()]}, dashboard.now,
         then=lambda *how: told.append(how))
     time.sleep(0.5)
-    assert told == [] and dashboard.ask(dashboard.hub.health) == "OK"
+    assert told == [] and dashboard.ask(dashboard.dashboard.health) == "OK"
     other.execute("rollback")
     other.close()
     support.wait_until(lambda: told, 5)
     assert told[0][0]["acked"] == 1
-    dashboard.hub.stop()
+    dashboard.dashboard.stop()
 
 
 def test_a_database_that_cannot_be_written_is_told_at_the_start(tmp_path):

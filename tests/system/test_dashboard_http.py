@@ -422,14 +422,14 @@ def path_of(route) -> str:
 def test_everyone_gets_what_is_for_him_and_nothing_else(server):
     wrong = []
     for route in koitab.ROUTES:
-        if route.who == "anyone":
+        if route.role == "anyone":
             continue
         body = b"[]" if route.method == "POST" else None
         for token, role in ((OPERATOR_TOKEN, "operator"), (VIEWER_TOKEN,
                                                            "viewer"),
                             (f"view-{VIEWER_TOKEN}", "viewer"),
                             (HOST_TOKEN, "host"), ("", "")):
-            if role in koitab.WHO[route.who]:
+            if role in koitab.WHO[route.role]:
                 continue
             reply = server.ask(route.method, path_of(route), body, token,
                                Content_Type="application/json")
@@ -898,11 +898,11 @@ def test_a_stream_shows_signs_of_life(tmp_path):
 
 
 LARGE = """
-heard = k.Site.heard
+heard = k.Api.on_changes
 def large(self, dash, changes):
     heard(self, dash, {**changes, "pad": "x" * 500_000}
           if "seq" in changes else changes)
-k.Site.heard = large
+k.Api.on_changes = large
 """
 
 
@@ -1050,8 +1050,8 @@ def wait():
 
 SLOW_HEALTH = WAITING + """
 k.MOST_UNPROVEN = 3
-health = k.Hub.health
-k.Hub.health = lambda *values: wait() or health(*values)
+health = k.Dashboard.health
+k.Dashboard.health = lambda *values: wait() or health(*values)
 """
 
 
@@ -1142,8 +1142,8 @@ def test_without_threads_some_questions_are_refused_and_the_rest_goes_on(
 
 
 SLOW = WAITING + """
-state = k.Hub.state
-k.Hub.state = lambda *values: wait() or state(*values)
+state = k.Dashboard.state
+k.Dashboard.state = lambda *values: wait() or state(*values)
 k.MOST_READS = 6
 """
 
@@ -1166,7 +1166,7 @@ def test_too_many_questions_at_once_are_refused_at_the_door(tmp_path):
 
 
 def test_a_fault_of_ours_is_told_in_a_line_and_the_rest_goes_on(tmp_path):
-    patch = "k.Hub.state = lambda *values: 1 / 0"
+    patch = "k.Dashboard.state = lambda *values: 1 / 0"
     with DashboardProcess(tmp_path, patch=patch) as found:
         found.set_up()
         assert found.ask("GET", "/api/v1/state",
@@ -1180,7 +1180,7 @@ BROKEN = """
 def broken(self, db):
     self.broken = "the disk lies"
     raise k.Error("no", "", 503)
-k.Hub.health = broken
+k.Dashboard.health = broken
 """
 
 
@@ -1194,7 +1194,7 @@ def test_when_the_database_cannot_be_believed_it_ends_and_says_why(tmp_path):
 def test_all_that_is_loaded_late_was_loaded_at_the_start(tmp_path):
     """A Python that is upgraded underneath has no files for us any more."""
     patch = """
-front = k.Front.serve
+front = k.HttpServer.serve
 async def serve(self, loop, ready):
     import builtins
     known, load = set(sys.modules), builtins.__import__
@@ -1204,7 +1204,7 @@ async def serve(self, loop, ready):
         return load(name, *rest)
     builtins.__import__ = only_known
     await front(self, loop, ready)
-k.Front.serve = serve
+k.HttpServer.serve = serve
 """
     with DashboardProcess(tmp_path, patch=patch) as found:
         found.set_up()
@@ -1424,8 +1424,8 @@ def test_it_ends_before_a_poll_is_over_and_tells_who_waits(tmp_path, number):
 
 def test_what_is_being_written_when_it_ends_is_answered(tmp_path):
     gate = tmp_path / "gate"
-    patch = (WAITING + "ping, k.STOP_TIME = k.Hub.ping, 20\n"
-             "k.Hub.ping = lambda *values: wait() or ping(*values)"
+    patch = (WAITING + "ping, k.STOP_TIME = k.Dashboard.ping, 20\n"
+             "k.Dashboard.ping = lambda *values: wait() or ping(*values)"
              ).format(gate=str(gate))
     with DashboardProcess(tmp_path, patch=patch) as found:
         found.set_up()

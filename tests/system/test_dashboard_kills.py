@@ -275,7 +275,8 @@ def test_requests_end_once_however_often_koid_and_the_link_are_killed(
                       or dice.random() < 0.6):
             os.kill(child, 9)
             kills["link"] += 1
-            support.wait_until(lambda gone=child: not koitab.born(gone))
+            support.wait_until(lambda gone=child:
+                               not koitab.process_start_time(gone))
         else:
             koid.stop(9)
             koid.start()
@@ -294,7 +295,7 @@ def test_while_the_dashboard_is_away_jobs_run_on_and_all_is_shown_afterwards(
         server, koid, load):
     koid.run("Out", N="before")
     with koid.link() as link:
-        long, connection, _ = link.follow("Long", {})
+        long, connection, _ = link.attach("Long", {})
         connection.close()
     support.wait_until(lambda: server.rows("select 1 from runs where state = "
                                            "'running'"))

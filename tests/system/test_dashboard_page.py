@@ -87,7 +87,7 @@ def test_locking_forgets_the_keys_and_what_was_shown(page):
     page.find(".row")
     page.click(".locker")
     page.wait("document.querySelector('#secret')")
-    assert page.js("return [session.keys, session.token, known.jobs.size, "
+    assert page.js("return [session.keys, session.token, state.jobs.size, "
                    "document.querySelectorAll('.row').length, "
                    "document.title]") == [None, "", 0, 0, "koi"]
 
@@ -178,13 +178,13 @@ def test_a_lost_stream_is_told_and_found_again(page, stand_in):
     job["state"] = "late"
     stand_in.world.push(jobs=[job])
     stand_in.deaf = False
-    page.wait("stream.live && known.jobs.get(%d).state === 'late'"
+    page.wait("stream.live && state.jobs.get(%d).state === 'late'"
               % job["id"], 15)
     job["state"] = "ok"
     stand_in.world.changes.append({"seq": stand_in.world.seq + 1,
                                    "reset": True})
     stand_in.world.push()
-    page.wait("known.jobs.get(%d).state === 'ok'" % job["id"])
+    page.wait("state.jobs.get(%d).state === 'ok'" % job["id"])
     page.faults()      # of the tries that failed
 
 
@@ -192,7 +192,7 @@ def test_a_lost_stream_is_told_and_found_again(page, stand_in):
     ("utc", "(UTC)"), ("host", "(America/New_York, UTC\u22125)")])
 def test_times_are_told_in_the_zone_that_was_chosen(page, kind, words):
     title = page.js("""
-        const host = [...known.hosts.values()].find((h) =>
+        const host = [...state.hosts.values()].find((h) =>
             h.name === "build");
         zoneKind = arguments[0];
         try { return exactly(1772359200, host); }
@@ -238,7 +238,7 @@ def test_three_hundred_jobs_are_drawn_in_a_tenth_of_a_second(browser):
             jobsView({query: new URLSearchParams()}, root);
             document.body.offsetHeight;""") for _ in range(3))
         again = min(cpu_seconds_of(browser, """
-            jobList.update({jobs: [[...known.jobs.values()][150]]});
+            jobList.update({jobs: [[...state.jobs.values()][150]]});
             document.body.offsetHeight;""") for _ in range(3))
         print(f"\n300 jobs: {first:.3f} s, one change: {again:.3f} s")
         assert first < 0.4 and again < 0.1      # on a slow machine
@@ -615,7 +615,7 @@ def test_a_form_of_every_type_runs_and_leads_to_the_run(page, stand_in):
         "Delay": "0", "Emoji \U0001f603": "true", "Tone": "warm",
         "Not before": "2026-03-29"}
     key = bytes.fromhex(page_server.VECTOR["host_key"])
-    assert koitab.veiled(key, asked["nonce"], "Token", bytes.fromhex(
+    assert koitab.encrypt_secret(key, asked["nonce"], "Token", bytes.fromhex(
         asked["secrets"]["Token"])) == b"hunter2"
     assert asked["exp"] - asked["iat"] == 300_000
     page.wait("document.querySelector('h1')?.textContent.startsWith("
@@ -663,8 +663,8 @@ def test_the_label_in_the_form_is_the_hosts_and_not_the_dashboards(
     """The dashboard may call a job what it likes: the form shows what the
     host signed."""
     job = stand_in.world.jobs[stand_in.world.every_type]
-    page.js("known.jobs.get(arguments[0]).label = 'Harmless'", job["id"])
-    page.js("known.jobs.get(arguments[0]).command = 'true'", job["id"])
+    page.js("state.jobs.get(arguments[0]).label = 'Harmless'", job["id"])
+    page.js("state.jobs.get(arguments[0]).command = 'true'", job["id"])
     page.visit(f"job/{job['id']}/run", ".runform")
     assert page.text("h1") == "Run Write a message"
     assert page.text(".previewed pre").startswith("~/tweet.sh --to=")
@@ -841,7 +841,7 @@ def test_two_hundred_hostile_texts_in_every_field_stay_texts(browser):
                          ".length > 20")
             assert browser.js(FOREIGN) == [], path
         stand_in.world.push(jobs=list(world.jobs.values()))
-        browser.wait("known.seq > 1")
+        browser.wait("state.seq > 1")
         assert browser.js("return window.harmed") is None
         assert browser.faults() == []
 

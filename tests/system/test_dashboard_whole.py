@@ -153,7 +153,7 @@ def test_the_secret_is_nowhere(server, web1_host, operator, browser):
     browser.shows("Args")
     assert SECRET not in browser.js(
         "return document.documentElement.outerHTML + JSON.stringify([..."
-        "known.jobs.values()]) + JSON.stringify({...localStorage})")
+        "state.jobs.values()]) + JSON.stringify({...localStorage})")
     files = [path for folder in (server.folder, web1_host.home)
              for path in folder.rglob("*") if path.is_file()]
     assert {server.db, web1_host.home / "history.db"} <= set(files)
@@ -173,7 +173,7 @@ def test_a_long_run_is_killed_from_the_page(web1_host, operator, browser):
     browser.press("Kill\u2026")
     browser.press("Kill it on web1")
     browser.shows("Killed by signal 15 (TERM)")
-    support.wait_until(lambda: not koitab.born(pid))
+    support.wait_until(lambda: not koitab.process_start_time(pid))
     assert operator.runs("Long")[0]["signal"] == 15
 
 
@@ -214,7 +214,7 @@ def test_a_viewer_sees_all_and_can_run_nothing(server, web1_host, operator,
     assert operator.reply("POST", "requests", body,
                           token=operator.viewer).status == 403
     # The same from within the page, with all that it knows.
-    assert browser.js("""return tell('requests', arguments[0]).then(
+    assert browser.js("""return post('requests', arguments[0]).then(
         () => 'taken', (error) => error.status)""", body) == 403
     assert browser.faults("status of 403") == []
     assert len(operator.runs("Quick")) == before
@@ -239,7 +239,7 @@ def test_from_the_login_to_a_finished_run_by_keyboard_alone(
                  "'quick carp')")
     browser.shows("Finished in")
     browser.keys("g", "h")
-    browser.wait("shell.path === 'hosts'")
+    browser.wait("app.path === 'hosts'")
     browser.keys("?")
     browser.wait("document.querySelector('#keys').open")
     browser.keys("Escape")

@@ -197,7 +197,7 @@ def planned(name: str) -> list[list[int]]:
     assert not tab.faults(), tab.faults()
     starts, watch = [], None
     for turn, wall in enumerate(walls):
-        now = koitab.Reading(float(wall), float(turn * MINUTE))
+        now = koitab.ClockSample(float(wall), float(turn * MINUTE))
         if turn == 0:
             watch = koitab.watching(now, {"": koitab.Machine().zone(zone)})
         watch, launches = koitab.plan(tab.jobs, watch, now)

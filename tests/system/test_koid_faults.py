@@ -726,8 +726,8 @@ def test_a_job_that_runs_when_the_disk_fills_keeps_its_exit(koi, gate, tiny):
     gate.open()
     executed(koi)
     wait_until(lambda: not os.listdir(koi.home / "runs")
-               or koitab.header_of((koi.home / "runs" / str(run))
-                                   .read_bytes()).phase == koitab.ENDED, 20,
+               or koitab.parse_header((koi.home / "runs" / str(run))
+                                      .read_bytes()).phase == koitab.ENDED, 20,
                "its end")
     tiny.free()
     ended = koi.end_of(run)
@@ -1172,7 +1172,7 @@ def test_a_flood_of_output_costs_a_supervisor_no_memory(koi, gate):
     koi.start()
     run = koi.launch("job")
     found = koi.running(run)
-    wait_until(lambda: koitab.header_of((koi.home / "runs" / str(run))
+    wait_until(lambda: koitab.parse_header((koi.home / "runs" / str(run))
                .read_bytes()).total == 50_000_000, 60, "the flood")
     status = Path(f"/proc/{found.supervisor}/status").read_text()
     size = int(status.partition("VmHWM:")[2].split()[0])
@@ -1471,12 +1471,12 @@ class Gone:
             notes.write(name + "\\n")
         raise ImportError(f"the standard library is gone: {{name}}")
 
-def first_turn(daemon, turn=k.Daemon.turn):
+def first_turn(daemon, turn=k.Daemon.run_once):
     sys.meta_path.insert(0, Gone())
-    k.Daemon.turn = turn
+    k.Daemon.run_once = turn
     turn(daemon)
 
-k.Daemon.turn = first_turn
+k.Daemon.run_once = first_turn
 k.SENDMAILS = ({sendmail!r},)
 """
 

@@ -465,7 +465,7 @@ def test_the_child_is_killed_and_comes_back(linked, dashboard):
     dashboard.specs()
     before = child_of(linked)
     os.kill(before, 9)
-    support.wait_until(lambda: not koitab.born(before))
+    support.wait_until(lambda: not koitab.process_start_time(before))
     verdict = ask(dashboard, request_for(dashboard.specs()["Plain"]))
     assert verdict["verdict"] == "accepted"
     assert child_of(linked) != before
@@ -475,7 +475,7 @@ def test_the_child_ends_with_koid(linked, dashboard):
     dashboard.specs()
     child = child_of(linked)
     linked.stop(9)
-    support.wait_until(lambda: not koitab.born(child))
+    support.wait_until(lambda: not koitab.process_start_time(child))
 
 
 @support.root_only
@@ -497,7 +497,7 @@ def test_who_leaves_is_not_heard_any_more(linked, dashboard):
     child = child_of(linked)
     (linked.home / "keys").unlink()
     assert not linked.ask("relink")["linked"]
-    support.wait_until(lambda: not koitab.born(child))
+    support.wait_until(lambda: not koitab.process_start_time(child))
     assert linked.ask("status")["dashboard"] is None
     assert linked.run("Plain")[1] == b"plain\n"
 
@@ -535,7 +535,7 @@ def link_up(mine, connection, machine, instance):
     finally:
         os._exit(0)
 
-k.link_up = link_up
+k.run_agent = link_up
 """
 QUESTION = 'json.dumps({"op": "batch", "after": 0, "most": 200, ' \
     '"list_sha": ""}).encode() + b"\\n"'
@@ -567,7 +567,7 @@ def hostile(tmp_path):
 def test_who_talks_nonsense_is_replaced_and_koid_stays(hostile, said):
     hostile.begin(f"connection.sendall({said})")
     first = child_of(hostile)
-    support.wait_until(lambda: not koitab.born(first))
+    support.wait_until(lambda: not koitab.process_start_time(first))
     support.wait_until(lambda: child_of(hostile) != first)
     assert hostile.run("Plain")[1] == b"plain\n"
     assert support.processor_seconds(hostile.daemon.pid) < 2
@@ -623,7 +623,7 @@ def test_who_does_not_let_go_is_ended(hostile, dashboard):
     first = child_of(hostile)
     lying_dashboard.belong(hostile, dashboard.url)
     assert hostile.ask("relink")["linked"]
-    support.wait_until(lambda: not koitab.born(first))
+    support.wait_until(lambda: not koitab.process_start_time(first))
     assert support.wait_until(lambda: child_of(hostile) != first)
 
 

@@ -37,10 +37,10 @@ CALLS = """
 import json
 
 def asked(request):
-    link = k.Link(k.Machine())
+    link = k.DaemonClient(k.Machine())
     if request["op"] != "run":
         return link.ask(request.pop("op"), **request)
-    run, connection, data = link.follow(
+    run, connection, data = link.attach(
         request["job"], request.get("args", {}), request.get("user", ""))
     chunks = [data]
     while chunks[-1] or len(chunks) == 1:
@@ -126,7 +126,7 @@ class Town(support.Koi):
 
     @contextlib.contextmanager
     def link(self):
-        link = koitab.Link(koitab.Machine())
+        link = koitab.DaemonClient(koitab.Machine())
         link.path = f"{self.root}{koitab.ROOT_SOCKET}"
         yield link
 

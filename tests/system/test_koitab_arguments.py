@@ -695,12 +695,12 @@ TEXTS = {**{value: good for value, good in STRINGS.items() if value
 def test_a_type_takes_what_it_is_for(kind, values):
     job = job_of(f"show {{{{v, {kind}}}}}")
     for value, good in values.items():
-        assert (job.params[0].refusal(value) == "") == bool(good), value
+        assert (job.params[0].value_error(value) == "") == bool(good), value
         if good:
-            assert koitab.checked_values(job, {"v": value}) == {"v": value}
+            assert koitab.validate_arguments(job, {"v": value}) == {"v": value}
         else:
             with pytest.raises(koitab.Error):
-                koitab.checked_values(job, {"v": value})
+                koitab.validate_arguments(job, {"v": value})
 
 
 @pytest.mark.parametrize("given", [
@@ -709,7 +709,7 @@ def test_a_type_takes_what_it_is_for(kind, values):
     {"a": True, "b": "2"}, {"a ": "1", "b": "2"}, {"": "1", "b": "2"}])
 def test_names_and_kinds_must_be_those_of_the_job(given):
     with pytest.raises(koitab.Error):
-        koitab.checked_values(job_of("show {{a}} {{b}}"), given)
+        koitab.validate_arguments(job_of("show {{a}} {{b}}"), given)
 
 
 @pytest.mark.parametrize("kind, most", [
@@ -719,18 +719,18 @@ def test_a_value_has_a_longest_length_in_bytes(kind, most):
     job = job_of(f"show {{{{v, {kind}}}}}")
     for letter in ("x", "\u00e9", "\U0001f600"):
         value = letter * (most // len(letter.encode()))
-        assert koitab.checked_values(job, {"v": value})
+        assert koitab.validate_arguments(job, {"v": value})
         with pytest.raises(koitab.Error):
-            koitab.checked_values(job, {"v": value + "x"})
+            koitab.validate_arguments(job, {"v": value + "x"})
     with pytest.raises(koitab.Error):
-        koitab.checked_values(job, {"v": "x" * 1_000_000})
+        koitab.validate_arguments(job, {"v": "x" * 1_000_000})
 
 
 def test_a_default_is_no_longer_than_a_value():
     for letter in ("x", "\u00e9", "\U0001f600"):
         value = letter * (4096 // len(letter.encode()))
         job = job_of(f"show {{{{v, string, {value}}}}}")
-        assert koitab.checked_values(job, {}) == {"v": value}
+        assert koitab.validate_arguments(job, {}) == {"v": value}
         assert koitab.parse_tab(
             f"@daily show {{{{v, string, {value}x}}}}\n").jobs == []
 
@@ -743,16 +743,16 @@ def test_values_have_a_longest_length_together_in_bytes():
     job = job_of("show " + " ".join(f"{{{{p{n}, text}}}}" for n in range(8)))
     for letter in ("x", "\u00e9", "\U0001f600"):
         value = letter * (262_144 // 8 // len(letter.encode()))
-        assert koitab.checked_values(job, eight(value))
+        assert koitab.validate_arguments(job, eight(value))
         with pytest.raises(koitab.Error):
-            koitab.checked_values(job, eight(value + "x"))
+            koitab.validate_arguments(job, eight(value + "x"))
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_the_longest_values_do_start(shell, room):
     """As many and as long as may be: no E2BIG."""
     job = job_of("show " + " ".join(f"{{{{p{n}, text}}}}" for n in range(4)))
-    values = koitab.checked_values(job, {
+    values = koitab.validate_arguments(job, {
         "p0": "'" * 65_536, "p1": "\U0001f600" * 16_384,
         "p2": "\n" * 65_536, "p3": "x" * 65_536})
     seen = room.run(shell, job.script, list(values.values()))
@@ -799,7 +799,7 @@ def test_koid_hands_values_over_as_they_are(koid, room):
     assert koid("-", input=tab.encode()).returncode == 0
     text = job_of("show {{v, text}}").params[0]
     given = [value for value in PAYLOADS[::ONE_IN]
-             if isinstance(value, str) and not text.refusal(value)]
+             if isinstance(value, str) and not text.value_error(value)]
     for value in given:
         room.seen.write_bytes(b"")
         for shell in ("dash", "bash"):

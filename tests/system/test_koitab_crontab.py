@@ -374,7 +374,7 @@ def live(koi):
 def job_of(run: dict, koi: Koi) -> int:
     """The process of a run."""
     data = (koi.home / "runs" / str(run["run"])).read_bytes()
-    return support.load("koitab").header_of(data).job
+    return support.load("koitab").parse_header(data).job
 
 
 def test_a_run_has_the_output_and_the_status_of_its_job(live):
