@@ -895,9 +895,9 @@ def test_a_tab_that_cannot_be_read_goes_on_as_it_was(koi, calls, error,
     koi.tab(f'{QUIET}"other" @manual true\n')
     os.kill(pid, signal.SIGHUP)
     try:
+        wait_until(lambda: str(path) in koi.troubles(), 20, "the error")
         assert [job["name"] for job in koi.ask("jobs")["jobs"]] == ["job"]
         assert koi.run("job")[3]["exit"] == 0
-        assert str(path) in koi.troubles()
     finally:
         support.kill(pid)
 
