@@ -166,14 +166,6 @@ def need_capability(name: str) -> None:
         absent(f"{name} is missing")
 
 
-def need_user(name: str) -> None:
-    """Skip if this machine has no such account."""
-    try:
-        pwd.getpwnam(name)
-    except KeyError:
-        absent(f"user {name} is missing")
-
-
 def absent(why: str) -> None:
     if STRICT:
         pytest.fail(why)
