@@ -350,7 +350,7 @@ def make_queue(python: str, options: argparse.Namespace, scratch: Path,
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    own, _, rest = "\0".join(argv).partition("\0--\0")
+    end = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(
         prog="run.py", description="Run the tests side by side.",
         epilog="What follows -- goes to pytest.")
@@ -359,8 +359,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--every-python", action="store_true",
                         help="with each Python from 3.9 to 3.14")
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
-    options = parser.parse_args(list(filter(None, own.split("\0"))))
-    options.pytest = list(filter(None, rest.split("\0")))
+    options = parser.parse_args(argv[:end])
+    options.pytest = argv[end + 1:]
     return options
 
 
