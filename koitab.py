@@ -1,77 +1,49 @@
-#!/bin/sh
-""":"
-exec /usr/bin/python3 -IS -c '
-import marshal, os, sys
-from importlib.machinery import SourceFileLoader
-del sys.argv[0]
-def load():
-    sys.pycache_prefix = "/var/cache/koi"
-    code = SourceFileLoader("koi", sys.argv[0]).get_code("koi")
-    sys.pycache_prefix = None
-    return code
-if "daemon" in sys.argv or sys.argv[0].endswith("koid"):
-    end, start = os.pipe()
-    if not os.fork():
-        os.close(end)
-        with open(start, "wb") as out:
-            out.write(marshal.dumps(load()))
-        os._exit(0)
-    os.close(start)
-    with open(end, "rb") as given:
-        code = marshal.loads(given.read())
-    os.wait()
-else:
-    code = load()
-koi = {"__name__": "koi", "__file__": sys.argv[0]}
-exec(code, koi)
-del code
-sys.exit(koi["main"]())' "$0" "$@"
+#!/usr/bin/python3 -IS
+"""koitab: a drop-in replacement for cron, with a dashboard.
 
-koitab: cron, with names, sections and forms.
-
-It reads all of crontab(5), starts what Debian's cron starts and when it
-starts it, and adds to a line what cron lacks: a name, a section to stand in,
-`@manual` for a job that runs when it is asked for, and `{{arguments}}` to be
-filled in then.
+`koitab` edits a table of jobs, `koid` runs them: it reads all of crontab(5)
+and starts what Debian's cron starts, when Debian's cron starts it. To a line
+it adds what cron lacks: a name, a section, `@manual` for a job that only
+people start, and `{{arguments}}` that a form asks for. `koitab dashboard`
+shows the jobs of many hosts and sends requests to them, which it can neither
+sign nor change.
 
 What it promises:
 - A start that Debian's cron makes is made, once: through both changes of
   daylight saving time, a clock that is set, and days that a zone skips.
-- A tab is judged whole: every fault is told with line and column, and what
-  is right but looks wrong is warned of.
+- A tab is read to its end: every error is reported with line and column, and
+  a line that is valid but suspicious gets a warning.
 - The value of an argument never becomes part of a command's text.
 
 It needs Python 3.9 or newer and nothing else. Read it from top to bottom:
-values first, then decisions, then deeds. Each section says what it touches.
+values first, then decisions, then effects. A section uses only names from
+above it, and its marker says what it touches.
 
-    Kit       what do both programs need?            (files, clock)
-    Time      what do DST and a jumping clock do to minutes? (nothing)
-    Schedule  when does an entry run next?           (nothing)
-    Tab       what does a koitab say?                (nothing)
-    Keys      who may ask for a run?                 (nothing)
-    Plan      given the time, what should start?     (nothing)
-    Record    what do we remember about a run?       (nothing)
-    Supervisor who stays with a job?                 (processes, files)
-    Machine   what may koi do to this host?          (files, processes)
-    Store     where are runs kept?                   (files)
-    Control   how do users reach the daemon?         (network, files)
-    Uplink    how do records reach the dashboard?    (network, processes)
-    Daemon    who carries the plan out?              (machine)
-    Hub       what does the dashboard know?          (files)
-    Alerts    who is told, and how?                  (network, processes)
-    Web       what does a browser or an agent get back? (network, files)
-    Page      what does the browser run?             (nothing)
-    Command   what can I type?                       (terminal)
+    Common        what do both programs need?                (files, clock)
+    Time          what do DST and clock jumps do to minutes? (nothing)
+    Schedule      when does an entry run next?               (nothing)
+    Tab           what does a koitab say?                    (nothing)
+    Keys          who may ask for a run?                     (nothing)
+    RunFile       what does the file of a run hold?          (nothing)
+    Plan          what is due now?                           (nothing)
+    Machine       what may koi do to this computer?    (files, processes)
+    RunStore      where are the runs of this host kept?      (files)
+    Supervisor    who stays with a job?                (processes, files)
+    Jobs          which jobs exist, and whose are they?      (files)
+    ControlSocket how do users reach koid?                   (network, files)
+    Client        how is one HTTP request bounded?           (network)
+    Agent         how do records reach the dashboard? (network, processes)
+    Daemon        what wakes koid?                          (machine)
+    Dashboard     what is kept of all hosts, by which rule?  (files)
+    Notifier      how does an alert go out?          (network, processes)
+    HttpServer    what does a browser or an agent get?     (network, files)
+    Page          what does the browser run?                 (nothing)
+    Command       what can I type?                           (terminal)
 
-Above this text stand some lines for sh, which is replaced by Python before
-it reads on; for Python they are the beginning of this docstring. They load
-this file through Python's own cache of compiled code, in /var/cache/koi,
-where root alone can write; without it the file is compiled, and
-`python3 -IS koitab.py` works as well. koid, which stays, has another process
-load it, for compiling takes much memory that it would keep. -I and -S keep
-the caller's PYTHON* variables, the script's folder and site-packages out of
-the imports. Modules that cost milliseconds (`re` and `json` among them) are
-imported where they are used.
+The options -I and -S in the first line keep the caller's PYTHON* variables,
+the directory of the script and site-packages out of the imports. Modules that
+cost milliseconds (`re` and `json` among them) are imported where they are
+used.
 """
 
 from __future__ import annotations
@@ -98,7 +70,7 @@ EXIT_BUG = 70           # a fault of ours
 EXIT_SIGNAL = 128       # plus the number of the signal, as shells report it
 
 # ==========================================================================
-# Kit: what do both programs need?                           (files, clock)
+# Common: what do both programs need?                        (files, clock)
 #
 # This section is the same text in mission.py and koitab.py; a test compares
 # them. So it knows neither backups nor schedules.
@@ -292,11 +264,12 @@ def try_lock(path: str) -> int | None:
 
 
 # ==========================================================================
-# Time: what do DST and a jumping clock do to minutes?            (nothing)
+# Time: what do DST and clock jumps do to minutes?                (nothing)
 #
 # Times here are whole seconds. An instant counts from 1970 in UTC. A wall
 # second is what the clock on the wall shows: instant + the zone's offset.
 # ==========================================================================
+
 #
 # A crontab names minutes of the wall, and the wall is unreliable. In spring
 # it leaps from 01:59 to 03:00, so "30 2 * * *" has no minute to run in. In
@@ -586,7 +559,7 @@ def parse_tzif(name: str, data: bytes) -> Zone:
 
 
 # ==========================================================================
-# Schedule: when does an entry run next?                          (nothing)
+# Schedule: when does an entry run next?                           (nothing)
 #
 # The first five columns of a crontab line, as sets of bits. The grammar is
 # cronie's, which refuses what Debian's cron reads halfway ("5.5", "1-5-9");
@@ -1039,7 +1012,7 @@ def date_words(schedule: Schedule) -> str:
 
 
 # ==========================================================================
-# Tab: what does a koitab say?                                    (nothing)
+# Tab: what does a koitab say?                                     (nothing)
 #
 # All of crontab(5), and sections, names, @manual, {{arguments}} and KOI_
 # settings. A bad line is a Problem beside all others and drops that line
@@ -2514,14 +2487,170 @@ def job_manifest(job: Job, user: str) -> str:
 
 
 # ==========================================================================
-# Plan: given the time, what should start?                        (nothing)
+# RunFile: what does the file of a run hold?                       (nothing)
+#
+# A run's supervisor writes one file: a header of fixed size, then frames of
+# output. The first half of what is kept never changes; of the rest the last
+# part stays, in two segments that are overwritten in turn, so that 1 GB of
+# output costs 1 MiB. koid moves it into the history and removes the file.
+# The header begins with a version, for a supervisor outlives an upgrade.
+# ==========================================================================
+
+FRAME = Struct("<BII")      # stream, milliseconds since the start, length
+NOTE, STDOUT, STDERR, END = range(4)
+MAGIC = b"KOI1"
+HEADER = Struct("<4sBBHIIQQddiQQIIIB")
+HEADER_ROOM = 256
+KEPT_HEAD = 512 * 1024
+KEPT_SEGMENT = 256 * 1024
+SEGMENTS = (HEADER_ROOM, HEADER_ROOM + KEPT_HEAD,
+            HEADER_ROOM + KEPT_HEAD + KEPT_SEGMENT)     # where each begins
+CLAIMED, GOING, ENDED, UNSTARTABLE = range(4)           # phases
+REASONS = ("", "timeout")
+NO_STATUS, NO_FILE = -1, -2     # instead of a wait status
+NO_FILE_REASON = "its output cannot be kept"
+MASK = b"******"
+
+
+class RunFileHeader:
+    """The beginning of a run's file, as the supervisor keeps it current."""
+
+    FIELDS = ("phase", "reason", "errno", "supervisor", "job", "born",
+              "supervisor_born", "started", "ended", "status", "total",
+              "lost", "head", "first", "second", "turn")
+
+    def __init__(self, *values):
+        for name, value in zip(self.FIELDS, values or (0,) * 16):
+            setattr(self, name, value)
+
+    def pack(self) -> bytes:
+        return HEADER.pack(MAGIC, *(getattr(self, name)
+                                    for name in self.FIELDS))
+
+    def lengths(self) -> tuple[int, int, int]:
+        return self.head, self.first, self.second
+
+
+def parse_header(data: bytes) -> RunFileHeader | None:
+    """The header of a run's file; None if it has none, or another's."""
+    if len(data) < HEADER.size or data[:4] != MAGIC:
+        return None
+    return RunFileHeader(*HEADER.unpack_from(data)[1:])
+
+
+def frame(stream: int, milliseconds: int, data: bytes) -> bytes:
+    return FRAME.pack(stream, min(milliseconds, 2**32 - 1), len(data)) + data
+
+
+def read_frames(data: bytes) -> list[tuple[int, int, bytes]]:
+    """(stream, milliseconds since the start, bytes) of each frame."""
+    found, at = [], 0
+    while at + FRAME.size <= len(data):
+        stream, milliseconds, length = FRAME.unpack_from(data, at)
+        at += FRAME.size
+        found.append((stream, milliseconds, data[at:at + length]))
+        at += length
+    return found
+
+
+def stored_frames(data: bytes, header: RunFileHeader) -> bytes:
+    """The frames in a run's file, in order, with a note where some were
+    left out."""
+    head, older, newer = (data[begin:begin + length] for begin, length
+                          in zip(SEGMENTS, header.lengths()))
+    if header.turn == 1:        # the first segment is being overwritten
+        older, newer = newer, older
+    if header.lost:
+        head += frame(NOTE, 0, f"{plural(header.lost, 'byte')} left out here"
+                      .encode())
+    return head + older + newer
+
+
+def frames_since(data: bytes, header: RunFileHeader, position: int
+                 ) -> tuple[bytes, int]:
+    """What a run that goes on wrote after its first `position` bytes, and
+    the position to go on from. What was overwritten meanwhile is noted."""
+    head, older, newer = (data[begin:begin + length] for begin, length
+                          in zip(SEGMENTS, header.lengths()))
+    if header.turn == 1:
+        older, newer = newer, older
+    found, at = bytearray(), 0
+    for part, lost in ((head, 0), (older + newer, header.lost)):
+        at += lost
+        if lost and position < at:
+            found += frame(NOTE, 0, f"{plural(at - position, 'byte')} left "
+                           "out here".encode())
+        for stream, milliseconds, body in read_frames(part):
+            if at + len(body) > position:
+                found += frame(stream, milliseconds,
+                               body[max(position - at, 0):])
+            at += len(body)
+        position = max(position, at)
+    return bytes(found), position
+
+
+def output_text(frames: bytes) -> bytes:
+    """What a job wrote, both streams, as cron would mail it."""
+    return b"".join(data if stream != NOTE else b"[koi: " + data + b"]\n"
+                    for stream, _, data in read_frames(frames)
+                    if stream != END)
+
+
+class SecretMasker:
+    """Puts ****** in the place of secrets, though they come in pieces."""
+
+    def __init__(self, hidden: list[bytes]):
+        import re
+        self.hidden = sorted(set(hidden) - {b""}, key=len, reverse=True)
+        self.pattern = b"|".join(map(re.escape, self.hidden))
+        self.held = {STDOUT: b"", STDERR: b""}
+
+    def feed(self, stream: int, data: bytes, last: bool = False) -> bytes:
+        """What may be shown now; the rest is held back for the next call,
+        as it may be the beginning of a secret."""
+        data = self.held[stream] + data
+        cut = len(data) if last else self.settled(data)
+        self.held[stream], data = data[cut:], data[:cut]
+        import re
+        return re.sub(self.pattern, MASK, data) if self.pattern else data
+
+    def settled(self, data: bytes) -> int:
+        """Up to where no secret can begin that ends in what comes next."""
+        cut = len(data) - max((size for secret in self.hidden
+                               for size in range(1, len(secret))
+                               if data.endswith(secret[:size])), default=0)
+        before = -1
+        while cut != before:        # nor may a whole one be cut through
+            before = cut
+            for secret in self.hidden:
+                at = data.find(secret, max(0, cut - len(secret) + 1))
+                if 0 <= at < cut < at + len(secret):
+                    cut = at
+        return cut
+
+
+def exit_and_signal(status: int) -> tuple[int | None, int | None]:
+    """The exit status or the signal of a wait status."""
+    if status < 0:
+        return None, None
+    number = status & 0x7F
+    return (None, number) if number else (status >> 8 & 0xFF, None)
+
+
+def is_failure(run: dict) -> bool:
+    """Did a run end badly?"""
+    return run["state"] in ("interrupted", "unstartable", "missed") or (
+        run["state"] == "done" and run["exit"] != 0)
+
+
+# ==========================================================================
+# Plan: what is due now?                                           (nothing)
 #
 # The daemon sleeps until something is due and cron looks at the wall each
 # minute; both must come to the same. So the minutes of a sleep are played
 # as cron would have played them, by a clock that nobody can set, and then
 # one look at the wall is judged by the rule of the section Time.
 # ==========================================================================
-
 
 MOST_COUNTED = 10_000   # missed starts of one job that are counted
 
@@ -2682,767 +2811,13 @@ def due_at_minute(jobs: list[Job], zone_clock: ZoneClock, first: int,
 
 
 # ==========================================================================
-# Record: what do we remember about a run?                        (nothing)
-#
-# A run's supervisor writes one file: a header of fixed size, then frames of
-# output. The first half of what is kept never changes; of the rest the last
-# part stays, in two segments that are overwritten in turn, so that 1 GB of
-# output costs 1 MiB. koid moves it into the history and removes the file.
-# The header begins with a version, for a supervisor outlives an upgrade.
-# ==========================================================================
-
-FRAME = Struct("<BII")      # stream, milliseconds since the start, length
-NOTE, STDOUT, STDERR, END = range(4)
-MAGIC = b"KOI1"
-HEADER = Struct("<4sBBHIIQQddiQQIIIB")
-HEADER_ROOM = 256
-KEPT_HEAD = 512 * 1024
-KEPT_SEGMENT = 256 * 1024
-SEGMENTS = (HEADER_ROOM, HEADER_ROOM + KEPT_HEAD,
-            HEADER_ROOM + KEPT_HEAD + KEPT_SEGMENT)     # where each begins
-CLAIMED, GOING, ENDED, UNSTARTABLE = range(4)           # phases
-REASONS = ("", "timeout")
-NO_STATUS, NO_FILE = -1, -2     # instead of a wait status
-NO_FILE_REASON = "its output cannot be kept"
-MASK = b"******"
-
-
-class RunFileHeader:
-    """The beginning of a run's file, as the supervisor keeps it current."""
-
-    FIELDS = ("phase", "reason", "errno", "supervisor", "job", "born",
-              "supervisor_born", "started", "ended", "status", "total",
-              "lost", "head", "first", "second", "turn")
-
-    def __init__(self, *values):
-        for name, value in zip(self.FIELDS, values or (0,) * 16):
-            setattr(self, name, value)
-
-    def pack(self) -> bytes:
-        return HEADER.pack(MAGIC, *(getattr(self, name)
-                                    for name in self.FIELDS))
-
-    def lengths(self) -> tuple[int, int, int]:
-        return self.head, self.first, self.second
-
-
-def parse_header(data: bytes) -> RunFileHeader | None:
-    """The header of a run's file; None if it has none, or another's."""
-    if len(data) < HEADER.size or data[:4] != MAGIC:
-        return None
-    return RunFileHeader(*HEADER.unpack_from(data)[1:])
-
-
-def frame(stream: int, milliseconds: int, data: bytes) -> bytes:
-    return FRAME.pack(stream, min(milliseconds, 2**32 - 1), len(data)) + data
-
-
-def read_frames(data: bytes) -> list[tuple[int, int, bytes]]:
-    """(stream, milliseconds since the start, bytes) of each frame."""
-    found, at = [], 0
-    while at + FRAME.size <= len(data):
-        stream, milliseconds, length = FRAME.unpack_from(data, at)
-        at += FRAME.size
-        found.append((stream, milliseconds, data[at:at + length]))
-        at += length
-    return found
-
-
-def stored_frames(data: bytes, header: RunFileHeader) -> bytes:
-    """The frames in a run's file, in order, with a note where some were
-    left out."""
-    head, older, newer = (data[begin:begin + length] for begin, length
-                          in zip(SEGMENTS, header.lengths()))
-    if header.turn == 1:        # the first segment is being overwritten
-        older, newer = newer, older
-    if header.lost:
-        head += frame(NOTE, 0, f"{plural(header.lost, 'byte')} left out here"
-                      .encode())
-    return head + older + newer
-
-
-def frames_since(data: bytes, header: RunFileHeader, position: int
-                 ) -> tuple[bytes, int]:
-    """What a run that goes on wrote after its first `position` bytes, and
-    the position to go on from. What was overwritten meanwhile is noted."""
-    head, older, newer = (data[begin:begin + length] for begin, length
-                          in zip(SEGMENTS, header.lengths()))
-    if header.turn == 1:
-        older, newer = newer, older
-    found, at = bytearray(), 0
-    for part, lost in ((head, 0), (older + newer, header.lost)):
-        at += lost
-        if lost and position < at:
-            found += frame(NOTE, 0, f"{plural(at - position, 'byte')} left "
-                           "out here".encode())
-        for stream, milliseconds, body in read_frames(part):
-            if at + len(body) > position:
-                found += frame(stream, milliseconds,
-                               body[max(position - at, 0):])
-            at += len(body)
-        position = max(position, at)
-    return bytes(found), position
-
-
-def output_text(frames: bytes) -> bytes:
-    """What a job wrote, both streams, as cron would mail it."""
-    return b"".join(data if stream != NOTE else b"[koi: " + data + b"]\n"
-                    for stream, _, data in read_frames(frames)
-                    if stream != END)
-
-
-class SecretMasker:
-    """Puts ****** in the place of secrets, though they come in pieces."""
-
-    def __init__(self, hidden: list[bytes]):
-        import re
-        self.hidden = sorted(set(hidden) - {b""}, key=len, reverse=True)
-        self.pattern = b"|".join(map(re.escape, self.hidden))
-        self.held = {STDOUT: b"", STDERR: b""}
-
-    def feed(self, stream: int, data: bytes, last: bool = False) -> bytes:
-        """What may be shown now; the rest is held back for the next call,
-        as it may be the beginning of a secret."""
-        data = self.held[stream] + data
-        cut = len(data) if last else self.settled(data)
-        self.held[stream], data = data[cut:], data[:cut]
-        import re
-        return re.sub(self.pattern, MASK, data) if self.pattern else data
-
-    def settled(self, data: bytes) -> int:
-        """Up to where no secret can begin that ends in what comes next."""
-        cut = len(data) - max((size for secret in self.hidden
-                               for size in range(1, len(secret))
-                               if data.endswith(secret[:size])), default=0)
-        before = -1
-        while cut != before:        # nor may a whole one be cut through
-            before = cut
-            for secret in self.hidden:
-                at = data.find(secret, max(0, cut - len(secret) + 1))
-                if 0 <= at < cut < at + len(secret):
-                    cut = at
-        return cut
-
-
-def exit_and_signal(status: int) -> tuple[int | None, int | None]:
-    """The exit status or the signal of a wait status."""
-    if status < 0:
-        return None, None
-    number = status & 0x7F
-    return (None, number) if number else (status >> 8 & 0xFF, None)
-
-
-def is_failure(run: dict) -> bool:
-    """Did a run end badly?"""
-    return run["state"] in ("interrupted", "unstartable", "missed") or (
-        run["state"] == "done" and run["exit"] != 0)
-
-
-# ==========================================================================
-# Supervisor: who stays with a job?                     (processes, files)
-#
-# koid may be killed, upgraded or restarted at any time, and its jobs do not
-# notice: each has a supervisor that owns its pipes, keeps its output and its
-# end in a file, and needs koid for nothing. That file is made with O_EXCL
-# before the job is started, so no run is ever started twice. A supervisor
-# is a fork of koid, without exec, as another Python would cost far more; in
-# a minute with very many jobs, up to 16 of one user share one.
-# ==========================================================================
-
-MOST_IN_ONE = 16
-LINGER = 1.0            # seconds for output that comes after a job's end
-KILL_AFTER = 10.0       # seconds from TERM to KILL
-TRY_FOR = 60.0          # seconds in which a full process table may empty
-CHUNK = 65_536
-NO_HOME = "/nonexistent"    # what Debian gives users who shall have none
-PIPE_ROOM = 4096        # bytes that fit into a pipe of the smallest kind
-FAR_BEHIND = 2**18      # bytes a terminal may lag before its job must wait
-LONGEST_SLEEP = 86_400.0    # seconds: poll() takes 24 days at most
-REPORT = Struct("<Qi")  # run, wait status: what koid is told, in one write
-PASSED_ON = (1, 2, 3, 9, 15)    # signals that `koitab run` may send
-RESET = [number for number in range(1, signal.NSIG) if number not in (
-    signal.SIGKILL, signal.SIGSTOP) and not 32 <= number <= 33]
-
-
-class Account(FrozenRecord):
-    """Whom a job runs as: what the user database says."""
-    name: str
-    uid: int
-    gid: int
-    home: str
-    groups: list
-
-
-class LaunchSpec(FrozenRecord):
-    """All that a supervisor needs to know about one run."""
-    run: int
-    script: str
-    stdin: bytes
-    environment: dict
-    timeout: float = 0.0
-    secrets: list = []
-    connection: object = None   # a socket: `koitab run` listens there
-
-
-def drop_privileges(account: Account) -> None:
-    """Give up root for good. Raises OSError if any of it fails: a job that
-    keeps a right of root's must not run (CVE-2006-2607)."""
-    if os.geteuid() == 0:
-        os.setgroups(account.groups)
-        if hasattr(os, "setresuid"):
-            os.setresgid(account.gid, account.gid, account.gid)
-            os.setresuid(account.uid, account.uid, account.uid)
-        else:
-            os.setgid(account.gid)
-            os.setuid(account.uid)
-        if sorted(set(os.getgroups())) != sorted(set(account.groups)):
-            raise PermissionError("the groups are not the user's")
-    ids = {os.getuid(), os.geteuid(), *os.getresuid()} \
-        if hasattr(os, "getresuid") else {os.getuid(), os.geteuid()}
-    if ids != {account.uid} or os.getegid() != account.gid:
-        raise PermissionError("the user did not change")
-    if account.uid:
-        try:
-            os.setuid(0)
-        except OSError:
-            return
-        raise PermissionError("root could be had back")
-
-
-class SupervisedRun:
-    """One run, while its supervisor stays with it."""
-
-    def __init__(self, order: LaunchSpec, file: int | None):
-        self.order, self.file = order, file
-        self.header = RunFileHeader()
-        self.payload = [0, 0, 0]    # bytes of output in each segment
-        self.mask = SecretMasker(order.secrets) if order.secrets else None
-        self.pid, self.handle = 0, -1       # handle: a pidfd
-        self.streams: dict[int, int] = {}   # descriptor -> stream
-        self.connection = order.connection
-        self.began = time.monotonic()       # by the clock that no one sets
-        self.give_up = self.began + TRY_FOR
-        self.again = self.deadline = self.kill_at = FOREVER
-        self.status: int | None = None      # None: it is running
-        self.linger = FOREVER
-        self.finished = False
-        self.backlog = bytearray()          # for the connection
-
-    # --- its file
-
-    def save(self) -> None:
-        """Write the header. A full disk must not hurt the job."""
-        if self.file is not None:
-            try:
-                os.pwrite(self.file, self.header.pack(), 0)
-            except OSError:
-                pass            # the next one may be written again
-
-    def on_output(self, stream: int, data: bytes) -> None:
-        """The job wrote something; b"" is its end."""
-        if self.mask:
-            data = self.mask.feed(stream, data, last=not data)
-        if data:
-            self.put(stream, data)
-
-    def put(self, stream: int, data: bytes) -> None:
-        """Keep some output, and show it to who waits for it."""
-        since = int((time.monotonic() - self.began) * 1000)
-        if self.connection:
-            self.backlog += frame(stream, since, data)
-        self.header.total += len(data) * (stream != NOTE)
-        self.keep(stream, since, data)
-
-    def keep(self, stream: int, since: int, data: bytes) -> None:
-        """Write a frame where there is room, and the header after it."""
-        header = self.header
-        while data and self.file is not None:
-            used = header.lengths()[header.turn]
-            room = (KEPT_SEGMENT if header.turn else KEPT_HEAD) \
-                - used - FRAME.size
-            if room <= 0:
-                self.switch_segment()
-                continue
-            part, data = data[:room], data[room:]
-            try:
-                os.pwrite(self.file, frame(stream, since, part),
-                          SEGMENTS[header.turn] + used)
-            except OSError:
-                header.lost += len(part)    # no space: the end still counts
-                continue
-            self.payload[header.turn] += len(part)
-            self.set_length(used + FRAME.size + len(part))
-        self.save()
-
-    def set_length(self, length: int) -> None:
-        setattr(self.header, ("head", "first", "second")[self.header.turn],
-                length)
-
-    def switch_segment(self) -> None:
-        """Go on in the other segment; what was in it is lost."""
-        header = self.header
-        header.turn = 2 if header.turn == 1 else 1
-        header.lost += self.payload[header.turn]
-        self.payload[header.turn] = 0
-        self.set_length(0)
-        self.save()             # before what it describes is overwritten
-
-    # --- its process
-
-    def begin(self, nothing: int) -> None:
-        """Start the job. Raises OSError."""
-        order = self.order
-        home = order.environment["HOME"]
-        try:
-            os.chdir(home)
-        except OSError as error:
-            os.chdir("/")
-            if home != NO_HOME:
-                self.put(NOTE,
-                         escape_controls(f"{home}: {error.strerror}; it runs "
-                                               "in /").encode())
-        shell = order.environment["SHELL"]
-        given = input_file(order.stdin) if order.stdin else nothing
-        out, out_end = os.pipe()
-        err, err_end = os.pipe()
-        try:
-            self.pid = os.posix_spawn(
-                encode_os(shell),
-                [encode_os(shell), b"-c", encode_os(order.script)],
-                {encode_os(name): encode_os(value) for name, value
-                 in order.environment.items()},
-                file_actions=[(os.POSIX_SPAWN_DUP2, given, 0),
-                              (os.POSIX_SPAWN_DUP2, out_end, 1),
-                              (os.POSIX_SPAWN_DUP2, err_end, 2)],
-                setsid=True, setsigmask=[], setsigdef=RESET)
-        except OSError as error:
-            os.close(out)
-            os.close(err)
-            if error.errno not in AGAIN:
-                error = OSError(error.errno, f"{shell}: {error.strerror}")
-            raise error from None
-        finally:
-            for fd in (out_end, err_end, *[given][:given != nothing]):
-                os.close(fd)
-        self.streams = {out: STDOUT, err: STDERR}
-
-    def note_start(self) -> None:
-        header = self.header
-        self.began, header.started = time.monotonic(), time.time()
-        self.deadline = self.began + self.order.timeout \
-            if self.order.timeout else FOREVER
-        header.phase, header.job = GOING, self.pid
-        header.born = process_start_time(self.pid)
-        self.save()
-
-    def signal(self, number: int) -> None:
-        """Signal all processes of the job that kept its group."""
-        if self.pid and self.status is None:
-            try:
-                os.killpg(self.pid, number)
-            except OSError:
-                pass            # it has just ended, or became another user
-        elif self.pid:
-            end_group(self.pid, number)
-        else:
-            self.give_up = 0.0  # it could not be started yet, and will not
-
-    def escalate_kill(self, now: float) -> None:
-        """End a job whose time is up: TERM, and KILL ten seconds later."""
-        if now >= self.kill_at:
-            self.kill_at = FOREVER
-            self.signal(signal.SIGKILL)
-        elif now >= self.deadline:
-            self.header.reason = REASONS.index("timeout")
-            self.deadline, self.kill_at = FOREVER, now + KILL_AFTER
-            self.signal(signal.SIGTERM)
-
-
-def encode_os(text: str) -> bytes:
-    """A tab's text as its bytes, whatever locale koid was started in."""
-    return text.encode("utf-8", "surrogateescape")
-
-
-AGAIN = (errno.EAGAIN, errno.ENOMEM)
-
-
-def end_group(pid: int, number: int) -> None:
-    """Signal what is left of a job's group whose leader has ended. While it
-    has a member no other process gets the leader's number."""
-    if not process_start_time(pid):
-        try:
-            os.killpg(pid, number)
-        except OSError:
-            pass
-
-
-def remove(path: str, dir_fd: int | None = None) -> None:
-    """Remove a file, if it is there and can be."""
-    try:
-        os.unlink(path, dir_fd=dir_fd)
-    except OSError:
-        pass
-
-
-def process_start_time(pid: int) -> int:
-    """When a process started, in ticks since the boot, from /proc; with the
-    pid that names it for good. 0 if there is no such process."""
-    try:
-        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            data = os.read(fd, 4096)
-        finally:
-            os.close(fd)
-        return int(data.rpartition(b")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def input_file(data: bytes) -> int:
-    """A descriptor from which a job reads this."""
-    if len(data) <= PIPE_ROOM:      # else the write could wait for ever
-        given, end = os.pipe()
-        os.write(end, data)
-        os.close(end)
-        return given
-    if hasattr(os, "memfd_create"):
-        given = os.memfd_create("input")
-    else:
-        import tempfile
-        given, path = tempfile.mkstemp()
-        os.unlink(path)
-    write_all(given, data)
-    os.lseek(given, 0, os.SEEK_SET)
-    return given
-
-
-class Supervisor:
-    """Stays with a few jobs of one user until all of them have ended."""
-
-    def __init__(self, daemon: int, account: Account, orders: list[LaunchSpec],
-                 runs: int, report: int, nothing: int):
-        self.account, self.orders = account, orders
-        self.runs, self.report, self.nothing = runs, report, nothing
-        self.poll = select.poll()
-        self.heard: dict[int, tuple] = {}   # descriptor -> Watched, function
-        self.untold: list[bytes] = []       # what koid does not know yet
-        self.daemon = daemon                # koid's pid
-        self.watched: list[SupervisedRun] = []
-
-    def serve(self) -> None:
-        """From the fork to the end."""
-        self.detach()
-        me = os.getpid()
-        mine = process_start_time(me)
-        for order in self.orders:
-            run = SupervisedRun(order, self.claim(order.run))
-            if self.unclaimable:
-                self.untold.append(REPORT.pack(order.run, NO_FILE))
-                self.report_ends()
-            if run.file is not None or self.unclaimable:
-                run.header.supervisor, run.header.supervisor_born = me, mine
-                run.save()
-                self.watched.append(run)
-                self.connect(run)
-        self.drop()
-        for run in self.watched:
-            self.begin(run)
-        os.chdir("/")
-        self.forget_finished()      # some could not be started
-        while self.heard or self.watched or self.untold:
-            self.turn()
-
-    def detach(self) -> None:
-        """Leave koid's session, signals and descriptors behind."""
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
-                       signal.SIGQUIT, signal.SIGPIPE, signal.SIGIO,
-                       signal.SIGALRM):
-            signal.signal(number, signal.SIG_IGN)   # it ends with its jobs
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.setsid()
-        os.umask(0o022)
-        os.chdir("/")
-        keep = {0, 1, 2, self.runs, self.report, self.nothing}
-        keep |= {order.connection.fileno() for order in self.orders
-                 if order.connection}
-        close_all_but(keep)
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        os.close(null)
-
-    def claim(self, run: int) -> int | None:
-        """Make the run's file; None if it is taken, or cannot be made."""
-        self.unclaimable = False
-        try:
-            file = os.open(str(run), os.O_RDWR | os.O_CREAT | os.O_EXCL
-                           | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600,
-                           dir_fd=self.runs)
-        except FileExistsError:
-            return None
-        except OSError:             # a full disk: it runs all the same
-            self.unclaimable = os.getppid() == self.daemon
-            return None
-        if os.getppid() == self.daemon:
-            return file
-        # koid was killed before we came to this. The next one may have
-        # started the run, and taken it in, and removed its file.
-        remove(str(run), self.runs)
-        os.close(file)
-        return None
-
-    def drop(self) -> None:
-        """Become the user; if that fails, none of the jobs is run."""
-        os.close(self.runs)
-        try:
-            drop_privileges(self.account)
-        except (OSError, ValueError) as error:
-            for run in self.watched:
-                self.refuse(run, error)
-            self.watched = []
-
-    def begin(self, run: SupervisedRun) -> None:
-        try:
-            run.begin(self.nothing)
-        except (OSError, ValueError) as error:
-            now = time.monotonic()
-            if getattr(error, "errno", 0) in AGAIN and now < run.give_up:
-                run.again = now + 1
-            else:
-                self.refuse(run, error)
-            return
-        run.note_start()
-        for fd in run.streams:
-            os.set_blocking(fd, False)
-            self.hear(fd, run, self.read)
-        try:
-            run.handle = os.pidfd_open(run.pid)
-            self.hear(run.handle, run, self.reap)
-        except (AttributeError, OSError):
-            run.handle = -1         # macOS, or an old kernel: we look
-
-    def refuse(self, run: SupervisedRun, error: Exception) -> None:
-        """It could not be started."""
-        run.header.phase = UNSTARTABLE
-        run.header.errno = getattr(error, "errno", None) or errno.EPERM
-        run.put(NOTE,
-                escape_controls(f"could not start: {error.strerror or error}"
-                                      if isinstance(error, OSError) else
-                                      f"could not start: {error}").encode())
-        run.header.ended = time.time()
-        self.finish(run)
-
-    # --- what is heard
-
-    def connect(self, run: SupervisedRun) -> None:
-        if run.connection:
-            run.connection.setblocking(False)
-            self.hear(run.connection.fileno(), run, self.converse)
-
-    def hear(self, fd: int, run: SupervisedRun, function) -> None:
-        self.heard[fd] = (run, function)
-        self.poll.register(fd, select.POLLIN)
-
-    def forget(self, fd: int) -> None:
-        del self.heard[fd]
-        self.poll.unregister(fd)
-        os.close(fd)
-
-    def turn(self) -> None:
-        for fd, events in self.poll.poll(self.patience()):
-            if fd in self.heard:
-                run, function = self.heard[fd]
-                function(run, fd, events)
-        now = time.monotonic()
-        for run in self.watched:
-            if run.handle < 0 < run.pid and run.status is None:
-                self.reap(run)
-            if now >= run.again:
-                run.again = FOREVER
-                self.begin(run)
-            run.escalate_kill(now)
-            if run.status is not None and not run.finished and (
-                    not run.streams or now >= run.linger):
-                self.finish(run)
-        self.forget_finished()
-
-    def forget_finished(self) -> None:
-        self.watched = [run for run in self.watched if not run.finished
-                        or run.backlog or run.kill_at != FOREVER]
-        self.report_ends()
-
-    def patience(self) -> float | None:
-        """Milliseconds until something is to be done without being heard."""
-        now = time.monotonic()
-        soon = min((run.kill_at if run.finished else min(
-            run.deadline, run.kill_at, run.linger, run.again)
-            for run in self.watched), default=FOREVER)
-        if self.untold:
-            soon = min(soon, now + 1)
-        if any(run.handle < 0 < run.pid and run.status is None
-               for run in self.watched):
-            soon = min(soon, now + 0.2)
-        return None if soon == FOREVER else \
-            min(max(soon - now, 0), LONGEST_SLEEP) * 1000 + 1
-
-    def read(self, run: SupervisedRun, fd: int, _events: int) -> None:
-        """Some output, or the end of it."""
-        try:
-            data = os.read(fd, CHUNK)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not run.finished:
-            run.on_output(run.streams[fd], data)
-            self.send_backlog(run)
-        if not data:
-            del run.streams[fd]
-            self.forget(fd)
-
-    def reap(self, run: SupervisedRun, fd: int = -1, _events: int = 0) -> None:
-        """The job has ended: how?"""
-        try:
-            pid, status = os.waitpid(run.pid, os.WNOHANG)
-        except ChildProcessError:
-            pid, status = run.pid, 0xFF00
-        if pid:
-            run.status, run.header.ended = status, time.time()
-            run.linger = time.monotonic() + LINGER
-            run.deadline = FOREVER      # a KILL that is due stays due
-            if fd >= 0:
-                self.forget(fd)
-
-    def finish(self, run: SupervisedRun) -> None:
-        """Write down how it ended, and tell koid. What a process that it
-        left behind still writes is read and dropped, so that it lives."""
-        for stream in run.streams.values():
-            run.on_output(stream, b"")
-        if run.streams:
-            run.put(NOTE, b"a process that it left behind keeps its output "
-                          b"open; what that writes from here on is not kept")
-        run.finished = True
-        if run.header.phase == GOING:
-            run.header.phase, run.header.status = ENDED, run.status
-        run.save()
-        if run.file is not None and os.getppid() != self.daemon:
-            try:
-                os.fsync(run.file)  # koid, when it is there, does so itself
-            except OSError:
-                pass
-        status = run.status if run.status is not None else NO_STATUS
-        self.untold.append(REPORT.pack(run.order.run, status))
-        if run.connection:
-            import json
-            exit_status, number = exit_and_signal(status)
-            run.backlog += frame(END, 0, json.dumps({
-                "exit": exit_status, "signal": number,
-                "reason": REASONS[run.header.reason]}).encode())
-            self.send_backlog(run)
-
-    def report_ends(self) -> None:
-        """Report to koid, if it still is the one that we know."""
-        while self.untold:
-            try:
-                os.write(self.report, self.untold[0])
-            except BlockingIOError:
-                return          # it is busy: again in a second
-            except OSError:
-                pass            # it is gone; the next one reads the file
-            del self.untold[0]
-
-    # --- `koitab run`, which waits for the output
-
-    def converse(self, run: SupervisedRun, fd: int, events: int) -> None:
-        """A signal for the job came in, or there is room to go on."""
-        if events & select.POLLIN:
-            try:
-                data = run.connection.recv(64)
-            except BlockingIOError:
-                data = b"\0"
-            except OSError:
-                data = b""
-            if not data:
-                return self.hang_up(run)
-            for number in data:
-                if number in PASSED_ON:
-                    run.signal(number)
-        elif events & ~select.POLLOUT:
-            return self.hang_up(run)
-        self.send_backlog(run)
-
-    def send_backlog(self, run: SupervisedRun) -> None:
-        """Send what fits; a job whose reader lags far behind has to wait,
-        as it would at a terminal."""
-        if not run.connection:
-            return
-        try:
-            while run.backlog:
-                sent = run.connection.send(run.backlog[:CHUNK])
-                del run.backlog[:sent]
-        except BlockingIOError:
-            pass
-        except OSError:
-            return self.hang_up(run)
-        if run.finished and not run.backlog:
-            return self.hang_up(run)
-        self.poll.modify(run.connection.fileno(), select.POLLIN
-                         | (select.POLLOUT if run.backlog else 0))
-        for fd in run.streams:
-            self.poll.modify(fd, 0 if len(run.backlog) > FAR_BEHIND
-                             and not run.finished else select.POLLIN)
-
-    def hang_up(self, run: SupervisedRun) -> None:
-        connection, run.connection = run.connection, None
-        run.backlog.clear()
-        if connection.fileno() in self.heard:
-            fd = connection.detach()
-            self.forget(fd)
-        else:
-            connection.close()
-        for fd in run.streams:
-            self.poll.modify(fd, select.POLLIN)
-
-
-def close_all_but(keep: set[int]) -> None:
-    """Close all descriptors but these. (Python 3.9 has no quick way to
-    close a range of them.)"""
-    try:
-        fds = [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:
-        fds = list(range(1024))
-    for fd in set(fds) - keep:
-        try:
-            os.close(fd)
-        except OSError:
-            pass            # that was the folder itself
-
-
-def fork_supervisor(*arguments) -> int:
-    """Fork a supervisor; its pid. Raises OSError."""
-    daemon = os.getpid()
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        Supervisor(daemon, *arguments).serve()
-        os._exit(0)
-    except BaseException as bug:
-        import syslog
-        syslog.syslog(syslog.LOG_CRON | syslog.LOG_ERR,
-                      f"koid: a supervisor failed: {bug!r}")
-    finally:
-        os._exit(EXIT_BUG)      # it may never return into koid's code
-
-
-# ==========================================================================
-# Machine: what may koi do to this host?                 (files, processes)
+# Machine: what may koi do to this computer?              (files, processes)
 #
 # One short method for each thing. Nothing here decides: what a text or a
 # zone file means is above, what to do about it below.
 # ==========================================================================
 
+CHUNK = 65_536              # bytes that are read or sent at once
 LONGEST_TAB = 2**20
 LONGEST_ZONE_FILE = 2**16
 ZONE_FOLDERS = ("/usr/share/zoneinfo", "/usr/lib/zoneinfo",
@@ -3460,6 +2835,15 @@ USUAL_SHELL = "/bin/sh"
 HOST_SETTINGS = ("/etc/environment", "/etc/default/locale")
 NAME_OF_PACKAGE = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrst"
                             "uvwxyz0123456789_-")
+
+
+class Account(FrozenRecord):
+    """Whom a job runs as: what the user database says."""
+    name: str
+    uid: int
+    gid: int
+    home: str
+    groups: list
 
 
 class TabFile(FrozenRecord):
@@ -3936,8 +3320,35 @@ def names_in(folder: str) -> list[str]:
                   and not name.endswith(".new"))
 
 
+def encode_os(text: str) -> bytes:
+    """A tab's text as its bytes, whatever locale koid was started in."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def remove(path: str, dir_fd: int | None = None) -> None:
+    """Remove a file, if it is there and can be."""
+    try:
+        os.unlink(path, dir_fd=dir_fd)
+    except OSError:
+        pass
+
+
+def process_start_time(pid: int) -> int:
+    """When a process started, in ticks since the boot, from /proc; with the
+    pid that names it for good. 0 if there is no such process."""
+    try:
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.read(fd, 4096)
+        finally:
+            os.close(fd)
+        return int(data.rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 # ==========================================================================
-# Store: where are runs kept?                                       (files)
+# RunStore: where are the runs of this host kept?                    (files)
 #
 # One SQLite database, written by koid alone. What was acknowledged is on the
 # disk (WAL and synchronous=FULL: a power cut takes nothing back). When it
@@ -4321,22 +3732,575 @@ def shown(row: tuple) -> dict:
 
 
 # ==========================================================================
-# Control: how do users reach the daemon?                 (network, files)
+# Supervisor: who stays with a job?                       (processes, files)
 #
-# By a Unix socket, which tells who calls (SO_PEERCRED): not what a variable
-# says counts, but the uid that the kernel knows. One request a connection:
-# a line of JSON, answered by a line of JSON. A user may do all with his own
-# tab, jobs and runs; root may with anyone's.
+# koid may be killed, upgraded or restarted at any time, and its jobs do not
+# notice: each has a supervisor that owns its pipes, keeps its output and its
+# end in a file, and needs koid for nothing. That file is made with O_EXCL
+# before the job is started, so no run is ever started twice. A supervisor
+# is a fork of koid, without exec, as another Python would cost far more; in
+# a minute with very many jobs, up to 16 of one user share one.
 # ==========================================================================
 
-LONGEST_REQUEST = 8 * 2**20     # a tab of 1 MiB, each letter escaped
-REQUEST_TIME = 10.0             # seconds to send one
-MOST_VISITORS, MOST_OF_ONE, MOST_AT_ONCE = 256, 64, 16
-MOST_BYTES_OF_ONE = 2 * LONGEST_REQUEST     # of requests that come in
+MOST_IN_ONE = 16
+LINGER = 1.0            # seconds for output that comes after a job's end
+KILL_AFTER = 10.0       # seconds from TERM to KILL
+TRY_FOR = 60.0          # seconds in which a full process table may empty
+NO_HOME = "/nonexistent"    # what Debian gives users who shall have none
+PIPE_ROOM = 4096        # bytes that fit into a pipe of the smallest kind
+FAR_BEHIND = 2**18      # bytes a terminal may lag before its job must wait
+LONGEST_SLEEP = 86_400.0    # seconds: poll() takes 24 days at most
+REPORT = Struct("<Qi")  # run, wait status: what koid is told, in one write
+PASSED_ON = (1, 2, 3, 9, 15)    # signals that `koitab run` may send
+RESET = [number for number in range(1, signal.NSIG) if number not in (
+    signal.SIGKILL, signal.SIGSTOP) and not 32 <= number <= 33]
+
+
+class LaunchSpec(FrozenRecord):
+    """All that a supervisor needs to know about one run."""
+    run: int
+    script: str
+    stdin: bytes
+    environment: dict
+    timeout: float = 0.0
+    secrets: list = []
+    connection: object = None   # a socket: `koitab run` listens there
+
+
+def drop_privileges(account: Account) -> None:
+    """Give up root for good. Raises OSError if any of it fails: a job that
+    keeps a right of root's must not run (CVE-2006-2607)."""
+    if os.geteuid() == 0:
+        os.setgroups(account.groups)
+        if hasattr(os, "setresuid"):
+            os.setresgid(account.gid, account.gid, account.gid)
+            os.setresuid(account.uid, account.uid, account.uid)
+        else:
+            os.setgid(account.gid)
+            os.setuid(account.uid)
+        if sorted(set(os.getgroups())) != sorted(set(account.groups)):
+            raise PermissionError("the groups are not the user's")
+    ids = {os.getuid(), os.geteuid(), *os.getresuid()} \
+        if hasattr(os, "getresuid") else {os.getuid(), os.geteuid()}
+    if ids != {account.uid} or os.getegid() != account.gid:
+        raise PermissionError("the user did not change")
+    if account.uid:
+        try:
+            os.setuid(0)
+        except OSError:
+            return
+        raise PermissionError("root could be had back")
+
+
+class SupervisedRun:
+    """One run, while its supervisor stays with it."""
+
+    def __init__(self, order: LaunchSpec, file: int | None):
+        self.order, self.file = order, file
+        self.header = RunFileHeader()
+        self.payload = [0, 0, 0]    # bytes of output in each segment
+        self.mask = SecretMasker(order.secrets) if order.secrets else None
+        self.pid, self.handle = 0, -1       # handle: a pidfd
+        self.streams: dict[int, int] = {}   # descriptor -> stream
+        self.connection = order.connection
+        self.began = time.monotonic()       # by the clock that no one sets
+        self.give_up = self.began + TRY_FOR
+        self.again = self.deadline = self.kill_at = FOREVER
+        self.status: int | None = None      # None: it is running
+        self.linger = FOREVER
+        self.finished = False
+        self.backlog = bytearray()          # for the connection
+
+    # --- its file
+
+    def save(self) -> None:
+        """Write the header. A full disk must not hurt the job."""
+        if self.file is not None:
+            try:
+                os.pwrite(self.file, self.header.pack(), 0)
+            except OSError:
+                pass            # the next one may be written again
+
+    def on_output(self, stream: int, data: bytes) -> None:
+        """The job wrote something; b"" is its end."""
+        if self.mask:
+            data = self.mask.feed(stream, data, last=not data)
+        if data:
+            self.put(stream, data)
+
+    def put(self, stream: int, data: bytes) -> None:
+        """Keep some output, and show it to who waits for it."""
+        since = int((time.monotonic() - self.began) * 1000)
+        if self.connection:
+            self.backlog += frame(stream, since, data)
+        self.header.total += len(data) * (stream != NOTE)
+        self.keep(stream, since, data)
+
+    def keep(self, stream: int, since: int, data: bytes) -> None:
+        """Write a frame where there is room, and the header after it."""
+        header = self.header
+        while data and self.file is not None:
+            used = header.lengths()[header.turn]
+            room = (KEPT_SEGMENT if header.turn else KEPT_HEAD) \
+                - used - FRAME.size
+            if room <= 0:
+                self.switch_segment()
+                continue
+            part, data = data[:room], data[room:]
+            try:
+                os.pwrite(self.file, frame(stream, since, part),
+                          SEGMENTS[header.turn] + used)
+            except OSError:
+                header.lost += len(part)    # no space: the end still counts
+                continue
+            self.payload[header.turn] += len(part)
+            self.set_length(used + FRAME.size + len(part))
+        self.save()
+
+    def set_length(self, length: int) -> None:
+        setattr(self.header, ("head", "first", "second")[self.header.turn],
+                length)
+
+    def switch_segment(self) -> None:
+        """Go on in the other segment; what was in it is lost."""
+        header = self.header
+        header.turn = 2 if header.turn == 1 else 1
+        header.lost += self.payload[header.turn]
+        self.payload[header.turn] = 0
+        self.set_length(0)
+        self.save()             # before what it describes is overwritten
+
+    # --- its process
+
+    def begin(self, nothing: int) -> None:
+        """Start the job. Raises OSError."""
+        order = self.order
+        home = order.environment["HOME"]
+        try:
+            os.chdir(home)
+        except OSError as error:
+            os.chdir("/")
+            if home != NO_HOME:
+                self.put(NOTE,
+                         escape_controls(f"{home}: {error.strerror}; it runs "
+                                               "in /").encode())
+        shell = order.environment["SHELL"]
+        given = input_file(order.stdin) if order.stdin else nothing
+        out, out_end = os.pipe()
+        err, err_end = os.pipe()
+        try:
+            self.pid = os.posix_spawn(
+                encode_os(shell),
+                [encode_os(shell), b"-c", encode_os(order.script)],
+                {encode_os(name): encode_os(value) for name, value
+                 in order.environment.items()},
+                file_actions=[(os.POSIX_SPAWN_DUP2, given, 0),
+                              (os.POSIX_SPAWN_DUP2, out_end, 1),
+                              (os.POSIX_SPAWN_DUP2, err_end, 2)],
+                setsid=True, setsigmask=[], setsigdef=RESET)
+        except OSError as error:
+            os.close(out)
+            os.close(err)
+            if error.errno not in AGAIN:
+                error = OSError(error.errno, f"{shell}: {error.strerror}")
+            raise error from None
+        finally:
+            for fd in (out_end, err_end, *[given][:given != nothing]):
+                os.close(fd)
+        self.streams = {out: STDOUT, err: STDERR}
+
+    def note_start(self) -> None:
+        header = self.header
+        self.began, header.started = time.monotonic(), time.time()
+        self.deadline = self.began + self.order.timeout \
+            if self.order.timeout else FOREVER
+        header.phase, header.job = GOING, self.pid
+        header.born = process_start_time(self.pid)
+        self.save()
+
+    def signal(self, number: int) -> None:
+        """Signal all processes of the job that kept its group."""
+        if self.pid and self.status is None:
+            try:
+                os.killpg(self.pid, number)
+            except OSError:
+                pass            # it has just ended, or became another user
+        elif self.pid:
+            end_group(self.pid, number)
+        else:
+            self.give_up = 0.0  # it could not be started yet, and will not
+
+    def escalate_kill(self, now: float) -> None:
+        """End a job whose time is up: TERM, and KILL ten seconds later."""
+        if now >= self.kill_at:
+            self.kill_at = FOREVER
+            self.signal(signal.SIGKILL)
+        elif now >= self.deadline:
+            self.header.reason = REASONS.index("timeout")
+            self.deadline, self.kill_at = FOREVER, now + KILL_AFTER
+            self.signal(signal.SIGTERM)
+
+
+AGAIN = (errno.EAGAIN, errno.ENOMEM)
+
+
+def end_group(pid: int, number: int) -> None:
+    """Signal what is left of a job's group whose leader has ended. While it
+    has a member no other process gets the leader's number."""
+    if not process_start_time(pid):
+        try:
+            os.killpg(pid, number)
+        except OSError:
+            pass
+
+
+def input_file(data: bytes) -> int:
+    """A descriptor from which a job reads this."""
+    if len(data) <= PIPE_ROOM:      # else the write could wait for ever
+        given, end = os.pipe()
+        os.write(end, data)
+        os.close(end)
+        return given
+    if hasattr(os, "memfd_create"):
+        given = os.memfd_create("input")
+    else:
+        import tempfile
+        given, path = tempfile.mkstemp()
+        os.unlink(path)
+    write_all(given, data)
+    os.lseek(given, 0, os.SEEK_SET)
+    return given
+
+
+class Supervisor:
+    """Stays with a few jobs of one user until all of them have ended."""
+
+    def __init__(self, daemon: int, account: Account, orders: list[LaunchSpec],
+                 runs: int, report: int, nothing: int):
+        self.account, self.orders = account, orders
+        self.runs, self.report, self.nothing = runs, report, nothing
+        self.poll = select.poll()
+        self.heard: dict[int, tuple] = {}   # descriptor -> Watched, function
+        self.untold: list[bytes] = []       # what koid does not know yet
+        self.daemon = daemon                # koid's pid
+        self.watched: list[SupervisedRun] = []
+
+    def serve(self) -> None:
+        """From the fork to the end."""
+        self.detach()
+        me = os.getpid()
+        mine = process_start_time(me)
+        for order in self.orders:
+            run = SupervisedRun(order, self.claim(order.run))
+            if self.unclaimable:
+                self.untold.append(REPORT.pack(order.run, NO_FILE))
+                self.report_ends()
+            if run.file is not None or self.unclaimable:
+                run.header.supervisor, run.header.supervisor_born = me, mine
+                run.save()
+                self.watched.append(run)
+                self.connect(run)
+        self.drop()
+        for run in self.watched:
+            self.begin(run)
+        os.chdir("/")
+        self.forget_finished()      # some could not be started
+        while self.heard or self.watched or self.untold:
+            self.turn()
+
+    def detach(self) -> None:
+        """Leave koid's session, signals and descriptors behind."""
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                       signal.SIGQUIT, signal.SIGPIPE, signal.SIGIO,
+                       signal.SIGALRM):
+            signal.signal(number, signal.SIG_IGN)   # it ends with its jobs
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setsid()
+        os.umask(0o022)
+        os.chdir("/")
+        keep = {0, 1, 2, self.runs, self.report, self.nothing}
+        keep |= {order.connection.fileno() for order in self.orders
+                 if order.connection}
+        close_all_but(keep)
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.close(null)
+
+    def claim(self, run: int) -> int | None:
+        """Make the run's file; None if it is taken, or cannot be made."""
+        self.unclaimable = False
+        try:
+            file = os.open(str(run), os.O_RDWR | os.O_CREAT | os.O_EXCL
+                           | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600,
+                           dir_fd=self.runs)
+        except FileExistsError:
+            return None
+        except OSError:             # a full disk: it runs all the same
+            self.unclaimable = os.getppid() == self.daemon
+            return None
+        if os.getppid() == self.daemon:
+            return file
+        # koid was killed before we came to this. The next one may have
+        # started the run, and taken it in, and removed its file.
+        remove(str(run), self.runs)
+        os.close(file)
+        return None
+
+    def drop(self) -> None:
+        """Become the user; if that fails, none of the jobs is run."""
+        os.close(self.runs)
+        try:
+            drop_privileges(self.account)
+        except (OSError, ValueError) as error:
+            for run in self.watched:
+                self.refuse(run, error)
+            self.watched = []
+
+    def begin(self, run: SupervisedRun) -> None:
+        try:
+            run.begin(self.nothing)
+        except (OSError, ValueError) as error:
+            now = time.monotonic()
+            if getattr(error, "errno", 0) in AGAIN and now < run.give_up:
+                run.again = now + 1
+            else:
+                self.refuse(run, error)
+            return
+        run.note_start()
+        for fd in run.streams:
+            os.set_blocking(fd, False)
+            self.hear(fd, run, self.read)
+        try:
+            run.handle = os.pidfd_open(run.pid)
+            self.hear(run.handle, run, self.reap)
+        except (AttributeError, OSError):
+            run.handle = -1         # macOS, or an old kernel: we look
+
+    def refuse(self, run: SupervisedRun, error: Exception) -> None:
+        """It could not be started."""
+        run.header.phase = UNSTARTABLE
+        run.header.errno = getattr(error, "errno", None) or errno.EPERM
+        run.put(NOTE,
+                escape_controls(f"could not start: {error.strerror or error}"
+                                      if isinstance(error, OSError) else
+                                      f"could not start: {error}").encode())
+        run.header.ended = time.time()
+        self.finish(run)
+
+    # --- what is heard
+
+    def connect(self, run: SupervisedRun) -> None:
+        if run.connection:
+            run.connection.setblocking(False)
+            self.hear(run.connection.fileno(), run, self.converse)
+
+    def hear(self, fd: int, run: SupervisedRun, function) -> None:
+        self.heard[fd] = (run, function)
+        self.poll.register(fd, select.POLLIN)
+
+    def forget(self, fd: int) -> None:
+        del self.heard[fd]
+        self.poll.unregister(fd)
+        os.close(fd)
+
+    def turn(self) -> None:
+        for fd, events in self.poll.poll(self.patience()):
+            if fd in self.heard:
+                run, function = self.heard[fd]
+                function(run, fd, events)
+        now = time.monotonic()
+        for run in self.watched:
+            if run.handle < 0 < run.pid and run.status is None:
+                self.reap(run)
+            if now >= run.again:
+                run.again = FOREVER
+                self.begin(run)
+            run.escalate_kill(now)
+            if run.status is not None and not run.finished and (
+                    not run.streams or now >= run.linger):
+                self.finish(run)
+        self.forget_finished()
+
+    def forget_finished(self) -> None:
+        self.watched = [run for run in self.watched if not run.finished
+                        or run.backlog or run.kill_at != FOREVER]
+        self.report_ends()
+
+    def patience(self) -> float | None:
+        """Milliseconds until something is to be done without being heard."""
+        now = time.monotonic()
+        soon = min((run.kill_at if run.finished else min(
+            run.deadline, run.kill_at, run.linger, run.again)
+            for run in self.watched), default=FOREVER)
+        if self.untold:
+            soon = min(soon, now + 1)
+        if any(run.handle < 0 < run.pid and run.status is None
+               for run in self.watched):
+            soon = min(soon, now + 0.2)
+        return None if soon == FOREVER else \
+            min(max(soon - now, 0), LONGEST_SLEEP) * 1000 + 1
+
+    def read(self, run: SupervisedRun, fd: int, _events: int) -> None:
+        """Some output, or the end of it."""
+        try:
+            data = os.read(fd, CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not run.finished:
+            run.on_output(run.streams[fd], data)
+            self.send_backlog(run)
+        if not data:
+            del run.streams[fd]
+            self.forget(fd)
+
+    def reap(self, run: SupervisedRun, fd: int = -1, _events: int = 0) -> None:
+        """The job has ended: how?"""
+        try:
+            pid, status = os.waitpid(run.pid, os.WNOHANG)
+        except ChildProcessError:
+            pid, status = run.pid, 0xFF00
+        if pid:
+            run.status, run.header.ended = status, time.time()
+            run.linger = time.monotonic() + LINGER
+            run.deadline = FOREVER      # a KILL that is due stays due
+            if fd >= 0:
+                self.forget(fd)
+
+    def finish(self, run: SupervisedRun) -> None:
+        """Write down how it ended, and tell koid. What a process that it
+        left behind still writes is read and dropped, so that it lives."""
+        for stream in run.streams.values():
+            run.on_output(stream, b"")
+        if run.streams:
+            run.put(NOTE, b"a process that it left behind keeps its output "
+                          b"open; what that writes from here on is not kept")
+        run.finished = True
+        if run.header.phase == GOING:
+            run.header.phase, run.header.status = ENDED, run.status
+        run.save()
+        if run.file is not None and os.getppid() != self.daemon:
+            try:
+                os.fsync(run.file)  # koid, when it is there, does so itself
+            except OSError:
+                pass
+        status = run.status if run.status is not None else NO_STATUS
+        self.untold.append(REPORT.pack(run.order.run, status))
+        if run.connection:
+            import json
+            exit_status, number = exit_and_signal(status)
+            run.backlog += frame(END, 0, json.dumps({
+                "exit": exit_status, "signal": number,
+                "reason": REASONS[run.header.reason]}).encode())
+            self.send_backlog(run)
+
+    def report_ends(self) -> None:
+        """Report to koid, if it still is the one that we know."""
+        while self.untold:
+            try:
+                os.write(self.report, self.untold[0])
+            except BlockingIOError:
+                return          # it is busy: again in a second
+            except OSError:
+                pass            # it is gone; the next one reads the file
+            del self.untold[0]
+
+    # --- `koitab run`, which waits for the output
+
+    def converse(self, run: SupervisedRun, fd: int, events: int) -> None:
+        """A signal for the job came in, or there is room to go on."""
+        if events & select.POLLIN:
+            try:
+                data = run.connection.recv(64)
+            except BlockingIOError:
+                data = b"\0"
+            except OSError:
+                data = b""
+            if not data:
+                return self.hang_up(run)
+            for number in data:
+                if number in PASSED_ON:
+                    run.signal(number)
+        elif events & ~select.POLLOUT:
+            return self.hang_up(run)
+        self.send_backlog(run)
+
+    def send_backlog(self, run: SupervisedRun) -> None:
+        """Send what fits; a job whose reader lags far behind has to wait,
+        as it would at a terminal."""
+        if not run.connection:
+            return
+        try:
+            while run.backlog:
+                sent = run.connection.send(run.backlog[:CHUNK])
+                del run.backlog[:sent]
+        except BlockingIOError:
+            pass
+        except OSError:
+            return self.hang_up(run)
+        if run.finished and not run.backlog:
+            return self.hang_up(run)
+        self.poll.modify(run.connection.fileno(), select.POLLIN
+                         | (select.POLLOUT if run.backlog else 0))
+        for fd in run.streams:
+            self.poll.modify(fd, 0 if len(run.backlog) > FAR_BEHIND
+                             and not run.finished else select.POLLIN)
+
+    def hang_up(self, run: SupervisedRun) -> None:
+        connection, run.connection = run.connection, None
+        run.backlog.clear()
+        if connection.fileno() in self.heard:
+            fd = connection.detach()
+            self.forget(fd)
+        else:
+            connection.close()
+        for fd in run.streams:
+            self.poll.modify(fd, select.POLLIN)
+
+
+def close_all_but(keep: set[int]) -> None:
+    """Close all descriptors but these. (Python 3.9 has no quick way to
+    close a range of them.)"""
+    try:
+        fds = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:
+        fds = list(range(1024))
+    for fd in set(fds) - keep:
+        try:
+            os.close(fd)
+        except OSError:
+            pass            # that was the folder itself
+
+
+def fork_supervisor(*arguments) -> int:
+    """Fork a supervisor; its pid. Raises OSError."""
+    daemon = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        Supervisor(daemon, *arguments).serve()
+        os._exit(0)
+    except BaseException as bug:
+        import syslog
+        syslog.syslog(syslog.LOG_CRON | syslog.LOG_ERR,
+                      f"koid: a supervisor failed: {bug!r}")
+    finally:
+        os._exit(EXIT_BUG)      # it may never return into koid's code
+
+
+# ==========================================================================
+# Jobs: which jobs exist, and whose are they?                        (files)
+#
+# Every tab of this host is read here, and read again when it has changed. The
+# jobs of all of them form the tab registry; a name leads to a job through
+# `match_jobs`, and the arguments of a run are checked by the job's parameters.
+# ==========================================================================
+
 LONGEST_ARGS = 262_144          # bytes of all arguments of a run together
-MOST_ROWS = 1_000
-READ_AGAIN = 20                 # times, while a run writes very fast
-LONGEST_VALUES = 2**20          # characters of arguments in one answer
 
 
 class ScheduledJob:
@@ -4496,6 +4460,63 @@ def match_jobs(jobs: list[Job], name: str) -> list[Job]:
                     f"did you mean {short(meant)}?" if meant else
                     "a job's name, its tag, or its line")
     return found
+
+
+def check_zones(tab: Tab, machine: Machine) -> dict[str, Zone]:
+    """The zones that a tab names; those that there are not become faults
+    of the tab."""
+    zones = {}
+    for name, (line, column) in tab.zones.items():
+        try:
+            zones[name] = machine.zone(name)
+        except Error as error:
+            tab.problems.append(Diagnostic(line, column, "bad setting",
+                                           error.message, error.hint))
+    tab.problems.sort(key=lambda problem: (problem.line, problem.column))
+    return zones
+
+
+def validate_arguments(job: Job, given: dict) -> dict[str, str]:
+    """The values for a job's arguments. Raises Error."""
+    params = {param.name: param for param in job.params}
+    unknown = [name for name in given if name not in params]
+    if unknown:
+        raise Error(f"there is no argument {short(str(unknown[0]))}",
+                    "it has " + ", ".join(params) if params else
+                    "this job has none")
+    values = {}
+    for name, param in params.items():
+        value = given.get(name, param.default)
+        if value is None:
+            raise Error(f"the argument {short(name)} is missing",
+                        f"{name}=VALUE")
+        reason = param.value_error(value) if isinstance(value, str) else \
+            "it is no text"
+        if reason:
+            raise Error(f"the argument {short(name)}: {reason}")
+        values[name] = value
+    if sum(len(value.encode()) for value in values.values()) > LONGEST_ARGS:
+        raise Error("the arguments are longer together than "
+                    f"{LONGEST_ARGS:,} bytes")
+    return values
+
+
+# ==========================================================================
+# ControlSocket: how do users reach koid?                   (network, files)
+#
+# By a Unix socket, which tells who calls (SO_PEERCRED): not what a variable
+# says counts, but the uid that the kernel knows. One request a connection:
+# a line of JSON, answered by a line of JSON. A user may do all with his own
+# tab, jobs and runs; root may with anyone's.
+# ==========================================================================
+
+LONGEST_REQUEST = 8 * 2**20     # a tab of 1 MiB, each letter escaped
+REQUEST_TIME = 10.0             # seconds to send one
+MOST_VISITORS, MOST_OF_ONE, MOST_AT_ONCE = 256, 64, 16
+MOST_BYTES_OF_ONE = 2 * LONGEST_REQUEST     # of requests that come in
+MOST_ROWS = 1_000
+READ_AGAIN = 20                 # times, while a run writes very fast
+LONGEST_VALUES = 2**20          # characters of arguments in one answer
 
 
 class Caller(FrozenRecord):
@@ -4749,20 +4770,6 @@ KINDS = {"op": str, "user": str, "text": str, "job": str, "run": int,
          "limit": int, "before": int, "args": dict}
 
 
-def check_zones(tab: Tab, machine: Machine) -> dict[str, Zone]:
-    """The zones that a tab names; those that there are not become faults
-    of the tab."""
-    zones = {}
-    for name, (line, column) in tab.zones.items():
-        try:
-            zones[name] = machine.zone(name)
-        except Error as error:
-            tab.problems.append(Diagnostic(line, column, "bad setting",
-                                           error.message, error.hint))
-    tab.problems.sort(key=lambda problem: (problem.line, problem.column))
-    return zones
-
-
 def run_file(home: str, run: int, most: int = -1) -> bytes:
     """What a supervisor has written about a run so far, or its beginning;
     b"" if nothing. Raises OSError."""
@@ -4794,31 +4801,6 @@ def output_so_far(home: str, run: int) -> bytes:
     """The frames of a run that goes on. Raises OSError."""
     data, header = read_stable_file(home, run)
     return stored_frames(data, header) if header else b""
-
-
-def validate_arguments(job: Job, given: dict) -> dict[str, str]:
-    """The values for a job's arguments. Raises Error."""
-    params = {param.name: param for param in job.params}
-    unknown = [name for name in given if name not in params]
-    if unknown:
-        raise Error(f"there is no argument {short(str(unknown[0]))}",
-                    "it has " + ", ".join(params) if params else
-                    "this job has none")
-    values = {}
-    for name, param in params.items():
-        value = given.get(name, param.default)
-        if value is None:
-            raise Error(f"the argument {short(name)} is missing",
-                        f"{name}=VALUE")
-        reason = param.value_error(value) if isinstance(value, str) else \
-            "it is no text"
-        if reason:
-            raise Error(f"the argument {short(name)}: {reason}")
-        values[name] = value
-    if sum(len(value.encode()) for value in values.values()) > LONGEST_ARGS:
-        raise Error("the arguments are longer together than "
-                    f"{LONGEST_ARGS:,} bytes")
-    return values
 
 
 def parsed_request(line: bytes) -> dict:
@@ -4980,32 +4962,15 @@ def exchange_lines(connection, request: dict) -> tuple[dict, bytes]:
 
 
 # ==========================================================================
-# Uplink: how do records reach the dashboard?           (network, processes)
+# Client: how is one HTTP request bounded?                         (network)
 #
-# A child of koid's that knows the dashboard and nothing of the host: as root's
-# it becomes `nobody`. It asks koid for what is to be sent, and hands it what
-# came back. It may hang, be lied to and die; koid and its jobs do not notice.
+# One connection to one server, with a limit on the time and on the size of
+# each answer. No proxy is used and no redirect is followed: a secret goes to
+# the server that was named, or nowhere.
 # ==========================================================================
 
-HOLD = 25                   # seconds that a dashboard may hold a question
 PATIENCE = 15.0             # seconds for an answer, from the first byte on
 LONGEST_ANSWER = 2**24
-LONGEST_QUESTION = 2**23    # to koid: a request, each letter escaped
-PAUSE_FIRST, PAUSE_LONGEST = 1.0, 60.0  # seconds between tries
-PAUSE_REFUSED = 300.0       # after a dashboard said that it does not know us
-LIVE_PAUSE = 0.4            # seconds between looks at a run that is watched
-MOST_RECORDS, MOST_RECORD_BYTES = 200, 2**20    # in one letter
-LONGEST_PIECE = 2**18       # bytes of output in one letter
-MOST_OWED = 8               # outputs that one letter carries a piece of
-MOST_WATCHED = 100          # runs that are shown live
-LIVE_BYTES = 2**20          # of them, in one letter; and one run's more
-MOST_ASKED = 100            # requests in one answer
-MOST_VERDICTS = 5_000       # that wait to be sent
-VERDICTS_AT_ONCE = 200      # in one letter; a dashboard takes 1,000
-BREATH = 0.05               # seconds between questions, whatever the answers
-TRIES_OF_ONE = 3            # for a record that the dashboard does not take
-NOBODY = "nobody"
-SYNC = "/api/v1/sync"
 
 
 class ConnectionFailed(Exception):
@@ -5161,6 +5126,33 @@ def why_not(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or f"the connection broke ({type(error).__name__})"
+
+
+# ==========================================================================
+# Agent: how do records reach the dashboard?            (network, processes)
+#
+# A child of koid's that knows the dashboard and nothing of the host: as root's
+# it becomes `nobody`. It asks koid for what is to be sent, and hands it what
+# came back. It may hang, be lied to and die; koid and its jobs do not notice.
+# ==========================================================================
+
+HOLD = 25                   # seconds that a dashboard may hold a question
+LONGEST_QUESTION = 2**23    # to koid: a request, each letter escaped
+PAUSE_FIRST, PAUSE_LONGEST = 1.0, 60.0  # seconds between tries
+PAUSE_REFUSED = 300.0       # after a dashboard said that it does not know us
+LIVE_PAUSE = 0.4            # seconds between looks at a run that is watched
+MOST_RECORDS, MOST_RECORD_BYTES = 200, 2**20    # in one letter
+LONGEST_PIECE = 2**18       # bytes of output in one letter
+MOST_OWED = 8               # outputs that one letter carries a piece of
+MOST_WATCHED = 100          # runs that are shown live
+LIVE_BYTES = 2**20          # of them, in one letter; and one run's more
+MOST_ASKED = 100            # requests in one answer
+MOST_VERDICTS = 5_000       # that wait to be sent
+VERDICTS_AT_ONCE = 200      # in one letter; a dashboard takes 1,000
+BREATH = 0.05               # seconds between questions, whatever the answers
+TRIES_OF_ONE = 3            # for a record that the dashboard does not take
+NOBODY = "nobody"
+SYNC = "/api/v1/sync"
 
 
 class SyncAgent:
@@ -5484,7 +5476,7 @@ def start_uplink(agent: SyncAgent) -> None:
 
 
 # ==========================================================================
-# Daemon: who carries the plan out?                               (machine)
+# Daemon: what wakes koid?               (machine)
 #
 # One process that sleeps. It wakes when something is due, a supervisor
 # reports, somebody calls, a tab changes or the clock is set; then it looks
@@ -7401,6 +7393,17 @@ def one_line(text: str) -> str:
                    for letter in text)[:900]
 
 
+def release_memory() -> None:
+    """Give the memory that compiling this file took back to the system.
+
+    malloc_trim(3) exists in glibc; without it the memory is only reused.
+    """
+    import ctypes
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def run_daemon(machine: Machine, system: bool) -> int:
     """Be koid, until a signal says stop. Raises Error."""
     if system and os.geteuid():
@@ -7411,13 +7414,12 @@ def run_daemon(machine: Machine, system: bool) -> int:
 
 
 # ==========================================================================
-# Hub: what does the dashboard know?                                 (files)
+# Dashboard: what is kept of all hosts, by which rule?               (files)
 #
 # One SQLite database, written by one thread: what waits is written together,
 # and acknowledged when it is on the disk (WAL and synchronous=FULL).
 # ==========================================================================
 
-UP_TO_HERE = set(globals())     # what koid needs; see `let_go`
 
 HUB_SCHEMA = 1
 HUB_APPLICATION = 0x6B6F6932    # "koi2": a history is no dashboard
@@ -10960,7 +10962,7 @@ def text_pieces(frames: bytes) -> list[str]:
 
 
 # ==========================================================================
-# Alerts: who is told, and how?                         (network, processes)
+# Notifier: how does an alert go out?                   (network, processes)
 #
 # A change of state is told once: by mail, webhook or ntfy. What cannot be
 # told is tried again, and shown on the page.
@@ -11170,7 +11172,7 @@ def cut_off(connection) -> None:
 
 
 # ==========================================================================
-# Web: what does a browser or an agent get back?            (network, files)
+# HttpServer: what does a browser or an agent get?          (network, files)
 #
 # Bytes become a Request, and a Response becomes bytes. Whoever calls may be
 # hostile, so all of it has limits: bytes, seconds, connections an address.
@@ -18428,7 +18430,7 @@ def page_text(server: str | None = None) -> str:
 
 
 # ==========================================================================
-# Command: what can I type?                                      (terminal)
+# Command: what can I type?                                       (terminal)
 #
 # What crontab(1) knows works here as it does there: its options, messages
 # and exit status. Beside it stands one function for each command of ours.
@@ -20083,7 +20085,7 @@ MARK = "# koitab import: "      # stands before a line that needs a look
 EMPTY = '""'
 CRON_HEADER = ("# DO NOT EDIT THIS FILE", "# (")
 CRON_PIDS = (CRON_PID, "/var/run/crond.pid", "/var/run/cron.pid")
-OURS = b"/var/cache/koi"        # stands in the first lines of this program
+OURS = b'"""koitab: '           # the second line of this program
 
 
 class Source(FrozenRecord):
@@ -20426,20 +20428,8 @@ def command_completion(options: Options, machine: Machine, shell: str) -> int:
     return EXIT_OK
 
 
-def let_go() -> None:
-    """koid keeps in memory only what it needs: what stands below UP_TO_HERE
-    is half of this file. Of that `main` needs two names to the end."""
-    if __name__ == PROG:
-        return              # a test has loaded us as a module
-    for name in set(globals()) - UP_TO_HERE - {
-            "UP_TO_HERE", "CrontabError", "ExitWithText"}:
-        del globals()[name]
-    import gc
-    gc.collect()            # classes are rings, which nothing else frees
-
-
 def command_daemon(options: Options, machine: Machine) -> int:
-    let_go()
+    release_memory()
     return run_daemon(machine, options.system)
 
 

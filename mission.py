@@ -27,7 +27,7 @@ What it promises:
 It needs Python 3.9 or newer and nothing else. Read it from top to bottom:
 values first, then decisions, then deeds. Each section says what it touches.
 
-    Kit       what do both programs need?                (files, clock)
+    Common    what do both programs need?                (files, clock)
     Jsonc     what does the configuration text say?      (nothing)
     Config    is this a configuration we can run?        (nothing)
     Plan      what will this run do, in order?           (nothing)
@@ -74,7 +74,7 @@ EXIT_CONFIG = 78        # EX_CONFIG
 EXIT_SIGNAL = 128       # plus the number of the signal, as shells report it
 
 # ==========================================================================
-# Kit: what do both programs need?                           (files, clock)
+# Common: what do both programs need?                        (files, clock)
 #
 # This section is the same text in mission.py and koitab.py; a test compares
 # them. So it knows neither backups nor schedules.

@@ -247,10 +247,10 @@ def annotation_words(name: str) -> set[str]:
             if isinstance(leaf, ast.Name)}
 
 
-def test_the_kit_is_the_same_text_in_both_files():
-    kits = {part.text for name in SOURCES for part in sections(name)
-            if part.name == "Kit"}
-    assert len(kits) == 1
+def test_common_is_the_same_text_in_both_files():
+    texts = {part.text for name in SOURCES for part in sections(name)
+            if part.name == "Common"}
+    assert len(texts) == 1
 
 
 # --- it needs Python 3.9 and nothing else ---------------------------------

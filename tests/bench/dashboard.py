@@ -1011,9 +1011,6 @@ def main() -> None:
     if args.inside:
         INSIDE[args.inside[0]](*json.loads(args.inside[1]))
         return
-    # Root's programs begin with what was compiled before, in /var/cache/koi.
-    subprocess.run([args.koitab.resolve(), "--version"], check=True,
-                   stdout=subprocess.DEVNULL)
     print(f"{os.cpu_count()} processors, load {loads()}")
     row("figure", "wanted", "measured")
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
