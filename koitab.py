@@ -7393,6 +7393,23 @@ def one_line(text: str) -> str:
                    for letter in text)[:900]
 
 
+# Compiles the program named by the first argument and calls its `main`.
+LOADER = ("import sys; del sys.argv[0]; koid = {'__name__': 'koid', "
+          "'__file__': sys.argv[0]}; "
+          "exec(compile(open(sys.argv[0], encoding='utf-8').read(), "
+          "sys.argv[0], 'exec'), koid); sys.exit(koid['main']())")
+
+
+def load_again() -> None:
+    """Replace this process by one that does not keep its syntax tree.
+
+    Python holds the syntax tree of a script (35 MB) until the script ends,
+    but frees that of compile(). Only a program started as a script comes
+    here; the new process is not one.
+    """
+    os.execv(sys.executable, ["koid", "-IS", "-c", LOADER, *sys.argv])
+
+
 def release_memory() -> None:
     """Give the memory that compiling this file took back to the system.
 
@@ -20429,6 +20446,8 @@ def command_completion(options: Options, machine: Machine, shell: str) -> int:
 
 
 def command_daemon(options: Options, machine: Machine) -> int:
+    if __name__ == "__main__":
+        load_again()
     release_memory()
     return run_daemon(machine, options.system)
 

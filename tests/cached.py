@@ -17,7 +17,7 @@ from types import ModuleType
 def main(cache: str, patch: str, file: str) -> None:
     del sys.argv[:3]
     sys.pycache_prefix = cache
-    name = file.rpartition("/")[2].partition(".")[0] if patch else "__main__"
+    name = file.rpartition("/")[2].partition(".")[0]
     program = sys.modules[name] = ModuleType(name)
     program.__file__ = file
     code = SourceFileLoader(name, file).get_code(name)
