@@ -52,7 +52,6 @@ install: ## copy mission, koitab and koid to $(PREFIX)/bin
 
 uninstall: ## remove them again; configurations, logs and state stay
 	rm -f $(BIN)/mission $(BIN)/koitab $(BIN)/koid
-	rm -rf $(DESTDIR)/var/cache/mission
 
 sums: ## SHA-256 of what is installed
 	@sha256sum mission.py koitab.py

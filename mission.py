@@ -1,15 +1,5 @@
-#!/bin/sh
-""":"
-exec /usr/bin/python3 -IS -c '
-import sys
-from importlib.machinery import SourceFileLoader
-del sys.argv[0]
-sys.pycache_prefix = "/var/cache/mission"
-code = SourceFileLoader("__main__", sys.argv[0]).get_code("__main__")
-sys.pycache_prefix = None
-exec(code, {"__name__": "__main__", "__file__": sys.argv[0]})' "$0" "$@"
-
-mission: a task runner for the daily backup of a system and its clouds.
+#!/usr/bin/python3 -IS
+"""mission: a task runner for the daily backup of a system and its clouds.
 
 It loads tasks from a configuration, runs them in order from root's crontab
 or by hand, gives what they stored to its owner and commits it, mails and
@@ -39,15 +29,9 @@ values first, then decisions, then deeds. Each section says what it touches.
     Sample    what does `init` write?                    (nothing)
     Command   what can I type?                           (terminal)
 
-Above this text stand some lines for sh, which is replaced by Python before
-it reads on; for Python they are the beginning of this docstring. They load
-this file through Python's own cache of compiled code, as every module is
-loaded: compiling it at each start would take four times as long as all the
-rest of `mission list`. The cache is /var/cache/mission, where root alone can
-write; without it the file is compiled, and `python3 -IS mission.py` works as
-well. -I keeps the caller's PYTHON* variables and the script's own folder out
-of the imports, -S keeps site-packages out: root runs this file and the
-standard library, nothing else. For the same quick start, modules that cost
+The options -I and -S in the first line keep the caller's PYTHON* variables,
+the directory of the script and site-packages out of the imports: root runs
+this file and the standard library, nothing else. Modules that cost
 milliseconds (`re` and `json` among them) are imported where they are used.
 """
 

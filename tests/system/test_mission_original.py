@@ -68,9 +68,8 @@ def home(host):
         subprocess.run(["git", "init", "-q", str(home / repository)],
                        check=True)
     support.own(home, support.ALICE_UID)
-    # State and cache of the test's own.
+    # State of the test's own.
     host.setup.append("mount -t tmpfs -o mode=755 tmpfs /var/lib")
-    host.setup.append("mount -t tmpfs -o mode=755 tmpfs /var/cache")
     return home
 
 
@@ -142,7 +141,6 @@ def test_our_own_sample_is_right_where_what_it_names_is_there(host):
     config.write_text(sample.replace("anon", support.ALICE))
     support.own(home, support.ALICE_UID)
     host.setup.append("mount -t tmpfs -o mode=755 tmpfs /var/lib")
-    host.setup.append("mount -t tmpfs -o mode=755 tmpfs /var/cache")
     mission = f"{support.ROOT}/mission.py -c {config}"
     # A small disk lacks the 1G that the sample wants on one storage.
     result = from_crontab(host, f"{mission} check && {mission} run "
