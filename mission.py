@@ -15,19 +15,29 @@ What it promises:
   stays small whatever a task prints.
 
 It needs Python 3.9 or newer and nothing else. Read it from top to bottom:
-values first, then decisions, then deeds. Each section says what it touches.
+values first, then decisions, then effects. A section uses only names from
+above it; behind its question stands what it touches, and who it runs as:
+C the caller (root from cron), U the user of the task, O the owner of the
+repository.
 
-    Common    what do both programs need?                (files, clock)
-    Jsonc     what does the configuration text say?      (nothing)
-    Config    is this a configuration we can run?        (nothing)
-    Plan      what will this run do, in order?           (nothing)
-    Report    what happened, and how do we tell it?      (nothing)
-    Machine   what may mission do to this host?          (machine)
-    Builtins  which tasks need no script?                (files, network)
-    Journal   what do earlier runs say?                  (files, clock)
-    Run       who carries the plan out?                  (machine)
-    Sample    what does `init` write?                    (nothing)
-    Command   what can I type?                           (terminal)
+    Common    what do both programs need?              (files, clock)       C
+    Jsonc     what does the configuration text say?    (nothing)            C
+    Config    what does the configuration mean?        (nothing)            C
+    Check     can this configuration run?              (nothing)            C
+    Plan      what will this run do, in order?         (nothing)            C
+    Report    what is reported of a run?               (nothing)            C
+    Processes how is a program started, and stopped?   (processes)          C U
+    Files     who can change a file?                   (files)              C
+    Host      what is true of this host?               (files)              C
+    Chown     how does a tree get another owner?       (files)              C
+    Git       how is a storage committed?              (files, processes)   C O
+    Delivery  how do people hear of a run?             (network, processes) C
+    Builtins  which tasks need no script?              (files, network)     U
+    State     what is known of earlier runs?           (files, clock)       C
+    RunLog    where do the lines of a run go?          (files, terminal)    C
+    Run       how are the steps of a run carried out?  (machine)            C
+    Sample    what does `init` write?                  (nothing)            C
+    Command   what can I type?                         (terminal)           C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
 the directory of the script and site-packages out of the imports: root runs
@@ -57,8 +67,9 @@ EXIT_BUSY = 75          # EX_TEMPFAIL: another run holds the lock
 EXIT_CONFIG = 78        # EX_CONFIG
 EXIT_SIGNAL = 128       # plus the number of the signal, as shells report it
 
+
 # ==========================================================================
-# Common: what do both programs need?                        (files, clock)
+# Common: what do both programs need?                         (files, clock)
 #
 # This section is the same text in mission.py and koitab.py; a test compares
 # them. So it knows neither backups nor schedules.
@@ -252,7 +263,7 @@ def try_lock(path: str) -> int | None:
 
 
 # ==========================================================================
-# Jsonc: what does the configuration text say?                    (nothing)
+# Jsonc: what does the configuration text say?                     (nothing)
 #
 # JSON (RFC 8259) with // and /* */ comments and trailing commas. Comments
 # count as blanks, so the position of every value is true; `json` does not
@@ -407,15 +418,16 @@ def is_number(word: str) -> bool:
 
 
 # ==========================================================================
-# Config: is this a configuration we can run?                     (nothing)
+# Config: what does the configuration mean?                        (nothing)
 #
-# Text becomes values with positions, values become a Config, and whatever
-# is wrong becomes a Complaint: all of them, never the first alone. What the
-# host says (is there such a user, such a file?) comes in as Facts, so that
-# every judgement here can be tested without a host.
+# Text becomes values with positions, values become a Config with absolute
+# paths. Each error is a Diagnostic: all of them are collected, never the
+# first alone. One table of keys for each object of the configuration gives
+# the type and the default of a key.
 # ==========================================================================
 
 LOWER, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
+
 # Regular expressions. The address is conservative on purpose: it becomes
 # an argument of sendmail.
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
@@ -423,16 +435,6 @@ ADDRESS = (r"[A-Za-z0-9_][A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{0,63}"
            r"@[A-Za-z0-9](?:[A-Za-z0-9.-]{0,253}[A-Za-z0-9])?")
 ENDPOINT = r"(?i)https?://[^\s/?#\\]+(?:[/?#][^\s\\]*)?"
 HOST_NAME = r"(?i)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.?)+"
-# Root, and what chown(2) takes for "leave it" (-1 in 16 and 32 bits).
-NOT_A_USER = frozenset((0, -1, 2**16 - 1, 2**32 - 1))
-# As root we would give these away to a user, with all that is in them.
-SYSTEM_FOLDERS = frozenset(
-    "/ /bin /boot /dev /etc /home /lib /lib32 /lib64 /media /mnt /opt /proc "
-    "/root /run /sbin /srv /sys /tmp /usr /usr/bin /usr/lib /usr/local "
-    "/usr/local/bin /usr/sbin /usr/share /var /var/cache /var/lib /var/log "
-    "/var/spool /var/tmp /Applications /Library /System /Users /Volumes "
-    "/private /private/etc /private/var".split())
-BASH_RULE = "set -euo pipefail"
 CARRIED = {"spotify": ("sync", "sessions")}     # built in -> storages it needs
 
 
@@ -507,7 +509,6 @@ SIZES = ValueType(
 SECTION = ValueType("an object", lambda v: isinstance(v, dict), blank={})
 SECTIONS = ValueType("a list of objects", lambda v: isinstance(v, list),
                      blank=[])
-
 NEEDED = object()       # a key that must be there
 
 # key -> its shape and its default; None is "not set", and `dump` leaves it
@@ -864,12 +865,33 @@ def as_json(config: Config) -> dict:
     }
 
 
+# ==========================================================================
+# Check: can this configuration run?                               (nothing)
+#
+# Everything that `check` reports about a configuration that can be read.
+# Facts about the host (does a user, a file exist?) come in as HostFacts, so
+# every decision here can be tested without a host.
+# ==========================================================================
+
+# Root, and what chown(2) takes for "leave it" (-1 in 16 and 32 bits).
+NOT_A_USER = frozenset((0, -1, 2**16 - 1, 2**32 - 1))
+
+# As root we would give these away to a user, with all that is in them.
+SYSTEM_FOLDERS = frozenset(
+    "/ /bin /boot /dev /etc /home /lib /lib32 /lib64 /media /mnt /opt /proc "
+    "/root /run /sbin /srv /sys /tmp /usr /usr/bin /usr/lib /usr/local "
+    "/usr/local/bin /usr/sbin /usr/share /var /var/cache /var/lib /var/log "
+    "/var/spool /var/tmp /Applications /Library /System /Users /Volumes "
+    "/private /private/etc /private/var".split())
+BASH_RULE = "set -euo pipefail"
+
+
 class Script(FrozenRecord):
     """What the host says of a task's file."""
     path: str
     state: str = ""             # "" or what is wrong: "does not exist", ...
     head: str = ""              # its first bytes, one character each
-    lost_interpreter: str = ""  # named in the #! line and not there
+    missing_interpreter: str = ""  # named in the #! line and not there
     intruder: str = ""          # who else could change what root runs
 
 
@@ -1238,8 +1260,8 @@ def script_faults(task: Task, config: Config, facts: HostFacts):
     elif head.split("\n", 1)[0].endswith("\r"):
         yield (f"{path}:1: the #! line ends in CR (a Windows line end)",
                f"sed -i 's/\\r$//' {path}")
-    elif script.lost_interpreter:
-        yield (f"{path}:1: the interpreter {script.lost_interpreter} does "
+    elif script.missing_interpreter:
+        yield (f"{path}:1: the interpreter {script.missing_interpreter} does "
                "not exist", "an interpreter of this host")
     elif not head.startswith("#!"):
         if not head.startswith(PROGRAM_MAGIC):
@@ -1263,7 +1285,7 @@ def first_command(head: str) -> tuple[int, str]:
 
 
 # ==========================================================================
-# Plan: what will this run do, in order?                          (nothing)
+# Plan: what will this run do, in order?                           (nothing)
 #
 # A run is a list of steps, decided before the first is carried out; what
 # `--dry-run` prints is what `run` does. The order is the original's, but
@@ -1399,7 +1421,7 @@ def blocked_by(task: Task, outcomes: dict) -> str:
 
 
 # ==========================================================================
-# Report: what happened, and how do we tell it?                   (nothing)
+# Report: what is reported of a run?                               (nothing)
 #
 # A task's output is hostile: it may be endless, binary, a hundred megabytes
 # on one line, or look like our own lines. It comes in as chunks of bytes
@@ -1420,7 +1442,6 @@ MAIL_LIMIT = 200_000    # characters of the log in a mail, half of them tail
 PING_LIMIT = 10_000     # what Healthchecks keeps of a ping's body
 EXCERPT_BLOCK = 2000
 PLAIN = bytes(range(0x20, 0x7F)) + b"\t\n"
-
 
 # UNSAFE as a table for str.translate; whole lines keep their newlines.
 ESCAPES = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
@@ -1843,11 +1864,11 @@ def metrics_text(record: dict, last_success: float) -> str:
 
 
 # ==========================================================================
-# Machine: what may mission do to this host?                      (machine)
+# Processes: how is a program started, and stopped?              (processes)
 #
-# Everything that touches the host: accounts, processes, descriptors, git,
-# mail, HTTP. Where root works in a folder that a user can write there are
-# two rules: walk by descriptors and follow no link, or do it as that user.
+# Each program gets a session of its own, a built environment and a limit of
+# time. When mission is stopped by a signal, or a limit has passed, the group
+# of the program gets SIGTERM, and SIGKILL 10 seconds later.
 # ==========================================================================
 
 HOST = os.uname().nodename
@@ -1858,10 +1879,7 @@ KILL_TO_GONE = 10.0     # then we leave a process that even SIGKILL cannot end
 STOPPED_SECONDS = 10    # for each delivery, once we were told to stop
 GRACE = 2.0             # for the output of children that outlive their task
 SILENCE = 1.0           # after which a line without an end is shown
-GIT_SECONDS, MAIL_SECONDS, PASS_SECONDS, DESKTOP_SECONDS = 600, 60, 60, 5
-DEEPEST_TREE = 512      # a folder is held open for each level
-LOCK_AGE = 15 * 60      # a git lock this old belongs to nobody
-FRESH = 0.05            # a ctime this new may hide a change after it
+PASS_SECONDS = 60       # for the password store; gpg may ask an agent
 OUTPUT_KEPT = 65536     # characters of a helper program's output
 
 
@@ -1974,90 +1992,6 @@ class ProcessResult(FrozenRecord):
                 else status_text(self.code)) + said
 
 
-class ChownReport(FrozenRecord):
-    """What a walk did: entries given over, entries already right, and
-    (path, reason) for what was left alone."""
-    changed: int
-    right: int
-    left: list
-
-
-def writer_of(status: os.stat_result, trusted: set[int]) -> str:
-    if status.st_uid not in trusted:
-        account = account_of(status.st_uid)
-        return "belongs to " + (account.name if account
-                                else f"user id {status.st_uid}")
-    if stat.S_ISLNK(status.st_mode):
-        return ""           # its folder decides
-    mode = status.st_mode
-    if stat.S_ISDIR(mode) and mode & stat.S_ISVTX:
-        return ""           # as /tmp: others cannot replace what is ours
-    if mode & 0o002:
-        return f"can be written by everyone (mode {mode & 0o7777:04o})"
-    if mode & 0o020 and not members_of(status.st_gid) <= trusted:
-        return f"can be written by its group (mode {mode & 0o7777:04o})"
-    return ""
-
-
-def members_of(gid: int) -> set[int]:
-    """The user ids in a group, as second or as first group."""
-    import grp
-    found = {entry.pw_uid for entry in pwd.getpwall() if entry.pw_gid == gid}
-    try:
-        names = grp.getgrgid(gid).gr_mem
-    except KeyError:
-        return found
-    accounts = (account_of(name) for name in names)
-    return found | {account.uid for account in accounts if account}
-
-
-def path_components(path: str) -> list[str]:
-    """Every name on the way to what `path` leads to, links included: who
-    can change one of them can change what stands there."""
-    names, at, found, links = path.split("/"), "/", ["/"], 0
-    while names:
-        name = names.pop(0)
-        if name in ("", ".", ".."):
-            at = os.path.dirname(at) if name == ".." else at
-            continue
-        place = os.path.join(at, name)
-        found.append(place)
-        if os.path.islink(place):
-            links += 1
-            if links > 40:
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-            target = os.readlink(place)
-            names = target.split("/") + names
-            at = "/" if target.startswith("/") else at
-        else:
-            at = place
-    return found
-
-
-def folder_fault(path: str, strict: bool) -> str:
-    """What is wrong with a storage's folder; ''."""
-    if not os.path.isdir(path):
-        return "is no folder" if os.path.exists(path) else "does not exist"
-    if strict:
-        try:
-            os.close(open_folder(path))
-        except OSError as error:
-            return f"cannot be opened safely ({error.strerror})"
-    return ""
-
-
-def python_fault(source: bytes, path: str) -> str:
-    """Why a built-in's task.py cannot work; ''."""
-    import ast
-    try:
-        tree = ast.parse(source, path)
-    except (SyntaxError, ValueError) as error:
-        return f"is broken at line {getattr(error, 'lineno', 1)}: {error}"
-    bound = {getattr(node, name, None) for node in ast.walk(tree)
-             for name in ("name", "asname", "id")}
-    return "" if bound & {"run", "*"} else "has no `def run(args, log)`"
-
-
 def reason_of(error: BaseException) -> str:
     """An exception in one line for a person."""
     while getattr(error, "reason", None) and isinstance(
@@ -2067,7 +2001,7 @@ def reason_of(error: BaseException) -> str:
     return escape_controls(" ".join(text.split()))[:300]
 
 
-def processes():
+def list_processes():
     """(pid, name) of every process (Linux)."""
     for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if entry.isdigit():
@@ -2079,7 +2013,7 @@ def processes():
                 continue
 
 
-def links_of(pid: int) -> list[str]:
+def open_links(pid: int) -> list[str]:
     """Where the descriptors and the working directory of a process lead."""
     found = []
     try:
@@ -2091,12 +2025,12 @@ def links_of(pid: int) -> list[str]:
     return found
 
 
-def marked(run_id: str) -> dict[str, str]:
+def processes_of_run(run_id: str) -> dict[str, str]:
     """slug -> "pid name" of processes that a run started and that live on:
     their environment says so (Linux)."""
     found = {}
     mark = f"MISSION_RUN_ID={run_id}".encode()
-    for pid, name in processes():
+    for pid, name in list_processes():
         try:
             with open(f"/proc/{pid}/environ", "rb") as file:
                 words = file.read().split(b"\0")
@@ -2109,492 +2043,6 @@ def marked(run_id: str) -> dict[str, str]:
     return found
 
 
-def open_folder(path: str) -> int:
-    """A descriptor of the folder at `path`. Raises OSError.
-
-    As root it is opened name by name. A symbolic link is followed only
-    where nobody but root could have put it: anyone else could make it lead
-    to /etc, before or after we looked.
-    """
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    if os.geteuid() != 0:
-        return os.open(path, flags)
-    names, links = path.strip("/").split("/"), 0
-    fd = os.open("/", flags)
-    while names:
-        name = names.pop(0)
-        if not name:
-            continue
-        try:
-            below = os.open(name, flags | os.O_NOFOLLOW, dir_fd=fd)
-        except OSError as error:
-            target, links = root_link(fd, name, error), links + 1
-            if target is None or links > 40:
-                os.close(fd)
-                raise
-            names = target.strip("/").split("/") + names
-            if not target.startswith("/"):
-                continue
-            below = os.open("/", flags)
-        os.close(fd)
-        fd = below
-    return fd
-
-
-def root_link(fd: int, name: str, error: OSError) -> str | None:
-    """Where a symbolic link leads that only root could have made."""
-    if error.errno not in (errno.ELOOP, errno.ENOTDIR):
-        return None
-    folder = os.fstat(fd)
-    link = os.lstat(name, dir_fd=fd)
-    sticky = folder.st_mode & stat.S_ISVTX
-    if not stat.S_ISLNK(link.st_mode) or link.st_uid != 0 \
-            or folder.st_uid != 0 or (folder.st_mode & 0o022 and not sticky):
-        return None
-    return os.readlink(name, dir_fd=fd)
-
-
-class ChownWalk:
-    """Gives a tree to a user, by descriptors, whatever happens in it
-    meanwhile.
-
-    Each entry is opened with O_PATH and O_NOFOLLOW, judged by fstat on that
-    descriptor, and changed through it, so that what was judged is what is
-    changed. A regular file with other hard links is changed only when all of
-    them were seen in this tree; its ctime, which every link and rename sets,
-    must have stood still since the first of them was seen.
-    """
-
-    def __init__(self, uid: int, gid: int, stopped=lambda: False):
-        self.uid, self.gid, self.stopped = uid, gid, stopped
-        self.changed = self.right = 0
-        self.waited = False
-        self.left: list[tuple[str, str]] = []
-        self.linked: dict[int, dict] = {}   # inode -> what was seen of it
-        self.device = 0
-        self.flags = os.O_NOFOLLOW | os.O_CLOEXEC
-
-    def walk(self, path: str) -> ChownReport:
-        """The whole tree, its top folder included. Raises OSError when the
-        top cannot be opened."""
-        top = open_folder(path)
-        try:
-            self.device = os.fstat(top).st_dev
-            self.mount = mount_of(top)
-            self.files_mounted = any(
-                os.path.isfile(point) for point in mount_points())
-            self.folder(top, path, 0)
-            for seen in self.linked.values():
-                self.hard_linked(top, path, seen)
-        finally:
-            os.close(top)
-        return ChownReport(self.changed, self.right, self.left)
-
-    def leave(self, path: str, why: str) -> None:
-        self.left.append((escape_controls(path), why))
-
-    def folder(self, fd: int, path: str, depth: int) -> None:
-        """Everything in a folder, then the folder itself."""
-        below = []
-        with os.scandir(fd) as entries:
-            for entry in entries:
-                if self.stopped():
-                    return
-                try:
-                    self.entry(fd, entry.name, path, below)
-                except OSError as error:
-                    self.leave(os.path.join(path, entry.name),
-                               error.strerror)
-        for name, identity in below:
-            inner = os.path.join(path, name)
-            if depth + 1 >= DEEPEST_TREE:
-                self.leave(inner, f"deeper than {DEEPEST_TREE} folders")
-                continue
-            try:
-                self.enter(fd, name, identity, inner, depth)
-            except OSError as error:
-                self.leave(inner, "changed while walking" if error.errno in (
-                    errno.ELOOP, errno.ENOTDIR, errno.ENOENT)
-                    else error.strerror)
-        self.give(fd, os.fstat(fd), path, os.fchown, fd)
-
-    def enter(self, fd, name, identity, path, depth) -> None:
-        # O_NONBLOCK: a FIFO may have taken the folder's place.
-        inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
-                        | self.flags, dir_fd=fd)
-        try:
-            status = os.fstat(inner)
-            if (status.st_dev, status.st_ino) != identity:
-                self.leave(path, "changed while walking")
-            else:
-                self.folder(inner, path, depth + 1)
-        finally:
-            os.close(inner)
-
-    def entry(self, fd: int, name: str, path: str, below: list) -> None:
-        held = os.open(name, PATH_ONLY | self.flags, dir_fd=fd) \
-            if PATH_ONLY else None
-        try:
-            status = os.fstat(held) if held is not None else os.stat(
-                name, dir_fd=fd, follow_symlinks=False)
-            kind = stat.S_IFMT(status.st_mode)
-            path = os.path.join(path, name)
-            if status.st_dev != self.device or (
-                    held is not None
-                    and (kind == stat.S_IFDIR or self.files_mounted)
-                    and mount_of(held) != self.mount):
-                self.leave(path, "another file system")
-            elif kind == stat.S_IFDIR:
-                below.append((name, (status.st_dev, status.st_ino)))
-            elif kind in (stat.S_IFBLK, stat.S_IFCHR):
-                self.leave(path, "a device")
-            elif kind == stat.S_IFREG and status.st_nlink > 1:
-                self.count_link(fd, name, path, status)
-            elif held is not None and kind != stat.S_IFLNK:
-                self.give(held, status, path, os.chown,
-                          f"/proc/self/fd/{held}")
-            else:
-                self.give(held, status, path, chown_link, (name, fd))
-        finally:
-            if held is not None:
-                os.close(held)
-
-    def give(self, fd, status, path: str, chown, what) -> None:
-        """Change one entry, unless it is right already."""
-        if (status.st_uid, status.st_gid) == (self.uid, self.gid):
-            self.right += 1
-            return
-        if stat.S_ISREG(status.st_mode) and status.st_mode & 0o6000 \
-                and fd is not None:
-            os.chmod(f"/proc/self/fd/{fd}", status.st_mode & 0o1777)
-            self.leave(path, "given over without its setuid and setgid bits")
-        elif stat.S_ISDIR(status.st_mode) and status.st_mode & 0o6000:
-            os.fchmod(fd, status.st_mode & 0o1777)
-        chown(what, self.uid, self.gid)
-        self.changed += 1
-
-    def count_link(self, fd, name, path, status) -> None:
-        if (status.st_uid, status.st_gid) == (self.uid, self.gid):
-            self.right += 1
-            return
-        if not self.waited and -FRESH < time.time() - status.st_ctime < FRESH:
-            # Made a moment ago, by a task that ended just now.
-            self.waited = True
-            time.sleep(2 * FRESH)
-        seen = self.linked.setdefault(status.st_ino, {
-            "status": status, "path": path, "names": set(), "still": True})
-        # By folder and name: a folder that is moved while we walk brings
-        # the same link twice, and must not count twice.
-        seen["names"].add((os.fstat(fd).st_ino, name))
-        seen["still"] = seen["still"] and status.st_ctime_ns == \
-            seen["status"].st_ctime_ns and time.time() - status.st_ctime > \
-            FRESH
-
-    def hard_linked(self, top: int, root: str, seen: dict) -> None:
-        """Change a file all of whose links are in the tree."""
-        path, status = seen["path"], seen["status"]
-        if len(seen["names"]) != status.st_nlink:
-            return self.leave(path, f"{status.st_nlink} hard links, "
-                              f"{len(seen['names'])} of them here")
-        if not seen["still"] or not PATH_ONLY:
-            return self.leave(path, "hard links that just changed")
-        folders = os.path.relpath(path, root).split("/")
-        fd = os.dup(top)
-        try:
-            for depth, name in enumerate(folders, start=1):
-                flags = PATH_ONLY if depth == len(folders) \
-                    else PATH_ONLY | os.O_DIRECTORY
-                inner = os.open(name, flags | self.flags, dir_fd=fd)
-                os.close(fd)
-                fd = inner
-            now = os.fstat(fd)
-            if (now.st_ino, now.st_dev, now.st_nlink, now.st_ctime_ns) != (
-                    status.st_ino, status.st_dev, status.st_nlink,
-                    status.st_ctime_ns):
-                return self.leave(path, "changed while walking")
-            self.give(fd, now, path, os.chown, f"/proc/self/fd/{fd}")
-        except OSError as error:
-            self.leave(path, error.strerror)
-        finally:
-            os.close(fd)
-        return None
-
-
-# Without /proc or O_PATH (macOS) entries are changed by name in an open
-# folder, never following a link.
-PATH_ONLY = getattr(os, "O_PATH", 0) if os.path.isdir("/proc/self/fd") else 0
-
-
-def mount_of(fd: int) -> str:
-    """The number of the mount that a descriptor leads to (Linux): a bind
-    mount of the same file system has its st_dev."""
-    try:
-        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-            return next((line for line in file
-                         if line.startswith(b"mnt_id:")), b"").decode()
-    except OSError:
-        return ""
-
-
-def mount_points() -> list[str]:
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8",
-                  errors="surrogateescape") as file:
-            return [line.split()[4].replace(r"\040", " ") for line in file]
-    except OSError:
-        return []
-
-
-def chown_link(what: tuple, uid: int, gid: int) -> None:
-    name, fd = what
-    os.chown(name, uid, gid, dir_fd=fd, follow_symlinks=False)
-
-
-def raise_open_files() -> None:
-    """Folders held open while walking may exceed a soft limit of 1,024."""
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY or hard > soft:
-        wanted = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
-        if wanted > soft:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-class Repository:
-    """Commits one folder with git, as the folder's owner.
-
-    Never as root in somebody else's repository: its configuration, hooks
-    and filters run programs, and no set of options switches all of them
-    off. As the owner they can do only what the owner could do anyway.
-    """
-
-    def __init__(self, machine: Machine, path: str, tell):
-        """tell(kind, text): a line for the log ("Status" ...), or raw bytes
-        of git's output with the kind ""."""
-        self.machine, self.path, self.tell = machine, path, tell
-        self.git = machine.program("git") or "git"
-        self.since = machine.clock.now()
-        fd = open_folder(path)
-        try:
-            uid = os.fstat(fd).st_uid
-        finally:
-            os.close(fd)
-        me = myself()
-        self.owner = me if uid == me.uid else account_of(uid)
-        if self.owner is None:
-            raise Error(f"{path} belongs to user id {uid}, who is unknown",
-                        "chown it to a user")
-        if self.owner.uid != me.uid and me.uid != 0:
-            raise Error(f"{path} belongs to {self.owner.name}",
-                        f"run mission as {self.owner.name} or as root")
-        self.env = environment(
-            self.owner, GIT_TERMINAL_PROMPT="0", GIT_PAGER="cat",
-            GIT_EDITOR="true", GIT_OPTIONAL_LOCKS="0", LC_ALL="C.UTF-8")
-
-    def call(self, *arguments: str, data: bytes = b"", tell=None,
-             whole=False) -> ProcessResult:
-        options = [
-            "core.fsync=all", "gc.auto=0", "maintenance.auto=false",
-            "core.fsmonitor=false",
-            "core.hooksPath=/dev/null", "commit.gpgSign=false",
-            "status.submoduleSummary=false", "color.ui=false"]
-        argv = [self.git, "-C", self.path, "--no-pager"]
-        for option in options:
-            argv += ["-c", option]
-        return self.machine.run(argv + list(arguments), GIT_SECONDS, data,
-                                self.env, self.owner, "/", tell, whole)
-
-    def must(self, *arguments: str, **options) -> ProcessResult:
-        """Call git; raises Error when it fails, once stale locks that
-        explain the failure are out of the way."""
-        done = self.call(*arguments, **options)
-        if done.code and self.clear_locks():
-            done = self.call(*arguments, **options)
-        if done.code:
-            if done.code < 0 or done.late:
-                self.clear_locks()
-            raise Error(f"git {arguments[0]}: {done.reason}")
-        return done
-
-    def raw(self, data: bytes) -> None:
-        self.tell("", data)
-
-    def commit(self, message: str) -> list[str]:
-        """Add and commit everything; warnings. Raises Error, OSError."""
-        self.refuse_mixed_owners()
-        self.wait_for_locks()
-        state = self.unfinished()
-        if state:
-            return [f"{self.path} is in the middle of a {state}: "
-                    "not committed"]
-        self.tell("Status", "")
-        self.must("status", "-sb", tell=self.raw)
-        self.tell("Add", "")
-        self.must("add", "-A", tell=self.raw)
-        warnings = self.nested()
-        staged = self.call("diff", "--cached", "--quiet", "--no-ext-diff",
-                           "--no-textconv")
-        if staged.code == 0:
-            self.tell("NoChanges", "")
-            return warnings
-        self.tell("Commit", message)
-        self.identify()
-        self.must("commit", "--quiet", "--no-verify", "--no-gpg-sign",
-                  "-F", "-", data=message.encode() + b"\n", tell=self.raw)
-        self.call("show", "--oneline", "--shortstat", "--no-ext-diff",
-                  "--no-textconv", "HEAD", tell=self.raw)
-        # git syncs its files, not the folders they stand in: only this
-        # makes what it acknowledged survive a power cut.
-        os.sync()
-        return warnings
-
-    def identify(self) -> None:
-        """A name for the commit where the owner has not set one."""
-        email = f"{self.owner.name}@{HOST}"
-        for key, value in (("name", PROG), ("email", email)):
-            if not self.call("config", f"user.{key}").output.strip():
-                for role in ("AUTHOR", "COMMITTER"):
-                    self.env[f"GIT_{role}_{key.upper()}"] = value
-
-    def nested(self) -> list[str]:
-        """Repositories inside: git notes their HEAD and not their files."""
-        listing = self.must("ls-files", "-s", "-z", whole=True).output
-        links = {entry.split("\t", 1)[1] for entry in listing.split("\0")
-                 if entry.startswith("160000 ")}
-        if not links:
-            return []
-        modules = self.call("config", "-z", "-f", ".gitmodules",
-                            "--get-regexp", r"submodule\..*\.path").output
-        declared = {entry.partition("\n")[2]
-                    for entry in modules.split("\0")}
-        return [
-            f"{escape_controls(os.path.join(self.path, name))} is a "
-            "repository "
-                "of its own: its files are not committed"
-                for name in sorted(links - declared)]
-
-    def folders(self) -> list[str]:
-        """Where git keeps things: .git, or what a .git file leads to."""
-        git = os.path.join(self.path, ".git")
-        if not os.path.isfile(git):
-            return [git]
-        found = os.path.join(self.path, short_text(git).removeprefix(
-            "gitdir: "))
-        common = os.path.join(found, "commondir")
-        if not os.path.isfile(common):
-            return [found]
-        return [found, os.path.join(found, short_text(common))]
-
-    def unfinished(self) -> str:
-        for name, state in (("rebase-merge", "rebase"), ("MERGE_HEAD",
-                            "merge"), ("rebase-apply", "rebase"),
-                            ("CHERRY_PICK_HEAD", "cherry-pick")):
-            if os.path.lexists(os.path.join(self.folders()[0], name)):
-                return state
-        return ""
-
-    def refuse_mixed_owners(self) -> None:
-        """Files of another user in .git would stop git half-way, or, when
-        the owner is root, let that user run programs as root. Root's own
-        repository must be root's all over: any folder of another user could
-        hold a repository with programs in its configuration."""
-        uid = self.owner.uid
-        for folder in self.folders():
-            self.refuse_in(folder, lambda status: status.st_uid == uid)
-        if uid != 0:
-            return
-        for folder in [self.path] + self.folders():
-            found = self.machine.untrusted_writer(folder, {0})
-            if found:
-                raise Error(f"git would run as root, and {found}",
-                            "chown the storage to its user, or protect it")
-            self.refuse_in(folder, lambda status: not writer_of(status, {0}))
-
-    def refuse_in(self, top: str, fits) -> None:
-        ahead = [top]
-        while ahead:
-            with os.scandir(ahead.pop()) as entries:
-                for entry in entries:
-                    status = entry.stat(follow_symlinks=False)
-                    if not fits(status):
-                        raise Error(
-                            f"{escape_controls(entry.path)} does not belong "
-                            "to "
-                            f"{self.owner.name} alone, who owns {self.path}",
-                            f"chown -hR {self.owner.name}: {self.path}, or "
-                            '"chown": true for this storage')
-                    if entry.is_dir(follow_symlinks=False):
-                        ahead.append(entry.path)
-
-    # --- locks that a killed git left -------------------------------------
-
-    def locks(self) -> list[str]:
-        found = []
-        for folder in self.folders():
-            for place, _, names in os.walk(os.path.join(folder, "refs")):
-                found += [os.path.join(place, name) for name in names
-                          if name.endswith(".lock")]
-            found += [os.path.join(folder, name)
-                      for name in os.listdir(folder)
-                      if name.endswith(".lock")]
-        return found
-
-    def users(self) -> list[str]:
-        """Processes that have the repository open."""
-        places = [self.path] + self.folders()
-        return [f"{pid} ({name})" for pid, name in processes()
-                if pid != os.getpid() and any(
-                    link == place or link.startswith(place + "/")
-                    for link in links_of(pid) for place in places)
-                and "git" in name]
-
-    def wait_for_locks(self) -> None:
-        """A lock may be another git at work: give it 30 seconds."""
-        deadline = self.machine.clock.ticks() + 30
-        while self.locks() and not self.clear_locks():
-            users = self.users()
-            if self.machine.stopped or not users \
-                    or self.machine.clock.ticks() > deadline:
-                lock = self.locks()[:1]
-                if not lock:
-                    return
-                raise Error(f"{lock[0]} is held"
-                            + (f" by {users[0]}" if users else
-                               ", for less than 15 minutes, by nobody"),
-                            f"if no git works there: rm {lock[0]}")
-            time.sleep(0.1)
-
-    def clear_locks(self) -> bool:
-        """Remove locks that a killed git left: older than the boot, than 15
-        minutes, or made while our own git ran, and nobody at work there."""
-        now = self.machine.clock.now()
-        stale = [lock for lock in self.locks() if self.is_stale(lock, now)]
-        if not stale or self.users():
-            return False
-        self.machine.run(["rm", "-f", "--", *stale], GIT_SECONDS,
-                         account=self.owner)
-        for lock in stale:
-            self.tell("StaleLock", escape_controls(lock))
-        return True
-
-    def is_stale(self, lock: str, now: float) -> bool:
-        try:
-            age = os.lstat(lock).st_mtime
-        except OSError:
-            return False
-        return age < now - LOCK_AGE or age >= self.since - 1 \
-            or age < boot_time()
-
-
-def short_text(path: str) -> str:
-    """What a small file says. It may have become a FIFO since we looked."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        return os.fsdecode(os.read(fd, 4096)).strip()
-    finally:
-        os.close(fd)
-
-
 def boot_time() -> float:
     try:
         with open("/proc/stat", encoding="ascii") as file:
@@ -2604,18 +2052,26 @@ def boot_time() -> float:
         return 0.0
 
 
-class Machine:
-    """The host. One short method for each thing mission may do to it."""
+def boot_id() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
+            return f.read().strip()
+    except OSError:
+        return str(boot_time())
 
-    def __init__(self):
-        self.clock = Clock()
-        self.stopped = 0            # the first signal that told us to stop
-        self.signals = 0            # how many did
+
+class Processes:
+    """The programs that mission starts, and the signals that stop them."""
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
+        self.stopped = 0            # the first signal that asked to stop
+        self.signals = 0            # the number of such signals
         self.armed = False          # a function is being timed
         self.wake = self.waker = -1
         self.on_tick = None         # called about once a second while waiting
 
-    # --- signals ----------------------------------------------------------
+    # --- signals ------------------------------------------------------------
 
     def listen(self) -> None:
         """From now on a signal to stop is noted, not obeyed."""
@@ -2656,7 +2112,7 @@ class Machine:
             self.armed = False
             signal.setitimer(signal.ITIMER_REAL, 0)
 
-    # --- processes --------------------------------------------------------
+    # --- programs -----------------------------------------------------------
 
     def start(self, argv: list[str], env: dict, cwd: str = "/",
               account: Account | None = None, limit: float | None = None,
@@ -2825,8 +2281,8 @@ class Machine:
             pipe = f"pipe:[{os.fstat(child.fd).st_ino}]"
         except OSError:
             return []
-        return [(pid, name) for pid, name in processes() if pid != os.getpid()
-                and any(pipe == link for link in links_of(pid))]
+        return [(pid, name) for pid, name in list_processes()
+                if pid != os.getpid() and pipe in open_links(pid)]
 
     def run(self, argv: list[str], limit: float, data: bytes = b"",
             env: dict | None = None, account: Account | None = None,
@@ -2857,6 +2313,8 @@ class Machine:
             unread = len(data) - os.lseek(stdin.fileno(), 0, os.SEEK_CUR)
         return ProcessResult(child.code, kept.decode("utf-8", "replace"),
                              bool(child.why), unread)
+
+    # --- functions in a child -----------------------------------------------
 
     def run_in_child(self, seconds: float, function, *arguments) -> tuple[bool,
                                                                           str]:
@@ -2923,20 +2381,223 @@ class Machine:
         finally:
             os._exit(0)
 
-    def prepare(self, config: Config) -> None:
-        """Load now what the end of a long run needs, lest an upgrade of
-        Python meanwhile takes it away."""
-        if config.mail.enabled:
-            import email.message    # noqa: F401
-            import email.policy     # noqa: F401
-            import email.utils      # noqa: F401
-        if config.mail.enabled and config.mail.type == "smtp":
-            import smtplib          # noqa: F401
-        if config.ping.enabled or config.mail.type == "smtp":
-            import ssl              # noqa: F401
-            import urllib.request   # noqa: F401
 
-    # --- facts ------------------------------------------------------------
+def read_password(processes: Processes, pass_bin: str, user: str,
+                  name: str) -> str:
+    """Return the password `name`: the first line that passBin prints.
+
+    passBin runs as `user`, because a password store has a configuration and
+    hooks of its own. Raises Error.
+    """
+    account = account_of(user) if os.geteuid() == 0 else myself()
+    done = processes.run([pass_bin, name], PASS_SECONDS, account=account,
+                         cwd=account.home if os.path.isdir(account.home)
+                         else "/")
+    line = done.output.split("\n", 1)[0].rstrip("\r")
+    if done.code or not line or len(line) > 4096:
+        raise Error(f"{pass_bin} {escape_controls(name)}: " + (
+            done.reason if done.code else "no password came"
+            if not line else "its first line is longer than 4 KiB"))
+    return line
+
+
+# ==========================================================================
+# Files: who can change a file?                                      (files)
+#
+# Where root works in a directory that a user can write, it walks by
+# descriptors and follows no link, or works as that user. What root runs may
+# be changed by nobody else: the file and every directory above it.
+# ==========================================================================
+
+
+def open_folder(path: str) -> int:
+    """A descriptor of the folder at `path`. Raises OSError.
+
+    As root it is opened name by name. A symbolic link is followed only
+    where nobody but root could have put it: anyone else could make it lead
+    to /etc, before or after we looked.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    if os.geteuid() != 0:
+        return os.open(path, flags)
+    names, links = path.strip("/").split("/"), 0
+    fd = os.open("/", flags)
+    while names:
+        name = names.pop(0)
+        if not name:
+            continue
+        try:
+            below = os.open(name, flags | os.O_NOFOLLOW, dir_fd=fd)
+        except OSError as error:
+            target, links = root_link(fd, name, error), links + 1
+            if target is None or links > 40:
+                os.close(fd)
+                raise
+            names = target.strip("/").split("/") + names
+            if not target.startswith("/"):
+                continue
+            below = os.open("/", flags)
+        os.close(fd)
+        fd = below
+    return fd
+
+
+def root_link(fd: int, name: str, error: OSError) -> str | None:
+    """Where a symbolic link leads that only root could have made."""
+    if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+        return None
+    folder = os.fstat(fd)
+    link = os.lstat(name, dir_fd=fd)
+    sticky = folder.st_mode & stat.S_ISVTX
+    if not stat.S_ISLNK(link.st_mode) or link.st_uid != 0 \
+            or folder.st_uid != 0 or (folder.st_mode & 0o022 and not sticky):
+        return None
+    return os.readlink(name, dir_fd=fd)
+
+
+def writer_of(status: os.stat_result, trusted: set[int]) -> str:
+    if status.st_uid not in trusted:
+        account = account_of(status.st_uid)
+        return "belongs to " + (account.name if account
+                                else f"user id {status.st_uid}")
+    if stat.S_ISLNK(status.st_mode):
+        return ""           # its folder decides
+    mode = status.st_mode
+    if stat.S_ISDIR(mode) and mode & stat.S_ISVTX:
+        return ""           # as /tmp: others cannot replace what is ours
+    if mode & 0o002:
+        return f"can be written by everyone (mode {mode & 0o7777:04o})"
+    if mode & 0o020 and not members_of(status.st_gid) <= trusted:
+        return f"can be written by its group (mode {mode & 0o7777:04o})"
+    return ""
+
+
+def members_of(gid: int) -> set[int]:
+    """The user ids in a group, as second or as first group."""
+    import grp
+    found = {entry.pw_uid for entry in pwd.getpwall() if entry.pw_gid == gid}
+    try:
+        names = grp.getgrgid(gid).gr_mem
+    except KeyError:
+        return found
+    accounts = (account_of(name) for name in names)
+    return found | {account.uid for account in accounts if account}
+
+
+def path_components(path: str) -> list[str]:
+    """Every name on the way to what `path` leads to, links included: who
+    can change one of them can change what stands there."""
+    names, at, found, links = path.split("/"), "/", ["/"], 0
+    while names:
+        name = names.pop(0)
+        if name in ("", ".", ".."):
+            at = os.path.dirname(at) if name == ".." else at
+            continue
+        place = os.path.join(at, name)
+        found.append(place)
+        if os.path.islink(place):
+            links += 1
+            if links > 40:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+            target = os.readlink(place)
+            names = target.split("/") + names
+            at = "/" if target.startswith("/") else at
+        else:
+            at = place
+    return found
+
+
+def untrusted_writer(path: str, trusted: set[int]) -> str:
+    """Who, beside `trusted`, could change what stands at `path`: the
+    file and every folder above it, as in sshd's StrictModes; or ''."""
+    try:
+        for place in path_components(path):
+            found = writer_of(os.lstat(place), trusted)
+            if found:
+                return f"{place} {found}"
+    except OSError as error:
+        return f"{error.filename or path}: {error.strerror}"
+    return ""
+
+
+def find_program(name: str) -> str | None:
+    """Where a program is: PATH, then where cron's PATH does not look.
+    Root passes over a folder that somebody else can write."""
+    folders = os.environ.get("PATH", "").split(":")
+    folders += SAFE_PATH.split(":") + ["/usr/lib"]
+    for folder in dict.fromkeys(folders):
+        path = os.path.join(folder, name)
+        if folder.startswith("/") and os.path.isfile(path) \
+                and os.access(path, os.X_OK) and not (
+                    os.geteuid() == 0 and untrusted_writer(path, {0})):
+            return path
+    return None
+
+
+# ==========================================================================
+# Host: what is true of this host?                                   (files)
+#
+# Collects the facts that Check compares a configuration with. Nothing here
+# changes the host or decides what is an error.
+# ==========================================================================
+
+
+def folder_fault(path: str, strict: bool) -> str:
+    """What is wrong with a storage's folder; ''."""
+    if not os.path.isdir(path):
+        return "is no folder" if os.path.exists(path) else "does not exist"
+    if strict:
+        try:
+            os.close(open_folder(path))
+        except OSError as error:
+            return f"cannot be opened safely ({error.strerror})"
+    return ""
+
+
+def python_fault(source: bytes, path: str) -> str:
+    """Why a built-in's task.py cannot work; ''."""
+    import ast
+    try:
+        tree = ast.parse(source, path)
+    except (SyntaxError, ValueError) as error:
+        return f"is broken at line {getattr(error, 'lineno', 1)}: {error}"
+    bound = {getattr(node, name, None) for node in ast.walk(tree)
+             for name in ("name", "asname", "id")}
+    return "" if bound & {"run", "*"} else "has no `def run(args, log)`"
+
+
+def foreign_file(folder: str, known: set[int]) -> str:
+    """A file in the folder that belongs to a third user; or ''."""
+    try:
+        uid = os.stat(folder).st_uid
+        if uid not in known:
+            return f"{folder} of user id {uid}"
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                uid = entry.stat(follow_symlinks=False).st_uid
+                if uid not in known:
+                    return (f"{escape_controls(entry.name)} of user id "
+                            f"{uid}")
+    except OSError:
+        pass
+    return ""
+
+
+def find_missing_interpreter(head: str) -> str:
+    """What the #! line names and this host does not have; or ''."""
+    words = interpreter_words(head)
+    if words and not os.access(words[0], os.X_OK):
+        return words[0]
+    name = interpreter_name(head)
+    if name and "/" not in name and not any(
+            os.access(os.path.join(folder, name), os.X_OK)
+            for folder in SAFE_PATH.split(":")):
+        return name
+    return ""
+
+
+class HostInspector:
+    """Finds on this host what a configuration is validated against."""
 
     def home_of(self, name: str) -> str | None:
         account = account_of(name)
@@ -2944,20 +2605,6 @@ class Machine:
         if account and account.uid == me.uid:
             return me.home
         return account.home if account else None
-
-    def program(self, name: str) -> str | None:
-        """Where a program is: PATH, then where cron's PATH does not look.
-        Root passes over a folder that somebody else can write."""
-        folders = os.environ.get("PATH", "").split(":")
-        folders += SAFE_PATH.split(":") + ["/usr/lib"]
-        for folder in dict.fromkeys(folders):
-            path = os.path.join(folder, name)
-            if folder.startswith("/") and os.path.isfile(path) \
-                    and os.access(path, os.X_OK) and not (
-                        os.geteuid() == 0 and self.untrusted_writer(path,
-                                                                    {0})):
-                return path
-        return None
 
     def facts(self, config: Config) -> HostFacts:
         """What the host says of all that the configuration names."""
@@ -2970,7 +2617,7 @@ class Machine:
             trusted.add(uids[config.user.name])
         root = os.geteuid() == 0
         known = {0, *(uid for uid in uids.values() if uid is not None)}
-        programs = {name: self.program(name) for name in
+        programs = {name: find_program(name) for name in
                     ("git", "sendmail", "notify-send")}
         files = [config.ping.ca_file]
         files += [config.mail.smtp.ca_file] if config.mail.smtp else []
@@ -2988,28 +2635,12 @@ class Machine:
                           if os.path.lexists(os.path.join(s.path, ".git"))},
             folders={s.name: folder_fault(s.path, s.chown)
                      for s in config.storage.values()},
-            strangers={s.name: self.foreign_file(s.path, known) if root
+            strangers={s.name: foreign_file(s.path, known) if root
                        else "" for s in config.storage.values() if s.chown},
             scripts={task.slug: self.script(task, config, trusted if root
                      else None) for task in config.tasks},
-            intruder=self.untrusted_writer(config.path,
+            intruder=untrusted_writer(config.path,
                                            trusted) if root else "")
-
-    def foreign_file(self, folder: str, known: set[int]) -> str:
-        """A file in the folder that belongs to a third user; or ''."""
-        try:
-            uid = os.stat(folder).st_uid
-            if uid not in known:
-                return f"{folder} of user id {uid}"
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    uid = entry.stat(follow_symlinks=False).st_uid
-                    if uid not in known:
-                        return (f"{escape_controls(entry.name)} of user id "
-                                f"{uid}")
-        except OSError:
-            pass
-        return ""
 
     def script(self, task: Task, config: Config, trusted) -> Script | None:
         """The facts of a task's file; `trusted`: uids, None for no check."""
@@ -3040,124 +2671,515 @@ class Machine:
             head = os.read(fd, 2**20 if task.type == "builtin" else 8192)
         finally:
             os.close(fd)
-        intruder = self.untrusted_writer(path, trusted) if trusted else ""
+        intruder = untrusted_writer(path, trusted) if trusted else ""
         script = script.replace(head=head.decode("latin-1"), intruder=intruder)
         if task.type == "builtin":
             return script.replace(state=python_fault(head, path))
         if not os.access(path, os.X_OK):
             return script.replace(state="is not executable")
         return script.replace(
-            lost_interpreter=self.lost_interpreter(script.head))
+            missing_interpreter=find_missing_interpreter(script.head))
 
-    def lost_interpreter(self, head: str) -> str:
-        """What the #! line names and this host does not have; or ''."""
-        words = interpreter_words(head)
-        if words and not os.access(words[0], os.X_OK):
-            return words[0]
-        name = interpreter_name(head)
-        if name and "/" not in name and not any(
-                os.access(os.path.join(folder, name), os.X_OK)
-                for folder in SAFE_PATH.split(":")):
-            return name
-        return ""
 
-    def untrusted_writer(self, path: str, trusted: set[int]) -> str:
-        """Who, beside `trusted`, could change what stands at `path`: the
-        file and every folder above it, as in sshd's StrictModes; or ''."""
+# ==========================================================================
+# Chown: how does a tree get another owner?                          (files)
+#
+# The tree may be changed by its user while root walks it. So each entry is
+# opened first, and everything that is checked or changed afterwards goes
+# through that descriptor.
+# ==========================================================================
+
+DEEPEST_TREE = 512      # a folder is held open for each level
+FRESH = 0.05            # a ctime this new may hide a change after it
+
+
+class ChownReport(FrozenRecord):
+    """What a walk did: entries given over, entries already right, and
+    (path, reason) for what was left alone."""
+    changed: int
+    right: int
+    left: list
+
+
+# Without /proc or O_PATH (macOS) entries are changed by name in an open
+# folder, never following a link.
+PATH_ONLY = getattr(os, "O_PATH", 0) if os.path.isdir("/proc/self/fd") else 0
+
+
+class ChownWalk:
+    """Gives a tree to a user, by descriptors, whatever happens in it
+    meanwhile.
+
+    Each entry is opened with O_PATH and O_NOFOLLOW, judged by fstat on that
+    descriptor, and changed through it, so that what was judged is what is
+    changed. A regular file with other hard links is changed only when all of
+    them were seen in this tree; its ctime, which every link and rename sets,
+    must have stood still since the first of them was seen.
+    """
+
+    def __init__(self, uid: int, gid: int, is_stopped=lambda: False):
+        self.uid, self.gid, self.is_stopped = uid, gid, is_stopped
+        self.changed = self.right = 0
+        self.waited = False
+        self.left: list[tuple[str, str]] = []
+        self.linked: dict[int, dict] = {}   # inode -> what was seen of it
+        self.device = 0
+        self.flags = os.O_NOFOLLOW | os.O_CLOEXEC
+
+    def walk(self, path: str) -> ChownReport:
+        """The whole tree, its top folder included. Raises OSError when the
+        top cannot be opened."""
+        top = open_folder(path)
         try:
-            for place in path_components(path):
-                found = writer_of(os.lstat(place), trusted)
-                if found:
-                    return f"{place} {found}"
+            self.device = os.fstat(top).st_dev
+            self.mount = mount_of(top)
+            self.files_mounted = any(
+                os.path.isfile(point) for point in mount_points())
+            self.folder(top, path, 0)
+            for seen in self.linked.values():
+                self.hard_linked(top, path, seen)
+        finally:
+            os.close(top)
+        return ChownReport(self.changed, self.right, self.left)
+
+    def leave(self, path: str, why: str) -> None:
+        self.left.append((escape_controls(path), why))
+
+    def folder(self, fd: int, path: str, depth: int) -> None:
+        """Everything in a folder, then the folder itself."""
+        below = []
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                if self.is_stopped():
+                    return
+                try:
+                    self.entry(fd, entry.name, path, below)
+                except OSError as error:
+                    self.leave(os.path.join(path, entry.name),
+                               error.strerror)
+        for name, identity in below:
+            inner = os.path.join(path, name)
+            if depth + 1 >= DEEPEST_TREE:
+                self.leave(inner, f"deeper than {DEEPEST_TREE} folders")
+                continue
+            try:
+                self.enter(fd, name, identity, inner, depth)
+            except OSError as error:
+                self.leave(inner, "changed while walking" if error.errno in (
+                    errno.ELOOP, errno.ENOTDIR, errno.ENOENT)
+                    else error.strerror)
+        self.give(fd, os.fstat(fd), path, os.fchown, fd)
+
+    def enter(self, fd, name, identity, path, depth) -> None:
+        # O_NONBLOCK: a FIFO may have taken the folder's place.
+        inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
+                        | self.flags, dir_fd=fd)
+        try:
+            status = os.fstat(inner)
+            if (status.st_dev, status.st_ino) != identity:
+                self.leave(path, "changed while walking")
+            else:
+                self.folder(inner, path, depth + 1)
+        finally:
+            os.close(inner)
+
+    def entry(self, fd: int, name: str, path: str, below: list) -> None:
+        held = os.open(name, PATH_ONLY | self.flags, dir_fd=fd) \
+            if PATH_ONLY else None
+        try:
+            status = os.fstat(held) if held is not None else os.stat(
+                name, dir_fd=fd, follow_symlinks=False)
+            kind = stat.S_IFMT(status.st_mode)
+            path = os.path.join(path, name)
+            if status.st_dev != self.device or (
+                    held is not None
+                    and (kind == stat.S_IFDIR or self.files_mounted)
+                    and mount_of(held) != self.mount):
+                self.leave(path, "another file system")
+            elif kind == stat.S_IFDIR:
+                below.append((name, (status.st_dev, status.st_ino)))
+            elif kind in (stat.S_IFBLK, stat.S_IFCHR):
+                self.leave(path, "a device")
+            elif kind == stat.S_IFREG and status.st_nlink > 1:
+                self.count_link(fd, name, path, status)
+            elif held is not None and kind != stat.S_IFLNK:
+                self.give(held, status, path, os.chown,
+                          f"/proc/self/fd/{held}")
+            else:
+                self.give(held, status, path, chown_link, (name, fd))
+        finally:
+            if held is not None:
+                os.close(held)
+
+    def give(self, fd, status, path: str, chown, what) -> None:
+        """Change one entry, unless it is right already."""
+        if (status.st_uid, status.st_gid) == (self.uid, self.gid):
+            self.right += 1
+            return
+        if stat.S_ISREG(status.st_mode) and status.st_mode & 0o6000 \
+                and fd is not None:
+            os.chmod(f"/proc/self/fd/{fd}", status.st_mode & 0o1777)
+            self.leave(path, "given over without its setuid and setgid bits")
+        elif stat.S_ISDIR(status.st_mode) and status.st_mode & 0o6000:
+            os.fchmod(fd, status.st_mode & 0o1777)
+        chown(what, self.uid, self.gid)
+        self.changed += 1
+
+    def count_link(self, fd, name, path, status) -> None:
+        if (status.st_uid, status.st_gid) == (self.uid, self.gid):
+            self.right += 1
+            return
+        if not self.waited and -FRESH < time.time() - status.st_ctime < FRESH:
+            # Made a moment ago, by a task that ended just now.
+            self.waited = True
+            time.sleep(2 * FRESH)
+        seen = self.linked.setdefault(status.st_ino, {
+            "status": status, "path": path, "names": set(), "still": True})
+        # By folder and name: a folder that is moved while we walk brings
+        # the same link twice, and must not count twice.
+        seen["names"].add((os.fstat(fd).st_ino, name))
+        seen["still"] = seen["still"] and status.st_ctime_ns == \
+            seen["status"].st_ctime_ns and time.time() - status.st_ctime > \
+            FRESH
+
+    def hard_linked(self, top: int, root: str, seen: dict) -> None:
+        """Change a file all of whose links are in the tree."""
+        path, status = seen["path"], seen["status"]
+        if len(seen["names"]) != status.st_nlink:
+            return self.leave(path, f"{status.st_nlink} hard links, "
+                              f"{len(seen['names'])} of them here")
+        if not seen["still"] or not PATH_ONLY:
+            return self.leave(path, "hard links that just changed")
+        folders = os.path.relpath(path, root).split("/")
+        fd = os.dup(top)
+        try:
+            for depth, name in enumerate(folders, start=1):
+                flags = PATH_ONLY if depth == len(folders) \
+                    else PATH_ONLY | os.O_DIRECTORY
+                inner = os.open(name, flags | self.flags, dir_fd=fd)
+                os.close(fd)
+                fd = inner
+            now = os.fstat(fd)
+            if (now.st_ino, now.st_dev, now.st_nlink, now.st_ctime_ns) != (
+                    status.st_ino, status.st_dev, status.st_nlink,
+                    status.st_ctime_ns):
+                return self.leave(path, "changed while walking")
+            self.give(fd, now, path, os.chown, f"/proc/self/fd/{fd}")
         except OSError as error:
-            return f"{error.filename or path}: {error.strerror}"
+            self.leave(path, error.strerror)
+        finally:
+            os.close(fd)
+        return None
+
+
+def mount_of(fd: int) -> str:
+    """The number of the mount that a descriptor leads to (Linux): a bind
+    mount of the same file system has its st_dev."""
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+            return next((line for line in file
+                         if line.startswith(b"mnt_id:")), b"").decode()
+    except OSError:
         return ""
 
-    # --- deeds ------------------------------------------------------------
 
-    def chown_tree(self, path: str, uid: int, gid: int) -> ChownReport:
-        """Give a tree to a user. Raises OSError if it cannot be opened."""
-        raise_open_files()
-        # Two calls for each folder of depth, and those that led to here.
-        sys.setrecursionlimit(max(sys.getrecursionlimit(),
-                                  2 * DEEPEST_TREE + 1000))
-        return ChownWalk(uid, gid, lambda: bool(self.stopped)).walk(path)
+def mount_points() -> list[str]:
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8",
+                  errors="surrogateescape") as file:
+            return [line.split()[4].replace(r"\040", " ") for line in file]
+    except OSError:
+        return []
 
-    def commit(self, path: str, message: str, tell, since: float) -> list:
-        """Commit a folder; warnings. `since`: when git of ours may have
-        begun to work there. Raises Error, OSError."""
-        repository = Repository(self, path, tell)
-        repository.since = since
-        return repository.commit(message)
 
-    def free_bytes(self, path: str) -> int:
-        status = os.statvfs(path)
-        return status.f_bavail * status.f_frsize
+def chown_link(what: tuple, uid: int, gid: int) -> None:
+    name, fd = what
+    os.chown(name, uid, gid, dir_fd=fd, follow_symlinks=False)
 
-    def secret(self, pass_bin: str, user: str, name: str) -> str:
-        """What the password store says: its first line. Raises Error.
 
-        As the user: a store brings a configuration and hooks of its own.
-        """
-        account = account_of(user) if os.geteuid() == 0 else myself()
-        done = self.run([pass_bin, name], PASS_SECONDS, account=account,
-                        cwd=account.home if os.path.isdir(account.home)
-                        else "/")
-        line = done.output.split("\n", 1)[0].rstrip("\r")
-        if done.code or not line or len(line) > 4096:
-            raise Error(f"{pass_bin} {escape_controls(name)}: " + (
-                done.reason if done.code else "no password came"
-                if not line else "its first line is longer than 4 KiB"))
-        return line
+def raise_open_files() -> None:
+    """Folders held open while walking may exceed a soft limit of 1,024."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or hard > soft:
+        wanted = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
+        if wanted > soft:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
-    def notify(self, user: str, text: str, failed: bool) -> str:
-        """Show a message on the user's desktop; '' or why not."""
-        root = os.geteuid() == 0
-        account = account_of(user) if root else myself()
-        given = {} if root else os.environ
-        bus = given.get("DBUS_SESSION_BUS_ADDRESS",
-                        f"unix:path=/run/user/{account.uid}/bus")
-        socket = bus.partition("path=")[2].split(",")[0]
-        if socket and not os.path.exists(socket):
-            return f"{user} has no desktop session"
-        env = environment(account, DBUS_SESSION_BUS_ADDRESS=bus,
-                          DISPLAY=given.get("DISPLAY", ":0"))
-        markup = text.replace("&", "&amp;").replace("<", "&lt;").replace(
-            ">", "&gt;")
-        done = self.run(
-            [self.program("notify-send") or "notify-send", "--app-name",
-             PROG, "--icon", "dialog-error" if failed
-             else "dialog-information", "--urgency", "critical", "--",
-             markup], DESKTOP_SECONDS, env=env, account=account)
-        return done.reason if done.code else ""
 
-    def send_mail(self, config: Config, message: bytes) -> str:
-        """Hand a message over; '' or why it was not accepted."""
-        address = address_of(config.user.email)
-        if config.mail.type == "sendmail":
-            program = self.program("sendmail")
-            if not program:
-                return "there is no sendmail"
-            done = self.run([program, "-i", "--", address],
-                            self.hurried(MAIL_SECONDS), message)
-            if not done.code and done.unread:
-                return "sendmail: it did not read the whole mail"
-            return f"sendmail: {done.reason}" if done.code else ""
-        smtp, password = config.mail.smtp, ""
-        if smtp.pass_name:
-            try:
-                password = self.secret(config.pass_bin, config.user.name,
-                                       smtp.pass_name)
-            except Error as error:
-                return error.message
-        sent, reason = self.run_in_child(MAIL_SECONDS, deliver_by_smtp, smtp,
-                                         password, address, message)
-        return "" if sent else f"smtp {smtp.host}: {reason}"
+def chown_tree(path: str, uid: int, gid: int,
+               is_stopped=lambda: False) -> ChownReport:
+    """Give a tree to a user. Raises OSError if it cannot be opened.
 
-    def ping(self, url: str, body: bytes | None, timeout: float,
-             ca_file: str) -> tuple[bool, str]:
-        """One request; (accepted, what the server said or why not)."""
-        return self.run_in_child(timeout, fetch, url, body, timeout, ca_file)
+    The walk ends early when `is_stopped()` becomes true.
+    """
+    raise_open_files()
+    # Two calls for each directory of depth, and those that led to here.
+    sys.setrecursionlimit(max(sys.getrecursionlimit(),
+                              2 * DEEPEST_TREE + 1000))
+    return ChownWalk(uid, gid, is_stopped).walk(path)
+
+
+def free_bytes(path: str) -> int:
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+# ==========================================================================
+# Git: how is a storage committed?                        (files, processes)
+#
+# git runs as the owner of the repository, never as root in another user's:
+# the repository's configuration and filters can run programs.
+# ==========================================================================
+
+GIT_SECONDS = 600       # for one command of git
+LOCK_AGE = 15 * 60      # a git lock this old belongs to nobody
+
+
+class Repository:
+    """Commits one folder with git, as the folder's owner.
+
+    Never as root in somebody else's repository: its configuration, hooks
+    and filters run programs, and no set of options switches all of them
+    off. As the owner they can do only what the owner could do anyway.
+    """
+
+    def __init__(self, processes: Processes, path: str, tell,
+                 since: float):
+        """tell(kind, text): a line for the log ("Status" ...), or raw bytes
+        of git's output with the kind "". `since`: when mission's own git may
+        have begun to work there, in seconds since 1970."""
+        self.processes, self.path, self.tell = processes, path, tell
+        self.git, self.since = find_program("git") or "git", since
+        fd = open_folder(path)
+        try:
+            uid = os.fstat(fd).st_uid
+        finally:
+            os.close(fd)
+        me = myself()
+        self.owner = me if uid == me.uid else account_of(uid)
+        if self.owner is None:
+            raise Error(f"{path} belongs to user id {uid}, who is unknown",
+                        "chown it to a user")
+        if self.owner.uid != me.uid and me.uid != 0:
+            raise Error(f"{path} belongs to {self.owner.name}",
+                        f"run mission as {self.owner.name} or as root")
+        self.env = environment(
+            self.owner, GIT_TERMINAL_PROMPT="0", GIT_PAGER="cat",
+            GIT_EDITOR="true", GIT_OPTIONAL_LOCKS="0", LC_ALL="C.UTF-8")
+
+    def call(self, *arguments: str, data: bytes = b"", tell=None,
+             whole=False) -> ProcessResult:
+        options = [
+            "core.fsync=all", "gc.auto=0", "maintenance.auto=false",
+            "core.fsmonitor=false",
+            "core.hooksPath=/dev/null", "commit.gpgSign=false",
+            "status.submoduleSummary=false", "color.ui=false"]
+        argv = [self.git, "-C", self.path, "--no-pager"]
+        for option in options:
+            argv += ["-c", option]
+        return self.processes.run(argv + list(arguments), GIT_SECONDS, data,
+                                self.env, self.owner, "/", tell, whole)
+
+    def must(self, *arguments: str, **options) -> ProcessResult:
+        """Call git; raises Error when it fails, once stale locks that
+        explain the failure are out of the way."""
+        done = self.call(*arguments, **options)
+        if done.code and self.clear_locks():
+            done = self.call(*arguments, **options)
+        if done.code:
+            if done.code < 0 or done.late:
+                self.clear_locks()
+            raise Error(f"git {arguments[0]}: {done.reason}")
+        return done
+
+    def raw(self, data: bytes) -> None:
+        self.tell("", data)
+
+    def commit(self, message: str) -> list[str]:
+        """Add and commit everything; warnings. Raises Error, OSError."""
+        self.refuse_mixed_owners()
+        self.wait_for_locks()
+        state = self.unfinished()
+        if state:
+            return [f"{self.path} is in the middle of a {state}: "
+                    "not committed"]
+        self.tell("Status", "")
+        self.must("status", "-sb", tell=self.raw)
+        self.tell("Add", "")
+        self.must("add", "-A", tell=self.raw)
+        warnings = self.nested()
+        staged = self.call("diff", "--cached", "--quiet", "--no-ext-diff",
+                           "--no-textconv")
+        if staged.code == 0:
+            self.tell("NoChanges", "")
+            return warnings
+        self.tell("Commit", message)
+        self.identify()
+        self.must("commit", "--quiet", "--no-verify", "--no-gpg-sign",
+                  "-F", "-", data=message.encode() + b"\n", tell=self.raw)
+        self.call("show", "--oneline", "--shortstat", "--no-ext-diff",
+                  "--no-textconv", "HEAD", tell=self.raw)
+        # git syncs its files, not the folders they stand in: only this
+        # makes what it acknowledged survive a power cut.
+        os.sync()
+        return warnings
+
+    def identify(self) -> None:
+        """A name for the commit where the owner has not set one."""
+        email = f"{self.owner.name}@{HOST}"
+        for key, value in (("name", PROG), ("email", email)):
+            if not self.call("config", f"user.{key}").output.strip():
+                for role in ("AUTHOR", "COMMITTER"):
+                    self.env[f"GIT_{role}_{key.upper()}"] = value
+
+    def nested(self) -> list[str]:
+        """Repositories inside: git notes their HEAD and not their files."""
+        listing = self.must("ls-files", "-s", "-z", whole=True).output
+        links = {entry.split("\t", 1)[1] for entry in listing.split("\0")
+                 if entry.startswith("160000 ")}
+        if not links:
+            return []
+        modules = self.call("config", "-z", "-f", ".gitmodules",
+                            "--get-regexp", r"submodule\..*\.path").output
+        declared = {entry.partition("\n")[2]
+                    for entry in modules.split("\0")}
+        return [
+            f"{escape_controls(os.path.join(self.path, name))} is a "
+            "repository "
+                "of its own: its files are not committed"
+                for name in sorted(links - declared)]
+
+    def folders(self) -> list[str]:
+        """Where git keeps things: .git, or what a .git file leads to."""
+        git = os.path.join(self.path, ".git")
+        if not os.path.isfile(git):
+            return [git]
+        found = os.path.join(self.path, short_text(git).removeprefix(
+            "gitdir: "))
+        common = os.path.join(found, "commondir")
+        if not os.path.isfile(common):
+            return [found]
+        return [found, os.path.join(found, short_text(common))]
+
+    def unfinished(self) -> str:
+        for name, state in (("rebase-merge", "rebase"), ("MERGE_HEAD",
+                            "merge"), ("rebase-apply", "rebase"),
+                            ("CHERRY_PICK_HEAD", "cherry-pick")):
+            if os.path.lexists(os.path.join(self.folders()[0], name)):
+                return state
+        return ""
+
+    def refuse_mixed_owners(self) -> None:
+        """Files of another user in .git would stop git half-way, or, when
+        the owner is root, let that user run programs as root. Root's own
+        repository must be root's all over: any folder of another user could
+        hold a repository with programs in its configuration."""
+        uid = self.owner.uid
+        for folder in self.folders():
+            self.refuse_in(folder, lambda status: status.st_uid == uid)
+        if uid != 0:
+            return
+        for folder in [self.path] + self.folders():
+            found = untrusted_writer(folder, {0})
+            if found:
+                raise Error(f"git would run as root, and {found}",
+                            "chown the storage to its user, or protect it")
+            self.refuse_in(folder, lambda status: not writer_of(status, {0}))
+
+    def refuse_in(self, top: str, fits) -> None:
+        ahead = [top]
+        while ahead:
+            with os.scandir(ahead.pop()) as entries:
+                for entry in entries:
+                    status = entry.stat(follow_symlinks=False)
+                    if not fits(status):
+                        raise Error(
+                            f"{escape_controls(entry.path)} does not belong "
+                            "to "
+                            f"{self.owner.name} alone, who owns {self.path}",
+                            f"chown -hR {self.owner.name}: {self.path}, or "
+                            '"chown": true for this storage')
+                    if entry.is_dir(follow_symlinks=False):
+                        ahead.append(entry.path)
+
+    # --- locks that a killed git left -------------------------------------
+
+    def locks(self) -> list[str]:
+        found = []
+        for folder in self.folders():
+            for place, _, names in os.walk(os.path.join(folder, "refs")):
+                found += [os.path.join(place, name) for name in names
+                          if name.endswith(".lock")]
+            found += [os.path.join(folder, name)
+                      for name in os.listdir(folder)
+                      if name.endswith(".lock")]
+        return found
+
+    def users(self) -> list[str]:
+        """Processes that have the repository open."""
+        places = [self.path] + self.folders()
+        return [f"{pid} ({name})" for pid, name in list_processes()
+                if pid != os.getpid() and any(
+                    link == place or link.startswith(place + "/")
+                    for link in open_links(pid) for place in places)
+                and "git" in name]
+
+    def wait_for_locks(self) -> None:
+        """A lock may be another git at work: give it 30 seconds."""
+        deadline = self.processes.clock.ticks() + 30
+        while self.locks() and not self.clear_locks():
+            users = self.users()
+            if self.processes.stopped or not users \
+                    or self.processes.clock.ticks() > deadline:
+                lock = self.locks()[:1]
+                if not lock:
+                    return
+                raise Error(f"{lock[0]} is held"
+                            + (f" by {users[0]}" if users else
+                               ", for less than 15 minutes, by nobody"),
+                            f"if no git works there: rm {lock[0]}")
+            time.sleep(0.1)
+
+    def clear_locks(self) -> bool:
+        """Remove locks that a killed git left: older than the boot, than 15
+        minutes, or made while our own git ran, and nobody at work there."""
+        now = self.processes.clock.now()
+        stale = [lock for lock in self.locks() if self.is_stale(lock, now)]
+        if not stale or self.users():
+            return False
+        self.processes.run(["rm", "-f", "--", *stale], GIT_SECONDS,
+                         account=self.owner)
+        for lock in stale:
+            self.tell("StaleLock", escape_controls(lock))
+        return True
+
+    def is_stale(self, lock: str, now: float) -> bool:
+        try:
+            age = os.lstat(lock).st_mtime
+        except OSError:
+            return False
+        return age < now - LOCK_AGE or age >= self.since - 1 \
+            or age < boot_time()
+
+
+def short_text(path: str) -> str:
+    """What a small file says. It may have become a FIFO since we looked."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return os.fsdecode(os.read(fd, 4096)).strip()
+    finally:
+        os.close(fd)
+
+
+# ==========================================================================
+# Delivery: how do people hear of a run?                (network, processes)
+#
+# Mail, ping, desktop notification and metrics. Each has a limit of time, and
+# a failure is reported without turning a good backup into a failed one.
+# ==========================================================================
+
+MAIL_SECONDS, DESKTOP_SECONDS = 60, 5
 
 
 def tls(ca_file: str):
@@ -3240,6 +3262,31 @@ def fetch(url: str, body: bytes | None, timeout: float, ca_file: str) -> str:
     return f"{code} {escape_controls(first.strip())[:200]}"
 
 
+def ping_url(ping: Ping, action: str, run_id: str, host: str) -> str:
+    """The endpoint for an action, `%s` replaced by the host's name; with
+    `rid` when the monitor is to pair start and end (Healthchecks)."""
+    from urllib.parse import quote, urlsplit, urlunsplit
+    from string import punctuation
+    url = quote(ping.endpoint.replace("%s", quote(
+        host.encode("utf-8", "surrogateescape"), safe="")), safe=punctuation)
+    if not (action or ping.start or ping.fail or ping.log):
+        return url          # as it was written
+    parts = urlsplit(url)
+    path, query = parts.path, parts.query
+    if action:
+        path = path.rstrip("/") + "/" + action
+    if ping.start or ping.fail or ping.log:
+        query += ("&" if query else "") + "rid=" + run_id
+    return urlunsplit((parts.scheme, parts.netloc, path, query, ""))
+
+
+def worth_another(answer: str) -> bool:
+    """Whether asking again could help: not after "no such check"."""
+    code = answer.removeprefix("HTTP ")[:3]
+    return code in ("408", "429") or not code.startswith("4") \
+        or not answer.startswith("HTTP ")
+
+
 def rfc5322(sender: str, to: str, subject_line: str, body: str,
             message_id: str, now: float) -> bytes:
     """A mail (RFC 5322), quoted-printable: no line of a task reaches a mail
@@ -3259,8 +3306,92 @@ def rfc5322(sender: str, to: str, subject_line: str, body: str,
     return message.as_bytes()
 
 
+class Delivery:
+    """Sends the news of a run: mail, ping, desktop, metrics."""
+
+    def __init__(self, config: Config, processes: Processes):
+        self.config, self.processes = config, processes
+
+    def load_modules(self) -> None:
+        """Import what the end of a long run needs: an upgrade of Python
+        during the run could remove it."""
+        config = self.config
+        if config.mail.enabled:
+            import email.message    # noqa: F401
+            import email.policy     # noqa: F401
+            import email.utils      # noqa: F401
+        if config.mail.enabled and config.mail.type == "smtp":
+            import smtplib          # noqa: F401
+        if config.ping.enabled or config.mail.type == "smtp":
+            import ssl              # noqa: F401
+            import urllib.request   # noqa: F401
+
+    def notify(self, text: str, failed: bool) -> str:
+        """Show a message on the user's desktop; '' or why not."""
+        root, user = os.geteuid() == 0, self.config.user.name
+        account = account_of(user) if root else myself()
+        given = {} if root else os.environ
+        bus = given.get("DBUS_SESSION_BUS_ADDRESS",
+                        f"unix:path=/run/user/{account.uid}/bus")
+        socket = bus.partition("path=")[2].split(",")[0]
+        if socket and not os.path.exists(socket):
+            return f"{user} has no desktop session"
+        env = environment(account, DBUS_SESSION_BUS_ADDRESS=bus,
+                          DISPLAY=given.get("DISPLAY", ":0"))
+        markup = text.replace("&", "&amp;").replace("<", "&lt;").replace(
+            ">", "&gt;")
+        done = self.processes.run(
+            [find_program("notify-send") or "notify-send", "--app-name",
+             PROG, "--icon", "dialog-error" if failed
+             else "dialog-information", "--urgency", "critical", "--",
+             markup], DESKTOP_SECONDS, env=env, account=account)
+        return done.reason if done.code else ""
+
+    def send_mail(self, message: bytes) -> str:
+        """Hand a message over; '' or why it was not accepted."""
+        config, processes = self.config, self.processes
+        address = address_of(config.user.email)
+        if config.mail.type == "sendmail":
+            program = find_program("sendmail")
+            if not program:
+                return "there is no sendmail"
+            done = processes.run([program, "-i", "--", address],
+                            processes.hurried(MAIL_SECONDS), message)
+            if not done.code and done.unread:
+                return "sendmail: it did not read the whole mail"
+            return f"sendmail: {done.reason}" if done.code else ""
+        smtp, password = config.mail.smtp, ""
+        if smtp.pass_name:
+            try:
+                password = read_password(processes, config.pass_bin,
+                                         config.user.name, smtp.pass_name)
+            except Error as error:
+                return error.message
+        sent, reason = processes.run_in_child(
+            MAIL_SECONDS, deliver_by_smtp, smtp, password, address, message)
+        return "" if sent else f"smtp {smtp.host}: {reason}"
+
+    def ping(self, url: str, body: bytes | None) -> tuple[bool, str]:
+        """One request; (accepted, what the server said or why not)."""
+        ping = self.config.ping
+        return self.processes.run_in_child(
+            ping.timeout, fetch, url, body, ping.timeout, ping.ca_file)
+
+    def write_metrics(self, record: dict, last_success: float) -> None:
+        """Write the file of node_exporter's textfile collector.
+
+        Raises OSError."""
+        path = self.config.textfile
+        folder = open_folder(os.path.dirname(path))
+        try:
+            write_atomically(os.path.basename(path), metrics_text(
+                record, last_success).encode(), 0o644, dir_fd=folder)
+        finally:
+            os.close(folder)
+
+
 # ==========================================================================
-# Builtins: which tasks need no script?                   (files, network)
+# Builtins: which tasks need no script?                     (files, network)
 #
 # A built-in task is Python: TASKS_DIR/slug/task.py with `run(args, log)`,
 # or one that stands here. It runs in a process of its own, so that it can
@@ -3286,7 +3417,8 @@ class TaskArguments:
         keeps it out of the log."""
         if not self._pass_bin:
             raise Error("passBin is not set", "/usr/bin/pass")
-        value = Machine().secret(self._pass_bin, self.target_user, name)
+        value = read_password(Processes(Clock()), self._pass_bin,
+                              self.target_user, name)
         self.hide(value)
         return value
 
@@ -3577,7 +3709,7 @@ BUILTINS = {"spotify": spotify}
 
 
 # ==========================================================================
-# Journal: what do earlier runs say?                       (files, clock)
+# State: what is known of earlier runs?                       (files, clock)
 #
 # One folder for each configuration, writable by the runner alone: the lock,
 # the run in progress, the history (a JSON object a line), and mails that
@@ -3587,8 +3719,6 @@ BUILTINS = {"spotify": spotify}
 
 HISTORY_LIMIT = 8 * 2**20       # then the older half goes
 OUTBOX_LIMIT = 50
-RETRY_LOG = 5.0                 # seconds between tries on a full disk
-SPILL_LIMIT = 2**20             # of a lost log that goes to stderr
 
 
 def state_home() -> str:
@@ -3610,14 +3740,6 @@ def state_name(config_path: str) -> str:
     stem = "".join(c for c in os.path.basename(path).split(".json")[0]
                    if c.isalnum() or c in "._-")
     return f"{stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
-
-
-def boot_id() -> str:
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
-            return f.read().strip()
-    except OSError:
-        return str(boot_time())
 
 
 RUN_IN_PROGRESS = {
@@ -3848,6 +3970,21 @@ class StateDirectory:
         return sorted(paths, key=lambda path: (os.stat(path).st_mtime, path))
 
 
+def state_of(config_path: str, clock: Clock) -> StateDirectory:
+    """The state directory of the configuration at `config_path`."""
+    return StateDirectory(
+        os.path.join(state_home(), state_name(config_path)), clock)
+
+
+# ==========================================================================
+# RunLog: where do the lines of a run go?                  (files, terminal)
+#
+# With --headless to a file of its own in the storage `logs`, else to the
+# terminal. A log that cannot be written does not end the run.
+# ==========================================================================
+
+RETRY_LOG = 5.0                 # seconds between tries on a full disk
+SPILL_LIMIT = 2**20             # of a lost log that goes to stderr
 LOG_NAME = "%Y-%m-%d-%H-%M-%S"
 
 
@@ -3975,7 +4112,7 @@ class RunLog:
 
 
 # ==========================================================================
-# Run: who carries the plan out?                                  (machine)
+# Run: how are the steps of a run carried out?                     (machine)
 #
 # One method for each kind of step. No step may stop the next: what goes
 # wrong becomes a Problem, and even a fault of our own is one, so that the
@@ -3988,17 +4125,18 @@ LEFT_NAMED = 20         # entries that chown left alone are named, then counted
 class Runner:
     """Carries out the steps of one run."""
 
-    def __init__(self, config: Config, machine: Machine,
-                 journal: StateDirectory,
+    def __init__(self, config: Config, processes: Processes,
+                 delivery: Delivery, state: StateDirectory,
                  log: RunLog, headless: bool, broken: dict):
-        """`broken`: slug -> the faults of its script."""
-        self.config, self.machine, self.journal = config, machine, journal
+        """`broken`: slug -> the errors of its script."""
+        self.config, self.state, self.delivery = config, state, delivery
+        self.processes = processes
         self.log, self.headless, self.broken = log, headless, broken
-        self.sieve = LogFilter(config.redact, config.filters, machine.limit)
+        self.sieve = LogFilter(config.redact, config.filters, processes.limit)
         self.story = MailLog(self.sieve)
         self.problems: list[RunProblem] = []
         self.results: dict[str, TaskResult] = {}
-        self.started = machine.clock.now()
+        self.started = processes.clock.now()
         self.took = 0.0
         self.lost: list[dict] = []
         self.alive: dict[str, str] = {}     # slug -> process of a lost run
@@ -4053,10 +4191,10 @@ class Runner:
         self.begin(steps)
         for step in steps:
             try:
-                if self.machine.stopped and step.kind in STOPPED_BY_SIGNAL:
+                if self.processes.stopped and step.kind in STOPPED_BY_SIGNAL:
                     self.skip(step)
                 else:
-                    self.journal.note(phase=step.kind, task=", ".join(
+                    self.state.note(phase=step.kind, task=", ".join(
                         task.slug for task in step.tasks))
                     getattr(self, step.kind)(step)
             except Exception as error:      # a fault of mission itself
@@ -4069,27 +4207,27 @@ class Runner:
 
     def begin(self, steps: list[Step]) -> None:
         import uuid
-        self.machine.prepare(self.config)
+        self.delivery.load_modules()
         self.run_id = str(uuid.uuid4())
-        self.lost = self.journal.lost()
+        self.lost = self.state.lost()
         for run in self.lost:
-            self.alive.update(marked(run["id"]))
-        known = {record["id"] for record in self.journal.history()}
+            self.alive.update(processes_of_run(run["id"]))
+        known = {record["id"] for record in self.state.history()}
         for run in self.lost:
             if run["id"] not in known:
                 try:
-                    self.journal.remember(self.record(run, "lost"))
+                    self.state.remember(self.record(run, "lost"))
                 except OSError as error:
-                    self.journal.broken = reason_of(error)
-        self.journal.begin({
+                    self.state.broken = reason_of(error)
+        self.state.begin({
             "id": self.run_id, "pid": os.getpid(), "started": self.started,
             "boot": boot_id(), "headless": self.headless,
             "log": self.log.path, "phase": "start", "task": "",
             "lost": self.lost})
         self.total = sum(len(step.tasks) for step in steps)
         if self.log.terminal:
-            self.expected = self.journal.expected()
-            self.machine.on_tick = self.show_status
+            self.expected = self.state.expected()
+            self.processes.on_tick = self.show_status
 
     def record(self, run: dict, verdict: str) -> dict:
         """A run as the history keeps it."""
@@ -4114,34 +4252,26 @@ class Runner:
             self.problems.append(RunProblem(
                 "delivery", "error", "log", f"{self.log.lost:,} bytes could "
                 f"not be written: {self.log.broken}"))
-        if self.journal.broken:
+        if self.state.broken:
             self.problems.append(RunProblem("delivery", "error", "history",
-                                            self.journal.broken))
-        verdict = result_of(self.problems, self.machine.stopped)
-        record = self.record(self.journal.current, verdict)
+                                            self.state.broken))
+        verdict = result_of(self.problems, self.processes.stopped)
+        record = self.record(self.state.current, verdict)
         for deed in (self.write_metrics, self.prune_logs,
-                     self.journal.finish):
+                     self.state.finish):
             try:
                 deed(record)
             except OSError as error:
                 self.problems.append(RunProblem(
                     "delivery", "error", deed.__name__.split("_")[-1],
                     f"{error.filename or ''} {error.strerror}".strip()))
-        return exit_status(self.problems, self.machine.stopped)
+        return exit_status(self.problems, self.processes.stopped)
 
     def write_metrics(self, record: dict) -> None:
         if self.config.textfile:
-            good = [old["started"] for old in [record] + self.journal.history(
+            good = [old["started"] for old in [record] + self.state.history(
                 )[::-1] if old["verdict"] in ("ok", "trouble")]
-            path = self.config.textfile
-            folder = open_folder(os.path.dirname(path))
-            try:
-                write_atomically(
-                    os.path.basename(path), metrics_text(
-                        record, next(iter(good), 0)).encode(), 0o644,
-                    dir_fd=folder)
-            finally:
-                os.close(folder)
+            self.delivery.write_metrics(record, next(iter(good), 0))
 
     def prune_logs(self, _record: dict) -> None:
         if self.config.logs_keep and self.log.path:
@@ -4182,10 +4312,10 @@ class Runner:
         while ready:
             failed = self.attempt(ready, attempt, together)
             ready = [task for task in failed if attempt <= task.retries
-                     and not self.machine.stopped]
+                     and not self.processes.stopped]
             if ready:
-                self.machine.pause(max(task.retry_delay for task in ready))
-            if self.machine.stopped:
+                self.processes.pause(max(task.retry_delay for task in ready))
+            if self.processes.stopped:
                 break
             attempt += 1
         self.log.sync(soon=True)
@@ -4204,14 +4334,14 @@ class Runner:
                 child.task = task
                 children.append(child)
         self.now_running = ", ".join(task.slug for task in tasks)
-        self.machine.attend(children, self.on_output)
+        self.processes.attend(children, self.on_output)
         for child in children:
             if not self.ended(child, count):
                 failed.append(child.task)
         return failed
 
     def show_status(self) -> None:
-        now = self.machine.clock.ticks()
+        now = self.processes.clock.ticks()
         if now - self.shown_at < 0.2 and self.log.shows_status:
             return
         slug, self.shown_at = self.now_running, now
@@ -4240,7 +4370,7 @@ class Runner:
             faults.append(f"it runs as {task.user}, and mission does not run "
                           "as root")
         for name, wanted in task.min_free.items():
-            free = self.machine.free_bytes(self.config.folder(name))
+            free = free_bytes(self.config.folder(name))
             if free < wanted:
                 faults.append(
                     f"only {size_text(free >> 20 << 20)} free on storage "
@@ -4264,7 +4394,7 @@ class Runner:
         if task.type == "builtin":
             child = self.launch_builtin(task, env, become)
         else:
-            child = self.machine.start(
+            child = self.processes.start(
                 [task.entrypoint], env, os.path.dirname(task.entrypoint),
                 become, task.timeout, nice=task.nice)
         child.scribe = OutputDecoder(self.sieve, lambda text,
@@ -4291,7 +4421,7 @@ class Runner:
             os.set_blocking(writing, False)     # a pipe holds 64 KiB
             write_all(writing, given)
             os.close(writing)
-            child = self.machine.start(
+            child = self.processes.start(
                 [sys.executable, "-Iu", os.path.abspath(__file__), "_builtin",
                  task.slug, str(reading), str(secrets_end)], env,
                 folder if os.path.isdir(folder) else "/", become,
@@ -4361,7 +4491,7 @@ class Runner:
             task.slug, "failed" if fault else "ok", total, attempt)
         self.log_line(f"TaskFinish {task.slug}: {words} in "
                       f"{format_duration(seconds)}")
-        if fault and attempt <= task.retries and not self.machine.stopped:
+        if fault and attempt <= task.retries and not self.processes.stopped:
             self.log_line(f"attempt {attempt} of {task.retries + 1} failed: "
                           f"{fault}; again in "
                           f"{format_duration(task.retry_delay)}")
@@ -4376,7 +4506,8 @@ class Runner:
         account = account_of(self.config.user.name)
         path = step.storage.path
         try:
-            done = self.machine.chown_tree(path, account.uid, account.gid)
+            done = chown_tree(path, account.uid, account.gid,
+                              lambda: bool(self.processes.stopped))
         except OSError as error:
             return self.problem("housekeeping", "warning", "chownFiles",
                                 f"{path}: {error.strerror}")
@@ -4410,14 +4541,14 @@ class Runner:
                 scribe.take(text)
 
         began = [run["started"] for run in self.lost] + [
-            self.machine.clock.now()]
+            self.processes.clock.now()]
         local = time.strftime("%Y-%m-%d %H:%M:%S",
-                              time.localtime(self.machine.clock.now()))
+                              time.localtime(self.processes.clock.now()))
         message = (f"{'auto' if self.headless else 'manual'} run complete "
                    f"on {local}")
         try:
-            for warning in self.machine.commit(path, message, tell,
-                                               min(began)):
+            repository = Repository(self.processes, path, tell, min(began))
+            for warning in repository.commit(message):
                 scribe.end()
                 self.problem("housekeeping", "warning", "commitRepositories",
                              warning)
@@ -4436,10 +4567,10 @@ class Runner:
         self.log_header("Finish")
         self.log_line(time.strftime("FinishTime %Y-%m-%d %H:%M:%S",
                                     time.localtime(
-            self.machine.clock.now())))
+            self.processes.clock.now())))
 
     def failed(self) -> bool:
-        return bool(self.machine.stopped or backup_problems(self.problems))
+        return bool(self.processes.stopped or backup_problems(self.problems))
 
     def finished_text(self) -> str:
         how = " with errors or warnings" if self.failed() else ""
@@ -4453,7 +4584,7 @@ class Runner:
 
     def notify(self, word: str, text: str, failed: bool) -> None:
         """A desktop that cannot be told is no problem of the backup."""
-        reason = self.machine.notify(self.config.user.name, text, failed)
+        reason = self.delivery.notify(text, failed)
         self.log_line(f"NotifyFailure {reason}" if reason else word)
 
     def summary(self, _step: Step) -> None:
@@ -4470,10 +4601,10 @@ class Runner:
 
     def mail_finish(self, _step: Step) -> None:
         if self.config.mail.on == "failure" and not self.problems \
-                and not self.machine.stopped:
+                and not self.processes.stopped:
             return
         self.story.close()
-        found = closing_words(self.problems, self.machine.stopped)
+        found = closing_words(self.problems, self.processes.stopped)
         body = (f"{found or 'All tasks ran well'}.\n"
                 + (f"The whole log: {escape_controls(HOST)}:{self.log.path}\n"
                    if self.log.path else "")
@@ -4490,12 +4621,12 @@ class Runner:
             sender_of(smtp) if smtp else "",
             self.config.user.email, subject(
                 HOST, text, kind == "finish" and self.failed()), body,
-            f"{self.run_id}.{kind}", self.machine.clock.now())
-        reason = self.machine.send_mail(self.config, message)
+            f"{self.run_id}.{kind}", self.processes.clock.now())
+        reason = self.delivery.send_mail(message)
         if not reason:
             return self.log_line(word)
         try:
-            self.journal.queue_mail(f"{self.run_id}.{kind}", message)
+            self.state.queue_mail(f"{self.run_id}.{kind}", message)
             reason += "; it waits for the next run"
         except OSError as error:
             reason += f"; it could not be kept either: {error.strerror}"
@@ -4504,11 +4635,11 @@ class Runner:
 
     def outbox(self, _step: Step) -> None:
         """Send what earlier runs could not."""
-        for path in self.journal.queued_mails():
+        for path in self.state.queued_mails():
             name = os.path.basename(path)
             try:
                 with open(path, "rb") as file:
-                    reason = self.machine.send_mail(self.config, file.read())
+                    reason = self.delivery.send_mail(file.read())
                 if not reason:
                     os.unlink(path)
             except OSError as error:
@@ -4524,7 +4655,7 @@ class Runner:
     def ping_finish(self, _step: Step) -> None:
         self.log_header("Ping")
         others = [p for p in self.problems if p.source != "pingStart"]
-        if not exit_status(others, self.machine.stopped) \
+        if not exit_status(others, self.processes.stopped) \
                 and not self.log.broken:
             self.ping("", self.run_id)
         elif self.config.ping.fail and self.failed():
@@ -4542,47 +4673,21 @@ class Runner:
             body = self.story.excerpt.end(PING_LIMIT).encode()[-PING_LIMIT:]
         tries = 1 if action == "start" else ping.retries
         for tried in range(tries):
-            accepted, answer = self.machine.ping(url, body, ping.timeout,
-                                                 ping.ca_file)
-            if accepted or self.machine.stopped \
+            accepted, answer = self.delivery.ping(url, body)
+            if accepted or self.processes.stopped \
                     or not worth_another(answer):
                 break
             if tried + 1 < tries:
                 self.log_line(f"ping: {answer}; again")
-                self.machine.pause(min(2 ** tried, 30))
+                self.processes.pause(min(2 ** tried, 30))
         self.log_line(f"PingResponse {answer}")
         if not accepted or answer.startswith("200 OK ("):
             self.problem("delivery", "error", "ping" + action.capitalize(),
                          answer)
 
 
-def ping_url(ping: Ping, action: str, run_id: str, host: str) -> str:
-    """The endpoint for an action, `%s` replaced by the host's name; with
-    `rid` when the monitor is to pair start and end (Healthchecks)."""
-    from urllib.parse import quote, urlsplit, urlunsplit
-    from string import punctuation
-    url = quote(ping.endpoint.replace("%s", quote(
-        host.encode("utf-8", "surrogateescape"), safe="")), safe=punctuation)
-    if not (action or ping.start or ping.fail or ping.log):
-        return url          # as it was written
-    parts = urlsplit(url)
-    path, query = parts.path, parts.query
-    if action:
-        path = path.rstrip("/") + "/" + action
-    if ping.start or ping.fail or ping.log:
-        query += ("&" if query else "") + "rid=" + run_id
-    return urlunsplit((parts.scheme, parts.netloc, path, query, ""))
-
-
-def worth_another(answer: str) -> bool:
-    """Whether asking again could help: not after "no such check"."""
-    code = answer.removeprefix("HTTP ")[:3]
-    return code in ("408", "429") or not code.startswith("4") \
-        or not answer.startswith("HTTP ")
-
-
 # ==========================================================================
-# Sample: what does `init` write?                                 (nothing)
+# Sample: what does `init` write?                                  (nothing)
 #
 # The same text as mission.sample.json; a test compares them, and another
 # checks it on a host that has what it names.
@@ -4649,7 +4754,6 @@ SAMPLE = r'''// mission's configuration: JSON with comments and trailing commas.
     "logs": { "keep": 90 },
 }
 '''
-
 TASK_SCRIPT = """#!/bin/bash
 set -euo pipefail
 
@@ -4660,7 +4764,6 @@ set -euo pipefail
 echo "nothing is backed up yet: edit $PWD/run"
 exit 1
 """
-
 COMPLETIONS = {
     "bash": r'''# mission completion bash > /etc/bash_completion.d/mission
 _mission() {
@@ -4696,8 +4799,9 @@ complete -c mission -f -a "OPTIONS"
 ''',
 }
 
+
 # ==========================================================================
-# Command: what can I type?                                      (terminal)
+# Command: what can I type?                                       (terminal)
 #
 # One function for each command. `main` is the only way out: it turns an
 # Error into one line on stderr and an exit status.
@@ -4735,7 +4839,6 @@ Exit status: 0 all well; 1 errors or warnings in the run; 2 wrong usage;
 74 only mail, ping or log failed; 75 another run is active; 78 configuration;
 128+N stopped by signal N.
 """
-
 SHORT = "c:t:n:qvCh"
 LONG = ["config=", "task=", "number=", "quiet", "verbose", "no-color",
         "headless", "dry-run", "wait=", "json", "help", "version"]
@@ -4848,9 +4951,9 @@ def loaded(options: Options, with_facts: bool = True) -> LoadedConfig:
     reading = ConfigReader(text, path)
     config, complaints = reading.config(), reading.complaints
     if config and with_facts:
-        machine = Machine()
-        config, more = resolved(config, machine.home_of)
-        complaints += more + ConfigValidator(config, machine.facts(config), {
+        host = HostInspector()
+        config, more = resolved(config, host.home_of)
+        complaints += more + ConfigValidator(config, host.facts(config), {
             c.path for c in complaints + more}).complaints()
     return LoadedConfig(config, text, sorted(complaints, key=lambda c: c.at))
 
@@ -4933,20 +5036,28 @@ def command_run(options: Options) -> int:
         for place, step in enumerate(steps, start=1):
             print(f"{place:3}. {step_text(step, config)}")
         return EXIT_OK
-    machine = Machine()
-    journal = StateDirectory(os.path.join(state_home(),
-                                          state_name(config.path)),
-                             machine.clock)
     refuse_run_of_root(config)
-    journal.acquire(options.wait)
-    machine.listen()
-    log = RunLog(machine.clock, options.colour and not options.headless)
-    runner = Runner(config, machine, journal, log, options.headless, broken)
+    return perform(config, steps, options, broken)
+
+
+def perform(config: Config, steps: list[Step], options: Options,
+            broken: dict) -> int:
+    """Carry out the steps of a run; its exit status. Raises Error.
+
+    Here, and only here, the parts of a run are put together.
+    """
+    clock = Clock()
+    processes, state = Processes(clock), state_of(config.path, clock)
+    state.acquire(options.wait)
+    processes.listen()
+    log = RunLog(clock, options.colour and not options.headless)
+    runner = Runner(config, processes, Delivery(config, processes), state,
+                    log, options.headless, broken)
     if options.headless:
         log.open(config.folder("logs"), runner.started)
     status = runner.carry_out(steps)
     if status:
-        raise Error(closing_words(runner.problems, machine.stopped), "",
+        raise Error(closing_words(runner.problems, processes.stopped), "",
                     status)
     return status
 
@@ -4963,24 +5074,22 @@ def refuse_run_of_root(config: Config) -> None:
 
 
 def open_state(options: Options) -> StateDirectory:
-    """The journal, for reading. Raises Error when there is none."""
-    path = os.path.abspath(options.config)
-    journal = StateDirectory(os.path.join(state_home(), state_name(path)),
-                             Clock())
+    """The state directory, for reading. Raises Error without one."""
+    state = state_of(os.path.abspath(options.config), Clock())
     try:
-        os.listdir(journal.folder)
+        os.listdir(state.folder)
     except OSError:
         raise Error(f"no run of {options.config} is remembered",
                     "-c names the configuration, and root's runs are root's"
                     ) from None
-    return journal
+    return state
 
 
-def runs_of(journal: StateDirectory) -> list[dict]:
+def runs_of(state: StateDirectory) -> list[dict]:
     """The history, and what would be reported as lost by the next run."""
-    runs = journal.history()
-    lock = os.path.join(journal.folder, "lock")
-    current = journal.read_current()
+    runs = state.history()
+    lock = os.path.join(state.folder, "lock")
+    current = state.read_current()
     if current and current["id"] not in {run["id"] for run in runs}:
         held = try_lock(lock)
         if held is not None:

@@ -207,19 +207,19 @@ class Result:
 # mission.py _builtin ...`: that, too, must come from the cache, and with the
 # same patch. `text` is this text, and what a test adds to it.
 BUILTIN_FROM_CACHE = f"""
-start = k.Machine.start
+start = k.Processes.start
 def start_from_cache(self, argv, *rest, **options):
     if argv[3:4] == ["_builtin"]:
         assert argv[1] == "-Iu"
         argv = [argv[0], "-ISu", {str(ROOT / "tests/cached.py")!r},
                 {str(CACHE)!r}, f"text = {{text!r}}\\nexec(text)", *argv[2:]]
     return start(self, argv, *rest, **options)
-k.Machine.start = start_from_cache
+k.Processes.start = start_from_cache
 """
 # For `Scratch.patch`: mission does not wait between its tries.
 NO_PAUSES = """
-assert k.Machine.pause
-k.Machine.pause = lambda self, seconds: None
+assert k.Processes.pause
+k.Processes.pause = lambda self, seconds: None
 """
 
 

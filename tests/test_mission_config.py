@@ -36,7 +36,7 @@ BASE = """{
 
 
 class FakeHost:
-    """A Machine that says of its host what a test wants."""
+    """A HostInspector that finds what a test wants."""
 
     def __init__(self, **says):
         self.says = says
@@ -66,7 +66,7 @@ class FakeHost:
 @pytest.mark.parametrize("name", ["home_of", "facts"])
 def test_the_fake_has_the_signatures_of_the_real_host(name):
     fake, real = (inspect.signature(getattr(kind, name))
-                  for kind in (FakeHost, mission.Machine))
+                  for kind in (FakeHost, mission.HostInspector))
     assert list(fake.parameters) == list(real.parameters)
 
 
@@ -76,7 +76,7 @@ def check(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(text: str, **says) -> list[str]:
-        monkeypatch.setattr(mission, "Machine", lambda: FakeHost(**says))
+        monkeypatch.setattr(mission, "HostInspector", lambda: FakeHost(**says))
         (tmp_path / "m.json").write_text(text, encoding="utf-8")
         status = mission.main(["-c", "m.json", "check"])
         printed = capsys.readouterr()
@@ -287,7 +287,7 @@ HOST_FAULTS = [     # what the host says, where, the message
     ({"mail": {"state": "is not executable"}}, '"mail"',
      "is not executable (chmod +x /b/tasks/mail/run)"),
     ({"mail": {"state": "is no regular file"}}, '"mail"', "no regular file"),
-    ({"mail": {"lost_interpreter": "/usr/bin/perl6"}}, '"mail"',
+    ({"mail": {"missing_interpreter": "/usr/bin/perl6"}}, '"mail"',
      "run:1: the interpreter /usr/bin/perl6 does not exist"),
     ({"mail": {"head": "#!/bin/sh\r\n"}}, '"mail"',
      "run:1: the #! line ends in CR (a Windows line end) (sed -i"),
@@ -618,7 +618,7 @@ def test_a_dump_loses_nothing():
 
 
 def test_the_command_dump_prints_it(read, capsys, monkeypatch):
-    monkeypatch.setattr(mission, "Machine", FakeHost)
+    monkeypatch.setattr(mission, "HostInspector", FakeHost)
     read(ORIGINAL)
     assert mission.main(["dump", "-c", "m.json"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -646,10 +646,10 @@ def test_a_size_is_read_or_refused(text, size):
 def test_a_timeout_of_months_is_waited_for_in_steps_that_poll_takes(timeout):
     child = mission.Child(type("Popen", (), {"pid": 1}), -1,
                           mission.parse_duration(timeout), 0.0)
-    machine = mission.Machine()
-    machine.clock = type("Clock", (), {"ticks": lambda self: 0.0})()
-    machine.on_tick, machine.wake = None, 0
-    assert 0 < machine.patience([child]) < 2**31
+    clock = type("Clock", (), {"ticks": lambda self: 0.0})()
+    processes = mission.Processes(clock)
+    processes.on_tick, processes.wake = None, 0
+    assert 0 < processes.patience([child]) < 2**31
 
 
 # --- scripts --------------------------------------------------------------

@@ -334,15 +334,15 @@ def test_a_slow_redaction_withholds_nothing_when_nothing_is_slow():
 
 
 def test_a_real_runaway_pattern_is_stopped():
-    machine = mission.Machine()
+    processes = mission.Processes(mission.Clock())
     import signal
-    before = signal.signal(signal.SIGALRM, machine.time_is_up)
+    before = signal.signal(signal.SIGALRM, processes.time_is_up)
     try:
         began = time.monotonic()
         with pytest.raises(mission.TooSlow):
-            machine.limit(0.05, re.compile("(a+)+$").search, "a" * 40 + "!")
+            processes.limit(0.05, re.compile("(a+)+$").search, "a" * 40 + "!")
         assert time.monotonic() - began < 5
-        assert machine.limit(5, re.compile("b").search, "ab")
+        assert processes.limit(5, re.compile("b").search, "ab")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

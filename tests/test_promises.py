@@ -24,7 +24,8 @@ RULE = "# " + "=" * 74
 MARKER = re.compile(
     rf"^{RULE}\n# (\w+): (.+?) +\(([a-z, ]+)\)\n#\n((?:# .+\n)+){RULE}\n",
     re.M)
-ROW = re.compile(r"^    (\w+) +(\S.*\?) +\(([a-z, ]+)\)$", re.M)
+# After what a section touches a row may say more: what it runs as.
+ROW = re.compile(r"^    (\w+) +(\S.*\?) +\(([a-z, ]+)\)(?: +\S.*)?$", re.M)
 
 # Names that a section which touches nothing may not say. `posixpath` only
 # reckons with text, and is allowed.

@@ -25,7 +25,7 @@ ALICE = support.ALICE_UID
 
 
 def mission(tree, uid: int, gid: int) -> None:
-    support.load("mission").Machine().chown_tree(str(tree), uid, gid)
+    support.load("mission").chown_tree(str(tree), uid, gid)
 
 
 # attack -> its rig, and the careless walk that it beats

@@ -27,7 +27,7 @@ SECONDS, PASSES = (2.0, 100) if support.FULL else (0.3, 20)
 
 
 def chown_tree(tree, uid: int = ALICE, gid: int = ALICE):
-    return support.load("mission").Machine().chown_tree(str(tree), uid, gid)
+    return support.load("mission").chown_tree(str(tree), uid, gid)
 
 
 def named(chowned) -> str:
