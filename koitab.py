@@ -6132,6 +6132,9 @@ class Daemon:
         self.clock_by = 0.0                 # ticks, until it must be set
         self.door_opens = FOREVER           # ticks, after too many visitors
         self.stopping = False
+        self.signals = dict.fromkeys((
+            signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD,
+            signal.SIGIO, signal.SIGALRM), False)   # which ones came
         self.reload_at = self.look_at = FOREVER
         self.folders: dict[str, int] = {}
         self.connections: dict[int, ControlConnection] = {}
@@ -6207,8 +6210,7 @@ class Daemon:
         self.register_fd(self.reports, self.read_reports)
         self.register_fd(woken, self.drain)
         signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
-                       signal.SIGCHLD, signal.SIGIO, signal.SIGALRM):
+        for number in self.signals:
             signal.signal(number, self.note_signal)
         self.alarm = self.machine.clock_alarm()
         if self.alarm is not None:
@@ -6255,12 +6257,23 @@ class Daemon:
         self.log("stopped; jobs that run go on")
 
     def note_signal(self, number: int, _frame) -> None:
-        if number in (signal.SIGTERM, signal.SIGINT):
+        """Note that a signal came; `take_signals` handles it. One handler
+        may interrupt another, or a method that it would call: so each does
+        nothing but one assignment that no other one depends on."""
+        self.signals[number] = True
+
+    def take_signals(self) -> None:
+        """Handle the signals that came since the last turn."""
+        came = [number for number in self.signals
+                if self.signals[number]]
+        for number in came:
+            self.signals[number] = False    # the next one counts anew
+        if signal.SIGTERM in came or signal.SIGINT in came:
             self.stopping = True
-        elif number == signal.SIGHUP:
+        if signal.SIGHUP in came:
             self.registry.invalidate()
             self.reload_at = 0.0
-        elif number == signal.SIGIO:
+        elif signal.SIGIO in came:
             self.reload_at = min(self.reload_at, self.clock.ticks() + SETTLE)
 
     # --- one turn
@@ -6282,6 +6295,7 @@ class Daemon:
         if patience > 0:    # poll alone may be late by a thousandth
             signal.setitimer(signal.ITIMER_REAL, patience / 1000)
         heard = self.poll.poll(patience)
+        self.take_signals()
         now = self.clock.ticks()
         if now >= self.reload_at or self.folders_unwatched():
             self.reload()

@@ -1414,6 +1414,35 @@ def test_a_corrupt_tab_costs_its_bad_lines_or_leaves_the_last_good_one(
         assert koi.run("good")[3]["exit"] == 0
 
 
+# A SIGHUP comes while koid handles a SIGIO: at the first look at the clock
+# after this file was made.
+HANGUP_IN_TIME = """
+import os, signal
+def ticks(self, ticks=k.Clock.ticks):
+    if os.path.exists({file!r}):
+        os.unlink({file!r})
+        os.kill(os.getpid(), signal.SIGHUP)
+    return ticks(self)
+k.Clock.ticks = ticks
+"""
+
+
+def test_a_hangup_during_the_notice_of_a_change_is_not_lost(koi, clock):
+    """SIGHUP means now, and SIGIO a moment later, when time has passed."""
+    file = koi.folder / "hangup"
+    koi.patch += HANGUP_IN_TIME.format(file=str(file))
+    koi.tab('"old" @manual true\n')
+    clock.start(NOON)
+    assert koi.names() == ["old"]
+    fresh = koi.folder / "fresh"
+    fresh.write_text('"new" @manual true\n')
+    fresh.chmod(0o600)
+    clock.seen()
+    file.touch()
+    fresh.rename(koi.home / "tabs" / koi.user)
+    wait_until(lambda: koi.names() == ["new"], 20, "the new tab")
+
+
 def test_a_damaged_file_of_a_run_is_an_interrupted_run(koi, gate):
     koi.tab(f'{QUIET}"slow" @manual {keep(koi)}; {gate.wait}\n')
     koi.start()
