@@ -3738,11 +3738,9 @@ def shown(row: tuple) -> dict:
 # notice: each has a supervisor that owns its pipes, keeps its output and its
 # end in a file, and needs koid for nothing. That file is made with O_EXCL
 # before the job is started, so no run is ever started twice. A supervisor
-# is a fork of koid, without exec, as another Python would cost far more; in
-# a minute with very many jobs, up to 16 of one user share one.
+# is a fork of koid, without exec, as another Python would cost far more.
 # ==========================================================================
 
-MOST_IN_ONE = 16
 LINGER = 1.0            # seconds for output that comes after a job's end
 KILL_AFTER = 10.0       # seconds from TERM to KILL
 TRY_FOR = 60.0          # seconds in which a full process table may empty
@@ -3795,14 +3793,14 @@ def drop_privileges(account: Account) -> None:
 class SupervisedRun:
     """One run, while its supervisor stays with it."""
 
-    def __init__(self, order: LaunchSpec, file: int | None):
-        self.order, self.file = order, file
+    def __init__(self, spec: LaunchSpec, file: int | None):
+        self.spec, self.file = spec, file
         self.header = RunFileHeader()
         self.payload = [0, 0, 0]    # bytes of output in each segment
-        self.mask = SecretMasker(order.secrets) if order.secrets else None
+        self.mask = SecretMasker(spec.secrets) if spec.secrets else None
         self.pid, self.handle = 0, -1       # handle: a pidfd
         self.streams: dict[int, int] = {}   # descriptor -> stream
-        self.connection = order.connection
+        self.connection = spec.connection
         self.began = time.monotonic()       # by the clock that no one sets
         self.give_up = self.began + TRY_FOR
         self.again = self.deadline = self.kill_at = FOREVER
@@ -3872,10 +3870,11 @@ class SupervisedRun:
 
     # --- its process
 
-    def begin(self, nothing: int) -> None:
-        """Start the job. Raises OSError."""
-        order = self.order
-        home = order.environment["HOME"]
+    def start(self, nothing: int) -> None:
+        """Start the job; `nothing` is an input at its end. Raises OSError,
+        ValueError."""
+        spec = self.spec
+        home = spec.environment["HOME"]
         try:
             os.chdir(home)
         except OSError as error:
@@ -3884,16 +3883,16 @@ class SupervisedRun:
                 self.put(NOTE,
                          escape_controls(f"{home}: {error.strerror}; it runs "
                                                "in /").encode())
-        shell = order.environment["SHELL"]
-        given = input_file(order.stdin) if order.stdin else nothing
+        shell = spec.environment["SHELL"]
+        given = input_file(spec.stdin) if spec.stdin else nothing
         out, out_end = os.pipe()
         err, err_end = os.pipe()
         try:
             self.pid = os.posix_spawn(
                 encode_os(shell),
-                [encode_os(shell), b"-c", encode_os(order.script)],
+                [encode_os(shell), b"-c", encode_os(spec.script)],
                 {encode_os(name): encode_os(value) for name, value
-                 in order.environment.items()},
+                 in spec.environment.items()},
                 file_actions=[(os.POSIX_SPAWN_DUP2, given, 0),
                               (os.POSIX_SPAWN_DUP2, out_end, 1),
                               (os.POSIX_SPAWN_DUP2, err_end, 2)],
@@ -3912,8 +3911,8 @@ class SupervisedRun:
     def note_start(self) -> None:
         header = self.header
         self.began, header.started = time.monotonic(), time.time()
-        self.deadline = self.began + self.order.timeout \
-            if self.order.timeout else FOREVER
+        self.deadline = self.began + self.spec.timeout \
+            if self.spec.timeout else FOREVER
         header.phase, header.job = GOING, self.pid
         header.born = process_start_time(self.pid)
         self.save()
@@ -3973,192 +3972,205 @@ def input_file(data: bytes) -> int:
 
 
 class Supervisor:
-    """Stays with a few jobs of one user until all of them have ended."""
+    """Stays with one run of one user until the job has ended.
 
-    def __init__(self, daemon: int, account: Account, orders: list[LaunchSpec],
+    A fork of koid's that soon becomes the job's user. It needs koid for
+    nothing: what it has to say is in the run's file, and a report on the
+    pipe `report` only saves koid from looking there.
+    """
+
+    def __init__(self, daemon: int, account: Account, spec: LaunchSpec,
                  runs: int, report: int, nothing: int):
-        self.account, self.orders = account, orders
+        self.account, self.spec = account, spec
         self.runs, self.report, self.nothing = runs, report, nothing
         self.poll = select.poll()
-        self.heard: dict[int, tuple] = {}   # descriptor -> Watched, function
-        self.untold: list[bytes] = []       # what koid does not know yet
-        self.daemon = daemon                # koid's pid
-        self.watched: list[SupervisedRun] = []
+        self.handlers: dict[int, object] = {}   # descriptor -> function
+        self.reports: list[bytes] = []          # not yet on koid's pipe
+        self.daemon = daemon                    # koid's pid
+        self.run: SupervisedRun | None = None   # None: there is no more to do
 
     def serve(self) -> None:
-        """From the fork to the end."""
+        """Claim the run, become the user, start the job, wait for its end.
+        Raises OSError, MemoryError."""
         self.detach()
-        me = os.getpid()
-        mine = process_start_time(me)
-        for order in self.orders:
-            run = SupervisedRun(order, self.claim(order.run))
-            if self.unclaimable:
-                self.untold.append(REPORT.pack(order.run, NO_FILE))
-                self.report_ends()
-            if run.file is not None or self.unclaimable:
-                run.header.supervisor, run.header.supervisor_born = me, mine
-                run.save()
-                self.watched.append(run)
-                self.connect(run)
-        self.drop()
-        for run in self.watched:
-            self.begin(run)
+        file, claimed = self.claim(self.spec.run)
+        if file is None and claimed:
+            self.reports.append(REPORT.pack(self.spec.run, NO_FILE))
+            self.send_reports()
+        if claimed:
+            self.open_run(file)
+        self.drop_privileges()
+        if self.run and not self.run.finished:
+            self.start()
         os.chdir("/")
-        self.forget_finished()      # some could not be started
-        while self.heard or self.watched or self.untold:
-            self.turn()
+        self.close_run()        # perhaps it could not be started
+        while self.handlers or self.run or self.reports:
+            self.run_once()
+
+    def open_run(self, file: int | None) -> None:
+        """Note in the run's file who supervises it."""
+        self.run = SupervisedRun(self.spec, file)
+        header = self.run.header
+        header.supervisor = os.getpid()
+        header.supervisor_born = process_start_time(header.supervisor)
+        self.run.save()
+        if self.run.connection:
+            self.run.connection.setblocking(False)
+            self.register_fd(self.run.connection.fileno(), self.converse)
 
     def detach(self) -> None:
         """Leave koid's session, signals and descriptors behind."""
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
-                       signal.SIGQUIT, signal.SIGPIPE, signal.SIGIO,
-                       signal.SIGALRM):
-            signal.signal(number, signal.SIG_IGN)   # it ends with its jobs
+        reset_signals(signal.SIG_IGN)       # it ends when its job ends
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         os.umask(0o022)
         os.chdir("/")
         keep = {0, 1, 2, self.runs, self.report, self.nothing}
-        keep |= {order.connection.fileno() for order in self.orders
-                 if order.connection}
+        if self.spec.connection:
+            keep.add(self.spec.connection.fileno())
         close_all_but(keep)
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         os.close(null)
 
-    def claim(self, run: int) -> int | None:
-        """Make the run's file; None if it is taken, or cannot be made."""
-        self.unclaimable = False
+    def claim(self, run: int) -> tuple[int | None, bool]:
+        """Make the file of `run`: its descriptor, and whether the run is
+        ours. On a full disk it is ours without a file."""
         try:
             file = os.open(str(run), os.O_RDWR | os.O_CREAT | os.O_EXCL
                            | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600,
                            dir_fd=self.runs)
         except FileExistsError:
-            return None
-        except OSError:             # a full disk: it runs all the same
-            self.unclaimable = os.getppid() == self.daemon
-            return None
+            return None, False
+        except OSError:
+            return None, os.getppid() == self.daemon
         if os.getppid() == self.daemon:
-            return file
+            return file, True
         # koid was killed before we came to this. The next one may have
-        # started the run, and taken it in, and removed its file.
+        # started the run, recorded its end, and removed its file.
         remove(str(run), self.runs)
         os.close(file)
-        return None
+        return None, False
 
-    def drop(self) -> None:
-        """Become the user; if that fails, none of the jobs is run."""
+    def drop_privileges(self) -> None:
+        """Become the user; if that fails, the job is not started."""
         os.close(self.runs)
         try:
             drop_privileges(self.account)
         except (OSError, ValueError) as error:
-            for run in self.watched:
-                self.refuse(run, error)
-            self.watched = []
+            if self.run:
+                self.refuse(error)
 
-    def begin(self, run: SupervisedRun) -> None:
+    def start(self) -> None:
+        """Start the job, now or when the process table has room."""
+        run = self.run
         try:
-            run.begin(self.nothing)
+            run.start(self.nothing)
         except (OSError, ValueError) as error:
             now = time.monotonic()
             if getattr(error, "errno", 0) in AGAIN and now < run.give_up:
                 run.again = now + 1
             else:
-                self.refuse(run, error)
+                self.refuse(error)
             return
         run.note_start()
         for fd in run.streams:
             os.set_blocking(fd, False)
-            self.hear(fd, run, self.read)
+            self.register_fd(fd, self.read_output)
         try:
             run.handle = os.pidfd_open(run.pid)
-            self.hear(run.handle, run, self.reap)
+            self.register_fd(run.handle, self.reap)
         except (AttributeError, OSError):
-            run.handle = -1         # macOS, or an old kernel: we look
+            run.handle = -1     # macOS, or before Linux 5.3: waitpid() polls
 
-    def refuse(self, run: SupervisedRun, error: Exception) -> None:
-        """It could not be started."""
-        run.header.phase = UNSTARTABLE
-        run.header.errno = getattr(error, "errno", None) or errno.EPERM
-        run.put(NOTE,
-                escape_controls(f"could not start: {error.strerror or error}"
-                                      if isinstance(error, OSError) else
-                                      f"could not start: {error}").encode())
-        run.header.ended = time.time()
-        self.finish(run)
+    def refuse(self, error: Exception) -> None:
+        """Record that the job could not be started."""
+        why = error.strerror if isinstance(error, OSError) else ""
+        header = self.run.header
+        header.phase = UNSTARTABLE
+        header.errno = getattr(error, "errno", None) or errno.EPERM
+        self.run.put(NOTE, escape_controls(
+            f"could not start: {why or error}").encode())
+        header.ended = time.time()
+        self.finish()
 
-    # --- what is heard
+    # --- the poll loop
 
-    def connect(self, run: SupervisedRun) -> None:
-        if run.connection:
-            run.connection.setblocking(False)
-            self.hear(run.connection.fileno(), run, self.converse)
-
-    def hear(self, fd: int, run: SupervisedRun, function) -> None:
-        self.heard[fd] = (run, function)
+    def register_fd(self, fd: int, handler) -> None:
+        self.handlers[fd] = handler
         self.poll.register(fd, select.POLLIN)
 
-    def forget(self, fd: int) -> None:
-        del self.heard[fd]
+    def unregister_fd(self, fd: int) -> None:
+        """Close a descriptor that the poll loop has."""
+        del self.handlers[fd]
         self.poll.unregister(fd)
         os.close(fd)
 
-    def turn(self) -> None:
-        for fd, events in self.poll.poll(self.patience()):
-            if fd in self.heard:
-                run, function = self.heard[fd]
-                function(run, fd, events)
-        now = time.monotonic()
-        for run in self.watched:
-            if run.handle < 0 < run.pid and run.status is None:
-                self.reap(run)
+    def run_once(self) -> None:
+        """Wait for an event, and handle it and what is due."""
+        for fd, events in self.poll.poll(self.poll_timeout()):
+            if fd in self.handlers:
+                self.handlers[fd](fd, events)
+        run, now = self.run, time.monotonic()
+        if run:
+            if self.must_poll_child():
+                self.reap()
             if now >= run.again:
                 run.again = FOREVER
-                self.begin(run)
+                self.start()
             run.escalate_kill(now)
             if run.status is not None and not run.finished and (
                     not run.streams or now >= run.linger):
-                self.finish(run)
-        self.forget_finished()
+                self.finish()
+        self.close_run()
 
-    def forget_finished(self) -> None:
-        self.watched = [run for run in self.watched if not run.finished
-                        or run.backlog or run.kill_at != FOREVER]
-        self.report_ends()
+    def must_poll_child(self) -> bool:
+        """Is the job running without a pidfd that reports its end?"""
+        run = self.run
+        return bool(run) and run.handle < 0 < run.pid and run.status is None
 
-    def patience(self) -> float | None:
-        """Milliseconds until something is to be done without being heard."""
-        now = time.monotonic()
-        soon = min((run.kill_at if run.finished else min(
-            run.deadline, run.kill_at, run.linger, run.again)
-            for run in self.watched), default=FOREVER)
-        if self.untold:
+    def close_run(self) -> None:
+        """Give the run up when its reader has all, and no KILL is due."""
+        run = self.run
+        if run and run.finished and not run.backlog \
+                and run.kill_at == FOREVER:
+            self.run = None
+        self.send_reports()
+
+    def poll_timeout(self) -> float | None:
+        """Return the milliseconds until something is due; None: never."""
+        now, run, soon = time.monotonic(), self.run, FOREVER
+        if run:
+            soon = run.kill_at if run.finished else min(
+                run.deadline, run.kill_at, run.linger, run.again)
+        if self.reports:
             soon = min(soon, now + 1)
-        if any(run.handle < 0 < run.pid and run.status is None
-               for run in self.watched):
+        if self.must_poll_child():
             soon = min(soon, now + 0.2)
         return None if soon == FOREVER else \
             min(max(soon - now, 0), LONGEST_SLEEP) * 1000 + 1
 
-    def read(self, run: SupervisedRun, fd: int, _events: int) -> None:
-        """Some output, or the end of it."""
+    def read_output(self, fd: int, _events: int) -> None:
+        """Keep some output of the job; close the stream at its end. After
+        the run's end output is dropped, so that its writer can go on."""
         try:
             data = os.read(fd, CHUNK)
         except BlockingIOError:
             return
         except OSError:
             data = b""
-        if not run.finished:
-            run.on_output(run.streams[fd], data)
-            self.send_backlog(run)
+        if self.run and not self.run.finished:
+            self.run.on_output(self.run.streams[fd], data)
+            self.send_backlog()
         if not data:
-            del run.streams[fd]
-            self.forget(fd)
+            if self.run:
+                del self.run.streams[fd]
+            self.unregister_fd(fd)
 
-    def reap(self, run: SupervisedRun, fd: int = -1, _events: int = 0) -> None:
-        """The job has ended: how?"""
+    def reap(self, fd: int = -1, _events: int = 0) -> None:
+        """Take the job's wait status, if it has ended."""
+        run = self.run
         try:
             pid, status = os.waitpid(run.pid, os.WNOHANG)
         except ChildProcessError:
@@ -4168,11 +4180,11 @@ class Supervisor:
             run.linger = time.monotonic() + LINGER
             run.deadline = FOREVER      # a KILL that is due stays due
             if fd >= 0:
-                self.forget(fd)
+                self.unregister_fd(fd)
 
-    def finish(self, run: SupervisedRun) -> None:
-        """Write down how it ended, and tell koid. What a process that it
-        left behind still writes is read and dropped, so that it lives."""
+    def finish(self) -> None:
+        """Write the run's end to its file, and report it to koid."""
+        run = self.run
         for stream in run.streams.values():
             run.on_output(stream, b"")
         if run.streams:
@@ -4188,30 +4200,31 @@ class Supervisor:
             except OSError:
                 pass
         status = run.status if run.status is not None else NO_STATUS
-        self.untold.append(REPORT.pack(run.order.run, status))
+        self.reports.append(REPORT.pack(run.spec.run, status))
         if run.connection:
             import json
             exit_status, number = exit_and_signal(status)
             run.backlog += frame(END, 0, json.dumps({
                 "exit": exit_status, "signal": number,
                 "reason": REASONS[run.header.reason]}).encode())
-            self.send_backlog(run)
+            self.send_backlog()
 
-    def report_ends(self) -> None:
-        """Report to koid, if it still is the one that we know."""
-        while self.untold:
+    def send_reports(self) -> None:
+        """Write the reports to koid's pipe, if koid still reads it."""
+        while self.reports:
             try:
-                os.write(self.report, self.untold[0])
+                os.write(self.report, self.reports[0])
             except BlockingIOError:
-                return          # it is busy: again in a second
+                return          # the pipe is full: again in a second
             except OSError:
-                pass            # it is gone; the next one reads the file
-            del self.untold[0]
+                pass            # koid is gone; the next reads the file
+            del self.reports[0]
 
     # --- `koitab run`, which waits for the output
 
-    def converse(self, run: SupervisedRun, fd: int, events: int) -> None:
-        """A signal for the job came in, or there is room to go on."""
+    def converse(self, _fd: int, events: int) -> None:
+        """Pass on a signal that `koitab run` sent; send what it can take."""
+        run = self.run
         if events & select.POLLIN:
             try:
                 data = run.connection.recv(64)
@@ -4220,17 +4233,18 @@ class Supervisor:
             except OSError:
                 data = b""
             if not data:
-                return self.hang_up(run)
+                return self.disconnect()
             for number in data:
                 if number in PASSED_ON:
                     run.signal(number)
         elif events & ~select.POLLOUT:
-            return self.hang_up(run)
-        self.send_backlog(run)
+            return self.disconnect()
+        self.send_backlog()
 
-    def send_backlog(self, run: SupervisedRun) -> None:
-        """Send what fits; a job whose reader lags far behind has to wait,
-        as it would at a terminal."""
+    def send_backlog(self) -> None:
+        """Send what fits; a job whose reader is far behind has to wait, as
+        it would at a terminal."""
+        run = self.run
         if not run.connection:
             return
         try:
@@ -4240,25 +4254,35 @@ class Supervisor:
         except BlockingIOError:
             pass
         except OSError:
-            return self.hang_up(run)
+            return self.disconnect()
         if run.finished and not run.backlog:
-            return self.hang_up(run)
+            return self.disconnect()
         self.poll.modify(run.connection.fileno(), select.POLLIN
                          | (select.POLLOUT if run.backlog else 0))
         for fd in run.streams:
             self.poll.modify(fd, 0 if len(run.backlog) > FAR_BEHIND
                              and not run.finished else select.POLLIN)
 
-    def hang_up(self, run: SupervisedRun) -> None:
+    def disconnect(self) -> None:
+        """Close the connection to `koitab run`; the job goes on."""
+        run = self.run
         connection, run.connection = run.connection, None
         run.backlog.clear()
-        if connection.fileno() in self.heard:
-            fd = connection.detach()
-            self.forget(fd)
+        if connection.fileno() in self.handlers:
+            self.unregister_fd(connection.detach())
         else:
             connection.close()
         for fd in run.streams:
             self.poll.modify(fd, select.POLLIN)
+
+
+def reset_signals(action) -> None:
+    """In a child of koid's: give koid's signals this `action`."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                   signal.SIGQUIT, signal.SIGPIPE, signal.SIGIO,
+                   signal.SIGCHLD, signal.SIGALRM):
+        signal.signal(number, action)
 
 
 def close_all_but(keep: set[int]) -> None:
@@ -4305,9 +4329,6 @@ LONGEST_ARGS = 262_144          # bytes of all arguments of a run together
 
 class ScheduledJob:
     """A job that koid has to see to, and for whom."""
-
-    __slots__ = ("job", "user", "file", "identity", "schedule", "settings",
-                 "line", "due", "delay")
 
     def __init__(self, job: Job, file: TabFile, delay: int):
         self.job, self.file = job, file.path
@@ -5437,12 +5458,8 @@ def run_agent(mine: Enrollment, connection, machine: Machine,
     koid is gone. All that is needed is loaded while it can be read."""
     status = EXIT_BUG
     try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
-                       signal.SIGCHLD, signal.SIGIO, signal.SIGPIPE,
-                       signal.SIGALRM):
-            signal.signal(number, signal.SIG_DFL)
+        reset_signals(signal.SIG_DFL)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        signal.set_wakeup_fd(-1)
         close_all_but({0, 1, 2, connection.fileno()})
         os.setsid()
         os.chdir("/")
@@ -5501,11 +5518,6 @@ TRY_LATER = 75              # its status for that; the next koid does
 
 class QueuedRun:
     """A run that is to be started, now or later."""
-
-    __slots__ = ("run", "scheduled", "trigger", "due", "asked", "attempt",
-                 "values", "at", "connection", "known", "waits_for_previous",
-                 "greeted",
-                 "full_since", "nonce")
 
     def __init__(self, scheduled: ScheduledJob, trigger: str, due: float,
                  now: float):
@@ -5596,21 +5608,6 @@ def job_environment(scheduled: ScheduledJob, account: Account, host: dict,
                 value in scheduled.job.environment.items()
                 if name and "=" not in name},
             "LOGNAME": account.name, "USER": account.name, **more}
-
-
-def batches(orders: list[tuple]) -> list[list[tuple]]:
-    """Which runs share a supervisor: none, unless very many start at once.
-    Each of `orders` begins with its account."""
-    size = max(1, min(MOST_IN_ONE, len(orders) // 16))
-    found: list[list[tuple]] = []
-    open_ones: dict[str, list] = {}
-    for order in orders:
-        batch = open_ones.get(order[0].name)
-        if batch is None or len(batch) >= size:
-            batch = open_ones[order[0].name] = []
-            found.append(batch)
-        batch.append(order)
-    return found
 
 
 LOST = Job(0, "", "(record lost)", "@manual", None, "", "", "", "", (), {},
@@ -6113,7 +6110,7 @@ class Daemon:
         self.poll = select.poll()
         self.heard: dict[int, tuple] = {}   # descriptor -> function, argument
         self.running: dict[int, RunningRun] = {}
-        self.supervisors: dict[int, set] = {}   # pid -> runs that go on
+        self.supervisors: dict[int, int] = {}   # pid -> run
         self.ended: dict[int, int] = {}     # run -> wait status, or NO_STATUS
         self.waiting: list[QueuedRun] = []
         self.mail_queue: list[tuple] = []
@@ -6513,7 +6510,7 @@ class Daemon:
 
     def start_supervisors(self, pendings: list[QueuedRun]) -> None:
         """Give each run to a supervisor."""
-        orders, gone, accounts = [], [], {}
+        specs, gone, accounts = [], [], {}
         for queued in pendings:
             user = queued.scheduled.user
             try:
@@ -6522,34 +6519,32 @@ class Daemon:
                 account = accounts[user]
                 if not account:
                     raise ValueError(f"there is no user {user}")
-                orders.append((account, self.order(queued, account),
-                               queued))
+                specs.append((account, self.launch_spec(queued, account),
+                              queued))
             except Exception as error:      # one job's; the others start
                 gone.append(self.unstartable(queued, str(error)))
         if gone:
             self.write(gone)
-        for batch in batches(orders):
-            self.fork(batch[0][0], [order for _, order, _ in batch],
-                      [queued for _, _, queued in batch])
+        for account, spec, queued in specs:
+            self.fork(account, spec, queued)
         self.log_starts(pendings)
 
-    def fork(self, account: Account, orders: list[LaunchSpec],
-             pendings: list[QueuedRun]) -> None:
+    def fork(self, account: Account, spec: LaunchSpec,
+             queued: QueuedRun) -> None:
+        """Give one run to a supervisor."""
         try:
-            pid = fork_supervisor(account, orders, self.runs, self.report,
+            pid = fork_supervisor(account, spec, self.runs, self.report,
                                   self.nothing)
         except OSError as error:
-            self.delay_start(pendings, error)
+            self.delay_start(queued, error)
             return
         self.set_problem("fork", "")
-        self.supervisors[pid] = {queued.run for queued in pendings}
-        for queued in pendings:
-            self.running[queued.run] = RunningRun(queued.run,
-                                                  queued.scheduled.key,
-                                                  queued, pid)
-            if queued.connection:
-                queued.connection.close()
-                queued.connection = None
+        self.supervisors[pid] = queued.run
+        self.running[queued.run] = RunningRun(
+            queued.run, queued.scheduled.key, queued, pid)
+        if queued.connection:
+            queued.connection.close()
+            queued.connection = None
 
     def log_starts(self, pendings: list[QueuedRun]) -> None:
         """As cron does, in root's log."""
@@ -6559,7 +6554,8 @@ class Daemon:
                 self.machine.log(f"({queued.scheduled.user}) CMD "
                                  f"({queued.scheduled.job.command})", "CRON")
 
-    def order(self, queued: QueuedRun, account: Account) -> LaunchSpec:
+    def launch_spec(self, queued: QueuedRun, account: Account) -> LaunchSpec:
+        """All that the supervisor of this run needs to know."""
         job, values = queued.scheduled.job, queued.values
         more = {f"KOI_ARG_{number}": values[param.name] for number, param
                 in enumerate(job.params, start=1)}
@@ -6573,20 +6569,19 @@ class Daemon:
              if param.type == "secret" and values[param.name]],
             queued.connection)
 
-    def delay_start(self, pendings: list[QueuedRun], error: OSError) -> None:
-        """The process table is full: try again, for a minute."""
-        now, statements = self.clock.ticks(), []
-        for queued in pendings:
-            queued.full_since = queued.full_since or now
-            if now - queued.full_since > TRY_FOR:
-                statements.append(self.unstartable(
-                    queued, f"could not start: {error.strerror}"))
-            else:
-                queued.at = now + TRY_AGAIN
-                self.waiting.append(queued)
-        self.set_problem("fork", f"no process could be started: "
+    def delay_start(self, queued: QueuedRun, error: OSError) -> None:
+        """Try again in a second while the process table is full, for
+        TRY_FOR seconds."""
+        now = self.clock.ticks()
+        self.set_problem("fork", "no process could be started: "
                          f"{error.strerror}")
-        self.write(statements)
+        queued.full_since = queued.full_since or now
+        if now - queued.full_since > TRY_FOR:
+            self.write([self.unstartable(
+                queued, f"could not start: {error.strerror}")])
+        else:
+            queued.at = now + TRY_AGAIN
+            self.waiting.append(queued)
 
     def unstartable(self, queued: QueuedRun, why: str) -> tuple:
         why = storable(why)
@@ -6644,13 +6639,13 @@ class Daemon:
                 return
             if not pid:
                 return
-            for run in self.supervisors.pop(pid, ()):
-                running = self.running.get(run)
-                if running and run not in self.ended:
-                    if self.has_ended(running):
-                        self.ended[run] = NO_STATUS
-                    else:       # another has it, of the koid before us
-                        running.supervisor, self.look_at = 0, 0.0
+            run = self.supervisors.pop(pid, 0)
+            running = self.running.get(run)
+            if running and run not in self.ended:
+                if self.has_ended(running):
+                    self.ended[run] = NO_STATUS
+                else:       # another has it, of the koid before us
+                    running.supervisor, self.look_at = 0, 0.0
             if pid in self.mailers:
                 self.mailed(self.mailers.pop(pid), status)
             if pid == self.broker.pid:
@@ -6695,7 +6690,6 @@ class Daemon:
         for run, status in self.ended.items():
             running = self.running.pop(run, None)
             if running:
-                self.supervisors.get(running.supervisor, set()).discard(run)
                 self.unrecorded_ends.append((running, status))
         if self.ended:
             self.start_queued()
@@ -7343,11 +7337,7 @@ def send_cron_mail(machine: Machine, host: dict, user: str, to: str,
     was, and exit with its status."""
     status = 1
     try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
-                       signal.SIGCHLD, signal.SIGIO, signal.SIGPIPE,
-                       signal.SIGALRM):
-            signal.signal(number, signal.SIG_DFL)
-        signal.set_wakeup_fd(-1)
+        reset_signals(signal.SIG_DFL)
         close_all_but({0, 1, 2})
         os.setsid()
         account = machine.account(user)

@@ -541,32 +541,3 @@ def test_a_trouble_stays_until_it_is_mended(desk):
 
 
 # Who shares a supervisor? ----------------------------------------------------
-
-
-def orders(**counts: int) -> list[tuple]:
-    """Runs of some users, in turn."""
-    waiting, found = dict(counts), []
-    while any(waiting.values()):
-        for name in waiting:
-            if waiting[name]:
-                waiting[name] -= 1
-                found.append((SimpleNamespace(name=name), len(found)))
-    return found
-
-
-@pytest.mark.parametrize("counts, supervisors", [
-    ({}, 0), ({"a": 1}, 1), ({"a": 16}, 16), ({"a": 31}, 31),
-    ({"a": 32}, 16), ({"a": 128}, 16), ({"a": 1_000}, 63),
-    ({"a": 64, "b": 64}, 16), ({"a": 127, "b": 1}, 17),
-    (dict.fromkeys("abcdefghijklmnopqrstuvwxyzABCDEF", 1), 32)])
-def test_supervisors_are_shared_when_very_many_start(counts, supervisors):
-    given = orders(**counts)
-    found = koitab.batches(given)
-    assert len(found) == supervisors
-    assert sorted(order[1] for batch in found for order in batch) == \
-        list(range(len(given)))
-    for batch in found:
-        assert len({order[0].name for order in batch}) == 1
-        assert 1 <= len(batch) <= koitab.MOST_IN_ONE
-        assert [order[1] for order in batch] == sorted(
-            order[1] for order in batch)
