@@ -204,6 +204,24 @@ def escape_controls(text: str) -> str:
     return re.sub(UNSAFE, escaped, text)
 
 
+class Diagnostic(FrozenRecord):
+    """An error in a file, or a warning, with its place."""
+    line: int
+    column: int
+    what: str               # "bad minute" as in crontab(1), a path of keys
+    why: str
+    hint: str = ""
+    fatal: bool = True      # else a warning: the value is used
+
+    def text(self, file: str) -> str:
+        """FILE:LINE:COLUMN: [warning: ][WHAT: ]WHY[ (HINT)], on one line."""
+        return escape_controls(
+            f"{file}:{self.line}:{self.column}: "
+            f"{'' if self.fatal else 'warning: '}"
+            f"{self.what}{': ' if self.what else ''}{self.why}"
+            + (f" ({self.hint})" if self.hint else ""))
+
+
 def write_all(fd: int, data: bytes) -> None:
     """Write everything, or raise OSError."""
     rest = memoryview(data)
@@ -1030,24 +1048,6 @@ MOST_PARAMS = 64
 DEEPEST_SHELL = 50
 BLANKS = " \t"
 SPACE = " \t\r\f\v"
-
-
-class Diagnostic(FrozenRecord):
-    """Something is wrong with a line, or looks as if it were."""
-    line: int
-    column: int
-    what: str               # "bad minute", as crontab(1) says it
-    why: str
-    hint: str = ""
-    fatal: bool = True      # else a warning: the line counts
-
-    def text(self, file: str) -> str:
-        hint = f" ({self.hint})" if self.hint else ""
-        return escape_controls(
-            f"{file}:{self.line}:{self.column}: "
-            f"{'' if self.fatal else 'warning: '}{self.what}: "
-            f"{self.why}{hint}"
-        )
 
 
 class Settings(FrozenRecord):

@@ -203,6 +203,24 @@ def escape_controls(text: str) -> str:
     return re.sub(UNSAFE, escaped, text)
 
 
+class Diagnostic(FrozenRecord):
+    """An error in a file, or a warning, with its place."""
+    line: int
+    column: int
+    what: str               # "bad minute" as in crontab(1), a path of keys
+    why: str
+    hint: str = ""
+    fatal: bool = True      # else a warning: the value is used
+
+    def text(self, file: str) -> str:
+        """FILE:LINE:COLUMN: [warning: ][WHAT: ]WHY[ (HINT)], on one line."""
+        return escape_controls(
+            f"{file}:{self.line}:{self.column}: "
+            f"{'' if self.fatal else 'warning: '}"
+            f"{self.what}{': ' if self.what else ''}{self.why}"
+            + (f" ({self.hint})" if self.hint else ""))
+
+
 def write_all(fd: int, data: bytes) -> None:
     """Write everything, or raise OSError."""
     rest = memoryview(data)
@@ -445,15 +463,17 @@ def is_label(text: str, first: str) -> bool:
 
 
 class ValueType(FrozenRecord):
-    """What a value of the configuration may be, and how it is read."""
-    right: str                  # what would be right, for a complaint
+    """The values that a key may have, and how they are read and written."""
+    expected: str               # for a diagnostic
     fits: object                # value -> bool
-    read: object = None         # value -> what the program works with
+    read: object = None         # JSON value -> the program's value
     write: object = None        # and back, for `dump`
-    blank: object = ""          # stands in for a needed value that is broken
+    blank: object = ""          # stands in for a required value that is wrong
+    record: object = None       # class of the objects in the value, if any
+    form: str = ""              # of objects: "one", "list" or "map"
 
 
-def texts(value) -> bool:
+def is_text_list(value) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
@@ -470,8 +490,8 @@ def one_of(*words: str) -> ValueType:
 SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def bytes_of(text: str) -> int | None:
-    """The bytes in "512", "100K", "5G" (powers of 1024); else None."""
+def parse_size(text: str) -> int | None:
+    """The bytes in "512", "100K", "5G" (powers of 1024); None if invalid."""
     text = text.removesuffix("B")
     unit = text[-1:] if text[-1:] in tuple("KMGT") else ""
     digits = text.removesuffix(unit)
@@ -480,7 +500,8 @@ def bytes_of(text: str) -> int | None:
     return int(digits) * SIZE_UNITS[unit]
 
 
-def size_text(size: int) -> str:
+def format_size(size: int) -> str:
+    """The bytes in the largest unit that divides them: 5G, 1536M, 100."""
     for unit in "TGMK":
         if size and size % SIZE_UNITS[unit] == 0:
             return f"{size // SIZE_UNITS[unit]}{unit}"
@@ -488,71 +509,197 @@ def size_text(size: int) -> str:
 
 
 TEXT = ValueType("a string", lambda v: isinstance(v, str))
+PATH = TEXT.replace()       # made absolute by `resolve_paths`
 FLAG = ValueType("true or false", lambda v: v is True or v is False)
-TEXTS = ValueType("a list of strings", texts, tuple, list)
-DURATION = ValueType('a duration such as "90s", "10m" or "2h"',
-                     lambda v: isinstance(v,
-                                          str) and parse_duration(v)
-                     is not None,
-                     parse_duration, format_duration)
+TEXTS = ValueType("a list of strings", is_text_list, tuple)
+DURATION = ValueType(
+    'a duration such as "90s", "10m" or "2h"',
+    lambda v: isinstance(v, str) and parse_duration(v) is not None,
+    parse_duration, format_duration)
 SIZE = ValueType('a size such as "500M" or "5G"',
-                 lambda v: isinstance(v, str) and bytes_of(v) is not None,
-                 bytes_of, size_text)
+                 lambda v: isinstance(v, str) and parse_size(v) is not None,
+                 parse_size, format_size)
 VARIABLES = ValueType(
     "an object of strings", lambda v: isinstance(v, dict) and all(
         isinstance(word, str) for word in v.values()), dict, dict)
 SIZES = ValueType(
     'an object such as {"sync": "5G"}', lambda v: isinstance(v, dict) and all(
         SIZE.fits(size) for size in v.values()),
-    lambda v: {name: bytes_of(size) for name, size in v.items()},
-    lambda v: {name: size_text(size) for name, size in v.items()})
-SECTION = ValueType("an object", lambda v: isinstance(v, dict), blank={})
-SECTIONS = ValueType("a list of objects", lambda v: isinstance(v, list),
-                     blank=[])
-NEEDED = object()       # a key that must be there
+    lambda v: {name: parse_size(size) for name, size in v.items()},
+    lambda v: {name: format_size(size) for name, size in v.items()})
 
-# key -> its shape and its default; None is "not set", and `dump` leaves it
-# out. The README's tables have a row for each key here; a test counts them.
-TASK_KEYS = {
-    "slug": (TEXT, NEEDED), "name": (TEXT, ""),
-    "type": (one_of("exec", "builtin"), NEEDED),
-    "scheduled": (FLAG, False), "post": (FLAG, False),
-    "entrypoint": (TEXT, ""), "timeout": (DURATION, None),
-    "retries": (number(0, 100), 0), "retryDelay": (DURATION, 0.0),
-    "needs": (TEXTS, ()), "parallel": (TEXT, ""), "user": (TEXT, ""),
-    "env": (VARIABLES, {}), "nice": (number(0, 19), 0),
-    "minFree": (SIZES, {}),
-}
-USER_KEYS = {"name": (TEXT, NEEDED), "email": (TEXT, "")}
-STORAGE_KEYS = {"path": (TEXT, NEEDED), "chown": (FLAG, False),
-                "commit": (FLAG, False)}
-PING_KEYS = {
-    "enabled": (FLAG, False), "endpoint": (TEXT, ""), "start": (FLAG, False),
-    "fail": (FLAG, False), "log": (FLAG, False), "timeout": (DURATION, 10.0),
-    "retries": (number(1, 20), 3), "caFile": (TEXT, ""),
-}
-NOTIFY_KEYS = {"enabled": (FLAG, False)}
-MAIL_KEYS = {
-    "enabled": (FLAG, False), "type": (one_of("sendmail", "smtp"), "sendmail"),
-    "on": (one_of("always", "failure", "never"), "always"),
-    "start": (FLAG, True), "smtp": (SECTION, None),
-}
-SMTP_KEYS = {
-    "host": (TEXT, ""), "port": (number(1, 65535), None),
-    "security": (one_of("starttls", "tls", "none"), "starttls"),
-    "user": (TEXT, ""), "passName": (TEXT, ""), "from": (TEXT, ""),
-    "caFile": (TEXT, ""),
-}
-LOGS_KEYS = {"keep": (number(1, 10**6), None), "max": (SIZE, 2**30)}
-METRICS_KEYS = {"textfile": (TEXT, "")}
-CONFIG_KEYS = {
-    "tasks": (SECTIONS, NEEDED), "user": (SECTION, NEEDED),
-    "passBin": (TEXT, ""), "storage": (SECTION, NEEDED),
-    "ping": (SECTION, {}), "notify": (SECTION, {}), "mail": (SECTION, {}),
-    "filters": (TEXTS, ()), "redact": (TEXTS, ()), "logs": (SECTION, {}),
-    "metrics": (SECTION, {}), "trust": (one_of("user", "root"), "user"),
-}
-RENAMED = {"from": "sender"}    # `from` is a word of Python's
+
+def object_of(record: type, form: str = "one") -> ValueType:
+    """The type of a key whose value is one object, or a map of objects."""
+    return ValueType("an object", lambda v: isinstance(v, dict), blank={},
+                     record=record, form=form)
+
+
+def list_of(record: type) -> ValueType:
+    return ValueType("a list of objects", lambda v: isinstance(v, list),
+                     blank=[], record=record, form="list")
+
+
+def each_object(form: str, value, function, where: tuple = ()):
+    """Replace the objects in a value by function(object, path of keys)."""
+    if form == "one":
+        return function(value, where)
+    if form == "list":
+        return tuple(function(item, where + (index,))
+                     for index, item in enumerate(value))
+    return {name: function(value[name], where + (name,))
+            for name in sorted(value)}
+
+
+REQUIRED = object()     # in place of a default: the key must be there
+
+
+class ConfigObject(FrozenRecord):
+    """An object of the configuration; its keys are its fields.
+
+    A row of `keys` gives the type of a key, its default and its meaning.
+    None as a default is "not set"; `dump` leaves such a key out. README.md
+    has a row for each key, and a test compares them.
+    """
+
+    keys: dict = {}
+    where: tuple = ()           # the path of keys that leads to the object
+
+    def __init__(self, **fields):
+        vars(self).update(fields)
+
+
+class Task(ConfigObject):
+    """A task of the configuration."""
+    keys = {
+        "slug": (TEXT, REQUIRED, "the name in commands, paths and reports"),
+        "name": (TEXT, "", "the name for people; by default the slug"),
+        "type": (one_of("exec", "builtin"), REQUIRED, "a program, or Python"),
+        "scheduled": (FLAG, False, "runs without -t"),
+        "post": (FLAG, False, "runs after chown and commit"),
+        "entrypoint": (PATH, "", "the program; by default TASKS_DIR/slug/run"),
+        "timeout": (DURATION, None, "the longest time of one attempt"),
+        "retries": (number(0, 100), 0, "attempts after a failure"),
+        "retryDelay": (DURATION, 0.0, "the time between two attempts"),
+        "needs": (TEXTS, (), "slugs of tasks that must have succeeded"),
+        "parallel": (TEXT, "", "neighbours of one group run side by side"),
+        "user": (TEXT, "", "the user to run as, when mission runs as root"),
+        "env": (VARIABLES, {}, "more environment variables"),
+        "nice": (number(0, 19), 0, "the niceness"),
+        "minFree": (SIZES, {}, "the free bytes that storages must have"),
+    }
+
+
+class User(ConfigObject):
+    """The unprivileged user whose backups these are."""
+    keys = {
+        "name": (TEXT, REQUIRED, "the login name"),
+        "email": (TEXT, "", "the address that mail goes to"),
+    }
+
+
+class Storage(ConfigObject):
+    """A directory that tasks write to, known by its key in `storage`."""
+    keys = {
+        "path": (PATH, REQUIRED, "the directory"),
+        "chown": (FLAG, False, "give all files to user.name after the tasks"),
+        "commit": (FLAG, False, "commit all files with git after the tasks"),
+    }
+
+    @property
+    def name(self) -> str:
+        return self.where[-1]
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that tells tasks the path."""
+        return self.name.upper().replace("-", "_") + "_DIR"
+
+
+class Ping(ConfigObject):
+    """The monitor that is pinged when a run succeeded."""
+    keys = {
+        "enabled": (FLAG, False, "ping after a run with --headless"),
+        "endpoint": (TEXT, "", "the URL; %s becomes the host name"),
+        "start": (FLAG, False, "also ping URL/start when a run starts"),
+        "fail": (FLAG, False, "also ping URL/fail when a run failed"),
+        "log": (FLAG, False, "send the end of the log with the ping"),
+        "timeout": (DURATION, 10.0, "the longest time of one request"),
+        "retries": (number(1, 20), 3, "the most requests for one ping"),
+        "caFile": (PATH, "", "certificates (PEM) to trust, not the system's"),
+    }
+
+
+class Notify(ConfigObject):
+    """The notification on the user's desktop."""
+    keys = {"enabled": (FLAG, False, "notify at start and end")}
+
+
+class Smtp(ConfigObject):
+    """The mail server, for mail.type "smtp"."""
+    keys = {
+        "host": (TEXT, "", "the name of the server"),
+        "port": (number(1, 65535), None, "by default 587, 465 or 25"),
+        "security": (one_of("starttls", "tls", "none"), "starttls",
+                     "how the connection is encrypted"),
+        "user": (TEXT, "", "the name to log in with"),
+        "passName": (TEXT, "", "the password's name, for passBin"),
+        "from": (TEXT, "", "the address of the sender"),
+        "caFile": (PATH, "", "certificates (PEM) to trust, not the system's"),
+    }
+
+
+class Mail(ConfigObject):
+    """The mails at the start and the end of a run."""
+    keys = {
+        "enabled": (FLAG, False, "send mail about a run with --headless"),
+        "type": (one_of("sendmail", "smtp"), "sendmail", "who sends it"),
+        "on": (one_of("always", "failure", "never"), "always",
+               "the results that are mailed"),
+        "start": (FLAG, True, "also mail when a run starts"),
+        "smtp": (object_of(Smtp), None, "the mail server"),
+    }
+
+
+class Logs(ConfigObject):
+    """The run logs in storage.logs."""
+    keys = {
+        "keep": (number(1, 10**6), None, "the number of run logs to keep"),
+        "max": (SIZE, 2**30, "the most that is logged of one task's output"),
+    }
+
+
+class Metrics(ConfigObject):
+    """The metrics for Prometheus."""
+    keys = {"textfile": (PATH, "", "a file of node_exporter's collector")}
+
+
+class Config(ConfigObject):
+    """A whole configuration. `path` is that of its file."""
+    keys = {
+        "tasks": (list_of(Task), REQUIRED, "what to run, in this order"),
+        "user": (object_of(User), REQUIRED, "whose backups these are"),
+        "passBin": (PATH, "", "prints the password that is its argument"),
+        "storage": (object_of(Storage, "map"), REQUIRED, "the directories"),
+        "ping": (object_of(Ping), {}, "the monitor"),
+        "notify": (object_of(Notify), {}, "the desktop notification"),
+        "mail": (object_of(Mail), {}, "the mails"),
+        "filters": (TEXTS, (), "patterns of lines that mails leave out"),
+        "redact": (TEXTS, (), "patterns that become *** in the log"),
+        "logs": (object_of(Logs), {}, "the run logs"),
+        "metrics": (object_of(Metrics), {}, "the metrics"),
+        "trust": (one_of("user", "root"), "user",
+                  "who may change what root runs, besides root"),
+    }
+
+    path: str = ""
+
+    def folder(self, name: str) -> str:
+        """The directory of the storage `name`."""
+        return self.storage[name].path
+
+
+RENAMED = {"from": "sender"}    # `from` is a keyword of Python
 
 
 def field_of(key: str) -> str:
@@ -561,230 +708,139 @@ def field_of(key: str) -> str:
         "_" + c.lower() if c.isupper() else c for c in key)
 
 
-class Task(FrozenRecord):
-    slug: str
-    name: str
-    type: str
-    scheduled: bool
-    post: bool
-    entrypoint: str             # absolute; "" for a builtin
-    timeout: float | None       # seconds
-    retries: int
-    retry_delay: float          # seconds
-    needs: tuple
-    parallel: str
-    user: str
-    env: dict
-    nice: int
-    min_free: dict              # storage name -> bytes
-
-
-class User(FrozenRecord):
-    name: str
-    email: str
-
-
-class Storage(FrozenRecord):
-    name: str
-    path: str
-    chown: bool
-    commit: bool
-
-    @property
-    def variable(self) -> str:
-        return self.name.upper().replace("-", "_") + "_DIR"
-
-
-class Ping(FrozenRecord):
-    enabled: bool
-    endpoint: str
-    start: bool
-    fail: bool
-    log: bool
-    timeout: float
-    retries: int
-    ca_file: str
-
-
-class Smtp(FrozenRecord):
-    host: str
-    port: int | None
-    security: str
-    user: str
-    pass_name: str
-    sender: str
-    ca_file: str
-
-
-class Mail(FrozenRecord):
-    enabled: bool
-    type: str
-    on: str
-    start: bool
-    smtp: Smtp | None
-
-
-class Config(FrozenRecord):
-    """A configuration with its paths resolved."""
-    path: str
-    tasks: tuple
-    user: User
-    pass_bin: str
-    storage: dict               # name -> Storage, sorted by name
-    ping: Ping
-    notify: bool
-    mail: Mail
-    filters: tuple
-    redact: tuple
-    logs_keep: int | None
-    logs_max: int
-    textfile: str
-    trust: str
-    places: dict                # path of keys -> offset in the text
-
-    def folder(self, name: str) -> str:
-        return self.storage[name].path
-
-
-class Diagnostic(FrozenRecord):
-    """One fault: where it is, what is wrong, what would be right."""
-    at: int
-    path: tuple
-    what: str
-    right: str
-    slug: str = ""      # the fault is in this task's script, not in the file
-
-    def line(self, file: str, text: str) -> str:
-        """FILE:LINE:COL: path.to.key: what is wrong (what would be right)"""
-        row = text.count("\n", 0, self.at) + 1
-        column = self.at - text.rfind("\n", 0, self.at)
-        where = path_text(self.path)
-        return escape_controls(
-            f"{file}:{row}:{column}: {where}{': ' if where else ''}"
-                               f"{self.what} ({self.right})")
-
-
-def path_text(path: tuple) -> str:
+def key_path(path: tuple) -> str:
     """("tasks", 0, "slug") -> tasks[0].slug"""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}"
                    for part in path)
     return text.removeprefix(".")
 
 
-KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean",
-         int: "a number", float: "a number", type(None): "null"}
+KINDS = {dict: "an object", list: "a list", type(None): "null"}
 
 
 def described(value) -> str:
-    """A wrong value, short enough for a line."""
-    if isinstance(value, (dict, list)) or value is None:
+    """An invalid value, short enough for a line."""
+    if type(value) in KINDS:
         return KINDS[type(value)]
     return quoted(value) if isinstance(value, str) else str(value).lower()
 
 
-class ConfigReader:
-    """From text to a Config; what is wrong is collected in `complaints`."""
+class DiagnosticList:
+    """The diagnostics of one text, in the order in which they were found.
 
-    def __init__(self, text: str, path: str):
-        self.path, self.complaints = path, []
+    `places` and `keys`: path of keys -> offset of that value, of that key.
+    """
+
+    def __init__(self, text: str):
+        self.text, self.found = text, []
         self.places: dict[tuple, int] = {}
         self.keys: dict[tuple, int] = {}
+        self.paths: set[tuple] = set()      # paths that have a diagnostic
+
+    def add(self, path: tuple, why: str, hint: str,
+            at: int | None = None) -> None:
+        """Add an error of the value at `path`, or at the offset `at`."""
+        self.paths.add(path)
+        self.found.append(self.diagnostic(path, why, hint, at))
+
+    def diagnostic(self, path: tuple, why: str, hint: str,
+                   at: int | None = None) -> Diagnostic:
+        """A diagnostic of a value, or of the nearest object around it."""
+        place = path
+        while place and place not in self.places:
+            place = place[:-1]
+        at = self.places.get(place, 0) if at is None else at
+        return Diagnostic(
+            self.text.count("\n", 0, at) + 1,
+            at - self.text.rfind("\n", 0, at), key_path(path), why, hint)
+
+
+class ConfigReader:
+    """Turns text into a Config; errors are collected in `diagnostics`."""
+
+    def __init__(self, text: str, path: str):
+        self.path, self.diagnostics = path, DiagnosticList(text)
         self.values = self.parse(text)
 
     def parse(self, text: str):
+        """The JSON value of the text; None if it is not JSONC."""
+        add, reader = self.diagnostics.add, JsoncReader(text)
         if text.startswith("\ufeff"):
-            return self.complain((), "the file begins with a byte order mark",
-                                 "UTF-8 without it")
+            return add((), "the file begins with a byte order mark",
+                       "UTF-8 without it")
         try:
-            reader = JsoncReader(text)
             values = reader.document()
         except JsoncError as error:
-            self.complaints.append(
-                Diagnostic(error.at, (), error.what, error.right))
-            return None
-        self.places, self.keys = reader.places, reader.keys
+            return add((), error.what, error.right, error.at)
+        self.diagnostics.places = reader.places
+        self.diagnostics.keys = reader.keys
         for path, at in reader.twice:
-            self.complaints.append(Diagnostic(
-                at, path, "this key stands twice", "once in an object"))
+            add(path, "this key stands twice", "once in an object", at)
         return values
 
-    def complain(self, path: tuple, what: str, right: str, key=False) -> None:
-        at = (self.keys if key else self.places).get(path)
-        self.complaints.append(Diagnostic(
-            place_of(self.places, path) if at is None else at,
-            path, what, right))
-
-    def section(self, values, path: tuple, keys: dict) -> dict:
-        """The fields of one object; defaults for what is missing or broken,
-        so that the rest can still be judged."""
-        if not isinstance(values, (dict, type(None))):
-            self.complain(path, f"{described(values)} is no object", "{ ... }")
-            return {field_of(key): shape.blank if default is NEEDED
-                    else default for key, (shape, default) in keys.items()}
-        values = values or {}
-        for key in values:
-            if key not in keys:
-                meant = nearest(key, keys)
-                self.complain(path + (key,), "unknown key", f"{meant}?"
-                              if meant else "one of " + ", ".join(keys), True)
-        return {field_of(key): self.field(values, path + (key,), *rule)
-                for key, rule in keys.items()}
-
-    def field(self, values: dict, path: tuple, shape: ValueType, default):
-        value = values.get(path[-1])
-        if value is None:           # null is "not set", as in the original
-            if default is NEEDED:
-                self.complain(path, "this key is missing", shape.right)
-                return shape.blank
-            return default
-        if not shape.fits(value):
-            self.complain(path, f"{described(value)} does not fit",
-                          shape.right)
-            return shape.blank if default is NEEDED else default
-        return shape.read(value) if shape.read else value
-
     def config(self) -> Config | None:
-        """The whole, paths as written; None when there is no object."""
-        if not isinstance(self.values, dict):
-            if not self.complaints:
-                self.complain((), f"{described(self.values)} is no object",
-                              "{ ... }")
-            return None
-        top = self.section(self.values, (), CONFIG_KEYS)
+        """The configuration, with paths as written; None if the text is
+        not an object."""
+        if isinstance(self.values, dict):
+            return self.read_object(Config, self.values, ()).replace(
+                path=self.path)
+        if not self.diagnostics.found:
+            self.diagnostics.add(
+                (), f"{described(self.values)} is no object", "{ ... }")
+        return None
 
-        def part(key: str, keys: dict) -> dict:
-            return self.section(top[key], (key,), keys)
+    def read_object(self, record: type, values, where: tuple,
+                    report: bool = True) -> ConfigObject:
+        """One object. Defaults take the place of what is missing or wrong,
+        so that the rest can still be checked. With `report` a required key
+        that is missing is an error."""
+        is_object = isinstance(values, (dict, type(None)))
+        if not is_object:
+            self.diagnostics.add(where, f"{described(values)} is no object",
+                                 "{ ... }")
+        values = values or {} if is_object else {}
+        for key in values:
+            if key not in record.keys:
+                meant, path = nearest(key, record.keys), where + (key,)
+                self.diagnostics.add(
+                    path, "unknown key", f"{meant}?" if meant
+                    else "one of " + ", ".join(record.keys),
+                    self.diagnostics.keys.get(path))
+        fields = {field_of(key): self.read_value(
+            values.get(key), where + (key,), kind, default,
+            is_object and report)
+            for key, (kind, default, _) in record.keys.items()}
+        return record(where=where, **fields)
 
-        mail, logs = part("mail", MAIL_KEYS), part("logs", LOGS_KEYS)
-        if mail["smtp"] is not None:
-            mail["smtp"] = Smtp(**self.section(
-                mail["smtp"], ("mail", "smtp"), SMTP_KEYS))
-        return Config(
-            path=self.path, pass_bin=top["pass_bin"], mail=Mail(**mail),
-            tasks=tuple(Task(**self.section(task, ("tasks", at), TASK_KEYS))
-                        for at, task in enumerate(top["tasks"])),
-            user=User(**part("user", USER_KEYS)),
-            storage={name: Storage(name=name, **self.section(
-                options, ("storage", name), STORAGE_KEYS))
-                for name, options in sorted(top["storage"].items())},
-            ping=Ping(**part("ping", PING_KEYS)),
-            notify=part("notify", NOTIFY_KEYS)["enabled"],
-            filters=top["filters"], redact=top["redact"],
-            logs_keep=logs["keep"], logs_max=logs["max"],
-            textfile=part("metrics", METRICS_KEYS)["textfile"],
-            trust=top["trust"], places=self.places)
-
-
-def place_of(places: dict, path: tuple) -> int:
-    """The offset of a value, or of the nearest object around it."""
-    while path and path not in places:
-        path = path[:-1]
-    return places.get(path, 0)
+    def read_value(self, value, path: tuple, kind: ValueType, default,
+                   report: bool):
+        """The value of one key; null is "not set", as in the original."""
+        is_valid = value is not None and kind.fits(value)
+        if is_valid:
+            found = kind.read(value) if kind.read else value
+        else:
+            found = kind.blank if default is REQUIRED else default
+        if value is None:
+            if default is REQUIRED and report:
+                self.diagnostics.add(path, "this key is missing",
+                                     kind.expected)
+        elif not is_valid:
+            self.diagnostics.add(path, f"{described(value)} does not fit",
+                                 kind.expected)
+        if not kind.record or found is None:
+            return found
+        # An object that is missing has one diagnostic, not one for each key.
+        return each_object(kind.form, found, lambda values, where:
+                           self.read_object(kind.record, values, where,
+                                            is_valid), path)
 
 
 def absolute_path(path: str, base: str, user: str, home_of) -> str:
-    """`~` is the home of `user`, `~bob` that of bob; a relative path is
-    relative to the folder `base`. Raises ValueError with what is wrong."""
+    """`path` without `~` and, if relative, relative to the directory `base`.
+
+    `~` is the home of `user`, `~bob` that of bob. `home_of(name)` returns a
+    home or None. Raises ValueError with what is wrong.
+    """
     if "\0" in path:
         raise ValueError("a path cannot hold NUL")
     if path.startswith("~"):
@@ -798,71 +854,58 @@ def absolute_path(path: str, base: str, user: str, home_of) -> str:
     return "/" + posixpath.normpath(posixpath.join(base, path)).lstrip("/")
 
 
-def resolved(config: Config, home_of) -> tuple[Config, list[Diagnostic]]:
-    """The configuration with absolute paths. `home_of(name)` tells a home,
-    or None."""
-    complaints = []
+def resolve_paths(record: ConfigObject, absolute) -> ConfigObject:
+    """The record with absolute(path, path of keys) for each of its paths."""
+    changes = {}
+    for key, (kind, _, _) in record.keys.items():
+        value = getattr(record, field_of(key))
+        if kind is PATH and value:
+            changes[field_of(key)] = absolute(value, record.where + (key,))
+        elif kind.record and value is not None:
+            changes[field_of(key)] = each_object(
+                kind.form, value, lambda item, _: resolve_paths(
+                    item, absolute))
+    return record.replace(**changes)
 
-    def absolute(path: str, *keys) -> str:
-        if not path or (path.startswith("~") and not config.user.name):
-            return ""
+
+def resolved(config: Config, home_of, diagnostics: DiagnosticList) -> Config:
+    """The configuration with absolute paths, and a name and an entrypoint
+    for each task. `home_of(name)` returns a home or None."""
+    def absolute(path: str, where: tuple) -> str:
+        if path.startswith("~") and not config.user.name:
+            return ""           # the missing name is reported
         try:
             return absolute_path(path, posixpath.dirname(config.path),
                                  config.user.name, home_of)
         except ValueError as error:
-            complaints.append(Diagnostic(
-                place_of(config.places, keys), keys, str(error),
-                "an absolute path, or ~ of a user of this host"))
+            diagnostics.add(where, str(error),
+                            "an absolute path, or ~ of a user of this host")
             return ""
 
-    storage = {name: s.replace(path=absolute(s.path, "storage", name, "path"))
-               for name, s in config.storage.items()}
-    tasks_folder = storage["tasks"].path if "tasks" in storage else ""
-    tasks = tuple(task.replace(
-        name=task.name or task.slug, entrypoint=absolute(
-            task.entrypoint, "tasks", index, "entrypoint")
-        or (posixpath.join(tasks_folder, task.slug, "run")
-            if task.type == "exec" and tasks_folder else ""))
-        for index, task in enumerate(config.tasks))
-    mail = config.mail
-    if mail.smtp:
-        mail = mail.replace(smtp=mail.smtp.replace(ca_file=absolute(
-            mail.smtp.ca_file, "mail", "smtp", "caFile")))
-    return config.replace(
-        storage=storage, tasks=tasks, mail=mail,
-        pass_bin=absolute(config.pass_bin, "passBin"),
-        ping=config.ping.replace(ca_file=absolute(
-            config.ping.ca_file, "ping", "caFile")),
-        textfile=absolute(config.textfile, "metrics", "textfile"),
-    ), complaints
+    found = resolve_paths(config, absolute)
+    folder = found.folder("tasks") if "tasks" in found.storage else ""
+    return found.replace(tasks=tuple(task.replace(
+        name=task.name or task.slug,
+        entrypoint=task.entrypoint or (
+            posixpath.join(folder, task.slug, "run")
+            if task.type == "exec" and folder else ""))
+        for task in found.tasks))
 
 
-def as_json(config: Config) -> dict:
+def as_json(record: ConfigObject) -> dict:
     """What `dump` prints: fed back as a configuration it says the same."""
-    def written(record, keys: dict) -> dict:
-        found = {}
-        for key, (shape, _) in keys.items():
-            value = getattr(record, field_of(key), None)
-            if value is not None and shape not in (SECTION, SECTIONS):
-                found[key] = shape.write(value) if shape.write else value
-        return found
-
-    mail = written(config.mail, MAIL_KEYS)
-    if config.mail.smtp:
-        mail["smtp"] = written(config.mail.smtp, SMTP_KEYS)
-    logs = {"keep": config.logs_keep, "max": size_text(config.logs_max)}
-    return {
-        "tasks": [written(task, TASK_KEYS) for task in config.tasks],
-        "user": written(config.user, USER_KEYS), "passBin": config.pass_bin,
-        "storage": {name: written(storage, STORAGE_KEYS)
-                    for name, storage in config.storage.items()},
-        "ping": written(config.ping, PING_KEYS),
-        "notify": {"enabled": config.notify}, "mail": mail,
-        "filters": list(config.filters), "redact": list(config.redact),
-        "logs": {key: value for key, value in logs.items()
-                 if value is not None},
-        "metrics": {"textfile": config.textfile}, "trust": config.trust,
-    }
+    found = {}
+    for key, (kind, _, _) in record.keys.items():
+        value = getattr(record, field_of(key))
+        if value is None:
+            continue
+        if kind.record:
+            value = each_object(kind.form, value,
+                                lambda item, _: as_json(item))
+        elif kind.write:
+            value = kind.write(value)
+        found[key] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 # ==========================================================================
@@ -891,255 +934,242 @@ class Script(FrozenRecord):
     path: str
     state: str = ""             # "" or what is wrong: "does not exist", ...
     head: str = ""              # its first bytes, one character each
-    missing_interpreter: str = ""  # named in the #! line and not there
-    intruder: str = ""          # who else could change what root runs
+    missing_interpreter: str = ""   # named in the #! line and not there
+    writer: str = ""            # who else could change what root runs
 
 
 class HostFacts(FrozenRecord):
-    """What the host says of everything a configuration names."""
+    """What the host says of everything that a configuration names."""
     uids: dict                  # user name -> uid, or None
     folders: dict               # storage name -> "" or what is wrong with it
-    strangers: dict             # storage name -> a third user's file, or ""
+    foreign_files: dict         # storage name -> a third user's file, or ""
     scripts: dict               # slug -> Script
     of_system: set              # names of storages in SYSTEM_FOLDERS
     repositories: set           # names of storages that have a .git
     programs: dict              # program -> path, or None
     usable: dict                # path of passBin, CA file -> "" or a reason
-    intruder: str = ""          # who else can change the configuration
+    writer: str = ""            # who else could change the configuration
 
 
 class ConfigValidator:
-    """Judges one configuration by the facts; all faults, in file order.
+    """Validates one configuration by the facts; adds to `diagnostics`.
 
-    `known`: paths that have a complaint already, and need no second one.
+    A value that has a diagnostic already gets no second one. Errors of a
+    task's script are kept apart, in `scripts`: slug -> diagnostics. They
+    make one task fail, not the run.
     """
 
-    def __init__(self, config: Config, facts: HostFacts, known=()):
-        self.config, self.facts, self.found = config, facts, []
-        self.known = set(known)
+    def __init__(self, config: Config, facts: HostFacts,
+                 diagnostics: DiagnosticList):
+        self.config, self.facts = config, facts
+        self.diagnostics, self.known = diagnostics, set(diagnostics.paths)
+        self.scripts: dict[str, list[Diagnostic]] = {}
 
-    def add_diagnostic(self, path: tuple, what: str, right: str,
-                       slug="") -> None:
-        if any(path[:end] in self.known for end in range(1, len(path) + 1)):
-            return
-        at = place_of(self.config.places, path)
-        self.found.append(Diagnostic(at, path, what, right, slug))
+    def add(self, path: tuple, why: str, hint: str) -> None:
+        if not self.is_known(path):
+            self.diagnostics.add(path, why, hint)
 
-    def complaints(self) -> list[Diagnostic]:
-        self.of_user()
-        self.of_storage()
+    def is_known(self, path: tuple) -> bool:
+        """Whether the value, or an object around it, has a diagnostic."""
+        return any(path[:end] in self.known
+                   for end in range(1, len(path) + 1))
+
+    def validate(self) -> None:
+        self.check_account(self.config.user.name, ("user", "name"))
+        self.check_storages()
+        slugs = [task.slug for task in self.config.tasks]
         for index, task in enumerate(self.config.tasks):
-            self.of_task(task, ("tasks", index))
-        self.of_order()
-        self.of_delivery()
-        self.of_patterns()
-        if self.facts.intruder:
-            self.add_diagnostic((), self.facts.intruder, "root and "
-                                f"{self.trusted()} alone can write it and its "
-                                "folders")
-        return sorted(self.found, key=lambda c: c.at)
+            self.check_task(task, task.slug in slugs[:index])
+        self.check_order()
+        self.check_delivery()
+        self.check_patterns()
+        if self.facts.writer:
+            trusted = "nobody else" if self.config.trust == "root" \
+                else self.config.user.name
+            self.add((), self.facts.writer, f"root and {trusted} alone can "
+                     "write it and its folders")
 
-    def trusted(self) -> str:
-        return "nobody else" if self.config.trust == "root" \
-            else self.config.user.name
-
-    def of_user(self) -> None:
-        self.of_account(self.config.user.name, ("user", "name"))
-        if self.config.pass_bin:
-            reason = self.facts.usable.get(self.config.pass_bin)
-            if reason:
-                self.add_diagnostic(("passBin",),
-                                    f"{self.config.pass_bin} {reason}",
-                                    "the path of an executable such as "
-                                    "/usr/bin/pass")
-
-    def of_account(self, name: str, path: tuple) -> None:
+    def check_account(self, name: str, path: tuple) -> None:
         uid = self.facts.uids.get(name)
         if uid is None:
-            self.add_diagnostic(path, f"there is no user {described(name)}",
-                                "the name of a user of this host")
+            self.add(path, f"there is no user {described(name)}",
+                     "the name of a user of this host")
         elif uid in NOT_A_USER:
-            self.add_diagnostic(path, f"{name} has the user id {uid}",
-                                "an unprivileged user")
+            self.add(path, f"{name} has the user id {uid}",
+                     "an unprivileged user")
 
-    def of_storage(self) -> None:
+    # --- storages ---------------------------------------------------------
+
+    def check_storages(self) -> None:
         variables = {}
         for name in ("tasks", "logs"):
             if name not in self.config.storage:
-                self.add_diagnostic(("storage",),
-                                    f"there is no storage {name!r}",
-                                    f'"{name}": {{"path": "..."}}')
+                self.add(("storage",), f"there is no storage {name!r}",
+                         f'"{name}": {{"path": "..."}}')
         for name, storage in self.config.storage.items():
-            path = ("storage", name)
             if not is_label(name, LOWER):
-                self.add_diagnostic(path,
-                                    f"{described(name)} is no storage name",
-                                    "letters a-z, digits, - and _, first a "
-                                    "letter")
+                self.add(storage.where,
+                         f"{described(name)} is no storage name",
+                         "letters a-z, digits, - and _, first a letter")
             other = variables.setdefault(storage.variable, name)
             if other != name:
-                self.add_diagnostic(path,
-                                    f"gives the variable {storage.variable}, "
-                                    "as "
-                                    f"does storage.{other}",
-                                    "a name of its own")
-            self.of_folder(storage, path)
+                self.add(storage.where, "gives the variable "
+                         f"{storage.variable}, as does storage.{other}",
+                         "a name of its own")
+            self.check_storage(storage)
+            if storage.chown:
+                self.check_chown(storage)
 
-    def of_folder(self, storage: Storage, path: tuple) -> None:
-        fault = self.facts.folders.get(storage.name)
-        if fault:
-            self.add_diagnostic(path + ("path",), f"{storage.path} {fault}",
-                                f"mkdir -p {storage.path}" if "exist" in fault
-                                else "a folder that mission can use")
-        if storage.commit and not fault \
-                and storage.name not in self.facts.repositories:
-            self.add_diagnostic(path + ("commit",),
-                                f"{storage.path} is no git "
-                                "repository",
-                                f"git init {storage.path}, as its owner")
+    def check_storage(self, storage: Storage) -> None:
+        path, commit = storage.path, storage.where + ("commit",)
+        error = self.facts.folders.get(storage.name)
+        if error:
+            self.add(storage.where + ("path",), f"{path} {error}",
+                     f"mkdir -p {path}" if "exist" in error
+                     else "a folder that mission can use")
+        elif storage.commit and storage.name not in self.facts.repositories:
+            self.add(commit, f"{path} is no git repository",
+                     f"git init {path}, as its owner")
         if storage.commit and not self.facts.programs.get("git"):
-            self.add_diagnostic(path + ("commit",), "there is no git",
-                                "install git")
-        if not storage.chown:
-            return
+            self.add(commit, "there is no git", "install git")
+
+    def check_chown(self, storage: Storage) -> None:
+        """Giving away the wrong directory as root cannot be undone."""
+        where = storage.where + ("chown",)
         inside = [self.config.folder("tasks")] \
             if "tasks" in self.config.storage else []
-        for child in inside + [self.config.path]:
-            if child.startswith(storage.path.rstrip("/") + "/"):
-                self.add_diagnostic(path + ("chown",),
-                                    f"{storage.path} holds {child}",
-                                    "a folder that holds backups alone")
+        for path in inside + [self.config.path]:
+            if path.startswith(storage.path.rstrip("/") + "/"):
+                self.add(where, f"{storage.path} holds {path}",
+                         "a folder that holds backups alone")
         if storage.name in self.facts.of_system:
-            self.add_diagnostic(path + ("chown",),
-                                f"{storage.path} belongs to the "
-                                "system", "a folder that holds backups alone")
-        elif self.facts.strangers.get(storage.name):
-            self.add_diagnostic(path + ("chown",), "it holds "
-                                + self.facts.strangers[storage.name],
-                                f"files of root and {self.config.user.name} "
-                                "alone")
+            self.add(where, f"{storage.path} belongs to the system",
+                     "a folder that holds backups alone")
+        elif self.facts.foreign_files.get(storage.name):
+            self.add(where, "it holds "
+                     + self.facts.foreign_files[storage.name],
+                     f"files of root and {self.config.user.name} alone")
 
-    def of_task(self, task: Task, path: tuple) -> None:
-        import re
+    # --- tasks ------------------------------------------------------------
+
+    def check_task(self, task: Task, is_duplicate: bool) -> None:
+        where = task.where
         if not is_label(task.slug, LOWER + DIGITS):
-            self.add_diagnostic(path + ("slug",),
-                                f"{described(task.slug)} is no slug",
-                                "letters a-z, digits, - and _, at most 64")
+            self.add(where + ("slug",), f"{described(task.slug)} is no slug",
+                     "letters a-z, digits, - and _, at most 64")
             return
-        if [t.slug for t in self.config.tasks].index(task.slug) != path[1]:
-            self.add_diagnostic(path + ("slug",),
-                                f'"{task.slug}" stands twice',
-                                "a slug of its own for each task")
+        if is_duplicate:
+            self.add(where + ("slug",), f'"{task.slug}" stands twice',
+                     "a slug of its own for each task")
         if escape_controls(task.name) != task.name or len(task.name) > 200:
-            self.add_diagnostic(path + ("name",),
-                                "control characters in a name, or "
-                                "more than 200", "printable text")
+            self.add(where + ("name",), "control characters in a name, or "
+                     "more than 200", "printable text")
         if task.user:
-            self.of_account(task.user, path + ("user",))
-        if task.parallel and not is_label(
-                task.parallel, LOWER + DIGITS):
-            self.add_diagnostic(path + ("parallel",),
-                                f"{described(task.parallel)} is "
-                                "no group name",
-                                "letters a-z, digits, - and _")
+            self.check_account(task.user, where + ("user",))
+        if task.parallel and not is_label(task.parallel, LOWER + DIGITS):
+            self.add(where + ("parallel",),
+                     f"{described(task.parallel)} is no group name",
+                     "letters a-z, digits, - and _")
+        self.check_objects_of_task(task)
+        slug = where + ("slug",)
+        if not self.is_known(slug):
+            self.scripts.setdefault(task.slug, []).extend(
+                self.diagnostics.diagnostic(slug, why, hint)
+                for why, hint in script_errors(task, self.config, self.facts))
+
+    def check_objects_of_task(self, task: Task) -> None:
+        import re
         for name, value in task.env.items():
             if not re.fullmatch(VARIABLE, name) or "\0" in value:
-                self.add_diagnostic(path + ("env", name),
-                                    "this is no variable",
-                                    "letters, digits and _, and a value "
-                                    "without NUL")
+                self.add(task.where + ("env", name), "this is no variable",
+                         "letters, digits and _, and a value without NUL")
         for name in task.min_free:
             if name not in self.config.storage:
-                self.add_diagnostic(path + ("minFree", name),
-                                    "no such storage", "one "
-                                    "of " + ", ".join(self.config.storage))
-        for what, right in script_faults(task, self.config, self.facts):
-            self.add_diagnostic(path + ("slug",), what, right, task.slug)
+                self.add(task.where + ("minFree", name), "no such storage",
+                         "one of " + ", ".join(self.config.storage))
 
-    def of_order(self) -> None:
+    def check_order(self) -> None:
+        """Whether each needed task exists and can run before."""
         tasks = {task.slug: task for task in self.config.tasks}
-        for index, task in enumerate(self.config.tasks):
-            path = ("tasks", index, "needs")
+        for task in self.config.tasks:
+            path = task.where + ("needs",)
             for slug in task.needs:
                 if slug not in tasks:
                     meant = nearest(slug, tasks)
-                    self.add_diagnostic(path,
-                                        f"there is no task {described(slug)}",
-                                        f"{meant}?" if meant
-                                        else "a slug of a task")
+                    self.add(path, f"there is no task {described(slug)}",
+                             f"{meant}?" if meant else "a slug of a task")
                 elif tasks[slug].post and not task.post:
-                    self.add_diagnostic(path,
-                                        f"{slug} is a post task and runs "
-                                        "later",
-                                        "a task that is no post task")
+                    self.add(path, f"{slug} is a post task and runs later",
+                             "a task that is no post task")
             if task.slug in reachable(task, tasks):
-                self.add_diagnostic(path,
-                                    f"{task.slug} needs itself in the end",
-                                    "an order in which they can run")
+                self.add(path, f"{task.slug} needs itself in the end",
+                         "an order in which they can run")
         if not tasks:
-            self.add_diagnostic(("tasks",), "there are no tasks",
-                                "at least one")
+            self.add(("tasks",), "there are no tasks", "at least one")
 
-    def of_delivery(self) -> None:
-        config, programs = self.config, self.facts.programs
-        if config.ping.enabled and not is_endpoint(config.ping.endpoint):
-            self.add_diagnostic(("ping", "endpoint"),
-                                described(config.ping.endpoint)
-                                + " is no endpoint",
-                                "http://... or https://...")
-        if config.notify and not programs.get("notify-send"):
-            self.add_diagnostic(("notify", "enabled"),
-                                "there is no notify-send",
-                                "install libnotify-bin, or false")
-        if config.user.email and not address_of(config.user.email):
-            self.add_diagnostic(("user", "email"), described(config.user.email)
-                                + " is no mail address", "name@example.com")
-        if config.mail.enabled:
-            self.of_mail()
-        for keys, path in (("ping", "caFile"), config.ping.ca_file), (
-                ("mail", "smtp", "caFile"),
-                config.mail.smtp.ca_file if config.mail.smtp else ""):
-            if path and self.facts.usable.get(path):
-                self.add_diagnostic(keys, f"{path} {self.facts.usable[path]}",
-                                    "a file with the CA's certificate in PEM")
+    # --- delivery ---------------------------------------------------------
 
-    def of_mail(self) -> None:
-        import re
+    def check_delivery(self) -> None:
         config, smtp = self.config, self.config.mail.smtp
-        if not config.user.email:
-            self.add_diagnostic(("user", "email"),
-                                "mail is enabled and there is no "
-                                "address", "name@example.com")
-        if config.mail.type == "sendmail":
-            if not self.facts.programs.get("sendmail"):
-                self.add_diagnostic(("mail", "type"),
-                                    "there is no sendmail in PATH, "
-                                    "/usr/sbin or /usr/lib",
-                                    "install a mail transport "
-                                    'such as msmtp-mta, or "type": "smtp"')
-            return
-        if not smtp or not re.fullmatch(r"[A-Za-z0-9.:_-]+", smtp.host):
-            self.add_diagnostic(("mail", "smtp", "host"),
-                                "there is no SMTP host",
-                                '"smtp": {"host": "mail.example.com", ...}')
-        if not smtp:
-            return
-        if smtp.pass_name and not (config.pass_bin and smtp.user):
-            self.add_diagnostic(("mail", "smtp", "passName"),
-                                "a password without "
-                                "passBin or user",
-                                "passBin, user and passName")
+        if config.ping.enabled and not is_endpoint(config.ping.endpoint):
+            self.add(("ping", "endpoint"), described(config.ping.endpoint)
+                     + " is no endpoint", "http://... or https://...")
+        if config.notify.enabled \
+                and not self.facts.programs.get("notify-send"):
+            self.add(("notify", "enabled"), "there is no notify-send",
+                     "install libnotify-bin, or false")
+        self.check_address(("user", "email"), config.user.email)
+        if config.mail.enabled:
+            self.check_mail()
+            if smtp and config.mail.type == "smtp":
+                self.check_smtp(smtp)
+        pem = "a file with the CA's certificate in PEM"
+        self.check_file(("ping", "caFile"), config.ping.ca_file, pem)
+        self.check_file(("mail", "smtp", "caFile"),
+                        smtp.ca_file if smtp else "", pem)
+        self.check_file(("passBin",), config.pass_bin,
+                        "the path of an executable such as /usr/bin/pass")
+
+    def check_address(self, path: tuple, address: str) -> None:
+        if address and not address_of(address):
+            self.add(path, described(address) + " is no mail address",
+                     "name@example.com")
+
+    def check_file(self, where: tuple, path: str, hint: str) -> None:
+        if path and self.facts.usable.get(path):
+            self.add(where, f"{path} {self.facts.usable[path]}", hint)
+
+    def check_mail(self) -> None:
+        import re
+        mail = self.config.mail
+        if not self.config.user.email:
+            self.add(("user", "email"), "mail is enabled and there is no "
+                     "address", "name@example.com")
+        if mail.type == "sendmail" \
+                and not self.facts.programs.get("sendmail"):
+            self.add(("mail", "type"),
+                     "there is no sendmail in PATH, /usr/sbin or /usr/lib",
+                     "install a mail transport such as msmtp-mta, or "
+                     '"type": "smtp"')
+        if mail.type == "smtp" and not (mail.smtp and re.fullmatch(
+                r"[A-Za-z0-9.:_-]+", mail.smtp.host)):
+            self.add(("mail", "smtp", "host"), "there is no SMTP host",
+                     '"smtp": {"host": "mail.example.com", ...}')
+
+    def check_smtp(self, smtp: Smtp) -> None:
+        path = ("mail", "smtp")
+        if smtp.pass_name and not (self.config.pass_bin and smtp.user):
+            self.add(path + ("passName",),
+                     "a password without passBin or user",
+                     "passBin, user and passName")
         if smtp.user and smtp.security == "none" and smtp.host not in (
                 "127.0.0.1", "::1", "localhost"):
-            self.add_diagnostic(("mail", "smtp", "security"),
-                                "the password would "
-                                "travel unprotected", '"starttls" or "tls"')
-        if smtp.sender and not address_of(smtp.sender):
-            self.add_diagnostic(("mail", "smtp", "from"),
-                                described(smtp.sender)
-                                + " is no mail address", "name@example.com")
+            self.add(path + ("security",),
+                     "the password would travel unprotected",
+                     '"starttls" or "tls"')
+        self.check_address(path + ("from",), smtp.sender)
 
-    def of_patterns(self) -> None:
+    def check_patterns(self) -> None:
         import re
         for key in ("filters", "redact"):
             for index, text in enumerate(getattr(self.config, key)):
@@ -1147,10 +1177,8 @@ class ConfigValidator:
                     pattern(text)
                 except (re.error, Warning, OverflowError,
                         RecursionError) as error:
-                    self.add_diagnostic((key, index),
-                                        f"{described(text)} does not "
-                                        f"compile: {error}",
-                                        "a regular expression")
+                    self.add((key, index), f"{described(text)} does not "
+                             f"compile: {error}", "a regular expression")
 
 
 def reachable(task: Task, tasks: dict) -> set:
@@ -1229,8 +1257,8 @@ def interpreter_name(head: str) -> str:
 PROGRAM_MAGIC = ("\x7fELF", "\xcf\xfa\xed\xfe", "\xca\xfe\xba\xbe")
 
 
-def script_faults(task: Task, config: Config, facts: HostFacts):
-    """(what, right) for each fault of a task's file."""
+def script_errors(task: Task, config: Config, facts: HostFacts):
+    """(why, hint) for each error of a task's file."""
     if task.type == "builtin" and task.slug in CARRIED:
         for name in CARRIED[task.slug]:
             if name not in config.storage:
@@ -1250,8 +1278,8 @@ def script_faults(task: Task, config: Config, facts: HostFacts):
             "is not executable": f"chmod +x {path}",
         }.get(script.state, "a script that can be read and run")
         return
-    if script.intruder:
-        yield script.intruder, ("only root and those root trusts may write "
+    if script.writer:
+        yield script.writer, ("only root and those root trusts may write "
                                 "what root runs, and the folders above it")
     if task.type == "builtin":
         return
@@ -1358,7 +1386,7 @@ def plan(config: Config, slugs: list[str], headless: bool,
     tasks = select_tasks(config, slugs)
     first = [task for task in tasks if not task.post]
     last = [task for task in tasks if task.post]
-    notify = config.notify and not quiet
+    notify = config.notify.enabled and not quiet
     mail = headless and config.mail.enabled and config.mail.on != "never"
     steps = [Step("start")]
     if mail:
@@ -2635,11 +2663,11 @@ class HostInspector:
                           if os.path.lexists(os.path.join(s.path, ".git"))},
             folders={s.name: folder_fault(s.path, s.chown)
                      for s in config.storage.values()},
-            strangers={s.name: foreign_file(s.path, known) if root
+            foreign_files={s.name: foreign_file(s.path, known) if root
                        else "" for s in config.storage.values() if s.chown},
             scripts={task.slug: self.script(task, config, trusted if root
                      else None) for task in config.tasks},
-            intruder=untrusted_writer(config.path,
+            writer=untrusted_writer(config.path,
                                            trusted) if root else "")
 
     def script(self, task: Task, config: Config, trusted) -> Script | None:
@@ -2671,8 +2699,8 @@ class HostInspector:
             head = os.read(fd, 2**20 if task.type == "builtin" else 8192)
         finally:
             os.close(fd)
-        intruder = untrusted_writer(path, trusted) if trusted else ""
-        script = script.replace(head=head.decode("latin-1"), intruder=intruder)
+        writer = untrusted_writer(path, trusted) if trusted else ""
+        script = script.replace(head=head.decode("latin-1"), writer=writer)
         if task.type == "builtin":
             return script.replace(state=python_fault(head, path))
         if not os.access(path, os.X_OK):
@@ -3381,7 +3409,7 @@ class Delivery:
         """Write the file of node_exporter's textfile collector.
 
         Raises OSError."""
-        path = self.config.textfile
+        path = self.config.metrics.textfile
         folder = open_folder(os.path.dirname(path))
         try:
             write_atomically(os.path.basename(path), metrics_text(
@@ -4167,7 +4195,7 @@ class Runner:
         prefix = elapsed_column(self.log.elapsed()) + mark
         text = self.sieve.redacted(text)
         lines = prefixed(text, prefix)
-        if child and child.written > self.config.logs_max:
+        if child and child.written > self.config.logs.max:
             child.over = child.over or Excerpt(2 * CHUNK)
             child.over.add(lines)
         else:
@@ -4268,14 +4296,14 @@ class Runner:
         return exit_status(self.problems, self.processes.stopped)
 
     def write_metrics(self, record: dict) -> None:
-        if self.config.textfile:
+        if self.config.metrics.textfile:
             good = [old["started"] for old in [record] + self.state.history(
                 )[::-1] if old["verdict"] in ("ok", "trouble")]
             self.delivery.write_metrics(record, next(iter(good), 0))
 
     def prune_logs(self, _record: dict) -> None:
-        if self.config.logs_keep and self.log.path:
-            self.log.prune(self.config.logs_keep)
+        if self.config.logs.keep and self.log.path:
+            self.log.prune(self.config.logs.keep)
 
     def start(self, _step: Step) -> None:
         self.log_header("Start")
@@ -4373,8 +4401,8 @@ class Runner:
             free = free_bytes(self.config.folder(name))
             if free < wanted:
                 faults.append(
-                    f"only {size_text(free >> 20 << 20)} free on storage "
-                    f"{name}, and {size_text(wanted)} are wanted")
+                    f"only {format_size(free >> 20 << 20)} free on storage "
+                    f"{name}, and {format_size(wanted)} are wanted")
         for fault in faults:
             self.problem("tasks", "error", task.slug, fault)
         if faults:
@@ -4467,7 +4495,7 @@ class Runner:
         if child.over:
             self.log.write(child.over.text())
             self.log_line(
-                f"<<the log keeps {size_text(self.config.logs_max)} of "
+                f"<<the log keeps {format_size(self.config.logs.max)} of "
                           "a task's output: above are head and tail of the "
                           "rest>>")
         if child.secrets is not None:
@@ -4938,36 +4966,47 @@ def read_text(path: str) -> str:
 
 
 class LoadedConfig(FrozenRecord):
-    """A configuration file, read and judged."""
+    """A configuration file, read and validated."""
     config: Config | None
-    text: str
-    complaints: list
+    diagnostics: list           # of the configuration, in its order
+    scripts: dict               # slug -> diagnostics of the task's script
 
 
 def loaded(options: Options, with_facts: bool = True) -> LoadedConfig:
-    """Read and judge the configuration. Raises Error if it is unreadable."""
+    """Read and validate the configuration. Raises Error if it is unreadable.
+
+    Without `with_facts` only the text is validated, not what it names.
+    """
     path = os.path.abspath(options.config)
-    text = read_text(path)
-    reading = ConfigReader(text, path)
-    config, complaints = reading.config(), reading.complaints
+    reader = ConfigReader(read_text(path), path)
+    config, diagnostics, scripts = reader.config(), reader.diagnostics, {}
     if config and with_facts:
         host = HostInspector()
-        config, more = resolved(config, host.home_of)
-        complaints += more + ConfigValidator(config, host.facts(config), {
-            c.path for c in complaints + more}).complaints()
-    return LoadedConfig(config, text, sorted(complaints, key=lambda c: c.at))
+        config = resolved(config, host.home_of, diagnostics)
+        validator = ConfigValidator(config, host.facts(config), diagnostics)
+        validator.validate()
+        scripts = validator.scripts
+    return LoadedConfig(config, in_order(diagnostics.found), scripts)
 
 
-def require_valid(options: Options, found: LoadedConfig,
-                  complaints: list) -> None:
-    """Print every fault and raise Error, if there is one."""
-    lines = dict.fromkeys(complaint.line(options.config, found.text)
-                          for complaint in complaints)
+def in_order(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
+    return sorted(diagnostics, key=lambda found: (found.line, found.column))
+
+
+def valid_config(options: Options, with_scripts: bool = False,
+                 with_facts: bool = True) -> LoadedConfig:
+    """The loaded configuration; prints every error and raises Error, if
+    there is one. `with_scripts`: errors of a task's script count as well."""
+    found = loaded(options, with_facts)
+    scripts = found.scripts.values() if with_scripts else ()
+    lines = dict.fromkeys(diagnostic.text(options.config) for diagnostic in
+                          in_order(sum(scripts, found.diagnostics)))
     for line in lines:
         print(line, file=sys.stderr)
     if lines:
         raise Error(f"{plural(len(lines), 'fault')} in {options.config}", "",
                     EXIT_CONFIG)
+    return found
 
 
 def command_init(options: Options) -> int:
@@ -4987,23 +5026,19 @@ def command_init(options: Options) -> int:
 
 
 def command_check(options: Options) -> int:
-    found = loaded(options)
-    require_valid(options, found, found.complaints)
+    valid_config(options, with_scripts=True)
     return EXIT_OK
 
 
 def command_dump(options: Options) -> int:
     import json
-    found = loaded(options)
-    require_valid(options, found, [c for c in found.complaints if not c.slug])
-    print(json.dumps(as_json(found.config), indent=4, ensure_ascii=False))
+    config = valid_config(options).config
+    print(json.dumps(as_json(config), indent=4, ensure_ascii=False))
     return EXIT_OK
 
 
 def command_list(options: Options) -> int:
-    found = loaded(options, with_facts=False)
-    require_valid(options, found, found.complaints)
-    tasks = found.config.tasks
+    tasks = valid_config(options, with_facts=False).config.tasks
     if options.json:
         import json
         print(json.dumps([{
@@ -5025,12 +5060,10 @@ def command_list(options: Options) -> int:
 
 
 def command_run(options: Options) -> int:
-    found = loaded(options)
-    require_valid(options, found, [c for c in found.complaints if not c.slug])
-    config, broken = found.config, {}
-    for complaint in found.complaints:
-        broken.setdefault(complaint.slug, []).append(
-            f"{complaint.what} ({complaint.right})")
+    found = valid_config(options)
+    config = found.config
+    broken = {slug: [f"{error.why} ({error.hint})" for error in errors]
+              for slug, errors in found.scripts.items()}
     steps = plan(config, options.tasks, options.headless, options.quiet)
     if options.dry_run:
         for place, step in enumerate(steps, start=1):
@@ -5189,9 +5222,7 @@ def command_new(options: Options, slug: str) -> int:
     if not is_label(slug, LOWER + DIGITS):
         raise Error(f"{quoted(slug)} is no slug", "letters a-z, digits, - "
                     "and _, at most 64", EXIT_USAGE)
-    found = loaded(options)
-    require_valid(options, found, [c for c in found.complaints if not c.slug])
-    folder = found.config.folder("tasks")
+    folder = valid_config(options).config.folder("tasks")
     path = os.path.join(folder, slug, "run")
     try:
         tasks = open_folder(folder)

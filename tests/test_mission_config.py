@@ -52,7 +52,7 @@ class FakeHost:
         found = {
             "uids": {"anon": 1000, "bob": 1001, "root": 0, "toor": 0,
                      "odd": 65535, "none": 2**32 - 1},
-            "folders": {}, "strangers": {}, "scripts": scripts,
+            "folders": {}, "foreign_files": {}, "scripts": scripts,
             "repositories": set(config.storage), "usable": {},
             "of_system": {name for name, storage in config.storage.items()
                           if storage.path in mission.SYSTEM_FOLDERS},
@@ -60,7 +60,7 @@ class FakeHost:
                          ("git", "sendmail", "notify-send")}}
         return mission.HostFacts(**{**found, **{
             key: value for key, value in self.says.items() if key in (
-                *found, "intruder")}})
+                *found, "writer")}})
 
 
 @pytest.mark.parametrize("name", ["home_of", "facts"])
@@ -293,7 +293,7 @@ HOST_FAULTS = [     # what the host says, where, the message
      "run:1: the #! line ends in CR (a Windows line end) (sed -i"),
     ({"mail": {"head": "#!/bin/bash\necho\n"}}, '"mail"',
      "run:2: a bash task must begin with 'set -euo pipefail' (set -euo"),
-    ({"mail": {"intruder": "/b/tasks belongs to bob"}}, '"mail"',
+    ({"mail": {"writer": "/b/tasks belongs to bob"}}, '"mail"',
      "tasks[0].slug: /b/tasks belongs to bob (only root"),
     ({"folders": {"sync": "does not exist"}}, '"/b/sync"',
      "storage.sync.path: /b/sync does not exist (mkdir -p /b/sync)"),
@@ -304,7 +304,7 @@ HOST_FAULTS = [     # what the host says, where, the message
      "storage.sync.commit: there is no git (install git)"),
     ({"usable": {"/usr/bin/pass": "is not executable"}}, '"/usr/bin/pass"',
      "passBin: /usr/bin/pass is not executable"),
-    ({"intruder": "/etc/m.json belongs to bob"}, "{",
+    ({"writer": "/etc/m.json belongs to bob"}, "{",
      "/etc/m.json belongs to bob (root and anon alone can write it"),
 ]
 
@@ -327,7 +327,7 @@ def test_what_the_host_lacks_is_told_where_it_is_named(
     ('"mail":', '"notify": {"enabled": true}, "mail":',
      {"programs": {"git": "x"}}, "notify.enabled: there is no notify-send"),
     (SYNC, '{"path": "/b/sync", "chown": true}',
-     {"strangers": {"sync": "x of user id 7"}},
+     {"foreign_files": {"sync": "x of user id 7"}},
      "storage.sync.chown: it holds x of user id 7"),
     ('"mail":', '"ping": {"caFile": "ca.pem"}, "mail":', {}, ""),
 ])
@@ -347,7 +347,7 @@ def test_what_is_switched_off_may_be_missing(check):
 
 def test_a_configuration_that_only_root_may_change_says_so(check):
     text = BASE.replace('"mail":', '"trust": "root", "mail":')
-    assert check(text, intruder="m.json belongs to anon") == [
+    assert check(text, writer="m.json belongs to anon") == [
         "m.json:1:1: m.json belongs to anon (root and nobody else alone can "
         "write it and its folders)"]
 
@@ -509,16 +509,17 @@ def test_a_configuration_of_the_original_reads(read, tmp_path):
 def test_the_defaults_are_the_originals_behaviour(read):
     config = read(ORIGINAL.replace('"mail": {', '"logs": {}, "mail": {'))
     task, ping, mail = config.tasks[0], config.ping, config.mail
-    assert (task.retry_delay, config.notify, mail.enabled) == (0, False, True)
+    assert (task.retry_delay, config.notify.enabled, mail.enabled) == (
+        0, False, True)
     assert (task.timeout, task.retries, task.needs, task.parallel, task.user,
             task.env, task.nice, task.min_free) == (
                 None, 0, (), "", "", {}, 0, {})
     assert (ping.start, ping.fail, ping.log, ping.timeout, ping.retries) == (
         False, False, False, 10.0, 3)
     assert (mail.on, mail.start, mail.smtp) == ("always", True, None)
-    assert (config.redact, config.logs_keep, config.textfile,
+    assert (config.redact, config.logs.keep, config.metrics.textfile,
             config.trust) == ((), None, "", "user")
-    assert config.logs_max == 2**30
+    assert config.logs.max == 2**30
 
 
 def test_paths_are_made_absolute(read, tmp_path):
@@ -543,9 +544,10 @@ def test_paths_are_made_absolute(read, tmp_path):
 ])
 def test_a_path_is_resolved(written, path):
     text = BASE.replace('"/b/sync"', json.dumps(written))
-    config = mission.ConfigReader(text, "/etc/mission/m.json").config()
-    config, complaints = mission.resolved(config, HOMES.get)
-    assert (config.storage["sync"].path, complaints) == (path, [])
+    reader = mission.ConfigReader(text, "/etc/mission/m.json")
+    config = mission.resolved(reader.config(), HOMES.get, reader.diagnostics)
+    assert (config.storage["sync"].path, reader.diagnostics.found) == (
+        path, [])
 
 
 def test_the_home_of_nobody_is_a_fault(check):
@@ -585,8 +587,9 @@ FULL = r"""{
 
 
 def dumped(text: str, path: str) -> dict:
-    config = mission.ConfigReader(text, path).config()
-    return mission.as_json(mission.resolved(config, HOMES.get)[0])
+    reader = mission.ConfigReader(text, path)
+    return mission.as_json(mission.resolved(
+        reader.config(), HOMES.get, reader.diagnostics))
 
 
 @pytest.mark.parametrize("text", [BASE, FULL, ORIGINAL, mission.SAMPLE],
@@ -637,9 +640,9 @@ def test_the_command_dump_prints_it(read, capsys, monkeypatch):
     ("\u0665G", None), ("9" * 20, None), ("1e3", None), ("5G\n", None),
 ])
 def test_a_size_is_read_or_refused(text, size):
-    assert mission.bytes_of(text) == size
+    assert mission.parse_size(text) == size
     if size is not None:
-        assert mission.bytes_of(mission.size_text(size)) == size
+        assert mission.parse_size(mission.format_size(size)) == size
 
 
 @pytest.mark.parametrize("timeout", ["1h", "24d", "25d", "365d", "9999d"])
@@ -746,12 +749,12 @@ def test_no_value_in_any_place_makes_it_crash():
             around = around[key]
         around[path[-1]] = odd
         text = json.dumps(values, indent=1)
-        reading = mission.ConfigReader(text, "/etc/m.json")
-        config = reading.config()
-        config, more = mission.resolved(config, HOMES.get)
-        found = reading.complaints + more
-        found += mission.ConfigValidator(config, FakeHost().facts(config), {
-            fault.path for fault in found}).complaints()
-        for fault in found:
-            assert fault.line("m.json", text).isprintable()
+        reader = mission.ConfigReader(text, "/etc/m.json")
+        diagnostics = reader.diagnostics
+        config = mission.resolved(reader.config(), HOMES.get, diagnostics)
+        validator = mission.ConfigValidator(config, FakeHost().facts(config),
+                                            diagnostics)
+        validator.validate()
+        for found in sum(validator.scripts.values(), diagnostics.found):
+            assert found.text("m.json").isprintable()
         json.dumps(mission.as_json(config))

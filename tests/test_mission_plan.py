@@ -20,9 +20,10 @@ def config(*tasks: dict, storage=(), **sections):
                   for task in tasks],
         "user": {"name": "anon", "email": "anon@example.com"},
         "storage": folders, **sections})
-    reading = mission.ConfigReader(text, "/etc/mission/m.json")
-    found = mission.resolved(reading.config(), {"anon": "/home/anon"}.get)[0]
-    assert reading.complaints == []
+    reader = mission.ConfigReader(text, "/etc/mission/m.json")
+    found = mission.resolved(reader.config(), {"anon": "/home/anon"}.get,
+                             reader.diagnostics)
+    assert reader.diagnostics.found == []
     return found
 
 

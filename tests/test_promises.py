@@ -400,19 +400,26 @@ def documented_keys() -> set[str]:
         "[]") for word in words_of_tables()}
 
 
-def all_keys() -> set[str]:
+def all_keys(record=None, path: str = "") -> set[str]:
     """Every key that a configuration may have, by its path."""
-    tables = {"tasks[]": mission.TASK_KEYS, "user": mission.USER_KEYS,
-              "storage.*": mission.STORAGE_KEYS, "ping": mission.PING_KEYS,
-              "notify": mission.NOTIFY_KEYS, "mail": mission.MAIL_KEYS,
-              "mail.smtp": mission.SMTP_KEYS, "logs": mission.LOGS_KEYS,
-              "metrics": mission.METRICS_KEYS}
-    inner = {path.split(".")[0].removesuffix("[]") for path in tables}
-    found = {key for key in mission.CONFIG_KEYS if key not in inner}
-    for path, keys in tables.items():
-        found |= {f"{path}.{key}" for key in keys
-                  if f"{path}.{key}" not in tables}
+    found = set()
+    for key, (kind, _, _) in (record or mission.Config).keys.items():
+        if kind.record:
+            mark = {"list": "[]", "map": ".*"}.get(kind.form, "")
+            found |= all_keys(kind.record, f"{path}{key}{mark}.")
+        else:
+            found.add(path + key)
     return found
+
+
+def test_every_key_says_what_it_is_for():
+    records = [mission.Config] + [
+        kind.record for record in (mission.Config, mission.Mail)
+        for kind, _, _ in record.keys.values() if kind.record]
+    assert len(records) == 10
+    assert [key for record in records
+            for key, (_, _, meaning) in record.keys.items()
+            if not meaning] == []
 
 
 def test_every_key_of_the_configuration_is_in_the_readmes_tables():
@@ -420,7 +427,7 @@ def test_every_key_of_the_configuration_is_in_the_readmes_tables():
 
 
 def test_the_readmes_tables_name_no_key_that_is_not_there():
-    tops = tuple(f"{key}{mark}" for key in mission.CONFIG_KEYS
+    tops = tuple(f"{key}{mark}" for key in mission.Config.keys
                  for mark in (".", "[]."))
     named = {word for word in documented_keys() if word.startswith(tops)
              and re.fullmatch(r"[A-Za-z*.\[\]]+", word)}
