@@ -27,6 +27,7 @@ above it, and its marker says what it touches.
     RunFile       what does the file of a run hold?          (nothing)
     Plan          what is due now?                           (nothing)
     Machine       what may koi do to this computer?    (files, processes)
+    Database      how is an SQLite file made, checked, written? (files)
     RunStore      where are the runs of this host kept?      (files)
     Supervisor    who stays with a job?                (processes, files)
     Jobs          which jobs exist, and whose are they?      (files)
@@ -3348,20 +3349,326 @@ def process_start_time(pid: int) -> int:
 
 
 # ==========================================================================
+# Database: how is an SQLite file made, checked, written?            (files)
+#
+# The one class under both databases: the history of a host, written by koid,
+# and the dashboard's. What was committed is on the disk (WAL and
+# synchronous=FULL), so a power cut takes nothing back. A file of another
+# form is refused and left as it is.
+# ==========================================================================
+
+WAL_PAGES = 256                 # 1 MiB of log, then it goes into the database
+
+
+class DatabaseDamaged(Error):
+    """The file is not a sound database: what SQLite said."""
+
+
+class DatabaseForm(FrozenRecord):
+    """What a file must be to be opened.
+
+    `application` and `schema` are numbers in its first page; `tables` is the
+    SQL that makes a new one; `checked` are the tables that each start reads
+    through; `pragmas` are settings besides those that every file has.
+    """
+    name: str
+    application: int
+    schema: int
+    tables: str
+    checked: tuple
+    pragmas: tuple = ()
+
+
+def failure_of(error: Exception) -> str:
+    """Return what an error of SQLite means, by its text.
+
+    "full": no room. "disk": it cannot be written now, be it a quota or a
+    disk that fails. "busy": another process has it. "damaged": it is not the
+    database that it was. "missing": a table or a column is. "statement":
+    anything else, a bug of ours.
+    """
+    text = str(error)
+    for kind, words in (
+            ("full", ("full",)), ("busy", ("locked",)),
+            ("disk", ("I/O", "readonly", "unable to open")),
+            ("damaged", ("malformed", "not a database")),
+            ("missing", ("no such",))):
+        if any(word in text for word in words):
+            return kind
+    return "statement"
+
+
+class Transaction:
+    """`with db.transaction():` commits the block, or leaves nothing of it."""
+
+    def __init__(self, db: Database):
+        self.db = db
+
+    def __enter__(self) -> Transaction:
+        self.db.execute("begin immediate")
+        return self
+
+    def __exit__(self, kind, _error, _trace) -> None:
+        try:
+            if kind is None:
+                self.db.execute("commit")
+        finally:
+            self.db.roll_back()     # nothing is open after a commit
+
+
+class Database:
+    """An open SQLite file. One thread uses it at a time.
+
+    Methods let sqlite3.Error out; `failure_of` says what one means.
+    """
+
+    def __init__(self, path: str, form: DatabaseForm):
+        self.path, self.form, self.connection = path, form, None
+
+    # --- opening
+
+    def open(self, **first) -> None:
+        """Open the file; make it if it is missing, with `first` in its table
+        `meta`. Raises Error, and DatabaseDamaged."""
+        import sqlite3
+        try:
+            if not os.path.exists(self.path):
+                self.make(first)
+            elif os.stat(self.path).st_mode & 0o077:
+                os.chmod(self.path, 0o600)
+            self.connection = connect_sqlite(self.path)
+            self.check_form()
+            self.set_pragmas(
+                "journal_mode=wal", "synchronous=full",
+                f"wal_autocheckpoint={WAL_PAGES}", *self.form.pragmas)
+            for table in self.form.checked:
+                found = self.value(f"pragma quick_check('{table}')")
+                if found != "ok":
+                    raise DatabaseDamaged(f"{self.path}: {found}")
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise self.fault(error) from None
+        except Error:
+            self.close()
+            raise
+
+    def open_empty(self) -> None:
+        """Open an empty database in memory instead of the file."""
+        self.connection = connect_sqlite(":memory:")
+        self.connection.executescript(self.form.tables)
+
+    def open_reader(self) -> None:
+        """Open the file for reading only; it was checked by who writes it."""
+        self.connection = connect_sqlite(self.path)
+        self.set_pragmas("query_only=1", "cache_size=-2048")
+
+    def make(self, first: dict) -> None:
+        """Make the file, whole or not at all: a file of length 0 would pass
+        for a damaged one. Raises OSError and sqlite3.Error."""
+        fresh = self.path + ".new"
+        create_private(fresh)
+        db = connect_sqlite(fresh)
+        try:
+            db.executescript(
+                "pragma auto_vacuum=incremental; pragma synchronous=full; "
+                f"begin; {self.form.tables} "
+                f"pragma application_id={self.form.application}; "
+                f"pragma user_version={self.form.schema}; commit")
+            for name, value in first.items():
+                db.execute("insert into meta values (?, ?)", (name, value))
+        finally:
+            db.close()
+        os.rename(fresh, self.path)
+        sync_folder(posixpath.dirname(self.path) or ".")
+
+    def check_form(self) -> None:
+        """Refuse a file that is not of this form. Raises Error, and
+        DatabaseDamaged for one that names no program at all."""
+        application = self.value("pragma application_id")
+        if not application:     # a file of length 0 passes SQLite's checks
+            raise DatabaseDamaged(f"{self.path}: not {self.form.name}")
+        hint = f"move it away to begin anew: mv {self.path} {self.path}.old"
+        if application != self.form.application:
+            raise Error(f"{self.path} is not {self.form.name}", hint)
+        schema = self.value("pragma user_version")
+        if schema > self.form.schema:
+            raise Error(f"{self.path} was written by a newer koi (schema "
+                        f"{schema})", "install that version again")
+        if schema < self.form.schema:
+            raise Error(f"{self.path} was written by an older koi (schema "
+                        f"{schema}, this one needs {self.form.schema})", hint)
+
+    def fault(self, error) -> Error:
+        """Return `error` as an Error that names the file."""
+        damaged = failure_of(error) in ("damaged", "missing") or type(
+            error).__name__ == "DatabaseError"
+        return (DatabaseDamaged if damaged else Error)(
+            f"{self.path}: {error}")
+
+    def set_pragmas(self, *lines: str) -> None:
+        for line in lines:
+            self.execute(f"pragma {line}").fetchall()
+
+    def close(self) -> None:
+        if self.connection:
+            self.connection.close()
+        self.connection = None
+
+    def move_aside(self) -> str:
+        """Close the file and rename it, with its log; return the new name.
+        Raises OSError."""
+        self.close()
+        aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
+        while os.path.exists(aside):
+            aside += "x"
+        for ending in ("", "-wal", "-shm"):
+            try:
+                os.rename(self.path + ending, aside + ending)
+            except FileNotFoundError:
+                pass
+        return aside
+
+    def copy_to(self, path: str) -> None:
+        """Copy the database as it is now to a file; writing goes on.
+        Raises Error."""
+        import sqlite3
+        fresh = path + ".new"
+        try:
+            create_private(fresh)
+            target = connect_sqlite(fresh)
+            try:
+                self.connection.backup(target)
+            finally:
+                target.close()
+            with open(fresh, "rb") as file:
+                os.fsync(file.fileno())
+            os.rename(fresh, path)
+            sync_folder(posixpath.dirname(path) or ".")
+        except OSError as error:
+            raise Error(f"{path}: {error.strerror}") from None
+        except sqlite3.Error as error:
+            raise Error(f"{path}: {error}") from None
+
+    # --- statements
+
+    def execute(self, statement: str, *values):
+        """Carry out a statement; return its cursor, which gives tuples."""
+        return self.connection.execute(statement, values)
+
+    def rows(self, statement: str, *values) -> list[dict]:
+        """Return the rows that a statement finds, by column names."""
+        found = self.execute(statement, *values)
+        names = [column[0] for column in found.description]
+        return [dict(zip(names, row)) for row in found]
+
+    def row(self, statement: str, *values) -> dict | None:
+        """Return the first row that a statement finds, or None."""
+        found = self.execute(statement, *values)
+        row = found.fetchone()
+        return row and dict(zip((column[0] for column in found.description),
+                                row))
+
+    def column(self, statement: str, *values) -> list:
+        """Return the first column of all rows that a statement finds."""
+        return [row[0] for row in self.execute(statement, *values)]
+
+    def value(self, statement: str, *values):
+        """Return the first column of the first row, or None."""
+        row = self.execute(statement, *values).fetchone()
+        return row and row[0]
+
+    def insert(self, table: str, verb: str = "insert", **columns) -> int:
+        """Add a row; return its number. `verb` may be "insert or replace" or
+        "insert or ignore"."""
+        names = ", ".join(f'"{name}"' for name in columns)
+        marks = ", ".join("?" * len(columns))
+        return self.execute(f"{verb} into {table} ({names}) values ({marks})",
+                            *columns.values()).lastrowid
+
+    def update(self, table: str, columns: dict, **where) -> int:
+        """Change the rows in which all columns of `where` have these values;
+        return their count."""
+        sets = ", ".join(f'"{name}" = ?' for name in columns)
+        tests = " and ".join(f'"{name}" = ?' for name in where)
+        return self.execute(f"update {table} set {sets} where {tests}",
+                            *columns.values(), *where.values()).rowcount
+
+    def delete(self, table: str, **where) -> int:
+        """Remove the rows in which all columns of `where` have these values;
+        return their count."""
+        tests = " and ".join(f'"{name}" = ?' for name in where)
+        return self.execute(f"delete from {table} where {tests}",
+                            *where.values()).rowcount
+
+    # --- transactions
+
+    @property
+    def in_transaction(self) -> bool:
+        return self.connection.in_transaction
+
+    def transaction(self) -> Transaction:
+        """Return what `with` needs to commit a block, or to undo it."""
+        return Transaction(self)
+
+    def roll_back(self) -> None:
+        """End the open transaction, if there is one; it leaves nothing."""
+        try:
+            if self.in_transaction:
+                self.execute("rollback")
+        except Exception:       # the transaction is gone in any case
+            pass
+
+    def is_disk_full(self) -> bool:
+        """Does the file system have no room, or no right to write?
+
+        SQLite reports both as it reports a disk that fails; so a page is
+        written next to the database.
+        """
+        fresh = self.path + ".new"
+        try:
+            fd = os.open(fresh, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            try:
+                os.pwrite(fd, bytes(4096), 0)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        finally:
+            remove(fresh)
+        return False
+
+
+def connect_sqlite(path: str):
+    """Connect to a file. No transaction begins by itself; another thread may
+    take the connection over. Raises sqlite3.Error."""
+    import sqlite3
+    return sqlite3.connect(path, isolation_level=None, timeout=5,
+                           check_same_thread=False)
+
+
+def create_private(path: str) -> None:
+    """Create an empty file for its owner alone, in the place of one that an
+    earlier attempt left. Raises OSError."""
+    for ending in ("", "-journal"):
+        remove(path + ending)
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY
+                     | os.O_CLOEXEC, 0o600))
+
+
+# ==========================================================================
 # RunStore: where are the runs of this host kept?                    (files)
 #
-# One SQLite database, written by koid alone. What was acknowledged is on the
-# disk (WAL and synchronous=FULL: a power cut takes nothing back). When it
-# cannot be written the jobs go on: what was to be written waits in memory.
+# One database, written by koid alone. When it cannot be written the jobs go
+# on: the statements wait in memory.
 # ==========================================================================
 
 LARGEST = 2**62                 # what SQLite can count
-SCHEMA = 1
-APPLICATION = 0x6B6F6931        # "koi1", so that no other file passes
 MOST_WAITING = 50_000           # statements that wait for a full disk
 MOST_UNSENT = 10_000            # runs that are kept for a dashboard
 NONCES_KEPT, NONCES_FOR = 10_000, 8 * DAY   # the rest goes when it is older
-TABLES = """
+HISTORY_FORM = DatabaseForm(
+    "a history of koi's", 0x6B6F6931, 1, checked=("meta", "jobs", "runs"),
+    pragmas=("cache_size=-256",), tables="""
 create table meta (name text primary key, value text not null) without rowid;
 create table jobs (
     id integer primary key, user text not null, identity text not null,
@@ -3386,7 +3693,7 @@ create table nonces (
 create table refusals (
     reason text primary key, count integer not null, at real not null
     ) without rowid;
-"""
+""")
 COLUMNS_OF_RUN = ("id", "job", "trigger", "state", "due", "asked", "started",
                   "ended", "exit", "signal", "reason", "args", "attempt",
                   "count", "bytes", "cut", "mail", "change")
@@ -3395,8 +3702,8 @@ SHOWN_COLUMNS = ", ".join(f"r.{name}" for name in COLUMNS_OF_RUN) \
 
 
 def creation_time(path: str) -> int:
-    """When a file was made, in nanoseconds; 0 if the system does not tell.
-    Raises OSError."""
+    """Return when a file was made, in nanoseconds since 1970; 0 if the
+    system does not know. Raises OSError."""
     status = os.stat(path)
     if hasattr(status, "st_birthtime"):
         return int(status.st_birthtime * 1e9)
@@ -3412,154 +3719,106 @@ def creation_time(path: str) -> int:
 
 
 def new_epoch() -> int:
-    """By which a dashboard tells two histories of one host apart."""
+    """Return a random number by which a dashboard tells two histories of one
+    host apart."""
     return int.from_bytes(os.urandom(6), "big")
 
 
 class RunStore:
-    """The history of runs."""
+    """The history of the runs of this host. Only koid's loop writes it.
+
+    `last` and `last_job` are the highest numbers given, `change` the highest
+    change: each row of a run gets the next one when it is written. `sent` is
+    the change up to which a dashboard has all rows; None without one.
+    """
 
     def __init__(self, path: str, writing: bool = True):
         self.path, self.writing = path, writing
-        self.trouble = ""               # why nothing can be written
+        self.problem = ""               # why nothing can be written
         self.broken = False             # the disk failed: start anew
         self.waiting: list[tuple] = []  # (statement, values) not written yet
         self.keys: dict[tuple, int] = {}    # (user, identity) -> id in jobs
         self.last = self.last_job = 0
-        self.change = 0                 # each row of a run gets the next one
-        self.sent: int | None = None    # up to where a dashboard has them
-        self.db = None
+        self.change = 0
+        self.sent: int | None = None
+        self.db = Database(path, HISTORY_FORM if writing else
+                           HISTORY_FORM.replace(checked=()))
 
     def open(self) -> str:
-        """Open it or make it. What is damaged is moved aside, and the
-        answer says so. Raises Error."""
-        import sqlite3
-        moved = ""
+        """Open it or make it. A damaged file is moved aside; return a
+        sentence about that, else "". Raises Error."""
         if not self.writing and not os.path.exists(self.path):
-            self.db = sqlite3.connect(":memory:", isolation_level=None)
-            self.db.executescript(TABLES)
+            self.db.open_empty()
             return ""
+        moved, epoch = "", str(new_epoch())
         try:
-            self.connect()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError) and not any(
-                    word in str(error) for word in ("malformed", "no such")
-                    ) or not self.writing:
-                raise Error(f"{self.path}: {error}") from None
-            moved = self.move_aside(str(error))
-            self.connect()
-        self.last = self.one("select max(id) from runs") or 0
-        self.last_job = self.one("select max(id) from jobs") or 0
+            self.db.open(epoch=epoch)
+        except DatabaseDamaged as error:
+            if not self.writing:
+                raise
+            moved = self.move_aside(error.message)
+            self.db.open(epoch=epoch)
+        self.last = self.db.value("select max(id) from runs") or 0
+        self.last_job = self.db.value("select max(id) from jobs") or 0
         self.keys = {(user, identity): key for key, user, identity in
                      self.db.execute("select id, user, identity from jobs")}
         sent = self.get_meta("sent")
         self.sent = int(sent) if sent.isdigit() else None
-        self.change = max(self.one("select max(change) from runs") or 0,
+        self.change = max(self.db.value("select max(change) from runs") or 0,
                           self.sent or 0)
         return moved
 
-    def connect(self) -> None:
-        import sqlite3
-        empty = not os.path.exists(self.path)
-        if empty:
-            self.make()
-        self.db = db = sqlite3.connect(self.path, isolation_level=None,
-                                       timeout=5)
-        version = self.one("pragma user_version")
-        if self.one("pragma application_id") != APPLICATION:
-            # A file of length 0 passes every check of SQLite's.
-            raise sqlite3.DatabaseError("it is no history of koi's")
-        if version > SCHEMA:
-            raise Error(f"{self.path} was written by a newer koi (schema "
-                        f"{version})", "install that version again")
-        for line in ("journal_mode=wal", "synchronous=full",
-                     "cache_size=-256", "wal_autocheckpoint=256"):
-            db.execute(f"pragma {line}").fetchall()
-        for table in ("meta", "jobs", "runs") if self.writing else ():
-            sound = self.one(f"pragma quick_check('{table}')")
-            if sound != "ok":   # all output would take minutes to read
-                raise sqlite3.DatabaseError(sound)
-
-    def make(self) -> None:
-        """A new history, whole or not at all: a file of length 0 would pass
-        for a damaged one."""
-        import sqlite3
-        fresh = self.path + ".new"
-        for ending in ("", "-journal"):
-            remove(fresh + ending)
-        os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY
-                         | os.O_CLOEXEC, 0o600))
-        db = sqlite3.connect(fresh, isolation_level=None)
-        epoch = new_epoch()
-        db.executescript(f"pragma synchronous=full; begin; {TABLES} insert "
-                         f"into meta values ('epoch', {epoch}); pragma "
-                         f"application_id={APPLICATION}; pragma "
-                         f"user_version={SCHEMA}; commit")
-        db.close()
-        os.rename(fresh, self.path)
-        sync_folder(posixpath.dirname(self.path))
-
     def move_aside(self, why: str) -> str:
-        """Begin a new history; the damaged one is kept."""
-        if self.db:
-            self.db.close()
-        aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
-        while os.path.exists(aside):
-            aside += "x"
-        for ending in ("", "-wal", "-shm"):
-            try:
-                os.rename(self.path + ending, aside + ending)
-            except FileNotFoundError:
-                pass
-        return f"the history was damaged ({why}) and is now {aside}; a new " \
-            "one was begun"
-
-    def one(self, statement: str, *values):
-        row = self.db.execute(statement, values).fetchone()
-        return row and row[0]
+        """Put a damaged history out of the way; return a sentence about it.
+        Raises OSError."""
+        return f"the history was damaged ({why}) and is now " \
+            f"{self.db.move_aside()}; a new one was begun"
 
     # --- writing
 
-    def write(self, deeds: list[tuple]) -> bool:
+    def write(self, statements: list[tuple]) -> bool:
         """Carry out statements in one transaction, after those that wait.
-        False: they wait too, for the disk is full or cannot be written.
-        Raises Error when the disk fails: what it says is true no more."""
+
+        Return False if they wait too, because the disk is full or cannot be
+        written. Raises Error when the disk fails: from then on a commit
+        could be lost.
+        """
         import sqlite3
-        self.waiting += deeds
+        self.waiting += statements
         if self.broken:
-            return False        # what it would say could be a lie
+            return False
         if not self.waiting:
             return True
         try:
-            self.db.execute("begin immediate")
-            for statement, values in self.waiting:
-                self.db.execute(statement, values)
-            self.db.execute("commit")
-        except sqlite3.OperationalError as error:
-            self.roll_back()
-            self.trouble = f"{self.path}: {error}"
-            if "no such" in str(error):
-                self.give_up(error)
-            if "disk I/O error" in str(error) and not self.is_disk_full():
-                self.broken = True      # a commit might lie from now on
-                raise Error(self.trouble) from None
-            if len(self.waiting) > MOST_WAITING:
-                self.waiting = [deed for deed in self.waiting
-                                if deed[0].startswith("insert into jobs")
-                                ] + self.waiting[-MOST_WAITING:]
-            return False
+            with self.db.transaction():
+                for statement, values in self.waiting:
+                    self.db.execute(statement, *values)
         except sqlite3.DatabaseError as error:
-            self.roll_back()
-            self.give_up(error)
+            return self.put_off(error)
         except Exception:       # a value that SQLite cannot take: ours
-            self.roll_back()
-            del self.waiting[len(self.waiting) - len(deeds):]
+            del self.waiting[len(self.waiting) - len(statements):]
             raise
         self.waiting.clear()
-        self.trouble = ""
+        self.problem = ""
         return True
 
-    def give_up(self, error) -> None:
+    def put_off(self, error: Exception) -> bool:
+        """Decide what an error in writing means: False, the statements wait.
+        Raises Error if there is no sense in waiting."""
+        self.problem = f"{self.path}: {error}"
+        kind = failure_of(error)
+        if kind in ("damaged", "missing", "statement"):
+            self.give_up(error)
+        if "I/O" in str(error) and not self.db.is_disk_full():
+            self.broken = True
+            raise Error(self.problem) from None
+        if len(self.waiting) > MOST_WAITING:
+            jobs = [each for each in self.waiting
+                    if each[0].startswith("insert into jobs")]
+            self.waiting = jobs + self.waiting[-MOST_WAITING:]
+        return False
+
+    def give_up(self, error: Exception) -> None:
         """Writing has failed for good. A damaged history is moved aside, or
         the next koid would come no further. Raises Error."""
         import sqlite3
@@ -3568,62 +3827,42 @@ class RunStore:
             text = self.move_aside(str(error))
         raise Error(text) from None
 
-    def is_disk_full(self) -> bool:
-        """Is it a quota, or did the disk become read-only? SQLite takes
-        both for a disk that fails."""
-        fresh = self.path + ".new"
-        try:
-            fd = os.open(fresh, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            try:
-                os.pwrite(fd, bytes(4096), 0)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-        finally:
-            remove(fresh)
-        return False
-
-    def roll_back(self) -> None:
-        try:
-            if self.db.in_transaction:
-                self.db.execute("rollback")
-        except Exception:       # the transaction is gone in any case
-            pass
-
-    def job_key(self, whose: tuple, job: Job, deeds: list) -> int:
-        """The number in the database of a job of (user, identity)."""
+    def job_key(self, whose: tuple, job: Job, statements: list) -> int:
+        """Return the number of the job of `whose` = (user, identity); the
+        statement that adds a new one is appended to `statements`."""
         key = self.keys.get(whose)
         if key is None:
             self.last_job += 1
             key = self.keys[whose] = self.last_job
-            deeds.append(("insert into jobs values (?, ?, ?, ?, ?, ?)", (
+            statements.append(("insert into jobs values (?, ?, ?, ?, ?, ?)", (
                 key, *map(storable, (*whose, job.section, job.name,
                                      job.label)))))
         return key
 
     def next_change(self) -> int:
+        """Return the number of the next change of any run."""
         self.change += 1
         return self.change
 
     def insert(self, run: dict) -> tuple:
-        """The statement that adds a run."""
+        """Return the statement that adds a run of these columns."""
         run = {**run, "change": self.next_change()}
         names = [name for name in COLUMNS_OF_RUN if name in run]
         return (f"insert into runs ({', '.join(names)}) values "
                 f"({', '.join('?' * len(names))})",
                 tuple(run[name] for name in names))
 
-    def update(self, run: int, **changes) -> tuple:
-        changes["change"] = self.next_change()
-        return (f"update runs set {', '.join(f'{n} = ?' for n in changes)} "
-                "where id = ?", (*changes.values(), run))
+    def update(self, run: int, **columns) -> tuple:
+        """Return the statement that changes these columns of a run."""
+        columns["change"] = self.next_change()
+        return (f"update runs set {', '.join(f'{n} = ?' for n in columns)} "
+                "where id = ?", (*columns.values(), run))
 
     def prune(self, key: int, keep: int) -> list[tuple]:
-        """The statements that leave a job its newest runs only; and those
-        that a dashboard is still to get, if they are not too many."""
-        old = self.one("select id from runs where job = ? order by id desc "
-                       "limit 1 offset ?", key, keep)
+        """Return the statements that leave a job its newest `keep` runs, and
+        those that a dashboard lacks, if they are not too many."""
+        old = self.db.value("select id from runs where job = ? order by id "
+                            "desc limit 1 offset ?", key, keep)
         if old is None:
             return []
         old_runs = "(select id from runs where job = ? and id <= ? and " \
@@ -3634,47 +3873,58 @@ class RunStore:
                 (f"delete from runs where id in {old_runs}", values)]
 
     def set_meta(self, name: str, value: str) -> tuple:
+        """Return the statement that keeps a value by its name."""
         return ("insert or replace into meta values (?, ?)", (name, value))
 
     # --- reading
 
     def noted_time(self, name: str) -> float:
+        """Return a time from the table `meta`; 0 if there is none."""
         try:
             return float(self.get_meta(name) or 0)
         except ValueError:
             return 0.0
 
     def get_meta(self, name: str) -> str:
-        return self.one("select value from meta where name = ?", name) or ""
+        """Return a value by its name; "" if there is none."""
+        return self.db.value("select value from meta where name = ?",
+                             name) or ""
 
     def each_run(self, where: str, *values):
-        """Runs with the names of their jobs, one by one."""
+        """Yield the runs that an SQL condition finds, with the names of
+        their jobs. `r` is the table of runs, `j` that of jobs."""
         return map(shown, self.db.execute(
             f"select {SHOWN_COLUMNS} from runs r join jobs j on j.id = r.job "
-            f"where {where}", values))
+            f"where {where}", *values))
 
     def runs(self, where: str, *values) -> list[dict]:
+        """Return the runs that an SQL condition finds, as `each_run`."""
         return list(self.each_run(where, *values))
 
     def output(self, run: int) -> bytes:
-        return self.one("select frames from output where run = ?", run) or b""
+        """Return the frames that are kept of a run; b"" if none are."""
+        return self.db.value("select frames from output where run = ?",
+                             run) or b""
 
     # --- for a dashboard
 
     def changed_since(self, after: int, most: int) -> list[dict]:
-        """The runs that changed after a change, in that order, with the
-        size of their output."""
+        """Return at most `most` runs that changed after a change, in that
+        order, each with the `size` of its output in bytes."""
         runs = self.runs("r.change > ? order by r.change limit ?", after, most)
         for run in runs:
-            run["size"] = self.one("select length(frames) from output where "
-                                   "run = ?", run["run"]) or 0
+            run["size"] = self.db.value("select length(frames) from output "
+                                        "where run = ?", run["run"]) or 0
         return runs
 
     def began(self, now: float) -> float:
-        """Since when it is known which requests were used: when this file
-        was made, or put here from a backup, which shows in its inode and
-        its birth (an inode is soon given to another file). To be asked at
-        each start; what notes it is in `waiting` then."""
+        """Return since when it is known which requests were used.
+
+        That is when this file was made, or put here from a backup, which
+        shows in its inode and its creation time (an inode is soon given to
+        another file). To be called at each start, before the first `write`:
+        the statements that keep it are added to `waiting`.
+        """
         place = f"{os.stat(self.path).st_ino}:{creation_time(self.path)}"
         if self.get_meta("place") != place:
             # The numbers of the next runs may have been used before, too.
@@ -3686,7 +3936,7 @@ class RunStore:
         return self.noted_time("began")
 
     def record_nonce(self, nonce: str, now: float, run: int) -> list[tuple]:
-        """The statements that make a request used, for good."""
+        """Return the statements that make a request used, for good."""
         return [("insert into nonces (nonce, at, run) values (?, ?, ?)",
                  (nonce, now, run)),
                 ("delete from nonces where at < ? and number < (select "
@@ -3694,27 +3944,30 @@ class RunStore:
                  (now - NONCES_FOR, NONCES_KEPT))]
 
     def nonce_run(self, nonce: str) -> int | None:
-        """The run that a request was used for (0: none); None: it is new."""
-        return self.one("select run from nonces where nonce = ?", nonce)
+        """Return the run that a request was used for, 0 if it started none;
+        None for a request that was not used yet."""
+        return self.db.value("select run from nonces where nonce = ?", nonce)
 
     def refusal(self, reason: str, count: int, now: float) -> tuple:
+        """Return the statement that counts refused requests."""
         return ("insert into refusals values (?1, ?2, ?3) on conflict "
                 "(reason) do update set count = count + ?2, at = ?3",
                 (reason, count, now))
 
     def refusals(self) -> list[dict]:
-        return [dict(zip(("reason", "count", "at"), row)) for row in
-                self.db.execute("select * from refusals order by at desc "
-                                "limit 100")]
+        """Return why requests were refused, how often, and when last."""
+        return self.db.rows("select reason, count, at from refusals order by "
+                            "at desc limit 100")
 
 
 def storable(text: str) -> str:
-    """Text that SQLite takes: bytes that are no UTF-8 become escapes."""
+    """Return text that SQLite takes: bytes that are not UTF-8 become
+    escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def shown(row: tuple) -> dict:
-    """A run as others see it."""
+    """Return a run as others see it, of the columns SHOWN_COLUMNS."""
     import json
     run = dict(zip((*COLUMNS_OF_RUN, "user", "identity", "section", "name",
                     "label"), row))
@@ -4705,7 +4958,7 @@ class ControlService:
         no tab any more is still there. Raises Error."""
         rows = self.store.db.execute(
             "select id, identity, name, section || '/' || name, label from "
-            "jobs where user = ?1 or ?1 = ''", (user,)).fetchall()
+            "jobs where user = ?1 or ?1 = ''", user).fetchall()
         found = [key for key, identity, *names in rows
                  if storable(name) in names or name == short_hash(identity)]
         if found:
@@ -5982,7 +6235,7 @@ class AgentBroker:
             run = self.begin_run(asked) if asked["do"] == "run" else \
                 self.end_run(asked)
         except (RequestRejected, Error) as no:
-            if used is None and not self.store.trouble \
+            if used is None and not self.store.problem \
                     and asked["exp"] > self.clock.now() * 1000:
                 # For good: or it would run when what is wrong has passed.
                 self.daemon.write(self.store.record_nonce(nonce,
@@ -6063,7 +6316,7 @@ class AgentBroker:
         queued.values = self.values_of(scheduled, asked)
         queued.nonce = asked["nonce"]
         self.daemon.record_and_start([queued])
-        if self.store.trouble:
+        if self.store.problem:
             raise RequestRejected(
                 "the run cannot be recorded: the host's disk is "
                                   "full or fails")
@@ -6155,7 +6408,7 @@ class Daemon:
                 try:
                     self.run_once()
                     if self.store.broken:
-                        raise Error(self.store.trouble or "the history "
+                        raise Error(self.store.problem or "the history "
                                     "cannot be written", "koid ends, and "
                                     "judges it when it is started again")
                 except Error:
@@ -6503,7 +6756,7 @@ class Daemon:
         if queued in self.waiting:
             self.waiting.remove(queued)
         queued.reject(f"the run cannot be recorded: "
-                     f"{self.store.trouble}")
+                     f"{self.store.problem}")
         return True
 
     # --- starting
@@ -6730,7 +6983,7 @@ class Daemon:
     def write(self, statements: list[tuple]) -> bool:
         """Write to the history; files of runs that are in it can go."""
         written = self.store.write(statements)
-        self.set_problem("disk", self.store.trouble)
+        self.set_problem("disk", self.store.problem)
         if written:
             for run in self.files_to_remove:
                 remove(str(run), self.runs)
@@ -6907,8 +7160,8 @@ class Daemon:
             "r.state in ('queued', 'running')")}
         scheduled_jobs = {scheduled.key: scheduled
                           for scheduled in self.registry.scheduled_jobs}
-        known = {row[0] for row in self.store.db.execute(
-            "select id from runs")} if files else set()
+        known = set(self.store.db.column("select id from runs")
+                    ) if files else set()
         self.files_to_remove = [run for run in files if run in known
                                 and run not in rows]
         self.adopt_orphans(sorted(files - known))
@@ -7442,13 +7695,12 @@ def run_daemon(machine: Machine, system: bool) -> int:
 # ==========================================================================
 
 
-HUB_SCHEMA = 1
-HUB_APPLICATION = 0x6B6F6932    # "koi2": a history is no dashboard
 MOST_IN_GROUP = 256             # deeds that are written together
 MOST_DEEDS_WAITING = 20_000     # then the next are turned away
-WAL_PAGES = 256                 # 1 MiB of log, then it goes into the database
 BALLAST = 2**21                 # twice the log: given up when the disk is full
 FREE_PAGES = 2_000              # that the database may keep for later
+# After these no other operation of the transaction can be trusted.
+FATAL_FAILURES = ("full", "disk", "damaged", "busy")
 READ_TIME = 1.0                 # seconds that one search may take
 
 SILENT_AFTER = 90.0             # seconds without a sync: three long polls
@@ -7482,7 +7734,12 @@ LONGEST_MEASURED = 72 * 3600    # a start and an end that belong together
 LARGEST_TIME = 2**40            # the year 36812
 LARGEST_WHOLE = 2**53 - 1       # what JavaScript can count
 
-HUB_TABLES = """
+DASHBOARD_FORM = DatabaseForm(
+    "a dashboard of koi's", 0x6B6F6932, 1,
+    checked=("meta", "dashboards", "hosts", "epochs", "jobs", "requests",
+             "checks", "alerts", "snoozes", "channels", "letters"),
+    pragmas=("foreign_keys=off", f"journal_size_limit={WAL_PAGES * 4096}",
+             "secure_delete=fast", "cache_size=-16384"), tables="""
 create table meta (name text primary key, value text not null) without rowid;
 create table dashboards (
     id integer primary key, dash text not null unique, salt text not null,
@@ -7597,9 +7854,7 @@ create table letters (
     kind text not null, over integer not null, run integer);
 create index letters_due on letters (due);
 create index letters_of_run on letters (run) where run is not null;
-"""
-SMALL_TABLES = ("meta", "dashboards", "hosts", "epochs", "jobs", "requests",
-                "checks", "alerts", "snoozes", "channels", "letters")
+""")
 
 
 class DiskFull(Error):
@@ -7631,6 +7886,7 @@ class DatabaseWriter:
         import threading
         from collections import deque
         self.path, self.clock = path, clock or Clock()
+        self.database = Database(path, DASHBOARD_FORM)
         self.db = self.lock = self.thread = None
         self.queue = deque()            # (deed, values, then)
         self.wakes = threading.Condition()
@@ -7658,16 +7914,17 @@ class DatabaseWriter:
             self.lock = try_lock(self.path + ".lock")
             if self.lock is None:
                 raise Error(f"another dashboard has {self.path} open")
-            if not os.path.exists(self.path):
-                self.make()
-            self.connect()
+            self.refuse_remains()
+            self.database.open(secret=os.urandom(32).hex())
+            self.db = self.database.connection
+            self.prove()
             self.load()
             self.make_ballast()
         except OSError as error:
             self.close()
             raise Error(f"{error.filename or self.path}: {error.strerror}",
                         ) from None
-        except sqlite3.Error as error:
+        except (sqlite3.Error, DatabaseDamaged) as error:
             self.close()
             raise self.damaged(error) from None
         except Error:
@@ -7678,69 +7935,27 @@ class DatabaseWriter:
         """Bring to memory what is kept there; for those who build on it."""
 
     def damaged(self, error) -> Error:
-        return Error(f"{self.path} cannot be used: {error}",
+        why = str(error).partition(f"{self.path}: ")
+        return Error(f"{self.path} cannot be used: {why[2] or why[0]}",
                      "if it is damaged, put the last backup in its place and "
                      "remove its -wal and -shm; hosts send again what the "
                      "backup lacks, as far as they remember it", 500)
 
-    def make(self) -> None:
-        """A new database, whole or not at all."""
-        import sqlite3
+    def refuse_remains(self) -> None:
+        """Raise Error if only companions of a lost database are there."""
         for ending in (".ballast", "-wal"):
-            if os.path.exists(self.path + ending):
+            if not os.path.exists(self.path) and os.path.exists(
+                    self.path + ending):
                 raise Error(
                     f"{self.path} is gone, but {self.path}{ending} is there",
                     "put a backup in its place; to begin anew, remove "
                     f"{self.path}{ending} too")
-        fresh = self.path + ".new"
-        for ending in ("", "-journal"):
-            remove(fresh + ending)
-        os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY
-                         | os.O_CLOEXEC, 0o600))
-        db = sqlite3.connect(fresh, isolation_level=None)
-        try:
-            db.executescript(
-                "pragma auto_vacuum=incremental; pragma synchronous=full; "
-                f"begin; {HUB_TABLES} pragma application_id="
-                f"{HUB_APPLICATION}; pragma user_version={HUB_SCHEMA}; "
-                "commit")
-            db.execute("insert into meta values ('secret', ?)",
-                       (os.urandom(32).hex(),))
-        finally:
-            db.close()
-        os.rename(fresh, self.path)
-        sync_folder(posixpath.dirname(self.path) or ".")
-
-    def connect(self) -> None:
-        import sqlite3
-        if os.stat(self.path).st_mode & 0o077:
-            os.chmod(self.path, 0o600)
-        self.db = db = sqlite3.connect(
-            self.path, isolation_level=None, timeout=15,
-            check_same_thread=False, cached_statements=256)
-        if self.one("pragma application_id") != HUB_APPLICATION:
-            # A file of length 0 passes every check of SQLite's.
-            raise sqlite3.DatabaseError("it is no dashboard of koi's")
-        version = self.one("pragma user_version")
-        if version > HUB_SCHEMA:
-            raise Error(f"{self.path} was written by a newer koi (schema "
-                        f"{version})", "install that version again")
-        for line in ("journal_mode=wal", "synchronous=full",
-                     "foreign_keys=off", f"wal_autocheckpoint={WAL_PAGES}",
-                     f"journal_size_limit={WAL_PAGES * 4096}",
-                     "secure_delete=fast", "cache_size=-16384"):
-            db.execute(f"pragma {line}").fetchall()
-        for table in SMALL_TABLES:      # runs and outputs would take minutes
-            sound = self.one(f"pragma quick_check('{table}')")
-            if sound != "ok":
-                raise sqlite3.DatabaseError(sound)
-        self.one("select max(id) from runs")
-        self.one("select max(id) from outputs")
-        self.prove()
 
     def prove(self) -> None:
         """Write something, or fail now and not at the first deed."""
         import sqlite3
+        self.one("select max(id) from runs")
+        self.one("select max(id) from outputs")
         try:
             self.db.execute("insert or replace into meta values ('opened', ?)",
                             (str(self.clock.now()),))
@@ -7750,52 +7965,30 @@ class DatabaseWriter:
             self.fill_up()
 
     def close(self) -> None:
-        if self.db:
-            self.db.close()
+        self.database.close()
         if self.lock is not None:
             os.close(self.lock)
         self.db = self.lock = None
 
     def one(self, statement: str, *values):
         """The first column of the first row, or None."""
-        row = self.db.execute(statement, values).fetchone()
-        return row and row[0]
+        return self.database.value(statement, *values)
 
     def backup(self, path: str) -> None:
         """Copy the database as it is now to a file; writing goes on.
         Raises Error."""
-        import sqlite3
-        fresh = path + ".new"
-        try:
-            remove(fresh)
-            os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY
-                             | os.O_CLOEXEC, 0o600))
-            target = sqlite3.connect(fresh)
-            try:
-                self.reader().backup(target)
-            finally:
-                target.close()
-            with open(fresh, "rb") as file:
-                os.fsync(file.fileno())
-            os.rename(fresh, path)
-            sync_folder(posixpath.dirname(path) or ".")
-        except OSError as error:
-            raise Error(f"{path}: {error.strerror}") from None
-        except sqlite3.Error as error:
-            raise Error(f"{path}: {error}") from None
+        self.reader()
+        self.mine.database.copy_to(path)
 
     # --- reading
 
     def reader(self):
         """This thread's own connection, which cannot write."""
-        import sqlite3
-        db = getattr(self.mine, "db", None)
-        if not db:
-            db = self.mine.db = sqlite3.connect(
-                self.path, isolation_level=None, timeout=15)
-            for line in ("query_only=1", "cache_size=-2048"):
-                db.execute(f"pragma {line}")
-        return db
+        if not hasattr(self.mine, "database"):
+            database = Database(self.path, DASHBOARD_FORM)
+            database.open_reader()
+            self.mine.database = database
+        return self.mine.database.connection
 
     def read(self, question, *values):
         """Ask the database, in the calling thread. Raises Error."""
@@ -7934,7 +8127,7 @@ class DatabaseWriter:
                        for operation, values, _ in batch]
             self.db.execute("commit")
         except sqlite3.Error as error:
-            self.undo("rollback")
+            self.database.roll_back()
             self.after.clear()
             fault = self.fault_of(error)
             results = [(None, fault)] * len(batch)
@@ -7968,7 +8161,8 @@ class DatabaseWriter:
             result = operation(self.db, *values)
         except Exception as error:
             if isinstance(error, sqlite3.Error) and (
-                    not self.db.in_transaction or self.is_fatal(error)):
+                    not self.db.in_transaction
+                    or failure_of(error) in FATAL_FAILURES):
                 raise
             self.db.execute("rollback to deed")
             self.db.execute("release deed")
@@ -7977,33 +8171,18 @@ class DatabaseWriter:
         self.db.execute("release deed")
         return result, None
 
-    def is_fatal(self, error) -> bool:
-        return any(word in str(error) for word in (
-            "full", "I/O", "malformed", "readonly", "not a database",
-            "locked", "unable to open"))
-
-    def undo(self, statement: str) -> None:
-        try:
-            if self.db.in_transaction:
-                self.db.execute(statement)
-        except Exception:       # the transaction is gone in any case
-            pass
-
     def fault_of(self, error) -> Error:
         """What an error of SQLite's means for those who wait. After a disk
         that failed nothing is acknowledged: a commit might lie."""
-        text = str(error)
-        if "full" in text or any(word in text for word in (
-                "I/O", "readonly", "unable to open")) and self.only_full():
+        kind = failure_of(error)
+        if kind == "full" or kind == "disk" and self.database.is_disk_full():
             self.fill_up()
             return DiskFull()
-        if "locked" in text:
+        if kind == "busy":
             return Error("the database is in use", "try again later", 503)
         self.broken = f"{self.path}: {error}"
         return Error(self.broken, "the dashboard ends, and looks at its "
                      "database when it starts", 503)
-
-    only_full = RunStore.is_disk_full     # it asks for nothing but our `path`
 
     # --- a full disk
 

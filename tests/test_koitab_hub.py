@@ -145,7 +145,8 @@ def test_a_disk_that_fails_ends_all_acknowledging(dashboard, monkeypatch):
     def deed(_db):
         raise sqlite3.OperationalError("disk I/O error")
 
-    monkeypatch.setattr(dashboard.dashboard, "only_full", lambda: False)
+    monkeypatch.setattr(dashboard.dashboard.database, "is_disk_full",
+                        lambda: False)
     with pytest.raises(Error, match="I/O"):
         dashboard.do(deed)
     assert "I/O" in dashboard.dashboard.broken

@@ -64,8 +64,8 @@ def numbers(store) -> list[int]:
 # ==========================================================================
 
 def test_what_was_acknowledged_is_on_the_disk(store):
-    assert store.one("pragma journal_mode") == "wal"
-    assert store.one("pragma synchronous") == 2         # FULL
+    assert store.db.value("pragma journal_mode") == "wal"
+    assert store.db.value("pragma synchronous") == 2         # FULL
 
 
 def test_the_history_is_for_its_owner_alone(store, path):
@@ -323,8 +323,8 @@ def test_what_cannot_be_opened_is_an_error_and_stays(path):
 
 def fill(store) -> None:
     """From now on the file may not grow, as on a full disk."""
-    count = store.one("pragma page_count")
-    assert store.one(f"pragma max_page_count={count}") == count
+    count = store.db.value("pragma page_count")
+    assert store.db.value(f"pragma max_page_count={count}") == count
 
 
 def room(store) -> None:
@@ -336,14 +336,14 @@ def test_a_full_disk_keeps_statements_and_writes_them_later(store):
     fill(store)
     big = store.set_meta("big", "x" * 100_000)
     assert store.write([big]) is False
-    assert "full" in store.trouble
+    assert "full" in store.problem
     assert store.write([store.set_meta("small", "y")]) is False
     assert store.get_meta("small") == ""       # in order, after the first
     assert not store.db.in_transaction
     room(store)
     assert store.write([]) is True
     assert (store.get_meta("big")[:1], store.get_meta("small")) == ("x", "y")
-    assert store.trouble == "" and not store.waiting
+    assert store.problem == "" and not store.waiting
 
 
 def test_of_what_waits_the_newest_is_kept(store, monkeypatch):
@@ -363,7 +363,7 @@ def test_a_history_that_another_holds_waits_as_well(store, path):
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("begin immediate")
     assert store.write([store.set_meta("a", "1")]) is False
-    assert "locked" in store.trouble
+    assert "locked" in store.problem
     other.execute("rollback")
     assert store.write([]) is True and store.get_meta("a") == "1"
 
@@ -384,7 +384,7 @@ with open(ballast, "wb", buffering=0) as file:
         pass
 first = store.write([store.set_meta("big", "x" * 100_000)])
 second = store.write([store.set_meta("small", "y")])
-trouble = store.trouble
+trouble = store.problem
 os.unlink(ballast)
 third = store.write([])
 print(first, second, third, store.get_meta("small"),
@@ -406,3 +406,21 @@ def test_a_disk_that_is_really_full(tmp_path):
     answers, trouble = done.stdout.decode().splitlines()
     assert answers == "False False True y 100000"
     assert "full" in trouble or "I/O" in trouble
+
+
+def test_a_file_of_another_form_is_refused_and_stays(path):
+    """The database of a dashboard, and a history of an older koi."""
+    for pragma, words in (("application_id=7", "not a history of koi's"),
+                          ("user_version=0", "an older koi")):
+        path.unlink(missing_ok=True)
+        filled(path)
+        db = sqlite3.connect(path)
+        db.execute(f"pragma {pragma}")
+        db.close()
+        before = path.read_bytes()
+        with pytest.raises(koitab.Error, match=words) as error:
+            store_at(path)
+        assert str(path) in error.value.message
+        assert f"mv {path} " in error.value.hint
+        assert path.read_bytes() == before
+        assert not list(path.parent.glob("*corrupt*"))

@@ -241,7 +241,7 @@ def old_dashboard(path: Path) -> InProcessDashboard:
     dashboard.dashboard.db.execute(
         "pragma wal_checkpoint(truncate)").fetchall()
     dashboard.dashboard.close()
-    dashboard.dashboard.mine.db.close()
+    dashboard.dashboard.mine.database.close()
     return dashboard
 
 
