@@ -5238,165 +5238,202 @@ def exchange_lines(connection, request: dict) -> tuple[dict, bytes]:
 # ==========================================================================
 # Client: how is one HTTP request bounded?                         (network)
 #
-# One connection to one server, with a limit on the time and on the size of
-# each answer. No proxy is used and no redirect is followed: a secret goes to
-# the server that was named, or nowhere.
+# This section is the same text in mission.py and koitab.py; a test compares
+# them. Each request has one deadline and a limit on its answer. No proxy of
+# the environment is used and no redirect is followed unless the caller says
+# so: a secret goes to the server that was named, or nowhere.
 # ==========================================================================
-
-PATIENCE = 15.0             # seconds for an answer, from the first byte on
-LONGEST_ANSWER = 2**24
 
 
 class ConnectionFailed(Exception):
-    """The dashboard does not answer, or not as one: why."""
+    """There was no answer, or none that is HTTP. The text says why."""
 
 
-class HttpRefused(Exception):
-    """The dashboard says no: the HTTP status and its words."""
-
-    def __init__(self, status: int, text: str, hint: str = ""):
-        super().__init__(text)
-        self.status, self.text, self.hint = status, text, hint
-
-
-def server_of(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port of a dashboard's URL. Raises Error."""
-    from urllib.parse import urlsplit
-    try:
-        parts = urlsplit(url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError:
-        parts, port = urlsplit(""), 0
-    if parts.scheme not in ("http", "https") or not parts.hostname \
-            or "@" in parts.netloc or parts.path.strip("/") or parts.query \
-            or parts.fragment or not url.isascii() or has_control(url):
-        raise Error(f"{short(url)} is no URL of a dashboard",
-                    "https://koi.example.com or http://127.0.0.1:8077")
-    return parts.scheme, parts.hostname, port
+class HttpResponse(FrozenRecord):
+    """The answer to a request; `headers` is an email.message.Message."""
+    status: int
+    reason: str
+    headers: object
+    body: bytes
 
 
-def is_local(host: str) -> bool:
-    """Does what goes there stay on this machine?"""
-    return host in ("localhost", "::1") or host.endswith(".localhost") \
-        or host.startswith("127.") and host.replace(".", "").isdigit()
+def tls_context(ca_file: str = "", ca_text: str = ""):
+    """Return an ssl.SSLContext that verifies certificate and host name.
+
+    `ca_file` (a path) and `ca_text` (PEM) replace the system's certificate
+    authorities. Raises OSError or ValueError for unusable ones.
+    """
+    import ssl
+    return ssl.create_default_context(cafile=ca_file or None,
+                                      cadata=ca_text or None)
 
 
-class DashboardClient:
-    """A way to a dashboard: JSON there, and JSON back. No redirect is
-    followed and no proxy of the environment is used, so that the key goes
-    to one host alone. TLS is verified."""
+class HttpClient:
+    """One server, and the connection to it, which is kept between requests.
 
-    def __init__(self, url: str, token: str = "", ca: str = ""):
-        self.scheme, self.host, self.port = server_of(url)
-        self.token, self.connection, self.context = token, None, None
-        if self.scheme == "https":
-            import ssl
+    `url` names scheme, host and port; `proxy` is the URL of an HTTP proxy.
+    Raises OSError or ValueError for unusable certificates, and ValueError
+    for any scheme but http and https.
+    """
+
+    def __init__(self, url: str, ca_file: str = "", ca_text: str = "",
+                 proxy: str = ""):
+        from urllib.parse import urlsplit
+        self.server = urlsplit(url)
+        self.proxy = urlsplit(proxy) if proxy else None
+        if self.server.scheme not in ("http", "https") \
+                or not self.server.hostname:
+            raise ValueError("invalid URL: expected http:// or https://")
+        self.context = tls_context(ca_file, ca_text) \
+            if self.server.scheme == "https" else None
+        self.connection = None
+
+    def request(self, method: str, target: str, body: bytes | None = None,
+                headers: dict | None = None, seconds: float = 15.0,
+                limit: int = 2**24) -> HttpResponse:
+        """Return the answer; of its body `limit` bytes at most are read.
+
+        `seconds` limits the whole exchange; only the lookup of a host name
+        has the limits of the system. A request is sent again if a connection
+        that was kept turns out to be closed. Raises ConnectionFailed.
+        """
+        reused = self.connection is not None
+        arguments = (method, target, body, headers or {}, seconds, limit)
+        try:
             try:
-                self.context = ssl.create_default_context(cadata=ca or None)
-            except (ssl.SSLError, ValueError) as error:
-                raise Error(f"the certificates to trust: {error}",
-                            "a file of PEM certificates") from None
+                return self.exchange(*arguments)
+            except ConnectionError:
+                if not reused:
+                    raise
+                return self.exchange(*arguments)
+        except Exception as error:      # http.client raises many kinds
+            raise ConnectionFailed(failure_words(error)) from None
 
-    def connect(self, seconds: float):
+    def exchange(self, method: str, target: str, body: bytes | None,
+                 headers: dict, seconds: float, limit: int) -> HttpResponse:
+        """Send one request and read its answer. Raises as http.client."""
+        from threading import Timer
+        self.connection = self.connection or self.new_connection(seconds)
+        if self.connection.sock:
+            self.connection.sock.settimeout(seconds)
+        if self.proxy and not self.context:
+            target = f"http://{self.server.netloc}{target}"
+        timer = Timer(seconds, self.abort)
+        timer.daemon = True
+        timer.start()
+        kept = False
+        try:
+            self.connection.request(method, target, body, headers)
+            response = self.connection.getresponse()
+            data = response.read(limit)
+            kept = response.isclosed() and not response.will_close
+            return HttpResponse(response.status, response.reason,
+                                response.headers, data)
+        finally:
+            timer.cancel()
+            if not kept:
+                self.close()
+
+    def new_connection(self, seconds: float):
+        """Return an http.client connection that is not open yet."""
         from http.client import HTTPConnection, HTTPSConnection
-        if self.context:
-            return HTTPSConnection(self.host, self.port, timeout=seconds,
-                                   context=self.context)
-        return HTTPConnection(self.host, self.port, timeout=seconds)
+        place = self.proxy or self.server
+        if not self.context:
+            return HTTPConnection(place.hostname, place.port or 80,
+                                  timeout=seconds)
+        port = place.port or (80 if self.proxy else 443)
+        connection = HTTPSConnection(place.hostname, port, timeout=seconds,
+                                     context=self.context)
+        if self.proxy:
+            connection.set_tunnel(self.server.hostname,
+                                  self.server.port or 443)
+        return connection
+
+    def abort(self) -> None:
+        """End what the connection waits for; from any thread."""
+        import socket
+        try:
+            # The method of SSLSocket would drop its TLS state under a read.
+            socket.socket.shutdown(self.connection.sock, socket.SHUT_RDWR)
+        except (AttributeError, TypeError, OSError):
+            pass            # the connection is closed, or not open yet
 
     def close(self) -> None:
+        """Close the connection; the next request opens a new one."""
         if self.connection:
             self.connection.close()
         self.connection = None
 
-    def abort(self) -> None:
-        """The time is up, though bytes may still drip in."""
-        sock = self.connection and self.connection.sock
-        try:
-            if sock:
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        except OSError:
-            pass
 
-    def request(self, method: str, path: str, body: dict | None = None,
-                seconds: float = PATIENCE) -> dict:
-        """The JSON of an answer. Raises Unreachable or Denied."""
-        import json
-        status, headers, data = self.fetch(method, path, body, seconds)
-        try:
-            answer = json.loads(data)
-            if not isinstance(answer, dict):
-                raise ValueError
-        except (ValueError, RecursionError):
-            answer = None
-        if status >= 300:
-            said = answer or {}
-            words = said.get("error") or f"it answers with status {status}"
-            raise HttpRefused(status, str(words)[:300],
-                              str(said.get("hint") or "")[:300])
-        if answer is None:
-            raise ConnectionFailed("its answer is not that of a dashboard")
-        return answer
+def send_request(method: str, url: str, body: bytes | None = None,
+                 headers: dict | None = None, seconds: float = 15.0,
+                 limit: int = 2**24, redirects: int = 0, ca_file: str = "",
+                 proxy: str = "") -> HttpResponse:
+    """Return the answer to one request to `url`, on a connection of its own.
 
-    def fetch(self, method: str, path: str, body: dict | None = None,
-              seconds: float = PATIENCE) -> tuple[int, dict, bytes]:
-        """Status, headers and bytes of an answer. Raises Unreachable."""
-        reused = self.connection is not None
+    User and password in `url` become an Authorization header. Up to
+    `redirects` redirects are followed, never from https to http; 307 and 308
+    repeat the request, others become GET (RFC 9110, 15.4). Each request has
+    `seconds`. Raises ConnectionFailed, and ValueError for an invalid URL.
+    """
+    from urllib.parse import urljoin, urlsplit
+    headers = {"User-Agent": f"{PROG}/{VERSION}", "Connection": "close",
+               **basic_authorization(url), **(headers or {})}
+    while True:
         try:
-            return self.once(method, path, body, seconds)
-        except ConnectionError as error:
-            if not reused:      # else it was closed while nobody spoke
-                raise ConnectionFailed(why_not(error)) from None
-        except Exception as error:
-            raise ConnectionFailed(why_not(error)) from None
-        try:
-            return self.once(method, path, body, seconds)
-        except Exception as error:
-            raise ConnectionFailed(why_not(error)) from None
-
-    def once(self, method: str, path: str, body: dict | None,
-             seconds: float) -> tuple[int, dict, bytes]:
-        import json
-        from threading import Timer
-        headers = {"Accept": "application/json"}
-        if self.token:
-            headers["Authorization"] = f"Bearer {self.token}"
-        data = None
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-            data = json.dumps(body).encode()
-        self.connection = self.connection or self.connect(seconds)
-        if self.connection.sock:
-            self.connection.sock.settimeout(seconds)
-        timer = Timer(seconds, self.abort)
-        timer.daemon = True
-        timer.start()
-        done = False
-        try:
-            self.connection.request(method, path, data, headers)
-            response = self.connection.getresponse()
-            answer = response.read(LONGEST_ANSWER + 1)
-            if len(answer) > LONGEST_ANSWER:
-                raise ValueError("its answer is too long")
-            done = True
-            return response.status, dict(response.headers), answer
-        finally:
-            timer.cancel()
-            if not done or response.will_close:
-                self.close()
+            client = HttpClient(url, ca_file, proxy=proxy)
+        except OSError as error:        # unusable certificates
+            raise ConnectionFailed(failure_words(error)) from None
+        response = client.request(method, request_target(url), body, headers,
+                                  seconds, limit)
+        client.close()
+        place = response.headers.get("Location")
+        if not redirects or not place \
+                or response.status not in (301, 302, 303, 307, 308):
+            return response
+        redirects -= 1
+        before, url = urlsplit(url), urljoin(url, place)
+        after = urlsplit(url)
+        if after.scheme not in ("https", before.scheme):
+            raise ConnectionFailed(f"redirected from {before.scheme} to "
+                                   f"{after.scheme}, which is refused")
+        if after.netloc != before.netloc:
+            headers.pop("Authorization", None)
+        if response.status not in (307, 308):
+            method, body = "GET", None
 
 
-def why_not(error: Exception) -> str:
-    """In words, why a dashboard cannot be reached."""
+def request_target(url: str) -> str:
+    """Return the path and the query of `url`, as a request line has them."""
+    from urllib.parse import urlsplit
+    parts = urlsplit(url)
+    return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+
+
+def basic_authorization(url: str) -> dict[str, str]:
+    """Return the header that user and password of `url` ask for (RFC 7617)."""
+    import base64
+    from urllib.parse import unquote, urlsplit
+    parts = urlsplit(url)
+    if parts.username is None:
+        return {}
+    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {"Authorization":
+            "Basic " + base64.b64encode(pair.encode()).decode()}
+
+
+def failure_words(error: Exception) -> str:
+    """Return why a server cannot be reached, in words and without [Errno]."""
+    import socket
     import ssl
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {error.verify_message}"
+        return f"certificate not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
-        return f"no TLS: {error.reason or error}"
+        return f"TLS failed: {error.reason or error}"
     if isinstance(error, TimeoutError) or "timed out" in str(error):
-        return "it does not answer in time"
+        return "no answer in time"
     if isinstance(error, socket.gaierror):
-        return f"its name is not known here: {error.strerror}"
+        return f"unknown host name: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or f"the connection broke ({type(error).__name__})"
@@ -5410,6 +5447,8 @@ def why_not(error: Exception) -> str:
 # came back. It may hang, be lied to and die; koid and its jobs do not notice.
 # ==========================================================================
 
+PATIENCE = 15.0             # seconds for an answer of the dashboard
+LONGEST_ANSWER = 2**24      # bytes
 HOLD = 25                   # seconds that a dashboard may hold a question
 LONGEST_QUESTION = 2**23    # to koid: a request, each letter escaped
 PAUSE_FIRST, PAUSE_LONGEST = 1.0, 60.0  # seconds between tries
@@ -5427,6 +5466,105 @@ BREATH = 0.05               # seconds between questions, whatever the answers
 TRIES_OF_ONE = 3            # for a record that the dashboard does not take
 NOBODY = "nobody"
 SYNC = "/api/v1/sync"
+
+
+class HttpRefused(Exception):
+    """The dashboard refuses a request: the HTTP status and its reason."""
+
+    def __init__(self, status: int, text: str, hint: str = ""):
+        super().__init__(text)
+        self.status, self.text, self.hint = status, text, hint
+
+
+def check_dashboard_url(url: str) -> str:
+    """Return the host name in the URL of a dashboard. Raises Error."""
+    from urllib.parse import urlsplit
+    try:
+        parts = urlsplit(url)
+        valid = parts.port != 0
+    except ValueError:
+        parts, valid = urlsplit(""), False
+    if not valid or parts.scheme not in ("http", "https") \
+            or not parts.hostname or "@" in parts.netloc \
+            or parts.path.strip("/") or parts.query or parts.fragment \
+            or not url.isascii() or not url.isprintable() or " " in url:
+        raise Error(f'"{escape_controls(url[:80])}" is no URL of a dashboard',
+                    "https://koi.example.com or http://127.0.0.1:8077")
+    return parts.hostname
+
+
+def is_local(host: str) -> bool:
+    """Does what goes there stay on this machine?"""
+    return host in ("localhost", "::1") or host.endswith(".localhost") \
+        or host.startswith("127.") and host.replace(".", "").isdigit()
+
+
+class DashboardClient:
+    """A connection to a dashboard's API: JSON in both directions.
+
+    `token` authenticates each request; `ca` is the text of the certificate
+    authorities to trust instead of the system's. Raises Error for an
+    invalid URL or unusable certificates.
+    """
+
+    def __init__(self, url: str, token: str = "", ca: str = ""):
+        self.host = check_dashboard_url(url)
+        self.scheme, self.token = url.partition(":")[0], token
+        try:
+            self.client = HttpClient(url, ca_text=ca)
+        except (OSError, ValueError) as error:
+            raise Error(f"the certificates to trust: {error}",
+                        "a file of PEM certificates") from None
+        self.port = self.client.server.port or (
+            443 if self.scheme == "https" else 80)
+
+    def is_connected(self) -> bool:
+        """Is there a connection that an earlier request has used?"""
+        return self.client.connection is not None
+
+    def close(self) -> None:
+        self.client.close()
+
+    def request(self, method: str, path: str, body: dict | None = None,
+                seconds: float = PATIENCE) -> dict:
+        """Return the answer's JSON object.
+
+        Raises ConnectionFailed, and HttpRefused for a status of 300 or more.
+        """
+        import json
+        response = self.fetch(method, path, body, seconds)
+        try:
+            answer = json.loads(response.body)
+            if not isinstance(answer, dict):
+                raise ValueError
+        except (ValueError, RecursionError):
+            answer = None
+        if response.status >= 300:
+            said = answer or {}
+            words = said.get("error") or \
+                f"it answers with status {response.status}"
+            raise HttpRefused(response.status, str(words)[:300],
+                              str(said.get("hint") or "")[:300])
+        if answer is None:
+            raise ConnectionFailed("its answer is not that of a dashboard")
+        return answer
+
+    def fetch(self, method: str, path: str, body: dict | None = None,
+              seconds: float = PATIENCE) -> HttpResponse:
+        """Return the answer as it is. Raises ConnectionFailed."""
+        import json
+        headers = {"Accept": "application/json"}
+        if self.token:
+            headers["Authorization"] = f"Bearer {self.token}"
+        data = None
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+            data = json.dumps(body).encode()
+        response = self.client.request(method, path, data, headers, seconds,
+                                       LONGEST_ANSWER + 1)
+        if len(response.body) > LONGEST_ANSWER:
+            raise ConnectionFailed("its answer is too long")
+        return response
 
 
 class SyncAgent:
@@ -5496,7 +5634,7 @@ class SyncAgent:
                 pause, trouble = PAUSE_FIRST, ""
             except (ConnectionFailed, Error) as error:
                 trouble = str(error)
-                early = bool(client) and not client.connection  # the way broke
+                early = bool(client) and not client.is_connected()
             except HttpRefused as no:
                 trouble = self.denied(no)
                 if no.status in (401, 403, 409):
@@ -5604,7 +5742,7 @@ class SyncAgent:
     def poll(self, client: DashboardClient) -> None:
         """Hold a question until there is something for us. The first one is
         answered at once: so it is soon known that all is well."""
-        hold = HOLD if client.connection else 0
+        hold = HOLD if client.is_connected() else 0
         self.apply_answer(client.request("POST", SYNC, self.sync_header(hold),
                                          hold + PATIENCE), listening=True)
         time.sleep(BREATH)      # else one that lies could keep us busy
@@ -11168,7 +11306,7 @@ def text_pieces(frames: bytes) -> list[str]:
 # told is tried again, and shown on the page.
 # ==========================================================================
 
-TELL_TIME = 15.0        # seconds for one letter, all in all
+SEND_SECONDS = 15.0     # for one notification
 MOST_ANSWER = 1024      # bytes of an answer that are read
 LOOK_AGAIN = 5.0        # seconds between looks at what is to be told
 
@@ -11266,7 +11404,7 @@ class Notifier:
             input=letter_mail(notification, self.machine.host()),
             env={"PATH": USUAL_PATH, "HOME": os.environ.get("HOME", "/")},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            timeout=TELL_TIME)
+            timeout=SEND_SECONDS)
         said = done.stderr.decode("utf-8", "replace").strip()[-300:]
         return "" if done.returncode == 0 else \
             f"sendmail says {escape_controls(said) or done.returncode}"
@@ -11275,7 +11413,7 @@ class Notifier:
         import json
         body = {name: notification[name] for name in (
             "key", "at", "title", "text", "subject", "kind", "dash")}
-        return web_post(notification["target"], json.dumps(
+        return post(notification["target"], json.dumps(
             {**body,
              "state": "over" if notification["over"] else "on"}).encode(), {
                 "Content-Type": "application/json",
@@ -11288,7 +11426,7 @@ class Notifier:
         if not title.isascii():
             title = Encoded(title, "utf-8", maxlinelen=10_000).encode()
         over = bool(notification["over"])
-        return web_post(notification["target"],
+        return post(notification["target"],
                         (notification["text"] or notification["title"]
                                                  ).encode()[:4000], {
             "Title": title, "Content-Type": "text/plain; charset=utf-8",
@@ -11326,49 +11464,15 @@ def letter_mail(letter: dict, host: str) -> bytes:
     return message.as_bytes()
 
 
-def web_post(target: str, body: bytes, headers: dict) -> str:
-    """POST to an address; "" for a 2xx. No redirect is followed, no proxy
-    asked, and after TELL_TIME the connection is cut, whatever it does."""
-    import base64
-    import http.client
-    import ssl
-    import threading
-    from urllib.parse import unquote, urlsplit
-    parts = urlsplit(target)
-    options = {"timeout": TELL_TIME}
-    kind = http.client.HTTPConnection
-    if parts.scheme == "https":
-        kind = http.client.HTTPSConnection
-        options["context"] = ssl.create_default_context()
-    connection = kind(parts.hostname, parts.port, **options)
-    watchdog = threading.Timer(TELL_TIME, cut_off, [connection])
-    watchdog.daemon = True
-    if parts.username:
-        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        headers["Authorization"] = "Basic " + base64.b64encode(
-            pair.encode()).decode()
-    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    watchdog.start()
-    try:
-        connection.request("POST", path, body, {
-            **headers, "User-Agent": f"koi/{VERSION}", "Connection": "close"})
-        answer = connection.getresponse()
-        answer.read(MOST_ANSWER)
-    finally:
-        watchdog.cancel()
-        connection.close()
-    if 300 <= answer.status < 400:
-        return f"it answered {answer.status}: redirects are not followed"
-    return "" if 200 <= answer.status < 300 else \
-        f"it answered {answer.status}"
-
-
-def cut_off(connection) -> None:
-    """End what a connection waits for, from another thread."""
-    try:
-        connection.sock.shutdown(socket.SHUT_RDWR)
-    except (OSError, AttributeError):   # it is not open, or not any more
-        pass
+def post(target: str, body: bytes, headers: dict) -> str:
+    """POST `body` to the URL `target`. Return "" for a status of 2xx, else
+    the reason. Raises ConnectionFailed, and ValueError for an invalid URL."""
+    status = send_request("POST", target, body, {
+        "User-Agent": f"koi/{VERSION}", **headers}, SEND_SECONDS,
+        MOST_ANSWER).status
+    if 300 <= status < 400:
+        return f"it answered {status}: redirects are not followed"
+    return "" if 200 <= status < 300 else f"it answered {status}"
 
 
 # ==========================================================================
@@ -20002,16 +20106,18 @@ class RemoteRun:
         shown live already, only what comes after it."""
         wait = "&wait=10" if live else ""
         try:
-            status, headers, data = self.connection.fetch(
+            response = self.connection.fetch(
                 "GET", f"/api/v1/runs/{run}/output?from={at}&len=1000000"
                 f"{wait}", seconds=PATIENCE + 10)
         except ConnectionFailed as error:
             raise Error(str(error)) from None
+        data = response.body
         try:
             whole = whole_frames(data)[0] == len(data)
         except ValueError:
             whole = False       # of what is kept, `at` is another place
-        if status != 200 or not whole or live and (
+        headers = response.headers
+        if response.status != 200 or not whole or live and (
                 headers.get("X-Koi-Live") != "1"        # or we fell behind
                 or headers.get("X-Koi-From", str(at)) != str(at)):
             return -1
@@ -20846,7 +20952,7 @@ def command_page(_options: Options, machine: Machine, url: str = "") -> int:
         mine = machine.read_enrollment(own_state(machine))
         url = mine.url if mine else ""
     if url:
-        server_of(url)
+        check_dashboard_url(url)
     put_out(sys.stdout, page_text(url.rstrip("/")).encode())
     return EXIT_OK
 

@@ -31,6 +31,7 @@ repository.
     Host      what is true of this host?               (files)              C
     Chown     how does a tree get another owner?       (files)              C
     Git       how is a storage committed?              (files, processes)   C O
+    Client    how is one HTTP request bounded?         (network)            C U
     Delivery  how do people hear of a run?             (network, processes) C
     Builtins  which tasks need no script?              (files, network)     U
     State     what is known of earlier runs?           (files, clock)       C
@@ -3198,6 +3199,210 @@ def short_text(path: str) -> str:
         return os.fsdecode(os.read(fd, 4096)).strip()
     finally:
         os.close(fd)
+
+
+# ==========================================================================
+# Client: how is one HTTP request bounded?                         (network)
+#
+# This section is the same text in mission.py and koitab.py; a test compares
+# them. Each request has one deadline and a limit on its answer. No proxy of
+# the environment is used and no redirect is followed unless the caller says
+# so: a secret goes to the server that was named, or nowhere.
+# ==========================================================================
+
+
+class ConnectionFailed(Exception):
+    """There was no answer, or none that is HTTP. The text says why."""
+
+
+class HttpResponse(FrozenRecord):
+    """The answer to a request; `headers` is an email.message.Message."""
+    status: int
+    reason: str
+    headers: object
+    body: bytes
+
+
+def tls_context(ca_file: str = "", ca_text: str = ""):
+    """Return an ssl.SSLContext that verifies certificate and host name.
+
+    `ca_file` (a path) and `ca_text` (PEM) replace the system's certificate
+    authorities. Raises OSError or ValueError for unusable ones.
+    """
+    import ssl
+    return ssl.create_default_context(cafile=ca_file or None,
+                                      cadata=ca_text or None)
+
+
+class HttpClient:
+    """One server, and the connection to it, which is kept between requests.
+
+    `url` names scheme, host and port; `proxy` is the URL of an HTTP proxy.
+    Raises OSError or ValueError for unusable certificates, and ValueError
+    for any scheme but http and https.
+    """
+
+    def __init__(self, url: str, ca_file: str = "", ca_text: str = "",
+                 proxy: str = ""):
+        from urllib.parse import urlsplit
+        self.server = urlsplit(url)
+        self.proxy = urlsplit(proxy) if proxy else None
+        if self.server.scheme not in ("http", "https") \
+                or not self.server.hostname:
+            raise ValueError("invalid URL: expected http:// or https://")
+        self.context = tls_context(ca_file, ca_text) \
+            if self.server.scheme == "https" else None
+        self.connection = None
+
+    def request(self, method: str, target: str, body: bytes | None = None,
+                headers: dict | None = None, seconds: float = 15.0,
+                limit: int = 2**24) -> HttpResponse:
+        """Return the answer; of its body `limit` bytes at most are read.
+
+        `seconds` limits the whole exchange; only the lookup of a host name
+        has the limits of the system. A request is sent again if a connection
+        that was kept turns out to be closed. Raises ConnectionFailed.
+        """
+        reused = self.connection is not None
+        arguments = (method, target, body, headers or {}, seconds, limit)
+        try:
+            try:
+                return self.exchange(*arguments)
+            except ConnectionError:
+                if not reused:
+                    raise
+                return self.exchange(*arguments)
+        except Exception as error:      # http.client raises many kinds
+            raise ConnectionFailed(failure_words(error)) from None
+
+    def exchange(self, method: str, target: str, body: bytes | None,
+                 headers: dict, seconds: float, limit: int) -> HttpResponse:
+        """Send one request and read its answer. Raises as http.client."""
+        from threading import Timer
+        self.connection = self.connection or self.new_connection(seconds)
+        if self.connection.sock:
+            self.connection.sock.settimeout(seconds)
+        if self.proxy and not self.context:
+            target = f"http://{self.server.netloc}{target}"
+        timer = Timer(seconds, self.abort)
+        timer.daemon = True
+        timer.start()
+        kept = False
+        try:
+            self.connection.request(method, target, body, headers)
+            response = self.connection.getresponse()
+            data = response.read(limit)
+            kept = response.isclosed() and not response.will_close
+            return HttpResponse(response.status, response.reason,
+                                response.headers, data)
+        finally:
+            timer.cancel()
+            if not kept:
+                self.close()
+
+    def new_connection(self, seconds: float):
+        """Return an http.client connection that is not open yet."""
+        from http.client import HTTPConnection, HTTPSConnection
+        place = self.proxy or self.server
+        if not self.context:
+            return HTTPConnection(place.hostname, place.port or 80,
+                                  timeout=seconds)
+        port = place.port or (80 if self.proxy else 443)
+        connection = HTTPSConnection(place.hostname, port, timeout=seconds,
+                                     context=self.context)
+        if self.proxy:
+            connection.set_tunnel(self.server.hostname,
+                                  self.server.port or 443)
+        return connection
+
+    def abort(self) -> None:
+        """End what the connection waits for; from any thread."""
+        import socket
+        try:
+            # The method of SSLSocket would drop its TLS state under a read.
+            socket.socket.shutdown(self.connection.sock, socket.SHUT_RDWR)
+        except (AttributeError, TypeError, OSError):
+            pass            # the connection is closed, or not open yet
+
+    def close(self) -> None:
+        """Close the connection; the next request opens a new one."""
+        if self.connection:
+            self.connection.close()
+        self.connection = None
+
+
+def send_request(method: str, url: str, body: bytes | None = None,
+                 headers: dict | None = None, seconds: float = 15.0,
+                 limit: int = 2**24, redirects: int = 0, ca_file: str = "",
+                 proxy: str = "") -> HttpResponse:
+    """Return the answer to one request to `url`, on a connection of its own.
+
+    User and password in `url` become an Authorization header. Up to
+    `redirects` redirects are followed, never from https to http; 307 and 308
+    repeat the request, others become GET (RFC 9110, 15.4). Each request has
+    `seconds`. Raises ConnectionFailed, and ValueError for an invalid URL.
+    """
+    from urllib.parse import urljoin, urlsplit
+    headers = {"User-Agent": f"{PROG}/{VERSION}", "Connection": "close",
+               **basic_authorization(url), **(headers or {})}
+    while True:
+        try:
+            client = HttpClient(url, ca_file, proxy=proxy)
+        except OSError as error:        # unusable certificates
+            raise ConnectionFailed(failure_words(error)) from None
+        response = client.request(method, request_target(url), body, headers,
+                                  seconds, limit)
+        client.close()
+        place = response.headers.get("Location")
+        if not redirects or not place \
+                or response.status not in (301, 302, 303, 307, 308):
+            return response
+        redirects -= 1
+        before, url = urlsplit(url), urljoin(url, place)
+        after = urlsplit(url)
+        if after.scheme not in ("https", before.scheme):
+            raise ConnectionFailed(f"redirected from {before.scheme} to "
+                                   f"{after.scheme}, which is refused")
+        if after.netloc != before.netloc:
+            headers.pop("Authorization", None)
+        if response.status not in (307, 308):
+            method, body = "GET", None
+
+
+def request_target(url: str) -> str:
+    """Return the path and the query of `url`, as a request line has them."""
+    from urllib.parse import urlsplit
+    parts = urlsplit(url)
+    return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+
+
+def basic_authorization(url: str) -> dict[str, str]:
+    """Return the header that user and password of `url` ask for (RFC 7617)."""
+    import base64
+    from urllib.parse import unquote, urlsplit
+    parts = urlsplit(url)
+    if parts.username is None:
+        return {}
+    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {"Authorization":
+            "Basic " + base64.b64encode(pair.encode()).decode()}
+
+
+def failure_words(error: Exception) -> str:
+    """Return why a server cannot be reached, in words and without [Errno]."""
+    import socket
+    import ssl
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {error.reason or error}"
+    if isinstance(error, TimeoutError) or "timed out" in str(error):
+        return "no answer in time"
+    if isinstance(error, socket.gaierror):
+        return f"unknown host name: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or f"the connection broke ({type(error).__name__})"
 
 
 # ==========================================================================

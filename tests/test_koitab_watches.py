@@ -5,7 +5,6 @@ from __future__ import annotations
 import email
 import email.policy
 import http.server
-import http.client
 import json
 import socket
 import stat
@@ -501,7 +500,7 @@ def test_what_fails_is_told_again_later_for_a_day(quiet, listener, status,
 
 def test_the_other_channel_is_told_though_one_hangs(quiet, listener,
                                                     monkeypatch):
-    monkeypatch.setattr(koitab, "TELL_TIME", 0.3)
+    monkeypatch.setattr(koitab, "SEND_SECONDS", 0.3)
     dead = socket.socket()
     dead.bind(("127.0.0.1", 0))
     dead.listen()               # it accepts, and never says a word
@@ -529,7 +528,7 @@ def test_a_channel_is_told_by_one_thread_at_a_time(quiet, listener):
 
 
 def test_an_answer_that_drips_is_cut_off(monkeypatch):
-    monkeypatch.setattr(koitab, "TELL_TIME", 0.4)
+    monkeypatch.setattr(koitab, "SEND_SECONDS", 0.4)
     server = socket.create_server(("127.0.0.1", 0))
     over, finished = threading.Event(), []
 
@@ -549,9 +548,9 @@ def test_an_answer_that_drips_is_cut_off(monkeypatch):
 
     thread = threading.Thread(target=drip)
     thread.start()
-    with pytest.raises((OSError, http.client.HTTPException)):
-        koitab.web_post(f"http://127.0.0.1:{server.getsockname()[1]}/",
-                        b"", {})
+    with pytest.raises(koitab.ConnectionFailed):
+        koitab.post(f"http://127.0.0.1:{server.getsockname()[1]}/",
+                    b"", {})
     over.set()
     thread.join()
     assert not finished

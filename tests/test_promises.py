@@ -248,10 +248,12 @@ def annotation_words(name: str) -> set[str]:
             if isinstance(leaf, ast.Name)}
 
 
-def test_common_is_the_same_text_in_both_files():
-    texts = {part.text for name in SOURCES for part in sections(name)
-            if part.name == "Common"}
-    assert len(texts) == 1
+@pytest.mark.parametrize("section", ["Common", "Client"])
+def test_section_is_the_same_text_in_both_files(section):
+    texts = [part.text for name in SOURCES for part in sections(name)
+             if part.name == section]
+    assert len(texts) == 2
+    assert texts[0] == texts[1]
 
 
 # --- it needs Python 3.9 and nothing else ---------------------------------
