@@ -17,29 +17,34 @@ What it promises:
 
 It needs Python 3.9 or newer and nothing else. Read it from top to bottom:
 values first, then decisions, then effects. A section uses only names from
-above it, and its marker says what it touches.
+above it, and its marker says what it touches and who it runs as: R the user
+of koid (root), J the user of a job, U a user without rights, C the caller.
 
-    Common        what do both programs need?                (files, clock)
-    Time          what do DST and clock jumps do to minutes? (nothing)
-    Schedule      when does an entry run next?               (nothing)
-    Tab           what does a koitab say?                    (nothing)
-    Keys          who may ask for a run?                     (nothing)
-    RunFile       what does the file of a run hold?          (nothing)
-    Plan          what is due now?                           (nothing)
-    Machine       what may koi do to this computer?    (files, processes)
-    Database      how is an SQLite file made, checked, written? (files)
-    RunStore      where are the runs of this host kept?      (files)
-    Supervisor    who stays with a job?                (processes, files)
-    Jobs          which jobs exist, and whose are they?      (files)
-    ControlSocket how do users reach koid?                   (network, files)
-    Client        how is one HTTP request bounded?           (network)
-    Agent         how do records reach the dashboard? (network, processes)
-    Daemon        what wakes koid?                          (machine)
-    Dashboard     what is kept of all hosts, by which rule?  (files)
-    Notifier      how does an alert go out?          (network, processes)
-    HttpServer    what does a browser or an agent get?     (network, files)
-    Page          what does the browser run?                 (nothing)
-    Command       what can I type?                           (terminal)
+  1 values
+    Common        what do both programs need?              (files, clock) R U C
+    Time          what do DST and clock jumps do to minutes?    (nothing) R U C
+    Schedule      when does an entry run next?                  (nothing) R U C
+    Tab           what does a koitab say?                       (nothing) R U C
+    Keys          who may ask for a run?                        (nothing) R U C
+    RunFile       what does the file of a run hold?             (nothing) R U C
+    Plan          what is due now?                              (nothing) R
+  2 koid
+    Machine       what may koi do to this computer?    (files, processes) R U C
+    Database      how is an SQLite file made, checked, written?   (files) R U C
+    RunStore      where are the runs of this host kept?           (files) R C
+    Supervisor    who stays with a job?                (processes, files) R J
+    Jobs          which jobs exist, and whose are they?           (files) R C
+    ControlSocket how do users reach koid?               (network, files) R C
+    Client        how is one HTTP request bounded?              (network) U C
+    Agent         what does the dashboard lack?      (network, processes) R U
+    Daemon        what wakes koid?                              (machine) R
+  3 network
+    Dashboard     what is kept of all hosts, by which rule?       (files) U
+    Notifier      how does an alert go out?          (network, processes) U
+    HttpServer    what does a browser or an agent get?   (network, files) U
+    Page          what does the browser run?                    (nothing) U C
+  4 commands
+    Command       what can I type?                             (terminal) C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
 the directory of the script and site-packages out of the imports. Modules that
@@ -71,7 +76,7 @@ EXIT_BUG = 70           # a fault of ours
 EXIT_SIGNAL = 128       # plus the number of the signal, as shells report it
 
 # ==========================================================================
-# Common: what do both programs need?                        (files, clock)
+# Common: what do both programs need?                  (files, clock; R U C)
 #
 # This section is the same text in mission.py and koitab.py; a test compares
 # them. So it knows neither backups nor schedules.
@@ -283,7 +288,7 @@ def try_lock(path: str) -> int | None:
 
 
 # ==========================================================================
-# Time: what do DST and clock jumps do to minutes?                (nothing)
+# Time: what do DST and clock jumps do to minutes?          (nothing; R U C)
 #
 # Times here are whole seconds. An instant counts from 1970 in UTC. A wall
 # second is what the clock on the wall shows: instant + the zone's offset.
@@ -578,7 +583,7 @@ def parse_tzif(name: str, data: bytes) -> Zone:
 
 
 # ==========================================================================
-# Schedule: when does an entry run next?                           (nothing)
+# Schedule: when does an entry run next?                    (nothing; R U C)
 #
 # The first five columns of a crontab line, as sets of bits. The grammar is
 # cronie's, which refuses what Debian's cron reads halfway ("5.5", "1-5-9");
@@ -1031,7 +1036,7 @@ def date_words(schedule: Schedule) -> str:
 
 
 # ==========================================================================
-# Tab: what does a koitab say?                                     (nothing)
+# Tab: what does a koitab say?                              (nothing; R U C)
 #
 # All of crontab(5), and sections, names, @manual, {{arguments}} and KOI_
 # settings. A bad line is a Problem beside all others and drops that line
@@ -2210,7 +2215,7 @@ def parse_tab(text: str, system: bool = False, root: bool = False,
 
 
 # ==========================================================================
-# Keys: who may ask for a run?                                     (nothing)
+# Keys: who may ask for a run?                              (nothing; R U C)
 #
 # A password becomes three keys, and each goes to whom it is for: one lets a
 # browser read and ask, one lets it only read, and the run key never leaves
@@ -2488,7 +2493,7 @@ def job_manifest(job: Job, user: str) -> str:
 
 
 # ==========================================================================
-# RunFile: what does the file of a run hold?                       (nothing)
+# RunFile: what does the file of a run hold?                (nothing; R U C)
 #
 # A run's supervisor writes one file: a header of fixed size, then frames of
 # output. The first half of what is kept never changes; of the rest the last
@@ -2645,7 +2650,7 @@ def is_failure(run: dict) -> bool:
 
 
 # ==========================================================================
-# Plan: what is due now?                                           (nothing)
+# Plan: what is due now?                                        (nothing; R)
 #
 # The daemon sleeps until something is due and cron looks at the wall each
 # minute; both must come to the same. So the minutes of a sleep are played
@@ -2812,7 +2817,7 @@ def due_at_minute(jobs: list[Job], zone_clock: ZoneClock, first: int,
 
 
 # ==========================================================================
-# Machine: what may koi do to this computer?              (files, processes)
+# Machine: what may koi do to this computer?       (files, processes; R U C)
 #
 # One short method for each thing. Nothing here decides: what a text or a
 # zone file means is above, what to do about it below.
@@ -3349,7 +3354,7 @@ def process_start_time(pid: int) -> int:
 
 
 # ==========================================================================
-# Database: how is an SQLite file made, checked, written?            (files)
+# Database: how is an SQLite file made, checked, written?     (files; R U C)
 #
 # The one class under both databases: the history of a host, written by koid,
 # and the dashboard's. What was committed is on the disk (WAL and
@@ -3656,7 +3661,7 @@ def create_private(path: str) -> None:
 
 
 # ==========================================================================
-# RunStore: where are the runs of this host kept?                    (files)
+# RunStore: where are the runs of this host kept?               (files; R C)
 #
 # One database, written by koid alone. When it cannot be written the jobs go
 # on: the statements wait in memory.
@@ -3985,7 +3990,7 @@ def shown(row: tuple) -> dict:
 
 
 # ==========================================================================
-# Supervisor: who stays with a job?                       (processes, files)
+# Supervisor: who stays with a job?                  (processes, files; R J)
 #
 # koid may be killed, upgraded or restarted at any time, and its jobs do not
 # notice: each has a supervisor that owns its pipes, keeps its output and its
@@ -4570,7 +4575,7 @@ def fork_supervisor(*arguments) -> int:
 
 
 # ==========================================================================
-# Jobs: which jobs exist, and whose are they?                        (files)
+# Jobs: which jobs exist, and whose are they?                   (files; R C)
 #
 # Every tab of this host is read here, and read again when it has changed. The
 # jobs of all of them form the tab registry; a name leads to a job through
@@ -4776,7 +4781,7 @@ def validate_arguments(job: Job, given: dict) -> dict[str, str]:
 
 
 # ==========================================================================
-# ControlSocket: how do users reach koid?                   (network, files)
+# ControlSocket: how do users reach koid?              (network, files; R C)
 #
 # By a Unix socket, which tells who calls (SO_PEERCRED): not what a variable
 # says counts, but the uid that the kernel knows. One request a connection:
@@ -5236,7 +5241,7 @@ def exchange_lines(connection, request: dict) -> tuple[dict, bytes]:
 
 
 # ==========================================================================
-# Client: how is one HTTP request bounded?                         (network)
+# Client: how is one HTTP request bounded?                    (network; U C)
 #
 # This section is the same text in mission.py and koitab.py; a test compares
 # them. Each request has one deadline and a limit on its answer. No proxy of
@@ -5440,7 +5445,7 @@ def failure_words(error: Exception) -> str:
 
 
 # ==========================================================================
-# Agent: how do records reach the dashboard?            (network, processes)
+# Agent: what does the dashboard lack?             (network, processes; R U)
 #
 # A child of koid's that knows the dashboard and nothing of the host: as root's
 # it becomes `nobody`. It asks koid for what is to be sent, and hands it what
@@ -5884,7 +5889,7 @@ def start_uplink(agent: SyncAgent) -> None:
 
 
 # ==========================================================================
-# Daemon: what wakes koid?               (machine)
+# Daemon: what wakes koid?                                      (machine; R)
 #
 # One process that sleeps. It wakes when something is due, a supervisor
 # reports, somebody calls, a tab changes or the clock is set; then it looks
@@ -7826,7 +7831,7 @@ def run_daemon(machine: Machine, system: bool) -> int:
 
 
 # ==========================================================================
-# Dashboard: what is kept of all hosts, by which rule?               (files)
+# Dashboard: what is kept of all hosts, by which rule?            (files; U)
 #
 # One SQLite database, written by one thread: what waits is written together,
 # and acknowledged when it is on the disk (WAL and synchronous=FULL).
@@ -11300,7 +11305,7 @@ def text_pieces(frames: bytes) -> list[str]:
 
 
 # ==========================================================================
-# Notifier: how does an alert go out?                   (network, processes)
+# Notifier: how does an alert go out?                (network, processes; U)
 #
 # A change of state is told once: by mail, webhook or ntfy. What cannot be
 # told is tried again, and shown on the page.
@@ -11476,7 +11481,7 @@ def post(target: str, body: bytes, headers: dict) -> str:
 
 
 # ==========================================================================
-# HttpServer: what does a browser or an agent get?          (network, files)
+# HttpServer: what does a browser or an agent get?       (network, files; U)
 #
 # Bytes become a Request, and a Response becomes bytes. Whoever calls may be
 # hostile, so all of it has limits: bytes, seconds, connections an address.
@@ -13601,7 +13606,7 @@ def more_files() -> int:
 
 
 # ==========================================================================
-# Page: what does the browser run?                                 (nothing)
+# Page: what does the browser run?                            (nothing; U C)
 #
 # One page, as plain text: nothing is filled in, nothing comes from elsewhere.
 # What jobs and hosts say goes in as text, never as markup.
@@ -18734,7 +18739,7 @@ def page_text(server: str | None = None) -> str:
 
 
 # ==========================================================================
-# Command: what can I type?                                       (terminal)
+# Command: what can I type?                                    (terminal; C)
 #
 # What crontab(1) knows works here as it does there: its options, messages
 # and exit status. Beside it stands one function for each command of ours.

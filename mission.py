@@ -70,7 +70,7 @@ EXIT_SIGNAL = 128       # plus the number of the signal, as shells report it
 
 
 # ==========================================================================
-# Common: what do both programs need?                         (files, clock)
+# Common: what do both programs need?                      (files, clock; C)
 #
 # This section is the same text in mission.py and koitab.py; a test compares
 # them. So it knows neither backups nor schedules.
@@ -282,7 +282,7 @@ def try_lock(path: str) -> int | None:
 
 
 # ==========================================================================
-# Jsonc: what does the configuration text say?                     (nothing)
+# Jsonc: what does the configuration text say?                  (nothing; C)
 #
 # JSON (RFC 8259) with // and /* */ comments and trailing commas. Comments
 # count as blanks, so the position of every value is true; `json` does not
@@ -437,7 +437,7 @@ def is_number(word: str) -> bool:
 
 
 # ==========================================================================
-# Config: what does the configuration mean?                        (nothing)
+# Config: what does the configuration mean?                     (nothing; C)
 #
 # Text becomes values with positions, values become a Config with absolute
 # paths. Each error is a Diagnostic: all of them are collected, never the
@@ -910,7 +910,7 @@ def as_json(record: ConfigObject) -> dict:
 
 
 # ==========================================================================
-# Check: can this configuration run?                               (nothing)
+# Check: can this configuration run?                            (nothing; C)
 #
 # Everything that `check` reports about a configuration that can be read.
 # Facts about the host (does a user, a file exist?) come in as HostFacts, so
@@ -1314,7 +1314,7 @@ def first_command(head: str) -> tuple[int, str]:
 
 
 # ==========================================================================
-# Plan: what will this run do, in order?                           (nothing)
+# Plan: what will this run do, in order?                        (nothing; C)
 #
 # A run is a list of steps, decided before the first is carried out; what
 # `--dry-run` prints is what `run` does. The order is the original's, but
@@ -1450,7 +1450,7 @@ def blocked_by(task: Task, outcomes: dict) -> str:
 
 
 # ==========================================================================
-# Report: what is reported of a run?                               (nothing)
+# Report: what is reported of a run?                            (nothing; C)
 #
 # A task's output is hostile: it may be endless, binary, a hundred megabytes
 # on one line, or look like our own lines. It comes in as chunks of bytes
@@ -1893,7 +1893,7 @@ def metrics_text(record: dict, last_success: float) -> str:
 
 
 # ==========================================================================
-# Processes: how is a program started, and stopped?              (processes)
+# Processes: how is a program started, and stopped?         (processes; C U)
 #
 # Each program gets a session of its own, a built environment and a limit of
 # time. When mission is stopped by a signal, or a limit has passed, the group
@@ -2431,7 +2431,7 @@ def read_password(processes: Processes, pass_bin: str, user: str,
 
 
 # ==========================================================================
-# Files: who can change a file?                                      (files)
+# Files: who can change a file?                                   (files; C)
 #
 # Where root works in a directory that a user can write, it walks by
 # descriptors and follows no link, or works as that user. What root runs may
@@ -2564,7 +2564,7 @@ def find_program(name: str) -> str | None:
 
 
 # ==========================================================================
-# Host: what is true of this host?                                   (files)
+# Host: what is true of this host?                                (files; C)
 #
 # Collects the facts that Check compares a configuration with. Nothing here
 # changes the host or decides what is an error.
@@ -2711,7 +2711,7 @@ class HostInspector:
 
 
 # ==========================================================================
-# Chown: how does a tree get another owner?                          (files)
+# Chown: how does a tree get another owner?                       (files; C)
 #
 # The tree may be changed by its user while root walks it. So each entry is
 # opened first, and everything that is checked or changed afterwards goes
@@ -2955,7 +2955,7 @@ def free_bytes(path: str) -> int:
 
 
 # ==========================================================================
-# Git: how is a storage committed?                        (files, processes)
+# Git: how is a storage committed?                   (files, processes; C O)
 #
 # git runs as the owner of the repository, never as root in another user's:
 # the repository's configuration and filters can run programs.
@@ -3202,7 +3202,7 @@ def short_text(path: str) -> str:
 
 
 # ==========================================================================
-# Client: how is one HTTP request bounded?                         (network)
+# Client: how is one HTTP request bounded?                    (network; C U)
 #
 # This section is the same text in mission.py and koitab.py; a test compares
 # them. Each request has one deadline and a limit on its answer. No proxy of
@@ -3406,7 +3406,7 @@ def failure_words(error: Exception) -> str:
 
 
 # ==========================================================================
-# Delivery: how do people hear of a run?                (network, processes)
+# Delivery: how do people hear of a run?             (network, processes; C)
 #
 # Mail, ping, desktop notification and metrics. Each has a limit of time, and
 # a failure is reported without turning a good backup into a failed one.
@@ -3624,7 +3624,7 @@ class Delivery:
 
 
 # ==========================================================================
-# Builtins: which tasks need no script?                     (files, network)
+# Builtins: which tasks need no script?                  (files, network; U)
 #
 # A built-in task is Python: TASKS_DIR/slug/task.py with `run(args, log)`,
 # or one that stands here. It runs in a process of its own, so that it can
@@ -3942,7 +3942,7 @@ BUILTINS = {"spotify": spotify}
 
 
 # ==========================================================================
-# State: what is known of earlier runs?                       (files, clock)
+# State: what is known of earlier runs?                    (files, clock; C)
 #
 # One folder for each configuration, writable by the runner alone: the lock,
 # the run in progress, the history (a JSON object a line), and mails that
@@ -4210,7 +4210,7 @@ def state_of(config_path: str, clock: Clock) -> StateDirectory:
 
 
 # ==========================================================================
-# RunLog: where do the lines of a run go?                  (files, terminal)
+# RunLog: where do the lines of a run go?               (files, terminal; C)
 #
 # With --headless to a file of its own in the storage `logs`, else to the
 # terminal. A log that cannot be written does not end the run.
@@ -4345,7 +4345,7 @@ class RunLog:
 
 
 # ==========================================================================
-# Run: how are the steps of a run carried out?                     (machine)
+# Run: how are the steps of a run carried out?                  (machine; C)
 #
 # One method for each kind of step. No step may stop the next: what goes
 # wrong becomes a Problem, and even a fault of our own is one, so that the
@@ -4920,7 +4920,7 @@ class Runner:
 
 
 # ==========================================================================
-# Sample: what does `init` write?                                  (nothing)
+# Sample: what does `init` write?                               (nothing; C)
 #
 # The same text as mission.sample.json; a test compares them, and another
 # checks it on a host that has what it names.
@@ -5034,7 +5034,7 @@ complete -c mission -f -a "OPTIONS"
 
 
 # ==========================================================================
-# Command: what can I type?                                       (terminal)
+# Command: what can I type?                                    (terminal; C)
 #
 # One function for each command. `main` is the only way out: it turns an
 # Error into one line on stderr and an exit status.

@@ -21,11 +21,14 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
 each_file = pytest.mark.parametrize("name", SOURCES)
 
 RULE = "# " + "=" * 74
+# What a section touches, and the letters of those it runs as.
+TOUCHES, RUNS_AS = r"([a-z]+(?:, [a-z]+)*)", r"([A-Z](?: [A-Z])*)"
 MARKER = re.compile(
-    rf"^{RULE}\n# (\w+): (.+?) +\(([a-z, ]+)\)\n#\n((?:# .+\n)+){RULE}\n",
-    re.M)
-# After what a section touches a row may say more: what it runs as.
-ROW = re.compile(r"^    (\w+) +(\S.*\?) +\(([a-z, ]+)\)(?: +\S.*)?$", re.M)
+    rf"^{RULE}\n# (\w+): (.+?) +\({TOUCHES}; {RUNS_AS}\)\n#\n"
+    rf"((?:# .+\n)+){RULE}\n", re.M)
+ROW = re.compile(rf"^    (\w+) +(\S.*\?) +\({TOUCHES}\) +{RUNS_AS}$", re.M)
+LETTERS = {"mission": set("COU"), "koitab": set("RJUC")}
+PARTS = ["1 values", "2 koid", "3 network", "4 commands"]
 
 # Names that a section which touches nothing may not say. `posixpath` only
 # reckons with text, and is allowed.
@@ -70,11 +73,12 @@ class Section:
 
     def __init__(self, match, text: str, end: int):
         self.name, self.question, self.touches = match.group(1, 2, 3)
-        self.comment = match[4].splitlines()
+        self.runs_as = match[4]
+        self.comment = match[5].splitlines()
         self.start = text.count("\n", 0, match.start()) + 1
         self.end = text.count("\n", 0, end)
         self.text = text[match.end():end]
-        self.row = (self.name, self.question, self.touches)
+        self.row = (self.name, self.question, self.touches, self.runs_as)
 
     def holds(self, node) -> bool:
         return self.start <= node.lineno <= self.end
@@ -143,6 +147,23 @@ def test_the_table_of_the_docstring_is_the_markers_in_their_order(name):
     table = ROW.findall(ast.get_docstring(TREES[name], clean=False))
     assert table == [part.row for part in sections(name)]
     assert len(table) > 5
+
+
+@each_file
+def test_each_letter_of_the_table_is_explained_above_it(name):
+    letters = {letter for part in sections(name)
+               for letter in part.runs_as.split()}
+    assert letters == LETTERS[name]
+    head = ast.get_docstring(TREES[name], clean=False)
+    intro = head[:ROW.search(head).start()]
+    assert {letter for letter in letters
+            if not re.search(rf"\b{letter} the \w|\b{letter} a \w", intro)
+            } == set()
+
+
+def test_the_table_of_koitab_has_the_four_parts_in_their_order():
+    head = ast.get_docstring(TREES["koitab"], clean=False)
+    assert re.findall(r"^  (\d \w+)$", head, re.M) == PARTS
 
 
 @each_file
