@@ -14003,7 +14003,9 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .no::before { content: attr(data-n); }
 .at { flex: none; padding-right: 14px; min-width: 84px; text-align: right;
   color: var(--quiet); user-select: none; }
-.at::before { content: attr(data-at); }
+.at::before { content: attr(data-since); }
+[data-times="clock"] .at::before { content: attr(data-clock); }
+[data-times="off"] .at { display: none; }
 .text { white-space: pre; padding-right: 16px; unicode-bidi: isolate; }
 .wrap .text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 0; }
 .line.ours { color: var(--soft); font-style: italic;
@@ -14343,17 +14345,19 @@ function stateMark(state) {
 }
 
 function copyButton(text, label = "Copy") {
-  return button([icon("copy"), el("span", { text: label })], async () => {
-    showToast(await copied(text()) ? "Copied"
-      : "The browser let nothing be copied");
-  }, { class: "btn quiet" });
+  return button([icon("copy"), el("span", { text: label })],
+    () => copyText(text()), { class: "btn quiet" });
 }
 
-async function copied(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch { /* without TLS there is no clipboard: the old way */ }
+// Puts a text into the clipboard, and says so.
+async function copyText(text) {
+  const write = navigator.clipboard?.writeText(text).then(() => true);
+  const done = await write?.catch(() => false) || copySelected(text);
+  showToast(done ? "Copied" : "The browser let nothing be copied");
+}
+
+// Without TLS there is no navigator.clipboard: copy a selected field.
+function copySelected(text) {
   const area = el("textarea", { class: "away", value: text });
   document.body.append(area);
   area.select();
@@ -14364,6 +14368,8 @@ async function copied(text) {
 
 const snippet = (text) => el("div", { class: "snippet" },
   el("pre", {}, code(text)), copyButton(() => text));
+
+const pause = (ms) => new Promise((done) => { setTimeout(done, ms); });
 
 function plural(count, one, many = one + "s") {
   return `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
@@ -14463,6 +14469,7 @@ function shiftOf(at, host) {
 
 const shifted = (at, host) => new Date((at + shiftOf(at, host)) * 1000);
 const clock = (d) => `${two(d.getUTCHours())}:${two(d.getUTCMinutes())}`;
+const clockSeconds = (d) => `${clock(d)}:${two(d.getUTCSeconds())}`;
 const isoDay = (d) => d.toISOString().slice(0, 10);
 
 function when(at, host) {
@@ -14488,9 +14495,8 @@ function exactly(at, host) {
   const sign = shift < 0 ? "\u2212" : "+", size = Math.abs(shift) / 60;
   const utc = shift ? `UTC${sign}${Math.floor(size / 60)}${
     size % 60 ? ":" + two(size % 60) : ""}` : "UTC";
-  return `${WEEKDAYS[d.getUTCDay()]} ${isoDay(d)} ${clock(d)}:${
-    two(d.getUTCSeconds())} (${name && name !== "UTC" ? name + ", " : ""}${
-    utc})`;
+  return `${WEEKDAYS[d.getUTCDay()]} ${isoDay(d)} ${clockSeconds(d)} (${
+    name && name !== "UTC" ? name + ", " : ""}${utc})`;
 }
 
 // A time that keeps its words current: one timer serves them all.
@@ -14988,7 +14994,7 @@ const VIEWS = [    // path -> view; the first that fits
   [/^(?:jobs)?$/, (...all) => jobsView(...all)],
   [/^job\/(\d+)$/, (...all) => jobView(...all)],
   [/^job\/(\d+)\/run$/, (...all) => formView(...all)],
-  [/^run\/(\d+)(?:\/([LB])(\d+))?$/, (...all) => runView(...all)],
+  [/^run\/(\d+)(?:\/L(\d+))?$/, (...all) => runView(...all)],
   [/^day(?:\/([\d-]{10}))?$/, (...all) => dayView(...all)],
   [/^search$/, (...all) => searchView(...all)],
   [/^audit$/, (...all) => auditView(...all)],
@@ -15971,36 +15977,59 @@ function joinCommands() {
     snippet("koitab status")];
 }
 
-// --- output: bytes become lines, as a terminal would show them ------------
+// --- output: from bytes to lines, as a terminal would show them ------------
 
-// Frames as section Record of koitab.py writes them: stream, ms, length.
-const NOTE = 0, STDERR = 2, FRAMES_END = 3;
+const NOTE = 0, STDERR = 2, FRAMES_END = 3;     // streams of section RunFile
 
+// Returns the whole frames at the start of `bytes`, each as [stream, ms since
+// the start, data], and how many bytes they take.
 function framesOf(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
-  const found = [];
+  const frames = [];
   let at = 0;
   while (at + 9 <= bytes.length) {
     const size = view.getUint32(at + 5, true);
     if (at + 9 + size > bytes.length) break;    // the rest comes later
-    found.push([bytes[at], view.getUint32(at + 1, true),
+    frames.push([bytes[at], view.getUint32(at + 1, true),
       bytes.subarray(at + 9, at + 9 + size)]);
     at += 9 + size;
   }
-  return { frames: found, used: at };
+  return { frames, used: at };
 }
 
-// How many bytes at the end are the beginning of a letter in UTF-8.
-function unfinished(bytes) {
-  for (let back = 1; back <= Math.min(3, bytes.length); back += 1) {
-    const byte = bytes[bytes.length - back];
-    if (byte >= 0xc0) {
-      const size = byte >= 0xf0 ? 4 : byte >= 0xe0 ? 3 : 2;
-      return size > back ? back : 0;
+// Yields a run's output as pieces {frames, live}, from its first frame on.
+// With `follow` it waits for more until the run has ended.
+async function* outputOf(id, { signal, follow } = {}) {
+  const note = (text) => [NOTE, 0, utf8(text)];
+  let at = 0, live = false, more = true;
+  while (more) {
+    const path = `runs/${id}/output?from=${at}&len=${2 ** 20}`;
+    try {
+      const reply = await fetched(path + (live ? "&wait=10" : ""), { signal });
+      const bytes = new Uint8Array(await reply.arrayBuffer());
+      const { frames, used } = framesOf(bytes);
+      const skipped = +reply.headers.get("X-Koi-From") - at;
+      live = reply.headers.get("X-Koi-Live") === "1";
+      if (skipped > 0) {
+        at += skipped;
+        frames.unshift(note(`${bytesWords(skipped)} are left out until the `
+          + "run has ended"));
+      }
+      at += used;
+      more = bytes.length ? live || at < +reply.headers.get("X-Koi-Size")
+        : live && follow;
+      if (bytes.length && !used) {
+        frames.push(note("what is kept here cannot be read"));
+        more = false;
+      }
+      yield { frames, live };
+    } catch (error) {
+      const final = error.name === "AbortError" || error.status > 0
+        && error.status < 500;
+      if (final || !live || !follow) throw error;
+      await pause(2000);
     }
-    if (byte < 0x80) return 0;
   }
-  return 0;
 }
 
 const isBidi = (c) => c >= 0x202a && c <= 0x202e || c >= 0x2066
@@ -16008,20 +16037,19 @@ const isBidi = (c) => c >= 0x202a && c <= 0x202e || c >= 0x2066
 const isControl = (c) => c < 0x20 || c >= 0x7f && c < 0xa0 || isBidi(c)
   || c === 0x2028 || c === 0x2029 || c === 0xfeff;
 
-// A control character as something that one can see: ^G, <U+202E>.
-function glyph(c) {
+// Returns a control character as visible text: ^G, <U+202E>.
+function controlWord(c) {
   if (c < 0x20 || c === 0x7f) return `^${String.fromCharCode(c ^ 64)}`;
   if (c < 0xa0) return `<${c.toString(16)}>`;
   return `<U+${c.toString(16).toUpperCase().padStart(4, "0")}>`;
 }
 
+// Returns `text` with its control characters, except tabs, made visible.
 function visible(text) {
-  let seen = "";
-  for (let i = 0; i < text.length; i += 1) {
-    const c = text.charCodeAt(i);
-    seen += isControl(c) && c !== 9 ? glyph(c) : text[i];
-  }
-  return seen;
+  return Array.from({ length: text.length }, (_, at) => {
+    const c = text.charCodeAt(at);
+    return isControl(c) && c !== 9 ? controlWord(c) : text[at];
+  }).join("");
 }
 
 const visibleLines = (text) => text.split("\n").map(visible).join("\n");
@@ -16029,30 +16057,29 @@ const visibleLines = (text) => text.split("\n").map(visible).join("\n");
 const PLAIN = { fg: null, bg: null, bold: false, dim: false, italic: false,
   under: false, inverse: false, strike: false, href: "", err: false,
   control: false };
-const MOST_INKS = 2000, LONGEST_ESCAPE = 4096, LONGEST_SGR = 256;
+const MOST_STYLES = 2000, LONGEST_ESCAPE = 4096, LONGEST_SGR = 256;
 const LONGEST_LINE = 32768, LONGEST_LINK = 2048;
-const SWITCHES = { 1: { bold: true }, 2: { dim: true }, 3: { italic: true },
+const SGR_CODES = { 1: { bold: true }, 2: { dim: true }, 3: { italic: true },
   4: { under: true }, 7: { inverse: true }, 9: { strike: true },
   22: { bold: false, dim: false }, 23: { italic: false },
   24: { under: false }, 27: { inverse: false }, 29: { strike: false },
   39: { fg: null }, 49: { bg: null } };
 
-function colourOf(numbers) {    // 5;n or 2;r;g;b -> a colour, or undefined
-  const [kind, ...rest] = numbers;
-  const byte = (n) => n >= 0 && n <= 255;
-  if (kind === 5 && byte(rest[0])) return rest[0];
-  if (kind !== 2) return undefined;
+// Returns the colour of SGR numbers "5;n" or "2;r;g;b", or undefined.
+function colourOf([kind, ...rest]) {
+  const isByte = (n) => n >= 0 && n <= 255;
+  if (kind === 5 && isByte(rest[0])) return rest[0];
   const rgb = rest.slice(0, 3);
-  return rgb.length === 3 && rgb.every(byte) ? `rgb(${rgb.join()})`
-    : undefined;
+  return kind === 2 && rgb.length === 3 && rgb.every(isByte)
+    ? `rgb(${rgb.join()})` : undefined;
 }
 
-// What SGR numbers make of an ink. "38:2::1:2:3" is "38;2;1;2;3" too.
-function inked(ink, text) {
-  const after = { ...ink }, codes = text.split(";");
+// Returns `style` changed by SGR numbers. "38:2::1:2:3" is "38;2;1;2;3" too.
+function styledBy(style, text) {
+  const after = { ...style }, codes = text.split(";");
   for (let i = 0; i < codes.length; i += 1) {
     const [n, ...sub] = codes[i].split(":").map(Number);
-    if (n === 0) Object.assign(after, PLAIN, { href: ink.href });
+    if (n === 0) Object.assign(after, PLAIN, { href: style.href });
     else if (n === 38 || n === 48) {
       const list = sub.length ? sub[0] === 2 && sub.length > 4
         ? [2, ...sub.slice(2)] : sub : codes.slice(i + 1, i + 5).map(Number);
@@ -16060,7 +16087,7 @@ function inked(ink, text) {
       if (colour !== undefined) after[n === 38 ? "fg" : "bg"] = colour;
       if (!sub.length) i += list[0] === 5 ? 2 : list[0] === 2 ? 4 : 0;
     } else if (n === 4 && sub[0] === 0) after.under = false;
-    else if (SWITCHES[n]) Object.assign(after, SWITCHES[n]);
+    else if (SGR_CODES[n]) Object.assign(after, SGR_CODES[n]);
     else if (n >= 30 && n <= 37) after.fg = n - 30;
     else if (n >= 40 && n <= 47) after.bg = n - 40;
     else if (n >= 90 && n <= 97) after.fg = n - 82;
@@ -16069,185 +16096,159 @@ function inked(ink, text) {
   return after;
 }
 
-const TEXT = 0, ESCAPE = 1, CSI = 2, STRING = 3, STRING_END = 4, ONE = 5;
+const TEXT = 0, ESCAPE = 1, CSI = 2, STRING = 3, STRING_END = 4, CHARSET = 5;
 
-// One line of a terminal, for both streams: \r goes back in it, \b one step,
-// ESC[K clears, \n ends it. All in linear time, whatever comes.
+// The lines of an output, both streams in one: \r goes back to the start of
+// the line, \b one column, ESC[K clears, \n ends it. Its time is linear in the
+// number of bytes, whatever they are.
 class Terminal {
-  constructor(before) {
-    this.lines = [];
-    this.inks = new Map();
-    this.ink = before?.ink || PLAIN;
-    this.line = newLine();
-    this.column = before?.column || 0;
+  constructor() {
+    this.lines = [];        // the finished ones
+    this.styles = new Map();
+    this.style = PLAIN;
     this.streams = {};
-    if (!before) return;
-    Object.assign(this.line, before.line, { cells: before.line.cells.slice(),
-      inks: before.line.inks.slice() });
-    for (const [n, s] of Object.entries(before.streams)) {
-      this.streams[n] = { ...s };
+    this.number = 1;
+    this.begin(1);
+  }
+
+  // Begins a line; its number is 0 where it continues the line before.
+  begin(number) {
+    this.line = { cells: [], styles: [], at: null, err: false, note: false,
+      number };
+    this.column = 0;
+  }
+
+  // Returns the one object for a style, so that equal ones are identical.
+  shared(style) {
+    const key = JSON.stringify(style);
+    if (!this.styles.has(key)) {
+      if (this.styles.size >= MOST_STYLES) return PLAIN;
+      this.styles.set(key, style);
     }
-  }
-
-  // What the next block begins with.
-  state() {
-    return { ink: this.ink, line: this.line, column: this.column,
-      streams: this.streams };
-  }
-
-  shared(ink) {
-    const key = JSON.stringify(ink);
-    const found = this.inks.get(key);
-    if (found) return found;
-    if (this.inks.size >= MOST_INKS) return PLAIN;
-    this.inks.set(key, ink);
-    return ink;
+    return this.styles.get(key);
   }
 
   feed(stream, ms, bytes) {
     if (stream === NOTE) return this.note(ms, bytes);
     if (stream >= FRAMES_END) return;
-    const s = this.streams[stream] ||= { left: new Uint8Array(0),
-      mode: TEXT, held: "", size: 0 };
-    let all = bytes;
-    if (s.left.length) {
-      all = new Uint8Array(s.left.length + bytes.length);
-      all.set(s.left);
-      all.set(bytes, s.left.length);
-    }
-    const keep = unfinished(all);
-    s.left = all.slice(all.length - keep);
-    this.write(s, stream === STDERR, ms, new TextDecoder("utf-8",
-      { ignoreBOM: true }).decode(all.subarray(0, all.length - keep)));
+    const reader = this.streams[stream] ||= { mode: TEXT, held: "", size: 0,
+      decoder: new TextDecoder("utf-8", { ignoreBOM: true }) };
+    this.write(reader, stream === STDERR, ms,
+      reader.decoder.decode(bytes, { stream: true }));
   }
 
-  write(s, err, ms, text) {
-    let base = this.ink, ink = this.shared({ ...base, err });
+  write(reader, err, ms, text) {
+    let base = this.style, style = this.shared({ ...base, err });
     for (let i = 0; i < text.length; i += 1) {
       const c = text.charCodeAt(i);
-      if (s.mode !== TEXT) {
-        if (!this.escape(s, text[i], c)) i -= 1;
+      if (reader.mode !== TEXT) {
+        if (!this.escape(reader, text[i], c)) i -= 1;
       } else if (c >= 0x20 && c < 0x7f) {
-        this.put(text[i], ink, ms);
+        this.put(text[i], style, ms);
       } else if (c === 0x1b) {
-        Object.assign(s, { mode: ESCAPE, held: "", size: 0 });
+        Object.assign(reader, { mode: ESCAPE, held: "", size: 0 });
       } else if (c === 10) this.end();
       else if (c === 13) this.column = 0;
       else if (c === 8) this.column = Math.max(0, this.column - 1);
       else if (isControl(c) && c !== 9) {
-        this.put(glyph(c), this.shared({ ...ink, control: true }), ms);
+        this.put(controlWord(c), this.shared({ ...style, control: true }), ms);
       } else if (c >= 0xd800 && c < 0xdc00 && i + 1 < text.length) {
-        this.put(text[i] + text[i += 1], ink, ms);
-      } else this.put(text[i], ink, ms);
-      if (this.ink !== base) {
-        base = this.ink;
-        ink = this.shared({ ...base, err });
+        this.put(text[i] + text[i += 1], style, ms);
+      } else this.put(text[i], style, ms);
+      if (this.style !== base) {
+        base = this.style;
+        style = this.shared({ ...base, err });
       }
     }
   }
 
-  put(cell, ink, ms) {
+  put(cell, style, ms) {
     const line = this.line;
     line.cells[this.column] = cell;
-    line.inks[this.column] = ink;
+    line.styles[this.column] = style;
     this.column += 1;
     if (line.at === null) line.at = ms;
-    if (ink.err) line.err = true;
-    if (this.column >= LONGEST_LINE) this.piece();
+    if (style.err) line.err = true;
+    if (this.column >= LONGEST_LINE) this.breakLine();
   }
 
   end() {
-    this.line.ended = true;
     this.lines.push(this.line);
-    this.line = newLine();
-    this.column = 0;
+    this.number += 1;
+    this.begin(this.number);
   }
 
-  piece() {     // what follows is still the same line
+  // Ends the row shown, not the line: what follows has no number.
+  breakLine() {
+    if (!this.line.cells.length) return;
     this.lines.push(this.line);
-    this.line = newLine();
-    this.line.tail = true;
-    this.column = 0;
+    this.begin(0);
   }
 
   note(ms, bytes) {
-    if (this.line.cells.length) this.piece();
-    const line = newLine(), text = visible(new TextDecoder().decode(bytes));
-    line.note = true;
-    line.at = ms;
-    line.cells = [`koi: ${text}`];
-    line.inks = [PLAIN];
-    this.lines.push(line);
+    this.breakLine();
+    this.lines.push({ cells: [`koi: ${visible(new TextDecoder().decode(
+      bytes))}`], styles: [PLAIN], at: ms, err: false, note: true,
+    number: 0 });
   }
 
-  // One letter of an escape sequence; false if it is to be read as text.
-  escape(s, letter, c) {
-    s.size += 1;
-    if (c === 10 || s.size > LONGEST_ESCAPE) {
-      s.mode = TEXT;
+  // Takes one character of an escape sequence; false if it is text instead.
+  escape(reader, char, c) {
+    reader.size += 1;
+    if (c === 10 || reader.size > LONGEST_ESCAPE) {
+      reader.mode = TEXT;
       return false;
     }
     if (c === 0x1b) {
-      s.mode = s.mode === STRING ? STRING_END : ESCAPE;
-    } else if (s.mode === ESCAPE) this.begin(s, letter);
-    else if (s.mode === CSI) this.control(s, letter, c);
-    else if (s.mode === STRING_END) {
-      s.mode = TEXT;
-      this.command(s.held);
-      return letter === "\\";
-    } else if (s.mode === STRING) {
-      if (c === 7 || c === 0x9c) {
-        s.mode = TEXT;
-        this.command(s.held);
-      } else s.held += s.held.length < LONGEST_LINK ? letter : "";
-    } else s.mode = TEXT;       // ONE: the letter of ESC ( B
+      reader.mode = reader.mode === STRING ? STRING_END : ESCAPE;
+    } else if (reader.mode === ESCAPE) {
+      reader.held = char === "]" ? "]" : "";
+      reader.mode = char === "[" ? CSI : "]PX^_".includes(char) ? STRING
+        : "()*+-./#% ".includes(char) ? CHARSET : TEXT;
+    } else if (reader.mode === CSI) this.control(reader, char, c);
+    else if (reader.mode === STRING_END) {
+      this.endString(reader);
+      return char === "\\";
+    } else if (reader.mode === STRING) {
+      if (c === 7 || c === 0x9c) this.endString(reader);
+      else reader.held += reader.held.length < LONGEST_LINK ? char : "";
+    } else reader.mode = TEXT;      // the B of ESC ( B
     return true;
   }
 
-  begin(s, letter) {
-    s.held = letter === "]" ? "]" : "";
-    s.mode = letter === "[" ? CSI : "]PX^_".includes(letter) ? STRING
-      : "()*+-./#% ".includes(letter) ? ONE : TEXT;
-  }
-
-  control(s, letter, c) {
+  control(reader, char, c) {
     if (c < 0x40 || c > 0x7e) {
-      if (s.held.length < LONGEST_SGR) s.held += letter;
+      if (reader.held.length < LONGEST_SGR) reader.held += char;
       return;
     }
-    s.mode = TEXT;
-    if (letter === "K") this.erase(s.held);
-    if (letter === "m" && /^[\d;:]*$/.test(s.held)
-        && s.held.length < LONGEST_SGR) {
-      this.ink = this.shared(inked(this.ink, s.held));
+    reader.mode = TEXT;
+    if (char === "K") this.erase(reader.held);
+    if (char === "m" && /^[\d;:]*$/.test(reader.held)
+        && reader.held.length < LONGEST_SGR) {
+      this.style = this.shared(styledBy(this.style, reader.held));
     }
   }
 
   erase(how) {
-    const { cells, inks } = this.line;
-    if (how === "" || how === "0" || how === "2") {
-      cells.length = Math.min(cells.length, this.column);
-      inks.length = cells.length;
+    const { cells, styles } = this.line;
+    if (["", "0", "2"].includes(how)) {
+      cells.length = styles.length = Math.min(cells.length, this.column);
     }
     if (how === "1" || how === "2") {
-      for (let i = 0; i < Math.min(this.column, cells.length); i += 1) {
-        cells[i] = " ";
-        inks[i] = PLAIN;
-      }
+      const end = Math.min(this.column, cells.length);
+      cells.fill(" ", 0, end);
+      styles.fill(PLAIN, 0, end);
     }
   }
 
-  command(held) {       // OSC 8: a link, to the web or to nothing
-    const match = held.match(/^\]8;[^;]*;(.*)$/s);
+  // OSC 8 begins a link, to the web or to nothing; other strings do nothing.
+  endString(reader) {
+    reader.mode = TEXT;
+    const match = reader.held.match(/^\]8;[^;]*;(.*)$/s);
     if (match) {
-      this.ink = this.shared({ ...this.ink, href: webAddress(match[1]) });
+      this.style = this.shared({ ...this.style, href: webAddress(match[1]) });
     }
   }
-}
-
-function newLine() {
-  return { cells: [], inks: [], at: null, err: false, note: false,
-    tail: false, ended: false };
 }
 
 function webAddress(text) {
@@ -16260,8 +16261,8 @@ function webAddress(text) {
   }
 }
 
-// A line of output as it would be seen, without colours.
-function plain(text) {
+// Returns a line of output as it would be seen, without its colours.
+function withoutEscapes(text) {
   const terminal = new Terminal();
   terminal.feed(1, 0, utf8(text));
   return [...terminal.lines, terminal.line].map(textOf).join(" ");
@@ -16270,651 +16271,337 @@ function plain(text) {
 const textOf = (line) => Array.from(line.cells, (cell) => cell ?? " ")
   .join("");
 
-// --- output: lines become elements ----------------------------------------
+// --- output: from lines to elements ----------------------------------------
 
-const MOST_SPANS = 400;     // in one line; what is beyond them is plain
+const MOST_SPANS = 400;     // in one line; the rest of it is not coloured
 
-function paint(into, line) {
-  const { cells, inks } = line;
+// Appends the text of a line to `node`, a span for each stretch of one style.
+function paint(node, { cells, styles }) {
   let from = 0, spans = 0;
   for (let at = 1; at <= cells.length; at += 1) {
-    if (at < cells.length && (inks[at] === inks[from]
+    if (at < cells.length && (styles[at] === styles[from]
         || spans >= MOST_SPANS)) continue;
-    let text = "";
-    for (let i = from; i < at; i += 1) text += cells[i] ?? " ";
-    into.append(spanOf(text, spans < MOST_SPANS ? inks[from] || PLAIN
-      : PLAIN));
+    node.append(spanOf(textOf({ cells: cells.slice(from, at) }),
+      spans < MOST_SPANS && styles[from] || PLAIN));
     spans += 1;
     from = at;
   }
 }
 
-function spanOf(text, ink) {
-  if (ink === PLAIN) return document.createTextNode(text);
+// Returns a text or, where it has a style, an element.
+function spanOf(text, style) {
+  if (style === PLAIN) return text;
   const names = ["bold", "dim", "italic", "under", "strike", "err",
-    "control"].filter((name) => ink[name]);
-  let { fg, bg } = ink;
-  if (ink.inverse) [fg, bg] = [bg ?? "paper", fg ?? "ink"];
-  const node = document.createElement(ink.href ? "a" : "span");
-  if (ink.href) {
-    node.href = ink.href;
-    node.rel = "noopener noreferrer";
-    node.target = "_blank";
-  }
-  tint(node, names, "f", "color", fg);
-  tint(node, names, "g", "backgroundColor", bg);
+    "control"].filter((name) => style[name]);
+  let { fg, bg } = style;
+  if (style.inverse) [fg, bg] = [bg ?? "paper", fg ?? "ink"];
+  const node = style.href ? el("a", { href: style.href, target: "_blank",
+    rel: "noopener noreferrer" }) : el("span");
+  setColour(node, names, "f", "color", fg);
+  setColour(node, names, "g", "backgroundColor", bg);
   if (names.length) node.className = names.join(" ");
-  else if (fg === null && bg === null && !ink.href) {
-    return document.createTextNode(text);
-  }
+  else if (fg === null && bg === null && !style.href) return text;
   node.textContent = text;
   return node;
 }
 
-// The 16 colours are the theme's, by class; the others are what they are.
-function tint(node, names, letter, property, colour) {
+// The theme has classes for the first 16 colours; the others are exact.
+function setColour(node, names, prefix, property, colour) {
   if (colour === null) return;
-  if (typeof colour === "number" && colour < 16) {
-    names.push(letter + colour);
-  } else if (colour === "paper" || colour === "ink") {
-    names.push(letter + colour);
+  if (colour < 16 || colour === "paper" || colour === "ink") {
+    names.push(prefix + colour);
   } else {
-    node.style[property] = typeof colour === "number" ? cube(colour)
+    node.style[property] = typeof colour === "number" ? cubeColour(colour)
       : colour;
   }
 }
 
-function cube(n) {
+// Returns colour `n` of a terminal's 6 x 6 x 6 cube or grey scale.
+function cubeColour(n) {
   if (n >= 232) return `rgb(${[0, 0, 0].fill(8 + (n - 232) * 10)})`;
   const level = (value) => value ? 55 + value * 40 : 0, at = n - 16;
   return `rgb(${[level(Math.floor(at / 36)), level(Math.floor(at / 6) % 6),
     level(at % 6)]})`;
 }
 
-// --- output: 100 MB of it, of which some screens are there ----------------
+// --- output: the viewer of one run -----------------------------------------
 
-const LINE_HEIGHT = 18, TALLEST = 12e6;     // pixels; browsers end near 17e6
-const BLOCK_BYTES = 48 * 1024, BLOCK_LINES = 500, MOST_HITS = 1000;
-const GUTTERS = ["off", "since", "clock"];
+const LINE_HEIGHT = 18;     // pixels, as in the style sheet
+const BLOCK_LINES = 500, MOST_LINES = 900000, MOST_MATCHES = 1000;
+const TIME_COLUMNS = ["off", "since", "clock"];
 
+// All lines are kept; elements are made for the blocks of lines that come
+// near the screen, so that 4 MiB show at once.
 class OutputViewer {
   constructor(run, host, place) {
-    Object.assign(this, { run, host, blocks: [], near: new Set(),
-      loading: new Set(), size: 0, live: false, follow: false, fresh: 0,
-      query: "", hits: [], hit: -1, scale: 1, abort: new AbortController(),
-      gutter: preferences.get("gutter", "off") });
+    Object.assign(this, { run, host, place, terminal: new Terminal(),
+      blocks: [], count: 0, live: false, following: false, unseen: 0,
+      query: "", matches: [], match: -1, abort: new AbortController(),
+      times: preferences.get("times", "off") });
     this.wrap = preferences.get("wrap", phone.matches ? "on" : "off") === "on";
-    this.sheet = el("div", { class: "sheet" });
+    this.unfinished = el("div");
+    this.sheet = el("div", { class: "sheet" }, this.unfinished);
     this.pane = el("div", { class: "pane", role: "log", "aria-live": "off",
-      "aria-label": "Output", tabindex: 0 }, this.sheet);
-    this.more = button("", () => this.setFollow(true),
+      "aria-label": "Output", tabindex: 0, onscroll: () => this.scrolled() },
+    this.sheet);
+    this.newer = button("", () => this.setFollow(true),
       { class: "btn primary newer", hidden: true });
     this.root = el("section", { class: "output", "aria-label": "Output" },
-      this.bar(), this.pane, this.more);
+      this.bar(), this.pane, this.newer);
+    this.observer = new IntersectionObserver((entries) => {
+      for (const { target, isIntersecting } of entries) {
+        if (isIntersecting) this.drawBlock(target.block);
+      }
+    }, { root: this.pane, rootMargin: "900px 0px" });
     this.show();
-    this.eye = new IntersectionObserver((seen) => this.seen(seen),
-      { root: this.pane, rootMargin: "900px 0px" });
-    this.pane.addEventListener("scroll", () => this.scrolled(),
-      { passive: true });
-    this.place = place;
   }
 
   bar() {
-    const toggle = (text, title, deed) => button(text, deed, { title,
+    const toggle = (text, title, action) => button(text, action, { title,
       class: "btn toggle", "aria-pressed": "false" });
     this.finder = el("input", { type: "search", placeholder: "Find",
       "aria-label": "Find in this output", autocomplete: "off",
-      oninput: () => this.findSoon(), onkeydown: (event) => {
+      oninput: () => {
+        clearTimeout(this.findTimer);
+        this.findTimer = setTimeout(() => this.find(), 350);
+      }, onkeydown: (event) => {
         if (event.key !== "Enter") return;
         event.preventDefault();
-        if (this.finder.value !== this.query) this.find();
+        if (this.finder.value.toLowerCase() !== this.query) this.find();
         else this.step(event.shiftKey ? -1 : 1);
       } });
     this.found = el("span", { class: "muted found", role: "status" });
+    this.steps = [["left", -1, "Hit before"], ["right", 1, "Next hit"]].map(
+      ([name, by, label]) => button(icon(name), () => this.step(by),
+        { class: "btn quiet", "aria-label": label, hidden: true }));
     this.buttons = {
       err: toggle("stderr", "Only lines of stderr", () => this.onlyErr()),
-      gutter: toggle("Times", "Times: off, since the start, by the clock",
-        () => this.nextGutter()),
+      times: toggle("Times", "Times: off, since the start, by the clock",
+        () => this.nextTimes()),
       wrap: toggle("Wrap", "Wrap long lines (w)", () => this.setWrap()),
       follow: toggle("Follow", "Follow the end (f)",
-        () => this.setFollow(!this.follow)),
+        () => this.setFollow(!this.following)),
     };
     return el("div", { class: "bar" }, el("span", { class: "finding" },
-      this.finder, this.found,
-      button(icon("left"), () => this.step(-1), { class: "btn quiet step",
-        "aria-label": "Hit before", hidden: true }),
-      button(icon("right"), () => this.step(1), { class: "btn quiet step",
-        "aria-label": "Next hit", hidden: true })),
-    el("span", { class: "grow" }), Object.values(this.buttons),
-    button("Copy", () => this.copy(), { class: "btn" }),
-    button("Download", () => this.download(), { class: "btn" }));
+      this.finder, this.found, this.steps), el("span", { class: "grow" }),
+    Object.values(this.buttons), button("Copy", () => this.copy()),
+    button("Download", () => this.download()));
   }
 
   show() {
-    const last = this.blocks[this.blocks.length - 1];
-    const digits = String(last ? last.number + last.lines : 1).length;
+    const digits = String(this.terminal.number).length;
     this.pane.style.setProperty("--digits", `${Math.max(digits, 4)}ch`);
-    const pressed = (name, is) => this.buttons[name].setAttribute(
+    const press = (name, is) => this.buttons[name].setAttribute(
       "aria-pressed", String(is));
-    pressed("wrap", this.wrap);
-    pressed("gutter", this.gutter !== "off");
-    pressed("follow", this.follow);
+    press("wrap", this.wrap);
+    press("times", this.times !== "off");
+    press("follow", this.following);
     this.buttons.follow.hidden = !this.live;
     this.pane.classList.toggle("wrap", this.wrap);
-    this.pane.dataset.gutter = this.gutter;
+    this.pane.dataset.times = this.times;
   }
 
-  path(rest) {
-    return `runs/${this.run.id}/${rest}`;
-  }
+  // --- reading and drawing
 
-  // --- which blocks there are
-
-  async open() {
-    const answer = await get(this.path("chunks"),
-      { signal: this.abort.signal });
-    this.live = answer.live;
-    this.size = 0;
-    // What a live run has written is read from its beginning, as it comes.
-    const flows = answer.live && answer.size < 4e6;
-    if (flows) this.size = answer.chunks[0]?.[0] || 0;
-    const groups = flows ? [] : grouped(answer.chunks);
-    const lines = groups.reduce((sum, one) => sum + one.lines, 0);
-    this.scale = Math.min(1, TALLEST / (LINE_HEIGHT * Math.max(lines, 1)));
-    for (const { at, size, lines: count } of groups) {
-      this.add(at, size, count);
+  // Reads the output, to the run's end if it is running.
+  async load() {
+    let placed = false;
+    try {
+      for await (const { frames, live } of outputOf(this.run.id,
+        { signal: this.abort.signal, follow: true })) {
+        this.live = live;
+        this.add(frames);
+        if (live && !placed) this.goToPlace();
+        placed ||= live;
+      }
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      if (!(error instanceof ApiError)) throw error;
+      this.add([[NOTE, 0, utf8(`${error.message} ${error.hint}`)]]);
     }
-    this.show();
-    if (this.live) this.poll();
-    else if (!this.size && !answer.size) this.nothing();
-    else if (this.size < answer.size) this.poll();
-    await this.first();
+    this.live = this.following = false;
+    this.newer.hidden = true;
+    this.terminal.breakLine();
+    this.addLines();
+    if (!this.blocks.length) return this.sayNothing();
+    if (!placed) this.goToPlace();
   }
 
-  nothing() {
+  sayNothing() {
     this.root.classList.add("bare");
     this.root.replaceChildren(el("p", { class: "nothing",
       text: nothingWords(this.run) }));
   }
 
-  add(at, size, lines) {
-    const last = this.blocks[this.blocks.length - 1];
-    const block = this.block({ at, size, lines }, this.blocks.length,
-      last ? last.number + last.lines : 1);
-    this.blocks.push(block);
-    this.size = at + size;
-    this.sheet.append(block.root);
-    this.eye.observe(block.root);
-    return block;
-  }
-
-  block(part, index, number) {
-    const block = { ...part, index, number, end: null, shown: null,
-      root: el("div", { class: "block" }) };
-    block.root.block = block;
-    this.closed(block);
-    return block;
-  }
-
-  // A chunk may hold a megabyte. When it is looked at it becomes blocks, cut
-  // between frames.
-  async split(block) {
-    const parts = [], end = block.at + block.size;
-    for (let at = block.at; at < end;) {
-      const { frames, used } = framesOf(await this.bytes(at,
-        Math.min(end - at, 2 ** 20)));
-      for (const [, , data] of frames) {
-        parts.push([at, 9 + data.length, newlines(data)]);
-        at += 9 + data.length;
-      }
-      if (!used) break;
-    }
-    const finer = grouped(parts);
-    block.whole = true;
-    if (finer.length < 2 || !this.blocks.includes(block)) return;
-    let number = block.number;
-    const made = finer.map((part) => {
-      const one = this.block({ ...part, whole: true }, 0, number);
-      number += part.lines;
-      return one;
-    });
-    this.eye.unobserve(block.root);
-    this.near.delete(block);
-    block.root.replaceWith(...made.map((one) => one.root));
-    this.blocks.splice(block.index, 1, ...made);
-    this.blocks.forEach((one, index) => { one.index = index; });
-    for (const one of made) this.eye.observe(one.root);
-  }
-
-  // The block that a question picks, cut if it is too large to be drawn.
-  async fine(pick) {
-    const block = pick();
-    if (!block || !tooLarge(block)) return block;
-    await this.split(block);
-    return pick();
-  }
-
-  // Where to begin: a place that was asked for, or the end of what failed.
-  async first() {
-    const [, kind, number] = this.place.parts;
-    const text = this.place.query.get("q");
-    if (text) {
-      this.finder.value = text;
-      this.query = text.toLowerCase();
-    }
-    if (kind === "L") return this.toLine(+number);
-    if (kind === "B") return this.toByte(+number);
-    if (this.live || failedRun(this.run)) await this.toEnd();
-    if (this.live) this.setFollow(true);
-  }
-
-  // --- what is drawn: blocks near the screen come, others go
-
-  seen(entries) {
-    for (const { target, isIntersecting } of entries) {
-      if (isIntersecting) this.near.add(target.block);
-      else {
-        this.near.delete(target.block);
-        this.hide(target.block);
+  add(frames) {
+    const { terminal } = this;
+    for (const frame of frames) {
+      if (terminal.lines.length < MOST_LINES) terminal.feed(...frame);
+      else if (!this.full) {
+        this.full = true;
+        terminal.note(0, utf8("there are more lines: download them"));
       }
     }
-    this.pump();
+    this.addLines();
   }
 
-  pump() {
-    // Who has left gets an AbortError at once, and would ask for ever.
-    if (this.abort.signal.aborted) return;
-    for (const block of this.near) {
-      if (this.loading.size >= 2) return;
-      if (!block.shown && !this.loading.has(block)) this.load(block);
+  // Puts lines that the terminal has finished into blocks.
+  addLines() {
+    const { lines, line } = this.terminal;
+    const fresh = lines.slice(this.count);
+    this.count = lines.length;
+    const numbered = fresh.filter(({ number }) => number).length;
+    while (fresh.length) {
+      let block = this.blocks[this.blocks.length - 1];
+      if (!block || block.lines.length >= BLOCK_LINES) block = this.newBlock();
+      const part = fresh.splice(0, BLOCK_LINES - block.lines.length);
+      block.lines.push(...part);
+      if (block.drawn) block.root.append(...part.map(this.lineNode, this));
+      else block.root.style.height = `${block.lines.length * LINE_HEIGHT}px`;
     }
-  }
-
-  async load(block) {
-    if (block.shown) return;
-    if (block.coming) return block.coming;
-    this.loading.add(block);
-    block.coming = (tooLarge(block) ? this.split(block).then(() =>
-      this.blocks[block.index] === block && this.linesOf(block))
-      : this.linesOf(block)).then((lines) => {
-      if (!lines) return;
-      block.shown = lines;
-      this.draw(block);
-    }).catch((error) => {
-      if (error.name !== "AbortError") this.lost(block, error);
-    });
-    await block.coming;
-    block.coming = null;
-    this.loading.delete(block);
-    this.pump();
-  }
-
-  lost(block, error) {
-    block.shown = [];
-    block.root.replaceChildren(el("div", { class: "line ours",
-      text: `koi: ${error.message} ${error.hint || ""}` }));
-  }
-
-  // The line that the block before left unfinished is this block's first.
-  async linesOf(block) {
-    if (block.terminal) return this.linesNow(block);
-    const before = this.blocks[block.index - 1];
-    if (before && !before.end) await this.parse(before);
-    const terminal = await this.parse(block);
-    return this.withRest(block, terminal);
-  }
-
-  linesNow(block) {
-    return this.withRest(block, block.terminal);
-  }
-
-  withRest(block, { lines, line }) {
-    return block === this.blocks[this.blocks.length - 1]
-      && line.cells.length ? [...lines, line] : lines;
-  }
-
-  async parse(block) {
-    const terminal = new Terminal(this.blocks[block.index - 1]?.end);
-    const end = block.at + block.size;
-    for (let at = block.at; at < end;) {
-      const bytes = await this.bytes(at, Math.min(end - at, 2 ** 20));
-      const { frames, used } = framesOf(bytes);
-      for (const one of frames) terminal.feed(...one);
-      if (!used) {
-        terminal.note(0, utf8("what is kept here cannot be read"));
-        break;
-      }
-      at += used;
-    }
-    if (!block.terminal) block.end = terminal.state();
-    return terminal;
-  }
-
-  async bytes(from, len) {
-    const reply = await fetched(this.path(`output?from=${from}&len=${len}`),
-      { signal: this.abort.signal });
-    if (+reply.headers.get("X-Koi-From") > from) {
-      throw new ApiError(0, "these lines come again when the run has ended");
-    }
-    return new Uint8Array(await reply.arrayBuffer());
-  }
-
-  draw(block) {
-    block.root.replaceChildren(...this.nodes(block, block.shown));
-    block.root.style.height = "";
-    if (this.sticky()) this.pane.scrollTop = this.pane.scrollHeight;
-  }
-
-  nodes(block, lines) {
-    let number = block.number;
-    return lines.map((line) => {
-      const node = this.lineNode(line, line.tail || line.note ? 0 : number);
-      if (line.ended) number += 1;
-      return node;
-    });
-  }
-
-  lineNode(line, number) {
-    const node = document.createElement("div");
-    node.className = `line${line.err ? " has-err" : ""}${
-      line.note ? " ours" : ""}`;
-    const no = document.createElement("a");
-    no.className = "no";
-    if (number) {
-      no.dataset.n = number;
-      no.href = `#/run/${this.run.id}/L${number}`;
-      if (number === this.line) node.classList.add("here");
-    }
-    no.tabIndex = -1;
-    node.append(no);
-    if (this.gutter !== "off") node.append(this.timeNode(line));
-    const text = document.createElement("span");
-    text.className = "text";
-    paint(text, line);
-    node.append(text);
-    if (this.query && isHit(text.textContent, this.query)) {
-      node.classList.add("hit");
-    }
-    return node;
-  }
-
-  timeNode(line) {
-    const node = document.createElement("span");
-    node.className = "at";
-    if (line.at !== null) {
-      const d = this.gutter === "clock" && shifted((this.run.started || 0)
-        + line.at / 1000, this.host);
-      node.dataset.at = d ? `${clock(d)}:${two(d.getUTCSeconds())}`
-        : sinceStart(line.at);
-    }
-    return node;
-  }
-
-  hide(block) {
-    if (!block.shown) return;
-    block.height = block.root.offsetHeight;
-    block.shown = null;
-    this.closed(block);
-    block.root.replaceChildren();
-  }
-
-  closed(block) {
-    block.root.style.height = `${block.height
-      || Math.max(1, block.lines) * LINE_HEIGHT * this.scale}px`;
-  }
-
-  redraw() {
-    for (const block of this.blocks) {
-      if (block.shown) this.draw(block);
-      else block.height = 0;
-    }
-  }
-
-  // --- while the run goes on
-
-  async poll() {
-    let wait = 0;
-    while (!this.abort.signal.aborted) {
-      try {
-        const reply = await fetched(this.path(`output?from=${this.size}` +
-          `&len=${2 ** 20}${wait ? "&wait=10" : ""}`),
-        { signal: this.abort.signal });
-        const bytes = new Uint8Array(await reply.arrayBuffer());
-        this.live = reply.headers.get("X-Koi-Live") === "1";
-        this.skip(+reply.headers.get("X-Koi-From"));
-        const grew = this.grow(bytes);
-        wait = this.live ? 10 : 0;
-        if (bytes.length ? !grew : !this.live) break;
-      } catch (error) {
-        if (error.name === "AbortError") return;
-        if (error.status && error.status < 500) break;
-        await new Promise((done) => setTimeout(done, 2000));
-      }
-    }
-    this.ended();
-  }
-
-  ended() {
-    if (this.abort.signal.aborted) return;
-    this.live = this.follow = false;
-    this.more.hidden = true;
+    this.unfinished.replaceChildren(...line.cells.length
+      ? [this.lineNode(line)] : []);
     this.show();
-    if (!this.size) this.nothing();
+    if (this.following) this.scrollToEnd();
+    else if (this.live) this.countUnseen(numbered);
   }
 
-  // While a run goes on only the last part of a long output is there.
-  skip(from) {
-    if (!(from > this.size)) return;
-    const tail = this.newTail(this.blocks[this.blocks.length - 1]);
-    tail.terminal.note(0, utf8(`${bytesWords(from - this.size)} are left out `
-      + "until the run has ended"));
-    this.size = from;
-    tail.at = from;
+  countUnseen(added) {
+    this.unseen += added;
+    this.newer.hidden = !this.unseen;
+    this.newer.textContent = `\u2193 ${plural(this.unseen, "new line")}`;
   }
 
-  grow(bytes) {
-    const { frames } = framesOf(bytes);
-    let added = 0;
-    for (const one of frames) {
-      let tail = this.blocks[this.blocks.length - 1];
-      if (!tail?.terminal || tail.size >= BLOCK_BYTES
-          || tail.lines >= BLOCK_LINES) tail = this.newTail(tail);
-      const before = tail.terminal.lines.length;
-      tail.terminal.feed(...one);
-      const more = tail.terminal.lines.slice(before)
-        .filter((line) => line.ended).length;
-      tail.size += 9 + one[2].length;
-      this.size += 9 + one[2].length;
-      tail.lines += more;
-      added += more;
-    }
-    if (frames.length) this.grown(added);
-    return frames.length;
-  }
-
-  newTail(tail) {
-    if (tail?.terminal) {
-      tail.end = tail.terminal.state();
-      if (tail.shown) {
-        tail.shown = tail.terminal.lines;
-        this.draw(tail);
-      }
-      tail.terminal = null;
-    }
-    const block = this.add(this.size, 0, 0);
-    block.terminal = new Terminal(tail?.end);
+  newBlock() {
+    const block = { root: el("div", { class: "block" }), lines: [],
+      drawn: false };
+    block.root.block = block;
+    this.blocks.push(block);
+    this.unfinished.before(block.root);
+    this.observer.observe(block.root);
     return block;
   }
 
-  grown(added) {
-    const tail = this.blocks[this.blocks.length - 1];
-    if (this.near.has(tail) || this.follow) {
-      this.append(tail);
-    } else {
-      tail.height = 0;      // what was measured is too little now
-      this.closed(tail);
-    }
-    if (this.follow) {
-      this.pane.scrollTop = this.pane.scrollHeight;
-    } else {
-      this.fresh += added;
-      this.more.hidden = !this.fresh;
-      this.more.textContent = `\u2193 ${plural(this.fresh, "new line")}`;
-    }
+  drawBlock(block) {
+    if (block.drawn) return;
+    block.drawn = true;
+    block.root.style.height = "";
+    block.root.append(...block.lines.map(this.lineNode, this));
+    this.observer.unobserve(block.root);
+    if (this.following) this.scrollToEnd();
   }
 
-  // New lines go below the old ones; only the unfinished one is redrawn.
-  append(tail) {
-    const lines = this.linesNow(tail), drawn = tail.shown || [];
-    let same = 0, number = tail.number;
-    while (same < drawn.length && drawn[same] === lines[same]
-        && drawn[same].ended) {
-      number += 1;
-      same += 1;
-    }
-    while (tail.root.childNodes.length > same) tail.root.lastChild.remove();
-    tail.root.append(...this.nodes({ number }, lines.slice(same)));
-    tail.root.style.height = "";
-    tail.shown = [...lines];
+  lineNode(line) {
+    const { number, at } = line, text = el("span", { class: "text" });
+    paint(text, line);
+    const time = shifted((this.run.started || 0) + at / 1000, this.host);
+    return el("div", { class: ["line", line.err && "has-err", line.note
+      && "ours", this.isMatch(line) && "hit"].filter(Boolean).join(" ") },
+    el("a", { class: "no", tabindex: -1, "data-n": number || null,
+      href: number ? `#/run/${this.run.id}/L${number}` : null }),
+    el("span", { class: "at", ...at !== null && {
+      "data-since": sinceStart(at), "data-clock": clockSeconds(time) } }),
+    text);
   }
 
-  sticky() {
-    return this.follow || this.goingToEnd;
+  // --- following the end
+
+  scrollToEnd() {
+    this.pane.scrollTop = this.pane.scrollHeight;
+    this.top = this.pane.scrollTop;
   }
 
+  // Scrolling up ends the following of a live output; to its end, begins it.
   scrolled() {
     const { scrollTop, scrollHeight, clientHeight } = this.pane;
     const atEnd = scrollHeight - scrollTop - clientHeight < 24;
-    if (this.follow && !atEnd && scrollTop < this.top - 4) {
+    if (this.following && !atEnd && scrollTop < this.top - 4) {
       this.setFollow(false);
-    } else if (this.live && atEnd && !this.follow && scrollTop > this.top) {
+    } else if (this.live && atEnd && !this.following
+        && scrollTop > this.top) {
       this.setFollow(true);
     }
     this.top = scrollTop;
   }
 
   setFollow(is) {
-    this.follow = is && this.live;
+    this.following = is && this.live;
     if (is) {
-      this.fresh = 0;
-      this.more.hidden = true;
-      this.pane.scrollTop = this.pane.scrollHeight;
+      this.countUnseen(-this.unseen);
+      this.scrollToEnd();
     }
-    this.top = this.pane.scrollTop;
     this.show();
   }
 
-  // --- going to a place
+  // --- going to a line
 
-  async toEnd() {
-    const last = await this.fine(() => this.blocks[this.blocks.length - 1]);
-    if (!last) return;
-    this.goingToEnd = true;
-    this.pane.scrollTop = this.pane.scrollHeight;
-    await this.load(last);
-    this.pane.scrollTop = this.pane.scrollHeight;
-    setTimeout(() => { this.goingToEnd = false; }, 300);
-  }
-
-  async toLine(number) {
-    this.line = number;
-    const block = await this.fine(() => this.blocks.find((one) =>
-      number < one.number + one.lines) || this.blocks[this.blocks.length - 1]);
-    for (const old of this.sheet.querySelectorAll(".here")) {
-      old.classList.remove("here");
+  // Goes where the address says, or to the end of a failed or live run.
+  goToPlace() {
+    const [, line] = this.place.parts, text = this.place.query.get("q");
+    if (line) return this.toLine(+line);
+    if (text) {
+      this.finder.value = text;
+      return this.find();
     }
-    await this.toNode(block, (root) => $(`[data-n="${number}"]`, root)
-      ?.parentNode);
+    if (this.live || failedRun(this.run)) {
+      if (this.blocks.length) this.drawBlock(this.blocks.at(-1));
+      this.scrollToEnd();
+    }
+    if (this.live) this.setFollow(true);
   }
 
-  async toByte(at) {
-    if (this.query) return this.find(at);
-    const block = await this.fine(() => this.blocks.find((one) =>
-      at < one.at + one.size) || this.blocks[this.blocks.length - 1]);
-    await this.toNode(block, (root) => root.firstChild);
+  toLine(number) {
+    this.showLine(this.terminal.lines.findIndex((line) =>
+      line.number === number));
   }
 
-  async toNode(block, pick) {
+  // Draws the line of an index, marks it, and scrolls to it.
+  showLine(index) {
+    const block = this.blocks[Math.floor(index / BLOCK_LINES)];
     if (!block) return;
     this.setFollow(false);
-    for (let tries = 0; tries < 3; tries += 1) {
-      this.pane.scrollTop = block.root.offsetTop - 60;
-      await this.load(block);
-      const node = pick(block.root);
-      if (!node) return;
-      node.scrollIntoView({ block: "center" });
-      node.classList.add("here");
-      await new Promise((done) => setTimeout(done, 60));
-      if (block.shown && node.isConnected) return;
-    }
+    this.drawBlock(block);
+    const node = block.root.children[index % BLOCK_LINES];
+    $(".here", this.sheet)?.classList.remove("here");
+    node.classList.add("here");
+    node.scrollIntoView({ block: "center" });
   }
 
   // --- finding
 
-  findSoon() {
-    clearTimeout(this.findTimer);
-    this.findTimer = setTimeout(() => this.find(), 350);
+  isMatch(line) {
+    return this.query !== ""
+      && textOf(line).toLowerCase().includes(this.query);
   }
 
-  // All hits, and the first of them at or after a byte.
-  async find(from = 0) {
+  // Finds the lines with the text of the field, and shows the first.
+  find() {
     clearTimeout(this.findTimer);
-    const query = this.query = this.finder.value.toLowerCase();
-    this.hits = [];
-    this.hit = -1;
-    this.remark();
-    if (!query) return this.count();
-    let searched = 0;
-    for (let i = 0; i < this.blocks.length; i += 1) {
-      const block = await this.fine(() => this.blocks[i]);
-      const { lines } = block.terminal || await this.parse(block);
-      if (query !== this.query || this.abort.signal.aborted) return;
-      lines.forEach((line, index) => {
-        if (this.hits.length < MOST_HITS && isHit(textOf(line), query)) {
-          this.hits.push({ block, index });
-        }
-      });
-      searched += block.size;
-      this.count(searched < this.size ? searched : 0);
-      if (this.hit < 0 && block.at + block.size > from
-          && this.hits.some((one) => one.block === block)) {
-        this.hit = this.hits.findIndex((one) => one.block === block) - 1;
-        this.step(1);
+    this.query = this.finder.value.toLowerCase();
+    this.matches = [];
+    this.match = -1;
+    this.terminal.lines.forEach((line, index) => {
+      if (this.matches.length < MOST_MATCHES && this.isMatch(line)) {
+        this.matches.push(index);
       }
-      if (this.hits.length >= MOST_HITS) break;
+    });
+    for (const { drawn, root, lines } of this.blocks) {
+      if (drawn) lines.forEach((line, at) => root.children[at].classList
+        .toggle("hit", this.isMatch(line)));
     }
-    this.count();
+    if (!this.query) $(".here", this.sheet)?.classList.remove("here");
+    for (const step of this.steps) step.hidden = !this.matches.length;
+    this.found.textContent = this.query ? "no hit" : "";
+    this.step(1);
   }
 
-  count(searched = 0) {
-    const many = this.hits.length >= MOST_HITS ? "+" : "";
-    this.found.textContent = !this.query ? "" : !this.hits.length
-      ? searched ? `${bytesWords(searched)}\u2026` : this.hit === -1
-        && this.finder.value ? "no hit" : ""
-      : `${this.hit + 1} of ${this.hits.length}${many}${searched
-        ? `, ${bytesWords(searched)}\u2026` : ""}`;
-    for (const step of this.root.querySelectorAll(".step")) {
-      step.hidden = !this.hits.length;
-    }
-  }
-
-  async step(by) {
-    if (!this.hits.length) return;
-    this.hit = (this.hit + by + this.hits.length) % this.hits.length;
-    const { block, index } = this.hits[this.hit];
-    this.count();
-    for (const old of this.sheet.querySelectorAll(".here")) {
-      old.classList.remove("here");
-    }
-    await this.toNode(block, (root) => root.children[index]);
-  }
-
-  remark() {
-    for (const node of this.sheet.querySelectorAll(".line")) {
-      node.classList.toggle("hit", Boolean(this.query) && isHit(
-        $(".text", node)?.textContent || "", this.query));
-      if (!this.query) node.classList.remove("here");
-    }
+  step(by) {
+    const count = this.matches.length;
+    if (!count) return;
+    this.match = (this.match + by + count) % count;
+    this.found.textContent = `${this.match + 1} of ${count}${
+      count >= MOST_MATCHES ? "+" : ""}`;
+    this.showLine(this.matches[this.match]);
   }
 
   // --- buttons
@@ -16924,37 +16611,29 @@ class OutputViewer {
     this.buttons.err.setAttribute("aria-pressed", String(is));
   }
 
-  nextGutter() {
-    this.gutter = GUTTERS[(GUTTERS.indexOf(this.gutter) + 1) % 3];
-    preferences.set("gutter", this.gutter);
+  nextTimes() {
+    this.times = TIME_COLUMNS[(TIME_COLUMNS.indexOf(this.times) + 1) % 3];
+    preferences.set("times", this.times);
     this.show();
-    this.redraw();
   }
 
   setWrap() {
     this.wrap = !this.wrap;
     preferences.set("wrap", this.wrap ? "on" : "off");
     this.show();
-    this.redraw();
   }
 
-  async raw() {
-    return (await fetched(this.path("raw"))).blob();
+  raw() {
+    return fetched(`runs/${this.run.id}/raw`);
   }
 
   copy() {
-    return withToast(async () => {
-      if (this.size > 8e6) {
-        return showToast("It is too long to copy: download it.", "bad");
-      }
-      const done = await copied(await (await this.raw()).text());
-      showToast(done ? "Copied" : "The browser let nothing be copied");
-    });
+    return withToast(async () => copyText(await (await this.raw()).text()));
   }
 
   download() {
     return withToast(async () => {
-      const url = URL.createObjectURL(await this.raw());
+      const url = URL.createObjectURL(await (await this.raw()).blob());
       const a = el("a", { href: url, download: `run-${this.run.id}.txt` });
       document.body.append(a);
       a.click();
@@ -16965,45 +16644,18 @@ class OutputViewer {
 
   leave() {
     this.abort.abort();
-    this.eye.disconnect();
+    this.observer.disconnect();
     clearTimeout(this.findTimer);
   }
 }
 
-const tooLarge = (block) => !block.terminal && !block.whole
-  && (block.size > 2 * BLOCK_BYTES || block.lines > 2 * BLOCK_LINES);
-
-function newlines(bytes) {
-  let count = 0;
-  for (let at = bytes.indexOf(10); at >= 0; at = bytes.indexOf(10, at + 1)) {
-    count += 1;
-  }
-  return count;
-}
-
-const isHit = (text, query) => text.toLowerCase().includes(query);
-
+// Returns a time since the run's start: +0.03, +1:02.5, +2:00:00.
 function sinceStart(ms) {
-  const s = ms / 1000;
+  const s = ms / 1000, minutes = Math.floor(s / 60);
+  const seconds = two(Math.floor(s % 60));
   return s < 60 ? `+${s.toFixed(2)}` : s < 3600
-    ? `+${Math.floor(s / 60)}:${two(Math.floor(s % 60))}.${
-      Math.floor(ms % 1000 / 100)}`
-    : `+${Math.floor(s / 3600)}:${two(Math.floor(s / 60) % 60)}:${
-      two(Math.floor(s % 60))}`;
-}
-
-// Small chunks side by side are one block.
-function grouped(chunks) {
-  const groups = [];
-  for (const [at, size, lines] of chunks) {
-    const last = groups[groups.length - 1];
-    if (last && last.at + last.size === at && last.size + size <= BLOCK_BYTES
-        && last.lines + lines <= BLOCK_LINES) {
-      last.size += size;
-      last.lines += lines;
-    } else groups.push({ at, size, lines });
-  }
-  return groups;
+    ? `+${minutes}:${seconds}.${Math.floor(ms % 1000 / 100)}`
+    : `+${Math.floor(s / 3600)}:${two(minutes % 60)}:${seconds}`;
 }
 
 // --- run: one run, in a sentence, facts and output ------------------------
@@ -17065,7 +16717,7 @@ function runView(place, root) {
     shown.moved(next);
     return true;
   };
-  view.keys = { f: () => shown?.output.setFollow(!shown.output.follow),
+  view.keys = { f: () => shown?.output.setFollow(!shown.output.following),
     w: () => shown?.output.setWrap(),
     r: () => shown?.again(), "/": () => shown?.output.finder.focus(),
     j: () => shown?.to(shown.older), k: () => shown?.to(shown.newer) };
@@ -17085,16 +16737,14 @@ class RunPage {
     root.append(this.list, el("div", { class: "runmain" }, this.head,
       this.compared, this.output.root));
     this.draw();
-    this.output.open().catch((error) => {
-      if (error.name !== "AbortError") showToast(error.message, "bad");
-    });
+    this.output.load();
     if (place.query.has("diff")) this.compare();
     if (matchMedia("(min-width: 1100px)").matches) this.runs();
   }
 
   moved(place) {
-    const [, kind, number] = place.parts;
-    if (kind === "L") this.output.toLine(+number);
+    const [, line] = place.parts;
+    if (line) this.output.toLine(+line);
     if (place.query.has("diff")) this.compare();
   }
 
@@ -17248,19 +16898,16 @@ class RunPage {
 
 const MOST_COMPARED = 4000, MOST_APART = 1500;
 
+// Returns the first lines of a run's output as texts.
 async function linesToCompare(id) {
-  const { chunks } = await get(`runs/${id}/chunks`);
   const terminal = new Terminal();
-  let cut = false;
-  for (const { at, size } of grouped(chunks)) {
-    const reply = await fetched(`runs/${id}/output?from=${at}&len=${size}`);
-    for (const one of framesOf(new Uint8Array(await reply.arrayBuffer()))
-      .frames) terminal.feed(...one);
-    cut = terminal.lines.length >= MOST_COMPARED;
-    if (cut) break;
+  for await (const { frames } of outputOf(id)) {
+    for (const frame of frames) terminal.feed(...frame);
+    if (terminal.lines.length > MOST_COMPARED) break;
   }
-  if (terminal.line.cells.length) terminal.lines.push(terminal.line);
-  return { lines: terminal.lines.slice(0, MOST_COMPARED).map(textOf), cut };
+  terminal.breakLine();
+  return { lines: terminal.lines.slice(0, MOST_COMPARED).map(textOf),
+    cut: terminal.lines.length > MOST_COMPARED };
 }
 
 // Myers' O(ND): [" " both, "-" old alone, "+" new alone, line]; null if they
@@ -17525,7 +17172,7 @@ async function verdictOn(nonce, told = () => {}, run = true) {
     if (verdict.state !== "waiting" && !early) return verdict;
     if (Date.now() > until) return { state: "expired" };
     told(verdict);
-    await new Promise((done) => setTimeout(done, 500));
+    await pause(500);
     if (!session.token) throw new DOMException("locked", "AbortError");
   }
 }
@@ -18085,9 +17732,9 @@ function hitList(answer, text, job) {
   return el("div", {}, list, more);
 }
 
-function hitItem({ run, line, at }, text) {
+function hitItem({ run, line }, text) {
   const job = state.jobs.get(run.job), shown = runState(run);
-  return el("li", {}, link(`#/run/${run.id}/B${at}?q=${
+  return el("li", {}, link(`#/run/${run.id}?q=${
     encodeURIComponent(text)}`, [el("span", { class: "what" },
     el("span", { class: `state s-${shown}` }, icon(shown)),
     el("b", { text: job?.label || "a job" }), muted(hostName(run.host)),
@@ -18097,7 +17744,7 @@ function hitItem({ run, line, at }, text) {
 
 // A line with what was searched for marked; only so much of a long one.
 function marked(raw, text) {
-  const line = plain(raw);
+  const line = withoutEscapes(raw);
   const low = line.toLowerCase(), wanted = text.toLowerCase();
   const first = Math.max(0, low.indexOf(wanted) - 80), parts = [];
   let from = first;
@@ -18415,7 +18062,7 @@ class CheckForm {
 // Until the stream has brought what was just made; a second at most.
 async function seen(question) {
   for (let tries = 0; tries < 20 && !question(); tries += 1) {
-    await new Promise((done) => setTimeout(done, 50));
+    await pause(50);
   }
 }
 

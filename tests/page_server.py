@@ -28,8 +28,6 @@ koitab = support.load("koitab")
 VECTOR = json.loads((support.ROOT / "tests/cases/keys.json").read_text())
 PASSWORD, SALT = VECTOR["password"], VECTOR["salt"]
 DASH = "d0" * 8
-STEP = 9 + 64_000       # of the 100 MB: a frame of 640 lines, 100 bytes each
-BIG_CHUNKS = 1640
 HOSTS = [("web1", "Europe/Berlin", 3600), ("db1", "Europe/Berlin", 3600),
          ("mail", "UTC", 0), ("build", "America/New_York", -18000)]
 FAULTS = ["error: /var/log/mail.log: read-only file system",
@@ -101,8 +99,8 @@ class World:
         self.keys = koitab.derive(PASSWORD, bytes.fromhex(SALT))
         self.hosts, self.jobs, self.runs, self.checks = {}, {}, {}, {}
         self.alerts, self.audit, self.channels = {}, [], []
-        self.requests, self.outputs, self.chunked = {}, {}, {}
-        self.tries = self.lump = 0
+        self.requests, self.outputs = {}, {}
+        self.tries = 0
         self.hostile, self.strip = hostile, strip
         if not empty:
             self.make_hosts()
@@ -246,7 +244,7 @@ class World:
             "subject": subject, "kind": kind, "since": since, "text": text}
 
     def make_special(self):
-        """Jobs for the harder pictures: 100 MB, live, every type."""
+        """Jobs for the harder pictures: 4 MiB, live, every type."""
         web1 = VECTOR["host"]
         self.add_job(web1, "Office|Write a message|@manual|When asked for|"
                      "~/tweet.sh --to={{To Handle}} {{Message}} {{Delay}} "
@@ -256,10 +254,11 @@ class World:
         self.add_job(web1, "Shop|Import catalogue|0 1 * * *|At 01:00|"
                      "make -C catalogue")
         job = self.jobs[max(self.jobs)]
-        run = self.add_run(job, self.now - 7200, 5400, exit_status=2,
-                           bytes=BIG_CHUNKS * 64000,
-                           size=BIG_CHUNKS * STEP, have=BIG_CHUNKS * STEP)
-        self.big = run["id"]
+        output = largest_output()
+        self.big = self.add_run(job, self.now - 7200, 5400, exit_status=2,
+                                bytes=len(output), size=len(output),
+                                have=len(output))["id"]
+        self.outputs[self.big] = output
         self.settle(job)
         self.add_job(web1, "Shop|Build the site|0 0 * * *|At 00:00|"
                      "npm run build")
@@ -273,9 +272,6 @@ class World:
         self.outputs[self.quiet] = b""
         self.runs[self.quiet]["bytes"] = 0
         self.add_job(web1, "Shop|Compile|0 0 * * *|At 00:00|make")
-        self.lump = self.jobs[max(self.jobs)]["last"]["id"]
-        self.outputs[self.lump] = b"".join(frame(1, i, f"part {i} of it\n")
-                                           for i in range(20_000))
         self.add_job(web1, "Shop|Follow orders|0 0 * * *|At 00:00|tail -f")
         job = self.jobs[max(self.jobs)]
         self.live = self.add_run(job, self.now - 12, 0, "running")["id"]
@@ -347,39 +343,10 @@ class World:
             self.changes.append({"seq": self.seq, **change})
             self.news.notify_all()
 
-    def size(self, run: int) -> int:
-        return BIG_CHUNKS * STEP if run == self.big else len(
-            self.frames(run))
-
     def frames(self, run: int) -> bytes:
         if run not in self.outputs:
             self.outputs[run] = ordinary(self.runs[run], self.hostile)
         return self.outputs[run]
-
-    def piece(self, run: int, at: int, size: int) -> bytes:
-        if run != self.big:
-            return self.frames(run)[at:at + size]
-        first, found = at // STEP, []
-        for number in range(first, min((at + size + STEP - 1) // STEP,
-                                       BIG_CHUNKS)):
-            text = "".join(f"{f'line {n + 1}: cc -O2 -c part_{n}.c':<99}\n"
-                           for n in range(number * 640, number * 640 + 640))
-            found.append(frame(1 + (number % 9 == 8), number * 3000, text))
-        return b"".join(found)[at - first * STEP:][:size]
-
-    def chunks(self, run: int) -> dict:
-        if run == self.big:
-            return {"size": BIG_CHUNKS * STEP, "live": False, "chunks": [
-                [n * STEP, STEP, 640] for n in range(BIG_CHUNKS)]}
-        live = self.runs[run]["state"] == "running"
-        data, chunks, at = self.frames(run), [], 0
-        if live or run == self.lump:    # one chunk, as a sync brings it
-            return {"size": len(data), "live": live, "chunks": [
-                [0, len(data), data.count(b"\n")]]}
-        for _, _, text in koitab.read_frames(data):
-            chunks.append([at, 9 + len(text), text.count(b"\n")])
-            at += 9 + len(text)
-        return {"size": len(data), "live": live, "chunks": chunks}
 
     def list_of(self, host: str) -> dict:
         name = self.hosts[host]["name"]
@@ -446,15 +413,11 @@ class World:
         for run in sorted(self.runs.values(), key=lambda run: -run["id"]):
             if only and run["job"] != only or run["id"] == self.big:
                 continue
-            at = 0
-            for _, _, data in koitab.read_frames(self.frames(run["id"])):
-                for line in data.decode(errors="replace").split("\n"):
-                    if text.lower() in line.lower():
-                        hits.append({"run": run, "line": line, "at": at})
-                        break
-                at += 9 + len(data)
-            if len(hits) >= 30:
-                break
+            lines = koitab.output_text(self.frames(run["id"])).decode(
+                errors="replace").split("\n")
+            found = [line for line in lines if text.lower() in line.lower()]
+            if found:
+                hits.append({"run": run, "line": found[0]})
         return hits[:30]
 
     def day(self, start: float, end: float) -> dict:
@@ -491,6 +454,14 @@ def ordinary(run: dict, hostile: bool) -> bytes:
     else:
         found.append(frame(1, ms + 9, "done.\n"))
     return b"".join(found)
+
+
+def largest_output() -> bytes:
+    """The most that is kept of a run: 4 MiB, in lines of 100 bytes."""
+    lines = [f"{f'line {n}: cc -O2 -c part_{n}.c':<99}\n"
+             for n in range(1, 4 * 2**20 // 100 + 1)]
+    return b"".join(frame(1 + (at // 640 % 9 == 8), at, "".join(
+        lines[at:at + 640])) for at in range(0, len(lines), 640))
 
 
 def colourful() -> bytes:
@@ -661,19 +632,17 @@ class Page(http.server.BaseHTTPRequestHandler):
                 "run": run, "job": world.jobs[run["job"]], "good": good[-1]
                 if good else None, "older": ids[at - 1] if at else None,
                 "newer": ids[at + 1] if at + 1 < len(ids) else None})
-        if rest[1] == "chunks":
-            return self.answer(world.chunks(number))
         if rest[1] == "raw":
-            return self.send(200, koitab.output_text(world.piece(
-                number, 0, 2**40)), "text/plain; charset=utf-8")
+            return self.send(200, koitab.output_text(world.frames(number)),
+                             "text/plain; charset=utf-8")
         at, size = int(query["from"]), int(query["len"])
         end = time.monotonic() + float(query.get("wait") or 0)
-        while run["state"] == "running" and world.size(number) <= at \
+        while run["state"] == "running" and len(world.frames(number)) <= at \
                 and time.monotonic() < end:
             time.sleep(0.05)
-        return self.send(200, world.piece(number, at, size),
-                         "application/octet-stream",
-                         X_Koi_Size=str(world.size(number)),
+        data = world.frames(number)
+        return self.send(200, data[at:at + size], "application/octet-stream",
+                         X_Koi_Size=str(len(data)),
                          X_Koi_Live=str(int(run["state"] == "running")))
 
     def get_search(self, _rest, query):

@@ -45,7 +45,7 @@ def test_local_storage_keeps_preferences_and_nothing_else():
     assert used == ['localStorage.getItem("koi." + name)',
                     'localStorage.setItem("koi." + name, value)']
     assert set(re.findall(r'preferences\.set\("(\w+)"', koitab.PAGE_JS)) == {
-        "zone", "theme", "gutter", "wrap"}
+        "zone", "theme", "times", "wrap"}
 
 
 def test_nothing_comes_from_elsewhere():
