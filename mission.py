@@ -5040,103 +5040,165 @@ complete -c mission -f -a "OPTIONS"
 # Error into one line on stderr and an exit status.
 # ==========================================================================
 
-USAGE = """\
-mission: run backup tasks in order, and never let a failure pass unnoticed.
-
-Usage:
-  mission [options] init                 write a sample configuration
-  mission [options] run [-t SLUG]... [--headless] [--dry-run] [--wait TIME]
-  mission [options] list [--json]        the tasks
-  mission [options] check                is the configuration right?
-  mission [options] dump                 the configuration as JSON
-  mission [options] history [-n N] [--json]   past runs
-  mission [options] log [RUN]            a saved run log, by default the newest
-  mission [options] new SLUG             begin a new task
-  mission completion bash|zsh|fish       completion for a shell
-
-Options:
-  -c, --config PATH    configuration (default: mission.config.json)
-  -t, --task SLUG      run this task; may be given several times
-      --headless       as from cron: log to a file, mail, ping
-      --dry-run        print what a run would do, and do nothing
-      --wait TIME      wait for another run to end, e.g. 30m
-  -n, --number N       how many past runs (default: 20)
-      --json           for programs
-  -q, --quiet          no desktop notification
-  -v, --verbose        more detail
-  -C, --no-color       no colour
-  -h, --help           this text
-      --version        the version
-
-Exit status: 0 all well; 1 errors or warnings in the run; 2 wrong usage;
-74 only mail, ping or log failed; 75 another run is active; 78 configuration;
-128+N stopped by signal N.
-"""
-SHORT = "c:t:n:qvCh"
-LONG = ["config=", "task=", "number=", "quiet", "verbose", "no-color",
-        "headless", "dry-run", "wait=", "json", "help", "version"]
 LONGEST_CONFIG = 2**20
 
 
-class Options:
-    """What was typed."""
-
-    def __init__(self):
-        self.config, self.tasks, self.number = "mission.config.json", [], 20
-        self.quiet = self.verbose = self.headless = self.json = False
-        self.dry_run, self.wait = False, 0.0
-        self.colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-    def read(self, argv: list[str]) -> list[str]:
-        """Take the options from both sides of the command; the rest of the
-        words. Raises Error."""
-        # getopt would load gettext, and with it `re`, to translate two
-        # messages; without it, it says them in English.
-        sys.modules.setdefault("gettext", None)
-        import getopt
-        if sys.modules["gettext"] is None:
-            del sys.modules["gettext"]
-        try:
-            found, words = getopt.gnu_getopt(argv, SHORT, LONG)
-        except getopt.GetoptError as error:
-            raise Error(str(error), "mission --help", EXIT_USAGE) from None
-        for name, value in found:
-            self.put(name, value)
-        return words
-
-    def put(self, name: str, value: str) -> None:
-        if name in ("-h", "--help"):
-            raise ExitWithText(USAGE)
-        if name == "--version":
-            raise ExitWithText(f"{PROG} {VERSION}\n")
-        if name in ("-c", "--config"):
-            self.config = value
-        elif name in ("-t", "--task"):
-            self.tasks.append(value)
-        elif name in ("-n", "--number"):
-            if not (value.isascii() and value.isdigit() and int(value)):
-                raise Error(f"-n {value}: not a number of runs", "-n 20",
-                            EXIT_USAGE)
-            self.number = int(value)
-        elif name == "--wait":
-            wait = parse_duration(value)
-            if wait is None:
-                raise Error(f"--wait {value}: not a duration", "--wait 30m",
-                            EXIT_USAGE)
-            self.wait = wait
-        elif name in ("-C", "--no-color"):
-            self.colour = False
-        else:
-            name = {"-q": "quiet", "-v": "verbose"}.get(
-                name, name.strip("-").replace("-", "_"))
-            setattr(self, name, True)
-
-
 class ExitWithText(Exception):
-    """There is nothing to do but to show a text."""
+    """Nothing is left to do but to print a text."""
 
 
-def paint(options: Options, code: str, text: str) -> str:
+def number_of_runs(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise Error(f"-n {text}: not a number of runs", "-n 20", EXIT_USAGE)
+    return int(text)
+
+
+def time_to_wait(text: str) -> float:
+    seconds = parse_duration(text)
+    if seconds is None:
+        raise Error(f"--wait {text}: not a duration", "--wait 30m",
+                    EXIT_USAGE)
+    return seconds
+
+
+class Option(FrozenRecord):
+    """An option, for argparse, the help and the completion."""
+    spelling: str               # "-t, --task SLUG"
+    help: str
+    default: object = False
+    action: str = "store_true"  # of argparse
+    read: object = str          # text -> value; raises Error
+
+    @property
+    def names(self) -> list[str]:
+        return [word for word in self.spelling.replace(",", "").split()
+                if word.startswith("-")]
+
+    @property
+    def synopsis(self) -> str:
+        value = self.spelling.partition(self.names[-1])[2]
+        return f"[{self.names[0]}{value}]" + "..." * (self.action == "append")
+
+
+OPTIONS = {     # by the name of the value
+    "config": Option("-c, --config PATH",
+                     "configuration (default: mission.config.json)",
+                     "mission.config.json", "store"),
+    "tasks": Option("-t, --task SLUG",
+                    "run this task; may be given several times", [],
+                    "append"),
+    "headless": Option("--headless",
+                       "as from cron: log to a file, mail, ping"),
+    "dry_run": Option("--dry-run",
+                      "print what a run would do, and do nothing"),
+    "wait": Option("--wait TIME",
+                   "wait for another run to end, e.g. 30m", 0.0, "store",
+                   time_to_wait),
+    "number": Option("-n, --number N", "how many past runs (default: 20)",
+                     20, "store", number_of_runs),
+    "json": Option("--json", "for programs"),
+    "quiet": Option("-q, --quiet", "no desktop notification"),
+    "verbose": Option("-v, --verbose", "more detail"),
+    "no_color": Option("-C, --no-color", "no colour"),
+    "help": Option("-h, --help", "this text, or that of a command",
+                   action="help"),
+    "version": Option("--version", "the version", action="version"),
+}
+# Every command takes these; quiet and verbose as well, because scripts for
+# the original give them anywhere.
+COMMON_OPTIONS = ("config", "quiet", "verbose", "no_color", "help", "version")
+
+
+def option_rows(keys) -> str:
+    """The options of a help text, a line each."""
+    return "".join(
+        f"  {'' if ',' in OPTIONS[key].spelling else '    '}"
+        f"{OPTIONS[key].spelling}".ljust(23) + OPTIONS[key].help + "\n"
+        for key in keys)
+
+
+def add_options(parser, keys, absent=None) -> None:
+    """Add options to an ArgumentParser; `absent`: for options that are not
+    given, in place of their default."""
+    for key in keys:
+        option, more = OPTIONS[key], {}
+        if option.action in ("store", "append"):
+            more = {"type": option.read}
+        if option.action == "version":
+            more = {"version": f"{PROG} {VERSION}"}
+        else:
+            more.update(dest=key, default=absent or option.default)
+        parser.add_argument(*option.names, action=option.action, **more)
+
+
+def option_parser(help_text: str, hint: str):
+    """An ArgumentParser that raises Error or ExitWithText, where argparse
+    would print and exit."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise Error(message, hint, EXIT_USAGE)
+
+        def print_help(self, file=None):
+            raise ExitWithText(help_text)
+
+        def exit(self, status=0, message=None):     # --version has printed
+            raise ExitWithText("")
+
+    return Parser(PROG, add_help=False)
+
+
+def parse_arguments(argv: list[str]):
+    """(command, options, arguments) of a command line. Raises Error.
+
+    Options stand before or after the command, as in the original. So one
+    parser reads what comes before it, and that of the command the rest.
+    """
+    import argparse
+    parser = option_parser(usage(), "mission --help")
+    add_options(parser, OPTIONS, argparse.SUPPRESS)
+    parser.add_argument("words", nargs=argparse.PARSER).required = False
+    options = parser.parse_args(argv)
+    words = vars(options).pop("words", None)
+    if not words:
+        raise Error("which command?", "mission --help", EXIT_USAGE)
+    name, *rest = words
+    if name not in COMMANDS:
+        meant = nearest(name, COMMANDS)
+        raise Error(f"there is no command {quoted(name)}", f"did you mean "
+                    f"{meant}?" if meant else "mission --help", EXIT_USAGE)
+    command = COMMANDS[name]
+    hint = f"mission {name} --help"
+    for key in vars(options):
+        if key not in command.options:
+            raise Error(f"{OPTIONS[key].names[-1]} is not an option of "
+                        f"{name}", hint, EXIT_USAGE)
+    parser = option_parser(command_help(name), hint)
+    add_options(parser, command.options)
+    parser.add_argument("words", nargs="*")
+    options = parser.parse_intermixed_args(rest, options)
+    options.colour = sys.stdout.isatty() and not (
+        options.no_color or os.environ.get("NO_COLOR"))
+    words = vars(options).pop("words") or []
+    check_arguments(name, command, words)
+    return command, options, words
+
+
+def check_arguments(name: str, command: Command, words: list[str]) -> None:
+    """Raise Error for a missing or surplus argument."""
+    usage_line = f"mission {name} {command.arguments}".rstrip()
+    wanted = command.arguments.split()
+    if len(words) > len(wanted):
+        raise Error(f"unexpected argument {quoted(words[len(wanted)])}",
+                    usage_line, EXIT_USAGE)
+    for argument in wanted[len(words):]:
+        if not argument.startswith("["):
+            raise Error(f"missing argument {argument}", usage_line,
+                        EXIT_USAGE)
+
+
+def paint(options, code: str, text: str) -> str:
     return f"\x1b[{code}m{text}\x1b[0m" if options.colour else text
 
 
@@ -5177,12 +5239,12 @@ class LoadedConfig(FrozenRecord):
     scripts: dict               # slug -> diagnostics of the task's script
 
 
-def loaded(options: Options, with_facts: bool = True) -> LoadedConfig:
+def loaded(file: str, with_facts: bool = True) -> LoadedConfig:
     """Read and validate the configuration. Raises Error if it is unreadable.
 
     Without `with_facts` only the text is validated, not what it names.
     """
-    path = os.path.abspath(options.config)
+    path = os.path.abspath(file)
     reader = ConfigReader(read_text(path), path)
     config, diagnostics, scripts = reader.config(), reader.diagnostics, {}
     if config and with_facts:
@@ -5198,11 +5260,11 @@ def in_order(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
     return sorted(diagnostics, key=lambda found: (found.line, found.column))
 
 
-def valid_config(options: Options, with_scripts: bool = False,
+def valid_config(options, with_scripts: bool = False,
                  with_facts: bool = True) -> LoadedConfig:
     """The loaded configuration; prints every error and raises Error, if
     there is one. `with_scripts`: errors of a task's script count as well."""
-    found = loaded(options, with_facts)
+    found = loaded(options.config, with_facts)
     scripts = found.scripts.values() if with_scripts else ()
     lines = dict.fromkeys(diagnostic.text(options.config) for diagnostic in
                           in_order(sum(scripts, found.diagnostics)))
@@ -5214,7 +5276,7 @@ def valid_config(options: Options, with_scripts: bool = False,
     return found
 
 
-def command_init(options: Options) -> int:
+def command_init(options) -> int:
     try:
         fd = os.open(options.config, os.O_WRONLY | os.O_CREAT | os.O_EXCL
                      | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -5230,19 +5292,19 @@ def command_init(options: Options) -> int:
     return EXIT_OK
 
 
-def command_check(options: Options) -> int:
+def command_check(options) -> int:
     valid_config(options, with_scripts=True)
     return EXIT_OK
 
 
-def command_dump(options: Options) -> int:
+def command_dump(options) -> int:
     import json
     config = valid_config(options).config
     print(json.dumps(as_json(config), indent=4, ensure_ascii=False))
     return EXIT_OK
 
 
-def command_list(options: Options) -> int:
+def command_list(options) -> int:
     tasks = valid_config(options, with_facts=False).config.tasks
     if options.json:
         import json
@@ -5264,7 +5326,7 @@ def command_list(options: Options) -> int:
     return EXIT_OK
 
 
-def command_run(options: Options) -> int:
+def command_run(options) -> int:
     found = valid_config(options)
     config = found.config
     broken = {slug: [f"{error.why} ({error.hint})" for error in errors]
@@ -5278,7 +5340,7 @@ def command_run(options: Options) -> int:
     return perform(config, steps, options, broken)
 
 
-def perform(config: Config, steps: list[Step], options: Options,
+def perform(config: Config, steps: list[Step], options,
             broken: dict) -> int:
     """Carry out the steps of a run; its exit status. Raises Error.
 
@@ -5311,7 +5373,7 @@ def refuse_run_of_root(config: Config) -> None:
                     EXIT_BUSY)
 
 
-def open_state(options: Options) -> StateDirectory:
+def open_state(options) -> StateDirectory:
     """The state directory, for reading. Raises Error without one."""
     state = state_of(os.path.abspath(options.config), Clock())
     try:
@@ -5344,7 +5406,7 @@ def runs_of(state: StateDirectory) -> list[dict]:
 COLOURS = {"ok": "32", "running": "36", "trouble": "33"}
 
 
-def command_history(options: Options) -> int:
+def command_history(options) -> int:
     runs = runs_of(open_state(options))
     shown = runs[-options.number:]
     if options.json:
@@ -5378,7 +5440,7 @@ def command_history(options: Options) -> int:
     return EXIT_OK
 
 
-def command_log(options: Options, run: str = "") -> int:
+def command_log(options, run: str = "") -> int:
     runs = [r for r in runs_of(open_state(options))
             if r.get("log") and (not run or r["id"].startswith(run)
                                  or os.path.basename(r["log"]).startswith(
@@ -5423,7 +5485,7 @@ def page(lines) -> int:
     return EXIT_OK
 
 
-def command_new(options: Options, slug: str) -> int:
+def command_new(options, slug: str) -> int:
     if not is_label(slug, LOWER + DIGITS):
         raise Error(f"{quoted(slug)} is no slug", "letters a-z, digits, - "
                     "and _, at most 64", EXIT_USAGE)
@@ -5453,42 +5515,80 @@ def command_new(options: Options, slug: str) -> int:
     return EXIT_OK
 
 
-def command_completion(_options: Options, shell: str) -> int:
+def command_completion(_options, shell: str) -> int:
     if shell not in COMPLETIONS:
         raise Error(f"no completion for {quoted(shell)}", "bash, zsh or fish",
                     EXIT_USAGE)
-    names = " ".join("--" + name.rstrip("=") for name in LONG)
+    names = " ".join(option.names[-1] for option in OPTIONS.values())
     print(COMPLETIONS[shell].replace("COMMANDS", " ".join(COMMANDS)).replace(
         "OPTIONS", names), end="")
     return EXIT_OK
 
 
-COMMANDS = {    # name -> function, fewest and most words after it
-    "init": (command_init, 0, 0), "run": (command_run, 0, 0),
-    "list": (command_list, 0, 0), "check": (command_check, 0, 0),
-    "dump": (command_dump, 0, 0), "history": (command_history, 0, 0),
-    "log": (command_log, 0, 1), "new": (command_new, 1, 1),
-    "completion": (command_completion, 1, 1),
+class Command(FrozenRecord):
+    """A command: its function, and what may follow its name."""
+    handler: object             # function(options, *arguments) -> exit status
+    help: str
+    own_options: tuple = ()     # names of OPTIONS, besides COMMON_OPTIONS
+    arguments: str = ""         # "SLUG"; "[RUN]" may be left out
+
+    @property
+    def options(self) -> tuple:
+        return self.own_options + COMMON_OPTIONS
+
+
+COMMANDS = {
+    "init": Command(command_init, "write a sample configuration"),
+    "run": Command(command_run, "run the scheduled tasks, or those of -t",
+                   ("tasks", "headless", "dry_run", "wait")),
+    "list": Command(command_list, "the tasks", ("json",)),
+    "check": Command(command_check, "is the configuration right?"),
+    "dump": Command(command_dump, "the configuration as JSON"),
+    "history": Command(command_history, "past runs", ("number", "json")),
+    "log": Command(command_log, "a saved run log, by default the newest",
+                   arguments="[RUN]"),
+    "new": Command(command_new, "begin a new task", arguments="SLUG"),
+    "completion": Command(command_completion, "completion for a shell",
+                          arguments="bash|zsh|fish"),
 }
+
+
+def usage() -> str:
+    """The text of `mission --help`."""
+    commands = "".join(
+        f"  mission {f'{name} {command.arguments}':28}{command.help}\n"
+        for name, command in COMMANDS.items())
+    return (f"{PROG}: run backup tasks in order, and never let a failure pass "
+            f"unnoticed.\n\nUsage: mission [OPTION]... COMMAND [OPTION]... "
+            f"[ARGUMENT]\n\nCommands:\n{commands}\nOptions:\n"
+            f"{option_rows(OPTIONS)}\n{STATUS_HELP}")
+
+
+STATUS_HELP = """\
+Exit status: 0 all well; 1 errors or warnings in the run; 2 wrong usage;
+74 only mail, ping or log failed; 75 another run is active; 78 configuration;
+128+N stopped by signal N.
+"""
+
+
+def command_help(name: str) -> str:
+    """The text of `mission COMMAND --help`."""
+    import textwrap
+    command = COMMANDS[name]
+    words = [f"mission {name}", *(OPTIONS[key].synopsis for key in
+                                  command.own_options), "[OPTION]...",
+             command.arguments]
+    synopsis = textwrap.fill(" ".join(words).rstrip(), 72,
+                             subsequent_indent=" " * 9,
+                             break_on_hyphens=False)
+    return (f"{PROG} {name}: {command.help}\n\nUsage: {synopsis}\n\n"
+            f"Options:\n{option_rows(command.options)}")
 
 
 def dispatch(argv: list[str]) -> int:
     """Run one command; its exit status. Raises Error."""
-    options = Options()
-    words = options.read(argv)
-    if not words:
-        raise Error("which command?", "mission --help", EXIT_USAGE)
-    name, *rest = words
-    if name not in COMMANDS:
-        meant = nearest(name, COMMANDS)
-        raise Error(f"there is no command {quoted(name)}", f"did you mean "
-                    f"{meant}?" if meant else "mission --help", EXIT_USAGE)
-    function, fewest, most = COMMANDS[name]
-    if not fewest <= len(rest) <= most:
-        what = f"what is {quoted(rest[most])}?" if len(rest) > most \
-            else f"{name} needs a word more"
-        raise Error(what, "mission --help", EXIT_USAGE)
-    return function(options, *rest)
+    command, options, arguments = parse_arguments(argv)
+    return command.handler(options, *arguments)
 
 
 def open_standard_streams() -> None:
@@ -5524,10 +5624,12 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except Error as error:
-        hint = f" ({error.hint})" if error.hint else ""
         sys.stdout.flush()
-        print(escape_controls(f"{PROG}: error: {error.message}{hint}"),
+        print(escape_controls(f"{PROG}: error: {error.message}"),
               file=sys.stderr)
+        if error.hint:
+            print(escape_controls(f"{PROG}: hint: {error.hint}"),
+                  file=sys.stderr)
         return error.status
     except BrokenPipeError:             # mission list | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -44,26 +44,33 @@ def typed(scratch, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("words, message", [
-    ([], "which command? (mission --help)"),
+    ([], "which command?\nmission: hint: mission --help"),
     (["-v"], "which command?"), (["rnu"], "did you mean run?"),
-    (["lst"], 'there is no command "lst" (did you mean list?)'),
+    (["lst"], 'there is no command "lst"\nmission: hint: did you mean list?'),
     (["chekc"], "did you mean check?"), (["frobnicate"], "mission --help"),
     ([""], 'there is no command ""'), (["_builtins"], "there is no command"),
     (["list", "--jsno"], "--jsno"), (["list", "--task"], "--task"),
     (["-x", "list"], "-x"), (["list", "-t"], "-t"),
     (["list", "--json=yes"], "--json"), (["--he", "list"], "--he"),
-    (["list", "more"], 'what is "more"?'), (["log", "a", "b"], 'is "b"?'),
-    (["new"], "new needs a word more"), (["new", "a", "b"], 'what is "b"?'),
-    (["completion"], "needs a word more"),
-    (["completion", "csh"], 'no completion for "csh" (bash, zsh or fish)'),
+    (["list", "more"], 'unexpected argument "more"\nmission: hint: mission'),
+    (["log", "a", "b"], 'unexpected argument "b"'),
+    (["new"], "missing argument SLUG\nmission: hint: mission new SLUG"),
+    (["new", "a", "b"], 'unexpected argument "b"'),
+    (["completion"], "missing argument bash|zsh|fish"),
+    (["completion", "csh"], 'no completion for "csh"'),
+    (["check", "-n", "3"], "unrecognized arguments: -n"),
+    (["-n", "3", "check"], "--number is not an option of check"),
+    (["list", "--headless"], "unrecognized arguments: --headless"),
+    (["--dry-run", "dump"], "--dry-run is not an option of dump"),
     (["history", "-n", "x"], "-n x: not a number of runs"),
     (["history", "-n", "0"], "-n 0: not a number"),
     (["history", "-n", "-5"], "not a number"),
     (["history", "-n", "\u0665"], "not a number"),
     (["history", "-n", ""], "not a number"),
-    (["run", "--wait", "soon"], "--wait soon: not a duration (--wait 30m)"),
-    (["run", "--wait", "-1s"], "not a duration"),
-    (["run", "-t", "phots"], 'no task "phots" (did you mean photos?)'),
+    (["run", "--wait", "soon"], "--wait soon: not a duration"),
+    (["run", "--wait=-1s"], "not a duration"),
+    (["run", "--wait", "-1s"], "--wait: expected one argument"),
+    (["run", "-t", "phots"], "did you mean photos?"),
     (["run", "-t", "mail", "-t", "xyz"], 'there is no task "xyz"'),
     (["-t", "../mail", "run", "--dry-run"], "there is no task"),
     (["new", "../x"], '"../x" is no slug'), (["new", "A"], "is no slug"),
@@ -72,30 +79,35 @@ def typed(scratch, capsys, monkeypatch):
     (["\x1b[2Jrun"], "there is no command"),
 ], ids=lambda value: " ".join(map(repr, value)) if isinstance(
     value, list) else None)
-def test_wrong_usage_is_told_on_one_line_and_nothing_runs(
+def test_wrong_usage_is_an_error_with_a_hint_and_nothing_runs(
         words, message, typed, scratch):
     status, out, err = typed(*words)
     assert (status, out) == (mission.EXIT_USAGE, "")
     assert message in err and err.startswith("mission: error: ")
-    assert err.count("\n") == 1 and err[:-1].isprintable()
+    assert err.count("\n") == 1 + err.count("\nmission: hint: ") <= 2
+    assert err.replace("\n", "").isprintable()
     assert not scratch.state.exists()
 
 
 # --- options on both sides ------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [
-    ["-c", "m.json"], ["--config", "m.json"], ["--config=m.json"],
-    ["-cm.json"], ["-v"], ["--verbose"], ["-q"], ["--quiet"], ["-C"],
-    ["--no-color"], ["--headless"], ["--json"], ["-n", "3"], ["--number=3"],
-    ["-vqC"], ["--wait", "1s"], ["-t", "mail"], ["--task=mail"],
-    ["-t", "photos", "--task", "mail", "-q"],
+@pytest.mark.parametrize("commands, options", [
+    ("list run dump check", options) for options in (
+        ["-c", "m.json"], ["--config", "m.json"], ["--config=m.json"],
+        ["-cm.json"], ["-v"], ["--verbose"], ["-q"], ["--quiet"], ["-C"],
+        ["--no-color"], ["-vqC"])
+] + [("list", ["--json"])] + [
+    ("run", options) for options in (
+        ["--headless"], ["--wait", "1s"], ["-t", "mail"], ["--task=mail"],
+        ["-t", "photos", "--task", "mail", "-q"])
 ])
-def test_options_stand_before_or_after_the_command(options, typed):
+def test_options_stand_before_or_after_the_command(commands, options, typed):
     os.replace("mission.config.json", "m.json")
     if not any("m.json" in word for word in options):
         options = ["-c", "m.json", *options]
-    for command in (["list"], ["run", "--dry-run"], ["dump"], ["check"]):
+    for name in commands.split():
+        command = [name, "--dry-run"] if name == "run" else [name]
         before, after = typed(*options, *command), typed(*command, *options)
         middle = typed(*options[:2], *command, *options[2:]) \
             if not options[0].startswith("-c") or options[0] == "-c" \
@@ -111,15 +123,34 @@ def test_the_option_given_last_holds(typed):
 
 def test_a_file_that_is_named_like_an_option_is_a_file(typed):
     os.replace("mission.config.json", "-t")
-    assert typed("list", "-c", "-t")[0] == 0
+    assert typed("list", "--config=-t")[0] == 0
+
+
+def test_tasks_named_before_and_after_the_command_all_run(typed):
+    out = typed("-t", "photos", "run", "--dry-run", "-t", "mail")[1]
+    assert out.index("photos") < out.index("mail") and "offsite" not in out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["-h", "nonsense"]])
+def test_help_lists_commands_and_options(words, typed):
+    assert typed(*words) == (0, mission.usage(), "")
 
 
 @pytest.mark.parametrize("words", [
-    ["--help"], ["-h"], ["run", "--help"], ["-h", "nonsense"],
-    ["log", "a", "b", "--help"],
-])
-def test_help_is_help_wherever_it_stands(words, typed):
-    assert typed(*words) == (0, mission.USAGE, "")
+    ["log", "--help"], ["log", "-h"], ["log", "a", "b", "--help"]])
+def test_help_of_a_command_has_its_usage_and_its_options_alone(words, typed):
+    status, out, err = typed(*words)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[2] == "Usage: mission log [OPTION]... [RUN]"
+    assert "--config PATH" in out and "--headless" not in out
+
+
+def test_every_command_has_help_that_fits_80_columns(typed):
+    for name, command in mission.COMMANDS.items():
+        out = typed(name, "--help")[1]
+        assert out == mission.command_help(name)
+        assert command.help in out
+        assert max(map(len, out.splitlines())) <= 79
 
 
 @pytest.mark.parametrize("words", [["--version"], ["list", "--version"]])
@@ -128,7 +159,7 @@ def test_the_version(words, typed):
 
 
 def test_the_usage_fits_a_screen_of_80_columns():
-    assert max(map(len, mission.USAGE.splitlines())) <= 79
+    assert max(map(len, mission.usage().splitlines())) <= 79
 
 
 # --- list, check, dump, --dry-run -----------------------------------------
@@ -334,18 +365,21 @@ def test_log_reads_a_log_and_nothing_else(plant, typed, past, scratch):
 
 
 def test_each_command_has_a_function_that_takes_its_words():
-    for name, (function, fewest, most) in mission.COMMANDS.items():
-        words = list(inspect.signature(function).parameters.values())[1:]
-        assert len(words) == most, name
-        assert sum(word.default is word.empty for word in words) == fewest
+    for name, command in mission.COMMANDS.items():
+        words = list(inspect.signature(command.handler).parameters.values())
+        arguments = command.arguments.split()
+        assert [word.default is word.empty for word in words[1:]] == [
+            not argument.startswith("[") for argument in arguments], name
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_completion_knows_every_command_and_option(shell, typed):
     status, out, err = typed("completion", shell)
     assert (status, err) == (0, "")
-    for word in [*mission.COMMANDS, *mission.LONG]:
-        assert word.rstrip("=") in out
+    for word in mission.COMMANDS:
+        assert word in out
+    for option in mission.OPTIONS.values():
+        assert option.names[-1] in out
     assert "COMMANDS" not in out and "OPTIONS" not in out
 
 

@@ -97,9 +97,7 @@ def read(tmp_path, monkeypatch, check):
     """read(text) -> the Config of a text that has no fault."""
     def config(text: str, **says):
         assert check(text, **says) == []
-        options = mission.Options()
-        options.config = "m.json"
-        return mission.loaded(options).config
+        return mission.loaded("m.json").config
 
     return config
 

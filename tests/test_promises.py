@@ -459,11 +459,11 @@ def test_the_readmes_tables_name_no_key_that_is_not_there():
 
 
 def test_every_option_is_in_the_readmes_tables_and_in_the_usage():
-    options = {"--" + name.rstrip("=") for name in mission.LONG} | {
-        "-" + letter for letter in mission.SHORT.replace(":", "")}
+    options = {name for option in mission.OPTIONS.values()
+               for name in option.names}
     named = {word for text in words_of_tables() for word in re.findall(
         r"(?<![\w-])--?[A-Za-z][a-z-]*", text)}
-    usage = set(re.findall(r"(?<![\w-])--?[A-Za-z][a-z-]*", mission.USAGE))
+    usage = set(re.findall(r"(?<![\w-])--?[A-Za-z][a-z-]*", mission.usage()))
     assert sorted(options - named) == []
     assert sorted(options - usage) == []
     assert sorted(usage - options) == []
@@ -474,7 +474,7 @@ def test_every_command_is_in_the_readme_and_in_the_usage():
     for command in mission.COMMANDS:
         assert re.search(rf"\bmission (\[options\] )?{command}\b", text)
         assert re.search(rf"\bmission (\[options\] )?{command}\b",
-                         mission.USAGE)
+                         mission.usage())
 
 
 EXITS = {value for word, value in vars(mission).items()
@@ -490,7 +490,7 @@ def test_every_exit_status_is_in_the_readmes_table():
 
 def test_every_exit_status_is_in_the_usage():
     for value in EXITS:
-        assert re.search(rf"\b{value}\b", mission.USAGE.split(
+        assert re.search(rf"\b{value}\b", mission.usage().split(
             "Exit status")[1])
 
 

@@ -450,7 +450,8 @@ def test_a_second_run_is_told_who_holds_the_lock(scratch):
                      ["run", "--wait", "1s"]):
             busy = scratch.mission(*args)
             assert busy.code == 75 and busy.out == "", busy
-            assert len(busy.err.splitlines()) == 1, busy
+            assert [line.split(": ")[1] for line in busy.err.splitlines()
+                    ] == ["error", "hint"], busy
             assert re.search(rf"\b{process.pid}\b", busy.err), busy
             assert re.search(r"\d\d:\d\d", busy.err), busy
             assert "slow" in busy.err, busy
