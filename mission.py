@@ -1333,8 +1333,12 @@ STOPPED_BY_SIGNAL = ("tasks", "chown", "commit")
 
 
 def select_tasks(config: Config, slugs: list[str]) -> list[Task]:
-    """The tasks of a run: the scheduled ones, or those asked for, in the
-    order asked for. Raises Error (wrong usage) for a slug nobody knows."""
+    """Return the tasks of a run in their order.
+
+    They are the tasks of `slugs`, else the scheduled ones, and all that
+    these need, scheduled or not (as `Requires=` of systemd and `make` do).
+    Raises Error (wrong usage) for an unknown slug.
+    """
     tasks = {task.slug: task for task in config.tasks}
     for slug in slugs:
         if slug not in tasks:
@@ -1347,12 +1351,11 @@ def select_tasks(config: Config, slugs: list[str]) -> list[Task]:
     if not found:
         raise Error("no task is scheduled", "name tasks with -t, or set "
                     '"scheduled": true', EXIT_USAGE)
-    return ordered(found)
+    return with_needed(found, tasks)
 
 
-def ordered(tasks: list[Task]) -> list[Task]:
-    """The same order, but what a task needs comes before it."""
-    by_slug = {task.slug: task for task in tasks}
+def with_needed(tasks: list[Task], by_slug: dict[str, Task]) -> list[Task]:
+    """Return `tasks` in their order, each after all that it needs."""
     found: dict[str, Task] = {}
     for task in tasks:
         path = [task.slug]      # a need, and what needs it, down to the task
@@ -1444,9 +1447,13 @@ def step_text(step: Step, config: Config) -> str:
 
 
 def blocked_by(task: Task, outcomes: dict) -> str:
-    """The needed task that failed, or was itself skipped, in this run."""
-    return next((slug for slug in task.needs
-                 if outcomes.get(slug, "ok") != "ok"), "")
+    """Return the first needed task that did not succeed in this run, or "".
+
+    `outcomes` maps the slugs of the tasks that have ended to "ok", "failed"
+    or "skipped". A task without an outcome did not succeed.
+    """
+    return next((slug for slug in task.needs if outcomes.get(slug) != "ok"),
+                "")
 
 
 # ==========================================================================
@@ -1970,6 +1977,7 @@ class Child:
         # how much it wrote, and what the log no longer takes.
         self.task = self.scribe = self.secrets = self.over = None
         self.written = 0
+        self.output_error = ""      # why some of its output is not in the log
 
     @property
     def open(self) -> bool:
@@ -4559,8 +4567,8 @@ class Runner:
         for task in tasks:
             try:
                 child = self.launch(task, f"{task.slug}: " if together else "")
-            except OSError as error:
-                self.judge(task, f"cannot start: {error.strerror}", 0.0,
+            except Exception as error:      # the other tasks must run
+                self.judge(task, f"cannot start: {reason_of(error)}", 0.0,
                            count)
                 failed.append(task)
             else:
@@ -4589,12 +4597,25 @@ class Runner:
         needed = blocked_by(task, {slug: result.outcome for slug, result
                                    in self.results.items()})
         if needed:
-            word = {"failed": "failed"}.get(
-                self.results[needed].outcome, "was skipped")
+            before = self.results.get(needed)
+            word = "has no result" if before is None else \
+                "failed" if before.outcome == "failed" else "was skipped"
             self.results[task.slug] = TaskResult(task.slug, "skipped")
             self.problem("tasks", "warning", task.slug,
                          f"skipped: it needs {needed}, which {word}")
             return False
+        try:
+            faults = self.start_errors(task)
+        except Exception as error:      # the other tasks must run
+            faults = [reason_of(error)]
+        for fault in faults:
+            self.problem("tasks", "error", task.slug, fault)
+        if faults:
+            self.results[task.slug] = TaskResult(task.slug, "failed")
+        return not faults
+
+    def start_errors(self, task: Task) -> list[str]:
+        """Return the reasons why a task cannot start. Raises OSError."""
         faults = list(self.broken.get(task.slug, ()))
         if task.slug in self.alive:
             faults.append("still running from a run that was lost: process "
@@ -4608,15 +4629,13 @@ class Runner:
                 faults.append(
                     f"only {format_size(free >> 20 << 20)} free on storage "
                     f"{name}, and {format_size(wanted)} are wanted")
-        for fault in faults:
-            self.problem("tasks", "error", task.slug, fault)
-        if faults:
-            self.results[task.slug] = TaskResult(task.slug, "failed")
-        return not faults
+        return faults
 
     def launch(self, task: Task, mark: str) -> Child:
-        """Start a task. Raises OSError."""
+        """Start a task. Raises OSError, and Error for an unknown user."""
         account = account_of(task.user) if task.user else myself()
+        if account is None:
+            raise Error(f"unknown user {quoted(task.user)}")
         env = environment(
             account, TARGET_USER=self.config.user.name,
             PASS_BIN=self.config.pass_bin, MISSION_RUN_ID=self.run_id,
@@ -4668,14 +4687,20 @@ class Runner:
         return child
 
     def on_output(self, child: Child, chunk: bytes) -> None:
-        """Output of a task, or b"" for a second of silence."""
-        if child.secrets is not None:
-            self.learn_secrets(child.secrets)
-        if chunk:
-            child.written += len(chunk)
-            child.scribe.take(chunk)
-        else:
-            child.scribe.silence()
+        """Take output of a task, or b"" after a second of silence.
+
+        An exception here is noted: the tasks must not be left alone.
+        """
+        try:
+            if child.secrets is not None:
+                self.learn_secrets(child.secrets)
+            if chunk:
+                child.written += len(chunk)
+                child.scribe.take(chunk)
+            else:
+                child.scribe.silence()
+        except Exception as error:
+            child.output_error = child.output_error or reason_of(error)
 
     def learn_secrets(self, fd: int) -> None:
         """What a built-in fetched with pass: told before it could be
@@ -4696,7 +4721,10 @@ class Runner:
     def ended(self, child: Child, attempt: int) -> bool:
         """Close the books on one attempt; whether it went well."""
         self.on_output(child, b"")
-        child.scribe.end()
+        try:
+            child.scribe.end()
+        except Exception as error:
+            child.output_error = child.output_error or reason_of(error)
         if child.over:
             self.log.write(child.over.text())
             self.log_line(
@@ -4710,6 +4738,8 @@ class Runner:
                          "processes it left behind held its output open: "
                          + ", ".join(child.leftovers))
         fault = child.why or (status_text(child.code) if child.code else "")
+        if child.output_error and not fault:
+            fault = f"its output was lost: {child.output_error}"
         return self.judge(child.task, fault, child.seconds(), attempt,
                           child.code)
 

@@ -132,17 +132,22 @@ def test_a_run_without_a_scheduled_task_is_wrong_usage():
 
 @pytest.mark.parametrize("needs, found", [
     ({}, "abcd"), ({"a": "d"}, "dabc"), ({"a": "c", "c": "b"}, "bcad"),
-    ({"b": "ac", "a": "d"}, "dacb"), ({"a": "x"}, "abcd"),
+    ({"b": "ac", "a": "d"}, "dacb"),
 ])
-def test_what_a_task_needs_comes_before_it(needs, found):
+def test_needed_tasks_come_before_the_task(needs, found):
     tasks = config(*(task(slug, needs=[*needs.get(slug, "")])
-                     for slug in "abcd")).tasks
-    assert "".join(slugs(mission.ordered(tasks))) == found
+                     for slug in "abcd"))
+    assert "".join(slugs(mission.select_tasks(tasks, []))) == found
 
 
-def test_a_needed_task_that_was_not_asked_for_does_not_run():
-    found = config(task("a", needs=["b"]), task("b"))
-    assert slugs(mission.select_tasks(found, ["a"])) == ["a"]
+@pytest.mark.parametrize("asked, found", [
+    ([], "nmb"), (["b"], "nmb"), (["a"], "a"), (["a", "b"], "anmb"),
+    (["b", "n"], "nmb")])
+def test_needed_task_is_pulled_in_though_it_is_not_scheduled(asked, found):
+    tasks = config(
+        task("n", scheduled=False), task("m", scheduled=False, needs=["n"]),
+        task("a", scheduled=False), task("b", needs=["m"]))
+    assert "".join(slugs(mission.select_tasks(tasks, asked))) == found
 
 
 def test_a_long_chain_of_needs_is_no_problem():
@@ -179,10 +184,12 @@ def test_a_post_task_of_a_group_does_not_join_the_others():
 
 
 @pytest.mark.parametrize("outcomes, blocker", [
-    ({}, ""), ({"a": "ok", "b": "ok"}, ""), ({"a": "failed"}, "a"),
-    ({"a": "ok", "b": "skipped"}, "b"), ({"c": "failed"}, ""),
+    ({}, "a"), ({"a": "ok", "b": "ok"}, ""), ({"a": "failed"}, "a"),
+    ({"a": "ok", "b": "skipped"}, "b"), ({"a": "ok"}, "b"),
+    ({"a": "ok", "b": "ok", "c": "failed"}, ""),
 ])
-def test_a_task_is_blocked_by_what_failed_or_was_skipped(outcomes, blocker):
+def test_task_is_blocked_by_a_needed_task_that_did_not_succeed(outcomes,
+                                                                blocker):
     one = config(task("a"), task("b"), task("x", needs=["a", "b"])).tasks[2]
     assert mission.blocked_by(one, outcomes) == blocker
 

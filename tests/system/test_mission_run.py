@@ -326,8 +326,8 @@ def test_needs_skips_what_hangs_on_a_failure_and_only_that(scratch):
     assert scratch.mission("run").code == 1
     assert scratch.outcomes() == {"mount": "failed", "copy": "skipped",
                                  "check": "skipped", "other": "ok"}
-    # What is needed but not part of this run has not failed in it.
-    assert scratch.mission("run", "-t", "copy").code == 0
+    assert scratch.mission("run", "-t", "copy").code == 1
+    assert scratch.outcomes() == {"mount": "failed", "copy": "skipped"}
 
 
 def test_a_parallel_group_runs_side_by_side_with_whole_marked_lines(scratch):
