@@ -3423,12 +3423,6 @@ def failure_words(error: Exception) -> str:
 MAIL_SECONDS, DESKTOP_SECONDS = 60, 5
 
 
-def tls(ca_file: str):
-    """TLS with verification; `ca_file` is for a CA of one's own."""
-    import ssl
-    return ssl.create_default_context(cafile=ca_file or None)
-
-
 def sender_of(smtp: Smtp) -> str:
     """Who the mail is from: servers want who logs in; '' if unknown."""
     return address_of(smtp.sender) or address_of(smtp.user)
@@ -3444,11 +3438,11 @@ def deliver_by_smtp(smtp: Smtp, password: str, address: str,
         smtp.security]
     options = {"host": smtp.host, "port": port, "timeout": MAIL_SECONDS,
                "local_hostname": mail_domain(HOST)}
-    server = smtplib.SMTP_SSL(context=tls(smtp.ca_file), **options) \
+    server = smtplib.SMTP_SSL(context=tls_context(smtp.ca_file), **options) \
         if direct else smtplib.SMTP(**options)
     with server:
         if smtp.security == "starttls":
-            server.starttls(context=tls(smtp.ca_file))
+            server.starttls(context=tls_context(smtp.ca_file))
         if smtp.user and (smtp.user + password).isascii():
             server.login(smtp.user, password)
         elif smtp.user:         # which smtplib cannot: RFC 4616 wants UTF-8
@@ -3463,44 +3457,20 @@ def deliver_by_smtp(smtp: Smtp, password: str, address: str,
     return "accepted"
 
 
-def fetch(url: str, body: bytes | None, timeout: float, ca_file: str) -> str:
-    """GET or POST; the status and the first line of the answer. At most 3
-    redirects, and none from https to http. Raises on anything but 2xx."""
-    import urllib.error
-    import urllib.request
+def fetch(url: str, body: bytes | None, seconds: float, ca_file: str) -> str:
+    """GET, or POST of a body; the status and the first line of the answer.
 
-    class Redirects(urllib.request.HTTPRedirectHandler):
-        max_redirections = max_repeats = 3
-        # Python before 3.11 does not know 308.
-        http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302
-
-        def redirect_request(self, request, file, code, text, headers, to):
-            secure = request.full_url.lower().startswith("https:")
-            if not to.lower().startswith("https:" if secure else "http"):
-                raise OSError(f"redirected to {to}")
-            return super().redirect_request(
-                request, file, 307 if code == 308 else code, text, headers,
-                to)
-
-    # Nothing but http and https: urlopen would read file: and ftp:.
-    opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.HTTPHandler(),
-                    urllib.request.HTTPSHandler(context=tls(ca_file))
-                    if "https:" in url.lower() or ca_file
-                    else urllib.request.HTTPSHandler(),
-                    urllib.request.HTTPDefaultErrorHandler(),
-                    urllib.request.HTTPErrorProcessor(), Redirects()):
-        opener.add_handler(handler)
-    request = urllib.request.Request(url, data=body, headers={
-        "User-Agent": f"{PROG}/{VERSION}",
-        "Content-Type": "text/plain; charset=utf-8"})
-    try:
-        with opener.open(request, timeout=timeout) as answer:
-            code, text = answer.status, answer.read(1024)
-    except urllib.error.HTTPError as error:
-        raise OSError(f"HTTP {error.code} {error.reason}") from None
-    first = text.decode("utf-8", "replace").strip().split("\n")[0]
-    return f"{code} {escape_controls(first.strip())[:200]}"
+    At most 3 redirects are followed. Raises ConnectionFailed, also for any
+    status but 2xx.
+    """
+    response = send_request(
+        "GET" if body is None else "POST", url, body,
+        {"Content-Type": "text/plain; charset=utf-8"}, seconds, 1024,
+        redirects=3, ca_file=ca_file)
+    if not 200 <= response.status < 300:
+        raise ConnectionFailed(f"HTTP {response.status} {response.reason}")
+    first = response.body.decode("utf-8", "replace").strip().split("\n")[0]
+    return f"{response.status} {escape_controls(first.strip())[:200]}"
 
 
 def ping_url(ping: Ping, action: str, run_id: str, host: str) -> str:
@@ -3564,8 +3534,9 @@ class Delivery:
         if config.mail.enabled and config.mail.type == "smtp":
             import smtplib          # noqa: F401
         if config.ping.enabled or config.mail.type == "smtp":
+            import http.client      # noqa: F401
             import ssl              # noqa: F401
-            import urllib.request   # noqa: F401
+            import threading        # noqa: F401
 
     def notify(self, text: str, failed: bool) -> str:
         """Show a message on the user's desktop; '' or why not."""
@@ -3779,39 +3750,46 @@ class Spotify:
     def request(self, url: str, authorization: str,
                 data: bytes | None = None) -> dict:
         """One answer as JSON; waits and tries again on 429 and 5xx, and
-        when the connection fails. Raises Error, and Unauthorized on 401."""
-        import json
-        reason = ""
+        when the connection fails. Raises Error, and Unauthorized on 401.
+
+        No redirect is followed: the authorization would go along.
+        """
+        method, headers = "GET", {"Authorization": authorization,
+                                  "Accept": "application/json"}
+        if data is not None:
+            method = "POST"
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+        retry_after = reason = ""
         for tried in range(HTTP_TRIES):
+            if tried:
+                self.wait(retry_after, tried, reason)
             try:
-                code, headers, body = exchange(url, authorization, data)
-            except OSError as error:
-                code, headers, body = 0, {}, b""
-                reason = reason_of(error)
-            if code == 401 and data is None:
+                response = send_request(method, url, data, headers,
+                                        HTTP_SECONDS)
+            except (ConnectionFailed, ValueError) as error:
+                retry_after, reason = "", str(error)
+                continue
+            status = response.status
+            if status == 401 and data is None:
                 raise Unauthorized
-            if code == 200:
-                try:
-                    found = json.loads(body)
-                except (ValueError, RecursionError):
-                    found = None
-                if isinstance(found, dict):
-                    return found
-                code, reason = 0, "an answer that is no JSON object"
-            elif code:
-                reason = f"HTTP {code} " + escape_controls(
-                    body.decode("utf-8", "replace").strip()[:200])
-            if code and code != 429 and code < 500:
+            found = json_object(response)
+            if found is not None:
+                return found
+            retry_after = str(response.headers.get("Retry-After", ""))
+            reason = "an answer that is no JSON object" if status == 200 \
+                else f"HTTP {status} " + escape_controls(
+                    response.body.decode("utf-8", "replace").strip()[:200])
+            if status not in (200, 429) and status < 500:
                 break
-            if tried + 1 < HTTP_TRIES:
-                self.wait(headers, tried, reason)
         raise Error(f"{url.split('?')[0]}: {reason}")
 
-    def wait(self, headers: dict, tried: int, reason: str) -> None:
-        asked = str(headers.get("Retry-After", ""))
-        seconds = float(asked) if asked.isdecimal() else 0.5 * 2 ** tried
+    def wait(self, retry_after: str, tried: int, reason: str) -> None:
+        """Wait as long as the server asks for, else 0.5 s, 1 s, 2 s ..."""
+        seconds = float(retry_after) if retry_after.isdecimal() \
+            else 0.5 * 2 ** (tried - 1)
         if seconds > LONGEST_WAIT:
-            raise Error(f"Spotify asks to wait {asked} s", "run it later")
+            raise Error(f"Spotify asks to wait {retry_after} s",
+                        "run it later")
         self.log(f"Waiting {format_duration(seconds)}: {reason}")
         time.sleep(seconds)
 
@@ -3904,6 +3882,16 @@ class Unauthorized(Exception):
     """The access token has expired."""
 
 
+def json_object(response: HttpResponse) -> dict | None:
+    """The JSON object in a response of status 200; None without one."""
+    import json
+    try:
+        found = json.loads(response.body) if response.status == 200 else None
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else None
+
+
 def playlist_file(playlist: dict, missing="unknown-playlist-name") -> str:
     """ID_NAME.json, the name reduced to letters, digits, - and _."""
     import re
@@ -3911,33 +3899,6 @@ def playlist_file(playlist: dict, missing="unknown-playlist-name") -> str:
     safe = re.sub(r"[^A-Za-z0-9_-]", "", str(name))[:100]
     identity = re.sub(r"[^A-Za-z0-9]", "", str(playlist["id"]))[:64]
     return f"{identity}_{safe}.json"
-
-
-def exchange(url: str, authorization: str, data: bytes | None):
-    """(status, headers, body) of one request; redirects are not followed:
-    the authorization would go along. Raises OSError."""
-    import http.client
-    from urllib.parse import urlsplit
-    parts = urlsplit(url)
-    kind = {"https": http.client.HTTPSConnection,
-            "http": http.client.HTTPConnection}.get(parts.scheme)
-    if not kind:
-        raise OSError(f"{parts.scheme} is neither http nor https")
-    more = {"context": tls("")} if parts.scheme == "https" else {}
-    connection = kind(parts.netloc, timeout=HTTP_SECONDS, **more)
-    try:
-        connection.request(
-            "GET" if data is None else "POST",
-            parts.path + ("?" + parts.query if parts.query else ""), data,
-            {"Authorization": authorization, "Accept": "application/json",
-             **({} if data is None else {
-                 "Content-Type": "application/x-www-form-urlencoded"})})
-        answer = connection.getresponse()
-        return answer.status, answer.headers, answer.read()
-    except http.client.HTTPException as error:
-        raise OSError(f"{type(error).__name__} {error}") from None
-    finally:
-        connection.close()
 
 
 def spotify(args: TaskArguments, log) -> None:
