@@ -297,9 +297,9 @@ CONSTANTS = {"true": True, "false": False, "null": None}
 class JsoncError(Exception):
     """The text is no JSONC from offset `at` on."""
 
-    def __init__(self, at: int, what: str, right: str):
-        super().__init__(what)
-        self.at, self.what, self.right = at, what, right
+    def __init__(self, at: int, why: str, hint: str):
+        super().__init__(why)
+        self.at, self.why, self.hint = at, why, hint
 
 
 def quoted(text: str) -> str:
@@ -315,7 +315,7 @@ class JsoncReader:
         self.text, self.at = text, 0
         self.places: dict[tuple, int] = {}
         self.keys: dict[tuple, int] = {}
-        self.twice: list[tuple[tuple, int]] = []
+        self.duplicates: list[tuple[tuple, int]] = []
 
     def document(self):
         """The one value of the text. Raises Unreadable."""
@@ -324,8 +324,8 @@ class JsoncReader:
             self.stop("there is more text after the end", "one { ... } alone")
         return value
 
-    def stop(self, what: str, right: str):
-        raise JsoncError(self.at, what, right)
+    def stop(self, why: str, hint: str):
+        raise JsoncError(self.at, why, hint)
 
     def peek(self) -> str:
         """The next character that is neither space nor comment; '' at the
@@ -345,7 +345,7 @@ class JsoncReader:
             else:
                 return text[self.at:self.at + 1]
 
-    def take(self, mark: str) -> bool:
+    def accept(self, mark: str) -> bool:
         if self.peek() != mark:
             return False
         self.at += 1
@@ -364,27 +364,27 @@ class JsoncReader:
 
     def mapping(self, path: tuple, depth: int) -> dict:
         found = {}
-        self.take("{")
-        while not self.take("}"):
+        self.accept("{")
+        while not self.accept("}"):
             if self.peek() != '"':
                 self.stop("a key is missing here", 'a key in double quotes')
             at, key = self.at, self.string()
             if key in found:
-                self.twice.append((path + (key,), at))
+                self.duplicates.append((path + (key,), at))
             self.keys[path + (key,)] = at
-            if not self.take(":"):
+            if not self.accept(":"):
                 self.stop(f"there is no colon after {quoted(key)}", ":")
             found[key] = self.value(path + (key,), depth + 1)
-            if not self.take(",") and self.peek() != "}":
+            if not self.accept(",") and self.peek() != "}":
                 self.stop("an object goes on here without a comma", ", or }")
         return found
 
     def sequence(self, path: tuple, depth: int) -> list:
         found = []
-        self.take("[")
-        while not self.take("]"):
+        self.accept("[")
+        while not self.accept("]"):
             found.append(self.value(path + (len(found),), depth + 1))
-            if not self.take(",") and self.peek() != "]":
+            if not self.accept(",") and self.peek() != "]":
                 self.stop("a list goes on here without a comma", ", or ]")
         return found
 
@@ -403,7 +403,7 @@ class JsoncReader:
                 self.at += getattr(error, "pos", 0)
                 self.stop("this string is broken",
                           r"escapes as JSON has them: \n, \t, \\, \u00e9")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
+        if any("\ud800" <= character <= "\udfff" for character in text):
             self.stop("half of a surrogate pair", r"both, as in \ud83d\ude00")
         self.at = end + 1
         return text
@@ -695,7 +695,7 @@ class Config(ConfigObject):
 
     path: str = ""
 
-    def folder(self, name: str) -> str:
+    def directory(self, name: str) -> str:
         """The directory of the storage `name`."""
         return self.storage[name].path
 
@@ -772,10 +772,10 @@ class ConfigReader:
         try:
             values = reader.document()
         except JsoncError as error:
-            return add((), error.what, error.right, error.at)
+            return add((), error.why, error.hint, error.at)
         self.diagnostics.places = reader.places
         self.diagnostics.keys = reader.keys
-        for path, at in reader.twice:
+        for path, at in reader.duplicates:
             add(path, "this key stands twice", "once in an object", at)
         return values
 
@@ -884,12 +884,12 @@ def resolved(config: Config, home_of, diagnostics: DiagnosticList) -> Config:
             return ""
 
     found = resolve_paths(config, absolute)
-    folder = found.folder("tasks") if "tasks" in found.storage else ""
+    directory = found.directory("tasks") if "tasks" in found.storage else ""
     return found.replace(tasks=tuple(task.replace(
         name=task.name or task.slug,
         entrypoint=task.entrypoint or (
-            posixpath.join(folder, task.slug, "run")
-            if task.type == "exec" and folder else ""))
+            posixpath.join(directory, task.slug, "run")
+            if task.type == "exec" and directory else ""))
         for task in found.tasks))
 
 
@@ -921,7 +921,7 @@ def as_json(record: ConfigObject) -> dict:
 NOT_A_USER = frozenset((0, -1, 2**16 - 1, 2**32 - 1))
 
 # As root we would give these away to a user, with all that is in them.
-SYSTEM_FOLDERS = frozenset(
+SYSTEM_DIRECTORIES = frozenset(
     "/ /bin /boot /dev /etc /home /lib /lib32 /lib64 /media /mnt /opt /proc "
     "/root /run /sbin /srv /sys /tmp /usr /usr/bin /usr/lib /usr/local "
     "/usr/local/bin /usr/sbin /usr/share /var /var/cache /var/lib /var/log "
@@ -942,7 +942,7 @@ class Script(FrozenRecord):
 class HostFacts(FrozenRecord):
     """What the host says of everything that a configuration names."""
     uids: dict                  # user name -> uid, or None
-    folders: dict               # storage name -> "" or what is wrong with it
+    storage_errors: dict        # storage name -> "" or what is wrong with it
     foreign_files: dict         # storage name -> a third user's file, or ""
     scripts: dict               # slug -> Script
     of_system: set              # names of storages in SYSTEM_FOLDERS
@@ -1023,7 +1023,7 @@ class ConfigValidator:
 
     def check_storage(self, storage: Storage) -> None:
         path, commit = storage.path, storage.where + ("commit",)
-        error = self.facts.folders.get(storage.name)
+        error = self.facts.storage_errors.get(storage.name)
         if error:
             self.add(storage.where + ("path",), f"{path} {error}",
                      f"mkdir -p {path}" if "exist" in error
@@ -1037,7 +1037,7 @@ class ConfigValidator:
     def check_chown(self, storage: Storage) -> None:
         """Giving away the wrong directory as root cannot be undone."""
         where = storage.where + ("chown",)
-        inside = [self.config.folder("tasks")] \
+        inside = [self.config.directory("tasks")] \
             if "tasks" in self.config.storage else []
         for path in inside + [self.config.path]:
             if path.startswith(storage.path.rstrip("/") + "/"):
@@ -1492,7 +1492,7 @@ class TooSlow(Exception):
 
 class RunProblem(FrozenRecord):
     """Something went wrong: which verdict it touches, and how badly."""
-    verdict: str        # "tasks", "housekeeping" or "delivery"
+    result: str        # "tasks", "housekeeping" or "delivery"
     level: str          # "error" or "warning"
     source: str         # a slug or a step: mail, sendMail, chown ...
     text: str
@@ -1584,26 +1584,26 @@ class LogFilter:
             text = text.replace(value, MASK)
         for rule in self.redactions:
             if self.may_match(rule, "\n" + text):
-                lines = self.judged(
+                lines = self.apply(
                     rule, text.split("\n"),
                     lambda line, rule=rule: rule.line.sub(MASK, line))
                 text = "\n".join(SLOW.format("redact") if line is None
                                  else line for line in lines)
         return text
 
-    def wanted(self, text: str) -> list | None:
+    def keep_lines(self, text: str) -> list | None:
         """For each line: True, False (filtered), None (could not be judged);
         or None if every line is wanted."""
-        verdicts, block = None, "\n" + text
+        results, block = None, "\n" + text
         for rule in self.filters:
             if self.may_match(rule, block):
                 lines = text.split("\n")
-                found = self.judged(rule, lines, lambda line, rule=rule:
+                found = self.apply(rule, lines, lambda line, rule=rule:
                                     not rule.line.search(line))
-                verdicts = found if verdicts is None else [
+                results = found if results is None else [
                     a if a is False else b if b is False else a and b
-                    for a, b in zip(verdicts, found)]
-        return verdicts
+                    for a, b in zip(results, found)]
+        return results
 
     def may_match(self, rule: LinePattern, block: str) -> bool:
         if rule.screen is None:
@@ -1614,21 +1614,21 @@ class LogFilter:
             rule.screen = None
             return True
 
-    def judged(self, rule: LinePattern, lines: list, judge) -> list:
+    def apply(self, rule: LinePattern, lines: list, function) -> list:
         """judge(line) for each line, None where it took too long."""
         if not rule.alone:
             try:
                 return self.limit(LINE_SECONDS,
-                                  lambda: [judge(line) for line in lines])
+                                  lambda: [function(line) for line in lines])
             except TooSlow:
                 rule.alone = True
-        return [self.judged_alone(rule, line, judge) for line in lines]
+        return [self.apply_to_line(rule, line, function) for line in lines]
 
-    def judged_alone(self, rule: LinePattern, line: str, judge):
+    def apply_to_line(self, rule: LinePattern, line: str, function):
         if rule.spent >= ALL_SECONDS:
             return None
         try:
-            return self.limit(LINE_SECONDS, judge, line)
+            return self.limit(LINE_SECONDS, function, line)
         except TooSlow:
             rule.spent += LINE_SECONDS
             return None
@@ -1642,9 +1642,9 @@ class OutputDecoder:
     for the same as `text`, "" for nothing (shown before its line was whole).
     """
 
-    def __init__(self, sieve: LogFilter, tell):
+    def __init__(self, log_filter: LogFilter, emit):
         import re
-        self.sieve, self.tell = sieve, tell
+        self.log_filter, self.emit = log_filter, emit
         self.unsafe = re.compile(UNSAFE.replace("\n", "\x0b"))
         self.pending = b""      # a line that has not ended yet
         self.shown = 0          # bytes of it that are in the log already
@@ -1663,7 +1663,7 @@ class OutputDecoder:
                 line, _, lines = lines.partition(b"\n")
                 self.rest_of_line(line)
             if lines:
-                self.tell(self.text(lines[:-1]), None)
+                self.emit(self.text(lines[:-1]), None)
         while len(self.pending) > LONGEST_LINE:
             self.piece(self.pending[:LONGEST_LINE])
             self.pending = self.pending[LONGEST_LINE:]
@@ -1680,32 +1680,32 @@ class OutputDecoder:
         """A part of a line that is too long to be judged."""
         self.cut += len(data)
         shown, self.shown = self.shown, 0
-        if not self.sieve.redacts:
-            self.tell(self.text(data[shown:]) + " <<line goes on>>", "")
+        if not self.log_filter.redacts:
+            self.emit(self.text(data[shown:]) + " <<line goes on>>", "")
 
     def rest_of_line(self, line: bytes) -> None:
         if self.cut:
             size, self.cut = self.cut + len(line), 0
             note = TOO_LONG.format(f"{size:,}")
-            if self.sieve.redacts:
-                self.tell(note, None)
+            if self.log_filter.redacts:
+                self.emit(note, None)
             else:
-                self.tell(self.text(line), note)
+                self.emit(self.text(line), note)
         else:
             shown, self.shown = self.shown, 0
-            self.tell(self.text(line[shown:]), self.text(line))
+            self.emit(self.text(line[shown:]), self.text(line))
 
     @property
     def waiting(self) -> bool:
         """Is there a line without an end to show, and may we? A redaction
         would have to judge the whole of it first."""
         return len(self.pending) > self.shown and not self.cut \
-            and not self.sieve.redacts
+            and not self.log_filter.redacts
 
     def silence(self) -> None:
         """Nothing came for a while: show a prompt that waits."""
         if self.waiting:
-            self.tell(self.text(self.pending[self.shown:].rstrip(b"\r")), "")
+            self.emit(self.text(self.pending[self.shown:].rstrip(b"\r")), "")
             self.shown = len(self.pending)
 
     def end(self) -> None:
@@ -1773,8 +1773,8 @@ class Excerpt:
 class MailLog:
     """The log as the mail tells it: filtered, and cut to a size."""
 
-    def __init__(self, sieve: LogFilter):
-        self.sieve, self.excerpt = sieve, Excerpt(MAIL_LIMIT)
+    def __init__(self, log_filter: LogFilter):
+        self.log_filter, self.excerpt = log_filter, Excerpt(MAIL_LIMIT)
         self.filtered = 0
 
     def own(self, text: str) -> None:
@@ -1784,15 +1784,15 @@ class MailLog:
 
     def output(self, text: str, prefix: str) -> None:
         """Lines of a task, without the newline at the end."""
-        verdicts = self.sieve.wanted(text)
-        if verdicts is None:
+        results = self.log_filter.keep_lines(text)
+        if results is None:
             return self.own(prefixed(text, prefix))
-        for line, verdict in zip(text.split("\n"), verdicts):
-            if verdict is False:
+        for line, result in zip(text.split("\n"), results):
+            if result is False:
                 self.filtered += 1
             else:
                 self.own(prefix + (SLOW.format("a filter")
-                                   if verdict is None else line) + "\n")
+                                   if result is None else line) + "\n")
         return None
 
     def close(self) -> None:
@@ -1816,7 +1816,7 @@ def counted(problems: list[RunProblem]) -> str:
 
 def backup_problems(problems: list[RunProblem]) -> list[RunProblem]:
     """Those of tasks and housekeeping: they make a run red."""
-    return [p for p in problems if p.verdict != "delivery"]
+    return [p for p in problems if p.result != "delivery"]
 
 
 def result_of(problems: list[RunProblem], stopped: int) -> str:
@@ -1966,16 +1966,16 @@ class Child:
 
     def __init__(self, popen, fd: int, limit: float | None, now: float):
         self.popen, self.fd, self.pid = popen, fd, popen.pid
-        self.started = self.heard = now
+        self.started = self.last_output = now
         self.limit, self.code = limit, None     # code: once it is reaped
         self.exited = False
         self.why = ""               # why we ended it
         self.term_at = self.kill_at = self.ended_at = None
         self.leftovers: list[str] = []
-        self.patient = False        # does not end at the first signal
+        self.survives_stop = False        # does not end at the first signal
         # For a task: what it is, who reads it, where its secrets are told,
         # how much it wrote, and what the log no longer takes.
-        self.task = self.scribe = self.secrets = self.over = None
+        self.task = self.decoder = self.secrets = self.over = None
         self.written = 0
         self.output_error = ""      # why some of its output is not in the log
 
@@ -2120,11 +2120,11 @@ class Processes:
         os.set_blocking(self.waker, False)
         signal.set_wakeup_fd(self.waker, warn_on_full_buffer=False)
         for wanted in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(wanted, self.note_signal)
+            signal.signal(wanted, self.on_signal)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # only to wake us
         signal.signal(signal.SIGALRM, self.time_is_up)
 
-    def note_signal(self, signum: int, _frame) -> None:
+    def on_signal(self, signum: int, _frame) -> None:
         self.stopped = self.stopped or signum
         self.signals += 1
 
@@ -2175,7 +2175,7 @@ class Processes:
         os.set_blocking(fd, False)
         return Child(popen, fd, limit, self.clock.ticks())
 
-    def attend(self, children: list[Child], heard) -> None:
+    def attend(self, children: list[Child], on_output) -> None:
         """Wait until the children have ended; heard(child, bytes) gets what
         they print, and b"" after a second of silence."""
         import select
@@ -2186,16 +2186,16 @@ class Processes:
         if self.wake >= 0:
             poll.register(self.wake, select.POLLIN)
         while not all(child.done for child in children):
-            for fd, _ in poll.poll(self.patience(children)):
+            for fd, _ in poll.poll(self.poll_timeout(children)):
                 if fd == self.wake:
                     self.drain_wake()
-                elif not self.read(by_fd[fd], heard):
+                elif not self.read(by_fd[fd], on_output):
                     poll.unregister(fd)
                     by_fd[fd].close()
             now = self.clock.ticks()
             for child in children:
                 was_open, fd = child.open, child.fd
-                self.enforce_limits(child, heard, now)
+                self.enforce_limits(child, on_output, now)
                 if was_open and not child.open:
                     poll.unregister(fd)
             if self.on_tick:
@@ -2218,18 +2218,18 @@ class Processes:
         except BlockingIOError:
             pass
 
-    def read(self, child: Child, heard) -> bool:
+    def read(self, child: Child, on_output) -> bool:
         """Pass on one chunk; False at the end of the output."""
         try:
             chunk = os.read(child.fd, CHUNK)
         except BlockingIOError:
             return True
         if chunk:
-            child.heard = self.clock.ticks()
-            heard(child, chunk)
+            child.last_output = self.clock.ticks()
+            on_output(child, chunk)
         return bool(chunk)
 
-    def patience(self, children: list[Child]) -> int | None:
+    def poll_timeout(self, children: list[Child]) -> int | None:
         """Milliseconds until something falls due; None: wait for events."""
         now, due = self.clock.ticks(), []
         for child in children:
@@ -2243,8 +2243,8 @@ class Processes:
                 due.append(child.term_at + TERM_TO_KILL)
             elif child.limit is not None:
                 due.append(child.started + child.limit)
-            if child.scribe and child.scribe.waiting:
-                due.append(child.heard + SILENCE)
+            if child.decoder and child.decoder.waiting:
+                due.append(child.last_output + SILENCE)
             if self.wake < 0 and not child.open:
                 due.append(now + 0.01)      # no SIGCHLD will wake us
         if self.on_tick or self.wake < 0:
@@ -2253,19 +2253,19 @@ class Processes:
         return max(0, int(min(min(due) - now, 86400) * 1000) + 1) \
             if due else None
 
-    def enforce_limits(self, child: Child, heard, now: float) -> None:
+    def enforce_limits(self, child: Child, on_output, now: float) -> None:
         """Has it ended, is it late, must it be pressed?"""
         if child.done:
             return
-        if child.scribe and child.scribe.waiting \
-                and now - child.heard >= SILENCE:
-            heard(child, b"")
+        if child.decoder and child.decoder.waiting \
+                and now - child.last_output >= SILENCE:
+            on_output(child, b"")
         if not child.exited and child.has_exited():
             child.exited, child.ended_at = True, now
         if not child.exited:
             self.escalate_kill(child, now)
         elif child.open and now - child.ended_at >= GRACE:
-            self.end_leftovers(child, heard)
+            self.end_leftovers(child, on_output)
         if child.exited and not child.open:
             child.code = child.popen.wait()
 
@@ -2273,7 +2273,7 @@ class Processes:
         """End a child that is late or unwanted: TERM, then KILL."""
         import signal
         if not child.why:
-            if self.stopped and (not child.patient or self.signals > 1):
+            if self.stopped and (not child.survives_stop or self.signals > 1):
                 child.why = "stopped by " + signal.Signals(self.stopped).name
             elif child.limit is not None \
                     and now - child.started >= child.limit:
@@ -2282,7 +2282,7 @@ class Processes:
                 return
             child.term_at = now
             child.signal(signal.SIGTERM)
-        hurry = self.signals > 1 and not child.patient
+        hurry = self.signals > 1 and not child.survives_stop
         if not child.kill_at and (
                 hurry or now - child.term_at >= TERM_TO_KILL):
             child.kill_at = now
@@ -2292,7 +2292,7 @@ class Processes:
             child.ended_at, child.code = now, -9
             child.close()
 
-    def end_leftovers(self, child: Child, heard) -> None:
+    def end_leftovers(self, child: Child, on_output) -> None:
         """Its children still hold the output: end those of its group, name
         them all, read what is there and close."""
         import signal
@@ -2308,7 +2308,7 @@ class Processes:
                 continue
             if not chunk:
                 break
-            heard(child, chunk)
+            on_output(child, chunk)
         child.signal(signal.SIGKILL)
         child.close()
 
@@ -2323,15 +2323,16 @@ class Processes:
 
     def run(self, argv: list[str], limit: float, data: bytes = b"",
             env: dict | None = None, account: Account | None = None,
-            cwd: str = "/", tell=None, whole: bool = False) -> ProcessResult:
+            cwd: str = "/", on_chunk=None,
+            whole: bool = False) -> ProcessResult:
         """Run a helper program to its end. Its output goes to `tell(bytes)`
         or is kept, the head of it alone unless `whole`."""
         import tempfile
         kept = bytearray()
 
-        def heard(_child, chunk: bytes) -> None:
-            if tell:
-                tell(chunk)
+        def on_output(_child, chunk: bytes) -> None:
+            if on_chunk:
+                on_chunk(chunk)
             if whole or len(kept) < OUTPUT_KEPT:
                 kept.extend(chunk)
 
@@ -2345,8 +2346,8 @@ class Processes:
                 child = self.start(argv, env, cwd, account, limit, stdin)
             except OSError as error:
                 return ProcessResult(127, f"{argv[0]}: {error.strerror}")
-            child.patient = True
-            self.attend([child], heard)
+            child.survives_stop = True
+            self.attend([child], on_output)
             unread = len(data) - os.lseek(stdin.fileno(), 0, os.SEEK_CUR)
         return ProcessResult(child.code, kept.decode("utf-8", "replace"),
                              bool(child.why), unread)
@@ -2366,10 +2367,10 @@ class Processes:
         reading, writing = os.pipe()
         pid = os.fork()
         if not pid:
-            self.child_of_ours(seconds, writing, function, arguments)
+            self.run_function(seconds, writing, function, arguments)
         os.close(writing)
         os.set_blocking(reading, False)
-        seconds, signals = self.hurried(seconds), self.signals
+        seconds, signals = self.shortened(seconds), self.signals
         answer, deadline = b"", self.clock.ticks() + seconds
         while True:
             left = deadline - self.clock.ticks()
@@ -2392,11 +2393,11 @@ class Processes:
         text = answer.decode("utf-8", "replace") or "-ended without an answer"
         return text[0] == "+", text[1:]
 
-    def hurried(self, seconds: float) -> float:
+    def shortened(self, seconds: float) -> float:
         """Whoever stopped us waits: deliver what can be delivered soon."""
         return min(seconds, STOPPED_SECONDS) if self.stopped else seconds
 
-    def child_of_ours(self, seconds, writing, function, arguments) -> None:
+    def run_function(self, seconds, writing, function, arguments) -> None:
         """The child's side of `apart`; does not return."""
         import signal
         try:
@@ -2447,7 +2448,7 @@ def read_password(processes: Processes, pass_bin: str, user: str,
 # ==========================================================================
 
 
-def open_folder(path: str) -> int:
+def open_directory(path: str) -> int:
     """A descriptor of the folder at `path`. Raises OSError.
 
     As root it is opened name by name. A symbolic link is followed only
@@ -2483,11 +2484,12 @@ def root_link(fd: int, name: str, error: OSError) -> str | None:
     """Where a symbolic link leads that only root could have made."""
     if error.errno not in (errno.ELOOP, errno.ENOTDIR):
         return None
-    folder = os.fstat(fd)
+    directory = os.fstat(fd)
     link = os.lstat(name, dir_fd=fd)
-    sticky = folder.st_mode & stat.S_ISVTX
+    sticky = directory.st_mode & stat.S_ISVTX
     if not stat.S_ISLNK(link.st_mode) or link.st_uid != 0 \
-            or folder.st_uid != 0 or (folder.st_mode & 0o022 and not sticky):
+            or directory.st_uid != 0 \
+            or (directory.st_mode & 0o022 and not sticky):
         return None
     return os.readlink(name, dir_fd=fd)
 
@@ -2560,11 +2562,11 @@ def untrusted_writer(path: str, trusted: set[int]) -> str:
 def find_program(name: str) -> str | None:
     """Where a program is: PATH, then where cron's PATH does not look.
     Root passes over a folder that somebody else can write."""
-    folders = os.environ.get("PATH", "").split(":")
-    folders += SAFE_PATH.split(":") + ["/usr/lib"]
-    for folder in dict.fromkeys(folders):
-        path = os.path.join(folder, name)
-        if folder.startswith("/") and os.path.isfile(path) \
+    directories = os.environ.get("PATH", "").split(":")
+    directories += SAFE_PATH.split(":") + ["/usr/lib"]
+    for directory in dict.fromkeys(directories):
+        path = os.path.join(directory, name)
+        if directory.startswith("/") and os.path.isfile(path) \
                 and os.access(path, os.X_OK) and not (
                     os.geteuid() == 0 and untrusted_writer(path, {0})):
             return path
@@ -2579,19 +2581,19 @@ def find_program(name: str) -> str | None:
 # ==========================================================================
 
 
-def folder_fault(path: str, strict: bool) -> str:
+def directory_error(path: str, strict: bool) -> str:
     """What is wrong with a storage's folder; ''."""
     if not os.path.isdir(path):
         return "is no folder" if os.path.exists(path) else "does not exist"
     if strict:
         try:
-            os.close(open_folder(path))
+            os.close(open_directory(path))
         except OSError as error:
             return f"cannot be opened safely ({error.strerror})"
     return ""
 
 
-def python_fault(source: bytes, path: str) -> str:
+def python_error(source: bytes, path: str) -> str:
     """Why a built-in's task.py cannot work; ''."""
     import ast
     try:
@@ -2603,13 +2605,13 @@ def python_fault(source: bytes, path: str) -> str:
     return "" if bound & {"run", "*"} else "has no `def run(args, log)`"
 
 
-def foreign_file(folder: str, known: set[int]) -> str:
+def foreign_file(directory: str, known: set[int]) -> str:
     """A file in the folder that belongs to a third user; or ''."""
     try:
-        uid = os.stat(folder).st_uid
+        uid = os.stat(directory).st_uid
         if uid not in known:
-            return f"{folder} of user id {uid}"
-        with os.scandir(folder) as entries:
+            return f"{directory} of user id {uid}"
+        with os.scandir(directory) as entries:
             for entry in entries:
                 uid = entry.stat(follow_symlinks=False).st_uid
                 if uid not in known:
@@ -2627,8 +2629,8 @@ def find_missing_interpreter(head: str) -> str:
         return words[0]
     name = interpreter_name(head)
     if name and "/" not in name and not any(
-            os.access(os.path.join(folder, name), os.X_OK)
-            for folder in SAFE_PATH.split(":")):
+            os.access(os.path.join(directory, name), os.X_OK)
+            for directory in SAFE_PATH.split(":")):
         return name
     return ""
 
@@ -2667,10 +2669,10 @@ class HostInspector:
         return HostFacts(
             uids=uids, programs=programs, usable=usable,
             of_system={s.name for s in config.storage.values()
-                       if os.path.realpath(s.path) in SYSTEM_FOLDERS},
+                       if os.path.realpath(s.path) in SYSTEM_DIRECTORIES},
             repositories={s.name for s in config.storage.values()
                           if os.path.lexists(os.path.join(s.path, ".git"))},
-            folders={s.name: folder_fault(s.path, s.chown)
+            storage_errors={s.name: directory_error(s.path, s.chown)
                      for s in config.storage.values()},
             foreign_files={s.name: foreign_file(s.path, known) if root
                        else "" for s in config.storage.values() if s.chown},
@@ -2685,7 +2687,8 @@ class HostInspector:
         if task.type == "builtin":
             if task.slug in CARRIED or "tasks" not in config.storage:
                 return None
-            path = os.path.join(config.folder("tasks"), task.slug, "task.py")
+            path = os.path.join(config.directory("tasks"), task.slug,
+                                "task.py")
         if not path:
             return None
         script = Script(path)
@@ -2711,7 +2714,7 @@ class HostInspector:
         writer = untrusted_writer(path, trusted) if trusted else ""
         script = script.replace(head=head.decode("latin-1"), writer=writer)
         if task.type == "builtin":
-            return script.replace(state=python_fault(head, path))
+            return script.replace(state=python_error(head, path))
         if not os.access(path, os.X_OK):
             return script.replace(state="is not executable")
         return script.replace(
@@ -2766,7 +2769,7 @@ class ChownWalk:
     def walk(self, path: str) -> ChownReport:
         """The whole tree, its top folder included. Raises OSError when the
         top cannot be opened."""
-        top = open_folder(path)
+        top = open_directory(path)
         try:
             self.device = os.fstat(top).st_dev
             self.mount = mount_of(top)
@@ -2981,14 +2984,14 @@ class Repository:
     off. As the owner they can do only what the owner could do anyway.
     """
 
-    def __init__(self, processes: Processes, path: str, tell,
+    def __init__(self, processes: Processes, path: str, report,
                  since: float):
         """tell(kind, text): a line for the log ("Status" ...), or raw bytes
         of git's output with the kind "". `since`: when mission's own git may
         have begun to work there, in seconds since 1970."""
-        self.processes, self.path, self.tell = processes, path, tell
+        self.processes, self.path, self.report = processes, path, report
         self.git, self.since = find_program("git") or "git", since
-        fd = open_folder(path)
+        fd = open_directory(path)
         try:
             uid = os.fstat(fd).st_uid
         finally:
@@ -3005,7 +3008,7 @@ class Repository:
             self.owner, GIT_TERMINAL_PROMPT="0", GIT_PAGER="cat",
             GIT_EDITOR="true", GIT_OPTIONAL_LOCKS="0", LC_ALL="C.UTF-8")
 
-    def call(self, *arguments: str, data: bytes = b"", tell=None,
+    def call(self, *arguments: str, data: bytes = b"", report=None,
              whole=False) -> ProcessResult:
         options = [
             "core.fsync=all", "gc.auto=0", "maintenance.auto=false",
@@ -3016,7 +3019,7 @@ class Repository:
         for option in options:
             argv += ["-c", option]
         return self.processes.run(argv + list(arguments), GIT_SECONDS, data,
-                                self.env, self.owner, "/", tell, whole)
+                                self.env, self.owner, "/", report, whole)
 
     def must(self, *arguments: str, **options) -> ProcessResult:
         """Call git; raises Error when it fails, once stale locks that
@@ -3031,7 +3034,7 @@ class Repository:
         return done
 
     def raw(self, data: bytes) -> None:
-        self.tell("", data)
+        self.report("", data)
 
     def commit(self, message: str) -> list[str]:
         """Add and commit everything; warnings. Raises Error, OSError."""
@@ -3041,22 +3044,22 @@ class Repository:
         if state:
             return [f"{self.path} is in the middle of a {state}: "
                     "not committed"]
-        self.tell("Status", "")
-        self.must("status", "-sb", tell=self.raw)
-        self.tell("Add", "")
-        self.must("add", "-A", tell=self.raw)
+        self.report("Status", "")
+        self.must("status", "-sb", report=self.raw)
+        self.report("Add", "")
+        self.must("add", "-A", report=self.raw)
         warnings = self.nested()
         staged = self.call("diff", "--cached", "--quiet", "--no-ext-diff",
                            "--no-textconv")
         if staged.code == 0:
-            self.tell("NoChanges", "")
+            self.report("NoChanges", "")
             return warnings
-        self.tell("Commit", message)
+        self.report("Commit", message)
         self.identify()
         self.must("commit", "--quiet", "--no-verify", "--no-gpg-sign",
-                  "-F", "-", data=message.encode() + b"\n", tell=self.raw)
+                  "-F", "-", data=message.encode() + b"\n", report=self.raw)
         self.call("show", "--oneline", "--shortstat", "--no-ext-diff",
-                  "--no-textconv", "HEAD", tell=self.raw)
+                  "--no-textconv", "HEAD", report=self.raw)
         # git syncs its files, not the folders they stand in: only this
         # makes what it acknowledged survive a power cut.
         os.sync()
@@ -3087,7 +3090,7 @@ class Repository:
                 "of its own: its files are not committed"
                 for name in sorted(links - declared)]
 
-    def folders(self) -> list[str]:
+    def git_directories(self) -> list[str]:
         """Where git keeps things: .git, or what a .git file leads to."""
         git = os.path.join(self.path, ".git")
         if not os.path.isfile(git):
@@ -3103,7 +3106,7 @@ class Repository:
         for name, state in (("rebase-merge", "rebase"), ("MERGE_HEAD",
                             "merge"), ("rebase-apply", "rebase"),
                             ("CHERRY_PICK_HEAD", "cherry-pick")):
-            if os.path.lexists(os.path.join(self.folders()[0], name)):
+            if os.path.lexists(os.path.join(self.git_directories()[0], name)):
                 return state
         return ""
 
@@ -3113,16 +3116,17 @@ class Repository:
         repository must be root's all over: any folder of another user could
         hold a repository with programs in its configuration."""
         uid = self.owner.uid
-        for folder in self.folders():
-            self.refuse_in(folder, lambda status: status.st_uid == uid)
+        for directory in self.git_directories():
+            self.refuse_in(directory, lambda status: status.st_uid == uid)
         if uid != 0:
             return
-        for folder in [self.path] + self.folders():
-            found = untrusted_writer(folder, {0})
+        for directory in [self.path] + self.git_directories():
+            found = untrusted_writer(directory, {0})
             if found:
                 raise Error(f"git would run as root, and {found}",
                             "chown the storage to its user, or protect it")
-            self.refuse_in(folder, lambda status: not writer_of(status, {0}))
+            self.refuse_in(directory,
+                           lambda status: not writer_of(status, {0}))
 
     def refuse_in(self, top: str, fits) -> None:
         ahead = [top]
@@ -3144,18 +3148,18 @@ class Repository:
 
     def locks(self) -> list[str]:
         found = []
-        for folder in self.folders():
-            for place, _, names in os.walk(os.path.join(folder, "refs")):
+        for directory in self.git_directories():
+            for place, _, names in os.walk(os.path.join(directory, "refs")):
                 found += [os.path.join(place, name) for name in names
                           if name.endswith(".lock")]
-            found += [os.path.join(folder, name)
-                      for name in os.listdir(folder)
+            found += [os.path.join(directory, name)
+                      for name in os.listdir(directory)
                       if name.endswith(".lock")]
         return found
 
     def users(self) -> list[str]:
         """Processes that have the repository open."""
-        places = [self.path] + self.folders()
+        places = [self.path] + self.git_directories()
         return [f"{pid} ({name})" for pid, name in list_processes()
                 if pid != os.getpid() and any(
                     link == place or link.startswith(place + "/")
@@ -3188,7 +3192,7 @@ class Repository:
         self.processes.run(["rm", "-f", "--", *stale], GIT_SECONDS,
                          account=self.owner)
         for lock in stale:
-            self.tell("StaleLock", escape_controls(lock))
+            self.report("StaleLock", escape_controls(lock))
         return True
 
     def is_stale(self, lock: str, now: float) -> bool:
@@ -3568,7 +3572,7 @@ class Delivery:
             if not program:
                 return "there is no sendmail"
             done = processes.run([program, "-i", "--", address],
-                            processes.hurried(MAIL_SECONDS), message)
+                            processes.shortened(MAIL_SECONDS), message)
             if not done.code and done.unread:
                 return "sendmail: it did not read the whole mail"
             return f"sendmail: {done.reason}" if done.code else ""
@@ -3594,12 +3598,12 @@ class Delivery:
 
         Raises OSError."""
         path = self.config.metrics.textfile
-        folder = open_folder(os.path.dirname(path))
+        directory = open_directory(os.path.dirname(path))
         try:
             write_atomically(os.path.basename(path), metrics_text(
-                record, last_success).encode(), 0o644, dir_fd=folder)
+                record, last_success).encode(), 0o644, dir_fd=directory)
         finally:
-            os.close(folder)
+            os.close(directory)
 
 
 # ==========================================================================
@@ -3686,9 +3690,9 @@ class Spotify:
             if name not in args.storage:
                 raise Error(f"spotify needs storage.{name}")
         self.path = os.path.join(args.storage["sync"], "spotify")
-        self.folder = -1        # its descriptor; a user may own what is above
+        self.directory = -1     # its descriptor; a user may own its parent
         self.token_path = os.path.join(args.storage["sessions"], "spotify")
-        self.sessions = open_folder(args.storage["sessions"])
+        self.sessions = open_directory(args.storage["sessions"])
         self.api = os.environ.get("SPOTIFY_API_URL", SPOTIFY_API)
         self.accounts = os.environ.get("SPOTIFY_ACCOUNTS_URL",
                                        SPOTIFY_ACCOUNTS)
@@ -3828,7 +3832,7 @@ class Spotify:
         import json
         from urllib.parse import quote
         os.makedirs(self.path, mode=0o700, exist_ok=True)
-        self.folder = open_folder(self.path)
+        self.directory = open_directory(self.path)
         self.log("Fetching playlists")
         items = self.pages("/me/playlists?limit=50")
         playlists = [item for item in items if isinstance(item, dict)
@@ -3842,7 +3846,7 @@ class Spotify:
             data = json.dumps({"playlist": playlist, "tracks": tracks},
                               indent=4, ensure_ascii=False).encode(
                                   "utf-8", "backslashreplace") + b"\n"
-            write_atomically(name, data, dir_fd=self.folder)
+            write_atomically(name, data, dir_fd=self.directory)
             self.log(f"Downloading {name}... {len(data) // 1000}K")
             wanted.add(name)
         if len(playlists) < len(items):
@@ -3854,14 +3858,14 @@ class Spotify:
     def remove_all_but(self, wanted: set) -> None:
         """Remove our own files of playlists that are gone. An account that
         is suddenly empty is more likely a fault at the other end."""
-        gone = [name for name in sorted(os.listdir(self.folder))
+        gone = [name for name in sorted(os.listdir(self.directory))
                 if name not in wanted and self.is_ours(name)]
         if gone and not wanted:
             raise Error("Spotify lists no playlist at all, and there are "
                         f"{len(gone)} on disk: nothing was removed",
                         f"if that is right, empty {self.path}")
         for name in gone:
-            os.unlink(name, dir_fd=self.folder)
+            os.unlink(name, dir_fd=self.directory)
             self.log(f"Removed {name}")
 
     def is_ours(self, name: str) -> bool:
@@ -3870,7 +3874,7 @@ class Spotify:
             return False
         try:
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK,
-                         dir_fd=self.folder)
+                         dir_fd=self.directory)
             with os.fdopen(fd, "rb") as file:
                 identity = json.load(file)["playlist"]["id"]
             return name.startswith(playlist_file({"id": identity}, "")[:-5])
@@ -3980,19 +3984,19 @@ class StateDirectory:
     not be read or written: that must not stop a backup, and is told at the
     end."""
 
-    def __init__(self, folder: str, clock: Clock):
-        self.folder, self.clock, self.held = folder, clock, None
+    def __init__(self, directory: str, clock: Clock):
+        self.directory, self.clock, self.held = directory, clock, None
         self.current: dict = {}
-        self.current_fd, self.current_size, self.broken = -1, 0, ""
+        self.current_fd, self.current_size, self.error = -1, 0, ""
 
     def path(self, *names: str) -> str:
-        return os.path.join(self.folder, *names)
+        return os.path.join(self.directory, *names)
 
     # --- the lock ---------------------------------------------------------
 
     def acquire(self, wait: float) -> None:
         """Lock out other runs. Raises Error when one goes on."""
-        self.make_folder()
+        self.make_directory()
         deadline = self.clock.ticks() + wait
         while True:
             try:
@@ -4007,22 +4011,22 @@ class StateDirectory:
                             "--wait 30m waits for its end", EXIT_BUSY)
             time.sleep(0.1)
 
-    def make_folder(self) -> None:
+    def make_directory(self) -> None:
         try:
-            os.makedirs(os.path.dirname(self.folder), 0o711, exist_ok=True)
-            os.makedirs(self.folder, 0o700, exist_ok=True)
-            status = os.lstat(self.folder)
+            os.makedirs(os.path.dirname(self.directory), 0o711, exist_ok=True)
+            os.makedirs(self.directory, 0o700, exist_ok=True)
+            status = os.lstat(self.directory)
         except OSError as error:
             raise Error(f"{error.filename}: {error.strerror}", "mission "
                         "keeps its lock and history there") from None
         if status.st_uid != os.geteuid() or status.st_mode & 0o022 \
                 or not stat.S_ISDIR(status.st_mode):
-            raise Error(f"{self.folder} can be written by others",
+            raise Error(f"{self.directory} can be written by others",
                         f"chown {myself().name} and chmod 700")
-        found = writer_of(os.stat(os.path.dirname(self.folder)),
+        found = writer_of(os.stat(os.path.dirname(self.directory)),
                           {0, os.geteuid()})
         if found:
-            raise Error(f"{os.path.dirname(self.folder)} {found}",
+            raise Error(f"{os.path.dirname(self.directory)} {found}",
                         "who could put another lock in the place of ours")
 
     def busy(self) -> str:
@@ -4066,7 +4070,7 @@ class StateDirectory:
         return run.get("lost", []) + [
             {key: value for key, value in run.items() if key != "lost"}]
 
-    def begin(self, run: dict) -> None:
+    def write_current(self, run: dict) -> None:
         import json
         self.current = run
         data = json.dumps(run).encode() + b"\n"
@@ -4075,10 +4079,10 @@ class StateDirectory:
             self.current_fd = os.open(self.path("current.json"), os.O_WRONLY
                                       | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
-            self.broken = f"{self.folder}: {error.strerror}"
+            self.error = f"{self.directory}: {error.strerror}"
         self.current_size = len(data)
 
-    def note(self, **changes) -> None:
+    def update(self, **changes) -> None:
         """Where the run is now. In place, in one small write and one sync:
         this is done before every task."""
         import json
@@ -4091,7 +4095,7 @@ class StateDirectory:
             self.current_size = os.pwrite(self.current_fd, data, 0)
             getattr(os, "fdatasync", os.fsync)(self.current_fd)
         except OSError as error:
-            self.broken = f"{self.folder}: {error.strerror}"
+            self.error = f"{self.directory}: {error.strerror}"
 
     # --- the past ---------------------------------------------------------
 
@@ -4105,7 +4109,7 @@ class StateDirectory:
         except FileNotFoundError:
             return []
         except OSError as error:
-            self.broken = f"{self.folder}: {error.strerror}"
+            self.error = f"{self.directory}: {error.strerror}"
             return []
         found = []
         for line in lines:
@@ -4117,7 +4121,7 @@ class StateDirectory:
                 found.append(record)
         return found
 
-    def remember(self, record: dict) -> None:
+    def add_to_history(self, record: dict) -> None:
         """Add a run to the history; on the disk when we return."""
         import json
         fd = os.open(self.path("history.jsonl"), os.O_RDWR | os.O_CREAT
@@ -4137,7 +4141,7 @@ class StateDirectory:
                 for old in records[len(records) // 2:]))
 
     def finish(self, record: dict) -> None:
-        self.remember(record)
+        self.add_to_history(record)
         if self.current_fd >= 0:
             os.unlink(self.path("current.json"))
             os.close(self.current_fd)
@@ -4209,54 +4213,54 @@ class RunLog:
     def __init__(self, clock: Clock, colour: bool):
         self.clock, self.colour = clock, colour
         self.started = clock.ticks()
-        self.path, self.fd, self.folder = "", 1, None
-        self.broken, self.retry_at = "", 0.0
+        self.path, self.fd, self.directory = "", 1, None
+        self.error, self.retry_at = "", 0.0
         self.lost = self.spilled = 0
         self.synced = 0.0
         self.shows_status = False
         self.terminal = os.isatty(1)
 
-    def open(self, folder: str, started: float) -> None:
+    def open(self, directory: str, started: float) -> None:
         """A file in the logs folder that did not exist before."""
         self.terminal, name = False, time.strftime(
             LOG_NAME, time.localtime(started))
         self.fd = -1
         try:
-            self.folder = open_folder(folder)
+            self.directory = open_directory(directory)
             for copy in range(1, 1000):
                 last = f"{name}{f'-{copy}' if copy > 1 else ''}.txt"
                 try:
                     self.fd = os.open(
                         last, os.O_WRONLY | os.O_CREAT | os.O_EXCL
                         | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_APPEND, 0o600,
-                        dir_fd=self.folder)
+                        dir_fd=self.directory)
                 except FileExistsError:
                     continue
-                self.path = os.path.join(folder, last)
+                self.path = os.path.join(directory, last)
                 return
         except OSError as error:
-            self.break_down(f"{folder}: {error.strerror}")
+            self.break_down(f"{directory}: {error.strerror}")
 
     def elapsed(self) -> float:
         return self.clock.ticks() - self.started
 
     def break_down(self, reason: str) -> None:
-        if not self.broken:
+        if not self.error:
             sys.stderr.write(f"{PROG}: the log cannot be written "
                              f"({reason}); its lines follow here\n")
-        self.broken = reason
+        self.error = reason
         self.retry_at = self.clock.ticks() + RETRY_LOG
 
     def write(self, text: str) -> None:
         data = text.encode("utf-8", "backslashreplace")
         if self.shows_status:
             self.status("")
-        if self.broken and (self.fd < 0 or self.fd == 1
+        if self.error and (self.fd < 0 or self.fd == 1
                             or self.clock.ticks() < self.retry_at):
             return self.spill(data)
         if self.lost:
             data = (f"\n<<{self.lost:,} bytes of the log could not be "
-                    f"written: {self.broken}>>\n\n").encode() + data
+                    f"written: {self.error}>>\n\n").encode() + data
         try:
             write_all(self.fd, data)
             self.lost = 0
@@ -4291,7 +4295,7 @@ class RunLog:
     def sync(self, soon: bool = False) -> None:
         """Bring the log to the disk; `soon`: if that is a second ago."""
         now = self.clock.ticks()
-        if self.path and not self.broken and not (
+        if self.path and not self.error and not (
                 soon and now - self.synced < 1.0):
             self.synced = now
             try:
@@ -4304,13 +4308,14 @@ class RunLog:
 
     def prune(self, keep: int) -> None:
         """Remove the oldest run logs, by descriptor, and nothing else."""
-        names = sorted((name for name in os.listdir(self.folder)
+        names = sorted((name for name in os.listdir(self.directory)
                         if is_log_name(name)), key=lambda name: [
                             int(part) for part in name[:-4].split("-")])
         for name in names[:-keep]:
-            status = os.stat(name, dir_fd=self.folder, follow_symlinks=False)
+            status = os.stat(name, dir_fd=self.directory,
+                             follow_symlinks=False)
             if stat.S_ISREG(status.st_mode):
-                os.unlink(name, dir_fd=self.folder)
+                os.unlink(name, dir_fd=self.directory)
 
 
 # ==========================================================================
@@ -4334,8 +4339,9 @@ class Runner:
         self.config, self.state, self.delivery = config, state, delivery
         self.processes = processes
         self.log, self.headless, self.broken = log, headless, broken
-        self.sieve = LogFilter(config.redact, config.filters, processes.limit)
-        self.story = MailLog(self.sieve)
+        self.log_filter = LogFilter(config.redact, config.filters,
+                                    processes.limit)
+        self.mail_log = MailLog(self.log_filter)
         self.problems: list[RunProblem] = []
         self.results: dict[str, TaskResult] = {}
         self.started = processes.clock.now()
@@ -4349,9 +4355,9 @@ class Runner:
 
     def log_own(self, text: str, colour: str = "") -> None:
         """A whole text of mission's own."""
-        text = self.sieve.redacted(text)
+        text = self.log_filter.redacted(text)
         self.log.write(self.log.paint(colour, text) if colour else text)
-        self.story.own(text)
+        self.mail_log.own(text)
 
     def log_line(self, text: str, colour: str = "") -> None:
         """One line of mission's own."""
@@ -4360,14 +4366,14 @@ class Runner:
                      colour)
 
     def log_header(self, text: str) -> None:
-        first = self.story.excerpt.head_size == 0
+        first = self.mail_log.excerpt.head_size == 0
         self.log_own(("" if first else "\n") + header(text), "1")
 
     def output(self, text: str, whole: str | None, mark: str = "",
                child: Child | None = None) -> None:
         """Lines of a task or of git."""
         prefix = elapsed_column(self.log.elapsed()) + mark
-        text = self.sieve.redacted(text)
+        text = self.log_filter.redacted(text)
         lines = prefixed(text, prefix)
         if child and child.written > self.config.logs.max:
             child.over = child.over or Excerpt(2 * CHUNK)
@@ -4375,14 +4381,14 @@ class Runner:
         else:
             self.log.write(lines)
         if whole is None:
-            self.story.output(text, prefix)
+            self.mail_log.output(text, prefix)
         elif whole:
-            self.story.output(self.sieve.redacted(whole), prefix)
+            self.mail_log.output(self.log_filter.redacted(whole), prefix)
 
-    def problem(self, verdict: str, level: str, source: str,
+    def problem(self, result: str, level: str, source: str,
                 text: str) -> None:
-        text = self.sieve.redacted(escape_controls(text))
-        self.problems.append(RunProblem(verdict, level, source, text))
+        text = self.log_filter.redacted(escape_controls(text))
+        self.problems.append(RunProblem(result, level, source, text))
         word, colour = ("ERROR", "31") if level == "error" else ("WARN", "33")
         self.log_line(f"{word}: {text}", colour)
 
@@ -4396,7 +4402,7 @@ class Runner:
                 if self.processes.stopped and step.kind in STOPPED_BY_SIGNAL:
                     self.skip(step)
                 else:
-                    self.state.note(phase=step.kind, task=", ".join(
+                    self.state.update(phase=step.kind, task=", ".join(
                         task.slug for task in step.tasks))
                     getattr(self, step.kind)(step)
             except Exception as error:      # a fault of mission itself
@@ -4418,10 +4424,10 @@ class Runner:
         for run in self.lost:
             if run["id"] not in known:
                 try:
-                    self.state.remember(self.record(run, "lost"))
+                    self.state.add_to_history(self.record(run, "lost"))
                 except OSError as error:
-                    self.state.broken = reason_of(error)
-        self.state.begin({
+                    self.state.error = reason_of(error)
+        self.state.write_current({
             "id": self.run_id, "pid": os.getpid(), "started": self.started,
             "boot": boot_id(), "headless": self.headless,
             "log": self.log.path, "phase": "start", "task": "",
@@ -4431,7 +4437,7 @@ class Runner:
             self.expected = self.state.expected()
             self.processes.on_tick = self.show_status
 
-    def record(self, run: dict, verdict: str) -> dict:
+    def record(self, run: dict, result: str) -> dict:
         """A run as the history keeps it."""
         levels = [problem.level for problem in self.problems]
         mine = run["id"] == self.run_id
@@ -4439,7 +4445,7 @@ class Runner:
             "id": run["id"], "start": format_rfc3339(run["started"]),
             "started": run["started"], "headless": run.get("headless"),
             "seconds": round(self.took, 3) if mine else None,
-            "verdict": verdict, "log": run.get("log", ""),
+            "verdict": result, "log": run.get("log", ""),
             "errors": levels.count("error") if mine else 0,
             "warnings": levels.count("warning") if mine else 0,
             "last": run.get("task") or run.get("phase", ""),
@@ -4450,22 +4456,22 @@ class Runner:
         """Bring everything to the disk; the exit status."""
         self.log.status("")
         self.log.sync()
-        if self.log.broken:
+        if self.log.error:
             self.problems.append(RunProblem(
                 "delivery", "error", "log", f"{self.log.lost:,} bytes could "
-                f"not be written: {self.log.broken}"))
-        if self.state.broken:
+                f"not be written: {self.log.error}"))
+        if self.state.error:
             self.problems.append(RunProblem("delivery", "error", "history",
-                                            self.state.broken))
-        verdict = result_of(self.problems, self.processes.stopped)
-        record = self.record(self.state.current, verdict)
-        for deed in (self.write_metrics, self.prune_logs,
+                                            self.state.error))
+        result = result_of(self.problems, self.processes.stopped)
+        record = self.record(self.state.current, result)
+        for step in (self.write_metrics, self.prune_logs,
                      self.state.finish):
             try:
-                deed(record)
+                step(record)
             except OSError as error:
                 self.problems.append(RunProblem(
-                    "delivery", "error", deed.__name__.split("_")[-1],
+                    "delivery", "error", step.__name__.split("_")[-1],
                     f"{error.filename or ''} {error.strerror}".strip()))
         return exit_status(self.problems, self.processes.stopped)
 
@@ -4529,8 +4535,8 @@ class Runner:
             try:
                 child = self.launch(task, f"{task.slug}: " if together else "")
             except Exception as error:      # the other tasks must run
-                self.judge(task, f"cannot start: {reason_of(error)}", 0.0,
-                           count)
+                self.close_attempt(
+                    task, f"cannot start: {reason_of(error)}", 0.0, count)
                 failed.append(task)
             else:
                 child.task = task
@@ -4566,31 +4572,31 @@ class Runner:
                          f"skipped: it needs {needed}, which {word}")
             return False
         try:
-            faults = self.start_errors(task)
+            errors = self.start_errors(task)
         except Exception as error:      # the other tasks must run
-            faults = [reason_of(error)]
-        for fault in faults:
-            self.problem("tasks", "error", task.slug, fault)
-        if faults:
+            errors = [reason_of(error)]
+        for error in errors:
+            self.problem("tasks", "error", task.slug, error)
+        if errors:
             self.results[task.slug] = TaskResult(task.slug, "failed")
-        return not faults
+        return not errors
 
     def start_errors(self, task: Task) -> list[str]:
         """Return the reasons why a task cannot start. Raises OSError."""
-        faults = list(self.broken.get(task.slug, ()))
+        errors = list(self.broken.get(task.slug, ()))
         if task.slug in self.alive:
-            faults.append("still running from a run that was lost: process "
+            errors.append("still running from a run that was lost: process "
                           + self.alive[task.slug])
         if task.user and os.geteuid() and task.user != myself().name:
-            faults.append(f"it runs as {task.user}, and mission does not run "
+            errors.append(f"it runs as {task.user}, and mission does not run "
                           "as root")
         for name, wanted in task.min_free.items():
-            free = free_bytes(self.config.folder(name))
+            free = free_bytes(self.config.directory(name))
             if free < wanted:
-                faults.append(
+                errors.append(
                     f"only {format_size(free >> 20 << 20)} free on storage "
                     f"{name}, and {format_size(wanted)} are wanted")
-        return faults
+        return errors
 
     def launch(self, task: Task, mark: str) -> Child:
         """Start a task. Raises OSError, and Error for an unknown user."""
@@ -4610,7 +4616,7 @@ class Runner:
             child = self.processes.start(
                 [task.entrypoint], env, os.path.dirname(task.entrypoint),
                 become, task.timeout, nice=task.nice)
-        child.scribe = OutputDecoder(self.sieve, lambda text,
+        child.decoder = OutputDecoder(self.log_filter, lambda text,
                                      whole: self.output(
             text, whole, mark, child))
         return child
@@ -4618,12 +4624,12 @@ class Runner:
     def launch_builtin(self, task: Task, env: dict, become) -> Child:
         """Start ourselves as the child that runs Python for a task."""
         import json
-        folder = os.path.join(self.config.folder("tasks"), task.slug)
+        directory = os.path.join(self.config.directory("tasks"), task.slug)
         for name in ("SPOTIFY_API_URL", "SPOTIFY_ACCOUNTS_URL"):
             if name in os.environ:
                 env.setdefault(name, os.environ[name])
         given = json.dumps({
-            "path": os.path.join(folder, "task.py"),
+            "path": os.path.join(directory, "task.py"),
             "pass_bin": self.config.pass_bin,
             "target_user": self.config.user.name,
             "storage": {s.name: s.path for s in
@@ -4637,7 +4643,7 @@ class Runner:
             child = self.processes.start(
                 [sys.executable, "-Iu", os.path.abspath(__file__), "_builtin",
                  task.slug, str(reading), str(secrets_end)], env,
-                folder if os.path.isdir(folder) else "/", become,
+                directory if os.path.isdir(directory) else "/", become,
                 task.timeout, pass_fds=(reading, secrets_end),
                 nice=task.nice)
         finally:
@@ -4657,9 +4663,9 @@ class Runner:
                 self.learn_secrets(child.secrets)
             if chunk:
                 child.written += len(chunk)
-                child.scribe.take(chunk)
+                child.decoder.take(chunk)
             else:
-                child.scribe.silence()
+                child.decoder.silence()
         except Exception as error:
             child.output_error = child.output_error or reason_of(error)
 
@@ -4675,15 +4681,15 @@ class Runner:
             # As it is, and as tracebacks and JSON would show it.
             for value in (line, escape_controls(line), repr(line)[1:-1],
                           json.dumps(line)[1:-1]):
-                if value and value not in self.sieve.values:
-                    self.sieve.values.append(value)
-        self.sieve.values.sort(key=len, reverse=True)
+                if value and value not in self.log_filter.values:
+                    self.log_filter.values.append(value)
+        self.log_filter.values.sort(key=len, reverse=True)
 
     def ended(self, child: Child, attempt: int) -> bool:
         """Close the books on one attempt; whether it went well."""
         self.on_output(child, b"")
         try:
-            child.scribe.end()
+            child.decoder.end()
         except Exception as error:
             child.output_error = child.output_error or reason_of(error)
         if child.over:
@@ -4698,30 +4704,30 @@ class Runner:
             self.problem("tasks", "warning", child.task.slug,
                          "processes it left behind held its output open: "
                          + ", ".join(child.leftovers))
-        fault = child.why or (status_text(child.code) if child.code else "")
-        if child.output_error and not fault:
-            fault = f"its output was lost: {child.output_error}"
-        return self.judge(child.task, fault, child.seconds(), attempt,
+        error = child.why or (status_text(child.code) if child.code else "")
+        if child.output_error and not error:
+            error = f"its output was lost: {child.output_error}"
+        return self.close_attempt(child.task, error, child.seconds(), attempt,
                           child.code)
 
-    def judge(self, task: Task, fault: str, seconds: float, attempt: int,
-              code: int | None = None) -> bool:
+    def close_attempt(self, task: Task, error: str, seconds: float,
+                      attempt: int, code: int | None = None) -> bool:
         """Write the closing line of an attempt, and its result."""
         words = "not started" if code is None else (
             f"exit {code}" if code >= 0 else status_text(code))
         before = self.results.get(task.slug)
         total = seconds + (before.seconds if before else 0)
         self.results[task.slug] = TaskResult(
-            task.slug, "failed" if fault else "ok", total, attempt)
+            task.slug, "failed" if error else "ok", total, attempt)
         self.log_line(f"TaskFinish {task.slug}: {words} in "
                       f"{format_duration(seconds)}")
-        if fault and attempt <= task.retries and not self.processes.stopped:
+        if error and attempt <= task.retries and not self.processes.stopped:
             self.log_line(f"attempt {attempt} of {task.retries + 1} failed: "
-                          f"{fault}; again in "
+                          f"{error}; again in "
                           f"{format_duration(task.retry_delay)}")
-        elif fault:
-            self.problem("tasks", "error", task.slug, fault)
-        return not fault
+        elif error:
+            self.problem("tasks", "error", task.slug, error)
+        return not error
 
     # --- housekeeping -----------------------------------------------------
 
@@ -4755,14 +4761,14 @@ class Runner:
         self.once_title("Commit")
         path = step.storage.path
         self.log_line(f"RepoDir {path}")
-        scribe = OutputDecoder(self.sieve, self.output)
+        decoder = OutputDecoder(self.log_filter, self.output)
 
-        def tell(kind: str, text) -> None:
+        def report(kind: str, text) -> None:
             if kind:
-                scribe.end()
+                decoder.end()
                 self.log_line(f"{kind} {text}".rstrip())
             else:
-                scribe.take(text)
+                decoder.take(text)
 
         began = [run["started"] for run in self.lost] + [
             self.processes.clock.now()]
@@ -4771,18 +4777,18 @@ class Runner:
         message = (f"{'auto' if self.headless else 'manual'} run complete "
                    f"on {local}")
         try:
-            repository = Repository(self.processes, path, tell, min(began))
+            repository = Repository(self.processes, path, report, min(began))
             for warning in repository.commit(message):
-                scribe.end()
+                decoder.end()
                 self.problem("housekeeping", "warning", "commitRepositories",
                              warning)
         except (Error, OSError) as error:
-            scribe.end()
+            decoder.end()
             self.problem("housekeeping", "error", "commitRepositories",
                          f"{path}: {error.message} ({error.hint})"
                          if getattr(error, "hint", "") else
                          f"{path}: {reason_of(error)}")
-        scribe.end()
+        decoder.end()
 
     # --- the end, and delivery --------------------------------------------
 
@@ -4827,14 +4833,14 @@ class Runner:
         if self.config.mail.on == "failure" and not self.problems \
                 and not self.processes.stopped:
             return
-        self.story.close()
+        self.mail_log.close()
         found = closing_words(self.problems, self.processes.stopped)
         body = (f"{found or 'All tasks ran well'}.\n"
                 + (f"The whole log: {escape_controls(HOST)}:{self.log.path}\n"
                    if self.log.path else "")
-                + (f"The log could not be written ({self.log.broken}).\n"
-                   if self.log.broken else "")
-                + "\n" + self.story.excerpt.text())
+                + (f"The log could not be written ({self.log.error}).\n"
+                   if self.log.error else "")
+                + "\n" + self.mail_log.excerpt.text())
         self.log_header("Mail")
         self.mail("MailFinish", f"run finished in {run_took(self.took)}",
                   "finish", body)
@@ -4880,7 +4886,7 @@ class Runner:
         self.log_header("Ping")
         others = [p for p in self.problems if p.source != "pingStart"]
         if not exit_status(others, self.processes.stopped) \
-                and not self.log.broken:
+                and not self.log.error:
             self.ping("", self.run_id)
         elif self.config.ping.fail and self.failed():
             self.ping("fail", self.run_id)
@@ -4893,8 +4899,8 @@ class Runner:
         url = ping_url(ping, action, run_id, HOST)
         body = None
         if ping.log and action != "start":
-            self.story.close()
-            body = self.story.excerpt.end(PING_LIMIT).encode()[-PING_LIMIT:]
+            self.mail_log.close()
+            body = self.mail_log.excerpt.end(PING_LIMIT).encode()[-PING_LIMIT:]
         tries = 1 if action == "start" else ping.retries
         for tried in range(tries):
             accepted, answer = self.delivery.ping(url, body)
@@ -5345,7 +5351,7 @@ def perform(config: Config, steps: list[Step], options,
     runner = Runner(config, processes, Delivery(config, processes), state,
                     log, options.headless, broken)
     if options.headless:
-        log.open(config.folder("logs"), runner.started)
+        log.open(config.directory("logs"), runner.started)
     status = runner.carry_out(steps)
     if status:
         raise Error(closing_words(runner.problems, processes.stopped), "",
@@ -5368,7 +5374,7 @@ def open_state(options) -> StateDirectory:
     """The state directory, for reading. Raises Error without one."""
     state = state_of(os.path.abspath(options.config), Clock())
     try:
-        os.listdir(state.folder)
+        os.listdir(state.directory)
     except OSError:
         raise Error(f"no run of {options.config} is remembered",
                     "-c names the configuration, and root's runs are root's"
@@ -5379,7 +5385,7 @@ def open_state(options) -> StateDirectory:
 def runs_of(state: StateDirectory) -> list[dict]:
     """The history, and what would be reported as lost by the next run."""
     runs = state.history()
-    lock = os.path.join(state.folder, "lock")
+    lock = os.path.join(state.directory, "lock")
     current = state.read_current()
     if current and current["id"] not in {run["id"] for run in runs}:
         held = try_lock(lock)
@@ -5408,14 +5414,14 @@ def command_history(options) -> int:
     for run in shown:
         took = "-" if run["seconds"] is None else format_duration(
             run["seconds"])
-        verdict = paint(options, COLOURS.get(run["verdict"], "31"),
+        result = paint(options, COLOURS.get(run["verdict"], "31"),
                         f"{run['verdict']:8}")
         failed = [task["slug"] for task in run["tasks"]
                   if task["outcome"] == "failed"]
         detail = ", ".join(failed) if failed else (
             f"in {run['last']}" if run["verdict"] in ("lost", "running")
             else "")
-        print(f"{run['id'][:8]:8}  {run['start']:25}  {took:>12}  {verdict}"
+        print(f"{run['id'][:8]:8}  {run['start']:25}  {took:>12}  {result}"
               f" {escape_controls(detail)}".rstrip())
     durations: dict[str, list] = {}
     for run in runs:
@@ -5480,10 +5486,10 @@ def command_new(options, slug: str) -> int:
     if not is_label(slug, LOWER + DIGITS):
         raise Error(f"{quoted(slug)} is no slug", "letters a-z, digits, - "
                     "and _, at most 64", EXIT_USAGE)
-    folder = valid_config(options).config.folder("tasks")
-    path = os.path.join(folder, slug, "run")
+    directory = valid_config(options).config.directory("tasks")
+    path = os.path.join(directory, slug, "run")
     try:
-        tasks = open_folder(folder)
+        tasks = open_directory(directory)
         owner = os.fstat(tasks)
         os.mkdir(slug, 0o755, dir_fd=tasks)
         below = os.open(slug, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW

@@ -290,11 +290,11 @@ def past(typed, scratch):
     journal = mission.StateDirectory(
         str(scratch.state / mission.state_name(str(scratch.path))),
         mission.Clock())
-    journal.make_folder()
+    journal.make_directory()
     for number, verdict in enumerate(("ok", "failed", "lost")):
         log = scratch.logs / f"2026-03-0{number + 1}-02-00-00.txt"
         log.write_text(f"log {number}\n\x1b[2Jevil\n")
-        journal.remember({
+        journal.add_to_history({
             "id": f"{number}{number}aabbcc-1", "verdict": verdict,
             "start": f"2026-03-0{number + 1}T02:00:00+01:00",
             "started": 1772326800.0 + 86400 * number, "headless": True,

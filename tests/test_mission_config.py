@@ -52,10 +52,10 @@ class FakeHost:
         found = {
             "uids": {"anon": 1000, "bob": 1001, "root": 0, "toor": 0,
                      "odd": 65535, "none": 2**32 - 1},
-            "folders": {}, "foreign_files": {}, "scripts": scripts,
+            "storage_errors": {}, "foreign_files": {}, "scripts": scripts,
             "repositories": set(config.storage), "usable": {},
             "of_system": {name for name, storage in config.storage.items()
-                          if storage.path in mission.SYSTEM_FOLDERS},
+                          if storage.path in mission.SYSTEM_DIRECTORIES},
             "programs": {name: f"/usr/bin/{name}" for name in
                          ("git", "sendmail", "notify-send")}}
         return mission.HostFacts(**{**found, **{
@@ -293,9 +293,10 @@ HOST_FAULTS = [     # what the host says, where, the message
      "run:2: a bash task must begin with 'set -euo pipefail' (set -euo"),
     ({"mail": {"writer": "/b/tasks belongs to bob"}}, '"mail"',
      "tasks[0].slug: /b/tasks belongs to bob (only root"),
-    ({"folders": {"sync": "does not exist"}}, '"/b/sync"',
+    ({"storage_errors": {"sync": "does not exist"}}, '"/b/sync"',
      "storage.sync.path: /b/sync does not exist (mkdir -p /b/sync)"),
-    ({"folders": {"sync": "is no folder"}}, '"/b/sync"', "/b/sync is no fol"),
+    ({"storage_errors": {"sync": "is no folder"}}, '"/b/sync"',
+     "/b/sync is no fol"),
     ({"repositories": set()}, "true",
      "storage.sync.commit: /b/sync is no git repository (git init /b/sync"),
     ({"programs": {"sendmail": "x"}}, "true",
@@ -409,7 +410,7 @@ def test_a_byte_order_mark_is_named(check):
 def test_a_message_stands_on_one_line_whatever_it_quotes(check):
     text = BASE.replace('"slug": "photos"', r'"slug": "a\nm.json:1:1: \u001b['
                         r'2J \u202e"').replace('"/b/sync"', r'"/b/\nx"')
-    lines = check(text, folders={"sync": "does not exist"})
+    lines = check(text, storage_errors={"sync": "does not exist"})
     assert all(line.startswith("m.json:") and line.isprintable()
                for line in lines)
     assert len(lines) >= 2
@@ -650,7 +651,7 @@ def test_a_timeout_of_months_is_waited_for_in_steps_that_poll_takes(timeout):
     clock = type("Clock", (), {"ticks": lambda self: 0.0})()
     processes = mission.Processes(clock)
     processes.on_tick, processes.wake = None, 0
-    assert 0 < processes.patience([child]) < 2**31
+    assert 0 < processes.poll_timeout([child]) < 2**31
 
 
 # --- scripts --------------------------------------------------------------

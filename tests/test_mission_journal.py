@@ -32,7 +32,7 @@ class FakeClock:
 def journal(tmp_path):
     found = mission.StateDirectory(str(tmp_path / "state" / "m-1"),
                                    FakeClock())
-    found.make_folder()
+    found.make_directory()
     return found
 
 
@@ -50,7 +50,7 @@ def ids(records) -> list[str]:
 
 
 def history_file(journal, data: bytes | None = None) -> bytes:
-    path = os.path.join(journal.folder, "history.jsonl")
+    path = os.path.join(journal.directory, "history.jsonl")
     if data is not None:
         with open(path, "wb") as file:
             file.write(data)
@@ -68,10 +68,10 @@ def test_there_is_no_history_before_the_first_run(journal):
 
 def test_runs_are_remembered_in_order_one_to_a_line(journal):
     for name in "abc":
-        journal.remember(record(name, text="caf\u00e9\n"))
+        journal.add_to_history(record(name, text="caf\u00e9\n"))
     assert ids(journal.history()) == ["a", "b", "c"]
     assert history_file(journal).count(b"\n") == 3
-    assert support.mode(os.path.join(journal.folder, "history.jsonl")) \
+    assert support.mode(os.path.join(journal.directory, "history.jsonl")) \
         == 0o600
 
 
@@ -88,7 +88,7 @@ GOOD = b'{"id": "a"}\n'
 def test_a_line_that_a_crash_tore_is_passed_over(data, found, journal):
     history_file(journal, data)
     assert ids(journal.history()) == found
-    journal.remember(record("next"))
+    journal.add_to_history(record("next"))
     assert ids(journal.history()) == [*found, "next"]
 
 
@@ -96,7 +96,7 @@ def test_no_byte_of_a_torn_history_can_hide_the_next_run(journal):
     whole = json.dumps(record("a")).encode() + b"\n"
     for end in range(len(whole) + 1):
         history_file(journal, whole[:end])
-        journal.remember(record("next"))
+        journal.add_to_history(record("next"))
         assert ids(journal.history())[-1] == "next", end
 
 
@@ -105,7 +105,7 @@ def test_what_is_remembered_is_on_the_disk(journal, monkeypatch):
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (
         synced.append(os.fstat(fd).st_size), real(fd))[1])
-    journal.remember(record("a"))
+    journal.add_to_history(record("a"))
     assert len(history_file(journal)) in synced
 
 
@@ -113,7 +113,7 @@ def test_a_history_that_has_grown_too_long_loses_its_older_half(
         journal, monkeypatch):
     monkeypatch.setattr(mission, "HISTORY_LIMIT", 5000)
     for number in range(200):
-        journal.remember(record(str(number)))
+        journal.add_to_history(record(str(number)))
     found = ids(journal.history())
     assert found == [str(number) for number in range(
         200 - len(found), 200)]
@@ -123,15 +123,15 @@ def test_a_history_that_has_grown_too_long_loses_its_older_half(
 
 def test_a_planted_link_is_not_written_through(journal, tmp_path):
     victim = tmp_path / "victim"
-    os.symlink(victim, os.path.join(journal.folder, "history.jsonl"))
+    os.symlink(victim, os.path.join(journal.directory, "history.jsonl"))
     with pytest.raises(OSError):
-        journal.remember(record("a"))
+        journal.add_to_history(record("a"))
     assert not victim.exists()
 
 
 def test_the_usual_duration_is_the_median_of_the_last_ten_good_ones(journal):
     for seconds in [99] * 5 + [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]:
-        journal.remember(record("x", tasks=[
+        journal.add_to_history(record("x", tasks=[
             {"slug": "mail", "outcome": "ok", "seconds": seconds},
             {"slug": "mail", "outcome": "failed", "seconds": 1000}]))
     assert journal.expected() == {"mail": 6}
@@ -141,8 +141,8 @@ def test_the_usual_duration_is_the_median_of_the_last_ten_good_ones(journal):
 
 
 def test_a_run_that_finished_is_not_lost(journal):
-    journal.begin(run("a"))
-    journal.note(phase="tasks", task="mail")
+    journal.write_current(run("a"))
+    journal.update(phase="tasks", task="mail")
     assert journal.read_current()["task"] == "mail"
     journal.finish(record("a"))
     assert journal.lost() == [] and ids(journal.history()) == ["a"]
@@ -150,16 +150,16 @@ def test_a_run_that_finished_is_not_lost(journal):
 
 
 def test_a_run_that_was_killed_is_lost_with_its_last_task(journal):
-    journal.begin(run("a"))
-    journal.note(phase="tasks", task="mail")
-    again = mission.StateDirectory(journal.folder, FakeClock())
+    journal.write_current(run("a"))
+    journal.update(phase="tasks", task="mail")
+    again = mission.StateDirectory(journal.directory, FakeClock())
     assert [(one["id"], one["task"]) for one in again.lost()] == [
         ("a", "mail")]
 
 
 def test_a_run_killed_between_its_record_and_its_end_is_not_lost(journal):
-    journal.begin(run("a"))
-    journal.remember(record("a"))       # ... and then it was killed
+    journal.write_current(run("a"))
+    journal.add_to_history(record("a"))       # ... and then it was killed
     assert journal.lost() == []
 
 
@@ -168,8 +168,8 @@ def test_runs_that_were_lost_one_after_the_other_are_all_told_of(journal):
     for name in "abc":
         lost = journal.lost()
         for one in lost:
-            journal.remember(record(one["id"], "lost"))
-        journal.begin(run(name, lost=lost))
+            journal.add_to_history(record(one["id"], "lost"))
+        journal.write_current(run(name, lost=lost))
     assert ids(journal.lost()) == ["a", "b", "c"]
     journal.finish(record("c"))
     assert journal.lost() == []
@@ -180,17 +180,17 @@ def test_runs_that_were_lost_one_after_the_other_are_all_told_of(journal):
     "\0" * 100, '{"started": 1}', "\ufeff{}", "9" * 5000,
 ], ids=lambda text: repr(text)[:20])
 def test_a_current_file_that_a_crash_tore_is_a_lost_run(text, journal):
-    with open(os.path.join(journal.folder, "current.json"), "w") as file:
+    with open(os.path.join(journal.directory, "current.json"), "w") as file:
         file.write(text)
     assert len(journal.lost()) == 1
     assert journal.busy()
-    journal.begin(run("b"))
+    journal.write_current(run("b"))
     journal.finish(record("b"))
     assert ids(journal.history()) == ["b"]
 
 
 def test_history_shows_a_lost_run_before_the_next_one_reports_it(journal):
-    journal.begin(run("a", task="mail"))
+    journal.write_current(run("a", task="mail"))
     found = mission.runs_of(journal)
     assert [(one["id"], one["verdict"], one["last"]) for one in found] == [
         ("a", "lost", "mail")]
@@ -210,8 +210,9 @@ sys.modules["mission"] = mission
 spec.loader.exec_module(mission)
 journal = mission.StateDirectory(sys.argv[2], mission.Clock())
 journal.acquire(0)
-journal.begin({"id": "a", "pid": 4711, "started": mission.time.time() - 65,
-               "phase": "tasks", "task": "mail"})
+journal.write_current({
+    "id": "a", "pid": 4711, "started": mission.time.time() - 65,
+    "phase": "tasks", "task": "mail"})
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -220,7 +221,7 @@ sys.stdin.read()
 def other_run(journal) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-c", OTHER, str(support.ROOT / "mission.py"),
-         journal.folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+         journal.directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"
     return process
 
@@ -268,7 +269,7 @@ def test_the_folder_is_ours_alone(tmp_path):
     try:
         journal = mission.StateDirectory(str(tmp_path / "a" / "b" / "c"),
                                          FakeClock())
-        journal.make_folder()
+        journal.make_directory()
     finally:
         os.umask(old)
     assert support.mode(tmp_path / "a" / "b" / "c") == 0o700
@@ -293,7 +294,7 @@ def test_a_folder_that_others_can_write_is_refused(spoil, tmp_path):
         else:
             os.chown(folder, 1500, 1500)
     with pytest.raises(mission.Error):
-        mission.StateDirectory(str(folder), FakeClock()).make_folder()
+        mission.StateDirectory(str(folder), FakeClock()).make_directory()
     assert os.listdir(elsewhere) == []
 
 
@@ -418,7 +419,7 @@ def test_the_oldest_logs_go_and_nothing_else(tmp_path):
     (tmp_path / "2020-01-01-00-00-00.txt").symlink_to(victim / "keep")
     (tmp_path / "2020-01-01-00-00-01.txt").mkdir()
     log = mission.RunLog(FakeClock(), False)
-    log.folder = os.open(tmp_path, os.O_RDONLY)
+    log.directory = os.open(tmp_path, os.O_RDONLY)
     log.prune(2)
     left = set(os.listdir(tmp_path))
     assert set(others) <= left and set(logs[2:]) <= left
@@ -443,7 +444,7 @@ def test_logs_on_a_full_disk_go_to_stderr_up_to_a_limit(
     log.write("first line\n")
     log.write("second line\n")
     log.write("third line\n")
-    assert "No space left" in log.broken and log.lost == 34
+    assert "No space left" in log.error and log.lost == 34
     err = capfd.readouterr().err
     assert "the log cannot be written" in err and "first line\nsecond" in err
     assert "third line\n" not in err
@@ -460,5 +461,5 @@ def test_logs_on_a_full_disk_go_to_stderr_up_to_a_limit(
 def test_a_log_folder_that_is_gone_is_no_crash(tmp_path, capfd):
     log = log_of(tmp_path / "gone")
     log.write("to stderr\n")
-    assert log.broken and log.path == ""
+    assert log.error and log.path == ""
     assert "to stderr\n" in capfd.readouterr().err

@@ -95,8 +95,8 @@ def test_json_with_comments_and_trailing_commas_is_read(text, value):
 ], ids=short)
 def test_a_fault_is_told_with_its_place(text, words):
     fault = refused(text.replace("@", "", 1))
-    assert words in fault.what
-    assert fault.right
+    assert words in fault.why
+    assert fault.hint
     if "@" in text:
         assert fault.at == text.index("@")
 
@@ -156,7 +156,7 @@ def test_a_key_that_stands_twice_is_noted_each_time():
     text = '{"a": 1, "b": {"a": 2, "a": 3}, "a": 4, "\\u0061": 5}'
     reader = mission.JsoncReader(text)
     reader.document()
-    assert [(path, text[at:at + 3]) for path, at in reader.twice] == [
+    assert [(path, text[at:at + 3]) for path, at in reader.duplicates] == [
         (("b", "a"), '"a"'), (("a",), '"a"'), (("a",), '"\\u')]
 
 

@@ -207,7 +207,7 @@ def test_a_long_line_without_an_end_is_not_lost(redact, short_lines):
 def test_an_endless_line_does_not_swell_the_scribe():
     told = Told()
     told.tell = lambda text, whole: None
-    told.scribe.tell = told.tell
+    told.scribe.emit = told.tell
     for _ in range(200):
         told.scribe.take(b"x" * 65536)
         assert len(told.scribe.pending) <= mission.LONGEST_LINE + 65536
@@ -241,7 +241,7 @@ def test_a_chunk_is_screened_as_its_lines_are_judged(text):
         lines = dice.sample(LINES, dice.randrange(1, 6))
         chunk = "\n".join(lines)
         wanted = [not alone.search(line) for line in lines]
-        found = sieve(filters=[text]).wanted(chunk)
+        found = sieve(filters=[text]).keep_lines(chunk)
         assert (found or [True] * len(lines)) == wanted, lines
         assert sieve(redact=[text]).redacted(chunk) == "\n".join(
             alone.sub("***", line) for line in lines), lines
@@ -264,7 +264,7 @@ def test_what_matches_becomes_three_stars(redact, values, text, found):
 def test_nothing_is_redacted_and_everything_wanted_without_patterns():
     one = sieve()
     assert not one.redacts
-    assert one.redacted("a\nb") == "a\nb" and one.wanted("a\nb") is None
+    assert one.redacted("a\nb") == "a\nb" and one.keep_lines("a\nb") is None
 
 
 @pytest.mark.parametrize("filters, text, verdicts", [
@@ -273,13 +273,13 @@ def test_nothing_is_redacted_and_everything_wanted_without_patterns():
     (["^$"], "\nx\n", [False, True, False]), (["zz1$"], "x zz1", [False]),
 ])
 def test_filters_match_the_bare_line(filters, text, verdicts):
-    assert sieve(filters=filters).wanted(text) == verdicts
+    assert sieve(filters=filters).keep_lines(text) == verdicts
 
 
 def test_a_filter_of_the_original_may_begin_with_the_columns_space():
     """It judged `[12ms      ] text`: its sample's filters begin so."""
     one = sieve(filters=[" sending incremental", " $"])
-    assert one.wanted("sending incremental file list\nxsending incremental"
+    assert one.keep_lines("sending incremental file list\nxsending incremental"
                       "\nnow sending incremental") == [False, True, False]
 
 
@@ -305,15 +305,15 @@ def test_a_line_that_could_not_be_judged_is_withheld():
     assert one.redacted(text).split("\n") == [
         "ok", mission.SLOW.format("redact"), "fine"]
     one = sieve(filters=["(a+)+$"], limit=limit)
-    assert one.wanted(text) == [True, None, True]
+    assert one.keep_lines(text) == [True, None, True]
 
 
 def test_a_line_that_one_filter_drops_need_not_be_judged_by_another():
     one = sieve(filters=["(a+)+$", "!"])
     one.may_match = lambda rule, text: True
-    one.judged = lambda rule, lines, judge: (
+    one.apply = lambda rule, lines, judge: (
         [None] if rule is one.filters[0] else [False])
-    assert one.wanted("aaa!") == [False]
+    assert one.keep_lines("aaa!") == [False]
 
 
 def test_a_pattern_gets_only_so_much_time_in_a_run():
@@ -436,7 +436,7 @@ def test_our_own_lines_are_never_filtered():
 
 def test_a_line_that_no_filter_could_judge_is_withheld_from_the_mail():
     story = mission.MailLog(sieve(filters=["x"]))
-    story.sieve.wanted = lambda text: [True, None]
+    story.log_filter.keep_lines = lambda text: [True, None]
     story.output("a\nb", "> ")
     withheld = mission.SLOW.format("a filter")
     assert story.excerpt.text() == f"> a\n> {withheld}\n"
