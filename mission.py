@@ -8,8 +8,8 @@ keeps the log, and pings a monitor only when all went well.
 What it promises:
 - One failing task never stops the others, and never passes unnoticed: the
   exit status, a line on stderr, the mail and the missing ping all say so.
-- What root does in folders that a user can write is done by descriptors or
-  as that user. No symbolic link leads it out, no git hook runs as root.
+- Where a user can write, root works by descriptors or as that user. No
+  symbolic link leads it out of a storage, no git hook runs as root.
 - A run that was killed, or lost its machine, is reported by the next one.
 - It hangs on no task, server, mailer or regular expression, and its memory
   stays small whatever a task prints.
@@ -62,8 +62,8 @@ PROG, VERSION = "mission", "1.0"
 EXIT_OK = 0
 EXIT_PROBLEMS = 1       # the run had errors or warnings
 EXIT_USAGE = 2
-EXIT_DELIVERY = 74      # sysexits(3) EX_IOERR: the tasks were well, but mail,
-                        # ping or log could not be delivered
+EXIT_DELIVERY = 74      # sysexits(3) EX_IOERR: the tasks succeeded, but a
+                        # mail, ping or log could not be delivered
 EXIT_BUSY = 75          # EX_TEMPFAIL: another run holds the lock
 EXIT_CONFIG = 78        # EX_CONFIG
 EXIT_SIGNAL = 128       # plus the number of the signal, as shells report it
@@ -284,18 +284,19 @@ def try_lock(path: str) -> int | None:
 # ==========================================================================
 # Jsonc: what does the configuration text say?                  (nothing; C)
 #
-# JSON (RFC 8259) with // and /* */ comments and trailing commas. Comments
-# count as blanks, so the position of every value is true; `json` does not
-# tell positions, which is why there is a reader here.
+# JSON (RFC 8259) with // and /* */ comments and trailing commas. The module
+# `json` does not give the position of a value, and every diagnostic needs
+# one, so mission has a reader of its own.
 # ==========================================================================
 
-DEEPEST = 50            # a configuration is five deep; 100,000 "[" is a bomb
+DEEPEST = 50            # levels; a configuration has five, and 100,000 would
+                        # exhaust the stack
 ENDS_WORD = frozenset(" \t\r\n,:[]{}\"/")
 CONSTANTS = {"true": True, "false": False, "null": None}
 
 
 class JsoncError(Exception):
-    """The text is no JSONC from offset `at` on."""
+    """The text is not JSONC at the offset `at`: why, and what is expected."""
 
     def __init__(self, at: int, why: str, hint: str):
         super().__init__(why)
@@ -303,13 +304,16 @@ class JsoncError(Exception):
 
 
 def quoted(text: str) -> str:
-    """As JSON writes it, short enough for a message."""
+    """The text in double quotes, escaped, cut to 60 characters."""
     return '"' + escape_controls(text[:60]).replace('"', '\\"') + '"'
 
 
 class JsoncReader:
-    """Reads one text. `places` tells the offset of each value by its path,
-    `keys` that of each key, `twice` the paths of keys that stand twice."""
+    """Reads one text, by recursive descent.
+
+    `places` and `keys` map the path of each value to the offset of the value
+    and of its key; `duplicates` has (path, offset) of repeated keys.
+    """
 
     def __init__(self, text: str):
         self.text, self.at = text, 0
@@ -318,18 +322,20 @@ class JsoncReader:
         self.duplicates: list[tuple[tuple, int]] = []
 
     def document(self):
-        """The one value of the text. Raises Unreadable."""
+        """Return the value of the text, as `json.loads` does. Raises
+        JsoncError."""
         value = self.value((), 0)
         if self.peek():
             self.stop("there is more text after the end", "one { ... } alone")
         return value
 
     def stop(self, why: str, hint: str):
+        """Raise JsoncError for the current position."""
         raise JsoncError(self.at, why, hint)
 
     def peek(self) -> str:
-        """The next character that is neither space nor comment; '' at the
-        end."""
+        """Skip white space and comments; return the next character, or ''
+        at the end of the text."""
         text = self.text
         while True:
             if text[self.at:self.at + 1] in (" ", "\t", "\r", "\n"):
@@ -346,12 +352,14 @@ class JsoncReader:
                 return text[self.at:self.at + 1]
 
     def accept(self, mark: str) -> bool:
+        """Skip the character `mark`; False if another one is next."""
         if self.peek() != mark:
             return False
         self.at += 1
         return True
 
     def value(self, path: tuple, depth: int):
+        """Read the value at `path`, which is inside `depth` others."""
         mark = self.peek()
         self.places[path] = self.at
         if depth > DEEPEST:
@@ -389,6 +397,7 @@ class JsoncReader:
         return found
 
     def string(self) -> str:
+        """Read a string; `json` decodes it if it has escapes."""
         start, end = self.at, self.at + 1
         while self.text[end:end + 1] not in ('"', "\n", ""):
             end += 2 if self.text[end] == "\\" else 1
@@ -409,6 +418,7 @@ class JsoncReader:
         return text
 
     def bare_word(self):
+        """Read true, false, null or a number; no NaN and no infinity."""
         end = self.at
         while self.text[end:end + 1] not in ENDS_WORD and end < len(self.text):
             end += 1
@@ -430,7 +440,7 @@ class JsoncReader:
 
 
 def is_number(word: str) -> bool:
-    """Whether JSON would take it, and it is no infinity."""
+    """Whether the word is a number of RFC 8259 that a float can hold."""
     import re
     return bool(re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?"
                              r"[0-9]+)?", word)) and abs(float(word)) < 1e300
@@ -447,18 +457,20 @@ def is_number(word: str) -> bool:
 
 LOWER, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 
-# Regular expressions. The address is conservative on purpose: it becomes
-# an argument of sendmail.
+# Regular expressions. That of an address is stricter than RFC 5321, because
+# the address becomes an argument of sendmail.
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 ADDRESS = (r"[A-Za-z0-9_][A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{0,63}"
            r"@[A-Za-z0-9](?:[A-Za-z0-9.-]{0,253}[A-Za-z0-9])?")
 ENDPOINT = r"(?i)https?://[^\s/?#\\]+(?:[/?#][^\s\\]*)?"
 HOST_NAME = r"(?i)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.?)+"
-CARRIED = {"spotify": ("sync", "sessions")}     # built in -> storages it needs
+# Built-in tasks that are part of this file -> the storages they need.
+CARRIED = {"spotify": ("sync", "sessions")}
 
 
 def is_label(text: str, first: str) -> bool:
-    """A slug or a name: a-z, digits, - and _, at most 64, as `first`."""
+    """Whether the text is a slug or the name of a storage or group: at most
+    64 of a-z, digits, - and _; the first one is in `first`."""
     return text[:1] in tuple(first) and len(text) <= 64 and set(
         text) <= set(LOWER + DIGITS + "-_")
 
@@ -475,15 +487,18 @@ class ValueType(FrozenRecord):
 
 
 def is_text_list(value) -> bool:
+    """Whether the value is a list of strings."""
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
 def number(low: int, high: int) -> ValueType:
+    """The type of a key that takes a whole number."""
     return ValueType(f"a whole number from {low} to {high}",
                      lambda v: type(v) is int and low <= v <= high)
 
 
 def one_of(*words: str) -> ValueType:
+    """The type of a key that takes one of some words."""
     return ValueType(" or ".join(f'"{word}"' for word in words),
                      lambda v: isinstance(v, str) and v in words)
 
@@ -537,6 +552,7 @@ def object_of(record: type, form: str = "one") -> ValueType:
 
 
 def list_of(record: type) -> ValueType:
+    """The type of a key whose value is a list of objects."""
     return ValueType("a list of objects", lambda v: isinstance(v, list),
                      blank=[], record=record, form="list")
 
@@ -609,6 +625,7 @@ class Storage(ConfigObject):
 
     @property
     def name(self) -> str:
+        """The key of this storage in `storage`."""
         return self.where[-1]
 
     @property
@@ -920,7 +937,7 @@ def as_json(record: ConfigObject) -> dict:
 # Root, and what chown(2) takes for "leave it" (-1 in 16 and 32 bits).
 NOT_A_USER = frozenset((0, -1, 2**16 - 1, 2**32 - 1))
 
-# As root we would give these away to a user, with all that is in them.
+# A chown of these by root would give the system to a user.
 SYSTEM_DIRECTORIES = frozenset(
     "/ /bin /boot /dev /etc /home /lib /lib32 /lib64 /media /mnt /opt /proc "
     "/root /run /sbin /srv /sys /tmp /usr /usr/bin /usr/lib /usr/local "
@@ -967,6 +984,7 @@ class ConfigValidator:
         self.scripts: dict[str, list[Diagnostic]] = {}
 
     def add(self, path: tuple, why: str, hint: str) -> None:
+        """Add an error of the value at `path`, unless it has one already."""
         if not self.is_known(path):
             self.diagnostics.add(path, why, hint)
 
@@ -976,6 +994,7 @@ class ConfigValidator:
                    for end in range(1, len(path) + 1))
 
     def validate(self) -> None:
+        """Check everything; the order of the checks does not matter."""
         self.check_account(self.config.user.name, ("user", "name"))
         self.check_storages()
         slugs = [task.slug for task in self.config.tasks]
@@ -991,6 +1010,7 @@ class ConfigValidator:
                      "write it and its folders")
 
     def check_account(self, name: str, path: tuple) -> None:
+        """Check a user that tasks run as, or that gets the files."""
         uid = self.facts.uids.get(name)
         if uid is None:
             self.add(path, f"there is no user {described(name)}",
@@ -1002,6 +1022,7 @@ class ConfigValidator:
     # --- storages ---------------------------------------------------------
 
     def check_storages(self) -> None:
+        """Check the names of the storages, then each storage."""
         variables = {}
         for name in ("tasks", "logs"):
             if name not in self.config.storage:
@@ -1022,6 +1043,8 @@ class ConfigValidator:
                 self.check_chown(storage)
 
     def check_storage(self, storage: Storage) -> None:
+        """Check that the directory is usable, and a repository if it is to
+        be committed."""
         path, commit = storage.path, storage.where + ("commit",)
         error = self.facts.storage_errors.get(storage.name)
         if error:
@@ -1054,6 +1077,7 @@ class ConfigValidator:
     # --- tasks ------------------------------------------------------------
 
     def check_task(self, task: Task, is_duplicate: bool) -> None:
+        """Check one task; with a wrong slug nothing else can be checked."""
         where = task.where
         if not is_label(task.slug, LOWER + DIGITS):
             self.add(where + ("slug",), f"{described(task.slug)} is no slug",
@@ -1079,6 +1103,7 @@ class ConfigValidator:
                 for why, hint in script_errors(task, self.config, self.facts))
 
     def check_objects_of_task(self, task: Task) -> None:
+        """Check the keys of `env` and `minFree`, which are free text."""
         import re
         for name, value in task.env.items():
             if not re.fullmatch(VARIABLE, name) or "\0" in value:
@@ -1111,6 +1136,7 @@ class ConfigValidator:
     # --- delivery ---------------------------------------------------------
 
     def check_delivery(self) -> None:
+        """Check ping, notify, mail and the files that they need."""
         config, smtp = self.config, self.config.mail.smtp
         if config.ping.enabled and not is_endpoint(config.ping.endpoint):
             self.add(("ping", "endpoint"), described(config.ping.endpoint)
@@ -1141,6 +1167,7 @@ class ConfigValidator:
             self.add(where, f"{path} {self.facts.usable[path]}", hint)
 
     def check_mail(self) -> None:
+        """Check that an enabled mail has an address and a way out."""
         import re
         mail = self.config.mail
         if not self.config.user.email:
@@ -1171,6 +1198,7 @@ class ConfigValidator:
         self.check_address(path + ("from",), smtp.sender)
 
     def check_patterns(self) -> None:
+        """Check that each regular expression compiles without a warning."""
         import re
         for key in ("filters", "redact"):
             for index, text in enumerate(getattr(self.config, key)):
@@ -1183,7 +1211,7 @@ class ConfigValidator:
 
 
 def reachable(task: Task, tasks: dict) -> set:
-    """The slugs that must run before this task, and before those."""
+    """The slugs that must run before `task`, directly or through others."""
     found, ahead = set(), list(task.needs)
     while ahead:
         slug = ahead.pop()
@@ -1194,6 +1222,7 @@ def reachable(task: Task, tasks: dict) -> set:
 
 
 def is_endpoint(url: str) -> bool:
+    """Whether the URL is http or https and can be requested."""
     import re
     from urllib.parse import urlsplit
     if not re.fullmatch(ENDPOINT, url) or escape_controls(url) != url:
@@ -1206,30 +1235,36 @@ def is_endpoint(url: str) -> bool:
 
 
 def mail_domain(host: str) -> str:
-    """The host's name as a domain of addresses and message ids; a host can
-    have any bytes for a name."""
+    """The host's name as the domain of addresses and message IDs.
+
+    A host name may be any bytes (sethostname(2)); an unusable one becomes
+    "localhost"."""
     import re
     return host if re.fullmatch(HOST_NAME, host) and len(host) < 254 \
         else "localhost"
 
 
 def address_of(email: str) -> str:
-    """The bare address of "Name <a@b>" or "a@b"; '' if it is none."""
+    """The bare address of "Name <a@b>" or "a@b"; '' if it is invalid."""
     import re
     match = re.fullmatch(r"[^<>\r\n\0]*<([^<>\s]+)>|(\S+)", email)
     address = (match[1] or match[2]) if match else ""
     return address if re.fullmatch(ADDRESS, address) else ""
 
 
-# The original's regular expressions are Go's (RE2). What it has and Python
-# lacks, and people use: character classes by name, and \z.
+# The regular expressions of the original are Go's (RE2). Python lacks two
+# parts that people use: character classes by name, and \z.
 CLASSES = {"alpha": "a-zA-Z", "digit": "0-9", "alnum": "a-zA-Z0-9",
            "upper": "A-Z", "lower": "a-z", "space": r"\s", "word": r"\w",
            "blank": r" \t", "xdigit": "0-9A-Fa-f", "punct": r"!-/:-@\[-`{-~"}
 
 
 def pattern(text: str, flags: int = 0):
-    """A pattern of the configuration. Raises re.error, or a Warning."""
+    """Compile a regular expression of the configuration.
+
+    Raises re.error, and Warning for a pattern that Python will change the
+    meaning of.
+    """
     import re
     import warnings
     text = re.sub(r"\[:([a-z]+):\]", lambda match: CLASSES.get(
@@ -1247,7 +1282,7 @@ def interpreter_words(head: str) -> list[str]:
 
 
 def interpreter_name(head: str) -> str:
-    """What really interprets: /bin/bash -> bash, env -S bash -eu -> bash."""
+    """The interpreter of a script: that of `env -S bash -eu` is bash."""
     words = interpreter_words(head)
     if words and posixpath.basename(words[0]) == "env":
         words = [word for word in words[1:]
@@ -1304,7 +1339,7 @@ def script_errors(task: Task, config: Config, facts: HostFacts):
 
 
 def first_command(head: str) -> tuple[int, str]:
-    """Number and text of a script's first line that is no comment."""
+    """Number and text of the first line of a script that is a command."""
     lines = head.split("\n")
     for row, line in enumerate(lines[1:], start=2):
         text = line.strip(" \t")
@@ -1316,20 +1351,21 @@ def first_command(head: str) -> tuple[int, str]:
 # ==========================================================================
 # Plan: what will this run do, in order?                        (nothing; C)
 #
-# A run is a list of steps, decided before the first is carried out; what
-# `--dry-run` prints is what `run` does. The order is the original's, but
-# for chown before commit: git works as the owner and must be able to read.
+# A run is a list of steps. It is complete before the first step is carried
+# out, so `--dry-run` prints what `run` does. The order is the original's,
+# except that chown comes before commit: git runs as the owner and must be
+# able to read the files.
 # ==========================================================================
 
 
 class Step(FrozenRecord):
-    """One step of a run. `kind` is the name of the Runner's method."""
+    """One step of a run; `kind` is the method of Runner that performs it."""
     kind: str
-    tasks: tuple = ()           # several run side by side
+    tasks: tuple = ()           # more than one run side by side
     storage: Storage | None = None
 
 
-STOPPED_BY_SIGNAL = ("tasks", "chown", "commit")
+STOPPED_BY_SIGNAL = ("tasks", "chown", "commit")    # skipped after SIGTERM
 
 
 def select_tasks(config: Config, slugs: list[str]) -> list[Task]:
@@ -1371,7 +1407,8 @@ def with_needed(tasks: list[Task], by_slug: dict[str, Task]) -> list[Task]:
 
 
 def parallel_groups(tasks: list[Task]) -> list[tuple]:
-    """Neighbours of one parallel group together, unless one needs another."""
+    """The tasks in groups that run side by side: neighbours with the same
+    `parallel`, unless one needs another."""
     found: list[list[Task]] = []
     for task in tasks:
         last = found[-1] if found else []
@@ -1420,7 +1457,7 @@ def plan(config: Config, slugs: list[str], headless: bool,
 
 
 def step_text(step: Step, config: Config) -> str:
-    """A step in words, for --dry-run."""
+    """A step in words, for `--dry-run`."""
     storage = step.storage
     if step.kind == "tasks":
         names = ", ".join(f"{task.slug} ({task.entrypoint or 'built in'})"
@@ -1459,19 +1496,19 @@ def blocked_by(task: Task, outcomes: dict) -> str:
 # ==========================================================================
 # Report: what is reported of a run?                            (nothing; C)
 #
-# A task's output is hostile: it may be endless, binary, a hundred megabytes
-# on one line, or look like our own lines. It comes in as chunks of bytes
-# and leaves as text that is safe for a terminal, redacted in the log and
-# filtered in the mail. Work is done on chunks of whole lines, not on lines:
-# a million lines a second pass only this way.
+# The output of a task is untrusted: it may be endless, binary, one line of
+# 100 MB, or imitate mission's lines. It arrives in chunks of bytes and
+# becomes text that is safe for a terminal, redacted in the log and filtered
+# in the mail. Each step works on many lines at a time, because a task can
+# print a million lines per second.
 # ==========================================================================
 
 RULE = "# " + "\u2014" * 47
 MASK = "***"
-LONGEST_LINE = 2**18    # longer ones are cut: a line must fit into memory
-                        # several times over, or no pattern could judge it
-LINE_SECONDS = 1.0      # a pattern may take this long for a line ...
-ALL_SECONDS = 10.0      # ... and this long for all that it was slow for
+LONGEST_LINE = 2**18    # bytes; no pattern is applied to a longer line,
+                        # because it would be copied in memory several times
+LINE_SECONDS = 1.0      # the longest a pattern may take for a line ...
+ALL_SECONDS = 10.0      # ... and for all lines that it was too slow for
 SLOW = "<<line withheld: {} took too long to judge it>>"
 TOO_LONG = "<<line of {} bytes withheld: too long to be judged>>"
 MAIL_LIMIT = 200_000    # characters of the log in a mail, half of them tail
@@ -1487,31 +1524,32 @@ ESCAPES = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 class TooSlow(Exception):
-    """A function was stopped because it took longer than it may."""
+    """A function was stopped at its limit of time."""
 
 
 class RunProblem(FrozenRecord):
-    """Something went wrong: which verdict it touches, and how badly."""
-    result: str        # "tasks", "housekeeping" or "delivery"
+    """An error or a warning of a run, and which of its results it spoils."""
+    result: str         # "tasks", "housekeeping" or "delivery"
     level: str          # "error" or "warning"
     source: str         # a slug or a step: mail, sendMail, chown ...
     text: str
 
 
 class TaskResult(FrozenRecord):
-    """What became of one task."""
+    """How one task of a run ended."""
     slug: str
     outcome: str        # "ok", "failed" or "skipped"
-    seconds: float = 0.0
+    seconds: float = 0.0        # of all attempts
     attempts: int = 0
 
 
 def header(title: str) -> str:
+    """The three lines that begin a part of the log, as in the original."""
     return f"{RULE}\n# {escape_controls(title)}\n{RULE}\n\n"
 
 
 def elapsed_column(elapsed: float) -> str:
-    """The column in front of each line of the log."""
+    """The first column of a line of the log: the time since the start."""
     return "[%-10s] " % format_duration(elapsed)
 
 
@@ -1528,19 +1566,19 @@ def status_text(code: int) -> str:
 
 
 class LinePattern:
-    """One pattern of the configuration, with how long it may take.
+    """A pattern of the configuration, and the time that it has used.
 
-    `screen` tells of a block of lines, each with a newline before it, that
-    none of them matches: the same pattern with ^ and $ at each line. Where
-    that could miss a match (look-around, \\A, \\Z, possessive and atomic
-    groups) there is none. A newline in place of a leading ^ is the same
-    there, and `re` finds it ten times as fast.
+    `line` is applied to one line. `screen` is applied to a block of lines,
+    each after a newline, to find quickly that no line matches: it is the
+    same pattern with re.M. It is None where it could miss a match: with
+    look-around, \\A, \\Z, possessive or atomic groups. A leading ^ becomes a
+    newline in `screen`, which `re` finds ten times as fast.
     """
 
     def __init__(self, text: str):
         import re
         self.line, self.spent, self.screen = pattern(text), 0.0, None
-        self.alone = False      # too slow for a block: line by line
+        self.alone = False      # too slow for a block, so line by line
         odd = re.sub(r"\(\?(?:[aimux]+\)|:|P<)", "", text)
         if re.search(r"\(\?|\\[AZzB]|[*+?}]\+", odd):
             return
@@ -1551,13 +1589,13 @@ class LinePattern:
         self.screen = pattern(text, re.M)
 
 
-# The original judged lines with the elapsed column before them, so its
-# filters may begin with the space that stood there, as its sample's do.
+# The original applied filters to lines with the elapsed column, so they may
+# begin with the space after it, as those of its sample do.
 LEADING_SPACE = "(?:^| )"
 
 
 def as_bare_line(text: str) -> str:
-    """A filter of the original's as one that judges the bare line."""
+    """A filter of the original, for a line without the elapsed column."""
     return LEADING_SPACE + text[1:] if text.startswith(" ") else text
 
 
@@ -1565,7 +1603,8 @@ class LogFilter:
     """Redacts and filters whole lines.
 
     `limit(seconds, function, *arguments)` calls the function and raises
-    TooSlow when it takes longer. What could not be judged is withheld.
+    TooSlow after `seconds`. A line that a pattern was too slow for is
+    withheld: it may hold a secret.
     """
 
     def __init__(self, redact, filters, limit):
@@ -1576,10 +1615,11 @@ class LogFilter:
 
     @property
     def redacts(self) -> bool:
+        """Whether anything is redacted, so that lines must be complete."""
         return bool(self.redactions or self.values)
 
     def redacted(self, text: str) -> str:
-        """Whole lines, each match replaced by ***."""
+        """The lines of `text` with *** in place of each match."""
         for value in self.values:
             text = text.replace(value, MASK)
         for rule in self.redactions:
@@ -1592,8 +1632,8 @@ class LogFilter:
         return text
 
     def keep_lines(self, text: str) -> list | None:
-        """For each line: True, False (filtered), None (could not be judged);
-        or None if every line is wanted."""
+        """For each line True (keep), False (filtered) or None (withheld); or
+        None alone if all lines are kept."""
         results, block = None, "\n" + text
         for rule in self.filters:
             if self.may_match(rule, block):
@@ -1606,6 +1646,7 @@ class LogFilter:
         return results
 
     def may_match(self, rule: LinePattern, block: str) -> bool:
+        """False if certainly no line of the block matches."""
         if rule.screen is None:
             return True
         try:
@@ -1615,7 +1656,7 @@ class LogFilter:
             return True
 
     def apply(self, rule: LinePattern, lines: list, function) -> list:
-        """judge(line) for each line, None where it took too long."""
+        """function(line) for each line; None where it took too long."""
         if not rule.alone:
             try:
                 return self.limit(LINE_SECONDS,
@@ -1625,6 +1666,7 @@ class LogFilter:
         return [self.apply_to_line(rule, line, function) for line in lines]
 
     def apply_to_line(self, rule: LinePattern, line: str, function):
+        """function(line); None if the pattern has used up its time."""
         if rule.spent >= ALL_SECONDS:
             return None
         try:
@@ -1637,9 +1679,9 @@ class LogFilter:
 class OutputDecoder:
     """Turns the raw output of one process into lines.
 
-    `tell(text, whole)` is called with whole lines, sanitised and without
-    the newline at the end. `whole` is what the filters are to judge: None
-    for the same as `text`, "" for nothing (shown before its line was whole).
+    `emit(text, whole)` is called with lines that are safe to print, without
+    the last newline. `whole` is the text for the filters: None if it is the
+    same, "" if there is none, because the line is not complete yet.
     """
 
     def __init__(self, log_filter: LogFilter, emit):
@@ -1651,6 +1693,7 @@ class OutputDecoder:
         self.cut = 0            # bytes of it that were passed on in pieces
 
     def take(self, chunk: bytes) -> None:
+        """Emit the lines that end in this chunk of output."""
         data = self.pending + chunk if self.pending else chunk
         if b"\r" in data:       # progress bars: each state is a line
             last = b"\r" if data.endswith(b"\r") else b""
@@ -1669,7 +1712,7 @@ class OutputDecoder:
             self.pending = self.pending[LONGEST_LINE:]
 
     def text(self, data: bytes) -> str:
-        """Bytes as safe text; what is not UTF-8 becomes an escape."""
+        """Bytes as safe text, with escapes for controls and invalid UTF-8."""
         if not data.translate(None, PLAIN):
             return data.decode("ascii")
         text = data.decode("utf-8", "backslashreplace")
@@ -1677,13 +1720,14 @@ class OutputDecoder:
         return text.translate(ESCAPES) if self.unsafe.search(text) else text
 
     def piece(self, data: bytes) -> None:
-        """A part of a line that is too long to be judged."""
+        """Emit a part of a line that is too long for patterns."""
         self.cut += len(data)
         shown, self.shown = self.shown, 0
         if not self.log_filter.redacts:
             self.emit(self.text(data[shown:]) + " <<line goes on>>", "")
 
     def rest_of_line(self, line: bytes) -> None:
+        """Emit the end of a line that was shown or cut before."""
         if self.cut:
             size, self.cut = self.cut + len(line), 0
             note = TOO_LONG.format(f"{size:,}")
@@ -1697,26 +1741,29 @@ class OutputDecoder:
 
     @property
     def waiting(self) -> bool:
-        """Is there a line without an end to show, and may we? A redaction
-        would have to judge the whole of it first."""
+        """Whether there is an incomplete line to show. With redactions there
+        is none, because they need the complete line."""
         return len(self.pending) > self.shown and not self.cut \
             and not self.log_filter.redacts
 
     def silence(self) -> None:
-        """Nothing came for a while: show a prompt that waits."""
+        """Show an incomplete line, such as a prompt, after a silence."""
         if self.waiting:
             self.emit(self.text(self.pending[self.shown:].rstrip(b"\r")), "")
             self.shown = len(self.pending)
 
     def end(self) -> None:
-        """The output ended; perhaps without a newline."""
+        """Emit what is left: the last line may have no newline."""
         line, self.pending = self.pending.rstrip(b"\r"), b""
         if line[self.shown:] or self.shown or self.cut:
             self.rest_of_line(line)
 
 
 class Excerpt:
-    """The head and the tail of a long text; what lies between is counted."""
+    """The head and the tail of a long text; the middle is only counted.
+
+    Sizes are in characters. The memory used stays near `limit`.
+    """
 
     def __init__(self, limit: int):
         from collections import deque
@@ -1726,7 +1773,7 @@ class Excerpt:
         self.lost_lines = self.lost_size = 0
 
     def add(self, text: str) -> None:
-        """Text that ends in a newline."""
+        """Append text that ends in a newline."""
         room = self.half - self.head_size
         if room > 0:
             part = text if len(text) <= room else text[:self.cut_at(
@@ -1752,38 +1799,41 @@ class Excerpt:
             self.drop(oldest)
 
     def cut_at(self, text: str, room: int) -> int:
+        """Where to cut the text for the head: after a whole line."""
         end = text.rfind("\n", 0, room) + 1
         return end if end or self.head else room
 
     def drop(self, text: str) -> None:
+        """Count text that is left out."""
         self.lost_lines += text.count("\n")
         self.lost_size += len(text)
 
     def text(self) -> str:
+        """The head, a line with the size of the gap, and the tail."""
         gap = f"\n<<{plural(self.lost_lines, 'line')} left out here: " \
             f"{self.lost_size:,} characters>>\n\n" if self.lost_size else ""
         return "".join(self.head) + gap + "".join(self.tail)
 
     def end(self, limit: int) -> str:
-        """The last lines, at most `limit` characters."""
+        """The last lines, `limit` characters at most."""
         text = ("".join(self.head) + "".join(self.tail))[-limit - 1:]
         return text if len(text) <= limit else text[text.find("\n") + 1:]
 
 
 class MailLog:
-    """The log as the mail tells it: filtered, and cut to a size."""
+    """The log for the mail: filtered, and cut to MAIL_LIMIT."""
 
     def __init__(self, log_filter: LogFilter):
         self.log_filter, self.excerpt = log_filter, Excerpt(MAIL_LIMIT)
         self.filtered = 0
 
     def own(self, text: str) -> None:
-        """A line of mission's: it is never filtered."""
+        """Add a line of mission itself, which no filter removes."""
         self.close()
         self.excerpt.add(text)
 
     def output(self, text: str, prefix: str) -> None:
-        """Lines of a task, without the newline at the end."""
+        """Add lines of a task, given without the last newline."""
         results = self.log_filter.keep_lines(text)
         if results is None:
             return self.own(prefixed(text, prefix))
@@ -1796,13 +1846,14 @@ class MailLog:
         return None
 
     def close(self) -> None:
-        """Count, where they stood, the lines that were filtered."""
+        """Put a count in the place of the lines that were filtered."""
         if self.filtered:
             count, self.filtered = self.filtered, 0
             self.excerpt.add(f"\n<<{plural(count, 'line')} filtered>>\n\n")
 
 
 def prefixed(text: str, prefix: str) -> str:
+    """The lines with the prefix before each, and a newline at the end."""
     return prefix + text.replace("\n", "\n" + prefix) + "\n"
 
 
@@ -1815,11 +1866,13 @@ def counted(problems: list[RunProblem]) -> str:
 
 
 def backup_problems(problems: list[RunProblem]) -> list[RunProblem]:
-    """Those of tasks and housekeeping: they make a run red."""
+    """The problems of tasks and housekeeping, which make a run fail."""
     return [p for p in problems if p.result != "delivery"]
 
 
 def result_of(problems: list[RunProblem], stopped: int) -> str:
+    """The result of a run in its history; "trouble": something was not
+    delivered. `stopped` is the number of a signal, or 0."""
     if stopped:
         return "stopped"
     if backup_problems(problems):
@@ -1828,13 +1881,14 @@ def result_of(problems: list[RunProblem], stopped: int) -> str:
 
 
 def exit_status(problems: list[RunProblem], stopped: int) -> int:
+    """The exit status of a run; 0 if and only if nothing went wrong."""
     return EXIT_SIGNAL + stopped if stopped else {
         "failed": EXIT_PROBLEMS, "trouble": EXIT_DELIVERY, "ok": EXIT_OK,
     }[result_of(problems, 0)]
 
 
 def closing_words(problems: list[RunProblem], stopped: int) -> str:
-    """The one line on stderr; '' when all went well."""
+    """The message about a run on stderr; '' if nothing went wrong."""
     if stopped:
         import signal
         return f"the run was stopped by {signal.Signals(stopped).name}"
@@ -1849,31 +1903,34 @@ def closing_words(problems: list[RunProblem], stopped: int) -> str:
 
 
 def subject(host: str, text: str, failed: bool) -> str:
-    """A mail's subject that can be nothing but a subject.
+    """The subject of a mail. No value can add a second header.
 
-    Python before 3.13 turns the newline of an encoded word into a second
-    header, so `=?` is broken up as well.
+    Python before 3.13 turns a newline in an encoded word into a header, so
+    `=?` is broken up as well.
     """
     line = f"{host}: {'[FAILURE] ' if failed else ''}{text}"
     return " ".join(escape_controls(line).replace("=?", "= ?").split())[:200]
 
 
 def run_took(seconds: float) -> str:
-    return format_duration(round(seconds)) if seconds >= 1 \
-        else format_duration(seconds)
+    """A duration for people, without fractions of a second if possible."""
+    return format_duration(round(seconds) if seconds >= 1 else seconds)
 
 
 BARS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: list[float]) -> str:
-    """A line of bars, the longest duration the highest."""
+    """A line of bars; the greatest value has the highest bar."""
     top = max(values, default=0) or 1
     return "".join(BARS[min(int(value / top * 8), 7)] for value in values)
 
 
 def metrics_text(record: dict, last_success: float) -> str:
-    """A run for node_exporter's textfile collector (Prometheus text)."""
+    """The metrics of a run in Prometheus' text format, version 0.0.4.
+
+    `last_success` is the start of the last good run, in seconds since 1970.
+    """
     lines = []
 
     def metric(name: str, help_text: str, *rows) -> None:
