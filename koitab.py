@@ -41,7 +41,8 @@ of koid (root), J the user of a job, U a user without rights, C the caller.
   3 network
     Dashboard     what is kept of all hosts, by which rule?       (files) U
     Notifier      how does an alert go out?          (network, processes) U
-    HttpServer    what does a browser or an agent get?   (network, files) U
+    HttpServer    is this a valid request, in time?      (network, files) U
+    Api           who may call what?                            (network) U
     Page          what does the browser run?                    (nothing) U C
   4 commands
     Command       what can I type?                             (terminal) C
@@ -11481,46 +11482,44 @@ def post(target: str, body: bytes, headers: dict) -> str:
 
 
 # ==========================================================================
-# HttpServer: what does a browser or an agent get?       (network, files; U)
+# HttpServer: is this a valid request, in time?        (network, files; U)
 #
-# Bytes become a Request, and a Response becomes bytes. Whoever calls may be
-# hostile, so all of it has limits: bytes, seconds, connections an address.
+# accept, count the connection, TLS handshake; then per request: head, checks
+# of Api, body, handler, response; after the last one close. Each step has a
+# limit below, in seconds or bytes. Over it the client gets a 4xx or 503 where
+# it can still read one, and only that connection ends. One coroutine of the
+# event loop serves one connection, so a slow client delays no other.
 # ==========================================================================
 
 LONGEST_LINE, LONGEST_HEAD, MOST_HEADERS = 8192, 16_384, 64
-HEAD_TIME, BODY_TIME, IDLE_TIME = 10.0, 30.0, 75.0  # seconds, in all
-WRITE_TIME = 30.0       # without a byte taken by who asked
-LINGER_TIME, LINGER_BYTES = 1.0, 2**20  # so that a refusal arrives
-STOP_TIME = 1.5         # for what is being written when we are to end
-SWEEP_TIME = 0.5        # between two looks for who is late
-BACKLOG = 1024          # every host calls at the full minute
-MOST_WIRES, MOST_OF_ADDRESS, MOST_UNPROVEN = 4096, 512, 64
-MOST_WRITES = 8192      # that wait for the disk
-MOST_READS, MOST_READERS = 256, 4
-PING_BODY, SMALL_BODY = 2**20, 2**16
-SYNC_BODY, REQUEST_BODY = 2**23, 2**20
-TLS_BUFFER = 2**15      # two records; asyncio takes 2**18 a connection
-INLINE_BODY = 2**15     # longer JSON is not read on the loop
+HEAD_TIME, BODY_TIME = 10.0, 30.0   # seconds: handshake and each head; a body
+IDLE_TIME = 75.0        # seconds between two requests of a connection
+WRITE_TIME = 30.0       # seconds in which a client takes WRITE_SIZE bytes
+WRITE_SIZE, READ_SIZE = 2**16, 2**16
+LINGER_TIME, LINGER_BYTES = 1.0, 2**20  # that we discard after a refusal
 AHEAD = 2**16           # bytes of requests that wait for their turn
-SLOW_READER = 2**20     # bytes that a stream may be behind
-MOUTHFUL = 2**18           # bytes of a download, at a time
-MOST_CHANGES = 1000       # changes that a stream can catch up with
-MOST_CHANGE_BYTES = 2**22
-HEARTBEAT = 15.0
-LONGEST_WAIT, LONGEST_LOOK = 25.0, 10.0
-MISSES, MISSES_IN_ALL, BAN, LONGEST_BAN = 10, 300, 60.0, 3600.0
-MOST_ADDRESSES = 1000           # that were read, and are at hand
-MOST_STRANGERS = 10_000         # addresses that are remembered
-CERTIFICATE_SOON = 14 * DAY
+STOP_TIME = 1.5         # seconds for running requests when the server stops
+ACCEPT_PAUSE = 0.1      # seconds without accepting: no descriptor was left
+BACKLOG = 1024          # every host calls at the full minute
+MOST_CONNECTIONS, MOST_OF_ADDRESS, MOST_UNPROVEN = 4096, 512, 64
+# asyncio buffers 256 KiB per TLS connection from Python 3.11 on, half a
+# gigabyte for 2,000 hosts. Two TLS records are enough.
+TLS_BUFFER = 2**15
+LINES_TIME, LINES_IN_TIME = 10.0, 20    # of the log, about refusals
+CERTIFICATE_SOON = 14 * DAY             # seconds before it expires: warn
+# Flags of OpenSSL (X509_VERIFY_PARAM_set_flags(3)) that `ssl` does not name,
+# or only from 3.10 on.
+PARTIAL_CHAIN, NO_CHECK_TIME = 0x80000, 0x200000
 
 METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
-LETTERS_OF_TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuv"
-                             "wxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-# What says where a request ends, whose it is, or what it is: two of one kind
-# could be read in two ways, by a proxy and by us.
-ONCE = frozenset("host content-length content-type content-encoding origin "
-                 "authorization expect transfer-encoding if-none-match "
-                 "access-control-request-method".split())
+TOKEN_CHARACTERS = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrst"
+                             "uvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+# These say where a request ends, whose it is, or what it is. A proxy and we
+# could choose differently between two of one name.
+SINGLE_HEADERS = frozenset(
+    "host content-length content-type content-encoding origin authorization "
+    "expect transfer-encoding if-none-match access-control-request-method"
+    .split())
 STATUS = {
     100: "Continue", 200: "OK", 201: "Created", 202: "Accepted",
     204: "No Content", 304: "Not Modified", 400: "Bad Request",
@@ -11533,24 +11532,18 @@ STATUS = {
     500: "Internal Server Error", 501: "Not Implemented",
     503: "Service Unavailable", 507: "Insufficient Storage"}
 TEXT, JSON = "text/plain; charset=utf-8", "application/json"
-# On all that we say: nothing is guessed, kept, framed or told to others.
-GUARDS = (b"X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer"
-          b"\r\nX-Frame-Options: DENY\r\nCross-Origin-Opener-Policy: "
-          b"same-origin\r\n")
-POLICY = ("default-src 'none'; script-src {script}; style-src {style}; "
-          "connect-src 'self'; worker-src blob:; img-src data:; base-uri "
-          "'none'; form-action 'none'; frame-ancestors 'none'; "
-          "require-trusted-types-for 'script'; trusted-types koi")
+# Sent with every response: a browser guesses no type, sends no referrer,
+# shows no page of ours in a frame and shares no window with others.
+SECURITY_HEADERS = (
+    b"X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\n"
+    b"X-Frame-Options: DENY\r\nCross-Origin-Opener-Policy: same-origin\r\n")
 
 
 # --- a head, and what is wrong with it ------------------------------------
 
 
 class Request:
-    """What was asked: a head without fault, and its body."""
-
-    __slots__ = ("method", "path", "query", "headers", "minor", "length",
-                 "body")
+    """A valid head and, once it was read, its body. RFC 9112."""
 
     def __init__(self, method: str, target: str, minor: int, headers: dict):
         self.method, self.minor, self.headers = method, minor, headers
@@ -11558,48 +11551,53 @@ class Request:
         self.length, self.body = body_length(method, headers), b""
 
     @property
-    def keeps(self) -> bool:
-        """May another request come by the same connection?"""
+    def keeps_alive(self) -> bool:
+        """May another request follow on the connection? RFC 9112, 9.3"""
         return self.minor == 1 and "close" not in [
             word.strip(" \t").lower() for word in
             self.headers.get("connection", "").split(",")]
 
     @property
-    def kind(self) -> str:
-        """What the body is said to be, without its parameters."""
+    def content_type(self) -> str:
+        """The media type of the body, in lower case, without parameters."""
         return self.headers.get("content-type", "").partition(";")[0].strip(
             " \t").lower()
 
 
-def early_fault(data: bytes, since: int = 0) -> str:
-    """Why these cannot be the first bytes of a request; "" if they can.
-    Seen before the head has ended, so that nobody waits for the end of what
-    is none: a TLS hello, lines that end as HTTP's do not."""
+def partial_head_error(data: bytes) -> str:
+    """Return why these bytes cannot begin a request, or "".
+
+    It is asked before the head is complete: who speaks TLS to this port, or
+    ends lines in another way than HTTP, gets an answer without a timeout.
+    """
     if not 65 <= data[0] <= 90:     # a method begins with A to Z
         return "this port speaks plain http" if data[0] == 22 else \
             "this is no HTTP"
-    ends = data.count(b"\r\n", since)
-    if data.count(b"\n", since) != ends or data.count(b"\r", since) - ends \
-            != data.endswith(b"\r"):
+    ends = data.count(b"\r\n")
+    if data.count(b"\n") != ends \
+            or data.count(b"\r") - ends != data.endswith(b"\r"):
         return "a line ends with half of CR LF"
-    return "there is a NUL in it" if data.find(b"\0", since) >= 0 else ""
+    return "there is a NUL in it" if b"\0" in data else ""
 
 
-def head_fault(data: bytes, end: int) -> Error | None:
-    """Is a head too large? `end` is where it ends, -1 if it has not yet."""
+def check_head_size(data: bytes, end: int) -> None:
+    """Check the size of a head that ends at `end`; -1: more has to come.
+    Raises Error."""
     line = data.find(b"\r\n", 0, LONGEST_LINE + 2)
     if line < 0 and len(data) > LONGEST_LINE:
-        return Error(f"the first line is longer than {LONGEST_LINE:,} bytes",
-                     "", 414)
+        raise Error(f"the first line is longer than {LONGEST_LINE:,} bytes",
+                    "", 414)
     if (len(data) if end < 0 else end + 4) > LONGEST_HEAD:
-        return Error(f"the head is longer than {LONGEST_HEAD:,} bytes", "",
-                     431)
-    return None
+        raise Error(f"the head is longer than {LONGEST_HEAD:,} bytes", "",
+                    431)
 
 
-def read_head(head: bytes) -> Request:
-    """The request whose head this is, without the empty line at its end.
-    Raises Error with the status to answer."""
+def parse_head(head: bytes) -> Request:
+    """Return the request with this head, whose empty line is cut off.
+
+    It is stricter than RFC 9112: whatever a proxy in front of us could read
+    in another way is refused. Raises Error with the status to answer.
+    """
     lines = head.decode("latin-1").split("\r\n")
     if len(lines) - 1 > MOST_HEADERS:
         raise Error(f"there are more than {MOST_HEADERS} header lines", "",
@@ -11612,43 +11610,44 @@ def read_head(head: bytes) -> Request:
         raise Error("this speaks HTTP/1.1", "", 400)
     if method not in METHODS:
         raise Error("there is no such method here", "", 501)
-    why = target_fault(target)
+    why = target_error(target)
     if why:
         raise Error(why, "", 400)
-    headers = read_headers(lines[1:])
+    headers = parse_headers(lines[1:])
     if version == "HTTP/1.1" and "host" not in headers:
         raise Error("there is no Host", "", 400)
     return Request(method, target, int(version[-1]), headers)
 
 
-def target_fault(target: str) -> str:
-    """Why this is no target for us; "" if it is. Our paths are plain, so
-    whatever could be read in two ways is refused and not tidied."""
+def target_error(target: str) -> str:
+    """Return why this is not a target of ours, or "". Our paths are plain,
+    so what could be read in two ways is refused, not normalized."""
     path = target.partition("?")[0]
     if not path.startswith("/"):
         return "the target is no path"
     if not (target.isascii() and target.isprintable()) or " " in target:
         return "the target is not ASCII without blanks"
     if "//" in path or "/." in path or any(
-            letter in path for letter in "%\\;") or "#" in target:
+            character in path for character in "%\\;") or "#" in target:
         return "the path is not plain"
     return ""
 
 
-def read_headers(lines: list[str]) -> dict[str, str]:
-    """Headers by their names in small letters. Raises Error."""
+def parse_headers(lines: list[str]) -> dict[str, str]:
+    """Return the header values by lower-case name. Values of a repeated name
+    are joined by commas. Raises Error."""
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")
-        if not colon or not name or not LETTERS_OF_TOKEN.issuperset(name):
+        if not colon or not name or not TOKEN_CHARACTERS.issuperset(name):
             raise Error("a header is not NAME: VALUE", "", 400)
         name, value = name.lower(), value.strip(" \t")
         if not value.isprintable() and any(
-                letter < " " and letter != "\t" or letter == "\x7f"
-                for letter in value):
+                character < " " and character != "\t" or character == "\x7f"
+                for character in value):
             raise Error("there is a control character in a header", "", 400)
         if name in headers:
-            if name in ONCE:
+            if name in SINGLE_HEADERS:
                 raise Error(f"there are two {name} headers", "", 400)
             value = f"{headers[name]}, {value}"
         headers[name] = value
@@ -11656,7 +11655,8 @@ def read_headers(lines: list[str]) -> dict[str, str]:
 
 
 def body_length(method: str, headers: dict) -> int:
-    """How many bytes come after a head. Raises Error."""
+    """Return the number of bytes after the head. Chunks are refused: two
+    programs can disagree about where they end. Raises Error."""
     if "transfer-encoding" in headers:
         raise Error("a body has to come with its length",
                     "Content-Length, no Transfer-Encoding", 501)
@@ -11670,8 +11670,8 @@ def body_length(method: str, headers: dict) -> int:
     return int(text)
 
 
-def read_query(query: str) -> dict[str, str]:
-    """The fields of a query, each once. Raises Error."""
+def parse_query(query: str) -> dict[str, str]:
+    """Return the fields of a query, each of them once. Raises Error."""
     from urllib.parse import unquote_to_bytes
     fields = {}
     for part in query.split("&") if query else ():
@@ -11687,9 +11687,9 @@ def read_query(query: str) -> dict[str, str]:
     return fields
 
 
-def read_json(body: bytes) -> dict:
-    """The object in a body. Numbers that SQLite cannot hold, halves of
-    surrogate pairs and NaN stop here. Raises Error."""
+def parse_body(body: bytes) -> dict:
+    """Return the JSON object of a body. Raises Error, also for what SQLite
+    cannot hold: large numbers, NaN, halves of surrogate pairs."""
     import json
 
     def whole(text: str) -> int:
@@ -11697,7 +11697,7 @@ def read_json(body: bytes) -> dict:
             raise ValueError
         return int(text)
 
-    def broken(text: str) -> float:
+    def finite(text: str) -> float:
         number = float(text)
         if number - number:         # infinity
             raise ValueError
@@ -11707,7 +11707,7 @@ def read_json(body: bytes) -> dict:
         raise ValueError
 
     try:
-        found = json.loads(body.decode(), parse_int=whole, parse_float=broken,
+        found = json.loads(body.decode(), parse_int=whole, parse_float=finite,
                            parse_constant=refuse)
         if b"\\ud" in body or b"\\uD" in body:
             json.dumps(found, ensure_ascii=False).encode()
@@ -11719,12 +11719,12 @@ def read_json(body: bytes) -> dict:
     return found
 
 
-# --- who may call us by which name ----------------------------------------
+# --- names and addresses --------------------------------------------------
 
 
 def split_authority(text: str) -> tuple[str, str]:
-    """(name, port) of name:port; [::1]:80 keeps its brackets. ("", "") if
-    it is neither."""
+    """Return (name, port) of NAME:PORT, the name in lower case; [::1]:80
+    keeps its brackets. ("", "") for anything else."""
     name, colon, port = text.rpartition(":") if not text.endswith("]") \
         else (text, "", "")
     name, port = (name, port) if colon else (text, "")
@@ -11739,35 +11739,28 @@ def split_authority(text: str) -> tuple[str, str]:
 
 
 def address_of(name: str):
-    """The IP address that a name in a Host is, or None. Nearly all requests
-    have the same few, and to read one takes long."""
-    found = ADDRESSES.get(name, MISSING)
-    if found is MISSING:
-        from ipaddress import ip_address
-        try:
-            found = ip_address(name[1:-1] if name.startswith("[") else name)
-        except ValueError:
-            found = None
-        if len(ADDRESSES) >= MOST_ADDRESSES:
-            ADDRESSES.clear()
-        if len(name) < 100:
-            ADDRESSES[name] = found
-    return found
-
-
-ADDRESSES: dict = {}
+    """Return the ipaddress object for an IP address, or None."""
+    from ipaddress import ip_address
+    try:
+        return ip_address(name[1:-1] if name.startswith("[") else name)
+    except ValueError:
+        return None
 
 
 def is_loopback(address: str) -> bool:
+    """Is this an address of this machine alone, such as ::ffff:127.0.0.1?"""
     found = address_of(address.partition("%")[0])
     mapped = getattr(found, "ipv4_mapped", None)
     return bool(found) and (mapped or found).is_loopback
 
 
 def is_allowed_host(host: str, names: frozenset, literals: bool) -> bool:
-    """Is this a name of ours? A page of a stranger whose own name was made
-    to point here (DNS rebinding) sends another. With `literals` all IP
-    addresses are: they cannot be made to point anywhere."""
+    """May a request name us so in its Host header?
+
+    The page of an attacker whose name was made to point here (DNS rebinding)
+    sends that name. With `literals` every IP address is allowed: an address
+    cannot be made to point elsewhere.
+    """
     name, port = split_authority(host)
     if name == "localhost" or name in names or f"{name}:{port}" in names:
         return bool(name)
@@ -11776,7 +11769,7 @@ def is_allowed_host(host: str, names: frozenset, literals: bool) -> bool:
 
 
 def network_of(address: str) -> str:
-    """By what a caller is counted: IPv6 gives everyone a /64."""
+    """Return by what a client is counted: its IPv4 address or its /64."""
     found = address_of(address.partition("%")[0])
     if found is None:
         return "?"
@@ -11786,242 +11779,81 @@ def network_of(address: str) -> str:
     return found.exploded[:19]
 
 
-class LoginThrottle:
-    """Who guessed tokens that are none, and how long each has to wait. What
-    is made from a password can be guessed; so it is refused then even when
-    it is right, or it could be told apart."""
-
-    def __init__(self):
-        self.misses: dict[str, list] = {}   # network -> since, count, bans
-        self.banned: dict[str, float] = {}
-        self.known: dict[str, float] = {}   # who had a good one: since when
-        self.since, self.count = 0.0, 0
-
-    def wait(self, network: str, now: float) -> int:
-        """Seconds until this caller may try again; 0: now."""
-        until = self.banned.get(network, 0.0)
-        if self.count >= MISSES_IN_ALL and network not in self.known:
-            until = max(until, self.since + BAN)
-        return int(until - now) + 1 if until > now else 0
-
-    def miss(self, network: str, now: float) -> None:
-        if now - self.since > BAN:
-            self.since, self.count = now, 0
-        self.count += 1
-        row = self.misses.pop(network, None) or [now, 0, 0]
-        if now - row[0] > BAN:
-            # An hour of peace, and what was before is forgotten.
-            row = [now, 0, row[2] if now - row[0] < LONGEST_BAN else 0]
-        row[1] += 1
-        if row[1] >= MISSES:
-            self.banned[network] = now + min(BAN * 2 ** row[2], LONGEST_BAN)
-            row = [self.banned[network], 0, min(row[2] + 1, 10)]
-        self.misses[network] = row          # the newest is last
-        for table in (self.misses, self.banned):
-            if len(table) > MOST_STRANGERS:
-                del table[next(iter(table))]
-
-    def good(self, network: str, now: float) -> None:
-        self.known.pop(network, None)
-        self.known[network] = now
-        if len(self.known) > MOST_STRANGERS:
-            del self.known[next(iter(self.known))]
+def forwarded_address(header: str) -> str:
+    """Return the client in X-Forwarded-For, or "". The last address is the
+    one our proxy saw; those before it are claims of the client."""
+    last = header.rpartition(",")[2].strip(" \t")
+    return str(address_of(last) or address_of(split_authority(last)[0]) or "")
 
 
 class ConnectionLimits:
     """How many connections each network has, and how many of them have not
-    shown a good token yet."""
+    shown a valid token yet."""
 
     def __init__(self):
-        self.all, self.most = 0, MOST_WIRES
-        self.of: dict[str, list] = {}       # network -> in all, unproven
+        self.count, self.most = 0, MOST_CONNECTIONS
+        self.networks: dict[str, list] = {}     # -> [all, unproven]
 
-    def admits(self, network: str | None, room: bool = True) -> bool:
-        """May one more come in? None: it is not counted by its address.
-        Without `room` that of the house does not count."""
-        row = self.of.get(network, (0, 0))
-        return (self.all < self.most or not room) and \
-            row[0] < MOST_OF_ADDRESS and row[1] < MOST_UNPROVEN
+    @property
+    def is_full(self) -> bool:
+        """Is there no room left for any client?"""
+        return self.count >= self.most
 
-    def enter(self, network: str | None) -> None:
-        self.all += 1
+    def has_room_for(self, network: str | None) -> bool:
+        """May this network have one more? None is not counted by network."""
+        every, unproven = self.networks.get(network, (0, 0))
+        return every < MOST_OF_ADDRESS and unproven < MOST_UNPROVEN
+
+    def add(self, network: str | None) -> None:
+        """Count a new connection, which is unproven."""
+        self.count += 1
         if network is not None:
-            row = self.of.setdefault(network, [0, 0])
+            row = self.networks.setdefault(network, [0, 0])
             row[0] += 1
             row[1] += 1
 
-    def prove(self, network: str | None) -> None:
+    def mark_proven(self, network: str | None) -> None:
+        """One of the connections has shown a valid token."""
         if network is not None:
-            self.of[network][1] -= 1
+            self.networks[network][1] -= 1
 
-    def leave(self, network: str | None, proven: bool) -> None:
-        self.all -= 1
+    def remove(self, network: str | None, proven: bool) -> None:
+        """A connection has ended."""
+        self.count -= 1
         if network is not None:
-            row = self.of[network]
+            row = self.networks[network]
             row[0] -= 1
             row[1] -= not proven
             if not row[0]:
-                del self.of[network]
+                del self.networks[network]
 
 
-# --- what is asked for, and who may ask -----------------------------------
-
-
-class Route(FrozenRecord):
-    """One line of what can be asked for."""
-    method: str
-    path: str               # words in capitals stand for a value: FIELDS_OF
-    role: str                # anyone, host, viewer (or operator), operator
-    handler: str               # a method of Site's
-    body: int = 0           # bytes at most
-    cors: bool = False      # from pages of others, too
-
-
-def is_check(text: str) -> bool:
-    """A uuid as Healthchecks has them in its paths: in small letters."""
-    return is_uuid(text) and text == text.lower()
-
-
-def is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 18
-
-
-def is_slug(text: str) -> bool:
-    return 0 < len(text) <= 200 and SLUG_LETTERS.issuperset(text.lower())
-
-
-# A word of a path -> what may stand there.
-FIELDS_OF = {
-    "HOST": lambda text: is_hex(text, 32), "NONCE": lambda text: is_hex(
-        text, 32), "JOB": is_number, "RUN": is_number, "N": is_number,
-    "CHECK": is_check, "KEY": is_slug, "NAME": lambda text: is_slug(
-        text.rpartition(".")[0])}
-ROUTES = [Route(*row) for row in (
-    ("GET", "/", "anyone", "page"),
-    ("GET", "/healthz", "anyone", "healthz", 0, True),
-    ("GET", "/metrics", "viewer", "metrics"),
-    ("GET", "/badge/KEY/NAME", "anyone", "badge", 0, True),
-    ("GET", "/api/v1/salt", "anyone", "salt"),
-    ("POST", "/api/v1/dashboards", "anyone", "create_dashboard", SMALL_BODY),
-    ("POST", "/api/v1/rotate", "operator", "rotate", SMALL_BODY),
-    ("POST", "/api/v1/hosts", "operator", "join", SMALL_BODY),
-    ("DELETE", "/api/v1/hosts/HOST", "host or operator", "leave"),
-    ("GET", "/api/v1/hosts/HOST/list", "viewer", "host_list"),
-    ("POST", "/api/v1/sync", "host", "sync", SYNC_BODY),
-    ("GET", "/api/v1/state", "viewer", "state"),
-    ("GET", "/api/v1/stream", "viewer", "stream"),
-    ("GET", "/api/v1/jobs/JOB/runs", "viewer", "runs"),
-    ("GET", "/api/v1/runs/RUN", "viewer", "run"),
-    ("GET", "/api/v1/runs/RUN/chunks", "viewer", "chunks"),
-    ("GET", "/api/v1/runs/RUN/output", "viewer", "output"),
-    ("GET", "/api/v1/runs/RUN/raw", "viewer", "raw"),
-    ("GET", "/api/v1/search", "viewer", "search"),
-    ("GET", "/api/v1/day", "viewer", "day"),
-    ("GET", "/api/v1/audit", "viewer", "audit"),
-    ("POST", "/api/v1/requests", "operator", "create_request", REQUEST_BODY),
-    ("GET", "/api/v1/requests/NONCE", "viewer", "request_state"),
-    ("POST", "/api/v1/snooze", "operator", "snooze", SMALL_BODY),
-    ("POST", "/api/v1/checks", "operator", "new_check", SMALL_BODY),
-    ("POST", "/api/v1/checks/CHECK", "operator", "change_check", SMALL_BODY),
-    ("GET", "/api/v1/checks/CHECK/pings", "viewer", "pings"),
-    ("GET", "/api/v1/checks/CHECK/pings/N/body", "viewer", "ping_body"),
-    ("GET", "/api/v1/channels", "viewer", "channels"),
-    ("POST", "/api/v1/channels", "operator", "change_channels", SMALL_BODY),
-    ("POST", "/api/v1/forget", "operator", "forget", SMALL_BODY))]
-PING = {method: Route(method, "PING", "anyone", "ping", most, True)
-        for method, most in (("GET", 0), ("POST", PING_BODY))}
-PING_WORDS = ("start", "fail", "log")
-
-
-def table_of(routes: list) -> dict[tuple, list]:
-    """First word and number of words of a path -> what can stand there:
-    the words, and the routes by their methods."""
-    table: dict[tuple, list] = {}
-    for path in dict.fromkeys(route.path for route in routes):
-        words = path.split("/")
-        table.setdefault((words[1], len(words)), []).append((words, {
-            route.method: route for route in routes if route.path == path}))
-    return table
-
-
-TABLE = table_of(ROUTES)
-PLAIN_PATHS = {"/".join(words): routes for found in TABLE.values()
-               for words, routes in found
-               if not FIELDS_OF.keys() & set(words)}
-
-
-def found_routes(path: str) -> tuple[dict, tuple]:
-    """The routes of a path by their methods, and the values in it."""
-    if path in PLAIN_PATHS:
-        return PLAIN_PATHS[path], ()
-    parts = path.split("/")
-    for words, routes in TABLE.get((parts[1], len(parts)), ()):
-        if all(FIELDS_OF[word](part) if word in FIELDS_OF else word == part
-               for word, part in zip(words, parts)):
-            return routes, tuple(part for word, part in zip(words, parts)
-                                 if word in FIELDS_OF)
-    ping = read_ping(parts[1:])
-    return (PING, ping) if ping else ({}, ())
-
-
-def read_ping(parts: list[str]) -> tuple:
-    """What a path means as Healthchecks has them: the uuid or the key, the
-    slug or None, what happened; () if it is no ping. By uuid comes first,
-    so that UUID/start is no slug."""
-    if parts[0] == "ping":
-        parts = parts[1:]
-    if len(parts) > 1 and parts[-1] == "" and is_check(parts[0]):
-        parts = parts[:-1]
-    if not parts or not all(map(is_slug, parts)):
-        return ()
-    if is_check(parts[0]) and (len(parts) == 1 or len(parts) == 2 and (
-            parts[1] in PING_WORDS or is_number(parts[1]))):
-        key, slug, rest = parts[0], None, parts[1:]
-    elif 2 <= len(parts) <= 3:
-        key, slug, rest = parts[0], parts[1], parts[2:]
-    else:
-        return ()
-    word = rest[0] if rest else "success"
-    return (key, slug, word) if word in PING_WORDS or is_number(
-        word) or not rest else ()
-
-
-# --- what we answer -------------------------------------------------------
+# --- responses ------------------------------------------------------------
 
 
 class Response:
-    """An answer, before it is bytes."""
+    """A response before it becomes bytes.
 
-    __slots__ = ("status", "body", "kind", "headers", "last")
+    `headers` are (name, value). `stream`, a coroutine function, sends a body
+    of unknown length: it gets the function `send(bytes)`, also a coroutine,
+    and the connection closes after it.
+    """
 
     def __init__(self, status: int = 200, body: bytes = b"",
-                 kind: str = TEXT, headers: tuple = (), last: bool = False):
-        self.status, self.body, self.kind = status, body, kind
-        self.headers = headers      # (name, value)
-        self.last = last            # hang up after it
+                 content_type: str = TEXT, headers: tuple = (), stream=None):
+        self.status, self.body = status, body
+        self.content_type, self.headers = content_type, headers
+        self.stream = stream
 
 
 def json_response(value, status: int = 200, headers: tuple = ()) -> Response:
+    """Return a response with a value as JSON."""
     return Response(status, compact_json(value).encode(
         "utf-8", "backslashreplace"), JSON, headers)
 
 
-def state_response(state: dict) -> Response:
-    """All that the overview shows. Strips are nearly all of it and seldom
-    change, so each keeps its own text."""
-    def spliced(each: dict) -> str:
-        strip = each.pop("strip")
-        return f'{compact_json(each)[:-1]},"strip":{strip.json}}}'
-
-    lists = "".join(
-        f',"{name}":[{",".join(map(spliced, state.pop(name)))}]'
-        for name in ("jobs", "checks"))
-    return Response(200, f"{compact_json(state)[:-1]}{lists}}}".encode(
-        "utf-8", "backslashreplace"), JSON)
-
-
 def error_response(error: Error, headers: tuple = ()) -> Response:
-    """An Error of ours, or of Hub's, as what was wrong with a request."""
+    """Return an Error as a response. One without an HTTP status is a bug."""
     status = error.status if error.status in STATUS else 500
     if status in (429, 503, 507) and not headers:
         headers = (("Retry-After", str(getattr(error, "seconds", 5))),)
@@ -12029,11 +11861,11 @@ def error_response(error: Error, headers: tuple = ()) -> Response:
                          status, headers)
 
 
-def head_bytes(response: Response, length: int | None, last: bool) -> bytes:
-    """The head of an answer. Without a length it ends when we hang up.
-    What others say never stands in a head: only plain ASCII passes."""
+def head_bytes(response: Response, last: bool) -> bytes:
+    """Return the head of a response; `last` closes the connection after it.
+    Foreign text cannot add a header: only printable ASCII passes."""
     lines = [f"HTTP/1.1 {response.status} {STATUS[response.status]}",
-             f"Content-Type: {response.kind}"]
+             f"Content-Type: {response.content_type}"]
     names = set()
     for name, value in response.headers:
         assert value.isascii() and value.isprintable(), name
@@ -12041,1245 +11873,316 @@ def head_bytes(response: Response, length: int | None, last: bool) -> bytes:
         lines.append(f"{name}: {value}")
     if "Cache-Control" not in names:
         lines.append("Cache-Control: no-store")
-    if length is not None and response.status not in (204, 304):
-        lines.append(f"Content-Length: {length}")
+    if not response.stream and response.status not in (204, 304):
+        lines.append(f"Content-Length: {len(response.body)}")
     if last:
         lines.append("Connection: close")
-    return "\r\n".join(lines).encode("ascii") + b"\r\n" + GUARDS + b"\r\n"
-
-
-def page_policy_of(text: str) -> str:
-    """The policy under which a page runs nothing but what stands in it."""
-    from base64 import b64encode
-    from hashlib import sha256
-
-    def hashes(tag: str) -> str:
-        found, at = [], text.find(f"<{tag}")
-        while at >= 0:
-            begin = text.index(">", at) + 1
-            end = text.index(f"</{tag}>", begin)
-            digest = sha256(text[begin:end].encode()).digest()
-            found.append(f"'sha256-{b64encode(digest).decode()}'")
-            at = text.find(f"<{tag}", end)
-        return " ".join(found) or "'none'"
-
-    return POLICY.format(script=hashes("script"), style=hashes("style"))
-
-
-# The names that shields.io has for colours.
-COLOURS = {"brightgreen": "#2e7d32", "green": "#2e7d32", "red": "#c62828",
-           "orange": "#b25000", "yellow": "#8a6d00", "blue": "#1565c0"}
-LETTER_WIDTH = 6.6      # of Verdana at 11 px, on the average
-
-
-def badge_svg(label: str, message: str, colour: str) -> bytes:
-    """A badge as the sites of repositories show it."""
-    from html import escape
-    label, message = label[:60], message[:60]
-    left, right = (int(len(text) * LETTER_WIDTH) + 12
-                   for text in (label, message))
-    fill = COLOURS.get(colour, "#616161")
-    text = "".join(
-        f'<text x="{x}" y="14" textLength="{width - 12}">{escape(shown)}'
-        "</text>" for x, width, shown in (
-            (6, left, label), (left + 6, right, message)))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right}" '
-            f'height="20" role="img" aria-label="{escape(label)}: '
-            f'{escape(message)}"><rect width="{left}" height="20" fill="#444"'
-            f'/><rect x="{left}" width="{right}" height="20" fill="{fill}"/>'
-            '<g fill="#fff" font-family="Verdana,sans-serif" font-size="11">'
-            f"{text}</g></svg>").encode("utf-8", "backslashreplace")
-
-
-# --- the expiry of a certificate ------------------------------------------
-
-
-def der_parts(data: bytes) -> list[tuple[int, bytes]]:
-    """The (tag, contents) that stand in DER, one after the other."""
-    found, at = [], 0
-    while at + 2 <= len(data):
-        tag, size = data[at], data[at + 1]
-        at += 2
-        if size & 0x80:             # its length has a length
-            more = size & 0x7F
-            size, at = int.from_bytes(data[at:at + more], "big"), at + more
-        found.append((tag, data[at:at + size]))
-        at += size
-    return found
-
-
-def expiry_of(der: bytes) -> float:
-    """Until when an X.509 certificate is good, in seconds since 1970.
-    Raises ValueError."""
-    from calendar import timegm
-    try:
-        signed = der_parts(der_parts(der_parts(der)[0][1])[0][1])
-        # Version (if there), serial, algorithm, issuer, then the validity.
-        _, validity = signed[4 if signed[0][0] == 0xA0 else 3]
-        tag, text = der_parts(validity)[1]
-    except IndexError:
-        raise ValueError("this is no certificate") from None
-    digits = text.decode("ascii")
-    if tag == 0x17:                 # UTCTime: two digits of the year
-        digits = ("20" if digits < "50" else "19") + digits
-    return float(timegm(time.strptime(digits, "%Y%m%d%H%M%SZ")))
+    return "\r\n".join(lines).encode("ascii") + b"\r\n" \
+        + SECURITY_HEADERS + b"\r\n"
 
 
 # --- one connection -------------------------------------------------------
 
-HEAD, BODY, WORK, LEAVING, GONE = range(5)      # what a connection waits for
+
+class ConnectionClosed(Exception):
+    """The client hung up or is too slow: nobody is left to answer."""
 
 
 class HttpConnection:
-    """One connection: its bytes become requests, which are answered in
-    their order. It is a protocol of asyncio's."""
+    """One connection, from its handshake to its end: `run` serves it.
 
-    __slots__ = ("api", "transport", "peer", "counted", "buffer", "seen",
-                 "phase", "deadline", "context", "proven", "busy", "held",
-                 "clogged", "stalled", "ended", "drained", "rest", "last",
-                 "told", "task")
+    `peer` is the address on the other side, `network` by what it is counted
+    (None: not at all, for it is this machine or our proxy). The task of
+    `run` is cancelled to end the connection at once.
+    """
 
-    def __init__(self, api: Api, peer: str, counted: str | None):
-        self.api, self.peer, self.counted = api, peer, counted
-        self.transport = self.context = self.rest = None
-        self.buffer, self.seen, self.drained = bytearray(), 0, 0
-        self.phase, self.deadline, self.stalled = HEAD, FOREVER, 0
-        # busy: in `advance`; held: reading is paused; clogged: writing is;
-        # ended: the other side has said all; last: hang up after the answer.
-        self.proven = self.busy = self.held = self.clogged = False
-        self.ended = self.last = False
-        self.told: tuple = (frozenset(), False, [])     # see Site.sync
-        self.task = None            # the handshake
+    def __init__(self, server: HttpServer, sock, peer: str,
+                 network: str | None):
+        self.server, self.sock = server, sock
+        self.peer, self.network = peer, network
+        self.reader = self.writer = self.task = None
+        self.buffer = bytearray()   # received, and not parsed yet
+        self.unread = 0             # bytes of the present body
+        self.idle = True            # no request is being read or answered
+        self.proven = False         # it has shown a valid token
+        self.demanded = None        # Api: see sync
 
-    # --- what asyncio calls
-
-    def connection_made(self, transport) -> None:
-        self.transport = transport
-        self.deadline = self.api.loop.time() + HEAD_TIME
-        if self.api.stopping:
-            transport.abort()
-
-    def data_received(self, data: bytes) -> None:
-        if self.phase >= LEAVING:
-            self.drained += len(data)
-            if self.drained > LINGER_BYTES:
-                self.transport.abort()
-            return
-        if self.phase == HEAD and not self.buffer:
-            self.deadline = self.api.loop.time() + HEAD_TIME
-        self.buffer += data
-        if self.phase == WORK:
-            if len(self.buffer) > AHEAD and not self.held:
-                self.held = True
-                self.transport.pause_reading()
-            return
-        self.advance()
-
-    def eof_received(self) -> bool:
-        """The other side has said all. It may still listen for its answer;
-        but who hangs up on a long poll, as we see it, is gone."""
-        self.ended = True
-        return self.phase == WORK and not (self.context and self.context.waits)
-
-    def connection_lost(self, error) -> None:
-        self.phase, self.buffer, self.rest = GONE, bytearray(), None
-        if self not in self.api.connections:
-            return
-        del self.api.connections[self]
-        self.api.limits.leave(self.counted, self.proven)
-        if self.context:
-            self.context.end()
-            self.context = None
-
-    def pause_writing(self) -> None:
-        self.clogged = True
-        self.stalled = self.transport.get_write_buffer_size()
-        self.deadline = self.api.loop.time() + WRITE_TIME
-
-    def resume_writing(self) -> None:
-        self.clogged = False
-        self.deadline = FOREVER if self.phase == WORK else \
-            self.api.loop.time() + (IDLE_TIME if self.phase < WORK
-                                    else LINGER_TIME)
-        if self.rest is not None:
-            self.flow()
-        self.advance()
-
-    # --- bytes to requests
-
-    def advance(self) -> None:
-        """Take from the buffer what is whole. An answer may come at once,
-        so this is a loop and no recursion."""
-        if self.busy:
-            return
-        self.busy = True
+    async def run(self) -> None:
+        """Serve requests in their order until one side ends it."""
+        import asyncio
+        wait = HEAD_TIME            # seconds for the first byte
         try:
-            while self.buffer and not self.clogged and (
-                    self.phase == HEAD and self.take_head()
-                    or self.phase == BODY and self.take_body()):
-                pass
+            await self.open()
+            while await self.serve_request(wait):
+                wait = IDLE_TIME
+        except (ConnectionClosed, OSError, asyncio.TimeoutError):
+            pass
+        except Exception as bug:
+            self.server.refusals.report_bug(bug)
         finally:
-            self.busy = False
-        if self.ended and self.phase < WORK:
-            self.transport.close()
+            await self.close()
 
-    def take_head(self) -> bool:
-        """Is there a whole head? Then it is judged, and its body comes."""
-        buffer = self.buffer
-        end = buffer.find(b"\r\n\r\n", max(self.seen - 3, 0))
-        head = bytes(buffer if end < 0 else buffer[:end + 2])
-        since = min(self.seen, len(head))
-        if since and head[since - 1] == 13:     # CR: its LF came just now
-            since -= 1
-        why = early_fault(head, since)
-        fault = Error(why, "", 400) if why else head_fault(head, end)
-        if not fault and end < 0:
-            self.seen = len(buffer)
-            return False
+    async def open(self) -> None:
+        """Shake hands, if it is TLS. Raises OSError, TimeoutError."""
+        import asyncio
+        loop, context = asyncio.get_running_loop(), self.server.tls_context
+        options = {}
+        if context:
+            # A handshake costs 60 kB and a millisecond: not for the silent.
+            await self.first_byte()
+            options["ssl_handshake_timeout"] = HEAD_TIME
+        reader = asyncio.StreamReader(limit=READ_SIZE, loop=loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        transport, _ = await loop.connect_accepted_socket(
+            lambda: protocol, self.sock, ssl=context, **options)
+        # drain() then waits until the kernel has all of it.
+        transport.set_write_buffer_limits(high=0)
+        self.reader = reader
+        self.writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+
+    async def first_byte(self) -> None:
+        """Wait until something was sent. Raises TimeoutError."""
+        import asyncio
+        loop, readable = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self.sock, readable.set)
         try:
-            if fault:
-                raise fault
-            request = read_head(head[:-2])
+            await asyncio.wait_for(readable.wait(), HEAD_TIME)
+        finally:
+            loop.remove_reader(self.sock)
+
+    async def close(self) -> None:
+        """Close when the rest is written; a client that does not take it in
+        WRITE_TIME seconds, or was ended by `abort`, loses it."""
+        import asyncio
+        if not self.writer:
+            self.sock.close()
+            return
+        self.writer.close()
+        try:
+            await asyncio.wait_for(self.writer.wait_closed(), WRITE_TIME)
+        except (OSError, asyncio.TimeoutError):
+            pass
+        finally:
+            self.writer.transport.abort()
+
+    def abort(self) -> None:
+        """End it now, whatever is being sent."""
+        self.idle = False
+        if self.writer:
+            self.writer.transport.abort()
+        self.task.cancel()
+
+    def mark_proven(self) -> None:
+        """The client has shown a valid token."""
+        if not self.proven:
+            self.proven = True
+            self.server.limits.mark_proven(self.network)
+
+    def client_address(self, request: Request) -> str:
+        """Return who sent a request. Only our proxy is believed in that."""
+        header = request.headers.get("x-forwarded-for", "")
+        return self.network is None and forwarded_address(header) or self.peer
+
+    # --- requests
+
+    async def serve_request(self, wait: float) -> bool:
+        """Answer the next request, which begins within `wait` seconds.
+
+        Return whether another may follow. Raises ConnectionClosed, OSError,
+        TimeoutError.
+        """
+        self.unread = 1             # a faulty head has no known end
+        request = None
+        try:
+            if not self.buffer and not await self.receive(wait):
+                return False
+            request = await self.read_head()
+            self.idle = False
         except Error as error:
-            self.context = RequestContext(self, None)
-            self.context.refuse(error)
+            self.server.refusals.add(
+                f"{self.peer} ?: {error.status} {error.message}")
+            response = error_response(error)
+        else:
+            self.unread = request.length
+            response = await self.server.api.respond(request, self)
+        last = bool(self.unread or self.server.stopping or response.stream
+                    or not request.keeps_alive)
+        await self.send_response(response, last,
+                                 request and request.method == "HEAD")
+        if self.unread:
+            await self.linger()
+        self.idle = True
+        return not last
+
+    async def receive(self, seconds: float) -> bool:
+        """Add to the buffer what comes. Return False if nothing comes in
+        time, or ever. Raises ConnectionClosed."""
+        import asyncio
+        try:
+            data = await asyncio.wait_for(self.reader.read(READ_SIZE),
+                                          seconds)
+        except asyncio.TimeoutError:
             return False
-        del buffer[:end + 4]
-        self.begin(request)
-        return True
+        except OSError as error:
+            raise ConnectionClosed from error
+        self.buffer += data
+        return bool(data)
 
-    def begin(self, request: Request) -> None:
-        """A head is whole: may its body come, and may it be carried out?"""
-        self.seen, self.context = 0, RequestContext(self, request)
-        self.phase, self.deadline = BODY, self.api.loop.time() + BODY_TIME
-        self.api.judge(self.context)
-        if self.phase != BODY:
-            return
-        if not request.length:
-            self.take_body()
-        elif "expect" in request.headers and len(
-                self.buffer) < request.length:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    async def read_until(self, is_complete, seconds: float) -> None:
+        """Read until `is_complete` returns true. Raises ConnectionClosed,
+        and Error: 408, or what `is_complete` raises."""
+        import asyncio
+        until = asyncio.get_running_loop().time() + seconds
+        while not is_complete():
+            left = until - asyncio.get_running_loop().time()
+            if left <= 0 or not await self.receive(left):
+                if self.reader.at_eof():
+                    raise ConnectionClosed
+                raise Error("the request came too slowly", "", 408)
 
-    def take_body(self) -> bool:
-        request, buffer = self.context.request, self.buffer
-        if len(buffer) < request.length:
-            return False
-        request.body = bytes(buffer[:request.length])
-        del buffer[:request.length]
-        self.phase, self.deadline = WORK, FOREVER
-        self.api.serve(self.context)
-        return True
+    async def read_head(self) -> Request:
+        """Return the next request; its body is not read yet. Raises Error,
+        ConnectionClosed."""
+        end = -1
 
-    # --- answers to bytes
+        def is_complete() -> bool:
+            nonlocal end
+            end = self.buffer.find(b"\r\n\r\n")
+            head = bytes(self.buffer if end < 0 else self.buffer[:end + 2])
+            why = partial_head_error(head)
+            if why:
+                raise Error(why, "", 400)
+            check_head_size(head, end)
+            return end >= 0
 
-    def answer(self, response: Response) -> None:
-        """Write an answer. If the request was not read to its end, no other
-        can follow."""
-        request, whole = self.context.request, self.context.whole
-        self.context = None
-        self.last = response.last or not whole or self.api.stopping \
-            or not request.keeps
-        head = head_bytes(response, len(response.body), self.last)
-        if request and request.method == "HEAD" or response.status in (
-                204, 304):
-            response.body = b""
-        if not whole:
-            self.phase = LEAVING
-        elif self.phase < LEAVING:
-            self.phase = WORK
-        self.rest = memoryview(response.body)[MOUTHFUL:]
-        self.transport.write(head + response.body[:MOUTHFUL])
-        self.flow()
+        await self.read_until(is_complete, HEAD_TIME)
+        head = bytes(self.buffer[:end])
+        del self.buffer[:end + 4]
+        return parse_head(head)
 
-    def flow(self) -> None:
-        """Write more of a long answer, as fast as it is taken. After it the
-        next request may come."""
-        while self.rest and not self.clogged:
-            piece, self.rest = self.rest[:MOUTHFUL], self.rest[MOUTHFUL:]
-            self.transport.write(bytes(piece))
-        if self.rest or self.phase == GONE:
-            return
-        self.rest = None
-        if self.last:
-            return self.leave(linger=self.phase == LEAVING)
-        self.phase = HEAD
-        if not self.clogged:
-            self.deadline = self.api.loop.time() + (
-                HEAD_TIME if self.buffer else IDLE_TIME)
-        self.listen()
-        self.advance()
+    async def read_body(self, request: Request) -> None:
+        """Read the body that belongs to a request. Raises Error,
+        ConnectionClosed."""
+        size = request.length
+        if "expect" in request.headers and len(self.buffer) < size:
+            await self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        await self.read_until(lambda: len(self.buffer) >= size, BODY_TIME)
+        request.body = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        self.unread = 0
 
-    def listen(self) -> None:
-        if self.held:
-            self.held = False
-            self.transport.resume_reading()
+    # --- responses
 
-    def leave(self, linger: bool = False) -> None:
-        """Hang up when all is written. With `linger` more may be on its way
-        to us: a socket that is closed over it would send a reset, and our
-        answer would be lost."""
-        self.phase, self.buffer = LEAVING, bytearray()
-        self.deadline = self.api.loop.time() + LINGER_TIME
-        self.listen()
-        if not linger or self.ended:
-            self.transport.close()
-        elif self.transport.can_write_eof():
-            self.transport.write_eof()
-
-    def drop(self) -> None:
-        """Hang up now, whatever is being said."""
-        self.phase = GONE
-        if self.transport:
-            self.transport.abort()
+    async def send_response(self, response: Response, last: bool,
+                            head_only: bool) -> None:
+        """Write a response. Raises ConnectionClosed."""
+        head = head_bytes(response, last)
+        if head_only or response.status in (204, 304):
+            await self.send(head)
+        elif response.stream:
+            await self.send(head)
+            await self.run_until_closed(response.stream(self.send))
         else:
-            self.task.cancel()
+            await self.send(head + response.body)
 
-    def sweep(self, now: float) -> None:
-        """Is this one late? A reader who takes bytes is not."""
-        if now < self.deadline:
-            return
-        left = self.transport.get_write_buffer_size()
-        if left and (self.clogged or self.phase == LEAVING):
-            if self.stalled and left >= self.stalled:
-                return self.transport.abort()
-            self.stalled, self.deadline = left, now + WRITE_TIME
-            return
-        if self.phase >= WORK:
-            self.transport.abort()
-        elif self.phase == BODY or self.buffer:
-            self.context = self.context or RequestContext(self, None)
-            self.context.refuse(Error("the request came too slowly", "", 408))
-        else:
-            self.leave()
-
-
-class RequestContext:
-    """A request on its way through us, until it is answered or its caller
-    has gone."""
-
-    __slots__ = ("connection", "request", "route", "values", "access",
-                 "address", "wait", "stream", "cors", "guest")
-
-    def __init__(self, connection: HttpConnection, request: Request | None):
-        self.connection, self.request = connection, request
-        self.route = self.access = self.wait = self.stream = None
-        self.values, self.cors, self.guest = (), (), None
-        self.address = connection.peer
-        if request and connection.counted is None:
-            # The last one is what our proxy saw; before it stands what
-            # the caller says of himself.
-            last = request.headers.get("x-forwarded-for", "").rpartition(
-                ",")[2].strip(" \t")
-            if last:
-                self.address = str(address_of(last) or address_of(
-                    split_authority(last)[0]) or connection.peer)
-
-    @property
-    def whole(self) -> bool:
-        """Was the request read to its end?"""
-        return bool(self.request) and (self.connection.phase == WORK
-                                       or not self.request.length)
-
-    @property
-    def waits(self) -> bool:
-        return bool(self.stream or self.wait and self.wait.resting)
-
-    def fields(self) -> dict:
-        return read_query(self.request.query)
-
-    def answer(self, response: Response) -> None:
-        """Answer, if there is still somebody to hear it."""
-        if self.connection.context is not self:
-            return
-        self.end()
-        response.headers += self.cors
-        self.connection.answer(response)
-
-    def refuse(self, error: Error, headers: tuple = ()) -> None:
-        self.connection.api.note(self, error)
-        self.answer(error_response(error, headers))
-
-    def end(self) -> None:
-        """Nobody waits any more."""
-        if self.wait:
-            self.wait.end()
-        if self.stream:
-            self.stream.followers.pop(self, None)
-        if self.guest:
-            self.connection.api.guests.leave(self.guest, bool(self.access))
-            self.guest = None
-
-    def begin(self, response: Response) -> None:
-        """The head of an answer that goes on until somebody hangs up."""
-        response.headers += self.cors
-        self.connection.transport.write(head_bytes(response, None, True))
-
-    def piece(self, data: bytes) -> None:
-        """More of it. Who reads so slowly that it piles up is dropped: a
-        stream can be resumed."""
-        transport = self.connection.transport
-        if transport.is_closing():
-            return
-        transport.write(data)
-        if transport.get_write_buffer_size() > SLOW_READER:
-            transport.abort()
-
-
-class Wait:
-    """A visit that rests until something happens, or its time is over. It
-    is entered in the book before the question is asked for the first time:
-    what happens between the question and its rest is not missed."""
-
-    __slots__ = ("context", "key", "again", "last", "stirred", "resting",
-                 "over", "timer")
-
-    def __init__(self, context: RequestContext, key: tuple, seconds: float,
-                 again):
-        api = context.connection.api
-        self.context, self.key, self.again, self.last = context, key, again, \
-            None
-        self.stirred = self.resting = self.over = False
-        api.waiting.setdefault(key, {})[self] = None
-        self.timer = api.loop.call_later(seconds, self.late)
-        context.wait = self
-
-    def rest(self, last) -> None:
-        """There is nothing to say yet; `last` answers when time is over."""
-        self.last = last
-        if self.over or self.context.connection.ended:
-            last()
-        else:
-            self.resting = True
-            if self.stirred:
-                self.stir()
-
-    def stir(self) -> None:
-        """It has happened: ask again."""
-        self.stirred = True
-        if self.resting:
-            self.stirred = self.resting = False
-            try:
-                self.again()
-            except Exception as error:
-                self.context.connection.api.fail(self.context, error)
-
-    def late(self) -> None:
-        self.over = True
-        if self.resting:
-            self.last()
-
-    def end(self) -> None:
-        self.timer.cancel()
-        self.resting = False
-        waiting = self.context.connection.api.waiting
-        others = waiting.get(self.key, {})
-        others.pop(self, None)
-        if not others:
-            waiting.pop(self.key, None)
-        self.again = self.last = self.context.wait = None
-
-
-class Mailbox:
-    """How threads speak to the loop: whatever lies in it when the loop
-    comes is taken at once, so a thousand letters are one wake-up."""
-
-    def __init__(self, loop):
-        from collections import deque
-        self.loop, self.letters, self.rung = loop, deque(), False
-
-    def put(self, deed, *values) -> None:
-        self.letters.append((deed, values))
-        if not self.rung:
-            self.rung = True
-            try:
-                self.loop.call_soon_threadsafe(self.empty)
-            except RuntimeError:        # the loop has ended
-                pass
-
-    def empty(self) -> None:
-        self.rung = False       # first: what comes from now on rings again
-        while self.letters:
-            deed, values = self.letters.popleft()
-            try:
-                deed(*values)
-            except Exception as error:
-                self.loop.call_exception_handler(
-                    {"message": "in a letter", "exception": error})
-
-
-class Readers:
-    """A few threads that ask the database, and a queue that ends."""
-
-    def __init__(self, mailbox: Mailbox):
-        from queue import SimpleQueue
-        self.mailbox, self.queue = mailbox, SimpleQueue()
-        self.threads: list = []
-        self.waiting = 0        # counted on the loop
-
-    def ask(self, question, then) -> None:
-        """Have `question` answered: then(result, error) comes on the loop.
-        Raises Error."""
-        if self.waiting >= MOST_READS:
-            raise Error("too many questions at once", "try again", 503)
-        if self.waiting >= len(self.threads) < MOST_READERS:
-            self.hire()
-        self.waiting += 1
-        self.queue.put((question, then))
-
-    def hire(self) -> None:
-        from threading import Thread
-        thread = Thread(target=self.work, daemon=True)
+    async def send(self, data: bytes) -> None:
+        """Write `data` as fast as the client takes it. Raises
+        ConnectionClosed, also for a client that takes too little."""
+        import asyncio
+        transport = self.writer.transport
         try:
-            thread.start()
-        except RuntimeError:
-            if not self.threads:
-                raise Error("this host lets us start no thread", "", 503
-                            ) from None
-            return
-        self.threads.append(thread)
+            for at in range(0, len(data), WRITE_SIZE):
+                self.writer.write(data[at:at + WRITE_SIZE])
+                if transport.is_closing() or transport.get_write_buffer_size():
+                    await asyncio.wait_for(self.writer.drain(), WRITE_TIME)
+        except (OSError, asyncio.TimeoutError) as error:
+            transport.abort()       # or the rest would be waited for
+            raise ConnectionClosed from error
 
-    def work(self) -> None:
-        while True:
-            question, then = self.queue.get()
-            if not question:
-                return
-            try:
-                result, error = question(), None
-            except Exception as why:
-                result, error = None, why
-            self.mailbox.put(self.done, then, result, error)
+    async def linger(self) -> None:
+        """Discard what is still on its way. A socket that is closed over
+        unread bytes sends a reset, and our refusal would be lost. Raises
+        OSError, TimeoutError."""
+        import asyncio
 
-    def done(self, then, result, error) -> None:
-        self.waiting -= 1
-        then(result, error)
+        async def discard() -> None:
+            left = LINGER_BYTES - len(self.buffer)
+            while left > 0:
+                data = await self.reader.read(READ_SIZE)
+                left = left - len(data) if data else 0
 
-    def end(self) -> None:
-        for _ in self.threads:
-            self.queue.put((None, None))
+        if self.writer.can_write_eof():
+            self.writer.write_eof()
+        await asyncio.wait_for(discard(), LINGER_TIME)
 
-
-class ChangeStream:
-    """The changes of one dashboard that its browsers follow, and the last
-    of them, for who comes back."""
-
-    def __init__(self, seq: int, until: float):
-        from collections import deque
-        self.first, self.newest = seq, seq      # after `first` all are here
-        self.lines: deque = deque()             # (seq, line)
-        self.bytes = 0
-        self.followers: dict[RequestContext, None] = {}
-        self.until = until          # kept so long, though nobody follows
-
-    def add(self, seq: int, line: bytes) -> None:
-        self.newest = seq
-        self.lines.append((seq, line))
-        self.bytes += len(line)
-        while len(self.lines) > MOST_CHANGES \
-                or self.bytes > MOST_CHANGE_BYTES:
-            self.first, old = self.lines.popleft()
-            self.bytes -= len(old)
-
-    def clear(self, seq: int) -> None:
-        self.first = self.newest = seq
-        self.lines.clear()
-        self.bytes = 0
-
-    def since(self, seq: int) -> list[bytes] | None:
-        """What came later than `seq`; None if that is not known."""
-        if not self.first <= seq:
-            return None
-        return [line for number, line in self.lines if number > seq]
-
-
-# --- what is done for each request ----------------------------------------
-
-
-class Api:
-    """The dashboard's answers: one method for each route. All of it runs on
-    the loop; the database is asked by Readers, and told by Hub's writer."""
-
-    def __init__(self, dashboard: Dashboard, page: str, names=(), proxies=(),
-                 allow_new: bool = False, say=None):
-        self.dashboard, self.allow_new = dashboard, allow_new
-        self.page = page.encode()
-        self.policy = page_policy_of(page)
-        self.tag = f'"{digest_of(self.page)[:32]}"'
-        self.names, self.proxies = frozenset(names), frozenset(proxies)
-        self.say = say or (lambda text: None)
-        self.literals = self.secure = self.stopping = False
-        self.clock, self.expires = Clock(), 0.0
-        self.loop = self.mailbox = self.readers = None
-        self.connections: dict[HttpConnection, None] = {}
-        self.limits, self.guests, self.throttle = ConnectionLimits(), \
-            ConnectionLimits(), LoginThrottle()
-        self.waiting: dict[tuple, dict] = {}    # what for -> Waits
-        self.feeds: dict[str, ChangeStream] = {}
-        self.writes = 0             # that have not come back
-        self.quiet, self.unsaid = [], 0
-
-    def open(self, loop) -> None:
-        """Begin to listen to Hub. On the loop that will carry us."""
-        self.loop, self.mailbox = loop, Mailbox(loop)
-        self.readers = Readers(self.mailbox)
-        self.dashboard.heard = self.on_changes
-        self.dashboard.followed = self.feeds.__contains__
-        loop.call_later(SWEEP_TIME, self.sweep)
-        loop.call_later(HEARTBEAT, self.beat)
-
-    # --- may this be asked?
-
-    def judge(self, context: RequestContext) -> None:
-        """A head has come: refuse it, or let its body come."""
+    async def run_until_closed(self, coroutine):
+        """Return what a coroutine returns that waits for news. Raises
+        ConnectionClosed when the client hangs up while it runs."""
+        import asyncio
+        tasks = [asyncio.ensure_future(each)
+                 for each in (coroutine, self.until_closed())]
         try:
-            self.check(context)
-        except Error as error:
-            context.refuse(error, {
-                401: (("WWW-Authenticate", "Bearer"),),
-                405: (("Allow", error.hint),)}.get(error.status, ()))
-        except Exception as error:
-            self.fail(context, error)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not tasks[0].done():
+                raise ConnectionClosed
+            return tasks[0].result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
-    def check(self, context: RequestContext) -> None:
-        """Raises Error if this may not be asked, or not by this caller."""
-        request = context.request
-        host = request.headers.get("host", "")
-        if not is_allowed_host(host, self.names, self.literals):
-            raise Error("this dashboard does not know itself by that name",
-                        "koitab dashboard --name HOST", 421)
-        routes, context.values = found_routes(request.path)
-        if not routes:
-            raise Error("there is nothing here", "", 404)
-        self.check_origin(context, host, next(iter(routes.values())))
-        if request.method == "OPTIONS":
-            return context.answer(Response(204, headers=(
-                ("Access-Control-Allow-Methods", "GET, POST, DELETE"),
-                ("Access-Control-Allow-Headers",
-                 "Authorization, Content-Type"),
-                ("Access-Control-Max-Age", "600"))))
-        context.route = routes.get(
-            "GET" if request.method == "HEAD" else request.method)
-        if not context.route:
-            raise Error(f"this is not for {request.method}",
-                        ", ".join(routes), 405)
-        check_body(request, context.route)
-        self.check_guest(context)
-        if context.route.role != "anyone":
-            self.check_token(context)
-
-    def check_origin(self, context: RequestContext, host: str,
-                     route: Route) -> None:
-        """A page of a stranger may not ask, but for what is open to all. A
-        page that was opened from a file ("null") may, where it has to show
-        a token: no browser sends one by itself."""
-        origin = context.request.headers.get("origin")
-        if route.cors:
-            context.cors = (("Access-Control-Allow-Origin", "*"),)
-        elif origin == "null" and route.path.startswith("/api/") and (
-                route.role != "anyone" or route.method == "GET"):
-            context.cors = (("Access-Control-Allow-Origin", "null"),
-                            ("Access-Control-Expose-Headers", "X-Koi-Size, "
-                             "X-Koi-Live, X-Koi-From, Retry-After"),
-                            ("Vary", "Origin"))
-        elif origin is not None and origin.partition("://")[2].lower() \
-                != host.lower():
-            raise Error("this comes from a page of somebody else", "a proxy "
-                        "in front of the dashboard has to pass on the Host",
-                        403)
-
-    def check_guest(self, context: RequestContext) -> None:
-        """Behind a proxy it is requests that are counted, for all callers
-        share its connections."""
-        if context.address != context.connection.peer:
-            network = network_of(context.address)
-            if not self.guests.admits(network):
-                raise Error("too many requests at once", "try again", 503)
-            self.guests.enter(network)
-            context.guest = network
-
-    def check_token(self, context: RequestContext) -> None:
-        """Whose token is it, and what may he do? Raises Error."""
-        kind, _, token = context.request.headers.get(
-            "authorization", "").partition(" ")
-        if kind.lower() != "bearer":
-            raise Error("this needs a key", "Authorization: Bearer KEY", 401)
-        access = self.dashboard.key_of(token.strip(" "))
-        network, now = network_of(context.address), self.loop.time()
-        wait = self.throttle.wait(network, now)
-        if wait and not (access and access.role == "host"):
-            raise TooManyRequests("too many wrong keys", wait)
-        if not access:
-            self.throttle.miss(network, now)
-            raise Error("this key is not known here", "", 401)
-        self.throttle.good(network, now)
-        context.access = access
-        if context.guest:
-            self.guests.prove(context.guest)
-        if not context.connection.proven:
-            context.connection.proven = True
-            self.limits.prove(context.connection.counted)
-        if access.role not in WHO[context.route.role]:
-            raise Error(f"this is not for a {access.role}", "", 403)
-
-    def serve(self, context: RequestContext) -> None:
-        """The request is whole: carry it out."""
+    async def until_closed(self) -> None:
+        """Return when the client hangs up. What it sends before is kept, up
+        to AHEAD bytes: then its end cannot be seen any more."""
+        import asyncio
         try:
-            getattr(self, f"do_{context.route.handler}")(context)
-        except Exception as error:
-            self.fail(context, error)
-
-    def fail(self, context: RequestContext, error: Exception) -> None:
-        """Tell what went wrong."""
-        if isinstance(error, Error):
-            return context.refuse(error)
-        self.complain(error)
-        context.refuse(Error("a fault of the dashboard's", "its log says more",
-                             500))
-
-    # --- to Hub and back
-
-    def read(self, context: RequestContext, question, *values,
-             made=None) -> None:
-        """Answer with what a question gives; `made` makes the Response, in
-        the reader's thread."""
-        made = made or json_response
-
-        def ask() -> Response:
-            return made(self.dashboard.read(question, *values))
-
-        self.readers.ask(ask, lambda response, error: self.fail(context, error)
-                         if error else context.answer(response))
-
-    def write(self, context: RequestContext, deed, *values, then=None,
-              status: int = 200) -> None:
-        """Have something written, and answer when it is on the disk."""
-        if self.writes >= MOST_WRITES:
-            raise Error("too much waits to be written", "try again", 503)
-        then = then or (lambda result: context.answer(
-            json_response(result, status)))
-        self.writes += 1
-
-        def done(result, error) -> None:
-            self.writes -= 1
-            if error is not None:
-                return self.fail(context, error)
-            try:
-                then(result)
-            except Exception as why:
-                self.fail(context, why)
-
-        try:
-            self.dashboard.write(deed, *values, then=lambda result, error:
-                                 self.mailbox.put(done, result, error))
-        except Exception:
-            self.writes -= 1
-            raise
-
-    def tell(self, context: RequestContext, deed, status: int = 200) -> None:
-        """What an operator posted, to a deed of Hub's."""
-        self.write(context, deed, context.access.dash,
-                   read_json(context.request.body), self.clock.now(),
-                   status=status)
-
-    def look_up(self, context: RequestContext, question, *values) -> None:
-        """A question about the caller's dashboard."""
-        self.read(context, question, context.access.dash, *values)
-
-    # --- for everyone
-
-    def do_page(self, context: RequestContext) -> None:
-        headers = (("ETag", self.tag),
-                   ("Content-Security-Policy", self.policy))
-        if context.request.headers.get("if-none-match") == self.tag:
-            return context.answer(Response(304, b"", HTML, headers))
-        context.answer(Response(200, self.page, HTML, headers))
-
-    def do_healthz(self, context: RequestContext) -> None:
-        def ask() -> Response:
-            try:
-                return Response(
-                    body=self.dashboard.read(self.dashboard.health).encode())
-            except Exception as error:
-                return Response(503, escape_controls(str(error)).encode())
-
-        self.readers.ask(ask, lambda response, error: context.answer(response))
-
-    def do_metrics(self, context: RequestContext) -> None:
-        ours = (f"koi_web_connections {len(self.connections)}\n"
-                f"koi_web_waiting {len(self.waiting)}\n")
-        if self.expires:
-            ours += f"koi_web_certificate_expires {self.expires:.0f}\n"
-        self.read(context, self.dashboard.metrics, context.access.dash,
-                  self.clock.now(), made=lambda text: Response(
-                      body=(text + ours).encode(), kind=EXPOSITION))
-
-    def do_badge(self, context: RequestContext) -> None:
-        key, name = context.values
-        name, _, kind = name.rpartition(".")
-        if kind not in ("svg", "json"):
-            raise Error("there is nothing here", "NAME.svg, NAME.json", 404)
-
-        def made(badge: dict) -> Response:
-            headers = (("Cache-Control", "no-cache"),
-                       ("Content-Security-Policy", "default-src 'none'"))
-            if kind == "json":
-                return json_response({"schemaVersion": 1, **badge}, 200,
-                                     headers)
-            return Response(200, badge_svg(
-                badge["label"], badge["message"], badge["color"]),
-                "image/svg+xml", headers)
-
-        self.read(context, self.dashboard.badge, key, name, self.clock.now(),
-                  made=made)
-
-    def do_salt(self, context: RequestContext) -> None:
-        self.read(context, self.dashboard.salt,
-                  context.fields().get("dash", ""))
-
-    def do_create_dashboard(self, context: RequestContext) -> None:
-        """A new dashboard: for all if that is allowed, else only the first,
-        for who sits at this machine."""
-        network, now = network_of(context.address), self.loop.time()
-        wait = self.throttle.wait(network, now)
-        if wait:
-            raise TooManyRequests("too many at once", wait)
-        near, dashboard = is_loopback(context.address), self.dashboard
-
-        def found(db, asked: dict, at: float) -> dict:
-            if not self.allow_new and not (
-                    near and dashboard.count_dashboards(db) == 0):
-                raise Error("new dashboards are not made here",
-                            "koitab dashboard --allow-new", 403)
-            return dashboard.create_dashboard(db, asked, at)
-
-        self.throttle.miss(network, now)
-        self.write(context, found, read_json(context.request.body),
-                   self.clock.now(), status=201)
-
-    def do_ping(self, context: RequestContext) -> None:
-        request, fields = context.request, context.fields()
-        call = {"scheme": "https" if self.is_secure(context) else "http",
-                "method": request.method, "ip": context.address,
-                "ua": request.headers.get("user-agent", "")[:200],
-                "rid": fields.get("rid"),
-                "create": fields.get("create") == "1",
-                "body": request.body[:PING_BODY_LIMIT]}
-
-        def answer(result: tuple) -> None:
-            context.answer(Response(result[0], result[1].encode(), headers=(
-                ("Ping-Body-Limit", str(PING_BODY_LIMIT)),)))
-
-        self.write(context, self.dashboard.ping, *context.values, call,
-                   self.clock.now(), then=answer)
-
-    def is_secure(self, context: RequestContext) -> bool:
-        return self.secure or context.connection.counted is None and \
-            context.request.headers.get("x-forwarded-proto") == "https"
-
-    # --- for browsers: what is there
-
-    def do_state(self, context: RequestContext) -> None:
-        self.stream(context.access.dash)    # before: no change is missed
-        self.read(context, self.dashboard.state, context.access,
-                  self.clock.now(),
-                  made=state_response)
-
-    def do_host_list(self, context: RequestContext) -> None:
-        self.look_up(context, self.dashboard.host_list, *context.values)
-
-    def do_runs(self, context: RequestContext) -> None:
-        fields = context.fields()
-        self.look_up(context, self.dashboard.runs, int(context.values[0]),
-                     number_in(fields, "before"),
-                     min(number_in(fields, "limit") or 100, MOST_ROWS))
-
-    def do_run(self, context: RequestContext) -> None:
-        self.look_up(context, self.dashboard.run, int(context.values[0]))
-
-    def do_chunks(self, context: RequestContext) -> None:
-        self.look_up(context, self.dashboard.chunks, int(context.values[0]))
-
-    def do_raw(self, context: RequestContext) -> None:
-        run = int(context.values[0])
-        self.read(context, self.dashboard.raw, context.access.dash, run,
-                  made=lambda data: Response(200, data, TEXT, ((
-                      "Content-Disposition",
-                      f'attachment; filename="run-{run}.txt"'),)))
-
-    def do_search(self, context: RequestContext) -> None:
-        fields = context.fields()
-        text = fields.get("q", "")
-        if not text or len(text) > LONGEST_SEARCH or "\0" in text:
-            raise Error("there is nothing to search for", "?q=TEXT", 400)
-        self.look_up(context, self.dashboard.search, text,
-                     number_in(fields, "job"),
-                     number_in(fields, "before"))
-
-    def do_day(self, context: RequestContext) -> None:
-        fields = context.fields()
-        begin, end = time_in(fields, "from"), time_in(fields, "to")
-        if begin is None or end is None or not begin < end:
-            raise Error("which day?", "?from=T&to=T", 400)
-        self.look_up(context, self.dashboard.day, begin, end)
-
-    def do_audit(self, context: RequestContext) -> None:
-        self.look_up(context, self.dashboard.audit,
-                     time_in(context.fields(), "before"))
-
-    def do_request_state(self, context: RequestContext) -> None:
-        self.look_up(context, self.dashboard.request_state, *context.values)
-
-    def do_pings(self, context: RequestContext) -> None:
-        self.look_up(context, self.dashboard.pings, *context.values,
-                     number_in(context.fields(), "before"))
-
-    def do_ping_body(self, context: RequestContext) -> None:
-        check, number = context.values
-        self.read(context, self.dashboard.ping_body, context.access.dash,
-                  check,
-                  int(number), made=lambda data: Response(200, data, TEXT))
-
-    def do_channels(self, context: RequestContext) -> None:
-        self.look_up(context, self.dashboard.channels)
-
-    def do_output(self, context: RequestContext) -> None:
-        """A run's frames from a byte on; if there are none yet, when there
-        are, or when the time to wait is over."""
-        fields, run = context.fields(), int(context.values[0])
-        dash, at = context.access.dash, number_in(fields, "from") or 0
-        most = min(number_in(fields, "len") or MOST_FRAMES, MOST_FRAMES)
-        seconds = min(time_in(fields, "wait") or 0.0, LONGEST_LOOK)
-
-        def look() -> tuple:
-            self.dashboard.look(dash, run)
-            return self.dashboard.read(self.dashboard.output, dash, run, at,
-                                       most)
-
-        def ask() -> None:
-            self.readers.ask(look, told)
-
-        def told(found, error) -> None:
-            if error:
-                return self.fail(context, error)
-            data, size, live, begin = (*found, at)[:4]
-            response = Response(200, data, BYTES, (
-                ("X-Koi-Size", str(size)), ("X-Koi-Live", str(int(live))),
-                ("X-Koi-From", str(max(begin, at)))))
-            if context.wait and live and not data:
-                return context.wait.rest(lambda: context.answer(response))
-            context.answer(response)
-
-        if seconds:
-            Wait(context, ("run", run), seconds, ask)
-        ask()
-
-    # --- for browsers: what is done
-
-    def do_rotate(self, context: RequestContext) -> None:
-        dash = context.access.dash
-
-        def then(result: dict) -> None:
-            """Who came with the old keys has to come with the new ones."""
-            context.answer(json_response(result))
-            for other in self.followers(dash):
-                other.connection.leave()
-
-        self.write(context, self.dashboard.rotate, dash,
-                   read_json(context.request.body), self.clock.now(),
-                   then=then)
-
-    def do_join(self, context: RequestContext) -> None:
-        self.tell(context, self.dashboard.add_host, 201)
-
-    def do_leave(self, context: RequestContext) -> None:
-        access, host = context.access, context.values[0]
-        if access.role == "host" and access.host != host:
-            raise Error("this is another host", "", 403)
-
-        def then(result: dict) -> None:
-            context.answer(json_response(result))
-            for wait in list(self.waiting.get(("host", host), ())):
-                wait.context.refuse(Error("this host was removed", "", 401))
-
-        self.write(context, self.dashboard.remove_host, access.dash, host,
-                   self.clock.now(), then=then)
-
-    def do_create_request(self, context: RequestContext) -> None:
-        def then(result: dict) -> None:
-            context.answer(json_response({
-                "nonce": result["nonce"], "state": result["state"]}, 202))
-
-        self.write(context, self.dashboard.request, context.access.dash,
-                   read_json(context.request.body), self.clock.now(),
-                   then=then)
-
-    def do_snooze(self, context: RequestContext) -> None:
-        self.tell(context, self.dashboard.snooze)
-
-    def do_new_check(self, context: RequestContext) -> None:
-        self.tell(context, self.dashboard.make_check, 201)
-
-    def do_change_check(self, context: RequestContext) -> None:
-        self.write(context, self.dashboard.change_check, context.access.dash,
-                   *context.values, read_json(context.request.body),
-                   self.clock.now())
-
-    def do_change_channels(self, context: RequestContext) -> None:
-        self.tell(context, self.dashboard.change_channel)
-
-    def do_forget(self, context: RequestContext) -> None:
-        self.tell(context, self.dashboard.forget)
-
-    # --- for hosts
-
-    def do_sync(self, context: RequestContext) -> None:
-        body = context.request.body
-        if len(body) < INLINE_BODY:
-            return self.sync(context, read_json(body))
-
-        def told(asked, error) -> None:
-            try:
-                if error:
-                    raise error
-                self.sync(context, asked)
-            except Exception as why:
-                self.fail(context, why)
-
-        self.readers.ask(lambda: read_json(body), told)
-
-    def sync(self, context: RequestContext, asked: dict) -> None:
-        """Take what a host sends; what there is for it, at once or when it
-        comes."""
-        context.request.body = b""
-        seconds = asked.get("wait")
-        seconds = min(seconds, LONGEST_WAIT) if isinstance(
-            seconds, (int, float)) else 0
-        reply: dict = {}
-
-        def again() -> None:
-            self.write(context, self.dashboard.waiting_requests,
-                       context.access,
-                       self.clock.now(), then=told)
-
-        def told(found: dict) -> None:
-            reply.update(found)
-            if context.wait and not reply.get("requests") \
-                    and demands() == context.connection.told:
-                return context.wait.rest(answer)
-            answer()
-
-        def demands() -> tuple:
-            """What is wanted of the host. A demand that it does not meet is
-            no news, or it would ask again at once, for ever."""
-            return (frozenset(reply.get("live", ())),
-                    reply.get("want_list"), reply.get("owed"))
-
-        def answer() -> None:
-            context.connection.told = demands()
-            context.answer(json_response(reply))
-
-        key = ("host", context.access.host)
-        for wait in list(self.waiting.get(key, ())):
-            wait.late()     # of a connection that broke, as it seems
-        if seconds > 0 and not any(asked.get(name) for name in SENT):
-            Wait(context, key, seconds, again)
-        self.write(context, self.dashboard.sync, context.access, asked,
-                   self.clock.now(), then=told)
-
-    # --- the stream of changes
-
-    def stream(self, dash: str) -> ChangeStream:
-        """The changes of a dashboard, kept from now on."""
-        until = self.loop.time() + FEED_TIME
-        stream = self.feeds.get(dash)
-        if not stream:
-            stream = self.feeds[dash] = ChangeStream(0, until)
-            stream.clear(self.dashboard.seq(dash))
-        stream.until = max(stream.until, until)
-        return stream
-
-    def do_stream(self, context: RequestContext) -> None:
-        since = number_in(context.fields(), "since")
-        stream = self.stream(context.access.dash)
-        lines = stream.since(since) if since is not None and since <= max(
-            stream.newest, self.dashboard.seq(context.access.dash)) else None
-        context.begin(Response(200, kind=NDJSON,
-                               headers=(("X-Accel-Buffering", "no"),)))
-        if context.request.method == "HEAD" or context.connection.ended:
-            return context.connection.leave()
-        context.stream = stream
-        stream.followers[context] = None
-        context.piece(ANEW if lines is None else b"".join(lines) or b"\n")
-
-    def followers(self, dash: str) -> list[RequestContext]:
-        stream = self.feeds.get(dash)
-        return list(stream.followers) if stream else []
-
-    def on_changes(self, dash: str, changes: dict) -> None:
-        """Hub has news. In the writer's thread."""
-        seq, line = changes.get("seq"), b""
-        shown = {name: value for name, value in changes.items()
-                 if name not in ("wake", "live")}
-        if changes.get("reset"):
-            line = ANEW
-        elif seq is not None and len(shown) > 1:
-            line = compact_json(shown).encode(
-                "utf-8", "backslashreplace") + b"\n"
-        self.mailbox.put(self.dispatch_changes, dash, seq, line, [
-            *(("host", host) for host in changes.get("wake", ())),
-            *(("run", run) for run in changes.get("live", ()))])
-
-    def dispatch_changes(self, dash: str, seq: int | None, line: bytes,
-                         stirred: list) -> None:
-        """The news, to those whom they concern. On the loop."""
-        for key in stirred:
-            for wait in list(self.waiting.get(key, ())):
-                wait.stir()
-        stream = self.feeds.get(dash)
-        if not stream or not line:
+            while len(self.buffer) <= AHEAD:
+                data = await self.reader.read(READ_SIZE)
+                if not data:
+                    return
+                self.buffer += data
+        except OSError:
             return
-        if line is ANEW:
-            stream.clear(seq or self.dashboard.seq(dash))
-        elif seq > stream.newest:
-            stream.add(seq, line)
-        for context in list(stream.followers):
-            context.piece(line)
+        await asyncio.get_running_loop().create_future()
 
-    # --- time
 
-    def sweep(self) -> None:
-        """Who is late?"""
-        now = self.loop.time()
-        for connection in list(self.connections):
-            connection.sweep(now)
-        if not self.stopping:
-            self.loop.call_later(SWEEP_TIME, self.sweep)
-        self.say_rest()
+class RefusalLog:
+    """The log's lines about refusals and bugs: LINES_IN_TIME of them in
+    LINES_TIME seconds, so that a hostile client does not fill the disk."""
 
-    def beat(self) -> None:
-        """A sign of life for all streams, so that no proxy cuts them."""
-        now = self.loop.time()
-        for dash, stream in list(self.feeds.items()):
-            if stream.followers:
-                stream.until = now + FEED_TIME
-            elif stream.until < now:
-                del self.feeds[dash]
-            for context in list(stream.followers):
-                context.piece(b"\n")
-        if not self.stopping:
-            self.loop.call_later(HEARTBEAT, self.beat)
+    def __init__(self, log):
+        self.log, self.count = log, 0   # a function of a line; lines so far
 
-    def stop(self) -> None:
-        """Answer those who wait, and hang up on who has nothing asked."""
-        self.stopping = True
-        for waits in list(self.waiting.values()):
-            for wait in list(waits):
-                wait.late()
-        for connection in list(self.connections):
-            if not connection.transport:
-                connection.drop()
-            elif connection.context and connection.context.stream \
-                    or connection.phase == HEAD:
-                connection.leave()
+    def add(self, text: str) -> None:
+        """Log a line, or count it. Called in the event loop."""
+        import asyncio
+        if not self.count:
+            asyncio.get_running_loop().call_later(LINES_TIME, self.start_anew)
+        self.count += 1
+        if self.count <= LINES_IN_TIME:
+            self.log(text)
 
-    # --- what is told about it
+    def start_anew(self) -> None:
+        """Log how many lines were left out."""
+        left_out, self.count = self.count - LINES_IN_TIME, 0
+        if left_out > 0:
+            self.log(f"{plural(left_out, 'line')} more about refusals")
 
-    def note(self, context: RequestContext, error: Error) -> None:
-        """A line about a refusal. Whoever guesses keys shall not fill the
-        disk with it; nor shall it tell a key: of a path the first word."""
-        request = context.request
-        what = "?" if not request else f"{request.method} " + (
-            context.route.path if context.route
-            else "/" + request.path.split("/")[1][:12])
-        self.line(f"{context.address} {what}: {error.status} {error.message}")
-
-    def line(self, text: str) -> None:
-        now = self.loop.time()
-        self.quiet = [at for at in self.quiet if at > now - LINES_TIME]
-        if len(self.quiet) >= LINES_IN_TIME:
-            self.unsaid += 1
-            return
-        self.quiet.append(now)
-        self.say(text)
-
-    def say_rest(self) -> None:
-        """How many lines were left out."""
-        if self.unsaid and self.quiet[0] < self.loop.time() - LINES_TIME:
-            self.say(f"{plural(self.unsaid, 'line')} more about refusals")
-            self.quiet, self.unsaid = [], 0
-
-    def complain(self, error: BaseException) -> None:
-        """A fault of ours, in one line, with the place."""
+    def report_bug(self, error: BaseException) -> None:
+        """Log an exception that nobody expected, in a line, with its place."""
         places, at = [], error.__traceback__
         while at:
             places.append(f"{at.tb_frame.f_code.co_name}:{at.tb_lineno}")
             at = at.tb_next
-        self.line(f"a fault of ours: {type(error).__name__}: {error} "
-                  f"({' '.join(places[-4:])})")
-
-
-HTML, BYTES = "text/html; charset=utf-8", "application/octet-stream"
-EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
-NDJSON = "application/x-ndjson; charset=utf-8"
-ANEW = b'{"reset":true}\n'
-WHO = {"host": ("host",), "viewer": ("viewer", "operator"),
-       "operator": ("operator",), "host or operator": ("host", "operator")}
-# A host that sends one of these wants to know at once that it arrived.
-SENT = ("records", "outputs", "verdicts", "list")
-MOST_FRAMES, LONGEST_SEARCH = 2**20, 200
-FEED_TIME = 60.0        # in which a browser comes back for what it missed
-LINES_TIME, LINES_IN_TIME = 10.0, 20
-
-
-class TooManyRequests(Error):
-    """Too often: in how many seconds again."""
-
-    def __init__(self, message: str, seconds: int):
-        super().__init__(message, f"try again in {seconds} s", 429)
-        self.seconds = seconds
-
-
-def check_body(request: Request, route: Route) -> None:
-    """May this body come? Raises Error."""
-    if request.length > route.body:
-        raise Error(f"the body is longer than {route.body:,} bytes", "", 413)
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise Error("the body has to come as it is", "no Content-Encoding",
-                    415)
-    if request.headers.get("expect", "100-continue").lower() \
-            != "100-continue":
-        raise Error("this expects too much", "", 417)
-    if route.method == "POST" and route.handler != "ping" \
-            and request.kind != JSON:
-        raise Error("the body has to be JSON", f"Content-Type: {JSON}", 415)
-
-
-def number_in(fields: dict, name: str) -> int | None:
-    """A number in a query; None if it is not there. Raises Error."""
-    text = fields.get(name)
-    if text is None:
-        return None
-    if not is_number(text):
-        raise Error(f"{name} is no number", "", 400)
-    return int(text)
-
-
-def time_in(fields: dict, name: str) -> float | None:
-    """Seconds in a query; None if they are not there. Raises Error."""
-    text = fields.get(name)
-    if text is None:
-        return None
-    whole, _, part = text.partition(".")
-    if not is_number(whole) or part and not is_number(part[:18]):
-        raise Error(f"{name} is no time", "", 400)
-    return float(f"{whole}.{part[:18] or 0}")
+        self.add(f"internal error (please report): {type(error).__name__}: "
+                 f"{error} ({' '.join(places[-4:])})")
 
 
 # --- sockets --------------------------------------------------------------
 
 
 def listen_address(text: str) -> tuple[str, int]:
-    """The address and the port in 127.0.0.1:8077 or [::1]:8077. Raises
+    """Return address and port of 127.0.0.1:8077 or [::1]:8077. Raises
     Error."""
     name, port = split_authority(text)
     name = "127.0.0.1" if name == "localhost" else name
@@ -13291,7 +12194,7 @@ def listen_address(text: str) -> tuple[str, int]:
 
 
 def listener(address: str, port: int):
-    """A socket that listens. Raises Error."""
+    """Return a listening socket. Raises Error."""
     found = address_of(address)
     sock = socket.socket(socket.AF_INET if found.version == 4
                          else socket.AF_INET6)
@@ -13310,290 +12213,250 @@ def listener(address: str, port: int):
 
 
 def url_name(address: str) -> str:
+    """Return an address as URLs have it: IPv6 in brackets."""
     return f"[{address}]" if ":" in address else address
 
 
 class Certificate:
-    """The certificate that we show, and its key, from two files."""
+    """The certificate of this server and its key, from two PEM files."""
 
     def __init__(self, cert: str, key: str):
         self.cert, self.key = cert, key
-        self.context, self.expires, self.print = None, 0.0, ""
+        self.context = None             # an ssl.SSLContext
+        self.expires = 0.0              # seconds since 1970
+        self.fingerprint = ""           # SHA-256, as openssl prints it
 
     def load(self) -> None:
-        """Read both files, again on SIGHUP: connections that come later see
-        the new one. Raises Error."""
+        """Read both files, at the start and on SIGHUP: later connections
+        get the new ones. Raises Error, and keeps the old ones."""
         import ssl
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
             context.load_cert_chain(self.cert, self.key, password=lambda: "")
-            with open(self.cert, encoding="ascii", errors="replace") as file:
-                text = file.read(LONGEST_TAB)
-            begin = text.index("-----BEGIN CERTIFICATE-----")
-            end = text.index("-----END CERTIFICATE-----", begin)
-            der = ssl.PEM_cert_to_DER_cert(
-                text[begin:end] + "-----END CERTIFICATE-----")
-            self.expires = expiry_of(der)
+            expires, der = shown_certificate(context, self.cert)
         except (OSError, ValueError) as error:      # SSLError is an OSError
-            raise Error(f"{self.cert} and {self.key} cannot be used: "
-                        f"{error.strerror or error}" if isinstance(
-                            error, OSError) else f"{self.cert}: {error}",
+            why = getattr(error, "strerror", None) or error
+            raise Error(f"{self.cert} and {self.key} cannot be used: {why}",
                         "a certificate and its key, both PEM") from None
-        self.context, digest = context, digest_of(der).upper()
-        self.print = ":".join(digest[at:at + 2] for at in range(0, 64, 2))
+        digest = digest_of(der).upper()
+        self.context, self.expires = context, expires
+        self.fingerprint = ":".join(digest[at:at + 2]
+                                    for at in range(0, 64, 2))
 
-    def trouble(self, now: float) -> str:
-        """What is wrong with its dates; "" if nothing."""
+    def problem(self, now: float) -> str:
+        """Return that it has expired, or expires soon; else ""."""
         if now > self.expires:
             return f"{self.cert} expired on {format_rfc3339(self.expires)}"
         return f"{self.cert} expires on {format_rfc3339(self.expires)}" \
             if now > self.expires - CERTIFICATE_SOON else ""
 
 
-# Loaded when we start: a Python that is upgraded underneath has other files.
+def shown_certificate(context, path: str) -> tuple[float, bytes]:
+    """Return the expiry and the DER of the certificate that clients get.
+
+    `ssl` only describes a certificate that a peer has shown and that was
+    verified, so this shakes hands with itself, in memory. The client trusts
+    the certificates in `path`, whatever their dates. Raises OSError.
+    """
+    import ssl
+    trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trust.check_hostname = False
+    trust.load_verify_locations(path)
+    trust.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = trust.wrap_bio(to_client, to_server)
+    server = context.wrap_bio(to_server, to_client, server_side=True)
+    for side in (client, server) * 3:
+        try:
+            side.do_handshake()
+        except ssl.SSLWantReadError:
+            pass                        # it is the other side's turn
+    return (float(ssl.cert_time_to_seconds(client.getpeercert()["notAfter"])),
+            client.getpeercert(binary_form=True))
+
+
+# Imported at the start: an upgrade of Python may remove the files of the
+# running version.
 NEEDED = tuple(
-    "base64 binascii calendar email.header email.message email.policy "
-    "email.utils hashlib heapq hmac html http.client ipaddress json queue re "
-    "secrets sqlite3 ssl struct subprocess threading unicodedata urllib.parse "
-    "uuid zlib".split())
+    "base64 binascii calendar concurrent.futures.thread email.header "
+    "email.message email.policy email.utils hashlib heapq hmac html "
+    "http.client ipaddress json queue re secrets sqlite3 ssl struct "
+    "subprocess threading unicodedata urllib.parse uuid zlib".split())
 
 
 class HttpServer:
-    """The sockets of a Site, from the first call to the last answer."""
+    """Accepts connections for an Api until a signal stops it.
 
-    def __init__(self, api: Api, listeners: list,
-                 certificate: Certificate | None = None):
-        self.api, self.listeners = api, listeners
-        self.certificate, self.why = certificate, ""
-        self.spare = -1             # a descriptor, for when there is none
-        self.loop = self.ended = None
-        self.told = -DAY
+    `log` is a function of a line. The connections of this machine and of
+    `proxies` are not counted by their address.
+    """
 
-    def run(self, ready=None) -> str:
-        """Serve until a signal says stop, or Hub cannot go on: then why."""
+    def __init__(self, api, listeners: list, certificate=None, proxies=(),
+                 log=lambda line: None):
+        self.api, self.listeners, self.certificate = api, listeners, \
+            certificate
+        self.proxies, self.log = frozenset(proxies), log
+        self.refusals = RefusalLog(log)
+        self.limits = ConnectionLimits()
+        self.connections: dict[HttpConnection, None] = {}   # oldest first
+        self.stopping, self.stop_event = False, None
+
+    @property
+    def tls_context(self):
+        """The present ssl.SSLContext, or None."""
+        return self.certificate and self.certificate.context
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it listens."""
+        return [sock.getsockname()[0] for sock in self.listeners]
+
+    def run(self, ready=lambda: None) -> None:
+        """Serve until a signal says stop, or Api cannot go on. `ready` is
+        called when connections are accepted."""
         import asyncio
         from importlib import import_module
         for name in NEEDED:
             import_module(name)
         if self.certificate:
-            # From 3.11 on each connection has a buffer of this size, by
-            # default 256 KiB: half a gigabyte for 2,000 hosts that wait.
             from asyncio import sslproto
             sslproto.SSLProtocol.max_size = TLS_BUFFER
-        most = more_files()
-        self.api.limits.most = min(MOST_WIRES, max(most - 64, 16))
-        # Children of ours are Alerts': no loop of ours may reap them.
-        loop = asyncio.SelectorEventLoop()
-        try:
-            loop.run_until_complete(self.serve(loop, ready))
-        finally:
-            loop.close()
-        return self.why
+        self.limits.most = min(MOST_CONNECTIONS,
+                               max(raise_file_limit() - 64, 16))
+        asyncio.run(self.serve(ready))
 
-    async def serve(self, loop, ready) -> None:
-        self.loop, self.ended = loop, loop.create_future()
-        loop.set_exception_handler(self.surprise)
-        self.api.secure = self.certificate is not None
-        self.api.literals = any(not is_loopback(sock.getsockname()[0])
-                                for sock in self.listeners)
-        self.api.names |= {url_name(sock.getsockname()[0])
-                           for sock in self.listeners}
-        self.api.open(loop)
+    async def serve(self, ready) -> None:
+        """Accept connections, stop gracefully."""
+        import asyncio
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self.on_exception)
+        self.stop_event = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
+            loop.add_signal_handler(number, self.stop_event.set)
         loop.add_signal_handler(signal.SIGHUP, self.reload)
-        self.spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self.api.open(self)
+        tasks = [loop.create_task(self.accept_from(sock))
+                 for sock in self.listeners]
+        tasks.append(loop.create_task(self.watch_health()))
+        ready()
+        await self.stop_event.wait()
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
         for sock in self.listeners:
-            loop.add_reader(sock, self.accept, sock)
-        self.tend()
-        if ready:
-            ready()
-        await self.ended
+            sock.close()
+        await self.finish()
 
-    # --- who comes in
+    async def finish(self) -> None:
+        """Let running requests end, for STOP_TIME seconds."""
+        import asyncio
+        self.stopping = True
+        self.api.stop()
+        for connection in list(self.connections):
+            if connection.idle:
+                connection.task.cancel()
+        if self.connections:
+            await asyncio.wait([each.task for each in self.connections],
+                               timeout=STOP_TIME)
+        for connection in list(self.connections):
+            connection.abort()
+        self.api.close()
 
-    def accept(self, sock) -> None:
-        """Take those who wait, some at a time, so that others are served
-        in between."""
-        for _ in range(64):
+    # --- connections
+
+    async def accept_from(self, listening) -> None:
+        """Accept the connections of a listening socket."""
+        import asyncio
+        loop = asyncio.get_running_loop()
+        while True:
             try:
-                found, peer = sock.accept()
-            except (BlockingIOError, InterruptedError):
-                return
+                sock, address = await loop.sock_accept(listening)
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS,
                                    errno.ENOMEM):
-                    return self.pause(sock, error)
-                continue                    # he has gone already
-            self.admit(found, peer[0])
+                    self.refusals.add(f"cannot accept: {error.strerror}")
+                    await asyncio.sleep(ACCEPT_PAUSE)
+                continue        # else the client has closed it already
+            self.admit(sock, address[0])
+            await asyncio.sleep(0)      # others are served in between
 
     def admit(self, sock, peer: str) -> None:
-        """Before a byte is read or a handshake begins: is there room?"""
-        api = self.api
-        near = is_loopback(peer) or peer in api.proxies
-        counted = None if near else network_of(peer)
-        if not api.limits.admits(counted) and not self.make_room(counted):
-            api.line(f"{peer} ?: 503 too many connections")
+        """Serve a connection if there is room; no byte was read yet."""
+        import asyncio
+        near = is_loopback(peer) or peer in self.proxies
+        network = None if near else network_of(peer)
+        if not self.limits.has_room_for(network) or (
+                self.limits.is_full and not self.make_room()):
+            self.refusals.add(f"{peer} ?: 503 too many connections")
             return self.turn_away(sock)
-        api.limits.enter(counted)
-        connection = HttpConnection(api, peer, counted)
-        api.connections[connection] = None
-        connection.task = self.loop.create_task(self.welcome(sock, connection))
+        connection = HttpConnection(self, sock, peer, network)
+        self.limits.add(network)
+        self.connections[connection] = None
+        connection.task = asyncio.get_running_loop().create_task(
+            connection.run())
+        connection.task.add_done_callback(
+            lambda _task: self.forget(connection))
 
-    def make_room(self, counted: str | None) -> bool:
-        """If it is the house that is full, whoever has said nothing for the
-        longest time has to go: so silence keeps nobody out."""
-        if self.api.limits.all < self.api.limits.most \
-                or not self.api.limits.admits(counted, False):
-            return False
-        for connection in self.api.connections:
-            if connection.phase == HEAD and not connection.proven:
-                connection.drop()
+    def forget(self, connection: HttpConnection) -> None:
+        """A connection has ended."""
+        del self.connections[connection]
+        self.limits.remove(connection.network, connection.proven)
+
+    def make_room(self) -> bool:
+        """End the connection that has been silent for the longest time, so
+        that silent clients keep nobody out. False if there is none."""
+        for connection in self.connections:
+            if connection.idle and not connection.proven:
+                connection.abort()
                 return True
         return False
 
     def turn_away(self, sock) -> None:
-        sock.setblocking(False)
+        """Answer 503, if that needs no handshake, and close."""
+        response = error_response(
+            Error("too many connections", "try again", 503))
         try:
             if not self.certificate:
-                error = Error("too many connections", "try again", 503)
-                response = error_response(error)
-                sock.send(head_bytes(response, len(response.body), True)
-                          + response.body)
+                sock.send(head_bytes(response, True) + response.body)
         except OSError:
             pass
         sock.close()
 
-    async def welcome(self, sock, connection: HttpConnection) -> None:
-        """Shake hands, without anybody having to wait for it."""
-        context = self.certificate and self.certificate.context
-        try:
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if context:
-                await self.first_byte(sock)
-            await self.loop.connect_accepted_socket(
-                lambda: connection, sock, ssl=context, **(
-                    {"ssl_handshake_timeout": HEAD_TIME} if context else {}))
-        except (OSError, EOFError):     # no TLS, too slow, or gone
-            pass
-        finally:
-            if not connection.transport:
-                sock.close()
-                connection.connection_lost(None)
+    # --- health
 
-    async def first_byte(self, sock) -> None:
-        """Wait until something is said, for a handshake costs 60 kB and a
-        millisecond. Raises OSError."""
-        begun = self.loop.create_future()
-
-        def end(error: OSError | None = None) -> None:
-            if begun.done():
-                return
-            if error:
-                begun.set_exception(error)
-            else:
-                begun.set_result(None)
-
-        self.loop.add_reader(sock, end)
-        timer = self.loop.call_later(HEAD_TIME, end, TimeoutError())
-        try:
-            await begun
-        finally:
-            self.loop.remove_reader(sock)
-            timer.cancel()
-
-    def pause(self, sock, error: OSError) -> None:
-        """No descriptor is left. Whoever waits is told so, by closing his
-        connection with the one that we kept; then we rest a moment."""
-        self.api.line(f"cannot accept: {error.strerror}")
-        os.close(self.spare)
-        try:
-            sock.accept()[0].close()
-        except OSError:
-            pass
-        try:
-            self.spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            self.spare = os.dup(2)
-        self.loop.remove_reader(sock)
-        self.loop.call_later(0.1, self.resume, sock)
-
-    def resume(self, sock) -> None:
-        if not self.api.stopping:
-            self.loop.add_reader(sock, self.accept, sock)
-
-    # --- what happens meanwhile
-
-    def tend(self) -> None:
-        """Can Hub go on? Is the certificate still good?"""
-        if self.api.stopping:
-            return
-        if self.hub_broken():
-            return self.stop()
-        now = self.loop.time()
-        if self.certificate and now - self.told >= DAY:
-            self.told, self.api.expires = now, self.certificate.expires
-            trouble = self.certificate.trouble(self.api.clock.now())
-            if trouble:
-                # on the page
-                self.api.dashboard.faults["certificate"] = trouble
-                self.api.say(f"warning: {trouble}")
-            else:
-                self.api.dashboard.faults.pop("certificate", None)
-        self.loop.call_later(1.0, self.tend)
-
-    def hub_broken(self) -> str:
-        self.why = self.api.dashboard.broken
-        return self.why
+    async def watch_health(self) -> None:
+        """Stop when Api cannot go on; each day, look at the certificate."""
+        import asyncio
+        loop, checked = asyncio.get_running_loop(), None
+        while not self.api.broken:
+            context = self.tls_context
+            if context and (checked is None or checked[0] is not context
+                            or loop.time() - checked[1] >= DAY):
+                checked = context, loop.time()
+                self.api.report_certificate(self.certificate)
+            await asyncio.sleep(1.0)
+        self.stop_event.set()
 
     def reload(self) -> None:
-        """SIGHUP: the certificate was renewed."""
+        """Read a renewed certificate, on SIGHUP."""
         if not self.certificate:
             return
         try:
             self.certificate.load()
-            self.told = -DAY
-            self.api.say("the certificate was read again")
+            self.log("the certificate was read again")
         except Error as error:
-            self.api.say(f"the certificate stays as it was: {error.message}")
+            self.log(f"the certificate stays as it was: {error.message}")
 
-    def surprise(self, loop, context: dict) -> None:
-        """What asyncio has to tell. Who hangs up in the middle is no
-        surprise."""
+    def on_exception(self, _loop, context: dict) -> None:
+        """asyncio reports an exception. A lost connection is no news."""
         error = context.get("exception")
-        if error is None or isinstance(error, (OSError, EOFError)):
-            return
-        self.api.complain(error)
-
-    def stop(self) -> None:
-        """End: nobody new, what was asked is answered, then all is over."""
-        if self.api.stopping:
-            return
-        for sock in self.listeners:
-            self.loop.remove_reader(sock)
-            sock.close()
-        self.api.stop()
-        self.loop.create_task(self.finish())
-
-    async def finish(self) -> None:
-        import asyncio
-        until = self.loop.time() + STOP_TIME
-        while (self.api.connections or self.api.writes) \
-                and self.loop.time() < until:
-            await asyncio.sleep(0.02)
-        for connection in list(self.api.connections):
-            connection.drop()
-        await asyncio.sleep(0)
-        self.api.readers.end()
-        os.close(self.spare)
-        if not self.ended.done():
-            self.ended.set_result(None)
+        if error is not None and not isinstance(error, (OSError, EOFError)):
+            self.refusals.report_bug(error)
 
 
-def more_files() -> int:
-    """Raise the limit of open files as far as we may; the limit."""
+def raise_file_limit() -> int:
+    """Raise the limit of open files as far as we may. Return it."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(hard, 65_536) if hard != resource.RLIM_INFINITY else 65_536
@@ -13603,6 +12466,1099 @@ def more_files() -> int:
         except (OSError, ValueError):
             return soft
     return wanted
+
+
+# ==========================================================================
+# Api: who may call what?                                       (network; U)
+#
+# ROUTES has a row for everything that can be asked for: who may ask, which
+# fields the query may have, how long the body may be, and the handler. The
+# handler gets the request's context and returns a Response or raises Error.
+# Readers are threads with a read-only connection each; everything that
+# changes something goes to the dashboard's writer thread.
+# ==========================================================================
+
+PING_BODY, SMALL_BODY = 2**20, 2**16    # bytes
+SYNC_BODY, REQUEST_BODY = 2**23, 2**20
+INLINE_BODY = 2**15     # bytes; longer JSON is not parsed in the event loop
+MOST_READS, MOST_READERS = 256, 4       # waiting questions; threads
+MOST_CHANGES, MOST_CHANGE_BYTES = 1000, 2**22   # that a stream remembers
+FEED_TIME = 60.0        # seconds in which a browser comes back to a stream
+HEARTBEAT = 15.0        # seconds between two lines of a stream
+LONGEST_POLL, LONGEST_FOLLOW = 25.0, 10.0   # seconds, of a host and a page
+MOST_FRAMES, LONGEST_SEARCH = 2**20, 200    # bytes, characters
+MISSES, MISSES_IN_ALL = 10, 300         # wrong keys: of a network, of all
+BAN, LONGEST_BAN = 60.0, 3600.0         # seconds
+MOST_NETWORKS = 10_000                  # that LoginThrottle remembers
+
+HTML, BYTES = "text/html; charset=utf-8", "application/octet-stream"
+EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
+NDJSON = "application/x-ndjson; charset=utf-8"
+START_OVER = b'{"reset":true}\n'             # read all anew
+# What the page may do: run its own script, ask this server.
+PAGE_POLICY = (
+    "default-src 'none'; script-src {script}; style-src {style}; "
+    "connect-src 'self'; worker-src blob:; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for "
+    "'script'; trusted-types koi")
+# The role of a route -> the roles of the tokens that are good for it.
+TOKEN_ROLES = {"host": ("host",), "viewer": ("viewer", "operator"),
+               "operator": ("operator",),
+               "host or operator": ("host", "operator")}
+# A host that sends one of these wants to know at once that it arrived.
+SENT = ("records", "outputs", "verdicts", "list")
+
+
+class TooManyRequests(Error):
+    """The client has to wait `seconds` (429)."""
+
+    def __init__(self, message: str, seconds: int):
+        super().__init__(message, f"try again in {seconds} s", 429)
+        self.seconds = seconds
+
+
+# --- paths, queries -------------------------------------------------------
+
+
+class Route(FrozenRecord):
+    """A row of ROUTES: one method of one path."""
+    method: str
+    path: str               # a word in capitals: see PATH_FIELDS
+    role: str               # anyone, or a key of TOKEN_ROLES
+    handler: object         # async (api, context) -> Response
+    body: int = 0           # bytes at most
+    query: dict = {}        # field -> parser (name, text) -> value
+    cors: bool = False      # pages of other origins may ask, too
+
+
+def is_check(text: str) -> bool:
+    """Is it a UUID in lower case, as Healthchecks' paths have them?"""
+    return is_uuid(text) and text == text.lower()
+
+
+def is_number(text: str) -> bool:
+    """Is it a whole number that SQLite can hold?"""
+    return text.isascii() and text.isdigit() and len(text) <= 18
+
+
+def is_slug(text: str) -> bool:
+    """Is it a name as the paths of pings have them?"""
+    return 0 < len(text) <= 200 and SLUG_LETTERS.issuperset(text.lower())
+
+
+def is_id(text: str) -> bool:
+    """Is it the id of a host, or the nonce of a request?"""
+    return is_hex(text, 32)
+
+
+# A word of a route's path -> whether a text may be in its place.
+PATH_FIELDS = {
+    "HOST": is_id, "NONCE": is_id, "JOB": is_number, "RUN": is_number,
+    "N": is_number, "CHECK": is_check, "KEY": is_slug,
+    "NAME": lambda text: is_slug(text.rpartition(".")[0])}
+PING_WORDS = ("start", "fail", "log")
+
+
+def match_path(words: list[str], parts: list[str]) -> tuple | None:
+    """Return the values in a path whose words may be PATH_FIELDS; None for
+    another path."""
+    if len(words) != len(parts):
+        return None
+    values = []
+    for word, part in zip(words, parts):
+        if word not in PATH_FIELDS:
+            if word != part:
+                return None
+        elif PATH_FIELDS[word](part):
+            values.append(part)
+        else:
+            return None
+    return tuple(values)
+
+
+def match_ping(parts: list[str]) -> tuple:
+    """Return (UUID or key, slug or None, action) of a ping's path, or ().
+
+    The paths are Healthchecks': UUID[/ACTION] and KEY/SLUG[/ACTION], with
+    and without /ping in front. UUID comes first: UUID/start has no slug.
+    """
+    if parts[0] == "ping":
+        parts = parts[1:]
+    if len(parts) > 1 and parts[-1] == "" and is_check(parts[0]):
+        parts = parts[:-1]
+    if not parts or not all(map(is_slug, parts)):
+        return ()
+    if is_check(parts[0]) and (len(parts) == 1 or len(parts) == 2 and (
+            parts[1] in PING_WORDS or is_number(parts[1]))):
+        key, slug, rest = parts[0], None, parts[1:]
+    elif 2 <= len(parts) <= 3:
+        key, slug, rest = parts[0], parts[1], parts[2:]
+    else:
+        return ()
+    word = rest[0] if rest else "success"
+    return (key, slug, word) if word in PING_WORDS or is_number(
+        word) or not rest else ()
+
+
+def text_field(_name: str, text: str) -> str:
+    """Return the text of a query's field as it is."""
+    return text
+
+
+def number_field(name: str, text: str) -> int:
+    """Return the number in a query's field. Raises Error."""
+    if not is_number(text):
+        raise Error(f"{name} is no number", "", 400)
+    return int(text)
+
+
+def time_field(name: str, text: str) -> float:
+    """Return the seconds in a query's field. Raises Error."""
+    whole, _, part = text.partition(".")
+    if not is_number(whole) or part and not is_number(part[:18]):
+        raise Error(f"{name} is no time", "", 400)
+    return float(f"{whole}.{part[:18] or 0}")
+
+
+# --- who may ask ----------------------------------------------------------
+
+
+class LoginThrottle:
+    """Wrong keys by network, and how long each network has to wait.
+
+    Keys are made from passphrases, so they can be guessed. While a network
+    waits, its valid keys are refused as well: it must not learn which is.
+    """
+
+    def __init__(self):
+        self.misses: dict[str, list] = {}   # -> since, count, bans
+        self.banned: dict[str, float] = {}  # -> until
+        self.known: dict[str, float] = {}   # had a valid key -> when
+        self.since, self.count = 0.0, 0     # wrong keys of all networks
+
+    def wait(self, network: str, now: float) -> int:
+        """Return the seconds until this network may try again."""
+        until = self.banned.get(network, 0.0)
+        if self.count >= MISSES_IN_ALL and network not in self.known:
+            until = max(until, self.since + BAN)
+        return int(until - now) + 1 if until > now else 0
+
+    def add_miss(self, network: str, now: float) -> None:
+        """Record a wrong key. The tenth in a minute bans the network, each
+        time for twice as long; after an hour without, all is forgotten."""
+        if now - self.since > BAN:
+            self.since, self.count = now, 0
+        self.count += 1
+        row = self.misses.pop(network, None) or [now, 0, 0]
+        if now - row[0] > BAN:
+            row = [now, 0, row[2] if now - row[0] < LONGEST_BAN else 0]
+        row[1] += 1
+        if row[1] >= MISSES:
+            self.banned[network] = now + min(BAN * 2 ** row[2], LONGEST_BAN)
+            row = [self.banned[network], 0, min(row[2] + 1, 10)]
+        self.misses[network] = row          # the newest is last
+        for table in (self.misses, self.banned):
+            if len(table) > MOST_NETWORKS:
+                del table[next(iter(table))]
+
+    def add_success(self, network: str, now: float) -> None:
+        """Record a valid key."""
+        self.known.pop(network, None)
+        self.known[network] = now
+        if len(self.known) > MOST_NETWORKS:
+            del self.known[next(iter(self.known))]
+
+
+class RequestContext:
+    """A request on its way through Api."""
+
+    def __init__(self, request: Request, connection: HttpConnection):
+        self.request, self.connection = request, connection
+        self.address = connection.client_address(request)
+        self.network = network_of(self.address)
+        self.route, self.values = None, ()      # the values in its path
+        self.query: dict = {}                   # by Route.query
+        self.principal = None                   # whose token it shows
+        self.cors: tuple = ()                   # headers of the response
+        self.counted = False                    # see AccessRules.count
+
+    @property
+    def log_name(self) -> str:
+        """What was asked for. A path may hold a key: of an unknown one only
+        the first word is shown."""
+        path = self.route.path if self.route else \
+            "/" + self.request.path.split("/")[1][:12]
+        return f"{self.address} {self.request.method} {path}"
+
+
+class AccessRules:
+    """Decides by the head of a request whether it may be made.
+
+    `names` are the host names of this dashboard; `literals` allows all IP
+    addresses as such. `principal_of` returns whose a token is, or None.
+    """
+
+    def __init__(self, names, principal_of):
+        self.names, self.literals = frozenset(names), False
+        self.principal_of = principal_of
+        self.throttle, self.clients = LoginThrottle(), ConnectionLimits()
+
+    def check_host(self, host: str) -> None:
+        """Refuse a host name that is not ours. Raises Error."""
+        if not is_allowed_host(host, self.names, self.literals):
+            raise Error("this dashboard does not know itself by that name",
+                        "koitab dashboard --name HOST", 421)
+
+    def check_origin(self, context: RequestContext, route: Route) -> None:
+        """Refuse the pages of others, except where the route allows them.
+
+        A page that was opened from a file has the origin "null". It may ask
+        where a token is needed: no browser sends one by itself. Raises Error.
+        """
+        headers = context.request.headers
+        origin = headers.get("origin")
+        if route.cors:
+            context.cors = (("Access-Control-Allow-Origin", "*"),)
+        elif origin == "null" and route.path.startswith("/api/") and (
+                route.role != "anyone" or route.method == "GET"):
+            context.cors = (("Access-Control-Allow-Origin", "null"),
+                            ("Access-Control-Expose-Headers", "X-Koi-Size, "
+                             "X-Koi-Live, X-Koi-From, Retry-After"),
+                            ("Vary", "Origin"))
+        elif origin is not None and origin.partition("://")[2].lower() \
+                != headers.get("host", "").lower():
+            raise Error("this comes from a page of somebody else", "a proxy "
+                        "in front of the dashboard has to pass on the Host",
+                        403)
+
+    def check_body(self, request: Request, route: Route) -> None:
+        """Refuse a body before it is read. Raises Error."""
+        headers = request.headers
+        if request.length > route.body:
+            raise Error(f"the body is longer than {route.body:,} bytes", "",
+                        413)
+        if headers.get("content-encoding", "identity") != "identity":
+            raise Error("the body has to come as it is",
+                        "no Content-Encoding", 415)
+        if headers.get("expect", "100-continue").lower() != "100-continue":
+            raise Error("this expects too much", "", 417)
+        if request.method == "POST" and route.path.startswith("/api/") \
+                and request.content_type != JSON:
+            raise Error("the body has to be JSON", f"Content-Type: {JSON}",
+                        415)
+
+    def count(self, context: RequestContext) -> None:
+        """Count the requests of clients behind our proxy, who share its
+        connections. Raises Error."""
+        if context.address != context.connection.peer:
+            if not self.clients.has_room_for(context.network):
+                raise Error("too many requests at once", "try again", 503)
+            self.clients.add(context.network)
+            context.counted = True
+
+    def uncount(self, context: RequestContext) -> None:
+        """The request was answered."""
+        if context.counted:
+            self.clients.remove(context.network, bool(context.principal))
+
+    def check_token(self, context: RequestContext, now: float) -> None:
+        """Find out whose token it is and whether the route is for them; now
+        is the event loop's time. Raises Error."""
+        kind, _, token = context.request.headers.get(
+            "authorization", "").partition(" ")
+        if kind.lower() != "bearer":
+            raise Error("this needs a key", "Authorization: Bearer KEY", 401)
+        principal = self.principal_of(token.strip(" "))
+        wait = self.throttle.wait(context.network, now)
+        if wait and not (principal and principal.role == "host"):
+            raise TooManyRequests("too many wrong keys", wait)
+        if not principal:
+            self.throttle.add_miss(context.network, now)
+            raise Error("this key is not known here", "", 401)
+        self.throttle.add_success(context.network, now)
+        context.principal = principal
+        if context.counted:
+            self.clients.mark_proven(context.network)
+        context.connection.mark_proven()
+        if principal.role not in TOKEN_ROLES[context.route.role]:
+            raise Error(f"this is not for a {principal.role}", "", 403)
+
+
+# --- who waits for news ---------------------------------------------------
+
+
+class LongPoll:
+    """A request that waits for news about a topic: ("host", ID), ("run",
+    NUMBER) or ("changes", DASHBOARD).
+
+    `with` enters it in `polls` before the first question is asked, so that
+    no news between a question and the wait for more is missed.
+    """
+
+    def __init__(self, polls: dict, topic: tuple):
+        import asyncio
+        self.polls, self.topic, self.event = polls, topic, asyncio.Event()
+        self.ended, self.error = False, None
+
+    def __enter__(self) -> LongPoll:
+        self.polls.setdefault(self.topic, {})[self] = None
+        return self
+
+    def __exit__(self, *_error) -> None:
+        del self.polls[self.topic][self]
+        if not self.polls[self.topic]:
+            del self.polls[self.topic]
+
+    async def wait(self, seconds: float) -> bool:
+        """Wait for news since the last call. Return False when the time is
+        over or the poll was ended. Raises the Error it was ended with."""
+        import asyncio
+        try:
+            await asyncio.wait_for(self.event.wait(), max(seconds, 0))
+        except asyncio.TimeoutError:
+            return False
+        self.event.clear()
+        if self.error:
+            raise self.error
+        return not self.ended
+
+    def end(self, error: Error | None = None) -> None:
+        """Let it be answered now: with an error, or with what there is."""
+        self.ended, self.error = True, error
+        self.event.set()
+
+
+class ChangeStream:
+    """The last changes of a dashboard, for the browsers that follow it.
+
+    A change is a line of JSON with a number `seq`, which only grows. `until`
+    is the time of the event loop to which changes are wanted although no
+    browser follows.
+    """
+
+    def __init__(self):
+        from collections import deque
+        self.first = self.newest = 0        # all after `first` are here
+        self.lines: deque = deque()         # (seq, line)
+        self.bytes, self.until = 0, 0.0
+
+    def add(self, seq: int, line: bytes) -> None:
+        """Remember a change, and forget the oldest ones."""
+        self.newest = seq
+        self.lines.append((seq, line))
+        self.bytes += len(line)
+        while len(self.lines) > MOST_CHANGES \
+                or self.bytes > MOST_CHANGE_BYTES:
+            self.first, old = self.lines.popleft()
+            self.bytes -= len(old)
+
+    def clear(self, seq: int) -> None:
+        """Forget all changes up to the number `seq`."""
+        self.first = self.newest = seq
+        self.lines.clear()
+        self.bytes = 0
+
+    def since(self, seq: int) -> bytes:
+        """Return the lines after the number `seq`, or START_OVER if some of
+        them are forgotten."""
+        if seq < self.first:
+            return START_OVER
+        return b"".join(line for number, line in self.lines if number > seq)
+
+
+class Api:
+    """What the dashboard answers. HttpServer calls `respond`; everything
+    here runs in the event loop, except what `in_reader` is given."""
+
+    def __init__(self, dashboard: Dashboard, page: str, names=(),
+                 allow_new: bool = False):
+        self.dashboard, self.allow_new = dashboard, allow_new
+        self.page, self.page_policy = page.encode(), page_policy_of(page)
+        self.page_tag = f'"{digest_of(self.page)[:32]}"'
+        self.rules = AccessRules(names, dashboard.key_of)
+        self.clock, self.certificate_expires = Clock(), 0.0
+        self.polls: dict[tuple, dict] = {}      # topic -> LongPolls
+        self.followers: dict[tuple, dict] = {}  # the same, of streams
+        self.streams: dict[str, ChangeStream] = {}
+        self.reads = 0                          # waiting for a reader
+        self.server = self.loop = self.readers = None
+
+    def open(self, server: HttpServer) -> None:
+        """Begin. Called in the event loop, before the first request."""
+        import asyncio
+        from concurrent.futures.thread import ThreadPoolExecutor
+        self.server, self.loop = server, asyncio.get_running_loop()
+        self.readers = ThreadPoolExecutor(MOST_READERS)
+        self.rules.names |= set(map(url_name, server.addresses))
+        self.rules.literals = not all(map(is_loopback, server.addresses))
+        self.dashboard.followed = self.is_followed
+        self.dashboard.heard = self.on_changes
+
+    def stop(self) -> None:
+        """Have all that wait answered, with what there is."""
+        for topics in (self.polls, self.followers):
+            for topic in list(topics):
+                self.end_polls(topics, topic)
+
+    def close(self) -> None:
+        """End. Called in the event loop, after the last request."""
+        self.dashboard.heard = None
+        self.readers.shutdown(wait=False)
+
+    @property
+    def broken(self) -> str:
+        """Why the dashboard cannot go on, or ""."""
+        return self.dashboard.broken
+
+    def report_certificate(self, certificate: Certificate) -> None:
+        """Show a certificate's expiry: in the metrics and, when it is near,
+        in the log and among the dashboard's problems."""
+        self.certificate_expires = certificate.expires
+        problem = certificate.problem(self.clock.now())
+        self.dashboard.faults.pop("certificate", None)
+        if problem:
+            self.dashboard.faults["certificate"] = problem
+            self.server.log(f"warning: {problem}")
+
+    # --- a request
+
+    async def respond(self, request: Request,
+                      connection: HttpConnection) -> Response:
+        """Return the response to a request whose body is not read yet.
+        Raises ConnectionClosed."""
+        context = RequestContext(request, connection)
+        try:
+            response = self.check(context)
+            if not response:
+                await connection.read_body(request)
+                context.query = self.parse_query(context)
+                response = await context.route.handler(self, context)
+        except Error as error:
+            self.server.refusals.add(
+                f"{context.log_name}: {error.status} {error.message}")
+            response = error_response(error, {
+                401: (("WWW-Authenticate", "Bearer"),),
+                405: (("Allow", error.hint),)}.get(error.status, ()))
+        except ConnectionClosed:
+            raise
+        except Exception as bug:
+            self.server.refusals.report_bug(bug)
+            response = error_response(Error(
+                "a fault of the dashboard's", "its log says more", 500))
+        finally:
+            self.rules.uncount(context)
+        response.headers += context.cors
+        return response
+
+    def check(self, context: RequestContext) -> Response | None:
+        """Find the route of a request and check its head. Return the answer
+        to OPTIONS (CORS preflight), else None. Raises Error."""
+        request = context.request
+        self.rules.check_host(request.headers.get("host", ""))
+        routes, context.values = find_routes(request.path)
+        if not routes:
+            raise Error("there is nothing here", "", 404)
+        self.rules.check_origin(context, next(iter(routes.values())))
+        if request.method == "OPTIONS":
+            return Response(204, headers=(
+                ("Access-Control-Allow-Methods", "GET, POST, DELETE"),
+                ("Access-Control-Allow-Headers",
+                 "Authorization, Content-Type"),
+                ("Access-Control-Max-Age", "600")))
+        context.route = routes.get(
+            "GET" if request.method == "HEAD" else request.method)
+        if not context.route:
+            raise Error(f"this is not for {request.method}",
+                        ", ".join(routes), 405)
+        self.rules.check_body(request, context.route)
+        self.rules.count(context)
+        if context.route.role != "anyone":
+            self.rules.check_token(context, self.loop.time())
+        return None
+
+    def parse_query(self, context: RequestContext) -> dict:
+        """Return the values of the fields that the route has. Raises
+        Error."""
+        wanted = context.route.query
+        fields = parse_query(context.request.query) if wanted else {}
+        return {name: parse(name, fields[name])
+                for name, parse in wanted.items() if name in fields}
+
+    def uses_https(self, context: RequestContext) -> bool:
+        """Did the client use https, to us or to our proxy?"""
+        return self.server.certificate is not None or (
+            context.connection.network is None and context.request.headers.get(
+                "x-forwarded-proto") == "https")
+
+    # --- the database
+
+    async def in_reader(self, function, *values):
+        """Return what a function returns in a reader's thread. Raises what
+        it raises, and Error (503) if too many questions wait."""
+        if self.reads >= MOST_READS:
+            raise Error("too many questions at once", "try again", 503)
+        self.reads += 1
+        try:
+            try:
+                future = self.loop.run_in_executor(self.readers, function,
+                                                   *values)
+            except RuntimeError:
+                raise Error("this host lets us start no thread", "", 503
+                            ) from None
+            return await future
+        finally:
+            self.reads -= 1
+
+    async def answer(self, question, *values,
+                     encode=json_response) -> Response:
+        """Return the answer to a question, which `encode` makes a Response.
+        Raises Error."""
+        return await self.in_reader(
+            lambda: encode(self.dashboard.read(question, *values)))
+
+    async def body_of(self, context: RequestContext) -> dict:
+        """Return the JSON object in the request's body. Raises Error."""
+        body, context.request.body = context.request.body, b""
+        if len(body) < INLINE_BODY:
+            return parse_body(body)
+        return await self.in_reader(parse_body, body)
+
+    async def write(self, operation, *values):
+        """Have the writer's thread carry out an operation. Return its result
+        when that is on the disk. Raises Error."""
+        future = self.loop.create_future()
+
+        def settle(result, error) -> None:
+            if future.done():           # the client hung up
+                return
+            if error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        def done(result, error) -> None:
+            try:
+                self.loop.call_soon_threadsafe(settle, result, error)
+            except RuntimeError:        # the loop has ended
+                pass
+
+        self.dashboard.write(operation, *values, then=done)
+        return await future
+
+    async def store(self, context: RequestContext, operation,
+                    *values) -> dict:
+        """Have an operation carried out with what an operator has sent."""
+        fields = await self.body_of(context)
+        return await self.write(operation, context.principal.dash, *values,
+                                fields, self.clock.now())
+
+    # --- news
+
+    def end_polls(self, polls: dict, topic: tuple,
+                  error: Error | None = None) -> None:
+        """End those that wait for news about a topic."""
+        for poll in list(polls.get(topic, ())):
+            poll.end(error)
+
+    def stream_of(self, dash: str) -> ChangeStream:
+        """Return the changes of a dashboard, which are kept from now on."""
+        stream = self.streams.setdefault(dash, ChangeStream())
+        was_followed = self.is_followed(dash)
+        # First this: the writer may publish a change right now.
+        stream.until = self.loop.time() + FEED_TIME
+        if not was_followed:
+            stream.clear(self.dashboard.seq(dash))
+        return stream
+
+    def is_followed(self, dash: str) -> bool:
+        """Are changes wanted? Called in the writer's thread, too."""
+        stream = self.streams.get(dash)
+        return bool(stream) and self.loop.time() < stream.until
+
+    def on_changes(self, dash: str, changes: dict) -> None:
+        """Hand on what was committed. Called in the writer's thread."""
+        seq, line = changes.get("seq"), b""
+        shown = {name: value for name, value in changes.items()
+                 if name not in ("wake", "live")}
+        if changes.get("reset"):
+            line = START_OVER
+        elif seq is not None and len(shown) > 1:
+            line = compact_json(shown).encode(
+                "utf-8", "backslashreplace") + b"\n"
+        topics = [*(("host", host) for host in changes.get("wake", ())),
+                  *(("run", run) for run in changes.get("live", ()))]
+        try:
+            self.loop.call_soon_threadsafe(self.dispatch_changes, dash, seq,
+                                           line, topics)
+        except RuntimeError:            # the loop has ended
+            pass
+
+    def dispatch_changes(self, dash: str, seq: int | None, line: bytes,
+                         topics: list) -> None:
+        """Wake those whom a change concerns."""
+        for topic in topics:
+            for poll in self.polls.get(topic, ()):
+                poll.event.set()
+        stream = self.streams.get(dash)
+        if not stream or not line:
+            return
+        if line is START_OVER:
+            stream.clear(seq or self.dashboard.seq(dash))
+        elif seq > stream.newest:
+            stream.add(seq, line)
+        for poll in self.followers.get(("changes", dash), ()):
+            poll.event.set()
+
+
+# --- handlers: for everyone -----------------------------------------------
+
+
+async def show_page(api: Api, context: RequestContext) -> Response:
+    """GET /: the page."""
+    headers = (("ETag", api.page_tag),
+               ("Content-Security-Policy", api.page_policy))
+    if context.request.headers.get("if-none-match") == api.page_tag:
+        return Response(304, b"", HTML, headers)
+    return Response(200, api.page, HTML, headers)
+
+
+async def show_health(api: Api, _context: RequestContext) -> Response:
+    """GET /healthz: OK, or 503 and why the database cannot be read."""
+    try:
+        return await api.answer(api.dashboard.health,
+                                encode=lambda text: Response(
+                                    body=text.encode()))
+    except Exception as error:
+        return Response(503, escape_controls(str(error)).encode())
+
+
+async def show_metrics(api: Api, context: RequestContext) -> Response:
+    """GET /metrics: for Prometheus, in its text format."""
+    ours = (f"koi_web_connections {len(api.server.connections)}\n"
+            f"koi_web_waiting {len(api.polls)}\n")
+    if api.certificate_expires:
+        ours += f"koi_web_certificate_expires {api.certificate_expires:.0f}\n"
+    return await api.answer(
+        api.dashboard.metrics, context.principal.dash, api.clock.now(),
+        encode=lambda text: Response(200, (text + ours).encode(), EXPOSITION))
+
+
+async def show_badge(api: Api, context: RequestContext) -> Response:
+    """GET /badge/KEY/NAME: NAME.svg, or NAME.json for shields.io."""
+    key, name = context.values
+    name, _, kind = name.rpartition(".")
+    if kind not in ("svg", "json"):
+        raise Error("there is nothing here", "NAME.svg, NAME.json", 404)
+
+    def encode(badge: dict) -> Response:
+        headers = (("Cache-Control", "no-cache"),
+                   ("Content-Security-Policy", "default-src 'none'"))
+        if kind == "json":
+            return json_response({"schemaVersion": 1, **badge}, 200, headers)
+        return Response(200, badge_svg(
+            badge["label"], badge["message"], badge["color"]),
+            "image/svg+xml", headers)
+
+    return await api.answer(api.dashboard.badge, key, name, api.clock.now(),
+                            encode=encode)
+
+
+async def show_salt(api: Api, context: RequestContext) -> Response:
+    """GET /api/v1/salt: what a passphrase becomes keys with."""
+    return await api.answer(api.dashboard.salt, context.query.get("dash", ""))
+
+
+async def create_dashboard(api: Api, context: RequestContext) -> Response:
+    """POST /api/v1/dashboards: the first only from this machine."""
+    throttle, now = api.rules.throttle, api.loop.time()
+    wait = throttle.wait(context.network, now)
+    if wait:
+        raise TooManyRequests("too many at once", wait)
+    near, dashboard = is_loopback(context.address), api.dashboard
+
+    def create(db, fields: dict, at: float) -> dict:
+        if not api.allow_new and not (
+                near and dashboard.count_dashboards(db) == 0):
+            raise Error("new dashboards are not made here",
+                        "koitab dashboard --allow-new", 403)
+        return dashboard.create_dashboard(db, fields, at)
+
+    throttle.add_miss(context.network, now)
+    return json_response(await api.write(
+        create, await api.body_of(context), api.clock.now()), 201)
+
+
+async def receive_ping(api: Api, context: RequestContext) -> Response:
+    """GET, POST /ping/...: Healthchecks' pinging API."""
+    request = context.request
+    call = {"scheme": "https" if api.uses_https(context) else "http",
+            "method": request.method, "ip": context.address,
+            "ua": request.headers.get("user-agent", "")[:200],
+            "rid": context.query.get("rid"),
+            "create": context.query.get("create") == "1",
+            "body": request.body[:PING_BODY_LIMIT]}
+    status, text = await api.write(api.dashboard.ping, *context.values, call,
+                                   api.clock.now())
+    return Response(status, text.encode(), headers=(
+        ("Ping-Body-Limit", str(PING_BODY_LIMIT)),))
+
+
+# --- handlers: for viewers ------------------------------------------------
+
+
+async def show_state(api: Api, context: RequestContext) -> Response:
+    """GET /api/v1/state: all that the overview shows."""
+    api.stream_of(context.principal.dash)   # no change after it is missed
+    return await api.answer(api.dashboard.state, context.principal,
+                            api.clock.now())
+
+
+async def follow_changes(api: Api, context: RequestContext) -> Response:
+    """GET /api/v1/stream?since=SEQ: changes as lines of JSON, without end.
+    An empty line is a sign of life for proxies."""
+    dash, since = context.principal.dash, context.query.get("since", -1)
+    stream = api.stream_of(dash)
+    if since > max(stream.newest, api.dashboard.seq(dash)):
+        since = -1                  # from a database that was restored
+
+    async def send_changes(send) -> None:
+        seq = since
+        with LongPoll(api.followers, ("changes", dash)) as poll:
+            while not poll.ended:
+                lines = stream.since(seq)
+                seq = stream.newest if lines is START_OVER else max(
+                    seq, stream.newest)
+                stream.until = api.loop.time() + FEED_TIME
+                await send(lines or b"\n")
+                await poll.wait(HEARTBEAT)
+
+    return Response(200, b"", NDJSON, (("X-Accel-Buffering", "no"),),
+                    send_changes)
+
+
+async def show_host_list(api: Api, context: RequestContext) -> Response:
+    """GET /api/v1/hosts/HOST/list: the jobs of a host as it signed them."""
+    return await api.answer(api.dashboard.host_list, context.principal.dash,
+                            *context.values)
+
+
+async def list_runs(api: Api, context: RequestContext) -> Response:
+    """GET /api/v1/jobs/JOB/runs: a page of runs, newest first."""
+    return await api.answer(
+        api.dashboard.runs, context.principal.dash, int(context.values[0]),
+        context.query.get("before"),
+        min(context.query.get("limit") or 100, MOST_ROWS))
+
+
+async def show_run(api: Api, context: RequestContext) -> Response:
+    """GET /api/v1/runs/RUN: a run and its job."""
+    return await api.answer(api.dashboard.run, context.principal.dash,
+                            int(context.values[0]))
+
+
+async def list_chunks(api: Api, context: RequestContext) -> Response:
+    """GET /api/v1/runs/RUN/chunks: where the frames of its output are."""
+    return await api.answer(api.dashboard.chunks, context.principal.dash,
+                            int(context.values[0]))
+
+
+async def read_output(api: Api, context: RequestContext) -> Response:
+    """GET /api/v1/runs/RUN/output: frames from a byte on. With ?wait, if
+    there are none yet, when there are or the time is over."""
+    dashboard, dash = api.dashboard, context.principal.dash
+    run, query = int(context.values[0]), context.query
+    start = query.get("from") or 0
+    size = min(query.get("len") or MOST_FRAMES, MOST_FRAMES)
+    wait = min(query.get("wait") or 0.0, LONGEST_FOLLOW)
+    until = api.loop.time() + wait
+
+    def look() -> tuple:
+        dashboard.look(dash, run)
+        return dashboard.read(dashboard.output, dash, run, start, size)
+
+    with LongPoll(api.polls, ("run", run)) as poll:
+        while True:
+            data, total, live, begin = (*await api.in_reader(look), start)[:4]
+            if data or not live or not wait or poll.ended \
+                    or not await context.connection.run_until_closed(
+                        poll.wait(until - api.loop.time())):
+                break
+    return Response(200, data, BYTES, (
+        ("X-Koi-Size", str(total)), ("X-Koi-Live", str(int(live))),
+        ("X-Koi-From", str(max(begin, start)))))
+
+
+async def show_raw_output(api: Api, context: RequestContext) -> Response:
+    """GET /api/v1/runs/RUN/raw: the output as a text file."""
+    run = int(context.values[0])
+    disposition = f'attachment; filename="run-{run}.txt"'
+    return await api.answer(
+        api.dashboard.raw, context.principal.dash, run,
+        encode=lambda data: Response(200, data, TEXT, (
+            ("Content-Disposition", disposition),)))
+
+
+async def search_outputs(api: Api, context: RequestContext) -> Response:
+    """GET /api/v1/search?q=TEXT: runs whose output has the text."""
+    query = context.query
+    text = query.get("q", "")
+    if not text or len(text) > LONGEST_SEARCH or "\0" in text:
+        raise Error("there is nothing to search for", "?q=TEXT", 400)
+    return await api.answer(api.dashboard.search, context.principal.dash,
+                            text, query.get("job"), query.get("before"))
+
+
+async def show_day(api: Api, context: RequestContext) -> Response:
+    """GET /api/v1/day?from=T&to=T: what ran when, on all hosts."""
+    begin, end = context.query.get("from"), context.query.get("to")
+    if begin is None or end is None or not begin < end:
+        raise Error("which day?", "?from=T&to=T", 400)
+    return await api.answer(api.dashboard.day, context.principal.dash, begin,
+                            end)
+
+
+async def list_audit(api: Api, context: RequestContext) -> Response:
+    """GET /api/v1/audit: who asked for what, newest first."""
+    return await api.answer(api.dashboard.audit, context.principal.dash,
+                            context.query.get("before"))
+
+
+async def show_request(api: Api, context: RequestContext) -> Response:
+    """GET /api/v1/requests/NONCE: what became of a request."""
+    return await api.answer(api.dashboard.request_state,
+                            context.principal.dash, *context.values)
+
+
+async def list_pings(api: Api, context: RequestContext) -> Response:
+    """GET /api/v1/checks/CHECK/pings: newest first."""
+    return await api.answer(api.dashboard.pings, context.principal.dash,
+                            *context.values, context.query.get("before"))
+
+
+async def show_ping_body(api: Api, context: RequestContext) -> Response:
+    """GET /api/v1/checks/CHECK/pings/N/body: what a ping has sent."""
+    check, number = context.values
+    return await api.answer(
+        api.dashboard.ping_body, context.principal.dash, check, int(number),
+        encode=lambda data: Response(200, data, TEXT))
+
+
+async def list_channels(api: Api, context: RequestContext) -> Response:
+    """GET /api/v1/channels: where alerts go."""
+    return await api.answer(api.dashboard.channels, context.principal.dash)
+
+
+# --- handlers: for operators ----------------------------------------------
+
+
+async def rotate_keys(api: Api, context: RequestContext) -> Response:
+    """POST /api/v1/rotate: new keys; streams have to come with them."""
+    result = await api.store(context, api.dashboard.rotate)
+    api.end_polls(api.followers, ("changes", context.principal.dash))
+    return json_response(result)
+
+
+async def add_host(api: Api, context: RequestContext) -> Response:
+    """POST /api/v1/hosts: a host joins."""
+    return json_response(
+        await api.store(context, api.dashboard.add_host), 201)
+
+
+async def remove_host(api: Api, context: RequestContext) -> Response:
+    """DELETE /api/v1/hosts/HOST: by an operator or the host itself."""
+    principal, host = context.principal, context.values[0]
+    if principal.role == "host" and principal.host != host:
+        raise Error("this is another host", "", 403)
+    result = await api.write(api.dashboard.remove_host, principal.dash, host,
+                             api.clock.now())
+    api.end_polls(api.polls, ("host", host),
+                  Error("this host was removed", "", 401))
+    return json_response(result)
+
+
+async def create_request(api: Api, context: RequestContext) -> Response:
+    """POST /api/v1/requests: a signed request for a host."""
+    result = await api.store(context, api.dashboard.request)
+    return json_response({"nonce": result["nonce"],
+                          "state": result["state"]}, 202)
+
+
+async def snooze_alert(api: Api, context: RequestContext) -> Response:
+    """POST /api/v1/snooze: no alert about a subject until a time."""
+    return json_response(await api.store(context, api.dashboard.snooze))
+
+
+async def add_check(api: Api, context: RequestContext) -> Response:
+    """POST /api/v1/checks: a check that expects pings."""
+    return json_response(
+        await api.store(context, api.dashboard.make_check), 201)
+
+
+async def change_check(api: Api, context: RequestContext) -> Response:
+    """POST /api/v1/checks/CHECK: pause, resume, change or delete it."""
+    return json_response(await api.store(
+        context, api.dashboard.change_check, *context.values))
+
+
+async def change_channel(api: Api, context: RequestContext) -> Response:
+    """POST /api/v1/channels: add, test or delete one."""
+    return json_response(
+        await api.store(context, api.dashboard.change_channel))
+
+
+async def forget_subject(api: Api, context: RequestContext) -> Response:
+    """POST /api/v1/forget: remove what is kept of a job or a host."""
+    return json_response(await api.store(context, api.dashboard.forget))
+
+
+# --- handlers: for hosts --------------------------------------------------
+
+
+async def sync(api: Api, context: RequestContext) -> Response:
+    """POST /api/v1/sync: store what a host sends; answer what there is for
+    it, at once or, with "wait": SECONDS, when there is something."""
+    fields, principal = await api.body_of(context), context.principal
+    wait = fields.get("wait")
+    wait = min(wait, LONGEST_POLL) if isinstance(wait, (int, float)) else 0
+    if any(fields.get(name) for name in SENT):
+        wait = 0
+    until, topic = api.loop.time() + wait, ("host", principal.host)
+    api.end_polls(api.polls, topic)     # of a connection that broke
+    with LongPoll(api.polls, topic) as poll:
+        reply = await api.write(api.dashboard.sync, principal, fields,
+                                api.clock.now())
+        while wait > 0 and not poll.ended and not has_news(
+                reply, context.connection) and \
+                await context.connection.run_until_closed(
+                    poll.wait(until - api.loop.time())):
+            reply.update(await api.write(api.dashboard.waiting_requests,
+                                         principal, api.clock.now()))
+    context.connection.demanded = demands_of(reply)
+    return json_response(reply)
+
+
+def demands_of(reply: dict) -> tuple:
+    """Return what a sync answer demands of the host."""
+    return (frozenset(reply.get("live", ())), reply.get("want_list", False),
+            reply.get("owed", []))
+
+
+def has_news(reply: dict, connection: HttpConnection) -> bool:
+    """Must a sync be answered now? A demand that was sent before and was not
+    met is no news: the host would ask again at once, forever."""
+    return bool(reply.get("requests")) or demands_of(reply) != (
+        connection.demanded or demands_of({}))
+
+
+# --- all routes -----------------------------------------------------------
+
+BEFORE = {"before": number_field}
+OUTPUT_QUERY = {"from": number_field, "len": number_field, "wait": time_field}
+PING_QUERY = {"rid": text_field, "create": text_field}
+
+ROUTES = [Route(*row) for row in (
+    ("GET", "/", "anyone", show_page),
+    ("GET", "/healthz", "anyone", show_health, 0, {}, True),
+    ("GET", "/metrics", "viewer", show_metrics),
+    ("GET", "/badge/KEY/NAME", "anyone", show_badge, 0, {}, True),
+    ("GET", "/api/v1/salt", "anyone", show_salt, 0, {"dash": text_field}),
+    ("POST", "/api/v1/dashboards", "anyone", create_dashboard, SMALL_BODY),
+    ("POST", "/api/v1/rotate", "operator", rotate_keys, SMALL_BODY),
+    ("POST", "/api/v1/hosts", "operator", add_host, SMALL_BODY),
+    ("DELETE", "/api/v1/hosts/HOST", "host or operator", remove_host),
+    ("GET", "/api/v1/hosts/HOST/list", "viewer", show_host_list),
+    ("POST", "/api/v1/sync", "host", sync, SYNC_BODY),
+    ("GET", "/api/v1/state", "viewer", show_state),
+    ("GET", "/api/v1/stream", "viewer", follow_changes, 0,
+     {"since": number_field}),
+    ("GET", "/api/v1/jobs/JOB/runs", "viewer", list_runs, 0,
+     {**BEFORE, "limit": number_field}),
+    ("GET", "/api/v1/runs/RUN", "viewer", show_run),
+    ("GET", "/api/v1/runs/RUN/chunks", "viewer", list_chunks),
+    ("GET", "/api/v1/runs/RUN/output", "viewer", read_output, 0,
+     OUTPUT_QUERY),
+    ("GET", "/api/v1/runs/RUN/raw", "viewer", show_raw_output),
+    ("GET", "/api/v1/search", "viewer", search_outputs, 0,
+     {**BEFORE, "q": text_field, "job": number_field}),
+    ("GET", "/api/v1/day", "viewer", show_day, 0,
+     {"from": time_field, "to": time_field}),
+    ("GET", "/api/v1/audit", "viewer", list_audit, 0,
+     {"before": time_field}),
+    ("POST", "/api/v1/requests", "operator", create_request, REQUEST_BODY),
+    ("GET", "/api/v1/requests/NONCE", "viewer", show_request),
+    ("POST", "/api/v1/snooze", "operator", snooze_alert, SMALL_BODY),
+    ("POST", "/api/v1/checks", "operator", add_check, SMALL_BODY),
+    ("POST", "/api/v1/checks/CHECK", "operator", change_check, SMALL_BODY),
+    ("GET", "/api/v1/checks/CHECK/pings", "viewer", list_pings, 0, BEFORE),
+    ("GET", "/api/v1/checks/CHECK/pings/N/body", "viewer", show_ping_body),
+    ("GET", "/api/v1/channels", "viewer", list_channels),
+    ("POST", "/api/v1/channels", "operator", change_channel, SMALL_BODY),
+    ("POST", "/api/v1/forget", "operator", forget_subject, SMALL_BODY))]
+# The paths of pings are not in the table: see match_ping.
+PING_ROUTES = {method: Route(method, "PING", "anyone", receive_ping, size,
+                             PING_QUERY, True)
+               for method, size in (("GET", 0), ("POST", PING_BODY))}
+
+
+def find_routes(path: str) -> tuple[dict, tuple]:
+    """Return the routes of a path by method, and the values in the path;
+    ({}, ()) if there are none."""
+    parts, routes, values = path.split("/"), {}, ()
+    for route in ROUTES:
+        found = match_path(route.path.split("/"), parts)
+        if found is not None:
+            routes[route.method], values = route, found
+    if routes:
+        return routes, values
+    ping = match_ping(parts[1:])
+    return (PING_ROUTES, ping) if ping else ({}, ())
+
+
+# --- the page's policy, badges --------------------------------------------
+
+
+def page_policy_of(text: str) -> str:
+    """Return the Content-Security-Policy under which a page runs nothing
+    but the scripts and styles in its text."""
+    from base64 import b64encode
+    from hashlib import sha256
+
+    def hashes(tag: str) -> str:
+        found, at = [], text.find(f"<{tag}")
+        while at >= 0:
+            begin = text.index(">", at) + 1
+            end = text.index(f"</{tag}>", begin)
+            digest = sha256(text[begin:end].encode()).digest()
+            found.append(f"'sha256-{b64encode(digest).decode()}'")
+            at = text.find(f"<{tag}", end)
+        return " ".join(found) or "'none'"
+
+    return PAGE_POLICY.format(script=hashes("script"), style=hashes("style"))
+
+
+# The names that shields.io has for colours.
+COLOURS = {"brightgreen": "#2e7d32", "green": "#2e7d32", "red": "#c62828",
+           "orange": "#b25000", "yellow": "#8a6d00", "blue": "#1565c0"}
+CHARACTER_WIDTH = 6.6   # pixels, of Verdana at 11 px, on the average
+
+
+def badge_svg(label: str, message: str, colour: str) -> bytes:
+    """Return a badge as an SVG picture."""
+    from html import escape
+    label, message = label[:60], message[:60]
+    left, right = (int(len(text) * CHARACTER_WIDTH) + 12
+                   for text in (label, message))
+    fill = COLOURS.get(colour, "#616161")
+    text = "".join(
+        f'<text x="{x}" y="14" textLength="{width - 12}">{escape(shown)}'
+        "</text>" for x, width, shown in (
+            (6, left, label), (left + 6, right, message)))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right}" '
+            f'height="20" role="img" aria-label="{escape(label)}: '
+            f'{escape(message)}"><rect width="{left}" height="20" fill="#444"'
+            f'/><rect x="{left}" width="{right}" height="20" fill="{fill}"/>'
+            '<g fill="#fff" font-family="Verdana,sans-serif" font-size="11">'
+            f"{text}</g></svg>").encode("utf-8", "backslashreplace")
 
 
 # ==========================================================================
@@ -20496,16 +20452,16 @@ def command_dashboard(options: Options, machine: Machine) -> int:
     notifier = Notifier(dashboard, machine)
     notifier.start()
     api = Api(dashboard, page_text(),
-              [text.lower() for text in options.names],
-              options.proxies, options.allow_new, said_by(machine))
-    server = HttpServer(api, listeners, certificate)
+              [text.lower() for text in options.names], options.allow_new)
+    server = HttpServer(api, listeners, certificate, options.proxies,
+                        said_by(machine))
     try:
-        why = server.run(lambda: tell_where(options, server))
+        server.run(lambda: tell_where(options, server))
     finally:
         notifier.stop()
         dashboard.stop()
-    if why:
-        raise Error(f"the dashboard cannot go on: {why}")
+    if dashboard.broken:
+        raise Error(f"the dashboard cannot go on: {dashboard.broken}")
     return EXIT_OK
 
 
@@ -20528,20 +20484,21 @@ def tell_where(options: Options, server: HttpServer) -> None:
     for sock in server.listeners:
         address, port = sock.getsockname()[:2]
         urls.append(f"{scheme}://{url_name(address)}:{port}")
-        server.api.say(f"koi {VERSION} listens at {urls[-1]}")
+        server.log(f"koi {VERSION} listens at {urls[-1]}")
     if server.certificate:
-        server.api.say("SHA-256 of the certificate: "
-                       f"{server.certificate.print}")
-    if options.plain_http and not server.certificate and server.api.literals:
-        server.api.say("warning: this is plain http: whoever is on the way "
-                       "can read and change all of it")
+        server.log("SHA-256 of the certificate: "
+                   f"{server.certificate.fingerprint}")
+    if options.plain_http and not server.certificate \
+            and not all(map(is_loopback, server.addresses)):
+        server.log("warning: this is plain http: whoever is on the way can "
+                   "read and change all of it")
     name = options.names[0] if options.names else ""
     if name and options.proxies:
         scheme = "https"                # the proxy's, and its port
     elif name and not split_authority(name)[1]:
         name += f":{server.listeners[0].getsockname()[1]}"
     where = f"{scheme}://{name}" if name else urls[0]
-    server.api.say(f"next: koitab -d new {where}; then open {where}")
+    server.log(f"next: koitab -d new {where}; then open {where}")
 
 
 def back_up(options: Options, machine: Machine) -> int:

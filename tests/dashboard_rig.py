@@ -475,7 +475,7 @@ class DashboardProcess:
     def assert_no_bugs(self) -> None:
         """No exception surprised it."""
         assert "Traceback" not in self.log(), self.log()
-        assert "fault of ours" not in self.log(), self.log()
+        assert "internal error" not in self.log(), self.log()
 
     def rows(self, statement: str, *values) -> list[tuple]:
         """Rows of its database, read without its help."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
+import inspect
 import json
 import re
 import xml.etree.ElementTree
@@ -30,13 +32,13 @@ def refused(question, *values) -> koitab.Error:
 
 
 def test_a_head_becomes_a_request():
-    request = koitab.read_head(head(
+    request = koitab.parse_head(head(
         "POST /api/v1/sync?a=1&b HTTP/1.1", "Host: koi.example:8077",
         "Content-Length: 12", "User-Agent:  curl/8 \t", "X-Empty:",
         "Accept: a", "accept: b", "Content-Type: Application/JSON; x=y"))
     assert (request.method, request.path, request.query) == (
         "POST", "/api/v1/sync", "a=1&b")
-    assert (request.length, request.kind, request.keeps) == (
+    assert (request.length, request.content_type, request.keeps_alive) == (
         12, "application/json", True)
     assert request.headers["user-agent"] == "curl/8"
     assert request.headers["accept"] == "a, b"
@@ -50,8 +52,8 @@ def test_a_head_becomes_a_request():
     ("HTTP/1.1", "Connection: Upgrade, CLOSE", False),
     ("HTTP/1.1", "Connection: keep-alive", True)])
 def test_a_connection_is_kept_when_both_sides_may(version, header, keeps):
-    request = koitab.read_head(head(f"GET / {version}", "Host: x", header))
-    assert request.keeps is keeps
+    request = koitab.parse_head(head(f"GET / {version}", "Host: x", header))
+    assert request.keeps_alive is keeps
 
 
 @pytest.mark.parametrize("line, status", [
@@ -71,7 +73,7 @@ def test_a_connection_is_kept_when_both_sides_may(version, header, keeps):
     ("GET /a\x01b HTTP/1.1", 400), ("GET /a?\x7f HTTP/1.1", 400),
     ("GET ?a HTTP/1.1", 400), ("GET a HTTP/1.1", 400)])
 def test_a_first_line_that_is_not_plain_is_refused(line, status):
-    assert refused(koitab.read_head, head(line, "Host: x")).status == status
+    assert refused(koitab.parse_head, head(line, "Host: x")).status == status
 
 
 @pytest.mark.parametrize("lines, status", [
@@ -95,7 +97,7 @@ def test_a_first_line_that_is_not_plain_is_refused(line, status):
     (["Origin: a", "Origin: b"], 400),
     (["Content-Type: a", "Content-Type: b"], 400)])
 def test_headers_that_could_be_read_in_two_ways_are_refused(lines, status):
-    error = refused(koitab.read_head, head(
+    error = refused(koitab.parse_head, head(
         "POST / HTTP/1.1", "Host: x", *lines))
     assert error.status == status
 
@@ -103,19 +105,19 @@ def test_headers_that_could_be_read_in_two_ways_are_refused(lines, status):
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "DELETE"])
 def test_some_methods_have_no_body(method):
     lines = f"{method} / HTTP/1.1", "Host: x"
-    assert refused(koitab.read_head, head(
+    assert refused(koitab.parse_head, head(
         *lines, "Content-Length: 5")).status == 400
-    assert koitab.read_head(head(*lines, "Content-Length: 0")).length == 0
+    assert koitab.parse_head(head(*lines, "Content-Length: 0")).length == 0
 
 
 def test_a_host_is_needed():
-    assert refused(koitab.read_head, head("GET / HTTP/1.1")).status == 400
+    assert refused(koitab.parse_head, head("GET / HTTP/1.1")).status == 400
 
 
 def test_so_many_header_lines_and_no_more():
     lines = [f"X-{number}: y" for number in range(63)]
-    assert koitab.read_head(head("GET / HTTP/1.1", "Host: x", *lines))
-    error = refused(koitab.read_head, head(
+    assert koitab.parse_head(head("GET / HTTP/1.1", "Host: x", *lines))
+    error = refused(koitab.parse_head, head(
         "GET / HTTP/1.1", "Host: x", *lines, "One: more"))
     assert error.status == 431
 
@@ -128,39 +130,43 @@ def test_so_many_header_lines_and_no_more():
     (b"GET / HTTP/1.1\r\nX: a\n\r\n", "half of CR LF"), (b"GE\0T", "NUL"),
     (b"GET / HTTP/1.1\r\r\n", "half of CR LF"), (b"SSH-2.0-x\n", "half of")])
 def test_what_is_no_http_is_seen_at_once(data, why):
-    assert why in koitab.early_fault(data)
+    assert why in koitab.partial_head_error(data)
 
 
 def test_a_head_that_comes_byte_by_byte_has_no_fault_on_the_way():
     data = b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n"
-    assert [koitab.early_fault(data[:end]) for end in range(1, len(data))
-            if koitab.early_fault(data[:end])] == []
+    errors = [koitab.partial_head_error(data[:end])
+              for end in range(1, len(data))]
+    assert set(errors) == {""}
 
 
-def test_a_head_has_a_longest_line_and_a_size():
-    room = koitab.LONGEST_LINE
-    assert koitab.head_fault(b"G" * room, -1) is None
-    assert koitab.head_fault(b"G" * room + b"\r\n", -1) is None
-    assert koitab.head_fault(b"G" * (room + 1), -1).status == 414
-    assert koitab.head_fault(b"G" * (room + 1) + b"\r\n", -1).status == 414
-    long = b"G\r\n" + b"x" * (koitab.LONGEST_HEAD - 3)
-    assert koitab.head_fault(long, -1) is None
-    assert koitab.head_fault(long + b"x", -1).status == 431
-    assert koitab.head_fault(long, len(long) - 4) is None
-    assert koitab.head_fault(long, len(long) - 3).status == 431
+@pytest.mark.parametrize("data, end, status", [
+    (b"G" * koitab.LONGEST_LINE, -1, None),
+    (b"G" * koitab.LONGEST_LINE + b"\r\n", -1, None),
+    (b"G" * (koitab.LONGEST_LINE + 1), -1, 414),
+    (b"G" * (koitab.LONGEST_LINE + 1) + b"\r\n", -1, 414),
+    (b"G\r\n" + b"x" * (koitab.LONGEST_HEAD - 3), -1, None),
+    (b"G\r\n" + b"x" * (koitab.LONGEST_HEAD - 2), -1, 431),
+    (b"G\r\n", koitab.LONGEST_HEAD - 4, None),
+    (b"G\r\n", koitab.LONGEST_HEAD - 3, 431)])
+def test_a_head_has_a_longest_line_and_a_size(data, end, status):
+    if status is None:
+        koitab.check_head_size(data, end)
+    else:
+        assert refused(koitab.check_head_size, data, end).status == status
 
 
 @pytest.mark.parametrize("query, fields", [
     ("", {}), ("a=1&b=", {"a": "1", "b": ""}), ("a", {"a": ""}),
     ("q=a+b%20c%C3%A4", {"q": "a b cä"}), ("q=a=b", {"q": "a=b"})])
 def test_a_query_becomes_fields(query, fields):
-    assert koitab.read_query(query) == fields
+    assert koitab.parse_query(query) == fields
 
 
 @pytest.mark.parametrize("query", [
     "a=1&a=2", "a=%ff", "&".join(f"a{n}=1" for n in range(17))])
 def test_a_query_that_is_odd_is_refused(query):
-    assert refused(koitab.read_query, query).status == 400
+    assert refused(koitab.parse_query, query).status == 400
 
 
 @pytest.mark.parametrize("body", [
@@ -169,11 +175,11 @@ def test_a_query_that_is_odd_is_refused(query):
     b'{"a":"\\ud800"}', b'{"\\udfff":1}', b"[" * 100_000, b"\xef\xbb\xbf{}",
     b'{"a":' * 100_000, '{"a":1}'.encode("utf-16")])
 def test_json_that_nothing_could_hold_is_refused(body):
-    assert refused(koitab.read_json, body).status == 400
+    assert refused(koitab.parse_body, body).status == 400
 
 
 def test_json_of_a_request():
-    assert koitab.read_json(b'{"a":"\\ud83d\\ude00","b":1.5,"c":-7}') == {
+    assert koitab.parse_body(b'{"a":"\\ud83d\\ude00","b":1.5,"c":-7}') == {
         "a": "\U0001f600", "b": 1.5, "c": -7}
 
 
@@ -228,98 +234,111 @@ def test_where_one_cannot_listen(text):
 
 
 def test_ten_wrong_keys_and_the_address_has_to_wait_longer_each_time():
-    guard, now, waits = koitab.LoginThrottle(), 1000.0, []
+    throttle, now, waits = koitab.LoginThrottle(), 1000.0, []
     for _ in range(4):
         for _ in range(10):
-            assert guard.wait("a", now) == 0
-            guard.miss("a", now)
-        waits.append(guard.wait("a", now))
+            assert throttle.wait("a", now) == 0
+            throttle.add_miss("a", now)
+        waits.append(throttle.wait("a", now))
         now += waits[-1]
     assert waits == [61, 121, 241, 481]
-    assert guard.wait("b", now) == 0
+    assert throttle.wait("b", now) == 0
 
 
 def test_a_wrong_key_now_and_then_bans_nobody():
-    guard = koitab.LoginThrottle()
+    throttle = koitab.LoginThrottle()
     for minute in range(100):
         for _ in range(9):
-            guard.miss("a", minute * 61.0)
-        assert guard.wait("a", minute * 61.0) == 0
+            throttle.add_miss("a", minute * 61.0)
+        assert throttle.wait("a", minute * 61.0) == 0
 
 
 def test_when_all_guess_together_those_who_were_known_come_in():
-    guard = koitab.LoginThrottle()
-    guard.good("home", 0.0)
+    throttle = koitab.LoginThrottle()
+    throttle.add_success("home", 0.0)
     for number in range(koitab.MISSES_IN_ALL):
-        assert guard.wait("new", 1.0) == 0
-        guard.miss(f"bot {number}", 1.0)
-    assert guard.wait("new", 1.0) == 60
-    assert guard.wait("home", 1.0) == 0
-    guard.miss("bot", 70.0)
-    assert guard.wait("new", 70.0) == 0
+        assert throttle.wait("new", 1.0) == 0
+        throttle.add_miss(f"bot {number}", 1.0)
+    assert throttle.wait("new", 1.0) == 60
+    assert throttle.wait("home", 1.0) == 0
+    throttle.add_miss("bot", 70.0)
+    assert throttle.wait("new", 70.0) == 0
 
 
 def test_who_guesses_from_everywhere_does_not_fill_the_memory():
-    guard = koitab.LoginThrottle()
-    for number in range(koitab.MOST_STRANGERS + 100):
-        guard.miss(str(number), 0.0)
-        guard.good(str(number), 0.0)
-    assert len(guard.misses) == len(guard.known) == koitab.MOST_STRANGERS
+    throttle = koitab.LoginThrottle()
+    for number in range(koitab.MOST_NETWORKS + 100):
+        throttle.add_miss(str(number), 0.0)
+        throttle.add_success(str(number), 0.0)
+    assert len(throttle.misses) == len(throttle.known) == koitab.MOST_NETWORKS
 
 
 def test_an_address_has_room_for_some_strangers_and_for_many_hosts():
-    crowd = koitab.ConnectionLimits()
+    limits = koitab.ConnectionLimits()
     for _ in range(koitab.MOST_UNPROVEN):
-        assert crowd.admits("a")
-        crowd.enter("a")
-    assert not crowd.admits("a")
-    assert crowd.admits("b") and crowd.admits(None)
-    while crowd.of["a"][0] < koitab.MOST_OF_ADDRESS:
-        crowd.prove("a")
-        assert crowd.admits("a")
-        crowd.enter("a")
-    crowd.prove("a")
-    assert not crowd.admits("a")
-    crowd.leave("a", True)
-    assert crowd.admits("a")
+        assert limits.has_room_for("a")
+        limits.add("a")
+    assert not limits.has_room_for("a")
+    assert limits.has_room_for("b") and limits.has_room_for(None)
+    while limits.networks["a"][0] < koitab.MOST_OF_ADDRESS:
+        limits.mark_proven("a")
+        assert limits.has_room_for("a")
+        limits.add("a")
+    limits.mark_proven("a")
+    assert not limits.has_room_for("a")
+    limits.remove("a", True)
+    assert limits.has_room_for("a")
 
 
-def test_a_crowd_that_has_left_is_forgotten():
-    crowd = koitab.ConnectionLimits()
+def test_a_limits_that_has_left_is_forgotten():
+    limits = koitab.ConnectionLimits()
     for network in ("a", None):
-        crowd.enter(network)
-        crowd.prove(network)
-        crowd.leave(network, True)
-        crowd.enter(network)
-        crowd.leave(network, False)
-    assert (crowd.all, crowd.of) == (0, {})
+        limits.add(network)
+        limits.mark_proven(network)
+        limits.remove(network, True)
+        limits.add(network)
+        limits.remove(network, False)
+    assert (limits.count, limits.networks) == (0, {})
 
 
-def test_a_full_house_admits_nobody():
-    crowd = koitab.ConnectionLimits()
-    crowd.most = 2
-    crowd.enter("a")
-    crowd.enter(None)
-    assert not crowd.admits("b") and not crowd.admits(None)
-    assert crowd.admits("b", room=False)
+def test_the_server_is_full_at_its_limit_whoever_asks():
+    limits = koitab.ConnectionLimits()
+    limits.most = 2
+    limits.add("a")
+    assert not limits.is_full
+    limits.add(None)
+    assert limits.is_full
+    assert limits.has_room_for("b")     # of its own
+
+
+@pytest.mark.parametrize("header, address", [
+    ("203.0.113.5", "203.0.113.5"), ("203.0.113.5:99", "203.0.113.5"),
+    ("1.1.1.1, 203.0.113.5", "203.0.113.5"), ("x,2001:DB8::1", "2001:db8::1"),
+    ("[2001:db8::1]:80", "2001:db8::1"), ("", ""), ("unknown", ""),
+    ("203.0.113.5, unknown", "")])
+def test_the_last_forwarded_address_is_the_one_our_proxy_saw(header, address):
+    assert koitab.forwarded_address(header) == address
 
 
 # --- routes ---------------------------------------------------------------
 
 
-def deed_of(method: str, path: str) -> tuple:
-    routes, values = koitab.found_routes(path)
-    return (routes[method].handler, *values) if method in routes else ()
+def handler_of(method: str, path: str) -> tuple:
+    """(name of the handler, values in the path), or ()."""
+    routes, values = koitab.find_routes(path)
+    return (routes[method].handler.__name__, *values) \
+        if method in routes else ()
 
 
 @pytest.mark.parametrize("method, path, found", [
-    ("GET", "/", ("page",)), ("GET", "/healthz", ("healthz",)),
+    ("GET", "/", ("show_page",)), ("GET", "/healthz", ("show_health",)),
     ("POST", "/api/v1/sync", ("sync",)),
-    ("GET", "/api/v1/runs/12", ("run", "12")),
-    ("GET", "/api/v1/runs/12/output", ("output", "12")),
-    ("DELETE", f"/api/v1/hosts/{'a' * 32}", ("leave", "a" * 32)),
-    ("GET", f"/api/v1/checks/{UUID}/pings/7/body", ("ping_body", UUID, "7")),
-    ("GET", "/badge/abc/all.svg", ("badge", "abc", "all.svg")),
+    ("GET", "/api/v1/runs/12", ("show_run", "12")),
+    ("GET", "/api/v1/runs/12/output", ("read_output", "12")),
+    ("DELETE", f"/api/v1/hosts/{'a' * 32}", ("remove_host", "a" * 32)),
+    ("GET", f"/api/v1/checks/{UUID}/pings/7/body",
+     ("show_ping_body", UUID, "7")),
+    ("GET", "/badge/abc/all.svg", ("show_badge", "abc", "all.svg")),
     ("GET", "/api/v1/sync", ()), ("GET", "/api/v1/runs/x", ()),
     ("GET", "/api/v1/runs/-1", ()), ("GET", "/api/v1/runs/12/", ()),
     ("GET", "/api/v1/runs/9999999999999999999", ()), ("GET", "/api", ()),
@@ -328,7 +347,7 @@ def deed_of(method: str, path: str) -> tuple:
     ("DELETE", f"/api/v1/hosts/{'A' * 32}", ()),
     ("DELETE", f"/api/v1/hosts/{'a' * 31}", ())])
 def test_a_path_is_one_of_the_table_or_none(method, path, found):
-    assert deed_of(method, path) == found
+    assert handler_of(method, path) == found
 
 
 @pytest.mark.parametrize("path, found", [
@@ -351,23 +370,30 @@ def test_a_path_is_one_of_the_table_or_none(method, path, found):
     ("/ping/key", ()), ("/ping/", ()), ("/ping/key/a.b", ()),
     ("/ping/key/slug/start/x", ()), (f"/ping/{UUID.upper()}", ())])
 def test_pings_have_the_paths_of_healthchecks(path, found):
-    routes, values = koitab.found_routes(path)
+    routes, values = koitab.find_routes(path)
     assert values == found
     assert sorted(routes) == (["GET", "POST"] if found else [])
 
 
-def test_every_route_has_a_deed_and_every_deed_a_route():
-    deeds = {route.handler
-             for route in [*koitab.ROUTES, *koitab.PING.values()]}
-    assert deeds == {name[3:] for name in vars(koitab.Api)
-                     if name.startswith("do_")}
+def test_every_handler_has_one_route_or_one_for_each_method():
+    handlers = {name for name, value in vars(koitab).items()
+                if inspect.iscoroutinefunction(value)}
+    routes = [*koitab.ROUTES, *koitab.PING_ROUTES.values()]
+    assert {route.handler.__name__ for route in routes} == handlers
+    assert len({route.handler for route in koitab.ROUTES}) == len(
+        koitab.ROUTES) == len({(route.method, route.path)
+                               for route in koitab.ROUTES})
+    for route in routes:
+        title = route.handler.__doc__.partition(": ")[0].partition("?")[0]
+        assert title == (f"{route.method} {route.path}"
+                         if route.path != "PING" else "GET, POST /ping/...")
 
 
 def test_what_changes_something_is_for_operators_or_hosts():
     for route in koitab.ROUTES:
-        assert route.role in ("anyone", *koitab.WHO)
-        if route.method != "GET" and route.handler != "create_dashboard":
-            assert "viewer" not in koitab.WHO[route.role]
+        assert route.role in ("anyone", *koitab.TOKEN_ROLES)
+        if route.method != "GET" and route.path != "/api/v1/dashboards":
+            assert "viewer" not in koitab.TOKEN_ROLES[route.role]
         assert bool(route.body) == (route.method == "POST")
 
 
@@ -381,7 +407,8 @@ def fields_of(data: bytes) -> dict:
 
 
 def test_every_answer_says_what_a_browser_must_not_do():
-    fields = fields_of(koitab.head_bytes(koitab.Response(), 5, False))
+    fields = fields_of(koitab.head_bytes(koitab.Response(
+        body=b"12345"), False))
     assert fields == {
         "Content-Type": "text/plain; charset=utf-8", "Content-Length": "5",
         "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
@@ -393,18 +420,19 @@ def test_every_answer_says_what_a_browser_must_not_do():
 def test_nothing_that_others_said_stands_in_a_head(value):
     response = koitab.Response(headers=(("X", value),))
     with pytest.raises(AssertionError):
-        koitab.head_bytes(response, 0, False)
+        koitab.head_bytes(response, False)
 
 
 def test_an_answer_without_a_length_ends_with_the_connection():
-    fields = fields_of(koitab.head_bytes(koitab.Response(), None, True))
+    fields = fields_of(koitab.head_bytes(koitab.Response(
+        stream=print), True))
     assert "Content-Length" not in fields
     assert fields["Connection"] == "close"
 
 
 @pytest.mark.parametrize("status", [204, 304])
 def test_some_answers_have_no_length(status):
-    fields = fields_of(koitab.head_bytes(koitab.Response(status), 0, False))
+    fields = fields_of(koitab.head_bytes(koitab.Response(status), False))
     assert "Content-Length" not in fields
 
 
@@ -453,109 +481,89 @@ def test_errors_are_json_with_a_hint():
 # --- changes that are followed --------------------------------------------
 
 
-def test_who_comes_back_gets_what_he_missed():
-    feed = koitab.ChangeStream(10, 0.0)
+def test_a_browser_that_comes_back_gets_what_it_missed():
+    stream = koitab.ChangeStream()
+    stream.clear(10)
     for seq in (12, 13, 20):
-        feed.add(seq, b"%d\n" % seq)
-    assert feed.since(9) is None
-    assert feed.since(10) == [b"12\n", b"13\n", b"20\n"]
-    assert feed.since(12) == feed.since(12) == [b"13\n", b"20\n"]
-    assert feed.since(20) == []
+        stream.add(seq, b"%d\n" % seq)
+    assert stream.since(9) == stream.since(-1) == koitab.START_OVER
+    assert stream.since(10) == b"12\n13\n20\n"
+    assert stream.since(12) == stream.since(12) == b"13\n20\n"
+    assert stream.since(20) == b""
 
 
 @pytest.mark.parametrize("size", [10, koitab.MOST_CHANGE_BYTES // 50])
-def test_changes_of_long_ago_are_forgotten_and_that_is_known(size):
-    feed = koitab.ChangeStream(0, 0.0)
+def test_old_changes_are_forgotten_and_that_is_known(size):
+    stream = koitab.ChangeStream()
     for seq in range(1, 2001):
-        feed.add(seq, b"x" * size)
-    assert feed.bytes <= koitab.MOST_CHANGE_BYTES
-    assert len(feed.lines) <= koitab.MOST_CHANGES
-    assert feed.since(feed.first - 1) is None
-    assert len(feed.since(feed.first)) == len(feed.lines) == 2000 - feed.first
+        stream.add(seq, b"x" * size)
+    assert stream.bytes <= koitab.MOST_CHANGE_BYTES
+    assert len(stream.lines) <= koitab.MOST_CHANGES
+    assert stream.since(stream.first - 1) == koitab.START_OVER
+    assert len(stream.since(stream.first)) == size * len(stream.lines)
+    assert len(stream.lines) == 2000 - stream.first
 
 
 def test_after_a_reset_nothing_older_is_known():
-    feed = koitab.ChangeStream(0, 0.0)
-    feed.add(1, b"x")
-    feed.clear(5)
-    assert feed.since(4) is None
-    assert (feed.since(5), feed.bytes) == ([], 0)
+    stream = koitab.ChangeStream()
+    stream.add(1, b"x")
+    stream.clear(5)
+    assert stream.since(4) == koitab.START_OVER
+    assert (stream.since(5), stream.bytes) == (b"", 0)
 
 
 # --- long polls ----------------------------------------------------------
 
-
-class Loop:
-    """A loop that does nothing by itself."""
-
-    def call_later(self, _seconds, deed):
-        self.late = deed
-        return self
-
-    def cancel(self):
-        self.late = None
+TOPIC = ("host", "a")
 
 
-class Polled(koitab.RequestContext):
-    """A visit that remembers what was done."""
+def test_a_poll_waits_until_there_is_news():
+    async def waits() -> list:
+        polls, found = {}, []
+        with koitab.LongPoll(polls, TOPIC) as poll:
+            task = asyncio.ensure_future(poll.wait(25))
+            await asyncio.sleep(0)
+            found.append(task.done())
+            next(iter(polls[TOPIC])).event.set()
+            found.append(await task)
+            found.append(await poll.wait(0))    # it was news only once
+        return found
+
+    assert asyncio.run(waits()) == [False, True, False]
 
 
-@pytest.fixture
-def wait():
-    """A long poll, and what happened to it."""
-    visit = Polled.__new__(Polled)
-    visit.connection = koitab.HttpConnection.__new__(koitab.HttpConnection)
-    visit.connection.api = site = koitab.Api(None, "")
-    site.loop, visit.stream, visit.connection.ended = Loop(), None, False
-    visit.done = []
-    return koitab.Wait(visit, ("host", "a"), 25,
-                       lambda: visit.done.append("again"))
+def test_news_between_a_question_and_the_wait_is_not_missed():
+    async def waits() -> bool:
+        with koitab.LongPoll({}, TOPIC) as poll:
+            poll.event.set()
+            return await poll.wait(25)
+
+    assert asyncio.run(waits())
 
 
-def test_a_poll_rests_until_something_happens(wait):
-    wait.rest(lambda: wait.context.done.append("last"))
-    assert (wait.context.done, wait.context.waits) == ([], True)
-    wait.stir()
-    assert (wait.context.done, wait.context.waits) == (["again"], False)
+@pytest.mark.parametrize("error", [None, koitab.Error("gone", "", 401)])
+def test_a_poll_that_was_ended_is_answered_at_once(error):
+    async def waits() -> bool:
+        with koitab.LongPoll({}, TOPIC) as poll:
+            poll.end(error)
+            return await poll.wait(25)
+
+    if error:
+        assert refused(asyncio.run, waits()) is error
+    else:
+        assert asyncio.run(waits()) is False
 
 
-def test_what_happens_between_the_question_and_the_rest_is_not_missed(wait):
-    wait.stir()
-    assert wait.context.done == []          # the question is still under way
-    wait.rest(lambda: wait.context.done.append("last"))
-    assert wait.context.done == ["again"]
-    wait.rest(lambda: wait.context.done.append("last"))
-    assert wait.context.done == ["again"]
+def test_a_poll_is_forgotten_when_it_ends():
+    async def waits() -> tuple:
+        polls = {}
+        with koitab.LongPoll(polls, TOPIC):
+            with koitab.LongPoll(polls, TOPIC):
+                two = len(polls[TOPIC])
+            one = len(polls[TOPIC])
+        return two, one, polls
 
-
-def test_a_poll_whose_time_is_over_answers_with_what_there_is(wait):
-    wait.rest(lambda: wait.context.done.append("last"))
-    wait.context.connection.api.loop.late()
-    assert wait.context.done == ["last"]
-
-
-def test_a_poll_whose_time_is_over_while_it_asks_answers_after_that(wait):
-    wait.context.connection.api.loop.late()
-    assert wait.context.done == []
-    wait.rest(lambda: wait.context.done.append("last"))
-    assert wait.context.done == ["last"]
-
-
-def test_who_hung_up_while_his_poll_asked_does_not_rest(wait):
-    wait.context.connection.ended = True
-    wait.rest(lambda: wait.context.done.append("last"))
-    assert (wait.context.done, wait.resting) == (["last"], False)
-
-
-def test_a_poll_that_has_ended_is_forgotten(wait):
-    site = wait.context.connection.api
-    other = koitab.Wait(wait.context, ("host", "a"), 25, None)
-    assert len(site.waiting["host", "a"]) == 2
-    wait.context.wait = wait
-    wait.end()
-    assert list(site.waiting["host", "a"]) == [other]
-    other.end()
-    assert (site.waiting, site.loop.late) == ({}, None)
+    assert asyncio.run(waits()) == (2, 1, {})
 
 
 # --- certificates ---------------------------------------------------------
@@ -568,36 +576,54 @@ def test_the_expiry_of_a_certificate_is_read(tmp_path):
     certificate.load()
     now = koitab.Clock().now()
     assert abs(certificate.expires - now - 2 * 86400) < 3600
-    assert "expires on" in certificate.trouble(now)
-    assert "expired on" in certificate.trouble(now + 3 * 86400)
-    assert certificate.trouble(now - 13 * 86400) == ""
+    assert "expires on" in certificate.problem(now)
+    assert "expired on" in certificate.problem(now + 3 * 86400)
+    assert certificate.problem(now - 13 * 86400) == ""
     shown = support.subprocess.run(
         ["openssl", "x509", "-in", made.cert, "-noout", "-fingerprint",
          "-sha256"], stdout=support.subprocess.PIPE, check=True).stdout
-    assert shown.decode().strip().endswith(certificate.print)
+    assert shown.decode().strip().endswith(certificate.fingerprint)
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"\x30", b"\x30\x00", b"\x30\x82\xff\xff", b"\x30\x03\x02\x01\x05",
-    bytes(range(256))])
-def test_what_is_no_certificate_is_seen(data):
-    with pytest.raises(ValueError):
-        koitab.expiry_of(data)
+def test_the_expiry_of_an_expired_certificate_is_read(tmp_path):
+    import servers
+    made = servers.certificate(tmp_path, expired=True)
+    certificate = koitab.Certificate(made.cert, made.key)
+    certificate.load()
+    assert "expired on" in certificate.problem(koitab.Clock().now())
 
 
-def test_the_last_time_of_two_digits_is_in_2049():
-    def der(tag: int, *parts: bytes) -> bytes:
-        data = b"".join(parts)
-        return bytes([tag, len(data)]) + data
+def test_the_expiry_of_a_certificate_from_an_authority_is_read(tmp_path):
+    """Not the authority's, whose certificate is in the file as well."""
+    authority = made_certificate(tmp_path, "authority", 4000)
+    leaf = made_certificate(tmp_path, "leaf", 20, authority)
+    chain = tmp_path / "chain.pem"
+    chain.write_text(leaf[0].read_text() + authority[0].read_text())
+    certificate = koitab.Certificate(str(chain), str(leaf[1]))
+    certificate.load()
+    days = (certificate.expires - koitab.Clock().now()) / 86400
+    assert 19 < days < 21
 
-    def made(tag: int, text: bytes) -> bytes:
-        return der(0x30, der(0x30, der(0xA0), der(2, b"1"), der(0x30),
-                             der(0x30), der(0x30, der(tag, b"x"),
-                                            der(tag, text))))
 
-    assert koitab.expiry_of(made(0x17, b"491231235959Z")) == 2524607999
-    assert koitab.expiry_of(made(0x17, b"700101000000Z")) == 0
-    assert koitab.expiry_of(made(0x18, b"20500101000000Z")) == 2524608000
+def made_certificate(folder, name: str, days: int, authority=None) -> tuple:
+    """Paths of a certificate and its key; without an authority it is one."""
+    cert, key = folder / f"{name}.pem", folder / f"{name}.key"
+    request, extensions = folder / f"{name}.csr", folder / f"{name}.ext"
+    extensions.write_text(f"basicConstraints=CA:"
+                          f"{'FALSE' if authority else 'TRUE'}\n")
+    by = ["-CA", authority[0], "-CAkey", authority[1], "-CAcreateserial"] \
+        if authority else ["-signkey", key]
+    support.need("openssl")
+    for command in (
+            ["req", "-new", "-newkey", "ec", "-pkeyopt",
+             "ec_paramgen_curve:prime256v1", "-nodes", "-subj", f"/CN={name}",
+             "-keyout", key, "-out", request],
+            ["x509", "-req", "-in", request, "-days", str(days), "-extfile",
+             extensions, *by, "-out", cert]):
+        support.subprocess.run(["openssl", *command], check=True,
+                               stdout=support.subprocess.DEVNULL,
+                               stderr=support.subprocess.DEVNULL)
+    return cert, key
 
 
 @pytest.mark.parametrize("cert, key", [

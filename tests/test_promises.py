@@ -64,6 +64,8 @@ NOT_EVERYWHERE = set(
     "email.utils.localtime types.EllipsisType shutil.ExecError "
     "os.process_cpu_count os.login_tty time.clock".split())
 
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+DEFINITIONS = (*FUNCTIONS, ast.ClassDef)
 TOO_WIDE = {"SAMPLE"}   # its own lines are measured below
 LONGEST_FUNCTION, WIDEST_LINE = 45, 79
 
@@ -93,7 +95,7 @@ def sections(name: str) -> list[Section]:
 
 def defined(node) -> list[str]:
     """The names that a statement of the module binds."""
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+    if isinstance(node, DEFINITIONS):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [
         node.target] if isinstance(node, ast.AnnAssign) else []
@@ -125,7 +127,7 @@ def uses(name: str):
                                    ).get_children():
         yield table.get_lineno(), globals_of(table)
     for node in TREES[name].body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(node, DEFINITIONS):
             outside = [*node.decorator_list, *getattr(node, "bases", ())]
         elif isinstance(node, (ast.Import, ast.ImportFrom, ast.If)):
             continue        # the last lines call main

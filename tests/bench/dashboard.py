@@ -134,7 +134,7 @@ class Dashboard:
             self.process.kill()
             self.process.wait()
         for line in self.log().splitlines():
-            if "fault of ours" in line or "Traceback" in line:
+            if "internal error" in line or "Traceback" in line:
                 row("A FAULT OF THE DASHBOARD'S", "", "", line)
 
     def client(self):
