@@ -1968,16 +1968,16 @@ HOST = os.uname().nodename
 CHUNK = 65536
 SAFE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TERM_TO_KILL = 10.0     # seconds from SIGTERM to SIGKILL
-KILL_TO_GONE = 10.0     # then we leave a process that even SIGKILL cannot end
-STOPPED_SECONDS = 10    # for each delivery, once we were told to stop
-GRACE = 2.0             # for the output of children that outlive their task
-SILENCE = 1.0           # after which a line without an end is shown
+KILL_TO_GONE = 10.0     # seconds after SIGKILL; then the process is left alone
+STOPPED_SECONDS = 10    # the limit of each delivery after a signal to stop
+GRACE = 2.0             # seconds for children that outlive their task
+SILENCE = 1.0           # seconds until an incomplete line is shown
 PASS_SECONDS = 60       # for the password store; gpg may ask an agent
 OUTPUT_KEPT = 65536     # characters of a helper program's output
 
 
 class Account(FrozenRecord):
-    """A user to become."""
+    """A user of this host, as in passwd(5)."""
     name: str
     uid: int
     gid: int
@@ -1985,12 +1985,14 @@ class Account(FrozenRecord):
 
     @property
     def popen(self) -> dict:
-        """For Popen: all three, or root's groups would stay (setgroups(2))."""
+        """Arguments of Popen. Without `extra_groups` the child would keep
+        root's groups (setgroups(2))."""
         groups = os.getgrouplist(self.name, self.gid)
         return {"user": self.uid, "group": self.gid, "extra_groups": groups}
 
 
 def account_of(user: str | int) -> Account | None:
+    """The account with a name or a user id; None if there is none."""
     try:
         entry = pwd.getpwuid(user) if isinstance(user, int) \
             else pwd.getpwnam(user)
@@ -2000,8 +2002,8 @@ def account_of(user: str | int) -> Account | None:
 
 
 def myself() -> Account:
-    """Who runs mission. Root's home is the one in passwd: sudo may have
-    left the caller's in HOME."""
+    """The account that mission runs as. HOME counts for others than root,
+    because sudo may keep the caller's HOME."""
     uid = os.geteuid()
     account = account_of(uid) or Account(str(uid), uid, os.getegid(), "/")
     if uid == 0:
@@ -2010,7 +2012,7 @@ def myself() -> Account:
 
 
 def environment(account: Account, **more: str) -> dict:
-    """What a child gets: nothing of the caller's but the time zone."""
+    """The environment of a child: of the caller's only the time zone."""
     found = {"PATH": SAFE_PATH, "HOME": account.home, "USER": account.name,
              "LOGNAME": account.name, "SHELL": "/bin/sh", "LANG": "C.UTF-8"}
     if os.environ.get("TZ"):
@@ -2019,19 +2021,23 @@ def environment(account: Account, **more: str) -> dict:
 
 
 class Child:
-    """A process in a session of its own, its output, and how it ends."""
+    """A program that was started in a session of its own.
+
+    `fd` is the pipe of its output, -1 once that is closed. Times are ticks
+    of the clock; None or 0 before they are known.
+    """
 
     def __init__(self, popen, fd: int, limit: float | None, now: float):
         self.popen, self.fd, self.pid = popen, fd, popen.pid
         self.started = self.last_output = now
         self.limit, self.code = limit, None     # code: once it is reaped
         self.exited = False
-        self.why = ""               # why we ended it
+        self.why = ""               # why mission ended it
         self.term_at = self.kill_at = self.ended_at = None
         self.leftovers: list[str] = []
-        self.survives_stop = False        # does not end at the first signal
-        # For a task: what it is, who reads it, where its secrets are told,
-        # how much it wrote, and what the log no longer takes.
+        self.survives_stop = False  # only a second signal ends it
+        # For a task: its record, the decoder of its output, the pipe of its
+        # secrets, the excerpt of output beyond logs.max, the bytes written.
         self.task = self.decoder = self.secrets = self.over = None
         self.written = 0
         self.output_error = ""      # why some of its output is not in the log
@@ -2042,23 +2048,26 @@ class Child:
 
     @property
     def done(self) -> bool:
+        """Whether it has ended and its status is known."""
         return self.code is not None
 
     def seconds(self) -> float:
+        """How long it ran."""
         return (self.ended_at or self.started) - self.started
 
     def signal(self, number: int) -> None:
+        """Send a signal to its process group."""
         try:
             os.killpg(self.pid, number)
         except (ProcessLookupError, PermissionError):
-            try:                    # sudo'd: the group may not be ours
+            try:                    # sudo may have changed the group's user
                 self.popen.send_signal(number)
             except (ProcessLookupError, PermissionError):
                 pass
 
     def has_exited(self) -> bool:
-        """Without reaping it: its pid stays ours, so that we never signal
-        a stranger that got the same number."""
+        """Whether it has ended. It is not reaped yet, so no other process can
+        get its pid and a signal that is meant for it."""
         if not hasattr(os, "waitid"):       # macOS
             return self.popen.poll() is not None
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG
@@ -2071,7 +2080,7 @@ class Child:
 
 
 class ProcessResult(FrozenRecord):
-    """How a helper program ended."""
+    """How a program that mission uses, such as git, ended."""
     code: int           # as in Popen: negative for a signal
     output: str
     late: bool = False  # it was stopped for taking too long
@@ -2079,7 +2088,7 @@ class ProcessResult(FrozenRecord):
 
     @property
     def reason(self) -> str:
-        """One line for a person."""
+        """Why it failed, on one line: its status and its last line."""
         lines = [line for line in self.output.split("\n") if line.strip()]
         said = f": {escape_controls(lines[-1].strip())[:300]}" if lines else ""
         return ("took too long" if self.late
@@ -2087,7 +2096,7 @@ class ProcessResult(FrozenRecord):
 
 
 def reason_of(error: BaseException) -> str:
-    """An exception in one line for a person."""
+    """An exception on one line, for a message."""
     while getattr(error, "reason", None) and isinstance(
             error.reason, BaseException):       # URLError wraps the real one
         error = error.reason
@@ -2096,7 +2105,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def list_processes():
-    """(pid, name) of every process (Linux)."""
+    """Yield (pid, name) of every process; nothing without /proc."""
     for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if entry.isdigit():
             try:
@@ -2108,7 +2117,7 @@ def list_processes():
 
 
 def open_links(pid: int) -> list[str]:
-    """Where the descriptors and the working directory of a process lead."""
+    """The files that a process has open, and its working directory."""
     found = []
     try:
         found.append(os.readlink(f"/proc/{pid}/cwd"))
@@ -2120,8 +2129,10 @@ def open_links(pid: int) -> list[str]:
 
 
 def processes_of_run(run_id: str) -> dict[str, str]:
-    """slug -> "pid name" of processes that a run started and that live on:
-    their environment says so (Linux)."""
+    """slug -> "pid name" of the processes of a run that still exist.
+
+    They are found by MISSION_RUN_ID in their environment, so only on Linux.
+    """
     found = {}
     mark = f"MISSION_RUN_ID={run_id}".encode()
     for pid, name in list_processes():
@@ -2138,6 +2149,7 @@ def processes_of_run(run_id: str) -> dict[str, str]:
 
 
 def boot_time() -> float:
+    """When the host was booted, in seconds since 1970; 0 if unknown."""
     try:
         with open("/proc/stat", encoding="ascii") as file:
             return next(float(line.split()[1]) for line in file
@@ -2147,6 +2159,7 @@ def boot_time() -> float:
 
 
 def boot_id() -> str:
+    """A text that is another one after each boot (random(4))."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
             return f.read().strip()
@@ -2168,7 +2181,10 @@ class Processes:
     # --- signals ------------------------------------------------------------
 
     def listen(self) -> None:
-        """From now on a signal to stop is noted, not obeyed."""
+        """Store SIGTERM, SIGINT and SIGHUP in `stopped` from now on.
+
+        Each signal also writes a byte to the pipe `wake`, which ends poll().
+        """
         import signal
         signal.pthread_sigmask(signal.SIG_SETMASK, [])  # tasks inherit it
         self.wake, self.waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) \
@@ -2182,18 +2198,20 @@ class Processes:
         signal.signal(signal.SIGALRM, self.time_is_up)
 
     def on_signal(self, signum: int, _frame) -> None:
+        """The handler of the signals that ask to stop."""
         self.stopped = self.stopped or signum
         self.signals += 1
 
     def time_is_up(self, _number, _frame) -> None:
+        """The handler of SIGALRM; see `limit`."""
         if self.armed:
             raise TooSlow
 
     def limit(self, seconds: float, function, *arguments):
-        """function(*arguments); raises TooSlow after `seconds`.
+        """Return function(*arguments). Raises TooSlow after `seconds`.
 
-        `re` looks for signals while it matches, and only the main thread is
-        interrupted: this is the one way to stop a runaway pattern.
+        A signal is the only way to stop a regular expression: `re` checks
+        for signals while it matches. Main thread only.
         """
         import signal
         self.armed = True
@@ -2211,10 +2229,11 @@ class Processes:
     def start(self, argv: list[str], env: dict, cwd: str = "/",
               account: Account | None = None, limit: float | None = None,
               stdin=None, pass_fds=(), nice: int = 0) -> Child:
-        """Start a program in its own session. Raises OSError."""
+        """Start a program in a session of its own, as `account` if mission
+        runs as root. `limit`: its longest time in seconds. Raises OSError."""
         import subprocess
-        # A function before exec makes Popen slow, so only where it is needed;
-        # we have no threads that it could dead-lock with.
+        # preexec_fn makes Popen slow, so it is used only where needed. There
+        # are no threads, with which it could deadlock.
         before = (lambda: os.nice(nice)) if nice else None
         become = account.popen if account and os.geteuid() == 0 else {}
         fd, end = os.pipe()
@@ -2233,8 +2252,11 @@ class Processes:
         return Child(popen, fd, limit, self.clock.ticks())
 
     def attend(self, children: list[Child], on_output) -> None:
-        """Wait until the children have ended; heard(child, bytes) gets what
-        they print, and b"" after a second of silence."""
+        """Wait until the children have ended.
+
+        on_output(child, bytes) is called with what they print, and with b""
+        when a child has printed nothing for a second after a part of a line.
+        """
         import select
         poll = select.poll()
         by_fd = {child.fd: child for child in children}
@@ -2259,7 +2281,7 @@ class Processes:
                 self.on_tick()
 
     def pause(self, seconds: float) -> None:
-        """Wait, unless a signal tells us to stop."""
+        """Wait for `seconds`, or until a signal asks to stop."""
         import select
         deadline = self.clock.ticks() + seconds
         while not self.stopped and self.clock.ticks() < deadline:
@@ -2269,6 +2291,7 @@ class Processes:
                 self.drain_wake()
 
     def drain_wake(self) -> None:
+        """Empty the pipe that signals write to."""
         try:
             while os.read(self.wake, 512):
                 pass
@@ -2276,7 +2299,7 @@ class Processes:
             pass
 
     def read(self, child: Child, on_output) -> bool:
-        """Pass on one chunk; False at the end of the output."""
+        """Pass on one chunk of output; False at the end of it."""
         try:
             chunk = os.read(child.fd, CHUNK)
         except BlockingIOError:
@@ -2287,7 +2310,8 @@ class Processes:
         return bool(chunk)
 
     def poll_timeout(self, children: list[Child]) -> int | None:
-        """Milliseconds until something falls due; None: wait for events."""
+        """Milliseconds until a limit must be checked; None if there is none,
+        and poll() can wait for events alone."""
         now, due = self.clock.ticks(), []
         for child in children:
             if child.done:
@@ -2311,7 +2335,7 @@ class Processes:
             if due else None
 
     def enforce_limits(self, child: Child, on_output, now: float) -> None:
-        """Has it ended, is it late, must it be pressed?"""
+        """See whether the child has ended, and end it at its limit."""
         if child.done:
             return
         if child.decoder and child.decoder.waiting \
@@ -2327,7 +2351,11 @@ class Processes:
             child.code = child.popen.wait()
 
     def escalate_kill(self, child: Child, now: float) -> None:
-        """End a child that is late or unwanted: TERM, then KILL."""
+        """End a child after its limit or a signal: SIGTERM, then SIGKILL.
+
+        A process in an uninterruptible call may survive even that; it is
+        left alone after KILL_TO_GONE, so that mission does not hang.
+        """
         import signal
         if not child.why:
             if self.stopped and (not child.survives_stop or self.signals > 1):
@@ -2350,8 +2378,11 @@ class Processes:
             child.close()
 
     def end_leftovers(self, child: Child, on_output) -> None:
-        """Its children still hold the output: end those of its group, name
-        them all, read what is there and close."""
+        """End the child's own children that still hold its output.
+
+        All of them are named in `leftovers`; only those of its process group
+        get a signal. What they printed until now is read.
+        """
         import signal
         child.leftovers = [f"{pid} {name}" for pid, name in self.holding(
             child)] or ["unknown"]
@@ -2370,7 +2401,8 @@ class Processes:
         child.close()
 
     def holding(self, child: Child) -> list[tuple[int, str]]:
-        """Processes that have the child's output open (Linux)."""
+        """(pid, name) of processes that have the child's output open; [] if
+        there is no /proc."""
         try:
             pipe = f"pipe:[{os.fstat(child.fd).st_ino}]"
         except OSError:
@@ -2382,8 +2414,11 @@ class Processes:
             env: dict | None = None, account: Account | None = None,
             cwd: str = "/", on_chunk=None,
             whole: bool = False) -> ProcessResult:
-        """Run a helper program to its end. Its output goes to `tell(bytes)`
-        or is kept, the head of it alone unless `whole`."""
+        """Run a program to its end, `data` being its standard input.
+
+        Its output is passed to on_chunk(bytes) and kept in the result: the
+        first 64 KiB of it, or all with `whole`. `limit` is in seconds.
+        """
         import tempfile
         kept = bytearray()
 
@@ -2394,8 +2429,8 @@ class Processes:
                 kept.extend(chunk)
 
         env = env or environment(account or myself())
-        # From a file, not a pipe: a program that stops reading early cannot
-        # hang or break us.
+        # A file, not a pipe: writing to a program that does not read would
+        # block, or fail with EPIPE.
         with tempfile.TemporaryFile() as stdin:
             stdin.write(data)
             stdin.seek(0)
@@ -2411,13 +2446,14 @@ class Processes:
 
     # --- functions in a child -----------------------------------------------
 
-    def run_in_child(self, seconds: float, function, *arguments) -> tuple[bool,
-                                                                          str]:
-        """(True, result) of function(*arguments), run in a child process.
+    def run_in_child(self, seconds: float, function,
+                     *arguments) -> tuple[bool, str]:
+        """(True, result) of function(*arguments), run in a child process;
+        (False, reason) if it raised an exception or took too long.
 
-        urllib and smtplib limit each read, not the whole, and name look-ups
-        not at all; a process can be ended. Forked, not started: its modules
-        are loaded, so it works even when Python was upgraded meanwhile.
+        A name lookup has no limit of time, and smtplib limits each read and
+        not the whole; a process can be killed. It is forked, because its
+        modules are loaded then: an upgrade of Python cannot break it.
         """
         import select
         import signal
@@ -2451,11 +2487,12 @@ class Processes:
         return text[0] == "+", text[1:]
 
     def shortened(self, seconds: float) -> float:
-        """Whoever stopped us waits: deliver what can be delivered soon."""
+        """The limit of a delivery: short once a signal asked to stop, because
+        the one who sent the signal waits."""
         return min(seconds, STOPPED_SECONDS) if self.stopped else seconds
 
     def run_function(self, seconds, writing, function, arguments) -> None:
-        """The child's side of `apart`; does not return."""
+        """What the child of run_in_child does; does not return."""
         import signal
         try:
             signal.set_wakeup_fd(-1)
@@ -2463,9 +2500,9 @@ class Processes:
                            signal.SIGALRM, signal.SIGCHLD):
                 signal.signal(signum, signal.SIG_DFL)
             os.setsid()
-            signal.alarm(int(seconds) + 1)      # if we lose our parent
-            os.dup2(writing, 3)                 # and nothing else: the lock
-            os.closerange(4, 4096)              # must not live on in us
+            signal.alarm(int(seconds) + 1)      # should the parent be killed
+            os.dup2(writing, 3)     # Nothing else stays open: the lock of the
+            os.closerange(4, 4096)  # run is free only when all copies close.
             for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "OPENSSL_CONF"):
                 os.environ.pop(name, None)
             try:
@@ -2506,11 +2543,11 @@ def read_password(processes: Processes, pass_bin: str, user: str,
 
 
 def open_directory(path: str) -> int:
-    """A descriptor of the folder at `path`. Raises OSError.
+    """Return a descriptor of the directory at `path`. Raises OSError.
 
     As root it is opened name by name. A symbolic link is followed only
-    where nobody but root could have put it: anyone else could make it lead
-    to /etc, before or after we looked.
+    where nobody but root could have made it: another user could make it
+    lead to /etc, at any time.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     if os.geteuid() != 0:
@@ -2538,7 +2575,8 @@ def open_directory(path: str) -> int:
 
 
 def root_link(fd: int, name: str, error: OSError) -> str | None:
-    """Where a symbolic link leads that only root could have made."""
+    """The target of a symbolic link that only root could have made; None
+    for anything else. `error`: why the name could not be opened."""
     if error.errno not in (errno.ELOOP, errno.ENOTDIR):
         return None
     directory = os.fstat(fd)
@@ -2552,15 +2590,17 @@ def root_link(fd: int, name: str, error: OSError) -> str | None:
 
 
 def writer_of(status: os.stat_result, trusted: set[int]) -> str:
+    """Why others than the `trusted` user ids can change a file or directory;
+    '' if they cannot."""
     if status.st_uid not in trusted:
         account = account_of(status.st_uid)
         return "belongs to " + (account.name if account
                                 else f"user id {status.st_uid}")
     if stat.S_ISLNK(status.st_mode):
-        return ""           # its folder decides
+        return ""           # the mode of its directory decides
     mode = status.st_mode
     if stat.S_ISDIR(mode) and mode & stat.S_ISVTX:
-        return ""           # as /tmp: others cannot replace what is ours
+        return ""           # sticky, as /tmp: others cannot replace a file
     if mode & 0o002:
         return f"can be written by everyone (mode {mode & 0o7777:04o})"
     if mode & 0o020 and not members_of(status.st_gid) <= trusted:
@@ -2569,7 +2609,8 @@ def writer_of(status: os.stat_result, trusted: set[int]) -> str:
 
 
 def members_of(gid: int) -> set[int]:
-    """The user ids in a group, as second or as first group."""
+    """The user ids of a group's members, those with it as first group
+    included."""
     import grp
     found = {entry.pw_uid for entry in pwd.getpwall() if entry.pw_gid == gid}
     try:
@@ -2581,8 +2622,9 @@ def members_of(gid: int) -> set[int]:
 
 
 def path_components(path: str) -> list[str]:
-    """Every name on the way to what `path` leads to, links included: who
-    can change one of them can change what stands there."""
+    """Every path on the way to the file at `path`, symbolic links included:
+    a user who can change one of them can put another file in its place.
+    Raises OSError for more than 40 links, as the kernel does."""
     names, at, found, links = path.split("/"), "/", ["/"], 0
     while names:
         name = names.pop(0)
@@ -2604,8 +2646,8 @@ def path_components(path: str) -> list[str]:
 
 
 def untrusted_writer(path: str, trusted: set[int]) -> str:
-    """Who, beside `trusted`, could change what stands at `path`: the
-    file and every folder above it, as in sshd's StrictModes; or ''."""
+    """Which component of `path` others than `trusted` can change, and why;
+    '' if none. It is the rule of StrictModes in sshd_config(5)."""
     try:
         for place in path_components(path):
             found = writer_of(os.lstat(place), trusted)
@@ -2617,8 +2659,11 @@ def untrusted_writer(path: str, trusted: set[int]) -> str:
 
 
 def find_program(name: str) -> str | None:
-    """Where a program is: PATH, then where cron's PATH does not look.
-    Root passes over a folder that somebody else can write."""
+    """The path of a program, in PATH or the usual directories; or None.
+
+    cron's PATH lacks the sbin directories. For root a program that others
+    can change does not count.
+    """
     directories = os.environ.get("PATH", "").split(":")
     directories += SAFE_PATH.split(":") + ["/usr/lib"]
     for directory in dict.fromkeys(directories):
@@ -2639,7 +2684,11 @@ def find_program(name: str) -> str | None:
 
 
 def directory_error(path: str, strict: bool) -> str:
-    """What is wrong with a storage's folder; ''."""
+    """What is wrong with the directory of a storage; '' if nothing.
+
+    `strict`: root must be able to open it without following a link that
+    another user made.
+    """
     if not os.path.isdir(path):
         return "is no folder" if os.path.exists(path) else "does not exist"
     if strict:
@@ -2651,7 +2700,7 @@ def directory_error(path: str, strict: bool) -> str:
 
 
 def python_error(source: bytes, path: str) -> str:
-    """Why a built-in's task.py cannot work; ''."""
+    """What is wrong with the task.py of a built-in task; '' if nothing."""
     import ast
     try:
         tree = ast.parse(source, path)
@@ -2663,7 +2712,7 @@ def python_error(source: bytes, path: str) -> str:
 
 
 def foreign_file(directory: str, known: set[int]) -> str:
-    """A file in the folder that belongs to a third user; or ''."""
+    """A file in the directory whose owner is not in `known`; or ''."""
     try:
         uid = os.stat(directory).st_uid
         if uid not in known:
@@ -2680,7 +2729,7 @@ def foreign_file(directory: str, known: set[int]) -> str:
 
 
 def find_missing_interpreter(head: str) -> str:
-    """What the #! line names and this host does not have; or ''."""
+    """The interpreter of a script that this host does not have; or ''."""
     words = interpreter_words(head)
     if words and not os.access(words[0], os.X_OK):
         return words[0]
@@ -2696,6 +2745,7 @@ class HostInspector:
     """Finds on this host what a configuration is validated against."""
 
     def home_of(self, name: str) -> str | None:
+        """The home directory of a user; None if there is no such user."""
         account = account_of(name)
         me = myself()
         if account and account.uid == me.uid:
@@ -2703,7 +2753,11 @@ class HostInspector:
         return account.home if account else None
 
     def facts(self, config: Config) -> HostFacts:
-        """What the host says of all that the configuration names."""
+        """Return the facts about everything that the configuration names.
+
+        Who else can change a file is found out for root only: what others
+        run can harm only themselves.
+        """
         names = {config.user.name} | {task.user for task in config.tasks}
         accounts = {name: account_of(name) for name in names if name}
         uids = {name: account.uid if account else None
@@ -2739,7 +2793,10 @@ class HostInspector:
                                            trusted) if root else "")
 
     def script(self, task: Task, config: Config, trusted) -> Script | None:
-        """The facts of a task's file; `trusted`: uids, None for no check."""
+        """The facts about the file of a task; None if it has none.
+
+        `trusted`: the user ids that may change it, or None for no check.
+        """
         path = task.entrypoint
         if task.type == "builtin":
             if task.slug in CARRIED or "tasks" not in config.storage:
@@ -2753,7 +2810,7 @@ class HostInspector:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             return script.replace(state="does not exist")
-        except ValueError:          # NUL; the slug's fault is told
+        except ValueError:          # a NUL; the slug has an error already
             return script.replace(state="is no path")
         except PermissionError:
             # A program may be executable and not readable.
@@ -2786,16 +2843,16 @@ class HostInspector:
 # through that descriptor.
 # ==========================================================================
 
-DEEPEST_TREE = 512      # a folder is held open for each level
-FRESH = 0.05            # a ctime this new may hide a change after it
+DEEPEST_TREE = 512      # levels; each keeps a directory open
+FRESH = 0.05            # seconds; a second change within them may leave the
+                        # same ctime, whose clock ticks every 1 to 10 ms
 
 
 class ChownReport(FrozenRecord):
-    """What a walk did: entries given over, entries already right, and
-    (path, reason) for what was left alone."""
-    changed: int
-    right: int
-    left: list
+    """What a chown of a tree did."""
+    changed: int                # entries that got the new owner
+    right: int                  # entries that had it already
+    left: list                  # (path, reason) of what was left alone
 
 
 # Without /proc or O_PATH (macOS) entries are changed by name in an open
@@ -2804,14 +2861,14 @@ PATH_ONLY = getattr(os, "O_PATH", 0) if os.path.isdir("/proc/self/fd") else 0
 
 
 class ChownWalk:
-    """Gives a tree to a user, by descriptors, whatever happens in it
-    meanwhile.
+    """Gives a tree to a user, also while somebody changes the tree.
 
-    Each entry is opened with O_PATH and O_NOFOLLOW, judged by fstat on that
-    descriptor, and changed through it, so that what was judged is what is
-    changed. A regular file with other hard links is changed only when all of
-    them were seen in this tree; its ctime, which every link and rename sets,
-    must have stood still since the first of them was seen.
+    Each entry is opened with O_PATH and O_NOFOLLOW, checked with fstat on
+    that descriptor and changed through it, so no other file can take its
+    place in between. A regular file with more hard links is changed only if
+    all of them are in this tree: a user can link to a file of somebody else.
+    Its ctime, which each link and rename sets, must not change while the
+    links are counted.
     """
 
     def __init__(self, uid: int, gid: int, is_stopped=lambda: False):
@@ -2824,8 +2881,8 @@ class ChownWalk:
         self.flags = os.O_NOFOLLOW | os.O_CLOEXEC
 
     def walk(self, path: str) -> ChownReport:
-        """The whole tree, its top folder included. Raises OSError when the
-        top cannot be opened."""
+        """Change the whole tree, the directory at `path` included. Raises
+        OSError if that cannot be opened."""
         top = open_directory(path)
         try:
             self.device = os.fstat(top).st_dev
@@ -2840,10 +2897,12 @@ class ChownWalk:
         return ChownReport(self.changed, self.right, self.left)
 
     def leave(self, path: str, why: str) -> None:
+        """Report an entry that keeps its owner, or its special bits."""
         self.left.append((escape_controls(path), why))
 
     def folder(self, fd: int, path: str, depth: int) -> None:
-        """Everything in a folder, then the folder itself."""
+        """Change everything in a directory, then the directory itself: as
+        long as root owns it, nobody can replace what was checked."""
         below = []
         with os.scandir(fd) as entries:
             for entry in entries:
@@ -2868,6 +2927,8 @@ class ChownWalk:
         self.give(fd, os.fstat(fd), path, os.fchown, fd)
 
     def enter(self, fd, name, identity, path, depth) -> None:
+        """Walk the directory `name` in `fd`, if it is still the one with
+        `identity`: (device, inode)."""
         # O_NONBLOCK: a FIFO may have taken the folder's place.
         inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
                         | self.flags, dir_fd=fd)
@@ -2881,6 +2942,8 @@ class ChownWalk:
             os.close(inner)
 
     def entry(self, fd: int, name: str, path: str, below: list) -> None:
+        """Change one entry of the directory `fd`; directories are added to
+        `below`, and walked after all entries."""
         held = os.open(name, PATH_ONLY | self.flags, dir_fd=fd) \
             if PATH_ONLY else None
         try:
@@ -2909,7 +2972,11 @@ class ChownWalk:
                 os.close(held)
 
     def give(self, fd, status, path: str, chown, what) -> None:
-        """Change one entry, unless it is right already."""
+        """Change the owner of one entry, unless it is right already.
+
+        setuid and setgid bits are removed first: with another owner they
+        would give the rights of that owner away.
+        """
         if (status.st_uid, status.st_gid) == (self.uid, self.gid):
             self.right += 1
             return
@@ -2923,6 +2990,7 @@ class ChownWalk:
         self.changed += 1
 
     def count_link(self, fd, name, path, status) -> None:
+        """Remember one of the hard links of a file for `hard_linked`."""
         if (status.st_uid, status.st_gid) == (self.uid, self.gid):
             self.right += 1
             return
@@ -2932,15 +3000,15 @@ class ChownWalk:
             time.sleep(2 * FRESH)
         seen = self.linked.setdefault(status.st_ino, {
             "status": status, "path": path, "names": set(), "still": True})
-        # By folder and name: a folder that is moved while we walk brings
-        # the same link twice, and must not count twice.
+        # By directory and name: a directory that is moved during the walk
+        # shows the same link again.
         seen["names"].add((os.fstat(fd).st_ino, name))
         seen["still"] = seen["still"] and status.st_ctime_ns == \
             seen["status"].st_ctime_ns and time.time() - status.st_ctime > \
             FRESH
 
     def hard_linked(self, top: int, root: str, seen: dict) -> None:
-        """Change a file all of whose links are in the tree."""
+        """Change a file if all of its hard links are in the tree."""
         path, status = seen["path"], seen["status"]
         if len(seen["names"]) != status.st_nlink:
             return self.leave(path, f"{status.st_nlink} hard links, "
@@ -2970,8 +3038,10 @@ class ChownWalk:
 
 
 def mount_of(fd: int) -> str:
-    """The number of the mount that a descriptor leads to (Linux): a bind
-    mount of the same file system has its st_dev."""
+    """The ID of the mount that a descriptor is in (Linux; else '').
+
+    A bind mount of the same file system has the same st_dev.
+    """
     try:
         with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
             return next((line for line in file
@@ -2981,6 +3051,7 @@ def mount_of(fd: int) -> str:
 
 
 def mount_points() -> list[str]:
+    """The paths where something is mounted (Linux)."""
     try:
         with open("/proc/self/mountinfo", encoding="utf-8",
                   errors="surrogateescape") as file:
@@ -2990,12 +3061,14 @@ def mount_points() -> list[str]:
 
 
 def chown_link(what: tuple, uid: int, gid: int) -> None:
+    """lchown for (name, descriptor of its directory)."""
     name, fd = what
     os.chown(name, uid, gid, dir_fd=fd, follow_symlinks=False)
 
 
 def raise_open_files() -> None:
-    """Folders held open while walking may exceed a soft limit of 1,024."""
+    """Raise the soft limit of open files: the walk keeps a directory open
+    for each level, and the usual limit is 1,024."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY or hard > soft:
@@ -3018,6 +3091,7 @@ def chown_tree(path: str, uid: int, gid: int,
 
 
 def free_bytes(path: str) -> int:
+    """The bytes that users other than root may still write at `path`."""
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
 
@@ -3034,18 +3108,19 @@ LOCK_AGE = 15 * 60      # a git lock this old belongs to nobody
 
 
 class Repository:
-    """Commits one folder with git, as the folder's owner.
+    """Commits one directory with git, as its owner.
 
-    Never as root in somebody else's repository: its configuration, hooks
-    and filters run programs, and no set of options switches all of them
-    off. As the owner they can do only what the owner could do anyway.
+    Never as root in the repository of another user: its configuration, hooks
+    and filters run programs, and no set of options disables all of them. As
+    the owner these programs can do only what the owner could do anyway.
     """
 
     def __init__(self, processes: Processes, path: str, report,
                  since: float):
-        """tell(kind, text): a line for the log ("Status" ...), or raw bytes
-        of git's output with the kind "". `since`: when mission's own git may
-        have begun to work there, in seconds since 1970."""
+        """report(kind, text) gets a line for the log ("Status" ...), or with
+        the kind "" raw bytes of git's output. `since`: when mission's git
+        may have begun to work there, in seconds since 1970. Raises Error if
+        nobody can be found to run git as."""
         self.processes, self.path, self.report = processes, path, report
         self.git, self.since = find_program("git") or "git", since
         fd = open_directory(path)
@@ -3079,8 +3154,8 @@ class Repository:
                                 self.env, self.owner, "/", report, whole)
 
     def must(self, *arguments: str, **options) -> ProcessResult:
-        """Call git; raises Error when it fails, once stale locks that
-        explain the failure are out of the way."""
+        """Run git, again if it failed because of stale locks, which are
+        removed. Raises Error if it fails."""
         done = self.call(*arguments, **options)
         if done.code and self.clear_locks():
             done = self.call(*arguments, **options)
@@ -3094,7 +3169,8 @@ class Repository:
         self.report("", data)
 
     def commit(self, message: str) -> list[str]:
-        """Add and commit everything; warnings. Raises Error, OSError."""
+        """Add and commit everything; return warnings. Raises Error and
+        OSError."""
         self.refuse_mixed_owners()
         self.wait_for_locks()
         state = self.unfinished()
@@ -3117,13 +3193,14 @@ class Repository:
                   "-F", "-", data=message.encode() + b"\n", report=self.raw)
         self.call("show", "--oneline", "--shortstat", "--no-ext-diff",
                   "--no-textconv", "HEAD", report=self.raw)
-        # git syncs its files, not the folders they stand in: only this
-        # makes what it acknowledged survive a power cut.
+        # git syncs its files and not their directories. Only this makes a
+        # commit survive a power cut.
         os.sync()
         return warnings
 
     def identify(self) -> None:
-        """A name for the commit where the owner has not set one."""
+        """Set a name for the commit, if the owner has none in git's
+        configuration."""
         email = f"{self.owner.name}@{HOST}"
         for key, value in (("name", PROG), ("email", email)):
             if not self.call("config", f"user.{key}").output.strip():
@@ -3131,7 +3208,8 @@ class Repository:
                     self.env[f"GIT_{role}_{key.upper()}"] = value
 
     def nested(self) -> list[str]:
-        """Repositories inside: git notes their HEAD and not their files."""
+        """Warnings about repositories in the directory: git commits the hash
+        of their HEAD, but none of their files. Submodules are intended."""
         listing = self.must("ls-files", "-s", "-z", whole=True).output
         links = {entry.split("\t", 1)[1] for entry in listing.split("\0")
                  if entry.startswith("160000 ")}
@@ -3148,7 +3226,8 @@ class Repository:
                 for name in sorted(links - declared)]
 
     def git_directories(self) -> list[str]:
-        """Where git keeps things: .git, or what a .git file leads to."""
+        """The directories that git writes to: .git, or the two that the
+        .git file of a worktree leads to (gitrepository-layout(5))."""
         git = os.path.join(self.path, ".git")
         if not os.path.isfile(git):
             return [git]
@@ -3160,6 +3239,8 @@ class Repository:
         return [found, os.path.join(found, short_text(common))]
 
     def unfinished(self) -> str:
+        """"rebase", "merge" or "cherry-pick" while one is in progress; a
+        commit would become a part of it."""
         for name, state in (("rebase-merge", "rebase"), ("MERGE_HEAD",
                             "merge"), ("rebase-apply", "rebase"),
                             ("CHERRY_PICK_HEAD", "cherry-pick")):
@@ -3168,10 +3249,13 @@ class Repository:
         return ""
 
     def refuse_mixed_owners(self) -> None:
-        """Files of another user in .git would stop git half-way, or, when
-        the owner is root, let that user run programs as root. Root's own
-        repository must be root's all over: any folder of another user could
-        hold a repository with programs in its configuration."""
+        """Raise Error if git's directories are not the owner's alone.
+
+        A file of another user would make git fail half-way, or let that user
+        run programs as root if root is the owner. A repository of root's
+        must be root's in every part, because a directory of another user
+        could contain a repository with programs in its configuration.
+        """
         uid = self.owner.uid
         for directory in self.git_directories():
             self.refuse_in(directory, lambda status: status.st_uid == uid)
@@ -3186,6 +3270,8 @@ class Repository:
                            lambda status: not writer_of(status, {0}))
 
     def refuse_in(self, top: str, fits) -> None:
+        """Raise Error for the first entry below `top` for which
+        fits(status) is false."""
         ahead = [top]
         while ahead:
             with os.scandir(ahead.pop()) as entries:
@@ -3204,6 +3290,7 @@ class Repository:
     # --- locks that a killed git left -------------------------------------
 
     def locks(self) -> list[str]:
+        """The lock files of git that exist now."""
         found = []
         for directory in self.git_directories():
             for place, _, names in os.walk(os.path.join(directory, "refs")):
@@ -3215,7 +3302,7 @@ class Repository:
         return found
 
     def users(self) -> list[str]:
-        """Processes that have the repository open."""
+        """"pid (name)" of each git that has the repository open."""
         places = [self.path] + self.git_directories()
         return [f"{pid} ({name})" for pid, name in list_processes()
                 if pid != os.getpid() and any(
@@ -3224,7 +3311,7 @@ class Repository:
                 and "git" in name]
 
     def wait_for_locks(self) -> None:
-        """A lock may be another git at work: give it 30 seconds."""
+        """Wait up to 30 s for another git. Raises Error if a lock stays."""
         deadline = self.processes.clock.ticks() + 30
         while self.locks() and not self.clear_locks():
             users = self.users()
@@ -3240,8 +3327,8 @@ class Repository:
             time.sleep(0.1)
 
     def clear_locks(self) -> bool:
-        """Remove locks that a killed git left: older than the boot, than 15
-        minutes, or made while our own git ran, and nobody at work there."""
+        """Remove the locks of a git that was killed, as the owner; whether
+        there were any. While a git has the repository open, none is stale."""
         now = self.processes.clock.now()
         stale = [lock for lock in self.locks() if self.is_stale(lock, now)]
         if not stale or self.users():
@@ -3253,6 +3340,8 @@ class Repository:
         return True
 
     def is_stale(self, lock: str, now: float) -> bool:
+        """Whether a lock is older than 15 minutes or the last boot, or was
+        made since mission's git began to work there."""
         try:
             age = os.lstat(lock).st_mtime
         except OSError:
@@ -3262,7 +3351,8 @@ class Repository:
 
 
 def short_text(path: str) -> str:
-    """What a small file says. It may have become a FIFO since we looked."""
+    """The first 4 KiB of a file, without white space around them. A FIFO in
+    its place does not block. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         return os.fsdecode(os.read(fd, 4096)).strip()
@@ -3485,14 +3575,16 @@ MAIL_SECONDS, DESKTOP_SECONDS = 60, 5
 
 
 def sender_of(smtp: Smtp) -> str:
-    """Who the mail is from: servers want who logs in; '' if unknown."""
+    """The sender of a mail: mail.smtp.from, else the user that logs in,
+    whom most servers demand; '' if neither is an address."""
     return address_of(smtp.sender) or address_of(smtp.user)
 
 
 def deliver_by_smtp(smtp: Smtp, password: str, address: str,
                     message: bytes) -> str:
-    """Send one message; raises on any refusal. STARTTLS that was asked for
-    is required: there is no silent fall-back to plain text."""
+    """Send one message. Raises OSError or smtplib.SMTPException if the
+    server refuses anything, STARTTLS included: there is no silent fallback
+    to an unencrypted connection."""
     import smtplib
     direct = smtp.security == "tls"
     port = smtp.port or {"tls": 465, "starttls": 587, "none": 25}[
@@ -3506,7 +3598,7 @@ def deliver_by_smtp(smtp: Smtp, password: str, address: str,
             server.starttls(context=tls_context(smtp.ca_file))
         if smtp.user and (smtp.user + password).isascii():
             server.login(smtp.user, password)
-        elif smtp.user:         # which smtplib cannot: RFC 4616 wants UTF-8
+        elif smtp.user:         # smtplib is ASCII only; RFC 4616 is UTF-8
             import base64
             words = f"\0{smtp.user}\0{password}".encode()
             code, text = server.docmd("AUTH", "PLAIN " + base64.b64encode(
@@ -3535,8 +3627,11 @@ def fetch(url: str, body: bytes | None, seconds: float, ca_file: str) -> str:
 
 
 def ping_url(ping: Ping, action: str, run_id: str, host: str) -> str:
-    """The endpoint for an action, `%s` replaced by the host's name; with
-    `rid` when the monitor is to pair start and end (Healthchecks)."""
+    """The URL to ping for an action: "start", "fail", or "" for success.
+
+    `%s` becomes the host name. With start, fail or log `rid` is added, by
+    which Healthchecks pairs the pings of one run.
+    """
     from urllib.parse import quote, urlsplit, urlunsplit
     from string import punctuation
     url = quote(ping.endpoint.replace("%s", quote(
@@ -3553,7 +3648,8 @@ def ping_url(ping: Ping, action: str, run_id: str, host: str) -> str:
 
 
 def worth_another(answer: str) -> bool:
-    """Whether asking again could help: not after "no such check"."""
+    """Whether another request may help: not after a status 4xx, except 408
+    (timeout) and 429 (too many requests)."""
     code = answer.removeprefix("HTTP ")[:3]
     return code in ("408", "429") or not code.startswith("4") \
         or not answer.startswith("HTTP ")
@@ -3561,8 +3657,11 @@ def worth_another(answer: str) -> bool:
 
 def rfc5322(sender: str, to: str, subject_line: str, body: str,
             message_id: str, now: float) -> bytes:
-    """A mail (RFC 5322), quoted-printable: no line of a task reaches a mail
-    server as it is. `sender` may be ""."""
+    """The bytes of a mail (RFC 5322), with the body as quoted-printable, so
+    that no line of a task is a command to a mail server.
+
+    `sender` may be ''; `now` is in seconds since 1970.
+    """
     domain = mail_domain(HOST)
     from email.message import EmailMessage
     from email.policy import default
@@ -3600,7 +3699,7 @@ class Delivery:
             import threading        # noqa: F401
 
     def notify(self, text: str, failed: bool) -> str:
-        """Show a message on the user's desktop; '' or why not."""
+        """Show a message on the user's desktop; '' or why that failed."""
         root, user = os.geteuid() == 0, self.config.user.name
         account = account_of(user) if root else myself()
         given = {} if root else os.environ
@@ -3621,7 +3720,7 @@ class Delivery:
         return done.reason if done.code else ""
 
     def send_mail(self, message: bytes) -> str:
-        """Hand a message over; '' or why it was not accepted."""
+        """Send a message; '' if it was accepted, else why not."""
         config, processes = self.config, self.processes
         address = address_of(config.user.email)
         if config.mail.type == "sendmail":
@@ -3645,7 +3744,7 @@ class Delivery:
         return "" if sent else f"smtp {smtp.host}: {reason}"
 
     def ping(self, url: str, body: bytes | None) -> tuple[bool, str]:
-        """One request; (accepted, what the server said or why not)."""
+        """Send one request: (True, answer of the server) or (False, why)."""
         ping = self.config.ping
         return self.processes.run_in_child(
             ping.timeout, fetch, url, body, ping.timeout, ping.ca_file)
