@@ -2187,8 +2187,7 @@ class Processes:
         """
         import signal
         signal.pthread_sigmask(signal.SIG_SETMASK, [])  # tasks inherit it
-        self.wake, self.waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) \
-            if hasattr(os, "pipe2") else os.pipe()
+        self.wake, self.waker = os.pipe()
         os.set_blocking(self.wake, False)
         os.set_blocking(self.waker, False)
         signal.set_wakeup_fd(self.waker, warn_on_full_buffer=False)
@@ -2549,7 +2548,7 @@ def open_directory(path: str) -> int:
     where nobody but root could have made it: another user could make it
     lead to /etc, at any time.
     """
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    flags = os.O_RDONLY | os.O_DIRECTORY
     if os.geteuid() != 0:
         return os.open(path, flags)
     names, links = path.strip("/").split("/"), 0
@@ -2807,7 +2806,7 @@ class HostInspector:
             return None
         script = Script(path)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             return script.replace(state="does not exist")
         except ValueError:          # a NUL; the slug has an error already
@@ -2878,7 +2877,7 @@ class ChownWalk:
         self.left: list[tuple[str, str]] = []
         self.linked: dict[int, dict] = {}   # inode -> what was seen of it
         self.device = 0
-        self.flags = os.O_NOFOLLOW | os.O_CLOEXEC
+        self.flags = os.O_NOFOLLOW
 
     def walk(self, path: str) -> ChownReport:
         """Change the whole tree, the directory at `path` included. Raises
@@ -3353,7 +3352,7 @@ class Repository:
 def short_text(path: str) -> str:
     """The first 4 KiB of a file, without white space around them. A FIFO in
     its place does not block. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         return os.fsdecode(os.read(fd, 4096)).strip()
     finally:
@@ -4073,18 +4072,18 @@ BUILTINS = {"spotify": spotify}
 # ==========================================================================
 # State: what is known of earlier runs?                    (files, clock; C)
 #
-# One folder for each configuration, writable by the runner alone: the lock,
-# the run in progress, the history (a JSON object a line), and mails that
-# wait. What is in progress is written before it begins, so that a run that
-# was killed leaves word of where it was.
+# Each configuration has a directory that only its user can write: the lock,
+# the run in progress, the history (a JSON object per line) and mails that
+# could not be sent. A step is written down before it begins, so that the
+# next run can report where a killed run was.
 # ==========================================================================
 
-HISTORY_LIMIT = 8 * 2**20       # then the older half goes
-OUTBOX_LIMIT = 50
+HISTORY_LIMIT = 8 * 2**20       # bytes; then the older half is removed
+OUTBOX_LIMIT = 50               # mails
 
 
 def state_home() -> str:
-    """Where the state of all configurations is kept."""
+    """The directory with the state of all configurations."""
     given = os.environ.get("MISSION_STATE")
     if given:
         return os.path.abspath(given)
@@ -4096,7 +4095,8 @@ def state_home() -> str:
 
 
 def state_name(config_path: str) -> str:
-    """The folder of one configuration: its name, and a hash of its path."""
+    """The name of a configuration's state directory: the name of its file
+    and a hash of its real path."""
     import hashlib
     path = os.path.realpath(config_path)
     stem = "".join(c for c in os.path.basename(path).split(".json")[0]
@@ -4115,8 +4115,9 @@ TASK_OF_PAST_RUN = {"slug": "", "outcome": "", "seconds": 0.0, "attempts": 0}
 
 
 def coerce_record(found: object, blank: dict) -> dict:
-    """What stands in our files with every key of `blank`, of its type: a
-    crash may have torn it. {} if it is no such object at all."""
+    """The object `found` with all keys of `blank` and no others; a value of
+    another type is replaced by that of `blank`, because a crash may have
+    damaged the file. {} if `found` is not such an object."""
     def fits(value, example) -> bool:
         if isinstance(example, float):
             return isinstance(value, (int, float))
@@ -4136,9 +4137,11 @@ def coerce_record(found: object, blank: dict) -> dict:
 
 
 class StateDirectory:
-    """The state folder of one configuration. `broken` tells why it could
-    not be read or written: that must not stop a backup, and is told at the
-    end."""
+    """The state directory of one configuration.
+
+    `error` is why it could not be read or written, or ''. That does not stop
+    a backup; it is reported at the end.
+    """
 
     def __init__(self, directory: str, clock: Clock):
         self.directory, self.clock, self.held = directory, clock, None
@@ -4151,7 +4154,8 @@ class StateDirectory:
     # --- the lock ---------------------------------------------------------
 
     def acquire(self, wait: float) -> None:
-        """Lock out other runs. Raises Error when one goes on."""
+        """Lock out other runs. Raises Error if one is still running after
+        `wait` seconds."""
         self.make_directory()
         deadline = self.clock.ticks() + wait
         while True:
@@ -4168,6 +4172,8 @@ class StateDirectory:
             time.sleep(0.1)
 
     def make_directory(self) -> None:
+        """Make the directory. Raises Error if others can change it: they
+        could replace the lock."""
         try:
             os.makedirs(os.path.dirname(self.directory), 0o711, exist_ok=True)
             os.makedirs(self.directory, 0o700, exist_ok=True)
@@ -4199,7 +4205,7 @@ class StateDirectory:
     # --- the run in progress ----------------------------------------------
 
     def read_current(self) -> dict:
-        """The run in progress, or that was when its process was killed."""
+        """The run that is in progress, or was when it was killed; else {}."""
         import json
         try:
             with open(self.path("current.json"), "rb") as file:
@@ -4210,12 +4216,12 @@ class StateDirectory:
             found = coerce_record(json.loads(data), RUN_IN_PROGRESS)
         except (ValueError, RecursionError):
             found = {}
-        # Torn by a power cut: a lost run all the same.
+        # A file that a power cut damaged is a lost run, too.
         return found or {**RUN_IN_PROGRESS, "id": "unknown",
                          "started": status.st_mtime}
 
     def lost(self) -> list[dict]:
-        """Runs that did not come to their end and were not told of yet."""
+        """The runs that did not end and are not reported yet."""
         run = self.read_current()
         if not run:
             return []
@@ -4227,20 +4233,21 @@ class StateDirectory:
             {key: value for key, value in run.items() if key != "lost"}]
 
     def write_current(self, run: dict) -> None:
+        """Write down the run that begins now; see `update`."""
         import json
         self.current = run
         data = json.dumps(run).encode() + b"\n"
         try:
             write_atomically(self.path("current.json"), data)
             self.current_fd = os.open(self.path("current.json"), os.O_WRONLY
-                                      | os.O_CLOEXEC | os.O_NOFOLLOW)
+                                      | os.O_NOFOLLOW)
         except OSError as error:
             self.error = f"{self.directory}: {error.strerror}"
         self.current_size = len(data)
 
     def update(self, **changes) -> None:
-        """Where the run is now. In place, in one small write and one sync:
-        this is done before every task."""
+        """Write down where the run is now. It takes one small write in place
+        and one sync, because this is done before every task."""
         import json
         self.current.update(changes)
         data = json.dumps(self.current).encode().ljust(
@@ -4256,8 +4263,8 @@ class StateDirectory:
     # --- the past ---------------------------------------------------------
 
     def history(self) -> list[dict]:
-        """All runs we remember, oldest first. A line torn by a crash is
-        passed over."""
+        """All runs of the history, oldest first. A line that a crash
+        damaged is skipped."""
         import json
         try:
             with open(self.path("history.jsonl"), "rb") as file:
@@ -4278,10 +4285,10 @@ class StateDirectory:
         return found
 
     def add_to_history(self, record: dict) -> None:
-        """Add a run to the history; on the disk when we return."""
+        """Append a run to the history, and sync it. Raises OSError."""
         import json
         fd = os.open(self.path("history.jsonl"), os.O_RDWR | os.O_CREAT
-                     | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                     | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         try:
             size = os.fstat(fd).st_size
             torn = size and os.pread(fd, 1, size - 1) != b"\n"
@@ -4297,6 +4304,7 @@ class StateDirectory:
                 for old in records[len(records) // 2:]))
 
     def finish(self, record: dict) -> None:
+        """Add the run to the history; none is in progress any more."""
         self.add_to_history(record)
         if self.current_fd >= 0:
             os.unlink(self.path("current.json"))
@@ -4304,25 +4312,21 @@ class StateDirectory:
 
     def expected(self) -> dict[str, float]:
         """slug -> the median of its last ten good durations, in seconds."""
-        durations: dict[str, list] = {}
-        for record in self.history():
-            for task in record.get("tasks", ()):
-                if task["outcome"] == "ok":
-                    durations.setdefault(task["slug"], []).append(
-                        task["seconds"])
         return {slug: sorted(found[-10:])[len(found[-10:]) // 2]
-                for slug, found in durations.items()}
+                for slug, found in good_durations(self.history()).items()}
 
     # --- mails that wait --------------------------------------------------
 
     def queue_mail(self, name: str, message: bytes) -> None:
+        """Keep a mail for the next run; the oldest go beyond OUTBOX_LIMIT.
+        Raises OSError."""
         os.makedirs(self.path("outbox"), 0o700, exist_ok=True)
         write_atomically(self.path("outbox", name + ".eml"), message)
         for old in self.queued_mails()[:-OUTBOX_LIMIT]:
             os.unlink(old)
 
     def queued_mails(self) -> list[str]:
-        """The oldest first."""
+        """The paths of the mails that wait, the oldest first."""
         try:
             names = os.listdir(self.path("outbox"))
         except FileNotFoundError:
@@ -4330,6 +4334,27 @@ class StateDirectory:
         paths = [self.path("outbox", name) for name in names
                  if name.endswith(".eml")]
         return sorted(paths, key=lambda path: (os.stat(path).st_mtime, path))
+
+
+def good_durations(records: list[dict]) -> dict[str, list]:
+    """slug -> how long its successful runs took, in seconds, oldest first."""
+    found: dict[str, list] = {}
+    for record in records:
+        for task in record["tasks"]:
+            if task["outcome"] == "ok":
+                found.setdefault(task["slug"], []).append(task["seconds"])
+    return found
+
+
+def past_run(run: dict, result: str, **more) -> dict:
+    """The record of a run for the history; of its values only those of
+    `more` are known if it did not end."""
+    return {"id": run["id"], "start": format_rfc3339(run["started"]),
+            "started": run["started"], "headless": run.get("headless"),
+            "seconds": None, "verdict": result, "log": run.get("log", ""),
+            "errors": 0, "warnings": 0,
+            "last": run.get("task") or run.get("phase", ""), "tasks": [],
+            **more}
 
 
 def state_of(config_path: str, clock: Clock) -> StateDirectory:
@@ -4351,7 +4376,8 @@ LOG_NAME = "%Y-%m-%d-%H-%M-%S"
 
 
 def is_log_name(name: str) -> bool:
-    """2026-03-29-02-00-00.txt, or with -2 behind when the name was taken."""
+    """Whether a file is a run log: 2026-03-29-02-00-00.txt, or with -2 to
+    -999 before .txt for a second one of that time."""
     parts = name.removesuffix(".txt").split("-")
     lengths = [len(part) for part in parts]
     return name.endswith(".txt") and lengths[:6] == [4, 2, 2, 2, 2, 2] \
@@ -4360,10 +4386,10 @@ def is_log_name(name: str) -> bool:
 
 
 class RunLog:
-    """Where the lines of a run go: a file of its own, or the terminal.
+    """The log of one run: a file, or standard output.
 
-    When it cannot be written (a full disk, a closed pipe) the lines go to
-    stderr instead, up to a limit, and the run goes on.
+    If it cannot be written (a full disk, a closed pipe), the lines go to
+    stderr, up to a limit, and the run continues. `error` is why, or ''.
     """
 
     def __init__(self, clock: Clock, colour: bool):
@@ -4377,7 +4403,7 @@ class RunLog:
         self.terminal = os.isatty(1)
 
     def open(self, directory: str, started: float) -> None:
-        """A file in the logs folder that did not exist before."""
+        """Log to a new file in `directory`, named by the time `started`."""
         self.terminal, name = False, time.strftime(
             LOG_NAME, time.localtime(started))
         self.fd = -1
@@ -4388,7 +4414,7 @@ class RunLog:
                 try:
                     self.fd = os.open(
                         last, os.O_WRONLY | os.O_CREAT | os.O_EXCL
-                        | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_APPEND, 0o600,
+                        | os.O_NOFOLLOW | os.O_APPEND, 0o600,
                         dir_fd=self.directory)
                 except FileExistsError:
                     continue
@@ -4398,9 +4424,11 @@ class RunLog:
             self.break_down(f"{directory}: {error.strerror}")
 
     def elapsed(self) -> float:
+        """Seconds since the log was begun."""
         return self.clock.ticks() - self.started
 
     def break_down(self, reason: str) -> None:
+        """Use stderr from now on; the log is tried again after RETRY_LOG."""
         if not self.error:
             sys.stderr.write(f"{PROG}: the log cannot be written "
                              f"({reason}); its lines follow here\n")
@@ -4408,6 +4436,7 @@ class RunLog:
         self.retry_at = self.clock.ticks() + RETRY_LOG
 
     def write(self, text: str) -> None:
+        """Write text to the log, or to stderr while it cannot be written."""
         data = text.encode("utf-8", "backslashreplace")
         if self.shows_status:
             self.status("")
@@ -4426,6 +4455,7 @@ class RunLog:
         return None
 
     def spill(self, data: bytes) -> None:
+        """Write data to stderr, up to SPILL_LIMIT bytes in all."""
         self.lost += len(data)
         room = SPILL_LIMIT - self.spilled
         self.spilled += len(data)
@@ -4435,10 +4465,10 @@ class RunLog:
             if room > 0:
                 write_all(2, data)
         except OSError:
-            pass            # nowhere is left to say it
+            pass            # no place is left for a message
 
     def status(self, text: str) -> None:
-        """Replace the last line of a terminal; "" takes it away."""
+        """Show a status line on a terminal; "" removes it."""
         if not self.terminal:
             return
         try:
@@ -4449,7 +4479,7 @@ class RunLog:
         self.shows_status = bool(text)
 
     def sync(self, soon: bool = False) -> None:
-        """Bring the log to the disk; `soon`: if that is a second ago."""
+        """Sync the log to disk; with `soon` at most once a second."""
         now = self.clock.ticks()
         if self.path and not self.error and not (
                 soon and now - self.synced < 1.0):
@@ -4460,10 +4490,11 @@ class RunLog:
                 self.break_down(error.strerror)
 
     def paint(self, code: str, text: str) -> str:
+        """The text in a colour (a code of ECMA-48 SGR), if there are any."""
         return f"\x1b[{code}m{text}\x1b[0m" if self.colour else text
 
     def prune(self, keep: int) -> None:
-        """Remove the oldest run logs, by descriptor, and nothing else."""
+        """Remove all but the newest `keep` run logs, and no other file."""
         names = sorted((name for name in os.listdir(self.directory)
                         if is_log_name(name)), key=lambda name: [
                             int(part) for part in name[:-4].split("-")])
@@ -4477,12 +4508,17 @@ class RunLog:
 # ==========================================================================
 # Run: how are the steps of a run carried out?                  (machine; C)
 #
-# One method for each kind of step. No step may stop the next: what goes
-# wrong becomes a Problem, and even a fault of our own is one, so that the
-# mail and the summary still go out.
+# Runner has a method for each kind of step. No step stops the next one: what
+# goes wrong becomes a RunProblem, even a bug of mission, so that the summary
+# and the mail still go out.
 # ==========================================================================
 
-LEFT_NAMED = 20         # entries that chown left alone are named, then counted
+LEFT_NAMED = 20         # entries without a chown that the log names
+
+
+def local_time(at: float) -> str:
+    """Local time as the original writes it: 2026-03-29 03:00:00."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
 class Runner:
@@ -4507,27 +4543,32 @@ class Runner:
         self.expected: dict[str, float] = {}
         self.now_running, self.total, self.shown_at = "", 0, 0.0
 
-    # --- telling ----------------------------------------------------------
+    # --- the log ----------------------------------------------------------
 
     def log_own(self, text: str, colour: str = "") -> None:
-        """A whole text of mission's own."""
+        """Log a text of mission itself, which may have several lines."""
         text = self.log_filter.redacted(text)
         self.log.write(self.log.paint(colour, text) if colour else text)
         self.mail_log.own(text)
 
     def log_line(self, text: str, colour: str = "") -> None:
-        """One line of mission's own."""
+        """Log a line of mission itself, with the time since the start."""
         self.log_own(elapsed_column(self.log.elapsed()) + escape_controls(text)
                      + "\n",
                      colour)
 
     def log_header(self, text: str) -> None:
+        """Log the header of a part, after an empty line."""
         first = self.mail_log.excerpt.head_size == 0
         self.log_own(("" if first else "\n") + header(text), "1")
 
     def output(self, text: str, whole: str | None, mark: str = "",
                child: Child | None = None) -> None:
-        """Lines of a task or of git."""
+        """Log lines of a task or of git; see OutputDecoder for `whole`.
+
+        `mark` is the slug if tasks run side by side. Of a task's output
+        beyond logs.max only head and tail are kept.
+        """
         prefix = elapsed_column(self.log.elapsed()) + mark
         text = self.log_filter.redacted(text)
         lines = prefixed(text, prefix)
@@ -4543,6 +4584,7 @@ class Runner:
 
     def problem(self, result: str, level: str, source: str,
                 text: str) -> None:
+        """Record and log an error or a warning; see RunProblem."""
         text = self.log_filter.redacted(escape_controls(text))
         self.problems.append(RunProblem(result, level, source, text))
         word, colour = ("ERROR", "31") if level == "error" else ("WARN", "33")
@@ -4551,7 +4593,7 @@ class Runner:
     # --- the run ----------------------------------------------------------
 
     def carry_out(self, steps: list[Step]) -> int:
-        """All the steps; the exit status."""
+        """Carry out all steps; return the exit status."""
         self.begin(steps)
         for step in steps:
             try:
@@ -4561,7 +4603,7 @@ class Runner:
                     self.state.update(phase=step.kind, task=", ".join(
                         task.slug for task in step.tasks))
                     getattr(self, step.kind)(step)
-            except Exception as error:      # a fault of mission itself
+            except Exception as error:      # a bug of mission
                 import traceback
                 for line in traceback.format_exc().splitlines():
                     self.log_line(line)
@@ -4570,6 +4612,7 @@ class Runner:
         return self.end()
 
     def begin(self, steps: list[Step]) -> None:
+        """Record this run, and the runs that were lost before it."""
         import uuid
         self.delivery.load_modules()
         self.run_id = str(uuid.uuid4())
@@ -4580,7 +4623,7 @@ class Runner:
         for run in self.lost:
             if run["id"] not in known:
                 try:
-                    self.state.add_to_history(self.record(run, "lost"))
+                    self.state.add_to_history(past_run(run, "lost"))
                 except OSError as error:
                     self.state.error = reason_of(error)
         self.state.write_current({
@@ -4593,23 +4636,17 @@ class Runner:
             self.expected = self.state.expected()
             self.processes.on_tick = self.show_status
 
-    def record(self, run: dict, result: str) -> dict:
-        """A run as the history keeps it."""
+    def record(self, result: str) -> dict:
+        """The record of this run for the history."""
         levels = [problem.level for problem in self.problems]
-        mine = run["id"] == self.run_id
-        return {
-            "id": run["id"], "start": format_rfc3339(run["started"]),
-            "started": run["started"], "headless": run.get("headless"),
-            "seconds": round(self.took, 3) if mine else None,
-            "verdict": result, "log": run.get("log", ""),
-            "errors": levels.count("error") if mine else 0,
-            "warnings": levels.count("warning") if mine else 0,
-            "last": run.get("task") or run.get("phase", ""),
-            "tasks": [{**vars(result), "seconds": round(result.seconds, 3)}
-                      for result in self.results.values()] if mine else []}
+        return past_run(
+            self.state.current, result, seconds=round(self.took, 3),
+            errors=levels.count("error"), warnings=levels.count("warning"),
+            tasks=[{**vars(task), "seconds": round(task.seconds, 3)}
+                   for task in self.results.values()])
 
     def end(self) -> int:
-        """Bring everything to the disk; the exit status."""
+        """Write log, metrics and history to disk; return the exit status."""
         self.log.status("")
         self.log.sync()
         if self.log.error:
@@ -4620,7 +4657,7 @@ class Runner:
             self.problems.append(RunProblem("delivery", "error", "history",
                                             self.state.error))
         result = result_of(self.problems, self.processes.stopped)
-        record = self.record(self.state.current, result)
+        record = self.record(result)
         for step in (self.write_metrics, self.prune_logs,
                      self.state.finish):
             try:
@@ -4632,19 +4669,21 @@ class Runner:
         return exit_status(self.problems, self.processes.stopped)
 
     def write_metrics(self, record: dict) -> None:
+        """Write metrics.textfile, if it is set. Raises OSError."""
         if self.config.metrics.textfile:
             good = [old["started"] for old in [record] + self.state.history(
                 )[::-1] if old["verdict"] in ("ok", "trouble")]
             self.delivery.write_metrics(record, next(iter(good), 0))
 
     def prune_logs(self, _record: dict) -> None:
+        """Remove old run logs, if logs.keep is set. Raises OSError."""
         if self.config.logs.keep and self.log.path:
             self.log.prune(self.config.logs.keep)
 
     def start(self, _step: Step) -> None:
+        """Log the start, and warn about runs that did not finish."""
         self.log_header("Start")
-        local = time.localtime(self.started)
-        self.log_line("StartTime " + time.strftime("%Y-%m-%d %H:%M:%S", local))
+        self.log_line("StartTime " + local_time(self.started))
         for run in self.lost:
             where = f'task "{run["task"]}"' if run.get("task") \
                 else run.get("phase", "its beginning")
@@ -4659,7 +4698,7 @@ class Runner:
                 self.ping("fail", run["id"])
 
     def skip(self, step: Step) -> None:
-        """A step that a signal left undone."""
+        """Log the tasks of a step that is skipped after a signal."""
         for task in step.tasks:
             self.results[task.slug] = TaskResult(task.slug, "skipped")
             self.log_line(f"SKIPPED {task.slug} (the run was stopped)")
@@ -4667,6 +4706,7 @@ class Runner:
     # --- tasks ------------------------------------------------------------
 
     def tasks(self, step: Step) -> None:
+        """Run the tasks of a step side by side, with their retries."""
         names = ", ".join(task.name for task in step.tasks)
         self.log_header(("Task: " if len(step.tasks) == 1 else "Tasks: ")
                         + names)
@@ -4685,7 +4725,8 @@ class Runner:
         self.log.sync(soon=True)
 
     def attempt(self, tasks: list[Task], count: int, together: bool) -> list:
-        """Run tasks side by side; those that failed."""
+        """Run tasks side by side, for the `count`-th time; return those that
+        failed."""
         children, failed = [], []
         for task in tasks:
             try:
@@ -4705,6 +4746,7 @@ class Runner:
         return failed
 
     def show_status(self) -> None:
+        """Show the running task on the terminal, five times a second."""
         now = self.processes.clock.ticks()
         if now - self.shown_at < 0.2 and self.log.shows_status:
             return
@@ -4716,7 +4758,7 @@ class Runner:
             + (f", usually {run_took(usual)}" if usual else ""))
 
     def may_start(self, task: Task) -> bool:
-        """Whether nothing stands against it; if something does, say so."""
+        """Whether a task can start; if not, record its result and why."""
         needed = blocked_by(task, {slug: result.outcome for slug, result
                                    in self.results.items()})
         if needed:
@@ -4778,7 +4820,11 @@ class Runner:
         return child
 
     def launch_builtin(self, task: Task, env: dict, become) -> Child:
-        """Start ourselves as the child that runs Python for a task."""
+        """Start mission again, as the process of a built-in task.
+
+        It gets its arguments through one pipe and sends the secrets that it
+        fetches through another. Raises OSError.
+        """
         import json
         directory = os.path.join(self.config.directory("tasks"), task.slug)
         for name in ("SPOTIFY_API_URL", "SPOTIFY_ACCOUNTS_URL"):
@@ -4826,8 +4872,8 @@ class Runner:
             child.output_error = child.output_error or reason_of(error)
 
     def learn_secrets(self, fd: int) -> None:
-        """What a built-in fetched with pass: told before it could be
-        printed, so it is in the pipe before what was printed."""
+        """Redact the secrets that a built-in task fetched. It sends each
+        before it can print it, so it is here before the output."""
         import json
         try:
             data = os.read(fd, CHUNK)
@@ -4842,7 +4888,7 @@ class Runner:
         self.log_filter.values.sort(key=len, reverse=True)
 
     def ended(self, child: Child, attempt: int) -> bool:
-        """Close the books on one attempt; whether it went well."""
+        """Record the end of one attempt; whether it succeeded."""
         self.on_output(child, b"")
         try:
             child.decoder.end()
@@ -4868,7 +4914,8 @@ class Runner:
 
     def close_attempt(self, task: Task, error: str, seconds: float,
                       attempt: int, code: int | None = None) -> bool:
-        """Write the closing line of an attempt, and its result."""
+        """Log the end of an attempt and store its result; whether it
+        succeeded. `code` is None if the task could not be started."""
         words = "not started" if code is None else (
             f"exit {code}" if code >= 0 else status_text(code))
         before = self.results.get(task.slug)
@@ -4888,6 +4935,7 @@ class Runner:
     # --- housekeeping -----------------------------------------------------
 
     def chown(self, step: Step) -> None:
+        """Give the files of a storage to user.name."""
         self.once_title("Chown")
         account = account_of(self.config.user.name)
         path = step.storage.path
@@ -4909,11 +4957,13 @@ class Runner:
         return None
 
     def once_title(self, text: str) -> None:
+        """Log the header of a part that several steps share, once."""
         if text not in self.__dict__.setdefault("titles", set()):
             self.titles.add(text)
             self.log_header(text)
 
     def commit(self, step: Step) -> None:
+        """Commit a storage with git."""
         self.once_title("Commit")
         path = step.storage.path
         self.log_line(f"RepoDir {path}")
@@ -4928,8 +4978,7 @@ class Runner:
 
         began = [run["started"] for run in self.lost] + [
             self.processes.clock.now()]
-        local = time.strftime("%Y-%m-%d %H:%M:%S",
-                              time.localtime(self.processes.clock.now()))
+        local = local_time(self.processes.clock.now())
         message = (f"{'auto' if self.headless else 'manual'} run complete "
                    f"on {local}")
         try:
@@ -4949,16 +4998,17 @@ class Runner:
     # --- the end, and delivery --------------------------------------------
 
     def finish(self, _step: Step) -> None:
+        """Log the end; the rest of the run delivers its news."""
         self.took = self.log.elapsed()
         self.log_header("Finish")
-        self.log_line(time.strftime("FinishTime %Y-%m-%d %H:%M:%S",
-                                    time.localtime(
-            self.processes.clock.now())))
+        self.log_line("FinishTime " + local_time(self.processes.clock.now()))
 
     def failed(self) -> bool:
+        """Whether the run failed so far; a failed delivery does not count."""
         return bool(self.processes.stopped or backup_problems(self.problems))
 
     def finished_text(self) -> str:
+        """The text of the notification at the end."""
         how = " with errors or warnings" if self.failed() else ""
         return f"run finished{how} in {run_took(self.took)}"
 
@@ -4969,11 +5019,13 @@ class Runner:
         self.notify("NotifyFinish", self.finished_text(), self.failed())
 
     def notify(self, word: str, text: str, failed: bool) -> None:
-        """A desktop that cannot be told is no problem of the backup."""
+        """Notify the user; a failure is only logged, as nobody may be logged
+        in."""
         reason = self.delivery.notify(text, failed)
         self.log_line(f"NotifyFailure {reason}" if reason else word)
 
     def summary(self, _step: Step) -> None:
+        """Log the warnings and errors again, together."""
         for title, level in (("Warnings", "warning"), ("Errors", "error")):
             found = [p for p in self.problems if p.level == level]
             if found:
@@ -4986,6 +5038,7 @@ class Runner:
                   "The run has started.\n")
 
     def mail_finish(self, _step: Step) -> None:
+        """Mail the result and the filtered log."""
         if self.config.mail.on == "failure" and not self.problems \
                 and not self.processes.stopped:
             return
@@ -5002,6 +5055,8 @@ class Runner:
                   "finish", body)
 
     def mail(self, word: str, text: str, kind: str, body: str) -> None:
+        """Send a mail, or keep it for the next run. `word` is logged if it
+        was accepted, `kind` ("start", "finish") is part of its ID."""
         smtp = self.config.mail.smtp
         message = rfc5322(
             sender_of(smtp) if smtp else "",
@@ -5020,7 +5075,7 @@ class Runner:
                             reason)
 
     def outbox(self, _step: Step) -> None:
-        """Send what earlier runs could not."""
+        """Send the mails that earlier runs could not send."""
         for path in self.state.queued_mails():
             name = os.path.basename(path)
             try:
@@ -5039,6 +5094,7 @@ class Runner:
         self.ping("start", self.run_id)
 
     def ping_finish(self, _step: Step) -> None:
+        """Ping success exactly when the exit status will be 0."""
         self.log_header("Ping")
         others = [p for p in self.problems if p.source != "pingStart"]
         if not exit_status(others, self.processes.stopped) \
@@ -5050,7 +5106,7 @@ class Runner:
             self.log_line("no ping: not all went well")
 
     def ping(self, action: str, run_id: str) -> None:
-        """Tell the monitor; tries again when that could help."""
+        """Ping the monitor; several times, if another try may help."""
         ping = self.config.ping
         url = ping_url(ping, action, run_id, HOST)
         body = None
@@ -5189,8 +5245,8 @@ complete -c mission -f -a "OPTIONS"
 # ==========================================================================
 # Command: what can I type?                                    (terminal; C)
 #
-# One function for each command. `main` is the only way out: it turns an
-# Error into one line on stderr and an exit status.
+# Each command has a function, and a row in COMMANDS. `main` is the only way
+# out: it turns an Error into lines on stderr and an exit status.
 # ==========================================================================
 
 LONGEST_CONFIG = 2**20
@@ -5351,7 +5407,15 @@ def check_arguments(name: str, command: Command, words: list[str]) -> None:
                         EXIT_USAGE)
 
 
+def print_json(value) -> int:
+    """Print a value as indented JSON; the exit status."""
+    import json
+    print(json.dumps(value, indent=4, ensure_ascii=False))
+    return EXIT_OK
+
+
 def paint(options, code: str, text: str) -> str:
+    """The text in a colour (a code of ECMA-48 SGR), if there are any."""
     return f"\x1b[{code}m{text}\x1b[0m" if options.colour else text
 
 
@@ -5361,7 +5425,7 @@ def read_text(path: str) -> str:
         raise Error(f"{path}: {reason}", hint, EXIT_CONFIG)
 
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         refuse("there is no such file", "-c PATH, or `mission init` for one")
     except OSError as error:
@@ -5430,9 +5494,10 @@ def valid_config(options, with_scripts: bool = False,
 
 
 def command_init(options) -> int:
+    """Write the sample configuration to a new file. Raises Error."""
     try:
         fd = os.open(options.config, os.O_WRONLY | os.O_CREAT | os.O_EXCL
-                     | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                     | os.O_NOFOLLOW, 0o600)
     except FileExistsError:
         raise Error(f"{options.config} exists already",
                     "-c PATH writes another") from None
@@ -5446,27 +5511,24 @@ def command_init(options) -> int:
 
 
 def command_check(options) -> int:
+    """Report every error of the configuration and of the tasks' scripts."""
     valid_config(options, with_scripts=True)
     return EXIT_OK
 
 
 def command_dump(options) -> int:
-    import json
-    config = valid_config(options).config
-    print(json.dumps(as_json(config), indent=4, ensure_ascii=False))
-    return EXIT_OK
+    """Print the configuration as JSON, all paths and defaults included."""
+    return print_json(as_json(valid_config(options).config))
 
 
 def command_list(options) -> int:
+    """Print the slugs of the tasks, or more with -v and --json."""
     tasks = valid_config(options, with_facts=False).config.tasks
     if options.json:
-        import json
-        print(json.dumps([{
+        return print_json([{
             "slug": task.slug, "name": task.name or task.slug,
             "type": task.type, "scheduled": task.scheduled,
-            "post": task.post} for task in tasks], indent=4,
-            ensure_ascii=False))
-        return EXIT_OK
+            "post": task.post} for task in tasks])
     for task in tasks:
         if options.verbose:
             when = paint(options, "32", "scheduled") if task.scheduled \
@@ -5480,6 +5542,7 @@ def command_list(options) -> int:
 
 
 def command_run(options) -> int:
+    """Run tasks, or print the plan with --dry-run. Raises Error."""
     found = valid_config(options)
     config = found.config
     broken = {slug: [f"{error.why} ({error.hint})" for error in errors]
@@ -5516,7 +5579,8 @@ def perform(config: Config, steps: list[Step], options,
 
 
 def refuse_run_of_root(config: Config) -> None:
-    """Root's lock is root's: we could not see whether a run goes on."""
+    """Raise Error if root runs this configuration: others cannot see root's
+    lock, so two runs could meet."""
     if os.geteuid() and os.path.isdir(os.path.join(
             "/var/lib/mission", state_name(config.path))) \
             and not os.environ.get("MISSION_STATE"):
@@ -5539,7 +5603,7 @@ def open_state(options) -> StateDirectory:
 
 
 def runs_of(state: StateDirectory) -> list[dict]:
-    """The history, and what would be reported as lost by the next run."""
+    """The runs of the history, and the one that is running or was lost."""
     runs = state.history()
     lock = os.path.join(state.directory, "lock")
     current = state.read_current()
@@ -5547,12 +5611,7 @@ def runs_of(state: StateDirectory) -> list[dict]:
         held = try_lock(lock)
         if held is not None:
             os.close(held)
-        runs.append({
-            "id": current["id"], "start": format_rfc3339(current["started"]),
-            "seconds": None, "verdict": "running" if held is None else "lost",
-            "log": current.get("log", ""), "errors": 0, "warnings": 0,
-            "last": current.get("task") or current.get("phase"),
-            "headless": current.get("headless"), "tasks": []})
+        runs.append(past_run(current, "running" if held is None else "lost"))
     return runs
 
 
@@ -5560,12 +5619,11 @@ COLOURS = {"ok": "32", "running": "36", "trouble": "33"}
 
 
 def command_history(options) -> int:
+    """Print the last runs, and how long each task took in them."""
     runs = runs_of(open_state(options))
     shown = runs[-options.number:]
     if options.json:
-        import json
-        print(json.dumps(shown, indent=4, ensure_ascii=False))
-        return EXIT_OK
+        return print_json(shown)
     print(f"{'RUN':8}  {'STARTED':25}  {'TOOK':>12}  VERDICT")
     for run in shown:
         took = "-" if run["seconds"] is None else format_duration(
@@ -5579,11 +5637,7 @@ def command_history(options) -> int:
             else "")
         print(f"{run['id'][:8]:8}  {run['start']:25}  {took:>12}  {result}"
               f" {escape_controls(detail)}".rstrip())
-    durations: dict[str, list] = {}
-    for run in runs:
-        for task in run["tasks"]:
-            if task["outcome"] == "ok":
-                durations.setdefault(task["slug"], []).append(task["seconds"])
+    durations = good_durations(runs)
     if durations:
         print("\nHow long the tasks took, the newest on the right:")
     width = max(map(len, durations), default=0)
@@ -5594,6 +5648,10 @@ def command_history(options) -> int:
 
 
 def command_log(options, run: str = "") -> int:
+    """Print or page the saved log of a run, by default of the newest one.
+
+    `run` is the beginning of its ID or of the file's name. Raises Error.
+    """
     runs = [r for r in runs_of(open_state(options))
             if r.get("log") and (not run or r["id"].startswith(run)
                                  or os.path.basename(r["log"]).startswith(
@@ -5605,7 +5663,7 @@ def command_log(options, run: str = "") -> int:
     path = runs[-1]["log"]
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-                     | os.O_CLOEXEC)
+                    )
     except OSError as error:
         raise Error(f"{path}: {error.strerror}") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -5620,7 +5678,7 @@ def command_log(options, run: str = "") -> int:
 
 
 def page(lines) -> int:
-    """Show lines through the caller's pager."""
+    """Show lines through the caller's pager, $PAGER or less."""
     import shlex
     import subprocess
     pager = shlex.split(os.environ.get("PAGER") or "less")
@@ -5639,6 +5697,10 @@ def page(lines) -> int:
 
 
 def command_new(options, slug: str) -> int:
+    """Make TASKS_DIR/slug/run and print the line for the configuration.
+
+    Both belong to the owner of the tasks' directory. Raises Error.
+    """
     if not is_label(slug, LOWER + DIGITS):
         raise Error(f"{quoted(slug)} is no slug", "letters a-z, digits, - "
                     "and _, at most 64", EXIT_USAGE)
@@ -5649,9 +5711,9 @@ def command_new(options, slug: str) -> int:
         owner = os.fstat(tasks)
         os.mkdir(slug, 0o755, dir_fd=tasks)
         below = os.open(slug, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-                        | os.O_CLOEXEC, dir_fd=tasks)
+                       , dir_fd=tasks)
         fd = os.open("run", os.O_WRONLY | os.O_CREAT | os.O_EXCL
-                     | os.O_NOFOLLOW | os.O_CLOEXEC, 0o755, dir_fd=below)
+                     | os.O_NOFOLLOW, 0o755, dir_fd=below)
         write_all(fd, TASK_SCRIPT.replace("{slug}", slug).encode())
         for made in (fd, below):
             if os.geteuid() == 0:   # who owns the folder will edit the file
@@ -5669,6 +5731,7 @@ def command_new(options, slug: str) -> int:
 
 
 def command_completion(_options, shell: str) -> int:
+    """Print the completion for a shell. Raises Error."""
     if shell not in COMPLETIONS:
         raise Error(f"no completion for {quoted(shell)}", "bash, zsh or fish",
                     EXIT_USAGE)
@@ -5745,8 +5808,8 @@ def dispatch(argv: list[str]) -> int:
 
 
 def open_standard_streams() -> None:
-    """A caller may have closed 0, 1 or 2: what we open next must not become
-    one of them."""
+    """Open the standard streams that the caller closed: else the next file
+    that is opened would become one of them."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -5761,8 +5824,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status. The only way out."""
     argv = sys.argv[1:] if argv is None else argv
     open_standard_streams()
-    if argv[:1] == ["_builtin"]:        # we are the child of a run
-        # Not sys.exit: a thread that never ends would hold us.
+    if argv[:1] == ["_builtin"]:        # the process of a built-in task
+        # Not sys.exit, which waits for all threads of the task.
         os._exit(run_builtin(argv[1], int(argv[2]), int(argv[3])))
     try:
         for stream in (sys.stdout, sys.stderr):
