@@ -2588,36 +2588,158 @@ def root_link(fd: int, name: str, error: OSError) -> str | None:
     return os.readlink(name, dir_fd=fd)
 
 
-def writer_of(status: os.stat_result, trusted: set[int]) -> str:
-    """Why others than the `trusted` user ids can change a file or directory;
-    '' if they cannot."""
+# Extended attributes that can give the right to write: acl(5), nfs4_acl(5).
+POSIX_ACL, POSIX_DEFAULT_ACL = ("system.posix_acl_access",
+                                "system.posix_acl_default")
+NFS4_ACL = "system.nfs4_acl"
+ACL_USER, ACL_OWNING_GROUP, ACL_GROUP, ACL_MASK = 0x02, 0x04, 0x08, 0x10
+ACL_WRITE = 2
+# Any of these lets a user change the file, the directory or its list.
+NFS4_WRITE = 0x2 | 0x4 | 0x40 | 0x40000 | 0x80000
+NFS4_ALLOW, NFS4_GROUP = 0, 0x40        # the type of an entry; a flag of one
+NSSWITCH = "/etc/nsswitch.conf"
+# Sources of users that list all of them; SSSD and LDAP need not.
+LISTED_SOURCES = frozenset(
+    ("files", "compat", "db", "systemd", "altfiles", "extrausers"))
+
+
+def writer_of(path: str, trusted: set[int], sticky: bool = True) -> str:
+    """Return who but `trusted` owns or can write the file at `path`, or "".
+
+    Considers the mode, the group and access control lists. The answer
+    completes a sentence that begins with the path. A symbolic link is not
+    followed: it has an owner only. `sticky`: a directory as /tmp, where
+    others can add files and not replace ours, is accepted. Raises OSError.
+    """
+    status = os.lstat(path)
     if status.st_uid not in trusted:
-        account = account_of(status.st_uid)
-        return "belongs to " + (account.name if account
-                                else f"user id {status.st_uid}")
+        return f"belongs to {user_name(status.st_uid)}"
     if stat.S_ISLNK(status.st_mode):
         return ""           # the mode of its directory decides
     mode = status.st_mode
-    if stat.S_ISDIR(mode) and mode & stat.S_ISVTX:
-        return ""           # sticky, as /tmp: others cannot replace a file
+    words = f"(mode {mode & 0o7777:04o})"
+    if sticky and stat.S_ISDIR(mode) and mode & stat.S_ISVTX:
+        return ""
     if mode & 0o002:
-        return f"can be written by everyone (mode {mode & 0o7777:04o})"
-    if mode & 0o020 and not members_of(status.st_gid) <= trusted:
-        return f"can be written by its group (mode {mode & 0o7777:04o})"
+        return f"can be written by everyone {words}"
+    access = attribute(path, POSIX_ACL) if mode & 0o020 else b""
+    if mode & 0o020 and not access and not is_trusted_group(
+            status.st_gid, trusted):
+        return f"can be written by its group {words}"
+    found = acl_writer(access, status.st_gid, trusted) \
+        or nfs4_writer(attribute(path, NFS4_ACL), trusted)
+    if not found and stat.S_ISDIR(mode):
+        found = acl_writer(attribute(path, POSIX_DEFAULT_ACL),
+                           status.st_gid, trusted)
+    return f"can be written by {found} (access control list)" if found else ""
+
+
+def user_name(uid: int) -> str:
+    """Return the name of a user, or words with the number."""
+    account = account_of(uid)
+    return account.name if account else f"user id {uid}"
+
+
+def attribute(path: str, name: str) -> bytes:
+    """Return an extended attribute; b"" without one. Raises OSError."""
+    if not hasattr(os, "getxattr"):     # macOS: its lists are not read
+        return b""
+    try:
+        return os.getxattr(path, name, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            return b""
+        raise
+
+
+def acl_writer(data: bytes, owning_group: int, trusted: set[int]) -> str:
+    """Return whom but `trusted` a POSIX list lets write, in words, or "".
+
+    `data` is the extended attribute: a version, then (tag, permissions, id)
+    for each entry. What the mask excludes has no effect. Raises OSError for
+    a list that cannot be read.
+    """
+    import struct
+    if len(data) % 8 != 4 and data:
+        raise OSError(errno.EINVAL, "unknown form of access control list")
+    entries = list(struct.iter_unpack("<HHI", data[4:]))
+    mask = min([bits for tag, bits, _ in entries if tag == ACL_MASK] or [7])
+    for tag, bits, number in entries:
+        if not bits & mask & ACL_WRITE:
+            continue
+        if tag == ACL_USER and number not in trusted:
+            return user_name(number)
+        if tag == ACL_OWNING_GROUP and not is_trusted_group(owning_group,
+                                                            trusted):
+            return "its group"
+        if tag == ACL_GROUP and not is_trusted_group(number, trusted):
+            return f"the group with id {number}"
     return ""
 
 
-def members_of(gid: int) -> set[int]:
-    """The user ids of a group's members, those with it as first group
-    included."""
-    import grp
-    found = {entry.pw_uid for entry in pwd.getpwall() if entry.pw_gid == gid}
+def nfs4_writer(data: bytes, trusted: set[int]) -> str:
+    """Return whom but `trusted` an NFSv4 list lets write, in words, or "".
+
+    `data` is the extended attribute: the number of entries, then type,
+    flags, mask and name for each (RFC 7530, 6.2.1, in XDR). OWNER@ and
+    GROUP@ are in the mode. Raises OSError for a list that cannot be read.
+    """
+    import struct
+    at = 4
     try:
-        names = grp.getgrgid(gid).gr_mem
+        for _ in range(struct.unpack_from(">I", data)[0] if data else 0):
+            kind, flags, mask, size = struct.unpack_from(">IIII", data, at)
+            who = data[at + 16:at + 16 + size].decode("utf-8", "replace")
+            at += 16 + size + -size % 4
+            if at > len(data):
+                raise struct.error
+            if kind != NFS4_ALLOW or not mask & NFS4_WRITE \
+                    or who in ("OWNER@", "GROUP@"):
+                continue
+            if who == "EVERYONE@":
+                return "everyone"
+            account = account_of(who.split("@")[0])
+            if flags & NFS4_GROUP or not account \
+                    or account.uid not in trusted:
+                return escape_controls(who)
+    except struct.error:
+        raise OSError(errno.EINVAL,
+                      "unknown form of access control list") from None
+    return ""
+
+
+def is_trusted_group(gid: int, trusted: set[int]) -> bool:
+    """Whether all members of a group are known, and are `trusted`.
+
+    Known are those of a group that the host lists, whose names are users,
+    on a host that lists all its users: a user who is in no list could have
+    this group as the first one.
+    """
+    import grp
+    if not lists_all_users():
+        return False
+    try:
+        members = [account_of(name) for name in grp.getgrgid(gid).gr_mem]
     except KeyError:
-        return found
-    accounts = (account_of(name) for name in names)
-    return found | {account.uid for account in accounts if account}
+        return False
+    first = {entry.pw_uid for entry in pwd.getpwall() if entry.pw_gid == gid}
+    return first <= trusted and all(
+        account and account.uid in trusted for account in members)
+
+
+def lists_all_users() -> bool:
+    """Whether getpwent(3) shows every user: nsswitch.conf(5) names the
+    sources. Without that file there is /etc/passwd alone."""
+    try:
+        with open(NSSWITCH, encoding="utf-8", errors="replace") as file:
+            lines = [line.split("#")[0].partition(":") for line in file]
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    sources = [word for name, _, rest in lines if name.strip() == "passwd"
+               for word in rest.split() if not word.startswith("[")]
+    return LISTED_SOURCES.issuperset(sources)
 
 
 def path_components(path: str) -> list[str]:
@@ -2649,7 +2771,7 @@ def untrusted_writer(path: str, trusted: set[int]) -> str:
     '' if none. It is the rule of StrictModes in sshd_config(5)."""
     try:
         for place in path_components(path):
-            found = writer_of(os.lstat(place), trusted)
+            found = writer_of(place, trusted)
             if found:
                 return f"{place} {found}"
     except OSError as error:
@@ -3257,7 +3379,8 @@ class Repository:
         """
         uid = self.owner.uid
         for directory in self.git_directories():
-            self.refuse_in(directory, lambda status: status.st_uid == uid)
+            self.refuse_in(directory, lambda entry: entry.stat(
+                follow_symlinks=False).st_uid == uid)
         if uid != 0:
             return
         for directory in [self.path] + self.git_directories():
@@ -3265,18 +3388,17 @@ class Repository:
             if found:
                 raise Error(f"git would run as root, and {found}",
                             "chown the storage to its user, or protect it")
-            self.refuse_in(directory,
-                           lambda status: not writer_of(status, {0}))
+            self.refuse_in(directory, lambda entry: not writer_of(
+                entry.path, {0}, sticky=False))
 
     def refuse_in(self, top: str, fits) -> None:
         """Raise Error for the first entry below `top` for which
-        fits(status) is false."""
+        fits(entry) is false."""
         ahead = [top]
         while ahead:
             with os.scandir(ahead.pop()) as entries:
                 for entry in entries:
-                    status = entry.stat(follow_symlinks=False)
-                    if not fits(status):
+                    if not fits(entry):
                         raise Error(
                             f"{escape_controls(entry.path)} does not belong "
                             "to "
@@ -4185,7 +4307,7 @@ class StateDirectory:
                 or not stat.S_ISDIR(status.st_mode):
             raise Error(f"{self.directory} can be written by others",
                         f"chown {myself().name} and chmod 700")
-        found = writer_of(os.stat(os.path.dirname(self.directory)),
+        found = writer_of(os.path.realpath(os.path.dirname(self.directory)),
                           {0, os.geteuid()})
         if found:
             raise Error(f"{os.path.dirname(self.directory)} {found}",

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import stat
+import struct
 import time
 from pathlib import Path
 
@@ -511,6 +512,155 @@ def test_29_a_program_in_a_folder_of_anothers_is_passed_over(alice, host):
     result = alice.headless()
     assert result.code == 0 and mark.read_text() == "", result
     assert len(list(mails.iterdir())) == 1
+
+
+# Access control lists and groups --------------------------------------------
+
+
+# Tags of an entry of a list, from acl(5) and linux/posix_acl.h.
+OWNER, USER, OWNING_GROUP, GROUP, MASK, OTHER = 1, 2, 4, 8, 0x10, 0x20
+NOBODY = 0xffffffff         # the id of an entry that names nobody
+WRITE = 7                   # rwx
+
+
+def acl(*entries: tuple, mask: int = WRITE) -> bytes:
+    """A list as the kernel keeps it, with the three entries of the mode."""
+    found = sorted([(OWNER, 6, NOBODY), (OWNING_GROUP, 4, NOBODY),
+                    (OTHER, 4, NOBODY), (MASK, mask, NOBODY), *entries])
+    return struct.pack("<I", 2) + b"".join(
+        struct.pack("<HHI", *entry) for entry in found)
+
+
+def set_acl(path: Path, *entries: tuple, kind: str = "access",
+            **options) -> None:
+    try:
+        os.setxattr(path, f"system.posix_acl_{kind}", acl(*entries, **options))
+    except OSError as error:
+        support.absent(f"no access control lists in {path}: {error}")
+
+
+LISTS = {
+    # name -> (the entries, the status of `check`)
+    "for mallory": ([(USER, WRITE, MALLORY)], 78),
+    "for mallory's group": ([(GROUP, WRITE, MALLORY)], 78),
+    "for a group that nobody knows": ([(GROUP, WRITE, 54321)], 78),
+    "for a user that nobody knows": ([(USER, WRITE, 54321)], 78),
+    "for mallory, to read": ([(USER, 5, MALLORY)], 0),
+    "for alice, who is trusted": ([(USER, WRITE, ALICE)], 0),
+    "for alice's group": ([(GROUP, WRITE, ALICE)], 0),
+}
+
+
+@support.root_only
+@pytest.mark.parametrize("entries", LISTS)
+@pytest.mark.parametrize("what", ["run", "its folder", "configuration",
+                                  "folder above"])
+def test_an_access_control_list_counts_as_a_mode_does(deep, entries, what):
+    mark = deep.folder / "mark"
+    run = deep.task("one", f"touch '{mark}'")
+    deep.write()
+    entries, code = LISTS[entries]
+    path = {"run": run, "its folder": run.parent, "configuration": deep.path,
+            "folder above": deep.path.parent.parent}[what]
+    set_acl(path, *entries)
+    run.chmod(run.stat().st_mode | 0o100)
+    result = deep.mission("check", write=False)
+    assert result.code == code, result
+    assert code == 0 or str(path) in result.err
+    deep.mission("run", write=False)
+    assert mark.exists() == (code == 0)
+
+
+@support.root_only
+def test_a_list_for_the_trusted_user_counts_with_trust_root(deep):
+    run = deep.task("one", ":")
+    deep.config["trust"] = "root"
+    deep.write()
+    set_acl(run, (USER, WRITE, ALICE))
+    assert_refused(deep.mission("check", write=False), "alice", str(run))
+
+
+@support.root_only
+def test_an_entry_that_the_mask_makes_ineffective_is_accepted(deep):
+    run = deep.task("one", ":")
+    set_acl(run, (USER, WRITE, MALLORY), mask=5)
+    assert deep.mission("check").code == 0
+
+
+@support.root_only
+def test_a_default_list_of_a_folder_is_that_of_files_to_come(deep):
+    run = deep.task("one", ":")
+    set_acl(run.parent, (USER, WRITE, MALLORY), kind="default")
+    assert_refused(deep.mission("check"), str(run.parent))
+
+
+@support.root_only
+@pytest.mark.parametrize("gid, members, code", [
+    (54321, None, 78),          # no such group: who is in it?
+    (54321, "", 0),             # nobody
+    (54321, "alice", 0),
+    (54321, "alice,mallory", 78),
+    (54321, "somebody-of-ldap", 78),
+    (MALLORY, None, 78),        # mallory's first group
+])
+def test_group_write_needs_a_group_with_known_members(deep, host, gid,
+                                                      members, code):
+    if members is not None:
+        with open(host.folder / "group", "a") as group:
+            group.write(f"team:x:{gid}:{members}\n")
+    run = deep.task("one", ":")
+    give(run, 0, gid, 0o775)
+    result = deep.mission("check")
+    assert result.code == code, result
+
+
+@support.root_only
+@pytest.mark.parametrize("sources, code", [
+    ("files systemd", 0), ("files sss", 78),
+    ("files [NOTFOUND=return] ldap", 78), ("compat # sss", 0)])
+def test_group_write_is_refused_where_users_cannot_be_listed(
+        deep, host, sources, code):
+    """SSSD has users that it does not enumerate: any of them can have this
+    group as the first one."""
+    switch = host.folder / "nsswitch.conf"
+    switch.write_text(f"# sss\npasswd:  {sources}\ngroup: files sss\n")
+    host.bind(switch, "/etc/nsswitch.conf")
+    run = deep.task("one", ":")
+    give(run, 0, ALICE, 0o775)
+    result = deep.mission("check")
+    assert result.code == code, result
+
+
+def nfs4_acl(*entries: tuple) -> bytes:
+    """(type, flags, mask, who) as the NFS client of Linux shows them."""
+    data = struct.pack(">I", len(entries))
+    for kind, flags, mask, who in entries:
+        name = who.encode()
+        data += struct.pack(">IIII", kind, flags, mask, len(name))
+        data += name + b"\0" * (-len(name) % 4)
+    return data
+
+
+@pytest.mark.parametrize("entries, found", [
+    ([(0, 0, 0x1601ff, "OWNER@"), (0, 0, 0x1200a9, "EVERYONE@")], ""),
+    ([(0, 0, 0x2, "EVERYONE@")], "everyone"),
+    ([(1, 0, 0x2, "EVERYONE@")], ""),                   # it denies
+    ([(0, 0, 0x2, "somebody@example.org")], "somebody@example.org"),
+    ([(0, 0, 0x40, "somebody@example.org")], "somebody@example.org"),
+    ([(0, 0, 0x40000, "somebody@example.org")], "somebody@example.org"),
+    ([(0, 0, 0x1, "somebody@example.org")], ""),        # it only reads
+    ([(0, 0, 0x2, "root@example.org")], ""),
+    ([(0, 0x40, 0x2, "root@example.org")], "root@example.org"),   # a group
+])
+def test_an_nfs4_list_names_its_writers(entries, found):
+    mission = support.load("mission")
+    assert mission.nfs4_writer(nfs4_acl(*entries), {0}) == found
+
+
+def test_an_nfs4_list_that_is_cut_short_is_an_error():
+    with pytest.raises(OSError):
+        support.load("mission").nfs4_writer(
+            nfs4_acl((0, 0, 2, "EVERYONE@"))[:-4], {0})
 
 
 # Paths -----------------------------------------------------------------------

@@ -483,6 +483,7 @@ MIXED = {
     "root's, hooks for a group": ("root", {".git/hooks": 0o775}),
     "root's, config for everyone": ("root", {".git/config": 0o666}),
     "root's, .git for everyone": ("root", {".git": 0o777}),
+    "root's, info sticky": ("root", {".git/info": 0o1777}),
     "root's, top for a group": ("root", {".": 0o775}),
     "root's, a folder of alice's": ("root", {"sub": ALICE}),
     "root's, below alice's home": ("home", {}),
