@@ -71,7 +71,7 @@ from struct import Struct
 PROG, VERSION = "koitab", "1.0"
 
 EXIT_OK = 0
-EXIT_FAULTS = 1         # as crontab(1): whatever is wrong, it says 1
+EXIT_ERROR = 1          # as crontab(1): whatever is wrong, it says 1
 EXIT_USAGE = 2          # wrong usage of a command that crontab(1) lacks
 EXIT_BUG = 70           # a fault of ours
 EXIT_SIGNAL = 128       # plus the number of the signal, as shells report it
@@ -259,10 +259,10 @@ def write_atomically(path: str, data: bytes, mode: int = 0o600,
         os.close(fd)
     os.rename(fresh, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
     if durable:
-        sync_folder(posixpath.dirname(path) or ".", dir_fd)
+        sync_directory(posixpath.dirname(path) or ".", dir_fd)
 
 
-def sync_folder(path: str, dir_fd: int | None = None) -> None:
+def sync_directory(path: str, dir_fd: int | None = None) -> None:
     """Bring a folder's names to the disk. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC,
                  dir_fd=dir_fd)
@@ -328,15 +328,15 @@ def try_lock(path: str) -> int | None:
 # this section is what a zone is.
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
-LEAP, HICCUP = 180 * MINUTE, 5 * MINUTE
-CYCLE = 146_097         # days in 400 years; a multiple of seven
+LONGEST_JUMP, HICCUP = 180 * MINUTE, 5 * MINUTE
+DAYS_IN_400_YEARS = 146_097         # days in 400 years; a multiple of seven
 FOREVER = float("inf")
 
 
 def first_minute_after_jump(virtual: int, first: int, wildcard: bool) -> int:
     """The minute with which a job goes on when the wall shows `first`."""
     ahead = first - virtual
-    if ahead > LEAP or ahead <= -LEAP:
+    if ahead > LONGEST_JUMP or ahead <= -LONGEST_JUMP:
         return first
     if wildcard and not MINUTE < ahead <= HICCUP:
         return first
@@ -350,7 +350,7 @@ def advance_virtual_minute(virtual: int, first: int, last: int) -> int:
     return last if set_afresh else max(virtual, last)
 
 
-def days_of(year: int, month: int, day: int) -> int:
+def days_since_epoch(year: int, month: int, day: int) -> int:
     """Days since 1970-01-01, in the Gregorian calendar."""
     year -= month <= 2
     since_march = (153 * ((month + 9) % 12) + 2) // 5 + day - 1
@@ -358,9 +358,9 @@ def days_of(year: int, month: int, day: int) -> int:
             + since_march - 719_468)
 
 
-def date_of(days: int) -> tuple[int, int, int]:
+def calendar_date(days: int) -> tuple[int, int, int]:
     """Year, month and day: the other way round."""
-    cycle, day = divmod(days + 719_468, CYCLE)
+    cycle, day = divmod(days + 719_468, DAYS_IN_400_YEARS)
     year = (day - day // 1460 + day // 36_524 - day // 146_096) // 365
     day -= year * 365 + year // 4 - year // 100
     month = (5 * day + 2) // 153
@@ -372,7 +372,7 @@ def date_of(days: int) -> tuple[int, int, int]:
 def stamp(instant: int, offset: int) -> str:
     """2026-03-29T03:00:00+02:00 (RFC 3339)."""
     days, second = divmod(instant + offset, DAY)
-    year, month, day = date_of(days)
+    year, month, day = calendar_date(days)
     sign, minutes = "-" if offset < 0 else "+", abs(offset) // MINUTE
     return (f"{year:04}-{month:02}-{day:02}T{second // HOUR:02}:"
             f"{second // MINUTE % 60:02}:{second % 60:02}"
@@ -395,7 +395,7 @@ class Zone:
             -FOREVER]
         for begin, offset in zip(begins, offsets[1:]):
             self.add_transition(begin, offset)
-        self.year = max(date_of(begins[-1] // DAY)[0], 1900) if begins \
+        self.year = max(calendar_date(begins[-1] // DAY)[0], 1900) if begins \
             else 1970
         if not rule:
             self.begins.append(FOREVER)
@@ -428,7 +428,7 @@ class Zone:
             for begin, offset in self.rule.changes(self.year):
                 self.add_transition(begin, offset)
             self.year += 1
-            if self.year > date_of(instant // DAY)[0] + 3:
+            if self.year > calendar_date(instant // DAY)[0] + 3:
                 self.begins.append(FOREVER)     # it is a rule for no change
             self.reach = self.begins[-1]
 
@@ -493,13 +493,13 @@ class DstRule:
 def day_of_rule(year: int, kind: str, numbers: list[int]) -> int:
     """The day that M3.5.0 (last Sunday of March), J60 or 59 means."""
     if kind != "M":
-        january = days_of(year, 1, 1)
-        leaps = days_of(year, 3, 1) - january == 60
+        january = days_since_epoch(year, 1, 1)
+        leaps = days_since_epoch(year, 3, 1) - january == 60
         return january + numbers[0] - (kind == "J") + (
             kind == "J" and leaps and numbers[0] >= 60)
     month, week, weekday = numbers
-    first = days_of(year, month, 1)
-    after = days_of(year + month // 12, month % 12 + 1, 1)
+    first = days_since_epoch(year, month, 1)
+    after = days_since_epoch(year + month // 12, month % 12 + 1, 1)
     day = first + (weekday - first - 4) % 7 + (week - 1) * 7
     return day if day < after else day - 7
 
@@ -817,14 +817,14 @@ class Schedule:
 
     def day_from(self, day: int) -> int:
         """The first matching day from this day on; there must be one."""
-        cycle = day // CYCLE * CYCLE
+        cycle = day // DAYS_IN_400_YEARS * DAYS_IN_400_YEARS
         month = bisect_right(MONTH_STARTS, day - cycle) - 1
         ahead = day - cycle - MONTH_STARTS[month]
         days = self.days_in(month) >> ahead << ahead
         while not days:
             month += 1
             if month == len(MONTH_DAYS):
-                month, cycle = 0, cycle + CYCLE
+                month, cycle = 0, cycle + DAYS_IN_400_YEARS
             days = self.days_in(month)
         return cycle + MONTH_STARTS[month] + (days & -days).bit_length() - 1
 
@@ -915,7 +915,7 @@ class Schedule:
                 latest = (wall if wall > first else first) - offset
                 yield latest
             # A wildcard job whose only day always lies in a gap.
-            if end - offset - latest > CYCLE * DAY:
+            if end - offset - latest > DAYS_IN_400_YEARS * DAY:
                 return
             virtual = advance_virtual_minute(virtual, first,
                                              (end - 1) // MINUTE * MINUTE)
@@ -1133,7 +1133,7 @@ class Job(FrozenRecord):
     def tag(self) -> str:
         return short_hash("\0".join(self.identity()))
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """When it runs, as one would say it."""
         if not self.schedule:
             return {"@manual": "When asked for",
@@ -1159,11 +1159,11 @@ def short_hash(identity: str) -> str:
 class Tab(FrozenRecord):
     """What a koitab says: its jobs, and what is wrong with it."""
     jobs: list
-    problems: list
+    diagnostics: list
     zones: dict             # CRON_TZ -> (line, column) where it stands first
 
-    def faults(self) -> list[Diagnostic]:
-        return [problem for problem in self.problems if problem.fatal]
+    def errors(self) -> list[Diagnostic]:
+        return [each for each in self.diagnostics if each.fatal]
 
 
 def is_date(text: str) -> bool:
@@ -1172,8 +1172,8 @@ def is_date(text: str) -> bool:
             or not "".join(parts).isdigit():
         return False
     year, month, day = map(int, parts)
-    return year > 0 and 1 <= month <= 12 and day > 0 and date_of(
-        days_of(year, month, day)) == (year, month, day)
+    return year > 0 and 1 <= month <= 12 and day > 0 and calendar_date(
+        days_since_epoch(year, month, day)) == (year, month, day)
 
 
 def has_control(text: str, allowed: str = "") -> bool:
@@ -1747,7 +1747,7 @@ SETTINGS = {    # variable -> field of Settings, its reader, what is right
 EXPANDED = {"MAILTO", "MAILFROM"}
 
 
-def assignment_of(line: str) -> tuple[str, str, int] | None:
+def parse_assignment(line: str) -> tuple[str, str, int] | None:
     """Name, value and where the value begins, if the line is NAME=value.
 
     As cron's own reader: quotes around the name or the value, blanks around
@@ -1779,9 +1779,9 @@ def assignment_of(line: str) -> tuple[str, str, int] | None:
 class LineRejected(Exception):
     """This line is no good: the Problem. Drops the line."""
 
-    def __init__(self, *problems: Diagnostic):
-        super().__init__(problems)
-        self.problems = problems
+    def __init__(self, *diagnostics: Diagnostic):
+        super().__init__(diagnostics)
+        self.diagnostics = diagnostics
 
 
 class TabReader:
@@ -1816,7 +1816,7 @@ class TabReader:
 
     def add_diagnostic(self, at: int, what: str, why: str, hint: str = "",
                        fatal: bool = False) -> None:
-        self.tab.problems.append(
+        self.tab.diagnostics.append(
             Diagnostic(self.row, self.base + at + 1, what, why, hint, fatal))
 
     def refuse(self, at: int, what: str, why: str, hint: str = ""):
@@ -1835,13 +1835,13 @@ class TabReader:
             if line[0] == "[" and line.rstrip(SPACE)[-1] == "]":
                 self.read_section(line.rstrip(SPACE)[1:-1])
                 return
-            found = assignment_of(line)
+            found = parse_assignment(line)
             if found:
                 self.assign(*found)
             else:
                 self.tab.jobs.append(self.entry(line))
         except LineRejected as refused:
-            self.tab.problems.extend(refused.problems)
+            self.tab.diagnostics.extend(refused.diagnostics)
 
     def read_section(self, text: str) -> None:
         self.section = self.good_name(text.strip(BLANKS), 1, "bad section",
@@ -2211,7 +2211,7 @@ def parse_tab(text: str, system: bool = False, root: bool = False,
               salt: str = "") -> Tab:
     """All jobs of a tab, and all that is wrong with it. Never raises."""
     tab = TabReader(text, system, root, salt).read()
-    tab.problems.sort(key=lambda problem: (problem.line, problem.column))
+    tab.diagnostics.sort(key=lambda problem: (problem.line, problem.column))
     return tab
 
 
@@ -2252,12 +2252,12 @@ def is_hex(text, length: int) -> bool:
         and HEX.issuperset(text)
 
 
-def hmac_of(key: bytes, text: bytes) -> bytes:
+def hmac_sha256(key: bytes, text: bytes) -> bytes:
     import hmac
     return hmac.digest(key, text, "sha256")
 
 
-def digest_of(text: str | bytes) -> str:
+def sha256_hex(text: str | bytes) -> str:
     """SHA-256, in hex."""
     from hashlib import sha256
     return sha256(text.encode("utf-8", "surrogateescape") if isinstance(
@@ -2271,7 +2271,7 @@ class Keys(FrozenRecord):
     run: bytes              # signs; never leaves the machine it was typed on
 
 
-def derive(password: str, salt: bytes, rounds: int = ROUNDS) -> Keys:
+def derive_keys(password: str, salt: bytes, rounds: int = ROUNDS) -> Keys:
     """The keys of a password. Raises Error for a salt or a number of rounds
     that would make it easy to guess: who names them is not to be trusted."""
     if len(salt) != SALT_BYTES or not ROUNDS <= rounds <= MOST_ROUNDS:
@@ -2284,21 +2284,21 @@ def derive(password: str, salt: bytes, rounds: int = ROUNDS) -> Keys:
     except UnicodeEncodeError:
         raise Error("the password is not UTF-8") from None
     root = pbkdf2_hmac("sha256", secret, salt, rounds)
-    return Keys(*(hmac_of(root, f"koi-{name}-v1".encode())
+    return Keys(*(hmac_sha256(root, f"koi-{name}-v1".encode())
                   for name in ("api", "view", "run")))
 
 
 def host_key(run_key: bytes, host: str) -> bytes:
     """What one host holds: with it nothing can be signed for another."""
-    return hmac_of(run_key, f"koi-host-v1\n{host}".encode())
+    return hmac_sha256(run_key, f"koi-host-v1\n{host}".encode())
 
 
 def key_id(key: bytes) -> str:
     """By which both sides see that they hold the same host key."""
-    return digest_of(b"koi-key-v1\n" + key)[:16]
+    return sha256_hex(b"koi-key-v1\n" + key)[:16]
 
 
-def weakness(password: str) -> str:
+def password_weakness(password: str) -> str:
     """Why a password is too easy to guess; "" if it is not. Who has the
     dashboard's database can try some ten thousand a second."""
     if len(password) < 14:
@@ -2315,33 +2315,33 @@ def weakness(password: str) -> str:
     return ""
 
 
-def passphrase_of(numbers: bytes) -> str:
+def format_passphrase(numbers: bytes) -> str:
     """A passphrase of 100 bits from 20 random bytes: k7qm-x2dp-..."""
     letters = [KEY_LETTERS[number % 32] for number in numbers[:20]]
     return "-".join("".join(letters[at:at + 4]) for at in range(0, 20, 4))
 
 
 def run_mac(key: bytes, body: str) -> str:
-    return hmac_of(key, b"koi-run-v1\n" + body.encode()).hex()
+    return hmac_sha256(key, b"koi-run-v1\n" + body.encode()).hex()
 
 
 def list_mac(key: bytes, body: str) -> str:
     """Of the list of jobs that a host shows: so nobody can put the name of
     one job on another."""
-    return hmac_of(hmac_of(key, b"koi-list-v1"), body.encode()).hex()
+    return hmac_sha256(hmac_sha256(key, b"koi-list-v1"), body.encode()).hex()
 
 
 def encrypt_secret(key: bytes, nonce: str, name: str, value: bytes) -> bytes:
     """A secret argument, for the host's eyes alone; and the other way
     round. XOR with a stream that no other request has."""
-    secret, stream = hmac_of(key, b"koi-secret-v1"), b""
+    secret, stream = hmac_sha256(key, b"koi-secret-v1"), b""
     while len(stream) < len(value):
-        stream += hmac_of(secret, f"{nonce}\n{name}\n{len(stream) // 32}"
+        stream += hmac_sha256(secret, f"{nonce}\n{name}\n{len(stream) // 32}"
                           .encode())
     return bytes(a ^ b for a, b in zip(value, stream))
 
 
-def same_mac(mac: str, wanted: str) -> bool:
+def is_valid_mac(mac: str, wanted: str) -> bool:
     import hmac
     return is_hex(mac, 64) and hmac.compare_digest(mac, wanted)
 
@@ -2356,7 +2356,7 @@ def verify_request(key: bytes, body, mac) -> dict:
         body.encode()
     except UnicodeEncodeError:
         raise RequestRejected("it is not UTF-8") from None
-    if not same_mac(mac, run_mac(key, body)):
+    if not is_valid_mac(mac, run_mac(key, body)):
         raise RequestRejected(
             "its signature is wrong: it was forged or altered, or "
                               "the host has other keys")
@@ -2399,17 +2399,18 @@ def parse_strict_json(body: str) -> dict:
         request = json.loads(body, object_pairs_hook=pairs, parse_int=whole,
                              parse_float=refuse, parse_constant=refuse)
         json.dumps(request, ensure_ascii=False).encode()    # no surrogates
-        if not isinstance(request, dict) or depth_of(request) > DEEPEST_BODY:
+        if not isinstance(request, dict) \
+                or json_depth(request) > DEEPEST_BODY:
             raise ValueError
     except (ValueError, RecursionError):
         raise RequestRejected("it is not the JSON of a request") from None
     return request
 
 
-def depth_of(value) -> int:
+def json_depth(value) -> int:
     inner = value.values() if isinstance(value, dict) else value \
         if isinstance(value, list) else ()
-    return 1 + max(map(depth_of, inner), default=0) if isinstance(
+    return 1 + max(map(json_depth, inner), default=0) if isinstance(
         value, (dict, list)) else 0
 
 
@@ -2485,7 +2486,7 @@ def job_manifest(job: Job, user: str) -> str:
     return json.dumps({
         "user": user, "tag": job.tag, "section": job.section,
         "name": job.name, "label": job.label, "when": job.when,
-        "words": job.words(), "command": job.command,
+        "words": job.describe(), "command": job.command,
         "params": [{"name": param.name, "type": param.type,
                     "default": param.default, "choices": list(param.choices)}
                    for param in job.params],
@@ -2507,12 +2508,12 @@ FRAME = Struct("<BII")      # stream, milliseconds since the start, length
 NOTE, STDOUT, STDERR, END = range(4)
 MAGIC = b"KOI1"
 HEADER = Struct("<4sBBHIIQQddiQQIIIB")
-HEADER_ROOM = 256
+HEADER_BYTES = 256
 KEPT_HEAD = 512 * 1024
 KEPT_SEGMENT = 256 * 1024
-SEGMENTS = (HEADER_ROOM, HEADER_ROOM + KEPT_HEAD,
-            HEADER_ROOM + KEPT_HEAD + KEPT_SEGMENT)     # where each begins
-CLAIMED, GOING, ENDED, UNSTARTABLE = range(4)           # phases
+SEGMENTS = (HEADER_BYTES, HEADER_BYTES + KEPT_HEAD,
+            HEADER_BYTES + KEPT_HEAD + KEPT_SEGMENT)     # where each begins
+CLAIMED, RUNNING, ENDED, UNSTARTABLE = range(4)           # phases
 REASONS = ("", "timeout")
 NO_STATUS, NO_FILE = -1, -2     # instead of a wait status
 NO_FILE_REASON = "its output cannot be kept"
@@ -2522,9 +2523,9 @@ MASK = b"******"
 class RunFileHeader:
     """The beginning of a run's file, as the supervisor keeps it current."""
 
-    FIELDS = ("phase", "reason", "errno", "supervisor", "job", "born",
-              "supervisor_born", "started", "ended", "status", "total",
-              "lost", "head", "first", "second", "turn")
+    FIELDS = ("phase", "reason", "errno", "supervisor", "job", "job_start",
+              "supervisor_start", "started", "ended", "status", "total",
+              "lost", "head", "first", "second", "segment")
 
     def __init__(self, *values):
         for name, value in zip(self.FIELDS, values or (0,) * 16):
@@ -2565,7 +2566,7 @@ def stored_frames(data: bytes, header: RunFileHeader) -> bytes:
     left out."""
     head, older, newer = (data[begin:begin + length] for begin, length
                           in zip(SEGMENTS, header.lengths()))
-    if header.turn == 1:        # the first segment is being overwritten
+    if header.segment == 1:        # the first segment is being overwritten
         older, newer = newer, older
     if header.lost:
         head += frame(NOTE, 0, f"{plural(header.lost, 'byte')} left out here"
@@ -2579,7 +2580,7 @@ def frames_since(data: bytes, header: RunFileHeader, position: int
     the position to go on from. What was overwritten meanwhile is noted."""
     head, older, newer = (data[begin:begin + length] for begin, length
                           in zip(SEGMENTS, header.lengths()))
-    if header.turn == 1:
+    if header.segment == 1:
         older, newer = newer, older
     found, at = bytearray(), 0
     for part, lost in ((head, 0), (older + newer, header.lost)):
@@ -2664,7 +2665,7 @@ MOST_COUNTED = 10_000   # missed starts of one job that are counted
 
 class ClockSample(FrozenRecord):
     """One look at both clocks."""
-    wall: float             # seconds since 1970, as the machine has it
+    instant: float          # seconds since 1970, as the machine has it
     ticks: float            # seconds that only ever grow
 
 
@@ -2672,12 +2673,12 @@ class ZoneClock(FrozenRecord):
     """Where the day of one zone stands, in minutes of its wall."""
     zone: Zone
     virtual: int            # the last minute whose jobs were started
-    running: int            # the last minute that was looked at
+    checked: int            # the last minute that was looked at
 
 
 class SchedulerState(FrozenRecord):
     """How far the plan was carried out: the last look, and each dial."""
-    seen: ClockSample
+    sample: ClockSample
     zone_clocks: dict             # CRON_TZ -> Dial; "" is the machine's zone
     skipped: list = []      # (job, how many, the first) that a jump cost
 
@@ -2686,23 +2687,23 @@ class Launch(FrozenRecord):
     """A job that should start: the minute of the wall that it is for, and
     the instant at which it fell due."""
     job: Job
-    wall: int
+    minute: int
     due: int
 
 
-def wall_minute(zone: Zone, instant: float) -> int:
+def local_minute(zone: Zone, instant: float) -> int:
     instant = int(instant // 1)
     return (instant + zone.offset(instant)) // MINUTE * MINUTE
 
 
-def watching(now: ClockSample, zones: dict,
+def state_for_zones(now: ClockSample, zones: dict,
              before: SchedulerState | None = None) -> SchedulerState:
     """The watch over these zones. What was watched before goes on; a zone
     that is new begins with the minute after this one, as cron does."""
     zone_clocks = before.zone_clocks if before else {}
-    minutes = {name: wall_minute(zone, now.wall)
+    minutes = {name: local_minute(zone, now.instant)
                for name, zone in zones.items()}
-    return SchedulerState(before.seen if before else now, {
+    return SchedulerState(before.sample if before else now, {
         name: zone_clocks[name] if name in zone_clocks else ZoneClock(
             zone, minutes[name], minutes[name])
         for name, zone in zones.items()})
@@ -2714,9 +2715,9 @@ def next_due(job: Job, since: SchedulerState) -> int | None:
     if not job.schedule:
         return None
     zone_clock, wall = since.zone_clocks[job.settings.zone], \
-        int(since.seen.wall // 1)
+        int(since.sample.instant // 1)
     zone = zone_clock.zone
-    if zone_clock.virtual == zone_clock.running \
+    if zone_clock.virtual == zone_clock.checked \
             >= zone.caught_up_from[zone.period_at(wall)]:
         return job.schedule.next(wall, zone)
     return next(job.schedule.iter_starts(wall, zone, zone_clock.virtual), None)
@@ -2730,14 +2731,14 @@ def first_due(jobs: list[Job], since: SchedulerState) -> int | None:
 
 def advance(zone_clock: ZoneClock, after: int, until: int) -> ZoneClock:
     """The dial after the minutes up to `until`, in which nothing was due."""
-    virtual, running = zone_clock.virtual, zone_clock.running
+    virtual, running = zone_clock.virtual, zone_clock.checked
     for first, end, offset in zone_clock.zone.stretches(after):
         last = min(end - 1, until + offset) // MINUTE * MINUTE
         if last >= first:
             virtual, running = advance_virtual_minute(virtual, first,
                                                       last), last
         if end > until + offset:
-            return zone_clock.replace(virtual=virtual, running=running)
+            return zone_clock.replace(virtual=virtual, checked=running)
     return zone_clock
 
 
@@ -2750,9 +2751,9 @@ def plan(jobs: list[Job], since: SchedulerState, now: ClockSample,
     From there to now something kept it, and cron would have been kept too.
     `due` is what `first_due` says, if it is known already.
     """
-    after = int(since.seen.wall // 1)
-    even = since.seen.wall + now.ticks - since.seen.ticks
-    if abs(now.wall - even) > 1 and even % MINUTE >= 1:
+    after = int(since.sample.instant // 1)
+    even = since.sample.instant + now.ticks - since.sample.ticks
+    if abs(now.instant - even) > 1 and even % MINUTE >= 1:
         # Somebody has just set the clock. Cron sleeps on until the minute
         # ends that it began, and looks at the wall then.
         now = ClockSample(even, now.ticks)
@@ -2762,38 +2763,38 @@ def plan(jobs: list[Job], since: SchedulerState, now: ClockSample,
         return since.replace(skipped=[]) if since.skipped else since, []
     due = first_due(jobs, since) if due == 0 else due
     until = unset if due is None else min(unset, due - 1)
-    if now.wall // MINUTE != unset // MINUTE:       # somebody set the clock
+    if now.instant // MINUTE != unset // MINUTE:       # somebody set the clock
         until = min(until, unset // MINUTE * MINUTE - 1)
     zone_clocks, launches, skipped = {}, [], []
     for name, zone_clock in since.zone_clocks.items():
         zone_clock = advance(zone_clock, after, until)
-        first = wall_minute(zone_clock.zone, now.wall)
-        if first != zone_clock.running:
+        first = local_minute(zone_clock.zone, now.instant)
+        if first != zone_clock.checked:
             mine = [job for job in jobs if job.schedule
                     and job.settings.zone == name]
             launches += due_at_minute(mine, zone_clock, first,
                                       first - zone_clock.zone.offset(
-                int(now.wall // 1)))
-            skipped += leapt_over(mine, zone_clock, first)
+                int(now.instant // 1)))
+            skipped += skipped_starts(mine, zone_clock, first)
             zone_clock = zone_clock.replace(
-                running=first,
+                checked=first,
                 virtual=advance_virtual_minute(
                     zone_clock.virtual, first, first
                 ),
             )
         zone_clocks[name] = zone_clock
     # Of jobs that are due in one minute, cron starts the last line first.
-    launches.sort(key=lambda launch: (launch.due, launch.wall,
+    launches.sort(key=lambda launch: (launch.due, launch.minute,
                                       -launch.job.line))
     return SchedulerState(now, zone_clocks, skipped), launches
 
 
-def leapt_over(jobs: list[Job], zone_clock: ZoneClock,
+def skipped_starts(jobs: list[Job], zone_clock: ZoneClock,
                first: int) -> list[tuple]:
     """What nobody will start, as the clock was set by hours: (job, how many
     starts, the instant of the first)."""
     found = []
-    for job in jobs if first - zone_clock.virtual > LEAP else ():
+    for job in jobs if first - zone_clock.virtual > LONGEST_JUMP else ():
         count, wall = 0, 0
         for at in job.schedule.walls(zone_clock.virtual + MINUTE, first):
             count, wall = count + 1, wall or at
@@ -2827,21 +2828,21 @@ def due_at_minute(jobs: list[Job], zone_clock: ZoneClock, first: int,
 CHUNK = 65_536              # bytes that are read or sent at once
 LONGEST_TAB = 2**20
 LONGEST_ZONE_FILE = 2**16
-ZONE_FOLDERS = ("/usr/share/zoneinfo", "/usr/lib/zoneinfo",
+ZONE_DIRECTORIES = ("/usr/share/zoneinfo", "/usr/lib/zoneinfo",
                 "/usr/share/lib/zoneinfo", "/etc/zoneinfo")
 LOCAL_ZONE = "/etc/localtime"
 ROOT_HOME, ROOT_SOCKET = "/var/lib/koi", "/run/koi/koid.sock"
-SYSTEM_TAB, SYSTEM_FOLDER = "/etc/crontab", "/etc/cron.d"
+SYSTEM_TAB, SYSTEM_TAB_DIRECTORY = "/etc/crontab", "/etc/cron.d"
 SPOOLS = ("/var/spool/cron/crontabs", "/var/spool/cron")
 CRON_PID = "/run/crond.pid"
-REBOOT_MARKS = ("/run/crond.reboot", "/run/cron.reboot")
+REBOOT_MARKERS = ("/run/crond.reboot", "/run/cron.reboot")
 ALLOW, DENY = "/etc/koi.allow", "/etc/koi.deny"
 SENDMAILS = ("/usr/sbin/sendmail", "/usr/lib/sendmail")
-USUAL_PATH = "/usr/bin:/bin"    # Debian's; cronie adds the sbin folders
-USUAL_SHELL = "/bin/sh"
+DEFAULT_PATH = "/usr/bin:/bin"    # Debian's; cronie adds the sbin folders
+DEFAULT_SHELL = "/bin/sh"
 HOST_SETTINGS = ("/etc/environment", "/etc/default/locale")
-NAME_OF_PACKAGE = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrst"
-                            "uvwxyz0123456789_-")
+PACKAGE_NAME_CHARACTERS = frozenset(
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 
 
 class Account(FrozenRecord):
@@ -2857,9 +2858,9 @@ class TabFile(FrozenRecord):
     """A crontab on this host, and what stands in it."""
     path: str
     user: str               # "": each line names its user
-    stamp: tuple            # changes when the file does
+    version: tuple          # changes when the file does
     text: str | None        # None: it may not be used
-    trouble: str = ""       # why
+    problem: str = ""       # why
 
     @property
     def system(self) -> bool:
@@ -2869,7 +2870,7 @@ class TabFile(FrozenRecord):
 EXACTLY_0600 = 0o177    # a mask that means more: as Debian's cron has it
 
 
-def file_fault(status, owners: tuple, mask: int, links: bool) -> str:
+def file_error(status, owners: tuple, mask: int, links: bool) -> str:
     """Why root should not believe a file; "" if it may."""
     if not stat.S_ISREG(status.st_mode):
         return "it is no regular file"
@@ -2887,7 +2888,7 @@ def file_fault(status, owners: tuple, mask: int, links: bool) -> str:
         f"it is larger than {LONGEST_TAB:,} bytes"
 
 
-def unusable_text(text: str) -> str:
+def tab_text_error(text: str) -> str:
     """Why this cannot be a crontab at all; "" if it can."""
     try:
         size = len(text.encode("utf-8", "surrogateescape"))
@@ -2926,7 +2927,7 @@ class Machine:
         parts = name.split("/")
         if name and not {"", ".", ".."}.intersection(parts) \
                 and "\0" not in name:
-            for folder in ZONE_FOLDERS:
+            for folder in ZONE_DIRECTORIES:
                 zone = self.zone_file(posixpath.join(folder, name), name)
                 if zone:
                     return zone
@@ -2934,7 +2935,7 @@ class Machine:
         if not zone:
             raise Error(f"there is no time zone {short(name)}",
                         "Europe/Berlin; ls /usr/share/zoneinfo"
-                        if os.path.isdir(ZONE_FOLDERS[0])
+                        if os.path.isdir(ZONE_DIRECTORIES[0])
                         else "apt-get install tzdata")
         return zone
 
@@ -2964,14 +2965,14 @@ class Machine:
     def salt(self, user: str = "") -> str:
         """What ~ in a user's tab is picked by: always the same here, and
         another elsewhere."""
-        return f"{self.host()}:{user or self.name_of(os.geteuid())}"
+        return f"{self.host()}:{user or self.user_name(os.geteuid())}"
 
     def open_files(self) -> int:
         """How many files we may have open."""
         import resource
         return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
-    def stamp_of(self, path: str) -> tuple:
+    def file_version(self, path: str) -> tuple:
         """Another value when the file at a path has changed."""
         try:
             status = os.stat(path)
@@ -2981,15 +2982,15 @@ class Machine:
 
     # --- people
 
-    def user(self) -> str:
+    def login_name(self) -> str:
         """The login name of the caller. Raises Error."""
         uid = os.getuid()
-        name = self.name_of(uid)
+        name = self.user_name(uid)
         if not name:
             raise Error(f"uid {uid} has no name on this host")
         return name
 
-    def name_of(self, uid: int) -> str:
+    def user_name(self, uid: int) -> str:
         import pwd
         try:
             return pwd.getpwuid(uid).pw_name
@@ -3011,7 +3012,7 @@ class Machine:
         return Account(name, entry.pw_uid, entry.pw_gid, entry.pw_dir,
                        os.getgrouplist(name, entry.pw_gid))
 
-    def refusal(self, user: str) -> str:
+    def access_error(self, user: str) -> str:
         """Why koi.allow or koi.deny shut this user out; "" if they do not.
         A file that cannot be read lets nobody in."""
         if user == "root":
@@ -3045,7 +3046,7 @@ class Machine:
 
     # --- koi's own folder
 
-    def home_of_state(self) -> str:
+    def state_directory(self) -> str:
         """Where the caller's koi keeps its state."""
         home = os.environ.get("KOI_HOME")
         if home:
@@ -3097,7 +3098,7 @@ class Machine:
         """Remove a tab; False if there is none. Raises Error."""
         try:
             os.unlink(f"{home}/tabs/{user}")
-            sync_folder(f"{home}/tabs")
+            sync_directory(f"{home}/tabs")
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -3105,7 +3106,7 @@ class Machine:
                         f"{error.strerror}") from None
         return True
 
-    def own_tab(self, home: str, user: str) -> TabFile | None:
+    def user_tab(self, home: str, user: str) -> TabFile | None:
         """A user's koitab, if there is one."""
         path = f"{home}/tabs/{user}"
         return self.tab_file(path, user, (os.geteuid(),), 0o022, None)
@@ -3121,16 +3122,16 @@ class Machine:
             if file:
                 found.append(file)
 
-        for name in names_in(f"{home}/tabs"):
+        for name in tab_names(f"{home}/tabs"):
             take(f"{home}/tabs/{name}", name, (os.geteuid(),), 0o022)
         if system:
             take(SYSTEM_TAB, "", (0,), 0o022, links=False, follow=True)
-            for name in names_in(SYSTEM_FOLDER):
-                if NAME_OF_PACKAGE.issuperset(name):
-                    take(f"{SYSTEM_FOLDER}/{name}", "", (0,), 0o022,
+            for name in tab_names(SYSTEM_TAB_DIRECTORY):
+                if PACKAGE_NAME_CHARACTERS.issuperset(name):
+                    take(f"{SYSTEM_TAB_DIRECTORY}/{name}", "", (0,), 0o022,
                          links=False, follow=True)
             spool = self.spool()
-            for name in names_in(spool):
+            for name in tab_names(spool):
                 account = self.account(name)
                 take(f"{spool}/{name}", name,
                      (0, account.uid) if account else (0,), EXACTLY_0600)
@@ -3144,8 +3145,8 @@ class Machine:
         if not file:
             return None
         if file.text is None:
-            raise Error(f"{path}: not used: {file.trouble}", f"chmod 600 "
-                        f"{path}" if "mode" in file.trouble else
+            raise Error(f"{path}: not used: {file.problem}", f"chmod 600 "
+                        f"{path}" if "mode" in file.problem else
                         "koitab -d join")
         try:
             return parse_enrollment(file.text)
@@ -3165,7 +3166,7 @@ class Machine:
         """Raises Error."""
         try:
             os.unlink(f"{home}/keys")
-            sync_folder(home)
+            sync_directory(home)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -3204,9 +3205,9 @@ class Machine:
             status = os.fstat(fd)
             stamp = (status.st_mtime_ns, status.st_ctime_ns, status.st_size,
                      status.st_ino, status.st_dev, owners)
-            if known and known.stamp == stamp and not known.trouble:
+            if known and known.version == stamp and not known.problem:
                 return known
-            fault = file_fault(status, owners, mask, links)
+            fault = file_error(status, owners, mask, links)
             if fault:
                 return TabFile(path, user, stamp, None, fault)
             with open(fd, "rb", closefd=False) as file:
@@ -3216,7 +3217,7 @@ class Machine:
         finally:
             os.close(fd)
         text = data.decode("utf-8", "surrogateescape")
-        why = unusable_text(text)
+        why = tab_text_error(text)
         return TabFile(path, user, stamp, None if why else text, why)
 
     # --- the boot
@@ -3233,10 +3234,10 @@ class Machine:
     def mark_reboot(self) -> bool:
         """Did cron, or we, run the @reboot jobs since the boot? Then leave
         cron's mark, so that neither runs them again."""
-        if any(os.path.lexists(mark) for mark in REBOOT_MARKS):
+        if any(os.path.lexists(mark) for mark in REBOOT_MARKERS):
             return True
         try:
-            os.close(os.open(REBOOT_MARKS[0], os.O_CREAT | os.O_CLOEXEC, 0))
+            os.close(os.open(REBOOT_MARKERS[0], os.O_CREAT | os.O_CLOEXEC, 0))
         except OSError:
             pass
         return False
@@ -3299,8 +3300,8 @@ class Machine:
 
     def signal_job(self, header: RunFileHeader, number: int) -> bool:
         """Signal a job's group, if it still is the process it was."""
-        if header.phase != GOING or not header.job \
-                or process_start_time(header.job) != header.born:
+        if header.phase != RUNNING or not header.job \
+                or process_start_time(header.job) != header.job_start:
             return False
         try:
             os.killpg(header.job, number)
@@ -3316,7 +3317,7 @@ class Machine:
                       escape_controls(text))
 
 
-def names_in(folder: str) -> list[str]:
+def tab_names(folder: str) -> list[str]:
     """The names of tabs in a folder, without leftovers of editors."""
     try:
         names = os.listdir(folder)
@@ -3485,7 +3486,7 @@ class Database:
         finally:
             db.close()
         os.rename(fresh, self.path)
-        sync_folder(posixpath.dirname(self.path) or ".")
+        sync_directory(posixpath.dirname(self.path) or ".")
 
     def check_form(self) -> None:
         """Refuse a file that is not of this form. Raises Error, and
@@ -3549,7 +3550,7 @@ class Database:
             with open(fresh, "rb") as file:
                 os.fsync(file.fileno())
             os.rename(fresh, path)
-            sync_folder(posixpath.dirname(path) or ".")
+            sync_directory(posixpath.dirname(path) or ".")
         except OSError as error:
             raise Error(f"{path}: {error.strerror}") from None
         except sqlite3.Error as error:
@@ -4097,8 +4098,8 @@ class SupervisedRun:
         """Write a frame where there is room, and the header after it."""
         header = self.header
         while data and self.file is not None:
-            used = header.lengths()[header.turn]
-            room = (KEPT_SEGMENT if header.turn else KEPT_HEAD) \
+            used = header.lengths()[header.segment]
+            room = (KEPT_SEGMENT if header.segment else KEPT_HEAD) \
                 - used - FRAME.size
             if room <= 0:
                 self.switch_segment()
@@ -4106,24 +4107,24 @@ class SupervisedRun:
             part, data = data[:room], data[room:]
             try:
                 os.pwrite(self.file, frame(stream, since, part),
-                          SEGMENTS[header.turn] + used)
+                          SEGMENTS[header.segment] + used)
             except OSError:
                 header.lost += len(part)    # no space: the end still counts
                 continue
-            self.payload[header.turn] += len(part)
+            self.payload[header.segment] += len(part)
             self.set_length(used + FRAME.size + len(part))
         self.save()
 
     def set_length(self, length: int) -> None:
-        setattr(self.header, ("head", "first", "second")[self.header.turn],
+        setattr(self.header, ("head", "first", "second")[self.header.segment],
                 length)
 
     def switch_segment(self) -> None:
         """Go on in the other segment; what was in it is lost."""
         header = self.header
-        header.turn = 2 if header.turn == 1 else 1
-        header.lost += self.payload[header.turn]
-        self.payload[header.turn] = 0
+        header.segment = 2 if header.segment == 1 else 1
+        header.lost += self.payload[header.segment]
+        self.payload[header.segment] = 0
         self.set_length(0)
         self.save()             # before what it describes is overwritten
 
@@ -4172,8 +4173,8 @@ class SupervisedRun:
         self.began, header.started = time.monotonic(), time.time()
         self.deadline = self.began + self.spec.timeout \
             if self.spec.timeout else FOREVER
-        header.phase, header.job = GOING, self.pid
-        header.born = process_start_time(self.pid)
+        header.phase, header.job = RUNNING, self.pid
+        header.job_start = process_start_time(self.pid)
         self.save()
 
     def signal(self, number: int) -> None:
@@ -4271,7 +4272,7 @@ class Supervisor:
         self.run = SupervisedRun(self.spec, file)
         header = self.run.header
         header.supervisor = os.getpid()
-        header.supervisor_born = process_start_time(header.supervisor)
+        header.supervisor_start = process_start_time(header.supervisor)
         self.run.save()
         if self.run.connection:
             self.run.connection.setblocking(False)
@@ -4450,7 +4451,7 @@ class Supervisor:
             run.put(NOTE, b"a process that it left behind keeps its output "
                           b"open; what that writes from here on is not kept")
         run.finished = True
-        if run.header.phase == GOING:
+        if run.header.phase == RUNNING:
             run.header.phase, run.header.status = ENDED, run.status
         run.save()
         if run.file is not None and os.getppid() != self.daemon:
@@ -4627,8 +4628,8 @@ class TabRegistry:
             self.troubles = [f"{error.filename}: {error.strerror}; the tabs "
                              "go on as they were"]
             return True
-        stamp = (sorted((path, file.stamp) for path, file in files.items()),
-                 self.machine.stamp_of(LOCAL_ZONE))
+        stamp = (sorted((path, file.version) for path, file in files.items()),
+                 self.machine.file_version(LOCAL_ZONE))
         if stamp == self.stamp:
             return False
         tabs, self.troubles = {}, []
@@ -4639,13 +4640,13 @@ class TabRegistry:
                 continue
             try:
                 if file.text is None:
-                    raise ValueError(file.trouble)
+                    raise ValueError(file.problem)
                 user = file.user or "root"
                 tabs[path] = parse_tab(file.text, file.system, user == "root",
                                        self.machine.salt(user))
             except Exception as why:    # the other tabs go on
                 self.troubles.append(f"{path}: not used: {why}")
-                if before and not file.trouble.startswith(UNBELIEVED):
+                if before and not file.problem.startswith(UNBELIEVED):
                     tabs[path] = before
         self.files = {path: file.replace(text=file.text and "")
                       for path, file in files.items()}
@@ -4669,7 +4670,7 @@ class TabRegistry:
             self.troubles.append(f"TZ: {error.message}; UTC is used")
         scheduled_jobs: list[ScheduledJob] = []
         for path, tab in self.tabs.items():
-            self.troubles += [problem.text(path) for problem in tab.faults()]
+            self.troubles += [problem.text(path) for problem in tab.errors()]
             for name, (line, column) in tab.zones.items():
                 try:
                     zones[name] = zones.get(name) or self.machine.zone(name)
@@ -4750,9 +4751,9 @@ def check_zones(tab: Tab, machine: Machine) -> dict[str, Zone]:
         try:
             zones[name] = machine.zone(name)
         except Error as error:
-            tab.problems.append(Diagnostic(line, column, "bad setting",
+            tab.diagnostics.append(Diagnostic(line, column, "bad setting",
                                            error.message, error.hint))
-    tab.problems.sort(key=lambda problem: (problem.line, problem.column))
+    tab.diagnostics.sort(key=lambda problem: (problem.line, problem.column))
     return zones
 
 
@@ -4838,12 +4839,12 @@ class ControlService:
         user = request.get("user") or caller.name
         if user != caller.name and not caller.is_admin:
             raise Error("must be privileged to use -u")
-        if os.geteuid() and user != self.machine.name_of(os.geteuid()):
+        if os.geteuid() and user != self.machine.user_name(os.geteuid()):
             raise Error("this koid belongs to an ordinary user, and runs "
                         "jobs for no other")
         if not user or "/" in user or not self.machine.account(user):
             raise Error(f"user `{user}' unknown")
-        why = self.machine.refusal(user)
+        why = self.machine.access_error(user)
         if why:
             raise Error(f"You ({user}) are not allowed to use this program "
                         f"({PROG})" if user == caller.name else
@@ -4866,25 +4867,25 @@ class ControlService:
 
     def listing(self, caller: Caller, request: dict) -> dict:
         user = self.whose(caller, request)
-        file = self.machine.own_tab(self.home, user)
+        file = self.machine.user_tab(self.home, user)
         if file and file.text is None:
-            raise Error(f"{file.path}: {file.trouble}")
+            raise Error(f"{file.path}: {file.problem}")
         return {"text": file and file.text}
 
     def install(self, caller: Caller, request: dict) -> dict:
         user, text = self.whose(caller, request), request.get("text", "")
-        why = unusable_text(text)
+        why = tab_text_error(text)
         if why:
             raise Error(f"this is no crontab: {why}")
         tab = parse_tab(text, root=user == "root",
                         salt=self.machine.salt(user))
         check_zones(tab, self.machine)
-        installed = not tab.faults()
+        installed = not tab.errors()
         if installed:
             self.machine.write_tab(self.home, user, text)
             self.reload()
         return {"installed": installed, "problems": [
-            vars(problem) for problem in tab.problems]}
+            vars(problem) for problem in tab.diagnostics]}
 
     def remove(self, caller: Caller, request: dict) -> dict:
         user = self.whose(caller, request)
@@ -4907,7 +4908,7 @@ class ControlService:
             {"tag": scheduled.job.tag, "section": scheduled.job.section,
              "user": scheduled.user, "name": scheduled.job.name,
              "label": scheduled.job.label,
-             "when": scheduled.job.when, "words": scheduled.job.words(),
+             "when": scheduled.job.when, "words": scheduled.job.describe(),
              "line": scheduled.line, "file": scheduled.file,
              "command": scheduled.job.command,
              "confirm": scheduled.settings.confirm,
@@ -5026,7 +5027,7 @@ class ControlService:
                 if not user or key[0] == user],
             "tab": {"user": user or caller.name, "jobs": len(tab.jobs),
                     "problems": [problem.text("tab")
-                                 for problem in tab.faults()]},
+                                 for problem in tab.errors()]},
             "troubles": self.daemon.troubles_of(user),
             "dashboard": self.daemon.broker.shown()
             if caller.is_admin else None}
@@ -5066,12 +5067,13 @@ def read_stable_file(home: str, run: int) -> tuple[bytes,
     Its supervisor overwrites the older of two segments, so we read again if
     it has turned to the other one meanwhile. Raises OSError."""
     for _ in range(READ_AGAIN):
-        before = parse_header(run_file(home, run, HEADER_ROOM))
+        before = parse_header(run_file(home, run, HEADER_BYTES))
         data = run_file(home, run)
-        after = parse_header(run_file(home, run, HEADER_ROOM))
+        after = parse_header(run_file(home, run, HEADER_BYTES))
         if not before or not after:
             return b"", None
-        if (before.turn, before.lost) == (after.turn, after.lost):
+        if (before.segment, before.lost) == (after.segment,
+                                                  after.lost):
             return data, before
     before.first = before.second = 0    # it writes too fast: the head alone
     return data, before
@@ -5112,7 +5114,7 @@ def caller_of(connection, machine: Machine) -> Caller:
             socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     else:       # macOS: LOCAL_PEERCRED gives a struct xucred
         uid = Struct("2I").unpack_from(connection.getsockopt(0, 1, 76))[1]
-    return Caller(uid % 2**32, machine.name_of(uid))
+    return Caller(uid % 2**32, machine.user_name(uid))
 
 
 def near_path(path: str) -> tuple[str, int]:
@@ -5143,7 +5145,7 @@ class DaemonClient:
 
     def __init__(self, machine: Machine):
         self.machine = machine
-        self.home = machine.home_of_state()
+        self.home = machine.state_directory()
         self.path = machine.socket_path(self.home)
         self.output = b""
         if os.geteuid() and "KOI_HOME" not in os.environ \
@@ -5212,7 +5214,7 @@ class DaemonClient:
         control = ControlService(self.machine, self.home, registry, store)
         uid = os.geteuid()
         reply, self.output = control.answer(
-            Caller(uid, self.machine.name_of(uid)), request)
+            Caller(uid, self.machine.user_name(uid)), request)
         return {**reply, "daemon": False}
 
 
@@ -5999,7 +6001,7 @@ def safe_address(text: str) -> bool:
 def job_environment(scheduled: ScheduledJob, account: Account, host: dict,
                     **more: str) -> dict[str, str]:
     """The environment of a job: cron's, and ours."""
-    return {**host, "SHELL": USUAL_SHELL, "PATH": USUAL_PATH,
+    return {**host, "SHELL": DEFAULT_SHELL, "PATH": DEFAULT_PATH,
             "HOME": account.home, **{
                 name: value for name,
                 value in scheduled.job.environment.items()
@@ -6307,7 +6309,7 @@ class AgentBroker:
                 "key": key_id(self.mine.secret), "name": self.mine.name,
                 "at": int(self.clock.now() * 1000), "jobs": specs})
             self.listed = (body, list_mac(self.mine.secret, body),
-                           digest_of(body))
+                           sha256_hex(body))
         return self.listed
 
     def output(self, request: dict) -> dict:
@@ -6422,7 +6424,7 @@ class AgentBroker:
                                   "dashboard")
         if scheduled.settings.confirm == "cli":
             raise RequestRejected("this job is to be run from a terminal only")
-        if digest_of(job_manifest(scheduled.job,
+        if sha256_hex(job_manifest(scheduled.job,
                                   scheduled.user)) != asked["job"]:
             raise RequestRejected(
                 "the job was changed since it was shown: reload it")
@@ -6729,23 +6731,23 @@ class Daemon:
         clock that is set, or for tabs that change, also each minute."""
         if not self.watch:
             return self.clock.ticks() + 5
-        seen, due = self.watch.seen, self.next_due()
-        if abs(self.clock.now() - seen.wall
-               - self.clock.ticks() + seen.ticks) > 1:
-            return seen.ticks + MINUTE - seen.wall % MINUTE
+        sample, due = self.watch.sample, self.next_due()
+        if abs(self.clock.now() - sample.instant
+               - self.clock.ticks() + sample.ticks) > 1:
+            return sample.ticks + MINUTE - sample.instant % MINUTE
         if self.alarm is None or self.folders_unwatched():
             edge = (self.clock.now() // MINUTE + 1) * MINUTE
             return self.clock.ticks() + min(
                 edge - self.clock.now(),
-                FOREVER if due is None else max(0, seen.ticks + due
-                                                - seen.wall
+                FOREVER if due is None else max(0, sample.ticks + due
+                                                - sample.instant
                                                 - self.clock.ticks()))
-        return FOREVER if due is None else seen.ticks + due - seen.wall
+        return FOREVER if due is None else sample.ticks + due - sample.instant
 
     def next_due(self) -> int | None:
         """When the first job falls due. What was computed before holds
         until then, unless the clock is set."""
-        now = self.watch.seen.wall
+        now = self.watch.sample.instant
         soonest = None
         for scheduled in self.registry.scheduled_jobs:
             if scheduled.due is not None:
@@ -6768,7 +6770,8 @@ class Daemon:
             self.start_scheduling()
             return
         before, now = self.watch, self.reading()
-        strayed = now.wall - before.seen.wall - now.ticks + before.seen.ticks
+        strayed = now.instant - before.sample.instant - now.ticks \
+            + before.sample.ticks
         self.watch, launches = plan(self.registry.scheduled_jobs, before, now,
                                     self.next_due())
         if abs(strayed) > 1:
@@ -6777,7 +6780,7 @@ class Daemon:
                 scheduled.due = 0.0
         pendings = []
         for launch in launches:
-            queued = QueuedRun(launch.job, "schedule", launch.due, now.wall)
+            queued = QueuedRun(launch.job, "schedule", launch.due, now.instant)
             if launch.job.delay:
                 queued.at = now.ticks + launch.job.delay * MINUTE
             pendings.append(queued)
@@ -7074,11 +7077,11 @@ class Daemon:
         """Of a run whose supervisor is not our child."""
         try:
             header = parse_header(run_file(self.home, running.run,
-                                           HEADER_ROOM))
+                                           HEADER_BYTES))
         except OSError:
             return False        # too many files are open; later
         return not header or header.phase in (ENDED, UNSTARTABLE) \
-            or process_start_time(header.supervisor) != header.supervisor_born
+            or process_start_time(header.supervisor) != header.supervisor_start
 
     def collect_finished(self) -> None:
         """Move runs that have ended into the history. When it cannot be
@@ -7153,7 +7156,7 @@ class Daemon:
             if header.phase == ENDED else (None, None)
         state = {ENDED: "done", UNSTARTABLE: "unstartable"}.get(
             header.phase, "interrupted")
-        if header.phase == GOING and status != NO_STATUS:
+        if header.phase == RUNNING and status != NO_STATUS:
             state = "done"      # a full disk: the end was only reported
             exit_status, number = exit_and_signal(status)
         reason = running.reason or REASONS[header.reason]
@@ -7230,7 +7233,7 @@ class Daemon:
         """Send the signal that is due."""
         try:
             header = parse_header(run_file(self.home, running.run,
-                                           HEADER_ROOM))
+                                           HEADER_BYTES))
         except OSError:
             header = None
         if not header or header.phase == CLAIMED:
@@ -7334,9 +7337,9 @@ class Daemon:
     def adopt_orphans(self, runs: list[int]) -> None:
         """Runs that have a file and no record: the disk was full, or the
         history was lost. They are shown as runs of a job of no tab."""
-        key = self.machine.name_of(os.geteuid()), "lost"
+        key = self.machine.user_name(os.geteuid()), "lost"
         for run in runs:
-            header = parse_header(run_file(self.home, run, HEADER_ROOM)
+            header = parse_header(run_file(self.home, run, HEADER_BYTES)
                                   ) or RunFileHeader()
             statements: list[tuple] = []
             job = self.store.job_key(key, LOST, statements)
@@ -7403,26 +7406,26 @@ class Daemon:
         cannot be right is given some time first."""
         now = self.reading()
         seen = self.store.noted_time("seen")
-        unset = now.wall < max(EARLIEST, seen - MINUTE)
+        unset = now.instant < max(EARLIEST, seen - MINUTE)
         self.clock_by = self.clock_by or now.ticks + WAIT_FOR_CLOCK
         if unset and now.ticks < self.clock_by:
             self.set_problem(
                 "clock",
                 "the clock is not set: it shows "
-                f"{format_rfc3339(now.wall)}; jobs wait for it, for "
+                f"{format_rfc3339(now.instant)}; jobs wait for it, for "
                 f"{format_duration(WAIT_FOR_CLOCK)} at most",
             )
             return
         self.set_problem("clock",
                          "" if not unset else "the clock was not set; "
                          "jobs run by what it shows")
-        self.watch = watching(now, self.registry.zones)
+        self.watch = state_for_zones(now, self.registry.zones)
         rows, launches = [], []
         if seen and not unset:
             self.watch = self.watch.replace(
                 zone_clocks=self.dials_of_before(seen))
-            rows, launches = self.missed_since(seen, now.wall)
-        self.record_and_start(launches + self.reboot_jobs(now.wall), rows)
+            rows, launches = self.missed_since(seen, now.instant)
+        self.record_and_start(launches + self.reboot_jobs(now.instant), rows)
         self.know_jobs()
 
     def know_jobs(self) -> None:
@@ -7484,11 +7487,11 @@ class Daemon:
 
     def seen_note(self) -> tuple:
         zone_clocks = "\n".join(
-            f"{name}={zone_clock.virtual},{zone_clock.running}"
+            f"{name}={zone_clock.virtual},{zone_clock.checked}"
                                 for name,
             zone_clock in self.watch.zone_clocks.items())
         return ("insert or replace into meta values ('seen', ?), "
-                "('dials', ?)", (repr(self.watch.seen.wall), zone_clocks))
+                "('dials', ?)", (repr(self.watch.sample.instant), zone_clocks))
 
     # --- tabs
 
@@ -7501,7 +7504,7 @@ class Daemon:
         """Ask to be told when a tab changes."""
         wanted = [f"{self.home}/tabs"]
         if self.registry.system:
-            wanted += [SYSTEM_FOLDER, posixpath.dirname(SYSTEM_TAB),
+            wanted += [SYSTEM_TAB_DIRECTORY, posixpath.dirname(SYSTEM_TAB),
                        self.machine.spool()]
         elif os.geteuid() == 0:
             wanted.append(posixpath.dirname(LOCAL_ZONE))
@@ -7523,8 +7526,8 @@ class Daemon:
             return
         self.broker.listed, self.broker.last_change_sent = None, -1
         if self.watch:
-            self.watch = self.rewound(watching(
-                self.watch.seen, self.registry.zones, self.watch))
+            self.watch = self.rewound(state_for_zones(
+                self.watch.sample, self.registry.zones, self.watch))
             self.know_jobs()
         scheduled_jobs = {scheduled.key: scheduled
                           for scheduled in self.registry.scheduled_jobs} \
@@ -7749,7 +7752,7 @@ def send_cron_mail(machine: Machine, host: dict, user: str, to: str,
         import subprocess
         status = subprocess.run(
             [program, "-FCronDaemon", "-i", "-B8BITMIME", "-oem", to],
-            input=message, env={**host, "PATH": USUAL_PATH,
+            input=message, env={**host, "PATH": DEFAULT_PATH,
                                 "HOME": account.home, "LOGNAME": user,
                                 "USER": user},
             timeout=MAIL_TIME, stdout=subprocess.DEVNULL,
@@ -7827,7 +7830,7 @@ def run_daemon(machine: Machine, system: bool) -> int:
     if system and os.geteuid():
         raise Error("only root can serve the tabs of the system", "sudo koid "
                     "--system")
-    Daemon(machine, machine.home_of_state(), system).serve()
+    Daemon(machine, machine.state_directory(), system).serve()
     return EXIT_OK
 
 
@@ -8880,7 +8883,7 @@ class Doors(DatabaseWriter):
         time that takes says nothing about the tokens there are."""
         token = token[len(VIEW_PREFIX):] if token.startswith(VIEW_PREFIX) \
             else token
-        return self.tokens.get(digest_of(token)) if is_hex(token, 64) \
+        return self.tokens.get(sha256_hex(token)) if is_hex(token, 64) \
             else None
 
     def number_of(self, dash: str) -> int:
@@ -8987,7 +8990,8 @@ class Doors(DatabaseWriter):
         if not found:
             secret, = db.execute("select value from meta where name = "
                                  "'secret'").fetchone()
-            found = hmac_of(bytes.fromhex(secret), b"salt\n" + dash.encode()
+            found = hmac_sha256(bytes.fromhex(secret),
+                                b"salt\n" + dash.encode()
                             )[:SALT_BYTES].hex(), ROUNDS
         return {"dash": dash, "salt": found[0], "rounds": found[1]}
 
@@ -9884,7 +9888,7 @@ class Fleet(PingChecks):
         for job, _, gone in known.values():
             if not gone:
                 self.drop_job(db, status, job)
-        sha = digest_of(body)
+        sha = sha256_hex(body)
         db.execute("update hosts set list = ?, mac = ?, list_sha = ?, key = "
                    "?, name = ? where id = ?",
                    (body, mac, sha, inner.text("key", 16, ""), inner.text(
@@ -11408,7 +11412,7 @@ class Notifier:
         done = subprocess.run(
             [program, "-i", "--", notification["target"]],
             input=letter_mail(notification, self.machine.host()),
-            env={"PATH": USUAL_PATH, "HOME": os.environ.get("HOME", "/")},
+            env={"PATH": DEFAULT_PATH, "HOME": os.environ.get("HOME", "/")},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             timeout=SEND_SECONDS)
         said = done.stderr.decode("utf-8", "replace").strip()[-300:]
@@ -12239,7 +12243,7 @@ class Certificate:
             why = getattr(error, "strerror", None) or error
             raise Error(f"{self.cert} and {self.key} cannot be used: {why}",
                         "a certificate and its key, both PEM") from None
-        digest = digest_of(der).upper()
+        digest = sha256_hex(der).upper()
         self.context, self.expires = context, expires
         self.fingerprint = ":".join(digest[at:at + 2]
                                     for at in range(0, 64, 2))
@@ -12874,7 +12878,7 @@ class Api:
                  allow_new: bool = False):
         self.dashboard, self.allow_new = dashboard, allow_new
         self.page, self.page_policy = page.encode(), page_policy_of(page)
-        self.page_tag = f'"{digest_of(self.page)[:32]}"'
+        self.page_tag = f'"{sha256_hex(self.page)[:32]}"'
         self.rules = AccessRules(names, dashboard.key_of)
         self.clock, self.certificate_expires = Clock(), 0.0
         self.polls: dict[tuple, dict] = {}      # topic -> LongPolls
@@ -18588,7 +18592,7 @@ class Options:
         if sys.modules["gettext"] is None:
             del sys.modules["gettext"]
         if not any(word in COMMANDS for word in argv):
-            self.status = EXIT_FAULTS
+            self.status = EXIT_ERROR
         try:
             found, words = getopt.gnu_getopt(argv, SHORT, LONG)
         except getopt.GetoptError as error:
@@ -18630,7 +18634,7 @@ class Options:
         what the environment says. Raises Error."""
         if "-u" not in self.given:
             return
-        if os.getuid() and self.user != machine.user():
+        if os.getuid() and self.user != machine.login_name():
             raise CrontabError("must be privileged to use -u")
         import pwd
         try:
@@ -18644,7 +18648,7 @@ class Options:
         return {"user": self.user} if self.user else {}
 
     def owner(self, machine: Machine) -> str:
-        return self.user or machine.user()
+        return self.user or machine.login_name()
 
     def warn(self, text: str) -> None:
         """A line for people, beside the output."""
@@ -18690,7 +18694,7 @@ def odd_addresses(text: str) -> list[Diagnostic]:
     found = []
     for row, raw in enumerate(text.split("\n"), start=1):
         line = raw.lstrip(BLANKS)
-        name, value, at = assignment_of(line) or ("", "", 0)
+        name, value, at = parse_assignment(line) or ("", "", 0)
         if name in EXPANDED and value and "$" not in value \
                 and not safe_address(value):
             found.append(Diagnostic(
@@ -18736,7 +18740,7 @@ def command_replace(options: Options, machine: Machine, path: str) -> int:
                            f"did you mean {PROG} {meant}?" if meant
                            else "") from None
     done = install(options, DaemonClient(machine), text, path)
-    return EXIT_OK if done else EXIT_FAULTS
+    return EXIT_OK if done else EXIT_ERROR
 
 
 def command_list(options: Options, machine: Machine) -> int:
@@ -18792,7 +18796,7 @@ class EditSession:
             fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW
                          | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
-                fault = file_fault(os.fstat(fd), (os.geteuid(),), 0, False)
+                fault = file_error(os.fstat(fd), (os.geteuid(),), 0, False)
                 if fault:
                     raise Error(f"{self.path}: {fault}")
                 with open(fd, "rb", closefd=False) as file:
@@ -18880,7 +18884,7 @@ def command_edit(options: Options, machine: Machine) -> int:
         draft.remove()
         return EXIT_OK
     draft.leave(options)
-    return EXIT_FAULTS
+    return EXIT_ERROR
 
 
 def edited(options: Options, link: DaemonClient, draft: EditSession,
@@ -18907,11 +18911,11 @@ def command_test(options: Options, machine: Machine) -> int:
     """As `crontab -T` of cronie, which stops at the first fault."""
     text = machine.tab_text(options.test)
     tab, _ = judged(machine, text, options.test.startswith(SYSTEM_TABS))
-    print_diagnostics(tab.problems + odd_addresses(text), options.test)
-    if tab.faults():
+    print_diagnostics(tab.diagnostics + odd_addresses(text), options.test)
+    if tab.errors():
         print("Invalid crontab file. Syntax issues were found.",
               file=sys.stderr)
-        return EXIT_FAULTS
+        return EXIT_ERROR
     print("No syntax issues were found in the crontab file.",
           file=sys.stderr)
     return EXIT_OK
@@ -18939,7 +18943,7 @@ def instant_of(text: str, zone: Zone, now: float) -> int:
         int(part or 0) for part in found.group(1, 2, 3, 4, 5, 6))
     if hour > 23 or minute > 59 or second > 60:
         refuse()
-    wall = days_of(year, month, day) * DAY + hour * HOUR \
+    wall = days_since_epoch(year, month, day) * DAY + hour * HOUR \
         + minute * MINUTE + second
     if found[7]:
         return wall
@@ -18995,8 +18999,8 @@ def command_next(options: Options, machine: Machine, name: str = "") -> int:
     jobs = match_jobs([job for _, tab, zones in tabs for job in tab.jobs
                        if job.settings.zone in zones], name)
     for path, tab, zones in tabs:
-        print_diagnostics(tab.problems, path)
-        faults += tab.faults()
+        print_diagnostics(tab.diagnostics, path)
+        faults += tab.errors()
         after = instant_of(options.start, zones[""], machine.clock.now())
         for job in tab.jobs:
             if any(job is each for each in jobs):
@@ -19009,12 +19013,12 @@ def command_next(options: Options, machine: Machine, name: str = "") -> int:
     if options.json:
         print_json([{
             "name": job.name or None, "tag": job.tag, "line": job.line,
-            "schedule": job.when, "words": job.words(), "next": starts,
+            "schedule": job.when, "words": job.describe(), "next": starts,
             **({} if options.tab else {"file": path})}
             for path, job, starts in rows])
     else:
         show(rows)
-    return EXIT_FAULTS if faults else EXIT_OK
+    return EXIT_ERROR if faults else EXIT_OK
 
 
 def print_json(value) -> None:
@@ -19036,7 +19040,8 @@ def show(rows: list) -> None:
         if job.section != section:
             section = job.section
             print(f"[{escape_controls(section)}]")
-        print(f"{escape_controls(job.label)}: {escape_controls(job.words())}")
+        print(f"{escape_controls(job.label)}: "
+              f"{escape_controls(job.describe())}")
         for start in starts:
             print(f"    {start}")
 
@@ -19160,7 +19165,7 @@ def command_run(options: Options, machine: Machine, name: str,
     args = arguments(job, list(words))
     if job["confirm"] == "yes" and os.isatty(0) and not agreed(
             f"Run {escape_controls(job['label'])}? (y/n) "):
-        return EXIT_FAULTS
+        return EXIT_ERROR
     return RunAttachment(options, *link.attach(job["tag"], args, job["user"])
                          ).watch()
 
@@ -19273,7 +19278,7 @@ class RunAttachment:
             self.options.warn(words)
         if end["signal"]:
             return EXIT_SIGNAL + end["signal"]
-        return EXIT_FAULTS if end["exit"] is None else end["exit"]
+        return EXIT_ERROR if end["exit"] is None else end["exit"]
 
 
 # --- a dashboard, as a host and as who asks for a run ---------------------
@@ -19353,12 +19358,12 @@ def new_password(options: Options) -> str:
     """One of ours, of 100 bits; with --password - the caller's own, if it
     is not weak. Raises Error."""
     if not options.password:
-        return passphrase_of(os.urandom(20))
+        return format_passphrase(os.urandom(20))
     if options.password != "-":
         raise Error("a password in an option could be read by everybody",
                     "--password - asks for it", EXIT_USAGE)
     password = typed_secret("New password: ")
-    why = weakness(password)
+    why = password_weakness(password)
     if why:
         raise Error(f"this password is weak: {why}", "a few words that do "
                     "not belong together, or leave --password away")
@@ -19373,7 +19378,7 @@ def own_state(machine: Machine) -> str:
             and os.path.exists(ROOT_SOCKET):
         raise Error("this machine's koid is root's", "sudo; or name the "
                     "dashboard: run --on HOST --url URL, page URL")
-    return machine.home_of_state()
+    return machine.state_directory()
 
 
 def link_again(machine: Machine) -> bool:
@@ -19390,8 +19395,8 @@ def link_again(machine: Machine) -> bool:
 def hashes_of(keys: Keys, salt: bytes) -> dict:
     """What a dashboard may know of keys."""
     return {"salt": salt.hex(), "rounds": ROUNDS,
-            "api_sha256": digest_of(keys.api.hex()),
-            "view_sha256": digest_of(keys.view.hex())}
+            "api_sha256": sha256_hex(keys.api.hex()),
+            "view_sha256": sha256_hex(keys.view.hex())}
 
 
 def keys_for(wire: DashboardClient, dash: str, password: str) -> tuple[Keys,
@@ -19406,7 +19411,7 @@ def keys_for(wire: DashboardClient, dash: str, password: str) -> tuple[Keys,
             raise ValueError
     except (KeyError, ValueError, TypeError):
         raise Error("this is no dashboard of koi's") from None
-    return derive(password, salt, rounds), dash
+    return derive_keys(password, salt, rounds), dash
 
 
 def enrol(options: Options, machine: Machine, wire: DashboardClient, url: str,
@@ -19416,7 +19421,7 @@ def enrol(options: Options, machine: Machine, wire: DashboardClient, url: str,
     token, name = os.urandom(32).hex(), machine.host()
     wire.token = keys.api.hex()
     asked_of(wire, "POST", "/api/v1/hosts", {
-        "host": host, "name": name, "token_sha256": digest_of(token)})
+        "host": host, "name": name, "token_sha256": sha256_hex(token)})
     machine.write_enrollment(home, Enrollment(
         url, dash, host, token, host_key(keys.run, host).hex(), name,
         wire.ca, machine.clock.now()))
@@ -19444,7 +19449,7 @@ def link_new(options: Options, machine: Machine, url: str = HERE) -> int:
     not_linked(machine)
     wire = wire_to(options, url)
     password, salt = new_password(options), os.urandom(SALT_BYTES)
-    keys = derive(password, salt)
+    keys = derive_keys(password, salt)
     dash = asked_of(wire, "POST", "/api/v1/dashboards",
                     hashes_of(keys, salt)).get("dash", "")
     if not is_hex(dash, 16):
@@ -19487,10 +19492,10 @@ def link_show(options: Options, machine: Machine) -> int:
         state = DaemonClient(machine).ask("status").get("dashboard")
     except Error as error:
         print_field("link", [error.message])
-        return EXIT_FAULTS
+        return EXIT_ERROR
     print_field("link", link_lines(state)[1:] or ["up"] if state else [
         "koid does not use these keys: see koitab status; or restart it"])
-    return EXIT_FAULTS if not state or state["troubles"] else EXIT_OK
+    return EXIT_ERROR if not state or state["troubles"] else EXIT_OK
 
 
 def link_lines(state: dict | None) -> list[str]:
@@ -19522,7 +19527,7 @@ def link_rotate(options: Options, machine: Machine) -> int:
     if host_key(keys.run, mine.host) != mine.secret:
         raise Error("this is not the passphrase of this dashboard")
     password, salt = new_password(options), os.urandom(SALT_BYTES)
-    fresh = derive(password, salt)
+    fresh = derive_keys(password, salt)
     # First: what is in force and known to nobody would lock all out.
     tell_keys(options, mine.url, mine.dash, fresh, password)
     wire.token = keys.api.hex()
@@ -19619,7 +19624,7 @@ def run_there(options: Options, machine: Machine, name: str,
     args = arguments(job, list(words))
     if job["confirm"] == "yes" and os.isatty(0) and not agreed(
             f"Run {escape_controls(job['label'])} on {options.on}? (y/n) "):
-        return EXIT_FAULTS
+        return EXIT_ERROR
     body = signed_run(key, dash, found[0], spec, job, args,
                       int(machine.clock.now() * 1000))
     asked_of(wire, "POST", "/api/v1/requests", {
@@ -19630,7 +19635,7 @@ def run_there(options: Options, machine: Machine, name: str,
 def verified_specs(listed: dict, key: bytes, dash: str, host: str) -> list:
     """The jobs of a host, as it signed them. Raises Error."""
     body, mac = listed.get("body"), listed.get("mac")
-    if not isinstance(body, str) or not same_mac(mac, list_mac(key, body)):
+    if not isinstance(body, str) or not is_valid_mac(mac, list_mac(key, body)):
         raise Error("the list of this host's jobs is not signed with the "
                     "keys of this passphrase", "on that host: koitab -d off; "
                     "koitab -d join")
@@ -19664,7 +19669,7 @@ def signed_run(key: bytes, dash: str, host: str, spec: str, job: dict,
               if param.type == "secret"]
     return json.dumps({
         "v": 1, "do": "run", "key": key_id(key), "dash": dash, "host": host,
-        "user": job["user"], "tag": job["tag"], "job": digest_of(spec),
+        "user": job["user"], "tag": job["tag"], "job": sha256_hex(spec),
         "args": {name: value for name, value in args.items()
                  if name not in secret},
         "secrets": {name: encrypt_secret(key, nonce, name,
@@ -19762,7 +19767,7 @@ class RemoteRun:
             self.options.warn(result_words(facts))
         if facts["signal"]:
             return EXIT_SIGNAL + facts["signal"]
-        return EXIT_FAULTS if facts["exit"] is None else facts["exit"]
+        return EXIT_ERROR if facts["exit"] is None else facts["exit"]
 
 
 # --- history, log, status, kill -------------------------------------------
@@ -19964,7 +19969,7 @@ def command_status(options: Options, machine: Machine) -> int:
     well = state and not (bad or state["troubles"] or state["late"]
                           or state["tab"]["problems"]
                           or (state.get("dashboard") or {}).get("troubles"))
-    return EXIT_OK if well else EXIT_FAULTS
+    return EXIT_OK if well else EXIT_ERROR
 
 
 def state_lines(state: dict, owner: str) -> dict[str, list[str]]:
@@ -20063,10 +20068,10 @@ def sources(options: Options, machine: Machine) -> list[Source]:
     if os.geteuid():
         return found
     paths = [SYSTEM_TAB] if os.path.isfile(SYSTEM_TAB) else []
-    for name in sorted(os.listdir(SYSTEM_FOLDER)
-                       if os.path.isdir(SYSTEM_FOLDER) else ()):
-        path = posixpath.join(SYSTEM_FOLDER, name)
-        if NAME_OF_PACKAGE.issuperset(name):
+    for name in sorted(os.listdir(SYSTEM_TAB_DIRECTORY)
+                       if os.path.isdir(SYSTEM_TAB_DIRECTORY) else ()):
+        path = posixpath.join(SYSTEM_TAB_DIRECTORY, name)
+        if PACKAGE_NAME_CHARACTERS.issuperset(name):
             paths.append(path)
         elif name[0] != ".":
             options.warn(f"{path} is left out: Debian's cron reads no file "
@@ -20097,7 +20102,7 @@ class Importer:
         self.set: dict[str, None] = {}      # variables of files before
         self.lost: list[str] = []           # what cannot be set back
         self.usual = {
-            "SHELL": USUAL_SHELL, "PATH": USUAL_PATH, "HOME": home,
+            "SHELL": DEFAULT_SHELL, "PATH": DEFAULT_PATH, "HOME": home,
             "MAILTO": owner, "MAILFROM": owner, "CRON_TZ": "",
             "RANDOM_DELAY": "0", "TZ": ":/etc/localtime"}
 
@@ -20108,7 +20113,7 @@ class Importer:
         if not ours and not self.others:
             return
         reasons = {problem.line: f"{problem.what}: {problem.why}"
-                   for problem in tab.problems if problem.fatal}
+                   for problem in tab.diagnostics if problem.fatal}
         self.lines += ["", f"[{source.section}]",
                        f"# {escape_controls(source.path)}"]
         self.set_back()
@@ -20119,8 +20124,8 @@ class Importer:
                 user = self.job(source, raw, job, user)
             elif not line or line[0] == "#":
                 self.lines.append(raw)
-            elif assignment_of(line) and row not in reasons:
-                self.set[assignment_of(line)[0]] = None
+            elif parse_assignment(line) and row not in reasons:
+                self.set[parse_assignment(line)[0]] = None
                 self.lines.append(raw)
             else:
                 self.lines += [MARK + reasons.get(row, "no line of cron's"),
@@ -20197,7 +20202,7 @@ class Importer:
         for _ in range(3):      # what one line sets, another may need
             tab, _ = judged(machine, self.text())
             bad = {problem.line: f"{problem.what}: {problem.why}"
-                   for problem in reversed(tab.problems) if problem.fatal
+                   for problem in reversed(tab.diagnostics) if problem.fatal
                    and problem.line <= len(self.lines)}
             for row in sorted(bad, reverse=True):
                 line = self.lines[row - 1]
@@ -20405,7 +20410,7 @@ LENT_DB = "/var/lib/koi-dashboard/dashboard.db"
 def dashboard_db(options: Options, machine: Machine) -> str:
     """Where the dashboard keeps all."""
     return os.path.abspath(
-        options.db or f"{machine.home_of_state()}/dashboard.db")
+        options.db or f"{machine.state_directory()}/dashboard.db")
 
 
 def judge_listen(options: Options) -> list[tuple[str, int]]:
@@ -20445,7 +20450,7 @@ def command_dashboard(options: Options, machine: Machine) -> int:
         certificate.load()
     listeners = [listener(*each) for each in wanted]
     if not options.db:
-        machine.make_home(machine.home_of_state())
+        machine.make_home(machine.state_directory())
     dashboard = Dashboard(dashboard_db(options, machine), machine.clock)
     dashboard.open()
     dashboard.start()
@@ -20588,14 +20593,14 @@ COMMANDS = {    # name -> function, fewest and most words after it, options
 def as_crontab(options: Options, machine: Machine, words: list[str]) -> int:
     """The part that crontab(1) has, too. Raises Error."""
     def refuse(why: str):
-        raise Error(f"usage error: {why}", "koitab --help", EXIT_FAULTS)
+        raise Error(f"usage error: {why}", "koitab --help", EXIT_ERROR)
 
     wanted = [name for name in AS_CRONTAB if name in options.given]
     if len(wanted) > 1:
         refuse("only one operation permitted")
     options.reject_others({"-r": "-r -i -u", "-T": "-T"}.get(
         "".join(wanted), " ".join(["-u", *wanted])),
-        "".join(wanted) or "FILE", EXIT_FAULTS)
+        "".join(wanted) or "FILE", EXIT_ERROR)
     if wanted and words:
         refuse("no arguments permitted after this option")
     if wanted:
@@ -20685,7 +20690,7 @@ def main(argv: list[str] | None = None, machine: Machine | None = None,
     except OSError as error:            # a full disk, no descriptor left
         print(escape_controls(f"{called}: error: {error.strerror or error}"),
               file=sys.stderr)
-        return EXIT_FAULTS
+        return EXIT_ERROR
 
 
 if __name__ == "__main__":

@@ -252,10 +252,10 @@ def write_atomically(path: str, data: bytes, mode: int = 0o600,
         os.close(fd)
     os.rename(fresh, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
     if durable:
-        sync_folder(posixpath.dirname(path) or ".", dir_fd)
+        sync_directory(posixpath.dirname(path) or ".", dir_fd)
 
 
-def sync_folder(path: str, dir_fd: int | None = None) -> None:
+def sync_directory(path: str, dir_fd: int | None = None) -> None:
     """Bring a folder's names to the disk. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC,
                  dir_fd=dir_fd)

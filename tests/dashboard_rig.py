@@ -40,7 +40,7 @@ HOST = "c3" * 16
 
 def token_of(host: str) -> str:
     """The token that this rig gives a host of this id."""
-    return koitab.digest_of("token of " + host)
+    return koitab.sha256_hex("token of " + host)
 
 
 HOST_TOKEN = token_of(HOST)
@@ -50,7 +50,7 @@ HOST_TOKEN = token_of(HOST)
 # what is tested here does not depend on their number.
 ROUNDS = 1000
 FEW_ROUNDS = f"""
-k.ROUNDS, k.derive.__defaults__ = {ROUNDS}, ({ROUNDS},)
+k.ROUNDS, k.derive_keys.__defaults__ = {ROUNDS}, ({ROUNDS},)
 k.PAGE_JS = k.PAGE_JS.replace("LEAST_ROUNDS = 600000",
                               "LEAST_ROUNDS = {ROUNDS}")
 """
@@ -59,14 +59,14 @@ k.PAGE_JS = k.PAGE_JS.replace("LEAST_ROUNDS = 600000",
 def derive(password: str, salt: bytes, rounds: int) -> koitab.Keys:
     """The keys of a password, also by as few rounds as above."""
     with mock.patch.object(koitab, "ROUNDS", ROUNDS):
-        return koitab.derive(password, salt, rounds)
+        return koitab.derive_keys(password, salt, rounds)
 
 
 def new_dashboard() -> dict:
     """The fields that make a dashboard with the two tokens above."""
     return {"salt": "00" * 16, "rounds": koitab.ROUNDS,
-            "api_sha256": koitab.digest_of(OPERATOR_TOKEN),
-            "view_sha256": koitab.digest_of(VIEWER_TOKEN)}
+            "api_sha256": koitab.sha256_hex(OPERATOR_TOKEN),
+            "view_sha256": koitab.sha256_hex(VIEWER_TOKEN)}
 
 
 # ==========================================================================
@@ -212,7 +212,7 @@ class InProcessDashboard:
         """Add a host; what its token is good for."""
         self.do(self.dashboard.add_host, self.dash, {
             "host": host, "name": name,
-            "token_sha256": koitab.digest_of(token_of(host))}, self.now)
+            "token_sha256": koitab.sha256_hex(token_of(host))}, self.now)
         return self.dashboard.key_of(token_of(host))
 
     @property
@@ -506,7 +506,7 @@ class DashboardProcess:
     def register_host(self, host: str, token: str) -> None:
         made = self.ask("POST", "/api/v1/hosts", {
             "host": host, "name": f"host {host[:4]}",
-            "token_sha256": koitab.digest_of(token)}, OPERATOR_TOKEN)
+            "token_sha256": koitab.sha256_hex(token)}, OPERATOR_TOKEN)
         assert made.status == 201, made
 
     def add_check(self) -> str:
@@ -681,7 +681,7 @@ class Operator:
         nonce = changes.get("nonce") or os.urandom(16).hex()
         return {"v": 1, "do": "run", "key": koitab.key_id(key),
                 "dash": self.dash, "host": host, "user": job["user"],
-                "tag": job["tag"], "job": koitab.digest_of(spec),
+                "tag": job["tag"], "job": koitab.sha256_hex(spec),
                 "args": args or {}, "secrets": {
                     name: koitab.encrypt_secret(key, nonce, name,
                                                 value.encode()

@@ -204,8 +204,8 @@ def supervised(file: Path) -> bool:
     except FileNotFoundError:
         return False
     return bool(header) and header.phase in (
-        KOITAB.CLAIMED, KOITAB.GOING) and KOITAB.process_start_time(
-            header.supervisor) == header.supervisor_born
+        KOITAB.CLAIMED, KOITAB.RUNNING) and KOITAB.process_start_time(
+            header.supervisor) == header.supervisor_start
 
 
 def faults(koi, runs: list, executed: Counter, acked: int | None,

@@ -192,7 +192,7 @@ def request_for(spec: str, args: dict | None = None,
     nonce = changes.get("nonce") or os.urandom(16).hex()
     body = {"v": 1, "do": "run", "key": koitab.key_id(KEY), "dash": DASH,
             "host": HOST, "user": job["user"], "tag": job["tag"],
-            "job": koitab.digest_of(spec), "args": args or {},
+            "job": koitab.sha256_hex(spec), "args": args or {},
             "secrets": {name: koitab.encrypt_secret(KEY, nonce, name,
                                                     value.encode()
                                                     ).hex()

@@ -96,7 +96,7 @@ class World:
         self.dice = random.Random(7)
         self.seq, self.changes = 1, []
         self.news = threading.Condition()
-        self.keys = koitab.derive(PASSWORD, bytes.fromhex(SALT))
+        self.keys = koitab.derive_keys(PASSWORD, bytes.fromhex(SALT))
         self.hosts, self.jobs, self.runs, self.checks = {}, {}, {}, {}
         self.alerts, self.audit, self.channels = {}, [], []
         self.requests, self.outputs = {}, {}
@@ -375,7 +375,7 @@ class World:
                                               "host": host}, now, 0)
         job = next((job for job in self.jobs.values() if job["host"] == host
                     and job["tag"] == asked.get("tag")), None)
-        if asked["do"] == "run" and (not job or koitab.digest_of(
+        if asked["do"] == "run" and (not job or koitab.sha256_hex(
                 self.spec(job)) != asked["job"]):
             why = "its line in the tab has changed: reload the page"
         asked["refused"] = why

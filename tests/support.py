@@ -92,7 +92,7 @@ def load(name: str):
         sys.modules[name] = module
         spec.loader.exec_module(module)
         if name == "koitab":
-            module.ZONE_FOLDERS = (str(ZONES), *module.ZONE_FOLDERS)
+            module.ZONE_DIRECTORIES = (str(ZONES), *module.ZONE_DIRECTORIES)
     return sys.modules[name]
 
 
@@ -150,7 +150,7 @@ def need(*programs: str) -> None:
 def need_zone(name: str) -> None:
     """Skip if this machine's tzdata does not have this time zone."""
     if not any(os.path.isfile(os.path.join(folder, name)) for folder in
-               load("koitab").ZONE_FOLDERS if folder != str(ZONES)):
+               load("koitab").ZONE_DIRECTORIES if folder != str(ZONES)):
         absent(f"time zone {name} is missing: apt-get install tzdata, for "
                "an old name tzdata-legacy (make parts)")
 
@@ -639,7 +639,7 @@ class Koi:
         def begun():
             header = self.header(run)
             return header if header and header.phase == load(
-                "koitab").GOING else None
+                "koitab").RUNNING else None
         return wait_until(begun, 30, f"run {run} to begin\n{self.log()}")
 
     def troubles(self) -> str:
@@ -688,7 +688,7 @@ class Koi:
         koitab = load("koitab")
         for file in (self.home / "runs").glob("*"):
             header = self.header(file.name)
-            if header and header.phase == koitab.GOING:
+            if header and header.phase == koitab.RUNNING:
                 koitab.Machine().signal_job(header, signal.SIGKILL)
 
 

@@ -18,7 +18,7 @@ import support
 
 koitab = support.load("koitab")
 CASES = Path(__file__).parent / "cases"
-ME = koitab.Machine().name_of(os.getuid())
+ME = koitab.Machine().user_name(os.getuid())
 
 
 class Koid:
@@ -47,10 +47,10 @@ class Koid:
 
     def do_install(self, fields):
         tab = koitab.parse_tab(fields["text"])
-        if not tab.faults():
+        if not tab.errors():
             self.text = fields["text"]
-        return {"installed": not tab.faults(),
-                "problems": [vars(problem) for problem in tab.problems]}
+        return {"installed": not tab.errors(),
+                "problems": [vars(problem) for problem in tab.diagnostics]}
 
     def do_remove(self, _fields):
         before, self.text = self.text, None
@@ -60,7 +60,7 @@ class Koid:
         return {"jobs": [
             {"tag": job.tag, "section": job.section, "name": job.name,
              "label": job.label, "user": ME, "when": job.when,
-             "words": job.words(), "line": job.line, "file": "/h/tabs/me",
+             "words": job.describe(), "line": job.line, "file": "/h/tabs/me",
              "command": job.command, "confirm": self.confirm,
              "params": [vars(param) for param in job.params], "next": None,
              "running": 0, "last": self.last.get(job.label)}
@@ -276,7 +276,7 @@ def test_a_file_of_that_name_is_no_command_to_crontab(type_in, koid):
 def as_alice(monkeypatch):
     """The kernel says alice; root and koid remain what they are."""
     monkeypatch.setattr(os, "getuid", lambda: 1500)
-    monkeypatch.setattr(koitab.Machine, "user", lambda self: "alice")
+    monkeypatch.setattr(koitab.Machine, "login_name", lambda self: "alice")
 
 
 @pytest.mark.parametrize("argv", [["-l"], ["-e"], ["-r"], ["tab"],
@@ -453,7 +453,7 @@ def test_the_template_is_a_good_tab_when_its_marks_are_taken_away():
     lines = [line[2:] for line in koitab.TEMPLATE.splitlines()
              if line[2:3] in tuple('[@"0123456789') or "=" in line[:14]]
     tab = koitab.parse_tab("\n".join(lines) + "\n")
-    assert tab.problems == []
+    assert tab.diagnostics == []
     assert [(job.section, job.name, job.when) for job in tab.jobs] == [
         ("", "", "30 2 * * *"), ("Backups", "Work", "30 3 * * mon-fri"),
         ("Backups", "Say Hi", "@manual")]
@@ -870,7 +870,7 @@ def imported(type_in, monkeypatch):
         monkeypatch.setattr(koitab, "sources", lambda options, machine: [
             koitab.Source(path, path.rpartition("/")[2], text, system)
             for path, text, system in tabs])
-        monkeypatch.setattr(koitab.Machine, "user", lambda self: user)
+        monkeypatch.setattr(koitab.Machine, "login_name", lambda self: user)
         monkeypatch.setattr(koitab, "running_cron", lambda: 0)
         result = type_in(*argv)
         assert result.code == 0, result.err
@@ -988,7 +988,7 @@ def test_jobs_that_are_the_same_get_names(imported):
         ("/etc/cron.d/a", '@daily root say "hi"\n-@daily root z\n'
          "-@daily root z\n@hourly root x\n", True))
     tab = koitab.parse_tab(done.out, root=True)
-    assert tab.problems == []
+    assert tab.diagnostics == []
     assert [job.name for job in tab.jobs] == [
         "crontab of root: say hi (1)", "crontab of root: say hi (2)", "",
         "a: say hi (1)", "a: z (1)", "a: z (2)", ""]
@@ -1053,7 +1053,8 @@ def spool(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.defpath}")
     monkeypatch.setattr(koitab, "SPOOLS", (str(tmp_path / "spool"),))
     monkeypatch.setattr(koitab, "SYSTEM_TAB", str(tmp_path / "crontab"))
-    monkeypatch.setattr(koitab, "SYSTEM_FOLDER", str(tmp_path / "cron.d"))
+    monkeypatch.setattr(koitab, "SYSTEM_TAB_DIRECTORY",
+                        str(tmp_path / "cron.d"))
     for name in ("bin", "spool", "cron.d"):
         (tmp_path / name).mkdir()
 

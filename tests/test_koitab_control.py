@@ -28,10 +28,10 @@ class Host(koitab.Machine):
         return koitab.Account(name, 1500, 1500, f"/home/{name}", [1500]) \
             if name in self.NAMES else None
 
-    def name_of(self, uid):
+    def user_name(self, uid):
         return "alice" if uid == ME else ""
 
-    def refusal(self, user):
+    def access_error(self, user):
         return self.shut_out if user != "root" else ""
 
 
@@ -203,7 +203,7 @@ def test_a_caller_means_himself_and_root_means_anyone(desk, caller, user,
 def test_an_ordinary_users_koid_has_tabs_of_his_alone(
         desk, monkeypatch, user, whose):
     monkeypatch.setattr(koitab.os, "geteuid", lambda: 1500)
-    monkeypatch.setattr(Host, "name_of", lambda self, uid: "alice")
+    monkeypatch.setattr(Host, "user_name", lambda self, uid: "alice")
     caller = koitab.Caller(1500, "alice")
     request = {} if user is None else {"user": user}
     if whose == "alice":
@@ -261,7 +261,7 @@ def test_the_kernel_says_who_calls(monkeypatch):
     ours, theirs = socket.socketpair()
     with ours, theirs:
         caller = koitab.caller_of(ours, koitab.Machine())
-    assert (caller.uid, caller.name) == (ME, koitab.Machine().name_of(ME))
+    assert (caller.uid, caller.name) == (ME, koitab.Machine().user_name(ME))
     assert caller.is_admin
 
 
@@ -299,7 +299,7 @@ def test_a_name_of_several_jobs_is_asked_about(desk):
 
 def job(line: str):
     tab = koitab.parse_tab(line + "\n")
-    assert not tab.faults(), tab.faults()
+    assert not tab.errors(), tab.errors()
     return tab.jobs[0]
 
 
@@ -479,7 +479,7 @@ OWN, PACKAGED, SPOOLED = ((0,), 0o022, True), ((0,), 0o022, False), \
     (SPOOLED, status(links=2), "hard link"),
 ])
 def test_which_files_root_believes(how, given, fault):
-    found = koitab.file_fault(given, *how)
+    found = koitab.file_error(given, *how)
     assert fault in found if fault else found == ""
 
 
@@ -487,7 +487,7 @@ def test_which_files_root_believes(how, given, fault):
     (OWN, status(REGULAR | 0o666), "chmod go-w"),
     (SPOOLED, status(REGULAR | 0o644), "chmod 600")])
 def test_the_mend_that_is_named_mends_it(how, given, mend):
-    assert mend in koitab.file_fault(given, *how)
+    assert mend in koitab.file_error(given, *how)
 
 
 def test_a_link_is_not_followed_unless_it_is_a_packages(tmp_path):
@@ -496,7 +496,7 @@ def test_a_link_is_not_followed_unless_it_is_a_packages(tmp_path):
     target.chmod(0o600)
     link.symlink_to(target)
     read = koitab.Machine().tab_file
-    assert read(str(link), "x", (ME,), 0o022, None).trouble == "it is a link"
+    assert read(str(link), "x", (ME,), 0o022, None).problem == "it is a link"
     assert read(str(link), "", (ME,), 0o022, None,
                 follow=True).text == "@manual id\n"
     assert read(str(tmp_path / "none"), "x", (ME,), 0o022, None) is None
@@ -506,16 +506,16 @@ def test_a_fifo_hangs_nobody(tmp_path):
     os.mkfifo(tmp_path / "fifo", 0o600)
     file = koitab.Machine().tab_file(str(tmp_path / "fifo"), "x", (ME,),
                                      0o022, None)
-    assert file.trouble == "it is no regular file"
+    assert file.problem == "it is no regular file"
 
 
 def test_names_in_leaves_out_what_editors_and_packages_leave_behind(tmp_path):
     for name in ("alice", "bob.smith", "a-b_c", "UPPER", "x~y", "tmpx",
                  ".hidden", "#auto#", "backup~", "tmp.12345", "alice.new"):
         (tmp_path / name).touch()
-    assert koitab.names_in(str(tmp_path)) == [
+    assert koitab.tab_names(str(tmp_path)) == [
         "UPPER", "a-b_c", "alice", "bob.smith", "tmpx", "x~y"]
-    assert koitab.names_in(str(tmp_path / "none")) == []
+    assert koitab.tab_names(str(tmp_path / "none")) == []
 
 
 def test_a_trouble_stays_until_it_is_mended(desk):

@@ -202,8 +202,8 @@ def test_a_token_opens_what_it_is_for(dashboard, web1):
 def test_rotated_keys_open_nothing_any_more(dashboard):
     dashboard.do(dashboard.dashboard.rotate, dashboard.dash, {
         "salt": "1" * 32, "rounds": 700_000,
-        "api_sha256": koitab.digest_of("1" * 64),
-        "view_sha256": koitab.digest_of("2" * 64)}, NOW)
+        "api_sha256": koitab.sha256_hex("1" * 64),
+        "view_sha256": koitab.sha256_hex("2" * 64)}, NOW)
     assert dashboard.dashboard.key_of(OPERATOR_TOKEN) is None
     assert dashboard.dashboard.key_of("1" * 64).role == "operator"
     assert dashboard.ask(dashboard.dashboard.salt, "") == {
@@ -215,8 +215,8 @@ def test_the_database_holds_no_token(dashboard, web1):
     data = b"".join(open(dashboard.path + ending, "rb").read()
                     for ending in ("", "-wal"))
     assert OPERATOR_TOKEN.encode() not in data
-    assert koitab.digest_of("token of " + HOST).encode() not in data
-    assert koitab.digest_of(OPERATOR_TOKEN).encode() in data
+    assert koitab.sha256_hex("token of " + HOST).encode() not in data
+    assert koitab.sha256_hex(OPERATOR_TOKEN).encode() in data
 
 
 @pytest.mark.parametrize("fields", [
@@ -234,12 +234,12 @@ def test_one_token_opens_one_door(dashboard):
     with refused(409):
         dashboard.do(dashboard.dashboard.create_dashboard, {
             "salt": "0" * 32, "rounds": 600_000,
-            "api_sha256": koitab.digest_of(VIEWER_TOKEN),
+            "api_sha256": koitab.sha256_hex(VIEWER_TOKEN),
             "view_sha256": "2" * 64}, NOW)
     with refused(409):
         dashboard.do(dashboard.dashboard.add_host, dashboard.dash, {
             "host": HOST, "name": "x",
-            "token_sha256": koitab.digest_of(OPERATOR_TOKEN)}, NOW)
+            "token_sha256": koitab.sha256_hex(OPERATOR_TOKEN)}, NOW)
 
 
 def test_an_unknown_dashboard_has_a_salt_that_looks_real_and_stays(dashboard):
@@ -306,7 +306,7 @@ def test_a_job_that_is_in_no_list_is_gone_and_comes_back(dashboard, web1):
 def test_the_list_is_wanted_when_it_is_not_known(dashboard, web1):
     assert dashboard.sync(web1)["want_list"]
     body = dashboard.list_of(web1, spec())
-    sha = koitab.digest_of(body["body"])
+    sha = koitab.sha256_hex(body["body"])
     assert not dashboard.sync(web1, list=body)["want_list"]
     assert not dashboard.sync(web1, list_sha=sha)["want_list"]
     assert dashboard.sync(web1, list_sha="0" * 64)["want_list"]
@@ -364,7 +364,7 @@ def test_a_restored_database_says_from_where_it_needs_records(dashboard, web1,
     late = [dashboard.record() for _ in range(4)]
     assert dashboard.runs(web1, *late)["acked"] == 7
     old = InProcessDashboard(tmp_path / "old.db", fresh=False)
-    access = old.dashboard.key_of(koitab.digest_of("token of " + HOST))
+    access = old.dashboard.key_of(koitab.sha256_hex("token of " + HOST))
     assert old.sync(access, list_sha="0" * 64) == {
         "v": 1, "acked": 3, "want_list": True, "owed": [], "requests": [],
         "live": {}, "twin": False}
@@ -1113,7 +1113,7 @@ def test_a_host_that_is_forgotten_is_gone_with_all_it_told(dashboard, web1):
     dashboard.do(dashboard.dashboard.forget, dashboard.dash, {"host": HOST},
                  NOW)
     assert dashboard.state["hosts"] == dashboard.state["jobs"] == []
-    assert dashboard.dashboard.key_of(koitab.digest_of("token of "
+    assert dashboard.dashboard.key_of(koitab.sha256_hex("token of "
                                                        + HOST)) is None
     with pytest.raises(Error):
         dashboard.sync(web1)
@@ -1131,7 +1131,7 @@ def test_a_host_that_is_forgotten_is_gone_with_all_it_told(dashboard, web1):
 def test_a_host_that_left_keeps_its_history(dashboard, web1):
     dashboard.runs(web1, dashboard.record())
     dashboard.do(dashboard.dashboard.remove_host, dashboard.dash, HOST, NOW)
-    assert dashboard.dashboard.key_of(koitab.digest_of("token of "
+    assert dashboard.dashboard.key_of(koitab.sha256_hex("token of "
                                                        + HOST)) is None
     assert dashboard.state["hosts"][0]["state"] == "left"
     assert dashboard.job()["gone"] and len(dashboard.job()["strip"]) == 1

@@ -40,7 +40,7 @@ def signed(body: str, key: bytes = KEY) -> tuple[str, str]:
 
 def test_the_keys_of_a_password_are_those_of_the_vectors():
     """The page's JavaScript derives the same: test_dashboard_browser.py."""
-    keys = koitab.derive("correct horse battery staple", SALT)
+    keys = koitab.derive_keys("correct horse battery staple", SALT)
     host = koitab.host_key(keys.run, HOST)
     assert (keys.api.hex(), keys.view.hex(), keys.run.hex()) == (
         VECTOR["api"], VECTOR["view"], VECTOR["run"])
@@ -52,7 +52,7 @@ VECTOR = json.loads((support.ROOT / "tests/cases/keys.json").read_text())
 
 
 def test_the_three_keys_tell_nothing_of_each_other():
-    keys = koitab.derive("correct horse battery staple", SALT)
+    keys = koitab.derive_keys("correct horse battery staple", SALT)
     assert len({keys.api, keys.view, keys.run}) == 3
 
 
@@ -61,7 +61,8 @@ def test_a_password_is_the_same_however_it_was_typed():
         "e\u0301te\u0301 a\u0300 la plage"
     assert composed != apart
     assert unicodedata.normalize("NFC", apart) == composed
-    assert koitab.derive(composed, SALT) == koitab.derive(apart, SALT)
+    assert koitab.derive_keys(composed, SALT) \
+        == koitab.derive_keys(apart, SALT)
 
 
 @pytest.mark.parametrize("salt, rounds", [
@@ -69,29 +70,29 @@ def test_a_password_is_the_same_however_it_was_typed():
     (b"", 600_000)])
 def test_a_dashboard_that_wants_weak_keys_gets_none(salt, rounds):
     with pytest.raises(koitab.Error):
-        koitab.derive("correct horse battery staple", salt, rounds)
+        koitab.derive_keys("correct horse battery staple", salt, rounds)
 
 
 @pytest.mark.parametrize("password", [
     "", "short", "aaaaaaaaaaaaaaaaaaaa", "abababababababababab",
     "abcdefghijklmnop", "MyPassword-is-this", "qwertyuiop-asdfgh"])
 def test_a_weak_password_is_refused_with_the_reason(password):
-    assert koitab.weakness(password)
+    assert koitab.password_weakness(password)
 
 
 @pytest.mark.parametrize("password", [
     "correct horse battery staple",
-    koitab.passphrase_of(random.Random(2).randbytes(20)),
+    koitab.format_passphrase(random.Random(2).randbytes(20)),
     "T7#kd92!xQwm-pa"])
 def test_a_good_password_is_taken(password):
-    assert koitab.weakness(password) == ""
+    assert koitab.password_weakness(password) == ""
 
 
 def test_a_passphrase_has_a_hundred_bits():
     """20 letters of 32, each as likely as the other."""
-    seen = {koitab.passphrase_of(bytes([n]) * 20)[0] for n in range(256)}
+    seen = {koitab.format_passphrase(bytes([n]) * 20)[0] for n in range(256)}
     assert len(seen) == 32
-    phrase = koitab.passphrase_of(random.Random(1).randbytes(20))
+    phrase = koitab.format_passphrase(random.Random(1).randbytes(20))
     assert len(phrase.replace("-", "")) == 20 and len(phrase) == 24
 
 

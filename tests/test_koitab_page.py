@@ -220,7 +220,7 @@ def test_a_request_is_believed_and_its_secret_unveiled(login_page):
     asked = koitab.verify_request(key, sent["body"], sent["mac"])
     assert asked["args"] == {"__proto__": "o'brien \u00e9",
                              "Emoji \U0001f603": "true"}
-    assert asked["job"] == koitab.digest_of(text)
+    assert asked["job"] == koitab.sha256_hex(text)
     assert koitab.encrypt_secret(key, asked["nonce"], "Token", bytes.fromhex(
         asked["secrets"]["Token"])).decode() == "hunter2 \U0001f603"
     assert koitab.request_mismatch(asked, {"key": koitab.key_id(key),

@@ -73,7 +73,7 @@ def header(**values):
 
 def test_a_header_is_read_as_it_was_written():
     values = dict(zip(koitab.RunFileHeader.FIELDS, range(1, 17)))
-    values.update(started=1.5, ended=2.25, status=-1, born=2**63,
+    values.update(started=1.5, ended=2.25, status=-1, job_start=2**63,
                   total=2**40, lost=2**40 - 1, job=2**22)
     found = koitab.parse_header(header(**values).pack() + b"more")
     assert vars(found) == values
@@ -82,7 +82,7 @@ def test_a_header_is_read_as_it_was_written():
 def test_a_header_fits_into_its_room_and_begins_with_its_version():
     data = header().pack()
     assert data[:4] == b"KOI1"
-    assert len(data) == koitab.HEADER.size <= koitab.HEADER_ROOM
+    assert len(data) == koitab.HEADER.size <= koitab.HEADER_BYTES
 
 
 @pytest.mark.parametrize("data", [
@@ -118,13 +118,13 @@ def file_of(head: bytes, first: bytes, second: bytes, **fields) -> tuple:
     (0, None, None, 5, "head[koi: 5 bytes left out here]\n"),   # a full disk
 ])
 def test_the_segments_stand_in_their_order(turn, first, second, lost, text):
-    data, made = file_of(b"head", first, second, turn=turn, lost=lost)
+    data, made = file_of(b"head", first, second, segment=turn, lost=lost)
     assert koitab.output_text(koitab.stored_frames(data, made)
                               ).decode() == text
 
 
 def test_what_lies_behind_the_segments_is_not_shown():
-    data, made = file_of(b"new", b"1", None, turn=2)
+    data, made = file_of(b"new", b"1", None, segment=2)
     assert b"before" not in koitab.stored_frames(data, made)
 
 
@@ -134,7 +134,7 @@ SMALL_HEAD, SMALL_SEGMENT = 200, 100
 @pytest.fixture
 def small(monkeypatch):
     """Segments of some hundred bytes instead of some hundred thousand."""
-    begin = koitab.HEADER_ROOM
+    begin = koitab.HEADER_BYTES
     monkeypatch.setattr(koitab, "KEPT_HEAD", SMALL_HEAD)
     monkeypatch.setattr(koitab, "KEPT_SEGMENT", SMALL_SEGMENT)
     monkeypatch.setattr(koitab, "SEGMENTS", (

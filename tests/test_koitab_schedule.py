@@ -443,7 +443,8 @@ def test_other_schedules_have_other_words():
 def test_a_zone_agrees_with_the_standard_library(name, monkeypatch):
     """The zones of this machine, whose tzdata may be newer or older."""
     support.need_zone(name)
-    monkeypatch.setattr(koitab, "ZONE_FOLDERS", koitab.ZONE_FOLDERS[1:])
+    monkeypatch.setattr(koitab, "ZONE_DIRECTORIES",
+                        koitab.ZONE_DIRECTORIES[1:])
     theirs, ours = zoneinfo.ZoneInfo(name), koitab.Machine().zone(name)
     dice = random.Random(name)
     edges = [begin + nudge for begin in ours.begins for nudge in (-1, 0, 1)
@@ -527,8 +528,8 @@ def test_days_and_dates_agree_with_the_standard_library():
     for day in itertools.chain(range(-800, 800), range(-700_000, 2_900_000,
                                                        997)):
         date = first + datetime.timedelta(day)
-        assert koitab.date_of(day) == (date.year, date.month, date.day)
-        assert koitab.days_of(date.year, date.month, date.day) == day
+        assert koitab.calendar_date(day) == (date.year, date.month, date.day)
+        assert koitab.days_since_epoch(date.year, date.month, date.day) == day
 
 
 # --- the plan: the same, for a daemon that sleeps -------------------------
@@ -548,7 +549,7 @@ def test_with_which_minute_a_job_goes_on(ahead, wildcard, fixed):
 
 def test_a_clock_set_back_within_a_minute_starts_nothing_again():
     begin = at("2026-03-01 00:00")
-    watch = koitab.watching(koitab.ClockSample(begin, 0.0), {"": koitab.UTC})
+    watch = state_at(begin, {"": koitab.UTC})
     jobs = [job("* * * * *")]
     watch, launches = koitab.plan(jobs, watch, koitab.ClockSample(
         begin + 61, 61.0))
@@ -556,6 +557,12 @@ def test_a_clock_set_back_within_a_minute_starts_nothing_again():
     later, launches = koitab.plan(jobs, watch, koitab.ClockSample(
         begin + 50, 70.0))
     assert (later is watch, launches) == (True, [])
+
+
+def state_at(instant: float, zones: dict, before=None):
+    """The state of a scheduler that starts at an instant, at 0 ticks."""
+    return koitab.state_for_zones(koitab.ClockSample(instant, 0.0), zones,
+                                  before)
 
 
 def job(spec: str, line: int = 1, place: str = ""):
@@ -571,14 +578,16 @@ def started(jobs, walls, looks, here):
         return koitab.ClockSample(walls[turn] * MINUTE + 0.5,
                                   1000.0 + turn * MINUTE)
 
-    watch, found = koitab.watching(reading(0), {"": here}), []
+    watch = koitab.state_for_zones(reading(0), {"": here})
+    found = []
     due = koitab.first_due(jobs, watch)
     for turn in range(1, len(walls)):
-        unset = watch.seen.wall + (reading(turn).ticks - watch.seen.ticks)
+        unset = watch.sample.instant + reading(turn).ticks \
+            - watch.sample.ticks
         if turn in looks or due is not None and unset >= due:
             watch, launches = koitab.plan(jobs, watch, reading(turn))
             due = koitab.first_due(jobs, watch)
-            found += [(turn, launch.wall // MINUTE, launch.job.line)
+            found += [(turn, launch.minute // MINUTE, launch.job.line)
                       for launch in launches]
     return found
 
@@ -632,18 +641,17 @@ def test_no_start_is_made_twice_or_lost_however_late_we_wake():
         ["*/20 * * * *", "30 2 * * *", "0,10 1-4 * * *", "17 */3 * * *"])]
     for begin in ("2026-03-28 20:00", "2026-10-24 20:00"):
         now = at(begin)
-        watch, end = koitab.watching(koitab.ClockSample(now, 0.0),
-                                     {"": here}), now + DAY
+        watch, end = state_at(now, {"": here}), now + DAY
         found = []
-        while watch.seen.wall < end:
+        while watch.sample.instant < end:
             due = koitab.first_due(jobs, watch)
             now = dice.choice([
                 due + dice.random() * 59, due + dice.random(),
-                max(due - dice.random() * 900, watch.seen.wall + 0.01)])
+                max(due - dice.random() * 900, watch.sample.instant + 0.01)])
             watch, launches = koitab.plan(
                 jobs, watch, koitab.ClockSample(now, now - at(begin)))
             found += [(launch.job.line, launch.due) for launch in launches]
-            if not launches and watch.seen.wall != now:
+            if not launches and watch.sample.instant != now:
                 watch, launches = koitab.plan(
                     jobs, watch, koitab.ClockSample(due, due - at(begin)))
                 found += [(launch.job.line, launch.due)
@@ -658,11 +666,11 @@ def test_after_a_long_halt_fixed_jobs_are_made_up_for_and_others_run_once():
     jobs = [job("* * * * *", 1), job("0-59 * * * *", 2)]
     jobs[1] = job("0-59 0-23 * * *", 2)
     begin = at("2026-03-01 00:00")
-    watch = koitab.watching(koitab.ClockSample(begin, 0.0), {"": here})
+    watch = state_at(begin, {"": here})
     watch, launches = koitab.plan(
         jobs, watch, koitab.ClockSample(begin + 600, 600.0))
     assert sum(launch.job.line == 1 for launch in launches) == 1
-    assert [launch.wall for launch in launches if launch.job.line == 2] == [
+    assert [launch.minute for launch in launches if launch.job.line == 2] == [
         begin + MINUTE * n for n in range(1, 11)]
     assert {launch.due for launch in launches} == {begin + 600}
 
@@ -672,8 +680,7 @@ def test_each_zone_has_a_clock_of_its_own():
     berlin = zone("Europe/Berlin")
     jobs = [job("30 2 * * *", 1), job("30 1 * * *", 2, "UTC")]
     begin = at("2026-10-24 22:00")
-    watch = koitab.watching(koitab.ClockSample(begin, 0.0),
-                            {"": berlin, "UTC": koitab.UTC})
+    watch = state_at(begin, {"": berlin, "UTC": koitab.UTC})
     found = []
     for minute in range(1, 600):
         watch, launches = koitab.plan(jobs, watch, koitab.ClockSample(
@@ -685,9 +692,8 @@ def test_each_zone_has_a_clock_of_its_own():
 
 def test_a_zone_that_is_new_begins_with_the_next_minute():
     begin = at("2026-03-01 00:00")
-    watch = koitab.watching(koitab.ClockSample(begin, 0.0), {"": koitab.UTC})
-    later = koitab.watching(koitab.ClockSample(begin, 0.0),
-                            {"": koitab.UTC, "X": koitab.UTC}, watch)
+    watch = state_at(begin, {"": koitab.UTC})
+    later = state_at(begin, {"": koitab.UTC, "X": koitab.UTC}, watch)
     assert later.zone_clocks[""] is watch.zone_clocks[""]
     assert later.zone_clocks["X"].virtual == begin
 
@@ -695,7 +701,7 @@ def test_a_zone_that_is_new_begins_with_the_next_minute():
 def test_jobs_of_one_minute_start_in_reverse_order_as_crons():
     begin = at("2026-03-01 00:00")
     jobs = [job("* * * * *", line) for line in (1, 2, 3)]
-    watch = koitab.watching(koitab.ClockSample(begin, 0.0), {"": koitab.UTC})
+    watch = state_at(begin, {"": koitab.UTC})
     _, launches = koitab.plan(jobs, watch,
                               koitab.ClockSample(begin + 60, 60.0))
     assert [launch.job.line for launch in launches] == [3, 2, 1]

@@ -24,7 +24,7 @@ def tab(text: str, **options):
 def jobs(text: str, **options):
     """The jobs of a tab without a fault."""
     found = tab(text, **options)
-    assert [problem.text("tab") for problem in found.faults()] == []
+    assert [problem.text("tab") for problem in found.errors()] == []
     return found.jobs
 
 
@@ -36,13 +36,13 @@ def only(line: str, **options):
 
 
 def faults(text: str, **options) -> list[tuple]:
-    return [(p.line, p.column, p.what) for p in tab(text, **options).faults()]
+    return [(p.line, p.column, p.what) for p in tab(text, **options).errors()]
 
 
 def warnings(text: str, **options) -> list[tuple]:
     found = tab(text, **options)
-    assert [problem.text("tab") for problem in found.faults()] == []
-    return [(p.column, p.what) for p in found.problems]
+    assert [problem.text("tab") for problem in found.errors()] == []
+    return [(p.column, p.what) for p in found.diagnostics]
 
 
 def rejected() -> list[tuple[str, str]]:
@@ -59,7 +59,7 @@ def test_what_every_cron_refuses_is_refused(columns, field):
     line = columns.replace("  (no command)", "") if "(no command)" in columns \
         else f"{columns} true"
     found = tab(f"# a comment\n{line}\n")
-    first = found.faults()[0]
+    first = found.errors()[0]
     assert (first.line, first.what) == (2, f"bad {field}")
     assert 1 <= first.column <= len(line) + 1
     assert found.jobs == []
@@ -125,7 +125,7 @@ def test_each_fault_has_a_line_and_a_column(text, where):
 def test_a_bad_line_drops_that_line_alone():
     found = tab("A=1\n* * * * * one\n61 * * * * two\n@daily three\nx")
     assert [job.command for job in found.jobs] == ["one", "three"]
-    assert len(found.faults()) == 2
+    assert len(found.errors()) == 2
 
 
 def test_every_fault_is_told_at_once():
@@ -135,7 +135,7 @@ def test_every_fault_is_told_at_once():
 
 def test_hints_name_the_mend():
     def hint(text):
-        return tab(text + "\n").faults()[0].hint
+        return tab(text + "\n").errors()[0].hint
 
     assert hint("5/10 * * * * x") == "5-59/10"
     assert hint("* 24 * * * x") == "midnight is hour 0"
@@ -270,13 +270,13 @@ PATH=/usr/local/sbin:/usr/local/bin:/sbin:/bin:/usr/sbin:/usr/bin
 
 def test_real_crontabs_of_debian_are_read_without_a_word():
     found = tab(DEBIAN, system=True)
-    assert [problem.text("tab") for problem in found.problems] == []
+    assert [problem.text("tab") for problem in found.diagnostics] == []
     assert len(found.jobs) == 8
     assert "date +%d" in found.jobs[5].script
     for path in ["/etc/crontab", *Path("/etc/cron.d").glob("[!.]*")]:
         if os.access(path, os.R_OK):
             text = Path(path).read_text(errors="surrogateescape")
-            assert tab(text, system=True).faults() == []
+            assert tab(text, system=True).errors() == []
 
 
 @pytest.mark.parametrize("command, script, stdin", [
@@ -371,7 +371,7 @@ def test_what_is_right_is_not_warned_of(line):
 ])
 def test_a_placeholder_is_refused_where_no_word_stands(command, place):
     line = f"@manual {command}\n"
-    found = tab(line).faults()
+    found = tab(line).errors()
     assert found[-1].why == f"it stands {place}"
     assert found[-1].column == line.rindex("{{") + 1
     assert found[-1].hint
@@ -512,7 +512,7 @@ def test_which_values_fit_a_type(kind, good, bad):
     ("V=1 {{a}}", "the value is the program"),
 ])
 def test_a_second_parser_is_warned_of(command, program):
-    found = [p for p in tab(f"@manual {command}\n").problems
+    found = [p for p in tab(f"@manual {command}\n").diagnostics
              if p.what == "unsafe argument"]
     assert found
     assert program in found[0].why
@@ -573,7 +573,7 @@ def test_a_hostile_tab_costs_little(text):
 
 
 def test_limits_are_told():
-    assert "10,000 lines" in tab("@daily x\n" + "\n" * 10_000).faults()[-1].why
+    assert "10,000 lines" in tab("@daily x\n" + "\n" * 10_000).errors()[-1].why
     many = "".join(f"A{n}=b\n" for n in range(1_001))
     assert faults(many) == [(1_001, 1, "bad variable")]
 
@@ -600,14 +600,14 @@ def test_no_text_makes_a_traceback():
         found = tab(text, system=dice.random() < 0.2,
                     root=dice.random() < 0.2)
         lines = text.split("\n")
-        for problem in found.problems:
+        for problem in found.diagnostics:
             assert 1 <= problem.line <= len(lines)
             assert 1 <= problem.column <= len(lines[problem.line - 1]) + 1
             assert problem.what and problem.why
             assert not koitab.has_control(problem.text("tab"), "\t")
-        read, refused = read + len(found.jobs), refused + len(found.faults())
+        read, refused = read + len(found.jobs), refused + len(found.errors())
         for job in found.jobs:
-            assert job.tag and isinstance(job.words(), str)
+            assert job.tag and isinstance(job.describe(), str)
             for n in range(1, len(job.params) + 1):
                 assert f'"${{KOI_ARG_{n}}}"' in job.script
     assert read > 500

@@ -196,7 +196,7 @@ def test_slowness_is_seen_after_a_restart_too(dashboard, web1):
     dashboard.runs(web1, dashboard.record("running", started=NOW))
     reopened = dashboard.reopen()
     reopened.pass_time(35)
-    access = reopened.dashboard.key_of(koitab.digest_of("token of " + HOST))
+    access = reopened.dashboard.key_of(koitab.sha256_hex("token of " + HOST))
     reopened.sync(access)
     reopened.pass_time(1)
     assert reopened.take_notifications() == ["Night/Backup on web1 takes long"]

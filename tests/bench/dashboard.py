@@ -113,8 +113,8 @@ class Dashboard:
         hub.db.execute(
             "insert into dashboards (dash, salt, rounds, api, view, ping_key,"
             " badge_key, made) values (?, ?, 600000, ?, ?, 'pings', 'badge',"
-            " ?)", (DASH, "00" * 16, KOI.digest_of(API),
-                    KOI.digest_of(VIEW), time.time()))
+            " ?)", (DASH, "00" * 16, KOI.sha256_hex(API),
+                    KOI.sha256_hex(VIEW), time.time()))
         if fill:
             fill(hub.db)
         hub.db.execute("commit")
@@ -166,8 +166,8 @@ def put_hosts(db, many: int) -> None:
     db.executemany(
         "insert into hosts (dash, host, name, token, made, seen, list, mac, "
         "list_sha) values (1, ?, ?, ?, ?, ?, '{}', '', ?)",
-        [(name_of_host(n), f"host{n}", KOI.digest_of(token_of_host(n)), now,
-          now, KOI.digest_of("{}")) for n in range(1, many + 1)])
+        [(name_of_host(n), f"host{n}", KOI.sha256_hex(token_of_host(n)), now,
+          now, KOI.sha256_hex("{}")) for n in range(1, many + 1)])
 
 
 def greeting(number: int, wait: float, **more) -> dict:
@@ -175,7 +175,7 @@ def greeting(number: int, wait: float, **more) -> dict:
     return {"v": 1, "host": name_of_host(number), "epoch": 1, "instance":
             "1700000000000-00000001", "wait": wait, "now": time.time(),
             "offset": 0, "zone": "UTC", "version": "1.0", "boot": "b",
-            "troubles": [], "list_sha": KOI.digest_of("{}"), **more}
+            "troubles": [], "list_sha": KOI.sha256_hex("{}"), **more}
 
 
 def as_request(method: str, path: str, token: str = "", body: bytes = b""
@@ -694,7 +694,7 @@ class Koid:
         text = json.dumps({
             "v": 1, "do": "run", "key": KOI.key_id(self.key), "dash": DASH,
             "host": self.host, "user": job["user"], "tag": job["tag"],
-            "job": KOI.digest_of(self.spec), "args": {}, "secrets": {},
+            "job": KOI.sha256_hex(self.spec), "args": {}, "secrets": {},
             "nonce": os.urandom(16).hex(), "iat": now, "exp": now + 300_000})
         return {"host": self.host, "body": text,
                 "mac": KOI.run_mac(self.key, text)}

@@ -802,8 +802,8 @@ def test_a_rotated_key_opens_nothing_and_closes_streams(tmp_path):
         with stream(found, now_of(found)) as client:
             made = found.ask("POST", "/api/v1/rotate", {
                 "salt": "11" * 16, "rounds": 600_000,
-                "api_sha256": koitab.digest_of("e" * 64),
-                "view_sha256": koitab.digest_of("f" * 64)}, OPERATOR_TOKEN)
+                "api_sha256": koitab.sha256_hex("e" * 64),
+                "view_sha256": koitab.sha256_hex("f" * 64)}, OPERATOR_TOKEN)
             assert made.status == 200
             client.read_to_end()
         assert found.ask("GET", "/api/v1/state",

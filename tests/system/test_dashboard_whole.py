@@ -379,7 +379,7 @@ class Liar:
             f"{at:064x}"
         operator.tell("hosts", {
             "host": self.host, "name": CORPUS[at],
-            "token_sha256": koitab.digest_of(self.token)})
+            "token_sha256": koitab.sha256_hex(self.token)})
 
     def sync(self, **fields) -> dict:
         reply = self.operator.reply("POST", "sync", {
@@ -459,8 +459,8 @@ def second(server):
     keys = derive(password, salt, ROUNDS)
     made = server.ask("POST", "/api/v1/dashboards", {
         "salt": salt.hex(), "rounds": ROUNDS,
-        "api_sha256": koitab.digest_of(keys.api.hex()),
-        "view_sha256": koitab.digest_of(keys.view.hex())})
+        "api_sha256": koitab.sha256_hex(keys.api.hex()),
+        "view_sha256": koitab.sha256_hex(keys.view.hex())})
     return Operator(server, made.json["dash"], password)
 
 

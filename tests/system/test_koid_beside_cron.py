@@ -194,12 +194,13 @@ def planned(name: str) -> list[list[int]]:
     """What koitab's plan makes of the same minutes."""
     zone, walls, lines = SCENES[name]
     tab = koitab.parse_tab("".join(f"{line} true\n" for line in lines))
-    assert not tab.faults(), tab.faults()
+    assert not tab.errors(), tab.errors()
     starts, watch = [], None
     for turn, wall in enumerate(walls):
         now = koitab.ClockSample(float(wall), float(turn * MINUTE))
         if turn == 0:
-            watch = koitab.watching(now, {"": koitab.Machine().zone(zone)})
+            watch = koitab.state_for_zones(
+                now, {"": koitab.Machine().zone(zone)})
         watch, launches = koitab.plan(tab.jobs, watch, now)
         starts += [[launch.job.line, wall] for launch in launches]
     return starts

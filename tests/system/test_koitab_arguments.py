@@ -32,14 +32,14 @@ SHOW = "#!/bin/sh\nprintf '%s\\0' \"$@\" >> \"${0%/*}/../seen\"\n"
 def job_of(command: str):
     """The job of this command. Its line must be without a fault."""
     found = koitab.parse_tab(f"@manual {command}\n", root=True)
-    assert [problem.text("tab") for problem in found.faults()] == []
+    assert [problem.text("tab") for problem in found.errors()] == []
     return found.jobs[0]
 
 
 def is_warned_of(command: str) -> bool:
     found = koitab.parse_tab(f"@manual {command}\n", root=True)
-    assert found.jobs, (command, found.faults())
-    return any(p.what == "unsafe argument" for p in found.problems)
+    assert found.jobs, (command, found.errors())
+    return any(p.what == "unsafe argument" for p in found.diagnostics)
 
 
 class Room:
@@ -527,7 +527,7 @@ def taken_by_chance(many: int, seed: int) -> tuple[list, int]:
         line, tried = grammar.line(), tried + 1
         found = koitab.parse_tab(f"@manual {line}\n", root=True)
         if found.jobs and not any(problem.what == "unsafe argument"
-                                  for problem in found.problems):
+                                  for problem in found.diagnostics):
             lines.append(found.jobs[0])
     return lines, tried
 
@@ -827,5 +827,5 @@ def test_arguments_need_a_shell_that_reads_them(shell):
     found = koitab.parse_tab(f"SHELL=/usr/bin/{shell}\n@manual show {{{{v}}}}"
                              "\n")
     assert found.jobs == []
-    assert found.faults()[0].what == "bad argument"
+    assert found.errors()[0].what == "bad argument"
     assert koitab.parse_tab(f"SHELL=/usr/bin/{shell}\n@manual show\n").jobs
