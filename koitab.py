@@ -11964,16 +11964,23 @@ class HttpConnection:
         self.writer.close()
         try:
             await asyncio.wait_for(self.writer.wait_closed(), WRITE_TIME)
-        except (OSError, asyncio.TimeoutError):
+        except OSError:
             pass
-        finally:
+        except asyncio.TimeoutError:
+            self.discard_output()
+
+    def discard_output(self) -> None:
+        """Close without waiting until all is written."""
+        try:
             self.writer.transport.abort()
+        except AttributeError:      # Python 3.11: a closed TLS transport
+            pass
 
     def abort(self) -> None:
         """End it now, whatever is being sent."""
         self.idle = False
         if self.writer:
-            self.writer.transport.abort()
+            self.discard_output()
         self.task.cancel()
 
     def mark_proven(self) -> None:
@@ -12100,7 +12107,7 @@ class HttpConnection:
                 if transport.is_closing() or transport.get_write_buffer_size():
                     await asyncio.wait_for(self.writer.drain(), WRITE_TIME)
         except (OSError, asyncio.TimeoutError) as error:
-            transport.abort()       # or the rest would be waited for
+            self.discard_output()
             raise ConnectionClosed from error
 
     async def linger(self) -> None:
@@ -12133,7 +12140,8 @@ class HttpConnection:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)
+            # Or asyncio complains that nobody has seen their exceptions.
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def until_closed(self) -> None:
         """Return when the client hangs up. What it sends before is kept, up
@@ -12155,22 +12163,24 @@ class RefusalLog:
     LINES_TIME seconds, so that a hostile client does not fill the disk."""
 
     def __init__(self, log):
-        self.log, self.count = log, 0   # a function of a line; lines so far
+        self.log = log                  # a function of a line
+        self.count, self.until = 0, 0.0     # lines of the present period
 
     def add(self, text: str) -> None:
-        """Log a line, or count it. Called in the event loop."""
-        import asyncio
-        if not self.count:
-            asyncio.get_running_loop().call_later(LINES_TIME, self.start_anew)
+        """Log a line, or count it."""
+        self.end_period()
         self.count += 1
         if self.count <= LINES_IN_TIME:
             self.log(text)
 
-    def start_anew(self) -> None:
-        """Log how many lines were left out."""
-        left_out, self.count = self.count - LINES_IN_TIME, 0
-        if left_out > 0:
-            self.log(f"{plural(left_out, 'line')} more about refusals")
+    def end_period(self) -> None:
+        """When the period is over, log how many lines were left out."""
+        now = time.monotonic()
+        if now >= self.until:
+            left_out, self.count = self.count - LINES_IN_TIME, 0
+            self.until = now + LINES_TIME
+            if left_out > 0:
+                self.log(f"{plural(left_out, 'line')} more about refusals")
 
     def report_bug(self, error: BaseException) -> None:
         """Log an exception that nobody expected, in a line, with its place."""
@@ -12439,6 +12449,7 @@ class HttpServer:
                             or loop.time() - checked[1] >= DAY):
                 checked = context, loop.time()
                 self.api.report_certificate(self.certificate)
+            self.refusals.end_period()
             await asyncio.sleep(1.0)
         self.stop_event.set()
 

@@ -105,20 +105,20 @@ class Dashboard:
 
     def found(self, fill) -> None:
         """A database with a dashboard in it."""
-        hub = KOI.Hub(str(self.db))
-        hub.open()
-        hub.db.execute("pragma synchronous=off")
-        hub.db.execute("pragma cache_size=-262144")
-        hub.db.execute("begin")
-        hub.db.execute(
+        dashboard = KOI.Dashboard(str(self.db))
+        dashboard.open()
+        dashboard.db.execute("pragma synchronous=off")
+        dashboard.db.execute("pragma cache_size=-262144")
+        dashboard.db.execute("begin")
+        dashboard.db.execute(
             "insert into dashboards (dash, salt, rounds, api, view, ping_key,"
             " badge_key, made) values (?, ?, 600000, ?, ?, 'pings', 'badge',"
             " ?)", (DASH, "00" * 16, KOI.sha256_hex(API),
                     KOI.sha256_hex(VIEW), time.time()))
         if fill:
-            fill(hub.db)
-        hub.db.execute("commit")
-        hub.close()
+            fill(dashboard.db)
+        dashboard.db.execute("commit")
+        dashboard.close()
 
     def log(self) -> str:
         return self.said.read_text("utf-8", "replace")
@@ -661,7 +661,7 @@ class Koid:
         bench.write_tab(home / "tabs" / "root", [bench.Entry(
             "@manual", f"date +%s.%N >> {self.out}")])
         keys = home / "keys"
-        keys.write_text(KOI.Membership(
+        keys.write_text(KOI.Enrollment(
             url=f"http://127.0.0.1:{ours.port}", dash=DASH, host=self.host,
             token=token_of_host(number), key=self.key.hex(), name="clicked",
             since=time.time()).text())

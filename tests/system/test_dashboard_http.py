@@ -1324,6 +1324,23 @@ def test_a_connection_by_tls_costs_no_quarter_of_a_megabyte(tmp_path, made,
         assert rss(found.process.pid) - before < 100 * 120      # kB
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_connections_that_end_leave_no_error_behind(tmp_path, made, trust,
+                                                    shown):
+    options = ("--cert", made.cert, "--key", made.key) if shown else ()
+    with DashboardProcess(tmp_path, *options,
+                          tls=trust if shown else None) as found:
+        found.set_up()
+        since = now_of(found)
+        for _ in range(3):
+            with found.client() as host, stream(found, since):
+                settled(host, found, 25)
+        with found.client() as host, stream(found, since):
+            settled(host, found, 25)
+            assert found.stop() == 0
+        found.assert_no_bugs()
+
+
 def test_noise_on_the_tls_port_is_no_news(tmp_path, made, trust):
     with DashboardProcess(tmp_path, "--cert", made.cert, "--key", made.key,
                           tls=trust) as found:
