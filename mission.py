@@ -3897,8 +3897,8 @@ HTTP_SECONDS, HTTP_TRIES, LONGEST_WAIT = 30, 6, 600
 
 
 class TaskArguments:
-    """What a built-in gets: args.storage, args.target_user,
-    args.pass_value(name)."""
+    """The first argument of a built-in task's `run`: args.storage,
+    args.target_user, args.pass_value(name)."""
 
     def __init__(self, given: dict, secrets_fd: int):
         self.storage: dict[str, str] = given["storage"]
@@ -3906,8 +3906,8 @@ class TaskArguments:
         self._pass_bin, self._secrets_fd = given["pass_bin"], secrets_fd
 
     def pass_value(self, name: str) -> str:
-        """A value of the password store. mission is told of it first, and
-        keeps it out of the log."""
+        """A value of the password store. mission gets it first, and redacts
+        it in the log. Raises Error."""
         if not self._pass_bin:
             raise Error("passBin is not set", "/usr/bin/pass")
         value = read_password(Processes(Clock()), self._pass_bin,
@@ -3916,12 +3916,12 @@ class TaskArguments:
         return value
 
     def hide(self, value: str) -> None:
-        """Keep a value that came from elsewhere out of the log, too."""
+        """Redact a secret that does not come from the password store."""
         write_all(self._secrets_fd, value.encode() + b"\n")
 
 
 def run_builtin(slug: str, given_fd: int, secrets_fd: int) -> int:
-    """The child's side of a built-in task; its exit status."""
+    """Run a built-in task in this process; return the exit status."""
     import json
     import traceback
     with os.fdopen(given_fd, "rb") as file:
@@ -3949,7 +3949,7 @@ def run_builtin(slug: str, given_fd: int, secrets_fd: int) -> int:
 
 
 def load_task(path: str):
-    """The function `run` of a task.py."""
+    """The function `run` of the task.py at `path`. Raises what it raises."""
     import importlib.util
     sys.path.insert(0, os.path.dirname(path))   # for modules beside it
     spec = importlib.util.spec_from_file_location("task", path)
@@ -3959,7 +3959,7 @@ def load_task(path: str):
 
 
 class Spotify:
-    """Every playlist of an account with its tracks, a JSON file each."""
+    """Stores each playlist of an account, with all its tracks, as JSON."""
 
     def __init__(self, args: TaskArguments, log):
         self.args, self.log = args, log
@@ -3977,6 +3977,7 @@ class Spotify:
         self.token = self.stored_token()
 
     def stored_token(self) -> dict:
+        """The OAuth token in SESSIONS_DIR/spotify. Raises Error."""
         import json
         hint = ('a JSON object with "refresh_token", from an OAuth login of '
                 "your Spotify app with the scope playlist-read-private")
@@ -4075,6 +4076,7 @@ class Spotify:
         time.sleep(seconds)
 
     def get(self, url: str) -> dict:
+        """One object of the API, with a new token if the old one expired."""
         if not str(url).startswith(self.api.rstrip("/") + "/"):
             raise Error(f"Spotify sent us to {escape_controls(str(url))}",
                         "the token goes to no other host")
@@ -4090,7 +4092,8 @@ class Spotify:
             raise Error("Spotify refuses a fresh access token") from None
 
     def pages(self, path: str) -> list:
-        """All items of a listing. Raises Error if it is not complete."""
+        """The items of all pages of a listing. Raises Error if any is
+        missing: an incomplete listing would remove files."""
         found, url, seen = [], self.api.rstrip("/") + path, set()
         while url:
             page, seen = self.get(url), seen | {url}
@@ -4106,6 +4109,7 @@ class Spotify:
         return found
 
     def download(self) -> None:
+        """Store all playlists, then remove the files of deleted ones."""
         import json
         from urllib.parse import quote
         os.makedirs(self.path, mode=0o700, exist_ok=True)
@@ -4133,8 +4137,8 @@ class Spotify:
             self.remove_all_but(wanted)
 
     def remove_all_but(self, wanted: set) -> None:
-        """Remove our own files of playlists that are gone. An account that
-        is suddenly empty is more likely a fault at the other end."""
+        """Remove the files of deleted playlists, and no others. Raises Error
+        if no playlist is left: that is more likely an error of Spotify."""
         gone = [name for name in sorted(os.listdir(self.directory))
                 if name not in wanted and self.is_ours(name)]
         if gone and not wanted:
@@ -4146,6 +4150,7 @@ class Spotify:
             self.log(f"Removed {name}")
 
     def is_ours(self, name: str) -> bool:
+        """Whether a file was written by this task, by name and content."""
         import json
         if not name.endswith((".json", ".json.new")):
             return False
