@@ -13599,14 +13599,14 @@ PAGE_HTML = r"""<!doctype html>
 <noscript>This page needs JavaScript: it makes the keys, and signs, in the
 browser. `koitab status`, `history` and `log` show the same in a
 terminal.</noscript>
-<div id="plain" role="note" hidden></div>
-<div id="troubles" role="status" hidden></div>
+<div id="plain-http" role="note" hidden></div>
+<div id="problems" role="status" hidden></div>
 <header id="top"></header>
 <main id="main" tabindex="-1"></main>
-<div id="told" class="away" aria-live="polite"></div>
-<div id="said" role="status"></div>
+<div id="announcer" class="away" aria-live="polite"></div>
+<div id="toast" role="status"></div>
 <div id="tip" role="tooltip" hidden></div>
-<dialog id="keys" aria-label="Keys"></dialog>
+<dialog id="shortcuts" aria-label="Keys"></dialog>
 <script>/* PAGE_JS */</script>
 </body>
 </html>
@@ -13648,7 +13648,7 @@ PAGE_CSS = r"""
     --f12: #a4c8fa; --f13: #e2bbf5; --f14: #8fdbe7; --f15: #fff;
   }
 }
-/* The same once more, for who has chosen dark. */
+/* The same again, for people who chose dark. */
 :root[data-theme="dark"] {
   color-scheme: dark;
   --paper: #131619; --card: #1a1e22; --ink: #e3e6e9; --soft: #9aa5b0;
@@ -13755,7 +13755,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 @keyframes turn { to { transform: rotate(1turn); } }
 
 /* The bar at the top */
-#plain, #troubles {
+#plain-http, #problems {
   padding: 8px 20px; background: var(--bad-bg); color: var(--bad);
   border-bottom: 1px solid var(--bad-line);
 }
@@ -13785,13 +13785,13 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 #find input { width: 100%; padding-left: 30px; background: var(--paper); }
 #find .icon { position: absolute; left: 9px; top: 9px;
   color: var(--soft); }
-.link { display: inline-flex; gap: 6px; align-items: center;
+#connection { display: inline-flex; gap: 6px; align-items: center;
   color: var(--soft); font-size: 12.5px; margin: 0 4px; }
-.link i { width: 8px; height: 8px; border-radius: 50%;
+#connection i { width: 8px; height: 8px; border-radius: 50%;
   background: var(--quiet); }
-.link[data-kind="live"] i { background: var(--ok); }
-.link[data-kind="away"] { color: var(--late); }
-.link[data-kind="away"] i { background: none;
+#connection[data-kind="live"] i { background: var(--ok); }
+#connection[data-kind="away"] { color: var(--late); }
+#connection[data-kind="away"] i { background: none;
   border: 2px solid var(--late); }
 .zone { font-weight: 400; }
 .zone select { border-color: transparent; background: none;
@@ -13850,7 +13850,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .c-next { font-size: 13px; white-space: nowrap; }
 .c-act { text-align: right; }
 .c-act .btn { min-height: 26px; }
-.c-strip, .c-spark { line-height: 0; }
+.c-history, .c-spark { line-height: 0; }
 .attention .row { box-shadow: inset 3px 0 0 var(--b-bad); }
 .attention .row:focus-within { box-shadow: inset 3px 0 0 var(--accent); }
 .attention .row .state { font-weight: 600; }
@@ -13862,11 +13862,11 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
   flex: 1 1 240px; padding: 4px 8px; border-radius: 5px; overflow: hidden;
   background: var(--bad-bg); white-space: nowrap; text-overflow: ellipsis;
 }
-.acts { display: inline-flex; gap: 6px; flex-wrap: wrap; }
-.why .acts { margin-left: auto; }
+.row-actions { display: inline-flex; gap: 6px; flex-wrap: wrap; }
+.why .row-actions { margin-left: auto; }
 .why .btn { min-height: 26px; padding: 2px 9px; }
 
-/* Strips, sparks, lanes */
+/* History bars, sparklines, days */
 .bars { display: block; cursor: pointer; overflow: visible;
   border-radius: 2px; }
 .b-ok { fill: var(--b-ok); } .b-bad { fill: var(--b-bad); }
@@ -13900,12 +13900,12 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 
 /* One job, one run */
 .crumbs { color: var(--soft); font-size: 13px; }
-.verdict { display: flex; gap: 8px 16px; align-items: center;
+.title-row { display: flex; gap: 8px 16px; align-items: center;
   flex-wrap: wrap; justify-content: space-between;
   margin-top: 2px !important; }
-.verdict h1 { display: flex; align-items: center; gap: 9px;
+.title-row h1 { display: flex; align-items: center; gap: 9px;
   overflow-wrap: anywhere; min-width: 0; }
-.deeds { display: flex; gap: 6px; flex-wrap: wrap; align-items: center; }
+.actions { display: flex; gap: 6px; flex-wrap: wrap; align-items: center; }
 .facts { display: flex; flex-wrap: wrap; gap: 8px 28px;
   margin-top: 12px; }
 .facts dt { font-size: 12px; color: var(--soft); }
@@ -13967,25 +13967,25 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .line { display: flex; min-height: 18px; border-left: 3px solid
   transparent; }
 .line.has-err { border-left-color: var(--b-bad); }
-.only-err .line:not(.has-err):not(.ours) { display: none; }
-.no { flex: none; width: calc(var(--digits) + 24px); text-align: right;
+.only-err .line:not(.has-err):not(.koi-note) { display: none; }
+.number { flex: none; width: calc(var(--digits) + 24px); text-align: right;
   padding-right: 14px;
   color: var(--quiet); user-select: none; }
-.no::before { content: attr(data-n); }
-.at { flex: none; padding-right: 14px; min-width: 84px; text-align: right;
+.number::before { content: attr(data-n); }
+.time { flex: none; padding-right: 14px; min-width: 84px; text-align: right;
   color: var(--quiet); user-select: none; }
-.at::before { content: attr(data-since); }
-[data-times="clock"] .at::before { content: attr(data-clock); }
-[data-times="off"] .at { display: none; }
+.time::before { content: attr(data-since); }
+[data-times="clock"] .time::before { content: attr(data-clock); }
+[data-times="off"] .time { display: none; }
 .text { white-space: pre; padding-right: 16px; unicode-bidi: isolate; }
 .wrap .text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 0; }
-.line.ours { color: var(--soft); font-style: italic;
+.line.koi-note { color: var(--soft); font-style: italic;
   padding-left: calc(var(--digits) + 24px); }
-.line.ours .no { display: none; }
-.line.hit { background: var(--mark); }
+.line.koi-note .number { display: none; }
+.line.match { background: var(--mark); }
 .line.here { background: var(--here); box-shadow: inset 3px 0 0
   var(--accent); }
-.line.hit.here { background: var(--mark); }
+.line.match.here { background: var(--mark); }
 .newer { position: absolute; bottom: 14px; left: 50%;
   transform: translateX(-50%); box-shadow: 0 2px 10px #0003; }
 .output.bare { flex: none; }
@@ -14070,7 +14070,7 @@ label, .label { font-weight: 600; font-size: 13px; }
 .note.bad { border-color: var(--bad-line); background: var(--bad-bg); }
 .note.bad, .note.bad b { color: var(--bad); }
 .note.ok { color: var(--ok); }
-.said:empty { display: none; }
+.status:empty { display: none; }
 .ask { display: flex; gap: 8px 12px; flex-wrap: wrap; align-items: center; }
 .runhead .ask { margin-top: 12px; }
 .snippet { display: flex; align-items: flex-start; gap: 4px;
@@ -14082,7 +14082,7 @@ details.card { margin-top: 14px; padding: 10px 14px; }
 details.card > * + * { margin-top: 12px; }
 details h3 { font-size: 13px; font-weight: 600; }
 .part { margin-top: 26px !important; }
-.part > * + * { margin-top: 8px; }
+.part > * + *, .channels > * + * { margin-top: 8px; }
 .part h2 { font-size: 15px; }
 table.list { width: 100%; border-collapse: separate; border-spacing: 0;
   background: var(--card); border: 1px solid var(--line);
@@ -14108,33 +14108,33 @@ table.list { width: 100%; border-collapse: separate; border-spacing: 0;
 .oneline input { flex: 1; min-width: 180px; max-width: 420px; }
 .searchform { display: flex; gap: 8px; }
 .searchform input { flex: 1; max-width: 560px; }
-.hits { border: 1px solid var(--line); border-radius: 8px;
+.matches { border: 1px solid var(--line); border-radius: 8px;
   background: var(--card); overflow: hidden; }
-.hits li + li { border-top: 1px solid var(--line); }
-.hits a { display: block; padding: 8px 14px; color: var(--ink); }
-.hits a:hover { background: var(--hover); text-decoration: none; }
-.hits .what { display: flex; gap: 10px; align-items: center;
+.matches li + li { border-top: 1px solid var(--line); }
+.matches a { display: block; padding: 8px 14px; color: var(--ink); }
+.matches a:hover { background: var(--hover); text-decoration: none; }
+.matches .what { display: flex; gap: 10px; align-items: center;
   flex-wrap: wrap; }
-.hits pre { margin-top: 3px; }
-.hits + .btn { margin-top: 10px; }
-.keys > div { display: flex; align-items: baseline; gap: 12px;
+.matches pre { margin-top: 3px; }
+.matches + .btn { margin-top: 10px; }
+.shortcuts > div { display: flex; align-items: baseline; gap: 12px;
   padding: 3px 0; }
-.keys dt { min-width: 76px; display: flex; gap: 4px; }
+.shortcuts dt { min-width: 76px; display: flex; gap: 4px; }
 kbd { border: 1px solid var(--line); border-bottom-width: 2px;
   border-radius: 4px; padding: 0 6px; background: var(--paper); }
 dialog { border: 1px solid var(--line); border-radius: 12px; padding: 22px;
   background: var(--card); color: var(--ink); min-width: 320px; }
 dialog::backdrop { background: #0006; }
 dialog > * + * { margin-top: 12px; }
-#said { position: fixed; z-index: 8; left: 50%; bottom: 22px;
+#toast { position: fixed; z-index: 8; left: 50%; bottom: 22px;
   transform: translate(-50%, 20px); padding: 8px 16px; border-radius: 8px;
   background: var(--ink); color: var(--paper); opacity: 0;
   pointer-events: none; max-width: calc(100vw - 32px);
   transition: opacity .15s, transform .15s; }
-#said.shown { opacity: 1; transform: translate(-50%, 0); }
-#said.bad { background: var(--bad); color: var(--card); }
+#toast.shown { opacity: 1; transform: translate(-50%, 0); }
+#toast.bad { background: var(--bad); color: var(--card); }
 @media (prefers-reduced-motion: reduce) {
-  #said { transition: none; }
+  #toast { transition: none; }
 }
 
 /* Narrower: columns go, the order stays */
@@ -14146,7 +14146,7 @@ dialog > * + * { margin-top: 12px; }
   .row { grid-template-columns: 90px minmax(130px, 1fr) 172px 270px
     92px 68px; }
   .c-words, .c-spark { display: none; }
-  .locker span, .link span { display: none; }
+  .lock span, #connection span { display: none; }
 }
 @media (max-width: 940px) {
   .row { grid-template-columns: 90px minmax(110px, 1fr) 172px 270px 68px; }
@@ -14169,16 +14169,16 @@ dialog > * + * { margin-top: 12px; }
       "last strip"; }
   .c-is { grid-area: is; } .c-name { grid-area: name; }
   .c-last { grid-area: last; overflow: hidden; }
-  .c-strip { grid-area: strip; }
+  .c-history { grid-area: strip; }
   .c-next { grid-area: next; display: block; text-align: right; }
   .c-act { grid-area: act; }
   .c-name { flex-wrap: wrap; gap: 0 8px; }
   .why { grid-column: 1 / -1; padding: 4px 0 2px; }
-  .why .acts { margin-left: 0; }
+  .why .row-actions { margin-left: 0; }
   .head > div { padding-left: 4px; flex-wrap: wrap; }
   .dayrow { grid-template-columns: 96px 1fr; }
   .axis { position: static; }
-  .no { width: calc(var(--digits) + 10px); padding-right: 8px; }
+  .number { width: calc(var(--digits) + 10px); padding-right: 8px; }
   .list td, .list th { padding: 7px 8px; }
   .facts { gap: 8px 20px; }
   .bar .btn { padding: 3px 8px; }
@@ -14206,18 +14206,31 @@ dialog > * + * { margin-top: 12px; }
 @media (forced-colors: active) {
   .bars path, .spark path { forced-color-adjust: none; }
   .row:focus-within { outline: 2px solid Highlight; }
-  .link i { forced-color-adjust: none; }
+  #connection i { forced-color-adjust: none; }
 }
 """
 
 PAGE_JS = r""""use strict";
-// koi's page. It is one file without parts from elsewhere: the kit first,
-// then the session, what is known, and one section for each place that the
-// address names (#/jobs, #/run/7). What jobs, hosts and people wrote goes in
-// as text nodes and never as markup; a policy of the browser's (CSP, Trusted
-// Types) would stop it if we slipped.
+// koi's page: one file, nothing comes from elsewhere.
+//
+// How it works. After the login the whole state of the dashboard (hosts, jobs,
+// checks, alerts) is fetched once into `state`; from then on the change
+// stream keeps it current (applyChange). The address names a view (#/jobs,
+// #/run/7; see VIEWS). A view is a function that puts elements into its root
+// and returns {title, update, leave, moved, shortcuts}. After each change
+// `app` calls the view's update(changes), which draws again what differs.
+// Nothing else writes to the document.
+//
+// The passphrase never leaves this tab: three keys are derived from it (see
+// "keys"). `api` is the token of every request; `view` is the token of
+// viewers; `run` signs what a host is to do. The dashboard cannot sign, so a
+// host believes the page and not the dashboard, and a form shows the job list
+// that the host signed (see "signed requests").
+//
+// What jobs, hosts and people wrote goes in as text nodes, never as markup. A
+// policy of the browser (CSP, Trusted Types) enforces that.
 
-// --- words: what is said in more than one place --------------------------
+// --- words that are shown in more than one place ---------------------------
 
 const STATES = {    // state -> the word, and a rank: the worst first
   failed: ["failed", 0], down: ["down", 0], missed: ["missed", 1],
@@ -14227,7 +14240,7 @@ const STATES = {    // state -> the word, and a rank: the worst first
 };
 const BAD = new Set(["failed", "down", "missed", "late", "grace"]);
 
-const LETTERS = {   // a run in a strip -> its word, in singular and plural
+const OUTCOMES = {  // outcome code of a run -> its word
   o: "ok", f: "failed", k: "killed", m: "missed", s: "skipped",
   i: "interrupted", u: "could not start", r: "running", q: "queued",
 };
@@ -14239,20 +14252,21 @@ const TRIGGERS = {
 
 const WORDS = {
   viewer: "A viewer's key can read, and nothing else.",
-  keys: "This host has other keys: type koitab -d join there.",
-  nolist: "This host has not shown its signed list of jobs yet.",
-  plain: "This page came over plain http: anyone on the way can change it " +
-    "and take the password. Use TLS, an ssh tunnel, or the page that " +
+  otherKeys: "This host has other keys: type koitab -d join there.",
+  noList: "This host has not shown its signed list of jobs yet.",
+  plainHttp: "This page came over plain http: anyone on the way can change " +
+    "it and take the password. Use TLS, an ssh tunnel, or the page that " +
     "\u201ckoitab page\u201d writes to a file.",
 };
 
-// --- kit: elements, from text only ---------------------------------------
+// --- elements, made from text only -----------------------------------------
 
 const SVG = "http://www.w3.org/2000/svg";
 const $ = (css, root = document) => root.querySelector(css);
 const isThere = (value) => value !== null && value !== undefined
   && value !== false;
 
+// Sets attributes, listeners (on...), text, value and checked of a node.
 function setAttributes(node, facts) {
   for (const [key, value] of Object.entries(facts || {})) {
     if (!isThere(value)) continue;
@@ -14264,23 +14278,24 @@ function setAttributes(node, facts) {
   return node;
 }
 
-function el(name, facts, ...inside) {
-  const node = setAttributes(document.createElement(name), facts);
-  node.append(...inside.flat(3).filter(isThere));
+function fill(node, facts, inside) {
+  setAttributes(node, facts).append(...inside.flat(3).filter(isThere));
   return node;
 }
 
-function svg(name, facts, ...inside) {
-  const node = setAttributes(document.createElementNS(SVG, name), facts);
-  node.append(...inside.flat().filter(isThere));
-  return node;
-}
+const el = (name, facts, ...inside) =>
+  fill(document.createElement(name), facts, inside);
+const svg = (name, facts, ...inside) =>
+  fill(document.createElementNS(SVG, name), facts, inside);
 
 const link = (href, text, facts) => el("a", { href, ...facts }, text);
+const linkButton = (href, text, facts) => link(href, text,
+  { class: "btn", ...facts });
 const button = (text, onclick, facts) => el("button", {
   type: "button", class: "btn", onclick, ...facts }, text);
 const code = (text) => el("code", { text });
 const muted = (...inside) => el("span", { class: "muted" }, ...inside);
+const mutedLine = (...inside) => el("p", { class: "muted" }, ...inside);
 
 const ICONS = {     // drawn on 16 x 16; each state has a shape of its own
   ok: ["M3.5 8.6l3 3 6-7"], new: ["M8 5.2a2.8 2.8 0 1 0 .01 0z"],
@@ -14309,15 +14324,15 @@ function icon(name) {
     svg("path", { d, class: filled && !at ? "solid" : filled ? "cut" : "" })));
 }
 
-function stateMark(state) {
-  const [word] = STATES[state] || [state];
+// Returns a state's icon and its word, or another word ("": none).
+function stateMark(state, word = STATES[state]?.[0] ?? state) {
   return el("span", { class: `state s-${SHAPES[state] || state}` },
-    icon(state), el("span", { class: "word", text: word }));
+    icon(state), word && el("span", { class: "word", text: word }));
 }
 
 function copyButton(text, label = "Copy") {
   return button([icon("copy"), el("span", { text: label })],
-    () => copyText(text()), { class: "btn quiet" });
+    () => copyText(text), { class: "btn quiet" });
 }
 
 // Puts a text into the clipboard, and says so.
@@ -14338,7 +14353,7 @@ function copySelected(text) {
 }
 
 const snippet = (text) => el("div", { class: "snippet" },
-  el("pre", {}, code(text)), copyButton(() => text));
+  el("pre", {}, code(text)), copyButton(text));
 
 const pause = (ms) => new Promise((done) => { setTimeout(done, ms); });
 
@@ -14347,13 +14362,22 @@ function plural(count, one, many = one + "s") {
 }
 
 function bytesWords(count) {
-  for (const unit of ["bytes", "kB", "MB", "GB"]) {
-    if (count < 1000 || unit === "GB") {
-      return `${unit === "bytes" || count >= 10 ? Math.round(count)
-        : count.toFixed(1)} ${unit}`;
-    }
-    count /= 1000;
+  const units = ["bytes", "kB", "MB", "GB"];
+  let unit = 0;
+  for (; count >= 1000 && unit < 3; unit += 1) count /= 1000;
+  return `${unit && count < 10 ? count.toFixed(1) : Math.round(count)} ${
+    units[unit]}`;
+}
+
+// Returns how often each outcome is among the codes: "3 ok, 1 failed".
+function outcomeCounts(codes) {
+  const counts = {};
+  for (const one of codes) {
+    const word = OUTCOMES[one] || one;
+    counts[word] = (counts[word] || 0) + 1;
   }
+  return Object.entries(counts).map(([word, n]) => `${n} ${word}`)
+    .join(", ");
 }
 
 // Preferences alone outlive the tab: theme, zone, wrap. Never a key.
@@ -14367,15 +14391,142 @@ const preferences = {
   },
 };
 
-// --- kit: time in words --------------------------------------------------
+// --- parts of which the views are made -------------------------------------
 
-let ahead = 0;      // seconds by which the server's clock is before ours
-const now = () => Date.now() / 1000 + ahead;
-const two = (number) => String(number).padStart(2, "0");
+// The path to a view, in links with slashes between.
+const crumbs = (...parts) => el("p", { class: "crumbs" }, parts.filter(
+  isThere).map((part, at) => [at > 0 && muted(" / "), part]));
+
+const titleRow = (title, ...actions) => el("div", { class: "title-row" },
+  title, el("div", { class: "actions" }, ...actions));
+
+// Pairs of a name and what it is; pairs without a value are left out.
+function factList(pairs, kind = "facts") {
+  const items = pairs.filter(([, value]) => value).map(([name, value]) =>
+    el("div", {}, el("dt", { text: name }), el("dd", {}, value)));
+  return items.length ? el("dl", { class: kind }, items) : "";
+}
+
+const section = (title, ...inside) => el("section", { class: "part" },
+  el("h2", { text: title }), ...inside);
+
+// What is shown where a list is empty: what it is, and what to type.
+const empty = (title, ...inside) => el("div", { class: "empty" },
+  el("h2", { text: title }), ...inside);
+
+// A row of a table; what is not a cell is put into one.
+const tableRow = (...cells) => el("tr", {}, cells.map((cell) =>
+  cell?.localName === "td" ? cell : el("td", {}, cell)));
+
+function table(names, rows, kind = "") {
+  return el("table", { class: `list ${kind}` }, el("thead", {}, el("tr", {},
+    names.map((text) => el("th", { scope: "col", text })))),
+  el("tbody", {}, rows));
+}
+
+// Appends a page of rows to `list`, and returns a button for the next page.
+// `draw` makes a row's element; `next` is the path of the page after a row.
+function pageButton(label, list, page, rows, draw, next) {
+  const older = button(label, async () => {
+    const answer = await withToast(() => get(next(page[rows].at(-1))));
+    if (answer) show(answer);
+  });
+  function show(answer) {
+    page = answer;
+    list.append(...page[rows].map(draw));
+    older.hidden = !page.more || !page[rows].length;
+  }
+  show(page);
+  return older;
+}
+
+// The same for a table of all pages.
+function pagedTable(label, names, page, rows, draw, next, kind) {
+  const node = table(names, [], kind);
+  return el("div", { class: "scroll" }, node,
+    pageButton(label, $("tbody", node), page, rows, draw, next));
+}
+
+// A form: to submit it calls `action` and stays on the page.
+const form = (facts, action, ...inside) => el("form", { ...facts,
+  onsubmit: (event) => { event.preventDefault(); action(); } }, ...inside);
+
+const submitButton = (text, facts) => el("button", { class: "btn primary",
+  type: "submit", ...facts }, text);
+
+const select = (facts, options, chosen) => el("select", facts, options.map(
+  ([value, text = value]) => el("option", { value, text,
+    selected: value === chosen })));
+
+// A label, its input with what stands beside it, and words of help.
+function field(label, input, help = "", row = input) {
+  if (help) input.setAttribute("aria-describedby", `${input.id}-help`);
+  return el("div", { class: "field" }, el("label", { for: input.id,
+    text: label }), row, help && el("span", { class: "muted",
+    id: `${input.id}-help`, text: help }));
+}
+
+const checkbox = (input, text) => el("div", { class: "field check" }, input,
+  el("label", { for: input.id, text }));
+
+// A button that is replaced by one which says what it does, and does it.
+function confirmButton(text, sure, action, facts) {
+  return button(text, (event) => event.target.replaceWith(button(sure, action,
+    { class: "btn danger" })), facts);
+}
+
+// Puts "Loading" into `root` until `load` has an answer, and then `show`s it,
+// or the error.
+async function showLoaded(root, load, show) {
+  const wait = el("p", { class: "muted waits", text: "Loading\u2026" });
+  root.append(wait);
+  try {
+    const answer = await load();
+    wait.remove();
+    if (root.isConnected) show(answer);
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    if (!(error instanceof ApiError)) throw error;
+    wait.replaceWith(el("div", { class: "note bad", role: "alert" },
+      el("b", { text: error.message }), " ", error.hint));
+  }
+}
+
+let toastTimer = 0;
+function showToast(text, kind = "") {
+  const line = $("#toast");
+  line.className = `shown ${kind}`;
+  line.textContent = text;
+  clearTimeout(toastTimer);
+  toastTimer = setTimeout(() => { line.className = ""; },
+    kind ? 9000 : 3500);
+}
+
+// Returns the result of `action`, or null after an error, which it shows at
+// the bottom of the page.
+async function withToast(action, done = "") {
+  try {
+    const result = await action();
+    if (done) showToast(done);
+    return result ?? true;
+  } catch (error) {
+    if (error.name === "AbortError") return null;
+    if (!(error instanceof ApiError)) throw error;
+    showToast(error.text(), "bad");
+    return null;
+  }
+}
+
+// --- time in words ---------------------------------------------------------
+
+let clockOffset = 0;    // seconds by which the server's clock is before ours
+const now = () => Date.now() / 1000 + clockOffset;
+const twoDigits = (number) => String(number).padStart(2, "0");
 const WEEKDAYS = "Sun Mon Tue Wed Thu Fri Sat".split(" ");
 const MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(" ");
 
-function lasting(s) {
+// Returns a duration of `s` seconds in at most two units: "1 h 30 min".
+function formatDuration(s) {
   if (!isThere(s)) return "";
   if (s < 9.95) return `${Math.max(0, s).toFixed(1)} s`;
   if (s < 59.5) return `${Math.round(s)} s`;
@@ -14388,14 +14539,15 @@ function lasting(s) {
   return h % 24 ? `${Math.floor(h / 24)} d ${h % 24} h` : `${h / 24} d`;
 }
 
-function brief(s) {
-  if (!isThere(s) || s < 59.5) return lasting(s);
+// Returns a duration in one unit, for narrow columns: "1.5 h".
+function shortDuration(s) {
+  if (!isThere(s) || s < 59.5) return formatDuration(s);
   return s < 3570 ? `${Math.round(s / 60)} min` : s < 86400
     ? `${(s / 3600).toFixed(1)} h` : `${(s / 86400).toFixed(1)} d`;
 }
 
-// About how long: one number is enough to see how old something is.
-function about(s) {
+// Returns about how long: one number is enough to see how old something is.
+function roughDuration(s) {
   for (const [size, unit, next] of [[1, "s", 90], [60, "min", 90],
     [3600, "h", 36], [86400, "d", 1e9]]) {
     const count = Math.round(s / size);
@@ -14403,33 +14555,26 @@ function about(s) {
   }
 }
 
-function relative(at) {
+function relativeTime(at) {
   const s = at - now();
   if (Math.abs(s) < 1.5) return "now";
-  return s > 0 ? `in ${about(s)}` : `${about(-s)} ago`;
+  return s > 0 ? `in ${roughDuration(s)}` : `${roughDuration(-s)} ago`;
 }
 
 // The zone that times are shown in: Mine, Host or UTC.
 let zoneKind = preferences.get("zone", "mine");
-const shifts = new Map();
+const OUR_ZONE = Intl.DateTimeFormat().resolvedOptions().timeZone;
 
+// Returns the offset of a host's zone from UTC at a time, in seconds.
 function hostShift(at, host) {
-  const key = `${host.zone} ${Math.floor(at / 900)}`;
-  if (!shifts.has(key)) {
-    let shift = host.offset || 0;
-    try {
-      const parts = Object.fromEntries(new Intl.DateTimeFormat("en", {
-        timeZone: host.zone, hourCycle: "h23", year: "numeric",
-        month: "numeric", day: "numeric", hour: "numeric",
-        minute: "numeric" }).formatToParts(at * 1000)
-        .map((part) => [part.type, +part.value]));
-      shift = Date.UTC(parts.year, parts.month - 1, parts.day, parts.hour,
-        parts.minute) / 1000 - Math.floor(at / 60) * 60;
-    } catch { /* no name of a zone that the browser knows */ }
-    if (shifts.size > 5000) shifts.clear();
-    shifts.set(key, shift);
+  try {
+    const [, sign, hours, minutes] = new Intl.DateTimeFormat("en", {
+      timeZone: host.zone, timeZoneName: "longOffset" }).format(at * 1000)
+      .match(/GMT(?:([+-])(\d+):(\d+))?/);
+    return (sign === "-" ? -60 : 60) * (60 * (hours || 0) + +(minutes || 0));
+  } catch {     // the browser does not know a zone of that name
+    return host.offset || 0;
   }
-  return shifts.get(key);
 }
 
 function shiftOf(at, host) {
@@ -14438,52 +14583,48 @@ function shiftOf(at, host) {
   return -60 * new Date(at * 1000).getTimezoneOffset();
 }
 
+// Returns a Date whose UTC fields are the local time in the shown zone.
 const shifted = (at, host) => new Date((at + shiftOf(at, host)) * 1000);
-const clock = (d) => `${two(d.getUTCHours())}:${two(d.getUTCMinutes())}`;
-const clockSeconds = (d) => `${clock(d)}:${two(d.getUTCSeconds())}`;
+const clock = (d) => `${twoDigits(d.getUTCHours())}:${
+  twoDigits(d.getUTCMinutes())}`;
+const clockSeconds = (d) => `${clock(d)}:${twoDigits(d.getUTCSeconds())}`;
 const isoDay = (d) => d.toISOString().slice(0, 10);
+const dayMonth = (d) => `${d.getUTCDate()} ${MONTHS[d.getUTCMonth()]}`;
 
-function when(at, host) {
+// Returns a time as short as its distance allows: "tomorrow 02:30".
+function shortTime(at, host) {
   const d = shifted(at, host), today = shifted(now(), host);
   const days = Math.floor(d / 864e5) - Math.floor(today / 864e5);
-  if (days === 0) return clock(d);
-  if (days === -1) return `yesterday ${clock(d)}`;
-  if (days === 1) return `tomorrow ${clock(d)}`;
-  const date = `${d.getUTCDate()} ${MONTHS[d.getUTCMonth()]}`;
   if (Math.abs(days) < 6) {
-    return `${WEEKDAYS[d.getUTCDay()]} ${clock(d)}`;
+    const day = { 0: "", "-1": "yesterday ", 1: "tomorrow " }[days];
+    return `${day ?? WEEKDAYS[d.getUTCDay()] + " "}${clock(d)}`;
   }
-  return d.getUTCFullYear() === today.getUTCFullYear()
-    ? `${date} ${clock(d)}` : `${date} ${d.getUTCFullYear()}`;
+  return `${dayMonth(d)} ${d.getUTCFullYear() === today.getUTCFullYear()
+    ? clock(d) : d.getUTCFullYear()}`;
 }
 
-const OUR_ZONE = Intl.DateTimeFormat().resolvedOptions().timeZone;
-
-function exactly(at, host) {
+function exactTime(at, host) {
   const d = shifted(at, host), shift = shiftOf(at, host);
   const name = zoneKind === "utc" ? "" : zoneKind === "host" && host
     ? host.zone : OUR_ZONE;
   const sign = shift < 0 ? "\u2212" : "+", size = Math.abs(shift) / 60;
   const utc = shift ? `UTC${sign}${Math.floor(size / 60)}${
-    size % 60 ? ":" + two(size % 60) : ""}` : "UTC";
+    size % 60 ? ":" + twoDigits(size % 60) : ""}` : "UTC";
   return `${WEEKDAYS[d.getUTCDay()]} ${isoDay(d)} ${clockSeconds(d)} (${
     name && name !== "UTC" ? name + ", " : ""}${utc})`;
 }
 
-// A time that keeps its words current: one timer serves them all.
-function timeOf(at, host, words = relative) {
-  const node = el("time", { class: "rel",
-    datetime: new Date(at * 1000).toISOString(), title: exactly(at, host) });
-  node.at = at;
-  node.words = words;
-  node.textContent = words(at, host);
-  return node;
+// Returns an element with a time in words that one timer keeps current.
+function timeNode(at, host, words = relativeTime) {
+  return Object.assign(el("time", { class: "rel", text: words(at, host),
+    datetime: new Date(at * 1000).toISOString(),
+    title: exactTime(at, host) }), { at, words });
 }
 
-const dateOf = (at, host) => timeOf(at, host, () => when(at, host));
+const dateNode = (at, host) => timeNode(at, host, () => shortTime(at, host));
 
 let ticks = 0;
-function tick() {
+function updateTimes() {
   ticks += 1;
   for (const node of document.getElementsByClassName("rel")) {
     if (ticks % 30 && Math.abs(node.at - now()) > 90) continue;
@@ -14492,9 +14633,9 @@ function tick() {
   }
 }
 
-// --- keys: the same as section Keys of koitab.py -------------------------
+// --- keys: the same as in section Keys of koitab.py ------------------------
 
-// SHA-256 and what is made of it. The text of this function also runs in a
+// Returns SHA-256, HMAC and PBKDF2. The text of this function also runs in a
 // worker, where the browser offers no crypto.subtle (plain http).
 function hashing() {
   const part = (x) => (x - Math.floor(x)) * 2 ** 32 | 0;
@@ -14572,8 +14713,8 @@ function hashing() {
     return sha256(joined(outer, sha256(joined(inner, message))));
   }
 
-  // The first 32 bytes. Each round is two compressions: what the pads make
-  // of the state is known.
+  // Returns the first 32 bytes. Each round is two compressions, because the
+  // states after the pads are computed once: half the time of two HMACs.
   function pbkdf2(password, salt, rounds, progress) {
     const [before, after] = pads(password).map((pad) => {
       const view = new DataView(pad.buffer), state = START.slice();
@@ -14614,7 +14755,8 @@ const isHex = (text, size) => typeof text === "string"
 
 const LEAST_ROUNDS = 600000, MOST_ROUNDS = 10000000;
 
-// The keys of a password. Who names salt and rounds is not to be trusted.
+// Returns the keys of a passphrase. The dashboard names salt and rounds, and
+// is not trusted: few rounds would let it guess the passphrase.
 async function derive(password, salt, rounds, progress) {
   if (!isHex(salt, 32) || !Number.isInteger(rounds)
       || rounds < LEAST_ROUNDS || rounds > MOST_ROUNDS) {
@@ -14672,15 +14814,14 @@ const runMac = (key, body) => hex(hmac(key, utf8("koi-run-v1\n" + body)));
 const listMac = (key, body) => hex(hmac(hmac(key, utf8("koi-list-v1")),
   utf8(body)));
 
-// A secret argument, for the host's eyes alone.
+// Encrypts the bytes of a secret argument, so that only the host can read it:
+// XOR with a stream of HMACs. To decrypt is the same.
 function encryptSecret(key, nonce, name, value) {
-  const secret = hmac(key, utf8("koi-secret-v1"));
+  const secret = hmac(key, utf8("koi-secret-v1")), blocks = [];
   return value.map((byte, at) => {
-    if (at % 32 === 0) {
-      encryptSecret.block = hmac(secret, utf8(
-        `${nonce}\n${name}\n${at / 32}`));
-    }
-    return byte ^ encryptSecret.block[at % 32];
+    const block = at >> 5;
+    blocks[block] ||= hmac(secret, utf8(`${nonce}\n${name}\n${block}`));
+    return byte ^ blocks[block][at & 31];
   });
 }
 
@@ -14688,12 +14829,16 @@ function randomHex(bytes) {
   return hex(crypto.getRandomValues(new Uint8Array(bytes)));
 }
 
-// --- session: who we are, for the life of this tab -----------------------
+// --- session: who the user is, for the life of this tab --------------------
 
 class ApiError extends Error {
   constructor(status, message, hint = "", wait = 0) {
     super(message);
     Object.assign(this, { status, hint, wait });
+  }
+
+  text() {
+    return `${this.message} ${this.hint}`.trim();
   }
 }
 
@@ -14702,6 +14847,7 @@ const session = { server: "", token: "", keys: null, role: "", dash: "",
 const IDLE = 15 * 60 * 1000;
 const isOperator = () => session.role === "operator";
 
+// Returns the response to a request of the API. Throws ApiError.
 async function fetched(path, { method = "GET", body, signal } = {}) {
   const headers = {};
   if (session.token) headers.Authorization = `Bearer ${session.token}`;
@@ -14717,131 +14863,112 @@ async function fetched(path, { method = "GET", body, signal } = {}) {
     throw new ApiError(0, "The dashboard does not answer.",
       "It is down, or the network between is.");
   }
-  if (!reply.ok) throw await refusalOf(reply);
+  if (!reply.ok) throw await errorOf(reply);
   return reply;
 }
 
-async function refusalOf(reply) {
-  let said = {};
-  try { said = await reply.json(); } catch { /* a proxy's page, perhaps */ }
-  return new ApiError(reply.status, said.error
-    || `The dashboard says ${reply.status}.`, said.hint || "",
+async function errorOf(reply) {
+  let body = {};
+  try { body = await reply.json(); } catch { /* a proxy's page, perhaps */ }
+  return new ApiError(reply.status, body.error
+    || `The dashboard says ${reply.status}.`, body.hint || "",
     +reply.headers.get("Retry-After") || 0);
 }
 
 const get = async (path, options) => (await fetched(path, options)).json();
 const post = (path, body) => get(path, { method: "POST", body });
 
-// Carry a deed out; what goes wrong is said at the bottom of the page.
-async function withToast(deed, done = "") {
-  try {
-    const result = await deed();
-    if (done) showToast(done);
-    return result ?? true;
-  } catch (error) {
-    if (error.name === "AbortError") return null;
-    if (!(error instanceof ApiError)) throw error;
-    showToast(`${error.message} ${error.hint}`.trim(), "bad");
-    return null;
-  }
-}
-
+// Opens a session with a passphrase or a viewer's key. Throws ApiError.
 async function logIn(secret, progress) {
-  const salted = await get("salt" + (session.dash
-    ? `?dash=${session.dash}` : ""));
-  session.dash = salted.dash;
-  let keys = null, token = secret.trim().toLowerCase();
-  if (/^view-[0-9a-f]{64}$/.test(token)) {
-    token = token.slice(5);
-  } else {
-    keys = await derive(secret, salted.salt, salted.rounds, progress);
-    token = hex(keys.api);
+  const viewer = secret.trim().toLowerCase().match(/^view-([0-9a-f]{64})$/);
+  let keys = null;
+  if (!viewer) {
+    const { salt, rounds } = await get(`salt${session.dash
+      && `?dash=${session.dash}`}`);
+    keys = await derive(secret, salt, rounds, progress);
   }
-  session.token = token;
+  session.token = viewer ? viewer[1] : hex(keys.api);
   try {
     replaceState(await get("state"));
   } catch (error) {
     session.token = "";
     throw error;
   }
-  session.keys = session.role === "operator" ? keys : null;
+  session.keys = isOperator() ? keys : null;
 }
 
 function lock(why = "") {
   if (!session.token) return;
   Object.assign(session, { token: "", keys: null, role: "" });
   stream.stop();
-  forget();
-  app.closed(why);
+  forgetState();
+  app.close(why);
 }
 
-// Keys lie open no longer than somebody is here. A viewer's key can do no
-// harm, and its page may hang on a wall.
-function watchIdle() {
+// The keys are forgotten after 15 minutes without a touch. A viewer's key can
+// do no harm, and its page may stay open on a wall.
+function lockWhenIdle() {
   const mark = () => { session.used = Date.now(); };
   for (const kind of ["pointerdown", "pointermove", "keydown", "wheel",
     "touchstart"]) addEventListener(kind, mark, { passive: true });
-  const look = () => {
+  const check = () => {
     if (isOperator() && Date.now() - session.used > IDLE) {
       lock("Locked after 15 minutes without a touch.");
     }
   };
-  setInterval(look, 5000);
-  document.addEventListener("visibilitychange", look);
+  setInterval(check, 5000);
+  document.addEventListener("visibilitychange", check);
   // A page that the browser keeps for its Back button keeps no keys.
   addEventListener("pagehide", () => lock());
 }
 
-// --- what is known: the state, and the stream that keeps it current ------
+// --- state: what the dashboard knows, and the stream that keeps it current -
 
 const state = { seq: 0, hosts: new Map(), jobs: new Map(),
-  checks: new Map(), alerts: new Map(), dash: {}, version: "", runs: [],
-  requests: [] };
-const alertKey = (alert) => `${alert.subject}\n${alert.kind}`;
-const KEY_OF = { hosts: (h) => h.id, jobs: (j) => j.id, checks: (c) => c.id,
-  alerts: alertKey };
+  checks: new Map(), alerts: new Map(), dash: {}, version: "",
+  troubles: [] };
+const KEY_OF = { hosts: (host) => host.id, jobs: (job) => job.id,
+  checks: (check) => check.id,
+  alerts: (alert) => `${alert.subject}\n${alert.kind}` };
 
-function replaceState(answer) {
-  ahead = answer.now - Date.now() / 1000;
-  Object.assign(state, { seq: answer.seq, dash: answer.dash,
-    version: answer.version, troubles: answer.troubles || [] });
-  session.role = answer.role;
-  session.dash = answer.dash.id;
-  for (const [kind, key] of Object.entries(KEY_OF)) {
-    state[kind] = new Map((answer[kind] || []).map((one) => [key(one),
-      readable(kind, one)]));
-  }
-}
-
-// Names are shown in many places: what would turn or hide them in all.
+// Texts that are shown in many places: their control characters are made
+// visible once, here.
 const NAMES = { jobs: ["label", "name", "section", "words", "user"],
   hosts: ["name"], checks: ["name", "tags", "words"], alerts: ["text"] };
 
-function readable(kind, one) {
-  for (const name of NAMES[kind]) one[name] = visible(one[name] || "");
-  return one;
+function store(kind, items = []) {
+  for (const item of items) {
+    for (const name of NAMES[kind]) item[name] = visible(item[name] || "");
+    state[kind].set(KEY_OF[kind](item), item);
+  }
 }
 
-function forget() {
+function forgetState() {
   for (const kind of Object.keys(KEY_OF)) state[kind] = new Map();
   state.dash = {};
 }
 
+// Takes the whole state, as GET state has it.
+function replaceState(answer) {
+  forgetState();
+  clockOffset = answer.now - Date.now() / 1000;
+  Object.assign(state, { seq: answer.seq, dash: answer.dash,
+    version: answer.version, troubles: answer.troubles || [] });
+  session.role = answer.role;
+  session.dash = answer.dash.id;
+  for (const kind of Object.keys(KEY_OF)) store(kind, answer[kind]);
+}
+
+// Takes one line of the stream: new versions of things, and IDs of deleted.
 function applyChange(change) {
   if (change.seq) state.seq = change.seq;
-  const before = new Map();
-  for (const job of change.jobs || []) {
-    before.set(job.id, state.jobs.get(job.id)?.state);
-  }
-  for (const [kind, key] of Object.entries(KEY_OF)) {
-    for (const one of change[kind] || []) {
-      state[kind].set(key(one), readable(kind, one));
-    }
-  }
+  const worse = (change.jobs || []).filter((job) => BAD.has(job.state)
+    && state.jobs.get(job.id)?.state !== job.state);
+  for (const kind of Object.keys(KEY_OF)) store(kind, change[kind]);
   for (const [kind, ids] of Object.entries(change.gone || {})) {
     for (const id of ids) removeFrom(kind, id);
   }
-  announce(change.jobs || [], before);
+  announce(worse);
 }
 
 function removeFrom(kind, id) {
@@ -14852,19 +14979,19 @@ function removeFrom(kind, id) {
   }
 }
 
-// For who cannot see the page: what became worse, in words.
-function announce(jobs, before) {
-  const worse = jobs.filter((job) => BAD.has(job.state)
-    && before.get(job.id) !== job.state);
-  if (!worse.length) return;
-  $("#told").textContent = worse.slice(0, 3).map((job) =>
+// Tells people who cannot see the page which jobs became worse.
+function announce(jobs) {
+  if (!jobs.length) return;
+  $("#announcer").textContent = jobs.slice(0, 3).map((job) =>
     `${job.label} ${STATES[job.state][0]} on ${hostName(job.host)}`)
     .join("; ");
 }
 
 const hostOf = (thing) => thing && state.hosts.get(thing.host);
 const hostName = (id) => state.hosts.get(id)?.name || "a forgotten host";
+const isSnoozed = (one) => Boolean(one.snoozed) && one.snoozed > now();
 
+// GET stream: one long response, a line of JSON for each change.
 const stream = {
   abort: null, pause: 1, timer: 0, live: false, reader: null,
 
@@ -14881,8 +15008,8 @@ const stream = {
   },
 
   // A browser has six connections to a server, for all tabs together. A tab
-  // that nobody sees lets go of its own, and looks in each 20 s or so.
-  rest(reader, abort, seconds) {
+  // that nobody sees closes its own, and asks again each 20 s or so.
+  closeWhenHidden(reader, abort, seconds) {
     setTimeout(() => {
       if (!document.hidden || abort !== this.abort) return;
       this.pause = 20;
@@ -14890,10 +15017,10 @@ const stream = {
     }, seconds * 1000);
   },
 
-  looked() {
+  onVisibilityChange() {
     if (!session.token) return;
     if (document.hidden && this.reader) {
-      this.rest(this.reader, this.abort, 60);
+      this.closeWhenHidden(this.reader, this.abort, 60);
     } else if (!document.hidden && !this.live) this.start();
   },
 
@@ -14902,20 +15029,20 @@ const stream = {
     try {
       const reply = await fetched(`stream?since=${state.seq}`,
         { signal: abort.signal });
-      app.link("live", "Live");
+      app.showConnection("live", "Live");
       this.live = true;
       const reader = this.reader = reply.body.getReader();
-      if (document.hidden) this.rest(reader, abort, 3);
+      if (document.hidden) this.closeWhenHidden(reader, abort, 3);
       await this.read(reader, abort);
-      this.again(abort, "The dashboard ended the stream.");
+      this.reconnect(abort, "The dashboard ended the stream.");
     } catch (error) {
       if (abort !== this.abort) return;
       if (error.status === 401) return lock("The password was changed.");
-      this.again(abort, error.message);
+      this.reconnect(abort, error.message);
     }
   },
 
-  // The server sends an empty line each 15 s; after 40 s of silence the
+  // The server sends an empty line each 15 s; after 40 s without any, the
   // connection is dead, whatever the network says.
   async read(reader, abort) {
     const decoder = new TextDecoder();
@@ -14929,7 +15056,7 @@ const stream = {
         const lines = (text + decoder.decode(value, { stream: true }))
           .split("\n");
         text = lines.pop();
-        for (const line of lines) if (line) await this.heard(line);
+        for (const line of lines) if (line) await this.take(line);
         if (!document.hidden) this.pause = 1;
       }
     } finally {
@@ -14937,31 +15064,28 @@ const stream = {
     }
   },
 
-  async heard(line) {
+  async take(line) {
     const change = JSON.parse(line);
-    if (change.reset) {
-      replaceState(await get("state"));
-      app.changed({ all: true });
-    } else {
-      applyChange(change);
-      app.changed(change);
-    }
+    if (change.reset) replaceState(await get("state"));
+    else applyChange(change);
+    app.changed(change.reset ? { all: true } : change);
   },
 
-  again(abort, why) {
+  reconnect(abort, why) {
     if (abort !== this.abort) return;
     this.live = false;
     this.reader = null;
     const wait = this.pause * (0.8 + 0.4 * Math.random());
     this.pause = Math.min(this.pause * 2, 30);
-    app.link("away", `Not connected: next try in ${about(wait)}`, why);
+    app.showConnection("away", `Not connected: next try in ${
+      roughDuration(wait)}`, why);
     this.timer = setTimeout(() => this.follow(), wait * 1000);
   },
 };
 
-// --- shell: the frame, and which place is shown in it ---------------------
+// --- app: the frame, and which view is shown in it -------------------------
 
-const VIEWS = [    // path -> view; the first that fits
+const VIEWS = [    // path -> view, the first that fits
   [/^(?:jobs)?$/, (...all) => jobsView(...all)],
   [/^job\/(\d+)$/, (...all) => jobView(...all)],
   [/^job\/(\d+)\/run$/, (...all) => formView(...all)],
@@ -14970,7 +15094,7 @@ const VIEWS = [    // path -> view; the first that fits
   [/^search$/, (...all) => searchView(...all)],
   [/^audit$/, (...all) => auditView(...all)],
   [/^check\/(new|[0-9a-f-]{36})$/, (...all) => checkView(...all)],
-  [/^check\/([0-9a-f-]{36})\/edit$/, (...all) => checkForm(...all)],
+  [/^check\/([0-9a-f-]{36})\/edit$/, (...all) => editCheckView(...all)],
   [/^alerts$/, (...all) => alertsView(...all)],
   [/^hosts$/, (...all) => hostsView(...all)],
   [/^settings$/, (...all) => settingsView(...all)],
@@ -14978,22 +15102,20 @@ const VIEWS = [    // path -> view; the first that fits
 const NAV = [["jobs", "Jobs"], ["day", "Day"], ["alerts", "Alerts"],
   ["audit", "Audit"], ["hosts", "Hosts"], ["settings", "Settings"]];
 
-function placeNow() {
-  const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
-  for (const [pattern, view] of VIEWS) {
-    const match = path.match(pattern);
-    if (match) {
-      return { path, parts: match.slice(1), view,
-        query: new URLSearchParams(query || "") };
-    }
-  }
-  return { path, parts: [], query: new URLSearchParams(), view: lostView };
+// Returns what the address asks for. One that hosts join by ends in #ID, and
+// shows the jobs.
+function currentPlace() {
+  const [path, query] = location.hash
+    .replace(/^#\/?(?:[0-9a-f]{16}$)?/, "").split("?");
+  const found = VIEWS.map(([pattern, view]) => [path.match(pattern), view])
+    .find(([match]) => match);
+  const [match, view] = found || [[], lostView];
+  return { path, parts: match.slice(1), view,
+    query: new URLSearchParams(query || "") };
 }
 
-function go(path, replace = false) {
-  if (replace) history.replaceState(null, "", `#/${path}`);
-  else location.hash = `#/${path}`;
-  if (replace) app.route();
+function go(path) {
+  location.hash = `#/${path}`;
 }
 
 function lostView(place, root) {
@@ -15003,26 +15125,26 @@ function lostView(place, root) {
 }
 
 const app = {
-  view: null, waiting: null, scrolls: new Map(), path: "",
+  view: null, waiting: null, jobsScroll: 0, path: "",
 
   open() {
     document.body.classList.add("open");
-    setAttributes($("#top"), {}).replaceChildren(...this.bar());
+    $("#top").replaceChildren(...this.bar());
     this.view = null;
     stream.start();
     this.route();
-    this.worst();
+    this.showSummary();
   },
 
-  closed(why) {
+  close(why) {
     this.view?.leave?.();
     this.view = null;
     jobList = null;
     document.body.classList.remove("open");
-    $("#troubles").hidden = true;
+    $("#problems").hidden = true;
     $("#top").replaceChildren();
     document.title = "koi";
-    favicon("none");
+    showFavicon("none");
     logInView(why);
   },
 
@@ -15031,32 +15153,34 @@ const app = {
       link(`#/${path}`, [word, path === "alerts"
         && el("span", { class: "count", id: "alerts" })],
       { "data-path": path })));
-    const find = el("form", { role: "search", id: "find", onsubmit: (e) => {
-      e.preventDefault();
-      go(`search?q=${encodeURIComponent(find.q.value)}`);
-    } }, icon("search"), el("input", { name: "q", type: "search",
-      placeholder: "Search all outputs", "aria-label": "Search all outputs",
-      autocomplete: "off" }));
+    const input = el("input", { name: "q", type: "search", placeholder:
+      "Search all outputs", "aria-label": "Search all outputs",
+    autocomplete: "off" });
+    const find = form({ role: "search", id: "find" }, () =>
+      go(`search?q=${encodeURIComponent(input.value)}`), icon("search"),
+    input);
     return [link("#/jobs", [brand(), "koi"], { class: "brand" }), nav, find,
-      el("span", { id: "link", class: "link", role: "status" }),
+      el("span", { id: "connection", role: "status" }),
       el("label", { class: "zone" }, el("span", { class: "away",
-        text: "Times in the zone of" }), zoneSwitch()),
+        text: "Times in the zone of" }), zoneSelect()),
       button(icon("sun"), nextTheme, { class: "btn quiet theme",
         "aria-label": "Light or dark", title: "Light or dark" }),
-      button(el("span", { text: "?" }), () => showKeys(), {
+      button(el("span", { text: "?" }), showShortcuts, {
         class: "btn quiet help", "aria-label": "Keys", title: "Keys (?)" }),
       button([icon("lock"), el("span", { text: "Lock" })],
-        () => lock("Locked."), { class: "btn quiet locker",
+        () => lock("Locked."), { class: "btn quiet lock",
           title: "Forget the keys and close" })];
   },
 
+  // Shows the view of the address. A view may stay for a new address of its
+  // own (moved), such as another line of the same run.
   route() {
     if (!session.token) return;
-    const place = placeNow();
-    if (this.view?.moved && place.path.split("/").slice(0, 2).join("/")
-        === this.path.split("/").slice(0, 2).join("/")
+    const place = currentPlace();
+    const base = (path) => path.split("/").slice(0, 2).join("/");
+    if (this.view?.moved && base(place.path) === base(this.path)
         && this.view.moved(place)) return;
-    this.scrolls.set(this.path, scrollY);
+    if (this.path === "jobs") this.jobsScroll = scrollY;
     this.view?.leave?.();
     hideTip();
     const root = el("div", { class: "view" });
@@ -15068,61 +15192,61 @@ const app = {
       if (here) a.setAttribute("aria-current", "page");
       else a.removeAttribute("aria-current");
     }
-    this.name();
-    scrollTo(0, place.path === "jobs" ? this.scrolls.get("jobs") || 0 : 0);
+    this.showTitle();
+    scrollTo(0, place.path === "jobs" ? this.jobsScroll : 0);
     if (document.activeElement === document.body
         || !document.activeElement) $("#main").focus({ preventScroll: true });
   },
 
+  reload() {
+    jobList = null;
+    this.view?.leave?.();
+    this.view = null;
+    this.route();
+  },
+
   // Many changes that come together are drawn once.
   changed(change) {
-    const all = this.waiting ||= { first: true };
+    const isFirst = !this.waiting;
+    const all = this.waiting ||= {};
     for (const [kind, list] of Object.entries(change)) {
       all[kind] = Array.isArray(list) ? [...all[kind] || [], ...list] : list;
     }
-    if (!all.first) return;
-    all.first = false;
-    setTimeout(() => {
-      const changes = this.waiting;
-      this.waiting = null;
-      if (!session.token) return;
-      this.view?.update?.(changes);
-      this.worst();
-    }, 30);
+    if (isFirst) setTimeout(() => this.update(), 30);
   },
 
-  worst() {
-    const troubles = $("#troubles");
-    troubles.hidden = !state.troubles?.length;
-    troubles.textContent = (state.troubles || []).join(" ");
-    const bad = [...state.jobs.values(), ...state.checks.values()].filter(
-      (one) => BAD.has(one.state) && !snoozed(one)).length;
-    this.bad = bad;
-    this.name();
-    favicon(bad ? "bad" : state.alerts.size ? "late"
-      : state.jobs.size + state.checks.size ? "ok" : "none");
-    const count = $("#alerts");
-    if (count) count.textContent = state.alerts.size || "";
+  update() {
+    const changes = this.waiting;
+    this.waiting = null;
+    if (!session.token) return;
+    this.view?.update?.(changes);
+    this.showSummary();
   },
 
-  name() {
-    const title = this.view?.title;
+  // Shows how many things are bad: in the title, the icon and the bar.
+  showSummary() {
+    $("#problems").hidden = !state.troubles.length;
+    $("#problems").textContent = state.troubles.join(" ");
+    const all = [...state.jobs.values(), ...state.checks.values()];
+    this.bad = all.filter((one) => BAD.has(one.state)
+      && !isSnoozed(one)).length;
+    this.showTitle();
+    showFavicon(this.bad ? "bad" : state.alerts.size ? "late"
+      : all.length ? "ok" : "none");
+    $("#alerts").textContent = state.alerts.size || "";
+  },
+
+  showTitle(title = this.view?.title) {
+    if (this.view) this.view.title = title;
     document.title = `${this.bad ? `(${this.bad}) ` : ""}${
       title ? `${title} \u00b7 ` : ""}koi`;
   },
 
-  link(kind, words, title = "") {
-    setAttributes($("#link"), { title: title || words, "data-kind": kind })
+  showConnection(kind, words, title = words) {
+    setAttributes($("#connection"), { title, "data-kind": kind })
       .replaceChildren(el("i"), el("span", { text: words }));
   },
-
-  retitle(title) {
-    if (this.view) this.view.title = title;
-    this.name();
-  },
 };
-
-const snoozed = (one) => Boolean(one.snoozed) && one.snoozed > now();
 
 function brand() {      // a koi from above, in two strokes
   return svg("svg", { class: "fish", viewBox: "0 0 24 24",
@@ -15137,7 +15261,7 @@ function brand() {      // a koi from above, in two strokes
 const ICON_COLOURS = { bad: "d6342c", late: "c27a00", ok: "2f8f55",
   none: "8a929c" };
 
-function favicon(kind) {
+function showFavicon(kind) {
   const mark = kind === "bad" ? "M11 11l10 10m0-10l-10 10"
     : kind === "ok" ? "M9.500 16.500l4.500 4.500 8.500-10" : "M10 16h12";
   $("link[rel=icon]").href = "data:image/svg+xml," + encodeURIComponent(
@@ -15146,134 +15270,77 @@ function favicon(kind) {
     `stroke="#fff" stroke-width="3.500" stroke-linecap="round"/></svg>`);
 }
 
-function zoneSwitch() {
-  return el("select", { value: zoneKind, onchange: (event) => {
-    zoneKind = event.target.value;
-    preferences.set("zone", zoneKind);
-    jobList = null;
-    app.view?.leave?.();
-    app.view = null;
-    app.route();
-  } }, [["mine", "My time"], ["host", "Host\u2019s time"], ["utc", "UTC"]]
-    .map(([value, text]) => el("option", { value, text,
-      selected: value === zoneKind })));
-}
+const zoneSelect = () => select({ onchange: (event) => {
+  zoneKind = event.target.value;
+  preferences.set("zone", zoneKind);
+  app.reload();
+} }, [["mine", "My time"], ["host", "Host\u2019s time"], ["utc", "UTC"]],
+zoneKind);
 
-function showTheme(theme) {
-  document.documentElement.dataset.theme = theme;
+function showTheme() {
+  document.documentElement.dataset.theme = preferences.get("theme", "auto");
 }
 
 function nextTheme() {
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const usual = dark ? ["auto", "light", "dark"] : ["auto", "dark", "light"];
-  const now = usual.indexOf(preferences.get("theme", "auto"));
-  const theme = usual[(now + 1) % 3];
+  const themes = dark ? ["auto", "light", "dark"] : ["auto", "dark", "light"];
+  const theme = themes[(themes.indexOf(preferences.get("theme", "auto")) + 1)
+    % 3];
   preferences.set("theme", theme);
-  showTheme(theme);
+  showTheme();
   showToast({ auto: "Light or dark as the system", light: "Light",
     dark: "Dark" }[theme]);
 }
 
-let sayTimer = 0;
-function showToast(text, kind = "") {
-  const line = $("#said");
-  line.className = kind ? `shown ${kind}` : "shown";
-  line.textContent = text;
-  clearTimeout(sayTimer);
-  sayTimer = setTimeout(() => { line.className = ""; },
-    kind ? 9000 : 3500);
-}
+// --- login -----------------------------------------------------------------
 
-// What stands where a list is empty: what it is, and what to type.
-function empty(title, ...inside) {
-  return el("div", { class: "empty" }, el("h2", { text: title }), inside);
-}
-
-// A place that needs an answer first: its words, then its content or why not.
-async function filled(root, question, show) {
-  const wait = el("p", { class: "muted waits", text: "Loading\u2026" });
-  root.append(wait);
-  try {
-    const answer = await question();
-    wait.remove();
-    if (root.isConnected) show(answer);
-  } catch (error) {
-    if (error.name === "AbortError") return;
-    if (!(error instanceof ApiError)) throw error;
-    wait.replaceWith(el("div", { class: "note bad", role: "alert" },
-      el("b", { text: error.message }), " ", error.hint));
-  }
-}
-
-// --- login ---------------------------------------------------------------
+const isFile = () => location.protocol === "file:";
 
 function logInView(why = "") {
-  const main = $("#main"), failed = el("p", { class: "error", role: "alert",
-    id: "why", text: why });
-  const who = el("input", { type: "text", autocomplete: "username",
-    hidden: true, value: session.dash || location.host });
-  const secret = el("input", { type: "password", name: "secret",
-    id: "secret", autocomplete: "current-password", required: true,
-    spellcheck: "false", "aria-describedby": "why hint" });
-  const enter = el("button", { class: "btn primary", type: "submit",
-    text: "Open" });
+  const server = isFile() && !$("meta[name=koi-server]").content
+    && el("input", { id: "server", type: "url", required: true,
+      placeholder: "https://koi.example.org", value: session.server });
+  const failed = el("p", { class: "error", role: "alert", id: "why",
+    text: why });
+  const user = el("input", { type: "text", autocomplete: "username",
+    hidden: true, value: location.host });
+  const secret = el("input", { type: "password", id: "secret",
+    autocomplete: "current-password", required: true, spellcheck: "false",
+    "aria-describedby": "why hint" });
+  const open = submitButton("Open");
   const bar = el("progress", { max: 1, hidden: true,
     "aria-label": "Computing the keys" });
-  const extra = el("div", { class: "extra" });
-  const form = el("form", { class: "card login", onsubmit: (event) => {
-    event.preventDefault();
-    tryLogIn({ form, secret, enter, bar, failed, extra });
-  } }, el("h1", {}, brand(), "koi"),
-  needsServer() && serverField(), extra,
-  el("label", { for: "secret", text: "Passphrase" }), who, secret, failed,
-  bar, enter, el("p", { class: "muted", id: "hint", text: "It stays in this "
+  $("#main").replaceChildren(form({ class: "card login" }, () =>
+    tryLogIn({ server, secret, open, bar, failed }),
+  el("h1", {}, brand(), "koi"), server && [el("label", { for: "server",
+    text: "Dashboard\u2019s address" }), server],
+  el("label", { for: "secret", text: "Passphrase" }), user, secret, failed,
+  bar, open, el("p", { class: "muted", id: "hint", text: "It stays in this "
     + "tab: keys are made of it here, and are gone when the tab is closed. "
-    + "A viewer\u2019s key (view-\u2026) opens this page for reading." }));
-  main.replaceChildren(form);
+    + "A viewer\u2019s key (view-\u2026) opens this page for reading." })));
   secret.focus();
 }
 
-const onDisk = () => location.protocol === "file:";
-const needsServer = () => onDisk() && !$("meta[name=koi-server]").content;
-
-function serverField() {
-  return [el("label", { for: "server", text: "Dashboard\u2019s address" }),
-    el("input", { id: "server", type: "url", name: "server",
-      required: true, placeholder: "https://koi.example.org",
-      value: session.server })];
-}
-
-function dashField(extra) {
-  extra.replaceChildren(el("label", { for: "dash",
-    text: "Dashboard\u2019s id" }), el("input", { id: "dash", name: "dash",
-    pattern: "[0-9a-f]{16}", required: true, autocomplete: "username",
-    "aria-describedby": "dash-hint" }), el("p", { class: "muted",
-    id: "dash-hint", text: "16 letters and digits: "
-      + "koitab -d show tells it on a host." }));
-  extra.querySelector("input").focus();
-}
-
-async function tryLogIn({ form, secret, enter, bar, failed, extra }) {
-  const text = secret.value;
-  if (form.server) session.server = form.server.value.replace(/\/+$/, "");
-  if (form.dash) session.dash = form.dash.value;
+async function tryLogIn({ server, secret, open, bar, failed }) {
+  if (server) session.server = server.value.replace(/\/+$/, "");
   failed.textContent = "";
-  enter.disabled = true;
-  enter.textContent = "Opening\u2026";
+  open.disabled = true;
+  open.textContent = "Opening\u2026";
   try {
-    await logIn(text, (part) => { bar.hidden = false; bar.value = part; });
+    await logIn(secret.value, (part) => {
+      bar.hidden = false;
+      bar.value = part;
+    });
     secret.value = "";
-    if (location.hash === `#${session.dash}`) go("jobs", true);
     app.open();
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
-    if (error.status === 400 && !form.dash) dashField(extra);
     failed.textContent = whyNot(error);
     secret.select();
   } finally {
     bar.hidden = true;
-    enter.disabled = false;
-    enter.textContent = "Open";
+    open.disabled = false;
+    open.textContent = "Open";
   }
 }
 
@@ -15283,47 +15350,50 @@ function whyNot(error) {
     return "There is no dashboard here yet: type koitab -d new on a host.";
   }
   if (error.status === 429) {
-    return error.wait ? "Too many tries. Try again in "
-      + `${about(error.wait)}.` : "Too many tries. Try again in a minute.";
+    return `Too many tries. Try again in ${error.wait
+      ? roughDuration(error.wait) : "a minute"}.`;
   }
-  return `${error.message} ${error.hint}`.trim();
+  return error.text();
 }
 
-// --- strips and bars: many runs in one small picture ----------------------
+// --- pictures: many runs in one small drawing ------------------------------
 
-// Each item: {x, w, letter}. One path for each look, however many there are;
-// looks differ in height and fill, not in colour alone.
-const LOOKS = { o: "ok", f: "bad", k: "bad", u: "bad", i: "odd", m: "hollow",
-  s: "skip", r: "run", q: "wait" };
-const LOW = { o: 0.62, s: 0.3, r: 0.62, q: 0.62 };
+// Outcomes differ in height and fill, not in colour alone.
+const BAR_STYLES = { o: "ok", f: "bad", k: "bad", u: "bad", i: "odd",
+  m: "hollow", s: "skip", r: "run", q: "wait" };
+const BAR_HEIGHTS = { o: 0.62, s: 0.3, r: 0.62, q: 0.62 };
 
+// Returns a picture of items {x, w, outcome}: one path for each style, however
+// many items there are. tipOf(item) is shown at the pointer, hrefOf(item) is
+// where a click leads.
 function bars(items, height, facts, tipOf, hrefOf) {
   const paths = {};
-  for (const { x, w, letter } of items) {
-    const look = LOOKS[letter] || "odd";
-    const h = Math.round(height * (LOW[letter] || 1));
-    (paths[look] ||= []).push(look === "hollow" || look === "wait"
-      ? hollow(x, height - h, w, h) : `M${x} ${height - h}h${w}v${h}h${
+  for (const { x, w, outcome } of items) {
+    const style = BAR_STYLES[outcome] || "odd";
+    const h = Math.round(height * (BAR_HEIGHTS[outcome] || 1));
+    (paths[style] ||= []).push(style === "hollow" || style === "wait"
+      ? outline(x, height - h, w, h) : `M${x} ${height - h}h${w}v${h}h${
         -w}z`);
   }
   const node = svg("svg", { class: "bars", role: "img", ...facts },
-    Object.entries(paths).map(([look, d]) => svg("path", {
-      class: `b-${look}`, d: d.join("") })));
+    Object.entries(paths).map(([style, d]) => svg("path", {
+      class: `b-${style}`, d: d.join("") })));
   node.bars = { items, tipOf, hrefOf, at: items.length - 1 };
   return node;
 }
 
 // An outline; what is too narrow for one has its middle missing.
-function hollow(x, y, w, h) {
+function outline(x, y, w, h) {
   if (w >= 4) return `M${x + 0.5} ${y + 0.5}h${w - 1}v${h - 1}h${1 - w}z`;
   const end = Math.max(2, Math.floor(h / 4)), middle = x + w / 2;
   return `M${middle} ${y}v${end}M${middle} ${y + h - end}v${end}`;
 }
 
+// Returns the index of the bar under the pointer or within 6 pixels, or -1.
 function barAt(node, event) {
   const box = node.getBoundingClientRect();
-  const scale = (node.viewBox.baseVal?.width || box.width) / box.width;
-  const x = (event.clientX - box.left) * scale;
+  const x = (event.clientX - box.left) * node.viewBox.baseVal.width
+    / box.width;
   let best = -1, distance = 6;
   node.bars.items.forEach((item, at) => {
     const far = x < item.x ? item.x - x : Math.max(0, x - item.x - item.w);
@@ -15337,52 +15407,56 @@ function showTip(node, at) {
   if (!item) return hideTip();
   node.bars.at = at;
   const tip = $("#tip"), box = node.getBoundingClientRect();
-  const scale = box.width / (node.viewBox.baseVal?.width || box.width);
-  tip.replaceChildren(...[tipOf(item)].flat());
+  tip.replaceChildren(...tipOf(item));
   tip.hidden = false;
-  const x = box.left + (item.x + item.w / 2) * scale;
-  const half = tip.offsetWidth / 2;
+  const x = box.left + (item.x + item.w / 2) * box.width
+    / node.viewBox.baseVal.width;
+  const half = tip.offsetWidth / 2, above = box.top - tip.offsetHeight - 6;
   tip.style.left = `${Math.min(Math.max(x, half + 8),
     innerWidth - half - 8)}px`;
-  tip.style.top = `${box.top - tip.offsetHeight - 6 < 0
-    ? box.bottom + 6 : box.top - tip.offsetHeight - 6}px`;
+  tip.style.top = `${above < 0 ? box.bottom + 6 : above}px`;
 }
 
 function hideTip() {
   $("#tip").hidden = true;
 }
 
-function watchBars() {
+// Returns what a bar's tip says: outcome, time and duration.
+const tipWords = (outcome, at, host, seconds) => [
+  el("b", { text: OUTCOMES[outcome] || outcome }), " ", shortTime(at, host),
+  isThere(seconds) && outcome !== "m"
+    ? ` \u00b7 ${formatDuration(seconds)}` : ""];
+
+function listenToBars() {
   const barsOf = (event) => event.target.closest?.("svg.bars");
   document.addEventListener("mousemove", (event) => {
     const node = barsOf(event);
     if (node) showTip(node, barAt(node, event));
-    else if (document.activeElement?.bars === undefined) hideTip();
+    else if (!document.activeElement?.bars) hideTip();
   });
   document.addEventListener("click", (event) => {
-    const node = barsOf(event), at = node ? barAt(node, event) : -1;
-    const href = at >= 0 && node.bars.hrefOf(node.bars.items[at]);
-    if (href) location.hash = href;
+    const node = barsOf(event), item = node?.bars.items[barAt(node, event)];
+    if (item) location.hash = node.bars.hrefOf(item);
   });
   document.addEventListener("focusin", (event) => {
     const node = barsOf(event);
-    if (node && node.matches(":focus-visible")) showTip(node, node.bars.at);
+    if (node?.matches(":focus-visible")) showTip(node, node.bars.at);
     else hideTip();
   });
 }
 
-// Arrow keys walk along a strip that has the focus; Enter opens.
+// Arrow keys go along the bars that have the focus; Enter opens. Returns
+// whether the key was one of them.
 function barKey(event) {
-  const node = event.target, step = { ArrowLeft: -1, ArrowRight: 1,
-    Home: -1e6, End: 1e6 }[event.key];
-  if (!node.bars) return false;
-  const { items, hrefOf } = node.bars;
+  const { bars: shown } = event.target, step = { ArrowLeft: -1,
+    ArrowRight: 1, Home: -1e6, End: 1e6 }[event.key];
+  if (!shown) return false;
   if (step) {
-    const at = Math.min(Math.max(node.bars.at + step, 0), items.length - 1);
-    showTip(node, at);
-    $("#told").textContent = $("#tip").textContent;
-  } else if (event.key === "Enter" && items[node.bars.at]) {
-    location.hash = hrefOf(items[node.bars.at]);
+    showTip(event.target, Math.min(Math.max(shown.at + step, 0),
+      shown.items.length - 1));
+    $("#announcer").textContent = $("#tip").textContent;
+  } else if (event.key === "Enter" && shown.items[shown.at]) {
+    location.hash = shown.hrefOf(shown.items[shown.at]);
   } else {
     return false;
   }
@@ -15393,250 +15467,207 @@ function barKey(event) {
 const phone = matchMedia("(max-width: 859px)");
 const wide = matchMedia("(min-width: 1480px)");
 
-function strip(cells, host, hrefOf = (item) => `#/run/${item.cell[0]}`) {
+// Returns the run history bar: the last runs, as [id, at, seconds, outcome].
+function historyBar(runs, host, hrefOf = ({ run }) => `#/run/${run[0]}`) {
   const most = phone.matches ? 30 : 90, pitch = phone.matches ? 5
     : wide.matches ? 4 : 3;
-  const last = cells.slice(-most), skip = most - last.length;
-  const items = last.map((cell, at) => ({ x: (at + skip) * pitch,
-    w: pitch - 1, letter: cell[3], cell }));
-  const width = most * pitch;
+  const last = runs.slice(-most), skip = most - last.length;
+  const items = last.map((run, at) => ({ x: (at + skip) * pitch,
+    w: pitch - 1, outcome: run[3], run }));
+  const width = most * pitch, counts = outcomeCounts(last.map((run) =>
+    run[3]));
   return bars(items, 18, { viewBox: `0 0 ${width} 18`, width, height: 18,
-    tabindex: -1, "aria-label": stripWords(last) },
-  ({ cell }) => cellWords(cell, host), hrefOf);
+    tabindex: -1, "aria-label": counts ? `last ${plural(last.length, "run")
+    }: ${counts}` : "no runs yet" },
+  ({ run: [, at, seconds, outcome] }) => tipWords(outcome, at, host, seconds),
+  hrefOf);
 }
 
-function stripWords(cells) {
-  const counts = {};
-  for (const cell of cells) {
-    const word = LETTERS[cell[3]] || cell[3];
-    counts[word] = (counts[word] || 0) + 1;
-  }
-  const said = Object.entries(counts).map(([word, n]) => `${n} ${word}`);
-  return said.length ? `last ${plural(cells.length, "run")}: ${
-    said.join(", ")}` : "no runs yet";
-}
-
-function cellWords([, at, seconds, letter], host) {
-  return [el("b", { text: LETTERS[letter] || letter }), " ", when(at, host),
-    isThere(seconds) && letter !== "m" ? ` \u00b7 ${lasting(seconds)}` : ""];
-}
-
-// How long the last 30 runs took, and the band of what is usual.
-function spark(cells, usual) {
-  const found = cells.slice(-30).filter((cell) => isThere(cell[2])
-    && !"msqr".includes(cell[3]));
-  if (found.length < 3) return null;
-  const times = found.map((cell) => Math.max(cell[2], 0.001));
+// Returns how long the last 30 runs took, over the band of what is usual. The
+// scale is logarithmic if one took ten times as long as most.
+function sparkline(runs, usual) {
+  const times = runs.slice(-30).filter(([, , seconds, outcome]) =>
+    isThere(seconds) && !"msqr".includes(outcome)).map((run) => run[2]);
+  if (times.length < 3) return null;
+  const all = [...times, ...usual || []].map((s) => Math.max(s, 0.001));
   const middle = [...times].sort((a, b) => a - b)[times.length >> 1];
-  const log = Math.max(...times) > 10 * middle;
-  const scale = log ? Math.log : (x) => x, all = [...times, ...usual || []];
-  const low = log ? scale(Math.max(0.001, Math.min(...all))) : 0;
+  const isLog = Math.max(...times) > 10 * Math.max(middle, 0.001);
+  const scale = (s) => isLog ? Math.log(Math.max(s, 0.001)) : s;
+  const low = isLog ? scale(Math.min(...all)) : 0;
   const high = Math.max(scale(Math.max(...all)), low + 1e-6);
-  const y = (s) => 16 - 14 * (scale(Math.max(s, 0.001)) - low)
-    / (high - low);
-  const x = (at) => 1 + at * 56 / Math.max(1, times.length - 1);
-  const line = times.map((s, at) => `${at ? "L" : "M"}${x(at).toFixed(1)} ${
-    y(s).toFixed(1)}`).join("");
-  const last = times.length - 1;
+  const y = (s) => 16 - 14 * (scale(s) - low) / (high - low);
+  const last = times.length - 1, x = (at) => 1 + at * 56 / last;
   return svg("svg", { class: "spark", viewBox: "0 0 60 18", width: 60,
-    height: 18, role: "img", "aria-label": `took ${lasting(times[last])
-    } last${usual ? `, usually ${lasting(usual[0])} to ${
-      lasting(usual[1])}` : ""}` },
+    height: 18, role: "img", "aria-label": `took ${formatDuration(times[last])
+    } last${usual ? `, usually ${formatDuration(usual[0])} to ${
+      formatDuration(usual[1])}` : ""}` },
   usual && svg("rect", { x: 0, width: 60, y: y(usual[1]),
     height: Math.max(1.5, y(usual[0]) - y(usual[1])) }),
-  svg("path", { d: line }),
+  svg("path", { d: times.map((s, at) => `${at ? "L" : "M"}${
+    x(at).toFixed(1)} ${y(s).toFixed(1)}`).join("") }),
   svg("circle", { cx: x(last), cy: y(times[last]), r: 1.8 }));
 }
 
-// --- jobs: the list that people see first ---------------------------------
+// --- jobs: the list that people see first ----------------------------------
 
-let jobList = null;     // kept while other places are shown
-const wanted = { text: "", host: "", state: "" };
+let jobList = null;     // kept while other views are shown
+const jobFilter = { text: "", host: "", state: "" };
 
 function jobsView(place, root) {
-  const asked = place.query.get("state");
-  if (asked) wanted.state = asked;
+  jobFilter.state = place.query.get("state") || jobFilter.state;
   jobList ||= new JobList();
   root.replaceWith(jobList.root);
   jobList.update();
   return { title: "", update: (changes) => jobList.update(changes),
-    keys: { j: () => jobList.step(1), k: () => jobList.step(-1),
-      r: () => jobList.runHere(), "/": () => jobList.text.focus() } };
+    shortcuts: { j: () => jobList.step(1), k: () => jobList.step(-1),
+      r: () => jobList.runFocused(), "/": () => jobList.text.focus() } };
 }
 
+const isLive = (run) => run.state === "running" || run.state === "queued";
+
+// Returns how a run ended: "exit 0", "signal 9", "timeout", or its state.
 function endOfRun(run) {
-  if (run.state === "running" || run.state === "queued") return run.state;
-  if (run.state !== "done") return run.state === "unstartable"
-    ? "could not start" : run.state;
+  if (run.state === "unstartable") return "could not start";
+  if (run.state !== "done") return run.state;
   if (run.reason === "timeout") return "timeout";
-  if (run.signal) return `signal ${run.signal}`;
-  return `exit ${run.exit}`;
+  return run.signal ? `signal ${run.signal}` : `exit ${run.exit}`;
 }
 
-function took(run) {
-  if (!run.started) return null;
-  return (run.ended || now()) - run.started;
-}
+const timeOfRun = (run) => run.started || run.due || run.asked;
+const durationOf = (run) => run.started
+  ? (run.ended || now()) - run.started : null;
 
 function nextWords(job) {
   if (job.gone) return "in no tab";
   if (job.manual) return "when asked for";
-  if (job.when === "@reboot") return "on reboot";
-  return "not scheduled";
-}
-
-class JobRow {
-  constructor(list) {
-    this.list = list;
-    this.seen = {};
-    this.cells = {};
-    this.root = el("div", { class: "row", role: "row" });
-    for (const name of ["is", "name", "words", "last", "strip", "spark",
-      "next", "act"]) {
-      this.cells[name] = el("div", { class: `c-${name}`, role: "cell" });
-      this.root.append(this.cells[name]);
-    }
-    this.root.row = this;
-    this.link = el("a");
-    this.where = muted();
-    this.cells.name.append(this.link, this.where);
-  }
-
-  name(text, href, title, where) {      // the link stays: it has the focus
-    if (this.link.textContent !== text) this.link.textContent = text;
-    setAttributes(this.link, { href, title });
-    if (this.where.textContent !== where) this.where.textContent = where;
-  }
-
-  // Only what differs is drawn again: so focus and selection stay.
-  put(name, key, make) {
-    if (this.seen[name] === key) return;
-    this.seen[name] = key;
-    this.cells[name].replaceChildren(...[make()].flat(2).filter(isThere));
-  }
-
-  update(job) {
-    this.job = job;
-    const host = hostOf(job), last = job.last;
-    this.root.classList.toggle("bad", BAD.has(job.state) && !snoozed(job));
-    this.put("is", `${job.state} ${snoozed(job) || ""}`, () => [
-      stateMark(job.state), snoozed(job) && muted(" snoozed")]);
-    this.name(job.label, `#/job/${job.id}`, job.command, this.top
-      ? `${hostName(job.host)}${job.section ? ` / ${job.section}` : ""}`
-      : job.user !== "root" ? job.user : "");
-    this.put("words", job.words + job.when, () => el("span", {
-      text: job.words, title: job.when }));
-    this.put("last", last ? `${last.id} ${last.state} ${last.ended}` : "",
-      () => last ? this.lastRun(last, host) : muted("never ran"));
-    this.put("strip", `${job.strip.map((cell) => cell[3]).join("")}${
-      job.strip[job.strip.length - 1]?.[0]}${phone.matches}${wide.matches}`,
-    () => job.strip.length ? strip(job.strip, host) : null);
-    this.put("spark", `${job.strip.length} ${last?.id} ${last?.ended}`,
-      () => spark(job.strip, job.usual));
-    this.put("next", `${job.next} ${job.gone}`, () => job.next
-      ? timeOf(job.next, host) : muted(nextWords(job)));
-    this.put("act", `${job.manual} ${job.confirm} ${job.gone} ${
-      job.failing?.since} ${job.last?.id} ${job.snoozed}`,
-    () => this.acts(job));
-    this.failing(job, host);
-  }
-
-  lastRun(run, host) {
-    const bad = run.state !== "running" && endOfRun(run) !== "exit 0";
-    return [link(`#/run/${run.id}`, timeOf(run.ended || run.started
-      || run.due || run.asked, host)), muted(run.started
-      && run.state !== "running" ? brief(took(run)) : ""),
-    bad && el("span", { class: "exit", text: endOfRun(run) })];
-  }
-
-  acts(job) {
-    return canRun(job) ? runLink(job) : null;
-  }
-
-  // The line that explains a failing job, with what one would do next.
-  failing(job, host) {
-    const f = job.failing, key = f ? `${f.since} ${f.count} ${f.line} ${
-      job.last?.id} ${job.snoozed}` : "";
-    if (this.seen.failing === key) return;
-    this.seen.failing = key;
-    this.more?.remove();
-    this.more = null;
-    if (!f) return;
-    const since = timeOf(f.since, host, () => about(now() - f.since));
-    this.more = el("div", { class: "why", role: "cell" },
-      f.line && el("pre", { text: visible(f.line), title: "the last line "
-        + "of its output" }),
-      el("span", { class: "muted" }, "failing for ", since, `, ${
-        plural(f.count, "run")}; `, f.last_ok ? ["last ok ",
-        timeOf(f.last_ok, host, () => when(f.last_ok, host))]
-        : "never ok in what is kept"),
-      el("span", { class: "acts" },
-        job.last && link(`#/run/${job.last.id}`, "Output", { class: "btn" }),
-        job.last && f.last_ok && link(`#/run/${job.last.id}?diff`,
-          ["Diff", el("span", { class: "roomy", text: " with last good" })],
-          { class: "btn" }),
-        isOperator() && snoozeButtons(`job:${job.id}`, job)));
-    this.root.append(this.more);
-  }
+  return job.when === "@reboot" ? "on reboot" : "not scheduled";
 }
 
 const canRun = (job) => isOperator() && job.manual && !job.gone
   && job.confirm !== "cli";
 
-function runLink(job) {
-  return link(`#/job/${job.id}/run`, [icon("run"), "Run"],
-    { class: "btn run", "aria-label": `Run ${job.label}` });
-}
+const runLink = (job) => linkButton(`#/job/${job.id}/run`,
+  [icon("run"), "Run"], { class: "btn run", "aria-label":
+    `Run ${job.label}` });
 
 function snoozeButtons(subject, one) {
   const until = (seconds, words) => button(words, () => withToast(() =>
     post("snooze", { subject, until: seconds ? Math.round(now() + seconds)
-      : 0 }), seconds ? `Quiet for ${about(seconds)}` : "Alerts again"));
-  return snoozed(one) ? until(0, "Wake up")
+      : 0 }), seconds ? `Quiet for ${roughDuration(seconds)}`
+    : "Alerts again"));
+  return isSnoozed(one) ? until(0, "Wake up")
     : [until(3600, "Snooze 1 h"), until(86400, "1 d")];
 }
 
-class CheckRow extends JobRow {
-  update(check) {
-    this.job = check;
-    const bad = BAD.has(check.state);
-    this.root.classList.toggle("bad", bad && !snoozed(check));
-    const state = check.started && check.state === "up" ? "running"
-      : check.state;
-    this.put("is", `${state} ${snoozed(check) || ""}`, () => [
-      stateMark(state), snoozed(check) && muted(" snoozed")]);
-    this.name(check.name || check.slug, `#/check/${check.id}`, check.desc,
-      check.tags || "");
-    this.put("words", check.words, () => el("span", { text: check.words }));
-    this.put("last", `${check.last_ping} ${check.last_duration}`, () =>
-      check.last_ping ? [timeOf(check.last_ping), muted(
-        brief(check.last_duration))] : muted("no ping yet"));
-    this.put("strip", `${check.n} ${check.strip.length} ${phone.matches} ${
-      wide.matches}`, () => check.strip.length ? strip(check.strip, null,
-      () => `#/check/${check.id}`) : null);
-    this.put("spark", `${check.n}`, () => spark(check.strip, null));
-    this.put("next", `${check.next} ${check.state}`, () => check.next
-      ? timeOf(check.next) : muted({ paused: "paused",
-        down: "overdue" }[check.state] || "waits for a ping"));
-    this.put("act", "", () => copyButton(() => pingUrl(check), "URL"));
+const isCheck = (one) => "methods" in one;
+const needsAttention = (one) => BAD.has(one.state) && !isSnoozed(one);
+const checkState = (check) => check.started && check.state === "up"
+  ? "running" : check.state;
+const origin = () => session.server || location.origin;
+const pingUrl = (check) => `${origin()}/ping/${check.id}`;
+
+// Returns the cells of a job's row.
+function jobCells(job, host, onTop) {
+  const { last } = job, end = last && endOfRun(last);
+  return { state: job.state, name: job.label, href: `#/job/${job.id}`,
+    title: job.command, where: onTop
+      ? `${hostName(job.host)}${job.section ? ` / ${job.section}` : ""}`
+      : job.user !== "root" ? job.user : "",
+    words: el("span", { text: job.words, title: job.when }),
+    last: last ? [link(`#/run/${last.id}`, timeNode(last.ended
+      || timeOfRun(last), host)), muted(last.started && end !== "running"
+      ? shortDuration(durationOf(last)) : ""), end !== "running"
+      && end !== "exit 0" && el("span", { class: "exit", text: end })]
+      : muted("never ran"),
+    history: job.strip.length > 0 && historyBar(job.strip, host),
+    spark: sparkline(job.strip, job.usual),
+    next: job.next ? timeNode(job.next, host) : muted(nextWords(job)),
+    act: canRun(job) && runLink(job),
+    why: job.failing && failingLine(job, job.failing, host) };
+}
+
+// The line that explains a failing job, with what one would do next.
+function failingLine(job, { since, count, last_ok: good, line }, host) {
+  const { last } = job;
+  return el("div", { class: "why", role: "cell" }, line && el("pre", {
+    text: visible(line), title: "the last line of its output" }),
+  muted("failing for ", timeNode(since, host, () => roughDuration(now()
+    - since)), `, ${plural(count, "run")}; `, good ? ["last ok ",
+    dateNode(good, host)] : "never ok in what is kept"),
+  el("span", { class: "row-actions" },
+    last && linkButton(`#/run/${last.id}`, "Output"),
+    last && good && linkButton(`#/run/${last.id}?diff`,
+      ["Diff", el("span", { class: "roomy", text: " with last good" })]),
+    isOperator() && snoozeButtons(`job:${job.id}`, job)));
+}
+
+function checkCells(check) {
+  return { state: checkState(check), name: check.name || check.slug,
+    href: `#/check/${check.id}`, title: check.desc, where: check.tags || "",
+    words: el("span", { text: check.words }),
+    last: check.last_ping ? [timeNode(check.last_ping),
+      muted(shortDuration(check.last_duration))] : muted("no ping yet"),
+    history: check.strip.length > 0 && historyBar(check.strip, null,
+      () => `#/check/${check.id}`),
+    spark: sparkline(check.strip, null),
+    next: check.next ? timeNode(check.next) : muted({ paused: "paused",
+      down: "overdue" }[check.state] || "waits for a ping"),
+    act: copyButton(pingUrl(check), "URL") };
+}
+
+class JobRow {
+  constructor() {
+    this.root = el("div", { class: "row", role: "row" });
+    this.root.row = this;
+    this.link = el("a");        // it stays, because it has the focus
+  }
+
+  // Draws the row again if its job, or how it is shown, has changed.
+  update(job, onTop) {
+    const host = hostOf(job), seen = [job, host?.name, host?.zone, onTop,
+      isSnoozed(job), phone.matches, wide.matches];
+    if (this.seen && seen.every((one, at) => one === this.seen[at])) return;
+    Object.assign(this, { job, seen });
+    const focusable = () => [...this.root.querySelectorAll(
+      "a, button, .bars")];
+    const focused = focusable().indexOf(document.activeElement);
+    this.draw(isCheck(job) ? checkCells(job) : jobCells(job, host, onTop));
+    focusable()[focused]?.focus({ preventScroll: true });
+    if (jobList?.focused === this.root) jobList.letTabReach(this.root, 0);
+  }
+
+  draw(cells) {
+    const { state, name, href, title, where, why } = cells;
+    const cell = (kind, ...inside) => el("div", { class: `c-${kind}`,
+      role: "cell" }, ...inside);
+    setAttributes(this.link, { text: name, href, title });
+    this.root.replaceChildren(cell("is", stateMark(state),
+      isSnoozed(this.job) && muted(" snoozed")),
+    cell("name", this.link, muted(where)), ...["words", "last", "history",
+      "spark", "next", "act"].map((kind) => cell(kind, cells[kind])),
+    ...why ? [why] : []);
   }
 }
 
-const origin = () => session.server || location.origin;
-const pingUrl = (check) => `${origin()}/ping/${check.id}`;
+const STATE_FILTERS = [     // what is counted, its word, whether one fits
+  ["", "All", () => true],
+  ["bad", "Needs attention", (one) => BAD.has(one.state)],
+  ["running", "Running", (one) => one.running?.length || one.started],
+  ["unknown", "Unknown", (one) => one.state === "unknown"],
+];
 
 class JobList {
   constructor() {
     this.rows = new Map();
     this.groups = new Map();
-    this.here = null;
+    this.focused = null;
     this.body = el("div", { class: "jobs", role: "table",
-      "aria-label": "Jobs" });
+      "aria-label": "Jobs", onfocusin: (event) => this.setFocused(
+        event.target.closest(".row")) });
     this.none = el("div");
+    this.bar = this.toolbar();
     this.root = el("div", { class: "view" }, el("h1", { class: "away",
-      text: "Jobs" }), this.toolbar(), this.body, this.none);
-    this.body.addEventListener("focusin", (event) => this.at(
-      event.target.closest(".row")));
+      text: "Jobs" }), this.bar, this.body, this.none);
     for (const query of [phone, wide]) {
       query.addEventListener("change", () => this.root.isConnected
         && this.update());
@@ -15644,249 +15675,213 @@ class JobList {
   }
 
   toolbar() {
+    const set = (name, value) => {
+      jobFilter[name] = value;
+      this.filter();
+    };
     this.text = el("input", { type: "search", placeholder:
       "Filter jobs  ( / )", "aria-label": "Filter jobs",
-    value: wanted.text, autocomplete: "off", oninput: () => {
-      wanted.text = this.text.value;
-      this.filter();
-    }, onkeydown: (event) => {
+    value: jobFilter.text, autocomplete: "off",
+    oninput: () => set("text", this.text.value), onkeydown: (event) => {
       if (event.key === "Enter") this.step(1);
     } });
-    this.host = el("select", { "aria-label": "Host", onchange: () => {
-      wanted.host = this.host.value;
-      this.filter();
-    } });
-    this.chips = el("div", { class: "chips", role: "group",
-      "aria-label": "Filter by state" });
-    return el("div", { class: "toolbar" }, this.text, this.host, this.chips);
+    this.host = el("select", { "aria-label": "Host",
+      onchange: () => set("host", this.host.value) });
+    this.chips = STATE_FILTERS.map(([state, word]) => button([word,
+      el("b")], () => set("state", state), { class: "btn chip",
+      "data-state": state }));
+    return el("div", { class: "toolbar" }, this.text, this.host,
+      el("div", { class: "chips", role: "group",
+        "aria-label": "Filter by state" }, this.chips));
   }
 
   update(changes) {
-    if (changes && !changes.all && !["jobs", "hosts", "checks", "gone"]
-      .some((kind) => changes[kind])) return;
+    if (changes && !["all", "jobs", "hosts", "checks", "gone"].some((kind) =>
+      changes[kind])) return;
     const focus = document.activeElement;
-    this.place();
+    this.draw(groupedJobs());
     this.filter();
-    if (focus !== document.activeElement && focus?.isConnected
-        && this.root.contains(focus)) focus.focus({ preventScroll: true });
-  }
-
-  // Which row stands in which group, in order; nodes move only if they must.
-  place() {
-    const groups = new Map();
-    const into = (key, order, item) => {
-      if (!groups.has(key)) groups.set(key, { order, items: [] });
-      groups.get(key).items.push(item);
-    };
-    for (const job of state.jobs.values()) {
-      const host = hostName(job.host);
-      if (BAD.has(job.state) && !snoozed(job)) into("!", "", job);
-      else {
-        into(`${job.host}\n${job.section}`, `1${host}\n${job.host}${
-          job.section ? 1 : 0}`, job);
-      }
-    }
-    for (const check of state.checks.values()) {
-      if (BAD.has(check.state) && !snoozed(check)) into("!", "", check);
-      else into("checks", "2", check);
-    }
-    if (state.jobs.size + state.checks.size) {
-      if (!groups.has("checks")) groups.set("checks", { order: "2",
-        items: [] });
-    }
-    for (const host of state.hosts.values()) this.bareHost(host, groups);
-    groups.get("!")?.items.sort(worstFirst);
-    this.fill(groups);
-  }
-
-  bareHost(host, groups) {
-    if (![...state.jobs.values()].some((job) => job.host === host.id)) {
-      groups.set(`${host.id}\n`, { order: `1${host.name}\n${host.id}0`,
-        items: [] });
+    if (focus !== document.activeElement && this.root.contains(focus)) {
+      focus.focus({ preventScroll: true });
     }
   }
 
-  fill(groups) {
-    const sorted = [...groups].sort(([, a], [, b]) =>
-      a.order < b.order ? -1 : a.order > b.order ? 1 : 0);
-    const rows = new Set(), kept = new Set();
-    let before = null;
-    for (const [key, { items }] of sorted) {
-      const host = key.includes("\n") ? key.split("\n")[0] : "";
-      const group = this.group(key, host, items.length);
-      kept.add(key);
-      setNext(this.body, before, group.root);
-      before = group.root;
-      let row = group.head;
-      for (const item of items) {
-        const it = this.row(item, key === "!");
-        rows.add(it.key);
-        setNext(group.root, row, it.root);
-        row = it.root;
-      }
+  draw(groups) {
+    const keys = new Set();
+    arrange(this.body, groups.map((group) => {
+      keys.add(group.key);
+      const shown = this.group(group);
+      arrange(shown.root, [shown.head, ...group.items.map((item) => {
+        const key = isCheck(item) ? item.id : +item.id;
+        if (!this.rows.has(key)) this.rows.set(key, new JobRow());
+        keys.add(key);
+        this.rows.get(key).update(item, group.key === "!");
+        return this.rows.get(key).root;
+      }), ...group.items.length ? [] : [shown.hint]]);
+      return shown.root;
+    }));
+    for (const map of [this.rows, this.groups]) {
+      for (const key of map.keys()) if (!keys.has(key)) map.delete(key);
     }
-    drop(this.rows, rows);
-    drop(this.groups, kept);
   }
 
-  row(item, top) {
-    const check = "methods" in item, key = check ? item.id : +item.id;
-    let row = this.rows.get(key);
-    if (!row) {
-      row = check ? new CheckRow(this) : new JobRow(this);
-      row.key = key;
-      this.rows.set(key, row);
+  // Returns the elements of a group; its heading is drawn when it differs.
+  group({ key, id, section: name, items }) {
+    if (!this.groups.has(key)) {
+      this.groups.set(key, { head: el("div", { class: "head", role: "row" }),
+        root: el("section", { class: `group ${key === "!" ? "attention"
+          : ""}`, role: "rowgroup" }) });
     }
-    row.top = top;
-    row.update(item);
-    return row;
-  }
-
-  group(key, id, size) {
-    let group = this.groups.get(key);
-    if (!group) {
-      const head = el("div", { class: "head", role: "row" });
-      group = { head, id, root: el("section", { class: "group",
-        role: "rowgroup" }, head) };
-      if (key === "!") group.root.classList.add("attention");
-      this.groups.set(key, group);
-    }
-    const host = state.hosts.get(id), section = key.split("\n")[1];
-    const sign = `${host?.state} ${host?.name} ${host?.seen > 0} ${!size}`;
-    if (group.sign !== sign) {
-      group.sign = sign;
-      group.name = id ? hostHeading(host, id) : null;
+    const group = this.groups.get(key), host = state.hosts.get(id);
+    const seen = JSON.stringify([host?.state, host?.name, host?.seen > 0]);
+    if (group.seen !== seen) {
+      Object.assign(group, { id, seen, title: id && hostHeading(id),
+        hint: el("p", { class: "hint muted" }, id ? ["No jobs yet. On ",
+          hostName(id), " type ", code("koitab -e"), "."] : "None yet. A "
+          + "check is a URL that a job elsewhere pings; it tells when the "
+          + "ping stays away.") });
       group.head.replaceChildren(el("div", { role: "columnheader" },
-        id ? [group.name, section && el("h3", { text: section })]
+        id ? [group.title, name && el("h3", { text: name })]
           : key === "!" ? el("h2", { text: "Needs attention" })
             : checksHeading()));
-      group.hint?.remove();
-      group.hint = size ? null : el("p", { class: "hint muted" },
-        id ? ["No jobs yet. On ", hostName(id), " type ",
-          code("koitab -e"), "."] : ["None yet. A check is a URL that a "
-          + "job elsewhere pings; it tells when the ping stays away."]);
-      if (group.hint) group.root.append(group.hint);
     }
+    group.root.group = group;
     return group;
   }
 
+  // Hides the rows that do not fit the filter, and counts them by state.
   filter() {
-    const text = wanted.text.toLowerCase();
-    const counts = { bad: 0, running: 0, all: 0, unknown: 0 };
+    const { host, state: wanted } = jobFilter;
+    const text = jobFilter.text.toLowerCase(), counts = {};
+    const fits = STATE_FILTERS.find(([state]) => state === wanted)?.[2]
+      || ((job) => job.state === wanted);
     let shown = 0;
-    for (const row of this.rows.values()) {
-      const job = row.job, bad = BAD.has(job.state);
-      const near = (!wanted.host || job.host === wanted.host)
+    for (const { job, root } of this.rows.values()) {
+      const near = (!host || job.host === host)
         && (!text || searchable(job).includes(text));
-      if (near) {
-        counts.all += 1;
-        if (bad) counts.bad += 1;
-        if (job.running?.length || job.started) counts.running += 1;
-        if (job.state === "unknown") counts.unknown += 1;
+      for (const [state, , is] of STATE_FILTERS) {
+        counts[state] = (counts[state] || 0) + (near && is(job) ? 1 : 0);
       }
-      const fits = near && (!wanted.state || (wanted.state === "bad" ? bad
-        : wanted.state === "running" ? job.running?.length || job.started
-          : job.state === wanted.state));
-      row.root.hidden = !fits;
-      shown += fits ? 1 : 0;
+      root.hidden = !near || !fits(job);
+      shown += root.hidden ? 0 : 1;
     }
-    const filtering = text || wanted.host || wanted.state;
-    this.showGroups(filtering);
+    const isFiltered = Boolean(text || host || wanted);
+    this.showGroups(isFiltered);
     this.showChips(counts);
     this.showHosts();
-    this.showNone(shown, filtering, text);
+    this.showNone(isFiltered && !shown);
   }
 
-  // A host's name stands above the first of its groups that is shown.
-  showGroups(filtering) {
-    const of = new Map([...this.groups.values()].map((one) =>
-      [one.root, one]));
+  // A host's name is shown above the first of its groups that is shown.
+  showGroups(isFiltered) {
     let lastHost = "";
-    for (const node of this.body.children) {
-      const group = of.get(node);
-      const any = [...node.children].some((one) => one.row && !one.hidden);
-      node.hidden = Boolean(filtering) && !any;
-      if (node.hidden || !group.id) continue;
-      group.name.hidden = group.id === lastHost;
-      lastHost = group.id;
+    for (const root of this.body.children) {
+      root.hidden = isFiltered && ![...root.children].some((one) => one.row
+        && !one.hidden);
+      const { id, title } = root.group;
+      if (root.hidden || !id) continue;
+      title.hidden = id === lastHost;
+      lastHost = id;
     }
   }
 
   showChips(counts) {
-    const sign = JSON.stringify([counts, wanted.state]);
-    if (this.chipSign === sign) return;
-    this.chipSign = sign;
-    const focused = this.chips.contains(document.activeElement)
-      && document.activeElement.dataset.state;
-    this.chips.replaceChildren(...[["", "All", "all"], ["bad",
-      "Needs attention", "bad"], ["running", "Running", "running"],
-    ["unknown", "Unknown", "unknown"]].filter(([state, , name]) =>
-      counts[name] || !state || state === wanted.state).map(
-      ([state, word, name]) => button([word, el("b",
-        { text: counts[name] })], () => {
-        wanted.state = state;
-        this.filter();
-      }, { class: "btn chip", "data-state": state,
-        "aria-pressed": String(wanted.state === state) })));
-    if (focused !== false) $(`[data-state="${focused}"]`, this.chips)
-      ?.focus();
+    for (const chip of this.chips) {
+      const { state } = chip.dataset, isChosen = state === jobFilter.state;
+      chip.lastChild.textContent = counts[state] || 0;
+      chip.setAttribute("aria-pressed", String(isChosen));
+      chip.hidden = !counts[state] && state !== "" && !isChosen;
+    }
   }
 
   showHosts() {
     const hosts = [...state.hosts.values()].sort(byName);
-    const sign = hosts.map((host) => host.id + host.name).join();
-    if (this.hostSign === sign) return;
-    this.hostSign = sign;
-    this.host.replaceChildren(el("option", { value: "",
-      text: "All hosts" }), ...hosts.map((host) => el("option", {
-      value: host.id, text: host.name })));
-    this.host.value = wanted.host;
+    const seen = hosts.map((host) => host.id + host.name).join();
+    if (this.host.seen !== seen) {
+      this.host.seen = seen;
+      this.host.replaceChildren(...select({}, [["", "All hosts"],
+        ...hosts.map((host) => [host.id, host.name])]).children);
+    }
+    this.host.value = jobFilter.host;
     this.host.hidden = hosts.length < 2;
   }
 
-  showNone(shown, filtering, text) {
-    const nothing = !state.jobs.size && !state.checks.size
+  showNone(isNoneFit) {
+    const isEmpty = !state.jobs.size && !state.checks.size
       && !state.hosts.size;
-    this.body.hidden = nothing;
-    $(".toolbar", this.root).hidden = nothing;
-    this.none.replaceChildren(...[nothing ? noHosts() : !shown && filtering
+    this.body.hidden = this.bar.hidden = isEmpty;
+    const search = jobFilter.text && link(`#/search?q=${
+      encodeURIComponent(jobFilter.text)}`, "Search all outputs for it");
+    this.none.replaceChildren(isEmpty ? noHosts() : isNoneFit
       ? empty("No job fits the filter", el("p", {}, button("Clear filter",
-        () => this.clear()), " ", text && link(`#/search?q=${
-        encodeURIComponent(wanted.text)}`, "Search all outputs for it")))
-      : null].filter(isThere));
+        () => this.clear()), " ", search)) : "");
   }
 
   clear() {
-    Object.assign(wanted, { text: "", host: "", state: "" });
-    this.text.value = this.host.value = "";
+    Object.assign(jobFilter, { text: "", host: "", state: "" });
+    this.text.value = "";
     this.filter();
   }
 
-  // j and k: the focus goes from name to name.
+  // Moves the focus from name to name, for j and k.
   step(by) {
     const rows = [...this.body.querySelectorAll(".row:not([hidden])")];
-    const at = rows.indexOf(this.here);
+    const at = rows.indexOf(this.focused);
     const next = rows[Math.min(Math.max(at + by, 0), rows.length - 1)];
-    $(".c-name a", next || this.body)?.focus();
+    next?.row.link.focus();
     next?.scrollIntoView({ block: "nearest" });
   }
 
-  at(row) {
-    if (row === this.here || !row) return;
-    $(".bars", this.here || this.body)?.setAttribute("tabindex", -1);
-    this.here = row;
-    $(".bars", row)?.setAttribute("tabindex", 0);
+  // Only the history of the focused row is reached by Tab.
+  setFocused(row) {
+    if (row === this.focused || !row) return;
+    this.letTabReach(this.focused || this.body, -1);
+    this.focused = row;
+    this.letTabReach(row, 0);
   }
 
-  runHere() {
-    const job = this.here?.row.job;
-    if (job && job.command !== undefined && canRun(job)) {
-      go(`job/${job.id}/run`);
-    } else {
-      showToast("This job runs by its schedule; r runs those that are "
-        + "@manual.");
+  letTabReach(row, tabindex) {
+    $(".bars", row)?.setAttribute("tabindex", tabindex);
+  }
+
+  runFocused() {
+    const job = this.focused?.row.job;
+    if (job && !isCheck(job) && canRun(job)) return go(`job/${job.id}/run`);
+    showToast("This job runs by its schedule; r runs those that are "
+      + "@manual.");
+  }
+}
+
+// Returns groups {key, id, section, items} in the order of the list: what
+// needs attention, the sections of each host, the checks.
+function groupedJobs() {
+  const jobs = [...state.jobs.values()], checks = [...state.checks.values()];
+  const urgent = [...jobs, ...checks].filter(needsAttention).sort(worstFirst);
+  const groups = urgent.length ? [{ key: "!", items: urgent }] : [];
+  const ofHosts = new Map([...state.hosts.keys()].map((id) => [id, []]));
+  for (const job of jobs) {
+    if (!ofHosts.has(job.host)) ofHosts.set(job.host, []);
+    ofHosts.get(job.host).push(job);
+  }
+  const ids = [...ofHosts.keys()].map((id) => ({ id, name: hostName(id) }))
+    .sort(byName);
+  for (const { id } of ids) {
+    const own = ofHosts.get(id), sections = new Map(own.length ? []
+      : [["", []]]);
+    for (const job of own.filter((one) => !needsAttention(one))) {
+      if (!sections.has(job.section)) sections.set(job.section, []);
+      sections.get(job.section).push(job);
+    }
+    for (const [name, items] of [...sections].sort(([a], [b]) =>
+      (a !== "") - (b !== ""))) {
+      groups.push({ key: `${id}\n${name}`, id, section: name, items });
     }
   }
+  if (jobs.length + checks.length) {
+    groups.push({ key: "checks", items: checks.filter((one) =>
+      !needsAttention(one)) });
+  }
+  return groups;
 }
 
 const byName = (a, b) => a.name < b.name ? -1 : a.name > b.name ? 1 : 0;
@@ -15895,58 +15890,48 @@ const searchable = (job) => [job.label, job.name, job.section, job.command,
   .join(" ").toLowerCase();
 
 function worstFirst(a, b) {
-  const rank = STATES[a.state][1] - STATES[b.state][1];
-  return rank || (b.failing?.since || b.last_ping || 0)
-    - (a.failing?.since || a.last_ping || 0);
+  const since = (one) => one.failing?.since || one.last_ping || 0;
+  return STATES[a.state][1] - STATES[b.state][1] || since(b) - since(a);
 }
 
-function setNext(parent, before, node) {
-  const next = before ? before.nextSibling : parent.firstChild;
-  if (next !== node) parent.insertBefore(node, next);
+// Makes `nodes` the children of `parent`; a node moves only if it must.
+function arrange(parent, nodes) {
+  nodes.forEach((node, at) => {
+    if (parent.children[at] !== node) {
+      parent.insertBefore(node, parent.children[at]);
+    }
+  });
+  while (parent.children.length > nodes.length) parent.lastChild.remove();
 }
 
-function drop(map, kept) {
-  for (const [key, thing] of map) {
-    if (kept.has(key)) continue;
-    thing.root.remove();
-    map.delete(key);
-  }
-}
-
-function hostHeading(host, id) {
-  if (!host) return el("h2", { text: hostName(id) });
-  const state = host.state === "up" ? null : el("span", {
-    class: "hoststate" }, icon("unknown"), hostStateWords(host));
-  return el("h2", {}, host.name, state);
+function hostHeading(id) {
+  const host = state.hosts.get(id);
+  return el("h2", {}, hostName(id), host && host.state !== "up"
+    && el("span", { class: "hoststate" }, icon("unknown"),
+      hostStateWords(host)));
 }
 
 function hostStateWords(host) {
   if (host.state === "left") return "has left the dashboard";
   if (host.state === "twin") return "two daemons use this host\u2019s "
     + "identity";
-  if (host.state === "left") return "left this dashboard";
   if (host.state === "new" || !host.seen) return "has not called yet";
-  return host.state === "silent" ? ["silent, last heard ",
-    timeOf(host.seen, host)] : ["heard ", timeOf(host.seen, host)];
+  return [host.state === "silent" ? "silent, last heard " : "heard ",
+    timeNode(host.seen, host)];
 }
 
-function checksHeading() {
-  return [el("h2", {}, "Checks", muted("what pings in from elsewhere")),
-    isOperator() && link("#/check/new", "New check", { class: "btn" })];
-}
+const checksHeading = () => [el("h2", {}, "Checks",
+  muted("what pings in from elsewhere")), isOperator()
+  && linkButton("#/check/new", "New check")];
 
-function noHosts() {
-  return empty("No host has joined this dashboard yet",
-    el("p", {}, "On a machine with koi, type:"), joinCommands(),
-    el("p", { class: "muted" }, "Its jobs show here within a second."),
-    isOperator() && el("p", {}, "Or let something that is not koi\u2019s "
-      + "report by a URL: ", link("#/check/new", "New check")));
-}
+const noHosts = () => empty("No host has joined this dashboard yet",
+  el("p", {}, "On a machine with koi, type:"), joinCommands(),
+  mutedLine("Its jobs show here within a second."),
+  isOperator() && el("p", {}, "Or let something that is not koi\u2019s "
+    + "report by a URL: ", link("#/check/new", "New check")));
 
-function joinCommands() {
-  return [snippet(`koitab -d join ${origin()}/#${state.dash.id}`),
-    snippet("koitab status")];
-}
+const joinCommands = () => [snippet(`koitab -d join ${origin()}/#${
+  state.dash.id}`), snippet("koitab status")];
 
 // --- output: from bytes to lines, as a terminal would show them ------------
 
@@ -16466,11 +16451,12 @@ class OutputViewer {
     const { number, at } = line, text = el("span", { class: "text" });
     paint(text, line);
     const time = shifted((this.run.started || 0) + at / 1000, this.host);
-    return el("div", { class: ["line", line.err && "has-err", line.note
-      && "ours", this.isMatch(line) && "hit"].filter(Boolean).join(" ") },
-    el("a", { class: "no", tabindex: -1, "data-n": number || null,
+    const kinds = ["line", line.err && "has-err", line.note && "koi-note",
+      this.isMatch(line) && "match"];
+    return el("div", { class: kinds.filter(Boolean).join(" ") }, el("a", {
+      class: "number", tabindex: -1, "data-n": number || null,
       href: number ? `#/run/${this.run.id}/L${number}` : null }),
-    el("span", { class: "at", ...at !== null && {
+    el("span", { class: "time", ...at !== null && {
       "data-since": sinceStart(at), "data-clock": clockSeconds(time) } }),
     text);
   }
@@ -16558,7 +16544,7 @@ class OutputViewer {
     });
     for (const { drawn, root, lines } of this.blocks) {
       if (drawn) lines.forEach((line, at) => root.children[at].classList
-        .toggle("hit", this.isMatch(line)));
+        .toggle("match", this.isMatch(line)));
     }
     if (!this.query) $(".here", this.sheet)?.classList.remove("here");
     for (const step of this.steps) step.hidden = !this.matches.length;
@@ -16623,25 +16609,26 @@ class OutputViewer {
 // Returns a time since the run's start: +0.03, +1:02.5, +2:00:00.
 function sinceStart(ms) {
   const s = ms / 1000, minutes = Math.floor(s / 60);
-  const seconds = two(Math.floor(s % 60));
+  const seconds = twoDigits(Math.floor(s % 60));
   return s < 60 ? `+${s.toFixed(2)}` : s < 3600
     ? `+${minutes}:${seconds}.${Math.floor(ms % 1000 / 100)}`
-    : `+${Math.floor(s / 3600)}:${two(minutes % 60)}:${seconds}`;
+    : `+${Math.floor(s / 3600)}:${twoDigits(minutes % 60)}:${seconds}`;
 }
 
-// --- run: one run, in a sentence, facts and output ------------------------
+// --- run: one run, in a sentence, facts and output -------------------------
 
 const SIGNALS = { 1: "HUP", 2: "INT", 3: "QUIT", 6: "ABRT", 9: "KILL",
   11: "SEGV", 13: "PIPE", 14: "ALRM", 15: "TERM" };
-const isLive = (run) => run.state === "running" || run.state === "queued";
 const failedRun = (run) => ["interrupted", "unstartable", "missed"]
   .includes(run.state) || run.state === "done" && run.exit !== 0;
 
 function sentence(run) {
-  const time = lasting(took(run)), why = run.reason ? `: ${run.reason}` : "";
+  const time = formatDuration(durationOf(run));
+  const why = run.reason ? `: ${run.reason}` : "";
   switch (run.state) {
     case "queued": return "Waits for its turn";
-    case "running": return `Running for ${about(took(run) || 0)}`;
+    case "running": return `Running for ${
+      roughDuration(durationOf(run) || 0)}`;
     case "missed": return `Missed: it was due and did not start${why}`;
     case "skipped": return `Skipped${why}`;
     case "interrupted": return `Interrupted${why || ": nobody saw its end"}`;
@@ -16660,44 +16647,46 @@ function nothingWords(run) {
   if (!run.started) return "It did not start, so there is no output.";
   if (run.have < run.size) return "Its output has not arrived here yet.";
   return run.state === "done" && run.exit === 0
-    ? `Finished in ${lasting(took(run))} and printed nothing.`
+    ? `Finished in ${formatDuration(durationOf(run))} and printed nothing.`
     : `${sentence(run)}, and printed nothing.`;
 }
 
-const runState = (run) => isLive(run) ? run.state === "queued" ? "new"
-  : "running" : run.state === "missed" ? "missed" : run.state === "skipped"
-  ? "skipped" : failedRun(run) ? "failed" : "ok";
+// Returns the state whose mark a run has.
+function runState(run) {
+  if (run.state === "queued") return "new";
+  if (["running", "missed", "skipped"].includes(run.state)) return run.state;
+  return failedRun(run) ? "failed" : "ok";
+}
 
-// The seed's form: o'brien is shown as 'o'\''brien'.
+// Returns a value as the shell gets it: o'brien is shown as 'o'\''brien'.
 const quoted = (value) => `'${value.replaceAll("'", "'\\''")}'`;
 const DOTS = "\u2022\u2022\u2022\u2022\u2022\u2022";
-const isHidden = (value) => value === "******";
+const isMasked = (value) => value === "******";
 
 function runView(place, root) {
-  const id = +place.parts[0], view = { title: `run ${id}` };
+  const id = +place.parts[0];
   let shown = null;
-  filled(root, () => get(`runs/${id}`), (answer) => {
+  showLoaded(root, () => get(`runs/${id}`), (answer) => {
     shown = new RunPage(answer, place, root);
     const job = answer.job || state.jobs.get(answer.run.job);
-    app.retitle(job ? job.label : `run ${id}`);
+    if (job) app.showTitle(job.label);
   });
-  view.update = (changes) => shown?.update(changes);
-  view.leave = () => shown?.output.leave();
-  view.moved = (next) => {
-    if (!shown || +next.parts[0] !== id) return false;
-    shown.moved(next);
-    return true;
-  };
-  view.keys = { f: () => shown?.output.setFollow(!shown.output.following),
-    w: () => shown?.output.setWrap(),
-    r: () => shown?.again(), "/": () => shown?.output.finder.focus(),
-    j: () => shown?.to(shown.older), k: () => shown?.to(shown.newer) };
-  return view;
+  return { title: `run ${id}`, update: (changes) => shown?.update(changes),
+    leave: () => shown?.output.leave(), moved(next) {
+      if (!shown || +next.parts[0] !== id) return false;
+      shown.moved(next);
+      return true;
+    }, shortcuts: {
+      f: () => shown?.output.setFollow(!shown.output.following),
+      w: () => shown?.output.setWrap(), r: () => shown?.again(),
+      "/": () => shown?.output.finder.focus(),
+      j: () => shown?.older && go(`run/${shown.older}`),
+      k: () => shown?.newer && go(`run/${shown.newer}`) } };
 }
 
 class RunPage {
   constructor({ run, job, good, older, newer }, place, root) {
-    Object.assign(this, { run, job, good, older, newer, root });
+    Object.assign(this, { run, job, good, older, newer });
     this.host = state.hosts.get(run.host);
     this.output = new OutputViewer(run, this.host, place);
     this.head = el("div", { class: "runhead" });
@@ -16710,49 +16699,49 @@ class RunPage {
     this.draw();
     this.output.load();
     if (place.query.has("diff")) this.compare();
-    if (matchMedia("(min-width: 1100px)").matches) this.runs();
+    if (matchMedia("(min-width: 1100px)").matches) this.listRuns();
   }
 
   moved(place) {
-    const [, line] = place.parts;
-    if (line) this.output.toLine(+line);
+    if (place.parts[1]) this.output.toLine(+place.parts[1]);
     if (place.query.has("diff")) this.compare();
   }
 
   update(changes) {
     const run = (changes.runs || []).find((one) => one.id === this.run.id);
     if (run || changes.all) {
-      Object.assign(this.run, run || {});
+      Object.assign(this.run, run);
       this.draw();
     }
-    const job = state.jobs.get(this.run.job);
-    if (job && this.list.firstChild && changes.jobs) this.runs();
+    if (changes.jobs && this.list.firstChild
+        && state.jobs.has(this.run.job)) this.listRuns();
   }
 
   draw() {
-    const { run, job } = this, state = runState(run);
-    const at = run.ended || run.started || run.due || run.asked;
+    const { run, job } = this, mark = runState(run);
     this.head.replaceChildren(el("p", { class: "crumbs" },
       link(`#/job/${run.job}`, job?.label || "a job"), muted(" on "),
       hostName(run.host)),
-    el("div", { class: "verdict" }, el("h1", { class: `s-${state}` },
-      icon(state), el("span", {}, sentence(run), run.ended
-        ? [", ", timeOf(at, this.host)] : "")), this.deeds()),
-    ...this.facts());
+    titleRow(el("h1", { class: `s-${mark}` }, icon(mark), el("span", {},
+      sentence(run), run.ended ? [", ", timeNode(run.ended, this.host)]
+        : "")), ...this.actions()), this.facts(),
+    factList(Object.entries(run.args).map(([name, value]) => [name,
+      isMasked(value) ? el("span", { title: "a secret", text: DOTS })
+        : code(visible(quoted(value)))]), "args"));
   }
 
-  deeds() {
-    const { run, job } = this, alive = job && state.jobs.get(job.id) || job;
-    return el("div", { class: "deeds" },
-      this.older && link(`#/run/${this.older}`, icon("left"), { class:
-        "btn quiet", "aria-label": "Older run", title: "Older run (j)" }),
-      this.newer && link(`#/run/${this.newer}`, icon("right"), { class:
-        "btn quiet", "aria-label": "Newer run", title: "Newer run (k)" }),
+  actions() {
+    const { run } = this, job = state.jobs.get(this.job?.id) || this.job;
+    const other = (id, name, words) => id && linkButton(`#/run/${id}`,
+      icon(name), { class: "btn quiet", "aria-label": words.slice(0, -4),
+        title: words });
+    return [other(this.older, "left", "Older run (j)"),
+      other(this.newer, "right", "Newer run (k)"),
       this.good && failedRun(run) && button("Diff with last good",
         () => this.compare()),
-      alive && canRun(alive) && link(`#/job/${alive.id}/run`, [icon("run"),
-        isLive(run) ? "Run" : "Run again"], { class: "btn" }),
-      run.state === "running" && isOperator() && this.killer());
+      job && canRun(job) && linkButton(`#/job/${job.id}/run`, [icon("run"),
+        isLive(run) ? "Run" : "Run again"]),
+      run.state === "running" && isOperator() && this.killButton()];
   }
 
   again() {
@@ -16760,102 +16749,72 @@ class RunPage {
     if (job && canRun(job)) go(`job/${job.id}/run`);
   }
 
-  to(id) {
-    if (id) go(`run/${id}`);
-  }
-
   facts() {
-    const { run } = this, host = this.host, args = Object.entries(run.args);
+    const { run, host } = this;
     const late = run.started && run.due ? run.started - run.due : 0;
-    const facts = [["Host", hostName(run.host)],
-      ["User", this.job?.user || ""],
+    return factList([["Host", hostName(run.host)], ["User", this.job?.user],
       ["Started by", TRIGGERS[run.trigger] || run.trigger],
-      run.due && ["Due", dateOf(run.due, host)],
-      run.started && ["Start", [dateOf(run.started, host), late >= 60
-        && el("span", { class: "late", text: ` ${about(late)} late` })]],
-      run.ended && run.started && ["Took", lasting(took(run))],
-      ["Number", `#${run.n}`],
-      run.attempt > 1 && ["Attempt", String(run.attempt)],
-      run.count > 1 && ["Counts for", plural(run.count, "start")],
-      run.bytes > 0 && ["Output", bytesWords(run.bytes)
-        + (run.cut ? ", cut" : "")]];
-    return [el("dl", { class: "facts" }, facts.filter(isThere).filter(
-      ([, value]) => value).map(([name, value]) => el("div", {},
-      el("dt", { text: name }), el("dd", {}, value)))),
-    args.length > 0 && el("dl", { class: "args" }, args.map(
-      ([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", {},
-        isHidden(value) ? el("span", { title: "a secret", text: DOTS })
-          : code(visible(quoted(value)))))))].filter(isThere);
+      ["Due", run.due && dateNode(run.due, host)],
+      ["Start", run.started && [dateNode(run.started, host), late >= 60
+        && el("span", { class: "late",
+          text: ` ${roughDuration(late)} late` })]],
+      ["Took", run.ended && formatDuration(durationOf(run))],
+      ["Number", `#${run.n}`], ["Attempt", run.attempt > 1 && run.attempt],
+      ["Counts for", run.count > 1 && plural(run.count, "start")],
+      ["Output", run.bytes > 0 && bytesWords(run.bytes)
+        + (run.cut ? ", cut" : "")]]);
   }
 
-  // --- the runs beside it
-
-  async runs(before = 0) {
-    const rest = before ? `&before=${before}` : "";
-    const answer = await withToast(() => get(
-      `jobs/${this.run.job}/runs?limit=50${rest}`));
+  // Lists the runs of the job beside this one.
+  async listRuns() {
+    const path = `jobs/${this.run.job}/runs?limit=50`;
+    const answer = await withToast(() => get(path));
     if (!answer) return;
-    const items = answer.runs.map((run) => this.item(run));
-    const more = answer.more && button("Older", () => {
-      this.list.lastChild.remove();
-      this.runs(answer.runs[answer.runs.length - 1].id);
-    });
-    if (before) $("ol", this.list).append(...items);
-    else {
-      this.list.replaceChildren(el("h2", { text: "Runs" }),
-        el("ol", {}, items));
-    }
-    if (more) this.list.append(more);
+    const list = el("ol");
+    const older = pageButton("Older", list, answer, "runs",
+      (run) => this.listItem(run), ({ id }) => `${path}&before=${id}`);
+    this.list.replaceChildren(el("h2", { text: "Runs" }), list, older);
   }
 
-  item(run) {
-    const state = runState(run), at = run.started || run.due || run.asked;
-    return el("li", {}, link(`#/run/${run.id}`, [el("span", {
-      class: `state s-${state}` }, icon(state)), el("span", {},
-      when(at, this.host)), muted(isLive(run) ? run.state
-      : endOfRun(run) === "exit 0" ? brief(took(run)) : endOfRun(run))],
-    run.id === this.run.id ? { "aria-current": "page" } : {}));
+  listItem(run) {
+    const end = endOfRun(run);
+    return el("li", {}, link(`#/run/${run.id}`, [stateMark(runState(run), ""),
+      el("span", {}, shortTime(timeOfRun(run), this.host)),
+      muted(end === "exit 0" ? shortDuration(durationOf(run)) : end)],
+    { "aria-current": run.id === this.run.id && "page" }));
   }
 
-  // --- kill, with the question first
-
-  killer() {
+  // The button that asks first, and then kills the run.
+  killButton() {
+    const host = hostName(this.run.host);
     return button("Kill\u2026", () => {
-      const sure = el("div", { class: "note ask", role: "alertdialog",
+      const question = el("div", { class: "note ask", role: "alertdialog",
         "aria-label": "Kill it?" }, el("span", {}, `End this run of ${
-        this.job?.label} on ${hostName(this.run.host)}? It gets SIGTERM, `
-        + "and SIGKILL some seconds later."),
-      button(`Kill it on ${hostName(this.run.host)}`, () => {
-        sure.remove();
-        this.kill();
-      }, { class: "btn danger" }), button("No", () => sure.remove()));
-      this.head.append(sure);
-      $("button", sure).focus();
+        this.job?.label} on ${host}? It gets SIGTERM, and SIGKILL some `
+        + "seconds later."), button(`Kill it on ${host}`, () => {
+        question.remove();
+        withToast(() => this.kill());
+      }, { class: "btn danger" }), button("No", () => question.remove()));
+      this.head.append(question);
+      $("button", question).focus();
     }, { class: "btn danger" });
   }
 
   async kill() {
-    await withToast(async () => {
-      const { run } = this, key = keyFor(run.host);
-      const body = JSON.stringify({ v: 1, do: "kill", key: keyId(key),
-        dash: session.dash, host: run.host, user: this.job.user, run: run.n,
-        epoch: run.epoch, ...lifetime() });
-      const sent = await post("requests", { host: run.host, body,
-        mac: runMac(key, body) });
-      showToast("Asked the host to end it\u2026");
-      const verdict = await verdictOn(sent.nonce, undefined, false);
-      showToast(verdict.state === "accepted" ? "The host ends it" : `${
-        verdictWords(verdict)}`, verdict.state === "accepted" ? "" : "bad");
-    });
+    const { run } = this;
+    const sent = await post("requests", signedRequest(run.host, "kill",
+      { user: this.job.user, run: run.n, epoch: run.epoch }));
+    showToast("Asked the host to end it\u2026");
+    const result = await resultOf(sent.nonce, undefined, false);
+    if (result.state === "accepted") showToast("The host ends it");
+    else showToast(resultWords(result), "bad");
   }
 
-  // --- difference from the last good run
-
+  // Shows or hides the difference from the last good run.
   async compare() {
     if (!this.good) return showToast("There is no good run to compare with.");
     if (this.compared.firstChild) return this.compared.replaceChildren();
-    this.compared.replaceChildren(el("p", { class: "muted",
-      text: "Comparing\u2026" }));
+    this.compared.replaceChildren(mutedLine("Comparing\u2026"));
     await withToast(async () => {
       const [old, young] = await Promise.all([this.good, this.run.id].map(
         linesToCompare));
@@ -16867,7 +16826,7 @@ class RunPage {
 
 // --- difference: lines that came and lines that went -----------------------
 
-const MOST_COMPARED = 4000, MOST_APART = 1500;
+const MOST_COMPARED = 4000, MOST_DIFFERENCES = 1500;
 
 // Returns the first lines of a run's output as texts.
 async function linesToCompare(id) {
@@ -16881,35 +16840,41 @@ async function linesToCompare(id) {
     cut: terminal.lines.length > MOST_COMPARED };
 }
 
-// Myers' O(ND): [" " both, "-" old alone, "+" new alone, line]; null if they
-// are too far apart. `same` tells whether two lines count as one.
+// Returns [sign, line] for each line (" " in both, "-" in the old one, "+" in
+// the new one), or null if too much differs. `same` tells whether two lines
+// count as equal. The algorithm is Myers' O(ND).
 function difference(a, b, same) {
-  const trace = [], most = Math.min(a.length + b.length, MOST_APART);
+  const trace = [];
+  const most = Math.min(a.length + b.length, MOST_DIFFERENCES);
   const reach = new Int32Array(2 * most + 3);
   for (let d = 0; d <= most; d += 1) {
     trace.push(reach.slice());
     for (let k = -d; k <= d; k += 2) {
       const at = k + most + 1;
-      let x = k === -d || k !== d && reach[at - 1] < reach[at + 1]
-        ? reach[at + 1] : reach[at - 1] + 1;
+      let x = isInsertion(reach, k, d, at) ? reach[at + 1]
+        : reach[at - 1] + 1;
       while (x < a.length && x - k < b.length && same(a[x], b[x - k])) {
         x += 1;
       }
       reach[at] = x;
       if (x >= a.length && x - k >= b.length) {
-        return steps(a, b, trace, d, most);
+        return editSteps(a, b, trace, most);
       }
     }
   }
   return null;
 }
 
-function steps(a, b, trace, last, most) {
+const isInsertion = (reach, k, d, at) => k === -d
+  || k !== d && reach[at - 1] < reach[at + 1];
+
+// Walks back from the end of both through what each step had reached.
+function editSteps(a, b, trace, most) {
   const found = [];
   let x = a.length, y = b.length;
-  for (let d = last; d > 0; d -= 1) {
+  for (let d = trace.length - 1; d > 0; d -= 1) {
     const reach = trace[d], k = x - y, at = k + most + 1;
-    const down = k === -d || k !== d && reach[at - 1] < reach[at + 1];
+    const down = isInsertion(reach, k, d, at);
     const oldX = reach[down ? at + 1 : at - 1];
     const oldY = oldX - (down ? k + 1 : k - 1);
     for (; x > oldX && y > oldY; x -= 1, y -= 1) found.push([" ", b[y - 1]]);
@@ -16921,46 +16886,43 @@ function steps(a, b, trace, last, most) {
   return found.reverse();
 }
 
-const digitless = (line) => line.replace(/\d+/g, "0");
+const withoutDigits = (line) => line.replace(/\d+/g, "0");
 
 function diffNode(old, young, good, close) {
   const list = el("div", { class: "difflines" });
-  const numbers = el("input", { type: "checkbox", checked: true,
-    onchange: () => fill() });
-  const told = el("span", { class: "muted" });
-  function fill() {
-    const keys = new Map(), key = (line) => {
-      if (!keys.has(line)) keys.set(line, digitless(line));
-      return keys.get(line);
-    };
-    const found = difference(old.lines, young.lines, numbers.checked
-      ? (a, b) => key(a) === key(b) : (a, b) => a === b);
+  const ignore = el("input", { type: "checkbox", checked: true,
+    onchange: () => show() });
+  const counts = muted();
+  function show() {
+    const key = ignore.checked ? withoutDigits : (line) => line;
+    const a = old.lines.map(key), b = young.lines.map(key);
+    const found = difference(a.map((_, at) => at), b.map((_, at) => at),
+      (x, y) => a[x] === b[y])?.map(([sign, at]) => [sign,
+      (sign === "-" ? old : young).lines[at]]);
+    const count = (sign) => found.filter(([one]) => one === sign).length;
     list.replaceChildren(...diffLines(found));
-    told.textContent = found ? counted(found) : "";
+    counts.textContent = found ? `${count("+")} new, ${count("-")} gone`
+      : "";
   }
-  fill();
+  show();
   return el("section", { class: "diff", "aria-label": "Difference" },
     el("div", { class: "bar" }, el("h2", {}, "Difference from the last good ",
-      link(`#/run/${good}`, "run")), told, el("span", { class: "grow" }),
-    el("label", { class: "check" }, numbers, "Ignore numbers"),
+      link(`#/run/${good}`, "run")), counts, el("span", { class: "grow" }),
+    el("label", { class: "check" }, ignore, "Ignore numbers"),
     button("Close", close)), (old.cut || young.cut) && el("p", {
       class: "note", text: `Only the first ${
         MOST_COMPARED.toLocaleString("en")} lines were compared.` }), list);
 }
 
-function counted(found) {
-  const count = (sign) => found.filter(([one]) => one === sign).length;
-  return `${count("+")} new, ${count("-")} gone`;
-}
-
-// What differs, with three lines around it; the rest is folded.
+// Returns elements for what differs, with three lines around it; the lines
+// between are folded.
 function diffLines(found) {
+  const note = (text) => [el("p", { class: "note", text })];
   if (!found) {
-    return [el("p", { class: "note", text: "These outputs have too little "
-      + "in common to be compared." })];
+    return note("These outputs have too little in common to be compared.");
   }
   if (found.every(([sign]) => sign === " ")) {
-    return [el("p", { class: "note", text: "Both printed the same." })];
+    return note("Both printed the same.");
   }
   const near = new Set();
   found.forEach(([sign], at) => {
@@ -16969,10 +16931,8 @@ function diffLines(found) {
   const nodes = [];
   let folded = 0;
   const fold = () => {
-    if (folded) {
-      nodes.push(el("div", { class: "fold",
-        text: plural(folded, "line") + " the same" }));
-    }
+    if (folded) nodes.push(el("div", { class: "fold",
+      text: plural(folded, "line") + " the same" }));
     folded = 0;
   };
   found.forEach(([sign, line], at) => {
@@ -16992,11 +16952,12 @@ function jobView(place, root) {
   if (!job) return lostView(place, root);
   const head = el("div"), list = el("div");
   root.append(head, list);
-  const draw = () => jobHead(head, state.jobs.get(id) || job);
+  const draw = () => head.replaceChildren(...jobHead(state.jobs.get(id)
+    || job));
   draw();
-  filled(list, () => get(`jobs/${id}/runs?limit=50`), (answer) =>
-    list.append(runTable(answer, job, id)));
-  return { title: job.label, keys: { r: () => canRun(job)
+  showLoaded(list, () => get(`jobs/${id}/runs?limit=50`), (answer) =>
+    list.append(runTable(answer, job)));
+  return { title: job.label, shortcuts: { r: () => canRun(job)
     && go(`job/${id}/run`) }, update: (changes) => {
     if (changes.all || (changes.jobs || []).some((one) => one.id === id)) {
       draw();
@@ -17004,72 +16965,55 @@ function jobView(place, root) {
   } };
 }
 
-function jobHead(head, job) {
-  const host = hostOf(job);
-  head.replaceChildren(el("p", { class: "crumbs" }, link("#/jobs", "Jobs"),
-    muted(" / "), hostName(job.host), job.section
-      && [muted(" / "), job.section]),
-  el("div", { class: "verdict" }, el("h1", {}, job.label),
-    el("div", { class: "deeds" }, canRun(job) && runLink(job),
-      link(`#/search?job=${job.id}`, "Search its output", { class: "btn" }),
-      isOperator() && BAD.has(job.state)
-        && snoozeButtons(`job:${job.id}`, job),
-      isOperator() && job.gone && button("Forget", () => withToast(
-        async () => {
-          await post("forget", { job: job.id });
-          go("jobs");
-        }, "Forgotten"), { class: "btn danger" }))),
+function jobHead(job) {
+  const host = hostOf(job), forget = async () => {
+    await post("forget", { job: job.id });
+    go("jobs");
+  };
+  return [crumbs(link("#/jobs", "Jobs"), hostName(job.host),
+    job.section || null),
+  titleRow(el("h1", {}, job.label), canRun(job) && runLink(job),
+    linkButton(`#/search?job=${job.id}`, "Search its output"),
+    isOperator() && BAD.has(job.state)
+      && snoozeButtons(`job:${job.id}`, job),
+    isOperator() && job.gone && button("Forget", () =>
+      withToast(forget, "Forgotten"), { class: "btn danger" })),
   el("pre", { class: "command", title: "the command" },
     code(visible(job.command))),
-  el("dl", { class: "facts" }, [["State", stateMark(job.state)],
+  factList([["State", stateMark(job.state)],
     ["Runs", [job.words, " ", code(job.when)]], ["User", job.user],
-    ["Next", job.next ? [timeOf(job.next, host), muted(" "), muted(dateOf(
+    ["Next", job.next ? [timeNode(job.next, host), muted(" "), muted(dateNode(
       job.next, host))] : nextWords(job)],
-    job.usual && ["Usually takes", `${lasting(job.usual[0])} to ${
-      lasting(job.usual[1])}`], job.confirm === "cli" && ["Runs by",
-      "koitab run alone (KOI_CONFIRM=cli)"]].filter(isThere).map(
-    ([name, value]) => el("div", {}, el("dt", { text: name }),
-      el("dd", {}, value)))),
+    ["Usually takes", job.usual && `${formatDuration(job.usual[0])} to ${
+      formatDuration(job.usual[1])}`],
+    ["Runs by", job.confirm === "cli"
+      && "koitab run alone (KOI_CONFIRM=cli)"]]),
   el("div", { class: "wide" }, job.strip.length > 0
-    && setAttributes(strip(job.strip, host), { tabindex: 0 })));
+    && setAttributes(historyBar(job.strip, host), { tabindex: 0 }))];
 }
 
-function runTable(answer, job, id) {
-  const host = hostOf(job), body = el("tbody");
-  const fill = (more) => body.append(...more.map((run) =>
-    el("tr", {}, el("td", {}, stateMark(runState(run))),
-      el("td", {}, link(`#/run/${run.id}`, dateOf(run.started || run.due
-        || run.asked, host))), el("td", { class: "num",
-        text: run.started ? lasting(took(run)) : "" }),
-      el("td", { text: isLive(run) ? "" : endOfRun(run) }),
-      el("td", { class: "muted", text: TRIGGERS[run.trigger]
-        || run.trigger }), el("td", { class: "says" },
-        visible(run.line || ""), argsWords(run.args)))));
-  fill(answer.runs);
-  const older = button("Older runs", async () => {
-    const next = await withToast(() => get(`jobs/${id}/runs?limit=100&before=${
-      answer.runs[answer.runs.length - 1].id}`));
-    if (!next) return;
-    answer = next;
-    fill(next.runs);
-    older.hidden = !next.more;
-  }, { hidden: !answer.more });
+function runTable(answer, job) {
+  const host = hostOf(job);
   if (!answer.runs.length) {
     return empty("It has not run yet", el("p", {}, job.manual
       ? "It runs when somebody asks for it." : job.words));
   }
-  return el("div", { class: "scroll" }, el("table", { class: "list runs" },
-    headRow("State", "Start", "Took", "End", "By", "Last line"), body),
-  older);
+  return pagedTable("Older runs", ["State", "Start", "Took", "End", "By",
+    "Last line"], answer, "runs", (run) => tableRow(stateMark(runState(run)),
+    link(`#/run/${run.id}`, dateNode(timeOfRun(run), host)),
+    el("td", { class: "num" }, run.started
+      && formatDuration(durationOf(run))),
+    isLive(run) ? "" : endOfRun(run),
+    el("td", { class: "muted" }, TRIGGERS[run.trigger] || run.trigger),
+    el("td", { class: "says" }, visible(run.line || ""),
+      argsWords(run.args))),
+  ({ id }) => `jobs/${job.id}/runs?limit=100&before=${id}`, "runs");
 }
-
-const headRow = (...names) => el("thead", {}, el("tr", {}, names.map(
-  (text) => el("th", { scope: "col", text }))));
 
 function argsWords(args) {
   const list = Object.entries(args || {});
   return list.length ? muted(" ", list.map(([name, value]) =>
-    `${name}=${isHidden(value) ? DOTS : visible(quoted(value))}`)
+    `${name}=${isMasked(value) ? DOTS : visible(quoted(value))}`)
     .join(" ")) : null;
 }
 
@@ -17080,13 +17024,17 @@ function keyFor(host) {
   return hostKey(session.keys.run, host);
 }
 
-// By this computer's clock: a dashboard that named the time could ask for a
-// request that is good next week.
-function lifetime() {
-  return { nonce: randomHex(16), iat: Date.now(), exp: Date.now() + 300000 };
+// Returns a request that a host carries out once, within five minutes. Its
+// times are of this computer's clock: a dashboard that named them could ask
+// for a request that is good next week.
+function signedRequest(host, action, fields, nonce = randomHex(16)) {
+  const key = keyFor(host), body = JSON.stringify({ v: 1, do: action,
+    key: keyId(key), dash: session.dash, host, ...fields, nonce,
+    iat: Date.now(), exp: Date.now() + 300000 });
+  return { host, body, mac: runMac(key, body) };
 }
 
-// The jobs that a host itself shows, with the texts that it signed.
+// Returns the jobs that a host itself shows, each with the text it signed.
 async function signedJobs(host) {
   const key = keyFor(host);
   let answer;
@@ -17094,22 +17042,22 @@ async function signedJobs(host) {
     answer = await get(`hosts/${host}/list`);
   } catch (error) {
     if (error.status !== 404) throw error;
-    throw new ApiError(404, WORDS.nolist);
+    throw new ApiError(404, WORDS.noList);
   }
   if (typeof answer.body !== "string" || !sameText(listMac(key, answer.body),
-    answer.mac)) throw new ApiError(0, WORDS.keys);
+    answer.mac)) throw new ApiError(0, WORDS.otherKeys);
   const list = JSON.parse(answer.body);
   if (list.v !== 1) {
     throw new ApiError(0,
       "This host speaks another version: reload the page.");
   }
   if (list.dash !== session.dash || list.host !== host
-      || list.key !== keyId(key)) throw new ApiError(0, WORDS.keys);
+      || list.key !== keyId(key)) throw new ApiError(0, WORDS.otherKeys);
   return list.jobs.map((text) => ({ ...JSON.parse(text), text,
     on: visible(list.name) }));
 }
 
-// Compared without a hint, by time, of how far they are the same.
+// Compares in a time that does not depend on how far two texts are equal.
 function sameText(a, b) {
   if (typeof b !== "string" || a.length !== b.length) return false;
   let different = 0;
@@ -17119,49 +17067,50 @@ function sameText(a, b) {
   return different === 0;
 }
 
+// Returns the request for a run of `job`, as `spec`, which its host signed,
+// describes it. `values` is a Map of the arguments.
 function runRequest(job, spec, values) {
-  const key = keyFor(job.host), life = lifetime(), args = {}, secrets = {};
+  const nonce = randomHex(16), args = {}, secrets = {};
   for (const { name, type } of spec.params) {
-    const into = type === "secret" ? secrets : args;
-    Object.defineProperty(into, name, { enumerable: true, value:
-      type === "secret" ? hex(encryptSecret(key, life.nonce, name,
-        utf8(values.get(name)))) : values.get(name) });
+    const isSecret = type === "secret", value = values.get(name);
+    // An argument may be called __proto__, so it is not simply assigned.
+    Object.defineProperty(isSecret ? secrets : args, name, {
+      enumerable: true, value: isSecret ? hex(encryptSecret(keyFor(job.host),
+        nonce, name, utf8(value))) : value });
   }
-  const body = JSON.stringify({ v: 1, do: "run", key: keyId(key),
-    dash: session.dash, host: job.host, user: spec.user, tag: spec.tag,
-    job: digest(spec.text), args, secrets, ...life });
-  return { host: job.host, body, mac: runMac(key, body) };
+  return signedRequest(job.host, "run", { user: spec.user, tag: spec.tag,
+    job: digest(spec.text), args, secrets }, nonce);
 }
 
-// A run that was accepted gets its number some moments later.
-async function verdictOn(nonce, told = () => {}, run = true) {
+// Returns what the host answered to a request, as soon as it has. A run that
+// was accepted gets its number some moments later (`isRun`: wait for it).
+async function resultOf(nonce, onWait = () => {}, isRun = true) {
   const until = Date.now() + 310000;
   for (;;) {
-    const verdict = await get(`requests/${nonce}`);
-    const early = run && verdict.state === "accepted" && !verdict.run
+    const result = await get(`requests/${nonce}`);
+    const early = isRun && result.state === "accepted" && !result.run
       && Date.now() < until - 300000;
-    if (verdict.state !== "waiting" && !early) return verdict;
+    if (result.state !== "waiting" && !early) return result;
     if (Date.now() > until) return { state: "expired" };
-    told(verdict);
+    onWait(result);
     await pause(500);
     if (!session.token) throw new DOMException("locked", "AbortError");
   }
 }
 
-function verdictWords({ state, reason }) {
-  if (state === "refused") return `The host refused: ${reason}`;
-  if (state === "expired") {
-    return "The host did not take it within 5 minutes; it is void now.";
-  }
-  return "The host accepted it.";
+function resultWords({ state: is, reason }) {
+  return is === "refused" ? `The host refused: ${reason}` : is === "expired"
+    ? "The host did not take it within 5 minutes; it is void now."
+    : "The host accepted it.";
 }
 
-// --- form: made from the arguments that the job declares --------------------
+// --- form: made from the arguments that the job declares -------------------
 
 const LONGEST_VALUE = 4096, LONGEST_TEXT = 65536;
 
-// The same as Param.refusal in koitab.py: why a value is none, or "".
-function refusalOfValue({ type, choices }, value) {
+// The same as Parameter.value_error in koitab.py: why a value is invalid, or
+// "".
+function valueError({ type, choices }, value) {
   if (type === "int") {
     return /^-?\d{1,18}$/.test(value) ? "" : "an int is 1 to 18 digits";
   }
@@ -17175,13 +17124,10 @@ function refusalOfValue({ type, choices }, value) {
   if (type === "date") {
     return isDate(value) ? "" : "a date is written 2026-03-29";
   }
-  if (/[\ud800-\udbff](?![\udc00-\udfff])/.test(value)
-      || /(?:[^\ud800-\udbff]|^)[\udc00-\udfff]/.test(value)) {
-    return "it is not UTF-8";
-  }
+  if (/\p{Surrogate}/u.test(value)) return "it is not UTF-8";
   const allowed = type === "text" ? "\n\t" : "\t";
-  if ([...value].some((letter) => !allowed.includes(letter)
-      && isUnsafe(letter.charCodeAt(0)))) {
+  if ([...value].some((char) => !allowed.includes(char)
+      && isUnsafe(char.charCodeAt(0)))) {
     return "it has a control character";
   }
   const most = type === "text" ? LONGEST_TEXT : LONGEST_VALUE;
@@ -17197,7 +17143,7 @@ const isUnsafe = (c) => c < 0x20 || c >= 0x7f && c <= 0x9f || c === 0x200e
 function isDate(text) {
   if (!/^\d{4}-\d{2}-\d{2}$/.test(text) || text < "0001") return false;
   const date = new Date(`${text}T00:00:00Z`);
-  return !Number.isNaN(+date) && date.toISOString().slice(0, 10) === text;
+  return !Number.isNaN(+date) && isoDay(date) === text;
 }
 
 function formView(place, root) {
@@ -17205,206 +17151,190 @@ function formView(place, root) {
   if (!job) return lostView(place, root);
   root.classList.add("narrow");
   const title = el("h1", { text: "Run" });
-  root.append(el("p", { class: "crumbs" }, link("#/jobs", "Jobs"),
-    muted(" / "), link(`#/job/${id}`, "the job")), title);
-  filled(root, async () => {
-    if (!isOperator()) throw new ApiError(0, WORDS.viewer);
-    const [specs, runs] = await Promise.all([signedJobs(job.host),
-      get(`jobs/${id}/runs?limit=20`)]);
-    const spec = specs.find((one) => one.tag === job.tag
-      && one.user === job.user);
-    if (!spec) {
-      throw new ApiError(0, "The host\u2019s own list has no such job.",
-        "Its tab has changed: reload the page.");
-    }
-    if (spec.when !== "@manual" || spec.confirm === "cli") {
-      throw new ApiError(0, "This job cannot be run from here.",
-        spec.confirm === "cli" ? `On the host: koitab run "${spec.label}"`
-          : "It runs by its schedule.");
-    }
-    return { spec, runs: runs.runs };
-  }, ({ spec, runs }) => {
+  root.append(crumbs(link("#/jobs", "Jobs"), link(`#/job/${id}`, "the job")),
+    title);
+  showLoaded(root, () => formData(job), ({ spec, runs }) => {
     // What the host signed is shown, and not what the dashboard says of it.
     title.textContent = `Run ${visible(spec.label)}`;
-    const form = new RunForm(job, spec, runs);
-    root.append(form.root);
-    form.focus();
+    const runForm = new RunForm(job, spec, runs);
+    root.append(runForm.root);
+    (runForm.fields[0]?.input || runForm.send).focus();
   });
   return { title: `Run ${job.label}` };
+}
+
+// Returns the job as its host signed it, and its last runs. Throws ApiError
+// where it cannot be run from here.
+async function formData(job) {
+  const [specs, { runs }] = await Promise.all([signedJobs(job.host),
+    get(`jobs/${job.id}/runs?limit=20`)]);
+  const spec = specs.find((one) => one.tag === job.tag
+    && one.user === job.user);
+  if (!spec) {
+    throw new ApiError(0, "The host\u2019s own list has no such job.",
+      "Its tab has changed: reload the page.");
+  }
+  if (spec.when !== "@manual" || spec.confirm === "cli") {
+    throw new ApiError(0, "This job cannot be run from here.",
+      spec.confirm === "cli" ? `On the host: koitab run "${spec.label}"`
+        : "It runs by its schedule.");
+  }
+  return { spec, runs };
 }
 
 class RunForm {
   constructor(job, spec, runs) {
     Object.assign(this, { job, spec });
-    this.fields = spec.params.map((param, at) => new Field(param, at,
+    this.fields = spec.params.map((param, at) => new ArgumentField(param, at,
       () => this.changed()));
     this.preview = el("code");
-    this.said = el("div", { class: "said", role: "status" });
-    this.send = el("button", { class: "btn primary", type: "submit" },
-      icon("run"), spec.confirm === "yes" ? "Run\u2026" : `Run on ${
-        spec.on}`);
-    this.sure = el("div", { class: "note ask", hidden: true });
-    this.root = el("form", { class: "runform", novalidate: true,
-      onsubmit: (event) => { event.preventDefault(); this.submit(); } },
-    el("p", { class: "muted" }, `Runs on ${spec.on} as `,
-      el("b", { text: spec.user }), "."), this.lastUsed(runs),
-    this.fields.map((field) => field.root),
+    this.status = el("div", { class: "status", role: "status" });
+    this.send = submitButton([icon("run"), spec.confirm === "yes"
+      ? "Run\u2026" : `Run on ${spec.on}`]);
+    this.question = el("div", { class: "note ask", hidden: true });
+    this.root = form({ class: "runform", novalidate: true }, () =>
+      this.submit(),
+    mutedLine(`Runs on ${spec.on} as `, el("b", { text: spec.user }), "."),
+    this.earlierValues(runs), this.fields.map((one) => one.root),
     el("div", { class: "previewed" }, el("h2", { class: "label",
       text: "What will run" }), el("pre", { class: "command" },
-      this.preview)), el("div", { class: "deeds" }, this.send,
-      link(`#/job/${job.id}`, "Cancel", { class: "btn quiet" })),
-    this.sure, this.said);
+      this.preview)), el("div", { class: "actions" }, this.send,
+      linkButton(`#/job/${job.id}`, "Cancel", { class: "btn quiet" })),
+    this.question, this.status);
     this.changed();
   }
 
-  focus() {
-    (this.fields[0]?.input || this.send).focus();
-  }
-
-  // Values of earlier runs: each set once, secrets left out.
-  lastUsed(runs) {
+  // The choice of values of earlier runs: each set once, secrets left out.
+  earlierValues(runs) {
     const sets = new Map(), names = this.spec.params.map((one) => one.name);
     for (const run of runs) {
       const values = names.filter((name) => Object.hasOwn(run.args, name)
-        && !isHidden(run.args[name]));
-      const key = JSON.stringify(values.map((name) => [name,
-        run.args[name]]));
+        && !isMasked(run.args[name])).map((name) => [name, run.args[name]]);
+      const key = JSON.stringify(values);
       if (values.length && !sets.has(key)) sets.set(key, run);
     }
     if (!sets.size) return null;
     const list = [...sets.values()];
-    const select = el("select", { id: "used", onchange: () => this.fill(
-      select.value === "" ? null : list[+select.value].args) },
-    el("option", { value: "", text: "the defaults" }),
-    list.slice(0, 10).map((run, at) => el("option", { value: String(at),
-      text: `${when(run.asked || run.started, hostOf(this.job))}: ${
-        valuesWords(run.args)}` })));
-    return el("div", { class: "field" }, el("label", { for: "used",
-      text: "Fill in" }), select);
-  }
-
-  fill(args) {
-    for (const field of this.fields) field.fill(args);
-    this.changed();
+    const input = select({ id: "used", onchange: () => {
+      const args = input.value && list[+input.value].args;
+      for (const one of this.fields) one.fill(args);
+      this.changed();
+    } }, [["", "the defaults"], ...list.slice(0, 10).map((run, at) => [
+      String(at), `${shortTime(run.asked || run.started, hostOf(this.job))}: ${
+        valuesWords(run.args)}`])]);
+    return field("Fill in", input);
   }
 
   changed() {
-    this.sure.hidden = true;
+    this.question.hidden = true;
     this.preview.replaceChildren(...commandParts(this.spec, this.fields));
   }
 
   submit() {
-    const bad = this.fields.filter((field) => field.judge());
+    const bad = this.fields.filter((one) => one.validate());
     if (bad.length) return bad[0].input.focus();
-    if (this.spec.confirm === "yes" && this.sure.hidden) {
-      return this.question();
+    if (this.spec.confirm === "yes" && this.question.hidden) {
+      return this.ask();
     }
-    this.sure.hidden = true;
-    withToast(() => this.carryOut());
+    this.question.hidden = true;
+    withToast(() => this.run());
   }
 
-  question() {
-    const words = `Run ${visible(this.spec.label)} on ${this.spec.on}`;
-    this.sure.replaceChildren(el("span", { text: "This job asks to be sure: "
-      + "it starts at once." }), el("button", { class: "btn primary",
-      type: "submit", text: words }), button("No", () => {
-      this.sure.hidden = true;
+  ask() {
+    this.question.replaceChildren(el("span", { text: "This job asks to be "
+      + "sure: it starts at once." }), submitButton(`Run ${
+      visible(this.spec.label)} on ${this.spec.on}`), button("No", () => {
+      this.question.hidden = true;
       this.send.focus();
     }));
-    this.sure.hidden = false;
-    $("button", this.sure).focus();
+    this.question.hidden = false;
+    $("button", this.question).focus();
   }
 
-  async carryOut() {
-    const values = new Map(this.fields.map((field) => [field.param.name,
-      field.value()]));
+  // Signs and sends the request, and goes to the run that it started.
+  async run() {
+    const values = new Map(this.fields.map((one) => [one.param.name,
+      one.value()]));
     this.send.disabled = true;
-    this.told("wait", "Signed. Waiting for the host to take it\u2026");
+    this.showStatus("wait", "Signed. Waiting for the host to take it\u2026");
     try {
       const sent = await post("requests", runRequest(this.job, this.spec,
         values));
-      const verdict = await verdictOn(sent.nonce, ({ state }) =>
-        state === "accepted" && this.told("wait", "Accepted\u2026"));
-      const ok = verdict.state === "accepted";
-      this.told(ok ? "ok" : "bad", verdictWords(verdict));
-      if (ok && verdict.run && this.root.isConnected) {
-        go(`run/${verdict.run}`);
-      }
+      const result = await resultOf(sent.nonce, ({ state: is }) =>
+        is === "accepted" && this.showStatus("wait", "Accepted\u2026"));
+      const ok = result.state === "accepted";
+      this.showStatus(ok ? "ok" : "bad", resultWords(result));
+      if (ok && result.run && this.root.isConnected) go(`run/${result.run}`);
     } catch (error) {
-      this.told("bad", error.message);
+      this.showStatus("bad", error.message);
       throw error;
     } finally {
       this.send.disabled = false;
     }
   }
 
-  told(kind, text) {
-    this.said.className = `said note ${kind}`;
-    this.said.textContent = text;
+  showStatus(kind, text) {
+    this.status.className = `status note ${kind}`;
+    this.status.textContent = text;
   }
 }
 
 const valuesWords = (args) => Object.entries(args).filter(([, value]) =>
-  !isHidden(value)).map(([name, value]) => `${name} ${visible(value).slice(
+  !isMasked(value)).map(([name, value]) => `${name} ${visible(value).slice(
   0, 40)}`).join(", ");
 
-const HELP = { string: "", int: "A whole number.", bool: "", choice: "",
-  text: "May have several lines.", date: "", secret: "Goes to the host "
-    + "veiled: the dashboard does not learn it, and nothing keeps it." };
+const TYPE_HELP = { int: "A whole number.", text: "May have several lines.",
+  secret: "Goes to the host veiled: the dashboard does not learn it, and "
+    + "nothing keeps it." };
 
-class Field {
+// The field of one argument, by its type.
+class ArgumentField {
   constructor(param, at, changed) {
     this.param = param;
-    const id = `arg${at}`, help = this.helpWords();
+    const { type, default: usual } = param, id = `arg${at}`;
+    const hasDefault = isThere(usual) && usual !== ""
+      && !["bool", "secret", "text"].includes(type);
+    const help = [TYPE_HELP[type], hasDefault && `Default: ${visible(usual)}`]
+      .filter(Boolean).join(" ");
     this.error = el("span", { class: "error", id: `${id}-error` });
-    this.input = this.make(id, () => {
-      if (this.input.getAttribute("aria-invalid")) this.judge();
-      changed();
-    });
-    this.input.setAttribute("aria-describedby", `${id}-error ${id}-help`);
+    this.input = this.makeInput({ id, name: id, autocomplete: "off",
+      "aria-describedby": `${id}-error ${id}-help`, oninput: () => {
+        if (this.input.getAttribute("aria-invalid")) this.validate();
+        changed();
+      } });
     const label = el("label", { for: id, text: visible(param.name) });
-    this.root = el("div", { class: `field is-${param.type}` },
-      param.type === "bool" ? el("div", { class: "check" }, this.input,
-        label) : [label, this.input],
+    this.root = el("div", { class: `field is-${type}` },
+      type === "bool" ? el("div", { class: "check" }, this.input, label)
+        : [label, this.input],
       el("span", { class: "muted", id: `${id}-help`, text: help }),
       this.error);
     this.fill(null);
   }
 
-  helpWords() {
-    const { type, default: usual } = this.param;
-    const said = isThere(usual) && usual !== "" && !["bool", "secret",
-      "text"].includes(type) ? `Default: ${visible(usual)}` : "";
-    return [HELP[type], said].filter(Boolean).join(" ");
-  }
-
-  make(id, oninput) {
-    const { type, choices } = this.param, facts = { id, oninput,
-      name: id, autocomplete: "off" };
+  makeInput(facts) {
+    const { type, choices, default: usual } = this.param;
     if (type === "bool") return el("input", { ...facts, type: "checkbox" });
     if (type === "text") {
       return el("textarea", { ...facts, rows: 4, spellcheck: "false" });
     }
     if (type === "choice") {
-      return el("select", { ...facts, onchange: oninput },
-        !isThere(this.param.default) && el("option", { value: "",
-          text: "choose\u2026" }), choices.map((text) => el("option",
-          { value: text, text })));
+      return select(facts, [...isThere(usual) ? [] : [["", "choose\u2026"]],
+        ...choices.map((text) => [text])]);
     }
-    const kind = { int: "text", date: "date", secret: "password" }[type];
+    const kind = { date: "date", secret: "password" }[type];
     return el("input", { ...facts, type: kind || "text",
       inputmode: type === "int" ? "numeric" : null, spellcheck: "false",
       autocomplete: type === "secret" ? "new-password" : "off" });
   }
 
+  // Puts in the value of earlier arguments, or the default.
   fill(args) {
     const { name, type, default: usual } = this.param;
-    const given = args && Object.hasOwn(args, name) && !isHidden(args[name])
+    const given = args && Object.hasOwn(args, name) && !isMasked(args[name])
       ? args[name] : usual ?? "";
     if (type === "bool") this.input.checked = given === "true";
     else this.input.value = given;
-    this.error.textContent = "";
-    this.input.removeAttribute("aria-invalid");
+    this.showError("");
   }
 
   value() {
@@ -17412,30 +17342,33 @@ class Field {
     return this.input.value;
   }
 
-  // Says what is wrong beside the field; true if something is.
-  judge() {
-    const why = this.param.type !== "string" && this.param.type !== "text"
-      && !this.value() && this.param.type !== "secret" ? "a value is needed"
-      : refusalOfValue(this.param, this.value());
-    this.error.textContent = why;
-    if (why) this.input.setAttribute("aria-invalid", "true");
-    else this.input.removeAttribute("aria-invalid");
+  // Shows beside the field what is wrong with its value, and returns it.
+  validate() {
+    const mayBeEmpty = ["string", "text", "secret"].includes(this.param.type);
+    const why = !mayBeEmpty && !this.value() ? "a value is needed"
+      : valueError(this.param, this.value());
+    this.showError(why);
     return why;
+  }
+
+  showError(text) {
+    this.error.textContent = text;
+    if (text) this.input.setAttribute("aria-invalid", "true");
+    else this.input.removeAttribute("aria-invalid");
   }
 }
 
-// The command with the values in it, as the host will show it.
+// Returns the command with the values in it, as the host will show it.
 function commandParts(spec, fields) {
-  const values = new Map(fields.map((field) => [field.param.name, field]));
-  const parts = [], pattern = /\{\{(.*?)\}\}/g;
+  const parts = [];
   let from = 0;
-  for (const match of spec.command.matchAll(pattern)) {
-    const field = values.get(match[1].replaceAll("\\%", "%").split(",")[0]
-      .trim());
-    if (!field) continue;
-    parts.push(visible(spec.command.slice(from, match.index)),
-      el("mark", { text: field.param.type === "secret" ? field.value()
-        ? DOTS : "''" : shownValue(field.value()) }));
+  for (const match of spec.command.matchAll(/\{\{(.*?)\}\}/g)) {
+    const name = match[1].replaceAll("\\%", "%").split(",")[0].trim();
+    const found = fields.find((one) => one.param.name === name);
+    if (!found) continue;
+    parts.push(visible(spec.command.slice(from, match.index)), el("mark", {
+      text: found.param.type !== "secret" ? shownValue(found.value())
+        : found.value() ? DOTS : "''" }));
     from = match.index + match[0].length;
   }
   return [...parts, visible(spec.command.slice(from))];
@@ -17443,23 +17376,24 @@ function commandParts(spec, fields) {
 
 const shownValue = (value) => visibleLines(quoted(value));
 
-// --- day: one day across hosts ----------------------------------------------
+// --- day: one day across hosts ---------------------------------------------
 
 function dayView(place, root) {
-  const asked = place.parts[0], hours = +(place.query.get("h") || 24);
-  const from = asked ? dayStart(asked) : hours === 6
-    ? Math.floor(now() / 3600) * 3600 - 4 * 3600
-    : dayStart(isoDay(shifted(now())));
-  const start = asked && hours === 6 ? from + 3600 * +(place.query.get("at")
-    || 0) : from;
-  const day = new Day(start, start + hours * 3600, hours, root);
-  return { title: "Day", leave: () => day.leave(), keys: {
+  const [date] = place.parts, hours = +(place.query.get("h") || 24);
+  let from = dayStart(date || isoDay(shifted(now())));
+  if (hours === 6) {
+    from = date ? from + 3600 * +(place.query.get("at") || 0)
+      : Math.floor(now() / 3600) * 3600 - 4 * 3600;
+  }
+  const day = new Day(from, from + hours * 3600, hours, root);
+  return { title: "Day", leave: () => day.leave(), shortcuts: {
     j: () => day.move(1), k: () => day.move(-1) },
-  update: (changes) => (changes.runs || changes.all) && day.again() };
+  update: (changes) => (changes.runs || changes.all) && day.reloadSoon() };
 }
 
-function dayStart(text) {
-  const noon = Date.parse(`${text}T12:00:00Z`) / 1000;
+// Returns when a date begins in the shown zone; of today if it is no date.
+function dayStart(date) {
+  const noon = Date.parse(`${date}T12:00:00Z`) / 1000;
   if (Number.isNaN(noon)) return dayStart(isoDay(shifted(now())));
   const first = noon - 43200 - shiftOf(noon);
   return noon - 43200 - shiftOf(first);
@@ -17474,31 +17408,30 @@ class Day {
     root.append(this.bar(), this.grid, this.table);
     this.resized = () => this.grid.clientWidth !== this.width && this.draw();
     addEventListener("resize", this.resized);
-    filled(this.grid, () => this.fetch(), (answer) => this.show(answer));
+    showLoaded(this.grid, () => this.load(), (rows) => this.show(rows));
     this.timer = setInterval(() => this.draw(), 60000);
   }
 
   bar() {
-    const d = shifted(this.from), zoom = (hours) => link(this.path(this.from,
-      hours), `${hours} h`, { class: "btn toggle",
-      "aria-pressed": String(this.hours === hours) });
-    const today = isoDay(d) === isoDay(shifted(now()));
-    return el("div", { class: "verdict" }, el("h1", {}, today ? "Today, "
-      : "", `${WEEKDAYS[d.getUTCDay()]} ${d.getUTCDate()} ${
-      MONTHS[d.getUTCMonth()]}`, this.hours === 6 ? muted(` ${clock(d)} to ${
-      clock(shifted(this.to))}`) : ""),
-    el("div", { class: "deeds" }, button(icon("left"), () => this.move(-1),
+    const d = shifted(this.from), isToday = isoDay(d)
+      === isoDay(shifted(now()));
+    const zoom = (hours) => link(this.path(this.from, hours), `${hours} h`,
+      { class: "btn toggle", "aria-pressed": String(this.hours === hours) });
+    return titleRow(el("h1", {}, isToday ? "Today, " : "", `${
+      WEEKDAYS[d.getUTCDay()]} ${dayMonth(d)}`, this.hours === 6
+      ? muted(` ${clock(d)} to ${clock(shifted(this.to))}`) : ""),
+    button(icon("left"), () => this.move(-1),
       { "aria-label": "Earlier", title: "Earlier (k)" }),
-    link("#/day", "Today", { class: "btn" }),
+    linkButton("#/day", "Today"),
     button(icon("right"), () => this.move(1), { "aria-label": "Later",
-      title: "Later (j)" }), zoom(24), zoom(6)));
+      title: "Later (j)" }), zoom(24), zoom(6));
   }
 
   path(from, hours) {
     const d = shifted(from + (hours === 24 ? 0 : 1));
-    return `#/day/${isoDay(d)}${hours === 6 ? `?h=6&at=${
-      this.hours === 24 ? Math.max(0, shifted(now()).getUTCHours() - 3)
-        : d.getUTCHours()}` : ""}`;
+    const hour = this.hours === 24
+      ? Math.max(0, shifted(now()).getUTCHours() - 3) : d.getUTCHours();
+    return `#/day/${isoDay(d)}${hours === 6 ? `?h=6&at=${hour}` : ""}`;
   }
 
   move(by) {
@@ -17507,44 +17440,45 @@ class Day {
     location.hash = this.path(middle, this.hours);
   }
 
-  // When there is too much for one answer, `to` tells how far it goes.
-  async fetch() {
+  // Returns the rows of all answers: where there is too much for one, `to`
+  // tells how far it goes.
+  async load() {
     const rows = new Map(), to = Math.ceil(this.to);
-    for (let from = Math.floor(this.from), asked = 0; from < to
-        && asked < 20; asked += 1) {
+    let from = Math.floor(this.from);
+    for (let pages = 0; from < to && pages < 20; pages += 1) {
       const answer = await get(`day?from=${from}&to=${to}`);
-      for (const row of answer.rows) {
-        const all = rows.get(row.job) || { job: row.job, bars: [],
-          missing: [] };
-        // What reaches into this part was there before; times come rounded.
-        all.bars.push(...row.bars.filter((bar) => !asked
+      for (const { job, bars: found, missing } of answer.rows) {
+        if (!rows.has(job)) rows.set(job, { bars: [], missing: [] });
+        // What began before this answer was in the one before; times come
+        // rounded.
+        rows.get(job).bars.push(...found.filter((bar) => !pages
           || bar[0] > from - 0.001));
-        all.missing.push(...row.missing);
-        rows.set(row.job, all);
+        rows.get(job).missing.push(...missing);
       }
       from = answer.to > from ? answer.to : to;
     }
-    return { rows: [...rows.values()] };
+    return rows;
   }
 
-  again() {
-    clearTimeout(this.soon);
-    this.soon = setTimeout(async () => {
-      const answer = await withToast(() => this.fetch());
-      if (answer && this.root.isConnected) this.show(answer);
+  reloadSoon() {
+    clearTimeout(this.reload);
+    this.reload = setTimeout(async () => {
+      const rows = await withToast(() => this.load());
+      if (rows && this.root.isConnected) this.show(rows);
     }, 1500);
   }
 
-  show(answer) {
-    const rows = new Map(answer.rows.map((row) => [row.job, row]));
+  isNext(job) {
+    return job.next >= this.from && job.next < this.to;
+  }
+
+  show(rows) {
+    const order = (job) => ({ name: `${hostName(job.host)}\n${
+      job.section}` });
     this.rows = [...state.jobs.values()].map((job) => ({ job,
-      bars: rows.get(job.id)?.bars || [],
-      missing: rows.get(job.id)?.missing || [] }))
-      .filter(({ job, bars: found, missing }) => found.length
-        || missing.length || job.next >= this.from && job.next < this.to)
-      .sort((a, b) => byName({ name: hostName(a.job.host) },
-        { name: hostName(b.job.host) }) || byName(
-        { name: a.job.section }, { name: b.job.section }));
+      starts: startsOf(rows.get(job.id)) }))
+      .filter(({ job, starts }) => starts.length || this.isNext(job))
+      .sort((a, b) => byName(order(a.job), order(b.job)));
     this.draw();
     this.tabulate();
   }
@@ -17555,18 +17489,17 @@ class Day {
       return this.grid.replaceChildren(empty("Nothing ran, and nothing was "
         + "due"));
     }
-    const name = phone.matches ? 96 : 200;
     this.width = this.grid.clientWidth;
-    const width = Math.max(160, this.width - name - 8);
+    const width = Math.max(160, this.width - (phone.matches ? 96 : 200) - 8);
     let last = "";
     const nodes = [this.axis(width)];
-    for (const row of this.rows) {
-      if (row.job.host !== last) {
-        nodes.push(el("h2", { text: hostName(row.job.host) }));
+    for (const { job, starts } of this.rows) {
+      if (job.host !== last) {
+        nodes.push(el("h2", { text: hostName(job.host) }));
       }
-      last = row.job.host;
-      nodes.push(el("div", { class: "dayrow" }, link(`#/job/${row.job.id}`,
-        row.job.label, { title: row.job.label }), this.lane(row, width)));
+      last = job.host;
+      nodes.push(el("div", { class: "dayrow" }, link(`#/job/${job.id}`,
+        job.label, { title: job.label }), this.lane(job, starts, width)));
     }
     this.grid.replaceChildren(...nodes);
   }
@@ -17589,135 +17522,107 @@ class Day {
       x: this.x(at, width) + 3, y: 12, text: clock(shifted(at)) }))));
   }
 
-  lane({ job, bars: found, missing }, width) {
-    const items = [...found.map(([start, end, letter, run]) => {
-      const x = this.x(start, width);
-      return { x, w: Math.max(3, this.x(end ?? now(), width) - x), letter,
-        run, start, end };
-    }), ...missing.map(([due, run]) => ({ x: this.x(due, width) - 3, w: 7,
-      letter: "m", run, start: due }))].sort((a, b) => a.x - b.x);
+  // The picture of one job's starts, with the hours, now, and what is next.
+  lane(job, starts, width) {
+    const host = hostOf(job), items = starts.map((start) => {
+      const x = this.x(start.at, width);
+      return start.outcome === "m" ? { ...start, x: x - 3, w: 7 } : { ...start,
+        x, w: Math.max(3, this.x(start.end ?? now(), width) - x) };
+    }).sort((a, b) => a.x - b.x);
     const node = bars(items, 16, { width, height: 26, tabindex: 0,
       viewBox: `0 -5 ${width} 26`, "aria-label": `${job.label}: ${
-        laneWords(items)}` },
-    (item) => [el("b", { text: LETTERS[item.letter] || item.letter }), " ",
-      when(item.start, hostOf(job)), item.end ? ` \u00b7 ${
-        lasting(item.end - item.start)}` : ""],
-    (item) => item.run ? `#/run/${item.run}` : "");
+        outcomeCounts(items.map((item) => item.outcome))
+        || "nothing yet"}` },
+    ({ outcome, at, end }) => tipWords(outcome, at, host, end && end - at),
+    ({ run }) => run ? `#/run/${run}` : location.hash);
     const line = (at, kind) => svg("path", { class: kind,
       d: `M${this.x(at, width)} -5v26` });
     node.prepend(...this.hoursShown(width).map((at) => line(at, "hour")));
     if (now() > this.from && now() < this.to) node.append(line(now(), "now"));
-    if (job.next >= this.from && job.next < this.to) {
+    if (this.isNext(job)) {
       node.append(svg("path", { class: "tick",
         d: `M${this.x(job.next, width)} 2l4 6-4 6-4-6z` }, svg("title",
-        { text: `next ${when(job.next, hostOf(job))}` })));
+        { text: `next ${shortTime(job.next, host)}` })));
     }
     return node;
   }
 
   tabulate() {
-    const rows = this.rows.flatMap(({ job, bars: found, missing }) => [
-      ...found.map(([start, end, letter, run]) => ({ job, start, end, letter,
-        run })), ...missing.map(([start, run]) => ({ job, start, run,
-        letter: "m" }))]).sort((a, b) => a.start - b.start);
-    this.table.replaceChildren(this.table.firstChild, el("table",
-      { class: "list" }, headRow("Start", "Job", "Host", "How", "Took"),
-      el("tbody", {}, rows.slice(0, 2000).map((row) => el("tr", {},
-        el("td", {}, row.run ? link(`#/run/${row.run}`, when(row.start,
-          hostOf(row.job))) : when(row.start, hostOf(row.job))),
-        el("td", { text: row.job.label }),
-        el("td", { text: hostName(row.job.host) }),
-        el("td", { text: LETTERS[row.letter] || row.letter }),
-        el("td", { class: "num", text: row.end ? lasting(row.end - row.start)
-          : "" }))))));
+    const rows = this.rows.flatMap(({ job, starts }) => starts.map((start) =>
+      ({ ...start, job }))).sort((a, b) => a.at - b.at).slice(0, 2000);
+    this.table.replaceChildren(this.table.firstChild, table(["Start", "Job",
+      "Host", "How", "Took"], rows.map(({ job, run, at, end, outcome }) => {
+      const time = shortTime(at, hostOf(job));
+      return tableRow(run ? link(`#/run/${run}`, time) : time, job.label,
+        hostName(job.host), OUTCOMES[outcome] || outcome,
+        el("td", { class: "num" }, end ? formatDuration(end - at) : ""));
+    })));
   }
 
   leave() {
     removeEventListener("resize", this.resized);
     clearInterval(this.timer);
-    clearTimeout(this.soon);
+    clearTimeout(this.reload);
   }
 }
 
-function laneWords(items) {
-  const counts = {};
-  for (const { letter } of items) {
-    counts[LETTERS[letter]] = (counts[LETTERS[letter]] || 0) + 1;
-  }
-  return Object.entries(counts).map(([word, n]) => `${n} ${word}`)
-    .join(", ") || "nothing yet";
-}
+// Returns the starts of a row of GET day, also those that were missed.
+const startsOf = (row) => row ? [...row.bars.map(([at, end, outcome, run]) =>
+  ({ at, end, outcome, run })), ...row.missing.map(([at, run]) =>
+  ({ at, outcome: "m", run }))] : [];
 
-// --- search: through all outputs --------------------------------------------
+// --- search: through all outputs -------------------------------------------
 
 function searchView(place, root) {
   const text = place.query.get("q") || "", job = place.query.get("job");
-  const field = el("input", { type: "search", name: "q", value: text,
+  const input = el("input", { type: "search", value: text,
     "aria-label": "Search outputs", placeholder: "Text in any output",
     autocomplete: "off" });
   const only = job && state.jobs.get(+job);
+  const path = (words) => `search?q=${encodeURIComponent(words)}${job
+    ? `&job=${job}` : ""}`;
   root.append(el("h1", {}, only ? ["Search the output of ", link(
     `#/job/${job}`, only.label)] : "Search all outputs"),
-  el("form", { class: "searchform", role: "search", onsubmit: (event) => {
-    event.preventDefault();
-    go(`search?q=${encodeURIComponent(field.value)}${job
-      ? `&job=${job}` : ""}`);
-  } }, field, el("button", { class: "btn primary", type: "submit" },
-    "Search")));
+  form({ class: "searchform", role: "search" }, () => go(path(input.value)),
+    input, submitButton("Search")));
   if (text) {
-    filled(root, () => get(searchPath(text, job)), (answer) =>
-      root.append(hitList(answer, text, job)));
-  }
-  if (!text) field.focus();
-  return { title: text ? `${text} \u00b7 search` : "Search", keys: {
-    "/": () => field.select(), j: () => nextLink(root, 1),
-    k: () => nextLink(root, -1) } };
+    showLoaded(root, () => get(path(text)), (answer) => root.append(
+      matchList(answer, text, path(text))));
+  } else input.focus();
+  return { title: text ? `${text} \u00b7 search` : "Search", shortcuts: {
+    "/": () => input.select(), j: () => focusLink(root, 1),
+    k: () => focusLink(root, -1) } };
 }
 
-function nextLink(root, by) {
+function focusLink(root, by) {
   const links = [...root.querySelectorAll("li > a")];
   links[Math.max(0, links.indexOf(document.activeElement) + by)]?.focus();
 }
 
-const searchPath = (text, job, before) => `search?q=${
-  encodeURIComponent(text)}${job ? `&job=${job}` : ""}${before
-  ? `&before=${before}` : ""}`;
-
-function hitList(answer, text, job) {
+function matchList(answer, text, path) {
   if (!answer.hits.length) {
-    return empty("No output has it", el("p", { class: "muted",
-      text: "Searched is what is kept of all runs." }));
+    return empty("No output has it",
+      mutedLine("Searched is what is kept of all runs."));
   }
-  const list = el("ol", { class: "hits" });
-  const fill = (hits) => list.append(...hits.map((hit) => hitItem(hit,
-    text)));
-  fill(answer.hits);
-  const more = button("Older hits", async () => {
-    const next = await withToast(() => get(searchPath(text, job,
-      answer.hits[answer.hits.length - 1].run.id)));
-    if (!next) return;
-    answer = next;
-    fill(next.hits);
-    more.hidden = !next.more || !next.hits.length;
-  }, { hidden: !answer.more });
-  return el("div", {}, list, more);
+  const list = el("ol", { class: "matches" });
+  return el("div", {}, list, pageButton("Older hits", list, answer, "hits",
+    (match) => matchItem(match, text), ({ run }) =>
+      `${path}&before=${run.id}`));
 }
 
-function hitItem({ run, line }, text) {
-  const job = state.jobs.get(run.job), shown = runState(run);
-  return el("li", {}, link(`#/run/${run.id}?q=${
-    encodeURIComponent(text)}`, [el("span", { class: "what" },
-    el("span", { class: `state s-${shown}` }, icon(shown)),
-    el("b", { text: job?.label || "a job" }), muted(hostName(run.host)),
-    muted(dateOf(run.started || run.asked, hostOf(run)))),
-  el("pre", {}, marked(line, text))]));
+function matchItem({ run, line }, text) {
+  return el("li", {}, link(`#/run/${run.id}?q=${encodeURIComponent(text)}`,
+    [el("span", { class: "what" }, stateMark(runState(run), ""),
+      el("b", { text: state.jobs.get(run.job)?.label || "a job" }),
+      muted(hostName(run.host)), muted(dateNode(run.started || run.asked,
+        hostOf(run)))), el("pre", {}, marked(line, text))]));
 }
 
-// A line with what was searched for marked; only so much of a long one.
+// Returns a line with what was searched for marked; only a part of a long one.
 function marked(raw, text) {
-  const line = withoutEscapes(raw);
-  const low = line.toLowerCase(), wanted = text.toLowerCase();
-  const first = Math.max(0, low.indexOf(wanted) - 80), parts = [];
+  const line = withoutEscapes(raw), wanted = text.toLowerCase();
+  const low = line.toLowerCase(), parts = [];
+  const first = Math.max(0, low.indexOf(wanted) - 80);
   let from = first;
   for (let at = low.indexOf(wanted, from); at >= 0 && at < first + 400;
     at = low.indexOf(wanted, from)) {
@@ -17729,167 +17634,128 @@ function marked(raw, text) {
     visible(line.slice(from, Math.max(from, first + 400)))];
 }
 
-// --- audit: who asked for what ----------------------------------------------
+// --- audit: who asked for what ---------------------------------------------
 
 function auditView(place, root) {
   root.append(el("h1", { text: "Audit" }));
-  filled(root, () => get("audit"), (answer) => {
-    if (!answer.rows.length) {
-      return root.append(empty("Nobody has asked for anything yet", el("p",
-        { class: "muted", text: "Each run, kill, snooze and change that is "
-          + "asked for here stands in this list, with the host\u2019s "
-          + "verdict." })));
-    }
-    const body = el("tbody");
-    body.append(...answer.rows.map(auditRow));
-    const older = button("Older", async () => {
-      const next = await withToast(() => get(`audit?before=${
-        answer.rows[answer.rows.length - 1].at}`));
-      if (!next) return;
-      answer = next;
-      body.append(...next.rows.map(auditRow));
-      older.hidden = !next.more;
-    }, { hidden: !answer.more });
-    root.append(el("div", { class: "scroll" }, el("table", { class: "list" },
-      headRow("When", "Who", "What", "Where", "Verdict"), body)), older);
-  });
+  showLoaded(root, () => get("audit"), (answer) => root.append(
+    answer.rows.length ? pagedTable("Older", ["When", "Who", "What", "Where",
+      "Verdict"], answer, "rows", auditRow, ({ at }) => `audit?before=${at}`)
+      : empty("Nobody has asked for anything yet", mutedLine("Each run, "
+        + "kill, snooze and change that is asked for here stands in this "
+        + "list, with the host\u2019s verdict."))));
   return { title: "Audit" };
 }
 
+const RESULT_MARKS = { refused: "failed", expired: "missed", waiting: "new" };
+
 function auditRow(row) {
   const host = state.hosts.get(row.host);
-  const verdict = row.state === "refused" ? "failed" : row.state === "expired"
-    ? "missed" : row.state === "waiting" ? "new" : "ok";
-  return el("tr", {}, el("td", {}, dateOf(row.at, host)),
-    el("td", { text: row.who }), el("td", { class: "wraps" },
-      el("b", { text: row.what }), " ", row.job
-        ? link(`#/job/${row.job}`, row.label || "a job")
-        : visible(row.label || ""), argsWords(row.args)),
-    el("td", { text: row.host ? hostName(row.host) : "" }),
-    el("td", {}, row.state && el("span", { class: `state s-${verdict}` },
-      icon(verdict), el("span", { class: "word", text: row.state })),
-    row.reason && muted(" ", row.reason), row.run && [" ", link(
-      `#/run/${row.run}`, "output")]));
+  return tableRow(dateNode(row.at, host), row.who,
+    el("td", { class: "wraps" }, el("b", { text: row.what }), " ", row.job
+      ? link(`#/job/${row.job}`, row.label || "a job")
+      : visible(row.label || ""), argsWords(row.args)),
+    row.host ? hostName(row.host) : "",
+    el("td", {}, row.state && stateMark(RESULT_MARKS[row.state] || "ok",
+      row.state), row.reason && muted(" ", row.reason),
+    row.run && [" ", link(`#/run/${row.run}`, "output")]));
 }
 
-// --- checks: what pings in from elsewhere -----------------------------------
+// --- checks: what pings in from elsewhere ----------------------------------
 
 function checkView(place, root) {
   const [id] = place.parts;
-  if (id === "new") return checkForm({ parts: [""] }, root);
+  if (id === "new") return editCheckView({ parts: [""] }, root);
   if (!state.checks.has(id)) return lostView(place, root);
-  const head = el("div"), list = el("div");
+  const head = el("div"), list = el("div"), path = `checks/${id}/pings`;
   root.append(head, list);
-  const draw = () => checkHead(head, state.checks.get(id));
-  const fill = () => filled(list, () => get(`checks/${id}/pings`),
-    (answer) => list.replaceChildren(pingTable(id, answer)));
+  const draw = () => head.replaceChildren(...checkHead(state.checks.get(id),
+    $("details", head)?.open));
+  const load = () => showLoaded(list, () => get(path), (answer) =>
+    list.replaceChildren(pingTable(path, answer)));
   draw();
-  fill();
-  let n = state.checks.get(id).n;
+  load();
+  let { n } = state.checks.get(id);
   return { title: state.checks.get(id).name, update: () => {
     const check = state.checks.get(id);
     if (!check) return go("jobs");
     draw();
-    if (check.n !== n) fill();
+    if (check.n !== n) load();
     n = check.n;
   } };
 }
 
-function checkHead(head, check) {
-  const deed = (words, body, facts) => button(words, () => withToast(() =>
-    post(`checks/${check.id}`, body)), facts);
-  const open = head.querySelector("details")?.open;
-  head.replaceChildren(el("p", { class: "crumbs" }, link("#/jobs", "Jobs"),
-    muted(" / "), "Checks"), el("div", { class: "verdict" },
-    el("h1", { text: check.name || check.slug }), isOperator() && el("div",
-      { class: "deeds" }, link(`#/check/${check.id}/edit`, "Edit",
-        { class: "btn" }), check.state === "paused" ? deed("Resume",
-        { do: "resume" }) : deed("Pause", { do: "pause" }),
+const checkCrumbs = () => crumbs(link("#/jobs", "Jobs"), "Checks");
+
+function checkHead(check, isOpen) {
+  const send = (body) => post(`checks/${check.id}`, body);
+  const act = (words, body) => button(words, () => withToast(() =>
+    send(body)));
+  const remove = async () => {
+    await send({ do: "delete" });
+    go("jobs");
+  };
+  const name = check.name || check.slug;
+  return [checkCrumbs(), titleRow(el("h1", { text: name }),
+    isOperator() && [linkButton(`#/check/${check.id}/edit`, "Edit"),
+      check.state === "paused" ? act("Resume", { do: "resume" })
+        : act("Pause", { do: "pause" }),
       BAD.has(check.state) && snoozeButtons(`check:${check.id}`, check),
-      deleteButton(check))),
-  el("dl", { class: "facts" }, [["State", stateMark(check.started
-    && check.state === "up" ? "running" : check.state)],
-  ["Expected", check.words], ["Grace", lasting(check.grace)],
-  ["Last ping", check.last_ping ? timeOf(check.last_ping) : "none yet"],
-  ["Next", check.next ? timeOf(check.next) : check.state === "paused"
-    ? "paused" : check.last_ping ? "overdue" : "when it has pinged once"],
-  check.last_duration && ["Took", lasting(check.last_duration)],
-  check.start_within > 0 && ["Must start within",
-    lasting(check.start_within)],
-  check.run_limit > 0 && ["May run for", lasting(check.run_limit)],
-  check.tags && ["Tags", check.tags]].filter(isThere).map(
-    ([name, value]) => el("div", {}, el("dt", { text: name }),
-      el("dd", {}, value)))),
-  check.desc && el("p", { text: check.desc }),
-  snippet(pingUrl(check)), snippets(check, open));
+      confirmButton("Delete\u2026", `Delete ${name}`, () =>
+        withToast(remove, "Deleted"), { class: "btn danger" })]),
+  factList([["State", stateMark(checkState(check))],
+    ["Expected", check.words], ["Grace", formatDuration(check.grace)],
+    ["Last ping", check.last_ping ? timeNode(check.last_ping) : "none yet"],
+    ["Next", check.next ? timeNode(check.next) : check.state === "paused"
+      ? "paused" : check.last_ping ? "overdue" : "when it has pinged once"],
+    ["Took", check.last_duration && formatDuration(check.last_duration)],
+    ["Must start within", check.start_within > 0
+      && formatDuration(check.start_within)],
+    ["May run for", check.run_limit > 0 && formatDuration(check.run_limit)],
+    ["Tags", check.tags]]),
+  check.desc ? el("p", { text: check.desc }) : "", snippet(pingUrl(check)),
+  pingExamples(pingUrl(check), isOpen || !check.n)];
 }
 
-function deleteButton(check) {
-  return button("Delete\u2026", (event) => {
-    event.target.replaceWith(button(`Delete ${check.name || check.slug}`,
-      () => withToast(async () => {
-        await post(`checks/${check.id}`, { do: "delete" });
-        go("jobs");
-      }, "Deleted"), { class: "btn danger" }));
-  }, { class: "btn danger" });
-}
-
-function snippets(check, open) {
-  const url = pingUrl(check), made = (title, text) => [el("h3",
-    { text: title }), snippet(text)];
-  return el("details", { class: "card", open: open || !check.n },
+function pingExamples(url, open) {
+  const example = (title, text) => [el("h3", { text: title }), snippet(text)];
+  return el("details", { class: "card", open },
     el("summary", { text: "How to ping it" }),
-    made("In a crontab", `30 2 * * * backup.sh && curl -fsS -m 10 `
+    example("In a crontab", `30 2 * * * backup.sh && curl -fsS -m 10 `
       + `--retry 5 -o /dev/null ${url}`),
-    made("In a script, with its output and exit status", `curl -fsS -m 10 `
+    example("In a script, with its output and exit status", `curl -fsS -m 10 `
       + `${url}/start\nout=$(backup.sh 2>&1); status=$?\n`
       + `printf %s "$out" | curl -fsS -m 10 --data-binary @- `
       + `${url}/$status`),
-    made("In mission\u2019s configuration", `"ping": {\n  `
+    example("In mission\u2019s configuration", `"ping": {\n  `
       + `"enabled": true, "endpoint": "${url}",\n  `
       + `"start": true, "fail": true, "log": true\n}`));
 }
 
-function pingTable(id, answer) {
-  if (!answer.pings.length) {
-    return empty("No ping has come yet", el("p", { class: "muted",
-      text: "Any GET, HEAD or POST to the URL above is one." }));
-  }
-  const body = el("tbody");
-  const fill = (pings) => pings.forEach((ping) => body.append(
-    pingRow(id, ping)));
-  fill(answer.pings);
-  const older = button("Older", async () => {
-    const next = await withToast(() => get(`checks/${id}/pings?before=${
-      answer.pings[answer.pings.length - 1].n}`));
-    if (!next) return;
-    answer = next;
-    fill(next.pings);
-    older.hidden = !next.more;
-  }, { hidden: !answer.more });
-  return el("div", { class: "scroll" }, el("table", { class: "list" },
-    headRow("No", "When", "Kind", "Took", "From", "Body"), body), older);
+function pingTable(path, answer) {
+  return answer.pings.length ? pagedTable("Older", ["No", "When", "Kind",
+    "Took", "From", "Body"], answer, "pings", (ping) => pingRow(path, ping),
+  ({ n }) => `${path}?before=${n}`) : empty("No ping has come yet",
+    mutedLine("Any GET, HEAD or POST to the URL above is one."));
 }
 
 const PING_KINDS = { "": ["ok", "ok"], success: ["ok", "ok"],
   start: ["running", "start"], fail: ["failed", "failed"],
   log: ["new", "log"], ign: ["skipped", "ignored"] };
 
-function pingRow(id, ping) {
-  const [state, word] = PING_KINDS[ping.kind] || ["new", ping.kind];
+function pingRow(path, ping) {
+  const [mark, word] = PING_KINDS[ping.kind] || ["new", ping.kind];
   const show = ping.size > 0 && button("Show", async (event) => {
     const text = await withToast(async () => (await fetched(
-      `checks/${id}/pings/${ping.n}/body`)).text());
+      `${path}/${ping.n}/body`)).text());
     if (text !== null) {
       event.target.replaceWith(el("pre", { class: "command",
         text: visibleLines(text) }));
     }
   }, { class: "btn quiet" });
-  return el("tr", {}, el("td", { class: "num", text: `#${ping.n}` }),
-    el("td", {}, dateOf(ping.at)), el("td", {}, el("span", {
-      class: `state s-${state}` }, icon(state), el("span", { class: "word",
-      text: isThere(ping.exit) && ping.exit ? `exit ${ping.exit}` : word }))),
-    el("td", { class: "num", text: lasting(ping.duration) }),
+  return tableRow(el("td", { class: "num" }, `#${ping.n}`),
+    dateNode(ping.at), stateMark(mark, ping.exit ? `exit ${ping.exit}`
+      : word), el("td", { class: "num" }, formatDuration(ping.duration)),
     el("td", { class: "muted" }, `${ping.method} ${ping.ip}`, " ",
       el("span", { text: ping.ua })), el("td", { class: "says" },
       visible(ping.line || ""), show && [" ", muted(bytesWords(ping.size)),
@@ -17898,154 +17764,131 @@ function pingRow(id, ping) {
 
 const UNITS = [["minutes", 60], ["hours", 3600], ["days", 86400]];
 
-// A number and its unit; 0 is "none" where that is allowed.
+// The fields below are {root, value()}. A number and its unit, in seconds:
 function timeField(id, label, seconds, help, least = 60) {
   const [unit, size] = [...UNITS].reverse().find(([, one]) =>
     seconds && seconds % one === 0) || UNITS[0];
   const count = el("input", { id, type: "number", min: least ? 1 : 0,
     value: String(Math.round(seconds / size * 100) / 100), step: "any",
-    required: true, "aria-describedby": `${id}-help` });
-  const units = el("select", { "aria-label": `${label}: unit` }, UNITS.map(
-    ([text]) => el("option", { text, value: text,
-      selected: text === unit })));
-  return { seconds: () => Math.round(+count.value * UNITS.find(
-    ([text]) => text === units.value)[1]),
-  root: el("div", { class: "field" }, el("label", { for: id, text: label }),
-    el("div", { class: "pair" }, count, units), el("span", {
-      class: "muted", id: `${id}-help`, text: help })) };
+    required: true });
+  const units = select({ "aria-label": `${label}: unit` },
+    UNITS.map(([text]) => [text]), unit);
+  return { value: () => Math.round(+count.value
+    * UNITS[units.selectedIndex][1]), root: field(label, count, help,
+    el("div", { class: "pair" }, count, units)) };
 }
 
-function plainField(id, label, value, help, facts = {}) {
+function textField(id, label, value, help, facts = {}) {
   const input = el(facts.rows ? "textarea" : "input", { id, value,
-    autocomplete: "off", spellcheck: "false",
-    "aria-describedby": `${id}-help`, ...facts });
-  return { input, root: el("div", { class: "field" }, el("label", { for: id,
-    text: label }), input, help && el("span", { class: "muted",
-    id: `${id}-help`, text: help })) };
+    autocomplete: "off", spellcheck: "false", ...facts });
+  return { value: () => input.value.trim(), root: field(label, input, help) };
+}
+
+function checkField(id, label, checked) {
+  const input = el("input", { id, type: "checkbox", checked });
+  return { value: () => input.checked, root: checkbox(input, label) };
 }
 
 const NEW_CHECK = { name: "", slug: "", tags: "", desc: "", kind: "simple",
   period: 86400, grace: 3600, schedule: "30 2 * * *", tz: "UTC",
   start_within: 0, run_limit: 0, manual_resume: false, methods: "" };
 
-function checkForm(place, root) {
+function editCheckView(place, root) {
   const [id] = place.parts, old = id ? state.checks.get(id) : NEW_CHECK;
   if (!old) return lostView(place, root);
+  const title = id ? `Edit ${old.name}` : "New check";
   root.classList.add("narrow");
-  root.append(el("p", { class: "crumbs" }, link("#/jobs", "Jobs"),
-    muted(" / "), "Checks"), el("h1", { text: id ? `Edit ${old.name}`
-    : "New check" }));
+  root.append(checkCrumbs(), el("h1", { text: title }));
   if (!isOperator()) {
     root.append(el("p", { class: "note", text: WORDS.viewer }));
     return { title: "Check" };
   }
-  const form = new CheckForm(id, old);
-  root.append(form.root);
-  form.name.input.focus();
-  return { title: id ? `Edit ${old.name}` : "New check" };
+  root.append(checkForm(id, old));
+  $("#c-name").focus();
+  return { title };
 }
 
-class CheckForm {
-  constructor(id, old) {
-    this.id = id;
-    this.name = plainField("c-name", "Name", old.name, "", {
-      required: true });
-    this.slug = plainField("c-slug", "Slug", old.slug, "For URLs: small "
-      + "letters, digits, - and _. Empty: made of the name.",
-    { pattern: "[a-z0-9_-]*" });
-    this.tags = plainField("c-tags", "Tags", old.tags,
-      "Words with spaces between.");
-    this.desc = plainField("c-desc", "Note", old.desc, "What to do when it "
-      + "stays away.", { rows: 2 });
-    this.kind = el("select", { id: "c-kind", value: old.kind, onchange: () =>
-      this.showKind() }, [["simple", "every so often"], ["cron",
-      "by a schedule, as in crontab"]].map(([value, text]) => el("option",
-      { value, text, selected: value === old.kind })));
-    this.period = timeField("c-period", "Every", old.period || 86400,
-      "How often it pings.");
-    this.schedule = plainField("c-cron", "Schedule", old.schedule
-      || NEW_CHECK.schedule, "Five columns, as in crontab(5).");
-    this.tz = plainField("c-tz", "Zone", old.tz || "UTC",
-      "For example Europe/Berlin.");
-    this.grace = timeField("c-grace", "Grace", old.grace,
-      "How late it may be before it is down.");
-    this.within = timeField("c-within", "Must start within",
+// Returns the fields of a check, by the names that the API has for them.
+function checkFields(old) {
+  return {
+    name: textField("c-name", "Name", old.name, "", { required: true }),
+    period: timeField("c-period", "Every", old.period || 86400,
+      "How often it pings."),
+    schedule: textField("c-cron", "Schedule", old.schedule
+      || NEW_CHECK.schedule, "Five columns, as in crontab(5)."),
+    tz: textField("c-tz", "Zone", old.tz || "UTC",
+      "For example Europe/Berlin."),
+    grace: timeField("c-grace", "Grace", old.grace,
+      "How late it may be before it is down."),
+    slug: textField("c-slug", "Slug", old.slug, "For URLs: small letters, "
+      + "digits, - and _. Empty: made of the name.",
+    { pattern: "[a-z0-9_-]*" }),
+    tags: textField("c-tags", "Tags", old.tags,
+      "Words with spaces between."),
+    desc: textField("c-desc", "Note", old.desc, "What to do when it stays "
+      + "away.", { rows: 2 }),
+    start_within: timeField("c-within", "Must start within",
       old.start_within || 0, "After it is due; 0: no deadline of its own.",
-      0);
-    this.limit = timeField("c-limit", "May run for", old.run_limit || 0,
-      "From its start ping; 0: as long as the grace.", 0);
-    this.resume = el("input", { id: "c-resume", type: "checkbox",
-      checked: old.manual_resume });
-    this.post = el("input", { id: "c-post", type: "checkbox",
-      checked: old.methods === "POST" });
-    this.said = el("p", { class: "error", role: "alert" });
-    this.root = this.form(id);
-    this.showKind();
-  }
+      0),
+    run_limit: timeField("c-limit", "May run for", old.run_limit || 0,
+      "From its start ping; 0: as long as the grace.", 0),
+    manual_resume: checkField("c-resume",
+      "Stays paused until somebody resumes it", old.manual_resume),
+    methods: checkField("c-post", "Only POST counts", old.methods === "POST"),
+  };
+}
 
-  form(id) {
-    const check = (input, text) => el("div", { class: "field check" }, input,
-      el("label", { for: input.id, text }));
-    return el("form", { class: "runform", onsubmit: (event) => {
-      event.preventDefault();
-      this.save();
-    } }, this.name.root, el("div", { class: "field" }, el("label", {
-      for: "c-kind", text: "It pings" }), this.kind), this.period.root,
-    this.schedule.root, this.tz.root, this.grace.root, el("details", {
-      class: "card" }, el("summary", { text: "More" }), this.slug.root,
-    this.tags.root, this.desc.root, this.within.root, this.limit.root,
-    check(this.resume, "Stays paused until somebody resumes it"),
-    check(this.post, "Only POST counts")), this.said, el("div", {
-      class: "deeds" }, el("button", { class: "btn primary", type: "submit",
-      text: id ? "Save" : "Create" }), link(id ? `#/check/${id}` : "#/jobs",
-      "Cancel", { class: "btn quiet" })));
+function checkForm(id, old) {
+  const fields = checkFields(old), root = (name) => fields[name].root;
+  const kind = select({ id: "c-kind", onchange: () => showKind() },
+    [["simple", "every so often"], ["cron",
+      "by a schedule, as in crontab"]], old.kind);
+  const failed = el("p", { class: "error", role: "alert" });
+  function showKind() {
+    const isCron = kind.value === "cron";
+    root("period").hidden = $("input", root("period")).disabled = isCron;
+    root("schedule").hidden = root("tz").hidden = !isCron;
   }
+  showKind();
+  return form({ class: "runform" }, () => saveCheck(id, kind.value, fields,
+    failed), root("name"), field("It pings", kind), ...["period", "schedule",
+    "tz", "grace"].map(root), el("details", { class: "card" },
+    el("summary", { text: "More" }), ["slug", "tags", "desc", "start_within",
+      "run_limit", "manual_resume", "methods"].map(root)), failed,
+  el("div", { class: "actions" }, submitButton(id ? "Save" : "Create"),
+    linkButton(id ? `#/check/${id}` : "#/jobs", "Cancel",
+      { class: "btn quiet" })));
+}
 
-  showKind() {
-    const cron = this.kind.value === "cron";
-    this.period.root.hidden = cron;
-    this.schedule.root.hidden = this.tz.root.hidden = !cron;
-    $("input", this.period.root).disabled = cron;
-  }
-
-  async save() {
-    const body = { name: this.name.input.value.trim(),
-      slug: this.slug.input.value, tags: this.tags.input.value.trim(),
-      desc: this.desc.input.value, kind: this.kind.value,
-      period: this.period.seconds(), grace: this.grace.seconds(),
-      schedule: this.schedule.input.value.trim(),
-      tz: this.tz.input.value.trim(), start_within: this.within.seconds(),
-      run_limit: this.limit.seconds(), manual_resume: this.resume.checked,
-      methods: this.post.checked ? "POST" : "" };
-    this.said.textContent = "";
-    try {
-      const made = await (this.id ? post(`checks/${this.id}`, { do: "edit",
-        ...body }) : post("checks", body));
-      await seen(() => state.checks.has(this.id || made.id));
-      go(`check/${this.id || made.id}`);
-    } catch (error) {
-      if (!(error instanceof ApiError)) throw error;
-      this.said.textContent = `${error.message} ${error.hint}`;
+async function saveCheck(id, kind, fields, failed) {
+  const body = Object.fromEntries(Object.entries(fields).map(([name, one]) =>
+    [name, one.value()]));
+  Object.assign(body, { kind, methods: body.methods ? "POST" : "" });
+  failed.textContent = "";
+  try {
+    const saved = id || (await post("checks", body)).id;
+    if (id) await post(`checks/${id}`, { do: "edit", ...body });
+    // The stream brings it within a moment; wait for a second at most.
+    for (let tries = 0; tries < 20 && !state.checks.has(saved); tries += 1) {
+      await pause(50);
     }
+    go(`check/${saved}`);
+  } catch (error) {
+    if (!(error instanceof ApiError)) throw error;
+    failed.textContent = error.text();
   }
 }
 
-// Until the stream has brought what was just made; a second at most.
-async function seen(question) {
-  for (let tries = 0; tries < 20 && !question(); tries += 1) {
-    await pause(50);
-  }
-}
-
-// --- alerts, and who is told ------------------------------------------------
+// --- alerts, and where they are sent ---------------------------------------
 
 function alertsView(place, root) {
-  const list = el("div"), channels = el("section", { class: "part" });
-  root.append(el("h1", { text: "Alerts" }), list, channels);
+  const list = el("div");
+  const channels = el("div", { class: "channels" });
+  root.append(el("h1", { text: "Alerts" }), list, section("Who is told",
+    channels));
   const draw = () => list.replaceChildren(alertList());
   draw();
-  channels.append(el("h2", { text: "Who is told" }));
-  filled(channels, () => get("channels"), (answer) =>
+  showLoaded(channels, () => get("channels"), (answer) =>
     showChannels(channels, answer.channels));
   return { title: "Alerts", update: (changes) => {
     if (changes.alerts || changes.gone || changes.all || changes.jobs) {
@@ -18057,9 +17900,10 @@ function alertsView(place, root) {
 const ALERT_STATES = { failed: "failed", late: "late", missed: "missed",
   slow: "late", fast: "late", silent: "unknown", overdue: "failed" };
 
+// Returns what an alert is about: {one, name, href, where, host}.
 function subjectOf({ subject }) {
-  const [kind, id] = [subject.slice(0, subject.indexOf(":")),
-    subject.slice(subject.indexOf(":") + 1)];
+  const at = subject.indexOf(":");
+  const kind = subject.slice(0, at), id = subject.slice(at + 1);
   if (kind === "job") {
     const job = state.jobs.get(+id);
     return { one: job, name: job?.label || "a job", href: `#/job/${id}`,
@@ -18070,27 +17914,26 @@ function subjectOf({ subject }) {
     return { one: check, name: check?.name || "a check",
       href: `#/check/${id}`, where: "check" };
   }
-  return { one: state.hosts.get(id), name: hostName(id), href: "#/hosts",
-    where: "host", host: state.hosts.get(id) };
+  const host = state.hosts.get(id);
+  return { one: host, name: hostName(id), href: "#/hosts", where: "host",
+    host };
 }
 
 function alertList() {
   const alerts = [...state.alerts.values()].sort((a, b) =>
     b.since - a.since);
   if (!alerts.length) {
-    return empty("All is well", el("p", { class: "muted", text: "Here stands "
-      + "what failed, is late, was missed, or took much longer than it "
-      + "ever did." }));
+    return empty("All is well", mutedLine("Here stands what failed, is late, "
+      + "was missed, or took much longer than it ever did."));
   }
   return el("ul", { class: "alerts" }, alerts.map((alert) => {
     const { one, name, href, where, host } = subjectOf(alert);
-    const state = ALERT_STATES[alert.kind] || "unknown";
-    return el("li", {}, el("span", { class: `state s-${state}` },
-      icon(state), el("span", { class: "word", text: alert.kind })),
-    el("div", { class: "what" }, link(href, name), " ", muted(where),
-      el("div", { text: visible(alert.text || "") })), muted("since ",
-      dateOf(alert.since, host)), isOperator() && el("span",
-      { class: "acts" }, snoozeButtons(alert.subject, one || {})));
+    return el("li", {}, stateMark(ALERT_STATES[alert.kind] || "unknown",
+      alert.kind), el("div", { class: "what" }, link(href, name), " ",
+      muted(where), el("div", { text: visible(alert.text || "") })),
+    muted("since ", dateNode(alert.since, host)), isOperator()
+      && el("span", { class: "row-actions" },
+        snoozeButtons(alert.subject, one || {})));
   }));
 }
 
@@ -18098,31 +17941,30 @@ const CHANNEL_HELP = { mail: ["Address", "ann@example.org"], webhook: [
   "URL that gets a POST with JSON", "https://chat.example.org/hook"],
 ntfy: ["Topic\u2019s URL", "https://ntfy.sh/my-topic"] };
 
+// Shows the channels, and draws them again after each change.
 function showChannels(root, channels) {
-  const again = () => withToast(async () => {
-    const answer = await get("channels");
-    root.replaceChildren(root.firstChild);
-    showChannels(root, answer.channels);
+  const send = (body, done) => withToast(async () => {
+    await post("channels", body);
+    showToast(done);
+    showChannels(root, (await get("channels")).channels);
   });
-  const deed = (words, body, done, facts) => button(words, async () => {
-    if (await withToast(() => post("channels", body), done)) again();
-  }, facts);
-  root.append(channels.length ? el("ul", { class: "alerts" }, channels.map(
-    (one) => el("li", {}, el("b", { text: one.kind }), el("div", {
-      class: "what" }, el("span", { text: one.target }), one.error && el(
-      "div", { class: "error", text: visible(one.error) })),
-    muted(one.last ? ["told ", timeOf(one.last)] : "not used yet"),
-    isOperator() && el("span", { class: "acts" }, deed("Test", { do: "test",
-      id: one.id }, "Sent; look there"), deed("Delete", { do: "delete",
-      id: one.id }, "Deleted"))))) : el("p", { class: "muted",
-    text: "Nobody yet: what goes wrong shows on this page alone." }));
-  if (isOperator()) root.append(channelForm(again));
+  const act = (words, action, id, done) => button(words, () =>
+    send({ do: action, id }, done));
+  const items = channels.map(({ id, kind, target, error, last }) => el("li",
+    {}, el("b", { text: kind }), el("div", { class: "what" }, el("span",
+      { text: target }), error && el("div", { class: "error",
+      text: visible(error) })), muted(last ? ["told ", timeNode(last)]
+      : "not used yet"), isOperator() && el("span", { class: "row-actions" },
+      act("Test", "test", id, "Sent; look there"),
+      act("Delete", "delete", id, "Deleted"))));
+  root.replaceChildren(items.length ? el("ul", { class: "alerts" }, items)
+    : mutedLine("Nobody yet: what goes wrong shows on this page alone."),
+  isOperator() ? channelForm(send) : "");
 }
 
-function channelForm(again) {
-  const kind = el("select", { "aria-label": "By", onchange: () => show() },
-    Object.keys(CHANNEL_HELP).map((text) => el("option", { text,
-      value: text })));
+function channelForm(send) {
+  const kind = select({ "aria-label": "By", onchange: () => show() },
+    Object.keys(CHANNEL_HELP).map((text) => [text]));
   const target = el("input", { required: true, autocomplete: "off",
     spellcheck: "false" });
   const show = () => {
@@ -18131,36 +17973,29 @@ function channelForm(again) {
       type: kind.value === "mail" ? "email" : "url" });
   };
   show();
-  return el("form", { class: "oneline", onsubmit: async (event) => {
-    event.preventDefault();
-    if (await withToast(() => post("channels", { kind: kind.value,
-      target: target.value }), "Added")) again();
-  } }, kind, target, el("button", { class: "btn", type: "submit",
-    text: "Add" }));
+  return form({ class: "oneline" }, () => send({ kind: kind.value,
+    target: target.value }, "Added"), kind, target,
+  submitButton("Add", { class: "btn" }));
 }
 
-// --- hosts ------------------------------------------------------------------
+// --- hosts -----------------------------------------------------------------
 
 function hostsView(place, root) {
   const list = el("div");
-  root.append(el("h1", { text: "Hosts" }), list, el("section",
-    { class: "part" }, el("h2", { text: "Add a host" }), el("p", {},
-    "On the machine, type this; it asks for the dashboard\u2019s passphrase, "
-    + "which stays there:"), joinCommands()));
+  root.append(el("h1", { text: "Hosts" }), list, section("Add a host",
+    el("p", {}, "On the machine, type this; it asks for the dashboard\u2019s "
+    + "passphrase, which stays there:"), joinCommands()));
   const draw = () => list.replaceChildren(state.hosts.size ? hostTable()
-    : el("p", { class: "muted", text: "None yet." }));
+    : mutedLine("None yet."));
   draw();
   return { title: "Hosts", update: (changes) => {
     if (changes.hosts || changes.gone || changes.all) draw();
   } };
 }
 
-function hostTable() {
-  const hosts = [...state.hosts.values()].sort(byName);
-  return el("div", { class: "scroll" }, el("table", { class: "list" },
-    headRow("Host", "State", "Jobs", "Heard", "Its clock", "koi", ""),
-    el("tbody", {}, hosts.map(hostRow))));
-}
+const hostTable = () => el("div", { class: "scroll" }, table(["Host",
+  "State", "Jobs", "Heard", "Its clock", "koi", ""],
+[...state.hosts.values()].sort(byName).map(hostRow)));
 
 const HOST_STATES = { up: ["ok", "up"], silent: ["unknown", "silent"],
   twin: ["late", "two with one identity"], new: ["new", "new"],
@@ -18169,157 +18004,134 @@ const HOST_STATES = { up: ["ok", "up"], silent: ["unknown", "silent"],
 function hostRow(host) {
   const jobs = [...state.jobs.values()].filter((job) =>
     job.host === host.id).length;
-  const [shape, word] = HOST_STATES[host.state] || ["unknown", host.state];
   const cell = (name, ...inside) => el("td", { "data-th": name }, inside);
-  return el("tr", {}, el("td", { class: "wraps" },
-    el("b", { text: host.name }), (host.troubles || []).map((text) =>
-      el("div", { class: "error", text: visible(text) }))),
-  el("td", {}, el("span", { class: `state s-${shape}` }, icon(shape),
-    el("span", { class: "word", text: word }))),
-  cell("Jobs", String(jobs)), cell("Heard", host.seen
-    ? timeOf(host.seen, host) : "never"),
-  cell("Clock", skewWords(host), el("div", { class: "muted",
-    text: host.zone })), cell("koi", host.version || "",
-    foreignKeys(host)), el("td", {}, isOperator() && forgetButton(host)));
+  return tableRow(el("td", { class: "wraps" }, el("b", { text: host.name }),
+    (host.troubles || []).map((text) => el("div", { class: "error",
+      text: visible(text) }))),
+  stateMark(...HOST_STATES[host.state] || ["unknown", host.state]),
+  cell("Jobs", String(jobs)),
+  cell("Heard", host.seen ? timeNode(host.seen, host) : "never"),
+  cell("Clock", skewWords(host.skew || 0), el("div", { class: "muted",
+    text: host.zone })),
+  cell("koi", host.version || "", hasOtherKeys(host) && el("div",
+    { class: "error", text: WORDS.otherKeys })),
+  isOperator() && confirmButton("Forget\u2026", `Forget ${host.name} and `
+    + "its runs", () => withToast(() => post("forget", { host: host.id }),
+    "Forgotten"), { class: "btn quiet" }));
 }
 
-function skewWords(host) {
-  const skew = host.skew || 0;
-  if (Math.abs(skew) < 2) return "right";
-  return el("span", { class: Math.abs(skew) >= 30 ? "late" : "",
-    text: `${about(Math.abs(skew))} ${skew > 0 ? "fast" : "slow"}` });
-}
+const skewWords = (skew) => Math.abs(skew) < 2 ? "right" : el("span", {
+  class: Math.abs(skew) >= 30 ? "late" : "",
+  text: `${roughDuration(Math.abs(skew))} ${skew > 0 ? "fast" : "slow"}` });
 
-function foreignKeys(host) {
-  if (!session.keys || !host.key || host.state === "left"
-      || host.key === keyId(keyFor(host.id))) return null;
-  return el("div", { class: "error", text: WORDS.keys });
-}
+const hasOtherKeys = (host) => session.keys && host.key
+  && host.state !== "left" && host.key !== keyId(keyFor(host.id));
 
-function forgetButton(host) {
-  return button("Forget\u2026", (event) => {
-    event.target.replaceWith(button(`Forget ${host.name} and its runs`, () =>
-      withToast(() => post("forget", { host: host.id }), "Forgotten"),
-    { class: "btn danger" }));
-  }, { class: "btn quiet" });
-}
-
-// --- settings ---------------------------------------------------------------
+// --- settings --------------------------------------------------------------
 
 function settingsView(place, root) {
-  const { dash } = state, mine = `${origin()}/#${dash.id}`;
+  const { dash } = state;
   root.classList.add("narrow");
-  root.append(el("h1", { text: "Settings" }), el("section", { class: "part" },
-    el("h2", { text: "This dashboard" }), el("p", {}, "Its address, to "
-    + "bookmark or to pass on:"), snippet(mine)), viewerPart(),
-  dash.ping_key ? el("section", { class: "part" }, el("h2", {
-    text: "Ping key" }), el("p", {}, "With it a check is pinged by its "
-    + "slug, and made by the first ping:"), snippet(`curl -fsS -m 10 ${
-    origin()}/ping/${dash.ping_key}/my-backup?create=1`)) : "",
-  el("section", { class: "part" }, el("h2", { text: "Badges" }), el("p", {},
-    "A small picture of a state, for a wiki or a README. It tells a colour "
-    + "and nothing else:"), snippet(`${origin()}/badge/${dash.badge_key
-    }/all.svg`), el("p", { class: "muted" }, "In the place of ",
-    code("all"), " may stand a check\u2019s slug or a job\u2019s tag; ",
-    code(".json"), " gives the same for programs.")),
-  el("section", { class: "part" }, el("h2", { text: "Prometheus" }),
-    snippet(`curl -H "Authorization: Bearer $KEY" ${origin()}/metrics`),
-    el("p", { class: "muted" }, "KEY is the viewer\u2019s key without its "
-    + "\u201cview-\u201d.")),
-  el("section", { class: "part" }, el("h2", { text: "Passphrase" }),
-    el("p", {}, "To change it, type on a host:"),
+  root.append(el("h1", { text: "Settings" }), section("This dashboard",
+    el("p", {}, "Its address, to bookmark or to pass on:"),
+    snippet(`${origin()}/#${dash.id}`)), viewerSection(),
+  dash.ping_key ? section("Ping key", el("p", {}, "With it a check is "
+    + "pinged by its slug, and made by the first ping:"), snippet(`curl -fsS `
+    + `-m 10 ${origin()}/ping/${dash.ping_key}/my-backup?create=1`)) : "",
+  section("Badges", el("p", {}, "A small picture of a state, for a wiki or a "
+    + "README. It tells a colour and nothing else:"),
+  snippet(`${origin()}/badge/${dash.badge_key}/all.svg`), mutedLine(
+    "In the place of ", code("all"), " may stand a check\u2019s slug or a "
+    + "job\u2019s tag; ", code(".json"), " gives the same for programs.")),
+  section("Prometheus", snippet(
+    `curl -H "Authorization: Bearer $KEY" ${origin()}/metrics`),
+  mutedLine("KEY is the viewer\u2019s key without its \u201cview-\u201d.")),
+  section("Passphrase", el("p", {}, "To change it, type on a host:"),
     snippet("koitab -d rotate")),
-  el("p", { class: "muted" }, `koi ${state.version}. You are `,
-    isOperator() ? "an operator: you may run what is @manual."
-      : "a viewer."));
+  mutedLine(`koi ${state.version}. You are `, isOperator()
+    ? "an operator: you may run what is @manual." : "a viewer."));
   return { title: "Settings" };
 }
 
-function viewerPart() {
+function viewerSection() {
   const key = session.keys && `view-${hex(session.keys.view)}`;
-  const part = el("section", { class: "part" }, el("h2", {
-    text: "Viewers" }), el("p", { text: "Who has this key sees all jobs and "
-    + "outputs, and can run nothing. It is typed in the place of the "
-    + "passphrase." }));
-  if (!key) {
-    part.append(el("p", { class: "muted", text: "Operators can see it." }));
-    return part;
-  }
-  part.append(button("Show the viewer\u2019s key", (event) =>
-    event.target.replaceWith(snippet(key))));
-  return part;
+  return section("Viewers", el("p", { text: "Who has this key sees all jobs "
+    + "and outputs, and can run nothing. It is typed in the place of the "
+    + "passphrase." }), key ? button("Show the viewer\u2019s key", (event) =>
+    event.target.replaceWith(snippet(key)))
+    : mutedLine("Operators can see it."));
 }
 
-// --- keys, and the start ----------------------------------------------------
+// --- shortcuts, and the start ----------------------------------------------
 
-const KEYS = [["/", "search or filter"], ["j  k", "down, up; older, newer"],
-  ["Enter", "open"], ["\u2190  \u2192", "walk along a strip"],
-  ["r", "run the job"], ["f", "follow an output"], ["w", "wrap its lines"],
-  ["g j", "jobs"], ["g t", "the day"], ["g s", "search"],
-  ["g a", "alerts"], ["g h", "hosts"], ["?", "these keys"],
-  ["Esc", "close, leave a field"]];
-const GOING = { j: "jobs", t: "day", s: "search", a: "alerts", h: "hosts",
+const SHORTCUTS = [["/", "search or filter"], ["j  k",
+  "down, up; older, newer"], ["Enter", "open"],
+["\u2190  \u2192", "walk along a strip"], ["r", "run the job"],
+["f", "follow an output"], ["w", "wrap its lines"], ["g j", "jobs"],
+["g t", "the day"], ["g s", "search"], ["g a", "alerts"], ["g h", "hosts"],
+["?", "these keys"], ["Esc", "close, leave a field"]];
+const AFTER_G = { j: "jobs", t: "day", s: "search", a: "alerts", h: "hosts",
   u: "audit" };
 
-function showKeys() {
-  const dialog = $("#keys");
+function showShortcuts() {
+  const dialog = $("#shortcuts");
   dialog.replaceChildren(el("h2", { text: "Keys" }), el("dl",
-    { class: "keys" }, KEYS.map(([key, words]) => el("div", {}, el("dt", {},
-      key.split(/ +/).map((one) => el("kbd", { text: one }))), el("dd",
-      { text: words })))), button("Close", () => dialog.close(),
+    { class: "shortcuts" }, SHORTCUTS.map(([keys, words]) => el("div", {},
+      el("dt", {}, keys.split(/ +/).map((one) => el("kbd", { text: one }))),
+      el("dd", { text: words })))), button("Close", () => dialog.close(),
     { class: "btn primary" }));
   dialog.showModal();
 }
 
-let going = 0;
+let pressedG = 0;       // when, in ms
 
 function onKey(event) {
   if (!session.token || event.ctrlKey || event.metaKey || event.altKey) {
     return;
   }
-  const field = event.target.closest?.("input, textarea, select");
+  const input = event.target.closest?.("input, textarea, select");
   if (event.key === "Escape") {
-    if (field) field.blur();
+    input?.blur();
     hideTip();
     return;
   }
-  if (field || $("#keys").open || barKey(event)) return;
-  const key = event.key, keys = app.view?.keys || {};
-  if (Date.now() - going < 1500 && GOING[key]) {
-    going = 0;
-    go(GOING[key]);
-  } else if (key === "g") going = Date.now();
-  else if (key === "?") showKeys();
-  else if (keys[key]) keys[key]();
+  if (input || $("#shortcuts").open || barKey(event)) return;
+  const { key } = event, shortcuts = app.view?.shortcuts || {};
+  if (Date.now() - pressedG < 1500 && AFTER_G[key]) {
+    pressedG = 0;
+    go(AFTER_G[key]);
+  } else if (key === "g") pressedG = Date.now();
+  else if (key === "?") showShortcuts();
+  else if (shortcuts[key]) shortcuts[key]();
   else if (key === "/") go("search");
   else return;
   event.preventDefault();
 }
 
-function begin() {
-  showTheme(preferences.get("theme", "auto"));
+function start() {
+  showTheme();
   session.server = $("meta[name=koi-server]").content.replace(/\/+$/, "");
-  const dash = location.hash.match(/^#([0-9a-f]{16})$/);
-  if (dash) session.dash = dash[1];
-  if (!onDisk() && !globalThis.isSecureContext) {
-    $("#plain").textContent = WORDS.plain;
-    $("#plain").hidden = false;
+  session.dash = location.hash.match(/^#([0-9a-f]{16})$/)?.[1] || "";
+  if (!isFile() && !globalThis.isSecureContext) {
+    $("#plain-http").textContent = WORDS.plainHttp;
+    $("#plain-http").hidden = false;
   }
-  const fault = (error) => error?.name !== "AbortError" && showToast(
+  const showBug = (error) => error?.name !== "AbortError" && showToast(
     `A fault of this page: ${error?.message || error}`, "bad");
-  addEventListener("error", (event) => fault(event.error));
-  addEventListener("unhandledrejection", (event) => fault(event.reason));
-  watchBars();
-  watchIdle();
-  setInterval(tick, 1000);
+  addEventListener("error", (event) => showBug(event.error));
+  addEventListener("unhandledrejection", (event) => showBug(event.reason));
+  listenToBars();
+  lockWhenIdle();
+  setInterval(updateTimes, 1000);
   addEventListener("keydown", onKey);
   addEventListener("hashchange", () => app.route());
   addEventListener("scroll", hideTip, { passive: true });
-  document.addEventListener("visibilitychange", () => stream.looked());
+  document.addEventListener("visibilitychange", () =>
+    stream.onVisibilityChange());
   logInView();
 }
 
-begin();
+start();
 """
 
 

@@ -189,7 +189,7 @@ def test_a_value_is_refused_with_the_words_of_section_tab(login_page, kind,
                                                           choices):
     param = koitab.Parameter("x", kind, None, choices)
     expected = [param.value_error(value) for value in VALUES]
-    assert login_page.js("return arguments[1].map((value) => refusalOfValue("
+    assert login_page.js("return arguments[1].map((value) => valueError("
                          "arguments[0], value))", {"type": kind, "choices":
                                                    list(choices)}, VALUES
                          ) == expected
@@ -198,7 +198,7 @@ def test_a_value_is_refused_with_the_words_of_section_tab(login_page, kind,
 def test_half_a_letter_is_refused(login_page):
     assert login_page.js(
         r"return ['\ud800', 'a\udc00', '\udc00\ud800'].map((value) => "
-        "refusalOfValue({type: 'string'}, value))") == ["it is not UTF-8"] * 3
+        "valueError({type: 'string'}, value))") == ["it is not UTF-8"] * 3
 
 
 def test_a_request_is_believed_and_its_secret_unveiled(login_page):
@@ -238,7 +238,7 @@ def test_a_request_is_believed_and_its_secret_unveiled(login_page):
     (3600, "1 h"),
     (5400, "1 h 30 min"), (86400, "1 d"), (90000, "1 d 1 h")])
 def test_how_long_something_took_in_words(login_page, seconds, words):
-    assert login_page.js("return lasting(arguments[0])", seconds) == words
+    assert login_page.js("return formatDuration(arguments[0])", seconds) == words
 
 
 @pytest.mark.parametrize("old, new, expected", [

@@ -77,7 +77,7 @@ def test_a_viewer_reads_and_is_offered_nothing_to_run(browser, stand_in):
     stand_in.world.tries = 0
     browser.open(stand_in.url, f"view-{page_server.VECTOR['view']}")
     browser.find(".row")
-    assert browser.js("return document.querySelectorAll('.run, .acts button')"
+    assert browser.js("return document.querySelectorAll('.run, .row-actions button')"
                       ".length") == 0
     browser.visit(f"job/{stand_in.world.every_type}/run", ".note")
     assert "can read, and nothing else" in browser.text(".note")
@@ -85,7 +85,7 @@ def test_a_viewer_reads_and_is_offered_nothing_to_run(browser, stand_in):
 
 def test_locking_forgets_the_keys_and_what_was_shown(page):
     page.find(".row")
-    page.click(".locker")
+    page.click(".lock")
     page.wait("document.querySelector('#secret')")
     assert page.js("return [session.keys, session.token, state.jobs.size, "
                    "document.querySelectorAll('.row').length, "
@@ -105,7 +105,7 @@ def test_over_plain_http_a_banner_warns_and_the_twin_derives(
     browser.go(stand_in.url.replace("127.0.0.1", "koi.test"))
     assert browser.js("return [isSecureContext, Boolean(crypto.subtle)]"
                       ) == [False, False]
-    assert "plain http" in browser.text("#plain")
+    assert "plain http" in browser.text("#plain-http")
     browser.type("#secret", PASSWORD)
     browser.keys("Enter")
     browser.wait("document.body.classList.contains('open')", 30)
@@ -124,7 +124,7 @@ def test_the_page_works_from_a_file_and_asks_for_its_server(
     browser.keys("Enter")
     browser.wait("document.body.classList.contains('open')")
     browser.find(".row")
-    browser.wait("document.querySelector('#link').textContent === 'Live'")
+    browser.wait("document.querySelector('#connection').textContent === 'Live'")
 
 
 # --- jobs
@@ -160,7 +160,7 @@ def test_a_change_is_drawn_in_place_and_told(page, stand_in):
     page.wait("node.closest('.attention')")
     assert page.js("return document.activeElement === node")
     assert "failed on" in page.js(
-        "return document.querySelector('#told').textContent")
+        "return document.querySelector('#announcer').textContent")
     job.update(state="ok", failing=None)
     stand_in.world.push(jobs=[job])
     page.wait("!node.closest('.attention')")
@@ -173,7 +173,7 @@ def test_a_lost_stream_is_told_and_found_again(page, stand_in):
                if job["state"] == "ok" and job["section"] == "Backup")
     stand_in.deaf = True
     page.js("stream.reader.cancel()")
-    page.wait("document.querySelector('#link').textContent"
+    page.wait("document.querySelector('#connection').textContent"
               ".startsWith('Not connected: next try in ')")
     job["state"] = "late"
     stand_in.world.push(jobs=[job])
@@ -195,7 +195,7 @@ def test_times_are_told_in_the_zone_that_was_chosen(page, kind, words):
         const host = [...state.hosts.values()].find((h) =>
             h.name === "build");
         zoneKind = arguments[0];
-        try { return exactly(1772359200, host); }
+        try { return exactTime(1772359200, host); }
         finally { zoneKind = "mine"; }""", kind)
     assert title.endswith(words)
     assert ("10:00:00" if kind == "utc" else "05:00:00") in title
@@ -267,9 +267,9 @@ def test_a_walk_without_a_mouse(page, stand_in):
         page.keys("g", key)
         page.wait(f"location.hash === '{path}'")
     page.keys("?")
-    page.wait("document.querySelector('#keys').open")
+    page.wait("document.querySelector('#shortcuts').open")
     page.keys("Escape")
-    page.wait("!document.querySelector('#keys').open")
+    page.wait("!document.querySelector('#shortcuts').open")
     page.visit(f"run/{stand_in.world.colours}", ".line")
     page.keys("w")
     page.wait("document.querySelector('.pane').classList.contains('wrap')")
@@ -293,7 +293,7 @@ def test_every_field_and_button_has_a_name_and_headings_begin_with_h1(
                 "button, a, input, select, textarea, summary")].filter((n) =>
                 !n.closest("[hidden]") && !n.hidden && !(n.textContent.trim()
                 || n.ariaLabel || n.labels?.length || n.classList.contains(
-                    "no"))).map((n) => n.outerHTML.slice(0, 90))""")
+                    "number"))).map((n) => n.outerHTML.slice(0, 90))""")
         assert nameless == [], path
         assert page.js("return document.querySelectorAll('h1').length") == 1
         assert page.js("""
@@ -332,7 +332,7 @@ const bad = new Set();
 for (const node of document.querySelectorAll("body *")) {
   if (![...node.childNodes].some((n) => n.nodeType === 3
       && n.textContent.trim()) || !node.checkVisibility()
-      || node.closest("svg, .away, :disabled, #said, [style]")) continue;
+      || node.closest("svg, .away, :disabled, #toast, [style]")) continue;
   const a = light(rgb(getComputedStyle(node).color).slice(0, 3));
   const b = light(ground(node));
   const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
@@ -481,13 +481,13 @@ def test_output_shows_streams_notes_times_and_a_line_of_its_own(page,
     assert page.text(".line.here .text").startswith("error: ENOSPC")
     assert "has-err" in page.js("return document.querySelector('.line.here')"
                                 ".className")
-    assert page.js("return document.querySelector('.line.ours').textContent"
+    assert page.js("return document.querySelector('.line.koi-note').textContent"
                    ) == "koi: 2,048 bytes left out here"
     assert page.js("return document.querySelector('.text a').rel"
                    ) == "noopener noreferrer"
     page.js("[...document.querySelectorAll('.bar button')].find((b) => "
             "b.textContent === 'Times').click()")
-    assert page.js("return document.querySelector('.at').dataset.since"
+    assert page.js("return document.querySelector('.time').dataset.since"
                    ) == "+0.03"
     page.js("for (let i = 0; i < 2; i += 1) [...document.querySelectorAll("
             "'.bar button')].find((b) => b.textContent === 'Times').click()")
@@ -550,12 +550,12 @@ def test_leaving_a_live_output_ends_its_request(page, stand_in):
 
 
 def test_a_hit_of_the_search_leads_to_its_line(page, stand_in):
-    page.visit("search?q=step 3 took", ".hits a")
-    assert page.js("return document.querySelectorAll('.hits mark').length"
+    page.visit("search?q=step 3 took", ".matches a")
+    assert page.js("return document.querySelectorAll('.matches mark').length"
                    ) >= 5
-    page.click(".hits a")
-    page.wait("document.querySelector('.line.hit.here')")
-    assert "step 3 took" in page.text(".line.hit.here")
+    page.click(".matches a")
+    page.wait("document.querySelector('.line.match.here')")
+    assert "step 3 took" in page.text(".line.match.here")
 
 
 def test_a_live_run_is_followed_until_it_ends(page, stand_in):
@@ -674,8 +674,8 @@ def test_a_refused_request_says_why(page, stand_in, monkeypatch):
     page.js("const d = document.querySelector('#arg5'); d.value = "
             "'2026-03-29'; d.dispatchEvent(new Event('input'))")
     page.click(".runform .primary")
-    page.wait("document.querySelector('.said.bad')")
-    assert page.text(".said") == "The host refused: it has expired, 4 s ago"
+    page.wait("document.querySelector('.status.bad')")
+    assert page.text(".status") == "The host refused: it has expired, 4 s ago"
 
 
 def test_a_running_job_is_killed_by_a_signed_request(page, stand_in):
@@ -683,10 +683,10 @@ def test_a_running_job_is_killed_by_a_signed_request(page, stand_in):
     job = next(iter(world.jobs.values()))
     run = world.add_run(job, time.time() - 5, 0, "running")
     world.outputs[run["id"]] = page_server.frame(1, 5, "begun\n")
-    page.visit(f"run/{run['id']}", ".deeds .danger")
-    page.click(".deeds .danger")
+    page.visit(f"run/{run['id']}", ".actions .danger")
+    page.click(".actions .danger")
     page.click(".ask .danger")
-    page.wait("document.querySelector('#said').textContent === "
+    page.wait("document.querySelector('#toast').textContent === "
               "'The host ends it'")
     assert world.asked["do"] == "kill" and world.asked["run"] == run["n"]
     run.update(state="done", exit=0, ended=time.time())
@@ -710,12 +710,12 @@ def test_a_check_is_made_edited_paused_and_deleted(page, stand_in):
     page.click(".runform .primary")
     page.wait("document.querySelector('.snippet')")
     assert made[0]["kind"] == "cron"
-    page.js("[...document.querySelectorAll('.deeds button')].find((b) => "
+    page.js("[...document.querySelectorAll('.actions button')].find((b) => "
             "b.textContent === 'Pause').click()")
     page.wait("document.querySelector('.facts').textContent"
               ".includes('paused')")
-    page.click(".deeds .danger")
-    page.click(".deeds .danger")
+    page.click(".actions .danger")
+    page.click(".actions .danger")
     page.wait("location.hash === '#/jobs'")
     assert made[0]["id"] not in checks
 
@@ -739,7 +739,7 @@ def test_a_channel_is_added_and_deleted(page, stand_in):
     page.wait("document.querySelector('.part').textContent"
               ".includes('night@example.org')")
     assert stand_in.world.channels[-1]["target"] == "night@example.org"
-    page.js("[...document.querySelectorAll('.part .acts button')].pop()"
+    page.js("[...document.querySelectorAll('.part .row-actions button')].pop()"
             ".click()")
     page.wait("!document.querySelector('.part').textContent"
               ".includes('night@example.org')")

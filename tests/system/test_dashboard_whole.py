@@ -88,7 +88,7 @@ def test_what_d_new_says_opens_the_page_and_another_passphrase_does_not(
     browser.keys("Enter")
     browser.wait(job_row("Daily"))
     assert browser.js("return isSecureContext && document.querySelector("
-                      "'#plain').hidden")
+                      "'#plain-http').hidden")
     assert operator.password not in browser.js(
         "return location.href + document"
                                                ".documentElement.outerHTML")
@@ -180,12 +180,12 @@ def test_a_long_run_is_killed_from_the_page(web1_host, operator, browser):
 def test_the_search_finds_a_line_and_leads_to_it(browser):
     browser.insert("#find input", "`three`")
     browser.keys("Enter")
-    browser.wait("document.querySelector('.hits a')")
-    assert "`three`" in browser.text(".hits pre")
-    browser.click(".hits a")
+    browser.wait("document.querySelector('.matches a')")
+    assert "`three`" in browser.text(".matches pre")
+    browser.click(".matches a")
     browser.wait("document.querySelector('.line.here .text')?.innerText"
                  ".includes('`three`')")
-    assert "/B" in browser.js("return location.hash")
+    assert "?q=" in browser.js("return location.hash")
 
 
 def test_a_viewer_sees_all_and_can_run_nothing(server, web1_host, operator,
@@ -241,9 +241,9 @@ def test_from_the_login_to_a_finished_run_by_keyboard_alone(
     browser.keys("g", "h")
     browser.wait("app.path === 'hosts'")
     browser.keys("?")
-    browser.wait("document.querySelector('#keys').open")
+    browser.wait("document.querySelector('#shortcuts').open")
     browser.keys("Escape")
-    browser.wait("!document.querySelector('#keys').open")
+    browser.wait("!document.querySelector('#shortcuts').open")
 
 
 def test_two_hosts_stand_side_by_side_and_a_run_is_asked_for_by_name(
@@ -278,7 +278,7 @@ def test_two_hosts_stand_side_by_side_and_a_run_is_asked_for_by_name(
 def test_a_run_by_the_schedule_comes_in_while_one_looks(operator, browser):
     """Its clock was set so that a minute is over about now."""
     browser.visit("jobs")
-    browser.wait(f"{job_row('Tick')}?.querySelector('.c-strip svg')", 60)
+    browser.wait(f"{job_row('Tick')}?.querySelector('.c-history svg')", 60)
     browser.wait(f"{job_row('Tick')}.querySelector('.c-is').innerText == 'ok'")
     assert browser.js("return window.same"), "the page was loaded anew"
     assert operator.runs("Tick")[0]["trigger"] == "schedule"
@@ -514,7 +514,7 @@ def test_over_plain_http_by_a_name_the_keys_are_made_by_the_pages_own_means(
     browser.open(f"{url}/#{operator.dash}", operator.password)
     browser.wait(job_row("Quick"))
     assert not browser.js("return isSecureContext || crypto.subtle")
-    browser.shows("This page came over plain http", css="#plain")
+    browser.shows("This page came over plain http", css="#plain-http")
     browser.click("a[aria-label='Run Quick']")
     browser.insert("#arg0", "by name")
     browser.keys("Enter")
@@ -541,7 +541,7 @@ def test_the_page_from_disk_does_the_same_with_no_code_of_the_servers(
                  "'quick from disk')")
     browser.insert("#find input", "from disk")
     browser.keys("Enter")
-    browser.wait("document.querySelector('.hits a')")
+    browser.wait("document.querySelector('.matches a')")
 
 
 def test_who_guesses_is_told_how_long_to_wait_and_the_right_one_waits_too(
