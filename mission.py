@@ -2128,10 +2128,23 @@ def open_links(pid: int) -> list[str]:
     return found
 
 
-def processes_of_run(run_id: str) -> dict[str, str]:
+def real_user(pid: int) -> int:
+    """Return the user id of who started a process (Linux). Raises OSError.
+
+    Not the owner of /proc/PID: that is root for any process that cannot be
+    traced (proc(5)).
+    """
+    with open(f"/proc/{pid}/status", "rb") as file:
+        return next(int(line.split()[1]) for line in file
+                    if line.startswith(b"Uid:"))
+
+
+def processes_of_run(run_id: str, users: dict[str, int]) -> dict[str, str]:
     """slug -> "pid name" of the processes of a run that still exist.
 
     They are found by MISSION_RUN_ID in their environment, so only on Linux.
+    `users`: slug -> the user id that the task runs as. Others do not count,
+    because any user can set these variables.
     """
     found = {}
     mark = f"MISSION_RUN_ID={run_id}".encode()
@@ -2139,12 +2152,13 @@ def processes_of_run(run_id: str) -> dict[str, str]:
         try:
             with open(f"/proc/{pid}/environ", "rb") as file:
                 words = file.read().split(b"\0")
-        except OSError:
+            user = real_user(pid)
+        except (OSError, StopIteration):
             continue
-        if mark in words:
-            slugs = [word[13:].decode("utf-8", "replace") for word in words
-                     if word.startswith(b"MISSION_TASK=")]
-            found.setdefault("".join(slugs[:1]), f"{pid} {name}")
+        slugs = [word[13:].decode("utf-8", "replace") for word in words
+                 if word.startswith(b"MISSION_TASK=")]
+        if mark in words and users.get("".join(slugs[:1])) == user:
+            found.setdefault(slugs[0], f"{pid} {name}")
     return found
 
 
@@ -4744,8 +4758,12 @@ class Runner:
         self.delivery.load_modules()
         self.run_id = str(uuid.uuid4())
         self.lost = self.state.lost()
+        users = {}
+        for task in self.config.tasks:
+            account = account_of(task.user) if task.user else myself()
+            users[task.slug] = account.uid if account else -1
         for run in self.lost:
-            self.alive.update(processes_of_run(run["id"]))
+            self.alive.update(processes_of_run(run["id"], users))
         known = {record["id"] for record in self.state.history()}
         for run in self.lost:
             if run["id"] not in known:

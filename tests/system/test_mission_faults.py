@@ -255,6 +255,34 @@ def test_a_task_that_outlived_its_runner_is_not_started_beside_itself(
             os.kill(orphan, signal.SIGKILL)
 
 
+@support.root_only
+@pytest.mark.parametrize("uid, starts", [(support.MALLORY_UID, True),
+                                         (0, False)])
+def test_variables_of_another_users_process_stop_no_task(scratch, uid,
+                                                         starts):
+    """The run's id is in its mails, and any user can set a variable."""
+    pids, go = scratch.folder / "pids", scratch.tasks / "go"
+    scratch.task("slow", '[ -e ../go ] || { echo $$ >> "$PIDS"; '
+                 "exec sleep 300; }", env={"PIDS": str(pids)})
+    process = scratch.start("run", "--headless")
+    with support.stopping(process):
+        task = in_task(pids)
+        process.kill()
+        process.wait()
+    os.kill(task, signal.SIGKILL)
+    support.wait_until(lambda: not is_alive(task), 30, "the task's end")
+    go.touch()
+    (state,) = scratch.state.glob("*/current.json")
+    imposter = subprocess.Popen(
+        ["sleep", "300"], user=uid, group=uid, extra_groups=[], env={
+            "PATH": os.environ["PATH"], "MISSION_TASK": "slow",
+            "MISSION_RUN_ID": json.loads(state.read_text())["id"]})
+    with support.stopping(imposter):
+        result = scratch.mission("run")
+    assert (str(imposter.pid) not in result.out) == starts, result
+    assert (scratch.outcomes()["slow"] == "ok") == starts
+
+
 @pytest.mark.parametrize("state", [
     b"", b"{", b"\0" * 512, b"[]", b"null", b'{"id": 7}', b"\xff\xfe",
     b'{"pid": "x", "id": [], "task": {"a": 1}, "started": null}',
