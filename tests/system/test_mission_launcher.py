@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 
@@ -62,6 +63,34 @@ def test_nothing_of_the_callers_python_is_used(installed, tmp_path):
 def test_start_leaves_no_compiled_file(installed):
     assert run([str(installed), "--version"]).returncode == 0
     assert [path.name for path in installed.parent.iterdir()] == ["mission"]
+
+
+def test_a_changed_file_of_equal_size_and_time_is_what_runs(installed):
+    """As `cp -p` and packages with SOURCE_DATE_EPOCH leave it."""
+    before = run([str(installed), "--version"]).stdout
+    status = installed.stat()
+    text = installed.read_text(encoding="utf-8")
+    number = before.split()[-1]
+    other = number.translate(str.maketrans("0123456789", "9876543210"))
+    installed.write_text(text.replace(f'"{number}"', f'"{other}"'),
+                         encoding="utf-8")
+    os.utime(installed, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert installed.stat().st_size == status.st_size
+    assert run([str(installed), "--version"]).stdout.split()[-1] == other
+
+
+@support.root_only
+def test_root_leaves_no_directory_that_others_can_write(installed, host,
+                                                        tmp_path):
+    """A cache of compiled code below /var/cache would be one of root's."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    host.bind(cache, "/var/cache")
+    for umask in ("000", "002"):
+        done = host.run(["sh", "-c", f"umask {umask}; exec \"$@\"", "sh",
+                         str(installed), "--version"])
+        assert done.code == 0, done
+    assert list(cache.rglob("*")) == []
 
 
 def test_first_line_is_followed_by_the_docstring():
