@@ -45,11 +45,18 @@ of koid (root), J the user of a job, U a user without rights, C the caller.
     Api           who may call what?                            (network) U
     Page          what does the browser run?                    (nothing) U C
   4 commands
+    Terminal      how does koitab speak with its caller?       (terminal) C
+    TabCommands   what can be done to a tab?            (files, terminal) C
+    RunCommands   how is a job run, and its past shown?        (terminal) C
+    Remote        what can a host ask of a dashboard? (network, terminal) C
+    Import        which crontabs does cron have here?  (files, processes) C
+    Services      how are koid and the dashboard started?       (machine) C
+    Source        which code runs as whom?              (files, terminal) C
     Command       what can I type?                             (terminal) C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
 the directory of the script and site-packages out of the imports. Modules that
-cost milliseconds (`re` and `json` among them) are imported where they are
+cost milliseconds (`ssl` and `json` among them) are imported where they are
 used.
 """
 
@@ -2296,23 +2303,6 @@ def host_key(run_key: bytes, host: str) -> bytes:
 def key_id(key: bytes) -> str:
     """By which both sides see that they hold the same host key."""
     return sha256_hex(b"koi-key-v1\n" + key)[:16]
-
-
-def password_weakness(password: str) -> str:
-    """Why a password is too easy to guess; "" if it is not. Who has the
-    dashboard's database can try some ten thousand a second."""
-    if len(password) < 14:
-        return "it has fewer than 14 characters"
-    if len(set(password.lower())) < 8:
-        return "it has fewer than 8 different characters"
-    steps = [ord(b) - ord(a) for a, b in zip(password, password[1:])]
-    if sum(step in (-1, 0, 1) for step in steps) > len(steps) // 2:
-        return "it is a row of neighbours"
-    plain = password.lower()
-    if any(word in plain for word in ("password", "passwort", "qwerty",
-                                      "letmein", "12345")):
-        return "it is among the first that are tried"
-    return ""
 
 
 def format_passphrase(numbers: bytes) -> str:
@@ -11486,7 +11476,7 @@ def post(target: str, body: bytes, headers: dict) -> str:
 
 
 # ==========================================================================
-# HttpServer: is this a valid request, in time?        (network, files; U)
+# HttpServer: is this a valid request, in time?          (network, files; U)
 #
 # accept, count the connection, TLS handshake; then per request: head, checks
 # of Api, body, handler, response; after the last one close. Each step has a
@@ -18169,105 +18159,222 @@ def page_text(server: str | None = None) -> str:
 
 
 # ==========================================================================
-# Command: what can I type?                                    (terminal; C)
+# Terminal: how does koitab speak with its caller?             (terminal; C)
 #
-# What crontab(1) knows works here as it does there: its options, messages
-# and exit status. Beside it stands one function for each command of ours.
-# All of it asks koid, by Link, and does nothing to jobs itself. `main` is
-# the only way out: it turns an Error into one line and an exit status.
+# gives   OPTIONS, Invocation, ExitWithText, CrontabError; prompts, output
+# needs   Error, escape_controls, Machine (who the caller is)
+#
+# One table of options feeds argparse, the help texts and the completion
+# scripts. What people read goes to stderr if it is not the output itself.
 # ==========================================================================
 
-USAGE = """\
-koitab: cron, with names, sections and forms.
+MOST_LISTED = 100_000   # what -n may ask for
 
-As crontab(1):
-  koitab FILE | -      install a tab (./run for a file named like a command)
-  koitab -e | -l       edit it; list it
-  koitab -r [-i]       remove it; -i asks before
-  koitab -T FILE       test a tab: every fault, and what looks wrong
 
-Jobs:
-  koitab run NAME [ARG=VALUE]...   run a job now: its output and its status
-  koitab next [NAME] [-n N] [--from TIME] [--tab FILE] [--utc] [--json]
-                                   the next starts, of all jobs or of one
-  koitab history [NAME] [-n N] [--json]   past runs
-  koitab log RUN|NAME [--json]     the output of a run
-  koitab kill RUN                  end a run
-  koitab status [--json]           is all well? status 1 when it is not
+class ExitWithText(Exception):
+    """Nothing is left to do but to print a text."""
 
-  koitab run --on HOST NAME [ARG=VALUE]...
-                                   on another host, through the dashboard: the
-                                   request is signed here; [--url URL]
 
-A dashboard for this machine:
-  koitab -d new [URL]              make one there: a passphrase and its keys
-  koitab -d join URL               belong to one that there is already
-  koitab -d show | rotate | off    how it is; new keys for all; leave it
+class CrontabError(Error):
+    """A message of crontab(1), in its words: printed without a prefix."""
 
-Setting up:
-  koitab import                    cron's tabs as a koitab, printed
-  koitab daemon [--system]         koid, in the foreground
-  koitab dashboard                 the dashboard, in the foreground
-  koitab page [URL]                its page as a file, to open from disk
-  koitab unit daemon|dashboard     a unit for systemd, a plist for launchd
-  koitab completion bash|zsh|fish  completion for a shell
 
-Options:
-  -u USER              the tab and the jobs of another user (root)
-  -n, --number N       how many starts of each job (5); how many runs (20)
-      --tab FILE       a tab that is not installed; - is standard input
-      --from TIME      starts later than this: 2026-03-29T01:30, with an
-                       offset or Z, or the wall's time (default: now)
-      --utc            show times in UTC
-      --json           for programs
-      --system         serve /etc/crontab, /etc/cron.d and cron's tabs too
-      --on HOST        the host that a job is to run on
-      --url URL        the dashboard, if not the one of this machine
-      --ca FILE        certificates (PEM) to trust instead of the system's
-      --password -     a password of one's own, asked for or on standard input
-      --plain-http     http beyond this machine, though it can be read and
-                       changed on the way
+def parse_number(text: str) -> int:
+    """Return the value of -n. Raises Error."""
+    number = count(text) or 0
+    if not 0 < number <= MOST_LISTED:
+        raise Error(f"-n {text}: not a number from 1 to {MOST_LISTED:,}",
+                    "-n 5; -T FILE tests a tab", EXIT_USAGE)
+    return number
 
-Options of dashboard, and of `unit dashboard`:
-      --listen ADDRESS:PORT   where (127.0.0.1:8077); may be repeated
-      --db FILE        where it keeps all (dashboard.db in the state folder)
-      --cert FILE      https, with this certificate (PEM) ...
-      --key FILE       ... and its key
-      --name HOST      a name that browsers and hosts call it by; repeatable
-      --behind-proxy ADDRESS   believe X-Forwarded-For from there
-      --allow-new      anyone may make a dashboard here
-      --backup FILE    write a copy of all to FILE, and end
 
-  -h, --help           this text
-  -V, --version        the version
+class Option(FrozenRecord):
+    """An option, for argparse, the help and the completion scripts."""
+    spelling: str               # "-n, --number N"
+    help: str
+    default: object = False
+    action: str = "store_true"  # of argparse
+    parse: object = str         # text -> value; raises Error
 
-NAME is a job's name, its tag, its line, or section/name. ARG=- reads the
-value from standard input. TZ sets the time zone of `next --tab`, CRON_TZ in
-a tab that of the lines below it. Called crontab it says crontab; called
-koid it is the daemon.
+    @property
+    def names(self) -> list[str]:
+        """The ways to type it, the short one first."""
+        return [word for word in self.spelling.replace(",", "").split()
+                if word.startswith("-")]
 
-Exit status: 0 all well; 1 the tab has faults, or something is not there;
-2 wrong usage of a command that crontab lacks; of `run`, the job's own,
-128+N if signal N ended it.
-"""
+    @property
+    def value(self) -> str:
+        """The name of its value: "FILE" or "USER", say; "" without one."""
+        return self.spelling.partition(self.names[-1])[2].strip()
 
-SHORT = "u:elriT:d:n:hV"
-LONG = ["number=", "tab=", "from=", "utc", "json", "system", "on=", "url=",
-        "ca=", "password=", "plain-http", "listen=", "db=", "cert=", "key=",
-        "name=", "behind-proxy=", "allow-new", "backup=", "help", "version"]
-FIELDS = {"-u": "user", "-e": "edit", "-l": "list", "-r": "remove",
-          "-i": "ask", "-T": "test", "-d": "link", "--from": "start",
-          "--plain-http": "plain_http", "--allow-new": "allow_new"}
-WITH_VALUE = ("-u", "-T", "-d", "--tab", "--from", "--on", "--url", "--ca",
-              "--password", "--db", "--cert", "--key", "--backup")
-REPEATED = {"--listen": "listen", "--name": "names",
-            "--behind-proxy": "proxies"}
-OF_DASHBOARD = ("--listen --db --cert --key --plain-http --name "
-                "--behind-proxy --allow-new")
-SAME = {"--number": "-n"}
+
+OPTIONS = {     # by the attribute of Invocation that holds the value
+    "edit": Option("-e", "edit the tab"),
+    "list": Option("-l", "list the tab"),
+    "remove": Option("-r", "remove the tab"),
+    "ask": Option("-i", "ask before the tab is removed"),
+    "test": Option("-T FILE", "test this tab", "", "store"),
+    "user": Option("-u USER", "the tab, jobs and runs of another user (root)",
+                   "", "store"),
+    "link": Option("-d ACTION", "what to do with a dashboard", "", "store"),
+    "number": Option("-n, --number N", "how many starts of each job (5), or "
+                     "runs (20)", 0, "store", parse_number),
+    "tab": Option("--tab FILE", "a tab that is not installed; - is standard "
+                  "input", "", "store"),
+    "start": Option("--from TIME", "only starts after this (default: now)",
+                    "", "store"),
+    "utc": Option("--utc", "show times in UTC"),
+    "json": Option("--json", "print JSON"),
+    "system": Option("--system", "serve /etc/crontab, /etc/cron.d and cron's "
+                     "tabs as well"),
+    "on": Option("--on HOST", "run the job on this host", "", "store"),
+    "url": Option("--url URL", "the dashboard (default: the one of this "
+                  "machine)", "", "store"),
+    "ca": Option("--ca FILE", "trust these certificates (PEM), not the "
+                 "system's", "", "store"),
+    "plain_http": Option("--plain-http", "allow http beyond this machine, "
+                         "where anybody on the way can read and change it"),
+    "listen": Option("--listen ADDRESS:PORT", "listen here (127.0.0.1:8077); "
+                     "repeatable", [], "append"),
+    "db": Option("--db FILE", "its database (dashboard.db in the state "
+                 "directory)", "", "store"),
+    "cert": Option("--cert FILE", "serve https with this certificate (PEM)",
+                   "", "store"),
+    "key": Option("--key FILE", "the key of the certificate (PEM)", "",
+                  "store"),
+    "names": Option("--name HOST", "a name that browsers and hosts use; "
+                    "repeatable", [], "append"),
+    "proxies": Option("--behind-proxy ADDRESS", "believe X-Forwarded-For of "
+                      "this proxy; repeatable", [], "append"),
+    "backup": Option("--backup FILE", "copy the database to FILE, and exit",
+                     "", "store"),
+    "help": Option("-h, --help", "print this help"),
+    "version": Option("-V, --version", "the version"),
+}
+
+
+class Invocation:
+    """What was typed: the options, and the name the program was called by.
+
+    argparse sets an attribute for each option that was given; any other
+    option has the default of the table.
+    """
+
+    def __init__(self, called: str = PROG):
+        self.called = called
+
+    def __getattr__(self, key: str):
+        if key not in OPTIONS:
+            raise AttributeError(key)
+        return OPTIONS[key].default
+
+    @property
+    def given(self) -> list[str]:
+        """The keys of the options that were typed, as OPTIONS has them."""
+        return [key for key in OPTIONS if key in vars(self)]
+
+    def require_only(self, allowed, command: str,
+                     status: int = EXIT_USAGE) -> None:
+        """Raise Error if an option was given that is not in `allowed`."""
+        for key in self.given:
+            if key not in allowed:
+                raise Error(f"{OPTIONS[key].names[-1]} is not an option of "
+                            f"{PROG} {command}", "", status)
+
+    def check_user(self, machine: Machine) -> None:
+        """Raise CrontabError unless the caller may use this -u: root may,
+        and everybody with their own name. The real uid counts, not what the
+        environment says."""
+        if "user" not in self.given:
+            return
+        if os.getuid() and self.user != machine.login_name():
+            raise CrontabError("must be privileged to use -u")
+        import pwd
+        try:
+            pwd.getpwnam(self.user)
+        except (KeyError, ValueError):
+            raise CrontabError(f"{self.called}:  user `{self.user}' unknown"
+                               ) from None
+
+    def user_field(self) -> dict:
+        """Return the field of a request to koid that names another user."""
+        return {"user": self.user} if self.user else {}
+
+    def owner(self, machine: Machine) -> str:
+        """Return the name of the user whose tab and runs are meant."""
+        return self.user or machine.login_name()
+
+    def warn(self, text: str) -> None:
+        """Print a line for people, next to the output."""
+        sys.stdout.flush()
+        print(escape_controls(f"{self.called}: {text}"), file=sys.stderr,
+              flush=True)
+
+
+def prompt(question: str) -> str | None:
+    """Ask at the terminal; return a line, or None at the end of input."""
+    sys.stdout.flush()
+    print(question, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line.endswith("\n"):
+        print(file=sys.stderr)
+    return line.rstrip("\r\n") if line else None
+
+
+def prompt_secret(question: str) -> str | None:
+    """Ask without an echo; return a line, or None at the end of input."""
+    import getpass
+    try:
+        return getpass.getpass(question)
+    except EOFError:
+        return None
+
+
+def is_agreed(question: str) -> bool:
+    """Ask until the answer is yes or no. The end of the input is a no:
+    cron's own loop has no end there."""
+    while True:
+        answer = prompt(question)
+        if answer is None or answer[:1] in ("n", "N"):
+            return False
+        if answer[:1] in ("y", "Y"):
+            return True
+        print("Enter Y or N", file=sys.stderr)
+
+
+def put_out(stream, data: bytes) -> None:
+    """Write bytes to a text stream as they are."""
+    stream.flush()
+    stream.buffer.write(data)
+    stream.buffer.flush()
+
+
+def print_json(value) -> None:
+    """Print a value for programs: the form that --json documents."""
+    import json
+    print(json.dumps(value, indent=4, ensure_ascii=False))
+
+
+def print_field(word: str, lines: list[str]) -> None:
+    """Print lines in a column; only the first has `word` before it."""
+    for line in lines:
+        print(f"{word:9} {escape_controls(line)}")
+        word = ""
+
+
+# ==========================================================================
+# TabCommands: what can be done to a tab?               (files, terminal; C)
+#
+# gives   install, the commands -e, -l, -r, -T and next
+# needs   DaemonClient, parse_tab, match_jobs, Invocation
+#
+# What crontab(1) knows works here as it does there: its messages and its
+# exit status. koid installs the tab, and judges it again.
+# ==========================================================================
+
+EDITORS = ("sensible-editor", "vi", "nano")
+NEWLINE = "premature EOF"
 SYSTEM_TABS = ("/etc/crontab", "/etc/cron.d/")
-LONGEST_LIST = 100_000
-PAGE_OF_RUNS = 500      # a reply holds so many
 
 TEMPLATE = """\
 # This is a koitab. A line that begins with # is a comment.
@@ -18293,227 +18400,14 @@ TEMPLATE = """\
 # "Say Hi" @manual echo Hello {{To}} {{Times, int, 1}}
 """
 
-UNIT = """\
-# {where}
-[Unit]
-Description=koid, which starts the jobs of koitab
-After=remote-fs.target nss-user-lookup.target time-set.target
-{conflicts}StartLimitIntervalSec=0
 
-[Service]
-ExecStart={command}
-{environment}Restart=always
-RestartSec=1
-# Jobs outlive a restart, an upgrade and a crash of koid: it alone is ended,
-# and a job that ate the memory is no reason to end the others.
-KillMode=process
-OOMPolicy=continue
-TasksMax=infinity
-# Nothing more is locked up here: what koid may not do, no job could.
-
-[Install]
-WantedBy={target}
-"""
-
-COMPLETIONS = {
-    "bash": r'''# koitab completion bash > /etc/bash_completion.d/koitab
-_koitab() {
-    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]}
-    local name
-    COMPREPLY=()
-    case $before in
-        run|log|history|next)
-            while read -r name; do
-                name=$(printf %q "$name")
-                [[ $name == "$word"* ]] && COMPREPLY+=("$name")
-            done < <(koitab completion names 2>/dev/null)
-            return ;;
-        -T|--tab) COMPREPLY=($(compgen -f -- "$word")); return ;;
-        -u) COMPREPLY=($(compgen -u -- "$word")); return ;;
-        unit) COMPREPLY=($(compgen -W "daemon dashboard" -- "$word"))
-            return ;;
-        --db|--cert|--key|--backup)
-            COMPREPLY=($(compgen -f -- "$word")); return ;;
-        completion) COMPREPLY=($(compgen -W "bash zsh fish" -- "$word"))
-            return ;;
-    esac
-    COMPREPLY=($(compgen -W "COMMANDS OPTIONS" -- "$word"))
-    [[ $COMP_CWORD == 1 ]] && COMPREPLY+=($(compgen -f -- "$word"))
-}
-complete -F _koitab koitab
-''',
-    "zsh": r'''#compdef koitab
-# koitab completion zsh > /usr/local/share/zsh/site-functions/_koitab
-_koitab() {
-    case $words[CURRENT-1] in
-        run|log|history|next)
-            compadd -- ${(f)"$(koitab completion names 2>/dev/null)"}
-            return ;;
-        -T|--tab|--db|--cert|--key|--backup) _files; return ;;
-        -u) _users; return ;;
-        unit) compadd daemon dashboard; return ;;
-        completion) compadd bash zsh fish; return ;;
-    esac
-    compadd -- COMMANDS OPTIONS
-    (( CURRENT == 2 )) && _files
-}
-_koitab "$@"
-''',
-    "fish": r'''# koitab completion fish > /etc/fish/completions/koitab.fish
-set -l named run log history next
-complete -c koitab -f -n "__fish_seen_subcommand_from $named" \
-    -a "(koitab completion names 2>/dev/null)"
-complete -c koitab -n "__fish_use_subcommand" -a "COMMANDS"
-complete -c koitab -f -n "__fish_seen_subcommand_from unit" \
-    -a "daemon dashboard"
-complete -c koitab -f -n "__fish_seen_subcommand_from completion" \
-    -a "bash zsh fish"
-complete -c koitab -s T -r -F
-complete -c koitab -l tab -r -F
-complete -c koitab -l db -r -F
-complete -c koitab -l cert -r -F
-complete -c koitab -l key -r -F
-complete -c koitab -l backup -r -F
-complete -c koitab -s u -x -a "(__fish_complete_users)"
-complete -c koitab -a "OPTIONS"
-''',
-}
-
-
-class ExitWithText(Exception):
-    """There is nothing to do but to show a text."""
-
-
-class CrontabError(Error):
-    """What crontab(1) says, in its own words."""
-
-
-class Options:
-    """What was typed, and by which name we were called."""
-
-    def __init__(self, called: str = PROG):
-        self.called, self.given = called, []
-        self.status = EXIT_USAGE    # of a slip
-        self.user = self.test = self.tab = self.start = self.link = ""
-        self.on = self.url = self.ca = self.password = ""
-        self.number = 0
-        self.edit = self.list = self.remove = self.ask = False
-        self.utc = self.json = self.system = False
-        self.plain_http = self.allow_new = False
-        self.db = self.cert = self.key = self.backup = ""
-        self.listen: list[str] = []
-        self.names: list[str] = []
-        self.proxies: list[str] = []
-
-    def read(self, argv: list[str]) -> list[str]:
-        """Take the options from both sides of the command; the rest of the
-        words. Raises Error."""
-        # getopt would load gettext, and with it `re`, to translate two
-        # messages; without it, it says them in English.
-        sys.modules.setdefault("gettext", None)
-        import getopt
-        if sys.modules["gettext"] is None:
-            del sys.modules["gettext"]
-        if not any(word in COMMANDS for word in argv):
-            self.status = EXIT_ERROR
-        try:
-            found, words = getopt.gnu_getopt(argv, SHORT, LONG)
-        except getopt.GetoptError as error:
-            if error.opt == "d":
-                self.status = EXIT_USAGE
-            raise Error(str(error), "koitab --help", self.status) from None
-        for name, value in found:
-            self.put(name, value)
-        return words
-
-    def put(self, name: str, value: str) -> None:
-        if name in ("-h", "--help"):
-            raise ExitWithText(USAGE)
-        if name in ("-V", "--version"):
-            raise ExitWithText(f"{PROG} {VERSION}\n")
-        name = SAME.get(name, name)
-        self.given.append(name)
-        if name == "-n":
-            self.number = count(value) or 0
-            if not 0 < self.number <= LONGEST_LIST:
-                raise Error(f"-n {value}: not a number", "-n 5; -T FILE "
-                            "tests a tab", self.status)
-        elif name in REPEATED:
-            getattr(self, REPEATED[name]).append(value)
-        elif name in WITH_VALUE:
-            setattr(self, FIELDS.get(name, name.strip("-")), value)
-        else:
-            setattr(self, FIELDS.get(name, name.strip("-")), True)
-
-    def reject_others(self, allowed: str, command: str, status: int) -> None:
-        """Refuse what does not go with this command. Raises Error."""
-        for name in self.given:
-            if name not in allowed.split():
-                raise Error(f"{name} does not go with {command}",
-                            "koitab --help", status)
-
-    def check_user(self, machine: Machine) -> None:
-        """-u is for root, and for one's own name. The real uid counts, not
-        what the environment says. Raises Error."""
-        if "-u" not in self.given:
-            return
-        if os.getuid() and self.user != machine.login_name():
-            raise CrontabError("must be privileged to use -u")
-        import pwd
-        try:
-            pwd.getpwnam(self.user)
-        except (KeyError, ValueError):
-            raise CrontabError(f"{self.called}:  user `{self.user}' unknown"
-                               ) from None
-
-    def whose(self) -> dict:
-        """The field of a request that names another user."""
-        return {"user": self.user} if self.user else {}
-
-    def owner(self, machine: Machine) -> str:
-        return self.user or machine.login_name()
-
-    def warn(self, text: str) -> None:
-        """A line for people, beside the output."""
-        sys.stdout.flush()
-        print(escape_controls(f"{self.called}: {text}"), file=sys.stderr,
-              flush=True)
-
-
-def no_tab(options: Options, machine: Machine) -> Error:
+def no_tab(options: Invocation, machine: Machine) -> Error:
+    """Return crontab(1)'s error for a user without a tab."""
     return CrontabError(f"no crontab for {options.owner(machine)}")
 
 
-def answer_to(question: str) -> str | None:
-    """Ask at the terminal; a line, or None at the end of the input."""
-    sys.stdout.flush()
-    print(question, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
-    if not line.endswith("\n"):
-        print(file=sys.stderr)
-    return line.rstrip("\r\n") if line else None
-
-
-def agreed(question: str) -> bool:
-    """Ask until the answer is yes or no. The end of the input is a no:
-    cron's own loop has no end there."""
-    while True:
-        answer = answer_to(question)
-        if answer is None or answer[:1] in ("n", "N"):
-            return False
-        if answer[:1] in ("y", "Y"):
-            return True
-        print("Enter Y or N", file=sys.stderr)
-
-
-# --- as crontab(1) --------------------------------------------------------
-
-EDITORS = ("sensible-editor", "vi", "nano")
-NEWLINE = "premature EOF"
-
-
-def odd_addresses(text: str) -> list[Diagnostic]:
-    """Warnings of addresses that cron would not hand to a mailer."""
+def unsafe_addresses(text: str) -> list[Diagnostic]:
+    """Return a warning for each address that cron would not give a mailer."""
     found = []
     for row, raw in enumerate(text.split("\n"), start=1):
         line = raw.lstrip(BLANKS)
@@ -18528,46 +18422,40 @@ def odd_addresses(text: str) -> list[Diagnostic]:
 
 
 def print_diagnostics(problems: list[Diagnostic], path: str) -> None:
-    """Print all that is wrong, in the order of the lines."""
+    """Print all diagnostics of a tab, in the order of its lines."""
     for problem in sorted(problems, key=lambda p: (p.line, p.column)):
         print(problem.text(path), file=sys.stderr)
 
 
-def install(options: Options, link: DaemonClient, text: str,
+def install(options: Invocation, daemon: DaemonClient, text: str,
             path: str) -> bool:
-    """Have a tab installed, and tell all that is wrong with it."""
-    reply = link.ask("install", text=text, **options.whose())
+    """Install a tab, print its diagnostics, and return if it is installed.
+    The words are those of Debian's crontab. Raises Error."""
+    reply = daemon.ask("install", text=text, **options.user_field())
     problems = [Diagnostic(**row) for row in reply["problems"]]
-    print_diagnostics(problems + odd_addresses(text), path)
+    print_diagnostics(problems + unsafe_addresses(text), path)
     if reply["installed"]:
         if not reply["daemon"]:
             options.warn("warning: koid is not running, so no job starts "
                          "(koitab daemon; koitab unit daemon)")
         return True
-    faults = {problem.what for problem in problems if problem.fatal}
-    if faults != {NEWLINE}:
+    errors = {problem.what for problem in problems if problem.fatal}
+    if errors != {NEWLINE}:
         print("errors in crontab file, can't install.", file=sys.stderr)
-    if NEWLINE in faults:
+    if NEWLINE in errors:
         print("new crontab file is missing newline before EOF, can't "
               "install.", file=sys.stderr)
     return False
 
 
-def command_replace(options: Options, machine: Machine, path: str) -> int:
-    try:
-        text = machine.tab_text(path)
-    except Error as error:
-        meant = nearest(path, COMMANDS) if path.isalpha() \
-            and not os.path.lexists(path) else ""
-        raise CrontabError(error.message,
-                           f"did you mean {PROG} {meant}?" if meant
-                           else "") from None
-    done = install(options, DaemonClient(machine), text, path)
-    return EXIT_OK if done else EXIT_ERROR
+def usage_error(why: str) -> Error:
+    """Return the error for what crontab(1) calls a usage error."""
+    return Error(f"usage error: {why}", f"{PROG} [-u USER] FILE", EXIT_ERROR)
 
 
-def command_list(options: Options, machine: Machine) -> int:
-    text = DaemonClient(machine).ask("list", **options.whose())["text"]
+def command_list(options: Invocation, machine: Machine) -> int:
+    """koitab -l: print the tab as it is. Raises Error."""
+    text = DaemonClient(machine).ask("list", **options.user_field())["text"]
     if text is None:
         raise no_tab(options, machine)
     if sys.stdout.isatty():     # a CR could hide what a line does
@@ -18577,26 +18465,21 @@ def command_list(options: Options, machine: Machine) -> int:
     return EXIT_OK
 
 
-def put_out(stream, data: bytes) -> None:
-    """Write bytes as they are."""
-    stream.flush()
-    stream.buffer.write(data)
-    stream.buffer.flush()
-
-
-def command_remove(options: Options, machine: Machine) -> int:
+def command_remove(options: Invocation, machine: Machine) -> int:
+    """koitab -r: remove the tab; with -i ask before. Raises Error."""
     owner = options.owner(machine)
-    if options.ask and not agreed(f"{options.called}: really delete {owner}'s"
-                                  " crontab? (y/n) "):
+    if options.ask and not is_agreed(f"{options.called}: really delete "
+                                     f"{owner}'s crontab? (y/n) "):
         return EXIT_OK
-    if not DaemonClient(machine).ask("remove", **options.whose())["removed"]:
+    reply = DaemonClient(machine).ask("remove", **options.user_field())
+    if not reply["removed"]:
         raise no_tab(options, machine)
     return EXIT_OK
 
 
 class EditSession:
-    """The file that an editor gets, in a folder where nobody but the caller
-    can put another one in its place."""
+    """The file that an editor gets, in a directory where nobody but the
+    caller can replace it."""
 
     def __init__(self, text: str):
         import tempfile
@@ -18610,11 +18493,11 @@ class EditSession:
                 file.write(text.encode("utf-8", "surrogateescape"))
         except OSError as error:
             raise Error(f"no place for a draft: {error.strerror}",
-                        "TMPDIR=/var/tmp") from None
+                        "TMPDIR=/var/tmp koitab -e") from None
 
     def text(self) -> str:
-        """What the editor left. The path may name something else by now,
-        so what was opened is judged. Raises Error."""
+        """Return what the editor left. The path may name another file by
+        now, so the open file is judged. Raises Error."""
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW
                          | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -18631,11 +18514,12 @@ class EditSession:
         return data.decode("utf-8", "surrogateescape")
 
     def remove(self) -> None:
+        """Delete the draft and its directory."""
         import shutil
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def leave(self, options: Options) -> None:
-        """Nothing was installed: whoever has typed something keeps it."""
+    def leave(self, options: Invocation) -> None:
+        """Keep a changed draft, since nothing was installed."""
         try:
             changed = self.text() != self.first
         except Error:
@@ -18647,16 +18531,16 @@ class EditSession:
 
 
 def editor() -> list[str]:
-    """The caller's editor and its options. No shell reads them. Raises
-    Error."""
+    """Return the caller's editor and its options. No shell reads them.
+    Raises Error."""
     import shlex
     import shutil
     for name in ("VISUAL", "EDITOR"):
         try:
             words = shlex.split(os.environ.get(name, ""))
         except ValueError as error:
-            raise Error(f"{name} cannot be read: {error}", f"{name}=vi"
-                        ) from None
+            raise Error(f"{name} cannot be read: {error}",
+                        f"{name}=vi koitab -e") from None
         if words:
             return words
     for program in EDITORS:
@@ -18668,8 +18552,9 @@ def editor() -> list[str]:
 def run_editor(path: str) -> None:
     """Let the caller edit a file. Raises Error.
 
-    What the keyboard sends is for the editor, and must not end us: so we
-    ignore it meanwhile, and the editor begins with what is usual.
+    What the keyboard sends is for the editor and must not end koitab. So
+    koitab ignores it until the editor ends, and the editor starts with the
+    default actions.
     """
     words = editor()
     keys = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
@@ -18688,18 +18573,19 @@ def run_editor(path: str) -> None:
     if status:
         raise Error(f"{short(words[0])} " + (
             f"exited with status {status}" if status > 0
-            else f"killed; signal {-status}"), "nothing was installed")
+            else f"killed; signal {-status}") + ": nothing was installed")
 
 
-def command_edit(options: Options, machine: Machine) -> int:
-    link = DaemonClient(machine)
-    before = link.ask("list", **options.whose())["text"]
+def command_edit(options: Invocation, machine: Machine) -> int:
+    """koitab -e: edit the tab and install it. Raises Error."""
+    daemon = DaemonClient(machine)
+    before = daemon.ask("list", **options.user_field())["text"]
     if before is None:
         print(f"{no_tab(options, machine)} - using an empty one",
               file=sys.stderr)
     draft = EditSession(TEMPLATE if before is None else before)
     try:
-        done = edited(options, link, draft, before)
+        done = edit_until_installed(options, daemon, draft, before)
     except BaseException:
         draft.leave(options)
         raise
@@ -18710,31 +18596,32 @@ def command_edit(options: Options, machine: Machine) -> int:
     return EXIT_ERROR
 
 
-def edited(options: Options, link: DaemonClient, draft: EditSession,
-           before: str | None) -> bool:
-    """Edit until the tab is installed or left as it was; False if the
-    caller gives up. Raises Error."""
+def edit_until_installed(options: Invocation, daemon: DaemonClient,
+                         draft: EditSession, before: str | None) -> bool:
+    """Edit until the tab is installed or left as it was; return False if
+    the caller gives up. `before` is the installed tab. Raises Error."""
     while True:
         run_editor(draft.path)
         text = draft.text()
         if text == draft.first:
             options.warn("no changes made to crontab")
             return True
-        if link.ask("list", **options.whose())["text"] != before:
+        if daemon.ask("list", **options.user_field())["text"] != before:
             raise Error("the crontab was changed by somebody else meanwhile",
-                        "look at both, then install yours by its path")
+                        f"{PROG} -l | diff - {draft.path}")
         options.warn("installing new crontab")
-        if install(options, link, text, draft.path):
+        if install(options, daemon, text, draft.path):
             return True
-        if not agreed("Do you want to retry the same edit? (Y/N) "):
+        if not is_agreed("Do you want to retry the same edit? (Y/N) "):
             return False
 
 
-def command_test(options: Options, machine: Machine) -> int:
-    """As `crontab -T` of cronie, which stops at the first fault."""
-    text = machine.tab_text(options.test)
-    tab, _ = judged(machine, text, options.test.startswith(SYSTEM_TABS))
-    print_diagnostics(tab.diagnostics + odd_addresses(text), options.test)
+def command_test(options: Invocation, machine: Machine, path: str) -> int:
+    """koitab -T: print all diagnostics. cronie's -T stops at the first.
+    Raises Error."""
+    text = machine.tab_text(path)
+    tab, _ = parse_with_zones(machine, text, path.startswith(SYSTEM_TABS))
+    print_diagnostics(tab.diagnostics + unsafe_addresses(text), path)
     if tab.errors():
         print("Invalid crontab file. Syntax issues were found.",
               file=sys.stderr)
@@ -18747,11 +18634,13 @@ def command_test(options: Options, machine: Machine) -> int:
 # --- next -----------------------------------------------------------------
 
 
-def instant_of(text: str, zone: Zone, now: float) -> int:
-    """The instant that --from means. Raises Error."""
+def parse_instant(text: str, zone: Zone, now: float) -> int:
+    """Return the value of --from in seconds since 1970. Local time is that
+    of `zone`; "" is `now`. Raises Error."""
     def refuse():
-        raise Error(f"--from {text}: not a time", "2026-03-29T01:30, "
-                    "2026-03-29T01:30:00+01:00 or 2026-03-29", EXIT_USAGE)
+        raise Error(f"--from {text}: not a time (expected 2026-03-29T01:30, "
+                    "2026-03-29T01:30:00+01:00 or 2026-03-29)", "",
+                    EXIT_USAGE)
 
     if not text or text == "now":
         return int(now // 1)
@@ -18776,29 +18665,32 @@ def instant_of(text: str, zone: Zone, now: float) -> int:
     return zone.instant(wall)
 
 
-def judged(machine: Machine, text: str, system: bool = False,
-           user: str = "") -> tuple[Tab, dict[str, Zone]]:
-    """Judge a tab, its time zones too. Raises Error."""
+def parse_with_zones(machine: Machine, text: str, system: bool = False,
+                     user: str = "") -> tuple[Tab, dict[str, Zone]]:
+    """Return a tab, and the time zones that it names; "" is the local one.
+    Raises Error."""
     tab = parse_tab(text, system, root=os.geteuid() == 0,
                     salt=machine.salt(user))
     return tab, {**check_zones(tab, machine), "": machine.local_zone()}
 
 
-def tabs_of(options: Options, machine: Machine):
-    """The path, the tab and the zones of each tab that is meant. Raises
-    Error."""
+def select_tabs(options: Invocation, machine: Machine):
+    """Return the path, the tab and the zones of each tab that is meant.
+    Raises Error."""
     if options.tab:
-        return [(options.tab, *judged(
+        return [(options.tab, *parse_with_zones(
             machine, machine.tab_text(options.tab),
             options.tab.startswith(SYSTEM_TABS)))]
-    link, found = DaemonClient(machine), []
-    reply = link.ask("list", **options.whose())
+    daemon, found = DaemonClient(machine), []
+    reply = daemon.ask("list", **options.user_field())
     if reply["text"] is not None:
-        found.append((f"crontab of {options.owner(machine)}", *judged(
-            machine, reply["text"], user=options.owner(machine))))
+        found.append((f"crontab of {options.owner(machine)}",
+                      *parse_with_zones(machine, reply["text"],
+                                        user=options.owner(machine))))
     if os.geteuid() == 0 and not options.user:
-        jobs = link.ask("jobs")["jobs"]
-        found += [(path, *judged(machine, machine.tab_text(path), True))
+        jobs = daemon.ask("jobs")["jobs"]
+        found += [(path, *parse_with_zones(machine, machine.tab_text(path),
+                                           True))
                   for path in dict.fromkeys(job["file"] for job in jobs)
                   if path.startswith(SYSTEM_TABS)]
     if not found:
@@ -18806,9 +18698,10 @@ def tabs_of(options: Options, machine: Machine):
     return found
 
 
-def starts_of(job: Job, zones: dict, after: int, many: int,
-              delay: int) -> list[int]:
-    """The next starts of a job, put off by so many minutes."""
+def next_starts(job: Job, zones: dict, after: int, many: int,
+                delay: int) -> list[int]:
+    """Return the next starts of a job in seconds since 1970, each put off
+    by `delay` minutes."""
     from itertools import islice
     if not job.schedule:
         return []
@@ -18817,19 +18710,21 @@ def starts_of(job: Job, zones: dict, after: int, many: int,
         after - delay, zones[job.settings.zone]), many)]
 
 
-def command_next(options: Options, machine: Machine, name: str = "") -> int:
-    tabs, rows, faults = tabs_of(options, machine), [], []
+def command_next(options: Invocation, machine: Machine, name: str = ""
+                 ) -> int:
+    """koitab next: the status is 1 if a tab has errors. Raises Error."""
+    tabs, rows, errors = select_tabs(options, machine), [], []
     jobs = match_jobs([job for _, tab, zones in tabs for job in tab.jobs
                        if job.settings.zone in zones], name)
     for path, tab, zones in tabs:
         print_diagnostics(tab.diagnostics, path)
-        faults += tab.errors()
-        after = instant_of(options.start, zones[""], machine.clock.now())
+        errors += tab.errors()
+        after = parse_instant(options.start, zones[""], machine.clock.now())
         for job in tab.jobs:
             if any(job is each for each in jobs):
                 zone = UTC if options.utc else zones[job.settings.zone]
-                starts = starts_of(job, zones, after, options.number or 5,
-                                   random_delay(job, machine.host()))
+                starts = next_starts(job, zones, after, options.number or 5,
+                                     random_delay(job, machine.host()))
                 rows.append((path, job, [
                     utc_stamp(at) if options.utc else
                     stamp(at, zone.offset(at)) for at in starts]))
@@ -18840,21 +18735,17 @@ def command_next(options: Options, machine: Machine, name: str = "") -> int:
             **({} if options.tab else {"file": path})}
             for path, job, starts in rows])
     else:
-        show(rows)
-    return EXIT_ERROR if faults else EXIT_OK
-
-
-def print_json(value) -> None:
-    import json
-    print(json.dumps(value, indent=4, ensure_ascii=False))
+        print_starts(rows)
+    return EXIT_ERROR if errors else EXIT_OK
 
 
 def utc_stamp(instant: int) -> str:
+    """Return an instant as RFC 3339 writes it in UTC."""
     return stamp(instant, 0).replace("+00:00", "Z")
 
 
-def show(rows: list) -> None:
-    """The next starts, for people."""
+def print_starts(rows: list) -> None:
+    """Print the next starts for people: (path, job, starts) in each row."""
     section, file = "", rows[0][0] if rows else ""
     for path, job, starts in rows:
         if path != file:
@@ -18869,46 +18760,54 @@ def show(rows: list) -> None:
             print(f"    {start}")
 
 
-# --- run ------------------------------------------------------------------
+# ==========================================================================
+# RunCommands: how is a job run, and its past shown?           (terminal; C)
+#
+# gives   run_here, history, log, kill, status; find_job, read_arguments
+# needs   DaemonClient, match_jobs, Parameter, Invocation
+#
+# koid starts the job and sends its output in frames; the signals that come
+# here go to the job. All of it asks koid and does nothing to jobs itself.
+# ==========================================================================
 
-PRESSES = 2             # so often a signal is passed on; then we go
-MOST_INPUT = 2**20      # what ARG=- reads; koid takes less
+SIGNALS_PASSED_ON = 2   # the next one ends koitab, and the job continues
+LONGEST_INPUT = 2**20   # bytes that ARG=- reads; koid takes less
+PAGE_OF_RUNS = 500      # a reply of koid's has so many at most
 
 
 def find_job(jobs: list[dict], name: str) -> dict:
-    """The one job that a name means. Raises Error."""
-    found = [job for job in jobs if name == job["tag"]] or [
-        job for job in jobs if name in (
-            job["name"], str(job["line"]), f"{job['section']}/{job['name']}")]
+    """Return the one job, of those that koid or a dashboard lists, that a
+    name means. Raises Error."""
+    from types import SimpleNamespace
+    found = [vars(job) for job in match_jobs(
+        [SimpleNamespace(**job) for job in jobs], name)] if name else []
+    if len(found) == 1:
+        return found[0]
     if not found:
-        meant = nearest(name, [job["name"] for job in jobs if job["name"]])
-        raise Error(f"there is no job {short(name)}",
-                    f"did you mean {short(meant)}?" if meant else
-                    "koitab next tells of all")
-    if len(found) > 1:
-        raise Error(f"{len(found)} jobs are called {short(name)}",
-                    ", ".join(f"{job['section']}/{job['name']}"
-                              if job["section"] and job["name"]
-                              else job["tag"] for job in found))
-    return found[0]
+        raise Error("no job has an empty name", f"{PROG} next")
+    raise Error(f"{len(found)} jobs are called {short(name)}: " + ", ".join(
+        f"{job['section']}/{job['name']}" if job["section"] and job["name"]
+        else job["tag"] for job in found),
+        f"{PROG} run SECTION/NAME; or the tag in place of the name")
 
 
-def params_of(job: dict) -> list[Parameter]:
+def parameters_of(job: dict) -> list[Parameter]:
+    """Return the parameters of a job that koid or a dashboard lists."""
     return [Parameter(row["name"], row["type"], row["default"],
                       tuple(row["choices"])) for row in job["params"]]
 
 
-def arguments(job: dict, words: list[str]) -> dict[str, str]:
-    """A value for each argument: as typed, as asked for, or the default.
-    koid judges them again. Raises Error."""
-    params, given = params_of(job), {}
+def read_arguments(job: dict, words: list[str]) -> dict[str, str]:
+    """Return a value for each parameter: typed in `words` as ARG=VALUE,
+    prompted, or the default. koid checks them again. Raises Error."""
+    params, given = parameters_of(job), {}
     for word in words:
         param = match_parameter(params, word)
         if param.name in given:
             raise Error(f"{short(param.name)} is given twice", "",
                         EXIT_USAGE)
         value = word[len(param.name) + 1:]
-        given[param.name] = value = input_value() if value == "-" else value
+        given[param.name] = value = read_input() if value == "-" else value
         reason = param.value_error(value)
         if reason:
             raise Error(f"{short(param.name)}: {reason}", "", EXIT_USAGE)
@@ -18925,40 +18824,40 @@ def arguments(job: dict, words: list[str]) -> dict[str, str]:
 
 
 def match_parameter(params: list[Parameter], word: str) -> Parameter:
-    """The argument of ARG=VALUE; its name may hold a =. Raises Error."""
+    """Return the parameter of ARG=VALUE; its name may contain a =. Raises
+    Error."""
     found = [param for param in params if word.startswith(f"{param.name}=")]
     if found:
         return max(found, key=lambda param: len(param.name))
     name = word.partition("=")[0]
-    meant = nearest(name, [param.name for param in params])
     if "=" not in word:
-        raise Error(f"what is {short(word)}?", "ARG=VALUE", EXIT_USAGE)
+        raise Error(f"unexpected argument {short(word)}",
+                    f"{PROG} run NAME [ARG=VALUE]...", EXIT_USAGE)
+    meant = nearest(name, [param.name for param in params])
     raise Error(f"the job has no argument {short(name)}",
                 f"did you mean {short(meant)}?" if meant else
                 ", ".join(escape_controls(param.name) for param in params),
                 EXIT_USAGE)
 
 
-def input_value() -> str:
-    """What standard input holds, without its last newline: so a secret is
-    in no list of processes. Raises Error."""
-    data = sys.stdin.buffer.read(MOST_INPUT + 1)
-    if len(data) > MOST_INPUT:
+def read_input() -> str:
+    """Return standard input without its last newline. A secret that comes
+    this way is in no list of processes. Raises Error."""
+    data = sys.stdin.buffer.read(LONGEST_INPUT + 1)
+    if len(data) > LONGEST_INPUT:
         raise Error("standard input is too long for a value", "", EXIT_USAGE)
     return data.removesuffix(b"\n").decode("utf-8", "surrogateescape")
 
 
 def prompt_value(param: Parameter) -> str:
-    """Ask for a value until it is one. Raises Error."""
+    """Ask for a value until it is valid, and return it. Raises Error."""
     kind = {"bool": "true|false", "choice": "|".join(param.choices),
             "string": "", "text": "one line"}.get(param.type, param.type)
-    question = escape_controls(param.name) + (f" ({escape_controls(kind)})"
-                                              if kind else "")
+    question = escape_controls(param.name) + (
+        f" ({escape_controls(kind)}): " if kind else ": ")
     while True:
-        if param.type == "secret":
-            value = asked_secret(f"{question}: ")
-        else:
-            value = answer_to(f"{question}: ")
+        value = prompt_secret(question) if param.type == "secret" \
+            else prompt(question)
         if value is None:
             raise Error(f"no value for {short(param.name)}, so nothing ran")
         reason = param.value_error(value)
@@ -18967,62 +18866,62 @@ def prompt_value(param: Parameter) -> str:
         print(f"  {reason}", file=sys.stderr)
 
 
-def asked_secret(question: str) -> str | None:
-    import getpass
-    try:
-        return getpass.getpass(question)
-    except EOFError:
-        return None
+def is_confirmed(job: dict, where: str = "") -> bool:
+    """Does the caller agree to run this job? Only KOI_CONFIRM=yes makes
+    koitab ask, and only at a terminal. Raises Error."""
+    return job["confirm"] != "yes" or not os.isatty(0) or is_agreed(
+        f"Run {escape_controls(job['label'])}{where}? (y/n) ")
 
 
-def command_run(options: Options, machine: Machine, name: str,
-                *words: str) -> int:
-    if "--on" in options.given:
-        return run_there(options, machine, name, *words)
-    options.reject_others("-u", "run without --on", EXIT_USAGE)
-    link = DaemonClient(machine)
-    reply = link.ask("jobs", **options.whose())
+def run_here(options: Invocation, machine: Machine, name: str,
+             *words: str) -> int:
+    """Run a job of this machine; return its exit status. Raises Error."""
+    options.require_only(("user",), "run without --on")
+    daemon = DaemonClient(machine)
+    reply = daemon.ask("jobs", **options.user_field())
     job = find_job(reply["jobs"], name)
     if not reply["daemon"]:
-        raise Error("koid is not running", "koitab daemon")
-    args = arguments(job, list(words))
-    if job["confirm"] == "yes" and os.isatty(0) and not agreed(
-            f"Run {escape_controls(job['label'])}? (y/n) "):
+        raise daemon.no_daemon()
+    arguments = read_arguments(job, list(words))
+    if not is_confirmed(job):
         return EXIT_ERROR
-    return RunAttachment(options, *link.attach(job["tag"], args, job["user"])
-                         ).watch()
+    return RunAttachment(options, *daemon.attach(
+        job["tag"], arguments, job["user"])).follow()
 
 
 class Detached(Exception):
-    """The caller does not wait any longer; the job runs on."""
+    """The caller does not wait any longer; the job continues."""
 
 
 class RunAttachment:
-    """Shows what a run writes as it comes, and passes signals on to it."""
+    """A connection to koid that carries the output of one run, and signals
+    to its job."""
 
-    def __init__(self, options: Options, run: int, connection, first: bytes):
+    def __init__(self, options: Invocation, run: int, connection,
+                 first: bytes):
         self.options, self.run, self.connection = options, run, connection
-        self.data = bytearray(first)    # what is no whole frame yet
-        self.heard: list[int] = []      # signals that came for us
+        self.data = bytearray(first)    # the start of an incomplete frame
+        self.signals: list[int] = []    # received by this process
 
-    def watch(self) -> int:
-        """Stay until the run ends; its exit status. Raises Error."""
+    def follow(self) -> int:
+        """Print the output until the run ends; return its exit status.
+        Raises Error, and OSError if the output cannot be written."""
         sys.stdout.flush()
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         # A signal that comes just before `select` would be forgotten in it;
         # the byte that is written for each one wakes it up.
         woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        before = {number: signal.signal(number, self.hear) for number in (
-            signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) != signal.SIG_IGN}     # nohup
+        before = {number: signal.signal(number, self.on_signal)
+                  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                  if signal.getsignal(number) != signal.SIG_IGN}     # nohup
         try:
-            return self.listen(reader)
+            return self.read_frames(reader)
         except Detached:
-            self.say_goodbye()
-            return EXIT_SIGNAL + self.heard[-1]
+            self.print_continues()
+            return EXIT_SIGNAL + self.signals[-1]
         except OSError:         # nobody reads, or the disk is full
-            self.say_goodbye()
+            self.print_continues()
             raise
         finally:
             for number, action in before.items():
@@ -19032,31 +18931,32 @@ class RunAttachment:
             os.close(writer)
             self.connection.close()
 
-    def hear(self, number: int, _frame) -> None:
-        """The first signal goes to the job as it is, the second as TERM;
-        the third one is for us."""
-        self.heard.append(number)
-        if len(self.heard) > PRESSES:
+    def on_signal(self, number: int, _frame) -> None:
+        """Send the first signal to the job as it is, the second as SIGTERM.
+        The third raises Detached."""
+        self.signals.append(number)
+        if len(self.signals) > SIGNALS_PASSED_ON:
             raise Detached
-        if len(self.heard) == PRESSES:
+        if len(self.signals) == SIGNALS_PASSED_ON:
             number = signal.SIGTERM
             self.options.warn("once more leaves the job running")
         try:
             self.connection.send(bytes([number]))
         except OSError:
-            pass                # it has ended, as we shall read at once
+            pass                # the run has ended: the next read shows it
 
-    def say_goodbye(self) -> None:
+    def print_continues(self) -> None:
         self.options.warn(f"run {self.run} goes on (koitab log {self.run}; "
                           f"koitab kill {self.run})")
 
-    def listen(self, wakeups: int) -> int:
-        """Read frames until the one that says how it ended."""
+    def read_frames(self, wakeups: int) -> int:
+        """Print frames until the one with the end; return the run's exit
+        status. `wakeups` is readable after a signal. Raises Error."""
         while True:
-            for stream, body in self.frames():
+            for stream, body in self.whole_frames():
                 if stream == END:
-                    return self.end(body)
-                self.put(stream, body)
+                    return self.exit_status(body)
+                self.print_frame(stream, body)
             ready = select.select([self.connection, wakeups], [], [])[0]
             if wakeups in ready:
                 os.read(wakeups, 64)
@@ -19064,17 +18964,19 @@ class RunAttachment:
                 self.receive()
 
     def receive(self) -> None:
+        """Read more of a frame. Raises Error if koid closed the
+        connection."""
         try:
             piece = self.connection.recv(CHUNK)
         except ConnectionError:
             piece = b""
         if not piece:
-            self.say_goodbye()
+            self.print_continues()
             raise Error("koid has hung up", "koitab status")
         self.data += piece
 
-    def frames(self):
-        """The whole frames that have come: stream and bytes."""
+    def whole_frames(self):
+        """Yield stream and bytes of each frame that has come whole."""
         while len(self.data) >= FRAME.size:
             stream, _, length = FRAME.unpack_from(self.data)
             end = FRAME.size + length
@@ -19084,530 +18986,47 @@ class RunAttachment:
             del self.data[:end]
             yield stream, body
 
-    def put(self, stream: int, body: bytes) -> None:
-        """Output as the job wrote it: it is the caller's own."""
+    def print_frame(self, stream: int, body: bytes) -> None:
+        """Write output as the job wrote it: it is the caller's own job."""
         if stream == NOTE:
             self.options.warn(body.decode("utf-8", "replace"))
         else:
             write_all(1 if stream == STDOUT else 2, body)
 
-    def end(self, body: bytes) -> int:
-        """The exit status that the run's end means for us."""
+    def exit_status(self, body: bytes) -> int:
+        """Print why the run ended, if it did not exit; return its status."""
         import json
         end = json.loads(body)
         words = end["reason"] or (end["signal"] and signal_words(
             end["signal"]))
         if words:
             self.options.warn(words)
-        if end["signal"]:
-            return EXIT_SIGNAL + end["signal"]
-        return EXIT_ERROR if end["exit"] is None else end["exit"]
+        return status_of_run(end)
 
 
-# --- a dashboard, as a host and as who asks for a run ---------------------
-
-HERE = "http://127.0.0.1:8077"
-LONGEST_CA = 2**19      # bytes: it becomes a part of the file `keys`
-ASK_AGAIN = 0.2         # seconds between looks at a request
-GOOD_FOR = 300_000      # ms that a request of ours is good for
-FINAL = ("done", "interrupted", "missed", "skipped", "unstartable")
-
-
-def asked_of(wire: DashboardClient, method: str, path: str,
-             body: dict | None = None,
-             seconds: float = PATIENCE) -> dict:
-    """An answer. Raises Error, with what is wrong in words."""
-    where = f"{wire.scheme}://{wire.host}:{wire.port}"
-    try:
-        return wire.request(method, path, body, seconds)
-    except ConnectionFailed as error:
-        raise Error(f"{where}: {error}", "koitab dashboard starts one"
-                    if is_local(wire.host) else "") from None
-    except HttpRefused as no:
-        raise Error(f"{where}: {no.text}", no.hint) from None
-
-
-def wire_to(options: Options, url: str, ca: str = "") -> DashboardClient:
-    """Raises Error; and where the keys could be read on the way, unless it
-    is told that they may."""
-    if "--ca" in options.given:
-        try:
-            with open(options.ca, encoding="ascii") as file:
-                ca = file.read(LONGEST_CA + 1)
-        except OSError as error:
-            raise Error(f"--ca {options.ca}: {error.strerror}") from None
-        except ValueError:
-            ca = ""
-        if "-----BEGIN CERTIFICATE-----" not in ca or len(ca) > LONGEST_CA:
-            raise Error(f"--ca {options.ca}: it is no file of certificates",
-                        f"PEM, and at most {LONGEST_CA:,} bytes")
-    wire = DashboardClient(url, ca=ca)
-    wire.ca = ca
-    if wire.scheme == "http" and not is_local(wire.host) \
-            and not options.plain_http:
-        raise Error(f"{url}: without TLS anybody on the way can read the "
-                    "output and the keys of this dashboard", "https://, an "
-                    "ssh tunnel to 127.0.0.1, or --plain-http if the way is "
-                    "yours")
-    return wire
-
-
-def url_and_dash(text: str) -> tuple[str, str]:
-    """A dashboard's URL and id, as `-d new` prints them; or without the id,
-    as a browser shows it when it has gone on to a place of the page. Raises
-    Error."""
-    url, _, dash = text.partition("#")
-    if dash.startswith("/"):
-        dash = ""
-    if dash and not is_hex(dash, 16):
-        raise Error(f"#{short(dash)} is no dashboard's id", "it is behind the"
-                    " # of the link that koitab -d new printed")
-    return url, dash
-
-
-def typed_secret(question: str) -> str:
-    """A password, from the terminal or as a line of standard input: not
-    from an option, which everybody could read. Raises Error."""
-    # Not from sys.stdin itself: it would read ahead of what ARG=- is to have.
-    text = asked_secret(question) if os.isatty(0) else sys.stdin.buffer \
-        .readline().decode("utf-8", "surrogateescape").rstrip("\r\n")
-    if not text:
-        raise Error("no passphrase was given", "type it, or hand it in on "
-                    "standard input", EXIT_USAGE)
-    return text
-
-
-def new_password(options: Options) -> str:
-    """One of ours, of 100 bits; with --password - the caller's own, if it
-    is not weak. Raises Error."""
-    if not options.password:
-        return format_passphrase(os.urandom(20))
-    if options.password != "-":
-        raise Error("a password in an option could be read by everybody",
-                    "--password - asks for it", EXIT_USAGE)
-    password = typed_secret("New password: ")
-    why = password_weakness(password)
-    if why:
-        raise Error(f"this password is weak: {why}", "a few words that do "
-                    "not belong together, or leave --password away")
-    if os.isatty(0) and typed_secret("Once more: ") != password:
-        raise Error("the two are not the same")
-    return password
-
-
-def own_state(machine: Machine) -> str:
-    """The folder of the koi that the caller runs. Raises Error."""
-    if os.geteuid() and "KOI_HOME" not in os.environ \
-            and os.path.exists(ROOT_SOCKET):
-        raise Error("this machine's koid is root's", "sudo; or name the "
-                    "dashboard: run --on HOST --url URL, page URL")
-    return machine.state_directory()
-
-
-def link_again(machine: Machine) -> bool:
-    """Have koid read its keys; False if none runs. Raises Error."""
-    link = DaemonClient(machine)
-    connection = link.connect()
-    if not connection:
-        return False
-    connection.close()
-    link.ask("relink")
-    return True
-
-
-def hashes_of(keys: Keys, salt: bytes) -> dict:
-    """What a dashboard may know of keys."""
-    return {"salt": salt.hex(), "rounds": ROUNDS,
-            "api_sha256": sha256_hex(keys.api.hex()),
-            "view_sha256": sha256_hex(keys.view.hex())}
-
-
-def keys_for(wire: DashboardClient, dash: str, password: str) -> tuple[Keys,
-                                                                       str]:
-    """The keys of a password, and the dashboard's id. Raises Error."""
-    found = asked_of(wire, "GET", "/api/v1/salt" + (
-        f"?dash={dash}" if dash else ""))
-    try:
-        salt, rounds = bytes.fromhex(found["salt"]), int(found["rounds"])
-        dash = found["dash"]
-        if not is_hex(dash, 16):
-            raise ValueError
-    except (KeyError, ValueError, TypeError):
-        raise Error("this is no dashboard of koi's") from None
-    return derive_keys(password, salt, rounds), dash
-
-
-def enrol(options: Options, machine: Machine, wire: DashboardClient, url: str,
-          keys: Keys, dash: str) -> None:
-    """Make this host one of a dashboard's. Raises Error."""
-    home, host = own_state(machine), os.urandom(16).hex()
-    token, name = os.urandom(32).hex(), machine.host()
-    wire.token = keys.api.hex()
-    asked_of(wire, "POST", "/api/v1/hosts", {
-        "host": host, "name": name, "token_sha256": sha256_hex(token)})
-    machine.write_enrollment(home, Enrollment(
-        url, dash, host, token, host_key(keys.run, host).hex(), name,
-        wire.ca, machine.clock.now()))
-    if not link_again(machine):
-        options.warn("koid is not running; it links up when it is started")
-
-
-def not_linked(machine: Machine) -> None:
-    """Raises Error if this koi belongs to a dashboard already."""
-    mine = machine.read_enrollment(own_state(machine))
-    if mine:
-        raise Error(f"this machine belongs to {mine.url} already",
-                    "koitab -d off, then again")
-
-
-def linked(machine: Machine) -> Enrollment:
-    mine = machine.read_enrollment(own_state(machine))
-    if not mine:
-        raise Error("this machine belongs to no dashboard", "koitab -d new, "
-                    "or koitab -d join URL")
-    return mine
-
-
-def link_new(options: Options, machine: Machine, url: str = HERE) -> int:
-    not_linked(machine)
-    wire = wire_to(options, url)
-    password, salt = new_password(options), os.urandom(SALT_BYTES)
-    keys = derive_keys(password, salt)
-    dash = asked_of(wire, "POST", "/api/v1/dashboards",
-                    hashes_of(keys, salt)).get("dash", "")
-    if not is_hex(dash, 16):
-        raise Error("this is no dashboard of koi's")
-    tell_keys(options, url, dash, keys, password)
-    enrol(options, machine, wire, url, keys, dash)
-    return EXIT_OK
-
-
-def tell_keys(options: Options, url: str, dash: str, keys: Keys,
-              password: str) -> None:
-    """The only time that they are shown."""
-    print(f"dashboard   {url.rstrip('/')}/#{dash}")
-    if not options.password:
-        print(f"passphrase  {password}")
-        print("            Keep it: it is stored nowhere, and whoever has it"
-              " can run your jobs.")
-    print(f"viewer key  {VIEW_PREFIX}{keys.view.hex()}")
-    print("            With this one sees everything and can start nothing.")
-    sys.stdout.flush()
-
-
-def link_join(options: Options, machine: Machine, url: str) -> int:
-    not_linked(machine)
-    url, dash = url_and_dash(url)
-    wire = wire_to(options, url)
-    keys, dash = keys_for(wire, dash, typed_secret("Passphrase: "))
-    enrol(options, machine, wire, url, keys, dash)
-    print(f"this machine is {machine.host()} on {url.rstrip('/')}/#{dash}")
-    return EXIT_OK
-
-
-def link_show(options: Options, machine: Machine) -> int:
-    mine = linked(machine)
-    print_field("dashboard", [f"{mine.url.rstrip('/')}/#{mine.dash}"])
-    print_field("host", [f"{mine.name} ({mine.host})"])
-    print_field("keys", [f"{key_id(mine.secret)}, since "
-                         f"{format_rfc3339(mine.since)}"])
-    try:
-        state = DaemonClient(machine).ask("status").get("dashboard")
-    except Error as error:
-        print_field("link", [error.message])
-        return EXIT_ERROR
-    print_field("link", link_lines(state)[1:] or ["up"] if state else [
-        "koid does not use these keys: see koitab status; or restart it"])
-    return EXIT_ERROR if not state or state["troubles"] else EXIT_OK
-
-
-def link_lines(state: dict | None) -> list[str]:
-    """What there is to say of the link to a dashboard."""
-    if not state:
-        return []
-    return [
-        f"{state['url']}, as {state['name']}",
-        *state["troubles"],
-        *(
-            [f"{plural(state['unsent'], 'change')} not sent yet"]
-            if state["troubles"] and state["unsent"]
-            else []
-        ),
-        *(
-            f"refused {row['count']:,} x, last at "
-            f"{format_rfc3339(row['at'])}: "
-            f"{row['reason']}"
-            for row in state["refused"][:5]
-        ),
-    ]
-
-
-def link_rotate(options: Options, machine: Machine) -> int:
-    """New keys for all. The old ones are worth nothing from here on."""
-    mine = linked(machine)
-    wire = wire_to(options, mine.url, mine.ca)
-    keys, _ = keys_for(wire, mine.dash, typed_secret("Passphrase of now: "))
-    if host_key(keys.run, mine.host) != mine.secret:
-        raise Error("this is not the passphrase of this dashboard")
-    password, salt = new_password(options), os.urandom(SALT_BYTES)
-    fresh = derive_keys(password, salt)
-    # First: what is in force and known to nobody would lock all out.
-    tell_keys(options, mine.url, mine.dash, fresh, password)
-    wire.token = keys.api.hex()
-    try:
-        asked_of(wire, "POST", "/api/v1/rotate", hashes_of(fresh, salt))
-    except Error as error:
-        raise Error(error.message, "the old passphrase holds; or, if only "
-                    "the answer was lost, the new one: then koitab -d off; "
-                    "koitab -d join") from None
-    machine.write_enrollment(own_state(machine), mine.replace(
-        key=host_key(fresh.run, mine.host).hex(), since=machine.clock.now()))
-    link_again(machine)
-    options.warn("on each other host: koitab -d off; koitab -d join "
-                 f"{mine.url} (until then nothing can be run there)")
-    return EXIT_OK
-
-
-def link_off(options: Options, machine: Machine) -> int:
-    home = own_state(machine)
-    try:
-        mine = machine.read_enrollment(home)
-    except Error as error:      # whose they are nobody knows any more
-        machine.remove_enrollment(home)
-        link_again(machine)
-        options.warn(f"removed all the same: {error.message}")
-        return EXIT_OK
-    mine = mine or linked(machine)
-    machine.remove_enrollment(home)
-    link_again(machine)
-    try:
-        wire = DashboardClient(mine.url, mine.token, mine.ca)
-        asked_of(wire, "DELETE", f"/api/v1/hosts/{mine.host}")
-    except Error as error:
-        options.warn(f"the dashboard was not told: {error.message}")
-    print(f"this machine does not belong to {mine.url} any more")
-    return EXIT_OK
-
-
-LINKS = {"new": (link_new, 0, 1), "join": (link_join, 1, 1),
-         "show": (link_show, 0, 0), "rotate": (link_rotate, 0, 0),
-         "off": (link_off, 0, 0)}
-
-
-def command_link(options: Options, machine: Machine, *words: str) -> int:
-    """koitab -d: Raises Error."""
-    if options.link not in LINKS:
-        raise Error(f"-d {short(options.link)}: what is that?",
-                    "koitab -d " + "|".join(LINKS), EXIT_USAGE)
-    function, fewest, most = LINKS[options.link]
-    options.reject_others("-d --ca --plain-http" + (
-        " --password" if options.link in ("new", "rotate") else ""),
-        f"-d {options.link}", EXIT_USAGE)
-    if not fewest <= len(words) <= most:
-        raise Error(f"-d {options.link}: " + (
-            "which URL?" if len(words) < fewest else
-            f"what is {short(words[most])}?"),
-            "koitab --help", EXIT_USAGE)
-    return function(options, machine, *words)
-
-
-# --- run --on: signed here, carried by the dashboard
-
-
-def whose_dashboard(options: Options,
-                    machine: Machine) -> tuple[DashboardClient, str]:
-    """The dashboard that --url names, or this machine's. Raises Error."""
-    if "--url" in options.given:
-        url, dash = url_and_dash(options.url)
-        return wire_to(options, url), dash
-    mine = linked(machine)
-    return wire_to(options, mine.url, mine.ca), mine.dash
-
-
-def run_there(options: Options, machine: Machine, name: str,
-              *words: str) -> int:
-    """Run a job of another host's. The exit status is the job's. Raises
-    Error."""
-    wire, dash = whose_dashboard(options, machine)
-    keys, dash = keys_for(wire, dash, typed_secret("Passphrase: "))
-    wire.token = keys.api.hex()
-    hosts = [host for host in asked_of(wire, "GET", "/api/v1/state").get(
-        "hosts", []) if host["state"] != "left"]
-    found = [host["id"] for host in hosts
-             if options.on in (host["id"], host["name"])]
-    if len(found) != 1:
-        raise Error(f"there is no host {short(options.on)}" if not found else
-                    f"{len(found)} hosts are called {short(options.on)}",
-                    ", ".join(escape_controls(host["name"]) for host in hosts)
-                    if not found else "use the id: " + " ".join(found))
-    key = host_key(keys.run, found[0])
-    specs = verified_specs(asked_of(
-        wire, "GET", f"/api/v1/hosts/{found[0]}/list"), key, dash, found[0])
-    spec, job = match_manifest(options, specs, name)
-    args = arguments(job, list(words))
-    if job["confirm"] == "yes" and os.isatty(0) and not agreed(
-            f"Run {escape_controls(job['label'])} on {options.on}? (y/n) "):
-        return EXIT_ERROR
-    body = signed_run(key, dash, found[0], spec, job, args,
-                      int(machine.clock.now() * 1000))
-    asked_of(wire, "POST", "/api/v1/requests", {
-        "host": found[0], "body": body, "mac": run_mac(key, body)})
-    return RemoteRun(options, wire).follow(parse_strict_json(body)["nonce"])
-
-
-def verified_specs(listed: dict, key: bytes, dash: str, host: str) -> list:
-    """The jobs of a host, as it signed them. Raises Error."""
-    body, mac = listed.get("body"), listed.get("mac")
-    if not isinstance(body, str) or not is_valid_mac(mac, list_mac(key, body)):
-        raise Error("the list of this host's jobs is not signed with the "
-                    "keys of this passphrase", "on that host: koitab -d off; "
-                    "koitab -d join")
-    import json
-    said = json.loads(body)
-    if (said["dash"], said["host"]) != (dash, host):
-        raise Error("the dashboard shows the list of another host")
-    return said["jobs"]
-
-
-def match_manifest(options: Options, specs: list[str], name: str
-                   ) -> tuple[str, dict]:
-    """The text and the fields of the job that a name means. Raises
-    Error."""
-    import json
-    jobs = [{**json.loads(spec), "line": 0, "spec": spec} for spec in specs]
-    job = find_job([job for job in jobs if options.user in ("", job["user"])],
-                   name)
-    if job["when"] != "@manual" or job["confirm"] == "cli":
-        raise Error(f"{short(job['label'])} is not to be run from elsewhere",
-                    "only @manual jobs are, without KOI_CONFIRM=cli")
-    return job["spec"], job
-
-
-def signed_run(key: bytes, dash: str, host: str, spec: str, job: dict,
-               args: dict[str, str], now: int) -> str:
-    """The text of a request; `now` in ms."""
-    import json
-    nonce = os.urandom(16).hex()
-    secret = [param.name for param in params_of(job)
-              if param.type == "secret"]
-    return json.dumps({
-        "v": 1, "do": "run", "key": key_id(key), "dash": dash, "host": host,
-        "user": job["user"], "tag": job["tag"], "job": sha256_hex(spec),
-        "args": {name: value for name, value in args.items()
-                 if name not in secret},
-        "secrets": {name: encrypt_secret(key, nonce, name,
-                                         args[name].encode()).hex()
-                    for name in secret},
-        "nonce": nonce, "iat": now, "exp": now + GOOD_FOR})
-
-
-class RemoteRun:
-    """Shows what a run on another host writes, until it has ended."""
-
-    def __init__(self, options: Options, client: DashboardClient):
-        self.options, self.connection = options, client
-        self.shown = self.seen = 0      # bytes of output; of these pieces
-        self.notes: set[bytes] = set()  # that were shown
-
-    def follow(self, nonce: str) -> int:
-        """From the request to the run's exit status. Raises Error."""
-        while True:
-            state = asked_of(self.connection, "GET",
-                             f"/api/v1/requests/{nonce}")
-            if state["state"] in ("refused", "expired"):
-                raise Error(f"{state['state']}: {state['reason']}")
-            if state["state"] == "accepted" and state.get("run"):
-                break
-            time.sleep(ASK_AGAIN)
-        run = state["run"]
-        self.options.warn(f"run {run} of the dashboard")
-        while True:
-            facts = asked_of(self.connection, "GET",
-                             f"/api/v1/runs/{run}")["run"]
-            if facts["state"] in FINAL and facts["have"] >= facts["size"]:
-                self.show(run, 0, live=False)
-                return self.end(facts)
-            if facts["state"] == "running":
-                self.watch(run)
-            time.sleep(ASK_AGAIN)
-
-    def watch(self, run: int) -> None:
-        """Show what comes while it goes on."""
-        at = 0
-        while at >= 0:
-            at = self.show(run, at, live=True)
-
-    def show(self, run: int, at: int, live: bool) -> int:
-        """Show a piece; where the next begins, or -1 at the end. Of what was
-        shown live already, only what comes after it."""
-        wait = "&wait=10" if live else ""
-        try:
-            response = self.connection.fetch(
-                "GET", f"/api/v1/runs/{run}/output?from={at}&len=1000000"
-                f"{wait}", seconds=PATIENCE + 10)
-        except ConnectionFailed as error:
-            raise Error(str(error)) from None
-        data = response.body
-        try:
-            whole = whole_frames(data)[0] == len(data)
-        except ValueError:
-            whole = False       # of what is kept, `at` is another place
-        headers = response.headers
-        if response.status != 200 or not whole or live and (
-                headers.get("X-Koi-Live") != "1"        # or we fell behind
-                or headers.get("X-Koi-From", str(at)) != str(at)):
-            return -1
-        self.seen = self.seen if at else 0
-        for stream, _, body in read_frames(data):
-            if stream == NOTE:
-                self.note(body)
-                continue
-            write_all(1 if stream == STDOUT else 2,
-                      body[max(0, self.shown - self.seen):])
-            self.pass_by(len(body))
-        if live:
-            return at + len(data)
-        return self.show(run, at + len(data), live) if data else -1
-
-    def note(self, text: bytes) -> None:
-        """What koi has to say of the output; twice nothing."""
-        number, _, rest = text.partition(b" ")
-        number = number.replace(b",", b"")
-        lost = int(number) if rest.endswith(b"left out here") \
-            and number.isdigit() and len(number) < 19 else 0
-        if self.seen + lost > self.shown if lost else \
-                text not in self.notes:
-            self.options.warn(text.decode("utf-8", "replace"))
-            self.notes.add(text)
-        self.pass_by(lost)
-
-    def pass_by(self, size: int) -> None:
-        self.seen += size
-        self.shown = max(self.shown, self.seen)
-
-    def end(self, facts: dict) -> int:
-        if facts["state"] != "done" or facts["signal"] or facts["reason"]:
-            self.options.warn(result_words(facts))
-        if facts["signal"]:
-            return EXIT_SIGNAL + facts["signal"]
-        return EXIT_ERROR if facts["exit"] is None else facts["exit"]
+def status_of_run(run: dict) -> int:
+    """Return the exit status that stands for a run's, as a shell has it."""
+    if run["signal"]:
+        return EXIT_SIGNAL + run["signal"]
+    return EXIT_ERROR if run["exit"] is None else run["exit"]
 
 
 # --- history, log, status, kill -------------------------------------------
 
 BARS = "▁▂▃▄▅▆▇█"
-SPARKS = 40             # durations in one line
+LONGEST_SPARKLINE = 40  # durations
 COLOURED = r"(\x1b\[[0-9;:]*m)|"    # SGR: it cannot do harm
 
 
 def sparkline(durations: list[float]) -> str:
-    """A line of bars, the longest duration the highest."""
+    """Return a line of bars; the longest duration is the highest."""
     top = max(durations, default=0) or 1
     return "".join(BARS[min(int(duration / top * 8), 7)]
                    for duration in durations)
 
 
 def signal_words(number: int) -> str:
+    """Return "killed by signal 9 (SIGKILL)"."""
     try:
         name = f" ({signal.Signals(number).name})"
     except ValueError:
@@ -19616,7 +19035,7 @@ def signal_words(number: int) -> str:
 
 
 def result_words(run: dict) -> str:
-    """How a run went: ok; exit 3; missed x12; skipped: why."""
+    """Return how a run went: ok; exit 3; missed x12; skipped: why."""
     state, reason = run["state"], run["reason"]
     if state == "missed":
         words = f"missed x{run['count']}" if run["count"] > 1 else "missed"
@@ -19636,57 +19055,60 @@ def result_words(run: dict) -> str:
                     else "")
 
 
-def took(run: dict) -> float | None:
-    """The seconds from start to end, if both are known."""
+def duration_of(run: dict) -> float | None:
+    """Return the seconds from start to end, None if one is unknown."""
     if run["started"] is None or run["ended"] is None:
         return None
     return max(run["ended"] - run["started"], 0.0)
 
 
-def took_words(seconds: float | None) -> str:
+def duration_words(seconds: float | None) -> str:
+    """Return a duration with at most two significant parts, or "-"."""
     if seconds is None:
         return "-"
     return format_duration(round(seconds) if seconds >= 10 else
                            round(seconds, 1) if seconds >= 1 else seconds)
 
 
-def began(run: dict) -> str:
-    """When it started, or should have."""
+def start_words(run: dict) -> str:
+    """Return when a run started, or should have, as RFC 3339 writes it."""
     at = next((run[key] for key in ("started", "due", "asked")
                if run[key] is not None), None)
     return "-" if at is None else format_rfc3339(at)
 
 
-def label_of(run: dict, owner: str) -> str:
-    """What a run or job is called, with its user if that is another one."""
+def label_for(run: dict, owner: str) -> str:
+    """Return the label of a run or job, with its user if not `owner`."""
     label = escape_controls(run["label"])
     return f"{run['user']}: {label}" if run["user"] not in ("", owner) \
         else label
 
 
-def runs_of(options: Options, link: DaemonClient, name: str) -> list[dict]:
-    """The last runs, the newest at the end."""
+def last_runs(options: Invocation, daemon: DaemonClient,
+              name: str) -> list[dict]:
+    """Return the last runs, the newest at the end. Raises Error."""
     wanted, found = options.number or 20, []
-    fields = {**options.whose(), **({"job": name} if name else {})}
+    fields = {**options.user_field(), **({"job": name} if name else {})}
     while len(found) < wanted:
         more = {"before": found[-1]["run"]} if found else {}
-        runs = link.ask("history", limit=min(wanted - len(found),
-                                             PAGE_OF_RUNS),
-                        **fields, **more)["runs"]
+        runs = daemon.ask("history", limit=min(wanted - len(found),
+                                               PAGE_OF_RUNS),
+                          **fields, **more)["runs"]
         if not runs:
             break
         found += runs
     return found[::-1]
 
 
-def command_history(options: Options, machine: Machine, name: str = ""
+def command_history(options: Invocation, machine: Machine, name: str = ""
                     ) -> int:
-    runs = runs_of(options, DaemonClient(machine), name)
+    """koitab history: a table, and a line of bars per job. Raises Error."""
+    runs = last_runs(options, DaemonClient(machine), name)
     if options.json:
         print_json(runs)
         return EXIT_OK
     owner, durations = options.owner(machine), {}
-    labels = [label_of(run, owner)[:24] for run in runs]
+    labels = [label_for(run, owner)[:24] for run in runs]
     width = max(map(len, labels), default=0)
     if not runs:
         options.warn("no run is remembered")
@@ -19694,9 +19116,9 @@ def command_history(options: Options, machine: Machine, name: str = ""
     print(f"{'RUN':>5}  {'STARTED':25}  {'JOB':{width}}  {'BY':8}  "
           f"{'TOOK':>6}  RESULT")
     for run, label in zip(runs, labels):
-        seconds = took(run)
-        print(f"{run['run']:>5}  {began(run):25}  {label:{width}}  "
-              f"{run['trigger']:8}  {took_words(seconds):>6}  "
+        seconds = duration_of(run)
+        print(f"{run['run']:>5}  {start_words(run):25}  {label:{width}}  "
+              f"{run['trigger']:8}  {duration_words(seconds):>6}  "
               f"{escape_controls(result_words(run))}")
         if seconds is not None:
             durations.setdefault((run["user"], run["tag"], label), []
@@ -19704,16 +19126,18 @@ def command_history(options: Options, machine: Machine, name: str = ""
     if durations:
         print("\nHow long the jobs took, the newest on the right:")
     for (_, _, label), seconds in durations.items():
-        print(f"{label:{width}}  {sparkline(seconds[-SPARKS:])}  "
-              f"{took_words(seconds[-1])}")
+        print(f"{label:{width}}  {sparkline(seconds[-LONGEST_SPARKLINE:])}  "
+              f"{duration_words(seconds[-1])}")
     return EXIT_OK
 
 
-def command_log(options: Options, machine: Machine, which: str) -> int:
-    link = DaemonClient(machine)
+def command_log(options: Invocation, machine: Machine, which: str) -> int:
+    """koitab log: the output of a run, or of a job's newest. Raises
+    Error."""
+    daemon = DaemonClient(machine)
     wanted = {"run": int(which)} if count(which) else {"job": which}
-    run = link.ask("log", **wanted, **options.whose())["run"]
-    frames = read_frames(link.output)
+    run = daemon.ask("log", **wanted, **options.user_field())["run"]
+    frames = read_frames(daemon.output)
     if options.json:
         names = {STDOUT: "stdout", STDERR: "stderr", NOTE: "note"}
         print_json({**run, "frames": [
@@ -19727,8 +19151,9 @@ def command_log(options: Options, machine: Machine, which: str) -> int:
     return EXIT_OK
 
 
-def print_frames(options: Options, frames: list) -> None:
-    """Output as it was written; on a terminal without what would obey."""
+def print_frames(options: Invocation, frames: list) -> None:
+    """Write output as the job wrote it; on a terminal escape the controls
+    that a terminal would obey."""
     targets = {STDOUT: sys.stdout, STDERR: sys.stderr}
     held = dict.fromkeys(targets, b"")      # lines that have not ended yet
     for stream, _, data in frames:
@@ -19739,14 +19164,15 @@ def print_frames(options: Options, frames: list) -> None:
         elif stream in targets:
             lines, newline, held[stream] = (held[stream] + data).rpartition(
                 b"\n")
-            put_out(targets[stream], safe(lines + newline))
+            put_out(targets[stream], escape_output(lines + newline))
     for stream, rest in held.items():
         if rest:
-            put_out(targets[stream], safe(rest + b"\n"))
+            put_out(targets[stream], escape_output(rest + b"\n"))
 
 
-def safe(data: bytes) -> bytes:
-    """Lines that a terminal may get: colours, and escapes for the rest."""
+def escape_output(data: bytes) -> bytes:
+    """Return lines for a terminal: colours stay, other controls are
+    escaped."""
     import re
     lines = [re.sub(COLOURED + UNSAFE, lambda found: found[1] or escaped(
         found), line.removesuffix("\r")) for line in data.decode(
@@ -19756,38 +19182,42 @@ def safe(data: bytes) -> bytes:
     return (text + reset).encode("utf-8", "backslashreplace")
 
 
-def command_kill(options: Options, machine: Machine, which: str) -> int:
+def command_kill(options: Invocation, machine: Machine, which: str) -> int:
+    """koitab kill: SIGTERM, later SIGKILL; or out of the queue. Raises
+    Error."""
     if not count(which):
-        raise Error(f"{short(which)} is no run", "koitab status shows those "
-                    "that go on, with their numbers", EXIT_USAGE)
+        raise Error(f"{short(which)} is not a run number", f"{PROG} status",
+                    EXIT_USAGE)
     run = DaemonClient(machine).ask("kill", run=int(which),
-                                    **options.whose())["run"]
+                                    **options.user_field())["run"]
     print(f"run {run['run']} ({escape_controls(run['label'])}) is told to end")
     return EXIT_OK
 
 
-def command_status(options: Options, machine: Machine) -> int:
-    link = DaemonClient(machine)
+def command_status(options: Invocation, machine: Machine) -> int:
+    """koitab status: 0 if koid runs without problems and no job's last run
+    failed, else 1. Raises Error."""
+    daemon = DaemonClient(machine)
     try:
-        state = link.ask("status", **options.whose())
+        state = daemon.ask("status", **options.user_field())
     except Error as error:
         if options.json:
             raise
         print(f"koid      {escape_controls(error.message)}"
               + (f" ({escape_controls(error.hint)})" if error.hint else ""))
         state = None
-    jobs = link.ask("jobs", **options.whose())["jobs"]
+    jobs = daemon.ask("jobs", **options.user_field())["jobs"]
     bad = [job for job in jobs if job["last"] and is_failure(job["last"])]
     if options.json:
         print_json({**state, "failed": bad})
     else:
         owner = options.owner(machine)
-        for word, lines in (state_lines(state, owner) if state else {
+        for word, lines in (status_fields(state, owner) if state else {
                 "tab": [plural(len(jobs), "job")]}).items():
             print_field(word, lines)
         print_field("failed", [
-            f"{label_of(job, owner)}: {result_words(job['last'])} at "
-            f"{began(job['last'])} (koitab log {job['last']['run']})"
+            f"{label_for(job, owner)}: {result_words(job['last'])} at "
+            f"{start_words(job['last'])} (koitab log {job['last']['run']})"
             for job in bad])
     well = state and not (bad or state["troubles"] or state["late"]
                           or state["tab"]["problems"]
@@ -19795,8 +19225,8 @@ def command_status(options: Options, machine: Machine) -> int:
     return EXIT_OK if well else EXIT_ERROR
 
 
-def state_lines(state: dict, owner: str) -> dict[str, list[str]]:
-    """What there is to say of a daemon, by the word in front of it."""
+def status_fields(state: dict, owner: str) -> dict[str, list[str]]:
+    """Return the lines that describe koid, by the word before them."""
     tab = state["tab"]
     return {
         "koid": [f"{state['version']}, pid {state['pid']}, since "
@@ -19804,24 +19234,542 @@ def state_lines(state: dict, owner: str) -> dict[str, list[str]]:
                  + (", with cron's tabs" if state["system"] else "")],
         "tab": [f"{tab['user']}: {plural(tab['jobs'], 'job')}",
                 *tab["problems"]],
-        "running": [f"{run['run']} {label_of(run, owner)}, since "
-                    f"{began(run)} ({run['trigger']})"
+        "running": [f"{run['run']} {label_for(run, owner)}, since "
+                    f"{start_words(run)} ({run['trigger']})"
                     for run in state["running"]],
         "late": state["late"],
         "trouble": [text for text in state["troubles"] if not any(
             text.endswith(known.removeprefix("tab"))
-            for known in tab["problems"])],     # they were told already
+            for known in tab["problems"])],     # "tab" has them
         "next": [format_rfc3339(state["next"])] if state["next"] else [],
-        "dashboard": link_lines(state.get("dashboard"))}
+        "dashboard": agent_lines(state.get("dashboard"))}
 
 
-def print_field(word: str, lines: list[str]) -> None:
-    for line in lines:
-        print(f"{word:9} {escape_controls(line)}")
-        word = ""
+def agent_lines(state: dict | None) -> list[str]:
+    """Return the lines that describe koid's connection to its dashboard;
+    only one if there is no problem."""
+    if not state:
+        return []
+    found = [f"{state['url']}, as {state['name']}", *state["troubles"]]
+    if state["troubles"] and state["unsent"]:
+        found.append(f"{plural(state['unsent'], 'change')} not sent yet")
+    return found + [f"refused {row['count']:,} x, last at "
+                    f"{format_rfc3339(row['at'])}: {row['reason']}"
+                    for row in state["refused"][:5]]
 
 
-# --- import ---------------------------------------------------------------
+# ==========================================================================
+# Remote: what can a host ask of a dashboard?         (network, terminal; C)
+#
+# gives   the commands -d and run --on; membership_directory
+# needs   DashboardClient, Enrollment, derive_keys, find_job, read_arguments
+#
+# The passphrase is read here and never sent. From it come the key that
+# proves who asks, and the key of a host that signs a request to run.
+# ==========================================================================
+
+LOCAL_DASHBOARD = "http://127.0.0.1:8077"
+LONGEST_CA = 2**19      # bytes: it becomes a part of the file `keys`
+POLL_PAUSE = 0.2        # seconds between two questions about a request
+REQUEST_LIFE = 300_000  # ms that a request may wait for its host
+FINAL_STATES = ("done", "interrupted", "missed", "skipped", "unstartable")
+LEAVE_AND_JOIN = "on that host: koitab -d off; koitab -d join URL"
+
+
+def ask_dashboard(client: DashboardClient, method: str, path: str,
+                  body: dict | None = None) -> dict:
+    """Return the dashboard's answer. Raises Error, which names the URL."""
+    where = f"{client.scheme}://{client.host}:{client.port}"
+    try:
+        return client.request(method, path, body)
+    except ConnectionFailed as error:
+        raise Error(f"{where}: {error}", "koitab dashboard"
+                    if is_local(client.host) else "") from None
+    except HttpRefused as no:
+        raise Error(f"{where}: {no.text}", no.hint) from None
+
+
+def read_certificates(path: str) -> str:
+    """Return the text of the file that --ca names. Raises Error."""
+    try:
+        with open(path, encoding="ascii") as file:
+            text = file.read(LONGEST_CA + 1)
+    except OSError as error:
+        raise Error(f"--ca {path}: {error.strerror}") from None
+    except ValueError:
+        text = ""
+    if "-----BEGIN CERTIFICATE-----" not in text or len(text) > LONGEST_CA:
+        raise Error(f"--ca {path}: not a file of certificates (expected PEM, "
+                    f"at most {LONGEST_CA:,} bytes)")
+    return text
+
+
+def connect_dashboard(options: Invocation, url: str, ca: str = ""
+            ) -> tuple[DashboardClient, str]:
+    """Return a client for a dashboard, and the certificates that it trusts
+    ("": the system's). Raises Error, also where the keys could be read on
+    the way without --plain-http."""
+    if "ca" in options.given:
+        ca = read_certificates(options.ca)
+    client = DashboardClient(url, ca=ca)
+    if client.scheme == "http" and not is_local(client.host) \
+            and not options.plain_http:
+        raise Error(f"{url}: without TLS anybody on the way can read the "
+                    "output and the keys of this dashboard", "https://, an "
+                    "ssh tunnel to 127.0.0.1, or --plain-http if you trust "
+                    "the network")
+    return client, ca
+
+
+def split_dashboard_url(text: str) -> tuple[str, str]:
+    """Return URL and ID of a dashboard, as `-d new` printed them. The ID is
+    "" if it is missing, or if a browser shows another part of the page
+    there. Raises Error."""
+    url, _, dash = text.partition("#")
+    if dash.startswith("/"):
+        dash = ""
+    if dash and not is_hex(dash, 16):
+        raise Error(f"#{short(dash)} is not a dashboard's ID (expected the "
+                    "16 digits after the # of the URL that koitab -d new "
+                    "printed)")
+    return url, dash
+
+
+def read_passphrase(question: str = "Passphrase: ") -> str:
+    """Return a passphrase from the terminal, or a line of standard input;
+    an option could be read by everybody. Raises Error."""
+    # Not from sys.stdin itself: it would read ahead of what ARG=- is to have.
+    text = prompt_secret(question) if os.isatty(0) else sys.stdin.buffer \
+        .readline().decode("utf-8", "surrogateescape").rstrip("\r\n")
+    if not text:
+        raise Error("no passphrase was given", "type it, or write it to "
+                    "standard input", EXIT_USAGE)
+    return text
+
+
+def membership_directory(machine: Machine) -> str:
+    """Return the state directory of the koid that the caller may change.
+    Raises Error."""
+    if os.geteuid() and "KOI_HOME" not in os.environ \
+            and os.path.exists(ROOT_SOCKET):
+        raise Error("this machine's koid is root's", "sudo; or name the "
+                    "dashboard: run --on HOST --url URL, page URL")
+    return machine.state_directory()
+
+
+def reload_enrollment(machine: Machine) -> bool:
+    """Have koid read its keys; return False if none runs. Raises Error."""
+    daemon = DaemonClient(machine)
+    connection = daemon.connect()
+    if not connection:
+        return False
+    connection.close()
+    daemon.ask("relink")
+    return True
+
+
+def hashes_of(keys: Keys, salt: bytes) -> dict:
+    """Return what a dashboard may know of keys, as its API takes it."""
+    return {"salt": salt.hex(), "rounds": ROUNDS,
+            "api_sha256": sha256_hex(keys.api.hex()),
+            "view_sha256": sha256_hex(keys.view.hex())}
+
+
+def log_in(client: DashboardClient, dash: str,
+           passphrase: str) -> tuple[Keys, str]:
+    """Return the keys of a passphrase and the dashboard's ID. The client's
+    requests are the operator's from here on. Raises Error."""
+    found = ask_dashboard(client, "GET", "/api/v1/salt" + (
+        f"?dash={dash}" if dash else ""))
+    try:
+        salt, rounds = bytes.fromhex(found["salt"]), int(found["rounds"])
+        dash = found["dash"]
+        if not is_hex(dash, 16):
+            raise ValueError
+    except (KeyError, ValueError, TypeError):
+        raise Error("not a koi dashboard") from None
+    keys = derive_keys(passphrase, salt, rounds)
+    client.token = keys.api.hex()
+    return keys, dash
+
+
+def enroll(options: Invocation, machine: Machine, client: DashboardClient,
+           url: str, ca: str, keys: Keys, dash: str) -> None:
+    """Make this host a member of a dashboard. Raises Error."""
+    directory, host = membership_directory(machine), os.urandom(16).hex()
+    token, name = os.urandom(32).hex(), machine.host()
+    client.token = keys.api.hex()
+    ask_dashboard(client, "POST", "/api/v1/hosts", {
+        "host": host, "name": name, "token_sha256": sha256_hex(token)})
+    machine.write_enrollment(directory, Enrollment(
+        url, dash, host, token, host_key(keys.run, host).hex(), name, ca,
+        machine.clock.now()))
+    if not reload_enrollment(machine):
+        options.warn("koid is not running; it links up when it is started")
+
+
+def require_no_membership(machine: Machine) -> None:
+    """Raise Error if this machine is a member of a dashboard already."""
+    mine = machine.read_enrollment(membership_directory(machine))
+    if mine:
+        raise Error(f"this machine belongs to {mine.url} already",
+                    "koitab -d off")
+
+
+def membership(machine: Machine) -> Enrollment:
+    """Return the keys of this machine for its dashboard. Raises Error."""
+    mine = machine.read_enrollment(membership_directory(machine))
+    if not mine:
+        raise Error("this machine belongs to no dashboard", "koitab -d new; "
+                    "or koitab -d join URL")
+    return mine
+
+
+def new_dashboard(options: Invocation, machine: Machine,
+                     url: str = LOCAL_DASHBOARD) -> int:
+    """koitab -d new: make a dashboard and join it. Raises Error."""
+    require_no_membership(machine)
+    client, ca = connect_dashboard(options, url)
+    passphrase = format_passphrase(os.urandom(20))
+    salt = os.urandom(SALT_BYTES)
+    keys = derive_keys(passphrase, salt)
+    dash = ask_dashboard(client, "POST", "/api/v1/dashboards",
+                         hashes_of(keys, salt)).get("dash", "")
+    if not is_hex(dash, 16):
+        raise Error("not a koi dashboard")
+    print_keys(url, dash, keys, passphrase)
+    enroll(options, machine, client, url, ca, keys, dash)
+    return EXIT_OK
+
+
+def print_keys(url: str, dash: str, keys: Keys, passphrase: str) -> None:
+    """Print passphrase and viewer key, which are shown only this time."""
+    print(f"dashboard   {url.rstrip('/')}/#{dash}")
+    print(f"passphrase  {passphrase}")
+    print("            Keep it: it is stored nowhere, and whoever has it"
+          " can run your jobs.")
+    print(f"viewer key  {VIEW_PREFIX}{keys.view.hex()}")
+    print("            With this one sees everything and can start nothing.")
+    sys.stdout.flush()
+
+
+def join_dashboard(options: Invocation, machine: Machine, url: str) -> int:
+    """koitab -d join: become a member, by its passphrase. Raises Error."""
+    require_no_membership(machine)
+    url, dash = split_dashboard_url(url)
+    client, ca = connect_dashboard(options, url)
+    keys, dash = log_in(client, dash, read_passphrase())
+    enroll(options, machine, client, url, ca, keys, dash)
+    print(f"this machine is {machine.host()} on {url.rstrip('/')}/#{dash}")
+    return EXIT_OK
+
+
+def show_membership(options: Invocation, machine: Machine) -> int:
+    """koitab -d show: 1 if koid is not connected. Raises Error."""
+    mine = membership(machine)
+    print_field("dashboard", [f"{mine.url.rstrip('/')}/#{mine.dash}"])
+    print_field("host", [f"{mine.name} ({mine.host})"])
+    print_field("keys", [f"{key_id(mine.secret)}, since "
+                         f"{format_rfc3339(mine.since)}"])
+    try:
+        state = DaemonClient(machine).ask("status").get("dashboard")
+    except Error as error:
+        print_field("link", [error.message])
+        return EXIT_ERROR
+    print_field("link", agent_lines(state)[1:] or ["up"] if state else [
+        "koid does not use these keys: see koitab status; or restart it"])
+    return EXIT_ERROR if not state or state["troubles"] else EXIT_OK
+
+
+def rotate_passphrase(options: Invocation, machine: Machine) -> int:
+    """koitab -d rotate: new keys for all; the old ones end. Raises Error."""
+    mine = membership(machine)
+    client, _ = connect_dashboard(options, mine.url, mine.ca)
+    keys, _ = log_in(client, mine.dash, read_passphrase("Passphrase of now: "))
+    if host_key(keys.run, mine.host) != mine.secret:
+        raise Error("this is not the passphrase of this dashboard")
+    passphrase = format_passphrase(os.urandom(20))
+    salt = os.urandom(SALT_BYTES)
+    fresh = derive_keys(passphrase, salt)
+    # First: keys that are valid and known to nobody would lock out everybody.
+    print_keys(mine.url, mine.dash, fresh, passphrase)
+    try:
+        ask_dashboard(client, "POST", "/api/v1/rotate",
+                      hashes_of(fresh, salt))
+    except Error as error:
+        raise Error(error.message, "the old passphrase is valid; or, if only "
+                    "the answer was lost, the new one: then koitab -d off; "
+                    "koitab -d join") from None
+    machine.write_enrollment(membership_directory(machine), mine.replace(
+        key=host_key(fresh.run, mine.host).hex(), since=machine.clock.now()))
+    reload_enrollment(machine)
+    options.warn("on each other host: koitab -d off; koitab -d join "
+                 f"{mine.url} (until then nothing can be run there)")
+    return EXIT_OK
+
+
+def leave_dashboard(options: Invocation, machine: Machine) -> int:
+    """koitab -d off: remove this machine's keys, then tell the dashboard.
+    Raises Error."""
+    directory = membership_directory(machine)
+    try:
+        mine = machine.read_enrollment(directory)
+    except Error as error:      # unreadable: the dashboard is unknown
+        machine.remove_enrollment(directory)
+        reload_enrollment(machine)
+        options.warn(f"removed all the same: {error.message}")
+        return EXIT_OK
+    mine = mine or membership(machine)
+    machine.remove_enrollment(directory)
+    reload_enrollment(machine)
+    try:
+        client = DashboardClient(mine.url, mine.token, mine.ca)
+        ask_dashboard(client, "DELETE", f"/api/v1/hosts/{mine.host}")
+    except Error as error:
+        options.warn(f"the dashboard was not told: {error.message}")
+    print(f"this machine does not belong to {mine.url} any more")
+    return EXIT_OK
+
+
+DASHBOARD_ACTIONS = {
+    "new": new_dashboard, "join": join_dashboard, "show": show_membership,
+    "rotate": rotate_passphrase, "off": leave_dashboard}
+
+
+def command_membership(options: Invocation, machine: Machine, action: str,
+                       *words: str) -> int:
+    """koitab -d ACTION. Raises Error."""
+    return DASHBOARD_ACTIONS[action](options, machine, *words)
+
+
+# --- run --on: signed here, carried by the dashboard
+
+
+def choose_dashboard(options: Invocation,
+                     machine: Machine) -> tuple[DashboardClient, str]:
+    """Return a client and the ID ("": unknown) of the dashboard that --url
+    names, or of this machine's. Raises Error."""
+    if "url" in options.given:
+        url, dash = split_dashboard_url(options.url)
+        return connect_dashboard(options, url)[0], dash
+    mine = membership(machine)
+    return connect_dashboard(options, mine.url, mine.ca)[0], mine.dash
+
+
+def command_run(options: Invocation, machine: Machine, name: str,
+                *words: str) -> int:
+    """koitab run: here, or on the host of --on. Raises Error."""
+    run = run_on_host if "on" in options.given else run_here
+    return run(options, machine, name, *words)
+
+
+def run_on_host(options: Invocation, machine: Machine, name: str,
+                *words: str) -> int:
+    """Run a job of another host; return its exit status. Raises Error."""
+    client, dash = choose_dashboard(options, machine)
+    keys, dash = log_in(client, dash, read_passphrase())
+    host = find_host(ask_dashboard(client, "GET", "/api/v1/state").get(
+        "hosts", []), options.on)
+    key = host_key(keys.run, host)
+    manifests = verify_job_list(ask_dashboard(
+        client, "GET", f"/api/v1/hosts/{host}/list"), key, dash, host)
+    job = match_manifest(options, manifests, name)
+    arguments = read_arguments(job, list(words))
+    if not is_confirmed(job, f" on {options.on}"):
+        return EXIT_ERROR
+    nonce = os.urandom(16).hex()
+    body = signed_run(key, dash, host, job, arguments, nonce,
+                      int(machine.clock.now() * 1000))
+    ask_dashboard(client, "POST", "/api/v1/requests", {
+        "host": host, "body": body, "mac": run_mac(key, body)})
+    return RemoteRun(options, client).follow(nonce)
+
+
+def find_host(hosts: list[dict], name: str) -> str:
+    """Return the ID of the one member that a name or an ID means. Raises
+    Error."""
+    members = [host for host in hosts if host["state"] != "left"]
+    found = [host["id"] for host in members
+             if name in (host["id"], host["name"])]
+    if not found:
+        raise Error(f"there is no host {short(name)}", ", ".join(
+            escape_controls(host["name"]) for host in members))
+    if len(found) > 1:
+        raise Error(f"{len(found)} hosts are called {short(name)}",
+                    "use the ID: " + " ".join(found))
+    return found[0]
+
+
+def verify_job_list(listed: dict, key: bytes, dash: str,
+                    host: str) -> list[str]:
+    """Return the manifests of a host's jobs, which it signed with `key`.
+    Raises Error."""
+    body, mac = listed.get("body"), listed.get("mac")
+    if not isinstance(body, str) \
+            or not is_valid_mac(mac, list_mac(key, body)):
+        raise Error("the list of this host's jobs is not signed with the "
+                    "keys of this passphrase", LEAVE_AND_JOIN)
+    import json
+    said = json.loads(body)
+    if (said["dash"], said["host"]) != (dash, host):
+        raise Error("the dashboard shows the list of another host")
+    return said["jobs"]
+
+
+def match_manifest(options: Invocation, manifests: list[str],
+                   name: str) -> dict:
+    """Return the fields of the job that a name means; "manifest" is the
+    text that its host signed. Raises Error."""
+    import json
+    jobs = [{**json.loads(text), "line": 0, "manifest": text}
+            for text in manifests]
+    job = find_job([job for job in jobs if options.user in ("", job["user"])],
+                   name)
+    if job["when"] != "@manual" or job["confirm"] == "cli":
+        raise Error(f"{short(job['label'])} is not to be run from elsewhere: "
+                    "only @manual jobs are, without KOI_CONFIRM=cli")
+    return job
+
+
+def signed_run(key: bytes, dash: str, host: str, job: dict,
+               arguments: dict[str, str], nonce: str, now: int) -> str:
+    """Return the text of a request to run a job, which is signed next. `now`
+    is in ms since 1970; secrets are encrypted with the host's `key`."""
+    import json
+    secret = [param.name for param in parameters_of(job)
+              if param.type == "secret"]
+    return json.dumps({
+        "v": 1, "do": "run", "key": key_id(key), "dash": dash, "host": host,
+        "user": job["user"], "tag": job["tag"],
+        "job": sha256_hex(job["manifest"]),
+        "args": {name: value for name, value in arguments.items()
+                 if name not in secret},
+        "secrets": {name: encrypt_secret(key, nonce, name,
+                                         arguments[name].encode()).hex()
+                    for name in secret},
+        "nonce": nonce, "iat": now, "exp": now + REQUEST_LIFE})
+
+
+class RemoteRun:
+    """A run on another host, whose output the dashboard shows."""
+
+    def __init__(self, options: Invocation, client: DashboardClient):
+        self.options, self.client = options, client
+        # Bytes of output: printed at all, and passed in this reading of it.
+        self.printed = self.position = 0
+        self.notes: set[bytes] = set()      # printed ones
+
+    def follow(self, nonce: str) -> int:
+        """Wait for the request, print the output, and return the run's exit
+        status. Raises Error."""
+        run = self.wait_for_run(nonce)
+        self.options.warn(f"run {run} of the dashboard")
+        while True:
+            facts = ask_dashboard(self.client, "GET",
+                                  f"/api/v1/runs/{run}")["run"]
+            if facts["state"] in FINAL_STATES \
+                    and facts["have"] >= facts["size"]:
+                self.print_stored(run)
+                return self.exit_status(facts)
+            if facts["state"] == "running":
+                self.print_live(run)
+            time.sleep(POLL_PAUSE)
+
+    def wait_for_run(self, nonce: str) -> int:
+        """Return the dashboard's number of the run that a request started.
+        Raises Error."""
+        while True:
+            state = ask_dashboard(self.client, "GET",
+                                  f"/api/v1/requests/{nonce}")
+            if state["state"] in ("refused", "expired"):
+                raise Error(f"{state['state']}: {state['reason']}")
+            if state["state"] == "accepted" and state.get("run"):
+                return state["run"]
+            time.sleep(POLL_PAUSE)
+
+    def print_live(self, run: int) -> None:
+        """Print what comes while the run is running."""
+        at = 0
+        while True:
+            headers, data = self.fetch(run, at, "&wait=10")
+            if data is None or headers.get("X-Koi-Live") != "1" \
+                    or headers.get("X-Koi-From", str(at)) != str(at):
+                return              # it has ended, or this reader was too slow
+            self.print_piece(at, data)
+            at += len(data)
+
+    def print_stored(self, run: int) -> None:
+        """Print what is kept of an ended run, without what was printed."""
+        at = 0
+        while True:
+            _, data = self.fetch(run, at)
+            if not data:
+                return
+            self.print_piece(at, data)
+            at += len(data)
+
+    def fetch(self, run: int, at: int, wait: str = ""):
+        """Return headers and frames of the output from byte `at` on; None
+        for frames that are not whole. Raises Error."""
+        try:
+            response = self.client.fetch(
+                "GET", f"/api/v1/runs/{run}/output?from={at}&len=1000000"
+                f"{wait}", seconds=PATIENCE + 10)
+        except ConnectionFailed as error:
+            raise Error(str(error)) from None
+        try:
+            whole = response.status == 200 and whole_frames(
+                response.body)[0] == len(response.body)
+        except ValueError:
+            whole = False       # `at` is another place in what is kept
+        return response.headers, response.body if whole else None
+
+    def print_piece(self, at: int, data: bytes) -> None:
+        """Print frames that begin at byte `at`; of what was printed already,
+        only what comes after it."""
+        self.position = self.position if at else 0
+        for stream, _, body in read_frames(data):
+            if stream == NOTE:
+                self.print_note(body)
+                continue
+            write_all(1 if stream == STDOUT else 2,
+                      body[max(0, self.printed - self.position):])
+            self.advance(len(body))
+
+    def print_note(self, text: bytes) -> None:
+        """Print a note of koid about the output, once. "N bytes left out
+        here" counts as N bytes of output."""
+        number, _, rest = text.partition(b" ")
+        number = number.replace(b",", b"")
+        lost = int(number) if rest.endswith(b"left out here") \
+            and number.isdigit() and len(number) < 19 else 0
+        if self.position + lost > self.printed if lost else \
+                text not in self.notes:
+            self.options.warn(text.decode("utf-8", "replace"))
+            self.notes.add(text)
+        self.advance(lost)
+
+    def advance(self, size: int) -> None:
+        """Count `size` bytes of output as printed."""
+        self.position += size
+        self.printed = max(self.printed, self.position)
+
+    def exit_status(self, facts: dict) -> int:
+        """Print why the run ended, if it did not exit; return its status."""
+        if facts["state"] != "done" or facts["signal"] or facts["reason"]:
+            self.options.warn(result_words(facts))
+        return status_of_run(facts)
+
+
+# ==========================================================================
+# Import: which crontabs does cron have here?          (files, processes; C)
+#
+# gives   the command import
+# needs   TabReader, Machine, parse_with_zones, Invocation
+#
+# All crontabs that the caller may see become one koitab. A line that koi
+# would refuse, or read in another way, becomes a comment with the reason.
+# ==========================================================================
 
 MARK = "# koitab import: "      # stands before a line that needs a look
 EMPTY = '""'
@@ -19830,8 +19778,8 @@ CRON_PIDS = (CRON_PID, "/var/run/crond.pid", "/var/run/cron.pid")
 OURS = b'"""koitab: '           # the second line of this program
 
 
-class Source(FrozenRecord):
-    """A crontab of cron's."""
+class Crontab(FrozenRecord):
+    """A crontab of cron, and the section of the koitab that it becomes."""
     path: str
     section: str
     text: str
@@ -19839,7 +19787,7 @@ class Source(FrozenRecord):
 
 
 def cron_program() -> str:
-    """The crontab program that is not this one, or ""."""
+    """Return the path of cron's own crontab program, or ""."""
     import shutil
     for path in (shutil.which("crontab"), "/usr/bin/crontab"):
         if path and os.access(path, os.X_OK):
@@ -19854,8 +19802,8 @@ def cron_program() -> str:
     return ""
 
 
-def cron_tab(options: Options, machine: Machine) -> str:
-    """The caller's crontab, from cron; "" if there is none. Raises
+def user_crontab(options: Invocation, machine: Machine) -> str:
+    """Return the user's crontab from cron; "" if there is none. Raises
     Error."""
     import subprocess
     owner, program = options.owner(machine), cron_program()
@@ -19871,7 +19819,7 @@ def cron_tab(options: Options, machine: Machine) -> str:
             raise Error(f"{program} -l: {said}")
     elif os.geteuid():
         raise Error("there is no crontab program that could be asked",
-                    f"as root: koitab -u {owner} import")
+                    f"sudo koitab -u {owner} import")
     for spool in SPOOLS if os.geteuid() == 0 else ():
         path = posixpath.join(spool, owner)
         if os.path.isfile(path):
@@ -19882,11 +19830,12 @@ def cron_tab(options: Options, machine: Machine) -> str:
     return ""
 
 
-def sources(options: Options, machine: Machine) -> list[Source]:
-    """Every crontab that the caller may see, and koid should take over."""
+def find_crontabs(options: Invocation, machine: Machine) -> list[Crontab]:
+    """Return every crontab of cron's that the caller may see. Raises
+    Error."""
     owner = options.owner(machine)
-    text = cron_tab(options, machine)
-    found = [Source(f"crontab of {owner}", owner, text, False)] if text \
+    text = user_crontab(options, machine)
+    found = [Crontab(f"crontab of {owner}", owner, text, False)] if text \
         else []
     if os.geteuid():
         return found
@@ -19901,35 +19850,36 @@ def sources(options: Options, machine: Machine) -> list[Source]:
                          "with such a name")
     for path in paths:
         try:
-            found.append(Source(path, posixpath.basename(path),
-                                machine.tab_text(path), True))
+            found.append(Crontab(path, posixpath.basename(path),
+                                 machine.tab_text(path), True))
         except Error as error:
             options.warn(f"{error.message}; it is left out")
     return found
 
 
 class CronReader(TabReader):
-    """Reads a tab in which one job may stand twice, as it may in cron's."""
+    """Reads a tab that may contain the same job twice, as cron's may."""
 
     def check_twice(self, job: Job) -> None:
         pass
 
 
 class Importer:
-    """Makes one koitab of many crontabs."""
+    """Collects the lines of one koitab from many crontabs."""
 
     def __init__(self, owner: str, home: str, others: bool):
         self.owner, self.others = owner, others
         self.lines: list[str] = []
         self.jobs: list[tuple[int, str, Job]] = []  # place, section, job
-        self.set: dict[str, None] = {}      # variables of files before
-        self.lost: list[str] = []           # what cannot be set back
+        self.set: dict[str, None] = {}      # variables of earlier files
+        self.lost: list[str] = []           # variables that cannot be unset
         self.usual = {
             "SHELL": DEFAULT_SHELL, "PATH": DEFAULT_PATH, "HOME": home,
             "MAILTO": owner, "MAILFROM": owner, "CRON_TZ": "",
             "RANDOM_DELAY": "0", "TZ": ":/etc/localtime"}
 
-    def add(self, source: Source) -> None:
+    def add(self, source: Crontab) -> None:
+        """Append the section of one crontab, if it has jobs to import."""
         tab = CronReader(source.text, source.system, True, "").read()
         jobs = {job.line: job for job in tab.jobs}
         ours = [job for job in tab.jobs if job.user in ("", self.owner)]
@@ -19939,12 +19889,12 @@ class Importer:
                    for problem in tab.diagnostics if problem.fatal}
         self.lines += ["", f"[{source.section}]",
                        f"# {escape_controls(source.path)}"]
-        self.set_back()
+        self.reset_variables()
         user = self.owner
         for row, raw in enumerate(source.text.split("\n"), start=1):
             line, job = raw.lstrip(BLANKS), jobs.get(row)
             if job:
-                user = self.job(source, raw, job, user)
+                user = self.add_job(source, raw, job, user)
             elif not line or line[0] == "#":
                 self.lines.append(raw)
             elif parse_assignment(line) and row not in reasons:
@@ -19956,8 +19906,8 @@ class Importer:
         while not self.lines[-1]:
             del self.lines[-1]
 
-    def set_back(self) -> None:
-        """What an earlier file set must not hold for this one."""
+    def reset_variables(self) -> None:
+        """Give the variables that an earlier file set their usual values."""
         for name in self.set:
             if name not in self.usual and name not in self.lost:
                 self.lost.append(name)
@@ -19965,9 +19915,9 @@ class Importer:
             self.lines.append(f"{quoted}={self.usual.get(name) or EMPTY}")
         self.set.clear()
 
-    def job(self, source: Source, raw: str, job: Job, user: str) -> str:
-        """An entry, without the column for users. The user of the last
-        entry that was printed."""
+    def add_job(self, source: Crontab, raw: str, job: Job, user: str) -> str:
+        """Append an entry without the column for users. `user` is that of
+        the last appended entry; return that of this one."""
         line = raw
         if source.system:
             flag = "-n " if job.mail_failures else ""
@@ -19983,18 +19933,16 @@ class Importer:
             return self.owner
         if self.others:
             if job.user != user:
+                name = escape_controls(job.user)
                 self.lines.append(
-                    f"{MARK}this is for {escape_controls(job.user)}: koitab "
-                    "-u "
-                    f"{escape_controls(job.user)} import | koitab -u "
-                    f"{escape_controls(job.user)} -"
-                )
+                    f"{MARK}this is for {name}: koitab -u {name} import | "
+                    f"koitab -u {name} -")
             self.lines.append(f"# {line}")
             return job.user
         return user
 
-    def name_twins(self) -> None:
-        """Jobs without a name that are the same need one each, or their
+    def name_duplicates(self) -> None:
+        """Give a name to each unnamed job that another one equals: their
         runs would be mixed up."""
         seen: dict[tuple, list] = {}
         for place, section, job in self.jobs:
@@ -20002,17 +19950,17 @@ class Importer:
                 seen.setdefault((job.when, job.command), []).append(
                     (place, section, job))
         taken = {job.name for _, _, job in self.jobs}
-        for twins in seen.values():
-            for place, section, job in twins if len(twins) > 1 else ():
+        for same in seen.values():
+            for place, section, job in same if len(same) > 1 else ():
                 name = self.free_name(f"{section}: {job.command}", taken)
                 line = self.lines[place].lstrip(BLANKS)
                 dash = "-" if line[0] == "-" else ""
                 self.lines[place] = f'{dash}"{name}" {line[len(dash):]}'
 
     def free_name(self, text: str, taken: set) -> str:
-        """A name that no other job has, made from a text."""
-        text = "".join(letter for letter in text if letter != '"'
-                       and letter.isprintable())[:50].strip()
+        """Return a name that no other job has, made from a text."""
+        text = "".join(char for char in text if char != '"'
+                       and char.isprintable())[:50].strip()
         number = 1
         while f"{text} ({number})" in taken:
             number += 1
@@ -20020,10 +19968,10 @@ class Importer:
         return f"{text} ({number})"
 
     def comment_out(self, machine: Machine) -> int:
-        """Make comments of the lines that koi refuses, with the reason; how
-        many lines need a look."""
+        """Make comments of the lines that koi refuses, with the reason;
+        return how many lines need a look. Raises Error."""
         for _ in range(3):      # what one line sets, another may need
-            tab, _ = judged(machine, self.text())
+            tab, _ = parse_with_zones(machine, self.text())
             bad = {problem.line: f"{problem.what}: {problem.why}"
                    for problem in reversed(tab.diagnostics) if problem.fatal
                    and problem.line <= len(self.lines)}
@@ -20034,13 +19982,15 @@ class Importer:
         return sum(line.startswith(MARK) for line in self.lines)
 
     def text(self) -> str:
+        """Return the koitab as it is now."""
         return "\n".join(self.lines) + "\n"
 
 
-def command_import(options: Options, machine: Machine) -> int:
+def command_import(options: Invocation, machine: Machine) -> int:
+    """koitab import: print cron's tabs as a koitab. Raises Error."""
     import pwd
     owner = options.owner(machine)
-    found = sources(options, machine)
+    found = find_crontabs(options, machine)
     if not found:
         raise no_tab(options, machine)
     importer = Importer(owner, pwd.getpwnam(owner).pw_dir,
@@ -20048,15 +19998,16 @@ def command_import(options: Options, machine: Machine) -> int:
     importer.lines.append("# What cron runs, as a koitab: koitab import")
     for source in found:
         importer.add(source)
-    importer.name_twins()
+    importer.name_duplicates()
     marked = importer.comment_out(machine)
     put_out(sys.stdout, importer.text().encode("utf-8", "surrogateescape"))
-    tell_next(options, importer, marked)
+    print_next_steps(options, importer, marked)
     return EXIT_OK
 
 
-def tell_next(options: Options, importer: Importer, marked: int) -> None:
-    """What to do with an imported tab."""
+def print_next_steps(options: Invocation, importer: Importer,
+                     marked: int) -> None:
+    """Print what to do with an imported tab; `marked` lines need a look."""
     whose = f"-u {options.user} " if options.user else ""
     options.warn(f"{plural(len(importer.jobs), 'job')} of {importer.owner}; "
                  f"install them: koitab {whose}import > tab; "
@@ -20071,8 +20022,7 @@ def tell_next(options: Options, importer: Importer, marked: int) -> None:
            for line in importer.lines):
         options.warn("CRON_TZ and RANDOM_DELAY count here; Debian's cron "
                      "ignores them")
-    if any(source_line.startswith("# /etc/") for source_line
-           in importer.lines):
+    if any(line.startswith("# /etc/") for line in importer.lines):
         options.warn("koitab daemon --system reads /etc/crontab and "
                      "/etc/cron.d itself: then leave their jobs out")
     pid = running_cron()
@@ -20083,7 +20033,7 @@ def tell_next(options: Options, importer: Importer, marked: int) -> None:
 
 
 def running_cron() -> int:
-    """The process id of the cron that runs here, or 0."""
+    """Return the process ID of the cron that runs here, or 0."""
     for path in CRON_PIDS:
         try:
             with open(path, encoding="ascii") as file:
@@ -20101,83 +20051,40 @@ def running_cron() -> int:
     return 0
 
 
-# --- unit, completion, daemon ---------------------------------------------
+# ==========================================================================
+# Services: how are koid and the dashboard started?             (machine; C)
+#
+# gives   the commands daemon, dashboard and unit
+# needs   run_daemon, Dashboard, Notifier, Api, HttpServer, Invocation
+#
+# Both stay in the foreground; a unit for systemd or a plist for launchd
+# starts them at boot, with the options that `koitab unit` was given.
+# ==========================================================================
 
+DASHBOARD_OPTIONS = ("listen", "db", "cert", "key", "plain_http", "names",
+                     "proxies")
 
-def command_unit(options: Options, machine: Machine, what: str) -> int:
-    if what not in ("daemon", "dashboard"):
-        raise Error(f"there is no unit {short(what)}", "koitab unit daemon",
-                    EXIT_USAGE)
-    options.reject_others("--system" if what == "daemon" else OF_DASHBOARD,
-                          f"unit {what}", EXIT_USAGE)
-    path = os.path.abspath(__file__)
-    command = [path] if os.access(path, os.X_OK) else [
-        sys.executable, "-IS", path]
-    if what == "dashboard":
-        return unit_of_dashboard(options, machine, [*command, what])
-    command += ["daemon"] + ["--system"] * options.system
-    kept = {name: os.environ[name] for name in ("KOI_HOME", "XDG_STATE_HOME")
-            if os.environ.get(name)}
-    if sys.platform == "darwin":
-        print(plist(command, kept), end="")
-        return EXIT_OK
-    root = os.geteuid() == 0
-    print(UNIT.format(
-        where="koitab unit daemon > /etc/systemd/system/koid.service; "
-        "systemctl enable --now koid" if root else
-        "koitab unit daemon > ~/.config/systemd/user/koid.service; "
-        "systemctl\n# --user enable --now koid; loginctl enable-linger",
-        conflicts="Conflicts=cron.service crond.service cronie.service\n"
-        if options.system else "",
-        command=" ".join(map(unit_word, command)).replace("$", "$$"),
-        environment="".join(f"Environment={unit_word(f'{n}={value}')}\n"
-                            for n, value in kept.items()),
-        target="multi-user.target" if root else "default.target"), end="")
-    return EXIT_OK
+UNIT = """\
+# {where}
+[Unit]
+Description=koid, which starts the jobs of koitab
+After=remote-fs.target nss-user-lookup.target time-set.target
+{conflicts}StartLimitIntervalSec=0
 
+[Service]
+ExecStart={command}
+{environment}Restart=always
+RestartSec=1
+# Jobs outlive a restart, an upgrade and a crash of koid: it alone is ended,
+# and a job that ate the memory is no reason to end the others.
+KillMode=process
+OOMPolicy=continue
+TasksMax=infinity
+# Nothing more is locked up here: what koid may not do, no job could.
 
-def unit_word(word: str) -> str:
-    """A word as systemd reads it, which expands %."""
-    word = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
-    return f'"{word}"' if " " in word or '"' in word else word
-
-
-def plist(command: list[str], environment: dict, label: str = "koid") -> str:
-    """The same for launchd."""
-    import plistlib
-    return plistlib.dumps({
-        "Label": label, "ProgramArguments": command,
-        "EnvironmentVariables": environment, "RunAtLoad": True,
-        "KeepAlive": True,
-        "AbandonProcessGroup": True,    # jobs outlive koid
-    }, sort_keys=False).decode()
-
-
-def command_completion(options: Options, machine: Machine, shell: str) -> int:
-    if shell == "names":        # what the scripts below ask for
-        for job in DaemonClient(machine).ask("jobs",
-                                             **options.whose())["jobs"]:
-            if job["name"]:
-                print(job["name"])
-        return EXIT_OK
-    if shell not in COMPLETIONS:
-        raise Error(f"no completion for {short(shell)}", "bash, zsh or fish",
-                    EXIT_USAGE)
-    names = [f"--{name.rstrip('=')}" for name in LONG] + [
-        f"-{letter}" for letter in SHORT.replace(":", "")]
-    print(COMPLETIONS[shell].replace("COMMANDS", " ".join(COMMANDS)).replace(
-        "OPTIONS", " ".join(names)), end="")
-    return EXIT_OK
-
-
-def command_daemon(options: Options, machine: Machine) -> int:
-    if __name__ == "__main__":
-        load_again()
-    release_memory()
-    return run_daemon(machine, options.system)
-
-
-# --- dashboard ------------------------------------------------------------
+[Install]
+WantedBy={target}
+"""
 
 DASHBOARD_UNIT = """\
 # {where}
@@ -20219,7 +20126,7 @@ ProtectClock=yes
 ProtectHostname=yes
 RestrictNamespaces=yes
 """
-# No account has to be made for it: systemd lends it one, and a folder.
+# No account has to be made for it: systemd lends it one, and a directory.
 LENT = """\
 DynamicUser=yes
 StateDirectory=koi-dashboard
@@ -20230,48 +20137,57 @@ AmbientCapabilities={capabilities}
 LENT_DB = "/var/lib/koi-dashboard/dashboard.db"
 
 
-def dashboard_db(options: Options, machine: Machine) -> str:
-    """Where the dashboard keeps all."""
+def command_daemon(options: Invocation, machine: Machine) -> int:
+    """koitab daemon, koid: run until a signal stops it. Raises Error."""
+    if __name__ == "__main__":
+        load_again()
+    release_memory()
+    return run_daemon(machine, options.system)
+
+
+def dashboard_db(options: Invocation, machine: Machine) -> str:
+    """Return the path of the dashboard's database."""
     return os.path.abspath(
         options.db or f"{machine.state_directory()}/dashboard.db")
 
 
-def judge_listen(options: Options) -> list[tuple[str, int]]:
-    """Where to listen, if that is a good idea. Raises Error."""
-    wanted = [listen_address(text) for text in options.listen
-              or ["127.0.0.1:8077"]]
+def check_dashboard_options(options: Invocation) -> list[tuple[str, int]]:
+    """Return the addresses and ports to listen at. Raises Error for options
+    that are invalid, or would show the passphrase to the network."""
+    addresses = [listen_address(text) for text in options.listen
+                 or ["127.0.0.1:8077"]]
     if bool(options.cert) != bool(options.key):
-        raise Error("--cert and --key go together", "--cert F --key F",
+        raise Error("--cert and --key go together", "--cert FILE --key FILE",
                     EXIT_USAGE)
-    open_to = [url_name(address) for address, _ in wanted
-               if not is_loopback(address)]
-    if open_to and not options.cert and not options.plain_http:
+    public = [url_name(address) for address, _ in addresses
+              if not is_loopback(address)]
+    if public and not options.cert and not options.plain_http:
         raise Error(
-            f"at {open_to[0]} it would speak plain http: whoever is on the "
+            f"at {public[0]} it would speak plain http: whoever is on the "
             "way could read and change all of it, and take over the page "
             "that asks for the password", "--cert FILE --key FILE; or a "
             "proxy with https in front of 127.0.0.1; or --plain-http",
             EXIT_USAGE)
     for text in options.names:
         if not split_authority(text)[0]:
-            raise Error(f"{short(text)} is no name of a host", "--name "
+            raise Error(f"{short(text)} is not a host name", "--name "
                         "koi.example", EXIT_USAGE)
     for text in options.proxies:
         if not address_of(text):
-            raise Error(f"{short(text)} is no address", "--behind-proxy "
+            raise Error(f"{short(text)} is not an address", "--behind-proxy "
                         "10.0.0.2", EXIT_USAGE)
-    return wanted
+    return addresses
 
 
-def command_dashboard(options: Options, machine: Machine) -> int:
-    """Be the dashboard, until a signal says stop."""
+def command_dashboard(options: Invocation, machine: Machine) -> int:
+    """koitab dashboard: serve until a signal stops it. Raises Error."""
     if options.backup:
         return back_up(options, machine)
-    wanted, certificate = judge_listen(options), None
+    addresses, certificate = check_dashboard_options(options), None
     if options.cert:
         certificate = Certificate(options.cert, options.key)
         certificate.load()
-    listeners = [listener(*each) for each in wanted]
+    listeners = [listener(*each) for each in addresses]
     if not options.db:
         machine.make_home(machine.state_directory())
     dashboard = Dashboard(dashboard_db(options, machine), machine.clock)
@@ -20280,11 +20196,11 @@ def command_dashboard(options: Options, machine: Machine) -> int:
     notifier = Notifier(dashboard, machine)
     notifier.start()
     api = Api(dashboard, page_text(),
-              [text.lower() for text in options.names], options.allow_new)
+              [text.lower() for text in options.names])
     server = HttpServer(api, listeners, certificate, options.proxies,
-                        said_by(machine))
+                        dashboard_log(machine))
     try:
-        server.run(lambda: tell_where(options, server))
+        server.run(lambda: log_addresses(options, server))
     finally:
         notifier.stop()
         dashboard.stop()
@@ -20293,20 +20209,20 @@ def command_dashboard(options: Options, machine: Machine) -> int:
     return EXIT_OK
 
 
-def said_by(machine: Machine):
-    """A line of the dashboard's log, on stderr."""
-    def say(text: str) -> None:
+def dashboard_log(machine: Machine):
+    """Return the function that writes a line of the dashboard's log."""
+    def log(text: str) -> None:
         try:
             print(escape_controls(
                 f"{format_rfc3339(machine.clock.now())} dashboard: {text}"
                                   ), file=sys.stderr, flush=True)
         except (OSError, ValueError):
             pass                # nobody reads it
-    return say
+    return log
 
 
-def tell_where(options: Options, server: HttpServer) -> None:
-    """It listens: where, and what to type next."""
+def log_addresses(options: Invocation, server: HttpServer) -> None:
+    """Log where the dashboard listens, and what to type next."""
     scheme = "https" if server.certificate else "http"
     urls = []
     for sock in server.listeners:
@@ -20329,8 +20245,9 @@ def tell_where(options: Options, server: HttpServer) -> None:
     server.log(f"next: koitab -d new {where}; then open {where}")
 
 
-def back_up(options: Options, machine: Machine) -> int:
-    options.reject_others("--db --backup", "--backup", EXIT_USAGE)
+def back_up(options: Invocation, machine: Machine) -> int:
+    """koitab dashboard --backup: copy the database. Raises Error."""
+    options.require_only(("db", "backup"), "dashboard --backup")
     path = dashboard_db(options, machine)
     if not os.path.exists(path):
         raise Error(f"{path} is not there", "--db FILE")
@@ -20338,18 +20255,77 @@ def back_up(options: Options, machine: Machine) -> int:
     return EXIT_OK
 
 
-def unit_of_dashboard(options: Options, machine: Machine,
-                      command: list[str]) -> int:
-    """The dashboard's unit, with the options that it is to have."""
-    low = any(0 < port < 1024 for _, port in judge_listen(options))
+# --- unit -----------------------------------------------------------------
+
+
+def command_unit(options: Invocation, machine: Machine, service: str) -> int:
+    """koitab unit: print what systemd or launchd needs. Raises Error."""
+    options.require_only(
+        ("system",) if service == "daemon" else DASHBOARD_OPTIONS,
+        f"unit {service}")
+    path = os.path.abspath(__file__)
+    command = [path] if os.access(path, os.X_OK) else [
+        sys.executable, "-IS", path]
+    if service == "dashboard":
+        print(dashboard_unit(options, machine, [*command, service]), end="")
+        return EXIT_OK
+    command += ["daemon"] + ["--system"] * options.system
+    kept = {name: os.environ[name] for name in ("KOI_HOME", "XDG_STATE_HOME")
+            if os.environ.get(name)}
+    print(plist(command, kept, "koid") if sys.platform == "darwin"
+          else daemon_unit(options, command, kept), end="")
+    return EXIT_OK
+
+
+def daemon_unit(options: Invocation, command: list[str],
+                environment: dict) -> str:
+    """Return koid's unit for systemd, or for the systemd of a user."""
+    root = os.geteuid() == 0
+    return UNIT.format(
+        where="koitab unit daemon > /etc/systemd/system/koid.service; "
+        "systemctl enable --now koid" if root else
+        "koitab unit daemon > ~/.config/systemd/user/koid.service; "
+        "systemctl\n# --user enable --now koid; loginctl enable-linger",
+        conflicts="Conflicts=cron.service crond.service cronie.service\n"
+        if options.system else "",
+        command=unit_command(command),
+        environment="".join(f"Environment={unit_word(f'{n}={value}')}\n"
+                            for n, value in environment.items()),
+        target="multi-user.target" if root else "default.target")
+
+
+def unit_word(word: str) -> str:
+    """Return a word as systemd reads it, which expands %."""
+    word = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{word}"' if " " in word or '"' in word else word
+
+
+def unit_command(words: list[str]) -> str:
+    """Return a command as ExecStart= reads it, which expands $ as well."""
+    return " ".join(map(unit_word, words)).replace("$", "$$")
+
+
+def plist(command: list[str], environment: dict, label: str) -> str:
+    """Return a property list for launchd."""
+    import plistlib
+    return plistlib.dumps({
+        "Label": label, "ProgramArguments": command,
+        "EnvironmentVariables": environment, "RunAtLoad": True,
+        "KeepAlive": True,
+        "AbandonProcessGroup": True,    # jobs outlive koid
+    }, sort_keys=False).decode()
+
+
+def dashboard_unit(options: Invocation, machine: Machine,
+                   command: list[str]) -> str:
+    """Return the dashboard's unit, with the options that it is to have.
+    Raises Error."""
+    low = any(0 < port < 1024 for _, port in check_dashboard_options(options))
     words, root = list(command), os.geteuid() == 0
-    for name, values in (("--listen", options.listen),
-                         ("--name", options.names),
-                         ("--behind-proxy", options.proxies)):
-        for value in values:
-            words += [name, value]
+    for key in ("listen", "names", "proxies"):
+        for value in getattr(options, key):
+            words += [*OPTIONS[key].names, value]
     words += ["--plain-http"] * options.plain_http
-    words += ["--allow-new"] * options.allow_new
     db = dashboard_db(options, machine)
     lent = root and not options.db and "KOI_HOME" not in os.environ \
         and sys.platform != "darwin"
@@ -20360,10 +20336,9 @@ def unit_of_dashboard(options: Options, machine: Machine,
         words += [word for name, path in files for word in (f"--{name}",
                                                             path)]
     if sys.platform == "darwin":
-        print(plist(words, {}, "koi-dashboard"), end="")
-        return EXIT_OK
-    line, lines = " ".join(map(unit_word, words)).replace("$", "$$"), ""
-    if lent:        # its key may be root's alone: systemd hands it over
+        return plist(words, {}, "koi-dashboard")
+    line, lines = unit_command(words), ""
+    if lent:        # the key may be root's alone: systemd hands it over
         lines = LENT.format(
             capabilities="CAP_NET_BIND_SERVICE" if low else "") + "".join(
                 f"LoadCredential={name}:{path}\n" for name, path in files)
@@ -20371,22 +20346,246 @@ def unit_of_dashboard(options: Options, machine: Machine,
                         for name, _ in files)
     elif root:
         lines = f"ReadWritePaths={unit_word(posixpath.dirname(db))}\n"
-    print(DASHBOARD_UNIT.format(
+    return DASHBOARD_UNIT.format(
         where="koitab unit dashboard > /etc/systemd/system/"
         "koi-dashboard.service;\n# systemctl enable --now koi-dashboard"
         if root else "koitab unit dashboard > ~/.config/systemd/user/"
         "koi-dashboard.service;\n# systemctl --user enable --now "
         "koi-dashboard; loginctl enable-linger", command=line, lines=lines,
         closed=CLOSED if root else "",
-        target="multi-user.target" if root else "default.target"), end="")
+        target="multi-user.target" if root else "default.target")
+
+
+# ==========================================================================
+# Source: which code runs as whom?                      (files, terminal; C)
+#
+# gives   the command source
+# needs   Invocation, short
+#
+# The docstring's table gives the part of each section, its marker the rest.
+# So an administrator can read what the root daemon runs, and nothing else.
+# ==========================================================================
+
+PARTS_OF_DAEMON = ("1 values", "2 koid")
+ONLY_IN_AGENT = ("Agent", "Claims")     # unprivileged, not in the dashboard
+SECTION_MARKER = (r"^# ={74}\n# (\w+): (.+?) +\([a-z, ]+; ([A-Z ]+)\)\n#\n")
+
+
+class Section(FrozenRecord):
+    """A section of this file, with its marker."""
+    name: str
+    question: str
+    runs_as: str                # letters, as the docstring explains them
+    part: str                   # "2 koid"
+    text: str
+
+
+def read_sections() -> list[Section]:
+    """Return the sections of this file in their order. Raises Error."""
+    import re
+    try:
+        with open(__file__, encoding="utf-8") as file:
+            text = file.read()
+    except OSError as error:
+        raise Error(f"{__file__}: {error.strerror}") from None
+    part, parts = "", {}
+    for line in (__doc__ or "").splitlines():
+        if re.fullmatch(r"  \d \w+", line):
+            part = line.strip()
+        elif part and line.startswith("    "):
+            parts[line.split()[0]] = part
+    found = list(re.finditer(SECTION_MARKER, text, re.M))
+    ends = [match.start() for match in found[1:]] + [len(text)]
+    return [Section(*match.groups(), parts[match[1]], text[match.start():end])
+            for match, end in zip(found, ends)]
+
+
+def is_in_program(section: Section, program: str) -> bool:
+    """Does the daemon, or the dashboard, run this section after its
+    start?"""
+    if program == "daemon":
+        return section.part in PARTS_OF_DAEMON
+    return "U" in section.runs_as and section.name not in ONLY_IN_AGENT
+
+
+def command_source(options: Invocation, machine: Machine,
+                   which: str = "") -> int:
+    """koitab source: list the sections, or print the text of one, of the
+    daemon or of the dashboard. Raises Error."""
+    sections = read_sections()
+    if not which:
+        print_sections(sections)
+        return EXIT_OK
+    if which in ("daemon", "dashboard"):
+        chosen = [section for section in sections
+                  if is_in_program(section, which)]
+    else:
+        chosen = [section for section in sections
+                  if section.name.lower() == which.lower()]
+    if not chosen:
+        meant = nearest(which, [section.name for section in sections])
+        raise Error(f"unknown section {short(which)}",
+                    f"{PROG} source {meant}".rstrip(), EXIT_USAGE)
+    put_out(sys.stdout, "".join(section.text for section in chosen).encode())
     return EXIT_OK
 
 
-def command_page(_options: Options, machine: Machine, url: str = "") -> int:
-    """The page as a file: opened from disk, its code never comes from the
-    server. Raises Error."""
+def print_sections(sections: list[Section]) -> None:
+    """Print a line per section, then the lines of daemon and dashboard."""
+    part = ""
+    for section in sections:
+        if section.part != part:
+            part = section.part
+            print(part)
+        print(f"  {section.name:14}{section.question:45}"
+              f"{section.text.count(chr(10)):>5} lines  {section.runs_as}")
+    for program in ("daemon", "dashboard"):
+        lines = sum(section.text.count("\n") for section in sections
+                    if is_in_program(section, program))
+        print(f"{program} runs {lines:,} lines after its start: {PROG} "
+              f"source {program}")
+
+
+# ==========================================================================
+# Command: what can I type?                                    (terminal; C)
+#
+# gives   COMMANDS, main
+# needs   the commands of the sections above
+#
+# One table of commands feeds the parser, the help texts and the completion
+# scripts. `main` is the only way out: it turns an Error into a message, a
+# hint and an exit status.
+# ==========================================================================
+
+CRONTAB = "crontab(1)"      # the group whose wrong usage has status 1
+JOBS, DASHBOARD, SETUP = "jobs", "dashboard", "setup"
+
+COMPLETIONS = {
+    "bash": r'''# koitab completion bash > /etc/bash_completion.d/koitab
+_koitab() {
+    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]}
+    local name
+    COMPREPLY=()
+    case $before in
+        NAMED)
+            while read -r name; do
+                name=$(printf %q "$name")
+                [[ $name == "$word"* ]] && COMPREPLY+=("$name")
+            done < <(koitab completion names 2>/dev/null)
+            return ;;
+        FILES) COMPREPLY=($(compgen -f -- "$word")); return ;;
+        USERS) COMPREPLY=($(compgen -u -- "$word")); return ;;
+CHOICES
+    esac
+    COMPREPLY=($(compgen -W "COMMANDS OPTIONS" -- "$word"))
+    [[ $COMP_CWORD == 1 ]] && COMPREPLY+=($(compgen -f -- "$word"))
+}
+complete -F _koitab koitab
+''',
+    "zsh": r'''#compdef koitab
+# koitab completion zsh > /usr/local/share/zsh/site-functions/_koitab
+_koitab() {
+    case $words[CURRENT-1] in
+        NAMED)
+            compadd -- ${(f)"$(koitab completion names 2>/dev/null)"}
+            return ;;
+        FILES) _files; return ;;
+        USERS) _users; return ;;
+CHOICES
+    esac
+    compadd -- COMMANDS OPTIONS
+    (( CURRENT == 2 )) && _files
+}
+_koitab "$@"
+''',
+    "fish": r'''# koitab completion fish > /etc/fish/completions/koitab.fish
+complete -c koitab -f -n "__fish_seen_subcommand_from NAMED" \
+    -a "(koitab completion names 2>/dev/null)"
+complete -c koitab -n "__fish_use_subcommand" -a "COMMANDS"
+CHOICES
+complete -c koitab -a "OPTIONS"
+''',
+}
+# The line for a word and those that may follow it, in each script.
+CHOICE_LINES = {
+    "bash": '        {}) COMPREPLY=($(compgen -W "{}" -- "$word"))\n'
+            "            return ;;",
+    "zsh": "        {}) compadd -- {}; return ;;",
+    "fish": 'complete -c koitab -f -n "__fish_seen_subcommand_from {}" '
+            '-a "{}"'}
+
+
+def command_replace(options: Invocation, machine: Machine,
+                    path: str = "") -> int:
+    """koitab FILE: install a tab. Raises Error."""
+    if not path and options.user:
+        raise usage_error("file name must be specified for replace")
+    if not path and os.isatty(0):
+        raise usage_error("file name or - (for stdin) must be specified")
+    path = path or "-"
+    try:
+        text = machine.tab_text(path)
+    except Error as error:
+        meant = nearest(path, command_words()) if path.isalpha() \
+            and not os.path.lexists(path) else ""
+        raise CrontabError(error.message,
+                           f"{PROG} {meant}" if meant else "") from None
+    done = install(options, DaemonClient(machine), text, path)
+    return EXIT_OK if done else EXIT_ERROR
+
+
+def command_completion(options: Invocation, machine: Machine,
+                       shell: str) -> int:
+    """koitab completion: print a script for a shell; or the names of the
+    jobs, for that script. Raises Error."""
+    if shell == "names":
+        for job in DaemonClient(machine).ask(
+                "jobs", **options.user_field())["jobs"]:
+            if job["name"]:
+                print(job["name"])
+        return EXIT_OK
+    join = " " if shell == "fish" else "|"
+    lines = [CHOICE_LINES[shell].format(name, " ".join(command.choices()))
+             for name, command in COMMANDS.items() if command.choices()]
+    if shell == "fish":
+        lines += [f"complete -c koitab {fish_option(option)}"
+                  for option in OPTIONS.values()
+                  if option.value in ("FILE", "USER")]
+    text = COMPLETIONS[shell]
+    for word, value in {
+            "NAMED": join.join(name for name, command in COMMANDS.items()
+                               if any("NAME" in line
+                                      for line in command.usage)),
+            "FILES": join.join(options_with("FILE")),
+            "USERS": join.join(options_with("USER")),
+            "CHOICES": "\n".join(lines),
+            "COMMANDS": " ".join(command_words()),
+            "OPTIONS": " ".join(name for option in OPTIONS.values()
+                                for name in option.names)}.items():
+        text = text.replace(word, value)
+    print(text, end="")
+    return EXIT_OK
+
+
+def options_with(value: str) -> list[str]:
+    """Return the names of the options whose value is a FILE, say."""
+    return [name for option in OPTIONS.values() if option.value == value
+            for name in option.names]
+
+
+def fish_option(option: Option) -> str:
+    """Return how fish completes the value of an option."""
+    name = option.names[-1]
+    how = "-r -F" if option.value == "FILE" else \
+        '-x -a "(__fish_complete_users)"'
+    return f"{'-l' if name[:2] == '--' else '-s'} {name.lstrip('-')} {how}"
+
+
+def command_page(options: Invocation, machine: Machine, url: str = "") -> int:
+    """koitab page: the page as a file. Opened from disk, its code never
+    comes from the server. Raises Error."""
     if not url:
-        mine = machine.read_enrollment(own_state(machine))
+        mine = machine.read_enrollment(membership_directory(machine))
         url = mine.url if mine else ""
     if url:
         check_dashboard_url(url)
@@ -20394,73 +20593,282 @@ def command_page(_options: Options, machine: Machine, url: str = "") -> int:
     return EXIT_OK
 
 
-AS_CRONTAB = {"-e": command_edit, "-l": command_list, "-r": command_remove,
-              "-T": command_test}
-COMMANDS = {    # name -> function, fewest and most words after it, options
-    "run": (command_run, 1, 1 + MOST_PARAMS,
-            "-u --on --url --ca --plain-http"),
-    "next": (command_next, 0, 1, "-u -n --from --tab --utc --json"),
-    "history": (command_history, 0, 1, "-u -n --json"),
-    "log": (command_log, 1, 1, "-u --json"),
-    "kill": (command_kill, 1, 1, "-u"),
-    "status": (command_status, 0, 0, "-u --json"),
-    "import": (command_import, 0, 0, "-u"),
-    "page": (command_page, 0, 1, ""),
-    "daemon": (command_daemon, 0, 0, "--system"),
-    "dashboard": (command_dashboard, 0, 0, OF_DASHBOARD + " --backup"),
-    "unit": (command_unit, 1, 1, "--system " + OF_DASHBOARD),
-    "completion": (command_completion, 1, 1, "-u"),
+class Command(FrozenRecord):
+    """A command, for the parser, the help and the completion scripts."""
+    handler: object             # function(options, machine, *arguments)
+    group: str                  # its place in `koitab --help`
+    help: str                   # a verb phrase
+    usage: tuple = ("",)        # "SLUG [RUN]"; lower case is typed as it is
+    options: tuple = ()         # keys of OPTIONS
+    text: str = ""              # a paragraph for `koitab COMMAND --help`
+
+    @property
+    def status(self) -> int:
+        """The exit status of wrong usage."""
+        return EXIT_ERROR if self.group == CRONTAB else EXIT_USAGE
+
+    def choices(self) -> list[str]:
+        """Return the words that may be typed as the first argument."""
+        return [word for line in self.usage
+                for word in line.partition(" ")[0].strip("[]").split("|")
+                if word.islower()]
+
+    def usage_of(self, words: list[str]) -> str:
+        """Return the usage line for these arguments, all lines in one if
+        the first argument is none of the choices."""
+        if len(self.usage) == 1:
+            return self.usage[0]
+        return next((line for line in self.usage if line.split()[:1]
+                     == words[:1]), "|".join(self.choices()))
+
+
+COMMANDS = {    # by the first word, or by the option that stands for it
+    "-": Command(
+        command_replace, CRONTAB, "install a tab",
+        ("[FILE|-]",), ("user",),
+        "Without a FILE, or with -, the tab is read from standard input. "
+        "Every error is printed with its line and column, and then nothing "
+        "is installed. A file with the name of a command is ./run."),
+    "-e": Command(
+        command_edit, CRONTAB, "edit your tab", options=("edit", "user"),
+        text="The editor is that of VISUAL or EDITOR. What it saves is "
+        "installed; an edit that cannot be installed is kept in a file."),
+    "-l": Command(command_list, CRONTAB, "list it",
+                  options=("list", "user"),
+                  text="The tab is printed byte for byte, but a terminal gets "
+                  "no control characters."),
+    "-r": Command(command_remove, CRONTAB, "remove it; -i asks before",
+                  options=("remove", "ask", "user"),
+                  text="Runs that are active continue."),
+    "-T": Command(
+        command_test, CRONTAB, "print the errors of a tab",
+        ("FILE",), ("test",), "Nothing is installed. The exit status is 1 if "
+        "the tab has errors; a warning alone leaves it 0."),
+    "run": Command(
+        command_run, JOBS, "run a job, wait for its end",
+        ("NAME [ARG=VALUE]...",), ("user", "on", "url", "ca", "plain_http"),
+        "NAME is a job's name, SECTION/NAME, its line or its tag. ARG=- reads "
+        "the value from standard input; missing values are asked for at a "
+        "terminal. Ctrl-C reaches the job, a third one leaves it running. "
+        "With --on, the job runs on another host of the dashboard: the "
+        "request is signed here, with the passphrase from the terminal or "
+        "standard input."),
+    "next": Command(
+        command_next, JOBS, "print the next starts", ("[NAME]",),
+        ("user", "number", "start", "tab", "utc", "json"),
+        "Without NAME, the starts of all jobs. TIME is 2026-03-29T01:30, with "
+        "an offset or Z, or else in local time. The variable TZ sets the time "
+        "zone of --tab."),
+    "history": Command(
+        command_history, JOBS, "list past runs", ("[NAME]",),
+        ("user", "number", "json"), "When each run started, by what, how long "
+        "it took and how it ended; the newest is the last."),
+    "log": Command(command_log, JOBS, "print the output of a run",
+                   ("RUN|NAME",), ("user", "json"),
+                   "NAME is a job's name; its newest run is meant. RUN is a "
+                   "number that koitab history shows."),
+    "kill": Command(command_kill, JOBS, "end a run", ("RUN",), ("user",),
+                    "SIGTERM, and SIGKILL ten seconds later. A run that is "
+                    "queued is skipped. RUN is a number that koitab status "
+                    "shows."),
+    "status": Command(
+        command_status, JOBS, "show koid, problems, active runs",
+        options=("user", "json"), text="The exit status is 1 if koid does not "
+        "run, a job's last run failed, or something else is wrong."),
+    "dashboard": Command(
+        command_dashboard, DASHBOARD, "serve the dashboard of all hosts",
+        options=DASHBOARD_OPTIONS + ("backup",),
+        text="It stays in the foreground; koitab unit dashboard starts it at "
+        "boot. Beyond this machine it needs --cert and --key, a proxy with "
+        "https, or --plain-http. SIGHUP reads the certificate again."),
+    "-d": Command(
+        command_membership, DASHBOARD, "join, show or leave a dashboard",
+        ("new [URL]", "join URL", "show", "rotate", "off"),
+        ("link", "ca", "plain_http"),
+        "new makes a dashboard (default: http://127.0.0.1:8077) and prints "
+        "its passphrase, once; join makes this machine a member of it, with "
+        "the passphrase from the terminal or standard input; show prints how "
+        "the connection is; rotate makes a new passphrase and new keys, and "
+        "the old ones end at once; off leaves the dashboard."),
+    "page": Command(
+        command_page, DASHBOARD, "print the page, to open from disk",
+        ("[URL]",), text="The code of a page that was opened from disk never "
+        "comes from the server. URL is the dashboard's (default: the one of "
+        "this machine)."),
+    "import": Command(
+        command_import, SETUP, "print cron's tabs as a koitab",
+        options=("user",), text="The tabs of the user, and for root "
+        "/etc/crontab and /etc/cron.d as well. Nothing is installed."),
+    "daemon": Command(
+        command_daemon, SETUP, "be koid, which starts jobs",
+        options=("system",), text="It stays in the foreground, and has the "
+        "name koid, too. Jobs continue when it stops."),
+    "unit": Command(
+        command_unit, SETUP, "print a unit for systemd",
+        ("daemon", "dashboard"), ("system",) + DASHBOARD_OPTIONS,
+        "With these options the unit starts koid or the dashboard: --system "
+        "is for daemon, the others are for dashboard. On macOS it is a "
+        "property list for launchd."),
+    "completion": Command(
+        command_completion, SETUP, "print completion for a shell",
+        ("bash|zsh|fish|names",), ("user",),
+        "The first line of the script says where to put it. names prints the "
+        "names of the jobs, one a line: the scripts complete with them."),
+    "source": Command(
+        command_source, SETUP, "print what this program runs",
+        ("[SECTION|daemon|dashboard]",), text="Without an argument, the "
+        "sections of this file: the question that each answers, its lines, "
+        "and who it runs as (R the user of koid, J the user of a job, U a "
+        "user without rights, C the caller). daemon is what koid runs after "
+        "its start, dashboard what the dashboard runs."),
 }
+OPERATION_KEYS = ("edit", "list", "remove", "test", "link")
 
 
-def as_crontab(options: Options, machine: Machine, words: list[str]) -> int:
-    """The part that crontab(1) has, too. Raises Error."""
-    def refuse(why: str):
-        raise Error(f"usage error: {why}", "koitab --help", EXIT_ERROR)
+def command_words() -> list[str]:
+    """Return the commands that are words, not options."""
+    return [name for name in COMMANDS if name[0] != "-"]
 
-    wanted = [name for name in AS_CRONTAB if name in options.given]
-    if len(wanted) > 1:
-        refuse("only one operation permitted")
-    options.reject_others({"-r": "-r -i -u", "-T": "-T"}.get(
-        "".join(wanted), " ".join(["-u", *wanted])),
-        "".join(wanted) or "FILE", EXIT_ERROR)
-    if wanted and words:
-        refuse("no arguments permitted after this option")
-    if wanted:
-        return AS_CRONTAB[wanted[0]](options, machine)
-    if len(words) > 1:
-        refuse(f"what is {short(words[1])}?")
-    if not words and options.user:
-        refuse("file name must be specified for replace")
-    if not words and os.isatty(0):
-        refuse("file name or - (for stdin) must be specified")
-    return command_replace(options, machine, *words or ["-"])
+
+def synopsis(name: str, usage: str) -> str:
+    """Return what is typed for a command: "koitab run NAME"."""
+    return " ".join([PROG, *[name] * (name != "-"), *usage.split()])
+
+
+def overview() -> str:
+    """Return the text of `koitab --help`: at most 24 lines."""
+    rows, group = [], ""
+    for name, command in COMMANDS.items():
+        usage = command.usage[0] if len(command.usage) == 1 \
+            else "|".join(command.choices())
+        typed = synopsis(name, usage).partition(" ")[2]
+        heading = command.group if command.group != group else ""
+        group = command.group
+        rows.append(f"{heading:11}{typed:34}{command.help}\n")
+    return (f"{PROG}: a drop-in replacement for cron, with a dashboard.\n\n"
+            f"Usage: {PROG} COMMAND [OPTION]... [ARGUMENT]...   "
+            f"({PROG} COMMAND --help)\n       {PROG} FILE | -   "
+            "(./run for a file with the name of a command)\n\n"
+            f"{''.join(rows)}")
+
+
+def command_help(name: str) -> str:
+    """Return the text of `koitab COMMAND --help`: usage, a paragraph, its
+    options."""
+    import textwrap
+    command, own = COMMANDS[name], synopsis(name, "")
+    usage = "\n       ".join(f"{synopsis(name, line)} [OPTION]..."
+                              for line in command.usage)
+    options = "".join(option_help(OPTIONS[key])
+                      for key in (*command.options, "help")
+                      if OPTIONS[key].names[0] != name)
+    return (f"{own}: {command.help}\n\nUsage: {usage}\n\n"
+            f"{textwrap.fill(command.text, 79)}\n\nOptions:\n{options}")
+
+
+def option_help(option: Option) -> str:
+    """Return the lines of an option in a help text."""
+    import textwrap
+    indent = "  " if len(option.names[0]) == 2 else "      "
+    return textwrap.fill(
+        f"{indent + option.spelling:30}{option.help}", 79,
+        subsequent_indent=" " * 30, break_on_hyphens=False) + "\n"
+
+
+def parse_arguments(argv: list[str],
+                    called: str) -> tuple[Invocation, list[str]]:
+    """Return the options and the other words of a command line, in which
+    they may be mixed. No option can stand after "--". Raises Error."""
+    import argparse
+    end = argv.index("--") if "--" in argv else len(argv)
+    name = next((word for word in argv if word in command_words()),
+                "-d" if "-d" in argv else "")
+    hint = synopsis(name or "-", "--help")
+    status = COMMANDS[name or "-"].status
+
+    class Parser(argparse.ArgumentParser):
+        """Raises Error where argparse would print and exit."""
+
+        def error(self, message):
+            raise Error(message.removeprefix("argument "))
+
+    parser = Parser(called, add_help=False, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    for key, option in OPTIONS.items():
+        how = {"type": option.parse} if option.value else {}
+        if key == "link":       # -d --help has no action
+            how["nargs"] = "?"
+        parser.add_argument(*option.names, dest=key, action=option.action,
+                            **how)
+    options = Invocation(called)
+    try:
+        rest = parser.parse_known_args(argv[:end], options)[1]
+    except Error as error:      # of an option's value
+        raise Error(error.message, error.hint or hint, status) from None
+    for word in rest:
+        if word[0:1] == "-" and word != "-":
+            raise Error(f"unknown option {word.partition('=')[0]}", hint,
+                        status)
+    return options, rest + argv[end + 1:]
+
+
+def select_command(options: Invocation,
+                   words: list[str]) -> tuple[str, list[str]]:
+    """Return the name in COMMANDS of what was typed, and its arguments.
+    Raises Error."""
+    operations = [key for key in OPERATION_KEYS if key in options.given]
+    if len(operations) > 1:
+        raise usage_error("only one operation permitted")
+    if operations:
+        name = OPTIONS[operations[0]].names[0]
+        value = getattr(options, operations[0])
+        return name, [value, *words] if isinstance(value, str) else words
+    if options.called == "koid":
+        return "daemon", words[words[:1] == ["daemon"]:]
+    if not words or words[0] not in command_words():
+        return "-", words
+    if options.called == "crontab" and os.path.lexists(words[0]):
+        raise Error(f"{words[0]} is a file and a command",
+                    f"crontab ./{words[0]}; or {PROG} {words[0]}")
+    return words[0], words[1:]
+
+
+def check_arguments(name: str, words: list[str]) -> None:
+    """Raise Error for a missing, unknown or surplus argument."""
+    command = COMMANDS[name]
+    usage = command.usage_of(words)
+    wanted, hint = usage.split(), synopsis(name, usage)
+    for place, argument in enumerate(wanted):
+        if place == len(words):
+            if argument[0] == "[":
+                return
+            raise Error(f"missing argument {argument}", hint, command.status)
+        if argument.islower() and words[place] not in argument.split("|"):
+            raise Error(f"unexpected argument {short(words[place])} (expected "
+                        f"{argument.replace('|', ', ')})", "", command.status)
+    if len(words) > len(wanted) and not usage.endswith("..."):
+        if command.group == CRONTAB and name != "-":
+            raise usage_error("no arguments permitted after this option")
+        raise Error(f"unexpected argument {short(words[len(wanted)])}", hint,
+                    command.status)
 
 
 def dispatch(argv: list[str], machine: Machine, called: str = PROG) -> int:
-    """Do what was typed; the exit status. Raises Error."""
-    options = Options(called)
-    words = options.read(argv)
-    if "--on" not in options.given:     # else he is another host's
+    """Run one command; return its exit status. Raises Error, and
+    ExitWithText."""
+    options, words = parse_arguments(argv, called)
+    if options.version:
+        raise ExitWithText(f"{PROG} {VERSION}\n")
+    name, words = select_command(options, words)
+    if options.help:
+        raise ExitWithText(overview() if name == "-" else command_help(name))
+    command = COMMANDS[name]
+    options.require_only(command.options, name if name != "-" else "FILE",
+                         command.status)
+    if "on" not in options.given:       # else it is a user of another host
         options.check_user(machine)
-    if called == "koid" and words[:1] != ["daemon"]:
-        words.insert(0, "daemon")
-    name = words[0] if words else ""
-    if options.link:
-        return command_link(options, machine, *words)
-    if name not in COMMANDS or any(each in AS_CRONTAB
-                                   for each in options.given):
-        return as_crontab(options, machine, words)
-    if called == "crontab" and os.path.lexists(name):
-        raise Error(f"{name} is a file and a command",
-                    f"crontab ./{name}, or {PROG} {name}")
-    function, fewest, most, allowed = COMMANDS[name]
-    options.reject_others(allowed, name, EXIT_USAGE)
-    if not fewest <= len(words) - 1 <= most:
-        raise Error(f"what is {short(words[most + 1])}?"
-                    if len(words) - 1 > most else f"{name} needs a word more",
-                    "koitab --help", EXIT_USAGE)
-    return function(options, machine, *words[1:])
+    check_arguments(name, words)
+    return command.handler(options, machine, *words)
 
 
 def open_standard_streams() -> None:
@@ -20474,6 +20882,15 @@ def open_standard_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r",
                                     closefd=False))
+
+
+def print_error(called: str, error: Error) -> None:
+    """Print an error and its hint, a line each."""
+    prefix = "" if isinstance(error, CrontabError) else f"{called}: error: "
+    print(escape_controls(prefix + error.message), file=sys.stderr)
+    if error.hint:
+        print(escape_controls(f"{called}: hint: {error.hint}"),
+              file=sys.stderr)
 
 
 def main(argv: list[str] | None = None, machine: Machine | None = None,
@@ -20498,12 +20915,8 @@ def main(argv: list[str] | None = None, machine: Machine | None = None,
         sys.stdout.flush()
         return status
     except Error as error:
-        hint = f" ({error.hint})" if error.hint else ""
-        before = "" if isinstance(error,
-                                  CrontabError) else f"{called}: error: "
         sys.stdout.flush()
-        print(escape_controls(f"{before}{error.message}{hint}"),
-              file=sys.stderr)
+        print_error(called, error)
         return error.status
     except BrokenPipeError:             # koitab next | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -20511,8 +20924,7 @@ def main(argv: list[str] | None = None, machine: Machine | None = None,
     except KeyboardInterrupt:
         return EXIT_SIGNAL + 2
     except OSError as error:            # a full disk, no descriptor left
-        print(escape_controls(f"{called}: error: {error.strerror or error}"),
-              file=sys.stderr)
+        print_error(called, Error(error.strerror or str(error)))
         return EXIT_ERROR
 
 

@@ -669,7 +669,7 @@ class Operator:
         def listed():
             reply = self.reply("GET", f"hosts/{host}/list")
             return reply.json if reply.status == 200 else None
-        found = koitab.verified_specs(support.wait_until(
+        found = koitab.verify_job_list(support.wait_until(
             listed, 20, "a signed list"), self.key(host), self.dash, host)
         return {json.loads(text)["name"]: text for text in found}
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import plistlib
+import re
 import socket
 import subprocess
 import sys
@@ -79,6 +80,9 @@ class Koid:
 
     def do_status(self, _fields):
         return self.state
+
+    def no_daemon(self):
+        return koitab.Error("koid is not running", "koid &")
 
     def attach(self, job, args, user):
         self.asked.append(("run", {"job": job, "args": args, "user": user}))
@@ -214,8 +218,8 @@ def test_an_address_that_nobody_mails_to_is_warned_of(type_in, way, value,
 
 @pytest.mark.parametrize("name, said", [
     ("nothing", "nothing: No such file or directory\n"),
-    ("histroy", "histroy: No such file or directory (did you mean koitab "
-     "history?)\n"),
+    ("histroy", "histroy: No such file or directory\nkoitab: hint: koitab "
+     "history\n"),
     (".", ".: Is a directory\n")])
 def test_a_file_that_cannot_be_read_is_told_in_crontabs_words(
         type_in, koid, name, said):
@@ -230,12 +234,12 @@ def test_a_file_that_cannot_be_read_is_told_in_crontabs_words(
     (["-l", "x"], "no arguments permitted after this option"),
     (["-T", "a", "b"], "no arguments permitted after this option"),
     (["-r", "run"], "no arguments permitted after this option"),
-    (["a", "b"], 'what is "b"?'),
-    (["-i"], "-i does not go with FILE"),
-    (["-i", "-l"], "-i does not go with -l"),
-    (["-u", ME, "-T", "x"], "-u does not go with -T"),
+    (["a", "b"], 'unexpected argument "b"'),
+    (["-i"], "-i is not an option of koitab FILE"),
+    (["-i", "-l"], "-i is not an option of koitab -l"),
+    (["-u", ME, "-T", "x"], "-u is not an option of koitab -T"),
     (["-u", ME], "file name must be specified for replace"),
-    (["--json", "x"], "--json does not go with FILE"),
+    (["--json", "x"], "--json is not an option of koitab FILE"),
     (["-n", "x"], "-n x: not a number"), (["-x"], "-x"), (["--nope"], "nope"),
     (["-T"], "-T"), (["-u"], "-u")])
 def test_wrong_usage_of_what_crontab_has(type_in, koid, argv, said):
@@ -243,8 +247,8 @@ def test_wrong_usage_of_what_crontab_has(type_in, koid, argv, said):
     assert (done.out, koid.asked) == ("", [])
     assert done.code == 1
     assert said in done.err
-    assert done.err.startswith("koitab: error: ")
-    assert done.err.count("\n") == 1
+    assert all(line.startswith(("koitab: error: ", "koitab: hint: "))
+               for line in done.err.splitlines())
 
 
 def test_on_a_terminal_a_bare_call_says_how(type_in, koid):
@@ -363,8 +367,8 @@ def test_a_refusal_of_koids_is_printed_as_it_is(type_in, koid):
         done = type_in(*argv)
         assert done.code == 1
         assert done.err == ("koitab: error: You (alice) are not allowed to "
-                            "use this program (koitab) (see /etc/koi.allow)"
-                            "\n")
+                            "use this program (koitab)\n"
+                            "koitab: hint: see /etc/koi.allow\n")
 
 
 # --- as crontab(1): -e ----------------------------------------------------
@@ -500,8 +504,9 @@ def test_a_job_gets_what_was_typed_and_else_the_defaults(run, koid):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["x"], 'what is "x"? (ARG=VALUE)'),
-    (["To Handl=x"], 'no argument "To Handl" (did you mean "To Handle"?)'),
+    (["x"], 'unexpected argument "x"'),
+    (["To Handl=x"], 'no argument "To Handl"\nkoitab: hint: did you mean '
+     '"To Handle"?'),
     (["N=1", "N=2", "To Handle=x"], '"N" is given twice'),
     (["To Handle=x", "N=five"], '"N": an int is 1 to 18 digits'),
     (["To Handle=x", "N=\uff15"], '"N": an int is'),
@@ -509,7 +514,8 @@ def test_a_job_gets_what_was_typed_and_else_the_defaults(run, koid):
     (["To Handle=x", "Loud=yes"], '"Loud": a bool is true or false'),
     (["To Handle=a\x1bb"], "control character"),
     (["To Handle=\udcff"], "it is not UTF-8"),
-    ([], 'no value for "To Handle" (koitab run NAME "To Handle=...")')])
+    ([], 'no value for "To Handle"\nkoitab: hint: koitab run NAME '
+     '"To Handle=..."')])
 def test_an_argument_that_is_none(run, koid, words, said):
     done = run("Say Hi", *words)
     assert (done.code, done.out) == (2, "")
@@ -526,8 +532,9 @@ def test_a_job_by_any_of_its_names(run, koid, name, tag_of):
 
 
 @pytest.mark.parametrize("name, said", [
-    ("Plain", 'error: 2 jobs are called "Plain" (Bots/Plain, Other/Plain)'),
-    ("Say Hj", 'there is no job "Say Hj" (did you mean "Say Hi"?)')])
+    ("Plain", 'error: 2 jobs are called "Plain": Bots/Plain, Other/Plain'),
+    ("Say Hj", 'there is no job "Say Hj"\nkoitab: hint: did you mean "Say '
+     'Hi"?')])
 def test_a_job_that_is_none_or_two(run, name, said):
     done = run(name)
     assert (done.code, done.out) == (1, "")
@@ -623,19 +630,19 @@ def test_a_koid_that_hangs_up_leaves_the_run_going_on(type_in, koid):
     assert done.code == 1
     assert done.err == (
         "koitab: run 12 goes on (koitab log 12; koitab kill 12)\n"
-        "koitab: error: koid has hung up (koitab status)\n")
+        "koitab: error: koid has hung up\nkoitab: hint: koitab status\n")
 
 
 def test_two_signals_are_for_the_job_and_the_third_is_for_us(capsys):
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        follower = koitab.RunAttachment(koitab.Options(), 12, ours, b"")
-        follower.hear(2, None)
+        follower = koitab.RunAttachment(koitab.Invocation(), 12, ours, b"")
+        follower.on_signal(2, None)
         assert capsys.readouterr().err == ""
-        follower.hear(2, None)
+        follower.on_signal(2, None)
         assert "once more" in capsys.readouterr().err
         with pytest.raises(koitab.Detached):
-            follower.hear(2, None)
+            follower.on_signal(2, None)
         assert theirs.recv(9) == bytes([2, 15])
 
 
@@ -867,8 +874,8 @@ def imported(type_in, monkeypatch):
     """Import these crontabs, as root or for a user; the result passes the
     test of tabs, always."""
     def done(*tabs, argv=("import",), user="root"):
-        monkeypatch.setattr(koitab, "sources", lambda options, machine: [
-            koitab.Source(path, path.rpartition("/")[2], text, system)
+        monkeypatch.setattr(koitab, "find_crontabs", lambda options, machine: [
+            koitab.Crontab(path, path.rpartition("/")[2], text, system)
             for path, text, system in tabs])
         monkeypatch.setattr(koitab.Machine, "login_name", lambda self: user)
         monkeypatch.setattr(koitab, "running_cron", lambda: 0)
@@ -1010,8 +1017,8 @@ def test_every_line_that_cron_knows_or_refuses_can_be_imported(imported):
 
 
 def test_bytes_of_any_kind_come_through(monkeypatch, capfdbinary):
-    monkeypatch.setattr(koitab, "sources", lambda options, machine: [
-        koitab.Source("c", "c", "@daily \udcff\u00e9\n# \x1b\udcfe\n",
+    monkeypatch.setattr(koitab, "find_crontabs", lambda options, machine: [
+        koitab.Crontab("c", "c", "@daily \udcff\u00e9\n# \x1b\udcfe\n",
                       False)])
     assert koitab.main(["import"]) == 0
     out = capfdbinary.readouterr().out
@@ -1041,7 +1048,7 @@ def test_whether_cron_is_running_is_told_by_its_pid_file(monkeypatch,
 
 
 def test_import_without_any_crontab(type_in, monkeypatch):
-    monkeypatch.setattr(koitab, "sources", lambda options, machine: [])
+    monkeypatch.setattr(koitab, "find_crontabs", lambda options, machine: [])
     done = type_in("import")
     assert (done.code, done.out) == (1, "")
     assert done.err == f"no crontab for {ME}\n"
@@ -1067,7 +1074,7 @@ def spool(monkeypatch, tmp_path):
 
 
 def found(called: str = "koitab") -> list:
-    return koitab.sources(koitab.Options(called), koitab.Machine())
+    return koitab.find_crontabs(koitab.Invocation(called), koitab.Machine())
 
 
 def test_the_crontab_comes_from_the_real_program(spool):
@@ -1134,8 +1141,7 @@ def test_a_unit_of_the_dashboard_can_do_little(type_in, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: True)
     monkeypatch.delenv("KOI_HOME", raising=False)
     done = type_in("unit", "dashboard", "--listen", "0.0.0.0:443", "--cert",
-                   "/etc/c.pem", "--key", "/etc/k.pem", "--name", "a$b.x",
-                   "--allow-new")
+                   "/etc/c.pem", "--key", "/etc/k.pem", "--name", "a$b.x")
     assert (done.code, done.out) == (2, "")     # no name of a host
     done = type_in("unit", "dashboard", "--listen", "0.0.0.0:443", "--cert",
                    "/etc/c.pem", "--key", "/etc/k.pem", "--name", "koi.x")
@@ -1177,14 +1183,31 @@ def test_a_plist_of_the_dashboard(type_in, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["run"], "run needs a word more"), (["log"], "log needs a word more"),
-    (["history", "a", "b"], 'what is "b"?'),
-    (["next", "--system"], "--system does not go with next"),
-    (["status", "-n", "5"], "-n does not go with status"),
-    (["history", "-i"], "-i does not go with history"),
-    (["unit", "x"], 'there is no unit "x"'),
-    (["completion", "csh"], 'no completion for "csh" (bash, zsh or fish)'),
-    (["history", "--nope"], "--nope"), (["next", "-n", "0"], "not a number")])
+    (["run"], "missing argument NAME\nkoitab: hint: koitab run NAME "
+     "[ARG=VALUE]...\n"),
+    (["log"], "missing argument RUN|NAME"),
+    (["history", "a", "b"], 'unexpected argument "b"\nkoitab: hint: koitab '
+     "history [NAME]\n"),
+    (["next", "--system"], "--system is not an option of koitab next"),
+    (["status", "-n", "5"], "--number is not an option of koitab status"),
+    (["history", "-i"], "-i is not an option of koitab history"),
+    (["run", "x", "--url", "http://h"],
+     "--url is not an option of koitab run without --on"),
+    (["dashboard", "--backup", "f", "--name", "h"],
+     "--name is not an option of koitab dashboard --backup"),
+    (["unit", "x"], 'unexpected argument "x" (expected daemon, dashboard)'),
+    (["unit", "daemon", "--db", "x"],
+     "--db is not an option of koitab unit daemon"),
+    (["unit", "dashboard", "--system"],
+     "--system is not an option of koitab unit dashboard"),
+    (["completion", "csh"], '"csh" (expected bash, zsh, fish, names)'),
+    (["-d"], "missing argument new|join|show|rotate|off"),
+    (["source", "Page", "x"], 'unexpected argument "x"'),
+    (["history", "--nope=x"], "unknown option --nope\n"),
+    (["history", "--num", "3"], "unknown option --num\n"),
+    (["history", "--json=x"], "--json: ignored explicit argument"),
+    (["history", "-n"], "-n/--number: expected one argument"),
+    (["next", "-n", "0"], "not a number")])
 def test_wrong_usage_of_what_crontab_lacks(type_in, koid, argv, said):
     done = type_in(*argv)
     assert (done.code, done.out, koid.asked) == (2, "", [])
@@ -1214,10 +1237,13 @@ def test_names_for_the_completions(type_in, koid):
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_completion_is_a_script_of_its_shell(type_in, shell, tmp_path):
     done = type_in("completion", shell)
-    for name in koitab.COMMANDS:
+    for name in koitab.command_words():
         assert f" {name} " in done.out.replace('"', " ")
-    for name in koitab.LONG:
-        assert f"--{name.rstrip('=')}" in done.out
+    for option in koitab.OPTIONS.values():
+        for name in option.names:
+            assert f" {name} " in re.sub(r'["\n]', " ", done.out)
+    assert not set(re.findall("[A-Z]{4,}", done.out)) & {
+        "NAMED", "FILES", "USERS", "CHOICES", "COMMANDS", "OPTIONS"}
     support.need(shell)
     script = tmp_path / "script"
     script.write_text(done.out)
@@ -1230,6 +1256,7 @@ def test_a_completion_is_a_script_of_its_shell(type_in, shell, tmp_path):
                                        ["Say\\ Hi"]),
     (["koitab", "log", ""], ["Plain", "Say\\ Hi", "\\$\\(id\\)"]),
     (["koitab", "unit", ""], ["daemon", "dashboard"]),
+    (["koitab", "-d", "r"], ["rotate"]),
     (["koitab", "--fr"], ["--from"])])
 def test_the_bash_completion_completes(type_in, tmp_path, typed, found):
     support.need("bash")
@@ -1246,21 +1273,100 @@ def test_the_bash_completion_completes(type_in, tmp_path, typed, found):
     assert sorted(done.stdout.decode().split("\n")[:-1]) == found
 
 
-def test_the_usage_names_every_option_and_command_and_no_other():
-    import re
-    options = {f"--{name.rstrip('=')}" for name in koitab.LONG} | {
-        f"-{letter}" for letter in koitab.SHORT.replace(":", "")}
-    usage = set(re.findall(r"(?<![\w-])--?[A-Za-z][a-z-]*", koitab.USAGE))
-    assert sorted(usage ^ options) == []
-    for name in koitab.COMMANDS:
-        assert f"koitab {name} " in koitab.USAGE
-    assert max(map(len, koitab.USAGE.splitlines())) < 80
+def test_help_is_at_most_24_lines_and_names_every_command(type_in):
+    text = type_in("--help").out
+    assert len(text.splitlines()) <= 24
+    assert max(map(len, text.splitlines())) < 80
+    for name, command in koitab.COMMANDS.items():
+        assert f" {name} ".replace(" - ", " [FILE|-] ") in text
+        assert f"{command.help}\n" in text
 
 
-def test_the_options_of_each_command_are_options():
-    known = {f"--{name.rstrip('=')}" for name in koitab.LONG} | {
-        f"-{letter}" for letter in koitab.SHORT.replace(":", "")}
-    for function, fewest, most, options in koitab.COMMANDS.values():
-        assert set(options.split()) <= known
-        assert callable(function)
-        assert fewest <= most
+@pytest.mark.parametrize("name", sorted(set(koitab.COMMANDS) - {"-"}))
+def test_help_of_a_command_has_its_usage_a_paragraph_and_its_options(
+        type_in, name):
+    command = koitab.COMMANDS[name]
+    typed = [name, "x"] if name == "-T" else [name]
+    done = type_in(*typed, "--help")
+    assert (done.code, done.err) == (0, "")
+    assert max(map(len, done.out.splitlines())) < 80
+    title, usage, text, options = done.out.split("\n\n")
+    assert title == f"koitab {name}: {command.help}"
+    assert [line.strip() for line in usage.removeprefix("Usage:").split("\n")
+            ] == [f"{' '.join(['koitab', name, *line.split()])} [OPTION]..."
+                  for line in command.usage]
+    assert text.replace("\n", " ") == command.text != ""
+    assert set(re.findall(r"^ +(-\S+?)[, ]", options, re.M)) == {
+        koitab.OPTIONS[key].names[0] for key in command.options} - {name} | {
+            "-h"}
+
+
+def test_every_option_is_in_the_help_of_a_command():
+    told = {key for command in koitab.COMMANDS.values()
+            for key in command.options}
+    assert set(koitab.OPTIONS) - told == {"help", "version"}
+
+
+def test_koid_has_the_help_of_the_daemon(type_in):
+    assert type_in("--help", called="koid").out == type_in(
+        "daemon", "--help").out
+
+
+@pytest.mark.parametrize("argv", [["-n", "3", "history"], ["history", "-n3"],
+                                  ["history", "--number=3"]])
+def test_options_stand_on_both_sides_of_the_command(type_in, koid, argv):
+    assert type_in(*argv).code == 0
+    assert koid.asked == [("history", {"limit": 3})]
+
+
+@pytest.mark.parametrize("argv", [["--", "-e"], ["./-e"]])
+def test_file_that_looks_like_an_option_is_installed(type_in, koid, argv):
+    Path("-e").write_text("@daily x\n")
+    assert type_in(*argv).code == 0
+    assert koid.text == "@daily x\n"
+
+
+# --- source ---------------------------------------------------------------
+
+
+def test_source_without_an_argument_lists_every_section(type_in):
+    done = type_in("source")
+    assert (done.code, done.err) == (0, "")
+    assert max(map(len, done.out.splitlines())) < 80
+    rows = re.findall(r"^  (\w+) +(\S.*\?) +(\d+) lines  ([A-Z ]+)$", done.out,
+                      re.M)
+    text = (support.ROOT / "koitab.py").read_text(encoding="utf-8")
+    assert [(name, question, letters) for name, question, _, letters in rows
+            ] == re.findall(r"^# (\w+): (.+\?) +\(.*; ([A-Z ]+)\)$", text,
+                            re.M)
+    head = text[:text.index(f"# {'=' * 74}\n")]
+    assert sum(int(row[2]) for row in rows) == (text.count("\n")
+                                               - head.count("\n"))
+
+
+def test_source_of_a_section_is_its_text(type_in):
+    text = (support.ROOT / "koitab.py").read_text(encoding="utf-8")
+    found = type_in("source", "plan").out
+    assert f"\n{found}# {'=' * 74}\n" in text
+    assert found.splitlines()[1].startswith("# Plan: what is due now?")
+
+
+def test_source_of_the_daemon_is_parts_1_and_2(type_in):
+    names = re.findall(r"^# (\w+): .*\?", type_in("source", "daemon").out,
+                       re.M)
+    listed = type_in("source").out.split("\n3 network")[0]
+    assert names == re.findall(r"^  (\w+) ", listed, re.M)
+
+
+def test_source_of_the_dashboard_has_what_runs_without_rights(type_in):
+    names = re.findall(r"^# (\w+): .*\?", type_in("source", "dashboard").out,
+                       re.M)
+    assert {"Common", "HttpServer", "Page"} <= set(names)
+    assert not {"Daemon", "Supervisor", "Agent", "Command"} & set(names)
+
+
+def test_source_of_an_unknown_section_names_the_nearest(type_in):
+    done = type_in("source", "Pager")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == ('koitab: error: unknown section "Pager"\n'
+                        "koitab: hint: koitab source Page\n")

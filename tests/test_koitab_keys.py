@@ -73,21 +73,6 @@ def test_a_dashboard_that_wants_weak_keys_gets_none(salt, rounds):
         koitab.derive_keys("correct horse battery staple", salt, rounds)
 
 
-@pytest.mark.parametrize("password", [
-    "", "short", "aaaaaaaaaaaaaaaaaaaa", "abababababababababab",
-    "abcdefghijklmnop", "MyPassword-is-this", "qwertyuiop-asdfgh"])
-def test_a_weak_password_is_refused_with_the_reason(password):
-    assert koitab.password_weakness(password)
-
-
-@pytest.mark.parametrize("password", [
-    "correct horse battery staple",
-    koitab.format_passphrase(random.Random(2).randbytes(20)),
-    "T7#kd92!xQwm-pa"])
-def test_a_good_password_is_taken(password):
-    assert koitab.password_weakness(password) == ""
-
-
 def test_a_passphrase_has_a_hundred_bits():
     """20 letters of 32, each as likely as the other."""
     seen = {koitab.format_passphrase(bytes([n]) * 20)[0] for n in range(256)}

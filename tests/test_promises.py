@@ -25,7 +25,7 @@ RULE = "# " + "=" * 74
 TOUCHES, RUNS_AS = r"([a-z]+(?:, [a-z]+)*)", r"([A-Z](?: [A-Z])*)"
 MARKER = re.compile(
     rf"^{RULE}\n# (\w+): (.+?) +\({TOUCHES}; {RUNS_AS}\)\n#\n"
-    rf"((?:# .+\n)+){RULE}\n", re.M)
+    rf"((?:#(?: .+)?\n)+){RULE}\n", re.M)
 ROW = re.compile(rf"^    (\w+) +(\S.*\?) +\({TOUCHES}\) +{RUNS_AS}$", re.M)
 LETTERS = {"mission": set("COU"), "koitab": set("RJUC")}
 PARTS = ["1 values", "2 koid", "3 network", "4 commands"]
@@ -501,8 +501,8 @@ def test_the_readme_says_all_of_koitab():
     koitab = support.load("koitab")
     text = (support.ROOT / "README.md").read_text(encoding="utf-8")
     koi = text[text.index("\n# koi\n"):]
-    options = {"--" + name.rstrip("=") for name in koitab.LONG} | {
-        "-" + letter for letter in koitab.SHORT.replace(":", "")}
+    options = {name for option in koitab.OPTIONS.values()
+               for name in option.names}
     wanted = options | set(koitab.SETTINGS) | set(koitab.SPECIALS) | {
         "@manual", "@reboot", "catch-up", "retry"}
     wanted |= {f"koitab {name}" for name in koitab.COMMANDS}

@@ -18,7 +18,7 @@ from dashboard_rig import (HOST_TOKEN, ROUNDS, VIEWER_TOKEN, DashboardProcess,
                            Operator, derive, sync_payload)
 
 koitab = support.load("koitab")
-SERVER_OPTIONS = ["--name", "koi.test", "--allow-new"]
+SERVER_OPTIONS = ["--name", "koi.test"]
 
 ARGS = """\
 import json, os, sys
