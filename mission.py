@@ -1448,7 +1448,7 @@ def plan(config: Config, slugs: list[str], headless: bool,
     steps.append(Step("finish"))
     if notify:
         steps.append(Step("notify_finish"))
-    steps.append(Step("summary"))
+    steps += [Step("summary"), Step("keep_records")]
     if mail:
         steps.append(Step("mail_finish"))
     if headless and config.ping.enabled:
@@ -1476,6 +1476,7 @@ def step_text(step: Step, config: Config) -> str:
         "finish": "write FinishTime",
         "notify_finish": f"notify {config.user.name}: run finished",
         "summary": "list the warnings and errors",
+        "keep_records": "write metrics and history, remove old logs",
         "mail_finish": f"mail {config.user.email}: run finished, with the log"
         + ("" if config.mail.on == "always" else " (on failure)"),
         "ping_finish": f"ping {config.ping.endpoint} if all went well"
@@ -1926,29 +1927,36 @@ def sparkline(values: list[float]) -> str:
     return "".join(BARS[min(int(value / top * 8), 7)] for value in values)
 
 
-def metrics_text(record: dict, last_success: float) -> str:
-    """The metrics of a run in Prometheus' text format, version 0.0.4.
+def metrics_text(record: dict, last_success: float, config: str) -> str:
+    """Return the metrics of a run in Prometheus' text format, for
+    node_exporter's textfile collector.
 
-    `last_success` is the start of the last good run, in seconds since 1970.
+    `last_success` is the start of the last good run (seconds since 1970).
+    The label `config` (a path) keeps the series of two configurations on one
+    host apart: node_exporter refuses files with equal series.
     """
     lines = []
+    path = config.replace("\\", r"\\").replace('"', r'\"').replace(
+        "\n", r"\n")
+    whole = f'{{config="{path}"}}'
 
     def metric(name: str, help_text: str, *rows) -> None:
         lines.append(f"# HELP mission_{name} {help_text}")
         lines.append(f"# TYPE mission_{name} gauge")
         lines.extend(f"mission_{name}{label} {value}" for label, value in rows)
 
-    tasks = [(f'{{task="{task["slug"]}"}}', task) for task in record["tasks"]]
+    tasks = [(f'{{config="{path}",task="{task["slug"]}"}}', task)
+             for task in record["tasks"]]
     metric("run_success", "1 if the last run had no errors or warnings.",
-           ("", int(record["verdict"] in ("ok", "trouble"))))
+           (whole, int(record["verdict"] in ("ok", "trouble"))))
     metric("run_start_seconds", "When the last run started.",
-           ("", int(record["started"])))
+           (whole, int(record["started"])))
     metric("run_duration_seconds", "How long it took.",
-           ("", round(record["seconds"], 3)))
-    metric("run_errors", "Its errors.", ("", record["errors"]))
-    metric("run_warnings", "Its warnings.", ("", record["warnings"]))
+           (whole, round(record["seconds"], 3)))
+    metric("run_errors", "Its errors.", (whole, record["errors"]))
+    metric("run_warnings", "Its warnings.", (whole, record["warnings"]))
     metric("last_success_seconds", "When the last good run started.",
-           ("", int(last_success)))
+           (whole, int(last_success)))
     metric("task_success", "1 if the task ended well in the last run.",
            *((label, int(task["outcome"] == "ok")) for label, task in tasks))
     metric("task_duration_seconds", "How long the task took.",
@@ -2181,6 +2189,29 @@ def boot_id() -> str:
         return str(boot_time())
 
 
+def input_descriptor(data: bytes) -> int:
+    """Return a descriptor from which a program can read `data`.
+
+    It is a file, because a program that stops reading early cannot hang us
+    then, and one in memory, because the disk may be full. Raises OSError.
+    """
+    if not data:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create(PROG)
+    else:                               # macOS
+        import tempfile
+        fd, path = tempfile.mkstemp()
+        os.unlink(path)
+    try:
+        write_all(fd, data)
+        os.lseek(fd, 0, os.SEEK_SET)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
 class Processes:
     """The programs that mission starts, and the signals that stop them."""
 
@@ -2206,7 +2237,8 @@ class Processes:
         os.set_blocking(self.waker, False)
         signal.set_wakeup_fd(self.waker, warn_on_full_buffer=False)
         for wanted in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(wanted, self.on_signal)
+            if signal.getsignal(wanted) != signal.SIG_IGN:      # nohup
+                signal.signal(wanted, self.on_signal)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # only to wake us
         signal.signal(signal.SIGALRM, self.time_is_up)
 
@@ -2432,7 +2464,6 @@ class Processes:
         Its output is passed to on_chunk(bytes) and kept in the result: the
         first 64 KiB of it, or all with `whole`. `limit` is in seconds.
         """
-        import tempfile
         kept = bytearray()
 
         def on_output(_child, chunk: bytes) -> None:
@@ -2442,18 +2473,21 @@ class Processes:
                 kept.extend(chunk)
 
         env = env or environment(account or myself())
-        # A file, not a pipe: writing to a program that does not read would
-        # block, or fail with EPIPE.
-        with tempfile.TemporaryFile() as stdin:
-            stdin.write(data)
-            stdin.seek(0)
-            try:
-                child = self.start(argv, env, cwd, account, limit, stdin)
-            except OSError as error:
-                return ProcessResult(127, f"{argv[0]}: {error.strerror}")
+        try:
+            stdin = input_descriptor(data)
+        except OSError as error:
+            return ProcessResult(127, f"{argv[0]}: no room for its standard "
+                                      f"input: {error.strerror}")
+        try:
+            child = self.start(argv, env, cwd, account, limit, stdin)
             child.survives_stop = True
             self.attend([child], on_output)
-            unread = len(data) - os.lseek(stdin.fileno(), 0, os.SEEK_CUR)
+            unread = len(data) - os.lseek(stdin, 0, os.SEEK_CUR) \
+                if data else 0
+        except OSError as error:
+            return ProcessResult(127, f"{argv[0]}: {error.strerror}")
+        finally:
+            os.close(stdin)
         return ProcessResult(child.code, kept.decode("utf-8", "replace"),
                              bool(child.why), unread)
 
@@ -3892,7 +3926,8 @@ class Delivery:
         directory = open_directory(os.path.dirname(path))
         try:
             write_atomically(os.path.basename(path), metrics_text(
-                record, last_success).encode(), 0o644, dir_fd=directory)
+                record, last_success, self.config.path).encode(), 0o644,
+                dir_fd=directory)
         finally:
             os.close(directory)
 
@@ -4247,11 +4282,15 @@ def state_name(config_path: str) -> str:
 
 RUN_IN_PROGRESS = {
     "id": "", "pid": 0, "started": 0.0, "boot": "", "headless": False,
-    "phase": "", "task": "", "log": "", "lost": []}
+    "phase": "", "task": "", "log": "", "lost": [], "verdict": "",
+    "seconds": None}
+UNKNOWN_ID = "unknown"          # of a run whose file is torn
+FINISHED = "finished"           # the phase of a run that came to its end
+ROOM_FOR_RUN = 1024             # bytes of the file of the run in progress
 PAST_RUN = {
     "id": "", "start": "", "started": 0.0, "headless": False,
-    "seconds": None, "verdict": "", "log": "", "errors": 0, "warnings": 0,
-    "last": "", "tasks": []}
+    "partial": False, "seconds": None, "verdict": "", "log": "",
+    "errors": 0, "warnings": 0, "last": "", "tasks": []}
 TASK_OF_PAST_RUN = {"slug": "", "outcome": "", "seconds": 0.0, "attempts": 0}
 
 
@@ -4287,6 +4326,7 @@ class StateDirectory:
     def __init__(self, directory: str, clock: Clock):
         self.directory, self.clock, self.held = directory, clock, None
         self.current: dict = {}
+        self.last_remembered: dict = {}
         self.current_fd, self.current_size, self.error = -1, 0, ""
 
     def path(self, *names: str) -> str:
@@ -4358,17 +4398,13 @@ class StateDirectory:
         except (ValueError, RecursionError):
             found = {}
         # A file that a power cut damaged is a lost run, too.
-        return found or {**RUN_IN_PROGRESS, "id": "unknown",
+        return found or {**RUN_IN_PROGRESS, "id": UNKNOWN_ID,
                          "started": status.st_mtime}
 
     def lost(self) -> list[dict]:
         """The runs that did not end and are not reported yet."""
         run = self.read_current()
-        if not run:
-            return []
-        ended = {record["id"] for record in self.history()
-                 if record.get("verdict") != "lost"}
-        if run["id"] in ended:
+        if not run or run["phase"] == FINISHED:
             return []
         return run.get("lost", []) + [
             {key: value for key, value in run.items() if key != "lost"}]
@@ -4377,7 +4413,7 @@ class StateDirectory:
         """Write down the run that begins now; see `update`."""
         import json
         self.current = run
-        data = json.dumps(run).encode() + b"\n"
+        data = json.dumps(run).encode().ljust(ROOM_FOR_RUN - 1) + b"\n"
         try:
             write_atomically(self.path("current.json"), data)
             self.current_fd = os.open(self.path("current.json"), os.O_WRONLY
@@ -4404,8 +4440,11 @@ class StateDirectory:
     # --- the past ---------------------------------------------------------
 
     def history(self) -> list[dict]:
-        """All runs of the history, oldest first. A line that a crash
-        damaged is skipped."""
+        """Return all recorded runs, oldest first.
+
+        Of two records of one run the later counts. A line torn by a crash
+        is passed over.
+        """
         import json
         try:
             with open(self.path("history.jsonl"), "rb") as file:
@@ -4415,15 +4454,16 @@ class StateDirectory:
         except OSError as error:
             self.error = f"{self.directory}: {error.strerror}"
             return []
-        found = []
-        for line in lines:
+        found = {}
+        for place, line in enumerate(lines):
             try:
                 record = coerce_record(json.loads(line), PAST_RUN)
             except (ValueError, RecursionError):
                 continue
             if record:
-                found.append(record)
-        return found
+                torn = record["id"] == UNKNOWN_ID
+                found[place if torn else record["id"]] = record
+        return list(found.values())
 
     def add_to_history(self, record: dict) -> None:
         """Append a run to the history, and sync it. Raises OSError."""
@@ -4438,6 +4478,7 @@ class StateDirectory:
             os.fsync(fd)
         finally:
             os.close(fd)
+        self.last_remembered = record
         if size > HISTORY_LIMIT:
             records = self.history()
             write_atomically(self.path("history.jsonl"), b"".join(
@@ -4445,8 +4486,17 @@ class StateDirectory:
                 for old in records[len(records) // 2:]))
 
     def finish(self, record: dict) -> None:
-        """Add the run to the history; none is in progress any more."""
-        self.add_to_history(record)
+        """End the run in progress, and add `record` to the history, if it is
+        not its last entry.
+
+        On a full disk the history cannot grow. But the file of the run is
+        changed in place, so the next run sees that this one has ended, and
+        records it. Raises OSError.
+        """
+        self.update(phase=FINISHED, verdict=record["verdict"],
+                  seconds=record.get("seconds"))
+        if record != self.last_remembered:
+            self.add_to_history(record)
         if self.current_fd >= 0:
             os.unlink(self.path("current.json"))
             os.close(self.current_fd)
@@ -4541,6 +4591,7 @@ class RunLog:
         self.lost = self.spilled = 0
         self.synced = 0.0
         self.shows_status = False
+        self.reader_gone = False        # the pipe or terminal was closed
         self.terminal = os.isatty(1)
 
     def open(self, directory: str, started: float) -> None:
@@ -4578,6 +4629,8 @@ class RunLog:
 
     def write(self, text: str) -> None:
         """Write text to the log, or to stderr while it cannot be written."""
+        if self.reader_gone:
+            return None
         data = text.encode("utf-8", "backslashreplace")
         if self.shows_status:
             self.status("")
@@ -4591,6 +4644,9 @@ class RunLog:
             write_all(self.fd, data)
             self.lost = 0
         except OSError as error:
+            if self.fd == 1 and error.errno in (errno.EPIPE, errno.EIO):
+                self.reader_gone = True
+                return None
             self.break_down(error.strerror)
             self.spill(data)
         return None
@@ -4635,15 +4691,21 @@ class RunLog:
         return f"\x1b[{code}m{text}\x1b[0m" if self.colour else text
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep` run logs, and no other file."""
-        names = sorted((name for name in os.listdir(self.directory)
-                        if is_log_name(name)), key=lambda name: [
-                            int(part) for part in name[:-4].split("-")])
-        for name in names[:-keep]:
-            status = os.stat(name, dir_fd=self.directory,
-                             follow_symlinks=False)
-            if stat.S_ISREG(status.st_mode):
-                os.unlink(name, dir_fd=self.directory)
+        """Remove all run logs but the newest `keep`, by descriptor.
+
+        The log of this run stays, and the time of the last change counts:
+        the names tell what a clock showed that may have been wrong.
+        """
+        ages = {}
+        for name in os.listdir(self.directory):
+            if is_log_name(name) and name != os.path.basename(self.path):
+                status = os.stat(name, dir_fd=self.directory,
+                                 follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode):
+                    ages[name] = (status.st_mtime, name)
+        others = sorted(ages, key=ages.get)
+        for name in others[:max(len(others) - keep + 1, 0)]:
+            os.unlink(name, dir_fd=self.directory)
 
 
 # ==========================================================================
@@ -4667,8 +4729,11 @@ class Runner:
 
     def __init__(self, config: Config, processes: Processes,
                  delivery: Delivery, state: StateDirectory,
-                 log: RunLog, headless: bool, broken: dict):
-        """`broken`: slug -> the errors of its script."""
+                 log: RunLog, headless: bool, broken: dict,
+                 partial: bool = False):
+        """`broken`: slug -> the errors of its script. `partial`: the tasks
+        were named with -t."""
+        self.partial = partial
         self.config, self.state, self.delivery = config, state, delivery
         self.processes = processes
         self.log, self.headless, self.broken = log, headless, broken
@@ -4764,13 +4829,7 @@ class Runner:
             users[task.slug] = account.uid if account else -1
         for run in self.lost:
             self.alive.update(processes_of_run(run["id"], users))
-        known = {record["id"] for record in self.state.history()}
-        for run in self.lost:
-            if run["id"] not in known:
-                try:
-                    self.state.add_to_history(past_run(run, "lost"))
-                except OSError as error:
-                    self.state.error = reason_of(error)
+        self.remember_earlier()
         self.state.write_current({
             "id": self.run_id, "pid": os.getpid(), "started": self.started,
             "boot": boot_id(), "headless": self.headless,
@@ -4781,44 +4840,82 @@ class Runner:
             self.expected = self.state.expected()
             self.processes.on_tick = self.show_status
 
-    def record(self, result: str) -> dict:
+    def remember_earlier(self) -> None:
+        """Record lost runs, and one that ended when the disk was full."""
+        known = {record["id"]: record["verdict"]
+                 for record in self.state.history()}
+        ended = self.state.read_current()
+        records = [past_run(run, "lost") for run in self.lost
+                   if known.get(run["id"]) != "lost"]
+        if ended.get("phase") == FINISHED and ended["id"] not in known:
+            records.append(past_run(ended, ended["verdict"],
+                                    seconds=ended["seconds"]))
+        try:
+            for record in records:
+                self.state.add_to_history(record)
+        except OSError as error:
+            self.state.error = reason_of(error)
+
+    def record(self) -> dict:
         """The record of this run for the history."""
         levels = [problem.level for problem in self.problems]
         return past_run(
-            self.state.current, result, seconds=round(self.took, 3),
+            self.state.current,
+            result_of(self.problems, self.processes.stopped),
+            partial=self.partial, seconds=round(self.took, 3),
             errors=levels.count("error"), warnings=levels.count("warning"),
             tasks=[{**vars(task), "seconds": round(task.seconds, 3)}
                    for task in self.results.values()])
 
-    def end(self) -> int:
-        """Write log, metrics and history to disk; return the exit status."""
-        self.log.status("")
+    def keep_records(self, _step: Step) -> None:
+        """Write metrics and history and remove old logs.
+
+        Mail and ping come after it, so that they report what fails here.
+        """
+        self.note_broken_files()
+        for source, action in (("metrics", self.write_metrics),
+                               ("logs", self.prune_logs),
+                               ("history", self.state.add_to_history)):
+            try:
+                action(self.record())
+            except OSError as error:
+                self.problem("delivery", "error", source, " ".join(
+                    filter(None, (error.filename, error.strerror))))
+
+    def note_broken_files(self) -> None:
+        """Count a log or a state directory that cannot be written."""
         self.log.sync()
-        if self.log.error:
+        counted_sources = {problem.source for problem in self.problems}
+        if self.log.error and "log" not in counted_sources:
             self.problems.append(RunProblem(
                 "delivery", "error", "log", f"{self.log.lost:,} bytes could "
                 f"not be written: {self.log.error}"))
-        if self.state.error:
+        if self.state.error and "history" not in counted_sources:
             self.problems.append(RunProblem("delivery", "error", "history",
                                             self.state.error))
-        result = result_of(self.problems, self.processes.stopped)
-        record = self.record(result)
-        for step in (self.write_metrics, self.prune_logs,
-                     self.state.finish):
-            try:
-                step(record)
-            except OSError as error:
-                self.problems.append(RunProblem(
-                    "delivery", "error", step.__name__.split("_")[-1],
-                    f"{error.filename or ''} {error.strerror}".strip()))
+
+    def end(self) -> int:
+        """Close the records of the run; return its exit status."""
+        self.log.status("")
+        self.note_broken_files()
+        try:
+            self.state.finish(self.record())
+        except OSError as error:
+            self.state.error = f"{self.state.directory}: {error.strerror}"
+            self.note_broken_files()
         return exit_status(self.problems, self.processes.stopped)
 
     def write_metrics(self, record: dict) -> None:
-        """Write metrics.textfile, if it is set. Raises OSError."""
-        if self.config.metrics.textfile:
-            good = [old["started"] for old in [record] + self.state.history(
-                )[::-1] if old["verdict"] in ("ok", "trouble")]
-            self.delivery.write_metrics(record, next(iter(good), 0))
+        """Write the metrics of a scheduled run; a partial run or one by hand
+        does not touch them. Raises OSError."""
+        def is_scheduled(run: dict) -> bool:
+            return bool(run["headless"] and not run["partial"])
+
+        if self.config.metrics.textfile and is_scheduled(record):
+            good = [run["started"] for run in self.state.history() + [record]
+                    if is_scheduled(run) and run["verdict"] in ("ok",
+                                                                "trouble")]
+            self.delivery.write_metrics(record, good[-1] if good else 0)
 
     def prune_logs(self, _record: dict) -> None:
         """Remove old run logs, if logs.keep is set. Raises OSError."""
@@ -5707,13 +5804,14 @@ def perform(config: Config, steps: list[Step], options,
 
     Here, and only here, the parts of a run are put together.
     """
+    os.umask(0o022)             # the same by hand as from cron
     clock = Clock()
     processes, state = Processes(clock), state_of(config.path, clock)
     state.acquire(options.wait)
     processes.listen()
     log = RunLog(clock, options.colour and not options.headless)
     runner = Runner(config, processes, Delivery(config, processes), state,
-                    log, options.headless, broken)
+                    log, options.headless, broken, bool(options.tasks))
     if options.headless:
         log.open(config.directory("logs"), runner.started)
     status = runner.carry_out(steps)
@@ -5756,7 +5854,11 @@ def runs_of(state: StateDirectory) -> list[dict]:
         held = try_lock(lock)
         if held is not None:
             os.close(held)
-        runs.append(past_run(current, "running" if held is None else "lost"))
+        ended = current["phase"] == FINISHED
+        runs.append(past_run(
+            current, "running" if held is None else
+            current["verdict"] if ended else "lost",
+            seconds=current["seconds"] if ended else None))
     return runs
 
 
@@ -5965,6 +6067,21 @@ def open_standard_streams() -> None:
                                     closefd=False))
 
 
+def report_error(error: Error) -> None:
+    """Print an error and its hint to stderr, if somebody still reads it."""
+    lines = [f"{PROG}: error: {error.message}"]
+    if error.hint:
+        lines.append(f"{PROG}: hint: {error.hint}")
+    try:
+        sys.stdout.flush()
+        sys.stderr.write("".join(escape_controls(line) + "\n"
+                                 for line in lines))
+        sys.stderr.flush()
+    except BrokenPipeError:
+        for fd in (1, 2):       # or Python reports it again at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status. The only way out."""
     argv = sys.argv[1:] if argv is None else argv
@@ -5985,12 +6102,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except Error as error:
-        sys.stdout.flush()
-        print(escape_controls(f"{PROG}: error: {error.message}"),
-              file=sys.stderr)
-        if error.hint:
-            print(escape_controls(f"{PROG}: hint: {error.hint}"),
-                  file=sys.stderr)
+        report_error(error)
         return error.status
     except BrokenPipeError:             # mission list | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

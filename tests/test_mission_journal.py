@@ -130,8 +130,8 @@ def test_a_planted_link_is_not_written_through(journal, tmp_path):
 
 
 def test_the_usual_duration_is_the_median_of_the_last_ten_good_ones(journal):
-    for seconds in [99] * 5 + [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]:
-        journal.add_to_history(record("x", tasks=[
+    for place, seconds in enumerate([99] * 5 + [*range(1, 11)]):
+        journal.add_to_history(record(f"run{place}", tasks=[
             {"slug": "mail", "outcome": "ok", "seconds": seconds},
             {"slug": "mail", "outcome": "failed", "seconds": 1000}]))
     assert journal.expected() == {"mail": 6}
@@ -157,10 +157,24 @@ def test_a_run_that_was_killed_is_lost_with_its_last_task(journal):
         ("a", "mail")]
 
 
-def test_a_run_killed_between_its_record_and_its_end_is_not_lost(journal):
+def test_run_that_was_killed_after_its_end_is_not_lost(journal):
     journal.write_current(run("a"))
-    journal.add_to_history(record("a"))       # ... and then it was killed
+    journal.update(phase=mission.FINISHED)
     assert journal.lost() == []
+
+
+def test_run_that_was_killed_while_it_mailed_is_lost(journal):
+    journal.write_current(run("a"))
+    journal.add_to_history(record("a"))
+    journal.update(phase="mail_finish")
+    assert ids(journal.lost()) == ["a"]
+
+
+def test_later_record_of_a_run_replaces_the_earlier_one(journal):
+    for name, verdict in (("a", "ok"), ("b", "ok"), ("a", "lost")):
+        journal.add_to_history(record(name, verdict))
+    assert [(one["id"], one["verdict"]) for one in journal.history()] == [
+        ("a", "lost"), ("b", "ok")]
 
 
 def test_runs_that_were_lost_one_after_the_other_are_all_told_of(journal):
@@ -407,12 +421,13 @@ def test_a_name_that_was_planted_is_passed_over(tmp_path):
     assert not (tmp_path / "victim").exists()
 
 
-def test_the_oldest_logs_go_and_nothing_else(tmp_path):
-    logs = ["2025-12-31-23-59-59.txt", "2026-01-01-00-00-00.txt",
-            "2026-01-01-00-00-00-2.txt", "2026-01-01-00-00-00-10.txt"]
+def test_prune_removes_the_oldest_logs_and_nothing_else(tmp_path):
+    logs = ["2030-01-01-00-00-00.txt", "2026-01-01-00-00-00.txt",
+            "2026-01-01-00-00-00-2.txt", "2025-01-01-00-00-00.txt"]
     others = ["notes.txt", "2024-01-01-00-00-00.log", "2020.txt"]
-    for name in logs + others:
+    for place, name in enumerate(logs + others):
         (tmp_path / name).write_text("x")
+        os.utime(tmp_path / name, (place, place))
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "keep").write_text("x")
@@ -420,12 +435,28 @@ def test_the_oldest_logs_go_and_nothing_else(tmp_path):
     (tmp_path / "2020-01-01-00-00-01.txt").mkdir()
     log = mission.RunLog(FakeClock(), False)
     log.directory = os.open(tmp_path, os.O_RDONLY)
+    log.path = str(tmp_path / logs[3])      # the log of this run
     log.prune(2)
     left = set(os.listdir(tmp_path))
     assert set(others) <= left and set(logs[2:]) <= left
     assert not set(logs[:2]) & left
     assert (victim / "keep").read_text() == "x"
     assert "2020-01-01-00-00-01.txt" in left
+
+
+def test_prune_keeps_the_log_of_this_run_though_its_clock_was_set_back(
+        tmp_path):
+    names = ["2030-01-01-02-00-00.txt", "2030-01-02-02-00-00.txt",
+             "2026-01-01-02-00-00.txt"]
+    for name in names:
+        (tmp_path / name).write_text("x")
+        os.utime(tmp_path / name, (2e9, 2e9))
+    os.utime(tmp_path / names[2], (1e9, 1e9))
+    log = mission.RunLog(FakeClock(), False)
+    log.directory = os.open(tmp_path, os.O_RDONLY)
+    log.path = str(tmp_path / names[2])
+    log.prune(2)
+    assert sorted(os.listdir(tmp_path)) == sorted(names[1:])
 
 
 def test_logs_on_a_full_disk_go_to_stderr_up_to_a_limit(

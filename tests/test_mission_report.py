@@ -595,11 +595,15 @@ RECORD = {"verdict": "failed", "started": 1774747800.5, "seconds": 62.1234,
               {"slug": "x-y_z", "outcome": "skipped", "seconds": 0.0}]}
 
 
+OF_CONFIG = r'config="/etc/m \"x\".json"'
+
+
 def test_metrics_are_prometheus_text():
-    text = mission.metrics_text(RECORD, 5.5)
+    text = mission.metrics_text(RECORD, 5.5, '/etc/m "x".json')
     assert text.endswith("\n") and "\n\n" not in text
-    sample = re.compile(r'mission_[a-z_]+(\{task="[a-z0-9_-]+"\})? '
-                        r"-?\d+(\.\d+)?(e\+\d+)?")
+    sample = re.compile(
+        "mission_[a-z_]+" + re.escape("{" + OF_CONFIG)
+        + r'(,task="[a-z0-9_-]+")?\} -?\d+(\.\d+)?(e\+\d+)?')
     helped, typed = set(), set()
     for line in text.splitlines():
         words = line.split(" ", 3)
@@ -613,22 +617,24 @@ def test_metrics_are_prometheus_text():
             assert sample.fullmatch(line), line
             assert re.split("[{ ]", line)[0] in helped & typed
     assert helped == typed
-    for line in ("mission_run_success 0", "mission_run_errors 2",
-                 "mission_run_warnings 1", "mission_run_duration_seconds "
-                 "62.123", "mission_last_success_seconds 5",
-                 "mission_run_start_seconds 1774747800",
-                 'mission_task_success{task="mail"} 1',
-                 'mission_task_success{task="x-y_z"} 0',
-                 'mission_task_duration_seconds{task="mail"} 1.5'):
-        assert line in text.splitlines()
+    for name, value in (
+            ("run_success", "0"), ("run_errors", "2"), ("run_warnings", "1"),
+            ("run_duration_seconds", "62.123"), ("last_success_seconds", "5"),
+            ("run_start_seconds", "1774747800")):
+        assert f"mission_{name}{{{OF_CONFIG}}} {value}" in text.splitlines()
+    for name, task, value in (
+            ("success", "mail", "1"), ("success", "x-y_z", "0"),
+            ("duration_seconds", "mail", "1.5")):
+        assert f'mission_task_{name}{{{OF_CONFIG},task="{task}"}} {value}' \
+            in text.splitlines()
 
 
 @pytest.mark.parametrize("verdict, success", [
     ("ok", 1), ("trouble", 1), ("failed", 0), ("stopped", 0), ("lost", 0),
 ])
 def test_a_backup_is_good_though_the_mail_was_not(verdict, success):
-    text = mission.metrics_text({**RECORD, "verdict": verdict}, 0)
-    assert f"mission_run_success {success}\n" in text
+    text = mission.metrics_text({**RECORD, "verdict": verdict}, 0, "/m")
+    assert f'mission_run_success{{config="/m"}} {success}\n' in text
 
 
 def test_the_two_lists_of_what_is_unsafe_are_one():
