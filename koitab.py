@@ -11514,17 +11514,6 @@ SINGLE_HEADERS = frozenset(
     "host content-length content-type content-encoding origin authorization "
     "expect transfer-encoding if-none-match access-control-request-method"
     .split())
-STATUS = {
-    100: "Continue", 200: "OK", 201: "Created", 202: "Accepted",
-    204: "No Content", 304: "Not Modified", 400: "Bad Request",
-    401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
-    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict",
-    411: "Length Required", 413: "Content Too Large", 414: "URI Too Long",
-    415: "Unsupported Media Type", 417: "Expectation Failed",
-    421: "Misdirected Request", 422: "Unprocessable Content",
-    429: "Too Many Requests", 431: "Request Header Fields Too Large",
-    500: "Internal Server Error", 501: "Not Implemented",
-    503: "Service Unavailable", 507: "Insufficient Storage"}
 TEXT, JSON = "text/plain; charset=utf-8", "application/json"
 # Sent with every response: a browser guesses no type, sends no referrer,
 # shows no page of ours in a frame and shares no window with others.
@@ -11666,19 +11655,16 @@ def body_length(method: str, headers: dict) -> int:
 
 def parse_query(query: str) -> dict[str, str]:
     """Return the fields of a query, each of them once. Raises Error."""
-    from urllib.parse import unquote_to_bytes
-    fields = {}
-    for part in query.split("&") if query else ():
-        name, _, value = part.partition("=")
-        try:
-            name, value = (unquote_to_bytes(text.replace("+", " ")).decode()
-                           for text in (name, value))
-        except UnicodeDecodeError:
-            raise Error("the query is not UTF-8", "", 400) from None
-        if name in fields or len(fields) >= 16:
-            raise Error("the query has a field twice, or too many", "", 400)
-        fields[name] = value
-    return fields
+    from urllib.parse import parse_qsl
+    try:
+        fields = parse_qsl(query, keep_blank_values=True, errors="strict",
+                           max_num_fields=16)
+    except ValueError:
+        raise Error("the query is not UTF-8, or has too many fields", "", 400
+                    ) from None
+    if len(dict(fields)) < len(fields):
+        raise Error("the query has a field twice", "", 400)
+    return dict(fields)
 
 
 def parse_body(body: bytes) -> dict:
@@ -11719,33 +11705,31 @@ def parse_body(body: bytes) -> dict:
 def split_authority(text: str) -> tuple[str, str]:
     """Return (name, port) of NAME:PORT, the name in lower case; [::1]:80
     keeps its brackets. ("", "") for anything else."""
-    name, colon, port = text.rpartition(":") if not text.endswith("]") \
-        else (text, "", "")
-    name, port = (name, port) if colon else (text, "")
-    if colon and not (port.isascii() and port.isdigit() and len(port) < 6):
+    import re
+    found = re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])"
+                         r"(?::([0-9]{1,5}))?", text)
+    if not found or found[1].startswith("[") and not address_of(found[1]):
         return "", ""
-    if name.startswith("["):
-        found = name.endswith("]") and address_of(name)
-        return (name.lower(), port) if found else ("", "")
-    plain = name.replace("-", "").replace(".", "").replace("_", "")
-    return (name.lower(), port) if plain.isascii() and plain.isalnum() \
-        else ("", "")
+    return found[1].lower(), found[2] or ""
 
 
 def address_of(name: str):
-    """Return the ipaddress object for an IP address, or None."""
+    """Return the ipaddress object for an IP address, or None. An IPv4
+    address in IPv6 (::ffff:127.0.0.1) is the IPv4 address."""
     from ipaddress import ip_address
+    if name.startswith("["):
+        name = name[1:-1]
     try:
-        return ip_address(name[1:-1] if name.startswith("[") else name)
+        found = ip_address(name.partition("%")[0])
     except ValueError:
         return None
+    return getattr(found, "ipv4_mapped", None) or found
 
 
 def is_loopback(address: str) -> bool:
-    """Is this an address of this machine alone, such as ::ffff:127.0.0.1?"""
-    found = address_of(address.partition("%")[0])
-    mapped = getattr(found, "ipv4_mapped", None)
-    return bool(found) and (mapped or found).is_loopback
+    """Is this an address of this machine alone?"""
+    found = address_of(address)
+    return bool(found) and found.is_loopback
 
 
 def is_allowed_host(host: str, names: frozenset, literals: bool) -> bool:
@@ -11764,13 +11748,10 @@ def is_allowed_host(host: str, names: frozenset, literals: bool) -> bool:
 
 def network_of(address: str) -> str:
     """Return by what a client is counted: its IPv4 address or its /64."""
-    found = address_of(address.partition("%")[0])
+    found = address_of(address)
     if found is None:
         return "?"
-    mapped = getattr(found, "ipv4_mapped", None)
-    if found.version == 4 or mapped:
-        return str(mapped or found)
-    return found.exploded[:19]
+    return str(found) if found.version == 4 else found.exploded[:19]
 
 
 def forwarded_address(header: str) -> str:
@@ -11848,7 +11829,7 @@ def json_response(value, status: int = 200, headers: tuple = ()) -> Response:
 
 def error_response(error: Error, headers: tuple = ()) -> Response:
     """Return an Error as a response. One without an HTTP status is a bug."""
-    status = error.status if error.status in STATUS else 500
+    status = error.status if error.status >= 400 else 500
     if status in (429, 503, 507) and not headers:
         headers = (("Retry-After", str(getattr(error, "seconds", 5))),)
     return json_response({"error": error.message, "hint": error.hint},
@@ -11858,7 +11839,9 @@ def error_response(error: Error, headers: tuple = ()) -> Response:
 def head_bytes(response: Response, last: bool) -> bytes:
     """Return the head of a response; `last` closes the connection after it.
     Foreign text cannot add a header: only printable ASCII passes."""
-    lines = [f"HTTP/1.1 {response.status} {STATUS[response.status]}",
+    from http import HTTPStatus
+    lines = [f"HTTP/1.1 {response.status} "
+             f"{HTTPStatus(response.status).phrase}",
              f"Content-Type: {response.content_type}"]
     names = set()
     for name, value in response.headers:
@@ -12174,12 +12157,11 @@ class RefusalLog:
 
     def report_bug(self, error: BaseException) -> None:
         """Log an exception that nobody expected, in a line, with its place."""
-        places, at = [], error.__traceback__
-        while at:
-            places.append(f"{at.tb_frame.f_code.co_name}:{at.tb_lineno}")
-            at = at.tb_next
+        from traceback import extract_tb
+        places = " ".join(f"{frame.name}:{frame.lineno}" for frame in
+                          extract_tb(error.__traceback__)[-4:])
         self.add(f"internal error (please report): {type(error).__name__}: "
-                 f"{error} ({' '.join(places[-4:])})")
+                 f"{error} ({places})")
 
 
 # --- sockets --------------------------------------------------------------
@@ -12199,19 +12181,14 @@ def listen_address(text: str) -> tuple[str, int]:
 
 def listener(address: str, port: int):
     """Return a listening socket. Raises Error."""
-    found = address_of(address)
-    sock = socket.socket(socket.AF_INET if found.version == 4
-                         else socket.AF_INET6)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if found.version == 6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((address, port))
-        sock.listen(BACKLOG)
+        sock = socket.create_server((address, port), family=family,
+                                    backlog=BACKLOG)
     except OSError as error:
-        sock.close()
         raise Error(f"cannot listen at {url_name(address)}:{port}: "
-                    f"{error.strerror}", "--listen ADDRESS:PORT") from None
+                    f"{os.strerror(error.errno)}", "--listen ADDRESS:PORT"
+                    ) from None
     sock.setblocking(False)
     return sock
 
@@ -12286,7 +12263,8 @@ NEEDED = tuple(
     "base64 binascii calendar concurrent.futures.thread email.header "
     "email.message email.policy email.utils hashlib heapq hmac html "
     "http.client ipaddress json queue re secrets sqlite3 ssl struct "
-    "subprocess threading unicodedata urllib.parse uuid zlib".split())
+    "subprocess threading traceback unicodedata urllib.parse uuid zlib"
+    .split())
 
 
 class HttpServer:
@@ -12432,15 +12410,13 @@ class HttpServer:
     async def watch_health(self) -> None:
         """Stop when Api cannot go on; each day, look at the certificate."""
         import asyncio
-        loop, checked = asyncio.get_running_loop(), None
+        seconds = 0
         while not self.api.broken:
-            context = self.tls_context
-            if context and (checked is None or checked[0] is not context
-                            or loop.time() - checked[1] >= DAY):
-                checked = context, loop.time()
+            if self.certificate and seconds % DAY == 0:
                 self.api.report_certificate(self.certificate)
             self.refusals.end_period()
             await asyncio.sleep(1.0)
+            seconds += 1
         self.stop_event.set()
 
     def reload(self) -> None:
@@ -12450,6 +12426,7 @@ class HttpServer:
         try:
             self.certificate.load()
             self.log("the certificate was read again")
+            self.api.report_certificate(self.certificate)
         except Error as error:
             self.log(f"the certificate stays as it was: {error.message}")
 
@@ -12561,48 +12538,33 @@ PATH_FIELDS = {
     "HOST": is_id, "NONCE": is_id, "JOB": is_number, "RUN": is_number,
     "N": is_number, "CHECK": is_check, "KEY": is_slug,
     "NAME": lambda text: is_slug(text.rpartition(".")[0])}
-PING_WORDS = ("start", "fail", "log")
 
 
 def match_path(words: list[str], parts: list[str]) -> tuple | None:
-    """Return the values in a path whose words may be PATH_FIELDS; None for
-    another path."""
-    if len(words) != len(parts):
+    """Return the values in a path whose words may be PATH_FIELDS, numbers as
+    such; None for another path."""
+    if len(words) != len(parts) or not all(
+            PATH_FIELDS[word](part) if word in PATH_FIELDS else word == part
+            for word, part in zip(words, parts)):
         return None
-    values = []
-    for word, part in zip(words, parts):
-        if word not in PATH_FIELDS:
-            if word != part:
-                return None
-        elif PATH_FIELDS[word](part):
-            values.append(part)
-        else:
-            return None
-    return tuple(values)
+    return tuple(int(part) if PATH_FIELDS[word] is is_number else part
+                 for word, part in zip(words, parts) if word in PATH_FIELDS)
 
 
-def match_ping(parts: list[str]) -> tuple:
+def match_ping(path: str) -> tuple:
     """Return (UUID or key, slug or None, action) of a ping's path, or ().
 
     The paths are Healthchecks': UUID[/ACTION] and KEY/SLUG[/ACTION], with
     and without /ping in front. UUID comes first: UUID/start has no slug.
     """
-    if parts[0] == "ping":
-        parts = parts[1:]
-    if len(parts) > 1 and parts[-1] == "" and is_check(parts[0]):
-        parts = parts[:-1]
-    if not parts or not all(map(is_slug, parts)):
-        return ()
-    if is_check(parts[0]) and (len(parts) == 1 or len(parts) == 2 and (
-            parts[1] in PING_WORDS or is_number(parts[1]))):
-        key, slug, rest = parts[0], None, parts[1:]
-    elif 2 <= len(parts) <= 3:
-        key, slug, rest = parts[0], parts[1], parts[2:]
-    else:
-        return ()
-    word = rest[0] if rest else "success"
-    return (key, slug, word) if word in PING_WORDS or is_number(
-        word) or not rest else ()
+    import re
+    uuid = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+    slug, action = "[A-Za-z0-9_-]{1,200}", "start|fail|log|[0-9]{1,18}"
+    found = re.fullmatch(
+        rf"(?:/ping)?/({uuid})()(?:/({action}))?/?", path) or re.fullmatch(
+        rf"(?:/ping)?/(?!ping/)({slug})/({slug})(?:/({action}))?", path)
+    return (found[1], found[2] or None, found[3] or "success") \
+        if found else ()
 
 
 def text_field(_name: str, text: str) -> str:
@@ -12619,10 +12581,10 @@ def number_field(name: str, text: str) -> int:
 
 def time_field(name: str, text: str) -> float:
     """Return the seconds in a query's field. Raises Error."""
-    whole, _, part = text.partition(".")
-    if not is_number(whole) or part and not is_number(part[:18]):
+    import re
+    if not re.fullmatch(r"[0-9]{1,18}(\.[0-9]*)?", text):
         raise Error(f"{name} is no time", "", 400)
-    return float(f"{whole}.{part[:18] or 0}")
+    return float(text)
 
 
 # --- who may ask ----------------------------------------------------------
@@ -12694,6 +12656,11 @@ class RequestContext:
         path = self.route.path if self.route else \
             "/" + self.request.path.split("/")[1][:12]
         return f"{self.address} {self.request.method} {path}"
+
+    @property
+    def dash(self) -> str:
+        """The id of the dashboard whose token the request shows."""
+        return self.principal.dash
 
 
 class AccessRules:
@@ -13054,7 +13021,7 @@ class Api:
                     *values) -> dict:
         """Have an operation carried out with what an operator has sent."""
         fields = await self.body_of(context)
-        return await self.write(operation, context.principal.dash, *values,
+        return await self.write(operation, context.dash, *values,
                                 fields, self.clock.now())
 
     # --- news
@@ -13082,16 +13049,15 @@ class Api:
 
     def on_changes(self, dash: str, changes: dict) -> None:
         """Hand on what was committed. Called in the writer's thread."""
+        changes = dict(changes)
+        topics = [*(("host", host) for host in changes.pop("wake", ())),
+                  *(("run", run) for run in changes.pop("live", ()))]
         seq, line = changes.get("seq"), b""
-        shown = {name: value for name, value in changes.items()
-                 if name not in ("wake", "live")}
         if changes.get("reset"):
             line = START_OVER
-        elif seq is not None and len(shown) > 1:
-            line = compact_json(shown).encode(
+        elif len(changes) > 1:      # more than the number
+            line = compact_json(changes).encode(
                 "utf-8", "backslashreplace") + b"\n"
-        topics = [*(("host", host) for host in changes.get("wake", ())),
-                  *(("run", run) for run in changes.get("live", ()))]
         try:
             self.loop.call_soon_threadsafe(self.dispatch_changes, dash, seq,
                                            line, topics)
@@ -13144,7 +13110,7 @@ async def show_metrics(api: Api, context: RequestContext) -> Response:
     if api.certificate_expires:
         ours += f"koi_web_certificate_expires {api.certificate_expires:.0f}\n"
     return await api.answer(
-        api.dashboard.metrics, context.principal.dash, api.clock.now(),
+        api.dashboard.metrics, context.dash, api.clock.now(),
         encode=lambda text: Response(200, (text + ours).encode(), EXPOSITION))
 
 
@@ -13213,7 +13179,7 @@ async def receive_ping(api: Api, context: RequestContext) -> Response:
 
 async def show_state(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/state: all that the overview shows."""
-    api.stream_of(context.principal.dash)   # no change after it is missed
+    api.stream_of(context.dash)   # no change after it is missed
     return await api.answer(api.dashboard.state, context.principal,
                             api.clock.now())
 
@@ -13221,7 +13187,7 @@ async def show_state(api: Api, context: RequestContext) -> Response:
 async def follow_changes(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/stream?since=SEQ: changes as lines of JSON, without end.
     An empty line is a sign of life for proxies."""
-    dash, since = context.principal.dash, context.query.get("since", -1)
+    dash, since = context.dash, context.query.get("since", -1)
     stream = api.stream_of(dash)
     if since > max(stream.newest, api.dashboard.seq(dash)):
         since = -1                  # from a database that was restored
@@ -13243,37 +13209,37 @@ async def follow_changes(api: Api, context: RequestContext) -> Response:
 
 async def show_host_list(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/hosts/HOST/list: the jobs of a host as it signed them."""
-    return await api.answer(api.dashboard.host_list, context.principal.dash,
+    return await api.answer(api.dashboard.host_list, context.dash,
                             *context.values)
 
 
 async def list_runs(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/jobs/JOB/runs: a page of runs, newest first."""
     return await api.answer(
-        api.dashboard.runs, context.principal.dash, int(context.values[0]),
+        api.dashboard.runs, context.dash, context.values[0],
         context.query.get("before"),
         min(context.query.get("limit") or 100, MOST_ROWS))
 
 
 async def show_run(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/runs/RUN: a run and its job."""
-    return await api.answer(api.dashboard.run, context.principal.dash,
-                            int(context.values[0]))
+    return await api.answer(api.dashboard.run, context.dash,
+                            context.values[0])
 
 
 async def list_chunks(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/runs/RUN/chunks: where the frames of its output are."""
-    return await api.answer(api.dashboard.chunks, context.principal.dash,
-                            int(context.values[0]))
+    return await api.answer(api.dashboard.chunks, context.dash,
+                            context.values[0])
 
 
 async def read_output(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/runs/RUN/output: frames from a byte on. With ?wait, if
     there are none yet, when there are or the time is over."""
-    dashboard, dash = api.dashboard, context.principal.dash
-    run, query = int(context.values[0]), context.query
+    dashboard, dash = api.dashboard, context.dash
+    run, query = context.values[0], context.query
     start = query.get("from") or 0
-    size = min(query.get("len") or MOST_FRAMES, MOST_FRAMES)
+    size = query.get("len") or MOST_FRAMES
     wait = min(query.get("wait") or 0.0, LONGEST_FOLLOW)
     until = api.loop.time() + wait
 
@@ -13295,10 +13261,10 @@ async def read_output(api: Api, context: RequestContext) -> Response:
 
 async def show_raw_output(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/runs/RUN/raw: the output as a text file."""
-    run = int(context.values[0])
+    run = context.values[0]
     disposition = f'attachment; filename="run-{run}.txt"'
     return await api.answer(
-        api.dashboard.raw, context.principal.dash, run,
+        api.dashboard.raw, context.dash, run,
         encode=lambda data: Response(200, data, TEXT, (
             ("Content-Disposition", disposition),)))
 
@@ -13309,7 +13275,7 @@ async def search_outputs(api: Api, context: RequestContext) -> Response:
     text = query.get("q", "")
     if not text or len(text) > LONGEST_SEARCH or "\0" in text:
         raise Error("there is nothing to search for", "?q=TEXT", 400)
-    return await api.answer(api.dashboard.search, context.principal.dash,
+    return await api.answer(api.dashboard.search, context.dash,
                             text, query.get("job"), query.get("before"))
 
 
@@ -13318,39 +13284,38 @@ async def show_day(api: Api, context: RequestContext) -> Response:
     begin, end = context.query.get("from"), context.query.get("to")
     if begin is None or end is None or not begin < end:
         raise Error("which day?", "?from=T&to=T", 400)
-    return await api.answer(api.dashboard.day, context.principal.dash, begin,
+    return await api.answer(api.dashboard.day, context.dash, begin,
                             end)
 
 
 async def list_audit(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/audit: who asked for what, newest first."""
-    return await api.answer(api.dashboard.audit, context.principal.dash,
+    return await api.answer(api.dashboard.audit, context.dash,
                             context.query.get("before"))
 
 
 async def show_request(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/requests/NONCE: what became of a request."""
     return await api.answer(api.dashboard.request_state,
-                            context.principal.dash, *context.values)
+                            context.dash, *context.values)
 
 
 async def list_pings(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/checks/CHECK/pings: newest first."""
-    return await api.answer(api.dashboard.pings, context.principal.dash,
+    return await api.answer(api.dashboard.pings, context.dash,
                             *context.values, context.query.get("before"))
 
 
 async def show_ping_body(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/checks/CHECK/pings/N/body: what a ping has sent."""
-    check, number = context.values
     return await api.answer(
-        api.dashboard.ping_body, context.principal.dash, check, int(number),
+        api.dashboard.ping_body, context.dash, *context.values,
         encode=lambda data: Response(200, data, TEXT))
 
 
 async def list_channels(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/channels: where alerts go."""
-    return await api.answer(api.dashboard.channels, context.principal.dash)
+    return await api.answer(api.dashboard.channels, context.dash)
 
 
 # --- handlers: for operators ----------------------------------------------
@@ -13359,7 +13324,7 @@ async def list_channels(api: Api, context: RequestContext) -> Response:
 async def rotate_keys(api: Api, context: RequestContext) -> Response:
     """POST /api/v1/rotate: new keys; streams have to come with them."""
     result = await api.store(context, api.dashboard.rotate)
-    api.end_polls(api.followers, ("changes", context.principal.dash))
+    api.end_polls(api.followers, ("changes", context.dash))
     return json_response(result)
 
 
@@ -13515,7 +13480,7 @@ def find_routes(path: str) -> tuple[dict, tuple]:
             routes[route.method], values = route, found
     if routes:
         return routes, values
-    ping = match_ping(parts[1:])
+    ping = match_ping(path)
     return (PING_ROUTES, ping) if ping else ({}, ())
 
 
@@ -13525,18 +13490,15 @@ def find_routes(path: str) -> tuple[dict, tuple]:
 def page_policy_of(text: str) -> str:
     """Return the Content-Security-Policy under which a page runs nothing
     but the scripts and styles in its text."""
+    import re
     from base64 import b64encode
     from hashlib import sha256
 
     def hashes(tag: str) -> str:
-        found, at = [], text.find(f"<{tag}")
-        while at >= 0:
-            begin = text.index(">", at) + 1
-            end = text.index(f"</{tag}>", begin)
-            digest = sha256(text[begin:end].encode()).digest()
-            found.append(f"'sha256-{b64encode(digest).decode()}'")
-            at = text.find(f"<{tag}", end)
-        return " ".join(found) or "'none'"
+        digests = (sha256(inner.encode()).digest() for inner in re.findall(
+            rf"<{tag}[^>]*>(.*?)</{tag}>", text, re.S))
+        return " ".join(f"'sha256-{b64encode(digest).decode()}'"
+                        for digest in digests) or "'none'"
 
     return PAGE_POLICY.format(script=hashes("script"), style=hashes("style"))
 
