@@ -13531,8 +13531,8 @@ def badge_svg(label: str, message: str, colour: str) -> bytes:
 # ==========================================================================
 # Page: what does the browser run?                            (nothing; U C)
 #
-# One page, as plain text: nothing is filled in, nothing comes from elsewhere.
-# What jobs and hosts say goes in as text, never as markup.
+# One constant page: the server puts nothing into it, and it loads nothing from
+# elsewhere. How its script works is explained at the head of PAGE_JS.
 # ==========================================================================
 
 PAGE_HTML = r"""<!doctype html>
@@ -14268,6 +14268,7 @@ const ICONS = {     // drawn on 16 x 16; each state has a shape of its own
 const SHAPES = { down: "failed", grace: "late", started: "running",
   up: "ok" };
 
+// Returns the icon of a state or a button.
 function icon(name) {
   const [first, ...more] = ICONS[SHAPES[name] || name] || ICONS.unknown;
   const filled = first === "F";
@@ -14313,6 +14314,7 @@ function plural(count, one, many = one + "s") {
   return `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
 }
 
+// Returns a size with its unit: "1.5 MB".
 function bytesWords(count) {
   const units = ["bytes", "kB", "MB", "GB"];
   let unit = 0;
@@ -14445,6 +14447,7 @@ async function showLoaded(root, load, show) {
 }
 
 let toastTimer = 0;
+// Shows a message at the bottom for some seconds; errors stay longer.
 function showToast(text, kind = "") {
   const line = $("#toast");
   line.className = `shown ${kind}`;
@@ -14507,6 +14510,7 @@ function roughDuration(s) {
   }
 }
 
+// Returns a time as seen from now: "in 5 min".
 function relativeTime(at) {
   const s = at - now();
   if (Math.abs(s) < 1.5) return "now";
@@ -14529,6 +14533,7 @@ function hostShift(at, host) {
   }
 }
 
+// Returns the offset from UTC of the zone that is shown, in seconds.
 function shiftOf(at, host) {
   if (zoneKind === "utc") return 0;
   if (zoneKind === "host" && host) return hostShift(at, host);
@@ -14555,6 +14560,7 @@ function shortTime(at, host) {
     ? clock(d) : d.getUTCFullYear()}`;
 }
 
+// Returns a time with date, seconds and zone, for titles.
 function exactTime(at, host) {
   const d = shifted(at, host), shift = shiftOf(at, host);
   const name = zoneKind === "utc" ? "" : zoneKind === "host" && host
@@ -14576,6 +14582,7 @@ function timeNode(at, host, words = relativeTime) {
 const dateNode = (at, host) => timeNode(at, host, () => shortTime(at, host));
 
 let ticks = 0;
+// Each second: near times; each half minute: all.
 function updateTimes() {
   ticks += 1;
   for (const node of document.getElementsByClassName("rel")) {
@@ -14624,6 +14631,7 @@ function hashing() {
     state[4] += e; state[5] += f; state[6] += g; state[7] += h;
   }
 
+  // Pads the bytes and compresses them block by block (FIPS 180-4).
   function sha256(bytes) {
     const size = (bytes.length + 72) & ~63, padded = new Uint8Array(size);
     padded.set(bytes);
@@ -14739,6 +14747,8 @@ const policy = globalThis.trustedTypes?.createPolicy("koi", {
   },
 });
 
+// Derives the root in a worker, so that the page stays usable; calls
+// progress(part) as it goes.
 function rootByWorker(secret, salt, rounds, progress) {
   const work = `const { pbkdf2 } = (${hashing})();
     onmessage = ({ data: [secret, salt, rounds] }) => postMessage(
@@ -14819,6 +14829,7 @@ async function fetched(path, { method = "GET", body, signal } = {}) {
   return reply;
 }
 
+// Returns the ApiError of a response that is not ok.
 async function errorOf(reply) {
   let body = {};
   try { body = await reply.json(); } catch { /* a proxy's page, perhaps */ }
@@ -14849,6 +14860,7 @@ async function logIn(secret, progress) {
   session.keys = isOperator() ? keys : null;
 }
 
+// Ends the session and forgets its keys; `why` is shown.
 function lock(why = "") {
   if (!session.token) return;
   Object.assign(session, { token: "", keys: null, role: "" });
@@ -14888,6 +14900,7 @@ const KEY_OF = { hosts: (host) => host.id, jobs: (job) => job.id,
 const NAMES = { jobs: ["label", "name", "section", "words", "user"],
   hosts: ["name"], checks: ["name", "tags", "words"], alerts: ["text"] };
 
+// Puts new versions of things into the state.
 function store(kind, items = []) {
   for (const item of items) {
     for (const name of NAMES[kind]) item[name] = visible(item[name] || "");
@@ -14895,6 +14908,7 @@ function store(kind, items = []) {
   }
 }
 
+// Forgets all that the dashboard knows, at the lock.
 function forgetState() {
   for (const kind of Object.keys(KEY_OF)) state[kind] = new Map();
   state.dash = {};
@@ -14923,6 +14937,7 @@ function applyChange(change) {
   announce(worse);
 }
 
+// Forgets a deleted thing. Alerts are deleted by their subject.
 function removeFrom(kind, id) {
   state[kind]?.delete(id);
   if (kind !== "alerts") return;
@@ -14976,6 +14991,7 @@ const stream = {
     } else if (!document.hidden && !this.live) this.start();
   },
 
+  // Reads the stream until it breaks, and then connects again.
   async follow() {
     const abort = this.abort = new AbortController();
     try {
@@ -15070,12 +15086,14 @@ function go(path) {
   location.hash = `#/${path}`;
 }
 
+// What is shown for an unknown address.
 function lostView(place, root) {
   root.append(el("h1", { text: "There is nothing here" }),
     el("p", {}, link("#/jobs", "All jobs")));
   return { title: "nothing here" };
 }
 
+// What is around the views, and which of them is shown.
 const app = {
   view: null, waiting: null, jobsScroll: 0, path: "",
 
@@ -15100,6 +15118,7 @@ const app = {
     logInView(why);
   },
 
+  // Returns the parts of the bar at the top.
   bar() {
     const nav = el("nav", { "aria-label": "Places" }, NAV.map(([path, word]) =>
       link(`#/${path}`, [word, path === "alerts"
@@ -15233,6 +15252,7 @@ function showTheme() {
   document.documentElement.dataset.theme = preferences.get("theme", "auto");
 }
 
+// Goes from the system's theme to light, dark, and back.
 function nextTheme() {
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
   const themes = dark ? ["auto", "light", "dark"] : ["auto", "dark", "light"];
@@ -15248,6 +15268,7 @@ function nextTheme() {
 
 const isFile = () => location.protocol === "file:";
 
+// Shows the login; `why` is what went wrong or why the page was locked.
 function logInView(why = "") {
   const server = isFile() && !$("meta[name=koi-server]").content
     && el("input", { id: "server", type: "url", required: true,
@@ -15273,6 +15294,7 @@ function logInView(why = "") {
   secret.focus();
 }
 
+// Logs in and opens the app, or shows the error below the field.
 async function tryLogIn({ server, secret, open, bar, failed }) {
   if (server) session.server = server.value.replace(/\/+$/, "");
   failed.textContent = "";
@@ -15296,6 +15318,7 @@ async function tryLogIn({ server, secret, open, bar, failed }) {
   }
 }
 
+// Returns why a login failed.
 function whyNot(error) {
   if (error.status === 401) return "That is not the passphrase.";
   if (error.status === 404) {
@@ -15354,6 +15377,7 @@ function barAt(node, event) {
   return best;
 }
 
+// Shows the tip of one bar above it, or below where there is no room.
 function showTip(node, at) {
   const { items, tipOf } = node.bars, item = items[at];
   if (!item) return hideTip();
@@ -15379,6 +15403,7 @@ const tipWords = (outcome, at, host, seconds) => [
   isThere(seconds) && outcome !== "m"
     ? ` \u00b7 ${formatDuration(seconds)}` : ""];
 
+// One listener for all pictures: tips at the pointer, and clicks.
 function listenToBars() {
   const barsOf = (event) => event.target.closest?.("svg.bars");
   document.addEventListener("mousemove", (event) => {
@@ -15465,6 +15490,7 @@ function sparkline(runs, usual) {
 let jobList = null;     // kept while other views are shown
 const jobFilter = { text: "", host: "", state: "" };
 
+// #/jobs, #/jobs?state=STATE
 function jobsView(place, root) {
   jobFilter.state = place.query.get("state") || jobFilter.state;
   jobList ||= new JobList();
@@ -15489,6 +15515,7 @@ const timeOfRun = (run) => run.started || run.due || run.asked;
 const durationOf = (run) => run.started
   ? (run.ended || now()) - run.started : null;
 
+// Returns why a job has no next start.
 function nextWords(job) {
   if (job.gone) return "in no tab";
   if (job.manual) return "when asked for";
@@ -15502,6 +15529,7 @@ const runLink = (job) => linkButton(`#/job/${job.id}/run`,
   [icon("run"), "Run"], { class: "btn run", "aria-label":
     `Run ${job.label}` });
 
+// Returns the buttons that silence the alerts of a job or check.
 function snoozeButtons(subject, one) {
   const until = (seconds, words) => button(words, () => withToast(() =>
     post("snooze", { subject, until: seconds ? Math.round(now() + seconds)
@@ -15553,6 +15581,7 @@ function failingLine(job, { since, count, last_ok: good, line }, host) {
     isOperator() && snoozeButtons(`job:${job.id}`, job)));
 }
 
+// Returns the cells of a check's row.
 function checkCells(check) {
   return { state: checkState(check), name: check.name || check.slug,
     href: `#/check/${check.id}`, title: check.desc, where: check.tags || "",
@@ -15567,6 +15596,7 @@ function checkCells(check) {
     act: copyButton(pingUrl(check), "URL") };
 }
 
+// One row of the list, of a job or a check.
 class JobRow {
   constructor() {
     this.root = el("div", { class: "row", role: "row" });
@@ -15608,6 +15638,7 @@ const STATE_FILTERS = [     // what is counted, its word, whether one fits
   ["unknown", "Unknown", (one) => one.state === "unknown"],
 ];
 
+// The list and its toolbar. It stays while other views are shown.
 class JobList {
   constructor() {
     this.rows = new Map();
@@ -15626,6 +15657,7 @@ class JobList {
     }
   }
 
+  // Returns the filter's fields.
   toolbar() {
     const set = (name, value) => {
       jobFilter[name] = value;
@@ -15658,6 +15690,7 @@ class JobList {
     }
   }
 
+  // Draws the groups, and forgets rows and groups that are gone.
   draw(groups) {
     const keys = new Set();
     arrange(this.body, groups.map((group) => {
@@ -15841,6 +15874,7 @@ const searchable = (job) => [job.label, job.name, job.section, job.command,
   job.user, job.tags, job.slug, job.when, job.words, hostName(job.host)]
   .join(" ").toLowerCase();
 
+// Orders by the rank of the state, then the latest first.
 function worstFirst(a, b) {
   const since = (one) => one.failing?.since || one.last_ping || 0;
   return STATES[a.state][1] - STATES[b.state][1] || since(b) - since(a);
@@ -15856,6 +15890,7 @@ function arrange(parent, nodes) {
   while (parent.children.length > nodes.length) parent.lastChild.remove();
 }
 
+// Returns a host's name and, if it is not up, why.
 function hostHeading(id) {
   const host = state.hosts.get(id);
   return el("h2", {}, hostName(id), host && host.state !== "up"
@@ -16045,6 +16080,7 @@ class Terminal {
       reader.decoder.decode(bytes, { stream: true }));
   }
 
+  // Writes decoded text; `reader` holds the state of its stream.
   write(reader, err, ms, text) {
     let base = this.style, style = this.shared({ ...base, err });
     for (let i = 0; i < text.length; i += 1) {
@@ -16070,6 +16106,7 @@ class Terminal {
     }
   }
 
+  // Puts one character at the cursor.
   put(cell, style, ms) {
     const line = this.line;
     line.cells[this.column] = cell;
@@ -16093,6 +16130,7 @@ class Terminal {
     this.begin(0);
   }
 
+  // Adds a note of koi's between the lines of the job.
   note(ms, bytes) {
     this.breakLine();
     this.lines.push({ cells: [`koi: ${visible(new TextDecoder().decode(
@@ -16124,6 +16162,7 @@ class Terminal {
     return true;
   }
 
+  // Takes one character of ESC [: K erases, m sets the style.
   control(reader, char, c) {
     if (c < 0x40 || c > 0x7e) {
       if (reader.held.length < LONGEST_SGR) reader.held += char;
@@ -16137,6 +16176,7 @@ class Terminal {
     }
   }
 
+  // ESC [ K: erases to the end of the line (0), to its start (1), all (2).
   erase(how) {
     const { cells, styles } = this.line;
     if (["", "0", "2"].includes(how)) {
@@ -16159,6 +16199,7 @@ class Terminal {
   }
 }
 
+// Returns an http or https URL as the browser writes it, or "".
 function webAddress(text) {
   if (!text || text.length >= LONGEST_LINK) return "";
   try {
@@ -16264,6 +16305,7 @@ class OutputViewer {
     this.show();
   }
 
+  // Returns the bar above the output.
   bar() {
     const toggle = (text, title, action) => button(text, action, { title,
       class: "btn toggle", "aria-pressed": "false" });
@@ -16296,6 +16338,7 @@ class OutputViewer {
     button("Download", () => this.download()));
   }
 
+  // Shows the state of the buttons and the columns.
   show() {
     const digits = String(this.terminal.number).length;
     this.pane.style.setProperty("--digits", `${Math.max(digits, 4)}ch`);
@@ -16335,12 +16378,14 @@ class OutputViewer {
     if (!placed) this.goToPlace();
   }
 
+  // Says why there is no output.
   sayNothing() {
     this.root.classList.add("bare");
     this.root.replaceChildren(el("p", { class: "nothing",
       text: nothingWords(this.run) }));
   }
 
+  // Feeds frames to the terminal, up to the most lines that are shown.
   add(frames) {
     const { terminal } = this;
     for (const frame of frames) {
@@ -16374,12 +16419,14 @@ class OutputViewer {
     else if (this.live) this.countUnseen(numbered);
   }
 
+  // Counts the new lines below the screen, for the button that goes there.
   countUnseen(added) {
     this.unseen += added;
     this.newer.hidden = !this.unseen;
     this.newer.textContent = `\u2193 ${plural(this.unseen, "new line")}`;
   }
 
+  // Appends an empty block, to be drawn when it comes near the screen.
   newBlock() {
     const block = { root: el("div", { class: "block" }), lines: [],
       drawn: false };
@@ -16390,6 +16437,7 @@ class OutputViewer {
     return block;
   }
 
+  // Makes the elements of a block's lines, once.
   drawBlock(block) {
     if (block.drawn) return;
     block.drawn = true;
@@ -16399,6 +16447,7 @@ class OutputViewer {
     if (this.following) this.scrollToEnd();
   }
 
+  // Returns the element of a line: number, time, text.
   lineNode(line) {
     const { number, at } = line, text = el("span", { class: "text" });
     paint(text, line);
@@ -16433,6 +16482,7 @@ class OutputViewer {
     this.top = scrollTop;
   }
 
+  // Begins or ends to follow the output of a live run.
   setFollow(is) {
     this.following = is && this.live;
     if (is) {
@@ -16574,6 +16624,7 @@ const SIGNALS = { 1: "HUP", 2: "INT", 3: "QUIT", 6: "ABRT", 9: "KILL",
 const failedRun = (run) => ["interrupted", "unstartable", "missed"]
   .includes(run.state) || run.state === "done" && run.exit !== 0;
 
+// Returns in words how a run ended, or where it is.
 function sentence(run) {
   const time = formatDuration(durationOf(run));
   const why = run.reason ? `: ${run.reason}` : "";
@@ -16595,6 +16646,7 @@ function sentence(run) {
     : `Failed with exit ${run.exit} after ${time}`;
 }
 
+// Returns why a run has no output.
 function nothingWords(run) {
   if (!run.started) return "It did not start, so there is no output.";
   if (run.have < run.size) return "Its output has not arrived here yet.";
@@ -16615,6 +16667,7 @@ const quoted = (value) => `'${value.replaceAll("'", "'\\''")}'`;
 const DOTS = "\u2022\u2022\u2022\u2022\u2022\u2022";
 const isMasked = (value) => value === "******";
 
+// #/run/ID, #/run/ID/Lnn, #/run/ID?q=TEXT, #/run/ID?diff
 function runView(place, root) {
   const id = +place.parts[0];
   let shown = null;
@@ -16636,6 +16689,7 @@ function runView(place, root) {
       k: () => shown?.newer && go(`run/${shown.newer}`) } };
 }
 
+// One run: what happened, its output, and the other runs beside it.
 class RunPage {
   constructor({ run, job, good, older, newer }, place, root) {
     Object.assign(this, { run, job, good, older, newer });
@@ -16669,6 +16723,7 @@ class RunPage {
         && state.jobs.has(this.run.job)) this.listRuns();
   }
 
+  // Draws what is above the output.
   draw() {
     const { run, job } = this, mark = runState(run);
     this.head.replaceChildren(el("p", { class: "crumbs" },
@@ -16682,6 +16737,7 @@ class RunPage {
         : code(visible(quoted(value)))]), "args"));
   }
 
+  // Returns the buttons on the right of the sentence.
   actions() {
     const { run } = this, job = state.jobs.get(this.job?.id) || this.job;
     const other = (id, name, words) => id && linkButton(`#/run/${id}`,
@@ -16701,6 +16757,7 @@ class RunPage {
     if (job && canRun(job)) go(`job/${job.id}/run`);
   }
 
+  // Returns the list of facts below the sentence.
   facts() {
     const { run, host } = this;
     const late = run.started && run.due ? run.started - run.due : 0;
@@ -16840,6 +16897,7 @@ function editSteps(a, b, trace, most) {
 
 const withoutDigits = (line) => line.replace(/\d+/g, "0");
 
+// Returns the difference between two outputs, as linesToCompare gives them.
 function diffNode(old, young, good, close) {
   const list = el("div", { class: "difflines" });
   const ignore = el("input", { type: "checkbox", checked: true,
@@ -16899,6 +16957,7 @@ function diffLines(found) {
 
 // --- job: all that is known about one --------------------------------------
 
+// #/job/ID
 function jobView(place, root) {
   const id = +place.parts[0], job = state.jobs.get(id);
   if (!job) return lostView(place, root);
@@ -16917,6 +16976,7 @@ function jobView(place, root) {
   } };
 }
 
+// Returns what is shown above the runs of a job.
 function jobHead(job) {
   const host = hostOf(job), forget = async () => {
     await post("forget", { job: job.id });
@@ -16944,6 +17004,7 @@ function jobHead(job) {
     && setAttributes(historyBar(job.strip, host), { tabindex: 0 }))];
 }
 
+// Returns the table of a job's runs.
 function runTable(answer, job) {
   const host = hostOf(job);
   if (!answer.runs.length) {
@@ -16962,6 +17023,7 @@ function runTable(answer, job) {
   ({ id }) => `jobs/${job.id}/runs?limit=100&before=${id}`, "runs");
 }
 
+// Returns the arguments of a run as muted text.
 function argsWords(args) {
   const list = Object.entries(args || {});
   return list.length ? muted(" ", list.map(([name, value]) =>
@@ -16971,6 +17033,7 @@ function argsWords(args) {
 
 // --- signed requests: what a host believes ---------------------------------
 
+// Returns the key that signs what this host is to do. Throws ApiError.
 function keyFor(host) {
   if (!session.keys) throw new ApiError(0, WORDS.viewer);
   return hostKey(session.keys.run, host);
@@ -17092,12 +17155,14 @@ const isUnsafe = (c) => c < 0x20 || c >= 0x7f && c <= 0x9f || c === 0x200e
   || c === 0x200f || c >= 0x2028 && c <= 0x202e || c >= 0x2066
   && c <= 0x2069 || c === 0xfeff;
 
+// Is it a date of the calendar, as 2026-03-29?
 function isDate(text) {
   if (!/^\d{4}-\d{2}-\d{2}$/.test(text) || text < "0001") return false;
   const date = new Date(`${text}T00:00:00Z`);
   return !Number.isNaN(+date) && isoDay(date) === text;
 }
 
+// #/job/ID/run
 function formView(place, root) {
   const id = +place.parts[0], job = state.jobs.get(id);
   if (!job) return lostView(place, root);
@@ -17134,6 +17199,7 @@ async function formData(job) {
   return { spec, runs };
 }
 
+// The form of one job, from its fields to the request.
 class RunForm {
   constructor(job, spec, runs) {
     Object.assign(this, { job, spec });
@@ -17263,6 +17329,7 @@ class ArgumentField {
     this.fill(null);
   }
 
+  // Returns the input that fits the argument's type.
   makeInput(facts) {
     const { type, choices, default: usual } = this.param;
     if (type === "bool") return el("input", { ...facts, type: "checkbox" });
@@ -17330,6 +17397,7 @@ const shownValue = (value) => visibleLines(quoted(value));
 
 // --- day: one day across hosts ---------------------------------------------
 
+// #/day, #/day/2026-03-29, #/day/2026-03-29?h=6&at=12
 function dayView(place, root) {
   const [date] = place.parts, hours = +(place.query.get("h") || 24);
   let from = dayStart(date || isoDay(shifted(now())));
@@ -17351,6 +17419,7 @@ function dayStart(date) {
   return noon - 43200 - shiftOf(first);
 }
 
+// The bars of a day, or of 6 hours of it, one row per job.
 class Day {
   constructor(from, to, hours, root) {
     Object.assign(this, { from, to, hours, root });
@@ -17364,6 +17433,7 @@ class Day {
     this.timer = setInterval(() => this.draw(), 60000);
   }
 
+  // Returns the title and the buttons for other days.
   bar() {
     const d = shifted(this.from), isToday = isoDay(d)
       === isoDay(shifted(now()));
@@ -17435,6 +17505,7 @@ class Day {
     this.tabulate();
   }
 
+  // Draws the rows in the width that there is.
   draw() {
     if (!this.rows || !this.grid.isConnected) return;
     if (!this.rows.length) {
@@ -17525,6 +17596,7 @@ const startsOf = (row) => row ? [...row.bars.map(([at, end, outcome, run]) =>
 
 // --- search: through all outputs -------------------------------------------
 
+// #/search?q=TEXT, #/search?q=TEXT&job=ID
 function searchView(place, root) {
   const text = place.query.get("q") || "", job = place.query.get("job");
   const input = el("input", { type: "search", value: text,
@@ -17546,11 +17618,13 @@ function searchView(place, root) {
     k: () => focusLink(root, -1) } };
 }
 
+// Moves the focus along the links of a list, for j and k.
 function focusLink(root, by) {
   const links = [...root.querySelectorAll("li > a")];
   links[Math.max(0, links.indexOf(document.activeElement) + by)]?.focus();
 }
 
+// Returns the list of the runs that a search found.
 function matchList(answer, text, path) {
   if (!answer.hits.length) {
     return empty("No output has it",
@@ -17588,6 +17662,7 @@ function marked(raw, text) {
 
 // --- audit: who asked for what ---------------------------------------------
 
+// #/audit
 function auditView(place, root) {
   root.append(el("h1", { text: "Audit" }));
   showLoaded(root, () => get("audit"), (answer) => root.append(
@@ -17601,6 +17676,7 @@ function auditView(place, root) {
 
 const RESULT_MARKS = { refused: "failed", expired: "missed", waiting: "new" };
 
+// Returns a row of the audit.
 function auditRow(row) {
   const host = state.hosts.get(row.host);
   return tableRow(dateNode(row.at, host), row.who,
@@ -17615,6 +17691,7 @@ function auditRow(row) {
 
 // --- checks: what pings in from elsewhere ----------------------------------
 
+// #/check/ID, #/check/new
 function checkView(place, root) {
   const [id] = place.parts;
   if (id === "new") return editCheckView({ parts: [""] }, root);
@@ -17639,6 +17716,7 @@ function checkView(place, root) {
 
 const checkCrumbs = () => crumbs(link("#/jobs", "Jobs"), "Checks");
 
+// Returns what is shown above the pings; isOpen: its examples are open.
 function checkHead(check, isOpen) {
   const send = (body) => post(`checks/${check.id}`, body);
   const act = (words, body) => button(words, () => withToast(() =>
@@ -17669,6 +17747,7 @@ function checkHead(check, isOpen) {
   pingExamples(pingUrl(check), isOpen || !check.n)];
 }
 
+// Returns examples of how to ping a URL.
 function pingExamples(url, open) {
   const example = (title, text) => [el("h3", { text: title }), snippet(text)];
   return el("details", { class: "card", open },
@@ -17695,6 +17774,7 @@ const PING_KINDS = { "": ["ok", "ok"], success: ["ok", "ok"],
   start: ["running", "start"], fail: ["failed", "failed"],
   log: ["new", "log"], ign: ["skipped", "ignored"] };
 
+// Returns a row of the table of pings, with a button for the body.
 function pingRow(path, ping) {
   const [mark, word] = PING_KINDS[ping.kind] || ["new", ping.kind];
   const show = ping.size > 0 && button("Show", async (event) => {
@@ -17745,6 +17825,7 @@ const NEW_CHECK = { name: "", slug: "", tags: "", desc: "", kind: "simple",
   period: 86400, grace: 3600, schedule: "30 2 * * *", tz: "UTC",
   start_within: 0, run_limit: 0, manual_resume: false, methods: "" };
 
+// #/check/ID/edit, and a new check
 function editCheckView(place, root) {
   const [id] = place.parts, old = id ? state.checks.get(id) : NEW_CHECK;
   if (!old) return lostView(place, root);
@@ -17790,6 +17871,7 @@ function checkFields(old) {
   };
 }
 
+// Returns the form of a check; without `id` it creates one.
 function checkForm(id, old) {
   const fields = checkFields(old), root = (name) => fields[name].root;
   const kind = select({ id: "c-kind", onchange: () => showKind() },
@@ -17812,6 +17894,7 @@ function checkForm(id, old) {
       { class: "btn quiet" })));
 }
 
+// Creates or changes the check and shows it, or the error in the form.
 async function saveCheck(id, kind, fields, failed) {
   const body = Object.fromEntries(Object.entries(fields).map(([name, one]) =>
     [name, one.value()]));
@@ -17833,6 +17916,7 @@ async function saveCheck(id, kind, fields, failed) {
 
 // --- alerts, and where they are sent ---------------------------------------
 
+// #/alerts
 function alertsView(place, root) {
   const list = el("div");
   const channels = el("div", { class: "channels" });
@@ -17871,6 +17955,7 @@ function subjectOf({ subject }) {
     host };
 }
 
+// Returns the active alerts, the newest first.
 function alertList() {
   const alerts = [...state.alerts.values()].sort((a, b) =>
     b.since - a.since);
@@ -17914,6 +17999,7 @@ function showChannels(root, channels) {
   isOperator() ? channelForm(send) : "");
 }
 
+// Returns the form that adds a channel.
 function channelForm(send) {
   const kind = select({ "aria-label": "By", onchange: () => show() },
     Object.keys(CHANNEL_HELP).map((text) => [text]));
@@ -17932,6 +18018,7 @@ function channelForm(send) {
 
 // --- hosts -----------------------------------------------------------------
 
+// #/hosts
 function hostsView(place, root) {
   const list = el("div");
   root.append(el("h1", { text: "Hosts" }), list, section("Add a host",
@@ -17953,6 +18040,7 @@ const HOST_STATES = { up: ["ok", "up"], silent: ["unknown", "silent"],
   twin: ["late", "two with one identity"], new: ["new", "new"],
   left: ["paused", "left"] };
 
+// Returns a row of the table of hosts.
 function hostRow(host) {
   const jobs = [...state.jobs.values()].filter((job) =>
     job.host === host.id).length;
@@ -17981,6 +18069,7 @@ const hasOtherKeys = (host) => session.keys && host.key
 
 // --- settings --------------------------------------------------------------
 
+// #/settings
 function settingsView(place, root) {
   const { dash } = state;
   root.classList.add("narrow");
@@ -18005,6 +18094,7 @@ function settingsView(place, root) {
   return { title: "Settings" };
 }
 
+// Returns the part with the viewer's key, which operators see.
 function viewerSection() {
   const key = session.keys && `view-${hex(session.keys.view)}`;
   return section("Viewers", el("p", { text: "Who has this key sees all jobs "
@@ -18025,6 +18115,7 @@ const SHORTCUTS = [["/", "search or filter"], ["j  k",
 const AFTER_G = { j: "jobs", t: "day", s: "search", a: "alerts", h: "hosts",
   u: "audit" };
 
+// Opens the dialog with the list of keys.
 function showShortcuts() {
   const dialog = $("#shortcuts");
   dialog.replaceChildren(el("h2", { text: "Keys" }), el("dl",
@@ -18037,6 +18128,7 @@ function showShortcuts() {
 
 let pressedG = 0;       // when, in ms
 
+// Handles a key: a shortcut of the page or of the view.
 function onKey(event) {
   if (!session.token || event.ctrlKey || event.metaKey || event.altKey) {
     return;
@@ -18060,6 +18152,7 @@ function onKey(event) {
   event.preventDefault();
 }
 
+// Starts the page; what follows comes from events.
 function start() {
   showTheme();
   session.server = $("meta[name=koi-server]").content.replace(/\/+$/, "");
@@ -18088,8 +18181,10 @@ start();
 
 
 def page_policy(connect: str = "'self'") -> str:
-    """What the browser lets the page do: run this script and this style,
-    and talk to one server. For a header (Content-Security-Policy)."""
+    """Return the Content-Security-Policy of the page.
+
+    It allows this script, this style, and requests to `connect` alone.
+    """
     from base64 import b64encode
     from hashlib import sha256
     script, style = (b64encode(sha256(text.encode()).digest()).decode()
@@ -18102,14 +18197,17 @@ def page_policy(connect: str = "'self'") -> str:
 
 
 def page_text(server: str | None = None) -> str:
-    """The page as one text. With a server ("": it asks which) it is for a
-    file to be opened from disk, and brings its own policy along."""
+    """Return the page as one text.
+
+    With a `server` it is for a file that is opened from disk, and contains
+    its policy; with "" it asks for the server at the login.
+    """
     from html import escape
     text = PAGE_HTML
     if server is not None:
-        plain = set(server).isdisjoint(" ;,'\"\n")
+        is_url = set(server).isdisjoint(" ;,'\"\n")
         policy = page_policy(
-            "'none'" if not plain else server or "http: https:").replace(
+            "'none'" if not is_url else server or "http: https:").replace(
                 "frame-ancestors 'none'; ", "")     # for headers alone
         text = text.replace(
             '<meta name="koi-server" content="">',

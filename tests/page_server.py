@@ -4,8 +4,8 @@ its real policy, over made-up hosts, jobs and runs that stay as they are.
 
     tests/page_server.py [--port 8078] [--empty] [--many] [--hostile] [--plain]
 
-The passphrase is that of tests/cases/keys.json. Signed requests are judged by
-section Keys, as koid would.
+The passphrase is that of tests/cases/keys.json. Signed requests are checked by
+section Keys, as koid does it.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ class World:
     # --- what is made up
 
     def odd(self, text: str) -> str:
+        """The text, after a hostile one if this world has them."""
         return self.dice.choice(HOSTILE) + text if self.hostile else text
 
     def make_hosts(self):
@@ -119,14 +120,14 @@ class World:
             ident = f"{number + 1:x}" * 32
             if name == "web1":
                 ident = VECTOR["host"]
-            silent = name == "build"
+            down = name == "build"
             key = koitab.host_key(self.keys.run if name != "mail" else
                                   bytes(32), ident)
             self.hosts[ident] = {
                 "id": ident, "name": self.odd(name), "zone": self.odd(zone)
                 if self.hostile else zone, "offset": offset,
-                "seen": self.now - (900 if silent else 4),
-                "state": "silent" if silent else "up",
+                "seen": self.now - (900 if down else 4),
+                "state": "silent" if down else "up",
                 "skew": 43.0 if name == "mail" else 0.1, "version": "1.0",
                 "key": koitab.key_id(key), "since": self.now - 9e6,
                 "troubles": ["/etc/cron.d/old:3: hour is 0 to 23, not '24'"]
@@ -199,10 +200,10 @@ class World:
                    FAULTS[job["id"] % len(FAULTS)] if exit_status
                    else "done."), **more}
         self.runs[number] = run
-        letter = {"done": "f" if exit_status else "o", "missed": "m",
+        outcome = {"done": "f" if exit_status else "o", "missed": "m",
                   "running": "r"}.get(state, "i")
         job["strip"] = (job["strip"] + [[number, at, took if state == "done"
-                                         else None, letter]])[-90:]
+                                         else None, outcome]])[-90:]
         job["last"] = run
         return run
 
@@ -325,7 +326,7 @@ class World:
             {"id": 2, "kind": "ntfy", "target": "https://ntfy.sh/koi",
              "last": None, "error": self.odd("it said 503")}]
 
-    # --- what is asked
+    # --- requests
 
     def state(self, role: str) -> dict:
         return {"seq": self.seq, "now": time.time(), "version": "1.0",
@@ -365,35 +366,35 @@ class World:
             "user", "tag", "section", "name", "label", "when", "words",
             "command", "params", "confirm")}, ensure_ascii=False)
 
-    def judge(self, sent: dict) -> dict:
+    def verify(self, sent: dict) -> dict:
         """What koid would say to a signed request."""
         host, now = sent["host"], time.time()
         key = koitab.host_key(self.keys.run, host)
-        asked = koitab.verify_request(key, sent["body"], sent["mac"])
-        why = koitab.request_mismatch(asked,
+        request = koitab.verify_request(key, sent["body"], sent["mac"])
+        why = koitab.request_mismatch(request,
                                       {"key": koitab.key_id(key), "dash": DASH,
                                               "host": host}, now, 0)
         job = next((job for job in self.jobs.values() if job["host"] == host
-                    and job["tag"] == asked.get("tag")), None)
-        if asked["do"] == "run" and (not job or koitab.sha256_hex(
-                self.spec(job)) != asked["job"]):
+                    and job["tag"] == request.get("tag")), None)
+        if request["do"] == "run" and (not job or koitab.sha256_hex(
+                self.spec(job)) != request["job"]):
             why = "its line in the tab has changed: reload the page"
-        asked["refused"] = why
-        return asked
+        request["refused"] = why
+        return request
 
-    def carry_out(self, asked: dict):
-        nonce = asked["nonce"]
-        if asked["refused"]:
+    def carry_out(self, request: dict):
+        nonce = request["nonce"]
+        if request["refused"]:
             self.requests[nonce].update(state="refused",
-                                        reason=asked["refused"])
+                                        reason=request["refused"])
             return
-        if asked["do"] == "kill":
+        if request["do"] == "kill":
             self.requests[nonce]["state"] = "accepted"
             return
         job = next(job for job in self.jobs.values()
-                   if job["tag"] == asked["tag"])
+                   if job["tag"] == request["tag"])
         run = self.add_run(job, time.time(), 0, "running")
-        run["args"] = {**asked["args"], **dict.fromkeys(asked["secrets"],
+        run["args"] = {**request["args"], **dict.fromkeys(request["secrets"],
                                                         "******")}
         self.outputs[run["id"]] = frame(1, 5, "started\n")
         job["state"], job["running"] = "running", [run["id"]]
@@ -558,13 +559,13 @@ class Page(http.server.BaseHTTPRequestHandler):
             if self.world.tries > 5:
                 return self.refuse(429, "too many tries", Retry_After="40")
             return self.refuse(401, "that key is not known here")
-        deed = getattr(self, f"{method.lower()}_{parts[2]}", None)
+        handler = getattr(self, f"{method.lower()}_{parts[2]}", None)
         try:
             if method == "POST" and role != "operator":
                 return self.refuse(403, "a viewer can only read")
-            if not deed:
+            if not handler:
                 return self.refuse(404, "there is nothing here")
-            return deed(parts[3:], query if body is None else body)
+            return handler(parts[3:], query if body is None else body)
         except (KeyError, StopIteration):
             return self.refuse(404, "there is no such thing")
         except (BrokenPipeError, ConnectionResetError):
@@ -679,13 +680,13 @@ class Page(http.server.BaseHTTPRequestHandler):
 
     def post_requests(self, _rest, body):
         world = self.world
-        asked = world.judge(body)
-        world.requests[asked["nonce"]] = {
-            "nonce": asked["nonce"], "state": "waiting", "reason": "",
+        request = world.verify(body)
+        world.requests[request["nonce"]] = {
+            "nonce": request["nonce"], "state": "waiting", "reason": "",
             "run": None}
-        world.asked = asked
-        threading.Timer(0.3, world.carry_out, (asked,)).start()
-        self.answer({"nonce": asked["nonce"], "state": "waiting"}, 202)
+        world.last_request = request
+        threading.Timer(0.3, world.carry_out, (request,)).start()
+        self.answer({"nonce": request["nonce"], "state": "waiting"}, 202)
 
     def post_snooze(self, _rest, body):
         kind, ident = body["subject"].split(":", 1)
@@ -779,9 +780,9 @@ def main():
     parser.add_argument("--port", type=int, default=8078)
     for flag in ("empty", "many", "hostile"):
         parser.add_argument(f"--{flag}", action="store_true")
-    told = parser.parse_args()
-    with Server(told.port, empty=told.empty, many=told.many,
-                hostile=told.hostile) as server:
+    options = parser.parse_args()
+    with Server(options.port, empty=options.empty, many=options.many,
+                hostile=options.hostile) as server:
         print(f"{server.url}  passphrase: {PASSWORD}", flush=True)
         threading.Event().wait()
 

@@ -23,7 +23,7 @@ VECTOR = page_server.VECTOR
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_each_part_is_ascii_of_79_columns_without_blanks_at_the_end(name):
+def test_each_part_is_ascii_of_79_columns_without_trailing_blanks(name):
     lines = PARTS[name].split("\n")
     assert PARTS[name].isascii()
     assert [line for line in lines if len(line) > 79
@@ -36,11 +36,11 @@ def test_each_part_is_ascii_of_79_columns_without_blanks_at_the_end(name):
     "srcdoc", "setTimeout(\"", "import(", "importScripts", "cookie",
     "sessionStorage", "indexedDB", "XMLHttpRequest", "WebSocket",
     "EventSource", "window.open", "postMessage(*"])
-def test_nothing_makes_markup_or_code_of_text_or_keeps_a_key(word):
+def test_script_never_makes_markup_or_code_of_text_nor_stores_a_key(word):
     assert word not in koitab.PAGE_JS
 
 
-def test_local_storage_keeps_preferences_and_nothing_else():
+def test_local_storage_holds_only_preferences():
     used = re.findall(r"localStorage\.\w+\([^)]*\)", koitab.PAGE_JS)
     assert used == ['localStorage.getItem("koi." + name)',
                     'localStorage.setItem("koi." + name, value)']
@@ -48,7 +48,7 @@ def test_local_storage_keeps_preferences_and_nothing_else():
         "zone", "theme", "times", "wrap"}
 
 
-def test_nothing_comes_from_elsewhere():
+def test_page_loads_nothing_from_elsewhere():
     known = {"http://www.w3.org/2000/svg",      # a name, never fetched
              "https://koi.example.org", "https://chat.example.org/hook",
              "https://ntfy.sh/my-topic"}        # examples in fields
@@ -57,13 +57,13 @@ def test_nothing_comes_from_elsewhere():
         assert not re.search(r"url\(|@import|@font-face| src=|<base", text)
 
 
-def test_no_attribute_carries_a_style_or_a_script():
+def test_no_attribute_holds_a_style_or_a_script():
     assert not re.search(r"<[^>]+\s(style|on\w+)=", koitab.PAGE_HTML)
     assert not re.search(r'[{,]\s*style:|setAttribute\("(style|on)',
                          koitab.PAGE_JS)
 
 
-def test_the_text_is_the_three_parts_and_the_policy_has_their_hashes():
+def test_policy_has_the_hashes_of_style_and_script():
     text, policy = koitab.page_text(), koitab.page_policy()
     for tag, part in (("style", koitab.PAGE_CSS), ("script",
                                                    koitab.PAGE_JS)):
@@ -74,7 +74,7 @@ def test_the_text_is_the_three_parts_and_the_policy_has_their_hashes():
     assert "unsafe" not in policy and "*" not in policy
 
 
-def test_the_page_for_a_file_brings_its_policy_and_its_server():
+def test_page_for_a_file_contains_its_policy_and_its_server():
     text = koitab.page_text('https://koi.test/"><b>')
     assert 'content="https://koi.test/&quot;&gt;&lt;b&gt;"' in text
     assert "Content-Security-Policy" in text
@@ -86,20 +86,37 @@ def test_the_page_for_a_file_brings_its_policy_and_its_server():
     assert 'name="koi-server" content=""' in koitab.page_text("")
 
 
-def test_functions_are_short_enough_to_be_read():
-    """A screen or so; classes are looked at by their methods."""
+def test_functions_have_at_most_45_lines():
+    """Classes are measured by their methods."""
     lines, begun, long = koitab.PAGE_JS.split("\n"), None, []
     for number, line in enumerate(lines, start=1):
-        if re.match(r"(async )?function \w+\(|  (async )?\w+\(.*\) \{$",
+        if re.match(r"(async )?function\*? \w+\(|  (async )?\w+\(.*\) \{$",
                     line):
             begun = (number, line)
         if begun and line == re.match(r" *", begun[1]).group() + "}":
-            if number - begun[0] > 60:
+            if number - begun[0] >= 45:
                 long.append((begun[1], number - begun[0]))
             begun = None
-    # One text that a worker gets, so it holds its functions.
+    # A worker gets hashing() as one text, so it contains its functions.
     assert [line for line, _ in long if "function hashing()" not in line
             ] == []
+
+
+def test_functions_of_more_than_10_lines_have_a_comment():
+    """It says above the function what it returns or does."""
+    lines, bare = koitab.PAGE_JS.split("\n"), []
+    for number, line in enumerate(lines):
+        found = re.match(r"( *)(async )?(function\*? |class )?\w+"
+                         r"(\([^;]*\)| extends \w+|) \{$", line)
+        if not found or line.split()[0] in (
+                "if", "for", "while", "switch", "try", "return") \
+                or "constructor" in line:
+            continue
+        end = next(at for at in range(number, len(lines)) if re.match(
+            found[1] + r"\}[,;]?$", lines[at]))
+        if end - number > 10 and "//" not in lines[number - 1]:
+            bare.append(line.strip())
+    assert bare == []
 
 
 # --- in a browser: the same values as section Keys and section Tab
@@ -114,7 +131,7 @@ def login_page(browser):
         yield browser
 
 
-def test_the_keys_of_a_password_are_those_of_section_keys(login_page):
+def test_keys_of_a_passphrase_equal_those_of_section_keys(login_page):
     keys = login_page.js("""
         const [password, salt] = arguments;
         return derive(password, salt, 600000).then((keys) => ({
@@ -123,7 +140,7 @@ def test_the_keys_of_a_password_are_those_of_section_keys(login_page):
     assert keys == {name: VECTOR[name] for name in ("api", "view", "run")}
 
 
-def test_a_password_is_the_same_however_it_was_typed(login_page):
+def test_passphrase_is_normalized_before_keys_are_derived(login_page):
     assert unicodedata.normalize("NFC", VECTOR["password_apart"]) \
         != VECTOR["password_apart"]
     assert login_page.js("return derive(arguments[0], arguments[1], 600000)"
@@ -132,7 +149,7 @@ def test_a_password_is_the_same_however_it_was_typed(login_page):
         VECTOR["api_apart"]
 
 
-def test_the_twin_in_plain_javascript_comes_to_the_same(login_page):
+def test_worker_without_crypto_subtle_derives_the_same_keys(login_page):
     """In the worker that a page without a secure context uses."""
     root = login_page.js("return rootByWorker(utf8(arguments[0]), "
                          "unhex(arguments[1]), 600000, (part) => { "
@@ -147,14 +164,14 @@ def test_the_twin_in_plain_javascript_comes_to_the_same(login_page):
 @pytest.mark.parametrize("salt, rounds", [
     ("00" * 16, 599_999), ("00" * 16, 10_000_001), ("00" * 8, 600_000),
     ("", 600_000), ("zz" * 16, 600_000), ("00" * 16, 600_000.5)])
-def test_a_dashboard_that_wants_weak_keys_gets_none(login_page, salt, rounds):
+def test_unsafe_salt_or_rounds_derive_no_keys(login_page, salt, rounds):
     assert login_page.js(
         "return derive('a password', ...arguments).then(() => 'derived', "
         "(error) => error.message)", salt, rounds) == (
             "This dashboard asks for keys that would be weak.")
 
 
-def test_signatures_are_those_of_section_keys(login_page):
+def test_signatures_equal_those_of_section_keys(login_page):
     found = login_page.js("""
         const key = hostKey(unhex(arguments[0].run), arguments[0].host);
         return {host_key: hex(key), key_id: keyId(key),
@@ -166,7 +183,7 @@ def test_signatures_are_those_of_section_keys(login_page):
 
 
 @pytest.mark.parametrize("size", [0, 1, 55, 56, 63, 64, 65, 119, 120, 1000])
-def test_sha256_is_sha256_at_each_border(login_page, size):
+def test_sha256_is_right_at_each_block_boundary(login_page, size):
     text = "a" * size
     assert login_page.js("return digest(arguments[0])", text) == \
         sha256(text.encode()).hexdigest()
@@ -185,8 +202,8 @@ TYPES = [("string", ()), ("text", ()), ("int", ()), ("bool", ()),
 
 
 @pytest.mark.parametrize("kind, choices", TYPES)
-def test_a_value_is_refused_with_the_words_of_section_tab(login_page, kind,
-                                                          choices):
+def test_invalid_value_has_the_message_of_section_tab(login_page, kind,
+                                                      choices):
     param = koitab.Parameter("x", kind, None, choices)
     expected = [param.value_error(value) for value in VALUES]
     assert login_page.js("return arguments[1].map((value) => valueError("
@@ -195,13 +212,13 @@ def test_a_value_is_refused_with_the_words_of_section_tab(login_page, kind,
                          ) == expected
 
 
-def test_half_a_letter_is_refused(login_page):
+def test_lone_surrogate_is_refused(login_page):
     assert login_page.js(
         r"return ['\ud800', 'a\udc00', '\udc00\ud800'].map((value) => "
         "valueError({type: 'string'}, value))") == ["it is not UTF-8"] * 3
 
 
-def test_a_request_is_believed_and_its_secret_unveiled(login_page):
+def test_koid_accepts_a_request_and_decrypts_its_secret(login_page):
     """From the page's signature to koid's judgement, byte by byte."""
     spec = {"user": "ann", "tag": "0a" * 6, "params": [
         {"name": "__proto__", "type": "string"},
@@ -237,16 +254,18 @@ def test_a_request_is_believed_and_its_secret_unveiled(login_page):
     (60, "1 min"), (61, "1 min 1 s"), (3500, "58 min"), (3599, "1 h"),
     (3600, "1 h"),
     (5400, "1 h 30 min"), (86400, "1 d"), (90000, "1 d 1 h")])
-def test_how_long_something_took_in_words(login_page, seconds, words):
-    assert login_page.js("return formatDuration(arguments[0])", seconds) == words
+def test_duration_is_formatted_in_at_most_two_units(login_page, seconds,
+                                                    words):
+    assert login_page.js("return formatDuration(arguments[0])",
+                         seconds) == words
 
 
 @pytest.mark.parametrize("old, new, expected", [
     ("abc", "abc", " a b c"), ("", "a", "+a"), ("a", "", "-a"),
     ("abcd", "abxd", " a b-c+x d"), ("abc", "xabcy", "+x a b c+y"),
     ("aaa", "aa", None), ("abcabba", "cbabac", None)])
-def test_a_difference_turns_the_old_lines_into_the_new(login_page, old, new,
-                                                       expected):
+def test_difference_turns_the_old_lines_into_the_new(login_page, old, new,
+                                                     expected):
     found = login_page.js(
         "return difference([...arguments[0]], [...arguments[1]],"
                           " (a, b) => a === b)", old, new)
@@ -257,7 +276,7 @@ def test_a_difference_turns_the_old_lines_into_the_new(login_page, old, new,
         assert sorted(got) == sorted(expected)
 
 
-def test_a_difference_of_thousands_of_lines_is_quick_or_given_up(login_page):
+def test_difference_of_4000_lines_is_quick_or_given_up(login_page):
     before = login_page.cpu_seconds()
     same, far = login_page.js("""
         const a = Array.from({length: 4000}, (_, i) => "line " + i);

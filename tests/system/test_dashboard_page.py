@@ -15,7 +15,8 @@ PASSWORD = page_server.PASSWORD
 
 @pytest.fixture(scope="module", autouse=True)
 def well_behaved(browser):
-    """No test leaves an error or a violation of the policy unexpected."""
+    """Fails when a test caused an error or a violation of the policy that it
+    did not expect."""
     yield
     assert browser.faults() == []
 
@@ -43,7 +44,8 @@ def page(browser, stand_in):
 # --- login
 
 
-def test_a_wrong_passphrase_is_told_and_too_many_tries_wait(browser, stand_in):
+def test_wrong_passphrase_is_refused_and_many_tries_are_throttled(
+        browser, stand_in):
     stand_in.world.tries = 3
     browser.go("about:blank")
     browser.go(stand_in.url)
@@ -60,7 +62,7 @@ def test_a_wrong_passphrase_is_told_and_too_many_tries_wait(browser, stand_in):
     assert len(refused) == 3                # the browser's own words
 
 
-def test_rounds_below_the_floor_are_not_computed(browser, stand_in):
+def test_login_refuses_fewer_rounds_than_the_minimum(browser, stand_in):
     stand_in.rounds = 1000
     try:
         browser.go("about:blank")
@@ -73,17 +75,17 @@ def test_rounds_below_the_floor_are_not_computed(browser, stand_in):
         stand_in.rounds = 600_000
 
 
-def test_a_viewer_reads_and_is_offered_nothing_to_run(browser, stand_in):
+def test_viewer_sees_jobs_and_no_run_buttons(browser, stand_in):
     stand_in.world.tries = 0
     browser.open(stand_in.url, f"view-{page_server.VECTOR['view']}")
     browser.find(".row")
-    assert browser.js("return document.querySelectorAll('.run, .row-actions button')"
-                      ".length") == 0
+    assert browser.js("return document.querySelectorAll('.run, .row-actions "
+                      "button').length") == 0
     browser.visit(f"job/{stand_in.world.every_type}/run", ".note")
     assert "can read, and nothing else" in browser.text(".note")
 
 
-def test_locking_forgets_the_keys_and_what_was_shown(page):
+def test_locking_forgets_the_keys_and_the_state(page):
     page.find(".row")
     page.click(".lock")
     page.wait("document.querySelector('#secret')")
@@ -92,16 +94,16 @@ def test_locking_forgets_the_keys_and_what_was_shown(page):
                    "document.title]") == [None, "", 0, 0, "koi"]
 
 
-def test_it_locks_itself_when_nobody_is_there(page):
+def test_page_locks_after_15_minutes_of_inactivity(page):
     page.js("session.used -= 16 * 60 * 1000; "
             "document.dispatchEvent(new Event('visibilitychange'))")
     page.wait("document.querySelector('#secret')")
     assert "15 minutes" in page.text("#why")
 
 
-def test_over_plain_http_a_banner_warns_and_the_twin_derives(
+def test_plain_http_shows_a_warning_and_derives_keys_in_javascript(
         browser, stand_in):
-    """A name that is not localhost is no secure context."""
+    """Only a name such as localhost is a secure context without TLS."""
     browser.go(stand_in.url.replace("127.0.0.1", "koi.test"))
     assert browser.js("return [isSecureContext, Boolean(crypto.subtle)]"
                       ) == [False, False]
@@ -113,8 +115,7 @@ def test_over_plain_http_a_banner_warns_and_the_twin_derives(
     assert browser.faults() == []
 
 
-def test_the_page_works_from_a_file_and_asks_for_its_server(
-        browser, stand_in, tmp_path):
+def test_page_from_a_file_asks_for_its_server(browser, stand_in, tmp_path):
     stand_in.world.tries = 0
     file = tmp_path / "koi.html"
     file.write_text(koitab.page_text(""))
@@ -124,13 +125,14 @@ def test_the_page_works_from_a_file_and_asks_for_its_server(
     browser.keys("Enter")
     browser.wait("document.body.classList.contains('open')")
     browser.find(".row")
-    browser.wait("document.querySelector('#connection').textContent === 'Live'")
+    browser.wait("document.querySelector('#connection').textContent "
+                 "=== 'Live'")
 
 
 # --- jobs
 
 
-def test_failing_jobs_stand_first_with_their_last_line(page, stand_in):
+def test_failing_jobs_come_first_with_their_last_line(page, stand_in):
     page.find(".attention .row")
     failing = [job for job in stand_in.world.jobs.values()
                if job["state"] in ("failed", "missed")]
@@ -145,8 +147,7 @@ def test_failing_jobs_stand_first_with_their_last_line(page, stand_in):
                    "'link[rel=icon]').href)").count("#d6342c") == 1
 
 
-def test_a_change_is_drawn_in_place_and_told(page, stand_in):
-    """The focus stays, and so does every row that did not change."""
+def test_changed_row_keeps_the_focus_and_is_announced(page, stand_in):
     page.find(".row")
     job = next(job for job in stand_in.world.jobs.values()
                if job["state"] == "ok" and job["section"] == "System")
@@ -166,8 +167,8 @@ def test_a_change_is_drawn_in_place_and_told(page, stand_in):
     page.wait("!node.closest('.attention')")
 
 
-def test_a_lost_stream_is_told_and_found_again(page, stand_in):
-    """And what happened meanwhile is known then."""
+def test_lost_stream_is_shown_and_reconnects(page, stand_in):
+    """Changes of the time between are shown then."""
     page.wait("stream.live")
     job = next(job for job in stand_in.world.jobs.values()
                if job["state"] == "ok" and job["section"] == "Backup")
@@ -190,7 +191,7 @@ def test_a_lost_stream_is_told_and_found_again(page, stand_in):
 
 @pytest.mark.parametrize("kind, words", [
     ("utc", "(UTC)"), ("host", "(America/New_York, UTC\u22125)")])
-def test_times_are_told_in_the_zone_that_was_chosen(page, kind, words):
+def test_times_are_shown_in_the_chosen_zone(page, kind, words):
     title = page.js("""
         const host = [...state.hosts.values()].find((h) =>
             h.name === "build");
@@ -201,7 +202,7 @@ def test_times_are_told_in_the_zone_that_was_chosen(page, kind, words):
     assert ("10:00:00" if kind == "utc" else "05:00:00") in title
 
 
-def test_the_filter_finds_by_text_host_and_state(page):
+def test_filter_matches_text_and_state(page):
     page.keys("/")
     page.keys(*"restart web")
     page.wait("document.querySelectorAll('.row:not([hidden])').length === 4")
@@ -216,7 +217,7 @@ def test_the_filter_finds_by_text_host_and_state(page):
     page.click('[data-state=""]')
 
 
-def test_a_strip_tells_its_runs_by_arrow_keys_and_opens_one(page):
+def test_arrow_keys_walk_the_history_bar_and_enter_opens_a_run(page):
     page.js("document.querySelector('.group:not(.attention) .row .bars')"
             ".focus()")
     page.keys("Left", "Left", "Left")
@@ -227,7 +228,7 @@ def test_a_strip_tells_its_runs_by_arrow_keys_and_opens_one(page):
     page.wait("location.hash.startsWith('#/run/')")
 
 
-def test_three_hundred_jobs_are_drawn_in_a_tenth_of_a_second(browser):
+def test_300_jobs_are_drawn_quickly(browser):
     with page_server.Server(many=True) as stand_in:
         browser.open(stand_in.url, PASSWORD)
         browser.wait("document.querySelectorAll('.row').length >= 300")
@@ -254,7 +255,7 @@ def cpu_seconds_of(browser, script: str) -> float:
 # --- keyboard
 
 
-def test_a_walk_without_a_mouse(page, stand_in):
+def test_views_are_reached_by_keyboard_alone(page, stand_in):
     page.find(".row")
     page.keys("j", "j", "k")
     name = page.js("return document.activeElement.textContent")
@@ -281,8 +282,7 @@ def test_a_walk_without_a_mouse(page, stand_in):
     page.keys("Escape")
 
 
-def test_every_field_and_button_has_a_name_and_headings_begin_with_h1(
-        page, stand_in):
+def test_every_control_has_a_name_and_every_view_one_h1(page, stand_in):
     for path in ("jobs", f"run/{stand_in.world.colours}", "day", "search",
                  f"job/{stand_in.world.every_type}/run", "audit", "check/new",
                  "alerts", "hosts", "settings"):
@@ -303,7 +303,7 @@ def test_every_field_and_button_has_a_name_and_headings_begin_with_h1(
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_its_ground(page, stand_in, scheme):
+def test_text_has_a_contrast_of_4_5(page, stand_in, scheme):
     page.media(prefers_color_scheme=scheme)
     try:
         for path, css in (("jobs", ".row"), ("alerts", ".alerts li"), (
@@ -343,7 +343,7 @@ return [...bad];
 
 
 @pytest.mark.parametrize("width", [320, 390])
-def test_nothing_is_wider_than_a_phone(page, stand_in, width):
+def test_no_view_is_wider_than_a_phone(page, stand_in, width):
     page.size(width, 800)
     for path in ("jobs", f"run/{stand_in.world.colours}", "day", "search?q=a",
                  f"job/{stand_in.world.every_type}/run", "audit", "check/new",
@@ -409,12 +409,12 @@ def test_nothing_is_wider_than_a_phone(page, stand_in, width):
     (r"\u{1f603}\rX", "X"),
     (r"<b>&amp;</b>", "<b>&amp;</b>"),
 ])
-def test_what_a_terminal_shows_the_page_shows(page, written, seen):
+def test_output_looks_as_in_a_terminal(page, written, seen):
     assert page.js(AS_SEEN + "return seen(`" + written + "`)") == seen
 
 
 AS_SEEN = """
-function told(node) {
+function described(node) {
   if (node.nodeType === 3) return node.textContent;
   const words = [...node.classList];
   if (node.href) words.push("link " + node.getAttribute("href"));
@@ -433,14 +433,14 @@ function seen(text, cut = 0) {
   return lines.map((line) => {
     const node = document.createElement("span");
     paint(node, line);
-    return [...node.childNodes].map(told).join("");
+    return [...node.childNodes].map(described).join("");
   }).join("|");
 }
 """
 
 
-def test_it_is_the_same_in_pieces_of_any_size(page):
-    """A letter of UTF-8, an escape and a line cut anywhere."""
+def test_output_cut_anywhere_looks_the_same(page):
+    """A character of UTF-8, an escape sequence and a line are cut."""
     assert page.js(AS_SEEN + r"""
         const text = "\x1b[1;31mé\u{1f603}日\x1b[0m\r\nab\b\x1b[Kc\x1b]8;;" +
             "https://a.test/\x1b\\x\x1b]8;;\x07 é\rZ\n\u202ddone";
@@ -449,7 +449,7 @@ def test_it_is_the_same_in_pieces_of_any_size(page):
         """) == [True] * 5
 
 
-def test_hostile_output_is_read_in_linear_time(page):
+def test_hostile_output_takes_linear_time(page):
     before = page.cpu_seconds()
     spans = page.js(AS_SEEN + r"""
         const million = 1e6;
@@ -475,13 +475,12 @@ def test_hostile_output_is_read_in_linear_time(page):
     assert took < 8 and spans <= 402
 
 
-def test_output_shows_streams_notes_times_and_a_line_of_its_own(page,
-                                                                stand_in):
+def test_output_shows_stderr_notes_times_and_the_linked_line(page, stand_in):
     page.visit(f"run/{stand_in.world.colours}/L52", ".line.here")
     assert page.text(".line.here .text").startswith("error: ENOSPC")
     assert "has-err" in page.js("return document.querySelector('.line.here')"
                                 ".className")
-    assert page.js("return document.querySelector('.line.koi-note').textContent"
+    assert page.js("return document.querySelector('.koi-note').textContent"
                    ) == "koi: 2,048 bytes left out here"
     assert page.js("return document.querySelector('.text a').rel"
                    ) == "noopener noreferrer"
@@ -499,12 +498,12 @@ def test_output_shows_streams_notes_times_and_a_line_of_its_own(page,
                    "(n) => n.checkVisibility()).length") == 4
 
 
-def test_an_empty_output_says_so(page, stand_in):
+def test_empty_output_says_that_nothing_was_printed(page, stand_in):
     page.visit(f"run/{stand_in.world.quiet}", ".nothing")
     assert "printed nothing" in page.text(".nothing")
 
 
-def test_the_largest_output_is_shown_whole_in_a_bounded_page(page, stand_in):
+def test_largest_output_is_shown_whole_with_few_elements(page, stand_in):
     lines = 4 * 2**20 // 100
     before = page.cpu_seconds()
     page.visit(f"run/{stand_in.world.big}", ".line")
@@ -522,7 +521,7 @@ def test_the_largest_output_is_shown_whole_in_a_bounded_page(page, stand_in):
     assert page.text(".line.here .text").startswith("line 12345: ")
 
 
-def test_millions_of_empty_lines_end_with_a_note(page, stand_in):
+def test_a_million_empty_lines_end_with_a_note(page, stand_in):
     world, run = stand_in.world, stand_in.world.quiet
     world.outputs[run] = page_server.frame(1, 0, "\n" * 65_000) * 16
     page.visit(f"run/{run}", ".line")
@@ -549,7 +548,7 @@ def test_leaving_a_live_output_ends_its_request(page, stand_in):
     page.wait("window.signal.aborted")
 
 
-def test_a_hit_of_the_search_leads_to_its_line(page, stand_in):
+def test_search_result_leads_to_its_line(page, stand_in):
     page.visit("search?q=step 3 took", ".matches a")
     assert page.js("return document.querySelectorAll('.matches mark').length"
                    ) >= 5
@@ -558,7 +557,7 @@ def test_a_hit_of_the_search_leads_to_its_line(page, stand_in):
     assert "step 3 took" in page.text(".line.match.here")
 
 
-def test_a_live_run_is_followed_until_it_ends(page, stand_in):
+def test_live_run_is_followed_until_it_ends(page, stand_in):
     world, run = stand_in.world, stand_in.world.live
     page.visit(f"run/{run}", ".line")
     page.wait("document.querySelectorAll('.line').length === 40")
@@ -588,7 +587,7 @@ def test_a_live_run_is_followed_until_it_ends(page, stand_in):
 # --- forms and signed requests
 
 
-def test_a_form_of_every_type_runs_and_leads_to_the_run(page, stand_in):
+def test_form_of_every_type_starts_a_run_and_shows_it(page, stand_in):
     world = stand_in.world
     job = world.jobs[world.every_type]
     page.visit(f"job/{world.every_type}/run", ".runform")
@@ -604,36 +603,36 @@ def test_a_form_of_every_type_runs_and_leads_to_the_run(page, stand_in):
     assert "hunter2" not in page.text(".previewed pre")
     page.click(".runform .primary")
     page.wait("location.hash.startsWith('#/run/')")
-    asked = world.asked
-    assert asked["args"] == {
+    request = world.last_request
+    assert request["args"] == {
         "To Handle": "o'brien <b>", "Message": "Hello,\nhow are you?",
         "Delay": "0", "Emoji \U0001f603": "true", "Tone": "warm",
         "Not before": "2026-03-29"}
     key = bytes.fromhex(page_server.VECTOR["host_key"])
-    assert koitab.encrypt_secret(key, asked["nonce"], "Token", bytes.fromhex(
-        asked["secrets"]["Token"])) == b"hunter2"
-    assert asked["exp"] - asked["iat"] == 300_000
+    assert koitab.encrypt_secret(key, request["nonce"], "Token", bytes.fromhex(
+        request["secrets"]["Token"])) == b"hunter2"
+    assert request["exp"] - request["iat"] == 300_000
     page.wait("document.querySelector('h1')?.textContent.startsWith("
               "'Finished')")
     assert "\u2022\u2022" in page.text(".args")
     world.jobs[job["id"]]["state"] = "ok"
 
 
-def test_a_job_that_asks_to_be_sure_asks(page, stand_in):
+def test_job_with_confirmation_asks_before_it_runs(page, stand_in):
     job = next(job for job in stand_in.world.jobs.values() if job["label"] ==
                "Restart web" and stand_in.world.hosts[job["host"]]["name"] ==
                "web1")
     page.visit(f"job/{job['id']}/run", ".runform")
-    stand_in.world.asked = None
+    stand_in.world.last_request = None
     page.click(".runform .primary")
     assert page.text(".ask .primary") == "Run Restart web on web1"
-    assert stand_in.world.asked is None
+    assert stand_in.world.last_request is None
     page.click(".ask .primary")
     page.wait("location.hash.startsWith('#/run/')")
-    assert stand_in.world.asked["args"] == {"Unit": "nginx"}
+    assert stand_in.world.last_request["args"] == {"Unit": "nginx"}
 
 
-def test_a_host_with_other_keys_is_offered_no_run(page, stand_in):
+def test_host_with_other_keys_gets_no_form(page, stand_in):
     job = next(job for job in stand_in.world.jobs.values() if job["manual"]
                and stand_in.world.hosts[job["host"]]["name"] == "mail")
     page.visit(f"job/{job['id']}/run", ".note.bad")
@@ -641,7 +640,7 @@ def test_a_host_with_other_keys_is_offered_no_run(page, stand_in):
     assert page.js("return document.querySelector('.runform')") is None
 
 
-def test_a_list_that_was_altered_is_not_believed(page, stand_in, monkeypatch):
+def test_altered_job_list_is_refused(page, stand_in, monkeypatch):
     """The name of one job over the tag of another."""
     honest = stand_in.world.list_of
 
@@ -653,10 +652,8 @@ def test_a_list_that_was_altered_is_not_believed(page, stand_in, monkeypatch):
     assert "other keys" in page.text(".note.bad")
 
 
-def test_the_label_in_the_form_is_the_hosts_and_not_the_dashboards(
-        page, stand_in):
-    """The dashboard may call a job what it likes: the form shows what the
-    host signed."""
+def test_form_shows_the_label_that_the_host_signed(page, stand_in):
+    """The label that the dashboard sends for a job is not trusted."""
     job = stand_in.world.jobs[stand_in.world.every_type]
     page.js("state.jobs.get(arguments[0]).label = 'Harmless'", job["id"])
     page.js("state.jobs.get(arguments[0]).command = 'true'", job["id"])
@@ -665,11 +662,11 @@ def test_the_label_in_the_form_is_the_hosts_and_not_the_dashboards(
     assert page.text(".previewed pre").startswith("~/tweet.sh --to=")
 
 
-def test_a_refused_request_says_why(page, stand_in, monkeypatch):
+def test_refused_request_shows_the_reason(page, stand_in, monkeypatch):
     job = stand_in.world.jobs[stand_in.world.every_type]
-    judge = stand_in.world.judge
-    monkeypatch.setattr(stand_in.world, "judge", lambda sent: {
-        **judge(sent), "refused": "it has expired, 4 s ago"})
+    verify = stand_in.world.verify
+    monkeypatch.setattr(stand_in.world, "verify", lambda sent: {
+        **verify(sent), "refused": "it has expired, 4 s ago"})
     page.visit(f"job/{job['id']}/run", ".runform")
     page.js("const d = document.querySelector('#arg5'); d.value = "
             "'2026-03-29'; d.dispatchEvent(new Event('input'))")
@@ -678,7 +675,7 @@ def test_a_refused_request_says_why(page, stand_in, monkeypatch):
     assert page.text(".status") == "The host refused: it has expired, 4 s ago"
 
 
-def test_a_running_job_is_killed_by_a_signed_request(page, stand_in):
+def test_running_job_is_killed_by_a_signed_request(page, stand_in):
     world = stand_in.world
     job = next(iter(world.jobs.values()))
     run = world.add_run(job, time.time() - 5, 0, "running")
@@ -688,14 +685,15 @@ def test_a_running_job_is_killed_by_a_signed_request(page, stand_in):
     page.click(".ask .danger")
     page.wait("document.querySelector('#toast').textContent === "
               "'The host ends it'")
-    assert world.asked["do"] == "kill" and world.asked["run"] == run["n"]
+    assert world.last_request["do"] == "kill"
+    assert world.last_request["run"] == run["n"]
     run.update(state="done", exit=0, ended=time.time())
 
 
 # --- checks, alerts, channels
 
 
-def test_a_check_is_made_edited_paused_and_deleted(page, stand_in):
+def test_check_is_created_edited_paused_and_deleted(page, stand_in):
     checks = stand_in.world.checks
     page.visit("check/new", "#c-name")
     page.type("#c-name", "Nightly <b>")
@@ -720,7 +718,7 @@ def test_a_check_is_made_edited_paused_and_deleted(page, stand_in):
     assert made[0]["id"] not in checks
 
 
-def test_a_job_is_snoozed_and_leaves_what_needs_attention(page, stand_in):
+def test_snoozed_job_leaves_needs_attention(page, stand_in):
     page.find(".attention .why")
     name = page.text(".attention .c-name a")
     page.js("[...document.querySelectorAll('.attention button')].find((b) =>"
@@ -732,7 +730,7 @@ def test_a_job_is_snoozed_and_leaves_what_needs_attention(page, stand_in):
     job["snoozed"] = 0
 
 
-def test_a_channel_is_added_and_deleted(page, stand_in):
+def test_channel_is_added_and_deleted(page, stand_in):
     page.visit("alerts", ".oneline")
     page.type(".oneline input", "night@example.org")
     page.click(".oneline button")
@@ -748,7 +746,7 @@ def test_a_channel_is_added_and_deleted(page, stand_in):
 # --- what is empty, and what is hostile
 
 
-def test_an_empty_dashboard_says_what_to_type(browser):
+def test_empty_dashboard_shows_the_join_command(browser):
     with page_server.Server(empty=True) as stand_in:
         browser.open(stand_in.url, PASSWORD)
         assert f"koitab -d join {stand_in.url.rstrip('/')}" in browser.text(
@@ -780,7 +778,7 @@ CORPUS = [text % number for number, text in enumerate(SCRIPTS * 5)]
 
 
 def poisoned(world: page_server.World) -> None:
-    """Every text that people meet, by turns one of the corpus."""
+    """Replaces every text that is shown by one of the corpus, in turn."""
     turn = iter(range(10**6))
 
     def evil():
@@ -815,7 +813,7 @@ def poisoned(world: page_server.World) -> None:
             1 + n % 2, n, text + "\n") for n, text in enumerate(CORPUS))
 
 
-def test_two_hundred_hostile_texts_in_every_field_stay_texts(browser):
+def test_200_hostile_texts_in_every_field_stay_text(browser):
     assert len(set(CORPUS)) == 200
     with page_server.Server() as stand_in:
         world = stand_in.world
@@ -854,8 +852,7 @@ return found.map((n) => n.outerHTML.slice(0, 120));
 """
 
 
-def test_what_the_policy_forbids_does_not_run(page):
-    """That the policy works at all: markup of a script is refused."""
+def test_policy_blocks_markup_scripts_and_foreign_requests(page):
     assert page.js("""
         try { document.body.innerHTML = "<b>x</b>"; return "made"; }
         catch (error) { return error.name; }""") == "TypeError"
