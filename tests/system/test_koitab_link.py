@@ -328,3 +328,65 @@ def test_a_host_that_came_back_is_called_as_before(server, ready, tmp_path):
 
 def test_nothing_surprised_the_dashboard(server):
     server.assert_no_bugs()
+
+
+# --- koitab source: what the root daemon runs
+
+# Writes the first line of every function that koid calls after its start.
+RECORD_CALLS = """
+import json, os, sys, threading
+run_daemon = k.run_daemon
+def run_and_record(*arguments):
+    called, koid = set(), os.getpid()
+    def record(frame, event, _argument):
+        if event == "call" and os.getpid() == koid \\
+                and frame.f_code.co_filename == k.__file__:
+            called.add((frame.f_code.co_firstlineno, frame.f_code.co_name))
+    threading.setprofile(record)
+    sys.setprofile(record)
+    try:
+        return run_daemon(*arguments)
+    finally:
+        sys.setprofile(None)
+        with open(PATH, "w") as file:
+            json.dump(sorted(called), file)
+k.run_daemon = run_and_record
+"""
+
+
+def section_of_lines() -> list[koitab.Section]:
+    """The section of each line of koitab.py; None for the head."""
+    found = [section for section in koitab.read_sections()
+             for _ in range(section.text.count("\n"))]
+    lines = (support.ROOT / "koitab.py").read_text("utf-8").count("\n")
+    return [None] * (lines - len(found)) + found
+
+
+def test_koid_runs_nothing_but_what_source_daemon_prints(tmp_path):
+    """Jobs by a schedule and by hand, commands, and a dashboard."""
+    calls = tmp_path / "calls"
+    with DashboardProcess(tmp_path / "dashboard") as server:
+        host = server.hosts["web5"] = DashboardHost(tmp_path / "home", "web5")
+        host.patch += RECORD_CALLS.replace("PATH", repr(str(calls)))
+        host.install('"Say" @manual echo {{To}}\n@reboot echo started\n'
+                     '"Long" @manual exec sleep 60\n')
+        operator = host.create_dashboard(server)
+        host.start()
+        operator.specs(operator.host("web5"))
+        done = host.koitab("run", "--on", "web5", "Say", "To=x",
+                           stdin=operator.password + "\n")
+        assert (done.code, done.out) == (0, "x\n"), done
+        long = subprocess.Popen(host.command("run", "Long"), env=host.env)
+        run = support.wait_until(lambda: json.loads(host.koitab(
+            "status", "--json").out)["running"], 30)[0]["run"]
+        for typed in (["kill", str(run)], ["history"], ["log", "Say"], ["-l"],
+                      ["-d", "show"], ["-r"], ["status"]):
+            host.koitab(*typed)
+        assert long.wait(30) == 128 + 15
+        assert support.wait_until(lambda: len(host.history(limit=9)) == 3, 30)
+        host.stop(15)
+    home = section_of_lines()
+    called = json.loads(calls.read_text())
+    assert {name for _, name in called} >= {"start_manual", "serve"}
+    assert {f"{home[line - 1].name}: {name}" for line, name in called
+            if home[line - 1].part not in koitab.PARTS_OF_DAEMON} == set()
