@@ -86,13 +86,17 @@ EXIT_SIGNAL = 128       # plus the number of the signal, as shells report it
 # ==========================================================================
 # Common: what do both programs need?                  (files, clock; R U C)
 #
-# This section is the same text in mission.py and koitab.py; a test compares
-# them. So it knows neither backups nor schedules.
+# The text of this section is the same in mission.py and koitab.py; a test
+# compares them. So it contains nothing about backups or schedules.
 # ==========================================================================
 
 
 class Error(Exception):
-    """We cannot go on: what is wrong, what to do, and the exit status."""
+    """The program cannot continue: what is wrong, and how to fix it.
+
+    Only `main` catches it: it prints `message` and `hint` and exits with
+    `status`.
+    """
 
     def __init__(self, message: str, hint: str = "", status: int = 1):
         super().__init__(message)
@@ -100,10 +104,11 @@ class Error(Exception):
 
 
 class FrozenRecord:
-    """A value with named fields that does not change: `Point(1, y=2)`.
+    """A value with named fields that cannot be changed: `Point(1, y=2)`.
 
-    What a frozen dataclass is, without importing `dataclasses`, which would
-    double the start-up of a program that is compiled each time it runs.
+    The annotations of a subclass are its fields, their values the defaults.
+    It does what a frozen dataclass does. Importing `dataclasses` would double
+    the start-up time of a program that is compiled each time it runs.
     """
 
     def __init__(self, *values, **named):
@@ -116,7 +121,7 @@ class FrozenRecord:
             raise TypeError(f"{type(self).__name__} has no {list(given)}")
 
     def __setattr__(self, name, value):
-        raise AttributeError(f"{type(self).__name__}.{name} is settled")
+        raise AttributeError(f"{type(self).__name__}.{name} is read-only")
 
     def __eq__(self, other):
         return type(self) is type(other) and vars(self) == vars(other)
@@ -128,31 +133,43 @@ class FrozenRecord:
         return f"{type(self).__name__}({fields})"
 
     def replace(self, **changes):
-        """The same value with some fields changed."""
+        """Return a copy in which the fields in `changes` differ."""
         return type(self)(**{**vars(self), **changes})
 
 
 class Clock:
-    """The time of day, and a time that no one can set."""
+    """The clocks of this machine. A test passes its own instead."""
 
     def now(self) -> float:
-        """Seconds since 1970, as the wall clock has it."""
+        """Return the seconds since 1970 in UTC; they jump when the clock is
+        set."""
         return time.time()
 
     def ticks(self) -> float:
-        """Seconds that only ever grow; for durations and time limits."""
+        """Return seconds of a clock that nobody can set, for durations and
+        time limits."""
         return time.monotonic()
 
 
-def format_rfc3339(at: float) -> str:
-    """Local time with its offset: 2026-03-29T03:00:00+02:00 (RFC 3339)."""
-    text = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(at))
-    return f"{text[:-2]}:{text[-2:]}"
+def format_rfc3339(at: float, offset: int | None = None) -> str:
+    """Return a time with its UTC offset: 2026-03-29T03:00:00+02:00.
+
+    `at` is in seconds since 1970, `offset` in seconds east of Greenwich.
+    None means the offset of the local time zone (RFC 3339).
+    """
+    if offset is None:
+        offset = time.localtime(at).tm_gmtoff
+    sign, minutes = "-" if offset < 0 else "+", abs(offset) // 60
+    text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at + offset))
+    return f"{text}{sign}{minutes // 60:02}:{minutes % 60:02}"
 
 
 def format_duration(seconds: float) -> str:
-    """As Go writes a duration, cut to milliseconds: 12ms 1.5s 1h0m5.1s."""
-    thousandths = int(max(seconds, 0) * 1000 + 1e-6)    # 1.001 is not 1
+    """Return `seconds` as Go prints a duration: 12ms, 1.5s, 1h0m5.1s.
+
+    What is less than a millisecond is cut off.
+    """
+    thousandths = int(max(seconds, 0) * 1000 + 1e-6)    # 1.001 * 1000 < 1001
     if thousandths < 1000:
         return f"{thousandths}ms" if thousandths else "0s"
     minutes, thousandths = divmod(thousandths, 60_000)
@@ -165,11 +182,12 @@ def format_duration(seconds: float) -> str:
 
 DURATION_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 DIGITS_AND_POINT = frozenset("0123456789.")
-LONGEST_DURATION = 86400 * 366 * 100    # a century is no time limit
+LONGEST_DURATION = 86400 * 366 * 100    # seconds; longer is a typing error
 
 
 def parse_duration(text: str) -> float | None:
-    """The seconds in "90s", "1h30m", "500ms"; None if it is no duration."""
+    """Return the seconds in "90s", "1h30m" or "500ms"; None if `text` is not
+    a duration, or is a century or more."""
     total, at = 0.0, 0
     while at < len(text):
         end = at
@@ -185,33 +203,33 @@ def parse_duration(text: str) -> float | None:
 
 
 def plural(count: int, noun: str) -> str:
-    """1 error, 2 errors."""
+    """Return "1 error", "2 errors", "1,000 errors"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def nearest(word: str, words) -> str:
-    """The known word that was probably meant, or ''."""
+    """Return the one of `words` that is most like `word`, or ""."""
     import difflib
     known = {each.lower(): each for each in words}
     found = difflib.get_close_matches(word.lower(), known, 1, 0.5)
     return known[found[0]] if found else ""
 
 
-# All that could steer a terminal, break a line or turn text around: C0 and
-# C1 controls but the tab, line and paragraph separators, bidi overrides,
-# the byte order mark, and halves of surrogate pairs. A regular expression.
+# A regular expression for characters that could control a terminal, break a
+# line or reverse text: C0 and C1 controls except the tab, line and paragraph
+# separators, bidi overrides, the byte order mark, and lone surrogates.
 UNSAFE = ("[\0-\x08\n-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e"
           "\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def escaped(match) -> str:
-    """The escape for a match of UNSAFE."""
+    """Return the escape sequence for a match of UNSAFE."""
     code = ord(match.group())
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def escape_controls(text: str) -> str:
-    """The text on one line, each unsafe character written as an escape."""
+    """Return `text` on one line, with each UNSAFE character escaped."""
     if text.isprintable():
         return text
     import re
@@ -219,16 +237,20 @@ def escape_controls(text: str) -> str:
 
 
 class Diagnostic(FrozenRecord):
-    """An error in a file, or a warning, with its place."""
+    """An error or a warning about a file that people write.
+
+    `line` and `column` count from 1.
+    """
+
     line: int
     column: int
-    what: str               # "bad minute" as in crontab(1), a path of keys
+    what: str               # "bad minute" as in crontab(1), or a key path
     why: str
     hint: str = ""
-    fatal: bool = True      # else a warning: the value is used
+    fatal: bool = True      # False: a warning, and the value is used
 
     def text(self, file: str) -> str:
-        """FILE:LINE:COLUMN: [warning: ][WHAT: ]WHY[ (HINT)], on one line."""
+        """Return FILE:LINE:COLUMN: [warning: ][WHAT: ]WHY[ (HINT)]."""
         return escape_controls(
             f"{file}:{self.line}:{self.column}: "
             f"{'' if self.fatal else 'warning: '}"
@@ -237,7 +259,7 @@ class Diagnostic(FrozenRecord):
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write everything, or raise OSError."""
+    """Write all of `data` to `fd`. Raises OSError."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(fd, rest):]
@@ -245,15 +267,16 @@ def write_all(fd: int, data: bytes) -> None:
 
 def write_atomically(path: str, data: bytes, mode: int = 0o600,
                      durable: bool = True, dir_fd: int | None = None) -> None:
-    """Replace the file at `path` whole or not at all.
+    """Replace the file at `path` completely or not at all.
 
-    With `durable` it is on the disk when we return: the file is synced
-    before the rename and the folder after it, or a power cut could leave an
-    empty file, or bring the old one back. Raises OSError.
+    If `durable`, the new file is on the disk on return. The file is synced
+    before the rename and the directory after it, as otherwise a power failure
+    could leave an empty file, or the old one. `path` is relative to `dir_fd`.
+    Raises OSError.
     """
     fresh = path + ".new"
     try:
-        os.unlink(fresh, dir_fd=dir_fd)     # of a writer that was killed
+        os.unlink(fresh, dir_fd=dir_fd)     # a killed writer left it
     except FileNotFoundError:
         pass
     fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -270,7 +293,7 @@ def write_atomically(path: str, data: bytes, mode: int = 0o600,
 
 
 def sync_directory(path: str, dir_fd: int | None = None) -> None:
-    """Bring a folder's names to the disk. Raises OSError."""
+    """Write the entries of a directory to the disk. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC,
                  dir_fd=dir_fd)
     try:
@@ -280,10 +303,11 @@ def sync_directory(path: str, dir_fd: int | None = None) -> None:
 
 
 def try_lock(path: str) -> int | None:
-    """Lock the file at `path`: its descriptor, or None if another has it.
+    """Lock the file at `path`, and create it if it is missing.
 
-    An flock, not the file's existence: the kernel frees it when its holder
-    ends, however it ends. The folder must be writable by us alone.
+    Return the descriptor that holds the lock; None if another process holds
+    it. It is an flock, which the kernel releases however its holder ends.
+    Only this user may be able to write to the directory. Raises OSError.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC,
                  0o600)
@@ -298,67 +322,77 @@ def try_lock(path: str) -> int | None:
 # ==========================================================================
 # Time: what do DST and clock jumps do to minutes?          (nothing; R U C)
 #
-# Times here are whole seconds. An instant counts from 1970 in UTC. A wall
-# second is what the clock on the wall shows: instant + the zone's offset.
+# An instant is a number of seconds since 1970 in UTC. A local second is what
+# a clock in a zone shows, counted from 1970 too: instant + UTC offset. A
+# local minute is the local second at which it begins.
 # ==========================================================================
 
+# A crontab names minutes of local time, and local time is not continuous.
+# In spring the clock jumps from 01:59 to 03:00 (the gap), so "30 2 * * *"
+# has no minute to run in. In autumn it shows 02:30 twice (the fold). An
+# administrator sets the clock. A laptop wakes up after the weekend. In 2011
+# Samoa crossed the date line and skipped a whole Friday.
 #
-# A crontab names minutes of the wall, and the wall is unreliable. In spring
-# it leaps from 01:59 to 03:00, so "30 2 * * *" has no minute to run in. In
-# autumn it shows 02:30 twice. Somebody sets the clock; a laptop wakes after
-# the weekend; Samoa crosses the date line and a whole Friday never comes.
+# Debian's cron (3.0pl1) therefore keeps a virtual clock, and so does koi: one
+# for each zone that a tab names, so that a job with CRON_TZ loses no hour.
+# The virtual minute is the last one whose jobs were started. Once a minute,
+# cron compares local time with it:
 #
-# Debian's cron keeps a second, virtual clock, and so do we: one for each
-# zone that a tab names, so that CRON_TZ loses no hour. The virtual minute is
-# the last one whose jobs were started. Once a minute cron looks at the wall
-# and asks how far it is ahead:
+#     1 minute ahead      The usual case: run the jobs of this minute.
+#     2 to 5              A short delay: run the jobs of each minute between.
+#     6 to 180            The clock jumped. A job at a fixed time must not be
+#                         lost, so the fixed jobs of each minute between run
+#                         now. A wildcard job ("*/10 * * * *") runs once, as
+#                         its next start is near.
+#     0 to 179 behind     The clock was set back. Fixed jobs have run already:
+#                         they wait until local time has caught up with the
+#                         virtual clock. Wildcard jobs follow local time.
+#     more, either way    The clock was wrong before. Start again from here;
+#                         the starts between are lost.
 #
-#     1 minute            nothing happened: run the jobs of this minute.
-#     2 to 5              a hiccup: run the jobs of every minute between.
-#     6 to 180            the wall leapt. A job at fixed times must not be
-#                         lost, so the fixed jobs of every minute between are
-#                         run now; a wildcard job ("*/10 * * * *") runs once,
-#                         for it runs again soon.
-#     0 to 179 behind     the wall was set back. Fixed jobs have run already,
-#                         so they wait until the wall has caught up with the
-#                         virtual clock; wildcard jobs follow the wall.
-#     more, either way    the clock was wrong and now is right: start afresh
-#                         from here. What lies between is lost.
+# A job is a wildcard job if its minute or hour field begins with a star:
+# "*/5 2 * * *" is one, "0-59/5 2 * * *" is not.
 #
-# A job is a wildcard job when its minute or hour column begins with a star,
-# to the letter: "*/5 2 * * *" is one, "0-59/5 2 * * *" is not.
-#
-# All of this is in `resume` below. A stretch of time in which the offset of
-# the zone does not change is a run of minutes from `first` on; `resume` says
-# with which minute of the wall a job goes on when a stretch begins. Minutes
-# before `first` are started at once, all others when they come. The rest of
-# this section is what a zone is.
+# `first_minute_after_jump` holds these rules. A period is a stretch of time
+# in which a zone has one UTC offset, so a period is a run of consecutive
+# local minutes. At the beginning of each, `first_minute_after_jump` returns
+# the local minute with which a job continues; minutes before the period's
+# first one start at once, the others when they come.
 
-MINUTE, HOUR, DAY = 60, 3600, 86400
-LONGEST_JUMP, HICCUP = 180 * MINUTE, 5 * MINUTE
-DAYS_IN_400_YEARS = 146_097         # days in 400 years; a multiple of seven
+MINUTE, HOUR, DAY = 60, 3600, 86400     # seconds
+LONGEST_JUMP = 180 * MINUTE     # more is a correction of the clock
+LONGEST_DELAY = 5 * MINUTE      # up to here each minute is made up for
+DAYS_IN_400_YEARS = 146_097     # the Gregorian calendar repeats itself
 FOREVER = float("inf")
 
 
 def first_minute_after_jump(virtual: int, first: int, wildcard: bool) -> int:
-    """The minute with which a job goes on when the wall shows `first`."""
+    """Return the local minute with which a job continues.
+
+    `virtual` is the last local minute whose jobs were started, `first` the
+    one that the clock shows now. The rules are those of Debian cron 3.0pl1.
+    """
     ahead = first - virtual
     if ahead > LONGEST_JUMP or ahead <= -LONGEST_JUMP:
         return first
-    if wildcard and not MINUTE < ahead <= HICCUP:
+    if wildcard and not MINUTE < ahead <= LONGEST_DELAY:
         return first
     return virtual + MINUTE
 
 
 def advance_virtual_minute(virtual: int, first: int, last: int) -> int:
-    """The virtual minute after a stretch from `first` to `last`."""
-    set_afresh = first_minute_after_jump(virtual, first,
-                                         wildcard=False) == first
-    return last if set_afresh else max(virtual, last)
+    """Return the virtual minute after the local minutes `first` to `last`."""
+    starts_again = first_minute_after_jump(virtual, first,
+                                           wildcard=False) == first
+    return last if starts_again else max(virtual, last)
 
 
 def days_since_epoch(year: int, month: int, day: int) -> int:
-    """Days since 1970-01-01, in the Gregorian calendar."""
+    """Return the days from 1970-01-01 to a date of the Gregorian calendar.
+
+    A year is counted from March on, so that the leap day is its last day;
+    719,468 days lie between 0000-03-01 and 1970-01-01.
+    """
     year -= month <= 2
     since_march = (153 * ((month + 9) % 12) + 2) // 5 + day - 1
     return (year * 365 + year // 4 - year // 100 + year // 400
@@ -366,7 +400,7 @@ def days_since_epoch(year: int, month: int, day: int) -> int:
 
 
 def calendar_date(days: int) -> tuple[int, int, int]:
-    """Year, month and day: the other way round."""
+    """Return (year, month, day) of the date `days` after 1970-01-01."""
     cycle, day = divmod(days + 719_468, DAYS_IN_400_YEARS)
     year = (day - day // 1460 + day // 36_524 - day // 146_096) // 365
     day -= year * 365 + year // 4 - year // 100
@@ -376,227 +410,240 @@ def calendar_date(days: int) -> tuple[int, int, int]:
     return year, (month + 2) % 12 + 1, day + 1
 
 
-def stamp(instant: int, offset: int) -> str:
-    """2026-03-29T03:00:00+02:00 (RFC 3339)."""
-    days, second = divmod(instant + offset, DAY)
-    year, month, day = calendar_date(days)
-    sign, minutes = "-" if offset < 0 else "+", abs(offset) // MINUTE
-    return (f"{year:04}-{month:02}-{day:02}T{second // HOUR:02}:"
-            f"{second // MINUTE % 60:02}:{second % 60:02}"
-            f"{sign}{minutes // 60:02}:{minutes % 60:02}")
-
-
 class Zone:
-    """What the clocks on the wall show, and when they are set.
+    """A time zone: its UTC offsets and the instants at which they change.
 
-    Stretch i begins at the instant begins[i], ends where the next begins,
-    and has offsets[i]. calm[i] is the wall second from which on a daemon
-    that was there before runs fixed jobs again. A rule makes the years that
-    the lists do not reach; it is read when the first of them is asked for.
+    Period i begins at the instant begins[i], ends where the next one begins
+    and has the UTC offset offsets[i], in seconds. In period i a daemon that
+    ran through the change before it starts fixed jobs again after the local
+    second caught_up_from[i]. `rule` (a DstRule, or its text until the first
+    use) gives the periods from the instant `known_until` on.
     """
 
     def __init__(self, name: str, begins: list, offsets: list[int], rule=None):
         self.name, self.rule = name, rule
-        self.begins, self.offsets, self.caught_up_from = [-FOREVER], \
-            offsets[:1], [
-            -FOREVER]
+        self.begins, self.offsets = [-FOREVER], offsets[:1]
+        self.caught_up_from = [-FOREVER]
         for begin, offset in zip(begins, offsets[1:]):
             self.add_transition(begin, offset)
-        self.year = max(calendar_date(begins[-1] // DAY)[0], 1900) if begins \
-            else 1970
+        self.rule_year = max(calendar_date(begins[-1] // DAY)[0], 1900) \
+            if begins else 1970
         if not rule:
             self.begins.append(FOREVER)
-        self.reach = self.begins[-1]
+        self.known_until = self.begins[-1]
 
     def add_transition(self, begin: int, offset: int) -> None:
-        """The clock is set to another offset, later than all before."""
-        if begin == self.begins[-1]:        # "all year round", as rules say
-            for past in (self.begins, self.offsets, self.caught_up_from):
-                past.pop()
+        """Let the offset change at the instant `begin`, after all others."""
+        if begin == self.begins[-1]:    # a rule with DST all year round
+            for periods in (self.begins, self.offsets, self.caught_up_from):
+                periods.pop()
         before = self.offsets[-1]
         if offset == before or begin < self.begins[-1]:
             return
         virtual = (begin - 1 + before) // MINUTE * MINUTE
-        first = -(-(begin + offset) // MINUTE) * MINUTE
+        first = round_up_to_minute(begin + offset)
         waits = first_minute_after_jump(virtual, first, wildcard=False) > first
         self.begins.append(begin)
         self.offsets.append(offset)
         self.caught_up_from.append(virtual if waits else -FOREVER)
 
     def extend(self, instant: int) -> None:
-        """Let the rule make years, until `reach` is later than `instant`."""
+        """Add the rule's transitions until `known_until` > `instant`."""
         if isinstance(self.rule, str):
             zone = parse_posix_tz(self.rule)
             self.rule = zone and zone.rule
         if not self.rule:
             self.begins.append(FOREVER)
-            self.reach = FOREVER
-        while self.reach <= instant:
-            for begin, offset in self.rule.changes(self.year):
+            self.known_until = FOREVER
+        while self.known_until <= instant:
+            for begin, offset in self.rule.transitions(self.rule_year):
                 self.add_transition(begin, offset)
-            self.year += 1
-            if self.year > calendar_date(instant // DAY)[0] + 3:
-                self.begins.append(FOREVER)     # it is a rule for no change
-            self.reach = self.begins[-1]
+            self.rule_year += 1
+            if self.rule_year > calendar_date(instant // DAY)[0] + 3:
+                self.begins.append(FOREVER)     # both offsets are the same
+            self.known_until = self.begins[-1]
 
     def period_at(self, instant: int) -> int:
-        """The number of the stretch that an instant lies in."""
-        if instant >= self.reach:
+        """Return the number of the period that contains `instant`."""
+        if instant >= self.known_until:
             self.extend(instant)
         return bisect_right(self.begins, instant) - 1
 
     def offset(self, instant: int) -> int:
+        """Return the UTC offset at `instant`, in seconds."""
         return self.offsets[self.period_at(instant)]
 
-    def stretches(self, after: int):
-        """The stretches of minutes after that of `after`: the first minute
-        of the wall, the wall second where it ends, and the offset."""
+    def periods_after(self, after: int):
+        """Yield (first, end, offset) of each period after the local minute
+        of the instant `after`: its first local minute, the local second at
+        which it ends, and its UTC offset."""
         number = self.period_at(after)
         offset = self.offsets[number]
-        running = (after + offset) // MINUTE * MINUTE
-        first = running + MINUTE
+        previous = (after + offset) // MINUTE * MINUTE
+        first = previous + MINUTE
         while True:
             end = self.begins[number + 1] + offset
             if first < end:
                 yield first, end, offset
                 if end == FOREVER:
                     return
-                running = (end - 1) // MINUTE * MINUTE
+                previous = (end - 1) // MINUTE * MINUTE
             number = self.period_at(end - offset)
             offset = self.offsets[number]
-            first = -(-(self.begins[number] + offset) // MINUTE) * MINUTE
-            first += MINUTE * (first == running)
+            first = round_up_to_minute(self.begins[number] + offset)
+            if first == previous:   # a change by seconds repeats no minute
+                first += MINUTE
 
-    def instant(self, wall: int) -> int:
-        """When the wall shows this: the first time if there are two, and
-        the moment of the change if there is none."""
-        latest = self.period_at(wall + DAY)
-        for number in range(self.period_at(wall - DAY), latest + 1):
-            instant = wall - self.offsets[number]
+    def instant(self, local: int) -> int:
+        """Return the instant at which the zone's clock shows `local`.
+
+        In a fold it is the first of two, in a gap the instant of the change.
+        """
+        latest = self.period_at(local + DAY)
+        for number in range(self.period_at(local - DAY), latest + 1):
+            instant = local - self.offsets[number]
             if number == latest or instant < self.begins[number + 1]:
                 return max(instant, self.begins[number])
-        return wall
+        return local
+
+
+def round_up_to_minute(second: int) -> int:
+    """Return `second`, or the beginning of the next minute after it."""
+    return -(-second // MINUTE) * MINUTE
 
 
 UTC = Zone("UTC", [], [0])
 
 
 class DstRule:
-    """When the clocks change each year: a TZ of POSIX, as in
-    CET-1CEST,M3.5.0,M10.5.0/3."""
+    """When DST begins and ends each year: a TZ value of POSIX such as
+    CET-1CEST,M3.5.0,M10.5.0/3.
+
+    `standard` and `summer` are UTC offsets. `begin` and `end` are what
+    `parse_rule_day` returns.
+    """
 
     def __init__(self, standard: int, summer: int, begin, end):
         self.standard, self.summer = standard, summer
-        self.begin, self.end = begin, end       # (kind, numbers, second)
+        self.begin, self.end = begin, end
 
-    def changes(self, year: int) -> list[tuple[int, int]]:
-        """The instants of a year at which an offset begins, in order."""
-        begin, end = (day_of_rule(year, kind, numbers) * DAY + second
+    def transitions(self, year: int) -> list[tuple[int, int]]:
+        """Return the year's (instant, new UTC offset), in order of time."""
+        begin, end = (rule_day(year, kind, numbers) * DAY + second
                       for kind, numbers, second in (self.begin, self.end))
         return sorted([(begin - self.standard, self.summer),
                        (end - self.summer, self.standard)])
 
 
-def day_of_rule(year: int, kind: str, numbers: list[int]) -> int:
-    """The day that M3.5.0 (last Sunday of March), J60 or 59 means."""
+def rule_day(year: int, kind: str, numbers: list[int]) -> int:
+    """Return the day since 1970 that a rule names in `year`.
+
+    M3.5.0 is the last Sunday of March, J60 always the 1st of March, 59 the
+    60th day of the year.
+    """
     if kind != "M":
         january = days_since_epoch(year, 1, 1)
-        leaps = days_since_epoch(year, 3, 1) - january == 60
+        is_leap_year = days_since_epoch(year, 3, 1) - january == 60
         return january + numbers[0] - (kind == "J") + (
-            kind == "J" and leaps and numbers[0] >= 60)
+            kind == "J" and is_leap_year and numbers[0] >= 60)
     month, week, weekday = numbers
     first = days_since_epoch(year, month, 1)
-    after = days_since_epoch(year + month // 12, month % 12 + 1, 1)
+    next_month = days_since_epoch(year + month // 12, month % 12 + 1, 1)
     day = first + (weekday - first - 4) % 7 + (week - 1) * 7
-    return day if day < after else day - 7
+    return day if day < next_month else day - 7
 
 
-RULE_NAME = r"([A-Za-z]{3,}|<[A-Za-z0-9+-]{3,}>)"
-RULE_TIME = r"([+-]?[0-9]{1,3}(?::[0-9]{1,2}){0,2})"
-RULE_DAY = rf",(?:([J]?)([0-9]+)|(M)([0-9.]+))(?:/{RULE_TIME})?"
-RULE_TEXT = rf"{RULE_NAME}{RULE_TIME}(?:{RULE_NAME}{RULE_TIME}?" \
-    rf"(?:{RULE_DAY}{RULE_DAY})?)?"
-USUAL_RULE = ",M3.2.0,M11.1.0"      # for EST5EDT alone, as the C library
+TZ_NAME = r"([A-Za-z]{3,}|<[A-Za-z0-9+-]{3,}>)"
+TZ_TIME = r"([+-]?[0-9]{1,3}(?::[0-9]{1,2}){0,2})"
+TZ_DAY = rf",(?:([J]?)([0-9]+)|(M)([0-9.]+))(?:/{TZ_TIME})?"
+POSIX_TZ = rf"{TZ_NAME}{TZ_TIME}(?:{TZ_NAME}{TZ_TIME}?(?:{TZ_DAY}{TZ_DAY})?)?"
+DEFAULT_DST_RULE = ",M3.2.0,M11.1.0"    # glibc's, for a TZ such as EST5EDT
 
 
-def clock_seconds(text: str) -> int:
-    """The seconds in -3, 5:30, +167:00:00."""
+def parse_rule_time(text: str) -> int:
+    """Return the seconds of a time in a rule: -3, 5:30, +167:00:00."""
     parts = [int(part) for part in text.lstrip("+-").split(":")] + [0, 0]
     seconds = parts[0] * HOUR + parts[1] * MINUTE + parts[2]
     return -seconds if text[0] == "-" else seconds
 
 
 def parse_posix_tz(text: str, name: str = "") -> Zone | None:
-    """The zone of a TZ of POSIX; None if the text is none."""
+    """Return the zone of a POSIX TZ value; None if `text` is not one."""
     import re
-    found = re.fullmatch(RULE_TEXT, text)
+    found = re.fullmatch(POSIX_TZ, text)
     if not found:
         return None
-    standard = -clock_seconds(found[2])
+    standard = -parse_rule_time(found[2])   # POSIX counts west of Greenwich
     if not found[3]:
         return Zone(name or text, [], [standard])
     if not found[7] and not found[8] and found[6] is None:
-        return parse_posix_tz(text + USUAL_RULE, name or text)
-    summer = -clock_seconds(found[4]) if found[4] else standard + HOUR
-    days = [day_rule(*found.group(*range(at, at + 5))) for at in (5, 10)]
+        return parse_posix_tz(text + DEFAULT_DST_RULE, name or text)
+    summer = -parse_rule_time(found[4]) if found[4] else standard + HOUR
+    days = [parse_rule_day(*found.group(*range(at, at + 5))) for at in (5, 10)]
     if None in days:
         return None
     return Zone(name or text, [], [standard],
                 DstRule(standard, summer, *days))
 
 
-def day_rule(kind, number, month_kind, month_text, clock):
-    """(kind, numbers, second) of a day in a rule, or None."""
+def parse_rule_day(kind, number, month_kind, month_text, time_text):
+    """Return (kind, numbers, local second of the day) of one day of a rule,
+    from the groups of TZ_DAY; None if a number is out of range."""
     if month_kind:
         parts = month_text.split(".")
         if len(parts) != 3 or not all(part.isdigit() for part in parts):
             return None
         numbers = [int(part) for part in parts]
-        right = 1 <= numbers[0] <= 12 and 1 <= numbers[1] <= 5 \
+        is_valid = 1 <= numbers[0] <= 12 and 1 <= numbers[1] <= 5 \
             and numbers[2] <= 6
     else:
         numbers = [int(number)]
-        right = (kind == "J") <= numbers[0] <= 365
+        is_valid = (kind == "J") <= numbers[0] <= 365
     return (month_kind or kind, numbers,
-            clock_seconds(clock or "2")) if right else None
+            parse_rule_time(time_text or "2")) if is_valid else None
 
 
 def parse_tzif(name: str, data: bytes) -> Zone:
-    """The zone of a TZif file (RFC 8536). Raises ValueError."""
-    from struct import calcsize, error, unpack_from
+    """Return the zone in `data`, a TZif file (RFC 8536). Raises ValueError.
+
+    A header counts what its block contains. A file of version 2 repeats the
+    block with 64-bit times, and a POSIX TZ value for later years follows.
+    """
+    from struct import error, unpack_from
     try:
         header = unpack_from(">4sc15x6l", data)
-        at, width, clock = 44, 4, "l"
-        if header[1] >= b"2":       # then a block with 64 bits comes too
-            utc, std, leaps, times, types, letters = header[2:]
-            at += times * 5 + types * 6 + letters + leaps * 8 + std + utc
+        at, width, time_format = 44, 4, "l"
+        if header[1] >= b"2":
+            utc, std, leaps, times, types, characters = header[2:]
+            at += times * 5 + types * 6 + characters + leaps * 8 + std + utc
             header = unpack_from(">4sc15x6l", data, at)
-            at, width, clock = at + 44, 8, "q"
-        utc, std, leaps, times, types, letters = header[2:]
-        begins = unpack_from(f">{times}{clock}", data, at)
+            at, width, time_format = at + 44, 8, "q"
+        utc, std, leaps, times, types, characters = header[2:]
+        begins = unpack_from(f">{times}{time_format}", data, at)
         at += times * width
-        kinds = unpack_from(f">{times}B", data, at)
+        type_numbers = unpack_from(f">{times}B", data, at)
         at += times
-        offsets = [unpack_from(">lBB", data, at + kind * calcsize(">lBB"))[0]
-                   for kind in range(types)]
-        at += types * 6 + letters + leaps * (width + 4) + std + utc
+        offsets = [unpack_from(">l", data, at + 6 * number)[0]
+                   for number in range(types)]
+        at += types * 6 + characters + leaps * (width + 4) + std + utc
         if header[0] != b"TZif" or not types:
             raise ValueError(f"{name} is no file of a time zone")
         rule = data[at:].strip(b"\n").decode("ascii") if width == 8 else ""
-        rule = rule if "," in rule else ""      # it has no summer time
-        walls = [offsets[0]] + [offsets[kind] for kind in kinds]
+        rule = rule if "," in rule else ""      # without one there is no DST
+        in_order = [offsets[0]] + [offsets[each] for each in type_numbers]
     except (error, IndexError, UnicodeDecodeError) as broken:
         raise ValueError(f"{name} is broken: {broken}") from None
-    return Zone(name, list(begins), walls, rule)
+    return Zone(name, list(begins), in_order, rule)
 
 
 # ==========================================================================
 # Schedule: when does an entry run next?                    (nothing; R U C)
 #
-# The first five columns of a crontab line, as sets of bits. The grammar is
-# cronie's, which refuses what Debian's cron reads halfway ("5.5", "1-5-9");
-# the day rule is that of both: with a star in front of either day column a
-# day must satisfy both columns, without one either will do.
+# The first five fields of a crontab entry, each as a set of bits: bit n is
+# set if the field contains n. The grammar is that of cronie 1.7, which
+# rejects what Debian's cron reads only in part ("5.5", "1-5-9"). Both have
+# the same rule for days: if one of the two day fields begins with a star, a
+# day must satisfy both fields; if not, one of them is enough.
 # ==========================================================================
 
 MONTHS = {name: number for number, name in enumerate(
@@ -607,333 +654,296 @@ SPECIALS = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *",
             "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
             "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
             "@hourly": "0 * * * *"}
-LONGEST_NUMBER = 9      # digits; cron's own 32 bits take 4294967301 for 5
+LONGEST_NUMBER = 9      # digits; in 32 bits, cron reads 4294967301 as 5
+LONGEST_MONTH = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+# The bits of a week times this are six weeks in a row, enough for a month
+# that begins on any weekday.
+SIX_WEEKS = sum(1 << day for day in range(0, 42, 7))
 
 
 class ScheduleError(Exception):
-    """A column cannot be read: which, where in it, why, and the mend."""
+    """A field is invalid: `field` is its name, `at` the offset of the error
+    in its text. `hint` may be empty."""
 
-    def __init__(self, column: str, at: int, why: str, hint: str = ""):
-        super().__init__(f"bad {column}: {why}")
-        self.column, self.at, self.why, self.hint = column, at, why, hint
+    def __init__(self, field: str, at: int, why: str, hint: str = ""):
+        super().__init__(f"bad {field}: {why}")
+        self.field, self.at, self.why, self.hint = field, at, why, hint
 
 
 class ScheduleField:
-    """One of the five: its name, its range, and words for its values."""
+    """One of the five fields: the range of its values, and their names.
+
+    Its methods raise ScheduleError.
+    """
 
     def __init__(self, name: str, low: int, high: int, names: dict):
         self.name, self.low, self.high, self.names = name, low, high, names
-        self.every = sum(1 << value for value in range(low, high + 1))
-        self.known = {"*": self.every}      # what needs no reading
-        for value in range(low, high + 1):
-            self.known[str(value)] = self.known[f"{value:02}"] = 1 << value
-        self.known.update((word, 1 << names[word]) for word in names)
 
-    def bits(self, text: str, pick=None) -> int:
-        """The values that a column's text means. Raises Misread."""
-        known = self.known
-        if text in known:
-            return known[text]
-        if "," not in text:
-            return self.element(text, 0, pick)
+    def parse(self, text: str, pick=None) -> int:
+        """Return the values that `text` means, as bits.
+
+        `pick(text)` returns a number from which ~ chooses its value.
+        """
         found = at = 0
-        for part in text.split(","):
-            found |= known[part] if part in known \
-                else self.element(part, at, pick)
-            at += len(part) + 1
+        for element in text.split(","):
+            found |= self.parse_element(element, at, pick)
+            at += len(element) + 1
         return found
 
-    def element(self, text: str, at: int, pick) -> int:
-        """What stands between two commas: 5, 1-5, 1-9/2, */2, 5~10."""
+    def parse_element(self, text: str, at: int, pick) -> int:
+        """Return the bits of one element: 5, 1-5, 1-9/2, */2 or 5~10.
+
+        `at` is the offset of the element in the field.
+        """
         if "~" in text:
-            return 1 << self.random(text, at, pick)
-        span, slash, every = text.partition("/")
-        if span == "*":
+            return 1 << self.choose_value(text, at, pick)
+        value_range, slash, step_text = text.partition("/")
+        if value_range == "*":
             low, high = self.low, self.high
         else:
-            first, dash, last = span.partition("-")
-            low = self.number(first, at, text)
+            first, dash, last = value_range.partition("-")
+            low = self.parse_value(first, at, text)
             if not dash:
                 if slash:
-                    self.stop(at, f"{short(text)} has a step but no range",
-                              f"{first}-{self.high}/{every}")
+                    self.reject(at, f"{short(text)} has a step but no range",
+                                f"{first}-{self.high}/{step_text}")
                 return 1 << low
-            high = self.number(last, at + len(first) + 1, text)
+            high = self.parse_value(last, at + len(first) + 1, text)
             if high == 0 < low and self.high == 7:
-                high = 7        # fri-sun: here Sunday ends the week
-        step = self.step(every, at + len(span) + 1, text) if slash else 1
-        if step == 1:
-            return (2 << high) - (1 << low) if low <= high else 0
-        found = 0
-        for value in range(low, high + 1, step):
-            found |= 1 << value
-        return found
+                high = 7        # in fri-sun, Sunday ends the week
+        step = self.parse_step(step_text, at + len(value_range) + 1, text) \
+            if slash else 1
+        return sum(1 << value for value in range(low, high + 1, step))
 
-    def number(self, word: str, at: int, text: str) -> int:
-        """A value of this column. Raises Misread."""
+    def parse_value(self, word: str, at: int, text: str) -> int:
+        """Return the value of a number or a name in the element `text`."""
         if word.isdigit() and word.isascii():
             value = int(word) if len(word) <= LONGEST_NUMBER else FOREVER
         else:
             value = self.names.get(word.lower()) if word.isascii() else None
         if value is None:
             if not word:
-                self.stop(at, "a number is missing" + (
+                self.reject(at, "a number is missing" + (
                     f" in {short(text)}" if text else ""))
             hint = nearest(word.lower()[:3], self.names) if self.names else ""
-            self.stop(at, f"{short(word)} is no {self.name}",
-                      f"did you mean {hint}?" if hint else self.span())
+            self.reject(at, f"{short(word)} is no {self.name}",
+                        f"did you mean {hint}?" if hint
+                        else self.describe_range())
         if not self.low <= value <= self.high:
-            self.stop(at, f"{self.span()}, not {short(word)}", {
+            self.reject(at, f"{self.describe_range()}, not {short(word)}", {
                 "hour 24": "midnight is hour 0", "minute 60": "a full hour "
                 "is minute 0"}.get(f"{self.name} {word}", ""))
         return value
 
-    def step(self, word: str, at: int, text: str) -> int:
+    def parse_step(self, word: str, at: int, text: str) -> int:
+        """Return the number after the / of the element `text`."""
         if not (word.isdigit() and word.isascii()) or not word.strip("0"):
-            self.stop(at, f"the step of {short(text)} is no number from 1 on")
+            self.reject(at,
+                        f"the step of {short(text)} is no number from 1 on")
         return int(word[-LONGEST_NUMBER:]) if len(word) <= 20 else 1000
 
-    def random(self, text: str, at: int, pick) -> int:
-        """The value that was picked for 5~10, as cronie has it."""
+    def choose_value(self, text: str, at: int, pick) -> int:
+        """Return the value that `pick` chooses for 5~10 (cronie 1.7)."""
         first, _, last = text.partition("~")
         if not first and not last:
-            self.stop(at, "~ stands alone", f"{self.low}~{self.high}")
-        low = self.number(first, at, text) if first else self.low
-        high = self.number(last, at + len(first) + 1, text) if last \
+            self.reject(at, "~ stands alone", f"{self.low}~{self.high}")
+        low = self.parse_value(first, at, text) if first else self.low
+        high = self.parse_value(last, at + len(first) + 1, text) if last \
             else self.high
         if low > high:
-            self.stop(at, f"{short(text)} runs backwards", f"{high}~{low}")
+            self.reject(at, f"{short(text)} runs backwards", f"{high}~{low}")
         return low + (pick or stable_random)(f"{self.name} {text}") % (
             high - low + 1)
 
-    def span(self) -> str:
+    def describe_range(self) -> str:
+        """Return the range of the values: minute is 0 to 59."""
         return f"{self.name} is {self.low} to {self.high}"
 
-    def stop(self, at: int, why: str, hint: str = ""):
+    def reject(self, at: int, why: str, hint: str = ""):
+        """Raise ScheduleError for the text at the offset `at`."""
         raise ScheduleError(self.name, at, why, hint)
 
 
 def short(text: str) -> str:
-    """In quotes, and short enough for a message."""
+    """Return `text` in quotes, escaped, and cut after 40 characters."""
     return f'"{escape_controls(text[:40])}{"..." if len(text) > 40 else ""}"'
 
 
 def stable_random(text: str) -> int:
-    """A number that looks random and is the same for the same text."""
+    """Return a number that looks random but depends on `text` alone."""
     from zlib import crc32
     return crc32(text.encode("utf-8", "surrogateescape"))
 
 
-COLUMNS = (ScheduleField("minute", 0, 59, {}),
-           ScheduleField("hour", 0, 23, {}),
-           ScheduleField("day-of-month", 1, 31, {}),
-           ScheduleField("month", 1, 12, MONTHS),
-           ScheduleField("day-of-week", 0, 7, WEEKDAYS))
-
-# The months of 400 years from 1970 on: the day each begins (and the end),
-# the weekday of its first day, and a bit for each of its days. A day's bit
-# in all masks below is its number less one.
-MONTH_STARTS: list[int] = []
-MONTH_WEEKDAYS: list[int] = []
-MONTH_DAYS: list[int] = []
-LONGEST_MONTH = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+SCHEDULE_FIELDS = (ScheduleField("minute", 0, 59, {}),
+                   ScheduleField("hour", 0, 23, {}),
+                   ScheduleField("day-of-month", 1, 31, {}),
+                   ScheduleField("month", 1, 12, MONTHS),
+                   ScheduleField("day-of-week", 0, 7, WEEKDAYS))
 
 
-def fill_months() -> None:
-    day = 0
-    for year in range(1970, 2370):
-        leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
-        for month, days in enumerate(LONGEST_MONTH):
-            days -= month == 1 and not leap
-            MONTH_STARTS.append(day)
-            MONTH_WEEKDAYS.append((day + 4) % 7)
-            MONTH_DAYS.append((1 << days) - 1)
-            day += days
-    MONTH_STARTS.append(day)
+def lowest_bit(bits: int) -> int:
+    """Return the number of the lowest bit that is set; there must be one."""
+    return (bits & -bits).bit_length() - 1
 
 
-SHARED: dict[tuple, tuple] = {}     # most tabs use few minutes and hours
-
-
-def multiples(bits: int, unit: int) -> tuple[int, ...]:
-    """The numbers of these bits, times a unit."""
-    found = SHARED.get((bits, unit))
-    if found is None:
-        if len(SHARED) > 1000:
-            SHARED.clear()
-        found = SHARED[bits, unit] = tuple(
-            unit * n for n in range(bits.bit_length()) if bits >> n & 1)
-    return found
+def set_bits(bits: int) -> list[int]:
+    """Return the numbers of all bits that are set, in order."""
+    return [n for n in range(bits.bit_length()) if bits >> n & 1]
 
 
 class Schedule:
-    """When an entry runs: the first five columns of a crontab line."""
+    """When an entry runs: its first five fields.
 
-    __slots__ = ("text", "minutes", "hours", "days", "months", "weekdays",
-                 "both", "wildcard", "minute_seconds", "hour_seconds",
-                 "weeks", "never")
+    `minutes`, `hours` and `weekdays` (bit 0 is Sunday) have the bit n for the
+    value n, `days` and `months` the bit n - 1. `both`: a day must satisfy
+    both day fields. `wildcard` is explained in the section Time. `never`: no
+    date satisfies the fields.
+    """
 
     def __init__(self, text: str, bits: list[int], stars: list[bool]):
+        """`bits` are the values of the five fields; `stars` says which of
+        them begin with a star."""
         self.text = text
-        minutes, hours, days, months, weekdays = bits
-        if weekdays & 129:                  # 0 and 7 are Sunday
-            weekdays |= 1
-        self.minutes, self.hours, self.weekdays = minutes, hours, \
-            weekdays & 127
+        self.minutes, self.hours, days, months, weekdays = bits
         self.days, self.months = days >> 1, months >> 1
+        self.weekdays = (weekdays | weekdays >> 7) & 127    # 7 is Sunday too
         self.wildcard = stars[0] or stars[1]
         self.both = stars[2] or stars[4]
-        self.hour_seconds = None            # until `prepare`
+        is_dated = any(self.months >> month & 1
+                       and self.days & (1 << length) - 1
+                       for month, length in enumerate(LONGEST_MONTH))
+        is_weekly = self.months and self.weekdays
+        self.never = not (self.minutes and self.hours and (
+            is_dated and is_weekly if self.both else is_dated or is_weekly))
 
     @classmethod
     def parse(cls, text: str, pick=None) -> Schedule:
-        """Read five columns, or a word such as @daily. Raises Misread."""
+        """Return the schedule of five fields, or of a word such as @daily.
+
+        `pick` is that of ScheduleField.parse. Raises ScheduleError.
+        """
         parts = SPECIALS.get(text, text).split()
         if len(parts) != 5:
             if text.startswith("@"):
                 raise ScheduleError("time specifier", 0,
                                     f"{short(text)} is none",
                                     " ".join(SPECIALS))
-            raise ScheduleError(COLUMNS[min(len(parts), 4)].name, len(text),
+            raise ScheduleError(SCHEDULE_FIELDS[min(len(parts), 4)].name,
+                                len(text),
                                 f"five columns are needed, not {len(parts)}")
-        return cls(text, [column.bits(part, pick) for column, part
-                          in zip(COLUMNS, parts)],
+        return cls(text, [field.parse(part, pick) for field, part
+                          in zip(SCHEDULE_FIELDS, parts)],
                    [part[0] == "*" for part in parts])
 
-    def prepare(self) -> None:
-        """Make what `next` needs, when it is needed first."""
-        if not MONTH_STARTS:
-            fill_months()
-        self.minute_seconds = multiples(self.minutes, MINUTE)
-        # A month may begin on any weekday, so five weeks and a day of bits.
-        self.weeks = sum(self.weekdays << week for week in range(0, 42, 7))
-        dated = any(self.months >> month & 1 and self.days & (1 << days) - 1
-                    for month, days in enumerate(LONGEST_MONTH))
-        weekly = self.months and self.weekdays
-        self.never = not (self.minutes and self.hours and (
-            dated and weekly if self.both else dated or weekly))
-        self.hour_seconds = multiples(self.hours, HOUR)
-
-    def days_in(self, month: int) -> int:
-        """A bit for each day that matches in a month of the 400 years."""
-        if not self.months >> month % 12 & 1:
+    def days_in(self, year: int, month: int) -> int:
+        """Return the matching days of a month: bit 0 is the 1st."""
+        if not self.months >> month - 1 & 1:
             return 0
-        weeks = self.weeks >> MONTH_WEEKDAYS[month]
-        days = self.days & weeks if self.both else self.days | weeks
-        return days & MONTH_DAYS[month]
+        first = days_since_epoch(year, month, 1)
+        end = days_since_epoch(year + month // 12, month % 12 + 1, 1)
+        # Day 0 was a Thursday, weekday 4.
+        week_days = self.weekdays * SIX_WEEKS >> (first + 4) % 7
+        days = self.days & week_days if self.both else self.days | week_days
+        return days & (1 << end - first) - 1
 
     def day_from(self, day: int) -> int:
-        """The first matching day from this day on; there must be one."""
-        cycle = day // DAYS_IN_400_YEARS * DAYS_IN_400_YEARS
-        month = bisect_right(MONTH_STARTS, day - cycle) - 1
-        ahead = day - cycle - MONTH_STARTS[month]
-        days = self.days_in(month) >> ahead << ahead
+        """Return the first matching day, from `day` (since 1970) on.
+
+        The schedule must not be `never`: leap days may take years to come,
+        but within 400 years each date has been on each possible weekday.
+        """
+        year, month, first = calendar_date(day)
+        days = self.days_in(year, month) >> first - 1 << first - 1
         while not days:
-            month += 1
-            if month == len(MONTH_DAYS):
-                month, cycle = 0, cycle + DAYS_IN_400_YEARS
-            days = self.days_in(month)
-        return cycle + MONTH_STARTS[month] + (days & -days).bit_length() - 1
+            year, month = (year, month + 1) if month < 12 else (year + 1, 1)
+            days = self.days_in(year, month)
+        return days_since_epoch(year, month, lowest_bit(days) + 1)
 
-    def wall_after(self, wall: int) -> int:
-        """The first minute that matches, later than this wall second."""
-        today = wall // DAY
-        second, day = wall - today * DAY, self.day_from(today)
+    def minute_after(self, local: int) -> int:
+        """Return the first matching local minute after the local second
+        `local`. The schedule must not be `never`."""
+        today = local // DAY
+        day = self.day_from(today)
         if day == today:
-            hours, minutes = self.hour_seconds, self.minute_seconds
-            past = bisect_right(hours, second)
-            if past:
-                hour = hours[past - 1]
-                ahead = bisect_right(minutes, second - hour)
-                if ahead < len(minutes):
-                    return day * DAY + hour + minutes[ahead]
-            if past < len(hours):
-                return day * DAY + hours[past] + minutes[0]
+            hour, minute = divmod(local % DAY // MINUTE, 60)
+            minutes = self.minutes >> minute + 1
+            if self.hours >> hour & 1 and minutes:
+                return day * DAY + hour * HOUR + (
+                    minute + 1 + lowest_bit(minutes)) * MINUTE
+            hours = self.hours >> hour + 1
+            if hours:
+                return day * DAY + (hour + 1 + lowest_bit(hours)) * HOUR \
+                    + lowest_bit(self.minutes) * MINUTE
             day = self.day_from(day + 1)
-        return day * DAY + self.hour_seconds[0] + self.minute_seconds[0]
+        return day * DAY + lowest_bit(self.hours) * HOUR \
+            + lowest_bit(self.minutes) * MINUTE
 
-    def walls(self, low: int, end: float):
-        """All minutes that match, from `low` on and before `end`."""
-        if self.hour_seconds is None:
-            self.prepare()
-        if self.never:
+    def minutes_between(self, low: int, end: float):
+        """Yield all matching local minutes from `low` on and before `end`."""
+        minute = end if self.never else self.minute_after(low - 1)
+        if minute >= end:       # as for most jobs that koid asks for a minute
             return
-        if end - low == MINUTE and low % MINUTE == 0:   # as koid looks
-            if self.wall_after(low - 1) == low:
-                yield low
-            return
-        day, minutes = self.day_from(low // DAY), self.minute_seconds
+        day, minutes = minute // DAY, set_bits(self.minutes)
         while day * DAY < end:
-            for hour in self.hour_seconds:
-                hour += day * DAY
-                if hour + HOUR <= low:
-                    continue
-                for minute in minutes:
-                    wall = hour + minute
-                    if wall >= end:
-                        return
-                    if wall >= low:
-                        yield wall
+            for hour in set_bits(self.hours):
+                begin = day * DAY + hour * HOUR
+                if low < begin + HOUR and begin < end:
+                    yield from (begin + minute * MINUTE for minute in minutes
+                                if low <= begin + minute * MINUTE < end)
             day = self.day_from(day + 1)
 
-    def matches(self, wall: int) -> bool:
-        """Does a wall's minute satisfy all five columns?"""
-        if self.hour_seconds is None:
-            self.prepare()
-        return not self.never and self.wall_after(wall - 1) == wall
+    def matches(self, minute: int) -> bool:
+        """Does a local minute satisfy all five fields?"""
+        return not self.never and self.minute_after(minute - 1) == minute
 
     def next(self, after: int, zone: Zone = UTC) -> int | None:
-        """The first start later than the minute of `after`, or None."""
-        if self.hour_seconds is None:
-            self.prepare()
+        """Return the first start after the minute of the instant `after`, of
+        a daemon that ran through all changes of `zone`; None if there is
+        none."""
         if self.never:
             return None
-        if after >= zone.reach:
-            zone.extend(after)
-        number = bisect_right(zone.begins, after) - 1
-        offset = zone.offsets[number]
-        wall = after + offset
-        if wall >= zone.caught_up_from[number]:
-            start = self.wall_after(wall) - offset
-            if start < zone.begins[number + 1]:
+        period = zone.period_at(after)
+        offset = zone.offsets[period]
+        local = after + offset
+        if local >= zone.caught_up_from[period]:
+            start = self.minute_after(local) - offset
+            if start < zone.begins[period + 1]:
                 return start
         return next(self.iter_starts(after, zone), None)
 
     def iter_starts(self, after: int, zone: Zone = UTC,
                     virtual: int | None = None):
-        """All starts later than the minute of `after`, as Debian's cron
-        makes them. Without end, but for a schedule that never runs.
+        """Yield the instants of all starts after the minute of `after`, as
+        Debian's cron makes them, without end.
 
-        Without `virtual`, the daemon was there before; with it, that is the
-        last minute of the wall whose jobs were started.
+        `virtual` is the last local minute whose jobs were started; None if
+        the daemon ran through all changes of `zone` before `after`.
         """
-        if self.hour_seconds is None:
-            self.prepare()
         if self.never:
             return
         latest = after
         if virtual is None:
-            number = zone.period_at(after)
-            wall = after + zone.offsets[number]
-            virtual = max(wall // MINUTE * MINUTE, zone.caught_up_from[number])
-        for first, end, offset in zone.stretches(after):
+            period = zone.period_at(after)
+            local = after + zone.offsets[period]
+            virtual = max(local // MINUTE * MINUTE,
+                          zone.caught_up_from[period])
+        for first, end, offset in zone.periods_after(after):
             low = first_minute_after_jump(virtual, first, self.wildcard)
-            for wall in self.walls(low, end):
-                latest = (wall if wall > first else first) - offset
+            for minute in self.minutes_between(low, end):
+                latest = max(minute, first) - offset
                 yield latest
-            # A wildcard job whose only day always lies in a gap.
+            # The only date of a wildcard job may always be in a gap.
             if end - offset - latest > DAYS_IN_400_YEARS * DAY:
                 return
             virtual = advance_virtual_minute(virtual, first,
                                              (end - 1) // MINUTE * MINUTE)
 
     def describe(self) -> str:
-        """As one would say it: At 02:30 on Mondays."""
-        if self.hour_seconds is None:
-            self.prepare()
+        """Return the schedule in English: At 02:30 on Mondays."""
         if self.never:
             return "Never"
-        return clock_words(self) + date_words(self)
+        return describe_times(self) + describe_dates(self)
 
 
 WEEKDAY_WORDS = ("Sunday Monday Tuesday Wednesday Thursday Friday "
@@ -942,18 +952,18 @@ MONTH_WORDS = ("January February March April May June July August September "
                "October November December").split()
 
 
-def values(bits: int) -> list[int]:
-    return [n for n in range(bits.bit_length()) if bits >> n & 1]
+def join_words(words: list[str]) -> str:
+    """Return "a, b and c"."""
+    if len(words) < 2:
+        return "".join(words)
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def joined(words: list[str]) -> str:
-    """a, b and c."""
-    return words[0] if len(words) == 1 else \
-        f"{', '.join(words[:-1])} and {words[-1]}"
+def describe_numbers(numbers: list[int], word=str) -> str:
+    """Return "1 to 5, 7 and 9": three or more in a row are a range.
 
-
-def listed(numbers: list[int], word=str) -> str:
-    """1 to 5, 7 and 9."""
+    `word(number)` returns the text of one number.
+    """
     found, at = [], 0
     while at < len(numbers):
         end = at
@@ -965,11 +975,12 @@ def listed(numbers: list[int], word=str) -> str:
         else:
             found.append(word(numbers[at]))
             at += 1
-    return joined(found)
+    return join_words(found)
 
 
-def evenly(numbers: list[int], unit: str, word=str) -> str:
-    """every 7th minute from 0 to 56; "" if they are not evenly spaced."""
+def describe_spacing(numbers: list[int], unit: str, word=str) -> str:
+    """Return "every 7th minute from 0 to 56"; "" if `numbers` are fewer than
+    four, consecutive or not evenly spaced."""
     steps = {b - a for a, b in zip(numbers, numbers[1:])}
     if len(numbers) < 4 or len(steps) > 1 or 1 in steps:
         return ""
@@ -977,61 +988,67 @@ def evenly(numbers: list[int], unit: str, word=str) -> str:
             f"{word(numbers[-1])}")
 
 
-def counted(numbers: list[int], unit: str) -> str:
-    """minute 5; hours 8 to 17; every 7th minute from 0 to 56."""
-    many = "s" if len(numbers) > 1 else ""
-    return evenly(numbers, unit) or f"{unit}{many} {listed(numbers)}"
+def describe_values(numbers: list[int], unit: str) -> str:
+    """Return "minute 5", "hours 8 to 17" or what `describe_spacing` does."""
+    ending = "s" if len(numbers) > 1 else ""
+    return describe_spacing(numbers, unit) \
+        or f"{unit}{ending} {describe_numbers(numbers)}"
 
 
 def ordinal(number: int) -> str:
-    """1st, 2nd, 3rd, 4th."""
+    """Return "1st", "2nd", "3rd", "4th"."""
     ending = "th" if 10 < number % 100 < 14 else {
         1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
     return f"{number}{ending}"
 
 
-def the_day(number: int) -> str:
-    return f"the {ordinal(number)}"
-
-
-def even_step(numbers: list[int], whole: int) -> int:
-    """The step if the numbers are all of 0, step, 2 * step ... < whole."""
+def full_step(numbers: list[int], count: int) -> int:
+    """Return the step if `numbers` are 0, step, 2 * step ... up to `count`,
+    which the step divides; otherwise 0."""
     step = numbers[1] if len(numbers) > 1 else 0
-    return step if step and whole % step == 0 and numbers == list(
-        range(0, whole, step)) else 0
+    return step if step and count % step == 0 and numbers == list(
+        range(0, count, step)) else 0
 
 
-def clock_words(schedule: Schedule) -> str:
-    """The minutes and hours: Every 5 minutes; At 02:30."""
-    minutes, hours = values(schedule.minutes), values(schedule.hours)
+def describe_times(schedule: Schedule) -> str:
+    """Return the minutes and hours: "Every 5 minutes", "At 02:30"."""
+    minutes, hours = set_bits(schedule.minutes), set_bits(schedule.hours)
     if len(minutes) * len(hours) <= 6:
-        return "At " + joined([f"{hour:02}:{minute:02}" for hour in hours
-                               for minute in minutes])
-    step, every = even_step(minutes, 60), even_step(hours, 24)
-    if every == 1 and minutes == [0]:
+        return "At " + join_words([f"{hour:02}:{minute:02}" for hour in hours
+                                   for minute in minutes])
+    minute_step, hour_step = full_step(minutes, 60), full_step(hours, 24)
+    if hour_step == 1 and minutes == [0]:
         return "Every hour"
-    text = f"At {counted(minutes, 'minute')}" if not step else \
-        f"Every {step} minutes" if step > 1 else "Every minute"
-    if every == 1:
-        return text if step else f"{text} of every hour"
-    if every:
-        return f"{text} of every {ordinal(every)} hour"
-    return f"{text} of {counted(hours, 'hour')}"
+    if minute_step == 1:
+        text = "Every minute"
+    elif minute_step:
+        text = f"Every {minute_step} minutes"
+    else:
+        text = f"At {describe_values(minutes, 'minute')}"
+    if hour_step == 1:
+        return text if minute_step else f"{text} of every hour"
+    if hour_step:
+        return f"{text} of every {ordinal(hour_step)} hour"
+    return f"{text} of {describe_values(hours, 'hour')}"
 
 
-def date_words(schedule: Schedule) -> str:
-    """The days and months, with a blank in front: on Mondays; in May."""
+def describe_dates(schedule: Schedule) -> str:
+    """Return the days and months after a blank: " on Mondays in May"; "" if
+    the schedule has all days."""
     all_days, all_week = (1 << 31) - 1, 127
     days, week = schedule.days, schedule.weekdays
-    months = "" if schedule.months == 4095 else listed(
-        values(schedule.months), MONTH_WORDS.__getitem__)
+    months = "" if schedule.months == 4095 else describe_numbers(
+        set_bits(schedule.months), MONTH_WORDS.__getitem__)
     if not schedule.both and (days == all_days or week == all_week):
-        days, week = all_days, all_week     # either will do, and one does
-    numbers = [n + 1 for n in values(days)]
-    on_days = " on " + (evenly(numbers, "day", the_day)
-                        or f"the {listed(numbers, ordinal)}")
-    on_week = " on " + listed(values((week | week << 7 & 128) & 254),
-                              lambda n: WEEKDAY_WORDS[n % 7] + "s")
+        days, week = all_days, all_week     # one field is enough, and has all
+    numbers = [n + 1 for n in set_bits(days)]
+    on_days = " on " + (
+        describe_spacing(numbers, "day", lambda n: f"the {ordinal(n)}")
+        or f"the {describe_numbers(numbers, ordinal)}")
+    # As 7, Sunday comes after Saturday: Fridays to Sundays.
+    on_week = " on " + describe_numbers(
+        set_bits((week | week << 7 & 128) & 254),
+        lambda n: WEEKDAY_WORDS[n % 7] + "s")
     in_months = f" in {months}" if months else ""
     if days == all_days:
         return in_months if week == all_week else on_week + in_months
@@ -1040,6 +1057,8 @@ def date_words(schedule: Schedule) -> str:
         return on_days + of_months
     if schedule.both:
         return f"{on_week} that fall{on_days}{of_months}"
+    if not days or not week:            # such as 5-1, a range of no values
+        return on_days + of_months if days else on_week + in_months
     return f"{on_days}{of_months} and{on_week}{in_months}"
 
 
@@ -1979,7 +1998,7 @@ class TabReader:
             return stable_random(f"{self.salt}\0{line}\0{text}")
 
         words, bits, problems = [], [], []
-        for column in COLUMNS:
+        for column in SCHEDULE_FIELDS:
             if at >= len(line):
                 problems = problems or [Diagnostic(
                     self.row, self.base + at + 1, f"bad {column.name}",
@@ -1989,11 +2008,11 @@ class TabReader:
             begin, (word, at) = at, self.word(line, at)
             words.append(word)
             try:
-                bits.append(column.bits(word, pick))
+                bits.append(column.parse(word, pick))
             except ScheduleError as bad:
                 problems.append(Diagnostic(
                     self.row, self.base + begin + bad.at + 1,
-                    f"bad {bad.column}", bad.why, bad.hint))
+                    f"bad {bad.field}", bad.why, bad.hint))
         if len(problems) in (len(words), 3, 4):
             problems = problems[:1]     # this was not meant to be an entry
         if problems:
@@ -2178,7 +2197,7 @@ class TabReader:
         if line.startswith('"', at):
             at = self.skip(line, line.index('"', at + 1) + 1)
         first, words = at, schedule.text.split(" ")
-        for column, word in zip(COLUMNS, words):
+        for column, word in zip(SCHEDULE_FIELDS, words):
             for why, hint in suspicious_parts(column, word):
                 self.add_diagnostic(at, f"odd {column.name}", why, hint)
             at = self.word(line, at)[1]
@@ -2203,7 +2222,8 @@ def suspicious_parts(column: ScheduleField, word: str):
         first, dash, last = span.partition("-")
         low, high = column.low, column.high
         if dash:
-            low, high = (column.number(end, 0, part) for end in (first, last))
+            low, high = (column.parse_value(end, 0, part)
+                         for end in (first, last))
             if high == 0 < low and column.high == 7:
                 high = 7
         if low > high:
@@ -2644,167 +2664,183 @@ def is_failure(run: dict) -> bool:
 # ==========================================================================
 # Plan: what is due now?                                        (nothing; R)
 #
-# The daemon sleeps until something is due and cron looks at the wall each
-# minute; both must come to the same. So the minutes of a sleep are played
-# as cron would have played them, by a clock that nobody can set, and then
-# one look at the wall is judged by the rule of the section Time.
+# cron looks at the clock each minute; koid sleeps until a start is due. Both
+# must make the same starts. So `plan` first replays the minutes of koid's
+# sleep as cron would have seen them, by the ticks of a clock that nobody can
+# set, and then applies the rules of the section Time to the local time now.
 # ==========================================================================
 
 MOST_COUNTED = 10_000   # missed starts of one job that are counted
 
 
 class ClockSample(FrozenRecord):
-    """One look at both clocks."""
+    """Both clocks, read at the same time."""
     instant: float          # seconds since 1970, as the machine has it
-    ticks: float            # seconds that only ever grow
+    ticks: float            # seconds of a clock that nobody can set
 
 
 class ZoneClock(FrozenRecord):
-    """Where the day of one zone stands, in minutes of its wall."""
+    """The virtual clock of one zone (see the section Time)."""
     zone: Zone
-    virtual: int            # the last minute whose jobs were started
-    checked: int            # the last minute that was looked at
+    virtual: int            # the last local minute whose jobs were started
+    checked: int            # the last local minute that was compared with it
 
 
 class SchedulerState(FrozenRecord):
-    """How far the plan was carried out: the last look, and each dial."""
-    sample: ClockSample
-    zone_clocks: dict             # CRON_TZ -> Dial; "" is the machine's zone
-    skipped: list = []      # (job, how many, the first) that a jump cost
+    """How far the plan has been carried out, for all zones."""
+    sample: ClockSample     # of the last call of `plan`
+    zone_clocks: dict       # CRON_TZ -> ZoneClock; "" is the machine's zone
+    skipped: list = []      # what `skipped_starts` returned in that call
 
 
 class Launch(FrozenRecord):
-    """A job that should start: the minute of the wall that it is for, and
-    the instant at which it fell due."""
+    """A start of a job that is due."""
     job: Job
-    minute: int
-    due: int
+    minute: int             # the local minute that the start is for
+    due: int                # the instant at which it became due
 
 
 def local_minute(zone: Zone, instant: float) -> int:
+    """Return the local minute of `zone` at `instant`."""
     instant = int(instant // 1)
     return (instant + zone.offset(instant)) // MINUTE * MINUTE
 
 
 def state_for_zones(now: ClockSample, zones: dict,
-             before: SchedulerState | None = None) -> SchedulerState:
-    """The watch over these zones. What was watched before goes on; a zone
-    that is new begins with the minute after this one, as cron does."""
-    zone_clocks = before.zone_clocks if before else {}
-    minutes = {name: local_minute(zone, now.instant)
-               for name, zone in zones.items()}
-    return SchedulerState(before.sample if before else now, {
-        name: zone_clocks[name] if name in zone_clocks else ZoneClock(
-            zone, minutes[name], minutes[name])
-        for name, zone in zones.items()})
+                    before: SchedulerState | None = None) -> SchedulerState:
+    """Return the state for `zones`, a dict from CRON_TZ to Zone.
+
+    Zones that are in `before` keep their clocks. The jobs of a new zone start
+    from the next minute on, as those of cron do after its start.
+    """
+    zone_clocks = {}
+    for name, zone in zones.items():
+        if before and name in before.zone_clocks:
+            zone_clocks[name] = before.zone_clocks[name]
+        else:
+            minute = local_minute(zone, now.instant)
+            zone_clocks[name] = ZoneClock(zone, minute, minute)
+    return SchedulerState(before.sample if before else now, zone_clocks)
 
 
-def next_due(job: Job, since: SchedulerState) -> int | None:
-    """When a job falls due first after the last look, if nobody sets the
-    clock."""
+def next_due(job: Job, state: SchedulerState) -> int | None:
+    """Return the instant of the job's first start after the last sample, if
+    nobody sets the clock; None if it has none."""
     if not job.schedule:
         return None
-    zone_clock, wall = since.zone_clocks[job.settings.zone], \
-        int(since.sample.instant // 1)
-    zone = zone_clock.zone
-    if zone_clock.virtual == zone_clock.checked \
-            >= zone.caught_up_from[zone.period_at(wall)]:
-        return job.schedule.next(wall, zone)
-    return next(job.schedule.iter_starts(wall, zone, zone_clock.virtual), None)
+    zone_clock = state.zone_clocks[job.settings.zone]
+    zone, instant = zone_clock.zone, int(state.sample.instant // 1)
+    is_caught_up = zone_clock.virtual == zone_clock.checked \
+        >= zone.caught_up_from[zone.period_at(instant)]
+    if is_caught_up:
+        return job.schedule.next(instant, zone)
+    return next(job.schedule.iter_starts(instant, zone, zone_clock.virtual),
+                None)
 
 
-def first_due(jobs: list[Job], since: SchedulerState) -> int | None:
-    """When the daemon has to look again, for a start."""
-    return min((due for due in (next_due(job, since) for job in jobs)
+def first_due(jobs: list[Job], state: SchedulerState) -> int | None:
+    """Return the instant of the first start of all jobs, or None."""
+    return min((due for due in (next_due(job, state) for job in jobs)
                 if due is not None), default=None)
 
 
 def advance(zone_clock: ZoneClock, after: int, until: int) -> ZoneClock:
-    """The dial after the minutes up to `until`, in which nothing was due."""
-    virtual, running = zone_clock.virtual, zone_clock.checked
-    for first, end, offset in zone_clock.zone.stretches(after):
+    """Return the clock after the minutes between two instants, in which no
+    start was due."""
+    virtual, checked = zone_clock.virtual, zone_clock.checked
+    for first, end, offset in zone_clock.zone.periods_after(after):
         last = min(end - 1, until + offset) // MINUTE * MINUTE
         if last >= first:
-            virtual, running = advance_virtual_minute(virtual, first,
-                                                      last), last
+            virtual = advance_virtual_minute(virtual, first, last)
+            checked = last
         if end > until + offset:
-            return zone_clock.replace(virtual=virtual, checked=running)
+            return zone_clock.replace(virtual=virtual, checked=checked)
     return zone_clock
 
 
-def plan(jobs: list[Job], since: SchedulerState, now: ClockSample,
+def plan(jobs: list[Job], state: SchedulerState, now: ClockSample,
          due: int | None = 0) -> tuple[SchedulerState, list[Launch]]:
-    """What fell due after the last look and up to `now`, in order, and the
-    watch to go on with. Each start is given once, whenever we look.
+    """Return the new state, and the launches that became due since the last
+    sample, in order. Each start is returned once, whenever this is called.
 
-    Up to the first start the time passed as it should: the daemon slept.
-    From there to now something kept it, and cron would have been kept too.
-    `due` is what `first_due` says, if it is known already.
+    Up to the first start, time passed as expected: koid slept. From there to
+    `now` something delayed koid, and would have delayed cron as well. `due`
+    is the result of `first_due` if the caller knows it, otherwise 0.
     """
-    after = int(since.sample.instant // 1)
-    even = since.sample.instant + now.ticks - since.sample.ticks
-    if abs(now.instant - even) > 1 and even % MINUTE >= 1:
-        # Somebody has just set the clock. Cron sleeps on until the minute
-        # ends that it began, and looks at the wall then.
-        now = ClockSample(even, now.ticks)
-    unset = int(even // 1)
+    after = int(state.sample.instant // 1)
+    expected = state.sample.instant + now.ticks - state.sample.ticks
+    if abs(now.instant - expected) > 1 and expected % MINUTE >= 1:
+        # The clock was set during a minute. cron sleeps until that minute
+        # would have ended, and only then reads the clock.
+        now = ClockSample(expected, now.ticks)
+    unset = int(expected // 1)      # the instant, had nobody set the clock
     if unset // MINUTE == after // MINUTE:
-        # Cron would still be asleep. What was skipped has been told.
-        return since.replace(skipped=[]) if since.skipped else since, []
-    due = first_due(jobs, since) if due == 0 else due
+        # cron would still sleep. `skipped` was reported by the last call.
+        return state.replace(skipped=[]) if state.skipped else state, []
+    due = first_due(jobs, state) if due == 0 else due
     until = unset if due is None else min(unset, due - 1)
-    if now.instant // MINUTE != unset // MINUTE:       # somebody set the clock
+    if now.instant // MINUTE != unset // MINUTE:
         until = min(until, unset // MINUTE * MINUTE - 1)
     zone_clocks, launches, skipped = {}, [], []
-    for name, zone_clock in since.zone_clocks.items():
+    for name, zone_clock in state.zone_clocks.items():
+        in_zone = [job for job in jobs
+                   if job.schedule and job.settings.zone == name]
         zone_clock = advance(zone_clock, after, until)
-        first = local_minute(zone_clock.zone, now.instant)
-        if first != zone_clock.checked:
-            mine = [job for job in jobs if job.schedule
-                    and job.settings.zone == name]
-            launches += due_at_minute(mine, zone_clock, first,
-                                      first - zone_clock.zone.offset(
-                int(now.instant // 1)))
-            skipped += skipped_starts(mine, zone_clock, first)
-            zone_clock = zone_clock.replace(
-                checked=first,
-                virtual=advance_virtual_minute(
-                    zone_clock.virtual, first, first
-                ),
-            )
-        zone_clocks[name] = zone_clock
-    # Of jobs that are due in one minute, cron starts the last line first.
+        zone_clocks[name], due_now, lost = check_zone(in_zone, zone_clock,
+                                                      now.instant)
+        launches += due_now
+        skipped += lost
+    # Of the jobs that are due in one minute, cron starts the last line first.
     launches.sort(key=lambda launch: (launch.due, launch.minute,
                                       -launch.job.line))
     return SchedulerState(now, zone_clocks, skipped), launches
 
 
+def check_zone(jobs: list[Job], zone_clock: ZoneClock, instant: float
+               ) -> tuple[ZoneClock, list[Launch], list[tuple]]:
+    """Compare one zone's local time at `instant` with its virtual clock.
+
+    Return the new clock, the launches, and the skipped starts.
+    """
+    minute = local_minute(zone_clock.zone, instant)
+    if minute == zone_clock.checked:
+        return zone_clock, [], []
+    due = minute - zone_clock.zone.offset(int(instant // 1))
+    virtual = advance_virtual_minute(zone_clock.virtual, minute, minute)
+    return (zone_clock.replace(virtual=virtual, checked=minute),
+            due_at_minute(jobs, zone_clock, minute, due),
+            skipped_starts(jobs, zone_clock, minute))
+
+
 def skipped_starts(jobs: list[Job], zone_clock: ZoneClock,
-               first: int) -> list[tuple]:
-    """What nobody will start, as the clock was set by hours: (job, how many
-    starts, the instant of the first)."""
+                   minute: int) -> list[tuple]:
+    """Return what nobody will start because the clock jumped by hours to the
+    local minute `minute`: (job, number of starts, instant of the first)."""
+    if minute - zone_clock.virtual <= LONGEST_JUMP:
+        return []
     found = []
-    for job in jobs if first - zone_clock.virtual > LONGEST_JUMP else ():
-        count, wall = 0, 0
-        for at in job.schedule.walls(zone_clock.virtual + MINUTE, first):
-            count, wall = count + 1, wall or at
+    for job in jobs:
+        count, first = 0, 0
+        for start in job.schedule.minutes_between(
+                zone_clock.virtual + MINUTE, minute):
+            count, first = count + 1, first or start
             if count == MOST_COUNTED:
                 break
         if count:
-            found.append((job, count, zone_clock.zone.instant(wall)))
+            found.append((job, count, zone_clock.zone.instant(first)))
     return found
 
 
-def due_at_minute(jobs: list[Job], zone_clock: ZoneClock, first: int,
+def due_at_minute(jobs: list[Job], zone_clock: ZoneClock, minute: int,
                   due: int) -> list[Launch]:
-    """What to start when the wall shows `first`."""
+    """Return the launches at the local minute `minute`, which begins at the
+    instant `due`."""
     launches = []
     for job in jobs:
-        low = first_minute_after_jump(zone_clock.virtual, first,
-                                      job.schedule.wildcard)
-        if low <= first:
-            launches += [Launch(job, wall, due) for wall
-                         in job.schedule.walls(low, first + MINUTE)]
+        first = first_minute_after_jump(zone_clock.virtual, minute,
+                                        job.schedule.wildcard)
+        launches += [Launch(job, start, due) for start
+                     in job.schedule.minutes_between(first, minute + MINUTE)]
     return launches
 
 
@@ -18787,7 +18823,7 @@ def command_next(options: Invocation, machine: Machine, name: str = ""
                                      random_delay(job, machine.host()))
                 rows.append((path, job, [
                     utc_stamp(at) if options.utc else
-                    stamp(at, zone.offset(at)) for at in starts]))
+                    format_rfc3339(at, zone.offset(at)) for at in starts]))
     if options.json:
         print_json([{
             "name": job.name or None, "tag": job.tag, "line": job.line,
@@ -18801,7 +18837,7 @@ def command_next(options: Invocation, machine: Machine, name: str = ""
 
 def utc_stamp(instant: int) -> str:
     """Return an instant as RFC 3339 writes it in UTC."""
-    return stamp(instant, 0).replace("+00:00", "Z")
+    return format_rfc3339(instant, 0).replace("+00:00", "Z")
 
 
 def print_starts(rows: list) -> None:
@@ -18874,7 +18910,7 @@ def read_arguments(job: dict, words: list[str]) -> dict[str, str]:
     missing = [param for param in params
                if param.default is None and param.name not in given]
     if missing and not os.isatty(0):
-        raise Error("no value for " + joined([
+        raise Error("no value for " + join_words([
             short(param.name) for param in missing]), " ".join([
                 "koitab run NAME", *(f'"{escape_controls(param.name)}=..."'
                                      for param in missing)]), EXIT_USAGE)

@@ -72,13 +72,17 @@ EXIT_SIGNAL = 128       # plus the number of the signal, as shells report it
 # ==========================================================================
 # Common: what do both programs need?                      (files, clock; C)
 #
-# This section is the same text in mission.py and koitab.py; a test compares
-# them. So it knows neither backups nor schedules.
+# The text of this section is the same in mission.py and koitab.py; a test
+# compares them. So it contains nothing about backups or schedules.
 # ==========================================================================
 
 
 class Error(Exception):
-    """We cannot go on: what is wrong, what to do, and the exit status."""
+    """The program cannot continue: what is wrong, and how to fix it.
+
+    Only `main` catches it: it prints `message` and `hint` and exits with
+    `status`.
+    """
 
     def __init__(self, message: str, hint: str = "", status: int = 1):
         super().__init__(message)
@@ -86,10 +90,11 @@ class Error(Exception):
 
 
 class FrozenRecord:
-    """A value with named fields that does not change: `Point(1, y=2)`.
+    """A value with named fields that cannot be changed: `Point(1, y=2)`.
 
-    What a frozen dataclass is, without importing `dataclasses`, which would
-    double the start-up of a program that is compiled each time it runs.
+    The annotations of a subclass are its fields, their values the defaults.
+    It does what a frozen dataclass does. Importing `dataclasses` would double
+    the start-up time of a program that is compiled each time it runs.
     """
 
     def __init__(self, *values, **named):
@@ -102,7 +107,7 @@ class FrozenRecord:
             raise TypeError(f"{type(self).__name__} has no {list(given)}")
 
     def __setattr__(self, name, value):
-        raise AttributeError(f"{type(self).__name__}.{name} is settled")
+        raise AttributeError(f"{type(self).__name__}.{name} is read-only")
 
     def __eq__(self, other):
         return type(self) is type(other) and vars(self) == vars(other)
@@ -114,31 +119,43 @@ class FrozenRecord:
         return f"{type(self).__name__}({fields})"
 
     def replace(self, **changes):
-        """The same value with some fields changed."""
+        """Return a copy in which the fields in `changes` differ."""
         return type(self)(**{**vars(self), **changes})
 
 
 class Clock:
-    """The time of day, and a time that no one can set."""
+    """The clocks of this machine. A test passes its own instead."""
 
     def now(self) -> float:
-        """Seconds since 1970, as the wall clock has it."""
+        """Return the seconds since 1970 in UTC; they jump when the clock is
+        set."""
         return time.time()
 
     def ticks(self) -> float:
-        """Seconds that only ever grow; for durations and time limits."""
+        """Return seconds of a clock that nobody can set, for durations and
+        time limits."""
         return time.monotonic()
 
 
-def format_rfc3339(at: float) -> str:
-    """Local time with its offset: 2026-03-29T03:00:00+02:00 (RFC 3339)."""
-    text = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(at))
-    return f"{text[:-2]}:{text[-2:]}"
+def format_rfc3339(at: float, offset: int | None = None) -> str:
+    """Return a time with its UTC offset: 2026-03-29T03:00:00+02:00.
+
+    `at` is in seconds since 1970, `offset` in seconds east of Greenwich.
+    None means the offset of the local time zone (RFC 3339).
+    """
+    if offset is None:
+        offset = time.localtime(at).tm_gmtoff
+    sign, minutes = "-" if offset < 0 else "+", abs(offset) // 60
+    text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at + offset))
+    return f"{text}{sign}{minutes // 60:02}:{minutes % 60:02}"
 
 
 def format_duration(seconds: float) -> str:
-    """As Go writes a duration, cut to milliseconds: 12ms 1.5s 1h0m5.1s."""
-    thousandths = int(max(seconds, 0) * 1000 + 1e-6)    # 1.001 is not 1
+    """Return `seconds` as Go prints a duration: 12ms, 1.5s, 1h0m5.1s.
+
+    What is less than a millisecond is cut off.
+    """
+    thousandths = int(max(seconds, 0) * 1000 + 1e-6)    # 1.001 * 1000 < 1001
     if thousandths < 1000:
         return f"{thousandths}ms" if thousandths else "0s"
     minutes, thousandths = divmod(thousandths, 60_000)
@@ -151,11 +168,12 @@ def format_duration(seconds: float) -> str:
 
 DURATION_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 DIGITS_AND_POINT = frozenset("0123456789.")
-LONGEST_DURATION = 86400 * 366 * 100    # a century is no time limit
+LONGEST_DURATION = 86400 * 366 * 100    # seconds; longer is a typing error
 
 
 def parse_duration(text: str) -> float | None:
-    """The seconds in "90s", "1h30m", "500ms"; None if it is no duration."""
+    """Return the seconds in "90s", "1h30m" or "500ms"; None if `text` is not
+    a duration, or is a century or more."""
     total, at = 0.0, 0
     while at < len(text):
         end = at
@@ -171,33 +189,33 @@ def parse_duration(text: str) -> float | None:
 
 
 def plural(count: int, noun: str) -> str:
-    """1 error, 2 errors."""
+    """Return "1 error", "2 errors", "1,000 errors"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def nearest(word: str, words) -> str:
-    """The known word that was probably meant, or ''."""
+    """Return the one of `words` that is most like `word`, or ""."""
     import difflib
     known = {each.lower(): each for each in words}
     found = difflib.get_close_matches(word.lower(), known, 1, 0.5)
     return known[found[0]] if found else ""
 
 
-# All that could steer a terminal, break a line or turn text around: C0 and
-# C1 controls but the tab, line and paragraph separators, bidi overrides,
-# the byte order mark, and halves of surrogate pairs. A regular expression.
+# A regular expression for characters that could control a terminal, break a
+# line or reverse text: C0 and C1 controls except the tab, line and paragraph
+# separators, bidi overrides, the byte order mark, and lone surrogates.
 UNSAFE = ("[\0-\x08\n-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e"
           "\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def escaped(match) -> str:
-    """The escape for a match of UNSAFE."""
+    """Return the escape sequence for a match of UNSAFE."""
     code = ord(match.group())
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def escape_controls(text: str) -> str:
-    """The text on one line, each unsafe character written as an escape."""
+    """Return `text` on one line, with each UNSAFE character escaped."""
     if text.isprintable():
         return text
     import re
@@ -205,16 +223,20 @@ def escape_controls(text: str) -> str:
 
 
 class Diagnostic(FrozenRecord):
-    """An error in a file, or a warning, with its place."""
+    """An error or a warning about a file that people write.
+
+    `line` and `column` count from 1.
+    """
+
     line: int
     column: int
-    what: str               # "bad minute" as in crontab(1), a path of keys
+    what: str               # "bad minute" as in crontab(1), or a key path
     why: str
     hint: str = ""
-    fatal: bool = True      # else a warning: the value is used
+    fatal: bool = True      # False: a warning, and the value is used
 
     def text(self, file: str) -> str:
-        """FILE:LINE:COLUMN: [warning: ][WHAT: ]WHY[ (HINT)], on one line."""
+        """Return FILE:LINE:COLUMN: [warning: ][WHAT: ]WHY[ (HINT)]."""
         return escape_controls(
             f"{file}:{self.line}:{self.column}: "
             f"{'' if self.fatal else 'warning: '}"
@@ -223,7 +245,7 @@ class Diagnostic(FrozenRecord):
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write everything, or raise OSError."""
+    """Write all of `data` to `fd`. Raises OSError."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(fd, rest):]
@@ -231,15 +253,16 @@ def write_all(fd: int, data: bytes) -> None:
 
 def write_atomically(path: str, data: bytes, mode: int = 0o600,
                      durable: bool = True, dir_fd: int | None = None) -> None:
-    """Replace the file at `path` whole or not at all.
+    """Replace the file at `path` completely or not at all.
 
-    With `durable` it is on the disk when we return: the file is synced
-    before the rename and the folder after it, or a power cut could leave an
-    empty file, or bring the old one back. Raises OSError.
+    If `durable`, the new file is on the disk on return. The file is synced
+    before the rename and the directory after it, as otherwise a power failure
+    could leave an empty file, or the old one. `path` is relative to `dir_fd`.
+    Raises OSError.
     """
     fresh = path + ".new"
     try:
-        os.unlink(fresh, dir_fd=dir_fd)     # of a writer that was killed
+        os.unlink(fresh, dir_fd=dir_fd)     # a killed writer left it
     except FileNotFoundError:
         pass
     fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -256,7 +279,7 @@ def write_atomically(path: str, data: bytes, mode: int = 0o600,
 
 
 def sync_directory(path: str, dir_fd: int | None = None) -> None:
-    """Bring a folder's names to the disk. Raises OSError."""
+    """Write the entries of a directory to the disk. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC,
                  dir_fd=dir_fd)
     try:
@@ -266,10 +289,11 @@ def sync_directory(path: str, dir_fd: int | None = None) -> None:
 
 
 def try_lock(path: str) -> int | None:
-    """Lock the file at `path`: its descriptor, or None if another has it.
+    """Lock the file at `path`, and create it if it is missing.
 
-    An flock, not the file's existence: the kernel frees it when its holder
-    ends, however it ends. The folder must be writable by us alone.
+    Return the descriptor that holds the lock; None if another process holds
+    it. It is an flock, which the kernel releases however its holder ends.
+    Only this user may be able to write to the directory. Raises OSError.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC,
                  0o600)

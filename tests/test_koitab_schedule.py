@@ -81,7 +81,8 @@ def test_starts_that_were_seen_of_the_real_daemon(spec, place, reference,
     wanted = starts.split(",")
     found = list(itertools.islice(schedule.iter_starts(after, here, virtual),
                                   len(wanted)))
-    assert [koitab.stamp(start, here.offset(start)) for start in found] == [
+    assert [koitab.format_rfc3339(start, here.offset(start))
+            for start in found] == [
         f"{start[:16]}:00{start[16:]}" for start in wanted]
 
 
@@ -253,7 +254,7 @@ def numbers(bits: int) -> list[int]:
     return [n for n in range(64) if bits >> n & 1]
 
 
-@pytest.mark.parametrize("column, text, values", [
+@pytest.mark.parametrize("field, text, values", [
     (0, "5-59/10", [5, 15, 25, 35, 45, 55]),
     (0, "1-5,10-20/5,30", [1, 2, 3, 4, 5, 10, 15, 20, 30]),
     (0, "007", [7]), (0, "*/60", [0]), (0, "0-59/60", [0]), (0, "*/100", [0]),
@@ -268,8 +269,8 @@ def numbers(bits: int) -> list[int]:
     (4, "fri-mon", []), (4, "0-7", list(range(8))), (4, "*/7", [0, 7]),
     (0, "3~3,5", [3, 5]),
 ])
-def test_a_column_is_a_set(column, text, values):
-    assert numbers(koitab.COLUMNS[column].bits(text)) == values
+def test_field_is_parsed_into_a_set_of_values(field, text, values):
+    assert numbers(koitab.SCHEDULE_FIELDS[field].parse(text)) == values
 
 
 @pytest.mark.parametrize("spec, wildcard, both", [
@@ -407,6 +408,8 @@ def test_matches_says_which_minutes_of_the_wall_fit():
     ("0 0 */2 * 0", "At 00:00 on Sundays that fall on every 2nd day from the "
      "1st to the 31st of the month"),
     ("0 0 1-31 * 1", "At 00:00"), ("0 0 30 2 *", "Never"),
+    ("0 0 1 * 5-1", "At 00:00 on the 1st of the month"),
+    ("0 0 5-1 may 1", "At 00:00 on Mondays in May"),
     ("0 0 1,2,3,22 jan,jul *", "At 00:00 on the 1st to 3rd and 22nd of "
      "January and July"),
 ])
