@@ -12878,9 +12878,8 @@ class Api:
     """What the dashboard answers. HttpServer calls `respond`; everything
     here runs in the event loop, except what `in_reader` is given."""
 
-    def __init__(self, dashboard: Dashboard, page: str, names=(),
-                 allow_new: bool = False):
-        self.dashboard, self.allow_new = dashboard, allow_new
+    def __init__(self, dashboard: Dashboard, page: str, names=()):
+        self.dashboard = dashboard
         self.page, self.page_policy = page.encode(), page_policy_of(page)
         self.page_tag = f'"{sha256_hex(self.page)[:32]}"'
         self.rules = AccessRules(names, dashboard.key_of)
@@ -13176,21 +13175,22 @@ async def show_salt(api: Api, context: RequestContext) -> Response:
 
 
 async def create_dashboard(api: Api, context: RequestContext) -> Response:
-    """POST /api/v1/dashboards: the first only from this machine."""
+    """POST /api/v1/dashboards: the only one, from this machine."""
     throttle, now = api.rules.throttle, api.loop.time()
     wait = throttle.wait(context.network, now)
     if wait:
         raise TooManyRequests("too many at once", wait)
-    near, dashboard = is_loopback(context.address), api.dashboard
+    throttle.add_miss(context.network, now)
+    if not is_loopback(context.address):
+        raise Error("a dashboard is created on its own machine",
+                    "koitab -d new, in a shell there", 403)
 
     def create(db, fields: dict, at: float) -> dict:
-        if not api.allow_new and not (
-                near and dashboard.count_dashboards(db) == 0):
-            raise Error("new dashboards are not made here",
-                        "koitab dashboard --allow-new", 403)
-        return dashboard.create_dashboard(db, fields, at)
+        if api.dashboard.count_dashboards(db):
+            raise Error("this server already has a dashboard",
+                        "koitab -d join URL", 403)
+        return api.dashboard.create_dashboard(db, fields, at)
 
-    throttle.add_miss(context.network, now)
     return json_response(await api.write(
         create, await api.body_of(context), api.clock.now()), 201)
 

@@ -824,22 +824,18 @@ def test_only_the_first_dashboard_is_made_by_anyone_from_here(tmp_path):
         found.set_up()
         refused = found.ask("POST", "/api/v1/dashboards", asked)
         assert refused.status == 403
-        assert "--allow-new" in refused.json["hint"]
+        assert "-d join" in refused.json["hint"]
         salt = found.ask("GET", "/api/v1/salt").json
         assert (salt["dash"], salt["rounds"]) == (found.dash, 600_000)
         found.assert_no_bugs()
 
 
-def test_anyone_makes_a_dashboard_where_that_is_allowed(tmp_path):
-    with DashboardProcess(tmp_path, "--allow-new") as found:
+def test_attempts_to_create_a_dashboard_are_limited(tmp_path):
+    with DashboardProcess(tmp_path) as found:
         far = {"X_Forwarded_For": "203.0.113.1"}
-        statuses = [found.ask("POST", "/api/v1/dashboards", {
-            "salt": "11" * 16, "rounds": 600_000,
-            "api_sha256": f"{number:064x}",
-            "view_sha256": f"{number + 100:064x}"}, **far).status
-            for number in range(11)]
-        assert statuses == [201] * 10 + [429]       # though not so many
-        assert found.ask("GET", "/api/v1/salt").status == 400
+        statuses = [found.ask("POST", "/api/v1/dashboards", {},
+                              **far).status for _ in range(11)]
+        assert statuses == [403] * 10 + [429]
 
 
 # --- browsers follow ------------------------------------------------------
@@ -1037,10 +1033,11 @@ NOT_NEAR = "k.is_loopback = lambda address: False\n"
 
 
 def test_an_address_has_room_for_a_few_strangers_and_many_hosts(tmp_path):
+    with DashboardProcess(tmp_path) as near:
+        near.set_up()
     patch = NOT_NEAR + "k.MOST_UNPROVEN, k.MOST_OF_ADDRESS = 8, 30"
     with contextlib.ExitStack() as stack, DashboardProcess(
-            tmp_path, "--plain-http", "--allow-new", patch=patch) as found:
-        found.set_up()
+            tmp_path, "--plain-http", patch=patch) as found:
         for _ in range(20):
             host = stack.enter_context(found.client())
             assert host.ask("POST", "/api/v1/sync", sync_payload(),
@@ -1088,10 +1085,10 @@ def test_behind_a_proxy_it_is_callers_that_are_counted(tmp_path):
     ((), "127.0.0.1"), (("--behind-proxy", "10.0.0.9"), "127.0.0.1"),
     (("--behind-proxy", "127.0.0.1"), "203.0.113.5")])
 def test_only_a_proxy_of_ours_is_believed_who_calls(tmp_path, options, seen):
-    with DashboardProcess(tmp_path, "--plain-http", "--allow-new", *options,
+    with DashboardProcess(tmp_path) as near:
+        uuid = near.set_up().add_check()
+    with DashboardProcess(tmp_path, "--plain-http", *options,
                           patch=NOT_NEAR) as found:
-        found.set_up()
-        uuid = found.add_check()
         for header in ("203.0.113.5", "x, 1.1.1.1,203.0.113.5:99"):
             found.ask("GET", f"/ping/{uuid}", X_Forwarded_For=header)
         pings = found.ask("GET", f"/api/v1/checks/{uuid}/pings",
@@ -1374,8 +1371,8 @@ def typed(folder, *argv: str) -> support.Result:
     (["--listen", "127.0.0.1:0", "--listen", "0.0.0.0:0"], "plain http"),
     (["--cert", "a"], "go together"), (["--key", "a"], "go together"),
     (["--listen", "nonsense"], "ADDRESS:PORT"),
-    (["--name", "a b"], "no name"), (["--behind-proxy", "x"], "no address"),
-    (["--number", "1"], "does not go with")])
+    (["--name", "a b"], "not a host name"), (["--behind-proxy", "x"], "not an address"),
+    (["--number", "1"], "is not an option of")])
 def test_what_is_no_good_idea_is_refused(tmp_path, argv, said):
     done = typed(tmp_path, "dashboard", *argv)
     assert (done.code, done.out) == (2, "")
