@@ -13263,12 +13263,6 @@ async def show_run(api: Api, context: RequestContext) -> Response:
                             context.values[0])
 
 
-async def list_chunks(api: Api, context: RequestContext) -> Response:
-    """GET /api/v1/runs/RUN/chunks: where the frames of its output are."""
-    return await api.answer(api.dashboard.chunks, context.dash,
-                            context.values[0])
-
-
 async def read_output(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/runs/RUN/output: frames from a byte on. With ?wait, if
     there are none yet, when there are or the time is over."""
@@ -13480,7 +13474,6 @@ ROUTES = [Route(*row) for row in (
     ("GET", "/api/v1/jobs/JOB/runs", "viewer", list_runs, 0,
      {**BEFORE, "limit": number_field}),
     ("GET", "/api/v1/runs/RUN", "viewer", show_run),
-    ("GET", "/api/v1/runs/RUN/chunks", "viewer", list_chunks),
     ("GET", "/api/v1/runs/RUN/output", "viewer", read_output, 0,
      OUTPUT_QUERY),
     ("GET", "/api/v1/runs/RUN/raw", "viewer", show_raw_output),

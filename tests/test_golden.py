@@ -1253,7 +1253,7 @@ def dashboard_answers(stage: Stage) -> None:
         run = next(each["id"] for each in viewer.quietly(
             "GET", f"/api/v1/jobs/{ids['Backup']}/runs")["runs"]
             if each["exit"] == 3)
-        for path in (f"runs/{run}", f"runs/{run}/chunks", f"runs/{run}/raw",
+        for path in (f"runs/{run}", f"runs/{run}/raw",
                      "search?q=space", "search?q=nothing", "audit",
                      f"day?from={NOW - 43_200}&to={NOW}", "channels",
                      f"hosts/{HOST}/list",
