@@ -12544,8 +12544,8 @@ class Route(FrozenRecord):
     path: str               # a word in capitals: see PATH_FIELDS
     role: str               # anyone, or a key of TOKEN_ROLES
     handler: object         # async (api, context) -> Response
-    body: int = 0           # bytes at most
     query: dict = {}        # field -> parser (name, text) -> value
+    body: int = SMALL_BODY  # bytes at most
     cors: bool = False      # pages of other origins may ask, too
 
 
@@ -12626,6 +12626,15 @@ def time_field(name: str, text: str) -> float:
 # --- who may ask ----------------------------------------------------------
 
 
+def remember(table: dict, network: str, value) -> None:
+    """Put a value into a table as the newest. The oldest is forgotten when
+    there are more than MOST_NETWORKS."""
+    table.pop(network, None)
+    table[network] = value
+    if len(table) > MOST_NETWORKS:
+        del table[next(iter(table))]
+
+
 class LoginThrottle:
     """Wrong keys by network, and how long each network has to wait.
 
@@ -12634,7 +12643,7 @@ class LoginThrottle:
     """
 
     def __init__(self):
-        self.misses: dict[str, list] = {}   # -> since, count, bans
+        self.misses: dict[str, tuple] = {}  # -> since, count, bans
         self.banned: dict[str, float] = {}  # -> until
         self.known: dict[str, float] = {}   # had a valid key -> when
         self.since, self.count = 0.0, 0     # wrong keys of all networks
@@ -12652,24 +12661,20 @@ class LoginThrottle:
         if now - self.since > BAN:
             self.since, self.count = now, 0
         self.count += 1
-        row = self.misses.pop(network, None) or [now, 0, 0]
-        if now - row[0] > BAN:
-            row = [now, 0, row[2] if now - row[0] < LONGEST_BAN else 0]
-        row[1] += 1
-        if row[1] >= MISSES:
-            self.banned[network] = now + min(BAN * 2 ** row[2], LONGEST_BAN)
-            row = [self.banned[network], 0, min(row[2] + 1, 10)]
-        self.misses[network] = row          # the newest is last
-        for table in (self.misses, self.banned):
-            if len(table) > MOST_NETWORKS:
-                del table[next(iter(table))]
+        since, count, bans = self.misses.get(network, (now, 0, 0))
+        if now - since > BAN:
+            bans = bans if now - since < LONGEST_BAN else 0
+            since, count = now, 0
+        count += 1
+        if count >= MISSES:
+            since, count = now + min(BAN * 2 ** bans, LONGEST_BAN), 0
+            bans = min(bans + 1, 10)
+            remember(self.banned, network, since)
+        remember(self.misses, network, (since, count, bans))
 
     def add_success(self, network: str, now: float) -> None:
         """Record a valid key."""
-        self.known.pop(network, None)
-        self.known[network] = now
-        if len(self.known) > MOST_NETWORKS:
-            del self.known[next(iter(self.known))]
+        remember(self.known, network, now)
 
 
 class RequestContext:
@@ -13458,45 +13463,46 @@ PING_QUERY = {"rid": text_field, "create": text_field}
 
 ROUTES = [Route(*row) for row in (
     ("GET", "/", "anyone", show_page),
-    ("GET", "/healthz", "anyone", show_health, 0, {}, True),
+    ("GET", "/healthz", "anyone", show_health, {}, SMALL_BODY, True),
     ("GET", "/metrics", "viewer", show_metrics),
-    ("GET", "/badge/KEY/NAME", "anyone", show_badge, 0, {}, True),
-    ("GET", "/api/v1/salt", "anyone", show_salt, 0, {"dash": text_field}),
-    ("POST", "/api/v1/dashboards", "anyone", create_dashboard, SMALL_BODY),
-    ("POST", "/api/v1/rotate", "operator", rotate_keys, SMALL_BODY),
-    ("POST", "/api/v1/hosts", "operator", add_host, SMALL_BODY),
+    ("GET", "/badge/KEY/NAME", "anyone", show_badge, {}, SMALL_BODY, True),
+    ("GET", "/api/v1/salt", "anyone", show_salt, {"dash": text_field}),
+    ("POST", "/api/v1/dashboards", "anyone", create_dashboard),
+    ("POST", "/api/v1/rotate", "operator", rotate_keys),
+    ("POST", "/api/v1/hosts", "operator", add_host),
     ("DELETE", "/api/v1/hosts/HOST", "host or operator", remove_host),
     ("GET", "/api/v1/hosts/HOST/list", "viewer", show_host_list),
-    ("POST", "/api/v1/sync", "host", sync, SYNC_BODY),
+    ("POST", "/api/v1/sync", "host", sync, {}, SYNC_BODY),
     ("GET", "/api/v1/state", "viewer", show_state),
-    ("GET", "/api/v1/stream", "viewer", follow_changes, 0,
+    ("GET", "/api/v1/stream", "viewer", follow_changes,
      {"since": number_field}),
-    ("GET", "/api/v1/jobs/JOB/runs", "viewer", list_runs, 0,
+    ("GET", "/api/v1/jobs/JOB/runs", "viewer", list_runs,
      {**BEFORE, "limit": number_field}),
     ("GET", "/api/v1/runs/RUN", "viewer", show_run),
-    ("GET", "/api/v1/runs/RUN/output", "viewer", read_output, 0,
+    ("GET", "/api/v1/runs/RUN/output", "viewer", read_output,
      OUTPUT_QUERY),
     ("GET", "/api/v1/runs/RUN/raw", "viewer", show_raw_output),
-    ("GET", "/api/v1/search", "viewer", search_outputs, 0,
+    ("GET", "/api/v1/search", "viewer", search_outputs,
      {**BEFORE, "q": text_field, "job": number_field}),
-    ("GET", "/api/v1/day", "viewer", show_day, 0,
+    ("GET", "/api/v1/day", "viewer", show_day,
      {"from": time_field, "to": time_field}),
-    ("GET", "/api/v1/audit", "viewer", list_audit, 0,
+    ("GET", "/api/v1/audit", "viewer", list_audit,
      {"before": time_field}),
-    ("POST", "/api/v1/requests", "operator", create_request, REQUEST_BODY),
+    ("POST", "/api/v1/requests", "operator", create_request, {},
+     REQUEST_BODY),
     ("GET", "/api/v1/requests/NONCE", "viewer", show_request),
-    ("POST", "/api/v1/snooze", "operator", snooze_alert, SMALL_BODY),
-    ("POST", "/api/v1/checks", "operator", add_check, SMALL_BODY),
-    ("POST", "/api/v1/checks/CHECK", "operator", change_check, SMALL_BODY),
-    ("GET", "/api/v1/checks/CHECK/pings", "viewer", list_pings, 0, BEFORE),
+    ("POST", "/api/v1/snooze", "operator", snooze_alert),
+    ("POST", "/api/v1/checks", "operator", add_check),
+    ("POST", "/api/v1/checks/CHECK", "operator", change_check),
+    ("GET", "/api/v1/checks/CHECK/pings", "viewer", list_pings, BEFORE),
     ("GET", "/api/v1/checks/CHECK/pings/N/body", "viewer", show_ping_body),
     ("GET", "/api/v1/channels", "viewer", list_channels),
-    ("POST", "/api/v1/channels", "operator", change_channel, SMALL_BODY),
-    ("POST", "/api/v1/forget", "operator", forget_subject, SMALL_BODY))]
+    ("POST", "/api/v1/channels", "operator", change_channel),
+    ("POST", "/api/v1/forget", "operator", forget_subject))]
 # The paths of pings are not in the table: see match_ping.
-PING_ROUTES = {method: Route(method, "PING", "anyone", receive_ping, size,
-                             PING_QUERY, True)
-               for method, size in (("GET", 0), ("POST", PING_BODY))}
+PING_ROUTES = {method: Route(method, "PING", "anyone", receive_ping,
+                             PING_QUERY, PING_BODY, True)
+               for method in ("GET", "POST")}
 
 
 def find_routes(path: str) -> tuple[dict, tuple]:

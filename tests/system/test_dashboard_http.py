@@ -1388,7 +1388,8 @@ def typed(folder, *argv: str) -> support.Result:
     (["--listen", "127.0.0.1:0", "--listen", "0.0.0.0:0"], "plain http"),
     (["--cert", "a"], "go together"), (["--key", "a"], "go together"),
     (["--listen", "nonsense"], "ADDRESS:PORT"),
-    (["--name", "a b"], "not a host name"), (["--behind-proxy", "x"], "not an address"),
+    (["--name", "a b"], "not a host name"),
+    (["--behind-proxy", "x"], "not an address"),
     (["--number", "1"], "is not an option of")])
 def test_what_is_no_good_idea_is_refused(tmp_path, argv, said):
     done = typed(tmp_path, "dashboard", *argv)
