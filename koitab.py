@@ -18287,9 +18287,8 @@ class Option(FrozenRecord):
     """An option, for argparse, the help and the completion scripts."""
     spelling: str               # "-n, --number N"
     help: str
-    default: object = False
-    action: str = "store_true"  # of argparse
     parse: object = str         # text -> value; raises Error
+    is_list: bool = False       # it may be given several times
 
     @property
     def names(self) -> list[str]:
@@ -18302,61 +18301,62 @@ class Option(FrozenRecord):
         """The name of its value: "FILE" or "USER", say; "" without one."""
         return self.spelling.partition(self.names[-1])[2].strip()
 
+    @property
+    def default(self):
+        """The value of an option that is not given."""
+        return [] if self.is_list else "" if self.value else False
+
 
 OPTIONS = {     # by the attribute of Invocation that holds the value
     "edit": Option("-e", "edit the tab"),
     "list": Option("-l", "list the tab"),
     "remove": Option("-r", "remove the tab"),
     "ask": Option("-i", "ask before the tab is removed"),
-    "test": Option("-T FILE", "test this tab", "", "store"),
-    "user": Option("-u USER", "the tab, jobs and runs of another user (root)",
-                   "", "store"),
-    "link": Option("-d ACTION", "what to do with a dashboard", "", "store"),
+    "test": Option("-T FILE", "test this tab"),
+    "user": Option("-u USER", "the tab, jobs and runs of another user (root)"),
+    "link": Option("-d ACTION", "what to do with a dashboard"),
     "number": Option("-n, --number N", "how many starts of each job (5), or "
-                     "runs (20)", 0, "store", parse_number),
+                     "runs (20)", parse_number),
     "tab": Option("--tab FILE", "a tab that is not installed; - is standard "
-                  "input", "", "store"),
-    "start": Option("--from TIME", "only starts after this (default: now)",
-                    "", "store"),
+                  "input"),
+    "start": Option("--from TIME", "only starts after this (default: now)"),
     "utc": Option("--utc", "show times in UTC"),
     "json": Option("--json", "print JSON"),
     "system": Option("--system", "serve /etc/crontab, /etc/cron.d and cron's "
                      "tabs as well"),
-    "on": Option("--on HOST", "run the job on this host", "", "store"),
+    "on": Option("--on HOST", "run the job on this host"),
     "url": Option("--url URL", "the dashboard (default: the one of this "
-                  "machine)", "", "store"),
+                  "machine)"),
     "ca": Option("--ca FILE", "trust these certificates (PEM), not the "
-                 "system's", "", "store"),
+                 "system's"),
     "plain_http": Option("--plain-http", "allow http beyond this machine, "
                          "where anybody on the way can read and change it"),
     "listen": Option("--listen ADDRESS:PORT", "listen here (127.0.0.1:8077); "
-                     "repeatable", [], "append"),
+                     "repeatable", is_list=True),
     "db": Option("--db FILE", "its database (dashboard.db in the state "
-                 "directory)", "", "store"),
-    "cert": Option("--cert FILE", "serve https with this certificate (PEM)",
-                   "", "store"),
-    "key": Option("--key FILE", "the key of the certificate (PEM)", "",
-                  "store"),
+                 "directory)"),
+    "cert": Option("--cert FILE", "serve https with this certificate (PEM)"),
+    "key": Option("--key FILE", "the key of the certificate (PEM)"),
     "names": Option("--name HOST", "a name that browsers and hosts use; "
-                    "repeatable", [], "append"),
+                    "repeatable", is_list=True),
     "proxies": Option("--behind-proxy ADDRESS", "believe X-Forwarded-For of "
-                      "this proxy; repeatable", [], "append"),
-    "backup": Option("--backup FILE", "copy the database to FILE, and exit",
-                     "", "store"),
+                      "this proxy; repeatable", is_list=True),
+    "backup": Option("--backup FILE", "copy the database to FILE, and exit"),
     "help": Option("-h, --help", "print this help"),
     "version": Option("-V, --version", "the version"),
 }
 
 
 class Invocation:
-    """What was typed: the options, and the name the program was called by.
+    """What was typed: the options, and the name the program was called by;
+    and the machine on which it was typed.
 
     argparse sets an attribute for each option that was given; any other
     option has the default of the table.
     """
 
-    def __init__(self, called: str = PROG):
-        self.called = called
+    def __init__(self, machine: Machine, called: str = PROG):
+        self.machine, self.called = machine, called
 
     def __getattr__(self, key: str):
         if key not in OPTIONS:
@@ -18376,13 +18376,13 @@ class Invocation:
                 raise Error(f"{OPTIONS[key].names[-1]} is not an option of "
                             f"{PROG} {command}", "", status)
 
-    def check_user(self, machine: Machine) -> None:
+    def check_user(self) -> None:
         """Raise CrontabError unless the caller may use this -u: root may,
         and everybody with their own name. The real uid counts, not what the
         environment says."""
         if "user" not in self.given:
             return
-        if os.getuid() and self.user != machine.login_name():
+        if os.getuid() and self.user != self.machine.login_name():
             raise CrontabError("must be privileged to use -u")
         import pwd
         try:
@@ -18391,13 +18391,19 @@ class Invocation:
             raise CrontabError(f"{self.called}:  user `{self.user}' unknown"
                                ) from None
 
-    def user_field(self) -> dict:
-        """Return the field of a request to koid that names another user."""
-        return {"user": self.user} if self.user else {}
+    def ask_koid(self, operation: str, **fields) -> dict:
+        """Return koid's reply, or what the files say if koid does not run;
+        about the user of -u. "output" has what follows the reply, if there
+        is any. Raises Error."""
+        user = {"user": self.user} if self.user else {}
+        client = DaemonClient(self.machine)
+        reply = client.ask(operation, **fields, **user)
+        return {**reply, "output": client.output} if client.output else reply
 
-    def owner(self, machine: Machine) -> str:
-        """Return the name of the user whose tab and runs are meant."""
-        return self.user or machine.login_name()
+    @property
+    def owner(self) -> str:
+        """The name of the user whose tab and runs are meant."""
+        return self.user or self.machine.login_name()
 
     def warn(self, text: str) -> None:
         """Print a line for people, next to the output."""
@@ -18496,9 +18502,9 @@ TEMPLATE = """\
 """
 
 
-def no_tab(options: Invocation, machine: Machine) -> Error:
+def no_tab(options: Invocation) -> Error:
     """Return crontab(1)'s error for a user without a tab."""
-    return CrontabError(f"no crontab for {options.owner(machine)}")
+    return CrontabError(f"no crontab for {options.owner}")
 
 
 def unsafe_addresses(text: str) -> list[Diagnostic]:
@@ -18522,11 +18528,10 @@ def print_diagnostics(problems: list[Diagnostic], path: str) -> None:
         print(problem.text(path), file=sys.stderr)
 
 
-def install(options: Invocation, daemon: DaemonClient, text: str,
-            path: str) -> bool:
+def install(options: Invocation, text: str, path: str) -> bool:
     """Install a tab, print its diagnostics, and return if it is installed.
     The words are those of Debian's crontab. Raises Error."""
-    reply = daemon.ask("install", text=text, **options.user_field())
+    reply = options.ask_koid("install", text=text)
     problems = [Diagnostic(**row) for row in reply["problems"]]
     print_diagnostics(problems + unsafe_addresses(text), path)
     if reply["installed"]:
@@ -18548,11 +18553,11 @@ def usage_error(why: str) -> Error:
     return Error(f"usage error: {why}", f"{PROG} [-u USER] FILE", EXIT_ERROR)
 
 
-def command_list(options: Invocation, machine: Machine) -> int:
+def command_list(options: Invocation) -> int:
     """koitab -l: print the tab as it is. Raises Error."""
-    text = DaemonClient(machine).ask("list", **options.user_field())["text"]
+    text = options.ask_koid("list")["text"]
     if text is None:
-        raise no_tab(options, machine)
+        raise no_tab(options)
     if sys.stdout.isatty():     # a CR could hide what a line does
         lines = text.removesuffix("\n").split("\n") if text else []
         text = "".join(f"{escape_controls(line)}\n" for line in lines)
@@ -18560,15 +18565,14 @@ def command_list(options: Invocation, machine: Machine) -> int:
     return EXIT_OK
 
 
-def command_remove(options: Invocation, machine: Machine) -> int:
+def command_remove(options: Invocation) -> int:
     """koitab -r: remove the tab; with -i ask before. Raises Error."""
-    owner = options.owner(machine)
+    owner = options.owner
     if options.ask and not is_agreed(f"{options.called}: really delete "
                                      f"{owner}'s crontab? (y/n) "):
         return EXIT_OK
-    reply = DaemonClient(machine).ask("remove", **options.user_field())
-    if not reply["removed"]:
-        raise no_tab(options, machine)
+    if not options.ask_koid("remove")["removed"]:
+        raise no_tab(options)
     return EXIT_OK
 
 
@@ -18671,16 +18675,15 @@ def run_editor(path: str) -> None:
             else f"killed; signal {-status}") + ": nothing was installed")
 
 
-def command_edit(options: Invocation, machine: Machine) -> int:
+def command_edit(options: Invocation) -> int:
     """koitab -e: edit the tab and install it. Raises Error."""
-    daemon = DaemonClient(machine)
-    before = daemon.ask("list", **options.user_field())["text"]
+    before = options.ask_koid("list")["text"]
     if before is None:
-        print(f"{no_tab(options, machine)} - using an empty one",
+        print(f"{no_tab(options)} - using an empty one",
               file=sys.stderr)
     draft = EditSession(TEMPLATE if before is None else before)
     try:
-        done = edit_until_installed(options, daemon, draft, before)
+        done = edit_until_installed(options, draft, before)
     except BaseException:
         draft.leave(options)
         raise
@@ -18691,8 +18694,8 @@ def command_edit(options: Invocation, machine: Machine) -> int:
     return EXIT_ERROR
 
 
-def edit_until_installed(options: Invocation, daemon: DaemonClient,
-                         draft: EditSession, before: str | None) -> bool:
+def edit_until_installed(options: Invocation, draft: EditSession,
+                         before: str | None) -> bool:
     """Edit until the tab is installed or left as it was; return False if
     the caller gives up. `before` is the installed tab. Raises Error."""
     while True:
@@ -18701,21 +18704,21 @@ def edit_until_installed(options: Invocation, daemon: DaemonClient,
         if text == draft.first:
             options.warn("no changes made to crontab")
             return True
-        if daemon.ask("list", **options.user_field())["text"] != before:
+        if options.ask_koid("list")["text"] != before:
             raise Error("the crontab was changed by somebody else meanwhile",
                         f"{PROG} -l | diff - {draft.path}")
         options.warn("installing new crontab")
-        if install(options, daemon, text, draft.path):
+        if install(options, text, draft.path):
             return True
         if not is_agreed("Do you want to retry the same edit? (Y/N) "):
             return False
 
 
-def command_test(options: Invocation, machine: Machine, path: str) -> int:
+def command_test(options: Invocation, path: str) -> int:
     """koitab -T: print all diagnostics. cronie's -T stops at the first.
     Raises Error."""
-    text = machine.tab_text(path)
-    tab, _ = parse_with_zones(machine, text, path.startswith(SYSTEM_TABS))
+    text = options.machine.tab_text(path)
+    tab, _ = parse_with_zones(options, text, path.startswith(SYSTEM_TABS))
     print_diagnostics(tab.diagnostics + unsafe_addresses(text), path)
     if tab.errors():
         print("Invalid crontab file. Syntax issues were found.",
@@ -18760,36 +18763,36 @@ def parse_instant(text: str, zone: Zone, now: float) -> int:
     return zone.instant(wall)
 
 
-def parse_with_zones(machine: Machine, text: str, system: bool = False,
+def parse_with_zones(options: Invocation, text: str, system: bool = False,
                      user: str = "") -> tuple[Tab, dict[str, Zone]]:
     """Return a tab, and the time zones that it names; "" is the local one.
     Raises Error."""
+    machine = options.machine
     tab = parse_tab(text, system, root=os.geteuid() == 0,
                     salt=machine.salt(user))
     return tab, {**check_zones(tab, machine), "": machine.local_zone()}
 
 
-def select_tabs(options: Invocation, machine: Machine):
+def select_tabs(options: Invocation):
     """Return the path, the tab and the zones of each tab that is meant.
     Raises Error."""
+    def read(path: str, system: bool) -> tuple:
+        text = options.machine.tab_text(path)
+        return path, *parse_with_zones(options, text, system)
+
     if options.tab:
-        return [(options.tab, *parse_with_zones(
-            machine, machine.tab_text(options.tab),
-            options.tab.startswith(SYSTEM_TABS)))]
-    daemon, found = DaemonClient(machine), []
-    reply = daemon.ask("list", **options.user_field())
-    if reply["text"] is not None:
-        found.append((f"crontab of {options.owner(machine)}",
-                      *parse_with_zones(machine, reply["text"],
-                                        user=options.owner(machine))))
+        return [read(options.tab, options.tab.startswith(SYSTEM_TABS))]
+    text, found = options.ask_koid("list")["text"], []
+    if text is not None:
+        found.append((f"crontab of {options.owner}", *parse_with_zones(
+            options, text, user=options.owner)))
     if os.geteuid() == 0 and not options.user:
-        jobs = daemon.ask("jobs")["jobs"]
-        found += [(path, *parse_with_zones(machine, machine.tab_text(path),
-                                           True))
+        jobs = options.ask_koid("jobs")["jobs"]
+        found += [read(path, True)
                   for path in dict.fromkeys(job["file"] for job in jobs)
                   if path.startswith(SYSTEM_TABS)]
     if not found:
-        raise no_tab(options, machine)
+        raise no_tab(options)
     return found
 
 
@@ -18805,21 +18808,22 @@ def next_starts(job: Job, zones: dict, after: int, many: int,
         after - delay, zones[job.settings.zone]), many)]
 
 
-def command_next(options: Invocation, machine: Machine, name: str = ""
+def command_next(options: Invocation, name: str = ""
                  ) -> int:
     """koitab next: the status is 1 if a tab has errors. Raises Error."""
-    tabs, rows, errors = select_tabs(options, machine), [], []
+    tabs, rows, errors = select_tabs(options), [], []
+    now = options.machine.clock.now()
     jobs = match_jobs([job for _, tab, zones in tabs for job in tab.jobs
                        if job.settings.zone in zones], name)
     for path, tab, zones in tabs:
         print_diagnostics(tab.diagnostics, path)
         errors += tab.errors()
-        after = parse_instant(options.start, zones[""], machine.clock.now())
+        after = parse_instant(options.start, zones[""], now)
         for job in tab.jobs:
             if any(job is each for each in jobs):
                 zone = UTC if options.utc else zones[job.settings.zone]
                 starts = next_starts(job, zones, after, options.number or 5,
-                                     random_delay(job, machine.host()))
+                                     random_delay(job, options.machine.host()))
                 rows.append((path, job, [
                     utc_stamp(at) if options.utc else
                     format_rfc3339(at, zone.offset(at)) for at in starts]))
@@ -18968,12 +18972,11 @@ def is_confirmed(job: dict, where: str = "") -> bool:
         f"Run {escape_controls(job['label'])}{where}? (y/n) ")
 
 
-def run_here(options: Invocation, machine: Machine, name: str,
+def run_here(options: Invocation, name: str,
              *words: str) -> int:
     """Run a job of this machine; return its exit status. Raises Error."""
     options.require_only(("user",), "run without --on")
-    daemon = DaemonClient(machine)
-    reply = daemon.ask("jobs", **options.user_field())
+    daemon, reply = DaemonClient(options.machine), options.ask_koid("jobs")
     job = find_job(reply["jobs"], name)
     if not reply["daemon"]:
         raise daemon.no_daemon()
@@ -19179,30 +19182,29 @@ def label_for(run: dict, owner: str) -> str:
         else label
 
 
-def last_runs(options: Invocation, daemon: DaemonClient,
-              name: str) -> list[dict]:
+def last_runs(options: Invocation, name: str) -> list[dict]:
     """Return the last runs, the newest at the end. Raises Error."""
     wanted, found = options.number or 20, []
-    fields = {**options.user_field(), **({"job": name} if name else {})}
+    fields = {"job": name} if name else {}
     while len(found) < wanted:
         more = {"before": found[-1]["run"]} if found else {}
-        runs = daemon.ask("history", limit=min(wanted - len(found),
-                                               PAGE_OF_RUNS),
-                          **fields, **more)["runs"]
+        runs = options.ask_koid(
+            "history", limit=min(wanted - len(found), PAGE_OF_RUNS),
+            **fields, **more)["runs"]
         if not runs:
             break
         found += runs
     return found[::-1]
 
 
-def command_history(options: Invocation, machine: Machine, name: str = ""
+def command_history(options: Invocation, name: str = ""
                     ) -> int:
     """koitab history: a table, and a line of bars per job. Raises Error."""
-    runs = last_runs(options, DaemonClient(machine), name)
+    runs = last_runs(options, name)
     if options.json:
         print_json(runs)
         return EXIT_OK
-    owner, durations = options.owner(machine), {}
+    owner, durations = options.owner, {}
     labels = [label_for(run, owner)[:24] for run in runs]
     width = max(map(len, labels), default=0)
     if not runs:
@@ -19226,13 +19228,12 @@ def command_history(options: Invocation, machine: Machine, name: str = ""
     return EXIT_OK
 
 
-def command_log(options: Invocation, machine: Machine, which: str) -> int:
+def command_log(options: Invocation, which: str) -> int:
     """koitab log: the output of a run, or of a job's newest. Raises
     Error."""
-    daemon = DaemonClient(machine)
     wanted = {"run": int(which)} if count(which) else {"job": which}
-    run = daemon.ask("log", **wanted, **options.user_field())["run"]
-    frames = read_frames(daemon.output)
+    reply = options.ask_koid("log", **wanted)
+    run, frames = reply["run"], read_frames(reply.get("output", b""))
     if options.json:
         names = {STDOUT: "stdout", STDERR: "stderr", NOTE: "note"}
         print_json({**run, "frames": [
@@ -19277,36 +19278,34 @@ def escape_output(data: bytes) -> bytes:
     return (text + reset).encode("utf-8", "backslashreplace")
 
 
-def command_kill(options: Invocation, machine: Machine, which: str) -> int:
+def command_kill(options: Invocation, which: str) -> int:
     """koitab kill: SIGTERM, later SIGKILL; or out of the queue. Raises
     Error."""
     if not count(which):
         raise Error(f"{short(which)} is not a run number", f"{PROG} status",
                     EXIT_USAGE)
-    run = DaemonClient(machine).ask("kill", run=int(which),
-                                    **options.user_field())["run"]
+    run = options.ask_koid("kill", run=int(which))["run"]
     print(f"run {run['run']} ({escape_controls(run['label'])}) is told to end")
     return EXIT_OK
 
 
-def command_status(options: Invocation, machine: Machine) -> int:
+def command_status(options: Invocation) -> int:
     """koitab status: 0 if koid runs without problems and no job's last run
     failed, else 1. Raises Error."""
-    daemon = DaemonClient(machine)
     try:
-        state = daemon.ask("status", **options.user_field())
+        state = options.ask_koid("status")
     except Error as error:
         if options.json:
             raise
         print(f"koid      {escape_controls(error.message)}"
               + (f" ({escape_controls(error.hint)})" if error.hint else ""))
         state = None
-    jobs = daemon.ask("jobs", **options.user_field())["jobs"]
+    jobs = options.ask_koid("jobs")["jobs"]
     bad = [job for job in jobs if job["last"] and is_failure(job["last"])]
     if options.json:
         print_json({**state, "failed": bad})
     else:
-        owner = options.owner(machine)
+        owner = options.owner
         for word, lines in (status_fields(state, owner) if state else {
                 "tab": [plural(len(jobs), "job")]}).items():
             print_field(word, lines)
@@ -19442,19 +19441,19 @@ def read_passphrase(question: str = "Passphrase: ") -> str:
     return text
 
 
-def membership_directory(machine: Machine) -> str:
+def membership_directory(options: Invocation) -> str:
     """Return the state directory of the koid that the caller may change.
     Raises Error."""
     if os.geteuid() and "KOI_HOME" not in os.environ \
             and os.path.exists(ROOT_SOCKET):
         raise Error("this machine's koid is root's", "sudo; or name the "
                     "dashboard: run --on HOST --url URL, page URL")
-    return machine.state_directory()
+    return options.machine.state_directory()
 
 
-def reload_enrollment(machine: Machine) -> bool:
+def reload_enrollment(options: Invocation) -> bool:
     """Have koid read its keys; return False if none runs. Raises Error."""
-    daemon = DaemonClient(machine)
+    daemon = DaemonClient(options.machine)
     connection = daemon.connect()
     if not connection:
         return False
@@ -19488,42 +19487,42 @@ def log_in(client: DashboardClient, dash: str,
     return keys, dash
 
 
-def enroll(options: Invocation, machine: Machine, client: DashboardClient,
+def enroll(options: Invocation, client: DashboardClient,
            url: str, ca: str, keys: Keys, dash: str) -> None:
     """Make this host a member of a dashboard. Raises Error."""
-    directory, host = membership_directory(machine), os.urandom(16).hex()
-    token, name = os.urandom(32).hex(), machine.host()
+    directory, host = membership_directory(options), os.urandom(16).hex()
+    token, name = os.urandom(32).hex(), options.machine.host()
     client.token = keys.api.hex()
     ask_dashboard(client, "POST", "/api/v1/hosts", {
         "host": host, "name": name, "token_sha256": sha256_hex(token)})
-    machine.write_enrollment(directory, Enrollment(
+    options.machine.write_enrollment(directory, Enrollment(
         url, dash, host, token, host_key(keys.run, host).hex(), name, ca,
-        machine.clock.now()))
-    if not reload_enrollment(machine):
+        options.machine.clock.now()))
+    if not reload_enrollment(options):
         options.warn("koid is not running; it links up when it is started")
 
 
-def require_no_membership(machine: Machine) -> None:
+def require_no_membership(options: Invocation) -> None:
     """Raise Error if this machine is a member of a dashboard already."""
-    mine = machine.read_enrollment(membership_directory(machine))
+    mine = options.machine.read_enrollment(membership_directory(options))
     if mine:
         raise Error(f"this machine belongs to {mine.url} already",
                     "koitab -d off")
 
 
-def membership(machine: Machine) -> Enrollment:
+def membership(options: Invocation) -> Enrollment:
     """Return the keys of this machine for its dashboard. Raises Error."""
-    mine = machine.read_enrollment(membership_directory(machine))
+    mine = options.machine.read_enrollment(membership_directory(options))
     if not mine:
         raise Error("this machine belongs to no dashboard", "koitab -d new; "
                     "or koitab -d join URL")
     return mine
 
 
-def new_dashboard(options: Invocation, machine: Machine,
+def new_dashboard(options: Invocation,
                      url: str = LOCAL_DASHBOARD) -> int:
     """koitab -d new: make a dashboard and join it. Raises Error."""
-    require_no_membership(machine)
+    require_no_membership(options)
     client, ca = connect_dashboard(options, url)
     passphrase = format_passphrase(os.urandom(20))
     salt = os.urandom(SALT_BYTES)
@@ -19533,7 +19532,7 @@ def new_dashboard(options: Invocation, machine: Machine,
     if not is_hex(dash, 16):
         raise Error("not a koi dashboard")
     print_keys(url, dash, keys, passphrase)
-    enroll(options, machine, client, url, ca, keys, dash)
+    enroll(options, client, url, ca, keys, dash)
     return EXIT_OK
 
 
@@ -19548,26 +19547,27 @@ def print_keys(url: str, dash: str, keys: Keys, passphrase: str) -> None:
     sys.stdout.flush()
 
 
-def join_dashboard(options: Invocation, machine: Machine, url: str) -> int:
+def join_dashboard(options: Invocation, url: str) -> int:
     """koitab -d join: become a member, by its passphrase. Raises Error."""
-    require_no_membership(machine)
+    require_no_membership(options)
     url, dash = split_dashboard_url(url)
     client, ca = connect_dashboard(options, url)
     keys, dash = log_in(client, dash, read_passphrase())
-    enroll(options, machine, client, url, ca, keys, dash)
-    print(f"this machine is {machine.host()} on {url.rstrip('/')}/#{dash}")
+    enroll(options, client, url, ca, keys, dash)
+    print(f"this machine is {options.machine.host()} on "
+          f"{url.rstrip('/')}/#{dash}")
     return EXIT_OK
 
 
-def show_membership(options: Invocation, machine: Machine) -> int:
+def show_membership(options: Invocation) -> int:
     """koitab -d show: 1 if koid is not connected. Raises Error."""
-    mine = membership(machine)
+    mine = membership(options)
     print_field("dashboard", [f"{mine.url.rstrip('/')}/#{mine.dash}"])
     print_field("host", [f"{mine.name} ({mine.host})"])
     print_field("keys", [f"{key_id(mine.secret)}, since "
                          f"{format_rfc3339(mine.since)}"])
     try:
-        state = DaemonClient(machine).ask("status").get("dashboard")
+        state = options.ask_koid("status").get("dashboard")
     except Error as error:
         print_field("link", [error.message])
         return EXIT_ERROR
@@ -19576,9 +19576,9 @@ def show_membership(options: Invocation, machine: Machine) -> int:
     return EXIT_ERROR if not state or state["troubles"] else EXIT_OK
 
 
-def rotate_passphrase(options: Invocation, machine: Machine) -> int:
+def rotate_passphrase(options: Invocation) -> int:
     """koitab -d rotate: new keys for all; the old ones end. Raises Error."""
-    mine = membership(machine)
+    mine = membership(options)
     client, _ = connect_dashboard(options, mine.url, mine.ca)
     keys, _ = log_in(client, mine.dash, read_passphrase("Passphrase of now: "))
     if host_key(keys.run, mine.host) != mine.secret:
@@ -19595,28 +19595,30 @@ def rotate_passphrase(options: Invocation, machine: Machine) -> int:
         raise Error(error.message, "the old passphrase is valid; or, if only "
                     "the answer was lost, the new one: then koitab -d off; "
                     "koitab -d join") from None
-    machine.write_enrollment(membership_directory(machine), mine.replace(
-        key=host_key(fresh.run, mine.host).hex(), since=machine.clock.now()))
-    reload_enrollment(machine)
+    options.machine.write_enrollment(
+        membership_directory(options), mine.replace(
+            key=host_key(fresh.run, mine.host).hex(),
+            since=options.machine.clock.now()))
+    reload_enrollment(options)
     options.warn("on each other host: koitab -d off; koitab -d join "
                  f"{mine.url} (until then nothing can be run there)")
     return EXIT_OK
 
 
-def leave_dashboard(options: Invocation, machine: Machine) -> int:
+def leave_dashboard(options: Invocation) -> int:
     """koitab -d off: remove this machine's keys, then tell the dashboard.
     Raises Error."""
-    directory = membership_directory(machine)
+    directory = membership_directory(options)
     try:
-        mine = machine.read_enrollment(directory)
+        mine = options.machine.read_enrollment(directory)
     except Error as error:      # unreadable: the dashboard is unknown
-        machine.remove_enrollment(directory)
-        reload_enrollment(machine)
+        options.machine.remove_enrollment(directory)
+        reload_enrollment(options)
         options.warn(f"removed all the same: {error.message}")
         return EXIT_OK
-    mine = mine or membership(machine)
-    machine.remove_enrollment(directory)
-    reload_enrollment(machine)
+    mine = mine or membership(options)
+    options.machine.remove_enrollment(directory)
+    reload_enrollment(options)
     try:
         client = DashboardClient(mine.url, mine.token, mine.ca)
         ask_dashboard(client, "DELETE", f"/api/v1/hosts/{mine.host}")
@@ -19631,37 +19633,36 @@ DASHBOARD_ACTIONS = {
     "rotate": rotate_passphrase, "off": leave_dashboard}
 
 
-def command_membership(options: Invocation, machine: Machine, action: str,
+def command_membership(options: Invocation, action: str,
                        *words: str) -> int:
     """koitab -d ACTION. Raises Error."""
-    return DASHBOARD_ACTIONS[action](options, machine, *words)
+    return DASHBOARD_ACTIONS[action](options, *words)
 
 
 # --- run --on: signed here, carried by the dashboard
 
 
-def choose_dashboard(options: Invocation,
-                     machine: Machine) -> tuple[DashboardClient, str]:
+def choose_dashboard(options: Invocation) -> tuple[DashboardClient, str]:
     """Return a client and the ID ("": unknown) of the dashboard that --url
     names, or of this machine's. Raises Error."""
     if "url" in options.given:
         url, dash = split_dashboard_url(options.url)
         return connect_dashboard(options, url)[0], dash
-    mine = membership(machine)
+    mine = membership(options)
     return connect_dashboard(options, mine.url, mine.ca)[0], mine.dash
 
 
-def command_run(options: Invocation, machine: Machine, name: str,
+def command_run(options: Invocation, name: str,
                 *words: str) -> int:
     """koitab run: here, or on the host of --on. Raises Error."""
     run = run_on_host if "on" in options.given else run_here
-    return run(options, machine, name, *words)
+    return run(options, name, *words)
 
 
-def run_on_host(options: Invocation, machine: Machine, name: str,
+def run_on_host(options: Invocation, name: str,
                 *words: str) -> int:
     """Run a job of another host; return its exit status. Raises Error."""
-    client, dash = choose_dashboard(options, machine)
+    client, dash = choose_dashboard(options)
     keys, dash = log_in(client, dash, read_passphrase())
     host = find_host(ask_dashboard(client, "GET", "/api/v1/state").get(
         "hosts", []), options.on)
@@ -19674,7 +19675,7 @@ def run_on_host(options: Invocation, machine: Machine, name: str,
         return EXIT_ERROR
     nonce = os.urandom(16).hex()
     body = signed_run(key, dash, host, job, arguments, nonce,
-                      int(machine.clock.now() * 1000))
+                      int(options.machine.clock.now() * 1000))
     ask_dashboard(client, "POST", "/api/v1/requests", {
         "host": host, "body": body, "mac": run_mac(key, body)})
     return RemoteRun(options, client).follow(nonce)
@@ -19897,11 +19898,11 @@ def cron_program() -> str:
     return ""
 
 
-def user_crontab(options: Invocation, machine: Machine) -> str:
+def user_crontab(options: Invocation) -> str:
     """Return the user's crontab from cron; "" if there is none. Raises
     Error."""
     import subprocess
-    owner, program = options.owner(machine), cron_program()
+    owner, program = options.owner, cron_program()
     if program:
         whose = ["-u", owner] if os.getuid() == 0 else []
         done = subprocess.run(
@@ -19918,18 +19919,18 @@ def user_crontab(options: Invocation, machine: Machine) -> str:
     for spool in SPOOLS if os.geteuid() == 0 else ():
         path = posixpath.join(spool, owner)
         if os.path.isfile(path):
-            lines = machine.tab_text(path).split("\n")
+            lines = options.machine.tab_text(path).split("\n")
             while lines[0].startswith(CRON_HEADER):
                 del lines[0]
             return "\n".join(lines)
     return ""
 
 
-def find_crontabs(options: Invocation, machine: Machine) -> list[Crontab]:
+def find_crontabs(options: Invocation) -> list[Crontab]:
     """Return every crontab of cron's that the caller may see. Raises
     Error."""
-    owner = options.owner(machine)
-    text = user_crontab(options, machine)
+    owner = options.owner
+    text = user_crontab(options)
     found = [Crontab(f"crontab of {owner}", owner, text, False)] if text \
         else []
     if os.geteuid():
@@ -19946,7 +19947,7 @@ def find_crontabs(options: Invocation, machine: Machine) -> list[Crontab]:
     for path in paths:
         try:
             found.append(Crontab(path, posixpath.basename(path),
-                                 machine.tab_text(path), True))
+                                 options.machine.tab_text(path), True))
         except Error as error:
             options.warn(f"{error.message}; it is left out")
     return found
@@ -20062,11 +20063,11 @@ class Importer:
         taken.add(f"{text} ({number})")
         return f"{text} ({number})"
 
-    def comment_out(self, machine: Machine) -> int:
+    def comment_out(self, options: Invocation) -> int:
         """Make comments of the lines that koi refuses, with the reason;
         return how many lines need a look. Raises Error."""
         for _ in range(3):      # what one line sets, another may need
-            tab, _ = parse_with_zones(machine, self.text())
+            tab, _ = parse_with_zones(options, self.text())
             bad = {problem.line: f"{problem.what}: {problem.why}"
                    for problem in reversed(tab.diagnostics) if problem.fatal
                    and problem.line <= len(self.lines)}
@@ -20081,20 +20082,20 @@ class Importer:
         return "\n".join(self.lines) + "\n"
 
 
-def command_import(options: Invocation, machine: Machine) -> int:
+def command_import(options: Invocation) -> int:
     """koitab import: print cron's tabs as a koitab. Raises Error."""
     import pwd
-    owner = options.owner(machine)
-    found = find_crontabs(options, machine)
+    owner = options.owner
+    found = find_crontabs(options)
     if not found:
-        raise no_tab(options, machine)
+        raise no_tab(options)
     importer = Importer(owner, pwd.getpwnam(owner).pw_dir,
                         others=not options.user)
     importer.lines.append("# What cron runs, as a koitab: koitab import")
     for source in found:
         importer.add(source)
     importer.name_duplicates()
-    marked = importer.comment_out(machine)
+    marked = importer.comment_out(options)
     put_out(sys.stdout, importer.text().encode("utf-8", "surrogateescape"))
     print_next_steps(options, importer, marked)
     return EXIT_OK
@@ -20232,18 +20233,18 @@ AmbientCapabilities={capabilities}
 LENT_DB = "/var/lib/koi-dashboard/dashboard.db"
 
 
-def command_daemon(options: Invocation, machine: Machine) -> int:
+def command_daemon(options: Invocation) -> int:
     """koitab daemon, koid: run until a signal stops it. Raises Error."""
     if __name__ == "__main__":
         load_again()
     release_memory()
-    return run_daemon(machine, options.system)
+    return run_daemon(options.machine, options.system)
 
 
-def dashboard_db(options: Invocation, machine: Machine) -> str:
+def dashboard_db(options: Invocation) -> str:
     """Return the path of the dashboard's database."""
     return os.path.abspath(
-        options.db or f"{machine.state_directory()}/dashboard.db")
+        options.db or f"{options.machine.state_directory()}/dashboard.db")
 
 
 def check_dashboard_options(options: Invocation) -> list[tuple[str, int]]:
@@ -20274,26 +20275,26 @@ def check_dashboard_options(options: Invocation) -> list[tuple[str, int]]:
     return addresses
 
 
-def command_dashboard(options: Invocation, machine: Machine) -> int:
+def command_dashboard(options: Invocation) -> int:
     """koitab dashboard: serve until a signal stops it. Raises Error."""
     if options.backup:
-        return back_up(options, machine)
+        return back_up(options)
     addresses, certificate = check_dashboard_options(options), None
     if options.cert:
         certificate = Certificate(options.cert, options.key)
         certificate.load()
     listeners = [listener(*each) for each in addresses]
     if not options.db:
-        machine.make_home(machine.state_directory())
-    dashboard = Dashboard(dashboard_db(options, machine), machine.clock)
+        options.machine.make_home(options.machine.state_directory())
+    dashboard = Dashboard(dashboard_db(options), options.machine.clock)
     dashboard.open()
     dashboard.start()
-    notifier = Notifier(dashboard, machine)
+    notifier = Notifier(dashboard, options.machine)
     notifier.start()
     api = Api(dashboard, page_text(),
               [text.lower() for text in options.names])
     server = HttpServer(api, listeners, certificate, options.proxies,
-                        dashboard_log(machine))
+                        dashboard_log(options))
     try:
         server.run(lambda: log_addresses(options, server))
     finally:
@@ -20304,13 +20305,13 @@ def command_dashboard(options: Invocation, machine: Machine) -> int:
     return EXIT_OK
 
 
-def dashboard_log(machine: Machine):
+def dashboard_log(options: Invocation):
     """Return the function that writes a line of the dashboard's log."""
     def log(text: str) -> None:
         try:
-            print(escape_controls(
-                f"{format_rfc3339(machine.clock.now())} dashboard: {text}"
-                                  ), file=sys.stderr, flush=True)
+            at = format_rfc3339(options.machine.clock.now())
+            print(escape_controls(f"{at} dashboard: {text}"),
+                  file=sys.stderr, flush=True)
         except (OSError, ValueError):
             pass                # nobody reads it
     return log
@@ -20340,20 +20341,21 @@ def log_addresses(options: Invocation, server: HttpServer) -> None:
     server.log(f"next: koitab -d new {where}; then open {where}")
 
 
-def back_up(options: Invocation, machine: Machine) -> int:
+def back_up(options: Invocation) -> int:
     """koitab dashboard --backup: copy the database. Raises Error."""
     options.require_only(("db", "backup"), "dashboard --backup")
-    path = dashboard_db(options, machine)
+    path = dashboard_db(options)
     if not os.path.exists(path):
         raise Error(f"{path} is not there", "--db FILE")
-    Dashboard(path, machine.clock).backup(os.path.abspath(options.backup))
+    dashboard = Dashboard(path, options.machine.clock)
+    dashboard.backup(os.path.abspath(options.backup))
     return EXIT_OK
 
 
 # --- unit -----------------------------------------------------------------
 
 
-def command_unit(options: Invocation, machine: Machine, service: str) -> int:
+def command_unit(options: Invocation, service: str) -> int:
     """koitab unit: print what systemd or launchd needs. Raises Error."""
     options.require_only(
         ("system",) if service == "daemon" else DASHBOARD_OPTIONS,
@@ -20362,7 +20364,7 @@ def command_unit(options: Invocation, machine: Machine, service: str) -> int:
     command = [path] if os.access(path, os.X_OK) else [
         sys.executable, "-IS", path]
     if service == "dashboard":
-        print(dashboard_unit(options, machine, [*command, service]), end="")
+        print(dashboard_unit(options, [*command, service]), end="")
         return EXIT_OK
     command += ["daemon"] + ["--system"] * options.system
     kept = {name: os.environ[name] for name in ("KOI_HOME", "XDG_STATE_HOME")
@@ -20411,7 +20413,7 @@ def plist(command: list[str], environment: dict, label: str) -> str:
     }, sort_keys=False).decode()
 
 
-def dashboard_unit(options: Invocation, machine: Machine,
+def dashboard_unit(options: Invocation,
                    command: list[str]) -> str:
     """Return the dashboard's unit, with the options that it is to have.
     Raises Error."""
@@ -20421,7 +20423,7 @@ def dashboard_unit(options: Invocation, machine: Machine,
         for value in getattr(options, key):
             words += [*OPTIONS[key].names, value]
     words += ["--plain-http"] * options.plain_http
-    db = dashboard_db(options, machine)
+    db = dashboard_db(options)
     lent = root and not options.db and "KOI_HOME" not in os.environ \
         and sys.platform != "darwin"
     words += ["--db", LENT_DB if lent else db]
@@ -20503,7 +20505,7 @@ def is_in_program(section: Section, program: str) -> bool:
     return "U" in section.runs_as and section.name not in ONLY_IN_AGENT
 
 
-def command_source(options: Invocation, machine: Machine,
+def command_source(options: Invocation,
                    which: str = "") -> int:
     """koitab source: list the sections, or print the text of one, of the
     daemon or of the dashboard. Raises Error."""
@@ -20610,7 +20612,7 @@ CHOICE_LINES = {
             '-a "{}"'}
 
 
-def command_replace(options: Invocation, machine: Machine,
+def command_replace(options: Invocation,
                     path: str = "") -> int:
     """koitab FILE: install a tab. Raises Error."""
     if not path and options.user:
@@ -20619,23 +20621,21 @@ def command_replace(options: Invocation, machine: Machine,
         raise usage_error("file name or - (for stdin) must be specified")
     path = path or "-"
     try:
-        text = machine.tab_text(path)
+        text = options.machine.tab_text(path)
     except Error as error:
         meant = nearest(path, command_words()) if path.isalpha() \
             and not os.path.lexists(path) else ""
         raise CrontabError(error.message,
                            f"{PROG} {meant}" if meant else "") from None
-    done = install(options, DaemonClient(machine), text, path)
-    return EXIT_OK if done else EXIT_ERROR
+    return EXIT_OK if install(options, text, path) else EXIT_ERROR
 
 
-def command_completion(options: Invocation, machine: Machine,
+def command_completion(options: Invocation,
                        shell: str) -> int:
     """koitab completion: print a script for a shell; or the names of the
     jobs, for that script. Raises Error."""
     if shell == "names":
-        for job in DaemonClient(machine).ask(
-                "jobs", **options.user_field())["jobs"]:
+        for job in options.ask_koid("jobs")["jobs"]:
             if job["name"]:
                 print(job["name"])
         return EXIT_OK
@@ -20676,11 +20676,11 @@ def fish_option(option: Option) -> str:
     return f"{'-l' if name[:2] == '--' else '-s'} {name.lstrip('-')} {how}"
 
 
-def command_page(options: Invocation, machine: Machine, url: str = "") -> int:
+def command_page(options: Invocation, url: str = "") -> int:
     """koitab page: the page as a file. Opened from disk, its code never
     comes from the server. Raises Error."""
     if not url:
-        mine = machine.read_enrollment(membership_directory(machine))
+        mine = options.machine.read_enrollment(membership_directory(options))
         url = mine.url if mine else ""
     if url:
         check_dashboard_url(url)
@@ -20690,7 +20690,7 @@ def command_page(options: Invocation, machine: Machine, url: str = "") -> int:
 
 class Command(FrozenRecord):
     """A command, for the parser, the help and the completion scripts."""
-    handler: object             # function(options, machine, *arguments)
+    handler: object             # function(options, *arguments) -> status
     group: str                  # its place in `koitab --help`
     help: str                   # a verb phrase
     usage: tuple = ("",)        # "SLUG [RUN]"; lower case is typed as it is
@@ -20870,7 +20870,7 @@ def option_help(option: Option) -> str:
         subsequent_indent=" " * 30, break_on_hyphens=False) + "\n"
 
 
-def parse_arguments(argv: list[str],
+def parse_arguments(argv: list[str], machine: Machine,
                     called: str) -> tuple[Invocation, list[str]]:
     """Return the options and the other words of a command line, in which
     they may be mixed. No option can stand after "--". Raises Error."""
@@ -20890,12 +20890,14 @@ def parse_arguments(argv: list[str],
     parser = Parser(called, add_help=False, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
     for key, option in OPTIONS.items():
-        how = {"type": option.parse} if option.value else {}
+        how = {"action": "store_true"}
+        if option.value:
+            how = {"action": "append" if option.is_list else "store",
+                   "type": option.parse}
         if key == "link":       # -d --help has no action
             how["nargs"] = "?"
-        parser.add_argument(*option.names, dest=key, action=option.action,
-                            **how)
-    options = Invocation(called)
+        parser.add_argument(*option.names, dest=key, **how)
+    options = Invocation(machine, called)
     try:
         rest = parser.parse_known_args(argv[:end], options)[1]
     except Error as error:      # of an option's value
@@ -20951,7 +20953,7 @@ def check_arguments(name: str, words: list[str]) -> None:
 def dispatch(argv: list[str], machine: Machine, called: str = PROG) -> int:
     """Run one command; return its exit status. Raises Error, and
     ExitWithText."""
-    options, words = parse_arguments(argv, called)
+    options, words = parse_arguments(argv, machine, called)
     if options.version:
         raise ExitWithText(f"{PROG} {VERSION}\n")
     name, words = select_command(options, words)
@@ -20961,9 +20963,9 @@ def dispatch(argv: list[str], machine: Machine, called: str = PROG) -> int:
     options.require_only(command.options, name if name != "-" else "FILE",
                          command.status)
     if "on" not in options.given:       # else it is a user of another host
-        options.check_user(machine)
+        options.check_user()
     check_arguments(name, words)
-    return command.handler(options, machine, *words)
+    return command.handler(options, *words)
 
 
 def open_standard_streams() -> None:

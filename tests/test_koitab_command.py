@@ -636,7 +636,8 @@ def test_a_koid_that_hangs_up_leaves_the_run_going_on(type_in, koid):
 def test_two_signals_are_for_the_job_and_the_third_is_for_us(capsys):
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        follower = koitab.RunAttachment(koitab.Invocation(), 12, ours, b"")
+        follower = koitab.RunAttachment(koitab.Invocation(None), 12, ours,
+                                        b"")
         follower.on_signal(2, None)
         assert capsys.readouterr().err == ""
         follower.on_signal(2, None)
@@ -874,7 +875,7 @@ def imported(type_in, monkeypatch):
     """Import these crontabs, as root or for a user; the result passes the
     test of tabs, always."""
     def done(*tabs, argv=("import",), user="root"):
-        monkeypatch.setattr(koitab, "find_crontabs", lambda options, machine: [
+        monkeypatch.setattr(koitab, "find_crontabs", lambda options: [
             koitab.Crontab(path, path.rpartition("/")[2], text, system)
             for path, text, system in tabs])
         monkeypatch.setattr(koitab.Machine, "login_name", lambda self: user)
@@ -1017,7 +1018,7 @@ def test_every_line_that_cron_knows_or_refuses_can_be_imported(imported):
 
 
 def test_bytes_of_any_kind_come_through(monkeypatch, capfdbinary):
-    monkeypatch.setattr(koitab, "find_crontabs", lambda options, machine: [
+    monkeypatch.setattr(koitab, "find_crontabs", lambda options: [
         koitab.Crontab("c", "c", "@daily \udcff\u00e9\n# \x1b\udcfe\n",
                       False)])
     assert koitab.main(["import"]) == 0
@@ -1048,7 +1049,7 @@ def test_whether_cron_is_running_is_told_by_its_pid_file(monkeypatch,
 
 
 def test_import_without_any_crontab(type_in, monkeypatch):
-    monkeypatch.setattr(koitab, "find_crontabs", lambda options, machine: [])
+    monkeypatch.setattr(koitab, "find_crontabs", lambda options: [])
     done = type_in("import")
     assert (done.code, done.out) == (1, "")
     assert done.err == f"no crontab for {ME}\n"
@@ -1074,7 +1075,7 @@ def spool(monkeypatch, tmp_path):
 
 
 def found(called: str = "koitab") -> list:
-    return koitab.find_crontabs(koitab.Invocation(called), koitab.Machine())
+    return koitab.find_crontabs(koitab.Invocation(koitab.Machine(), called))
 
 
 def test_the_crontab_comes_from_the_real_program(spool):
