@@ -34,11 +34,14 @@ of koid (root), J the user of a job, U a user without rights, C the caller.
     RunStore      where are the runs of this host kept?           (files) R C
     Supervisor    who stays with a job?                (processes, files) R J
     Jobs          which jobs exist, and whose are they?           (files) R C
+    LineProtocol  how do other processes talk to koid?          (network) R U C
+    Scheduler     which run waits, starts, has ended?           (machine) R
     ControlSocket how do users reach koid?               (network, files) R C
-    Client        how is one HTTP request bounded?              (network) U C
-    Agent         what does the dashboard lack?      (network, processes) R U
+    Broker        what may a dashboard ask of koid?  (network, processes) R
     Daemon        what wakes koid?                              (machine) R
   3 network
+    Client        how is one HTTP request bounded?              (network) U C
+    Agent         what does the dashboard lack?                 (network) U C
     Dashboard     what is kept of all hosts, by which rule?       (files) U
     Notifier      how does an alert go out?          (network, processes) U
     HttpServer    is this a valid request, in time?      (network, files) U
@@ -4032,6 +4035,7 @@ KILL_AFTER = 10.0       # seconds from TERM to KILL
 TRY_FOR = 60.0          # seconds in which a full process table may empty
 NO_HOME = "/nonexistent"    # what Debian gives users who shall have none
 PIPE_ROOM = 4096        # bytes that fit into a pipe of the smallest kind
+READ_AGAIN = 20         # times, while a run writes very fast
 FAR_BEHIND = 2**18      # bytes a terminal may lag before its job must wait
 LONGEST_SLEEP = 86_400.0    # seconds: poll() takes 24 days at most
 REPORT = Struct("<Qi")  # run, wait status: what koid is told, in one write
@@ -4074,6 +4078,43 @@ def drop_privileges(account: Account) -> None:
         except OSError:
             return
         raise PermissionError("root could be had back")
+
+
+class Poller:
+    """select.poll() with a handler, called as handler(fd, events), for each
+    descriptor."""
+
+    def __init__(self):
+        self.poll = select.poll()
+        self.handlers: dict[int, object] = {}
+
+    def register(self, fd: int, handler, events: int = select.POLLIN) -> None:
+        self.handlers[fd] = handler
+        self.poll.register(fd, events)
+
+    def modify(self, fd: int, events: int) -> None:
+        """Wait for other events of a descriptor; 0: for its end alone."""
+        self.poll.modify(fd, events)
+
+    def unregister(self, fd: int) -> None:
+        """Do not wait for a descriptor any more; it stays open."""
+        del self.handlers[fd]
+        self.poll.unregister(fd)
+
+    def close(self, fd: int) -> None:
+        self.unregister(fd)
+        os.close(fd)
+
+    def wait(self, timeout: float | None) -> list[tuple[int, int]]:
+        """Return the descriptors that are ready, after `timeout` ms at
+        most."""
+        return self.poll.poll(timeout)
+
+    def dispatch(self, ready: list[tuple[int, int]]) -> None:
+        """Call the handlers of what is ready and still registered."""
+        for fd, events in ready:
+            if fd in self.handlers:
+                self.handlers[fd](fd, events)
 
 
 class SupervisedRun:
@@ -4269,8 +4310,7 @@ class Supervisor:
                  runs: int, report: int, nothing: int):
         self.account, self.spec = account, spec
         self.runs, self.report, self.nothing = runs, report, nothing
-        self.poll = select.poll()
-        self.handlers: dict[int, object] = {}   # descriptor -> function
+        self.poller = Poller()
         self.reports: list[bytes] = []          # not yet on koid's pipe
         self.daemon = daemon                    # koid's pid
         self.run: SupervisedRun | None = None   # None: there is no more to do
@@ -4290,7 +4330,7 @@ class Supervisor:
             self.start()
         os.chdir("/")
         self.close_run()        # perhaps it could not be started
-        while self.handlers or self.run or self.reports:
+        while self.poller.handlers or self.run or self.reports:
             self.run_once()
 
     def open_run(self, file: int | None) -> None:
@@ -4302,7 +4342,7 @@ class Supervisor:
         self.run.save()
         if self.run.connection:
             self.run.connection.setblocking(False)
-            self.register_fd(self.run.connection.fileno(), self.converse)
+            self.poller.register(self.run.connection.fileno(), self.converse)
 
     def detach(self) -> None:
         """Leave koid's session, signals and descriptors behind."""
@@ -4363,10 +4403,10 @@ class Supervisor:
         run.note_start()
         for fd in run.streams:
             os.set_blocking(fd, False)
-            self.register_fd(fd, self.read_output)
+            self.poller.register(fd, self.read_output)
         try:
             run.handle = os.pidfd_open(run.pid)
-            self.register_fd(run.handle, self.reap)
+            self.poller.register(run.handle, self.reap)
         except (AttributeError, OSError):
             run.handle = -1     # macOS, or before Linux 5.3: waitpid() polls
 
@@ -4383,21 +4423,9 @@ class Supervisor:
 
     # --- the poll loop
 
-    def register_fd(self, fd: int, handler) -> None:
-        self.handlers[fd] = handler
-        self.poll.register(fd, select.POLLIN)
-
-    def unregister_fd(self, fd: int) -> None:
-        """Close a descriptor that the poll loop has."""
-        del self.handlers[fd]
-        self.poll.unregister(fd)
-        os.close(fd)
-
     def run_once(self) -> None:
         """Wait for an event, and handle it and what is due."""
-        for fd, events in self.poll.poll(self.poll_timeout()):
-            if fd in self.handlers:
-                self.handlers[fd](fd, events)
+        self.poller.dispatch(self.poller.wait(self.poll_timeout()))
         run, now = self.run, time.monotonic()
         if run:
             if self.must_poll_child():
@@ -4452,7 +4480,7 @@ class Supervisor:
         if not data:
             if self.run:
                 del self.run.streams[fd]
-            self.unregister_fd(fd)
+            self.poller.close(fd)
 
     def reap(self, fd: int = -1, _events: int = 0) -> None:
         """Take the job's wait status, if it has ended."""
@@ -4466,7 +4494,7 @@ class Supervisor:
             run.linger = time.monotonic() + LINGER
             run.deadline = FOREVER      # a KILL that is due stays due
             if fd >= 0:
-                self.unregister_fd(fd)
+                self.poller.close(fd)
 
     def finish(self) -> None:
         """Write the run's end to its file, and report it to koid."""
@@ -4543,10 +4571,10 @@ class Supervisor:
             return self.disconnect()
         if run.finished and not run.backlog:
             return self.disconnect()
-        self.poll.modify(run.connection.fileno(), select.POLLIN
+        self.poller.modify(run.connection.fileno(), select.POLLIN
                          | (select.POLLOUT if run.backlog else 0))
         for fd in run.streams:
-            self.poll.modify(fd, 0 if len(run.backlog) > FAR_BEHIND
+            self.poller.modify(fd, 0 if len(run.backlog) > FAR_BEHIND
                              and not run.finished else select.POLLIN)
 
     def disconnect(self) -> None:
@@ -4554,12 +4582,12 @@ class Supervisor:
         run = self.run
         connection, run.connection = run.connection, None
         run.backlog.clear()
-        if connection.fileno() in self.handlers:
-            self.unregister_fd(connection.detach())
+        if connection.fileno() in self.poller.handlers:
+            self.poller.close(connection.detach())
         else:
             connection.close()
         for fd in run.streams:
-            self.poll.modify(fd, select.POLLIN)
+            self.poller.modify(fd, select.POLLIN)
 
 
 def reset_signals(action) -> None:
@@ -4602,6 +4630,39 @@ def fork_supervisor(*arguments) -> int:
         os._exit(EXIT_BUG)      # it may never return into koid's code
 
 
+def run_file(home: str, run: int, most: int = -1) -> bytes:
+    """What a supervisor has written about a run so far, or its beginning;
+    b"" if nothing. Raises OSError."""
+    try:
+        with open(f"{home}/runs/{run}", "rb") as file:
+            return file.read(most)
+    except FileNotFoundError:
+        return b""
+
+
+def read_stable_file(home: str, run: int) -> tuple[bytes,
+                                                   RunFileHeader | None]:
+    """The file of a run that goes on, and its header; None: there is none.
+    Its supervisor overwrites the older of two segments, so we read again if
+    it has turned to the other one meanwhile. Raises OSError."""
+    for _ in range(READ_AGAIN):
+        before = parse_header(run_file(home, run, HEADER_BYTES))
+        data = run_file(home, run)
+        after = parse_header(run_file(home, run, HEADER_BYTES))
+        if not before or not after:
+            return b"", None
+        if (before.segment, before.lost) == (after.segment, after.lost):
+            return data, before
+    before.first = before.second = 0    # it writes too fast: the head alone
+    return data, before
+
+
+def output_so_far(home: str, run: int) -> bytes:
+    """The frames of a run that goes on. Raises OSError."""
+    data, header = read_stable_file(home, run)
+    return stored_frames(data, header) if header else b""
+
+
 # ==========================================================================
 # Jobs: which jobs exist, and whose are they?                   (files; R C)
 #
@@ -4639,7 +4700,7 @@ class TabRegistry:
         self.tabs: dict[str, Tab] = {}
         self.zones: dict[str, Zone] = {"": UTC}
         self.scheduled_jobs: list[ScheduledJob] = []
-        self.troubles: list[str] = []
+        self.problems: list[str] = []
         self.stamp: tuple = ()
         self.links = False      # a tab of the system is a symbolic link
 
@@ -4651,14 +4712,14 @@ class TabRegistry:
                 self.home, self.system, self.files)}
         except OSError as error:
             self.stamp = ()
-            self.troubles = [f"{error.filename}: {error.strerror}; the tabs "
+            self.problems = [f"{error.filename}: {error.strerror}; the tabs "
                              "go on as they were"]
             return True
         stamp = (sorted((path, file.version) for path, file in files.items()),
                  self.machine.file_version(LOCAL_ZONE))
         if stamp == self.stamp:
             return False
-        tabs, self.troubles = {}, []
+        tabs, self.problems = {}, []
         for path, file in files.items():
             before = self.tabs.get(path)
             if before and file is self.files.get(path):
@@ -4671,7 +4732,7 @@ class TabRegistry:
                 tabs[path] = parse_tab(file.text, file.system, user == "root",
                                        self.machine.salt(user))
             except Exception as why:    # the other tabs go on
-                self.troubles.append(f"{path}: not used: {why}")
+                self.problems.append(f"{path}: not used: {why}")
                 if before and not file.problem.startswith(UNBELIEVED):
                     tabs[path] = before
         self.files = {path: file.replace(text=file.text and "")
@@ -4688,20 +4749,20 @@ class TabRegistry:
         self.files, self.stamp = {}, ()
 
     def rebuild(self) -> None:
-        """The duties, zones and troubles of all tabs."""
+        """The duties, zones and problems of all tabs."""
         try:
             zones = {"": self.machine.local_zone()}
         except Error as error:
             zones = {"": UTC}
-            self.troubles.append(f"TZ: {error.message}; UTC is used")
+            self.problems.append(f"TZ: {error.message}; UTC is used")
         scheduled_jobs: list[ScheduledJob] = []
         for path, tab in self.tabs.items():
-            self.troubles += [problem.text(path) for problem in tab.errors()]
+            self.problems += [problem.text(path) for problem in tab.errors()]
             for name, (line, column) in tab.zones.items():
                 try:
                     zones[name] = zones.get(name) or self.machine.zone(name)
                 except Error as error:
-                    self.troubles.append(f"{path}:{line}:{column}: "
+                    self.problems.append(f"{path}:{line}:{column}: "
                                          f"{error.message}")
             scheduled_jobs += [ScheduledJob(job, self.files[path],
                                             random_delay(job,
@@ -4709,9 +4770,17 @@ class TabRegistry:
                                for job in tab.jobs if job.settings.zone
                                in zones]
         self.zones, self.scheduled_jobs = zones, only_first(scheduled_jobs,
-                                                            self.troubles)
+                                                            self.problems)
 
-    def resolve(self, user: str, name: str) -> ScheduledJob:
+    def next_start(self, scheduled: ScheduledJob, now: int) -> float | None:
+        """Return when a job starts next after `now`, seconds since 1970."""
+        if not scheduled.schedule:
+            return None
+        due = scheduled.schedule.next(now,
+                                      self.zones[scheduled.settings.zone])
+        return due and due + scheduled.delay * MINUTE
+
+    def find_job(self, user: str, name: str) -> ScheduledJob:
         """The job that a user means. Raises Error."""
         mine = [scheduled for scheduled in self.scheduled_jobs if not user
                 or scheduled.user == user]
@@ -4734,14 +4803,14 @@ UNBELIEVED = ("its ", "others may", "it has another", "it is no ",
 
 
 def only_first(scheduled_jobs: list[ScheduledJob],
-               troubles: list[str]) -> list[ScheduledJob]:
+               problems: list[str]) -> list[ScheduledJob]:
     """Without jobs of one user that stand in two files: a run must belong
     to one of them."""
     seen: dict[tuple, ScheduledJob] = {}
     for scheduled in scheduled_jobs:
         first = seen.setdefault(scheduled.key, scheduled)
         if first is not scheduled:
-            troubles.append(
+            problems.append(
                 f"{scheduled.file}:{scheduled.line}: not used: the same "
                             f"job stands in {first.file}:{first.line}")
     return list(seen.values())
@@ -4809,6 +4878,1260 @@ def validate_arguments(job: Job, given: dict) -> dict[str, str]:
 
 
 # ==========================================================================
+# LineProtocol: how do other processes talk to koid?        (network; R U C)
+#
+# koitab and the agent talk to koid over Unix sockets, in JSON objects of one
+# line each. Each end bounds the length of a line, and koid never waits for
+# the other end: it reads and writes what the socket has and takes.
+# ==========================================================================
+
+MOST_RECORDS = 200          # runs in one batch for the dashboard
+MOST_FOLLOWED = 100         # runs whose output a dashboard follows
+LONGEST_MESSAGE = 2**23     # bytes of a line from the agent
+LONGEST_REPLY = 2**28       # bytes of a line from koid
+AGENT_SOCKET = 3            # the descriptor of the agent's socket to koid
+
+
+class LineConnection:
+    """One end of a stream socket that carries JSON objects, one in a line.
+
+    Lines of more than `longest` bytes are not read to their end. koid's ends
+    do not block; koitab and the agent wait in `read`.
+    """
+
+    def __init__(self, sock, longest: int):
+        self.sock, self.longest = sock, longest
+        self.received, self.unsent = bytearray(), bytearray()
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def receive(self) -> bool:
+        """Read what has arrived; False after the last line that may come:
+        at the end of the stream, or in a line that is too long. Raises
+        OSError."""
+        try:
+            data = self.sock.recv(65_536)
+        except BlockingIOError:
+            return True
+        self.received += data
+        return bool(data) and len(self.received) <= self.longest
+
+    def take_line(self) -> bytes | None:
+        """Return the oldest line that was received; None if there is none."""
+        end = self.received.find(b"\n")
+        if end < 0:
+            return None
+        line = bytes(self.received[:end])
+        del self.received[:end + 1]
+        return line
+
+    def read(self) -> dict:
+        """Wait for the next line, and return its object. Raises OSError, and
+        Error if it is not an object."""
+        while True:
+            line = self.take_line()
+            if line is not None:
+                return parse_line(line)
+            if not self.receive():
+                raise ConnectionAbortedError(
+                    errno.ECONNABORTED, "lost the connection")
+
+    def send(self, message: dict, rest: bytes = b"") -> None:
+        """Send an object, and the bytes `rest` after its line. What the
+        socket does not take now waits for `flush`. Raises OSError."""
+        self.unsent += format_line(message) + rest
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the socket takes of what waits. Raises OSError."""
+        while self.unsent:
+            try:
+                sent = self.sock.send(self.unsent)
+            except BlockingIOError:
+                return
+            del self.unsent[:sent]
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def parse_line(line: bytes) -> dict:
+    """Return the JSON object in a line. Raises Error.
+
+    Bytes that are not UTF-8 become halves of surrogate pairs, as in the text
+    of a tab.
+    """
+    import json
+    try:
+        message = json.loads(line.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError):
+        raise Error("this is no request") from None
+    if not isinstance(message, dict):
+        raise Error("this is no request")
+    return message
+
+
+def format_line(message: dict) -> bytes:
+    """Return an object as a line of JSON."""
+    import json
+    return json.dumps(message).encode() + b"\n"
+
+
+def error_reply(error: Error) -> dict:
+    """Return the reply that says why a request was not carried out."""
+    return {"error": error.message, "hint": error.hint,
+            "status": error.status}
+
+
+# ==========================================================================
+# Scheduler: which run waits, starts, has ended?                (machine; R)
+#
+# Planner decides which starts are due; Scheduler moves each run from state
+# to state: see its docstring. What is about to start is on the disk before
+# it starts, so that a koid that is killed here starts nothing twice.
+# ==========================================================================
+
+EARLIEST = 1_000_000_000    # a clock before 2001 was never set
+WAIT_FOR_CLOCK = 300.0      # seconds that a machine may take to set it
+RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds between attempts
+TRY_AGAIN = 1.0             # seconds until a full process table is tried
+LONG_ENOUGH = 600.0         # seconds after which nobody waits for a run
+MOST_QUEUED = 100           # runs of one job that may wait
+WRITE_AGAIN = 5.0           # seconds until a full disk is tried again
+CHECK_AGAIN = 2.0           # seconds between checks of adopted runs
+MOST_MAILERS = 2
+MAIL_TIME = 60              # seconds for a sendmail
+TRY_LATER = 75              # its status for that; the next koid does
+WAITS_FOR_PREVIOUS = "waits for the last run"   # the reason of such a run
+LOST = Job(0, "", "(record lost)", "@manual", None, "", "", "", "", (), {},
+           Settings())
+
+
+class DaemonLog:
+    """What koid writes to its log, and what is wrong with it now.
+
+    `problems` maps what a problem is about to its text; `koitab status` and
+    the dashboard show it until `set_problem` takes it back.
+    """
+
+    def __init__(self, machine: Machine):
+        self.machine = machine
+        self.problems: dict[str, str] = {}
+
+    def log(self, text: str, bad: bool = False) -> None:
+        """Write a line to stderr, and to the system's log if root runs us."""
+        at = format_rfc3339(self.machine.clock.now())
+        try:
+            print(escape_controls(f"{at} koid: {text}"), file=sys.stderr,
+                  flush=True)
+        except (OSError, ValueError):
+            pass                # nobody reads it; the jobs go on
+        if os.geteuid() == 0:
+            self.machine.log(text, bad=bad)
+
+    def set_problem(self, about: str, text: str) -> None:
+        """Note that something is wrong, and log it if it is news; "" if it
+        is not wrong any more."""
+        if text and self.problems.get(about) != text:
+            self.log(text, bad=True)
+        if text:
+            self.problems[about] = text
+        else:
+            self.problems.pop(about, None)
+
+
+class QueuedRun:
+    """A run that is to be started, now or later."""
+
+    def __init__(self, scheduled: ScheduledJob, trigger: str, due: float,
+                 requested: float):
+        self.run, self.scheduled, self.trigger = 0, scheduled, trigger
+        self.due, self.requested, self.attempt = due, requested, 1
+        self.values: dict[str, str] = {
+            param.name: param.default or "" for param in scheduled.job.params}
+        self.at = 0.0           # ticks before which it does not start
+        self.connection = None  # a socket: `koitab run` waits there
+        self.known = False      # it has a row in the history
+        self.waits_for_previous = False
+        self.announced = False  # `koitab run` has its number
+        self.full_since = 0.0   # ticks: no process could be started
+        self.nonce = ""         # of the request that asks for it
+
+    def announce(self) -> None:
+        """Send `koitab run` the number of its run."""
+        self.announced = True
+        try:
+            self.connection.send(format_line({"run": self.run}))
+        except OSError:
+            pass                # it has ended; the run is recorded anyway
+
+    def reject(self, why: str) -> None:
+        """Tell `koitab run`, if it waits, that the run does not start."""
+        if not self.connection:
+            return
+        end = {"exit": None, "signal": None, "reason": why}
+        send_last(self.connection, frame(NOTE, 0, why.encode()) + frame(
+            END, 0, format_line(end)) if self.announced
+            else format_line(error_reply(Error(why))))
+        self.connection = None
+
+    def shown_values(self) -> str:
+        """Return the arguments as JSON, without secrets."""
+        import json
+        return json.dumps({param.name: "******" if param.type == "secret"
+                           else self.values[param.name]
+                           for param in self.scheduled.job.params})
+
+
+class RunningRun:
+    """A run whose end is not recorded yet. `supervisor` is the pid of a child
+    of ours, or 0: the koid before us started it."""
+
+    def __init__(self, run: int, key: tuple, queued: QueuedRun | None,
+                 supervisor: int = 0):
+        self.run, self.key, self.queued = run, key, queued
+        self.supervisor = supervisor
+        self.trigger = queued.trigger if queued else "schedule"
+        self.reason = ""            # why koid ended it
+        self.kill, self.kill_at = 0, FOREVER    # a signal; ticks
+
+
+def send_last(connection, data: bytes) -> None:
+    """Send something short if the other end still listens, and close."""
+    try:
+        connection.setblocking(False)
+        connection.send(data)
+    except OSError:
+        pass
+    connection.close()
+
+
+def job_environment(scheduled: ScheduledJob, account: Account, host: dict,
+                    **more: str) -> dict[str, str]:
+    """Return the environment of a job: cron's, and `more`."""
+    return {**host, "SHELL": DEFAULT_SHELL, "PATH": DEFAULT_PATH,
+            "HOME": account.home, **{
+                name: value for name,
+                value in scheduled.job.environment.items()
+                if name and "=" not in name},
+            "LOGNAME": account.name, "USER": account.name, **more}
+
+
+def launch_spec(queued: QueuedRun, account: Account, host: dict
+                ) -> LaunchSpec:
+    """Return all that the supervisor of a run needs; `host` is the
+    environment that jobs have on this machine."""
+    job, values = queued.scheduled.job, queued.values
+    more = {f"KOI_ARG_{number}": values[param.name] for number, param
+            in enumerate(job.params, start=1)}
+    return LaunchSpec(
+        queued.run, job.script,
+        job.stdin.encode("utf-8", "surrogateescape"),
+        job_environment(queued.scheduled, account, host,
+                        KOI_RUN=str(queued.run), **more),
+        job.settings.timeout,
+        [values[param.name].encode() for param in job.params
+         if param.type == "secret" and values[param.name]],
+        queued.connection)
+
+
+def missed_row(scheduled: ScheduledJob, count: int, due: float,
+               why: str) -> tuple:
+    """Return the job and the row of `count` starts that were not made."""
+    return scheduled, {"trigger": "schedule", "state": "missed", "due": due,
+                       "reason": why, "count": count}
+
+
+def was_rebooted(machine: Machine, store: RunStore) -> bool:
+    """Has the machine been booted since a koid last ran? Yes if it cannot
+    be known."""
+    boot = machine.boot_id()
+    return not boot or boot != store.get_meta("boot")
+
+
+def has_secret(job: Job) -> bool:
+    """Is an argument a secret, which is kept nowhere?"""
+    return any(param.type == "secret" for param in job.params)
+
+
+# --- which starts are due? ------------------------------------------------
+
+
+class Planner:
+    """Decides which starts are due. It starts nothing, and writes nothing.
+
+    `state` holds the virtual clocks; None while the machine's clock is not
+    set. Starts come as QueuedRuns, those not made as (job, row).
+    """
+
+    def __init__(self, machine: Machine, registry: TabRegistry,
+                 store: RunStore, log: DaemonLog):
+        self.machine, self.clock = machine, machine.clock
+        self.registry, self.store, self.log = registry, store, log
+        self.state: SchedulerState | None = None
+        self.clock_by = 0.0     # ticks until which the clock must be set
+
+    def sample(self) -> ClockSample:
+        return ClockSample(self.clock.now(), self.clock.ticks())
+
+    def due(self) -> tuple[list[QueuedRun], list[tuple]]:
+        """Return the starts that fell due since the last call, and those
+        that a change of the clock skipped."""
+        before, now = self.state, self.sample()
+        strayed = now.instant - before.sample.instant \
+            - now.ticks + before.sample.ticks
+        self.state, launches = plan(self.registry.scheduled_jobs, before, now,
+                                    self.next_due())
+        if abs(strayed) > 1:
+            self.log.set_problem("clock", "")
+            for scheduled in self.registry.scheduled_jobs:
+                scheduled.due = 0.0
+        starts = []
+        for launch in launches:
+            queued = QueuedRun(launch.job, "schedule", launch.due, now.instant)
+            if launch.job.delay:
+                queued.at = now.ticks + launch.job.delay * MINUTE
+            starts.append(queued)
+        return starts, [
+            missed_row(scheduled, count, due, "the clock was set")
+            for scheduled, count, due in self.state.skipped]
+
+    def next_due(self) -> int | None:
+        """Return when the first job falls due. What was computed before
+        holds until then, unless the clock is set."""
+        now = self.state.sample.instant
+        soonest = None
+        for scheduled in self.registry.scheduled_jobs:
+            if scheduled.due is not None:
+                if scheduled.due <= now:
+                    scheduled.due = next_due(scheduled, self.state)
+                    if scheduled.due is None:
+                        continue
+                if soonest is None or scheduled.due < soonest:
+                    soonest = scheduled.due
+        return soonest
+
+    def wake_at(self, each_minute: bool) -> float:
+        """Return the ticks at which the next job is due; with `each_minute`
+        not later than the next minute, because nothing else reports that
+        the clock was set or a tab changed."""
+        if not self.state:
+            return self.clock.ticks() + 5
+        seen, due = self.state.sample, self.next_due()
+        wall, ticks = self.clock.now(), self.clock.ticks()
+        if abs(wall - seen.instant - ticks + seen.ticks) > 1:
+            return seen.ticks + MINUTE - seen.instant % MINUTE
+        at = FOREVER if due is None else seen.ticks + due - seen.instant
+        if not each_minute:
+            return at
+        return min(ticks + (wall // MINUTE + 1) * MINUTE - wall,
+                   max(ticks, at))
+
+    # --- the first look
+
+    def begin(self) -> tuple[list[QueuedRun], list[tuple]] | None:
+        """Return the starts of this minute, of @reboot and those missed
+        while no koid ran; None while the clock cannot be right."""
+        now, seen = self.sample(), self.store.noted_time("seen")
+        unset = now.instant < max(EARLIEST, seen - MINUTE)
+        self.clock_by = self.clock_by or now.ticks + WAIT_FOR_CLOCK
+        if unset and now.ticks < self.clock_by:
+            self.log.set_problem(
+                "clock", "the clock is not set: it shows "
+                f"{format_rfc3339(now.instant)}; jobs wait for it, for "
+                f"{format_duration(WAIT_FOR_CLOCK)} at most")
+            return None
+        self.log.set_problem("clock", "" if not unset else
+                             "the clock was not set; jobs run by what it "
+                             "shows")
+        self.state = state_for_zones(now, self.registry.zones)
+        starts, rows = [], []
+        if seen and not unset:
+            self.state = self.state.replace(
+                zone_clocks=self.zone_clocks_since(seen))
+            starts, rows = self.missed_since(seen, now.instant)
+        return starts + self.reboot_starts(now.instant), rows
+
+    def zone_clocks_since(self, seen: float) -> dict[str, ZoneClock]:
+        """Return the virtual clocks as the koid before us left them at the
+        time `seen`, advanced to now."""
+        noted = dict(part.rpartition("=")[::2] for part
+                     in self.store.get_meta("dials").split("\n") if part)
+        now, zone_clocks = int(self.clock.now()), {}
+        for name, zone_clock in self.state.zone_clocks.items():
+            virtual, comma, running = noted.get(name, "").partition(",")
+            if comma and (virtual + running).replace("-", "").isdigit():
+                before = ZoneClock(zone_clock.zone, int(virtual), int(running))
+                zone_clock = advance(before, int(seen), now)
+            zone_clocks[name] = zone_clock
+        return zone_clocks
+
+    def missed_since(self, seen: float, now: float
+                     ) -> tuple[list[QueuedRun], list[tuple]]:
+        """Return the starts of this very minute, and rows for those before
+        it since the time `seen`."""
+        starts, rows, minute = [], [], now // MINUTE * MINUTE
+        for scheduled in self.registry.scheduled_jobs:
+            if not scheduled.schedule or scheduled.key not in self.store.keys:
+                continue        # it is new: nobody waited for it
+            first, count, zone_clock = 0, 0, self.state.zone_clocks[
+                scheduled.settings.zone]
+            for start in scheduled.schedule.iter_starts(int(seen),
+                                                        zone_clock.zone):
+                if start > now or count >= MOST_COUNTED:
+                    break
+                if start >= minute:
+                    starts.append(QueuedRun(scheduled, "schedule", start,
+                                            now))
+                else:
+                    first, count = first or start, count + 1
+            if count:
+                rows.append(missed_row(scheduled, count, first,
+                                       "koid was not running"))
+        return starts, rows
+
+    def reboot_starts(self, now: float) -> list[QueuedRun]:
+        """Return the @reboot starts: one for each boot."""
+        marked = self.registry.system and self.machine.mark_reboot()
+        if not was_rebooted(self.machine, self.store) or marked \
+                or "history" in self.log.problems:
+            return []           # without a history nobody knows
+        return [QueuedRun(scheduled, "reboot", now, now) for scheduled
+                in self.registry.scheduled_jobs if scheduled.job.when
+                == "@reboot"]
+
+    # --- what stays
+
+    def seen_statement(self) -> tuple:
+        """Return the statement that keeps up to when all starts were made."""
+        zone_clocks = "\n".join(
+            f"{name}={zone_clock.virtual},{zone_clock.checked}"
+            for name, zone_clock in self.state.zone_clocks.items())
+        return ("insert or replace into meta values ('seen', ?), "
+                "('dials', ?)", (repr(self.state.sample.instant), zone_clocks))
+
+    def take_zones(self) -> None:
+        """Go on with the time zones that the tabs now name, by the files of
+        zones as they now are."""
+        state = state_for_zones(self.state.sample, self.registry.zones,
+                                self.state)
+        self.state = state.replace(zone_clocks={
+            name: zone_clock.replace(zone=self.registry.zones[name])
+            for name, zone_clock in state.zone_clocks.items()})
+
+
+# --- cron's mail ----------------------------------------------------------
+
+
+class CronMail:
+    """Mails about runs, as cron sends them: two sendmails at a time."""
+
+    def __init__(self, machine: Machine, store: RunStore, log: DaemonLog):
+        self.machine, self.store, self.log = machine, store, log
+        self.queue: list[tuple] = []    # run, user, to, command, environment
+        self.mailers: dict[int, int] = {}   # pid -> run
+
+    def mail_for(self, running: RunningRun, outcome: dict
+                 ) -> tuple[tuple | None, str]:
+        """Return the mail about a run that has ended, if cron would send
+        one, and the state of the run's mail, if it has one."""
+        queued, user = running.queued, running.key[0]
+        job = queued.scheduled.job if queued else None
+        environment = job.environment if job else {}
+        to = environment.get("MAILTO", user)
+        good = outcome["state"] == "done" and outcome["exit"] == 0
+        wrote = outcome.get("bytes") or outcome["state"] == "unstartable"
+        # `koitab run` has shown what the run wrote. A note of koid's alone
+        # is no reason for mail.
+        if not wrote or not to or running.trigger == "manual" \
+                or job and job.mail_failures and good:
+            return None, ""
+        if not any(os.access(path, os.X_OK) for path in SENDMAILS):
+            if os.geteuid() == 0:
+                self.machine.log("(CRON) info (No MTA installed, discarding "
+                                 "output)")
+            return None, ""
+        if not safe_address(to):
+            self.log.log(f"({user}) UNSAFE MAIL ({to})", bad=True)
+            return None, "unsafe address"
+        return (running.run, user, to, job.command if job else "",
+                environment), "due"
+
+    def adopt(self, scheduled_jobs: dict) -> None:
+        """Queue the mail that was due when the koid before us stopped."""
+        for row in self.store.runs("r.mail = 'due'"):
+            scheduled = scheduled_jobs.get((row["user"], row["identity"]))
+            environment = scheduled.job.environment if scheduled else {}
+            to = environment.get("MAILTO", row["user"])
+            if to and safe_address(to):
+                self.queue.append((
+                    row["run"], row["user"], to, scheduled.job.command
+                    if scheduled else row["label"], environment))
+
+    def send_queued(self, host: dict) -> None:
+        """Start sendmails, with the environment `host`."""
+        while self.queue and len(self.mailers) < MOST_MAILERS:
+            run, *mail = self.queue[0]
+            text = output_text(self.store.output(run))
+            try:
+                pid = os.fork()
+            except OSError:
+                return
+            if not pid:
+                send_cron_mail(self.machine, host, *mail, text)
+            del self.queue[0]
+            self.mailers[pid] = run
+
+    def take_status(self, pid: int, status: int) -> tuple:
+        """Return the statement that keeps how a sendmail ended."""
+        run = self.mailers.pop(pid)
+        result = "sent" if status == 0 else "due" if status == (
+            TRY_LATER << 8) else f"failed (status {status:#06x})"
+        if status:
+            self.log.log(f"(CRON) MAIL (run {run}: got status "
+                         f"{status:#06x})", bad=True)
+        return self.store.update(run, mail=result)
+
+
+def safe_address(text: str) -> bool:
+    """Does the text have no sign that an option or a shell would obey? The
+    signs are those of Debian's cron."""
+    return text.isascii() and text[:1].isalnum() and all(
+        letter.isalnum() or letter in "@!:%-.,_+=/" for letter in text)
+
+
+def send_cron_mail(machine: Machine, host: dict, user: str, to: str,
+                   command: str, environment: dict, text: bytes) -> None:
+    """In a child of ours: hand a mail to sendmail, as the user whose job it
+    was, and exit with its status."""
+    status = 1
+    try:
+        reset_signals(signal.SIG_DFL)
+        close_all_but({0, 1, 2})
+        os.setsid()
+        account = machine.account(user)
+        drop_privileges(account)
+        message = mail_about(user, machine.host(), to, command, environment,
+                             text)
+        try:
+            os.chdir(account.home)
+        except OSError:
+            os.chdir("/")
+        program = next(path for path in SENDMAILS if os.access(path, os.X_OK))
+        import subprocess
+        status = subprocess.run(
+            [program, "-FCronDaemon", "-i", "-B8BITMIME", "-oem", to],
+            input=message, env={**host, "PATH": DEFAULT_PATH,
+                                "HOME": account.home, "LOGNAME": user,
+                                "USER": user},
+            timeout=MAIL_TIME, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL).returncode % 256
+    except BaseException as error:
+        status = TRY_LATER if isinstance(error, ImportError) else 1
+        machine.log(f"({user}) MAIL (not sent: {error})", bad=True)
+    finally:
+        os._exit(status)
+
+
+def mail_about(user: str, host: str, to: str, command: str,
+               environment: dict, text: bytes) -> bytes:
+    """The mail about a run, with cron's headers; without X-Cron-Env, which
+    would send around what a tab keeps secret."""
+    from email import policy
+    from email.message import EmailMessage
+    sender = environment.get("MAILFROM", "")
+    message = EmailMessage(policy=policy.SMTP.clone(linesep="\n"))
+    message["From"] = sender if sender and safe_address(sender) \
+        else f"{user} (Cron Daemon)"
+    message["To"] = to
+    message["Subject"] = one_line(f"Cron <{user}@{host}> "
+                                  f"{split_percent(command)[0]}")
+    message["Auto-Submitted"] = "auto-generated"
+    content = text.decode("utf-8", "replace")
+    long = max(map(len, text.split(b"\n")), default=0) > 900
+    message.set_content(content, cte="quoted-printable" if long
+                        or b"\r" in text or b"\0" in text else "8bit")
+    for header, name in (("Content-Type", "CONTENT_TYPE"),
+                         ("Content-Transfer-Encoding",
+                          "CONTENT_TRANSFER_ENCODING")):
+        if environment.get(name):
+            del message[header]
+            message[header] = one_line(environment[name])
+    return message.as_bytes()
+
+
+def one_line(text: str) -> str:
+    """For a header: what would break or steer it becomes a blank."""
+    return "".join(letter if letter.isprintable() else " "
+                   for letter in text)[:900]
+
+
+# --- the states of runs ---------------------------------------------------
+
+
+class Scheduler:
+    """Moves each run from state to state, in the history and in memory.
+
+        schedule, by hand, catch-up, retry, reboot
+          |-- KOI_OVERLAP, too many wait ----------> skipped (reason)
+          |-- not made: no koid, clock set --------> missed
+          |-- delay, retry, previous run active ---> queued
+          |                              |-- kill -> skipped
+          |                              |-- restart, too late: interrupted
+          |                              | start_queued
+          +-----------------------------------> running
+             restart, never begun:  by schedule  -> missed
+                                    else         -> interrupted
+             no user, shell or process           -> unstartable
+             supervisor killed, machine rebooted -> interrupted
+             supervisor reports the end          -> done
+
+    A run is in `waiting` while it is queued, in `running` until its end is
+    reported, and in `unrecorded_ends` until that is in the history. Its
+    file is then removed. `adopt_runs` does the same after a restart.
+    """
+
+    def __init__(self, machine: Machine, home: str, registry: TabRegistry,
+                 store: RunStore, log: DaemonLog):
+        self.machine, self.home, self.clock = machine, home, machine.clock
+        self.registry, self.store, self.log = registry, store, log
+        self.planner = Planner(machine, registry, store, log)
+        self.mail = CronMail(machine, store, log)
+        self.waiting: list[QueuedRun] = []
+        self.running: dict[int, RunningRun] = {}
+        self.supervisors: dict[int, int] = {}   # pid -> run
+        self.ended: dict[int, int] = {}     # run -> wait status, or NO_STATUS
+        self.unrecorded_ends: list[tuple] = []      # (RunningRun, status)
+        self.files_to_remove: list[int] = []    # of runs, once written
+        self.deferred_statements: list[tuple] = []  # written with the next
+        self.pending_kills: list[tuple] = []    # (ticks, a group's leader)
+        self.write_at = 0.0                 # ticks, after a full disk
+        self.check_at = FOREVER             # ticks: adopted runs
+
+    def open(self) -> None:
+        """Open what supervisors inherit. Raises OSError."""
+        self.runs = os.open(f"{self.home}/runs", os.O_RDONLY
+                            | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.nothing, end = os.pipe()       # what a job without input reads
+        os.close(end)
+        self.reports, self.report = os.pipe()
+        for fd in (self.reports, self.report):
+            os.set_blocking(fd, False)
+        self.host = self.machine.host_environment()
+
+    def write(self, statements: list[tuple]) -> bool:
+        """Write to the history, and remove files that it makes needless;
+        False while the disk is full. Raises Error if the disk fails."""
+        written = self.store.write(statements)
+        self.log.set_problem("disk", self.store.problem)
+        if written:
+            for run in self.files_to_remove:
+                remove(str(run), self.runs)
+            self.files_to_remove.clear()
+        return written
+
+    def wake_at(self) -> float:
+        """Return the ticks at which a run waits for something."""
+        times = [self.check_at]
+        times += [queued.at for queued in self.waiting
+                  if not queued.waits_for_previous]
+        times += [running.kill_at for running in self.running.values()]
+        times += [at for at, _ in self.pending_kills]
+        if self.store.waiting:
+            times.append(self.write_at)
+        return min(times)
+
+    def running_counts(self) -> dict[tuple, int]:
+        """Return how many runs of each job are running."""
+        counts: dict[tuple, int] = {}
+        for running in self.running.values():
+            counts[running.key] = counts.get(running.key, 0) + 1
+        return counts
+
+    def user_of(self, run: int) -> str | None:
+        """Return whose run is queued or running; None if it is neither."""
+        if run in self.running:
+            return self.running[run].key[0]
+        return next((queued.scheduled.user for queued in self.waiting
+                     if queued.run == run), None)
+
+    def problems_of(self, user: str) -> list[str]:
+        """Return what is wrong, as far as it is this user's business; "":
+        everything."""
+        return [*self.log.problems.values(), *(
+            text for text in self.registry.problems if not user
+            or text.startswith(f"{self.home}/tabs/{user}:"))]
+
+    def late(self) -> list[tuple]:
+        """Return key and label of the jobs that should have started by now,
+        and wait."""
+        return [(queued.scheduled.key, queued.scheduled.job.label)
+                for queued in self.waiting if self.late_reason(queued)]
+
+    # --- due: a row, then a process
+
+    def start_due(self) -> None:
+        """Start what fell due; look for the first time once the clock is
+        set."""
+        if self.planner.state:
+            starts, rows = self.planner.due()
+            if starts or rows:
+                self.record_and_start(starts, rows)
+            return
+        begun = self.planner.begin()
+        if begun:
+            self.deferred_statements.append(
+                self.store.set_meta("boot", self.machine.boot_id()))
+            self.record_and_start(*begun)
+            self.record_jobs()
+
+    def record_jobs(self) -> None:
+        """Keep which jobs there are: only those can have missed a start when
+        the next koid comes."""
+        statements = self.seen_statements()
+        for scheduled in self.registry.scheduled_jobs:
+            self.store.job_key(scheduled.key, scheduled.job, statements)
+        self.write(statements)
+
+    def seen_statements(self) -> list[tuple]:
+        return [self.planner.seen_statement()] if self.planner.state else []
+
+    def record_and_start(self, starts: list[QueuedRun],
+                         rows: list = ()) -> None:
+        """Write down what is to be started and what was not, then start."""
+        ready = []
+        statements = self.seen_statements() + self.deferred_statements
+        self.deferred_statements = []
+        for scheduled, row in rows:
+            statements.append(self.new_run(scheduled, row, statements))
+            if row["state"] == "missed" \
+                    and scheduled.settings.catchup == "yes":
+                starts.append(QueuedRun(scheduled, "catch-up", row["due"],
+                                        self.clock.now()))
+        counts = self.running_counts()
+        for queued in starts:
+            state, reason = self.admit(queued, counts)
+            if state == "running":
+                ready.append(queued)
+                counts[queued.scheduled.key] = counts.get(
+                    queued.scheduled.key, 0) + 1
+            statements.append(self.state_statement(queued, state, reason,
+                                                   statements))
+        if not self.write(statements):
+            refused = [queued for queued in starts if self.refuse(queued)]
+            ready = [queued for queued in ready if queued not in refused]
+        for queued in starts:
+            if queued.connection and not queued.announced:
+                queued.announce()
+        self.start_runs(ready)
+
+    def admit(self, queued: QueuedRun, counts: dict) -> tuple[str, str]:
+        """Return the state in which a run begins, and why if it is not
+        "running". `counts` are the active runs of each job."""
+        scheduled = queued.scheduled
+        if queued.at > self.clock.ticks():
+            self.waiting.append(queued)
+            return "queued", ""
+        policy = scheduled.settings.overlap
+        if policy == "allow" or not counts.get(scheduled.key):
+            return "running", self.late_reason(queued)
+        waiting = sum(other.scheduled.key == scheduled.key
+                      for other in self.waiting)
+        if policy == "skip" or waiting >= MOST_QUEUED:
+            queued.reject("the last run is still going")
+            return "skipped", "the last run was still going" if \
+                policy == "skip" else f"{waiting} runs were waiting"
+        if policy == "replace":
+            self.kill_others(scheduled.key)
+        queued.waits_for_previous = True
+        self.waiting.append(queued)
+        return "queued", WAITS_FOR_PREVIOUS
+
+    def kill_others(self, key: tuple) -> None:
+        """KOI_OVERLAP=replace: end all runs of a job."""
+        runs = [queued.run for queued in self.waiting
+                if queued.scheduled.key == key and queued.waits_for_previous]
+        runs += [running.run for running in self.running.values()
+                 if running.key == key]
+        for run in runs:
+            self.kill(run, "replaced by the next run")
+
+    def late_reason(self, queued: QueuedRun) -> str:
+        """Return by how much a run is later than KOI_START_WITHIN allows;
+        "" if it is not."""
+        within = queued.scheduled.settings.start_within
+        delay = queued.scheduled.delay * MINUTE \
+            if queued.trigger == "schedule" else 0
+        behind = self.clock.now() - queued.due - delay
+        return f"late by {format_duration(int(behind))}" \
+            if within and behind > within else ""
+
+    def state_statement(self, queued: QueuedRun, state: str, reason: str,
+                        statements: list) -> tuple:
+        """Return the statement that keeps the state of a run, which gets its
+        number here; what must precede it is added to `statements`."""
+        started = self.clock.now() if state == "running" else None
+        if queued.known:
+            return self.store.update(queued.run, state=state, reason=reason,
+                                     started=started)
+        queued.known = True
+        statement = self.new_run(queued.scheduled, {
+            "trigger": queued.trigger, "state": state, "due": queued.due,
+            "asked": queued.requested, "started": started, "reason": reason,
+            "args": queued.shown_values(), "attempt": queued.attempt},
+            statements)
+        queued.run = self.store.last
+        if queued.nonce:
+            statements += self.store.record_nonce(
+                queued.nonce, queued.requested, queued.run)
+        return statement
+
+    def new_run(self, scheduled: ScheduledJob, row: dict,
+                statements: list) -> tuple:
+        """Return the statement that adds a run, with the next number."""
+        self.store.last += 1
+        key = self.store.job_key(scheduled.key, scheduled.job, statements)
+        if row["state"] in ("missed", "skipped"):
+            statements += self.store.prune(key, scheduled.settings.keep - 1)
+        return self.store.insert({"id": self.store.last, "job": key, **row})
+
+    def refuse(self, queued: QueuedRun) -> bool:
+        """On a full disk: a run that somebody asked for does not start, one
+        that is due does. Return whether it was refused."""
+        if queued.trigger != "manual":
+            return False
+        self.store.waiting.append(self.store.update(
+            queued.run, state="unstartable", started=None,
+            ended=self.clock.now(), reason="it could not be recorded"))
+        if queued in self.waiting:
+            self.waiting.remove(queued)
+        queued.reject(f"the run cannot be recorded: {self.store.problem}")
+        return True
+
+    def start_queued(self) -> None:
+        """Start what has waited long enough, or whose turn has come."""
+        if not self.waiting:
+            return
+        now, counts = self.clock.ticks(), self.running_counts()
+        ready = []
+        for queued in self.waiting:
+            key = queued.scheduled.key
+            if queued.waits_for_previous and counts.get(key) \
+                    or queued.at > now:
+                continue
+            if queued.waits_for_previous:
+                counts[key] = counts.get(key, 0) + 1
+            ready.append(queued)
+        if ready:
+            self.waiting = [queued for queued in self.waiting
+                            if queued not in ready]
+            for queued in ready:
+                queued.waits_for_previous, queued.at = False, 0.0
+            self.record_and_start(ready)
+
+    def update_waiting(self) -> None:
+        """Tabs have changed: what waits runs as its tab now says."""
+        jobs = {scheduled.key: scheduled
+                for scheduled in self.registry.scheduled_jobs} \
+            if self.waiting else {}
+        for queued in self.waiting:
+            scheduled = jobs.get(queued.scheduled.key)
+            if scheduled and scheduled.job.params \
+                    == queued.scheduled.job.params:
+                queued.scheduled = scheduled
+
+    # --- processes
+
+    def start_runs(self, starts: list[QueuedRun]) -> None:
+        """Give each run a supervisor, or record why it cannot start."""
+        accounts: dict[str, Account | None] = {}
+        unstartable = []
+        for queued in starts:
+            user = queued.scheduled.user
+            try:
+                if user not in accounts:
+                    accounts[user] = self.machine.account(user)
+                if not accounts[user]:
+                    raise ValueError(f"there is no user {user}")
+                spec = launch_spec(queued, accounts[user], self.host)
+            except Exception as error:      # one job's; the others start
+                unstartable.append(self.unstartable(queued, str(error)))
+                continue
+            self.start_supervisor(accounts[user], spec, queued)
+        if unstartable:
+            self.write(unstartable)
+        self.log_starts(starts)
+
+    def start_supervisor(self, account: Account, spec: LaunchSpec,
+                         queued: QueuedRun) -> None:
+        """Fork the supervisor of one run."""
+        try:
+            pid = fork_supervisor(account, spec, self.runs, self.report,
+                                  self.nothing)
+        except OSError as error:
+            self.delay_start(queued, error)
+            return
+        self.log.set_problem("fork", "")
+        self.supervisors[pid] = queued.run
+        self.running[queued.run] = RunningRun(
+            queued.run, queued.scheduled.key, queued, pid)
+        if queued.connection:
+            queued.connection.close()
+            queued.connection = None
+
+    def log_starts(self, starts: list[QueuedRun]) -> None:
+        """Log the starts as cron does, if root runs koid."""
+        for queued in starts if os.geteuid() == 0 else ():
+            if queued.run in self.running \
+                    and not queued.scheduled.job.unlogged:
+                self.machine.log(f"({queued.scheduled.user}) CMD "
+                                 f"({queued.scheduled.job.command})", "CRON")
+
+    def delay_start(self, queued: QueuedRun, error: OSError) -> None:
+        """Try again in a second while the process table is full, for
+        TRY_FOR seconds."""
+        now = self.clock.ticks()
+        self.log.set_problem("fork", "no process could be started: "
+                             f"{error.strerror}")
+        queued.full_since = queued.full_since or now
+        if now - queued.full_since > TRY_FOR:
+            self.write([self.unstartable(
+                queued, f"could not start: {error.strerror}")])
+        else:
+            queued.at = now + TRY_AGAIN
+            self.waiting.append(queued)
+
+    def unstartable(self, queued: QueuedRun, why: str) -> tuple:
+        """Return the statement that records why a run could not start."""
+        why = storable(why)
+        queued.reject(why)
+        self.log.log(f"({queued.scheduled.user}) ERROR ({why})", bad=True)
+        self.deferred_statements += self.store.prune(
+            self.store.keys[queued.scheduled.key],
+            queued.scheduled.settings.keep)
+        return self.store.update(
+            queued.run, state="unstartable", reason=why, started=None,
+            ended=self.clock.now())
+
+    # --- ends
+
+    def read_reports(self) -> None:
+        """Take from the pipe how runs ended, as their supervisors say."""
+        try:
+            data = os.read(self.reports, CHUNK // REPORT.size * REPORT.size)
+        except BlockingIOError:
+            return
+        for run, status in REPORT.iter_unpack(data):
+            if status == NO_FILE:   # or it would pass for one not begun
+                self.write([self.store.update(run, reason=NO_FILE_REASON)])
+            else:
+                self.ended[run] = status
+
+    def supervisor_ended(self, pid: int) -> None:
+        """A child of koid's has gone that may have been a supervisor."""
+        running = self.running.get(self.supervisors.pop(pid, 0))
+        if running and running.run not in self.ended:
+            if self.has_ended(running):
+                self.ended[running.run] = NO_STATUS
+            else:       # the koid before us had started it already
+                running.supervisor, self.check_at = 0, 0.0
+
+    def check(self, now: float) -> None:
+        """Check adopted runs, and send the signals that are due."""
+        if now >= self.check_at:
+            self.check_at = FOREVER
+            for running in self.running.values():
+                if not running.supervisor:
+                    self.check_at = now + CHECK_AGAIN
+                    if self.has_ended(running):
+                        self.ended.setdefault(running.run, NO_STATUS)
+        for running in list(self.running.values()):
+            if now >= running.kill_at:
+                self.escalate_kill(running, now)
+        for at, pid in [each for each in self.pending_kills if now >= each[0]]:
+            self.pending_kills.remove((at, pid))
+            end_group(pid, signal.SIGKILL)
+
+    def has_ended(self, running: RunningRun) -> bool:
+        """Has a run ended whose supervisor is not our child?"""
+        try:
+            header = parse_header(run_file(self.home, running.run,
+                                           HEADER_BYTES))
+        except OSError:
+            return False        # too many files are open; later
+        return not header or header.phase in (ENDED, UNSTARTABLE) \
+            or process_start_time(header.supervisor) != header.supervisor_start
+
+    def collect_finished(self) -> None:
+        """Move runs that have ended into the history. While it cannot be
+        written they stay in their files."""
+        now = self.clock.ticks()
+        for run, status in self.ended.items():
+            running = self.running.pop(run, None)
+            if running:
+                self.unrecorded_ends.append((running, status))
+        if self.ended:
+            self.start_queued()
+        self.ended.clear()
+        if self.store.waiting and now >= self.write_at:
+            self.write_at = now + WRITE_AGAIN
+            self.write([])
+        if self.unrecorded_ends and not self.store.waiting:
+            self.record_ends()
+
+    def record_ends(self) -> None:
+        """Write the ends of runs, their output, retries and mails."""
+        statements, retries, mails = [], [], []
+        ends, self.unrecorded_ends = self.unrecorded_ends, []
+        for running, status in ends:
+            mine: list[tuple] = []
+            try:
+                self.record_end(running, status, mine, retries, mails)
+            except OSError as error:    # too many files are open
+                self.log.set_problem(
+                    "ends", f"a run's end cannot be read: {error}")
+                self.unrecorded_ends.append((running, status))
+                self.check_at = min(self.check_at, self.clock.ticks() + 1)
+            except Exception as bug:    # of ours, with this run alone
+                self.log.set_problem("bug", f"run {running.run}: {bug!r}")
+                mine = [self.store.update(
+                    running.run, state="interrupted",
+                    reason="koid failed on its end")]
+            else:
+                self.files_to_remove.append(running.run)
+            statements += mine
+        if self.write(statements):
+            self.mail.queue += mails
+        self.waiting += retries
+
+    def record_end(self, running: RunningRun, status: int, statements: list,
+                   retries: list, mails: list) -> None:
+        """Add the statements, the retry and the mail of one run's end.
+        Raises OSError."""
+        outcome, frames = self.outcome(running, status)
+        statements += self.end_statements(running, outcome, frames)
+        retry = self.retry_of(running, outcome)
+        if retry:
+            statements.append(self.state_statement(retry, "queued", "",
+                                                   statements))
+            retries.append(retry)
+            return
+        mail, state = self.mail.mail_for(running, outcome)
+        if mail:
+            mails.append(mail)
+        if state:
+            statements.append(self.store.update(running.run, mail=state))
+
+    def outcome(self, running: RunningRun, status: int) -> tuple[dict, bytes]:
+        """Return how a run ended, as columns of its row, and its output.
+        Raises OSError."""
+        data = run_file(self.home, running.run)
+        header = parse_header(data)
+        if not header:
+            return self.outcome_without_file(running, status), b""
+        if running.kill == signal.SIGKILL and running.kill_at != FOREVER:
+            self.pending_kills.append((running.kill_at, header.job))
+        frames = stored_frames(data, header)
+        exit_status, number = exit_and_signal(header.status) \
+            if header.phase == ENDED else (None, None)
+        state = {ENDED: "done", UNSTARTABLE: "unstartable"}.get(
+            header.phase, "interrupted")
+        if header.phase == RUNNING and status != NO_STATUS:
+            state = "done"      # a full disk: the end was only reported
+            exit_status, number = exit_and_signal(status)
+        reason = running.reason or REASONS[header.reason]
+        if reason == "timeout" and running.queued:
+            limit = running.queued.scheduled.settings.timeout
+            reason = f"timeout after {format_duration(limit)}"
+        elif state == "interrupted":
+            reason = reason or "its supervisor was killed"
+        elif state == "unstartable":
+            reason = output_text(frames).decode("utf-8", "replace").strip()
+        return {"state": state, "exit": exit_status, "signal": number,
+                "started": header.started or None,
+                "ended": header.ended or self.clock.now(),
+                "reason": reason, "bytes": header.total,
+                "cut": int(header.lost > 0)}, frames
+
+    def outcome_without_file(self, running: RunningRun, status: int) -> dict:
+        """Return the outcome of a run that never began, or that a full disk
+        left without a file."""
+        exit_status, number = exit_and_signal(status)
+        known = exit_status is not None or number is not None
+        return {"state": "done" if known else "interrupted",
+                "exit": exit_status, "signal": number,
+                "ended": self.clock.now(), "reason": running.reason or (
+                    "its output could not be kept" if known else
+                    "its supervisor was killed")}
+
+    def end_statements(self, running: RunningRun, outcome: dict,
+                       frames: bytes) -> list[tuple]:
+        """Return the statements that keep a run's end, and prune old runs."""
+        columns = {name: value for name, value in outcome.items()
+                   if name != "reason" or value}
+        statements = [self.store.update(running.run, **columns)]
+        if frames:
+            statements.append(("insert or replace into output values (?, ?)",
+                               (running.run, frames)))
+        if running.queued:
+            keep = running.queued.scheduled.settings.keep
+            statements += self.store.prune(self.store.keys[running.key], keep)
+        if outcome["state"] != "done" and os.geteuid() == 0:
+            self.log.log(f"({running.key[0]}) ERROR (run {running.run}: "
+                         f"{outcome['reason']})", bad=True)
+        return statements
+
+    def retry_of(self, running: RunningRun, outcome: dict
+                 ) -> QueuedRun | None:
+        """Return the next attempt at a run that failed, if KOI_RETRY has one
+        left. The pause doubles with each."""
+        last = running.queued
+        if not last or outcome["state"] != "done" or outcome["exit"] == 0 \
+                or running.reason or last.attempt \
+                > last.scheduled.settings.retry:
+            return None
+        if not running.supervisor and has_secret(last.scheduled.job):
+            return None         # only the koid before us had it
+        wait = min(RETRY_FIRST * 2 ** min(last.attempt - 1, 10),
+                   RETRY_LONGEST)
+        queued = QueuedRun(last.scheduled, "retry", self.clock.now() + wait,
+                           self.clock.now())
+        queued.at = self.clock.ticks() + wait
+        queued.attempt, queued.values = last.attempt + 1, last.values
+        return queued
+
+    # --- killing
+
+    def kill(self, run: int, reason: str) -> bool:
+        """End a run: SIGTERM, and SIGKILL KILL_AFTER seconds later. False if
+        it has ended."""
+        queued = next((queued for queued in self.waiting
+                       if queued.run == run), None)
+        if queued:
+            self.waiting.remove(queued)
+            queued.reject(reason)
+            return self.write([self.store.update(
+                run, state="skipped", reason=reason)])
+        running = self.running.get(run)
+        if not running:
+            return False
+        running.reason = running.reason or reason
+        running.kill = running.kill or signal.SIGTERM
+        self.escalate_kill(running, self.clock.ticks())
+        return True
+
+    def escalate_kill(self, running: RunningRun, now: float) -> None:
+        """Send the signal that is due."""
+        try:
+            header = parse_header(run_file(self.home, running.run,
+                                           HEADER_BYTES))
+        except OSError:
+            header = None
+        if not header or header.phase == CLAIMED:
+            running.kill_at = now + 0.05     # it has not begun yet
+            return
+        self.machine.signal_job(header, running.kill)
+        running.kill_at = now + KILL_AFTER if running.kill == signal.SIGTERM \
+            else FOREVER
+        running.kill = signal.SIGKILL
+
+    # --- after a restart
+
+    def adopt_runs(self) -> None:
+        """Take over what the koid before us left: runs that are running,
+        that ended since then, and that it had no time to begin."""
+        files = {int(name) for name in os.listdir(self.runs)
+                 if name.isascii() and name.isdigit()}
+        self.store.last = max(files | {self.store.last})
+        rows = {row["run"]: row for row in self.store.runs(
+            "r.state in ('queued', 'running')")}
+        jobs = {scheduled.key: scheduled
+                for scheduled in self.registry.scheduled_jobs}
+        known = {run for run, in self.store.db.execute(
+            "select id from runs")} if files else set()
+        self.files_to_remove = [run for run in files if run in known
+                                and run not in rows]
+        self.adopt_orphans(sorted(files - known))
+        lost: list[tuple] = []
+        for run, row in rows.items():
+            queued = self.queued_of(row, jobs.get((row["user"],
+                                                   row["identity"])))
+            if run in files:
+                self.adopt_run(row, queued)
+            elif queued and self.may_still_start(row, queued):
+                self.waiting.append(queued)
+            else:
+                missed = row["trigger"] == "schedule" \
+                    and row["state"] == "running"
+                lost.append(self.store.update(
+                    run, state="missed" if missed else "interrupted",
+                    started=None, reason="koid was stopped before it began"))
+        self.write(lost)
+        self.check_at = 0.0 if self.running else FOREVER
+        self.mail.adopt(jobs)
+
+    def adopt_run(self, row: dict, queued: QueuedRun | None) -> None:
+        """Take over a run that has a file."""
+        running = RunningRun(row["run"], (row["user"], row["identity"]),
+                             queued)
+        running.trigger = row["trigger"]
+        self.running[row["run"]] = running
+        if was_rebooted(self.machine, self.store):
+            running.reason = "the machine went down"
+            self.ended[row["run"]] = NO_STATUS
+
+    def adopt_orphans(self, runs: list[int]) -> None:
+        """Take over runs that have a file and no record: the disk was full,
+        or the history was lost. They are shown as runs of a removed job."""
+        key = self.machine.user_name(os.geteuid()), "lost"
+        for run in runs:
+            header = parse_header(run_file(self.home, run, HEADER_BYTES)
+                                  ) or RunFileHeader()
+            statements: list[tuple] = []
+            job = self.store.job_key(key, LOST, statements)
+            self.write([*statements, self.store.insert({
+                "id": run, "job": job, "trigger": "manual",
+                "state": "running", "started": header.started or None,
+                "reason": "its record was lost", "args": "{}"})])
+            self.running[run] = running = RunningRun(run, key, None)
+            running.trigger = "manual"
+            if was_rebooted(self.machine, self.store):
+                self.ended[run] = NO_STATUS
+
+    def queued_of(self, row: dict,
+                  scheduled: ScheduledJob | None) -> QueuedRun | None:
+        """Return the run of a row, if its job is still in a tab and has the
+        same arguments."""
+        if not scheduled or set(row["args"]) != {
+                param.name for param in scheduled.job.params}:
+            return None
+        queued = QueuedRun(scheduled, row["trigger"], row["due"] or 0.0,
+                           row["asked"] or 0.0)
+        queued.run, queued.known = row["run"], True
+        queued.values, queued.attempt = row["args"], row["attempt"]
+        queued.waits_for_previous = row["reason"] == WAITS_FOR_PREVIOUS
+        start = queued.due + (scheduled.delay * MINUTE if row["trigger"]
+                              == "schedule" else 0)
+        queued.at = self.clock.ticks() + max(0.0, start - self.clock.now())
+        return queued
+
+    def may_still_start(self, row: dict, queued: QueuedRun) -> bool:
+        """Is it soon enough to begin a run that koid had no time to begin?"""
+        if has_secret(queued.scheduled.job):
+            return False        # its secrets were kept nowhere
+        if row["state"] == "queued":
+            return row["trigger"] != "manual" \
+                or self.clock.now() - queued.requested < LONG_ENOUGH
+        if was_rebooted(self.machine, self.store) \
+                or row["reason"] == NO_FILE_REASON:
+            return False        # its file did perhaps not reach the disk
+        waited = self.clock.now() - (row["started"] or 0.0)
+        return waited < (TRY_FOR if row["trigger"] == "schedule"
+                         else LONG_ENOUGH)
+
+
+# ==========================================================================
 # ControlSocket: how do users reach koid?              (network, files; R C)
 #
 # By a Unix socket, which tells who calls (SO_PEERCRED): not what a variable
@@ -4819,10 +6142,10 @@ def validate_arguments(job: Job, given: dict) -> dict[str, str]:
 
 LONGEST_REQUEST = 8 * 2**20     # a tab of 1 MiB, each letter escaped
 REQUEST_TIME = 10.0             # seconds to send one
-MOST_VISITORS, MOST_OF_ONE, MOST_AT_ONCE = 256, 64, 16
+MOST_CONTROL_CONNECTIONS, MOST_OF_ONE, MOST_AT_ONCE = 256, 64, 16
+SPARE_FILES = 40                # descriptors for all but connections
 MOST_BYTES_OF_ONE = 2 * LONGEST_REQUEST     # of requests that come in
 MOST_ROWS = 1_000
-READ_AGAIN = 20                 # times, while a run writes very fast
 LONGEST_VALUES = 2**20          # characters of arguments in one answer
 
 
@@ -4929,7 +6252,8 @@ class ControlService:
 
     def jobs(self, caller: Caller, request: dict) -> dict:
         user = self.allowed_user(caller, request)
-        now, counts = int(self.machine.clock.now()), self.running_counts()
+        now = int(self.machine.clock.now())
+        counts = self.daemon.scheduler.running_counts() if self.daemon else {}
         return {"jobs": [
             {"tag": scheduled.job.tag, "section": scheduled.job.section,
              "user": scheduled.user, "name": scheduled.job.name,
@@ -4939,31 +6263,16 @@ class ControlService:
              "command": scheduled.job.command,
              "confirm": scheduled.settings.confirm,
              "params": [vars(param) for param in scheduled.job.params],
-             "next": self.next_start(scheduled, now),
+             "next": self.registry.next_start(scheduled, now),
              "last": self.last_run(scheduled),
              "running": counts.get(scheduled.key, 0)}
             for scheduled in self.registry.scheduled_jobs if not user
             or scheduled.user == user]}
 
-    def next_start(self, scheduled: ScheduledJob, now: int) -> float | None:
-        if not scheduled.schedule:
-            return None
-        due = scheduled.schedule.next(now,
-                                      self.registry.zones[
-            scheduled.settings.zone])
-        return due and due + scheduled.delay * MINUTE
-
     def last_run(self, scheduled: ScheduledJob) -> dict | None:
         runs = self.store.runs("r.job = ? order by r.id desc limit 1",
                                self.store.keys.get(scheduled.key, 0))
         return runs[0] if runs else None
-
-    def running_counts(self) -> dict[tuple, int]:
-        """How many runs of each job are going on."""
-        counts: dict[tuple, int] = {}
-        for running in self.daemon.running.values() if self.daemon else ():
-            counts[running.key] = counts.get(running.key, 0) + 1
-        return counts
 
     def history(self, caller: Caller, request: dict) -> dict:
         user, where, values = self.allowed_user(caller, request), ["1"], []
@@ -4996,7 +6305,7 @@ class ControlService:
                  if storable(name) in names or name == short_hash(identity)]
         if found:
             return found
-        scheduled = self.registry.resolve(user, name)
+        scheduled = self.registry.find_job(user, name)
         return [self.store.keys.get(scheduled.key, 0)]
 
     def run_of(self, caller: Caller, request: dict) -> dict:
@@ -5028,7 +6337,8 @@ class ControlService:
 
     def kill(self, caller: Caller, request: dict) -> dict:
         run = self.run_of(caller, request)
-        if not self.daemon.kill(run["run"], f"killed by {caller.name}"):
+        if not self.daemon.scheduler.kill(run["run"],
+                                          f"killed by {caller.name}"):
             raise Error(f"run {run['run']} is not going on",
                         f"koitab history {run['tag']}")
         return {"run": run}
@@ -5040,7 +6350,8 @@ class ControlService:
         mine = [scheduled for scheduled in self.registry.scheduled_jobs
                 if not user or scheduled.user == user]
         starts = [start for start in (
-            self.next_start(scheduled, int(self.machine.clock.now()))
+            self.registry.next_start(scheduled,
+                                     int(self.machine.clock.now()))
             for scheduled in mine) if start]
         running = self.store.runs("r.state = 'running' and (j.user = ?1 or "
                                   "?1 = '') order by r.id limit 1000", user)
@@ -5049,12 +6360,12 @@ class ControlService:
             "started": self.daemon.started, "system": self.registry.system,
             "jobs": len(mine), "running": running,
             "next": min(starts, default=None), "late": [
-                label for key, label in self.daemon.late()
+                label for key, label in self.daemon.scheduler.late()
                 if not user or key[0] == user],
             "tab": {"user": user or caller.name, "jobs": len(tab.jobs),
                     "problems": [problem.text("tab")
                                  for problem in tab.errors()]},
-            "troubles": self.daemon.troubles_of(user),
+            "troubles": self.daemon.scheduler.problems_of(user),
             "dashboard": self.daemon.broker.shown()
             if caller.is_admin else None}
 
@@ -5075,62 +6386,6 @@ OPERATIONS = {
     "relink": ControlService.relink}
 KINDS = {"op": str, "user": str, "text": str, "job": str, "run": int,
          "limit": int, "before": int, "args": dict}
-
-
-def run_file(home: str, run: int, most: int = -1) -> bytes:
-    """What a supervisor has written about a run so far, or its beginning;
-    b"" if nothing. Raises OSError."""
-    try:
-        with open(f"{home}/runs/{run}", "rb") as file:
-            return file.read(most)
-    except FileNotFoundError:
-        return b""
-
-
-def read_stable_file(home: str, run: int) -> tuple[bytes,
-                                                   RunFileHeader | None]:
-    """The file of a run that goes on, and its header; None: there is none.
-    Its supervisor overwrites the older of two segments, so we read again if
-    it has turned to the other one meanwhile. Raises OSError."""
-    for _ in range(READ_AGAIN):
-        before = parse_header(run_file(home, run, HEADER_BYTES))
-        data = run_file(home, run)
-        after = parse_header(run_file(home, run, HEADER_BYTES))
-        if not before or not after:
-            return b"", None
-        if (before.segment, before.lost) == (after.segment,
-                                                  after.lost):
-            return data, before
-    before.first = before.second = 0    # it writes too fast: the head alone
-    return data, before
-
-
-def output_so_far(home: str, run: int) -> bytes:
-    """The frames of a run that goes on. Raises OSError."""
-    data, header = read_stable_file(home, run)
-    return stored_frames(data, header) if header else b""
-
-
-def parsed_request(line: bytes) -> dict:
-    """A request, or Error."""
-    import json
-    try:
-        request = json.loads(line.decode("utf-8", "surrogateescape"))
-    except (ValueError, RecursionError):
-        raise Error("this is no request") from None
-    if not isinstance(request, dict):
-        raise Error("this is no request")
-    return request
-
-
-def reply_line(reply: dict) -> bytes:
-    import json
-    return json.dumps(reply).encode() + b"\n"
-
-
-def error_reply(error: Error) -> dict:
-    return {"error": error.message, "hint": error.hint,
-            "status": error.status}
 
 
 def caller_of(connection, machine: Machine) -> Caller:
@@ -5165,28 +6420,208 @@ def connect_patiently(connection, path: str) -> None:
             time.sleep(0.05)
 
 
+class ControlConnection:
+    """A connection of a user's to koid, until it is answered.
+
+    `deadline`: the ticks at which koid closes it, whatever it is at.
+    """
+
+    def __init__(self, sock, caller: Caller, deadline: float):
+        self.lines = LineConnection(sock, LONGEST_REQUEST)
+        self.caller, self.deadline = caller, deadline
+
+
+class ControlServer:
+    """koid's end of the control socket.
+
+    A connection carries one request and its reply. `koitab run` keeps its
+    connection: the run's number is the reply, and the run's supervisor sends
+    the output over it, as frames. Each user may hold MOST_OF_ONE connections
+    and MOST_BYTES_OF_ONE bytes of requests and replies; who runs koid, more.
+    """
+
+    def __init__(self, control: ControlService, scheduler: Scheduler,
+                 poller: Poller):
+        self.control, self.scheduler, self.poller = control, scheduler, poller
+        self.machine, self.log = control.machine, scheduler.log
+        self.clock = control.machine.clock
+        self.connections: dict[int, ControlConnection] = {}
+        self.accept_at = FOREVER    # ticks: too many files were open
+        self.room = MOST_CONTROL_CONNECTIONS
+
+    def listen(self, path: str) -> None:
+        """Make the socket. Raises Error."""
+        folder, everyone = posixpath.dirname(path), path == ROOT_SOCKET
+        try:
+            os.makedirs(folder, 0o755, exist_ok=True)
+            if everyone:
+                os.chmod(folder, 0o755)     # whatever the umask was
+            near, fd = near_path(path)
+            try:
+                os.unlink(path)     # koid has the lock: nobody listens there
+            except FileNotFoundError:
+                pass
+            self.listener = socket.socket(socket.AF_UNIX)
+            mask = os.umask(0o111 if everyone else 0o177)
+            try:
+                self.listener.bind(near)
+            finally:
+                os.umask(mask)
+                if fd >= 0:
+                    os.close(fd)
+            self.listener.listen(1024)
+            self.listener.setblocking(False)
+        except OSError as error:
+            raise Error(f"{path}: {error.strerror}") from None
+        self.room = self.machine.open_files() - SPARE_FILES
+        self.poller.register(self.listener.fileno(), self.accept)
+
+    def accept(self, _fd: int, _events: int) -> None:
+        """Take some new connections, then let koid look at its clock."""
+        for _ in range(MOST_AT_ONCE):
+            try:
+                sock, _ = self.listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:    # too many files are open
+                self.log.set_problem("visitors",
+                                     f"nobody can call: {error.strerror}")
+                self.poller.modify(self.listener.fileno(), 0)
+                self.accept_at = self.clock.ticks() + TRY_AGAIN
+                return
+            self.log.set_problem("visitors", "")
+            self.add_connection(sock, caller_of(sock, self.machine))
+
+    def add_connection(self, sock, caller: Caller) -> None:
+        """Wait for the request of a caller, if there is room for one."""
+        same = sum(other.caller.uid == caller.uid
+                   for other in self.connections.values())
+        if len(self.connections) >= self.room or not caller.is_admin \
+                and (same >= MOST_OF_ONE
+                     or len(self.connections) >= MOST_CONTROL_CONNECTIONS):
+            send_last(sock, format_line(error_reply(Error("koid is busy"))))
+            return
+        sock.setblocking(False)
+        connection = ControlConnection(
+            sock, caller, self.clock.ticks() + REQUEST_TIME)
+        self.connections[sock.fileno()] = connection
+        self.poller.register(sock.fileno(), self.on_ready)
+
+    def on_ready(self, fd: int, _events: int) -> None:
+        """Read some of a request, or send some of a reply."""
+        connection = self.connections[fd]
+        lines = connection.lines
+        try:
+            if lines.unsent:
+                lines.flush()
+                if not lines.unsent:
+                    self.close_connection(connection)
+                return
+            alive = lines.receive()
+        except OSError:
+            alive = False
+        if not alive or self.bytes_of(connection.caller, "received") \
+                > MOST_BYTES_OF_ONE:
+            self.close_connection(connection)
+            return
+        line = lines.take_line()
+        if line is not None:
+            self.respond(connection, line)
+
+    def bytes_of(self, caller: Caller, buffer: str) -> int:
+        """Return how many bytes wait in the buffers of one user."""
+        return sum(len(getattr(other.lines, buffer))
+                   for other in self.connections.values()
+                   if other.caller.uid == caller.uid)
+
+    def respond(self, connection: ControlConnection, line: bytes) -> None:
+        """Carry out a request and begin to send its reply."""
+        rest = b""
+        try:
+            if self.bytes_of(connection.caller, "unsent") > MOST_BYTES_OF_ONE:
+                raise Error("koid is busy", "it waits for you to read")
+            request = parse_line(line)
+            if request.get("op") == "run":
+                self.start_manual(connection, request)
+                return
+            reply, rest = self.control.answer(connection.caller, request)
+        except Error as error:
+            reply = error_reply(error)
+        except Exception as bug:    # of ours; the jobs must not suffer
+            self.log.log(f"a request failed: {bug!r}", bad=True)
+            reply = error_reply(Error("koid failed on this request: "
+                                      f"{type(bug).__name__}"))
+        if connection.lines.fileno() not in self.connections:
+            return              # a run has it already
+        connection.deadline = self.clock.ticks() + LONG_ENOUGH
+        self.poller.modify(connection.lines.fileno(), select.POLLOUT)
+        connection.lines.unsent += format_line(reply) + rest
+
+    def start_manual(self, connection: ControlConnection,
+                     request: dict) -> None:
+        """Start a job for a user who waits for its output. Raises Error."""
+        if not self.scheduler.planner.state:
+            raise Error("the clock is not set", "date")
+        user = self.control.allowed_user(connection.caller, request)
+        given = request.get("args") or {}
+        if not isinstance(request.get("job"), str) \
+                or not isinstance(given, dict):
+            raise Error("a request to run names a job and its arguments")
+        scheduled = self.control.registry.find_job(user, request["job"])
+        now = self.clock.now()
+        queued = QueuedRun(scheduled, "manual", now, now)
+        queued.values = validate_arguments(scheduled.job, given)
+        queued.connection = self.release(connection)
+        self.scheduler.record_and_start([queued])
+
+    def release(self, connection: ControlConnection):
+        """Return the socket of a connection, which is ours no longer."""
+        fd = connection.lines.fileno()
+        del self.connections[fd]
+        self.poller.unregister(fd)
+        return connection.lines.sock
+
+    def close_connection(self, connection: ControlConnection) -> None:
+        self.release(connection).close()
+
+    def check(self, now: float) -> None:
+        """Close what took too long; accept again after a pause."""
+        for connection in list(self.connections.values()):
+            if now >= connection.deadline:
+                self.close_connection(connection)
+        if now >= self.accept_at:
+            self.accept_at = FOREVER
+            self.poller.modify(self.listener.fileno(), select.POLLIN)
+
+    def wake_at(self) -> float:
+        """Return the ticks at which `check` has something to do."""
+        return min([self.accept_at, *(
+            connection.deadline for connection in self.connections.values())])
+
+
 class DaemonClient:
-    """The way from koitab to koid; or to the files, where no koid runs and
-    they are the caller's own."""
+    """koitab's way to koid; or to the files, where no koid runs and they are
+    the caller's own."""
 
     def __init__(self, machine: Machine):
         self.machine = machine
         self.home = machine.state_directory()
         self.path = machine.socket_path(self.home)
-        self.output = b""
+        self.output = b""       # the bytes after the last reply
         if os.geteuid() and "KOI_HOME" not in os.environ \
                 and os.path.exists(ROOT_SOCKET):
             self.home, self.path = ROOT_HOME, ROOT_SOCKET
 
-    def connect(self):
-        """A connection to koid, or None if none answers."""
+    def connect(self) -> LineConnection | None:
+        """Return a connection to koid; None if none answers. Raises
+        Error."""
         connection = socket.socket(socket.AF_UNIX)
         near, fd = self.path, -1
         try:
             near, fd = near_path(self.path)
             connect_patiently(connection, near)
             connection.settimeout(30)
-            return connection
+            return LineConnection(connection, LONGEST_REPLY)
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
             connection.close()
             return None
@@ -5198,35 +6633,37 @@ class DaemonClient:
                 os.close(fd)
 
     def ask(self, op: str, **fields) -> dict:
-        """The reply to a request; what comes after it is in `output`.
+        """Return the reply to a request; what comes after it is in `output`.
         Raises Error."""
-        connection = self.connect()
-        if not connection:
+        lines = self.connect()
+        if not lines:
             return self.without_daemon({"op": op, **fields})
-        with connection:
-            reply, rest = exchange_lines(connection, {"op": op, **fields})
-            chunks = [rest]
-            while op == "log" and chunks[-1]:
-                chunks.append(connection.recv(CHUNK))
-            self.output = b"".join(chunks)
+        with lines.sock:
+            reply = ask_daemon(lines, {"op": op, **fields})
+            while op == "log" and lines.receive():
+                pass
+            self.output = bytes(lines.received)
         return {**reply, "daemon": True}
 
     def attach(self, job: str, args: dict, user: str = "") -> tuple:
-        """Start a run: its number, its connection, the first bytes of its
-        frames. Raises Error."""
-        connection = self.connect()
-        if not connection:
+        """Start a run: return its number, its connection, and the first
+        bytes of its frames. Raises Error."""
+        lines = self.connect()
+        if not lines:
             raise self.no_daemon()
-        reply, rest = exchange_lines(connection, {
+        reply = ask_daemon(lines, {
             "op": "run", "job": job, "args": args, "user": user})
-        connection.settimeout(None)
-        return reply["run"], connection, rest
+        lines.sock.settimeout(None)
+        return reply["run"], lines.sock, bytes(lines.received)
 
     def no_daemon(self) -> Error:
+        """Return the error that says how to start koid."""
         return Error("koid is not running", "systemctl start koid"
                      if self.home == ROOT_HOME else "koid &")
 
     def without_daemon(self, request: dict) -> dict:
+        """Carry out a request on the caller's own files. Raises Error if
+        koid alone can."""
         if request["op"] in ("run", "kill", "status", "relink"):
             raise self.no_daemon()
         if self.home == ROOT_HOME and os.geteuid():
@@ -5244,29 +6681,1012 @@ class DaemonClient:
         return {**reply, "daemon": False}
 
 
-def exchange_lines(connection, request: dict) -> tuple[dict, bytes]:
-    """Send a request: the reply, and what came after it. Raises Error."""
-    data = b""
+def ask_daemon(lines: LineConnection, request: dict) -> dict:
+    """Return koid's reply to a request. Raises Error, also for a reply that
+    is one."""
     try:
         try:
-            connection.sendall(reply_line(request))
+            lines.sock.sendall(format_line(request))
         except (BrokenPipeError, ConnectionResetError):
             pass            # it may have said why before it hung up
-        connection.settimeout(None)
-        while b"\n" not in data:
-            chunk = connection.recv(CHUNK)
-            if not chunk:
-                raise Error("koid hung up", "its log says why")
-            data += chunk
+        lines.sock.settimeout(None)     # a run may be recorded late
+        reply = lines.read()
+    except ConnectionAbortedError:
+        raise Error("koid hung up", "its log says why") from None
     except OSError as error:
         raise Error(f"koid does not answer: {error.strerror or error}"
                     ) from None
-    line, _, rest = data.partition(b"\n")
-    reply = parsed_request(line)
     if "error" in reply:
         raise Error(reply["error"], reply.get("hint", ""),
                     reply.get("status", 1))
-    return reply, rest
+    return reply
+
+
+# ==========================================================================
+# Broker: what may a dashboard ask of koid?          (network, processes; R)
+#
+# The agent talks to the dashboard; it is a process of its own that runs as
+# another user and has neither the host key nor a file of koid's. It may be
+# anybody's by now. So koid checks what the agent says as closely as what a
+# user says, and verifies each request to run a job by the host key.
+# ==========================================================================
+
+AGENT_SECTIONS = ("Common", "LineProtocol", "Client", "Agent")
+AGENT_ACCOUNT, AGENT_UID = "koi-agent", 61171   # the uid if it has no account
+AGENT_FILES, AGENT_MEMORY = 64, 2**30   # open files; bytes of address space
+AGENT_ENVIRONMENT = {"PATH": DEFAULT_PATH, "LANG": "C.UTF-8"}
+PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
+RESTART_FIRST, RESTART_LONGEST = 1.0, 60.0  # seconds until it is started again
+LOG_AGAIN = 10.0            # seconds between lines about the same thing
+MOST_PROBLEMS = 20          # that a dashboard gets
+MOST_RECORD_BYTES = 2**20   # of the runs in one batch
+LONGEST_PIECE = 2**18       # bytes of output in one reply
+LIVE_BYTES = 2**20          # of live output in one reply; and one run's more
+BYTES_OF_LIST = 2**22       # of the list of jobs
+RECORD_FIELDS = ("run", "change", "user", "tag", "section", "name", "label",
+                 "trigger", "state", "due", "asked", "started", "ended",
+                 "exit", "signal", "reason", "args", "attempt", "count",
+                 "bytes", "cut", "size")
+
+
+def agent_program() -> str:
+    """Return the text of the agent's program: the head of this file and the
+    sections AGENT_SECTIONS. Raises OSError."""
+    with open(__file__, encoding="utf-8") as file:
+        head, *rest = file.read().split("# " + "=" * 74 + "\n")
+    sections = {intro[2:].partition(":")[0]: body
+                for intro, body in zip(rest[::2], rest[1::2])}
+    return head + "".join(sections[name] for name in AGENT_SECTIONS)
+
+
+def agent_account(machine: Machine) -> Account:
+    """Return the user that the agent of root's koid runs as. Raises OSError
+    if there is none that is nobody else's."""
+    account = machine.account(AGENT_ACCOUNT)
+    if account and account.uid:
+        return account.replace(groups=[account.gid])
+    other = machine.user_name(AGENT_UID)
+    if other:
+        raise OSError(errno.EPERM, f"uid {AGENT_UID} belongs to {other}: "
+                      f"make an account {AGENT_ACCOUNT}")
+    return Account(AGENT_ACCOUNT, AGENT_UID, AGENT_UID, "/", [AGENT_UID])
+
+
+def forbid_new_privileges() -> None:
+    """Let no program that this process executes gain rights; clear the
+    capabilities that it would inherit. Linux alone has these calls. Raises
+    OSError."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    numbers = [ctypes.c_ulong(number) for number in (1, 0, 0, 0)]
+    if prctl(PR_SET_NO_NEW_PRIVS, *numbers):
+        raise OSError(ctypes.get_errno(), "no_new_privs cannot be set")
+    numbers[0] = ctypes.c_ulong(PR_CAP_AMBIENT_CLEAR_ALL)
+    prctl(PR_CAP_AMBIENT, *numbers)     # fails before Linux 4.3, without any
+
+
+def execute_agent(program: str, connection: int,
+                  account: Account | None) -> None:
+    """In a child of koid's: become the agent, or exit.
+
+    `program` is the text on its standard input, and the socket `connection`
+    its only other descriptor that leads anywhere.
+    """
+    import resource
+    try:
+        reset_signals(signal.SIG_DFL)
+        os.setsid()
+        os.chdir("/")
+        os.umask(0o077)
+        text, connection = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (
+            input_file(program.encode()), connection))
+        null = os.open(os.devnull, os.O_WRONLY)
+        for fd, number in ((text, 0), (null, 1), (null, 2),
+                           (connection, AGENT_SOCKET)):
+            os.dup2(fd, number)
+        close_all_but({0, 1, 2, AGENT_SOCKET})
+        for limit, most in ((resource.RLIMIT_NOFILE, AGENT_FILES),
+                            (resource.RLIMIT_AS, AGENT_MEMORY),
+                            (resource.RLIMIT_FSIZE, 0),
+                            (resource.RLIMIT_CORE, 0)):
+            resource.setrlimit(limit, (most, most))
+        if account:
+            drop_privileges(account)
+        forbid_new_privileges()
+        os.execve(sys.executable, [sys.executable, "-IS", "-", "koi-agent"],
+                  AGENT_ENVIRONMENT)
+    except BaseException as error:
+        os.write(AGENT_SOCKET, format_line({
+            "op": "state", "about": "agent",
+            "problem": f"the agent cannot be started: {error}"}))
+    finally:
+        os._exit(EXIT_BUG)
+
+
+class AgentProcess:
+    """The agent's process: started, restarted after growing pauses, stopped.
+
+    `answer` maps a request of the agent's to its reply. What an exception
+    of `answer` says about the agent: it is killed, and started again.
+    """
+
+    def __init__(self, machine: Machine, log: DaemonLog, poller: Poller,
+                 answer):
+        self.machine, self.clock = machine, machine.clock
+        self.log, self.poller, self.answer = log, poller, answer
+        self.pid, self.lines = 0, None      # a LineConnection
+        self.start_at, self.pause = FOREVER, RESTART_FIRST  # ticks; seconds
+        self.started = 0.0                  # ticks
+        self.problem = ""                   # why there is none
+        self.fault = ""                     # why koid killed it
+
+    def load_program(self) -> None:
+        """Read the agent's text: a later koitab.py may be another one."""
+        self.program = agent_program()
+
+    def start(self) -> None:
+        """Start the agent, or try again after a pause."""
+        pair = ()
+        try:
+            account = agent_account(self.machine) \
+                if os.geteuid() == 0 else None
+            ours, theirs = pair = socket.socketpair()
+            pid = os.fork()
+        except OSError as error:
+            self.problem = f"no agent: {error.strerror}"
+            self.delay_start()
+            for end in pair:
+                end.close()
+            return
+        if not pid:
+            execute_agent(self.program + "\nrun_agent()\n", theirs.fileno(),
+                          account)
+        theirs.close()
+        ours.setblocking(False)
+        self.pid, self.lines = pid, LineConnection(ours, LONGEST_MESSAGE)
+        self.start_at, self.started = FOREVER, self.clock.ticks()
+        self.fault = ""
+        self.poller.register(ours.fileno(), self.on_ready)
+
+    def delay_start(self) -> None:
+        self.start_at = self.clock.ticks() + self.pause
+        self.pause = min(self.pause * 2, RESTART_LONGEST)
+
+    def stop(self) -> None:
+        """Kill the agent and close its socket: it has nothing to save."""
+        if self.lines:
+            fd, self.lines = self.lines.sock.detach(), None
+            self.poller.close(fd)
+        self.kill("stopped")
+
+    def kill(self, fault: str) -> None:
+        """Kill the agent because of a `fault`, the end of a sentence."""
+        if self.pid:            # 0 would mean koid's whole group
+            self.fault = self.fault or fault
+            os.kill(self.pid, signal.SIGKILL)   # a child until it is reaped
+
+    def ended(self, status: int, wanted: bool) -> None:
+        """The process has ended, with this wait status; start it again if it
+        is `wanted`."""
+        lost, self.pid = self.lines is not None, 0
+        self.stop()
+        if self.clock.ticks() - self.started > RESTART_LONGEST:
+            self.pause = RESTART_FIRST
+        if wanted and lost:
+            exit_status, number = exit_and_signal(status)
+            how = self.fault or (
+                f"killed by {signal.Signals(number).name}" if number
+                else f"ended with status {exit_status}")
+            self.problem = f"agent {how}; restarting in {self.pause:g}s"
+            self.log.log(f"dashboard: {self.problem}", bad=True)
+            self.delay_start()
+        elif wanted:
+            self.start_at = 0.0
+
+    def on_ready(self, fd: int, _events: int) -> None:
+        """The agent asks, or there is room for the rest of a reply."""
+        lines = self.lines
+        try:
+            if lines.unsent:
+                lines.flush()
+                if not lines.unsent:
+                    self.poller.modify(fd, select.POLLIN)
+                return
+            alive = lines.receive()
+        except OSError:
+            alive = False
+        line = lines.take_line()
+        if not alive or line is not None and lines.received:
+            # It has ended (see `ended`), or it is not ours any more: ours
+            # waits for a reply before it asks again.
+            self.poller.modify(fd, 0)
+            self.kill("sent an invalid line" if alive
+                      else "closed its connection")
+        elif line is not None:
+            self.reply(line)
+
+    def reply(self, line: bytes) -> None:
+        """Answer one request of the agent's."""
+        try:
+            self.send(self.answer(parse_line(line)))
+        except Exception as bug:        # the jobs must not suffer
+            self.log.log("dashboard: invalid request of the agent: "
+                         f"{bug!r}", bad=True)
+            self.kill("sent an invalid request")
+
+    def send(self, message: dict) -> None:
+        """Send the agent a message; the rest of a long one goes later."""
+        if not self.lines:
+            return
+        try:
+            self.lines.send(message)
+        except OSError:
+            pass                # it has ended, as `ended` will report
+        if self.lines.unsent:
+            self.poller.modify(self.lines.fileno(), select.POLLOUT)
+
+
+class OutputCursor:
+    """How far the output of a run that is followed was sent."""
+
+    def __init__(self) -> None:
+        self.position = self.sent = 0
+
+
+class AgentBroker:
+    """What koid tells the agent, and takes from it.
+
+    The agent sends one request at a time, and koid sends one reply to each:
+
+        {"op": "hello"}                 URL, token, host, CA and facts
+        {"op": "batch", "after": CHANGE, "most": N, "list_sha": SHA}
+                                        runs that changed after CHANGE, and
+                                        the signed list of jobs if it is new
+        {"op": "output", "run": RUN, "at": BYTE}    a piece of a run's output
+        {"op": "live", "runs": {RUN: BYTE}}         new output of active runs
+        {"op": "request", "body": TEXT, "mac": HEX} the result of a request
+        {"op": "state", "about": STEP, "problem": TEXT, "sent": CHANGE}
+                                        {}; koid keeps both
+
+    Between replies koid sends {"news": 1} when a run has changed.
+    """
+
+    def __init__(self, scheduler: Scheduler, poller: Poller):
+        self.scheduler, self.machine = scheduler, scheduler.machine
+        self.registry, self.store = scheduler.registry, scheduler.store
+        self.clock, self.log = scheduler.clock, scheduler.log
+        self.mine: Enrollment | None = None
+        self.process = AgentProcess(scheduler.machine, scheduler.log, poller,
+                                    self.answer)
+        self.verifier: RequestVerifier | None = None
+        self.last_change_sent = -1
+        self.problems: dict[str, str] = {}  # step of the agent -> text
+        self.cursors: dict[int, OutputCursor] = {}
+        self.listed: tuple | None = None        # body, MAC, SHA-256
+        self.scheduled_jobs: dict[tuple, ScheduledJob] = {}
+        self.logged: dict[str, float] = {}      # about what -> ticks
+
+    def load(self) -> None:
+        """Take the dashboard that the file `keys` names, or none."""
+        before = self.mine
+        try:
+            self.mine = self.machine.read_enrollment(self.scheduler.home)
+            self.log.set_problem("keys", "")
+        except Error as error:
+            self.mine = None
+            self.log.set_problem("keys", f"no dashboard: {error}")
+        if self.mine == before and self.process.pid:
+            return
+        self.process.stop()
+        self.problems.clear()
+        self.process.problem = ""
+        self.listed, self.process.start_at = None, FOREVER
+        if self.mine:
+            self.begin()
+        elif "keys" not in self.log.problems:
+            self.store.sent = None      # nothing is kept for a dashboard
+
+    def begin(self) -> None:
+        """Start the agent of a dashboard whose keys were just read."""
+        began = self.store.began(self.clock.now())
+        # Before we had these keys nobody could sign with them.
+        self.verifier = RequestVerifier(
+            self.scheduler, self.mine,
+            began if began >= self.mine.since else 0.0)
+        first, self.store.sent = self.store.sent is None, self.store.sent or 0
+        self.scheduler.write(
+            [self.store.set_meta("sent", "0")] if first else [])
+        self.process.start_at = 0.0
+
+    def run_once(self, now: float) -> None:
+        """Once in each turn of koid's loop: start the agent if it is due,
+        and report news to it."""
+        process = self.process
+        if now >= process.start_at and not process.pid:
+            self.last_change_sent = -1
+            self.cursors.clear()
+            process.start()
+        if process.lines and not process.lines.unsent \
+                and self.store.change != self.last_change_sent:
+            self.last_change_sent = self.store.change
+            process.send({"news": 1})
+        if self.verifier:
+            self.verifier.log_refusals(now)
+
+    def agent_ended(self, status: int) -> None:
+        """The agent's process has ended, with this wait status."""
+        self.process.ended(status, wanted=self.mine is not None)
+
+    def forget_list(self) -> None:
+        """A tab has changed: the agent gets a new list of jobs."""
+        self.listed, self.last_change_sent = None, -1
+
+    def wake_at(self) -> float:
+        """Return the ticks at which there is something to do."""
+        return min(FOREVER if self.process.pid else self.process.start_at,
+                   self.verifier.wake_at() if self.verifier else FOREVER)
+
+    def shown(self) -> dict | None:
+        """Return the connection's state for `koitab status`."""
+        problems = [self.process.problem, *self.problems.values()]
+        return self.mine and {
+            "url": self.mine.url, "name": self.mine.name,
+            "troubles": [text for text in problems if text],
+            "unsent": max(0, self.store.change - (self.store.sent or 0)),
+            "refused": self.store.refusals()}
+
+    # --- the agent's requests
+
+    def answer(self, request: dict) -> dict:
+        """Return the reply to a request of the agent's. Raises an exception
+        of any kind if it is invalid."""
+        handler = {"hello": self.hello, "batch": self.batch,
+                   "output": self.output, "live": self.live,
+                   "request": self.request, "state": self.state}[
+                       request.get("op")]
+        return handler(request)
+
+    def hello(self, _request: dict) -> dict:
+        """Return what the agent needs: never the host key."""
+        return {"url": self.mine.url, "token": self.mine.token,
+                "ca": self.mine.ca, "host": self.mine.host,
+                "instance": f"{int(self.clock.now() * 1000)}-"
+                            f"{os.urandom(4).hex()}",
+                "facts": self.facts()}
+
+    def facts(self) -> dict:
+        """Return what a dashboard shows about this host."""
+        zone, now = self.scheduler.registry.zones[""], self.clock.now()
+        return {"epoch": int(self.store.get_meta("epoch") or 0),
+                "offset": zone.offset(int(now)), "version": VERSION,
+                "zone": self.machine.zone_name(),
+                "boot": self.machine.boot_id(),
+                "troubles": [escape_controls(text)[:300] for text in
+                             self.scheduler.problems_of("")[:MOST_PROBLEMS]]}
+
+    def request(self, request: dict) -> dict:
+        """Verify a request that a dashboard handed out, and carry it out."""
+        return self.verifier.verify_and_run(request)
+
+    def state(self, request: dict) -> dict:
+        """Take how the agent is doing, and what the dashboard has."""
+        about = request.get("about")
+        if about in ("agent", "poll", "send", "skipped"):
+            text = escape_controls(str(request.get("problem", ""))[:500])
+            if self.problems.get(about) != text:
+                self.log_once(about, text)
+            self.process.problem = ""
+            self.problems.pop(about, None)
+            if text:
+                self.problems[about] = text
+        sent = request.get("sent")
+        if type(sent) is int and 0 <= sent <= self.store.change \
+                and sent != self.store.sent:
+            self.store.sent = sent
+            deferred = self.scheduler.deferred_statements
+            deferred[:] = [each for each in deferred
+                           if each[1][:1] != ("sent",)]
+            deferred.append(self.store.set_meta("sent", str(sent)))
+        return {}
+
+    def log_once(self, about: str, text: str) -> None:
+        """Log a line, but not more often than somebody may read it."""
+        now = self.clock.ticks()
+        if text and now - self.logged.get(about, -LOG_AGAIN) >= LOG_AGAIN:
+            self.logged[about] = now
+            self.log.log(f"dashboard: {text}", bad=True)
+
+    def batch(self, request: dict) -> dict:
+        """Return runs that changed, and the list of jobs if it is new."""
+        told = self.store.get_meta("told before")  # under another epoch
+        most = max(1, min(int(request["most"]), MOST_RECORDS))
+        rows = self.store.changed_since(
+            max(int(request["after"]), int(told or 0)), most)
+        body, mac, sha = self.list_of_jobs()
+        now, size, records = int(self.clock.now()), 0, []
+        for row in rows:
+            scheduled = self.scheduled_jobs.get((row["user"], row["identity"]))
+            record = {name: row[name] for name in RECORD_FIELDS}
+            records.append({**record, "nonce": "", "next": scheduled
+                            and self.scheduler.registry.next_start(
+                                scheduled, now)})
+            size += sum(map(len, row["args"].values())) + 1000
+            if size > MOST_RECORD_BYTES:
+                break
+        reply = {"facts": self.facts(), "records": records, "list_sha": sha,
+                 "more": len(records) < len(rows) or len(rows) == most}
+        if request["list_sha"] != sha:
+            reply["list"] = {"body": body, "mac": mac}
+            reply["next"] = {
+                f"{scheduled.user}\n{scheduled.job.tag}":
+                self.scheduler.registry.next_start(scheduled, now)
+                for scheduled in self.scheduled_jobs.values()}
+        return reply
+
+    def list_of_jobs(self) -> tuple[str, str, str]:
+        """Return the list that people see who are to run something, its MAC
+        and its SHA-256. It is made anew when a tab has changed."""
+        if self.listed is None:
+            import json
+            jobs = self.scheduler.registry.scheduled_jobs
+            self.scheduled_jobs = {
+                scheduled.key: scheduled for scheduled in jobs}
+            manifests, size = [], 0
+            for scheduled in jobs:
+                manifests.append(job_manifest(scheduled.job, scheduled.user))
+                size += len(json.dumps(json.dumps(manifests[-1])))
+                if size > BYTES_OF_LIST:
+                    del manifests[-1]
+                    break
+            self.log.set_problem(
+                "list", "" if len(manifests) == len(jobs) else
+                f"the dashboard gets the first {len(manifests)} jobs only: "
+                "their list is too long")
+            body = json.dumps({
+                "v": 1, "dash": self.mine.dash, "host": self.mine.host,
+                "key": key_id(self.mine.secret), "name": self.mine.name,
+                "at": int(self.clock.now() * 1000), "jobs": manifests})
+            self.listed = (body, list_mac(self.mine.secret, body),
+                           sha256_hex(body))
+        return self.listed
+
+    def output(self, request: dict) -> dict:
+        """Return a piece of what a run wrote."""
+        from base64 import b64encode
+        run, at = int(request["run"]), int(request["at"])
+        frames = self.store.output(run) if 0 < run < LARGEST else b""
+        if at >= len(frames) or at < 0:
+            return {"run": run, "at": max(at, 0), "data": "", "gone": True}
+        return {"run": run, "at": at, "data": b64encode(
+            frames[at:at + LONGEST_PIECE]).decode()}
+
+    def live(self, request: dict) -> dict:
+        """Return what runs that are followed have written since the last
+        time. The run that was sent the least comes first."""
+        wanted = {int(run): size for run, size
+                  in list(request["runs"].items())[:MOST_FOLLOWED]}
+        self.cursors = {run: cursor for run, cursor in self.cursors.items()
+                        if run in wanted}
+        found, room = [], LIVE_BYTES
+        for run in sorted(wanted, key=lambda run: getattr(
+                self.cursors.get(run), "sent", 0)):
+            if room <= 0:
+                break
+            piece, size = self.live_piece(run, wanted[run])
+            if piece:
+                found.append(piece)
+                room -= size
+        return {"live": found}
+
+    def live_piece(self, run: int, size: int) -> tuple[dict | None, int]:
+        """Return the new output of a run of which the dashboard has `size`
+        bytes, and how many bytes it is."""
+        from base64 import b64encode
+        cursor = self.cursors.get(run)
+        fresh = cursor is None or cursor.sent != size
+        if fresh:
+            cursor = self.cursors[run] = OutputCursor()
+        data, header = read_stable_file(self.scheduler.home, run) \
+            if run in self.scheduler.running else (b"", None)
+        if not header:
+            return None, 0
+        frames, cursor.position = frames_since(data, header, cursor.position)
+        if not frames:
+            return None, 0
+        piece = {"run": run, "at": cursor.sent,
+                 "data": b64encode(frames).decode()}
+        if fresh:
+            piece["reset"] = True
+        cursor.sent += len(frames)
+        return piece, len(frames)
+
+
+class RequestVerifier:
+    """Verifies requests that come from a dashboard, and carries them out.
+
+    A request counts once, for good: its nonce is on the disk before its run
+    starts. `since`: from when on the history knows which nonces were used.
+    """
+
+    def __init__(self, scheduler: Scheduler, mine: Enrollment, since: float):
+        # The first use of keys: what verifies is loaded now, as Python may
+        # be upgraded under koid.
+        import hashlib, hmac    # noqa: E401, F401
+        self.scheduler, self.mine, self.since = scheduler, mine, since
+        self.store, self.clock = scheduler.store, scheduler.clock
+        self.log = scheduler.log
+        self.refused: dict[str, list] = {}      # reason -> [count, ticks]
+
+    def verify_and_run(self, request: dict) -> dict:
+        """Return the result of a request: accepted, with the number of its
+        run, or refused, with the reason."""
+        try:
+            fields = verify_request(self.mine.secret, request.get("body"),
+                                    request.get("mac"))
+        except RequestRejected as why:
+            return self.refuse("", str(why))
+        nonce = fields["nonce"]
+        if not self.scheduler.write([]):   # the nonces on the disk are not all
+            return self.refuse(nonce, "it cannot be recorded: the host's "
+                               "disk is full or fails")
+        used = self.store.nonce_run(nonce)
+        if used:        # the result was lost on its way, or this is a replay
+            return {"nonce": nonce, "verdict": "accepted", "run": used,
+                    "reason": "it was used before, and ran once"}
+        try:
+            run = self.carry_out(fields, used)
+        except (RequestRejected, Error) as why:
+            if used is None and not self.store.problem \
+                    and fields["exp"] > self.clock.now() * 1000:
+                # For good: or it would run when the reason has passed.
+                self.scheduler.write(self.store.record_nonce(
+                    nonce, self.clock.now(), 0))
+            return self.refuse(nonce, str(why))
+        return {"nonce": nonce, "verdict": "accepted", "run": run,
+                "reason": ""}
+
+    def carry_out(self, fields: dict, used: int | None) -> int:
+        """Do what a request says whose MAC is right; return the number of
+        the run. Raises RequestRejected, Error."""
+        if used == 0:
+            raise RequestRejected("it was refused before")
+        why = request_mismatch(fields, {"key": key_id(self.mine.secret),
+                                        "dash": self.mine.dash,
+                                        "host": self.mine.host},
+                               self.clock.now(), self.since)
+        if why:
+            raise RequestRejected(why)
+        return self.begin_run(fields) if fields["do"] == "run" \
+            else self.kill_run(fields)
+
+    def find_job(self, fields: dict) -> ScheduledJob:
+        """Return the job that a request names. Raises RequestRejected."""
+        scheduled = next((
+            each for each in self.scheduler.registry.scheduled_jobs
+            if each.user == fields["user"] and each.job.tag == fields["tag"]),
+            None)
+        if not scheduled:
+            raise RequestRejected("there is no such job any more")
+        if scheduled.job.when != "@manual":
+            raise RequestRejected(
+                "only jobs that are @manual can be run from a dashboard")
+        if scheduled.settings.confirm == "cli":
+            raise RequestRejected("this job is to be run from a terminal only")
+        if sha256_hex(job_manifest(scheduled.job,
+                                  scheduled.user)) != fields["job"]:
+            raise RequestRejected(
+                "the job was changed since it was shown: reload it")
+        return scheduled
+
+    def values_of(self, scheduled: ScheduledJob, fields: dict
+                  ) -> dict[str, str]:
+        """Return the arguments, secrets decrypted. Raises RequestRejected,
+        Error."""
+        args, secrets = fields["args"], fields["secrets"]
+        secret = {param.name for param in scheduled.job.params
+                  if param.type == "secret"}
+        if set(secrets) != secret or set(args) & secret or set(args) | \
+                secret != {param.name for param in scheduled.job.params}:
+            raise RequestRejected("its arguments are not those of the job")
+        values = dict(args)
+        for name, text in secrets.items():
+            if len(text) % 2 or not HEX.issuperset(text):
+                raise RequestRejected("a secret in it cannot be read")
+            try:
+                values[name] = encrypt_secret(
+                    self.mine.secret, fields["nonce"], name,
+                    bytes.fromhex(text)).decode()
+            except UnicodeDecodeError:
+                raise RequestRejected(
+                    "a secret in it cannot be read") from None
+        return validate_arguments(scheduled.job, values)
+
+    def begin_run(self, fields: dict) -> int:
+        """Start a run, and return its number. Raises RequestRejected,
+        Error."""
+        if not self.scheduler.planner.state:
+            raise RequestRejected("the host's clock is not set")
+        scheduled = self.find_job(fields)
+        now = self.clock.now()
+        queued = QueuedRun(scheduled, "manual", now, now)
+        queued.values = self.values_of(scheduled, fields)
+        queued.nonce = fields["nonce"]
+        self.scheduler.record_and_start([queued])
+        if self.store.problem:
+            raise RequestRejected("the run cannot be recorded: the host's "
+                                  "disk is full or fails")
+        return queued.run
+
+    def kill_run(self, fields: dict) -> int:
+        """End a run, and return its number. Raises RequestRejected."""
+        run = fields["run"]
+        epoch = int(self.store.get_meta("epoch") or 0)
+        user = self.scheduler.user_of(run)
+        if epoch != fields["epoch"] or user is None:
+            raise RequestRejected(f"run {run} is not going on")
+        if user != fields["user"]:
+            raise RequestRejected("it is for another user")
+        if not self.scheduler.write(self.store.record_nonce(
+                fields["nonce"], self.clock.now(), run)):
+            raise RequestRejected("it cannot be recorded")
+        self.scheduler.kill(run, "killed from the dashboard")
+        return run
+
+    # --- refusals
+
+    def refuse(self, nonce: str, reason: str) -> dict:
+        """Return the result of a refused request, and count its reason: a
+        flood of forged requests must not fill the log."""
+        kind = "".join("N" if character.isdigit() else character
+                       for character in reason)
+        counted = self.refused.setdefault(
+            kind, [0, self.clock.ticks() - LOG_AGAIN])
+        counted[0] += 1
+        if len(self.refused) > 100:
+            self.refused = {kind: counted}
+        return {"nonce": nonce, "verdict": "refused", "run": None,
+                "reason": reason}
+
+    def log_refusals(self, now: float) -> None:
+        """Log and record how many were refused, each reason at most every
+        LOG_AGAIN seconds."""
+        for reason, (count, at) in list(self.refused.items()):
+            if count and now - at >= LOG_AGAIN:
+                self.refused[reason] = [0, now]
+                self.log.log(f"dashboard: {plural(count, 'request')} "
+                                f"refused: {reason}", bad=True)
+                self.scheduler.write([self.store.refusal(
+                    reason, count, self.clock.now())])
+
+    def wake_at(self) -> float:
+        """Return the ticks at which refusals are to be logged."""
+        return min((at + LOG_AGAIN for count, at in self.refused.values()
+                    if count), default=FOREVER)
+
+
+# ==========================================================================
+# Daemon: what wakes koid?                                      (machine; R)
+#
+# One process and one thread, which sleeps in poll() until a start is due, a
+# supervisor reports, a user or the agent asks, a tab changes or the clock is
+# set. In each turn it looks at the clock first, and at all else after.
+# ==========================================================================
+
+SETTLE = 0.3                # seconds until a tab that was edited is read
+
+
+class Daemon:
+    """koid's loop: what it holds together, and what wakes it."""
+
+    def __init__(self, machine: Machine, home: str, system: bool = False):
+        self.machine, self.home, self.clock = machine, home, machine.clock
+        self.poller, self.log = Poller(), DaemonLog(machine)
+        self.registry = TabRegistry(machine, home, system)
+        self.store = RunStore(f"{home}/history.db")
+        self.scheduler = Scheduler(machine, home, self.registry, self.store,
+                                   self.log)
+        self.control = ControlService(machine, home, self.registry,
+                                      self.store, self)
+        self.server = ControlServer(self.control, self.scheduler, self.poller)
+        self.broker = AgentBroker(self.scheduler, self.poller)
+        self.folders: dict[str, int | None] = {}    # with tabs -> descriptor
+        self.reload_at = FOREVER            # ticks
+        self.stopping = False
+        self.signals = dict.fromkeys((
+            signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD,
+            signal.SIGIO, signal.SIGALRM), False)   # which ones came
+
+    # --- from the start to the end
+
+    def serve(self) -> None:
+        """Serve until a signal says stop. Raises Error."""
+        import sqlite3
+        try:
+            self.open()
+        except sqlite3.DatabaseError as error:
+            self.store.give_up(error)
+        self.log.log(f"koid {VERSION}: "
+                     f"{plural(len(self.registry.scheduled_jobs), 'job')}")
+        try:
+            while not self.stopping:
+                try:
+                    self.run_once()
+                    if self.store.broken:
+                        raise Error(self.store.problem or "the history "
+                                    "cannot be written", "koid ends, and "
+                                    "judges it when it is started again")
+                except Error:
+                    raise
+                except Exception as bug:    # ours; the other jobs go on
+                    self.survive(bug)
+        finally:
+            self.close()
+
+    def open(self) -> None:
+        """Open the state, adopt runs, make this turn's starts. Raises Error,
+        OSError, sqlite3.DatabaseError."""
+        self.machine.make_home(self.home)
+        self.lock = try_lock(f"{self.home}/lock")
+        if self.lock is None:
+            raise Error(f"koid already runs ({self.home})",
+                        "koitab status tells its pid")
+        self.cron_pid = self.machine.hold_cron_pid() if self.registry.system \
+            else -1
+        self.started = self.clock.now()
+        self.log.set_problem("history", self.store.open())
+        self.scheduler.open()
+        self.listen_to_events()
+        self.registry.load()
+        self.log_tab_problems()
+        self.scheduler.adopt_runs()
+        self.server.listen(self.machine.socket_path(self.home))
+        self.preload()
+        self.scheduler.start_due()
+        self.store.began(self.clock.now())
+        self.broker.load()
+        import gc
+        gc.collect()
+        gc.freeze()         # supervisors share what is there by now
+
+    def preload(self) -> None:
+        """Load what a turn may need: Python may be upgraded under koid.
+        (What sends mail is not loaded: it would take half as much again.)"""
+        import ctypes, json, pwd, resource, syslog  # noqa: E401, F401
+        for user in {scheduled.user
+                     for scheduled in self.registry.scheduled_jobs}:
+            self.machine.account(user)      # the C library's modules, too
+        self.broker.process.load_program()
+
+    def listen_to_events(self) -> None:
+        """Let signals, reports, the clock and changes of tabs wake koid."""
+        woken, self.wake = os.pipe()
+        for fd in (woken, self.wake):
+            os.set_blocking(fd, False)
+        self.poller.register(woken, self.drain)
+        signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
+        for number in self.signals:
+            signal.signal(number, self.note_signal)
+        self.poller.register(self.scheduler.reports, self.on_reports)
+        self.alarm = self.machine.clock_alarm()
+        if self.alarm is not None:
+            self.poller.register(self.alarm, self.clock_was_set)
+        self.watch_folders()
+
+    def survive(self, bug: Exception) -> None:
+        """Go on after a bug. A job that cannot be planned is left out, so
+        that one bug does not become a thousand."""
+        import sqlite3
+        if type(bug) is sqlite3.DatabaseError:
+            self.store.give_up(bug)
+        where = bug.__traceback__
+        while where.tb_next:
+            where = where.tb_next
+        self.log.set_problem("bug", f"koid has a fault, at its line "
+                             f"{where.tb_lineno}: {bug!r}")
+        for scheduled in list(self.registry.scheduled_jobs):
+            try:
+                if self.scheduler.planner.state:
+                    next_due(scheduled, self.scheduler.planner.state)
+            except Exception as fault:
+                self.registry.scheduled_jobs.remove(scheduled)
+                self.registry.problems.append(
+                    f"{scheduled.file}:{scheduled.line}: not "
+                    f"used: koid fails on it: {fault}")
+        # A reload that failed is made up for.
+        self.reload_at = min(self.reload_at, self.clock.ticks() + MINUTE)
+        time.sleep(TRY_AGAIN)
+
+    def close(self) -> None:
+        """Leave; the jobs and their supervisors stay."""
+        signal.signal(signal.SIGIO, signal.SIG_IGN)     # Python would die
+        signal.setitimer(signal.ITIMER_REAL, 0)         # and by SIGALRM
+        self.broker.process.stop()
+        try:
+            self.scheduler.collect_finished()
+            self.scheduler.write(self.scheduler.seen_statements())
+        except Error as error:
+            self.log.log(error.message, bad=True)
+        remove(self.machine.socket_path(self.home))
+        if self.cron_pid >= 0:
+            remove(CRON_PID)
+        self.log.log("stopped; jobs that run go on")
+
+    # --- one turn
+
+    def run_once(self) -> None:
+        """Sleep until something happens; then do what is due first."""
+        timeout = self.poll_timeout()
+        if timeout > 0:     # poll alone may be late by a thousandth
+            signal.setitimer(signal.ITIMER_REAL, timeout / 1000)
+        ready = self.poller.wait(timeout)
+        self.take_signals()
+        now = self.clock.ticks()
+        if now >= self.reload_at or self.must_poll_tabs():
+            self.reload()
+        self.scheduler.start_due()
+        self.scheduler.start_queued()
+        self.poller.dispatch(ready)
+        self.reap()
+        self.scheduler.check(now)
+        self.server.check(now)
+        self.scheduler.collect_finished()
+        self.scheduler.mail.send_queued(self.scheduler.host)
+        self.broker.run_once(now)
+
+    def poll_timeout(self) -> float:
+        """Return the milliseconds until something is due; -1: never."""
+        each_minute = self.alarm is None or self.must_poll_tabs()
+        soon = min(self.reload_at, self.scheduler.planner.wake_at(each_minute),
+                   self.scheduler.wake_at(), self.server.wake_at(),
+                   self.broker.wake_at())
+        return -1 if soon == FOREVER else min(
+            max(soon - self.clock.ticks(), 0), LONGEST_SLEEP) * 1000
+
+    def note_signal(self, number: int, _frame) -> None:
+        """Note that a signal came; `take_signals` handles it. One handler
+        may interrupt another, or a method that it would call: so each does
+        nothing but one assignment that no other one depends on."""
+        self.signals[number] = True
+
+    def take_signals(self) -> None:
+        """Handle the signals that came since the last turn."""
+        came = [number for number in self.signals if self.signals[number]]
+        for number in came:
+            self.signals[number] = False    # the next one counts anew
+        if signal.SIGTERM in came or signal.SIGINT in came:
+            self.stopping = True
+        if signal.SIGHUP in came:
+            self.registry.invalidate()
+            self.reload_at = 0.0
+        elif signal.SIGIO in came:
+            self.reload_at = min(self.reload_at, self.clock.ticks() + SETTLE)
+
+    def reap(self) -> None:
+        """Take the wait status of each child that has ended."""
+        self.scheduler.read_reports()
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            if pid in self.scheduler.mail.mailers:
+                self.scheduler.write([
+                    self.scheduler.mail.take_status(pid, status)])
+            elif pid == self.broker.process.pid:
+                self.broker.agent_ended(status)
+            else:
+                self.scheduler.supervisor_ended(pid)
+
+    def on_reports(self, _fd: int, _events: int) -> None:
+        self.scheduler.read_reports()
+
+    def drain(self, fd: int, _events: int) -> None:
+        """Empty the pipe of the signals, which are noted already."""
+        try:
+            os.read(fd, CHUNK)
+        except BlockingIOError:
+            pass
+
+    def clock_was_set(self, fd: int, _events: int) -> None:
+        """The clock was set, or the machine slept: the turn looks at it."""
+        try:
+            os.read(fd, 8)
+        except OSError:
+            pass                # ECANCELED: that is the news
+        self.machine.rearm_timer(fd)
+
+    # --- tabs
+
+    def must_poll_tabs(self) -> bool:
+        """Must koid look for changed tabs each minute, because nothing
+        reports all of them?"""
+        return self.registry.links or not self.folders \
+            or None in self.folders.values()
+
+    def watch_folders(self) -> None:
+        """Let changes in the directories of tabs wake koid."""
+        wanted = [f"{self.home}/tabs"]
+        if self.registry.system:
+            wanted += [SYSTEM_TAB_DIRECTORY, posixpath.dirname(SYSTEM_TAB),
+                       self.machine.spool()]
+        elif os.geteuid() == 0:
+            wanted.append(posixpath.dirname(LOCAL_ZONE))
+        for folder in wanted:
+            fd = self.folders.get(folder)
+            if fd is not None and not is_open_on(fd, folder):
+                os.close(fd)            # removed, and perhaps made again
+                fd = None
+            self.folders[folder] = self.machine.watch_directory(folder) \
+                if fd is None else fd
+
+    def reload(self) -> None:
+        """Take up tabs that changed, from the next minute on."""
+        self.reload_at = FOREVER
+        self.watch_folders()
+        planner = self.scheduler.planner
+        if planner.state and not self.must_poll_tabs():
+            self.scheduler.start_due()  # the minutes up to now: the old tabs'
+        if not self.registry.load():
+            return
+        self.broker.forget_list()
+        if planner.state:
+            planner.take_zones()
+            self.scheduler.record_jobs()
+        self.scheduler.update_waiting()
+        self.log_tab_problems()
+
+    def log_tab_problems(self) -> None:
+        for problem in self.registry.problems:
+            self.log.log(problem, bad=True)
+
+
+def is_open_on(fd: int, path: str) -> bool:
+    """Is this descriptor that of the directory that now has this path?"""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError:
+        return False
+
+
+# Compiles the program named by the first argument and calls its `main`.
+LOADER = ("import sys; del sys.argv[0]; koid = {'__name__': 'koid', "
+          "'__file__': sys.argv[0]}; "
+          "exec(compile(open(sys.argv[0], encoding='utf-8').read(), "
+          "sys.argv[0], 'exec'), koid); sys.exit(koid['main']())")
+
+
+def load_again() -> None:
+    """Replace this process by one that does not keep its syntax tree.
+
+    Python holds the syntax tree of a script (35 MB) until the script ends,
+    but frees that of compile(). Only a program started as a script comes
+    here; the new process is not one.
+    """
+    os.execv(sys.executable, ["koid", "-IS", "-c", LOADER, *sys.argv])
+
+
+def release_memory() -> None:
+    """Give the memory that compiling this file took back to the system.
+
+    malloc_trim(3) exists in glibc; without it the memory is only reused.
+    """
+    import ctypes
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def run_daemon(machine: Machine, system: bool) -> int:
+    """Be koid, until a signal says stop. Raises Error."""
+    if system and os.geteuid():
+        raise Error("only root can serve the tabs of the system", "sudo koid "
+                    "--system")
+    Daemon(machine, machine.state_directory(), system).serve()
+    return EXIT_OK
 
 
 # ==========================================================================
@@ -5474,32 +7894,29 @@ def failure_words(error: Exception) -> str:
 
 
 # ==========================================================================
-# Agent: what does the dashboard lack?             (network, processes; R U)
+# Agent: what does the dashboard lack?                           (network; U C)
 #
-# A child of koid's that knows the dashboard and nothing of the host: as root's
-# it becomes `nobody`. It asks koid for what is to be sent, and hands it what
-# came back. It may hang, be lied to and die; koid and its jobs do not notice.
+# A process of its own that knows the dashboard and nothing else of this host:
+# not the host key, and no file. It is a fresh Python that executes this
+# section, LineProtocol, Client and Common (see agent_program). It asks koid
+# for what is to be sent, and hands it what came back. It may hang, be lied to
+# and die; koid and its jobs do not notice.
 # ==========================================================================
 
 PATIENCE = 15.0             # seconds for an answer of the dashboard
 LONGEST_ANSWER = 2**24      # bytes
-HOLD = 25                   # seconds that a dashboard may hold a question
-LONGEST_QUESTION = 2**23    # to koid: a request, each letter escaped
+HOLD = 25                   # seconds that a dashboard may hold a poll
 PAUSE_FIRST, PAUSE_LONGEST = 1.0, 60.0  # seconds between tries
 PAUSE_REFUSED = 300.0       # after a dashboard said that it does not know us
-LIVE_PAUSE = 0.4            # seconds between looks at a run that is watched
-MOST_RECORDS, MOST_RECORD_BYTES = 200, 2**20    # in one letter
-LONGEST_PIECE = 2**18       # bytes of output in one letter
-MOST_OWED = 8               # outputs that one letter carries a piece of
-MOST_WATCHED = 100          # runs that are shown live
-LIVE_BYTES = 2**20          # of them, in one letter; and one run's more
-MOST_ASKED = 100            # requests in one answer
-MOST_VERDICTS = 5_000       # that wait to be sent
-VERDICTS_AT_ONCE = 200      # in one letter; a dashboard takes 1,000
-BREATH = 0.05               # seconds between questions, whatever the answers
+FOLLOW_PAUSE = 0.4          # seconds between pieces of output followed live
+SYNC_PAUSE = 0.05           # seconds between polls, whatever the answers
+MOST_MISSING = 8            # runs of whose output one payload has a piece
+MOST_REQUESTS = 100         # in one answer
+MOST_RESULTS = 5_000        # of requests, that wait to be sent
+RESULTS_AT_ONCE = 200       # in one payload; a dashboard takes 1,000
 TRIES_OF_ONE = 3            # for a record that the dashboard does not take
-NOBODY = "nobody"
-SYNC = "/api/v1/sync"
+LARGEST_CHANGE = 2**62      # what SQLite can count
+SYNC_PATH = "/api/v1/sync"
 
 
 class HttpRefused(Exception):
@@ -5601,270 +8018,312 @@ class DashboardClient:
         return response
 
 
-class SyncAgent:
-    """Stays in touch with a dashboard, in a child of koid's. One thread
-    holds a question to the dashboard, until there is a request for us; one
-    sends what is new; the first hears what koid says."""
+class KoidConnection:
+    """The agent's end of the socket to koid. Any thread may ask."""
 
-    def __init__(self, mine: Enrollment, koid, instance: str):
+    def __init__(self, sock):
         from queue import SimpleQueue
-        from threading import Condition, Lock
-        self.mine, self.koid, self.instance = mine, koid, instance
+        from threading import Lock
+        self.lines = LineConnection(sock, LONGEST_REPLY)
         self.replies, self.asking = SimpleQueue(), Lock()
-        self.turn = Condition()             # guards what follows
-        self.news = True                    # koid has something new
-        self.acked: int | None = None       # None: the dashboard was not asked
-        self.owed: list[list[int]] = []     # (run, bytes that it has)
-        self.watched: dict[int, int] = {}   # run -> bytes that it has
-        self.results: dict[str, dict] = {}     # by nonce: not told yet
-        self.reached = 0                    # answers that were good
-        self.listed = ""                    # SHA-256 of the list it has
-        self.most = MOST_RECORDS
-        self.tries, self.parked = 0, 0      # of a record it does not take
-        self.alone = False                  # records come without all else
-        self.facts = self.ask_koid(op="hello") if koid else {}
 
-    def live(self) -> None:
-        """From the fork to koid's end."""
+    def say_hello(self) -> dict:
+        """Return what koid gives its agent at the start. No thread asks or
+        listens yet. Raises OSError, Error."""
+        self.lines.send({"op": "hello"})
+        while True:
+            message = self.lines.read()
+            if "news" not in message:
+                return message
+
+    def ask(self, **request) -> dict:
+        """Return koid's reply. Raises OSError."""
+        with self.asking:
+            self.lines.send(request)
+            return self.replies.get()
+
+    def listen(self, on_news) -> None:
+        """Hand out what koid sends, until koid closes the socket. Raises
+        OSError, Error."""
+        while True:
+            message = self.lines.read()
+            if "news" in message:
+                on_news()
+            else:
+                self.replies.put(message)
+
+
+class SyncAgent:
+    """Exchanges records and requests between koid and one dashboard.
+
+    Three threads: the first hears koid, `poll` holds a question to the
+    dashboard until there is a request for this host, `send` sends what is
+    new. `state` is their lock and guards all fields below it.
+    """
+
+    def __init__(self, koid, settings: dict):
+        from threading import Condition
+        self.koid, self.settings = koid, settings
+        self.facts = settings["facts"]      # about the host, as koid has them
+        self.state = Condition()
+        self.news = True                    # koid has something new
+        self.acked: int | None = None       # last change that the dashboard
+        # has; None: it must be asked
+        self.missing_output: list[list[int]] = []   # (run, bytes it has)
+        self.followed: dict[int, int] = {}  # run -> bytes that it has
+        self.results: dict[str, dict] = {}  # by nonce: not sent yet
+        self.successes = 0                  # of both threads
+        self.list_sha = ""                  # SHA-256 of the list it has
+        self.certificate: float | None = None   # when it expires
+        self.most = MOST_RECORDS
+        self.tries, self.skipped = 0, 0     # of a record it does not take
+        self.records_only = False           # leave out all that can wait
+
+    def start(self) -> None:
+        """Start the threads that talk to the dashboard."""
         from threading import Thread
-        for deed in (self.poll, self.send):
-            Thread(target=self.retry_forever, args=(deed,),
+        for step in (self.poll, self.send):
+            Thread(target=self.retry_forever, args=(step,),
                    daemon=True).start()
 
-    # --- koid
-
-    def hear_koid(self) -> None:
-        """Until koid is gone."""
-        import json
-        with self.koid.makefile("rb") as lines:
-            for line in lines:
-                said = json.loads(line)
-                if "news" in said:
-                    with self.turn:
-                        self.news = True
-                        self.turn.notify_all()
-                else:
-                    self.replies.put(said)
-
-    def ask_koid(self, **request) -> dict:
-        import json
-        with self.asking:
-            self.koid.sendall(json.dumps(request).encode() + b"\n")
-            return self.replies.get()
+    def on_news(self) -> None:
+        """koid has something new."""
+        with self.state:
+            self.news = True
+            self.state.notify_all()
 
     # --- both threads
 
-    def retry_forever(self, deed) -> None:
-        """Do it again and again; slower while it fails."""
+    def retry_forever(self, step) -> None:
+        """Call `step` again and again; after a failure, wait 1 to 60 s."""
         import random
-        client, pause, told = None, PAUSE_FIRST, ""
+        client, pause, reported = None, PAUSE_FIRST, ""
         while True:
             early = False
             try:
-                client = client or DashboardClient(self.mine.url,
-                                                   self.mine.token,
-                                                   self.mine.ca)
-                deed(client)
-                pause, trouble = PAUSE_FIRST, ""
+                client = client or DashboardClient(
+                    self.settings["url"], self.settings["token"],
+                    self.settings["ca"])
+                step(client)
+                pause, problem = PAUSE_FIRST, ""
             except (ConnectionFailed, Error) as error:
-                trouble = str(error)
+                problem = str(error)
                 early = bool(client) and not client.is_connected()
-            except HttpRefused as no:
-                trouble = self.denied(no)
-                if no.status in (401, 403, 409):
+            except HttpRefused as refused:
+                problem = self.refusal_words(refused)
+                if refused.status in (401, 403, 409):
                     pause = PAUSE_REFUSED
             except Exception as bug:        # ours, or an answer like no other
-                trouble = f"its answer makes no sense: {bug!r}"
-            if trouble != told:
-                self.ask_koid(op="state", about=deed.__name__,
-                              trouble=trouble[:500])
-                told = trouble
-            with self.turn:
-                if trouble:
-                    self.acked = None       # ask anew what it has
+                problem = f"its answer makes no sense: {bug!r}"
+            if problem != reported:
+                self.koid.ask(op="state", about=step.__name__,
+                              problem=problem[:500])
+                reported = problem
+            with self.state:
+                if problem:
+                    self.acked = None       # ask again what it has
                 else:
-                    self.reached += 1
-                self.turn.notify_all()
-            if trouble:
-                self.rest(pause * random.uniform(0.7, 1.3), early)
+                    self.successes += 1
+                self.state.notify_all()
+            if problem:
+                self.wait_to_retry(pause * random.uniform(0.7, 1.3), early)
                 pause = min(pause * 2, PAUSE_LONGEST)
 
-    def rest(self, seconds: float, early: bool) -> None:
-        """After a failure. Once the other thread gets through, the dashboard
-        is back, and it is time to try again (`early`)."""
-        before = self.reached
+    def wait_to_retry(self, seconds: float, early: bool) -> None:
+        """Wait after a failure; if `early`, only until the other thread has
+        an answer, because then the dashboard is back."""
+        before = self.successes
         time.sleep(min(seconds, PAUSE_FIRST))
-        with self.turn:
-            self.turn.wait_for(lambda: early and self.reached != before,
-                               max(seconds - PAUSE_FIRST, 0))
+        with self.state:
+            self.state.wait_for(lambda: early and self.successes != before,
+                                max(seconds - PAUSE_FIRST, 0))
 
-    def denied(self, no: HttpRefused) -> str:
+    def refusal_words(self, refused: HttpRefused) -> str:
+        """Return why the dashboard refuses, for `koitab status`."""
         words = {401: "it does not know this host", 403: "it refuses this "
                  "host", 404: "it is no dashboard of koi's", 409:
                  "another koid uses this host's identity (was the machine "
-                 "cloned? koitab -d off; koitab -d join)"}.get(no.status, "")
-        return f"{words}: {no.text}" if words else no.text
+                 "cloned? koitab -d off; koitab -d join)"
+                 }.get(refused.status, "")
+        return f"{words}: {refused.text}" if words else refused.text
 
     def sync_header(self, wait: int) -> dict:
-        return {"v": 1, "host": self.mine.host, "instance": self.instance,
-                "wait": wait, "now": time.time(), "list_sha": self.listed,
-                **self.facts}
+        """Return what each payload begins with. `wait`: for how many seconds
+        the dashboard may hold the answer."""
+        header = {"v": 1, "host": self.settings["host"],
+                  "instance": self.settings["instance"], "wait": wait,
+                  "now": time.time(), "list_sha": self.list_sha, **self.facts}
+        if self.certificate is not None:
+            header["certificate_expires"] = self.certificate
+        return header
 
-    def apply_answer(self, answer: dict, listening: bool = False) -> None:
-        """Take what a dashboard hands out. It may lie, so each value is
-        looked at. Of two answers that cross on their way, the listener's
-        says which runs are watched, and the sender's what was received of
-        them. Raises Unreachable."""
-        acked, owed, live = (answer.get(name) for name in (
-            "acked", "owed", "live"))
-        asked = answer.get("requests")
-        if type(acked) is not int or not 0 <= acked < LARGEST \
-                or not isinstance(owed, list) or not isinstance(asked, list) \
-                or not isinstance(live, dict) or len(asked) > MOST_ASKED:
+    def sync(self, client: DashboardClient, wait: int = 0,
+             payload: dict | None = None) -> dict:
+        """Send a payload, and return the answer. Raises ConnectionFailed,
+        HttpRefused."""
+        answer = client.request("POST", SYNC_PATH, {
+            **self.sync_header(wait), **(payload or {})}, wait + PATIENCE)
+        self.certificate = certificate_expiry(client) or self.certificate
+        return answer
+
+    def apply_answer(self, answer: dict, polled: bool = False) -> None:
+        """Take what the dashboard answers. It may lie, so each value is
+        checked. Of two answers that cross on their way, that of the poll
+        says which runs are followed, and the other one how much the
+        dashboard has of their output. Raises ConnectionFailed."""
+        acked, missing, followed, requests = (answer.get(name) for name in (
+            "acked", "owed", "live", "requests"))
+        if type(acked) is not int or not 0 <= acked < LARGEST_CHANGE \
+                or not isinstance(missing, list) \
+                or not isinstance(requests, list) \
+                or not isinstance(followed, dict) \
+                or len(requests) > MOST_REQUESTS:
             raise ConnectionFailed("its answer is not that of a dashboard")
-        with self.turn:
-            if listening and self.acked is not None:
-                if acked < self.acked:      # did it lose some? ask anew
-                    self.acked = None
+        with self.state:
+            if polled and self.acked is not None:
+                if acked < self.acked:
+                    self.acked = None   # a backup was restored: ask again
             else:
                 self.news = self.news or self.acked is None \
                     or acked < self.acked
                 self.acked = acked
-            self.owed = [pair for pair in owed if isinstance(pair, list) and [
-                type(each) for each in pair] == [int, int]][:1000]
-            seen = {int(run): have for run, have
-                    in list(live.items())[:MOST_WATCHED]
-                    if run.isdecimal() and len(run) < 19
-                    and type(have) is int}
-            self.watched = {run: self.watched.get(run, have) for run, have
-                            in seen.items()} if listening else {
-                run: seen.get(run, have) for run, have
-                in self.watched.items()}
+            self.missing_output = [
+                pair for pair in missing if isinstance(pair, list)
+                and [type(each) for each in pair] == [int, int]][:1000]
+            self.follow(followed, polled)
             if answer.get("want_list") is True:
-                self.listed, self.news = "", True
-            self.turn.notify_all()
-        for request in asked:
+                self.list_sha, self.news = "", True
+            self.state.notify_all()
+        for request in requests:
             self.forward_request(request)
 
+    def follow(self, wanted: dict, polled: bool) -> None:
+        """Update which runs are followed, and how much the dashboard has."""
+        has = {int(run): size for run, size
+               in list(wanted.items())[:MOST_FOLLOWED]
+               if run.isdecimal() and len(run) < 19 and type(size) is int}
+        if polled:
+            self.followed = {run: self.followed.get(run, size)
+                             for run, size in has.items()}
+        else:
+            self.followed = {run: has.get(run, size)
+                             for run, size in self.followed.items()}
+
     def forward_request(self, request) -> None:
-        """A request goes to koid, which judges it; its verdict back."""
-        import json
+        """Hand a request to koid, which verifies it, and keep the result."""
         if not isinstance(request, dict):
             return
-        body, mac = (text if isinstance(text, str) and len(text) <= most
-                     else None for text, most in (
-                         (request.get("body"), LONGEST_BODY),
-                         (request.get("mac"), 64)))
-        result = self.ask_koid(op="request", body=body, mac=mac)
-        if not result.get("nonce"):
-            try:
-                result["nonce"] = json.loads(body)["nonce"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                return
-            if not is_hex(result["nonce"], 32):
-                return
-        with self.turn:
-            # Asked for again, the last word on it is enough.
+        body, mac = (text if isinstance(text, str)
+                     and len(text) <= LONGEST_MESSAGE // 16 else None
+                     for text in (request.get("body"), request.get("mac")))
+        result = self.koid.ask(op="request", body=body, mac=mac)
+        result["nonce"] = result.get("nonce") or nonce_in(body)
+        if not result["nonce"]:
+            return
+        with self.state:
+            # The last result counts if a request was handed out again.
             self.results.pop(result["nonce"], None)
             self.results[result["nonce"]] = result
-            if len(self.results) > MOST_VERDICTS:
+            if len(self.results) > MOST_RESULTS:
                 del self.results[next(iter(self.results))]
-            self.turn.notify_all()
+            self.state.notify_all()
 
-    # --- the one that waits
+    # --- the thread that polls
 
     def poll(self, client: DashboardClient) -> None:
-        """Hold a question until there is something for us. The first one is
-        answered at once: so it is soon known that all is well."""
+        """Ask until the dashboard has something for this host. The first
+        poll is answered at once, so that `status` soon knows the outcome.
+        Raises ConnectionFailed, HttpRefused."""
         hold = HOLD if client.is_connected() else 0
-        self.apply_answer(client.request("POST", SYNC, self.sync_header(hold),
-                                         hold + PATIENCE), listening=True)
-        time.sleep(BREATH)      # else one that lies could keep us busy
+        self.apply_answer(self.sync(client, hold), polled=True)
+        time.sleep(SYNC_PAUSE)  # a dashboard that lies must not keep us busy
 
-    # --- the one that sends
+    # --- the thread that sends
 
     def send(self, client: DashboardClient) -> None:
-        """Send what there is; wait, if there is nothing."""
-        with self.turn:
-            watching = bool(self.watched)
-            self.turn.wait_for(
-                lambda: self.news or self.results or self.owed
-                or self.acked is None or bool(self.watched) != watching,
-                LIVE_PAUSE if watching else None)
+        """Wait until there is something to send, and send it. Raises
+        ConnectionFailed, HttpRefused."""
+        with self.state:
+            following = bool(self.followed)
+            self.state.wait_for(
+                lambda: self.news or self.results or self.missing_output
+                or self.acked is None or bool(self.followed) != following,
+                FOLLOW_PAUSE if following else None)
             first, self.news = self.acked is None, False
         if first:
-            self.apply_answer(client.request("POST", SYNC,
-                                             self.sync_header(0)))
+            self.apply_answer(self.sync(client))
             return
         payload, batch = self.sync_payload()
         if not payload:
             return
         try:
-            answer = client.request("POST", SYNC,
-                                    {**self.sync_header(0), **payload})
-        except HttpRefused as no:
-            if no.status in (400, 413, 422) and payload.get("records"):
+            answer = self.sync(client, 0, payload)
+        except HttpRefused as refused:
+            if refused.status in (400, 413, 422) and payload.get("records"):
                 self.split_batch(payload)
                 return
             raise
         except ConnectionFailed:
-            with self.turn:
-                self.news = True
+            self.on_news()
             raise
-        self.sent(payload, batch, answer)
+        self.note_sent(payload, batch, answer)
 
     def sync_payload(self) -> tuple[dict, dict]:
-        """All that is to be sent now, and what koid said of it."""
-        batch = self.ask_koid(op="batch", after=max(self.acked or 0,
-                                                    self.parked),
-                              most=self.most, list_sha=self.listed)
+        """Return all that is to be sent now, and koid's batch in it."""
+        batch = self.koid.ask(op="batch", most=self.most,
+                              after=max(self.acked or 0, self.skipped),
+                              list_sha=self.list_sha)
         self.facts = batch["facts"]
-        with self.turn:
-            owed, watched = self.owed[:MOST_OWED], dict(self.watched)
-            results = list(self.results.values())[:VERDICTS_AT_ONCE]
+        with self.state:
+            missing = self.missing_output[:MOST_MISSING]
+            followed = dict(self.followed)
+            results = list(self.results.values())[:RESULTS_AT_ONCE]
         payload = {
             "records": batch["records"], "list": batch.get("list"),
             "next": batch.get("next"), "verdicts": results,
-            "outputs": [self.ask_koid(op="output", run=run, at=have)
-                        for run, have in owed],
-            "live": self.ask_koid(op="live", runs=watched)["live"]
-            if watched else []}
+            "outputs": [self.koid.ask(op="output", run=run, at=size)
+                        for run, size in missing],
+            "live": self.koid.ask(op="live", runs=followed)["live"]
+            if followed else []}
         return {name: part for name, part in payload.items() if part and (
-            not self.alone or name in ("records", "verdicts"))}, batch
+            not self.records_only or name in ("records", "verdicts"))}, batch
 
-    def sent(self, payload: dict, batch: dict, answer: dict) -> None:
-        with self.turn:
+    def note_sent(self, payload: dict, batch: dict, answer: dict) -> None:
+        """Take the answer to a payload: what it acknowledges need not be
+        sent again. Raises ConnectionFailed."""
+        with self.state:
             for result in payload.get("verdicts", ()):
                 if self.results.get(result["nonce"]) is result:
                     del self.results[result["nonce"]]
             if "list" in payload:
-                self.listed = batch["list_sha"]
+                self.list_sha = batch["list_sha"]
             self.tries, self.most = 0, min(self.most * 2, MOST_RECORDS)
-            self.alone = False
-        owed = [[piece["run"], piece["at"]]
-                for piece in payload.get("outputs", ())]
+            self.records_only = False
+        sent_output = [[piece["run"], piece["at"]]
+                       for piece in payload.get("outputs", ())]
         self.apply_answer(answer)
         records = payload.get("records")
         if records and answer["acked"] < records[-1]["change"]:
             raise ConnectionFailed("it does not keep what it is sent")
-        with self.turn:
+        with self.state:
             self.news = self.news or batch["more"]
-            again = bool(owed) and answer["owed"][:len(owed)] == owed
-            safe = self.acked if not self.owed else None
+            again = bool(sent_output) and answer["owed"][
+                :len(sent_output)] == sent_output
+            complete = self.acked if not self.missing_output else None
         if again:
             raise ConnectionFailed("it asks for output that it was sent")
-        if safe is not None:
-            self.ask_koid(op="state", sent=safe)
+        if complete is not None:
+            self.koid.ask(op="state", sent=complete)
 
     def split_batch(self, payload: dict) -> None:
-        """The dashboard does not take these records: send them without
-        what else was in the letter, then fewer at a time, and leave out the
-        one that it never takes, so that the others go on."""
+        """The dashboard does not take these records: send them alone, then
+        fewer at a time, and at last skip the one that it never takes, so
+        that the others arrive."""
         records = payload["records"]
-        with self.turn:
+        with self.state:
             self.news = True
-            if not self.alone and set(payload) != {"records"}:
-                self.alone = True
+            if not self.records_only and set(payload) != {"records"}:
+                self.records_only = True
                 return
             if len(records) > 1:
                 self.most = max(1, len(records) // 2)
@@ -5872,1992 +8331,58 @@ class SyncAgent:
             self.tries += 1
             if self.tries < TRIES_OF_ONE:
                 return
-            self.tries, self.parked = 0, records[0]["change"]
-        self.ask_koid(op="state", about="parked", trouble="it does not take "
+            self.tries, self.skipped = 0, records[0]["change"]
+        self.koid.ask(op="state", about="skipped", problem="it does not take "
                       f"run {records[0]['run']}, which is left out")
 
 
-def run_agent(mine: Enrollment, connection, machine: Machine,
-              instance: str) -> None:
-    """In a child of koid's: live for the dashboard alone, and exit when
-    koid is gone. All that is needed is loaded while it can be read."""
-    status = EXIT_BUG
+def nonce_in(body: str | None) -> str:
+    """Return the nonce of a request that koid did not believe; "" if it has
+    none. Only the dashboard, which sent it, learns the result."""
+    import json
+    import re
     try:
-        reset_signals(signal.SIG_DFL)
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        close_all_but({0, 1, 2, connection.fileno()})
-        os.setsid()
-        os.chdir("/")
-        import encodings.idna, http.client, json, queue  # noqa: E401, F401
-        import random, ssl, threading, urllib.parse     # noqa: E401, F401
-        # its certificates are read
-        DashboardClient(mine.url, mine.token, mine.ca)
-        if os.geteuid() == 0:
-            account = machine.account(NOBODY)
-            if not account or not account.uid:
-                raise OSError(errno.EPERM, f"there is no user {NOBODY}")
-            drop_privileges(account.replace(groups=[account.gid]))
-        from threading import Thread
-        agent = SyncAgent(mine, None, instance)
-        agent.koid = connection
-        Thread(target=start_uplink, args=(agent,), daemon=True).start()
-        agent.hear_koid()
-        status = EXIT_OK
-    except BaseException as error:
-        print(escape_controls(
-            f"koid: the link to the dashboard failed: {error!r}"),
-              file=sys.stderr, flush=True)
-    finally:
-        os._exit(status)
+        nonce = json.loads(body)["nonce"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return nonce if isinstance(nonce, str) and re.fullmatch(
+        "[0-9a-f]{32}", nonce) else ""
 
 
-def start_uplink(agent: SyncAgent) -> None:
-    """koid's first answer is heard by another thread than this one."""
-    agent.facts = agent.ask_koid(op="hello")["facts"]
-    agent.live()
+def certificate_expiry(client: DashboardClient) -> float | None:
+    """Return when the dashboard's certificate expires, in seconds since
+    1970; None without TLS, or without a connection."""
+    connection = client.client.connection
+    if not client.client.context or not connection or not connection.sock:
+        return None
+    import ssl
+    return ssl.cert_time_to_seconds(connection.sock.getpeercert()[
+        "notAfter"])
 
 
-# ==========================================================================
-# Daemon: what wakes koid?                                      (machine; R)
-#
-# One process that sleeps. It wakes when something is due, a supervisor
-# reports, somebody calls, a tab changes or the clock is set; then it looks
-# at the clock first and at all else after. What it is about to start is on
-# the disk before it is started.
-# ==========================================================================
-
-EARLIEST = 1_000_000_000    # a clock before 2001 was never set
-WAIT_FOR_CLOCK = 300.0      # seconds that a machine may take to set it
-SETTLE = 0.3                # seconds until a tab that was edited is read
-RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds between attempts
-TRY_AGAIN = 1.0             # seconds until a full process table is tried
-LONG_ENOUGH = 600.0         # seconds after which nobody waits for a run
-MOST_QUEUED = 100           # runs of one job that may wait
-SPARE_FILES = 40            # for all but visitors
-WRITE_AGAIN = 5.0           # seconds until a full disk is tried again
-FIRST_LOOK = 2.0            # seconds between looks at adopted runs
-MOST_MAILERS = 2
-MAIL_TIME = 60              # seconds for a sendmail
-TRY_LATER = 75              # its status for that; the next koid does
-
-
-class QueuedRun:
-    """A run that is to be started, now or later."""
-
-    def __init__(self, scheduled: ScheduledJob, trigger: str, due: float,
-                 now: float):
-        self.run, self.scheduled, self.trigger = 0, scheduled, trigger
-        self.due, self.asked, self.attempt = due, now, 1
-        self.values: dict[str, str] = {
-            param.name: param.default or "" for param in scheduled.job.params}
-        self.at = 0.0           # ticks before which it does not start
-        self.connection = None
-        self.known = False      # it has a row in the history
-        self.waits_for_previous = False     # it waits for the run before it
-        self.greeted = False    # who waits for it knows its number
-        self.full_since = 0.0   # ticks: no process could be started
-        self.nonce = ""         # of the request that asks for it
-
-    def greet(self) -> None:
-        """Tell who waits which run it is."""
-        self.greeted = True
-        try:
-            self.connection.send(reply_line({"run": self.run}))
-        except OSError:
-            pass                # gone; the run is recorded all the same
-
-    def reject(self, why: str) -> None:
-        """Tell who waits that nothing comes any more."""
-        if self.connection:
-            send_last(self.connection, frame(NOTE, 0, why.encode()) + frame(
-                END, 0, reply_line({"exit": None, "signal": None,
-                                    "reason": why})) if self.greeted else
-                      reply_line(error_reply(Error(why))))
-            self.connection = None
-
-    def shown_values(self) -> str:
-        """The arguments as JSON, without secrets."""
-        if not self.values:
-            return "{}"
-        import json
-        return json.dumps({param.name: "******" if param.type == "secret"
-                           else self.values[param.name]
-                           for param in self.scheduled.job.params})
-
-
-class RunningRun:
-    """A run that goes on, as far as koid knows. `supervisor` is the pid of
-    a child of ours, or 0: the koid before us started it."""
-
-    def __init__(self, run: int, key: tuple, queued: QueuedRun | None,
-                 supervisor: int = 0):
-        self.run, self.key, self.pending = run, key, queued
-        self.supervisor = supervisor
-        self.trigger = queued.trigger if queued else "schedule"
-        self.reason = ""            # why we ended it
-        self.kill, self.kill_at = 0, FOREVER    # a signal to be sent, when
-
-
-class ControlConnection:
-    """Somebody who calls, until he is answered."""
-
-    def __init__(self, connection, caller: Caller, deadline: float):
-        self.connection, self.caller = connection, caller
-        self.deadline = deadline
-        self.request, self.reply = bytearray(), bytearray()
-
-
-def send_last(connection, reply: bytes) -> None:
-    """Say a last short thing, if the other side still listens."""
+def run_agent() -> None:
+    """The whole program of the agent's process; descriptor 3 is its socket
+    to koid. It ends when koid closes that."""
+    # What it may need is loaded now: Python may be upgraded under it.
+    import encodings.idna, http.client, json, queue, random  # noqa: E401, F401
+    import re, ssl, threading, urllib.parse     # noqa: E401, F401
     try:
-        connection.setblocking(False)
-        connection.send(reply)
+        with open("/proc/self/comm", "w", encoding="ascii") as file:
+            file.write("koi-agent")     # for ps; Linux alone has this
     except OSError:
         pass
-    connection.close()
-
-
-def safe_address(text: str) -> bool:
-    """As cron: letters and a few signs, and nothing that an option or a
-    shell could be made of."""
-    return text.isascii() and text[:1].isalnum() and all(
-        letter.isalnum() or letter in "@!:%-.,_+=/" for letter in text)
-
-
-def job_environment(scheduled: ScheduledJob, account: Account, host: dict,
-                    **more: str) -> dict[str, str]:
-    """The environment of a job: cron's, and ours."""
-    return {**host, "SHELL": DEFAULT_SHELL, "PATH": DEFAULT_PATH,
-            "HOME": account.home, **{
-                name: value for name,
-                value in scheduled.job.environment.items()
-                if name and "=" not in name},
-            "LOGNAME": account.name, "USER": account.name, **more}
-
-
-LOST = Job(0, "", "(record lost)", "@manual", None, "", "", "", "", (), {},
-           Settings())
-
-
-RESTART_FIRST, RESTART_LONGEST = 1.0, 60.0  # seconds until a link is tried
-TELL_AGAIN = 10.0           # seconds between notes of the same refusal
-MOST_TOLD = 20              # troubles that a dashboard hears of
-BYTES_OF_LIST = 2**22       # of the list of jobs that it gets
-RECORD_FIELDS = ("run", "change", "user", "tag", "section", "name", "label",
-                 "trigger", "state", "due", "asked", "started", "ended",
-                 "exit", "signal", "reason", "args", "attempt", "count",
-                 "bytes", "cut", "size")
-
-
-class OutputCursor:
-    """How far a run that is watched was sent."""
-
-    def __init__(self) -> None:
-        self.position = self.sent = 0
-
-
-class AgentBroker:
-    """koid's side of the link to a dashboard. It answers the child that
-    talks to it, and judges each request to run something: the child, like
-    the dashboard, only carries it. (But the child is a fork of koid's, and
-    what koid knows was in its memory.)"""
-
-    def __init__(self, daemon: Daemon):
-        self.daemon, self.machine = daemon, daemon.machine
-        self.store, self.clock = daemon.store, daemon.clock
-        self.mine: Enrollment | None = None
-        self.pid, self.connection = 0, None
-        self.heard, self.unsent = bytearray(), bytearray()
-        self.start_at, self.pause = FOREVER, RESTART_FIRST
-        # the last change it was told of
-        self.last_change_sent = -1
-        self.troubles: dict[str, str] = {}
-        self.tails: dict[int, OutputCursor] = {}
-        self.listed: tuple | None = None        # body, MAC, SHA-256
-        self.scheduled_jobs: dict[tuple, ScheduledJob] = {}
-        self.refused: dict[str, list] = {}      # reason -> [count, ticks]
-        self.said: dict[str, float] = {}        # about what -> ticks
-
-    # --- the child
-
-    def load(self) -> None:
-        """Belong to the dashboard that the file `keys` names, or to none."""
-        before = self.mine
-        try:
-            self.mine = self.machine.read_enrollment(self.daemon.home)
-            self.daemon.set_problem("keys", "")
-        except Error as error:
-            self.mine = None
-            self.daemon.set_problem("keys", f"no dashboard: {error}")
-        if self.mine == before and self.pid:
-            return
-        self.stop()
-        self.troubles.clear()
-        self.listed, self.start_at = None, FOREVER
-        if self.mine:
-            self.begin()
-        elif "keys" not in self.daemon.problems:
-            self.store.sent = None      # nothing is kept for anybody
-
-    def begin(self) -> None:
-        """The first use of keys: what a judge needs is loaded now."""
-        import hashlib, hmac    # noqa: E401, F401
-        began = self.store.began(self.clock.now())
-        # Before we had these keys nobody could sign with them.
-        self.since = began if began >= self.mine.since else 0.0
-        first, self.store.sent = self.store.sent is None, self.store.sent or 0
-        self.daemon.write([self.store.set_meta("sent", "0")] if first else [])
-        self.start_at = 0.0
-
-    def start(self) -> None:
-        instance, pair = f"{int(self.clock.now() * 1000)}-" \
-            f"{os.urandom(4).hex()}", ()
-        try:
-            ours, theirs = pair = socket.socketpair()
-            pid = os.fork()
-        except OSError as error:
-            self.troubles["link"] = f"no process for it: {error.strerror}"
-            self.put_off()
-            for end in pair:
-                end.close()
-            return
-        if not pid:
-            run_agent(self.mine, theirs, self.machine, instance)
-        theirs.close()
-        ours.setblocking(False)
-        self.pid, self.connection, self.last_change_sent = pid, ours, -1
-        self.start_at, self.started = FOREVER, self.clock.ticks()
-        self.heard.clear()
-        self.unsent.clear()
-        self.tails.clear()
-        self.daemon.register_fd(ours.fileno(), self.serve)
-
-    def put_off(self) -> None:
-        self.start_at = self.clock.ticks() + self.pause
-        self.pause = min(self.pause * 2, RESTART_LONGEST)
-
-    def stop(self) -> None:
-        """Let go of the child, whatever it is at: it has nothing to save."""
-        if self.connection:
-            fd = self.connection.detach()
-            self.connection = None
-            self.daemon.unregister_fd(fd)
-        self.kill()
-
-    def ended(self, status: int) -> None:
-        """The child has gone. It comes back, unless nobody wants it to."""
-        self.pid = 0
-        lost = self.connection is not None
-        self.stop()
-        if self.clock.ticks() - self.started > RESTART_LONGEST:
-            self.pause = RESTART_FIRST
-        if self.mine and lost:
-            self.troubles["link"] = "the process that talks to it ended " \
-                f"(status {status:#06x}) and is started again"
-            self.daemon.log(f"dashboard: {self.troubles['link']}", bad=True)
-            self.put_off()
-        elif self.mine:
-            self.start_at = 0.0
-
-    def turn(self, now: float) -> None:
-        """Once in each turn of koid's."""
-        if now >= self.start_at and not self.pid:
-            self.start()
-        if self.connection and self.store.change != self.last_change_sent \
-                and not self.unsent:
-            self.last_change_sent = self.store.change
-            self.reply({"news": 1})
-        for reason, (number, at) in list(self.refused.items()):
-            if number and now - at >= TELL_AGAIN:
-                self.note_refusals(reason, now)
-
-    def wake_at(self) -> float:
-        """The ticks at which there is something to do."""
-        due = [at + TELL_AGAIN for number, at in self.refused.values()
-               if number]
-        return min([self.start_at if not self.pid else FOREVER, *due])
-
-    def serve(self, _argument, fd: int, events: int) -> None:
-        """The child asks, or there is room to answer."""
-        try:
-            if self.unsent:
-                del self.unsent[:self.connection.send(self.unsent)]
-                if not self.unsent:
-                    self.daemon.poll.modify(fd, select.POLLIN)
-                return
-            data = self.connection.recv(2**18)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        self.heard += data
-        line, end, more = self.heard.partition(b"\n") if b"\n" in data \
-            else (b"", b"", b"")
-        if not data or more or len(self.heard) > LONGEST_QUESTION:
-            # It is gone (see `ended`), or it is ours no more: ours waits
-            # for an answer before it asks again.
-            self.daemon.poll.modify(fd, 0)
-            self.kill()
-        elif end:
-            self.heard.clear()
-            self.reply(self.answer(bytes(line)))
-
-    def kill(self) -> None:
-        if self.pid:            # 0 would mean all of us
-            os.kill(self.pid, signal.SIGKILL)   # ours until it is reaped
-
-    def reply(self, said: dict) -> None:
-        if not self.connection:
-            return
-        self.unsent += reply_line(said)
-        try:
-            del self.unsent[:self.connection.send(self.unsent)]
-        except OSError:
-            pass                # it is busy, or gone, as we shall hear
-        if self.unsent:
-            self.daemon.poll.modify(self.connection.fileno(), select.POLLOUT)
-
-    def answer(self, line: bytes) -> dict:
-        """What the child asks for. It may be anybody's by now, so what it
-        says is looked at as closely as what a user says."""
-        try:
-            request = parsed_request(line)
-            deed = {"hello": self.hello, "batch": self.batch,
-                    "output": self.output, "live": self.live,
-                    "request": self.verify_and_run, "state": self.state}[
-                        request.get("op")]
-            return deed(request)
-        except Exception as bug:        # the jobs must not suffer
-            self.daemon.log(f"the link to the dashboard asks for what koid "
-                            f"cannot give: {bug!r}", bad=True)
-            self.kill()
-            return {}
-
-    # --- what the child asks for
-
-    def hello(self, _request: dict) -> dict:
-        return {"facts": self.facts()}
-
-    def facts(self) -> dict:
-        zone, now = self.daemon.registry.zones[""], self.clock.now()
-        return {"epoch": int(self.store.get_meta("epoch") or 0),
-                "offset": zone.offset(int(now)), "version": VERSION,
-                "zone": self.machine.zone_name(),
-                "boot": self.machine.boot_id(),
-                "troubles": [escape_controls(text)[:300] for text in
-                             self.daemon.troubles_of("")[:MOST_TOLD]]}
-
-    def state(self, request: dict) -> dict:
-        about = request.get("about")
-        if about in ("listen", "send", "parked"):
-            text = escape_controls(str(request.get("trouble", ""))[:500])
-            if self.troubles.get(about) != text:
-                self.log_once(about, text)
-            self.troubles.pop("link", None)
-            self.troubles.pop(about, None)
-            if text:
-                self.troubles[about] = text
-        sent = request.get("sent")
-        if type(sent) is int and 0 <= sent <= self.store.change \
-                and sent != self.store.sent:
-            self.store.sent = sent
-            self.daemon.deferred_statements = [
-                deed
-                for deed in self.daemon.deferred_statements
-                if deed[1][:1] != ("sent",)
-            ]
-            self.daemon.deferred_statements.append(self.store.set_meta("sent",
-                                                                       str(
-                sent)))
-        return {}
-
-    def log_once(self, about: str, text: str) -> None:
-        """A line for the log; not more often than somebody may read it."""
-        now = self.clock.ticks()
-        if text and now - self.said.get(about, -TELL_AGAIN) >= TELL_AGAIN:
-            self.said[about] = now
-            self.daemon.log(f"dashboard: {text}", bad=True)
-
-    def batch(self, request: dict) -> dict:
-        """Runs that changed, and the list of jobs if it is another."""
-        told = self.store.get_meta("told before")  # under another epoch
-        rows = self.store.changed_since(max(int(request["after"]),
-                                            int(told or 0)),
-                                        max(1, min(int(request["most"]),
-                                                   MOST_RECORDS)))
-        body, mac, sha = self.list_of_jobs()
-        now, size, records = int(self.clock.now()), 0, []
-        for row in rows:
-            scheduled = self.scheduled_jobs.get((row["user"], row["identity"]))
-            record = {name: row[name] for name in RECORD_FIELDS}
-            records.append({**record, "nonce": "", "next": scheduled
-                            and self.daemon.control.next_start(scheduled,
-                                                               now)})
-            size += sum(map(len, row["args"].values())) + 1000
-            if size > MOST_RECORD_BYTES:
-                break
-        reply = {"facts": self.facts(), "records": records, "list_sha": sha,
-                 "more": len(records) < len(rows)
-                 or len(rows) == request["most"]}
-        if request["list_sha"] != sha:
-            reply["list"] = {"body": body, "mac": mac}
-            reply["next"] = {
-                f"{scheduled.user}\n{scheduled.job.tag}":
-                self.daemon.control.next_start(scheduled, now)
-                for scheduled in self.scheduled_jobs.values()}
-        return reply
-
-    def list_of_jobs(self) -> tuple[str, str, str]:
-        """The list that people see who are to run something, its MAC and
-        its SHA-256."""
-        if self.listed is None:
-            import json
-            self.scheduled_jobs = {
-                scheduled.key: scheduled
-                for scheduled in self.daemon.registry.scheduled_jobs
-            }
-            specs, size = [], 0
-            self.daemon.set_problem("list", "")
-            for scheduled in self.daemon.registry.scheduled_jobs:
-                specs.append(job_manifest(scheduled.job, scheduled.user))
-                size += len(json.dumps(json.dumps(specs[-1])))
-                if size > BYTES_OF_LIST:
-                    self.daemon.set_problem(
-                        "list",
-                        "the dashboard gets the first"
-                        f" {len(specs) - 1} jobs only: their "
-                        "list is too long",
-                    )
-                    del specs[-1]
-                    break
-            body = json.dumps({
-                "v": 1, "dash": self.mine.dash, "host": self.mine.host,
-                "key": key_id(self.mine.secret), "name": self.mine.name,
-                "at": int(self.clock.now() * 1000), "jobs": specs})
-            self.listed = (body, list_mac(self.mine.secret, body),
-                           sha256_hex(body))
-        return self.listed
-
-    def output(self, request: dict) -> dict:
-        """A piece of what a run wrote."""
-        from base64 import b64encode
-        run, at = int(request["run"]), int(request["at"])
-        frames = self.store.output(run) if 0 < run < LARGEST else b""
-        if at >= len(frames) or at < 0:
-            return {"run": run, "at": max(at, 0), "data": "", "gone": True}
-        return {"run": run, "at": at, "data": b64encode(
-            frames[at:at + LONGEST_PIECE]).decode()}
-
-    def live(self, request: dict) -> dict:
-        """What runs that are watched have written since the last time."""
-        from base64 import b64encode
-        found = []
-        wanted = {int(run): have for run, have
-                  in list(request["runs"].items())[:MOST_WATCHED]}
-        self.tails = {run: tail for run, tail in self.tails.items()
-                      if run in wanted}
-        room = LIVE_BYTES       # who has come off worst comes first
-        for run, have in sorted(wanted.items(), key=lambda pair: getattr(
-                self.tails.get(pair[0]), "sent", 0)):
-            if room <= 0:
-                break
-            tail = self.tails.get(run)
-            fresh = tail is None or tail.sent != have
-            if fresh:
-                tail = self.tails[run] = OutputCursor()
-            data, header = read_stable_file(self.daemon.home, run) \
-                if run in self.daemon.running else (b"", None)
-            if not header:
-                continue
-            frames, tail.position = frames_since(data, header, tail.position)
-            if frames:
-                found.append({"run": run, "at": tail.sent, "data": b64encode(
-                    frames).decode(), **({"reset": True} if fresh else {})})
-                tail.sent += len(frames)
-                room -= len(frames)
-        return {"live": found}
-
-    # --- requests
-
-    def verify_and_run(self, request: dict) -> dict:
-        """The verdict on a request that came from the dashboard. What is
-        accepted is on the disk, and then begins."""
-        try:
-            asked = verify_request(self.mine.secret, request.get("body"),
-                                   request.get("mac"))
-        except RequestRejected as why:
-            return self.refusal("", str(why))
-        nonce = asked["nonce"]
-        why = request_mismatch(asked, {"key": key_id(self.mine.secret),
-                                       "dash": self.mine.dash,
-                                       "host": self.mine.host},
-                               self.clock.now(), self.since)
-        if not self.daemon.write([]):       # nobody knows what was used
-            return self.refusal(nonce, "it cannot be recorded: the host's "
-                                "disk is full or fails")
-        used = self.store.nonce_run(nonce)
-        if used:                # its verdict was lost on the way, or a replay
-            return {"nonce": nonce, "verdict": "accepted", "run": used,
-                    "reason": "it was used before, and ran once"}
-        try:
-            if used == 0:
-                raise RequestRejected("it was refused before")
-            if why:
-                raise RequestRejected(why)
-            run = self.begin_run(asked) if asked["do"] == "run" else \
-                self.end_run(asked)
-        except (RequestRejected, Error) as no:
-            if used is None and not self.store.problem \
-                    and asked["exp"] > self.clock.now() * 1000:
-                # For good: or it would run when what is wrong has passed.
-                self.daemon.write(self.store.record_nonce(nonce,
-                                                          self.clock.now(), 0))
-            return self.refusal(nonce, str(no))
-        return {"nonce": nonce, "verdict": "accepted", "run": run,
-                "reason": ""}
-
-    def refusal(self, nonce: str, reason: str) -> dict:
-        """Count it, and tell of it now and then: whoever floods us with
-        forgeries must not fill the log."""
-        kind, now = "".join("N" if letter.isdigit() else letter
-                            for letter in reason), self.clock.ticks()
-        counted = self.refused.setdefault(kind, [0, now - TELL_AGAIN])
-        counted[0] += 1
-        if len(self.refused) > 100:
-            self.refused = {kind: counted}
-        return {"nonce": nonce, "verdict": "refused", "run": None,
-                "reason": reason}
-
-    def note_refusals(self, reason: str, now: float) -> None:
-        number = self.refused[reason][0]
-        self.refused[reason] = [0, now]
-        self.daemon.log(f"dashboard: {plural(number, 'request')} refused: "
-                        f"{reason}", bad=True)
-        self.daemon.write([self.store.refusal(reason, number,
-                                              self.clock.now())])
-
-    def wanted_duty(self, asked: dict) -> ScheduledJob:
-        """The job that a request means. Raises Forged."""
-        found = [scheduled for scheduled in self.daemon.registry.scheduled_jobs
-                 if scheduled.user == asked["user"]
-                 and scheduled.job.tag == asked["tag"]]
-        if not found:
-            raise RequestRejected("there is no such job any more")
-        scheduled = found[0]
-        if scheduled.job.when != "@manual":
-            raise RequestRejected(
-                "only jobs that are @manual can be run from a "
-                                  "dashboard")
-        if scheduled.settings.confirm == "cli":
-            raise RequestRejected("this job is to be run from a terminal only")
-        if sha256_hex(job_manifest(scheduled.job,
-                                  scheduled.user)) != asked["job"]:
-            raise RequestRejected(
-                "the job was changed since it was shown: reload it")
-        return scheduled
-
-    def values_of(self, scheduled: ScheduledJob, asked: dict) -> dict[str,
-                                                                      str]:
-        """The arguments, secrets unveiled. Raises Forged or Error."""
-        args, secrets = asked["args"], asked["secrets"]
-        secret = {param.name for param in scheduled.job.params
-                  if param.type == "secret"}
-        if set(secrets) != secret or set(args) & secret or set(args) | \
-                secret != {param.name for param in scheduled.job.params}:
-            raise RequestRejected("its arguments are not those of the job")
-        values = dict(args)
-        for name, text in secrets.items():
-            if len(text) % 2 or not HEX.issuperset(text):
-                raise RequestRejected("a secret in it cannot be read")
-            try:
-                values[name] = encrypt_secret(self.mine.secret, asked["nonce"],
-                                              name,
-                                              bytes.fromhex(text)).decode()
-            except UnicodeDecodeError:
-                raise RequestRejected(
-                    "a secret in it cannot be read") from None
-        return validate_arguments(scheduled.job, values)
-
-    def begin_run(self, asked: dict) -> int:
-        """Start what is asked for: the run's number. Raises Forged, Error."""
-        if not self.daemon.watch:
-            raise RequestRejected("the host's clock is not set")
-        scheduled = self.wanted_duty(asked)
-        now = self.clock.now()
-        queued = QueuedRun(scheduled, "manual", now, now)
-        queued.values = self.values_of(scheduled, asked)
-        queued.nonce = asked["nonce"]
-        self.daemon.record_and_start([queued])
-        if self.store.problem:
-            raise RequestRejected(
-                "the run cannot be recorded: the host's disk is "
-                                  "full or fails")
-        return queued.run
-
-    def end_run(self, asked: dict) -> int:
-        """Kill a run: its number. Raises Forged."""
-        run = asked["run"]
-        epoch = int(self.store.get_meta("epoch") or 0)
-        running = self.daemon.running.get(run)
-        waiting = [queued for queued in self.daemon.waiting
-                   if queued.run == run]
-        whose = running.key[0] if running else \
-            waiting[0].scheduled.user if waiting else None
-        if epoch != asked["epoch"] or whose is None:
-            raise RequestRejected(f"run {run} is not going on")
-        if whose != asked["user"]:
-            raise RequestRejected("it is for another user")
-        if not self.daemon.write(self.store.record_nonce(asked["nonce"],
-                                                         self.clock.now(),
-                                                         run)):
-            raise RequestRejected("it cannot be recorded")
-        self.daemon.kill(run, "killed from the dashboard")
-        return run
-
-    def shown(self) -> dict | None:
-        """For koitab status."""
-        return self.mine and {
-            "url": self.mine.url, "name": self.mine.name,
-            "troubles": list(self.troubles.values()),
-            "unsent": max(0, self.store.change - (self.store.sent or 0)),
-            "refused": self.store.refusals()}
-
-
-class Daemon:
-    """koid."""
-
-    def __init__(self, machine: Machine, home: str, system: bool = False):
-        self.machine, self.home, self.clock = machine, home, machine.clock
-        self.registry = TabRegistry(machine, home, system)
-        self.store = RunStore(f"{home}/history.db")
-        self.control = ControlService(machine, home, self.registry, self.store,
-                                      self)
-        self.poll = select.poll()
-        self.heard: dict[int, tuple] = {}   # descriptor -> function, argument
-        self.running: dict[int, RunningRun] = {}
-        self.supervisors: dict[int, int] = {}   # pid -> run
-        self.ended: dict[int, int] = {}     # run -> wait status, or NO_STATUS
-        self.waiting: list[QueuedRun] = []
-        self.mail_queue: list[tuple] = []
-        self.mailers: dict[int, int] = {}   # pid -> run
-        # files to remove when written
-        self.files_to_remove: list[int] = []
-        self.unrecorded_ends: list[tuple] = []      # (Active, wait status)
-        self.write_at = 0.0                 # ticks, after a full disk
-        # (ticks, pid of a group's leader)
-        self.pending_kills: list[tuple] = []
-        # to be written with what is next
-        self.deferred_statements: list[tuple] = []
-        self.problems: dict[str, str] = {}
-        # None: the clock is not set
-        self.watch: SchedulerState | None = None
-        self.clock_by = 0.0                 # ticks, until it must be set
-        self.door_opens = FOREVER           # ticks, after too many visitors
-        self.stopping = False
-        self.signals = dict.fromkeys((
-            signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD,
-            signal.SIGIO, signal.SIGALRM), False)   # which ones came
-        self.reload_at = self.look_at = FOREVER
-        self.folders: dict[str, int] = {}
-        self.connections: dict[int, ControlConnection] = {}
-        self.broker = AgentBroker(self)
-
-    # --- from the start to the end
-
-    def serve(self) -> None:
-        """Serve until a signal says stop. Raises Error."""
-        import sqlite3
-        try:
-            self.open()
-        except sqlite3.DatabaseError as error:
-            self.store.give_up(error)
-        self.log(
-            f"koid {VERSION}: "
-            f"{plural(len(self.registry.scheduled_jobs), 'job')}"
-        )
-        try:
-            while not self.stopping:
-                try:
-                    self.run_once()
-                    if self.store.broken:
-                        raise Error(self.store.problem or "the history "
-                                    "cannot be written", "koid ends, and "
-                                    "judges it when it is started again")
-                except Error:
-                    raise
-                except Exception as bug:    # ours; the other jobs go on
-                    self.survive(bug)
-        finally:
-            self.close()
-
-    def open(self) -> None:
-        self.machine.make_home(self.home)
-        self.lock = try_lock(f"{self.home}/lock")
-        if self.lock is None:
-            raise Error(f"koid already runs ({self.home})",
-                        "koitab status tells its pid")
-        self.cron_pid = self.machine.hold_cron_pid() if self.registry.system \
-            else -1
-        self.started = self.clock.now()
-        self.set_problem("history", self.store.open())
-        self.runs = os.open(f"{self.home}/runs", os.O_RDONLY
-                            | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.open_pipes()
-        self.host = self.machine.host_environment()
-        self.room = self.machine.open_files() - SPARE_FILES
-        self.registry.load()
-        self.tell_of_tabs()
-        self.adopt_runs()
-        self.listen()
-        for user in {scheduled.user
-                     for scheduled in self.registry.scheduled_jobs}:
-            self.machine.account(user)  # loads what the first start needs
-        self.start_scheduling()
-        # What a turn may need is loaded now: Python may be upgraded under
-        # us. (What sends mail is not: it would take half as much again.)
-        import ctypes, json, pwd, resource, syslog  # noqa: E401, F401
-        import gc
-        self.store.began(self.clock.now())
-        self.broker.load()
-        gc.collect()
-        gc.freeze()         # supervisors share what is there by now
-
-    def open_pipes(self) -> None:
-        self.nothing, end = os.pipe()       # what a job without input reads
-        os.close(end)
-        self.reports, self.report = os.pipe()
-        woken, self.wake = os.pipe()
-        for fd in (self.reports, self.report, woken, self.wake):
-            os.set_blocking(fd, False)
-        self.register_fd(self.reports, self.read_reports)
-        self.register_fd(woken, self.drain)
-        signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
-        for number in self.signals:
-            signal.signal(number, self.note_signal)
-        self.alarm = self.machine.clock_alarm()
-        if self.alarm is not None:
-            self.register_fd(self.alarm, self.clock_was_set)
-        self.notice_folders()
-
-    def survive(self, bug: Exception) -> None:
-        """Something surprised us. A job that cannot be planned is left out,
-        so that one surprise does not become a thousand."""
-        import sqlite3
-        if type(bug) is sqlite3.DatabaseError:
-            self.store.give_up(bug)
-        where = bug.__traceback__
-        while where.tb_next:
-            where = where.tb_next
-        self.set_problem("bug", f"koid has a fault, at its line "
-                         f"{where.tb_lineno}: {bug!r}")
-        for scheduled in list(self.registry.scheduled_jobs):
-            try:
-                if self.watch:
-                    next_due(scheduled, self.watch)
-            except Exception as fault:
-                self.registry.scheduled_jobs.remove(scheduled)
-                self.registry.troubles.append(
-                    f"{scheduled.file}:{scheduled.line}: not "
-                    f"used: koid fails on it: {fault}"
-                )
-        time.sleep(TRY_AGAIN)
-
-    def close(self) -> None:
-        """Leave; the jobs and their supervisors stay."""
-        signal.signal(signal.SIGIO, signal.SIG_IGN)     # Python would die
-        signal.setitimer(signal.ITIMER_REAL, 0)         # and by SIGALRM
-        self.broker.stop()
-        try:
-            self.collect_finished()
-            if self.watch:
-                self.write([self.seen_note()])
-        except Error as error:
-            self.log(error.message, bad=True)
-        remove(self.machine.socket_path(self.home))
-        if self.cron_pid >= 0:
-            remove(CRON_PID)
-        self.log("stopped; jobs that run go on")
-
-    def note_signal(self, number: int, _frame) -> None:
-        """Note that a signal came; `take_signals` handles it. One handler
-        may interrupt another, or a method that it would call: so each does
-        nothing but one assignment that no other one depends on."""
-        self.signals[number] = True
-
-    def take_signals(self) -> None:
-        """Handle the signals that came since the last turn."""
-        came = [number for number in self.signals
-                if self.signals[number]]
-        for number in came:
-            self.signals[number] = False    # the next one counts anew
-        if signal.SIGTERM in came or signal.SIGINT in came:
-            self.stopping = True
-        if signal.SIGHUP in came:
-            self.registry.invalidate()
-            self.reload_at = 0.0
-        elif signal.SIGIO in came:
-            self.reload_at = min(self.reload_at, self.clock.ticks() + SETTLE)
-
-    # --- one turn
-
-    def register_fd(self, fd: int, function, argument=None,
-                    events: int = select.POLLIN) -> None:
-        self.heard[fd] = (function, argument)
-        self.poll.register(fd, events)
-
-    def unregister_fd(self, fd: int) -> None:
-        """Hear nothing more from a descriptor, and close it."""
-        del self.heard[fd]
-        self.poll.unregister(fd)
-        os.close(fd)
-
-    def run_once(self) -> None:
-        """Sleep until something happens; then do what is due first."""
-        patience = self.poll_timeout()
-        if patience > 0:    # poll alone may be late by a thousandth
-            signal.setitimer(signal.ITIMER_REAL, patience / 1000)
-        heard = self.poll.poll(patience)
-        self.take_signals()
-        now = self.clock.ticks()
-        if now >= self.reload_at or self.folders_unwatched():
-            self.reload()
-        self.start_due()
-        self.start_queued()
-        for fd, events in heard:
-            if fd in self.heard:
-                function, argument = self.heard[fd]
-                function(argument, fd, events)
-        self.reap()
-        self.look_after(now)
-        self.collect_finished()
-        self.post()
-        self.broker.turn(now)
-
-    def poll_timeout(self) -> float:
-        """Milliseconds until something is due; -1 for ever."""
-        now = self.clock.ticks()
-        soon = min(self.reload_at, self.look_at, self.next_wake(),
-                   self.door_opens, self.broker.wake_at())
-        for queued in self.waiting:
-            if not queued.waits_for_previous:
-                soon = min(soon, queued.at)
-        for connection in self.connections.values():
-            soon = min(soon, connection.deadline)
-        for running in self.running.values():
-            soon = min(soon, running.kill_at)
-        if self.store.waiting:
-            soon = min(soon, self.write_at)
-        for at, _ in self.pending_kills:
-            soon = min(soon, at)
-        return -1 if soon == FOREVER else \
-            min(max(soon - now, 0), LONGEST_SLEEP) * 1000
-
-    def next_wake(self) -> float:
-        """The ticks at which the next job is due. Without an alarm for a
-        clock that is set, or for tabs that change, also each minute."""
-        if not self.watch:
-            return self.clock.ticks() + 5
-        sample, due = self.watch.sample, self.next_due()
-        if abs(self.clock.now() - sample.instant
-               - self.clock.ticks() + sample.ticks) > 1:
-            return sample.ticks + MINUTE - sample.instant % MINUTE
-        if self.alarm is None or self.folders_unwatched():
-            edge = (self.clock.now() // MINUTE + 1) * MINUTE
-            return self.clock.ticks() + min(
-                edge - self.clock.now(),
-                FOREVER if due is None else max(0, sample.ticks + due
-                                                - sample.instant
-                                                - self.clock.ticks()))
-        return FOREVER if due is None else sample.ticks + due - sample.instant
-
-    def next_due(self) -> int | None:
-        """When the first job falls due. What was computed before holds
-        until then, unless the clock is set."""
-        now = self.watch.sample.instant
-        soonest = None
-        for scheduled in self.registry.scheduled_jobs:
-            if scheduled.due is not None:
-                if scheduled.due <= now:
-                    scheduled.due = next_due(scheduled, self.watch)
-                    if scheduled.due is None:
-                        continue
-                if soonest is None or scheduled.due < soonest:
-                    soonest = scheduled.due
-        return soonest
-
-    # --- what is due
-
-    def reading(self) -> ClockSample:
-        return ClockSample(self.clock.now(), self.clock.ticks())
-
-    def start_due(self) -> None:
-        """Start what fell due."""
-        if not self.watch:
-            self.start_scheduling()
-            return
-        before, now = self.watch, self.reading()
-        strayed = now.instant - before.sample.instant - now.ticks \
-            + before.sample.ticks
-        self.watch, launches = plan(self.registry.scheduled_jobs, before, now,
-                                    self.next_due())
-        if abs(strayed) > 1:
-            self.set_problem("clock", "")
-            for scheduled in self.registry.scheduled_jobs:
-                scheduled.due = 0.0
-        pendings = []
-        for launch in launches:
-            queued = QueuedRun(launch.job, "schedule", launch.due, now.instant)
-            if launch.job.delay:
-                queued.at = now.ticks + launch.job.delay * MINUTE
-            pendings.append(queued)
-        skipped = [self.missed(scheduled, count, due, "the clock was set")
-                   for scheduled, count, due in self.watch.skipped]
-        if pendings or skipped:
-            self.record_and_start(pendings, skipped)
-
-    def missed(self, scheduled: ScheduledJob, count: int, due: float,
-               why: str) -> tuple:
-        """A row for starts that were not made."""
-        return (scheduled,
-                {"trigger": "schedule", "state": "missed", "due": due,
-                            "reason": why, "count": count})
-
-    def record_and_start(self, pendings: list[QueuedRun],
-                         rows: list = ()) -> None:
-        """Write down what is to be started, then start it."""
-        ready, statements = [], [self.seen_note()] if self.watch else []
-        statements, self.deferred_statements = statements \
-            + self.deferred_statements, []
-        for scheduled, row in rows:
-            statements.append(self.new_run(scheduled, row, statements))
-            if row["state"] == "missed" and scheduled.settings.catchup \
-                    == "yes":
-                pendings.append(QueuedRun(scheduled, "catch-up", row["due"],
-                                          self.clock.now()))
-        counts = self.control.running_counts()
-        for queued in pendings:
-            state, reason = self.admit(queued, counts)
-            if state == "running":
-                ready.append(queued)
-                counts[queued.scheduled.key] = counts.get(
-                    queued.scheduled.key, 0) + 1
-            statements.append(self.row_of(queued, state, reason, statements))
-        if not self.write(statements):
-            refused = [queued for queued in pendings
-                       if self.refuse(queued)]
-            ready = [queued for queued in ready if queued not in refused]
-        for queued in pendings:
-            if queued.connection and not queued.greeted:
-                queued.greet()
-        self.start_supervisors(ready)
-
-    def admit(self, queued: QueuedRun, counts: dict) -> tuple[str, str]:
-        """The state in which a run begins, and why it is not `running`."""
-        scheduled, now = queued.scheduled, self.clock.ticks()
-        if queued.at > now:
-            self.waiting.append(queued)
-            return "queued", ""
-        policy = scheduled.settings.overlap
-        if policy == "allow" or not counts.get(scheduled.key):
-            return "running", self.late_reason(queued)
-        waiting = sum(other.scheduled.key == scheduled.key
-                      for other in self.waiting)
-        if policy == "skip" or waiting >= MOST_QUEUED:
-            queued.reject("the last run is still going")
-            return "skipped", "the last run was still going" if \
-                policy == "skip" else f"{waiting} runs were waiting"
-        if policy == "replace":
-            for other in [each for each in self.waiting if each.scheduled.key
-                          == scheduled.key and each.waits_for_previous]:
-                self.kill(other.run, "replaced by the next run")
-            for running in list(self.running.values()):
-                if running.key == scheduled.key:
-                    self.kill(running.run, "replaced by the next run")
-        queued.waits_for_previous = True
-        self.waiting.append(queued)
-        return "queued", "waits for the last run"
-
-    def late_reason(self, queued: QueuedRun) -> str:
-        """What KOI_START_WITHIN has to say."""
-        within = queued.scheduled.settings.start_within
-        behind = self.clock.now() - queued.due \
-            - queued.scheduled.delay * MINUTE * (queued.trigger
-                                                 == "schedule")
-        return f"late by {format_duration(int(behind))}" \
-            if within and behind > within else ""
-
-    def late(self) -> list[tuple]:
-        """The jobs that should have started by now, and wait."""
-        return [(queued.scheduled.key, queued.scheduled.job.label)
-                for queued in self.waiting if self.late_reason(queued)]
-
-    def row_of(self, queued: QueuedRun, state: str, reason: str,
-               statements: list) -> tuple:
-        """The statement that says in which state a run is."""
-        started = self.clock.now() if state == "running" else None
-        if queued.known:
-            return self.store.update(queued.run, state=state, reason=reason,
-                                     started=started)
-        queued.known = True
-        deed = self.new_run(queued.scheduled, {
-            "trigger": queued.trigger, "state": state, "due": queued.due,
-            "asked": queued.asked, "started": started, "reason": reason,
-            "args": queued.shown_values(), "attempt": queued.attempt},
-            statements)
-        queued.run = self.store.last
-        if queued.nonce:
-            statements += self.store.record_nonce(queued.nonce, queued.asked,
-                                                  queued.run)
-        return deed
-
-    def new_run(self, scheduled: ScheduledJob, row: dict,
-                statements: list) -> tuple:
-        self.store.last += 1
-        key = self.store.job_key(scheduled.key, scheduled.job, statements)
-        if row["state"] in ("missed", "skipped"):
-            statements += self.store.prune(key, scheduled.settings.keep - 1)
-        return self.store.insert({"id": self.store.last, "job": key, **row})
-
-    def refuse(self, queued: QueuedRun) -> bool:
-        """A run that somebody asked for, and that cannot be recorded, does
-        not start; one that is due does."""
-        if queued.trigger != "manual":
-            return False
-        self.store.waiting.append(self.store.update(
-            queued.run, state="unstartable", started=None,
-            ended=self.clock.now(), reason="it could not be recorded"))
-        if queued in self.waiting:
-            self.waiting.remove(queued)
-        queued.reject(f"the run cannot be recorded: "
-                     f"{self.store.problem}")
-        return True
-
-    # --- starting
-
-    def start_supervisors(self, pendings: list[QueuedRun]) -> None:
-        """Give each run to a supervisor."""
-        specs, gone, accounts = [], [], {}
-        for queued in pendings:
-            user = queued.scheduled.user
-            try:
-                if user not in accounts:
-                    accounts[user] = self.machine.account(user)
-                account = accounts[user]
-                if not account:
-                    raise ValueError(f"there is no user {user}")
-                specs.append((account, self.launch_spec(queued, account),
-                              queued))
-            except Exception as error:      # one job's; the others start
-                gone.append(self.unstartable(queued, str(error)))
-        if gone:
-            self.write(gone)
-        for account, spec, queued in specs:
-            self.fork(account, spec, queued)
-        self.log_starts(pendings)
-
-    def fork(self, account: Account, spec: LaunchSpec,
-             queued: QueuedRun) -> None:
-        """Give one run to a supervisor."""
-        try:
-            pid = fork_supervisor(account, spec, self.runs, self.report,
-                                  self.nothing)
-        except OSError as error:
-            self.delay_start(queued, error)
-            return
-        self.set_problem("fork", "")
-        self.supervisors[pid] = queued.run
-        self.running[queued.run] = RunningRun(
-            queued.run, queued.scheduled.key, queued, pid)
-        if queued.connection:
-            queued.connection.close()
-            queued.connection = None
-
-    def log_starts(self, pendings: list[QueuedRun]) -> None:
-        """As cron does, in root's log."""
-        for queued in pendings if os.geteuid() == 0 else ():
-            if queued.run in self.running \
-                    and not queued.scheduled.job.unlogged:
-                self.machine.log(f"({queued.scheduled.user}) CMD "
-                                 f"({queued.scheduled.job.command})", "CRON")
-
-    def launch_spec(self, queued: QueuedRun, account: Account) -> LaunchSpec:
-        """All that the supervisor of this run needs to know."""
-        job, values = queued.scheduled.job, queued.values
-        more = {f"KOI_ARG_{number}": values[param.name] for number, param
-                in enumerate(job.params, start=1)}
-        return LaunchSpec(
-            queued.run, job.script,
-            job.stdin.encode("utf-8", "surrogateescape"),
-            job_environment(queued.scheduled, account, self.host,
-                            KOI_RUN=str(queued.run), **more),
-            job.settings.timeout,
-            [values[param.name].encode() for param in job.params
-             if param.type == "secret" and values[param.name]],
-            queued.connection)
-
-    def delay_start(self, queued: QueuedRun, error: OSError) -> None:
-        """Try again in a second while the process table is full, for
-        TRY_FOR seconds."""
-        now = self.clock.ticks()
-        self.set_problem("fork", "no process could be started: "
-                         f"{error.strerror}")
-        queued.full_since = queued.full_since or now
-        if now - queued.full_since > TRY_FOR:
-            self.write([self.unstartable(
-                queued, f"could not start: {error.strerror}")])
-        else:
-            queued.at = now + TRY_AGAIN
-            self.waiting.append(queued)
-
-    def unstartable(self, queued: QueuedRun, why: str) -> tuple:
-        why = storable(why)
-        queued.reject(why)
-        self.log(f"({queued.scheduled.user}) ERROR ({why})", bad=True)
-        self.deferred_statements += self.store.prune(
-            self.store.keys[queued.scheduled.key],
-            queued.scheduled.settings.keep)
-        return self.store.update(
-            queued.run, state="unstartable", reason=why, started=None,
-            ended=self.clock.now())
-
-    def start_queued(self) -> None:
-        """Start what has waited long enough, or whose turn has come."""
-        if not self.waiting:
-            return
-        now, counts = self.clock.ticks(), self.control.running_counts()
-        ready = []
-        for queued in self.waiting:
-            key = queued.scheduled.key
-            if queued.waits_for_previous and counts.get(key) or queued.at \
-                    > now:
-                continue
-            if queued.waits_for_previous:
-                counts[key] = counts.get(key, 0) + 1
-            ready.append(queued)
-        if ready:
-            self.waiting = [queued for queued in self.waiting
-                            if queued not in ready]
-            for queued in ready:
-                queued.waits_for_previous, queued.at = False, 0.0
-            self.record_and_start(ready)
-
-    # --- ends
-
-    def read_reports(self, _argument, fd: int, _events: int) -> None:
-        """Supervisors tell how runs ended."""
-        try:
-            data = os.read(fd, CHUNK // REPORT.size * REPORT.size)
-        except BlockingIOError:
-            return
-        for run, status in REPORT.iter_unpack(data):
-            if status == NO_FILE:   # so that nobody takes it for not begun
-                self.write([self.store.update(run, reason=NO_FILE_REASON)])
-            else:
-                self.ended[run] = status
-
-    def reap(self) -> None:
-        """Supervisors, and senders of mail, that have gone."""
-        self.read_reports(None, self.reports, 0)
-        while self.supervisors or self.mailers or self.broker.pid:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if not pid:
-                return
-            run = self.supervisors.pop(pid, 0)
-            running = self.running.get(run)
-            if running and run not in self.ended:
-                if self.has_ended(running):
-                    self.ended[run] = NO_STATUS
-                else:       # another has it, of the koid before us
-                    running.supervisor, self.look_at = 0, 0.0
-            if pid in self.mailers:
-                self.mailed(self.mailers.pop(pid), status)
-            if pid == self.broker.pid:
-                self.broker.ended(status)
-
-    def look_after(self, now: float) -> None:
-        """Adopted runs, signals that are due, visitors who are slow."""
-        if now >= self.look_at:
-            self.look_at = FOREVER
-            for running in self.running.values():
-                if not running.supervisor:
-                    self.look_at = now + FIRST_LOOK
-                    if self.has_ended(running):
-                        self.ended.setdefault(running.run, NO_STATUS)
-        for running in list(self.running.values()):
-            if now >= running.kill_at:
-                self.escalate_kill(running, now)
-        for at, pid in [each for each in self.pending_kills if now >= each[0]]:
-            self.pending_kills.remove((at, pid))
-            end_group(pid, signal.SIGKILL)
-        for connection in list(self.connections.values()):
-            if now >= connection.deadline:
-                self.close_connection(connection)
-        if now >= self.door_opens:
-            self.door_opens = FOREVER
-            self.poll.modify(self.listener.fileno(), select.POLLIN)
-
-    def has_ended(self, running: RunningRun) -> bool:
-        """Of a run whose supervisor is not our child."""
-        try:
-            header = parse_header(run_file(self.home, running.run,
-                                           HEADER_BYTES))
-        except OSError:
-            return False        # too many files are open; later
-        return not header or header.phase in (ENDED, UNSTARTABLE) \
-            or process_start_time(header.supervisor) != header.supervisor_start
-
-    def collect_finished(self) -> None:
-        """Move runs that have ended into the history. When it cannot be
-        written, they stay in their files, and we try again."""
-        now = self.clock.ticks()
-        for run, status in self.ended.items():
-            running = self.running.pop(run, None)
-            if running:
-                self.unrecorded_ends.append((running, status))
-        if self.ended:
-            self.start_queued()
-        self.ended.clear()
-        if self.store.waiting and now >= self.write_at:
-            self.write_at = now + WRITE_AGAIN
-            self.write([])
-        if self.unrecorded_ends and not self.store.waiting:
-            self.record_ends()
-
-    def record_ends(self) -> None:
-        statements, again, mails = [], [], []
-        unsaved, self.unrecorded_ends = self.unrecorded_ends, []
-        for running, status in unsaved:
-            mine: list[tuple] = []
-            try:
-                outcome, frames = self.outcome(running, status)
-                mine += self.ending(running, outcome, frames)
-                if not self.retry(running, outcome, again, mine):
-                    self.queue_mail(running, outcome, mails, mine)
-            except OSError as error:    # too many files are open
-                self.set_problem("ends",
-                                 f"a run's end cannot be read: {error}")
-                self.unrecorded_ends.append((running, status))
-                self.look_at = min(self.look_at, self.clock.ticks() + 1)
-            except Exception as bug:    # of ours, with this run alone
-                self.set_problem("bug", f"run {running.run}: {bug!r}")
-                mine = [self.store.update(
-                    running.run, state="interrupted",
-                    reason="koid failed on its end")]
-            else:
-                self.files_to_remove.append(running.run)
-            statements += mine
-        if self.write(statements):
-            self.mail_queue += mails
-        self.waiting += again
-
-    def write(self, statements: list[tuple]) -> bool:
-        """Write to the history; files of runs that are in it can go."""
-        written = self.store.write(statements)
-        self.set_problem("disk", self.store.problem)
-        if written:
-            for run in self.files_to_remove:
-                remove(str(run), self.runs)
-            self.files_to_remove.clear()
-        return written
-
-    def outcome(self, running: RunningRun, status: int) -> tuple[dict, bytes]:
-        """How a run ended, as columns of its row; and its output."""
-        data = run_file(self.home, running.run)
-        header = parse_header(data)
-        if not header:      # the disk was full, or it never began
-            exit_status, number = exit_and_signal(status)
-            known = exit_status is not None or number is not None
-            return {"state": "done" if known else "interrupted",
-                    "exit": exit_status, "signal": number,
-                    "ended": self.clock.now(), "reason": running.reason or (
-                        "its output could not be kept" if known else
-                        "its supervisor was killed")}, b""
-        if running.kill == signal.SIGKILL and running.kill_at != FOREVER:
-            self.pending_kills.append((running.kill_at, header.job))
-        frames = stored_frames(data, header)
-        exit_status, number = exit_and_signal(header.status) \
-            if header.phase == ENDED else (None, None)
-        state = {ENDED: "done", UNSTARTABLE: "unstartable"}.get(
-            header.phase, "interrupted")
-        if header.phase == RUNNING and status != NO_STATUS:
-            state = "done"      # a full disk: the end was only reported
-            exit_status, number = exit_and_signal(status)
-        reason = running.reason or REASONS[header.reason]
-        if reason == "timeout" and running.pending:
-            limit = running.pending.scheduled.settings.timeout
-            reason = f"timeout after {format_duration(limit)}"
-        elif state == "interrupted":
-            reason = reason or "its supervisor was killed"
-        elif state == "unstartable":
-            reason = output_text(frames).decode("utf-8", "replace").strip()
-        return {"state": state, "exit": exit_status, "signal": number,
-                "started": header.started or None,
-                "ended": header.ended or self.clock.now(),
-                "reason": reason, "bytes": header.total,
-                "cut": int(header.lost > 0)}, frames
-
-    def ending(self, running: RunningRun, outcome: dict,
-               frames: bytes) -> list:
-        """The statements that keep a run's end, and forget old ones."""
-        columns = {name: value for name, value in outcome.items()
-                   if name != "reason" or value}
-        statements = [self.store.update(running.run, **columns)]
-        if frames:
-            statements.append(("insert or replace into output values (?, ?)",
-                               (running.run, frames)))
-        if running.pending:
-            keep = running.pending.scheduled.settings.keep
-            statements += self.store.prune(self.store.keys[running.key], keep)
-        if outcome["state"] != "done" and os.geteuid() == 0:
-            self.log(f"({running.key[0]}) ERROR (run {running.run}: "
-                     f"{outcome['reason']})", bad=True)
-        return statements
-
-    def retry(self, running: RunningRun, outcome: dict, again: list,
-              statements: list) -> bool:
-        """KOI_RETRY: after a failure, again and again a little later."""
-        last = running.pending
-        if not last or outcome["state"] != "done" or outcome["exit"] == 0 \
-                or running.reason or last.attempt \
-                > last.scheduled.settings.retry:
-            return False
-        if not running.supervisor and any(
-                param.type == "secret" for param in last.scheduled.job.params):
-            return False        # it was given to the koid before us
-        wait = min(RETRY_FIRST * 2 ** min(last.attempt - 1, 10),
-                   RETRY_LONGEST)
-        queued = QueuedRun(last.scheduled, "retry", self.clock.now() + wait,
-                           self.clock.now())
-        queued.at = self.clock.ticks() + wait
-        queued.attempt, queued.values = last.attempt + 1, last.values
-        statements.append(self.row_of(queued, "queued", "", statements))
-        again.append(queued)
-        return True
-
-    # --- killing
-
-    def kill(self, run: int, reason: str) -> bool:
-        """End a run: TERM, and KILL ten seconds later. False: it is over."""
-        waiting = [queued for queued in self.waiting if queued.run == run]
-        if waiting:
-            self.waiting.remove(waiting[0])
-            waiting[0].reject(reason)
-            return self.write([self.store.update(
-                run, state="skipped", reason=reason)])
-        running = self.running.get(run)
-        if not running:
-            return False
-        running.reason = running.reason or reason
-        running.kill = running.kill or signal.SIGTERM
-        self.escalate_kill(running, self.clock.ticks())
-        return True
-
-    def escalate_kill(self, running: RunningRun, now: float) -> None:
-        """Send the signal that is due."""
-        try:
-            header = parse_header(run_file(self.home, running.run,
-                                           HEADER_BYTES))
-        except OSError:
-            header = None
-        if not header or header.phase == CLAIMED:
-            running.kill_at = now + 0.05     # it has not begun yet
-            return
-        self.machine.signal_job(header, running.kill)
-        running.kill_at = now + KILL_AFTER if running.kill == signal.SIGTERM \
-            else FOREVER
-        running.kill = signal.SIGKILL
-
-    # --- mail
-
-    def queue_mail(self, running: RunningRun, outcome: dict, mails: list,
-                   statements: list) -> None:
-        """Does cron send mail about this run? Who asked for one by hand has
-        seen what it wrote."""
-        queued, user = running.pending, running.key[0]
-        job = queued.scheduled.job if queued else None
-        environment = job.environment if job else {}
-        to = environment.get("MAILTO", user)
-        good = outcome["state"] == "done" and outcome["exit"] == 0
-        wrote = outcome.get("bytes") or outcome["state"] == "unstartable"
-        if not wrote or not to or running.trigger == "manual" \
-                or job and job.mail_failures and good:
-            return              # a note of ours alone is no reason for mail
-        if not any(os.access(path, os.X_OK) for path in SENDMAILS):
-            if os.geteuid() == 0:
-                self.machine.log("(CRON) info (No MTA installed, discarding "
-                                 "output)")
-            return
-        if not safe_address(to):
-            self.log(f"({user}) UNSAFE MAIL ({to})", bad=True)
-            statements.append(self.store.update(running.run,
-                                                mail="unsafe address"))
-            return
-        mails.append((running.run, user, to, job.command if job else "",
-                      environment))
-        statements.append(self.store.update(running.run, mail="due"))
-
-    def post(self) -> None:
-        """Send what is to be sent, two at a time."""
-        while self.mail_queue and len(self.mailers) < MOST_MAILERS:
-            run, *mail = self.mail_queue[0]
-            text = output_text(self.store.output(run))
-            try:
-                pid = os.fork()
-            except OSError:
-                return
-            if not pid:
-                send_cron_mail(self.machine, self.host, *mail, text)
-            del self.mail_queue[0]
-            self.mailers[pid] = run
-
-    def mailed(self, run: int, status: int) -> None:
-        result = "sent" if status == 0 else "due" if status == (
-            TRY_LATER << 8) else f"failed (status {status:#06x})"
-        if status:
-            self.log(f"(CRON) MAIL (run {run}: got status {status:#06x})",
-                     bad=True)
-        self.write([self.store.update(run, mail=result)])
-
-    # --- after a restart
-
-    def adopt_runs(self) -> None:
-        """Take over what the koid before us left: runs that go on, runs
-        that ended meanwhile, runs that it had no time to begin."""
-        files = {int(name) for name in os.listdir(self.runs)
-                 if name.isascii() and name.isdigit()}
-        self.store.last = max(files | {self.store.last})
-        rows = {row["run"]: row for row in self.store.runs(
-            "r.state in ('queued', 'running')")}
-        scheduled_jobs = {scheduled.key: scheduled
-                          for scheduled in self.registry.scheduled_jobs}
-        known = set(self.store.db.column("select id from runs")
-                    ) if files else set()
-        self.files_to_remove = [run for run in files if run in known
-                                and run not in rows]
-        self.adopt_orphans(sorted(files - known))
-        lost: list[tuple] = []
-        for run, row in rows.items():
-            key = (row["user"], row["identity"])
-            queued = self.pending_of(row, scheduled_jobs.get(key))
-            if run in files:
-                self.running[run] = running = RunningRun(run, key, queued)
-                running.trigger = row["trigger"]
-                if self.rebooted():
-                    running.reason = "the machine went down"
-                    self.ended[run] = NO_STATUS
-            elif queued and self.may_still_start(row, queued):
-                self.waiting.append(queued)
-            else:
-                missed = row["trigger"] == "schedule" \
-                    and row["state"] == "running"
-                lost.append(self.store.update(
-                    run, state="missed" if missed else "interrupted",
-                    started=None, reason="koid was stopped before it began"))
-        self.write(lost)
-        self.look_at = 0.0 if self.running else FOREVER
-        self.mail_of_before(scheduled_jobs)
-
-    def adopt_orphans(self, runs: list[int]) -> None:
-        """Runs that have a file and no record: the disk was full, or the
-        history was lost. They are shown as runs of a job of no tab."""
-        key = self.machine.user_name(os.geteuid()), "lost"
-        for run in runs:
-            header = parse_header(run_file(self.home, run, HEADER_BYTES)
-                                  ) or RunFileHeader()
-            statements: list[tuple] = []
-            job = self.store.job_key(key, LOST, statements)
-            self.write([*statements, self.store.insert({
-                "id": run, "job": job, "trigger": "manual",
-                "state": "running", "started": header.started or None,
-                "reason": "its record was lost", "args": "{}"})])
-            self.running[run] = running = RunningRun(run, key, None)
-            running.trigger = "manual"
-            if self.rebooted():
-                self.ended[run] = NO_STATUS
-
-    def rebooted(self) -> bool:
-        """Was the koid before us there before this boot?"""
-        boot = self.machine.boot_id()
-        return not boot or boot != self.store.get_meta("boot")
-
-    def pending_of(self, row: dict,
-                   scheduled: ScheduledJob | None) -> QueuedRun | None:
-        """The run of a row, if its job is still there and its arguments are
-        known."""
-        if not scheduled or set(row["args"]) != {param.name for param
-                                                 in scheduled.job.params}:
-            return None
-        queued = QueuedRun(scheduled, row["trigger"], row["due"] or 0.0,
-                           row["asked"] or 0.0)
-        queued.run, queued.known = row["run"], True
-        queued.values, queued.attempt = row["args"], row["attempt"]
-        queued.waits_for_previous = row["reason"] == "waits for the last run"
-        start = queued.due + (scheduled.delay * MINUTE if row["trigger"]
-                              == "schedule" else 0)
-        queued.at = self.clock.ticks() + max(0.0, start - self.clock.now())
-        return queued
-
-    def may_still_start(self, row: dict, queued: QueuedRun) -> bool:
-        """Is it soon enough to begin a run that had no time to?"""
-        if any(param.type == "secret"
-               for param in queued.scheduled.job.params):
-            return False        # its secrets were kept nowhere
-        if row["state"] == "queued" and row["trigger"] != "manual":
-            return True
-        if row["state"] == "queued":
-            return self.clock.now() - queued.asked < LONG_ENOUGH
-        if self.rebooted() or row["reason"] == NO_FILE_REASON:
-            return False        # its file did perhaps not reach the disk
-        waited = self.clock.now() - (row["started"] or 0.0)
-        return waited < (TRY_FOR if row["trigger"] == "schedule"
-                         else LONG_ENOUGH)
-
-    def mail_of_before(self, scheduled_jobs: dict) -> None:
-        """Mail that was due when the koid before us stopped."""
-        for row in self.store.runs("r.mail = 'due'"):
-            scheduled = scheduled_jobs.get((row["user"], row["identity"]))
-            environment = scheduled.job.environment if scheduled else {}
-            to = environment.get("MAILTO", row["user"])
-            if to and safe_address(to):
-                self.mail_queue.append((
-                    row["run"], row["user"], to,
-                    scheduled.job.command if scheduled
-                    else row["label"], environment))
-
-    def start_scheduling(self) -> None:
-        """Find out what was missed, and wait for what comes; a clock that
-        cannot be right is given some time first."""
-        now = self.reading()
-        seen = self.store.noted_time("seen")
-        unset = now.instant < max(EARLIEST, seen - MINUTE)
-        self.clock_by = self.clock_by or now.ticks + WAIT_FOR_CLOCK
-        if unset and now.ticks < self.clock_by:
-            self.set_problem(
-                "clock",
-                "the clock is not set: it shows "
-                f"{format_rfc3339(now.instant)}; jobs wait for it, for "
-                f"{format_duration(WAIT_FOR_CLOCK)} at most",
-            )
-            return
-        self.set_problem("clock",
-                         "" if not unset else "the clock was not set; "
-                         "jobs run by what it shows")
-        self.watch = state_for_zones(now, self.registry.zones)
-        rows, launches = [], []
-        if seen and not unset:
-            self.watch = self.watch.replace(
-                zone_clocks=self.dials_of_before(seen))
-            rows, launches = self.missed_since(seen, now.instant)
-        self.record_and_start(launches + self.reboot_jobs(now.instant), rows)
-        self.know_jobs()
-
-    def know_jobs(self) -> None:
-        """Note which jobs there are: what a koid after us was not there for
-        is missed only by a job that we have seen."""
-        statements = [self.seen_note()] if self.watch else []
-        for scheduled in self.registry.scheduled_jobs:
-            self.store.job_key(scheduled.key, scheduled.job, statements)
-        self.write(statements)
-
-    def dials_of_before(self, seen: float) -> dict[str, ZoneClock]:
-        """The virtual clocks, where the koid before us left them and what
-        time has passed since."""
-        noted = dict(part.rpartition("=")[::2] for part
-                     in self.store.get_meta("dials").split("\n") if part)
-        now, zone_clocks = int(self.clock.now()), {}
-        for name, zone_clock in self.watch.zone_clocks.items():
-            virtual, comma, running = noted.get(name, "").partition(",")
-            if comma and (virtual + running).replace("-", "").isdigit():
-                before = ZoneClock(zone_clock.zone, int(virtual), int(running))
-                zone_clock = advance(before, int(seen), now)
-            zone_clocks[name] = zone_clock
-        return zone_clocks
-
-    def missed_since(self, seen: float, now: float):
-        """Rows for the starts that no koid was there for; those of this very
-        minute are made."""
-        rows, launches, minute = [], [], now // MINUTE * MINUTE
-        for scheduled in self.registry.scheduled_jobs:
-            if not scheduled.schedule or scheduled.key not in self.store.keys:
-                continue        # it is new: nobody waited for it
-            first, count, zone_clock = 0, 0, self.watch.zone_clocks[
-                scheduled.settings.zone]
-            for start in scheduled.schedule.iter_starts(int(seen),
-                                                        zone_clock.zone):
-                if start > now or count >= MOST_COUNTED:
-                    break
-                if start >= minute:
-                    launches.append(QueuedRun(scheduled, "schedule", start,
-                                              now))
-                else:
-                    first, count = first or start, count + 1
-            if count:
-                rows.append(self.missed(scheduled, count, first,
-                                        "koid was not running"))
-        return rows, launches
-
-    def reboot_jobs(self, now: float) -> list[QueuedRun]:
-        """@reboot: once after each boot."""
-        rebooted = self.rebooted()
-        self.deferred_statements.append(
-            self.store.set_meta("boot", self.machine.boot_id()))
-        marked = self.registry.system and self.machine.mark_reboot()
-        if not rebooted or marked or "history" in self.problems:
-            return []           # without a history nobody knows
-        return [QueuedRun(scheduled, "reboot", now, now) for scheduled
-                in self.registry.scheduled_jobs if scheduled.job.when
-                == "@reboot"]
-
-    def seen_note(self) -> tuple:
-        zone_clocks = "\n".join(
-            f"{name}={zone_clock.virtual},{zone_clock.checked}"
-                                for name,
-            zone_clock in self.watch.zone_clocks.items())
-        return ("insert or replace into meta values ('seen', ?), "
-                "('dials', ?)", (repr(self.watch.sample.instant), zone_clocks))
-
-    # --- tabs
-
-    def folders_unwatched(self) -> bool:
-        """Must we look at the tabs ourselves, each minute?"""
-        return self.registry.links or not self.folders \
-            or None in self.folders.values()
-
-    def notice_folders(self) -> None:
-        """Ask to be told when a tab changes."""
-        wanted = [f"{self.home}/tabs"]
-        if self.registry.system:
-            wanted += [SYSTEM_TAB_DIRECTORY, posixpath.dirname(SYSTEM_TAB),
-                       self.machine.spool()]
-        elif os.geteuid() == 0:
-            wanted.append(posixpath.dirname(LOCAL_ZONE))
-        for folder in wanted:
-            fd = self.folders.get(folder)
-            if fd is not None and not os.fstat(fd).st_nlink:
-                os.close(fd)            # it was removed, and perhaps remade
-                fd = None
-            self.folders[folder] = self.machine.watch_directory(folder) \
-                if fd is None else fd
-
-    def reload(self) -> None:
-        """Take up tabs that changed, from the next minute on."""
-        self.reload_at = FOREVER
-        self.notice_folders()
-        if self.watch and not self.folders_unwatched():
-            self.start_due()         # the minutes up to now are the old tabs'
-        if not self.registry.load():
-            return
-        self.broker.listed, self.broker.last_change_sent = None, -1
-        if self.watch:
-            self.watch = self.rewound(state_for_zones(
-                self.watch.sample, self.registry.zones, self.watch))
-            self.know_jobs()
-        scheduled_jobs = {scheduled.key: scheduled
-                          for scheduled in self.registry.scheduled_jobs} \
-            if self.waiting else {}
-        for queued in self.waiting:
-            scheduled = scheduled_jobs.get(queued.scheduled.key)
-            if scheduled and scheduled.job.params \
-                    == queued.scheduled.job.params:
-                queued.scheduled = scheduled
-        self.tell_of_tabs()
-
-    def rewound(self, watch: SchedulerState) -> SchedulerState:
-        """The watch, with zones as their files now have them."""
-        return watch.replace(zone_clocks={
-            name: zone_clock.replace(zone=self.registry.zones[name])
-            for name, zone_clock in watch.zone_clocks.items()})
-
-    def tell_of_tabs(self) -> None:
-        for trouble in self.registry.troubles:
-            self.log(trouble, bad=True)
-
-    # --- visitors
-
-    def listen(self) -> None:
-        path = self.machine.socket_path(self.home)
-        folder = posixpath.dirname(path)
-        everyone = path == ROOT_SOCKET
-        try:
-            os.makedirs(folder, 0o755, exist_ok=True)
-            if everyone:
-                os.chmod(folder, 0o755)     # whatever the umask was
-            near, fd = near_path(path)
-            try:
-                os.unlink(path)     # we hold the lock: nobody listens there
-            except FileNotFoundError:
-                pass
-            self.listener = socket.socket(socket.AF_UNIX)
-            mask = os.umask(0o111 if everyone else 0o177)
-            try:
-                self.listener.bind(near)
-            finally:
-                os.umask(mask)
-                if fd >= 0:
-                    os.close(fd)
-            self.listener.listen(1024)
-            self.listener.setblocking(False)
-        except OSError as error:
-            raise Error(f"{path}: {error.strerror}") from None
-        self.register_fd(self.listener.fileno(), self.accept)
-
-    def accept(self, _argument, _fd: int, _events: int) -> None:
-        """Somebody calls."""
-        for _ in range(MOST_AT_ONCE):   # then the clock comes first again
-            try:
-                sock, _ = self.listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:    # too many files are open
-                self.set_problem("visitors",
-                                 f"nobody can call: {error.strerror}")
-                self.poll.modify(self.listener.fileno(), 0)
-                self.door_opens = self.clock.ticks() + TRY_AGAIN
-                return
-            self.set_problem("visitors", "")
-            connection = ControlConnection(sock, caller_of(sock, self.machine),
-                                           self.clock.ticks() + REQUEST_TIME)
-            same = sum(other.caller.uid == connection.caller.uid
-                       for other in self.connections.values())
-            if len(self.connections) >= self.room \
-                    or not connection.caller.is_admin \
-                    and (same >= MOST_OF_ONE
-                    or len(self.connections) >= MOST_VISITORS):
-                send_last(sock, reply_line(error_reply(
-                    Error("koid is busy"))))
-                continue
-            sock.setblocking(False)
-            self.connections[sock.fileno()] = connection
-            self.register_fd(sock.fileno(), self.serve_connection, connection)
-
-    def serve_connection(self, connection: ControlConnection, fd: int,
-                         events: int) -> None:
-        """Read a request, or write what is left of a reply."""
-        try:
-            if connection.reply:
-                del connection.reply[
-                    :connection.connection.send(connection.reply)]
-                if not connection.reply:
-                    self.close_connection(connection)
-                return
-            data = connection.connection.recv(CHUNK)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        connection.request += data
-        size = sum(len(other.request) for other in self.connections.values()
-                   if other.caller.uid == connection.caller.uid)
-        if not data or len(connection.request) > LONGEST_REQUEST \
-                or size > MOST_BYTES_OF_ONE:
-            self.close_connection(connection)
-        elif b"\n" in data:
-            self.respond(connection)
-
-    def respond(self, connection: ControlConnection) -> None:
-        rest = b""
-        try:
-            self.be_fair(connection)
-            request = parsed_request(bytes(connection.request.partition(
-                b"\n")[0]))
-            if request.get("op") == "run":
-                self.start_manual(connection, request)
-                return
-            reply, rest = self.control.answer(connection.caller, request)
-        except Error as error:
-            reply = error_reply(error)
-        except Exception as bug:    # of ours; the jobs must not suffer
-            self.log(f"a request failed: {bug!r}", bad=True)
-            reply = error_reply(Error("koid failed on this request: "
-                                      f"{type(bug).__name__}"))
-        if connection.connection.fileno() not in self.connections:
-            return              # it was given away already
-        connection.reply = bytearray(reply_line(reply) + rest)
-        connection.deadline = self.clock.ticks() + LONG_ENOUGH
-        self.poll.modify(connection.connection.fileno(), select.POLLOUT)
-
-    def be_fair(self, connection: ControlConnection) -> None:
-        """Raises Error while a user does not read what he was told."""
-        unread = sum(len(other.reply) for other in self.connections.values()
-                     if other.caller.uid == connection.caller.uid)
-        if unread > MOST_BYTES_OF_ONE:
-            raise Error("koid is busy", "it waits for you to read")
-
-    def start_manual(self, connection: ControlConnection,
-                     request: dict) -> None:
-        """Start a job for somebody who waits for its output. Raises
-        Error."""
-        if not self.watch:
-            raise Error("the clock is not set", "date")
-        user = self.control.allowed_user(connection.caller, request)
-        given = request.get("args") or {}
-        if not isinstance(request.get("job"), str) \
-                or not isinstance(given, dict):
-            raise Error("a request to run names a job and its arguments")
-        scheduled = self.registry.resolve(user, request["job"])
-        now = self.clock.now()
-        queued = QueuedRun(scheduled, "manual", now, now)
-        queued.values = validate_arguments(scheduled.job, given)
-        queued.connection = self.part_with(connection)
-        self.record_and_start([queued])
-
-    def part_with(self, connection: ControlConnection):
-        """The visitor's connection, which is ours to watch no longer."""
-        fd = connection.connection.fileno()
-        del self.connections[fd], self.heard[fd]
-        self.poll.unregister(fd)
-        return connection.connection
-
-    def close_connection(self, connection: ControlConnection) -> None:
-        self.part_with(connection).close()
-
-    # --- the rest
-
-    def drain(self, _argument, fd: int, _events: int) -> None:
-        """Signals came in; their handlers have noted them."""
-        try:
-            os.read(fd, CHUNK)
-        except BlockingIOError:
-            pass
-
-    def clock_was_set(self, _argument, fd: int, _events: int) -> None:
-        try:
-            os.read(fd, 8)
-        except OSError:
-            pass                # ECANCELED: that is the news
-        self.machine.rearm_timer(fd)
-
-    def log(self, text: str, bad: bool = False) -> None:
-        """A line on stderr, and in the system's log if we are root's."""
-        try:
-            print(escape_controls(
-                f"{format_rfc3339(self.clock.now())} koid: {text}"),
-                  file=sys.stderr, flush=True)
-        except (OSError, ValueError):
-            pass                # nobody reads it; the jobs go on
-        if os.geteuid() == 0:
-            self.machine.log(text, bad=bad)
-
-    def set_problem(self, about: str, text: str) -> None:
-        """Something is wrong with us, or not any more."""
-        if text and self.problems.get(about) != text:
-            self.log(text, bad=True)
-        if text:
-            self.problems[about] = text
-        else:
-            self.problems.pop(about, None)
-
-    def troubles_of(self, user: str) -> list[str]:
-        """What is wrong, as far as it is this user's business."""
-        return [*self.problems.values(), *(
-            text for text in self.registry.troubles if not user
-            or text.startswith(f"{self.home}/tabs/{user}:"))]
-
-
-def send_cron_mail(machine: Machine, host: dict, user: str, to: str,
-                   command: str, environment: dict, text: bytes) -> None:
-    """In a child of ours: hand a mail to sendmail, as the user whose job it
-    was, and exit with its status."""
-    status = 1
+    koid, status = KoidConnection(socket.socket(fileno=AGENT_SOCKET)), EXIT_BUG
     try:
-        reset_signals(signal.SIG_DFL)
-        close_all_but({0, 1, 2})
-        os.setsid()
-        account = machine.account(user)
-        drop_privileges(account)
-        message = mail_about(user, machine.host(), to, command, environment,
-                             text)
-        try:
-            os.chdir(account.home)
-        except OSError:
-            os.chdir("/")
-        program = next(path for path in SENDMAILS if os.access(path, os.X_OK))
-        import subprocess
-        status = subprocess.run(
-            [program, "-FCronDaemon", "-i", "-B8BITMIME", "-oem", to],
-            input=message, env={**host, "PATH": DEFAULT_PATH,
-                                "HOME": account.home, "LOGNAME": user,
-                                "USER": user},
-            timeout=MAIL_TIME, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL).returncode % 256
-    except BaseException as error:
-        status = TRY_LATER if isinstance(error, ImportError) else 1
-        machine.log(f"({user}) MAIL (not sent: {error})", bad=True)
+        agent = SyncAgent(koid, koid.say_hello())
+        agent.start()
+        koid.listen(agent.on_news)
+    except OSError:
+        status = EXIT_OK    # koid is gone
+    except Exception as bug:
+        koid.lines.send({"op": "state", "about": "agent",
+                         "problem": f"the agent failed: {bug!r}"})
     finally:
         os._exit(status)
-
-
-def mail_about(user: str, host: str, to: str, command: str,
-               environment: dict, text: bytes) -> bytes:
-    """The mail about a run, with cron's headers; without X-Cron-Env, which
-    would send around what a tab keeps secret."""
-    from email import policy
-    from email.message import EmailMessage
-    sender = environment.get("MAILFROM", "")
-    message = EmailMessage(policy=policy.SMTP.clone(linesep="\n"))
-    message["From"] = sender if sender and safe_address(sender) \
-        else f"{user} (Cron Daemon)"
-    message["To"] = to
-    message["Subject"] = one_line(f"Cron <{user}@{host}> "
-                                  f"{split_percent(command)[0]}")
-    message["Auto-Submitted"] = "auto-generated"
-    content = text.decode("utf-8", "replace")
-    long = max(map(len, text.split(b"\n")), default=0) > 900
-    message.set_content(content, cte="quoted-printable" if long
-                        or b"\r" in text or b"\0" in text else "8bit")
-    for header, name in (("Content-Type", "CONTENT_TYPE"),
-                         ("Content-Transfer-Encoding",
-                          "CONTENT_TRANSFER_ENCODING")):
-        if environment.get(name):
-            del message[header]
-            message[header] = one_line(environment[name])
-    return message.as_bytes()
-
-
-def one_line(text: str) -> str:
-    """For a header: what would break or steer it becomes a blank."""
-    return "".join(letter if letter.isprintable() else " "
-                   for letter in text)[:900]
-
-
-# Compiles the program named by the first argument and calls its `main`.
-LOADER = ("import sys; del sys.argv[0]; koid = {'__name__': 'koid', "
-          "'__file__': sys.argv[0]}; "
-          "exec(compile(open(sys.argv[0], encoding='utf-8').read(), "
-          "sys.argv[0], 'exec'), koid); sys.exit(koid['main']())")
-
-
-def load_again() -> None:
-    """Replace this process by one that does not keep its syntax tree.
-
-    Python holds the syntax tree of a script (35 MB) until the script ends,
-    but frees that of compile(). Only a program started as a script comes
-    here; the new process is not one.
-    """
-    os.execv(sys.executable, ["koid", "-IS", "-c", LOADER, *sys.argv])
-
-
-def release_memory() -> None:
-    """Give the memory that compiling this file took back to the system.
-
-    malloc_trim(3) exists in glibc; without it the memory is only reused.
-    """
-    import ctypes
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def run_daemon(machine: Machine, system: bool) -> int:
-    """Be koid, until a signal says stop. Raises Error."""
-    if system and os.geteuid():
-        raise Error("only root can serve the tabs of the system", "sudo koid "
-                    "--system")
-    Daemon(machine, machine.state_directory(), system).serve()
-    return EXIT_OK
 
 
 # ==========================================================================
@@ -10382,7 +10907,7 @@ class Fleet(PingChecks):
                 "select nonce, body, mac from requests where host = ? and "
                 "state = 'waiting' and exp > ? order by id",
                 (status.number, now)):
-            if len(requests) == MOST_ASKED:
+            if len(requests) == MOST_REQUESTS:
                 break
             if self.handed.get(nonce, 0.0) <= now - HAND_OUT_AGAIN:
                 self.handed[nonce] = now

@@ -6,7 +6,8 @@ does what `python3 -IS FILE ARG...` does, but without compiling FILE each
 time: the tests start the programs some thousand times. CACHE is a directory
 of the test run. PATCH is empty, or Python text that is executed before
 `main` is called, with the program as `k`, and `sys`; it makes a limit small
-or a call fail.
+or a call fail. Constants that it changes are changed in koid's agent, too,
+which is a program of its own; a function is changed in koid alone.
 """
 
 import sys
@@ -23,8 +24,21 @@ def main(cache: str, patch: str, file: str) -> None:
     code = SourceFileLoader(name, file).get_code(name)
     sys.pycache_prefix = None
     exec(code, vars(program))
+    before = dict(vars(program))
     exec(patch, {"k": program, "sys": sys})
+    pass_on_constants(program, before)
     sys.exit(program.main())
+
+
+def pass_on_constants(program: ModuleType, before: dict) -> None:
+    """Let the text of koid's agent end with the constants of the program
+    that are not as they were `before`."""
+    changed = [f"{name} = {value!r}\n" for name, value in vars(program).items()
+               if isinstance(value, (int, float, str, tuple))
+               and before.get(name) != value]
+    text = getattr(program, "agent_program", None)
+    if text and changed:
+        program.agent_program = lambda: "".join([text(), *changed])
 
 
 main(*sys.argv[1:4])

@@ -66,7 +66,7 @@ class Poll:
 
 def init(daemon, *args, init=k.Daemon.__init__):
     init(daemon, *args)
-    daemon.poll = Poll(daemon.poll)
+    daemon.poller.poll = Poll(daemon.poller.poll)
 
 look()
 k.Daemon.__init__ = init

@@ -486,7 +486,7 @@ def stall(held: Held, name: str, n: int) -> str:
     gone(tracer)
     if not answered(koi):
         restart(koi)
-    koi.clock.elapse(KOITAB.FIRST_LOOK)     # at the run that it adopted
+    koi.clock.elapse(KOITAB.CHECK_AGAIN)     # at the run that it adopted
     state = support.wait_until(lambda: final_state(koi, run), PATIENCE,
                                f"the end of run {run}: {koi.log()}")
     quiet(koi, run)

@@ -59,9 +59,11 @@ def desk(tmp_path):
     book.load()
     store = koitab.RunStore(str(home / "history.db"))
     store.open()
-    daemon = SimpleNamespace(
-        running={}, started=0.0, late=list, reload=book.load,
-        troubles_of=lambda user: [], kill=lambda run, why: False)
+    scheduler = SimpleNamespace(
+        running_counts=dict, late=list, problems_of=lambda user: [],
+        kill=lambda run, why: False)
+    daemon = SimpleNamespace(scheduler=scheduler, started=0.0,
+                             reload=book.load)
     yield koitab.ControlService(host, str(home), book, store, daemon)
     store.db.close()
 
@@ -86,11 +88,11 @@ def add_runs(desk, user: str, count: int) -> None:
     b'{"a":' * 100_000, b'{"run": ' + b"9" * 1_000_000 + b"x}"])
 def test_what_is_no_object_is_no_request(line):
     with pytest.raises(Error, match="this is no request"):
-        koitab.parsed_request(line)
+        koitab.parse_line(line)
 
 
 def test_bytes_that_are_no_utf_8_stay_what_they_are():
-    request = koitab.parsed_request(b'{"text": "caf\xe9"}')
+    request = koitab.parse_line(b'{"text": "caf\xe9"}')
     assert request["text"].encode("utf-8", "surrogateescape") == b"caf\xe9"
 
 
@@ -273,9 +275,9 @@ def test_the_kernel_says_who_calls(monkeypatch):
     ("echo {{A, string, x}}", 2)])
 def test_a_job_is_called_by_name_section_line_command_or_tag(desk, name,
                                                              line):
-    duty = desk.registry.resolve("alice", name)
+    duty = desk.registry.find_job("alice", name)
     assert duty.line == line
-    assert desk.registry.resolve("alice", duty.job.tag) is duty
+    assert desk.registry.find_job("alice", duty.job.tag) is duty
 
 
 @pytest.mark.parametrize("user, name", [
@@ -284,12 +286,12 @@ def test_a_job_is_called_by_name_section_line_command_or_tag(desk, name,
     ("alice", "x" * 100_000)])
 def test_a_job_that_is_not_there_is_named(desk, user, name):
     with pytest.raises(Error, match="there is no job"):
-        desk.registry.resolve(user, name)
+        desk.registry.find_job(user, name)
 
 
 def test_a_name_of_several_jobs_is_asked_about(desk):
     with pytest.raises(Error, match="the name of 2 jobs") as refused:
-        desk.registry.resolve("alice", "")
+        desk.registry.find_job("alice", "")
     assert all(duty.job.tag in refused.value.hint
                for duty in desk.registry.scheduled_jobs)
 
@@ -531,13 +533,13 @@ def test_a_trouble_stays_until_it_is_mended(desk):
 
     write("alice", '"Hers" @manual id\n\0\n')
     desk.registry.load()
-    assert "NUL" in " ".join(desk.registry.troubles)
+    assert "NUL" in " ".join(desk.registry.problems)
     write("mallory", "@manual id\n")
     desk.registry.load()
-    assert "NUL" in " ".join(desk.registry.troubles)
+    assert "NUL" in " ".join(desk.registry.problems)
     write("alice", '"Hers" @manual true\n')
     desk.registry.load()
-    assert desk.registry.troubles == []
+    assert desk.registry.problems == []
 
 
 # Who shares a supervisor? ----------------------------------------------------

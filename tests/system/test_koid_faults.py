@@ -244,7 +244,7 @@ def test_sigterm_ends_koid_at_once_and_no_job(koi, clock, gate):
     assert koi.row(run)["state"] == "running"
     gate.open()
     wait_until(lambda: koi.header(run).phase == koitab.ENDED, 20, "its end")
-    clock.elapse(koitab.FIRST_LOOK)
+    clock.elapse(koitab.CHECK_AGAIN)
     assert (koi.end_of(run)["state"], koi.row(run)["exit"]) == ("done", 7)
     assert truth(koi) == [run]
 

@@ -3,12 +3,14 @@ out; and that nothing a dashboard does or fails to do hurts the jobs."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import socket
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -478,18 +480,57 @@ def test_the_child_ends_with_koid(linked, dashboard):
     support.wait_until(lambda: not koitab.process_start_time(child))
 
 
-@support.root_only
-def test_roots_child_is_nobody_and_holds_no_file_of_roots(linked, dashboard):
+def memory_of(pid: int) -> bytes:
+    """What the process has in its memory, but for what it cannot change."""
+    found = []
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem",
+                                                 "rb", 0) as memory:
+        for line in maps:
+            place, rights, *_ = line.split()
+            start, end = (int(part, 16) for part in place.split("-"))
+            if rights.startswith("rw"):
+                memory.seek(start)
+                with contextlib.suppress(OSError):      # [vvar]
+                    found.append(memory.read(end - start))
+    return b"".join(found)
+
+
+def status_of(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: " ".join(value.split()) for name, value in (
+        line.split(":", 1) for line in lines)}
+
+
+def test_agent_is_a_fresh_process_that_has_no_rights(linked, dashboard):
     support.need_capability("CAP_SYS_PTRACE")       # to see what it holds
     dashboard.specs()
     child = child_of(linked)
-    status = open(f"/proc/{child}/status").read()
-    uid = __import__("pwd").getpwnam("nobody").pw_uid
-    assert f"Uid:\t{uid}\t{uid}\t{uid}\t{uid}" in status
-    assert "CapEff:\t0000000000000000" in status
-    held = [os.readlink(f"/proc/{child}/fd/{fd}")
-            for fd in os.listdir(f"/proc/{child}/fd")]
-    assert not [name for name in held if f"{linked.home}/" in name]
+    status, uid = status_of(child), os.geteuid() or koitab.AGENT_UID
+    assert status["Name"] == "koi-agent"
+    assert status["Uid"] == " ".join([str(uid)] * 4)
+    assert status["NoNewPrivs"] == "1"
+    assert {status[f"Cap{kind}"] for kind in ("Prm", "Eff", "Amb")} == {
+        "0" * 16}
+    assert Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")[1:] == [
+        b"-IS", b"-", b"koi-agent", b""]
+    variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+    assert {each.partition(b"=")[0] for each in variables if each} == {
+        b"PATH", b"LANG"}
+    held = {os.readlink(f"/proc/{child}/fd/{fd}").partition(":")[0]
+            for fd in os.listdir(f"/proc/{child}/fd")}
+    assert held == {"/memfd", os.devnull, "socket"}
+
+
+def test_host_key_is_in_koids_memory_and_not_in_the_agents(linked, dashboard):
+    """A fork of koid's would have both, and koid's code."""
+    support.need_capability("CAP_SYS_PTRACE")
+    dashboard.specs()
+    koids, agents = map(memory_of, (linked.daemon.pid, child_of(linked)))
+    assert KEY not in agents
+    for secret in (KEY.hex().encode(), b"adopt_orphans"):
+        assert secret in koids and secret not in agents
+    for known in (lying_dashboard.TOKEN.encode(), b"missing_output"):
+        assert known in agents
 
 
 def test_who_leaves_is_not_heard_any_more(linked, dashboard):
@@ -523,19 +564,16 @@ def test_keys_that_cannot_be_believed_are_not_used(koi, dashboard, spoil, why):
 
 HOSTILE = """
 import json, os, select, signal, socket, time
-k.RESTART_FIRST, k.RESTART_LONGEST = 0.1, 1.0
 
-def link_up(mine, connection, machine, instance):
+def run_agent():
+    connection = socket.socket(fileno=3)
     try:
-        k.close_all_but({{0, 1, 2, connection.fileno()}})
 {deeds}
         end = select.poll()
         end.register(connection, 0)
-        end.poll(60_000)        # until koid hangs up
+        end.poll(60_000)        # until koid closes it
     finally:
         os._exit(0)
-
-k.run_agent = link_up
 """
 QUESTION = 'json.dumps({"op": "batch", "after": 0, "most": 200, ' \
     '"list_sha": ""}).encode() + b"\\n"'
@@ -545,7 +583,9 @@ class Hostile(support.Koi):
     """A koid whose child was taken over, and does this."""
 
     def begin(self, deeds: str, tab: str = '"Plain" @manual echo plain\n'):
-        self.patch += HOSTILE.format(deeds=textwrap.indent(deeds, " " * 8))
+        program = HOSTILE.format(deeds=textwrap.indent(deeds, " " * 8))
+        self.patch += "k.RESTART_FIRST, k.RESTART_LONGEST = 0.1, 1.0\n" \
+            f"k.agent_program = lambda: {program!r}\n"
         self.tab(tab)
         lying_dashboard.belong(self, "http://127.0.0.1:9")
         self.start()
@@ -581,7 +621,7 @@ def test_who_asks_much_and_hears_nothing_fills_no_memory(hostile):
     hostile.begin("while True: connection.sendall(" + QUESTION + " * 500)",
                   tab)
     before = support.megabytes_of(hostile.daemon.pid)
-    support.wait_until(lambda: hostile.log().count("started again") > 2)
+    support.wait_until(lambda: hostile.log().count("restarting in") > 2)
     assert hostile.run("Plain")[1] == b"plain\n"
     assert support.megabytes_of(hostile.daemon.pid) < before + 60
 
@@ -604,7 +644,7 @@ def test_who_says_a_thousand_things_fills_neither_log_nor_memory(hostile):
 lines = connection.makefile("rb")
 for n in range({count}):
     connection.sendall(json.dumps({{
-        "op": "state", "about": "send", "trouble": f"no {{n}}",
+        "op": "state", "about": "send", "problem": f"no {{n}}",
         "sent": n % 2}}).encode() + b"\\n")
     while lines.readline() == b'{{"news": 1}}\\n':
         pass""", '"Plain" @manual echo plain\n"Other" @manual echo other\n')
