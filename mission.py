@@ -3293,11 +3293,127 @@ def free_bytes(path: str) -> int:
 # Git: how is a storage committed?                   (files, processes; C O)
 #
 # git runs as the owner of the repository, never as root in another user's:
-# the repository's configuration and filters can run programs.
+# the repository's configuration and filters can run programs. What mission
+# itself wants to know of a repository it looks up in a child that has become
+# the owner: links there can lead anywhere.
 # ==========================================================================
 
 GIT_SECONDS = 600       # for one command of git
 LOCK_AGE = 15 * 60      # a git lock this old belongs to nobody
+# The configuration of git(1) that no repository and no user can change.
+GIT_OPTIONS = (
+    # "batch" waits for the disk once for all objects, not for each. sync()
+    # does the rest.
+    "core.fsync=all", "core.fsyncMethod=batch", "core.fsmonitor=false",
+    "core.hooksPath=/dev/null", "commit.gpgSign=false",
+    "status.submoduleSummary=false", "color.ui=false")
+CHANGES_NAMED = 1000    # files of one commit are named, then counted
+UNREADABLE_HINT = '"chown": true for this storage'
+# Housekeeping has its own step after the mail, with its own limit.
+NO_PACKING = ("gc.auto=0", "maintenance.auto=false")
+# Where git looks for configuration besides the repository (git-config(1),
+# gitattributes(5)); "~" is root's home.
+ROOTS_GIT_FILES = (
+    "/etc/gitconfig", "/etc/gitattributes", "~/.gitconfig",
+    "~/.config/git/config", "~/.config/git/attributes",
+    "~/.config/git/ignore")
+UNFINISHED = {"rebase-merge": "rebase", "rebase-apply": "rebase",
+              "MERGE_HEAD": "merge", "CHERRY_PICK_HEAD": "cherry-pick"}
+
+
+def as_user(account: Account, function, *arguments) -> str:
+    """Become a user for good, and return function(*arguments). Only for
+    run_in_child. Raises OSError."""
+    if os.geteuid() != account.uid:
+        os.setgroups(os.getgrouplist(account.name, account.gid))
+        os.setgid(account.gid)
+        os.setuid(account.uid)
+    return function(*arguments)
+
+
+def untrusted_entry(tops: list[str], uid: int, strict: bool) -> str:
+    """Return the first entry below the directories `tops` that does not
+    belong to `uid`, as the beginning of a sentence, or "".
+
+    With `strict` no other user may be able to write it either. Runs as the
+    owner of the repository. Raises Error if a directory cannot be read.
+    """
+    ahead = list(tops)
+    while ahead:
+        place = ahead.pop()
+        try:
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    owner = entry.stat(follow_symlinks=False).st_uid
+                    if owner != uid:
+                        return f"{entry.path} belongs to {user_name(owner)}"
+                    found = writer_of(entry.path, {uid}, sticky=False) \
+                        if strict else ""
+                    if found:
+                        return f"{entry.path} {found}"
+                    if entry.is_dir(follow_symlinks=False):
+                        ahead.append(entry.path)
+        except OSError as error:
+            raise Error(f"{place}: {error.strerror}") from None
+    return ""
+
+
+def git_state(directory: str) -> str:
+    """Return "rebase", "merge" or "cherry-pick" while one is in progress in
+    a git directory, or "". Runs as the owner of the repository."""
+    return next((state for name, state in UNFINISHED.items() if
+                 os.path.lexists(os.path.join(directory, name))), "")
+
+
+def find_locks(directories: list[str]) -> str:
+    """Return git's lock files as JSON: path -> seconds since 1970 when it
+    was made. Runs as the owner of the repository."""
+    import json
+    found = {}
+    for directory in directories:
+        places = [directory]
+        places += [place for place, _, _ in
+                   os.walk(os.path.join(directory, "refs"))]
+        for place in places:
+            try:
+                for name in os.listdir(place):
+                    path = os.path.join(place, name)
+                    if name.endswith(".lock"):
+                        found[path] = os.lstat(path).st_mtime
+            except OSError:         # it is gone, or not the owner's
+                continue
+    return json.dumps(found)
+
+
+def remove_files(paths: list[str]) -> str:
+    """Remove files that may be gone. Runs as the owner of the repository.
+    Raises OSError."""
+    for path in paths:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+    return ""
+
+
+class GitLinks:
+    """Collects from `git ls-files -s -z` the entries that are repositories
+    (mode 160000), piece by piece: the listing can be long."""
+
+    def __init__(self):
+        self.rest, self.names = b"\0", set()
+
+    def add(self, data: bytes) -> None:
+        """Take the next piece of the output."""
+        data = self.rest + data
+        end = data.rindex(b"\0")
+        at = data.find(b"\000160000 ")
+        while 0 <= at < end:
+            after = data.index(b"\0", at + 1)
+            self.names.add(data[at + 1:after].partition(b"\t")[2].decode(
+                "utf-8", "surrogateescape"))
+            at = data.find(b"\000160000 ", after)
+        self.rest = data[end:]
 
 
 class Repository:
@@ -3316,6 +3432,8 @@ class Repository:
         nobody can be found to run git as."""
         self.processes, self.path, self.report = processes, path, report
         self.git, self.since = find_program("git") or "git", since
+        self.directories: list[str] = []    # that git writes to
+        self.changes = 0
         fd = open_directory(path)
         try:
             uid = os.fstat(fd).st_uid
@@ -3334,14 +3452,10 @@ class Repository:
             GIT_EDITOR="true", GIT_OPTIONAL_LOCKS="0", LC_ALL="C.UTF-8")
 
     def call(self, *arguments: str, data: bytes = b"", report=None,
-             whole=False) -> ProcessResult:
-        options = [
-            "core.fsync=all", "gc.auto=0", "maintenance.auto=false",
-            "core.fsmonitor=false",
-            "core.hooksPath=/dev/null", "commit.gpgSign=false",
-            "status.submoduleSummary=false", "color.ui=false"]
+             whole=False, options=NO_PACKING) -> ProcessResult:
+        """Run git to its end, as the owner."""
         argv = [self.git, "-C", self.path, "--no-pager"]
-        for option in options:
+        for option in GIT_OPTIONS + options:
             argv += ["-c", option]
         return self.processes.run(argv + list(arguments), GIT_SECONDS, data,
                                 self.env, self.owner, "/", report, whole)
@@ -3358,38 +3472,188 @@ class Repository:
             raise Error(f"git {arguments[0]}: {done.reason}")
         return done
 
+    def look_up(self, function, *arguments) -> str:
+        """Return function(*arguments), called in a child as the owner.
+        Raises Error."""
+        done, text = self.processes.run_in_child(
+            GIT_SECONDS, as_user, self.owner, function, *arguments)
+        if not done:
+            raise Error(escape_controls(text))
+        return text
+
     def raw(self, data: bytes) -> None:
         self.report("", data)
 
-    def commit(self, message: str) -> list[str]:
+    def commit(self, message: str, is_checked: bool = False) -> list[str]:
         """Add and commit everything; return warnings. Raises Error and
-        OSError."""
-        self.refuse_mixed_owners()
+        OSError.
+
+        `is_checked`: everything in .git was found to be the owner's.
+        """
+        self.locate()
+        inside = os.path.join(os.path.realpath(self.path), ".git")
+        if not is_checked or self.directories != [inside]:
+            self.refuse_mixed_owners()
         self.wait_for_locks()
-        state = self.unfinished()
+        state = self.look_up(git_state, self.directories[0])
         if state:
             return [f"{self.path} is in the middle of a {state}: "
                     "not committed"]
-        self.report("Status", "")
-        self.must("status", "-sb", report=self.raw)
-        self.report("Add", "")
-        self.must("add", "-A", report=self.raw)
-        warnings = self.nested()
-        staged = self.call("diff", "--cached", "--quiet", "--no-ext-diff",
-                           "--no-textconv")
-        if staged.code == 0:
+        warnings = self.add() + self.nested()
+        if not self.changes:
             self.report("NoChanges", "")
             return warnings
+        # The objects are on the disk before a branch names them.
+        self.sync()
         self.report("Commit", message)
         self.identify()
         self.must("commit", "--quiet", "--no-verify", "--no-gpg-sign",
                   "-F", "-", data=message.encode() + b"\n", report=self.raw)
         self.call("show", "--oneline", "--shortstat", "--no-ext-diff",
                   "--no-textconv", "HEAD", report=self.raw)
-        # git syncs its files and not their directories. Only this makes a
-        # commit survive a power cut.
-        os.sync()
+        self.sync()
         return warnings
+
+    # --- what git and mission rely on -------------------------------------
+
+    def locate(self) -> None:
+        """Ask git for the directories that it writes to: that of .git, and
+        in a worktree the common one (gitrepository-layout(5)).
+
+        Raises Error if the directory is not the top of a repository. What
+        git says then is not repeated: it could quote any file.
+        """
+        if self.owner.uid == 0:
+            self.refuse_untrusted([self.path])
+        done = self.call("rev-parse", "--is-inside-work-tree", "--show-cdup",
+                         "--absolute-git-dir", "--git-common-dir")
+        if done.late:
+            raise Error(f"{self.path}: git {done.reason}")
+        lines = done.output.split("\n")
+        if done.code or len(lines) != 5 or lines[:2] != ["true", ""]:
+            raise Error(f"{self.path}/.git does not lead to a repository of "
+                        f"{self.owner.name}", "git status, as "
+                        f"{self.owner.name}, shows why")
+        found = [os.path.normpath(os.path.join(self.path, line))
+                 for line in lines[2:4]]
+        self.directories = list(dict.fromkeys(found))
+
+    def refuse_mixed_owners(self) -> None:
+        """Raise Error if git's directories are not the owner's alone.
+
+        A file of another user would make git fail half-way, or let that user
+        run programs as the owner. For root it must be impossible to write
+        any file that git reads.
+        """
+        found = self.look_up(untrusted_entry, self.directories,
+                             self.owner.uid, False)
+        if found:
+            raise Error(f"{escape_controls(found)}, and git runs as "
+                        f"{self.owner.name}, who owns {self.path}",
+                        f"chown -hR {self.owner.name}: {self.path}, or "
+                        '"chown": true for this storage')
+        if self.owner.uid == 0:
+            self.refuse_untrusted(self.directories)
+            self.refuse_untrusted_files()
+
+    def refuse_untrusted(self, directories: list[str]) -> None:
+        """Raise Error if anyone but root can write one of the `directories`,
+        anything in them or any directory above them."""
+        found = next(filter(None, (untrusted_writer(directory, {0})
+                                   for directory in directories)), "") \
+            or self.look_up(untrusted_entry, directories, 0, True)
+        if found:
+            raise Error("git would run as root, and "
+                        + escape_controls(found), "chown the storage to its "
+                        "user, or protect it")
+
+    def refuse_untrusted_files(self) -> None:
+        """Raise Error if anyone but root can write a file outside the
+        repository that git reads: configuration and what it includes, lists
+        of attributes, and directories of objects that it borrows."""
+        listing = self.must("config", "--list", "--show-origin", "-z",
+                            whole=True).output.split("\0")
+        files = [self.expand(file) for file in ROOTS_GIT_FILES]
+        for origin, setting in zip(listing[::2], listing[1::2]):
+            file = os.path.join(self.path, origin.partition(":")[2])
+            if origin.startswith("file:"):
+                files.append(file)
+            key, _, value = setting.partition("\n")
+            if key.startswith("include") and key.endswith(".path"):
+                files.append(os.path.join(os.path.dirname(file),
+                                          self.expand(value)))
+            elif key in ("core.attributesfile", "core.excludesfile"):
+                files.append(os.path.join(self.path, self.expand(value)))
+        for file in dict.fromkeys(files):
+            place = file
+            while not os.path.lexists(place):   # who could make it?
+                place = os.path.dirname(place)
+            found = untrusted_writer(place, {0})
+            if found:
+                raise Error("git would run as root and read "
+                            f"{escape_controls(file)}, and "
+                            + escape_controls(found), "protect it")
+        borrowed = [line[11:] for line in self.must(
+            "count-objects", "-v").output.split("\n")
+            if line.startswith("alternate: ")]
+        self.refuse_untrusted(borrowed)
+
+    def expand(self, path: str) -> str:
+        """Return the path with the home directory for a ~ at its front, as
+        git does it."""
+        return self.owner.home + path[1:] if path.startswith("~/") \
+            else os.path.expanduser(path)
+
+    # --- the steps of a commit --------------------------------------------
+
+    def add(self) -> list[str]:
+        """Add everything, and report what has changed since the last commit;
+        return warnings. Raises Error.
+
+        The list comes from the index: `git status` would read the whole tree
+        once more. `self.changes` becomes the number of changed files.
+        """
+        self.report("Status", "")
+        output, counted = bytearray(), [0]
+
+        def keep(data: bytes) -> None:
+            output.extend(data[:OUTPUT_KEPT - len(output)])
+
+        def count(data: bytes) -> None:
+            counted[0] += data.count(b"\0")
+
+        try:
+            self.must("add", "-A", report=keep)
+            fields = self.must(
+                "diff", "--cached", "--name-status", "-z", "--no-renames",
+                "--no-ext-diff", "--no-textconv", "--ignore-submodules=none",
+                report=count).output.split("\0")[:-1]
+            self.changes = counted[0] // 2
+            shown = list(zip(fields[::2], fields[1::2]))[:CHANGES_NAMED]
+            for letter, name in shown:
+                self.report("", f"{letter}  {escape_controls(name)}\n"
+                            .encode("utf-8", "backslashreplace"))
+            if self.changes > len(shown):
+                self.raw(f"and {self.changes - len(shown):,} more\n".encode())
+        except Error as error:
+            denied = self.unreadable(output)
+            raise Error(f"{error.message}: {denied[0]}" if denied
+                        else error.message, UNREADABLE_HINT if denied
+                        else error.hint) from None
+        finally:
+            self.report("Add", "")
+            self.raw(bytes(output))
+        return [f"{name}: not committed ({UNREADABLE_HINT})"
+                for name in self.unreadable(output)]
+
+    def unreadable(self, output: bytes) -> list[str]:
+        """Return what `git add` could not open, for a person."""
+        import re
+        text = output.decode("utf-8", "replace")
+        names = re.findall(r"""^(?:error|warning): .*?["'](.+?)/?["')]+: """
+                           "Permission denied$", text, re.M)
+        return [f"{self.owner.name} cannot read " + escape_controls(
+            os.path.join(self.path, name)) for name in dict.fromkeys(names)]
 
     def identify(self) -> None:
         """Set a name for the commit, if the owner has none in git's
@@ -3403,100 +3667,42 @@ class Repository:
     def nested(self) -> list[str]:
         """Warnings about repositories in the directory: git commits the hash
         of their HEAD, but none of their files. Submodules are intended."""
-        listing = self.must("ls-files", "-s", "-z", whole=True).output
-        links = {entry.split("\t", 1)[1] for entry in listing.split("\0")
-                 if entry.startswith("160000 ")}
-        if not links:
+        links = GitLinks()
+        self.must("ls-files", "-s", "-z", report=links.add)
+        if not links.names:
             return []
         modules = self.call("config", "-z", "-f", ".gitmodules",
                             "--get-regexp", r"submodule\..*\.path").output
         declared = {entry.partition("\n")[2]
                     for entry in modules.split("\0")}
-        return [
-            f"{escape_controls(os.path.join(self.path, name))} is a "
-            "repository "
-                "of its own: its files are not committed"
-                for name in sorted(links - declared)]
+        return [escape_controls(os.path.join(self.path, name))
+                + " is a repository of its own: its files are not committed"
+                for name in sorted(links.names - declared)]
 
-    def git_directories(self) -> list[str]:
-        """The directories that git writes to: .git, or the two that the
-        .git file of a worktree leads to (gitrepository-layout(5))."""
-        git = os.path.join(self.path, ".git")
-        if not os.path.isfile(git):
-            return [git]
-        found = os.path.join(self.path, short_text(git).removeprefix(
-            "gitdir: "))
-        common = os.path.join(found, "commondir")
-        if not os.path.isfile(common):
-            return [found]
-        return [found, os.path.join(found, short_text(common))]
+    def sync(self) -> None:
+        """Bring the file systems of the repository to the disk, as the
+        owner. Raises Error.
 
-    def unfinished(self) -> str:
-        """"rebase", "merge" or "cherry-pick" while one is in progress; a
-        commit would become a part of it."""
-        for name, state in (("rebase-merge", "rebase"), ("MERGE_HEAD",
-                            "merge"), ("rebase-apply", "rebase"),
-                            ("CHERRY_PICK_HEAD", "cherry-pick")):
-            if os.path.lexists(os.path.join(self.git_directories()[0], name)):
-                return state
-        return ""
-
-    def refuse_mixed_owners(self) -> None:
-        """Raise Error if git's directories are not the owner's alone.
-
-        A file of another user would make git fail half-way, or let that user
-        run programs as root if root is the owner. A repository of root's
-        must be root's in every part, because a directory of another user
-        could contain a repository with programs in its configuration.
+        git syncs its files and not their directories: only this makes a
+        commit survive a power cut. sync(2) would wait for every disk.
         """
-        uid = self.owner.uid
-        for directory in self.git_directories():
-            self.refuse_in(directory, lambda entry: entry.stat(
-                follow_symlinks=False).st_uid == uid)
-        if uid != 0:
-            return
-        for directory in [self.path] + self.git_directories():
-            found = untrusted_writer(directory, {0})
-            if found:
-                raise Error(f"git would run as root, and {found}",
-                            "chown the storage to its user, or protect it")
-            self.refuse_in(directory, lambda entry: not writer_of(
-                entry.path, {0}, sticky=False))
-
-    def refuse_in(self, top: str, fits) -> None:
-        """Raise Error for the first entry below `top` for which
-        fits(entry) is false."""
-        ahead = [top]
-        while ahead:
-            with os.scandir(ahead.pop()) as entries:
-                for entry in entries:
-                    if not fits(entry):
-                        raise Error(
-                            f"{escape_controls(entry.path)} does not belong "
-                            "to "
-                            f"{self.owner.name} alone, who owns {self.path}",
-                            f"chown -hR {self.owner.name}: {self.path}, or "
-                            '"chown": true for this storage')
-                    if entry.is_dir(follow_symlinks=False):
-                        ahead.append(entry.path)
+        done = self.processes.run(
+            ["sync", "-f", self.path, *self.directories], GIT_SECONDS,
+            account=self.owner)
+        if done.code:
+            raise Error(f"sync -f {self.path}: {done.reason}")
 
     # --- locks that a killed git left -------------------------------------
 
-    def locks(self) -> list[str]:
-        """The lock files of git that exist now."""
-        found = []
-        for directory in self.git_directories():
-            for place, _, names in os.walk(os.path.join(directory, "refs")):
-                found += [os.path.join(place, name) for name in names
-                          if name.endswith(".lock")]
-            found += [os.path.join(directory, name)
-                      for name in os.listdir(directory)
-                      if name.endswith(".lock")]
-        return found
+    def locks(self) -> dict[str, float]:
+        """Return the lock files of git that exist now, and when each was
+        made, in seconds since 1970. Raises Error."""
+        import json
+        return json.loads(self.look_up(find_locks, self.directories))
 
     def users(self) -> list[str]:
         """"pid (name)" of each git that has the repository open."""
-        places = [self.path] + self.git_directories()
+        places = [self.path] + self.directories
         return [f"{pid} ({name})" for pid, name in list_processes()
                 if pid != os.getpid() and any(
                     link == place or link.startswith(place + "/")
@@ -3508,49 +3714,37 @@ class Repository:
         deadline = self.processes.clock.ticks() + 30
         while self.locks() and not self.clear_locks():
             users = self.users()
-            if self.processes.stopped or not users \
-                    or self.processes.clock.ticks() > deadline:
-                lock = self.locks()[:1]
-                if not lock:
-                    return
-                raise Error(f"{lock[0]} is held"
+            if users and not self.processes.stopped \
+                    and self.processes.clock.ticks() <= deadline:
+                time.sleep(0.1)
+                continue
+            locks = self.locks()
+            if locks:       # else its git has ended since we looked
+                lock = escape_controls(min(locks))
+                raise Error(f"{lock} is held"
                             + (f" by {users[0]}" if users else
                                ", for less than 15 minutes, by nobody"),
-                            f"if no git works there: rm {lock[0]}")
-            time.sleep(0.1)
+                            f"if no git works there: rm {lock}")
 
     def clear_locks(self) -> bool:
         """Remove the locks of a git that was killed, as the owner; whether
-        there were any. While a git has the repository open, none is stale."""
+        there were any. While a git has the repository open, none is stale.
+        Raises Error."""
         now = self.processes.clock.now()
-        stale = [lock for lock in self.locks() if self.is_stale(lock, now)]
+        stale = [lock for lock, made in self.locks().items()
+                 if self.is_stale(made, now)]
         if not stale or self.users():
             return False
-        self.processes.run(["rm", "-f", "--", *stale], GIT_SECONDS,
-                         account=self.owner)
+        self.look_up(remove_files, stale)
         for lock in stale:
             self.report("StaleLock", escape_controls(lock))
         return True
 
-    def is_stale(self, lock: str, now: float) -> bool:
-        """Whether a lock is older than 15 minutes or the last boot, or was
-        made since mission's git began to work there."""
-        try:
-            age = os.lstat(lock).st_mtime
-        except OSError:
-            return False
-        return age < now - LOCK_AGE or age >= self.since - 1 \
-            or age < boot_time()
-
-
-def short_text(path: str) -> str:
-    """The first 4 KiB of a file, without white space around them. A FIFO in
-    its place does not block. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        return os.fsdecode(os.read(fd, 4096)).strip()
-    finally:
-        os.close(fd)
+    def is_stale(self, made: float, now: float) -> bool:
+        """Whether a lock of this time is older than 15 minutes or the last
+        boot, or was made since mission's git began to work there."""
+        return made < now - LOCK_AGE or made >= self.since - 1 \
+            or made < boot_time()
 
 
 # ==========================================================================

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import textwrap
@@ -404,6 +405,37 @@ def log_texts(log: str) -> list[str]:
     are left in them."""
     return [found[2] for line in log.split("\n")
             for found in [LOG_LINE.match(line)] if found]
+
+
+# --- access control lists ---------------------------------------------------
+
+# Tags of an entry, from acl(5) and linux/posix_acl.h.
+ACL_OWNER, ACL_USER, ACL_OWNING_GROUP, ACL_GROUP, ACL_MASK, ACL_OTHER = (
+    0x01, 0x02, 0x04, 0x08, 0x10, 0x20)
+ACL_NOBODY = 0xffffffff     # the id of an entry that names nobody
+
+
+def acl(*entries: tuple, mask: int = 7) -> bytes:
+    """A list as the kernel keeps it: `entries` (tag, permissions, id), and
+    those of the mode."""
+    found = sorted([(ACL_OWNER, 6, ACL_NOBODY),
+                    (ACL_OWNING_GROUP, 4, ACL_NOBODY),
+                    (ACL_OTHER, 4, ACL_NOBODY), (ACL_MASK, mask, ACL_NOBODY),
+                    *entries])
+    return struct.pack("<I", 2) + b"".join(
+        struct.pack("<HHI", *entry) for entry in found)
+
+
+def set_acl(path: Path, *entries: tuple, kind: str = "access",
+            **options) -> None:
+    """Give a file a list. A directory stays one that all can enter."""
+    before = os.lstat(path).st_mode
+    try:
+        os.setxattr(path, f"system.posix_acl_{kind}", acl(*entries, **options))
+    except OSError as error:
+        absent(f"no access control lists in {path}: {error}")
+    if kind == "access":
+        os.chmod(path, os.lstat(path).st_mode | before & 0o111)
 
 
 # --- git of the tests' own, never through mission ---------------------------

@@ -517,37 +517,15 @@ def test_29_a_program_in_a_folder_of_anothers_is_passed_over(alice, host):
 # Access control lists and groups --------------------------------------------
 
 
-# Tags of an entry of a list, from acl(5) and linux/posix_acl.h.
-OWNER, USER, OWNING_GROUP, GROUP, MASK, OTHER = 1, 2, 4, 8, 0x10, 0x20
-NOBODY = 0xffffffff         # the id of an entry that names nobody
-WRITE = 7                   # rwx
-
-
-def acl(*entries: tuple, mask: int = WRITE) -> bytes:
-    """A list as the kernel keeps it, with the three entries of the mode."""
-    found = sorted([(OWNER, 6, NOBODY), (OWNING_GROUP, 4, NOBODY),
-                    (OTHER, 4, NOBODY), (MASK, mask, NOBODY), *entries])
-    return struct.pack("<I", 2) + b"".join(
-        struct.pack("<HHI", *entry) for entry in found)
-
-
-def set_acl(path: Path, *entries: tuple, kind: str = "access",
-            **options) -> None:
-    try:
-        os.setxattr(path, f"system.posix_acl_{kind}", acl(*entries, **options))
-    except OSError as error:
-        support.absent(f"no access control lists in {path}: {error}")
-
-
 LISTS = {
     # name -> (the entries, the status of `check`)
-    "for mallory": ([(USER, WRITE, MALLORY)], 78),
-    "for mallory's group": ([(GROUP, WRITE, MALLORY)], 78),
-    "for a group that nobody knows": ([(GROUP, WRITE, 54321)], 78),
-    "for a user that nobody knows": ([(USER, WRITE, 54321)], 78),
-    "for mallory, to read": ([(USER, 5, MALLORY)], 0),
-    "for alice, who is trusted": ([(USER, WRITE, ALICE)], 0),
-    "for alice's group": ([(GROUP, WRITE, ALICE)], 0),
+    "for mallory": ([(support.ACL_USER, 7, MALLORY)], 78),
+    "for mallory's group": ([(support.ACL_GROUP, 7, MALLORY)], 78),
+    "for a group that nobody knows": ([(support.ACL_GROUP, 7, 54321)], 78),
+    "for a user that nobody knows": ([(support.ACL_USER, 7, 54321)], 78),
+    "for mallory, to read": ([(support.ACL_USER, 5, MALLORY)], 0),
+    "for alice, who is trusted": ([(support.ACL_USER, 7, ALICE)], 0),
+    "for alice's group": ([(support.ACL_GROUP, 7, ALICE)], 0),
 }
 
 
@@ -562,8 +540,7 @@ def test_an_access_control_list_counts_as_a_mode_does(deep, entries, what):
     entries, code = LISTS[entries]
     path = {"run": run, "its folder": run.parent, "configuration": deep.path,
             "folder above": deep.path.parent.parent}[what]
-    set_acl(path, *entries)
-    run.chmod(run.stat().st_mode | 0o100)
+    support.set_acl(path, *entries)
     result = deep.mission("check", write=False)
     assert result.code == code, result
     assert code == 0 or str(path) in result.err
@@ -576,21 +553,21 @@ def test_a_list_for_the_trusted_user_counts_with_trust_root(deep):
     run = deep.task("one", ":")
     deep.config["trust"] = "root"
     deep.write()
-    set_acl(run, (USER, WRITE, ALICE))
+    support.set_acl(run, (support.ACL_USER, 7, ALICE))
     assert_refused(deep.mission("check", write=False), "alice", str(run))
 
 
 @support.root_only
 def test_an_entry_that_the_mask_makes_ineffective_is_accepted(deep):
     run = deep.task("one", ":")
-    set_acl(run, (USER, WRITE, MALLORY), mask=5)
+    support.set_acl(run, (support.ACL_USER, 7, MALLORY), mask=5)
     assert deep.mission("check").code == 0
 
 
 @support.root_only
 def test_a_default_list_of_a_folder_is_that_of_files_to_come(deep):
     run = deep.task("one", ":")
-    set_acl(run.parent, (USER, WRITE, MALLORY), kind="default")
+    support.set_acl(run.parent, (support.ACL_USER, 7, MALLORY), kind="default")
     assert_refused(deep.mission("check"), str(run.parent))
 
 

@@ -551,6 +551,278 @@ def test_41_a_git_file_that_becomes_a_fifo_does_not_hang_the_run(alice, repo):
     assert result.code == 1 and "Traceback" not in alice.log(), result
 
 
+# Where a repository of another user leads root -------------------------------
+
+
+@pytest.fixture
+def secret(victims):
+    """A file of root's in the form of a .git file, and what is in it."""
+    words = ("root:SECRET:1", "gitdir: /root/SECRET")
+    for number, text in enumerate(words):
+        (victims / f"secret{number}").write_text(text + "\n")
+        (victims / f"secret{number}").chmod(0o600)
+    (victims / "tree").mkdir()
+    (victims / "tree" / "SECRET.lock").touch()
+    victims.chmod(0o711)
+    (victims / "tree").chmod(0o700)
+    return victims
+
+
+LEADS = {
+    # what `.git`, or a file in it, becomes; SECRETS is the directory of root's
+    "a link to a file": (".git", "link", "SECRETS/secret0"),
+    "a link to a git file": (".git", "link", "SECRETS/secret1"),
+    "a link to a directory": (".git", "link", "SECRETS/tree"),
+    "a link to /root": (".git", "link", "/root"),
+    "a hard link": (".git", "hard", "SECRETS/secret1"),
+    "a file to a directory": (".git", "text", "gitdir: SECRETS/tree"),
+    "a file to /root": (".git", "text", "gitdir: /root"),
+    "a file that is none": (".git", "text", "root:SECRET:1"),
+    "commondir is a link": (".git/commondir", "link", "SECRETS/secret0"),
+    "commondir to a directory": (".git/commondir", "text", "SECRETS/tree"),
+    "refs is a link": (".git/refs", "link", "SECRETS/tree"),
+    "HEAD is a link": (".git/HEAD", "link", "SECRETS/secret0"),
+    "config is a link": (".git/config", "link", "SECRETS/secret0"),
+    "config includes": (".git/config", "text",
+                        "[include]\n\tpath = SECRETS/secret0\n"),
+    "alternates": (".git/objects/info/alternates", "text", "SECRETS/tree"),
+    "alternates is a link": (".git/objects/info/alternates", "link",
+                             "SECRETS/secret0"),
+    "index is a link": (".git/index", "link", "SECRETS/secret0"),
+    "attributes is a link": (".git/info/attributes", "link",
+                             "SECRETS/secret0"),
+    "objects is a link": (".git/objects", "link", "SECRETS/tree"),
+}
+
+
+def lead(repo: Path, secret: Path, kind: str, name: str, target: str) -> None:
+    path, target = repo / name, target.replace("SECRETS", str(secret))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(path):
+        path.rename(repo.parent / "away")
+    if kind == "link":
+        path.symlink_to(target)
+    elif kind == "hard":
+        os.link(target, path)
+    else:
+        path.write_text(target + "\n")
+    if kind != "hard":
+        os.chown(path, ALICE, ALICE, follow_symlinks=False)
+
+
+@support.root_only
+@pytest.mark.parametrize("case", LEADS)
+@pytest.mark.parametrize("chown", [False, True], ids=["commit", "chown"])
+def test_nothing_of_roots_shows_through_a_repository(alice, repo, secret, case,
+                                                     chown):
+    name, kind, target = LEADS[case]
+    support.own(repo, ALICE)
+    lead(repo, secret, kind, name, target)
+    alice.config["trust"] = "root"
+    alice.config["storage"]["sync"]["chown"] = chown
+    mails = alice.keep_mail(start=False)
+    alice.config["tasks"] = []
+    alice.task("one", ":")
+    check = alice.mission("check")
+    run = alice.headless(timeout=90)
+    assert "Traceback" not in alice.log(), alice.log()
+    (mail,) = mails.iterdir()
+    for text in (check.err, run.err, run.out, alice.log(), mail.read_text()):
+        assert "SECRET" not in text and "/root/." not in text, text
+    assert sorted(path.name for path in (secret / "tree").iterdir()) \
+        == ["SECRET.lock"]
+    assert {support.owner(path) for path in secret.rglob("*")} == {0}
+
+
+CALL = re.compile(r"(\d+) +(?:<\.\.\. )?(\w+)(.*)")
+OPENS_DIRECTORY = re.compile(r"O_DIRECTORY|O_PATH")
+
+
+def calls_of_root(trace: str) -> list[str]:
+    """The lines of `strace -f` of processes that are root's at the time."""
+    calls = [found.groups() for found in map(CALL.match, trace.splitlines())
+             if found]
+    parents = {rest.rpartition("= ")[2].split("<")[0]: pid
+               for pid, name, rest in calls
+               if "fork" in name or "clone" in name}
+    became_alice = {pid for pid, name, rest in calls if name.startswith("set")
+                    and rest.startswith(f"({ALICE}")}
+    lines, alices = [], set()
+    for pid, name, rest in calls:
+        if name.startswith("set") and rest.startswith(f"({ALICE}"):
+            alices.add(pid)
+        parent = parents.get(pid)
+        while parent and parent not in became_alice:
+            parent = parents.get(parent)
+        if pid not in alices and not parent:
+            lines.append(f"{pid} {name}{rest}")
+    return lines
+
+
+@support.root_only
+@pytest.mark.parametrize("chown", [False, True], ids=["commit", "chown"])
+def test_root_opens_no_file_in_a_repository_of_alices(alice, repo, chown,
+                                                      tmp_path):
+    """chown opens directories, and descriptors that cannot read; commit
+    opens the storage alone, to see whose it is."""
+    support.need("strace")
+    tree = repo.parent / "tree"
+    must_git(repo, "worktree", "add", "-q", "-b", "side", str(tree),
+             uid=ALICE)
+    (repo / ".git" / "index.lock").touch()
+    os.utime(repo / ".git" / "index.lock", (0, 0))
+    for place in (repo, tree):
+        (place / "new").write_text("x")
+        support.own(place, ALICE)
+    alice.config["storage"]["sync"]["chown"] = chown
+    alice.config["storage"]["side"] = {"path": str(tree), "chown": chown,
+                                       "commit": True}
+    alice.config["tasks"] = []
+    alice.task("one", ":")
+    alice.write()
+    command, trace = alice.command("run", "--headless"), tmp_path / "trace"
+    at = command.index(support.PYTHON)
+    done = subprocess.run(
+        [*command[:at], "strace", "-f", "-y", "-o", str(trace), "-e",
+         "trace=open,openat,execve,readlink,readlinkat,unlink,unlinkat,"
+         "rename,setuid,setresuid,setreuid,fork,vfork,clone,clone3",
+         *command[at:]], env=alice.env, cwd=str(alice.folder), timeout=120,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE)
+    assert done.returncode == 0, (done, alice.log())
+    assert count_commits(repo, uid=ALICE) == 2, alice.log()
+    tops = tuple(f"<{place}>" for place in (repo, tree))
+    found = [line for line in calls_of_root(trace.read_text())
+             if str(repo) in line or str(tree) in line]
+    assert [line for line in found if not (
+        OPENS_DIRECTORY.search(line)
+        and (chown or line.endswith(tops)))] == []
+    assert len(found) > 1       # the storages themselves
+
+
+READS = {
+    # what root's own repository reads from a directory of alice's, as
+    # (place, text); HERS is a file in that directory
+    "an included file": (".git/config", "[include]\n\tpath = HERS\n"),
+    "a file included on a condition": (
+        ".git/config", '[includeIf "gitdir:/"]\n\tpath = HERS\n'),
+    "an included file that is missing": (
+        ".git/config", "[include]\n\tpath = HERS.none\n"),
+    "attributes": (".git/config", "[core]\n\tattributesFile = HERS\n"),
+    "a list to ignore": (".git/config", "[core]\n\texcludesFile = HERS\n"),
+    "objects": (".git/objects/info/alternates", "HERS/.git/objects\n"),
+    "root's own configuration": ("ROOT/.gitconfig", None),
+    "root's own attributes": ("ROOT/.config/git/attributes", None),
+    "root's configuration includes": (
+        "ROOT/.gitconfig", "[include]\n\tpath = HERS\n"),
+}
+
+
+@support.root_only
+@pytest.mark.parametrize("case", READS)
+@pytest.mark.parametrize("owner", [ALICE, 0], ids=["alice's", "root's"])
+def test_root_commits_only_what_reads_files_of_roots(alice, host, case,
+                                                     owner):
+    place, text = READS[case]
+    root = alice.make("roothome")
+    passwd = host.folder / "passwd"
+    passwd.write_text(re.sub(r"^(root:.*?):[^:]*:([^:]*)$", rf"\1:{root}:\2",
+                             passwd.read_text(), flags=re.M))
+    folder = make_repository(alice.folder / "repo")
+    hers = (host.home["alice"] if owner else alice.folder) / "hers"
+    if "HERS/" in (text or ""):
+        make_repository(hers, owner)
+    else:
+        hers.touch()
+        os.chown(hers, owner, owner)
+    path = Path(place.replace("ROOT", str(root))) if "ROOT" in place \
+        else folder / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if text is None:
+        path.symlink_to(hers)
+    else:
+        with open(path, "a") as file:
+            file.write(text.replace("HERS", str(hers)))
+    alice.config["storage"]["sync"] = {"path": str(folder), "commit": True}
+    alice.task("one", 'echo x > "$SYNC_DIR/new"')
+    result = alice.headless()
+    assert (result.code == 0) == (owner == 0), (result, alice.log())
+    assert count_commits(folder) == (1 if owner else 2), alice.log()
+    assert not owner or str(host.home["alice"]) in alice.log()
+
+
+@support.root_only
+@pytest.mark.parametrize("name", [".git/config", ".git/info", "sub", "."])
+@pytest.mark.parametrize("kind", ["access", "default"])
+def test_root_commits_nothing_that_a_list_lets_alice_write(alice, name, kind):
+    folder = make_repository(alice.folder / "repo")
+    (folder / "sub").mkdir()
+    (folder / ".git/info").mkdir(exist_ok=True)
+    if kind == "default" and not (folder / name).is_dir():
+        name = ".git"
+    support.set_acl(folder / name, (support.ACL_USER, 7, ALICE), kind=kind)
+    alice.config["storage"]["sync"] = {"path": str(folder), "commit": True}
+    alice.task("one", 'echo x > "$SYNC_DIR/new"')
+    result = alice.headless()
+    assert result.code == 1 and "alice" in alice.log(), (result, alice.log())
+    assert str((folder / name).resolve()) in alice.log()
+    assert count_commits(folder) == 1
+
+
+def test_a_repository_around_the_storage_is_not_committed(scratch):
+    outer = make_repository(scratch.folder / "outer")
+    inner = outer / "inner"
+    (inner / ".git").mkdir(parents=True)
+    scratch.config["storage"]["sync"] = {"path": str(inner), "commit": True}
+    scratch.task("one", 'echo x > "$SYNC_DIR/new"')
+    result = scratch.mission("run")
+    assert result.code == 1 and f"{inner}/.git" in result.out, result
+    assert count_commits(outer) == 1
+
+
+@support.root_only
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_what_the_owner_cannot_read_is_named_with_the_remedy(alice, repo,
+                                                             kind):
+    """As root stores it without chown. git passes over such a directory."""
+    alice.config["storage"]["sync"]["chown"] = False
+    alice.config["tasks"] = []
+    alice.task("one", 'umask 77; cd "$SYNC_DIR"; '
+               + ("echo x > dump.sql" if kind == "file" else
+                  "mkdir dump.sql; echo x > dump.sql/x"))
+    result = alice.headless()
+    assert result.code == 1, result
+    (problem,) = [line for line in alice.log().splitlines()
+                  if "ERROR: " in line or "WARN: " in line]
+    assert f"{repo}/dump.sql" in problem and '"chown": true' in problem
+
+
+# The log's list of changes ---------------------------------------------------
+
+
+def test_the_log_lists_each_change_once(scratch, own):
+    (own / "gone").write_text("x")
+    must_git(own, "add", "-A")
+    must_git(own, "commit", "-q", "-m", "second")
+    scratch.task("all", 'cd "$SYNC_DIR"; rm gone; mkdir "sub"; echo 1 > file\n'
+                 "echo x > 'sub/a new\nfile'")
+    result = scratch.mission("run", "-t", "all")
+    assert result.code == 0, result
+    lines = support.log_texts(support.log_section(result.out, "Commit"))
+    at = lines.index("Status")
+    assert lines[at + 1:at + 5] == [
+        "M  file", "D  gone", r"A  sub/a new\x0afile", "Add"]
+
+
+def test_a_long_list_of_changes_is_cut_and_counted(scratch, own):
+    scratch.task("many", 'cd "$SYNC_DIR"; touch $(seq 1500)')
+    result = scratch.mission("run", "-t", "many")
+    assert result.code == 0, result
+    texts = support.log_texts(result.out)
+    assert len([text for text in texts if text.startswith("A  ")]) == 1000
+    assert "and 500 more" in texts
+
+
 # Locks that were left --------------------------------------------------------
 
 
