@@ -2248,68 +2248,75 @@ def parse_tab(text: str, system: bool = False, root: bool = False,
 # ==========================================================================
 # Keys: who may ask for a run?                              (nothing; R U C)
 #
-# A password becomes three keys, and each goes to whom it is for: one lets a
-# browser read and ask, one lets it only read, and the run key never leaves
-# the browser or the terminal in which the password was typed. A host holds a
-# key of its own, made of the run key and its id. A request is a text and its
-# MAC; the MAC is over the text's exact bytes and is judged before they are
-# read. The page does the same in JavaScript, and a test compares them.
+# A password gives three keys: `api` lets a browser read and send requests,
+# `view` lets it only read, and `run` never leaves the browser or terminal in
+# which the password was typed. Each host holds a host key, made from the run
+# key and its host ID. A request is a text and its MAC over the exact bytes;
+# the MAC is checked before the text is parsed. The page does the same in
+# JavaScript, and a test compares the two.
 # ==========================================================================
 
-ROUNDS, MOST_ROUNDS = 600_000, 10_000_000   # OWASP's floor; our own patience
+ROUNDS = 600_000            # of PBKDF2-HMAC-SHA256: OWASP's minimum
+MOST_ROUNDS = 10_000_000    # more would keep a terminal busy for too long
 SALT_BYTES = 16
-MOST_AHEAD = 60_000         # ms by which a caller's clock may be fast
-LONGEST_LIFE = 600_000      # ms that a request may be good for
-LONGEST_BODY = 2**19        # bytes of a request: 256 KiB, each letter escaped
-DEEPEST_BODY = 4
-KEY_LETTERS = "0123456789abcdefghjkmnpqrstvwxyz"    # Crockford's: no i l o u
+MOST_AHEAD = 60_000         # ms by which the sender's clock may be fast
+LONGEST_LIFE = 600_000      # ms for which a request may be valid
+LONGEST_BODY = 2**19        # bytes of a request: 256 KiB, all escaped
+DEEPEST_BODY = 4            # dicts and lists in one another
+PASSPHRASE_CHARACTERS = "0123456789abcdefghjkmnpqrstvwxyz"  # no i, l, o, u
 VIEW_PREFIX = "view-"
 HEX = frozenset("0123456789abcdef")
 RUN_FIELDS = {"v", "do", "key", "dash", "host", "user", "tag", "job", "args",
               "secrets", "nonce", "iat", "exp"}
 KILL_FIELDS = {"v", "do", "key", "dash", "host", "user", "run", "epoch",
                "nonce", "iat", "exp"}
-KINDS_OF_FIELD = {"v": int, "iat": int, "exp": int, "run": int, "epoch": int,
-                  "args": dict, "secrets": dict}    # all others are texts
+FIELD_TYPES = {"v": int, "iat": int, "exp": int, "run": int, "epoch": int,
+               "args": dict, "secrets": dict}       # all others are str
 
 
 class RequestRejected(Exception):
-    """A request that is not believed, or not carried out: why."""
+    """A request is not genuine, or is not carried out: why."""
 
 
 def is_hex(text, length: int) -> bool:
+    """Is `text` a string of `length` lower-case hexadecimal digits?"""
     return isinstance(text, str) and len(text) == length \
         and HEX.issuperset(text)
 
 
 def hmac_sha256(key: bytes, text: bytes) -> bytes:
+    """Return the HMAC-SHA256 of `text`, 32 bytes (RFC 2104)."""
     import hmac
     return hmac.digest(key, text, "sha256")
 
 
 def sha256_hex(text: str | bytes) -> str:
-    """SHA-256, in hex."""
+    """Return the SHA-256 of `text` in hexadecimal."""
     from hashlib import sha256
     return sha256(text.encode("utf-8", "surrogateescape") if isinstance(
         text, str) else text).hexdigest()
 
 
 class Keys(FrozenRecord):
-    """What a password is worth: 32 bytes each."""
-    api: bytes              # reads, and asks for runs
+    """The keys of one password, 32 bytes each."""
+    api: bytes              # reads, and sends requests
     view: bytes             # reads
-    run: bytes              # signs; never leaves the machine it was typed on
+    run: bytes              # signs; never leaves the machine it is made on
 
 
 def derive_keys(password: str, salt: bytes, rounds: int = ROUNDS) -> Keys:
-    """The keys of a password. Raises Error for a salt or a number of rounds
-    that would make it easy to guess: who names them is not to be trusted."""
+    """Return the keys of `password`, by PBKDF2 (RFC 8018).
+
+    `salt` and `rounds` come from the dashboard. A hostile one could choose
+    them so that the password is easy to guess, so those raise Error.
+    """
     if len(salt) != SALT_BYTES or not ROUNDS <= rounds <= MOST_ROUNDS:
         raise Error("the dashboard asks for keys that would be weak",
                     "it is not one of ours, or somebody changed it")
     from hashlib import pbkdf2_hmac
     from unicodedata import normalize
     try:
+        # Keyboards differ in how they compose an accented character.
         secret = normalize("NFC", password).encode()
     except UnicodeEncodeError:
         raise Error("the password is not UTF-8") from None
@@ -2319,48 +2326,79 @@ def derive_keys(password: str, salt: bytes, rounds: int = ROUNDS) -> Keys:
 
 
 def host_key(run_key: bytes, host: str) -> bytes:
-    """What one host holds: with it nothing can be signed for another."""
+    """Return the key of the host with the ID `host`. It verifies and signs
+    requests for this host alone."""
     return hmac_sha256(run_key, f"koi-host-v1\n{host}".encode())
 
 
 def key_id(key: bytes) -> str:
-    """By which both sides see that they hold the same host key."""
+    """Return the ID by which both sides see that they hold one host key."""
     return sha256_hex(b"koi-key-v1\n" + key)[:16]
 
 
+def password_weakness(password: str) -> str:
+    """Return why a password is too easy to guess; "" if it is not.
+
+    An attacker with the dashboard's database can try about ten thousand
+    passwords a second.
+    """
+    if len(password) < 14:
+        return "it has fewer than 14 characters"
+    folded = password.lower()
+    if len(set(folded)) < 8:
+        return "it has fewer than 8 different characters"
+    steps = [ord(b) - ord(a) for a, b in zip(password, password[1:])]
+    if sum(step in (-1, 0, 1) for step in steps) > len(steps) // 2:
+        return "it is a row of neighbours"
+    if any(word in folded for word in ("password", "passwort", "qwerty",
+                                       "letmein", "12345")):
+        return "it is among the first that are tried"
+    return ""
+
+
 def format_passphrase(numbers: bytes) -> str:
-    """A passphrase of 100 bits from 20 random bytes: k7qm-x2dp-..."""
-    letters = [KEY_LETTERS[number % 32] for number in numbers[:20]]
-    return "-".join("".join(letters[at:at + 4]) for at in range(0, 20, 4))
+    """Return a passphrase of 100 bits, such as k7qm-x2dp-..., from 20 random
+    bytes. Its characters are Crockford's base 32, which omits look-alikes."""
+    characters = [PASSPHRASE_CHARACTERS[number % 32]
+                  for number in numbers[:20]]
+    return "-".join("".join(characters[at:at + 4]) for at in range(0, 20, 4))
 
 
 def run_mac(key: bytes, body: str) -> str:
+    """Return the MAC of a request, in hexadecimal."""
     return hmac_sha256(key, b"koi-run-v1\n" + body.encode()).hex()
 
 
 def list_mac(key: bytes, body: str) -> str:
-    """Of the list of jobs that a host shows: so nobody can put the name of
-    one job on another."""
+    """Return the MAC of the list of jobs that a host shows, so that no
+    dashboard can show the name of one job for another."""
     return hmac_sha256(hmac_sha256(key, b"koi-list-v1"), body.encode()).hex()
 
 
 def encrypt_secret(key: bytes, nonce: str, name: str, value: bytes) -> bytes:
-    """A secret argument, for the host's eyes alone; and the other way
-    round. XOR with a stream that no other request has."""
+    """Return a secret argument encrypted for its host, or decrypted.
+
+    It is XORed with a key stream that depends on the request's `nonce` and on
+    the argument's `name`, so no stream is used twice.
+    """
     secret, stream = hmac_sha256(key, b"koi-secret-v1"), b""
     while len(stream) < len(value):
-        stream += hmac_sha256(secret, f"{nonce}\n{name}\n{len(stream) // 32}"
-                          .encode())
+        stream += hmac_sha256(
+            secret, f"{nonce}\n{name}\n{len(stream) // 32}".encode())
     return bytes(a ^ b for a, b in zip(value, stream))
 
 
-def is_valid_mac(mac: str, wanted: str) -> bool:
+def is_valid_mac(mac: str, expected: str) -> bool:
+    """Are two MACs equal? The time that this takes does not say how equal."""
     import hmac
-    return is_hex(mac, 64) and hmac.compare_digest(mac, wanted)
+    return is_hex(mac, 64) and hmac.compare_digest(mac, expected)
 
 
 def verify_request(key: bytes, body, mac) -> dict:
-    """What a signed request says. Raises Forged."""
+    """Return the fields of a request signed with `key`, a host key.
+
+    Raises RequestRejected.
+    """
     if not isinstance(body, str) or not isinstance(mac, str):
         raise RequestRejected("it is no signed request")
     if len(body) > LONGEST_BODY:
@@ -2370,19 +2408,17 @@ def verify_request(key: bytes, body, mac) -> dict:
     except UnicodeEncodeError:
         raise RequestRejected("it is not UTF-8") from None
     if not is_valid_mac(mac, run_mac(key, body)):
-        raise RequestRejected(
-            "its signature is wrong: it was forged or altered, or "
-                              "the host has other keys")
+        raise RequestRejected("its signature is wrong: it was forged or "
+                              "altered, or the host has other keys")
     request = parse_strict_json(body)
     kind = request.get("do")
     fields = {"run": RUN_FIELDS, "kill": KILL_FIELDS}.get(
         kind if isinstance(kind, str) else "")
     if request.get("v") != 1 or not fields:
-        raise RequestRejected(
-            "it is of another version: reload the page, or bring "
-                              "koi up to date here")
+        raise RequestRejected("it is of another version: reload the page, or "
+                              "bring koi up to date here")
     if set(request) != fields or any(
-            type(request[name]) is not KINDS_OF_FIELD.get(name, str)
+            type(request[name]) is not FIELD_TYPES.get(name, str)
             for name in fields) or not is_hex(request["nonce"], 32):
         raise RequestRejected("it has not the fields of a request")
     for values in (request.get("args", {}), request.get("secrets", {})):
@@ -2392,25 +2428,27 @@ def verify_request(key: bytes, body, mac) -> dict:
 
 
 def parse_strict_json(body: str) -> dict:
-    """JSON in which nothing can be read in two ways. Raises Forged."""
+    """Return a JSON object of which all parsers have one reading: no key
+    twice, no fractions, no number over 18 digits. Raises RequestRejected."""
     import json
 
-    def pairs(found: list) -> dict:
-        if len(dict(found)) != len(found):
+    def unique_keys(pairs: list) -> dict:
+        if len(dict(pairs)) != len(pairs):
             raise ValueError
-        return dict(found)
+        return dict(pairs)
 
-    def whole(text: str) -> int:
+    def short_integer(text: str) -> int:
         if len(text) > 18 or text == "-0":
             raise ValueError
         return int(text)
 
-    def refuse(_text: str):
+    def reject(_text: str):
         raise ValueError
 
     try:
-        request = json.loads(body, object_pairs_hook=pairs, parse_int=whole,
-                             parse_float=refuse, parse_constant=refuse)
+        request = json.loads(body, object_pairs_hook=unique_keys,
+                             parse_int=short_integer, parse_float=reject,
+                             parse_constant=reject)
         json.dumps(request, ensure_ascii=False).encode()    # no surrogates
         if not isinstance(request, dict) \
                 or json_depth(request) > DEEPEST_BODY:
@@ -2421,57 +2459,64 @@ def parse_strict_json(body: str) -> dict:
 
 
 def json_depth(value) -> int:
-    inner = value.values() if isinstance(value, dict) else value \
-        if isinstance(value, list) else ()
-    return 1 + max(map(json_depth, inner), default=0) if isinstance(
-        value, (dict, list)) else 0
+    """Return how many dicts and lists contain one another; 0 for a text."""
+    if not isinstance(value, (dict, list)):
+        return 0
+    inner = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(json_depth, inner), default=0)
 
 
 def request_mismatch(request: dict, ours: dict, now: float,
                      since: float) -> str:
-    """Why a request that is genuine is not for us, or not for now; "" if it
-    is. `ours`: key, dash and host; `now` and `since` (when our state began;
-    what was used before that, nobody knows) in seconds."""
+    """Return why a genuine request is not for this host or not valid now; ""
+    if it is.
+
+    `ours` has the host's key, dash and host. `now` and `since` are seconds
+    since 1970; nonces used before `since` are not known any more.
+    """
     for name, what in (("key", "other keys"), ("dash", "another dashboard"),
                        ("host", "another host")):
         if request[name] != ours[name]:
             return f"it is for {what}"
-    ms = int(now * 1000)
-    if request["iat"] > ms + MOST_AHEAD:
+    now_ms = int(now * 1000)
+    if request["iat"] > now_ms + MOST_AHEAD:
         return f"it comes from the future: the clock of who asks is " \
-            f"{(request['iat'] - ms) // 1000} s ahead of the host's"
+            f"{(request['iat'] - now_ms) // 1000} s ahead of the host's"
     if not 0 < request["exp"] - request["iat"] <= LONGEST_LIFE:
         return "it would be good for too long"
-    if request["exp"] <= ms:
-        return f"it has expired, {(ms - request['exp']) // 1000} s ago by " \
-            "the host's clock"
+    if request["exp"] <= now_ms:
+        return f"it has expired, {(now_ms - request['exp']) // 1000} s ago " \
+            "by the host's clock"
     if request["iat"] < int(since * 1000):
         return "it is older than what this host remembers"
     return ""
 
 
 class Enrollment(FrozenRecord):
-    """What a host keeps to belong to a dashboard: the file `keys`."""
+    """The membership of this host in a dashboard: the file `keys`."""
     url: str
-    dash: str
-    host: str               # its id there
-    token: str              # by which the dashboard knows it
-    key: str                # its host key, in hex
-    name: str               # what people call it
+    dash: str               # ID of the dashboard
+    host: str               # ID of this host there
+    token: str              # by which the dashboard recognizes the host
+    key: str                # the host key, in hexadecimal
+    name: str               # of the host, as the dashboard shows it
     ca: str = ""            # certificates to trust instead of the system's
-    since: float = 0.0
+    since: float = 0.0      # seconds since 1970
 
     @property
     def secret(self) -> bytes:
+        """The bytes of the host key."""
         return bytes.fromhex(self.key)
 
-    def text(self) -> str:
+    def to_json(self) -> str:
+        """Return the text of the file `keys`."""
         import json
         return json.dumps({"v": 1, **vars(self)}, indent=1) + "\n"
 
 
 def parse_enrollment(text: str) -> Enrollment:
-    """Raises ValueError if this is not what `text` writes."""
+    """Return the enrollment in the text of a file `keys`. Raises
+    ValueError."""
     import json
     try:
         found = json.loads(text)
@@ -2480,21 +2525,24 @@ def parse_enrollment(text: str) -> Enrollment:
     if not isinstance(found, dict) or found.pop("v", 0) != 1:
         raise ValueError("it is of another version")
     try:
-        mine = Enrollment(**found)
+        enrollment = Enrollment(**found)
     except (TypeError, AttributeError):
         raise ValueError("something is missing in it") from None
-    if not (is_hex(mine.dash, 16) and is_hex(mine.host, 32)
-            and is_hex(mine.token, 64) and is_hex(mine.key, 64)
-            and isinstance(mine.since, (int, float))
-            and all(isinstance(part, str) for part in (
-                mine.url, mine.name, mine.ca))):
+    texts = (enrollment.url, enrollment.name, enrollment.ca)
+    if not (is_hex(enrollment.dash, 16) and is_hex(enrollment.host, 32)
+            and is_hex(enrollment.token, 64) and is_hex(enrollment.key, 64)
+            and isinstance(enrollment.since, (int, float))
+            and all(isinstance(each, str) for each in texts)):
         raise ValueError("something is missing in it")
-    return mine
+    return enrollment
 
 
 def job_manifest(job: Job, user: str) -> str:
-    """A job as people see it who are to run it. A request carries its
-    SHA-256, so it runs what was seen or nothing."""
+    """Return a job as JSON, as the people see it who may run it.
+
+    A request carries the SHA-256 of this text, so koid runs the job that
+    people saw, or nothing.
+    """
     import json
     return json.dumps({
         "user": user, "tag": job.tag, "section": job.section,
@@ -2510,23 +2558,23 @@ def job_manifest(job: Job, user: str) -> str:
 # ==========================================================================
 # RunFile: what does the file of a run hold?                (nothing; R U C)
 #
-# A run's supervisor writes one file: a header of fixed size, then frames of
-# output. The first half of what is kept never changes; of the rest the last
-# part stays, in two segments that are overwritten in turn, so that 1 GB of
-# output costs 1 MiB. koid moves it into the history and removes the file.
-# The header begins with a version, for a supervisor outlives an upgrade.
+# The supervisor of a run writes one file: a header of fixed size, then the
+# output as frames. The first 512 KiB are kept for good. Of what follows, the
+# last 256 to 512 KiB are kept in two segments that are overwritten in turn,
+# so 1 GB of output takes 1 MiB. koid moves them into history.db and removes
+# the file. A supervisor may be older than koid: MAGIC names the version.
 # ==========================================================================
 
 FRAME = Struct("<BII")      # stream, milliseconds since the start, length
-NOTE, STDOUT, STDERR, END = range(4)
+NOTE, STDOUT, STDERR, END = range(4)                    # streams
 MAGIC = b"KOI1"
 HEADER = Struct("<4sBBHIIQQddiQQIIIB")
-HEADER_BYTES = 256
+HEADER_BYTES = 256          # more than HEADER.size, for later versions
 KEPT_HEAD = 512 * 1024
 KEPT_SEGMENT = 256 * 1024
 SEGMENTS = (HEADER_BYTES, HEADER_BYTES + KEPT_HEAD,
-            HEADER_BYTES + KEPT_HEAD + KEPT_SEGMENT)     # where each begins
-CLAIMED, RUNNING, ENDED, UNSTARTABLE = range(4)           # phases
+            HEADER_BYTES + KEPT_HEAD + KEPT_SEGMENT)    # where each begins
+CLAIMED, RUNNING, ENDED, UNSTARTABLE = range(4)         # phases
 REASONS = ("", "timeout")
 NO_STATUS, NO_FILE = -1, -2     # instead of a wait status
 NO_FILE_REASON = "its output cannot be kept"
@@ -2534,7 +2582,15 @@ MASK = b"******"
 
 
 class RunFileHeader:
-    """The beginning of a run's file, as the supervisor keeps it current."""
+    """The header of a run's file. The supervisor that owns it changes it.
+
+    `job` and `supervisor` are process IDs; `job_start` and `supervisor_start`
+    are what `process_start_time` returns. `started` and `ended` are seconds
+    since 1970, `status` is a wait status, `total` counts the bytes of output
+    and `lost` those that were overwritten. `head`, `first` and `second` are
+    the lengths of the three parts, `segment` (0, 1 or 2) is the part that is
+    being written.
+    """
 
     FIELDS = ("phase", "reason", "errno", "supervisor", "job", "job_start",
               "supervisor_start", "started", "ended", "status", "total",
@@ -2545,26 +2601,45 @@ class RunFileHeader:
             setattr(self, name, value)
 
     def pack(self) -> bytes:
+        """Return the header's bytes, HEADER.size of them."""
         return HEADER.pack(MAGIC, *(getattr(self, name)
                                     for name in self.FIELDS))
 
     def lengths(self) -> tuple[int, int, int]:
+        """Return the bytes used of each part in SEGMENTS."""
         return self.head, self.first, self.second
+
+    def split(self, data: bytes) -> tuple[bytes, bytes, bytes]:
+        """Return the kept head, the older and the newer segment of `data`,
+        a run's file."""
+        head, first, second = (
+            data[begin:begin + length] for begin, length
+            in zip(SEGMENTS, self.lengths()))
+        if self.segment == 1:   # it is overwritten, so the second is older
+            return head, second, first
+        return head, first, second
 
 
 def parse_header(data: bytes) -> RunFileHeader | None:
-    """The header of a run's file; None if it has none, or another's."""
+    """Return the header of a run's file; None if it is not one, or one of
+    another version."""
     if len(data) < HEADER.size or data[:4] != MAGIC:
         return None
     return RunFileHeader(*HEADER.unpack_from(data)[1:])
 
 
 def frame(stream: int, milliseconds: int, data: bytes) -> bytes:
+    """Return a frame with `data`, written `milliseconds` after the start."""
     return FRAME.pack(stream, min(milliseconds, 2**32 - 1), len(data)) + data
 
 
+def lost_note(count: int) -> bytes:
+    """Return the frame that stands for `count` bytes of lost output."""
+    return frame(NOTE, 0, f"{plural(count, 'byte')} left out here".encode())
+
+
 def read_frames(data: bytes) -> list[tuple[int, int, bytes]]:
-    """(stream, milliseconds since the start, bytes) of each frame."""
+    """Return (stream, milliseconds since the start, data) of each frame."""
     found, at = [], 0
     while at + FRAME.size <= len(data):
         stream, milliseconds, length = FRAME.unpack_from(data, at)
@@ -2575,32 +2650,26 @@ def read_frames(data: bytes) -> list[tuple[int, int, bytes]]:
 
 
 def stored_frames(data: bytes, header: RunFileHeader) -> bytes:
-    """The frames in a run's file, in order, with a note where some were
-    left out."""
-    head, older, newer = (data[begin:begin + length] for begin, length
-                          in zip(SEGMENTS, header.lengths()))
-    if header.segment == 1:        # the first segment is being overwritten
-        older, newer = newer, older
-    if header.lost:
-        head += frame(NOTE, 0, f"{plural(header.lost, 'byte')} left out here"
-                      .encode())
-    return head + older + newer
+    """Return the frames in `data`, a run's file, in order of time, with a
+    note where output was lost."""
+    head, older, newer = header.split(data)
+    return head + (lost_note(header.lost) if header.lost else b"") \
+        + older + newer
 
 
 def frames_since(data: bytes, header: RunFileHeader, position: int
                  ) -> tuple[bytes, int]:
-    """What a run that goes on wrote after its first `position` bytes, and
-    the position to go on from. What was overwritten meanwhile is noted."""
-    head, older, newer = (data[begin:begin + length] for begin, length
-                          in zip(SEGMENTS, header.lengths()))
-    if header.segment == 1:
-        older, newer = newer, older
+    """Return the frames that a run wrote after its first `position` bytes of
+    output, and the position after them.
+
+    A note stands for what was overwritten before it could be read.
+    """
+    head, older, newer = header.split(data)
     found, at = bytearray(), 0
     for part, lost in ((head, 0), (older + newer, header.lost)):
         at += lost
         if lost and position < at:
-            found += frame(NOTE, 0, f"{plural(at - position, 'byte')} left "
-                           "out here".encode())
+            found += lost_note(at - position)
         for stream, milliseconds, body in read_frames(part):
             if at + len(body) > position:
                 found += frame(stream, milliseconds,
@@ -2611,14 +2680,18 @@ def frames_since(data: bytes, header: RunFileHeader, position: int
 
 
 def output_text(frames: bytes) -> bytes:
-    """What a job wrote, both streams, as cron would mail it."""
+    """Return the output of a job, both streams, as cron would mail it."""
     return b"".join(data if stream != NOTE else b"[koi: " + data + b"]\n"
                     for stream, _, data in read_frames(frames)
                     if stream != END)
 
 
 class SecretMasker:
-    """Puts ****** in the place of secrets, though they come in pieces."""
+    """Replaces secrets in output by ******, even if a secret is split over
+    several reads.
+
+    `held` keeps the end of each stream that may be the beginning of a secret.
+    """
 
     def __init__(self, hidden: list[bytes]):
         import re
@@ -2627,21 +2700,23 @@ class SecretMasker:
         self.held = {STDOUT: b"", STDERR: b""}
 
     def feed(self, stream: int, data: bytes, last: bool = False) -> bytes:
-        """What may be shown now; the rest is held back for the next call,
-        as it may be the beginning of a secret."""
+        """Return what may be shown after `data` was read from `stream`.
+
+        With `last`, nothing is held back for the next call.
+        """
         data = self.held[stream] + data
-        cut = len(data) if last else self.settled(data)
+        cut = len(data) if last else self.safe_length(data)
         self.held[stream], data = data[cut:], data[:cut]
         import re
         return re.sub(self.pattern, MASK, data) if self.pattern else data
 
-    def settled(self, data: bytes) -> int:
-        """Up to where no secret can begin that ends in what comes next."""
+    def safe_length(self, data: bytes) -> int:
+        """Return the length up to which no secret in `data` is incomplete."""
         cut = len(data) - max((size for secret in self.hidden
                                for size in range(1, len(secret))
                                if data.endswith(secret[:size])), default=0)
         before = -1
-        while cut != before:        # nor may a whole one be cut through
+        while cut != before:        # the cut may be within another secret
             before = cut
             for secret in self.hidden:
                 at = data.find(secret, max(0, cut - len(secret) + 1))
@@ -2651,7 +2726,8 @@ class SecretMasker:
 
 
 def exit_and_signal(status: int) -> tuple[int | None, int | None]:
-    """The exit status or the signal of a wait status."""
+    """Return the exit status and the signal of a wait status; one of them is
+    None, or both if there is no status."""
     if status < 0:
         return None, None
     number = status & 0x7F
@@ -2659,7 +2735,7 @@ def exit_and_signal(status: int) -> tuple[int | None, int | None]:
 
 
 def is_failure(run: dict) -> bool:
-    """Did a run end badly?"""
+    """Did a run of the history fail?"""
     return run["state"] in ("interrupted", "unstartable", "missed") or (
         run["state"] == "done" and run["exit"] != 0)
 
@@ -3187,7 +3263,7 @@ class Machine:
         """Keep what belongs to a dashboard. Raises Error."""
         self.make_home(home)
         try:
-            write_atomically(f"{home}/keys", membership.text().encode())
+            write_atomically(f"{home}/keys", membership.to_json().encode())
         except OSError as error:
             raise Error(f"{home}/keys: {error.strerror}") from None
 
