@@ -1,4 +1,4 @@
-"""Web: what is read out of bytes, who may ask for what, and what is said."""
+"""HttpServer and Api: parsing, access, limits, responses, long polls."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def test_a_head_becomes_a_request():
     ("HTTP/1.1", "Connection: close", False),
     ("HTTP/1.1", "Connection: Upgrade, CLOSE", False),
     ("HTTP/1.1", "Connection: keep-alive", True)])
-def test_a_connection_is_kept_when_both_sides_may(version, header, keeps):
+def test_a_connection_is_kept_only_when_both_sides_allow_it(version, header,
+                                                            keeps):
     request = koitab.parse_head(head(f"GET / {version}", "Host: x", header))
     assert request.keeps_alive is keeps
 
@@ -72,7 +73,7 @@ def test_a_connection_is_kept_when_both_sides_may(version, header, keeps):
     ("GET /a#b HTTP/1.1", 400), ("GET /\xff HTTP/1.1", 400),
     ("GET /a\x01b HTTP/1.1", 400), ("GET /a?\x7f HTTP/1.1", 400),
     ("GET ?a HTTP/1.1", 400), ("GET a HTTP/1.1", 400)])
-def test_a_first_line_that_is_not_plain_is_refused(line, status):
+def test_an_ambiguous_request_line_is_refused(line, status):
     assert refused(koitab.parse_head, head(line, "Host: x")).status == status
 
 
@@ -96,25 +97,25 @@ def test_a_first_line_that_is_not_plain_is_refused(line, status):
     (["Host: y"], 400), (["Authorization: a", "authorization: b"], 400),
     (["Origin: a", "Origin: b"], 400),
     (["Content-Type: a", "Content-Type: b"], 400)])
-def test_headers_that_could_be_read_in_two_ways_are_refused(lines, status):
+def test_ambiguous_headers_are_refused(lines, status):
     error = refused(koitab.parse_head, head(
         "POST / HTTP/1.1", "Host: x", *lines))
     assert error.status == status
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "DELETE"])
-def test_some_methods_have_no_body(method):
+def test_methods_without_a_body_refuse_one(method):
     lines = f"{method} / HTTP/1.1", "Host: x"
     assert refused(koitab.parse_head, head(
         *lines, "Content-Length: 5")).status == 400
     assert koitab.parse_head(head(*lines, "Content-Length: 0")).length == 0
 
 
-def test_a_host_is_needed():
+def test_a_head_without_host_is_refused():
     assert refused(koitab.parse_head, head("GET / HTTP/1.1")).status == 400
 
 
-def test_so_many_header_lines_and_no_more():
+def test_a_head_has_at_most_64_header_lines():
     lines = [f"X-{number}: y" for number in range(63)]
     assert koitab.parse_head(head("GET / HTTP/1.1", "Host: x", *lines))
     error = refused(koitab.parse_head, head(
@@ -129,11 +130,11 @@ def test_so_many_header_lines_and_no_more():
     (b"GET / HTTP/1.1\r\nX: a\rContent-Length: 5\r\n", "half of CR LF"),
     (b"GET / HTTP/1.1\r\nX: a\n\r\n", "half of CR LF"), (b"GE\0T", "NUL"),
     (b"GET / HTTP/1.1\r\r\n", "half of CR LF"), (b"SSH-2.0-x\n", "half of")])
-def test_what_is_no_http_is_seen_at_once(data, why):
+def test_bytes_that_cannot_begin_a_request_are_recognized(data, why):
     assert why in koitab.partial_head_error(data)
 
 
-def test_a_head_that_comes_byte_by_byte_has_no_fault_on_the_way():
+def test_every_beginning_of_a_valid_head_is_accepted():
     data = b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n"
     errors = [koitab.partial_head_error(data[:end])
               for end in range(1, len(data))]
@@ -149,7 +150,7 @@ def test_a_head_that_comes_byte_by_byte_has_no_fault_on_the_way():
     (b"G\r\n" + b"x" * (koitab.LONGEST_HEAD - 2), -1, 431),
     (b"G\r\n", koitab.LONGEST_HEAD - 4, None),
     (b"G\r\n", koitab.LONGEST_HEAD - 3, 431)])
-def test_a_head_has_a_longest_line_and_a_size(data, end, status):
+def test_request_line_and_head_have_a_largest_size(data, end, status):
     if status is None:
         koitab.check_head_size(data, end)
     else:
@@ -165,7 +166,7 @@ def test_a_query_becomes_fields(query, fields):
 
 @pytest.mark.parametrize("query", [
     "a=1&a=2", "a=%ff", "&".join(f"a{n}=1" for n in range(17))])
-def test_a_query_that_is_odd_is_refused(query):
+def test_an_invalid_query_is_refused(query):
     assert refused(koitab.parse_query, query).status == 400
 
 
@@ -174,11 +175,11 @@ def test_a_query_that_is_odd_is_refused(query):
     b'{"a":Infinity}', b'{"a":1e999}', b'{"a":9999999999999999999}',
     b'{"a":"\\ud800"}', b'{"\\udfff":1}', b"[" * 100_000, b"\xef\xbb\xbf{}",
     b'{"a":' * 100_000, '{"a":1}'.encode("utf-16")])
-def test_json_that_nothing_could_hold_is_refused(body):
+def test_json_that_sqlite_cannot_store_is_refused(body):
     assert refused(koitab.parse_body, body).status == 400
 
 
-def test_json_of_a_request():
+def test_a_body_becomes_a_dictionary():
     assert koitab.parse_body(b'{"a":"\\ud83d\\ude00","b":1.5,"c":-7}') == {
         "a": "\U0001f600", "b": 1.5, "c": -7}
 
@@ -199,7 +200,7 @@ def test_json_of_a_request():
     ("2130706433", False),
     ("localhost, evil.example", False), ("l\xf6calhost", False),
     ("localhost:99999999", False), ("[localhost]", False)])
-def test_only_names_of_ours_are_believed(host, believed):
+def test_only_configured_host_names_are_allowed(host, believed):
     names = frozenset(["koi.example", "other.example:8443"])
     assert koitab.is_allowed_host(host, names, False) is believed
 
@@ -207,7 +208,8 @@ def test_only_names_of_ours_are_believed(host, believed):
 @pytest.mark.parametrize("host, believed", [
     ("10.0.0.1:8077", True), ("[fe80::1]:8077", True),
     ("evil.example:8077", False), ("0.0.0.0", True), ("1.2.3", False)])
-def test_beyond_loopback_any_address_is_believed(host, believed):
+def test_any_address_is_allowed_when_it_listens_beyond_loopback(host,
+                                                                believed):
     assert koitab.is_allowed_host(host, frozenset(), True) is believed
 
 
@@ -215,25 +217,25 @@ def test_beyond_loopback_any_address_is_believed(host, believed):
     ("10.0.0.1", "10.0.0.1"), ("::ffff:10.0.0.1", "10.0.0.1"),
     ("2001:db8:1:2:3::4", "2001:0db8:0001:0002"),
     ("fe80::1%eth0", "fe80:0000:0000:0000"), ("?", "?"), ("", "?")])
-def test_callers_are_counted_by_their_network(address, network):
+def test_clients_are_counted_by_network(address, network):
     assert koitab.network_of(address) == network
 
 
 @pytest.mark.parametrize("text, found", [
     ("127.0.0.1:8077", ("127.0.0.1", 8077)), ("[::1]:80", ("::1", 80)),
     ("localhost:0", ("127.0.0.1", 0)), ("0.0.0.0:8077", ("0.0.0.0", 8077))])
-def test_where_to_listen(text, found):
+def test_a_listen_address_is_parsed(text, found):
     assert koitab.listen_address(text) == found
 
 
 @pytest.mark.parametrize("text", [
     "", "8077", ":8077", "127.0.0.1", "::1:80", "koi.example:80", "1.2.3:4",
     "127.0.0.1:99999", "127.0.0.1:-1", "127.0.0.1:x"])
-def test_where_one_cannot_listen(text):
+def test_an_invalid_listen_address_is_refused(text):
     assert "ADDRESS:PORT" in refused(koitab.listen_address, text).message
 
 
-def test_ten_wrong_keys_and_the_address_has_to_wait_longer_each_time():
+def test_every_ten_wrong_keys_ban_a_network_for_twice_as_long():
     throttle, now, waits = koitab.LoginThrottle(), 1000.0, []
     for _ in range(4):
         for _ in range(10):
@@ -245,7 +247,7 @@ def test_ten_wrong_keys_and_the_address_has_to_wait_longer_each_time():
     assert throttle.wait("b", now) == 0
 
 
-def test_a_wrong_key_now_and_then_bans_nobody():
+def test_nine_wrong_keys_a_minute_ban_nobody():
     throttle = koitab.LoginThrottle()
     for minute in range(100):
         for _ in range(9):
@@ -253,7 +255,7 @@ def test_a_wrong_key_now_and_then_bans_nobody():
         assert throttle.wait("a", minute * 61.0) == 0
 
 
-def test_when_all_guess_together_those_who_were_known_come_in():
+def test_known_networks_get_in_while_many_networks_guess():
     throttle = koitab.LoginThrottle()
     throttle.add_success("home", 0.0)
     for number in range(koitab.MISSES_IN_ALL):
@@ -265,7 +267,7 @@ def test_when_all_guess_together_those_who_were_known_come_in():
     assert throttle.wait("new", 70.0) == 0
 
 
-def test_who_guesses_from_everywhere_does_not_fill_the_memory():
+def test_guesses_from_many_networks_do_not_fill_the_memory():
     throttle = koitab.LoginThrottle()
     for number in range(koitab.MOST_NETWORKS + 100):
         throttle.add_miss(str(number), 0.0)
@@ -273,7 +275,7 @@ def test_who_guesses_from_everywhere_does_not_fill_the_memory():
     assert len(throttle.misses) == len(throttle.known) == koitab.MOST_NETWORKS
 
 
-def test_an_address_has_room_for_some_strangers_and_for_many_hosts():
+def test_a_network_may_have_few_unproven_and_many_proven_connections():
     limits = koitab.ConnectionLimits()
     for _ in range(koitab.MOST_UNPROVEN):
         assert limits.has_room_for("a")
@@ -290,7 +292,7 @@ def test_an_address_has_room_for_some_strangers_and_for_many_hosts():
     assert limits.has_room_for("a")
 
 
-def test_a_limits_that_has_left_is_forgotten():
+def test_a_network_without_connections_is_forgotten():
     limits = koitab.ConnectionLimits()
     for network in ("a", None):
         limits.add(network)
@@ -301,7 +303,7 @@ def test_a_limits_that_has_left_is_forgotten():
     assert (limits.count, limits.networks) == (0, {})
 
 
-def test_the_server_is_full_at_its_limit_whoever_asks():
+def test_the_server_is_full_at_its_limit():
     limits = koitab.ConnectionLimits()
     limits.most = 2
     limits.add("a")
@@ -346,7 +348,7 @@ def handler_of(method: str, path: str) -> tuple:
     ("GET", "/index.html", ()), ("GET", "/healthz/", ()),
     ("DELETE", f"/api/v1/hosts/{'A' * 32}", ()),
     ("DELETE", f"/api/v1/hosts/{'a' * 31}", ())])
-def test_a_path_is_one_of_the_table_or_none(method, path, found):
+def test_a_path_matches_one_row_of_the_table_or_none(method, path, found):
     assert handler_of(method, path) == found
 
 
@@ -389,7 +391,7 @@ def test_every_handler_has_one_route_or_one_for_each_method():
                          if route.path != "PING" else "GET, POST /ping/...")
 
 
-def test_what_changes_something_is_for_operators_or_hosts():
+def test_viewers_have_no_route_that_changes_something():
     for route in koitab.ROUTES:
         assert route.role in ("anyone", *koitab.TOKEN_ROLES)
         if route.method != "GET" and route.path != "/api/v1/dashboards":
@@ -406,7 +408,7 @@ def fields_of(data: bytes) -> dict:
     return dict(line.split(": ", 1) for line in lines[1:-2])
 
 
-def test_every_answer_says_what_a_browser_must_not_do():
+def test_every_response_has_the_security_headers():
     fields = fields_of(koitab.head_bytes(koitab.Response(
         body=b"12345"), False))
     assert fields == {
@@ -417,13 +419,13 @@ def test_every_answer_says_what_a_browser_must_not_do():
 
 
 @pytest.mark.parametrize("value", ["a\r\nB: c", "a\nb", "ä", "\0", "\x1b"])
-def test_nothing_that_others_said_stands_in_a_head(value):
+def test_foreign_text_cannot_get_into_a_response_head(value):
     response = koitab.Response(headers=(("X", value),))
     with pytest.raises(AssertionError):
         koitab.head_bytes(response, False)
 
 
-def test_an_answer_without_a_length_ends_with_the_connection():
+def test_a_response_of_unknown_length_closes_the_connection():
     fields = fields_of(koitab.head_bytes(koitab.Response(
         stream=print), True))
     assert "Content-Length" not in fields
@@ -431,12 +433,12 @@ def test_an_answer_without_a_length_ends_with_the_connection():
 
 
 @pytest.mark.parametrize("status", [204, 304])
-def test_some_answers_have_no_length(status):
+def test_a_response_without_a_body_has_no_length(status):
     fields = fields_of(koitab.head_bytes(koitab.Response(status), False))
     assert "Content-Length" not in fields
 
 
-def test_the_policy_lets_the_page_run_what_stands_in_it_alone():
+def test_the_policy_allows_only_the_scripts_in_the_page():
     page = "<style>a{}</style><body><script>'ä<b>'</script>"
     policy = koitab.page_policy_of(page)
     for text, name in (("a{}", "style"), ("'ä<b>'", "script")):
@@ -453,7 +455,7 @@ def test_the_policy_lets_the_page_run_what_stands_in_it_alone():
 
 @pytest.mark.parametrize("text", [
     '"><script>alert(1)</script>', "a & b", "\x00\x1b", "\ud800", "x" * 999])
-def test_a_badge_is_xml_whatever_stands_in_it(text):
+def test_a_badge_is_valid_xml_for_any_text(text):
     data = koitab.badge_svg(text, text, text)
     clean = re.sub(rb"[\0\x1b]", b"", data)
     root = xml.etree.ElementTree.fromstring(clean)
@@ -628,8 +630,7 @@ def made_certificate(folder, name: str, days: int, authority=None) -> tuple:
 
 @pytest.mark.parametrize("cert, key", [
     ("gone", "gone"), ("/", "/"), ("empty", "empty"), ("text", "text")])
-def test_a_certificate_that_cannot_be_used_is_told(tmp_path, monkeypatch,
-                                                   cert, key):
+def test_an_unusable_certificate_is_refused(tmp_path, monkeypatch, cert, key):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").write_text("")
     (tmp_path / "text").write_text("no certificate\n")

@@ -1,4 +1,4 @@
-"""The dashboard over real sockets: who is hostile, slow, silent or many."""
+"""The dashboard over real sockets: hostile, slow, silent or many clients."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_page_comes_with_a_policy_that_fits_it(server):
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/api/v1/state"])
-def test_head_is_get_without_a_body(server, path):
+def test_head_answers_as_get_without_a_body(server, path):
     with server.client() as client:
         whole = client.ask("GET", path, token=OPERATOR_TOKEN)
         head = client.ask("HEAD", path, token=OPERATOR_TOKEN)
@@ -83,7 +83,7 @@ def test_head_is_get_without_a_body(server, path):
         assert client.ask("GET", "/healthz").body == b"OK"
 
 
-def test_metrics_are_for_who_has_a_key(server):
+def test_metrics_need_a_key(server):
     assert server.ask("GET", "/metrics").status == 401
     reply = server.ask("GET", "/metrics", token=VIEWER_TOKEN)
     assert reply.headers["content-type"].startswith("text/plain; version=0")
@@ -126,7 +126,7 @@ def test_requests_that_come_at_once_are_answered_in_order(server):
         assert client.reply().body == b"OK"
 
 
-def test_a_hundred_pings_in_one_piece(server):
+def test_a_hundred_pipelined_pings_are_answered(server):
     with server.client() as client:
         client.send(encode_request(server.port, "GET", f"/ping/{server.uuid}")
                     * 100)
@@ -143,7 +143,7 @@ def test_a_request_may_come_byte_by_byte(server):
         assert client.ask("GET", "/healthz").body == b"OK"
 
 
-def test_close_and_http_1_0_are_honoured(server):
+def test_connection_close_and_http_1_0_close_the_connection(server):
     for data in (encode_request(server.port, "GET", "/healthz",
                                 Connection="close"),
                  b"GET /healthz HTTP/1.0\r\nHost: localhost\r\n\r\n"):
@@ -154,7 +154,7 @@ def test_close_and_http_1_0_are_honoured(server):
             assert client.is_closed()
 
 
-def test_who_has_said_all_is_still_answered(server):
+def test_a_client_that_closed_its_side_is_still_answered(server):
     with server.client() as client:
         client.send(encode_request(server.port, "GET", "/api/v1/state",
                                    token=OPERATOR_TOKEN))
@@ -163,7 +163,7 @@ def test_who_has_said_all_is_still_answered(server):
         assert client.is_closed()
 
 
-def test_a_body_is_asked_for_when_that_is_expected(server):
+def test_100_continue_is_sent_when_expected(server):
     with server.client() as client:
         client.send(encode_request(server.port, "POST", f"/ping/{server.uuid}",
                                    None,
@@ -197,7 +197,7 @@ SMUGGLED = (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     b"Content-Encoding: gzip\r\nContent-Length: 4\r\n",
     b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n",
     b"Host: localhost\r\nContent-Length: 4\r\n"])
-def test_nothing_is_smuggled_in_behind_a_body(server, lines):
+def test_no_request_can_be_smuggled_behind_a_body(server, lines):
     head = b"POST /ping/" + server.uuid.encode() + b" HTTP/1.1\r\nHost: " \
         b"localhost\r\n" + lines + b"\r\n"
     with server.client() as client:
@@ -207,7 +207,7 @@ def test_nothing_is_smuggled_in_behind_a_body(server, lines):
         assert client.is_closed()
 
 
-def test_a_get_has_no_body_to_smuggle_in(server):
+def test_a_get_with_a_body_is_refused(server):
     with server.client() as client:
         client.send(encode_request(server.port, "GET", "/healthz", SMUGGLED))
         assert client.reply().status == 400
@@ -219,7 +219,7 @@ def test_a_get_has_no_body_to_smuggle_in(server):
     b"GET / HTTP/0.9\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\0", b"\r\n\r\n",
     b"GET / HTTP/1.1\n\n", b"HELP\n", b"GET http://evil/ HTTP/1.1\r\n\r\n"
     b"Host: localhost\r\n\r\n"])
-def test_what_is_no_http_is_told_so_and_hung_up_on_at_once(server, data):
+def test_bytes_that_are_not_http_get_400_without_a_timeout(server, data):
     with server.client() as client:
         if data == b"GET /\r\n":        # half a head: more may come
             data += b"\r\n"
@@ -232,7 +232,7 @@ def test_what_is_no_http_is_told_so_and_hung_up_on_at_once(server, data):
     "/../../etc/passwd", "/%2e%2e/etc/passwd", "//evil.example/", "/a%00b",
     "http://evil.example/x", "/\xff", "/api/v1/../state", "/index.html",
     "/api/v1/runs/1/output/", "/static/koitab.py", "*"])
-def test_a_path_that_is_not_in_the_table_is_nothing(server, target):
+def test_a_path_outside_the_table_is_not_found(server, target):
     reply = server.ask("GET", target, token=OPERATOR_TOKEN)
     assert reply.status in (400, 404)
     assert b"root:" not in reply.body
@@ -254,8 +254,7 @@ def test_a_head_has_limits(server):
     ("/api/v1/snooze", 2**16, OPERATOR_TOKEN), ("/api/v1/requests", 2**20,
                                                 OPERATOR_TOKEN),
     ("/api/v1/sync", 2**23, HOST_TOKEN), ("/ping/UUID", 2**20, "")])
-def test_a_body_has_a_limit_and_who_sends_more_hears_it(server, path, most,
-                                                        token):
+def test_a_body_over_its_limit_gets_413(server, path, most, token):
     path = path.replace("UUID", server.uuid)
     reply = server.ask("POST", path, b"x" * (most + 1), token,
                        Content_Type="application/json")
@@ -265,13 +264,13 @@ def test_a_body_has_a_limit_and_who_sends_more_hears_it(server, path, most,
     assert reply.status == (200 if "ping" in path else 400), reply
 
 
-def test_a_body_without_a_key_is_not_read(server):
+def test_a_body_without_a_valid_key_is_not_read(server):
     reply = server.ask("POST", "/api/v1/sync", b"x" * 2**22,
                        Content_Type="application/json")
     assert reply.status == 401
 
 
-def test_a_refusal_arrives_though_a_body_is_on_its_way(server):
+def test_a_refusal_arrives_while_a_body_is_being_sent(server):
     """A socket that is closed over what it has not read sends a reset."""
     with server.client() as client:
         client.send(encode_request(server.port, "POST", "/api/v1/snooze",
@@ -281,7 +280,7 @@ def test_a_refusal_arrives_though_a_body_is_on_its_way(server):
         assert client.is_closed() and not client.reset
 
 
-def test_who_sends_on_while_he_is_served_is_read_no_further(server):
+def test_a_client_that_sends_ahead_is_read_no_further(server):
     with server.client() as host:
         settled(host, server, 25)
         host.sock.settimeout(0.2)
@@ -297,7 +296,7 @@ def test_who_sends_on_while_he_is_served_is_read_no_further(server):
     ({"Content_Type": "application/x-www-form-urlencoded"}, 415),
     ({"Content_Type": "application/json", "Content_Encoding": "gzip"}, 415),
     ({"Content_Type": "Application/JSON; charset=utf-8"}, 400)])
-def test_what_is_posted_is_json(server, headers, status):
+def test_a_body_that_is_not_json_is_refused(server, headers, status):
     reply = server.ask("POST", "/api/v1/snooze", b"x=1", OPERATOR_TOKEN,
                        **headers)
     assert reply.status == status
@@ -306,14 +305,14 @@ def test_what_is_posted_is_json(server, headers, status):
 @pytest.mark.parametrize("method, path, allowed", [
     ("POST", "/", "GET"), ("PUT", "/api/v1/checks", "POST"),
     ("GET", "/api/v1/sync", "POST"), ("DELETE", "/healthz", "GET")])
-def test_a_method_that_is_not_for_this_is_told_which_is(server, method, path,
-                                                        allowed):
+def test_a_wrong_method_gets_405_with_the_allowed_ones(server, method, path,
+                                                       allowed):
     reply = server.ask(method, path, token=OPERATOR_TOKEN)
     assert (reply.status, reply.headers["allow"]) == (405, allowed)
 
 
-def test_heads_that_are_wrong_surprise_nobody(server):
-    """Through a wire that is not connected; some by real ones."""
+def test_random_faults_in_a_head_cause_no_internal_error(server):
+    """Most go through the parser alone, some over a connection."""
     chance = random.Random(105)
     good = encode_request(1, "POST", "/api/v1/sync?a=b", b"{}", OPERATOR_TOKEN)
     parts = [b"\r\n", b"\n", b"\r", b"\0", b":", b" ", b"HTTP/1.1", b"%", b"/",
@@ -356,13 +355,13 @@ def test_heads_that_are_wrong_surprise_nobody(server):
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/api/v1/state", "/nope"])
-def test_a_name_that_is_not_ours_is_answered_with_nothing(server, path):
+def test_an_unknown_host_name_is_refused_for_every_path(server, path):
     reply = server.ask("GET", path, token=OPERATOR_TOKEN, Host="evil.example")
     assert reply.status == 421
     assert "--name" in reply.json["hint"]
 
 
-def test_names_that_were_given_are_ours(tmp_path):
+def test_names_given_with_the_option_are_allowed(tmp_path):
     with DashboardProcess(tmp_path, "--name", "Koi.example", "--name",
                           "b.example:444") as found:
         for host, status in (("koi.example", 200), ("KOI.EXAMPLE:1", 200),
@@ -383,7 +382,8 @@ def test_names_that_were_given_are_ours(tmp_path):
     ("null", "/api/v1/salt", 200, "null"),
     ("http://evil.example", "/ping/UUID", 200, "*"),
     (None, "/ping/UUID", 200, "*")])
-def test_pages_of_others_get_nothing(server, origin, path, status, allowed):
+def test_pages_of_other_origins_are_refused(server, origin, path, status,
+                                            allowed):
     origin = origin and origin.replace("PORT", str(server.port))
     reply = server.ask("GET", path.replace("UUID", server.uuid),
                        token=OPERATOR_TOKEN,
@@ -392,7 +392,7 @@ def test_pages_of_others_get_nothing(server, origin, path, status, allowed):
     assert reply.headers.get("access-control-allow-origin") == allowed
 
 
-def test_a_page_from_a_file_may_ask_before_it_asks(server):
+def test_a_page_from_a_file_may_send_preflight_requests(server):
     reply = server.ask("OPTIONS", "/api/v1/requests", Origin="null",
                        Access_Control_Request_Method="POST",
                        Access_Control_Request_Headers="authorization")
@@ -405,7 +405,7 @@ def test_a_page_from_a_file_may_ask_before_it_asks(server):
     assert "access-control-allow-origin" not in refused.headers
 
 
-def test_no_page_from_a_file_makes_a_dashboard(server):
+def test_a_page_from_a_file_cannot_create_a_dashboard(server):
     reply = server.ask("POST", "/api/v1/dashboards", {}, Origin="null")
     assert reply.status == 403
     assert "access-control-allow-origin" not in reply.headers
@@ -419,7 +419,7 @@ def path_of(route) -> str:
                     for word in route.path.split("/"))
 
 
-def test_everyone_gets_what_is_for_him_and_nothing_else(server):
+def test_a_token_of_another_role_is_refused_on_every_route(server):
     wrong = []
     for route in koitab.ROUTES:
         if route.role == "anyone":
@@ -445,7 +445,7 @@ def test_a_viewer_reads_and_changes_nothing(server):
         "subject": "job:1", "until": 0}, VIEWER_TOKEN).status == 403
 
 
-def test_who_guesses_keys_has_to_wait_and_hosts_have_not(server):
+def test_wrong_keys_ban_an_address_but_not_its_hosts(server):
     where = {"X_Forwarded_For": "203.0.113.9"}
     statuses = [server.ask("GET", "/api/v1/state", token="f" * 64,
                            **where).status for _ in range(12)]
@@ -460,7 +460,7 @@ def test_who_guesses_keys_has_to_wait_and_hosts_have_not(server):
     assert server.ask("GET", "/healthz", **where).status == 200
 
 
-def test_the_log_tells_neither_keys_nor_queries(tmp_path):
+def test_the_log_contains_neither_keys_nor_queries(tmp_path):
     with DashboardProcess(tmp_path) as found:
         found.set_up()
         found.ask("GET", "/api/v1/state?secret=1", token="deadbeef" * 8,
@@ -543,7 +543,7 @@ def test_a_host_that_waits_is_woken_by_a_request(server):
         assert waiting(server) == 0
 
 
-def test_a_host_is_woken_in_the_time_of_some_other_answers(tmp_path):
+def test_a_host_is_woken_as_fast_as_other_requests_are_answered(tmp_path):
     took, usual = [], []
     with DashboardProcess(tmp_path) as found:
         found.set_up()
@@ -562,7 +562,7 @@ def test_a_host_is_woken_in_the_time_of_some_other_answers(tmp_path):
     assert sorted(took)[5] < 20 * sorted(usual)[5] + 0.1, (took, usual)
 
 
-def test_a_request_that_came_before_is_not_missed(server):
+def test_a_request_made_before_the_poll_is_answered_at_once(server):
     server.ask("POST", "/api/v1/requests", an_order(server, "2" * 32),
                OPERATOR_TOKEN)
     reply = server.ask("POST", "/api/v1/sync", sync_payload(wait=25),
@@ -571,7 +571,7 @@ def test_a_request_that_came_before_is_not_missed(server):
     # A client gives up after 20 s.
 
 
-def test_a_host_that_waits_hears_when_the_time_is_over(server):
+def test_a_poll_is_answered_when_its_time_is_over(server):
     with server.client() as host:
         begin = time.monotonic()
         settled(host, server, 0.7)
@@ -580,7 +580,7 @@ def test_a_host_that_waits_hears_when_the_time_is_over(server):
         assert waiting(server) == 0
 
 
-def test_a_host_that_has_sent_something_hears_at_once_that_it_arrived(server):
+def test_a_sync_with_records_is_acknowledged_at_once(server):
     host, token = "12" * 16, "34" * 32
     server.register_host(host, token)
     with server.client() as client:
@@ -593,7 +593,7 @@ def test_a_host_that_has_sent_something_hears_at_once_that_it_arrived(server):
             assert reply.json["acked"] == 10
 
 
-def test_a_host_that_hangs_up_waits_no_more(server):
+def test_a_poll_ends_when_the_host_hangs_up(server):
     with server.client() as host:
         settled(host, server, 25)
     support.wait_until(lambda: waiting(server) == 0, 5, "it to be forgotten")
@@ -621,7 +621,7 @@ def test_a_newer_poll_of_a_host_ends_its_older_one(server):
         assert new.reply().json["requests"]
 
 
-def test_a_host_that_was_removed_is_told_so(server):
+def test_the_poll_of_a_removed_host_gets_401(server):
     server.register_host("77" * 16, "88" * 32)
     with server.client() as host:
         host.ask("POST", "/api/v1/sync", sync_payload("77" * 16),
@@ -672,7 +672,7 @@ def told(server):
     return job["id"], job["last"]["id"], frames
 
 
-def test_a_run_and_all_about_it(server, told):
+def test_a_run_is_shown_with_its_job(server, told):
     job, run, frames = told
     whole = server.ask("GET", f"/api/v1/runs/{run}", token=VIEWER_TOKEN).json
     assert whole["run"]["have"] == len(frames)
@@ -722,7 +722,7 @@ def test_text_is_found_in_outputs(server, told):
                           token=VIEWER_TOKEN).status == 400
 
 
-def test_a_day_and_the_audit(server, told):
+def test_day_and_audit_are_shown_and_check_their_queries(server, told):
     now = time.time()
     day = server.ask("GET", f"/api/v1/day?from={now - 3600}&to={now:.1f}",
                      token=VIEWER_TOKEN).json
@@ -767,7 +767,7 @@ def test_checks_and_channels_are_made_changed_and_removed(server):
         "do": "delete", "id": made.json["id"]}, OPERATOR_TOKEN).status == 200
 
 
-def test_a_run_that_is_looked_at_is_told_to_its_host_and_comes_live(server):
+def test_a_followed_run_is_demanded_from_its_host_and_sent_live(server):
     host, token = "ef" * 16, "01" * 32
     server.register_host(host, token)
     going = a_record(1, b"", state="running", ended=None, exit=None,
@@ -818,7 +818,7 @@ def test_a_rotated_key_opens_nothing_and_closes_streams(tmp_path):
         assert found.ask("GET", "/api/v1/state", token="e" * 64).status == 200
 
 
-def test_only_the_first_dashboard_is_made_by_anyone_from_here(tmp_path):
+def test_only_the_first_dashboard_is_created_without_a_key(tmp_path):
     asked = {"salt": "11" * 16, "rounds": 600_000, "api_sha256": "e" * 64,
              "view_sha256": "f" * 64}
     with DashboardProcess(tmp_path) as found:
@@ -884,12 +884,12 @@ def test_a_browser_follows_and_comes_back(server):
 
 
 @pytest.mark.parametrize("since", [0, 10**17])
-def test_what_nobody_remembers_begins_anew(server, since):
+def test_a_stream_from_an_unknown_change_begins_anew(server, since):
     with stream(server, since) as client:
         assert json.loads(client.line()) == {"reset": True}
 
 
-def test_a_stream_shows_signs_of_life(tmp_path):
+def test_a_stream_sends_empty_lines_as_signs_of_life(tmp_path):
     with DashboardProcess(tmp_path, patch="k.HEARTBEAT = 0.2") as found:
         found.set_up()
         with stream(found, now_of(found)) as client:
@@ -965,7 +965,7 @@ def open_many(count: int = 2000) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"GET / HT"])
-def test_five_hundred_silent_callers_keep_nobody_waiting(server, data):
+def test_500_silent_clients_delay_nobody(server, data):
     open_many()
     with silent(server.port, 500, data), server.client(seconds=8) as client:
         # Of a silent caller it would hear for 10 s that nothing comes.
@@ -973,8 +973,7 @@ def test_five_hundred_silent_callers_keep_nobody_waiting(server, data):
                           ).status == 200
 
 
-def test_five_hundred_silent_tls_callers_keep_nobody_waiting(tmp_path, made,
-                                                             trust):
+def test_500_silent_tls_clients_delay_nobody(tmp_path, made, trust):
     open_many()
     with DashboardProcess(tmp_path, "--cert", made.cert, "--key", made.key,
                           tls=trust) as found, silent(found.port, 500):
@@ -983,7 +982,7 @@ def test_five_hundred_silent_tls_callers_keep_nobody_waiting(tmp_path, made,
         found.assert_no_bugs()
 
 
-def test_who_is_too_slow_is_told_so_though_he_sends_on(tmp_path):
+def test_a_client_that_sends_too_slowly_gets_408(tmp_path):
     patch = "k.HEAD_TIME = k.BODY_TIME = 0.3"
     with DashboardProcess(tmp_path, patch=patch) as found:
         for data in (b"GET / HTTP/1.1\r\nX: ", encode_request(
@@ -1000,7 +999,7 @@ def test_who_is_too_slow_is_told_so_though_he_sends_on(tmp_path):
             assert client.is_closed()
 
 
-def test_a_connection_that_rests_is_closed_after_a_while(tmp_path):
+def test_an_idle_connection_is_closed(tmp_path):
     patch = "k.IDLE_TIME = 0.3"
     with DashboardProcess(tmp_path,
                           patch=patch) as found, found.client() as client:
@@ -1008,7 +1007,7 @@ def test_a_connection_that_rests_is_closed_after_a_while(tmp_path):
         assert client.is_closed()
 
 
-def test_who_takes_no_byte_of_his_answer_is_dropped(tmp_path):
+def test_a_client_that_reads_nothing_is_dropped(tmp_path):
     patch = ("k.WRITE_TIME = 0.5\n"
              "k.page_text = lambda server=None: 'x' * 30_000_000")
     with DashboardProcess(tmp_path, patch=patch) as found:
@@ -1037,7 +1036,7 @@ def rss(pid: int) -> int:
 NOT_NEAR = "k.is_loopback = lambda address: False\n"
 
 
-def test_an_address_has_room_for_a_few_strangers_and_many_hosts(tmp_path):
+def test_an_address_may_have_few_unproven_clients_and_many_hosts(tmp_path):
     with DashboardProcess(tmp_path) as near:
         near.set_up()
     patch = NOT_NEAR + "k.MOST_UNPROVEN, k.MOST_OF_ADDRESS = 8, 30"
@@ -1070,7 +1069,7 @@ k.Dashboard.health = lambda *values: wait() or health(*values)
 """
 
 
-def test_behind_a_proxy_it_is_callers_that_are_counted(tmp_path):
+def test_clients_behind_a_proxy_are_counted_one_by_one(tmp_path):
     gate = tmp_path / "gate"
     with contextlib.ExitStack() as stack, DashboardProcess(
             tmp_path, patch=SLOW_HEALTH.format(gate=str(gate))) as found:
@@ -1089,7 +1088,7 @@ def test_behind_a_proxy_it_is_callers_that_are_counted(tmp_path):
 @pytest.mark.parametrize("options, seen", [
     ((), "127.0.0.1"), (("--behind-proxy", "10.0.0.9"), "127.0.0.1"),
     (("--behind-proxy", "127.0.0.1"), "203.0.113.5")])
-def test_only_a_proxy_of_ours_is_believed_who_calls(tmp_path, options, seen):
+def test_only_a_configured_proxy_names_the_client(tmp_path, options, seen):
     with DashboardProcess(tmp_path) as near:
         uuid = near.set_up().add_check()
     with DashboardProcess(tmp_path, "--plain-http", *options,
@@ -1113,7 +1112,7 @@ def test_silent_connections_make_room_for_a_new_one(tmp_path):
 # --- what fails -----------------------------------------------------------
 
 
-def test_without_descriptors_it_rests_and_goes_on(tmp_path):
+def test_without_descriptors_it_pauses_and_continues(tmp_path):
     with DashboardProcess(tmp_path) as found:
         found.set_up()
         pid = found.process.pid
@@ -1143,8 +1142,7 @@ threading.Thread.start = refuse
 """
 
 
-def test_without_threads_some_questions_are_refused_and_the_rest_goes_on(
-        tmp_path):
+def test_without_threads_only_questions_are_refused(tmp_path):
     with DashboardProcess(tmp_path, patch=NO_THREAD) as found:
         found.set_up()
         uuid = found.add_check()
@@ -1163,7 +1161,7 @@ k.MOST_READS = 6
 """
 
 
-def test_too_many_questions_at_once_are_refused_at_the_door(tmp_path):
+def test_too_many_questions_at_once_get_503(tmp_path):
     gate = tmp_path / "gate"
     with contextlib.ExitStack() as stack, DashboardProcess(
             tmp_path, patch=SLOW.format(gate=str(gate))) as found:
@@ -1180,7 +1178,8 @@ def test_too_many_questions_at_once_are_refused_at_the_door(tmp_path):
         assert statuses == [200] * 6 + [503] * 4
 
 
-def test_a_fault_of_ours_is_told_in_a_line_and_the_rest_goes_on(tmp_path):
+def test_an_internal_error_is_logged_in_one_line_and_answered_with_500(
+        tmp_path):
     patch = "k.Dashboard.state = lambda *values: 1 / 0"
     with DashboardProcess(tmp_path, patch=patch) as found:
         found.set_up()
@@ -1200,14 +1199,14 @@ k.Dashboard.health = broken
 """
 
 
-def test_when_the_database_cannot_be_believed_it_ends_and_says_why(tmp_path):
+def test_a_damaged_database_ends_the_dashboard_with_the_reason(tmp_path):
     with DashboardProcess(tmp_path, patch=BROKEN) as found:
         assert found.ask("GET", "/healthz").status == 503
         assert found.process.wait(10) == 1
         assert "the dashboard cannot go on: the disk lies" in found.log()
 
 
-def test_all_that_is_loaded_late_was_loaded_at_the_start(tmp_path):
+def test_all_modules_are_imported_at_the_start(tmp_path):
     """A Python that is upgraded underneath has no files for us any more."""
     patch = """
 serve_requests = k.HttpServer.serve
@@ -1242,7 +1241,7 @@ k.HttpServer.serve = serve
 
 
 @support.root_only
-def test_a_full_disk_is_told_and_what_there_is_can_be_read(tmp_path):
+def test_a_full_disk_gets_507_and_reads_continue(tmp_path):
     support.need("unshare")
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -1276,8 +1275,8 @@ def test_a_full_disk_is_told_and_what_there_is_can_be_read(tmp_path):
 # --- TLS ------------------------------------------------------------------
 
 
-def test_https_is_new_and_its_certificate_is_shown_and_read_again(
-        tmp_path, made, trust):
+def test_https_needs_tls_1_2_and_reads_its_certificate_again(tmp_path, made,
+                                                             trust):
     cert, key = tmp_path / "cert", tmp_path / "key"
     cert.write_bytes(open(made.cert, "rb").read())
     key.write_bytes(open(made.key, "rb").read())
@@ -1314,8 +1313,7 @@ def test_https_is_new_and_its_certificate_is_shown_and_read_again(
         found.assert_no_bugs()
 
 
-def test_a_connection_by_tls_costs_no_quarter_of_a_megabyte(tmp_path, made,
-                                                           trust):
+def test_a_tls_connection_takes_less_than_120_kb(tmp_path, made, trust):
     with DashboardProcess(tmp_path, "--cert", made.cert, "--key", made.key,
                           tls=trust) as found, contextlib.ExitStack() as stack:
         for _ in range(10):
@@ -1355,7 +1353,8 @@ def descriptors(found) -> int:
     return len(os.listdir(f"/proc/{found.process.pid}/fd"))
 
 
-def test_noise_on_the_tls_port_is_no_news(tmp_path, made, trust):
+def test_noise_on_the_tls_port_is_not_logged_as_an_error(tmp_path, made,
+                                                         trust):
     with DashboardProcess(tmp_path, "--cert", made.cert, "--key", made.key,
                           tls=trust) as found:
         for data in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01" + b"\xff" * 99,
@@ -1391,33 +1390,33 @@ def typed(folder, *argv: str) -> support.Result:
     (["--name", "a b"], "not a host name"),
     (["--behind-proxy", "x"], "not an address"),
     (["--number", "1"], "is not an option of")])
-def test_what_is_no_good_idea_is_refused(tmp_path, argv, said):
+def test_unsafe_or_wrong_options_are_refused(tmp_path, argv, said):
     done = typed(tmp_path, "dashboard", *argv)
     assert (done.code, done.out) == (2, "")
     assert said in done.err and "Traceback" not in done.err
 
 
-def test_a_certificate_that_is_not_there_is_told(tmp_path):
+def test_a_missing_certificate_is_reported(tmp_path):
     done = typed(tmp_path, "dashboard", "--cert", "/nope", "--key", "/nope")
     assert done.code == 1
     assert "/nope cannot be used: No such file" in done.err
 
 
-def test_a_port_that_is_taken_is_told(tmp_path, server):
+def test_a_port_in_use_is_reported(tmp_path, server):
     done = typed(tmp_path, "dashboard", "--listen", f"127.0.0.1:{server.port}",
                  "--db", str(tmp_path / "db"))
     assert done.code == 1
     assert "Address already in use" in done.err
 
 
-def test_one_process_a_database(tmp_path, server):
+def test_a_second_process_on_a_database_is_refused(tmp_path, server):
     done = typed(tmp_path, "dashboard", "--listen", "127.0.0.1:0", "--db",
                  server.db)
     assert done.code == 1, done
     assert server.ask("GET", "/healthz").status == 200
 
 
-def test_beyond_this_machine_without_https_is_warned_of(tmp_path):
+def test_plain_http_beyond_loopback_is_warned_about(tmp_path):
     with DashboardProcess(tmp_path, "--listen", "0.0.0.0:0", "--plain-http"
                           ) as found:
         assert "warning: this is plain http" in found.log()
@@ -1425,20 +1424,20 @@ def test_beyond_this_machine_without_https_is_warned_of(tmp_path):
         assert found.ask("GET", "/", Host="evil.example").status == 421
 
 
-def test_it_says_where_it_listens_and_what_to_type_next(server):
+def test_the_start_prints_the_url_and_the_next_command(server):
     url = f"http://127.0.0.1:{server.port}"
     assert f"listens at {url}\n" in server.log()
     assert f"next: koitab -d new {url}; then open {url}" in server.log()
 
 
-def test_the_database_is_for_its_owner_alone(tmp_path):
+def test_the_database_is_readable_only_by_its_owner(tmp_path):
     with DashboardProcess(tmp_path) as found:
         found.set_up()
         for path in tmp_path.glob("dashboard.db*"):
             assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
 
 
-def test_a_backup_is_made_while_all_goes_on(tmp_path, server):
+def test_a_backup_is_made_while_the_dashboard_runs(tmp_path, server):
     copy = tmp_path / "copy"
     done = typed(tmp_path, "dashboard", "--db", server.db, "--backup",
                  str(copy))
@@ -1452,7 +1451,7 @@ def test_a_backup_is_made_while_all_goes_on(tmp_path, server):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_ends_before_a_poll_is_over_and_tells_who_waits(tmp_path, number):
+def test_a_signal_answers_waiting_polls_and_ends_it(tmp_path, number):
     with DashboardProcess(tmp_path) as found:
         found.set_up()
         since = now_of(found)
@@ -1468,7 +1467,7 @@ def test_it_ends_before_a_poll_is_over_and_tells_who_waits(tmp_path, number):
         found.assert_no_bugs()
 
 
-def test_what_is_being_written_when_it_ends_is_answered(tmp_path):
+def test_a_running_write_is_answered_before_it_ends(tmp_path):
     gate = tmp_path / "gate"
     patch = (WAITING + "ping, k.STOP_TIME = k.Dashboard.ping, 20\n"
              "k.Dashboard.ping = lambda *values: wait() or ping(*values)"
