@@ -14634,8 +14634,6 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .login input { min-height: 36px; }
 .login .muted { font-size: 13px; margin-top: 6px; }
 .login .error:empty { display: none; }
-.extra { display: flex; flex-direction: column; gap: 8px; }
-.extra:empty { display: none; }
 label, .label { font-weight: 600; font-size: 13px; }
 .check label { font-weight: 500; font-size: 14px; }
 .runform { display: flex; flex-direction: column; gap: 16px; }

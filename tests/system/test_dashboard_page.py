@@ -167,6 +167,22 @@ def test_changed_row_keeps_the_focus_and_is_announced(page, stand_in):
     page.wait("!node.closest('.attention')")
 
 
+def test_focused_button_of_a_row_stays_focused_when_its_job_changes(
+        page, stand_in):
+    page.find(".attention .why")
+    number = page.js("""
+        const row = document.querySelector(".attention .why").parentNode;
+        window.old = [...row.querySelectorAll("button")].find((one) =>
+            one.textContent === "Snooze 1 h");
+        old.focus();
+        return row.row.job.id;""")
+    stand_in.world.push(jobs=[stand_in.world.jobs[number]])
+    page.wait("!window.old.isConnected")
+    assert page.js("return [document.activeElement.textContent, document"
+                   ".activeElement.closest('.row').row.job.id]") == [
+        "Snooze 1 h", number]
+
+
 def test_lost_stream_is_shown_and_reconnects(page, stand_in):
     """Changes of the time between are shown then."""
     page.wait("stream.live")
@@ -187,6 +203,24 @@ def test_lost_stream_is_shown_and_reconnects(page, stand_in):
     stand_in.world.push()
     page.wait("state.jobs.get(%d).state === 'ok'" % job["id"])
     page.faults()      # of the tries that failed
+
+
+def test_older_runs_are_loaded_page_by_page(page, stand_in):
+    world = stand_in.world
+    job = next(job for job in world.jobs.values()
+               if job["label"] == "Price feed")
+    strip, last = job["strip"], job["last"]
+    for back in range(160, 0, -1):
+        world.add_run(job, time.time() - back * 60, 1)
+    count = sum(run["job"] == job["id"] for run in world.runs.values())
+    page.visit(f"job/{job['id']}", ".list")
+    for shown in (50, 150, count):
+        page.wait("document.querySelectorAll('.list tbody tr').length "
+                  f"=== {shown}")
+        assert page.js("return document.querySelector('.list + .btn').hidden"
+                       ) is (shown == count)
+        page.js("document.querySelector('.list + .btn').click()")
+    job.update(strip=strip, last=last)
 
 
 @pytest.mark.parametrize("kind, words", [
