@@ -18958,6 +18958,8 @@ class Invocation:
         self.machine, self.called = machine, called
 
     def __getattr__(self, key: str):
+        """Return the default of an option; only called for what is not
+        set."""
         if key not in OPTIONS:
             raise AttributeError(key)
         return OPTIONS[key].default
@@ -18967,9 +18969,10 @@ class Invocation:
         """The keys of the options that were typed, as OPTIONS has them."""
         return [key for key in OPTIONS if key in vars(self)]
 
-    def require_only(self, allowed, command: str,
-                     status: int = EXIT_USAGE) -> None:
-        """Raise Error if an option was given that is not in `allowed`."""
+    def reject_others(self, allowed, command: str,
+                      status: int = EXIT_USAGE) -> None:
+        """Raise Error if an option was given that is not in `allowed`: it
+        would have no effect, and the caller expects one."""
         for key in self.given:
             if key not in allowed:
                 raise Error(f"{OPTIONS[key].names[-1]} is not an option of "
@@ -19574,7 +19577,7 @@ def is_confirmed(job: dict, where: str = "") -> bool:
 def run_here(options: Invocation, name: str,
              *words: str) -> int:
     """Run a job of this machine; return its exit status. Raises Error."""
-    options.require_only(("user",), "run without --on")
+    options.reject_others(("user",), "run without --on")
     daemon, reply = DaemonClient(options.machine), options.ask_koid("jobs")
     job = find_job(reply["jobs"], name)
     if not reply["daemon"]:
@@ -20266,6 +20269,7 @@ def run_on_host(options: Invocation, name: str,
     host = find_host(ask_dashboard(client, "GET", "/api/v1/state").get(
         "hosts", []), options.on)
     key = host_key(keys.run, host)
+    # The dashboard may lie about the jobs; the host's signature cannot.
     manifests = verify_job_list(ask_dashboard(
         client, "GET", f"/api/v1/hosts/{host}/list"), key, dash, host)
     job = match_manifest(options, manifests, name)
@@ -20566,7 +20570,9 @@ class Importer:
         self.owner, self.others = owner, others
         self.lines: list[str] = []
         self.jobs: list[tuple[int, str, Job]] = []  # place, section, job
-        self.set: dict[str, None] = {}      # variables of earlier files
+        # Variables of earlier files, in order. In cron a file's settings
+        # end with the file; in a koitab they hold for all lines below.
+        self.set: dict[str, None] = {}
         self.lost: list[str] = []           # variables that cannot be unset
         self.usual = {
             "SHELL": DEFAULT_SHELL, "PATH": DEFAULT_PATH, "HOME": home,
@@ -20756,6 +20762,7 @@ def running_cron() -> int:
 # starts them at boot, with the options that `koitab unit` was given.
 # ==========================================================================
 
+# Those that a unit passes on; --backup is for one call only.
 DASHBOARD_OPTIONS = ("listen", "db", "cert", "key", "plain_http", "names",
                      "proxies")
 
@@ -20942,7 +20949,7 @@ def log_addresses(options: Invocation, server: HttpServer) -> None:
 
 def back_up(options: Invocation) -> int:
     """koitab dashboard --backup: copy the database. Raises Error."""
-    options.require_only(("db", "backup"), "dashboard --backup")
+    options.reject_others(("db", "backup"), "dashboard --backup")
     path = dashboard_db(options)
     if not os.path.exists(path):
         raise Error(f"{path} is not there", "--db FILE")
@@ -20956,7 +20963,7 @@ def back_up(options: Invocation) -> int:
 
 def command_unit(options: Invocation, service: str) -> int:
     """koitab unit: print what systemd or launchd needs. Raises Error."""
-    options.require_only(
+    options.reject_others(
         ("system",) if service == "daemon" else DASHBOARD_OPTIONS,
         f"unit {service}")
     path = os.path.abspath(__file__)
@@ -21012,10 +21019,15 @@ def plist(command: list[str], environment: dict, label: str) -> str:
     }, sort_keys=False).decode()
 
 
-def dashboard_unit(options: Invocation,
-                   command: list[str]) -> str:
+def dashboard_unit(options: Invocation, command: list[str]) -> str:
     """Return the dashboard's unit, with the options that it is to have.
-    Raises Error."""
+
+    For root it has no account of its own: systemd lends it one, with a
+    state directory, and hands it the certificate's key, which only root
+    can read (systemd.exec(5), DynamicUser= and LoadCredential=). With --db
+    the database may be anywhere, so then it runs as root, without most of
+    root's rights. Raises Error.
+    """
     low = any(0 < port < 1024 for _, port in check_dashboard_options(options))
     words, root = list(command), os.geteuid() == 0
     for key in ("listen", "names", "proxies"):
@@ -21150,11 +21162,17 @@ def print_sections(sections: list[Section]) -> None:
 #
 # One table of commands feeds the parser, the help texts and the completion
 # scripts. `main` is the only way out: it turns an Error into a message, a
-# hint and an exit status.
+# hint and an exit status. crontab(1) knows no status but 0 and 1.
 # ==========================================================================
 
-CRONTAB = "crontab(1)"      # the group whose wrong usage has status 1
-JOBS, DASHBOARD, SETUP = "jobs", "dashboard", "setup"
+# The groups of `koitab --help`; wrong usage has status 1 in the first.
+CRONTAB, JOBS = "crontab(1)", "jobs"
+DASHBOARD, SETUP = "dashboard", "setup"
+
+# In these scripts the words in capitals are replaced: NAMED are commands
+# that take a job's name, FILES and USERS options with such a value, CHOICES
+# a line for each word that only few words can follow. The names of jobs are
+# asked for when Tab is pressed: a tab changes more often than a script.
 
 COMPLETIONS = {
     "bash": r'''# koitab completion bash > /etc/bash_completion.d/koitab
@@ -21211,14 +21229,15 @@ CHOICE_LINES = {
             '-a "{}"'}
 
 
-def command_replace(options: Invocation,
-                    path: str = "") -> int:
-    """koitab FILE: install a tab. Raises Error."""
-    if not path and options.user:
+def command_replace(options: Invocation, path: str | None = None) -> int:
+    """koitab FILE: install a tab. Without a FILE it comes from standard
+    input, as Debian's crontab has it, but not from a terminal. Raises
+    Error."""
+    if path is None and options.user:
         raise usage_error("file name must be specified for replace")
-    if not path and os.isatty(0):
+    if path is None and os.isatty(0):
         raise usage_error("file name or - (for stdin) must be specified")
-    path = path or "-"
+    path = "-" if path is None else path
     try:
         text = options.machine.tab_text(path)
     except Error as error:
@@ -21416,6 +21435,7 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         "user without rights, C the caller). daemon is what koid runs after "
         "its start, dashboard what the dashboard runs."),
 }
+# Options that stand for a command. crontab(1) permits one of them at a time.
 OPERATION_KEYS = ("edit", "list", "remove", "test", "link")
 
 
@@ -21425,7 +21445,8 @@ def command_words() -> list[str]:
 
 
 def synopsis(name: str, usage: str) -> str:
-    """Return what is typed for a command: "koitab run NAME"."""
+    """Return what is typed for a command: "koitab run NAME". Nothing is
+    typed for "-", which is a FILE."""
     return " ".join([PROG, *[name] * (name != "-"), *usage.split()])
 
 
@@ -21472,7 +21493,13 @@ def option_help(option: Option) -> str:
 def parse_arguments(argv: list[str], machine: Machine,
                     called: str) -> tuple[Invocation, list[str]]:
     """Return the options and the other words of a command line, in which
-    they may be mixed. No option can stand after "--". Raises Error."""
+    they may be mixed. No option can stand after "--". Raises Error.
+
+    There is one parser for all commands, because crontab(1) has none and
+    its options stand alone; whether an option goes with the command is
+    checked when the command is known. argparse does not read the words: it
+    would take "-5" for a number, and drop "--" in some versions.
+    """
     import argparse
     end = argv.index("--") if "--" in argv else len(argv)
     name = next((word for word in argv if word in command_words()),
@@ -21559,7 +21586,7 @@ def dispatch(argv: list[str], machine: Machine, called: str = PROG) -> int:
     if options.help:
         raise ExitWithText(overview() if name == "-" else command_help(name))
     command = COMMANDS[name]
-    options.require_only(command.options, name if name != "-" else "FILE",
+    options.reject_others(command.options, name if name != "-" else "FILE",
                          command.status)
     if "on" not in options.given:       # else it is a user of another host
         options.check_user()

@@ -220,6 +220,7 @@ def test_an_address_that_nobody_mails_to_is_warned_of(type_in, way, value,
     ("nothing", "nothing: No such file or directory\n"),
     ("histroy", "histroy: No such file or directory\nkoitab: hint: koitab "
      "history\n"),
+    ("", ": No such file or directory\n"),
     (".", ".: Is a directory\n")])
 def test_a_file_that_cannot_be_read_is_told_in_crontabs_words(
         type_in, koid, name, said):
