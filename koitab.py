@@ -18913,7 +18913,7 @@ OPTIONS = {     # by the attribute of Invocation that holds the value
     "ask": Option("-i", "ask before the tab is removed"),
     "test": Option("-T FILE", "test this tab"),
     "user": Option("-u USER", "the tab, jobs and runs of another user (root)"),
-    "link": Option("-d ACTION", "what to do with a dashboard"),
+    "action": Option("-d ACTION", "what to do with a dashboard"),
     "number": Option("-n, --number N", "how many starts of each job (5), or "
                      "runs (20)", parse_number),
     "tab": Option("--tab FILE", "a tab that is not installed; - is standard "
@@ -19186,8 +19186,8 @@ class EditSession:
         import tempfile
         self.first = text
         try:
-            self.folder = tempfile.mkdtemp(prefix="crontab.")
-            self.path = posixpath.join(self.folder, "crontab")
+            self.directory = tempfile.mkdtemp(prefix="crontab.")
+            self.path = posixpath.join(self.directory, "crontab")
             fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL
                          | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             with open(fd, "wb") as file:
@@ -19203,9 +19203,9 @@ class EditSession:
             fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW
                          | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
-                fault = file_error(os.fstat(fd), (os.geteuid(),), 0, False)
-                if fault:
-                    raise Error(f"{self.path}: {fault}")
+                error = file_error(os.fstat(fd), (os.geteuid(),), 0, False)
+                if error:
+                    raise Error(f"{self.path}: {error}")
                 with open(fd, "rb", closefd=False) as file:
                     data = file.read(LONGEST_TAB + 1)
             finally:
@@ -19217,7 +19217,7 @@ class EditSession:
     def remove(self) -> None:
         """Delete the draft and its directory."""
         import shutil
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def leave(self, options: Invocation) -> None:
         """Keep a changed draft, since nothing was installed."""
@@ -19616,7 +19616,7 @@ class RunAttachment:
                   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
                   if signal.getsignal(number) != signal.SIG_IGN}     # nohup
         try:
-            return self.read_frames(reader)
+            return self.print_until_end(reader)
         except Detached:
             self.print_continues()
             return EXIT_SIGNAL + self.signals[-1]
@@ -19649,14 +19649,16 @@ class RunAttachment:
         self.options.warn(f"run {self.run} goes on (koitab log {self.run}; "
                           f"koitab kill {self.run})")
 
-    def read_frames(self, wakeups: int) -> int:
+    def print_until_end(self, wakeups: int) -> int:
         """Print frames until the one with the end; return the run's exit
         status. `wakeups` is readable after a signal. Raises Error."""
         while True:
-            for stream, body in self.whole_frames():
+            size = whole_frames(self.data)[0]
+            for stream, _, body in read_frames(bytes(self.data[:size])):
                 if stream == END:
                     return self.exit_status(body)
                 self.print_frame(stream, body)
+            del self.data[:size]
             ready = select.select([self.connection, wakeups], [], [])[0]
             if wakeups in ready:
                 os.read(wakeups, 64)
@@ -19674,17 +19676,6 @@ class RunAttachment:
             self.print_continues()
             raise Error("koid has hung up", "koitab status")
         self.data += piece
-
-    def whole_frames(self):
-        """Yield stream and bytes of each frame that has come whole."""
-        while len(self.data) >= FRAME.size:
-            stream, _, length = FRAME.unpack_from(self.data)
-            end = FRAME.size + length
-            if len(self.data) < end:
-                return
-            body = bytes(self.data[FRAME.size:end])
-            del self.data[:end]
-            yield stream, body
 
     def print_frame(self, stream: int, body: bytes) -> None:
         """Write output as the job wrote it: it is the caller's own job."""
@@ -21397,7 +21388,7 @@ COMMANDS = {    # by the first word, or by the option that stands for it
     "-d": Command(
         command_membership, DASHBOARD, "join, show or leave a dashboard",
         ("new [URL]", "join URL", "show", "rotate", "off"),
-        ("link", "ca", "plain_http"),
+        ("action", "ca", "plain_http"),
         "new makes a dashboard (default: http://127.0.0.1:8077) and prints "
         "its passphrase, once; join makes this machine a member of it, with "
         "the passphrase from the terminal or standard input; show prints how "
@@ -21436,7 +21427,7 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         "its start, dashboard what the dashboard runs."),
 }
 # Options that stand for a command. crontab(1) permits one of them at a time.
-OPERATION_KEYS = ("edit", "list", "remove", "test", "link")
+OPERATION_KEYS = ("edit", "list", "remove", "test", "action")
 
 
 def command_words() -> list[str]:
@@ -21520,7 +21511,7 @@ def parse_arguments(argv: list[str], machine: Machine,
         if option.value:
             how = {"action": "append" if option.is_list else "store",
                    "type": option.parse}
-        if key == "link":       # -d --help has no action
+        if key == "action":       # -d --help has no action
             how["nargs"] = "?"
         parser.add_argument(*option.names, dest=key, **how)
     options = Invocation(machine, called)

@@ -411,12 +411,12 @@ def test_an_editor_with_an_open_quote_is_an_error(type_in, koid, monkeypatch):
 def test_a_draft_is_the_callers_alone():
     draft = koitab.EditSession("a\udcff\n")
     try:
-        assert support.mode(draft.folder) == 0o700
+        assert support.mode(draft.directory) == 0o700
         assert support.mode(draft.path) == 0o600
         assert draft.text() == "a\udcff\n"
     finally:
         draft.remove()
-    assert not os.path.exists(draft.folder)
+    assert not os.path.exists(draft.directory)
 
 
 def swap_link(path: str) -> None:
