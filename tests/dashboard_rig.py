@@ -581,9 +581,9 @@ class DashboardHost(support.Koi):
             with open(f"/proc/{pid}/task/{pid}/children") as file:
                 children = file.read().split()
             for child in children:
-                # A supervisor has the same command line for a moment.
+                # The others are supervisors.
                 with open(f"/proc/{child}/cmdline") as file:
-                    if "daemon" in file.read():
+                    if "koi-agent" in file.read():
                         return int(child)
         return 0
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import socket
+import subprocess
 import textwrap
 import time
 from pathlib import Path
@@ -665,6 +666,95 @@ def test_who_does_not_let_go_is_ended(hostile, dashboard):
     assert hostile.ask("relink")["linked"]
     support.wait_until(lambda: not koitab.process_start_time(first))
     assert support.wait_until(lambda: child_of(hostile) != first)
+
+
+# --- an upgrade
+
+UPGRADED = """\
+KOI_TIMEOUT=1h
+"Slow" @manual echo begun; until [ -e {gate} ]; do sleep 0.05; done; \
+echo ended; exit 8
+"Plain" @manual echo plain
+"""
+
+
+def agent_of(koi) -> int:
+    """The pid of koid's agent; its other children are supervisors."""
+    return next((pid for pid in support.children_of(koi.daemon.pid)
+                 if status_of(pid)["Name"] == "koi-agent"), 0)
+
+
+def koitab_on(koi, *args: str) -> support.Result:
+    done = subprocess.run(
+        koi.command(*args), env=koi.env, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    return support.Result(done.returncode, done.stdout.decode(),
+                          done.stderr.decode())
+
+
+@pytest.fixture
+def upgraded(koi, dashboard):
+    """A koid with a history, a running job and an agent, whose file was then
+    replaced by another version; `koi.slow` and `koi.plain` are its runs."""
+    program, new = koi.folder / "koitab.py", koi.folder / "new.py"
+    text = (support.ROOT / "koitab.py").read_text()
+    version = f'VERSION = "koitab", "{koitab.VERSION}"'
+    assert version in text
+    program.write_text(text)
+    new.write_text(text.replace(version, 'VERSION = "koitab", "77.7"'))
+    koi.command = lambda *args: [koi.python, "-IS", str(program), *args]
+    koi.gate = koi.folder / "gate"
+    koi.tab(UPGRADED.format(gate=koi.gate))
+    lying_dashboard.belong(koi, dashboard.url)
+    koi.start()
+    koi.plain, koi.slow = koi.run("Plain")[0], koi.launch("Slow")
+    koi.running(koi.slow)
+    support.wait_until(lambda: agent_of(koi), what="the agent")
+    new.replace(program)
+    yield koi
+    koi.gate.touch()
+
+
+def test_upgrade_keeps_tab_keys_history_and_the_running_job(upgraded,
+                                                            dashboard):
+    koi, keys = upgraded, upgraded.home / "keys"
+    before = koi.ask("list")["text"], keys.read_bytes(), koi.row(koi.plain)
+    koi.stop()
+    koi.start()
+    assert koi.ask("status")["version"] == "77.7"
+    assert before == (koi.ask("list")["text"], keys.read_bytes(),
+                      koi.row(koi.plain))
+    assert koi.row(koi.slow)["state"] == "running"
+    koi.gate.touch()
+    assert koi.end_of(koi.slow)["exit"] == 8
+    koi.ask("log", run=koi.slow)
+    assert b"".join(data for _, _, data in koitab.read_frames(
+        koi.output)) == b"begun\nended\n"
+    assert [row["run"] for row in koi.history(job="Slow")] == [koi.slow]
+    dashboard.wait_for(lambda: dashboard.records.get(
+        koi.slow, {}).get("state") == "done", what="the record")
+    assert dashboard.letters[-1]["version"] == "77.7"
+
+
+def test_koitab_of_the_new_version_talks_to_the_old_koid(upgraded):
+    assert upgraded.ask("status")["version"] == koitab.VERSION
+    assert koitab_on(upgraded, "run", "Plain").out == "plain\n"
+    for args in (["-l"], ["history"], ["log", "Plain"], ["next"],
+                 ["status"]):
+        done = koitab_on(upgraded, *args)
+        assert (done.code, done.err) == (0, ""), args
+    with pytest.raises(koitab.Error, match="knows no request"):
+        upgraded.ask("of a later version")
+
+
+def test_old_koid_restarts_its_agent_by_the_text_of_its_start(upgraded):
+    support.need_capability("CAP_SYS_PTRACE")
+    first = agent_of(upgraded)
+    os.kill(first, 9)
+    again = support.wait_until(lambda: agent_of(upgraded) not in (0, first)
+                               and agent_of(upgraded), what="the agent")
+    program = Path(f"/proc/{again}/fd/0").read_text()
+    assert "class SyncAgent" in program and "77.7" not in program
 
 
 # --- what else is kept, or not
