@@ -2336,26 +2336,6 @@ def key_id(key: bytes) -> str:
     return sha256_hex(b"koi-key-v1\n" + key)[:16]
 
 
-def password_weakness(password: str) -> str:
-    """Return why a password is too easy to guess; "" if it is not.
-
-    An attacker with the dashboard's database can try about ten thousand
-    passwords a second.
-    """
-    if len(password) < 14:
-        return "it has fewer than 14 characters"
-    folded = password.lower()
-    if len(set(folded)) < 8:
-        return "it has fewer than 8 different characters"
-    steps = [ord(b) - ord(a) for a, b in zip(password, password[1:])]
-    if sum(step in (-1, 0, 1) for step in steps) > len(steps) // 2:
-        return "it is a row of neighbours"
-    if any(word in folded for word in ("password", "passwort", "qwerty",
-                                       "letmein", "12345")):
-        return "it is among the first that are tried"
-    return ""
-
-
 def format_passphrase(numbers: bytes) -> str:
     """Return a passphrase of 100 bits, such as k7qm-x2dp-..., from 20 random
     bytes. Its characters are Crockford's base 32, which omits look-alikes."""
