@@ -42,7 +42,20 @@ of koid (root), J the user of a job, U a user without rights, C the caller.
   3 network
     Client        how is one HTTP request bounded?              (network) U C
     Agent         what does the dashboard lack?                 (network) U C
-    Dashboard     what is kept of all hosts, by which rule?       (files) U
+    Fields        what may a request contain?                   (nothing) U
+    Outcome       how did a run go, and was that usual?         (nothing) U
+    Credentials   who may do what, and who did it?                (files) U
+    Alerts        what is wrong now, and who is notified?         (files) U
+    PingChecks    is a job that koid does not run still alive?    (files) U
+    Hosts         which hosts and which jobs are there?           (files) U
+    Runs          which runs were there, with which output?       (files) U
+    AlertRules    when does a host or a job raise an alert?       (files) U
+    Requests      what do people ask of hosts?                    (files) U
+    HostSync      what does a host send, and get back?            (files) U
+    Search        which outputs contain a text?                   (files) U
+    Retention     what is removed, and when?                      (files) U
+    Overview      what do the page and other programs see?        (files) U
+    Dashboard     who writes, in which order?                     (files) U
     Notifier      how does an alert go out?          (network, processes) U
     HttpServer    is this a valid request, in time?      (network, files) U
     Api           who may call what?                            (network) U
@@ -8444,583 +8457,24 @@ def run_agent() -> None:
 
 
 # ==========================================================================
-# Dashboard: what is kept of all hosts, by which rule?            (files; U)
+# Fields: what may a request contain?                           (nothing; U)
 #
-# One SQLite database, written by one thread: what waits is written together,
-# and acknowledged when it is on the disk (WAL and synchronous=FULL).
+# Whoever sends a request to the dashboard is known, and may be broken or
+# hostile anyway. What SQLite or a browser could not take is refused here.
 # ==========================================================================
 
-
-MOST_IN_GROUP = 256             # deeds that are written together
-MOST_DEEDS_WAITING = 20_000     # then the next are turned away
-BALLAST = 2**21                 # twice the log: given up when the disk is full
-FREE_PAGES = 2_000              # that the database may keep for later
-# After these no other operation of the transaction can be trusted.
-FATAL_FAILURES = ("full", "disk", "damaged", "busy")
-READ_TIME = 1.0                 # seconds that one search may take
-
-SILENT_AFTER = 90.0             # seconds without a sync: three long polls
-LATE_AFTER = 90.0               # seconds: a minute's grace, and the way here
-SETTLED_AFTER = 30.0            # a host that is back may have much to tell
-HAND_OUT_AGAIN = 30.0           # seconds without a verdict
-TWIN_SHOWN = 600.0
-WATCHED_FOR = 15.0              # seconds after the last look at a run
-STRIP = 90                      # runs in a job's strip
-ENOUGH_RUNS, USUAL_RUNS = 20, 30    # to say what is usual; of so many
-SEEN_NOTED = 60.0               # seconds between notes of who was there
-
-DAY_SECONDS = 86_400.0
-KEEP_RUNS = 10_000              # of one job
-KEEP_RUN_DAYS, KEEP_AUDIT_DAYS, KEEP_EVENT_DAYS = 400, 400, 93
-KEEP_OUTPUT_DAYS = 90           # twice as long when the run failed
-KEEP_PINGS = 100                # of one check
-AT_ONCE = 1_000                 # rows that are removed in one step
-
-RECORDS_AT_ONCE, MOST_OUTPUTS, MOST_LIST = 1_000, 200, 8 * 2**20
-MOST_OUTPUT = 4 * 2**20         # bytes of one run; koid keeps 1 MiB
-MOST_JOBS, MOST_HOSTS, MOST_CHECKS = 10_000, 5_000, 1_000
-OWED_AT_ONCE = 50
-MOST_REQUESTS_WAITING = 100     # for one host
-MOST_CHANNELS = 20
-MOST_LIVE, LIVE_ROOM = 32, 2**21    # runs that are watched; bytes of each
-MOST_BARS = 6_000               # in one answer about a day
-MOST_TOUCHED = 2_000            # changes; more and the page reads all anew
-PING_BODY_LIMIT = 10_000
-LONGEST_MEASURED = 72 * 3600    # a start and an end that belong together
-LARGEST_TIME = 2**40            # the year 36812
+LARGEST_TIME = 2**40            # seconds since 1970: the year 36812
 LARGEST_WHOLE = 2**53 - 1       # what JavaScript can count
-
-DASHBOARD_FORM = DatabaseForm(
-    "a dashboard of koi's", 0x6B6F6932, 1,
-    checked=("meta", "dashboards", "hosts", "epochs", "jobs", "requests",
-             "checks", "alerts", "snoozes", "channels", "letters"),
-    pragmas=("foreign_keys=off", f"journal_size_limit={WAL_PAGES * 4096}",
-             "secure_delete=fast", "cache_size=-16384"), tables="""
-create table meta (name text primary key, value text not null) without rowid;
-create table dashboards (
-    id integer primary key, dash text not null unique, salt text not null,
-    rounds integer not null, api text not null unique,
-    view text not null unique, ping_key text not null unique,
-    badge_key text not null unique, made real not null);
-create table hosts (
-    id integer primary key autoincrement, dash integer not null,
-    host text not null unique, name text not null, token text,
-    made real not null, seen real, silent integer not null default 0,
-    gone integer not null default 0, epoch integer,
-    instance text not null default '', "offset" real not null default 0,
-    zone text not null default '', skew real not null default 0,
-    version text not null default '', boot text not null default '',
-    key text not null default '', list text, mac text, list_sha text,
-    troubles text not null default '[]');
-create unique index hosts_by_token on hosts (token) where token is not null;
-create table epochs (host integer not null, epoch integer not null,
-    acked integer not null, primary key (host, epoch)) without rowid;
-create table jobs (
-    id integer primary key autoincrement, dash integer not null,
-    host integer not null, user text not null, tag text not null,
-    section text not null, name text not null, label text not null,
-    timing text not null default '', words text not null default '',
-    command text not null default '', confirm text not null default 'no',
-    spec text not null default '', next real, gone integer not null default 0,
-    failing_since real, failures integer not null default 0, last_ok real,
-    last_failed integer, unique (host, user, tag));
-create index jobs_of_dash on jobs (dash);
-create index jobs_forgotten on jobs (gone) where gone = 2;
-create table runs (
-    id integer primary key autoincrement, dash integer not null,
-    job integer not null, host integer not null, epoch integer not null,
-    n integer not null, change integer not null, trigger text not null,
-    state text not null, at real not null, due real, asked real,
-    started real, ended real, exit integer, signal integer,
-    reason text not null, args text not null, attempt integer not null,
-    count integer not null, bytes integer not null, cut integer not null,
-    size integer not null, have integer not null default 0,
-    line text not null default '', nonce text not null default '',
-    until real not null default 0, pieces integer not null default 0);
-create unique index runs_of_host on runs (host, epoch, n);
-create index runs_of_job on runs (job, id);
-create index runs_good on runs (job, id) where state = 'done' and exit = 0;
-create index runs_by_time on runs (dash, at);
-create index runs_long on runs (dash, at) where ended - started > 3600;
-create index runs_going on runs (dash, host)
-    where state in ('queued', 'running');
-create index runs_owed on runs (host, epoch, n)
-    where have < size and state not in ('queued', 'running');
-create index runs_stale on runs (until) where have > 0;
-create table outputs (
-    id integer primary key, run integer not null, at integer not null,
-    lines integer not null, data blob not null);
-create unique index outputs_of_run on outputs (run, at);
-create table unread (run integer primary key);
-create table requests (
-    id integer primary key autoincrement, dash integer not null,
-    host integer not null, nonce text not null unique, body text not null,
-    mac text not null, asked real not null, exp real not null,
-    state text not null default 'waiting', reason text not null default '',
-    epoch integer, n integer);
-create index requests_waiting on requests (host) where state = 'waiting';
-create index requests_by_time on requests (asked);
-create table audit (
-    id integer primary key, dash integer not null, at real not null,
-    what text not null, host text not null default '',
-    job integer, label text not null default '',
-    args text not null default '{}', state text not null default '',
-    reason text not null default '', nonce text not null default '');
-create unique index audit_by_time on audit (dash, at);
-create index audit_by_nonce on audit (nonce) where nonce <> '';
-create table checks (
-    id integer primary key autoincrement, dash integer not null,
-    uuid text not null unique, name text not null, slug text not null,
-    tags text not null, "desc" text not null, kind text not null,
-    period real not null, grace real not null, schedule text not null,
-    tz text not null, start_within real not null, run_limit real not null,
-    manual_resume integer not null, methods text not null,
-    status text not null default 'new', last_ping real, last_start real,
-    last_rid text, last_duration real, alert_after real,
-    n integer not null default 0, made real not null);
-create index checks_by_slug on checks (dash, slug);
-create table pings (
-    id integer primary key, "check" integer not null, n integer not null,
-    at real not null, kind text not null, exit integer, rid text,
-    scheme text not null, method text not null, ua text not null,
-    ip text not null, duration real, size integer not null,
-    line text not null, body blob not null);
-create unique index pings_of_check on pings ("check", n);
-create table flips (
-    id integer primary key, "check" integer not null, at real not null,
-    old text not null, new text not null, reason text not null);
-create index flips_by_time on flips (at);
-create index flips_of_check on flips ("check", at);
-create table alerts (
-    id integer primary key autoincrement, dash integer not null,
-    subject text not null, kind text not null, since real not null,
-    text text not null, told integer not null default 0,
-    unique (dash, subject, kind));
-create table snoozes (dash integer not null, subject text not null,
-    until real not null, primary key (dash, subject)) without rowid;
-create table channels (
-    id integer primary key autoincrement, dash integer not null,
-    kind text not null, target text not null, last real,
-    error text not null default '', made real not null);
-create table letters (
-    id integer primary key autoincrement, dash integer not null,
-    channel integer not null, key text not null unique, at real not null,
-    due real not null, tries integer not null default 0,
-    title text not null, text text not null, subject text not null,
-    kind text not null, over integer not null, run integer);
-create index letters_due on letters (due);
-create index letters_of_run on letters (run) where run is not null;
-""")
-
-
-class DiskFull(Error):
-    """The disk is full: nothing can be kept now."""
-
-    def __init__(self):
-        super().__init__("the dashboard's disk is full, and nothing was kept",
-                         "make room there; it goes on by itself", 507)
-
-
-class Principal(FrozenRecord):
-    """What a token is good for."""
-    role: str               # "operator", "viewer" or "host"
-    dash: str
-    host: str = ""
-
-
-class DatabaseWriter:
-    """The dashboard's database, and the one thread that writes it.
-
-    A deed is a function that gets the database and writes. What waits is
-    written in one transaction, each deed in a savepoint of its own, so that
-    one fsync serves all and a deed that fails takes none with it. What a
-    deed has to change in memory it leaves in `after`: it is done when the
-    transaction is on the disk.
-    """
-
-    def __init__(self, path: str, clock: Clock | None = None):
-        import threading
-        from collections import deque
-        self.path, self.clock = path, clock or Clock()
-        self.database = Database(path, DASHBOARD_FORM)
-        self.db = self.lock = self.thread = None
-        self.queue = deque()            # (deed, values, then)
-        self.wakes = threading.Condition()
-        self.mine = threading.local()   # each thread's own reader
-        self.stopping, self.full = False, False
-        self.broken = ""                # why nothing can be believed any more
-        self.faults: dict[str, str] = {}
-        self.after: list = []
-        self.chores: list[list] = []    # [when, rest, deed]
-        self.chore(1.0, self.make_room)
-
-    @property
-    def troubles(self) -> list[str]:
-        """What people should know about the dashboard itself."""
-        return [*self.faults.values(), *([self.broken] if self.broken
-                                         else [])]
-
-    # --- the file
-
-    def open(self) -> None:
-        """Open the database, or make it where none ever was. Raises
-        Error: what is damaged is never passed over for a fresh one."""
-        import sqlite3
-        try:
-            self.lock = try_lock(self.path + ".lock")
-            if self.lock is None:
-                raise Error(f"another dashboard has {self.path} open")
-            self.refuse_remains()
-            self.database.open(secret=os.urandom(32).hex())
-            self.db = self.database.connection
-            self.prove()
-            self.load()
-            self.make_ballast()
-        except OSError as error:
-            self.close()
-            raise Error(f"{error.filename or self.path}: {error.strerror}",
-                        ) from None
-        except (sqlite3.Error, DatabaseDamaged) as error:
-            self.close()
-            raise self.damaged(error) from None
-        except Error:
-            self.close()
-            raise
-
-    def load(self) -> None:
-        """Bring to memory what is kept there; for those who build on it."""
-
-    def damaged(self, error) -> Error:
-        why = str(error).partition(f"{self.path}: ")
-        return Error(f"{self.path} cannot be used: {why[2] or why[0]}",
-                     "if it is damaged, put the last backup in its place and "
-                     "remove its -wal and -shm; hosts send again what the "
-                     "backup lacks, as far as they remember it", 500)
-
-    def refuse_remains(self) -> None:
-        """Raise Error if only companions of a lost database are there."""
-        for ending in (".ballast", "-wal"):
-            if not os.path.exists(self.path) and os.path.exists(
-                    self.path + ending):
-                raise Error(
-                    f"{self.path} is gone, but {self.path}{ending} is there",
-                    "put a backup in its place; to begin anew, remove "
-                    f"{self.path}{ending} too")
-
-    def prove(self) -> None:
-        """Write something, or fail now and not at the first deed."""
-        import sqlite3
-        self.one("select max(id) from runs")
-        self.one("select max(id) from outputs")
-        try:
-            self.db.execute("insert or replace into meta values ('opened', ?)",
-                            (str(self.clock.now()),))
-        except sqlite3.OperationalError as error:
-            if "full" not in str(error):
-                raise
-            self.fill_up()
-
-    def close(self) -> None:
-        self.database.close()
-        if self.lock is not None:
-            os.close(self.lock)
-        self.db = self.lock = None
-
-    def one(self, statement: str, *values):
-        """The first column of the first row, or None."""
-        return self.database.value(statement, *values)
-
-    def backup(self, path: str) -> None:
-        """Copy the database as it is now to a file; writing goes on.
-        Raises Error."""
-        self.reader()
-        self.mine.database.copy_to(path)
-
-    # --- reading
-
-    def reader(self):
-        """This thread's own connection, which cannot write."""
-        if not hasattr(self.mine, "database"):
-            database = Database(self.path, DASHBOARD_FORM)
-            database.open_reader()
-            self.mine.database = database
-        return self.mine.database.connection
-
-    def read(self, question, *values):
-        """Ask the database, in the calling thread. Raises Error."""
-        import sqlite3
-        try:
-            return question(self.reader(), *values)
-        except sqlite3.DatabaseError as error:
-            if "interrupted" in str(error):
-                raise Error("that takes too long to find", "", 503) from None
-            self.faults["reading"] = f"{self.path}: {error}"
-            raise self.damaged(error) from None
-
-    def health(self, db) -> str:
-        db.execute("select value from meta where name = 'opened'").fetchone()
-        if self.broken:
-            raise Error(self.broken, "", 503)
-        return "OK"
-
-    # --- writing
-
-    def write(self, operation, *values, then=None) -> None:
-        """Have a deed done; `then(result, error)` is called in the writer's
-        thread when it is on the disk, or is not."""
-        with self.wakes:
-            refused = self.broken or self.stopping or len(
-                self.queue) >= MOST_DEEDS_WAITING
-            if not refused:
-                self.queue.append((operation, values, then))
-                self.wakes.notify()
-        if refused and then:
-            then(None, Error(self.broken or "the dashboard has too much to "
-                             "write", "try again later", 503))
-
-    def do(self, operation, *values):
-        """Have a deed done and wait for it: its result, or what it
-        raised. Not for the writer's own thread."""
-        import threading
-        done, found = threading.Event(), []
-
-        def then(result, error):
-            found.extend((result, error))
-            done.set()
-
-        self.write(operation, *values, then=then)
-        done.wait()
-        if found[1]:
-            raise found[1]
-        return found[0]
-
-    def start(self) -> None:
-        import threading
-        self.thread = threading.Thread(target=self.live, name="hub")
-        self.thread.daemon = True
-        self.thread.start()
-
-    def stop(self) -> None:
-        """Carry out what waits, and close."""
-        with self.wakes:
-            self.stopping = True
-            self.wakes.notify()
-        if self.thread:
-            self.thread.join()
-        self.close()
-
-    def live(self) -> None:
-        """Write what is to be written, until we are to stop."""
-        while not self.broken:
-            try:
-                busy = self.turn()
-            except Exception as bug:    # better to begin anew than to hang
-                self.broken = f"a fault of koi's own: {bug!r}"
-                break
-            with self.wakes:
-                if not self.queue and self.stopping:
-                    return
-                if not self.queue and not busy:
-                    self.wakes.wait(min(max(self.pause(), 0.01), 1.0))
-        with self.wakes:        # from now on `write` says no by itself
-            rest, self.queue = list(self.queue), type(self.queue)()
-        self.tell(rest, [(None, Error(self.broken, "", 503))] * len(rest))
-
-    def pause(self) -> float:
-        """Seconds until something is due without a deed."""
-        return min(when for when, _, _ in self.chores) - self.clock.ticks()
-
-    def turn(self) -> bool:
-        """One round: the deeds that wait, those that are due, and a chore.
-        False if there was nothing to do."""
-        with self.wakes:
-            batch = [self.queue.popleft() for _ in range(
-                min(len(self.queue), MOST_IN_GROUP))]
-        if batch:
-            self.group(batch)
-        due = [] if self.broken or self.full else self.due()
-        if due:
-            self.group(due)
-        return bool(self.tend() or batch or due)
-
-    def due(self) -> list:
-        """Deeds that nobody asked for; for those who build on this."""
-        return []
-
-    def chore(self, rest: float, operation) -> None:
-        """Something to be done in small steps: again at once as long as it
-        says True, and else after a rest."""
-        self.chores.append([0.0, rest, operation])
-
-    def tend(self) -> bool:
-        """One step of one chore that is due. After each the deeds that
-        wait come first, so that a chore never holds them up for long."""
-        ticks = self.clock.ticks()
-        due = min(self.chores, key=lambda each: each[0])
-        if self.broken or due[0] > ticks:
-            return False
-        result = []
-        self.group([(due[2], (), lambda *found: result.extend(found))],
-                   chore=True)
-        rest = min(due[1], 2.0) if self.full else due[1]
-        due[0] = ticks if result[0] else ticks + rest
-        name = f"chore {due[2].__name__}"
-        self.faults.pop(name, None)
-        if result[1] and not isinstance(result[1], DiskFull):
-            self.faults[name] = f"tidying up fails: {result[1]}"
-        return bool(result[0])
-
-    def group(self, batch: list, chore: bool = False) -> None:
-        """Carry out deeds in one transaction, and tell how each went."""
-        import sqlite3
-        if self.full and not chore or self.broken:
-            error = DiskFull() if not self.broken else Error(self.broken, "",
-                                                             503)
-            return self.tell(batch, [(None, error)] * len(batch))
-        try:
-            self.db.execute("begin immediate")
-            results = [self.carry_out(operation, values)
-                       for operation, values, _ in batch]
-            self.db.execute("commit")
-        except sqlite3.Error as error:
-            self.database.roll_back()
-            self.after.clear()
-            fault = self.fault_of(error)
-            results = [(None, fault)] * len(batch)
-        after, self.after = self.after, []
-        for operation in after:
-            operation()
-        self.settled()          # so that who is told sees it, too
-        self.tell(batch, results)
-        self.publish()
-
-    def tell(self, batch: list, results: list) -> None:
-        for (_, _, then), (result, error) in zip(batch, results):
-            try:
-                if then:
-                    then(result, error)
-            except Exception as bug:    # the others are told all the same
-                self.faults["bug"] = f"a fault of koi's own: {bug!r}"
-
-    def settled(self) -> None:
-        """The transaction is on the disk; for those who build on this."""
-
-    def publish(self) -> None:
-        """Who waits for it knows; now the others are told."""
-
-    def carry_out(self, operation, values: tuple) -> tuple:
-        """(result, error) of one deed, which leaves nothing if it fails."""
-        import sqlite3
-        mark = len(self.after)
-        self.db.execute("savepoint deed")
-        try:
-            result = operation(self.db, *values)
-        except Exception as error:
-            if isinstance(error, sqlite3.Error) and (
-                    not self.db.in_transaction
-                    or failure_of(error) in FATAL_FAILURES):
-                raise
-            self.db.execute("rollback to deed")
-            self.db.execute("release deed")
-            del self.after[mark:]
-            return None, error
-        self.db.execute("release deed")
-        return result, None
-
-    def fault_of(self, error) -> Error:
-        """What an error of SQLite's means for those who wait. After a disk
-        that failed nothing is acknowledged: a commit might lie."""
-        kind = failure_of(error)
-        if kind == "full" or kind == "disk" and self.database.is_disk_full():
-            self.fill_up()
-            return DiskFull()
-        if kind == "busy":
-            return Error("the database is in use", "try again later", 503)
-        self.broken = f"{self.path}: {error}"
-        return Error(self.broken, "the dashboard ends, and looks at its "
-                     "database when it starts", 503)
-
-    # --- a full disk
-
-    def fill_up(self) -> None:
-        """The disk is full. The ballast makes room to delete in: SQLite
-        needs some of it even for that."""
-        if self.full:           # and even a chore needed more than there is
-            return
-        self.full = True
-        self.faults["full"] = "the dashboard's disk is full: nothing new is " \
-            "kept, and old things are removed where that is allowed"
-        remove(self.path + ".ballast")
-        for each in self.chores:
-            each[0] = 0.0
-
-    def make_ballast(self) -> bool:
-        """Fill the file that is given up when the disk is full; False if
-        there is no room for it, and as much again."""
-        path, fresh = self.path + ".ballast", self.path + ".ballast.new"
-        try:
-            if os.path.exists(path) and os.stat(path).st_size == BALLAST:
-                return True
-            remove(fresh)
-            fd = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY
-                         | os.O_CLOEXEC, 0o600)
-            try:
-                for _ in range(2 * BALLAST // 65_536):
-                    write_all(fd, bytes(65_536))
-                os.fsync(fd)
-                os.ftruncate(fd, BALLAST)
-            finally:
-                os.close(fd)
-            os.rename(fresh, path)
-        except OSError:
-            try:
-                remove(fresh)
-            except OSError:
-                pass
-            return False
-        return True
-
-    @property
-    def at_once(self) -> int:
-        """Rows to remove in one step: few when there is hardly any room."""
-        return AT_ONCE if not self.full else 20
-
-    def make_room(self, db) -> bool:
-        """The chore that ends a full disk: when there is room for the
-        ballast again, there is for all else."""
-        if self.full:
-            self.after.append(self.shrink)
-        return False
-
-    def shrink(self) -> None:
-        """The disk is full: give it pages that nobody needs, and the log.
-        Not inside a transaction, for then the log could not be emptied."""
-        import sqlite3
-        try:
-            self.vacuum(100)
-            self.db.execute("pragma wal_checkpoint(truncate)").fetchall()
-        except sqlite3.Error:
-            pass                # no room even for that; we try again
-        if self.make_ballast():
-            self.full = False
-            self.faults.pop("full", None)
-
-    def vacuum(self, pages: int) -> None:
-        """Give some free pages back. A transaction of its own, by a script:
-        `execute` would stop after the first page, which counts as a row."""
-        self.db.executescript(f"pragma incremental_vacuum({pages})")
-
-
-# --- what callers say, judged at the door
-
 MISSING = object()
 
 
 class RequestFields:
-    """The fields of a request, each asked for with its kind and limits.
+    """The fields of a request, each read with its type and limits.
 
-    Who sends it is known, and may be broken or hostile all the same: what
-    SQLite or a browser could not take ends here. Raises Error (400)."""
+    `what` names the request in errors. A field that is missing or null has
+    the default; without one it is required. Every method raises Error, with
+    the status 400, or 413 for what is too large.
+    """
 
     def __init__(self, fields, what: str = "the request"):
         self.fields, self.what = fields, what
@@ -9028,9 +8482,15 @@ class RequestFields:
             raise Error(f"{what} is no JSON object", "", 400)
 
     def wrong(self, name: str, why: str) -> Error:
+        """Return the Error for a field."""
         return Error(f"{self.what}: {name} {why}", "", 400)
 
+    def too_long(self, text: str) -> Error:
+        """Return the Error for a field that is too large."""
+        return Error(f"{self.what}: {text}", "", 413)
+
     def get(self, name: str, kinds, default):
+        """Return a value of one of the classes `kinds`."""
         value = self.fields.get(name)
         if value is None:
             if default is MISSING:
@@ -9042,17 +8502,18 @@ class RequestFields:
         return value
 
     def text(self, name: str, most: int = 1000, default=MISSING):
+        """Return a text of at most `most` characters."""
         value = self.get(name, str, default)
         if value is default:
             return value
         if len(value) > most:
-            raise Error(f"{self.what}: {name} is longer than {most:,}", "",
-                        413)
+            raise self.too_long(f"{name} is longer than {most:,}")
         if "\0" in value or not is_text(value):
             raise self.wrong(name, "is no text")
         return value
 
     def hex(self, name: str, length: int) -> str:
+        """Return `length` lower-case hex digits."""
         value = self.get(name, str, MISSING)
         if not is_hex(value, length):
             raise self.wrong(name, f"is not {length} hex digits")
@@ -9060,29 +8521,34 @@ class RequestFields:
 
     def whole(self, name: str, default=MISSING, low: int = 0,
               high: int = LARGEST_WHOLE):
-        value = self.get(name, int, default)
-        if value is not default and not low <= value <= high:
-            raise self.wrong(name, f"is not from {low} to {high}")
-        return value
+        """Return a whole number from `low` to `high`."""
+        return self.within(name, int, default, low, high)
 
     def number(self, name: str, default=MISSING, low: float = 0,
                high: float = LARGEST_TIME):
-        value = self.get(name, (int, float), default)
+        """Return a number from `low` to `high`; NaN is outside."""
+        return self.within(name, (int, float), default, low, high)
+
+    def within(self, name: str, kinds, default, low: float, high: float):
+        """Return a number of a kind, from `low` to `high`."""
+        value = self.get(name, kinds, default)
         if value is not default and not low <= value <= high:
             raise self.wrong(name, f"is not from {low} to {high}")
         return value
 
     def flag(self, name: str, default=MISSING) -> bool:
+        """Return true or false."""
         return self.get(name, bool, default)
 
     def choice(self, name: str, words, default=MISSING) -> str:
+        """Return one of `words`."""
         value = self.get(name, str, default)
         if value not in words:
             raise self.wrong(name, f"is none of {', '.join(words)}")
         return value
 
     def each(self, name: str, most: int) -> list:
-        """The requests in a list."""
+        """Return the objects of a list, as RequestFields."""
         found = self.get(name, list, ())
         if len(found) > most:
             raise Error(f"{self.what}: more than {most:,} {name}",
@@ -9090,141 +8556,145 @@ class RequestFields:
         return [RequestFields(fields, name) for fields in found]
 
     def texts(self, name: str, most: int) -> dict:
-        """An object whose values are texts, together not too long."""
+        """Return an object whose values are texts, with at most `most`
+        characters in all."""
         found = self.get(name, dict, {})
         if any(not isinstance(value, str) or not is_text(value)
                or not is_text(key) for key, value in found.items()):
             raise self.wrong(name, "holds what is no text")
         if sum(len(key) + len(value) for key, value in found.items()) > most:
-            raise Error(f"{self.what}: {name} is too long", "", 413)
+            raise self.too_long(f"{name} is too long")
         return found
 
     def data(self, name: str, most: int) -> bytes:
-        """Bytes that come as base64."""
+        """Return the bytes of a text in base64."""
         from base64 import b64decode
-        from binascii import Error as Unreadable
         text = self.get(name, str, "")
         if len(text) > most * 4 // 3 + 4:
-            raise Error(f"{self.what}: {name} is too long", "", 413)
+            raise self.too_long(f"{name} is too long")
         try:
             return b64decode(text, validate=True)
-        except (Unreadable, ValueError):
+        except ValueError:
             raise self.wrong(name, "is no base64") from None
 
 
 def is_text(text: str) -> bool:
-    """Can it be UTF-8? Halves of surrogate pairs can not."""
-    return text.isascii() or not any("\ud800" <= letter <= "\udfff"
-                                     for letter in text)
+    """Can `text` be UTF-8? Halves of surrogate pairs cannot."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff"
+                                     for character in text)
 
 
-def missing_thing(what: str) -> Error:
+def not_found(what: str) -> Error:
+    """Return the Error for a thing that is not there."""
     return Error(f"there is no such {what}", "", 404)
 
 
-# --- decisions: a run's letter, a job's state, what is usual
+def compact_json(value) -> str:
+    """Return `value` as JSON without blanks."""
+    import json
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
-GOING_ON = ("queued", "running")
-RUN_STATES = (*GOING_ON, "done", "interrupted", "missed", "skipped",
+
+# ==========================================================================
+# Outcome: how did a run go, and was that usual?                (nothing; U)
+#
+# Decisions on runs as the dashboard has them. An entry of the run history
+# bar is (id, time, seconds, outcome code).
+# ==========================================================================
+
+ACTIVE_STATES = ("queued", "running")
+RUN_STATES = (*ACTIVE_STATES, "done", "interrupted", "missed", "skipped",
               "unstartable")
-LETTERS = {"queued": "q", "running": "r", "missed": "m", "skipped": "s",
-           "interrupted": "i", "unstartable": "u"}
-BAD_LETTERS = frozenset("fkiu")
+OUTCOME_CODES = {"queued": "q", "running": "r", "missed": "m",
+                 "skipped": "s", "interrupted": "i", "unstartable": "u"}
+BAD_CODES = frozenset("fkiu")
+ENOUGH_RUNS, USUAL_RUNS = 20, 30    # to say what is usual; of so many
+LONGEST_OUTPUT = 4 * 2**20      # bytes of one run; koid keeps 1 MiB
+STRIPPED = r"\x1b\[[0-?]*[ -/]*[@-~]"   # colours and the like, as in ECMA-48
 
 
 def outcome_code(state: str, status: int | None, number: int | None,
                  reason: str) -> str:
-    """How a run went, in one letter."""
+    """Return how a run went, in one letter.
+
+    o: ended well, f: failed, k: killed by a signal or a time limit; the
+    others are in OUTCOME_CODES. `status` is the exit status, `number` the
+    signal.
+    """
     if state != "done":
-        return LETTERS.get(state, "i")
+        return OUTCOME_CODES.get(state, "i")
     if status == 0:
         return "o"
     return "k" if number or reason.startswith("timeout") else "f"
 
 
-def milliseconds(seconds: float | None) -> float | None:
-    """Seconds, to the millisecond: that is half the text. `round` would
-    take five times as long."""
-    return seconds and int(seconds * 1000 + 0.5) / 1000
+def code_of(run: dict) -> str:
+    """Return the outcome code of a run."""
+    return outcome_code(run["state"], run["exit"], run["signal"],
+                        run["reason"])
 
 
-class RecentRuns(tuple):
-    """The last runs of a job, or pings of a check, the oldest first: (id,
-    time, seconds, letter) each. It never changes, a change makes another; so
-    all threads may have it, and what is made of it is made once."""
-
-    @classmethod
-    def of(cls, rows) -> RecentRuns:
-        """Of (id, time, seconds, letter)."""
-        return cls([(number, milliseconds(at), milliseconds(took), letter)
-                    for number, at, took, letter in rows])
-
-    def put(self, entry: tuple) -> RecentRuns:
-        """With this one, at the end or in the place of an older one of its
-        id. One that is older than all is too old."""
-        number = entry[0]
-        if not self or self[-1][0] < number:
-            return RecentRuns((*self[-STRIP + 1:], *RecentRuns.of([entry])))
-        return RecentRuns(RecentRuns.of([entry])[0] if each[0] == number
-                          else each
-                          for each in self)
-
-    @property
-    def usual(self) -> list | None:
-        if "times" not in vars(self):
-            self.times = usual_of(self)
-        return self.times
-
-    @property
-    def json(self) -> str:
-        if "text" not in vars(self):
-            self.text = compact_json(self)
-        return self.text
+def time_of(run: dict) -> float | None:
+    """Return the time by which a run is sorted: its start, or the nearest
+    that is known."""
+    return next((run[name] for name in ("started", "due", "asked", "ended")
+                 if run[name] is not None), None)
 
 
-def compact_json(value) -> str:
-    import json
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+def seconds_of(run: dict) -> float | None:
+    """Return how long a run took, in seconds; None if that is unknown."""
+    if run["started"] is None or run["ended"] is None:
+        return None
+    return max(run["ended"] - run["started"], 0.0)
+
+
+def rounded(seconds: float | None) -> float | None:
+    """Return seconds to the millisecond: that is half the text in JSON."""
+    return seconds and round(seconds, 3)
+
+
+def history_entry(run: dict) -> tuple:
+    """Return a run's entry in the run history bar."""
+    return (run["id"], rounded(time_of(run)), rounded(seconds_of(run)),
+            code_of(run))
 
 
 def quantile(ordered: list, part: float) -> float:
-    """The value that this part of all is not above."""
+    """Return the value that this part of all is not above."""
     return ordered[min(int(len(ordered) * part), len(ordered) - 1)]
 
 
-def usual_of(strip) -> list | None:
-    """[p10, p90] of the last good runs' seconds; None for too few."""
-    times = good_seconds(strip)
-    return [quantile(times, 0.1), quantile(times, 0.9)] if times else None
-
-
-def good_seconds(strip) -> list:
-    """The last good runs' seconds, in order of length; [] for too few."""
-    times = []
-    for _, _, took, letter in reversed(strip):
-        if letter == "o" and took is not None:
-            times.append(took)
-            if len(times) == USUAL_RUNS:
-                break
+def good_seconds(entries: list) -> list:
+    """Return the seconds of the last good runs, in order of length; [] if
+    there are too few to say what is usual."""
+    times = [took for _, _, took, code in entries
+             if code == "o" and took is not None][-USUAL_RUNS:]
     return sorted(times) if len(times) >= ENOUGH_RUNS else []
 
 
-def longest_usual(strip) -> float | None:
-    """Seconds after which a run is slower than it ever should be."""
-    times = good_seconds(strip)
+def usual_seconds(entries: list) -> list | None:
+    """Return [p10, p90] of the last good runs' seconds; None for too few."""
+    times = good_seconds(entries)
+    return [quantile(times, 0.1), quantile(times, 0.9)] if times else None
+
+
+def longest_usual(entries: list) -> float | None:
+    """Return the seconds after which a run counts as slow; None if its job
+    ran too seldom to say."""
+    times = good_seconds(entries)
     return max(3 * quantile(times, 0.95), 1.0) if times else None
 
 
-def shortest_usual(strip) -> float | None:
-    """Seconds below which a run is suspiciously fast. What takes less
-    than a second is too short to say."""
-    times = good_seconds(strip)
+def shortest_usual(entries: list) -> float | None:
+    """Return the seconds below which a run is suspiciously fast; None if
+    its job ran too seldom, or takes less than a second."""
+    times = good_seconds(entries)
     return quantile(times, 0.05) / 5 if times and quantile(
         times, 0.05) >= 1 else None
 
 
 def plain_line(text: str) -> str:
-    """A line as a terminal would leave it, without colours."""
+    """Return a line as a terminal would leave it, without colours."""
     import re
     text = re.sub(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b"
                   r"\\)?|[@-Z\\-_])", "", text)
@@ -9232,8 +8702,8 @@ def plain_line(text: str) -> str:
 
 
 def last_line(frames: bytes, bad: bool) -> str:
-    """The last line a run wrote; of its errors, if it went badly and wrote
-    some."""
+    """Return the last line of an output, at most 300 characters; of its
+    errors, if the run went badly and wrote some."""
     kept = read_frames(frames)
     for streams in ((STDERR,), (STDOUT, STDERR), (NOTE,)):
         if streams == (STDERR,) and not bad:
@@ -9247,24 +8717,24 @@ def last_line(frames: bytes, bad: bool) -> str:
     return ""
 
 
-def whole_frames(data: bytes) -> tuple[int, int]:
-    """(bytes, lines) of the whole frames at the beginning. Raises
-    ValueError if these are no frames."""
-    at = lines = 0
+def whole_frames(data: bytes) -> int:
+    """Return how many bytes at the beginning of `data` are whole frames.
+    Raises ValueError if these are not frames."""
+    at = 0
     while at + FRAME.size <= len(data):
         stream, _, length = FRAME.unpack_from(data, at)
         end = at + FRAME.size + length
-        if stream > END or length > MOST_OUTPUT:
+        if stream > END or length > LONGEST_OUTPUT:
             raise ValueError
         if end > len(data):
             break
-        lines += data.count(b"\n", at + FRAME.size, end)
         at = end
-    return at, lines
+    return at
 
 
 def cut_to_frames(data: bytes, most: int) -> bytes:
-    """At most so many bytes: whole frames, or a part of the first."""
+    """Return at most `most` bytes of `data`: whole frames, or a part of the
+    first."""
     at = 0
     while at + FRAME.size <= len(data):
         end = at + FRAME.size + FRAME.unpack_from(data, at)[2]
@@ -9274,18 +8744,519 @@ def cut_to_frames(data: bytes, most: int) -> bytes:
     return data[:at or most]
 
 
-# --- decisions: a check's state, as Healthchecks has it
+# ==========================================================================
+# Credentials: who may do what, and who did it?                   (files; U)
+#
+# Of keys and tokens only SHA-256 hashes are kept. A repository, here and in
+# the sections below, is called on the writer's thread with the open
+# transaction `db`, or on any thread with a connection that only reads.
+# ==========================================================================
 
-CHECK_FIELDS = ("id", "dash", "uuid", "name", "slug", "tags", "desc", "kind",
-                "period", "grace", "schedule", "tz", "start_within",
-                "run_limit", "manual_resume", "methods", "status",
-                "last_ping", "last_start", "last_rid", "last_duration",
-                "alert_after", "n", "made")
-CHECK_COLUMNS = ", ".join(f'"{name}"' for name in CHECK_FIELDS)
+DAY_SECONDS = 86_400.0
+
+
+class Changes:
+    """What the open transaction changes outside the database.
+
+    `marked` is kind -> ids of what is published after the commit, `later`
+    what is done then. Only the writer's thread uses it.
+    """
+
+    def __init__(self):
+        self.marked: dict[str, dict] = {}
+        self.later: list = []
+
+    def mark_changed(self, kind: str, *ids) -> None:
+        """Have the new state of these published."""
+        self.marked.setdefault(kind, {}).update(dict.fromkeys(ids))
+
+    def after_commit(self, function) -> None:
+        """Have `function()` called when the transaction is on the disk."""
+        self.later.append(function)
+
+    def take_marked(self) -> dict[str, list]:
+        """Return what was marked; then nothing is."""
+        marked, self.marked = self.marked, {}
+        return {kind: list(ids) for kind, ids in marked.items()}
+
+
+class Timers:
+    """What must be looked at, and when. Only the writer's thread uses it.
+
+    They are in memory only, and set anew at each start. Who looks decides
+    by the database, so a timer that is too early does no harm.
+    """
+
+    def __init__(self):
+        self.heap: list[tuple] = []         # (at, kind, key)
+        self.times: dict[tuple, float] = {}     # (kind, key) -> at
+
+    def schedule(self, kind: str, key, at: float | None) -> None:
+        """Have (kind, key) looked at by the time `at`, or earlier."""
+        from heapq import heappush
+        if at is None or at >= self.times.get((kind, key), FOREVER):
+            return
+        self.times[kind, key] = at
+        heappush(self.heap, (at, kind, key))
+
+    def take_due(self, now: float, most: int) -> list[tuple]:
+        """Return at most `most` (kind, key) that are due, and forget them."""
+        from heapq import heappop
+        found = []
+        while self.heap and self.heap[0][0] <= now and len(found) < most:
+            at, kind, key = heappop(self.heap)
+            if self.times.get((kind, key)) == at:
+                del self.times[kind, key]
+                found.append((kind, key))
+        return found
+
+    def next_time(self) -> float:
+        """Return when the next one is due."""
+        return self.heap[0][0] if self.heap else FOREVER
+
+
+class Principal(FrozenRecord):
+    """Who a token stands for: an operator, a viewer, or a host."""
+    role: str
+    host: str = ""
+
+
+class AuditLog:
+    """Who asked for what: the table `audit`."""
+
+    TABLES = """
+create table audit (
+    id integer primary key, at real not null unique, what text not null,
+    host text not null default '', job integer,
+    label text not null default '', args text not null default '{}',
+    state text not null default '', reason text not null default '',
+    nonce text not null default '');
+create index audit_by_nonce on audit (nonce) where nonce <> '';
+"""
+
+    def record(self, db: Database, now: float, what: str, **columns) -> None:
+        """Keep who asked for what. No two rows have the same time, because
+        a page of them begins after a time."""
+        last = db.value("select max(at) from audit") or 0.0
+        if last < now + DAY_SECONDS:        # else a clock was wrong
+            now = max(now, last + 0.001)
+        db.insert("audit", at=now, what=what, **columns)
+
+    def page(self, db: Database, before: float | None = None) -> dict:
+        """Return the 100 newest rows before a time, the newest first."""
+        import json
+        rows = db.rows(
+            "select a.at, 'operator' who, a.what, a.host, a.job, a.label, "
+            "a.args, coalesce(q.state, a.state) state, coalesce(q.reason, "
+            "a.reason) reason, (select id from runs where host = q.host and "
+            "epoch = q.epoch and n = q.n) run from audit a left join requests"
+            " q on a.nonce <> '' and q.nonce = a.nonce where a.at < ? order "
+            "by a.at desc limit 101", LARGEST_TIME if before is None
+            else before)
+        for row in rows:
+            row["args"] = json.loads(row["args"])
+        return {"rows": rows[:100], "more": len(rows) > 100}
+
+
+class Credentials:
+    """The dashboard's keys, and the tokens of its hosts.
+
+    `dash` is the dashboard's id, "" before it was created. The tokens are in
+    memory as well: each HTTP request is judged by them, on any thread.
+    """
+
+    TABLES = """
+create table dashboard (
+    id integer primary key check (id = 1), dash text not null,
+    salt text not null, rounds integer not null, api_sha256 text not null,
+    view_sha256 text not null, ping_key text not null,
+    badge_key text not null, created real not null);
+"""
+
+    def __init__(self, changes: Changes, audit: AuditLog):
+        self.changes, self.audit = changes, audit
+        self.dash = ""
+        self.tokens: dict[str, Principal] = {}      # SHA-256 -> who
+
+    def load(self, db: Database) -> None:
+        """Read the keys and tokens again; other threads see the old or the
+        new ones."""
+        tokens = {token: Principal("host", host) for token, host in db.execute(
+            "select token, host from hosts where token is not null")}
+        found = db.row("select * from dashboard")
+        if found:
+            tokens[found["view_sha256"]] = Principal("viewer")
+            tokens[found["api_sha256"]] = Principal("operator")
+            self.dash = found["dash"]
+        self.tokens = tokens
+
+    def principal_of(self, token: str) -> Principal | None:
+        """Return who a token stands for. It is looked up by its hash, so the
+        time that takes says nothing about the tokens there are."""
+        token = token[len(VIEW_PREFIX):] if token.startswith(VIEW_PREFIX) \
+            else token
+        return self.tokens.get(sha256_hex(token)) if is_hex(token, 64) \
+            else None
+
+    def read_keys(self, fields) -> dict:
+        """Return the keys in a request as columns. Raises Error."""
+        asked = RequestFields(fields)
+        return {"salt": asked.hex("salt", 2 * SALT_BYTES),
+                "rounds": asked.whole("rounds", low=ROUNDS, high=MOST_ROUNDS),
+                "api_sha256": asked.hex("api_sha256", 64),
+                "view_sha256": asked.hex("view_sha256", 64)}
+
+    def create(self, db: Database, fields, now: float) -> dict:
+        """Create the dashboard; return its id. Raises Error (403) if this
+        server has one."""
+        from secrets import token_urlsafe
+        if db.value("select 1 from dashboard"):
+            raise Error("this server already has a dashboard",
+                        "koitab -d join URL", 403)
+        keys = self.read_keys(fields)
+        self.refuse_used(db, keys["api_sha256"], keys["view_sha256"])
+        dash = os.urandom(8).hex()
+        db.insert("dashboard", id=1, dash=dash, **keys,
+                  ping_key=token_urlsafe(16), badge_key=os.urandom(16).hex(),
+                  created=now)
+        self.changes.after_commit(lambda: self.load(db))
+        return {"dash": dash}
+
+    def rotate(self, db: Database, fields, now: float) -> dict:
+        """Replace the dashboard's keys; the old ones open nothing any more.
+        Raises Error."""
+        keys = self.read_keys(fields)
+        self.refuse_used(db, keys["api_sha256"], keys["view_sha256"])
+        db.update("dashboard", keys, id=1)
+        self.audit.record(db, now, "rotate")
+        self.changes.after_commit(lambda: self.load(db))
+        return {"dash": self.dash}
+
+    def refuse_used(self, db: Database, *tokens: str) -> None:
+        """Raise Error (409) if one of these would stand for two principals."""
+        for token in tokens:
+            if tokens.count(token) > 1 or db.value(
+                    "select 1 from hosts where token = ?", token):
+                raise Error("these keys are in use already", "", 409)
+
+    def refuse_own(self, db: Database, token: str) -> None:
+        """Raise Error (409) if a host's token is one of the dashboard's."""
+        if db.value("select 1 from dashboard where ? in (api_sha256, "
+                    "view_sha256)", token):
+            raise Error("these keys are in use already", "", 409)
+
+    def salt(self, db: Database) -> dict:
+        """Return what the keys are derived with. Raises Error (404)."""
+        found = db.row("select dash, salt, rounds from dashboard")
+        if not found:
+            raise not_found("dashboard")
+        return found
+
+
+# ==========================================================================
+# Alerts: what is wrong now, and who is notified?                 (files; U)
+#
+# A change of state is notified once, when it begins and when it is over.
+# That is decided in the transaction of its cause, so neither can be lost
+# without the other. A subject is "job:ID", "host:ID" or "check:UUID".
+# ==========================================================================
+
+MOST_CHANNELS = 20
+
+
+class Alert(FrozenRecord):
+    """What is wrong with a subject, since when (seconds since 1970)."""
+    subject: str
+    kind: str
+    since: float
+    title: str
+    text: str
+
+
+class Alerts:
+    """The tables of active alerts, snoozes, channels and notifications.
+
+    `wake` is set when there are notifications to deliver.
+    """
+
+    TABLES = """
+create table alerts (
+    id integer primary key autoincrement, subject text not null,
+    kind text not null, since real not null, text text not null,
+    notified integer not null default 0, unique (subject, kind));
+create table snoozes (subject text primary key, until real not null)
+    without rowid;
+create table channels (
+    id integer primary key autoincrement, kind text not null,
+    target text not null, last real, error text not null default '',
+    created real not null);
+create table notifications (
+    id integer primary key autoincrement, channel integer not null,
+    key text not null unique, at real not null, due real not null,
+    tries integer not null default 0, title text not null,
+    text text not null, subject text not null, kind text not null,
+    resolved integer not null, run integer);
+create index notifications_due on notifications (due);
+create index notifications_of_run on notifications (run)
+    where run is not null;
+"""
+
+    def __init__(self, changes: Changes, timers: Timers, audit: AuditLog,
+                 clock: Clock):
+        self.changes, self.timers = changes, timers
+        self.audit, self.clock = audit, clock
+
+    def load(self, db: Database) -> None:
+        """Set the timers of the snoozes."""
+        for subject, until in db.execute("select subject, until from "
+                                         "snoozes"):
+            self.timers.schedule("snooze", subject, until)
+
+    # --- alerts
+
+    def raise_alert(self, db: Database, alert: Alert, due: float = 0.0,
+                    run: int | None = None) -> None:
+        """Keep that something is wrong; notify if that is new.
+
+        The notifications go out at `due`, or when the output of `run` has
+        come. An alert that is active gets the new text.
+        """
+        text = alert.text[:2000]
+        self.changes.mark_changed("alerts", (alert.subject, alert.kind))
+        if db.update("alerts", {"text": text}, subject=alert.subject,
+                     kind=alert.kind):
+            return
+        number = db.insert("alerts", subject=alert.subject, kind=alert.kind,
+                           since=alert.since, text=text)
+        if not self.snoozed_until(db, alert.subject):
+            self.notify(db, number, alert.replace(text=text), due=due, run=run)
+
+    def notify(self, db: Database, number: int, alert: Alert,
+               resolved: bool = False, due: float = 0.0,
+               run: int | None = None) -> None:
+        """Add a notification about the alert `number` for each channel."""
+        db.update("alerts", {"notified": 1}, id=number)
+        event = "over" if resolved else "on"
+        for channel in db.column("select id from channels"):
+            self.add_notification(
+                db, channel, f"{number}-{alert.kind}-{event}-{channel}",
+                alert, resolved, due, run)
+
+    def add_notification(self, db: Database, channel: int, key: str,
+                         alert: Alert, resolved: bool = False,
+                         due: float = 0.0, run: int | None = None) -> None:
+        """Add a notification; because of its key it is there once only."""
+        db.insert("notifications", "insert or ignore", channel=channel,
+                  key=key, at=self.clock.now(), due=due, title=alert.title,
+                  text=alert.text, subject=alert.subject, kind=alert.kind,
+                  resolved=resolved, run=run)
+        self.changes.mark_changed("notifications", key)
+
+    def clear_alert(self, db: Database, subject: str, kind: str,
+                    title: str) -> None:
+        """End an alert; those who were notified of it get `title`."""
+        found = db.row("select id, notified from alerts where subject = ? and "
+                       "kind = ?", subject, kind)
+        if not found:
+            return
+        if found["notified"]:
+            self.notify(db, found["id"], Alert(subject, kind, 0.0, title, ""),
+                        resolved=True)
+        db.delete("alerts", id=found["id"])
+        self.changes.mark_changed("alerts", (subject, kind))
+
+    def kinds_of(self, db: Database, subject: str) -> set:
+        """Return the kinds of a subject's active alerts."""
+        return set(db.column("select kind from alerts where subject = ?",
+                             subject))
+
+    def drop(self, db: Database, subject: str) -> None:
+        """Remove the alerts of a subject that is gone; nobody is notified."""
+        for kind in self.kinds_of(db, subject):
+            self.changes.mark_changed("alerts", (subject, kind))
+        db.delete("alerts", subject=subject)
+
+    def find(self, db: Database, key: tuple) -> dict | None:
+        """Return the alert of (subject, kind) as it is shown, or None."""
+        return db.row("select subject, kind, since, text from alerts where "
+                      "subject = ? and kind = ?", *key)
+
+    def list_all(self, db: Database) -> list[dict]:
+        """Return the active alerts as they are shown, the newest first."""
+        return db.rows("select subject, kind, since, text from alerts order "
+                       "by since desc")
+
+    # --- snoozes
+
+    def snoozed_until(self, db: Database, subject: str) -> float:
+        """Return until when nobody is notified about a subject; 0 if it is
+        not snoozed."""
+        until = db.value("select until from snoozes where subject = ?",
+                         subject) or 0
+        return until if until > self.clock.now() else 0
+
+    def snooze(self, db: Database, subject: str, until: float,
+               now: float) -> None:
+        """Notify nobody about a subject until a time; one in the past ends
+        the snooze."""
+        db.delete("snoozes", subject=subject)
+        if until > now:
+            db.insert("snoozes", subject=subject, until=until)
+            self.timers.schedule("snooze", subject, until)
+        else:
+            self.notify_missed(db, subject)
+
+    def check_snooze(self, db: Database, subject: str, now: float) -> None:
+        """If a snooze is over, notify of the alerts that are still active."""
+        until = db.value("select until from snoozes where subject = ?",
+                         subject)
+        if until is not None and until > now:
+            self.timers.schedule("snooze", subject, until)
+        elif until is not None:
+            db.delete("snoozes", subject=subject)
+            self.notify_missed(db, subject)
+
+    def notify_missed(self, db: Database, subject: str) -> None:
+        """Notify of the alerts of a subject that nobody knows of."""
+        for row in db.rows("select id, kind, since, text from alerts where "
+                           "subject = ? and not notified", subject):
+            title = row["text"].partition("\n")[0][:200]
+            self.notify(db, row["id"], Alert(subject, row["kind"],
+                                             row["since"], title,
+                                             row["text"]))
+
+    # --- channels
+
+    def change_channel(self, db: Database, fields, now: float) -> dict:
+        """Add, delete or test a channel; return its id. Raises Error."""
+        asked = RequestFields(fields)
+        action = asked.choice("do", ("add", "delete", "test"), "add")
+        if action == "add":
+            channel = self.add_channel(db, asked, now)
+        else:
+            channel = asked.whole("id")
+            if not db.value("select 1 from channels where id = ?", channel):
+                raise not_found("channel")
+        if action == "delete":
+            db.delete("channels", id=channel)
+            db.delete("notifications", channel=channel)
+        if action == "test":
+            self.add_notification(
+                db, channel, f"test-{now}-{channel}",
+                Alert("", "test", now, "koi: a test", "If you can read this, "
+                      "koi can tell you what happens."), due=now)
+        else:
+            self.audit.record(db, now, "channel", state=action)
+        return {"id": channel}
+
+    def add_channel(self, db: Database, asked: RequestFields,
+                    now: float) -> int:
+        """Add the channel that a request describes; return its id. Raises
+        Error."""
+        kind = asked.choice("kind", ("mail", "webhook", "ntfy"))
+        target = asked.text("target", 1000).strip()
+        if kind == "mail" and not (safe_address(target) and "@" in target
+                                   and "," not in target):
+            raise Error("this is no mail address that sendmail would get",
+                        "name@example.org", 400)
+        if kind != "mail" and not is_web_address(target):
+            raise Error("this is no address of the web",
+                        "https://example.org/path", 400)
+        if db.value("select count(*) from channels") >= MOST_CHANNELS:
+            raise Error(f"there are {MOST_CHANNELS} channels already", "",
+                        403)
+        return db.insert("channels", kind=kind, target=target, created=now)
+
+    def list_channels(self, db: Database) -> dict:
+        """Return the channels as they are shown, without passwords."""
+        rows = db.rows("select id, kind, target, last, error from channels "
+                       "order by id")
+        for row in rows:
+            row["target"] = without_password(row["target"])
+        return {"channels": rows}
+
+    # --- delivery
+
+    def due_notifications(self, db: Database, now: float) -> list[dict]:
+        """Return at most 100 notifications to deliver now, each with its
+        channel."""
+        return db.rows(
+            "select m.*, c.kind way, c.target, d.dash from notifications m "
+            "join channels c on c.id = m.channel cross join dashboard d "
+            "where m.due <= ? order by m.id limit 100", now)
+
+    def mark_delivered(self, db: Database, notification: int, error: str,
+                       now: float) -> None:
+        """Record an attempt to deliver; `error` is "" if it went well. Else
+        it is repeated for a day, after 15 s to 1 h."""
+        found = db.row("select channel, at, tries from notifications where "
+                       "id = ?", notification)
+        if not found:
+            return
+        if error and now - found["at"] < DAY_SECONDS:
+            pause = min(15 * 2**min(found["tries"], 10), 3600)
+            db.update("notifications", {"tries": found["tries"] + 1,
+                                        "due": now + pause}, id=notification)
+        else:
+            db.delete("notifications", id=notification)
+        db.update("channels", {"error": error[:500]}, id=found["channel"])
+        if not error:
+            db.update("channels", {"last": now}, id=found["channel"])
+
+    def add_last_line(self, db: Database, run: int, line: str,
+                      now: float) -> None:
+        """Let notifications go that wait for a run's output, with its last
+        line."""
+        db.execute("update notifications set due = ?, text = text || ? where "
+                   "run = ? and tries = 0 and due > ?",
+                   now, f"\n\n{line}" if line else "", run, now)
+        self.changes.mark_changed("notifications", run)
+
+
+def is_web_address(text: str) -> bool:
+    """Is `text` an http or https URL with a host, without anything that
+    could break a request?"""
+    from urllib.parse import urlsplit
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) \
+            and text.isascii() and text.isprintable() and " " not in text \
+            and parts.port != 0
+    except ValueError:
+        return False
+
+
+def without_password(target: str) -> str:
+    """Return a URL with its user and password hidden."""
+    scheme, found, rest = target.partition("://")
+    place, slash, path = rest.partition("/")
+    if not found or "@" not in place:
+        return target
+    return f"{scheme}://***@{place.rpartition('@')[2]}{slash}{path}"
+
+
+# ==========================================================================
+# PingChecks: is a job that koid does not run still alive?        (files; U)
+#
+# A check expects pings by a period or a schedule. Without one it becomes
+# late, and down after a grace time. Addresses, answers and states are those
+# of Healthchecks, so whatever pings that can ping this.
+# ==========================================================================
+
+MOST_CHECKS = 1_000
+KEEP_PINGS = 100                # of one check
+PING_BODY_LIMIT = 10_000
+LONGEST_MEASURED = 72 * 3600    # a start and an end that belong together
+HISTORY_BAR = 90                # entries of a run history bar
+SLUG_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
+NEW_CHECK = {"tags": "", "desc": "", "kind": "simple", "period": 86_400.0,
+             "grace": 3600.0, "schedule": "* * * * *", "tz": "UTC",
+             "start_within": 0.0, "run_limit": 0.0, "manual_resume": 0,
+             "methods": ""}
 
 
 def down_at(check: dict, expected: float | None) -> float | None:
-    """When a check goes down if nothing comes; None for never.
+    """Return when a check goes down if no ping comes; None for never.
 
     As Healthchecks: a start that is open longer than the grace time, or
     nothing until the grace time after the expected ping. With a limit of
@@ -9305,15 +9276,14 @@ def down_at(check: dict, expected: float | None) -> float | None:
 
 
 def check_state(check: dict, expected: float | None, now: float) -> str:
-    """The state that is shown: new, up, grace, down or paused."""
+    """Return the state that is shown: new, up, grace, down or paused."""
     start, status = check["last_start"], check["status"]
     if start is not None and now >= start + (
             check["run_limit"] or check["grace"]):
         return "down"
     if status != "up" or expected is None:
         return status
-    own = check["start_within"] or check["run_limit"]
-    if own and start is not None:
+    if (check["start_within"] or check["run_limit"]) and start is not None:
         return "up"
     if now >= expected + (check["start_within"] or check["grace"]):
         return "down"
@@ -9321,7 +9291,8 @@ def check_state(check: dict, expected: float | None, now: float) -> str:
 
 
 def after_ping(check: dict, kind: str, rid: str | None, now: float) -> dict:
-    """The fields that a ping changes, by the rules of Healthchecks."""
+    """Return the columns that a ping changes, by the rules of
+    Healthchecks."""
     if kind == "start":
         return {"last_start": now, "last_rid": rid}
     if kind not in ("success", "fail"):
@@ -9337,18 +9308,30 @@ def after_ping(check: dict, kind: str, rid: str | None, now: float) -> dict:
     return changed
 
 
+def ping_kind(check: dict, action: str, method: str) -> str:
+    """Return what a ping means for a check: success, fail, start, log, or
+    ign for one that is ignored. `action` may be an exit status."""
+    if check["methods"] and method not in check["methods"].split() \
+            or check["status"] == "paused" and check["manual_resume"]:
+        return "ign"
+    status = status_in(action)
+    return action if status is None else "fail" if status else "success"
+
+
+def status_in(action: str) -> int | None:
+    """Return the exit status that a ping's address ends with, or None."""
+    return int(action[:9]) if action.isascii() and action.isdigit() else None
+
+
 def is_uuid(text: str) -> bool:
-    """In its canonical form, in letters of any case."""
+    """Is it a UUID in its canonical form, in letters of any case?"""
     return len(text) == 36 and text[8:24:5] == "----" and text.isascii() \
         and text.count("-") == 4 and HEX.issuperset(
             text.replace("-", "").lower())
 
 
-SLUG_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
-
-
-def every_words(period: float) -> str:
-    """every 5 minutes, every day."""
+def describe_period(period: float) -> str:
+    """Return a period of seconds in words: every 5 minutes, every day."""
     for name, size in (("day", 86_400), ("hour", 3600), ("minute", 60)):
         if period % size == 0:
             count = int(period // size)
@@ -9357,545 +9340,60 @@ def every_words(period: float) -> str:
     return f"every {period:g} seconds"
 
 
-# --- the output of runs that go on
+def header_text(text, most: int) -> str:
+    """Return what a header says as text that SQLite takes."""
+    return str(text or "")[:most].replace("\0", "").encode(
+        "utf-8", "replace").decode()
 
 
-class LiveOutput:
-    """What runs that are watched have written so far: in memory only, for
-    it comes again, whole, when they have ended."""
+class PingChecks:
+    """The tables of checks, their pings and changes of state ("flips").
 
-    def __init__(self):
-        import threading
-        self.lock = threading.Lock()
-        self.buffers: dict[int, list] = {}      # run -> [begin, bytes]
-        self.looks: dict[int, tuple] = {}       # run -> (host, n, until)
-
-    def look(self, run: int, host: str, n: int, now: float) -> bool:
-        """Somebody looks at a run; True if nobody did until now."""
-        with self.lock:
-            before = self.looks.get(run)
-            self.looks[run] = host, n, now + WATCHED_FOR
-            return not before or before[2] < now
-
-    def watched(self, host: str, now: float) -> dict[int, int]:
-        """A host's runs that are looked at -> bytes that we have."""
-        with self.lock:
-            for run in [run for run, look in self.looks.items()
-                        if look[2] < now - WATCHED_FOR]:
-                del self.looks[run]
-                self.buffers.pop(run, None)
-            return {n: sum(map(len_or_begin, self.buffers.get(run, ())))
-                    for run, (whose, n, until) in self.looks.items()
-                    if whose == host and until >= now}
-
-    def run_of(self, host: str, n: int) -> int | None:
-        with self.lock:
-            return next((run for run, look in self.looks.items()
-                         if look[:2] == (host, n)), None)
-
-    def put(self, run: int, at: int, data: bytes, reset: bool) -> bool:
-        """Add what came; False if it does not fit to what we have."""
-        with self.lock:
-            if run not in self.looks:
-                return False
-            buffer = self.buffers.get(run)
-            if reset or buffer is None:
-                while len(self.buffers) >= MOST_LIVE:
-                    del self.buffers[next(iter(self.buffers))]
-                buffer = self.buffers[run] = [at, b""]
-            if at != buffer[0] + len(buffer[1]):
-                return False
-            whole = buffer[1] + data
-            cut = 0
-            while len(whole) - cut > LIVE_ROOM:
-                cut += FRAME.size + FRAME.unpack_from(whole, cut)[2]
-            self.buffers[run] = [buffer[0] + cut, whole[cut:]]
-            return True
-
-    def end(self, run: int) -> None:
-        with self.lock:
-            self.buffers.pop(run, None)
-            self.looks.pop(run, None)
-
-    def get(self, run: int) -> tuple[int, bytes] | None:
-        """(offset of the first byte, bytes)."""
-        with self.lock:
-            buffer = self.buffers.get(run)
-            return buffer and (buffer[0], buffer[1])
-
-
-def len_or_begin(part) -> int:
-    """Of a buffer [begin, bytes]: their sum is where it ends."""
-    return part if isinstance(part, int) else len(part)
-
-
-class HostStatus:
-    """What is known of a host from moment to moment."""
-
-    def __init__(self, row: dict, now: float):
-        self.number, self.host = row["id"], row["host"]
-        self.dash = row["dash"]             # a number
-        self.seen = row["seen"]
-        self.noted = row["seen"] or 0.0     # what the database says
-        self.silent = bool(row["silent"])
-        self.since, self.back = now, now    # so long we would have noticed
-        self.twin = 0.0                     # when the other was turned away
-        self.tag = None                     # of the list
-
-
-class Doors(DatabaseWriter):
-    """Dashboards and their keys, hosts, channels, and who did what."""
-
-    def __init__(self, path: str, clock: Clock | None = None):
-        import threading
-        super().__init__(path, clock)
-        self.tokens: dict[str, Principal] = {}
-        self.numbers: dict[str, int] = {}       # dash -> number
-        self.names: dict[int, str] = {}
-        self.host_statuses: dict[str, HostStatus] = {}      # host -> Pulse
-        self.hosts: dict[int, str] = {}         # number -> host
-        self.touched: dict[str, dict] = {}      # dash -> what -> ids
-        self.seqs: dict[str, int] = {}
-        self.first_seq = 0
-        self.heard = None
-        self.followed = lambda dash: True
-        self.letters = threading.Event()
-
-    def load(self) -> None:
-        self.first_seq = int(self.clock.now() * 1000)
-        self.load_doors()
-
-    def load_doors(self) -> None:
-        """Take dashboards, hosts and tokens anew from the database; who
-        reads them meanwhile sees the old or the new."""
-        tokens, numbers, statuses = {}, {}, {}
-        for number, dash, api, view in self.db.execute(
-                "select id, dash, api, view from dashboards"):
-            numbers[dash] = number
-            tokens[view] = Principal("viewer", dash)
-            tokens[api] = Principal("operator", dash)
-        self.names = {number: dash for dash, number in numbers.items()}
-        for row in rows_of(self.db, "select id, host, dash, seen, silent, "
-                           "token from hosts where gone < 2"):
-            statuses[row["host"]] = self.host_statuses.get(row["host"]) \
-                or HostStatus(
-                row, self.clock.now())
-            if row["token"]:
-                tokens[row["token"]] = Principal(
-                    "host", self.names[row["dash"]], row["host"])
-        self.hosts = {status.number: host for host, status in statuses.items()}
-        self.tokens, self.numbers, self.host_statuses = tokens, numbers, \
-            statuses
-
-    def key_of(self, token: str) -> Principal | None:
-        """What a token is good for. It is looked for by its hash, so the
-        time that takes says nothing about the tokens there are."""
-        token = token[len(VIEW_PREFIX):] if token.startswith(VIEW_PREFIX) \
-            else token
-        return self.tokens.get(sha256_hex(token)) if is_hex(token, 64) \
-            else None
-
-    def number_of(self, dash: str) -> int:
-        number = self.numbers.get(dash)
-        if number is None:
-            raise missing_thing("dashboard")
-        return number
-
-    def pulse_of(self, dash: str, host: str) -> HostStatus:
-        status = self.host_statuses.get(host)
-        if not status or status.dash != self.number_of(dash):
-            raise missing_thing("host")
-        return status
-
-    # --- what changed, for those who follow
-
-    def mark_changed(self, dash: str, what: str, *ids) -> None:
-        """Note that something changed; it is told after the commit."""
-        self.touched.setdefault(dash, {}).setdefault(what, {}).update(
-            dict.fromkeys(ids))
-
-    def seq(self, dash: str) -> int:
-        return self.seqs.get(dash, self.first_seq)
-
-    def publish(self) -> None:
-        """Tell what changed, and number it."""
-        touched, self.touched = self.touched, {}
-        for dash, changed in touched.items():
-            lines = {name: list(changed.pop(name)) for name in (
-                "wake", "live") if name in changed}
-            if "letters" in changed:
-                del changed["letters"]
-                self.letters.set()
-            if changed and dash in self.numbers:
-                self.seqs[dash] = self.seq(dash) + 1
-                lines["seq"] = self.seqs[dash]
-                if "reset" in changed or sum(map(
-                        len, changed.values())) > MOST_TOUCHED:
-                    lines["reset"] = True
-                elif self.heard and self.followed(dash):
-                    lines.update(self.describe_changes(dash, changed))
-            if self.heard and lines:
-                try:
-                    self.heard(dash, lines)
-                except Exception as bug:
-                    self.faults["bug"] = f"a fault of koi's own: {bug!r}"
-
-    def describe_changes(self, dash: str, changed: dict) -> dict:
-        """The new state of what changed; for those who build on this."""
-        return {}
-
-    # --- dashboards
-
-    def keys_asked(self, fields) -> tuple:
-        asked = RequestFields(fields)
-        return (asked.hex("salt", 2 * SALT_BYTES), asked.whole(
-            "rounds", low=ROUNDS, high=MOST_ROUNDS),
-            asked.hex("api_sha256", 64), asked.hex("view_sha256", 64))
-
-    def create_dashboard(self, db, fields, now: float) -> dict:
-        keys = self.keys_asked(fields)
-        self.fresh_tokens(db, keys[2:], 0)
-        dash = os.urandom(8).hex()
-        from secrets import token_urlsafe
-        db.execute("insert into dashboards (dash, salt, rounds, api, view, "
-                   "ping_key, badge_key, made) values (?,?,?,?,?,?,?,?)",
-                   (dash, *keys, token_urlsafe(16), os.urandom(16).hex(),
-                    now))
-        self.after.append(self.load_doors)
-        return {"dash": dash}
-
-    def rotate(self, db, dash: str, fields, now: float) -> dict:
-        keys, number = self.keys_asked(fields), self.number_of(dash)
-        self.fresh_tokens(db, keys[2:], number)
-        db.execute("update dashboards set salt = ?, rounds = ?, api = ?, "
-                   "view = ? where id = ?", (*keys, number))
-        self.record(db, number, now, "rotate")
-        self.after.append(self.load_doors)
-        return {"dash": dash}
-
-    def fresh_tokens(self, db, tokens: tuple, number: int) -> None:
-        """One token must not open two doors."""
-        if len(set(tokens)) < len(tokens) or db.execute(
-                "select 1 from dashboards where id <> ?3 and (api in (?1, ?2)"
-                " or view in (?1, ?2)) union all select 1 from hosts where "
-                "token in (?1, ?2)", (*tokens, number)).fetchone():
-            raise Error("these keys are in use already", "", 409)
-
-    def count_dashboards(self, _db) -> int:
-        return len(self.numbers)
-
-    def salt(self, db, dash: str = "") -> dict:
-        """What the keys are made with; of a dashboard that is unknown
-        something that looks alike, and is the same each time."""
-        if not dash:
-            if len(self.numbers) != 1:
-                raise Error("which dashboard?", "add ?dash=ID", 400) \
-                    if self.numbers else missing_thing("dashboard")
-            dash = next(iter(self.numbers))
-        if not is_hex(dash, 16):
-            raise Error("a dashboard's id has 16 hex digits", "", 400)
-        found = db.execute("select salt, rounds from dashboards where dash "
-                           "= ?", (dash,)).fetchone()
-        if not found:
-            secret, = db.execute("select value from meta where name = "
-                                 "'secret'").fetchone()
-            found = hmac_sha256(bytes.fromhex(secret),
-                                b"salt\n" + dash.encode()
-                            )[:SALT_BYTES].hex(), ROUNDS
-        return {"dash": dash, "salt": found[0], "rounds": found[1]}
-
-    # --- hosts
-
-    def add_host(self, db, dash: str, fields, now: float) -> dict:
-        asked, number = RequestFields(fields), self.number_of(dash)
-        host, token = asked.hex("host", 32), asked.hex("token_sha256", 64)
-        name = asked.text("name", 255) or host[:8]
-        there = db.execute("select id, dash, token from hosts where host = ?",
-                           (host,)).fetchone()
-        if there and there[1] != number:
-            raise Error("this host belongs to another dashboard", "koitab -d "
-                        "off there, and join again", 409)
-        if not there or there[2] != token:
-            self.fresh_tokens(db, (token, ""), 0)
-        if there:
-            db.execute("update hosts set name = ?, token = ?, gone = 0 where "
-                       "id = ?", (name, token, there[0]))
-        elif db.execute("select count(*) from hosts where dash = ?", (number,)
-                        ).fetchone()[0] >= MOST_HOSTS:
-            raise Error(f"there are {MOST_HOSTS:,} hosts already", "", 403)
-        else:
-            db.execute("insert into hosts (dash, host, name, token, made) "
-                       "values (?, ?, ?, ?, ?)", (number, host, name, token,
-                                                  now))
-        self.record(db, number, now, "join", host, label=name)
-        self.after.append(self.load_doors)
-        self.mark_changed(dash, "hosts", host)
-        return {"dash": dash}
-
-    def remove_host(self, db, dash: str, host: str, now: float) -> dict:
-        """It may sync no more; what it told stays."""
-        status = self.pulse_of(dash, host)
-        db.execute("update hosts set token = null, silent = 0 where id = ?",
-                   (status.number,))
-        db.execute("update jobs set gone = 1, next = null where host = ? "
-                   "and gone = 0", (status.number,))
-        db.execute("delete from alerts where dash = ? and (subject = ? or "
-                   "subject in (select 'job:' || id from jobs where host = "
-                   "?))", (status.dash, f"host:{host}", status.number))
-        self.record(db, status.dash, now, "forget", host)
-        self.after.append(self.load_doors)
-        self.mark_changed(dash, "hosts", host)
-        self.mark_changed(dash, "reset", host)
-        return {}
-
-    def host_list(self, db, dash: str, host: str) -> dict:
-        found = db.execute("select list, mac from hosts where id = ?", (
-            self.pulse_of(dash, host).number,)).fetchone()
-        if not found or found[0] is None:
-            raise missing_thing("list")
-        return {"body": found[0], "mac": found[1]}
-
-    # --- who did what
-
-    def record(self, db, number: int, now: float, what: str, host: str = "",
-               **named) -> None:
-        """Keep who asked for what. No two rows have the same time, for the
-        page asks for what was before a time."""
-        last = db.execute("select max(at) from audit where dash = ?",
-                          (number,)).fetchone()[0] or 0.0
-        if last < now + DAY_SECONDS:        # else a clock was wrong
-            now = max(now, last + 0.001)
-        row = {"dash": number, "at": now, "what": what, "host": host, **named}
-        db.execute(f"insert into audit ({', '.join(row)}) values "
-                   f"({', '.join('?' * len(row))})", tuple(row.values()))
-
-    def audit(self, db, dash: str, before: float | None = None) -> dict:
-        import json
-        number, most = self.number_of(dash), 100
-        rows = rows_of(db, (
-            "select a.at, 'operator' who, a.what, a.host, a.job, a.label, "
-            "a.args, coalesce(r.state, a.state) state, coalesce(r.reason, "
-            "a.reason) reason, (select id from runs where host = r.host and "
-            "epoch = r.epoch and n = r.n) run from audit a left join requests"
-            " r on a.nonce <> '' and r.nonce = a.nonce where a.dash = ? and "
-            "a.at < ? order by a.at desc limit ?"),
-            number, LARGEST_TIME if before is None else before, most + 1)
-        for row in rows:
-            row["args"] = json.loads(row["args"])
-        return {"rows": rows[:most], "more": len(rows) > most}
-
-    # --- alerts: what is wrong now, and whom that is told
-
-    def raise_alert(self, db, number: int, subject: str, kind: str,
-                    since: float, title: str, text: str, due: float = 0.0,
-                    run: int | None = None) -> None:
-        """Something is wrong. It is told when it begins, and again when it
-        is over: what is decided here is kept in the same transaction as its
-        cause, and sent from there (class Herald)."""
-        text = text[:2000]
-        new = db.execute(
-            "insert or ignore into alerts (dash, subject, kind, since, text) "
-            "values (?, ?, ?, ?, ?)", (number, subject, kind, since, text))
-        self.mark_changed(self.names[number], "alerts", (subject, kind))
-        if not new.rowcount:
-            db.execute("update alerts set text = ? where dash = ? and "
-                       "subject = ? and kind = ?", (text, number, subject,
-                                                    kind))
-        elif not self.is_snoozed(db, number, subject):
-            self.enqueue(db, number, new.lastrowid, title, text, subject, kind,
-                         False, due, run)
-
-    def enqueue(self, db, number: int, alert: int, title: str, text: str,
-                subject: str, kind: str, over: bool, due: float = 0.0,
-                run: int | None = None) -> None:
-        """A letter to each channel."""
-        db.execute("update alerts set told = 1 where id = ?", (alert,))
-        for channel, in db.execute("select id from channels where dash = ?",
-                                   (number,)).fetchall():
-            self.insert_notification(db, number, channel, f"{alert}-{kind}-"
-                                     f"{'over' if over else 'on'}-{channel}",
-                                     due, title,
-                                     text, subject, kind, over, run)
-
-    def clear_alert(self, db, number: int, subject: str, kind: str,
-                    title: str) -> None:
-        """It is right again; that is told to who was told that it is not."""
-        found = db.execute("select id, told from alerts where dash = ? and "
-                           "subject = ? and kind = ?",
-                           (number, subject, kind)).fetchone()
-        if not found:
-            return
-        if found[1]:
-            self.enqueue(db, number, found[0], title, "", subject, kind, True)
-        db.execute("delete from alerts where id = ?", (found[0],))
-        self.mark_changed(self.names[number], "alerts", (subject, kind))
-
-    def is_snoozed(self, db, number: int, subject: str) -> bool:
-        return bool(db.execute(
-            "select 1 from snoozes where dash = ? and subject = ? and until "
-            "> ?", (number, subject, self.clock.now())).fetchone())
-
-    # --- channels
-
-    def change_channel(self, db, dash: str, fields, now: float) -> dict:
-        asked, number = RequestFields(fields), self.number_of(dash)
-        do = asked.choice("do", ("add", "delete", "test"), "add")
-        if do == "add":
-            channel = self.add_channel(db, number, asked, now)
-        else:
-            channel = asked.whole("id")
-            if not db.execute("select 1 from channels where id = ? and dash "
-                              "= ?", (channel, number)).fetchone():
-                raise missing_thing("channel")
-        if do == "delete":
-            db.execute("delete from channels where id = ?", (channel,))
-            db.execute("delete from letters where channel = ?", (channel,))
-        if do == "test":
-            self.insert_notification(db, number, channel,
-                                     f"test-{now}-{channel}", now,
-                                     "koi: a test",
-                                     "If you can read this, koi can tell "
-                                     "you what happens.", "", "test", False)
-        else:
-            self.record(db, number, now, "channel", state=do)
-        return {"id": channel}
-
-    def add_channel(self, db, number: int, asked: RequestFields,
-                    now: float) -> int:
-        kind = asked.choice("kind", ("mail", "webhook", "ntfy"))
-        target = asked.text("target", 1000).strip()
-        if kind == "mail" and not (safe_address(target) and "@" in target
-                                   and "," not in target):
-            raise Error("this is no mail address that sendmail would get",
-                        "name@example.org", 400)
-        if kind != "mail" and not is_web_address(target):
-            raise Error("this is no address of the web",
-                        "https://example.org/path", 400)
-        if db.execute("select count(*) from channels where dash = ?",
-                      (number,)).fetchone()[0] >= MOST_CHANNELS:
-            raise Error(f"there are {MOST_CHANNELS} channels already", "",
-                        403)
-        return db.execute(
-            "insert into channels (dash, kind, target, made) values "
-            "(?, ?, ?, ?)", (number, kind, target, now)).lastrowid
-
-    def channels(self, db, dash: str) -> dict:
-        rows = rows_of(db, "select id, kind, target, last, error from "
-                       "channels where dash = ? order by id",
-                       self.number_of(dash))
-        for row in rows:
-            row["target"] = without_password(row["target"])
-        return {"channels": rows}
-
-    def insert_notification(self, db, number: int, channel: int, key: str,
-                            due: float,
-                            title: str, text: str, subject: str, kind: str,
-                            over: bool,
-                            run: int | None = None) -> None:
-        """Something to tell; its key makes sure that it is there once."""
-        db.execute("insert or ignore into letters (dash, channel, key, at, "
-                   "due, title, text, subject, kind, over, run) values "
-                   "(?,?,?,?,?,?,?,?,?,?,?)",
-                   (number, channel, key, self.clock.now(), due, title, text,
-                    subject, kind, over, run))
-        self.mark_changed(self.names[number], "letters", key)
-
-
-def rows_of(db, statement: str, *values) -> list[dict]:
-    """Rows as dicts."""
-    found = db.execute(statement, values)
-    names = [column[0] for column in found.description]
-    return [dict(zip(names, row)) for row in found]
-
-
-def status_in(action: str) -> int | None:
-    """The exit status that an address ends with."""
-    return int(action[:9]) if action.isascii() and action.isdigit() else None
-
-
-def is_web_address(text: str) -> bool:
-    """http or https, a host, and nothing that could break a request."""
-    from urllib.parse import urlsplit
-    try:
-        parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) \
-            and text.isascii() and text.isprintable() and " " not in text \
-            and parts.port != 0
-    except ValueError:
-        return False
-
-
-def without_password(target: str) -> str:
-    """An address as it may be shown."""
-    scheme, found, rest = target.partition("://")
-    place, slash, path = rest.partition("/")
-    if not found or "@" not in place:
-        return target
-    return f"{scheme}://***@{place.rpartition('@')[2]}{slash}{path}"
-
-
-class PingChecks(Doors):
-    """Pings: jobs that koid does not start, and that tell how they went.
-
-    The addresses, answers and states are those of Healthchecks, so that
-    whatever pings that can ping this.
+    `zone_of` finds a time zone by its name.
     """
 
-    def __init__(self, path: str, clock: Clock | None = None, zone=None):
-        import threading
-        super().__init__(path, clock)
-        self.zone = zone or Machine().zone
-        self.schedules: dict[tuple, tuple] = {}
-        self.alarms: list[tuple] = []           # (at, kind, key), a heap
-        self.armed: dict[tuple, float] = {}     # (kind, key) -> at
-        self.faces_lock = threading.RLock()
-        self.check_strips: dict = {}            # check -> its strip
+    TABLES = """
+create table checks (
+    id integer primary key autoincrement, uuid text not null unique,
+    name text not null, slug text not null, tags text not null,
+    "desc" text not null, kind text not null, period real not null,
+    grace real not null, schedule text not null, tz text not null,
+    start_within real not null, run_limit real not null,
+    manual_resume integer not null, methods text not null,
+    status text not null default 'new', last_ping real, last_start real,
+    last_rid text, last_duration real, alert_after real,
+    n integer not null default 0, created real not null);
+create index checks_by_slug on checks (slug);
+create table pings (
+    id integer primary key, "check" integer not null, n integer not null,
+    at real not null, kind text not null, exit integer, rid text,
+    scheme text not null, method text not null, ua text not null,
+    ip text not null, duration real, size integer not null,
+    line text not null, body blob not null);
+create unique index pings_of_check on pings ("check", n);
+create table flips (
+    id integer primary key, "check" integer not null, at real not null,
+    old text not null, new text not null, reason text not null);
+create index flips_by_time on flips (at);
+create index flips_of_check on flips ("check", at);
+"""
 
-    # --- what is due at some time
+    def __init__(self, changes: Changes, timers: Timers, audit: AuditLog,
+                 alerts: Alerts, zone_of):
+        self.changes, self.timers, self.audit = changes, timers, audit
+        self.alerts, self.zone_of = alerts, zone_of
+        self.zones: dict[str, Zone] = {}    # each is read from a file once
 
-    def schedule_check(self, kind: str, key, at: float | None) -> None:
-        """Look at something at a time, or before it. Whoever looks judges
-        by what is in the database then; so a look too many does no harm."""
-        import heapq
-        if at is None or at >= self.armed.get((kind, key), FOREVER):
-            return
-        self.armed[kind, key] = at
-        heapq.heappush(self.alarms, (at, kind, key))
-
-    def due(self) -> list:
-        import heapq
-        now, found = self.clock.now(), []
-        while self.alarms and self.alarms[0][0] <= now \
-                and len(found) < MOST_IN_GROUP:
-            at, kind, key = heapq.heappop(self.alarms)
-            if self.armed.get((kind, key)) == at:
-                del self.armed[kind, key]
-                found.append((self.run_check, (kind, key, now),
-                              self.looker(kind, key, now)))
-        return found
-
-    def looker(self, kind: str, key, now: float):
-        """If a look fails it is repeated, and not at once."""
-        def then(_result, error):
-            if error:
-                self.schedule_check(kind, key,
-                                    now + (5.0 if isinstance(error, Error)
-                                                      else 3600.0))
-                if not isinstance(error, Error):
-                    self.faults[kind] = f"a fault of koi's own: {error!r}"
-        return then
-
-    def pause(self) -> float:
-        head = self.alarms[0][0] - self.clock.now() if self.alarms else 60.0
-        return min(head, super().pause())
-
-    def run_check(self, db, kind: str, key, now: float) -> None:
-        getattr(self, f"look_at_{kind}")(db, key, now)
+    def load(self, db: Database, now: float) -> None:
+        """Set the timers of the checks that may go down."""
+        for key in db.column("select id from checks where status <> 'down'"):
+            self.timers.schedule("check", key, now)
 
     # --- when a ping is expected
 
     def expected(self, check: dict) -> float | None:
-        """When the next ping should come; None if none is expected."""
+        """Return when the next ping should come; None if none is expected.
+        Raises Error for a zone that is gone."""
         if check["status"] != "up" or check["last_ping"] is None:
             return None
         if check["kind"] == "simple":
@@ -9903,223 +9401,166 @@ class PingChecks(Doors):
         schedule, zone = self.schedule_of(check["schedule"], check["tz"])
         return schedule.next(int(check["last_ping"]), zone)
 
-    def schedule_of(self, text: str, tz: str) -> tuple:
-        """A schedule and a zone that were read. Raises Error."""
-        found = self.schedules.get((text, tz))
-        if not found:
+    def schedule_of(self, text: str, tz: str) -> tuple[Schedule, Zone]:
+        """Return the schedule and the zone that a check names. Raises
+        Error."""
+        try:
+            schedule = Schedule.parse(text)
+        except ScheduleError as error:
+            raise Error(f"the schedule: {error}", "five columns, as in a "
+                        "crontab: */5 * * * *", 400) from None
+        if tz in ("", "UTC"):
+            return schedule, UTC
+        if tz not in self.zones:
             try:
-                schedule = Schedule.parse(text)
-            except ScheduleError as misread:
-                raise Error(f"the schedule: {misread}", "five columns, as in "
-                            "a crontab: */5 * * * *", 400) from None
-            try:
-                zone = UTC if tz in ("", "UTC") else self.zone(tz)
+                self.zones[tz] = self.zone_of(tz)
             except Error as error:
                 raise Error(error.message, error.hint, 400) from None
-            if len(self.schedules) > 5_000:
-                self.schedules = {}
-            found = self.schedules[text, tz] = schedule, zone
-        return found
+        return schedule, self.zones[tz]
 
-    # --- a ping
+    def set_timer(self, check: dict, now: float) -> float | None:
+        """Have a check looked at when its state may change by itself: to
+        late, or to down. Return when it goes down, or None.
 
-    def ping(self, db, key: str, slug: str | None, action: str, call: dict,
-             now: float) -> tuple[int, str]:
-        """Take a ping; (status, text) as Healthchecks answers."""
-        created, rid, status = False, call.get("rid"), status_in(action)
+        An error must not stop pings: then it is looked at in an hour.
+        """
+        try:
+            expected = self.expected(check)
+            down = down_at(check, expected)
+        except Exception:
+            self.timers.schedule("check", check["id"], now + 3600)
+            return now + 3600
+        later = [at for at in (expected, down) if at is not None and at > now]
+        self.timers.schedule("check", check["id"], min(later, default=down))
+        return down
+
+    # --- pings
+
+    def ping(self, db: Database, key: str, slug: str | None, action: str,
+             call: dict, now: float) -> tuple[int, str]:
+        """Take a ping to a check by its UUID, or by the ping key and a slug;
+        return (status, text) as Healthchecks answers.
+
+        `call` has scheme, method, ua, ip, rid, create and body.
+        """
+        rid, status, created = call.get("rid"), status_in(action), False
         if slug is None:
             if status is not None and status > 255:
                 return 400, "invalid url format"
-            check = self.check_by(db, "uuid = ?", key.lower()) if is_uuid(
-                key) else None
+            check = self.by_uuid(db, key.lower())
             if not check:
                 return 404, "not found"
         else:
             if not SLUG_LETTERS.issuperset(slug) or not slug:
                 return 400, "invalid url format"
-            number, found = self.by_slug(db, key, slug)
+            known = db.value("select 1 from dashboard where ping_key = ?", key)
+            found = db.rows("select * from checks where slug = ? limit 2",
+                            slug) if known else []
             if len(found) > 1:
                 return 409, "ambiguous slug"
             check = found[0] if found else None
-            if not check and (number is None or not call.get("create")
-                              or self.is_crowded(db, number, 2)):
+            if not check and (not known or not call.get("create")
+                              or self.count(db) >= 2 * MOST_CHECKS):
                 return 404, "not found"
         if status is not None and status > 255:
             return 400, "invalid url format"
         if rid is not None and not is_uuid(rid):
             return 400, "invalid uuid format"
         if not check:
-            check, created = self.new_check(db, number, slug, now), True
-        self.take_ping(db, check, action, rid and rid.lower(), call, now)
+            check, created = self.insert(db, now, {
+                **NEW_CHECK, "name": slug, "slug": slug}), True
+        self.record_ping(db, check, action, rid and rid.lower(), call, now)
         return (201, "Created") if created else (200, "OK")
 
-    def check_by(self, db, where: str, *values) -> dict | None:
-        row = db.execute(f"select {CHECK_COLUMNS} from checks where {where}",
-                         values).fetchone()
-        return row and dict(zip(CHECK_FIELDS, row))
-
-    def by_slug(self, db, key: str, slug: str) -> tuple:
-        """(number of the dashboard or None, the checks of that name)."""
-        number = db.execute("select id from dashboards where ping_key = ?",
-                            (key,)).fetchone()
-        if not number:
-            return None, []
-        return number[0], [dict(zip(CHECK_FIELDS, row)) for row in db.execute(
-            f"select {CHECK_COLUMNS} from checks where dash = ? and slug = ? "
-            "limit 2", (number[0], slug))]
-
-    def is_crowded(self, db, number: int, times: int) -> bool:
-        return db.execute("select count(*) from checks where dash = ?", (
-            number,)).fetchone()[0] >= MOST_CHECKS * times
-
-    def new_check(self, db, number: int, slug: str, now: float) -> dict:
-        """A check that was made by its first ping."""
-        from uuid import uuid4
-        return self.insert_check(db, {
-            "dash": number, "uuid": str(uuid4()), "name": slug, "slug": slug,
-            "tags": "", "desc": "", "kind": "simple", "period": 86_400.0,
-            "grace": 3600.0, "schedule": "* * * * *", "tz": "UTC",
-            "start_within": 0.0, "run_limit": 0.0, "manual_resume": 0,
-            "methods": "", "made": now})
-
-    def insert_check(self, db, fields: dict) -> dict:
-        names = ", ".join(f'"{name}"' for name in fields)
-        check = db.execute(
-            f"insert into checks ({names}) values "
-            f"({', '.join('?' * len(fields))})",
-            tuple(fields.values())).lastrowid
-        return self.check_by(db, "id = ?", check)
-
-    def take_ping(self, db, check: dict, action: str, rid: str | None,
-                  call: dict, now: float) -> None:
-        status = status_in(action)
-        kind = action if status is None else "fail" if status else "success"
-        if check["methods"] and call["method"] not in check["methods"].split():
-            kind = "ign"
-        if check["status"] == "paused" and check["manual_resume"]:
-            kind = "ign"
+    def record_ping(self, db: Database, check: dict, action: str,
+                    rid: str | None, call: dict, now: float) -> None:
+        """Keep a ping, and change the check as it says."""
+        kind = ping_kind(check, action, call["method"])
         changed = after_ping(check, kind, rid, now)
+        changed["n"] = check["n"] + 1
         old, check = check["status"], {**check, **changed}
-        check["n"] += 1
-        changed["n"] = check["n"]
-        if kind != "log" and kind != "ign":
-            changed["alert_after"] = self.when_down(check)
-            self.schedule_check("check", check["id"],
-                                self.next_look(check, now))
+        if kind not in ("log", "ign"):
+            changed["alert_after"] = self.set_timer(check, now)
         duration = changed.get("last_duration")
         if duration is not None and duration > LONGEST_MEASURED:
             duration = None
-        self.keep_ping(db, check, kind, status, rid, call, duration, now)
-        self.update_check(db, check["id"], changed)
+        self.insert_ping(db, check, now, call, kind=kind, rid=rid,
+                         exit=status_in(action), duration=duration)
+        db.update("checks", changed, id=check["id"])
+        self.changes.mark_changed("checks", check["uuid"])
         if check["status"] != old:
-            self.flip(db, check, old, now, "fail" if kind == "fail" else "")
+            self.record_flip(db, check, old, now,
+                             "fail" if kind == "fail" else "")
 
-    def update_check(self, db, check: int, changed: dict) -> None:
-        db.execute("update checks set " + ", ".join(
-            f'"{name}" = ?' for name in changed) + " where id = ?",
-            (*changed.values(), check))
-
-    def keep_ping(self, db, check: dict, kind: str, status: int | None,
-                  rid: str | None, call: dict, duration: float | None,
-                  now: float) -> None:
+    def insert_ping(self, db: Database, check: dict, now: float, call: dict,
+                    **columns) -> None:
+        """Add a ping; of its check only the last KEEP_PINGS stay."""
         body = bytes(call.get("body") or b"")[:PING_BODY_LIMIT]
-        line = plain_line(body[-1000:].decode("utf-8", "replace").strip()
-                          .rpartition("\n")[2])[:200] if body else ""
-        db.execute('insert into pings ("check", n, at, kind, exit, rid, '
-                   "scheme, method, ua, ip, duration, size, line, body) "
-                   "values (?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-                   (check["id"], check["n"], now, kind, status, rid,
-                    *(self.header_text(call.get(name), most) for name, most
-                      in (("scheme", 10), ("method", 10), ("ua", 200),
-                          ("ip", 50))), duration, len(body), line, body))
+        line = body[-1000:].decode("utf-8", "replace").strip()
+        headers = {name: header_text(call.get(name), most) for name, most in (
+            ("scheme", 10), ("method", 10), ("ua", 200), ("ip", 50))}
+        db.insert("pings", check=check["id"], n=check["n"], at=now,
+                  **columns, **headers, size=len(body), body=body,
+                  line=plain_line(line.rpartition("\n")[2])[:200])
         if check["n"] % KEEP_PINGS == 0:
             db.execute('delete from pings where "check" = ? and n <= ?',
-                       (check["id"], check["n"] - KEEP_PINGS))
-        dash = self.names[check["dash"]]
-        self.mark_changed(dash, "checks", check["uuid"])
-        if kind in ("success", "fail"):
-            self.after.append(lambda: self.extend_strip(check["id"], (
-                check["n"], now, duration, "o" if kind == "success"
-                else "f")))
+                       check["id"], check["n"] - KEEP_PINGS)
 
-    def header_text(self, text, most: int) -> str:
-        text = str(text or "")[:most].replace("\0", "")
-        return text if text.isascii() else text.encode(
-            "utf-8", "replace").decode()
-
-    def when_down(self, check: dict) -> float | None:
-        """When to look at a check; a fault in that must not stop pings."""
-        try:
-            return down_at(check, self.expected(check))
-        except Exception:
-            return self.clock.now() + 3600
-
-    def next_look(self, check: dict, now: float) -> float | None:
-        """When a check's state may change by itself: grace, or down."""
-        try:
-            expected = self.expected(check)
-        except Exception:
-            return now + 3600
-        times = [at for at in (expected, down_at(check, expected))
-                 if at is not None and at > now]
-        return min(times, default=down_at(check, expected))
-
-    def flip(self, db, check: dict, old: str, at: float, reason: str) -> None:
-        """A check has changed its state: kept, and told."""
-        db.execute('insert into flips ("check", at, old, new, reason) values '
-                   "(?, ?, ?, ?, ?)", (check["id"], at, old, check["status"],
-                                       reason))
-        subject, name = f"check:{check['uuid']}", check["name"] or \
-            check["slug"] or check["uuid"]
-        if check["status"] == "down":
-            failed = reason == "fail"
-            self.raise_alert(
-                db, check["dash"], subject, "failed" if failed else "overdue",
-                at, f"{name} {'failed' if failed else 'is overdue'}",
-                f"{name} {'has told a failure' if failed else reason}")
-        else:
+    def record_flip(self, db: Database, check: dict, old: str, at: float,
+                    reason: str) -> None:
+        """Keep that a check has changed its state, and alert."""
+        db.insert("flips", check=check["id"], at=at, old=old,
+                  new=check["status"], reason=reason)
+        subject = f"check:{check['uuid']}"
+        name = check["name"] or check["slug"] or check["uuid"]
+        if check["status"] != "down":
             for kind in ("failed", "overdue"):
-                self.clear_alert(db, check["dash"], subject, kind,
-                                 f"{name} is {check['status']}")
+                self.alerts.clear_alert(db, subject, kind,
+                                        f"{name} is {check['status']}")
+        elif reason == "fail":
+            self.alerts.raise_alert(db, Alert(
+                subject, "failed", at, f"{name} failed",
+                f"{name} has told a failure"))
+        else:
+            self.alerts.raise_alert(db, Alert(
+                subject, "overdue", at, f"{name} is overdue",
+                f"{name} {reason}"))
 
-    def look_at_check(self, db, key: int, now: float) -> None:
-        """Is a check overdue? It goes down at the time when it should have
-        been seen, however late we look."""
-        check = self.check_by(db, "id = ?", key)
+    def check_deadline(self, db: Database, key: int, now: float) -> None:
+        """Let a check go down if its ping is overdue: at the time when it
+        should have been noticed, however late that is."""
+        check = db.row("select * from checks where id = ?", key)
         if not check or check["status"] == "down":
             return
+        self.changes.mark_changed("checks", check["uuid"])
         when = down_at(check, self.expected(check))
         if when is None or when > now:
-            self.schedule_check("check", key, self.next_look(check, now))
-            if check["alert_after"] != when:
-                self.update_check(db, key, {"alert_after": when})
-            self.mark_changed(self.names[check["dash"]], "checks",
-                              check["uuid"])
+            self.set_timer(check, now)
+            db.update("checks", {"alert_after": when}, id=key)
             return
         old, check["status"] = check["status"], "down"
-        self.update_check(db, key, {"status": "down", "alert_after": None})
-        self.flip(db, check, old, when, "has started, and did not end in time"
-                  if check["last_start"] is not None else "has sent no ping")
-        self.mark_changed(self.names[check["dash"]], "checks", check["uuid"])
+        db.update("checks", {"status": "down", "alert_after": None}, id=key)
+        self.record_flip(db, check, old, when,
+                         "has started, and did not end in time"
+                         if check["last_start"] is not None
+                         else "has sent no ping")
 
     # --- checks, as people change them
 
-    def make_check(self, db, dash: str, fields, now: float) -> dict:
-        from uuid import uuid4
-        number = self.number_of(dash)
-        if self.is_crowded(db, number, 1):
+    def create(self, db: Database, fields, now: float) -> dict:
+        """Add a check; return its id. Raises Error."""
+        if self.count(db) >= MOST_CHECKS:
             raise Error(f"there are {MOST_CHECKS:,} checks already", "", 403)
-        check = self.insert_check(db, {
-            "dash": number, "uuid": str(uuid4()), "made": now,
-            **self.check_asked(RequestFields(fields, "the check"), {})})
-        self.record(db, number, now, "check", label=check["name"],
-                    state="made")
-        self.mark_changed(dash, "checks", check["uuid"])
+        check = self.insert(db, now, self.read_check(
+            RequestFields(fields, "the check"), {}))
+        self.audit.record(db, now, "check", label=check["name"], state="made")
+        self.changes.mark_changed("checks", check["uuid"])
         return {"id": check["uuid"]}
 
-    def check_asked(self, asked: RequestFields, old: dict) -> dict:
-        """What a person says of a check; what is not said stays."""
-        def minutes(name: str, default: float, low: float) -> float:
+    def read_check(self, asked: RequestFields, old: dict) -> dict:
+        """Return the columns that a request gives a check; what it does not
+        name stays as in `old`. Raises Error."""
+        def seconds(name: str, default: float, low: float) -> float:
             value = asked.number(name, old.get(name, default),
                                  high=86_400 * 365)
             if value and value < 60 or value < low:
@@ -10136,10 +9577,10 @@ class PingChecks(Doors):
         found = {
             **texts, "slug": slug, "kind": asked.choice(
                 "kind", ("simple", "cron"), old.get("kind", "simple")),
-            "period": minutes("period", 86_400, 60),
-            "grace": minutes("grace", 3600, 60),
-            "start_within": minutes("start_within", 0, 0),
-            "run_limit": minutes("run_limit", 0, 0),
+            "period": seconds("period", 86_400, 60),
+            "grace": seconds("grace", 3600, 60),
+            "start_within": seconds("start_within", 0, 0),
+            "run_limit": seconds("run_limit", 0, 0),
             "manual_resume": int(asked.flag("manual_resume", bool(
                 old.get("manual_resume", False)))),
             "methods": asked.choice("methods", ("", "POST"),
@@ -10148,1733 +9589,1749 @@ class PingChecks(Doors):
             self.schedule_of(found["schedule"], found["tz"])
         return found
 
-    def change_check(self, db, dash: str, uuid: str, fields,
-                     now: float) -> dict:
-        asked, check = RequestFields(fields, "the check"), self.whole_check(
-            db, dash, uuid)
-        do = asked.choice("do", ("edit", "pause", "resume", "delete"), "edit")
-        if do == "resume" and check["status"] != "paused":
+    def change(self, db: Database, uuid: str, fields, now: float) -> dict:
+        """Edit, pause, resume or delete a check. Raises Error."""
+        asked = RequestFields(fields, "the check")
+        check = self.find(db, uuid)
+        action = asked.choice("do", ("edit", "pause", "resume", "delete"),
+                              "edit")
+        if action == "resume" and check["status"] != "paused":
             raise Error("the check is not paused", "", 409)
-        self.record(db, check["dash"], now, "check", label=check["name"],
-                    state=do)
-        self.mark_changed(dash, "checks", uuid)
-        if do == "delete":
-            return self.delete_check(db, check)
-        old = check["status"]
-        changed = self.check_asked(asked, check) if do == "edit" else {
-            "status": "paused", "last_start": None} if do == "pause" else {
-            "status": "new", "last_start": None, "last_ping": None}
-        check = {**check, **changed}
-        changed["alert_after"] = self.when_down(check)
-        self.update_check(db, check["id"], changed)
-        self.schedule_check("check", check["id"], self.next_look(check, now))
+        self.audit.record(db, now, "check", label=check["name"], state=action)
+        self.changes.mark_changed("checks", uuid)
+        if action == "delete":
+            self.delete(db, check)
+            return {}
+        if action == "edit":
+            changed = self.read_check(asked, check)
+        elif action == "pause":
+            changed = {"status": "paused", "last_start": None}
+        else:
+            changed = {"status": "new", "last_start": None, "last_ping": None}
+        old, check = check["status"], {**check, **changed}
+        changed["alert_after"] = self.set_timer(check, now)
+        db.update("checks", changed, id=check["id"])
         if check["status"] != old:
-            self.flip(db, check, old, now, "")
+            self.record_flip(db, check, old, now, "")
         return {}
 
-    def whole_check(self, db, dash: str, uuid: str) -> dict:
-        check = self.check_by(db, "uuid = ?", uuid) if is_uuid(uuid) else None
-        if not check or check["dash"] != self.number_of(dash):
-            raise missing_thing("check")
+    def delete(self, db: Database, check: dict) -> None:
+        """Remove a check with its pings, flips and alerts."""
+        db.delete("checks", id=check["id"])
+        db.delete("pings", check=check["id"])
+        db.delete("flips", check=check["id"])
+        self.alerts.drop(db, f"check:{check['uuid']}")
+
+    # --- the tables
+
+    def count(self, db: Database) -> int:
+        """Return how many checks there are."""
+        return db.value("select count(*) from checks")
+
+    def insert(self, db: Database, now: float, columns: dict) -> dict:
+        """Add a check of these columns; return its row."""
+        from uuid import uuid4
+        key = db.insert("checks", uuid=str(uuid4()), created=now, **columns)
+        return db.row("select * from checks where id = ?", key)
+
+    def by_uuid(self, db: Database, uuid: str) -> dict | None:
+        """Return the row of a check, or None."""
+        return db.row("select * from checks where uuid = ?", uuid) \
+            if is_uuid(uuid) else None
+
+    def find(self, db: Database, uuid: str) -> dict:
+        """Return the row of a check. Raises Error (404)."""
+        check = self.by_uuid(db, uuid)
+        if not check:
+            raise not_found("check")
         return check
 
-    def delete_check(self, db, check: dict) -> dict:
-        db.execute("delete from checks where id = ?", (check["id"],))
-        db.execute('delete from pings where "check" = ?', (check["id"],))
-        db.execute('delete from flips where "check" = ?', (check["id"],))
-        subject = f"check:{check['uuid']}"
-        for kind, in db.execute("select kind from alerts where subject = ? "
-                                "and dash = ?", (subject, check["dash"])
-                                ).fetchall():
-            self.mark_changed(self.names[check["dash"]], "alerts",
-                              (subject, kind))
-        db.execute("delete from alerts where dash = ? and subject = ?",
-                   (check["dash"], subject))
-        return {}
+    # --- checks, as they are shown
 
-    # --- checks, as people see them
+    def list_all(self, db: Database, now: float) -> list[dict]:
+        """Return all checks as they are shown, in the order of creation."""
+        return [self.shape(db, check, now) for check in db.rows(
+            "select * from checks order by id")]
 
-    def check_strip(self, db, check: int) -> RecentRuns:
-        """The last pings of a check that said how it went."""
-        with self.faces_lock:
-            strip = self.check_strips.get(check)
-            if strip is None:
-                rows = db.execute(
-                    "select n, at, duration, case kind when 'fail' then 'f' "
-                    'else \'o\' end from pings where "check" = ? and kind in '
-                    "('success', 'fail') order by n desc limit ?",
-                    (check, STRIP)).fetchall()
-                strip = self.check_strips[check] = RecentRuns.of(rows[::-1])
-            return strip
-
-    def extend_strip(self, check: int, entry: tuple) -> None:
-        with self.faces_lock:
-            strip = self.check_strips.get(check)
-            if strip is not None and (not strip or strip[-1][0] < entry[0]):
-                self.check_strips[check] = strip.put(entry)
-
-    def check_shape(self, db, check: dict, snoozed: dict, now: float) -> dict:
+    def shape(self, db: Database, check: dict, now: float) -> dict:
+        """Return the row of a check as it is shown, with its last pings."""
         try:
             expected = self.expected(check)
             words = Schedule.parse(check["schedule"]).describe() \
-                if check["kind"] == "cron" else every_words(check["period"])
+                if check["kind"] == "cron" \
+                else describe_period(check["period"])
         except (Error, ScheduleError) as error:
             expected, words = None, str(error)
-        shape = {name: check[name] for name in (
-            "name", "slug", "tags", "desc", "kind", "period", "grace",
-            "schedule", "tz", "start_within", "run_limit", "methods",
-            "last_ping", "last_start", "n")}
+        entries = [
+            (n, rounded(at), rounded(took), "f" if kind == "fail" else "o")
+            for n, at, took, kind in db.execute(
+                'select n, at, duration, kind from pings where "check" = ? '
+                "and kind in ('success', 'fail') order by n desc limit ?",
+                check["id"], HISTORY_BAR)]
         duration = check["last_duration"]
         return {
-            **shape, "id": check["uuid"], "words": words,
+            **{name: check[name] for name in (
+                "name", "slug", "tags", "desc", "kind", "period", "grace",
+                "schedule", "tz", "start_within", "run_limit", "methods",
+                "last_ping", "last_start", "n")},
+            "id": check["uuid"], "words": words,
             "manual_resume": bool(check["manual_resume"]),
             "state": check_state(check, expected, now),
             "started": check["last_start"] is not None,
             "last_duration": duration if duration is None
             or duration <= LONGEST_MEASURED else None, "next": expected,
-            "strip": self.check_strip(db, check["id"]),
-            "snoozed": snoozed.get(f"check:{check['uuid']}", 0)}
+            "strip": entries[::-1],
+            "snoozed": self.alerts.snoozed_until(db,
+                                                 f"check:{check['uuid']}")}
 
-    def pings(self, db, dash: str, uuid: str,
-              before: int | None = None) -> dict:
-        rows = rows_of(db, "select n, at, kind, exit, rid, method, ua, ip, "
-                       "size, duration, line from pings where "
-                       '"check" = ? and n < ? order by n desc limit 101',
-                       self.whole_check(db, dash, uuid)["id"],
+    def list_pings(self, db: Database, uuid: str,
+                   before: int | None = None) -> dict:
+        """Return the 100 newest pings of a check before a number. Raises
+        Error."""
+        rows = db.rows("select n, at, kind, exit, rid, method, ua, ip, "
+                       'size, duration, line from pings where "check" = ? '
+                       "and n < ? order by n desc limit 101",
+                       self.find(db, uuid)["id"],
                        LARGEST_WHOLE if before is None else before)
         return {"pings": rows[:100], "more": len(rows) > 100}
 
-    def ping_body(self, db, dash: str, uuid: str, n: int) -> bytes:
-        found = db.execute('select body from pings where "check" = ? and n = '
-                           "?", (self.whole_check(db, dash, uuid)["id"], n)
-                           ).fetchone()
-        if not found:
-            raise missing_thing("ping")
-        return found[0]
+    def ping_body(self, db: Database, uuid: str, n: int) -> bytes:
+        """Return the body of a ping. Raises Error."""
+        body = db.value('select body from pings where "check" = ? and n = ?',
+                        self.find(db, uuid)["id"], n)
+        if body is None:
+            raise not_found("ping")
+        return body
 
 
-RUN_FIELDS_KEPT = ("id", "job", "host", "n", "epoch", "trigger", "state",
-                   "due", "asked", "started", "ended", "exit", "signal",
-                   "reason", "args", "attempt", "count", "bytes", "cut",
-                   "size", "have", "line")
-RUN_COLUMNS = ", ".join(RUN_FIELDS_KEPT)
-TOLD_FIELDS = ("change", "trigger", "state", "due", "asked", "started",
-                 "ended", "exit", "signal", "reason", "args", "attempt",
-                 "count", "bytes", "cut", "size", "nonce")
-HOST_FIELDS = ("id", "dash", "host", "name", "token", "made", "seen",
-               "silent", "gone", "epoch", "instance", "offset", "zone",
-               "skew", "version", "boot", "key", "list_sha", "troubles")
-HOST_COLUMNS = ", ".join(f'"{name}"' for name in HOST_FIELDS)
-INSERT_RUN = (f"insert into runs (dash, job, host, epoch, n, at, until, "
-              f"{', '.join(TOLD_FIELDS)}) values "
-              f"({', '.join('?' * (7 + len(TOLD_FIELDS)))})")
-UPDATE_RUN = ("update runs set job = ?, at = ?, until = ?, " + ", ".join(
-    f"{name} = ?" for name in TOLD_FIELDS) + " where id = ?")
-JOB_FIELDS = ("id", "dash", "host", "user", "tag", "section", "name", "label",
-              "timing", "words", "command", "confirm", "spec", "next", "gone",
-              "failing_since", "failures", "last_ok", "last_failed")
-JOB_COLUMNS = ", ".join(JOB_FIELDS)
+# ==========================================================================
+# Hosts: which hosts and which jobs are there?                    (files; U)
+#
+# A host sends the list of its jobs with a MAC, and it is kept as it came for
+# those who hold the key. A job that leaves its tab is marked `removed`; its
+# runs stay. What people remove is `deleted`: hidden at once, and its rows
+# are removed in small steps (Retention).
+# ==========================================================================
+
+MOST_JOBS, MOST_HOSTS, LONGEST_HOST_LIST = 10_000, 5_000, 8 * 2**20
+DUPLICATE_SHOWN = 600.0         # seconds after its last refused sync
 
 
-# What a strip shows of a run, and how it went.
-ENTRY_COLUMNS = ("id, coalesce(started, due, asked, ended), max(ended - "
-                 "started, 0.0), state, exit, signal, reason")
+class HostStatus:
+    """What changes about a host with each sync; in memory, because a commit
+    for each would be too many. Only the writer's thread changes it.
+
+    `up_since` is since when a missing sync would have been noticed.
+    """
+
+    def __init__(self, row: dict, now: float):
+        self.number, self.host = row["id"], row["host"]
+        self.seen = row["seen"]             # the last sync; None: none yet
+        self.stored_seen = row["seen"] or 0.0   # what the database has
+        self.is_down = bool(row["down"])
+        self.loaded = self.up_since = now
+        self.duplicate_at = 0.0             # when another one was refused
 
 
-class JobSummary:
-    """What is shown of a job's runs: kept in memory, so that a list of many
-    jobs needs no look at their runs."""
+class Hosts:
+    """The tables of hosts and of their jobs."""
 
-    def __init__(self, rows: list[tuple], last: dict | None):
-        """Of the newest runs, the oldest first, and the last that ended."""
-        self.strip = RecentRuns.of((*row[:3], outcome_code(*row[3:]))
-                                   for row in rows)
-        self.going = [row[0] for row in rows if row[3] in GOING_ON]
-        self.last = last
+    TABLES = """
+create table hosts (
+    id integer primary key autoincrement, host text not null unique,
+    name text not null, token text, joined real not null, seen real,
+    down integer not null default 0, deleted integer not null default 0,
+    epoch integer, instance text not null default '',
+    "offset" real not null default 0, zone text not null default '',
+    skew real not null default 0, version text not null default '',
+    boot text not null default '', key text not null default '',
+    list text, mac text, list_sha text,
+    problems text not null default '[]');
+create unique index hosts_by_token on hosts (token) where token is not null;
+create table jobs (
+    id integer primary key autoincrement, host integer not null,
+    user text not null, tag text not null, section text not null,
+    name text not null, label text not null,
+    timing text not null default '', words text not null default '',
+    command text not null default '', confirm text not null default 'no',
+    spec text not null default '', next real,
+    removed integer not null default 0, deleted integer not null default 0,
+    failing_since real, failures integer not null default 0, last_ok real,
+    last_failed integer, unique (host, user, tag));
+create index jobs_deleted on jobs (deleted) where deleted;
+"""
 
-    def put(self, run: dict) -> None:
-        """Take a run as it is now. Twice does no harm."""
-        number, going = run["id"], run["state"] in GOING_ON
-        took = None if run["ended"] is None or run["started"] is None \
-            else max(run["ended"] - run["started"], 0.0)
-        at = next((run[name] for name in ("started", "due", "asked", "ended")
-                   if run[name] is not None), None)
-        self.strip = self.strip.put((number, at, took, outcome_code(
-            run["state"], run["exit"], run["signal"], run["reason"])))
-        if going and number not in self.going:
-            self.going.append(number)
-        if not going:
-            if number in self.going:
-                self.going.remove(number)
-            if not self.last or number >= self.last["id"]:
-                self.last = run
+    def __init__(self, changes: Changes, audit: AuditLog, alerts: Alerts,
+                 credentials: Credentials, clock: Clock):
+        self.changes, self.audit, self.alerts = changes, audit, alerts
+        self.credentials, self.clock = credentials, clock
+        self.statuses: dict[str, HostStatus] = {}       # host -> its status
+        self.ids: dict[int, str] = {}       # number in the database -> host
 
+    def load(self, db: Database) -> None:
+        """Read which hosts there are; those that were known keep their
+        status. Other threads see the old or the new hosts."""
+        now = self.clock.now()
+        statuses = {row["host"]: self.statuses.get(row["host"])
+                    or HostStatus(row, now) for row in db.rows(
+                        "select id, host, seen, down from hosts where not "
+                        "deleted")}
+        self.ids = {status.number: host for host, status in statuses.items()}
+        self.statuses = statuses
 
-class Fleet(PingChecks):
-    """Hosts, their jobs and runs: what koid tells, and what it is told."""
+    def status_of(self, host: str) -> HostStatus:
+        """Return the status of a host by its id. Raises Error (404)."""
+        status = self.statuses.get(host)
+        if not status:
+            raise not_found("host")
+        return status
 
-    def __init__(self, path: str, clock: Clock | None = None, zone=None):
-        super().__init__(path, clock, zone)
-        self.output_of_runs = LiveOutput()
-        self.summaries: dict[int, JobSummary] = {}        # job -> Face
-        self.handed: dict[str, float] = {}      # nonce -> when
+    def by_number(self, number: int) -> HostStatus | None:
+        """Return the status of a host by its number, or None."""
+        return self.statuses.get(self.ids.get(number, ""))
 
-    # --- a sync
+    # --- joining and leaving
 
-    def sync(self, db, access: Principal, request, now: float) -> dict:
-        """Take what a host tells, and say what it is to do. Nothing that
-        comes twice is kept twice; what comes late changes nothing back."""
-        asked = RequestFields(request)
-        status = self.host_statuses.get(access.host)
-        if not status or asked.hex("host", 32) != access.host:
-            raise Error("this is the token of another host", "", 403)
-        if asked.whole("v") != 1:
-            raise Error("the host speaks another version", "bring koi up to "
-                        "date there or here", 400)
-        epoch = asked.whole("epoch")
-        host = dict(zip(HOST_FIELDS, db.execute(
-            f"select {HOST_COLUMNS} from hosts where id = ?",
-            (status.number,)).fetchone()))
-        self.note_host(db, status, host, asked, now)
-        fields = asked.get("list", dict, None)
-        if fields is not None:
-            host["list_sha"] = self.take_list(db, status, RequestFields(
-                fields, "the list"))
-        self.take_next(db, status, asked.get("next", dict, {}), now)
-        acked = self.take_records(db, status, epoch, asked.each(
-            "records", RECORDS_AT_ONCE), now)
-        for output in asked.each("outputs", MOST_OUTPUTS):
-            self.take_output(db, status, epoch, output, now)
-        for output in asked.each("live", MOST_OUTPUTS):
-            self.take_live(status, output)
-        for verdict in asked.each("verdicts", RECORDS_AT_ONCE):
-            self.take_verdict(db, status, epoch, verdict)
-        sha = asked.text("list_sha", 64, "")
-        return {"v": 1, "acked": acked, "twin": False,
-                "want_list": not host["list_sha"] or (
-                    fields is None and sha != host["list_sha"]),
-                "owed": self.missing_output(db, status, epoch),
-                **self.waiting_requests(db, access, now)}
+    def join(self, db: Database, fields, now: float) -> dict:
+        """Add a host, or let one join again; return the dashboard's id.
+        Raises Error."""
+        asked = RequestFields(fields)
+        host, token = asked.hex("host", 32), asked.hex("token_sha256", 64)
+        name = asked.text("name", 255) or host[:8]
+        known = db.row("select id, token from hosts where host = ?", host)
+        if not known or known["token"] != token:
+            self.credentials.refuse_own(db, token)
+            self.credentials.refuse_used(db, token)
+        if known:
+            db.update("hosts", {"name": name, "token": token},
+                      id=known["id"])
+        elif db.value("select count(*) from hosts") >= MOST_HOSTS:
+            raise Error(f"there are {MOST_HOSTS:,} hosts already", "", 403)
+        else:
+            db.insert("hosts", host=host, name=name, token=token, joined=now)
+        self.audit.record(db, now, "join", host=host, label=name)
+        self.reload(db, host)
+        return {"dash": self.credentials.dash}
 
-    def missing_output(self, db, status: HostStatus, epoch: int) -> list:
-        """Runs that have ended and whose output is not whole here."""
-        return [list(row) for row in db.execute(
-            "select n, have from runs where host = ? and epoch = ? and "
-            "have < size and state not in ('queued', 'running') "
-            "order by n desc limit ?", (status.number, epoch, OWED_AT_ONCE))]
+    def leave(self, db: Database, host: str, now: float) -> dict:
+        """Refuse a host's syncs from now on; its runs stay. Raises Error."""
+        number = self.status_of(host).number
+        db.update("hosts", {"token": None, "down": 0}, id=number)
+        for job in db.column("select id from jobs where host = ?", number):
+            self.remove_job(db, job)
+        self.alerts.drop(db, f"host:{host}")
+        self.audit.record(db, now, "forget", host=host)
+        self.reload(db, host)
+        self.changes.mark_changed("reset", host)
+        return {}
 
-    def note_host(self, db, status: HostStatus, host: dict,
-                  asked: RequestFields,
-                  now: float) -> None:
-        """The host is there; and what it says of itself."""
-        import json
-        instance = asked.text("instance", 100)
-        self.check_instance(status, host, instance, now)
-        skew = now - asked.number("now", now)
-        if abs(skew - host["skew"]) < 1:
-            skew = host["skew"]         # the way here takes its time too
-        troubles = [str(each)[:500] for each in asked.get(
-            "troubles", list, [])[:20] if is_text(str(each))]
-        said = {"instance": instance, "skew": skew,
-                "epoch": asked.whole("epoch"),
-                "offset": asked.number("offset", 0, -86_400, 86_400),
-                "zone": asked.text("zone", 200, ""),
-                "version": asked.text("version", 50, ""),
-                "boot": asked.text("boot", 100, ""),
-                "troubles": json.dumps(troubles)}
-        changed = {name: value for name, value in said.items()
-                   if host[name] != value}
-        if status.seen is None or changed:
-            self.mark_changed(self.names[status.dash], "hosts", status.host)
-        if "epoch" in changed and host["epoch"] is not None:
-            self.end_epoch(db, status, said["epoch"])
-        if "instance" in changed:       # what the last one got may be lost
-            for nonce, in db.execute(
-                    "select nonce from requests where host = ? and state = "
-                    "'waiting'", (status.number,)):
-                self.handed.pop(nonce, None)
-        if host["silent"]:
-            self.on_host_up(db, status, host, now)
-            changed["silent"] = 0
-        status.seen = now
-        if changed:
-            changed["seen"] = now
-            db.execute("update hosts set " + ", ".join(
-                f'"{name}" = ?' for name in changed) + " where id = ?",
-                (*changed.values(), status.number))
-        self.schedule_check("host", status.host, now + SILENT_AFTER)
+    def delete(self, db: Database, host: str) -> list[int]:
+        """Hide a host that has left; return its jobs. The id can join again,
+        as another host."""
+        number = self.status_of(host).number
+        db.update("hosts", {"deleted": 1, "host": f"{host}-{number}"},
+                  id=number)
+        self.reload(db, host)
+        return db.column("select id from jobs where host = ?", number)
 
-    def note_seen(self, db) -> bool:
-        """A chore: which hosts were there, all at once. Each on its own
-        would be a commit for each, though it has nothing to say."""
-        fresh = [(status.seen, status.number) for status in
-                 self.host_statuses.values() if (status.seen or 0)
-                 > status.noted]
-        db.executemany("update hosts set seen = ? where id = ?", fresh)
-        for status in self.host_statuses.values():
-            status.noted = status.seen or 0.0
+    def reload(self, db: Database, host: str) -> None:
+        """Read hosts and tokens again after the commit."""
+        self.changes.after_commit(lambda: self.load(db))
+        self.changes.after_commit(lambda: self.credentials.load(db))
+        self.changes.mark_changed("hosts", host)
+
+    # --- hosts
+
+    def row(self, db: Database, status: HostStatus) -> dict:
+        """Return the row of a host, without its list of jobs."""
+        found = db.row("select * from hosts where id = ?", status.number)
+        del found["list"], found["mac"]
+        return found
+
+    def name_of(self, db: Database, status: HostStatus) -> str:
+        """Return the name of a host."""
+        return db.value("select name from hosts where id = ?", status.number)
+
+    def skew_of(self, db: Database, status: HostStatus) -> float:
+        """Return our clock minus the host's in seconds; 0 below 5."""
+        skew = db.value("select skew from hosts where id = ?",
+                        status.number) or 0.0
+        return skew if abs(skew) > 5 else 0.0
+
+    def store_seen(self, db: Database) -> bool:
+        """Write when the hosts were seen, for all at once."""
+        for status in self.statuses.values():
+            if (status.seen or 0) > status.stored_seen:
+                db.update("hosts", {"seen": status.seen}, id=status.number)
+            status.stored_seen = status.seen or 0.0
         return False
 
-    def end_epoch(self, db, status: HostStatus, epoch: int) -> None:
-        """A host has begun another history, as its old one was damaged or
-        came from a backup: of what went on in that nothing more will come."""
-        dash = self.names[status.dash]
-        for run, job in db.execute(
-                "select id, job from runs where dash = ? and host = ? and "
-                "state in ('queued', 'running') and epoch <> ?",
-                (status.dash, status.number, epoch)).fetchall():
-            db.execute("update runs set state = 'interrupted', reason = ? "
-                       "where id = ?", ("the host lost its history", run))
-            for what, key in (("runs", run), ("jobs", job), ("live", run)):
-                self.mark_changed(dash, what, key)
-        db.execute("update runs set size = have where host = ? and epoch <> "
-                   "? and have < size and state not in ('queued', 'running')",
-                   (status.number, epoch))
+    def list_all(self, db: Database, now: float) -> list[dict]:
+        """Return all hosts as they are shown, by name."""
+        return [self.shape(row, now) for row in db.rows(
+            "select * from hosts where not deleted order by name, id")]
 
-    def check_instance(self, status: HostStatus, host: dict, instance: str,
-                       now: float) -> None:
-        """Of two koids that pass for one host the one that began later is
-        believed, unless it is no more. Raises Error."""
-        def began(text: str) -> tuple:
-            start, _, name = text.partition("-")
-            if not start.isascii() or not start.isdigit() \
-                    or len(start) > 15 or not is_hex(name, 8):
-                raise Error("the request: instance is none", "", 400)
-            return int(start), name
-
-        if began(instance) >= (began(host["instance"]) if host["instance"]
-                               else (0, "")):
-            return
-        if status.seen is not None and now - status.seen < SILENT_AFTER:
-            status.twin = now
-            self.mark_changed(self.names[status.dash], "hosts", status.host)
-            raise Error("another koid uses this host's identity",
-                        "if this machine is a copy of another: koitab -d "
-                        "off, and join again", 409)
-
-    def on_host_up(self, db, status: HostStatus, host: dict,
-                   now: float) -> None:
-        """A host was silent and is there again."""
-        self.clear_alert(db, status.dash, f"host:{status.host}", "silent",
-                         f"{host['name']} is back")
-        self.after.append(lambda: vars(status).update(silent=False, back=now))
-        dash = self.names[status.dash]
-        for job, due in db.execute("select id, next from jobs where host = ?",
-                                   (status.number,)).fetchall():
-            self.mark_changed(dash, "jobs", job)
-            if due is not None:
-                self.schedule_check("late", job, max(due + LATE_AFTER,
-                                                     now + SETTLED_AFTER))
-        for run, in db.execute(
-                "select id from runs where dash = ? and host = ? and state "
-                "in ('queued', 'running')", (status.dash, status.number)):
-            self.schedule_check("slow", run, now + SETTLED_AFTER)
-
-    # --- its jobs
-
-    def take_list(self, db, status: HostStatus, asked: RequestFields) -> str:
-        """Keep a list as it came, with its MAC, for those who hold the key;
-        and take the jobs from it. The SHA-256 of the list."""
+    def shape(self, row: dict, now: float) -> dict:
+        """Return the row of a host as it is shown."""
         import json
-        body, mac = asked.text("body", MOST_LIST), asked.hex("mac", 64)
+        status = self.statuses.get(row["host"]) or HostStatus(row, now)
+        return {"id": row["host"], "name": row["name"], "seen": status.seen,
+                "state": host_state(row["token"], status, now),
+                "since": row["joined"], **{name: row[name] for name in (
+                    "offset", "zone", "skew", "version", "key")},
+                "troubles": json.loads(row["problems"])}
+
+    def signed_list(self, db: Database, host: str) -> dict:
+        """Return a host's list of jobs as it came, and its MAC. Raises
+        Error."""
+        found = db.row("select list body, mac from hosts where id = ?",
+                       self.status_of(host).number)
+        if not found or found["body"] is None:
+            raise not_found("list")
+        return found
+
+    # --- jobs
+
+    def store_list(self, db: Database, status: HostStatus,
+                   asked: RequestFields) -> str:
+        """Keep a list of jobs as it came, and take the jobs from it; return
+        the SHA-256 of the list. Raises Error."""
+        import json
+        body, mac = asked.text("body", LONGEST_HOST_LIST), asked.hex("mac", 64)
         try:
             inner = RequestFields(json.loads(body), "the list")
-            specs = inner.get("jobs", list, MISSING)
-            jobs = [self.job_asked(text) for text in specs]
+            jobs = [read_job(text) for text in inner.get("jobs", list,
+                                                         MISSING)]
         except (ValueError, RecursionError):
             raise Error("the list is no JSON", "", 400) from None
         if inner.text("host") != status.host:
             raise Error("this is the list of another host", "", 400)
         if len(jobs) > MOST_JOBS:
             raise Error(f"more than {MOST_JOBS:,} jobs", "", 413)
-        known = {(user, tag): (job, spec, gone) for job, user, tag, spec, gone
-                 in db.execute("select id, user, tag, spec, gone from jobs "
-                               "where host = ? and gone < 2",
-                               (status.number,))}
+        known = {(row["user"], row["tag"]): row for row in db.rows(
+            "select id, user, tag, spec, removed from jobs where host = ? "
+            "and not deleted", status.number)}
         for job in jobs:
-            self.keep_job(db, status, job, known.pop(
-                (job["user"], job["tag"]), None))
-        for job, _, gone in known.values():
-            if not gone:
-                self.drop_job(db, status, job)
+            self.store_job(db, status, job,
+                           known.pop((job["user"], job["tag"]), None))
+        for row in known.values():
+            if not row["removed"]:
+                self.remove_job(db, row["id"])
         sha = sha256_hex(body)
-        db.execute("update hosts set list = ?, mac = ?, list_sha = ?, key = "
-                   "?, name = ? where id = ?",
-                   (body, mac, sha, inner.text("key", 16, ""), inner.text(
-                       "name", 255, status.host[:8]), status.number))
-        self.mark_changed(self.names[status.dash], "hosts", status.host)
+        db.update("hosts", {
+            "list": body, "mac": mac, "list_sha": sha,
+            "key": inner.text("key", 16, ""),
+            "name": inner.text("name", 255, status.host[:8])},
+            id=status.number)
+        self.changes.mark_changed("hosts", status.host)
         return sha
 
-    def job_asked(self, text) -> dict:
-        """A job as its host shows it."""
+    def store_job(self, db: Database, status: HostStatus, job: dict,
+                  known: dict | None) -> None:
+        """Keep a job of a list; `known` is its row, if there is one."""
+        if not known:
+            self.insert_job(db, status, job)
+        elif known["spec"] != job["spec"] or known["removed"]:
+            db.update("jobs", {**job, "removed": 0}, id=known["id"])
+            self.changes.mark_changed("jobs", known["id"])
+
+    def insert_job(self, db: Database, status: HostStatus, job: dict) -> int:
+        """Add a job of these columns; return its id."""
+        number = db.insert("jobs", host=status.number, **job)
+        self.changes.mark_changed("jobs", number)
+        return number
+
+    def job_of_record(self, db: Database, status: HostStatus,
+                      record: dict) -> int:
+        """Return the job of a run's record. An unknown one is added, because
+        its tab may have changed before the list came. Raises Error."""
+        found = db.value("select id from jobs where host = ? and user = ? "
+                         "and tag = ?", status.number, record["user"],
+                         record["tag"])
+        if found:
+            return found
+        if db.value("select count(*) from jobs where host = ?",
+                    status.number) >= 2 * MOST_JOBS:
+            raise Error(f"the host has more than {2 * MOST_JOBS:,} jobs",
+                        "forget some that are gone", 413)
+        return self.insert_job(db, status, {"removed": 1, **{
+            name: record[name] for name in ("user", "tag", "section", "name",
+                                            "label")}})
+
+    def remove_job(self, db: Database, job: int) -> None:
+        """Mark a job that is in no tab any more; its runs stay."""
+        db.update("jobs", {"removed": 1, "next": None}, id=job)
+        self.alerts.drop(db, f"job:{job}")
+        self.changes.mark_changed("jobs", job)
+
+    def delete_job(self, db: Database, job: int) -> None:
+        """Hide a job; one of the same user and tag will be another one."""
+        self.remove_job(db, job)
+        db.execute("update jobs set deleted = 1, tag = tag || '-' || id where "
+                   "id = ?", job)
+
+    def job(self, db: Database, job: int) -> dict:
+        """Return the row of a job. Raises Error (404)."""
+        row = db.row("select * from jobs where id = ? and not deleted",
+                     job) if 0 <= job <= LARGEST_WHOLE else None
+        if not row:
+            raise not_found("job")
+        return row
+
+    def job_name(self, db: Database, job: int) -> str:
+        """Return a job's name for people: Section/Name on HOST."""
+        row = db.row("select j.section, j.name, j.label, h.name host from "
+                     "jobs j join hosts h on h.id = j.host where j.id = ?",
+                     job)
+        name = escape_controls(row["name"] or row["label"])[:100]
+        if row["section"]:
+            name = f"{escape_controls(row['section'])[:50]}/{name}"
+        return f"{name} on {row['host']}"
+
+
+def host_state(token: str | None, status: HostStatus, now: float) -> str:
+    """Return the state of a host that is shown: left, new, silent, twin (a
+    duplicate was refused), or up."""
+    if not token:
+        return "left"
+    if status.seen is None:
+        return "new"
+    if status.is_down:
+        return "silent"
+    return "twin" if status.duplicate_at > now - DUPLICATE_SHOWN else "up"
+
+
+def read_job(text) -> dict:
+    """Return a job of a host's list as columns; `text` is its JSON. Raises
+    ValueError and Error."""
+    import json
+    if not isinstance(text, str) or not is_text(text):
+        raise ValueError
+    asked = RequestFields(json.loads(text), "a job")
+    job = {name: asked.text(name, most, "") for name, most in (
+        ("section", 1000), ("name", 1000), ("label", 200_000),
+        ("words", 5000), ("command", 200_000), ("confirm", 10))}
+    return {"user": asked.text("user", 256), "tag": asked.text("tag", 100),
+            "timing": asked.text("when", 1000), "spec": text, **job}
+
+
+# ==========================================================================
+# Runs: which runs were there, with which output?                 (files; U)
+#
+# A run is known by (host, epoch, n). Its output comes in pieces after its
+# end, and is kept in the order in which it came; LiveOutput has that of
+# runs that are followed, in memory only.
+# ==========================================================================
+
+OUTPUT_PART = 2**20             # bytes of an output in one answer
+MOST_LIVE, LIVE_ROOM = 32, 2**21    # runs that are followed; bytes of each
+FOLLOWED_FOR = 15.0             # seconds after the last request for it
+KEEP_OUTPUT_DAYS = 90           # twice as long when the run failed
+SENT_COLUMNS = ("change", "trigger", "state", "due", "asked", "started",
+                "ended", "exit", "signal", "reason", "args", "attempt",
+                "count", "bytes", "cut", "size", "nonce")
+SHOWN_OF_RUN = ("id, job, host, n, epoch, trigger, state, due, asked, "
+                "started, ended, exit, signal, reason, args, attempt, count, "
+                "bytes, cut, size, have, line")
+
+
+class LiveOutput:
+    """What runs that are followed have written so far.
+
+    In memory only: it comes again, whole, when they have ended. Any thread
+    may use it.
+    """
+
+    def __init__(self):
+        import threading
+        self.lock = threading.Lock()
+        self.buffers: dict[int, tuple] = {}     # run -> (begin, bytes)
+        self.followed: dict[int, tuple] = {}    # run -> (host, n, until)
+
+    def follow(self, run: int, host: str, n: int, now: float) -> bool:
+        """Note that somebody follows a run; return whether that is new."""
+        with self.lock:
+            before = self.followed.get(run)
+            self.followed[run] = host, n, now + FOLLOWED_FOR
+            return not before or before[2] < now
+
+    def demanded(self, host: str, now: float) -> dict[int, int]:
+        """Return the runs of a host that are followed: n -> the offset up to
+        which we have their output."""
+        with self.lock:
+            for run in [run for run, (_, _, until) in self.followed.items()
+                        if until < now - FOLLOWED_FOR]:
+                del self.followed[run]
+                self.buffers.pop(run, None)
+            found = {}
+            for run, (whose, n, until) in self.followed.items():
+                if whose == host and until >= now:
+                    begin, data = self.buffers.get(run, (0, b""))
+                    found[n] = begin + len(data)
+            return found
+
+    def run_of(self, host: str, n: int) -> int | None:
+        """Return the run of this number of a host, if it is followed."""
+        with self.lock:
+            return next((run for run, (whose, number, _) in
+                         self.followed.items() if (whose, number)
+                         == (host, n)), None)
+
+    def append(self, run: int, at: int, data: bytes, reset: bool) -> bool:
+        """Add whole frames that begin at the offset `at`; return False if
+        they do not follow what is here. With `reset` they begin anew."""
+        with self.lock:
+            if run not in self.followed:
+                return False
+            if reset or run not in self.buffers:
+                while len(self.buffers) >= MOST_LIVE:
+                    del self.buffers[next(iter(self.buffers))]
+                self.buffers[run] = at, b""
+            begin, before = self.buffers[run]
+            if at != begin + len(before):
+                return False
+            whole, cut = before + data, 0
+            while len(whole) - cut > LIVE_ROOM:
+                cut += FRAME.size + FRAME.unpack_from(whole, cut)[2]
+            self.buffers[run] = begin + cut, whole[cut:]
+            return True
+
+    def end(self, run: int) -> None:
+        """Forget a run: its output is in the database."""
+        with self.lock:
+            self.buffers.pop(run, None)
+            self.followed.pop(run, None)
+
+    def get(self, run: int) -> tuple[int, bytes] | None:
+        """Return (offset of the first byte, bytes), or None."""
+        with self.lock:
+            return self.buffers.get(run)
+
+
+class Runs:
+    """The tables of runs and their outputs."""
+
+    TABLES = """
+create table runs (
+    id integer primary key autoincrement, job integer not null,
+    host integer not null, epoch integer not null, n integer not null,
+    change integer not null, trigger text not null, state text not null,
+    at real not null, due real, asked real, started real, ended real,
+    exit integer, signal integer, reason text not null, args text not null,
+    attempt integer not null, count integer not null,
+    bytes integer not null, cut integer not null, size integer not null,
+    have integer not null default 0, line text not null default '',
+    nonce text not null default '', keep_until real not null default 0,
+    indexed integer not null default 0);
+create unique index runs_of_host on runs (host, epoch, n);
+create index runs_of_job on runs (job, id);
+create index runs_good on runs (job, id) where state = 'done' and exit = 0;
+create index runs_by_time on runs (at);
+create index runs_long on runs (at) where ended - started > 3600;
+create index runs_active on runs (host)
+    where state in ('queued', 'running');
+create index runs_active_of_job on runs (job)
+    where state in ('queued', 'running');
+create index runs_missing_output on runs (host, epoch, n)
+    where have < size and state not in ('queued', 'running');
+create index runs_expiring on runs (keep_until) where have > 0;
+create table outputs (
+    id integer primary key, run integer not null, at integer not null,
+    data blob not null);
+create unique index outputs_of_run on outputs (run, at);
+create table unindexed (run integer primary key);
+"""
+
+    def __init__(self, changes: Changes, alerts: Alerts, hosts: Hosts):
+        self.changes, self.alerts, self.hosts = changes, alerts, hosts
+        self.live = LiveOutput()
+
+    # --- finding and showing
+
+    def find(self, db: Database, run: int) -> dict:
+        """Return the row of a run. Raises Error (404)."""
+        row = db.row(f"select {SHOWN_OF_RUN} from runs where id = ? and not "
+                     "(select deleted from jobs where id = job)",
+                     run) if 0 <= run <= LARGEST_WHOLE else None
+        if not row:
+            raise not_found("run")
+        return row
+
+    def shape(self, row: dict) -> dict:
+        """Return the row of a run as it is shown."""
         import json
-        if not isinstance(text, str) or not is_text(text):
-            raise ValueError
-        asked = RequestFields(json.loads(text), "a job")
-        job = {name: asked.text(name, most, "") for name, most in (
-            ("section", 1000), ("name", 1000), ("label", 200_000),
-            ("words", 5000), ("command", 200_000), ("confirm", 10))}
-        return {"user": asked.text("user", 256), "tag": asked.text("tag", 100),
-                "timing": asked.text("when", 1000), "spec": text, **job}
+        return {**row, "host": self.hosts.ids.get(row["host"], ""),
+                "cut": bool(row["cut"]), "args": json.loads(row["args"])}
 
-    def keep_job(self, db, status: HostStatus, job: dict, known) -> None:
-        if known and known[1] == job["spec"] and not known[2]:
-            return
+    def history(self, db: Database, job: int) -> list[tuple]:
+        """Return the entries of a job's run history bar, the oldest
+        first."""
+        rows = db.rows(
+            "select id, due, asked, started, ended, state, exit, signal, "
+            "reason from runs where job = ? order by id desc limit ?",
+            job, HISTORY_BAR)
+        return [history_entry(row) for row in reversed(rows)]
+
+    def active(self, db: Database, job: int) -> list[int]:
+        """Return the runs of a job that are queued or running."""
+        return db.column("select id from runs where job = ? and state in "
+                         "('queued', 'running') order by id", job)
+
+    def last_ended(self, db: Database, job: int) -> dict | None:
+        """Return the newest run of a job that is over, or None."""
+        return db.row(f"select {SHOWN_OF_RUN} from runs where job = ? and "
+                      "state not in ('queued', 'running') order by id desc "
+                      "limit 1", job)
+
+    def page(self, db: Database, job: int, before: int | None = None,
+             limit: int = 100) -> dict:
+        """Return at most `limit` runs of a job before a run, the newest
+        first. Raises Error."""
+        self.hosts.job(db, job)
+        limit = min(max(limit, 1), 1000)
+        rows = db.rows(
+            f"select {SHOWN_OF_RUN} from runs where job = ? and id < ? order "
+            "by id desc limit ?", job, LARGEST_WHOLE if before is None
+            else before, limit + 1)
+        return {"runs": [self.shape(row) for row in rows[:limit]],
+                "more": len(rows) > limit}
+
+    def neighbours(self, db: Database, run: int, job: int) -> dict:
+        """Return the runs of a job before and after a run, and the last good
+        one before; None where there is none."""
+        return {name: db.value(f"select id from runs where job = ? and "
+                               f"{where} limit 1", job, run)
+                for name, where in (
+                    ("good", "state = 'done' and exit = 0 and id < ? order "
+                             "by id desc"),
+                    ("older", "id < ? order by id desc"),
+                    ("newer", "id > ? order by id"))}
+
+    # --- records
+
+    def store(self, db: Database, status: HostStatus, epoch: int,
+              record: dict, now: float) -> bool:
+        """Keep a record of a run, and return True, if it is newer than what
+        is known of the run. Its fields `id`, `job`, `at`, `code` and
+        `is_end` are set. Raises Error."""
+        known = db.row("select id, change, state from runs where host = ? and "
+                       "epoch = ? and n = ?", status.number, epoch,
+                       record["n"])
+        is_active = record["state"] in ACTIVE_STATES
+        was_active = not known or known["state"] in ACTIVE_STATES
+        if known and (record["change"] <= known["change"]
+                      or is_active and not was_active):
+            return False
+        at = time_of(record)
+        at = now if at is None else at
+        code = code_of(record)
+        days = KEEP_OUTPUT_DAYS * (2 if code in BAD_CODES else 1)
+        job = self.hosts.job_of_record(db, status, record)
+        columns = {name: record[name] for name in SENT_COLUMNS}
+        columns.update(job=job, at=at, keep_until=min(
+            record["ended"] or at, now) + days * DAY_SECONDS)
         if known:
-            number = known[0]
-            db.execute("update jobs set gone = 0, " + ", ".join(
-                f"{name} = ?" for name in job) + " where id = ?",
-                (*job.values(), number))
+            db.update("runs", columns, id=known["id"])
+            run = known["id"]
         else:
-            number = self.insert_job(db, status, job)
-        self.mark_changed(self.names[status.dash], "jobs", number)
+            run = db.insert("runs", host=status.number, epoch=epoch,
+                            n=record["n"], **columns)
+        record.update(id=run, job=job, at=at, code=code,
+                      is_end=was_active and not is_active)
+        self.mark_changed(run, job)
+        return True
 
-    def insert_job(self, db, status: HostStatus, job: dict) -> int:
-        job = {"dash": status.dash, "host": status.number, **job}
-        return db.execute(
-            f"insert into jobs ({', '.join(job)}) values "
-            f"({', '.join('?' * len(job))})", tuple(job.values())).lastrowid
+    def mark_changed(self, run: int, job: int) -> None:
+        """Have the new state of a run and its job published."""
+        for kind, key in (("runs", run), ("jobs", job), ("live", run)):
+            self.changes.mark_changed(kind, key)
 
-    def drop_job(self, db, status: HostStatus, job: int) -> None:
-        """A job is in no tab any more; its runs stay."""
-        db.execute("update jobs set gone = 1, next = null where id = ?",
-                   (job,))
-        dash, subject = self.names[status.dash], f"job:{job}"
-        for kind, in db.execute("select kind from alerts where dash = ? and "
-                                "subject = ?", (status.dash, subject)
-                                ).fetchall():
-            self.mark_changed(dash, "alerts", (subject, kind))
-        db.execute("delete from alerts where dash = ? and subject = ?",
-                   (status.dash, subject))
-        self.mark_changed(dash, "jobs", job)
+    def end_epoch(self, db: Database, status: HostStatus, epoch: int) -> None:
+        """Close what is open in the earlier histories of a host: nothing
+        more will come of them. The history was damaged, or restored."""
+        for run in db.rows("select id, job from runs where host = ? and state "
+                           "in ('queued', 'running') and epoch <> ?",
+                           status.number, epoch):
+            db.update("runs", {"state": "interrupted", "reason":
+                               "the host lost its history"}, id=run["id"])
+            self.mark_changed(run["id"], run["job"])
+        db.execute("update runs set size = have where host = ? and epoch <> "
+                   "? and have < size and state not in ('queued', 'running')",
+                   status.number, epoch)
 
-    def take_next(self, db, status: HostStatus, given: dict,
+    # --- output
+
+    def missing_output(self, db: Database, status: HostStatus,
+                       epoch: int) -> list:
+        """Return at most 50 runs that have ended and whose output is not
+        whole here, as [n, bytes held]."""
+        return [list(row) for row in db.execute(
+            "select n, have from runs where host = ? and epoch = ? and "
+            "have < size and state not in ('queued', 'running') "
+            "order by n desc limit 50", status.number, epoch)]
+
+    def store_output(self, db: Database, status: HostStatus, epoch: int,
+                     asked: RequestFields, now: float) -> None:
+        """Keep a piece of output up to its last whole frame, if it follows
+        what is here. Raises Error."""
+        run = db.row("select id, state, size, have from runs where host = ? "
+                     "and epoch = ? and n = ?", status.number, epoch,
+                     asked.whole("run"))
+        data, at = asked.data("data", LONGEST_OUTPUT), asked.whole("at", 0)
+        if not run or run["state"] in ACTIVE_STATES:
+            return
+        missing = run["size"] - run["have"]
+        if asked.flag("gone", False):
+            return self.end_output(db, run["id"], now)
+        if at != run["have"] or missing <= 0:
+            return
+        data = data[:missing]
+        try:
+            length = whole_frames(data)
+        except ValueError:
+            return self.end_output(db, run["id"], now)
+        if length < len(data) == missing:       # the last frame is cut
+            return self.end_output(db, run["id"], now)
+        if length:
+            db.insert("outputs", run=run["id"], at=at, data=data[:length])
+            db.update("runs", {"have": at + length}, id=run["id"])
+            self.changes.mark_changed("live", run["id"])
+            if length == missing:
+                self.end_output(db, run["id"], now)
+
+    def end_output(self, db: Database, run: int, now: float) -> None:
+        """Record that nothing more comes of a run's output: its last line
+        goes to those who wait for it."""
+        row = db.row(f"select {SHOWN_OF_RUN} from runs where id = ?", run)
+        frames = self.frames(db, run)
+        line = last_line(frames, code_of(row) in BAD_CODES)
+        db.update("runs", {"line": line, "size": row["have"]}, id=run)
+        if frames:
+            db.insert("unindexed", "insert or ignore", run=run)
+        self.alerts.add_last_line(db, run, line, now)
+        self.mark_changed(run, row["job"])
+        self.changes.after_commit(lambda: self.live.end(run))
+
+    def frames(self, db: Database, run: int) -> bytes:
+        """Return the output of a run that is in the database."""
+        return b"".join(db.column("select data from outputs where run = ? "
+                                  "order by at", run))
+
+    def remove_output(self, db: Database, run: int) -> None:
+        """Remove the output of a run; the run stays."""
+        db.delete("outputs", run=run)
+        db.delete("unindexed", run=run)
+        db.update("runs", {"have": 0, "size": 0, "indexed": 0}, id=run)
+
+    def is_growing(self, row: dict) -> bool:
+        """Will there be more of a run's output?"""
+        return row["state"] in ACTIVE_STATES or row["have"] < row["size"]
+
+    def output(self, db: Database, run: int, at: int, most: int) -> tuple:
+        """Return a part of a run's output from the offset `at`: (frames,
+        size of all, whether there will be more, where the part begins).
+        Raises Error."""
+        row, live = self.find(db, run), self.live.get(run)
+        most, at = min(max(most, 1), OUTPUT_PART), max(at, 0)
+        begin, data = live if live and not row["have"] else (
+            0, self.frames(db, run))
+        at = max(at, begin)
+        return (cut_to_frames(data[at - begin:], most), begin + len(data),
+                self.is_growing(row), at)
+
+    def text(self, db: Database, run: int) -> bytes:
+        """Return what a job wrote, both streams, as cron would mail it.
+        Raises Error."""
+        self.find(db, run)
+        live = self.live.get(run)
+        return output_text(self.frames(db, run) or (live[1] if live
+                                                    else b""))
+
+    # --- live output
+
+    def active_run(self, db: Database, run: int) -> tuple | None:
+        """Return (host, n) of a run while it is active, else None. Raises
+        Error (404)."""
+        row = self.find(db, run)
+        return (self.hosts.ids.get(row["host"], ""), row["n"]) \
+            if row["state"] in ACTIVE_STATES else None
+
+    def wake_host(self, _db: Database, host: str) -> None:
+        """Let a host's long poll answer."""
+        self.changes.mark_changed("wake", host)
+
+    def store_live(self, status: HostStatus, asked: RequestFields) -> None:
+        """Keep output of a run that is active, for those who follow it.
+        Raises Error."""
+        data, at = asked.data("data", LIVE_ROOM), asked.whole("at", 0)
+        run = self.live.run_of(status.host, asked.whole("run"))
+        if run is None:
+            return
+        try:
+            length = whole_frames(data)
+        except ValueError:
+            return
+        if self.live.append(run, at, data[:length],
+                            asked.flag("reset", False)):
+            self.changes.mark_changed("live", run)
+
+
+# ==========================================================================
+# AlertRules: when does a host or a job raise an alert?           (files; U)
+#
+# A job is late, slow, suspiciously fast, missed or failed, a host is silent.
+# Nothing is raised for what happened while nobody could have noticed, and of
+# a silent host its jobs raise nothing: what they do is unknown.
+# ==========================================================================
+
+SILENT_AFTER = 90.0             # seconds without a sync: three long polls
+LATE_AFTER = 90.0               # seconds: a minute's grace, and the way here
+SETTLED_AFTER = 30.0            # a host that is back may have much to send
+OUTPUT_WAIT = 15.0              # seconds that a notification waits for output
+END_WORDS = {"failed": "works again", "late": "has started",
+             "missed": "runs again", "slow": "has ended",
+             "fast": "takes its usual time again"}
+
+
+def describe_failure(record: dict) -> str:
+    """Return in words how a run failed."""
+    if record["reason"]:
+        return escape_controls(record["reason"])[:500]
+    if record["signal"]:
+        return f"signal {record['signal']}"
+    if record["state"] == "done":
+        return f"exit status {record['exit']}"
+    return record["state"]
+
+
+class AlertRules:
+    """The rules by which hosts and jobs raise alerts."""
+
+    def __init__(self, changes: Changes, timers: Timers, audit: AuditLog,
+                 alerts: Alerts, checks: PingChecks, hosts: Hosts,
+                 runs: Runs):
+        self.changes, self.timers, self.audit = changes, timers, audit
+        self.alerts, self.checks = alerts, checks
+        self.hosts, self.runs = hosts, runs
+
+    def load(self, db: Database, now: float) -> None:
+        """Set the timers of hosts, jobs and runs. Hosts get some time to
+        send what happened before this start."""
+        for host, status in self.hosts.statuses.items():
+            if status.seen is not None:
+                self.timers.schedule("host", host, now + SILENT_AFTER)
+        for job, due in db.execute("select id, next from jobs where next is "
+                                   "not null and not removed"):
+            self.timers.schedule("late", job, max(due, now + SETTLED_AFTER))
+        for run in db.column("select id from runs where state = 'running'"):
+            self.timers.schedule("slow", run, now + SETTLED_AFTER)
+
+    def snooze(self, db: Database, fields, now: float) -> dict:
+        """Notify nobody about a subject until a time; it is shown as before.
+        Raises Error."""
+        asked = RequestFields(fields)
+        subject, until = asked.text("subject", 100), asked.number("until")
+        kind, _, key = subject.partition(":")
+        job, host = None, ""
+        if kind == "host":
+            self.hosts.status_of(key)
+            host = key
+        elif kind == "check":
+            self.checks.find(db, key)
+        elif kind == "job" and key.isascii() and key.isdigit():
+            key = job = self.hosts.job(db, int(key[:18]))["id"]
+        else:
+            raise not_found("subject")
+        self.alerts.snooze(db, subject, until, now)
+        self.audit.record(db, now, "snooze", host=host, job=job,
+                          label=subject, state="on" if until > now else "off")
+        self.changes.mark_changed(f"{kind}s", key)
+        return {}
+
+    # --- a host
+
+    def check_host(self, db: Database, host: str, now: float) -> None:
+        """Raise an alert if a host has not synced in time."""
+        status = self.hosts.statuses.get(host)
+        if not status or status.is_down or status.seen is None:
+            return
+        at = max(status.seen, status.loaded) + SILENT_AFTER
+        if at > now:
+            return self.timers.schedule("host", host, at)
+        row = self.hosts.row(db, status)
+        if not row["token"]:
+            return
+        db.update("hosts", {"down": 1, "seen": status.seen},
+                  id=status.number)
+        self.alerts.raise_alert(db, Alert(
+            f"host:{host}", "silent", status.seen, f"{row['name']} is silent",
+            f"{row['name']} was last heard of at "
+            f"{format_rfc3339(status.seen)}; what its jobs do is unknown "
+            "until it is back"))
+        self.changes.after_commit(lambda: setattr(status, "is_down", True))
+        self.changes.mark_changed("hosts", host)
+        self.changes.mark_changed("jobs", *db.column(
+            "select id from jobs where host = ?", status.number))
+
+    def on_host_up(self, db: Database, status: HostStatus, name: str,
+                   now: float) -> None:
+        """End the alert of a host that syncs again, and look at its jobs
+        when it had time to send what happened."""
+        self.alerts.clear_alert(db, f"host:{status.host}", "silent",
+                                f"{name} is back")
+        self.changes.after_commit(lambda: vars(status).update(
+            is_down=False, up_since=now))
+        for job, due in db.execute("select id, next from jobs where host = ?",
+                                   status.number).fetchall():
+            self.changes.mark_changed("jobs", job)
+            if due is not None:
+                self.timers.schedule("late", job, max(due + LATE_AFTER,
+                                                      now + SETTLED_AFTER))
+        for run in db.column("select id from runs where host = ? and state "
+                             "in ('queued', 'running')", status.number):
+            self.timers.schedule("slow", run, now + SETTLED_AFTER)
+
+    # --- a job that should start
+
+    def set_next(self, db: Database, job: int, before: float | None,
+                 due: float | None, now: float) -> None:
+        """Keep when a job starts next; `before` is what was kept."""
+        if due == before:
+            return
+        db.update("jobs", {"next": due}, id=job)
+        self.changes.mark_changed("jobs", job)
+        if due is not None:
+            self.timers.schedule("late", job, due + LATE_AFTER)
+        if due is None or due > now:
+            self.alerts.clear_alert(
+                db, f"job:{job}", "late",
+                self.hosts.job_name(db, job) + " is not late")
+
+    def check_late(self, db: Database, job: int, now: float) -> None:
+        """Raise an alert if a job should have started, and its host, which
+        syncs, says nothing of it."""
+        row = db.row("select host, next from jobs where id = ? and not "
+                     "removed", job)
+        status = row and self.hosts.by_number(row["host"])
+        if not status or row["next"] is None or status.is_down \
+                or status.seen is None:
+            return
+        at = max(row["next"] + self.hosts.skew_of(db, status) + LATE_AFTER,
+                 status.up_since + SETTLED_AFTER)
+        if at > now:
+            return self.timers.schedule("late", job, at)
+        if now - status.seen > SILENT_AFTER / 2:    # the host may be down
+            return self.timers.schedule("late", job, now + SILENT_AFTER / 6)
+        newest = db.value("select max(due) from (select due from runs where "
+                          "job = ? order by id desc limit 5)", job)
+        if newest is None or newest < row["next"]:
+            name = self.hosts.job_name(db, job)
+            self.alerts.raise_alert(db, Alert(
+                f"job:{job}", "late", row["next"], f"{name} is late",
+                f"{name} should have started at "
+                f"{format_rfc3339(row['next'])}"))
+            self.changes.mark_changed("jobs", job)
+
+    # --- a run
+
+    def apply_record(self, db: Database, status: HostStatus, record: dict,
+                     now: float) -> None:
+        """Do what a run's record means for its job: the next start, the
+        count of failures, alerts."""
+        job = db.row("select * from jobs where id = ?", record["job"])
+        if not job["removed"]:
+            self.set_next(db, job["id"], job["next"], record["next"], now)
+        if record["state"] == "running":
+            self.end_alerts(db, job["id"], "late")
+            self.timers.schedule("slow", record["id"], self.slow_at(
+                db, status, job["id"], record["started"]))
+        elif record["is_end"]:
+            self.apply_end(db, job, record, now)
+
+    def apply_end(self, db: Database, job: dict, record: dict,
                   now: float) -> None:
-        """When jobs start next: USER, newline, TAG -> time."""
+        """Do what the end of a run means for its job."""
+        end = record["ended"] or record["at"]
+        if record["code"] == "o":
+            db.update("jobs", {"failures": 0, "failing_since": None,
+                               "last_ok": end}, id=job["id"])
+            self.end_alerts(db, job["id"], "failed", "late", "missed", "slow")
+            self.check_fast(db, job["id"], record, now)
+        elif record["code"] in BAD_CODES:
+            since = job["failing_since"]
+            job["failures"] += 1
+            db.update("jobs", {
+                "failures": job["failures"], "last_failed": record["id"],
+                "failing_since": end if since is None else since},
+                id=job["id"])
+            self.end_alerts(db, job["id"], "late", "slow")
+            if end > now - DAY_SECONDS:
+                self.raise_failed(db, job, record, now)
+        elif record["code"] == "m" and record["at"] > now - DAY_SECONDS:
+            self.end_alerts(db, job["id"], "late")
+            name = self.hosts.job_name(db, job["id"])
+            self.alerts.raise_alert(db, Alert(
+                f"job:{job['id']}", "missed", record["at"],
+                f"{name} was missed",
+                f"{plural(record['count'], 'start')} missed: "
+                f"{record['reason'] or 'koid was not there'}"))
+
+    def end_alerts(self, db: Database, job: int, *kinds: str) -> None:
+        """End the alerts of these kinds of a job."""
+        for kind in sorted(self.alerts.kinds_of(db, f"job:{job}")
+                           & set(kinds)):
+            name = self.hosts.job_name(db, job)
+            self.alerts.clear_alert(db, f"job:{job}", kind,
+                                    f"{name} {END_WORDS[kind]}")
+
+    def raise_failed(self, db: Database, job: dict, record: dict,
+                     now: float) -> None:
+        """Raise an alert for a failed run, with the number of failures in a
+        row. It waits for the output, but not for long."""
+        name = self.hosts.job_name(db, job["id"])
+        times = "" if job["failures"] == 1 else \
+            f", {job['failures']} times in a row"
+        self.alerts.raise_alert(
+            db, Alert(f"job:{job['id']}", "failed",
+                      record["ended"] or record["at"], f"{name} failed",
+                      f"{name}: {describe_failure(record)}{times}"),
+            now + OUTPUT_WAIT if record["size"] else now, record["id"])
+
+    def check_fast(self, db: Database, job: int, record: dict,
+                   now: float) -> None:
+        """Raise an alert if a good run was faster than its job ever was:
+        then it probably did nothing."""
+        limit = shortest_usual(self.runs.history(db, job))
+        took = seconds_of(record)
+        if took is None:
+            return
+        if limit is None or took >= limit:
+            self.end_alerts(db, job, "fast")
+        elif record["at"] > now - DAY_SECONDS:
+            name = self.hosts.job_name(db, job)
+            self.alerts.raise_alert(db, Alert(
+                f"job:{job}", "fast", record["at"],
+                f"{name} was suspiciously fast", f"{name} ended well after "
+                f"{format_duration(took)}; it never took less than "
+                f"{format_duration(limit * 5)} of late"))
+
+    def slow_at(self, db: Database, status: HostStatus, job: int,
+                started: float | None) -> float | None:
+        """Return when a run counts as slow, by our clock; None for never."""
+        limit = longest_usual(self.runs.history(db, job))
+        return None if limit is None or started is None else \
+            started + limit + self.hosts.skew_of(db, status)
+
+    def check_slow(self, db: Database, run: int, now: float) -> None:
+        """Raise an alert if a run takes much longer than usual."""
+        row = db.row("select job, host, state, started from runs where id = ?",
+                     run)
+        status = row and self.hosts.by_number(row["host"])
+        if not status or row["state"] != "running" or status.is_down:
+            return
+        job = row["job"]
+        at = self.slow_at(db, status, job, row["started"])
+        if at is None or at > now:
+            return self.timers.schedule("slow", run, at)
+        name = self.hosts.job_name(db, job)
+        self.alerts.raise_alert(db, Alert(
+            f"job:{job}", "slow", row["started"], f"{name} takes long",
+            f"{name} has been running for "
+            f"{format_duration(int(now - row['started']))}, three times as "
+            "long as it ever did of late"))
+        self.changes.mark_changed("jobs", job)
+
+
+# ==========================================================================
+# Requests: what do people ask of hosts?                          (files; U)
+#
+# A request is signed for one host. The dashboard cannot sign or change one,
+# and need not judge the signature: koid does. A request waits here until its
+# host fetches it, answers it, or it expires.
+# ==========================================================================
+
+MOST_REQUESTS_WAITING = 100     # for one host
+HAND_OUT_AGAIN = 30.0           # seconds without a result
+
+
+class Requests:
+    """The table of signed requests to hosts."""
+
+    TABLES = """
+create table requests (
+    id integer primary key autoincrement, host integer not null,
+    nonce text not null unique, body text not null, mac text not null,
+    at real not null, expires real not null,
+    state text not null default 'waiting', reason text not null default '',
+    epoch integer, n integer);
+create index requests_waiting on requests (host) where state = 'waiting';
+create index requests_by_time on requests (at);
+"""
+
+    def __init__(self, changes: Changes, timers: Timers, audit: AuditLog,
+                 hosts: Hosts, credentials: Credentials, live: LiveOutput):
+        self.changes, self.timers, self.audit = changes, timers, audit
+        self.hosts, self.credentials, self.live = hosts, credentials, live
+        self.handed_out: dict[str, float] = {}      # nonce -> when
+
+    def load(self, db: Database, now: float) -> None:
+        """Set the timers of the requests that wait."""
+        for nonce, expires in db.execute("select nonce, expires from requests "
+                                         "where state = 'waiting'"):
+            self.timers.schedule("request", nonce, max(expires + 5, now))
+
+    def create(self, db: Database, fields, now: float) -> dict:
+        """Take a signed request; return its state. The same one twice is
+        one. Raises Error."""
+        asked = RequestFields(fields)
+        status = self.hosts.status_of(asked.hex("host", 32))
+        body, mac = asked.text("body", LONGEST_BODY), asked.hex("mac", 64)
+        signed = self.read_signed(body, status, now)
+        nonce = signed.hex("nonce", 32)
+        known = db.row("select body, mac from requests where nonce = ?",
+                       nonce)
+        if known and known != {"body": body, "mac": mac}:
+            raise Error("there was another request of this nonce", "", 409)
+        if not known:
+            if db.value("select count(*) from requests where host = ? and "
+                        "state = 'waiting'", status.number
+                        ) >= MOST_REQUESTS_WAITING:
+                raise Error("too many requests wait for this host", "", 429)
+            expires = signed.whole("exp") / 1000
+            db.insert("requests", host=status.number, nonce=nonce, body=body,
+                      mac=mac, at=now, expires=expires)
+            self.record_audit(db, status, signed, now)
+            self.timers.schedule("request", nonce, expires + 5)
+            self.changes.mark_changed("requests", nonce)
+            self.changes.mark_changed("wake", status.host)
+        return self.state(db, nonce)
+
+    def read_signed(self, body: str, status: HostStatus,
+                    now: float) -> RequestFields:
+        """Return the fields of a signed request for a host. Raises Error."""
+        try:
+            signed = RequestFields(parse_strict_json(body),
+                                   "the signed request")
+        except RequestRejected as error:
+            raise Error(f"the signed request: {error}", "", 400) from None
+        signed.hex("nonce", 32)
+        signed.choice("do", ("run", "kill"))
+        if signed.text("host") != status.host \
+                or signed.text("dash") != self.credentials.dash:
+            raise Error("the request is signed for another host", "", 400)
+        expires = signed.whole("exp") / 1000
+        if not now < expires < now + LONGEST_LIFE / 1000 + 60:
+            raise Error("the request has expired, or would live too long",
+                        "is the clock of this machine right?", 400)
+        return signed
+
+    def record_audit(self, db: Database, status: HostStatus,
+                     signed: RequestFields, now: float) -> None:
+        """Keep who asked for what; secrets are masked. Raises Error."""
+        import json
+        action = signed.text("do")
+        if action == "run":
+            job = db.row("select id, label from jobs where host = ? and user "
+                         "= ? and tag = ?", status.number,
+                         signed.text("user", 256), signed.text("tag", 100))
+        else:
+            job = db.row("select j.id, j.label from runs r join jobs j on "
+                         "j.id = r.job where r.host = ? and r.epoch = ? and "
+                         "r.n = ?", status.number, signed.whole("epoch"),
+                         signed.whole("run"))
+        args = {**signed.texts("args", 2 * LONGEST_ARGS), **dict.fromkeys(
+            signed.texts("secrets", LONGEST_BODY), MASK.decode())}
+        self.audit.record(
+            db, now, action, host=status.host, nonce=signed.text("nonce"),
+            job=job["id"] if job else None, args=json.dumps(args),
+            label=job["label"][:1000] if job else "")
+
+    def state(self, db: Database, nonce: str) -> dict:
+        """Return what became of a request. Raises Error (404)."""
+        found = db.row(
+            "select nonce, state, reason, (select id from runs r where r.host "
+            "= q.host and r.epoch = q.epoch and r.n = q.n) run from requests "
+            "q where nonce = ?", nonce) if is_hex(nonce, 32) else None
+        if not found:
+            raise not_found("request")
+        return found
+
+    def waiting(self, db: Database, host: str, now: float) -> dict:
+        """Return what is demanded of a host: requests, and the runs that are
+        followed. A request is handed out again if no result came, because
+        the answer may have got lost. Raises Error (404)."""
+        requests = []
+        for row in db.rows("select nonce, body, mac from requests where host "
+                           "= ? and state = 'waiting' and expires > ? order "
+                           "by id", self.hosts.status_of(host).number, now):
+            nonce = row.pop("nonce")
+            if len(requests) < MOST_REQUESTS and self.handed_out.get(
+                    nonce, 0.0) <= now - HAND_OUT_AGAIN:
+                self.handed_out[nonce] = now
+                requests.append(row)
+        return {"requests": requests, "live": {
+            str(n): have for n, have in self.live.demanded(host,
+                                                           now).items()}}
+
+    def hand_out_again(self, db: Database, status: HostStatus) -> None:
+        """Hand out all that waits: what another koid got may be lost."""
+        for nonce in db.column("select nonce from requests where host = ? and "
+                               "state = 'waiting'", status.number):
+            self.handed_out.pop(nonce, None)
+
+    def settle(self, db: Database, status: HostStatus, nonce: str, state: str,
+               reason: str, epoch: int, n: int | None) -> None:
+        """Record the result of a request. A run that came of it is the last
+        word; "expired" is only what we suppose."""
+        done = db.execute(
+            "update requests set state = ?1, reason = ?2, epoch = ?3, n = "
+            "coalesce(?4, n) where host = ?5 and nonce = ?6 and (state in "
+            "('waiting', 'expired') or (?1 = 'accepted' and (state <> ?1 or "
+            "n is null and ?4 is not null)))",
+            state, reason, epoch, n, status.number, nonce).rowcount
+        self.handed_out.pop(nonce, None)
+        if done:
+            self.changes.mark_changed("requests", nonce)
+
+    def check_expired(self, db: Database, nonce: str, now: float) -> None:
+        """Let a request expire that its host has not answered."""
+        expires = db.value("select expires from requests where nonce = ? and "
+                           "state = 'waiting'", nonce)
+        if expires is None:
+            return
+        if expires + 5 > now:
+            return self.timers.schedule("request", nonce, expires + 5)
+        db.update("requests", {"state": "expired", "reason":
+                               "the host did not answer"}, nonce=nonce)
+        self.handed_out.pop(nonce, None)
+        self.changes.mark_changed("requests", nonce)
+
+
+# ==========================================================================
+# HostSync: what does a host send, and get back?                  (files; U)
+#
+# Nothing that comes twice is kept twice, and what comes late changes nothing
+# back. `acked` in the answer is committed when the host reads it, so a lost
+# answer costs a repeat, never a record.
+# ==========================================================================
+
+SYNC_VERSION = 1
+RECORDS_AT_ONCE, MOST_OUTPUTS = 1_000, 200
+
+
+def read_record(asked: RequestFields) -> dict:
+    """Return the record of a run as columns. Raises Error."""
+    import json
+    record = {name: asked.whole(name, default) for name, default in (
+        ("change", MISSING), ("attempt", 1), ("count", 1), ("bytes", 0),
+        ("size", 0))}
+    record["size"] = min(record["size"], LONGEST_OUTPUT)
+    for name in ("due", "asked", "started", "ended", "next"):
+        record[name] = asked.number(name, None)
+    for name in ("exit", "signal"):
+        record[name] = asked.whole(name, None, -2**31, 2**32)
+    for name, most in (("user", 256), ("tag", 100)):
+        record[name] = asked.text(name, most)
+    for name, most in (("section", 1000), ("name", 1000),
+                       ("label", 200_000), ("trigger", 50)):
+        record[name] = asked.text(name, most, "")
+    record["reason"] = asked.text("reason", 200_000, "")[:2000]
+    record["state"] = asked.choice("state", RUN_STATES)
+    record["args"] = json.dumps(asked.texts("args", 2 * LONGEST_ARGS),
+                                ensure_ascii=False)
+    record["cut"] = int(bool(asked.fields.get("cut")))
+    nonce = asked.text("nonce", 32, "")
+    record["nonce"] = nonce if is_hex(nonce, 32) else ""
+    record["n"] = asked.whole("run", low=1)
+    return record
+
+
+def parse_instance(text: str) -> tuple[int, str]:
+    """Return (start in ms since 1970, random name) of a koid's instance.
+    Raises Error."""
+    start, _, name = text.partition("-")
+    if not start.isascii() or not start.isdigit() or len(start) > 15 \
+            or not is_hex(name, 8):
+        raise Error("the request: instance is none", "", 400)
+    return int(start), name
+
+
+class HostSync:
+    """Takes what hosts send: lists, records, output, results."""
+
+    TABLES = """
+create table epochs (host integer not null, epoch integer not null,
+    acked integer not null, primary key (host, epoch)) without rowid;
+"""
+
+    def __init__(self, changes: Changes, timers: Timers, hosts: Hosts,
+                 runs: Runs, rules: AlertRules, requests: Requests):
+        self.changes, self.timers = changes, timers
+        self.hosts, self.runs = hosts, runs
+        self.rules, self.requests = rules, requests
+
+    def sync(self, db: Database, host: str, request, now: float) -> dict:
+        """Take what the host with this id sends; return what is demanded of
+        it. Raises Error."""
+        asked = RequestFields(request)
+        status = self.hosts.statuses.get(host)
+        if not status or asked.hex("host", 32) != host:
+            raise Error("this is the token of another host", "", 403)
+        if asked.whole("v") != SYNC_VERSION:
+            raise Error("the host speaks another version", "bring koi up to "
+                        "date there or here", 400)
+        epoch = asked.whole("epoch")
+        row = self.hosts.row(db, status)
+        self.update_host(db, status, row, asked, now)
+        fields = asked.get("list", dict, None)
+        if fields is not None:
+            row["list_sha"] = self.hosts.store_list(
+                db, status, RequestFields(fields, "the list"))
+        self.store_next(db, status, asked.get("next", dict, {}), now)
+        acked = self.store_records(db, status, epoch, asked.each(
+            "records", RECORDS_AT_ONCE), now)
+        for output in asked.each("outputs", MOST_OUTPUTS):
+            self.runs.store_output(db, status, epoch, output, now)
+        for output in asked.each("live", MOST_OUTPUTS):
+            self.runs.store_live(status, output)
+        for result in asked.each("verdicts", RECORDS_AT_ONCE):
+            self.requests.settle(
+                db, status, result.hex("nonce", 32),
+                result.choice("verdict", ("accepted", "refused")),
+                result.text("reason", 2000, ""), epoch,
+                result.whole("run", None))
+        sha = asked.text("list_sha", 64, "")
+        return {"v": SYNC_VERSION, "acked": acked, "twin": False,
+                "want_list": not row["list_sha"] or (
+                    fields is None and sha != row["list_sha"]),
+                "owed": self.runs.missing_output(db, status, epoch),
+                **self.requests.waiting(db, host, now)}
+
+    def update_host(self, db: Database, status: HostStatus, row: dict,
+                    asked: RequestFields, now: float) -> None:
+        """Note that a host is up, and keep what it says of itself. Raises
+        Error."""
+        said = self.read_facts(row, asked, now)
+        self.check_instance(status, row["instance"], said["instance"], now)
+        changed = {name: value for name, value in said.items()
+                   if row[name] != value}
+        if status.seen is None or changed:
+            self.changes.mark_changed("hosts", status.host)
+        if "epoch" in changed and row["epoch"] is not None:
+            self.runs.end_epoch(db, status, said["epoch"])
+        if "instance" in changed:
+            self.requests.hand_out_again(db, status)
+        if row["down"]:
+            self.rules.on_host_up(db, status, row["name"], now)
+            changed["down"] = 0
+        status.seen = now
+        if changed:
+            db.update("hosts", {**changed, "seen": now}, id=status.number)
+        self.timers.schedule("host", status.host, now + SILENT_AFTER)
+
+    def read_facts(self, row: dict, asked: RequestFields,
+                   now: float) -> dict:
+        """Return what a host says of itself as columns. Raises Error."""
+        skew = now - asked.number("now", now)
+        if abs(skew - row["skew"]) < 1:
+            skew = row["skew"]          # the way here takes its time too
+        problems = [str(each)[:500] for each in asked.get(
+            "troubles", list, [])[:20] if is_text(str(each))]
+        return {"instance": asked.text("instance", 100), "skew": skew,
+                "epoch": asked.whole("epoch"),
+                "offset": asked.number("offset", 0, -86_400, 86_400),
+                "zone": asked.text("zone", 200, ""),
+                "version": asked.text("version", 50, ""),
+                "boot": asked.text("boot", 100, ""),
+                "problems": compact_json(problems)}
+
+    def check_instance(self, status: HostStatus, known: str, instance: str,
+                       now: float) -> None:
+        """Of two koids with one host id, accept the one that started later;
+        the other again when that one is down. Raises Error (409)."""
+        if parse_instance(instance) >= (parse_instance(known) if known
+                                        else (0, "")):
+            return
+        if status.seen is not None and now - status.seen < SILENT_AFTER:
+            status.duplicate_at = now
+            self.changes.mark_changed("hosts", status.host)
+            raise Error("another koid uses this host's identity",
+                        "if this machine is a copy of another: koitab -d "
+                        "off, and join again", 409)
+
+    def store_next(self, db: Database, status: HostStatus, given: dict,
+                   now: float) -> None:
+        """Keep when jobs start next: "USER\\nTAG" -> time. Raises Error."""
         if len(given) > MOST_JOBS:
             raise Error(f"more than {MOST_JOBS:,} starts", "", 413)
         for whose in given:
             user, _, tag = whose.partition("\n")
             if not is_text(whose) or "\0" in whose:
                 raise Error("the request: next names no job", "", 400)
-            found = db.execute("select id, next, gone from jobs where host = "
-                               "? and user = ? and tag = ?",
-                               (status.number, user, tag)).fetchone()
-            if found and not found[2]:
-                self.set_next(db, status, found[0], found[1], RequestFields(
-                    given, "next").number(whose, None), now)
+            job = db.row("select id, next from jobs where host = ? and user = "
+                         "? and tag = ? and not removed", status.number, user,
+                         tag)
+            if job:
+                self.rules.set_next(
+                    db, job["id"], job["next"],
+                    RequestFields(given, "next").number(whose, None), now)
 
-    def set_next(self, db, status: HostStatus, job: int, before: float | None,
-                 due: float | None, now: float) -> None:
-        if due == before:
-            return
-        db.execute("update jobs set next = ? where id = ?", (due, job))
-        self.mark_changed(self.names[status.dash], "jobs", job)
-        if due is not None:
-            self.schedule_check("late", job, due + LATE_AFTER)
-        if due is None or due > now:
-            self.clear_alert(db, status.dash, f"job:{job}", "late",
-                             self.name_of_job(db, job) + " is not late")
+    def store_records(self, db: Database, status: HostStatus, epoch: int,
+                      records: list, now: float) -> int:
+        """Keep records of runs; return the highest change of this epoch that
+        is kept. Raises Error.
 
-    def name_of_job(self, db, job: int) -> str:
-        section, name, label, host = db.execute(
-            "select j.section, j.name, j.label, h.name from jobs j join "
-            "hosts h on h.id = j.host where j.id = ?", (job,)).fetchone()
-        name = escape_controls(name or label)[:100]
-        return f"{escape_controls(section)[:50]}/{name} on {host}" if section \
-            else f"{name} on {host}"
-
-    # --- its runs
-
-    def record_asked(self, asked: RequestFields) -> dict:
-        """A record of a run, as columns."""
-        import json
-        record = {name: asked.whole(name, default) for name, default in (
-            ("change", MISSING), ("attempt", 1), ("count", 1), ("bytes", 0),
-            ("size", 0))}
-        record["size"] = min(record["size"], MOST_OUTPUT)
-        for name in ("due", "asked", "started", "ended", "next"):
-            record[name] = asked.number(name, None)
-        for name in ("exit", "signal"):
-            record[name] = asked.whole(name, None, -2**31, 2**32)
-        for name, most in (("user", 256), ("tag", 100)):
-            record[name] = asked.text(name, most)
-        for name, most in (("section", 1000), ("name", 1000),
-                           ("label", 200_000), ("trigger", 50)):
-            record[name] = asked.text(name, most, "")
-        record["reason"] = asked.text("reason", 200_000, "")[:2000]
-        record["state"] = asked.choice("state", RUN_STATES)
-        record["args"] = json.dumps(asked.texts("args", 2 * LONGEST_ARGS),
-                                    ensure_ascii=False)
-        record["cut"] = int(bool(asked.fields.get("cut")))
-        nonce = asked.text("nonce", 32, "")
-        record["nonce"] = nonce if is_hex(nonce, 32) else ""
-        record["n"] = asked.whole("run", low=1)
-        return record
-
-    def take_records(self, db, status: HostStatus, epoch: int, records: list,
-                     now: float) -> int:
-        """Keep records; the highest change of this epoch that is kept.
-
-        Ids are given by the order of the host's numbers, which is that of
-        the starts; what runs do to their jobs, in the order of changes."""
-        found = db.execute("select acked from epochs where host = ? and "
-                           "epoch = ?", (status.number, epoch)).fetchone()
-        acked = found[0] if found else 0
-        if not records:
-            return acked
-        kept = []
-        for record in sorted(map(self.record_asked, records),
-                             key=lambda each: (each["n"], each["change"])):
-            if self.keep_record(db, status, epoch, record, now):
-                kept.append(record)
+        Ids are given in the order of the host's numbers, which is that of
+        the starts; jobs change in the order of the changes.
+        """
+        acked = db.value("select acked from epochs where host = ? and epoch = "
+                         "?", status.number, epoch) or 0
+        read = sorted(map(read_record, records),
+                      key=lambda each: (each["n"], each["change"]))
+        kept = [record for record in read if self.runs.store(
+            db, status, epoch, record, now)]
         for record in sorted(kept, key=lambda each: each["change"]):
-            self.run_changed(db, status, epoch, record, now)
-        highest = max(acked, *(each.fields["change"] for each in records))
+            if record["nonce"]:
+                self.requests.settle(db, status, record["nonce"], "accepted",
+                                     "", epoch, record["n"])
+            self.rules.apply_record(db, status, record, now)
+        highest = max([acked, *(record["change"] for record in read)])
         if highest > acked:
-            db.execute("insert or replace into epochs values (?, ?, ?)",
-                       (status.number, epoch, highest))
+            db.insert("epochs", "insert or replace", host=status.number,
+                      epoch=epoch, acked=highest)
         return highest
 
-    def keep_record(self, db, status: HostStatus, epoch: int, record: dict,
-                    now: float) -> bool:
-        """Keep a record, if it is newer than what is known of its run."""
-        found = db.execute(
-            "select id, change, state from runs where host = ? and epoch = ? "
-            "and n = ?", (status.number, epoch, record["n"])).fetchone()
-        going = record["state"] in GOING_ON
-        if found and (record["change"] <= found[1] or (
-                going and found[2] not in GOING_ON)):
-            return False
-        job = record["job"] = self.job_of(db, status, record)
-        at = next((record[name] for name in ("started", "due", "asked",
-                                             "ended")
-                   if record[name] is not None), now)
-        letter = outcome_code(record["state"], record["exit"],
-                              record["signal"],
-                              record["reason"])
-        days = KEEP_OUTPUT_DAYS * (2 if letter in BAD_LETTERS else 1)
-        until = min(record["ended"] or at, now) + days * DAY_SECONDS
-        values = [record[name] for name in TOLD_FIELDS]
-        record.update(at=at, letter=letter, going=going,
-                      fresh=not found or found[2] in GOING_ON)
-        if found:
-            record["id"] = found[0]
-            db.execute(UPDATE_RUN, (job, at, until, *values, found[0]))
-        else:
-            record["id"] = db.execute(INSERT_RUN, (
-                status.dash, job, status.number, epoch, record["n"], at, until,
-                *values)).lastrowid
-        dash = self.names[status.dash]
-        self.mark_changed(dash, "runs", record["id"])
-        self.mark_changed(dash, "jobs", job)
-        self.mark_changed(dash, "live", record["id"])
-        return True
 
-    def job_of(self, db, status: HostStatus, record: dict) -> int:
-        """The job of a record; one that is unknown is made, for its tab may
-        have changed before we saw the list."""
-        found = db.execute("select id from jobs where host = ? and user = ? "
-                           "and tag = ?", (status.number, record["user"],
-                                           record["tag"])).fetchone()
-        if found:
-            return found[0]
-        if db.execute("select count(*) from jobs where host = ?",
-                      (status.number,)).fetchone()[0] >= 2 * MOST_JOBS:
-            raise Error(f"the host has more than {2 * MOST_JOBS:,} jobs",
-                        "forget some that are gone", 413)
-        return self.insert_job(db, status, {"gone": 1, **{
-            name: record[name] for name in ("user", "tag", "section", "name",
-                                            "label")}})
+# ==========================================================================
+# Search: which outputs contain a text?                           (files; U)
+#
+# An index of SQLite's (FTS5) finds the runs, if this SQLite has one; else
+# all outputs are read. Which line it is, the outputs say in any case.
+# ==========================================================================
 
-    def run_changed(self, db, status: HostStatus, epoch: int, record: dict,
-                    now: float) -> None:
-        """What a run does to its job: its next start, failures, alerts."""
-        job = dict(zip(JOB_FIELDS, db.execute(
-            f"select {JOB_COLUMNS} from jobs where id = ?",
-            (record["job"],)).fetchone()))
-        if record["nonce"]:
-            self.settle_request(db, status, record["nonce"], "accepted", "",
-                                epoch, record["n"])
-        if not job["gone"] and "next" in record:
-            self.set_next(db, status, job["id"], job["next"], record["next"],
-                          now)
-        kinds = {kind for kind, in db.execute(
-            "select kind from alerts where dash = ? and subject = ?",
-            (status.dash, f"job:{job['id']}"))}
-        if record["state"] == "running":
-            self.over(db, status, job, kinds & {"late"})
-            self.schedule_check("slow", record["id"],
-                                self.slow_at(status, job["id"],
-                                                                   record[
-                "started"]))
-        elif record["fresh"] and not record["going"]:
-            self.run_ended(db, status, job, record, kinds, now)
-
-    def over(self, db, status: HostStatus, job: dict, kinds) -> None:
-        """Alerts that are true no more."""
-        words = {"failed": "works again", "late": "has started",
-                 "missed": "runs again", "slow": "has ended",
-                 "fast": "takes its usual time again"}
-        for kind in sorted(kinds):
-            self.clear_alert(
-                db, status.dash, f"job:{job['id']}", kind,
-                f"{self.name_of_job(db, job['id'])} {words[kind]}")
-
-    def run_ended(self, db, status: HostStatus, job: dict, record: dict,
-                  kinds: set, now: float) -> None:
-        letter, end = record["letter"], record["ended"] or record["at"]
-        if letter == "o":
-            db.execute("update jobs set failures = 0, failing_since = null, "
-                       "last_ok = ? where id = ?", (end, job["id"]))
-            self.over(db, status, job, kinds & {"failed", "missed", "late",
-                                                "slow"})
-            self.judge_speed(db, status, job, record, kinds, now)
-        elif letter in BAD_LETTERS:
-            job["failures"] += 1
-            db.execute("update jobs set failures = ?, failing_since = "
-                       "coalesce(failing_since, ?), last_failed = ? where id "
-                       "= ?", (job["failures"], end, record["id"], job["id"]))
-            self.over(db, status, job, kinds & {"late", "slow"})
-            if end > now - DAY_SECONDS:
-                self.tell_failure(db, status, job, record, now)
-        elif letter == "m" and record["at"] > now - DAY_SECONDS:
-            self.over(db, status, job, kinds & {"late"})
-            name = self.name_of_job(db, job["id"])
-            self.raise_alert(db, status.dash, f"job:{job['id']}", "missed",
-                             record["at"], f"{name} was missed",
-                             f"{plural(record['count'], 'start')} missed: "
-                             f"{record['reason'] or 'koid was not there'}")
-
-    def tell_failure(self, db, status: HostStatus, job: dict, record: dict,
-                     now: float) -> None:
-        """Once, with the number of failures since. If its output is still
-        to come, it is told with that, or a little later without."""
-        name = self.name_of_job(db, job["id"])
-        how = record["reason"] or (
-            f"signal {record['signal']}" if record["signal"] else
-            f"exit status {record['exit']}" if record["state"] == "done"
-            else record["state"])
-        times = "" if job["failures"] == 1 else \
-            f", {job['failures']} times in a row"
-        self.raise_alert(
-            db, status.dash, f"job:{job['id']}", "failed",
-            record["ended"] or record["at"], f"{name} failed",
-            f"{name}: {escape_controls(how)[:500]}{times}",
-            now + 15 if record["size"] else now, record["id"])
-
-    def judge_speed(self, db, status: HostStatus, job: dict, record: dict,
-                    kinds: set, now: float) -> None:
-        """Was a good run faster than it ever was? Then it did nothing."""
-        limit = shortest_usual(self.summary(job["id"]).strip)
-        if record["started"] is None or record["ended"] is None:
-            return
-        took = record["ended"] - record["started"]
-        if limit is None or took >= limit:
-            self.over(db, status, job, kinds & {"fast"})
-        elif record["at"] > now - DAY_SECONDS:
-            name = self.name_of_job(db, job["id"])
-            self.raise_alert(
-                db, status.dash, f"job:{job['id']}", "fast", record["at"],
-                f"{name} was suspiciously fast", f"{name} ended well after "
-                f"{format_duration(took)}; it never took less than "
-                f"{format_duration(limit * 5)} of late")
-
-    def slow_at(self, status: HostStatus, job: int,
-                started: float | None) -> float | None:
-        """When a run is slower than its job ever was; in our time."""
-        limit = longest_usual(self.summary(job).strip)
-        return None if limit is None or started is None else \
-            started + limit + self.skew_of(status)
-
-    def skew_of(self, status: HostStatus) -> float:
-        """Our clock minus the host's, where that matters."""
-        found = self.db.execute("select skew from hosts where id = ?",
-                                (status.number,)).fetchone()
-        return found[0] if found and abs(found[0]) > 5 else 0.0
-
-    # --- what runs have written
-
-    def take_output(self, db, status: HostStatus, epoch: int,
-                    asked: RequestFields,
-                    now: float) -> None:
-        """Keep a piece of output, if it follows what is there."""
-        found = db.execute(
-            "select id, state, size, have from runs where host = ? and epoch "
-            "= ? and n = ?", (status.number, epoch, asked.whole("run"))
-            ).fetchone()
-        data, at = asked.data("data", MOST_OUTPUT), asked.whole("at", 0)
-        if not found or found[1] in GOING_ON:
-            return
-        run, _, size, have = found
-        if asked.flag("gone", False):
-            db.execute("update runs set size = have where id = ?", (run,))
-            return self.output_ended(db, status, run, now)
-        if at != have or have >= size:
-            return
-        data = data[:size - have]
-        try:
-            length, lines = whole_frames(data)
-        except ValueError:
-            length = -1
-        if length < 0 or length < len(data) == size - have:
-            db.execute("update runs set size = have where id = ?", (run,))
-            return self.output_ended(db, status, run, now)
-        if length:
-            db.execute("insert into outputs (run, at, lines, data) values "
-                       "(?, ?, ?, ?)", (run, have, lines, data[:length]))
-            db.execute("update runs set have = ? where id = ?",
-                       (have + length, run))
-            self.mark_changed(self.names[status.dash], "live", run)
-            if have + length == size:
-                self.output_ended(db, status, run, now)
-
-    def output_ended(self, db, status: HostStatus, run: int,
-                     now: float) -> None:
-        """The output of a run is whole: its last line, and who waits."""
-        row = dict(zip(RUN_FIELDS_KEPT, db.execute(
-            f"select {RUN_COLUMNS} from runs where id = ?", (run,)
-            ).fetchone()))
-        tail = [data for data, in db.execute(
-            "select data from outputs where run = ? order by at desc limit 3",
-            (run,))]
-        bad = outcome_code(row["state"], row["exit"], row["signal"],
-                           row["reason"]) in BAD_LETTERS
-        line = last_line(b"".join(reversed(tail)), bad)
-        db.execute("update runs set line = ? where id = ?", (line, run))
-        if tail:
-            db.execute("insert or ignore into unread values (?)", (run,))
-        db.execute("update letters set due = ?, text = text || ? where run = "
-                   "? and tries = 0 and due > ?",
-                   (now, f"\n\n{line}" if line else "", run, now))
-        dash = self.names[status.dash]
-        for what, key in (("runs", run), ("jobs", row["job"]), ("live", run),
-                          ("letters", run)):
-            self.mark_changed(dash, what, key)
-        self.after.append(lambda: self.output_of_runs.end(run))
-
-    def take_live(self, status: HostStatus, asked: RequestFields) -> None:
-        """Output of a run that goes on, for those who look at it."""
-        data, at = asked.data("data", LIVE_ROOM), asked.whole("at", 0)
-        run = self.output_of_runs.run_of(status.host, asked.whole("run"))
-        if run is None:
-            return
-        try:
-            length, _ = whole_frames(data)
-        except ValueError:
-            return
-        if self.output_of_runs.put(run, at, data[:length],
-                                   asked.flag("reset", False)):
-            self.mark_changed(self.names[status.dash], "live", run)
-
-    def look(self, dash: str, run: int) -> None:
-        """Somebody looks at what a run writes; its host is told when that
-        is new. Raises Error if there is no such run."""
-        found = self.read(self.going_run, dash, run)
-        if found and self.output_of_runs.look(run, *found, self.clock.now()):
-            self.write(self.wake, dash, found[0])
-
-    def going_run(self, db, dash: str, run: int) -> tuple | None:
-        """(host, its number for the run), while the run goes on."""
-        row = self.row_of_run(db, dash, run)
-        return (self.hosts.get(row["host"], ""), row["n"]) \
-            if row["state"] in GOING_ON else None
-
-    def wake(self, _db, dash: str, host: str) -> None:
-        """Let a host's long poll look again."""
-        self.mark_changed(dash, "wake", host)
-
-    def watched(self, host: str) -> dict[int, int]:
-        """The runs of a host that are looked at -> bytes we have."""
-        return self.output_of_runs.watched(host, self.clock.now())
-
-    # --- requests: what people ask of hosts
-
-    def request(self, db, dash: str, fields, now: float) -> dict:
-        """Take a signed request for a host. We cannot judge its signature,
-        and need not: the host does."""
-        asked, number = RequestFields(fields), self.number_of(dash)
-        status = self.pulse_of(dash, asked.hex("host", 32))
-        body, mac = asked.text("body", LONGEST_BODY), asked.hex("mac", 64)
-        try:
-            said = RequestFields(parse_strict_json(body), "the signed request")
-        except RequestRejected as forged:
-            raise Error(f"the signed request: {forged}", "", 400) from None
-        nonce, exp = said.hex("nonce", 32), said.whole("exp") / 1000
-        do = said.choice("do", ("run", "kill"))
-        if said.text("host") != status.host or said.text("dash") != dash:
-            raise Error("the request is signed for another host", "", 400)
-        if not now < exp < now + LONGEST_LIFE / 1000 + 60:
-            raise Error("the request has expired, or would live too long",
-                        "is the clock of this machine right?", 400)
-        before = db.execute("select body, mac, dash from requests where nonce"
-                            " = ?", (nonce,)).fetchone()
-        if before and before != (body, mac, number):
-            raise Error("there was another request of this nonce", "", 409)
-        if not before:
-            if db.execute("select count(*) from requests where host = ? and "
-                          "state = 'waiting'", (status.number,)).fetchone(
-                          )[0] >= MOST_REQUESTS_WAITING:
-                raise Error("too many requests wait for this host", "", 429)
-            db.execute("insert into requests (dash, host, nonce, body, mac, "
-                       "asked, exp) values (?, ?, ?, ?, ?, ?, ?)", (
-                           number, status.number, nonce, body, mac, now, exp))
-            self.audit_request(db, status, do, said, nonce, now)
-            self.schedule_check("request", nonce, exp + 5)
-            self.mark_changed(dash, "requests", nonce)
-            self.mark_changed(dash, "wake", status.host)
-        return self.request_state(db, dash, nonce)
-
-    def audit_request(self, db, status: HostStatus, do: str,
-                      said: RequestFields,
-                      nonce: str, now: float) -> None:
-        import json
-        if do == "run":
-            row = db.execute(
-                "select id, label from jobs where host = ? and user = ? and "
-                "tag = ?", (status.number, said.text("user", 256),
-                            said.text("tag", 100))).fetchone()
-        else:
-            row = db.execute(
-                "select j.id, j.label from runs r join jobs j on j.id = r.job"
-                " where r.host = ? and r.epoch = ? and r.n = ?", (
-                    status.number, said.whole("epoch"), said.whole("run"))
-                ).fetchone()
-        args = {**said.texts("args", 2 * LONGEST_ARGS), **dict.fromkeys(
-            said.texts("secrets", LONGEST_BODY), MASK.decode())}
-        job, label = row or (None, "")
-        self.record(db, status.dash, now, do, status.host, job=job,
-                    nonce=nonce,
-                    label=label[:1000], args=json.dumps(args))
-
-    def request_state(self, db, dash: str, nonce: str) -> dict:
-        found = db.execute(
-            "select state, reason, (select id from runs r where r.host = "
-            "q.host and r.epoch = q.epoch and r.n = q.n) from requests q "
-            "where nonce = ? and dash = ?", (nonce, self.number_of(dash))
-            ).fetchone() if is_hex(nonce, 32) else None
-        if not found:
-            raise missing_thing("request")
-        return dict(zip(("nonce", "state", "reason", "run"), (nonce, *found)))
-
-    def waiting_requests(self, db, access: Principal, now: float) -> dict:
-        """What waits for a host. What was handed out and not answered is
-        handed out again: the answer may have got lost, or the host."""
-        status, requests = self.pulse_of(access.dash, access.host), []
-        for nonce, body, mac in db.execute(
-                "select nonce, body, mac from requests where host = ? and "
-                "state = 'waiting' and exp > ? order by id",
-                (status.number, now)):
-            if len(requests) == MOST_REQUESTS:
-                break
-            if self.handed.get(nonce, 0.0) <= now - HAND_OUT_AGAIN:
-                self.handed[nonce] = now
-                requests.append({"body": body, "mac": mac})
-        return {"requests": requests, "live": {
-            str(n): have for n, have in self.watched(access.host).items()}}
-
-    def take_verdict(self, db, status: HostStatus, epoch: int,
-                     asked: RequestFields) -> None:
-        self.settle_request(
-            db, status, asked.hex("nonce", 32),
-            asked.choice("verdict", ("accepted", "refused")),
-            asked.text("reason", 2000, ""), epoch, asked.whole("run", None))
-
-    def settle_request(self, db, status: HostStatus, nonce: str, state: str,
-                       reason: str, epoch: int, n: int | None) -> None:
-        """What became of a request. A run that came of it is the last word;
-        "expired" is only what we suppose."""
-        done = db.execute(
-            "update requests set state = ?1, reason = ?2, epoch = ?3, n = "
-            "coalesce(?4, n) where host = ?5 and nonce = ?6 and (state in "
-            "('waiting', 'expired') or (?1 = 'accepted' and (state <> ?1 or "
-            "n is null and ?4 is not null)))",
-            (state, reason, epoch, n, status.number, nonce)).rowcount
-        self.handed.pop(nonce, None)
-        if done:
-            self.mark_changed(self.names[status.dash], "requests", nonce)
-
-    def look_at_request(self, db, nonce: str, now: float) -> None:
-        """Has a request expired without an answer?"""
-        found = db.execute("select dash, exp from requests where nonce = ? "
-                           "and state = 'waiting'", (nonce,)).fetchone()
-        if found and found[1] + 5 > now:
-            self.schedule_check("request", nonce, found[1] + 5)
-        elif found:
-            db.execute("update requests set state = 'expired', reason = "
-                       "'the host did not answer' where nonce = ?", (nonce,))
-            self.handed.pop(nonce, None)
-            self.mark_changed(self.names[found[0]], "requests", nonce)
-
-    # --- watches
-
-    def look_at_host(self, db, host: str, now: float) -> None:
-        """Is a host silent? That is one alert; those of its jobs would say
-        the same again."""
-        status = self.host_statuses.get(host)
-        if not status or status.silent or status.seen is None:
-            return
-        at = max(status.seen, status.since) + SILENT_AFTER
-        row = db.execute("select name, token from hosts where id = ?",
-                         (status.number,)).fetchone()
-        if at > now:
-            self.schedule_check("host", host, at)
-        elif row and row[1]:
-            db.execute("update hosts set silent = 1, seen = ? where id = ?",
-                       (status.seen, status.number))
-            self.raise_alert(
-                db,
-                status.dash,
-                f"host:{host}",
-                "silent",
-                status.seen,
-                f"{row[0]} is silent",
-                f"{row[0]} was last heard of at "
-                f"{format_rfc3339(status.seen)}; what its jobs do is "
-                "unknown until it is back",
-            )
-            self.after.append(lambda: setattr(status, "silent", True))
-            dash = self.names[status.dash]
-            self.mark_changed(dash, "hosts", host)
-            self.mark_changed(dash, "jobs", *(job for job, in db.execute(
-                "select id from jobs where host = ?", (status.number,))))
-
-    def look_at_late(self, db, job: int, now: float) -> None:
-        """Should a job have started by now, and its host, which is there,
-        says nothing of it?"""
-        row = db.execute("select host, next from jobs where id = ? and gone "
-                         "= 0", (job,)).fetchone()
-        status = row and self.host_statuses.get(self.hosts.get(row[0], ""))
-        if not status or row[1] is None or status.silent or status.seen \
-                is None:
-            return
-        at = max(row[1] + self.skew_of(status) + LATE_AFTER,
-                 status.back + SETTLED_AFTER)
-        if at > now:
-            return self.schedule_check("late", job, at)
-        if now - status.seen > SILENT_AFTER / 2:     # is it the host perhaps?
-            return self.schedule_check("late", job, now + SILENT_AFTER / 6)
-        newest = db.execute("select max(due) from (select due from runs where "
-                            "job = ? order by id desc limit 5)", (job,)
-                            ).fetchone()[0]
-        if newest is None or newest < row[1]:
-            name = self.name_of_job(db, job)
-            self.raise_alert(db, status.dash, f"job:{job}", "late", row[1],
-                             f"{name} is late", f"{name} should have started "
-                             f"at {format_rfc3339(row[1])}")
-            self.mark_changed(self.names[status.dash], "jobs", job)
-
-    def look_at_slow(self, db, run: int, now: float) -> None:
-        """Does a run take longer than its job ever took?"""
-        row = db.execute("select job, host, state, started from runs where id "
-                         "= ?", (run,)).fetchone()
-        status = row and self.host_statuses.get(self.hosts.get(row[1], ""))
-        if not status or row[2] != "running" or status.silent:
-            return
-        at = self.slow_at(status, row[0], row[3])
-        if at is None or at > now:
-            return self.schedule_check("slow", run, at)
-        name = self.name_of_job(db, row[0])
-        self.raise_alert(
-            db, status.dash, f"job:{row[0]}", "slow", row[3],
-            f"{name} takes long", f"{name} has been running for "
-            f"{format_duration(int(now - row[3]))}, three times as long as "
-            "it ever did of late")
-        self.mark_changed(self.names[status.dash], "jobs", row[0])
-
-    def snooze(self, db, dash: str, fields, now: float) -> dict:
-        """Tell nothing of a subject until a time; it is shown as before."""
-        asked, number = RequestFields(fields), self.number_of(dash)
-        subject, until = asked.text("subject", 100), asked.number("until")
-        kind, _, key = subject.partition(":")
-        if kind == "host":
-            self.pulse_of(dash, key)
-        elif kind == "check":
-            self.whole_check(db, dash, key)
-        elif kind != "job" or not (key.isascii() and key.isdigit()):
-            raise missing_thing("subject")
-        else:
-            self.row_of_job(db, dash, int(key[:18]))
-        db.execute("delete from snoozes where dash = ? and subject = ?",
-                   (number, subject))
-        if until > now:
-            db.execute("insert into snoozes values (?, ?, ?)",
-                       (number, subject, until))
-            self.schedule_check("snooze", (number, subject), until)
-        else:
-            self.tell_untold(db, number, subject)
-        self.record(db, number, now, "snooze", key if kind == "host" else "",
-                    job=int(key) if kind == "job" else None, label=subject,
-                    state="on" if until > now else "off")
-        self.mark_changed(dash,
-                          {"job": "jobs", "check": "checks", "host": "hosts"}
-                          [kind], int(key) if kind == "job" else key)
-        return {}
-
-    def look_at_snooze(self, db, key: tuple, now: float) -> None:
-        """A snooze that is over: what stands still is told now."""
-        found = db.execute("select until from snoozes where dash = ? and "
-                           "subject = ?", key).fetchone()
-        if found and found[0] > now:
-            self.schedule_check("snooze", key, found[0])
-        elif found:
-            db.execute("delete from snoozes where dash = ? and subject = ?",
-                       key)
-            self.tell_untold(db, *key)
-
-    def tell_untold(self, db, number: int, subject: str) -> None:
-        for alert, kind, text in db.execute(
-                "select id, kind, text from alerts where dash = ? and "
-                "subject = ? and not told", (number, subject)).fetchall():
-            self.enqueue(db, number, alert, text.partition("\n")[0][:200],
-                         text, subject, kind, False)
-
-    # --- what is shown
-
-    def load(self) -> None:
-        """Besides, all that may be due at some time."""
-        super().load()
-        now = self.clock.now()
-        for host, status in self.host_statuses.items():
-            if status.seen is not None:
-                self.schedule_check("host", host, now + SILENT_AFTER)
-        for kind, statement in (
-                ("late", "select id, next from jobs where next is not null "
-                         "and gone = 0"),
-                ("slow", "select id, 0 from runs where state = 'running' and "
-                         "dash in (select id from dashboards)"),
-                ("check", "select id, 0 from checks where status <> 'down'"),
-                ("request", "select nonce, exp + 5 from requests where state "
-                            "= 'waiting'")):
-            for key, at in self.db.execute(statement):
-                self.schedule_check(kind, key, max(at, now + (
-                    SETTLED_AFTER if kind in ("late", "slow") else 0)))
-        for number, subject, until in self.db.execute(
-                "select dash, subject, until from snoozes"):
-            self.schedule_check("snooze", (number, subject), until)
-
-    def summary(self, job: int) -> JobSummary:
-        """A job's face; made by the first who looks. Each statement of a
-        reader sees what was committed before it, and what is committed
-        after is put into the faces under this lock: so none goes stale."""
-        with self.faces_lock:
-            summary = self.summaries.get(job)
-            if summary is None:
-                db = self.reader()
-                rows = db.execute(
-                    f"select {ENTRY_COLUMNS} from runs where job = ? order "
-                    "by id desc limit ?", (job, STRIP)).fetchall()
-                last = rows_of(db, (
-                    f"select {RUN_COLUMNS} from runs where job = ? and state "
-                    "not in ('queued', 'running') order by id desc limit 1"),
-                    job)
-                summary = self.summaries[job] = JobSummary(rows[::-1],
-                                                           last[0] if last
-                                                           else None)
-            return summary
-
-    def settled(self) -> None:
-        """Put what was committed into the faces."""
-        for changed in self.touched.values():
-            for run in changed.get("runs", ()):
-                row = self.db.execute(f"select {RUN_COLUMNS} from runs where "
-                                      "id = ?", (run,)).fetchone()
-                with self.faces_lock:   # even to see whether there is one
-                    summary = row and self.summaries.get(row[1])
-                    if summary:
-                        summary.put(dict(zip(RUN_FIELDS_KEPT, row)))
-
-    def describe_changes(self, dash: str, changed: dict) -> dict:
-        """A line of the stream."""
-        db, now, number = self.db, self.clock.now(), self.numbers[dash]
-        lines, snoozed = {"gone": {}}, self.snoozed(db, number)
-        makers = {
-            "runs": lambda run: self.run_shape(self.row_of_run(
-                db, dash, run)),
-            "jobs": lambda job: self.job_shape(db, self.row_of_job(
-                db, dash, job), snoozed),
-            "hosts": lambda host: self.host_shape(rows_of(
-                db, f"select {HOST_COLUMNS} from hosts where id = ?",
-                self.pulse_of(dash, host).number)[0], now),
-            "checks": lambda uuid: self.check_shape(db, self.whole_check(
-                db, dash, uuid), snoozed, now),
-            "requests": lambda nonce: self.request_state(db, dash, nonce),
-            "alerts": lambda key: rows_of(
-                db, "select subject, kind, since, text from alerts where "
-                "dash = ? and subject = ? and kind = ?", number, *key)[0]}
-        for what, make in makers.items():
-            for key in changed.get(what, ()):
-                try:
-                    lines.setdefault(what, []).append(make(key))
-                except (Error, IndexError):
-                    lines["gone"].setdefault(what, []).append(
-                        "\n".join(key) if what == "alerts" else key)
-        if not lines["gone"]:
-            del lines["gone"]
-        return {what: found for what, found in lines.items() if found}
-
-    def snoozed(self, db, number: int) -> dict[str, float]:
-        now = self.clock.now()
-        return {subject: until for subject, until in db.execute(
-            "select subject, until from snoozes where dash = ?", (number,))
-            if until > now}
-
-    def row_of_job(self, db, dash: str, job: int) -> dict:
-        row = db.execute(f"select {JOB_COLUMNS} from jobs where id = ? and "
-                         "dash = ? and gone < 2", (job, self.number_of(dash))
-                         ).fetchone() if 0 <= job <= LARGEST_WHOLE else None
-        if not row:
-            raise missing_thing("job")
-        return dict(zip(JOB_FIELDS, row))
-
-    def row_of_run(self, db, dash: str, run: int) -> dict:
-        row = db.execute(
-            f"select {RUN_COLUMNS} from runs where id = ? and dash = ? and "
-            "(select gone from jobs where id = job) < 2",
-            (run, self.number_of(dash))
-            ).fetchone() if 0 <= run <= LARGEST_WHOLE else None
-        if not row:
-            raise missing_thing("run")
-        return dict(zip(RUN_FIELDS_KEPT, row))
-
-    def run_shape(self, row: dict) -> dict:
-        import json
-        return {**row, "host": self.hosts.get(row["host"], ""),
-                "cut": bool(row["cut"]), "args": json.loads(row["args"])}
-
-    def host_shape(self, row: dict, now: float) -> dict:
-        import json
-        status = self.host_statuses.get(row["host"]) or HostStatus(row, now)
-        state = "left" if not row["token"] else "new" if status.seen is None \
-            else "silent" if status.silent else "twin" if status.twin and \
-            status.twin > now - TWIN_SHOWN else "up"
-        return {"id": row["host"], "name": row["name"], "seen": status.seen,
-                "state": state, "since": row["made"], **{
-                    name: row[name] for name in ("offset", "zone", "skew",
-                                                 "version", "key")},
-                "troubles": json.loads(row["troubles"])}
-
-    def job_shape(self, db, job: dict, snoozed: dict) -> dict:
-        host = self.hosts.get(job["host"], "")
-        with self.faces_lock:
-            summary = self.summary(job["id"])
-            strip, going, last = summary.strip, summary.going[:], summary.last
-        kinds = self.kinds_of_alerts(db, job)
-        failing = None
-        if job["failures"]:
-            line = db.execute("select line from runs where id = ?",
-                              (job["last_failed"],)).fetchone()
-            failing = {"since": job["failing_since"],
-                       "count": job["failures"], "last_ok": job["last_ok"],
-                       "line": line[0] if line else ""}
-        return {
-            **{name: job[name] for name in ("id", "user", "tag", "section",
-                                            "name", "label", "words",
-                                            "command", "next", "confirm")},
-            "host": host, "when": job["timing"], "gone": bool(job["gone"]),
-            "manual": job["timing"] == "@manual", "running": going,
-            "state": self.state_of_job(host, kinds, going, last),
-            "last": last and self.run_shape(last), "strip": strip,
-            "failing": failing, "usual": strip.usual,
-            "snoozed": snoozed.get(f"job:{job['id']}", 0)}
-
-    def kinds_of_alerts(self, db, job: dict) -> set:
-        return {kind for kind, in db.execute(
-            "select kind from alerts where dash = ? and subject = ?",
-            (job["dash"], f"job:{job['id']}"))}
-
-    def state_of_job(self, host: str, kinds: set, going: list,
-                     last: dict | None) -> str:
-        status = self.host_statuses.get(host)
-        if status and status.silent:
-            return "unknown"
-        if going:
-            return "running"
-        if "late" in kinds:
-            return "late"
-        if not last:
-            return "new"
-        letter = outcome_code(last["state"], last["exit"], last["signal"],
-                              last["reason"])
-        return {"o": "ok", "m": "missed", "s": "skipped"}.get(letter,
-                                                              "failed")
-
-    def state(self, db, access: Principal, now: float) -> dict:
-        """All that the overview shows. The number of the newest change is
-        read first: what happens meanwhile is told once more."""
-        dash, number = access.dash, self.number_of(access.dash)
-        seq, operator = self.seq(dash), access.role == "operator"
-        about = rows_of(db, "select dash id, salt, rounds, ping_key, "
-                        "badge_key from dashboards where id = ?", number)[0]
-        snoozed = self.snoozed(db, number)
-        return {
-            "seq": seq, "now": now, "version": VERSION, "role": access.role,
-            "dash": about if operator else {**about, "ping_key": ""},
-            "hosts": [self.host_shape(row, now) for row in rows_of(
-                db, f"select {HOST_COLUMNS} from hosts where dash = ? and "
-                "gone < 2 order by name, id", number)],
-            "jobs": [self.job_shape(db, dict(zip(JOB_FIELDS, row)), snoozed)
-                     for row in db.execute(
-                         f"select {JOB_COLUMNS} from jobs where dash = ? and "
-                         "gone < 2 order by id", (number,)).fetchall()],
-            "checks": [self.check_shape(db, dict(zip(CHECK_FIELDS, row)),
-                                        snoozed, now)
-                       for row in db.execute(
-                           f"select {CHECK_COLUMNS} from checks where dash = "
-                           "? order by id", (number,)).fetchall()],
-            "alerts": rows_of(db, "select subject, kind, since, text from "
-                              "alerts where dash = ? order by since desc",
-                              number),
-            "troubles": self.troubles}
-
-    def runs(self, db, dash: str, job: int, before: int | None = None,
-             limit: int = 100) -> dict:
-        self.row_of_job(db, dash, job)
-        limit = min(max(limit, 1), 1000)
-        rows = db.execute(
-            f"select {RUN_COLUMNS} from runs where job = ? and id < ? order "
-            "by id desc limit ?", (job, LARGEST_WHOLE if before is None
-                                   else before, limit + 1)).fetchall()
-        return {"runs": [self.run_shape(dict(zip(RUN_FIELDS_KEPT, row)))
-                         for row in rows[:limit]], "more": len(rows) > limit}
-
-    def run(self, db, dash: str, run: int) -> dict:
-        row = self.row_of_run(db, dash, run)
-        job = self.row_of_job(db, dash, row["job"])
-
-        def near(where: str) -> int | None:
-            found = db.execute(f"select id from runs where job = ? and "
-                               f"{where} limit 1", (job["id"], run)
-                               ).fetchone()
-            return found and found[0]
-
-        return {"run": self.run_shape(row), "job": self.job_shape(
-            db, job, self.snoozed(db, job["dash"])),
-            "good": near("state = 'done' and exit = 0 and id < ? order by id "
-                         "desc"),
-            "older": near("id < ? order by id desc"),
-            "newer": near("id > ? order by id")}
-
-    def chunks(self, db, dash: str, run: int) -> dict:
-        row, live = self.row_of_run(db, dash, run), \
-            self.output_of_runs.get(run)
-        found = [list(chunk) for chunk in db.execute(
-            "select at, length(data), lines from outputs where run = ? order "
-            "by at", (run,))]
-        if live and not found:
-            at, data = live
-            found = [[at, len(data), whole_frames(data)[1]]] if data else []
-        return {"size": sum(found[-1][:2]) if found else 0,
-                "live": self.goes_on(row), "chunks": found}
-
-    def goes_on(self, row: dict) -> bool:
-        """Will there be more of a run's output?"""
-        return row["state"] in GOING_ON or row["have"] < row["size"]
-
-    def output(self, db, dash: str, run: int, at: int, most: int) -> tuple:
-        """(frames, size, whether there will be more, where they begin)."""
-        row, live = self.row_of_run(db, dash, run), \
-            self.output_of_runs.get(run)
-        most, at = min(max(most, 1), 2**20), max(at, 0)
-        if live and not row["have"]:
-            begin, data = live
-            at = max(at, begin)
-            return (cut_to_frames(data[at - begin:], most),
-                    begin + len(data), self.goes_on(row), at)
-        found = b""
-        for begin, data in db.execute(
-                "select at, data from outputs where run = ?1 and at >= "
-                "coalesce((select max(at) from outputs where run = ?1 and at "
-                "<= ?2), 0) order by at", (run, min(at, LARGEST_WHOLE))):
-            found += data[max(at - begin, 0):]
-            if len(found) > most:
-                break
-        return (cut_to_frames(found, most), row["have"], self.goes_on(row),
-                at)
-
-    def raw(self, db, dash: str, run: int) -> bytes:
-        """What a job wrote, both streams, as cron would mail it."""
-        self.row_of_run(db, dash, run)
-        found = b"".join(data for data, in db.execute(
-            "select data from outputs where run = ? order by at", (run,)))
-        live = self.output_of_runs.get(run)
-        return output_text(found or (live[1] if live else b""))
-
-    def day(self, db, dash: str, begin: float, end: float) -> dict:
-        """The runs of a time as bars, for all jobs at once. What began
-        before is there too, if it reached into it. When there is too much,
-        `to` says how far the answer goes."""
-        number, rows = self.number_of(dash), {}
-        count = reached = 0
-        for run, job, at, ended, due, letter in self.bars(
-                db, number, begin, end):
-            count, reached = count + 1, at
-            if count > MOST_BARS:
-                end = reached
-                break
-            row = rows.get(job)
-            if row is None:
-                row = rows[job] = {"job": job, "bars": [], "missing": []}
-            if letter == "m":
-                row["missing"].append([at if due is None else due, run])
-            elif letter != "q":
-                row["bars"].append([milliseconds(at), milliseconds(ended),
-                                    letter, run])
-        return {"rows": list(rows.values()), "from": begin, "to": end}
-
-    def bars(self, db, number: int, begin: float, end: float):
-        """Runs in order of time: first those that began before it and
-        reach into it; each kind has an index of its own."""
-        columns = "select id, job, at, ended, due, state, exit, signal, " \
-            "reason from runs "
-        for statement, values in (
-                (columns + "indexed by runs_going where dash = ? and state "
-                 "in ('queued', 'running') and at < ? order by at",
-                 (number, begin)),
-                (columns + "where dash = ? and at >= ? and at < ? and ended "
-                 "- started > 3600 and ended > ? order by at",
-                 (number, begin - LONGEST_BAR, begin, begin)),
-                (columns + "where dash = ? and at >= ? and at < ? and ended "
-                 "> ? and ended - started <= 3600 order by at",
-                 (number, begin - 3600, begin, begin)),
-                (columns + "where dash = ? and at >= ? and at < ? order by "
-                 "at", (number, begin, end))):
-            for run, job, at, ended, due, *how in db.execute(statement,
-                                                             values):
-                yield run, job, at, ended, due, outcome_code(*how)
+SEARCH_TIME = 1.0               # seconds that one search may take
+MOST_INDEXED = 2**18            # characters of a run: head and tail
 
 
-ALERT_STATES = ("failed", "late", "missed", "unknown")
-BADGES = {"ok": "#2a8a3e", "up": "#2a8a3e", "running": "#2a8a3e",
-          "new": "#77777a", "paused": "#77777a", "skipped": "#77777a",
-          "unknown": "#77777a", "late": "#b87800", "grace": "#b87800",
-          "missed": "#b87800", "failed": "#c32b2b", "down": "#c32b2b"}
-STRIPPED = r"\x1b\[[0-?]*[ -/]*[@-~]"
-LONGEST_BAR = 30 * DAY_SECONDS
-PIECE, MOST_READ = 8_192, 2**18     # letters of a step, and of a run
-MOST_PIECES = 64                # of a run: each is half full at least
+def indexed_text(frames: bytes) -> str:
+    """Return the text of an output that goes into the index: head and tail
+    of what is long. The same frames must always give the same text, because
+    an entry of the index is removed by it."""
+    import re
+    text = b"".join(data for stream, _, data in read_frames(frames)
+                    if stream in (STDOUT, STDERR)).decode("utf-8", "replace")
+    text = re.sub(STRIPPED, "", text).replace("\0", " ")
+    if len(text) > MOST_INDEXED:
+        half = MOST_INDEXED // 2
+        text = text[:half] + "\n" + text[-half + 1:]
+    return text
 
 
-class Dashboard(Fleet):
-    """The dashboard. What it forgets, and how things are found in it."""
+def line_with(text: str, match) -> str:
+    """Return the line that a match is in, at most 400 characters."""
+    begin = text.rfind("\n", 0, match.start()) + 1
+    begin = max(begin, match.start() - 150)
+    end = text.find("\n", match.end())
+    end = len(text) if end < 0 else end
+    return escape_controls(text[begin:min(end, begin + 400)])
 
-    def __init__(self, path: str, clock: Clock | None = None, zone=None):
-        super().__init__(path, clock, zone)
-        self.index = ""         # how texts are found: trigram, words, or ""
-        self.round = 0          # the job that is tidied up next
-        self.chore(600.0, self.warm_up)
-        self.chore(5.0, self.read_output)
-        self.chore(60.0, self.expire_old)
-        self.chore(300.0, self.give_back)
-        self.chore(SEEN_NOTED, self.note_seen)
 
-    def load(self) -> None:
-        """Besides, the index of the outputs, if SQLite can keep one."""
+class Search:
+    """The index of the outputs, the table `found`.
+
+    `index` is its kind: trigram, words, or "" without one. `problems` gets a
+    sentence when it is damaged.
+    """
+
+    def __init__(self, runs: Runs, problems: dict):
+        self.runs, self.problems = runs, problems
+        self.index = ""
+
+    def load(self, db: Database) -> None:
+        """Make the index, or open it. Raises sqlite3.Error."""
         import sqlite3
         for name, how in (("trigram", "trigram"), ("words", "unicode61")):
-            found = self.one("select sql from sqlite_master where name = "
+            known = db.value("select sql from sqlite_master where name = "
                              "'found'")
             try:
-                if not found:
-                    self.db.execute("create virtual table found using fts5("
-                                    f"text, content='', tokenize='{how}')")
-                if not found or how in found:
-                    self.one("select rowid from found limit 1")
+                if not known:
+                    db.execute("create virtual table found using fts5(text, "
+                               f"content='', tokenize='{how}')")
+                if not known or how in known:
+                    db.value("select rowid from found limit 1")
                     self.index = name
                     break
             except sqlite3.OperationalError as error:
-                if "full" in str(error):
+                if failure_of(error) == "full":
                     raise
-        super().load()
 
-    def warm_up(self, db) -> bool:
-        """Make the faces of some jobs, before anybody asks for them."""
-        cold = [job for job, in db.execute("select id from jobs where gone = "
-                                           "0 limit 2000")
-                if job not in self.summaries][:20]
-        for job in cold:
-            self.summary(job)
-        return bool(cold)
-
-    # --- finding
-
-    def read_output(self, db) -> bool:
-        """Take a piece of one output into the index: small steps, as pings
-        wait behind each."""
-        found = db.execute("select u.run, r.pieces, r.have from unread u left "
-                           "join runs r on r.id = u.run limit 1").fetchone()
-        if not found or not self.index or self.full:
-            return False        # what little room there is, is to forget
-        run, pieces, have = found
-        parts = text_pieces(self.frames_of(db, run)) if have else []
-        if pieces is not None and pieces < len(parts):
-            self.change_index(db, "insert into found (rowid, text) values "
-                              "(?, ?)", run * MOST_PIECES + pieces,
-                              parts[pieces])
-            db.execute("update runs set pieces = pieces + 1 where id = ?",
-                       (run,))
-        if pieces is None or pieces + 1 >= len(parts):
-            db.execute("delete from unread where run = ?", (run,))
+    def index_next(self, db: Database) -> bool:
+        """Put one output into the index; return whether there was one."""
+        run = db.value("select run from unindexed limit 1")
+        if run is None or not self.index:
+            return False
+        frames = self.runs.frames(db, run)
+        if frames:
+            self.change(db, "insert into found (rowid, text) values (?, ?)",
+                        run, indexed_text(frames))
+            db.update("runs", {"indexed": 1}, id=run)
+        db.delete("unindexed", run=run)
         return True
 
-    def change_index(self, db, statement: str, *values) -> None:
-        """An index that is damaged is no reason to end: without it things
-        are found all the same, only later."""
+    def remove(self, db: Database, run: int) -> int:
+        """Remove the output of a run, and its entry of the index; return its
+        size in bytes."""
+        frames = self.runs.frames(db, run)
+        if db.value("select indexed from runs where id = ?", run):
+            self.change(db, "insert into found (found, rowid, text) values "
+                        "('delete', ?, ?)", run, indexed_text(frames))
+        self.runs.remove_output(db, run)
+        return len(frames)
+
+    def change(self, db: Database, statement: str, *values) -> None:
+        """Change the index. A damaged one is no reason to end: without it
+        texts are found as well, only more slowly."""
         import sqlite3
         try:
             if self.index:
-                db.execute(statement, values)
+                db.execute(statement, *values)
         except sqlite3.DatabaseError as error:
-            if not db.in_transaction or "malformed" not in str(error):
+            if not db.in_transaction or failure_of(error) != "damaged":
                 raise
             self.index = ""
-            self.faults["index"] = "the index of outputs is damaged: search " \
-                "goes on without it, and is slow"
+            self.problems["index"] = "the index of outputs is damaged: " \
+                "search goes on without it, and is slow"
 
-    def frames_of(self, db, run: int) -> bytes:
-        return b"".join(data for data, in db.execute(
-            "select data from outputs where run = ? order by at", (run,)))
-
-    def search(self, db, dash: str, text: str, job: int | None = None,
-               before: int | None = None) -> dict:
-        """Runs whose output holds a text, the newest first: each with the
-        first line that does. For a limited time; then `more` says so."""
+    def find(self, db: Database, text: str, job: int | None = None,
+             before: int | None = None) -> dict:
+        """Return the newest runs before a run whose output contains a text,
+        each with the first line that does. After SEARCH_TIME, or 20 of
+        them, `more` is true. Raises Error."""
+        import re
         import sqlite3
-        number, text = self.number_of(dash), text.strip()[:200]
+        text = text.strip()[:200]
         if len(text) < 2 or not is_text(text) or "\0" in text:
             raise Error("two letters at least are needed", "", 400)
         if job is not None:
-            self.row_of_job(db, dash, job)
-        hits, until = [], time.monotonic() + READ_TIME
-        more, seen = False, None
-        db.set_progress_handler(
+            self.runs.hosts.job(db, job)
+        wanted, matches = re.compile(re.escape(text), re.I), []
+        until, more = time.monotonic() + SEARCH_TIME, False
+        db.connection.set_progress_handler(
             lambda: int(time.monotonic() > until), 10_000)
         try:
-            for run in self.candidates(db, number, text, job, before):
-                if len(hits) == 20 or time.monotonic() > until:
+            for run in self.candidates(db, text, job, before):
+                if len(matches) == 20 or time.monotonic() > until:
                     more = True
                     break
-                hit = run != seen and self.line_with(db, run, text)
-                seen = run
-                if hit:
-                    hits.append({"run": self.run_shape(self.row_of_run(
-                        db, dash, run)), "line": hit[0], "at": hit[1]})
+                matches += self.match(db, run, wanted)
         except sqlite3.DatabaseError as error:
             if "interrupted" not in str(error):
-                self.index = self.index if "malformed" not in str(error) \
-                    else ""
+                if failure_of(error) == "damaged":
+                    self.index = ""
                 raise
             more = True
         finally:
-            db.set_progress_handler(None, 0)
-        return {"hits": hits, "more": more}
+            db.connection.set_progress_handler(None, 0)
+        return {"hits": matches, "more": more}
 
-    def candidates(self, db, number: int, text: str, job: int | None,
+    def candidates(self, db: Database, text: str, job: int | None,
                    before: int | None):
-        """Runs that may hold a text, the newest first; by the index if it
-        can tell, and else all that have output."""
-        last = LARGEST_WHOLE // MOST_PIECES if before is None else before
-        if self.index and (len(text) > 2 or self.index == "words"):
-            quoted = '"' + text.replace('"', '""') + '"'
-            if self.index == "words":
-                quoted += "*"
-            queued = [run for run, in db.execute(
-                "select u.run from unread u cross join runs r where r.id = "
-                "u.run and u.run < ?1 and r.dash = ?2 and (?3 is null or job "
-                "= ?3) order by u.run desc limit 100", (last, number, job))]
-            rows = db.execute(
-                "select r.id from found f cross join runs r where r.id = "
-                "f.rowid / ?1 and found match ?2 and f.rowid < ?3 and r.dash "
-                "= ?4 and (?5 is null or job = ?5) order by f.rowid desc",
-                (MOST_PIECES, quoted, last * MOST_PIECES, number, job))
-            import heapq
-            return heapq.merge(queued, (run for run, in rows), reverse=True)
-        return (run for run, in db.execute(
-            "select distinct o.run from outputs o cross join runs r where "
-            "o.run < ?1 and r.id = o.run and r.dash = ?2 and (?3 is null or "
-            "r.job = ?3) order by o.run desc", (last, number, job)))
+        """Yield runs that may contain a text, the newest first: by the index
+        if it can tell, else all that have output."""
+        last = LARGEST_WHOLE if before is None else before
+        mine = "(?2 is null or (select job from runs where id = {0}) = ?2)"
+        if not self.index or len(text) < 3 and self.index == "trigram":
+            return (run for run, in db.execute(
+                "select distinct run from outputs where run < ?1 and "
+                f"{mine.format('run')} order by run desc", last, job))
+        from heapq import merge
+        quoted = '"' + text.replace('"', '""') + '"'
+        if self.index == "words":
+            quoted += "*"
+        waiting = db.column(
+            "select run from unindexed where run < ?1 and "
+            f"{mine.format('run')} order by run desc limit 100", last, job)
+        rows = db.execute(
+            "select rowid from found where found match ?3 and rowid < ?1 and "
+            f"{mine.format('found.rowid')} order by rowid desc", last, job,
+            quoted)
+        return merge(waiting, (run for run, in rows), reverse=True)
 
-    def line_with(self, db, run: int, text: str) -> tuple | None:
-        """(the first line with a text, where its chunk begins)."""
+    def match(self, db: Database, run: int, wanted) -> list[dict]:
+        """Return [the first line of a run that a pattern finds, and where
+        its chunk begins], or []."""
         import re
-        wanted = re.compile(re.escape(text), re.I)
         for at, data in db.execute("select at, data from outputs where run = "
-                                   "? order by at", (run,)):
-            found = re.sub(STRIPPED, "", output_text(data).decode(
+                                   "? order by at", run):
+            text = re.sub(STRIPPED, "", output_text(data).decode(
                 "utf-8", "replace"))
-            match = wanted.search(found)
+            match = wanted.search(text)
             if match:
-                begin = found.rfind("\n", 0, match.start()) + 1
-                begin = max(begin, match.start() - 150)
-                end = found.find("\n", match.end())
-                end = len(found) if end < 0 else end
-                return escape_controls(found[begin:min(end, begin + 400)]), at
-        return None
+                try:
+                    shown = self.runs.shape(self.runs.find(db, run))
+                except Error:       # its job was deleted
+                    return []
+                return [{"run": shown, "line": line_with(text, match),
+                         "at": at}]
+        return []
 
-    # --- forgetting, in small steps
 
-    def forget(self, db, dash: str, fields, now: float) -> dict:
-        """Remove a job that is in no tab, or a host, with all its runs:
-        they are hidden at once, and removed step by step."""
-        asked, number = RequestFields(fields), self.number_of(dash)
+# ==========================================================================
+# Retention: what is removed, and when?                           (files; U)
+#
+# By count and age, and what people have deleted. In small steps, so that
+# what waits to be written never waits long.
+# ==========================================================================
+
+KEEP_RUNS = 10_000              # of one job
+KEEP_RUN_DAYS, KEEP_AUDIT_DAYS, KEEP_EVENT_DAYS = 400, 400, 93
+AT_ONCE = 1_000                 # rows that are removed in one step
+FREE_PAGES = 2_000              # that the database may keep for later
+
+
+class Retention:
+    """Removes what is too old or too much, and what people have deleted.
+
+    `is_full()` says whether the disk is full: then there is little room even
+    for the log of a removal, so a step is small.
+    """
+
+    def __init__(self, changes: Changes, audit: AuditLog, hosts: Hosts,
+                 search: Search, clock: Clock, is_full):
+        self.changes, self.audit, self.hosts = changes, audit, hosts
+        self.search, self.clock, self.is_full = search, clock, is_full
+        self.last_job = 0       # whose runs were counted last
+
+    @property
+    def at_once(self) -> int:
+        """Return how many rows are removed in one step."""
+        return 20 if self.is_full() else AT_ONCE
+
+    def delete(self, db: Database, fields, now: float) -> dict:
+        """Delete a job that is in no tab, or a host, with all their runs:
+        they are hidden at once, and removed step by step. Raises Error."""
+        asked = RequestFields(fields)
         if "host" in asked.fields:
             host = asked.hex("host", 32)
-            self.remove_host(db, dash, host, now)
-            key = self.pulse_of(dash, host).number
-            db.execute("update hosts set gone = 2, host = host || '-' || id "
-                       "where id = ?", (key,))
-            jobs = [job for job, in db.execute(
-                "select id from jobs where host = ?", (key,))]
-            self.mark_changed(dash, "hosts", host)
+            self.hosts.leave(db, host, now)
+            jobs = self.hosts.delete(db, host)
         else:
-            job = self.row_of_job(db, dash, asked.whole("job"))
-            if not job["gone"]:
+            job = self.hosts.job(db, asked.whole("job"))
+            if not job["removed"]:
                 raise Error("the job is in a tab, and would come back",
                             "take it out of its tab first", 409)
+            self.audit.record(db, now, "forget", job=job["id"],
+                              host=self.hosts.ids.get(job["host"], ""),
+                              label=job["label"][:1000])
             jobs = [job["id"]]
-            self.record(db, number, now, "forget", self.hosts.get(
-                job["host"], ""), job=job["id"], label=job["label"][:1000])
-        for key in jobs:
-            self.drop_job(db, self.pulse_of(dash, asked.fields["host"])
-                          if "host" in asked.fields else
-                          self.host_statuses[self.hosts[job["host"]]], key)
-            db.execute("update jobs set gone = 2, tag = tag || '-' || id "
-                       "where id = ?", (key,))
+        for number in jobs:
+            self.hosts.delete_job(db, number)
         return {}
 
-    def expire_old(self, db) -> bool:
-        """One step: what is too old or too much. True if there may be
-        more."""
+    def expire_old(self, db: Database) -> bool:
+        """Do one step; return whether there may be more to do."""
         now = self.clock.now()
         removed = 0
-        for step in (self.forget_jobs, self.forget_runs, self.forget_outputs,
-                     self.forget_rows):
+        for step in (self.expire_deleted, self.expire_runs,
+                     self.expire_outputs, self.expire_rows):
             removed += step(db, now)
             if removed >= self.at_once // 2:
                 return True
         return removed > 0 or self.prune_runs(db)
 
-    def forget_jobs(self, db, _now: float) -> int:
-        """The runs of jobs that people have had removed."""
-        found = db.execute("select id from jobs where gone = 2 limit 1"
-                           ).fetchone()
-        if not found:
-            for host, in db.execute("select id from hosts where gone = 2"
-                                    ).fetchall():
-                for statement in ("delete from epochs where host = ?",
-                                  "delete from requests where host = ?",
-                                  "delete from hosts where id = ?"):
-                    db.execute(statement, (host,))
-                return 1
-            return 0
-        runs = [run for run, in db.execute(
-            "select id from runs where job = ? limit ?",
-            (found[0], self.at_once))]
+    def expire_deleted(self, db: Database, _now: float) -> int:
+        """Remove runs of a deleted job, or a deleted host without jobs;
+        return the number of rows."""
+        job = db.value("select id from jobs where deleted limit 1")
+        if job is None:
+            host = db.value("select id from hosts where deleted limit 1")
+            if host is None:
+                return 0
+            for table in ("epochs", "requests"):
+                db.delete(table, host=host)
+            return db.delete("hosts", id=host)
+        runs = db.column("select id from runs where job = ? limit ?", job,
+                         self.at_once)
         self.remove_runs(db, runs)
         if len(runs) < self.at_once:
-            db.execute("delete from jobs where id = ?", found)
-            self.after.append(lambda: self.summaries.pop(found[0], None))
+            db.delete("jobs", id=job)
         return len(runs) + 1
 
-    def forget_runs(self, db, now: float) -> int:
-        """Runs that are too old."""
-        runs = []
-        for number in self.names:
-            runs += db.execute(
-                "select id, job from runs where dash = ? and at < ? and state"
-                " not in ('queued', 'running') limit ?",
-                (number, now - KEEP_RUN_DAYS * DAY_SECONDS,
-                 self.at_once)).fetchall()
-        self.remove_runs(db, [run for run, _ in runs])
-        for job in {job for _, job in runs}:
-            self.after.append(lambda job=job: self.summaries.pop(job, None))
+    def expire_runs(self, db: Database, now: float) -> int:
+        """Remove runs that are too old; return their number."""
+        runs = db.column(
+            "select id from runs where at < ? and state not in ('queued', "
+            "'running') limit ?", now - KEEP_RUN_DAYS * DAY_SECONDS,
+            self.at_once)
+        self.remove_runs(db, runs)
         return len(runs)
 
-    def prune_runs(self, db) -> bool:
-        """Jobs with too many runs; one job a step, in turn."""
-        found = db.execute("select id from jobs where id > ? order by id "
-                           "limit 1", (self.round,)).fetchone()
-        if not found:
-            self.round = 0
-            return False
-        old = db.execute("select id from runs where job = ? order by id desc "
-                         "limit 1 offset ?", (found[0], KEEP_RUNS)).fetchone()
-        runs = [] if not old else [run for run, in db.execute(
-            "select id from runs where job = ? and id <= ? and state not in "
-            "('queued', 'running') order by id limit ?",
-            (found[0], old[0], self.at_once))]
-        self.remove_runs(db, runs)
-        if len(runs) < self.at_once:
-            self.after.append(lambda: setattr(self, "round", found[0]))
-        return True
-
-    def remove_runs(self, db, runs: list[int]) -> None:
-        for run in runs:
-            self.remove_output(db, run)
-            db.execute("delete from runs where id = ?", (run,))
-
-    def remove_output(self, db, run: int) -> int:
-        """The output of a run, and its pieces in the index, which must be
-        named to be removed. The bytes removed."""
-        frames = self.frames_of(db, run)
-        found = db.execute("select pieces from runs where id = ?", (run,)
-                           ).fetchone()
-        if found and found[0] and self.index:
-            for number, text in enumerate(text_pieces(frames)[:found[0]]):
-                self.change_index(
-                    db, "insert into found (found, rowid, text) values "
-                    "('delete', ?, ?)", run * MOST_PIECES + number, text)
-        if frames:
-            db.execute("delete from outputs where run = ?", (run,))
-            db.execute("delete from unread where run = ?", (run,))
-        return len(frames)
-
-    def forget_outputs(self, db, now: float) -> int:
-        """Outputs that are too old; few at a time, for they are large."""
+    def expire_outputs(self, db: Database, now: float) -> int:
+        """Remove outputs that are too old, few at a time because they are
+        large; return their number."""
         size = count = 0
-        for run, in db.execute("select id from runs where have > 0 and until "
-                               "< ? order by until limit 200", (now,)
-                               ).fetchall():
-            size, count = size + self.remove_output(db, run), count + 1
-            db.execute("update runs set have = 0, size = 0, pieces = 0 where "
-                       "id = ?", (run,))
-            if size > (2**20 if not self.full else 2**17):
+        for run in db.column("select id from runs where have > 0 and "
+                             "keep_until < ? order by keep_until limit 200",
+                             now):
+            size += self.search.remove(db, run)
+            count += 1
+            if size > (2**17 if self.is_full() else 2**20):
                 break
         return count
 
-    def forget_rows(self, db, now: float) -> int:
-        """Rows of the smaller tables."""
+    def expire_rows(self, db: Database, now: float) -> int:
+        """Remove rows of the smaller tables; return their number."""
         removed = 0
-        for table, column, days, more in (
-                ("audit", "at", KEEP_AUDIT_DAYS, "dash in (select id from "
-                                                 "dashboards) and "),
-                ("flips", "at", KEEP_EVENT_DAYS, ""),
-                ("requests", "asked", KEEP_EVENT_DAYS, ""),
-                ("letters", "at", KEEP_EVENT_DAYS, "")):
+        for table, days in (("audit", KEEP_AUDIT_DAYS),
+                            ("flips", KEEP_EVENT_DAYS),
+                            ("requests", KEEP_EVENT_DAYS),
+                            ("notifications", KEEP_EVENT_DAYS)):
             removed += db.execute(
                 f"delete from {table} where id in (select id from {table} "
-                f"where {more}{column} < ? limit ?)",
-                (now - days * DAY_SECONDS, self.at_once)).rowcount
+                "where at < ? limit ?)", now - days * DAY_SECONDS,
+                self.at_once).rowcount
         return removed
 
-    def give_back(self, db) -> bool:
-        """Pages that nobody needs; a few at a time."""
-        free = db.execute("pragma freelist_count").fetchone()[0]
-        more = free > FREE_PAGES and not self.full
-        if more:
-            self.after.append(lambda: self.vacuum(200))
-        return more
+    def prune_runs(self, db: Database) -> bool:
+        """Remove the oldest runs of the next job, if it has too many; return
+        False after the last job."""
+        job = db.value("select id from jobs where id > ? order by id limit 1",
+                       self.last_job)
+        if job is None:
+            self.last_job = 0
+            return False
+        newest = db.value("select id from runs where job = ? order by id desc "
+                          "limit 1 offset ?", job, KEEP_RUNS) or 0
+        runs = db.column(
+            "select id from runs where job = ? and id <= ? and state not in "
+            "('queued', 'running') order by id limit ?", job, newest,
+            self.at_once)
+        self.remove_runs(db, runs)
+        if len(runs) < self.at_once:
+            self.changes.after_commit(lambda: setattr(self, "last_job", job))
+        return True
 
-    # --- for other programs
-
-    def metrics(self, db, dash: str, now: float) -> str:
-        """The state in Prometheus' text format."""
-        state = self.state(db, Principal("viewer", dash), now)
-        names = {host["id"]: host["name"] for host in state["hosts"]}
-        rows: dict[str, list] = {name: [] for name in METRICS}
-
-        def add(name: str, value, /, **labels) -> None:
-            if value is not None:
-                text = ",".join(f'{key}="{label_text(label)}"'
-                                for key, label in labels.items())
-                rows[name].append(f"{name}{{{text}}} {value:.15g}")
-
-        for host in state["hosts"]:
-            add("koi_host_up", host["state"] in ("up", "twin"),
-                host=host["name"])
-            add("koi_host_seen_timestamp_seconds", host["seen"],
-                host=host["name"])
-        for job in state["jobs"]:
-            labels = {"host": names.get(job["host"], ""), "user": job["user"],
-                      "section": job["section"], "tag": job["tag"],
-                      "job": job["name"] or job["label"]}
-            self.measure_job(job, add, labels)
-        for check in state["checks"]:
-            labels = {"name": check["name"], "slug": check["slug"]}
-            add("koi_check_up", check["state"] in ("up", "grace", "new"),
-                **labels)
-            add("koi_check_last_ping_timestamp_seconds", check["last_ping"],
-                **labels)
-        for alert in state["alerts"]:
-            add("koi_alert", 1, subject=alert["subject"], kind=alert["kind"])
-        return "".join(
-            f"# HELP {name} {text}\n# TYPE {name} gauge\n"
-            + "".join(f"{row}\n" for row in rows[name])
-            for name, text in METRICS.items() if rows[name])
-
-    def measure_job(self, job: dict, add, labels: dict) -> None:
-        last, took = job["last"], None
-        if last and last["ended"] is not None and last["started"] is not None:
-            took = last["ended"] - last["started"]
-        add("koi_job_ok", job["state"] not in ALERT_STATES, **labels)
-        add("koi_job_running", len(job["running"]), **labels)
-        add("koi_job_failures", job["failing"]["count"] if job["failing"]
-            else 0, **labels)
-        add("koi_job_last_end_timestamp_seconds", last and last["ended"],
-            **labels)
-        add("koi_job_last_duration_seconds", took, **labels)
-        add("koi_job_last_exit_status", last and last["exit"], **labels)
-        add("koi_job_next_start_timestamp_seconds", job["next"], **labels)
-
-    def badge(self, db, key: str, name: str, now: float) -> dict:
-        """A word and a colour, for who has the key: it opens no more."""
-        found = db.execute("select id, dash from dashboards where badge_key "
-                           "= ?", (key,)).fetchone()
-        if not found:
-            raise missing_thing("badge")
-        number, dash = found
-        if name == "all":
-            count = db.execute("select count(*) from alerts where dash = ?",
-                               (number,)).fetchone()[0]
-            return {"label": "koi", "message": plural(count, "alert")
-                    if count else "ok", "color": BADGES["failed" if count
-                                                        else "ok"]}
-        row = db.execute(f"select {CHECK_COLUMNS} from checks where dash = ? "
-                         "and slug = ?", (number, name)).fetchone()
-        if row:
-            check = self.check_shape(db, dict(zip(CHECK_FIELDS, row)), {},
-                                     now)
-            return {"label": check["name"] or name, "message": check["state"],
-                    "color": BADGES[check["state"]]}
-        row = db.execute(f"select {JOB_COLUMNS} from jobs where dash = ? and "
-                         "tag = ? and gone < 2", (number, name)).fetchone()
-        if not row:
-            raise missing_thing("badge")
-        job = self.job_shape(db, dict(zip(JOB_FIELDS, row)), {})
-        return {"label": job["name"] or job["label"],
-                "message": job["state"], "color": BADGES[job["state"]]}
-
-    # --- letters: what is to be told (class Herald does)
-
-    def letters_due(self, db, now: float) -> list[dict]:
-        """What is to be told now, with the channel it goes to."""
-        return rows_of(
-            db, "select l.id, l.key, l.at, l.tries, l.title, l.text, "
-            "l.subject, l.kind, l.over, l.channel, c.kind way, c.target, "
-            "d.dash from letters l join channels c on c.id = l.channel join "
-            "dashboards d on d.id = l.dash where l.due <= ? order by l.id "
-            "limit 100", now)
-
-    def mark_delivered(self, db, notification: int, error: str,
-                       now: float) -> None:
-        """One was told, or it was tried: then it is tried again, ever more
-        seldom, for a day."""
-        found = db.execute("select channel, at, tries from letters where id = "
-                           "?", (notification,)).fetchone()
-        if not found:
-            return
-        channel, at, tries = found
-        if error and now - at < DAY_SECONDS:
-            db.execute("update letters set tries = tries + 1, due = ? where "
-                       "id = ?", (now + min(15 * 2**min(tries, 10), 3600),
-                                  notification))
-        else:
-            db.execute("delete from letters where id = ?", (notification,))
-        db.execute("update channels set error = ?1, last = case ?1 when '' "
-                   "then ?2 else last end where id = ?3",
-                   (error[:500], now, channel))
+    def remove_runs(self, db: Database, runs: list[int]) -> None:
+        """Remove runs with their outputs."""
+        for run in runs:
+            self.search.remove(db, run)
+            db.delete("runs", id=run)
 
 
+# ==========================================================================
+# Overview: what do the page and other programs see?              (files; U)
+#
+# Read from the database each time; any thread may ask with a connection of
+# its own. Nothing here writes.
+# ==========================================================================
+
+MOST_BARS = 6_000               # in one answer about a day
+LONGEST_BAR = 30 * DAY_SECONDS
+ALERT_STATES = ("failed", "late", "missed", "unknown")
+BADGES = {"ok": "#2a8a3e", "up": "#2a8a3e", "running": "#2a8a3e",
+          "new": "#77777a", "paused": "#77777a", "skipped": "#77777a",
+          "unknown": "#77777a", "late": "#b87800", "grace": "#b87800",
+          "missed": "#b87800", "failed": "#c32b2b", "down": "#c32b2b"}
 METRICS = {
     "koi_host_up": "1 while the host is heard of.",
     "koi_host_seen_timestamp_seconds": "When it was last heard of.",
@@ -11890,32 +11347,759 @@ METRICS = {
     "koi_alert": "1 for each alert that stands."}
 
 
+def job_state(host_is_down: bool, kinds: set, active: list,
+              last: dict | None) -> str:
+    """Return the state of a job that is shown. `kinds` are those of its
+    active alerts, `active` its active runs, `last` the last that ended."""
+    if host_is_down:
+        return "unknown"
+    if active:
+        return "running"
+    if "late" in kinds:
+        return "late"
+    if not last:
+        return "new"
+    return {"o": "ok", "m": "missed", "s": "skipped"}.get(code_of(last),
+                                                          "failed")
+
+
 def label_text(text: str) -> str:
-    """A label's value for Prometheus."""
+    """Return the value of a label in Prometheus' text format."""
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace(
         '"', '\\"')
 
 
-def text_pieces(frames: bytes) -> list[str]:
-    """The text of an output as it is taken into the index: head and tail of
-    what is long, in pieces that end at the end of a line if they can. The
-    same frames must always give the same pieces: by them they are removed.
+class Metrics:
+    """The samples of one answer in Prometheus' text format."""
+
+    def __init__(self):
+        self.samples: dict[str, list] = {name: [] for name in METRICS}
+
+    def add(self, name: str, value, /, **labels) -> None:
+        """Add a sample, unless its value is unknown."""
+        if value is not None:
+            text = ",".join(f'{key}="{label_text(label)}"'
+                            for key, label in labels.items())
+            self.samples[name].append(f"{name}{{{text}}} {value:.15g}\n")
+
+    def add_job(self, job: dict, labels: dict) -> None:
+        """Add the samples of a job as it is shown."""
+        last, failing = job["last"], job["failing"]
+        for name, value in (
+                ("ok", job["state"] not in ALERT_STATES),
+                ("running", len(job["running"])),
+                ("failures", failing["count"] if failing else 0),
+                ("last_end_timestamp_seconds", last and last["ended"]),
+                ("last_duration_seconds", last and seconds_of(last)),
+                ("last_exit_status", last and last["exit"]),
+                ("next_start_timestamp_seconds", job["next"])):
+            self.add(f"koi_job_{name}", value, **labels)
+
+    def text(self) -> str:
+        """Return the answer."""
+        return "".join(
+            f"# HELP {name} {text}\n# TYPE {name} gauge\n"
+            + "".join(self.samples[name])
+            for name, text in METRICS.items() if self.samples[name])
+
+
+class Overview:
+    """What is shown of all hosts, jobs, checks and alerts."""
+
+    def __init__(self, credentials: Credentials, alerts: Alerts,
+                 checks: PingChecks, hosts: Hosts, runs: Runs,
+                 requests: Requests):
+        self.credentials, self.alerts, self.checks = credentials, alerts, \
+            checks
+        self.hosts, self.runs, self.requests = hosts, runs, requests
+
+    def state(self, db: Database, role: str, now: float) -> dict:
+        """Return all that the page's overview shows to a role."""
+        about = db.row("select dash id, salt, rounds, ping_key, badge_key "
+                       "from dashboard") or {}
+        if role != "operator":
+            about["ping_key"] = ""
+        return {
+            "now": now, "version": VERSION, "role": role, "dash": about,
+            "hosts": self.hosts.list_all(db, now),
+            "jobs": [self.job(db, row) for row in db.rows(
+                "select * from jobs where not deleted order by id")],
+            "checks": self.checks.list_all(db, now),
+            "alerts": self.alerts.list_all(db)}
+
+    def job(self, db: Database, row: dict) -> dict:
+        """Return the row of a job as it is shown, with its last runs."""
+        history = self.runs.history(db, row["id"])
+        active = self.runs.active(db, row["id"])
+        last = self.runs.last_ended(db, row["id"])
+        status, subject = self.hosts.by_number(row["host"]), \
+            f"job:{row['id']}"
+        failing = None
+        if row["failures"]:
+            failing = {"since": row["failing_since"],
+                       "count": row["failures"], "last_ok": row["last_ok"],
+                       "line": db.value("select line from runs where id = ?",
+                                        row["last_failed"]) or ""}
+        return {
+            **{name: row[name] for name in (
+                "id", "user", "tag", "section", "name", "label", "words",
+                "command", "next", "confirm")},
+            "host": status.host if status else "", "when": row["timing"],
+            "gone": bool(row["removed"]),
+            "manual": row["timing"] == "@manual", "running": active,
+            "state": job_state(bool(status) and status.is_down,
+                               self.alerts.kinds_of(db, subject), active,
+                               last),
+            "last": last and self.runs.shape(last), "strip": history,
+            "failing": failing, "usual": usual_seconds(history),
+            "snoozed": self.alerts.snoozed_until(db, subject)}
+
+    def run(self, db: Database, run: int) -> dict:
+        """Return a run as it is shown, its job, and the runs next to it.
+        Raises Error."""
+        row = self.runs.find(db, run)
+        job = self.hosts.job(db, row["job"])
+        return {"run": self.runs.shape(row), "job": self.job(db, job),
+                **self.runs.neighbours(db, run, job["id"])}
+
+    def describe_changes(self, db: Database, changed: dict,
+                         now: float) -> dict:
+        """Return the new state of what changed, by kind; `gone` has what is
+        not there any more."""
+        makers = {
+            "runs": lambda run: self.runs.shape(self.runs.find(db, run)),
+            "jobs": lambda job: self.job(db, self.hosts.job(db, job)),
+            "hosts": lambda host: self.hosts.shape(self.hosts.row(
+                db, self.hosts.status_of(host)), now),
+            "checks": lambda uuid: self.checks.shape(
+                db, self.checks.find(db, uuid), now),
+            "requests": lambda nonce: self.requests.state(db, nonce),
+            "alerts": lambda key: self.alerts.find(db, key)}
+        found, gone = {}, {}
+        for kind, make in makers.items():
+            for key in changed.get(kind, ()):
+                try:
+                    shown = make(key)
+                except Error:
+                    shown = None
+                if shown:
+                    found.setdefault(kind, []).append(shown)
+                else:
+                    gone.setdefault(kind, []).append(
+                        "\n".join(key) if kind == "alerts" else key)
+        return {**found, **({"gone": gone} if gone else {})}
+
+    # --- a day
+
+    def day(self, db: Database, begin: float, end: float) -> dict:
+        """Return the runs of a time as bars, for all jobs at once, with
+        those that began before and reached into it. If there are too many,
+        `to` says how far the answer goes."""
+        rows: dict[int, dict] = {}
+        for count, run in enumerate(self.bars(db, begin, end)):
+            if count == MOST_BARS:
+                end = run["at"]
+                break
+            row = rows.setdefault(run["job"], {
+                "job": run["job"], "bars": [], "missing": []})
+            code, at = code_of(run), run["at"]
+            if code == "m":
+                row["missing"].append([at if run["due"] is None
+                                       else run["due"], run["id"]])
+            elif code != "q":
+                row["bars"].append([rounded(at), rounded(run["ended"]), code,
+                                    run["id"]])
+        return {"rows": list(rows.values()), "from": begin, "to": end}
+
+    def bars(self, db: Database, begin: float, end: float):
+        """Yield runs in the order of time: first those that began before
+        `begin` and reach into it. Each kind has an index of its own."""
+        columns = "select id, job, at, ended, due, state, exit, signal, " \
+            "reason from runs "
+        names = ("id", "job", "at", "ended", "due", "state", "exit", "signal",
+                 "reason")
+        for statement, values in (
+                ("where state in ('queued', 'running') and at < ? order by "
+                 "at", (begin,)),
+                ("where at >= ? and at < ? and ended - started > 3600 and "
+                 "ended > ? order by at", (begin - LONGEST_BAR, begin, begin)),
+                ("where at >= ? and at < ? and ended > ? and ended - started "
+                 "<= 3600 order by at", (begin - 3600, begin, begin)),
+                ("where at >= ? and at < ? order by at", (begin, end))):
+            for row in db.execute(columns + statement, *values):
+                yield dict(zip(names, row))
+
+    # --- for other programs
+
+    def metrics(self, db: Database, now: float) -> str:
+        """Return the state in Prometheus' text format."""
+        state, found = self.state(db, "viewer", now), Metrics()
+        names = {host["id"]: host["name"] for host in state["hosts"]}
+        for host in state["hosts"]:
+            found.add("koi_host_up", host["state"] in ("up", "twin"),
+                      host=host["name"])
+            found.add("koi_host_seen_timestamp_seconds", host["seen"],
+                      host=host["name"])
+        for job in state["jobs"]:
+            found.add_job(job, {
+                "host": names.get(job["host"], ""), "user": job["user"],
+                "section": job["section"], "tag": job["tag"],
+                "job": job["name"] or job["label"]})
+        for check in state["checks"]:
+            labels = {"name": check["name"], "slug": check["slug"]}
+            found.add("koi_check_up", check["state"] in ("up", "grace",
+                                                         "new"), **labels)
+            found.add("koi_check_last_ping_timestamp_seconds",
+                      check["last_ping"], **labels)
+        for alert in state["alerts"]:
+            found.add("koi_alert", 1, subject=alert["subject"],
+                      kind=alert["kind"])
+        return found.text()
+
+    def badge(self, db: Database, key: str, name: str, now: float) -> dict:
+        """Return the word and the colour of a badge: of a check by its slug,
+        of a job by its tag, or of "all". Raises Error (404), also for a
+        wrong key."""
+        if not db.value("select 1 from dashboard where badge_key = ?", key):
+            raise not_found("badge")
+        if name == "all":
+            count = db.value("select count(*) from alerts")
+            return {"label": "koi", "message": plural(count, "alert")
+                    if count else "ok",
+                    "color": BADGES["failed" if count else "ok"]}
+        row = db.row("select * from checks where slug = ?", name)
+        if row:
+            found = self.checks.shape(db, row, now)
+            label = found["name"] or name
+        else:
+            row = db.row("select * from jobs where tag = ? and not deleted",
+                         name)
+            if not row:
+                raise not_found("badge")
+            found = self.job(db, row)
+            label = found["name"] or found["label"]
+        return {"label": label, "message": found["state"],
+                "color": BADGES[found["state"]]}
+
+
+# ==========================================================================
+# Dashboard: who writes, in which order?                          (files; U)
+#
+# One thread writes the database. What waits is written in one transaction,
+# each operation in a savepoint of its own: one fsync serves all, and an
+# operation that fails takes none with it. It is acknowledged when it is on
+# the disk; then what changed is published.
+# ==========================================================================
+
+MOST_IN_BATCH = 256             # operations that are written together
+MOST_OPERATIONS = 20_000            # then the next are refused
+BALLAST = 2**21                 # twice the log: given up when the disk is full
+MOST_MARKED = 2_000             # changes; more and the page reads all anew
+SEEN_STORED = 60.0              # seconds between notes of who was seen
+# After these no other operation of the transaction can be trusted.
+FATAL_FAILURES = ("full", "disk", "damaged", "busy")
+REPOSITORIES = (AuditLog, Credentials, Alerts, PingChecks, Hosts, Runs,
+                Requests, HostSync)
+DASHBOARD_FORM = DatabaseForm(
+    "a dashboard of koi's", 0x6B6F6932, 2,
+    checked=("meta", "dashboard", "hosts", "epochs", "jobs", "requests",
+             "checks", "alerts", "snoozes", "channels", "notifications"),
+    pragmas=("foreign_keys=off", f"journal_size_limit={WAL_PAGES * 4096}",
+             "secure_delete=fast", "cache_size=-16384"),
+    tables="create table meta (name text primary key, value text not null) "
+           "without rowid;" + "".join(each.TABLES for each in REPOSITORIES))
+
+
+class DiskFull(Error):
+    """The disk is full: nothing can be kept now."""
+
+    def __init__(self):
+        super().__init__("the dashboard's disk is full, and nothing was kept",
+                         "make room there; it goes on by itself", 507)
+
+
+class Chore:
+    """Something that is done in small steps: `step(db)` is called again at
+    once while it returns True, else after `rest` seconds."""
+
+    def __init__(self, name: str, rest: float, step):
+        self.name, self.rest, self.step, self.at = name, rest, step, 0.0
+
+
+class Dashboard:
+    """The dashboard: its database, who writes it, and the repositories.
+
+    An operation is a function that gets the open transaction and writes; a
+    question gets a connection that only reads. `on_changes(lines)` is called
+    after each commit that changed something, on the writer's thread;
+    `is_followed()` says whether anybody wants to know more than that.
+    `broken` says why nothing can be believed any more.
     """
-    import re
-    text = b"".join(data for stream, _, data in read_frames(frames)
-                    if stream in (STDOUT, STDERR)).decode("utf-8", "replace")
-    text = re.sub(STRIPPED, "", text).replace("\0", " ")
-    if len(text) > MOST_READ:
-        half = MOST_READ // 2
-        text = text[:half] + "\n" + text[-half + 1:]
-    pieces = []
-    while text and len(pieces) < MOST_PIECES:
-        end = text.rfind("\n", PIECE // 2, PIECE) + 1
-        if len(text) <= PIECE or not end:
-            end = PIECE
-        pieces.append(text[:end])
-        text = text[end:]
-    return pieces
+
+    def __init__(self, path: str, clock: Clock | None = None, zone_of=None):
+        import threading
+        from collections import deque
+        self.path, self.clock = path, clock or Clock()
+        self.db = Database(path, DASHBOARD_FORM)
+        self.lock = self.thread = None
+        self.queue = deque()            # (operation, values, then)
+        self.wakes = threading.Condition()
+        self.readers = threading.local()    # each thread's own connection
+        self.stopping, self.full, self.broken = False, False, ""
+        self.problems: dict[str, str] = {}
+        self.seq = 0                    # the number of the newest change
+        self.on_changes, self.is_followed = None, lambda: True
+        self.notifications_due = threading.Event()
+        self.compose(zone_of or Machine().zone)
+
+    def compose(self, zone_of) -> None:
+        """Make the repositories, each of those it needs."""
+        changes = self.changes = Changes()
+        timers = self.timers = Timers()
+        audit = self.audit = AuditLog()
+        self.credentials = Credentials(changes, audit)
+        self.alerts = Alerts(changes, timers, audit, self.clock)
+        self.checks = PingChecks(changes, timers, audit, self.alerts, zone_of)
+        self.hosts = Hosts(changes, audit, self.alerts, self.credentials,
+                           self.clock)
+        self.runs = Runs(changes, self.alerts, self.hosts)
+        self.rules = AlertRules(changes, timers, audit, self.alerts,
+                                self.checks, self.hosts, self.runs)
+        self.requests = Requests(changes, timers, audit, self.hosts,
+                                 self.credentials, self.runs.live)
+        self.host_sync = HostSync(changes, timers, self.hosts, self.runs,
+                                  self.rules, self.requests)
+        self.search = Search(self.runs, self.problems)
+        self.retention = Retention(changes, audit, self.hosts, self.search,
+                                   self.clock, lambda: self.full)
+        self.overview = Overview(self.credentials, self.alerts, self.checks,
+                                 self.hosts, self.runs, self.requests)
+        self.looks = {"host": self.rules.check_host,
+                      "late": self.rules.check_late,
+                      "slow": self.rules.check_slow,
+                      "check": self.checks.check_deadline,
+                      "request": self.requests.check_expired,
+                      "snooze": self.alerts.check_snooze}
+        self.chores = [
+            Chore("make_room", 1.0, self.make_room),
+            Chore("index_next", 5.0, self.index_next),
+            Chore("expire_old", 60.0, self.retention.expire_old),
+            Chore("give_back", 300.0, self.give_back),
+            Chore("store_seen", SEEN_STORED, self.hosts.store_seen)]
+
+    @property
+    def problem_list(self) -> list[str]:
+        """Return what people should know about the dashboard itself."""
+        return [*self.problems.values(), *([self.broken] if self.broken
+                                           else [])]
+
+    # --- the file
+
+    def open(self) -> None:
+        """Open the database, or make it where none ever was. Raises Error:
+        a damaged one is never passed over for a new one."""
+        import sqlite3
+        try:
+            self.lock = try_lock(self.path + ".lock")
+            if self.lock is None:
+                raise Error(f"another dashboard has {self.path} open")
+            self.refuse_remains()
+            self.db.open()
+            self.write_something()
+            self.load()
+            self.make_ballast()
+        except OSError as error:
+            self.close()
+            raise Error(f"{error.filename or self.path}: {error.strerror}",
+                        ) from None
+        except (sqlite3.Error, DatabaseDamaged) as error:
+            self.close()
+            raise self.unusable(error) from None
+        except Error:
+            self.close()
+            raise
+
+    def refuse_remains(self) -> None:
+        """Raise Error if only companions of a lost database are there."""
+        for ending in (".ballast", "-wal"):
+            if not os.path.exists(self.path) and os.path.exists(
+                    self.path + ending):
+                raise Error(
+                    f"{self.path} is gone, but {self.path}{ending} is there",
+                    "put a backup in its place; to begin anew, remove "
+                    f"{self.path}{ending} too")
+
+    def write_something(self) -> None:
+        """Fail now and not at the first operation. Raises sqlite3.Error."""
+        import sqlite3
+        self.db.value("select max(id) from runs")
+        self.db.value("select max(id) from outputs")
+        try:
+            self.db.insert("meta", "insert or replace", name="opened",
+                           value=str(self.clock.now()))
+        except sqlite3.OperationalError as error:
+            if failure_of(error) != "full":
+                raise
+            self.on_disk_full()
+
+    def load(self) -> None:
+        """Read what is in memory as well, and set the timers. Changes are
+        numbered from the time on, so numbers grow over restarts."""
+        db, now = self.db, self.clock.now()
+        self.seq = int(now * 1000)
+        self.search.load(db)
+        self.hosts.load(db)
+        self.credentials.load(db)
+        self.alerts.load(db)
+        for each in (self.checks, self.rules, self.requests):
+            each.load(db, now)
+
+    def unusable(self, error) -> Error:
+        """Return the Error for a database that cannot be used."""
+        why = str(error).replace(f"{self.path}: ", "", 1)
+        return Error(f"{self.path} cannot be used: {why}",
+                     "if it is damaged, put the last backup in its place and "
+                     "remove its -wal and -shm; hosts send again what the "
+                     "backup lacks, as far as they remember it", 500)
+
+    def close(self) -> None:
+        """Close the database, and let another process open it."""
+        self.db.close()
+        if self.lock is not None:
+            os.close(self.lock)
+        self.lock = None
+
+    def backup(self, path: str) -> None:
+        """Copy the database as it is now to a file; writing goes on. Raises
+        Error."""
+        self.reader().copy_to(path)
+
+    # --- reading
+
+    def reader(self) -> Database:
+        """Return this thread's own connection, which cannot write."""
+        if not hasattr(self.readers, "db"):
+            db = Database(self.path, DASHBOARD_FORM)
+            db.open_reader()
+            self.readers.db = db
+        return self.readers.db
+
+    def read(self, question, *values):
+        """Return what `question(db, *values)` returns, in the calling
+        thread. Raises Error."""
+        import sqlite3
+        try:
+            return question(self.reader(), *values)
+        except sqlite3.DatabaseError as error:
+            if "interrupted" in str(error):
+                raise Error("that takes too long to find", "", 503) from None
+            self.problems["reading"] = f"{self.path}: {error}"
+            raise self.unusable(error) from None
+
+    def state(self, db: Database, role: str, now: float) -> dict:
+        """Return all that the page's overview shows. The number of the
+        newest change is read first: what happens meanwhile is published
+        once more."""
+        seq = self.seq
+        return {"seq": seq, **self.overview.state(db, role, now),
+                "troubles": self.problem_list}
+
+    def health(self, db: Database) -> str:
+        """Return "OK". Raises Error (503)."""
+        db.value("select value from meta where name = 'opened'")
+        if self.broken:
+            raise Error(self.broken, "", 503)
+        return "OK"
+
+    def follow(self, run: int) -> None:
+        """Note that somebody follows the output of a run; its host is asked
+        for it if that is new. Any thread may call it. Raises Error (404)."""
+        found = self.read(self.runs.active_run, run)
+        if found and self.runs.live.follow(run, *found, self.clock.now()):
+            self.write(self.runs.wake_host, found[0])
+
+    # --- operations
+
+    def write(self, operation, *values, then=None) -> None:
+        """Have `operation(db, *values)` carried out. `then(result, error)`
+        is called on the writer's thread when it is on the disk, or is not.
+        Any thread may call this."""
+        with self.wakes:
+            refused = self.broken or self.stopping or len(
+                self.queue) >= MOST_OPERATIONS
+            if not refused:
+                self.queue.append((operation, values, then))
+                self.wakes.notify()
+        if refused and then:
+            then(None, Error(self.broken or "the dashboard has too much to "
+                             "write", "try again later", 503))
+
+    def do(self, operation, *values):
+        """Have an operation carried out, wait for it, and return its result.
+        Raises what it raised. Not for the writer's own thread."""
+        import threading
+        done, found = threading.Event(), []
+
+        def then(result, error):
+            found.extend((result, error))
+            done.set()
+
+        self.write(operation, *values, then=then)
+        done.wait()
+        if found[1]:
+            raise found[1]
+        return found[0]
+
+    # --- the writer's thread
+
+    def start(self) -> None:
+        """Start the writer's thread."""
+        import threading
+        self.thread = threading.Thread(target=self.serve, name="writer",
+                                       daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Carry out what waits, end the thread, and close the database."""
+        with self.wakes:
+            self.stopping = True
+            self.wakes.notify()
+        if self.thread:
+            self.thread.join()
+        self.close()
+
+    def serve(self) -> None:
+        """Write what is to be written, until `stop`."""
+        while not self.broken:
+            try:
+                busy = self.run_once()
+            except Exception as bug:    # better to begin anew than to hang
+                self.broken = f"a fault of koi's own: {bug!r}"
+                break
+            with self.wakes:
+                if not self.queue and self.stopping:
+                    return
+                if not self.queue and not busy:
+                    self.wakes.wait(min(max(self.pause(), 0.01), 1.0))
+        with self.wakes:        # from now on `write` refuses by itself
+            rest = list(self.queue)
+            self.queue.clear()
+        self.report(rest, [(None, Error(self.broken, "", 503))] * len(rest))
+
+    def pause(self) -> float:
+        """Return the seconds until something is due by itself."""
+        return min(min(chore.at for chore in self.chores)
+                   - self.clock.ticks(),
+                   self.timers.next_time() - self.clock.now())
+
+    def run_once(self) -> bool:
+        """Carry out the operations that wait, the looks that are due, and
+        one step of a chore; return False if there was nothing to do."""
+        with self.wakes:
+            batch = [self.queue.popleft() for _ in range(
+                min(len(self.queue), MOST_IN_BATCH))]
+        if batch:
+            self.commit_batch(batch)
+        looks = [] if self.broken or self.full else self.due_looks()
+        if looks:
+            self.commit_batch(looks)
+        return bool(self.run_chore() or batch or looks)
+
+    def due_looks(self) -> list[tuple]:
+        """Return the operations of the timers that are due. One that fails
+        is repeated, but not at once."""
+        def repeat(kind: str, key):
+            def then(_result, error) -> None:
+                if not error:
+                    return
+                is_bug = not isinstance(error, Error)
+                self.timers.schedule(kind, key,
+                                     now + (3600.0 if is_bug else 5.0))
+                if is_bug:
+                    self.problems[kind] = f"a fault of koi's own: {error!r}"
+            return then
+
+        now = self.clock.now()
+        return [(self.looks[kind], (key, now), repeat(kind, key))
+                for kind, key in self.timers.take_due(now, MOST_IN_BATCH)]
+
+    def run_chore(self) -> bool:
+        """Do one step of the chore that is due first; return whether it has
+        more to do. After each step the operations that wait come first."""
+        ticks = self.clock.ticks()
+        chore = min(self.chores, key=lambda each: each.at)
+        if self.broken or chore.at > ticks:
+            return False
+        found = []
+        self.commit_batch([(chore.step, (), lambda *how: found.extend(how))],
+                          even_if_full=True)
+        more, error = found
+        rest = min(chore.rest, 2.0) if self.full else chore.rest
+        chore.at = ticks if more else ticks + rest
+        self.problems.pop(f"chore {chore.name}", None)
+        if error and not isinstance(error, DiskFull):
+            self.problems[f"chore {chore.name}"] = f"tidying up fails: {error}"
+        return bool(more)
+
+    def commit_batch(self, batch: list, even_if_full: bool = False) -> None:
+        """Carry out operations in one transaction, report how each went, and
+        publish what changed."""
+        import sqlite3
+        error = Error(self.broken, "", 503) if self.broken else DiskFull() \
+            if self.full and not even_if_full else None
+        if error:
+            return self.report(batch, [(None, error)] * len(batch))
+        try:
+            with self.db.transaction():
+                results = [self.carry_out(operation, values)
+                           for operation, values, _ in batch]
+        except sqlite3.Error as failure:
+            self.changes.later.clear()
+            error = self.judge_failure(failure)
+            results = [(None, error)] * len(batch)
+        later, self.changes.later = self.changes.later, []
+        for function in later:
+            function()
+        self.report(batch, results)
+        self.publish()
+
+    def carry_out(self, operation, values: tuple) -> tuple:
+        """Return (result, error) of one operation, which leaves nothing if
+        it fails. Raises sqlite3.Error if the whole transaction has."""
+        import sqlite3
+        mark = len(self.changes.later)
+        self.db.execute("savepoint operation")
+        try:
+            result = operation(self.db, *values)
+        except Exception as error:
+            if isinstance(error, sqlite3.Error) and (
+                    not self.db.in_transaction
+                    or failure_of(error) in FATAL_FAILURES):
+                raise
+            self.db.execute("rollback to operation")
+            self.db.execute("release operation")
+            del self.changes.later[mark:]
+            return None, error
+        self.db.execute("release operation")
+        return result, None
+
+    def judge_failure(self, error) -> Error:
+        """Return what an error of SQLite means for those who wait. After a
+        disk that failed nothing is acknowledged: a commit might lie."""
+        kind = failure_of(error)
+        if kind == "full" or kind == "disk" and self.db.is_disk_full():
+            self.on_disk_full()
+            return DiskFull()
+        if kind == "busy":
+            return Error("the database is in use", "try again later", 503)
+        self.broken = f"{self.path}: {error}"
+        return Error(self.broken, "the dashboard ends, and looks at its "
+                     "database when it starts", 503)
+
+    def report(self, batch: list, results: list) -> None:
+        """Call `then` of each operation of a batch."""
+        for (_, _, then), (result, error) in zip(batch, results):
+            try:
+                if then:
+                    then(result, error)
+            except Exception as bug:    # the others are called anyway
+                self.problems["bug"] = f"a fault of koi's own: {bug!r}"
+
+    def publish(self) -> None:
+        """Number what changed, and pass it on."""
+        marked = self.changes.take_marked()
+        if marked.pop("notifications", None):
+            self.notifications_due.set()
+        lines = {kind: marked.pop(kind) for kind in ("wake", "live")
+                 if kind in marked}
+        if marked:
+            self.seq += 1
+            lines["seq"] = self.seq
+            if "reset" in marked or sum(map(len,
+                                            marked.values())) > MOST_MARKED:
+                lines["reset"] = True
+            elif self.on_changes and self.is_followed():
+                lines.update(self.overview.describe_changes(
+                    self.db, marked, self.clock.now()))
+        if self.on_changes and lines:
+            try:
+                self.on_changes(lines)
+            except Exception as bug:
+                self.problems["bug"] = f"a fault of koi's own: {bug!r}"
+
+    # --- chores, and a full disk
+
+    def index_next(self, db: Database) -> bool:
+        """Chore: put an output into the index. On a full disk what little
+        room there is, is for removing."""
+        return not self.full and self.search.index_next(db)
+
+    def give_back(self, db: Database) -> bool:
+        """Chore: give some pages that nobody needs to the file system."""
+        more = db.value("pragma freelist_count") > FREE_PAGES and \
+            not self.full
+        if more:
+            self.changes.after_commit(lambda: self.vacuum(200))
+        return more
+
+    def vacuum(self, pages: int) -> None:
+        """Give free pages back. A transaction of its own, and a script:
+        `execute` would stop after the first page, which counts as a row."""
+        self.db.connection.executescript(
+            f"pragma incremental_vacuum({pages})")
+
+    def on_disk_full(self) -> None:
+        """Give up the ballast: SQLite needs room even to remove things."""
+        if self.full:           # and even a chore needed more than there is
+            return
+        self.full = True
+        self.problems["full"] = "the dashboard's disk is full: nothing new " \
+            "is kept, and old things are removed where that is allowed"
+        remove(self.path + ".ballast")
+        for chore in self.chores:
+            chore.at = 0.0
+
+    def make_room(self, _db: Database) -> bool:
+        """Chore: end a full disk when there is room for the ballast again:
+        then there is for all else."""
+        if self.full:
+            self.changes.after_commit(self.shrink)
+        return False
+
+    def shrink(self) -> None:
+        """Give pages that nobody needs and the log to the full disk. Not in
+        a transaction: then the log could not be emptied."""
+        import sqlite3
+        try:
+            self.vacuum(100)
+            self.db.set_pragmas("wal_checkpoint(truncate)")
+        except sqlite3.Error:
+            pass                # no room even for that; we try again
+        if self.make_ballast():
+            self.full = False
+            self.problems.pop("full", None)
+
+    def make_ballast(self) -> bool:
+        """Fill the file that is given up when the disk is full; return False
+        if there is no room for it, and as much again."""
+        path, fresh = self.path + ".ballast", self.path + ".ballast.new"
+        try:
+            if os.path.exists(path) and os.stat(path).st_size == BALLAST:
+                return True
+            create_private(fresh)
+            fd = os.open(fresh, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                for _ in range(2 * BALLAST // 65_536):
+                    write_all(fd, bytes(65_536))
+                os.fsync(fd)
+                os.ftruncate(fd, BALLAST)
+            finally:
+                os.close(fd)
+            os.rename(fresh, path)
+        except OSError:
+            remove(fresh)
+            return False
+        return True
 
 
 # ==========================================================================
@@ -11953,27 +12137,29 @@ class Notifier:
 
     def stop(self) -> None:
         self.stopping = True
-        self.dashboard.letters.set()
+        self.dashboard.notifications_due.set()
         if self.thread:
             self.thread.join()
 
     def live(self) -> None:
         while not self.stopping and not self.dashboard.broken:
-            self.dashboard.letters.clear()
+            self.dashboard.notifications_due.clear()
             try:
                 self.round()
             except Error as error:
-                self.dashboard.faults["alerts"] = f"alerts: {error.message}"
+                self.dashboard.problems["alerts"] = \
+                    f"alerts: {error.message}"
             except RuntimeError:        # no thread can be started now
                 self.busy.clear()
-            self.dashboard.letters.wait(LOOK_AGAIN)
+            self.dashboard.notifications_due.wait(LOOK_AGAIN)
 
     def round(self) -> list:
         """Begin to tell what is due; the threads that do."""
         import threading
         notifications: dict[int, list] = {}
-        for notification in self.dashboard.read(self.dashboard.letters_due,
-                                                self.dashboard.clock.now()):
+        for notification in self.dashboard.read(
+                self.dashboard.alerts.due_notifications,
+                self.dashboard.clock.now()):
             notifications.setdefault(notification["channel"],
                                      []).append(notification)
         threads = []
@@ -11991,7 +12177,7 @@ class Notifier:
         try:
             for notification in notifications:
                 error = self.deliver(notification)
-                self.dashboard.do(self.dashboard.mark_delivered,
+                self.dashboard.do(self.dashboard.alerts.mark_delivered,
                                   notification["id"], error,
                                   self.dashboard.clock.now())
                 if error or self.stopping:
@@ -12034,7 +12220,8 @@ class Notifier:
             "key", "at", "title", "text", "subject", "kind", "dash")}
         return post(notification["target"], json.dumps(
             {**body,
-             "state": "over" if notification["over"] else "on"}).encode(), {
+             "state": "over" if notification["resolved"] else "on"}
+        ).encode(), {
                 "Content-Type": "application/json",
                 "Idempotency-Key": notification["key"]})
 
@@ -12044,7 +12231,7 @@ class Notifier:
         title = one_line(notification["title"])[:200]
         if not title.isascii():
             title = Encoded(title, "utf-8", maxlinelen=10_000).encode()
-        over = bool(notification["over"])
+        over = bool(notification["resolved"])
         return post(notification["target"],
                         (notification["text"] or notification["title"]
                                                  ).encode()[:4000], {
@@ -13281,11 +13468,6 @@ class RequestContext:
             "/" + self.request.path.split("/")[1][:12]
         return f"{self.address} {self.request.method} {path}"
 
-    @property
-    def dash(self) -> str:
-        """The id of the dashboard whose token the request shows."""
-        return self.principal.dash
-
 
 class AccessRules:
     """Decides by the head of a request whether it may be made.
@@ -13470,11 +13652,12 @@ class Api:
         self.dashboard = dashboard
         self.page, self.page_policy = page.encode(), page_policy_of(page)
         self.page_tag = f'"{sha256_hex(self.page)[:32]}"'
-        self.rules = AccessRules(names, dashboard.key_of)
+        self.rules = AccessRules(names,
+                                 dashboard.credentials.principal_of)
         self.clock, self.certificate_expires = Clock(), 0.0
         self.polls: dict[tuple, dict] = {}      # topic -> LongPolls
         self.followers: dict[tuple, dict] = {}  # the same, of streams
-        self.streams: dict[str, ChangeStream] = {}
+        self.changes = ChangeStream()
         self.reads = 0                          # waiting for a reader
         self.server = self.loop = self.readers = None
 
@@ -13486,8 +13669,8 @@ class Api:
         self.readers = ThreadPoolExecutor(MOST_READERS)
         self.rules.names |= set(map(url_name, server.addresses))
         self.rules.literals = not all(map(is_loopback, server.addresses))
-        self.dashboard.followed = self.is_followed
-        self.dashboard.heard = self.on_changes
+        self.dashboard.is_followed = self.is_followed
+        self.dashboard.on_changes = self.on_changes
 
     def stop(self) -> None:
         """Have all that wait answered, with what there is."""
@@ -13497,7 +13680,7 @@ class Api:
 
     def close(self) -> None:
         """End. Called in the event loop, after the last request."""
-        self.dashboard.heard = None
+        self.dashboard.on_changes = None
         self.readers.shutdown(wait=False)
 
     @property
@@ -13510,9 +13693,9 @@ class Api:
         in the log and among the dashboard's problems."""
         self.certificate_expires = certificate.expires
         problem = certificate.problem(self.clock.now())
-        self.dashboard.faults.pop("certificate", None)
+        self.dashboard.problems.pop("certificate", None)
         if problem:
-            self.dashboard.faults["certificate"] = problem
+            self.dashboard.problems["certificate"] = problem
             self.server.log(f"warning: {problem}")
 
     # --- a request
@@ -13644,8 +13827,8 @@ class Api:
                     *values) -> dict:
         """Have an operation carried out with what an operator has sent."""
         fields = await self.body_of(context)
-        return await self.write(operation, context.dash, *values,
-                                fields, self.clock.now())
+        return await self.write(operation, *values, fields,
+                                self.clock.now())
 
     # --- news
 
@@ -13655,22 +13838,20 @@ class Api:
         for poll in list(polls.get(topic, ())):
             poll.end(error)
 
-    def stream_of(self, dash: str) -> ChangeStream:
-        """Return the changes of a dashboard, which are kept from now on."""
-        stream = self.streams.setdefault(dash, ChangeStream())
-        was_followed = self.is_followed(dash)
+    def change_stream(self) -> ChangeStream:
+        """Return the changes, which are kept from now on."""
+        was_followed = self.is_followed()
         # First this: the writer may publish a change right now.
-        stream.until = self.loop.time() + FEED_TIME
+        self.changes.until = self.loop.time() + FEED_TIME
         if not was_followed:
-            stream.clear(self.dashboard.seq(dash))
-        return stream
+            self.changes.clear(self.dashboard.seq)
+        return self.changes
 
-    def is_followed(self, dash: str) -> bool:
+    def is_followed(self) -> bool:
         """Are changes wanted? Called in the writer's thread, too."""
-        stream = self.streams.get(dash)
-        return bool(stream) and self.loop.time() < stream.until
+        return self.loop.time() < self.changes.until
 
-    def on_changes(self, dash: str, changes: dict) -> None:
+    def on_changes(self, changes: dict) -> None:
         """Hand on what was committed. Called in the writer's thread."""
         changes = dict(changes)
         topics = [*(("host", host) for host in changes.pop("wake", ())),
@@ -13682,25 +13863,24 @@ class Api:
             line = compact_json(changes).encode(
                 "utf-8", "backslashreplace") + b"\n"
         try:
-            self.loop.call_soon_threadsafe(self.dispatch_changes, dash, seq,
-                                           line, topics)
+            self.loop.call_soon_threadsafe(self.dispatch_changes, seq, line,
+                                           topics)
         except RuntimeError:            # the loop has ended
             pass
 
-    def dispatch_changes(self, dash: str, seq: int | None, line: bytes,
+    def dispatch_changes(self, seq: int | None, line: bytes,
                          topics: list) -> None:
         """Wake those whom a change concerns."""
         for topic in topics:
             for poll in self.polls.get(topic, ()):
                 poll.event.set()
-        stream = self.streams.get(dash)
-        if not stream or not line:
+        if not line:
             return
         if line is START_OVER:
-            stream.clear(seq or self.dashboard.seq(dash))
-        elif seq > stream.newest:
-            stream.add(seq, line)
-        for poll in self.followers.get(("changes", dash), ()):
+            self.changes.clear(seq or self.dashboard.seq)
+        elif seq > self.changes.newest:
+            self.changes.add(seq, line)
+        for poll in self.followers.get(("changes",), ()):
             poll.event.set()
 
 
@@ -13733,7 +13913,7 @@ async def show_metrics(api: Api, context: RequestContext) -> Response:
     if api.certificate_expires:
         ours += f"koi_web_certificate_expires {api.certificate_expires:.0f}\n"
     return await api.answer(
-        api.dashboard.metrics, context.dash, api.clock.now(),
+        api.dashboard.overview.metrics, api.clock.now(),
         encode=lambda text: Response(200, (text + ours).encode(), EXPOSITION))
 
 
@@ -13753,13 +13933,13 @@ async def show_badge(api: Api, context: RequestContext) -> Response:
             badge["label"], badge["message"], badge["color"]),
             "image/svg+xml", headers)
 
-    return await api.answer(api.dashboard.badge, key, name, api.clock.now(),
-                            encode=encode)
+    return await api.answer(api.dashboard.overview.badge, key, name,
+                            api.clock.now(), encode=encode)
 
 
-async def show_salt(api: Api, context: RequestContext) -> Response:
+async def show_salt(api: Api, _context: RequestContext) -> Response:
     """GET /api/v1/salt: what a passphrase becomes keys with."""
-    return await api.answer(api.dashboard.salt, context.query.get("dash", ""))
+    return await api.answer(api.dashboard.credentials.salt)
 
 
 async def create_dashboard(api: Api, context: RequestContext) -> Response:
@@ -13772,15 +13952,9 @@ async def create_dashboard(api: Api, context: RequestContext) -> Response:
     if not is_loopback(context.address):
         raise Error("a dashboard is created on its own machine",
                     "koitab -d new, in a shell there", 403)
-
-    def create(db, fields: dict, at: float) -> dict:
-        if api.dashboard.count_dashboards(db):
-            raise Error("this server already has a dashboard",
-                        "koitab -d join URL", 403)
-        return api.dashboard.create_dashboard(db, fields, at)
-
+    credentials = api.dashboard.credentials
     return json_response(await api.write(
-        create, await api.body_of(context), api.clock.now()), 201)
+        credentials.create, await api.body_of(context), api.clock.now()), 201)
 
 
 async def receive_ping(api: Api, context: RequestContext) -> Response:
@@ -13792,8 +13966,8 @@ async def receive_ping(api: Api, context: RequestContext) -> Response:
             "rid": context.query.get("rid"),
             "create": context.query.get("create") == "1",
             "body": request.body[:PING_BODY_LIMIT]}
-    status, text = await api.write(api.dashboard.ping, *context.values, call,
-                                   api.clock.now())
+    status, text = await api.write(api.dashboard.checks.ping, *context.values,
+                                   call, api.clock.now())
     return Response(status, text.encode(), headers=(
         ("Ping-Body-Limit", str(PING_BODY_LIMIT)),))
 
@@ -13803,22 +13977,21 @@ async def receive_ping(api: Api, context: RequestContext) -> Response:
 
 async def show_state(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/state: all that the overview shows."""
-    api.stream_of(context.dash)   # no change after it is missed
-    return await api.answer(api.dashboard.state, context.principal,
+    api.change_stream()     # no change after it is missed
+    return await api.answer(api.dashboard.state, context.principal.role,
                             api.clock.now())
 
 
 async def follow_changes(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/stream?since=SEQ: changes as lines of JSON, without end.
     An empty line is a sign of life for proxies."""
-    dash, since = context.dash, context.query.get("since", -1)
-    stream = api.stream_of(dash)
-    if since > max(stream.newest, api.dashboard.seq(dash)):
+    stream, since = api.change_stream(), context.query.get("since", -1)
+    if since > max(stream.newest, api.dashboard.seq):
         since = -1                  # from a database that was restored
 
     async def send_changes(send) -> None:
         seq = since
-        with LongPoll(api.followers, ("changes", dash)) as poll:
+        with LongPoll(api.followers, ("changes",)) as poll:
             while not poll.ended:
                 lines = stream.since(seq)
                 seq = stream.newest if lines is START_OVER else max(
@@ -13833,28 +14006,27 @@ async def follow_changes(api: Api, context: RequestContext) -> Response:
 
 async def show_host_list(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/hosts/HOST/list: the jobs of a host as it signed them."""
-    return await api.answer(api.dashboard.host_list, context.dash,
+    return await api.answer(api.dashboard.hosts.signed_list,
                             *context.values)
 
 
 async def list_runs(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/jobs/JOB/runs: a page of runs, newest first."""
     return await api.answer(
-        api.dashboard.runs, context.dash, context.values[0],
+        api.dashboard.runs.page, context.values[0],
         context.query.get("before"),
         min(context.query.get("limit") or 100, MOST_ROWS))
 
 
 async def show_run(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/runs/RUN: a run and its job."""
-    return await api.answer(api.dashboard.run, context.dash,
-                            context.values[0])
+    return await api.answer(api.dashboard.overview.run, context.values[0])
 
 
 async def read_output(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/runs/RUN/output: frames from a byte on. With ?wait, if
     there are none yet, when there are or the time is over."""
-    dashboard, dash = api.dashboard, context.dash
+    dashboard = api.dashboard
     run, query = context.values[0], context.query
     start = query.get("from") or 0
     size = query.get("len") or MOST_FRAMES
@@ -13862,8 +14034,8 @@ async def read_output(api: Api, context: RequestContext) -> Response:
     until = api.loop.time() + wait
 
     def look() -> tuple:
-        dashboard.look(dash, run)
-        return dashboard.read(dashboard.output, dash, run, start, size)
+        dashboard.follow(run)
+        return dashboard.read(dashboard.runs.output, run, start, size)
 
     with LongPoll(api.polls, ("run", run)) as poll:
         while True:
@@ -13882,7 +14054,7 @@ async def show_raw_output(api: Api, context: RequestContext) -> Response:
     run = context.values[0]
     disposition = f'attachment; filename="run-{run}.txt"'
     return await api.answer(
-        api.dashboard.raw, context.dash, run,
+        api.dashboard.runs.text, run,
         encode=lambda data: Response(200, data, TEXT, (
             ("Content-Disposition", disposition),)))
 
@@ -13893,8 +14065,8 @@ async def search_outputs(api: Api, context: RequestContext) -> Response:
     text = query.get("q", "")
     if not text or len(text) > LONGEST_SEARCH or "\0" in text:
         raise Error("there is nothing to search for", "?q=TEXT", 400)
-    return await api.answer(api.dashboard.search, context.dash,
-                            text, query.get("job"), query.get("before"))
+    return await api.answer(api.dashboard.search.find, text,
+                            query.get("job"), query.get("before"))
 
 
 async def show_day(api: Api, context: RequestContext) -> Response:
@@ -13902,38 +14074,36 @@ async def show_day(api: Api, context: RequestContext) -> Response:
     begin, end = context.query.get("from"), context.query.get("to")
     if begin is None or end is None or not begin < end:
         raise Error("which day?", "?from=T&to=T", 400)
-    return await api.answer(api.dashboard.day, context.dash, begin,
-                            end)
+    return await api.answer(api.dashboard.overview.day, begin, end)
 
 
 async def list_audit(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/audit: who asked for what, newest first."""
-    return await api.answer(api.dashboard.audit, context.dash,
+    return await api.answer(api.dashboard.audit.page,
                             context.query.get("before"))
 
 
 async def show_request(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/requests/NONCE: what became of a request."""
-    return await api.answer(api.dashboard.request_state,
-                            context.dash, *context.values)
+    return await api.answer(api.dashboard.requests.state, *context.values)
 
 
 async def list_pings(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/checks/CHECK/pings: newest first."""
-    return await api.answer(api.dashboard.pings, context.dash,
+    return await api.answer(api.dashboard.checks.list_pings,
                             *context.values, context.query.get("before"))
 
 
 async def show_ping_body(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/checks/CHECK/pings/N/body: what a ping has sent."""
     return await api.answer(
-        api.dashboard.ping_body, context.dash, *context.values,
+        api.dashboard.checks.ping_body, *context.values,
         encode=lambda data: Response(200, data, TEXT))
 
 
 async def list_channels(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/channels: where alerts go."""
-    return await api.answer(api.dashboard.channels, context.dash)
+    return await api.answer(api.dashboard.alerts.list_channels)
 
 
 # --- handlers: for operators ----------------------------------------------
@@ -13941,15 +14111,15 @@ async def list_channels(api: Api, context: RequestContext) -> Response:
 
 async def rotate_keys(api: Api, context: RequestContext) -> Response:
     """POST /api/v1/rotate: new keys; streams have to come with them."""
-    result = await api.store(context, api.dashboard.rotate)
-    api.end_polls(api.followers, ("changes", context.dash))
+    result = await api.store(context, api.dashboard.credentials.rotate)
+    api.end_polls(api.followers, ("changes",))
     return json_response(result)
 
 
 async def add_host(api: Api, context: RequestContext) -> Response:
     """POST /api/v1/hosts: a host joins."""
     return json_response(
-        await api.store(context, api.dashboard.add_host), 201)
+        await api.store(context, api.dashboard.hosts.join), 201)
 
 
 async def remove_host(api: Api, context: RequestContext) -> Response:
@@ -13957,7 +14127,7 @@ async def remove_host(api: Api, context: RequestContext) -> Response:
     principal, host = context.principal, context.values[0]
     if principal.role == "host" and principal.host != host:
         raise Error("this is another host", "", 403)
-    result = await api.write(api.dashboard.remove_host, principal.dash, host,
+    result = await api.write(api.dashboard.hosts.leave, host,
                              api.clock.now())
     api.end_polls(api.polls, ("host", host),
                   Error("this host was removed", "", 401))
@@ -13966,37 +14136,38 @@ async def remove_host(api: Api, context: RequestContext) -> Response:
 
 async def create_request(api: Api, context: RequestContext) -> Response:
     """POST /api/v1/requests: a signed request for a host."""
-    result = await api.store(context, api.dashboard.request)
+    result = await api.store(context, api.dashboard.requests.create)
     return json_response({"nonce": result["nonce"],
                           "state": result["state"]}, 202)
 
 
 async def snooze_alert(api: Api, context: RequestContext) -> Response:
     """POST /api/v1/snooze: no alert about a subject until a time."""
-    return json_response(await api.store(context, api.dashboard.snooze))
+    return json_response(await api.store(context, api.dashboard.rules.snooze))
 
 
 async def add_check(api: Api, context: RequestContext) -> Response:
     """POST /api/v1/checks: a check that expects pings."""
     return json_response(
-        await api.store(context, api.dashboard.make_check), 201)
+        await api.store(context, api.dashboard.checks.create), 201)
 
 
 async def change_check(api: Api, context: RequestContext) -> Response:
     """POST /api/v1/checks/CHECK: pause, resume, change or delete it."""
     return json_response(await api.store(
-        context, api.dashboard.change_check, *context.values))
+        context, api.dashboard.checks.change, *context.values))
 
 
 async def change_channel(api: Api, context: RequestContext) -> Response:
     """POST /api/v1/channels: add, test or delete one."""
     return json_response(
-        await api.store(context, api.dashboard.change_channel))
+        await api.store(context, api.dashboard.alerts.change_channel))
 
 
 async def forget_subject(api: Api, context: RequestContext) -> Response:
     """POST /api/v1/forget: remove what is kept of a job or a host."""
-    return json_response(await api.store(context, api.dashboard.forget))
+    return json_response(
+        await api.store(context, api.dashboard.retention.delete))
 
 
 # --- handlers: for hosts --------------------------------------------------
@@ -14013,14 +14184,14 @@ async def sync(api: Api, context: RequestContext) -> Response:
     until, topic = api.loop.time() + wait, ("host", principal.host)
     api.end_polls(api.polls, topic)     # of a connection that broke
     with LongPoll(api.polls, topic) as poll:
-        reply = await api.write(api.dashboard.sync, principal, fields,
-                                api.clock.now())
+        reply = await api.write(api.dashboard.host_sync.sync, principal.host,
+                                fields, api.clock.now())
         while wait > 0 and not poll.ended and not has_news(
                 reply, context.connection) and \
                 await context.connection.run_until_closed(
                     poll.wait(until - api.loop.time())):
-            reply.update(await api.write(api.dashboard.waiting_requests,
-                                         principal, api.clock.now()))
+            reply.update(await api.write(api.dashboard.requests.waiting,
+                                         principal.host, api.clock.now()))
     context.connection.demanded = demands_of(reply)
     return json_response(reply)
 
@@ -14048,11 +14219,11 @@ ROUTES = [Route(*row) for row in (
     ("GET", "/", "anyone", show_page),
     ("GET", "/healthz", "anyone", show_health, {}, SMALL_BODY, True),
     ("GET", "/metrics", "viewer", show_metrics),
-    ("GET", "/badge/KEY/NAME", "anyone", show_badge, {}, SMALL_BODY, True),
-    ("GET", "/api/v1/salt", "anyone", show_salt, {"dash": text_field}),
-    ("POST", "/api/v1/dashboards", "anyone", create_dashboard),
-    ("POST", "/api/v1/rotate", "operator", rotate_keys),
-    ("POST", "/api/v1/hosts", "operator", add_host),
+    ("GET", "/badge/KEY/NAME", "anyone", show_badge, 0, {}, True),
+    ("GET", "/api/v1/salt", "anyone", show_salt),
+    ("POST", "/api/v1/dashboards", "anyone", create_dashboard, SMALL_BODY),
+    ("POST", "/api/v1/rotate", "operator", rotate_keys, SMALL_BODY),
+    ("POST", "/api/v1/hosts", "operator", add_host, SMALL_BODY),
     ("DELETE", "/api/v1/hosts/HOST", "host or operator", remove_host),
     ("GET", "/api/v1/hosts/HOST/list", "viewer", show_host_list),
     ("POST", "/api/v1/sync", "host", sync, {}, SYNC_BODY),
@@ -20391,7 +20562,7 @@ class RemoteRun:
             raise Error(str(error)) from None
         try:
             whole = response.status == 200 and whole_frames(
-                response.body)[0] == len(response.body)
+                response.body) == len(response.body)
         except ValueError:
             whole = False       # `at` is another place in what is kept
         return response.headers, response.body if whole else None

@@ -143,15 +143,15 @@ class InProcessDashboard:
         if not durable:         # a test has no power cut
             self.dashboard.db.execute("pragma synchronous=off")
         self.lines: list[dict] = []
-        self.dashboard.heard = lambda dash, changes: self.lines.append(changes)
+        self.dashboard.on_changes = self.lines.append
         self.change = self.number = 0
         self.dash = ""
         if fresh:
-            self.dash = self.do(self.dashboard.create_dashboard,
+            self.dash = self.do(self.dashboard.credentials.create,
                                 new_dashboard(),
                                 NOW)["dash"]
         else:
-            self.dash = next(iter(self.dashboard.numbers), "")
+            self.dash = self.dashboard.credentials.dash
 
     # --- write and read
 
@@ -160,7 +160,7 @@ class InProcessDashboard:
         found = []
         self.dashboard.write(deed, *values,
                              then=lambda *told: found.extend(told))
-        self.dashboard.turn()
+        self.dashboard.run_once()
         result, error = found
         if error:
             raise error
@@ -172,9 +172,9 @@ class InProcessDashboard:
     def run_chores(self) -> None:
         """Do all that waits, and all chores that are due."""
         for _ in range(10_000):
-            busy = self.dashboard.turn()
+            busy = self.dashboard.run_once()
             if self.dashboard.broken or not busy and all(
-                    when > self.now for when, _, _ in self.dashboard.chores):
+                    chore.at > self.now for chore in self.dashboard.chores):
                 return
         raise AssertionError("there is always another chore")
 
@@ -183,8 +183,8 @@ class InProcessDashboard:
         self.clock.time += seconds
         # they are tested by themselves
         for chore in self.dashboard.chores:
-            chore[0] = max(chore[0], self.clock.time + 1)
-        self.dashboard.turn()
+            chore.at = max(chore.at, self.clock.time + 1)
+        self.dashboard.run_once()
 
     def reopen(self) -> InProcessDashboard:
         """The same database, opened by the next dashboard."""
@@ -193,34 +193,35 @@ class InProcessDashboard:
         dashboard.change, dashboard.number = self.change, self.number
         return dashboard
 
+    def principal_of(self, token: str):
+        return self.dashboard.credentials.principal_of(token)
+
     @property
     def state(self) -> dict:
-        return self.ask(self.dashboard.state,
-                        self.dashboard.key_of(OPERATOR_TOKEN),
-                        self.clock.now())
+        return self.ask(self.dashboard.state, "operator", self.clock.now())
 
     @property
     def now(self) -> float:
         return self.clock.now()
 
     def rows(self, statement: str, *values) -> list:
-        return self.dashboard.db.execute(statement, values).fetchall()
+        return self.dashboard.db.execute(statement, *values).fetchall()
 
     # --- hosts
 
     def join(self, host: str = HOST, name: str = "web1"):
         """Add a host; what its token is good for."""
-        self.do(self.dashboard.add_host, self.dash, {
+        self.do(self.dashboard.hosts.join, {
             "host": host, "name": name,
             "token_sha256": koitab.sha256_hex(token_of(host))}, self.now)
-        return self.dashboard.key_of(token_of(host))
+        return self.principal_of(token_of(host))
 
     @property
     def ping_key(self) -> str:
         return self.state["dash"]["ping_key"]
 
     def sync(self, access, **fields) -> dict:
-        return self.do(self.dashboard.sync, access, {
+        return self.do(self.dashboard.host_sync.sync, access.host, {
             "v": 1, "host": access.host, "epoch": 1,
             "instance": "1000-abcdef01", "wait": 0, "now": self.now,
             "offset": 3600, "zone": "Europe/Berlin", "version": "1.0",
@@ -260,19 +261,19 @@ class InProcessDashboard:
 
     def ping(self, key: str, slug=None, action: str = "success",
              **call) -> tuple:
-        return self.do(self.dashboard.ping, key, slug, action, {
+        return self.do(self.dashboard.checks.ping, key, slug, action, {
             "scheme": "https", "method": "GET", "ua": "curl", "ip": "::1",
             "rid": None, "create": False, "body": b"", **call}, self.now)
 
     def channel(self, kind: str = "mail", target: str = "ops@example.org"):
-        return self.do(self.dashboard.change_channel, self.dash,
+        return self.do(self.dashboard.alerts.change_channel,
                        {"kind": kind, "target": target}, self.now)["id"]
 
     def take_notifications(self) -> list[str]:
         """The titles of the notifications; there are none afterwards."""
         found = [title for title, in self.rows(
-            "select title from letters order by id")]
-        self.dashboard.db.execute("delete from letters")
+            "select title from notifications order by id")]
+        self.dashboard.db.execute("delete from notifications")
         return found
 
 

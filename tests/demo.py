@@ -313,7 +313,7 @@ def ping_key(dashboard: Dashboard) -> str:
     """It is not for viewers, so it is asked for with the host's database."""
     db = sqlite3.connect(dashboard.koi.folder / "koi/dashboard.db")
     try:
-        return db.execute("select ping_key from dashboards").fetchone()[0]
+        return db.execute("select ping_key from dashboard").fetchone()[0]
     finally:
         db.close()
 

@@ -11,7 +11,8 @@ import pytest
 
 import support
 from dashboard_rig import (HOST, NOW, OPERATOR_TOKEN, VIEWER_TOKEN,
-                           InProcessDashboard, frames, piece, refused, spec)
+                           InProcessDashboard, frames, piece, refused, spec,
+                           token_of)
 
 koitab = support.load("koitab")
 Error = koitab.Error
@@ -26,10 +27,10 @@ pytestmark = pytest.mark.usefixtures("small_ballast")
 
 def test_what_was_acknowledged_is_on_the_disk(tmp_path):
     dashboard = InProcessDashboard(tmp_path / "d.db", durable=True)
-    assert dashboard.dashboard.one("pragma journal_mode") == "wal"
-    assert dashboard.dashboard.one("pragma synchronous") == 2         # FULL
+    assert dashboard.dashboard.db.value("pragma journal_mode") == "wal"
+    assert dashboard.dashboard.db.value("pragma synchronous") == 2     # FULL
     # INCREMENTAL
-    assert dashboard.dashboard.one("pragma auto_vacuum") == 2
+    assert dashboard.dashboard.db.value("pragma auto_vacuum") == 2
 
 
 def test_the_database_is_for_its_owner_alone(dashboard, tmp_path):
@@ -54,7 +55,7 @@ def test_a_newer_schema_is_left_alone(dashboard):
 
 def test_each_deed_stands_or_falls_alone(dashboard):
     def good(db, name):
-        db.execute("insert into meta values (?, '1')", (name,))
+        db.execute("insert into meta values (?, '1')", name)
         return name
 
     def bad(db):
@@ -69,7 +70,7 @@ def test_each_deed_stands_or_falls_alone(dashboard):
     for deed, *values in ((good, "a"), (bad,), (bug,), (good, "b")):
         dashboard.dashboard.write(deed, *values,
                                   then=lambda *how: told.append(how))
-    dashboard.dashboard.turn()
+    dashboard.dashboard.run_once()
     assert [how[0] for how in told] == ["a", None, None, "b"]
     assert told[1][1].status == 400
     assert isinstance(told[2][1], sqlite3.OperationalError)
@@ -79,12 +80,12 @@ def test_each_deed_stands_or_falls_alone(dashboard):
 
 def test_what_waits_is_written_in_one_transaction(dashboard):
     seen, commits = [], []
-    dashboard.dashboard.db.set_trace_callback(
+    dashboard.dashboard.db.connection.set_trace_callback(
         lambda text: commits.append(text) if text.lower() == "commit"
         else None)
     for number in range(50):
         dashboard.dashboard.write(lambda db, n: seen.append(n), number)
-    dashboard.dashboard.turn()
+    dashboard.dashboard.run_once()
     assert seen == list(range(50))
     assert len(commits) == 2        # the group, and a chore
 
@@ -96,18 +97,18 @@ def test_an_answer_is_given_after_the_commit(dashboard):
         "insert into meta values ('x', 'y')"), then=lambda *how: seen.append(
             dashboard.ask(lambda db: db.execute(
                 "select value from meta where name = 'x'").fetchone())))
-    dashboard.dashboard.turn()
+    dashboard.dashboard.run_once()
     assert seen == [("y",)]
 
 
 def test_what_a_failed_deed_leaves_for_memory_is_not_done(dashboard):
     def deed(_db):
-        dashboard.dashboard.after.append(lambda: done.append(1))
+        dashboard.dashboard.changes.after_commit(lambda: done.append(1))
         raise Error("no")
 
     done = []
     dashboard.dashboard.write(deed)
-    dashboard.dashboard.turn()
+    dashboard.dashboard.run_once()
     assert done == []
 
 
@@ -132,7 +133,7 @@ def test_a_writers_thread_does_what_waits_before_it_ends(tmp_path):
 def test_a_fault_of_ours_in_the_thread_ends_it_and_nobody_hangs(tmp_path):
     hub = koitab.Dashboard(str(tmp_path / "d.db"))
     hub.open()
-    hub.due = lambda: 1 / 0
+    hub.due_looks = lambda: 1 / 0
     hub.start()
     support.wait_until(lambda: hub.broken, 5)
     assert "division" in hub.broken
@@ -145,7 +146,7 @@ def test_a_disk_that_fails_ends_all_acknowledging(dashboard, monkeypatch):
     def deed(_db):
         raise sqlite3.OperationalError("disk I/O error")
 
-    monkeypatch.setattr(dashboard.dashboard.database, "is_disk_full",
+    monkeypatch.setattr(dashboard.dashboard.db, "is_disk_full",
                         lambda: False)
     with pytest.raises(Error, match="I/O"):
         dashboard.do(deed)
@@ -170,8 +171,8 @@ def test_a_full_disk_answers_507_and_heals(dashboard, monkeypatch):
     room = True
     dashboard.clock.time += 3
     dashboard.run_chores()
-    assert dashboard.do(lambda db: 1) == 1 and dashboard.dashboard.troubles \
-        == []
+    assert dashboard.do(lambda db: 1) == 1
+    assert dashboard.dashboard.problem_list == []
 
 
 def test_a_backup_is_whole_and_only_ours(dashboard, web1, tmp_path):
@@ -189,24 +190,23 @@ def test_a_backup_is_whole_and_only_ours(dashboard, web1, tmp_path):
 # ==========================================================================
 
 def test_a_token_opens_what_it_is_for(dashboard, web1):
-    key_of = dashboard.dashboard.key_of
-    assert key_of(OPERATOR_TOKEN) == koitab.Principal("operator",
-                                                      dashboard.dash)
-    assert key_of(VIEWER_TOKEN) == koitab.Principal("viewer", dashboard.dash)
+    key_of = dashboard.principal_of
+    assert key_of(OPERATOR_TOKEN) == koitab.Principal("operator")
+    assert key_of(VIEWER_TOKEN) == koitab.Principal("viewer")
     assert key_of("view-" + VIEWER_TOKEN).role == "viewer"
-    assert web1 == koitab.Principal("host", dashboard.dash, HOST)
+    assert web1 == koitab.Principal("host", HOST)
     for token in ("", "a" * 63, "A" * 64, "f" * 64, "a" * 64 + "\n"):
         assert key_of(token) is None
 
 
 def test_rotated_keys_open_nothing_any_more(dashboard):
-    dashboard.do(dashboard.dashboard.rotate, dashboard.dash, {
+    dashboard.do(dashboard.dashboard.credentials.rotate, {
         "salt": "1" * 32, "rounds": 700_000,
         "api_sha256": koitab.sha256_hex("1" * 64),
         "view_sha256": koitab.sha256_hex("2" * 64)}, NOW)
-    assert dashboard.dashboard.key_of(OPERATOR_TOKEN) is None
-    assert dashboard.dashboard.key_of("1" * 64).role == "operator"
-    assert dashboard.ask(dashboard.dashboard.salt, "") == {
+    assert dashboard.principal_of(OPERATOR_TOKEN) is None
+    assert dashboard.principal_of("1" * 64).role == "operator"
+    assert dashboard.ask(dashboard.dashboard.credentials.salt) == {
         "dash": dashboard.dash, "salt": "1" * 32, "rounds": 700_000}
 
 
@@ -225,58 +225,31 @@ def test_the_database_holds_no_token(dashboard, web1):
     {"api_sha256": "é" * 64}, {"view_sha256": 7}, {"rounds": 2**70}])
 def test_weak_or_odd_keys_are_refused(dashboard, fields):
     with refused(400):
-        dashboard.do(dashboard.dashboard.create_dashboard, {
+        dashboard.do(dashboard.dashboard.credentials.rotate, {
             "salt": "0" * 32, "rounds": 600_000, "api_sha256": "1" * 64,
             "view_sha256": "2" * 64, **fields}, NOW)
 
 
-def test_one_token_opens_one_door(dashboard):
-    with refused(409):
-        dashboard.do(dashboard.dashboard.create_dashboard, {
-            "salt": "0" * 32, "rounds": 600_000,
-            "api_sha256": koitab.sha256_hex(VIEWER_TOKEN),
+def test_a_second_dashboard_is_not_created_in_a_database(dashboard):
+    with refused(403) as refusal:
+        dashboard.do(dashboard.dashboard.credentials.create, {
+            "salt": "0" * 32, "rounds": 600_000, "api_sha256": "1" * 64,
             "view_sha256": "2" * 64}, NOW)
+    assert refusal.message == "this server already has a dashboard"
+    assert dashboard.rows("select count(*) from dashboard") == [(1,)]
+
+
+def test_one_token_opens_one_door(dashboard, web1):
+    for api, view in (("1" * 64, "1" * 64),
+                      (koitab.sha256_hex(token_of(HOST)), "2" * 64)):
+        with refused(409):
+            dashboard.do(dashboard.dashboard.credentials.rotate, {
+                "salt": "0" * 32, "rounds": 600_000, "api_sha256": api,
+                "view_sha256": view}, NOW)
     with refused(409):
-        dashboard.do(dashboard.dashboard.add_host, dashboard.dash, {
+        dashboard.do(dashboard.dashboard.hosts.join, {
             "host": HOST, "name": "x",
             "token_sha256": koitab.sha256_hex(OPERATOR_TOKEN)}, NOW)
-
-
-def test_an_unknown_dashboard_has_a_salt_that_looks_real_and_stays(dashboard):
-    one = dashboard.ask(dashboard.dashboard.salt, "0123456789abcdef")
-    assert one == dashboard.ask(dashboard.dashboard.salt, "0123456789abcdef")
-    assert one != dashboard.ask(dashboard.dashboard.salt, "0123456789abcdee")
-    assert set(one) == {"dash", "salt", "rounds"} and len(one["salt"]) == 32
-    assert dashboard.reopen().ask(
-        koitab.Dashboard.salt.__get__(dashboard.dashboard),
-                                  "0123456789abcdef") == one
-
-
-def test_a_host_of_another_dashboard_is_not_there(dashboard, web1):
-    other = dashboard.do(dashboard.dashboard.create_dashboard, {
-        "salt": "0" * 32, "rounds": 600_000, "api_sha256": "3" * 64,
-        "view_sha256": "4" * 64}, NOW)["dash"]
-    dashboard.runs(web1, dashboard.record(size=5))
-    with refused(409):
-        dashboard.do(dashboard.dashboard.add_host, other, {
-            "host": HOST, "name": "x", "token_sha256": "5" * 64}, NOW)
-    for question, *values in ((dashboard.dashboard.host_list, HOST),
-                              (dashboard.dashboard.run, 1),
-                              (dashboard.dashboard.runs, 1),
-                              (dashboard.dashboard.output, 1, 0, 10),
-                              (dashboard.dashboard.chunks, 1),
-                              (dashboard.dashboard.raw,
-                                                                1)):
-        with refused(404):
-            dashboard.ask(question, other, *values)
-    for deed, asked in ((dashboard.dashboard.forget, {"job": 1}),
-                        (dashboard.dashboard.forget, {"host": HOST}),
-                        (dashboard.dashboard.snooze, {"subject": "job:1",
-                                                      "until": NOW + 9})):
-        with refused(404):
-            dashboard.do(deed, other, asked, NOW)
-    assert dashboard.ask(dashboard.dashboard.day, other, 0,
-                         NOW * 2)["rows"] == []
 
 
 # ==========================================================================
@@ -290,7 +263,7 @@ def test_a_list_makes_jobs_and_keeps_its_exact_text(dashboard, web1):
     assert (backup["name"], backup["words"], backup["next"]) == (
         "Backup", "At 03:00", NOW + 60)
     assert crawl["next"] is None and not crawl["gone"]
-    assert dashboard.ask(dashboard.dashboard.host_list, dashboard.dash,
+    assert dashboard.ask(dashboard.dashboard.hosts.signed_list,
                          HOST) == \
         dashboard.list_of(web1, spec(), spec("crawl"))
 
@@ -364,7 +337,7 @@ def test_a_restored_database_says_from_where_it_needs_records(dashboard, web1,
     late = [dashboard.record() for _ in range(4)]
     assert dashboard.runs(web1, *late)["acked"] == 7
     old = InProcessDashboard(tmp_path / "old.db", fresh=False)
-    access = old.dashboard.key_of(koitab.sha256_hex("token of " + HOST))
+    access = old.principal_of(koitab.sha256_hex("token of " + HOST))
     assert old.sync(access, list_sha="0" * 64) == {
         "v": 1, "acked": 3, "want_list": True, "owed": [], "requests": [],
         "live": {}, "twin": False}
@@ -484,14 +457,11 @@ def test_output_comes_in_pieces_and_is_asked_for(dashboard, web1):
         dashboard.sync(web1, outputs=[piece(1, at, TEXT[at:])])
     reply = dashboard.sync(web1, outputs=[piece(1, cut, TEXT[cut:])])
     assert reply["owed"] == []
-    assert dashboard.ask(dashboard.dashboard.output, dashboard.dash, 1, 0,
+    assert dashboard.ask(dashboard.dashboard.runs.output, 1, 0,
                          10**6) == (
         TEXT, len(TEXT), False, 0)
-    assert dashboard.ask(dashboard.dashboard.raw, dashboard.dash, 1) == \
+    assert dashboard.ask(dashboard.dashboard.runs.text, 1) == \
         b"one\ntwo\nit broke\nthree\n"
-    assert dashboard.ask(dashboard.dashboard.chunks, dashboard.dash, 1) == {
-        "size": len(TEXT), "live": False,
-        "chunks": [[0, cut, 1], [cut, len(TEXT) - cut, 3]]}
 
 
 def test_a_piece_is_kept_up_to_its_last_whole_frame(dashboard, web1):
@@ -525,9 +495,8 @@ def test_any_part_of_output_is_whole_frames(dashboard, web1, size):
     dashboard.sync(web1, outputs=[piece(1, 0, TEXT)])
     at, found = 0, b""
     while at < len(TEXT):
-        part, whole, _, begin = dashboard.ask(dashboard.dashboard.output,
-                                              dashboard.dash, 1,
-                                              at, size)
+        part, whole, _, begin = dashboard.ask(
+            dashboard.dashboard.runs.output, 1, at, size)
         assert part and whole == len(TEXT) and begin == at
         found += part
         at += len(part)
@@ -563,14 +532,14 @@ def test_a_run_that_is_looked_at_is_asked_for(dashboard, web1):
     dashboard.runs(web1, dashboard.record("running"))
     assert dashboard.sync(web1)["live"] == {}
     dashboard.lines.clear()
-    dashboard.dashboard.look(dashboard.dash, 1)
-    dashboard.dashboard.turn()
+    dashboard.dashboard.follow(1)
+    dashboard.dashboard.run_once()
     assert dashboard.lines == [{"wake": [HOST]}]
     assert dashboard.sync(web1)["live"] == {"1": 0}
     data = frames("one\ntwo\n")
     reply = dashboard.sync(web1, live=[piece(1, 0, data)])
     assert reply["live"] == {"1": len(data)}
-    assert dashboard.ask(dashboard.dashboard.output, dashboard.dash, 1, 0,
+    assert dashboard.ask(dashboard.dashboard.runs.output, 1, 0,
                          999) == (
         data, len(data), True, 0)
     dashboard.pass_time(16)
@@ -580,24 +549,24 @@ def test_a_run_that_is_looked_at_is_asked_for(dashboard, web1):
 
 def test_live_output_must_follow_what_is_there(dashboard, web1):
     dashboard.runs(web1, dashboard.record("running"))
-    dashboard.dashboard.look(dashboard.dash, 1)
+    dashboard.dashboard.follow(1)
     data = frames("one\n")
     dashboard.sync(web1, live=[piece(1, 0, data)])
     dashboard.sync(web1, live=[piece(1, 5, data)])
-    assert dashboard.dashboard.output_of_runs.get(1) == (0, data)
+    assert dashboard.dashboard.runs.live.get(1) == (0, data)
     dashboard.sync(web1, live=[piece(1, 50, data, reset=True)])
-    assert dashboard.dashboard.output_of_runs.get(1) == (50, data)
-    assert dashboard.ask(dashboard.dashboard.output, dashboard.dash, 1, 0,
+    assert dashboard.dashboard.runs.live.get(1) == (50, data)
+    assert dashboard.ask(dashboard.dashboard.runs.output, 1, 0,
                          999)[3] == 50
 
 
 def test_live_output_has_a_limit_and_begins_at_a_frame(dashboard, web1):
     dashboard.runs(web1, dashboard.record("running"))
-    dashboard.dashboard.look(dashboard.dash, 1)
+    dashboard.dashboard.follow(1)
     data = koitab.frame(1, 0, b"x" * 60_000)
     for number in range(50):
         dashboard.sync(web1, live=[piece(1, number * len(data), data)])
-    begin, kept = dashboard.dashboard.output_of_runs.get(1)
+    begin, kept = dashboard.dashboard.runs.live.get(1)
     assert len(kept) <= koitab.LIVE_ROOM and begin + len(kept) == 50 * len(
         data)
     assert begin % len(data) == 0 and begin > 0
@@ -605,14 +574,14 @@ def test_live_output_has_a_limit_and_begins_at_a_frame(dashboard, web1):
 
 def test_live_output_goes_when_the_whole_is_there(dashboard, web1):
     dashboard.runs(web1, dashboard.record("running"))
-    dashboard.dashboard.look(dashboard.dash, 1)
+    dashboard.dashboard.follow(1)
     dashboard.sync(web1, live=[piece(1, 0, frames("one\n"))])
     dashboard.runs(web1, dashboard.record(run=1, size=len(TEXT)))
-    assert dashboard.ask(dashboard.dashboard.output, dashboard.dash, 1, 0,
+    assert dashboard.ask(dashboard.dashboard.runs.output, 1, 0,
                          999)[2]
     dashboard.sync(web1, outputs=[piece(1, 0, TEXT)])
-    assert dashboard.dashboard.output_of_runs.get(1) is None
-    assert dashboard.ask(dashboard.dashboard.output, dashboard.dash, 1, 0,
+    assert dashboard.dashboard.runs.live.get(1) is None
+    assert dashboard.ask(dashboard.dashboard.runs.output, 1, 0,
                          999)[:3] == (
         TEXT, len(TEXT), False)
 
@@ -674,7 +643,7 @@ def test_what_is_usual_is_said_after_twenty_good_runs(dashboard, web1):
 
 def test_a_change_is_told_after_it_is_in_the_state(dashboard, web1):
     seen = []
-    dashboard.dashboard.heard = lambda dash, changes: seen.append(
+    dashboard.dashboard.on_changes = lambda changes: seen.append(
         (changes, dashboard.state["seq"], dashboard.job()["state"]))
     dashboard.runs(web1, dashboard.record())
     (changes, seq, state), = seen
@@ -694,16 +663,17 @@ def test_numbers_of_changes_grow_over_restarts(dashboard, web1):
 def test_a_flood_of_changes_says_read_all_anew(dashboard, web1):
     dashboard.lines.clear()
     for _ in range(3):
-        dashboard.dashboard.write(dashboard.dashboard.sync, web1, {
+        dashboard.dashboard.write(
+            dashboard.dashboard.host_sync.sync, web1.host, {
             "v": 1, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
             "records": [dashboard.record() for _ in range(900)]}, NOW)
-    dashboard.dashboard.turn()
+    dashboard.dashboard.run_once()
     assert dashboard.lines[0]["reset"] and "runs" not in dashboard.lines[0]
 
 
 def test_a_viewer_is_told_no_key_to_ping_with(dashboard):
     state = dashboard.ask(dashboard.dashboard.state,
-                          dashboard.dashboard.key_of(VIEWER_TOKEN), NOW)
+                          "viewer", NOW)
     assert state["role"] == "viewer" and state["dash"]["ping_key"] == ""
     assert dashboard.state["dash"]["ping_key"]
 
@@ -712,7 +682,7 @@ def test_runs_are_turned_over_page_by_page(dashboard, web1):
     dashboard.runs(web1, *[dashboard.record() for _ in range(25)])
     seen, before = [], None
     while True:
-        page = dashboard.ask(dashboard.dashboard.runs, dashboard.dash, 1,
+        page = dashboard.ask(dashboard.dashboard.runs.page, 1,
                              before, 10)
         seen += [run["id"] for run in page["runs"]]
         if not page["more"]:
@@ -725,7 +695,7 @@ def test_a_run_knows_its_neighbours_and_the_last_good_one(dashboard, web1):
     dashboard.runs(web1, dashboard.record(), dashboard.record(tag="crawl"),
                    dashboard.record(exit=1), dashboard.record(exit=2),
                    dashboard.record())
-    shown = dashboard.ask(dashboard.dashboard.run, dashboard.dash, 4)
+    shown = dashboard.ask(dashboard.dashboard.overview.run, 4)
     assert (shown["good"], shown["older"], shown["newer"]) == (1, 3, 5)
     assert shown["job"]["tag"] == "backup"
 
@@ -740,7 +710,7 @@ def test_a_day_shows_what_reached_into_it(dashboard, web1):
                            for a, b, _ in cases],
                    dashboard.record("running", started=NOW - 9e5),
                    dashboard.record("missed", due=day + 5))
-    found = dashboard.ask(dashboard.dashboard.day, dashboard.dash, day,
+    found = dashboard.ask(dashboard.dashboard.overview.day, day,
                           day + 86_400)
     row, = found["rows"]
     assert sorted(bar[3] for bar in row["bars"]) == sorted(
@@ -756,7 +726,7 @@ def test_a_day_with_too_much_says_how_far_it_goes(dashboard, web1,
                            for n in range(25)])
     seen, begin = [], NOW
     while begin < NOW + 100:
-        found = dashboard.ask(dashboard.dashboard.day, dashboard.dash, begin,
+        found = dashboard.ask(dashboard.dashboard.overview.day, begin,
                               NOW + 100)
         seen += [bar[3] for row in found["rows"] for bar in row["bars"]]
         begin = found["to"]
@@ -765,7 +735,7 @@ def test_a_day_with_too_much_says_how_far_it_goes(dashboard, web1,
 
 def test_metrics_are_prometheus_text(dashboard, web1):
     dashboard.runs(web1, dashboard.record(exit=1, name='a"b\\c\nd'))
-    text = dashboard.ask(dashboard.dashboard.metrics, dashboard.dash, NOW)
+    text = dashboard.ask(dashboard.dashboard.overview.metrics, NOW)
     assert 'job="a\\"b\\\\c\\nd"} 0' in text
     for line in text.splitlines():
         assert line.startswith("# ") or line.rpartition(" ")[2].replace(
@@ -775,14 +745,15 @@ def test_metrics_are_prometheus_text(dashboard, web1):
 def test_a_badge_is_a_word_for_who_has_the_key(dashboard, web1):
     key = dashboard.state["dash"]["badge_key"]
     dashboard.runs(web1, dashboard.record(exit=1))
-    assert dashboard.ask(dashboard.dashboard.badge, key, "all",
+    assert dashboard.ask(dashboard.dashboard.overview.badge, key, "all",
                          NOW)["message"] == "1 alert"
-    assert dashboard.ask(dashboard.dashboard.badge, key, "backup", NOW) == {
+    assert dashboard.ask(dashboard.dashboard.overview.badge, key, "backup",
+                         NOW) == {
         "label": "Backup", "message": "failed", "color": "#c32b2b"}
     with refused(404):
-        dashboard.ask(dashboard.dashboard.badge, "0" * 32, "all", NOW)
+        dashboard.ask(dashboard.dashboard.overview.badge, "0" * 32, "all", NOW)
     with refused(404):
-        dashboard.ask(dashboard.dashboard.badge, key, "nothing", NOW)
+        dashboard.ask(dashboard.dashboard.overview.badge, key, "nothing", NOW)
 
 
 # ==========================================================================
@@ -798,11 +769,15 @@ def request(dashboard, nonce: str = "1" * 32, **fields) -> dict:
     return {"host": HOST, "body": json.dumps(body), "mac": "f" * 64}
 
 
+def audit_rows(dashboard) -> list[dict]:
+    return dashboard.ask(dashboard.dashboard.audit.page)["rows"]
+
+
 @pytest.fixture
 def asked(dashboard, web1):
     dashboard.sync(web1, list=dashboard.list_of(web1, spec()))
     found = request(dashboard)
-    dashboard.do(dashboard.dashboard.request, dashboard.dash, found, NOW)
+    dashboard.do(dashboard.dashboard.requests.create, found, NOW)
     return found
 
 
@@ -818,20 +793,20 @@ def test_a_request_is_handed_out_and_answered(dashboard, web1, asked):
     dashboard.runs(web1, dashboard.record("queued", nonce="1" * 32))
     dashboard.clock.time += 31
     assert dashboard.sync(web1)["requests"] == []
-    assert dashboard.ask(dashboard.dashboard.request_state, dashboard.dash,
+    assert dashboard.ask(dashboard.dashboard.requests.state,
                          "1" * 32) == {
         "nonce": "1" * 32, "state": "accepted", "reason": "", "run": 1}
 
 
 def test_the_same_request_twice_is_one(dashboard, asked):
-    reopened = dashboard.do(dashboard.dashboard.request, dashboard.dash, asked,
+    reopened = dashboard.do(dashboard.dashboard.requests.create, asked,
                             NOW)
     assert reopened["state"] == "waiting"
     assert dashboard.rows("select count(*) from requests") == [(1,)]
     assert dashboard.rows("select count(*) from audit where what = 'run'") == [
         (1,)]
     with refused(409):
-        dashboard.do(dashboard.dashboard.request, dashboard.dash,
+        dashboard.do(dashboard.dashboard.requests.create,
                      request(dashboard, tag="x"), NOW)
 
 
@@ -839,13 +814,13 @@ def test_a_request_that_nobody_answers_expires(dashboard, web1, asked):
     dashboard.pass_time(301)
     assert dashboard.sync(web1)["requests"] == []
     dashboard.pass_time(5)
-    found = dashboard.ask(dashboard.dashboard.request_state, dashboard.dash,
+    found = dashboard.ask(dashboard.dashboard.requests.state,
                           "1" * 32)
     assert found["state"] == "expired"
     dashboard.sync(web1, verdicts=[{"nonce": "1" * 32, "verdict": "accepted",
                                     "run": 1, "reason":
                                     ""}])     # it came late
-    assert dashboard.ask(dashboard.dashboard.request_state, dashboard.dash,
+    assert dashboard.ask(dashboard.dashboard.requests.state,
                          "1" * 32
                          )["state"] == "accepted"
 
@@ -854,7 +829,7 @@ def test_a_request_expires_though_the_dashboard_was_restarted(dashboard,
                                                               asked):
     reopened = dashboard.reopen()
     reopened.pass_time(310)
-    assert reopened.ask(reopened.dashboard.request_state, dashboard.dash,
+    assert reopened.ask(reopened.dashboard.requests.state,
                         "1" * 32
                         )["state"] == "expired"
 
@@ -862,17 +837,13 @@ def test_a_request_expires_though_the_dashboard_was_restarted(dashboard,
 def test_a_refusal_is_shown_with_its_reason(dashboard, web1, asked):
     dashboard.sync(web1, verdicts=[{"nonce": "1" * 32, "verdict": "refused",
                                     "run": None, "reason": "its job changed"}])
-    row, = [row for row in dashboard.ask(dashboard.dashboard.audit,
-                                         dashboard.dash)["rows"]
-            if row["what"] == "run"]
+    row, = [row for row in audit_rows(dashboard) if row["what"] == "run"]
     assert (row["state"], row["reason"], row["label"]) == (
         "refused", "its job changed", "Backup")
     assert row["args"] == {"To": "bob", "Pin": "******"}
     dashboard.runs(web1, dashboard.record(nonce="1" *
                                           32))      # then it ran after
-    row, = [row for row in dashboard.ask(dashboard.dashboard.audit,
-                                         dashboard.dash)["rows"]
-            if row["what"] == "run"]
+    row, = [row for row in audit_rows(dashboard) if row["what"] == "run"]
     assert (row["state"], row["run"]) == ("accepted", 1)
 
 
@@ -880,7 +851,7 @@ def test_a_verdict_of_another_host_is_nothing(dashboard, asked):
     other = dashboard.join("d" * 32, "web2")
     dashboard.sync(other, verdicts=[{"nonce": "1" * 32, "verdict": "refused",
                                      "run": None, "reason": "x"}])
-    assert dashboard.ask(dashboard.dashboard.request_state, dashboard.dash,
+    assert dashboard.ask(dashboard.dashboard.requests.state,
                          "1" * 32
                          )["state"] == "waiting"
 
@@ -891,7 +862,7 @@ def test_a_verdict_of_another_host_is_nothing(dashboard, asked):
     {"user": "a\0"}, {"secrets": []}], ids=str)
 def test_a_request_that_is_odd_is_refused(dashboard, web1, fields):
     with refused(400):
-        dashboard.do(dashboard.dashboard.request, dashboard.dash, request(
+        dashboard.do(dashboard.dashboard.requests.create, request(
             dashboard, **{"nonce": "2" * 32, **fields}), NOW)
 
 
@@ -899,17 +870,16 @@ def test_a_request_that_can_be_read_in_two_ways_is_refused(dashboard, web1):
     asked = request(dashboard)
     asked["body"] = asked["body"].replace('"tag":', '"tag": "a", "tag":')
     with refused(400):
-        dashboard.do(dashboard.dashboard.request, dashboard.dash, asked, NOW)
+        dashboard.do(dashboard.dashboard.requests.create, asked, NOW)
 
 
 def test_requests_that_wait_for_one_host_have_a_limit(dashboard, web1):
     for number in range(100):
-        dashboard.do(dashboard.dashboard.request, dashboard.dash, request(
+        dashboard.do(dashboard.dashboard.requests.create, request(
             dashboard, f"{number:032x}"), NOW)
     with refused(429):
         dashboard.do(
-            dashboard.dashboard.request,
-            dashboard.dash,
+            dashboard.dashboard.requests.create,
             request(dashboard, "f" * 32),
             NOW,
         )
@@ -917,11 +887,11 @@ def test_requests_that_wait_for_one_host_have_a_limit(dashboard, web1):
 
 def test_the_audit_is_turned_over_page_by_page(dashboard):
     for number in range(230):       # all at one moment
-        dashboard.dashboard.record(dashboard.dashboard.db, 1, NOW, "check",
+        dashboard.dashboard.audit.record(dashboard.dashboard.db, NOW, "check",
                                    label=str(number))
     seen, before = [], None
     while True:
-        page = dashboard.ask(dashboard.dashboard.audit, dashboard.dash, before)
+        page = dashboard.ask(dashboard.dashboard.audit.page, before)
         seen += [int(row["label"]) for row in page["rows"]]
         if not page["more"]:
             break
@@ -943,7 +913,7 @@ def written(dashboard, web1, text: str, **fields) -> int:
 
 
 def found(dashboard, text: str, *more) -> list:
-    hits = dashboard.ask(dashboard.dashboard.search, dashboard.dash, text,
+    hits = dashboard.ask(dashboard.dashboard.search.find, text,
                          *more)["hits"]
     return [(hit["run"]["id"], hit["line"]) for hit in hits]
 
@@ -955,7 +925,7 @@ def test_a_text_is_found_in_all_outputs(dashboard, web1, index):
         dashboard.dashboard.db.execute(
             "create virtual table found using fts5(text, content='', "
             f"tokenize='{'unicode61' if index == 'words' else index}')")
-    dashboard.dashboard.index = index
+    dashboard.dashboard.search.index = index
     written(dashboard, web1, "nothing here\n")
     one = written(dashboard, web1, "a\nThe Needle's eye\nb\n", tag="crawl")
     two = written(dashboard, web1, "x\n\x1b[31mneed\x1b[0mle 'quote\" %_\n")
@@ -985,22 +955,21 @@ def test_the_chunk_of_a_hit_is_named(dashboard, web1):
     dashboard.runs(web1, dashboard.record(size=sum(map(len, data))))
     dashboard.sync(web1, outputs=[piece(1, 0, data[0])])
     dashboard.sync(web1, outputs=[piece(1, len(data[0]), data[1])])
-    hit, = dashboard.ask(dashboard.dashboard.search, dashboard.dash,
+    hit, = dashboard.ask(dashboard.dashboard.search.find,
                          "needle")["hits"]
     assert hit["at"] == len(data[0])
 
 
-def test_long_output_is_read_by_and_by_head_and_tail(dashboard, web1):
-    text = "first needle\n" + "x" * 79 + "\n"
-    written(dashboard, web1, text + ("y" * 79 + "\n") * 9000 + "last needle\n")
-    steps = 0
-    while dashboard.rows("select * from unread"):
-        dashboard.dashboard.group([(dashboard.dashboard.read_output, (),
-                                    None)])
-        steps += 1
-    assert 20 < steps <= 64
-    assert found(dashboard, "last needle")[0][0] == 1
-    assert found(dashboard, "first needle")[0][0] == 1
+def test_head_and_tail_of_long_output_are_indexed(dashboard, web1):
+    line = "y" * 79 + "\n"
+    run = written(dashboard, web1, "first needle\n" + line * 9000
+                  + "middle needle\n" + line * 9000 + "last needle\n")
+    dashboard.clock.time += 6
+    dashboard.run_chores()
+    assert dashboard.rows("select * from unindexed") == []
+    assert found(dashboard, "first needle") == [(run, "first needle")]
+    assert found(dashboard, "last needle") == [(run, "last needle")]
+    assert found(dashboard, "middle needle") == []
 
 
 def test_a_damaged_index_costs_time_and_nothing_else(dashboard, web1):
@@ -1025,7 +994,7 @@ def test_a_hundred_hits_come_in_pages(dashboard, web1):
     dashboard.run_chores()
     seen, before, more = [], None, True
     while more:
-        page = dashboard.ask(dashboard.dashboard.search, dashboard.dash,
+        page = dashboard.ask(dashboard.dashboard.search.find,
                              "needle",
                              None, before)
         seen += [hit["run"]["id"] for hit in page["hits"]]
@@ -1072,20 +1041,21 @@ def test_pages_that_nobody_needs_are_given_back(dashboard, web1, monkeypatch):
     monkeypatch.setattr(koitab, "FREE_PAGES", 50)
     for _ in range(3):
         written(dashboard, web1, ("x" * 7999 + "\n") * 120)
-    size = dashboard.dashboard.one("pragma page_count")
+    size = dashboard.dashboard.db.value("pragma page_count")
     dashboard.clock.time += 100 * 86_400
     dashboard.run_chores()
     dashboard.clock.time += 301
     dashboard.run_chores()
-    assert dashboard.dashboard.one("pragma freelist_count") <= 50
-    assert dashboard.dashboard.one("pragma page_count") < size / 2
+    assert dashboard.dashboard.db.value("pragma freelist_count") <= 50
+    assert dashboard.dashboard.db.value("pragma page_count") < size / 2
 
 
 def test_small_steps_even_when_much_is_old(dashboard, web1):
     for _ in range(3):
         dashboard.runs(web1, *[dashboard.record() for _ in range(1000)])
     dashboard.clock.time += 500 * 86_400
-    dashboard.dashboard.group([(dashboard.dashboard.expire_old, (), None)])
+    dashboard.dashboard.commit_batch([
+        (dashboard.dashboard.retention.expire_old, (), None)])
     assert dashboard.rows("select count(*) from runs") == [(2000,)]
 
 
@@ -1094,26 +1064,26 @@ def test_a_job_that_is_forgotten_is_hidden_at_once_and_then_removed(
     dashboard.runs(web1, dashboard.record(), dashboard.record(tag="crawl"))
     dashboard.sync(web1, list=dashboard.list_of(web1, spec("crawl")))
     with refused(409):
-        dashboard.do(dashboard.dashboard.forget, dashboard.dash, {"job": 2},
+        dashboard.do(dashboard.dashboard.retention.delete, {"job": 2},
                      NOW)
-    dashboard.do(dashboard.dashboard.forget, dashboard.dash, {"job": 1}, NOW)
+    dashboard.do(dashboard.dashboard.retention.delete, {"job": 1}, NOW)
     assert [job["id"] for job in dashboard.state["jobs"]] == [2]
     with refused(404):
-        dashboard.ask(dashboard.dashboard.run, dashboard.dash, 1)
+        dashboard.ask(dashboard.dashboard.overview.run, 1)
     dashboard.runs(web1, dashboard.record())        # it comes back: a new one
     assert [job["id"] for job in dashboard.state["jobs"]] == [2, 3]
     dashboard.clock.time += 61
     dashboard.run_chores()
     assert dashboard.rows("select job from runs order by id") == [(2,), (3,)]
-    assert dashboard.rows("select id from jobs") == [(2,), (3,)]
+    assert dashboard.rows("select id from jobs order by id") == [(2,), (3,)]
 
 
 def test_a_host_that_is_forgotten_is_gone_with_all_it_told(dashboard, web1):
     dashboard.runs(web1, dashboard.record())
-    dashboard.do(dashboard.dashboard.forget, dashboard.dash, {"host": HOST},
+    dashboard.do(dashboard.dashboard.retention.delete, {"host": HOST},
                  NOW)
     assert dashboard.state["hosts"] == dashboard.state["jobs"] == []
-    assert dashboard.dashboard.key_of(koitab.sha256_hex("token of "
+    assert dashboard.principal_of(koitab.sha256_hex("token of "
                                                        + HOST)) is None
     with pytest.raises(Error):
         dashboard.sync(web1)
@@ -1130,8 +1100,8 @@ def test_a_host_that_is_forgotten_is_gone_with_all_it_told(dashboard, web1):
 
 def test_a_host_that_left_keeps_its_history(dashboard, web1):
     dashboard.runs(web1, dashboard.record())
-    dashboard.do(dashboard.dashboard.remove_host, dashboard.dash, HOST, NOW)
-    assert dashboard.dashboard.key_of(koitab.sha256_hex("token of "
+    dashboard.do(dashboard.dashboard.hosts.leave, HOST, NOW)
+    assert dashboard.principal_of(koitab.sha256_hex("token of "
                                                        + HOST)) is None
     assert dashboard.state["hosts"][0]["state"] == "left"
     assert dashboard.job()["gone"] and len(dashboard.job()["strip"]) == 1
@@ -1161,7 +1131,7 @@ def test_many_threads_read_while_one_writes(tmp_path):
     for thread in threads:
         thread.start()
     for _ in range(40):
-        dashboard.dashboard.do(dashboard.dashboard.sync, web1, {
+        dashboard.dashboard.do(dashboard.dashboard.host_sync.sync, web1.host, {
             "v": 1, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
             "records": [dashboard.record()]}, dashboard.now)
     for thread in threads:

@@ -20,12 +20,12 @@ pytestmark = pytest.mark.usefixtures("small_ballast")
 
 
 def make(dashboard, **fields) -> str:
-    return dashboard.do(dashboard.dashboard.make_check, dashboard.dash, {
+    return dashboard.do(dashboard.dashboard.checks.create, {
         "name": "Backup", "slug": "backup", **fields}, dashboard.now)["id"]
 
 
 def change(dashboard, check: str, **fields) -> dict:
-    return dashboard.do(dashboard.dashboard.change_check, dashboard.dash,
+    return dashboard.do(dashboard.dashboard.checks.change,
                         check,
                         fields, dashboard.now)
 
@@ -41,7 +41,7 @@ def shown(dashboard, check: str = "") -> dict:
 
 
 def pings(dashboard, check: str) -> list[dict]:
-    return dashboard.ask(dashboard.dashboard.pings, dashboard.dash,
+    return dashboard.ask(dashboard.dashboard.checks.list_pings,
                          check)["pings"]
 
 
@@ -136,7 +136,7 @@ def test_checks_have_a_limit_and_pings_may_make_twice_as_many(dashboard,
     (b"x" * 10_001, b"x" * 10_000), (b"\0\xff\r\n", b"\0\xff\r\n")])
 def test_a_body_is_kept_raw_up_to_its_limit(dashboard, check, body, kept):
     dashboard.ping(check, body=body)
-    assert dashboard.ask(dashboard.dashboard.ping_body, dashboard.dash, check,
+    assert dashboard.ask(dashboard.dashboard.checks.ping_body, check,
                          1) == kept
     assert pings(dashboard, check)[0]["size"] == len(kept)
 
@@ -152,14 +152,14 @@ def test_what_is_kept_of_a_ping(dashboard, check):
 
 def test_of_the_pings_of_a_check_the_last_hundred_stay(dashboard, check):
     for _ in range(250):
-        dashboard.dashboard.write(dashboard.dashboard.ping, check, None,
+        dashboard.dashboard.write(dashboard.dashboard.checks.ping, check, None,
                                   "success",
                                   {"method": "GET"}, NOW)
-    dashboard.dashboard.turn()
+    dashboard.dashboard.run_once()
     numbers = [row["n"] for row in pings(dashboard, check)]
     assert numbers == list(range(250, 150, -1))
     assert dashboard.rows("select count(*) from pings") == [(150,)]
-    page = dashboard.ask(dashboard.dashboard.pings, dashboard.dash, check, 200)
+    page = dashboard.ask(dashboard.dashboard.checks.list_pings, check, 200)
     assert page["pings"][0]["n"] == 199
 
 
@@ -284,7 +284,7 @@ def test_what_went_down_while_the_dashboard_was_off_is_told_after(dashboard,
     dashboard.ping(check)
     dashboard.clock.time += 9 * DAY
     reopened = dashboard.reopen()
-    reopened.dashboard.turn()
+    reopened.dashboard.run_once()
     assert reopened.take_notifications() == ["Backup is overdue"]
     assert reopened.state["checks"][0]["state"] == "down"
 

@@ -84,7 +84,7 @@ def test_how_it_failed_is_told(dashboard, web1, fields, words):
 def test_the_letter_waits_for_the_output_but_not_for_ever(dashboard, web1):
     data = frames("it broke\n", 2)
     dashboard.runs(web1, dashboard.record(exit=1, size=len(data)))
-    due = dashboard.dashboard.letters_due
+    due = dashboard.dashboard.alerts.due_notifications
     assert dashboard.ask(due, dashboard.now) == []
     assert len(dashboard.ask(due, dashboard.now + 15)) == 1
     dashboard.sync(web1, outputs=[piece(1, 0, data)])
@@ -196,7 +196,7 @@ def test_slowness_is_seen_after_a_restart_too(dashboard, web1):
     dashboard.runs(web1, dashboard.record("running", started=NOW))
     reopened = dashboard.reopen()
     reopened.pass_time(35)
-    access = reopened.dashboard.key_of(koitab.sha256_hex("token of " + HOST))
+    access = reopened.principal_of(koitab.sha256_hex("token of " + HOST))
     reopened.sync(access)
     reopened.pass_time(1)
     assert reopened.take_notifications() == ["Night/Backup on web1 takes long"]
@@ -275,14 +275,14 @@ def test_a_watch_that_comes_early_is_repeated(dashboard, web1):
     """The dashboard was restarted: nobody can have been heard of."""
     dashboard.clock.time += DAY
     reopened = dashboard.reopen()
-    reopened.do(reopened.dashboard.look_at_host, HOST, reopened.now)
+    reopened.do(reopened.dashboard.rules.check_host, HOST, reopened.now)
     assert reopened.take_notifications() == []
 
 
 def test_after_a_restart_hosts_have_time_to_come_back(dashboard, web1):
     dashboard.clock.time += DAY
     reopened = dashboard.reopen()
-    reopened.dashboard.turn()
+    reopened.dashboard.run_once()
     assert reopened.take_notifications() == []
     reopened.pass_time(89)
     assert reopened.take_notifications() == []
@@ -299,7 +299,7 @@ def test_after_a_restart_hosts_have_time_to_come_back(dashboard, web1):
 # ==========================================================================
 
 def test_a_check_is_told_when_it_is_overdue_and_when_it_is_back(dashboard):
-    check = dashboard.do(dashboard.dashboard.make_check, dashboard.dash,
+    check = dashboard.do(dashboard.dashboard.checks.create,
                          {"name": "Sync"},
                          NOW)["id"]
     dashboard.ping(check)
@@ -321,7 +321,7 @@ def test_a_check_is_told_when_it_is_overdue_and_when_it_is_back(dashboard):
 # ==========================================================================
 
 def snooze(dashboard, subject: str, seconds: float) -> None:
-    dashboard.do(dashboard.dashboard.snooze, dashboard.dash, {
+    dashboard.do(dashboard.dashboard.rules.snooze, {
         "subject": subject, "until": dashboard.now + seconds if seconds else
         0},
         dashboard.now)
@@ -413,16 +413,16 @@ def tell(dashboard) -> None:
     threads = herald.round()
     until = time.monotonic() + 10
     while any(thread.is_alive() for thread in threads):
-        dashboard.dashboard.turn()
+        dashboard.dashboard.run_once()
         time.sleep(0.002)
         assert time.monotonic() < until
-    dashboard.dashboard.turn()
+    dashboard.dashboard.run_once()
 
 
 @pytest.fixture
 def quiet(dashboard):
     """No channel but those that the test makes."""
-    dashboard.do(dashboard.dashboard.change_channel, dashboard.dash,
+    dashboard.do(dashboard.dashboard.alerts.change_channel,
                  {"do": "delete", "id": 1}, NOW)
     return dashboard
 
@@ -442,8 +442,8 @@ def test_a_webhook_gets_json_with_a_key(quiet, listener):
     assert headers["Idempotency-Key"] == body["key"]
     assert (body["kind"], body["state"], body["subject"], body["dash"]) == (
         "failed", "on", "job:1", quiet.dash)
-    assert quiet.rows("select * from letters") == []
-    channel, = quiet.ask(quiet.dashboard.channels, quiet.dash)["channels"]
+    assert quiet.rows("select * from notifications") == []
+    channel, = quiet.ask(quiet.dashboard.alerts.list_channels)["channels"]
     assert (channel["last"], channel["error"]) == (NOW, "")
 
 
@@ -464,7 +464,7 @@ def test_a_password_in_an_address_is_sent_and_never_shown(quiet, listener):
     fail(quiet)
     tell(quiet)
     assert listener.got[0][1]["Authorization"] == "Basic bWU6Z2VoIGVpbQ=="
-    channel, = quiet.ask(quiet.dashboard.channels, quiet.dash)["channels"]
+    channel, = quiet.ask(quiet.dashboard.alerts.list_channels)["channels"]
     assert "geh" not in json.dumps(channel) and "***@" in channel["target"]
 
 
@@ -474,18 +474,18 @@ def test_a_password_in_an_address_is_sent_and_never_shown(quiet, listener):
 def test_what_fails_is_told_again_later_for_a_day(quiet, listener, status,
                                                   words):
     quiet.channel("webhook", listener.url)
-    check = quiet.do(quiet.dashboard.make_check, quiet.dash, {"name": "x"},
+    check = quiet.do(quiet.dashboard.checks.create, {"name": "x"},
                      NOW)["id"]
     quiet.ping(check, action="fail")
     listener.status = status
     tell(quiet)
-    channel, = quiet.ask(quiet.dashboard.channels, quiet.dash)["channels"]
+    channel, = quiet.ask(quiet.dashboard.alerts.list_channels)["channels"]
     assert words in channel["error"] and channel["last"] is None
     tell(quiet)
     assert len(listener.got) == 1       # not at once
     waits = []
     for _ in range(12):
-        due, = quiet.rows("select due from letters")[0]
+        due, = quiet.rows("select due from notifications")[0]
         waits.append(due - quiet.now)
         quiet.clock.time = due
         tell(quiet)
@@ -495,7 +495,7 @@ def test_what_fails_is_told_again_later_for_a_day(quiet, listener, status,
     assert len(keys) == 1
     quiet.clock.time = NOW + DAY + 1
     tell(quiet)
-    assert quiet.rows("select * from letters") == []
+    assert quiet.rows("select * from notifications") == []
 
 
 def test_the_other_channel_is_told_though_one_hangs(quiet, listener,
@@ -511,7 +511,7 @@ def test_the_other_channel_is_told_though_one_hangs(quiet, listener,
     dead.close()
     assert len(listener.got) == 1
     errors = [channel["error"] != "" for channel in quiet.ask(
-        quiet.dashboard.channels, quiet.dash)["channels"]]
+        quiet.dashboard.alerts.list_channels)["channels"]]
     assert errors == [True, False]
 
 
@@ -522,7 +522,7 @@ def test_a_channel_is_told_by_one_thread_at_a_time(quiet, listener):
     herald = koitab.Notifier(quiet.dashboard)
     threads = herald.round() + herald.round()
     while any(thread.is_alive() for thread in threads):
-        quiet.dashboard.turn()
+        quiet.dashboard.run_once()
         time.sleep(0.002)
     assert len(listener.got) == 1
 
@@ -573,7 +573,7 @@ def test_mail_goes_through_sendmail_with_clean_headers(dashboard, tmp_path,
     assert message["Subject"] == \
         r'koi: Night/Bäck"up\x0d\x0aBcc: x on web1 failed'
     assert message["Message-ID"] and "exit status 1" in message.get_content()
-    assert dashboard.rows("select * from letters") == []
+    assert dashboard.rows("select * from notifications") == []
 
 
 def test_a_sendmail_that_fails_is_shown(dashboard, tmp_path, monkeypatch):
@@ -583,9 +583,9 @@ def test_a_sendmail_that_fails_is_shown(dashboard, tmp_path, monkeypatch):
     monkeypatch.setattr(koitab, "SENDMAILS", (str(program),))
     fail(dashboard)
     tell(dashboard)
-    assert dashboard.ask(dashboard.dashboard.channels,
-                         dashboard.dash)["channels"][0][
-        "error"] == "sendmail says no route"
+    channel, = dashboard.ask(
+        dashboard.dashboard.alerts.list_channels)["channels"]
+    assert channel["error"] == "sendmail says no route"
 
 
 @pytest.mark.parametrize("kind, target", [
@@ -602,12 +602,12 @@ def test_a_channel_that_is_none_is_refused(dashboard, kind, target):
 
 def test_a_test_letter_can_be_asked_for(quiet, listener):
     channel = quiet.channel("webhook", listener.url)
-    quiet.do(quiet.dashboard.change_channel, quiet.dash,
+    quiet.do(quiet.dashboard.alerts.change_channel,
              {"do": "test", "id": channel}, NOW)
     tell(quiet)
     assert json.loads(listener.got[0][2])["kind"] == "test"
     with refused(404):
-        quiet.do(quiet.dashboard.change_channel, quiet.dash,
+        quiet.do(quiet.dashboard.alerts.change_channel,
                  {"do": "test", "id": 99}, NOW)
 
 
@@ -632,12 +632,12 @@ def test_the_herald_is_woken_by_what_is_to_be_told(tmp_path, listener):
     herald = koitab.Notifier(dashboard.dashboard)
     herald.start()
     time.sleep(0.1)             # it waits by now
-    dashboard.dashboard.do(dashboard.dashboard.sync, web1, {
+    dashboard.dashboard.do(dashboard.dashboard.host_sync.sync, web1.host, {
         "v": 1, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
         "records": [{**dashboard.record(exit=1), "ended": time.time()}]},
         time.time())
     support.wait_until(lambda: listener.got, 20)
-    support.wait_until(lambda: dashboard.rows("select * from letters") == [],
-                       5)
+    support.wait_until(lambda: dashboard.rows(
+        "select * from notifications") == [], 5)
     herald.stop()
     dashboard.dashboard.stop()

@@ -538,7 +538,7 @@ LIMITS = [
     ("koitab", "TRY_FOR", 60), ("koitab", "MAIL_TIME", 60),
     ("koitab", "REQUEST_TIME", 10), ("koitab", "HOLD", 25),
     ("koitab", "PATIENCE", 15), ("koitab", "WRITE_AGAIN", 5),
-    ("koitab", "WAIT_FOR_CLOCK", 300), ("koitab", "READ_TIME", 1),
+    ("koitab", "WAIT_FOR_CLOCK", 300), ("koitab", "SEARCH_TIME", 1),
     ("koitab", "ROUNDS", 600_000),
 ]
 

@@ -38,9 +38,9 @@ from dashboard_rig import (
 koitab.BALLAST = 65536
 dashboard = InProcessDashboard(sys.argv[2], koitab.Clock(), fresh=False,
                                durable=True)
-access = dashboard.dashboard.key_of(HOST_TOKEN)
+access = dashboard.principal_of(HOST_TOKEN)
 dashboard.change = dashboard.number = int(sys.argv[3])
-key = dashboard.rows("select ping_key from dashboards")[0][0]
+key = dashboard.rows("select ping_key from dashboard")[0][0]
 dashboard.dashboard.start()
 
 def say(text):
@@ -53,13 +53,15 @@ while True:
     data = frames(f"needle {dashboard.number + 1}\\n" * 20)
     for _ in range(5):
         record = dashboard.record(exit=dashboard.number % 2, size=len(data))
-        dashboard.dashboard.write(dashboard.dashboard.sync, access, {
+        dashboard.dashboard.write(
+            dashboard.dashboard.host_sync.sync, access.host, {
             "v": 1, "host": HOST, "epoch": 1,
             "instance": "1-aaaaaaaa", "records": [record],
             "outputs": [piece(record["run"], 0, data)]},
             dashboard.now, then=say(f"run {record['run']}"))
         dashboard.dashboard.write(
-            dashboard.dashboard.ping, key, "beat", str(dashboard.number % 2),
+            dashboard.dashboard.checks.ping, key, "beat",
+            str(dashboard.number % 2),
             {"method": "GET"}, dashboard.now,
             then=say(f"ping {dashboard.number}"))
     dashboard.dashboard.do(lambda db: None)
@@ -108,7 +110,7 @@ def test_what_was_acknowledged_is_there_after_any_kill(tmp_path):
 
 def assert_whole(dashboard) -> None:
     """What hangs together was written together."""
-    assert dashboard.dashboard.one("pragma integrity_check") == "ok"
+    assert dashboard.dashboard.db.value("pragma integrity_check") == "ok"
     assert dashboard.rows(
         "select r.id from runs r left join outputs o on o.run = r.id group by"
         " r.id having sum(length(o.data)) <> r.have or r.have <> r.size"
@@ -119,7 +121,7 @@ def assert_whole(dashboard) -> None:
         (1,)]
     # Each failure after a success was told once, and its end once.
     told = dashboard.rows(
-        "select key from letters where subject = 'job:1' order "
+        "select key from notifications where subject = 'job:1' order "
                           "by id")
     states = [bool(status) for status, in dashboard.rows(
         "select exit from runs order by id")]
@@ -156,7 +158,7 @@ def fill(text):
 count, status = fill("x" * 7)
 print("full", count > 5, status, len(dashboard.state["jobs"]) == 1,
       os.path.exists(folder + "/d.db.ballast"),
-      dashboard.dashboard.troubles != [])
+      dashboard.dashboard.problem_list != [])
 try:
     dashboard.runs(web1, dashboard.record())
     print("kept?!")
@@ -168,12 +170,12 @@ for _ in range(200):
     dashboard.run_chores()
     if not dashboard.dashboard.full:
         break
-print("room", dashboard.dashboard.full, dashboard.dashboard.troubles,
+print("room", dashboard.dashboard.full, dashboard.dashboard.problem_list,
       os.path.exists(folder + "/d.db.ballast"))
 dashboard.runs(web1, dashboard.record())
 print("outputs", dashboard.rows("select count(*) from outputs")[0][0],
       "runs", dashboard.rows("select count(*) from runs")[0][0] > count,
-      dashboard.dashboard.one("pragma integrity_check"),
+      dashboard.dashboard.db.value("pragma integrity_check"),
       dashboard.dashboard.broken == "")
 again, status = fill("y" * 7)
 print("again", again > 5, status)
@@ -241,7 +243,6 @@ def old_dashboard(path: Path) -> InProcessDashboard:
     dashboard.dashboard.db.execute(
         "pragma wal_checkpoint(truncate)").fetchall()
     dashboard.dashboard.close()
-    dashboard.dashboard.mine.database.close()
     return dashboard
 
 
@@ -278,10 +279,10 @@ def test_random_damage_never_becomes_a_fresh_or_a_wrong_start(tmp_path, seed):
     except koitab.Error as error:
         assert "backup" in error.hint
         return
-    assert dashboard.rows("select count(*) from dashboards") == [(1,)]
+    assert dashboard.rows("select count(*) from dashboard") == [(1,)]
     for question in (lambda: dashboard.state, lambda: dashboard.ask(
-            dashboard.dashboard.raw, dashboard.dash, 5), lambda: dashboard.ask(
-            dashboard.dashboard.search, dashboard.dash, "line 12")):
+            dashboard.dashboard.runs.text, 5), lambda: dashboard.ask(
+            dashboard.dashboard.search.find, "line 12")):
         try:
             question()
         except koitab.Error as error:
@@ -308,7 +309,7 @@ def test_a_backup_that_locks_it_for_a_while_only_delays(tmp_path):
     other = sqlite3.connect(dashboard.path, isolation_level=None)
     other.execute("begin immediate")
     told = []
-    dashboard.dashboard.write(dashboard.dashboard.sync, web1, {
+    dashboard.dashboard.write(dashboard.dashboard.host_sync.sync, web1.host, {
         "v": 1, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
         "records": [dashboard.record()]}, dashboard.now,
         then=lambda *how: told.append(how))

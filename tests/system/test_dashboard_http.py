@@ -900,8 +900,8 @@ def test_a_stream_sends_empty_lines_as_signs_of_life(tmp_path):
 
 LARGE = """
 heard = k.Api.on_changes
-def large(self, dash, changes):
-    heard(self, dash, {**changes, "pad": "x" * 500_000}
+def large(self, changes):
+    heard(self, {**changes, "pad": "x" * 500_000}
           if "seq" in changes else changes)
 k.Api.on_changes = large
 """
@@ -1469,8 +1469,8 @@ def test_a_signal_answers_waiting_polls_and_ends_it(tmp_path, number):
 
 def test_a_running_write_is_answered_before_it_ends(tmp_path):
     gate = tmp_path / "gate"
-    patch = (WAITING + "ping, k.STOP_TIME = k.Dashboard.ping, 20\n"
-             "k.Dashboard.ping = lambda *values: wait() or ping(*values)"
+    patch = (WAITING + "ping, k.STOP_TIME = k.PingChecks.ping, 20\n"
+             "k.PingChecks.ping = lambda *values: wait() or ping(*values)"
              ).format(gate=str(gate))
     with DashboardProcess(tmp_path, patch=patch) as found:
         found.set_up()

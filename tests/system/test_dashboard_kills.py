@@ -124,7 +124,7 @@ class Load:
 
     @property
     def key(self) -> str:
-        found, = self.server.rows("select ping_key from dashboards")[0]
+        found, = self.server.rows("select ping_key from dashboard")[0]
         return found
 
 
