@@ -19806,7 +19806,7 @@ class RunAttachment:
         """Print frames until the one with the end; return the run's exit
         status. `wakeups` is readable after a signal. Raises Error."""
         while True:
-            size = whole_frames(self.data)[0]
+            size = whole_frames(self.data)
             for stream, _, body in read_frames(bytes(self.data[:size])):
                 if stream == END:
                     return self.exit_status(body)
