@@ -1081,46 +1081,65 @@ def describe_dates(schedule: Schedule) -> str:
 # ==========================================================================
 # Tab: what does a koitab say?                              (nothing; R U C)
 #
-# All of crontab(5), and sections, names, @manual, {{arguments}} and KOI_
-# settings. A bad line is a Problem beside all others and drops that line
-# alone. An argument's value reaches the shell by the environment: what is
-# put in its place is "${KOI_ARG_1}", so it may only stand where the shell
-# reads a word. `Lexer` knows where that is.
+# A tab is a crontab in koi's format: all of crontab(5), and sections, names,
+# @manual, {{arguments}} and KOI_ settings. An invalid line becomes a
+# Diagnostic and is dropped; all others are used. `Lexer` knows enough of sh
+# to say where in a command an argument may be.
 # ==========================================================================
 
+# How an argument reaches the shell. Text that koi quoted and inserted into a
+# command could still be read as code, since quoting differs between shells
+# and contexts. So the value never becomes part of the command: koid puts it
+# into the environment, as KOI_ARG_1, and {{To}} in the script becomes
+# "${KOI_ARG_1}". A shell expands this to exactly one word, whatever the value
+# contains, but only where it expects a word. In single quotes the job would
+# get the text ${KOI_ARG_1} itself; in double quotes the inner quotes would
+# end the outer ones, so the value would be split and expanded; in arithmetic,
+# an array's index or a pattern, the shell evaluates the value once more.
+#
+# `Lexer` therefore follows a command as sh, bash and zsh do, and names the
+# place of each placeholder. It must know quotes, escapes, comments,
+# expansions, command substitutions, redirections, here-documents, arithmetic,
+# arrays and `case`; it must not know the grammar of commands. Where shells
+# disagree, or where it cannot know what follows, it rejects the placeholder:
+# a mistake may cost a valid command, but never allows an unsafe one. A
+# program that evaluates its arguments itself (eval, ssh, awk) is out of the
+# lexer's reach. `find_evaluator` knows many of them and warns.
+
 MOST_LINES = 10_000         # Debian's own limit
-MOST_SETTINGS = 1_000       # cronie's: each costs a copy of those above it
-LONGEST_COMMAND = 131_071   # bytes: the kernel's limit for one argument
+MOST_SETTINGS = 1_000       # cronie's; each costs a copy of those above it
+LONGEST_COMMAND = 131_071   # bytes; Linux's limit for one argument
 LONGEST_NAME = 100
 LONGEST_VALUE, LONGEST_TEXT = 4096, 65_536      # bytes of an argument
 MOST_PARAMS = 64
-DEEPEST_SHELL = 50
+DEEPEST_SHELL = 50          # levels; Python's own stack has about 1,000
 BLANKS = " \t"
 SPACE = " \t\r\f\v"
 
 
 class Settings(FrozenRecord):
-    """What assignments of ours say about the jobs below them."""
+    """The settings that the assignments of a tab make for the jobs below
+    them: those of koi, CRON_TZ and RANDOM_DELAY."""
     timeout: float = 0.0        # seconds; 0: none
     overlap: str = "allow"
     retry: int = 0
     catchup: str = "no"
-    keep: int = 100
-    start_within: float = 0.0
+    keep: int = 100             # runs
+    start_within: float = 0.0   # seconds; 0: no limit
     confirm: str = "no"
     zone: str = ""              # CRON_TZ; "": the machine's
     random_delay: int = 0       # minutes
 
 
 class Parameter(FrozenRecord):
-    """An argument of a job: {{name, type, default}}."""
+    """An argument that a job expects: {{name, type, default}}."""
     name: str
     type: str = "string"
     default: str | None = None
     choices: tuple = ()
 
     def value_error(self, value: str) -> str:
-        """Why this is no value for it; "" if it is one."""
+        """Return why `value` is not valid for this; "" if it is."""
         if self.type == "int":
             digits = value.removeprefix("-")
             return "" if digits.isascii() and digits.isdigit() \
@@ -1133,7 +1152,7 @@ class Parameter(FrozenRecord):
                 f"choose one of {'|'.join(self.choices)}"
         if self.type == "date":
             return "" if is_date(value) else "a date is written 2026-03-29"
-        if any("\ud800" <= letter <= "\udfff" for letter in value):
+        if any("\ud800" <= character <= "\udfff" for character in value):
             return "it is not UTF-8"
         if has_control(value, "\n\t" if self.type == "text" else "\t"):
             return "it has a control character"
@@ -1151,7 +1170,7 @@ class Job(FrozenRecord):
     when: str               # as written: "*/5 * * * *", "@manual"
     schedule: Schedule | None   # None: @manual or @reboot
     user: str               # of a system tab; else ""
-    command: str            # as written, % and {{..}} and all
+    command: str            # as written, with % and {{..}}
     script: str             # what the shell gets
     stdin: str
     params: tuple
@@ -1162,21 +1181,22 @@ class Job(FrozenRecord):
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """The name, or the command of a job without one."""
         return self.name or self.command
 
     def identity(self) -> tuple:
-        """What makes it this job, though its line may move."""
+        """Return what makes it the same job after its line has moved."""
         if self.name:
             return ("name", self.section, self.name)
         return ("line", self.user, self.when, self.command)
 
     @property
     def tag(self) -> str:
+        """The identity as 12 hexadecimal digits, for programs."""
         return short_hash("\0".join(self.identity()))
 
     def describe(self) -> str:
-        """When it runs, as one would say it."""
+        """Return in English when it runs."""
         if not self.schedule:
             return {"@manual": "When asked for",
                     "@reboot": "When the machine starts"}[self.when]
@@ -1189,26 +1209,29 @@ class Job(FrozenRecord):
 
 
 def short_hash(identity: str) -> str:
-    """An identity in twelve letters, for programs."""
+    """Return the first 12 hexadecimal digits of a text's SHA-256; "" if
+    Python was upgraded under a running koid."""
     try:
-        from hashlib import sha256  # loads 3 MB: not until somebody asks
+        from hashlib import sha256  # costs 3 MB, which an idle koid saves
     except ImportError:
-        return ""                   # Python was upgraded under koid
+        return ""
     return sha256(identity.encode("utf-8", "surrogateescape")
                   ).hexdigest()[:12]
 
 
 class Tab(FrozenRecord):
-    """What a koitab says: its jobs, and what is wrong with it."""
+    """The content of one tab: its jobs and diagnostics."""
     jobs: list
     diagnostics: list
-    zones: dict             # CRON_TZ -> (line, column) where it stands first
+    zones: dict             # CRON_TZ -> (line, column) of its first use
 
     def errors(self) -> list[Diagnostic]:
+        """Return the diagnostics without the warnings."""
         return [each for each in self.diagnostics if each.fatal]
 
 
 def is_date(text: str) -> bool:
+    """Is `text` a date of the calendar, such as 2026-03-29?"""
     parts = text.split("-")
     if [len(part) for part in parts] != [4, 2, 2] or not text.isascii() \
             or not "".join(parts).isdigit():
@@ -1219,7 +1242,7 @@ def is_date(text: str) -> bool:
 
 
 def has_control(text: str, allowed: str = "") -> bool:
-    """Is there anything that a terminal would obey?"""
+    """Does `text` have a tab or an UNSAFE character that is not `allowed`?"""
     if text.isprintable():
         return False
     import re
@@ -1227,11 +1250,11 @@ def has_control(text: str, allowed: str = "") -> bool:
                                                             text))
 
 
-# --- the sh that we must know: where may a placeholder stand? -------------
+# --- sh: where may a placeholder be? --------------------------------------
 
 QUOTES = "leave the quotes away: koi quotes the value"
 ALONE = "let it stand alone, as a word of the command"
-PLACES = {      # where a placeholder was found -> the mend
+PLACEMENT_HINTS = {     # place of a placeholder -> hint
     "in single quotes": QUOTES, "in double quotes": QUOTES,
     "in $'..'": QUOTES, "in backquotes": ALONE, "in $(..)": ALONE,
     "in ${..}": ALONE, "in arithmetic": ALONE, "in <(..) or >(..)": ALONE,
@@ -1246,11 +1269,11 @@ PLACES = {      # where a placeholder was found -> the mend
     r"after $'..\'..'": "shells read that in two ways; use other quotes",
     "nested too deep": ALONE,
 }
-# Programs that read a value a second time, as code: no quoting of ours can
-# help. "": always. Letters: with one of these options, as in sh -lc. A word:
-# with this option, as in gdb -ex. ">": a value right after this option.
-# "=": a value that is the whole word, where export V={{x}} would do no harm.
-PARSERS = {
+# Programs that read an argument a second time, as code, so that no quoting
+# helps. "": always. Letters: with one of these options, as in sh -lc. A word:
+# with this option, as in gdb -ex. ">": only the word after this option. "=":
+# only a value that is a whole word, as export V={{x}} is safe.
+EVALUATORS = {
     "eval": "", "let": "", "trap": "", "[[": "", "declare": "", "typeset": "",
     "unset": "", "source": "", ".": "", "read": "", "mapfile": "",
     "readarray": "", "getopts": "", "compgen": "", "emulate": "",
@@ -1272,57 +1295,68 @@ PARSERS = {
     "vi": "c", "vim": "c", "nvim": "c", "ex": "c", "emacs": "--eval",
     "gdb": "-ex", "octave": "--eval", "ncat": "c", "nc": "c",
     "git": ">-c", "rsync": ">-e", "test": "v", "[": "v", "printf": "v"}
-SHELLS = {"sh", "ash", "bash", "rbash", "dash", "ksh", "mksh", "zsh", "yash",
-          "fish", "csh", "tcsh"}
-# Those that run the file that they are told first, or what follows -c or -e
-# in the same word.
-READERS = SHELLS | {"python", "pypy", "perl", "ruby", "node", "nodejs",
-                    "php", "lua", "Rscript", "julia"}
-BUILTINS = {"eval", "let", "trap", "[[", "declare", "typeset", "unset",
-            "source", ".", "read", "mapfile", "readarray", "getopts",
-            "compgen", "emulate", "integer", "export", "readonly", "local",
-            "exit", "return", "shift", "ulimit", "repeat"}
-# What runs another program, with what stands before its name.
-WRAPPERS = {"sudo", "doas", "env", "nohup", "nice", "ionice", "timeout",
-            "exec", "command", "time", "find", "setsid", "flock", "chroot",
-            "busybox", "stdbuf", "runuser", "systemd-run", "unshare",
-            "nsenter", "setpriv", "prlimit", "taskset", "chrt", "strace",
-            "docker", "podman", "kubectl", "machinectl", "ip", "entr",
-            "fakeroot", "xvfb-run", "chronic", "sshpass", "screen"}
-LEADERS = {"sudo", "doas", "env", "nohup", "nice", "ionice", "timeout",
-           "setsid", "stdbuf", "systemd-run", "unshare", "setpriv",
-           "chronic", "strace", "fakeroot", "xvfb-run", "entr"}
-# Variables that a shell or a program obeys.
-OBEYED = {"PS4", "PATH", "ENV", "BASH_ENV", "LD_PRELOAD", "LD_LIBRARY_PATH",
-          "RANDOM", "SECONDS", "OPTIND", "HISTCMD", "COLUMNS", "LINES",
-          "PERL5OPT", "PERL5LIB", "PYTHONPATH", "RUBYOPT", "RUBYLIB",
-          "NODE_OPTIONS", "JAVA_TOOL_OPTIONS", "MAKEFLAGS", "EDITOR",
-          "VISUAL", "PAGER", "LESSOPEN", "GIT_SSH", "GIT_SSH_COMMAND",
-          "GIT_EDITOR", "GIT_PAGER", "RSYNC_RSH"}
+SHELLS = {
+    "sh", "ash", "bash", "rbash", "dash", "ksh", "mksh", "zsh", "yash",
+    "fish", "csh", "tcsh"}
+# Programs that run the file that is their first operand.
+INTERPRETERS = SHELLS | {
+    "python", "pypy", "perl", "ruby", "node", "nodejs", "php", "lua",
+    "Rscript", "julia"}
+SHELL_BUILTINS = {
+    "eval", "let", "trap", "[[", "declare", "typeset", "unset", "source",
+    ".", "read", "mapfile", "readarray", "getopts", "compgen", "emulate",
+    "integer", "export", "readonly", "local", "exit", "return", "shift",
+    "ulimit", "repeat"}
+# Programs that run another program, whose name may follow options.
+WRAPPERS = {
+    "sudo", "doas", "env", "nohup", "nice", "ionice", "timeout", "exec",
+    "command", "time", "find", "setsid", "flock", "chroot", "busybox",
+    "stdbuf", "runuser", "systemd-run", "unshare", "nsenter", "setpriv",
+    "prlimit", "taskset", "chrt", "strace", "docker", "podman", "kubectl",
+    "machinectl", "ip", "entr", "fakeroot", "xvfb-run", "chronic",
+    "sshpass", "screen"}
+# Of these, the ones of which an operand is the program itself.
+PREFIX_COMMANDS = {
+    "sudo", "doas", "env", "nohup", "nice", "ionice", "timeout", "setsid",
+    "stdbuf", "systemd-run", "unshare", "setpriv", "chronic", "strace",
+    "fakeroot", "xvfb-run", "entr"}
+# Variables whose value a shell or a program evaluates or runs.
+EVALUATED_VARIABLES = {
+    "PS4", "PATH", "ENV", "BASH_ENV", "LD_PRELOAD", "LD_LIBRARY_PATH",
+    "RANDOM", "SECONDS", "OPTIND", "HISTCMD", "COLUMNS", "LINES",
+    "PERL5OPT", "PERL5LIB", "PYTHONPATH", "RUBYOPT", "RUBYLIB",
+    "NODE_OPTIONS", "JAVA_TOOL_OPTIONS", "MAKEFLAGS", "EDITOR", "VISUAL",
+    "PAGER", "LESSOPEN", "GIT_SSH", "GIT_SSH_COMMAND", "GIT_EDITOR",
+    "GIT_PAGER", "RSYNC_RSH"}
 POSITIONAL = {f"${digit}" for digit in "123456789"}
-COMPARE = {"-eq", "-ne", "-lt", "-le", "-gt", "-ge", "-t"}
+ARITHMETIC_TESTS = {"-eq", "-ne", "-lt", "-le", "-gt", "-ge", "-t"}
 ENDS_WORD = " \t\n;&|()<>"
-NO_QUOTES = str.maketrans("", "", "'\"\\")
-PLAIN = ("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-         "_-.,!^*?@+")          # in an index or a glob: [0-9]
-# Shells whose words are not those of sh: our lexer does not know them.
-OTHERS = {"fish", "csh", "tcsh", "nu", "elvish", "xonsh", "pwsh", "rc", "es",
-          "python", "python3", "perl"}
-FREE = {"string", "text", "secret"}     # what can hold code
-# What other programs write in double braces: {{.Names}}, {{end}}.
-FOREIGN = {"end", "else"}
+WITHOUT_QUOTES = str.maketrans("", "", "'\"\\")
+LITERAL_CHARACTERS = (      # in an index or a glob such as [0-9]
+    "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    "_-.,!^*?@+")
+# Shells and interpreters whose words are not those of sh.
+FOREIGN_SHELLS = {
+    "fish", "csh", "tcsh", "nu", "elvish", "xonsh", "pwsh", "rc", "es",
+    "python", "python3", "perl"}
+FREE_TYPES = {"string", "text", "secret"}   # types that can contain code
+# Words that other programs put in double braces, as Go templates do.
+FOREIGN_WORDS = {"end", "else"}
 
 
 def is_foreign(inner: str) -> bool:
-    """Do these braces belong to another program: {{.Names}}, {{end}}?"""
+    """Do braces with this text belong to another program, such as {{.Names}}
+    or {{end}} of a Go template?"""
     words = inner.replace("(", " ").replace("|", " ").split()
-    return inner.strip() in FOREIGN or any(
+    return inner.strip() in FOREIGN_WORDS or any(
         word[0] in ".$" for word in words) or inner[:1] in ("-", "/", "#")
 
 
 def in_index(before: str) -> bool:
-    """Does a word that begins like this go on in brackets? bash reckons
-    with what stands there, and a[$(id)] would be run."""
+    """Does a word that begins with `before` continue in an array's index?
+
+    bash evaluates an index as arithmetic, so a[$(id)] would run `id`.
+    """
     name, bracket, rest = before.partition("[")
     if not bracket or name and not name.isidentifier():
         return False
@@ -1331,135 +1365,142 @@ def in_index(before: str) -> bool:
 
 
 class Placeholder(FrozenRecord):
-    """{{...}} in a command: from `start` to `end`, and where it stands."""
+    """{{...}} in a command, from the offset `start` to `end`."""
     start: int
     end: int
-    place: str              # "": where the shell reads a word
+    place: str              # a key of PLACEMENT_HINTS; "": it is allowed
     first: bool = False     # it begins the first word of a command
 
 
 class Lexer:
-    """Walks along a command as sh does, and finds each {{...}} in it."""
+    """Reads a command as sh does, and finds each placeholder in it.
+
+    `at` is the offset in `text` of the next character. A `place` is a key of
+    PLACEMENT_HINTS, or "" where a placeholder is allowed. Each method reads
+    one construct and leaves `at` after it.
+    """
 
     def __init__(self, text: str):
         self.text, self.at, self.depth = text, 0, 0
         self.found: list[Placeholder] = []
-        self.odd: list[tuple[int, str]] = []    # {{ that are no placeholder
+        self.ignored: list[tuple[int, str]] = []    # {{ that is none, why
         self.words: list[tuple[str, bool]] = []     # word, begins a command
-        self.beyond = ""        # a place that holds up to the end
-        self.open = True        # there may be a }} ahead
-        self.cases = False      # was there a `case`?
-        self.array = False      # inside V=(..)
-        self.named: set[str] = set()    # variables that get a value
-        self.sums: list[str] = []       # what a shell reckons with
-        self.walk("", "")
+        self.place_to_end = ""      # a place that lasts to the end
+        self.may_close = True       # there may be a }} ahead
+        self.has_case = False       # there was a `case`
+        self.in_array = False       # inside V=(..)
+        self.assigned: set[str] = set()     # variables that get a value
+        self.arithmetic: list[str] = []     # texts that a shell evaluates
+        self.read_commands("", "")
 
     def placeholder(self, place: str, first: bool = False) -> bool:
-        """Take the {{...}} that stands here, if there is one."""
+        """Read a placeholder if there is one here, and record its place."""
         text, at = self.text, self.at
         if not text.startswith("{{", at):
             return False
-        end = text.find("}}", at + 2) if self.open else -1
+        end = text.find("}}", at + 2) if self.may_close else -1
         inner = text[at + 2:end]
         if end < 0 or is_foreign(inner) or "{" in inner or "}" in inner:
-            self.odd.append((at, "open" if end < 0 else "foreign"
-                             if is_foreign(inner) else "braces"))
-            self.open = end >= 0
+            self.ignored.append((at, "open" if end < 0 else "foreign"
+                                 if is_foreign(inner) else "braces"))
+            self.may_close = end >= 0
             return False
-        self.found.append(Placeholder(at, end + 2, place or self.beyond,
+        self.found.append(Placeholder(at, end + 2, place or self.place_to_end,
                                       first))
         self.at = end + 2
         return True
 
-    def walk(self, place: str, stop: str) -> None:
-        """Commands, up to the character `stop` or the end."""
-        text, word, first = self.text, -1, not self.array
+    def read_commands(self, place: str, stop: str) -> None:
+        """Read commands up to the character `stop`, or to the end."""
+        text, word, first = self.text, -1, not self.in_array
         self.depth += 1
         if self.depth > DEEPEST_SHELL:
-            self.rest("nested too deep")
+            self.read_rest("nested too deep")
         while self.at < len(text):
-            letter = text[self.at]
-            if letter in ENDS_WORD:
-                if word >= 0 and not (letter in "<>"
+            character = text[self.at]
+            if character in ENDS_WORD:
+                if word >= 0 and not (character in "<>"
                                       and text[word:self.at].isdigit()):
-                    first = self.put_word(word, first)
+                    first = self.end_word(word, first)
                 word = -1
-                if letter == stop:
-                    # A pattern of `case` closes what nobody opened, so
-                    # from there on we do not know: it stays inside.
-                    if not (place and self.cases):
+                if character == stop:
+                    # The ) after a pattern of `case` closes nothing. So
+                    # after a `case` the place lasts to the end.
+                    if not (place and self.has_case):
                         self.at += 1
                         break
-                    self.beyond = place
-                self.operator(letter, place or self.pattern(letter, first))
-                first = letter in ";&|)" or first and letter in " \t(<>" \
-                    or text.endswith("()", 0, self.at)
-            elif letter == "#" and word < 0:
-                self.rest("in a comment")
+                    self.place_to_end = place
+                self.operator(character,
+                              place or self.pattern_place(character, first))
+                first = character in ";&|)" or first and character in \
+                    " \t(<>" or text.endswith("()", 0, self.at)
+            elif character == "#" and word < 0:
+                self.read_rest("in a comment")
             else:
                 if word < 0:
                     word = self.at
-                self.in_word(letter, place, word, first)
+                self.in_word(character, place, word, first)
         if word >= 0 and self.at >= len(text):
-            self.put_word(word, first)
+            self.end_word(word, first)
         self.depth -= 1
 
-    def put_word(self, start: int, first: bool) -> bool:
-        """A word has ended. Is the next one the first of its command?"""
-        word = self.text[start:self.at].translate(NO_QUOTES)
+    def end_word(self, start: int, first: bool) -> bool:
+        """Record the word from `start` to here. Return whether the next one
+        is the first of its command: after V=x, `if`, `sudo` and the like."""
+        word = self.text[start:self.at].translate(WITHOUT_QUOTES)
         self.words.append((word, first))
-        self.cases = self.cases or word == "case"
+        self.has_case = self.has_case or word == "case"
         if self.words[-2:-1] in ([("for", True)], [("select", True)]):
-            self.named.add(word)
+            self.assigned.add(word)
         name = word.split("=")[0]
         return first and (name != word and name.isidentifier() or word in (
             "if", "then", "else", "elif", "do", "while", "until", "!", "{",
             "time", "exec", "command", "nohup", "setsid", "sudo", "doas",
             "builtin", "coproc", "noglob", "nocorrect"))
 
-    def operator(self, letter: str, place: str) -> None:
-        """Take what separates words."""
+    def operator(self, character: str, place: str) -> None:
+        """Read what separates words."""
         text, at = self.text, self.at
         if text.startswith("((", at):
             self.at += 1
-            self.walk(place or "in arithmetic", ")")
-            self.sums.append(text[at:self.at])
-        elif letter == "(":
-            outer, self.array = self.array, text[at - 1:at] == "="
+            self.read_commands(place or "in arithmetic", ")")
+            self.arithmetic.append(text[at:self.at])
+        elif character == "(":
+            outer, self.in_array = self.in_array, text[at - 1:at] == "="
             self.at += 1
-            self.walk(place, ")")
-            self.array = outer
-        elif letter in "<>" and text.startswith("(", at + 1):
+            self.read_commands(place, ")")
+            self.in_array = outer
+        elif character in "<>" and text.startswith("(", at + 1):
             self.at += 2
-            self.walk("in <(..) or >(..)", ")")
+            self.read_commands("in <(..) or >(..)", ")")
         elif text.startswith("<<<", at):
             self.at += 3
             self.target(place)
         elif text.startswith("<<", at):
             self.at += 2
-            self.beyond = self.beyond or "in a here-document"
+            self.place_to_end = self.place_to_end or "in a here-document"
         elif text.startswith((">&", "<&"), at):
             self.at += 2
             self.target(place or "after >& or <&")
-        elif letter in "<>":
+        elif character in "<>":
             self.at += 1 + text.startswith((">", "|"), at + 1)
             self.target(place)
         else:
             self.at += 1
 
-    def pattern(self, letter: str, first: bool) -> str:
-        """In zsh *(..), and (..) among a command's words, are patterns, and
-        what is in those can be run."""
+    def pattern_place(self, character: str, first: bool) -> str:
+        """Return "in a pattern" if a ( here begins one, as among the words of
+        a command in zsh, which can run what a pattern contains."""
         text, at = self.text, self.at
-        if letter != "(" or first or text[at - 1:at] == "=" \
+        if character != "(" or first or text[at - 1:at] == "=" \
                 or text.startswith("()", at) \
                 or self.words[-1:] == [("in", False)]:
             return ""
         return "in a pattern"
 
     def target(self, place: str) -> None:
-        """The word after a redirection: it is none of the command's. After
-        >& bash expands what a value says once more."""
+        """Read the word after a redirection, which is not a word of the
+        command. After >&, bash expands a value a second time."""
         text = self.text
         while text[self.at:self.at + 1] in (" ", "\t"):
             self.at += 1
@@ -1467,190 +1508,199 @@ class Lexer:
         while self.at < len(text) and text[self.at] not in ENDS_WORD:
             self.in_word(text[self.at], place, word, False)
 
-    def in_word(self, letter: str, place: str, word: int, first: bool):
-        """Take one thing that a word is made of."""
+    def in_word(self, character: str, place: str, word: int, first: bool):
+        """Read one part of the word that begins at `word`."""
         text = self.text
-        if letter == "\\":
+        if character == "\\":
             self.at += 1
             self.placeholder("after a backslash") or self.skip()
-        elif letter == "'":
-            self.single("in single quotes")
-        elif letter == '"':
-            self.double()
-        elif letter == "`":
+        elif character == "'":
+            self.single_quotes("in single quotes")
+        elif character == '"':
+            self.double_quotes()
+        elif character == "`":
             self.backquotes()
-        elif letter == "$":
+        elif character == "$":
             self.dollar(quoted=False)
-        elif letter == "[" and self.opens_index(word):
-            self.beyond = self.beyond or "in an array's index"
+        elif character == "[" and self.opens_index(word):
+            self.place_to_end = self.place_to_end or "in an array's index"
             self.at += 1
-        elif letter == "{" and text.startswith("{{", self.at):
+        elif character == "{" and text.startswith("{{", self.at):
             before = text[word:self.at]
             if in_index(before):
                 place = place or "in an array's index"
             if self.placeholder(place, first and "=" not in before):
-                self.named.add(before.partition("=")[0].rstrip("+"))
+                self.assigned.add(before.partition("=")[0].rstrip("+"))
             else:
                 self.skip()
         else:
             self.at += 1
 
-    def reckoned(self, inner: str) -> None:
-        """${!V}, ${x[V]} and ${x:V}: what V says is read as a name, or as a
-        number."""
+    def note_evaluation(self, inner: str) -> None:
+        """Record ${!V}, ${x[V]} and ${x:V}: the shell reads the value of V as
+        a name or as arithmetic."""
         name, colon, rest = inner.partition(":")
         if inner[1:2] == "!" or "[" in name or colon \
                 and rest[:1] not in tuple("-=?+"):
-            self.sums.append(inner)
+            self.arithmetic.append(inner)
 
-    def obeyed(self) -> str:
-        """The variable that gets a value and is read as code, or ''."""
-        told = sorted(self.named & OBEYED)
-        if told:
-            return told[0]
-        for text in self.sums:
-            names = set("".join(letter if letter.isalnum() or letter in "_$"
-                                else " " for letter in text).replace(
-                                    "$", " $").split())
-            told = sorted(names & (self.named | POSITIONAL)
-                          | {f"${name}" for name in self.named} & names)
-            if told:
-                return f"arithmetic with {told[0]}"
+    def evaluated_variable(self) -> str:
+        """Return a variable that gets a value and is evaluated, or ""."""
+        evaluated = sorted(self.assigned & EVALUATED_VARIABLES)
+        if evaluated:
+            return evaluated[0]
+        dollar_names = {f"${name}" for name in self.assigned}
+        for text in self.arithmetic:
+            names = set("".join(
+                character if character.isalnum() or character in "_$" else " "
+                for character in text).replace("$", " $").split())
+            evaluated = sorted(names & (self.assigned | POSITIONAL
+                                        | dollar_names))
+            if evaluated:
+                return f"arithmetic with {evaluated[0]}"
         return ""
 
     def opens_index(self, word: int) -> bool:
-        """V[.. and ([..]=.. go on up to a ], over blanks too."""
+        """Does a [ here open an index that may contain a placeholder?
+
+        V[.. and, in an array, [..]=.. last up to the ], even over blanks.
+        """
         text, at = self.text, self.at
-        if self.beyond or not (self.array if word == at
-                               else text[word:at].isidentifier()):
+        if self.place_to_end or not (self.in_array if word == at
+                                     else text[word:at].isidentifier()):
             return False
         end = text.find("]", at)
-        return end < 0 or text[at + 1:end].strip(PLAIN) != ""
+        return end < 0 or text[at + 1:end].strip(LITERAL_CHARACTERS) != ""
 
     def skip(self) -> None:
+        """Read one character, whatever it is."""
         self.at += 1
 
-    def rest(self, place: str) -> None:
-        """All up to the end of the line stands in this place."""
-        while True:
-            at = self.text.find("{{", self.at)
-            if at < 0:
-                break
-            self.at = at
-            self.placeholder(place) or self.skip()
+    def read_rest(self, place: str) -> None:
+        """Read all up to the end, which is in `place`."""
+        self.read_literal(place, len(self.text))
         self.at = len(self.text)
 
-    def single(self, place: str) -> None:
-        """'...', where nothing is special."""
-        end = self.text.find("'", self.at + 1)
-        end = len(self.text) if end < 0 else end
-        self.at += 1
+    def read_literal(self, place: str, end: int) -> None:
+        """Read the placeholders before the offset `end`, where nothing else
+        has a meaning. The last one may extend beyond `end`."""
         while True:
             at = self.text.find("{{", self.at, end)
             if at < 0:
                 break
             self.at = at
             self.placeholder(place) or self.skip()
-            if self.at > end:       # {{a' b}}: the quote was in the braces
-                end = self.text.find("'", self.at)
-                end = len(self.text) if end < 0 else end
+
+    def single_quotes(self, place: str) -> None:
+        """Read '...', where no character is special."""
+        self.at += 1
+        while True:
+            end = self.text.find("'", self.at)
+            end = len(self.text) if end < 0 else end
+            self.read_literal(place, end)
+            if self.at <= end:      # else the quote was in {{a' b}}
+                break
         self.at = end + 1
 
-    def double(self, inner: bool = False) -> None:
-        """"...", where $ and ` and \\ are special."""
+    def double_quotes(self, inner: bool = False) -> None:
+        """Read "...", where $, ` and \\ are special. `inner`: it is within
+        "${..}"."""
         self.at += 1
         while self.at < len(self.text):
-            letter = self.text[self.at]
-            if letter == '"':
+            character = self.text[self.at]
+            if character == '"':
                 self.at += 1
                 return
-            if letter == "\\":
+            if character == "\\":
                 self.at += 1
                 self.placeholder("in double quotes") or self.skip()
-            elif letter == "`":
+            elif character == "`":
                 self.backquotes()
-            elif letter == "$":
+            elif character == "$":
                 self.dollar(quoted=True)
             elif not self.placeholder("in double quotes"):
-                if inner and letter in "'}":
-                    self.two_ways()
+                if inner and character in "'}":
+                    self.reject_ambiguous_quote()
                 self.at += 1
 
-    def two_ways(self) -> None:
-        self.beyond = self.beyond or "after a ' in \"${..}\""
+    def reject_ambiguous_quote(self) -> None:
+        """Reject placeholders from here on: shells disagree about a quote."""
+        self.place_to_end = self.place_to_end or "after a ' in \"${..}\""
 
     def backquotes(self) -> None:
-        """`...`: up to the next one without a backslash."""
+        """Read `...`, up to the next backquote without a backslash."""
         self.at += 1
         while self.at < len(self.text):
-            letter = self.text[self.at]
-            if letter == "`":
+            character = self.text[self.at]
+            if character == "`":
                 self.at += 1
                 return
-            self.at += letter == "\\"
+            self.at += character == "\\"
             if not self.placeholder("in backquotes"):
                 self.at += 1
 
     def dollar(self, quoted: bool) -> None:
-        """$(..), $((..)), ${..}, $'..', $name."""
+        """Read $(..), $((..)), ${..}, $'..' or $name. `quoted`: it is in
+        double quotes."""
         text, self.at = self.text, self.at + 1
         place = "in double quotes" if quoted else "after a $"
         if text.startswith("((", self.at):
             at, self.at = self.at, self.at + 1
-            self.walk("in arithmetic", ")")
-            self.sums.append(text[at:self.at])
+            self.read_commands("in arithmetic", ")")
+            self.arithmetic.append(text[at:self.at])
         elif text.startswith("(", self.at):
             self.at += 1
-            self.walk("in $(..)", ")")
+            self.read_commands("in $(..)", ")")
         elif text.startswith("{", self.at):
             at = self.at
-            self.placeholder(place) or self.braces(quoted)
-            self.reckoned(text[at:self.at])
-        elif text.startswith("[", self.at):     # $[1+2], old and still there
-            self.beyond = self.beyond or "in arithmetic"
+            self.placeholder(place) or self.parameter_expansion(quoted)
+            self.note_evaluation(text[at:self.at])
+        elif text.startswith("[", self.at):     # $[1+2], which bash still has
+            self.place_to_end = self.place_to_end or "in arithmetic"
         elif text.startswith("'", self.at) and not quoted:
             self.ansi_quotes()
         elif text[self.at:self.at + 1] not in ("", '"', "'", "\\", "`", " ",
                                                "\t", ";", ")", "&", "|"):
             self.at += 1        # $$ and $# among others
 
-    def braces(self, quoted: bool) -> None:
-        """${..}, which may hold all of the others. In double quotes not all
-        shells agree what a ' in it means."""
+    def parameter_expansion(self, quoted: bool) -> None:
+        """Read ${..}, which may contain all other constructs. `quoted`: it is
+        in double quotes, where shells disagree about the meaning of a '."""
         self.at += 1
         self.depth += 1
         if self.depth > DEEPEST_SHELL:
-            self.rest("nested too deep")
+            self.read_rest("nested too deep")
         while self.at < len(self.text):
-            letter = self.text[self.at]
-            if letter == "}":
+            character = self.text[self.at]
+            if character == "}":
                 self.at += 1
                 break
-            if letter == "\\":
+            if character == "\\":
                 self.at += 1
                 self.placeholder("in ${..}") or self.skip()
-            elif letter == "'" and quoted:
-                self.two_ways()
+            elif character == "'" and quoted:
+                self.reject_ambiguous_quote()
                 self.at += 1
-            elif letter == "'":
-                self.single("in ${..}")
-            elif letter == '"':
-                self.double(inner=quoted)
-            elif letter == "`":
+            elif character == "'":
+                self.single_quotes("in ${..}")
+            elif character == '"':
+                self.double_quotes(inner=quoted)
+            elif character == "`":
                 self.backquotes()
-            elif letter == "$":
+            elif character == "$":
                 self.dollar(quoted)
             elif not self.placeholder("in ${..}"):
                 self.at += 1
         self.depth -= 1
 
     def ansi_quotes(self) -> None:
-        r"""$'..' of bash, where \' does not end it; in dash it does."""
+        r"""Read $'..': in bash, \' does not end it; in dash it does."""
         self.at += 1
         while self.at < len(self.text) and self.text[self.at] != "'":
             if self.text[self.at] == "\\":
                 if self.text.startswith("'", self.at + 1):
-                    self.beyond = self.beyond or r"after $'..\'..'"
+                    self.place_to_end = self.place_to_end \
+                        or r"after $'..\'..'"
                 self.at += 1
             if not self.placeholder("in $'..'"):
                 self.at += 1
@@ -1658,69 +1708,77 @@ class Lexer:
 
 
 def find_evaluator(words: list[tuple[str, bool]]) -> str:
-    """The program on this line that would read a value as code, or ''."""
+    """Return the program among `words` that would read a value as code, with
+    its option, as in "sh -c"; "" if none is known. `words` are the lexer's.
+    """
     wrapped = False
     for number, (word, first) in enumerate(words):
         name = word.rpartition("/")[2] or word
         wrapped = name in WRAPPERS or wrapped and not first
-        told = first or wrapped and name not in BUILTINS
-        kind = name if name in PARSERS else name.rstrip("0123456789.")
-        if kind not in PARSERS or not (told or kind in SHELLS):
-            continue                        # python3.11 is a python
+        is_program = first or wrapped and name not in SHELL_BUILTINS
+        # python3.11 counts as python.
+        kind = name if name in EVALUATORS else name.rstrip("0123456789.")
+        if kind not in EVALUATORS or not (is_program or kind in SHELLS):
+            continue
         after = []
         for later, begins in words[number + 1:number + 100]:
             if begins:
                 break
             after.append(later)
-        how = evaluator_of(kind, after)
-        if how is not None and (told or how == " -c"):
-            return name + how
+        option = evaluator_of(kind, after)
+        if option is not None and (is_program or option == " -c"):
+            return name + option
     return ""
 
 
 def evaluator_of(name: str, after: list[str]) -> str | None:
-    """Does this program with these words read one of them as code? By which
-    option, or "" if by none; None: it does not."""
-    option = PARSERS[name]
+    """Return the option by which the program `name` reads a value in `after`,
+    its words, as code: " -c"; "" if by none; None if it does not."""
+    option = EVALUATORS[name]
     if not option:
         return ""
     if option == "=":
         return "" if any(word[:2] == "{{" for word in after) else None
     if option[0] == ">":
-        told = any(one == option[1:] and two[:2] == "{{"
-                   for one, two in zip(after, after[1:]))
-        return f" {option[1:]}" if told else None
+        has_option = any(one == option[1:] and two[:2] == "{{"
+                         for one, two in zip(after, after[1:]))
+        return f" {option[1:]}" if has_option else None
     if option[0] == "-":
         return f" {option}" if option in after else None
     if any(word[:1] == "-" and word[:2] != "--" and any(
-            letter in word for letter in option) for word in after):
+            character in word for character in option) for word in after):
         return f" -{option[0]}"
-    if name in ("test", "[") and not COMPARE.isdisjoint(after):
-        return " of ksh"                    # where -eq takes a sum
+    if name in ("test", "[") and not ARITHMETIC_TESTS.isdisjoint(after):
+        return " of ksh"                    # it evaluates the words of -eq
     operands = [word for word in after if word[:1] != "-" or word == "-s"]
     if name in SHELLS and (not operands or operands[0] == "-s"):
         return ""                           # echo {{x}} | sh
-    read = name in READERS and operands[:1] and operands[0][:2] == "{{"
-    return "" if read else None
+    runs_file = name in INTERPRETERS and operands[:1] \
+        and operands[0][:2] == "{{"
+    return "" if runs_file else None
 
 
 def wrapped_program(words: list[tuple[str, bool]]) -> str:
-    """The value that is the program of another: sudo {{x}}; or ''."""
-    leader = ""
+    """Return the program that runs a value as a program, as `sudo {{x}}`
+    does; "" if there is none."""
+    runner = ""
     for word, first in words:
-        if word[:2] == "{{" and leader:
-            return leader
+        if word[:2] == "{{" and runner:
+            return runner
         name = word.rpartition("/")[2]
-        if name in LEADERS and (first or leader):
-            leader = name
+        if name in PREFIX_COMMANDS and (first or runner):
+            runner = name
         elif first or not (word[:1] in "-0123456789" or "=" in word):
-            leader = ""
+            runner = ""
     return ""
 
 
 def split_percent(text: str) -> tuple[str, str, int]:
-    r"""The command and its input, as cron parts them at the first bare %;
-    and how many characters of `text` are the command. \% is a percent."""
+    r"""Split a command at the first % without a backslash, as crontab(5)
+    says. Return the command, its standard input, and the offset of the %.
+
+    In the command, \% becomes a percent sign.
+    """
     if "%" not in text:
         return text, "", len(text)
     command, at = [], 0
@@ -1736,64 +1794,71 @@ def split_percent(text: str) -> tuple[str, str, int]:
 
 
 def input_text(text: str) -> str:
-    """What stands after %: each further % begins a line."""
+    """Return the standard input in `text`, what follows the first %: each
+    further % is a newline, and it ends with one."""
     if not text:
         return ""
-    lines, at = [], 0
+    characters, at = [], 0
     while at < len(text):
         if text[at] == "\\" and text[at + 1:at + 2] == "%":
             at += 1
-            lines.append("%")
+            characters.append("%")
         else:
-            lines.append("\n" if text[at] == "%" else text[at])
+            characters.append("\n" if text[at] == "%" else text[at])
         at += 1
-    joined_text = "".join(lines)
-    return joined_text if joined_text.endswith("\n") else joined_text + "\n"
+    found = "".join(characters)
+    return found if found.endswith("\n") else found + "\n"
 
 
 # --- line by line ---------------------------------------------------------
 
 
 def one_of(*words: str):
+    """Return a function that returns its text if it is one of `words`, and
+    None otherwise."""
     return lambda text: text if text in words else None
 
 
-def count(text: str) -> int | None:
+def parse_count(text: str) -> int | None:
+    """Return a number of up to six digits; None if `text` is not one."""
     return int(text) if text.isascii() and text.isdigit() \
         and len(text) < 7 else None
 
 
-def delay(text: str) -> int | None:
-    number = count(text)
-    return number if number is not None and number <= 1440 else None
+def parse_positive(text: str) -> int | None:
+    """Return a count of at least 1; None if `text` is not one."""
+    return parse_count(text) or None
 
 
-def some_count(text: str) -> int | None:
-    return count(text) or None
+def parse_delay(text: str) -> int | None:
+    """Return minutes, at most a day; None if `text` is not that."""
+    minutes = parse_count(text)
+    return minutes if minutes is not None and minutes <= 1440 else None
 
 
-SETTINGS = {    # variable -> field of Settings, its reader, what is right
+SETTINGS = {    # variable -> field of Settings, parser, what it expects
     "KOI_TIMEOUT": ("timeout", parse_duration,
                     "a duration such as 90s or 1h30m"),
     "KOI_OVERLAP": ("overlap", one_of("allow", "skip", "queue", "replace"),
                     "allow, skip, queue or replace"),
-    "KOI_RETRY": ("retry", count, "how many times, 0 or more"),
+    "KOI_RETRY": ("retry", parse_count, "how many times, 0 or more"),
     "KOI_CATCHUP": ("catchup", one_of("yes", "no"), "yes or no"),
-    "KOI_KEEP": ("keep", some_count, "how many runs, 1 or more"),
+    "KOI_KEEP": ("keep", parse_positive, "how many runs, 1 or more"),
     "KOI_START_WITHIN": ("start_within", parse_duration,
                          "a duration such as 10m"),
     "KOI_CONFIRM": ("confirm", one_of("yes", "no", "cli"), "yes, no or cli"),
     "CRON_TZ": ("zone", str, "a name such as Europe/Berlin"),
-    "RANDOM_DELAY": ("random_delay", delay, "minutes, 0 to 1440"),
+    "RANDOM_DELAY": ("random_delay", parse_delay, "minutes, 0 to 1440"),
 }
-EXPANDED = {"MAILTO", "MAILFROM"}
+EXPANDED = {"MAILTO", "MAILFROM"}   # koi expands $ in these
 
 
 def parse_assignment(line: str) -> tuple[str, str, int] | None:
-    """Name, value and where the value begins, if the line is NAME=value.
+    """Return the name, the value and the offset of the value of NAME=value;
+    None if `line` is not an assignment.
 
-    As cron's own reader: quotes around the name or the value, blanks around
-    the =, and no name is too strange.
+    As in cron 3.0pl1, quotes may surround the name or the value, blanks the
+    =, and a name may have any characters.
     """
     at = 0
     if line[:1] in ("'", '"'):
@@ -1819,7 +1884,7 @@ def parse_assignment(line: str) -> tuple[str, str, int] | None:
 
 
 class LineRejected(Exception):
-    """This line is no good: the Problem. Drops the line."""
+    """A line is invalid and is dropped: the diagnostics say why."""
 
     def __init__(self, *diagnostics: Diagnostic):
         super().__init__(diagnostics)
@@ -1827,19 +1892,27 @@ class LineRejected(Exception):
 
 
 class TabReader:
-    """Reads one tab. `system`: it has a column with users, as /etc/crontab;
-    `salt` decides what ~ picks."""
+    """Reads one tab, line by line, into `tab`.
+
+    `system`: an entry names its user, as in /etc/crontab. `root`: a line may
+    begin with "-". `salt` decides what ~ chooses. `row` and `raw` are the
+    present line, `base` is the offset of its first character that is not
+    blank; an `at` in the methods is an offset from there. `settings` and
+    `environment` are what the lines above assigned. `lines_of` has the line
+    of each job's identity.
+    """
 
     def __init__(self, text: str, system: bool, root: bool, salt: str):
         self.text, self.system, self.root = text, system, root or system
         self.salt, self.row, self.raw, self.base = salt, 0, "", 0
         self.section, self.settings = "", Settings()
         self.environment: dict[str, str] = {}
-        self.set = 0                    # how many assignments there were
-        self.known: dict[tuple, int] = {}
+        self.assignments = 0
+        self.lines_of: dict[tuple, int] = {}
         self.tab = Tab([], [], {})
 
     def read(self) -> Tab:
+        """Read all lines. As in cron, the last one needs a newline."""
         lines = self.text.split("\n")
         last = lines.pop()
         for self.row, self.raw in enumerate(lines, start=1):
@@ -1856,57 +1929,73 @@ class TabReader:
                                 "press Enter at its end", True)
         return self.tab
 
+    def diagnostic(self, at: int, what: str, why: str, hint: str = "",
+                   fatal: bool = True) -> Diagnostic:
+        """Return a diagnostic of the present line."""
+        return Diagnostic(self.row, self.base + at + 1, what, why, hint,
+                          fatal)
+
     def add_diagnostic(self, at: int, what: str, why: str, hint: str = "",
                        fatal: bool = False) -> None:
+        """Record a warning, or with `fatal` an error."""
         self.tab.diagnostics.append(
-            Diagnostic(self.row, self.base + at + 1, what, why, hint, fatal))
+            self.diagnostic(at, what, why, hint, fatal))
 
-    def refuse(self, at: int, what: str, why: str, hint: str = ""):
-        raise LineRejected(Diagnostic(self.row, self.base + at + 1, what, why,
-                                      hint))
+    def reject(self, at: int, what: str, why: str, hint: str = ""):
+        """Raise LineRejected."""
+        raise LineRejected(self.diagnostic(at, what, why, hint))
 
     def read_line(self) -> None:
+        """Read the present line: a comment, section, assignment or entry."""
         line = self.raw.lstrip(BLANKS)
         self.base = len(self.raw) - len(line)
         if not line or line[0] == "#":
             return
         try:
             if "\0" in line:
-                self.refuse(line.index("\0"), "bad line",
+                self.reject(line.index("\0"), "bad line",
                             "there is a NUL in it")
             if line[0] == "[" and line.rstrip(SPACE)[-1] == "]":
-                self.read_section(line.rstrip(SPACE)[1:-1])
+                self.section = self.valid_name(
+                    line.rstrip(SPACE)[1:-1].strip(BLANKS), 1, "bad section",
+                    "[Backups]")
                 return
-            found = parse_assignment(line)
-            if found:
-                self.assign(*found)
+            assignment = parse_assignment(line)
+            if assignment:
+                self.assign(*assignment)
             else:
                 self.tab.jobs.append(self.entry(line))
-        except LineRejected as refused:
-            self.tab.diagnostics.extend(refused.diagnostics)
+        except LineRejected as rejected:
+            self.tab.diagnostics.extend(rejected.diagnostics)
 
-    def read_section(self, text: str) -> None:
-        self.section = self.good_name(text.strip(BLANKS), 1, "bad section",
-                                      "[Backups]")
-
-    def good_name(self, name: str, at: int, what: str, hint: str) -> str:
+    def valid_name(self, name: str, at: int, what: str, hint: str) -> str:
+        """Return `name` if a job or section may have it. Raises
+        LineRejected."""
         if not name:
-            self.refuse(at, what, "the name is empty", hint)
+            self.reject(at, what, "the name is empty", hint)
         if len(name) > LONGEST_NAME:
-            self.refuse(at, what, f"a name has at most {LONGEST_NAME} "
+            self.reject(at, what, f"a name has at most {LONGEST_NAME} "
                         "characters", hint)
         if has_control(name):
-            self.refuse(at, what, "the name has a control character", hint)
+            self.reject(at, what, "the name has a control character", hint)
         return name
 
     def assign(self, name: str, value: str, at: int) -> None:
-        self.set += 1
-        if self.set > MOST_SETTINGS:
-            self.refuse(0, "bad variable", f"more than {MOST_SETTINGS:,} "
+        """Carry out an assignment. Raises LineRejected."""
+        self.assignments += 1
+        if self.assignments > MOST_SETTINGS:
+            self.reject(0, "bad variable", f"more than {MOST_SETTINGS:,} "
                         "assignments")
         if name in SETTINGS:
-            self.put_setting(name, value, at)
-        elif name.startswith("KOI_"):
+            self.set_setting(name, value, at)
+        else:
+            self.lint_assignment(name, value, at)
+        self.environment = {**self.environment, name: value}
+
+    def lint_assignment(self, name: str, value: str, at: int) -> None:
+        """Warn about an assignment that probably is a mistake."""
+        words, rest = value.split(), self.raw[self.base + at:]
+        if name.startswith("KOI_"):
             meant = nearest(name[:30], SETTINGS)
             self.add_diagnostic(0, "unknown setting",
                                 f"koi has no {escape_controls(name)}",
@@ -1915,39 +2004,38 @@ class TabReader:
             self.add_diagnostic(0, "odd variable",
                                 f"{short(name)} is no name that a "
                                 "shell can read")
-        elif "\t" not in value and len(value.split()) >= 6 and all(
-                part[0] in "*0123456789" for part in value.split()[1:6]):
+        elif "\t" not in value and len(words) >= 6 and all(
+                word[0] in "*0123456789" for word in words[1:6]):
             self.add_diagnostic(0, "odd variable",
                                 f"this sets {name}, and is no job",
                                 "a job has its columns first")
         elif "$" in value and name not in EXPANDED:
-            self.add_diagnostic(at + self.raw[self.base + at:].index("$"),
-                                "odd variable", "cron expands no $ in a value")
+            self.add_diagnostic(at + rest.index("$"), "odd variable",
+                                "cron expands no $ in a value")
         elif " #" in value and value[0] != "#":
-            self.add_diagnostic(at + self.raw[self.base + at:].index(" #") + 1,
-                                "odd variable",
+            self.add_diagnostic(at + rest.index(" #") + 1, "odd variable",
                                 "this # begins no comment: all of the "
                                 "line is the value")
-        self.environment = {**self.environment, name: value}
 
-    def put_setting(self, name: str, value: str, at: int) -> None:
-        field, reader, right = SETTINGS[name]
-        setting = reader(value)
+    def set_setting(self, name: str, value: str, at: int) -> None:
+        """Set a field of `settings`. Raises LineRejected."""
+        field, parse, expected = SETTINGS[name]
+        setting = parse(value)
         if setting is None:
-            if name == "RANDOM_DELAY":      # cronie logs it and goes on
+            if name == "RANDOM_DELAY":      # cronie ignores it, too
                 self.add_diagnostic(at, "bad setting",
-                                    f"{name} is {right}; ignored")
+                                    f"{name} is {expected}; ignored")
                 return
-            self.refuse(at, "bad setting", f"{name} is not {short(value)}",
-                        right)
+            self.reject(at, "bad setting", f"{name} is not {short(value)}",
+                        expected)
         if name == "CRON_TZ" and value:
             self.tab.zones.setdefault(value, (self.row, self.base + at + 1))
         self.settings = self.settings.replace(**{field: setting})
 
-    # --- an entry: [-]["Name"] columns [user] [-n] command
+    # --- an entry: [-]["Name"] schedule [user] [-n] command
 
     def entry(self, line: str) -> Job:
-        """The job of a line. Raises Refused."""
+        """Return the job of an entry. Raises LineRejected."""
         at, unlogged, name = 0, False, ""
         if line[0] == "-" and self.root:
             at, unlogged = 1, True
@@ -1956,154 +2044,172 @@ class TabReader:
         when, schedule, at = self.read_when(line, at)
         user = ""
         if self.system:
-            user, at = self.word(line, at)
+            user, at = self.read_word(line, at)
             if not user or user[0] == "*":
-                self.refuse(at, "bad username", "a system tab names the user "
+                self.reject(at, "bad username", "a system tab names the user "
                             "before the command")
         mail_failures = line.startswith(("-n ", "-n\t"), at)
         if mail_failures:
-            at = self.skip(line, at + 2)
+            at = self.skip_blanks(line, at + 2)
         command = line[at:]
         self.check_command(command, at)
-        script, stdin, params = self.arguments(command, at, when)
+        script, stdin, params = self.read_arguments(command, at, when)
         job = Job(self.row, self.section, name, when, schedule, user, command,
                   script, stdin, params, self.environment, self.settings,
                   unlogged, mail_failures)
-        self.check_twice(job)
-        self.warn(job, at)
+        self.check_unique(job)
+        self.lint_job(job, at)
         return job
 
-    def skip(self, line: str, at: int) -> int:
+    def skip_blanks(self, line: str, at: int) -> int:
+        """Return the offset of the first character from `at` on that is not
+        blank."""
         while line[at:at + 1] in (" ", "\t"):
             at += 1
         return at
 
-    def word(self, line: str, at: int) -> tuple[str, int]:
-        """The word at `at`, and where the next one begins."""
+    def read_word(self, line: str, at: int) -> tuple[str, int]:
+        """Return the word at `at`, and where the next one begins."""
         end = at
         while end < len(line) and line[end] not in BLANKS:
             end += 1
-        return line[at:end], self.skip(line, end)
+        return line[at:end], self.skip_blanks(line, end)
 
     def read_name(self, line: str, at: int) -> tuple[str, int]:
+        """Return the name in quotes at `at`, and where the rest begins.
+        Raises LineRejected."""
         end = line.find('"', at + 1)
         if end < 0 or line[end + 1:end + 2] not in (" ", "\t"):
-            self.refuse(at, "bad name", "a name ends with a quote and a blank",
+            self.reject(at, "bad name", "a name ends with a quote and a blank",
                         '"Say Hi" @manual ~/tweet.sh')
-        name = self.good_name(line[at + 1:end], at + 1, "bad name",
-                              '"Say Hi" @manual ~/tweet.sh')
-        return name, self.skip(line, end + 1)
+        name = self.valid_name(line[at + 1:end], at + 1, "bad name",
+                               '"Say Hi" @manual ~/tweet.sh')
+        return name, self.skip_blanks(line, end + 1)
 
     def read_when(self, line: str, at: int):
-        """As written, the Schedule or None, and where the rest begins."""
-        if line.startswith("@", at):
-            word, end = self.word(line, at)
-            if word in ("@manual", "@reboot"):
-                return word, None, end
-            if word not in SPECIALS:
-                known = ["@manual", "@reboot", *SPECIALS]
-                self.refuse(at, "bad time specifier",
-                            f"{short(word)} is none",
-                            nearest(word[:20].lower(), known)
-                            or " ".join(known))
-            return word, Schedule.parse(word), end
-        return self.read_columns(line, at)
+        """Return the schedule as written, the Schedule or None, and where the
+        rest begins. Raises LineRejected."""
+        if not line.startswith("@", at):
+            return self.read_fields(line, at)
+        word, end = self.read_word(line, at)
+        if word in ("@manual", "@reboot"):
+            return word, None, end
+        if word not in SPECIALS:
+            known = ["@manual", "@reboot", *SPECIALS]
+            self.reject(at, "bad time specifier", f"{short(word)} is none",
+                        nearest(word[:20].lower(), known) or " ".join(known))
+        return word, Schedule.parse(word), end
 
-    def read_columns(self, line: str, at: int):
+    def read_fields(self, line: str, at: int):
+        """Do what `read_when` does, for an entry with five fields."""
         def pick(text: str) -> int:
             return stable_random(f"{self.salt}\0{line}\0{text}")
 
-        words, bits, problems = [], [], []
-        for column in SCHEDULE_FIELDS:
+        words, bits, errors = [], [], []
+        for field in SCHEDULE_FIELDS:
             if at >= len(line):
-                problems = problems or [Diagnostic(
-                    self.row, self.base + at + 1, f"bad {column.name}",
-                    "the line ends too early", "five columns, then the "
-                    "command")]
+                errors = errors or [self.diagnostic(
+                    at, f"bad {field.name}", "the line ends too early",
+                    "five columns, then the command")]
                 break
-            begin, (word, at) = at, self.word(line, at)
+            begin, (word, at) = at, self.read_word(line, at)
             words.append(word)
             try:
-                bits.append(column.parse(word, pick))
-            except ScheduleError as bad:
-                problems.append(Diagnostic(
-                    self.row, self.base + begin + bad.at + 1,
-                    f"bad {bad.field}", bad.why, bad.hint))
-        if len(problems) in (len(words), 3, 4):
-            problems = problems[:1]     # this was not meant to be an entry
-        if problems:
-            raise LineRejected(*problems)
+                bits.append(field.parse(word, pick))
+            except ScheduleError as error:
+                errors.append(self.diagnostic(
+                    begin + error.at, f"bad {error.field}", error.why,
+                    error.hint))
+        if len(errors) in (len(words), 3, 4):
+            errors = errors[:1]     # the line was not meant to be an entry
+        if errors:
+            raise LineRejected(*errors)
         text = " ".join(words)
         return text, Schedule(text, bits, [w[0] == "*" for w in words]), at
 
     def check_command(self, command: str, at: int) -> None:
+        """Raises LineRejected for a command that no shell can run."""
         if not command.strip(SPACE):
-            self.refuse(at, "bad command", "there is none")
+            self.reject(at, "bad command", "there is none")
         if command[0] == "*":
-            self.refuse(at, "bad command", "it begins with a star",
+            self.reject(at, "bad command", "it begins with a star",
                         "five columns, not six")
         if len(command) * 4 > LONGEST_COMMAND and len(command.encode(
                 "utf-8", "surrogateescape")) > LONGEST_COMMAND:
-            self.refuse(at, "bad command", "it is too long: the kernel takes "
+            self.reject(at, "bad command", "it is too long: the kernel takes "
                         f"{LONGEST_COMMAND:,} bytes", "put it into a script")
 
-    def check_twice(self, job: Job) -> None:
-        before = self.known.setdefault(job.identity(), job.line)
+    def check_unique(self, job: Job) -> None:
+        """Raises LineRejected if a line above is the same job."""
+        before = self.lines_of.setdefault(job.identity(), job.line)
         if before != job.line:
-            self.refuse(0, "bad job", f"line {before} is the same job, and "
+            self.reject(0, "bad job", f"line {before} is the same job, and "
                         "runs would be mixed up",
                         'a "Name" of its own in front')
 
     # --- {{arguments}}
 
-    def arguments(self, command: str, at: int, when: str):
-        """The script, the input and the parameters of a command."""
+    def read_arguments(self, command: str, at: int, when: str):
+        """Return the script, the standard input and the parameters of a
+        command. Raises LineRejected."""
         script, stdin, end = split_percent(command)
         if "{{" not in command:
             return script, stdin, ()
         lexer = Lexer(command[:end])
-        after = command.find("{{", end)
-        while after >= 0 and "}}" in command[after:]:
-            close = command.index("}}", after)
-            if not is_foreign(command[after + 2:close]):
-                lexer.found.append(Placeholder(after, after + 2, "after %"))
-                break
-            after = command.find("{{", close)
-        problems = [Diagnostic(
-            self.row, self.base + at + found.start + 1, "bad argument",
-            f"it stands {found.place}", PLACES[found.place])
-            for found in lexer.found if found.place]
-        self.look_at_odd(lexer, at, when)
-        if problems:
-            raise LineRejected(*problems)
+        lexer.found += self.placeholders_in_input(command, end)
+        misplaced = [self.diagnostic(
+            at + each.start, "bad argument", f"it stands {each.place}",
+            PLACEMENT_HINTS[each.place])
+            for each in lexer.found if each.place]
+        self.check_ignored_braces(lexer, at, when)
+        if misplaced:
+            raise LineRejected(*misplaced)
         params, pieces, done = {}, [], 0
-        for found in lexer.found:
-            param = self.param(command[found.start + 2:found.end - 2],
-                               at + found.start, when, params)
+        for each in lexer.found:
+            param = self.parse_parameter(command[each.start + 2:each.end - 2],
+                                         at + each.start, when, params)
             params.setdefault(param.name, param)
             number = list(params).index(param.name) + 1
-            pieces += [split_percent(command[done:found.start])[0],
+            pieces += [split_percent(command[done:each.start])[0],
                        f'"${{KOI_ARG_{number}}}"']
-            done = found.end
-        shell = self.environment.get("SHELL", "").rpartition("/")[2]
-        if params and shell in OTHERS:
-            self.refuse(lexer.found[0].start + at, "bad argument",
-                        f"{shell} reads a command in its own way",
-                        "SHELL=/bin/sh above this line")
-        if any(param.type in FREE for param in params.values()):
-            self.warn_of_parsers(lexer, at)
+            done = each.end
         pieces.append(split_percent(command[done:end])[0])
+        if params:
+            self.check_shell(lexer.found[0].start + at)
+        if any(param.type in FREE_TYPES for param in params.values()):
+            self.lint_arguments(lexer, at)
         return "".join(pieces), stdin, tuple(params.values())
 
-    def look_at_odd(self, lexer: Lexer, at: int, when: str) -> None:
-        """Braces that make no argument: another program's, or a slip."""
-        for where, kind in lexer.odd[:MOST_PARAMS]:
+    def placeholders_in_input(self, command: str, at: int) -> list:
+        """Return the first placeholder from `at` on, where the standard input
+        begins, in a list."""
+        at = command.find("{{", at)
+        while at >= 0 and "}}" in command[at:]:
+            close = command.index("}}", at)
+            if not is_foreign(command[at + 2:close]):
+                return [Placeholder(at, at + 2, "after %")]
+            at = command.find("{{", close)
+        return []
+
+    def check_shell(self, at: int) -> None:
+        """Raises LineRejected if SHELL is one that the lexer does not
+        know."""
+        shell = self.environment.get("SHELL", "").rpartition("/")[2]
+        if shell in FOREIGN_SHELLS:
+            self.reject(at, "bad argument",
+                        f"{shell} reads a command in its own way",
+                        "SHELL=/bin/sh above this line")
+
+    def check_ignored_braces(self, lexer: Lexer, at: int, when: str) -> None:
+        """Warn about braces that are not an argument. In a @manual job a
+        mistyped one raises LineRejected."""
+        for where, kind in lexer.ignored[:MOST_PARAMS]:
             if kind == "foreign":
                 self.add_diagnostic(at + where, "odd argument",
                                     "these braces stay as "
                                     "they are: no argument is named like that")
             elif when == "@manual":
-                self.refuse(at + where, "bad argument",
+                self.reject(at + where, "bad argument",
                             "this {{ has no }}" if kind == "open" else
                             "there are braces in braces",
                             "{{name, type, default}}")
@@ -2112,149 +2218,157 @@ class TabReader:
                                     "these braces stay as "
                                     "they are: there are braces in them")
 
-    def param(self, inner: str, at: int, when: str, known: dict) -> Parameter:
-        """{{name, type, default}}. Raises Refused."""
-        def stop(why: str, hint: str = "{{name, type, default}}"):
-            self.refuse(at, "bad argument", why, hint)
+    def parse_parameter(self, inner: str, at: int, when: str,
+                        known: dict) -> Parameter:
+        """Return the parameter of {{name, type, default}}.
+
+        `known` has those before it by name; a second one may omit all but the
+        name. Raises LineRejected.
+        """
+        def reject(why: str, hint: str = "{{name, type, default}}"):
+            self.reject(at, "bad argument", why, hint)
 
         parts = [part.strip(BLANKS) for part in inner.replace(
             "\\%", "%").split(",", 2)]
         name, kind = parts[0], parts[1] if len(parts) > 1 else ""
         default = parts[2] if len(parts) > 2 else None
         if not name or len(name) > LONGEST_NAME or has_control(name):
-            stop("a name has 1 to 100 characters that can be printed")
+            reject("a name has 1 to 100 characters that can be printed")
         if name in known and len(parts) == 1:
-            return known[name]          # once more the same
-        choices: tuple = ()
-        if kind.startswith("choice(") and kind.endswith(")"):
-            choices = tuple(word.strip() for word in kind[7:-1].split("|"))
-            if not all(choices) or len(set(choices)) < len(choices):
-                stop("each choice is a word of its own", "choice(a|b|c)")
-            kind = "choice"
-        elif kind not in ("", "string", "int", "bool", "text", "date",
-                          "secret"):
-            stop(f"{short(kind)} is no type", "string, int, bool, text, date,"
-                 " secret or choice(a|b|c)")
+            return known[name]
+        kind, choices = self.parse_type(kind, at)
         param = Parameter(name, kind or "string", default, choices)
         if default is not None:
             reason = param.value_error(default)
             if reason:
-                stop(f"{short(default)} is no default: {reason}", "")
+                reject(f"{short(default)} is no default: {reason}", "")
         elif when != "@manual":
-            stop(
-                "nobody is asked when the job is due, so it needs a default",
-                f"{{{{{escape_controls(name)}, "
-                f"{kind or 'string'}, default}}}}",
-            )
+            reject("nobody is asked when the job is due, so it needs a "
+                   "default", f"{{{{{escape_controls(name)}, "
+                   f"{kind or 'string'}, default}}}}")
         if name in known and known[name] != param:
-            stop(f"there are two arguments {short(name)}",
-                 f"{{{{{escape_controls(name)}}}}} stands for the same again")
+            reject(f"there are two arguments {short(name)}",
+                   f"{{{{{escape_controls(name)}}}}} stands for the same "
+                   "again")
         if len(known) >= MOST_PARAMS:
-            stop(f"there are more than {MOST_PARAMS}", "")
+            reject(f"there are more than {MOST_PARAMS}", "")
         if kind == "secret" and default:
             self.add_diagnostic(at, "odd argument",
-                                "a default that stands here is no "
-                                "secret")
+                                "a default that stands here is no secret")
         return param
 
-    # --- what is right and looks wrong
+    def parse_type(self, kind: str, at: int) -> tuple[str, tuple]:
+        """Return the name of a parameter's type, and its choices. Raises
+        LineRejected."""
+        if kind.startswith("choice(") and kind.endswith(")"):
+            choices = tuple(word.strip() for word in kind[7:-1].split("|"))
+            if not all(choices) or len(set(choices)) < len(choices):
+                self.reject(at, "bad argument",
+                            "each choice is a word of its own",
+                            "choice(a|b|c)")
+            return "choice", choices
+        if kind not in ("", "string", "int", "bool", "text", "date",
+                        "secret"):
+            self.reject(at, "bad argument", f"{short(kind)} is no type",
+                        "string, int, bool, text, date,"
+                        " secret or choice(a|b|c)")
+        return kind, ()
 
-    def warn(self, job: Job, at: int) -> None:
+    # --- what is valid and probably a mistake
+
+    def lint_job(self, job: Job, at: int) -> None:
+        """Warn about a job whose command is at the offset `at`."""
         if job.schedule and not job.when.startswith("@"):
-            self.warn_of_schedule(job.schedule, self.raw[self.base:])
+            self.lint_schedule(job.schedule, self.raw[self.base:])
         if job.command.endswith("\r"):
             self.add_diagnostic(at + len(job.command) - 1, "odd command",
-                                "the line "
-                                "ends in CR LF, and the shell gets the CR",
-                                "dos2unix")
+                                "the line ends in CR LF, and the shell gets "
+                                "the CR", "dos2unix")
         if not self.system and job.command.split(None, 1)[:1] == ["root"]:
-            self.add_diagnostic(
-                at,
-                "odd command",
-                "the command is `root`",
-                "only /etc/crontab and cron.d have a column for users",
-            )
+            self.add_diagnostic(at, "odd command", "the command is `root`",
+                                "only /etc/crontab and cron.d have a column "
+                                "for users")
         percent = split_percent(job.command)[2]
         if percent < len(job.command) and job.command[
                 percent + 1:percent + 2].isalpha() and "date" in job.command:
             self.add_diagnostic(at + percent, "odd command",
-                                "the command ends here, "
-                                "and the rest is its input", r"write \%")
+                                "the command ends here, and the rest is its "
+                                "input", r"write \%")
 
-    def warn_of_parsers(self, lexer: Lexer, at: int) -> None:
+    def lint_arguments(self, lexer: Lexer, at: int) -> None:
+        """Warn if a program of the command evaluates a value."""
         where = at + lexer.found[0].start
-        parser = find_evaluator(lexer.words) or lexer.obeyed()
-        if parser:
-            self.add_diagnostic(
-                where,
-                "unsafe argument",
-                f"{escape_controls(parser)} reads the "
-                "value again, as code: whoever fills it in can run "
-                "anything",
-            )
-        leader = wrapped_program(lexer.words)
-        if leader:
+        evaluator = find_evaluator(lexer.words) or lexer.evaluated_variable()
+        if evaluator:
             self.add_diagnostic(where, "unsafe argument",
-                                f"{leader} runs the value: "
+                                f"{escape_controls(evaluator)} reads the "
+                                "value again, as code: whoever fills it in "
+                                "can run anything")
+        runner = wrapped_program(lexer.words)
+        if runner:
+            self.add_diagnostic(where, "unsafe argument",
+                                f"{runner} runs the value: "
                                 "the value is the program, and can be any")
-        for found in lexer.found:
-            if found.first:
-                self.add_diagnostic(
-                    at + found.start,
-                    "unsafe argument",
-                    "the value is "
-                    "the program: whoever fills it in can run anything",
-                )
+        for each in lexer.found:
+            if each.first:
+                self.add_diagnostic(at + each.start, "unsafe argument",
+                                    "the value is the program: whoever fills "
+                                    "it in can run anything")
 
-    def warn_of_schedule(self, schedule: Schedule, line: str) -> None:
+    def lint_schedule(self, schedule: Schedule, line: str) -> None:
+        """Warn about the five fields of an entry."""
         at = 0
         if line.startswith("-") and self.root:
             at = 1
         if line.startswith('"', at):
-            at = self.skip(line, line.index('"', at + 1) + 1)
+            at = self.skip_blanks(line, line.index('"', at + 1) + 1)
         first, words = at, schedule.text.split(" ")
-        for column, word in zip(SCHEDULE_FIELDS, words):
-            for why, hint in suspicious_parts(column, word):
-                self.add_diagnostic(at, f"odd {column.name}", why, hint)
-            at = self.word(line, at)[1]
-        if schedule.describe() == "Never":
+        for field, word in zip(SCHEDULE_FIELDS, words):
+            for why, hint in suspicious_parts(field, word):
+                self.add_diagnostic(at, f"odd {field.name}", why, hint)
+            at = self.read_word(line, at)[1]
+        hours = set_bits(schedule.hours)
+        if schedule.never:
             self.add_diagnostic(first, "odd schedule", "it never runs")
         elif not schedule.both and "*" not in (words[2], words[4]):
             self.add_diagnostic(first, "odd schedule",
-                                "a day needs to satisfy only "
-                                f"one of two columns: {schedule.describe()}")
-        elif words[0] == "*" and schedule.hours.bit_length() > 0 \
-                and schedule.hours & (schedule.hours - 1) == 0:
+                                "a day needs to satisfy only one of two "
+                                f"columns: {schedule.describe()}")
+        elif words[0] == "*" and len(hours) == 1:
             self.add_diagnostic(first, "odd schedule",
-                                "in that hour it runs every "
-                                "minute", f"0 {' '.join(words[1:])}")
+                                "in that hour it runs every minute",
+                                f"0 {' '.join(words[1:])}")
 
 
-def suspicious_parts(column: ScheduleField, word: str):
-    """What is strange in a column: a range that runs backwards, a step that
-    is too long. With the hint."""
-    for part in word.split(","):
-        span, _, step = part.partition("/")
-        first, dash, last = span.partition("-")
-        low, high = column.low, column.high
+def suspicious_parts(field: ScheduleField, word: str):
+    """Yield (why, hint) for each range of a field that is empty, and for
+    each step that is longer than its range."""
+    for element in word.split(","):
+        value_range, _, step = element.partition("/")
+        first, dash, last = value_range.partition("-")
+        low, high = field.low, field.high
         if dash:
-            low, high = (column.parse_value(end, 0, part)
-                         for end in (first, last))
-            if high == 0 < low and column.high == 7:
+            low = field.parse_value(first, 0, element)
+            high = field.parse_value(last, 0, element)
+            if high == 0 < low and field.high == 7:
                 high = 7
         if low > high:
-            yield f"{short(part)} runs backwards and never comes", \
-                f"{first}-{column.high},{column.low}-{last}"
+            yield f"{short(element)} runs backwards and never comes", \
+                f"{first}-{field.high},{field.low}-{last}"
         elif step and int(step[-LONGEST_NUMBER:]) > high - low:
-            yield f"{short(part)} is only {low}: the step is longer than " \
+            yield f"{short(element)} is only {low}: the step is longer than " \
                 "the range", str(low)
 
 
 def parse_tab(text: str, system: bool = False, root: bool = False,
               salt: str = "") -> Tab:
-    """All jobs of a tab, and all that is wrong with it. Never raises."""
+    """Return the jobs of a tab, and its diagnostics in order of place.
+
+    `system`: each entry names its user. `root`: the tab is root's. `salt`
+    decides what ~ chooses. An invalid line raises nothing.
+    """
     tab = TabReader(text, system, root, salt).read()
-    tab.diagnostics.sort(key=lambda problem: (problem.line, problem.column))
+    tab.diagnostics.sort(key=lambda each: (each.line, each.column))
     return tab
 
 
@@ -19028,7 +19142,7 @@ class CrontabError(Error):
 
 def parse_number(text: str) -> int:
     """Return the value of -n. Raises Error."""
-    number = count(text) or 0
+    number = parse_count(text) or 0
     if not 0 < number <= MOST_LISTED:
         raise Error(f"-n {text}: not a number from 1 to {MOST_LISTED:,}",
                     "-n 5; -T FILE tests a tab", EXIT_USAGE)
@@ -19977,7 +20091,7 @@ def command_history(options: Invocation, name: str = ""
 def command_log(options: Invocation, which: str) -> int:
     """koitab log: the output of a run, or of a job's newest. Raises
     Error."""
-    wanted = {"run": int(which)} if count(which) else {"job": which}
+    wanted = {"run": int(which)} if parse_count(which) else {"job": which}
     reply = options.ask_koid("log", **wanted)
     run, frames = reply["run"], read_frames(reply.get("output", b""))
     if options.json:
@@ -20027,7 +20141,7 @@ def escape_output(data: bytes) -> bytes:
 def command_kill(options: Invocation, which: str) -> int:
     """koitab kill: SIGTERM, later SIGKILL; or out of the queue. Raises
     Error."""
-    if not count(which):
+    if not parse_count(which):
         raise Error(f"{short(which)} is not a run number", f"{PROG} status",
                     EXIT_USAGE)
     run = options.ask_koid("kill", run=int(which))["run"]
@@ -20703,7 +20817,7 @@ def find_crontabs(options: Invocation) -> list[Crontab]:
 class CronReader(TabReader):
     """Reads a tab that may contain the same job twice, as cron's may."""
 
-    def check_twice(self, job: Job) -> None:
+    def check_unique(self, job: Job) -> None:
         pass
 
 
@@ -20882,7 +20996,7 @@ def running_cron() -> int:
     for path in CRON_PIDS:
         try:
             with open(path, encoding="ascii") as file:
-                pid = count(file.read(20).strip()) or 0
+                pid = parse_count(file.read(20).strip()) or 0
             if not os.path.isdir("/proc/self"):
                 os.kill(pid, 0)
                 return pid
