@@ -181,7 +181,7 @@ def membership(url: str, **changes):
 def belong(koi: support.Koi, url: str, **changes) -> None:
     """Give a koid's home the keys of a dashboard."""
     path = koi.home / "keys"
-    path.write_text(membership(url, **changes).text())
+    path.write_text(membership(url, **changes).to_json())
     path.chmod(0o600)
 
 
