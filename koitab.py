@@ -4330,7 +4330,7 @@ class SupervisedRun:
                 pass            # the next one may be written again
 
     def on_output(self, stream: int, data: bytes) -> None:
-        """The job wrote something; b"" is its end."""
+        """Keep some output of the job; b"" is the end of a stream."""
         if self.mask:
             data = self.mask.feed(stream, data, last=not data)
         if data:
@@ -4366,6 +4366,7 @@ class SupervisedRun:
         self.save()
 
     def set_length(self, length: int) -> None:
+        """Note how many bytes are in the segment that is written."""
         setattr(self.header, ("head", "first", "second")[self.header.segment],
                 length)
 
@@ -4419,6 +4420,7 @@ class SupervisedRun:
         self.streams = {out: STDOUT, err: STDERR}
 
     def note_start(self) -> None:
+        """Note in the run's file that the job was started just now."""
         header = self.header
         self.began, header.started = time.monotonic(), time.time()
         self.deadline = self.began + self.spec.timeout \
@@ -4464,7 +4466,7 @@ def end_group(pid: int, number: int) -> None:
 
 
 def input_file(data: bytes) -> int:
-    """A descriptor from which a job reads this."""
+    """Return a descriptor from which a process reads `data`."""
     if len(data) <= PIPE_ROOM:      # else the write could wait for ever
         given, end = os.pipe()
         os.write(end, data)
@@ -4814,8 +4816,8 @@ def fork_supervisor(*arguments) -> int:
 
 
 def run_file(home: str, run: int, most: int = -1) -> bytes:
-    """What a supervisor has written about a run so far, or its beginning;
-    b"" if nothing. Raises OSError."""
+    """Return what a supervisor has written about a run, `most` bytes of it
+    if that is not negative; b"" without a file. Raises OSError."""
     try:
         with open(f"{home}/runs/{run}", "rb") as file:
             return file.read(most)
@@ -4825,9 +4827,11 @@ def run_file(home: str, run: int, most: int = -1) -> bytes:
 
 def read_stable_file(home: str, run: int) -> tuple[bytes,
                                                    RunFileHeader | None]:
-    """The file of a run that goes on, and its header; None: there is none.
-    Its supervisor overwrites the older of two segments, so we read again if
-    it has turned to the other one meanwhile. Raises OSError."""
+    """Return the file of a running run, and its header or None.
+
+    The supervisor overwrites the older of two segments, so this reads again
+    if it has turned to the other one since then. Raises OSError.
+    """
     for _ in range(READ_AGAIN):
         before = parse_header(run_file(home, run, HEADER_BYTES))
         data = run_file(home, run)
@@ -4841,7 +4845,7 @@ def read_stable_file(home: str, run: int) -> tuple[bytes,
 
 
 def output_so_far(home: str, run: int) -> bytes:
-    """The frames of a run that goes on. Raises OSError."""
+    """Return the frames that a running run has written. Raises OSError."""
     data, header = read_stable_file(home, run)
     return stored_frames(data, header) if header else b""
 
@@ -4858,7 +4862,10 @@ LONGEST_ARGS = 262_144          # bytes of all arguments of a run together
 
 
 class ScheduledJob:
-    """A job that koid has to see to, and for whom."""
+    """A job of a tab as koid runs it: for which user, and when next.
+
+    `key` names it in the history. `delay` are the minutes of RANDOM_DELAY.
+    """
 
     def __init__(self, job: Job, file: TabFile, delay: int):
         self.job, self.file = job, file.path
@@ -4867,15 +4874,16 @@ class ScheduledJob:
         self.line = job.line
         self.schedule, self.settings = job.schedule, job.settings
         self.due: float | None = 0.0    # 0: to be asked for; None: never
-        self.delay = delay              # minutes
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.user, self.identity
+        self.delay = delay
+        self.key = self.user, self.identity
 
 
 class TabRegistry:
-    """What all tabs on this host say together."""
+    """The jobs, time zones and problems of all tabs on this host.
+
+    `files` and `tabs` go by path. A tab whose file has the same version is
+    not read again; `version` is that of all files together.
+    """
 
     def __init__(self, machine: Machine, home: str, system: bool):
         self.machine, self.home, self.system = machine, home, system
@@ -4884,55 +4892,58 @@ class TabRegistry:
         self.zones: dict[str, Zone] = {"": UTC}
         self.scheduled_jobs: list[ScheduledJob] = []
         self.problems: list[str] = []
-        self.stamp: tuple = ()
+        self.version: tuple = ()
         self.links = False      # a tab of the system is a symbolic link
 
     def load(self) -> bool:
-        """Read what has changed; False if nothing has. A tab that cannot be
-        read any more goes on as it was."""
+        """Read what has changed; return False if nothing has. A tab that
+        cannot be read any more goes on as it was."""
         try:
             files = {file.path: file for file in self.machine.tab_files(
                 self.home, self.system, self.files)}
         except OSError as error:
-            self.stamp = ()
+            self.version = ()
             self.problems = [f"{error.filename}: {error.strerror}; the tabs "
                              "go on as they were"]
             return True
-        stamp = (sorted((path, file.version) for path, file in files.items()),
-                 self.machine.file_version(LOCAL_ZONE))
-        if stamp == self.stamp:
+        version = (
+            sorted((path, file.version) for path, file in files.items()),
+            self.machine.file_version(LOCAL_ZONE))
+        if version == self.version:
             return False
-        tabs, self.problems = {}, []
-        for path, file in files.items():
-            before = self.tabs.get(path)
-            if before and file is self.files.get(path):
-                tabs[path] = before
-                continue
-            try:
-                if file.text is None:
-                    raise ValueError(file.problem)
-                user = file.user or "root"
-                tabs[path] = parse_tab(file.text, file.system, user == "root",
-                                       self.machine.salt(user))
-            except Exception as why:    # the other tabs go on
-                self.problems.append(f"{path}: not used: {why}")
-                if before and not file.problem.startswith(UNBELIEVED):
-                    tabs[path] = before
+        self.problems = []
+        tabs = {path: self.read_tab(file) for path, file in files.items()}
+        self.tabs = {path: tab for path, tab in tabs.items() if tab}
         self.files = {path: file.replace(text=file.text and "")
                       for path, file in files.items()}
-        self.tabs = tabs
         self.rebuild()
         self.links = any(file.system and os.path.islink(path)
                          for path, file in files.items())
-        self.stamp = stamp
+        self.version = version
         return True
 
+    def read_tab(self, file: TabFile) -> Tab | None:
+        """Return the tab in a file, or the last one if it cannot be read
+        now; None if it must not be used."""
+        before = self.tabs.get(file.path)
+        if before and file is self.files.get(file.path):
+            return before
+        try:
+            if file.text is None:
+                raise ValueError(file.problem)
+            user = file.user or "root"
+            return parse_tab(file.text, file.system, user == "root",
+                             self.machine.salt(user))
+        except Exception as why:        # the other tabs go on
+            self.problems.append(f"{file.path}: not used: {why}")
+            return None if file.problem.startswith(UNBELIEVED) else before
+
     def invalidate(self) -> None:
-        """Read all of them anew next time."""
-        self.files, self.stamp = {}, ()
+        """Let the next `load` read all tabs again."""
+        self.files, self.version = {}, ()
 
     def rebuild(self) -> None:
-        """The duties, zones and problems of all tabs."""
+        """Collect the jobs, zones and problems of all tabs."""
         try:
             zones = {"": self.machine.local_zone()}
         except Error as error:
@@ -4947,13 +4958,12 @@ class TabRegistry:
                 except Error as error:
                     self.problems.append(f"{path}:{line}:{column}: "
                                          f"{error.message}")
-            scheduled_jobs += [ScheduledJob(job, self.files[path],
-                                            random_delay(job,
-                                                         self.machine.host()))
-                               for job in tab.jobs if job.settings.zone
-                               in zones]
-        self.zones, self.scheduled_jobs = zones, only_first(scheduled_jobs,
-                                                            self.problems)
+            scheduled_jobs += [
+                ScheduledJob(job, self.files[path],
+                             random_delay(job, self.machine.host()))
+                for job in tab.jobs if job.settings.zone in zones]
+        self.zones = zones
+        self.scheduled_jobs = only_first(scheduled_jobs, self.problems)
 
     def next_start(self, scheduled: ScheduledJob, now: int) -> float | None:
         """Return when a job starts next after `now`, seconds since 1970."""
@@ -4964,51 +4974,58 @@ class TabRegistry:
         return due and due + scheduled.delay * MINUTE
 
     def find_job(self, user: str, name: str) -> ScheduledJob:
-        """The job that a user means. Raises Error."""
-        mine = [scheduled for scheduled in self.scheduled_jobs if not user
-                or scheduled.user == user]
-        jobs = {id(scheduled.job): scheduled for scheduled in mine}
-        found = match_jobs([scheduled.job for scheduled in mine], name)
+        """Return the one job of a user, "" for all users, that `name` means.
+        Raises Error."""
+        jobs = {id(scheduled.job): scheduled for scheduled
+                in self.scheduled_jobs if user in ("", scheduled.user)}
+        found = match_jobs([each.job for each in jobs.values()], name)
         if not found:
             raise Error(f"there is no job {short(name)}")
         users = sorted({jobs[id(job)].user for job in found})
         if len(users) > 1:
             raise Error(f"{short(name)} is a job of {', '.join(users)}",
                         f"koitab -u {users[0]} ...")
-        if len(found) > 1 and len({job.tag for job in found}) > 1:
+        if len({job.tag for job in found}) > 1:
             raise Error(f"{short(name)} is the name of {len(found)} jobs",
                         "use the tag: " + " ".join(job.tag for job in found))
         return jobs[id(found[0])]
 
 
+# How the problem of a file begins that must not be used: others could have
+# written it. After any other problem its last tab goes on.
 UNBELIEVED = ("its ", "others may", "it has another", "it is no ",
               "it is a link")
 
 
 def only_first(scheduled_jobs: list[ScheduledJob],
                problems: list[str]) -> list[ScheduledJob]:
-    """Without jobs of one user that stand in two files: a run must belong
-    to one of them."""
+    """Return the jobs without those of one user that are in an earlier file
+    as well: a run must belong to one job. The others are added to
+    `problems`."""
     seen: dict[tuple, ScheduledJob] = {}
     for scheduled in scheduled_jobs:
         first = seen.setdefault(scheduled.key, scheduled)
         if first is not scheduled:
             problems.append(
                 f"{scheduled.file}:{scheduled.line}: not used: the same "
-                            f"job stands in {first.file}:{first.line}")
+                f"job stands in {first.file}:{first.line}")
     return list(seen.values())
 
 
 def random_delay(job: Job, host: str) -> int:
-    """Minutes by which RANDOM_DELAY puts a job off on this machine. As in
-    cronie, one factor for all jobs; here a restart does not change it."""
-    return job.settings.random_delay * (stable_random(f"{host}\0delay")
-                                        % 1000) \
-        // 1000
+    """Return by how many minutes RANDOM_DELAY delays a job on this host. As
+    in cronie, one factor for all jobs; here a restart does not change it."""
+    factor = stable_random(f"{host}\0delay") % 1000
+    return job.settings.random_delay * factor // 1000
 
 
-def match_jobs(jobs: list[Job], name: str) -> list[Job]:
-    """The jobs that a name means. Raises Error."""
+def match_jobs(jobs: list, name: str) -> list:
+    """Return the jobs that `name` means; all if it is "". Raises Error.
+
+    A job's name counts first, then its line, SECTION/NAME or command, at
+    last its tag. `jobs` are Jobs, or have the same attributes: this is how
+    koid, koitab and the history find a job.
+    """
     found = [job for job in jobs if not name or name == job.name] or [
         job for job in jobs if name in (
             str(job.line), f"{job.section}/{job.name}", job.command)] or [
@@ -5022,8 +5039,8 @@ def match_jobs(jobs: list[Job], name: str) -> list[Job]:
 
 
 def check_zones(tab: Tab, machine: Machine) -> dict[str, Zone]:
-    """The zones that a tab names; those that there are not become faults
-    of the tab."""
+    """Return the time zones that a tab names, by their names. For each one
+    that is missing the tab gets a diagnostic."""
     zones = {}
     for name, (line, column) in tab.zones.items():
         try:
@@ -5036,7 +5053,8 @@ def check_zones(tab: Tab, machine: Machine) -> dict[str, Zone]:
 
 
 def validate_arguments(job: Job, given: dict) -> dict[str, str]:
-    """The values for a job's arguments. Raises Error."""
+    """Return the value of each argument of a job, as given or its default.
+    Raises Error for one that is missing, unknown or invalid."""
     params = {param.name: param for param in job.params}
     unknown = [name for name in given if name not in params]
     if unknown:
@@ -5356,6 +5374,7 @@ class Planner:
         self.clock_by = 0.0     # ticks until which the clock must be set
 
     def sample(self) -> ClockSample:
+        """Return both clocks as they are now."""
         return ClockSample(self.clock.now(), self.clock.ticks())
 
     def due(self) -> tuple[list[QueuedRun], list[tuple]]:
@@ -5619,8 +5638,8 @@ def send_cron_mail(machine: Machine, host: dict, user: str, to: str,
 
 def mail_about(user: str, host: str, to: str, command: str,
                environment: dict, text: bytes) -> bytes:
-    """The mail about a run, with cron's headers; without X-Cron-Env, which
-    would send around what a tab keeps secret."""
+    """Return the mail about a run, with cron's headers, but not X-Cron-Env:
+    that would send what a tab keeps secret."""
     from email import policy
     from email.message import EmailMessage
     sender = environment.get("MAILFROM", "")
@@ -5778,6 +5797,7 @@ class Scheduler:
         self.write(statements)
 
     def seen_statements(self) -> list[tuple]:
+        """Return what each transaction writes about the starts made."""
         return [self.planner.seen_statement()] if self.planner.state else []
 
     def record_and_start(self, starts: list[QueuedRun],
@@ -6317,13 +6337,13 @@ class Scheduler:
 # ==========================================================================
 # ControlSocket: how do users reach koid?              (network, files; R C)
 #
-# By a Unix socket, which tells who calls (SO_PEERCRED): not what a variable
-# says counts, but the uid that the kernel knows. One request a connection:
-# a line of JSON, answered by a line of JSON. A user may do all with his own
-# tab, jobs and runs; root may with anyone's.
+# By a Unix socket: the kernel says which uid is at its other end
+# (SO_PEERCRED). Users may do all with their own tab, jobs and runs; root and
+# the user that runs koid may with anyone's. Where no koid runs, koitab
+# answers the same requests from the caller's own files.
 # ==========================================================================
 
-LONGEST_REQUEST = 8 * 2**20     # a tab of 1 MiB, each letter escaped
+LONGEST_REQUEST = 8 * 2**20     # a tab of 1 MiB, each character escaped
 REQUEST_TIME = 10.0             # seconds to send one
 MOST_CONTROL_CONNECTIONS, MOST_OF_ONE, MOST_AT_ONCE = 256, 64, 16
 SPARE_FILES = 40                # descriptors for all but connections
@@ -6333,27 +6353,44 @@ LONGEST_VALUES = 2**20          # characters of arguments in one answer
 
 
 class Caller(FrozenRecord):
-    """Who asks: the uid that the kernel vouches for."""
+    """The user at the other end, by the uid that the kernel reports."""
     uid: int
     name: str
 
     @property
     def is_admin(self) -> bool:
-        """May he act for others? Root may; and whoever runs koid owns it."""
+        """May the caller act for others, as root and koid's user may?"""
         return self.uid in (0, os.geteuid())
 
 
 class ControlService:
-    """Answers requests: for koid, and for koitab where no koid runs."""
+    """Answers requests: for koid, and for koitab where no koid runs.
+
+    A request is an object with "op", and "user" if another one's tab or jobs
+    are meant. A reply is an object; {"error", "hint", "status"} refuses.
+
+        list                  {text}: the user's tab, null without one
+        install text          {installed, problems}
+        remove                {removed}
+        jobs                  {jobs}: with the next start and the last run
+        history [job limit before]    {runs, more}: the newest first
+        log run|job           {run, size}, and the output as frames
+        kill run|job          {run}
+        status                {version, pid, jobs, running, tab, ...}
+        relink                {linked}: the file `keys` was changed
+        run job args          {run}, and the output as frames; koid alone
+
+    `daemon` is koid's Daemon, or None.
+    """
 
     def __init__(self, machine: Machine, home: str, registry: TabRegistry,
-                 store: RunStore,
-                 daemon=None):
+                 store: RunStore, daemon=None):
         self.machine, self.home, self.registry = machine, home, registry
         self.store, self.daemon = store, daemon
 
     def answer(self, caller: Caller, request: dict) -> tuple[dict, bytes]:
-        """The reply, and what comes after it. Raises Error."""
+        """Return the reply to a request, and the bytes after it. Raises
+        Error."""
         op = request.get("op")
         if not isinstance(op, str) or op not in OPERATIONS:
             raise Error(f"koid knows no request {short(str(op))}",
@@ -6367,7 +6404,8 @@ class ControlService:
         return reply if isinstance(reply, tuple) else (reply, b"")
 
     def whose(self, caller: Caller, request: dict) -> str:
-        """The user whose tab it is about. Raises Error."""
+        """Return the user whose tab is meant. Raises Error if the caller may
+        not have it, or that user no tab."""
         user = request.get("user") or caller.name
         if user != caller.name and not caller.is_admin:
             raise Error("must be privileged to use -u")
@@ -6385,7 +6423,8 @@ class ControlService:
         return user
 
     def allowed_user(self, caller: Caller, request: dict) -> str:
-        """The user whose jobs are meant; "" for all."""
+        """Return the user whose jobs are meant; "" for all. Raises Error if
+        the caller may not see them."""
         if caller.is_admin and not request.get("user"):
             return ""
         user = request.get("user") or caller.name
@@ -6398,6 +6437,7 @@ class ControlService:
     # --- tabs
 
     def listing(self, caller: Caller, request: dict) -> dict:
+        """Answer "list". Raises Error."""
         user = self.whose(caller, request)
         file = self.machine.user_tab(self.home, user)
         if file and file.text is None:
@@ -6405,6 +6445,8 @@ class ControlService:
         return {"text": file and file.text}
 
     def install(self, caller: Caller, request: dict) -> dict:
+        """Answer "install": write a tab without errors, and take it up.
+        Raises Error."""
         user, text = self.whose(caller, request), request.get("text", "")
         why = tab_text_error(text)
         if why:
@@ -6420,12 +6462,14 @@ class ControlService:
             vars(problem) for problem in tab.diagnostics]}
 
     def remove(self, caller: Caller, request: dict) -> dict:
+        """Answer "remove". Raises Error."""
         user = self.whose(caller, request)
         removed = self.machine.remove_tab(self.home, user)
         self.reload()
         return {"removed": removed}
 
     def reload(self) -> None:
+        """Take up a tab that has just been written or removed."""
         if self.daemon:
             self.daemon.reload()
         else:
@@ -6434,6 +6478,7 @@ class ControlService:
     # --- jobs and runs
 
     def jobs(self, caller: Caller, request: dict) -> dict:
+        """Answer "jobs". Raises Error."""
         user = self.allowed_user(caller, request)
         now = int(self.machine.clock.now())
         counts = self.daemon.scheduler.running_counts() if self.daemon else {}
@@ -6453,11 +6498,14 @@ class ControlService:
             or scheduled.user == user]}
 
     def last_run(self, scheduled: ScheduledJob) -> dict | None:
+        """Return the newest run of a job."""
         runs = self.store.runs("r.job = ? order by r.id desc limit 1",
                                self.store.keys.get(scheduled.key, 0))
         return runs[0] if runs else None
 
     def history(self, caller: Caller, request: dict) -> dict:
+        """Answer "history": up to `limit` runs before the run `before`, but
+        LONGEST_VALUES characters of arguments at most. Raises Error."""
         user, where, values = self.allowed_user(caller, request), ["1"], []
         if user:
             where.append("j.user = ?")
@@ -6474,25 +6522,28 @@ class ControlService:
         for run in self.store.each_run(text, *values, limit):
             runs.append(run)
             size += sum(map(len, run["args"].values()))
-            if size > LONGEST_VALUES:       # who wants more asks `before`
+            if size > LONGEST_VALUES:
                 break
         return {"runs": runs, "more": size > LONGEST_VALUES}
 
     def keys_of(self, user: str, name: str) -> list[int]:
-        """The jobs in the history that a name means; a job that stands in
-        no tab any more is still there. Raises Error."""
-        rows = self.store.db.execute(
-            "select id, identity, name, section || '/' || name, label from "
-            "jobs where user = ?1 or ?1 = ''", user).fetchall()
-        found = [key for key, identity, *names in rows
-                 if storable(name) in names or name == short_hash(identity)]
-        if found:
-            return found
-        scheduled = self.registry.find_job(user, name)
-        return [self.store.keys.get(scheduled.key, 0)]
+        """Return the numbers in the history of the jobs that a name means,
+        removed ones too. Raises Error."""
+        from types import SimpleNamespace
+        rows = self.store.db.rows(
+            "select id, identity, name, section, label as command, '' as line"
+            " from jobs where user = ?1 or ?1 = ''", user)
+        try:
+            return [job.id for job in match_jobs([
+                SimpleNamespace(**row, tag=short_hash(row["identity"]))
+                for row in rows], storable(name))]
+        except Error:           # it has no run yet
+            scheduled = self.registry.find_job(user, name)
+            return [self.store.keys.get(scheduled.key, 0)]
 
     def run_of(self, caller: Caller, request: dict) -> dict:
-        """The run that a request is about. Raises Error."""
+        """Return the run that a request names, or the last one of the job
+        that it names. Raises Error."""
         user = self.allowed_user(caller, request)
         if request.get("run"):
             runs = self.store.runs("r.id = ?", request["run"])
@@ -6509,9 +6560,10 @@ class ControlService:
         return runs[0]
 
     def log(self, caller: Caller, request: dict) -> tuple[dict, bytes]:
+        """Answer "log". Raises Error."""
         run = self.run_of(caller, request)
         frames = self.store.output(run["run"])
-        if not frames:              # it is going on, or not yet taken in
+        if not frames:              # running, or not in the history yet
             try:
                 frames = output_so_far(self.home, run["run"])
             except OSError as error:
@@ -6519,6 +6571,7 @@ class ControlService:
         return {"run": run, "size": len(frames)}, frames
 
     def kill(self, caller: Caller, request: dict) -> dict:
+        """Answer "kill". Raises Error."""
         run = self.run_of(caller, request)
         if not self.daemon.scheduler.kill(run["run"],
                                           f"killed by {caller.name}"):
@@ -6527,14 +6580,15 @@ class ControlService:
         return {"run": run}
 
     def status(self, caller: Caller, request: dict) -> dict:
-        user = self.allowed_user(caller, request)
+        """Answer "status". Raises Error."""
+        user, now = self.allowed_user(caller, request), int(
+            self.machine.clock.now())
         tab = self.registry.tabs.get(f"{self.home}/tabs/{user or caller.name}"
                                      ) or Tab([], [], {})
         mine = [scheduled for scheduled in self.registry.scheduled_jobs
                 if not user or scheduled.user == user]
         starts = [start for start in (
-            self.registry.next_start(scheduled,
-                                     int(self.machine.clock.now()))
+            self.registry.next_start(scheduled, now)
             for scheduled in mine) if start]
         running = self.store.runs("r.state = 'running' and (j.user = ?1 or "
                                   "?1 = '') order by r.id limit 1000", user)
@@ -6553,7 +6607,7 @@ class ControlService:
             if caller.is_admin else None}
 
     def relink(self, caller: Caller, _request: dict) -> dict:
-        """The file `keys` was written or removed."""
+        """Answer "relink". Raises Error."""
         if not caller.is_admin:
             raise Error("only who runs koid can do this")
         self.daemon.broker.load()
@@ -6572,7 +6626,7 @@ KINDS = {"op": str, "user": str, "text": str, "job": str, "run": int,
 
 
 def caller_of(connection, machine: Machine) -> Caller:
-    """Who is at the other end."""
+    """Return the user at the other end of a Unix socket."""
     if hasattr(socket, "SO_PEERCRED"):
         _, uid, _ = Struct("3i").unpack(connection.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
@@ -6582,8 +6636,8 @@ def caller_of(connection, machine: Machine) -> Caller:
 
 
 def near_path(path: str) -> tuple[str, int]:
-    """A name for a socket's path that is short enough for the kernel, and
-    a descriptor to close after its use."""
+    """Return a name for a socket's path that is short enough for the kernel
+    (108 bytes, unix(7)), and a descriptor to close after its use, or -1."""
     if len(os.fsencode(path)) < 100:
         return path, -1
     folder, _, name = path.rpartition("/")
@@ -7034,6 +7088,7 @@ class AgentProcess:
         self.poller.register(ours.fileno(), self.on_ready)
 
     def delay_start(self) -> None:
+        """Start the agent again after a pause, which doubles each time."""
         self.start_at = self.clock.ticks() + self.pause
         self.pause = min(self.pause * 2, RESTART_LONGEST)
 
@@ -7823,6 +7878,7 @@ class Daemon:
         self.log_tab_problems()
 
     def log_tab_problems(self) -> None:
+        """Log what is wrong with the tabs."""
         for problem in self.registry.problems:
             self.log.log(problem, bad=True)
 
