@@ -94,10 +94,10 @@ from struct import Struct
 PROG, VERSION = "koitab", "1.0"
 
 EXIT_OK = 0
-EXIT_ERROR = 1          # as crontab(1): whatever is wrong, it says 1
+EXIT_ERROR = 1          # what crontab(1) exits with, whatever is wrong
 EXIT_USAGE = 2          # wrong usage of a command that crontab(1) lacks
-EXIT_BUG = 70           # a fault of ours
-EXIT_SIGNAL = 128       # plus the number of the signal, as shells report it
+EXIT_BUG = 70           # an internal error; EX_SOFTWARE of sysexits.h
+EXIT_SIGNAL = 128       # plus the signal's number, as shells report it
 
 # ==========================================================================
 # Common: what do both programs need?                  (files, clock; R U C)
@@ -3033,32 +3033,33 @@ def due_at_minute(jobs: list[Job], zone_clock: ZoneClock, minute: int,
 # ==========================================================================
 # Machine: what may koi do to this computer?       (files, processes; R U C)
 #
-# One short method for each thing. Nothing here decides: what a text or a
-# zone file means is above, what to do about it below.
+# One short method for each access to the computer: files, accounts, the time
+# zone, signals and timers. Nothing is decided here. What a text means is in
+# the sections above, what to do about it in those below.
 # ==========================================================================
 
-CHUNK = 65_536              # bytes that are read or sent at once
-LONGEST_TAB = 2**20
-LONGEST_ZONE_FILE = 2**16
+CHUNK = 65_536              # bytes to read or send at once
+LONGEST_TAB = 2**20         # bytes
+LONGEST_ZONE_FILE = 2**16   # bytes
 ZONE_DIRECTORIES = ("/usr/share/zoneinfo", "/usr/lib/zoneinfo",
-                "/usr/share/lib/zoneinfo", "/etc/zoneinfo")
+                    "/usr/share/lib/zoneinfo", "/etc/zoneinfo")
 LOCAL_ZONE = "/etc/localtime"
 ROOT_HOME, ROOT_SOCKET = "/var/lib/koi", "/run/koi/koid.sock"
 SYSTEM_TAB, SYSTEM_TAB_DIRECTORY = "/etc/crontab", "/etc/cron.d"
-SPOOLS = ("/var/spool/cron/crontabs", "/var/spool/cron")
-CRON_PID = "/run/crond.pid"
+SPOOLS = ("/var/spool/cron/crontabs", "/var/spool/cron")   # Debian, cronie
+CRON_PID = "/run/crond.pid"     # of Debian's cron and of cronie
 REBOOT_MARKERS = ("/run/crond.reboot", "/run/cron.reboot")
 ALLOW, DENY = "/etc/koi.allow", "/etc/koi.deny"
 SENDMAILS = ("/usr/sbin/sendmail", "/usr/lib/sendmail")
-DEFAULT_PATH = "/usr/bin:/bin"    # Debian's; cronie adds the sbin folders
+DEFAULT_PATH = "/usr/bin:/bin"  # Debian's; cronie adds the sbin directories
 DEFAULT_SHELL = "/bin/sh"
 HOST_SETTINGS = ("/etc/environment", "/etc/default/locale")
-PACKAGE_NAME_CHARACTERS = frozenset(
+PACKAGE_NAME_CHARACTERS = frozenset(    # cron reads no others in cron.d
     "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 
 
 class Account(FrozenRecord):
-    """Whom a job runs as: what the user database says."""
+    """The user that a job runs as, from the system's user database."""
     name: str
     uid: int
     gid: int
@@ -3067,23 +3068,29 @@ class Account(FrozenRecord):
 
 
 class TabFile(FrozenRecord):
-    """A crontab on this host, and what stands in it."""
+    """A crontab file of this host, and its content."""
     path: str
-    user: str               # "": each line names its user
-    version: tuple          # changes when the file does
-    text: str | None        # None: it may not be used
+    user: str               # "": each entry names its user
+    version: tuple          # differs after the file has changed
+    text: str | None        # None: it is not used
     problem: str = ""       # why
 
     @property
     def system(self) -> bool:
+        """Does each entry name its user?"""
         return not self.user
 
 
-EXACTLY_0600 = 0o177    # a mask that means more: as Debian's cron has it
+EXACTLY_0600 = 0o177    # not only a mask: as in Debian's cron, no other mode
 
 
 def file_error(status, owners: tuple, mask: int, links: bool) -> str:
-    """Why root should not believe a file; "" if it may."""
+    """Return why root must not use a file; "" if it may.
+
+    `status` is of os.fstat, `owners` are the allowed uids, `mask` has the
+    forbidden bits of the mode. If `links`, a second hard link is forbidden:
+    a user could have made it, to a file of another user.
+    """
     if not stat.S_ISREG(status.st_mode):
         return "it is no regular file"
     if status.st_uid not in owners:
@@ -3101,7 +3108,7 @@ def file_error(status, owners: tuple, mask: int, links: bool) -> str:
 
 
 def tab_text_error(text: str) -> str:
-    """Why this cannot be a crontab at all; "" if it can."""
+    """Return why `text` cannot be a crontab; "" if it can."""
     try:
         size = len(text.encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:
@@ -3112,7 +3119,7 @@ def tab_text_error(text: str) -> str:
 
 
 class Machine:
-    """Everything koi does to this host."""
+    """The computer that koi runs on. A test passes another `clock`."""
 
     def __init__(self, clock: Clock | None = None):
         self.clock = clock or Clock()
@@ -3120,8 +3127,10 @@ class Machine:
     # --- texts and zones
 
     def tab_text(self, path: str) -> str:
-        """A tab's text; "-" is standard input. Bytes that are not UTF-8
-        come as halves of surrogate pairs. Raises Error."""
+        """Return the text of the file at `path`; "-" is standard input.
+
+        Bytes that are not UTF-8 become lone surrogates. Raises Error.
+        """
         try:
             with open(0 if path == "-" else path, "rb",
                       closefd=path != "-") as file:
@@ -3134,13 +3143,13 @@ class Machine:
         return data.decode("utf-8", "surrogateescape")
 
     def zone(self, name: str) -> Zone:
-        """The zone of a name from the tab, or of a rule as in
-        CET-1CEST,M3.5.0,M10.5.0/3. Raises Error."""
+        """Return the zone of a name such as Europe/Berlin, or of a POSIX TZ
+        value such as CET-1CEST,M3.5.0,M10.5.0/3. Raises Error."""
         parts = name.split("/")
         if name and not {"", ".", ".."}.intersection(parts) \
                 and "\0" not in name:
-            for folder in ZONE_DIRECTORIES:
-                zone = self.zone_file(posixpath.join(folder, name), name)
+            for directory in ZONE_DIRECTORIES:
+                zone = self.zone_file(posixpath.join(directory, name), name)
                 if zone:
                     return zone
         zone = parse_posix_tz(name) if name.isascii() else None
@@ -3152,7 +3161,7 @@ class Machine:
         return zone
 
     def zone_file(self, path: str, name: str) -> Zone | None:
-        """The zone in a file, or None if there is none."""
+        """Return the zone in a TZif file; None if it cannot be read."""
         try:
             with open(path, "rb") as file:
                 return parse_tzif(name, file.read(LONGEST_ZONE_FILE))
@@ -3160,7 +3169,7 @@ class Machine:
             return None
 
     def local_zone(self) -> Zone:
-        """The caller's zone: TZ as the C library takes it, else the
+        """Return the caller's zone: TZ as the C library reads it, or the
         machine's. Raises Error."""
         name = os.environ.get("TZ")
         if name is None:
@@ -3171,31 +3180,32 @@ class Machine:
         return self.zone(name) if name else UTC
 
     def host(self) -> str:
-        """The name of this machine, without its domain."""
+        """Return the name of this machine, without its domain."""
         return os.uname().nodename.partition(".")[0]
 
     def salt(self, user: str = "") -> str:
-        """What ~ in a user's tab is picked by: always the same here, and
-        another elsewhere."""
+        """Return the text that decides what ~ chooses in a user's tab: the
+        same on each call, but another on each host."""
         return f"{self.host()}:{user or self.user_name(os.geteuid())}"
 
     def open_files(self) -> int:
-        """How many files we may have open."""
+        """Return how many files this process may have open."""
         import resource
         return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
     def file_version(self, path: str) -> tuple:
-        """Another value when the file at a path has changed."""
+        """Return a value that differs after the file at `path` has changed;
+        () if there is none."""
         try:
             status = os.stat(path)
         except OSError:
             return ()
         return status.st_mtime_ns, status.st_ino, status.st_size
 
-    # --- people
+    # --- users
 
     def login_name(self) -> str:
-        """The login name of the caller. Raises Error."""
+        """Return the login name of the caller. Raises Error."""
         uid = os.getuid()
         name = self.user_name(uid)
         if not name:
@@ -3203,6 +3213,7 @@ class Machine:
         return name
 
     def user_name(self, uid: int) -> str:
+        """Return the login name of `uid`; "" if it has none."""
         import pwd
         try:
             return pwd.getpwuid(uid).pw_name
@@ -3210,8 +3221,12 @@ class Machine:
             return ""
 
     def account(self, name: str) -> Account | None:
-        """Whom a job runs as. None: there is no such user. A uid of -1
-        would mean "no change" to the kernel."""
+        """Return the account that jobs of user `name` run as; None if there
+        is no such user.
+
+        A uid of -1, in 16 or 32 bits, is refused: setresuid(2) would change
+        nothing. Without root, a job gets the group of this process.
+        """
         import pwd
         try:
             entry = pwd.getpwnam(name)
@@ -3225,8 +3240,11 @@ class Machine:
                        os.getgrouplist(name, entry.pw_gid))
 
     def access_error(self, user: str) -> str:
-        """Why koi.allow or koi.deny shut this user out; "" if they do not.
-        A file that cannot be read lets nobody in."""
+        """Return the path of koi.allow or koi.deny if it excludes `user`, or
+        an error; "" if the user may have a tab, as in crontab(1).
+
+        If the file cannot be read, nobody but root may.
+        """
         if user == "root":
             return ""
         for path, wanted in ((ALLOW, True), (DENY, False)):
@@ -3241,7 +3259,10 @@ class Machine:
         return ""
 
     def host_environment(self) -> dict:
-        """What logins get from the host, as cron's PAM module reads it."""
+        """Return the variables that the host sets for logins; {} unless root.
+
+        Debian's cron gets them from pam_env.
+        """
         found = {}
         for path in HOST_SETTINGS if os.geteuid() == 0 else ():
             try:
@@ -3256,10 +3277,11 @@ class Machine:
                     found[name] = value.strip("\"'")
         return found
 
-    # --- koi's own folder
+    # --- the state directory of koi: the parameter `home` below
 
     def state_directory(self) -> str:
-        """Where the caller's koi keeps its state."""
+        """Return the directory in which the caller's koid keeps its state:
+        KOI_HOME, root's, or one by the XDG Base Directory Specification."""
         home = os.environ.get("KOI_HOME")
         if home:
             return os.path.abspath(home)
@@ -3271,33 +3293,36 @@ class Machine:
         return posixpath.join(state, "koi")
 
     def socket_path(self, home: str) -> str:
+        """Return the path of the socket on which koid listens."""
         if home == ROOT_HOME:
             return ROOT_SOCKET
         return posixpath.join(home, "koid.sock")
 
     def make_home(self, home: str) -> None:
-        """Make the folder, or see that it is ours alone. Raises Error."""
+        """Create the state directory, or check that no other user can access
+        it. Raises Error."""
         try:
             os.makedirs(posixpath.dirname(home), 0o755, exist_ok=True)
-            for folder in (home, f"{home}/tabs", f"{home}/runs"):
+            for directory in (home, f"{home}/tabs", f"{home}/runs"):
                 try:
-                    os.mkdir(folder, 0o700)
+                    os.mkdir(directory, 0o700)
                 except FileExistsError:
                     pass
-                status = os.lstat(folder)
+                status = os.lstat(directory)
                 if not stat.S_ISDIR(status.st_mode):
-                    raise Error(f"{folder} is no folder")
+                    raise Error(f"{directory} is no folder")
                 if status.st_uid != os.geteuid():
-                    raise Error(f"{folder} belongs to another user")
+                    raise Error(f"{directory} belongs to another user")
                 if status.st_mode & 0o077:
-                    raise Error(f"{folder} is open to others",
-                                f"chmod 700 {folder}")
+                    raise Error(f"{directory} is open to others",
+                                f"chmod 700 {directory}")
         except OSError as error:
             raise Error(f"{error.filename or home}: {error.strerror}"
                         ) from None
 
     def write_tab(self, home: str, user: str, text: str) -> None:
-        """Install a tab, whole or not at all. Raises Error."""
+        """Install the tab of `user` completely or not at all. Raises
+        Error."""
         self.make_home(home)
         try:
             write_atomically(f"{home}/tabs/{user}",
@@ -3307,7 +3332,8 @@ class Machine:
                         f"{error.strerror}") from None
 
     def remove_tab(self, home: str, user: str) -> bool:
-        """Remove a tab; False if there is none. Raises Error."""
+        """Remove the tab of `user`. Return False if there is none. Raises
+        Error."""
         try:
             os.unlink(f"{home}/tabs/{user}")
             sync_directory(f"{home}/tabs")
@@ -3319,39 +3345,43 @@ class Machine:
         return True
 
     def user_tab(self, home: str, user: str) -> TabFile | None:
-        """A user's koitab, if there is one."""
+        """Return the tab of `user` in koi's format; None if there is none."""
         path = f"{home}/tabs/{user}"
         return self.tab_file(path, user, (os.geteuid(),), 0o022, None)
 
     def tab_files(self, home: str, system: bool, known: dict) -> list:
-        """Every tab that koid serves. What has not changed since it was
-        read (`known`: path -> TabFile) is not read again."""
+        """Return the TabFile of each tab that koid serves; if `system`, also
+        of the crontabs of the host's cron.
+
+        Files that have not changed since they were read (`known`: path ->
+        TabFile) are not read again.
+        """
         found = []
 
-        def take(path: str, user: str, owners: tuple, mask: int, **how):
+        def add(path: str, user: str, owners: tuple, mask: int, **how):
             file = self.tab_file(path, user, owners, mask,
                                  known.get(path), **how)
             if file:
                 found.append(file)
 
         for name in tab_names(f"{home}/tabs"):
-            take(f"{home}/tabs/{name}", name, (os.geteuid(),), 0o022)
+            add(f"{home}/tabs/{name}", name, (os.geteuid(),), 0o022)
         if system:
-            take(SYSTEM_TAB, "", (0,), 0o022, links=False, follow=True)
+            add(SYSTEM_TAB, "", (0,), 0o022, links=False, follow=True)
             for name in tab_names(SYSTEM_TAB_DIRECTORY):
                 if PACKAGE_NAME_CHARACTERS.issuperset(name):
-                    take(f"{SYSTEM_TAB_DIRECTORY}/{name}", "", (0,), 0o022,
+                    add(f"{SYSTEM_TAB_DIRECTORY}/{name}", "", (0,), 0o022,
                          links=False, follow=True)
             spool = self.spool()
             for name in tab_names(spool):
                 account = self.account(name)
-                take(f"{spool}/{name}", name,
+                add(f"{spool}/{name}", name,
                      (0, account.uid) if account else (0,), EXACTLY_0600)
         return found
 
     def read_enrollment(self, home: str) -> Enrollment | None:
-        """The dashboard that this koi belongs to, if there is one. Raises
-        Error."""
+        """Return the enrollment of this host; None if it is not a member of
+        a dashboard. Raises Error."""
         path = f"{home}/keys"
         file = self.tab_file(path, "", (os.geteuid(),), EXACTLY_0600, None)
         if not file:
@@ -3366,16 +3396,16 @@ class Machine:
             raise Error(f"{path}: not used: {error}",
                         "koitab -d off; koitab -d join") from None
 
-    def write_enrollment(self, home: str, membership: Enrollment) -> None:
-        """Keep what belongs to a dashboard. Raises Error."""
+    def write_enrollment(self, home: str, enrollment: Enrollment) -> None:
+        """Write the file `keys`. Raises Error."""
         self.make_home(home)
         try:
-            write_atomically(f"{home}/keys", membership.to_json().encode())
+            write_atomically(f"{home}/keys", enrollment.to_json().encode())
         except OSError as error:
             raise Error(f"{home}/keys: {error.strerror}") from None
 
     def remove_enrollment(self, home: str) -> None:
-        """Raises Error."""
+        """Remove the file `keys`, if there is one. Raises Error."""
         try:
             os.unlink(f"{home}/keys")
             sync_directory(home)
@@ -3385,8 +3415,8 @@ class Machine:
             raise Error(f"{home}/keys: {error.strerror}") from None
 
     def zone_name(self) -> str:
-        """What people call the machine's zone: Europe/Berlin; "" if no one
-        says it."""
+        """Return the name of the machine's zone, such as Europe/Berlin; "" if
+        /etc/localtime is not a link that shows it."""
         name = os.environ.get("TZ")
         if name is None:
             try:
@@ -3397,14 +3427,19 @@ class Machine:
             name.removeprefix(":"))
 
     def spool(self) -> str:
-        """Where the users' crontabs of the host's cron lie."""
+        """Return the directory of the users' crontabs of the host's cron."""
         return next((spool for spool in SPOOLS if os.path.isdir(spool)),
                     SPOOLS[0])
 
     def tab_file(self, path: str, user: str, owners: tuple, mask: int,
                  known: TabFile | None, links: bool = True,
                  follow: bool = False) -> TabFile | None:
-        """Read one tab, if it may be believed. None: there is none."""
+        """Return the tab at `path`, with its text if `file_error` permits.
+
+        None means that there is no such file. `known` is returned if the
+        file has not changed since. `follow`: the path may be a symbolic
+        link.
+        """
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
                          | (0 if follow else os.O_NOFOLLOW))
@@ -3415,13 +3450,13 @@ class Machine:
                            if error.errno == errno.ELOOP else error.strerror)
         try:
             status = os.fstat(fd)
-            stamp = (status.st_mtime_ns, status.st_ctime_ns, status.st_size,
-                     status.st_ino, status.st_dev, owners)
-            if known and known.version == stamp and not known.problem:
+            version = (status.st_mtime_ns, status.st_ctime_ns, status.st_size,
+                       status.st_ino, status.st_dev, owners)
+            if known and known.version == version and not known.problem:
                 return known
-            fault = file_error(status, owners, mask, links)
-            if fault:
-                return TabFile(path, user, stamp, None, fault)
+            why = file_error(status, owners, mask, links)
+            if why:
+                return TabFile(path, user, version, None, why)
             with open(fd, "rb", closefd=False) as file:
                 data = file.read(LONGEST_TAB + 1)
         except OSError as error:
@@ -3430,12 +3465,13 @@ class Machine:
             os.close(fd)
         text = data.decode("utf-8", "surrogateescape")
         why = tab_text_error(text)
-        return TabFile(path, user, stamp, None if why else text, why)
+        return TabFile(path, user, version, None if why else text, why)
 
     # --- the boot
 
     def boot_id(self) -> str:
-        """Another text after each boot; "" if the system has none."""
+        """Return a text that differs after each boot; "" if the system has
+        none."""
         try:
             with open("/proc/sys/kernel/random/boot_id",
                       encoding="ascii") as file:
@@ -3444,8 +3480,10 @@ class Machine:
             return ""
 
     def mark_reboot(self) -> bool:
-        """Did cron, or we, run the @reboot jobs since the boot? Then leave
-        cron's mark, so that neither runs them again."""
+        """Has cron or koid run the @reboot jobs since the boot?
+
+        If not, leave cron's marker file, so that neither runs them again.
+        """
         if any(os.path.lexists(mark) for mark in REBOOT_MARKERS):
             return True
         try:
@@ -3455,8 +3493,9 @@ class Machine:
         return False
 
     def hold_cron_pid(self) -> int:
-        """Lock cron's pid file, as cron does: the descriptor, to be kept.
-        Raises Error if cron runs."""
+        """Lock cron's PID file, so that cron and koid never run at the same
+        time. Return the descriptor, which holds the lock. Raises Error if
+        cron is running."""
         fd = try_lock(CRON_PID)
         if fd is None:
             with open(CRON_PID, encoding="ascii", errors="replace") as file:
@@ -3468,15 +3507,16 @@ class Machine:
         os.write(fd, f"{os.getpid()}\n".encode())
         return fd
 
-    # --- to be woken
+    # --- events that wake koid
 
-    def watch_directory(self, folder: str) -> int | None:
-        """Be sent SIGIO when something changes in a folder (dnotify). The
-        descriptor to keep; None if the system cannot."""
+    def watch_directory(self, path: str) -> int | None:
+        """Let the kernel send SIGIO when a directory changes (F_NOTIFY in
+        fcntl(2)). Return the descriptor, which must stay open; None if the
+        system cannot."""
         if not hasattr(fcntl, "F_NOTIFY"):
             return None
         try:
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
             return None
         try:
@@ -3489,8 +3529,9 @@ class Machine:
         return fd
 
     def clock_alarm(self) -> int | None:
-        """A descriptor that becomes readable when somebody sets the clock,
-        or the machine wakes; None if the system has no such thing."""
+        """Return a descriptor that becomes readable when the clock is set or
+        the machine resumes (timerfd_create(2)); None if the system cannot.
+        """
         if sys.platform != "linux" or sys.maxsize < 2**32:
             return None
         try:
@@ -3504,14 +3545,16 @@ class Machine:
             return None
 
     def rearm_timer(self, fd: int) -> bool:
-        """Set the alarm: TFD_TIMER_ABSTIME | TFD_TIMER_CANCEL_ON_SET, to an
-        hour that never comes."""
+        """Arm the timer `fd` for a time that never comes, with the flags
+        TFD_TIMER_ABSTIME | TFD_TIMER_CANCEL_ON_SET. Return whether it
+        worked."""
         import ctypes
         spec = (ctypes.c_longlong * 4)(0, 0, 2**40, 0)
         return ctypes.CDLL(None).timerfd_settime(fd, 3, spec, None) == 0
 
     def signal_job(self, header: RunFileHeader, number: int) -> bool:
-        """Signal a job's group, if it still is the process it was."""
+        """Send the signal `number` to a job's process group. Return False if
+        the job is not running: its PID may be another process now."""
         if header.phase != RUNNING or not header.job \
                 or process_start_time(header.job) != header.job_start:
             return False
@@ -3522,17 +3565,19 @@ class Machine:
         return True
 
     def log(self, text: str, name: str = "koid", bad: bool = False) -> None:
-        """A line for the system's log, as cron writes them."""
+        """Write a line to syslog, with the facility of cron. `bad`: it is an
+        error."""
         import syslog
         syslog.openlog(name, syslog.LOG_PID, syslog.LOG_CRON)
         syslog.syslog(syslog.LOG_ERR if bad else syslog.LOG_INFO,
                       escape_controls(text))
 
 
-def tab_names(folder: str) -> list[str]:
-    """The names of tabs in a folder, without leftovers of editors."""
+def tab_names(directory: str) -> list[str]:
+    """Return the names of the tabs in a directory, in order, without the
+    temporary files of editors and of `write_atomically`."""
     try:
-        names = os.listdir(folder)
+        names = os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(name for name in names if name[0] not in ".#"
@@ -3541,12 +3586,13 @@ def tab_names(folder: str) -> list[str]:
 
 
 def encode_os(text: str) -> bytes:
-    """A tab's text as its bytes, whatever locale koid was started in."""
+    """Return the bytes of a tab's text. os.fsencode would depend on the
+    locale in which koid was started."""
     return text.encode("utf-8", "surrogateescape")
 
 
 def remove(path: str, dir_fd: int | None = None) -> None:
-    """Remove a file, if it is there and can be."""
+    """Remove the file at `path`, if it exists and this user may."""
     try:
         os.unlink(path, dir_fd=dir_fd)
     except OSError:
@@ -3554,8 +3600,11 @@ def remove(path: str, dir_fd: int | None = None) -> None:
 
 
 def process_start_time(pid: int) -> int:
-    """When a process started, in ticks since the boot, from /proc; with the
-    pid that names it for good. 0 if there is no such process."""
+    """Return when the process `pid` started, in clock ticks since the boot
+    (proc(5)); 0 if there is none.
+
+    PIDs are used again. The PID and this time together name one process.
+    """
     try:
         fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
         try:
