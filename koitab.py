@@ -14971,8 +14971,8 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .f13 { color: var(--f13); } .g13 { background: var(--f13); }
 .f14 { color: var(--f14); } .g14 { background: var(--f14); }
 .f15 { color: var(--f15); } .g15 { background: var(--f15); }
-.fpaper { color: var(--log); } .gink { background: var(--log-ink); }
-.fink { color: var(--log-ink); } .gpaper { background: var(--log); }
+.fpaper { color: var(--log); } .gtext { background: var(--log-ink); }
+.ftext { color: var(--log-ink); } .gpaper { background: var(--log); }
 :is(.g0, .g1, .g2, .g3, .g4, .g5, .g6, .g7, .g8, .g9, .g10, .g11, .g12,
   .g13, .g14, .g15):not([class*="f"]) { color: var(--log); }
 .diff { border: 1px solid var(--line); border-radius: 8px;
@@ -15418,7 +15418,7 @@ const select = (facts, options, chosen) => el("select", facts, options.map(
   ([value, text = value]) => el("option", { value, text,
     selected: value === chosen })));
 
-// A label, its input with what stands beside it, and words of help.
+// A label, its input with what is next to it, and words of help.
 function field(label, input, help = "", row = input) {
   if (help) input.setAttribute("aria-describedby", `${input.id}-help`);
   return el("div", { class: "field" }, el("label", { for: input.id,
@@ -15852,8 +15852,7 @@ async function logIn(secret, progress) {
   const viewer = secret.trim().toLowerCase().match(/^view-([0-9a-f]{64})$/);
   let keys = null;
   if (!viewer) {
-    const { salt, rounds } = await get(`salt${session.dash
-      && `?dash=${session.dash}`}`);
+    const { salt, rounds } = await get("salt");
     keys = await derive(secret, salt, rounds, progress);
   }
   session.token = viewer ? viewer[1] : hex(keys.api);
@@ -16696,7 +16695,7 @@ class JobList {
     }
   }
 
-  // Draws the groups, and forgets rows and groups that are gone.
+  // Draws the groups, and forgets rows and groups that have left.
   draw(groups) {
     const keys = new Set();
     arrange(this.body, groups.map((group) => {
@@ -17249,7 +17248,7 @@ function spanOf(text, style) {
   const names = ["bold", "dim", "italic", "under", "strike", "err",
     "control"].filter((name) => style[name]);
   let { fg, bg } = style;
-  if (style.inverse) [fg, bg] = [bg ?? "paper", fg ?? "ink"];
+  if (style.inverse) [fg, bg] = [bg ?? "paper", fg ?? "text"];
   const node = style.href ? el("a", { href: style.href, target: "_blank",
     rel: "noopener noreferrer" }) : el("span");
   setColour(node, names, "f", "color", fg);
@@ -17263,7 +17262,7 @@ function spanOf(text, style) {
 // The theme has classes for the first 16 colours; the others are exact.
 function setColour(node, names, prefix, property, colour) {
   if (colour === null) return;
-  if (colour < 16 || colour === "paper" || colour === "ink") {
+  if (colour < 16 || colour === "paper" || colour === "text") {
     names.push(prefix + colour);
   } else {
     node.style[property] = typeof colour === "number" ? cubeColour(colour)
@@ -19162,7 +19161,6 @@ function onKey(event) {
 function start() {
   showTheme();
   session.server = $("meta[name=koi-server]").content.replace(/\/+$/, "");
-  session.dash = location.hash.match(/^#([0-9a-f]{16})$/)?.[1] || "";
   if (!isFile() && !globalThis.isSecureContext) {
     $("#plain-http").textContent = WORDS.plainHttp;
     $("#plain-http").hidden = false;

@@ -552,7 +552,7 @@ class Page(http.server.BaseHTTPRequestHandler):
         if parts[:2] != ["api", "v1"]:
             return self.refuse(404, "there is nothing here")
         if parts[2] == "salt":
-            return self.salt(query)
+            return self.salt()
         role = self.role()
         if not role:
             self.world.tries += 1
@@ -578,8 +578,8 @@ class Page(http.server.BaseHTTPRequestHandler):
         return {keys.api.hex(): "operator", keys.view.hex(): "viewer"}.get(
             token, "")
 
-    def salt(self, query):
-        self.answer({"dash": query.get("dash", DASH), "salt": SALT,
+    def salt(self):
+        self.answer({"dash": DASH, "salt": SALT,
                      "rounds": self.server.rounds})
 
     def get_state(self, _rest, _query):

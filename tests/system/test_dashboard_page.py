@@ -407,7 +407,7 @@ def test_no_view_is_wider_than_a_phone(page, stand_in, width):
     (r"\x1b[1mx\x1b[22my", "<bold>x</>y"),
     (r"\x1b[91;102mx", "<f9 g10>x</>"),
     (r"\x1b[31mx\x1b[39my", "<f1>x</>y"),
-    (r"\x1b[7mx", "<fpaper gink>x</>"),
+    (r"\x1b[7mx", "<fpaper gtext>x</>"),
     (r"\x1b[7;32mx\x1b[27my", "<fpaper g2>x</><f2>y</>"),
     (r"\x1b[38;5;1mx", "<f1>x</>"),
     (r"\x1b[38;5;196mx", "<rgb(255, 0, 0)>x</>"),
