@@ -76,6 +76,71 @@ cost milliseconds (`ssl` and `json` among them) are imported where they are
 used.
 """
 
+# HOW IT WORKS
+#
+# From the tab to the page
+#
+#  1. `parse_tab` reads a tab: jobs, and a Diagnostic for each bad line.
+#  2. `TabRegistry` merges all tabs into ScheduledJobs.
+#  3. `plan` compares the clock with the SchedulerState: what is due becomes
+#     a Launch.
+#  4. `Scheduler` makes of it a QueuedRun, which waits or is admitted.
+#  5. `RunStore` commits the row before anything is started.
+#  6. `fork_supervisor`: a process claims the run's file with O_EXCL, becomes
+#     the job's user and starts the shell. koid has a RunningRun.
+#  7. The supervisor appends output to the file as frames, then the end, and
+#     writes one report to koid's pipe.
+#  8. `Scheduler` moves end and output into the history in one transaction,
+#     then removes the file.
+#  9. `AgentBroker` passes what is new to the agent's process.
+# 10. `SyncAgent` sends what the dashboard lacks: POST /api/v1/sync.
+# 11. `HostSync` stores it in one transaction; `AlertRules` decide; after the
+#     commit the answer goes out, and the change into the ChangeStream.
+# 12. The page's script applies the change and draws its list anew.
+#
+# The life of a run
+#
+#     schedule, by hand, catch-up, retry, reboot
+#       |-- overlap, queue full -----------------------> skipped (reason)
+#       |-- start not made: koid down, clock set ------> missed
+#       |-- delay, retry, previous run active --> queued
+#       |                            |-- kill, replace -> skipped
+#       |                            |-- too late ------> interrupted
+#       |                            | start_queued
+#       +---------------------------> running
+#              restart, never begun -|-- by schedule ---> missed
+#                                    |-- else ----------> interrupted
+#              no user, shell, fork -|------------------> unstartable
+#              supervisor killed,    |
+#              machine rebooted -----|------------------> interrupted
+#              supervisor reports ---+------------------> done (exit, signal)
+#
+# `Scheduler` moves every arrow; after a restart `adopt_runs` does. The file of
+# a run goes from CLAIMED to RUNNING to ENDED or UNSTARTABLE, moved by the
+# supervisor alone: koid may be killed, restarted or upgraded at any time, and
+# its jobs do not notice.
+#
+# Sync
+#
+# A run is known by host, *epoch* (a random number of history.db) and number.
+# Each write of a run takes the next *change*. The agent sends records with a
+# change above *acked*, in order; what an answer acknowledges is committed, so
+# a lost answer costs a repetition and never a record. Output follows in
+# pieces, where the dashboard lacks them. Of two agents with one host ID the
+# later start wins; the earlier gets 409 and shows as a duplicate. A request
+# to run a job is {body, mac}: the agent carries it, koid checks the MAC, then
+# host, job, expiry and nonce, records the nonce, starts the run, and returns
+# a result. Neither dashboard nor agent holds the key that signs it.
+#
+# Threads and processes
+#
+# koid is one thread with one poll loop. Each job has a supervisor: a fork of
+# koid that owns its pipes and becomes its user. The agent is a fresh process
+# that is executed without privileges and never held the host key. In a
+# dashboard the event loop owns connections, a writer thread the one writing
+# connection, an executor the reading ones, a notifier thread the deliveries;
+# they hand over values that do not change.
+
 from __future__ import annotations
 
 import errno

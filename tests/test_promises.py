@@ -189,6 +189,19 @@ def test_every_class_that_people_meet_says_what_it_is(name):
     assert silent == []
 
 
+def test_how_it_works_names_what_the_program_has():
+    text = SOURCES["koitab"]
+    essay = text[text.index("# HOW IT WORKS"):text.index("from __future__")]
+    words = set(re.findall(r"`([A-Za-z_]+)`", essay)) | set(re.findall(
+        r"\b[A-Z][a-z]+(?:[A-Z][a-z]+)+s?\b", essay))
+    defined_names = {node.name for node in ast.walk(TREES["koitab"])
+                     if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+    assert {word for word in words if word not in defined_names
+            and word.rstrip("s") not in defined_names} == set()
+    assert len(words) > 15
+    assert 50 < essay.count("\n") < 80
+
+
 # --- a section touches what it says, and uses what stands above it --------
 
 
