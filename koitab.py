@@ -7415,7 +7415,7 @@ class AgentBroker:
                 "offset": zone.offset(int(now)), "version": VERSION,
                 "zone": self.machine.zone_name(),
                 "boot": self.machine.boot_id(),
-                "troubles": [escape_controls(text)[:300] for text in
+                "problems": [escape_controls(text)[:300] for text in
                              self.scheduler.problems_of("")[:MOST_PROBLEMS]]}
 
     def request(self, request: dict) -> dict:
@@ -7585,7 +7585,7 @@ class RequestVerifier:
                                "disk is full or fails")
         used = self.store.nonce_run(nonce)
         if used:        # the result was lost on its way, or this is a replay
-            return {"nonce": nonce, "verdict": "accepted", "run": used,
+            return {"nonce": nonce, "state": "accepted", "run": used,
                     "reason": "it was used before, and ran once"}
         try:
             run = self.carry_out(fields, used)
@@ -7596,7 +7596,7 @@ class RequestVerifier:
                 self.scheduler.write(self.store.record_nonce(
                     nonce, self.clock.now(), 0))
             return self.refuse(nonce, str(why))
-        return {"nonce": nonce, "verdict": "accepted", "run": run,
+        return {"nonce": nonce, "state": "accepted", "run": run,
                 "reason": ""}
 
     def carry_out(self, fields: dict, used: int | None) -> int:
@@ -7698,7 +7698,7 @@ class RequestVerifier:
         counted[0] += 1
         if len(self.refused) > 100:
             self.refused = {kind: counted}
-        return {"nonce": nonce, "verdict": "refused", "run": None,
+        return {"nonce": nonce, "state": "refused", "run": None,
                 "reason": reason}
 
     def log_refusals(self, now: float) -> None:
@@ -8272,6 +8272,7 @@ RESULTS_AT_ONCE = 200       # in one payload; a dashboard takes 1,000
 TRIES_OF_ONE = 3            # for a record that the dashboard does not take
 LARGEST_CHANGE = 2**62      # what SQLite can count
 SYNC_PATH = "/api/v1/sync"
+SYNC_VERSION = 2
 
 
 class HttpRefused(Exception):
@@ -8505,7 +8506,7 @@ class SyncAgent:
     def sync_header(self, wait: int) -> dict:
         """Return what each payload begins with. `wait`: for how many seconds
         the dashboard may hold the answer."""
-        header = {"v": 1, "host": self.settings["host"],
+        header = {"v": SYNC_VERSION, "host": self.settings["host"],
                   "instance": self.settings["instance"], "wait": wait,
                   "now": time.time(), "list_sha": self.list_sha, **self.facts}
         if self.certificate is not None:
@@ -8527,7 +8528,7 @@ class SyncAgent:
         says which runs are followed, and the other one how much the
         dashboard has of their output. Raises ConnectionFailed."""
         acked, missing, followed, requests = (answer.get(name) for name in (
-            "acked", "owed", "live", "requests"))
+            "acked", "missing_output", "live", "requests"))
         if type(acked) is not int or not 0 <= acked < LARGEST_CHANGE \
                 or not isinstance(missing, list) \
                 or not isinstance(requests, list) \
@@ -8635,19 +8636,19 @@ class SyncAgent:
             results = list(self.results.values())[:RESULTS_AT_ONCE]
         payload = {
             "records": batch["records"], "list": batch.get("list"),
-            "next": batch.get("next"), "verdicts": results,
+            "next": batch.get("next"), "results": results,
             "outputs": [self.koid.ask(op="output", run=run, at=size)
                         for run, size in missing],
             "live": self.koid.ask(op="live", runs=followed)["live"]
             if followed else []}
         return {name: part for name, part in payload.items() if part and (
-            not self.records_only or name in ("records", "verdicts"))}, batch
+            not self.records_only or name in ("records", "results"))}, batch
 
     def note_sent(self, payload: dict, batch: dict, answer: dict) -> None:
         """Take the answer to a payload: what it acknowledges need not be
         sent again. Raises ConnectionFailed."""
         with self.state:
-            for result in payload.get("verdicts", ()):
+            for result in payload.get("results", ()):
                 if self.results.get(result["nonce"]) is result:
                     del self.results[result["nonce"]]
             if "list" in payload:
@@ -8662,7 +8663,7 @@ class SyncAgent:
             raise ConnectionFailed("it does not keep what it is sent")
         with self.state:
             self.news = self.news or batch["more"]
-            again = bool(sent_output) and answer["owed"][
+            again = bool(sent_output) and answer["missing_output"][
                 :len(sent_output)] == sent_output
             complete = self.acked if not self.missing_output else None
         if again:
@@ -11099,7 +11100,6 @@ create index requests_by_time on requests (at);
 # answer costs a repeat, never a record.
 # ==========================================================================
 
-SYNC_VERSION = 1
 RECORDS_AT_ONCE, MOST_OUTPUTS = 1_000, 200
 
 
@@ -11178,17 +11178,17 @@ create table epochs (host integer not null, epoch integer not null,
             self.runs.store_output(db, status, epoch, output, now)
         for output in asked.each("live", MOST_OUTPUTS):
             self.runs.store_live(status, output)
-        for result in asked.each("verdicts", RECORDS_AT_ONCE):
+        for result in asked.each("results", RECORDS_AT_ONCE):
             self.requests.settle(
                 db, status, result.hex("nonce", 32),
-                result.choice("verdict", ("accepted", "refused")),
+                result.choice("state", ("accepted", "refused")),
                 result.text("reason", 2000, ""), epoch,
                 result.whole("run", None))
         sha = asked.text("list_sha", 64, "")
-        return {"v": SYNC_VERSION, "acked": acked, "twin": False,
+        return {"v": SYNC_VERSION, "acked": acked,
                 "want_list": not row["list_sha"] or (
                     fields is None and sha != row["list_sha"]),
-                "owed": self.runs.missing_output(db, status, epoch),
+                "missing_output": self.runs.missing_output(db, status, epoch),
                 **self.requests.waiting(db, host, now)}
 
     def update_host(self, db: Database, status: HostStatus, row: dict,
@@ -11220,7 +11220,7 @@ create table epochs (host integer not null, epoch integer not null,
         if abs(skew - row["skew"]) < 1:
             skew = row["skew"]          # the way here takes its time too
         problems = [str(each)[:500] for each in asked.get(
-            "troubles", list, [])[:20] if is_text(str(each))]
+            "problems", list, [])[:20] if is_text(str(each))]
         return {"instance": asked.text("instance", 100), "skew": skew,
                 "epoch": asked.whole("epoch"),
                 "offset": asked.number("offset", 0, -86_400, 86_400),
@@ -13578,7 +13578,7 @@ TOKEN_ROLES = {"host": ("host",), "viewer": ("viewer", "operator"),
                "operator": ("operator",),
                "host or operator": ("host", "operator")}
 # A host that sends one of these wants to know at once that it arrived.
-SENT = ("records", "outputs", "verdicts", "list")
+SENT = ("records", "outputs", "results", "list")
 
 
 class TooManyRequests(Error):
@@ -14483,7 +14483,7 @@ async def sync(api: Api, context: RequestContext) -> Response:
 def demands_of(reply: dict) -> tuple:
     """Return what a sync answer demands of the host."""
     return (frozenset(reply.get("live", ())), reply.get("want_list", False),
-            reply.get("owed", []))
+            reply.get("missing_output", []))
 
 
 def has_news(reply: dict, connection: HttpConnection) -> bool:

@@ -93,10 +93,10 @@ def piece(run: int, at: int, data: bytes, **fields) -> dict:
 
 def sync_payload(host: str = HOST, **fields) -> dict:
     """What a host sends that has nothing to send."""
-    return {"v": 1, "host": host, "epoch": 1, "instance":
+    return {"v": 2, "host": host, "epoch": 1, "instance":
             "1700000000000-00000001", "wait": 0, "now": time.time(),
             "offset": 0, "zone": "UTC", "version": "1.0", "boot": "b",
-            "troubles": [], "list_sha": "", **fields}
+            "problems": [], "list_sha": "", **fields}
 
 
 # ==========================================================================
@@ -222,10 +222,10 @@ class InProcessDashboard:
 
     def sync(self, access, **fields) -> dict:
         return self.do(self.dashboard.host_sync.sync, access.host, {
-            "v": 1, "host": access.host, "epoch": 1,
+            "v": 2, "host": access.host, "epoch": 1,
             "instance": "1000-abcdef01", "wait": 0, "now": self.now,
             "offset": 3600, "zone": "Europe/Berlin", "version": "1.0",
-            "boot": "x", "troubles": [], **fields}, self.now)
+            "boot": "x", "problems": [], **fields}, self.now)
 
     def list_of(self, access, *specs: str) -> dict:
         return {"mac": "e" * 64, "body": json.dumps({

@@ -36,7 +36,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.order: list[int] = []          # changes, as they came
         self.lists: list[dict] = []
         self.requests: list[dict] = []      # to be handed out
-        self.verdicts: list[dict] = []
+        self.results: list[dict] = []
         self.watched: dict[str, int] = {}
         self.live: dict[str, bytearray] = {}
         self.twist = twist
@@ -81,7 +81,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
             self.watched[name] = len(self.live[name])
         if "list" in letter:
             self.lists.append(letter["list"])
-        self.verdicts += letter.get("verdicts", ())
+        self.results += letter.get("results", ())
 
     def answer(self, letter: dict, connection, told: set) -> dict:
         """The honest one; held while there is nothing to say that was not
@@ -101,13 +101,13 @@ class Dashboard(http.server.ThreadingHTTPServer):
                 requests, self.requests = self.requests, []
             told.clear()
             told.update(self.watched)
-        return {"v": 1, "acked": self.acked, "want_list": not self.lists,
-                "owed": [[run, len(self.outputs.get(run, b""))]
-                         for run, record in self.records.items()
-                         if record["state"] == "done"
-                         and len(self.outputs.get(run, b"")) < record["size"]],
-                "live": dict(self.watched), "requests": requests,
-                "twin": False}
+        return {"v": 2, "acked": self.acked, "want_list": not self.lists,
+                "missing_output": [
+                    [run, len(self.outputs.get(run, b""))]
+                    for run, record in self.records.items()
+                    if record["state"] == "done"
+                    and len(self.outputs.get(run, b"")) < record["size"]],
+                "live": dict(self.watched), "requests": requests}
 
     # --- for tests
 
@@ -119,7 +119,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise AssertionError(f"waited {seconds} s for {what}; "
-                                         f"verdicts {self.verdicts}")
+                                         f"verdicts {self.results}")
                 self.turn.wait(min(left, 0.5))
             return question()
 
@@ -132,7 +132,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
 
     def verdict(self, nonce: str) -> dict:
         return self.wait_for(lambda: next((
-            verdict for verdict in self.verdicts
+            verdict for verdict in self.results
             if verdict["nonce"] == nonce), None), what=f"verdict {nonce}")
 
     def specs(self) -> dict[str, str]:

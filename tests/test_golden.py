@@ -1117,7 +1117,7 @@ def sync_payloads(stage: Stage) -> None:
         secret = stage.typed_secret(stage.koitab(
             "-d", "new", f"http://127.0.0.1:{proxy.port}").out)
         for part, name in (("sent", "wait"), ("sent", "records"),
-                           ("answer", "acked"), ("answer", "owed"),
+                           ("answer", "acked"), ("answer", "missing_output"),
                            ("sent", "outputs")):
             proxy.wait_for(part, name)
         stage.note("The first poll, and the answer")
@@ -1138,9 +1138,9 @@ def sync_payloads(stage: Stage) -> None:
         stage.note("A poll's answer with a request")
         answer = proxy.wait_for("answer", "requests")["answer"]
         stage.show_json(answer["requests"])
-        stage.note("A delivery's 'verdicts'")
-        stage.show_json(proxy.wait_for("sent", "verdicts")["sent"][
-            "verdicts"])
+        stage.note("A delivery's 'results'")
+        stage.show_json(proxy.wait_for("sent", "results")["sent"][
+            "results"])
 
 
 # --- a made-up history ------------------------------------------------------
@@ -1182,7 +1182,7 @@ def made_up_history(dash: str) -> list[dict]:
     return [
         {"list": {"body": listed, "mac": "e" * 64},
          "next": {"op\nbackup": NOW + 3600, "op\nsay": None}},
-        {"troubles": ["tab: a line is wrong"],
+        {"problems": ["tab: a line is wrong"],
          "records": [
             record(1, "done"),
             record(2, "done", exit=3, bytes=41, size=len(output)),
@@ -1320,8 +1320,8 @@ def dashboard_actions(stage: Stage) -> None:
             **sent, "body": body.replace('"run"', '"frob"')})
         viewer.ask("GET", f"/api/v1/requests/{nonce}")
         stage.note("the host is handed the request, and refuses it")
-        for fields in ({}, {"verdicts": [{
-                "nonce": nonce, "verdict": "refused", "reason":
+        for fields in ({}, {"results": [{
+                "nonce": nonce, "state": "refused", "reason":
                 "the job is another one", "run": None}]}):
             viewer.ask("POST", "/api/v1/sync", sync_payload(
                 now=NOW, **fields), HOST_TOKEN)

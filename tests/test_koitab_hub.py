@@ -339,8 +339,9 @@ def test_a_restored_database_says_from_where_it_needs_records(dashboard, web1,
     old = InProcessDashboard(tmp_path / "old.db", fresh=False)
     access = old.principal_of(koitab.sha256_hex("token of " + HOST))
     assert old.sync(access, list_sha="0" * 64) == {
-        "v": 1, "acked": 3, "want_list": True, "owed": [], "requests": [],
-        "live": {}, "twin": False}
+        "v": 2, "acked": 3, "want_list": True, "missing_output": [],
+        "requests": [],
+        "live": {}}
     assert old.sync(access, records=late)["acked"] == 7
     assert old.rows("select count(*) from runs") == [(7,)]
     old.dashboard.close()
@@ -357,7 +358,7 @@ def test_ids_have_the_order_of_the_starts(dashboard, web1):
 
 
 ODD_FIELDS = [
-    {"v": 2}, {"v": "1"}, {"host": "d" * 32}, {"epoch": -1},
+    {"v": 1}, {"v": "2"}, {"host": "d" * 32}, {"epoch": -1},
     {"epoch": 2**64}, {"instance": "x"}, {"instance": "1-" + "é" * 8},
     {"instance": None}, {"now": "soon"}, {"now": float("nan")},
     {"now": float("inf")}, {"records": {}}, {"records": [7]},
@@ -367,9 +368,9 @@ ODD_FIELDS = [
     {"list": {"body": "[" * 100_000, "mac": "e" * 64}},
     {"list": {"body": "{}", "mac": "e" * 64}},
     {"list": {"body": '{"jobs": [3]}', "mac": "e" * 64}},
-    {"list": {"body": "{}", "mac": "e" * 63}}, {"troubles": 3},
-    {"verdicts": [{"nonce": "x", "verdict": "accepted"}]},
-    {"verdicts": [{"nonce": "0" * 32, "verdict": "perhaps"}]},
+    {"list": {"body": "{}", "mac": "e" * 63}}, {"problems": 3},
+    {"results": [{"nonce": "x", "state": "accepted"}]},
+    {"results": [{"nonce": "0" * 32, "state": "perhaps"}]},
     {"outputs": [{"run": 1, "at": 0, "data": "!"}]},
     {"live": [{"run": "1", "at": 0, "data": ""}]}, {"offset": 1e9}]
 
@@ -425,7 +426,7 @@ def test_of_two_koids_with_one_identity_the_newer_is_believed(dashboard, web1):
         dashboard.sync(web1, instance="1000-bbbbbbbb")
     assert refusal.message == "another koid uses this host's identity"
     assert dashboard.state["hosts"][0]["state"] == "twin"
-    assert not dashboard.sync(web1, instance="2000-aaaaaaaa")["twin"]
+    dashboard.sync(web1, instance="2000-aaaaaaaa")
     dashboard.sync(web1, instance="3000-cccccccc")      # a restart
     with refused(409):
         dashboard.sync(web1, instance="2000-aaaaaaaa")
@@ -450,13 +451,13 @@ TEXT = frames("one\ntwo\n") + frames("it broke\n", 2) + frames("three\n")
 def test_output_comes_in_pieces_and_is_asked_for(dashboard, web1):
     cut = len(frames("one\n"))
     reply = dashboard.runs(web1, dashboard.record(size=len(TEXT), exit=1))
-    assert reply["owed"] == [[1, 0]]
+    assert reply["missing_output"] == [[1, 0]]
     reply = dashboard.sync(web1, outputs=[piece(1, 0, TEXT[:cut])])
-    assert reply["owed"] == [[1, cut]]
+    assert reply["missing_output"] == [[1, cut]]
     for at in (0, cut - 1, cut + 1, 10**6):         # not where it ends
         dashboard.sync(web1, outputs=[piece(1, at, TEXT[at:])])
     reply = dashboard.sync(web1, outputs=[piece(1, cut, TEXT[cut:])])
-    assert reply["owed"] == []
+    assert reply["missing_output"] == []
     assert dashboard.ask(dashboard.dashboard.runs.output, 1, 0,
                          10**6) == (
         TEXT, len(TEXT), False, 0)
@@ -468,7 +469,7 @@ def test_a_piece_is_kept_up_to_its_last_whole_frame(dashboard, web1):
     cut = len(frames("one\n"))
     dashboard.runs(web1, dashboard.record(size=len(TEXT)))
     reply = dashboard.sync(web1, outputs=[piece(1, 0, TEXT[:cut + 5])])
-    assert reply["owed"] == [[1, cut]]
+    assert reply["missing_output"] == [[1, cut]]
 
 
 @pytest.mark.parametrize("data", [
@@ -478,15 +479,16 @@ def test_output_that_is_none_is_not_asked_for_again(dashboard, web1, data):
     dashboard.runs(web1, dashboard.record(size=len(data)))
     dashboard.sync(web1, outputs=[piece(1, 0, data)])
     reply = dashboard.sync(web1, outputs=[piece(1, 0, data)])
-    assert reply["owed"] == [] or reply["owed"] == [[1, len(frames(
-        "one\ntwo\nit broke\n"))]]
+    assert reply["missing_output"] in (
+        [], [[1, len(frames("one\ntwo\nit broke\n"))]])
     dashboard.run_chores()
 
 
 def test_output_that_the_host_has_lost_is_not_asked_for(dashboard, web1):
-    assert dashboard.runs(web1, dashboard.record(size=99))["owed"] == [[1, 0]]
+    reply = dashboard.runs(web1, dashboard.record(size=99))
+    assert reply["missing_output"] == [[1, 0]]
     assert dashboard.sync(web1, outputs=[piece(1, 0, b"", gone=True)]
-                          )["owed"] == []
+                          )["missing_output"] == []
 
 
 @pytest.mark.parametrize("size", [1, 9, 10, 30, 10**6])
@@ -665,7 +667,7 @@ def test_a_flood_of_changes_says_read_all_anew(dashboard, web1):
     for _ in range(3):
         dashboard.dashboard.write(
             dashboard.dashboard.host_sync.sync, web1.host, {
-            "v": 1, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
+            "v": 2, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
             "records": [dashboard.record() for _ in range(900)]}, NOW)
     dashboard.dashboard.run_once()
     assert dashboard.lines[0]["reset"] and "runs" not in dashboard.lines[0]
@@ -788,7 +790,7 @@ def test_a_request_is_handed_out_and_answered(dashboard, web1, asked):
         "requests"] == []       # it was just handed out
     dashboard.clock.time += 31
     assert dashboard.sync(web1)["requests"] == [signed]
-    dashboard.sync(web1, verdicts=[{"nonce": "1" * 32, "verdict": "accepted",
+    dashboard.sync(web1, results=[{"nonce": "1" * 32, "state": "accepted",
                                     "run": 1, "reason": ""}])
     dashboard.runs(web1, dashboard.record("queued", nonce="1" * 32))
     dashboard.clock.time += 31
@@ -817,7 +819,7 @@ def test_a_request_that_nobody_answers_expires(dashboard, web1, asked):
     found = dashboard.ask(dashboard.dashboard.requests.state,
                           "1" * 32)
     assert found["state"] == "expired"
-    dashboard.sync(web1, verdicts=[{"nonce": "1" * 32, "verdict": "accepted",
+    dashboard.sync(web1, results=[{"nonce": "1" * 32, "state": "accepted",
                                     "run": 1, "reason":
                                     ""}])     # it came late
     assert dashboard.ask(dashboard.dashboard.requests.state,
@@ -835,7 +837,7 @@ def test_a_request_expires_though_the_dashboard_was_restarted(dashboard,
 
 
 def test_a_refusal_is_shown_with_its_reason(dashboard, web1, asked):
-    dashboard.sync(web1, verdicts=[{"nonce": "1" * 32, "verdict": "refused",
+    dashboard.sync(web1, results=[{"nonce": "1" * 32, "state": "refused",
                                     "run": None, "reason": "its job changed"}])
     row, = [row for row in audit_rows(dashboard) if row["what"] == "run"]
     assert (row["state"], row["reason"], row["label"]) == (
@@ -849,7 +851,7 @@ def test_a_refusal_is_shown_with_its_reason(dashboard, web1, asked):
 
 def test_a_verdict_of_another_host_is_nothing(dashboard, asked):
     other = dashboard.join("d" * 32, "web2")
-    dashboard.sync(other, verdicts=[{"nonce": "1" * 32, "verdict": "refused",
+    dashboard.sync(other, results=[{"nonce": "1" * 32, "state": "refused",
                                      "run": None, "reason": "x"}])
     assert dashboard.ask(dashboard.dashboard.requests.state,
                          "1" * 32
@@ -1034,7 +1036,7 @@ def test_old_runs_and_outputs_go_and_failed_ones_later(dashboard, web1):
                           ) == dashboard.rows(
                               "select count(*) from found where found "
                                               "match '\"eedle g\"'") == [(0,)]
-    assert dashboard.sync(web1)["owed"] == []
+    assert dashboard.sync(web1)["missing_output"] == []
 
 
 def test_pages_that_nobody_needs_are_given_back(dashboard, web1, monkeypatch):
@@ -1132,7 +1134,7 @@ def test_many_threads_read_while_one_writes(tmp_path):
         thread.start()
     for _ in range(40):
         dashboard.dashboard.do(dashboard.dashboard.host_sync.sync, web1.host, {
-            "v": 1, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
+            "v": 2, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
             "records": [dashboard.record()]}, dashboard.now)
     for thread in threads:
         thread.join()

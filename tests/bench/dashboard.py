@@ -172,10 +172,10 @@ def put_hosts(db, many: int) -> None:
 
 def greeting(number: int, wait: float, **more) -> dict:
     """What a host sends that has nothing to say."""
-    return {"v": 1, "host": name_of_host(number), "epoch": 1, "instance":
+    return {"v": 2, "host": name_of_host(number), "epoch": 1, "instance":
             "1700000000000-00000001", "wait": wait, "now": time.time(),
             "offset": 0, "zone": "UTC", "version": "1.0", "boot": "b",
-            "troubles": [], "list_sha": KOI.sha256_hex("{}"), **more}
+            "problems": [], "list_sha": KOI.sha256_hex("{}"), **more}
 
 
 def as_request(method: str, path: str, token: str = "", body: bytes = b""

@@ -585,8 +585,8 @@ def test_a_sync_with_records_is_acknowledged_at_once(server):
     server.register_host(host, token)
     with server.client() as client:
         client.ask("POST", "/api/v1/sync", sync_payload(host), token)
-        for sent in ({"records": [a_record(1, b"")]}, {"verdicts": [
-                {"nonce": "9" * 32, "verdict": "refused", "run": None,
+        for sent in ({"records": [a_record(1, b"")]}, {"results": [
+                {"nonce": "9" * 32, "state": "refused", "run": None,
                  "reason": "x"}]}):
             reply = client.ask("POST", "/api/v1/sync", sync_payload(
                 host, wait=25, **sent), token)
@@ -663,7 +663,7 @@ def told(server):
     server.register_host(host, token)
     first = server.ask("POST", "/api/v1/sync", sync_payload(
         host, records=[a_record(1, frames)], wait=25), token).json
-    assert (first["acked"], first["owed"]) == (10, [[1, 0]])
+    assert (first["acked"], first["missing_output"]) == (10, [[1, 0]])
     server.ask("POST", "/api/v1/sync", sync_payload(host, outputs=[
         {"run": 1, "at": 0, "data": base64.b64encode(frames).decode()}]),
         token)

@@ -334,8 +334,8 @@ def test_verdicts_that_could_not_be_told_are_told_later_each_once(koi):
         spec, turned_away = dashboard.specs()["Plain"], []
 
         def twist(letter, _handler):
-            if letter.get("verdicts"):
-                turned_away.append(len(letter["verdicts"]))
+            if letter.get("results"):
+                turned_away.append(len(letter["results"]))
                 return 503, {}, b"{}"
 
         dashboard.twist = twist
@@ -352,8 +352,8 @@ def test_verdicts_that_could_not_be_told_are_told_later_each_once(koi):
         support.wait_until(lambda: turned_away)
         dashboard.twist = None
         dashboard.wait_for(lambda: {body["nonce"] for body in bodies} == {
-            verdict["nonce"] for verdict in dashboard.verdicts}, 30)
-        told = [verdict["verdict"] for verdict in dashboard.verdicts]
+            verdict["nonce"] for verdict in dashboard.results}, 30)
+        told = [verdict["state"] for verdict in dashboard.results]
         assert set(told) == {"accepted"} and len(told) <= 60
         assert max(turned_away) <= 30
         dashboard.wait_for(lambda: len(dashboard.outputs) == 30)

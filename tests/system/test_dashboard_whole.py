@@ -383,10 +383,10 @@ class Liar:
 
     def sync(self, **fields) -> dict:
         reply = self.operator.reply("POST", "sync", {
-            "v": 1, "host": self.host, "epoch": 1, "wait": 0, "instance":
+            "v": 2, "host": self.host, "epoch": 1, "wait": 0, "instance":
             "1700000000000-00000001", "now": time.time(), "offset": 0,
             "zone": CORPUS[1], "version": CORPUS[2][:50], "boot": "b",
-            "troubles": [], "list_sha": "", **fields}, token=self.token)
+            "problems": [], "list_sha": "", **fields}, token=self.token)
         assert reply.status == 200, reply
         return reply.json
 
@@ -436,9 +436,9 @@ def lies(operator) -> tuple:
     for text in CORPUS[:40]:
         body = operator.request(liar.host, json.dumps(form), {text: text})
         operator.tell("requests", operator.sealed(liar.host, body))
-        verdicts.append({"nonce": body["nonce"], "verdict": "refused",
+        verdicts.append({"nonce": body["nonce"], "state": "refused",
                          "run": None, "reason": text})
-    liar.sync(verdicts=verdicts)
+    liar.sync(results=verdicts)
     check = operator.tell("checks", {
         "name": CORPUS[0], "slug": "", "tags": CORPUS[1], "desc": CORPUS[2],
         "kind": "simple", "period": 3600, "grace": 60})["id"]
@@ -635,7 +635,7 @@ def test_what_went_on_in_a_history_that_is_lost_goes_on_no_more(second):
     liar.sync(epoch=7, records=[record, ended])
     assert [run["state"] for run in second.runs("Lost")] == [
         "done", "running"]
-    assert liar.sync(epoch=8)["owed"] == []
+    assert liar.sync(epoch=8)["missing_output"] == []
     done, lost = second.runs("Lost")
     assert (lost["state"], lost["reason"]) == (
         "interrupted", "the host lost its history")

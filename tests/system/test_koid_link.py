@@ -114,7 +114,7 @@ def test_a_request_that_was_signed_runs_the_job_as_its_user(linked, dashboard):
     for value in ("o'brien", "$(id)", "\U0001f603", "", "a\tb", "-n", "{{x}}"):
         verdict = ask(dashboard, request_for(spec, {
             "To": value, "Times": "3", "Loud": "true"}))
-        assert verdict["verdict"] == "accepted", verdict
+        assert verdict["state"] == "accepted", verdict
         run = linked.ended(count=1)
         support.wait_until(lambda: linked.history(
             limit=1)[0]["state"] == "done")
@@ -126,7 +126,7 @@ def test_a_request_that_was_signed_runs_the_job_as_its_user(linked, dashboard):
 def test_a_secret_comes_through_and_is_seen_by_nobody(linked, dashboard):
     verdict = ask(dashboard, request_for(
         dashboard.specs()["Secret"], secrets={"Password": "hunter2 \u00e9"}))
-    assert verdict["verdict"] == "accepted"
+    assert verdict["state"] == "accepted"
     dashboard.wait_for(lambda: dashboard.outputs.get(verdict["run"]))
     told = json.dumps(dashboard.letters) + str(dashboard.outputs)
     assert "hunter2" not in told
@@ -166,12 +166,12 @@ def test_a_genuine_request_that_is_wrong_is_refused_with_the_reason(
     for what, (changes, word) in WRONG.items():
         verdict = ask(dashboard, request_for(spec, **{
             "args": {"To": "x", "Times": "1", "Loud": "true"}, **changes}))
-        assert verdict["verdict"] == "refused", what
+        assert verdict["state"] == "refused", what
         assert word in verdict["reason"], (what, verdict)
         assert verdict["run"] is None
     for name, word in (("Backup", "@manual"), ("Terminal", "terminal")):
         verdict = ask(dashboard, request_for(dashboard.specs()[name]))
-        assert verdict["verdict"] == "refused" and word in verdict["reason"]
+        assert verdict["state"] == "refused" and word in verdict["reason"]
     assert linked.history() == []
 
 
@@ -179,17 +179,17 @@ def test_a_replayed_request_runs_nothing_again(linked, dashboard):
     """Not at once, nor after a restart, nor after kill -9."""
     body = request_for(dashboard.specs()["Plain"])
     first = ask(dashboard, body)
-    assert first["verdict"] == "accepted"
+    assert first["state"] == "accepted"
     for number in (None, 15, 9):
         if number:
             linked.stop(number)
             linked.start()
-        before = len(dashboard.verdicts)
+        before = len(dashboard.results)
         dashboard.ask(text_of(body))
         dashboard.wait_for(lambda known=before: len(
-            dashboard.verdicts) > known)
-        assert dashboard.verdicts[-1]["run"] == first["run"]
-        assert "used before" in dashboard.verdicts[-1]["reason"]
+            dashboard.results) > known)
+        assert dashboard.results[-1]["run"] == first["run"]
+        assert "used before" in dashboard.results[-1]["reason"]
     assert len(linked.ended()) == 1
 
 
@@ -202,7 +202,7 @@ def test_a_request_from_before_a_restored_backup_is_refused(koi, dashboard):
     database = koi.home / "history.db"
     copy = database.read_bytes()        # made before the request was used
     koi.start()
-    assert ask(dashboard, body)["verdict"] == "accepted"
+    assert ask(dashboard, body)["state"] == "accepted"
     koi.ended()
     koi.stop()
     for ending in ("", "-wal", "-shm"):
@@ -211,11 +211,11 @@ def test_a_request_from_before_a_restored_backup_is_refused(koi, dashboard):
     (koi.home / "restored").chmod(0o600)
     (koi.home / "restored").rename(database)
     koi.start()
-    before = len(dashboard.verdicts)
+    before = len(dashboard.results)
     dashboard.ask(text_of(body))
-    dashboard.wait_for(lambda: len(dashboard.verdicts) > before)
-    assert dashboard.verdicts[-1]["verdict"] == "refused"
-    assert "remembers" in dashboard.verdicts[-1]["reason"]
+    dashboard.wait_for(lambda: len(dashboard.results) > before)
+    assert dashboard.results[-1]["state"] == "refused"
+    assert "remembers" in dashboard.results[-1]["reason"]
     assert koi.history() == []
 
 
@@ -243,11 +243,11 @@ def test_of_many_mutated_and_replayed_requests_none_is_executed(
             {"body": body, "mac": mac.upper()}, {"body": None, "mac": None}]
         dashboard.turn.notify_all()
     last = request_for(spec)
-    assert ask(dashboard, last)["verdict"] == "accepted"
+    assert ask(dashboard, last)["state"] == "accepted"
     assert [run["run"] for run in linked.ended()] == [
         dashboard.verdict(last["nonce"])["run"]]
-    assert all(verdict["verdict"] == "refused" for verdict
-               in dashboard.verdicts if verdict["nonce"] != last["nonce"])
+    assert all(verdict["state"] == "refused" for verdict
+               in dashboard.results if verdict["nonce"] != last["nonce"])
     assert len(linked.log()) < 20_000       # nor is the log flooded
     assert sent == count
 
@@ -268,7 +268,7 @@ def test_a_run_is_killed_only_by_a_signed_request(linked, dashboard):
                           ({"run": run + 1}, "not going on"),
                           ({"user": "somebody"}, "another user")):
         assert word in told(**changes)["reason"]
-    assert told()["verdict"] == "accepted"
+    assert told()["state"] == "accepted"
     run, = linked.ended()
     assert (run["signal"], run["reason"]) == (15, "killed from the dashboard")
     assert "not going on" in told()["reason"]
@@ -285,7 +285,7 @@ def test_a_request_that_cannot_be_recorded_is_refused(koi, dashboard):
     spec, verdicts = dashboard.specs()["Plain"], []
     for _ in range(40):
         verdicts.append(ask(dashboard, request_for(spec)))
-        if verdicts[-1]["verdict"] == "refused":
+        if verdicts[-1]["state"] == "refused":
             break
     assert "recorded" in verdicts[-1]["reason"]
 
@@ -303,8 +303,8 @@ def test_a_request_starts_its_job_soon(linked, dashboard):
 # --- a dashboard that is away, slow, lying, or mad
 
 def answer(acked: int, owed: str = "[]", requests: str = "[]") -> tuple:
-    return 200, {}, (f'{{"acked": {acked}, "owed": {owed}, "live": {{}}, '
-                     f'"requests": {requests}}}').encode()
+    return 200, {}, (f'{{"acked": {acked}, "missing_output": {owed}, '
+                     f'"live": {{}}, "requests": {requests}}}').encode()
 
 
 NONSENSE = {
@@ -312,10 +312,11 @@ NONSENSE = {
     "empty": (200, {}, b""),
     "a list": (200, {}, b"[]"),
     "fields of other types": (200, {}, json.dumps({
-        "acked": "1", "owed": {}, "live": [], "requests": 7}).encode()),
+        "acked": "1", "missing_output": {}, "live": [],
+        "requests": 7}).encode()),
     "deep": (200, {}, b"[" * 100_000),
     "a huge number": (200, {}, b'{"acked": 1' + b"0" * 5000 + b"}"),
-    "cut": (200, {}, b'{"acked": 1, "owed": ['),
+    "cut": (200, {}, b'{"acked": 1, "missing_output": ['),
     "502": (502, {}, b"<html>"), "500": (500, {}, b""),
     "507": (507, {}, b'{"error": "the disk is full"}'),
     "426": (426, {}, b""), "429": (429, {"Retry-After": "1"}, b"{}"),
@@ -470,7 +471,7 @@ def test_the_child_is_killed_and_comes_back(linked, dashboard):
     os.kill(before, 9)
     support.wait_until(lambda: not koitab.process_start_time(before))
     verdict = ask(dashboard, request_for(dashboard.specs()["Plain"]))
-    assert verdict["verdict"] == "accepted"
+    assert verdict["state"] == "accepted"
     assert child_of(linked) != before
 
 
@@ -772,26 +773,26 @@ def test_a_request_replayed_while_the_disk_is_full_does_koid_no_harm(
                     "-e", "inject=pwrite64:error=ENOSPC:when=40..60"))
     spec, body = dashboard.specs()["Plain"], None
     while not body or dashboard.verdict(body["nonce"])[
-            "verdict"] == "accepted":
+            "state"] == "accepted":
         body = request_for(spec)
         dashboard.ask(text_of(body))
     for _ in range(40):
-        before = len(dashboard.verdicts)
+        before = len(dashboard.results)
         dashboard.ask(text_of(body))
         dashboard.wait_for(lambda known=before: len(
-            dashboard.verdicts) > known)
-        if dashboard.verdicts[-1]["verdict"] == "accepted":
+            dashboard.results) > known)
+        if dashboard.results[-1]["state"] == "accepted":
             break
-    assert dashboard.verdicts[-1]["verdict"] == "accepted", \
-        dashboard.verdicts
-    run = dashboard.verdicts[-1]["run"]
+    assert dashboard.results[-1]["state"] == "accepted", \
+        dashboard.results
+    run = dashboard.results[-1]["run"]
     assert koi.daemon.poll() is None, koi.log()
     for _ in range(3):      # and again, now that it is known
-        before = len(dashboard.verdicts)
+        before = len(dashboard.results)
         dashboard.ask(text_of(body))
         dashboard.wait_for(lambda known=before: len(
-            dashboard.verdicts) > known)
-        assert dashboard.verdicts[-1]["run"] == run
+            dashboard.results) > known)
+        assert dashboard.results[-1]["run"] == run
 
 
 def test_who_belongs_to_none_any_more_keeps_no_more_than_koi_keep(
