@@ -1,4 +1,4 @@
-"""Keys: what a password is worth, and which requests are believed."""
+"""Section Keys: keys of a password, signed requests, secrets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def signed(body: str, key: bytes = KEY) -> tuple[str, str]:
 # --- passwords
 
 
-def test_the_keys_of_a_password_are_those_of_the_vectors():
+def test_keys_of_a_password_equal_the_vectors():
     """The page's JavaScript derives the same: test_dashboard_browser.py."""
     keys = koitab.derive_keys("correct horse battery staple", SALT)
     host = koitab.host_key(keys.run, HOST)
@@ -51,12 +51,12 @@ def test_the_keys_of_a_password_are_those_of_the_vectors():
 VECTOR = json.loads((support.ROOT / "tests/cases/keys.json").read_text())
 
 
-def test_the_three_keys_tell_nothing_of_each_other():
+def test_three_keys_of_a_password_differ():
     keys = koitab.derive_keys("correct horse battery staple", SALT)
     assert len({keys.api, keys.view, keys.run}) == 3
 
 
-def test_a_password_is_the_same_however_it_was_typed():
+def test_composed_and_decomposed_passwords_give_the_same_keys():
     composed, apart = "\u00e9t\u00e9 \u00e0 la plage",  \
         "e\u0301te\u0301 a\u0300 la plage"
     assert composed != apart
@@ -68,13 +68,13 @@ def test_a_password_is_the_same_however_it_was_typed():
 @pytest.mark.parametrize("salt, rounds", [
     (SALT, 599_999), (SALT, 1), (SALT, 10**9), (SALT[:8], 600_000),
     (b"", 600_000)])
-def test_a_dashboard_that_wants_weak_keys_gets_none(salt, rounds):
+def test_weak_key_parameters_are_refused(salt, rounds):
     with pytest.raises(koitab.Error):
         koitab.derive_keys("correct horse battery staple", salt, rounds)
 
 
-def test_a_passphrase_has_a_hundred_bits():
-    """20 letters of 32, each as likely as the other."""
+def test_passphrase_has_100_bits():
+    """It has 20 characters out of 32, each equally likely."""
     seen = {koitab.format_passphrase(bytes([n]) * 20)[0] for n in range(256)}
     assert len(seen) == 32
     phrase = koitab.format_passphrase(random.Random(1).randbytes(20))
@@ -84,32 +84,32 @@ def test_a_passphrase_has_a_hundred_bits():
 # --- signed requests
 
 
-def test_a_request_that_was_signed_is_read():
+def test_signed_request_is_verified():
     body = request(args={"To": "o'brien $(id) \U0001f603 \\ \" \n"})
     assert koitab.verify_request(KEY, *signed(text_of(body))) == body
 
 
-def test_a_request_may_hold_brackets_and_as_much_as_a_job_takes():
+def test_request_may_contain_brackets_and_the_longest_values():
     body = request(args={"To": "[" * 5000 + "\"" * 100_000})
     assert koitab.verify_request(KEY, *signed(text_of(body))) == body
 
 
 @pytest.mark.parametrize("mac", [
     "", None, 7, [], "00" * 32, "0" * 63, "g" * 64, "\u00e9" * 64])
-def test_a_mac_of_any_shape_but_the_right_one_is_refused(mac):
+def test_malformed_mac_is_rejected(mac):
     with pytest.raises(koitab.RequestRejected):
         koitab.verify_request(KEY, text_of(request()), mac)
 
 
-def test_a_mac_in_other_letters_is_another_mac():
+def test_mac_in_capitals_is_rejected():
     body, mac = signed(text_of(request()))
     for odd in (mac.upper(), f" {mac}", f"{mac}\n", mac[:32] + " " + mac[32:]):
         with pytest.raises(koitab.RequestRejected):
             koitab.verify_request(KEY, body, odd)
 
 
-def test_no_altered_request_is_believed():
-    """Every bit of body and MAC, and as many random changes again."""
+def test_altered_request_is_rejected():
+    """Each bit of the body and the MAC is changed, then random parts."""
     tried, rng = 0, random.Random(5)
     body, mac = signed(text_of(request()))
     raw = body.encode()
@@ -155,12 +155,12 @@ def test_no_altered_request_is_believed():
     text_of(request(nonce="AB" * 16)), text_of(request(nonce="ab")),
     text_of(request(nonce=7)), text_of(request(user=None)),
     json.dumps(request(args={"To": "\ud800"}))])
-def test_what_is_signed_and_no_request_is_refused(body):
+def test_signed_text_that_is_not_a_request_is_rejected(body):
     with pytest.raises(koitab.RequestRejected):
         koitab.verify_request(KEY, *signed(body))
 
 
-def test_a_key_signs_for_one_host_alone():
+def test_key_of_another_host_does_not_verify():
     other = koitab.host_key(bytes(32), "b2" * 16)
     with pytest.raises(koitab.RequestRejected):
         koitab.verify_request(other, *signed(text_of(request())))
@@ -177,18 +177,18 @@ def test_a_key_signs_for_one_host_alone():
     ({"exp": int(NOW * 1000)}, "too long"),
     ({"iat": int(NOW * 1000) - 100_001, "exp": int(NOW * 1000) + 1}, "older"),
 ])
-def test_a_genuine_request_that_is_not_for_us_or_not_now(changes, word):
+def test_mismatch_of_a_genuine_request_is_named(changes, word):
     why = koitab.request_mismatch(request(**changes), OURS, NOW, NOW - 100)
     assert word in why
 
 
-def test_a_request_within_its_time_is_fit():
+def test_request_within_its_lifetime_has_no_mismatch():
     for seconds in (-59, 0, 299):
         assert koitab.request_mismatch(request(), OURS, NOW + seconds,
                                        NOW) == ""
 
 
-def test_a_secret_is_seen_by_its_host_alone():
+def test_secret_is_decrypted_only_by_its_host():
     secret = "hunter2 \U0001f603".encode() * 40
     hidden = koitab.encrypt_secret(KEY, "ab" * 16, "Password", secret)
     assert hidden != secret and len(hidden) == len(secret)
@@ -199,7 +199,7 @@ def test_a_secret_is_seen_by_its_host_alone():
                                  "Password", hidden) != secret
 
 
-def test_what_people_see_of_a_job_changes_with_all_that_it_does():
+def test_manifest_differs_whenever_the_job_does_something_else():
     def spec(line: str, before: str = "") -> str:
         job = koitab.parse_tab(f"{before}\n{line}\n").jobs[0]
         return koitab.job_manifest(job, "ann")

@@ -1,4 +1,4 @@
-"""Tab: what does a koitab say?"""
+"""Section Tab: parsing tabs, the lexer, warnings and limits."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ def tab(text: str, **options):
 
 
 def jobs(text: str, **options):
-    """The jobs of a tab without a fault."""
+    """Return the jobs of a tab, which must have no errors."""
     found = tab(text, **options)
-    assert [problem.text("tab") for problem in found.errors()] == []
+    assert [each.text("tab") for each in found.errors()] == []
     return found.jobs
 
 
 def only(line: str, **options):
-    """The job of one line."""
+    """Return the job of a tab with one entry."""
     found = jobs(line + "\n", **options)
     assert len(found) == 1
     return found[0]
 
 
-def faults(text: str, **options) -> list[tuple]:
+def errors_in(text: str, **options) -> list[tuple]:
     return [(p.line, p.column, p.what) for p in tab(text, **options).errors()]
 
 
 def warnings(text: str, **options) -> list[tuple]:
     found = tab(text, **options)
-    assert [problem.text("tab") for problem in found.errors()] == []
+    assert [each.text("tab") for each in found.errors()] == []
     return [(p.column, p.what) for p in found.diagnostics]
 
 
@@ -51,11 +51,11 @@ def rejected() -> list[tuple[str, str]]:
             if not line.startswith("# ")]
 
 
-# --- what is refused ------------------------------------------------------
+# --- invalid lines --------------------------------------------------------
 
 
 @pytest.mark.parametrize("columns, field", rejected())
-def test_what_every_cron_refuses_is_refused(columns, field):
+def test_line_that_every_cron_rejects_is_rejected(columns, field):
     line = columns.replace("  (no command)", "") if "(no command)" in columns \
         else f"{columns} true"
     found = tab(f"# a comment\n{line}\n")
@@ -66,7 +66,7 @@ def test_what_every_cron_refuses_is_refused(columns, field):
     assert first.text("tab").startswith(f"tab:2:{first.column}: bad {field}: ")
 
 
-def test_all_the_rejected_lines_are_there():
+def test_case_file_has_all_rejected_lines():
     assert len(rejected()) == 84
 
 
@@ -118,22 +118,22 @@ def test_all_the_rejected_lines_are_there():
     ('"A" @daily x\n"A" @hourly y\n', [(2, 1, "bad job")]),
     ("* * * * * " + "x" * 131_072 + "\n", [(1, 11, "bad command")]),
 ])
-def test_each_fault_has_a_line_and_a_column(text, where):
-    assert faults(text) == where
+def test_each_error_has_its_line_and_column(text, where):
+    assert errors_in(text) == where
 
 
-def test_a_bad_line_drops_that_line_alone():
+def test_invalid_line_drops_only_itself():
     found = tab("A=1\n* * * * * one\n61 * * * * two\n@daily three\nx")
     assert [job.command for job in found.jobs] == ["one", "three"]
     assert len(found.errors()) == 2
 
 
-def test_every_fault_is_told_at_once():
+def test_every_error_is_reported_in_one_pass():
     text = "".join(f"{n} * * * * x{n}\n" for n in range(50, 80))
-    assert [line for line, _, _ in faults(text)] == list(range(11, 31))
+    assert [line for line, _, _ in errors_in(text)] == list(range(11, 31))
 
 
-def test_hints_name_the_mend():
+def test_hint_names_the_fix():
     def hint(text):
         return tab(text + "\n").errors()[0].hint
 
@@ -159,18 +159,18 @@ def test_hints_name_the_mend():
     ("TZ=UTC 0 0 * * * cmd", "TZ", "UTC 0 0 * * * cmd"),
     ("A=$HOME", "A", "$HOME"), ("A=\udcff", "A", "\udcff"),
 ])
-def test_an_assignment_is_read_as_cron_reads_it(line, name, value):
+def test_assignment_is_parsed_as_cron_parses_it(line, name, value):
     found = jobs(f"{line}\n* * * * * x\n")
     assert found[0].environment == {name: value}
 
 
-def test_an_assignment_holds_for_the_lines_below_it():
+def test_assignment_applies_to_the_lines_below_it():
     found = jobs("@daily a\nA=1\n@daily b\nA=2\nB=3\n@daily c\n")
     assert [job.environment for job in found] == [
         {}, {"A": "1"}, {"A": "2", "B": "3"}]
 
 
-def test_settings_hold_for_the_lines_below_them():
+def test_settings_apply_to_the_lines_below_them():
     found = jobs(
         "@daily a\nKOI_TIMEOUT=10m\nKOI_OVERLAP=skip\nKOI_RETRY=3\n"
         "KOI_CATCHUP=yes\nKOI_KEEP=7\nKOI_START_WITHIN=90s\nKOI_CONFIRM=cli\n"
@@ -198,12 +198,12 @@ def test_settings_hold_for_the_lines_below_them():
     ("* * * * * FOO=bar x", "* * * * *", "FOO=bar x"),
     ("* * * * * \udcff", "* * * * *", "\udcff"),
 ])
-def test_an_entry(line, when, command):
+def test_entry_has_its_schedule_and_command(line, when, command):
     job = only(line)
     assert (job.when, job.command) == (when, command)
 
 
-def test_sections_and_names():
+def test_jobs_get_the_section_above_and_their_name():
     found = jobs(
         '0 0 * * * before\n[Bots]\n"Crawler" */5 * * * * crawl\n@hourly s.py\n'
         ' [ Ad = min ] \n"Say Hi" @manual ~/tweet.sh\n"A"=b\n"A" @daily x\n')
@@ -215,7 +215,7 @@ def test_sections_and_names():
     assert found[2].label == "s.py"
 
 
-def test_a_tag_is_made_from_section_and_name_else_from_what_runs():
+def test_tag_depends_on_section_and_name_or_on_schedule_and_command():
     named = jobs('[S]\n"N" @daily a\n')[0].tag
     assert jobs('\nX=1\n[S]\n"N" @hourly b\n')[0].tag == named
     assert jobs('[T]\n"N" @daily a\n')[0].tag != named
@@ -234,19 +234,20 @@ def test_a_tag_is_made_from_section_and_name_else_from_what_runs():
     ("* * * * * -nx", {}, ("-nx", False, False)),
     ("@manual -n  x", {}, ("x", False, True)),
 ])
-def test_flags_of_cronie(text, options, found):
+def test_flags_of_cronie_are_recognized(text, options, found):
     job = only(text, **options)
     assert (job.command, job.unlogged, job.mail_failures) == found
 
 
-def test_a_system_tab_has_a_column_for_users():
+def test_entry_of_a_system_tab_names_its_user():
     job = only("17 *\t* * *\troot\tcd / && x", system=True)
     assert (job.user, job.command) == ("root", "cd / && x")
     assert only("-@daily www x", system=True).user == "www"
-    assert faults("0 0 1 1 * root\n", system=True) == [(1, 15, "bad command")]
-    assert faults("0 0 1 1 * * c\n", system=True) == [
+    assert errors_in("0 0 1 1 * root\n", system=True) == [
+        (1, 15, "bad command")]
+    assert errors_in("0 0 1 1 * * c\n", system=True) == [
         (1, 13, "bad username")]
-    assert faults("0 0 1 1 *\n", system=True) == [(1, 10, "bad username")]
+    assert errors_in("0 0 1 1 *\n", system=True) == [(1, 10, "bad username")]
 
 
 DEBIAN = '''# /etc/crontab: system-wide crontab
@@ -268,9 +269,9 @@ PATH=/usr/local/sbin:/usr/local/bin:/sbin:/bin:/usr/sbin:/usr/bin
 '''
 
 
-def test_real_crontabs_of_debian_are_read_without_a_word():
+def test_crontabs_of_debian_packages_produce_no_diagnostics():
     found = tab(DEBIAN, system=True)
-    assert [problem.text("tab") for problem in found.diagnostics] == []
+    assert [each.text("tab") for each in found.diagnostics] == []
     assert len(found.jobs) == 8
     assert "date +%d" in found.jobs[5].script
     for path in ["/etc/crontab", *Path("/etc/cron.d").glob("[!.]*")]:
@@ -287,7 +288,7 @@ def test_real_crontabs_of_debian_are_read_without_a_word():
     (r"x%a\nb\\%c", "x", "a\\nb\\%c\n"), ('x "a%b"', 'x "a', 'b"\n'),
     ("x\\", "x\\", ""),
 ])
-def test_percent(command, script, stdin):
+def test_percent_separates_command_and_standard_input(command, script, stdin):
     job = only(f"@daily {command}")
     assert (job.script, job.stdin) == (script, stdin)
 
@@ -317,7 +318,7 @@ def test_percent(command, script, stdin):
     ("@manual docker ps --format '{{.Names}}'", [(29, "odd argument")]),
     ("@daily x {{S, secret, abc}}", [(10, "odd argument")]),
 ])
-def test_what_looks_wrong_is_warned_of(line, where):
+def test_suspicious_line_gets_a_warning(line, where):
     assert sorted(warnings(line + "\n")) == sorted(where)
 
 
@@ -326,7 +327,7 @@ def test_what_looks_wrong_is_warned_of(line, where):
     "10~20 * * * * x", "MAILTO=$USER", r"0 0 * * * date +\%F", "007 * * * * x",
     "0 0 29 2 * x", "0 0 31 1-2 * x", "A='x # y'", "@daily rooted x",
 ])
-def test_what_is_right_is_not_warned_of(line):
+def test_valid_line_gets_no_warning(line):
     expected = [] if "A=" not in line else warnings(line + "\n")
     assert warnings(line + "\n") == expected
 
@@ -369,7 +370,7 @@ def test_what_is_right_is_not_warned_of(line):
     ("x " + "$(" * 60 + "{{a}}", "nested too deep"),
     ("x " + "(" * 60 + "{{a}}", "nested too deep"),
 ])
-def test_a_placeholder_is_refused_where_no_word_stands(command, place):
+def test_placeholder_is_rejected_where_the_shell_reads_no_word(command, place):
     line = f"@manual {command}\n"
     found = tab(line).errors()
     assert found[-1].why == f"it stands {place}"
@@ -405,7 +406,7 @@ def test_a_placeholder_is_refused_where_no_word_stands(command, place):
     ("x[0]={{a}}", 'x[0]="${KOI_ARG_1}"'), ("x {{a}}%in",
                                           'x "${KOI_ARG_1}"'),
 ])
-def test_a_placeholder_becomes_a_word_of_the_environment(command, script):
+def test_placeholder_becomes_a_quoted_variable(command, script):
     job = only(f"@manual {command}")
     assert job.script == script
     assert "KOI_ARG_" not in job.command
@@ -419,7 +420,7 @@ PAYLOADS = [
 
 
 @pytest.mark.parametrize("shell", ["dash", "bash", "busybox"])
-def test_each_value_arrives_byte_for_byte(shell, tmp_path):
+def test_each_value_reaches_the_command_unchanged(shell, tmp_path):
     support.need(shell)
     show = tmp_path / "show"
     show.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
@@ -454,7 +455,7 @@ def test_each_value_arrives_byte_for_byte(shell, tmp_path):
     ("{{a, date, 2024-02-29}}", ("a", "date", "2024-02-29", ())),
     ("{{a, secret}}", ("a", "secret", None, ())),
 ])
-def test_an_argument(text, param):
+def test_argument_has_its_name_type_and_default(text, param):
     found = only(f"@manual x {text}").params[0]
     assert (found.name, found.type, found.default, found.choices) == param
 
@@ -469,15 +470,15 @@ def test_an_argument(text, param):
     f"{{{{{'n' * 101}}}}}", "{{a\x07}}", f"{{{{a, string, {'v' * 4097}}}}}",
     " ".join(f"{{{{p{n}}}}}" for n in range(65)), "{{\udcff, int, 1\udcff}}",
 ])
-def test_what_is_no_argument_is_refused(text):
-    assert [what for _, _, what in faults(f"@manual x {text}\n")] == [
+def test_invalid_argument_is_rejected(text):
+    assert [what for _, _, what in errors_in(f"@manual x {text}\n")] == [
         "bad argument"]
 
 
-def test_a_job_that_is_scheduled_needs_defaults():
-    assert faults("@daily x {{a}}\n") == [(1, 10, "bad argument")]
+def test_scheduled_job_needs_defaults():
+    assert errors_in("@daily x {{a}}\n") == [(1, 10, "bad argument")]
     assert only("@daily x {{a, int, 5}}").params[0].default == "5"
-    assert faults("@reboot x {{a, bool}}\n") == [(1, 11, "bad argument")]
+    assert errors_in("@reboot x {{a, bool}}\n") == [(1, 11, "bad argument")]
 
 
 @pytest.mark.parametrize("kind, good, bad", [
@@ -490,7 +491,7 @@ def test_a_job_that_is_scheduled_needs_defaults():
     ("date", ["2026-03-29"], ["2026-3-29", "2026-02-30", "0000-01-01",
                               "2026-03-29 ", "", "\uff12026-01-01"]),
 ])
-def test_which_values_fit_a_type(kind, good, bad):
+def test_type_accepts_valid_and_rejects_invalid_values(kind, good, bad):
     param = koitab.Parameter("a", kind)
     assert [value for value in good if param.value_error(value)] == []
     assert [value for value in bad if not param.value_error(value)] == []
@@ -511,7 +512,7 @@ def test_which_values_fit_a_type(kind, good, bad):
     ("true; {{a}}", "the value is the program"),
     ("V=1 {{a}}", "the value is the program"),
 ])
-def test_a_second_parser_is_warned_of(command, program):
+def test_program_that_evaluates_a_value_gets_a_warning(command, program):
     found = [p for p in tab(f"@manual {command}\n").diagnostics
              if p.what == "unsafe argument"]
     assert found
@@ -524,7 +525,7 @@ def test_a_second_parser_is_warned_of(command, program):
     "test {{a}} = b", "timeout 5 x {{a}}", "env A=b x {{a}}", "x evaluate",
     "echo {{a}} > sh.log",
 ])
-def test_an_ordinary_command_is_not_warned_of(command):
+def test_command_that_evaluates_no_value_gets_no_warning(command):
     assert warnings(f"@manual {command}\n") == []
 
 
@@ -533,7 +534,7 @@ def test_an_ordinary_command_is_not_warned_of(command):
     "x '{{range .A}}{{.B}}{{end}}'", "echo {{a,b},{c,d}}",
     "awk '{{print $1}}'", "x {{", "x }}", "x {{ y", "x '{{$v}}'",
 ])
-def test_braces_of_other_programs_stay_as_they_are(command):
+def test_braces_of_other_programs_are_left_unchanged(command):
     job = only(f"0 0 * * * {command}")
     assert (job.script, job.params) == (command, ())
 
@@ -568,14 +569,14 @@ def bounded(text: str, seconds: float = 5, **options):
     "@manual x" + " $(a) eval sudo" * 8_000 + " {{a}}\n",
     "@manual x " + "case $(" * 15_000 + ")" * 15_000 + "{{a}}\n",
 ], ids=itertools.count())
-def test_a_hostile_tab_costs_little(text):
+def test_hostile_tab_is_parsed_in_short_time(text):
     bounded(text[:2**20])
 
 
-def test_limits_are_told():
+def test_exceeded_limit_is_reported():
     assert "10,000 lines" in tab("@daily x\n" + "\n" * 10_000).errors()[-1].why
     many = "".join(f"A{n}=b\n" for n in range(1_001))
-    assert faults(many) == [(1_001, 1, "bad variable")]
+    assert errors_in(many) == [(1_001, 1, "bad variable")]
 
 
 PIECES = [
@@ -589,7 +590,7 @@ PIECES = [
 ]
 
 
-def test_no_text_makes_a_traceback():
+def test_random_text_never_raises():
     dice = random.Random(20260329)
     began, read, refused = time.process_time(), 0, 0
     for _ in range(6_000):
@@ -600,11 +601,11 @@ def test_no_text_makes_a_traceback():
         found = tab(text, system=dice.random() < 0.2,
                     root=dice.random() < 0.2)
         lines = text.split("\n")
-        for problem in found.diagnostics:
-            assert 1 <= problem.line <= len(lines)
-            assert 1 <= problem.column <= len(lines[problem.line - 1]) + 1
-            assert problem.what and problem.why
-            assert not koitab.has_control(problem.text("tab"), "\t")
+        for each in found.diagnostics:
+            assert 1 <= each.line <= len(lines)
+            assert 1 <= each.column <= len(lines[each.line - 1]) + 1
+            assert each.what and each.why
+            assert not koitab.has_control(each.text("tab"), "\t")
         read, refused = read + len(found.jobs), refused + len(found.errors())
         for job in found.jobs:
             assert job.tag and isinstance(job.describe(), str)
@@ -615,9 +616,9 @@ def test_no_text_makes_a_traceback():
     assert time.process_time() - began < 60
 
 
-def test_shell_and_lexer_agree_where_a_word_stands(tmp_path):
-    """What the lexer accepts, the shell reads as one word of a command: the
-    value never runs, whatever stands around it."""
+def test_shells_and_lexer_agree_where_a_word_is(tmp_path):
+    """Where the lexer accepts a placeholder, a shell reads one word, so the
+    value is never run."""
     support.need("bash", "dash")
     dice, tried = random.Random(11), 0
     parts = ["a", "'b c'", '"d e"', "$(true)", "`true`", "${V:-x}", "$((1+2))",

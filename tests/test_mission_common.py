@@ -28,7 +28,7 @@ mission = support.load("mission")
     (1.001, "1.001s"), (62.026, "1m2.026s"), (0.57, "570ms"),
     (4.35, "4.35s"),        # floats that lie a hair below what they say
 ])
-def test_a_duration_is_written_as_go_writes_it(seconds, text):
+def test_duration_is_formatted_as_go_formats_it(seconds, text):
     assert mission.format_duration(seconds) == text
 
 
@@ -42,13 +42,13 @@ def test_a_duration_is_written_as_go_writes_it(seconds, text):
     ("\u0663s", None), ("\uff11s", None), ("1s\n", None), ("inf s", None),
     ("nans", None), ("9" * 400 + "s", None),
 ], ids=lambda value: repr(value)[:24])
-def test_a_duration_is_read_or_refused(text, seconds):
+def test_valid_duration_is_parsed_and_invalid_one_is_none(text, seconds):
     found = mission.parse_duration(text)
     assert found == pytest.approx(seconds) if seconds is not None \
         else found is None
 
 
-def test_every_duration_that_is_written_reads_as_itself():
+def test_formatted_duration_is_parsed_to_the_same_value():
     for thousandths in [*range(0, 130_000, 7), 3_599_999, 86_400_001]:
         text = mission.format_duration(thousandths / 1000)
         assert round(mission.parse_duration(text) * 1000) == thousandths
@@ -61,7 +61,7 @@ def test_every_duration_that_is_written_reads_as_itself():
 @pytest.mark.parametrize("count, text", [
     (0, "0 errors"), (1, "1 error"), (2, "2 errors"), (1234, "1,234 errors"),
 ])
-def test_one_error_and_two_errors(count, text):
+def test_plural_adds_an_s_except_for_one(count, text):
     assert mission.plural(count, "error") == text
 
 
@@ -69,7 +69,7 @@ def test_one_error_and_two_errors(count, text):
     ("enabledd", "enabled"), ("notfy", "notify"), ("taks", "tasks"),
     ("Notify", "notify"), ("xyz", ""), ("", ""),
 ])
-def test_the_nearest_word_is_what_was_meant(typed, meant):
+def test_nearest_returns_the_most_similar_word(typed, meant):
     words = ["tasks", "notify", "enabled", "storage"]
     assert mission.nearest(typed, words) == meant
 
@@ -84,7 +84,7 @@ def test_the_nearest_word_is_what_was_meant(typed, meant):
     ("\u200f", r"\u200f"), ("\ufeff", r"\ufeff"),
     ("\u2028line", r"\u2028line"), ("\udcff", r"\udcff"), ("\x85", r"\x85"),
 ])
-def test_what_could_steer_a_terminal_is_shown_as_an_escape(text, seen):
+def test_control_characters_are_escaped(text, seen):
     assert mission.escape_controls(text) == seen
     assert mission.escape_controls(seen) == seen
 
@@ -97,13 +97,13 @@ class Point(mission.FrozenRecord):
     y: int = 0
 
 
-def test_a_record_has_its_fields_and_their_defaults():
+def test_record_has_its_fields_and_their_defaults():
     assert (Point(1).x, Point(1).y, Point(1, y=2).y) == (1, 0, 2)
     assert Point(1, 2) == Point(x=1, y=2) != Point(1, 3)
     assert repr(Point(1, 2)) == "Point(x=1, y=2)"
 
 
-def test_a_record_does_not_change_but_makes_another():
+def test_record_is_read_only_and_replace_returns_a_copy():
     point = Point(1)
     with pytest.raises(AttributeError):
         point.x = 5
@@ -113,12 +113,12 @@ def test_a_record_does_not_change_but_makes_another():
 @pytest.mark.parametrize("values, named", [
     ((), {}), ((1, 2, 3), {}), ((1,), {"z": 1}),
 ])
-def test_a_record_takes_its_own_fields_alone(values, named):
+def test_record_refuses_unknown_and_missing_fields(values, named):
     with pytest.raises((TypeError, AttributeError)):
         Point(*values, **named)
 
 
-def test_durations_come_from_a_clock_that_no_one_sets(monkeypatch):
+def test_ticks_do_not_follow_the_system_time(monkeypatch):
     clock = mission.Clock()
     monkeypatch.setattr(mission.time, "time", lambda: 0.0)
     first = clock.ticks()
@@ -131,7 +131,7 @@ def test_durations_come_from_a_clock_that_no_one_sets(monkeypatch):
     ("CET-1CEST,M3.5.0,M10.5.0/3", "2026-03-29T03:30:00+02:00"),
     ("NST3:30", "2026-03-28T22:00:00-03:30"),
 ])
-def test_a_time_is_written_with_its_offset(zone, text, monkeypatch):
+def test_time_is_formatted_with_its_utc_offset(zone, text, monkeypatch):
     import time
     monkeypatch.setenv("TZ", zone)
     time.tzset()
@@ -145,7 +145,7 @@ def test_a_time_is_written_with_its_offset(zone, text, monkeypatch):
 # --- files ----------------------------------------------------------------
 
 
-def test_a_file_is_replaced_whole_and_is_ours_alone(tmp_path):
+def test_file_is_replaced_completely_with_mode_0600(tmp_path):
     path = tmp_path / "state.json"
     path.write_text("old")
     mission.write_atomically(str(path), b"new")
@@ -154,7 +154,7 @@ def test_a_file_is_replaced_whole_and_is_ours_alone(tmp_path):
     assert os.listdir(tmp_path) == ["state.json"]
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "state.json"
     path.write_text("old")
 
@@ -169,7 +169,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == "newer"
 
 
-def test_a_planted_link_is_not_written_through(tmp_path):
+def test_symbolic_link_at_the_new_file_is_not_followed(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("untouched")
     for name in ("state", "state.new"):
@@ -179,7 +179,7 @@ def test_a_planted_link_is_not_written_through(tmp_path):
     assert not (tmp_path / "state").is_symlink()
 
 
-def test_it_is_synced_before_it_takes_the_name_and_the_folder_after(
+def test_file_is_synced_before_the_rename_and_directory_after(
         tmp_path, monkeypatch):
     deeds = []
     for name in ("fsync", "rename"):
@@ -190,7 +190,7 @@ def test_it_is_synced_before_it_takes_the_name_and_the_folder_after(
     assert deeds == ["fsync", "rename", "fsync"]
 
 
-def test_a_short_write_is_carried_on(monkeypatch):
+def test_short_write_is_continued(monkeypatch):
     written = []
     monkeypatch.setattr(os, "write", lambda _fd, data: (
         written.append(bytes(data[:3])), len(data[:3]))[1])
@@ -219,7 +219,7 @@ def holder(path) -> subprocess.Popen:
     return process
 
 
-def test_only_one_process_has_the_lock_and_its_death_frees_it(tmp_path):
+def test_one_process_holds_the_lock_and_its_death_releases_it(tmp_path):
     path = str(tmp_path / "lock")
     with support.stopping(holder(path)) as process:
         assert mission.try_lock(path) is None
@@ -232,13 +232,13 @@ def test_only_one_process_has_the_lock_and_its_death_frees_it(tmp_path):
         os.close(held)
 
 
-def test_a_lock_file_that_a_crash_left_is_no_lock(tmp_path):
+def test_lock_file_left_by_a_crash_does_not_lock(tmp_path):
     path = tmp_path / "lock"
     path.write_text("")
     os.close(mission.try_lock(str(path)))
 
 
-def test_a_lock_behind_a_link_is_refused(tmp_path):
+def test_lock_file_that_is_a_symbolic_link_is_refused(tmp_path):
     (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError):
         mission.try_lock(str(tmp_path / "lock"))
