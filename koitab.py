@@ -1217,14 +1217,14 @@ class Parameter(FrozenRecord):
                 f"choose one of {'|'.join(self.choices)}"
         if self.type == "date":
             return "" if is_date(value) else "a date is written 2026-03-29"
-        if any("\ud800" <= character <= "\udfff" for character in value):
+        try:
+            size = len(value.encode())
+        except UnicodeEncodeError:
             return "it is not UTF-8"
         if has_control(value, "\n\t" if self.type == "text" else "\t"):
             return "it has a control character"
         most = LONGEST_TEXT if self.type == "text" else LONGEST_VALUE
-        if len(value) * 4 > most and len(value.encode()) > most:
-            return f"it is longer than {most:,} bytes"
-        return ""
+        return f"it is longer than {most:,} bytes" if size > most else ""
 
 
 class Job(FrozenRecord):
@@ -1297,11 +1297,11 @@ class Tab(FrozenRecord):
 
 def is_date(text: str) -> bool:
     """Is `text` a date of the calendar, such as 2026-03-29?"""
-    parts = text.split("-")
-    if [len(part) for part in parts] != [4, 2, 2] or not text.isascii() \
-            or not "".join(parts).isdigit():
+    import re
+    found = re.fullmatch("([0-9]{4})-([0-9]{2})-([0-9]{2})", text)
+    if not found:
         return False
-    year, month, day = map(int, parts)
+    year, month, day = map(int, found.groups())
     return year > 0 and 1 <= month <= 12 and day > 0 and calendar_date(
         days_since_epoch(year, month, day)) == (year, month, day)
 
@@ -1338,61 +1338,57 @@ PLACEMENT_HINTS = {     # place of a placeholder -> hint
 # helps. "": always. Letters: with one of these options, as in sh -lc. A word:
 # with this option, as in gdb -ex. ">": only the word after this option. "=":
 # only a value that is a whole word, as export V={{x}} is safe.
-EVALUATORS = {
-    "eval": "", "let": "", "trap": "", "[[": "", "declare": "", "typeset": "",
-    "unset": "", "source": "", ".": "", "read": "", "mapfile": "",
-    "readarray": "", "getopts": "", "compgen": "", "emulate": "",
-    "integer": "", "export": "=", "readonly": "=", "local": "=",
-    "exit": "=", "return": "=", "shift": "=", "ulimit": "=", "repeat": "=",
-    "xargs": "", "parallel": "", "ssh": "", "autossh": "", "rsh": "",
-    "pdsh": "", "watch": "", "hyperfine": "", "tmux": "", "expect": "c",
-    "at": "", "batch": "", "crontab": "", "koitab": "", "make": "",
-    "gmake": "", "m4": "", "dc": "", "ed": "", "gnuplot": "", "socat": "",
-    "awk": "", "gawk": "", "mawk": "", "nawk": "", "sed": "", "gsed": "",
-    "sg": "", "sqlite3": "", "mysql": "e", "mariadb": "e", "psql": "c",
-    "sh": "c", "ash": "c", "bash": "c", "rbash": "c", "dash": "c",
-    "ksh": "c", "mksh": "c", "zsh": "c", "yash": "c", "fish": "c",
-    "csh": "c", "tcsh": "c", "busybox": "c", "su": "c", "runuser": "c",
-    "script": "c", "flock": "c", "entr": "s", "env": "S",
-    "python": "c", "pypy": "c", "ipython": "c", "perl": "eE", "ruby": "e",
-    "node": "ep", "nodejs": "ep", "php": "rBRE", "lua": "e", "R": "e",
-    "Rscript": "e", "julia": "eE", "guile": "c", "osascript": "e",
-    "vi": "c", "vim": "c", "nvim": "c", "ex": "c", "emacs": "--eval",
-    "gdb": "-ex", "octave": "--eval", "ncat": "c", "nc": "c",
-    "git": ">-c", "rsync": ">-e", "test": "v", "[": "v", "printf": "v"}
-SHELLS = {
-    "sh", "ash", "bash", "rbash", "dash", "ksh", "mksh", "zsh", "yash",
-    "fish", "csh", "tcsh"}
+EVALUATORS = {name: option for option, names in {
+    "":
+        "eval let trap [[ declare typeset unset source . read mapfile "
+        "readarray getopts compgen emulate integer xargs parallel ssh autossh "
+        "rsh pdsh watch hyperfine tmux at batch crontab koitab make gmake m4 "
+        "dc ed gnuplot socat awk gawk mawk nawk sed gsed sg sqlite3",
+    "c":
+        "expect psql sh ash bash rbash dash ksh mksh zsh yash fish csh tcsh "
+        "busybox su runuser script flock python pypy ipython guile vi vim "
+        "nvim ex ncat nc",
+    "=": "export readonly local exit return shift ulimit repeat",
+    "e": "mysql mariadb ruby lua R Rscript osascript",
+    "v": "test [ printf",
+    "eE": "perl julia",
+    "ep": "node nodejs",
+    "--eval": "emacs octave",
+    "s": "entr",
+    "S": "env",
+    "rBRE": "php",
+    "-ex": "gdb",
+    ">-c": "git",
+    ">-e": "rsync",
+}.items() for name in names.split()}
+SHELLS = set("sh ash bash rbash dash ksh mksh zsh yash fish csh tcsh".split())
 # Programs that run the file that is their first operand.
-INTERPRETERS = SHELLS | {
-    "python", "pypy", "perl", "ruby", "node", "nodejs", "php", "lua",
-    "Rscript", "julia"}
-SHELL_BUILTINS = {
-    "eval", "let", "trap", "[[", "declare", "typeset", "unset", "source",
-    ".", "read", "mapfile", "readarray", "getopts", "compgen", "emulate",
-    "integer", "export", "readonly", "local", "exit", "return", "shift",
-    "ulimit", "repeat"}
+INTERPRETERS = SHELLS.union(
+    "python pypy perl ruby node nodejs php lua Rscript julia".split())
+SHELL_BUILTINS = set((
+    "eval let trap [[ declare typeset unset source . read mapfile readarray "
+    "getopts compgen emulate integer export readonly local exit return shift "
+    "ulimit repeat"
+    ).split())
 # Programs that run another program, whose name may follow options.
-WRAPPERS = {
-    "sudo", "doas", "env", "nohup", "nice", "ionice", "timeout", "exec",
-    "command", "time", "find", "setsid", "flock", "chroot", "busybox",
-    "stdbuf", "runuser", "systemd-run", "unshare", "nsenter", "setpriv",
-    "prlimit", "taskset", "chrt", "strace", "docker", "podman", "kubectl",
-    "machinectl", "ip", "entr", "fakeroot", "xvfb-run", "chronic",
-    "sshpass", "screen"}
+WRAPPERS = set((
+    "sudo doas env nohup nice ionice timeout exec command time find setsid "
+    "flock chroot busybox stdbuf runuser systemd-run unshare nsenter setpriv "
+    "prlimit taskset chrt strace docker podman kubectl machinectl ip entr "
+    "fakeroot xvfb-run chronic sshpass screen"
+    ).split())
 # Of these, the ones of which an operand is the program itself.
-PREFIX_COMMANDS = {
-    "sudo", "doas", "env", "nohup", "nice", "ionice", "timeout", "setsid",
-    "stdbuf", "systemd-run", "unshare", "setpriv", "chronic", "strace",
-    "fakeroot", "xvfb-run", "entr"}
+PREFIX_COMMANDS = set((
+    "sudo doas env nohup nice ionice timeout setsid stdbuf systemd-run "
+    "unshare setpriv chronic strace fakeroot xvfb-run entr"
+    ).split())
 # Variables whose value a shell or a program evaluates or runs.
-EVALUATED_VARIABLES = {
-    "PS4", "PATH", "ENV", "BASH_ENV", "LD_PRELOAD", "LD_LIBRARY_PATH",
-    "RANDOM", "SECONDS", "OPTIND", "HISTCMD", "COLUMNS", "LINES",
-    "PERL5OPT", "PERL5LIB", "PYTHONPATH", "RUBYOPT", "RUBYLIB",
-    "NODE_OPTIONS", "JAVA_TOOL_OPTIONS", "MAKEFLAGS", "EDITOR", "VISUAL",
-    "PAGER", "LESSOPEN", "GIT_SSH", "GIT_SSH_COMMAND", "GIT_EDITOR",
-    "GIT_PAGER", "RSYNC_RSH"}
+EVALUATED_VARIABLES = set((
+    "PS4 PATH ENV BASH_ENV LD_PRELOAD LD_LIBRARY_PATH RANDOM SECONDS OPTIND "
+    "HISTCMD COLUMNS LINES PERL5OPT PERL5LIB PYTHONPATH RUBYOPT RUBYLIB "
+    "NODE_OPTIONS JAVA_TOOL_OPTIONS MAKEFLAGS EDITOR VISUAL PAGER LESSOPEN "
+    "GIT_SSH GIT_SSH_COMMAND GIT_EDITOR GIT_PAGER RSYNC_RSH"
+    ).split())
 POSITIONAL = {f"${digit}" for digit in "123456789"}
 ARITHMETIC_TESTS = {"-eq", "-ne", "-lt", "-le", "-gt", "-ge", "-t"}
 ENDS_WORD = " \t\n;&|()<>"
@@ -1401,9 +1397,8 @@ LITERAL_CHARACTERS = (      # in an index or a glob such as [0-9]
     "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
     "_-.,!^*?@+")
 # Shells and interpreters whose words are not those of sh.
-FOREIGN_SHELLS = {
-    "fish", "csh", "tcsh", "nu", "elvish", "xonsh", "pwsh", "rc", "es",
-    "python", "python3", "perl"}
+FOREIGN_SHELLS = set(
+    "fish csh tcsh nu elvish xonsh pwsh rc es python python3 perl".split())
 FREE_TYPES = {"string", "text", "secret"}   # types that can contain code
 # Words that other programs put in double braces, as Go templates do.
 FOREIGN_WORDS = {"end", "else"}
@@ -1846,33 +1841,20 @@ def split_percent(text: str) -> tuple[str, str, int]:
     """
     if "%" not in text:
         return text, "", len(text)
-    command, at = [], 0
-    while at < len(text) and text[at] != "%":
-        pair = text[at:at + 2]
-        if pair[0] == "\\":
-            command.append("%" if pair == "\\%" else pair)
-            at += 2
-        else:
-            command.append(pair[0])
-            at += 1
-    return "".join(command), input_text(text[at + 1:]), at
+    import re
+    end = re.match(r"(\\.|[^%])*", text, re.DOTALL).end()
+    command = re.sub(r"\\.", lambda match: "%" if match[0] == "\\%"
+                     else match[0], text[:end], flags=re.DOTALL)
+    return command, input_text(text[end + 1:]), end
 
 
 def input_text(text: str) -> str:
     """Return the standard input in `text`, what follows the first %: each
     further % is a newline, and it ends with one."""
-    if not text:
-        return ""
-    characters, at = [], 0
-    while at < len(text):
-        if text[at] == "\\" and text[at + 1:at + 2] == "%":
-            at += 1
-            characters.append("%")
-        else:
-            characters.append("\n" if text[at] == "%" else text[at])
-        at += 1
-    found = "".join(characters)
-    return found if found.endswith("\n") else found + "\n"
+    import re
+    found = re.sub(r"\\?%", lambda match: "\n" if match[0] == "%" else "%",
+                   text)
+    return found if not found or found.endswith("\n") else found + "\n"
 
 
 # --- line by line ---------------------------------------------------------
@@ -2199,8 +2181,7 @@ class TabReader:
         if command[0] == "*":
             self.reject(at, "bad command", "it begins with a star",
                         "five columns, not six")
-        if len(command) * 4 > LONGEST_COMMAND and len(command.encode(
-                "utf-8", "surrogateescape")) > LONGEST_COMMAND:
+        if len(command.encode("utf-8", "surrogateescape")) > LONGEST_COMMAND:
             self.reject(at, "bad command", "it is too long: the kernel takes "
                         f"{LONGEST_COMMAND:,} bytes", "put it into a script")
 
