@@ -2712,12 +2712,14 @@ def user_name(uid: int) -> str:
     return account.name if account else f"user id {uid}"
 
 
-def attribute(path: str, name: str) -> bytes:
-    """Return an extended attribute; b"" without one. Raises OSError."""
+def attribute(path: str | int, name: str) -> bytes:
+    """Return an extended attribute of a path or descriptor, or b"". A
+    symbolic link is not followed. Raises OSError."""
     if not hasattr(os, "getxattr"):     # macOS: its lists are not read
         return b""
     try:
-        return os.getxattr(path, name, follow_symlinks=False)
+        return os.getxattr(path, name,
+                           follow_symlinks=isinstance(path, int))
     except OSError as error:
         if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
             return b""
@@ -3031,14 +3033,18 @@ class HostInspector:
 # ==========================================================================
 # Chown: how does a tree get another owner?                       (files; C)
 #
-# The tree may be changed by its user while root walks it. So each entry is
-# opened first, and everything that is checked or changed afterwards goes
-# through that descriptor.
+# The tree may be changed by its user while root walks it. So each entry that
+# needs another owner is opened first, and everything that is checked or
+# changed afterwards goes through that descriptor.
 # ==========================================================================
 
 DEEPEST_TREE = 512      # levels; each keeps a directory open
 FRESH = 0.05            # seconds; a second change within them may leave the
                         # same ctime, whose clock ticks every 1 to 10 ms
+
+
+ELSEWHERE = "another file system"
+NOT_CHANGED = (stat.S_IFDIR, stat.S_IFBLK, stat.S_IFCHR)
 
 
 class ChownReport(FrozenRecord):
@@ -3056,12 +3062,14 @@ PATH_ONLY = getattr(os, "O_PATH", 0) if os.path.isdir("/proc/self/fd") else 0
 class ChownWalk:
     """Gives a tree to a user, also while somebody changes the tree.
 
-    Each entry is opened with O_PATH and O_NOFOLLOW, checked with fstat on
-    that descriptor and changed through it, so no other file can take its
-    place in between. A regular file with more hard links is changed only if
-    all of them are in this tree: a user can link to a file of somebody else.
-    Its ctime, which each link and rename sets, must not change while the
-    links are counted.
+    An entry with the wrong owner is opened with O_PATH and O_NOFOLLOW,
+    checked with fstat on that descriptor and changed through it, so no other
+    file can take its place in between; where nobody but root can change the
+    directory, it is changed by its name. An entry that is right is only
+    looked at. A regular file with more hard links is changed only if all of
+    them are in this tree: a user can link to a file of somebody else. Its
+    ctime, which each link and rename sets, must not change while the links
+    are counted.
     """
 
     def __init__(self, uid: int, gid: int, is_stopped=lambda: False):
@@ -3071,7 +3079,8 @@ class ChownWalk:
         self.left: list[tuple[str, str]] = []
         self.linked: dict[int, dict] = {}   # inode -> what was seen of it
         self.device = 0
-        self.flags = os.O_NOFOLLOW
+        self.descriptors = -1       # /proc/self/fd
+        self.is_mounted_below = False
 
     def walk(self, path: str) -> ChownReport:
         """Change the whole tree, the directory at `path` included. Raises
@@ -3080,13 +3089,18 @@ class ChownWalk:
         try:
             self.device = os.fstat(top).st_dev
             self.mount = mount_of(top)
-            self.files_mounted = any(
-                os.path.isfile(point) for point in mount_points())
+            if PATH_ONLY:       # else nothing to change through
+                self.descriptors = os.open("/proc/self/fd", PATH_ONLY)
+                real = os.readlink(f"/proc/self/fd/{top}").rstrip("/") + "/"
+                self.is_mounted_below = any(point.startswith(real)
+                                            for point in mount_points())
             self.folder(top, path, 0)
             for seen in self.linked.values():
                 self.hard_linked(top, path, seen)
         finally:
             os.close(top)
+            if self.descriptors >= 0:
+                os.close(self.descriptors)
         return ChownReport(self.changed, self.right, self.left)
 
     def leave(self, path: str, why: str) -> None:
@@ -3096,13 +3110,14 @@ class ChownWalk:
     def folder(self, fd: int, path: str, depth: int) -> None:
         """Change everything in a directory, then the directory itself: as
         long as root owns it, nobody can replace what was checked."""
-        below = []
+        below: list[tuple] = []
+        is_steady = not self.is_mounted_below and is_roots_alone(fd)
         with os.scandir(fd) as entries:
             for entry in entries:
                 if self.is_stopped():
                     return
                 try:
-                    self.entry(fd, entry.name, path, below)
+                    self.entry(fd, entry, path, is_steady, below)
                 except OSError as error:
                     self.leave(os.path.join(path, entry.name),
                                error.strerror)
@@ -3117,76 +3132,101 @@ class ChownWalk:
                 self.leave(inner, "changed while walking" if error.errno in (
                     errno.ELOOP, errno.ENOTDIR, errno.ENOENT)
                     else error.strerror)
-        self.give(fd, os.fstat(fd), path, os.fchown, fd)
+        self.give_directory(fd)
 
     def enter(self, fd, name, identity, path, depth) -> None:
         """Walk the directory `name` in `fd`, if it is still the one with
         `identity`: (device, inode)."""
         # O_NONBLOCK: a FIFO may have taken the folder's place.
         inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
-                        | self.flags, dir_fd=fd)
+                        | os.O_NOFOLLOW, dir_fd=fd)
         try:
             status = os.fstat(inner)
             if (status.st_dev, status.st_ino) != identity:
                 self.leave(path, "changed while walking")
+            elif mount_of(inner) != self.mount:
+                self.leave(path, ELSEWHERE)
             else:
                 self.folder(inner, path, depth + 1)
         finally:
             os.close(inner)
 
-    def entry(self, fd: int, name: str, path: str, below: list) -> None:
-        """Change one entry of the directory `fd`; directories are added to
-        `below`, and walked after all entries."""
-        held = os.open(name, PATH_ONLY | self.flags, dir_fd=fd) \
-            if PATH_ONLY else None
-        try:
-            status = os.fstat(held) if held is not None else os.stat(
-                name, dir_fd=fd, follow_symlinks=False)
-            kind = stat.S_IFMT(status.st_mode)
-            path = os.path.join(path, name)
-            if status.st_dev != self.device or (
-                    held is not None
-                    and (kind == stat.S_IFDIR or self.files_mounted)
-                    and mount_of(held) != self.mount):
-                self.leave(path, "another file system")
-            elif kind == stat.S_IFDIR:
-                below.append((name, (status.st_dev, status.st_ino)))
-            elif kind in (stat.S_IFBLK, stat.S_IFCHR):
-                self.leave(path, "a device")
-            elif kind == stat.S_IFREG and status.st_nlink > 1:
-                self.count_link(fd, name, path, status)
-            elif held is not None and kind != stat.S_IFLNK:
-                self.give(held, status, path, os.chown,
-                          f"/proc/self/fd/{held}")
-            else:
-                self.give(held, status, path, chown_link, (name, fd))
-        finally:
-            if held is not None:
-                os.close(held)
+    def entry(self, fd: int, entry, folder: str, is_steady: bool,
+              below: list) -> None:
+        """Change one entry of the directory `fd`, unless it is right.
 
-    def give(self, fd, status, path: str, chown, what) -> None:
-        """Change the owner of one entry, unless it is right already.
-
-        setuid and setgid bits are removed first: with another owner they
-        would give the rights of that owner away.
+        A directory is added to `below` and walked later. `is_steady`: nobody
+        else can replace the entry, so it can be changed by its name.
         """
+        status = entry.stat(follow_symlinks=False)
+        kind = stat.S_IFMT(status.st_mode)
+        if status.st_dev != self.device:
+            self.leave(os.path.join(folder, entry.name), ELSEWHERE)
+        elif kind == stat.S_IFDIR:
+            below.append((entry.name, (status.st_dev, status.st_ino)))
+        elif kind in (stat.S_IFBLK, stat.S_IFCHR):
+            self.leave(os.path.join(folder, entry.name), "a device")
+        elif status.st_uid == self.uid and status.st_gid == self.gid:
+            self.right += 1
+        elif PATH_ONLY and not (is_steady and is_plain(status)):
+            self.open_entry(fd, entry.name, folder)
+        elif kind == stat.S_IFREG and status.st_nlink > 1:
+            self.count_link(fd, entry.name, os.path.join(folder, entry.name),
+                            status)
+        else:
+            os.chown(entry.name, self.uid, self.gid, dir_fd=fd,
+                     follow_symlinks=False)
+            self.changed += 1
+
+    def open_entry(self, fd: int, name: str, folder: str) -> None:
+        """Change an entry that is not a directory through a descriptor.
+
+        What was found when its directory was read may be another file now.
+        """
+        held = os.open(name, PATH_ONLY | os.O_NOFOLLOW, dir_fd=fd)
+        try:
+            status = os.fstat(held)
+            kind = stat.S_IFMT(status.st_mode)
+            if self.is_mounted_below and mount_of(held) != self.mount:
+                self.leave(os.path.join(folder, name), ELSEWHERE)
+            elif kind in NOT_CHANGED or status.st_dev != self.device:
+                self.leave(os.path.join(folder, name),
+                           "changed while walking")
+            elif kind == stat.S_IFREG and status.st_nlink > 1:
+                self.count_link(fd, name, os.path.join(folder, name), status)
+            elif kind == stat.S_IFLNK:
+                os.chown(name, self.uid, self.gid, dir_fd=fd,
+                         follow_symlinks=False)
+                self.changed += 1
+            else:
+                self.drop_special_bits(held, status, folder, name)
+                os.chown(str(held), self.uid, self.gid,
+                         dir_fd=self.descriptors)
+                self.changed += 1
+        finally:
+            os.close(held)
+
+    def drop_special_bits(self, held: int, status, *path: str) -> None:
+        """Remove the setuid and setgid bits of a file: with another owner
+        they would give the rights of that owner away."""
+        if stat.S_ISREG(status.st_mode) and status.st_mode & 0o6000:
+            os.chmod(f"/proc/self/fd/{held}", status.st_mode & 0o1777)
+            self.leave(os.path.join(*path),
+                       "given over without its setuid and setgid bits")
+
+    def give_directory(self, fd: int) -> None:
+        """Change the owner of an open directory, unless it is right."""
+        status = os.fstat(fd)
         if (status.st_uid, status.st_gid) == (self.uid, self.gid):
             self.right += 1
             return
-        if stat.S_ISREG(status.st_mode) and status.st_mode & 0o6000 \
-                and fd is not None:
-            os.chmod(f"/proc/self/fd/{fd}", status.st_mode & 0o1777)
-            self.leave(path, "given over without its setuid and setgid bits")
-        elif stat.S_ISDIR(status.st_mode) and status.st_mode & 0o6000:
+        if status.st_mode & 0o6000:
             os.fchmod(fd, status.st_mode & 0o1777)
-        chown(what, self.uid, self.gid)
+        os.fchown(fd, self.uid, self.gid)
         self.changed += 1
 
     def count_link(self, fd, name, path, status) -> None:
         """Remember one of the hard links of a file for `hard_linked`."""
-        if (status.st_uid, status.st_gid) == (self.uid, self.gid):
-            self.right += 1
-            return
         if not self.waited and -FRESH < time.time() - status.st_ctime < FRESH:
             # Made a moment ago, by a task that ended just now.
             self.waited = True
@@ -3214,7 +3254,7 @@ class ChownWalk:
             for depth, name in enumerate(folders, start=1):
                 flags = PATH_ONLY if depth == len(folders) \
                     else PATH_ONLY | os.O_DIRECTORY
-                inner = os.open(name, flags | self.flags, dir_fd=fd)
+                inner = os.open(name, flags | os.O_NOFOLLOW, dir_fd=fd)
                 os.close(fd)
                 fd = inner
             now = os.fstat(fd)
@@ -3222,12 +3262,28 @@ class ChownWalk:
                     status.st_ino, status.st_dev, status.st_nlink,
                     status.st_ctime_ns):
                 return self.leave(path, "changed while walking")
-            self.give(fd, now, path, os.chown, f"/proc/self/fd/{fd}")
+            self.drop_special_bits(fd, now, path)
+            os.chown(str(fd), self.uid, self.gid, dir_fd=self.descriptors)
+            self.changed += 1
         except OSError as error:
             self.leave(path, error.strerror)
         finally:
             os.close(fd)
         return None
+
+
+def is_roots_alone(fd: int) -> bool:
+    """Whether nobody but root can rename or replace anything in an open
+    directory. Raises OSError."""
+    status = os.fstat(fd)
+    return status.st_uid == 0 and not status.st_mode & 0o022 \
+        and not attribute(fd, NFS4_ACL)
+
+
+def is_plain(status) -> bool:
+    """Whether a file has one name and no setuid or setgid bit."""
+    return not stat.S_ISREG(status.st_mode) or (
+        status.st_nlink == 1 and not status.st_mode & 0o6000)
 
 
 def mount_of(fd: int) -> str:
@@ -3251,12 +3307,6 @@ def mount_points() -> list[str]:
             return [line.split()[4].replace(r"\040", " ") for line in file]
     except OSError:
         return []
-
-
-def chown_link(what: tuple, uid: int, gid: int) -> None:
-    """lchown for (name, descriptor of its directory)."""
-    name, fd = what
-    os.chown(name, uid, gid, dir_fd=fd, follow_symlinks=False)
 
 
 def raise_open_files() -> None:
@@ -5409,7 +5459,7 @@ class Runner:
         for name, why in done.left[:LEFT_NAMED]:
             self.log_line(f"left alone: {name}: {why}")
         serious = [name for name, why in done.left
-                   if why != "another file system"]
+                   if why != ELSEWHERE]
         if serious:
             self.problem("housekeeping", "warning", "chownFiles",
                          f"{path}: left alone: {len(serious):,}, the first "

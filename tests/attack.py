@@ -109,6 +109,39 @@ class Race:
             os.chown(path, 0, 0)
 
 
+class Names:
+    """A directory in a tree, root's but open to alice in one way, and in it a
+    file of root's that she swaps with a hard link to one outside."""
+
+    KINDS = {"mode": 0o777, "group": 0o775, "hers": 0o755, "list": 0o755}
+
+    def __init__(self, folder: Path, kind: str):
+        self.kind, self.tree = kind, folder / "tree"
+        self.victims, self.place = folder / "victims", folder / "tree" / "d"
+        self.victims.mkdir(parents=True)
+        self.place.mkdir(parents=True)
+        (self.victims / "shadow").write_text("secret")
+        (self.place / "plain").write_text("x")
+        os.link(self.victims / "shadow", self.place / "hard")
+        self.place.chmod(self.KINDS[kind])
+        if kind == "list":
+            support.set_acl(self.place,
+                            (support.ACL_USER, 7, support.ALICE_UID))
+        self.reset()
+
+    def reset(self) -> None:
+        """As root's task leaves it: the walk has given it to alice."""
+        hers = support.ALICE_UID
+        os.chown(self.place, hers if self.kind == "hers" else 0,
+                 hers if self.kind == "group" else 0)
+
+    def attacker(self):
+        return attacking("swap", self.place / "plain", self.place / "hard")
+
+    def stolen(self) -> int:
+        return stolen_below(self.victims)
+
+
 class Links:
     """A file of root's with a name outside and one inside the tree, where
     alice moves it about (`link`), or the folder it is in (`folder`), so that

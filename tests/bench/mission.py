@@ -13,6 +13,15 @@ row says what is wanted and what was measured; nothing here fails.
               elapsed column, one redaction, and two filters for the mail
     memory    1 GB of output in lines of 200 bytes, as the same
     endless   1 GB of output in one line that never ends
+    chown     the walk over 200,000 small files, all or none to change,
+              against `chown -R` (root)
+    commit    a run that commits the same with 0 or 100 files changed,
+              with and without chown, against `git add` and `git commit`
+              (root)
+    nights    60 runs that commit 250 changed files each, against git alone:
+              loose objects, size, the last night against the first
+
+--quick takes 20,000 files and 30 nights.
 """
 
 from __future__ import annotations
@@ -34,6 +43,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = "/usr/bin/python3"     # the one that cron would start
 LINES, GIGABYTE = 1_000_000, 1_000_000_000
+FILES, NIGHTS, CHANGED = 200_000, 60, 250
+QUICK_FILES, QUICK_NIGHTS = 20_000, 30
+PER_DIRECTORY = 100
 LOOK = 0.02                     # s between two looks at a process's memory
 
 
@@ -45,6 +57,7 @@ class Bench:
         self.tasks, self.logs = folder / "tasks", folder / "logs"
         self.out, self.config = folder / "out", folder / "mission.config.json"
         self.bin = folder / "bin"
+        self.files, self.nights = FILES, NIGHTS
         for path in (self.tasks, self.logs, self.bin):
             path.mkdir()
         # The mail must be made, or the filters have nothing to do.
@@ -60,8 +73,8 @@ class Bench:
             "tasks": [{"slug": slug, "name": slug, "type": "exec",
                        "scheduled": True} for slug in scripts],
             "user": {"name": some_user(), "email": "bench@example.com"},
-            "storage": {"tasks": {"path": str(self.tasks)},
-                        "logs": {"path": str(self.logs)}}, **more}))
+            **{"storage": {"tasks": {"path": str(self.tasks)},
+                           "logs": {"path": str(self.logs)}}, **more}}))
         self.config.chmod(0o600)
 
     def write_noisy(self, script: str) -> None:
@@ -248,8 +261,167 @@ def endless(bench: Bench, runs: int) -> None:
          f"head -c {GIGABYTE} /dev/zero | tr '\\0' x")
 
 
+# --- storages: chown and commit ----------------------------------------------
+
+
+def make_files(folder: Path, count: int) -> None:
+    """Small files of different content, in directories."""
+    for first in range(0, count, PER_DIRECTORY):
+        place = folder / f"{first // PER_DIRECTORY:05}"
+        place.mkdir(parents=True)
+        for number in range(first, min(first + PER_DIRECTORY, count)):
+            fd = os.open(place / f"{number:07}.txt", os.O_CREAT | os.O_WRONLY)
+            os.write(fd, b"%d\n" % number)
+            os.close(fd)
+
+
+def change_files(folder: Path, count: int, uid: int, turn: int) -> None:
+    """Another content for files in as many directories, given to `uid`."""
+    paths = sorted(folder.glob("[0-9]*"))
+    for number in range(count):
+        files = sorted(paths[number % len(paths)].glob("*.txt"))
+        path = files[(number // len(paths) + turn) % len(files)]
+        path.write_text(f"{turn} {number}\n")
+        os.chown(path, uid, uid)
+
+
+# The walk alone, in a new process; its time is what it prints.
+WALK = """
+import importlib.util, sys, time
+spec = importlib.util.spec_from_file_location("mission", sys.argv[1])
+mission = importlib.util.module_from_spec(spec)
+sys.modules["mission"] = mission
+spec.loader.exec_module(mission)
+before = time.perf_counter()
+mission.chown_tree(sys.argv[2], int(sys.argv[3]), int(sys.argv[3]))
+print(time.perf_counter() - before)
+"""
+
+
+def chown(bench: Bench, runs: int) -> None:
+    if os.geteuid():
+        return row("chown", "", "not measured", "needs root")
+    folder, uid = bench.folder / "tree", pwd.getpwnam(some_user()).pw_uid
+    make_files(folder, bench.files)
+
+    def theirs(owner: int) -> float:
+        return bench.seconds(["/bin/chown", "-R", f"{owner}:{owner}",
+                              str(folder)])
+
+    def ours(owner: int) -> float:
+        bench.seconds([bench.python, "-I", "-S", "-c", WALK,
+                       str(bench.script), str(folder), str(owner)])
+        return float(bench.out.read_text())
+
+    for name, wanted, before in (("chown: all to change", "2.0", 0),
+                                 ("chown: nothing to change", "1.0", uid)):
+        pairs = in_turn(runs or 7, partial(theirs, before),
+                        partial(theirs, uid), partial(theirs, before),
+                        partial(ours, uid))
+        _, peer, _, mine = pairs
+        row(name, wanted, f"{median(b / a for a, b in zip(peer, mine)):.2f}",
+            f"{bench.files:,} files: ours {median(mine):.2f} s, chown -R "
+            f"{median(peer):.2f} s")
+    return None
+
+
+class Committed:
+    """A repository of another user, and two ways to commit it."""
+
+    def __init__(self, bench: Bench, name: str, files: int):
+        self.bench, self.folder = bench, bench.folder / name
+        self.user = pwd.getpwnam(some_user())
+        self.become = ["/usr/bin/setpriv", f"--reuid={self.user.pw_uid}",
+                       f"--regid={self.user.pw_gid}", "--clear-groups"] \
+            if os.geteuid() == 0 else ["/usr/bin/env"]
+        self.git = [shutil.which("git"), "-C", str(self.folder), "-c",
+                    "user.name=bench", "-c", "user.email=bench@example.com",
+                    "-c", "gc.autoDetach=false"]
+        make_files(self.folder, files)
+        self.shell("git init -q; git add -A; git commit -qm first; git gc -q",
+                   "-c", "core.fsync=none")
+
+    def shell(self, text: str, *options: str) -> float:
+        """Run git commands as the owner; the seconds they took."""
+        if os.geteuid() == 0 and not (self.folder / ".git").exists():
+            subprocess.run(["chown", "-R", str(self.user.pw_uid),
+                            str(self.folder)], check=True)
+        git = " ".join(self.git + list(options))
+        return self.bench.seconds([*self.become, "/bin/sh", "-ec",
+                                   text.replace("git ", git + " ")])
+
+    def by_git(self) -> float:
+        return self.shell("git add -A; git commit -qm night || true")
+
+    def by_mission(self) -> float:
+        return self.bench.seconds(self.bench.mission("run", "--headless"))
+
+    def change(self, count: int, turn: int) -> None:
+        change_files(self.folder, count, self.user.pw_uid, turn)
+
+    def size(self) -> tuple[int, float]:
+        """The number of loose objects, and the megabytes of .git."""
+        loose = sum(len(list(place.iterdir())) for place in
+                    (self.folder / ".git/objects").glob("??"))
+        blocks = sum(os.lstat(os.path.join(place, name)).st_blocks
+                     for place, _, names in os.walk(self.folder / ".git")
+                     for name in names)
+        return loose, blocks * 512 / 1e6
+
+
+def configure(bench: Bench, storage: Committed, with_chown: bool) -> None:
+    bench.write({"nothing": ""}, storage={
+        "tasks": {"path": str(bench.tasks)}, "logs": {"path": str(bench.logs)},
+        "sync": {"path": str(storage.folder), "commit": True,
+                 "chown": with_chown}})
+
+
+def commit(bench: Bench, runs: int) -> None:
+    if os.geteuid():
+        return row("commit", "", "not measured", "needs root")
+    alone = Committed(bench, "alone", bench.files)
+    ours = Committed(bench, "ours", bench.files)
+    turn = 0
+    for with_chown in (False, True):
+        configure(bench, ours, with_chown)
+        for count in (0, 100):
+            pairs = []
+            for _ in range((runs or 5) + 1):
+                turn += 1
+                alone.change(count, turn)
+                ours.change(count, turn)
+                pairs.append((alone.by_git(), ours.by_mission()))
+            pairs = pairs[1:]
+            row(f"commit: {count} changed{', chown' * with_chown}",
+                "1.5 to 2.5", f"{median(b / a for a, b in pairs):.2f}",
+                f"{bench.files:,} files: ours "
+                f"{median(b for _, b in pairs):.2f} s, git "
+                f"{median(a for a, _ in pairs):.2f} s")
+    return None
+
+
+def nights(bench: Bench, _runs: int) -> None:
+    """Ours and git alone in turn, on repositories of 1,000 files."""
+    repositories = [Committed(bench, name, 1000) for name in ("git", "ours")]
+    configure(bench, repositories[1], False)
+    times = []
+    for night in range(bench.nights):
+        for repository in repositories:
+            repository.change(CHANGED, night)
+        times.append((repositories[0].by_git(), repositories[1].by_mission()))
+        bench.forget_logs()
+    for repository, mine, name in zip(repositories, zip(*times),
+                                      ("git alone", "mission")):
+        loose, size = repository.size()
+        row(f"nights: {name}, {bench.nights} of {CHANGED}", "",
+            f"{loose:,} loose", f"{size:.0f} MB; first three "
+            f"{median(mine[:3]):.2f} s, last three {median(mine[-3:]):.2f} s, "
+            f"longest {max(mine):.2f} s")
+
+
 FIGURES = {figure.__name__: figure
-           for figure in (start, tasks, lines, memory, endless)}
+           for figure in (start, tasks, lines, memory, endless, chown, commit,
+                          nights)}
 
 
 def main() -> None:
@@ -262,6 +434,8 @@ def main() -> None:
     parser.add_argument("--mission", type=Path, default=ROOT / "mission.py",
                         help="another mission.py than the one at the top")
     parser.add_argument("--dir", help="where 2 GB are free (default: /tmp)")
+    parser.add_argument("--quick", action="store_true",
+                        help=f"{QUICK_FILES:,} files, {QUICK_NIGHTS} nights")
     args = parser.parse_args()
     version = subprocess.run([args.python, "-V"], stdout=subprocess.PIPE)
     print(f"{version.stdout.decode().strip()}, {os.cpu_count()} processors, "
@@ -271,8 +445,11 @@ def main() -> None:
         if args.only in (None, name):
             with tempfile.TemporaryDirectory(dir=args.dir) as folder:
                 os.chmod(folder, 0o755)
-                figure(Bench(Path(folder), args.mission.resolve(),
-                             args.python), args.runs)
+                bench = Bench(Path(folder), args.mission.resolve(),
+                              args.python)
+                if args.quick:
+                    bench.files, bench.nights = QUICK_FILES, QUICK_NIGHTS
+                figure(bench, args.runs)
 
 
 if __name__ == "__main__":

@@ -174,6 +174,33 @@ def test_2_a_careless_walk_loses_that_race(arena, kind, careless):
     assert stolen > 0
 
 
+@pytest.mark.parametrize("kind", attack.Names.KINDS)
+def test_a_name_is_changed_only_where_nobody_can_swap_it(arena, kind):
+    rig = attack.Names(arena, kind)
+
+    def walk(tree, uid, gid):
+        rig.reset()
+        chown_tree(tree, uid, gid)
+
+    passes, stolen = race(rig, walk)
+    assert stolen == 0 and passes > 10
+
+
+@pytest.mark.parametrize("kind", attack.Names.KINDS)
+def test_a_walk_that_changes_any_name_loses_that_race(arena, kind,
+                                                      monkeypatch):
+    mission = support.load("mission")
+    monkeypatch.setattr(mission, "is_roots_alone", lambda _fd: True)
+    rig = attack.Names(arena, kind)
+
+    def walk(tree, uid, gid):
+        rig.reset()
+        chown_tree(tree, uid, gid)
+
+    _, stolen = race(rig, walk, 60)
+    assert stolen > 0
+
+
 @pytest.mark.parametrize("kind", ["link", "folder"])
 def test_3_a_link_that_is_moved_about_is_not_counted_twice(arena, kind):
     passes, stolen = race(attack.Links(arena, kind), chown_tree)
