@@ -290,7 +290,7 @@ def test_a_second_koid_says_so_and_leaves_the_first_alone(koi):
         koi.command("daemon"), env=koi.env, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
     assert second.returncode == 1 and b"already runs" in second.stderr
-    assert second.stderr.count(b"\n") == 1
+    assert second.stderr.count(b"\n") == 2     # an error and its hint
     assert koi.run("job")[3]["exit"] == 0
     assert koi.ask("status")["pid"] == koi.daemon.pid
 
