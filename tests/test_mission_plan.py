@@ -48,13 +48,14 @@ def test_a_headless_run_has_every_step_in_the_order_of_the_contract():
     assert words(plan) == [
         "start", "outbox", "mail_start", "ping_start", "notify_start",
         "task:a", "task:b", "chown:sync", "commit:sync", "task:z", "finish",
-        "notify_finish", "summary", "mail_finish", "ping_finish"]
+        "notify_finish", "summary", "keep_records",
+        "mail_finish", "ping_finish"]
 
 
 def test_a_run_by_hand_neither_mails_nor_pings():
     plan = mission.plan(config(task("a"), **ALL), [], False)
     assert words(plan) == ["start", "notify_start", "task:a", "finish",
-                           "notify_finish", "summary"]
+                           "notify_finish", "summary", "keep_records"]
 
 
 def test_quiet_takes_the_notifications_away_and_nothing_else():
@@ -85,7 +86,7 @@ def test_all_chowns_come_before_all_commits():
 def test_a_run_of_post_tasks_alone_neither_chowns_nor_commits():
     both = config(task("a"), task("z", post=True), storage=["sync"])
     assert words(mission.plan(both, ["z"], False)) == [
-        "start", "task:z", "finish", "summary"]
+        "start", "task:z", "finish", "summary", "keep_records"]
     assert "commit:sync" in words(mission.plan(both, ["a"], False))
 
 
