@@ -110,13 +110,12 @@ class Dashboard:
         dashboard.db.execute("pragma synchronous=off")
         dashboard.db.execute("pragma cache_size=-262144")
         dashboard.db.execute("begin")
-        dashboard.db.execute(
-            "insert into dashboards (dash, salt, rounds, api, view, ping_key,"
-            " badge_key, made) values (?, ?, 600000, ?, ?, 'pings', 'badge',"
-            " ?)", (DASH, "00" * 16, KOI.sha256_hex(API),
-                    KOI.sha256_hex(VIEW), time.time()))
+        dashboard.db.insert(
+            "dashboard", id=1, dash=DASH, salt="00" * 16, rounds=600_000,
+            api_sha256=KOI.sha256_hex(API), view_sha256=KOI.sha256_hex(VIEW),
+            ping_key="pings", badge_key="badge", created=time.time())
         if fill:
-            fill(dashboard.db)
+            fill(dashboard.db.connection)
         dashboard.db.execute("commit")
         dashboard.close()
 
@@ -164,8 +163,8 @@ def put_hosts(db, many: int) -> None:
     """Hosts with a list, seen a moment ago."""
     now = time.time()
     db.executemany(
-        "insert into hosts (dash, host, name, token, made, seen, list, mac, "
-        "list_sha) values (1, ?, ?, ?, ?, ?, '{}', '', ?)",
+        "insert into hosts (host, name, token, joined, seen, list, mac, "
+        "list_sha) values (?, ?, ?, ?, ?, '{}', '', ?)",
         [(name_of_host(n), f"host{n}", KOI.sha256_hex(token_of_host(n)), now,
           now, KOI.sha256_hex("{}")) for n in range(1, many + 1)])
 
@@ -411,9 +410,9 @@ def load_pings(port: int, paths: list, wires: int, seconds: float) -> None:
 
 def put_checks(db) -> None:
     db.executemany(
-        "insert into checks (dash, uuid, name, slug, tags, desc, kind, "
+        "insert into checks (uuid, name, slug, tags, desc, kind, "
         "period, grace, schedule, tz, start_within, run_limit, "
-        "manual_resume, methods, made) values (1, ?, ?, ?, '', '', ?, 300, "
+        "manual_resume, methods, created) values (?, ?, ?, '', '', ?, 300, "
         "60, '*/5 * * * *', 'UTC', 0, 0, 0, '', ?)",
         [(uuid_of(n), f"check {n}", f"check-{n}", "cron" if n % 2 else
           "simple", time.time()) for n in range(PING_CHECKS)])
@@ -790,11 +789,11 @@ class Filling:
         for name, _ in indexes:
             db.execute(f"drop index {name}")
         db.executemany(
-            "insert into runs (dash, job, host, epoch, n, change, trigger, "
+            "insert into runs (job, host, epoch, n, change, trigger, "
             "state, at, due, started, ended, exit, reason, args, attempt, "
-            "count, bytes, cut, size, have, line, until) values (1, ?, ?, 1, "
-            "?, ?, 'schedule', 'done', ?, ?, ?, ?, ?, '', '{}', 1, 1, ?, 0, "
-            "?, ?, ?, ?)", self.rows())
+            "count, bytes, cut, size, have, line, keep_until) values (?, ?, "
+            "1, ?, ?, 'schedule', 'done', ?, ?, ?, ?, ?, '', '{}', 1, 1, ?, "
+            "0, ?, ?, ?, ?)", self.rows())
         for _, text in indexes:
             db.execute(text)
         self.put_outputs(db)
@@ -803,8 +802,8 @@ class Filling:
 
     def put_jobs(self, db) -> None:
         db.executemany(
-            "insert into jobs (dash, host, user, tag, section, name, label, "
-            "timing, words, command, next, last_ok, spec) values (1, ?, "
+            "insert into jobs (host, user, tag, section, name, label, "
+            "timing, words, command, next, last_ok, spec) values (?, "
             "'root', ?, ?, ?, ?, '*/5 * * * *', 'every 5 minutes', ?, ?, ?, "
             "'{}')",
             [(n % self.hosts + 1, f"job{n}", ("", "nightly", "web")[n % 3],
@@ -852,21 +851,20 @@ class Filling:
         first = self.runs - self.outputs + 1
         frames = [(run, self.frames(run)) for run in range(first,
                                                            self.runs + 1)]
-        db.executemany("insert into outputs (run, at, lines, data) values "
-                       "(?, 0, 41, ?)", frames)
+        db.executemany("insert into outputs (run, at, data) values "
+                       "(?, 0, ?)", frames)
         found = db.execute("select 1 from sqlite_master where name = 'found'"
                            ).fetchone()
         if found:
             db.executemany(
                 "insert into found (rowid, text) values (?, ?)",
-                [(run * KOI.MOST_PIECES, KOI.text_pieces(data)[0])
-                 for run, data in frames])
-            db.execute("update runs set pieces = 1 where id >= ?", (first,))
+                [(run, KOI.indexed_text(data)) for run, data in frames])
+            db.execute("update runs set indexed = 1 where id >= ?", (first,))
 
     def put_others(self, db) -> None:
         db.executemany(
-            "insert into audit (dash, at, what, host, job, label, state) "
-            "values (1, ?, 'run', ?, ?, 'a job', 'accepted')",
+            "insert into audit (at, what, host, job, label, state) "
+            "values (?, 'run', ?, ?, 'a job', 'accepted')",
             [(self.now - n * 60, name_of_host(1), n % self.jobs + 1)
              for n in range(20_000)])
         db.executemany(
