@@ -3820,10 +3820,12 @@ class Database:
             f"{self.path}: {error}")
 
     def set_pragmas(self, *lines: str) -> None:
+        """Carry out pragmas such as "synchronous=full"."""
         for line in lines:
             self.execute(f"pragma {line}").fetchall()
 
     def close(self) -> None:
+        """Close the file, if it is open."""
         if self.connection:
             self.connection.close()
         self.connection = None
@@ -3918,6 +3920,7 @@ class Database:
 
     @property
     def in_transaction(self) -> bool:
+        """Is a transaction open?"""
         return self.connection.in_transaction
 
     def transaction(self) -> Transaction:
