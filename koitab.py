@@ -329,6 +329,7 @@ class Diagnostic(FrozenRecord):
     why: str
     hint: str = ""
     fatal: bool = True      # False: a warning, and the value is used
+    scope: str = ""         # what cannot be used; "": the whole file
 
     def text(self, file: str) -> str:
         """Return FILE:LINE:COLUMN: [warning: ][WHAT: ]WHY[ (HINT)]."""

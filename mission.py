@@ -234,6 +234,7 @@ class Diagnostic(FrozenRecord):
     why: str
     hint: str = ""
     fatal: bool = True      # False: a warning, and the value is used
+    scope: str = ""         # what cannot be used; "": the whole file
 
     def text(self, file: str) -> str:
         """Return FILE:LINE:COLUMN: [warning: ][WHAT: ]WHY[ (HINT)]."""
@@ -735,6 +736,7 @@ class Config(ConfigObject):
     }
 
     path: str = ""
+    real_path: str = ""         # the same without symbolic links
 
     def directory(self, name: str) -> str:
         """The directory of the storage `name`."""
@@ -780,28 +782,28 @@ class DiagnosticList:
         self.paths: set[tuple] = set()      # paths that have a diagnostic
 
     def add(self, path: tuple, why: str, hint: str,
-            at: int | None = None) -> None:
-        """Add an error of the value at `path`, or at the offset `at`."""
-        self.paths.add(path)
-        self.found.append(self.diagnostic(path, why, hint, at))
+            at: int | None = None, scope: str = "") -> None:
+        """Add an error of the value at `path`, or at the offset `at`.
 
-    def diagnostic(self, path: tuple, why: str, hint: str,
-                   at: int | None = None) -> Diagnostic:
-        """A diagnostic of a value, or of the nearest object around it."""
+        Its place is that of the value, or of the nearest object around it.
+        """
+        self.paths.add(path)
         place = path
         while place and place not in self.places:
             place = place[:-1]
         at = self.places.get(place, 0) if at is None else at
-        return Diagnostic(
+        self.found.append(Diagnostic(
             self.text.count("\n", 0, at) + 1,
-            at - self.text.rfind("\n", 0, at), key_path(path), why, hint)
+            at - self.text.rfind("\n", 0, at), key_path(path), why, hint,
+            scope=scope))
 
 
 class ConfigReader:
     """Turns text into a Config; errors are collected in `diagnostics`."""
 
-    def __init__(self, text: str, path: str):
+    def __init__(self, text: str, path: str, real_path: str = ""):
         self.path, self.diagnostics = path, DiagnosticList(text)
+        self.real_path = real_path or path
         self.values = self.parse(text)
 
     def parse(self, text: str):
@@ -825,7 +827,7 @@ class ConfigReader:
         not an object."""
         if isinstance(self.values, dict):
             return self.read_object(Config, self.values, ()).replace(
-                path=self.path)
+                path=self.path, real_path=self.real_path)
         if not self.diagnostics.found:
             self.diagnostics.add(
                 (), f"{described(self.values)} is no object", "{ ... }")
@@ -877,11 +879,16 @@ class ConfigReader:
                                             is_valid), path)
 
 
+class UnknownHome(ValueError):
+    """`~` stands for the home of a user who does not exist."""
+
+
 def absolute_path(path: str, base: str, user: str, home_of) -> str:
     """`path` without `~` and, if relative, relative to the directory `base`.
 
     `~` is the home of `user`, `~bob` that of bob. `home_of(name)` returns a
-    home or None. Raises ValueError with what is wrong.
+    home or None. Raises ValueError with what is wrong, UnknownHome with the
+    name of the user.
     """
     if "\0" in path:
         raise ValueError("a path cannot hold NUL")
@@ -889,8 +896,7 @@ def absolute_path(path: str, base: str, user: str, home_of) -> str:
         name, _, rest = path[1:].partition("/")
         home = home_of(name or user)
         if home is None:
-            raise ValueError(f"{path}: ~ needs the home of {name or user}, "
-                             "who is unknown")
+            raise UnknownHome(name or user)
         path = posixpath.join(home, rest)
     # normpath(3) keeps two leading slashes, which POSIX leaves open.
     return "/" + posixpath.normpath(posixpath.join(base, path)).lstrip("/")
@@ -912,19 +918,36 @@ def resolve_paths(record: ConfigObject, absolute) -> ConfigObject:
 
 def resolved(config: Config, home_of, diagnostics: DiagnosticList) -> Config:
     """The configuration with absolute paths, and a name and an entrypoint
-    for each task. `home_of(name)` returns a home or None."""
+    for each task. `home_of(name)` returns a home or None.
+
+    A path that cannot be resolved becomes "". Relative paths start from the
+    directory of the file itself, also if a symbolic link leads to it.
+    """
+    homeless: list[tuple] = []  # paths below ~ of user.name, if unknown
+
     def absolute(path: str, where: tuple) -> str:
         if path.startswith("~") and not config.user.name:
             return ""           # the missing name is reported
+        hint = "an absolute path, or ~ of a user of this host"
         try:
-            return absolute_path(path, posixpath.dirname(config.path),
+            return absolute_path(path, posixpath.dirname(config.real_path),
                                  config.user.name, home_of)
+        except UnknownHome as error:
+            if str(error) == config.user.name:
+                homeless.append(where)
+            else:
+                diagnostics.add(where, f"{described(path)}: cannot expand ~: "
+                                f"there is no user {error}", hint)
         except ValueError as error:
-            diagnostics.add(where, str(error),
-                            "an absolute path, or ~ of a user of this host")
-            return ""
+            diagnostics.add(where, str(error), hint)
+        return ""
 
     found = resolve_paths(config, absolute)
+    if homeless:
+        diagnostics.add(
+            ("user", "name"), f"there is no user {described(config.user.name)}"
+            f" ({plural(len(homeless), 'path')} below ~ of this user)",
+            "the name of a user of this host")
     directory = found.directory("tasks") if "tasks" in found.storage else ""
     return found.replace(tasks=tuple(task.replace(
         name=task.name or task.slug,
@@ -993,24 +1016,30 @@ class HostFacts(FrozenRecord):
     writer: str = ""            # who else could change the configuration
 
 
+# What a run cannot use because of a diagnostic. Nothing at all: "" (the
+# whole file) and "trust" (it is not even used to send an alert). Else the run
+# is made without: "task SLUG", "storage NAME", "chown NAME", "filters",
+# "mail", "ping", "passBin", "caFile"; and with "delivery", which is reported
+# by `check` only: the run itself finds out what could not be delivered.
+SCOPES = ("", "trust")
+
+
 class ConfigValidator:
     """Validates one configuration by the facts; adds to `diagnostics`.
 
-    A value that has a diagnostic already gets no second one. Errors of a
-    task's script are kept apart, in `scripts`: slug -> diagnostics. They
-    make one task fail, not the run.
+    A value that has a diagnostic already gets no second one. The scope of
+    a diagnostic says what a run cannot use, see SCOPES.
     """
 
     def __init__(self, config: Config, facts: HostFacts,
                  diagnostics: DiagnosticList):
         self.config, self.facts = config, facts
         self.diagnostics, self.known = diagnostics, set(diagnostics.paths)
-        self.scripts: dict[str, list[Diagnostic]] = {}
 
-    def add(self, path: tuple, why: str, hint: str) -> None:
+    def add(self, path: tuple, why: str, hint: str, scope: str = "") -> None:
         """Add an error of the value at `path`, unless it has one already."""
         if not self.is_known(path):
-            self.diagnostics.add(path, why, hint)
+            self.diagnostics.add(path, why, hint, scope=scope)
 
     def is_known(self, path: tuple) -> bool:
         """Whether the value, or an object around it, has a diagnostic."""
@@ -1031,17 +1060,17 @@ class ConfigValidator:
             trusted = "nobody else" if self.config.trust == "root" \
                 else self.config.user.name
             self.add((), self.facts.writer, f"root and {trusted} alone can "
-                     "write it and its folders")
+                     "write it and its folders", "trust")
 
-    def check_account(self, name: str, path: tuple) -> None:
+    def check_account(self, name: str, path: tuple, scope: str = "") -> None:
         """Check a user that tasks run as, or that gets the files."""
         uid = self.facts.uids.get(name)
         if uid is None:
             self.add(path, f"there is no user {described(name)}",
-                     "the name of a user of this host")
+                     "the name of a user of this host", scope)
         elif uid in NOT_A_USER:
             self.add(path, f"{name} has the user id {uid}",
-                     "an unprivileged user")
+                     "an unprivileged user", scope)
 
     # --- storages ---------------------------------------------------------
 
@@ -1062,41 +1091,44 @@ class ConfigValidator:
                 self.add(storage.where, "gives the variable "
                          f"{storage.variable}, as does storage.{other}",
                          "a name of its own")
-            self.check_storage(storage)
-            if storage.chown:
-                self.check_chown(storage)
+            if storage.path:    # else it could not be resolved
+                self.check_storage(storage)
+                if storage.chown:
+                    self.check_chown(storage)
 
     def check_storage(self, storage: Storage) -> None:
         """Check that the directory is usable, and a repository if it is to
         be committed."""
         path, commit = storage.path, storage.where + ("commit",)
+        scope = f"storage {storage.name}"
         error = self.facts.storage_errors.get(storage.name)
         if error:
             self.add(storage.where + ("path",), f"{path} {error}",
                      f"mkdir -p {path}" if "exist" in error
-                     else "a folder that mission can use")
+                     else "a folder that mission can use", scope)
         elif storage.commit and storage.name not in self.facts.repositories:
             self.add(commit, f"{path} is no git repository",
-                     f"git init {path}, as its owner")
+                     f"git init {path}, as its owner", scope)
         if storage.commit and not self.facts.programs.get("git"):
-            self.add(commit, "there is no git", "install git")
+            self.add(commit, "there is no git", "install git", scope)
 
     def check_chown(self, storage: Storage) -> None:
         """Giving away the wrong directory as root cannot be undone."""
-        where = storage.where + ("chown",)
+        where, scope = storage.where + ("chown",), f"chown {storage.name}"
         inside = [self.config.directory("tasks")] \
             if "tasks" in self.config.storage else []
         for path in inside + [self.config.path]:
             if path.startswith(storage.path.rstrip("/") + "/"):
                 self.add(where, f"{storage.path} holds {path}",
-                         "a folder that holds backups alone")
+                         "a folder that holds backups alone", scope)
         if storage.name in self.facts.of_system:
             self.add(where, f"{storage.path} belongs to the system",
-                     "a folder that holds backups alone")
+                     "a folder that holds backups alone", scope)
         elif self.facts.foreign_files.get(storage.name):
             self.add(where, "it holds "
                      + self.facts.foreign_files[storage.name],
-                     f"files of root and {self.config.user.name} alone")
+                     f"files of root and {self.config.user.name} alone",
+                     scope)
 
     # --- tasks ------------------------------------------------------------
 
@@ -1114,17 +1146,15 @@ class ConfigValidator:
             self.add(where + ("name",), "control characters in a name, or "
                      "more than 200", "printable text")
         if task.user:
-            self.check_account(task.user, where + ("user",))
+            self.check_account(task.user, where + ("user",),
+                               f"task {task.slug}")
         if task.parallel and not is_label(task.parallel, LOWER + DIGITS):
             self.add(where + ("parallel",),
                      f"{described(task.parallel)} is no group name",
                      "letters a-z, digits, - and _")
         self.check_objects_of_task(task)
-        slug = where + ("slug",)
-        if not self.is_known(slug):
-            self.scripts.setdefault(task.slug, []).extend(
-                self.diagnostics.diagnostic(slug, why, hint)
-                for why, hint in script_errors(task, self.config, self.facts))
+        for why, hint in script_errors(task, self.config, self.facts):
+            self.add(where + ("slug",), why, hint, f"task {task.slug}")
 
     def check_objects_of_task(self, task: Task) -> None:
         """Check the keys of `env` and `minFree`, which are free text."""
@@ -1164,31 +1194,36 @@ class ConfigValidator:
         config, smtp = self.config, self.config.mail.smtp
         if config.ping.enabled and not is_endpoint(config.ping.endpoint):
             self.add(("ping", "endpoint"), described(config.ping.endpoint)
-                     + " is no endpoint", "http://... or https://...")
+                     + " is no endpoint", "http://... or https://...", "ping")
         if config.notify.enabled \
                 and not self.facts.programs.get("notify-send"):
             self.add(("notify", "enabled"), "there is no notify-send",
-                     "install libnotify-bin, or false")
+                     "install libnotify-bin, or false", "delivery")
         self.check_address(("user", "email"), config.user.email)
         if config.mail.enabled:
             self.check_mail()
             if smtp and config.mail.type == "smtp":
                 self.check_smtp(smtp)
         pem = "a file with the CA's certificate in PEM"
-        self.check_file(("ping", "caFile"), config.ping.ca_file, pem)
+        self.check_file(("ping", "caFile"), config.ping.ca_file, pem,
+                        "caFile" if config.ping.enabled else "delivery")
         self.check_file(("mail", "smtp", "caFile"),
                         smtp.ca_file if smtp else "", pem)
         self.check_file(("passBin",), config.pass_bin,
-                        "the path of an executable such as /usr/bin/pass")
+                        "the path of an executable such as /usr/bin/pass",
+                        "passBin")
+        self.check_file(("metrics", "textfile"), config.metrics.textfile,
+                        "a file in a directory that mission can write")
 
     def check_address(self, path: tuple, address: str) -> None:
         if address and not address_of(address):
             self.add(path, described(address) + " is no mail address",
-                     "name@example.com")
+                     "name@example.com", "mail")
 
-    def check_file(self, where: tuple, path: str, hint: str) -> None:
+    def check_file(self, where: tuple, path: str, hint: str,
+                   scope: str = "delivery") -> None:
         if path and self.facts.usable.get(path):
-            self.add(where, f"{path} {self.facts.usable[path]}", hint)
+            self.add(where, f"{path} {self.facts.usable[path]}", hint, scope)
 
     def check_mail(self) -> None:
         """Check that an enabled mail has an address and a way out."""
@@ -1196,29 +1231,29 @@ class ConfigValidator:
         mail = self.config.mail
         if not self.config.user.email:
             self.add(("user", "email"), "mail is enabled and there is no "
-                     "address", "name@example.com")
+                     "address", "name@example.com", "mail")
         if mail.type == "sendmail" \
                 and not self.facts.programs.get("sendmail"):
             self.add(("mail", "type"),
                      "there is no sendmail in PATH, /usr/sbin or /usr/lib",
                      "install a mail transport such as msmtp-mta, or "
-                     '"type": "smtp"')
+                     '"type": "smtp"', "delivery")
         if mail.type == "smtp" and not (mail.smtp and re.fullmatch(
                 r"[A-Za-z0-9.:_-]+", mail.smtp.host)):
             self.add(("mail", "smtp", "host"), "there is no SMTP host",
-                     '"smtp": {"host": "mail.example.com", ...}')
+                     '"smtp": {"host": "mail.example.com", ...}', "mail")
 
     def check_smtp(self, smtp: Smtp) -> None:
         path = ("mail", "smtp")
         if smtp.pass_name and not (self.config.pass_bin and smtp.user):
             self.add(path + ("passName",),
                      "a password without passBin or user",
-                     "passBin, user and passName")
+                     "passBin, user and passName", "mail")
         if smtp.user and smtp.security == "none" and smtp.host not in (
                 "127.0.0.1", "::1", "localhost"):
             self.add(path + ("security",),
                      "the password would travel unprotected",
-                     '"starttls" or "tls"')
+                     '"starttls" or "tls"', "mail")
         self.check_address(path + ("from",), smtp.sender)
 
     def check_patterns(self) -> None:
@@ -1231,7 +1266,8 @@ class ConfigValidator:
                 except (re.error, Warning, OverflowError,
                         RecursionError) as error:
                     self.add((key, index), f"{described(text)} does not "
-                             f"compile: {error}", "a regular expression")
+                             f"compile: {error}", "a regular expression",
+                             "filters" if key == "filters" else "")
 
 
 def reachable(task: Task, tasks: dict) -> set:
@@ -2002,6 +2038,8 @@ SAFE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TERM_TO_KILL = 10.0     # seconds from SIGTERM to SIGKILL
 KILL_TO_GONE = 10.0     # seconds after SIGKILL; then the process is left alone
 STOPPED_SECONDS = 10    # the limit of each delivery after a signal to stop
+KILLED_SECONDS = 2.0    # the same for a child that runs a function
+ANSWER_SECONDS = 20.0   # for one question to a file system
 GRACE = 2.0             # seconds for children that outlive their task
 SILENCE = 1.0           # seconds until an incomplete line is shown
 PASS_SECONDS = 60       # for the password store; gpg may ask an agent
@@ -2517,6 +2555,79 @@ class Processes:
 
     # --- functions in a child -----------------------------------------------
 
+    def supervise(self, limit: float, function, *arguments, on_message=None):
+        """Return function(send, *arguments), called in a child process.
+
+        The function may call send(value), a JSON value, for `on_message`.
+        Signals that ask to stop are passed on to the child. Raises Error
+        for an exception in it, and Unanswered if it sends nothing for
+        `limit` seconds. Then the child is killed, or left alone if it hangs
+        in a call of the kernel: it holds nothing of ours, not even the lock.
+        """
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if not pid:
+            self.run_supervised(writing, function, arguments)
+        os.close(writing)
+        try:
+            for kind, value in self.messages(pid, reading, limit):
+                if kind == "result":
+                    return value
+                if kind == "error":
+                    raise Error(*value)
+                if on_message:
+                    on_message(value)
+            raise Error("ended without an answer")
+        finally:
+            os.close(reading)
+            end_process(pid)
+
+    def messages(self, pid: int, reading: int, limit: float):
+        """Yield (kind, value) of what the child `pid` sends, and pass signals
+        on to it. Raises Unanswered, see `supervise`."""
+        import json
+        import select
+        signals, rest, is_end = 0, b"", False
+        deadline = self.clock.ticks() + limit
+        while not is_end:
+            left = max(0, deadline - self.clock.ticks())
+            ready = select.select(
+                [reading] + [self.wake] * (self.wake >= 0), [], [],
+                min(left, 1.0) if self.on_tick else left)[0]
+            if self.wake in ready:
+                self.drain_wake()
+            if self.signals > signals:
+                signals = self.signals
+                os.kill(pid, self.stopped)
+                limit = min(limit, TERM_TO_KILL)
+                deadline = min(deadline, self.clock.ticks() + limit)
+            if reading in ready:
+                lines, rest, is_end = read_lines(reading, rest)
+                yield from map(json.loads, lines)
+                deadline = self.clock.ticks() + limit
+            elif self.clock.ticks() >= deadline:
+                raise Unanswered(f"no answer within {format_duration(limit)}")
+            if self.on_tick:
+                self.on_tick()
+
+    def run_supervised(self, writing: int, function, arguments) -> None:
+        """What the child of `supervise` does; does not return."""
+        import json
+
+        def send(value, kind: str = "message") -> None:
+            write_all(3, json.dumps([kind, value]).encode() + b"\n")
+
+        try:
+            leave_parent(writing)
+            try:
+                send(function(send, *arguments), "result")
+            except Error as error:
+                send([error.message, error.hint, error.status], "error")
+            except Exception as error:
+                send([reason_of(error)], "error")
+        finally:
+            os._exit(0)
+
     def run_in_child(self, seconds: float, function,
                      *arguments) -> tuple[bool, str]:
         """(True, result) of function(*arguments), run in a child process;
@@ -2527,7 +2638,6 @@ class Processes:
         modules are loaded then: an upgrade of Python cannot break it.
         """
         import select
-        import signal
         reading, writing = os.pipe()
         pid = os.fork()
         if not pid:
@@ -2543,7 +2653,6 @@ class Processes:
             if self.wake in ready:
                 self.drain_wake()
             if self.signals > signals or not ready:
-                os.kill(pid, signal.SIGKILL)
                 answer = b"-interrupted" if ready else \
                     b"-no answer within " + format_duration(seconds).encode()
                 break
@@ -2553,7 +2662,7 @@ class Processes:
                 if not chunk:
                     break
         os.close(reading)
-        os.waitpid(pid, 0)
+        end_process(pid)
         text = answer.decode("utf-8", "replace") or "-ended without an answer"
         return text[0] == "+", text[1:]
 
@@ -2566,14 +2675,8 @@ class Processes:
         """What the child of run_in_child does; does not return."""
         import signal
         try:
-            signal.set_wakeup_fd(-1)
-            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
-                           signal.SIGALRM, signal.SIGCHLD):
-                signal.signal(signum, signal.SIG_DFL)
-            os.setsid()
+            leave_parent(writing)
             signal.alarm(int(seconds) + 1)      # should the parent be killed
-            os.dup2(writing, 3)     # Nothing else stays open: the lock of the
-            os.closerange(4, 4096)  # run is free only when all copies close.
             for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "OPENSSL_CONF"):
                 os.environ.pop(name, None)
             try:
@@ -2583,6 +2686,73 @@ class Processes:
             write_all(3, answer.encode("utf-8", "backslashreplace"))
         finally:
             os._exit(0)
+
+
+class Unanswered(Exception):
+    """A function in a child process did not answer within its limit."""
+
+
+def leave_parent(writing: int) -> None:
+    """Make a forked child independent of mission: a session and signals of
+    its own, and only the pipe `writing` open, as descriptor 3.
+
+    The lock of the run is free only when all copies of it are closed.
+    """
+    import signal
+    signal.set_wakeup_fd(-1)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                   signal.SIGALRM, signal.SIGCHLD):
+        signal.signal(signum, signal.SIG_DFL)
+    os.setsid()
+    os.dup2(writing, 3)
+    os.closerange(4, 4096)
+
+
+def read_lines(fd: int, rest: bytes) -> tuple[list, bytes, bool]:
+    """Return the lines that a pipe has, the beginning of the next one, and
+    whether the pipe has ended. `rest`: the beginning of the first line."""
+    chunk = os.read(fd, CHUNK)
+    *lines, rest = (rest + chunk).split(b"\n")
+    return lines, rest, not chunk
+
+
+def end_process(pid: int) -> None:
+    """Kill a child and reap it. A process that hangs in a call of the kernel
+    does not end; it is left alone after KILLED_SECONDS."""
+    import signal
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    deadline = time.monotonic() + KILLED_SECONDS
+    while not os.waitpid(pid, os.WNOHANG)[0] and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def examine(questions: dict, limit: float) -> dict:
+    """Return key -> function(*arguments) for key -> (function, *arguments).
+
+    The functions are called in a child process and return JSON values. A
+    function that does not answer within `limit` seconds, as on a file system
+    that hangs, has no key in the result. Raises Error for an exception.
+    """
+    answers, keys = {}, list(questions)
+
+    def ask(send, rest: list) -> None:
+        for key in rest:
+            function, *arguments = questions[key]
+            send(function(*arguments))
+
+    while keys:
+        found: list = []
+        try:
+            Processes(Clock()).supervise(limit, ask, keys,
+                                         on_message=found.append)
+        except Unanswered:
+            pass
+        answers.update(zip(keys, found))
+        keys = keys[len(found) + 1:]
+    return answers
 
 
 def read_password(processes: Processes, pass_bin: str, user: str,
@@ -2936,6 +3106,57 @@ def find_missing_interpreter(head: str) -> str:
     return ""
 
 
+NO_ANSWER = "does not answer"
+PROGRAMS = ("git", "sendmail", "notify-send")
+
+
+def is_below(path: str, directory: str) -> bool:
+    """Whether `path` is `directory` or below it, by their texts."""
+    return (path + "/").startswith(directory.rstrip("/") + "/")
+
+
+def named_files(config: Config) -> dict[str, int]:
+    """The files that the configuration names -> how mission uses them:
+    os.R_OK to read, os.X_OK to execute, os.W_OK to replace."""
+    files = {config.ping.ca_file: os.R_OK, config.pass_bin: os.X_OK,
+             config.metrics.textfile: os.W_OK}
+    if config.mail.smtp:
+        files[config.mail.smtp.ca_file] = os.R_OK
+    return {path: mode for path, mode in files.items() if path}
+
+
+def unusable(path: str, mode: int) -> str:
+    """Why a file of `named_files` cannot be used, or ''."""
+    if mode == os.R_OK:
+        return "" if os.access(path, os.R_OK) else "cannot be read"
+    if mode == os.W_OK:
+        return "" if os.access(os.path.dirname(path), os.W_OK | os.X_OK) \
+            else "cannot be written"
+    return "" if os.path.isfile(path) and os.access(path, os.X_OK) \
+        else "is not executable"
+
+
+def storage_facts(path: str, strict: bool, known: set[int] | None) -> dict:
+    """The facts about the directory of a storage.
+
+    `strict`: as in directory_error. `known`: the user ids whose files may be
+    in a directory that root gives to a user; None: nobody asks.
+    """
+    return {
+        "error": directory_error(path, strict),
+        "of_system": os.path.realpath(path) in SYSTEM_DIRECTORIES,
+        "repository": os.path.lexists(os.path.join(path, ".git")),
+        "foreign": foreign_file(path, known) if known and strict else ""}
+
+
+def script_of(task: Task, answers: dict) -> Script | None:
+    """The script of a task among the answers of `examine`; None without
+    one."""
+    fields = answers.get(("task", task.slug),
+                         {"path": task.entrypoint, "state": NO_ANSWER})
+    return Script(**fields) if fields else None
+
+
 class HostInspector:
     """Finds on this host what a configuration is validated against."""
 
@@ -2962,30 +3183,64 @@ class HostInspector:
             trusted.add(uids[config.user.name])
         root = os.geteuid() == 0
         known = {0, *(uid for uid in uids.values() if uid is not None)}
-        programs = {name: find_program(name) for name in
-                    ("git", "sendmail", "notify-send")}
-        files = [config.ping.ca_file]
-        files += [config.mail.smtp.ca_file] if config.mail.smtp else []
-        usable = {path: "" if os.access(path, os.R_OK)
-                  else "cannot be read" for path in files if path}
-        if config.pass_bin:
-            usable[config.pass_bin] = "" if os.path.isfile(config.pass_bin) \
-                and os.access(config.pass_bin, os.X_OK) \
-                else "is not executable"
+        storages = examine(
+            {s.name: (storage_facts, s.path, s.chown, known if root else None)
+             for s in config.storage.values() if s.path}, ANSWER_SECONDS)
+        silent = [s.path for s in config.storage.values()
+                  if s.path and s.name not in storages]
+        answers = examine(self.questions(
+            config, trusted if root else None, silent), ANSWER_SECONDS)
         return HostFacts(
-            uids=uids, programs=programs, usable=usable,
-            of_system={s.name for s in config.storage.values()
-                       if os.path.realpath(s.path) in SYSTEM_DIRECTORIES},
-            repositories={s.name for s in config.storage.values()
-                          if os.path.lexists(os.path.join(s.path, ".git"))},
-            storage_errors={s.name: directory_error(s.path, s.chown)
-                     for s in config.storage.values()},
-            foreign_files={s.name: foreign_file(s.path, known) if root
-                       else "" for s in config.storage.values() if s.chown},
-            scripts={task.slug: self.script(task, config, trusted if root
-                     else None) for task in config.tasks},
-            writer=untrusted_writer(config.path,
-                                           trusted) if root else "")
+            uids=uids,
+            programs={name: answers.get(("program", name))
+                      for name in PROGRAMS},
+            usable={path: answers.get(("file", path), NO_ANSWER)
+                    for path in named_files(config)},
+            storage_errors={s.name: storages[s.name]["error"]
+                            if s.name in storages else NO_ANSWER
+                            for s in config.storage.values()},
+            of_system={name for name, found in storages.items()
+                       if found["of_system"]},
+            repositories={name for name, found in storages.items()
+                          if found["repository"]},
+            foreign_files={name: found["foreign"]
+                           for name, found in storages.items()},
+            scripts={task.slug: script_of(task, answers)
+                     for task in config.tasks},
+            writer=self.config_writer(config))
+
+    def config_writer(self, config: Config) -> str:
+        """Who else could change the configuration; always '' unless root
+        runs mission."""
+        if os.geteuid() != 0:
+            return ""
+        account = account_of(config.user.name)
+        trusted = {0, account.uid} if account and config.trust == "user" \
+            else {0}
+        return examine({"": (untrusted_writer, config.path, trusted)},
+                       ANSWER_SECONDS).get("", f"{config.path} {NO_ANSWER}")
+
+    def questions(self, config: Config, trusted, silent: list) -> dict:
+        """What `examine` asks about everything but the storages.
+
+        `trusted`: the user ids that may change what root runs, or None.
+        `silent`: directories that do not answer; nothing below them is
+        asked for.
+        """
+        found = {("program", name): (find_program, name)
+                 for name in PROGRAMS}
+        for path, mode in named_files(config).items():
+            found[("file", path)] = (unusable, path, mode)
+        for task in config.tasks:
+            if not any(is_below(task.entrypoint, path) for path in silent):
+                found[("task", task.slug)] = (
+                    self.script_fields, task, config, trusted)
+        return found
+
+    def script_fields(self, task: Task, config: Config, trusted) -> dict:
+        """The fields of the task's Script; {} without one."""
+        found = self.script(task, config, trusted)
+        return vars(found) if found else {}
 
     def script(self, task: Task, config: Config, trusted) -> Script | None:
         """The facts about the file of a task; None if it has none.
@@ -4516,10 +4771,10 @@ BUILTINS = {"spotify": spotify}
 # ==========================================================================
 # State: what is known of earlier runs?                    (files, clock; C)
 #
-# Each configuration has a directory that only its user can write: the lock,
-# the run in progress, the history (a JSON object per line) and mails that
-# could not be sent. A step is written down before it begins, so that the
-# next run can report where a killed run was.
+# Each configuration has a directory that only its user can write: the run in
+# progress, the history (a JSON object per line) and mails that could not be
+# sent; and another one for its lock. A step is written down before it begins,
+# so that the next run can report where a killed run was.
 # ==========================================================================
 
 HISTORY_LIMIT = 8 * 2**20       # bytes; then the older half is removed
@@ -4536,6 +4791,19 @@ def state_home() -> str:
     base = os.environ.get("XDG_STATE_HOME") or os.path.join(
         myself().home, ".local", "state")
     return os.path.join(base, "mission")
+
+
+def lock_home() -> str:
+    """The directory with the locks of all configurations.
+
+    No variable moves it: cron and a shell must find the same lock. It is
+    empty after a boot, or in the home directory of passwd(5).
+    """
+    if os.geteuid() == 0:
+        return "/run/mission"
+    account = account_of(os.geteuid())
+    return os.path.join(account.home if account else "/", ".local", "state",
+                        "mission")
 
 
 def state_name(config_path: str) -> str:
@@ -4584,6 +4852,27 @@ def coerce_record(found: object, blank: dict) -> dict:
     return whole
 
 
+def make_private_directory(directory: str) -> None:
+    """Make a directory that only its user can write. Raises Error if others
+    can change it."""
+    try:
+        os.makedirs(os.path.dirname(directory), 0o711, exist_ok=True)
+        os.makedirs(directory, 0o700, exist_ok=True)
+        status = os.lstat(directory)
+    except OSError as error:
+        raise Error(f"{error.filename}: {error.strerror}", "mission "
+                    "keeps its lock and history there") from None
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022 \
+            or not stat.S_ISDIR(status.st_mode):
+        raise Error(f"{directory} can be written by others",
+                    f"chown {myself().name} and chmod 700")
+    found = writer_of(os.path.realpath(os.path.dirname(directory)),
+                      {0, os.geteuid()})
+    if found:
+        raise Error(f"{os.path.dirname(directory)} {found}",
+                    "who could put another lock in the place of ours")
+
+
 class StateDirectory:
     """The state directory of one configuration.
 
@@ -4591,8 +4880,10 @@ class StateDirectory:
     a backup; it is reported at the end.
     """
 
-    def __init__(self, directory: str, clock: Clock):
+    def __init__(self, directory: str, clock: Clock, locks: str = ""):
+        """`locks`: the directory of the lock, by default this one."""
         self.directory, self.clock, self.held = directory, clock, None
+        self.lock = os.path.join(locks or directory, "lock")
         self.current: dict = {}
         self.last_remembered: dict = {}
         self.current_fd, self.current_size, self.error = -1, 0, ""
@@ -4609,11 +4900,12 @@ class StateDirectory:
         deadline = self.clock.ticks() + wait
         while True:
             try:
-                self.held = try_lock(self.path("lock"))
+                self.held = try_lock(self.lock)
             except OSError as error:
-                raise Error(f"{self.path('lock')}: {error.strerror}",
+                raise Error(f"{self.lock}: {error.strerror}",
                             "without a lock two runs could meet") from None
             if self.held is not None:
+                self.name_holder()
                 return
             if self.clock.ticks() >= deadline:
                 raise Error(f"another run is active: {self.busy()}",
@@ -4621,35 +4913,66 @@ class StateDirectory:
             time.sleep(0.1)
 
     def make_directory(self) -> None:
-        """Make the directory. Raises Error if others can change it: they
-        could replace the lock."""
+        """Make the directory, and that of the lock. Raises Error if others
+        can change them: they could replace the lock."""
+        for directory in {self.directory: 0, os.path.dirname(self.lock): 0}:
+            make_private_directory(directory)
+
+    def name_holder(self) -> None:
+        """Write into the lock who holds it. Its directory may have no room;
+        then others cannot say who it is."""
         try:
-            os.makedirs(os.path.dirname(self.directory), 0o711, exist_ok=True)
-            os.makedirs(self.directory, 0o700, exist_ok=True)
-            status = os.lstat(self.directory)
-        except OSError as error:
-            raise Error(f"{error.filename}: {error.strerror}", "mission "
-                        "keeps its lock and history there") from None
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022 \
-                or not stat.S_ISDIR(status.st_mode):
-            raise Error(f"{self.directory} can be written by others",
-                        f"chown {myself().name} and chmod 700")
-        found = writer_of(os.path.realpath(os.path.dirname(self.directory)),
-                          {0, os.geteuid()})
-        if found:
-            raise Error(f"{os.path.dirname(self.directory)} {found}",
-                        "who could put another lock in the place of ours")
+            os.ftruncate(self.held, 0)
+            os.pwrite(self.held, f"{os.getpid()} {self.clock.now()}\n"
+                      .encode(), 0)
+        except OSError:
+            pass
+
+    def holder(self) -> tuple[int, float]:
+        """The process that holds the lock and when it began, in seconds
+        since 1970; (0, 0.0) if that is not known."""
+        try:
+            with open(self.lock, "rb") as file:
+                pid, since = file.read(100).split()
+            return int(pid), float(since)
+        except (OSError, ValueError):
+            return 0, 0.0
+
+    def is_locked(self) -> bool:
+        """Whether a run holds the lock."""
+        try:
+            held = try_lock(self.lock)
+        except FileNotFoundError:       # it has no directory yet
+            return False
+        if held is not None:
+            os.close(held)
+        return held is None
 
     def busy(self) -> str:
         """Who holds the lock, since when, in which task."""
-        run = self.read_current()
-        if not run.get("pid"):
+        run, (pid, since) = self.read_current(), self.holder()
+        where = ""
+        if run.get("pid") and pid in (0, run["pid"]):
+            pid, since = run["pid"], run["started"]
+            where = f', in task "{run["task"]}"' if run.get("task") else \
+                f", in {run.get('phase', 'its beginning')}"
+        if not pid:
             return "it has just begun"
-        took = format_duration(round(self.clock.now() - run["started"]))
-        where = f', in task "{run["task"]}"' if run.get("task") else \
-            f", in {run.get('phase', 'its beginning')}"
-        return (f"pid {run['pid']}, since {format_rfc3339(run['started'])} "
-                f"({took}){where}")
+        took = format_duration(round(self.clock.now() - since))
+        return f"pid {pid}, since {format_rfc3339(since)} ({took}){where}"
+
+    def is_first_alert(self) -> bool:
+        """Whether nobody was told yet that this holder keeps the lock; from
+        now on somebody was. Raises OSError."""
+        holder = "{} {}".format(*self.holder()).encode()
+        try:
+            with open(self.path("alerted"), "rb") as file:
+                if file.read(100) == holder:
+                    return False
+        except FileNotFoundError:
+            pass
+        write_atomically(self.path("alerted"), holder, durable=False)
+        return True
 
     # --- the run in progress ----------------------------------------------
 
@@ -4818,8 +5141,9 @@ def past_run(run: dict, result: str, **more) -> dict:
 
 def state_of(config_path: str, clock: Clock) -> StateDirectory:
     """The state directory of the configuration at `config_path`."""
-    return StateDirectory(
-        os.path.join(state_home(), state_name(config_path)), clock)
+    name = state_name(config_path)
+    return StateDirectory(os.path.join(state_home(), name), clock,
+                          os.path.join(lock_home(), name))
 
 
 # ==========================================================================
@@ -4997,16 +5321,16 @@ class Runner:
 
     def __init__(self, config: Config, processes: Processes,
                  delivery: Delivery, state: StateDirectory,
-                 log: RunLog, headless: bool, broken: dict,
+                 log: RunLog, headless: bool, errors: dict,
                  partial: bool = False):
-        """`broken`: slug -> the errors of its script. `partial`: the tasks
-        were named with -t."""
+        """`errors`: scope -> what is wrong, see LoadedConfig. `partial`: the
+        tasks were named with -t."""
         self.partial = partial
         self.config, self.state, self.delivery = config, state, delivery
         self.processes = processes
-        self.log, self.headless, self.broken = log, headless, broken
-        self.log_filter = LogFilter(config.redact, config.filters,
-                                    processes.limit)
+        self.log, self.headless, self.errors = log, headless, errors
+        filters = () if "filters" in errors else config.filters
+        self.log_filter = LogFilter(config.redact, filters, processes.limit)
         self.mail_log = MailLog(self.log_filter)
         self.problems: list[RunProblem] = []
         self.results: dict[str, TaskResult] = {}
@@ -5194,6 +5518,9 @@ class Runner:
         """Log the start, and warn about runs that did not finish."""
         self.log_header("Start")
         self.log_line("StartTime " + local_time(self.started))
+        for scope in ("filters", "passBin") + ("caFile",) * self.headless:
+            for error in self.errors.get(scope, ()):
+                self.problem("delivery", "error", scope, error)
         for run in self.lost:
             where = f'task "{run["task"]}"' if run.get("task") \
                 else run.get("phase", "its beginning")
@@ -5291,7 +5618,7 @@ class Runner:
 
     def start_errors(self, task: Task) -> list[str]:
         """Return the reasons why a task cannot start. Raises OSError."""
-        errors = list(self.broken.get(task.slug, ()))
+        errors = list(self.errors.get(f"task {task.slug}", ()))
         if task.slug in self.alive:
             errors.append("still running from a run that was lost: process "
                           + self.alive[task.slug])
@@ -5447,6 +5774,8 @@ class Runner:
     def chown(self, step: Step) -> None:
         """Give the files of a storage to user.name."""
         self.once_title("Chown")
+        if self.refuse_storage(step.storage, "chownFiles"):
+            return None
         account = account_of(self.config.user.name)
         path = step.storage.path
         try:
@@ -5466,6 +5795,25 @@ class Runner:
                          f"of them {serious[0]}")
         return None
 
+    def refuse_storage(self, storage: Storage, source: str) -> bool:
+        """Whether the housekeeping of a storage is an error, which is
+        recorded: the storage is missing, or root must not work there."""
+        errors = self.errors.get(f"chown {storage.name}", []) \
+            if source == "chownFiles" else []
+        answer = examine({"": (storage_facts, storage.path, storage.chown,
+                               None)}, ANSWER_SECONDS).get("")
+        if answer is None:
+            errors = [f"{storage.path} {NO_ANSWER}"]
+        elif answer["error"]:
+            errors = [f"{storage.path} {answer['error']}"]
+        elif not answer["repository"] and source == "commitRepositories":
+            errors = [f"storage.{storage.name}.commit: {storage.path} is no "
+                      f"git repository (git init {storage.path}, as its "
+                      "owner)"]
+        for error in errors:
+            self.problem("housekeeping", "error", source, error)
+        return bool(errors)
+
     def once_title(self, text: str) -> None:
         """Log the header of a part that several steps share, once."""
         if text not in self.__dict__.setdefault("titles", set()):
@@ -5475,6 +5823,8 @@ class Runner:
     def commit(self, step: Step) -> None:
         """Commit a storage with git."""
         self.once_title("Commit")
+        if self.refuse_storage(step.storage, "commitRepositories"):
+            return
         path = step.storage.path
         self.log_line(f"RepoDir {path}")
         decoder = OutputDecoder(self.log_filter, self.output)
@@ -5559,14 +5909,23 @@ class Runner:
                    if self.log.path else "")
                 + (f"The log could not be written ({self.log.error}).\n"
                    if self.log.error else "")
-                + "\n" + self.mail_log.excerpt.text())
+                + "\n" + self.mailed_log())
         self.log_header("Mail")
         self.mail("MailFinish", f"run finished in {run_took(self.took)}",
                   "finish", body)
 
+    def mailed_log(self) -> str:
+        """The log as mails and pings may contain it: filtered, or left out
+        if a filter is invalid, because it could keep a secret from them."""
+        return "The log is left out, because a filter is invalid.\n" \
+            if "filters" in self.errors else self.mail_log.excerpt.text()
+
     def mail(self, word: str, text: str, kind: str, body: str) -> None:
         """Send a mail, or keep it for the next run. `word` is logged if it
         was accepted, `kind` ("start", "finish") is part of its ID."""
+        for error in self.errors.get("mail", ()):
+            return self.problem("delivery", "error",
+                                f"mail{kind.capitalize()}", error)
         smtp = self.config.mail.smtp
         message = rfc5322(
             sender_of(smtp) if smtp else "",
@@ -5617,10 +5976,13 @@ class Runner:
 
     def ping(self, action: str, run_id: str) -> None:
         """Ping the monitor; several times, if another try may help."""
+        for error in self.errors.get("ping", ()):
+            return self.problem("delivery", "error",
+                                "ping" + action.capitalize(), error)
         ping = self.config.ping
         url = ping_url(ping, action, run_id, HOST)
         body = None
-        if ping.log and action != "start":
+        if ping.log and action != "start" and "filters" not in self.errors:
             self.mail_log.close()
             body = self.mail_log.excerpt.end(PING_LIMIT).encode()[-PING_LIMIT:]
         tries = 1 if action == "start" else ping.retries
@@ -5636,6 +5998,19 @@ class Runner:
         if not accepted or answer.startswith("200 OK ("):
             self.problem("delivery", "error", "ping" + action.capitalize(),
                          answer)
+        return None
+
+    def report_no_start(self, text: str, details: str) -> None:
+        """Mail and ping that this run cannot begin, if the configuration
+        says so. Nothing else of the run is carried out."""
+        import uuid
+        config, self.run_id = self.config, str(uuid.uuid4())
+        self.problems.append(RunProblem("tasks", "error", PROG, text))
+        if config.mail.enabled and config.mail.on != "never":
+            self.mail("MailFinish", "run could not begin", "finish",
+                      f"{text}\n\n{details}")
+        if config.ping.enabled and config.ping.fail:
+            self.ping("fail", self.run_id)
 
 
 # ==========================================================================
@@ -5760,6 +6135,7 @@ complete -c mission -f -a "OPTIONS"
 # ==========================================================================
 
 LONGEST_CONFIG = 2**20
+SYSLOG_SECONDS = 5.0
 
 
 class ExitWithText(Exception):
@@ -5959,48 +6335,90 @@ def read_text(path: str) -> str:
         refuse(f"{row}:{column}: not UTF-8", "save it as UTF-8")
 
 
+class ConfigSource(FrozenRecord):
+    """The text of a configuration file, and where it was found."""
+    path: str                   # absolute, as it was given
+    real_path: str              # without symbolic links
+    text: str
+
+
+def read_source(file: str) -> ConfigSource:
+    """Read a configuration file. Raises Error.
+
+    In a child process, because its file system may not answer.
+    """
+    path = os.path.abspath(file)
+    try:
+        return ConfigSource(path, *Processes(Clock()).supervise(
+            ANSWER_SECONDS, lambda _send: [os.path.realpath(path),
+                                           read_text(path)]))
+    except Unanswered:
+        raise Error(f"{path}: {NO_ANSWER}", "", EXIT_CONFIG) from None
+
+
 class LoadedConfig(FrozenRecord):
     """A configuration file, read and validated."""
     config: Config | None
-    diagnostics: list           # of the configuration, in its order
-    scripts: dict               # slug -> diagnostics of the task's script
+    diagnostics: list           # in the order of the text
+
+    def of_scope(self, scope: str) -> list[Diagnostic]:
+        """The diagnostics of one scope, see SCOPES."""
+        return [found for found in self.diagnostics if found.scope == scope]
+
+    def errors(self) -> dict[str, list[str]]:
+        """scope -> the texts of its diagnostics, without their lines; those
+        of a task also without the key, because the task is named there."""
+        found: dict[str, list[str]] = {}
+        for each in self.diagnostics:
+            what = "" if each.scope.startswith("task ") else f"{each.what}: "
+            found.setdefault(each.scope, []).append(
+                f"{what}{each.why} ({each.hint})")
+        return found
+
+
+def validated(source: ConfigSource, with_facts: bool = True) -> LoadedConfig:
+    """The configuration of a text. Without `with_facts` only the text is
+    validated, not what it names."""
+    reader = ConfigReader(source.text, source.path, source.real_path)
+    config, diagnostics = reader.config(), reader.diagnostics
+    if config and with_facts:
+        host = HostInspector()
+        config = resolved(config, host.home_of, diagnostics)
+        ConfigValidator(config, host.facts(config), diagnostics).validate()
+    return LoadedConfig(config, in_order(diagnostics.found))
 
 
 def loaded(file: str, with_facts: bool = True) -> LoadedConfig:
     """Read and validate the configuration. Raises Error if it is unreadable.
-
-    Without `with_facts` only the text is validated, not what it names.
     """
-    path = os.path.abspath(file)
-    reader = ConfigReader(read_text(path), path)
-    config, diagnostics, scripts = reader.config(), reader.diagnostics, {}
-    if config and with_facts:
-        host = HostInspector()
-        config = resolved(config, host.home_of, diagnostics)
-        validator = ConfigValidator(config, host.facts(config), diagnostics)
-        validator.validate()
-        scripts = validator.scripts
-    return LoadedConfig(config, in_order(diagnostics.found), scripts)
+    return validated(read_source(file), with_facts)
 
 
 def in_order(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
     return sorted(diagnostics, key=lambda found: (found.line, found.column))
 
 
-def valid_config(options, with_scripts: bool = False,
-                 with_facts: bool = True) -> LoadedConfig:
-    """The loaded configuration; prints every error and raises Error, if
-    there is one. `with_scripts`: errors of a task's script count as well."""
-    found = loaded(options.config, with_facts)
-    scripts = found.scripts.values() if with_scripts else ()
-    lines = dict.fromkeys(diagnostic.text(options.config) for diagnostic in
-                          in_order(sum(scripts, found.diagnostics)))
+def require_valid(found: LoadedConfig, options, strict: bool = False) -> None:
+    """Print the errors and raise Error if the configuration cannot be used;
+    with `strict` if anything in it, or a task's program, has an error."""
+    if not strict and not any(found.of_scope(scope) for scope in SCOPES):
+        return
+    lines = dict.fromkeys(
+        diagnostic.text(options.config) for diagnostic in found.diagnostics
+        if strict or not diagnostic.scope.startswith("task "))
     for line in lines:
         print(line, file=sys.stderr)
     if lines:
         raise Error(f"{plural(len(lines), 'fault')} in {options.config}", "",
                     EXIT_CONFIG)
-    return found
+
+
+def valid_config(options, with_facts: bool = True) -> Config:
+    """The configuration that was named. Raises Error if it cannot be used.
+    """
+    found = loaded(options.config, with_facts)
+    require_valid(found, options)
+    return found.config
 
 
 def command_init(options) -> int:
@@ -6022,18 +6440,18 @@ def command_init(options) -> int:
 
 def command_check(options) -> int:
     """Report every error of the configuration and of the tasks' scripts."""
-    valid_config(options, with_scripts=True)
+    require_valid(loaded(options.config), options, strict=True)
     return EXIT_OK
 
 
 def command_dump(options) -> int:
     """Print the configuration as JSON, all paths and defaults included."""
-    return print_json(as_json(valid_config(options).config))
+    return print_json(as_json(valid_config(options)))
 
 
 def command_list(options) -> int:
     """Print the slugs of the tasks, or more with -v and --json."""
-    tasks = valid_config(options, with_facts=False).config.tasks
+    tasks = valid_config(options, with_facts=False).tasks
     if options.json:
         return print_json([{
             "slug": task.slug, "name": task.name or task.slug,
@@ -6052,34 +6470,111 @@ def command_list(options) -> int:
 
 
 def command_run(options) -> int:
-    """Run tasks, or print the plan with --dry-run. Raises Error."""
-    found = valid_config(options)
-    config = found.config
-    broken = {slug: [f"{error.why} ({error.hint})" for error in errors]
-              for slug, errors in found.scripts.items()}
-    steps = plan(config, options.tasks, options.headless, options.quiet)
+    """Run tasks, or print the plan with --dry-run. Raises Error.
+
+    The lock comes first: everything after it may take long.
+    """
+    os.umask(0o022)             # the same by hand as from cron
+    source = read_source(options.config)
+    refuse_hopeless(source, options)
     if options.dry_run:
-        for place, step in enumerate(steps, start=1):
-            print(f"{place:3}. {step_text(step, config)}")
-        return EXIT_OK
-    refuse_run_of_root(config)
-    return perform(config, steps, options, broken)
+        return print_plan(validated(source), options)
+    refuse_run_of_root(source.real_path)
+    state = state_of(source.real_path, Clock())
+    try:
+        state.acquire(options.wait)
+        found = validated(source)
+        require_valid(found, options)
+    except Error as error:
+        if options.headless and error.status in (EXIT_BUSY, EXIT_CONFIG):
+            report_no_start(validated(source), state, error, options)
+        raise
+    steps = plan(found.config, options.tasks, options.headless, options.quiet)
+    return perform(found, steps, state, options)
 
 
-def perform(config: Config, steps: list[Step], options,
-            broken: dict) -> int:
+def refuse_hopeless(source: ConfigSource, options) -> None:
+    """Raise Error for an unknown slug, or if others can change what root
+    would use here. Of the latter only stderr and syslog hear: the addresses
+    in the file are not trusted."""
+    found = validated(source, with_facts=False)
+    writer = HostInspector().config_writer(found.config) if found.config \
+        else ""
+    if writer:
+        text = f"{options.config} is not used: {writer}"
+        Processes(Clock()).run_in_child(SYSLOG_SECONDS, log_to_syslog, text)
+        raise Error(text, "", EXIT_CONFIG)
+    if options.tasks and found.config and not found.diagnostics:
+        select_tasks(found.config, options.tasks)
+
+
+def log_to_syslog(text: str) -> str:
+    """Send an error to syslog. It blocks while syslogd takes nothing."""
+    import syslog
+    syslog.openlog(PROG, syslog.LOG_PID, syslog.LOG_CRON)
+    syslog.syslog(syslog.LOG_ERR, escape_controls(text))
+    return ""
+
+
+def report_no_start(found: LoadedConfig, state: StateDirectory,
+                    error: Error, options) -> None:
+    """Mail and ping that a run cannot begin, with the sections that are
+    valid; about a lock that is held, once for each holder."""
+    if not found.config:
+        return
+    is_busy = error.status == EXIT_BUSY
+    try:
+        if is_busy and not state.is_first_alert():
+            return
+    except OSError:
+        pass                    # a full disk: rather twice than never
+    clock = Clock()
+    processes, log = Processes(clock), RunLog(clock, False)
+    log.fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    config = config_for_alert(found, is_busy)
+    runner = Runner(config, processes, Delivery(config, processes), state,
+                    log, True, {})
+    runner.report_no_start(error.message, "".join(
+        each.text(options.config) + "\n" for each in found.diagnostics))
+
+
+def config_for_alert(found: LoadedConfig, is_busy: bool) -> Config:
+    """The configuration with mail and ping off where they are invalid or,
+    unless only the lock is the reason, need passBin."""
+    config, wrong = found.config, {
+        each.what.partition(".")[0] for each in found.diagnostics
+        if each.what.startswith(("mail", "ping", "user.email"))}
+    mail, smtp = config.mail, config.mail.smtp
+    needs_password = bool(smtp and smtp.pass_name and mail.type == "smtp")
+    if wrong & {"mail", "user"} or needs_password and not is_busy:
+        mail = mail.replace(enabled=False)
+    ping = config.ping.replace(enabled=False) if "ping" in wrong \
+        else config.ping
+    return config.replace(mail=mail, ping=ping, filters=(), redact=())
+
+
+def print_plan(found: LoadedConfig, options) -> int:
+    """Print what a run would do. Raises Error if it could not begin."""
+    require_valid(found, options)
+    steps = plan(found.config, options.tasks, options.headless, options.quiet)
+    for place, step in enumerate(steps, start=1):
+        print(f"{place:3}. {step_text(step, found.config)}")
+    return EXIT_OK
+
+
+def perform(found: LoadedConfig, steps: list[Step], state: StateDirectory,
+            options) -> int:
     """Carry out the steps of a run; its exit status. Raises Error.
 
     Here, and only here, the parts of a run are put together.
     """
-    os.umask(0o022)             # the same by hand as from cron
-    clock = Clock()
-    processes, state = Processes(clock), state_of(config.path, clock)
-    state.acquire(options.wait)
+    clock, config = state.clock, found.config
+    processes = Processes(clock)
     processes.listen()
     log = RunLog(clock, options.colour and not options.headless)
     runner = Runner(config, processes, Delivery(config, processes), state,
-                    log, options.headless, broken, bool(options.tasks))
+                    log, options.headless, found.errors(),
+                    bool(options.tasks))
     if options.headless:
         log.open(config.directory("logs"), runner.started)
     status = runner.carry_out(steps)
@@ -6089,11 +6584,11 @@ def perform(config: Config, steps: list[Step], options,
     return status
 
 
-def refuse_run_of_root(config: Config) -> None:
+def refuse_run_of_root(real_path: str) -> None:
     """Raise Error if root runs this configuration: others cannot see root's
     lock, so two runs could meet."""
     if os.geteuid() and os.path.isdir(os.path.join(
-            "/var/lib/mission", state_name(config.path))) \
+            "/var/lib/mission", state_name(real_path))) \
             and not os.environ.get("MISSION_STATE"):
         raise Error("root runs this configuration, and its lock cannot be "
                     "seen from here: permission denied",
@@ -6116,15 +6611,12 @@ def open_state(options) -> StateDirectory:
 def runs_of(state: StateDirectory) -> list[dict]:
     """The runs of the history, and the one that is running or was lost."""
     runs = state.history()
-    lock = os.path.join(state.directory, "lock")
     current = state.read_current()
     if current and current["id"] not in {run["id"] for run in runs}:
-        held = try_lock(lock)
-        if held is not None:
-            os.close(held)
+        is_running = state.is_locked()
         ended = current["phase"] == FINISHED
         runs.append(past_run(
-            current, "running" if held is None else
+            current, "running" if is_running else
             current["verdict"] if ended else "lost",
             seconds=current["seconds"] if ended else None))
     return runs
@@ -6219,7 +6711,7 @@ def command_new(options, slug: str) -> int:
     if not is_label(slug, LOWER + DIGITS):
         raise Error(f"{quoted(slug)} is no slug", "letters a-z, digits, - "
                     "and _, at most 64", EXIT_USAGE)
-    directory = valid_config(options).config.directory("tasks")
+    directory = valid_config(options).directory("tasks")
     path = os.path.join(directory, slug, "run")
     try:
         tasks = open_directory(directory)

@@ -107,6 +107,7 @@ PARTS = {   # program -> the Debian package that brings it
     "busybox": "busybox", "cron": "cron", "faketime": "faketime",
     "crontab": "cron", "systemd-analyze": "systemd", "dash": "dash",
     "nsenter": "util-linux", "setsid": "util-linux",
+    "bindfs": "bindfs", "fusermount3": "fuse3",
     "mkfs.ext4": "e2fsprogs", "ps": "procps", "zsh": "zsh", "fish": "fish",
 }
 
@@ -217,6 +218,12 @@ def start_from_cache(self, argv, *rest, **options):
     return start(self, argv, *rest, **options)
 k.Processes.start = start_from_cache
 """
+# The lock of a run is where no variable can move it; but hundreds of tests
+# should not leave theirs on this machine.
+LOCK_IN_STATE = """
+assert k.lock_home
+k.lock_home = k.state_home
+"""
 # For `Scratch.patch`: mission does not wait between its tries.
 NO_PAUSES = """
 assert k.Processes.pause
@@ -234,7 +241,7 @@ class Scratch:
                  python: str = PYTHON):
         self.folder, self.python = Path(folder), python
         self.host = None            # a Host: runs in a mount namespace
-        self.patches = [BUILTIN_FROM_CACHE]
+        self.patches = [BUILTIN_FROM_CACHE, LOCK_IN_STATE]
         self.home = self.make("home")
         self.state = self.folder / "state"
         self.logs, self.tasks = self.make("logs"), self.make("tasks")

@@ -137,7 +137,8 @@ os.uname = lambda: os.uname_result(("Linux", "web1", "6.1", "#1", "x86_64"))
 """
 # mission wants an unprivileged user, also when root runs it.
 NOBODY = 65534
-MISSION = PERSON.format(or_another=f" or {NOBODY}") + 'k.HOST = "web1"\n'
+MISSION = PERSON.format(or_another=f" or {NOBODY}") + \
+    'k.HOST = "web1"\nk.lock_home = k.state_home\n'
 KOITAB = PERSON.format(or_another="") + """
 k.SENDMAILS = (os.environ["HOME"].replace("/home", "/bin/sendmail"),)
 """

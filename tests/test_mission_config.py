@@ -552,7 +552,17 @@ def test_a_path_is_resolved(written, path):
 def test_the_home_of_nobody_is_a_fault(check):
     lines = check(BASE.replace('"/b/sync"', '"~ghost/x"'))
     assert len(lines) == 1
-    assert "storage.sync.path: ~ghost/x: ~ needs the home of ghost" in lines[0]
+    assert ('storage.sync.path: "~ghost/x": cannot expand ~: there is no user '
+            "ghost") in lines[0]
+
+
+def test_unknown_user_is_one_fault_for_all_paths_below_its_home(check):
+    base = BASE.replace('"/b/sync"', '"~/sync"').replace(
+        '"commit": true', '"chown": true, "commit": true').replace(
+        '"/b/logs"', '"~/logs"')
+    lines = check(base.replace('"name": "anon"', '"name": "nouser"'))
+    assert len(lines) == 1, lines
+    assert "user.name" in lines[0] and "2 paths below ~" in lines[0]
 
 
 # --- dump -----------------------------------------------------------------
@@ -754,6 +764,6 @@ def test_no_value_in_any_place_makes_it_crash():
         validator = mission.ConfigValidator(config, FakeHost().facts(config),
                                             diagnostics)
         validator.validate()
-        for found in sum(validator.scripts.values(), diagnostics.found):
+        for found in diagnostics.found:
             assert found.text("m.json").isprintable()
         json.dumps(mission.as_json(config))

@@ -225,7 +225,7 @@ spec.loader.exec_module(mission)
 journal = mission.StateDirectory(sys.argv[2], mission.Clock())
 journal.acquire(0)
 journal.write_current({
-    "id": "a", "pid": 4711, "started": mission.time.time() - 65,
+    "id": "a", "pid": mission.os.getpid(), "started": mission.time.time() - 65,
     "phase": "tasks", "task": "mail"})
 print("held", flush=True)
 sys.stdin.read()
@@ -246,7 +246,7 @@ def test_a_second_run_is_told_who_holds_the_lock(journal):
         with pytest.raises(mission.Error) as caught:
             journal.acquire(0)
         assert caught.value.status == mission.EXIT_BUSY
-        assert "pid 4711, since 2" in caught.value.message
+        assert f"pid {process.pid}, since 2" in caught.value.message
         assert 'in task "mail"' in caught.value.message
         assert "(1m" in caught.value.message
         process.kill()

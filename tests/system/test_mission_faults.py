@@ -86,8 +86,8 @@ def at_most_the_loss(scratch, result) -> None:
 
 def its_start(scratch) -> str:
     """Where the work of mission begins, in a trace of it: Python's own start
-    is behind it."""
-    return f'"{scratch.path}", O_RDONLY'
+    is behind it. A child has read the configuration."""
+    return f'"{next(scratch.state.glob("*/lock"))}", O_RDWR'
 
 
 # Killed at any system call ---------------------------------------------------

@@ -201,12 +201,12 @@ def test_a_worktree_whose_git_is_a_file_is_committed(scratch):
     assert is_committed(tree)
 
 
-def test_38_a_missing_repository_is_a_fault_and_is_not_made(scratch):
+def test_38_a_missing_repository_is_an_error_and_is_not_made(scratch):
     folder = scratch.storage("sync", commit=True)
     scratch.task("one", ":")
     result = scratch.mission("run")
-    assert result.code == 78 and "git init" in result.err, result
-    assert "storage.sync.commit" in result.err
+    assert result.code == 1 and "git init" in result.out, result
+    assert "storage.sync.commit" in result.out
     assert list(folder.iterdir()) == []
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -68,7 +70,7 @@ def test_bug_in_reading_the_output_of_a_task_does_not_orphan_it(scratch):
     assert "a bug" in result.out
 
 
-# --- what fails after the tasks ---------------------------------------------
+# --- what fails after the tasks --------------------------------------------
 
 
 def test_run_whose_history_cannot_grow_is_not_reported_as_killed(scratch):
@@ -124,7 +126,287 @@ def test_full_temporary_directory_does_not_keep_mail_from_going_out(scratch):
     assert len(list(mails.iterdir())) == 1
 
 
-# --- metrics ---------------------------------------------------------------
+# --- what is wrong, and what a run does --------------------------------------
+# `check` reports each of these; a run is made without what cannot be used.
+
+
+def alarmed(scratch, served) -> None:
+    """A task that runs, mail, and pings of success and failure."""
+    scratch.mails = scratch.keep_mail(start=False)
+    scratch.task("a", 'echo a; echo a >> "$TASKS_DIR/ran"')
+    scratch.config["ping"] = {"enabled": True, "endpoint": served.url,
+                              "fail": True}
+
+
+def mails_of(scratch) -> list[str]:
+    return [path.read_text() for path in sorted(scratch.mails.iterdir())]
+
+
+UNDELIVERED = {
+    "CA of the pings": lambda config: config["ping"].update(
+        caFile="/nonexistent/ca.pem"),
+    "endpoint": lambda config: config["ping"].update(endpoint="nonsense"),
+    "passBin": lambda config: config.update(passBin="/nonexistent/pass"),
+    "mail address": lambda config: config["user"].update(email="nonsense"),
+    "SMTP host": lambda config: config.update(mail={
+        "enabled": True, "type": "smtp", "start": False}),
+    "metrics directory": lambda config: config.update(metrics={
+        "textfile": "/nonexistent/x.prom"}),
+    "filter": lambda config: config.update(filters=["secret", "(unclosed"]),
+}
+
+
+@pytest.mark.parametrize("fault", UNDELIVERED)
+def test_delivery_that_cannot_work_stops_no_task_and_gives_74(
+        scratch, served, fault):
+    alarmed(scratch, served)
+    UNDELIVERED[fault](scratch.config)
+    checked = scratch.mission("check")
+    assert checked.code == 78 and len(checked.err.splitlines()) == 2, checked
+    result = scratch.headless()
+    assert result.code == 74, result
+    assert (scratch.tasks / "ran").exists()
+    assert served.asked() == []         # neither success nor failure
+    assert scratch.history()[-1]["verdict"] == "trouble"
+
+
+def test_missing_sendmail_stops_no_task_and_the_mail_waits(scratch, served):
+    alarmed(scratch, served)
+    scratch.patch("""
+        found = k.find_program
+        k.find_program = lambda name: None if name == "sendmail" \\
+            else found(name)
+        """)
+    assert "no sendmail" in scratch.mission("check").err
+    result = scratch.headless()
+    assert result.code == 74, result
+    assert len(scratch.outbox()) == 1
+
+
+def test_missing_notify_send_is_a_line_in_the_log(scratch, served):
+    alarmed(scratch, served)
+    scratch.config["notify"] = {"enabled": True}
+    scratch.patch("""
+        found = k.find_program
+        k.find_program = lambda name: None if name == "notify-send" \\
+            else found(name)
+        """)
+    assert "no notify-send" in scratch.mission("check").err
+    assert scratch.headless().code == 0
+    assert "NotifyFailure" in scratch.log()
+
+
+def test_invalid_filter_keeps_the_log_out_of_mail_and_ping(scratch, served):
+    alarmed(scratch, served)
+    scratch.task("b", "echo the-secret")
+    scratch.config["ping"]["log"] = True
+    scratch.config["filters"] = ["the-secret", "(unclosed"]
+    scratch.task("c", "exit 1")
+    assert scratch.headless().code == 1
+    (mail,) = mails_of(scratch)
+    assert "the-secret" in scratch.log()
+    assert "the-secret" not in mail and "a filter is invalid" in mail
+    assert served.asked() == ["GET /check/fail"]    # not POST with the log
+
+
+@pytest.mark.parametrize("options", [{"chown": True}, {"commit": True}, {}])
+def test_missing_storage_is_an_error_of_its_housekeeping_alone(
+        scratch, served, options):
+    if options.get("chown") and not support.AS_ROOT:
+        pytest.skip("chown needs root")
+    alarmed(scratch, served)
+    out = scratch.storage("out", **options)
+    out.rmdir()
+    assert "does not exist" in scratch.mission("check").err
+    result = scratch.headless()
+    assert scratch.outcomes() == {"a": "ok"}
+    assert result.code == (1 if options else 0), result
+    (mail,) = mails_of(scratch)
+    assert ("does not exist" in mail) == bool(options)
+
+
+def test_commit_without_a_repository_is_an_error_of_housekeeping(
+        scratch, served):
+    alarmed(scratch, served)
+    scratch.storage("out", commit=True)
+    assert "is no git repository" in scratch.mission("check").err
+    assert scratch.headless().code == 1
+    assert scratch.outcomes() == {"a": "ok"}
+    assert "is no git repository" in scratch.log()
+
+
+@support.root_only
+def test_chown_of_a_directory_of_the_system_is_refused_and_tasks_run(
+        scratch, served):
+    alarmed(scratch, served)
+    scratch.config["storage"]["out"] = {"path": "/usr/share", "chown": True}
+    scratch.patch("""
+        def fail(*_, **__): raise SystemExit("chown")
+        k.chown_tree = fail
+        """)
+    assert scratch.headless().code == 1
+    assert "belongs to the system" in scratch.log()
+    assert scratch.outcomes() == {"a": "ok"}
+
+
+def test_task_of_an_unknown_user_fails_alone(scratch, served):
+    alarmed(scratch, served)
+    scratch.task("b", "echo b", user="nosuchuser")
+    assert "nosuchuser" in scratch.mission("check").err
+    assert scratch.headless().code == 1
+    assert scratch.outcomes() == {"a": "ok", "b": "failed"}
+
+
+# --- a run that cannot begin -------------------------------------------------
+
+
+IMPOSSIBLE = {
+    "unknown key": lambda config: config.update(nonsense=1),
+    "wrong type": lambda config: config.update(passBin=1),
+    "unknown user": lambda config: config["user"].update(name="nosuchuser"),
+    "redact": lambda config: config.update(redact=["(unclosed"]),
+    "needs": lambda config: config["tasks"][0].update(needs=["nosuch"]),
+}
+
+
+@pytest.mark.parametrize("fault", IMPOSSIBLE)
+def test_run_that_cannot_begin_sends_the_failure_mail_and_ping(
+        scratch, served, fault):
+    alarmed(scratch, served)
+    IMPOSSIBLE[fault](scratch.config)
+    result = scratch.headless()
+    assert result.code == 78, result
+    assert not (scratch.tasks / "ran").exists()
+    (mail,) = mails_of(scratch)
+    assert "[FAILURE]" in mail and "could not begin" in mail
+    assert result.err.splitlines()[0].split(": ")[1] in mail
+    assert "/fail" in served.asked()[0]
+    assert scratch.mission("run").code == 78        # by hand: stderr says it
+    assert len(mails_of(scratch)) == len(served.asked()) == 1
+
+
+@pytest.mark.parametrize("section", ["mail", "ping"])
+def test_alert_leaves_out_a_section_that_is_invalid_itself(
+        scratch, served, section):
+    alarmed(scratch, served)
+    scratch.config[section]["nonsense"] = 1
+    assert scratch.headless().code == 78
+    assert len(mails_of(scratch)) == (section == "ping")
+    assert len(served.asked()) == (section == "mail")
+
+
+def test_alert_asks_for_no_password(scratch, served):
+    alarmed(scratch, served)
+    scratch.fake_pass("touch asked; echo secret")
+    scratch.config["mail"] = {"enabled": True, "type": "smtp", "smtp": {
+        "host": "127.0.0.1", "port": 9, "user": "u", "passName": "p"}}
+    scratch.config["nonsense"] = 1
+    assert scratch.headless().code == 78
+    assert not list(scratch.folder.rglob("asked"))
+    assert "/fail" in served.asked()[0]
+
+
+@pytest.mark.parametrize("change, mails, pings", [
+    ({"mail": {"on": "never"}}, 0, 1), ({"ping": {"fail": False}}, 1, 0),
+    ({"mail": {"on": "failure"}}, 1, 1)])
+def test_alert_honours_what_the_configuration_wants(
+        scratch, served, change, mails, pings):
+    alarmed(scratch, served)
+    for section, values in change.items():
+        scratch.config[section].update(values)
+    scratch.config["nonsense"] = 1
+    assert scratch.headless().code == 78
+    assert (len(mails_of(scratch)), len(served.asked())) == (mails, pings)
+
+
+def test_lock_that_is_held_alerts_once_for_each_holder(scratch, served):
+    alarmed(scratch, served)
+    gate = scratch.folder / "gate"
+    os.mkfifo(gate)
+    for holder in (1, 2):
+        scratch.config["tasks"] = []
+        scratch.task("b", f'touch "$TASKS_DIR/held{holder}"; '
+                     'read x < "$GATE"', env={"GATE": str(gate)})
+        process = scratch.start("run")
+        support.wait_until((scratch.tasks / f"held{holder}").exists, 20,
+                           "the holder")
+        for _ in range(2):
+            result = scratch.headless(write=False)
+            assert result.code == 75 and f"pid {process.pid}" in result.err
+        assert len(mails_of(scratch)) == len(served.asked()) == holder
+        gate.write_text("go\n")
+        assert support.ended(process).code == 0
+    assert "another run is active" in mails_of(scratch)[0]
+
+
+@support.root_only
+def test_untrusted_configuration_is_used_for_nothing(scratch, served):
+    alarmed(scratch, served)
+    syslog = scratch.folder / "syslog"
+    scratch.patch(f"""
+        import syslog
+        def log(_level, text):
+            with open({str(syslog)!r}, "a") as file: file.write(text)
+        syslog.syslog = log
+        """)
+    scratch.config["nonsense"] = 1
+    scratch.write()
+    scratch.path.chmod(0o666)
+    result = scratch.headless(write=False)
+    assert result.code == 78
+    (line,) = result.err.splitlines()
+    assert "can be written by everyone" in line
+    assert "can be written by everyone" in syslog.read_text()
+    assert mails_of(scratch) == served.asked() == []
+    assert not scratch.state.exists() or scratch.history() == []
+
+
+# --- the lock ----------------------------------------------------------------
+
+
+def test_no_variable_moves_the_lock(scratch, tmp_path):
+    scratch.patches.remove(support.LOCK_IN_STATE)
+    homes = [tmp_path / "one", tmp_path / "two"]
+    gate = scratch.folder / "gate"
+    os.mkfifo(gate)
+    mark = scratch.folder / "mark"
+    scratch.task("a", f'touch "{mark}"; read x < "{gate}"')
+    if not support.AS_ROOT:     # the account's home, but not that of a person
+        scratch.patch(f"""
+            found = k.account_of
+            k.account_of = lambda user: found(user).replace(
+                home={str(scratch.home)!r})
+            """)
+    scratch.env.update(XDG_STATE_HOME=str(homes[0]), HOME=str(homes[0]),
+                       MISSION_STATE=str(homes[0]))
+    process = scratch.start("run")
+    support.wait_until(mark.exists, 20, "the task")
+    scratch.env.update(XDG_STATE_HOME=str(homes[1]), HOME=str(homes[1]),
+                       MISSION_STATE=str(homes[1]))
+    result = scratch.mission("run", write=False)
+    assert result.code == 75 and f"pid {process.pid}" in result.err, result
+    gate.write_text("go\n")
+    assert support.ended(process).code == 0
+    lock = support.load("mission").lock_home() if support.AS_ROOT else ""
+    for path in Path(lock).glob(f"{scratch.path.name[:14]}*") if lock else ():
+        shutil.rmtree(path)
+
+
+def test_relative_paths_start_from_the_file_behind_a_link(scratch, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    scratch.config["storage"]["tasks"]["path"] = "tasks"
+    scratch.task("a", "echo a")
+    scratch.write()
+    link = elsewhere / "m.json"
+    link.symlink_to(scratch.path)
+    scratch.path = link
+    result = scratch.mission("run", write=False)
+    assert result.code == 0, result
+    assert json.loads(scratch.mission("dump", write=False).out)[
+        "storage"]["tasks"]["path"] == str(scratch.tasks)
+
+# --- metrics --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments", [
@@ -141,7 +423,7 @@ def test_partial_or_manual_run_does_not_touch_the_metrics(scratch, arguments):
     assert textfile.read_text() == before
 
 
-# --- how a run is started ---------------------------------------------------
+# --- how a run is started --------------------------------------------------
 
 
 def test_reader_that_closes_the_pipe_does_not_end_the_run(scratch):
