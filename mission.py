@@ -1513,6 +1513,8 @@ def plan(config: Config, slugs: list[str], headless: bool,
         steps.append(Step("mail_finish"))
     if headless and config.ping.enabled:
         steps.append(Step("ping_finish"))
+    steps += [Step("pack", storage=step.storage) for step in steps
+              if step.kind == "commit"]
     return steps
 
 
@@ -1533,6 +1535,7 @@ def step_text(step: Step, config: Config) -> str:
         "notify_start": f"notify {config.user.name}: run started",
         "chown": storage and f"chown {storage.path} to {config.user.name}",
         "commit": storage and f"commit {storage.path}",
+        "pack": storage and f"pack {storage.path}, if it has grown",
         "finish": "write FinishTime",
         "notify_finish": f"notify {config.user.name}: run finished",
         "summary": "list the warnings and errors",
@@ -2519,12 +2522,13 @@ class Processes:
 
     def run(self, argv: list[str], limit: float, data: bytes = b"",
             env: dict | None = None, account: Account | None = None,
-            cwd: str = "/", on_chunk=None,
-            whole: bool = False) -> ProcessResult:
+            cwd: str = "/", on_chunk=None, whole: bool = False,
+            survives_stop: bool = True) -> ProcessResult:
         """Run a program to its end, `data` being its standard input.
 
         Its output is passed to on_chunk(bytes) and kept in the result: the
-        first 64 KiB of it, or all with `whole`. `limit` is in seconds.
+        first 64 KiB of it, or all with `whole`. `limit` is in seconds. With
+        `survives_stop` only the second signal to stop ends it.
         """
         kept = bytearray()
 
@@ -2542,7 +2546,7 @@ class Processes:
                                       f"input: {error.strerror}")
         try:
             child = self.start(argv, env, cwd, account, limit, stdin)
-            child.survives_stop = True
+            child.survives_stop = survives_stop
             self.attend([child], on_output)
             unread = len(data) - os.lseek(stdin, 0, os.SEEK_CUR) \
                 if data else 0
@@ -3604,6 +3608,7 @@ def free_bytes(path: str) -> int:
 # ==========================================================================
 
 GIT_SECONDS = 600       # for one command of git
+PACK_SECONDS = 3600     # for `git gc`, which nothing waits for
 LOCK_AGE = 15 * 60      # a git lock this old belongs to nobody
 # The configuration of git(1) that no repository and no user can change.
 GIT_OPTIONS = (
@@ -3614,8 +3619,9 @@ GIT_OPTIONS = (
     "status.submoduleSummary=false", "color.ui=false")
 CHANGES_NAMED = 1000    # files of one commit are named, then counted
 UNREADABLE_HINT = '"chown": true for this storage'
-# Housekeeping has its own step after the mail, with its own limit.
+# Packing is a step of its own after the mail, with its own limit.
 NO_PACKING = ("gc.auto=0", "maintenance.auto=false")
+STAY_ATTACHED = ("gc.autoDetach=false", "maintenance.autoDetach=false")
 # Where git looks for configuration besides the repository (git-config(1),
 # gitattributes(5)); "~" is root's home.
 ROOTS_GIT_FILES = (
@@ -3756,14 +3762,16 @@ class Repository:
             self.owner, GIT_TERMINAL_PROMPT="0", GIT_PAGER="cat",
             GIT_EDITOR="true", GIT_OPTIONAL_LOCKS="0", LC_ALL="C.UTF-8")
 
-    def call(self, *arguments: str, data: bytes = b"", report=None,
-             whole=False, options=NO_PACKING) -> ProcessResult:
-        """Run git to its end, as the owner."""
+    def call(self, *arguments: str, options=NO_PACKING,
+             limit: float = GIT_SECONDS, report=None,
+             **more) -> ProcessResult:
+        """Run git to its end, as the owner. The arguments by name are those
+        of Processes.run; `report` gets the output piece by piece."""
         argv = [self.git, "-C", self.path, "--no-pager"]
         for option in GIT_OPTIONS + options:
             argv += ["-c", option]
-        return self.processes.run(argv + list(arguments), GIT_SECONDS, data,
-                                self.env, self.owner, "/", report, whole)
+        return self.processes.run(argv + list(arguments), limit, env=self.env,
+                                  account=self.owner, on_chunk=report, **more)
 
     def must(self, *arguments: str, **options) -> ProcessResult:
         """Run git, again if it failed because of stale locks, which are
@@ -3996,6 +4004,16 @@ class Repository:
             account=self.owner)
         if done.code:
             raise Error(f"sync -f {self.path}: {done.reason}")
+
+    def pack(self) -> str:
+        """Let git pack loose objects and packs, if there are too many by its
+        rule (gc.auto in git-gc(1)); return what it says, "" if it did
+        nothing. Raises Error."""
+        done = self.call("gc", "--auto", options=STAY_ATTACHED,
+                         limit=PACK_SECONDS, survives_stop=False)
+        if done.code:
+            raise Error(f"git gc: {done.reason}")
+        return done.output
 
     # --- locks that a killed git left -------------------------------------
 
@@ -5338,6 +5356,9 @@ class Runner:
         self.took = 0.0
         self.lost: list[dict] = []
         self.alive: dict[str, str] = {}     # slug -> process of a lost run
+        self.owned: set[str] = set()    # storages whose .git chown has seen,
+                                        # and found or made the user's
+        self.committed: dict[str, Repository] = {}  # by the storage's name
         self.expected: dict[str, float] = {}
         self.now_running, self.total, self.shown_at = "", 0, 0.0
 
@@ -5393,7 +5414,7 @@ class Runner:
     def carry_out(self, steps: list[Step]) -> int:
         """Carry out all steps; return the exit status."""
         self.begin(steps)
-        for step in steps:
+        for step in [step for step in steps if step.kind != "pack"]:
             try:
                 if self.processes.stopped and step.kind in STOPPED_BY_SIGNAL:
                     self.skip(step)
@@ -5407,7 +5428,12 @@ class Runner:
                     self.log_line(line)
                 self.problem("tasks", "error", step.kind,
                              f"fault in mission: {reason_of(error)}")
-        return self.end()
+        status = self.end()
+        # This can take long, and no result depends on it.
+        for step in steps:
+            if step.kind == "pack" and not self.processes.stopped:
+                self.pack(step)
+        return status
 
     def begin(self, steps: list[Step]) -> None:
         """Record this run, and the runs that were lost before it."""
@@ -5784,6 +5810,10 @@ class Runner:
         except OSError as error:
             return self.problem("housekeeping", "warning", "chownFiles",
                                 f"{path}: {error.strerror}")
+        inside = escape_controls(os.path.join(path, ".git"))
+        if not any((name + "/").startswith(inside + "/")
+                   for name, _ in done.left):
+            self.owned.add(step.storage.name)
         self.log_line(f"{path}: {plural(done.changed, 'file')}")
         for name, why in done.left[:LEFT_NAMED]:
             self.log_line(f"left alone: {name}: {why}")
@@ -5843,10 +5873,12 @@ class Runner:
                    f"on {local}")
         try:
             repository = Repository(self.processes, path, report, min(began))
-            for warning in repository.commit(message):
+            for warning in repository.commit(
+                    message, step.storage.name in self.owned):
                 decoder.end()
                 self.problem("housekeeping", "warning", "commitRepositories",
                              warning)
+            self.committed[step.storage.name] = repository
         except (Error, OSError) as error:
             decoder.end()
             self.problem("housekeeping", "error", "commitRepositories",
@@ -5854,6 +5886,23 @@ class Runner:
                          if getattr(error, "hint", "") else
                          f"{path}: {reason_of(error)}")
         decoder.end()
+
+    def pack(self, step: Step) -> None:
+        """Let git pack a repository that was committed, if it has grown. A
+        failure is a line in the log: the backup is complete."""
+        repository = self.committed.get(step.storage.name)
+        if not repository:
+            return
+        began, path = self.processes.clock.ticks(), step.storage.path
+        try:
+            if repository.pack():
+                took = self.processes.clock.ticks() - began
+                self.once_title("Pack")
+                self.log_line(f"Packed {path} in {format_duration(took)}")
+        except (Error, OSError) as error:
+            self.once_title("Pack")
+            self.log_line(f"PackFailure {path}: {reason_of(error)}")
+        self.log.sync()
 
     # --- the end, and delivery --------------------------------------------
 

@@ -49,7 +49,7 @@ def test_a_headless_run_has_every_step_in_the_order_of_the_contract():
         "start", "outbox", "mail_start", "ping_start", "notify_start",
         "task:a", "task:b", "chown:sync", "commit:sync", "task:z", "finish",
         "notify_finish", "summary", "keep_records",
-        "mail_finish", "ping_finish"]
+        "mail_finish", "ping_finish", "pack:sync"]
 
 
 def test_a_run_by_hand_neither_mails_nor_pings():

@@ -7,6 +7,7 @@ of a case is that of the project's list of attacks.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import servers
 import support
 from support import (count_commits, git, is_alive, is_committed,
                      make_repository, must_git)
@@ -544,6 +546,28 @@ def test_41_what_root_left_in_the_users_repository_is_put_right_by_chown(
 
 
 @support.root_only
+def test_41_the_walk_of_chown_is_the_check_of_the_owners(alice, repo):
+    """git's directory is walked once more only for what chown left."""
+    alice.patch("""
+        lookups, look_up = [], k.Repository.look_up
+        def count(self, function, *arguments):
+            if function is k.untrusted_entry:
+                print("WALKED", flush=True)
+            return look_up(self, function, *arguments)
+        k.Repository.look_up = count
+        """)
+    result = alice.headless()
+    assert (result.code, result.out) == (0, ""), (result, alice.log())
+    other = repo / ".git" / "objects" / "hard"
+    other.touch()
+    os.chown(other, MALLORY, MALLORY)
+    os.link(other, repo.parent / "hard")
+    again = alice.headless()
+    assert again.code == 1 and "WALKED" in again.out, again
+    assert f"{other} belongs to" in alice.log()
+
+
+@support.root_only
 def test_41_a_git_file_that_becomes_a_fifo_does_not_hang_the_run(alice, repo):
     alice.task("away", 'mv "$SYNC_DIR/.git" "$SYNC_DIR/../away"\n'
                'mkfifo "$SYNC_DIR/.git"')
@@ -821,6 +845,81 @@ def test_a_long_list_of_changes_is_cut_and_counted(scratch, own):
     texts = support.log_texts(result.out)
     assert len([text for text in texts if text.startswith("A  ")]) == 1000
     assert "and 500 more" in texts
+
+
+# Packing ---------------------------------------------------------------------
+
+
+def fill(scratch, folder: Path, **config: str) -> None:
+    """A task whose files make `git gc --auto` pack, by its estimate from the
+    directory objects/17; and git's configuration."""
+    contents = (f"{number}\n".encode() for number in range(100_000))
+    chosen = [data for data in contents if hashlib.sha1(
+        b"blob %d\0" % len(data) + data).hexdigest().startswith("17")][:3]
+    lines = [f"printf '{data.decode().strip()}\\n' > \"$SYNC_DIR/{number}\""
+             for number, data in enumerate(chosen)]
+    scratch.config["tasks"] = []
+    scratch.task("fill", "\n".join(lines))
+    for key, value in {"auto": "1", **config}.items():
+        must_git(folder, "config", f"gc.{key}", value,
+                 uid=support.owner(folder))
+
+
+def loose_objects(folder: Path) -> int:
+    return sum(len(list(place.iterdir())) for place in
+               (folder / ".git/objects").glob("??"))
+
+
+@support.root_only
+def test_a_grown_repository_is_packed_as_its_owner_after_the_mail(
+        alice, repo):
+    alice.keep_mail(start=False)
+    fill(alice, repo)
+    with servers.Web() as web:
+        alice.config["ping"] = {"enabled": True, "endpoint": web.url}
+        result = alice.headless()
+    assert (result.code, result.err) == (0, ""), alice.log()
+    assert loose_objects(repo) == 0, alice.log()
+    assert {support.owner(path) for path in repo.rglob("*")} == {ALICE}
+    titles = support.log_titles(alice.log())
+    assert titles[-3:] == ["Mail", "Ping", "Pack"]
+    assert f"Packed {repo} in " in alice.log()
+    assert is_committed(repo, uid=ALICE)
+
+
+def test_a_repository_that_has_not_grown_is_left_as_it_is(scratch, own):
+    result = scratch.mission("run")
+    assert result.code == 0 and "Pack" not in result.out, result
+    assert loose_objects(own) > 0
+
+
+def test_packing_that_fails_is_a_line_in_the_log_alone(scratch, own):
+    fill(scratch, own, pruneExpire="nonsense")
+    result = scratch.headless()
+    assert (result.code, result.err) == (0, ""), result
+    assert f"PackFailure {own}: git gc: exit" in scratch.log()
+    assert scratch.history()[-1]["verdict"] == "ok"
+    assert count_commits(own) == 2
+
+
+def test_packing_is_ended_by_a_signal_and_the_run_stays_good(scratch, own):
+    """A run that is killed while it packs has finished its work."""
+    fill(scratch, own)
+    pid, git = scratch.folder / "pid", support.find("git")
+    os.mkfifo(scratch.folder / "gate")
+    stand_in = scratch.stand_in("git", f"""
+        case "$*" in *" gc "*) ;; *) exec {git} "$@" ;; esac
+        echo $$ > '{pid}.new'; mv '{pid}.new' '{pid}'
+        read x < '{scratch.folder}/gate'""")
+    run = scratch.start("run", "--headless")
+    support.wait_until(pid.exists, 30, "git gc")
+    assert scratch.history()[-1]["verdict"] == "ok"
+    run.terminate()
+    result = support.ended(run)
+    assert result.code == 0, result
+    assert not is_alive(int(pid.read_text()))
+    stand_in.unlink()
+    assert scratch.mission("run").code == 0
 
 
 # Locks that were left --------------------------------------------------------
