@@ -8,6 +8,7 @@ import json
 import os
 import random
 import socket
+import ssl
 import subprocess
 import textwrap
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import lying_dashboard
+import servers
 import support
 from lying_dashboard import DASH, HOST, KEY, request_for, text_of
 
@@ -533,6 +535,23 @@ def test_host_key_is_in_koids_memory_and_not_in_the_agents(linked, dashboard):
         assert secret in koids and secret not in agents
     for known in (lying_dashboard.TOKEN.encode(), b"missing_output"):
         assert known in agents
+
+
+def test_agent_reports_when_the_dashboards_certificate_expires(koi, dashboard):
+    certificate = servers.certificate(koi.folder)
+    dashboard.socket = certificate.context().wrap_socket(
+        dashboard.socket, server_side=True)
+    end = subprocess.run(
+        ["openssl", "x509", "-noout", "-enddate", "-in", certificate.cert],
+        stdout=subprocess.PIPE, check=True).stdout.decode()
+    expires = ssl.cert_time_to_seconds(end.strip().partition("=")[2])
+    koi.tab('"Plain" @manual echo plain\n')
+    lying_dashboard.belong(koi, dashboard.url.replace("http:", "https:"),
+                           ca=Path(certificate.cert).read_text())
+    koi.start()
+    dashboard.wait_for(lambda: dashboard.letters and dashboard.letters[-1].get(
+        "certificate_expires") == expires, what=f"the expiry {expires}")
+    assert "certificate_expires" not in dashboard.letters[0]    # not known yet
 
 
 def test_who_leaves_is_not_heard_any_more(linked, dashboard):
