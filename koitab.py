@@ -4320,7 +4320,7 @@ PIPE_ROOM = 4096        # bytes that fit into a pipe of the smallest kind
 READ_AGAIN = 20         # times, while a run writes very fast
 FAR_BEHIND = 2**18      # bytes a terminal may lag before its job must wait
 LONGEST_SLEEP = 86_400.0    # seconds: poll() takes 24 days at most
-REPORT = Struct("<Qi")  # run, wait status: what koid is told, in one write
+REPORT = Struct("<Qi")  # run, wait status: one write to koid's pipe
 PASSED_ON = (1, 2, 3, 9, 15)    # signals that `koitab run` may send
 RESET = [number for number in range(1, signal.NSIG) if number not in (
     signal.SIGKILL, signal.SIGSTOP) and not 32 <= number <= 33]
@@ -4972,7 +4972,7 @@ class ScheduledJob:
         self.identity = storable("\0".join(job.identity()))
         self.line = job.line
         self.schedule, self.settings = job.schedule, job.settings
-        self.due: float | None = 0.0    # 0: to be asked for; None: never
+        self.due: float | None = 0.0    # 0: not computed; None: never
         self.delay = delay
         self.key = self.user, self.identity
 
@@ -5385,8 +5385,8 @@ class QueuedRun:
 
 
 class RunningRun:
-    """A run whose end is not recorded yet. `supervisor` is the pid of a child
-    of ours, or 0: the koid before us started it."""
+    """A run whose end is not recorded yet. `supervisor` is the pid of koid's
+    child, or 0: the koid before this one started it."""
 
     def __init__(self, run: int, key: tuple, queued: QueuedRun | None,
                  supervisor: int = 0):
@@ -5520,16 +5520,16 @@ class Planner:
         if not self.state:
             return self.clock.ticks() + 5
         seen, due = self.state.sample, self.next_due()
-        wall, ticks = self.clock.now(), self.clock.ticks()
-        if abs(wall - seen.instant - ticks + seen.ticks) > 1:
+        now, ticks = self.clock.now(), self.clock.ticks()
+        if abs(now - seen.instant - ticks + seen.ticks) > 1:
             return seen.ticks + MINUTE - seen.instant % MINUTE
         at = FOREVER if due is None else seen.ticks + due - seen.instant
         if not each_minute:
             return at
-        return min(ticks + (wall // MINUTE + 1) * MINUTE - wall,
+        return min(ticks + (now // MINUTE + 1) * MINUTE - now,
                    max(ticks, at))
 
-    # --- the first look
+    # --- at the start
 
     def begin(self) -> tuple[list[QueuedRun], list[tuple]] | None:
         """Return the starts of this minute, of @reboot and those missed
@@ -5575,7 +5575,7 @@ class Planner:
         starts, rows, minute = [], [], now // MINUTE * MINUTE
         for scheduled in self.registry.scheduled_jobs:
             if not scheduled.schedule or scheduled.key not in self.store.keys:
-                continue        # it is new: nobody waited for it
+                continue        # a new job has missed nothing
             first, count, zone_clock = 0, 0, self.state.zone_clocks[
                 scheduled.settings.zone]
             for start in scheduled.schedule.iter_starts(int(seen),
@@ -5597,7 +5597,7 @@ class Planner:
         marked = self.registry.system and self.machine.mark_reboot()
         if not was_rebooted(self.machine, self.store) or marked \
                 or "history" in self.log.problems:
-            return []           # without a history nobody knows
+            return []           # without a history it cannot be known
         return [QueuedRun(scheduled, "reboot", now, now) for scheduled
                 in self.registry.scheduled_jobs if scheduled.job.when
                 == "@reboot"]
@@ -5699,12 +5699,12 @@ def safe_address(text: str) -> bool:
     """Does the text have no sign that an option or a shell would obey? The
     signs are those of Debian's cron."""
     return text.isascii() and text[:1].isalnum() and all(
-        letter.isalnum() or letter in "@!:%-.,_+=/" for letter in text)
+        each.isalnum() or each in "@!:%-.,_+=/" for each in text)
 
 
 def send_cron_mail(machine: Machine, host: dict, user: str, to: str,
                    command: str, environment: dict, text: bytes) -> None:
-    """In a child of ours: hand a mail to sendmail, as the user whose job it
+    """In a child of koid's: hand a mail to sendmail, as the user whose job it
     was, and exit with its status."""
     status = 1
     try:
@@ -5764,8 +5764,8 @@ def mail_about(user: str, host: str, to: str, command: str,
 
 def one_line(text: str) -> str:
     """For a header: what would break or steer it becomes a blank."""
-    return "".join(letter if letter.isprintable() else " "
-                   for letter in text)[:900]
+    return "".join(each if each.isprintable() else " "
+                   for each in text)[:900]
 
 
 # --- the states of runs ---------------------------------------------------
@@ -5873,8 +5873,7 @@ class Scheduler:
     # --- due: a row, then a process
 
     def start_due(self) -> None:
-        """Start what fell due; look for the first time once the clock is
-        set."""
+        """Start what fell due; what was missed, once the clock is set."""
         if self.planner.state:
             starts, rows = self.planner.due()
             if starts or rows:
@@ -5999,8 +5998,8 @@ class Scheduler:
         return self.store.insert({"id": self.store.last, "job": key, **row})
 
     def refuse(self, queued: QueuedRun) -> bool:
-        """On a full disk: a run that somebody asked for does not start, one
-        that is due does. Return whether it was refused."""
+        """On a full disk: a run by hand does not start, one that is due does.
+        Return whether it was refused."""
         if queued.trigger != "manual":
             return False
         self.store.waiting.append(self.store.update(
@@ -6131,7 +6130,7 @@ class Scheduler:
                 self.ended[run] = status
 
     def supervisor_ended(self, pid: int) -> None:
-        """A child of koid's has gone that may have been a supervisor."""
+        """Handle the end of a child that may have been a supervisor."""
         running = self.running.get(self.supervisors.pop(pid, 0))
         if running and running.run not in self.ended:
             if self.has_ended(running):
@@ -6209,8 +6208,8 @@ class Scheduler:
 
     def record_end(self, running: RunningRun, status: int, statements: list,
                    retries: list, mails: list) -> None:
-        """Add the statements, the retry and the mail of one run's end.
-        Raises OSError."""
+        """Add the statements, the retry and the mail of one run's end to the
+        lists. Raises OSError."""
         outcome, frames = self.outcome(running, status)
         statements += self.end_statements(running, outcome, frames)
         retry = self.retry_of(running, outcome)
@@ -6813,7 +6812,7 @@ class ControlServer:
         self.poller.register(self.listener.fileno(), self.accept)
 
     def accept(self, _fd: int, _events: int) -> None:
-        """Take some new connections, then let koid look at its clock."""
+        """Take some new connections. koid must soon see its clock again."""
         for _ in range(MOST_AT_ONCE):
             try:
                 sock, _ = self.listener.accept()
@@ -6911,7 +6910,8 @@ class ControlServer:
         self.scheduler.record_and_start([queued])
 
     def release(self, connection: ControlConnection):
-        """Return the socket of a connection, which is ours no longer."""
+        """Return the socket of a connection, and do not wait for it any
+        more."""
         fd = connection.lines.fileno()
         del self.connections[fd]
         self.poller.unregister(fd)
@@ -7077,7 +7077,7 @@ def agent_program() -> str:
 
 def agent_account(machine: Machine) -> Account:
     """Return the user that the agent of root's koid runs as. Raises OSError
-    if there is none that is nobody else's."""
+    if another account has its uid."""
     account = machine.account(AGENT_ACCOUNT)
     if account and account.uid:
         return account.replace(groups=[account.gid])
@@ -7236,7 +7236,7 @@ class AgentProcess:
             alive = False
         line = lines.take_line()
         if not alive or line is not None and lines.received:
-            # It has ended (see `ended`), or it is not ours any more: ours
+            # It has ended (see `ended`), or somebody took it over: the agent
             # waits for a reply before it asks again.
             self.poller.modify(fd, 0)
             self.kill("sent an invalid line" if alive
@@ -7273,7 +7273,7 @@ class OutputCursor:
 
 
 class AgentBroker:
-    """What koid tells the agent, and takes from it.
+    """What koid gives the agent, and takes from it.
 
     The agent sends one request at a time, and koid sends one reply to each:
 
@@ -7328,7 +7328,7 @@ class AgentBroker:
     def begin(self) -> None:
         """Start the agent of a dashboard whose keys were just read."""
         began = self.store.began(self.clock.now())
-        # Before we had these keys nobody could sign with them.
+        # No request was signed with these keys before they were made.
         self.verifier = RequestVerifier(
             self.scheduler, self.mine,
             began if began >= self.mine.since else 0.0)
@@ -7437,10 +7437,10 @@ class AgentBroker:
 
     def batch(self, request: dict) -> dict:
         """Return runs that changed, and the list of jobs if it is new."""
-        told = self.store.get_meta("told before")  # under another epoch
+        sent = self.store.get_meta("told before")   # under another epoch
         most = max(1, min(int(request["most"]), MOST_RECORDS))
         rows = self.store.changed_since(
-            max(int(request["after"]), int(told or 0)), most)
+            max(int(request["after"]), int(sent or 0)), most)
         body, mac, sha = self.list_of_jobs()
         now, size, records = int(self.clock.now()), 0, []
         for row in rows:
@@ -8454,7 +8454,7 @@ class SyncAgent:
                 problem = self.refusal_words(refused)
                 if refused.status in (401, 403, 409):
                     pause = PAUSE_REFUSED
-            except Exception as bug:        # ours, or an answer like no other
+            except Exception as bug:        # a bug, or an unforeseen answer
                 problem = f"its answer makes no sense: {bug!r}"
             if problem != reported:
                 self.koid.ask(op="state", about=step.__name__,

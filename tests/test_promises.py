@@ -260,6 +260,21 @@ def test_a_section_uses_only_names_from_itself_and_from_above(name):
     assert early == []
 
 
+def test_the_agents_program_uses_only_names_from_its_own_sections():
+    """koid executes the head and these sections alone, as another program."""
+    parts, home = sections("koitab"), homes("koitab")
+    own = {number for number, part in enumerate(parts, start=1)
+           if part.name in support.load("koitab").AGENT_SECTIONS}
+    assert len(own) == 4
+    foreign = []
+    for line, words in uses("koitab"):
+        here = sum(part.start <= line for part in parts)
+        foreign += [f"line {line} ({parts[here - 1].name}) uses {word}"
+                    for word in words if here in own
+                    and home.get(word, 0) not in own | {0}]
+    assert foreign == []
+
+
 @each_file
 def test_every_name_is_defined_and_once(name):
     """Seen without running: a name that nobody defines is found at night."""
