@@ -8923,12 +8923,6 @@ def rounded(seconds: float | None) -> float | None:
     return seconds and round(seconds, 3)
 
 
-def history_entry(run: dict) -> tuple:
-    """Return a run's entry in the run history bar."""
-    return (run["id"], rounded(time_of(run)), rounded(seconds_of(run)),
-            code_of(run))
-
-
 def quantile(ordered: list, part: float) -> float:
     """Return the value that this part of all is not above."""
     return ordered[min(int(len(ordered) * part), len(ordered) - 1)]
@@ -10436,11 +10430,12 @@ create table unindexed (run integer primary key);
     def history(self, db: Database, job: int) -> list[tuple]:
         """Return the entries of a job's run history bar, the oldest
         first."""
-        rows = db.rows(
-            "select id, due, asked, started, ended, state, exit, signal, "
-            "reason from runs where job = ? order by id desc limit ?",
-            job, HISTORY_BAR)
-        return [history_entry(row) for row in reversed(rows)]
+        rows = db.execute(
+            "select id, coalesce(started, due, asked, ended), max(ended - "
+            "started, 0.0), state, exit, signal, reason from runs where job "
+            "= ? order by id desc limit ?", job, HISTORY_BAR).fetchall()
+        return [(run, rounded(at), rounded(took), outcome_code(*how))
+                for run, at, took, *how in reversed(rows)]
 
     def active(self, db: Database, job: int) -> list[int]:
         """Return the runs of a job that are queued or running."""

@@ -895,7 +895,6 @@ class Filling:
                 f"/api/v1/jobs/{chance.randint(1, jobs)}/runs?before="
                 f"{chance.randint(1, runs // 3)}",
             "a run": lambda: f"/api/v1/runs/{some_run()}",
-            "its chunks": lambda: f"/api/v1/runs/{output()}/chunks",
             "its output": lambda: f"/api/v1/runs/{output()}/output?from=0",
             "its text": lambda: f"/api/v1/runs/{output()}/raw",
             "search, one hit": lambda:
