@@ -780,6 +780,7 @@ class DiagnosticList:
         self.places: dict[tuple, int] = {}
         self.keys: dict[tuple, int] = {}
         self.paths: set[tuple] = set()      # paths that have a diagnostic
+        self.notes: list[Diagnostic] = []   # warnings of `check`
 
     def add(self, path: tuple, why: str, hint: str,
             at: int | None = None, scope: str = "") -> None:
@@ -796,6 +797,12 @@ class DiagnosticList:
             self.text.count("\n", 0, at) + 1,
             at - self.text.rfind("\n", 0, at), key_path(path), why, hint,
             scope=scope))
+
+    def note(self, path: tuple, why: str, hint: str) -> None:
+        """Add a warning of the value at `path`, which only `check` shows."""
+        self.add(path, why, hint)
+        self.paths.remove(path)
+        self.notes.append(self.found.pop().replace(fatal=False))
 
 
 class ConfigReader:
@@ -1048,7 +1055,7 @@ class ConfigValidator:
 
     def validate(self) -> None:
         """Check everything; the order of the checks does not matter."""
-        self.check_account(self.config.user.name, ("user", "name"))
+        self.check_user()
         self.check_storages()
         slugs = [task.slug for task in self.config.tasks]
         for index, task in enumerate(self.config.tasks):
@@ -1061,6 +1068,15 @@ class ConfigValidator:
                 else self.config.user.name
             self.add((), self.facts.writer, f"root and {trusted} alone can "
                      "write it and its folders", "trust")
+
+    def check_user(self) -> None:
+        """Check user.name; root is allowed, with a note."""
+        path = ("user", "name")
+        if self.facts.uids.get(self.config.user.name) != 0:
+            self.check_account(self.config.user.name, path)
+        elif not self.is_known(path):
+            self.diagnostics.note(path, "all backups will belong to root",
+                                  "an ordinary user, if there is one")
 
     def check_account(self, name: str, path: tuple, scope: str = "") -> None:
         """Check a user that tasks run as, or that gets the files."""
@@ -3161,6 +3177,34 @@ def script_of(task: Task, answers: dict) -> Script | None:
     return Script(**fields) if fields else None
 
 
+def trusted_users(config: Config) -> set[int]:
+    """The user ids that may change what root runs; see the key `trust`."""
+    account = account_of(config.user.name)
+    return {0, account.uid} if account and config.trust == "user" else {0}
+
+
+ORDINARY_USERS = range(1000, 60000)     # UID_MIN and UID_MAX of login.defs(5)
+NO_LOGIN = frozenset(("nologin", "false", "sync"))
+
+
+def sample_user() -> Account | None:
+    """The user whose backups a new configuration is for.
+
+    Root's is the user that called sudo, else the only ordinary account with
+    a login shell; None if there is not exactly one. Anybody else's is their
+    own account.
+    """
+    if os.geteuid():
+        return myself()
+    caller = account_of(os.environ.get("SUDO_USER", ""))
+    if caller and caller.uid:
+        return caller
+    names = {entry.pw_name for entry in pwd.getpwall()
+             if entry.pw_uid in ORDINARY_USERS
+             and os.path.basename(entry.pw_shell) not in NO_LOGIN}
+    return account_of(names.pop()) if len(names) == 1 else None
+
+
 class HostInspector:
     """Finds on this host what a configuration is validated against."""
 
@@ -3182,9 +3226,7 @@ class HostInspector:
         accounts = {name: account_of(name) for name in names if name}
         uids = {name: account.uid if account else None
                 for name, account in accounts.items()}
-        trusted = {0}
-        if config.trust == "user" and uids.get(config.user.name):
-            trusted.add(uids[config.user.name])
+        trusted = trusted_users(config)
         root = os.geteuid() == 0
         known = {0, *(uid for uid in uids.values() if uid is not None)}
         storages = examine(
@@ -3218,11 +3260,9 @@ class HostInspector:
         runs mission."""
         if os.geteuid() != 0:
             return ""
-        account = account_of(config.user.name)
-        trusted = {0, account.uid} if account and config.trust == "user" \
-            else {0}
-        return examine({"": (untrusted_writer, config.path, trusted)},
-                       ANSWER_SECONDS).get("", f"{config.path} {NO_ANSWER}")
+        return examine(
+            {"": (untrusted_writer, config.path, trusted_users(config))},
+            ANSWER_SECONDS).get("", f"{config.path} {NO_ANSWER}")
 
     def questions(self, config: Config, trusted, silent: list) -> dict:
         """What `examine` asks about everything but the storages.
@@ -6070,51 +6110,46 @@ class Runner:
 # ==========================================================================
 
 SAMPLE = r'''// mission's configuration: JSON with comments and trailing commas.
-// `mission check` tells every fault with its line; README.md has all keys.
+// `mission check` reports every error; `mission dump` shows all keys.
+// A relative path is relative to this file.
 {
-    // What to do, in this order. A task is the program TASKS_DIR/slug/run.
+    // What to do, in this order. A task is the program TASKS_DIR/slug/run;
+    // `mission new SLUG` writes one to begin with.
     "tasks": [
-        { "slug": "mail", "name": "Mail", "type": "exec", "scheduled": true },
         {
-            "slug": "databases",
-            "name": "Databases",
+            "slug": "etc",
+            "name": "Settings",
             "type": "exec",
-            "scheduled": true,
-            "timeout": "1h",                // then SIGTERM, then SIGKILL
-            "retries": 2,
-            "retryDelay": "30s",
-            "minFree": { "local": "1G" },   // else it fails at once
+            "scheduled": true,      // runs without -t
+            "timeout": "1h",        // then SIGTERM, then SIGKILL
         },
-        // Not scheduled: runs only when asked for, with `mission run -t`.
-        { "slug": "photos", "name": "Photos", "type": "exec" },
-        // A post task: runs after the others, and after chown and commit.
-        {
-            "slug": "offsite",
-            "name": "Off-site copy",
-            "type": "exec",
-            "scheduled": true,
-            "post": true,
-            "needs": ["databases"],         // skipped if that one failed
-        },
+        // {
+        //     "slug": "offsite",
+        //     "type": "exec",
+        //     "scheduled": true,
+        //     "post": true,        // after the others, chown and commit
+        //     "needs": ["etc"],    // skipped if that one failed
+        //     "retries": 2,
+        //     "retryDelay": "30s",
+        // },
     ],
 
-    // The unprivileged user whose backups these are.
-    "user": { "name": "anon", "email": "anon@example.com" },
+    // The user whose backups these are, and where mail goes.
+    "user": { "name": "root", "email": "root@example.com" },
 
-    // Asked for passwords with the name as its one argument.
-    "passBin": "/usr/bin/pass",
+    // The program that prints the password named by its argument.
+    // "passBin": "/usr/bin/pass",
 
-    // Each is a variable for the tasks: SYNC_DIR, LOCAL_DIR, ...
-    // chown: give what the tasks stored to user.name.
-    // commit: commit it with git, as the folder's owner.
+    // Each is a variable for the tasks: LOCAL_DIR, ...
+    // chown: give the files to user.name.
+    // commit: commit them with git (after `git init` in the directory).
     "storage": {
-        "tasks": { "path": "~/backup/tasks" },
-        "logs": { "path": "~/backup/logs" },
-        "sync": { "path": "~/backup/sync", "chown": true, "commit": true },
-        "local": { "path": "~/backup/local", "chown": true },
+        "tasks": { "path": "tasks" },
+        "logs": { "path": "logs" },
+        "local": { "path": "local", "chown": true },
     },
 
-    // Asked for with GET when all went well; %s is the host's name.
+    // The URL to request when a run succeeded; %s is the host's name.
     "ping": { "enabled": false, "endpoint": "https://hc-ping.com/UUID" },
 
     "notify": { "enabled": false },
@@ -6124,18 +6159,19 @@ SAMPLE = r'''// mission's configuration: JSON with comments and trailing commas.
     // Lines that stay in the log and are left out of the mail.
     "filters": ["^sending incremental file list$"],
 
-    // What matches becomes *** in the log and in all that is made from it.
+    // Matches become *** in the log and in everything made from it.
     "redact": ["(?i)(password|token)=[^ ]+"],
 
     "logs": { "keep": 90 },
 }
 '''
-TASK_SCRIPT = """#!/bin/bash
-set -euo pipefail
+TASK_SCRIPT = """#!/bin/sh
+set -eu
 
-# The task {slug}. Its folder is the working directory; see README.md for
-# the variables it gets: $LOCAL_DIR and the like, $PASS_BIN, $TARGET_USER.
-# Whatever it prints is in the log; a status that is not 0 is a failure.
+# The task {slug}. Its directory is the working directory, and it gets the
+# variables $LOCAL_DIR and the like (one for each storage), $PASS_BIN and
+# $TARGET_USER. All that it prints is in the log; a status other than 0 is a
+# failure.
 
 echo "nothing is backed up yet: edit $PWD/run"
 exit 1
@@ -6409,6 +6445,7 @@ class LoadedConfig(FrozenRecord):
     """A configuration file, read and validated."""
     config: Config | None
     diagnostics: list           # in the order of the text
+    notes: list                 # warnings, which only `check` shows
 
     def of_scope(self, scope: str) -> list[Diagnostic]:
         """The diagnostics of one scope, see SCOPES."""
@@ -6434,7 +6471,8 @@ def validated(source: ConfigSource, with_facts: bool = True) -> LoadedConfig:
         host = HostInspector()
         config = resolved(config, host.home_of, diagnostics)
         ConfigValidator(config, host.facts(config), diagnostics).validate()
-    return LoadedConfig(config, in_order(diagnostics.found))
+    return LoadedConfig(config, in_order(diagnostics.found),
+                        in_order(diagnostics.notes))
 
 
 def loaded(file: str, with_facts: bool = True) -> LoadedConfig:
@@ -6471,7 +6509,8 @@ def valid_config(options, with_facts: bool = True) -> Config:
 
 
 def command_init(options) -> int:
-    """Write the sample configuration to a new file. Raises Error."""
+    """Write the sample configuration to a new file, for the user of
+    `sample_user`, and make its directories. Raises Error."""
     try:
         fd = os.open(options.config, os.O_WRONLY | os.O_CREAT | os.O_EXCL
                      | os.O_NOFOLLOW, 0o600)
@@ -6480,16 +6519,51 @@ def command_init(options) -> int:
                     "-c PATH writes another") from None
     except OSError as error:
         raise Error(f"{options.config}: {error.strerror}") from None
+    user = sample_user()
     with os.fdopen(fd, "w", encoding="utf-8") as file:
-        file.write(SAMPLE)
-    print(paint(options, "32", f"Created {options.config}") + "; edit it, "
-          "then: mission check")
+        file.write(SAMPLE.replace('"root"', json_text(
+            user.name if user else "root")))
+    if os.geteuid() == 0 and not user:
+        print(f"user.name in {options.config} is root, because there is not "
+              "exactly one ordinary user")
+    directory = os.path.dirname(os.path.abspath(options.config))
+    for name, given_to in (("tasks", None), ("logs", None), ("local", user)):
+        make_directory(os.path.join(directory, name), given_to)
+    print(paint(options, "32", f"Created {options.config}") + ", tasks, logs "
+          "and local; next: mission new etc")
     return EXIT_OK
 
 
+def json_text(text: str) -> str:
+    """The text as a string of JSON."""
+    import json
+    return json.dumps(text, ensure_ascii=False)
+
+
+def make_directory(path: str, owner: Account | None) -> None:
+    """Make a directory that `init` names, unless there is one; root gives a
+    new one to `owner`. Raises Error."""
+    try:
+        try:
+            os.mkdir(path, 0o755)
+            is_new = True
+        except FileExistsError:
+            is_new = False
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        if is_new and owner and os.geteuid() == 0:
+            os.fchown(fd, owner.uid, owner.gid)
+        os.close(fd)
+    except OSError as error:
+        raise Error(f"{path}: {error.strerror}") from None
+
+
 def command_check(options) -> int:
-    """Report every error of the configuration and of the tasks' scripts."""
-    require_valid(loaded(options.config), options, strict=True)
+    """Report every error of the configuration and of the tasks' scripts; and
+    notes on stdout, if there is no error."""
+    found = loaded(options.config)
+    require_valid(found, options, strict=True)
+    for note in found.notes:
+        print(note.text(options.config))
     return EXIT_OK
 
 
@@ -6544,17 +6618,22 @@ def command_run(options) -> int:
 
 def refuse_hopeless(source: ConfigSource, options) -> None:
     """Raise Error for an unknown slug, or if others can change what root
-    would use here. Of the latter only stderr and syslog hear: the addresses
-    in the file are not trusted."""
+    would use here."""
     found = validated(source, with_facts=False)
+    refuse_untrusted(found, options)
+    if options.tasks and found.config and not found.diagnostics:
+        select_tasks(found.config, options.tasks)
+
+
+def refuse_untrusted(found: LoadedConfig, options) -> None:
+    """Raise Error if others can change the configuration. Only stderr and
+    syslog hear of it: the addresses in the file are not trusted."""
     writer = HostInspector().config_writer(found.config) if found.config \
         else ""
     if writer:
         text = f"{options.config} is not used: {writer}"
         Processes(Clock()).run_in_child(SYSLOG_SECONDS, log_to_syslog, text)
         raise Error(text, "", EXIT_CONFIG)
-    if options.tasks and found.config and not found.diagnostics:
-        select_tasks(found.config, options.tasks)
 
 
 def log_to_syslog(text: str) -> str:
@@ -6608,6 +6687,9 @@ def print_plan(found: LoadedConfig, options) -> int:
     steps = plan(found.config, options.tasks, options.headless, options.quiet)
     for place, step in enumerate(steps, start=1):
         print(f"{place:3}. {step_text(step, found.config)}")
+        for slug in (task.slug for task in step.tasks):
+            for why in found.errors().get(f"task {slug}", ()):
+                print(f"     {slug} cannot start: {escape_controls(why)}")
     return EXIT_OK
 
 
@@ -6752,6 +6834,25 @@ def page(lines) -> int:
     return EXIT_OK
 
 
+def readable_config(options) -> Config:
+    """The configuration, which may have errors in its values, but not in
+    that of storage.tasks. Raises Error; also if it is not to be trusted."""
+    source = read_source(options.config)
+    found = validated(source, with_facts=False)
+    refuse_untrusted(found, options)
+    config = found.config
+    if config:
+        config = resolved(config, HostInspector().home_of,
+                          DiagnosticList(""))
+    if not config or "tasks" not in config.storage \
+            or not config.directory("tasks"):
+        for error in found.diagnostics:
+            print(error.text(options.config), file=sys.stderr)
+        raise Error(f"{options.config}: storage.tasks has no valid path",
+                    "mission check", EXIT_CONFIG)
+    return config
+
+
 def command_new(options, slug: str) -> int:
     """Make TASKS_DIR/slug/run and print the line for the configuration.
 
@@ -6760,7 +6861,8 @@ def command_new(options, slug: str) -> int:
     if not is_label(slug, LOWER + DIGITS):
         raise Error(f"{quoted(slug)} is no slug", "letters a-z, digits, - "
                     "and _, at most 64", EXIT_USAGE)
-    directory = valid_config(options).directory("tasks")
+    config = readable_config(options)
+    directory = config.directory("tasks")
     path = os.path.join(directory, slug, "run")
     try:
         tasks = open_directory(directory)
@@ -6780,9 +6882,13 @@ def command_new(options, slug: str) -> int:
                     "choose another slug, or edit what is there") from None
     except OSError as error:
         raise Error(f"{path}: {error.strerror}") from None
-    print(f"Created {path}\nAdd this line to the tasks of {options.config}:\n"
-          f'{{ "slug": "{slug}", "name": "{slug.capitalize()}", "type": '
-          '"exec", "scheduled": true },')
+    print(f"Created {path}")
+    if any(task.slug == slug for task in config.tasks):
+        print(f'"{slug}" is already listed in {options.config}')
+    else:
+        print(f"Add this line to the tasks of {options.config}:\n"
+              f'{{ "slug": "{slug}", "name": "{slug.capitalize()}", "type": '
+              '"exec", "scheduled": true },')
     return EXIT_OK
 
 

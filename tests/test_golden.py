@@ -546,6 +546,7 @@ def mission_completion(stage: Stage) -> None:
 
 @scenario
 def mission_init(stage: Stage) -> None:
+    stage.env["SUDO_USER"] = "op"       # for root; else the user is op anyway
     stage.mission("init")
     stage.note("mission.config.json")
     stage.show((stage.folder / "mission.config.json").read_text())

@@ -213,8 +213,6 @@ FAULTS = [      # what stands there, what comes instead, the message
      'user.name: there is no user "ghost"'),
     ('"name": "anon"', f'"name": {AT}""', "user.name: there is no user"),
     ('"name": "anon"', f'"name": {AT}"1000"', "there is no user"),
-    ('"name": "anon"', f'"name": {AT}"root"', "root has the user id 0 (an un"),
-    ('"name": "anon"', f'"name": {AT}"toor"', "toor has the user id 0"),
     ('"name": "anon"', f'"name": {AT}"odd"', "odd has the user id 65535"),
     ('"name": "anon"', f'"name": {AT}"none"', "has the user id 4294967295"),
     *((USER, f'{{"name": "anon", "email": {AT}{json.dumps(email)}}}',
@@ -706,6 +704,19 @@ def test_the_rule_for_scripts(head, fault, check):
     assert len(lines) == bool(fault)
     if fault:
         assert f"tasks[0].slug: /b/tasks/mail/run{fault}" in lines[0]
+
+
+def test_check_notes_that_all_backups_will_belong_to_root(tmp_path, capsys,
+                                                          monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mission, "HostInspector", FakeHost)
+    (tmp_path / "m.json").write_text(BASE.replace('"anon"', '"root"'))
+    assert mission.main(["-c", "m.json", "check"]) == mission.EXIT_OK
+    printed = capsys.readouterr()
+    assert printed.out == (
+        "m.json:6:22: warning: user.name: all backups will belong to root "
+        "(an ordinary user, if there is one)\n")
+    assert printed.err == ""
 
 
 # --- patterns -------------------------------------------------------------

@@ -546,6 +546,7 @@ def test_the_readme_says_all_of_koitab():
 
 def test_mission_sample_json_is_what_init_writes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mission, "sample_user", lambda: None)
     assert mission.main(["init"]) == 0
     written = (tmp_path / "mission.config.json").read_bytes()
     assert written == (support.ROOT / "mission.sample.json").read_bytes()

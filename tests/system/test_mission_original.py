@@ -121,30 +121,3 @@ def test_a_bash_task_without_the_rule_is_named(host, home):
     result = from_crontab(host, f"{support.ROOT}/mission.py -c {config} check")
     assert result.code == 78
     assert f"{run}:2:" in result.err and "set -euo pipefail" in result.err
-
-
-def test_our_own_sample_is_right_where_what_it_names_is_there(host):
-    """As `init` writes it, but for the user's name."""
-    support.need("git", "pass")
-    home = host.home[support.ALICE]
-    for name in ("backup/logs", "backup/sync", "backup/local"):
-        (home / name).mkdir(parents=True)
-    for slug in ("mail", "databases", "photos", "offsite"):
-        run = home / "backup/tasks" / slug / "run"
-        run.parent.mkdir(parents=True)
-        run.write_text("#!/bin/sh\necho done\n")
-        run.chmod(0o755)
-    subprocess.run(["git", "init", "-q", str(home / "backup/sync")],
-                   check=True)
-    config = home / "mission.config.json"
-    sample = (support.ROOT / "mission.sample.json").read_text()
-    config.write_text(sample.replace("anon", support.ALICE))
-    support.own(home, support.ALICE_UID)
-    host.setup.append("mount -t tmpfs -o mode=755 tmpfs /var/lib")
-    mission = f"{support.ROOT}/mission.py -c {config}"
-    # A small disk lacks the 1G that the sample wants on one storage.
-    result = from_crontab(host, f"{mission} check && {mission} run "
-                          "--headless -t mail -t photos -t offsite")
-    assert (result.code, result.out, result.err) == (0, "", "")
-    assert "TaskFinish offsite: exit 0" in next(
-        (home / "backup/logs").iterdir()).read_text()
