@@ -1413,6 +1413,13 @@ def is_foreign(inner: str) -> bool:
         word[0] in ".$" for word in words) or inner[:1] in ("-", "/", "#")
 
 
+def declared_names(command: str) -> set[str]:
+    """Return the name of each {{name, type}} in a command."""
+    inner = [part.partition("}}") for part in command.split("{{")[1:]]
+    return {text.partition(",")[0].strip(BLANKS)
+            for text, close, _ in inner if close and "," in text}
+
+
 def in_index(before: str) -> bool:
     """Does a word that begins with `before` continue in an array's index?
 
@@ -1438,11 +1445,13 @@ class Lexer:
 
     `at` is the offset in `text` of the next character. A `place` is a key of
     PLACEMENT_HINTS, or "" where a placeholder is allowed. Each method reads
-    one construct and leaves `at` after it.
+    one construct and leaves `at` after it. `names`: which {{name}} without a
+    type are placeholders; None: all are.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, names: set[str] | None = None):
         self.text, self.at, self.depth = text, 0, 0
+        self.names = names
         self.found: list[Placeholder] = []
         self.ignored: list[tuple[int, str]] = []    # {{ that is none, why
         self.words: list[tuple[str, bool]] = []     # word, begins a command
@@ -1461,15 +1470,25 @@ class Lexer:
             return False
         end = text.find("}}", at + 2) if self.may_close else -1
         inner = text[at + 2:end]
-        if end < 0 or is_foreign(inner) or "{" in inner or "}" in inner:
-            self.ignored.append((at, "open" if end < 0 else "foreign"
-                                 if is_foreign(inner) else "braces"))
-            self.may_close = end >= 0
+        self.may_close = end >= 0
+        ignored = "open" if end < 0 else self.text_kind(inner)
+        if ignored:
+            self.ignored.append((at, ignored))
             return False
         self.found.append(Placeholder(at, end + 2, place or self.place_to_end,
                                       first))
         self.at = end + 2
         return True
+
+    def text_kind(self, inner: str) -> str:
+        """Return why {{inner}} is text: it is "foreign", has "braces", or is
+        "plain"; "" if it is a placeholder."""
+        if is_foreign(inner):
+            return "foreign"
+        if "{" in inner or "}" in inner:
+            return "braces"
+        return "" if self.names is None or "," in inner \
+            or inner.strip(BLANKS) in self.names else "plain"
 
     def read_commands(self, place: str, stop: str) -> None:
         """Read commands up to the character `stop`, or to the end."""
@@ -1943,15 +1962,18 @@ class TabReader:
     """Reads one tab, line by line, into `tab`.
 
     `system`: an entry names its user, as in /etc/crontab. `root`: a line may
-    begin with "-". `salt` decides what ~ chooses. `row` and `raw` are the
-    present line, `base` is the offset of its first character that is not
-    blank; an `at` in the methods is an offset from there. `settings` and
+    begin with "-". `literal`: braces are plain text. `salt` decides what ~
+    chooses. `row` and `raw` are the present line, `base` is the offset of its
+    first character that is not blank; an `at` in the methods is an offset
+    from there. `settings` and
     `environment` are what the lines above assigned. `lines_of` has the line
     of each job's identity.
     """
 
-    def __init__(self, text: str, system: bool, root: bool, salt: str):
+    def __init__(self, text: str, system: bool, root: bool, salt: str,
+                 literal: bool = False):
         self.text, self.system, self.root = text, system, root or system
+        self.literal = literal or system
         self.salt, self.row, self.raw, self.base = salt, 0, "", 0
         self.section, self.settings = "", Settings()
         self.environment: dict[str, str] = {}
@@ -2200,15 +2222,18 @@ class TabReader:
         """Return the script, the standard input and the parameters of a
         command. Raises LineRejected."""
         script, stdin, end = split_percent(command)
-        if "{{" not in command:
+        if "{{" not in command or self.literal:
             return script, stdin, ()
-        lexer = Lexer(command[:end])
-        lexer.found += self.placeholders_in_input(command, end)
+        # A line that starts by itself must run as in cron, so only what can
+        # be nothing else than a declaration is an argument there.
+        lexer = Lexer(command[:end], None if when == "@manual"
+                      else declared_names(command))
+        self.find_in_input(lexer, command, end)
         misplaced = [self.diagnostic(
             at + each.start, "bad argument", f"it stands {each.place}",
             PLACEMENT_HINTS[each.place])
             for each in lexer.found if each.place]
-        self.check_ignored_braces(lexer, at, when)
+        self.check_ignored_braces(lexer, command, at, when)
         if misplaced:
             raise LineRejected(*misplaced)
         params, pieces, done = {}, [], 0
@@ -2227,16 +2252,21 @@ class TabReader:
             self.lint_arguments(lexer, at)
         return "".join(pieces), stdin, tuple(params.values())
 
-    def placeholders_in_input(self, command: str, at: int) -> list:
-        """Return the first placeholder from `at` on, where the standard input
-        begins, in a list."""
+    def find_in_input(self, lexer: Lexer, command: str, at: int) -> None:
+        """Add the placeholders from `at` on, where the standard input begins,
+        to those that the lexer found."""
         at = command.find("{{", at)
-        while at >= 0 and "}}" in command[at:]:
-            close = command.index("}}", at)
-            if not is_foreign(command[at + 2:close]):
-                return [Placeholder(at, at + 2, "after %")]
-            at = command.find("{{", close)
-        return []
+        while at >= 0:
+            end = command.find("}}", at)
+            if end < 0:
+                break
+            kind = lexer.text_kind(command[at + 2:end])
+            if kind == "plain":
+                lexer.ignored.append((at, kind))
+            elif kind != "foreign":
+                lexer.found.append(Placeholder(at, end + 2, "after %"))
+                break           # one diagnostic is enough
+            at = command.find("{{", end)
 
     def check_shell(self, at: int) -> None:
         """Raises LineRejected if SHELL is one that the lexer does not
@@ -2247,23 +2277,25 @@ class TabReader:
                         f"{shell} reads a command in its own way",
                         "SHELL=/bin/sh above this line")
 
-    def check_ignored_braces(self, lexer: Lexer, at: int, when: str) -> None:
-        """Warn about braces that are not an argument. In a @manual job a
-        mistyped one raises LineRejected."""
-        for where, kind in lexer.ignored[:MOST_PARAMS]:
-            if kind == "foreign":
-                self.add_diagnostic(at + where, "odd argument",
-                                    "these braces stay as "
-                                    "they are: no argument is named like that")
-            elif when == "@manual":
+    def check_ignored_braces(self, lexer: Lexer, command: str, at: int,
+                             when: str) -> None:
+        """Warn about the first braces that look like an argument. In a
+        @manual job a mistyped one raises LineRejected."""
+        for where, kind in lexer.ignored:
+            if when == "@manual" and kind in ("open", "braces"):
                 self.reject(at + where, "bad argument",
                             "this {{ has no }}" if kind == "open" else
                             "there are braces in braces",
                             "{{name, type, default}}")
-            elif kind == "braces":
-                self.add_diagnostic(at + where, "odd argument",
-                                    "these braces stay as "
-                                    "they are: there are braces in them")
+            if kind in ("plain", "braces"):
+                end = command.index("}}", where)
+                name = escape_controls(command[where + 2:end][:LONGEST_NAME])
+                self.add_diagnostic(
+                    at + where, "odd argument",
+                    f"{{{{{name}}}}} is plain text, as in cron",
+                    "" if kind == "braces" else f"{{{{{name.strip(BLANKS)}, "
+                    "string, default}} is an argument")
+                break
 
     def parse_parameter(self, inner: str, at: int, when: str,
                         known: dict) -> Parameter:
@@ -2408,13 +2440,15 @@ def suspicious_parts(field: ScheduleField, word: str):
 
 
 def parse_tab(text: str, system: bool = False, root: bool = False,
-              salt: str = "") -> Tab:
+              salt: str = "", literal: bool = False) -> Tab:
     """Return the jobs of a tab, and its diagnostics in order of place.
 
     `system`: each entry names its user. `root`: the tab is root's. `salt`
-    decides what ~ chooses. An invalid line raises nothing.
+    decides what ~ chooses. `literal`: it is a crontab of cron's, in which
+    braces are plain text, as in each system tab. An invalid line raises
+    nothing.
     """
-    tab = TabReader(text, system, root, salt).read()
+    tab = TabReader(text, system, root, salt, literal).read()
     tab.diagnostics.sort(key=lambda each: (each.line, each.column))
     return tab
 
@@ -5032,7 +5066,8 @@ class TabRegistry:
                 raise ValueError(file.problem)
             user = file.user or "root"
             return parse_tab(file.text, file.system, user == "root",
-                             self.machine.salt(user))
+                             self.machine.salt(user),
+                             not file.path.startswith(f"{self.home}/tabs/"))
         except Exception as why:        # the other tabs go on
             self.problems.append(f"{file.path}: not used: {why}")
             return None if file.problem.startswith(UNBELIEVED) else before
@@ -19746,7 +19781,8 @@ def command_test(options: Invocation, path: str) -> int:
     """koitab -T: print all diagnostics. cronie's -T stops at the first.
     Raises Error."""
     text = options.machine.tab_text(path)
-    tab, _ = parse_with_zones(options, text, path.startswith(SYSTEM_TABS))
+    tab, _ = parse_with_zones(options, text, path.startswith(SYSTEM_TABS),
+                              literal=path.startswith(SPOOLS))
     print_diagnostics(tab.diagnostics + unsafe_addresses(text), path)
     if tab.errors():
         print("Invalid crontab file. Syntax issues were found.",
@@ -19792,12 +19828,13 @@ def parse_instant(text: str, zone: Zone, now: float) -> int:
 
 
 def parse_with_zones(options: Invocation, text: str, system: bool = False,
-                     user: str = "") -> tuple[Tab, dict[str, Zone]]:
+                     user: str = "", literal: bool = False
+                     ) -> tuple[Tab, dict[str, Zone]]:
     """Return a tab, and the time zones that it names; "" is the local one.
     Raises Error."""
     machine = options.machine
     tab = parse_tab(text, system, root=os.geteuid() == 0,
-                    salt=machine.salt(user))
+                    salt=machine.salt(user), literal=literal)
     return tab, {**check_zones(tab, machine), "": machine.local_zone()}
 
 
@@ -19806,7 +19843,8 @@ def select_tabs(options: Invocation):
     Raises Error."""
     def read(path: str, system: bool) -> tuple:
         text = options.machine.tab_text(path)
-        return path, *parse_with_zones(options, text, system)
+        return path, *parse_with_zones(options, text, system,
+                                       literal=path.startswith(SPOOLS))
 
     if options.tab:
         return [read(options.tab, options.tab.startswith(SYSTEM_TABS))]
@@ -20980,6 +21018,22 @@ class CronReader(TabReader):
         pass
 
 
+def with_plain_braces(job: Job) -> str:
+    """Return the command of a job of cron's as a koitab has it: where koi
+    would find an argument, quotes keep the two braces apart. Those that it
+    finds elsewhere stay, and the line is not valid."""
+    command, pieces, done = job.command, [], 0
+    end = split_percent(command)[2]
+    names = None if job.when == "@manual" else declared_names(command)
+    quotes = {"in double quotes": '""'}
+    for each in Lexer(command[:end], names).found:
+        if each.place in ("", "in single quotes", "in double quotes"):
+            pieces += [command[done:each.start + 1],
+                       quotes.get(each.place, "''")]
+            done = each.start + 1
+    return "".join(pieces) + command[done:]
+
+
 class Importer:
     """Collects the lines of one koitab from many crontabs."""
 
@@ -20998,7 +21052,7 @@ class Importer:
 
     def add(self, source: Crontab) -> None:
         """Append the section of one crontab, if it has jobs to import."""
-        tab = CronReader(source.text, source.system, True, "").read()
+        tab = CronReader(source.text, source.system, True, "", True).read()
         jobs = {job.line: job for job in tab.jobs}
         ours = [job for job in tab.jobs if job.user in ("", self.owner)]
         if not ours and not self.others:
@@ -21043,6 +21097,8 @@ class Importer:
             if flag:
                 head = head[:-2].rstrip(BLANKS)
             line = head.removesuffix(job.user) + flag + job.command
+        command = with_plain_braces(job)
+        line = line[:len(line) - len(job.command)] + command
         if job.user in ("", self.owner):
             if job.unlogged and self.owner != "root":
                 line = line.replace("-", "", 1)     # root alone may say it

@@ -970,7 +970,7 @@ def test_what_one_file_sets_does_not_hold_for_the_next(imported):
 @pytest.mark.parametrize("line, reason", [
     ("61 * * * * x", "bad minute"), ("5.5 * * * * x", "bad minute"),
     ("@dayly x", "bad time specifier"), ('A="x" # c', "bad minute"),
-    ("* * * * * echo '{{x}}'", "bad argument"),
+    ("* * * * * cat%{{x, int}}", "bad argument"),
     ("CRON_TZ=Mars/City", "there is no time zone"), ("\r", "bad minute"),
     ("[Section]", "no line of cron's")])
 def test_a_line_that_koi_cannot_read_is_kept_as_a_comment(imported, line,
@@ -981,6 +981,17 @@ def test_a_line_that_koi_cannot_read_is_kept_as_a_comment(imported, line,
     assert reason in marked.split("\n")[0]
     assert marked.split("\n")[1] == f"# {line}"
     assert "1 note in it" in done.err
+
+
+@pytest.mark.parametrize("command", [
+    "echo '{{x}}'", "echo {{x}}", "echo '{{x, int}}'", 'echo "{{x, int, 5}}"',
+    "echo {{x, int, 5}} '{{y, string}}'", "echo '{{.Names}} {{end}}'"])
+def test_imported_line_prints_the_braces_that_cron_prints(imported, command):
+    done = imported(("crontab of root", f"@daily {command}\n", False))
+    job, = koitab.parse_tab(done.out).jobs
+    assert job.params == ()
+    assert subprocess.check_output(["sh", "-c", job.script]) == \
+        subprocess.check_output(["sh", "-c", command])
 
 
 def test_a_last_line_that_cron_does_not_run_stays_a_comment(imported):

@@ -79,6 +79,34 @@ def add_runs(desk, user: str, count: int) -> None:
     assert desk.store.write(deeds)
 
 
+# Whose tab a line is in ------------------------------------------------------
+
+
+def registry(*files: tuple[str, str, str]):
+    """Return the registry of a host that serves cron's files too, from path,
+    user ("": a system tab) and text of each tab."""
+    host = Host()
+    host.tab_files = lambda home, system, known: [
+        koitab.TabFile(path, user, (text,), text)
+        for path, user, text in files]
+    found = koitab.TabRegistry(host, "/koi", True)
+    found.load()
+    return found
+
+
+SPOOL, KOITAB = "/var/spool/cron/crontabs/alice", "/koi/tabs/alice"
+
+
+def test_braces_are_plain_text_in_the_crontabs_that_cron_had():
+    found = registry(
+        (KOITAB, "alice", "@daily a {{N, int, 1}}\n"),
+        ("/etc/cron.d/x", "", "@daily root b {{N, int, 1}}\n"),
+        (SPOOL, "alice", "@daily c {{N, int, 1}}\n"))
+    assert found.problems == []
+    assert {each.job.script for each in found.scheduled_jobs} == {
+        'a "${KOI_ARG_1}"', "b {{N, int, 1}}", "c {{N, int, 1}}"}
+
+
 # A request is what it should be ----------------------------------------------
 
 

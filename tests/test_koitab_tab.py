@@ -315,7 +315,7 @@ def test_percent_separates_command_and_standard_input(command, script, stdin):
                                          [(1, "odd variable")]),
     ("1=2", [(1, "odd variable")]), ("KOI_TIMOUT=3", [(1, "unknown setting")]),
     ("RANDOM_DELAY=1441", [(14, "bad setting")]),
-    ("@manual docker ps --format '{{.Names}}'", [(29, "odd argument")]),
+    ("@daily x '{{ID}} {{Name}}'", [(11, "odd argument")]),
     ("@daily x {{S, secret, abc}}", [(10, "odd argument")]),
 ])
 def test_suspicious_line_gets_a_warning(line, where):
@@ -326,6 +326,7 @@ def test_suspicious_line_gets_a_warning(line, where):
     "*/5 * * * * x", "0 0 * * fri-sun x", "0 0 1 * * x", "0 9 */2 * mon x",
     "10~20 * * * * x", "MAILTO=$USER", r"0 0 * * * date +\%F", "007 * * * * x",
     "0 0 29 2 * x", "0 0 31 1-2 * x", "A='x # y'", "@daily rooted x",
+    "@manual docker ps --format '{{.Names}}'", "@daily x '{{.A}} {{end}}'",
 ])
 def test_valid_line_gets_no_warning(line):
     expected = [] if "A=" not in line else warnings(line + "\n")
@@ -476,7 +477,7 @@ def test_invalid_argument_is_rejected(text):
 
 
 def test_scheduled_job_needs_defaults():
-    assert errors_in("@daily x {{a}}\n") == [(1, 10, "bad argument")]
+    assert errors_in("@daily x {{a, string}}\n") == [(1, 10, "bad argument")]
     assert only("@daily x {{a, int, 5}}").params[0].default == "5"
     assert errors_in("@reboot x {{a, bool}}\n") == [(1, 11, "bad argument")]
 
@@ -537,6 +538,59 @@ def test_command_that_evaluates_no_value_gets_no_warning(command):
 def test_braces_of_other_programs_are_left_unchanged(command):
     job = only(f"0 0 * * * {command}")
     assert (job.script, job.params) == (command, ())
+
+
+# The lines that cron runs with their braces; all are valid for Debian's
+# `crontab -n`.
+BRACES = [
+    "sed -i 's/{{VERSION}}/1/' /srv/x", 'podman ps --format "{{ID}}"',
+    """curl -d '{"text":"{{hello}} world"}' http://127.0.0.1/""",
+    "find /srv -exec sh -c 'echo {{}}' \\;",
+    "kubectl get pods -o go-template='{{range .items}}{{.metadata.name}}"
+    '{{"\\n"}}{{end}}\'', "echo {{a}} $(x {{b}}) # {{c}}",
+    "echo '{{To, string}}' {{n, int, 5}} {{x, y, z}} {{s, secret}}",
+    "cat%Dear {{Name}},%bye {{Name, text}}"]
+
+
+@pytest.mark.parametrize("command", BRACES)
+def test_braces_are_plain_text_in_the_files_of_cron(command):
+    script, stdin, _ = koitab.split_percent(command)
+    for line, options in (
+            (f"0 1 * * * root {command}", {"system": True}),
+            (f"0 1 * * * {command}", {"literal": True})):
+        job = only(line, **options)
+        assert (job.script, job.stdin, job.params) == (script, stdin, ())
+        assert warnings(line + "\n", **options) == []
+
+
+@pytest.mark.parametrize("command", BRACES[:6])
+@pytest.mark.parametrize("when", ["0 1 * * *", "@reboot", "@daily"])
+def test_words_in_braces_are_plain_text_in_a_line_that_starts_itself(
+        when, command):
+    job = only(f"{when} {command}")
+    assert (job.script, job.params) == (command, ())
+
+
+def test_plain_text_in_braces_gets_one_warning_that_names_the_word():
+    found, = tab("@daily x {{Id}} '{{Name}}'%{{Id}}\n").diagnostics
+    assert (found.fatal, found.column) == (False, 10)
+    assert "{{Id}} is plain text" in found.why
+    assert found.hint == "{{Id, string, default}} is an argument"
+
+
+def test_line_that_starts_itself_may_have_arguments_and_plain_text():
+    job = only("@daily x '{{Id}}' {{To, string, you}} {{To}} {{Name}}")
+    assert job.script == (
+        'x \'{{Id}}\' "${KOI_ARG_1}" "${KOI_ARG_1}" {{Name}}')
+    assert [param.name for param in job.params] == ["To"]
+
+
+@pytest.mark.parametrize("command", [
+    "x {{To, string}}", "x {{To,}}", "x '{{To, string, you}}'",
+    "x {{To}} {{To, int}}", "x%{{To, string, you}}", "x {{Ok, bool}}"])
+def test_declaration_that_cannot_be_filled_in_is_rejected(command):
+    assert {what for _, _, what in errors_in(f"@daily {command}\n")} == {
+        "bad argument"}
 
 
 # --- hostile tabs ---------------------------------------------------------
