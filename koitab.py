@@ -822,7 +822,7 @@ class ScheduleField:
         if not (word.isdigit() and word.isascii()) or not word.strip("0"):
             self.reject(at,
                         f"the step of {short(text)} is no number from 1 on")
-        return int(word[-LONGEST_NUMBER:]) if len(word) <= 20 else 1000
+        return int(word.lstrip("0")[:LONGEST_NUMBER])
 
     def choose_value(self, text: str, at: int, pick) -> int:
         """Return the value that `pick` chooses for 5~10 (cronie 1.7)."""
@@ -918,13 +918,20 @@ class Schedule:
                           in zip(SCHEDULE_FIELDS, parts)],
                    [part[0] == "*" for part in parts])
 
+    def has_day(self, day: int) -> bool:
+        """Does the day `day` (since 1970) match?"""
+        _, month, day_of_month = calendar_date(day)
+        is_dated = self.days >> day_of_month - 1 & 1
+        is_weekly = self.weekdays >> (day + 4) % 7 & 1  # day 0: a Thursday
+        return bool(self.months >> month - 1 & 1 and (
+            is_dated and is_weekly if self.both else is_dated or is_weekly))
+
     def days_in(self, year: int, month: int) -> int:
         """Return the matching days of a month: bit 0 is the 1st."""
         if not self.months >> month - 1 & 1:
             return 0
         first = days_since_epoch(year, month, 1)
         end = days_since_epoch(year + month // 12, month % 12 + 1, 1)
-        # Day 0 was a Thursday, weekday 4.
         week_days = self.weekdays * SIX_WEEKS >> (first + 4) % 7
         days = self.days & week_days if self.both else self.days | week_days
         return days & (1 << end - first) - 1
@@ -945,9 +952,8 @@ class Schedule:
     def minute_after(self, local: int) -> int:
         """Return the first matching local minute after the local second
         `local`. The schedule must not be `never`."""
-        today = local // DAY
-        day = self.day_from(today)
-        if day == today:
+        day = local // DAY
+        if self.has_day(day):
             hour, minute = divmod(local % DAY // MINUTE, 60)
             minutes = self.minutes >> minute + 1
             if self.hours >> hour & 1 and minutes:
@@ -957,7 +963,7 @@ class Schedule:
             if hours:
                 return day * DAY + (hour + 1 + lowest_bit(hours)) * HOUR \
                     + lowest_bit(self.minutes) * MINUTE
-            day = self.day_from(day + 1)
+        day = self.day_from(day + 1)
         return day * DAY + lowest_bit(self.hours) * HOUR \
             + lowest_bit(self.minutes) * MINUTE
 
@@ -970,9 +976,14 @@ class Schedule:
         while day * DAY < end:
             for hour in set_bits(self.hours):
                 begin = day * DAY + hour * HOUR
-                if low < begin + HOUR and begin < end:
-                    yield from (begin + minute * MINUTE for minute in minutes
-                                if low <= begin + minute * MINUTE < end)
+                if begin + HOUR <= low:
+                    continue
+                for minute in minutes:
+                    local = begin + minute * MINUTE
+                    if local >= end:
+                        return
+                    if local >= low:
+                        yield local
             day = self.day_from(day + 1)
 
     def matches(self, minute: int) -> bool:
@@ -2134,9 +2145,7 @@ class TabReader:
     def skip_blanks(self, line: str, at: int) -> int:
         """Return the offset of the first character from `at` on that is not
         blank."""
-        while line[at:at + 1] in (" ", "\t"):
-            at += 1
-        return at
+        return len(line) - len(line[at:].lstrip(BLANKS))
 
     def read_word(self, line: str, at: int) -> tuple[str, int]:
         """Return the word at `at`, and where the next one begins."""
@@ -2434,7 +2443,7 @@ def suspicious_parts(field: ScheduleField, word: str):
         if low > high:
             yield f"{short(element)} runs backwards and never comes", \
                 f"{first}-{field.high},{field.low}-{last}"
-        elif step and int(step[-LONGEST_NUMBER:]) > high - low:
+        elif step and field.parse_step(step, 0, element) > high - low:
             yield f"{short(element)} is only {low}: the step is longer than " \
                 "the range", str(low)
 
