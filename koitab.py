@@ -8034,9 +8034,8 @@ def is_open_on(fd: int, path: str) -> bool:
         return False
 
 
-# Compiles the program named by the second argument and calls its `main`.
-# The first is the interpreter: one whose own name is "koid" cannot know it.
-LOADER = ("import sys; sys.executable = sys.argv[1]; del sys.argv[:2]; "
+# Compiles the program named by the first argument and calls its `main`.
+LOADER = ("import sys; del sys.argv[0]; "
           "koid = {'__name__': 'koid', '__file__': sys.argv[0]}; "
           "exec(compile(open(sys.argv[0], encoding='utf-8').read(), "
           "sys.argv[0], 'exec'), koid); sys.exit(koid['main']())")
@@ -8049,8 +8048,7 @@ def load_again() -> None:
     but frees that of compile(). Only a program started as a script comes
     here; the new process is not one.
     """
-    os.execv(sys.executable, ["koid", "-IS", "-c", LOADER, sys.executable,
-                              *sys.argv])
+    os.execv(sys.executable, [sys.executable, "-IS", "-c", LOADER, *sys.argv])
 
 
 def release_memory() -> None:
