@@ -1393,7 +1393,7 @@ def script_errors(task: Task, config: Config, facts: HostFacts):
     if script.writer:
         yield script.writer, ("only root and those root trusts may write "
                                 "what root runs, and the folders above it")
-    if task.type == "builtin":
+    if script.writer or task.type == "builtin":
         return
     if head.startswith("#!") and not interpreter_name(head):
         yield (f"{path}:1: the #! line names no interpreter", "#!/bin/sh")
@@ -3087,22 +3087,32 @@ def directory_error(path: str, strict: bool) -> str:
 def python_error(source: bytes, path: str) -> str:
     """What is wrong with the task.py of a built-in task; '' if nothing."""
     import ast
+    if b"\0" in source:
+        return "is not valid Python: it contains null bytes"
     try:
         tree = ast.parse(source, path)
     except (SyntaxError, ValueError) as error:
-        return f"is broken at line {getattr(error, 'lineno', 1)}: {error}"
+        # What Python says of it can quote the file.
+        return f"is not valid Python at line {getattr(error, 'lineno', 1)}"
     bound = {getattr(node, name, None) for node in ast.walk(tree)
              for name in ("name", "asname", "id")}
     return "" if bound & {"run", "*"} else "has no `def run(args, log)`"
 
 
 def foreign_file(directory: str, known: set[int]) -> str:
-    """A file in the directory whose owner is not in `known`; or ''."""
+    """A file in the directory whose owner is not in `known`; or ''.
+
+    No link of another user leads to a directory whose names are shown.
+    """
     try:
-        uid = os.stat(directory).st_uid
+        fd = open_directory(directory)
+    except OSError:
+        return ""           # directory_error says so
+    try:
+        uid = os.fstat(fd).st_uid
         if uid not in known:
             return f"{directory} of user id {uid}"
-        with os.scandir(directory) as entries:
+        with os.scandir(fd) as entries:
             for entry in entries:
                 uid = entry.stat(follow_symlinks=False).st_uid
                 if uid not in known:
@@ -3110,6 +3120,8 @@ def foreign_file(directory: str, known: set[int]) -> str:
                             f"{uid}")
     except OSError:
         pass
+    finally:
+        os.close(fd)
     return ""
 
 
@@ -3230,7 +3242,8 @@ class HostInspector:
         root = os.geteuid() == 0
         known = {0, *(uid for uid in uids.values() if uid is not None)}
         storages = examine(
-            {s.name: (storage_facts, s.path, s.chown, known if root else None)
+            {s.name: (storage_facts, s.path, s.chown or s.commit,
+                      known if root else None)
              for s in config.storage.values() if s.path}, ANSWER_SECONDS)
         silent = [s.path for s in config.storage.values()
                   if s.path and s.name not in storages]
@@ -3300,6 +3313,10 @@ class HostInspector:
         if not path:
             return None
         script = Script(path)
+        writer = untrusted_writer(path, trusted) \
+            if trusted and os.path.exists(path) else ""
+        if writer:      # it is not opened: it could lead anywhere
+            return script.replace(writer=writer)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
@@ -3319,8 +3336,7 @@ class HostInspector:
             head = os.read(fd, 2**20 if task.type == "builtin" else 8192)
         finally:
             os.close(fd)
-        writer = untrusted_writer(path, trusted) if trusted else ""
-        script = script.replace(head=head.decode("latin-1"), writer=writer)
+        script = script.replace(head=head.decode("latin-1"))
         if task.type == "builtin":
             return script.replace(state=python_error(head, path))
         if not os.access(path, os.X_OK):

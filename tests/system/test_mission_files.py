@@ -483,6 +483,48 @@ def test_29_nor_what_lies_in_a_folder_of_anothers(alice, change, kind):
 
 
 @support.root_only
+@pytest.mark.parametrize("kind", ["task", "builtin"])
+def test_29_what_another_can_change_is_not_opened(alice, victim, kind):
+    """It could be a link to a file of root's, whose words a message quotes.
+    """
+    victim.write_text("#!/SECRET\nimport SECRET\n")
+    victim.chmod(0o700)
+    if kind == "task":
+        path = alice.task("bad", ":")
+    else:
+        alice.builtin("bad", "x")
+        path = alice.tasks / "bad" / "task.py"
+    path.unlink()
+    path.symlink_to(victim)
+    os.chown(path, MALLORY, MALLORY, follow_symlinks=False)
+    give(path.parent, MALLORY)
+    check, run = alice.mission("check"), alice.headless()
+    assert_refused(check, str(path.parent), "mallory")
+    assert run.code == 1
+    assert "SECRET" not in check.err + run.err + alice.log()
+    lines = [line for line in check.err.splitlines() if "tasks[0]" in line]
+    assert len(lines) == 1, check
+
+
+@support.root_only
+@pytest.mark.parametrize("key", ["chown", "commit"])
+def test_no_name_behind_a_link_of_the_users_is_shown(alice, host, tmp_path,
+                                                     key):
+    theirs = support.make_repository(tmp_path / "theirs")
+    (theirs / "SECRET").touch()
+    os.chown(theirs / "SECRET", MALLORY, MALLORY)
+    link = host.home["alice"] / "storage"
+    link.symlink_to(theirs)
+    os.chown(link, ALICE, ALICE, follow_symlinks=False)
+    alice.config["storage"]["sync"] = {"path": str(link), key: True}
+    alice.task("one", ":")
+    check, run = alice.mission("check"), alice.headless()
+    assert_refused(check, "storage.sync.path", "safely")
+    assert run.code == 1
+    assert "SECRET" not in check.err + run.err + alice.log()
+
+
+@support.root_only
 @pytest.mark.parametrize("trust, code", [(None, 0), ("root", 1)])
 @pytest.mark.parametrize("what", ["script", "folder", "all"])
 def test_29_trust_decides_whether_the_user_may_own_tasks(alice, trust, code,
