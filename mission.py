@@ -570,6 +570,12 @@ SIZES = ValueType(
     lambda v: {name: format_size(size) for name, size in v.items()})
 
 
+STATUSES = ValueType(
+    "a list of exit statuses from 1 to 255",
+    lambda v: isinstance(v, list) and all(
+        type(item) is int and 0 < item < 256 for item in v), tuple)
+
+
 def object_of(record: type, form: str = "one") -> ValueType:
     """The type of a key whose value is one object, or a map of objects."""
     return ValueType("an object", lambda v: isinstance(v, dict), blank={},
@@ -629,7 +635,16 @@ class Task(ConfigObject):
         "env": (VARIABLES, {}, "more environment variables"),
         "nice": (number(0, 19), 0, "the niceness"),
         "minFree": (SIZES, {}, "the free bytes that storages must have"),
+        "okStatuses": (STATUSES, (), "more exit statuses of a success"),
+        "warnStatuses": (STATUSES, (), "those of a success with a notice"),
+        "skipStatuses": (STATUSES, (), "those of neither success nor "
+                         "failure"),
     }
+
+
+# What an exit status means -> the key with a list of those statuses.
+STATUS_KEYS = {"okStatuses": "ok", "warnStatuses": "warn",
+               "skipStatuses": "skip"}
 
 
 class User(ConfigObject):
@@ -1173,8 +1188,16 @@ class ConfigValidator:
             self.add(where + ("slug",), why, hint, f"task {task.slug}")
 
     def check_objects_of_task(self, task: Task) -> None:
-        """Check the keys of `env` and `minFree`, which are free text."""
+        """Check the keys of `env` and `minFree`, which are free text, and
+        that no exit status is in two lists."""
         import re
+        seen: set[int] = set()
+        for key in STATUS_KEYS:
+            statuses = set(getattr(task, field_of(key)))
+            for status in sorted(seen & statuses):
+                self.add(task.where + (key,), f"status {status} is in two "
+                         "lists", "in one of " + ", ".join(STATUS_KEYS))
+            seen |= statuses
         for name, value in task.env.items():
             if not re.fullmatch(VARIABLE, name) or "\0" in value:
                 self.add(task.where + ("env", name), "this is no variable",
@@ -1563,6 +1586,15 @@ def step_text(step: Step, config: Config) -> str:
     }[step.kind]
 
 
+def status_meaning(task: Task, code: int) -> str:
+    """Return "ok", "warn" or "skip" for an exit status that is no failure of
+    this task, "" for others."""
+    if code == 0:
+        return "ok"
+    return next((meaning for key, meaning in STATUS_KEYS.items()
+                 if code in getattr(task, field_of(key))), "")
+
+
 def blocked_by(task: Task, outcomes: dict) -> str:
     """Return the first needed task that did not succeed in this run, or "".
 
@@ -1621,6 +1653,7 @@ class TaskResult(FrozenRecord):
     outcome: str        # "ok", "failed" or "skipped"
     seconds: float = 0.0        # of all attempts
     attempts: int = 0
+    notice: str = ""            # why a success is not quite one
 
 
 def header(title: str) -> str:
@@ -1982,14 +2015,71 @@ def closing_words(problems: list[RunProblem], stopped: int) -> str:
     return ""
 
 
-def subject(host: str, text: str, failed: bool) -> str:
-    """The subject of a mail. No value can add a second header.
+def subject(host: str, text: str, mark: str) -> str:
+    """The subject of a mail; `mark` is FAILURE, WARNING or "". No value can
+    add a second header.
 
     Python before 3.13 turns a newline in an encoded word into a header, so
     `=?` is broken up as well.
     """
-    line = f"{host}: {'[FAILURE] ' if failed else ''}{text}"
+    line = f"{host}: {f'[{mark}] ' if mark else ''}{text}"
     return " ".join(escape_controls(line).replace("=?", "= ?").split())[:200]
+
+
+# Exit statuses of `mission status`: the convention of monitoring plugins.
+HEALTH_WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
+HEALTHY, DOUBTFUL, CRITICAL, UNKNOWN = range(4)
+
+
+def health(slugs: list[str], runs: list[dict], max_age: float | None,
+           now: float) -> tuple[int, list[str]]:
+    """Return whether the last complete run is good and recent, as an index
+    of HEALTH_WORDS, and the reasons if it is not.
+
+    `slugs` are the scheduled tasks. Each is judged by its own last success,
+    in a partial run as well; `max_age` is in seconds. `runs` are records of
+    the history, oldest first; `now` is in seconds since 1970.
+    """
+    ended = [run for run in runs if run["verdict"] != "running"]
+    complete = [run for run in ended if not run["partial"]]
+    if not complete:
+        return UNKNOWN, ["no complete run is recorded"]
+    found = [task_health(slug, ended, max_age, now) for slug in slugs]
+    found.append(run_health(complete[-1]))
+    return (max(status for status, _ in found),
+            [reason for _, reason in found if reason])
+
+
+def run_health(run: dict) -> tuple[int, str]:
+    """Return the health of a run without that of its tasks, and why."""
+    about = f"the run of {run['start']}"
+    failed = [task for task in run["tasks"] if task["outcome"] == "failed"]
+    if run["verdict"] == "trouble":
+        return DOUBTFUL, f"{about} could not deliver its mail, ping or log"
+    if run["verdict"] == "failed" and not failed:
+        return CRITICAL, f"{about} had errors or warnings"
+    if run["verdict"] in ("lost", "stopped"):
+        return CRITICAL, f"{about} was {run['verdict']}"
+    return HEALTHY, ""
+
+
+def task_health(slug: str, runs: list[dict], max_age: float | None,
+                now: float) -> tuple[int, str]:
+    """Return the health of one scheduled task, and why it is not good."""
+    past = [(run, task) for run in runs for task in run["tasks"]
+            if task["slug"] == slug and task["outcome"] != "skipped"]
+    if not past:
+        return DOUBTFUL, f"{slug} has not run yet"
+    run, task = past[-1]
+    if task["outcome"] == "failed":
+        return CRITICAL, f"{slug} failed in the run of {run['start']}"
+    if max_age is not None and run["started"] + (
+            run["seconds"] or 0) < now - max_age:
+        return CRITICAL, (f"the last success of {slug} is too old: "
+                          f"{run['start']}")
+    if task.get("notice"):
+        return DOUBTFUL, f"{slug}: {task['notice']}"
+    return HEALTHY, ""
 
 
 def run_took(seconds: float) -> str:
@@ -4901,7 +4991,8 @@ PAST_RUN = {
     "id": "", "start": "", "started": 0.0, "headless": False,
     "partial": False, "seconds": None, "verdict": "", "log": "",
     "errors": 0, "warnings": 0, "last": "", "tasks": []}
-TASK_OF_PAST_RUN = {"slug": "", "outcome": "", "seconds": 0.0, "attempts": 0}
+TASK_OF_PAST_RUN = {"slug": "", "outcome": "", "seconds": 0.0, "attempts": 0,
+                    "notice": ""}
 
 
 def coerce_record(found: object, blank: dict) -> dict:
@@ -5412,6 +5503,7 @@ class Runner:
         self.took = 0.0
         self.lost: list[dict] = []
         self.alive: dict[str, str] = {}     # slug -> process of a lost run
+        self.skipped: set[str] = set()      # by skipStatuses: no warning
         self.owned: set[str] = set()    # storages whose .git chown has seen,
                                         # and found or made the user's
         self.committed: dict[str, Repository] = {}  # by the storage's name
@@ -5685,8 +5777,12 @@ class Runner:
             word = "has no result" if before is None else \
                 "failed" if before.outcome == "failed" else "was skipped"
             self.results[task.slug] = TaskResult(task.slug, "skipped")
-            self.problem("tasks", "warning", task.slug,
-                         f"skipped: it needs {needed}, which {word}")
+            text = f"skipped: it needs {needed}, which {word}"
+            if needed in self.skipped:
+                self.skipped.add(task.slug)
+                self.log_line(text)
+            else:
+                self.problem("tasks", "warning", task.slug, text)
             return False
         try:
             errors = self.start_errors(task)
@@ -5825,22 +5921,30 @@ class Runner:
             self.problem("tasks", "warning", child.task.slug,
                          "processes it left behind held its output open: "
                          + ", ".join(child.leftovers))
-        error = child.why or (status_text(child.code) if child.code else "")
+        meaning = "" if child.why else status_meaning(child.task, child.code)
+        error = child.why or ("" if meaning else status_text(child.code))
         if child.output_error and not error:
             error = f"its output was lost: {child.output_error}"
         return self.close_attempt(child.task, error, child.seconds(), attempt,
-                          child.code)
+                                  child.code, meaning)
 
     def close_attempt(self, task: Task, error: str, seconds: float,
-                      attempt: int, code: int | None = None) -> bool:
-        """Log the end of an attempt and store its result; whether it
-        succeeded. `code` is None if the task could not be started."""
+                      attempt: int, code: int | None = None,
+                      meaning: str = "") -> bool:
+        """Log the end of an attempt and store its result; whether it did not
+        fail. `code` is None if the task could not be started, `meaning` is
+        that of status_meaning."""
         words = "not started" if code is None else (
             f"exit {code}" if code >= 0 else status_text(code))
         before = self.results.get(task.slug)
         total = seconds + (before.seconds if before else 0)
+        is_skip = meaning == "skip" and not error
+        notice = status_text(code) if meaning == "warn" and not error else ""
         self.results[task.slug] = TaskResult(
-            task.slug, "failed" if error else "ok", total, attempt)
+            task.slug, "failed" if error else "skipped" if is_skip else "ok",
+            total, attempt, notice)
+        if is_skip:
+            self.skipped.add(task.slug)
         self.log_line(f"TaskFinish {task.slug}: {words} in "
                       f"{format_duration(seconds)}")
         if error and attempt <= task.retries and not self.processes.stopped:
@@ -5972,6 +6076,16 @@ class Runner:
         """Whether the run failed so far; a failed delivery does not count."""
         return bool(self.processes.stopped or backup_problems(self.problems))
 
+    def notices(self) -> dict[str, str]:
+        """slug -> the notice of each task that has one."""
+        return {slug: result.notice for slug, result in self.results.items()
+                if result.notice}
+
+    def mark(self) -> str:
+        """The word in the subject of the mail: FAILURE, WARNING or ""."""
+        return "FAILURE" if self.failed() else \
+            "WARNING" if self.notices() else ""
+
     def finished_text(self) -> str:
         """The text of the notification at the end."""
         how = " with errors or warnings" if self.failed() else ""
@@ -5990,7 +6104,11 @@ class Runner:
         self.log_line(f"NotifyFailure {reason}" if reason else word)
 
     def summary(self, _step: Step) -> None:
-        """Log the warnings and errors again, together."""
+        """Log the notices, warnings and errors again, together."""
+        if self.notices():
+            self.log_header("Notices")
+            for slug, notice in self.notices().items():
+                self.log_own(f"- {slug}: {notice}\n")
         for title, level in (("Warnings", "warning"), ("Errors", "error")):
             found = [p for p in self.problems if p.level == level]
             if found:
@@ -6009,7 +6127,9 @@ class Runner:
             return
         self.mail_log.close()
         found = closing_words(self.problems, self.processes.stopped)
-        body = (f"{found or 'All tasks ran well'}.\n"
+        notices = "".join(f"{slug} ended with a notice: {notice}.\n"
+                          for slug, notice in self.notices().items())
+        body = (f"{found or 'All tasks ran well'}.\n" + notices
                 + (f"The whole log: {escape_controls(HOST)}:{self.log.path}\n"
                    if self.log.path else "")
                 + (f"The log could not be written ({self.log.error}).\n"
@@ -6035,7 +6155,7 @@ class Runner:
         message = rfc5322(
             sender_of(smtp) if smtp else "",
             self.config.user.email, subject(
-                HOST, text, kind == "finish" and self.failed()), body,
+                HOST, text, self.mark() if kind == "finish" else ""), body,
             f"{self.run_id}.{kind}", self.processes.clock.now())
         reason = self.delivery.send_mail(message)
         if not reason:
@@ -6249,6 +6369,14 @@ def number_of_runs(text: str) -> int:
     return int(text)
 
 
+def greatest_age(text: str) -> float:
+    seconds = parse_duration(text)
+    if not seconds:
+        raise Error(f"--max-age {text}: not a duration", "--max-age 26h",
+                    EXIT_USAGE)
+    return seconds
+
+
 def time_to_wait(text: str) -> float:
     seconds = parse_duration(text)
     if seconds is None:
@@ -6290,6 +6418,9 @@ OPTIONS = {     # by the name of the value
     "wait": Option("--wait TIME",
                    "wait for another run to end, e.g. 30m", 0.0, "store",
                    time_to_wait),
+    "max_age": Option("--max-age TIME",
+                      "the last success may be this old, e.g. 26h", None,
+                      "store", greatest_age),
     "number": Option("-n, --number N", "how many past runs (default: 20)",
                      20, "store", number_of_runs),
     "json": Option("--json", "for programs"),
@@ -6801,6 +6932,39 @@ def command_history(options) -> int:
     return EXIT_OK
 
 
+def command_status(options) -> int:
+    """Print whether the last complete run is good and recent; return the
+    exit status of a monitoring plugin, see HEALTH_WORDS. Raises Error."""
+    found = loaded(options.config, with_facts=False)
+    for error in found.diagnostics:
+        raise Error(error.text(options.config), "", EXIT_CONFIG)
+    config = found.config
+    runs = runs_of(open_state(options))
+    slugs = [task.slug for task in config.tasks if task.scheduled]
+    status, reasons = health(slugs, runs, options.max_age, Clock().now())
+    last = next((run for run in reversed(runs) if not run["partial"]
+                 and run["verdict"] != "running"), None)
+    if options.json:
+        print_json({"status": status, "word": HEALTH_WORDS[status],
+                    "reasons": reasons, "lastRun": last})
+    else:
+        text = "; ".join(reasons) or f"the last run, of {last['start']}"
+        print(escape_controls(f"{HEALTH_WORDS[status]}: {text}"))
+    return status
+
+
+def asks_for_status(argv: list[str]) -> bool:
+    """Whether the command of a command line, valid or not, is `status`."""
+    with_value = {name for option in OPTIONS.values() for name in option.names
+                  if option.action in ("store", "append")}
+    before = ""
+    for word in argv:
+        if not word.startswith("-") and before not in with_value:
+            return word == "status"
+        before = word
+    return False
+
+
 def command_log(options, run: str = "") -> int:
     """Print or page the saved log of a run, by default of the newest one.
 
@@ -6939,6 +7103,8 @@ COMMANDS = {
     "check": Command(command_check, "is the configuration right?"),
     "dump": Command(command_dump, "the configuration as JSON"),
     "history": Command(command_history, "past runs", ("number", "json")),
+    "status": Command(command_status, "for monitoring: is all well?",
+                      ("max_age", "json")),
     "log": Command(command_log, "a saved run log, by default the newest",
                    arguments="[RUN]"),
     "new": Command(command_new, "begin a new task", arguments="SLUG"),
@@ -7033,6 +7199,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except Error as error:
+        if asks_for_status(argv):       # a plugin writes to stdout
+            print(f"{HEALTH_WORDS[UNKNOWN]}: {escape_controls(error.message)}")
+            return UNKNOWN
         report_error(error)
         return error.status
     except BrokenPipeError:             # mission list | head

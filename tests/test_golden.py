@@ -491,8 +491,8 @@ class MissionStage(Stage):
         self.config["redact"] = ["token=[^ ]+"]
 
 
-MISSION_COMMANDS = ["init", "run", "list", "check", "dump", "history", "log",
-                    "new", "completion"]
+MISSION_COMMANDS = ["init", "run", "list", "check", "dump", "history",
+                    "status", "log", "new", "completion"]
 
 
 @scenario

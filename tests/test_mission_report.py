@@ -533,25 +533,25 @@ def test_how_long_the_run_took(seconds, text):
 # --- mail's subject -------------------------------------------------------
 
 
-@pytest.mark.parametrize("host, text, failed, line", [
-    ("box", "run finished in 1m2s", True,
+@pytest.mark.parametrize("host, text, mark, line", [
+    ("box", "run finished in 1m2s", "FAILURE",
      "box: [FAILURE] run finished in 1m2s"),
-    ("box", "run started", False, "box: run started"),
-    ("b\nBcc: x@y", "t", False, r"b\x0aBcc: x@y: t"),
-    ("b", "a\r\nX-Evil: 1\r\n\r\nbody", False,
+    ("box", "run started", "", "box: run started"),
+    ("b\nBcc: x@y", "t", "", r"b\x0aBcc: x@y: t"),
+    ("b", "a\r\nX-Evil: 1\r\n\r\nbody", "",
      r"b: a\x0d\x0aX-Evil: 1\x0d\x0a\x0d\x0abody"),
-    ("=?utf-8?q?a=0aBcc:_x?=", "t", False, "= ?utf-8?q?a=0aBcc:_x?=: t"),
-    ("b", "=?=?x", False, "b: = ?= ?x"),
-    ("b", "a\tb  c\u00a0d", False, "b: a b c d"),
-    ("b", "\u2028\u202e\0", False, r"b: \u2028\u202e\x00"),
+    ("=?utf-8?q?a=0aBcc:_x?=", "t", "", "= ?utf-8?q?a=0aBcc:_x?=: t"),
+    ("b", "=?=?x", "", "b: = ?= ?x"),
+    ("b", "a\tb  c\u00a0d", "", "b: a b c d"),
+    ("b", "\u2028\u202e\0", "", r"b: \u2028\u202e\x00"),
 ])
 def test_a_subject_is_one_line_and_nothing_but_a_subject(
-        host, text, failed, line):
-    assert mission.subject(host, text, failed) == line
+        host, text, mark, line):
+    assert mission.subject(host, text, mark) == line
 
 
 def test_a_subject_has_an_end():
-    assert len(mission.subject("h" * 1000, "t" * 1000, True)) <= 200
+    assert len(mission.subject("h" * 1000, "t" * 1000, "FAILURE")) <= 200
 
 
 @pytest.mark.parametrize("evil", [
@@ -563,7 +563,8 @@ def test_no_value_becomes_a_header_of_the_mail(evil):
     import email
     import email.policy
     message = mission.rfc5322(
-        "box", "Anon <anon@example.com>", mission.subject(evil, evil, True),
+        "box", "Anon <anon@example.com>",
+        mission.subject(evil, evil, "FAILURE"),
         f"{evil}\n", "id.start", 0.0)
     head = message.split(b"\n\n", 1)[0].lower()
     assert b"\nbcc" not in head and message.count(b"\nSubject:") == 1
