@@ -7758,6 +7758,18 @@ class RequestVerifier:
 SETTLE = 0.3                # seconds until a tab that was edited is read
 
 
+def release_memory() -> None:
+    """Give the memory that compiling this file and reading the tabs took back
+    to the system.
+
+    malloc_trim(3) exists in glibc; without it the memory is only reused.
+    """
+    import ctypes
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 class Daemon:
     """koid's loop: what it holds together, and what wakes it."""
 
@@ -7790,6 +7802,7 @@ class Daemon:
             self.store.give_up(error)
         self.log.log(f"koid {VERSION}: "
                      f"{plural(len(self.registry.scheduled_jobs), 'job')}")
+        release_memory()
         try:
             while not self.stopping:
                 try:
@@ -8049,17 +8062,6 @@ def load_again() -> None:
     here; the new process is not one.
     """
     os.execv(sys.executable, [sys.executable, "-IS", "-c", LOADER, *sys.argv])
-
-
-def release_memory() -> None:
-    """Give the memory that compiling this file took back to the system.
-
-    malloc_trim(3) exists in glibc; without it the memory is only reused.
-    """
-    import ctypes
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def run_daemon(machine: Machine, system: bool) -> int:
@@ -21323,7 +21325,6 @@ def command_daemon(options: Invocation) -> int:
     """koitab daemon, koid: run until a signal stops it. Raises Error."""
     if __name__ == "__main__":
         load_again()
-    release_memory()
     return run_daemon(options.machine, options.system)
 
 
