@@ -1255,6 +1255,7 @@ class Job(FrozenRecord):
     settings: Settings
     unlogged: bool = False          # a line that begins with "-"
     mail_failures: bool = False     # a command that begins with "-n "
+    apart: tuple = ()       # tells it from an equal one: see told_apart
 
     @property
     def label(self) -> str:
@@ -1264,8 +1265,8 @@ class Job(FrozenRecord):
     def identity(self) -> tuple:
         """Return what makes it the same job after its line has moved."""
         if self.name:
-            return ("name", self.section, self.name)
-        return ("line", self.user, self.when, self.command)
+            return ("name", self.section, self.name, *self.apart)
+        return ("line", self.user, self.when, self.command, *self.apart)
 
     @property
     def tag(self) -> str:
@@ -1978,7 +1979,7 @@ class TabReader:
     first character that is not blank; an `at` in the methods is an offset
     from there. `settings` and
     `environment` are what the lines above assigned. `lines_of` has the line
-    of each job's identity.
+    of the identity of each job that must have one of its own.
     """
 
     def __init__(self, text: str, system: bool, root: bool, salt: str,
@@ -2218,7 +2219,10 @@ class TabReader:
                         f"{LONGEST_COMMAND:,} bytes", "put it into a script")
 
     def check_unique(self, job: Job) -> None:
-        """Raises LineRejected if a line above is the same job."""
+        """Raises LineRejected if a line above is the same job, where people
+        start it and could not say which one they mean."""
+        if not job.name and job.when != "@manual":
+            return
         before = self.lines_of.setdefault(job.identity(), job.line)
         if before != job.line:
             self.reject(0, "bad job", f"line {before} is the same job, and "
@@ -2448,16 +2452,42 @@ def suspicious_parts(field: ScheduleField, word: str):
                 "the range", str(low)
 
 
+def told_apart(jobs: list[Job], place: tuple) -> list[Job]:
+    """Return the jobs of a tab with different identities.
+
+    Equal lines that have no name differ by the assignments in force, and
+    else by their order. `place` is the same for all of the tab.
+    """
+    digests: dict[int, str] = {}        # id of an environment -> digest
+    variants: dict[tuple, dict] = {}    # identity -> digest -> jobs so far
+    for job in jobs:
+        digests[id(job.environment)] = digests.get(id(job.environment)) or \
+            str(stable_random(repr(sorted(job.environment.items()))))
+        variants.setdefault(job.identity(), {})[
+            digests[id(job.environment)]] = 0
+    found = []
+    for job in jobs:
+        equal, digest = variants[job.identity()], digests[id(job.environment)]
+        equal[digest] += 1
+        number = equal[digest]
+        apart = place + ((digest,) if len(equal) > 1 else ()) + (
+            (f"#{number}",) if number > 1 else ())
+        found.append(job.replace(apart=apart) if apart else job)
+    return found
+
+
 def parse_tab(text: str, system: bool = False, root: bool = False,
-              salt: str = "", literal: bool = False) -> Tab:
+              salt: str = "", literal: bool = False, file: str = "") -> Tab:
     """Return the jobs of a tab, and its diagnostics in order of place.
 
-    `system`: each entry names its user. `root`: the tab is root's. `salt`
+    `system`: each entry names its user, and `file` is the path: system tabs
+    are many, and may have equal lines. `root`: the tab is root's. `salt`
     decides what ~ chooses. `literal`: it is a crontab of cron's, in which
     braces are plain text, as in each system tab. An invalid line raises
     nothing.
     """
     tab = TabReader(text, system, root, salt, literal).read()
+    tab = tab.replace(jobs=told_apart(tab.jobs, (file,) if system else ()))
     tab.diagnostics.sort(key=lambda each: (each.line, each.column))
     return tab
 
@@ -5076,7 +5106,8 @@ class TabRegistry:
             user = file.user or "root"
             return parse_tab(file.text, file.system, user == "root",
                              self.machine.salt(user),
-                             not file.path.startswith(f"{self.home}/tabs/"))
+                             not file.path.startswith(f"{self.home}/tabs/"),
+                             file.path)
         except Exception as why:        # the other tabs go on
             self.problems.append(f"{file.path}: not used: {why}")
             return None if file.problem.startswith(UNBELIEVED) else before
@@ -5143,8 +5174,8 @@ UNBELIEVED = ("its ", "others may", "it has another", "it is no ",
 def only_first(scheduled_jobs: list[ScheduledJob],
                problems: list[str]) -> list[ScheduledJob]:
     """Return the jobs without those of one user that are in an earlier file
-    as well: a run must belong to one job. The others are added to
-    `problems`."""
+    as well: the koitab and cron's spool may both have what was moved. The
+    others are added to `problems`."""
     seen: dict[tuple, ScheduledJob] = {}
     for scheduled in scheduled_jobs:
         first = seen.setdefault(scheduled.key, scheduled)
@@ -19790,8 +19821,7 @@ def command_test(options: Invocation, path: str) -> int:
     """koitab -T: print all diagnostics. cronie's -T stops at the first.
     Raises Error."""
     text = options.machine.tab_text(path)
-    tab, _ = parse_with_zones(options, text, path.startswith(SYSTEM_TABS),
-                              literal=path.startswith(SPOOLS))
+    tab, _ = parse_with_zones(options, text, path)
     print_diagnostics(tab.diagnostics + unsafe_addresses(text), path)
     if tab.errors():
         print("Invalid crontab file. Syntax issues were found.",
@@ -19836,34 +19866,33 @@ def parse_instant(text: str, zone: Zone, now: float) -> int:
     return zone.instant(wall)
 
 
-def parse_with_zones(options: Invocation, text: str, system: bool = False,
-                     user: str = "", literal: bool = False
-                     ) -> tuple[Tab, dict[str, Zone]]:
+def parse_with_zones(options: Invocation, text: str, path: str = "",
+                     user: str = "") -> tuple[Tab, dict[str, Zone]]:
     """Return a tab, and the time zones that it names; "" is the local one.
-    Raises Error."""
+    `path` tells whether it is one of cron's. Raises Error."""
     machine = options.machine
-    tab = parse_tab(text, system, root=os.geteuid() == 0,
-                    salt=machine.salt(user), literal=literal)
+    tab = parse_tab(text, path.startswith(SYSTEM_TABS),
+                    root=os.geteuid() == 0, salt=machine.salt(user),
+                    literal=path.startswith(SPOOLS), file=path)
     return tab, {**check_zones(tab, machine), "": machine.local_zone()}
 
 
 def select_tabs(options: Invocation):
     """Return the path, the tab and the zones of each tab that is meant.
     Raises Error."""
-    def read(path: str, system: bool) -> tuple:
+    def read(path: str) -> tuple:
         text = options.machine.tab_text(path)
-        return path, *parse_with_zones(options, text, system,
-                                       literal=path.startswith(SPOOLS))
+        return path, *parse_with_zones(options, text, path)
 
     if options.tab:
-        return [read(options.tab, options.tab.startswith(SYSTEM_TABS))]
+        return [read(options.tab)]
     text, found = options.ask_koid("list")["text"], []
     if text is not None:
         found.append((f"crontab of {options.owner}", *parse_with_zones(
             options, text, user=options.owner)))
     if os.geteuid() == 0 and not options.user:
         jobs = options.ask_koid("jobs")["jobs"]
-        found += [read(path, True)
+        found += [read(path)
                   for path in dict.fromkeys(job["file"] for job in jobs)
                   if path.startswith(SYSTEM_TABS)]
     if not found:
@@ -21020,13 +21049,6 @@ def find_crontabs(options: Invocation) -> list[Crontab]:
     return found
 
 
-class CronReader(TabReader):
-    """Reads a tab that may contain the same job twice, as cron's may."""
-
-    def check_unique(self, job: Job) -> None:
-        pass
-
-
 def with_plain_braces(job: Job) -> str:
     """Return the command of a job of cron's as a koitab has it: where koi
     would find an argument, quotes keep the two braces apart. Those that it
@@ -21061,7 +21083,7 @@ class Importer:
 
     def add(self, source: Crontab) -> None:
         """Append the section of one crontab, if it has jobs to import."""
-        tab = CronReader(source.text, source.system, True, "", True).read()
+        tab = TabReader(source.text, source.system, True, "", True).read()
         jobs = {job.line: job for job in tab.jobs}
         ours = [job for job in tab.jobs if job.user in ("", self.owner)]
         if not ours and not self.others:
@@ -21125,8 +21147,8 @@ class Importer:
         return user
 
     def name_duplicates(self) -> None:
-        """Give a name to each unnamed job that another one equals: their
-        runs would be mixed up."""
+        """Give a name to each unnamed job that another one equals, so that
+        their runs can be told apart."""
         seen: dict[tuple, list] = {}
         for place, section, job in self.jobs:
             if not job.name:

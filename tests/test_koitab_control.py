@@ -107,6 +107,27 @@ def test_braces_are_plain_text_in_the_crontabs_that_cron_had():
         'a "${KOI_ARG_1}"', "b {{N, int, 1}}", "c {{N, int, 1}}"}
 
 
+def test_equal_lines_of_one_file_and_of_two_system_tabs_all_run():
+    line = "* * * * * root x\n"
+    found = registry(
+        (SPOOL, "alice", "MODE=a\n@daily x\nMODE=b\n@daily x\n@daily x\n"),
+        ("/etc/cron.d/siteA", "", f"WHO=x\n{line}"),
+        ("/etc/cron.d/siteB", "", f"WHO=y\n{line}"))
+    assert found.problems == []
+    assert len(found.scheduled_jobs) == len(
+        {each.key for each in found.scheduled_jobs}) == 5
+    assert {each.job.tag for each in found.scheduled_jobs} == {
+        koitab.short_hash(each.identity) for each in found.scheduled_jobs}
+
+
+def test_line_that_a_koitab_and_the_spool_both_have_runs_once():
+    found = registry((KOITAB, "alice", "@daily x\n"),
+                     (SPOOL, "alice", "@daily x\n@daily y\n"))
+    assert [each.job.command for each in found.scheduled_jobs] == ["x", "y"]
+    assert found.problems == [f"{SPOOL}:1: not used: the same job stands in "
+                              f"{KOITAB}:1"]
+
+
 # A request is what it should be ----------------------------------------------
 
 

@@ -114,7 +114,7 @@ def test_case_file_has_all_rejected_lines():
     ("KOI_KEEP=0\n", [(1, 10, "bad setting")]),
     ("KOI_CONFIRM=maybe\n", [(1, 13, "bad setting")]),
     ("KOI_START_WITHIN=\n", [(1, 18, "bad setting")]),
-    ("* * * * * x\n* * * * * x\n", [(2, 1, "bad job")]),
+    ("@manual x\nA=1\n@manual x\n", [(3, 1, "bad job")]),
     ('"A" @daily x\n"A" @hourly y\n', [(2, 1, "bad job")]),
     ("* * * * * " + "x" * 131_072 + "\n", [(1, 11, "bad command")]),
 ])
@@ -226,6 +226,42 @@ def test_tag_depends_on_section_and_name_or_on_schedule_and_command():
     assert len({jobs(text)[0].tag for text in (
         '[a]\n"b" @daily x\n', '"ab" @daily x\n', '"\u0430b" @daily x\n')}) \
         == 3
+
+
+def tags(text: str, **options) -> list[str]:
+    """Return the tags of a tab's jobs, which are all different."""
+    found = [job.tag for job in jobs(text, **options)]
+    assert len(set(found)) == len(found)
+    return found
+
+
+LINE = "0 9 * * * x\n"
+
+
+def test_equal_lines_are_jobs_that_differ_by_their_order():
+    once, twice = tags(LINE), tags(2 * LINE)
+    assert twice[:1] == once
+    assert tags(3 * LINE)[:2] == twice
+    assert tags(f"@daily y\n{LINE}# again\n{LINE}")[1:] == twice
+
+
+def test_equal_lines_are_jobs_that_differ_by_the_assignments_in_force():
+    berlin, york = tags(f"CRON_TZ=Europe/Berlin\n{LINE}"
+                        f"CRON_TZ=America/New_York\n{LINE}")
+    assert tags(f"CRON_TZ=America/New_York\n{LINE}"
+                f"CRON_TZ=Europe/Berlin\n{LINE}") == [york, berlin]
+    assert len(tags(f"MODE=a\n{LINE}MODE=b\n{LINE}{LINE}MODE=a\n{LINE}")) == 4
+
+
+def test_assignments_do_not_count_where_no_other_line_is_equal():
+    assert tags(f"MODE=a\n{LINE}") == tags(LINE)
+
+
+def test_equal_lines_of_two_system_tabs_are_two_jobs():
+    line = "* * * * * root x\n"
+    found = {file: tags(f"WHO={file}\n{line}{line}", system=True, file=file)
+             for file in ("/etc/cron.d/siteA", "/etc/cron.d/siteB")}
+    assert len({tag for tags_of in found.values() for tag in tags_of}) == 4
 
 
 @pytest.mark.parametrize("text, options, found", [
