@@ -4058,7 +4058,7 @@ MOST_WAITING = 50_000           # statements that wait for a full disk
 MOST_UNSENT = 10_000            # runs that are kept for a dashboard
 NONCES_KEPT, NONCES_FOR = 10_000, 8 * DAY   # the rest goes when it is older
 HISTORY_FORM = DatabaseForm(
-    "a history of koi's", 0x6B6F6931, 1, checked=("meta", "jobs", "runs"),
+    "a history of koi's", 0x6B6F6931, 2, checked=("meta", "jobs", "runs"),
     pragmas=("cache_size=-256",), tables="""
 create table meta (name text primary key, value text not null) without rowid;
 create table jobs (
@@ -4067,7 +4067,7 @@ create table jobs (
     unique (user, identity));
 create table runs (
     id integer primary key, job integer not null references jobs,
-    trigger text not null, state text not null, due real, asked real,
+    trigger text not null, state text not null, due real, requested_at real,
     started real, ended real, exit integer, signal integer,
     reason text not null default '', args text not null default '{}',
     attempt integer not null default 1, count integer not null default 1,
@@ -4085,9 +4085,9 @@ create table refusals (
     reason text primary key, count integer not null, at real not null
     ) without rowid;
 """)
-COLUMNS_OF_RUN = ("id", "job", "trigger", "state", "due", "asked", "started",
-                  "ended", "exit", "signal", "reason", "args", "attempt",
-                  "count", "bytes", "cut", "mail", "change")
+COLUMNS_OF_RUN = ("id", "job", "trigger", "state", "due", "requested_at",
+                  "started", "ended", "exit", "signal", "reason", "args",
+                  "attempt", "count", "bytes", "cut", "mail", "change")
 SHOWN_COLUMNS = ", ".join(f"r.{name}" for name in COLUMNS_OF_RUN) \
     + ", j.user, j.identity, j.section, j.name, j.label"
 
@@ -4366,7 +4366,7 @@ def shown(row: tuple) -> dict:
         run["args"] = dict(json.loads(run["args"]))
     except (ValueError, TypeError):     # damaged: the arguments of no job
         run["args"] = {"": ""}
-    for name in ("due", "asked", "started", "ended"):
+    for name in ("due", "requested_at", "started", "ended"):
         if not isinstance(run[name], (float, int)):
             run[name] = None
     run["run"] = run.pop("id")
@@ -6054,8 +6054,9 @@ class Scheduler:
         queued.known = True
         statement = self.new_run(queued.scheduled, {
             "trigger": queued.trigger, "state": state, "due": queued.due,
-            "asked": queued.requested, "started": started, "reason": reason,
-            "args": queued.shown_values(), "attempt": queued.attempt},
+            "requested_at": queued.requested, "started": started,
+            "reason": reason, "args": queued.shown_values(),
+            "attempt": queued.attempt},
             statements)
         queued.run = self.store.last
         if queued.nonce:
@@ -6483,7 +6484,7 @@ class Scheduler:
                 param.name for param in scheduled.job.params}:
             return None
         queued = QueuedRun(scheduled, row["trigger"], row["due"] or 0.0,
-                           row["asked"] or 0.0)
+                           row["requested_at"] or 0.0)
         queued.run, queued.known = row["run"], True
         queued.values, queued.attempt = row["args"], row["attempt"]
         queued.waits_for_previous = row["reason"] == WAITS_FOR_PREVIOUS
@@ -7135,7 +7136,7 @@ LONGEST_PIECE = 2**18       # bytes of output in one reply
 LIVE_BYTES = 2**20          # of live output in one reply; and one run's more
 BYTES_OF_LIST = 2**22       # of the list of jobs
 RECORD_FIELDS = ("run", "change", "user", "tag", "section", "name", "label",
-                 "trigger", "state", "due", "asked", "started", "ended",
+                 "trigger", "state", "due", "requested_at", "started", "ended",
                  "exit", "signal", "reason", "args", "attempt", "count",
                  "bytes", "cut", "size")
 
@@ -8332,7 +8333,7 @@ RESULTS_AT_ONCE = 200       # in one payload; a dashboard takes 1,000
 TRIES_OF_ONE = 3            # for a record that the dashboard does not take
 LARGEST_CHANGE = 2**62      # what SQLite can count
 SYNC_PATH = "/api/v1/sync"
-SYNC_VERSION = 2
+SYNC_VERSION = 3
 
 
 class HttpRefused(Exception):
@@ -8982,7 +8983,8 @@ def code_of(run: dict) -> str:
 def time_of(run: dict) -> float | None:
     """Return the time by which a run is sorted: its start, or the nearest
     that is known."""
-    return next((run[name] for name in ("started", "due", "asked", "ended")
+    return next((run[name] for name in ("started", "due", "requested_at",
+                                        "ended")
                  if run[name] is not None), None)
 
 
@@ -10366,10 +10368,10 @@ OUTPUT_PART = 2**20             # bytes of an output in one answer
 MOST_LIVE, LIVE_ROOM = 32, 2**21    # runs that are followed; bytes of each
 FOLLOWED_FOR = 15.0             # seconds after the last request for it
 KEEP_OUTPUT_DAYS = 90           # twice as long when the run failed
-SENT_COLUMNS = ("change", "trigger", "state", "due", "asked", "started",
+SENT_COLUMNS = ("change", "trigger", "state", "due", "requested_at", "started",
                 "ended", "exit", "signal", "reason", "args", "attempt",
                 "count", "bytes", "cut", "size", "nonce")
-SHOWN_OF_RUN = ("id, job, host, n, epoch, trigger, state, due, asked, "
+SHOWN_OF_RUN = ("id, job, host, n, epoch, trigger, state, due, requested_at, "
                 "started, ended, exit, signal, reason, args, attempt, count, "
                 "bytes, cut, size, have, line")
 
@@ -10455,7 +10457,7 @@ create table runs (
     id integer primary key autoincrement, job integer not null,
     host integer not null, epoch integer not null, n integer not null,
     change integer not null, trigger text not null, state text not null,
-    at real not null, due real, asked real, started real, ended real,
+    at real not null, due real, requested_at real, started real, ended real,
     exit integer, signal integer, reason text not null, args text not null,
     attempt integer not null, count integer not null,
     bytes integer not null, cut integer not null, size integer not null,
@@ -10506,9 +10508,10 @@ create table unindexed (run integer primary key);
         """Return the entries of a job's run history bar, the oldest
         first."""
         rows = db.execute(
-            "select id, coalesce(started, due, asked, ended), max(ended - "
-            "started, 0.0), state, exit, signal, reason from runs where job "
-            "= ? order by id desc limit ?", job, HISTORY_BAR).fetchall()
+            "select id, coalesce(started, due, requested_at, ended), "
+            "max(ended - started, 0.0), state, exit, signal, reason from runs "
+            "where job = ? order by id desc limit ?", job,
+            HISTORY_BAR).fetchall()
         return [(run, rounded(at), rounded(took), outcome_code(*how))
                 for run, at, took, *how in reversed(rows)]
 
@@ -11165,7 +11168,7 @@ def read_record(asked: RequestFields) -> dict:
         ("change", MISSING), ("attempt", 1), ("count", 1), ("bytes", 0),
         ("size", 0))}
     record["size"] = min(record["size"], LONGEST_OUTPUT)
-    for name in ("due", "asked", "started", "ended", "next"):
+    for name in ("due", "requested_at", "started", "ended", "next"):
         record[name] = asked.number(name, None)
     for name in ("exit", "signal"):
         record[name] = asked.whole(name, None, -2**31, 2**32)
@@ -11940,7 +11943,7 @@ FATAL_FAILURES = ("full", "disk", "damaged", "busy")
 REPOSITORIES = (AuditLog, Credentials, Alerts, PingChecks, Hosts, Runs,
                 Requests, HostSync)
 DASHBOARD_FORM = DatabaseForm(
-    "a dashboard of koi's", 0x6B6F6932, 2,
+    "a dashboard of koi's", 0x6B6F6932, 3,
     checked=("meta", "dashboard", "hosts", "epochs", "jobs", "requests",
              "checks", "alerts", "snoozes", "channels", "notifications"),
     pragmas=("foreign_keys=off", f"journal_size_limit={WAL_PAGES * 4096}",
@@ -16647,7 +16650,7 @@ function endOfRun(run) {
   return run.signal ? `signal ${run.signal}` : `exit ${run.exit}`;
 }
 
-const timeOfRun = (run) => run.started || run.due || run.asked;
+const timeOfRun = (run) => run.started || run.due || run.requested_at;
 const durationOf = (run) => run.started
   ? (run.ended || now()) - run.started : null;
 
@@ -18374,8 +18377,8 @@ class RunForm {
       for (const one of this.fields) one.fill(args);
       this.changed();
     } }, [["", "the defaults"], ...list.slice(0, 10).map((run, at) => [
-      String(at), `${shortTime(run.asked || run.started, hostOf(this.job))}: ${
-        valuesWords(run.args)}`])]);
+      String(at), `${shortTime(run.requested_at || run.started,
+        hostOf(this.job))}: ${valuesWords(run.args)}`])]);
     return field("Fill in", input);
   }
 
@@ -18776,8 +18779,9 @@ function matchItem({ run, line }, text) {
   return el("li", {}, link(`#/run/${run.id}?q=${encodeURIComponent(text)}`,
     [el("span", { class: "what" }, stateMark(runState(run), ""),
       el("b", { text: state.jobs.get(run.job)?.label || "a job" }),
-      muted(hostName(run.host)), muted(dateNode(run.started || run.asked,
-        hostOf(run)))), el("pre", {}, marked(line, text))]));
+      muted(hostName(run.host)), muted(dateNode(
+        run.started || run.requested_at, hostOf(run)))),
+      el("pre", {}, marked(line, text))]));
 }
 
 // Returns a line with what was searched for marked; only a part of a long one.
@@ -20265,7 +20269,7 @@ def duration_words(seconds: float | None) -> str:
 
 def start_words(run: dict) -> str:
     """Return when a run started, or should have, as RFC 3339 writes it."""
-    at = next((run[key] for key in ("started", "due", "asked")
+    at = next((run[key] for key in ("started", "due", "requested_at")
                if run[key] is not None), None)
     return "-" if at is None else format_rfc3339(at)
 

@@ -93,7 +93,7 @@ def piece(run: int, at: int, data: bytes, **fields) -> dict:
 
 def sync_payload(host: str = HOST, **fields) -> dict:
     """What a host sends that has nothing to send."""
-    return {"v": 2, "host": host, "epoch": 1, "instance":
+    return {"v": 3, "host": host, "epoch": 1, "instance":
             "1700000000000-00000001", "wait": 0, "now": time.time(),
             "offset": 0, "zone": "UTC", "version": "1.0", "boot": "b",
             "problems": [], "list_sha": "", **fields}
@@ -222,7 +222,7 @@ class InProcessDashboard:
 
     def sync(self, access, **fields) -> dict:
         return self.do(self.dashboard.host_sync.sync, access.host, {
-            "v": 2, "host": access.host, "epoch": 1,
+            "v": 3, "host": access.host, "epoch": 1,
             "instance": "1000-abcdef01", "wait": 0, "now": self.now,
             "offset": 3600, "zone": "Europe/Berlin", "version": "1.0",
             "boot": "x", "problems": [], **fields}, self.now)
@@ -243,7 +243,7 @@ class InProcessDashboard:
             "run": self.number, "change": self.change, "user": "root",
             "tag": "backup", "section": "Night", "name": "Backup",
             "label": "Backup", "trigger": "schedule", "state": state,
-            "due": self.now - 10, "asked": None,
+            "due": self.now - 10, "requested_at": None,
             "started": self.now - 10 if state not in (
                 "missed", "skipped", "queued") else None,
             "ended": self.now if done else None,

@@ -101,7 +101,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
                 requests, self.requests = self.requests, []
             told.clear()
             told.update(self.watched)
-        return {"v": 2, "acked": self.acked, "want_list": not self.lists,
+        return {"v": 3, "acked": self.acked, "want_list": not self.lists,
                 "missing_output": [
                     [run, len(self.outputs.get(run, b""))]
                     for run, record in self.records.items()

@@ -191,7 +191,7 @@ class World:
         run = {"id": number, "job": job["id"], "host": job["host"],
                "n": number % 997, "epoch": 1, "trigger": "manual"
                if job["manual"] else "schedule", "state": state, "due": at
-               if not job["manual"] else None, "asked": at,
+               if not job["manual"] else None, "requested_at": at,
                "started": started, "ended": at + took if state == "done"
                else None, "exit": exit_status if state == "done" else None,
                "signal": None, "reason": "", "args": self.args_of(job),

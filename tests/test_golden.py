@@ -1163,9 +1163,10 @@ def record(run: int, state: str, tag: str = "backup", **fields) -> dict:
     return {
         "run": run, "change": run, "user": "op", "tag": tag, "section":
         "Night", "name": tag.title(), "label": tag.title(), "trigger":
-        "schedule", "state": state, "due": began, "asked": None, "started":
-        began if has_run else None, "ended": began + 90 if has_ended
-        else None, "exit": 0 if has_ended else None, "signal": None,
+        "schedule", "state": state, "due": began, "requested_at": None,
+        "started": began if has_run else None,
+        "ended": began + 90 if has_ended else None,
+        "exit": 0 if has_ended else None, "signal": None,
         "reason": "", "args": {}, "attempt": 1, "count": 1, "bytes": 0,
         "cut": False, "size": 0, "next": None, "nonce": "", **fields}
 

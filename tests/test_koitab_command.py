@@ -92,7 +92,8 @@ class Koid:
 def a_run(number: int = 1, **changes) -> dict:
     return {"run": number, "user": ME, "tag": "t1", "section": "", "name": "",
             "label": "backup", "trigger": "schedule", "state": "done",
-            "due": 1e9, "asked": None, "started": 1e9, "ended": 1e9 + number,
+            "due": 1e9, "requested_at": None, "started": 1e9,
+            "ended": 1e9 + number,
             "exit": 0, "signal": None, "reason": "", "args": {}, "attempt": 1,
             "count": 1, "bytes": 0, "cut": False, **changes}
 

@@ -339,7 +339,7 @@ def test_a_restored_database_says_from_where_it_needs_records(dashboard, web1,
     old = InProcessDashboard(tmp_path / "old.db", fresh=False)
     access = old.principal_of(koitab.sha256_hex("token of " + HOST))
     assert old.sync(access, list_sha="0" * 64) == {
-        "v": 2, "acked": 3, "want_list": True, "missing_output": [],
+        "v": 3, "acked": 3, "want_list": True, "missing_output": [],
         "requests": [],
         "live": {}}
     assert old.sync(access, records=late)["acked"] == 7
@@ -667,7 +667,7 @@ def test_a_flood_of_changes_says_read_all_anew(dashboard, web1):
     for _ in range(3):
         dashboard.dashboard.write(
             dashboard.dashboard.host_sync.sync, web1.host, {
-            "v": 2, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
+            "v": 3, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
             "records": [dashboard.record() for _ in range(900)]}, NOW)
     dashboard.dashboard.run_once()
     assert dashboard.lines[0]["reset"] and "runs" not in dashboard.lines[0]
@@ -1134,7 +1134,7 @@ def test_many_threads_read_while_one_writes(tmp_path):
         thread.start()
     for _ in range(40):
         dashboard.dashboard.do(dashboard.dashboard.host_sync.sync, web1.host, {
-            "v": 2, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
+            "v": 3, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
             "records": [dashboard.record()]}, dashboard.now)
     for thread in threads:
         thread.join()

@@ -82,7 +82,7 @@ def test_a_run_is_shown_with_its_job(store):
         "run": run, "job": 1, "user": "alice", "section": "Night",
         "name": "Backup", "label": "Backup", "tag": BACKUP.tag,
         "identity": "name\0Night\0Backup", "trigger": "schedule",
-        "state": "done", "due": 1.5, "asked": None, "started": 2.5,
+        "state": "done", "due": 1.5, "requested_at": None, "started": 2.5,
         "ended": 3.5, "exit": 3, "signal": None, "reason": "",
         "args": {"To": "bob"}, "attempt": 1, "count": 1, "bytes": 7,
         "cut": True, "mail": "", "change": 1}]
@@ -301,11 +301,11 @@ def test_who_only_reads_needs_no_history(path):
 def test_a_history_of_a_newer_koi_is_left_alone(path):
     filled(path)
     db = sqlite3.connect(path)
-    db.execute("pragma user_version=2")
+    db.execute("pragma user_version=99")
     db.close()
     with pytest.raises(koitab.Error) as error:
         store_at(path)
-    assert "newer koi (schema 2)" in error.value.message
+    assert "newer koi (schema 99)" in error.value.message
     assert error.value.hint
     assert not list(path.parent.glob("*corrupt*"))
 

@@ -633,7 +633,7 @@ def test_the_herald_is_woken_by_what_is_to_be_told(tmp_path, listener):
     herald.start()
     time.sleep(0.1)             # it waits by now
     dashboard.dashboard.do(dashboard.dashboard.host_sync.sync, web1.host, {
-        "v": 2, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
+        "v": 3, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
         "records": [{**dashboard.record(exit=1), "ended": time.time()}]},
         time.time())
     support.wait_until(lambda: listener.got, 20)

@@ -171,7 +171,7 @@ def put_hosts(db, many: int) -> None:
 
 def greeting(number: int, wait: float, **more) -> dict:
     """What a host sends that has nothing to say."""
-    return {"v": 2, "host": name_of_host(number), "epoch": 1, "instance":
+    return {"v": 3, "host": name_of_host(number), "epoch": 1, "instance":
             "1700000000000-00000001", "wait": wait, "now": time.time(),
             "offset": 0, "zone": "UTC", "version": "1.0", "boot": "b",
             "problems": [], "list_sha": KOI.sha256_hex("{}"), **more}
@@ -474,7 +474,7 @@ def pings(args, folder: Path) -> None:
 
 RECORD = ('{"run":%d,"change":%d,"user":"root","tag":"job%d","section":"",'
           '"name":"job %d","label":"/usr/local/bin/job --number %d",'
-          '"trigger":"schedule","state":"%s","due":%.0f,"asked":null,'
+          '"trigger":"schedule","state":"%s","due":%.0f,"requested_at":null,'
           '"started":%.3f,"ended":%s,"exit":%s,"signal":null,"reason":"",'
           '"args":{},"attempt":1,"count":1,"bytes":0,"cut":false,"size":0,'
           '"next":%.0f,"nonce":""}')

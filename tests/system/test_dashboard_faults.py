@@ -55,7 +55,7 @@ while True:
         record = dashboard.record(exit=dashboard.number % 2, size=len(data))
         dashboard.dashboard.write(
             dashboard.dashboard.host_sync.sync, access.host, {
-            "v": 2, "host": HOST, "epoch": 1,
+            "v": 3, "host": HOST, "epoch": 1,
             "instance": "1-aaaaaaaa", "records": [record],
             "outputs": [piece(record["run"], 0, data)]},
             dashboard.now, then=say(f"run {record['run']}"))
@@ -310,7 +310,7 @@ def test_a_backup_that_locks_it_for_a_while_only_delays(tmp_path):
     other.execute("begin immediate")
     told = []
     dashboard.dashboard.write(dashboard.dashboard.host_sync.sync, web1.host, {
-        "v": 2, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
+        "v": 3, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
         "records": [dashboard.record()]}, dashboard.now,
         then=lambda *how: told.append(how))
     time.sleep(0.5)

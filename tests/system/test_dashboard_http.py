@@ -647,7 +647,7 @@ def a_record(number: int, frames: bytes, **changes) -> dict:
     return {"run": number, "change": number * 10, "user": "root",
             "tag": "abc123abc123", "section": "", "name": "Nightly",
             "label": "<img src=x onerror=alert(1)>", "trigger": "schedule",
-            "state": "done", "due": now - 60, "asked": None,
+            "state": "done", "due": now - 60, "requested_at": None,
             "started": now - 60, "ended": now - 50, "exit": 0,
             "signal": None, "reason": "", "args": {}, "attempt": 1,
             "count": 1, "bytes": 5, "cut": False, "size": len(frames),

@@ -383,7 +383,7 @@ class Liar:
 
     def sync(self, **fields) -> dict:
         reply = self.operator.reply("POST", "sync", {
-            "v": 2, "host": self.host, "epoch": 1, "wait": 0, "instance":
+            "v": 3, "host": self.host, "epoch": 1, "wait": 0, "instance":
             "1700000000000-00000001", "now": time.time(), "offset": 0,
             "zone": CORPUS[1], "version": CORPUS[2][:50], "boot": "b",
             "problems": [], "list_sha": "", **fields}, token=self.token)
@@ -423,7 +423,7 @@ def lies(operator) -> tuple:
          "tag": f"t{at}", "section": lie(at)["section"], "name": text,
          "label": text, "trigger": text[:50],
          "state": "unstartable" if at % 2 else "done", "due": now - 300 + at,
-         "asked": None, "started": None if at % 2 else now - 300 + at,
+         "requested_at": None, "started": None if at % 2 else now - 300 + at,
          "ended": None if at % 2 else now - 290 + at, "exit": None if at % 2
          else 1, "signal": None, "reason": text if at % 2 else "",
          "args": {text: text}, "attempt": 1, "count": 1, "bytes": 9,

@@ -1090,8 +1090,9 @@ def test_every_job_of_a_very_full_minute_is_started_once(koi, clock):
     print(f"\n{MANY} jobs of one minute: all had ended "
           f"{time.monotonic() - began:.1f} s after it began")
     db = sqlite3.connect(koi.home / "history.db")
-    rows = db.execute("select count(distinct job), max(started) - min(asked) "
-                      "from runs where due = ?", (NOON + 60,)).fetchone()
+    rows = db.execute("select count(distinct job), max(started) - "
+                      "min(requested_at) from runs where due = ?",
+                      (NOON + 60,)).fetchone()
     db.close()
     assert rows[0] == MANY
     assert count_of(koi, "done") == MANY
@@ -1359,7 +1360,7 @@ def test_the_history_of_a_newer_koi_is_refused_without_a_write(koi, history,
                                                                mode):
     file = history
     db = sqlite3.connect(file)
-    db.execute("pragma user_version = 2")
+    db.execute("pragma user_version = 99")
     db.execute(f"pragma journal_mode = {mode}").fetchall()
     db.close()
     data = file.read_bytes()

@@ -368,7 +368,7 @@ def test_the_exit_status_or_the_signal_is_kept(koi):
         assert (end["exit"], end["signal"]) == (code, sign)
         kept = koi.end_of(run)
         assert short_of(kept) == ("manual", "done", code, sign)
-        assert kept["asked"] <= kept["started"] <= kept["ended"] + 0.01
+        assert kept["requested_at"] <= kept["started"] <= kept["ended"] + 0.01
 
 
 @pytest.mark.parametrize("shell, reason", [
@@ -832,7 +832,7 @@ def test_what_is_due_starts_at_the_minute_and_what_is_delayed_waits(koi,
         "every": ("schedule", "done", EDGE), "now": ("schedule", "done", EDGE),
         "Kabul": ("schedule", "done", EDGE),
         "delayed": ("schedule", "queued", EDGE)}
-    assert {run["asked"] for run in found.values()} == {EDGE}
+    assert {run["requested_at"] for run in found.values()} == {EDGE}
     jobs = {job["name"]: job["next"] for job in koi.ask("jobs")["jobs"]}
     assert jobs["every"] == EDGE + 60 and jobs["asked"] is None
     delay = jobs["delayed"] - EDGE - 86400
