@@ -6776,7 +6776,7 @@ class ControlService:
             "tab": {"user": user or caller.name, "jobs": len(tab.jobs),
                     "problems": [problem.text("tab")
                                  for problem in tab.errors()]},
-            "troubles": self.daemon.scheduler.problems_of(user),
+            "problems": self.daemon.scheduler.problems_of(user),
             "dashboard": self.daemon.broker.shown()
             if caller.is_admin else None}
 
@@ -7446,7 +7446,7 @@ class AgentBroker:
         problems = [self.process.problem, *self.problems.values()]
         return self.mine and {
             "url": self.mine.url, "name": self.mine.name,
-            "troubles": [text for text in problems if text],
+            "problems": [text for text in problems if text],
             "unsent": max(0, self.store.change - (self.store.sent or 0)),
             "refused": self.store.refusals()}
 
@@ -7571,7 +7571,7 @@ class AgentBroker:
         run, at = int(request["run"]), int(request["at"])
         frames = self.store.output(run) if 0 < run < LARGEST else b""
         if at >= len(frames) or at < 0:
-            return {"run": run, "at": max(at, 0), "data": "", "gone": True}
+            return {"run": run, "at": max(at, 0), "data": "", "deleted": True}
         return {"run": run, "at": at, "data": b64encode(
             frames[at:at + LONGEST_PIECE]).decode()}
 
@@ -10021,7 +10021,7 @@ create index flips_of_check on flips ("check", at);
             "started": check["last_start"] is not None,
             "last_duration": duration if duration is None
             or duration <= LONGEST_MEASURED else None, "next": expected,
-            "strip": entries[::-1],
+            "recent_runs": entries[::-1],
             "snoozed": self.alerts.snoozed_until(db,
                                                  f"check:{check['uuid']}")}
 
@@ -10220,7 +10220,7 @@ create index jobs_deleted on jobs (deleted) where deleted;
                 "state": host_state(row["token"], status, now),
                 "since": row["joined"], **{name: row[name] for name in (
                     "offset", "zone", "skew", "version", "key")},
-                "troubles": json.loads(row["problems"])}
+                "problems": json.loads(row["problems"])}
 
     def signed_list(self, db: Database, host: str) -> dict:
         """Return a host's list of jobs as it came, and its MAC. Raises
@@ -10331,15 +10331,15 @@ create index jobs_deleted on jobs (deleted) where deleted;
 
 
 def host_state(token: str | None, status: HostStatus, now: float) -> str:
-    """Return the state of a host that is shown: left, new, silent, twin (a
-    duplicate was refused), or up."""
+    """Return the state of a host that is shown: left, new, down,
+    duplicate (another koid with its id was refused), or up."""
     if not token:
         return "left"
     if status.seen is None:
         return "new"
     if status.is_down:
-        return "silent"
-    return "twin" if status.duplicate_at > now - DUPLICATE_SHOWN else "up"
+        return "down"
+    return "duplicate" if status.duplicate_at > now - DUPLICATE_SHOWN else "up"
 
 
 def read_job(text) -> dict:
@@ -10624,7 +10624,7 @@ create table unindexed (run integer primary key);
         if not run or run["state"] in ACTIVE_STATES:
             return
         missing = run["size"] - run["have"]
-        if asked.flag("gone", False):
+        if asked.flag("deleted", False):
             return self.end_output(db, run["id"], now)
         if at != run["have"] or missing <= 0:
             return
@@ -10722,12 +10722,12 @@ create table unindexed (run integer primary key);
 # ==========================================================================
 # AlertRules: when does a host or a job raise an alert?           (files; U)
 #
-# A job is late, slow, suspiciously fast, missed or failed, a host is silent.
+# A job is late, slow, suspiciously fast, missed or failed, a host is down.
 # Nothing is raised for what happened while nobody could have noticed, and of
-# a silent host its jobs raise nothing: what they do is unknown.
+# a host that is down its jobs raise nothing: what they do is unknown.
 # ==========================================================================
 
-SILENT_AFTER = 90.0             # seconds without a sync: three long polls
+HOST_DOWN_AFTER = 90.0          # seconds without a sync: three long polls
 LATE_AFTER = 90.0               # seconds: a minute's grace, and the way here
 SETTLED_AFTER = 30.0            # a host that is back may have much to send
 OUTPUT_WAIT = 15.0              # seconds that a notification waits for output
@@ -10762,7 +10762,7 @@ class AlertRules:
         send what happened before this start."""
         for host, status in self.hosts.statuses.items():
             if status.seen is not None:
-                self.timers.schedule("host", host, now + SILENT_AFTER)
+                self.timers.schedule("host", host, now + HOST_DOWN_AFTER)
         for job, due in db.execute("select id, next from jobs where next is "
                                    "not null and not removed"):
             self.timers.schedule("late", job, max(due, now + SETTLED_AFTER))
@@ -10798,7 +10798,7 @@ class AlertRules:
         status = self.hosts.statuses.get(host)
         if not status or status.is_down or status.seen is None:
             return
-        at = max(status.seen, status.loaded) + SILENT_AFTER
+        at = max(status.seen, status.loaded) + HOST_DOWN_AFTER
         if at > now:
             return self.timers.schedule("host", host, at)
         row = self.hosts.row(db, status)
@@ -10863,8 +10863,8 @@ class AlertRules:
                  status.up_since + SETTLED_AFTER)
         if at > now:
             return self.timers.schedule("late", job, at)
-        if now - status.seen > SILENT_AFTER / 2:    # the host may be down
-            return self.timers.schedule("late", job, now + SILENT_AFTER / 6)
+        if now - status.seen > HOST_DOWN_AFTER / 2:    # the host may be down
+            return self.timers.schedule("late", job, now + HOST_DOWN_AFTER / 6)
         newest = db.value("select max(due) from (select due from runs where "
                           "job = ? order by id desc limit 5)", job)
         if newest is None or newest < row["next"]:
@@ -11269,7 +11269,7 @@ create table epochs (host integer not null, epoch integer not null,
         status.seen = now
         if changed:
             db.update("hosts", {**changed, "seen": now}, id=status.number)
-        self.timers.schedule("host", status.host, now + SILENT_AFTER)
+        self.timers.schedule("host", status.host, now + HOST_DOWN_AFTER)
 
     def read_facts(self, row: dict, asked: RequestFields,
                    now: float) -> dict:
@@ -11294,7 +11294,7 @@ create table epochs (host integer not null, epoch integer not null,
         if parse_instance(instance) >= (parse_instance(known) if known
                                         else (0, "")):
             return
-        if status.seen is not None and now - status.seen < SILENT_AFTER:
+        if status.seen is not None and now - status.seen < HOST_DOWN_AFTER:
             status.duplicate_at = now
             self.changes.mark_changed("hosts", status.host)
             raise Error("another koid uses this host's identity",
@@ -11474,7 +11474,7 @@ class Search:
             more = True
         finally:
             db.connection.set_progress_handler(None, 0)
-        return {"hits": matches, "more": more}
+        return {"matches": matches, "more": more}
 
     def candidates(self, db: Database, text: str, job: int | None,
                    before: int | None):
@@ -11787,12 +11787,12 @@ class Overview:
                 "id", "user", "tag", "section", "name", "label", "words",
                 "command", "next", "confirm")},
             "host": status.host if status else "", "when": row["timing"],
-            "gone": bool(row["removed"]),
+            "removed": bool(row["removed"]),
             "manual": row["timing"] == "@manual", "running": active,
             "state": job_state(bool(status) and status.is_down,
                                self.alerts.kinds_of(db, subject), active,
                                last),
-            "last": last and self.runs.shape(last), "strip": history,
+            "last": last and self.runs.shape(last), "recent_runs": history,
             "failing": failing, "usual": usual_seconds(history),
             "snoozed": self.alerts.snoozed_until(db, subject)}
 
@@ -11806,8 +11806,8 @@ class Overview:
 
     def describe_changes(self, db: Database, changed: dict,
                          now: float) -> dict:
-        """Return the new state of what changed, by kind; `gone` has what is
-        not there any more."""
+        """Return the new state of what changed, by kind; `deleted` has the
+        IDs of what was deleted."""
         makers = {
             "runs": lambda run: self.runs.shape(self.runs.find(db, run)),
             "jobs": lambda job: self.job(db, self.hosts.job(db, job)),
@@ -11817,7 +11817,7 @@ class Overview:
                 db, self.checks.find(db, uuid), now),
             "requests": lambda nonce: self.requests.state(db, nonce),
             "alerts": lambda key: self.alerts.find(db, key)}
-        found, gone = {}, {}
+        found, deleted = {}, {}
         for kind, make in makers.items():
             for key in changed.get(kind, ()):
                 try:
@@ -11827,9 +11827,9 @@ class Overview:
                 if shown:
                     found.setdefault(kind, []).append(shown)
                 else:
-                    gone.setdefault(kind, []).append(
+                    deleted.setdefault(kind, []).append(
                         "\n".join(key) if kind == "alerts" else key)
-        return {**found, **({"gone": gone} if gone else {})}
+        return {**found, **({"deleted": deleted} if deleted else {})}
 
     # --- a day
 
@@ -11878,7 +11878,7 @@ class Overview:
         state, found = self.state(db, "viewer", now), Metrics()
         names = {host["id"]: host["name"] for host in state["hosts"]}
         for host in state["hosts"]:
-            found.add("koi_host_up", host["state"] in ("up", "twin"),
+            found.add("koi_host_up", host["state"] in ("up", "duplicate"),
                       host=host["name"])
             found.add("koi_host_seen_timestamp_seconds", host["seen"],
                       host=host["name"])
@@ -12144,7 +12144,7 @@ class Dashboard:
         once more."""
         seq = self.seq
         return {"seq": seq, **self.overview.state(db, role, now),
-                "troubles": self.problem_list}
+                "problems": self.problem_list}
 
     def health(self, db: Database) -> str:
         """Return "OK". Raises Error (503)."""
@@ -15117,7 +15117,7 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .difflines > div { padding: 0 12px; white-space: pre; min-width:
   max-content; }
 .difflines .new { background: var(--add); }
-.difflines .gone { background: var(--del); }
+.difflines .removed { background: var(--del); }
 .difflines .fold { color: var(--soft); font-family: var(--sans); }
 .sign { display: inline-block; width: 18px; color: var(--soft); }
 .check { display: inline-flex; gap: 7px; align-items: center; }
@@ -15258,10 +15258,10 @@ dialog > * + * { margin-top: 12px; }
   .btn { min-height: 34px; }
   .row { grid-template-columns: minmax(0, 1fr) auto; gap: 3px 10px;
     padding: 9px 12px; grid-template-areas: "name act" "is next"
-      "last strip"; }
+      "last history"; }
   .c-is { grid-area: is; } .c-name { grid-area: name; }
   .c-last { grid-area: last; overflow: hidden; }
-  .c-history { grid-area: strip; }
+  .c-history { grid-area: history; }
   .c-next { grid-area: next; display: block; text-align: right; }
   .c-act { grid-area: act; }
   .c-name { flex-wrap: wrap; gap: 0 8px; }
@@ -15293,7 +15293,7 @@ dialog > * + * { margin-top: 12px; }
 }
 @media (max-width: 379px) {
   .row { grid-template-areas: "name act" "is next" "last last"
-    "strip strip"; }
+    "history history"; }
 }
 @media (forced-colors: active) {
   .bars path, .spark path { forced-color-adjust: none; }
@@ -16029,7 +16029,7 @@ function lockWhenIdle() {
 
 const state = { seq: 0, hosts: new Map(), jobs: new Map(),
   checks: new Map(), alerts: new Map(), dash: {}, version: "",
-  troubles: [] };
+  problems: [] };
 const KEY_OF = { hosts: (host) => host.id, jobs: (job) => job.id,
   checks: (check) => check.id,
   alerts: (alert) => `${alert.subject}\n${alert.kind}` };
@@ -16058,7 +16058,7 @@ function replaceState(answer) {
   forgetState();
   clockOffset = answer.now - Date.now() / 1000;
   Object.assign(state, { seq: answer.seq, dash: answer.dash,
-    version: answer.version, troubles: answer.troubles || [] });
+    version: answer.version, problems: answer.problems || [] });
   session.role = answer.role;
   session.dash = answer.dash.id;
   for (const kind of Object.keys(KEY_OF)) store(kind, answer[kind]);
@@ -16070,7 +16070,7 @@ function applyChange(change) {
   const worse = (change.jobs || []).filter((job) => BAD.has(job.state)
     && state.jobs.get(job.id)?.state !== job.state);
   for (const kind of Object.keys(KEY_OF)) store(kind, change[kind]);
-  for (const [kind, ids] of Object.entries(change.gone || {})) {
+  for (const [kind, ids] of Object.entries(change.deleted || {})) {
     for (const id of ids) removeFrom(kind, id);
   }
   announce(worse);
@@ -16335,8 +16335,8 @@ const app = {
 
   // Shows how many things are bad: in the title, the icon and the bar.
   showSummary() {
-    $("#problems").hidden = !state.troubles.length;
-    $("#problems").textContent = state.troubles.join(" ");
+    $("#problems").hidden = !state.problems.length;
+    $("#problems").textContent = state.problems.join(" ");
     const all = [...state.jobs.values(), ...state.checks.values()];
     this.bad = all.filter((one) => BAD.has(one.state)
       && !isSnoozed(one)).length;
@@ -16656,12 +16656,12 @@ const durationOf = (run) => run.started
 
 // Returns why a job has no next start.
 function nextWords(job) {
-  if (job.gone) return "in no tab";
+  if (job.removed) return "in no tab";
   if (job.manual) return "when asked for";
   return job.when === "@reboot" ? "on reboot" : "not scheduled";
 }
 
-const canRun = (job) => isOperator() && job.manual && !job.gone
+const canRun = (job) => isOperator() && job.manual && !job.removed
   && job.confirm !== "cli";
 
 const runLink = (job) => linkButton(`#/job/${job.id}/run`,
@@ -16698,8 +16698,8 @@ function jobCells(job, host, onTop) {
       ? shortDuration(durationOf(last)) : ""), end !== "running"
       && end !== "exit 0" && el("span", { class: "exit", text: end })]
       : muted("never ran"),
-    history: job.strip.length > 0 && historyBar(job.strip, host),
-    spark: sparkline(job.strip, job.usual),
+    history: job.recent_runs.length > 0 && historyBar(job.recent_runs, host),
+    spark: sparkline(job.recent_runs, job.usual),
     next: job.next ? timeNode(job.next, host) : muted(nextWords(job)),
     act: canRun(job) && runLink(job),
     why: job.failing && failingLine(job, job.failing, host) };
@@ -16727,9 +16727,9 @@ function checkCells(check) {
     words: el("span", { text: check.words }),
     last: check.last_ping ? [timeNode(check.last_ping),
       muted(shortDuration(check.last_duration))] : muted("no ping yet"),
-    history: check.strip.length > 0 && historyBar(check.strip, null,
-      () => `#/check/${check.id}`),
-    spark: sparkline(check.strip, null),
+    history: check.recent_runs.length > 0 && historyBar(
+      check.recent_runs, null, () => `#/check/${check.id}`),
+    spark: sparkline(check.recent_runs, null),
     next: check.next ? timeNode(check.next) : muted({ paused: "paused",
       down: "overdue" }[check.state] || "waits for a ping"),
     act: copyButton(pingUrl(check), "URL") };
@@ -16819,8 +16819,8 @@ class JobList {
   }
 
   update(changes) {
-    if (changes && !["all", "jobs", "hosts", "checks", "gone"].some((kind) =>
-      changes[kind])) return;
+    if (changes && !["all", "jobs", "hosts", "checks", "deleted"].some(
+      (kind) => changes[kind])) return;
     const focus = document.activeElement;
     this.draw(groupedJobs());
     this.filter();
@@ -17039,10 +17039,10 @@ function hostHeading(id) {
 
 function hostStateWords(host) {
   if (host.state === "left") return "has left the dashboard";
-  if (host.state === "twin") return "two daemons use this host\u2019s "
+  if (host.state === "duplicate") return "two daemons use this host\u2019s "
     + "identity";
   if (host.state === "new" || !host.seen) return "has not called yet";
-  return [host.state === "silent" ? "silent, last heard " : "heard ",
+  return [host.state === "down" ? "silent, last heard " : "heard ",
     timeNode(host.seen, host)];
 }
 
@@ -18087,7 +18087,7 @@ function diffLines(found) {
   found.forEach(([sign, line], at) => {
     if (!near.has(at)) { folded += 1; return; }
     fold();
-    nodes.push(el("div", { class: { "+": "new", "-": "gone", " ": "" }[sign]
+    nodes.push(el("div", { class: { "+": "new", "-": "removed", " ": "" }[sign]
     }, el("span", { class: "sign", text: sign }), line || " "));
   });
   fold();
@@ -18127,7 +18127,7 @@ function jobHead(job) {
     linkButton(`#/search?job=${job.id}`, "Search its output"),
     isOperator() && BAD.has(job.state)
       && snoozeButtons(`job:${job.id}`, job),
-    isOperator() && job.gone && button("Forget", () =>
+    isOperator() && job.removed && button("Forget", () =>
       withToast(forget, "Forgotten"), { class: "btn danger" })),
   el("pre", { class: "command", title: "the command" },
     code(visible(job.command))),
@@ -18139,8 +18139,8 @@ function jobHead(job) {
       formatDuration(job.usual[1])}`],
     ["Runs by", job.confirm === "cli"
       && "koitab run alone (KOI_CONFIRM=cli)"]]),
-  el("div", { class: "wide" }, job.strip.length > 0
-    && setAttributes(historyBar(job.strip, host), { tabindex: 0 }))];
+  el("div", { class: "wide" }, job.recent_runs.length > 0
+    && setAttributes(historyBar(job.recent_runs, host), { tabindex: 0 }))];
 }
 
 // Returns the table of a job's runs.
@@ -18765,12 +18765,12 @@ function focusLink(root, by) {
 
 // Returns the list of the runs that a search found.
 function matchList(answer, text, path) {
-  if (!answer.hits.length) {
+  if (!answer.matches.length) {
     return empty("No output has it",
       mutedLine("Searched is what is kept of all runs."));
   }
   const list = el("ol", { class: "matches" });
-  return el("div", {}, list, pageButton("Older hits", list, answer, "hits",
+  return el("div", {}, list, pageButton("Older hits", list, answer, "matches",
     (match) => matchItem(match, text), ({ run }) =>
       `${path}&before=${run.id}`));
 }
@@ -19067,7 +19067,7 @@ function alertsView(place, root) {
   showLoaded(channels, () => get("channels"), (answer) =>
     showChannels(channels, answer.channels));
   return { title: "Alerts", update: (changes) => {
-    if (changes.alerts || changes.gone || changes.all || changes.jobs) {
+    if (changes.alerts || changes.deleted || changes.all || changes.jobs) {
       draw();
     }
   } };
@@ -19168,7 +19168,7 @@ function hostsView(place, root) {
     : mutedLine("None yet."));
   draw();
   return { title: "Hosts", update: (changes) => {
-    if (changes.hosts || changes.gone || changes.all) draw();
+    if (changes.hosts || changes.deleted || changes.all) draw();
   } };
 }
 
@@ -19176,8 +19176,8 @@ const hostTable = () => el("div", { class: "scroll" }, table(["Host",
   "State", "Jobs", "Heard", "Its clock", "koi", ""],
 [...state.hosts.values()].sort(byName).map(hostRow)));
 
-const HOST_STATES = { up: ["ok", "up"], silent: ["unknown", "silent"],
-  twin: ["late", "two with one identity"], new: ["new", "new"],
+const HOST_STATES = { up: ["ok", "up"], down: ["unknown", "silent"],
+  duplicate: ["late", "two with one identity"], new: ["new", "new"],
   left: ["paused", "left"] };
 
 // Returns a row of the table of hosts.
@@ -19186,7 +19186,7 @@ function hostRow(host) {
     job.host === host.id).length;
   const cell = (name, ...inside) => el("td", { "data-th": name }, inside);
   return tableRow(el("td", { class: "wraps" }, el("b", { text: host.name }),
-    (host.troubles || []).map((text) => el("div", { class: "error",
+    (host.problems || []).map((text) => el("div", { class: "error",
       text: visible(text) }))),
   stateMark(...HOST_STATES[host.state] || ["unknown", host.state]),
   cell("Jobs", String(jobs)),
@@ -20412,9 +20412,9 @@ def command_status(options: Invocation) -> int:
             f"{label_for(job, owner)}: {result_words(job['last'])} at "
             f"{start_words(job['last'])} (koitab log {job['last']['run']})"
             for job in bad])
-    well = state and not (bad or state["troubles"] or state["late"]
+    well = state and not (bad or state["problems"] or state["late"]
                           or state["tab"]["problems"]
-                          or (state.get("dashboard") or {}).get("troubles"))
+                          or (state.get("dashboard") or {}).get("problems"))
     return EXIT_OK if well else EXIT_ERROR
 
 
@@ -20431,7 +20431,7 @@ def status_fields(state: dict, owner: str) -> dict[str, list[str]]:
                     f"{start_words(run)} ({run['trigger']})"
                     for run in state["running"]],
         "late": state["late"],
-        "trouble": [text for text in state["troubles"] if not any(
+        "trouble": [text for text in state["problems"] if not any(
             text.endswith(known.removeprefix("tab"))
             for known in tab["problems"])],     # "tab" has them
         "next": [format_rfc3339(state["next"])] if state["next"] else [],
@@ -20443,8 +20443,8 @@ def agent_lines(state: dict | None) -> list[str]:
     only one if there is no problem."""
     if not state:
         return []
-    found = [f"{state['url']}, as {state['name']}", *state["troubles"]]
-    if state["troubles"] and state["unsent"]:
+    found = [f"{state['url']}, as {state['name']}", *state["problems"]]
+    if state["problems"] and state["unsent"]:
         found.append(f"{plural(state['unsent'], 'change')} not sent yet")
     return found + [f"refused {row['count']:,} x, last at "
                     f"{format_rfc3339(row['at'])}: {row['reason']}"
@@ -20672,7 +20672,7 @@ def show_membership(options: Invocation) -> int:
         return EXIT_ERROR
     print_field("link", agent_lines(state)[1:] or ["up"] if state else [
         "koid does not use these keys: see koitab status; or restart it"])
-    return EXIT_ERROR if not state or state["troubles"] else EXIT_OK
+    return EXIT_ERROR if not state or state["problems"] else EXIT_OK
 
 
 def rotate_passphrase(options: Invocation) -> int:

@@ -69,7 +69,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
             self.acked = max(self.acked, record["change"])
         for piece in letter.get("outputs", ()):
             have = self.outputs.setdefault(piece["run"], bytearray())
-            if piece.get("gone"):
+            if piece.get("deleted"):
                 self.records[piece["run"]]["size"] = len(have)
             elif piece["at"] == len(have):
                 have += base64.b64decode(piece["data"])

@@ -91,7 +91,7 @@ class World:
     """All that the made-up dashboard knows."""
 
     def __init__(self, empty=False, many=False, hostile=False, now=None,
-                 strip=90):
+                 recent_runs=90):
         self.now = now or time.time()
         self.dice = random.Random(7)
         self.seq, self.changes = 1, []
@@ -101,7 +101,7 @@ class World:
         self.alerts, self.audit, self.channels = {}, [], []
         self.requests, self.outputs = {}, {}
         self.tries = 0
-        self.hostile, self.strip = hostile, strip
+        self.hostile, self.recent_runs = hostile, recent_runs
         if not empty:
             self.make_hosts()
             self.make_jobs(many)
@@ -127,10 +127,10 @@ class World:
                 "id": ident, "name": self.odd(name), "zone": self.odd(zone)
                 if self.hostile else zone, "offset": offset,
                 "seen": self.now - (900 if down else 4),
-                "state": "silent" if down else "up",
+                "state": "down" if down else "up",
                 "skew": 43.0 if name == "mail" else 0.1, "version": "1.0",
                 "key": koitab.key_id(key), "since": self.now - 9e6,
-                "troubles": ["/etc/cron.d/old:3: hour is 0 to 23, not '24'"]
+                "problems": ["/etc/cron.d/old:3: hour is 0 to 23, not '24'"]
                 if name == "db1" else []}
 
     def make_jobs(self, many: bool):
@@ -158,11 +158,11 @@ class World:
                "section": section, "name": name, "label": name,
                "when": when, "words": words, "command": command,
                "manual": when == "@manual", "confirm": "yes" if
-               "Restart" in name else confirm, "gone": False,
+               "Restart" in name else confirm, "removed": False,
                "next": self.now + self.dice.randint(20, 50_000)
                if when[0] != "@" else None, "state": "ok", "running": [],
                "usual": None, "snoozed": 0, "failing": None, "last": None,
-               "strip": []}
+               "recent_runs": []}
         self.jobs[number] = job
         job["params"] = params_of(command) if params is None else params
         self.make_runs(job)
@@ -171,7 +171,7 @@ class World:
         every = {"*/5": 300, "*/15": 900, "10": 3600}.get(
             job["when"].split(" ")[0], 86400)
         count = 12 if job["manual"] else 4 if job["when"][0] == "@" \
-            else self.strip
+            else self.recent_runs
         usual = min(self.dice.choice([0.2, 1.2, 14, 95, 1800]), every / 9)
         fails = self.dice.random() < 0.07
         for back in range(count, 0, -1):
@@ -202,8 +202,8 @@ class World:
         self.runs[number] = run
         outcome = {"done": "f" if exit_status else "o", "missed": "m",
                   "running": "r"}.get(state, "i")
-        job["strip"] = (job["strip"] + [[number, at, took if state == "done"
-                                         else None, outcome]])[-90:]
+        job["recent_runs"] = [*job["recent_runs"], [
+            number, at, took if state == "done" else None, outcome]][-90:]
         job["last"] = run
         return run
 
@@ -214,12 +214,12 @@ class World:
             param["choices"] or ["o'brien"])[0] for param in job["params"]}
 
     def settle(self, job: dict):
-        times = sorted(cell[2] for cell in job["strip"] if cell[2])
+        times = sorted(cell[2] for cell in job["recent_runs"] if cell[2])
         if len(times) > 9:
             job["usual"] = [times[len(times) // 10],
                             times[len(times) * 9 // 10]]
         bad = 0
-        for cell in reversed(job["strip"]):
+        for cell in reversed(job["recent_runs"]):
             if cell[3] != "f":
                 break
             bad += 1
@@ -227,14 +227,15 @@ class World:
         job["state"] = "failed" if bad else "missed" \
             if last["state"] == "missed" else "ok"
         if bad:
-            good = [cell for cell in job["strip"] if cell[3] == "o"]
+            good = [cell for cell in job["recent_runs"] if cell[3] == "o"]
             job["failing"] = {
-                "since": job["strip"][-bad][1], "count": bad,
+                "since": job["recent_runs"][-bad][1], "count": bad,
                 "last_ok": good[-1][1] if good else None,
                 "line": last["line"]}
-            self.alert(f"job:{job['id']}", "failed", job["strip"][-bad][1],
+            self.alert(f"job:{job['id']}", "failed",
+                       job["recent_runs"][-bad][1],
                        f"exit {last['exit']}: {last['line']}")
-        if self.hosts[job["host"]]["state"] == "silent":
+        if self.hosts[job["host"]]["state"] == "down":
             job["state"], job["failing"] = "unknown", None
             self.alerts.pop(f"job:{job['id']}\nfailed", None)
             self.alert(f"host:{job['host']}", "silent", self.now - 800,
@@ -300,7 +301,7 @@ class World:
                 "last_start": last, "last_duration": 61.5 if last else None,
                 "next": self.now + 3000 if state == "up" else None, "n":
                 30 if last else 0, "words": words, "snoozed": 0,
-                "strip": [[n, self.now - 86400 * (30 - n), 60.0 + n % 7,
+                "recent_runs": [[n, self.now - 86400 * (30 - n), 60.0 + n % 7,
                            "f" if n == 11 else "o"] for n in range(30)]
                 if last else []}
             if state == "down":
@@ -405,7 +406,7 @@ class World:
     def finish(self, job: dict, run: dict):
         self.outputs[run["id"]] += frame(1, 1400, "tweeted \u2714\n")
         run.update(state="done", exit=0, ended=time.time())
-        job["strip"][-1][2:] = [1.5, "o"]
+        job["recent_runs"][-1][2:] = [1.5, "o"]
         job["state"], job["running"] = "ok", []
         self.push(jobs=[job], runs=[run])
 
@@ -647,7 +648,7 @@ class Page(http.server.BaseHTTPRequestHandler):
                          X_Koi_Live=str(int(run["state"] == "running")))
 
     def get_search(self, _rest, query):
-        self.answer({"hits": self.world.search(query["q"], int(
+        self.answer({"matches": self.world.search(query["q"], int(
             query.get("job") or 0)), "more": False})
 
     def get_day(self, _rest, query):
@@ -722,7 +723,7 @@ class Page(http.server.BaseHTTPRequestHandler):
         world.checks[ident] = {
             **body, "id": ident, "state": "new", "started": False,
             "last_ping": None, "last_start": None, "last_duration": None,
-            "next": None, "n": 0, "strip": [], "snoozed": 0,
+            "next": None, "n": 0, "recent_runs": [], "snoozed": 0,
             "words": "Every day"}
         world.push(checks=[world.checks[ident]])
         return self.answer({"id": ident}, 201)

@@ -681,8 +681,8 @@ class Koi:
                 "koitab").RUNNING else None
         return wait_until(begun, 30, f"run {run} to begin\n{self.log()}")
 
-    def troubles(self) -> str:
-        return "\n".join(self.ask("status")["troubles"])
+    def problems(self) -> str:
+        return "\n".join(self.ask("status")["problems"])
 
     def names(self) -> list[str]:
         return [job["name"] for job in self.ask("jobs")["jobs"]]

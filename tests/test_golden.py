@@ -1007,7 +1007,7 @@ def wait_until_sent(koi: Daemon) -> None:
     """Until the dashboard has the list of jobs and all runs."""
     def is_sent() -> bool:
         state = koi.ask("status")["dashboard"]
-        return state and not state["unsent"] and not state["troubles"]
+        return state and not state["unsent"] and not state["problems"]
 
     support.wait_until(is_sent, 30, f"the link\n{koi.log()}")
 

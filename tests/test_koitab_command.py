@@ -33,7 +33,7 @@ class Koid:
         self.state = {
             "version": "1.0", "pid": 7, "started": 1e9, "home": "/h",
             "system": False, "jobs": 1, "running": [], "late": [],
-            "troubles": [], "next": None,
+            "problems": [], "next": None,
             "tab": {"user": ME, "jobs": 1, "problems": []}}
         self.connection = None
 
@@ -798,7 +798,7 @@ next      2001-09-09T01:46:40+00:00
 
 @pytest.mark.parametrize("what, said", [
     ({"late": ["backup"]}, "late      backup"),
-    ({"troubles": ["the disk is full"]}, "trouble   the disk is full"),
+    ({"problems": ["the disk is full"]}, "trouble   the disk is full"),
     ({"tab": {"user": "a", "jobs": 0, "problems": ["tab:1:1: bad minute"]}},
      "          tab:1:1: bad minute"),
     (a_run(9, exit=3), "failed    backup: exit 3 at 2001-09-09T01:46:40+00:00"
@@ -832,7 +832,7 @@ def test_status_without_a_daemon_still_tells_of_the_tab(type_in, koid):
 
 def test_a_trouble_of_the_tab_is_told_once(type_in, koid):
     koid.state["tab"]["problems"] = ["tab:1:1: bad minute"]
-    koid.state["troubles"] = ["/h/tabs/me:1:1: bad minute", "another"]
+    koid.state["problems"] = ["/h/tabs/me:1:1: bad minute", "another"]
     done = type_in("status")
     assert done.out.count("bad minute") == 1
     assert "trouble   another\n" in done.out

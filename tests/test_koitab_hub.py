@@ -165,7 +165,7 @@ def test_a_full_disk_answers_507_and_heals(dashboard, monkeypatch):
     with refused(507):
         dashboard.do(deed)
     assert not os.path.exists(dashboard.path + ".ballast")
-    assert "full" in dashboard.state["troubles"][0]
+    assert "full" in dashboard.state["problems"][0]
     with refused(507):
         dashboard.do(lambda db: 1)
     room = True
@@ -181,7 +181,7 @@ def test_a_backup_is_whole_and_only_ours(dashboard, web1, tmp_path):
     assert support.mode(tmp_path / "copy.db") == 0o600
     dashboard.runs(web1, dashboard.record())
     copy = InProcessDashboard(tmp_path / "copy.db", fresh=False)
-    assert len(copy.job()["strip"]) == 1
+    assert len(copy.job()["recent_runs"]) == 1
     copy.dashboard.close()
 
 
@@ -262,7 +262,7 @@ def test_a_list_makes_jobs_and_keeps_its_exact_text(dashboard, web1):
     backup, crawl = dashboard.state["jobs"]
     assert (backup["name"], backup["words"], backup["next"]) == (
         "Backup", "At 03:00", NOW + 60)
-    assert crawl["next"] is None and not crawl["gone"]
+    assert crawl["next"] is None and not crawl["removed"]
     assert dashboard.ask(dashboard.dashboard.hosts.signed_list,
                          HOST) == \
         dashboard.list_of(web1, spec(), spec("crawl"))
@@ -271,9 +271,9 @@ def test_a_list_makes_jobs_and_keeps_its_exact_text(dashboard, web1):
 def test_a_job_that_is_in_no_list_is_gone_and_comes_back(dashboard, web1):
     dashboard.sync(web1, list=dashboard.list_of(web1, spec(), spec("crawl")))
     dashboard.sync(web1, list=dashboard.list_of(web1, spec("crawl")))
-    assert [job["gone"] for job in dashboard.state["jobs"]] == [True, False]
+    assert [job["removed"] for job in dashboard.state["jobs"]] == [True, False]
     dashboard.sync(web1, list=dashboard.list_of(web1, spec(), spec("crawl")))
-    assert [job["gone"] for job in dashboard.state["jobs"]] == [False, False]
+    assert not any(job["removed"] for job in dashboard.state["jobs"])
 
 
 def test_the_list_is_wanted_when_it_is_not_known(dashboard, web1):
@@ -290,7 +290,7 @@ def test_a_record_comes_twice_and_is_kept_once(dashboard, web1):
     for _ in range(3):
         assert dashboard.runs(web1, record)["acked"] == 1
     assert dashboard.rows("select count(*) from runs") == [(1,)]
-    assert len(dashboard.job()["strip"]) == 1
+    assert len(dashboard.job()["recent_runs"]) == 1
 
 
 def test_a_run_that_goes_on_is_changed_and_never_goes_back(dashboard, web1):
@@ -318,7 +318,7 @@ def test_the_end_may_come_before_the_start(dashboard, web1):
 def test_a_run_without_a_job_makes_it(dashboard, web1):
     dashboard.runs(web1, dashboard.record(tag="gone", name="Old"))
     job, = dashboard.state["jobs"]
-    assert (job["name"], job["gone"], job["state"]) == ("Old", True, "ok")
+    assert (job["name"], job["removed"], job["state"]) == ("Old", True, "ok")
 
 
 def test_a_new_history_counts_anew(dashboard, web1):
@@ -425,7 +425,7 @@ def test_of_two_koids_with_one_identity_the_newer_is_believed(dashboard, web1):
     with refused(409) as refusal:
         dashboard.sync(web1, instance="1000-bbbbbbbb")
     assert refusal.message == "another koid uses this host's identity"
-    assert dashboard.state["hosts"][0]["state"] == "twin"
+    assert dashboard.state["hosts"][0]["state"] == "duplicate"
     dashboard.sync(web1, instance="2000-aaaaaaaa")
     dashboard.sync(web1, instance="3000-cccccccc")      # a restart
     with refused(409):
@@ -487,7 +487,7 @@ def test_output_that_is_none_is_not_asked_for_again(dashboard, web1, data):
 def test_output_that_the_host_has_lost_is_not_asked_for(dashboard, web1):
     reply = dashboard.runs(web1, dashboard.record(size=99))
     assert reply["missing_output"] == [[1, 0]]
-    assert dashboard.sync(web1, outputs=[piece(1, 0, b"", gone=True)]
+    assert dashboard.sync(web1, outputs=[piece(1, 0, b"", deleted=True)]
                           )["missing_output"] == []
 
 
@@ -607,18 +607,18 @@ def test_a_runs_letter_and_its_jobs_state(dashboard, web1, fields, letter,
                                           state):
     dashboard.runs(web1, {**dashboard.record(), **fields})
     job = dashboard.job()
-    assert (job["strip"][-1][3], job["state"]) == (letter, state)
-    assert dashboard.reopen().job()["strip"][-1][3] == letter
+    assert (job["recent_runs"][-1][3], job["state"]) == (letter, state)
+    assert dashboard.reopen().job()["recent_runs"][-1][3] == letter
 
 
 def test_the_strip_is_the_last_ninety_runs_oldest_first(dashboard, web1):
     assert dashboard.state      # so that it is kept up, not read anew
     dashboard.runs(web1, *[dashboard.record(exit=number % 2)
                            for number in range(100)])
-    strip = dashboard.job()["strip"]
-    assert [entry[0] for entry in strip] == list(range(11, 101))
-    assert strip[0][1:] == (NOW - 10, 10.0, "o")
-    assert dashboard.reopen().job()["strip"] == strip
+    recent = dashboard.job()["recent_runs"]
+    assert [entry[0] for entry in recent] == list(range(11, 101))
+    assert recent[0][1:] == (NOW - 10, 10.0, "o")
+    assert dashboard.reopen().job()["recent_runs"] == recent
 
 
 def test_failing_since_when_how_often_and_with_what_line(dashboard, web1):
@@ -650,7 +650,7 @@ def test_a_change_is_told_after_it_is_in_the_state(dashboard, web1):
     dashboard.runs(web1, dashboard.record())
     (changes, seq, state), = seen
     assert (changes["seq"], state) == (seq, "ok")
-    assert changes["jobs"][0]["strip"][-1][3] == "o"
+    assert changes["jobs"][0]["recent_runs"][-1][3] == "o"
     assert changes["runs"][0]["id"] == 1 and changes["live"] == [1]
     json.dumps(changes)
 
@@ -916,7 +916,7 @@ def written(dashboard, web1, text: str, **fields) -> int:
 
 def found(dashboard, text: str, *more) -> list:
     hits = dashboard.ask(dashboard.dashboard.search.find, text,
-                         *more)["hits"]
+                         *more)["matches"]
     return [(hit["run"]["id"], hit["line"]) for hit in hits]
 
 
@@ -958,7 +958,7 @@ def test_the_chunk_of_a_hit_is_named(dashboard, web1):
     dashboard.sync(web1, outputs=[piece(1, 0, data[0])])
     dashboard.sync(web1, outputs=[piece(1, len(data[0]), data[1])])
     hit, = dashboard.ask(dashboard.dashboard.search.find,
-                         "needle")["hits"]
+                         "needle")["matches"]
     assert hit["at"] == len(data[0])
 
 
@@ -999,7 +999,7 @@ def test_a_hundred_hits_come_in_pages(dashboard, web1):
         page = dashboard.ask(dashboard.dashboard.search.find,
                              "needle",
                              None, before)
-        seen += [hit["run"]["id"] for hit in page["hits"]]
+        seen += [hit["run"]["id"] for hit in page["matches"]]
         before, more = seen[-1], page["more"]
     assert seen == list(range(45, 0, -1))
 
@@ -1106,12 +1106,13 @@ def test_a_host_that_left_keeps_its_history(dashboard, web1):
     assert dashboard.principal_of(koitab.sha256_hex("token of "
                                                        + HOST)) is None
     assert dashboard.state["hosts"][0]["state"] == "left"
-    assert dashboard.job()["gone"] and len(dashboard.job()["strip"]) == 1
+    assert dashboard.job()["removed"]
+    assert len(dashboard.job()["recent_runs"]) == 1
     dashboard.pass_time(500)
     assert dashboard.state["alerts"] == []
     dashboard.runs(dashboard.join(), dashboard.record())
     assert dashboard.state["hosts"][0]["state"] == "up"
-    assert len(dashboard.job()["strip"]) == 2
+    assert len(dashboard.job()["recent_runs"]) == 2
 
 
 def test_many_threads_read_while_one_writes(tmp_path):
@@ -1122,10 +1123,10 @@ def test_many_threads_read_while_one_writes(tmp_path):
     def look():
         try:
             for _ in range(30):
-                strip = [run for job in dashboard.state["jobs"]
-                         for run in job["strip"]]
-                assert [run[0] for run in strip] == sorted(
-                    run[0] for run in strip)
+                recent = [run for job in dashboard.state["jobs"]
+                          for run in job["recent_runs"]]
+                assert [run[0] for run in recent] == sorted(
+                    run[0] for run in recent)
         except Exception as error:
             faults.append(error)
 
@@ -1138,7 +1139,7 @@ def test_many_threads_read_while_one_writes(tmp_path):
             "records": [dashboard.record()]}, dashboard.now)
     for thread in threads:
         thread.join()
-    strip = dashboard.job()["strip"]
+    recent = dashboard.job()["recent_runs"]
     dashboard.dashboard.stop()
-    assert faults == [] and [entry[0] for entry in strip] == list(
+    assert faults == [] and [entry[0] for entry in recent] == list(
         range(1, 41))

@@ -216,14 +216,15 @@ def test_a_duration_of_more_than_three_days_is_none(dashboard):
     assert pings(dashboard, check)[0]["duration"] is None
 
 
-def test_the_strip_shows_ends(dashboard, check):
+def test_recent_runs_of_a_check_show_how_they_ended(dashboard, check):
     assert dashboard.state
     for action in ("start", "success", "log", "fail", "0", "9"):
         dashboard.ping(check, action=action)
-    assert [(each[0], each[3]) for each in shown(dashboard)["strip"]] == [
+    recent = shown(dashboard)["recent_runs"]
+    assert [(each[0], each[3]) for each in recent] == [
         (2, "o"), (4, "f"), (5, "o"), (6, "f")]
-    strip = shown(dashboard)["strip"]
-    assert dashboard.reopen().state["checks"][0]["strip"] == strip
+    recent = shown(dashboard)["recent_runs"]
+    assert dashboard.reopen().state["checks"][0]["recent_runs"] == recent
 
 
 # ==========================================================================

@@ -230,7 +230,7 @@ def test_a_silent_host_is_one_alert_and_its_jobs_are_unknown(dashboard, web1):
     assert dashboard.take_notifications() == []
     dashboard.pass_time(1)
     assert dashboard.take_notifications() == ["web1 is silent"]
-    assert dashboard.state["hosts"][0]["state"] == "silent"
+    assert dashboard.state["hosts"][0]["state"] == "down"
     assert {job["state"] for job in dashboard.state["jobs"]} == {"unknown"}
     for _ in range(50):
         dashboard.pass_time(100)
@@ -291,7 +291,7 @@ def test_after_a_restart_hosts_have_time_to_come_back(dashboard, web1):
     more = reopened.reopen()
     more.pass_time(200)
     assert more.take_notifications() == []        # it was told
-    assert more.state["hosts"][0]["state"] == "silent"
+    assert more.state["hosts"][0]["state"] == "down"
 
 
 # ==========================================================================

@@ -716,7 +716,7 @@ def test_text_is_found_in_outputs(server, told):
         reply = server.ask("GET", "/api/v1/search?q=" + "".join(
             f"%{byte:02x}" for byte in text.encode()), token=VIEWER_TOKEN)
         assert reply.status == (200 if len(text) > 1 else 400), reply
-        assert len(reply.json.get("hits", ())) == (text == "needle")
+        assert len(reply.json.get("matches", ())) == (text == "needle")
     for query in ("", "q=", "q=" + "x" * 201, "q=a%00b", "q=ab&job=x"):
         assert server.ask("GET", f"/api/v1/search?{query}",
                           token=VIEWER_TOKEN).status == 400
@@ -1289,7 +1289,7 @@ def test_https_needs_tls_1_2_and_reads_its_certificate_again(tmp_path, made,
         assert "warning: " in found.log() and "expires on" in found.log()
         assert "expires on" in found.ask("GET", "/api/v1/state",
                                          token=OPERATOR_TOKEN
-                                         ).json["troubles"][0]
+                                         ).json["problems"][0]
         old = ssl.create_default_context(cafile=made.cert)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # that it is old

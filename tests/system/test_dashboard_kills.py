@@ -302,7 +302,7 @@ def test_while_the_dashboard_is_away_jobs_run_on_and_all_is_shown_afterwards(
     server.kill()
     for number in range(20):
         koid.run("Out", N=str(number))
-    support.wait_until(lambda: koid.ask("status")["dashboard"]["troubles"])
+    support.wait_until(lambda: koid.ask("status")["dashboard"]["problems"])
     before, begun = koid.cpu_seconds(), time.monotonic()
     time.sleep(1)
     used = (koid.cpu_seconds() - before) / (time.monotonic() - begun)

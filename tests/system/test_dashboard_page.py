@@ -24,7 +24,7 @@ def well_behaved(browser):
 @pytest.fixture(scope="module")
 def stand_in():
     # Bars are most of what the browser draws, again for each test.
-    with page_server.Server(strip=20) as stand_in:
+    with page_server.Server(recent_runs=20) as stand_in:
         yield stand_in
 
 
@@ -209,7 +209,7 @@ def test_older_runs_are_loaded_page_by_page(page, stand_in):
     world = stand_in.world
     job = next(job for job in world.jobs.values()
                if job["label"] == "Price feed")
-    strip, last = job["strip"], job["last"]
+    recent_runs, last = job["recent_runs"], job["last"]
     for back in range(160, 0, -1):
         world.add_run(job, time.time() - back * 60, 1)
     count = sum(run["job"] == job["id"] for run in world.runs.values())
@@ -220,7 +220,7 @@ def test_older_runs_are_loaded_page_by_page(page, stand_in):
         assert page.js("return document.querySelector('.list + .btn').hidden"
                        ) is (shown == count)
         page.js("document.querySelector('.list + .btn').click()")
-    job.update(strip=strip, last=last)
+    job.update(recent_runs=recent_runs, last=last)
 
 
 @pytest.mark.parametrize("kind, words", [
@@ -819,7 +819,7 @@ def poisoned(world: page_server.World) -> None:
         return CORPUS[next(turn) % len(CORPUS)]
     for host in world.hosts.values():
         host.update(name=evil(), zone=evil(), version=evil(),
-                    troubles=[evil()])
+                    problems=[evil()])
     for job in world.jobs.values():
         job.update(user=evil(), section=evil(), name=evil(), label=evil(),
                    words=evil(), command=evil(), when=job["when"])

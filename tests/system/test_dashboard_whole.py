@@ -418,7 +418,7 @@ def lies(operator) -> tuple:
         1 + at % 2, at, text.encode() + b"\n")
         for at, text in enumerate(CORPUS))
     liar.sync(list=liar.listed(CORPUS[0], [form, *map(lie, range(200))]),
-              troubles=CORPUS[:20], records=[
+              problems=CORPUS[:20], records=[
         {"run": at + 1, "change": at + 1, "user": lie(at)["user"],
          "tag": f"t{at}", "section": lie(at)["section"], "name": text,
          "label": text, "trigger": text[:50],

@@ -434,7 +434,7 @@ def test_an_hour_forward_is_one_start_and_not_twelve(koi, clock):
     assert [count for *_, count in starts(koi, "half")] == [1]
     assert states(koi, "half") == ["done"]
     assert starts(koi, "five") == [("done", 65, 1), ("done", 70, 1)]
-    assert len(truth(koi)) == 3 and koi.troubles() == ""
+    assert len(truth(koi)) == 3 and koi.problems() == ""
 
 
 def test_an_hour_back_repeats_no_fixed_time(koi, clock):
@@ -469,12 +469,12 @@ def test_ten_years_forward_and_back_block_nothing(koi, clock):
                     if run["state"] != "missed")
     assert max(found.values()) == 1
     assert NOON + 8 * MINUTE in found and NOON + years + 180 in found
-    assert koi.run("hand")[3]["exit"] == 0 and koi.troubles() == ""
+    assert koi.run("hand")[3]["exit"] == 0 and koi.problems() == ""
     # A koid that comes in between waits a few minutes, and not ten years.
     koi.stop()
     koi.meta(seen=repr(float(NOON + years)))
     clock.start(NOON + 10 * MINUTE)
-    assert "clock" in refused(koi, "hand") and "clock" in koi.troubles()
+    assert "clock" in refused(koi, "hand") and "clock" in koi.problems()
     clock.elapse(5 * MINUTE)
     clock.seen()
     clock.elapse(MINUTE)
@@ -510,14 +510,14 @@ def test_a_boot_with_a_clock_of_1970_waits_for_a_sane_one(koi, clock):
     koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n'
             f'"boot" @reboot {keep(koi)}\n"hand" @manual true\n')
     clock.start(90)
-    assert "clock is not set" in koi.troubles()
+    assert "clock is not set" in koi.problems()
     assert "clock" in refused(koi, "hand")
     assert truth(koi) == [] and koi.history() == []
     clock.set(NOON + 58)
     koi.ended("boot")
     clock.elapse_to(NOON + MINUTE)
     koi.ended("each")
-    assert koi.troubles() == ""
+    assert koi.problems() == ""
     assert [run["due"] for run in koi.history(job="each")] == [NOON + 60]
     assert koi.run("hand")[3]["exit"] == 0
 
@@ -527,7 +527,7 @@ def test_a_clock_that_nobody_sets_is_believed_in_the_end(koi, clock):
     clock.start(90)
     assert "clock" in refused(koi, "hand")
     clock.elapse(5 * MINUTE + 1)
-    wait_until(lambda: "not set; jobs run" in koi.troubles(), 10, "a warning")
+    wait_until(lambda: "not set; jobs run" in koi.problems(), 10, "a warning")
     clock.elapse(MINUTE)
     koi.ended("each")
     assert koi.run("hand")[3]["exit"] == 0
@@ -540,7 +540,7 @@ def test_what_was_missed_before_a_boot_in_1970_is_told_when_the_clock_is_set(
     clock.start(NOON + 30)
     koi.stop(signal.SIGKILL)
     clock.start(90)
-    assert "clock is not set" in koi.troubles()
+    assert "clock is not set" in koi.problems()
     clock.set(NOON + HOUR)
     wait_until(lambda: koi.history(job="noon"), 10,
                f"what was missed\n{koi.log()}")
@@ -703,7 +703,7 @@ def test_a_full_disk_stops_no_schedule_and_history_is_whole_after_it(
         executed(koi, minute)
     why = refused(koi, "hand")
     assert "cannot be recorded" in why and "full" in why
-    assert "full" in koi.troubles() and len(truth(koi)) == 3
+    assert "full" in koi.problems() and len(truth(koi)) == 3
     tiny.free()
     clock.elapse(6)
     found = koi.ended("each", 3)
@@ -712,7 +712,7 @@ def test_a_full_disk_stops_no_schedule_and_history_is_whole_after_it(
         NOON + minute * MINUTE for minute in (3, 2, 1)]
     assert sorted(run["run"] for run in found) == sorted(truth(koi))
     assert koi.run("hand")[3]["exit"] == 0
-    assert koi.troubles() == ""
+    assert koi.problems() == ""
 
 
 @support.root_only
@@ -821,7 +821,7 @@ def test_a_power_cut_while_a_tab_is_installed_leaves_a_whole_one(koi, ext4,
     text = tab.read_text()
     assert text == new if when == "after" else text in (old, new)
     koi.start()
-    assert len(koi.ask("jobs")["jobs"]) == 1 and koi.troubles() == ""
+    assert len(koi.ask("jobs")["jobs"]) == 1 and koi.problems() == ""
 
 
 @support.root_only
@@ -895,7 +895,7 @@ def test_a_tab_that_cannot_be_read_goes_on_as_it_was(koi, calls, error,
     koi.tab(f'{QUIET}"other" @manual true\n')
     os.kill(pid, signal.SIGHUP)
     try:
-        wait_until(lambda: str(path) in koi.troubles(), 20, "the error")
+        wait_until(lambda: str(path) in koi.problems(), 20, "the error")
         assert [job["name"] for job in koi.ask("jobs")["jobs"]] == ["job"]
         assert koi.run("job")[3]["exit"] == 0
     finally:
@@ -997,9 +997,9 @@ def test_no_process_to_be_had_is_tried_again(koi):
     koi.start(wrap=failing("clone", "EAGAIN", "1..2"))
     pid = koi.ask("status")["pid"]
     run = koi.launch("job")
-    wait_until(lambda: "no process" in koi.troubles(), 10, "a word about it")
+    wait_until(lambda: "no process" in koi.problems(), 10, "a word about it")
     assert koi.end_of(run)["state"] == "done" and truth(koi) == [run]
-    assert koi.troubles() == ""
+    assert koi.problems() == ""
     support.kill(pid)
 
 
@@ -1009,7 +1009,7 @@ def test_no_process_for_a_minute_is_said_of_the_run(koi, clock):
     clock.start(NOON, *failing("clone", "EAGAIN", "1+"))
     pid = koi.ask("status")["pid"]
     run = koi.launch("job")
-    wait_until(lambda: "no process" in koi.troubles(), 10, "a word about it")
+    wait_until(lambda: "no process" in koi.problems(), 10, "a word about it")
     clock.elapse(koitab.TRY_FOR + 1)
     ended = koi.end_of(run)
     assert ended["state"] == "unstartable" and truth(koi) == []
@@ -1041,7 +1041,7 @@ def callers(koi, count: int) -> list:
 def peaceful(koi) -> bool:
     """koid answers, and has nothing to complain about."""
     try:
-        return koi.troubles() == ""
+        return koi.problems() == ""
     except koitab.Error:
         return False
 
@@ -1389,7 +1389,7 @@ def wait_for_tab(koi, clock, jobs: list, troubled: bool) -> None:
     notices by itself it reads a moment later, so time has to pass."""
     def is_read() -> bool:
         clock.elapse(1)
-        seen[:] = koi.names(), koi.troubles()
+        seen[:] = koi.names(), koi.problems()
         return seen[0] == jobs and bool(seen[1]) == troubled
     seen: list = []
     try:
@@ -1407,7 +1407,7 @@ def test_a_corrupt_tab_costs_its_bad_lines_or_leaves_the_last_good_one(
         koi.daemon.send_signal(signal.SIGHUP)
         if jobs is not None:
             wait_for_tab(koi, clock, jobs, bool(word))
-            assert word in koi.troubles()
+            assert word in koi.problems()
         assert "Traceback" not in koi.log()
         koi.tab(f'"good" @manual {keep(koi)}\n')
         koi.daemon.send_signal(signal.SIGHUP)

@@ -355,12 +355,12 @@ def test_nonsense_is_told_and_jobs_run_on_and_nothing_is_lost(hasty):
             met = support.wait_until(lambda: now["met"] > 3, what=what)
             assert hasty.run("Plain")[1] == b"plain\n", what
             assert met and support.wait_until(lambda: hasty.ask("status")[
-                "dashboard"]["troubles"], what=what)
+                "dashboard"]["problems"], what=what)
         now["what"] = ""
         dashboard.wait_for(lambda: len(dashboard.outputs) == len(chosen))
         assert dashboard.order == sorted(set(dashboard.order))
         support.wait_until(lambda: not hasty.ask("status")["dashboard"][
-            "troubles"], 30, "the trouble to be over")
+            "problems"], 30, "the trouble to be over")
 
 
 @pytest.mark.parametrize("status, words", [
@@ -378,7 +378,7 @@ def test_who_is_not_wanted_stops_asking(koi, status, words):
         lying_dashboard.belong(koi, dashboard.url)
         koi.start()
         support.wait_until(lambda: words in " ".join(koi.ask("status")[
-            "dashboard"]["troubles"]))
+            "dashboard"]["problems"]))
         assert koi.run("Plain")[1] == b"plain\n"
         assert len(asked) <= 2              # one a thread, then minutes
 
@@ -393,7 +393,7 @@ def test_where_nobody_listens_jobs_run_on_and_all_comes_later(koi):
     for _ in range(3):
         koi.run("Plain")
     assert "refused" in " ".join(support.wait_until(
-        lambda: koi.ask("status")["dashboard"]["troubles"]))
+        lambda: koi.ask("status")["dashboard"]["problems"]))
 
 
 def test_one_that_accepts_and_says_nothing_costs_nothing(koi):
@@ -423,7 +423,7 @@ def test_a_record_that_is_never_taken_is_left_out_and_the_rest_go_on(hasty):
         koi.ask("relink")
         dashboard.wait_for(lambda: {1, 3, 4} <= set(dashboard.outputs), 30)
         assert 2 not in dashboard.records
-        assert "run 2" in " ".join(koi.ask("status")["dashboard"]["troubles"])
+        assert "run 2" in " ".join(koi.ask("status")["dashboard"]["problems"])
 
 
 def test_no_record_is_blamed_for_a_list_that_is_not_taken(hasty):
@@ -443,7 +443,7 @@ def test_no_record_is_blamed_for_a_list_that_is_not_taken(hasty):
             dashboard.records), 30)
         assert "left out" not in hasty.log()
         assert "413" in " ".join(support.wait_until(lambda: hasty.ask(
-            "status")["dashboard"]["troubles"]))
+            "status")["dashboard"]["problems"]))
 
 
 def test_a_dashboard_that_forgot_gets_everything_again(linked, dashboard):
@@ -577,7 +577,7 @@ def test_keys_that_cannot_be_believed_are_not_used(koi, dashboard, spoil, why):
     spoil(koi.home / "keys")
     koi.start()
     state = koi.ask("status")
-    assert why in " ".join(state["troubles"]) and state["dashboard"] is None
+    assert why in " ".join(state["problems"]) and state["dashboard"] is None
     assert koi.run("Plain")[1] == b"plain\n" and dashboard.letters == []
 
 
@@ -673,7 +673,7 @@ for n in range({count}):
         hostile.run("Plain")
     before = support.megabytes_of(hostile.daemon.pid)
     support.wait_until(lambda: hostile.ask("status")["dashboard"][
-        "troubles"] == [f"no {count - 1}"], 30)
+        "problems"] == [f"no {count - 1}"], 30)
     assert len(hostile.log()) < 5000
     assert support.megabytes_of(hostile.daemon.pid) < before + 3
 
@@ -840,5 +840,5 @@ def test_keys_that_are_damaged_stop_no_job(koi, text):
     (koi.home / "keys").write_text(text)
     (koi.home / "keys").chmod(0o600)
     koi.start()
-    assert "keys: not used" in " ".join(koi.ask("status")["troubles"])
+    assert "keys: not used" in " ".join(koi.ask("status")["problems"])
     assert koi.run("Plain")[1] == b"plain\n"

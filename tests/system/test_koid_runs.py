@@ -1043,11 +1043,11 @@ def test_a_tab_edited_by_hand_is_taken_up_by_the_next_minute(koi):
         tab.write('"appended" @manual echo\n99 * * * * a fault\n')
     taken("written", "appended")                # a fault drops its line
     assert any(":3:1: bad minute" in text
-               for text in koi.ask("status")["troubles"])
+               for text in koi.ask("status")["problems"])
     koi.tab('"renamed" @manual echo\n')                     # as vi does
     taken("renamed")
     path.chmod(0o666)                   # now anybody may have written it
-    wait_until(lambda: koi.ask("status")["troubles"], 60, "the mode")
+    wait_until(lambda: koi.ask("status")["problems"], 60, "the mode")
     assert koi.names() == []
     path.chmod(0o600)
     taken("renamed")
@@ -1069,7 +1069,7 @@ def test_a_run_that_waits_while_its_arguments_change(koi, fifo, tmp_path):
     kept = koi.end_of(second, 10)
     if kept["state"] == "done":
         assert koi.text_of(second) == "2\n"
-    assert koi.ask("status")["troubles"] == []
+    assert koi.ask("status")["problems"] == []
 
 
 # ==========================================================================

@@ -473,18 +473,18 @@ def test_73_a_tab_that_others_could_have_written_is_not_used(town, bobs):
         make(town.home / "tabs" / name, town)
     town.tab(GOOD, MALLORY)
     town.start()
-    all_troubles = town.ask("status")["troubles"]
+    all_troubles = town.ask("status")["problems"]
     assert len(all_troubles) == len(NOT_BELIEVED)
     for name, (_, why) in NOT_BELIEVED.items():
         path = f"/var/lib/koi/tabs/{name}: not used: "
         bob = bobs(name)
-        trouble, = bob.ask("status")["troubles"]
+        trouble, = bob.ask("status")["problems"]
         assert path in trouble and why in trouble and trouble in all_troubles
         assert any(path in line and why in line
                    for line in town.log().splitlines())
         assert "no job" in bob.ask("run", job="Job")["error"]
     mallory = town.caller(MALLORY)
-    assert mallory.ask("status")["troubles"] == []
+    assert mallory.ask("status")["problems"] == []
     assert mallory.ask("run", job="Job")["exit"] == 0
 
 
@@ -502,11 +502,11 @@ def test_73_a_tab_that_becomes_open_to_others_is_dropped(town):
     path = town.tab(GOOD, ALICE)
     town.start()
     path.chmod(0o666)
-    support.wait_until(lambda: town.ask("status")["troubles"], 10, "a look")
+    support.wait_until(lambda: town.ask("status")["problems"], 10, "a look")
     alice = town.caller(ALICE)
     assert "no job" in alice.ask("run", job="Job")["error"]
     path.chmod(0o600)
-    support.wait_until(lambda: not town.ask("status")["troubles"], 10,
+    support.wait_until(lambda: not town.ask("status")["problems"], 10,
                        "another look")
     assert alice.ask("run", job="Job")["exit"] == 0
 
@@ -867,7 +867,7 @@ def test_87_a_user_who_has_too_many_processes_waits_for_room(town, tmp_path):
     support.wait_until(lambda: support.processor_seconds(supervisor) > before,
                        30, "another try")
     assert town.history(job="Second")[0]["state"] == "running"
-    assert town.ask("status")["troubles"] == []
+    assert town.ask("status")["problems"] == []
     with open(gate, "w"):
         pass                    # the first ends, and there is room
     assert json.loads(first.process.stdout.readline())["exit"] == 0
