@@ -9241,11 +9241,12 @@ create table dashboard (
 
     def read_keys(self, fields) -> dict:
         """Return the keys in a request as columns. Raises Error."""
-        asked = RequestFields(fields)
-        return {"salt": asked.hex("salt", 2 * SALT_BYTES),
-                "rounds": asked.whole("rounds", low=ROUNDS, high=MOST_ROUNDS),
-                "api_sha256": asked.hex("api_sha256", 64),
-                "view_sha256": asked.hex("view_sha256", 64)}
+        request = RequestFields(fields)
+        return {"salt": request.hex("salt", 2 * SALT_BYTES),
+                "rounds": request.whole("rounds", low=ROUNDS,
+                                        high=MOST_ROUNDS),
+                "api_sha256": request.hex("api_sha256", 64),
+                "view_sha256": request.hex("view_sha256", 64)}
 
     def create(self, db: Database, fields, now: float) -> dict:
         """Create the dashboard; return its id. Raises Error (403) if this
@@ -9470,12 +9471,12 @@ create index notifications_of_run on notifications (run)
 
     def change_channel(self, db: Database, fields, now: float) -> dict:
         """Add, delete or test a channel; return its id. Raises Error."""
-        asked = RequestFields(fields)
-        action = asked.choice("do", ("add", "delete", "test"), "add")
+        request = RequestFields(fields)
+        action = request.choice("do", ("add", "delete", "test"), "add")
         if action == "add":
-            channel = self.add_channel(db, asked, now)
+            channel = self.add_channel(db, request, now)
         else:
-            channel = asked.whole("id")
+            channel = request.whole("id")
             if not db.value("select 1 from channels where id = ?", channel):
                 raise not_found("channel")
         if action == "delete":
@@ -9490,12 +9491,12 @@ create index notifications_of_run on notifications (run)
             self.audit.record(db, now, "channel", state=action)
         return {"id": channel}
 
-    def add_channel(self, db: Database, asked: RequestFields,
+    def add_channel(self, db: Database, request: RequestFields,
                     now: float) -> int:
         """Add the channel that a request describes; return its id. Raises
         Error."""
-        kind = asked.choice("kind", ("mail", "webhook", "ntfy"))
-        target = asked.text("target", 1000).strip()
+        kind = request.choice("kind", ("mail", "webhook", "ntfy"))
+        target = request.text("target", 1000).strip()
         if kind == "mail" and not (safe_address(target) and "@" in target
                                    and "," not in target):
             raise Error("this is no mail address that sendmail would get",
@@ -9898,44 +9899,44 @@ create index flips_of_check on flips ("check", at);
         self.changes.mark_changed("checks", check["uuid"])
         return {"id": check["uuid"]}
 
-    def read_check(self, asked: RequestFields, old: dict) -> dict:
+    def read_check(self, request: RequestFields, old: dict) -> dict:
         """Return the columns that a request gives a check; what it does not
         name stays as in `old`. Raises Error."""
         def seconds(name: str, default: float, low: float) -> float:
-            value = asked.number(name, old.get(name, default),
-                                 high=86_400 * 365)
+            value = request.number(name, old.get(name, default),
+                                   high=86_400 * 365)
             if value and value < 60 or value < low:
-                raise asked.wrong(name, "is less than a minute")
+                raise request.wrong(name, "is less than a minute")
             return float(value)
 
-        slug = asked.text("slug", 100, old.get("slug", ""))
+        slug = request.text("slug", 100, old.get("slug", ""))
         if not SLUG_LETTERS.issuperset(slug):
-            raise asked.wrong("slug", "may have a to z, 0 to 9, - and _")
-        texts = {name: asked.text(name, most, old.get(name, default))
+            raise request.wrong("slug", "may have a to z, 0 to 9, - and _")
+        texts = {name: request.text(name, most, old.get(name, default))
                  for name, most, default in (
                      ("name", 100, ""), ("tags", 500, ""), ("desc", 2000, ""),
                      ("schedule", 200, "* * * * *"), ("tz", 60, "UTC"))}
         found = {
-            **texts, "slug": slug, "kind": asked.choice(
+            **texts, "slug": slug, "kind": request.choice(
                 "kind", ("simple", "cron"), old.get("kind", "simple")),
             "period": seconds("period", 86_400, 60),
             "grace": seconds("grace", 3600, 60),
             "start_within": seconds("start_within", 0, 0),
             "run_limit": seconds("run_limit", 0, 0),
-            "manual_resume": int(asked.flag("manual_resume", bool(
+            "manual_resume": int(request.flag("manual_resume", bool(
                 old.get("manual_resume", False)))),
-            "methods": asked.choice("methods", ("", "POST"),
-                                    old.get("methods", ""))}
+            "methods": request.choice("methods", ("", "POST"),
+                                      old.get("methods", ""))}
         if found["kind"] == "cron":
             self.schedule_of(found["schedule"], found["tz"])
         return found
 
     def change(self, db: Database, uuid: str, fields, now: float) -> dict:
         """Edit, pause, resume or delete a check. Raises Error."""
-        asked = RequestFields(fields, "the check")
+        request = RequestFields(fields, "the check")
         check = self.find(db, uuid)
-        action = asked.choice("do", ("edit", "pause", "resume", "delete"),
-                              "edit")
+        action = request.choice("do", ("edit", "pause", "resume", "delete"),
+                                "edit")
         if action == "resume" and check["status"] != "paused":
             raise Error("the check is not paused", "", 409)
         self.audit.record(db, now, "check", label=check["name"], state=action)
@@ -9944,7 +9945,7 @@ create index flips_of_check on flips ("check", at);
             self.delete(db, check)
             return {}
         if action == "edit":
-            changed = self.read_check(asked, check)
+            changed = self.read_check(request, check)
         elif action == "pause":
             changed = {"status": "paused", "last_start": None}
         else:
@@ -10136,9 +10137,9 @@ create index jobs_deleted on jobs (deleted) where deleted;
     def join(self, db: Database, fields, now: float) -> dict:
         """Add a host, or let one join again; return the dashboard's id.
         Raises Error."""
-        asked = RequestFields(fields)
-        host, token = asked.hex("host", 32), asked.hex("token_sha256", 64)
-        name = asked.text("name", 255) or host[:8]
+        request = RequestFields(fields)
+        host, token = request.hex("host", 32), request.hex("token_sha256", 64)
+        name = request.text("name", 255) or host[:8]
         known = db.row("select id, token from hosts where host = ?", host)
         if not known or known["token"] != token:
             self.credentials.refuse_own(db, token)
@@ -10234,11 +10235,12 @@ create index jobs_deleted on jobs (deleted) where deleted;
     # --- jobs
 
     def store_list(self, db: Database, status: HostStatus,
-                   asked: RequestFields) -> str:
+                   request: RequestFields) -> str:
         """Keep a list of jobs as it came, and take the jobs from it; return
         the SHA-256 of the list. Raises Error."""
         import json
-        body, mac = asked.text("body", LONGEST_HOST_LIST), asked.hex("mac", 64)
+        body = request.text("body", LONGEST_HOST_LIST)
+        mac = request.hex("mac", 64)
         try:
             inner = RequestFields(json.loads(body), "the list")
             jobs = [read_job(text) for text in inner.get("jobs", list,
@@ -10348,12 +10350,12 @@ def read_job(text) -> dict:
     import json
     if not isinstance(text, str) or not is_text(text):
         raise ValueError
-    asked = RequestFields(json.loads(text), "a job")
-    job = {name: asked.text(name, most, "") for name, most in (
+    request = RequestFields(json.loads(text), "a job")
+    job = {name: request.text(name, most, "") for name, most in (
         ("section", 1000), ("name", 1000), ("label", 200_000),
         ("words", 5000), ("command", 200_000), ("confirm", 10))}
-    return {"user": asked.text("user", 256), "tag": asked.text("tag", 100),
-            "timing": asked.text("when", 1000), "spec": text, **job}
+    return {"user": request.text("user", 256), "tag": request.text("tag", 100),
+            "timing": request.text("when", 1000), "spec": text, **job}
 
 
 # ==========================================================================
@@ -10614,17 +10616,17 @@ create table unindexed (run integer primary key);
             "order by n desc limit 50", status.number, epoch)]
 
     def store_output(self, db: Database, status: HostStatus, epoch: int,
-                     asked: RequestFields, now: float) -> None:
+                     request: RequestFields, now: float) -> None:
         """Keep a piece of output up to its last whole frame, if it follows
         what is here. Raises Error."""
         run = db.row("select id, state, size, have from runs where host = ? "
                      "and epoch = ? and n = ?", status.number, epoch,
-                     asked.whole("run"))
-        data, at = asked.data("data", LONGEST_OUTPUT), asked.whole("at", 0)
+                     request.whole("run"))
+        data, at = request.data("data", LONGEST_OUTPUT), request.whole("at", 0)
         if not run or run["state"] in ACTIVE_STATES:
             return
         missing = run["size"] - run["have"]
-        if asked.flag("deleted", False):
+        if request.flag("deleted", False):
             return self.end_output(db, run["id"], now)
         if at != run["have"] or missing <= 0:
             return
@@ -10703,11 +10705,11 @@ create table unindexed (run integer primary key);
         """Let a host's long poll answer."""
         self.changes.mark_changed("wake", host)
 
-    def store_live(self, status: HostStatus, asked: RequestFields) -> None:
+    def store_live(self, status: HostStatus, request: RequestFields) -> None:
         """Keep output of a run that is active, for those who follow it.
         Raises Error."""
-        data, at = asked.data("data", LIVE_ROOM), asked.whole("at", 0)
-        run = self.live.run_of(status.host, asked.whole("run"))
+        data, at = request.data("data", LIVE_ROOM), request.whole("at", 0)
+        run = self.live.run_of(status.host, request.whole("run"))
         if run is None:
             return
         try:
@@ -10715,7 +10717,7 @@ create table unindexed (run integer primary key);
         except ValueError:
             return
         if self.live.append(run, at, data[:length],
-                            asked.flag("reset", False)):
+                            request.flag("reset", False)):
             self.changes.mark_changed("live", run)
 
 
@@ -10772,8 +10774,8 @@ class AlertRules:
     def snooze(self, db: Database, fields, now: float) -> dict:
         """Notify nobody about a subject until a time; it is shown as before.
         Raises Error."""
-        asked = RequestFields(fields)
-        subject, until = asked.text("subject", 100), asked.number("until")
+        request = RequestFields(fields)
+        subject, until = request.text("subject", 100), request.number("until")
         kind, _, key = subject.partition(":")
         job, host = None, ""
         if kind == "host":
@@ -11026,9 +11028,9 @@ create index requests_by_time on requests (at);
     def create(self, db: Database, fields, now: float) -> dict:
         """Take a signed request; return its state. The same one twice is
         one. Raises Error."""
-        asked = RequestFields(fields)
-        status = self.hosts.status_of(asked.hex("host", 32))
-        body, mac = asked.text("body", LONGEST_BODY), asked.hex("mac", 64)
+        request = RequestFields(fields)
+        status = self.hosts.status_of(request.hex("host", 32))
+        body, mac = request.text("body", LONGEST_BODY), request.hex("mac", 64)
         signed = self.read_signed(body, status, now)
         nonce = signed.hex("nonce", 32)
         known = db.row("select body, mac from requests where nonce = ?",
@@ -11161,30 +11163,30 @@ create index requests_by_time on requests (at);
 RECORDS_AT_ONCE, MOST_OUTPUTS = 1_000, 200
 
 
-def read_record(asked: RequestFields) -> dict:
+def read_record(request: RequestFields) -> dict:
     """Return the record of a run as columns. Raises Error."""
     import json
-    record = {name: asked.whole(name, default) for name, default in (
+    record = {name: request.whole(name, default) for name, default in (
         ("change", MISSING), ("attempt", 1), ("count", 1), ("bytes", 0),
         ("size", 0))}
     record["size"] = min(record["size"], LONGEST_OUTPUT)
     for name in ("due", "requested_at", "started", "ended", "next"):
-        record[name] = asked.number(name, None)
+        record[name] = request.number(name, None)
     for name in ("exit", "signal"):
-        record[name] = asked.whole(name, None, -2**31, 2**32)
+        record[name] = request.whole(name, None, -2**31, 2**32)
     for name, most in (("user", 256), ("tag", 100)):
-        record[name] = asked.text(name, most)
+        record[name] = request.text(name, most)
     for name, most in (("section", 1000), ("name", 1000),
                        ("label", 200_000), ("trigger", 50)):
-        record[name] = asked.text(name, most, "")
-    record["reason"] = asked.text("reason", 200_000, "")[:2000]
-    record["state"] = asked.choice("state", RUN_STATES)
-    record["args"] = json.dumps(asked.texts("args", 2 * LONGEST_ARGS),
+        record[name] = request.text(name, most, "")
+    record["reason"] = request.text("reason", 200_000, "")[:2000]
+    record["state"] = request.choice("state", RUN_STATES)
+    record["args"] = json.dumps(request.texts("args", 2 * LONGEST_ARGS),
                                 ensure_ascii=False)
-    record["cut"] = int(bool(asked.fields.get("cut")))
-    nonce = asked.text("nonce", 32, "")
+    record["cut"] = int(bool(request.fields.get("cut")))
+    nonce = request.text("nonce", 32, "")
     record["nonce"] = nonce if is_hex(nonce, 32) else ""
-    record["n"] = asked.whole("run", low=1)
+    record["n"] = request.whole("run", low=1)
     return record
 
 
@@ -11212,37 +11214,37 @@ create table epochs (host integer not null, epoch integer not null,
         self.hosts, self.runs = hosts, runs
         self.rules, self.requests = rules, requests
 
-    def sync(self, db: Database, host: str, request, now: float) -> dict:
+    def sync(self, db: Database, host: str, payload, now: float) -> dict:
         """Take what the host with this id sends; return what is demanded of
         it. Raises Error."""
-        asked = RequestFields(request)
+        request = RequestFields(payload)
         status = self.hosts.statuses.get(host)
-        if not status or asked.hex("host", 32) != host:
+        if not status or request.hex("host", 32) != host:
             raise Error("this is the token of another host", "", 403)
-        if asked.whole("v") != SYNC_VERSION:
+        if request.whole("v") != SYNC_VERSION:
             raise Error("the host speaks another version", "bring koi up to "
                         "date there or here", 400)
-        epoch = asked.whole("epoch")
+        epoch = request.whole("epoch")
         row = self.hosts.row(db, status)
-        self.update_host(db, status, row, asked, now)
-        fields = asked.get("list", dict, None)
+        self.update_host(db, status, row, request, now)
+        fields = request.get("list", dict, None)
         if fields is not None:
             row["list_sha"] = self.hosts.store_list(
                 db, status, RequestFields(fields, "the list"))
-        self.store_next(db, status, asked.get("next", dict, {}), now)
-        acked = self.store_records(db, status, epoch, asked.each(
+        self.store_next(db, status, request.get("next", dict, {}), now)
+        acked = self.store_records(db, status, epoch, request.each(
             "records", RECORDS_AT_ONCE), now)
-        for output in asked.each("outputs", MOST_OUTPUTS):
+        for output in request.each("outputs", MOST_OUTPUTS):
             self.runs.store_output(db, status, epoch, output, now)
-        for output in asked.each("live", MOST_OUTPUTS):
+        for output in request.each("live", MOST_OUTPUTS):
             self.runs.store_live(status, output)
-        for result in asked.each("results", RECORDS_AT_ONCE):
+        for result in request.each("results", RECORDS_AT_ONCE):
             self.requests.settle(
                 db, status, result.hex("nonce", 32),
                 result.choice("state", ("accepted", "refused")),
                 result.text("reason", 2000, ""), epoch,
                 result.whole("run", None))
-        sha = asked.text("list_sha", 64, "")
+        sha = request.text("list_sha", 64, "")
         return {"v": SYNC_VERSION, "acked": acked,
                 "want_list": not row["list_sha"] or (
                     fields is None and sha != row["list_sha"]),
@@ -11250,10 +11252,10 @@ create table epochs (host integer not null, epoch integer not null,
                 **self.requests.waiting(db, host, now)}
 
     def update_host(self, db: Database, status: HostStatus, row: dict,
-                    asked: RequestFields, now: float) -> None:
+                    request: RequestFields, now: float) -> None:
         """Note that a host is up, and keep what it says of itself. Raises
         Error."""
-        said = self.read_facts(row, asked, now)
+        said = self.read_facts(row, request, now)
         self.check_instance(status, row["instance"], said["instance"], now)
         changed = {name: value for name, value in said.items()
                    if row[name] != value}
@@ -11271,20 +11273,20 @@ create table epochs (host integer not null, epoch integer not null,
             db.update("hosts", {**changed, "seen": now}, id=status.number)
         self.timers.schedule("host", status.host, now + HOST_DOWN_AFTER)
 
-    def read_facts(self, row: dict, asked: RequestFields,
+    def read_facts(self, row: dict, request: RequestFields,
                    now: float) -> dict:
         """Return what a host says of itself as columns. Raises Error."""
-        skew = now - asked.number("now", now)
+        skew = now - request.number("now", now)
         if abs(skew - row["skew"]) < 1:
             skew = row["skew"]          # the way here takes its time too
-        problems = [str(each)[:500] for each in asked.get(
+        problems = [str(each)[:500] for each in request.get(
             "problems", list, [])[:20] if is_text(str(each))]
-        return {"instance": asked.text("instance", 100), "skew": skew,
-                "epoch": asked.whole("epoch"),
-                "offset": asked.number("offset", 0, -86_400, 86_400),
-                "zone": asked.text("zone", 200, ""),
-                "version": asked.text("version", 50, ""),
-                "boot": asked.text("boot", 100, ""),
+        return {"instance": request.text("instance", 100), "skew": skew,
+                "epoch": request.whole("epoch"),
+                "offset": request.number("offset", 0, -86_400, 86_400),
+                "zone": request.text("zone", 200, ""),
+                "version": request.text("version", 50, ""),
+                "boot": request.text("boot", 100, ""),
                 "problems": compact_json(problems)}
 
     def check_instance(self, status: HostStatus, known: str, instance: str,
@@ -11552,13 +11554,13 @@ class Retention:
     def delete(self, db: Database, fields, now: float) -> dict:
         """Delete a job that is in no tab, or a host, with all their runs:
         they are hidden at once, and removed step by step. Raises Error."""
-        asked = RequestFields(fields)
-        if "host" in asked.fields:
-            host = asked.hex("host", 32)
+        request = RequestFields(fields)
+        if "host" in request.fields:
+            host = request.hex("host", 32)
             self.hosts.leave(db, host, now)
             jobs = self.hosts.delete(db, host)
         else:
-            job = self.hosts.job(db, asked.whole("job"))
+            job = self.hosts.job(db, request.whole("job"))
             if not job["removed"]:
                 raise Error("the job is in a tab, and would come back",
                             "take it out of its tab first", 409)
