@@ -12449,75 +12449,83 @@ class Dashboard:
 # ==========================================================================
 # Notifier: how does an alert go out?                (network, processes; U)
 #
-# A change of state is told once: by mail, webhook or ntfy. What cannot be
-# told is tried again, and shown on the page.
+# A change of state is reported once: by mail, webhook or ntfy. A delivery
+# that fails is repeated for a day, and its error shown on the page.
 # ==========================================================================
 
 SEND_SECONDS = 15.0     # for one notification
 MOST_ANSWER = 1024      # bytes of an answer that are read
-LOOK_AGAIN = 5.0        # seconds between looks at what is to be told
+DELIVERY_PAUSE = 5.0    # seconds between checks for due notifications
 
 
 class Notifier:
-    """Tells what the hub has decided to tell, and says how that went.
+    """Delivers the notifications that are in the database.
 
-    What is to be told stands in the database until it was told. If we are
-    killed in between it is told again: at least once, then, and each time
-    under the same key (Message-ID, Idempotency-Key, `key`), by which who
-    gets it can see that. Each channel has a thread of its own while there
-    is something for it, so one that hangs holds up no other.
+    A notification stays there until its receiver took it. A process that is
+    killed in between repeats the delivery after its next start, so each one
+    is delivered at least once. Each has a key (Message-ID, Idempotency-Key,
+    `key`) by which the receiver recognizes a repeat. Each channel with due
+    notifications has a thread, so a channel that hangs delays no other.
     """
 
     def __init__(self, dashboard: Dashboard, machine: Machine | None = None):
         self.dashboard, self.machine = dashboard, machine or Machine()
         self.stopping, self.thread = False, None
-        self.busy: set[int] = set()     # channels
+        self.busy: set[int] = set()     # channels that have a thread
 
     def start(self) -> None:
+        """Start the thread that delivers until `stop`."""
         import threading
-        self.thread = threading.Thread(target=self.live, name="herald",
+        self.thread = threading.Thread(target=self.serve, name="notifier",
                                        daemon=True)
         self.thread.start()
 
     def stop(self) -> None:
+        """Stop after the check that is running, without waiting for the
+        channels' threads. Any thread may call it."""
         self.stopping = True
         self.dashboard.notifications_due.set()
         if self.thread:
             self.thread.join()
 
-    def live(self) -> None:
+    def serve(self) -> None:
+        """Deliver what is due, whenever the dashboard reports something due
+        and every DELIVERY_PAUSE seconds, until `stop`."""
         while not self.stopping and not self.dashboard.broken:
             self.dashboard.notifications_due.clear()
             try:
-                self.round()
+                self.deliver_due()
             except Error as error:
                 self.dashboard.problems["alerts"] = \
                     f"alerts: {error.message}"
             except RuntimeError:        # no thread can be started now
                 self.busy.clear()
-            self.dashboard.notifications_due.wait(LOOK_AGAIN)
+            self.dashboard.notifications_due.wait(DELIVERY_PAUSE)
 
-    def round(self) -> list:
-        """Begin to tell what is due; the threads that do."""
+    def deliver_due(self) -> list:
+        """Start a thread for each channel that has due notifications and no
+        thread yet; return these threads. Raises Error if the database
+        cannot be read, and RuntimeError if no thread can be started."""
         import threading
-        notifications: dict[int, list] = {}
+        by_channel: dict[int, list] = {}
         for notification in self.dashboard.read(
                 self.dashboard.alerts.due_notifications,
                 self.dashboard.clock.now()):
-            notifications.setdefault(notification["channel"],
-                                     []).append(notification)
+            by_channel.setdefault(notification["channel"],
+                                  []).append(notification)
         threads = []
-        for channel, mine in notifications.items():
+        for channel, notifications in by_channel.items():
             if channel not in self.busy and not self.dashboard.full:
                 self.busy.add(channel)
                 threads.append(threading.Thread(
-                    target=self.tell_all, args=(channel, mine), daemon=True))
+                    target=self.deliver_all, args=(channel, notifications),
+                    daemon=True))
                 threads[-1].start()
         return threads
 
-    def tell_all(self, channel: int, notifications: list[dict]) -> None:
-        """Tell a channel's letters, in order; until one fails, for the
-        others would fail as it did."""
+    def deliver_all(self, channel: int, notifications: list[dict]) -> None:
+        """Deliver a channel's notifications in order, until one fails: the
+        others would fail for the same reason."""
         try:
             for notification in notifications:
                 error = self.deliver(notification)
@@ -12526,21 +12534,23 @@ class Notifier:
                                   self.dashboard.clock.now())
                 if error or self.stopping:
                     break
-        except Error:           # the disk is full, or we are to end
+        except Error:           # the disk is full, or the dashboard stops
             pass
         finally:
             self.busy.discard(channel)
 
     def deliver(self, notification: dict) -> str:
-        """Tell one; "" if that went well, else why not."""
+        """Deliver one notification; return "", or why that failed."""
         try:
-            return {"mail": self.mail, "webhook": self.send_webhook,
+            return {"mail": self.send_mail, "webhook": self.send_webhook,
                     "ntfy": self.send_ntfy}[notification["way"]](notification)
-        except Exception as error:      # whatever it is, it is tried again
+        except Exception as error:      # of any kind: it is repeated
             return without_secrets(f"{type(error).__name__}: {error}",
                                    notification["target"])
 
-    def mail(self, notification: dict) -> str:
+    def send_mail(self, notification: dict) -> str:
+        """Give a mail to sendmail; return "", or why that failed. Raises
+        OSError and SubprocessError."""
         import subprocess
         program = next((path for path in SENDMAILS
                         if os.access(path, os.X_OK)), None)
@@ -12550,43 +12560,48 @@ class Notifier:
             return "this is no address"
         done = subprocess.run(
             [program, "-i", "--", notification["target"]],
-            input=letter_mail(notification, self.machine.host()),
+            input=alert_mail(notification, self.machine.host()),
             env={"PATH": DEFAULT_PATH, "HOME": os.environ.get("HOME", "/")},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             timeout=SEND_SECONDS)
-        said = done.stderr.decode("utf-8", "replace").strip()[-300:]
+        errors = done.stderr.decode("utf-8", "replace").strip()[-300:]
         return "" if done.returncode == 0 else \
-            f"sendmail says {escape_controls(said) or done.returncode}"
+            f"sendmail says {escape_controls(errors) or done.returncode}"
 
     def send_webhook(self, notification: dict) -> str:
+        """POST a notification as JSON; return "", or why that failed.
+        Raises ConnectionFailed and ValueError."""
         import json
         body = {name: notification[name] for name in (
             "key", "at", "title", "text", "subject", "kind", "dash")}
-        return post(notification["target"], json.dumps(
-            {**body,
-             "state": "over" if notification["resolved"] else "on"}
-        ).encode(), {
-                "Content-Type": "application/json",
-                "Idempotency-Key": notification["key"]})
+        body["state"] = "over" if notification["resolved"] else "on"
+        return post(notification["target"], json.dumps(body).encode(), {
+            "Content-Type": "application/json",
+            "Idempotency-Key": notification["key"]})
 
     def send_ntfy(self, notification: dict) -> str:
-        """To a topic of ntfy: its headers are ASCII, or RFC 2047."""
-        from email.header import Header as Encoded
+        """POST a notification to a topic of ntfy; return "", or why that
+        failed. Its headers are ASCII, or encoded as in RFC 2047. Raises
+        ConnectionFailed and ValueError."""
+        from email.header import Header as EncodedHeader
         title = one_line(notification["title"])[:200]
         if not title.isascii():
-            title = Encoded(title, "utf-8", maxlinelen=10_000).encode()
-        over = bool(notification["resolved"])
-        return post(notification["target"],
-                        (notification["text"] or notification["title"]
-                                                 ).encode()[:4000], {
+            title = EncodedHeader(title, "utf-8", maxlinelen=10_000).encode()
+        if notification["resolved"]:
+            priority, tag = "default", "white_check_mark"
+        elif notification["kind"] == "test":
+            priority, tag = "default", "bell"
+        else:
+            priority, tag = "high", "warning"
+        text = notification["text"] or notification["title"]
+        return post(notification["target"], text.encode()[:4000], {
             "Title": title, "Content-Type": "text/plain; charset=utf-8",
-            "Priority": "default" if over or notification["kind"] == "test"
-            else "high", "Tags": "white_check_mark" if over else
-            "bell" if notification["kind"] == "test" else "warning"})
+            "Priority": priority, "Tags": tag})
 
 
 def without_secrets(text: str, target: str) -> str:
-    """A fault in words, without the address: it may hold a key."""
+    """Return an error's text without the URL or address `target` and its
+    parts, because they may hold a key."""
     from urllib.parse import urlsplit
     for part in (target, *map(str, urlsplit(target)[1:4])):
         if len(part) > 3:
@@ -12594,20 +12609,21 @@ def without_secrets(text: str, target: str) -> str:
     return escape_controls(text)[:300]
 
 
-def letter_mail(letter: dict, host: str) -> bytes:
-    """A letter as a mail. Foreign text is in it, so what could break a
-    header becomes a blank."""
+def alert_mail(notification: dict, host: str) -> bytes:
+    """Return a notification as a mail from `host`. It contains foreign text,
+    so a character that could break a header becomes a blank."""
     from email import policy
     from email.message import EmailMessage
     from email.utils import formatdate
     message = EmailMessage(policy=policy.SMTP.clone(linesep="\n"))
     message["From"] = f"koi <koi@{one_line(host)}>"
-    message["To"] = letter["target"]
-    message["Subject"] = one_line("koi: " + letter["title"])[:200]
-    message["Date"] = formatdate(letter["at"])
-    message["Message-ID"] = f"<{letter['key']}.{letter['dash']}@koi>"
+    message["To"] = notification["target"]
+    message["Subject"] = one_line("koi: " + notification["title"])[:200]
+    message["Date"] = formatdate(notification["at"])
+    message["Message-ID"] = \
+        f"<{notification['key']}.{notification['dash']}@koi>"
     message["Auto-Submitted"] = "auto-generated"
-    text = (letter["text"] or letter["title"]) + "\n"
+    text = (notification["text"] or notification["title"]) + "\n"
     message.set_content("".join(
         each if each.isprintable() or each == "\n" else " "
         for each in text), cte="quoted-printable")

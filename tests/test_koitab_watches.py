@@ -407,10 +407,10 @@ def listener():
     server.server_close()
 
 
-def tell(dashboard) -> None:
-    """One round of the herald, with the hub driven by hand."""
-    herald = koitab.Notifier(dashboard.dashboard)
-    threads = herald.round()
+def deliver(dashboard) -> None:
+    """Deliver what is due, with a dashboard that runs step by step."""
+    notifier = koitab.Notifier(dashboard.dashboard)
+    threads = notifier.deliver_due()
     until = time.monotonic() + 10
     while any(thread.is_alive() for thread in threads):
         dashboard.dashboard.run_once()
@@ -435,7 +435,7 @@ def fail(dashboard) -> None:
 def test_a_webhook_gets_json_with_a_key(quiet, listener):
     quiet.channel("webhook", listener.url + "/hook?a=b")
     fail(quiet)
-    tell(quiet)
+    deliver(quiet)
     (path, headers, body), = listener.got
     body = json.loads(body)
     assert path == "/hook?a=b"
@@ -450,7 +450,7 @@ def test_a_webhook_gets_json_with_a_key(quiet, listener):
 def test_ntfy_gets_a_title_a_priority_and_a_tag(quiet, listener):
     quiet.channel("ntfy", listener.url + "/topic")
     fail(quiet)
-    tell(quiet)
+    deliver(quiet)
     (path, headers, body), = listener.got
     assert headers["Title"].startswith("=?utf-8?")
     assert headers["Priority"] == "high" and headers["Tags"] == "warning"
@@ -462,7 +462,7 @@ def test_a_password_in_an_address_is_sent_and_never_shown(quiet, listener):
     quiet.channel("webhook", url)
     listener.status = 500
     fail(quiet)
-    tell(quiet)
+    deliver(quiet)
     assert listener.got[0][1]["Authorization"] == "Basic bWU6Z2VoIGVpbQ=="
     channel, = quiet.ask(quiet.dashboard.alerts.list_channels)["channels"]
     assert "geh" not in json.dumps(channel) and "***@" in channel["target"]
@@ -478,23 +478,23 @@ def test_what_fails_is_told_again_later_for_a_day(quiet, listener, status,
                      NOW)["id"]
     quiet.ping(check, action="fail")
     listener.status = status
-    tell(quiet)
+    deliver(quiet)
     channel, = quiet.ask(quiet.dashboard.alerts.list_channels)["channels"]
     assert words in channel["error"] and channel["last"] is None
-    tell(quiet)
+    deliver(quiet)
     assert len(listener.got) == 1       # not at once
     waits = []
     for _ in range(12):
         due, = quiet.rows("select due from notifications")[0]
         waits.append(due - quiet.now)
         quiet.clock.time = due
-        tell(quiet)
+        deliver(quiet)
     assert waits[:3] == [15, 30, 60] and max(waits) == HOUR
     keys = {dict(headers)["Idempotency-Key"]
             for _, headers, _ in listener.got}
     assert len(keys) == 1
     quiet.clock.time = NOW + DAY + 1
-    tell(quiet)
+    deliver(quiet)
     assert quiet.rows("select * from notifications") == []
 
 
@@ -507,7 +507,7 @@ def test_the_other_channel_is_told_though_one_hangs(quiet, listener,
     quiet.channel("webhook", f"http://127.0.0.1:{dead.getsockname()[1]}/")
     quiet.channel("webhook", listener.url)
     fail(quiet)
-    tell(quiet)
+    deliver(quiet)
     dead.close()
     assert len(listener.got) == 1
     errors = [channel["error"] != "" for channel in quiet.ask(
@@ -515,12 +515,12 @@ def test_the_other_channel_is_told_though_one_hangs(quiet, listener,
     assert errors == [True, False]
 
 
-def test_a_channel_is_told_by_one_thread_at_a_time(quiet, listener):
+def test_a_channel_gets_its_notifications_from_one_thread(quiet, listener):
     quiet.channel("webhook", listener.url)
     listener.sleeps = 0.2
     fail(quiet)
-    herald = koitab.Notifier(quiet.dashboard)
-    threads = herald.round() + herald.round()
+    notifier = koitab.Notifier(quiet.dashboard)
+    threads = notifier.deliver_due() + notifier.deliver_due()
     while any(thread.is_alive() for thread in threads):
         quiet.dashboard.run_once()
         time.sleep(0.002)
@@ -565,7 +565,7 @@ def test_mail_goes_through_sendmail_with_clean_headers(dashboard, tmp_path,
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(koitab, "SENDMAILS", (str(program),))
     fail(dashboard)
-    tell(dashboard)
+    deliver(dashboard)
     assert (tmp_path / "mail.args").read_text() == "-i -- ops@example.org\n"
     message = email.message_from_bytes(kept.read_bytes(),
                                        policy=email.policy.default)
@@ -582,7 +582,7 @@ def test_a_sendmail_that_fails_is_shown(dashboard, tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setattr(koitab, "SENDMAILS", (str(program),))
     fail(dashboard)
-    tell(dashboard)
+    deliver(dashboard)
     channel, = dashboard.ask(
         dashboard.dashboard.alerts.list_channels)["channels"]
     assert channel["error"] == "sendmail says no route"
@@ -604,7 +604,7 @@ def test_a_test_letter_can_be_asked_for(quiet, listener):
     channel = quiet.channel("webhook", listener.url)
     quiet.do(quiet.dashboard.alerts.change_channel,
              {"do": "test", "id": channel}, NOW)
-    tell(quiet)
+    deliver(quiet)
     assert json.loads(listener.got[0][2])["kind"] == "test"
     with refused(404):
         quiet.do(quiet.dashboard.alerts.change_channel,
@@ -616,21 +616,21 @@ def test_what_was_decided_is_told_after_a_crash(quiet, listener):
     quiet.channel("webhook", listener.url)
     fail(quiet)
     reopened = quiet.reopen()
-    tell(reopened)
+    deliver(reopened)
     assert len(listener.got) == 1
     more = reopened.reopen()
     more.pass_time(60)
-    tell(more)
+    deliver(more)
     assert len(listener.got) == 1
 
 
-def test_the_herald_is_woken_by_what_is_to_be_told(tmp_path, listener):
+def test_the_notifier_delivers_a_new_notification_at_once(tmp_path, listener):
     dashboard = InProcessDashboard(tmp_path / "d.db", koitab.Clock())
     dashboard.channel("webhook", listener.url)
     web1 = dashboard.join()
     dashboard.dashboard.start()
-    herald = koitab.Notifier(dashboard.dashboard)
-    herald.start()
+    notifier = koitab.Notifier(dashboard.dashboard)
+    notifier.start()
     time.sleep(0.1)             # it waits by now
     dashboard.dashboard.do(dashboard.dashboard.host_sync.sync, web1.host, {
         "v": 3, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
@@ -639,5 +639,5 @@ def test_the_herald_is_woken_by_what_is_to_be_told(tmp_path, listener):
     support.wait_until(lambda: listener.got, 20)
     support.wait_until(lambda: dashboard.rows(
         "select * from notifications") == [], 5)
-    herald.stop()
+    notifier.stop()
     dashboard.dashboard.stop()
