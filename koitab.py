@@ -3835,7 +3835,7 @@ class Database:
                     raise DatabaseDamaged(f"{self.path}: {found}")
         except sqlite3.DatabaseError as error:
             self.close()
-            raise self.fault(error) from None
+            raise self.named_error(error) from None
         except Error:
             self.close()
             raise
@@ -3886,7 +3886,7 @@ class Database:
             raise Error(f"{self.path} was written by an older koi (schema "
                         f"{schema}, this one needs {self.form.schema})", hint)
 
-    def fault(self, error) -> Error:
+    def named_error(self, error) -> Error:
         """Return `error` as an Error that names the file."""
         damaged = failure_of(error) in ("damaged", "missing") or type(
             error).__name__ == "DatabaseError"
@@ -4322,7 +4322,7 @@ class RunStore:
             self.waiting += [self.set_meta("place", place),
                              self.set_meta("began", repr(now)),
                              self.set_meta("epoch", str(new_epoch())),
-                             self.set_meta("told before", str(self.sent or 0))]
+                             self.set_meta("sent before", str(self.sent or 0))]
             return now
         return self.noted_time("began")
 
@@ -5442,7 +5442,7 @@ class QueuedRun:
             pass                # it has ended; the run is recorded anyway
 
     def reject(self, why: str) -> None:
-        """Tell `koitab run`, if it waits, that the run does not start."""
+        """Notify `koitab run`, if it waits, that the run does not start."""
         if not self.connection:
             return
         end = {"exit": None, "signal": None, "reason": why}
@@ -6262,9 +6262,9 @@ class Scheduler:
         statements, retries, mails = [], [], []
         ends, self.unrecorded_ends = self.unrecorded_ends, []
         for running, status in ends:
-            mine: list[tuple] = []
+            of_run: list[tuple] = []
             try:
-                self.record_end(running, status, mine, retries, mails)
+                self.record_end(running, status, of_run, retries, mails)
             except OSError as error:    # too many files are open
                 self.log.set_problem(
                     "ends", f"a run's end cannot be read: {error}")
@@ -6272,12 +6272,12 @@ class Scheduler:
                 self.check_at = min(self.check_at, self.clock.ticks() + 1)
             except Exception as bug:    # of ours, with this run alone
                 self.log.set_problem("bug", f"run {running.run}: {bug!r}")
-                mine = [self.store.update(
+                of_run = [self.store.update(
                     running.run, state="interrupted",
                     reason="koid failed on its end")]
             else:
                 self.files_to_remove.append(running.run)
-            statements += mine
+            statements += of_run
         if self.write(statements):
             self.mail.queue += mails
         self.waiting += retries
@@ -6759,17 +6759,17 @@ class ControlService:
             self.machine.clock.now())
         tab = self.registry.tabs.get(f"{self.home}/tabs/{user or caller.name}"
                                      ) or Tab([], [], {})
-        mine = [scheduled for scheduled in self.registry.scheduled_jobs
+        jobs = [scheduled for scheduled in self.registry.scheduled_jobs
                 if not user or scheduled.user == user]
         starts = [start for start in (
             self.registry.next_start(scheduled, now)
-            for scheduled in mine) if start]
+            for scheduled in jobs) if start]
         running = self.store.runs("r.state = 'running' and (j.user = ?1 or "
                                   "?1 = '') order by r.id limit 1000", user)
         return {
             "version": VERSION, "pid": os.getpid(), "home": self.home,
             "started": self.daemon.started, "system": self.registry.system,
-            "jobs": len(mine), "running": running,
+            "jobs": len(jobs), "running": running,
             "next": min(starts, default=None), "late": [
                 label for key, label in self.daemon.scheduler.late()
                 if not user or key[0] == user],
@@ -6785,7 +6785,7 @@ class ControlService:
         if not caller.is_admin:
             raise Error("only who runs koid can do this")
         self.daemon.broker.load()
-        return {"linked": self.daemon.broker.mine is not None}
+        return {"linked": self.daemon.broker.enrollment is not None}
 
 
 OPERATIONS = {
@@ -6814,8 +6814,8 @@ def near_path(path: str) -> tuple[str, int]:
     (108 bytes, unix(7)), and a descriptor to close after its use, or -1."""
     if len(os.fsencode(path)) < 100:
         return path, -1
-    folder, _, name = path.rpartition("/")
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    directory, _, name = path.rpartition("/")
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     return f"/proc/self/fd/{fd}/{name}", fd
 
 
@@ -6862,11 +6862,11 @@ class ControlServer:
 
     def listen(self, path: str) -> None:
         """Make the socket. Raises Error."""
-        folder, everyone = posixpath.dirname(path), path == ROOT_SOCKET
+        directory, everyone = posixpath.dirname(path), path == ROOT_SOCKET
         try:
-            os.makedirs(folder, 0o755, exist_ok=True)
+            os.makedirs(directory, 0o755, exist_ok=True)
             if everyone:
-                os.chmod(folder, 0o755)     # whatever the umask was
+                os.chmod(directory, 0o755)  # whatever the umask was
             near, fd = near_path(path)
             try:
                 os.unlink(path)     # koid has the lock: nobody listens there
@@ -7232,7 +7232,7 @@ class AgentProcess:
         self.start_at, self.pause = FOREVER, RESTART_FIRST  # ticks; seconds
         self.started = 0.0                  # ticks
         self.problem = ""                   # why there is none
-        self.fault = ""                     # why koid killed it
+        self.kill_reason = ""               # why koid killed it
 
     def load_program(self) -> None:
         """Read the agent's text: a later koitab.py may be another one."""
@@ -7259,7 +7259,7 @@ class AgentProcess:
         ours.setblocking(False)
         self.pid, self.lines = pid, LineConnection(ours, LONGEST_MESSAGE)
         self.start_at, self.started = FOREVER, self.clock.ticks()
-        self.fault = ""
+        self.kill_reason = ""
         self.poller.register(ours.fileno(), self.on_ready)
 
     def delay_start(self) -> None:
@@ -7274,10 +7274,10 @@ class AgentProcess:
             self.poller.close(fd)
         self.kill("stopped")
 
-    def kill(self, fault: str) -> None:
-        """Kill the agent because of a `fault`, the end of a sentence."""
+    def kill(self, reason: str) -> None:
+        """Kill the agent; `reason` ends a sentence about it."""
         if self.pid:            # 0 would mean koid's whole group
-            self.fault = self.fault or fault
+            self.kill_reason = self.kill_reason or reason
             os.kill(self.pid, signal.SIGKILL)   # a child until it is reaped
 
     def ended(self, status: int, wanted: bool) -> None:
@@ -7289,7 +7289,7 @@ class AgentProcess:
             self.pause = RESTART_FIRST
         if wanted and lost:
             exit_status, number = exit_and_signal(status)
-            how = self.fault or (
+            how = self.kill_reason or (
                 f"killed by {signal.Signals(number).name}" if number
                 else f"ended with status {exit_status}")
             self.problem = f"agent {how}; restarting in {self.pause:g}s"
@@ -7370,7 +7370,7 @@ class AgentBroker:
         self.scheduler, self.machine = scheduler, scheduler.machine
         self.registry, self.store = scheduler.registry, scheduler.store
         self.clock, self.log = scheduler.clock, scheduler.log
-        self.mine: Enrollment | None = None
+        self.enrollment: Enrollment | None = None
         self.process = AgentProcess(scheduler.machine, scheduler.log, poller,
                                     self.answer)
         self.verifier: RequestVerifier | None = None
@@ -7383,20 +7383,20 @@ class AgentBroker:
 
     def load(self) -> None:
         """Take the dashboard that the file `keys` names, or none."""
-        before = self.mine
+        before = self.enrollment
         try:
-            self.mine = self.machine.read_enrollment(self.scheduler.home)
+            self.enrollment = self.machine.read_enrollment(self.scheduler.home)
             self.log.set_problem("keys", "")
         except Error as error:
-            self.mine = None
+            self.enrollment = None
             self.log.set_problem("keys", f"no dashboard: {error}")
-        if self.mine == before and self.process.pid:
+        if self.enrollment == before and self.process.pid:
             return
         self.process.stop()
         self.problems.clear()
         self.process.problem = ""
         self.listed, self.process.start_at = None, FOREVER
-        if self.mine:
+        if self.enrollment:
             self.begin()
         elif "keys" not in self.log.problems:
             self.store.sent = None      # nothing is kept for a dashboard
@@ -7406,8 +7406,8 @@ class AgentBroker:
         began = self.store.began(self.clock.now())
         # No request was signed with these keys before they were made.
         self.verifier = RequestVerifier(
-            self.scheduler, self.mine,
-            began if began >= self.mine.since else 0.0)
+            self.scheduler, self.enrollment,
+            began if began >= self.enrollment.since else 0.0)
         first, self.store.sent = self.store.sent is None, self.store.sent or 0
         self.scheduler.write(
             [self.store.set_meta("sent", "0")] if first else [])
@@ -7430,7 +7430,7 @@ class AgentBroker:
 
     def agent_ended(self, status: int) -> None:
         """The agent's process has ended, with this wait status."""
-        self.process.ended(status, wanted=self.mine is not None)
+        self.process.ended(status, wanted=self.enrollment is not None)
 
     def forget_list(self) -> None:
         """A tab has changed: the agent gets a new list of jobs."""
@@ -7444,8 +7444,8 @@ class AgentBroker:
     def shown(self) -> dict | None:
         """Return the connection's state for `koitab status`."""
         problems = [self.process.problem, *self.problems.values()]
-        return self.mine and {
-            "url": self.mine.url, "name": self.mine.name,
+        return self.enrollment and {
+            "url": self.enrollment.url, "name": self.enrollment.name,
             "problems": [text for text in problems if text],
             "unsent": max(0, self.store.change - (self.store.sent or 0)),
             "refused": self.store.refusals()}
@@ -7463,8 +7463,8 @@ class AgentBroker:
 
     def hello(self, _request: dict) -> dict:
         """Return what the agent needs: never the host key."""
-        return {"url": self.mine.url, "token": self.mine.token,
-                "ca": self.mine.ca, "host": self.mine.host,
+        return {"url": self.enrollment.url, "token": self.enrollment.token,
+                "ca": self.enrollment.ca, "host": self.enrollment.host,
                 "instance": f"{int(self.clock.now() * 1000)}-"
                             f"{os.urandom(4).hex()}",
                 "facts": self.facts()}
@@ -7513,7 +7513,7 @@ class AgentBroker:
 
     def batch(self, request: dict) -> dict:
         """Return runs that changed, and the list of jobs if it is new."""
-        sent = self.store.get_meta("told before")   # under another epoch
+        sent = self.store.get_meta("sent before")   # under another epoch
         most = max(1, min(int(request["most"]), MOST_RECORDS))
         rows = self.store.changed_since(
             max(int(request["after"]), int(sent or 0)), most)
@@ -7558,10 +7558,12 @@ class AgentBroker:
                 f"the dashboard gets the first {len(manifests)} jobs only: "
                 "their list is too long")
             body = json.dumps({
-                "v": 1, "dash": self.mine.dash, "host": self.mine.host,
-                "key": key_id(self.mine.secret), "name": self.mine.name,
+                "v": 1, "dash": self.enrollment.dash,
+                "host": self.enrollment.host,
+                "key": key_id(self.enrollment.secret),
+                "name": self.enrollment.name,
                 "at": int(self.clock.now() * 1000), "jobs": manifests})
-            self.listed = (body, list_mac(self.mine.secret, body),
+            self.listed = (body, list_mac(self.enrollment.secret, body),
                            sha256_hex(body))
         return self.listed
 
@@ -7623,11 +7625,13 @@ class RequestVerifier:
     starts. `since`: from when on the history knows which nonces were used.
     """
 
-    def __init__(self, scheduler: Scheduler, mine: Enrollment, since: float):
+    def __init__(self, scheduler: Scheduler, enrollment: Enrollment,
+                 since: float):
         # The first use of keys: what verifies is loaded now, as Python may
         # be upgraded under koid.
         import hashlib, hmac    # noqa: E401, F401
-        self.scheduler, self.mine, self.since = scheduler, mine, since
+        self.scheduler, self.enrollment = scheduler, enrollment
+        self.since = since
         self.store, self.clock = scheduler.store, scheduler.clock
         self.log = scheduler.log
         self.refused: dict[str, list] = {}      # reason -> [count, ticks]
@@ -7636,8 +7640,8 @@ class RequestVerifier:
         """Return the result of a request: accepted, with the number of its
         run, or refused, with the reason."""
         try:
-            fields = verify_request(self.mine.secret, request.get("body"),
-                                    request.get("mac"))
+            fields = verify_request(self.enrollment.secret,
+                                    request.get("body"), request.get("mac"))
         except RequestRejected as why:
             return self.refuse("", str(why))
         nonce = fields["nonce"]
@@ -7665,9 +7669,9 @@ class RequestVerifier:
         the run. Raises RequestRejected, Error."""
         if used == 0:
             raise RequestRejected("it was refused before")
-        why = request_mismatch(fields, {"key": key_id(self.mine.secret),
-                                        "dash": self.mine.dash,
-                                        "host": self.mine.host},
+        why = request_mismatch(fields, {"key": key_id(self.enrollment.secret),
+                                        "dash": self.enrollment.dash,
+                                        "host": self.enrollment.host},
                                self.clock.now(), self.since)
         if why:
             raise RequestRejected(why)
@@ -7709,7 +7713,7 @@ class RequestVerifier:
                 raise RequestRejected("a secret in it cannot be read")
             try:
                 values[name] = encrypt_secret(
-                    self.mine.secret, fields["nonce"], name,
+                    self.enrollment.secret, fields["nonce"], name,
                     bytes.fromhex(text)).decode()
             except UnicodeDecodeError:
                 raise RequestRejected(
@@ -7816,7 +7820,7 @@ class Daemon:
                                       self.store, self)
         self.server = ControlServer(self.control, self.scheduler, self.poller)
         self.broker = AgentBroker(self.scheduler, self.poller)
-        self.folders: dict[str, int | None] = {}    # with tabs -> descriptor
+        self.tab_directories: dict[str, int | None] = {}    # -> descriptor
         self.reload_at = FOREVER            # ticks
         self.stopping = False
         self.signals = dict.fromkeys((
@@ -7898,7 +7902,7 @@ class Daemon:
         self.alarm = self.machine.clock_alarm()
         if self.alarm is not None:
             self.poller.register(self.alarm, self.clock_was_set)
-        self.watch_folders()
+        self.watch_tab_directories()
 
     def survive(self, bug: Exception) -> None:
         """Go on after a bug. A job that cannot be planned is left out, so
@@ -7915,11 +7919,11 @@ class Daemon:
             try:
                 if self.scheduler.planner.state:
                     next_due(scheduled, self.scheduler.planner.state)
-            except Exception as fault:
+            except Exception as error:
                 self.registry.scheduled_jobs.remove(scheduled)
                 self.registry.problems.append(
                     f"{scheduled.file}:{scheduled.line}: not "
-                    f"used: koid fails on it: {fault}")
+                    f"used: koid fails on it: {error}")
         # A reload that failed is made up for.
         self.reload_at = min(self.reload_at, self.clock.ticks() + MINUTE)
         time.sleep(TRY_AGAIN)
@@ -8030,10 +8034,10 @@ class Daemon:
     def must_poll_tabs(self) -> bool:
         """Must koid look for changed tabs each minute, because nothing
         reports all of them?"""
-        return self.registry.links or not self.folders \
-            or None in self.folders.values()
+        return self.registry.links or not self.tab_directories \
+            or None in self.tab_directories.values()
 
-    def watch_folders(self) -> None:
+    def watch_tab_directories(self) -> None:
         """Let changes in the directories of tabs wake koid."""
         wanted = [f"{self.home}/tabs"]
         if self.registry.system:
@@ -8041,18 +8045,19 @@ class Daemon:
                        self.machine.spool()]
         elif os.geteuid() == 0:
             wanted.append(posixpath.dirname(LOCAL_ZONE))
-        for folder in wanted:
-            fd = self.folders.get(folder)
-            if fd is not None and not is_open_on(fd, folder):
+        for directory in wanted:
+            fd = self.tab_directories.get(directory)
+            if fd is not None and not is_open_on(fd, directory):
                 os.close(fd)            # removed, and perhaps made again
                 fd = None
-            self.folders[folder] = self.machine.watch_directory(folder) \
-                if fd is None else fd
+            if fd is None:
+                fd = self.machine.watch_directory(directory)
+            self.tab_directories[directory] = fd
 
     def reload(self) -> None:
         """Take up tabs that changed, from the next minute on."""
         self.reload_at = FOREVER
-        self.watch_folders()
+        self.watch_tab_directories()
         planner = self.scheduler.planner
         if planner.state and not self.must_poll_tabs():
             self.scheduler.start_due()  # the minutes up to now: the old tabs'
@@ -8408,11 +8413,11 @@ class DashboardClient:
         except (ValueError, RecursionError):
             answer = None
         if response.status >= 300:
-            said = answer or {}
-            words = said.get("error") or \
+            fields = answer or {}
+            message = fields.get("error") or \
                 f"it answers with status {response.status}"
-            raise HttpRefused(response.status, str(words)[:300],
-                              str(said.get("hint") or "")[:300])
+            raise HttpRefused(response.status, str(message)[:300],
+                              str(fields.get("hint") or "")[:300])
         if answer is None:
             raise ConnectionFailed("its answer is not that of a dashboard")
         return answer
@@ -8444,7 +8449,7 @@ class KoidConnection:
         self.lines = LineConnection(sock, LONGEST_REPLY)
         self.replies, self.asking = SimpleQueue(), Lock()
 
-    def say_hello(self) -> dict:
+    def read_settings(self) -> dict:
         """Return what koid gives its agent at the start. No thread asks or
         listens yet. Raises OSError, Error."""
         self.lines.send({"op": "hello"})
@@ -8790,7 +8795,7 @@ def run_agent() -> None:
         pass
     koid, status = KoidConnection(socket.socket(fileno=AGENT_SOCKET)), EXIT_BUG
     try:
-        agent = SyncAgent(koid, koid.say_hello())
+        agent = SyncAgent(koid, koid.read_settings())
         agent.start()
         koid.listen(agent.on_news)
     except OSError:
@@ -8961,7 +8966,7 @@ STRIPPED = r"\x1b\[[0-?]*[ -/]*[@-~]"   # colours and the like, as in ECMA-48
 
 def outcome_code(state: str, status: int | None, number: int | None,
                  reason: str) -> str:
-    """Return how a run went, in one letter.
+    """Return how a run went, as a code of one character.
 
     o: ended well, f: failed, k: killed by a signal or a time limit; the
     others are in OUTCOME_CODES. `status` is the exit status, `number` the
@@ -9034,8 +9039,8 @@ def shortest_usual(entries: list) -> float | None:
         times, 0.05) >= 1 else None
 
 
-def plain_line(text: str) -> str:
-    """Return a line as a terminal would leave it, without colours."""
+def stripped_line(text: str) -> str:
+    """Return a line as a terminal would leave it, without escapes."""
     import re
     text = re.sub(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b"
                   r"\\)?|[@-Z\\-_])", "", text)
@@ -9052,7 +9057,7 @@ def last_line(frames: bytes, bad: bool) -> str:
         text = b"".join(data for stream, _, data in kept
                         if stream in streams)[-8192:]
         for line in reversed(text.decode("utf-8", "replace").split("\n")):
-            line = plain_line(line)
+            line = stripped_line(line)
             if line:
                 return line[:300]
     return ""
@@ -9122,10 +9127,10 @@ class Changes:
 
 
 class Timers:
-    """What must be looked at, and when. Only the writer's thread uses it.
+    """What must be checked, and when. Only the writer's thread uses it.
 
-    They are in memory only, and set anew at each start. Who looks decides
-    by the database, so a timer that is too early does no harm.
+    They are in memory only, and set anew at each start. A check decides by
+    the database, so a timer that is too early does no harm.
     """
 
     def __init__(self):
@@ -9133,7 +9138,7 @@ class Timers:
         self.times: dict[tuple, float] = {}     # (kind, key) -> at
 
     def schedule(self, kind: str, key, at: float | None) -> None:
-        """Have (kind, key) looked at by the time `at`, or earlier."""
+        """Have (kind, key) checked by the time `at`, or earlier."""
         from heapq import heappush
         if at is None or at >= self.times.get((kind, key), FOREVER):
             return
@@ -9163,7 +9168,7 @@ class Principal(FrozenRecord):
 
 
 class AuditLog:
-    """Who asked for what: the table `audit`."""
+    """Who requested what: the table `audit`."""
 
     TABLES = """
 create table audit (
@@ -9176,7 +9181,7 @@ create index audit_by_nonce on audit (nonce) where nonce <> '';
 """
 
     def record(self, db: Database, now: float, what: str, **columns) -> None:
-        """Keep who asked for what. No two rows have the same time, because
+        """Record who requested what. No two rows have the same time, because
         a page of them begins after a time."""
         last = db.value("select max(at) from audit") or 0.0
         if last < now + DAY_SECONDS:        # else a clock was wrong
@@ -9590,7 +9595,7 @@ KEEP_PINGS = 100                # of one check
 PING_BODY_LIMIT = 10_000
 LONGEST_MEASURED = 72 * 3600    # a start and an end that belong together
 HISTORY_BAR = 90                # entries of a run history bar
-SLUG_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
+SLUG_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 NEW_CHECK = {"tags": "", "desc": "", "kind": "simple", "period": 86_400.0,
              "grace": 3600.0, "schedule": "* * * * *", "tz": "UTC",
              "start_within": 0.0, "run_limit": 0.0, "manual_resume": 0,
@@ -9761,10 +9766,10 @@ create index flips_of_check on flips ("check", at);
         return schedule, self.zones[tz]
 
     def set_timer(self, check: dict, now: float) -> float | None:
-        """Have a check looked at when its state may change by itself: to
+        """Set the timer to when a check's state may change by itself: to
         late, or to down. Return when it goes down, or None.
 
-        An error must not stop pings: then it is looked at in an hour.
+        An error must not stop pings: then the timer is set to an hour.
         """
         try:
             expected = self.expected(check)
@@ -9793,7 +9798,7 @@ create index flips_of_check on flips ("check", at);
             if not check:
                 return 404, "not found"
         else:
-            if not SLUG_LETTERS.issuperset(slug) or not slug:
+            if not SLUG_CHARACTERS.issuperset(slug) or not slug:
                 return 400, "invalid url format"
             known = db.value("select 1 from dashboard where ping_key = ?", key)
             found = db.rows("select * from checks where slug = ? limit 2",
@@ -9843,7 +9848,7 @@ create index flips_of_check on flips ("check", at);
             ("scheme", 10), ("method", 10), ("ua", 200), ("ip", 50))}
         db.insert("pings", check=check["id"], n=check["n"], at=now,
                   **columns, **headers, size=len(body), body=body,
-                  line=plain_line(line.rpartition("\n")[2])[:200])
+                  line=stripped_line(line.rpartition("\n")[2])[:200])
         if check["n"] % KEEP_PINGS == 0:
             db.execute('delete from pings where "check" = ? and n <= ?',
                        check["id"], check["n"] - KEEP_PINGS)
@@ -9910,7 +9915,7 @@ create index flips_of_check on flips ("check", at);
             return float(value)
 
         slug = request.text("slug", 100, old.get("slug", ""))
-        if not SLUG_LETTERS.issuperset(slug):
+        if not SLUG_CHARACTERS.issuperset(slug):
             raise request.wrong("slug", "may have a to z, 0 to 9, - and _")
         texts = {name: request.text(name, most, old.get(name, default))
                  for name, most, default in (
@@ -11072,7 +11077,7 @@ create index requests_by_time on requests (at);
 
     def record_audit(self, db: Database, status: HostStatus,
                      signed: RequestFields, now: float) -> None:
-        """Keep who asked for what; secrets are masked. Raises Error."""
+        """Record who requested what; secrets are masked. Raises Error."""
         import json
         action = signed.text("do")
         if action == "run":
@@ -11255,14 +11260,14 @@ create table epochs (host integer not null, epoch integer not null,
                     request: RequestFields, now: float) -> None:
         """Note that a host is up, and keep what it says of itself. Raises
         Error."""
-        said = self.read_facts(row, request, now)
-        self.check_instance(status, row["instance"], said["instance"], now)
-        changed = {name: value for name, value in said.items()
+        facts = self.read_facts(row, request, now)
+        self.check_instance(status, row["instance"], facts["instance"], now)
+        changed = {name: value for name, value in facts.items()
                    if row[name] != value}
         if status.seen is None or changed:
             self.changes.mark_changed("hosts", status.host)
         if "epoch" in changed and row["epoch"] is not None:
-            self.runs.end_epoch(db, status, said["epoch"])
+            self.runs.end_epoch(db, status, facts["epoch"])
         if "instance" in changed:
             self.requests.hand_out_again(db, status)
         if row["down"]:
@@ -11483,21 +11488,21 @@ class Search:
         """Yield runs that may contain a text, the newest first: by the index
         if it can tell, else all that have output."""
         last = LARGEST_WHOLE if before is None else before
-        mine = "(?2 is null or (select job from runs where id = {0}) = ?2)"
+        of_job = "(?2 is null or (select job from runs where id = {0}) = ?2)"
         if not self.index or len(text) < 3 and self.index == "trigram":
             return (run for run, in db.execute(
                 "select distinct run from outputs where run < ?1 and "
-                f"{mine.format('run')} order by run desc", last, job))
+                f"{of_job.format('run')} order by run desc", last, job))
         from heapq import merge
         quoted = '"' + text.replace('"', '""') + '"'
         if self.index == "words":
             quoted += "*"
         waiting = db.column(
             "select run from unindexed where run < ?1 and "
-            f"{mine.format('run')} order by run desc limit 100", last, job)
+            f"{of_job.format('run')} order by run desc limit 100", last, job)
         rows = db.execute(
             "select rowid from found where found match ?3 and rowid < ?1 and "
-            f"{mine.format('found.rowid')} order by rowid desc", last, job,
+            f"{of_job.format('found.rowid')} order by rowid desc", last, job,
             quoted)
         return merge(waiting, (run for run, in rows), reverse=True)
 
@@ -12018,12 +12023,12 @@ class Dashboard:
                                    self.clock, lambda: self.full)
         self.overview = Overview(self.credentials, self.alerts, self.checks,
                                  self.hosts, self.runs, self.requests)
-        self.looks = {"host": self.rules.check_host,
-                      "late": self.rules.check_late,
-                      "slow": self.rules.check_slow,
-                      "check": self.checks.check_deadline,
-                      "request": self.requests.check_expired,
-                      "snooze": self.alerts.check_snooze}
+        self.timer_handlers = {
+            "host": self.rules.check_host, "late": self.rules.check_late,
+            "slow": self.rules.check_slow,
+            "check": self.checks.check_deadline,
+            "request": self.requests.check_expired,
+            "snooze": self.alerts.check_snooze}
         self.chores = [
             Chore("make_room", 1.0, self.make_room),
             Chore("index_next", 5.0, self.index_next),
@@ -12237,19 +12242,19 @@ class Dashboard:
                    self.timers.next_time() - self.clock.now())
 
     def run_once(self) -> bool:
-        """Carry out the operations that wait, the looks that are due, and
-        one step of a chore; return False if there was nothing to do."""
+        """Carry out the operations that wait, those of due timers, and one
+        step of a chore; return False if there was nothing to do."""
         with self.wakes:
             batch = [self.queue.popleft() for _ in range(
                 min(len(self.queue), MOST_IN_BATCH))]
         if batch:
             self.commit_batch(batch)
-        looks = [] if self.broken or self.full else self.due_looks()
-        if looks:
-            self.commit_batch(looks)
-        return bool(self.run_chore() or batch or looks)
+        timers = [] if self.broken or self.full else self.due_timers()
+        if timers:
+            self.commit_batch(timers)
+        return bool(self.run_chore() or batch or timers)
 
-    def due_looks(self) -> list[tuple]:
+    def due_timers(self) -> list[tuple]:
         """Return the operations of the timers that are due. One that fails
         is repeated, but not at once."""
         def repeat(kind: str, key):
@@ -12264,7 +12269,7 @@ class Dashboard:
             return then
 
         now = self.clock.now()
-        return [(self.looks[kind], (key, now), repeat(kind, key))
+        return [(self.timer_handlers[kind], (key, now), repeat(kind, key))
                 for kind, key in self.timers.take_due(now, MOST_IN_BATCH)]
 
     def run_chore(self) -> bool:
@@ -13691,7 +13696,7 @@ def is_number(text: str) -> bool:
 
 def is_slug(text: str) -> bool:
     """Is it a name as the paths of pings have them?"""
-    return 0 < len(text) <= 200 and SLUG_LETTERS.issuperset(text.lower())
+    return 0 < len(text) <= 200 and SLUG_CHARACTERS.issuperset(text.lower())
 
 
 def is_id(text: str) -> bool:
@@ -14404,13 +14409,14 @@ async def read_output(api: Api, context: RequestContext) -> Response:
     wait = min(query.get("wait") or 0.0, LONGEST_FOLLOW)
     until = api.loop.time() + wait
 
-    def look() -> tuple:
+    def read_part() -> tuple:
         dashboard.follow(run)
         return dashboard.read(dashboard.runs.output, run, start, size)
 
     with LongPoll(api.polls, ("run", run)) as poll:
         while True:
-            data, total, live, begin = (*await api.in_reader(look), start)[:4]
+            data, total, live, begin = (
+                *await api.in_reader(read_part), start)[:4]
             if data or not live or not wait or poll.ended \
                     or not await context.connection.run_until_closed(
                         poll.wait(until - api.loop.time())):
@@ -14449,7 +14455,7 @@ async def show_day(api: Api, context: RequestContext) -> Response:
 
 
 async def list_audit(api: Api, context: RequestContext) -> Response:
-    """GET /api/v1/audit: who asked for what, newest first."""
+    """GET /api/v1/audit: who requested what, newest first."""
     return await api.answer(api.dashboard.audit.page,
                             context.query.get("before"))
 
@@ -16103,7 +16109,7 @@ function removeFrom(kind, id) {
   }
 }
 
-// Tells people who cannot see the page which jobs became worse.
+// Announces to people who cannot see the page which jobs became worse.
 function announce(jobs) {
   if (!jobs.length) return;
   $("#announcer").textContent = jobs.slice(0, 3).map((job) =>
@@ -17154,7 +17160,7 @@ function visible(text) {
 
 const visibleLines = (text) => text.split("\n").map(visible).join("\n");
 
-const PLAIN = { fg: null, bg: null, bold: false, dim: false, italic: false,
+const NO_STYLE = { fg: null, bg: null, bold: false, dim: false, italic: false,
   under: false, inverse: false, strike: false, href: "", err: false,
   control: false };
 const MOST_STYLES = 2000, LONGEST_ESCAPE = 4096, LONGEST_SGR = 256;
@@ -17179,7 +17185,7 @@ function styledBy(style, text) {
   const after = { ...style }, codes = text.split(";");
   for (let i = 0; i < codes.length; i += 1) {
     const [n, ...sub] = codes[i].split(":").map(Number);
-    if (n === 0) Object.assign(after, PLAIN, { href: style.href });
+    if (n === 0) Object.assign(after, NO_STYLE, { href: style.href });
     else if (n === 38 || n === 48) {
       const list = sub.length ? sub[0] === 2 && sub.length > 4
         ? [2, ...sub.slice(2)] : sub : codes.slice(i + 1, i + 5).map(Number);
@@ -17205,7 +17211,7 @@ class Terminal {
   constructor() {
     this.lines = [];        // the finished ones
     this.styles = new Map();
-    this.style = PLAIN;
+    this.style = NO_STYLE;
     this.streams = {};
     this.number = 1;
     this.begin(1);
@@ -17222,7 +17228,7 @@ class Terminal {
   shared(style) {
     const key = JSON.stringify(style);
     if (!this.styles.has(key)) {
-      if (this.styles.size >= MOST_STYLES) return PLAIN;
+      if (this.styles.size >= MOST_STYLES) return NO_STYLE;
       this.styles.set(key, style);
     }
     return this.styles.get(key);
@@ -17291,7 +17297,7 @@ class Terminal {
   note(ms, bytes) {
     this.breakLine();
     this.lines.push({ cells: [`koi: ${visible(new TextDecoder().decode(
-      bytes))}`], styles: [PLAIN], at: ms, err: false, note: true,
+      bytes))}`], styles: [NO_STYLE], at: ms, err: false, note: true,
     number: 0 });
   }
 
@@ -17342,7 +17348,7 @@ class Terminal {
     if (how === "1" || how === "2") {
       const end = Math.min(this.column, cells.length);
       cells.fill(" ", 0, end);
-      styles.fill(PLAIN, 0, end);
+      styles.fill(NO_STYLE, 0, end);
     }
   }
 
@@ -17388,7 +17394,7 @@ function paint(node, { cells, styles }) {
     if (at < cells.length && (styles[at] === styles[from]
         || spans >= MOST_SPANS)) continue;
     node.append(spanOf(textOf({ cells: cells.slice(from, at) }),
-      spans < MOST_SPANS && styles[from] || PLAIN));
+      spans < MOST_SPANS && styles[from] || NO_STYLE));
     spans += 1;
     from = at;
   }
@@ -17396,7 +17402,7 @@ function paint(node, { cells, styles }) {
 
 // Returns a text or, where it has a style, an element.
 function spanOf(text, style) {
-  if (style === PLAIN) return text;
+  if (style === NO_STYLE) return text;
   const names = ["bold", "dim", "italic", "under", "strike", "err",
     "control"].filter((name) => style[name]);
   let { fg, bg } = style;
@@ -18620,7 +18626,7 @@ class Day {
   }
 
   // Returns the rows of all answers: where there is too much for one, `to`
-  // tells how far it goes.
+  // reports its progress.
   async load() {
     const rows = new Map(), to = Math.ceil(this.to);
     let from = Math.floor(this.from);
@@ -18818,7 +18824,7 @@ function marked(raw, text) {
     visible(line.slice(from, Math.max(from, first + 400)))];
 }
 
-// --- audit: who asked for what ---------------------------------------------
+// --- audit: who requested what ---------------------------------------------
 
 // #/audit
 function auditView(place, root) {
@@ -20621,19 +20627,19 @@ def enroll(options: Invocation, client: DashboardClient,
 
 def require_no_membership(options: Invocation) -> None:
     """Raise Error if this machine is a member of a dashboard already."""
-    mine = options.machine.read_enrollment(membership_directory(options))
-    if mine:
-        raise Error(f"this machine belongs to {mine.url} already",
+    enrollment = options.machine.read_enrollment(membership_directory(options))
+    if enrollment:
+        raise Error(f"this machine belongs to {enrollment.url} already",
                     "koitab -d off")
 
 
 def membership(options: Invocation) -> Enrollment:
     """Return the keys of this machine for its dashboard. Raises Error."""
-    mine = options.machine.read_enrollment(membership_directory(options))
-    if not mine:
+    enrollment = options.machine.read_enrollment(membership_directory(options))
+    if not enrollment:
         raise Error("this machine belongs to no dashboard", "koitab -d new; "
                     "or koitab -d join URL")
-    return mine
+    return enrollment
 
 
 def new_dashboard(options: Invocation,
@@ -20678,11 +20684,12 @@ def join_dashboard(options: Invocation, url: str) -> int:
 
 def show_membership(options: Invocation) -> int:
     """koitab -d show: 1 if koid is not connected. Raises Error."""
-    mine = membership(options)
-    print_field("dashboard", [f"{mine.url.rstrip('/')}/#{mine.dash}"])
-    print_field("host", [f"{mine.name} ({mine.host})"])
-    print_field("keys", [f"{key_id(mine.secret)}, since "
-                         f"{format_rfc3339(mine.since)}"])
+    enrollment = membership(options)
+    print_field("dashboard", [f"{enrollment.url.rstrip('/')}/"
+                              f"#{enrollment.dash}"])
+    print_field("host", [f"{enrollment.name} ({enrollment.host})"])
+    print_field("keys", [f"{key_id(enrollment.secret)}, since "
+                         f"{format_rfc3339(enrollment.since)}"])
     try:
         state = options.ask_koid("status").get("dashboard")
     except Error as error:
@@ -20695,16 +20702,17 @@ def show_membership(options: Invocation) -> int:
 
 def rotate_passphrase(options: Invocation) -> int:
     """koitab -d rotate: new keys for all; the old ones end. Raises Error."""
-    mine = membership(options)
-    client, _ = connect_dashboard(options, mine.url, mine.ca)
-    keys, _ = log_in(client, mine.dash, read_passphrase("Passphrase of now: "))
-    if host_key(keys.run, mine.host) != mine.secret:
+    enrollment = membership(options)
+    client, _ = connect_dashboard(options, enrollment.url, enrollment.ca)
+    keys, _ = log_in(client, enrollment.dash,
+                     read_passphrase("Passphrase of now: "))
+    if host_key(keys.run, enrollment.host) != enrollment.secret:
         raise Error("this is not the passphrase of this dashboard")
     passphrase = format_passphrase(os.urandom(20))
     salt = os.urandom(SALT_BYTES)
     fresh = derive_keys(passphrase, salt)
     # First: keys that are valid and known to nobody would lock out everybody.
-    print_keys(mine.url, mine.dash, fresh, passphrase)
+    print_keys(enrollment.url, enrollment.dash, fresh, passphrase)
     try:
         ask_dashboard(client, "POST", "/api/v1/rotate",
                       hashes_of(fresh, salt))
@@ -20713,35 +20721,36 @@ def rotate_passphrase(options: Invocation) -> int:
                     "the answer was lost, the new one: then koitab -d off; "
                     "koitab -d join") from None
     options.machine.write_enrollment(
-        membership_directory(options), mine.replace(
-            key=host_key(fresh.run, mine.host).hex(),
+        membership_directory(options), enrollment.replace(
+            key=host_key(fresh.run, enrollment.host).hex(),
             since=options.machine.clock.now()))
     reload_enrollment(options)
     options.warn("on each other host: koitab -d off; koitab -d join "
-                 f"{mine.url} (until then nothing can be run there)")
+                 f"{enrollment.url} (until then nothing can be run there)")
     return EXIT_OK
 
 
 def leave_dashboard(options: Invocation) -> int:
-    """koitab -d off: remove this machine's keys, then tell the dashboard.
-    Raises Error."""
+    """koitab -d off: remove this machine's keys, then notify the
+    dashboard. Raises Error."""
     directory = membership_directory(options)
     try:
-        mine = options.machine.read_enrollment(directory)
+        enrollment = options.machine.read_enrollment(directory)
     except Error as error:      # unreadable: the dashboard is unknown
         options.machine.remove_enrollment(directory)
         reload_enrollment(options)
         options.warn(f"removed all the same: {error.message}")
         return EXIT_OK
-    mine = mine or membership(options)
+    enrollment = enrollment or membership(options)
     options.machine.remove_enrollment(directory)
     reload_enrollment(options)
     try:
-        client = DashboardClient(mine.url, mine.token, mine.ca)
-        ask_dashboard(client, "DELETE", f"/api/v1/hosts/{mine.host}")
+        client = DashboardClient(enrollment.url, enrollment.token,
+                                 enrollment.ca)
+        ask_dashboard(client, "DELETE", f"/api/v1/hosts/{enrollment.host}")
     except Error as error:
         options.warn(f"the dashboard was not told: {error.message}")
-    print(f"this machine does not belong to {mine.url} any more")
+    print(f"this machine does not belong to {enrollment.url} any more")
     return EXIT_OK
 
 
@@ -20765,8 +20774,9 @@ def choose_dashboard(options: Invocation) -> tuple[DashboardClient, str]:
     if "url" in options.given:
         url, dash = split_dashboard_url(options.url)
         return connect_dashboard(options, url)[0], dash
-    mine = membership(options)
-    return connect_dashboard(options, mine.url, mine.ca)[0], mine.dash
+    enrollment = membership(options)
+    client, _ = connect_dashboard(options, enrollment.url, enrollment.ca)
+    return client, enrollment.dash
 
 
 def command_run(options: Invocation, name: str,
@@ -20824,10 +20834,10 @@ def verify_job_list(listed: dict, key: bytes, dash: str,
         raise Error("the list of this host's jobs is not signed with the "
                     "keys of this passphrase", LEAVE_AND_JOIN)
     import json
-    said = json.loads(body)
-    if (said["dash"], said["host"]) != (dash, host):
+    listed = json.loads(body)
+    if (listed["dash"], listed["host"]) != (dash, host):
         raise Error("the dashboard shows the list of another host")
-    return said["jobs"]
+    return listed["jobs"]
 
 
 def match_manifest(options: Invocation, manifests: list[str],
@@ -21028,9 +21038,9 @@ def user_crontab(options: Invocation) -> str:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         if done.returncode == 0:
             return done.stdout.decode("utf-8", "surrogateescape")
-        said = done.stderr.decode("utf-8", "replace").strip()
-        if os.geteuid() and "no crontab" not in said:
-            raise Error(f"{program} -l: {said}")
+        errors = done.stderr.decode("utf-8", "replace").strip()
+        if os.geteuid() and "no crontab" not in errors:
+            raise Error(f"{program} -l: {errors}")
     elif os.geteuid():
         raise Error("there is no crontab program that could be asked",
                     f"sudo koitab -u {owner} import")
@@ -21071,7 +21081,7 @@ def find_crontabs(options: Invocation) -> list[Crontab]:
     return found
 
 
-def with_plain_braces(job: Job) -> str:
+def with_literal_braces(job: Job) -> str:
     """Return the command of a job of cron's as a koitab has it: where koi
     would find an argument, quotes keep the two braces apart. Those that it
     finds elsewhere stay, and the line is not valid."""
@@ -21150,7 +21160,7 @@ class Importer:
             if flag:
                 head = head[:-2].rstrip(BLANKS)
             line = head.removesuffix(job.user) + flag + job.command
-        command = with_plain_braces(job)
+        command = with_literal_braces(job)
         line = line[:len(line) - len(job.command)] + command
         if job.user in ("", self.owner):
             if job.unlogged and self.owner != "root":
@@ -21823,8 +21833,9 @@ def command_page(options: Invocation, url: str = "") -> int:
     """koitab page: the page as a file. Opened from disk, its code never
     comes from the server. Raises Error."""
     if not url:
-        mine = options.machine.read_enrollment(membership_directory(options))
-        url = mine.url if mine else ""
+        enrollment = options.machine.read_enrollment(
+            membership_directory(options))
+        url = enrollment.url if enrollment else ""
     if url:
         check_dashboard_url(url)
     put_out(sys.stdout, page_text(url.rstrip("/")).encode())

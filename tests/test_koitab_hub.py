@@ -133,7 +133,7 @@ def test_a_writers_thread_does_what_waits_before_it_ends(tmp_path):
 def test_a_fault_of_ours_in_the_thread_ends_it_and_nobody_hangs(tmp_path):
     hub = koitab.Dashboard(str(tmp_path / "d.db"))
     hub.open()
-    hub.due_looks = lambda: 1 / 0
+    hub.due_timers = lambda: 1 / 0
     hub.start()
     support.wait_until(lambda: hub.broken, 5)
     assert "division" in hub.broken
