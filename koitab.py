@@ -15187,8 +15187,9 @@ label, .label { font-weight: 600; font-size: 13px; }
 .note.bad, .note.bad b { color: var(--bad); }
 .note.ok { color: var(--ok); }
 .status:empty { display: none; }
-.ask { display: flex; gap: 8px 12px; flex-wrap: wrap; align-items: center; }
-.runhead .ask { margin-top: 12px; }
+.question { display: flex; gap: 8px 12px; flex-wrap: wrap;
+  align-items: center; }
+.runhead .question { margin-top: 12px; }
 .snippet { display: flex; align-items: flex-start; gap: 4px;
   border: 1px solid var(--line); border-radius: 8px;
   background: var(--card); padding: 4px 4px 4px 12px; margin-top: 8px; }
@@ -15207,9 +15208,9 @@ table.list { width: 100%; border-collapse: separate; border-spacing: 0;
   color: var(--soft); padding: 7px 12px; }
 .list td { padding: 6px 12px; border-top: 1px solid var(--line);
   vertical-align: top; }
-.list td:not(.says, .wraps) { white-space: nowrap; }
+.list td:not(.message, .wraps) { white-space: nowrap; }
 .list td.wraps { min-width: 140px; overflow-wrap: anywhere; }
-.list td.says { width: 45%; min-width: 220px; overflow-wrap: anywhere;
+.list td.message { width: 45%; min-width: 220px; overflow-wrap: anywhere;
   font: 12.5px/1.5 var(--mono); }
 .list + .btn { margin-top: 10px; }
 .alerts { border: 1px solid var(--line); border-radius: 8px;
@@ -15306,14 +15307,14 @@ dialog > * + * { margin-top: 12px; }
   .list tr { display: flex; flex-wrap: wrap; gap: 2px 14px;
     padding: 9px 12px; }
   .list tr + tr { border-top: 1px solid var(--line); }
-  .list td, .list td.says, .list td.wraps { padding: 0; border: 0;
+  .list td, .list td.message, .list td.wraps { padding: 0; border: 0;
     min-width: 0; width: auto; }
   .list td:empty { display: none; }
-  .list td:not(.says, .wraps) { white-space: normal; }
+  .list td:not(.message, .wraps) { white-space: normal; }
   .list td[data-th]::before { content: attr(data-th) " "; font-size: 12px;
     color: var(--soft); }
   .list td .btn.quiet { padding-left: 0; }
-  .list td.wraps, .list td.says { flex-basis: 100%; }
+  .list td.wraps, .list td.message { flex-basis: 100%; }
 }
 @media (max-width: 379px) {
   .row { grid-template-areas: "name act" "is next" "last last"
@@ -15452,7 +15453,7 @@ function copyButton(text, label = "Copy") {
     () => copyText(text), { class: "btn quiet" });
 }
 
-// Puts a text into the clipboard, and says so.
+// Puts a text into the clipboard, and confirms it in a toast.
 async function copyText(text) {
   const write = navigator.clipboard?.writeText(text).then(() => true);
   const done = await write?.catch(() => false) || copySelected(text);
@@ -16233,7 +16234,7 @@ const VIEWS = [    // path -> view, the first that fits
 const NAV = [["jobs", "Jobs"], ["day", "Day"], ["alerts", "Alerts"],
   ["audit", "Audit"], ["hosts", "Hosts"], ["settings", "Settings"]];
 
-// Returns what the address asks for. One that hosts join by ends in #ID, and
+// Returns what the address requests. One that hosts join by ends in #ID, and
 // shows the jobs.
 function currentPlace() {
   const [path, query] = location.hash
@@ -16560,7 +16561,7 @@ function hideTip() {
   $("#tip").hidden = true;
 }
 
-// Returns what a bar's tip says: outcome, time and duration.
+// Returns the text of a bar's tip: outcome, time and duration.
 const tipWords = (outcome, at, host, seconds) => [
   el("b", { text: OUTCOMES[outcome] || outcome }), " ", shortTime(at, host),
   isThere(seconds) && outcome !== "m"
@@ -17537,12 +17538,12 @@ class OutputViewer {
     this.newer.hidden = true;
     this.terminal.breakLine();
     this.addLines();
-    if (!this.blocks.length) return this.sayNothing();
+    if (!this.blocks.length) return this.showNothing();
     if (!placed) this.goToPlace();
   }
 
-  // Says why there is no output.
-  sayNothing() {
+  // Shows why there is no output.
+  showNothing() {
     this.root.classList.add("bare");
     this.root.replaceChildren(el("p", { class: "nothing",
       text: nothingWords(this.run) }));
@@ -17657,7 +17658,7 @@ class OutputViewer {
 
   // --- going to a line
 
-  // Goes where the address says, or to the end of a failed or live run.
+  // Goes to the line in the address, or to the end of a failed or live run.
   goToPlace() {
     const [, line] = this.place.parts, text = this.place.query.get("q");
     if (line) return this.toLine(+line);
@@ -17960,7 +17961,7 @@ class RunPage {
   killButton() {
     const host = hostName(this.run.host);
     return button("Kill\u2026", () => {
-      const question = el("div", { class: "note ask", role: "alertdialog",
+      const question = el("div", { class: "note question", role: "alertdialog",
         "aria-label": "Kill it?" }, el("span", {}, `End this run of ${
         this.job?.label} on ${host}? It gets SIGTERM, and SIGKILL some `
         + "seconds later."), button(`Kill it on ${host}`, () => {
@@ -18181,7 +18182,7 @@ function runTable(answer, job) {
       && formatDuration(durationOf(run))),
     isLive(run) ? "" : endOfRun(run),
     el("td", { class: "muted" }, TRIGGERS[run.trigger] || run.trigger),
-    el("td", { class: "says" }, visible(run.line || ""),
+    el("td", { class: "message" }, visible(run.line || ""),
       argsWords(run.args))),
   ({ id }) => `jobs/${job.id}/runs?limit=100&before=${id}`, "runs");
 }
@@ -18372,7 +18373,7 @@ class RunForm {
     this.status = el("div", { class: "status", role: "status" });
     this.send = submitButton([icon("run"), spec.confirm === "yes"
       ? "Run\u2026" : `Run on ${spec.on}`]);
-    this.question = el("div", { class: "note ask", hidden: true });
+    this.question = el("div", { class: "note question", hidden: true });
     this.root = form({ class: "runform", novalidate: true }, () =>
       this.submit(),
     mutedLine(`Runs on ${spec.on} as `, el("b", { text: spec.user }), "."),
@@ -18415,13 +18416,13 @@ class RunForm {
     const bad = this.fields.filter((one) => one.validate());
     if (bad.length) return bad[0].input.focus();
     if (this.spec.confirm === "yes" && this.question.hidden) {
-      return this.ask();
+      return this.askToConfirm();
     }
     this.question.hidden = true;
     withToast(() => this.run());
   }
 
-  ask() {
+  askToConfirm() {
     this.question.replaceChildren(el("span", { text: "This job asks to be "
       + "sure: it starts at once." }), submitButton(`Run ${
       visible(this.spec.label)} on ${this.spec.on}`), button("No", () => {
@@ -18953,7 +18954,7 @@ function pingRow(path, ping) {
     dateNode(ping.at), stateMark(mark, ping.exit ? `exit ${ping.exit}`
       : word), el("td", { class: "num" }, formatDuration(ping.duration)),
     el("td", { class: "muted" }, `${ping.method} ${ping.ip}`, " ",
-      el("span", { text: ping.ua })), el("td", { class: "says" },
+      el("span", { text: ping.ua })), el("td", { class: "message" },
       visible(ping.line || ""), show && [" ", muted(bytesWords(ping.size)),
         show]));
 }

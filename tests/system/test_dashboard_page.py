@@ -659,9 +659,9 @@ def test_job_with_confirmation_asks_before_it_runs(page, stand_in):
     page.visit(f"job/{job['id']}/run", ".runform")
     stand_in.world.last_request = None
     page.click(".runform .primary")
-    assert page.text(".ask .primary") == "Run Restart web on web1"
+    assert page.text(".question .primary") == "Run Restart web on web1"
     assert stand_in.world.last_request is None
-    page.click(".ask .primary")
+    page.click(".question .primary")
     page.wait("location.hash.startsWith('#/run/')")
     assert stand_in.world.last_request["args"] == {"Unit": "nginx"}
 
@@ -716,7 +716,7 @@ def test_running_job_is_killed_by_a_signed_request(page, stand_in):
     world.outputs[run["id"]] = page_server.frame(1, 5, "begun\n")
     page.visit(f"run/{run['id']}", ".actions .danger")
     page.click(".actions .danger")
-    page.click(".ask .danger")
+    page.click(".question .danger")
     page.wait("document.querySelector('#toast').textContent === "
               "'The host ends it'")
     assert world.last_request["do"] == "kill"
