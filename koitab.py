@@ -3749,7 +3749,7 @@ WAL_PAGES = 256                 # 1 MiB of log, then it goes into the database
 
 
 class DatabaseDamaged(Error):
-    """The file is not a sound database: what SQLite said."""
+    """The file is not a sound database. The text is SQLite's."""
 
 
 class DatabaseForm(FrozenRecord):
@@ -4006,7 +4006,7 @@ class Database:
         try:
             if self.in_transaction:
                 self.execute("rollback")
-        except Exception:       # the transaction is gone in any case
+        except Exception:       # the transaction has ended in any case
             pass
 
     def is_disk_full(self) -> bool:
@@ -4110,8 +4110,8 @@ def creation_time(path: str) -> int:
 
 
 def new_epoch() -> int:
-    """Return a random number by which a dashboard tells two histories of one
-    host apart."""
+    """Return a random number by which a dashboard distinguishes two histories
+    of one host."""
     return int.from_bytes(os.urandom(6), "big")
 
 
@@ -4888,7 +4888,7 @@ class Supervisor:
             except BlockingIOError:
                 return          # the pipe is full: again in a second
             except OSError:
-                pass            # koid is gone; the next reads the file
+                pass            # koid has ended; the next reads the file
             del self.reports[0]
 
     # --- `koitab run`, which waits for the output
@@ -4967,7 +4967,7 @@ def close_all_but(keep: set[int]) -> None:
         try:
             os.close(fd)
         except OSError:
-            pass            # that was the folder itself
+            pass            # that was the directory itself
 
 
 def fork_supervisor(*arguments) -> int:
@@ -6108,7 +6108,7 @@ class Scheduler:
             self.record_and_start(ready)
 
     def update_waiting(self) -> None:
-        """Tabs have changed: what waits runs as its tab now says."""
+        """Tabs have changed: what waits runs as it is in its tab now."""
         jobs = {scheduled.key: scheduled
                 for scheduled in self.registry.scheduled_jobs} \
             if self.waiting else {}
@@ -7100,7 +7100,7 @@ def ask_daemon(lines: LineConnection, request: dict) -> dict:
         try:
             lines.sock.sendall(format_line(request))
         except (BrokenPipeError, ConnectionResetError):
-            pass            # it may have said why before it hung up
+            pass            # it may have sent a reason before it closed
         lines.sock.settimeout(None)     # a run may be recorded late
         reply = lines.read()
     except ConnectionAbortedError:
@@ -8022,7 +8022,7 @@ class Daemon:
             pass
 
     def clock_was_set(self, fd: int, _events: int) -> None:
-        """The clock was set, or the machine slept: the turn looks at it."""
+        """The clock was set, or the machine slept: the turn reads it."""
         try:
             os.read(fd, 8)
         except OSError:
@@ -8328,7 +8328,7 @@ PATIENCE = 15.0             # seconds for an answer of the dashboard
 LONGEST_ANSWER = 2**24      # bytes
 HOLD = 25                   # seconds that a dashboard may hold a poll
 PAUSE_FIRST, PAUSE_LONGEST = 1.0, 60.0  # seconds between tries
-PAUSE_REFUSED = 300.0       # after a dashboard said that it does not know us
+PAUSE_REFUSED = 300.0       # after a dashboard does not know this host
 FOLLOW_PAUSE = 0.4          # seconds between pieces of output followed live
 SYNC_PAUSE = 0.05           # seconds between polls, whatever the answers
 MOST_MISSING = 8            # runs of whose output one payload has a piece
@@ -8799,7 +8799,7 @@ def run_agent() -> None:
         agent.start()
         koid.listen(agent.on_news)
     except OSError:
-        status = EXIT_OK    # koid is gone
+        status = EXIT_OK    # koid has ended
     except Exception as bug:
         koid.lines.send({"op": "state", "about": "agent",
                          "problem": f"the agent failed: {bug!r}"})
@@ -9418,7 +9418,7 @@ create index notifications_of_run on notifications (run)
                              subject))
 
     def drop(self, db: Database, subject: str) -> None:
-        """Remove the alerts of a subject that is gone; nobody is notified."""
+        """Remove the alerts of a deleted subject; nobody is notified."""
         for kind in self.kinds_of(db, subject):
             self.changes.mark_changed("alerts", (subject, kind))
         db.delete("alerts", subject=subject)
@@ -9740,7 +9740,7 @@ create index flips_of_check on flips ("check", at);
 
     def expected(self, check: dict) -> float | None:
         """Return when the next ping should come; None if none is expected.
-        Raises Error for a zone that is gone."""
+        Raises Error for a zone that does not exist any more."""
         if check["status"] != "up" or check["last_ping"] is None:
             return None
         if check["kind"] == "simple":
@@ -10825,7 +10825,7 @@ class AlertRules:
 
     def on_host_up(self, db: Database, status: HostStatus, name: str,
                    now: float) -> None:
-        """End the alert of a host that syncs again, and look at its jobs
+        """End the alert of a host that syncs again, and check its jobs
         when it had time to send what happened."""
         self.alerts.clear_alert(db, f"host:{status.host}", "silent",
                                 f"{name} is back")
@@ -13033,7 +13033,7 @@ def head_bytes(response: Response, last: bool) -> bytes:
 
 
 class ConnectionClosed(Exception):
-    """The client hung up or is too slow: nobody is left to answer."""
+    """The client closed the connection, or is too slow to answer it."""
 
 
 class HttpConnection:
@@ -13272,7 +13272,7 @@ class HttpConnection:
 
     async def run_until_closed(self, coroutine):
         """Return what a coroutine returns that waits for news. Raises
-        ConnectionClosed when the client hangs up while it runs."""
+        ConnectionClosed when the client closes it first."""
         import asyncio
         tasks = [asyncio.ensure_future(each)
                  for each in (coroutine, self.until_closed())]
@@ -13288,8 +13288,8 @@ class HttpConnection:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def until_closed(self) -> None:
-        """Return when the client hangs up. What it sends before is kept, up
-        to AHEAD bytes: then its end cannot be seen any more."""
+        """Return when the client closes the connection. What it sends before
+        is kept, up to AHEAD bytes: then its end cannot be seen any more."""
         import asyncio
         try:
             while len(self.buffer) <= AHEAD:
@@ -13579,7 +13579,7 @@ class HttpServer:
     # --- health
 
     async def watch_health(self) -> None:
-        """Stop when Api cannot go on; each day, look at the certificate."""
+        """Stop when Api cannot continue; check the certificate each day."""
         import asyncio
         seconds = 0
         while not self.api.broken:
@@ -14172,7 +14172,7 @@ class Api:
         future = self.loop.create_future()
 
         def settle(result, error) -> None:
-            if future.done():           # the client hung up
+            if future.done():           # the client closed the connection
                 return
             if error:
                 future.set_exception(error)
@@ -19898,7 +19898,7 @@ def parse_instant(text: str, zone: Zone, now: float) -> int:
 def parse_with_zones(options: Invocation, text: str, path: str = "",
                      user: str = "") -> tuple[Tab, dict[str, Zone]]:
     """Return a tab, and the time zones that it names; "" is the local one.
-    `path` tells whether it is one of cron's. Raises Error."""
+    `path` shows whether it is one of cron's. Raises Error."""
     machine = options.machine
     tab = parse_tab(text, path.startswith(SYSTEM_TABS),
                     root=os.geteuid() == 0, salt=machine.salt(user),
@@ -20996,7 +20996,7 @@ class RemoteRun:
 # would refuse, or read in another way, becomes a comment with the reason.
 # ==========================================================================
 
-MARK = "# koitab import: "      # stands before a line that needs a look
+MARK = "# koitab import: "      # begins a line that a person must check
 EMPTY = '""'
 CRON_HEADER = ("# DO NOT EDIT THIS FILE", "# (")
 CRON_PIDS = (CRON_PID, "/var/run/crond.pid", "/var/run/cron.pid")
@@ -21207,7 +21207,8 @@ class Importer:
 
     def comment_out(self, options: Invocation) -> int:
         """Make comments of the lines that koi refuses, with the reason;
-        return how many lines need a look. Raises Error."""
+        return how many lines a person must check. Raises
+    Error."""
         for _ in range(3):      # what one line sets, another may need
             tab, _ = parse_with_zones(options, self.text())
             bad = {problem.line: f"{problem.what}: {problem.why}"
@@ -21245,7 +21246,8 @@ def command_import(options: Invocation) -> int:
 
 def print_next_steps(options: Invocation, importer: Importer,
                      marked: int) -> None:
-    """Print what to do with an imported tab; `marked` lines need a look."""
+    """Print what to do with an imported tab, of which a person must check
+    `marked` lines."""
     whose = f"-u {options.user} " if options.user else ""
     options.warn(f"{plural(len(importer.jobs), 'job')} of {importer.owner}; "
                  f"install them: koitab {whose}import > tab; "

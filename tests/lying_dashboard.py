@@ -32,7 +32,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.turn = threading.Condition()
         self.acked, self.records, self.outputs = 0, {}, {}
-        self.letters: list[dict] = []       # all that came
+        self.payloads: list[dict] = []       # all that came
         self.order: list[int] = []          # changes, as they came
         self.lists: list[dict] = []
         self.requests: list[dict] = []      # to be handed out
@@ -61,37 +61,37 @@ class Dashboard(http.server.ThreadingHTTPServer):
     def __exit__(self, *_) -> None:
         self.close()
 
-    def take(self, letter: dict) -> None:
-        self.letters.append(letter)
-        for record in letter.get("records", ()):
+    def take(self, payload: dict) -> None:
+        self.payloads.append(payload)
+        for record in payload.get("records", ()):
             self.order.append(record["change"])
             self.records[record["run"]] = record
             self.acked = max(self.acked, record["change"])
-        for piece in letter.get("outputs", ()):
+        for piece in payload.get("outputs", ()):
             have = self.outputs.setdefault(piece["run"], bytearray())
             if piece.get("deleted"):
                 self.records[piece["run"]]["size"] = len(have)
             elif piece["at"] == len(have):
                 have += base64.b64decode(piece["data"])
-        for piece in letter.get("live", ()):
+        for piece in payload.get("live", ()):
             name = str(piece["run"])
             if piece.get("reset"):
                 self.live[name] = bytearray()
             self.live[name] += base64.b64decode(piece["data"])
             self.watched[name] = len(self.live[name])
-        if "list" in letter:
-            self.lists.append(letter["list"])
-        self.results += letter.get("results", ())
+        if "list" in payload:
+            self.lists.append(payload["list"])
+        self.results += payload.get("results", ())
 
-    def answer(self, letter: dict, connection, told: set) -> dict:
+    def answer(self, payload: dict, connection, told: set) -> dict:
         """The honest one; held while there is nothing to say that was not
         `told` on this connection, and nothing is handed to who has gone."""
         def gone() -> bool:
             return bool(select.select([connection], [], [], 0)[0])
 
-        until = time.monotonic() + letter["wait"]
+        until = time.monotonic() + payload["wait"]
         with self.turn:
-            self.take(letter)
+            self.take(payload)
             self.turn.notify_all()
             while not self.requests and set(self.watched) == told \
                     and time.monotonic() < until and not gone():
@@ -151,12 +151,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         data = self.rfile.read(int(self.headers["Content-Length"]))
-        letter, said = json.loads(data), None
+        payload, said = json.loads(data), None
         if self.server.twist:
-            said = self.server.twist(letter, self)
+            said = self.server.twist(payload, self)
         if said is None:
             said = 200, {}, json.dumps(self.server.answer(
-                letter, self.connection, self.told)).encode()
+                payload, self.connection, self.told)).encode()
         if said == "hang up":
             self.close_connection = True
             return

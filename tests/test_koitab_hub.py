@@ -592,7 +592,7 @@ def test_live_output_goes_when_the_whole_is_there(dashboard, web1):
 # What is shown
 # ==========================================================================
 
-@pytest.mark.parametrize("fields, letter, state", [
+@pytest.mark.parametrize("fields, code, state", [
     ({}, "o", "ok"), ({"exit": 3}, "f", "failed"),
     ({"exit": None, "signal": 9}, "k", "failed"),
     ({"exit": 143, "reason": "timeout after 10m"}, "k", "failed"),
@@ -603,12 +603,12 @@ def test_live_output_goes_when_the_whole_is_there(dashboard, web1):
     ({"state": "unstartable"}, "u", "failed"),
     ({"state": "running", "ended": None, "exit": None}, "r", "running"),
     ({"state": "queued"}, "q", "running")])
-def test_a_runs_letter_and_its_jobs_state(dashboard, web1, fields, letter,
-                                          state):
+def test_a_run_has_an_outcome_code_and_its_job_a_state(
+        dashboard, web1, fields, code, state):
     dashboard.runs(web1, {**dashboard.record(), **fields})
     job = dashboard.job()
-    assert (job["recent_runs"][-1][3], job["state"]) == (letter, state)
-    assert dashboard.reopen().job()["recent_runs"][-1][3] == letter
+    assert (job["recent_runs"][-1][3], job["state"]) == (code, state)
+    assert dashboard.reopen().job()["recent_runs"][-1][3] == code
 
 
 def test_the_strip_is_the_last_ninety_runs_oldest_first(dashboard, web1):

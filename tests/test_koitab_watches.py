@@ -88,8 +88,8 @@ def test_the_letter_waits_for_the_output_but_not_for_ever(dashboard, web1):
     assert dashboard.ask(due, dashboard.now) == []
     assert len(dashboard.ask(due, dashboard.now + 15)) == 1
     dashboard.sync(web1, outputs=[piece(1, 0, data)])
-    letter, = dashboard.ask(due, dashboard.now)
-    assert letter["text"].endswith("exit status 1\n\nit broke")
+    notification, = dashboard.ask(due, dashboard.now)
+    assert notification["text"].endswith("exit status 1\n\nit broke")
 
 
 def test_old_failures_that_come_late_are_shown_and_not_told(dashboard, web1):
@@ -612,7 +612,7 @@ def test_a_test_letter_can_be_asked_for(quiet, listener):
 
 
 def test_what_was_decided_is_told_after_a_crash(quiet, listener):
-    """The letter stands in the transaction of its cause."""
+    """A notification is written in the transaction of its cause."""
     quiet.channel("webhook", listener.url)
     fail(quiet)
     reopened = quiet.reopen()

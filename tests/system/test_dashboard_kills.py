@@ -333,9 +333,9 @@ def test_verdicts_that_could_not_be_told_are_told_later_each_once(koi):
         koi.start()
         spec, turned_away = dashboard.specs()["Plain"], []
 
-        def twist(letter, _handler):
-            if letter.get("results"):
-                turned_away.append(len(letter["results"]))
+        def twist(payload, _handler):
+            if payload.get("results"):
+                turned_away.append(len(payload["results"]))
                 return 503, {}, b"{}"
 
         dashboard.twist = twist

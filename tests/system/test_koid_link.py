@@ -130,7 +130,7 @@ def test_a_secret_comes_through_and_is_seen_by_nobody(linked, dashboard):
         dashboard.specs()["Secret"], secrets={"Password": "hunter2 \u00e9"}))
     assert verdict["state"] == "accepted"
     dashboard.wait_for(lambda: dashboard.outputs.get(verdict["run"]))
-    told = json.dumps(dashboard.letters) + str(dashboard.outputs)
+    told = json.dumps(dashboard.payloads) + str(dashboard.outputs)
     assert "hunter2" not in told
     assert linked.text_of(verdict["run"]) == "<******> ******\n"
     assert "hunter2" not in linked.log()
@@ -257,7 +257,7 @@ def test_of_many_mutated_and_replayed_requests_none_is_executed(
 def test_a_run_is_killed_only_by_a_signed_request(linked, dashboard):
     verdict = ask(dashboard, request_for(dashboard.specs()["Long"]))
     run, now = verdict["run"], int(time.time() * 1000)
-    epoch = dashboard.letters[-1]["epoch"]
+    epoch = dashboard.payloads[-1]["epoch"]
     kill = {"v": 1, "do": "kill", "key": koitab.key_id(KEY), "dash": DASH,
             "host": HOST, "user": linked.user, "run": run, "epoch": epoch,
             "iat": now, "exp": now + 300_000}
@@ -340,7 +340,7 @@ def hasty(koi):
 def test_nonsense_is_told_and_jobs_run_on_and_nothing_is_lost(hasty):
     now = {"what": "not JSON", "met": 0}
 
-    def twist(_letter, _handler):
+    def twist(_payload, _handler):
         now["met"] += 1
         return NONSENSE.get(now["what"])
 
@@ -369,8 +369,8 @@ def test_nonsense_is_told_and_jobs_run_on_and_nothing_is_lost(hasty):
 def test_who_is_not_wanted_stops_asking(koi, status, words):
     asked = []
 
-    def twist(letter, _handler):
-        asked.append(letter)
+    def twist(payload, _handler):
+        asked.append(payload)
         return status, {}, b'{"error": "no"}'
 
     koi.tab('"Plain" @manual echo plain\n')
@@ -410,8 +410,8 @@ def test_one_that_accepts_and_says_nothing_costs_nothing(koi):
 def test_a_record_that_is_never_taken_is_left_out_and_the_rest_go_on(hasty):
     koi = hasty
 
-    def twist(letter, _handler):
-        if any(record["run"] == 2 for record in letter.get("records", ())):
+    def twist(payload, _handler):
+        if any(record["run"] == 2 for record in payload.get("records", ())):
             return 400, {}, b'{"error": "I do not like it"}'
 
     koi.tab('"Plain" @manual echo plain\n')
@@ -427,9 +427,9 @@ def test_a_record_that_is_never_taken_is_left_out_and_the_rest_go_on(hasty):
 
 
 def test_no_record_is_blamed_for_a_list_that_is_not_taken(hasty):
-    """A proxy, say, that lets only short letters through."""
-    def twist(letter, _handler):
-        if "list" in letter:
+    """A proxy, say, that lets only short payloads through."""
+    def twist(payload, _handler):
+        if "list" in payload:
             return 413, {}, b"<html>too large"
 
     hasty.tab('"Plain" @manual echo plain\n')
@@ -549,9 +549,10 @@ def test_agent_reports_when_the_dashboards_certificate_expires(koi, dashboard):
     lying_dashboard.belong(koi, dashboard.url.replace("http:", "https:"),
                            ca=Path(certificate.cert).read_text())
     koi.start()
-    dashboard.wait_for(lambda: dashboard.letters and dashboard.letters[-1].get(
+    sent = dashboard.payloads
+    dashboard.wait_for(lambda: sent and sent[-1].get(
         "certificate_expires") == expires, what=f"the expiry {expires}")
-    assert "certificate_expires" not in dashboard.letters[0]    # not known yet
+    assert "certificate_expires" not in sent[0]       # not known yet
 
 
 def test_who_leaves_is_not_heard_any_more(linked, dashboard):
@@ -578,7 +579,7 @@ def test_keys_that_cannot_be_believed_are_not_used(koi, dashboard, spoil, why):
     koi.start()
     state = koi.ask("status")
     assert why in " ".join(state["problems"]) and state["dashboard"] is None
-    assert koi.run("Plain")[1] == b"plain\n" and dashboard.letters == []
+    assert koi.run("Plain")[1] == b"plain\n" and dashboard.payloads == []
 
 
 # --- a child that is ours no more
@@ -753,7 +754,7 @@ def test_upgrade_keeps_tab_keys_history_and_the_running_job(upgraded,
     assert [row["run"] for row in koi.history(job="Slow")] == [koi.slow]
     dashboard.wait_for(lambda: dashboard.records.get(
         koi.slow, {}).get("state") == "done", what="the record")
-    assert dashboard.letters[-1]["version"] == "77.7"
+    assert dashboard.payloads[-1]["version"] == "77.7"
 
 
 def test_koitab_of_the_new_version_talks_to_the_old_koid(upgraded):
