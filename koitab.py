@@ -4185,7 +4185,7 @@ class RunStore:
                 for statement, values in self.waiting:
                     self.db.execute(statement, *values)
         except sqlite3.DatabaseError as error:
-            return self.put_off(error)
+            return self.on_write_error(error)
         except Exception:       # a value that SQLite cannot take: ours
             del self.waiting[len(self.waiting) - len(statements):]
             raise
@@ -4193,7 +4193,7 @@ class RunStore:
         self.problem = ""
         return True
 
-    def put_off(self, error: Exception) -> bool:
+    def on_write_error(self, error: Exception) -> bool:
         """Decide what an error in writing means: False, the statements wait.
         Raises Error if there is no sense in waiting."""
         self.problem = f"{self.path}: {error}"
