@@ -2720,7 +2720,7 @@ def request_mismatch(request: dict, ours: dict, now: float,
 
 
 class Enrollment(FrozenRecord):
-    """The membership of this host in a dashboard: the file `keys`."""
+    """How this host is enrolled at its dashboard: the file `keys`."""
     url: str
     dash: str               # ID of the dashboard
     host: str               # ID of this host there
@@ -20479,7 +20479,7 @@ def agent_lines(state: dict | None) -> list[str]:
 # ==========================================================================
 # Remote: what can a host ask of a dashboard?         (network, terminal; C)
 #
-# gives   the commands -d and run --on; membership_directory
+# gives   the commands -d and run --on; enrollment_directory
 # needs   DashboardClient, Enrollment, derive_keys, find_job, read_arguments
 #
 # The passphrase is read here and never sent. From it come the key that
@@ -20565,7 +20565,7 @@ def read_passphrase(question: str = "Passphrase: ") -> str:
     return text
 
 
-def membership_directory(options: Invocation) -> str:
+def enrollment_directory(options: Invocation) -> str:
     """Return the state directory of the koid that the caller may change.
     Raises Error."""
     if os.geteuid() and "KOI_HOME" not in os.environ \
@@ -20614,7 +20614,7 @@ def log_in(client: DashboardClient, dash: str,
 def enroll(options: Invocation, client: DashboardClient,
            url: str, ca: str, keys: Keys, dash: str) -> None:
     """Make this host a member of a dashboard. Raises Error."""
-    directory, host = membership_directory(options), os.urandom(16).hex()
+    directory, host = enrollment_directory(options), os.urandom(16).hex()
     token, name = os.urandom(32).hex(), options.machine.host()
     client.token = keys.api.hex()
     ask_dashboard(client, "POST", "/api/v1/hosts", {
@@ -20626,17 +20626,17 @@ def enroll(options: Invocation, client: DashboardClient,
         options.warn("koid is not running; it links up when it is started")
 
 
-def require_no_membership(options: Invocation) -> None:
+def require_not_enrolled(options: Invocation) -> None:
     """Raise Error if this machine is a member of a dashboard already."""
-    enrollment = options.machine.read_enrollment(membership_directory(options))
+    enrollment = options.machine.read_enrollment(enrollment_directory(options))
     if enrollment:
         raise Error(f"this machine belongs to {enrollment.url} already",
                     "koitab -d off")
 
 
-def membership(options: Invocation) -> Enrollment:
+def require_enrollment(options: Invocation) -> Enrollment:
     """Return the keys of this machine for its dashboard. Raises Error."""
-    enrollment = options.machine.read_enrollment(membership_directory(options))
+    enrollment = options.machine.read_enrollment(enrollment_directory(options))
     if not enrollment:
         raise Error("this machine belongs to no dashboard", "koitab -d new; "
                     "or koitab -d join URL")
@@ -20644,9 +20644,9 @@ def membership(options: Invocation) -> Enrollment:
 
 
 def new_dashboard(options: Invocation,
-                     url: str = LOCAL_DASHBOARD) -> int:
+                  url: str = LOCAL_DASHBOARD) -> int:
     """koitab -d new: make a dashboard and join it. Raises Error."""
-    require_no_membership(options)
+    require_not_enrolled(options)
     client, ca = connect_dashboard(options, url)
     passphrase = format_passphrase(os.urandom(20))
     salt = os.urandom(SALT_BYTES)
@@ -20673,7 +20673,7 @@ def print_keys(url: str, dash: str, keys: Keys, passphrase: str) -> None:
 
 def join_dashboard(options: Invocation, url: str) -> int:
     """koitab -d join: become a member, by its passphrase. Raises Error."""
-    require_no_membership(options)
+    require_not_enrolled(options)
     url, dash = split_dashboard_url(url)
     client, ca = connect_dashboard(options, url)
     keys, dash = log_in(client, dash, read_passphrase())
@@ -20683,9 +20683,9 @@ def join_dashboard(options: Invocation, url: str) -> int:
     return EXIT_OK
 
 
-def show_membership(options: Invocation) -> int:
+def show_enrollment(options: Invocation) -> int:
     """koitab -d show: 1 if koid is not connected. Raises Error."""
-    enrollment = membership(options)
+    enrollment = require_enrollment(options)
     print_field("dashboard", [f"{enrollment.url.rstrip('/')}/"
                               f"#{enrollment.dash}"])
     print_field("host", [f"{enrollment.name} ({enrollment.host})"])
@@ -20703,7 +20703,7 @@ def show_membership(options: Invocation) -> int:
 
 def rotate_passphrase(options: Invocation) -> int:
     """koitab -d rotate: new keys for all; the old ones end. Raises Error."""
-    enrollment = membership(options)
+    enrollment = require_enrollment(options)
     client, _ = connect_dashboard(options, enrollment.url, enrollment.ca)
     keys, _ = log_in(client, enrollment.dash,
                      read_passphrase("Passphrase of now: "))
@@ -20722,7 +20722,7 @@ def rotate_passphrase(options: Invocation) -> int:
                     "the answer was lost, the new one: then koitab -d off; "
                     "koitab -d join") from None
     options.machine.write_enrollment(
-        membership_directory(options), enrollment.replace(
+        enrollment_directory(options), enrollment.replace(
             key=host_key(fresh.run, enrollment.host).hex(),
             since=options.machine.clock.now()))
     reload_enrollment(options)
@@ -20734,7 +20734,7 @@ def rotate_passphrase(options: Invocation) -> int:
 def leave_dashboard(options: Invocation) -> int:
     """koitab -d off: remove this machine's keys, then notify the
     dashboard. Raises Error."""
-    directory = membership_directory(options)
+    directory = enrollment_directory(options)
     try:
         enrollment = options.machine.read_enrollment(directory)
     except Error as error:      # unreadable: the dashboard is unknown
@@ -20742,7 +20742,7 @@ def leave_dashboard(options: Invocation) -> int:
         reload_enrollment(options)
         options.warn(f"removed all the same: {error.message}")
         return EXIT_OK
-    enrollment = enrollment or membership(options)
+    enrollment = enrollment or require_enrollment(options)
     options.machine.remove_enrollment(directory)
     reload_enrollment(options)
     try:
@@ -20756,11 +20756,11 @@ def leave_dashboard(options: Invocation) -> int:
 
 
 DASHBOARD_ACTIONS = {
-    "new": new_dashboard, "join": join_dashboard, "show": show_membership,
+    "new": new_dashboard, "join": join_dashboard, "show": show_enrollment,
     "rotate": rotate_passphrase, "off": leave_dashboard}
 
 
-def command_membership(options: Invocation, action: str,
+def command_enrollment(options: Invocation, action: str,
                        *words: str) -> int:
     """koitab -d ACTION. Raises Error."""
     return DASHBOARD_ACTIONS[action](options, *words)
@@ -20775,7 +20775,7 @@ def choose_dashboard(options: Invocation) -> tuple[DashboardClient, str]:
     if "url" in options.given:
         url, dash = split_dashboard_url(options.url)
         return connect_dashboard(options, url)[0], dash
-    enrollment = membership(options)
+    enrollment = require_enrollment(options)
     client, _ = connect_dashboard(options, enrollment.url, enrollment.ca)
     return client, enrollment.dash
 
@@ -21837,7 +21837,7 @@ def command_page(options: Invocation, url: str = "") -> int:
     comes from the server. Raises Error."""
     if not url:
         enrollment = options.machine.read_enrollment(
-            membership_directory(options))
+            enrollment_directory(options))
         url = enrollment.url if enrollment else ""
     if url:
         check_dashboard_url(url)
@@ -21934,7 +21934,7 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         "boot. Beyond this machine it needs --cert and --key, a proxy with "
         "https, or --plain-http. SIGHUP reads the certificate again."),
     "-d": Command(
-        command_membership, DASHBOARD, "join, show or leave a dashboard",
+        command_enrollment, DASHBOARD, "join, show or leave a dashboard",
         ("new [URL]", "join URL", "show", "rotate", "off"),
         ("action", "ca", "plain_http"),
         "new makes a dashboard (default: http://127.0.0.1:8077) and prints "

@@ -172,7 +172,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def membership(url: str, **changes):
+def enrollment(url: str, **changes):
     fields = {"url": url, "dash": DASH, "host": HOST, "token": TOKEN,
               "key": KEY.hex(), "name": "web1", "since": time.time()}
     return koitab.Enrollment(**{**fields, **changes})
@@ -181,7 +181,7 @@ def membership(url: str, **changes):
 def belong(koi: support.Koi, url: str, **changes) -> None:
     """Give a koid's home the keys of a dashboard."""
     path = koi.home / "keys"
-    path.write_text(membership(url, **changes).to_json())
+    path.write_text(enrollment(url, **changes).to_json())
     path.chmod(0o600)
 
 

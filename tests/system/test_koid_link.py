@@ -834,7 +834,7 @@ def test_who_belongs_to_none_any_more_keeps_no_more_than_koi_keep(
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, json.dumps({
-    "v": 1, **vars(lying_dashboard.membership("http://127.0.0.1:9")),
+    "v": 1, **vars(lying_dashboard.enrollment("http://127.0.0.1:9")),
     "since": "today"})])
 def test_keys_that_are_damaged_stop_no_job(koi, text):
     koi.tab('"Plain" @manual echo plain\n')
