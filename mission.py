@@ -2665,11 +2665,13 @@ class Processes:
 
     # --- functions in a child -----------------------------------------------
 
-    def supervise(self, limit: float, function, *arguments, on_message=None):
+    def supervise(self, limit: float, function, *arguments, on_message=None,
+                  is_patient: bool = False):
         """Return function(send, *arguments), called in a child process.
 
         The function may call send(value), a JSON value, for `on_message`.
-        Signals that ask to stop are passed on to the child. Raises Error
+        Signals that ask to stop are passed on to the child, and shorten the
+        limit: the first one, or with `is_patient` the second. Raises Error
         for an exception in it, and Unanswered if it sends nothing for
         `limit` seconds. Then the child is killed, or left alone if it hangs
         in a call of the kernel: it holds nothing of ours, not even the lock.
@@ -2680,7 +2682,8 @@ class Processes:
             self.run_supervised(writing, function, arguments)
         os.close(writing)
         try:
-            for kind, value in self.messages(pid, reading, limit):
+            for kind, value in self.messages(pid, reading, limit,
+                                             1 + is_patient):
                 if kind == "result":
                     return value
                 if kind == "error":
@@ -2692,9 +2695,10 @@ class Processes:
             os.close(reading)
             end_process(pid)
 
-    def messages(self, pid: int, reading: int, limit: float):
+    def messages(self, pid: int, reading: int, limit: float, hurry: int):
         """Yield (kind, value) of what the child `pid` sends, and pass signals
-        on to it. Raises Unanswered, see `supervise`."""
+        on to it. Raises Unanswered, see `supervise`; `hurry` signals shorten
+        the limit."""
         import json
         import select
         signals, rest, is_end = 0, b"", False
@@ -2709,8 +2713,9 @@ class Processes:
             if self.signals > signals:
                 signals = self.signals
                 os.kill(pid, self.stopped)
-                limit = min(limit, TERM_TO_KILL)
-                deadline = min(deadline, self.clock.ticks() + limit)
+                if signals >= hurry:
+                    limit = min(limit, TERM_TO_KILL)
+                    deadline = min(deadline, self.clock.ticks() + limit)
             if reading in ready:
                 lines, rest, is_end = read_lines(reading, rest)
                 yield from map(json.loads, lines)
@@ -2806,7 +2811,8 @@ def leave_parent(writing: int) -> None:
     """Make a forked child independent of mission: a session and signals of
     its own, and only the pipe `writing` open, as descriptor 3.
 
-    The lock of the run is free only when all copies of it are closed.
+    The lock of the run is free only when all copies of it are closed, and
+    cron waits until the standard streams are.
     """
     import signal
     signal.set_wakeup_fd(-1)
@@ -2816,6 +2822,10 @@ def leave_parent(writing: int) -> None:
     os.setsid()
     os.dup2(writing, 3)
     os.closerange(4, 4096)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
 
 
 def read_lines(fd: int, rest: bytes) -> tuple[list, bytes, bool]:
@@ -2874,8 +2884,9 @@ def read_password(processes: Processes, pass_bin: str, user: str,
     """
     account = account_of(user) if os.geteuid() == 0 else myself()
     done = processes.run([pass_bin, name], PASS_SECONDS, account=account,
-                         cwd=account.home if os.path.isdir(account.home)
-                         else "/")
+                         cwd=account.home if examine(
+                             {"": (os.path.isdir, account.home)},
+                             ANSWER_SECONDS).get("") else "/")
     line = done.output.split("\n", 1)[0].rstrip("\r")
     if done.code or not line or len(line) > 4096:
         raise Error(f"{pass_bin} {escape_controls(name)}: " + (
@@ -3256,6 +3267,11 @@ def unusable(path: str, mode: int) -> str:
             else "cannot be written"
     return "" if os.path.isfile(path) and os.access(path, os.X_OK) \
         else "is not executable"
+
+
+def is_answering(path: str) -> bool:
+    """Ask for a path; the answer does not matter, only that there is one."""
+    return os.path.exists(path)
 
 
 def storage_facts(path: str, strict: bool, known: set[int] | None) -> dict:
@@ -4610,13 +4626,23 @@ class Delivery:
 
         Raises OSError."""
         path = self.config.metrics.textfile
-        directory = open_directory(os.path.dirname(path))
+        data = metrics_text(record, last_success, self.config.path).encode()
+
+        def write(_send) -> list:
+            try:
+                directory = open_directory(os.path.dirname(path))
+                write_atomically(os.path.basename(path), data, 0o644,
+                                 dir_fd=directory)
+            except OSError as error:
+                return [error.errno, error.strerror]
+            return []
+
         try:
-            write_atomically(os.path.basename(path), metrics_text(
-                record, last_success, self.config.path).encode(), 0o644,
-                dir_fd=directory)
-        finally:
-            os.close(directory)
+            failure = self.processes.supervise(ANSWER_SECONDS, write)
+        except Unanswered as error:
+            failure = [errno.ETIMEDOUT, str(error)]
+        if failure:
+            raise OSError(*failure, path)
 
 
 # ==========================================================================
@@ -5318,6 +5344,7 @@ def state_of(config_path: str, clock: Clock) -> StateDirectory:
 # terminal. A log that cannot be written does not end the run.
 # ==========================================================================
 
+LOG_SECONDS = 20.0              # for one write to the log
 RETRY_LOG = 5.0                 # seconds between tries on a full disk
 SPILL_LIMIT = 2**20             # of a lost log that goes to stderr
 LOG_NAME = "%Y-%m-%d-%H-%M-%S"
@@ -5333,6 +5360,109 @@ def is_log_name(name: str) -> bool:
             part.isascii() and part.isdigit() for part in parts)
 
 
+class LogWriter:
+    """The file of a run log, in the hands of a child process: mission must
+    not hang when the file system does.
+
+    Each method waits for the answer of the child. They raise OSError, that
+    of the child's call or, after LOG_SECONDS, one of their own; from then on
+    nothing is asked any more. The child ends when mission does.
+    """
+
+    def __init__(self):
+        import socket
+        self.socket, other = socket.socketpair()
+        self.failure: OSError | None = None
+        pid = os.fork()
+        if not pid:
+            self.serve(other.fileno())
+        other.close()
+        self.socket.settimeout(LOG_SECONDS)
+
+    def ask(self, request: list, data: bytes = b"") -> str:
+        """Send a request, a JSON list, and data; return the answer."""
+        import json
+        if self.failure:
+            raise self.failure
+        head = json.dumps([*request, len(data)]).encode() + b"\n"
+        try:
+            self.socket.sendall(head + data)
+            answer = b""
+            while not answer.endswith(b"\n"):
+                chunk = self.socket.recv(CHUNK)
+                if not chunk:
+                    raise OSError(errno.EPIPE, "its writer ended")
+                answer += chunk
+        except OSError as error:
+            self.failure = OSError(error.errno or errno.ETIMEDOUT,
+                                   error.strerror or NO_ANSWER)
+            raise self.failure from None
+        failure, text = json.loads(answer)
+        if failure:
+            raise OSError(failure, text)
+        return text
+
+    def serve(self, fd: int) -> None:
+        """What the child does; does not return."""
+        import json
+        try:
+            leave_parent(fd)
+            with os.fdopen(3, "rb") as requests:
+                for line in requests:
+                    name, *arguments, size = json.loads(line)
+                    data = requests.read(size)
+                    try:
+                        answer = [0, getattr(self, name)(*arguments, data)]
+                    except OSError as error:
+                        answer = [error.errno, error.strerror]
+                    write_all(3, json.dumps(answer).encode() + b"\n")
+        finally:
+            os._exit(0)
+
+    # --- in the child -----------------------------------------------------
+
+    def create(self, directory: str, name: str, _data: bytes) -> str:
+        """Make a new file, `name` or with a number before .txt; return its
+        name. It is made by descriptor, and no link is followed."""
+        self.directory = open_directory(directory)
+        for copy in range(1, 1000):
+            found = f"{name}{f'-{copy}' if copy > 1 else ''}.txt"
+            try:
+                self.fd = os.open(found, os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                                  | os.O_NOFOLLOW | os.O_APPEND, 0o600,
+                                  dir_fd=self.directory)
+                return found
+            except FileExistsError:
+                continue
+        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    def write(self, data: bytes) -> str:
+        write_all(self.fd, data)
+        return ""
+
+    def sync(self, _data: bytes) -> str:
+        os.fsync(self.fd)
+        return ""
+
+    def prune(self, current: str, keep: int, _data: bytes) -> str:
+        """Remove all run logs but `current` and the newest `keep` - 1.
+
+        The time of the last change counts: the names tell what a clock
+        showed that may have been wrong.
+        """
+        ages = {}
+        for name in os.listdir(self.directory):
+            if is_log_name(name) and name != current:
+                status = os.stat(name, dir_fd=self.directory,
+                                 follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode):
+                    ages[name] = (status.st_mtime, name)
+        others = sorted(ages, key=ages.get)
+        for name in others[:max(len(others) - keep + 1, 0)]:
+            os.unlink(name, dir_fd=self.directory)
+        return ""
+
+
 class RunLog:
     """The log of one run: a file, or standard output.
 
@@ -5343,7 +5473,8 @@ class RunLog:
     def __init__(self, clock: Clock, colour: bool):
         self.clock, self.colour = clock, colour
         self.started = clock.ticks()
-        self.path, self.fd, self.directory = "", 1, None
+        self.path, self.fd = "", 1      # standard output, until `open`
+        self.file: LogWriter | None = None
         self.error, self.retry_at = "", 0.0
         self.lost = self.spilled = 0
         self.synced = 0.0
@@ -5357,19 +5488,11 @@ class RunLog:
             LOG_NAME, time.localtime(started))
         self.fd = -1
         try:
-            self.directory = open_directory(directory)
-            for copy in range(1, 1000):
-                last = f"{name}{f'-{copy}' if copy > 1 else ''}.txt"
-                try:
-                    self.fd = os.open(
-                        last, os.O_WRONLY | os.O_CREAT | os.O_EXCL
-                        | os.O_NOFOLLOW | os.O_APPEND, 0o600,
-                        dir_fd=self.directory)
-                except FileExistsError:
-                    continue
-                self.path = os.path.join(directory, last)
-                return
+            self.file = LogWriter()
+            self.path = os.path.join(directory, self.file.ask(
+                ["create", directory, name]))
         except OSError as error:
+            self.file = None
             self.break_down(f"{directory}: {error.strerror}")
 
     def elapsed(self) -> float:
@@ -5391,14 +5514,17 @@ class RunLog:
         data = text.encode("utf-8", "backslashreplace")
         if self.shows_status:
             self.status("")
-        if self.error and (self.fd < 0 or self.fd == 1
-                            or self.clock.ticks() < self.retry_at):
+        if self.error and (not self.file
+                           or self.clock.ticks() < self.retry_at):
             return self.spill(data)
         if self.lost:
             data = (f"\n<<{self.lost:,} bytes of the log could not be "
                     f"written: {self.error}>>\n\n").encode() + data
         try:
-            write_all(self.fd, data)
+            if self.file:
+                self.file.ask(["write"], data)
+            else:
+                write_all(self.fd, data)
             self.lost = 0
         except OSError as error:
             if self.fd == 1 and error.errno in (errno.EPIPE, errno.EIO):
@@ -5439,7 +5565,7 @@ class RunLog:
                 soon and now - self.synced < 1.0):
             self.synced = now
             try:
-                os.fsync(self.fd)
+                self.file.ask(["sync"])
             except OSError as error:
                 self.break_down(error.strerror)
 
@@ -5448,21 +5574,9 @@ class RunLog:
         return f"\x1b[{code}m{text}\x1b[0m" if self.colour else text
 
     def prune(self, keep: int) -> None:
-        """Remove all run logs but the newest `keep`, by descriptor.
-
-        The log of this run stays, and the time of the last change counts:
-        the names tell what a clock showed that may have been wrong.
-        """
-        ages = {}
-        for name in os.listdir(self.directory):
-            if is_log_name(name) and name != os.path.basename(self.path):
-                status = os.stat(name, dir_fd=self.directory,
-                                 follow_symlinks=False)
-                if stat.S_ISREG(status.st_mode):
-                    ages[name] = (status.st_mtime, name)
-        others = sorted(ages, key=ages.get)
-        for name in others[:max(len(others) - keep + 1, 0)]:
-            os.unlink(name, dir_fd=self.directory)
+        """Remove all run logs but the newest `keep` and this one. Raises
+        OSError."""
+        self.file.ask(["prune", os.path.basename(self.path), keep])
 
 
 # ==========================================================================
@@ -5474,11 +5588,73 @@ class RunLog:
 # ==========================================================================
 
 LEFT_NAMED = 20         # entries without a chown that the log names
+SILENT_SECONDS = 120.0  # without a sign of life a chown or commit is given up
 
 
 def local_time(at: float) -> str:
     """Local time as the original writes it: 2026-03-29 03:00:00."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def chown_storage(send, path: str, uid: int, gid: int) -> dict:
+    """Chown a tree in a child of `supervise`: the numbers, and the first of
+    the entries that were left alone.
+
+    A signal ends the walk after the entry that it is at. Raises Error.
+    """
+    import signal
+    signals, sent = [], [time.monotonic()]
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, lambda number, _frame: signals.append(number))
+
+    def is_stopped() -> bool:
+        now = time.monotonic()
+        if now - sent[0] >= 1.0:
+            sent[0] = now
+            send(None)              # a sign of life
+        return bool(signals)
+
+    try:
+        done = chown_tree(path, uid, gid, is_stopped)
+    except OSError as error:
+        raise Error(f"{path}: {error.strerror}") from None
+    serious = [name for name, why in done.left if why != ELSEWHERE]
+    inside = escape_controls(os.path.join(path, ".git")) + "/"
+    owns_git = not any((name + "/").startswith(inside)
+                       for name, _ in done.left)
+    return {"owns_git": owns_git, "changed": done.changed,
+            "left": done.left[:LEFT_NAMED], "serious": len(serious),
+            "first": "".join(serious[:1])}
+
+
+def repository_of(send, path: str, since: float) -> Repository:
+    """The repository at `path`, for a child of `supervise`. What git and
+    mission report there is sent as [kind, text]. Raises Error."""
+    processes = Processes(Clock())
+    processes.listen()
+
+    def report(kind: str, text) -> None:
+        send([kind, text if kind else text.decode("latin-1")])
+
+    return Repository(processes, path, report, since)
+
+
+def commit_storage(send, path: str, since: float, message: str,
+                   is_checked: bool) -> list[str]:
+    """Commit a directory in a child of `supervise`; return the warnings.
+    Raises Error."""
+    try:
+        return repository_of(send, path, since).commit(message, is_checked)
+    except OSError as error:
+        raise Error(reason_of(error)) from None
+
+
+def pack_storage(send, path: str, since: float) -> bool:
+    """Pack a repository in a child of `supervise`; whether it had grown.
+    Raises Error and OSError."""
+    repository = repository_of(send, path, since)
+    repository.locate()
+    return bool(repository.pack())
 
 
 class Runner:
@@ -5506,7 +5682,7 @@ class Runner:
         self.skipped: set[str] = set()      # by skipStatuses: no warning
         self.owned: set[str] = set()    # storages whose .git chown has seen,
                                         # and found or made the user's
-        self.committed: dict[str, Repository] = {}  # by the storage's name
+        self.committed: dict[str, float] = {}       # storage -> since when
         self.expected: dict[str, float] = {}
         self.now_running, self.total, self.shown_at = "", 0, 0.0
 
@@ -5803,9 +5979,16 @@ class Runner:
         if task.user and os.geteuid() and task.user != myself().name:
             errors.append(f"it runs as {task.user}, and mission does not run "
                           "as root")
+        program = task.entrypoint or self.config.directory("tasks")
+        if not examine({"": (is_answering, program)}, ANSWER_SECONDS):
+            errors = [f"{program} {NO_ANSWER}"]
+        answers = examine({name: (free_bytes, self.config.directory(name))
+                           for name in task.min_free}, ANSWER_SECONDS)
         for name, wanted in task.min_free.items():
-            free = free_bytes(self.config.directory(name))
-            if free < wanted:
+            free = answers.get(name)
+            if free is None:
+                errors.append(f"storage {name} {NO_ANSWER}")
+            elif free < wanted:
                 errors.append(
                     f"only {format_size(free >> 20 << 20)} free on storage "
                     f"{name}, and {format_size(wanted)} are wanted")
@@ -5965,24 +6148,21 @@ class Runner:
         account = account_of(self.config.user.name)
         path = step.storage.path
         try:
-            done = chown_tree(path, account.uid, account.gid,
-                              lambda: bool(self.processes.stopped))
-        except OSError as error:
+            done = self.processes.supervise(
+                SILENT_SECONDS, chown_storage, path, account.uid, account.gid)
+        except (Error, Unanswered) as error:
             return self.problem("housekeeping", "warning", "chownFiles",
-                                f"{path}: {error.strerror}")
-        inside = escape_controls(os.path.join(path, ".git"))
-        if not any((name + "/").startswith(inside + "/")
-                   for name, _ in done.left):
+                                error.message if isinstance(error, Error)
+                                else f"{path}: {error}")
+        if done["owns_git"]:
             self.owned.add(step.storage.name)
-        self.log_line(f"{path}: {plural(done.changed, 'file')}")
-        for name, why in done.left[:LEFT_NAMED]:
+        self.log_line(f"{path}: {plural(done['changed'], 'file')}")
+        for name, why in done["left"]:
             self.log_line(f"left alone: {name}: {why}")
-        serious = [name for name, why in done.left
-                   if why != ELSEWHERE]
-        if serious:
+        if done["serious"]:
             self.problem("housekeeping", "warning", "chownFiles",
-                         f"{path}: left alone: {len(serious):,}, the first "
-                         f"of them {serious[0]}")
+                         f"{path}: left alone: {done['serious']:,}, the first "
+                         f"of them {done['first']}")
         return None
 
     def refuse_storage(self, storage: Storage, source: str) -> bool:
@@ -6019,12 +6199,13 @@ class Runner:
         self.log_line(f"RepoDir {path}")
         decoder = OutputDecoder(self.log_filter, self.output)
 
-        def report(kind: str, text) -> None:
+        def on_message(message: list) -> None:
+            kind, text = message
             if kind:
                 decoder.end()
                 self.log_line(f"{kind} {text}".rstrip())
             else:
-                decoder.take(text)
+                decoder.take(text.encode("latin-1"))
 
         began = [run["started"] for run in self.lost] + [
             self.processes.clock.now()]
@@ -6032,34 +6213,37 @@ class Runner:
         message = (f"{'auto' if self.headless else 'manual'} run complete "
                    f"on {local}")
         try:
-            repository = Repository(self.processes, path, report, min(began))
-            for warning in repository.commit(
-                    message, step.storage.name in self.owned):
-                decoder.end()
+            warnings = self.processes.supervise(
+                GIT_SECONDS + SILENT_SECONDS, commit_storage, path, min(began),
+                message, step.storage.name in self.owned,
+                on_message=on_message, is_patient=True)
+            decoder.end()
+            for warning in warnings:
                 self.problem("housekeeping", "warning", "commitRepositories",
                              warning)
-            self.committed[step.storage.name] = repository
-        except (Error, OSError) as error:
+            self.committed[step.storage.name] = min(began)
+        except (Error, Unanswered) as error:
             decoder.end()
             self.problem("housekeeping", "error", "commitRepositories",
                          f"{path}: {error.message} ({error.hint})"
                          if getattr(error, "hint", "") else
-                         f"{path}: {reason_of(error)}")
-        decoder.end()
+                         f"{path}: {error}")
 
     def pack(self, step: Step) -> None:
         """Let git pack a repository that was committed, if it has grown. A
         failure is a line in the log: the backup is complete."""
-        repository = self.committed.get(step.storage.name)
-        if not repository:
+        since = self.committed.get(step.storage.name)
+        if since is None:
             return
         began, path = self.processes.clock.ticks(), step.storage.path
         try:
-            if repository.pack():
+            if self.processes.supervise(
+                    PACK_SECONDS + SILENT_SECONDS, pack_storage, path, since,
+                    is_patient=True):
                 took = self.processes.clock.ticks() - began
                 self.once_title("Pack")
                 self.log_line(f"Packed {path} in {format_duration(took)}")
-        except (Error, OSError) as error:
+        except (Error, Unanswered) as error:
             self.once_title("Pack")
             self.log_line(f"PackFailure {path}: {reason_of(error)}")
         self.log.sync()

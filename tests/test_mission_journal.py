@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -407,7 +408,6 @@ def test_a_log_is_a_new_file_that_only_the_runner_reads(tmp_path):
     assert os.path.basename(first.path) == f"{name}.txt"
     assert os.path.basename(second.path) == f"{name}-2.txt"
     assert support.mode(first.path) == 0o600
-    assert not os.get_inheritable(first.fd)
     first.write("caf\u00e9 \udcff\n")
     with open(first.path, "rb") as file:
         assert file.read() == b"caf\xc3\xa9 \\udcff\n"
@@ -419,6 +419,12 @@ def test_a_name_that_was_planted_is_passed_over(tmp_path):
     os.mkfifo(tmp_path / f"{name}-2.txt")
     assert log_of(tmp_path).path.endswith(f"{name}-3.txt")
     assert not (tmp_path / "victim").exists()
+
+
+def prune(folder, current: str, keep: int) -> None:
+    writer = types.SimpleNamespace(directory=os.open(folder, os.O_RDONLY))
+    mission.LogWriter.prune(writer, current, keep, b"")
+    os.close(writer.directory)
 
 
 def test_prune_removes_the_oldest_logs_and_nothing_else(tmp_path):
@@ -433,10 +439,7 @@ def test_prune_removes_the_oldest_logs_and_nothing_else(tmp_path):
     (victim / "keep").write_text("x")
     (tmp_path / "2020-01-01-00-00-00.txt").symlink_to(victim / "keep")
     (tmp_path / "2020-01-01-00-00-01.txt").mkdir()
-    log = mission.RunLog(FakeClock(), False)
-    log.directory = os.open(tmp_path, os.O_RDONLY)
-    log.path = str(tmp_path / logs[3])      # the log of this run
-    log.prune(2)
+    prune(tmp_path, logs[3], 2)             # the log of this run
     left = set(os.listdir(tmp_path))
     assert set(others) <= left and set(logs[2:]) <= left
     assert not set(logs[:2]) & left
@@ -452,10 +455,7 @@ def test_prune_keeps_the_log_of_this_run_though_its_clock_was_set_back(
         (tmp_path / name).write_text("x")
         os.utime(tmp_path / name, (2e9, 2e9))
     os.utime(tmp_path / names[2], (1e9, 1e9))
-    log = mission.RunLog(FakeClock(), False)
-    log.directory = os.open(tmp_path, os.O_RDONLY)
-    log.path = str(tmp_path / names[2])
-    log.prune(2)
+    prune(tmp_path, names[2], 2)
     assert sorted(os.listdir(tmp_path)) == sorted(names[1:])
 
 
@@ -463,14 +463,14 @@ def test_logs_on_a_full_disk_go_to_stderr_up_to_a_limit(
         tmp_path, monkeypatch, capfd):
     log, clock = log_of(tmp_path), FakeClock()
     log.clock = clock
-    good = mission.write_all
+    good = log.file.ask
     full = [True]
 
-    def write_all(fd, data):
-        if full[0] and fd == log.fd:
+    def ask(request, data=b""):
+        if full[0]:
             raise OSError(28, "No space left on device")
-        good(fd, data)
-    monkeypatch.setattr(mission, "write_all", write_all)
+        return good(request, data)
+    monkeypatch.setattr(log.file, "ask", ask)
     monkeypatch.setattr(mission, "SPILL_LIMIT", 25)
     log.write("first line\n")
     log.write("second line\n")
