@@ -554,14 +554,13 @@ def test_13_many_files_take_little_memory(tree):
 
 
 @pytest.mark.parametrize("name", [
-    "nobody-of-that-name", "root", "0", "1500", "4294967295", "-1", "", " ",
-    "alice\n", "alice:x", "toor", "minus", "short", 1500, None])
-def test_15_only_the_name_of_an_unprivileged_user_will_do(alice, host, name):
+    "nobody-of-that-name", "0", "1500", "4294967295", "-1", "", " ",
+    "alice\n", "alice:x", "minus", "short", 1500, None])
+def test_15_only_the_name_of_a_user_will_do(alice, host, name):
     """`minus` has the uid 2^32-1 and `short` 2^16-1: to chown(2) they mean
     "do not change", and a process so started stays root's."""
     with open(host.folder / "passwd", "a") as passwd:
-        passwd.write("toor:x:0:0::/:/bin/sh\n"
-                     "minus:x:4294967295:4294967295::/:/bin/sh\n"
+        passwd.write("minus:x:4294967295:4294967295::/:/bin/sh\n"
                      "short:x:65535:65535::/:/bin/sh\n")
     folder = backup(alice, host)
     (folder / "root's").touch()
@@ -571,3 +570,13 @@ def test_15_only_the_name_of_an_unprivileged_user_will_do(alice, host, name):
     assert result.code == 78 and "user.name" in result.err, result
     assert support.owner(folder / "root's") == 0
     assert not (alice.folder / "ran").exists()
+
+
+def test_15_root_may_be_the_user_and_chown_gives_to_root(alice):
+    folder = alice.make("backup")
+    alice.config["storage"]["sync"] = {"path": str(folder), "chown": True}
+    alice.config["user"]["name"] = "root"
+    alice.task("one", 'echo x > "$SYNC_DIR/new"; chown alice "$SYNC_DIR/new"')
+    result = alice.headless()
+    assert (result.code, result.err) == (0, ""), (result, alice.log())
+    assert support.owner(folder / "new") == 0
