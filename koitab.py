@@ -5377,6 +5377,7 @@ WRITE_AGAIN = 5.0           # seconds until a full disk is tried again
 CHECK_AGAIN = 2.0           # seconds between checks of adopted runs
 MOST_MAILERS = 2
 MAIL_TIME = 60              # seconds for a sendmail
+LONGEST_MAIL_LINE = 900     # bytes of a line in a mail that is not encoded
 TRY_LATER = 75              # its status for that; the next koid does
 WAITS_FOR_PREVIOUS = "waits for the last run"   # the reason of such a run
 LOST = Job(0, "", "(record lost)", "@manual", None, "", "", "", "", (), {},
@@ -5824,17 +5825,19 @@ def mail_about(user: str, host: str, to: str, command: str,
     message["Subject"] = one_line(f"Cron <{user}@{host}> "
                                   f"{split_percent(command)[0]}")
     message["Auto-Submitted"] = "auto-generated"
-    content = text.decode("utf-8", "replace")
-    long = max(map(len, text.split(b"\n")), default=0) > 900
-    message.set_content(content, cte="quoted-printable" if long
-                        or b"\r" in text or b"\0" in text else "8bit")
-    for header, name in (("Content-Type", "CONTENT_TYPE"),
-                         ("Content-Transfer-Encoding",
-                          "CONTENT_TRANSFER_ENCODING")):
-        if environment.get(name):
-            del message[header]
-            message[header] = one_line(environment[name])
-    return message.as_bytes()
+    message["Content-Type"] = one_line(environment.get("CONTENT_TYPE", "")) \
+        or 'text/plain; charset="utf-8"'
+    encoding = one_line(environment.get("CONTENT_TRANSFER_ENCODING", ""))
+    # The body is the output as it is, as in cron: the tab says what it means.
+    # RFC 5321 has no longer lines, and mailers change CR and NUL.
+    if not encoding and (b"\r" in text or b"\0" in text
+                         or max(map(len, text.split(b"\n")))
+                         > LONGEST_MAIL_LINE):
+        from base64 import encodebytes
+        encoding, text = "base64", encodebytes(text)
+    message["Content-Transfer-Encoding"] = encoding or "8bit"
+    message["MIME-Version"] = "1.0"
+    return message.as_bytes() + text
 
 
 def one_line(text: str) -> str:

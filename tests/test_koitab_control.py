@@ -486,6 +486,49 @@ def test_an_address_is_letters_and_a_few_signs(address, safe):
     assert koitab.safe_address(address) is safe
 
 
+# Mail ------------------------------------------------------------------------
+
+
+def mailed(output: bytes, **environment: str):
+    """Return the mail about a job with this output, as a reader has it."""
+    import email
+    return email.message_from_bytes(koitab.mail_about(
+        "alice", "web1", "alice", "echo", environment, output))
+
+
+LATIN = "text/plain; charset=iso-8859-1"
+OUTPUTS = [b"r\351sum\351\n", b"\377\n", b"no end of line", b"", b"\n\n",
+           b"From here\n.\n", "r\u00e9sum\u00e9\n".encode(),
+           b"a\r\nb\rc\n", b"a\0b\n", b"\351" * 2000 + b"\n"]
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("charset", [LATIN, ""])
+def test_mail_has_the_bytes_of_the_output(output, charset):
+    found = mailed(output, CONTENT_TYPE=charset)
+    assert found.get_payload(decode=True) == output
+    assert found.get_content_type() == "text/plain"
+    assert found.get_content_charset() == (
+        "iso-8859-1" if charset else "utf-8")
+    assert found["MIME-Version"] == "1.0"
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_output_that_the_tab_says_is_encoded_is_not_encoded_again(output):
+    import base64
+    written = base64.encodebytes(output)
+    found = mailed(written, CONTENT_TRANSFER_ENCODING="base64")
+    assert found.get_payload(decode=True) == output
+    found = mailed(output, CONTENT_TRANSFER_ENCODING="8bit")
+    assert found.get_payload(decode=True) == output
+
+
+def test_lines_of_mail_have_at_most_998_bytes():
+    message = koitab.mail_about("alice", "web1", "alice", "echo", {},
+                                b"\351" * 5000)
+    assert max(map(len, message.split(b"\n"))) <= 998
+
+
 # Files -----------------------------------------------------------------------
 
 REGULAR = stat.S_IFREG
