@@ -3169,7 +3169,9 @@ SYSTEM_TAB, SYSTEM_TAB_DIRECTORY = "/etc/crontab", "/etc/cron.d"
 SPOOLS = ("/var/spool/cron/crontabs", "/var/spool/cron")   # Debian, cronie
 CRON_PID = "/run/crond.pid"     # of Debian's cron and of cronie
 REBOOT_MARKERS = ("/run/crond.reboot", "/run/cron.reboot")
-ALLOW, DENY = "/etc/koi.allow", "/etc/koi.deny"
+# Who may have a tab: the first of these files that is there decides.
+ACCESS_FILES = (("/etc/koi.allow", True), ("/etc/koi.deny", False),
+                ("/etc/cron.allow", True), ("/etc/cron.deny", False))
 SENDMAILS = ("/usr/sbin/sendmail", "/usr/lib/sendmail")
 DEFAULT_PATH = "/usr/bin:/bin"  # Debian's; cronie adds the sbin directories
 DEFAULT_SHELL = "/bin/sh"
@@ -3360,14 +3362,14 @@ class Machine:
                        os.getgrouplist(name, entry.pw_gid))
 
     def access_error(self, user: str) -> str:
-        """Return the path of koi.allow or koi.deny if it excludes `user`, or
-        an error; "" if the user may have a tab, as in crontab(1).
+        """Return the path of the access file that excludes `user`, or an
+        error; "" if the user may have a tab, as in crontab(1).
 
         If the file cannot be read, nobody but root may.
         """
         if user == "root":
             return ""
-        for path, wanted in ((ALLOW, True), (DENY, False)):
+        for path, wanted in ACCESS_FILES:
             try:
                 with open(path, encoding="utf-8", errors="replace") as file:
                     names = file.read().splitlines()

@@ -529,6 +529,32 @@ def test_lines_of_mail_have_at_most_998_bytes():
     assert max(map(len, message.split(b"\n"))) <= 998
 
 
+# Who may have a tab ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("files, excluded_by", [
+    ({}, ""),
+    ({"cron.allow": "root\n"}, "cron.allow"),
+    ({"cron.allow": "bob\nalice\n", "cron.deny": "alice\n"}, ""),
+    ({"cron.deny": "alice\n"}, "cron.deny"),
+    ({"cron.deny": "bob\n"}, ""),
+    ({"cron.allow": ""}, "cron.allow"),
+    ({"koi.allow": "alice\n", "cron.allow": "root\n"}, ""),
+    ({"koi.deny": "bob\n", "cron.deny": "alice\n"}, ""),
+    ({"koi.deny": "alice\n", "cron.allow": "alice\n"}, "koi.deny"),
+])
+def test_cron_allow_and_cron_deny_count_without_those_of_koi(
+        tmp_path, monkeypatch, files, excluded_by):
+    monkeypatch.setattr(koitab, "ACCESS_FILES", tuple(
+        (str(tmp_path / path.rpartition("/")[2]), wanted)
+        for path, wanted in koitab.ACCESS_FILES))
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    path = koitab.Machine().access_error("alice")
+    assert path.rpartition("/")[2] == excluded_by
+    assert koitab.Machine().access_error("root") == ""
+
+
 # Files -----------------------------------------------------------------------
 
 REGULAR = stat.S_IFREG
