@@ -3759,7 +3759,8 @@ class DatabaseForm(FrozenRecord):
 
     `application` and `schema` are numbers in its first page; `tables` is the
     SQL that makes a new one; `checked` are the tables that each start reads
-    through; `pragmas` are settings besides those that every file has.
+    through; `pragmas` are settings besides those that every file has;
+    `companion` ends the name of a file that must not outlive it.
     """
     name: str
     application: int
@@ -3767,6 +3768,7 @@ class DatabaseForm(FrozenRecord):
     tables: str
     checked: tuple
     pragmas: tuple = ()
+    companion: str = ""
 
 
 def failure_of(error: Exception) -> str:
@@ -3878,6 +3880,8 @@ class Database:
         if not application:     # a file of length 0 passes SQLite's checks
             raise DatabaseDamaged(f"{self.path}: not {self.form.name}")
         hint = f"move it away to begin anew: mv {self.path} {self.path}.old"
+        if self.form.companion:
+            hint += f"; rm -f {self.path}{self.form.companion}"
         if application != self.form.application:
             raise Error(f"{self.path} is not {self.form.name}", hint)
         schema = self.value("pragma user_version")
@@ -11960,6 +11964,7 @@ DASHBOARD_FORM = DatabaseForm(
              "checks", "alerts", "snoozes", "channels", "notifications"),
     pragmas=("foreign_keys=off", f"journal_size_limit={WAL_PAGES * 4096}",
              "secure_delete=fast", "cache_size=-16384"),
+    companion=".ballast",
     tables="create table meta (name text primary key, value text not null) "
            "without rowid;" + "".join(each.TABLES for each in REPOSITORIES))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import subprocess
 import threading
 
 import pytest
@@ -51,6 +52,16 @@ def test_a_newer_schema_is_left_alone(dashboard):
     dashboard.dashboard.close()
     with pytest.raises(Error, match="newer koi"):
         InProcessDashboard(dashboard.path)
+
+
+def test_hint_for_an_older_schema_leads_to_a_new_database(dashboard):
+    dashboard.dashboard.db.execute("pragma user_version=1")
+    dashboard.dashboard.close()
+    with pytest.raises(Error, match="older koi") as refused:
+        InProcessDashboard(dashboard.path)
+    _, _, commands = refused.value.hint.partition(": ")
+    subprocess.run(commands, shell=True, check=True)
+    InProcessDashboard(dashboard.path).dashboard.close()
 
 
 def test_each_deed_stands_or_falls_alone(dashboard):
