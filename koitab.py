@@ -7452,7 +7452,8 @@ class AgentBroker:
 
     def shown(self) -> dict | None:
         """Return the connection's state for `koitab status`."""
-        problems = [self.process.problem, *self.problems.values()]
+        problems = dict.fromkeys(
+            [self.process.problem, *self.problems.values()])
         return self.enrollment and {
             "url": self.enrollment.url, "name": self.enrollment.name,
             "problems": [text for text in problems if text],
@@ -7497,7 +7498,8 @@ class AgentBroker:
         about = request.get("about")
         if about in ("agent", "poll", "send", "skipped"):
             text = escape_controls(str(request.get("problem", ""))[:500])
-            if self.problems.get(about) != text:
+            # The agent's two connections mostly fail for one reason.
+            if text not in self.problems.values():
                 self.log_once(about, text)
             self.process.problem = ""
             self.problems.pop(about, None)

@@ -660,4 +660,25 @@ def test_a_trouble_stays_until_it_is_mended(desk):
     assert desk.registry.problems == []
 
 
+# What does koid say about its agent? -----------------------------------------
+
+def test_one_reason_of_both_connections_is_shown_and_logged_once(desk):
+    lines: list = []
+    log = SimpleNamespace(log=lambda text, bad=False: lines.append(text))
+    broker = koitab.AgentBroker(
+        SimpleNamespace(machine=desk.machine, registry=desk.registry,
+                        store=desk.store, clock=koitab.Clock(), log=log),
+        koitab.Poller())
+    broker.enrollment = SimpleNamespace(url="https://koi", name="web1")
+    for about in ("poll", "send", "poll"):
+        broker.state({"about": about, "problem": "Connection refused"})
+    assert broker.shown()["problems"] == ["Connection refused"]
+    assert lines == ["dashboard: Connection refused"]
+    broker.state({"about": "send", "problem": "timeout"})
+    assert broker.shown()["problems"] == ["Connection refused", "timeout"]
+    broker.state({"about": "poll", "problem": ""})
+    broker.state({"about": "send", "problem": ""})
+    assert broker.shown()["problems"] == []
+
+
 # Who shares a supervisor? ----------------------------------------------------
