@@ -557,6 +557,9 @@ DURATION = ValueType(
     'a duration such as "90s", "10m" or "2h"',
     lambda v: isinstance(v, str) and parse_duration(v) is not None,
     parse_duration, format_duration)
+LIMIT = DURATION.replace(
+    expected=DURATION.expected + ", above zero",
+    fits=lambda v: isinstance(v, str) and bool(parse_duration(v)))
 SIZE = ValueType('a size such as "500M" or "5G"',
                  lambda v: isinstance(v, str) and parse_size(v) is not None,
                  parse_size, format_size)
@@ -626,7 +629,7 @@ class Task(ConfigObject):
         "scheduled": (FLAG, False, "runs without -t"),
         "post": (FLAG, False, "runs after chown and commit"),
         "entrypoint": (PATH, "", "the program; by default TASKS_DIR/slug/run"),
-        "timeout": (DURATION, None, "the longest time of one attempt"),
+        "timeout": (LIMIT, None, "the longest time of one attempt"),
         "retries": (number(0, 100), 0, "attempts after a failure"),
         "retryDelay": (DURATION, 0.0, "the time between two attempts"),
         "needs": (TEXTS, (), "slugs of tasks that must have succeeded"),
@@ -1389,6 +1392,7 @@ def interpreter_name(head: str) -> str:
     return words[0] if words else ""
 
 
+NOEXEC = "is on a file system mounted noexec"
 PROGRAM_MAGIC = ("\x7fELF", "\xcf\xfa\xed\xfe", "\xca\xfe\xba\xbe")
 
 
@@ -1411,6 +1415,7 @@ def script_errors(task: Task, config: Config, facts: HostFacts):
         yield f"{path} {script.state}", {
             "does not exist": f"mission new {task.slug}",
             "is not executable": f"chmod +x {path}",
+            NOEXEC: "mount -o remount,exec, or another directory",
         }.get(script.state, "a script that can be read and run")
         return
     if script.writer:
@@ -3269,6 +3274,13 @@ def unusable(path: str, mode: int) -> str:
         else "is not executable"
 
 
+def is_noexec(path: str) -> bool:
+    """Whether only the mount keeps a file from being executed. Raises
+    OSError."""
+    return bool(os.stat(path).st_mode & 0o111
+                and os.statvfs(path).f_flag & os.ST_NOEXEC)
+
+
 def is_answering(path: str) -> bool:
     """Ask for a path; the answer does not matter, only that there is one."""
     return os.path.exists(path)
@@ -3446,7 +3458,8 @@ class HostInspector:
         if task.type == "builtin":
             return script.replace(state=python_error(head, path))
         if not os.access(path, os.X_OK):
-            return script.replace(state="is not executable")
+            return script.replace(state=NOEXEC if is_noexec(path)
+                                  else "is not executable")
         return script.replace(
             missing_interpreter=find_missing_interpreter(script.head))
 

@@ -822,6 +822,39 @@ def test_a_full_logs_folder_stops_no_task(scratch, disk):
 
 
 @support.root_only
+@pytest.mark.parametrize("disk", [
+    f"mount -t tmpfs -o size=3m,{more} tmpfs {{folder}}"
+    for more in ("mode=755", "nr_inodes=24")], indirect=True,
+    ids=["no space", "no inode"])
+def test_full_root_file_system_does_not_keep_the_mail_from_going_out(
+        scratch, disk):
+    """State, storage and temporary files are on one file system, which the
+    task fills, as a single root file system would be."""
+    mails, place = scratch.keep_mail(start=False), disk.folder
+    for name in ("state", "out", "tmp"):
+        disk.run(["mkdir", "-m", "1777" if name == "tmp" else "755",
+                  str(place / name)])
+    scratch.host = disk
+    scratch.env.update(MISSION_STATE=str(place / "state"),
+                       TMPDIR=str(place / "tmp"))
+    scratch.state = disk.see(place / "state")
+    scratch.config["storage"]["out"] = {"path": str(place / "out")}
+    scratch.task("a", 'i=0; while touch "$OUT_DIR/$i" 2>/dev/null; do\n'
+                 'i=$((i + 1)); [ $i -lt 99 ] || break; done\n'
+                 'cat /dev/zero >> "$OUT_DIR/0" 2>/dev/null; true')
+    scratch.task("b", "echo b")
+    result = scratch.headless()
+    assert result.code in (0, 74), result
+    assert len(list(mails.iterdir())) == 1
+    assert scratch.headless("-t", "b").code == 74       # full from the start
+    assert len(list(mails.iterdir())) == 2
+    disk.run(["sh", "-c", f"rm {place}/out/*"])
+    result = scratch.headless("-t", "b")
+    assert (result.code, result.err) == (0, ""), result     # nothing is lost
+    assert len(list(mails.iterdir())) == 3
+
+
+@support.root_only
 @tmpfs("1m")
 def test_a_full_repository_fails_alone(scratch, disk):
     other = tallying(scratch, "one")

@@ -257,6 +257,21 @@ def test_task_of_an_unknown_user_fails_alone(scratch, served):
     assert scratch.outcomes() == {"a": "ok", "b": "failed"}
 
 
+@support.root_only
+def test_program_on_a_noexec_mount_is_named_as_such(scratch, host):
+    scratch.host = host
+    scratch.task("a", "echo a")
+    host.setup.append(f"mount --bind '{scratch.tasks}' '{scratch.tasks}' && "
+                      f"mount -o remount,bind,noexec '{scratch.tasks}'")
+    result = scratch.mission("check")
+    assert "is on a file system mounted noexec" in result.err, result
+
+
+def test_timeout_of_zero_is_an_error(scratch):
+    scratch.task("a", "echo a", timeout="0s")
+    assert "above zero" in scratch.mission("check").err
+
+
 # --- a run that cannot begin -------------------------------------------------
 
 
