@@ -5384,6 +5384,7 @@ CHECK_AGAIN = 2.0           # seconds between checks of adopted runs
 MOST_MAILERS = 2
 MAIL_TIME = 60              # seconds for a sendmail
 LONGEST_MAIL_LINE = 900     # bytes of a line in a mail that is not encoded
+NOT_MAILED = "by hand"      # the state of the mail of such a run
 TRY_LATER = 75              # its status for that; the next koid does
 WAITS_FOR_PREVIOUS = "waits for the last run"   # the reason of such a run
 LOST = Job(0, "", "(record lost)", "@manual", None, "", "", "", "", (), {},
@@ -5432,6 +5433,7 @@ class QueuedRun:
         self.due, self.requested, self.attempt = due, requested, 1
         self.values: dict[str, str] = {
             param.name: param.default or "" for param in scheduled.job.params}
+        self.by_hand = trigger == "manual"  # it, or what it is a retry of
         self.at = 0.0           # ticks before which it does not start
         self.connection = None  # a socket: `koitab run` waits there
         self.known = False      # it has a row in the history
@@ -5725,9 +5727,10 @@ class CronMail:
         to = environment.get("MAILTO", user)
         good = outcome["state"] == "done" and outcome["exit"] == 0
         wrote = outcome.get("bytes") or outcome["state"] == "unstartable"
-        # `koitab run` has shown what the run wrote. A note of koid's alone
-        # is no reason for mail.
-        if not wrote or not to or running.trigger == "manual" \
+        # `koitab run` has shown what the run wrote, and its caller asks for
+        # the retries. A note of koid's alone is no reason for mail.
+        by_hand = queued.by_hand if queued else running.trigger == "manual"
+        if not wrote or not to or by_hand \
                 or job and job.mail_failures and good:
             return None, ""
         if not any(os.access(path, os.X_OK) for path in SENDMAILS):
@@ -5769,11 +5772,12 @@ class CronMail:
     def take_status(self, pid: int, status: int) -> tuple:
         """Return the statement that keeps how a sendmail ended."""
         run = self.mailers.pop(pid)
-        result = "sent" if status == 0 else "due" if status == (
-            TRY_LATER << 8) else f"failed (status {status:#06x})"
-        if status:
-            self.log.log(f"(CRON) MAIL (run {run}: got status "
-                         f"{status:#06x})", bad=True)
+        code = os.waitstatus_to_exitcode(status)    # negative: a signal
+        result = "sent" if code == 0 else "due" if code == TRY_LATER \
+            else f"failed (status {code})"
+        if code:
+            self.log.log(f"(CRON) MAIL (run {run}: got status {code})",
+                         bad=True)
         return self.store.update(run, mail=result)
 
 
@@ -6065,8 +6069,9 @@ class Scheduler:
             "trigger": queued.trigger, "state": state, "due": queued.due,
             "requested_at": queued.requested, "started": started,
             "reason": reason, "args": queued.shown_values(),
-            "attempt": queued.attempt},
-            statements)
+            "attempt": queued.attempt,
+            "mail": NOT_MAILED if queued.by_hand
+            and queued.trigger == "retry" else ""}, statements)
         queued.run = self.store.last
         if queued.nonce:
             statements += self.store.record_nonce(
@@ -6385,6 +6390,7 @@ class Scheduler:
                            self.clock.now())
         queued.at = self.clock.ticks() + wait
         queued.attempt, queued.values = last.attempt + 1, last.values
+        queued.by_hand = last.by_hand
         return queued
 
     # --- killing
@@ -6496,6 +6502,7 @@ class Scheduler:
                            row["requested_at"] or 0.0)
         queued.run, queued.known = row["run"], True
         queued.values, queued.attempt = row["args"], row["attempt"]
+        queued.by_hand = queued.by_hand or row["mail"] == NOT_MAILED
         queued.waits_for_previous = row["reason"] == WAITS_FOR_PREVIOUS
         start = queued.due + (scheduled.delay * MINUTE if row["trigger"]
                               == "schedule" else 0)

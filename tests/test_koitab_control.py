@@ -502,7 +502,7 @@ OUTPUTS = [b"r\351sum\351\n", b"\377\n", b"no end of line", b"", b"\n\n",
            b"a\r\nb\rc\n", b"a\0b\n", b"\351" * 2000 + b"\n"]
 
 
-@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("output", OUTPUTS, ids=range(len(OUTPUTS)))
 @pytest.mark.parametrize("charset", [LATIN, ""])
 def test_mail_has_the_bytes_of_the_output(output, charset):
     found = mailed(output, CONTENT_TYPE=charset)
@@ -513,7 +513,7 @@ def test_mail_has_the_bytes_of_the_output(output, charset):
     assert found["MIME-Version"] == "1.0"
 
 
-@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("output", OUTPUTS, ids=range(len(OUTPUTS)))
 def test_output_that_the_tab_says_is_encoded_is_not_encoded_again(output):
     import base64
     written = base64.encodebytes(output)
@@ -527,6 +527,38 @@ def test_lines_of_mail_have_at_most_998_bytes():
     message = koitab.mail_about("alice", "web1", "alice", "echo", {},
                                 b"\351" * 5000)
     assert max(map(len, message.split(b"\n"))) <= 998
+
+
+FAILED = {"state": "done", "exit": 1, "signal": None, "bytes": 5}
+
+
+@pytest.mark.parametrize("trigger, state", [
+    ("manual", ""), ("schedule", "due"), ("reboot", "due"),
+    ("catch-up", "due")])
+def test_mail_is_sent_for_the_retry_of_each_run_but_those_by_hand(
+        desk, monkeypatch, trigger, state):
+    monkeypatch.setattr(koitab, "SENDMAILS", ["/bin/sh"])
+    scheduled = registry(
+        (KOITAB, "alice", "KOI_RETRY=1\n@daily x\n")).scheduled_jobs[0]
+    first = koitab.QueuedRun(scheduled, trigger, 0.0, 0.0)
+    running = koitab.RunningRun(1, scheduled.key, first, supervisor=1)
+    scheduler = SimpleNamespace(clock=koitab.Clock())
+    retry = koitab.Scheduler.retry_of(scheduler, running, FAILED)
+    mail = koitab.CronMail(desk.machine, desk.store, None)
+    for queued in (first, retry):
+        again = koitab.RunningRun(2, scheduled.key, queued)
+        assert mail.mail_for(again, FAILED)[1] == state
+
+
+@pytest.mark.parametrize("status, logged", [
+    (78 << 8, "got status 78"), (9, "got status -9")])
+def test_status_of_sendmail_is_logged_in_decimal(desk, status, logged):
+    lines: list[str] = []
+    log = SimpleNamespace(log=lambda text, bad: lines.append(text))
+    mail = koitab.CronMail(desk.machine, desk.store, log)
+    mail.mailers[1] = 2
+    mail.take_status(1, status)
+    assert logged in lines[0]
 
 
 # Who may have a tab ----------------------------------------------------------
