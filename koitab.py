@@ -3175,6 +3175,7 @@ ACCESS_FILES = (("/etc/koi.allow", True), ("/etc/koi.deny", False),
 SENDMAILS = ("/usr/sbin/sendmail", "/usr/lib/sendmail")
 DEFAULT_PATH = "/usr/bin:/bin"  # Debian's; cronie adds the sbin directories
 DEFAULT_SHELL = "/bin/sh"
+SHADOW = "/etc/shadow"
 HOST_SETTINGS = ("/etc/environment", "/etc/default/locale")
 PACKAGE_NAME_CHARACTERS = frozenset(    # cron reads no others in cron.d
     "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
@@ -3360,6 +3361,20 @@ class Machine:
             return Account(name, entry.pw_uid, os.getegid(), entry.pw_dir, [])
         return Account(name, entry.pw_uid, entry.pw_gid, entry.pw_dir,
                        os.getgrouplist(name, entry.pw_gid))
+
+    def is_expired(self, user: str) -> bool:
+        """Has the account of a user expired, by field 8 of shadow(5)? As in
+        pam_unix, on that day already. Only root can know."""
+        try:
+            with open(SHADOW, encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    fields = line.split(":")
+                    if fields[0] == user and len(fields) > 7:
+                        return fields[7].isdecimal() and (
+                            self.clock.now() // DAY >= int(fields[7]))
+        except OSError:
+            pass
+        return False
 
     def access_error(self, user: str) -> str:
         """Return the path of the access file that excludes `user`, or an
@@ -6145,6 +6160,8 @@ class Scheduler:
                     accounts[user] = self.machine.account(user)
                 if not accounts[user]:
                     raise ValueError(f"there is no user {user}")
+                if self.machine.is_expired(user):
+                    raise ValueError(f"the account of {user} has expired")
                 spec = launch_spec(queued, accounts[user], self.host)
             except Exception as error:      # one job's; the others start
                 unstartable.append(self.unstartable(queued, str(error)))

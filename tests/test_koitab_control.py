@@ -587,6 +587,38 @@ def test_cron_allow_and_cron_deny_count_without_those_of_koi(
     assert koitab.Machine().access_error("root") == ""
 
 
+TODAY = int(koitab.Clock().now() // 86_400)
+
+
+@pytest.mark.parametrize("expires, expired", [
+    ("", False), (str(TODAY + 2), False), ("18262", True), (str(TODAY), True),
+    ("0", True), ("-1", False), ("x", False)])
+def test_account_is_expired_from_the_day_in_shadow_on(
+        tmp_path, monkeypatch, expires, expired):
+    (tmp_path / "shadow").write_text(
+        "root:*:1::::::\nshort:*\n"
+        f"bob:!:19000:0:99999:7::{expires}:\n")
+    monkeypatch.setattr(koitab, "SHADOW", str(tmp_path / "shadow"))
+    machine = koitab.Machine()
+    assert machine.is_expired("bob") is expired
+    assert not any(map(machine.is_expired, ("root", "short", "nobody")))
+    monkeypatch.setattr(koitab, "SHADOW", str(tmp_path / "none"))
+    assert not machine.is_expired("bob")
+
+
+def test_run_of_an_expired_account_is_recorded_and_not_started(monkeypatch):
+    scheduled = registry((KOITAB, "alice", "@daily x\n")).scheduled_jobs[0]
+    queued = koitab.QueuedRun(scheduled, "schedule", 0.0, 0.0)
+    reasons: list[str] = []
+    scheduler = SimpleNamespace(
+        machine=SimpleNamespace(account=lambda user: object(),
+                                is_expired=lambda user: user == "alice"),
+        unstartable=lambda queued, why: reasons.append(why), write=id,
+        log_starts=id)
+    koitab.Scheduler.start_runs(scheduler, [queued])
+    assert reasons == ["the account of alice has expired"]
+
+
 # Files -----------------------------------------------------------------------
 
 REGULAR = stat.S_IFREG
