@@ -638,11 +638,20 @@ class Task(ConfigObject):
         "env": (VARIABLES, {}, "more environment variables"),
         "nice": (number(0, 19), 0, "the niceness"),
         "minFree": (SIZES, {}, "the free bytes that storages must have"),
+        "storages": (TEXTS, None, "the storages that it needs; by default "
+                     "all with `mounted`"),
         "okStatuses": (STATUSES, (), "more exit statuses of a success"),
         "warnStatuses": (STATUSES, (), "those of a success with a notice"),
         "skipStatuses": (STATUSES, (), "those of neither success nor "
                          "failure"),
     }
+
+
+class Defaults(ConfigObject):
+    """The values for every task that does not set its own."""
+    keys = {key: (kind, None, meaning)
+            for key, (kind, _, meaning) in Task.keys.items()
+            if key in ("timeout", "retries", "retryDelay", "nice", "env")}
 
 
 # What an exit status means -> the key with a list of those statuses.
@@ -664,6 +673,7 @@ class Storage(ConfigObject):
         "path": (PATH, REQUIRED, "the directory"),
         "chown": (FLAG, False, "give all files to user.name after the tasks"),
         "commit": (FLAG, False, "commit all files with git after the tasks"),
+        "mounted": (FLAG, False, "it must be a mount point"),
     }
 
     @property
@@ -739,6 +749,8 @@ class Config(ConfigObject):
     """A whole configuration. `path` is that of its file."""
     keys = {
         "tasks": (list_of(Task), REQUIRED, "what to run, in this order"),
+        "defaults": (object_of(Defaults), {}, "values for all tasks"),
+        "runTimeout": (LIMIT, None, "the longest time of a whole run"),
         "user": (object_of(User), REQUIRED, "whose backups these are"),
         "passBin": (PATH, "", "prints the password that is its argument"),
         "storage": (object_of(Storage, "map"), REQUIRED, "the directories"),
@@ -851,12 +863,25 @@ class ConfigReader:
         """The configuration, with paths as written; None if the text is
         not an object."""
         if isinstance(self.values, dict):
-            return self.read_object(Config, self.values, ()).replace(
-                path=self.path, real_path=self.real_path)
+            config = self.read_object(Config, self.values, ())
+            return config.replace(
+                path=self.path, real_path=self.real_path,
+                tasks=tuple(self.with_defaults(task, config.defaults)
+                            for task in config.tasks))
         if not self.diagnostics.found:
             self.diagnostics.add(
                 (), f"{described(self.values)} is no object", "{ ... }")
         return None
+
+    def with_defaults(self, task: Task, defaults: Defaults) -> Task:
+        """The task with the defaults of the keys that it does not set."""
+        values = self.values["tasks"][task.where[-1]]
+        if not isinstance(values, dict):
+            return task
+        return task.replace(**{
+            field_of(key): getattr(defaults, field_of(key))
+            for key in Defaults.keys if values.get(key) is None
+            and getattr(defaults, field_of(key)) is not None})
 
     def read_object(self, record: type, values, where: tuple,
                     report: bool = True) -> ConfigObject:
@@ -1205,6 +1230,12 @@ class ConfigValidator:
             if not re.fullmatch(VARIABLE, name) or "\0" in value:
                 self.add(task.where + ("env", name), "this is no variable",
                          "letters, digits and _, and a value without NUL")
+        for name in task.storages or ():
+            if name not in self.config.storage:
+                meant = nearest(name, self.config.storage)
+                self.add(task.where + ("storages",), "no storage "
+                         + described(name), f"{meant}?" if meant
+                         else "one of " + ", ".join(self.config.storage))
         for name in task.min_free:
             if name not in self.config.storage:
                 self.add(task.where + ("minFree", name), "no such storage",
@@ -1589,6 +1620,13 @@ def step_text(step: Step, config: Config) -> str:
         "ping_finish": f"ping {config.ping.endpoint} if all went well"
         + (" (fail, if not)" if config.ping.fail else ""),
     }[step.kind]
+
+
+def needed_storages(task: Task, config: Config) -> list[Storage]:
+    """The storages that must be there when the task starts."""
+    if task.storages is None:
+        return [s for s in config.storage.values() if s.mounted]
+    return [config.storage[name] for name in task.storages]
 
 
 def status_meaning(task: Task, code: int) -> str:
@@ -3295,6 +3333,7 @@ def storage_facts(path: str, strict: bool, known: set[int] | None) -> dict:
     return {
         "error": directory_error(path, strict),
         "of_system": os.path.realpath(path) in SYSTEM_DIRECTORIES,
+        "mounted": os.path.ismount(path),
         "repository": os.path.lexists(os.path.join(path, ".git")),
         "foreign": foreign_file(path, known) if known and strict else ""}
 
@@ -5753,7 +5792,8 @@ class Runner:
         self.begin(steps)
         for step in [step for step in steps if step.kind != "pack"]:
             try:
-                if self.processes.stopped and step.kind in STOPPED_BY_SIGNAL:
+                if step.kind in STOPPED_BY_SIGNAL and (
+                        self.processes.stopped or self.is_late()):
                     self.skip(step)
                 else:
                     self.state.update(phase=step.kind, task=", ".join(
@@ -5897,8 +5937,24 @@ class Runner:
                     and self.config.ping.fail:
                 self.ping("fail", run["id"])
 
+    def time_left(self) -> float | None:
+        """The seconds until runTimeout; None without one."""
+        limit = self.config.run_timeout
+        return None if limit is None else max(limit - self.log.elapsed(), 0.0)
+
+    def is_late(self) -> bool:
+        """Whether runTimeout has passed; the first time it is an error."""
+        if self.time_left() != 0:
+            return False
+        if "runTimeout" not in {each.source for each in self.problems}:
+            self.problem("tasks", "error", "runTimeout", "time limit of the "
+                         "run (runTimeout) reached: "
+                         + format_duration(self.config.run_timeout))
+        return True
+
     def skip(self, step: Step) -> None:
-        """Log the tasks of a step that is skipped after a signal."""
+        """Log the tasks of a step that is skipped after a signal, or after
+        runTimeout."""
         for task in step.tasks:
             self.results[task.slug] = TaskResult(task.slug, "skipped")
             self.log_line(f"SKIPPED {task.slug} (the run was stopped)")
@@ -5916,10 +5972,14 @@ class Runner:
         while ready:
             failed = self.attempt(ready, attempt, together)
             ready = [task for task in failed if attempt <= task.retries
-                     and not self.processes.stopped]
+                     and not self.processes.stopped
+                     and self.time_left() != 0]
             if ready:
-                self.processes.pause(max(task.retry_delay for task in ready))
-            if self.processes.stopped:
+                pause = max(task.retry_delay for task in ready)
+                left = self.time_left()
+                self.processes.pause(pause if left is None
+                                     else min(pause, left))
+            if self.processes.stopped or self.is_late():
                 break
             attempt += 1
         self.log.sync(soon=True)
@@ -5995,6 +6055,10 @@ class Runner:
         program = task.entrypoint or self.config.directory("tasks")
         if not examine({"": (is_answering, program)}, ANSWER_SECONDS):
             errors = [f"{program} {NO_ANSWER}"]
+        for storage in needed_storages(task, self.config):
+            error = self.storage_error(storage)
+            if error:
+                errors.append(f"storage {storage.name}: {error}")
         answers = examine({name: (free_bytes, self.config.directory(name))
                            for name in task.min_free}, ANSWER_SECONDS)
         for name, wanted in task.min_free.items():
@@ -6006,6 +6070,15 @@ class Runner:
                     f"only {format_size(free >> 20 << 20)} free on storage "
                     f"{name}, and {format_size(wanted)} are wanted")
         return errors
+
+    def storage_error(self, storage: Storage) -> str:
+        """Why the directory of a storage cannot be used now; or ''."""
+        found = examine({"": (storage_facts, storage.path, storage.chown,
+                              None)}, ANSWER_SECONDS).get("")
+        error = NO_ANSWER if found is None else found["error"]
+        if not error and storage.mounted and not found["mounted"]:
+            error = "is not mounted"
+        return f"{storage.path} {error}" if error else ""
 
     def launch(self, task: Task, mark: str) -> Child:
         """Start a task. Raises OSError, and Error for an unknown user."""
@@ -6024,11 +6097,17 @@ class Runner:
         else:
             child = self.processes.start(
                 [task.entrypoint], env, os.path.dirname(task.entrypoint),
-                become, task.timeout, nice=task.nice)
+                become, self.limit_of(task), nice=task.nice)
         child.decoder = OutputDecoder(self.log_filter, lambda text,
                                      whole: self.output(
             text, whole, mark, child))
         return child
+
+    def limit_of(self, task: Task) -> float | None:
+        """The seconds that the task may take now; None for no limit."""
+        limits = [limit for limit in (task.timeout, self.time_left())
+                  if limit is not None]
+        return min(limits) if limits else None
 
     def launch_builtin(self, task: Task, env: dict, become) -> Child:
         """Start mission again, as the process of a built-in task.
@@ -6057,7 +6136,7 @@ class Runner:
                 [sys.executable, "-Iu", os.path.abspath(__file__), "_builtin",
                  task.slug, str(reading), str(secrets_end)], env,
                 directory if os.path.isdir(directory) else "/", become,
-                task.timeout, pass_fds=(reading, secrets_end),
+                self.limit_of(task), pass_fds=(reading, secrets_end),
                 nice=task.nice)
         finally:
             os.close(reading)
@@ -6143,7 +6222,8 @@ class Runner:
             self.skipped.add(task.slug)
         self.log_line(f"TaskFinish {task.slug}: {words} in "
                       f"{format_duration(seconds)}")
-        if error and attempt <= task.retries and not self.processes.stopped:
+        if error and attempt <= task.retries and not self.processes.stopped \
+                and self.time_left() != 0:
             self.log_line(f"attempt {attempt} of {task.retries + 1} failed: "
                           f"{error}; again in "
                           f"{format_duration(task.retry_delay)}")
@@ -6189,6 +6269,8 @@ class Runner:
             errors = [f"{storage.path} {NO_ANSWER}"]
         elif answer["error"]:
             errors = [f"{storage.path} {answer['error']}"]
+        elif storage.mounted and not answer["mounted"]:
+            errors = [f"{storage.path} is not mounted"]
         elif not answer["repository"] and source == "commitRepositories":
             errors = [f"storage.{storage.name}.commit: {storage.path} is no "
                       f"git repository (git init {storage.path}, as its "

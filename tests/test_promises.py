@@ -469,7 +469,7 @@ def test_every_key_says_what_it_is_for():
     records = [mission.Config] + [
         kind.record for record in (mission.Config, mission.Mail)
         for kind, _, _ in record.keys.values() if kind.record]
-    assert len(records) == 10
+    assert len(records) == 11
     assert [key for record in records
             for key, (_, _, meaning) in record.keys.items()
             if not meaning] == []
