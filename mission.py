@@ -1385,11 +1385,36 @@ def address_of(email: str) -> str:
     return address if re.fullmatch(ADDRESS, address) else ""
 
 
-# The regular expressions of the original are Go's (RE2). Python lacks two
-# parts that people use: character classes by name, and \z.
+# The regular expressions of the original are Go's (RE2). Python lacks or
+# spells in another way: classes by name, \z, \Q..\E, \pL, \x{263a}, groups
+# with a name, and flags that begin in the middle.
 CLASSES = {"alpha": "a-zA-Z", "digit": "0-9", "alnum": "a-zA-Z0-9",
            "upper": "A-Z", "lower": "a-z", "space": r"\s", "word": r"\w",
            "blank": r" \t", "xdigit": "0-9A-Fa-f", "punct": r"!-/:-@\[-`{-~"}
+
+
+RE2_PARTS = (
+    (r"(?<!\\)((?:\\\\)*)\\Q(.*?)(?:\\E|$)",
+     lambda match: match[1] + quote_pattern(match[2])),
+    (r"\(\?<(?=[A-Za-z_])", lambda match: "(?P<"),
+    (r"\[\[:\^([a-z]+):\]\]", lambda match: f"[^{CLASSES[match[1]]}]"
+     if match[1] in CLASSES else match[0]),
+    (r"\[:([a-z]+):\]", lambda match: CLASSES.get(match[1], match[0])),
+    (r"(?<!\\)((?:\\\\)*)\\(?:pL|p\{L\})",
+     lambda match: match[1] + r"[^\W\d_]"),
+    (r"(?<!\\)((?:\\\\)*)\\x\{([0-9A-Fa-f]{1,6})\}",
+     lambda match: f"{match[1]}\\U{int(match[2], 16):08x}"),
+    (r"(?<!\\)((?:\\\\)*)\\z", lambda match: match[1] + r"\Z"),
+    # Without groups and alternatives around it, the flag holds to the end.
+    (r"^((?:\(\?:\^\| \)|\[\n \])?[^()|\[]+|\(\?:\^\| \)|\[\n \])"
+     r"\(\?([ims]+)\)([^|]*)$",
+     lambda match: f"{match[1]}(?{match[2]}:{match[3]})"))
+
+
+def quote_pattern(text: str) -> str:
+    """The regular expression that matches `text` itself."""
+    import re
+    return re.escape(text)
 
 
 def pattern(text: str, flags: int = 0):
@@ -1400,9 +1425,10 @@ def pattern(text: str, flags: int = 0):
     """
     import re
     import warnings
-    text = re.sub(r"\[:([a-z]+):\]", lambda match: CLASSES.get(
-        match[1], match[0]), text)
-    text = re.sub(r"(?<!\\)((?:\\\\)*)\\z", r"\1\\Z", text)
+    for part, translated in RE2_PARTS:
+        text = re.sub(part, translated, text)
+    if re.search(r"(?<!\\)\[:\^[a-z]+:\]", text):
+        raise re.error("a negated class among others has no translation")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return re.compile(text, flags)
@@ -1467,20 +1493,65 @@ def script_errors(task: Task, config: Config, facts: HostFacts):
             yield (f"{path}:1: neither a program nor a script with a #! line",
                    "#!/bin/sh, or another interpreter, as its first line")
     elif posixpath.basename(interpreter_name(head)) == "bash":
-        line = first_command(head)
-        if line[1] != BASH_RULE:
-            yield (f"{path}:{line[0]}: a bash task must begin with "
+        row, options = bash_options(head)
+        if STRICT_OPTIONS - options:
+            yield (f"{path}:{row}: a bash task must begin with "
                    f"'{BASH_RULE}'", f"{BASH_RULE} as its first command")
 
 
-def first_command(head: str) -> tuple[int, str]:
-    """Number and text of the first line of a script that is a command."""
-    lines = head.split("\n")
+STRICT_OPTIONS = {"errexit", "nounset", "pipefail"}
+# Options of bash(1) that make a script no looser, and their letters.
+BASH_LETTERS = {"e": "errexit", "u": "nounset", "E": "errtrace",
+                "T": "functrace", "x": "xtrace", "v": "verbose",
+                "f": "noglob", "C": "noclobber"}
+BASH_NAMES = {*STRICT_OPTIONS, *BASH_LETTERS.values()}
+
+
+def switched_on(words: list[str]) -> set[str]:
+    """Return the options that arguments of `set` or bash switch on.
+
+    It is empty if there is an argument of another kind: it could switch
+    options off, or be the start of another command.
+    """
+    found, rest = set(), list(words)
+    while rest:
+        word = rest.pop(0)
+        if len(word) < 2 or word[0] != "-":
+            return set()
+        for letter in word[1:]:
+            name = BASH_LETTERS.get(letter, "")
+            if letter == "o":
+                name = rest.pop(0) if rest else ""
+            if name not in BASH_NAMES:
+                return set()
+            found.add(name)
+    return found
+
+
+def bash_options(head: str) -> tuple[int, set[str]]:
+    """Return the options that are on when a bash script begins, and the
+    number of the line with its first other command.
+
+    They come from the #! line, where the kernel passes on one argument (all
+    of them with `env -S`), and from `set` and `shopt -s` before all else.
+    """
+    lines, words = head.split("\n"), interpreter_words(head)
+    given = words[words.index(interpreter_name(head)) + 1:]
+    is_split = any(word.startswith("-S") for word in words)
+    on = switched_on(given) if len(given) < 2 or is_split else set()
+    last = min(len(lines), 2)
     for row, line in enumerate(lines[1:], start=2):
         text = line.strip(" \t")
-        if text and not text.startswith("#"):
-            return row, text.split(" #")[0].rstrip(" ;")
-    return min(len(lines), 2), ""
+        if text.startswith("#"):
+            continue
+        for command in text.split(" #")[0].split(";"):
+            name, *rest = [word for word in command.replace(
+                "\t", " ").split(" ") if word] or [""]
+            found = switched_on(rest) if name == "set" else set()
+            if name and not found and [name, *rest[:1]] != ["shopt", "-s"]:
+                return row, on
+            on, last = on | found, row if name else last
+    return last, on
 
 
 # ==========================================================================

@@ -254,7 +254,7 @@ FAULTS = [      # what stands there, what comes instead, the message
         "(", "[", "*", "a**", "(?P<", "\\", "a{2,1}", "(?z)", "(?<n",
         "(" * 200,
         # Go's, and refused rather than read as something else
-        "\\pL", "\\Qa.b\\E", "\\x{41}", "(?U)a", "[[:^space:]]", "\\C")),
+        "\\p{Greek}", "(?U)a", "[a[:^space:]]", "\\C", "a(?i)b|c")),
     ('"mail":', f'"redact": [{AT}"("], "mail":', 'redact[0]: "(" does not co'),
 ]
 # The position of these is the object around, or the key.
@@ -678,6 +678,21 @@ RULE_LINE = "set -euo pipefail\n"
     ("#!/usr/bin/env bash\n" + RULE_LINE, ""),
     ("#!/usr/bin/env -S bash -x\n" + RULE_LINE, ""),
     ("#!/usr/bin/env -S A=b bash\n" + RULE_LINE, ""),
+    *((head + "\necho\n", "") for head in (
+        "#!/bin/bash\nset -Eeuo pipefail", "#!/bin/bash\nset -euxo pipefail",
+        "#!/bin/bash\nset -eu -o pipefail",
+        "#!/bin/bash\nset -o errexit -o nounset -o pipefail",
+        "#!/bin/bash -eu\nset -o pipefail",
+        "#!/usr/bin/env -S bash -euo pipefail",
+        "#!/bin/bash\nset -euo pipefail; shopt -s inherit_errexit",
+        "#!/bin/bash -e\n# x\nset -u\n\nset -o pipefail")),
+    *((head + "\necho\n", ":") for head in (
+        "#!/bin/bash\nset -euo pipefail +e", "#!/bin/bash -eu",
+        "#!/bin/bash\nset -euo pipefail || true",
+        "#!/bin/bash\nset -euno pipefail", "#!/bin/bash\nset -eo pipefail",
+        "#!/bin/bash\nset -eu -- -o pipefail",
+        "#!/bin/bash\necho; set -euo pipefail",
+        "#!/bin/bash\nset -euo pipefail | cat", "#!/bin/bash\nset -euo")),
     ("#!/bin/bash\necho\n" + RULE_LINE, ":2: a bash task"),
     ("#!/bin/bash\n\n# x\nset -e\n", ":4: a bash task"),
     ("#!/bin/bash -euo pipefail\necho\n", ":2: a bash task"),
@@ -733,6 +748,12 @@ def test_check_notes_that_all_backups_will_belong_to_root(tmp_path, capsys,
     ("\\\\\\z", "a\\", "\\z"), ("\\Afoo", "foo", " foo"),
     ("(?i)FOO", "a foo", "fo"), ("(?P<n>a)b", "ab", "a"),
     ("\\bfoo\\b", "a foo b", "afoo"), ("a{2,3}", "aa", "a"),
+    (" (?i)password", "a PassWord", "password"),
+    ("foo(?i)bar", "fooBAR", "Foobar"),
+    ("\\pL+x", "\u00e9x", "1x"), ("\\Qa.b\\E", "a.b", "axb"),
+    ("\\Qa|b", "a|b", "a"), ("\\x{263a}", "\u263a", "x"),
+    ("[[:^space:]]x", "ax", " x"), ("(?<n>a)b", "ab", "b"),
+    ("(?<=a)b", "ab", "b"), ("\\\\x{2}", "\\xx", "\\x"),
     ("foo$", "foo", "foo "), ("^\\S+\\.go:\\d+", "x.go:12", "x.go:"),
 ])
 def test_a_pattern_of_the_original_means_the_same(text, matches, misses):
