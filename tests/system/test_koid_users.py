@@ -360,8 +360,8 @@ ALLOWED = [     # koi.allow, koi.deny, who may use koitab, who may not
 
 def test_81_koi_allow_and_koi_deny_are_as_crons(town):
     folder = town.folder / "rules"
-    town.set_constants(ALLOW=f"{folder}/koi.allow",
-                       DENY=f"{folder}/koi.deny").start()
+    town.set_constants(ACCESS_FILES=((f"{folder}/koi.allow", True),
+                                     (f"{folder}/koi.deny", False))).start()
     callers = {who: town.caller(who) for who in (ALICE, MALLORY)}
     for allow, deny, may, may_not in ALLOWED:
         folder.mkdir()
@@ -387,7 +387,8 @@ def test_81_koi_allow_and_koi_deny_are_as_crons(town):
 def test_81_a_denied_users_tab_is_closed_to_root_too(town):
     """As in Debian's: the tab's user counts, not the caller."""
     (town.folder / "koi.deny").write_text("alice\n")
-    town.set_constants(DENY=f"{town.folder}/koi.deny").start()
+    town.set_constants(
+        ACCESS_FILES=((f"{town.folder}/koi.deny", False),)).start()
     with pytest.raises(koitab.Error, match="alice cannot use this program"):
         town.ask("install", user=ALICE, text="@manual id\n")
 
