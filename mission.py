@@ -16,29 +16,29 @@ What it promises:
 
 It needs Python 3.9 or newer and nothing else. Read it from top to bottom:
 values first, then decisions, then effects. A section uses only names from
-above it; behind its question stands what it touches, and who it runs as:
-C the caller (root from cron), U the user of the task, O the owner of the
-repository.
+above it. The table gives the lines of each, its question, what it touches and
+who it runs as: C the caller (root from cron), U the user of the task, and
+O the owner of the repository.
 
-    Common    what do both programs need?              (files, clock)       C
-    Jsonc     what does the configuration text say?    (nothing)            C
-    Config    what does the configuration mean?        (nothing)            C
-    Check     can this configuration run?              (nothing)            C
-    Plan      what will this run do, in order?         (nothing)            C
-    Report    what is reported of a run?               (nothing)            C
-    Processes how is a program started, and stopped?   (processes)          C U
-    Files     who can change a file?                   (files)              C
-    Host      what is true of this host?               (files)              C
-    Chown     how does a tree get another owner?       (files)              C
-    Git       how is a storage committed?              (files, processes)   C O
-    Client    how is one HTTP request bounded?         (network)            C U
-    Delivery  how do people hear of a run?             (network, processes) C
-    Builtins  which tasks need no script?              (files, network)     U
-    State     what is known of earlier runs?           (files, clock)       C
-    RunLog    where do the lines of a run go?          (files, terminal)    C
-    Run       how are the steps of a run carried out?  (machine)            C
-    Sample    what does `init` write?                  (nothing)            C
-    Command   what can I type?                         (terminal)           C
+ 237 Common    what do both programs need?              (files, clock)       C
+ 165 Jsonc     what does the configuration text say?    (nothing)            C
+ 552 Config    what does the configuration mean?        (nothing)            C
+ 531 Check     can this configuration run?              (nothing)            C
+ 165 Plan      what will this run do, in order?         (nothing)            C
+ 528 Report    what is reported of a run?               (nothing)            C
+ 762 Processes how is a program started and stopped?   (processes)          C U
+ 266 Files     who can change a file?                   (files)              C
+ 299 Host      what is true of this host?               (files)              C
+ 309 Chown     how does a tree get another owner?       (files)              C
+ 472 Git       how is a storage committed?             (files, processes)   C O
+ 204 Client    how is one HTTP request bounded?        (network)            C U
+ 209 Delivery  how do people hear of a run?             (network, processes) C
+ 313 Builtins  which tasks need no script?              (files, network)     U
+ 379 State     what is known of earlier runs?           (files, clock)       C
+ 242 RunLog    where do the lines of a run go?          (files, terminal)    C
+ 886 Run       how are the steps of a run carried out?  (machine)            C
+ 110 Sample    what does `init` write?                  (nothing)            C
+ 869 Command   what can I type?                         (terminal)           C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
 the directory of the script and site-packages out of the imports: root runs
@@ -2248,7 +2248,7 @@ def metrics_text(record: dict, last_success: float, config: str) -> str:
 
 
 # ==========================================================================
-# Processes: how is a program started, and stopped?         (processes; C U)
+# Processes: how is a program started and stopped?          (processes; C U)
 #
 # Each program gets a session of its own, a built environment and a limit of
 # time. When mission is stopped by a signal, or a limit has passed, the group
