@@ -34,7 +34,7 @@ O the owner of the repository.
  204 Client    how is one HTTP request bounded?        (network)            C U
  209 Delivery  how do people hear of a run?             (network, processes) C
  313 Builtins  which tasks need no script?              (files, network)     U
- 379 State     what is known of earlier runs?           (files, clock)       C
+ 382 State     what is known of earlier runs?           (files, clock)       C
  242 RunLog    where do the lines of a run go?          (files, terminal)    C
  886 Run       how are the steps of a run carried out?  (machine)            C
  110 Sample    what does `init` write?                  (nothing)            C
@@ -5110,13 +5110,16 @@ def lock_home() -> str:
     """The directory with the locks of all configurations.
 
     No variable moves it: cron and a shell must find the same lock. It is
-    empty after a boot, or in the home directory of passwd(5).
+    empty after a boot, or in the home directory of passwd(5). An account
+    whose home directory is missing (nobody's, a container's) has its locks
+    with its state.
     """
     if os.geteuid() == 0:
         return "/run/mission"
     account = account_of(os.geteuid())
-    return os.path.join(account.home if account else "/", ".local", "state",
-                        "mission")
+    if not account or not os.path.isdir(account.home):
+        return state_home()
+    return os.path.join(account.home, ".local", "state", "mission")
 
 
 def state_name(config_path: str) -> str:

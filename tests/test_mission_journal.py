@@ -494,3 +494,20 @@ def test_a_log_folder_that_is_gone_is_no_crash(tmp_path, capfd):
     log.write("to stderr\n")
     assert log.error and log.path == ""
     assert "to stderr\n" in capfd.readouterr().err
+
+
+# --- where the lock is ------------------------------------------------------
+
+
+@pytest.mark.parametrize("home_exists", [True, False])
+def test_lock_is_in_the_home_of_the_account_if_there_is_one(
+        tmp_path, monkeypatch, home_exists):
+    home = tmp_path / ("home" if home_exists else "missing")
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MISSION_STATE", str(tmp_path / "state"))
+    monkeypatch.setattr(mission.os, "geteuid", lambda: 4242)
+    monkeypatch.setattr(mission, "account_of", lambda _: mission.Account(
+        "alice", 4242, 4242, str(home)))
+    assert mission.lock_home() == str(
+        home / ".local/state/mission" if home_exists else tmp_path / "state")
