@@ -505,6 +505,7 @@ def status_of(pid: int) -> dict[str, str]:
         line.split(":", 1) for line in lines)}
 
 
+@support.root_only
 def test_agent_is_a_fresh_process_that_has_no_rights(linked, dashboard):
     support.need_capability("CAP_SYS_PTRACE")       # to see what it holds
     dashboard.specs()
@@ -525,6 +526,7 @@ def test_agent_is_a_fresh_process_that_has_no_rights(linked, dashboard):
     assert held == {"/memfd", os.devnull, "socket"}
 
 
+@support.root_only
 def test_host_key_is_in_koids_memory_and_not_in_the_agents(linked, dashboard):
     """A fork of koid's would have both, and koid's code."""
     support.need_capability("CAP_SYS_PTRACE")
@@ -768,6 +770,7 @@ def test_koitab_of_the_new_version_talks_to_the_old_koid(upgraded):
         upgraded.ask("of a later version")
 
 
+@support.root_only
 def test_old_koid_restarts_its_agent_by_the_text_of_its_start(upgraded):
     support.need_capability("CAP_SYS_PTRACE")
     first = agent_of(upgraded)

@@ -863,7 +863,7 @@ def fill(scratch, folder: Path, **config: str) -> None:
     scratch.task("fill", "\n".join(lines))
     for key, value in {"auto": "1", **config}.items():
         must_git(folder, "config", f"gc.{key}", value,
-                 uid=support.owner(folder))
+                 uid=support.owner(folder) if support.AS_ROOT else None)
 
 
 def loose_objects(folder: Path) -> int:

@@ -209,11 +209,11 @@ def test_invalid_filter_keeps_the_log_out_of_mail_and_ping(scratch, served):
     assert served.asked() == ["GET /check/fail"]    # not POST with the log
 
 
-@pytest.mark.parametrize("options", [{"chown": True}, {"commit": True}, {}])
+@pytest.mark.parametrize("options", [
+    pytest.param({"chown": True}, marks=support.root_only),
+    {"commit": True}, {}])
 def test_missing_storage_is_an_error_of_its_housekeeping_alone(
         scratch, served, options):
-    if options.get("chown") and not support.AS_ROOT:
-        pytest.skip("chown needs root")
     alarmed(scratch, served)
     out = scratch.storage("out", **options)
     out.rmdir()
