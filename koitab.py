@@ -1466,7 +1466,7 @@ class Lexer:
         self.text, self.at, self.depth = text, 0, 0
         self.names = names
         self.found: list[Placeholder] = []
-        self.ignored: list[tuple[int, str]] = []    # {{ that is none, why
+        self.ignored: list[tuple[int, str]] = []    # where, and why
         self.words: list[tuple[str, bool]] = []     # word, begins a command
         self.place_to_end = ""      # a place that lasts to the end
         self.may_close = True       # there may be a }} ahead
@@ -1853,7 +1853,7 @@ def evaluator_of(name: str, after: list[str]) -> str | None:
 
 def wrapped_program(words: list[tuple[str, bool]]) -> str:
     """Return the program that runs a value as a program, as `sudo {{x}}`
-    does; "" if there is none."""
+    does, or ""."""
     runner = ""
     for word, first in words:
         if word[:2] == "{{" and runner:
