@@ -4852,7 +4852,6 @@ class Spotify:
             if name not in args.storage:
                 raise Error(f"spotify needs storage.{name}")
         self.path = os.path.join(args.storage["sync"], "spotify")
-        self.directory = -1     # its descriptor; a user may own its parent
         self.token_path = os.path.join(args.storage["sessions"], "spotify")
         self.sessions = open_directory(args.storage["sessions"])
         self.api = os.environ.get("SPOTIFY_API_URL", SPOTIFY_API)
@@ -4997,8 +4996,7 @@ class Spotify:
         """Store all playlists, then remove the files of deleted ones."""
         import json
         from urllib.parse import quote
-        os.makedirs(self.path, mode=0o700, exist_ok=True)
-        self.directory = open_directory(self.path)
+        self.directory = self.open_playlists()
         self.log("Fetching playlists")
         items = self.pages("/me/playlists?limit=50")
         playlists = [item for item in items if isinstance(item, dict)
@@ -5020,6 +5018,22 @@ class Spotify:
                      "be read: nothing is removed")
         else:
             self.remove_all_but(wanted)
+
+    def open_playlists(self) -> int:
+        """Return a descriptor of SYNC_DIR/spotify, which is made if it is
+        missing. A user may own the storage, so root makes it by the
+        storage's descriptor. Raises Error."""
+        try:
+            sync = open_directory(self.args.storage["sync"])
+            try:
+                os.mkdir("spotify", 0o700, dir_fd=sync)
+            except FileExistsError:
+                pass
+            finally:
+                os.close(sync)
+            return open_directory(self.path)
+        except OSError as error:
+            raise Error(f"{self.path}: {error.strerror}") from None
 
     def remove_all_but(self, wanted: set) -> None:
         """Remove the files of deleted playlists, and no others. Raises Error
@@ -5984,7 +5998,10 @@ class Runner:
             good = [run["started"] for run in self.state.history() + [record]
                     if is_scheduled(run) and run["verdict"] in ("ok",
                                                                 "trouble")]
-            self.delivery.write_metrics(record, good[-1] if good else 0)
+            tasks = [task for task in record["tasks"]
+                     if task["slug"] not in self.skipped]
+            self.delivery.write_metrics({**record, "tasks": tasks},
+                                        good[-1] if good else 0)
 
     def prune_logs(self, _record: dict) -> None:
         """Remove old run logs, if logs.keep is set. Raises OSError."""
@@ -7532,6 +7549,15 @@ def report_error(error: Error) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
+def exit_status_of(error: Error, argv: list[str]) -> int:
+    """Report an error as the command does; return the exit status."""
+    if asks_for_status(argv):           # a plugin writes to stdout
+        print(f"{HEALTH_WORDS[UNKNOWN]}: {escape_controls(error.message)}")
+        return UNKNOWN
+    report_error(error)
+    return error.status
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status. The only way out."""
     argv = sys.argv[1:] if argv is None else argv
@@ -7552,20 +7578,14 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except Error as error:
-        if asks_for_status(argv):       # a plugin writes to stdout
-            print(f"{HEALTH_WORDS[UNKNOWN]}: {escape_controls(error.message)}")
-            return UNKNOWN
-        report_error(error)
-        return error.status
+        return exit_status_of(error, argv)
     except BrokenPipeError:             # mission list | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return EXIT_SIGNAL + 13         # as a program that SIGPIPE ended
     except KeyboardInterrupt:
         return EXIT_SIGNAL + 2
     except OSError as error:            # a full disk, no descriptor left
-        print(escape_controls(f"{PROG}: error: {reason_of(error)}"),
-              file=sys.stderr)
-        return EXIT_PROBLEMS
+        return exit_status_of(Error(reason_of(error)), argv)
 
 
 if __name__ == "__main__":

@@ -214,6 +214,20 @@ def test_a_track_that_is_gone_stays_in_the_list_as_null(account, spotify):
     assert saved["tracks"] == spotify.tracks["one"]
 
 
+@support.root_only
+def test_no_directory_is_made_behind_a_link_of_the_users(account, spotify,
+                                                         scratch):
+    spotify.add("one", "One")
+    victim, sync = scratch.make("victim"), scratch.folder / "sync"
+    sync.rename(scratch.folder / "before")
+    sync.symlink_to(victim)
+    os.chown(sync, support.ALICE_UID, support.ALICE_UID,
+             follow_symlinks=False)
+    result = scratch.mission("run")
+    assert list(victim.iterdir()) == []
+    assert result.code == 1 and f"{sync}/spotify: " in result.out
+
+
 def test_a_dry_run_asks_nobody(account, spotify):
     spotify.add("one", "One")
     account.back_up("--dry-run")

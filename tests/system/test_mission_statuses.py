@@ -49,6 +49,20 @@ def test_skip_status_is_neither_and_skips_what_needs_it(scratch):
                                   "last": "skipped"}
 
 
+def test_skip_status_has_no_metric_of_success_or_failure(scratch):
+    textfile = scratch.folder / "m.prom"
+    scratch.config["metrics"] = {"textfile": str(textfile)}
+    scratch.task("laptop", "exit 75", skipStatuses=[75])
+    scratch.task("after", "echo after", needs=["laptop"])
+    scratch.task("bad", "exit 1")
+    scratch.task("blocked", "echo blocked", needs=["bad"])
+    assert scratch.headless().code == 1
+    assert [line for line in textfile.read_text().splitlines()
+            if line.startswith("mission_task_success{")] == [
+        f'mission_task_success{{config="{scratch.path}",task="{slug}"}} 0'
+        for slug in ("bad", "blocked")]
+
+
 def test_other_statuses_and_time_limits_stay_failures(scratch):
     scratch.task("other", "exit 2", okStatuses=[24], warnStatuses=[1],
                  skipStatuses=[75])
@@ -101,6 +115,18 @@ def test_status_of_wrong_usage_is_unknown_on_stdout(scratch, words):
     result = scratch.mission(*words)
     assert (result.code, result.err) == (3, "")
     assert result.out.startswith("UNKNOWN: ") and result.out.count("\n") == 1
+
+
+def test_status_is_unknown_when_the_state_cannot_be_read(scratch):
+    scratch.task("a", "echo a")
+    assert scratch.headless().code == 0
+    state, = scratch.state.iterdir()
+    (state / "current.json").write_text('{"id": "x", "phase": "tasks"}')
+    (state / "lock").unlink()
+    (state / "lock").mkdir()
+    result = scratch.mission("status")
+    assert (result.code, result.err) == (3, "")
+    assert result.out.startswith("UNKNOWN: ")
 
 
 def test_status_of_an_invalid_configuration_is_unknown(scratch):
