@@ -6,6 +6,7 @@ import datetime
 import itertools
 import random
 import time
+import types
 import zoneinfo
 from pathlib import Path
 
@@ -598,6 +599,42 @@ def started(jobs, minutes, checks, here):
     return found
 
 
+class SetMachine:
+    """A machine whose clocks a test sets."""
+
+    def __init__(self):
+        self.clock, self.instant, self.seconds = self, 0.0, 0.0
+
+    def now(self):
+        return self.instant
+
+    def ticks(self):
+        return self.seconds
+
+
+def started_by_planner(jobs, minutes, checks, here):
+    """Return (turn, line) of the same daemon's starts by koid's Planner,
+    which passes to `plan` only the jobs that it knows to be due."""
+    machine, found = SetMachine(), []
+    file = types.SimpleNamespace(path="tab", user="root")
+    planner = koitab.Planner(
+        machine, types.SimpleNamespace(scheduled_jobs=[
+            koitab.ScheduledJob(one, file, 0) for one in jobs]), None,
+        types.SimpleNamespace(set_problem=lambda *_: None))
+    for turn, minute in enumerate(minutes):
+        machine.instant = minute * MINUTE + 0.5
+        machine.seconds = 1000.0 + turn * MINUTE
+        if not turn:
+            planner.state = koitab.state_for_zones(planner.sample(),
+                                                   {"": here})
+        due, seen = planner.next_due(), planner.state.sample
+        unset = seen.instant + machine.seconds - seen.ticks
+        if turn in checks or due is not None and unset >= due:
+            found += [(turn, queued.scheduled.line)
+                      for queued in planner.due()[0]]
+    return found
+
+
 def clock_that_is_set(begin: int, turns: int, steps: dict) -> list[int]:
     """Return the machine's minute at each turn. `steps` maps a turn to the
     minutes by which the clock jumps there."""
@@ -639,6 +676,8 @@ def test_sleeping_daemon_makes_the_starts_of_cron(place, begin, steps):
     checks = set(steps) | {turn for turn in range(2500)
                           if dice.random() < 0.03}
     assert sorted(started(jobs, minutes, checks, here)) == wanted
+    assert sorted(started_by_planner(jobs, minutes, checks, here)) == sorted(
+        (turn, line) for turn, _, line in wanted)
     assert len(wanted) > 100
 
 

@@ -15,9 +15,11 @@ install`) is put into a scratch folder; the output says what could not.
               wake-ups, processor time; all of them at the same time
     late      start lateness, the time that a job writes minus its minute,
               with 1, 100 and 1,000 jobs in each minute; one daemon at a
-              time. The floor is posix_spawn of sh and date by one process
+              time. The floor is posix_spawn of sh and date by one process.
+              Then one job among 1,000 and 5,000 that are not due
     hold      what watches a job that goes on: its memory, for 1 job and
               100; all daemons at the same time
+    many      koid's memory over 10,000 runs
     gush      1 GB of output: time against `cat`, memory of what reads it
 
 All but the first need root, for cron in a mount namespace of its own.
@@ -26,6 +28,7 @@ All but the first need root, for cron in a mount namespace of its own.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import ctypes
 import datetime
@@ -477,12 +480,12 @@ class Look(NamedTuple):
         return cls(time.time(), wakes_of(pid), seconds_of(pid))
 
 
-def quiet_entries() -> list[Entry]:
-    """A thousand, half a year away."""
+def quiet_entries(count: int = 1000) -> list[Entry]:
+    """Entries that are half a year away."""
     month = (time.localtime().tm_mon + 5) % 12 + 1
-    return [Entry(f"{n % 60} {n // 60} 3,{n % 28 + 1} {month} *",
+    return [Entry(f"{n % 60} {n // 60 % 24} 3,{n % 28 + 1} {month} *",
                   f"/usr/local/bin/backup --of host{n} > /dev/null")
-            for n in range(1000)]
+            for n in range(count)]
 
 
 def idle(bench: Bench) -> None:
@@ -544,13 +547,14 @@ def came(out: Path) -> int:
     return out.read_bytes().count(b"\n") if out.exists() else 0
 
 
-def late_of(bench: Bench, name: str, jobs: int) -> Late:
-    """Start a daemon, let it have its minutes, and end it."""
+def late_of(bench: Bench, name: str, jobs: int, others: int = 0) -> Late:
+    """Start a daemon, let it have its minutes, and end it. `others` are
+    entries that are not due."""
     first, out = next_minute(), bench.room() / "out"
     last = first + 60 * (bench.minutes - 1)
     before = children_seconds()
     bench.start(name, [Entry("* * * * *", date_job(out, n))
-                       for n in range(jobs)])
+                       for n in range(jobs)] + quiet_entries(others))
     time.sleep(max(last + 1 - time.time(), 0))
     while time.time() < last + AFTER and \
             came(out) < jobs * bench.minutes:
@@ -586,6 +590,21 @@ def late(bench: Bench) -> None:
             found = late_of(bench, name, jobs)
             late_row(jobs, name, found, floor, ours)
             ours = found if name == "koid" else ours
+    late_among_others(bench)
+
+
+def late_among_others(bench: Bench) -> None:
+    """One job among entries that are not due must not wait for them."""
+    floor = floor_of(bench, 1)
+    for others in (1000, 5000):
+        for name in bench.names:
+            if name in ("koid", "cron"):
+                found = late_of(bench, name, 1, others)
+                row(f"late: 1 job among {others:,}, {name}",
+                    "p50 under 15 ms" if name == "koid" else "",
+                    f"{found.at(.5):,.0f} ms",
+                    f"floor {floor.at(.5):,.0f} ms, {len(found.times)} of "
+                    f"{found.due} starts")
 
 
 def late_row(jobs: int, name: str, found: Late, floor: Late,
@@ -632,6 +651,40 @@ def hold_row(name: str, pid: int, jobs: int, alone: int) -> None:
         + ("" if sleeping == jobs else f"; {sleeping} OF {jobs} STARTED"))
 
 
+# --- many: memory over 10,000 runs ----------------------------------------
+
+MANY = 10_000
+
+
+def many(bench: Bench) -> None:
+    """Run one job 10,000 times, by eight callers at a time. What koid keeps
+    of ended runs would show as growth."""
+    if "koid" not in bench.names:
+        return
+    pid = bench.start("koid", [Entry('"True" @manual', "true")])
+    os.environ["KOI_HOME"] = str(max(
+        bench.folder.glob("*/home/koid.sock"), key=os.path.getmtime).parent)
+    koi = koitab()
+    client = koi.DaemonClient(koi.Machine())
+
+    def run_once(_: int) -> None:
+        _, connection, _ = client.attach("True", {})
+        with connection:
+            while connection.recv(65536):
+                pass
+
+    sizes = []
+    with concurrent.futures.ThreadPoolExecutor(8) as callers:
+        for _ in range(10):
+            list(callers.map(run_once, range(MANY // 10)))
+            sizes.append(status_of(pid, "VmRSS") / 1024)
+    del os.environ["KOI_HOME"]
+    row("many: koid's memory after 1,000 and 10,000 runs", "no growth",
+        f"{sizes[0]:.1f} / {sizes[-1]:.1f} MB",
+        f"{sizes[-1] / sizes[0]:.2f} times")
+    end_all()
+
+
 # --- gush: 1 GB of output -------------------------------------------------
 
 OUTPUTS = {
@@ -674,7 +727,8 @@ def gushed(bench: Bench, name: str, script: str, bare: float) -> None:
 
 # --- what was typed -------------------------------------------------------
 
-FIGURES = {figure.__name__: figure for figure in (idle, late, hold, gush)}
+FIGURES = {figure.__name__: figure for figure in (idle, late, hold, many,
+                                                    gush)}
 
 
 def make_venv(folder: Path, python: str) -> Path:
