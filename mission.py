@@ -2267,6 +2267,7 @@ GRACE = 2.0             # seconds for children that outlive their task
 SILENCE = 1.0           # seconds until an incomplete line is shown
 PASS_SECONDS = 60       # for the password store; gpg may ask an agent
 OUTPUT_KEPT = 65536     # characters of a helper program's output
+TICK = 0.1              # seconds between two looks at limits of time
 
 
 class Account(FrozenRecord):
@@ -2324,7 +2325,6 @@ class Child:
         self.popen, self.fd, self.pid = popen, fd, popen.pid
         self.started = self.last_output = now
         self.limit, self.code = limit, None     # code: once it is reaped
-        self.exited = False
         self.why = ""               # why mission ended it
         self.term_at = self.kill_at = self.ended_at = None
         self.leftovers: list[str] = []
@@ -2349,14 +2349,12 @@ class Child:
         return (self.ended_at or self.started) - self.started
 
     def signal(self, number: int) -> None:
-        """Send a signal to its process group."""
+        """Send a signal to its process group, unless sudo or the like has
+        made it another user's."""
         try:
             os.killpg(self.pid, number)
         except (ProcessLookupError, PermissionError):
-            try:                    # sudo may have changed the group's user
-                self.popen.send_signal(number)
-            except (ProcessLookupError, PermissionError):
-                pass
+            pass
 
     def has_exited(self) -> bool:
         """Whether it has ended. It is not reaped yet, so no other process can
@@ -2587,97 +2585,59 @@ class Processes:
         on_output(child, bytes) is called with what they print, and with b""
         when a child has printed nothing for a second after a part of a line.
         """
-        import select
-        poll = select.poll()
-        by_fd = {child.fd: child for child in children}
-        for fd in by_fd:
-            poll.register(fd, select.POLLIN)
-        if self.wake >= 0:
-            poll.register(self.wake, select.POLLIN)
         while not all(child.done for child in children):
-            for fd, _ in poll.poll(self.poll_timeout(children)):
-                if fd == self.wake:
-                    self.drain_wake()
-                elif not self.read(by_fd[fd], on_output):
-                    poll.unregister(fd)
-                    by_fd[fd].close()
-            now = self.clock.ticks()
+            by_fd = {child.fd: child for child in children if child.open}
+            for fd in self.ready(*by_fd):
+                self.read(by_fd[fd], on_output)
             for child in children:
-                was_open, fd = child.open, child.fd
-                self.enforce_limits(child, on_output, now)
-                if was_open and not child.open:
-                    poll.unregister(fd)
-            if self.on_tick:
-                self.on_tick()
+                if not child.done:
+                    self.enforce_limits(child, on_output)
 
     def pause(self, seconds: float) -> None:
         """Wait for `seconds`, or until a signal asks to stop."""
-        import select
         deadline = self.clock.ticks() + seconds
         while not self.stopped and self.clock.ticks() < deadline:
-            left = deadline - self.clock.ticks()
-            if select.select([self.wake] if self.wake >= 0 else [], [], [],
-                             min(left, 1.0))[0]:
-                self.drain_wake()
+            self.ready()
 
-    def drain_wake(self) -> None:
-        """Empty the pipe that signals write to."""
-        try:
-            while os.read(self.wake, 512):
-                pass
-        except BlockingIOError:
-            pass
+    def ready(self, *fds: int) -> list[int]:
+        """Return those of the descriptors that can be read. Wait until there
+        is one, but not longer than TICK, or until a signal."""
+        import select
+        poll = select.poll()
+        for fd in fds:
+            poll.register(fd, select.POLLIN)
+        if self.wake >= 0:
+            poll.register(self.wake, select.POLLIN)
+        found = [fd for fd, _ in poll.poll(TICK * 1000)]
+        if self.wake in found:
+            found.remove(self.wake)
+            os.read(self.wake, 512)
+        if self.on_tick:
+            self.on_tick()
+        return found
 
-    def read(self, child: Child, on_output) -> bool:
-        """Pass on one chunk of output; False at the end of it."""
-        try:
-            chunk = os.read(child.fd, CHUNK)
-        except BlockingIOError:
-            return True
+    def read(self, child: Child, on_output) -> None:
+        """Pass on one chunk of output, or close the pipe at its end."""
+        chunk = os.read(child.fd, CHUNK)
         if chunk:
             child.last_output = self.clock.ticks()
             on_output(child, chunk)
-        return bool(chunk)
+        else:
+            child.close()
 
-    def poll_timeout(self, children: list[Child]) -> int | None:
-        """Milliseconds until a limit must be checked; None if there is none,
-        and poll() can wait for events alone."""
-        now, due = self.clock.ticks(), []
-        for child in children:
-            if child.done:
-                continue
-            if child.exited:
-                due.append(child.ended_at + GRACE)
-            elif child.kill_at:
-                due.append(child.kill_at + KILL_TO_GONE)
-            elif child.term_at:
-                due.append(child.term_at + TERM_TO_KILL)
-            elif child.limit is not None:
-                due.append(child.started + child.limit)
-            if child.decoder and child.decoder.waiting:
-                due.append(child.last_output + SILENCE)
-            if self.wake < 0 and not child.open:
-                due.append(now + 0.01)      # no SIGCHLD will wake us
-        if self.on_tick or self.wake < 0:
-            due.append(now + 1.0)
-        # poll(2) takes an int of milliseconds: 24 days at the most.
-        return max(0, int(min(min(due) - now, 86400) * 1000) + 1) \
-            if due else None
-
-    def enforce_limits(self, child: Child, on_output, now: float) -> None:
+    def enforce_limits(self, child: Child, on_output) -> None:
         """See whether the child has ended, and end it at its limit."""
-        if child.done:
-            return
+        now = self.clock.ticks()
         if child.decoder and child.decoder.waiting \
                 and now - child.last_output >= SILENCE:
             on_output(child, b"")
-        if not child.exited and child.has_exited():
-            child.exited, child.ended_at = True, now
-        if not child.exited:
+        if child.ended_at is None and child.has_exited():
+            child.ended_at = now
+        if child.ended_at is None:
             self.escalate_kill(child, now)
         elif child.open and now - child.ended_at >= GRACE:
             self.end_leftovers(child, on_output)
-        if child.exited and not child.open:
+        elif not child.open:
             child.code = child.popen.wait()
 
     def escalate_kill(self, child: Child, now: float) -> None:
@@ -2714,31 +2674,17 @@ class Processes:
         get a signal. What they printed until now is read.
         """
         import signal
-        child.leftovers = [f"{pid} {name}" for pid, name in self.holding(
-            child)] or ["unknown"]
+        pipe = f"pipe:[{os.fstat(child.fd).st_ino}]"
+        child.leftovers = [
+            f"{pid} {name}" for pid, name in list_processes()
+            if pid != os.getpid() and pipe in open_links(pid)] or ["unknown"]
         child.signal(signal.SIGTERM)
         deadline = self.clock.ticks() + 0.5
-        while self.clock.ticks() < deadline:
-            try:
-                chunk = os.read(child.fd, CHUNK)
-            except BlockingIOError:
-                time.sleep(0.02)
-                continue
-            if not chunk:
-                break
-            on_output(child, chunk)
+        while child.open and self.clock.ticks() < deadline:
+            if self.ready(child.fd):
+                self.read(child, on_output)
         child.signal(signal.SIGKILL)
         child.close()
-
-    def holding(self, child: Child) -> list[tuple[int, str]]:
-        """(pid, name) of processes that have the child's output open; [] if
-        there is no /proc."""
-        try:
-            pipe = f"pipe:[{os.fstat(child.fd).st_ino}]"
-        except OSError:
-            return []
-        return [(pid, name) for pid, name in list_processes()
-                if pid != os.getpid() and pipe in open_links(pid)]
 
     def run(self, argv: list[str], limit: float, data: bytes = b"",
             env: dict | None = None, account: Account | None = None,
@@ -2780,12 +2726,13 @@ class Processes:
     # --- functions in a child -----------------------------------------------
 
     def supervise(self, limit: float, function, *arguments, on_message=None,
-                  is_patient: bool = False):
+                  is_patient: bool = False, signals: int = 0):
         """Return function(send, *arguments), called in a child process.
 
         The function may call send(value), a JSON value, for `on_message`.
-        Signals that ask to stop are passed on to the child, and shorten the
-        limit: the first one, or with `is_patient` the second. Raises Error
+        Signals that ask to stop are passed on to the child, all but the
+        first `signals` that the caller knows of, and shorten the limit: the
+        first one, or with `is_patient` the second. Raises Error
         for an exception in it, and Unanswered if it sends nothing for
         `limit` seconds. Then the child is killed, or left alone if it hangs
         in a call of the kernel: it holds nothing of ours, not even the lock.
@@ -2797,7 +2744,7 @@ class Processes:
         os.close(writing)
         try:
             for kind, value in self.messages(pid, reading, limit,
-                                             1 + is_patient):
+                                             1 + is_patient, signals):
                 if kind == "result":
                     return value
                 if kind == "error":
@@ -2809,35 +2756,30 @@ class Processes:
             os.close(reading)
             end_process(pid)
 
-    def messages(self, pid: int, reading: int, limit: float, hurry: int):
-        """Yield (kind, value) of what the child `pid` sends, and pass signals
-        on to it. Raises Unanswered, see `supervise`; `hurry` signals shorten
-        the limit."""
+    def messages(self, pid: int, reading: int, limit: float, hurry: int,
+                 signals: int):
+        """Yield (kind, value) of what the child `pid` sends, and pass on to
+        it each signal after the first `signals`. Raises Unanswered, see
+        `supervise`; `hurry` signals shorten the limit."""
         import json
-        import select
-        signals, rest, is_end = 0, b"", False
+        rest, is_end = b"", False
         deadline = self.clock.ticks() + limit
         while not is_end:
-            left = max(0, deadline - self.clock.ticks())
-            ready = select.select(
-                [reading] + [self.wake] * (self.wake >= 0), [], [],
-                min(left, 1.0) if self.on_tick else left)[0]
-            if self.wake in ready:
-                self.drain_wake()
+            ready = self.ready(reading)
             if self.signals > signals:
                 signals = self.signals
                 os.kill(pid, self.stopped)
                 if signals >= hurry:
                     limit = min(limit, TERM_TO_KILL)
                     deadline = min(deadline, self.clock.ticks() + limit)
-            if reading in ready:
-                lines, rest, is_end = read_lines(reading, rest)
+            if ready:
+                chunk = os.read(reading, CHUNK)
+                *lines, rest = (rest + chunk).split(b"\n")
                 yield from map(json.loads, lines)
+                is_end = not chunk
                 deadline = self.clock.ticks() + limit
             elif self.clock.ticks() >= deadline:
                 raise Unanswered(f"no answer within {format_duration(limit)}")
-            if self.on_tick:
-                self.on_tick()
 
     def run_supervised(self, writing: int, function, arguments) -> None:
         """What the child of `supervise` does; does not return."""
@@ -2858,63 +2800,35 @@ class Processes:
             os._exit(0)
 
     def run_in_child(self, seconds: float, function,
-                     *arguments) -> tuple[bool, str]:
+                     *arguments) -> tuple[bool, object]:
         """(True, result) of function(*arguments), run in a child process;
-        (False, reason) if it raised an exception or took too long.
+        (False, reason) if it raised an exception or took too long, or when a
+        signal asked to stop.
 
         A name lookup has no limit of time, and smtplib limits each read and
         not the whole; a process can be killed. It is forked, because its
         modules are loaded then: an upgrade of Python cannot break it.
         """
-        import select
-        reading, writing = os.pipe()
-        pid = os.fork()
-        if not pid:
-            self.run_function(seconds, writing, function, arguments)
-        os.close(writing)
-        os.set_blocking(reading, False)
-        seconds, signals = self.shortened(seconds), self.signals
-        answer, deadline = b"", self.clock.ticks() + seconds
-        while True:
-            left = deadline - self.clock.ticks()
-            ready = select.select([reading] + [self.wake] * (self.wake >= 0),
-                                  [], [], max(left, 0))[0]
-            if self.wake in ready:
-                self.drain_wake()
-            if self.signals > signals or not ready:
-                answer = b"-interrupted" if ready else \
-                    b"-no answer within " + format_duration(seconds).encode()
-                break
-            if reading in ready:
-                chunk = os.read(reading, CHUNK)
-                answer += chunk
-                if not chunk:
-                    break
-        os.close(reading)
-        end_process(pid)
-        text = answer.decode("utf-8", "replace") or "-ended without an answer"
-        return text[0] == "+", text[1:]
+        import signal
+        known = self.signals
+
+        def call(_send):
+            signal.alarm(int(seconds) + 1)      # should the parent be killed
+            for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "OPENSSL_CONF"):
+                os.environ.pop(name, None)
+            return function(*arguments)
+
+        try:
+            return True, self.supervise(self.shortened(seconds), call,
+                                        signals=known)
+        except (Error, Unanswered) as error:
+            return False, "interrupted" if self.signals > known \
+                else str(error)
 
     def shortened(self, seconds: float) -> float:
         """The limit of a delivery: short once a signal asked to stop, because
         the one who sent the signal waits."""
         return min(seconds, STOPPED_SECONDS) if self.stopped else seconds
-
-    def run_function(self, seconds, writing, function, arguments) -> None:
-        """What the child of run_in_child does; does not return."""
-        import signal
-        try:
-            leave_parent(writing)
-            signal.alarm(int(seconds) + 1)      # should the parent be killed
-            for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "OPENSSL_CONF"):
-                os.environ.pop(name, None)
-            try:
-                answer = "+" + function(*arguments)
-            except Exception as error:
-                answer = f"-{reason_of(error)}"
-            write_all(3, answer.encode("utf-8", "backslashreplace"))
-        finally:
-            os._exit(0)
 
 
 class Unanswered(Exception):
@@ -2940,14 +2854,6 @@ def leave_parent(writing: int) -> None:
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
-
-
-def read_lines(fd: int, rest: bytes) -> tuple[list, bytes, bool]:
-    """Return the lines that a pipe has, the beginning of the next one, and
-    whether the pipe has ended. `rest`: the beginning of the first line."""
-    chunk = os.read(fd, CHUNK)
-    *lines, rest = (rest + chunk).split(b"\n")
-    return lines, rest, not chunk
 
 
 def end_process(pid: int) -> None:
@@ -3961,10 +3867,9 @@ def git_state(directory: str) -> str:
                  os.path.lexists(os.path.join(directory, name))), "")
 
 
-def find_locks(directories: list[str]) -> str:
-    """Return git's lock files as JSON: path -> seconds since 1970 when it
-    was made. Runs as the owner of the repository."""
-    import json
+def find_locks(directories: list[str]) -> dict[str, float]:
+    """Return git's lock files: path -> seconds since 1970 when it was made.
+    Runs as the owner of the repository."""
     found = {}
     for directory in directories:
         places = [directory]
@@ -3978,7 +3883,7 @@ def find_locks(directories: list[str]) -> str:
                         found[path] = os.lstat(path).st_mtime
             except OSError:         # it is gone, or not the owner's
                 continue
-    return json.dumps(found)
+    return found
 
 
 def remove_files(paths: list[str]) -> str:
@@ -4305,8 +4210,7 @@ class Repository:
     def locks(self) -> dict[str, float]:
         """Return the lock files of git that exist now, and when each was
         made, in seconds since 1970. Raises Error."""
-        import json
-        return json.loads(self.look_up(find_locks, self.directories))
+        return self.look_up(find_locks, self.directories)
 
     def users(self) -> list[str]:
         """"pid (name)" of each git that has the repository open."""

@@ -652,16 +652,6 @@ def test_a_size_is_read_or_refused(text, size):
         assert mission.parse_size(mission.format_size(size)) == size
 
 
-@pytest.mark.parametrize("timeout", ["1h", "24d", "25d", "365d", "9999d"])
-def test_a_timeout_of_months_is_waited_for_in_steps_that_poll_takes(timeout):
-    child = mission.Child(type("Popen", (), {"pid": 1}), -1,
-                          mission.parse_duration(timeout), 0.0)
-    clock = type("Clock", (), {"ticks": lambda self: 0.0})()
-    processes = mission.Processes(clock)
-    processes.on_tick, processes.wake = None, 0
-    assert 0 < processes.poll_timeout([child]) < 2**31
-
-
 # --- scripts --------------------------------------------------------------
 
 
