@@ -102,7 +102,7 @@ used.
 # The life of a run
 #
 #     schedule, by hand, catch-up, retry, reboot
-#       |-- overlap, queue full -----------------------> skipped (reason)
+#       |-- overlap, queue full, date in KOI_SKIP -----> skipped (reason)
 #       |-- start not made: koid down, clock set ------> missed
 #       |-- delay, retry, previous run active --> queued
 #       |                            |-- kill, replace -> skipped
@@ -1190,6 +1190,7 @@ LONGEST_COMMAND = 131_071   # bytes; Linux's limit for one argument
 LONGEST_NAME = 100
 LONGEST_VALUE, LONGEST_TEXT = 4096, 65_536      # bytes of an argument
 MOST_PARAMS = 64
+MOST_DATES = 100            # in KOI_SKIP; they are shown in each description
 DEEPEST_SHELL = 50          # levels; Python's own stack has about 1,000
 BLANKS = " \t"
 SPACE = " \t\r\f\v"
@@ -1205,6 +1206,8 @@ class Settings(FrozenRecord):
     keep: int = 100             # runs
     start_within: float = 0.0   # seconds; 0: no limit
     confirm: str = "no"
+    nice: int = 0
+    skip: tuple = ()            # (first, last) days since 1970, each
     zone: str = ""              # CRON_TZ; "": the machine's
     random_delay: int = 0       # minutes
 
@@ -1284,6 +1287,8 @@ class Job(FrozenRecord):
             text += f" ({settings.zone})"
         if settings.random_delay:
             text += f", delayed by up to {settings.random_delay} minutes"
+        if settings.skip:
+            text += f", not on {date_words(settings.skip)}"
         return text
 
 
@@ -1318,6 +1323,37 @@ def is_date(text: str) -> bool:
     year, month, day = map(int, found.groups())
     return year > 0 and 1 <= month <= 12 and day > 0 and calendar_date(
         days_since_epoch(year, month, day)) == (year, month, day)
+
+
+def parse_dates(text: str) -> tuple:
+    """Return (first, last) in days since 1970 for each part of a text such
+    as 2026-12-24..2027-01-01,2027-05-01.
+
+    Raises ValueError with the reason, and the offset of the wrong part.
+    """
+    ranges, at = [], 0
+    for part in text.split(",") if text else ():
+        dates = [each.strip(BLANKS) for each in part.split("..", 1)]
+        for date in dates:
+            if not is_date(date):
+                raise ValueError(f"{short(date)} is not a date", at)
+        first, last = (days_since_epoch(*map(int, date.split("-")))
+                       for date in (dates[0], dates[-1]))
+        if last < first:
+            raise ValueError(f"{short(part.strip(BLANKS))} ends before it "
+                             "begins", at)
+        ranges.append((first, last))
+        at += len(part) + 1
+    if len(ranges) > MOST_DATES:
+        raise ValueError(f"more than {MOST_DATES} dates and ranges", 0)
+    return tuple(ranges)
+
+
+def date_words(ranges: tuple) -> str:
+    """Return what `parse_dates` has read, as text."""
+    return ", ".join("..".join("{:04}-{:02}-{:02}".format(*calendar_date(day))
+                               for day in dict.fromkeys(each))
+                     for each in ranges)
 
 
 def has_control(text: str, allowed: str = "") -> bool:
@@ -1916,6 +1952,12 @@ def parse_delay(text: str) -> int | None:
     return minutes if minutes is not None and minutes <= 1440 else None
 
 
+def parse_nice(text: str) -> int | None:
+    """Return a niceness from 0 to 19; None if `text` is not one."""
+    nice = parse_count(text)
+    return nice if nice is not None and nice < 20 else None
+
+
 SETTINGS = {    # variable -> field of Settings, parser, what it expects
     "KOI_TIMEOUT": ("timeout", parse_duration,
                     "a duration such as 90s or 1h30m"),
@@ -1927,6 +1969,8 @@ SETTINGS = {    # variable -> field of Settings, parser, what it expects
     "KOI_START_WITHIN": ("start_within", parse_duration,
                          "a duration such as 10m"),
     "KOI_CONFIRM": ("confirm", one_of("yes", "no", "cli"), "yes, no or cli"),
+    "KOI_NICE": ("nice", parse_nice, "a niceness, 0 to 19"),
+    "KOI_SKIP": ("skip", parse_dates, "2026-12-24..2027-01-01,2027-05-01"),
     "CRON_TZ": ("zone", str, "a name such as Europe/Berlin"),
     "RANDOM_DELAY": ("random_delay", parse_delay, "minutes, 0 to 1440"),
 }
@@ -2103,7 +2147,11 @@ class TabReader:
     def set_setting(self, name: str, value: str, at: int) -> None:
         """Set a field of `settings`. Raises LineRejected."""
         field, parse, expected = SETTINGS[name]
-        setting = parse(value)
+        try:
+            setting = parse(value)
+        except ValueError as error:
+            why, offset = error.args
+            self.reject(at + offset, "bad setting", f"{name}: {why}", expected)
         if setting is None:
             if name == "RANDOM_DELAY":      # cronie ignores it, too
                 self.add_diagnostic(at, "bad setting",
@@ -4428,6 +4476,7 @@ class LaunchSpec(FrozenRecord):
     stdin: bytes
     environment: dict
     timeout: float = 0.0
+    nice: int = 0
     secrets: list = []
     connection: object = None   # a socket: `koitab run` listens there
 
@@ -4592,6 +4641,8 @@ class SupervisedRun:
         given = input_file(spec.stdin) if spec.stdin else nothing
         out, out_end = os.pipe()
         err, err_end = os.pipe()
+        # The supervisor becomes as nice as its job: posix_spawn has no means.
+        os.nice(max(spec.nice - os.nice(0), 0))
         try:
             self.pid = os.posix_spawn(
                 encode_os(shell),
@@ -5165,8 +5216,9 @@ class TabRegistry:
         """Return when a job starts next after `now`, seconds since 1970."""
         if not scheduled.schedule:
             return None
-        due = scheduled.schedule.next(now,
-                                      self.zones[scheduled.settings.zone])
+        zone = self.zones[scheduled.settings.zone]
+        due = next(unskipped_starts(scheduled.job, zone, now), None) \
+            if scheduled.settings.skip else scheduled.schedule.next(now, zone)
         return due and due + scheduled.delay * MINUTE
 
     def find_job(self, user: str, name: str) -> ScheduledJob:
@@ -5206,6 +5258,35 @@ def only_first(scheduled_jobs: list[ScheduledJob],
                 f"{scheduled.file}:{scheduled.line}: not used: the same "
                 f"job stands in {first.file}:{first.line}")
     return list(seen.values())
+
+
+def last_skipped_day(job: Job, zone: Zone, instant: float) -> int | None:
+    """Return the last day of the dates in KOI_SKIP that `instant` is in, in
+    days since 1970; None if it is in none of them."""
+    day = local_day(zone, instant)
+    return max((last for first, last in job.settings.skip
+                if first <= day <= last), default=None)
+
+
+def local_day(zone: Zone, instant: float) -> int:
+    """Return the local date of an instant in days since 1970."""
+    return local_minute(zone, instant) // DAY
+
+
+def unskipped_starts(job: Job, zone: Zone, after: int):
+    """Yield the starts of a scheduled job after an instant, without those on
+    a date in KOI_SKIP."""
+    is_skipped = True
+    while is_skipped:
+        is_skipped = False
+        for start in job.schedule.iter_starts(after, zone):
+            last = last_skipped_day(job, zone, start)
+            if last is not None:
+                # To the last minute of that day, or years would be searched.
+                after = max(start, zone.instant((last + 1) * DAY) - 1)
+                is_skipped = True
+                break
+            yield start
 
 
 def random_delay(job: Job, host: str) -> int:
@@ -5530,7 +5611,7 @@ def launch_spec(queued: QueuedRun, account: Account, host: dict
         job.stdin.encode("utf-8", "surrogateescape"),
         job_environment(queued.scheduled, account, host,
                         KOI_RUN=str(queued.run), **more),
-        job.settings.timeout,
+        job.settings.timeout, job.settings.nice,
         [values[param.name].encode() for param in job.params
          if param.type == "secret" and values[param.name]],
         queued.connection)
@@ -5548,6 +5629,10 @@ def was_rebooted(machine: Machine, store: RunStore) -> bool:
     be known."""
     boot = machine.boot_id()
     return not boot or boot != store.get_meta("boot")
+
+
+SKIPPED_DATE, PAUSED = "date in KOI_SKIP", "paused"
+HELD = (SKIPPED_DATE, PAUSED)   # reasons of starts that are not made
 
 
 def has_secret(job: Job) -> bool:
@@ -5681,21 +5766,32 @@ class Planner:
         for scheduled in self.registry.scheduled_jobs:
             if not scheduled.schedule or scheduled.key not in self.store.keys:
                 continue        # a new job has missed nothing
-            first, count, zone_clock = 0, 0, self.state.zone_clocks[
-                scheduled.settings.zone]
-            for start in scheduled.schedule.iter_starts(int(seen),
-                                                        zone_clock.zone):
-                if start > now or count >= MOST_COUNTED:
+            zone = self.state.zone_clocks[scheduled.settings.zone].zone
+            groups: dict[tuple, tuple] = {}     # -> first start, count
+            for number, start in enumerate(
+                    scheduled.schedule.iter_starts(int(seen), zone)):
+                if start > now or number >= MOST_COUNTED:
                     break
                 if start >= minute:
                     starts.append(QueuedRun(scheduled, "schedule", start,
                                             now))
-                else:
-                    first, count = first or start, count + 1
-            if count:
-                rows.append(missed_row(scheduled, count, first,
-                                       "koid was not running"))
+                    continue
+                reason = self.held_reason(scheduled, start, start)
+                group = reason, local_day(zone, start) if reason else 0
+                first, count = groups.get(group, (start, 0))
+                groups[group] = first, count + 1
+            rows += [missed_row(scheduled, count, first,
+                                "koid was not running")
+                     for first, count in groups.values()]
         return starts, rows
+
+    def held_reason(self, scheduled: ScheduledJob, now: float,
+                    due: float) -> str:
+        """Return why a job that is due starts by hand alone; "" if it starts
+        by itself."""
+        zone = self.registry.zones.get(scheduled.settings.zone, UTC)
+        return "" if last_skipped_day(scheduled.job, zone, due) is None \
+            else SKIPPED_DATE
 
     def reboot_starts(self, now: float) -> list[QueuedRun]:
         """Return the @reboot starts: one for each boot."""
@@ -5884,7 +5980,7 @@ class Scheduler:
     """Moves each run from state to state, in the history and in memory.
 
         schedule, by hand, catch-up, retry, reboot
-          |-- KOI_OVERLAP, too many wait ----------> skipped (reason)
+          |-- KOI_OVERLAP, too many wait, KOI_SKIP > skipped (reason)
           |-- not made: no koid, clock set --------> missed
           |-- delay, retry, previous run active ---> queued
           |                              |-- kill -> skipped
@@ -5916,6 +6012,7 @@ class Scheduler:
         self.files_to_remove: list[int] = []    # of runs, once written
         self.deferred_statements: list[tuple] = []  # written with the next
         self.pending_kills: list[tuple] = []    # (ticks, a group's leader)
+        self.held: dict[tuple, tuple] = {}  # job, reason -> day, run, count
         self.write_at = 0.0                 # ticks, after a full disk
         self.check_at = FOREVER             # ticks: adopted runs
 
@@ -6014,6 +6111,13 @@ class Scheduler:
         statements = self.seen_statements() + self.deferred_statements
         self.deferred_statements = []
         for scheduled, row in rows:
+            reason = self.planner.held_reason(scheduled, row["due"],
+                                              row["due"])
+            if reason:
+                statements.append(self.held_statement(
+                    scheduled, {**row, "state": "skipped", "reason": reason},
+                    statements))
+                continue
             statements.append(self.new_run(scheduled, row, statements))
             if row["state"] == "missed" \
                     and scheduled.settings.catchup == "yes":
@@ -6039,7 +6143,12 @@ class Scheduler:
     def admit(self, queued: QueuedRun, counts: dict) -> tuple[str, str]:
         """Return the state in which a run begins, and why if it is not
         "running". `counts` are the active runs of each job."""
-        scheduled = queued.scheduled
+        scheduled, now = queued.scheduled, self.clock.now()
+        held = not queued.by_hand and self.planner.held_reason(
+            scheduled, now, queued.due if queued.trigger == "schedule"
+            else now)
+        if held:
+            return "skipped", held
         if queued.at > self.clock.ticks():
             self.waiting.append(queued)
             return "queued", ""
@@ -6057,6 +6166,29 @@ class Scheduler:
         queued.waits_for_previous = True
         self.waiting.append(queued)
         return "queued", WAITS_FOR_PREVIOUS
+
+    def held_statement(self, scheduled: ScheduledJob, row: dict,
+                       statements: list) -> tuple:
+        """Return the statement that counts starts that are held in the row
+        of the job's day, or adds that row."""
+        key, count = (*scheduled.key, row["reason"]), row["count"]
+        zone = self.registry.zones.get(scheduled.settings.zone, UTC)
+        if key not in self.held:        # the koid before us may have a row
+            for run in self.store.runs(
+                    "r.job = ? and r.state = 'skipped' and r.reason = ? "
+                    "order by r.id desc limit 1",
+                    self.store.keys.get(scheduled.key, 0), row["reason"]):
+                self.held[key] = (local_day(zone, run["due"] or 0.0),
+                                  run["run"], run["count"])
+        day, run, before = self.held.get(key, (None, 0, 0))
+        if day == local_day(zone, row["due"]):
+            count += before
+            statement = self.store.update(run, count=count)
+        else:
+            statement = self.new_run(scheduled, row, statements)
+            run = self.store.last
+        self.held[key] = local_day(zone, row["due"]), run, count
+        return statement
 
     def kill_others(self, key: tuple) -> None:
         """KOI_OVERLAP=replace: end all runs of a job."""
@@ -6085,6 +6217,10 @@ class Scheduler:
         if queued.known:
             return self.store.update(queued.run, state=state, reason=reason,
                                      started=started)
+        if state == "skipped" and reason in HELD:
+            return self.held_statement(queued.scheduled, {
+                "trigger": queued.trigger, "state": state, "reason": reason,
+                "due": queued.due, "count": 1}, statements)
         queued.known = True
         statement = self.new_run(queued.scheduled, {
             "trigger": queued.trigger, "state": state, "due": queued.due,
@@ -19979,8 +20115,8 @@ def next_starts(job: Job, zones: dict, after: int, many: int,
     if not job.schedule:
         return []
     delay *= MINUTE
-    return [start + delay for start in islice(job.schedule.iter_starts(
-        after - delay, zones[job.settings.zone]), many)]
+    return [start + delay for start in islice(unskipped_starts(
+        job, zones[job.settings.zone], after - delay), many)]
 
 
 def command_next(options: Invocation, name: str = ""
@@ -20301,12 +20437,10 @@ def signal_words(number: int) -> str:
 def result_words(run: dict) -> str:
     """Return how a run went: ok; exit 3; missed x12; skipped: why."""
     state, reason = run["state"], run["reason"]
-    if state == "missed":
-        words = f"missed x{run['count']}" if run["count"] > 1 else "missed"
-    elif state == "unstartable":
+    if state == "unstartable":
         words = "not started"
     elif state != "done":
-        words = state
+        words = f"{state} x{run['count']}" if run["count"] > 1 else state
     elif run["signal"]:
         words = signal_words(run["signal"])
     else:

@@ -191,6 +191,42 @@ def test_cron_tz_holds_for_the_lines_below_it(type_in):
     assert done.err.startswith("tab:4:9: bad setting: there is no time zone")
 
 
+def test_dates_that_are_skipped_have_no_starts(type_in):
+    text = ("KOI_SKIP=2026-03-29..2026-03-30,2026-04-01\n"
+            "CRON_TZ=Pacific/Kiritimati\n30 2 * * * a\n"
+            "KOI_SKIP=2026-01-01..9999-12-31\n* * * * * b\n")
+    done = type_in("next", "--tab", "tab", "--json", "-n3", tab=text)
+    first, second = json.loads(done.out)
+    assert first["next"] == [f"2026-{day}T02:30:00+14:00"
+                             for day in ("03-31", "04-02", "04-03")]
+    assert first["words"] == ("At 02:30 (Pacific/Kiritimati), not on "
+                              "2026-03-29..2026-03-30, 2026-04-01")
+    assert second["next"][0] == "10000-01-01T00:00:00+14:00"
+
+
+@pytest.mark.parametrize("place", ["America/Sao_Paulo", "America/Havana",
+                                   "Asia/Beirut", "Pacific/Apia"])
+def test_skipped_dates_are_those_of_the_zone_in_all_its_changes(place):
+    """Zones that change their clocks at midnight, and one that left out a
+    day."""
+    support.need_zone(place)
+    zone = koitab.Machine().zone(place)
+    begin = int(datetime.datetime(2011, 1, 1).timestamp())
+    end = begin + 400 * koitab.DAY
+    text = "KOI_SKIP=2011-02-19..2011-02-20,2011-10-15,2011-11-13," \
+        "2011-12-29..2011-12-30,2011-03-26\n17 */3 * * * a\n"
+    job = koitab.parse_tab(text).jobs[0]
+    wanted = []
+    for start in job.schedule.iter_starts(begin, zone):
+        if start > end:
+            break
+        day = koitab.local_day(zone, start)
+        if not any(first <= day <= last for first, last in job.settings.skip):
+            wanted.append(start)
+    found = koitab.unskipped_starts(job, zone, begin)
+    assert [next(found) for _ in wanted] == wanted
+
+
 def test_utc(type_in):
     done = type_in("next", "Night", "--utc", "--json", "--tab=tab", "-n1",
                    tab=TAB)

@@ -114,6 +114,14 @@ def test_case_file_has_all_rejected_lines():
     ("KOI_KEEP=0\n", [(1, 10, "bad setting")]),
     ("KOI_CONFIRM=maybe\n", [(1, 13, "bad setting")]),
     ("KOI_START_WITHIN=\n", [(1, 18, "bad setting")]),
+    ("KOI_NICE=20\n", [(1, 10, "bad setting")]),
+    ("KOI_NICE=-1\n", [(1, 10, "bad setting")]),
+    ("KOI_SKIP=2026-02-30\n", [(1, 10, "bad setting")]),
+    ("KOI_SKIP=2026-02-01,x,2026-02-03\n", [(1, 21, "bad setting")]),
+    ("KOI_SKIP=2026-02-01,2026-02-02..\n", [(1, 21, "bad setting")]),
+    ("KOI_SKIP=2027-01-01..2026-12-24\n", [(1, 10, "bad setting")]),
+    ("KOI_SKIP=" + "2027-01-01," * 100 + "2027-01-01\n",
+     [(1, 10, "bad setting")]),
     ("@manual x\nA=1\n@manual x\n", [(3, 1, "bad job")]),
     ('"A" @daily x\n"A" @hourly y\n', [(2, 1, "bad job")]),
     ("* * * * * " + "x" * 131_072 + "\n", [(1, 11, "bad command")]),
@@ -126,6 +134,17 @@ def test_invalid_line_drops_only_itself():
     found = tab("A=1\n* * * * * one\n61 * * * * two\n@daily three\nx")
     assert [job.command for job in found.jobs] == ["one", "three"]
     assert len(found.errors()) == 2
+
+
+@pytest.mark.parametrize("value, why", [
+    ("2026-02-30", '"2026-02-30" is not a date'),
+    ("2026-12-24..", '"" is not a date'),
+    ("2027-01-01..2026-12-24",
+     '"2027-01-01..2026-12-24" ends before it begins')])
+def test_invalid_dates_are_named(value, why):
+    error, = tab(f"KOI_SKIP={value}\n").errors()
+    assert (error.why, error.hint) == (
+        f"KOI_SKIP: {why}", "2026-12-24..2027-01-01,2027-05-01")
 
 
 def test_every_error_is_reported_in_one_pass():
@@ -174,14 +193,15 @@ def test_settings_apply_to_the_lines_below_them():
     found = jobs(
         "@daily a\nKOI_TIMEOUT=10m\nKOI_OVERLAP=skip\nKOI_RETRY=3\n"
         "KOI_CATCHUP=yes\nKOI_KEEP=7\nKOI_START_WITHIN=90s\nKOI_CONFIRM=cli\n"
+        "KOI_NICE=19\nKOI_SKIP=1969-12-31 .. 1970-01-02, 1970-01-05\n"
         "CRON_TZ=Europe/Berlin\nRANDOM_DELAY=45\n@daily b\nCRON_TZ=\n"
-        "@daily c\n")
+        "KOI_SKIP=\n@daily c\n")
     assert found[0].settings == koitab.Settings()
     assert found[1].settings == koitab.Settings(
         timeout=600.0, overlap="skip", retry=3, catchup="yes", keep=7,
-        start_within=90.0, confirm="cli", zone="Europe/Berlin",
-        random_delay=45)
-    assert found[2].settings.zone == ""
+        start_within=90.0, confirm="cli", nice=19, skip=((-1, 1), (4, 4)),
+        zone="Europe/Berlin", random_delay=45)
+    assert (found[2].settings.zone, found[2].settings.skip) == ("", ())
     assert tab("\nCRON_TZ=X/Y\n@daily a\n").zones == {"X/Y": (2, 9)}
 
 
