@@ -1051,6 +1051,7 @@ class Script(FrozenRecord):
     head: str = ""              # its first bytes, one character each
     missing_interpreter: str = ""   # named in the #! line and not there
     writer: str = ""            # who else could change what root runs
+    barred: tuple = ()          # (why, hint): its user cannot start it
 
 
 class HostFacts(FrozenRecord):
@@ -1154,6 +1155,7 @@ class ConfigValidator:
                 self.check_storage(storage)
                 if storage.chown:
                     self.check_chown(storage)
+                    self.check_users_of_tasks(storage)
 
     def check_storage(self, storage: Storage) -> None:
         """Check that the directory is usable, and a repository if it is to
@@ -1188,6 +1190,18 @@ class ConfigValidator:
                      + self.facts.foreign_files[storage.name],
                      f"files of root and {self.config.user.name} alone",
                      scope)
+
+    def check_users_of_tasks(self, storage: Storage) -> None:
+        """Note that chown leaves the files of tasks[].user alone, where git
+        would have to read them."""
+        names = sorted({task.user for task in self.config.tasks}
+                       - {"", self.config.user.name})
+        if storage.commit and names:
+            self.diagnostics.note(
+                storage.where + ("commit",), "files here that belong to "
+                + ", ".join(map(escape_controls, names)) + " stay theirs, "
+                f"and git reads them as {self.config.user.name}",
+                "a storage of its own for tasks with `user`")
 
     # --- tasks ------------------------------------------------------------
 
@@ -1453,16 +1467,21 @@ NOEXEC = "is on a file system mounted noexec"
 PROGRAM_MAGIC = ("\x7fELF", "\xcf\xfa\xed\xfe", "\xca\xfe\xba\xbe")
 
 
+def carried_errors(task: Task, config: Config):
+    """(why, hint) for each thing that a built-in task of ours lacks."""
+    for name in CARRIED[task.slug]:
+        if name not in config.storage:
+            yield (f"the built-in {task.slug} needs storage.{name}",
+                   f'"{name}": {{"path": "..."}}')
+    if not config.pass_bin:
+        yield (f"the built-in {task.slug} needs passBin",
+               '"passBin": "/usr/bin/pass"')
+
+
 def script_errors(task: Task, config: Config, facts: HostFacts):
     """(why, hint) for each error of a task's file."""
     if task.type == "builtin" and task.slug in CARRIED:
-        for name in CARRIED[task.slug]:
-            if name not in config.storage:
-                yield (f"the built-in {task.slug} needs storage.{name}",
-                       f'"{name}": {{"path": "..."}}')
-        if not config.pass_bin:
-            yield (f"the built-in {task.slug} needs passBin",
-                   '"passBin": "/usr/bin/pass"')
+        yield from carried_errors(task, config)
         return
     script = facts.scripts.get(task.slug)
     if not script:
@@ -1478,6 +1497,8 @@ def script_errors(task: Task, config: Config, facts: HostFacts):
     if script.writer:
         yield script.writer, ("only root and those root trusts may write "
                                 "what root runs, and the folders above it")
+    if script.barred:
+        yield tuple(script.barred)
     if script.writer or task.type == "builtin":
         return
     if head.startswith("#!") and not interpreter_name(head):
@@ -3296,9 +3317,59 @@ def is_noexec(path: str) -> bool:
                 and os.statvfs(path).f_flag & os.ST_NOEXEC)
 
 
-def is_answering(path: str) -> bool:
-    """Ask for a path; the answer does not matter, only that there is one."""
-    return os.path.exists(path)
+# What a user must be able to do with the program of a task, by its type.
+MODES = {"exec": os.X_OK, "builtin": os.R_OK}
+
+
+def program_of(task: Task, config: Config) -> str:
+    """The file that a task runs; "" if it is a part of mission."""
+    if task.type == "exec":
+        return task.entrypoint
+    if task.slug in CARRIED or "tasks" not in config.storage:
+        return ""
+    return os.path.join(config.directory("tasks"), task.slug, "task.py")
+
+
+def access_error(path: str, user: str, mode: int) -> tuple:
+    """Return why `user` cannot use a task's program, and a hint; or ().
+
+    `mode` is os.X_OK or os.R_OK. Nothing is asked without `user`, or if
+    mission does not run as root. It is for a child process: the answer is
+    the kernel's, which knows access control lists, to that user.
+    """
+    account = account_of(user) if user and os.geteuid() == 0 else None
+    if not account:
+        os.path.exists(path)    # it only has to answer
+        return ()
+    groups, gid = os.getgroups(), os.getegid()
+    try:
+        os.setgroups(account.popen["extra_groups"])
+        os.setegid(account.gid)
+        os.seteuid(account.uid)
+        return barrier(path, account.name, mode)
+    except OSError as error:
+        return f"cannot become {user}: {error.strerror}", "run it as root"
+    finally:
+        os.seteuid(0)
+        os.setegid(gid)
+        os.setgroups(groups)
+
+
+def barrier(path: str, user: str, mode: int) -> tuple:
+    """Return the first directory on the way to `path` that this process may
+    not search, or the file that it may not use, and a hint; or ()."""
+    for place in path_components(path):
+        try:
+            os.lstat(place)
+        except PermissionError:
+            directory = os.path.dirname(place)
+            return (f"{directory} cannot be searched by {user}",
+                    f"chmod o+x {directory}, or another place for the task")
+        except OSError:         # it is reported as missing
+            return ()
+    letter = "x" if mode == os.X_OK else "r"
+    return () if os.access(path, mode, effective_ids=True) else (
+        f"{path} cannot be used by {user}", f"chmod o+{letter} {path}")
 
 
 def storage_facts(path: str, strict: bool, known: set[int] | None) -> dict:
@@ -3431,6 +3502,9 @@ class HostInspector:
     def script_fields(self, task: Task, config: Config, trusted) -> dict:
         """The fields of the task's Script; {} without one."""
         found = self.script(task, config, trusted)
+        if found and not found.state and not found.writer:
+            found = found.replace(barred=access_error(
+                found.path, task.user, MODES[task.type]))
         return vars(found) if found else {}
 
     def script(self, task: Task, config: Config, trusted) -> Script | None:
@@ -3438,12 +3512,7 @@ class HostInspector:
 
         `trusted`: the user ids that may change it, or None for no check.
         """
-        path = task.entrypoint
-        if task.type == "builtin":
-            if task.slug in CARRIED or "tasks" not in config.storage:
-                return None
-            path = os.path.join(config.directory("tasks"), task.slug,
-                                "task.py")
+        path = program_of(task, config)
         if not path:
             return None
         script = Script(path)
@@ -3494,6 +3563,7 @@ FRESH = 0.05            # seconds; a second change within them may leave the
 
 
 ELSEWHERE = "another file system"
+KEPT = "belongs to the user of a task"
 NOT_CHANGED = (stat.S_IFDIR, stat.S_IFBLK, stat.S_IFCHR)
 
 
@@ -3522,8 +3592,11 @@ class ChownWalk:
     are counted.
     """
 
-    def __init__(self, uid: int, gid: int, is_stopped=lambda: False):
+    def __init__(self, uid: int, gid: int, is_stopped=lambda: False,
+                 kept=frozenset()):
+        """`kept`: the user ids whose files and directories stay theirs."""
         self.uid, self.gid, self.is_stopped = uid, gid, is_stopped
+        self.kept = kept
         self.changed = self.right = 0
         self.waited = False
         self.left: list[tuple[str, str]] = []
@@ -3582,7 +3655,7 @@ class ChownWalk:
                 self.leave(inner, "changed while walking" if error.errno in (
                     errno.ELOOP, errno.ENOTDIR, errno.ENOENT)
                     else error.strerror)
-        self.give_directory(fd)
+        self.give_directory(fd, path)
 
     def enter(self, fd, name, identity, path, depth) -> None:
         """Walk the directory `name` in `fd`, if it is still the one with
@@ -3618,6 +3691,8 @@ class ChownWalk:
             self.leave(os.path.join(folder, entry.name), "a device")
         elif status.st_uid == self.uid and status.st_gid == self.gid:
             self.right += 1
+        elif status.st_uid in self.kept:
+            self.leave(os.path.join(folder, entry.name), KEPT)
         elif PATH_ONLY and not (is_steady and is_plain(status)):
             self.open_entry(fd, entry.name, folder)
         elif kind == stat.S_IFREG and status.st_nlink > 1:
@@ -3642,6 +3717,8 @@ class ChownWalk:
             elif kind in NOT_CHANGED or status.st_dev != self.device:
                 self.leave(os.path.join(folder, name),
                            "changed while walking")
+            elif status.st_uid in self.kept:    # put there a moment ago
+                self.leave(os.path.join(folder, name), KEPT)
             elif kind == stat.S_IFREG and status.st_nlink > 1:
                 self.count_link(fd, name, os.path.join(folder, name), status)
             elif kind == stat.S_IFLNK:
@@ -3664,11 +3741,14 @@ class ChownWalk:
             self.leave(os.path.join(*path),
                        "given over without its setuid and setgid bits")
 
-    def give_directory(self, fd: int) -> None:
+    def give_directory(self, fd: int, path: str) -> None:
         """Change the owner of an open directory, unless it is right."""
         status = os.fstat(fd)
         if (status.st_uid, status.st_gid) == (self.uid, self.gid):
             self.right += 1
+            return
+        if status.st_uid in self.kept:
+            self.leave(path, KEPT)
             return
         if status.st_mode & 0o6000:
             os.fchmod(fd, status.st_mode & 0o1777)
@@ -3770,17 +3850,18 @@ def raise_open_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def chown_tree(path: str, uid: int, gid: int,
-               is_stopped=lambda: False) -> ChownReport:
-    """Give a tree to a user. Raises OSError if it cannot be opened.
+def chown_tree(path: str, uid: int, gid: int, is_stopped=lambda: False,
+               kept=frozenset()) -> ChownReport:
+    """Give a tree to a user, but for what the user ids in `kept` own.
 
-    The walk ends early when `is_stopped()` becomes true.
+    The walk ends early when `is_stopped()` becomes true. Raises OSError if
+    the tree cannot be opened.
     """
     raise_open_files()
     # Two calls for each directory of depth, and those that led to here.
     sys.setrecursionlimit(max(sys.getrecursionlimit(),
                               2 * DEEPEST_TREE + 1000))
-    return ChownWalk(uid, gid, is_stopped).walk(path)
+    return ChownWalk(uid, gid, is_stopped, kept).walk(path)
 
 
 def free_bytes(path: str) -> int:
@@ -5640,9 +5721,9 @@ def local_time(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
-def chown_storage(send, path: str, uid: int, gid: int) -> dict:
-    """Chown a tree in a child of `supervise`: the numbers, and the first of
-    the entries that were left alone.
+def chown_storage(send, path: str, uid: int, gid: int, kept: set) -> dict:
+    """Chown a tree in a child of `supervise`, see `chown_tree`: the numbers,
+    and the first of the entries that were left alone.
 
     A signal ends the walk after the entry that it is at. Raises Error.
     """
@@ -5659,16 +5740,19 @@ def chown_storage(send, path: str, uid: int, gid: int) -> dict:
         return bool(signals)
 
     try:
-        done = chown_tree(path, uid, gid, is_stopped)
+        done = chown_tree(path, uid, gid, is_stopped, kept)
     except OSError as error:
         raise Error(f"{path}: {error.strerror}") from None
-    serious = [name for name, why in done.left if why != ELSEWHERE]
+    theirs = [name for name, why in done.left if why == KEPT]
+    left = [entry for entry in done.left if entry[1] != KEPT]
+    serious = [name for name, why in left if why != ELSEWHERE]
     inside = escape_controls(os.path.join(path, ".git")) + "/"
     owns_git = not any((name + "/").startswith(inside)
                        for name, _ in done.left)
     return {"owns_git": owns_git, "changed": done.changed,
-            "left": done.left[:LEFT_NAMED], "serious": len(serious),
-            "first": "".join(serious[:1])}
+            "left": left[:LEFT_NAMED], "serious": len(serious),
+            "first": "".join(serious[:1]), "theirs": len(theirs),
+            "first_of_theirs": "".join(theirs[:1])}
 
 
 def repository_of(send, path: str, since: float) -> Repository:
@@ -6047,9 +6131,14 @@ class Runner:
         if task.user and os.geteuid() and task.user != myself().name:
             errors.append(f"it runs as {task.user}, and mission does not run "
                           "as root")
-        program = task.entrypoint or self.config.directory("tasks")
-        if not examine({"": (is_answering, program)}, ANSWER_SECONDS):
-            errors = [f"{program} {NO_ANSWER}"]
+        program = program_of(task, self.config)
+        place = program or self.config.directory("tasks")
+        answer = examine({"": (access_error, place, program and task.user,
+                               MODES[task.type])}, ANSWER_SECONDS)
+        if not answer:
+            errors = [f"{place} {NO_ANSWER}"]
+        elif answer[""] and not errors:
+            errors = ["{} ({})".format(*answer[""])]
         for storage in needed_storages(task, self.config):
             error = self.storage_error(storage)
             if error:
@@ -6237,7 +6326,8 @@ class Runner:
         path = step.storage.path
         try:
             done = self.processes.supervise(
-                SILENT_SECONDS, chown_storage, path, account.uid, account.gid)
+                SILENT_SECONDS, chown_storage, path, account.uid, account.gid,
+                self.uids_of_tasks() - {0, account.uid})
         except (Error, Unanswered) as error:
             return self.problem("housekeeping", "warning", "chownFiles",
                                 error.message if isinstance(error, Error)
@@ -6245,6 +6335,9 @@ class Runner:
         if done["owns_git"]:
             self.owned.add(step.storage.name)
         self.log_line(f"{path}: {plural(done['changed'], 'file')}")
+        if done["theirs"]:
+            self.log_line(f"left to the users of tasks: {done['theirs']:,}, "
+                          f"the first of them {done['first_of_theirs']}")
         for name, why in done["left"]:
             self.log_line(f"left alone: {name}: {why}")
         if done["serious"]:
@@ -6252,6 +6345,12 @@ class Runner:
                          f"{path}: left alone: {done['serious']:,}, the first "
                          f"of them {done['first']}")
         return None
+
+    def uids_of_tasks(self) -> set[int]:
+        """The user ids that tasks run as by their key `user`."""
+        accounts = [account_of(task.user) for task in self.config.tasks
+                    if task.user]
+        return {account.uid for account in accounts if account}
 
     def refuse_storage(self, storage: Storage, source: str) -> bool:
         """Whether the housekeeping of a storage is an error, which is
