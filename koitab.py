@@ -3802,6 +3802,27 @@ def process_start_time(pid: int) -> int:
         return 0
 
 
+def set_process_name(name: str, *arguments: str) -> None:
+    """Let ps, pgrep and pidof show this process as `name` with `arguments`,
+    where proc(5) allows it.
+
+    A program that Python runs is called python3. Its arguments are memory of
+    the process between two addresses, which do not change.
+    """
+    try:
+        with open("/proc/self/comm", "w", encoding="ascii") as file:
+            file.write(name)
+        with open("/proc/self/stat", "rb") as file:
+            start, end = map(int, file.read().rpartition(b")")[2].split()[
+                45:47])         # arg_start, arg_end
+        text = b"\0".join(map(encode_os, (name, *arguments)))
+        with open("/proc/self/mem", "r+b", buffering=0) as file:
+            file.seek(start)
+            file.write(text[:end - start - 1].ljust(end - start, b"\0"))
+    except (OSError, ValueError):
+        pass
+
+
 # ==========================================================================
 # Database: how is an SQLite file made, checked, written?     (files; R U C)
 #
@@ -4776,6 +4797,7 @@ class Supervisor:
 
     def detach(self) -> None:
         """Leave koid's session, signals and descriptors behind."""
+        set_process_name("koi-run", str(self.spec.run))
         reset_signals(signal.SIG_IGN)       # it ends when its job ends
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
@@ -8273,9 +8295,11 @@ def load_again() -> None:
 
     Python holds the syntax tree of a script (35 MB) until the script ends,
     but frees that of compile(). Only a program started as a script comes
-    here; the new process is not one.
+    here; the new process is not one. It reads LOADER from its standard input,
+    so that its arguments are short.
     """
-    os.execv(sys.executable, [sys.executable, "-IS", "-c", LOADER, *sys.argv])
+    os.dup2(input_file(LOADER.encode()), 0)
+    os.execv(sys.executable, [sys.executable, "-IS", "-", *sys.argv])
 
 
 def run_daemon(machine: Machine, system: bool) -> int:
@@ -8283,6 +8307,7 @@ def run_daemon(machine: Machine, system: bool) -> int:
     if system and os.geteuid():
         raise Error("only root can serve the tabs of the system", "sudo koid "
                     "--system")
+    set_process_name("koid", *["--system"][:system])
     Daemon(machine, machine.state_directory(), system).serve()
     return EXIT_OK
 
@@ -21615,6 +21640,7 @@ def command_dashboard(options: Invocation) -> int:
               [text.lower() for text in options.names])
     server = HttpServer(api, listeners, certificate, options.proxies,
                         dashboard_log(options))
+    set_process_name("koi-dashboard", *sys.argv[2:])
     try:
         server.run(lambda: log_addresses(options, server))
     finally:
