@@ -753,6 +753,15 @@ class ScheduleError(Exception):
         self.field, self.at, self.why, self.hint = field, at, why, hint
 
 
+QUARTZ_HINTS = {
+    "L": 'the last day of a month: days 28-31 and '
+         '[ "$(date -d tomorrow +\\%d)" = 01 ] && COMMAND',
+    "W": "a weekday: 1-5 in the last column",
+    "#": 'the second Friday: days 8-14 and '
+         '[ "$(date +\\%u)" = 5 ] && COMMAND',
+}
+
+
 class ScheduleField:
     """One of the five fields: the range of its values, and their names.
 
@@ -809,9 +818,10 @@ class ScheduleField:
                 self.reject(at, "a number is missing" + (
                     f" in {short(text)}" if text else ""))
             hint = nearest(word.lower()[:3], self.names) if self.names else ""
-            self.reject(at, f"{short(word)} is no {self.name}",
-                        f"did you mean {hint}?" if hint
-                        else self.describe_range())
+            self.reject(at, f"{short(word)} is not a {self.name}",
+                        self.quartz_hint(word)
+                        or (f"did you mean {hint}?" if hint
+                            else self.describe_range()))
         if not self.low <= value <= self.high:
             self.reject(at, f"{self.describe_range()}, not {short(word)}", {
                 "hour 24": "midnight is hour 0", "minute 60": "a full hour "
@@ -826,10 +836,9 @@ class ScheduleField:
         return int(word.lstrip("0")[:LONGEST_NUMBER])
 
     def choose_value(self, text: str, at: int, pick) -> int:
-        """Return the value that `pick` chooses for 5~10 (cronie 1.7)."""
+        """Return the value that `pick` chooses for 5~10 (cronie 1.7); the
+        limits of the field stand in for those that are omitted."""
         first, _, last = text.partition("~")
-        if not first and not last:
-            self.reject(at, "~ stands alone", f"{self.low}~{self.high}")
         low = self.parse_value(first, at, text) if first else self.low
         high = self.parse_value(last, at + len(first) + 1, text) if last \
             else self.high
@@ -837,6 +846,12 @@ class ScheduleField:
             self.reject(at, f"{short(text)} runs backwards", f"{high}~{low}")
         return low + (pick or stable_random)(f"{self.name} {text}") % (
             high - low + 1)
+
+    def quartz_hint(self, word: str) -> str:
+        """Return how crontab(5) says what L, W and # mean in Quartz."""
+        import re
+        match = re.fullmatch(r"\d*([LW#])\d*", word)
+        return QUARTZ_HINTS[match[1]] if match and self.high in (7, 31) else ""
 
     def describe_range(self) -> str:
         """Return the range of the values: minute is 0 to 59."""
@@ -1974,7 +1989,6 @@ SETTINGS = {    # variable -> field of Settings, parser, what it expects
     "CRON_TZ": ("zone", str, "a name such as Europe/Berlin"),
     "RANDOM_DELAY": ("random_delay", parse_delay, "minutes, 0 to 1440"),
 }
-EXPANDED = {"MAILTO", "MAILFROM"}   # koi expands $ in these
 
 
 def parse_assignment(line: str) -> tuple[str, str, int] | None:
@@ -2005,6 +2019,38 @@ def parse_assignment(line: str) -> tuple[str, str, int] | None:
             return None
         value = value[1:end]
     return name, value, at
+
+
+def is_command_word(word: str, field: ScheduleField) -> bool:
+    """Does `word` look like a command that begins where a column is
+    missing? Not in the first column, nor like a name of a month or day."""
+    return field.name != "minute" and (
+        word[0] in "/~.$[('\"" or len(word) > 1 and word[0].isalpha()
+        and word[:3].lower() not in field.names)
+
+
+def is_odd_percent(command: str, at: int) -> bool:
+    """Does the % at the offset `at` probably belong to the command?
+
+    That is where nothing follows, or hex digits (as in a URL: %2F), in a
+    command of date(1), and where quotes or brackets are open before it.
+    """
+    import re
+    before, after = command[:at], command[at + 1:]
+    open_parts = re.sub(r"\\.|'[^']*'|\"(?:\\.|[^\"\\])*\"", "", before)
+    return at < len(command) and bool(
+        not after or re.match(r"\d[0-9A-Fa-f]|[A-Fa-f]\d", after)
+        or after[0].isalpha() and "date" in command
+        or re.search("['\"]", open_parts)
+        or open_parts.count("(") > open_parts.count(")")
+        or open_parts.count("`") % 2)
+
+
+def safe_address(text: str) -> bool:
+    """Does the text have no sign that an option or a shell would obey? The
+    signs are those of Debian's cron."""
+    return text.isascii() and text[:1].isalnum() and all(
+        each.isalnum() or each in "@!:%-.,_+=/" for each in text)
 
 
 class LineRejected(Exception):
@@ -2082,6 +2128,10 @@ class TabReader:
             if "\0" in line:
                 self.reject(line.index("\0"), "bad line",
                             "there is a NUL in it")
+            if line[0] == "\ufeff":
+                self.reject(0, "bad minute", "the line begins with a byte "
+                            "order mark (BOM)",
+                            "save the file as UTF-8 without a BOM")
             if line[0] == "[" and line.rstrip(SPACE)[-1] == "]":
                 self.section = self.valid_name(
                     line.rstrip(SPACE)[1:-1].strip(BLANKS), 1, "bad section",
@@ -2090,6 +2140,9 @@ class TabReader:
             assignment = parse_assignment(line)
             if assignment:
                 self.assign(*assignment)
+            elif line[0] == "[":
+                self.reject(len(line.rstrip(SPACE)), "bad section",
+                            "missing ]", "[Backups]")
             else:
                 self.tab.jobs.append(self.entry(line))
         except LineRejected as rejected:
@@ -2136,9 +2189,13 @@ class TabReader:
             self.add_diagnostic(0, "odd variable",
                                 f"this sets {name}, and is no job",
                                 "a job has its columns first")
-        elif "$" in value and name not in EXPANDED:
+        elif "$" in value:
             self.add_diagnostic(at + rest.index("$"), "odd variable",
-                                "cron expands no $ in a value")
+                                "cron does not expand $ in a value")
+        elif name == "TZ":
+            self.add_diagnostic(0, "odd variable", "TZ is for the command, "
+                                "and does not change when jobs start",
+                                "CRON_TZ")
         elif " #" in value and value[0] != "#":
             self.add_diagnostic(at + rest.index(" #") + 1, "odd variable",
                                 "this # begins no comment: all of the "
@@ -2225,8 +2282,10 @@ class TabReader:
             return word, None, end
         if word not in SPECIALS:
             known = ["@manual", "@reboot", *SPECIALS]
-            self.reject(at, "bad time specifier", f"{short(word)} is none",
-                        nearest(word[:20].lower(), known) or " ".join(known))
+            self.reject(at, "bad time specifier", f"unknown {short(word)}",
+                        "every 5 minutes: */5 * * * *" if word == "@every"
+                        else nearest(word[:20].lower(), known)
+                        or " ".join(known))
         return word, Schedule.parse(word), end
 
     def read_fields(self, line: str, at: int):
@@ -2246,6 +2305,10 @@ class TabReader:
             try:
                 bits.append(field.parse(word, pick))
             except ScheduleError as error:
+                if not errors and is_command_word(word, field):
+                    self.reject(begin, f"bad {field.name}", "a schedule has "
+                                f"5 columns, {len(bits)} found", "five "
+                                "columns, then the command")
                 errors.append(self.diagnostic(
                     begin + error.at, f"bad {error.field}", error.why,
                     error.hint))
@@ -2430,8 +2493,7 @@ class TabReader:
                                 "only /etc/crontab and cron.d have a column "
                                 "for users")
         percent = split_percent(job.command)[2]
-        if percent < len(job.command) and job.command[
-                percent + 1:percent + 2].isalpha() and "date" in job.command:
+        if is_odd_percent(job.command, percent):
             self.add_diagnostic(at + percent, "odd command",
                                 "the command ends here, and the rest is its "
                                 "input", r"write \%")
@@ -5227,6 +5289,11 @@ class TabRegistry:
                 except Error as error:
                     self.problems.append(f"{path}:{line}:{column}: "
                                          f"{error.message}")
+            for to in {job.environment.get("MAILTO") for job in tab.jobs}:
+                if to and not safe_address(to):
+                    self.problems.append(
+                        f"{path}: output is not mailed: MAILTO is not "
+                        f"{short(to)} (an address, without $ or blanks)")
             scheduled_jobs += [
                 ScheduledJob(job, self.files[path],
                              random_delay(job, self.machine.host()))
@@ -5918,13 +5985,6 @@ class CronMail:
             self.log.log(f"(CRON) MAIL (run {run}: got status {code})",
                          bad=True)
         return self.store.update(run, mail=result)
-
-
-def safe_address(text: str) -> bool:
-    """Does the text have no sign that an option or a shell would obey? The
-    signs are those of Debian's cron."""
-    return text.isascii() and text[:1].isalnum() and all(
-        each.isalnum() or each in "@!:%-.,_+=/" for each in text)
 
 
 def send_cron_mail(machine: Machine, host: dict, user: str, to: str,
@@ -19848,7 +19908,7 @@ def unsafe_addresses(text: str) -> list[Diagnostic]:
     for row, raw in enumerate(text.split("\n"), start=1):
         line = raw.lstrip(BLANKS)
         name, value, at = parse_assignment(line) or ("", "", 0)
-        if name in EXPANDED and value and "$" not in value \
+        if name in ("MAILTO", "MAILFROM") and value and "$" not in value \
                 and not safe_address(value):
             found.append(Diagnostic(
                 row, len(raw) - len(line) + at + 1, "unsafe mail",

@@ -308,7 +308,7 @@ def test_names_cover_twelve_months_and_seven_weekdays():
 @pytest.mark.parametrize("text", [
     "", "*", "* * * *", "* * * * * *", "@reboot", "@manual", "@Daily",
     "4294967301 * * * *", "1" * 5000 + " * * * *", "1-2-3 * * * *",
-    "*/1/1 * * * *", "~ * * * *", "9~1 * * * *", "1~2/2 * * * *",
+    "*/1/1 * * * *", "9~1 * * * *", "1~2/2 * * * *",
     "1~2~3 * * * *", "* * * * jan", "1. * * * *", "１ * * * *",
 ])
 def test_invalid_schedule_raises_schedule_error(text):
@@ -327,6 +327,8 @@ def test_random_minute_is_stable_and_within_its_range():
         "0 ~ * * *".replace("~", "~5"), pick=lambda text: 5).hours) == [5]
     assert numbers(koitab.Schedule.parse(
         "0 20~ * * *", pick=lambda text: 3).hours) == [23]
+    assert numbers(koitab.Schedule.parse(
+        "0 ~ * * *", pick=lambda text: 23).hours) == [23]
 
 
 # --- next -----------------------------------------------------------------

@@ -1188,6 +1188,8 @@ def test_no_address_is_an_option_or_more_than_an_address(koi, post):
     assert marks(koi) == {"well": "sent", **{
         f"n{number}": "unsafe address" for number in range(len(UNSAFE))}}
     assert koi.log().count("UNSAFE MAIL") == len(UNSAFE)
+    assert str(koi.ask("status")).count(
+        "output is not mailed: MAILTO is not") == len(set(UNSAFE))
     assert len(post.letters) == 1
 
 
