@@ -2288,6 +2288,7 @@ GRACE = 2.0             # seconds for children that outlive their task
 SILENCE = 1.0           # seconds until an incomplete line is shown
 PASS_SECONDS = 60       # for the password store; gpg may ask an agent
 OUTPUT_KEPT = 65536     # characters of a helper program's output
+NO_LIMIT = float("inf")
 TICK = 0.1              # seconds between two looks at limits of time
 
 
@@ -2342,7 +2343,7 @@ class Child:
     of the clock; None or 0 before they are known.
     """
 
-    def __init__(self, popen, fd: int, limit: float | None, now: float):
+    def __init__(self, popen, fd: int, limit: float, now: float):
         self.popen, self.fd, self.pid = popen, fd, popen.pid
         self.started = self.last_output = now
         self.limit, self.code = limit, None     # code: once it is reaped
@@ -2459,18 +2460,18 @@ def processes_of_run(run_id: str, users: dict[str, int]) -> dict[str, str]:
     because any user can set these variables.
     """
     found = {}
-    mark = f"MISSION_RUN_ID={run_id}".encode()
     for pid, name in list_processes():
         try:
             with open(f"/proc/{pid}/environ", "rb") as file:
-                words = file.read().split(b"\0")
+                variables = dict(word.partition(b"=")[::2]
+                                 for word in file.read().split(b"\0"))
             user = real_user(pid)
         except (OSError, StopIteration):
             continue
-        slugs = [word[13:].decode("utf-8", "replace") for word in words
-                 if word.startswith(b"MISSION_TASK=")]
-        if mark in words and users.get("".join(slugs[:1])) == user:
-            found.setdefault(slugs[0], f"{pid} {name}")
+        slug = variables.get(b"MISSION_TASK", b"").decode("utf-8", "replace")
+        if variables.get(b"MISSION_RUN_ID") == run_id.encode() \
+                and users.get(slug) == user:
+            found[slug] = f"{pid} {name}"
     return found
 
 
@@ -2493,27 +2494,20 @@ def boot_id() -> str:
         return str(boot_time())
 
 
-def input_descriptor(data: bytes) -> int:
-    """Return a descriptor from which a program can read `data`.
+def input_file(data: bytes):
+    """Return an open file from which a program can read `data`.
 
-    It is a file, because a program that stops reading early cannot hang us
-    then, and one in memory, because the disk may be full. Raises OSError.
+    A pipe would hang mission if a program stops reading early. The file is
+    in memory, because the disk may be full. Raises OSError.
     """
-    if not data:
-        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     if hasattr(os, "memfd_create"):
-        fd = os.memfd_create(PROG)
+        file = os.fdopen(os.memfd_create(PROG), "w+b", buffering=0)
     else:                               # macOS
         import tempfile
-        fd, path = tempfile.mkstemp()
-        os.unlink(path)
-    try:
-        write_all(fd, data)
-        os.lseek(fd, 0, os.SEEK_SET)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+        file = tempfile.TemporaryFile(buffering=0)
+    write_all(file.fileno(), data)
+    file.seek(0)
+    return file
 
 
 class Processes:
@@ -2525,7 +2519,7 @@ class Processes:
         self.signals = 0            # the number of such signals
         self.armed = False          # a function is being timed
         self.wake = self.waker = -1
-        self.on_tick = None         # called about once a second while waiting
+        self.on_tick = None         # called at least every TICK while waiting
 
     # --- signals ------------------------------------------------------------
 
@@ -2576,7 +2570,7 @@ class Processes:
     # --- programs -----------------------------------------------------------
 
     def start(self, argv: list[str], env: dict, cwd: str = "/",
-              account: Account | None = None, limit: float | None = None,
+              account: Account | None = None, limit: float = NO_LIMIT,
               stdin=None, pass_fds=(), nice: int = 0) -> Child:
         """Start a program in a session of its own, as `account` if mission
         runs as root. `limit`: its longest time in seconds. Raises OSError."""
@@ -2589,7 +2583,7 @@ class Processes:
         try:
             popen = subprocess.Popen(
                 argv, env=env, cwd=cwd, stdout=end, stderr=end,
-                stdin=subprocess.DEVNULL if stdin is None else stdin,
+                stdin=stdin or subprocess.DEVNULL,
                 start_new_session=True, pass_fds=pass_fds,
                 preexec_fn=before, **become)
         except BaseException:
@@ -2671,8 +2665,7 @@ class Processes:
         if not child.why:
             if self.stopped and (not child.survives_stop or self.signals > 1):
                 child.why = "stopped by " + signal.Signals(self.stopped).name
-            elif child.limit is not None \
-                    and now - child.started >= child.limit:
+            elif now - child.started >= child.limit:
                 child.why = f"timed out after {format_duration(child.limit)}"
             else:
                 return
@@ -2727,20 +2720,13 @@ class Processes:
 
         env = env or environment(account or myself())
         try:
-            stdin = input_descriptor(data)
-        except OSError as error:
-            return ProcessResult(127, f"{argv[0]}: no room for its standard "
-                                      f"input: {error.strerror}")
-        try:
-            child = self.start(argv, env, cwd, account, limit, stdin)
-            child.survives_stop = survives_stop
-            self.attend([child], on_output)
-            unread = len(data) - os.lseek(stdin, 0, os.SEEK_CUR) \
-                if data else 0
+            with input_file(data) as stdin:
+                child = self.start(argv, env, cwd, account, limit, stdin)
+                child.survives_stop = survives_stop
+                self.attend([child], on_output)
+                unread = len(data) - stdin.tell()
         except OSError as error:
             return ProcessResult(127, f"{argv[0]}: {error.strerror}")
-        finally:
-            os.close(stdin)
         return ProcessResult(child.code, kept.decode("utf-8", "replace"),
                              bool(child.why), unread)
 
@@ -2890,16 +2876,16 @@ def end_process(pid: int) -> None:
         time.sleep(0.005)
 
 
-def examine(questions: dict, limit: float) -> dict:
+def examine(questions: dict) -> dict:
     """Return key -> function(*arguments) for key -> (function, *arguments).
 
     The functions are called in a child process and return JSON values. A
-    function that does not answer within `limit` seconds, as on a file system
+    function that does not answer within ANSWER_SECONDS, as on a file system
     that hangs, has no key in the result. Raises Error for an exception.
     """
     answers, keys = {}, list(questions)
 
-    def ask(send, rest: list) -> None:
+    def answer(send, rest: list) -> None:
         for key in rest:
             function, *arguments = questions[key]
             send(function(*arguments))
@@ -2907,13 +2893,19 @@ def examine(questions: dict, limit: float) -> dict:
     while keys:
         found: list = []
         try:
-            Processes(Clock()).supervise(limit, ask, keys,
+            Processes(Clock()).supervise(ANSWER_SECONDS, answer, keys,
                                          on_message=found.append)
         except Unanswered:
             pass
         answers.update(zip(keys, found))
         keys = keys[len(found) + 1:]
     return answers
+
+
+def ask(function, *arguments):
+    """Return function(*arguments), which is not None, as `examine` does; None
+    without an answer."""
+    return examine({"": (function, *arguments)}).get("")
 
 
 def read_password(processes: Processes, pass_bin: str, user: str,
@@ -2925,9 +2917,8 @@ def read_password(processes: Processes, pass_bin: str, user: str,
     """
     account = account_of(user) if os.geteuid() == 0 else myself()
     done = processes.run([pass_bin, name], PASS_SECONDS, account=account,
-                         cwd=account.home if examine(
-                             {"": (os.path.isdir, account.home)},
-                             ANSWER_SECONDS).get("") else "/")
+                         cwd=account.home if ask(os.path.isdir, account.home)
+                         else "/")
     line = done.output.split("\n", 1)[0].rstrip("\r")
     if done.code or not line or len(line) > 4096:
         raise Error(f"{pass_bin} {escape_controls(name)}: " + (
@@ -3449,11 +3440,11 @@ class HostInspector:
         storages = examine(
             {s.name: (storage_facts, s.path, s.chown or s.commit,
                       known if root else None)
-             for s in config.storage.values() if s.path}, ANSWER_SECONDS)
+             for s in config.storage.values() if s.path})
         silent = [s.path for s in config.storage.values()
                   if s.path and s.name not in storages]
         answers = examine(self.questions(
-            config, trusted if root else None, silent), ANSWER_SECONDS)
+            config, trusted if root else None, silent))
         return HostFacts(
             uids=uids,
             programs={name: answers.get(("program", name))
@@ -3478,9 +3469,8 @@ class HostInspector:
         runs mission."""
         if os.geteuid() != 0:
             return ""
-        return examine(
-            {"": (untrusted_writer, config.path, trusted_users(config))},
-            ANSWER_SECONDS).get("", f"{config.path} {NO_ANSWER}")
+        found = ask(untrusted_writer, config.path, trusted_users(config))
+        return f"{config.path} {NO_ANSWER}" if found is None else found
 
     def questions(self, config: Config, trusted, silent: list) -> dict:
         """What `examine` asks about everything but the storages.
@@ -5742,7 +5732,7 @@ def chown_storage(send, path: str, uid: int, gid: int, kept: set) -> dict:
     try:
         done = chown_tree(path, uid, gid, is_stopped, kept)
     except OSError as error:
-        raise Error(f"{path}: {error.strerror}") from None
+        raise Error(error.strerror) from None
     theirs = [name for name, why in done.left if why == KEPT]
     left = [entry for entry in done.left if entry[1] != KEPT]
     serious = [name for name, why in left if why != ELSEWHERE]
@@ -5794,6 +5784,7 @@ class Runner:
                  partial: bool = False):
         """`errors`: scope -> what is wrong, see LoadedConfig. `partial`: the
         tasks were named with -t."""
+        import uuid
         self.partial = partial
         self.config, self.state, self.delivery = config, state, delivery
         self.processes = processes
@@ -5803,6 +5794,7 @@ class Runner:
         self.mail_log = MailLog(self.log_filter)
         self.problems: list[RunProblem] = []
         self.results: dict[str, TaskResult] = {}
+        self.run_id = str(uuid.uuid4())
         self.started = processes.clock.now()
         self.took = 0.0
         self.lost: list[dict] = []
@@ -5811,6 +5803,7 @@ class Runner:
         self.owned: set[str] = set()    # storages whose .git chown has seen,
                                         # and found or made the user's
         self.committed: dict[str, float] = {}       # storage -> since when
+        self.titles: set[str] = set()       # headers that were logged
         self.expected: dict[str, float] = {}
         self.now_running, self.total, self.shown_at = "", 0, 0.0
 
@@ -5890,9 +5883,7 @@ class Runner:
 
     def begin(self, steps: list[Step]) -> None:
         """Record this run, and the runs that were lost before it."""
-        import uuid
         self.delivery.load_modules()
-        self.run_id = str(uuid.uuid4())
         self.lost = self.state.lost()
         users = {}
         for task in self.config.tasks:
@@ -6016,10 +6007,10 @@ class Runner:
                     and self.config.ping.fail:
                 self.ping("fail", run["id"])
 
-    def time_left(self) -> float | None:
-        """The seconds until runTimeout; None without one."""
-        limit = self.config.run_timeout
-        return None if limit is None else max(limit - self.log.elapsed(), 0.0)
+    def time_left(self) -> float:
+        """The seconds until runTimeout; NO_LIMIT without one."""
+        return max((self.config.run_timeout or NO_LIMIT)
+                   - self.log.elapsed(), 0.0)
 
     def is_late(self) -> bool:
         """Whether runTimeout has passed; the first time it is an error."""
@@ -6050,18 +6041,21 @@ class Runner:
         attempt = 1
         while ready:
             failed = self.attempt(ready, attempt, together)
-            ready = [task for task in failed if attempt <= task.retries
-                     and not self.processes.stopped
-                     and self.time_left() != 0]
+            ready = [task for task in failed
+                     if self.may_retry(task, attempt)]
             if ready:
-                pause = max(task.retry_delay for task in ready)
-                left = self.time_left()
-                self.processes.pause(pause if left is None
-                                     else min(pause, left))
+                self.processes.pause(min(
+                    max(task.retry_delay for task in ready),
+                    self.time_left()))
             if self.processes.stopped or self.is_late():
                 break
             attempt += 1
         self.log.sync(soon=True)
+
+    def may_retry(self, task: Task, attempt: int) -> bool:
+        """Whether a task is run again after a failed attempt."""
+        return attempt <= task.retries and not self.processes.stopped \
+            and self.time_left() != 0
 
     def attempt(self, tasks: list[Task], count: int, together: bool) -> list:
         """Run tasks side by side, for the `count`-th time; return those that
@@ -6133,18 +6127,18 @@ class Runner:
                           "as root")
         program = program_of(task, self.config)
         place = program or self.config.directory("tasks")
-        answer = examine({"": (access_error, place, program and task.user,
-                               MODES[task.type])}, ANSWER_SECONDS)
-        if not answer:
+        answer = ask(access_error, place, program and task.user,
+                     MODES[task.type])
+        if answer is None:
             errors = [f"{place} {NO_ANSWER}"]
-        elif answer[""] and not errors:
-            errors = ["{} ({})".format(*answer[""])]
+        elif answer and not errors:
+            errors = ["{} ({})".format(*answer)]
         for storage in needed_storages(task, self.config):
             error = self.storage_error(storage)
             if error:
                 errors.append(f"storage {storage.name}: {error}")
         answers = examine({name: (free_bytes, self.config.directory(name))
-                           for name in task.min_free}, ANSWER_SECONDS)
+                           for name in task.min_free})
         for name, wanted in task.min_free.items():
             free = answers.get(name)
             if free is None:
@@ -6155,13 +6149,16 @@ class Runner:
                     f"{name}, and {format_size(wanted)} are wanted")
         return errors
 
-    def storage_error(self, storage: Storage) -> str:
-        """Why the directory of a storage cannot be used now; or ''."""
-        found = examine({"": (storage_facts, storage.path, storage.chown,
-                              None)}, ANSWER_SECONDS).get("")
+    def storage_error(self, storage: Storage, commit: bool = False) -> str:
+        """Why the directory of a storage cannot be used now; or ''. With
+        `commit` it must be a repository."""
+        found = ask(storage_facts, storage.path, storage.chown, None)
         error = NO_ANSWER if found is None else found["error"]
         if not error and storage.mounted and not found["mounted"]:
             error = "is not mounted"
+        if not error and commit and not found["repository"]:
+            error = (f"is no git repository, which storage.{storage.name}."
+                     f"commit needs (git init {storage.path}, as its owner)")
         return f"{storage.path} {error}" if error else ""
 
     def launch(self, task: Task, mark: str) -> Child:
@@ -6187,11 +6184,9 @@ class Runner:
             text, whole, mark, child))
         return child
 
-    def limit_of(self, task: Task) -> float | None:
-        """The seconds that the task may take now; None for no limit."""
-        limits = [limit for limit in (task.timeout, self.time_left())
-                  if limit is not None]
-        return min(limits) if limits else None
+    def limit_of(self, task: Task) -> float:
+        """The seconds that the task may take now."""
+        return min(task.timeout or NO_LIMIT, self.time_left())
 
     def launch_builtin(self, task: Task, env: dict, become) -> Child:
         """Start mission again, as the process of a built-in task.
@@ -6306,8 +6301,7 @@ class Runner:
             self.skipped.add(task.slug)
         self.log_line(f"TaskFinish {task.slug}: {words} in "
                       f"{format_duration(seconds)}")
-        if error and attempt <= task.retries and not self.processes.stopped \
-                and self.time_left() != 0:
+        if error and self.may_retry(task, attempt):
             self.log_line(f"attempt {attempt} of {task.retries + 1} failed: "
                           f"{error}; again in "
                           f"{format_duration(task.retry_delay)}")
@@ -6330,8 +6324,7 @@ class Runner:
                 self.uids_of_tasks() - {0, account.uid})
         except (Error, Unanswered) as error:
             return self.problem("housekeeping", "warning", "chownFiles",
-                                error.message if isinstance(error, Error)
-                                else f"{path}: {error}")
+                                f"{path}: {error}")
         if done["owns_git"]:
             self.owned.add(step.storage.name)
         self.log_line(f"{path}: {plural(done['changed'], 'file')}")
@@ -6355,27 +6348,17 @@ class Runner:
     def refuse_storage(self, storage: Storage, source: str) -> bool:
         """Whether the housekeeping of a storage is an error, which is
         recorded: the storage is missing, or root must not work there."""
-        errors = self.errors.get(f"chown {storage.name}", []) \
+        error = self.storage_error(storage, source == "commitRepositories")
+        errors = [error] if error else \
+            self.errors.get(f"chown {storage.name}", []) \
             if source == "chownFiles" else []
-        answer = examine({"": (storage_facts, storage.path, storage.chown,
-                               None)}, ANSWER_SECONDS).get("")
-        if answer is None:
-            errors = [f"{storage.path} {NO_ANSWER}"]
-        elif answer["error"]:
-            errors = [f"{storage.path} {answer['error']}"]
-        elif storage.mounted and not answer["mounted"]:
-            errors = [f"{storage.path} is not mounted"]
-        elif not answer["repository"] and source == "commitRepositories":
-            errors = [f"storage.{storage.name}.commit: {storage.path} is no "
-                      f"git repository (git init {storage.path}, as its "
-                      "owner)"]
         for error in errors:
             self.problem("housekeeping", "error", source, error)
         return bool(errors)
 
     def once_title(self, text: str) -> None:
         """Log the header of a part that several steps share, once."""
-        if text not in self.__dict__.setdefault("titles", set()):
+        if text not in self.titles:
             self.titles.add(text)
             self.log_header(text)
 
@@ -6406,17 +6389,14 @@ class Runner:
                 GIT_SECONDS + SILENT_SECONDS, commit_storage, path, min(began),
                 message, step.storage.name in self.owned,
                 on_message=on_message, is_patient=True)
-            decoder.end()
-            for warning in warnings:
-                self.problem("housekeeping", "warning", "commitRepositories",
-                             warning)
+            found = [("warning", warning) for warning in warnings]
             self.committed[step.storage.name] = min(began)
         except (Error, Unanswered) as error:
-            decoder.end()
-            self.problem("housekeeping", "error", "commitRepositories",
-                         f"{path}: {error.message} ({error.hint})"
-                         if getattr(error, "hint", "") else
-                         f"{path}: {error}")
+            hint = getattr(error, "hint", "")
+            found = [("error", f"{path}: {error}{hint and f' ({hint})'}")]
+        decoder.end()
+        for level, text in found:
+            self.problem("housekeeping", level, "commitRepositories", text)
 
     def pack(self, step: Step) -> None:
         """Let git pack a repository that was committed, if it has grown. A
@@ -6601,8 +6581,7 @@ class Runner:
     def report_no_start(self, text: str, details: str) -> None:
         """Mail and ping that this run cannot begin, if the configuration
         says so. Nothing else of the run is carried out."""
-        import uuid
-        config, self.run_id = self.config, str(uuid.uuid4())
+        config = self.config
         self.problems.append(RunProblem("tasks", "error", PROG, text))
         if config.mail.enabled and config.mail.on != "never":
             self.mail("MailFinish", "run could not begin", "finish",
