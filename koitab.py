@@ -11223,9 +11223,9 @@ class AlertRules:
             name = self.hosts.job_name(db, job)
             self.alerts.raise_alert(db, Alert(
                 f"job:{job}", "fast", record["at"],
-                f"{name} was suspiciously fast", f"{name} ended well after "
-                f"{format_duration(took)}; it never took less than "
-                f"{format_duration(limit * 5)} of late"))
+                f"{name} was suspiciously fast", f"{name} finished in "
+                f"{format_duration(took)}; it usually takes at least "
+                f"{format_duration(limit * 5)}"))
 
     def slow_at(self, db: Database, status: HostStatus, job: int,
                 started: float | None) -> float | None:
@@ -11249,8 +11249,8 @@ class AlertRules:
         self.alerts.raise_alert(db, Alert(
             f"job:{job}", "slow", row["started"], f"{name} takes long",
             f"{name} has been running for "
-            f"{format_duration(int(now - row['started']))}, three times as "
-            "long as it ever did of late"))
+            f"{format_duration(int(now - row['started']))}, more than three "
+            "times as long as usual"))
         self.changes.mark_changed("jobs", job)
 
 
