@@ -209,8 +209,8 @@ def test_a_good_run_that_was_far_too_fast_is_told(dashboard, web1, usual, took,
     twenty(dashboard, web1, usual)
     dashboard.runs(web1, dashboard.record(started=NOW - took))
     assert [alert["text"] for alert in dashboard.state["alerts"]] == [
-        "Night/Backup on web1 finished in 1.9 s; it usually takes at least "
-        "10 s"] * fast
+        "Night/Backup on web1 finished in 1.9s; it usually takes at least "
+        "10s"] * fast
     assert dashboard.take_notifications() == [
         "Night/Backup on web1 was suspiciously fast"
                                               ] * fast
