@@ -106,6 +106,7 @@ used.
 #       |-- start not made: koid down, clock set ------> missed
 #       |-- delay, retry, previous run active --> queued
 #       |                            |-- kill, replace -> skipped
+#       |                            |-- job changed ---> skipped
 #       |                            |-- too late ------> interrupted
 #       |                            | start_queued
 #       +---------------------------> running
@@ -1275,6 +1276,7 @@ class Job(FrozenRecord):
     unlogged: bool = False          # a line that begins with "-"
     mail_failures: bool = False     # a command that begins with "-n "
     apart: tuple = ()       # tells it from an equal one: see told_apart
+    assignments: str = ""   # a checksum of `environment`
 
     @property
     def label(self) -> str:
@@ -2564,7 +2566,7 @@ def suspicious_parts(field: ScheduleField, word: str):
 
 
 def told_apart(jobs: list[Job], place: tuple) -> list[Job]:
-    """Return the jobs of a tab with different identities.
+    """Return the jobs of a tab with different identities, and `assignments`.
 
     Equal lines that have no name differ by the assignments in force, and
     else by their order. `place` is the same for all of the tab.
@@ -2583,7 +2585,7 @@ def told_apart(jobs: list[Job], place: tuple) -> list[Job]:
         number = equal[digest]
         apart = place + ((digest,) if len(equal) > 1 else ()) + (
             (f"#{number}",) if number > 1 else ())
-        found.append(job.replace(apart=apart) if apart else job)
+        found.append(job.replace(apart=apart, assignments=digest))
     return found
 
 
@@ -4211,12 +4213,14 @@ MOST_WAITING = 50_000           # statements that wait for a full disk
 MOST_UNSENT = 10_000            # runs that are kept for a dashboard
 NONCES_KEPT, NONCES_FOR = 10_000, 8 * DAY   # the rest goes when it is older
 HISTORY_FORM = DatabaseForm(
-    "a history of koi's", 0x6B6F6931, 2, checked=("meta", "jobs", "runs"),
+    "a history of koi's", 0x6B6F6931, 3, checked=("meta", "jobs", "runs"),
     pragmas=("cache_size=-256",), tables="""
 create table meta (name text primary key, value text not null) without rowid;
 create table jobs (
     id integer primary key, user text not null, identity text not null,
     section text not null, name text not null, label text not null,
+    file text not null default '', text text not null default '',
+    assignments text not null default '', removed real not null default 0,
     unique (user, identity));
 create table runs (
     id integer primary key, job integer not null references jobs,
@@ -4378,10 +4382,48 @@ class RunStore:
         if key is None:
             self.last_job += 1
             key = self.keys[whose] = self.last_job
-            statements.append(("insert into jobs values (?, ?, ?, ?, ?, ?)", (
-                key, *map(storable, (*whose, job.section, job.name,
-                                     job.label)))))
+            statements.append((
+                "insert into jobs (id, user, identity, section, name, label) "
+                "values (?, ?, ?, ?, ?, ?)", (
+                    key, *map(storable, (*whose, job.section, job.name,
+                                         job.label)))))
         return key
+
+    def known_jobs(self) -> dict[tuple, dict]:
+        """Return what is kept of each job, by (user, identity). `removed` is
+        when its tab lost it, in seconds since 1970; 0: its tab has it."""
+        return {(row["user"], row["identity"]): row for row in self.db.rows(
+            "select id, user, identity, file, text, assignments, removed "
+            "from jobs")}
+
+    def rename_job(self, row: dict, whose: tuple, job: Job) -> list[tuple]:
+        """Return the statements that give the job of a row of `known_jobs`
+        the identity `whose`. Its runs get new changes, all different, so
+        that a dashboard gets them again under the new name."""
+        del self.keys[row["user"], row["identity"]]
+        self.keys[whose] = row["id"]
+        before, self.change = self.change, self.change + self.last
+        return [("update jobs set identity = ?, section = ?, name = ?, "
+                 "label = ? where id = ?", (
+                     *map(storable, (whose[1], job.section, job.name,
+                                     job.label)), row["id"])),
+                ("update runs set change = ? + id where job = ?",
+                 (before, row["id"]))]
+
+    def note_jobs(self, present: dict[int, tuple], now: float) -> list[tuple]:
+        """Return the statements that keep file, text and assignments of the
+        jobs that tabs have, by their numbers, and `now` for those that no
+        tab has any more."""
+        known = {row["id"]: (row["file"], row["text"], row["assignments"],
+                             row["removed"])
+                 for row in self.known_jobs().values()}
+        return [("update jobs set file = ?, text = ?, assignments = ?, "
+                 "removed = 0 where id = ?", (*content, key))
+                for key, content in present.items()
+                if known.get(key) != (*content, 0)] + [
+            ("update jobs set removed = ? where id = ?", (now, key))
+            for key, (*_, removed) in known.items()
+            if key not in present and not removed]
 
     def next_change(self) -> int:
         """Return the number of the next change of any run."""
@@ -5193,7 +5235,8 @@ LONGEST_ARGS = 262_144          # bytes of all arguments of a run together
 class ScheduledJob:
     """A job of a tab as koid runs it: for which user, and when next.
 
-    `key` names it in the history. `delay` are the minutes of RANDOM_DELAY.
+    `key` names it in the history. `delay` are the minutes of RANDOM_DELAY,
+    `text` is a checksum of schedule and command.
     """
 
     def __init__(self, job: Job, file: TabFile, delay: int):
@@ -5205,6 +5248,12 @@ class ScheduledJob:
         self.due: float | None = 0.0    # 0: not computed; None: never
         self.delay = delay
         self.key = self.user, self.identity
+        self.text = str(stable_random(f"{job.when}\0{job.command}"))
+
+    @property
+    def content(self) -> tuple[str, str, str]:
+        """Its file, text and assignments, as the history keeps them."""
+        return storable(self.file), self.text, self.job.assignments
 
 
 class TabRegistry:
@@ -5376,6 +5425,21 @@ def unskipped_starts(job: Job, zone: Zone, after: int):
                 is_skipped = True
                 break
             yield start
+
+
+def find_renamed(vanished: list[dict], new: list[ScheduledJob]
+                 ) -> list[tuple[dict, ScheduledJob]]:
+    """Return which new job is which vanished one, a row of `known_jobs`:
+    both have the same user and content, and no other one has."""
+    equal: dict[tuple, tuple[list, list]] = {}
+    for row in vanished:
+        equal.setdefault((row["user"], row["file"], row["text"],
+                          row["assignments"]), ([], []))[0].append(row)
+    for scheduled in new:
+        equal.setdefault((scheduled.user, *scheduled.content), ([], [])
+                         )[1].append(scheduled)
+    return [(rows[0], jobs[0]) for rows, jobs in equal.values()
+            if len(rows) == len(jobs) == 1]
 
 
 def random_delay(job: Job, host: str) -> int:
@@ -5616,6 +5680,7 @@ class QueuedRun:
     def __init__(self, scheduled: ScheduledJob, trigger: str, due: float,
                  requested: float):
         self.run, self.scheduled, self.trigger = 0, scheduled, trigger
+        self.text = scheduled.text      # when it was asked for
         self.due, self.requested, self.attempt = due, requested, 1
         self.values: dict[str, str] = {
             param.name: param.default or "" for param in scheduled.job.params}
@@ -5635,6 +5700,13 @@ class QueuedRun:
             self.connection.send(format_line({"run": self.run}))
         except OSError:
             pass                # it has ended; the run is recorded anyway
+
+    def obsolete(self, scheduled: ScheduledJob | None) -> str:
+        """Return why it must not start; "" if it may. `scheduled` is its job
+        as the tabs have it now, None if they have it no more."""
+        if not scheduled:
+            return "the job was removed"
+        return "" if scheduled.text == self.text else "the job was changed"
 
     def reject(self, why: str) -> None:
         """Notify `koitab run`, if it waits, that the run does not start."""
@@ -6065,7 +6137,7 @@ class Scheduler:
           |-- KOI_OVERLAP, too many wait, KOI_SKIP > skipped (reason)
           |-- not made: no koid, clock set --------> missed
           |-- delay, retry, previous run active ---> queued
-          |                              |-- kill -> skipped
+          |                 |-- kill, job changed -> skipped
           |                              |-- restart, too late: interrupted
           |                              | start_queued
           +-----------------------------------> running
@@ -6174,12 +6246,46 @@ class Scheduler:
             self.record_and_start(*begun)
             self.record_jobs()
 
+    def rename_jobs(self) -> None:
+        """Let jobs that were renamed keep their runs and their history.
+        While the disk is full they begin anew."""
+        if self.store.waiting:
+            return
+        known, statements = self.store.known_jobs(), []
+        present = {scheduled.key for scheduled
+                   in self.registry.scheduled_jobs}
+        for row, scheduled in find_renamed(
+                [row for key, row in known.items()
+                 if key not in present and not row["removed"]],
+                [scheduled for scheduled in self.registry.scheduled_jobs
+                 if scheduled.key not in known]):
+            statements += self.store.rename_job(row, scheduled.key,
+                                                scheduled.job)
+            self.rename_runs((row["user"], row["identity"]), scheduled)
+        self.write(statements)
+
+    def rename_runs(self, before: tuple, scheduled: ScheduledJob) -> None:
+        """Give the runs of the job with the key `before` to another one."""
+        runs = [*self.running.values(), *(
+            running for running, _ in self.unrecorded_ends)]
+        for running in runs:
+            if running.key == before:
+                running.key = scheduled.key
+        for queued in [*self.waiting, *(running.queued for running in runs
+                                        if running.queued)]:
+            if queued.scheduled.key == before:
+                queued.scheduled = scheduled
+
     def record_jobs(self) -> None:
         """Keep which jobs there are: only those can have missed a start when
         the next koid comes."""
-        statements = self.seen_statements()
+        statements, present = self.seen_statements(), {}
         for scheduled in self.registry.scheduled_jobs:
-            self.store.job_key(scheduled.key, scheduled.job, statements)
+            present[self.store.job_key(scheduled.key, scheduled.job,
+                                       statements)] = scheduled.content
+        now = self.clock.now()
+        statements += self.store.note_jobs(present,
+                                           now if now > EARLIEST else 0.0)
         self.write(statements)
 
     def seen_statements(self) -> list[tuple]:
@@ -6361,15 +6467,27 @@ class Scheduler:
             self.record_and_start(ready)
 
     def update_waiting(self) -> None:
-        """Tabs have changed: what waits runs as it is in its tab now."""
+        """Tabs have changed: what waits gets the settings that its job has
+        now, or is dropped if the job was removed or changed."""
+        if not self.waiting:
+            return
         jobs = {scheduled.key: scheduled
-                for scheduled in self.registry.scheduled_jobs} \
-            if self.waiting else {}
-        for queued in self.waiting:
+                for scheduled in self.registry.scheduled_jobs}
+        statements = []
+        for queued in list(self.waiting):
             scheduled = jobs.get(queued.scheduled.key)
-            if scheduled and scheduled.job.params \
-                    == queued.scheduled.job.params:
+            reason = queued.obsolete(scheduled)
+            if reason:
+                statements.append(self.drop(queued, reason))
+            else:
                 queued.scheduled = scheduled
+        self.write(statements)
+
+    def drop(self, queued: QueuedRun, reason: str) -> tuple:
+        """Let a run that waits not start; return the statement for that."""
+        self.waiting.remove(queued)
+        queued.reject(reason)
+        return self.store.update(queued.run, state="skipped", reason=reason)
 
     # --- processes
 
@@ -6620,14 +6738,18 @@ class Scheduler:
         left. The pause doubles with each."""
         last = running.queued
         if not last or outcome["state"] != "done" or outcome["exit"] == 0 \
-                or running.reason or last.attempt \
-                > last.scheduled.settings.retry:
+                or running.reason:
             return None
-        if not running.supervisor and has_secret(last.scheduled.job):
+        scheduled = next((each for each in self.registry.scheduled_jobs
+                          if each.key == running.key), None)
+        if last.obsolete(scheduled) \
+                or last.attempt > scheduled.settings.retry:
+            return None
+        if not running.supervisor and has_secret(scheduled.job):
             return None         # only the koid before us had it
         wait = min(RETRY_FIRST * 2 ** min(last.attempt - 1, 10),
                    RETRY_LONGEST)
-        queued = QueuedRun(last.scheduled, "retry", self.clock.now() + wait,
+        queued = QueuedRun(scheduled, "retry", self.clock.now() + wait,
                            self.clock.now())
         queued.at = self.clock.ticks() + wait
         queued.attempt, queued.values = last.attempt + 1, last.values
@@ -6642,10 +6764,7 @@ class Scheduler:
         queued = next((queued for queued in self.waiting
                        if queued.run == run), None)
         if queued:
-            self.waiting.remove(queued)
-            queued.reject(reason)
-            return self.write([self.store.update(
-                run, state="skipped", reason=reason)])
+            return self.write([self.drop(queued, reason)])
         running = self.running.get(run)
         if not running:
             return False
@@ -6686,23 +6805,34 @@ class Scheduler:
         self.files_to_remove = [run for run in files if run in known
                                 and run not in rows]
         self.adopt_orphans(sorted(files - known))
-        lost: list[tuple] = []
+        lost, before = [], self.store.known_jobs()
         for run, row in rows.items():
-            queued = self.queued_of(row, jobs.get((row["user"],
-                                                   row["identity"])))
+            key = row["user"], row["identity"]
+            queued = self.queued_of(row, jobs.get(key))
+            if queued:
+                queued.text = before[key]["text"] or queued.text
             if run in files:
                 self.adopt_run(row, queued)
             elif queued and self.may_still_start(row, queued):
                 self.waiting.append(queued)
             else:
-                missed = row["trigger"] == "schedule" \
-                    and row["state"] == "running"
-                lost.append(self.store.update(
-                    run, state="missed" if missed else "interrupted",
-                    started=None, reason="koid was stopped before it began"))
+                lost.append(self.not_begun(row, key in jobs, queued))
         self.write(lost)
+        self.update_waiting()
         self.check_at = 0.0 if self.running else FOREVER
         self.mail.adopt(jobs)
+
+    def not_begun(self, row: dict, has_job: bool,
+                  queued: QueuedRun | None) -> tuple:
+        """Return the statement for a run that will never begin."""
+        state, reason = "interrupted", "koid was stopped before it began"
+        if row["state"] == "queued" and not queued:
+            state, reason = "skipped", "the job was changed" if has_job \
+                else "the job was removed"
+        elif row["state"] == "running" and row["trigger"] == "schedule":
+            state = "missed"
+        return self.store.update(row["run"], state=state, started=None,
+                                 reason=reason)
 
     def adopt_run(self, row: dict, queued: QueuedRun | None) -> None:
         """Take over a run that has a file."""
@@ -8129,6 +8259,7 @@ class Daemon:
         self.listen_to_events()
         self.registry.load()
         self.log_tab_problems()
+        self.scheduler.rename_jobs()
         self.scheduler.adopt_runs()
         self.server.listen(self.machine.socket_path(self.home))
         self.preload()
@@ -8323,6 +8454,7 @@ class Daemon:
         if not self.registry.load():
             return
         self.broker.forget_list()
+        self.scheduler.rename_jobs()
         if planner.state:
             planner.take_zones()
             self.scheduler.record_jobs()

@@ -538,11 +538,11 @@ FAILED = {"state": "done", "exit": 1, "signal": None, "bytes": 5}
 def test_mail_is_sent_for_the_retry_of_each_run_but_those_by_hand(
         desk, monkeypatch, trigger, state):
     monkeypatch.setattr(koitab, "SENDMAILS", ["/bin/sh"])
-    scheduled = registry(
-        (KOITAB, "alice", "KOI_RETRY=1\n@daily x\n")).scheduled_jobs[0]
+    tabs = registry((KOITAB, "alice", "KOI_RETRY=1\n@daily x\n"))
+    scheduled = tabs.scheduled_jobs[0]
     first = koitab.QueuedRun(scheduled, trigger, 0.0, 0.0)
     running = koitab.RunningRun(1, scheduled.key, first, supervisor=1)
-    scheduler = SimpleNamespace(clock=koitab.Clock())
+    scheduler = SimpleNamespace(clock=koitab.Clock(), registry=tabs)
     retry = koitab.Scheduler.retry_of(scheduler, running, FAILED)
     mail = koitab.CronMail(desk.machine, desk.store, None)
     for queued in (first, retry):

@@ -1566,7 +1566,7 @@ def test_a_tab_that_changes_does_not_touch_the_job_that_runs(koi, gate,
         assert koi.ask("install", text=text)["installed"]
     assert is_alive(job) and koi.row(run)["state"] == "running"
     if change == "renamed":
-        assert koi.ask("kill", run=run)["run"]["name"] == "slow"
+        assert koi.ask("kill", run=run)["run"]["name"] == "fast"
         assert koi.end_of(run)["reason"].startswith("killed by")
         return
     gate.open()
