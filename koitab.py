@@ -4425,6 +4425,23 @@ class RunStore:
             for key, (*_, removed) in known.items()
             if key not in present and not removed]
 
+    def forget_removed(self, before: float, most: int) -> list[tuple]:
+        """Return the statements that remove `most` runs of jobs that no tab
+        has had since the time `before`, and such jobs without runs."""
+        runs = self.db.column(
+            "select r.id from jobs j join runs r on r.job = j.id where "
+            "j.removed > 0 and j.removed < ? and r.state not in ('queued', "
+            "'running') limit ?", before, most)
+        jobs = self.db.execute(
+            "select id, user, identity from jobs where removed > 0 and "
+            "removed < ? and id not in (select job from runs)", before)
+        statements = [(f"delete from {table} = ?", (run,)) for run in runs
+                      for table in ("output where run", "runs where id")]
+        for key, *whose in jobs:
+            del self.keys[tuple(whose)]
+            statements.append(("delete from jobs where id = ?", (key,)))
+        return statements
+
     def next_change(self) -> int:
         """Return the number of the next change of any run."""
         self.change += 1
@@ -5627,6 +5644,8 @@ EARLIEST = 1_000_000_000    # a clock before 2001 was never set
 WAIT_FOR_CLOCK = 300.0      # seconds that a machine may take to set it
 RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds between attempts
 TRY_AGAIN = 1.0             # seconds until a full process table is tried
+KEEP_REMOVED = 30 * DAY     # seconds that the runs of a removed job are kept
+FORGET_AT_ONCE, FORGET_PAUSE = 20, 0.1      # runs; seconds until the next
 LONG_ENOUGH = 600.0         # seconds after which nobody waits for a run
 MOST_QUEUED = 100           # runs of one job that may wait
 WRITE_AGAIN = 5.0           # seconds until a full disk is tried again
@@ -6169,6 +6188,7 @@ class Scheduler:
         self.held: dict[tuple, tuple] = {}  # job, reason -> day, run, count
         self.write_at = 0.0                 # ticks, after a full disk
         self.check_at = FOREVER             # ticks: adopted runs
+        self.forget_at = FOREVER            # ticks: runs of removed jobs
 
     def open(self) -> None:
         """Open what supervisors inherit. Raises OSError."""
@@ -6194,7 +6214,7 @@ class Scheduler:
 
     def wake_at(self) -> float:
         """Return the ticks at which a run waits for something."""
-        times = [self.check_at]
+        times = [self.check_at, self.forget_at]
         times += [queued.at for queued in self.waiting
                   if not queued.waits_for_previous]
         times += [running.kill_at for running in self.running.values()]
@@ -6278,7 +6298,7 @@ class Scheduler:
 
     def record_jobs(self) -> None:
         """Keep which jobs there are: only those can have missed a start when
-        the next koid comes."""
+        the next koid comes. Runs of others are removed in the end."""
         statements, present = self.seen_statements(), {}
         for scheduled in self.registry.scheduled_jobs:
             present[self.store.job_key(scheduled.key, scheduled.job,
@@ -6286,6 +6306,15 @@ class Scheduler:
         now = self.clock.now()
         statements += self.store.note_jobs(present,
                                            now if now > EARLIEST else 0.0)
+        self.write(statements)
+        self.forget_at = 0.0
+
+    def forget_removed(self, now: float) -> None:
+        """Remove some runs of jobs that were removed long ago; the next step
+        is soon, or tomorrow if there is nothing more."""
+        statements = [] if self.store.waiting else self.store.forget_removed(
+            self.clock.now() - KEEP_REMOVED, FORGET_AT_ONCE)
+        self.forget_at = now + (FORGET_PAUSE if statements else DAY)
         self.write(statements)
 
     def seen_statements(self) -> list[tuple]:
@@ -6596,6 +6625,8 @@ class Scheduler:
                     self.check_at = now + CHECK_AGAIN
                     if self.has_ended(running):
                         self.ended.setdefault(running.run, NO_STATUS)
+        if now >= self.forget_at:
+            self.forget_removed(now)
         for running in list(self.running.values()):
             if now >= running.kill_at:
                 self.escalate_kill(running, now)

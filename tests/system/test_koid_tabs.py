@@ -1,10 +1,13 @@
 """What koid does with runs and histories when a tab changes.
 
 What the tab says when a run starts is what runs; a job that was renamed keeps
-its history.
+its history; the history of a job that was removed goes after 30 days.
 """
 
 from __future__ import annotations
+
+import contextlib
+import sqlite3
 
 import pytest
 
@@ -14,6 +17,7 @@ from support import wait_until
 
 koitab = support.load("koitab")
 EDGE = 1795343400       # 2026-11-22 10:30:00 UTC
+DAY = 86_400
 
 
 @pytest.fixture
@@ -234,3 +238,51 @@ def test_runs_of_a_renamed_job_are_sent_again(koi):
     install(koi, '"b" @manual true\n')
     changes = [run["change"] for run in koi.history()]
     assert min(changes) > before and len(set(changes)) == 2
+
+
+# ==========================================================================
+# The end of a history
+# ==========================================================================
+
+def count(koi, table: str) -> int:
+    with contextlib.closing(sqlite3.connect(koi.home / "history.db")) as db:
+        return db.execute(f"select count(*) from {table}").fetchone()[0]
+
+
+def test_history_of_a_removed_job_goes_after_30_days(koi, clock):
+    koi.set_constants(FORGET_AT_ONCE=2)
+    kept = '"kept" @manual echo\n'
+    koi.tab(kept + '"gone" @manual echo\n')
+    clock.start(EDGE)
+    koi.run("kept")
+    for _ in range(5):
+        koi.run("gone")
+    koi.ended(count=6)
+    install(koi, kept)
+    clock.elapse(30 * DAY - 60)
+    clock.seen()
+    assert len(koi.history(job="gone")) == 5
+    clock.elapse(DAY)
+    for _ in range(8):
+        clock.elapse(koitab.FORGET_PAUSE)
+        clock.seen()
+    assert [run["name"] for run in koi.history()] == ["kept"]
+    assert [count(koi, table) for table in ("jobs", "runs", "output")] \
+        == [1, 1, 1]
+    install(koi, kept + '"gone" @manual echo\n')
+    koi.run("gone")
+    assert len(koi.history(job="gone")) == 1
+
+
+def test_job_that_comes_back_in_time_keeps_its_history(koi, clock):
+    koi.tab('"it" @manual echo\n')
+    clock.start(EDGE)
+    koi.run("it")
+    koi.ended()
+    koi.ask("remove")
+    clock.elapse(29 * DAY)
+    install(koi, '"it" @manual echo\n')
+    for _ in range(3):
+        clock.elapse(DAY)
+        clock.seen()
+    assert len(koi.history(job="it")) == 1
