@@ -299,10 +299,10 @@ def nearest(word: str, words) -> str:
 
 
 # A regular expression for characters that could control a terminal, break a
-# line or reverse text: C0 and C1 controls except the tab, line and paragraph
-# separators, bidi overrides, the byte order mark, and lone surrogates.
-UNSAFE = ("[\0-\x08\n-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e"
-          "\u2066-\u2069\ufeff\ud800-\udfff]")
+# line or reorder text: C0 and C1 controls except the tab, line and paragraph
+# separators, bidi controls, the byte order mark, and lone surrogates.
+UNSAFE = ("[\0-\x08\n-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e"
+          "\u2066-\u206f\ufeff\ud800-\udfff]")
 
 
 def escaped(match) -> str:
@@ -7026,6 +7026,12 @@ class ControlService:
             raise Error(f"uid {caller.uid} has no name on this host")
         return user
 
+    def job_owner(self, caller: Caller, request: dict) -> str:
+        """Return the user whose job a name means: for root, root, unless
+        another one is named. Raises Error."""
+        return self.allowed_user(caller, request) \
+            or self.machine.user_name(os.geteuid())
+
     # --- tabs
 
     def listing(self, caller: Caller, request: dict) -> dict:
@@ -7103,7 +7109,8 @@ class ControlService:
             where.append("j.user = ?")
             values.append(user)
         if request.get("job"):
-            keys = self.keys_of(user, request["job"])
+            keys = self.keys_of(self.job_owner(caller, request),
+                                request["job"])
             where.append(f"r.job in ({', '.join(map(str, keys))})")
         if request.get("before"):
             where.append("r.id < ?")
@@ -7133,9 +7140,11 @@ class ControlService:
             scheduled = self.registry.find_job(user, name)
             return [self.store.keys.get(scheduled.key, 0)]
 
-    def run_of(self, caller: Caller, request: dict) -> dict:
+    def run_of(self, caller: Caller, request: dict, where: str,
+               missing: str) -> dict:
         """Return the run that a request names, or the last one of the job
-        that it names. Raises Error."""
+        that it names for which `where` holds. Raises Error, with `missing`
+        if there is none."""
         user = self.allowed_user(caller, request)
         if request.get("run"):
             runs = self.store.runs("r.id = ?", request["run"])
@@ -7144,16 +7153,18 @@ class ControlService:
                             "koitab history")
         else:
             name = request.get("job", "")
-            keys = ", ".join(map(str, self.keys_of(user, name)))
-            runs = self.store.runs(f"r.job in ({keys}) and r.started is not "
-                                   "null order by r.id desc limit 1")
+            keys = ", ".join(map(str, self.keys_of(
+                self.job_owner(caller, request), name)))
+            runs = self.store.runs(f"r.job in ({keys}) and {where} order by "
+                                   "r.id desc limit 1")
             if not runs:
-                raise Error(f"{short(name)} has not run yet")
+                raise Error(f"{short(name)} {missing}")
         return runs[0]
 
     def log(self, caller: Caller, request: dict) -> tuple[dict, bytes]:
         """Answer "log". Raises Error."""
-        run = self.run_of(caller, request)
+        run = self.run_of(caller, request, "r.started is not null",
+                          "has not run yet")
         frames = self.store.output(run["run"])
         if not frames:              # running, or not in the history yet
             try:
@@ -7164,7 +7175,8 @@ class ControlService:
 
     def kill(self, caller: Caller, request: dict) -> dict:
         """Answer "kill". Raises Error."""
-        run = self.run_of(caller, request)
+        run = self.run_of(caller, request, "r.state in ('queued', 'running')",
+                          "is not running")
         if not self.daemon.scheduler.kill(run["run"],
                                           f"killed by {caller.name}"):
             raise Error(f"run {run['run']} is not going on",
@@ -7391,7 +7403,7 @@ class ControlServer:
         """Start a job for a user who waits for its output. Raises Error."""
         if not self.scheduler.planner.state:
             raise Error("the clock is not set", "date")
-        user = self.control.allowed_user(connection.caller, request)
+        user = self.control.job_owner(connection.caller, request)
         given = request.get("args") or {}
         if not isinstance(request.get("job"), str) \
                 or not isinstance(given, dict):
@@ -7982,6 +7994,7 @@ class AgentBroker:
                 "host": self.enrollment.host,
                 "key": key_id(self.enrollment.secret),
                 "name": self.enrollment.name,
+                "user": self.machine.user_name(os.geteuid()),
                 "at": int(self.clock.now() * 1000), "jobs": manifests})
             self.listed = (body, list_mac(self.enrollment.secret, body),
                            sha256_hex(body))
@@ -17566,7 +17579,7 @@ async function* outputOf(id, { signal, follow } = {}) {
 }
 
 const isBidi = (c) => c >= 0x202a && c <= 0x202e || c >= 0x2066
-  && c <= 0x2069 || c === 0x200e || c === 0x200f || c === 0x61c;
+  && c <= 0x206f || c === 0x200e || c === 0x200f || c === 0x61c;
 const isControl = (c) => c < 0x20 || c >= 0x7f && c < 0xa0 || isBidi(c)
   || c === 0x2028 || c === 0x2029 || c === 0xfeff;
 
@@ -18741,9 +18754,9 @@ function valueError({ type, choices }, value) {
 }
 
 // UNSAFE in koitab.py.
-const isUnsafe = (c) => c < 0x20 || c >= 0x7f && c <= 0x9f || c === 0x200e
-  || c === 0x200f || c >= 0x2028 && c <= 0x202e || c >= 0x2066
-  && c <= 0x2069 || c === 0xfeff;
+const isUnsafe = (c) => c < 0x20 || c >= 0x7f && c <= 0x9f || c === 0x61c
+  || c === 0x200e || c === 0x200f || c >= 0x2028 && c <= 0x202e
+  || c >= 0x2066 && c <= 0x206f || c === 0xfeff;
 
 // Is it a date of the calendar, as 2026-03-29?
 function isDate(text) {
@@ -20009,9 +20022,13 @@ def put_out(stream, data: bytes) -> None:
 
 
 def print_json(value) -> None:
-    """Print a value for programs: the form that --json documents."""
+    """Print a value for programs: the form that --json documents. It may
+    go to a terminal, so UNSAFE characters become escapes of JSON."""
     import json
-    print(json.dumps(value, indent=4, ensure_ascii=False))
+    import re
+    print(re.sub(UNSAFE.replace("\n", "\x0b"),
+                 lambda found: f"\\u{ord(found[0]):04x}",
+                 json.dumps(value, indent=4, ensure_ascii=False)))
 
 
 def print_field(word: str, lines: list[str]) -> None:
@@ -20116,11 +20133,17 @@ def command_list(options: Invocation) -> int:
     text = options.ask_koid("list")["text"]
     if text is None:
         raise no_tab(options)
-    if sys.stdout.isatty():     # a CR could hide what a line does
+    print_tab(text)
+    return EXIT_OK
+
+
+def print_tab(text: str) -> None:
+    """Print a tab as it is; for a terminal, with its controls escaped: a CR
+    could hide what a line does."""
+    if sys.stdout.isatty():
         lines = text.removesuffix("\n").split("\n") if text else []
         text = "".join(f"{escape_controls(line)}\n" for line in lines)
     put_out(sys.stdout, text.encode("utf-8", "surrogateescape"))
-    return EXIT_OK
 
 
 def command_remove(options: Invocation) -> int:
@@ -20373,7 +20396,9 @@ def command_next(options: Invocation, name: str = ""
     tabs, rows, errors = select_tabs(options), [], []
     now = options.machine.clock.now()
     jobs = match_jobs([job for _, tab, zones in tabs for job in tab.jobs
-                       if job.settings.zone in zones], name)
+                       if job.settings.zone in zones and (
+                           not name or job.user in ("", options.owner))],
+                      name)
     for path, tab, zones in tabs:
         print_diagnostics(tab.diagnostics, path)
         errors += tab.errors()
@@ -20433,12 +20458,17 @@ LONGEST_INPUT = 2**20   # bytes that ARG=- reads; koid takes less
 PAGE_OF_RUNS = 500      # a reply of koid's has so many at most
 
 
-def find_job(jobs: list[dict], name: str) -> dict:
+def find_job(jobs: list[dict], name: str, owner: str = "") -> dict:
     """Return the one job, of those that koid or a dashboard lists, that a
-    name means. Raises Error."""
+    name means; of the user `owner`, if one is given. Raises Error."""
     from types import SimpleNamespace
-    found = [vars(job) for job in match_jobs(
-        [SimpleNamespace(**job) for job in jobs], name)] if name else []
+    others = sorted({job["user"] for job in jobs if name == job["name"]})
+    mine = [SimpleNamespace(**job) for job in jobs
+            if owner in ("", job["user"])]
+    if name and others and owner and owner not in others:
+        raise Error(f"{owner} has no job {short(name)}",
+                    f"{PROG} run -u {others[0]} ...")
+    found = [vars(job) for job in match_jobs(mine, name)] if name else []
     if len(found) == 1:
         return found[0]
     if not found:
@@ -20465,6 +20495,11 @@ def read_arguments(job: dict, words: list[str]) -> dict[str, str]:
             raise Error(f"{short(param.name)} is given twice", "",
                         EXIT_USAGE)
         value = word[len(param.name) + 1:]
+        if param.type == "secret" and value != "-":
+            raise Error(f"{short(param.name)} is secret, but every user can "
+                        "read command lines", f"{escape_controls(param.name)}"
+                        "=- for standard input, or none for a prompt",
+                        EXIT_USAGE)
         given[param.name] = value = read_input() if value == "-" else value
         reason = param.value_error(value)
         if reason:
@@ -20536,14 +20571,80 @@ def run_here(options: Invocation, name: str,
     """Run a job of this machine; return its exit status. Raises Error."""
     options.reject_others(("user",), "run without --on")
     daemon, reply = DaemonClient(options.machine), options.ask_koid("jobs")
-    job = find_job(reply["jobs"], name)
+    job = find_job(reply["jobs"], name, options.owner)
     if not reply["daemon"]:
         raise daemon.no_daemon()
     arguments = read_arguments(job, list(words))
     if not is_confirmed(job):
         return EXIT_ERROR
     return RunAttachment(options, *daemon.attach(
-        job["tag"], arguments, job["user"])).follow()
+        job["tag"], arguments, job["user"]), raw=job["user"]
+        == options.machine.user_name(os.getuid())).follow()
+
+
+# Colours (SGR) and ends of lines, which do no harm, or a character that may.
+SAFE_OR_UNSAFE = r"(\x1b\[[0-9;:]*m|\n)|" + UNSAFE
+INCOMPLETE = r"(\r|\x1b(\[[0-9;:]{0,60})?)\Z"      # it may go on as a safe one
+
+
+class OutputPrinter:
+    """Prints the output of a run, as it comes, to stdout and stderr.
+
+    A terminal gets it with UNSAFE characters escaped, colours excepted,
+    unless it is `raw`: of a job of the caller's.
+    """
+
+    def __init__(self, options: Invocation, raw: bool = False):
+        import codecs
+        sys.stdout.flush()
+        self.options = options
+        decoder = codecs.getincrementaldecoder("utf-8")
+        self.decoders = {stream: decoder("backslashreplace") for stream in (
+            STDOUT, STDERR) if not raw and os.isatty(stream)}
+        self.held = dict.fromkeys(self.decoders, "")
+        self.endings = dict(self.held)      # what `flush` adds to the output
+
+    def write(self, stream: int, data: bytes) -> None:
+        """Print a frame. STDOUT and STDERR are descriptors, too."""
+        if stream == NOTE:
+            self.flush()
+            self.options.warn(data.decode("utf-8", "replace"))
+        elif stream in self.decoders:
+            self.print_escaped(stream, self.decoders[stream].decode(data))
+        elif stream in (STDOUT, STDERR):
+            write_all(stream, data)
+
+    def print_escaped(self, stream: int, text: str) -> None:
+        """Print text on a terminal, but for what is incomplete at its end.
+        """
+        import re
+        text = self.held[stream] + text
+        end = re.search(INCOMPLETE, text)
+        text, self.held[stream] = (text[:end.start()], end[0]) if end \
+            else (text, "")
+        self.print_text(stream, text.replace("\r\n", "\n"))
+
+    def print_text(self, stream: int, text: str) -> None:
+        """Print text on a terminal, with UNSAFE characters escaped."""
+        import re
+        if not text:
+            return
+        text = re.sub(SAFE_OR_UNSAFE, lambda found: found[1] or escaped(
+            found), text)
+        write_all(stream, text.encode())
+        coloured = "\x1b" in text + self.endings[stream]
+        self.endings[stream] = "\x1b[0m" * coloured + "\n" * (
+            not text.endswith("\n"))
+
+    def flush(self) -> None:
+        """Print what was incomplete, end colours and lines: what follows is
+        not of the job."""
+        for stream, decoder in self.decoders.items():
+            self.print_text(stream, self.held[stream] + decoder.decode(
+                b"", True))
+            write_all(stream, self.endings[stream].encode())
+            self.held[stream] = self.endings[stream] = ""
+            decoder.reset()
 
 
 class Detached(Exception):
@@ -20555,8 +20656,9 @@ class RunAttachment:
     to its job."""
 
     def __init__(self, options: Invocation, run: int, connection,
-                 first: bytes):
+                 first: bytes, raw: bool = True):
         self.options, self.run, self.connection = options, run, connection
+        self.output = OutputPrinter(options, raw)
         self.data = bytearray(first)    # the start of an incomplete frame
         self.signals: list[int] = []    # received by this process
 
@@ -20603,6 +20705,7 @@ class RunAttachment:
             pass                # the run has ended: the next read shows it
 
     def print_continues(self) -> None:
+        self.output.flush()
         self.options.warn(f"run {self.run} goes on (koitab log {self.run}; "
                           f"koitab kill {self.run})")
 
@@ -20613,8 +20716,9 @@ class RunAttachment:
             size = whole_frames(self.data)
             for stream, _, body in read_frames(bytes(self.data[:size])):
                 if stream == END:
+                    self.output.flush()
                     return self.exit_status(body)
-                self.print_frame(stream, body)
+                self.output.write(stream, body)
             del self.data[:size]
             ready = select.select([self.connection, wakeups], [], [])[0]
             if wakeups in ready:
@@ -20633,13 +20737,6 @@ class RunAttachment:
             self.print_continues()
             raise Error("koid has hung up", "koitab status")
         self.data += piece
-
-    def print_frame(self, stream: int, body: bytes) -> None:
-        """Write output as the job wrote it: it is the caller's own job."""
-        if stream == NOTE:
-            self.options.warn(body.decode("utf-8", "replace"))
-        else:
-            write_all(1 if stream == STDOUT else 2, body)
 
     def exit_status(self, body: bytes) -> int:
         """Print why the run ended, if it did not exit; return its status."""
@@ -20663,7 +20760,6 @@ def status_of_run(run: dict) -> int:
 
 BARS = "▁▂▃▄▅▆▇█"
 LONGEST_SPARKLINE = 40  # durations
-COLOURED = r"(\x1b\[[0-9;:]*m)|"    # SGR: it cannot do harm
 
 
 def sparkline(durations: list[float]) -> str:
@@ -20776,11 +20872,15 @@ def command_history(options: Invocation, name: str = ""
     return EXIT_OK
 
 
+def run_or_job(which: str) -> dict:
+    """Return the fields of a request that name a run, or a job's newest."""
+    return {"run": int(which)} if parse_count(which) else {"job": which}
+
+
 def command_log(options: Invocation, which: str) -> int:
     """koitab log: the output of a run, or of a job's newest. Raises
     Error."""
-    wanted = {"run": int(which)} if parse_count(which) else {"job": which}
-    reply = options.ask_koid("log", **wanted)
+    reply = options.ask_koid("log", **run_or_job(which))
     run, frames = reply["run"], read_frames(reply.get("output", b""))
     if options.json:
         names = {STDOUT: "stdout", STDERR: "stderr", NOTE: "note"}
@@ -20789,50 +20889,19 @@ def command_log(options: Invocation, which: str) -> int:
              "text": data.decode("utf-8", "backslashreplace")}
             for stream, ms, data in frames if stream in names]})
         return EXIT_OK
-    print_frames(options, frames)
+    output = OutputPrinter(options)
+    for stream, _, data in frames:
+        output.write(stream, data)
+    output.flush()
     if run["state"] != "done":
         options.warn(f"run {run['run']}: {result_words(run)}")
     return EXIT_OK
 
 
-def print_frames(options: Invocation, frames: list) -> None:
-    """Write output as the job wrote it; on a terminal escape the controls
-    that a terminal would obey."""
-    targets = {STDOUT: sys.stdout, STDERR: sys.stderr}
-    held = dict.fromkeys(targets, b"")      # lines that have not ended yet
-    for stream, _, data in frames:
-        if stream == NOTE:
-            options.warn(data.decode("utf-8", "replace"))
-        elif stream in targets and not targets[stream].isatty():
-            put_out(targets[stream], data)
-        elif stream in targets:
-            lines, newline, held[stream] = (held[stream] + data).rpartition(
-                b"\n")
-            put_out(targets[stream], escape_output(lines + newline))
-    for stream, rest in held.items():
-        if rest:
-            put_out(targets[stream], escape_output(rest + b"\n"))
-
-
-def escape_output(data: bytes) -> bytes:
-    """Return lines for a terminal: colours stay, other controls are
-    escaped."""
-    import re
-    lines = [re.sub(COLOURED + UNSAFE, lambda found: found[1] or escaped(
-        found), line.removesuffix("\r")) for line in data.decode(
-            "utf-8", "backslashreplace").split("\n")]
-    text = "\n".join(lines)
-    reset = "\x1b[0m" if "\x1b" in text else ""
-    return (text + reset).encode("utf-8", "backslashreplace")
-
-
 def command_kill(options: Invocation, which: str) -> int:
     """koitab kill: SIGTERM, later SIGKILL; or out of the queue. Raises
     Error."""
-    if not parse_count(which):
-        raise Error(f"{short(which)} is not a run number", f"{PROG} status",
-                    EXIT_USAGE)
-    run = options.ask_koid("kill", run=int(which))["run"]
+    run = options.ask_koid("kill", **run_or_job(which))["run"]
     print(f"run {run['run']} ({escape_controls(run['label'])}) is told to end")
     return EXIT_OK
 
@@ -21216,15 +21285,12 @@ def run_on_host(options: Invocation, name: str,
     """Run a job of another host; return its exit status. Raises Error."""
     client, dash = choose_dashboard(options)
     keys, dash = log_in(client, dash, read_passphrase())
-    host = find_host(ask_dashboard(client, "GET", "/api/v1/state").get(
-        "hosts", []), options.on)
-    key = host_key(keys.run, host)
-    # The dashboard may lie about the jobs; the host's signature cannot.
-    manifests = verify_job_list(ask_dashboard(
-        client, "GET", f"/api/v1/hosts/{host}/list"), key, dash, host)
-    job = match_manifest(options, manifests, name)
+    host, listed = find_host(client, keys, dash, options.on)
+    key, job = host_key(keys.run, host), match_manifest(options, listed, name)
+    options.warn(f"{short(job['label'])} on {listed['name']} ({host}), as "
+                 f"{job['user']}")
     arguments = read_arguments(job, list(words))
-    if not is_confirmed(job, f" on {options.on}"):
+    if not is_confirmed(job, f" on {escape_controls(listed['name'])}"):
         return EXIT_ERROR
     nonce = os.urandom(16).hex()
     body = signed_run(key, dash, host, job, arguments, nonce,
@@ -21234,25 +21300,37 @@ def run_on_host(options: Invocation, name: str,
     return RemoteRun(options, client).follow(nonce)
 
 
-def find_host(hosts: list[dict], name: str) -> str:
-    """Return the ID of the one member that a name or an ID means. Raises
-    Error."""
+def find_host(client: DashboardClient, keys: Keys, dash: str,
+              name: str) -> tuple[str, dict]:
+    """Return the ID and the signed list of the one member that a name or an
+    ID means. Raises Error.
+
+    The dashboard may lie about names and jobs; a host's signature cannot.
+    """
+    hosts = ask_dashboard(client, "GET", "/api/v1/state").get("hosts", [])
     members = [host for host in hosts if host["state"] != "left"]
-    found = [host["id"] for host in members
-             if name in (host["id"], host["name"])]
+    field = "id" if is_hex(name, 32) else "name"
+    found = [host["id"] for host in members if host[field] == name]
     if not found:
         raise Error(f"there is no host {short(name)}", ", ".join(
             escape_controls(host["name"]) for host in members))
     if len(found) > 1:
         raise Error(f"{len(found)} hosts are called {short(name)}",
                     "use the ID: " + " ".join(found))
-    return found[0]
+    listed = verify_job_list(ask_dashboard(
+        client, "GET", f"/api/v1/hosts/{found[0]}/list"),
+        host_key(keys.run, found[0]), dash, found[0])
+    if name not in (found[0], listed["name"]):
+        raise Error(f"the host that the dashboard calls {short(name)} is "
+                    f"{short(listed['name'])} by its own signature",
+                    f"its ID, if it is meant: --on {found[0]}")
+    return found[0], listed
 
 
 def verify_job_list(listed: dict, key: bytes, dash: str,
-                    host: str) -> list[str]:
-    """Return the manifests of a host's jobs, which it signed with `key`.
-    Raises Error."""
+                    host: str) -> dict:
+    """Return the list of jobs that a host signed with `key`. Raises
+    Error."""
     body, mac = listed.get("body"), listed.get("mac")
     if not isinstance(body, str) \
             or not is_valid_mac(mac, list_mac(key, body)):
@@ -21262,18 +21340,16 @@ def verify_job_list(listed: dict, key: bytes, dash: str,
     listed = json.loads(body)
     if (listed["dash"], listed["host"]) != (dash, host):
         raise Error("the dashboard shows the list of another host")
-    return listed["jobs"]
+    return listed
 
 
-def match_manifest(options: Invocation, manifests: list[str],
-                   name: str) -> dict:
-    """Return the fields of the job that a name means; "manifest" is the
-    text that its host signed. Raises Error."""
+def match_manifest(options: Invocation, listed: dict, name: str) -> dict:
+    """Return the fields of the job in a host's list that a name means;
+    "manifest" is the text that its host signed. Raises Error."""
     import json
     jobs = [{**json.loads(text), "line": 0, "manifest": text}
-            for text in manifests]
-    job = find_job([job for job in jobs if options.user in ("", job["user"])],
-                   name)
+            for text in listed["jobs"]]
+    job = find_job(jobs, name, options.user or listed.get("user", ""))
     if job["when"] != "@manual" or job["confirm"] == "cli":
         raise Error(f"{short(job['label'])} is not to be run from elsewhere: "
                     "only @manual jobs are, without KOI_CONFIRM=cli")
@@ -21304,6 +21380,7 @@ class RemoteRun:
 
     def __init__(self, options: Invocation, client: DashboardClient):
         self.options, self.client = options, client
+        self.output = OutputPrinter(options)
         # Bytes of output: printed at all, and passed in this reading of it.
         self.printed = self.position = 0
         self.notes: set[bytes] = set()      # printed ones
@@ -21319,6 +21396,7 @@ class RemoteRun:
             if facts["state"] in FINAL_STATES \
                     and facts["have"] >= facts["size"]:
                 self.print_stored(run)
+                self.output.flush()
                 return self.exit_status(facts)
             if facts["state"] == "running":
                 self.print_live(run)
@@ -21381,8 +21459,8 @@ class RemoteRun:
             if stream == NOTE:
                 self.print_note(body)
                 continue
-            write_all(1 if stream == STDOUT else 2,
-                      body[max(0, self.printed - self.position):])
+            self.output.write(
+                stream, body[max(0, self.printed - self.position):])
             self.advance(len(body))
 
     def print_note(self, text: bytes) -> None:
@@ -21394,7 +21472,7 @@ class RemoteRun:
             and number.isdigit() and len(number) < 19 else 0
         if self.position + lost > self.printed if lost else \
                 text not in self.notes:
-            self.options.warn(text.decode("utf-8", "replace"))
+            self.output.write(NOTE, text)
             self.notes.add(text)
         self.advance(lost)
 
@@ -21663,7 +21741,7 @@ def command_import(options: Invocation) -> int:
         importer.add(source)
     importer.name_duplicates()
     marked = importer.comment_out(options)
-    put_out(sys.stdout, importer.text().encode("utf-8", "surrogateescape"))
+    print_tab(importer.text())
     print_next_steps(options, importer, marked)
     return EXIT_OK
 
@@ -22345,10 +22423,11 @@ COMMANDS = {    # by the first word, or by the option that stands for it
                    ("RUN|NAME",), ("user", "json"),
                    "NAME is a job's name; its newest run is meant. RUN is a "
                    "number that koitab history shows."),
-    "kill": Command(command_kill, JOBS, "end a run", ("RUN",), ("user",),
-                    "SIGTERM, and SIGKILL ten seconds later. A run that is "
-                    "queued is skipped. RUN is a number that koitab status "
-                    "shows."),
+    "kill": Command(command_kill, JOBS, "end a run", ("RUN|NAME",),
+                    ("user",), "SIGTERM, and SIGKILL ten seconds later. A run "
+                    "that is queued is skipped. RUN is a number that koitab "
+                    "status shows; NAME is a job's name, its newest run that "
+                    "has not ended is meant."),
     "status": Command(
         command_status, JOBS, "show koid, problems, active runs",
         options=("user", "json"), text="The exit status is 1 if koid does not "

@@ -202,10 +202,10 @@ def nearest(word: str, words) -> str:
 
 
 # A regular expression for characters that could control a terminal, break a
-# line or reverse text: C0 and C1 controls except the tab, line and paragraph
-# separators, bidi overrides, the byte order mark, and lone surrogates.
-UNSAFE = ("[\0-\x08\n-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e"
-          "\u2066-\u2069\ufeff\ud800-\udfff]")
+# line or reorder text: C0 and C1 controls except the tab, line and paragraph
+# separators, bidi controls, the byte order mark, and lone surrogates.
+UNSAFE = ("[\0-\x08\n-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e"
+          "\u2066-\u206f\ufeff\ud800-\udfff]")
 
 
 def escaped(match) -> str:
@@ -1765,9 +1765,9 @@ PLAIN = bytes(range(0x20, 0x7F)) + b"\t\n"
 
 # UNSAFE as a table for str.translate; whole lines keep their newlines.
 ESCAPES = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-           for code in (*range(9), *range(11, 32), *range(0x7F, 0xA0), 0x200E,
-                        0x200F, *range(0x2028, 0x202F),
-                        *range(0x2066, 0x206A), 0xFEFF)}
+           for code in (*range(9), *range(11, 32), *range(0x7F, 0xA0), 0x61C,
+                        0x200E, 0x200F, *range(0x2028, 0x202F),
+                        *range(0x2066, 0x2070), 0xFEFF)}
 
 
 class TooSlow(Exception):

@@ -672,7 +672,7 @@ class Operator:
             return reply.json if reply.status == 200 else None
         found = koitab.verify_job_list(support.wait_until(
             listed, 20, "a signed list"), self.key(host), self.dash, host)
-        return {json.loads(text)["name"]: text for text in found}
+        return {json.loads(text)["name"]: text for text in found["jobs"]}
 
     def request(self, host: str, spec: str, args: dict | None = None,
                 secrets: dict | None = None, **changes) -> dict:

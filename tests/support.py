@@ -208,6 +208,27 @@ class Result:
 # A built-in task runs in a child that mission starts as `sys.executable -Iu
 # mission.py _builtin ...`: that, too, must come from the cache, and with the
 # same patch. `text` is this text, and what a test adds to it.
+def on_terminal(command: list[str], env: dict, stdin: str = "") -> str:
+    """What a command prints on a terminal, both streams together."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE,
+                               stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    process.stdin.write(stdin.encode())
+    process.stdin.close()
+    found = b""
+    with stopping(process):
+        while True:
+            try:
+                data = os.read(ours, 65_536)
+            except OSError:         # EIO: nobody has it open any more
+                break
+            found += data
+        os.close(ours)
+        process.wait(60)
+    return found.decode("utf-8", "backslashreplace")
+
+
 BUILTIN_FROM_CACHE = f"""
 start = k.Processes.start
 def start_from_cache(self, argv, *rest, **options):
@@ -617,11 +638,12 @@ class Koi:
             self.output = link.output
             return reply
 
-    def run(self, job: str, **args: str) -> tuple[int, bytes, bytes, dict]:
+    def run(self, job: str, user: str = "", **args: str
+            ) -> tuple[int, bytes, bytes, dict]:
         """Run a job and wait: its number, stdout, stderr, how it ended."""
         koitab = load("koitab")
         with self.link() as link:
-            run, connection, data = link.attach(job, args)
+            run, connection, data = link.attach(job, args, user)
         with connection:
             connection.settimeout(60)
             chunks = [data]
@@ -700,11 +722,11 @@ class Koi:
             return dict(db.execute("select name, value from meta"))
 
     def ended(self, job: str | None = None, count: int = 1,
-              seconds: float = 30) -> list[dict]:
+              seconds: float = 30, **fields) -> list[dict]:
         """The newest runs of a job, when so many have ended."""
         def done():
             runs = [run for run in self.history(
-                **({"job": job} if job else {}))
+                **({"job": job} if job else {}), **fields)
                 if run["state"] not in UNFINISHED]
             return runs if len(runs) >= count else None
         return wait_until(done, seconds, f"{count} runs of {job} to end\n"

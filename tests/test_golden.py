@@ -1025,7 +1025,9 @@ def koitab_with_a_dashboard(stage: Stage) -> None:
         stage.koitab("-d", "new", url)
         stage.koitab("status")
         for host, words, said in (
-                ("web1", ["Say", "To=x", "Times=2", "Key=hidden"], secret),
+                ("web1", ["Say", "To=x", "Times=2", "Key=-"],
+                 secret + "\nhidden"),
+                ("web1", ["Say", "To=x", "Key=hidden"], secret),
                 ("web1", ["Bad"], secret), ("web1", ["Killed"], secret),
                 ("web2", ["Bad"], secret), ("web1", ["Bda"], secret),
                 ("web1", ["Daily"], secret), ("web1", ["Say"], secret),
@@ -1135,8 +1137,8 @@ def sync_payloads(stage: Stage) -> None:
         stage.show_json(next(
             entry["answer"] for entry in proxy.kept
             if "answer" in entry and entry["sent"].get("records")))
-        stage.koitab("run", "--on", "web1", "Say", "To=x", "Key=hidden",
-                     said=secret + "\n")
+        stage.koitab("run", "--on", "web1", "Say", "To=x", "Key=-",
+                     said=secret + "\nhidden\n")
         stage.note("A poll's answer with a request")
         answer = proxy.wait_for("answer", "requests")["answer"]
         stage.show_json(answer["requests"])

@@ -525,6 +525,15 @@ def test_an_argument_that_is_none(run, koid, words, said):
     assert [op for op, _ in koid.asked] == ["jobs"]
 
 
+def test_secret_on_the_command_line_is_refused(run, koid):
+    done = run("Pw", "Pin=hunter2")
+    assert (done.code, done.out, done.err) == (
+        2, "", 'koitab: error: "Pin" is secret, but every user can read '
+        "command lines\nkoitab: hint: Pin=- for standard input, or none for a "
+        "prompt\n")
+    assert [op for op, _ in koid.asked] == ["jobs"]
+
+
 @pytest.mark.parametrize("name, tag_of", [
     ("Bots/Plain", 1), ("3", 1), ("Other/Plain", 2)])
 def test_a_job_by_any_of_its_names(run, koid, name, tag_of):
@@ -541,6 +550,22 @@ def test_a_job_that_is_none_or_two(run, name, said):
     done = run(name)
     assert (done.code, done.out) == (1, "")
     assert said in done.err
+
+
+@pytest.mark.parametrize("name, owner, meant", [
+    ("Deploy", "root", 1), ("Deploy", "alice", 0), ("Hers", "alice", 2),
+    ("Hers", "root", "root has no job \"Hers\""),
+    ("Hers", "", 2), ("Deploy", "", '2 jobs are called "Deploy"'),
+    ("None", "root", 'there is no job "None"')])
+def test_name_of_a_job_means_that_of_one_user(name, owner, meant):
+    jobs = [{"name": name, "user": user, "line": 1, "section": "",
+             "command": "", "tag": "t"} for name, user in (
+                 ("Deploy", "alice"), ("Deploy", "root"), ("Hers", "alice"))]
+    if isinstance(meant, int):
+        assert koitab.find_job(jobs, name, owner) == jobs[meant]
+        return
+    with pytest.raises(koitab.Error, match=re.escape(meant)):
+        koitab.find_job(jobs, name, owner)
 
 
 def test_values_may_come_by_standard_input(run, koid):
@@ -647,6 +672,71 @@ def test_two_signals_are_for_the_job_and_the_third_is_for_us(capsys):
         with pytest.raises(koitab.Detached):
             follower.on_signal(2, None)
         assert theirs.recv(9) == bytes([2, 15])
+
+
+# --- what others printed, on a terminal -----------------------------------
+
+
+@pytest.fixture
+def printed(monkeypatch):
+    """What OutputPrinter prints of frames on a terminal: stdout, stderr."""
+    def show(*frames, raw: bool = False) -> list[bytes]:
+        found = [b"", b"", b""]
+
+        def keep(stream: int, data: bytes) -> None:
+            found[stream] += data
+        monkeypatch.setattr(koitab, "write_all", keep)
+        monkeypatch.setattr(os, "isatty", lambda _fd: True)
+        output = koitab.OutputPrinter(koitab.Invocation(None), raw)
+        for stream, data in frames:
+            output.write(stream, data)
+        output.flush()
+        return found[1:]
+    return show
+
+
+HARMFUL = [     # bytes of a job, and what a terminal gets
+    (b"\x1b]0;title\x07x\n", b"\\x1b]0;title\\x07x\n"),
+    (b"\x1b[2Jx\n", b"\\x1b[2Jx\n"),
+    ("\x9b2J\u061c\u202e\u2066\u206a\ufeff\n".encode(),
+     b"\\x9b2J\\u061c\\u202e\\u2066\\u206a\\ufeff\n"),
+    (b"\x9b2J\xff\n", b"\\x9b2J\\xff\n"),
+    (b"a\rb\r\nc\n", b"a\\x0db\nc\n"),
+    (b"\x1b[31mred\n", b"\x1b[31mred\n\x1b[0m"),
+    (b"a\x1b[", b"a\\x1b[\n"), (b"half \xc3", b"half \\xc3\n"),
+    ("caf\u00e9 \U0001f603\t\n".encode(), None), (b"", None)]
+
+
+@pytest.mark.parametrize("data, shown", HARMFUL)
+def test_output_reaches_a_terminal_without_controls(printed, data, shown):
+    shown = data if shown is None else shown
+    for stream in (koitab.STDOUT, koitab.STDERR):
+        whole = printed((stream, data))
+        pieces = printed(*((stream, data[at:at + 1])
+                           for at in range(len(data))))
+        assert whole[stream - 1] == shown
+        assert pieces == whole
+
+
+def test_colours_of_a_job_end_before_a_note_of_koi(printed, capsys):
+    out, err = printed((koitab.STDOUT, b"\x1b[8mhidden"),
+                       (koitab.NOTE, b"a \x1b note"))
+    assert (out, err) == (b"\x1b[8mhidden\x1b[0m\n", b"")
+    assert capsys.readouterr().err == "koitab: a \\x1b note\n"
+
+
+def test_output_of_ones_own_job_is_printed_as_it_is(printed):
+    data = b"\x1b[2J\x9b\rx"
+    assert printed((koitab.STDOUT, data), raw=True)[0] == data
+
+
+def test_json_for_a_terminal_has_no_controls_and_is_the_same_json(capsys):
+    value = {"a": "\x1b\x7f\x9b\u061c\u202e\ufeff\udcff\u00e9\n"}
+    koitab.print_json(value)
+    text = capsys.readouterr().out
+    assert json.loads(text) == value
+    assert all(character.isprintable() or character == "\n"
+               for character in text) and "\u00e9" in text
 
 
 # --- history, log, status, kill -------------------------------------------
@@ -778,8 +868,9 @@ def test_kill(type_in, koid):
     koid.runs = [a_run(5)]
     assert type_in("kill", "5").out == "run 5 (backup) is told to end\n"
     assert koid.asked == [("kill", {"run": 5})]
-    for which in ("0", "x", "-1", "\u0665"):
-        assert type_in("kill", "--", which).code == 2
+    for which in ("0", "x", "-1", "\u0665"):    # not numbers of runs
+        assert type_in("kill", "--", which).code == 0
+        assert koid.asked[-1] == ("kill", {"job": which})
 
 
 def test_status_when_all_is_well(type_in, koid):

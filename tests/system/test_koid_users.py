@@ -257,8 +257,9 @@ def busy(town):
     assert town.caller(ALICE).ask("run", job="Hers")["text"] == "secret\n"
     alice = town.caller(ALICE)
     alice.write("run", job="Long")
-    town.ended("Hers")          # its caller hears of it before koid does
-    support.wait_until(lambda: town.history(job="Long"), 30, "Long")
+    town.ended("Hers", user=ALICE)  # its caller hears of it before koid does
+    support.wait_until(lambda: town.history(job="Long", user=ALICE), 30,
+                       "Long")
     return town
 
 
@@ -310,10 +311,33 @@ def test_root_acts_for_anyone(busy):
     busy.ask("log", run=1)
     assert b"secret" in busy.output
     assert busy.ask("kill", run=2)["run"]["label"] == "Long"
-    newest = busy.ended("Long")[0]
+    newest = busy.ended("Long", user=ALICE)[0]
     assert (newest["signal"], newest["reason"]) == (15, "killed by root")
     with pytest.raises(koitab.Error, match="unknown"):
         busy.ask("list", user="nobody-such")
+
+
+def test_name_of_a_job_means_roots_own_for_root(town):
+    """alice cannot have root run, see or kill a job of hers by its name."""
+    town.tab('"Deploy" @manual echo trap\n"Hers" @manual sleep 600\n', ALICE)
+    town.tab('"Deploy" @manual echo of root\n')
+    town.start()
+    alice = town.caller(ALICE)
+    assert alice.ask("run", job="Deploy")["text"] == "trap\n"
+    assert town.run("Deploy")[1] == b"of root\n"
+    alice.write("run", job="Hers")
+    running = support.wait_until(lambda: town.ask("status")["running"])[0]
+    assert {run["user"] for run in town.history(job="Deploy")} == {"root"}
+    assert [run["user"] for run in town.history(
+        job="Deploy", user=ALICE)] == [ALICE]
+    assert town.ask("log", job="Deploy")["run"]["user"] == "root"
+    for op in ("log", "kill", "history", "run"):
+        with pytest.raises(koitab.Error, match="no job"):
+            town.ask(op, job="Hers")
+    assert town.ask("kill", job="Hers", user=ALICE)["run"]["run"] \
+        == running["run"]
+    with pytest.raises(koitab.Error, match="\"Deploy\" is not running"):
+        town.ask("kill", job="Deploy")
 
 
 @pytest.mark.parametrize("name", [
@@ -608,7 +632,7 @@ def probed(town, who: str, probe: str, settings: str = "",
            wrap: tuple = ()) -> dict:
     town.tab(f"{settings}\"Probe\" @manual {probe}\n", who)
     town.start(wrap=wrap, SECRET_OF_ROOT="x", PYTHONPATH="/x")
-    _, out, err, end = town.run("Probe")
+    _, out, err, end = town.run("Probe", user=who)
     assert end["exit"] == 0, (err, town.log())
     return json.loads(out)
 
@@ -733,8 +757,8 @@ def test_81_the_job_of_a_user_who_is_gone_is_recorded_and_not_run(town, out):
     town.tab('"Hers" @manual id -un\n', ALICE)
     town.start()
     passwd.write_text(before)
-    assert town.run("Bobs")[3]["reason"] == "there is no user bob"
-    run = town.history(job="Bobs")[0]
+    assert town.run("Bobs", user="bob")[3]["reason"] == "there is no user bob"
+    run = town.history(job="Bobs", user="bob")[0]
     assert (run["state"], run["user"]) == ("unstartable", "bob")
     assert run["reason"] == "there is no user bob"
     assert list(out.iterdir()) == []
@@ -747,7 +771,7 @@ def test_81_a_uid_that_would_mean_no_change_is_no_user(town, out, line):
     town.people(line)
     town.tab(f'"Bobs" @manual id > {out}/ran\n', "bob")
     town.start()
-    assert town.run("Bobs")[3]["reason"] == "there is no user bob"
+    assert town.run("Bobs", user="bob")[3]["reason"] == "there is no user bob"
     assert list(out.iterdir()) == []
 
 
@@ -762,7 +786,7 @@ def test_81_a_user_who_may_not_log_in_has_jobs_all_the_same(town, line, uid):
     name = line.partition(":")[0]
     town.tab('"Id" @manual id -u\n', name)
     town.start()
-    assert town.run("Id")[1] == b"%d\n" % uid
+    assert town.run("Id", user=name)[1] == b"%d\n" % uid
 
 
 # Out of the user's reach (85, 86) --------------------------------------------
@@ -829,7 +853,7 @@ def test_86_a_supervisor_that_its_user_kills_is_noted_and_nothing_else(busy):
     os.kill(run.job, 0)         # the job goes on, and nobody sees to it
     os.killpg(run.job, signal.SIGKILL)
     assert killed.code == 0, killed
-    run = busy.ended("Long")[0]
+    run = busy.ended("Long", user=ALICE)[0]
     assert (run["state"], run["reason"]) == (
         "interrupted", "its supervisor was killed")
     assert busy.caller(ALICE).ask("run", job="Hers")["text"] == "secret\n"
@@ -867,7 +891,7 @@ def test_87_a_user_who_has_too_many_processes_waits_for_room(town, tmp_path):
     before = support.processor_seconds(supervisor)
     support.wait_until(lambda: support.processor_seconds(supervisor) > before,
                        30, "another try")
-    assert town.history(job="Second")[0]["state"] == "running"
+    assert town.history(job="Second", user=CAROL)[0]["state"] == "running"
     assert town.ask("status")["problems"] == []
     with open(gate, "w"):
         pass                    # the first ends, and there is room
@@ -884,7 +908,7 @@ def test_87_after_a_minute_without_room_the_run_is_unstartable(town):
     support.wait_until(lambda: processes_of(CAROL_UID) == 3, 30, "three")
     reply = asking(town, CAROL, "Second").process.stdout.readline()
     assert b"could not start: Resource temporarily unavailable" in reply
-    run = town.ended("Second")[0]
+    run = town.ended("Second", user=CAROL)[0]
     assert run["state"] == "unstartable" and run["started"] is None
     assert "Resource temporarily unavailable" in run["reason"]
     reply = json.loads(asking(town, DAVE, "His").process.stdout.readline())
@@ -1056,7 +1080,7 @@ def test_koid_answers_others_within_a_second_whatever_one_sends(town, clock,
     town.tab('"Hers" @manual id -un\n', ALICE)
     clock.start(NOON)
     if "read" in name:
-        town.run("Big")
+        town.run("Big", user=MALLORY)
     alice = town.caller(ALICE)
     town.seconds_for(alice)     # it has loaded Python, and so on
     files = len(os.listdir(f"/proc/{town.daemon.pid}/fd"))

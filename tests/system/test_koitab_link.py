@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sqlite3
 import ssl
 import subprocess
 
@@ -24,6 +25,7 @@ TAB = """\
 "Slow" @manual seq 120000; sleep 1; seq 120001 300000
 "Long" @manual echo begun; exec sleep 60
 "Twice" @manual echo twice
+"Esc" @manual printf '\\033]0;PWNED\\007visible\\n'
 "Daily" 0 3 * * * echo daily
 KOI_CONFIRM=yes
 "Asks" @manual echo asked
@@ -265,7 +267,8 @@ WRONG_RUNS = [
     (["web1", "Here"], "KOI_CONFIRM=cli", 1),
     (["web9", "Say"], 'there is no host "web9"', 1),
     (["", "Say"], "there is no host", 1),
-    (["web1", "-u", "nobody-of-here", "Twice"], "there is no job", 1),
+    (["web1", "-u", "nobody-of-here", "Twice"],
+     'nobody-of-here has no job "Twice"\nkoitab: hint: koitab run -u ', 1),
 ]
 
 
@@ -278,6 +281,47 @@ def test_what_cannot_run_there_is_told(web1_host, ready, typed, words, status):
 def test_a_wrong_passphrase_runs_nothing(web1_host, ready):
     done = web1_host.koitab("run", "--on", "web1", "Twice", stdin="not it\n")
     assert done.code == 1 and not done.out, done
+
+
+def test_host_is_the_one_that_signs_by_the_name(server, web1_host, ready,
+                                                tmp_path):
+    """A dashboard that calls one host by the name of another starts nothing
+    there; the ID that it shows always means the same host."""
+    db1 = server.add_host("db1", '"Twice" @manual echo I am db1\n')
+    db1.join(ready)
+    ids = {name: ready.host(name) for name in ("web1", "db1")}
+    ready.specs(ids["db1"])
+    with sqlite3.connect(server.db) as db:
+        db.execute("update hosts set name = case name when 'web1' then 'db1' "
+                   "when 'db1' then 'web1' else name end")
+    db.close()
+    try:
+        done = there(web1_host, ready, "Twice")
+        assert (done.code, done.out) == (1, ""), done
+        assert done.err == (
+            'koitab: error: the host that the dashboard calls "web1" is "db1"'
+            " by its own signature\nkoitab: hint: its ID, if it is meant: "
+            f"--on {ids['db1']}\n")
+        assert db1.history() == []
+        done = web1_host.koitab("run", "--on", ids["db1"], "Twice",
+                                stdin=ready.password + "\n")
+        assert (done.code, done.out) == (0, "I am db1\n")
+        assert f'koitab: "Twice" on db1 ({ids["db1"]}), as {db1.user}\n' \
+            in done.err
+    finally:
+        assert db1.koitab("-d", "off").code == 0
+        with sqlite3.connect(server.db) as db:
+            db.execute("update hosts set name = 'web1' where host = ?",
+                       (ids["web1"],))
+        db.close()
+
+
+def test_output_of_another_host_reaches_a_terminal_escaped(web1_host, ready):
+    shown = support.on_terminal(
+        web1_host.command("run", "--on", "web1", "Esc"), web1_host.env,
+        stdin=ready.password + "\n")
+    assert "\\x1b]0;PWNED\\x07visible\r\n" in shown, shown
+    assert "\x1b" not in shown and "\x07" not in shown
 
 
 def numbers(text: str) -> list[int]:
