@@ -900,6 +900,8 @@ class ConfigReader:
                     path, "unknown key", f"{meant}?" if meant
                     else "one of " + ", ".join(record.keys),
                     self.diagnostics.keys.get(path))
+                if meant.lower() == key.lower():    # Go ignores case
+                    self.diagnostics.paths.add(where + (meant,))
         fields = {field_of(key): self.read_value(
             values.get(key), where + (key,), kind, default,
             is_object and report)
@@ -915,7 +917,8 @@ class ConfigReader:
         else:
             found = kind.blank if default is REQUIRED else default
         if value is None:
-            if default is REQUIRED and report:
+            if default is REQUIRED and report \
+                    and path not in self.diagnostics.paths:
                 self.diagnostics.add(path, "this key is missing",
                                      kind.expected)
         elif not is_valid:
@@ -1399,36 +1402,122 @@ def address_of(email: str) -> str:
     return address if re.fullmatch(ADDRESS, address) else ""
 
 
-# The regular expressions of the original are Go's (RE2). Python lacks or
-# spells in another way: classes by name, \z, \Q..\E, \pL, \x{263a}, groups
-# with a name, and flags that begin in the middle.
-CLASSES = {"alpha": "a-zA-Z", "digit": "0-9", "alnum": "a-zA-Z0-9",
-           "upper": "A-Z", "lower": "a-z", "space": r"\s", "word": r"\w",
-           "blank": r" \t", "xdigit": "0-9A-Fa-f", "punct": r"!-/:-@\[-`{-~"}
+# The regular expressions of the original are Go's (RE2). What Python spells
+# in another way is a token here: \Q..\E, \x{263a}, \pL, \p{^Lu}, \z, a class,
+# flags that hold to the end of their group, and a group with a name.
+RE2_ESCAPE = r"\\x\{[0-9A-Fa-f]{1,6}\}|\\[pP](?:\{\^?\w+\}|\w)|\\."
+RE2_CLASS = r"\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\]"
+RE2_TOKEN = (r"(?s)\\Q.*?(?:\\E|$)|" + RE2_ESCAPE + "|" + RE2_CLASS
+             + r"|\(\?[imsU-]+\)|\(\?<(?=[A-Za-z_])|.")
+RE2_CLASSES = {"alpha": "a-zA-Z", "digit": "0-9", "alnum": "a-zA-Z0-9",
+               "upper": "A-Z", "lower": "a-z", "space": r"\t-\r ",
+               "word": "a-zA-Z0-9_", "blank": r" \t", "xdigit": "0-9A-Fa-f",
+               "punct": r"!-/:-@\[-`{-~", "ascii": r"\0-\x7f",
+               "cntrl": r"\0-\x1f\x7f", "graph": "!-~", "print": " -~"}
 
 
-RE2_PARTS = (
-    (r"(?<!\\)((?:\\\\)*)\\Q(.*?)(?:\\E|$)",
-     lambda match: match[1] + quote_pattern(match[2])),
-    (r"\(\?<(?=[A-Za-z_])", lambda match: "(?P<"),
-    (r"\[\[:\^([a-z]+):\]\]", lambda match: f"[^{CLASSES[match[1]]}]"
-     if match[1] in CLASSES else match[0]),
-    (r"\[:([a-z]+):\]", lambda match: CLASSES.get(match[1], match[0])),
-    (r"(?<!\\)((?:\\\\)*)\\(?:pL|p\{L\})",
-     lambda match: match[1] + r"[^\W\d_]"),
-    (r"(?<!\\)((?:\\\\)*)\\x\{([0-9A-Fa-f]{1,6})\}",
-     lambda match: f"{match[1]}\\U{int(match[2], 16):08x}"),
-    (r"(?<!\\)((?:\\\\)*)\\z", lambda match: match[1] + r"\Z"),
-    # Without groups and alternatives around it, the flag holds to the end.
-    (r"^((?:\(\?:\^\| \)|\[\n \])?[^()|\[]+|\(\?:\^\| \)|\[\n \])"
-     r"\(\?([ims]+)\)([^|]*)$",
-     lambda match: f"{match[1]}(?{match[2]}:{match[3]})"))
+def ranges(holds, end: int) -> str:
+    """The inside of a class with the characters below the code `end` for
+    which holds(character) is true."""
+    found, start = [], -1
+    for code in range(end + 1):
+        is_inside = code < end and holds(chr(code))
+        if is_inside and start < 0:
+            start = code
+        elif not is_inside and start >= 0:
+            found.append(f"\\U{start:08x}-\\U{code - 1:08x}")
+            start = -1
+    return "".join(found)
 
 
-def quote_pattern(text: str) -> str:
-    """The regular expression that matches `text` itself."""
+CATEGORIES: dict[str, str] = {}     # what `category` returned before
+
+
+def category(token: str) -> str:
+    r"""The inside of a class for \pL or \P{Lu}: a general category of
+    Unicode. Raises re.error for anything else, as a script."""
     import re
-    return re.escape(text)
+    import unicodedata
+    if token not in CATEGORIES:
+        name = token[2:].strip("{}")
+        wanted, is_other = name.lstrip("^"), (token[1] == "P") ^ (
+            name[0] == "^")
+        known = re.fullmatch("L[ulmto]?|M[nce]?|N[dlo]?|P[cdseifo]?|"
+                             "S[mcko]?|Z[slp]?|C[cfso]?", wanted)
+        if not known:
+            raise re.error(f"{token} has no translation: only the general "
+                           r"categories of Unicode do, such as \p{Lu}")
+        CATEGORIES[token] = ranges(lambda character: is_other != (
+            unicodedata.category(character).startswith(wanted)
+            and unicodedata.category(character) != "Cn"), 0x110000)
+    return CATEGORIES[token]
+
+
+def translated_escape(token: str, in_class: bool) -> str:
+    """An escape of RE2 for Python. Raises re.error."""
+    if token[:2] in (r"\p", r"\P"):
+        inside = category(token)
+        return inside if in_class else f"[{inside}]"
+    if token.startswith(r"\x{"):
+        return f"\\U{int(token[3:-1], 16):08x}"
+    return r"\Z" if token == r"\z" else token
+
+
+def translated_class(token: str) -> str:
+    """A class of RE2, such as [a[:^space:]], for Python. Raises re.error."""
+    import re
+
+    def part(match) -> str:
+        found = match[0]
+        if found.startswith("\\"):
+            return translated_escape(found, True)
+        name = found[2:-2].lstrip("^")
+        if len(found) == 1:     # Python warns of a set operation to come
+            return "\\" + found
+        if name not in RE2_CLASSES:
+            raise re.error(f"there is no class {found}")
+        inside = RE2_CLASSES[name]
+        return inside if found[2] != "^" else ranges(
+            lambda character: not re.match(f"[{inside}]", character),
+            128) + r"\x80-\U0010ffff"
+
+    start = re.match(r"\[\^?", token)[0]
+    return start + re.sub(rf"(?s)^\]|{RE2_ESCAPE}|\[:\^?\w+:\]|[\[&~|]", part,
+                          token[len(start):-1]) + "]"
+
+
+def translated(text: str) -> str:
+    """A regular expression of Go in Python's spelling. Raises re.error.
+
+    A flag such as (?i) holds to the end of its group and in all of its
+    alternatives, so a(?i)b|c becomes a(?i:b)|(?i:c).
+    """
+    import re
+    found, flags = [], [""]     # flags: those of each group around
+    for token in re.findall(RE2_TOKEN, text):
+        closing = ")" * flags[-1].count("(")
+        if token.startswith(r"\Q"):
+            token = re.escape(re.sub(r"\\E$", "", token[2:]))
+        elif token.startswith("\\"):
+            token = translated_escape(token, False)
+        elif token.startswith("[") and token != "[":
+            token = translated_class(token)
+        elif token.startswith("(?") and token.endswith(")"):
+            if "U" in token:
+                raise re.error("(?U) has no translation: write *? for *, and "
+                               "* for *?")
+            token = token[:-1] + ":"
+            flags[-1] += token
+        elif token.startswith("("):
+            token = token.replace("<", "P<")
+            flags.append("")
+        elif token == ")" and len(flags) > 1:
+            token += closing
+            flags.pop()
+        elif token == "|":
+            token = closing + token + flags[-1]
+        found.append(token)
+    return "".join(found) + ")" * flags[-1].count("(")
 
 
 def pattern(text: str, flags: int = 0):
@@ -1439,10 +1528,7 @@ def pattern(text: str, flags: int = 0):
     """
     import re
     import warnings
-    for part, translated in RE2_PARTS:
-        text = re.sub(part, translated, text)
-    if re.search(r"(?<!\\)\[:\^[a-z]+:\]", text):
-        raise re.error("a negated class among others has no translation")
+    text = translated(text)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return re.compile(text, flags)
