@@ -1844,9 +1844,8 @@ LINE_SECONDS = 1.0      # the longest a pattern may take for a line ...
 ALL_SECONDS = 10.0      # ... and for all lines that it was too slow for
 SLOW = "<<line withheld: {} took too long to judge it>>"
 TOO_LONG = "<<line of {} bytes withheld: too long to be judged>>"
-MAIL_LIMIT = 200_000    # characters of the log in a mail, half of them tail
+MAIL_LIMIT = 200_000    # characters of the log in a mail
 PING_LIMIT = 10_000     # what Healthchecks keeps of a ping's body
-EXCERPT_BLOCK = 2000
 PLAIN = bytes(range(0x20, 0x7F)) + b"\t\n"
 
 # UNSAFE as a table for str.translate; whole lines keep their newlines.
@@ -1899,30 +1898,6 @@ def status_text(code: int) -> str:
     return f"killed by signal {-code}{name}"
 
 
-class LinePattern:
-    """A pattern of the configuration, and the time that it has used.
-
-    `line` is applied to one line. `screen` is applied to a block of lines,
-    each after a newline, to find quickly that no line matches: it is the
-    same pattern with re.M. It is None where it could miss a match: with
-    look-around, \\A, \\Z, possessive or atomic groups. A leading ^ becomes a
-    newline in `screen`, which `re` finds ten times as fast.
-    """
-
-    def __init__(self, text: str):
-        import re
-        self.line, self.spent, self.screen = pattern(text), 0.0, None
-        self.alone = False      # too slow for a block, so line by line
-        odd = re.sub(r"\(\?(?:[aimux]+\)|:|P<)", "", text)
-        if re.search(r"\(\?|\\[AZzB]|[*+?}]\+", odd):
-            return
-        if re.match(r"\^[^*+?{|]", text) and "|" not in text:
-            text = "\n" + text[1:]
-        elif text.startswith(LEADING_SPACE) and "|" not in text[7:]:
-            text = "[\n ]" + text[len(LEADING_SPACE):]
-        self.screen = pattern(text, re.M)
-
-
 # The original applied filters to lines with the elapsed column, so they may
 # begin with the space after it, as those of its sample do.
 LEADING_SPACE = "(?:^| )"
@@ -1942,9 +1917,11 @@ class LogFilter:
     """
 
     def __init__(self, redact, filters, limit):
-        self.redactions = [LinePattern(text) for text in redact]
-        self.filters = [LinePattern(as_bare_line(text)) for text in filters]
+        self.redactions = [pattern(text) for text in redact]
+        self.filters = [pattern(as_bare_line(text)) for text in filters]
         self.values: list[str] = []     # secrets, redacted by value
+        # A pattern that was too slow -> the seconds that it has used since.
+        self.slow: dict[object, float] = {}
         self.limit = limit
 
     @property
@@ -1954,59 +1931,47 @@ class LogFilter:
 
     def redacted(self, text: str) -> str:
         """The lines of `text` with *** in place of each match."""
+        from functools import partial
         for value in self.values:
             text = text.replace(value, MASK)
         for rule in self.redactions:
-            if self.may_match(rule, "\n" + text):
-                lines = self.apply(
-                    rule, text.split("\n"),
-                    lambda line, rule=rule: rule.line.sub(MASK, line))
-                text = "\n".join(SLOW.format("redact") if line is None
-                                 else line for line in lines)
+            lines = self.apply(rule, text.split("\n"),
+                               partial(rule.sub, MASK))
+            text = "\n".join(SLOW.format("redact") if line is None else line
+                             for line in lines)
         return text
 
-    def keep_lines(self, text: str) -> list | None:
-        """For each line True (keep), False (filtered) or None (withheld); or
-        None alone if all lines are kept."""
-        results, block = None, "\n" + text
-        for rule in self.filters:
-            if self.may_match(rule, block):
-                lines = text.split("\n")
-                found = self.apply(rule, lines, lambda line, rule=rule:
-                                    not rule.line.search(line))
-                results = found if results is None else [
-                    a if a is False else b if b is False else a and b
-                    for a, b in zip(results, found)]
-        return results
+    def keep_lines(self, text: str) -> list:
+        """For each line True (keep), False (filtered) or None (withheld); []
+        without filters, as all lines are kept."""
+        lines = text.split("\n")
+        found = [self.apply(rule, lines, lambda line, rule=rule:
+                            not rule.search(line)) for rule in self.filters]
+        return [False if False in results else None if None in results
+                else True for results in zip(*found)]
 
-    def may_match(self, rule: LinePattern, block: str) -> bool:
-        """False if certainly no line of the block matches."""
-        if rule.screen is None:
-            return True
-        try:
-            return bool(self.limit(LINE_SECONDS, rule.screen.search, block))
-        except TooSlow:
-            rule.screen = None
-            return True
+    def apply(self, rule, lines: list, function) -> list:
+        """function(line) for each line; None where it took too long.
 
-    def apply(self, rule: LinePattern, lines: list, function) -> list:
-        """function(line) for each line; None where it took too long."""
-        if not rule.alone:
+        A pattern that was too slow is applied to each line alone from then
+        on, and to none once it has used ALL_SECONDS.
+        """
+        if rule not in self.slow:
             try:
                 return self.limit(LINE_SECONDS,
                                   lambda: [function(line) for line in lines])
             except TooSlow:
-                rule.alone = True
+                self.slow[rule] = 0.0
         return [self.apply_to_line(rule, line, function) for line in lines]
 
-    def apply_to_line(self, rule: LinePattern, line: str, function):
+    def apply_to_line(self, rule, line: str, function):
         """function(line); None if the pattern has used up its time."""
-        if rule.spent >= ALL_SECONDS:
+        if self.slow[rule] >= ALL_SECONDS:
             return None
         try:
             return self.limit(LINE_SECONDS, function, line)
         except TooSlow:
-            rule.spent += LINE_SECONDS
+            self.slow[rule] += LINE_SECONDS
             return None
 
 
@@ -2096,61 +2061,44 @@ class OutputDecoder:
 class Excerpt:
     """The head and the tail of a long text; the middle is only counted.
 
-    Sizes are in characters. The memory used stays near `limit`.
+    Sizes are in characters. Head and tail together have `limit` at most.
     """
 
     def __init__(self, limit: int):
-        from collections import deque
-        self.half = limit // 2
-        self.head, self.head_size = [], 0
-        self.tail, self.tail_size = deque(), 0
-        self.lost_lines = self.lost_size = 0
+        self.limit, self.head = limit, ""
+        self.tail: list[str] = []   # before the first cut the whole text
+        self.tail_size = self.lost_lines = self.lost_size = 0
 
     def add(self, text: str) -> None:
         """Append text that ends in a newline."""
-        room = self.half - self.head_size
-        if room > 0:
-            part = text if len(text) <= room else text[:self.cut_at(
-                text, room)]
-            self.head.append(part)
-            # What follows the first line that does not fit is tail.
-            self.head_size += len(part) if len(part) == len(text) \
-                else self.half
-            text = text[len(part):]
-        if len(text) > self.half:
-            start = text.find("\n", len(text) - self.half - 1) + 1
-            start = start if 0 < start < len(text) else len(text) - self.half
-            self.drop(text[:start])
-            text = text[start:]
+        self.tail.append(text)
         self.tail_size += len(text)
-        while text:             # in blocks of some lines, dropped as a whole
-            end = text.find("\n", EXCERPT_BLOCK) + 1 or len(text)
-            self.tail.append(text[:end])
-            text = text[end:]
-        while self.tail_size > self.half:
-            oldest = self.tail.popleft()
-            self.tail_size -= len(oldest)
-            self.drop(oldest)
+        if len(self.head) + self.tail_size > self.limit:
+            self.cut()
 
-    def cut_at(self, text: str, room: int) -> int:
-        """Where to cut the text for the head: after a whole line."""
-        end = text.rfind("\n", 0, room) + 1
-        return end if end or self.head else room
-
-    def drop(self, text: str) -> None:
-        """Count text that is left out."""
-        self.lost_lines += text.count("\n")
-        self.lost_size += len(text)
+    def cut(self) -> None:
+        """Keep two fifths of the limit as head and as tail, in whole lines
+        where they are not longer. The last fifth is room for more texts."""
+        text, size = "".join(self.tail), self.limit * 2 // 5
+        if not self.head:
+            end = text.rfind("\n", 0, size) + 1 or size
+            self.head, text = text[:end], text[end:]
+        start = text.find("\n", len(text) - size - 1) + 1
+        if not 0 < start < len(text):
+            start = len(text) - size
+        self.lost_lines += text.count("\n", 0, start)
+        self.lost_size += start
+        self.tail, self.tail_size = [text[start:]], len(text) - start
 
     def text(self) -> str:
         """The head, a line with the size of the gap, and the tail."""
         gap = f"\n<<{plural(self.lost_lines, 'line')} left out here: " \
             f"{self.lost_size:,} characters>>\n\n" if self.lost_size else ""
-        return "".join(self.head) + gap + "".join(self.tail)
+        return self.head + gap + "".join(self.tail)
 
     def end(self, limit: int) -> str:
         """The last lines, `limit` characters at most."""
-        text = ("".join(self.head) + "".join(self.tail))[-limit - 1:]
+        text = (self.head + "".join(self.tail))[-limit - 1:]
         return text if len(text) <= limit else text[text.find("\n") + 1:]
 
 
@@ -2169,7 +2117,7 @@ class MailLog:
     def output(self, text: str, prefix: str) -> None:
         """Add lines of a task, given without the last newline."""
         results = self.log_filter.keep_lines(text)
-        if results is None:
+        if all(results):
             return self.own(prefixed(text, prefix))
         for line, result in zip(text.split("\n"), results):
             if result is False:
@@ -4054,26 +4002,6 @@ def remove_files(paths: list[str]) -> str:
     return ""
 
 
-class GitLinks:
-    """Collects from `git ls-files -s -z` the entries that are repositories
-    (mode 160000), piece by piece: the listing can be long."""
-
-    def __init__(self):
-        self.rest, self.names = b"\0", set()
-
-    def add(self, data: bytes) -> None:
-        """Take the next piece of the output."""
-        data = self.rest + data
-        end = data.rindex(b"\0")
-        at = data.find(b"\000160000 ")
-        while 0 <= at < end:
-            after = data.index(b"\0", at + 1)
-            self.names.add(data[at + 1:after].partition(b"\t")[2].decode(
-                "utf-8", "surrogateescape"))
-            at = data.find(b"\000160000 ", after)
-        self.rest = data[end:]
-
-
 class Repository:
     """Commits one directory with git, as its owner.
 
@@ -4274,13 +4202,13 @@ class Repository:
         once more. `self.changes` becomes the number of changed files.
         """
         self.report("Status", "")
-        output, counted = bytearray(), [0]
+        output = bytearray()
 
         def keep(data: bytes) -> None:
             output.extend(data[:OUTPUT_KEPT - len(output)])
 
         def count(data: bytes) -> None:
-            counted[0] += data.count(b"\0")
+            self.changes += data.count(b"\0")
 
         try:
             self.must("add", "-A", report=keep)
@@ -4288,18 +4216,17 @@ class Repository:
                 "diff", "--cached", "--name-status", "-z", "--no-renames",
                 "--no-ext-diff", "--no-textconv", "--ignore-submodules=none",
                 report=count).output.split("\0")[:-1]
-            self.changes = counted[0] // 2
-            shown = list(zip(fields[::2], fields[1::2]))[:CHANGES_NAMED]
-            for letter, name in shown:
-                self.report("", f"{letter}  {escape_controls(name)}\n"
-                            .encode("utf-8", "backslashreplace"))
-            if self.changes > len(shown):
-                self.raw(f"and {self.changes - len(shown):,} more\n".encode())
+            self.changes //= 2          # each has a letter and a name
+            names = [f"{letter}  {escape_controls(name)}\n" for letter, name
+                     in zip(fields[::2], fields[1::2])][:CHANGES_NAMED]
+            if self.changes > len(names):
+                names.append(f"and {self.changes - len(names):,} more\n")
+            self.raw("".join(names).encode())
         except Error as error:
-            denied = self.unreadable(output)
-            raise Error(f"{error.message}: {denied[0]}" if denied
-                        else error.message, UNREADABLE_HINT if denied
-                        else error.hint) from None
+            for denied in self.unreadable(output):
+                raise Error(f"{error.message}: {denied}",
+                            UNREADABLE_HINT) from None
+            raise
         finally:
             self.report("Add", "")
             self.raw(bytes(output))
@@ -4327,9 +4254,16 @@ class Repository:
     def nested(self) -> list[str]:
         """Warnings about repositories in the directory: git commits the hash
         of their HEAD, but none of their files. Submodules are intended."""
-        links = GitLinks()
-        self.must("ls-files", "-s", "-z", report=links.add)
-        if not links.names:
+        names, rest = set(), [b""]
+
+        def collect(data: bytes) -> None:   # the listing can be long
+            *entries, rest[0] = (rest[0] + data).split(b"\0")
+            names.update(
+                entry.partition(b"\t")[2].decode("utf-8", "surrogateescape")
+                for entry in entries if entry.startswith(b"160000 "))
+
+        self.must("ls-files", "-s", "-z", report=collect)
+        if not names:
             return []
         modules = self.call("config", "-z", "-f", ".gitmodules",
                             "--get-regexp", r"submodule\..*\.path").output
@@ -4337,7 +4271,7 @@ class Repository:
                     for entry in modules.split("\0")}
         return [escape_controls(os.path.join(self.path, name))
                 + " is a repository of its own: its files are not committed"
-                for name in sorted(links.names - declared)]
+                for name in sorted(names - declared)]
 
     def sync(self) -> None:
         """Bring the file systems of the repository to the disk, as the
@@ -5909,8 +5843,8 @@ class Runner:
 
     def log_header(self, text: str) -> None:
         """Log the header of a part, after an empty line."""
-        first = self.mail_log.excerpt.head_size == 0
-        self.log_own(("" if first else "\n") + header(text), "1")
+        before = "\n" if self.mail_log.excerpt.tail else ""
+        self.log_own(before + header(text), "1")
 
     def output(self, text: str, whole: str | None, mark: str = "",
                child: Child | None = None) -> None:
