@@ -3288,6 +3288,7 @@ ACCESS_FILES = (("/etc/koi.allow", True), ("/etc/koi.deny", False),
 SENDMAILS = ("/usr/sbin/sendmail", "/usr/lib/sendmail")
 DEFAULT_PATH = "/usr/bin:/bin"  # Debian's; cronie adds the sbin directories
 DEFAULT_SHELL = "/bin/sh"
+CRON_ENVIRONMENT = {"SHELL": DEFAULT_SHELL, "PATH": DEFAULT_PATH}
 SHADOW = "/etc/shadow"
 HOST_SETTINGS = ("/etc/environment", "/etc/default/locale")
 PACKAGE_NAME_CHARACTERS = frozenset(    # cron reads no others in cron.d
@@ -3509,9 +3510,8 @@ class Machine:
         return ""
 
     def host_environment(self) -> dict:
-        """Return the variables that the host sets for logins; {} unless root.
-
-        Debian's cron gets them from pam_env.
+        """Return the variables of all jobs: cron's, and for root those that
+        the host sets for logins. Debian's cron gets them from pam_env.
         """
         found = {}
         for path in HOST_SETTINGS if os.geteuid() == 0 else ():
@@ -3525,7 +3525,7 @@ class Machine:
                     "export ").partition("=")
                 if equals and name.isidentifier() and "\0" not in value:
                     found[name] = value.strip("\"'")
-        return found
+        return {**found, **CRON_ENVIRONMENT}
 
     # --- the state directory of koi: the parameter `home` below
 
@@ -3567,7 +3567,8 @@ class Machine:
                     raise Error(f"{directory} is open to others",
                                 f"chmod 700 {directory}")
         except OSError as error:
-            raise Error(f"{error.filename or home}: {error.strerror}"
+            raise Error(f"{error.filename or home}: {error.strerror}",
+                        "KOI_HOME=DIRECTORY is another place for koi's files"
                         ) from None
 
     def write_tab(self, home: str, user: str, text: str) -> None:
@@ -3729,6 +3730,23 @@ class Machine:
         except OSError:
             return ""
 
+    def kept_boot(self, home: str) -> str:
+        """Return the `boot_id` that `keep_boot` wrote, or ""."""
+        try:
+            with open(f"{home}/lock", encoding="ascii") as file:
+                return file.read(CHUNK)
+        except (OSError, ValueError):
+            return ""
+
+    def keep_boot(self, home: str) -> None:
+        """Write the `boot_id` into koid's lock file, which outlives a history
+        that somebody removes."""
+        try:
+            with open(f"{home}/lock", "w", encoding="ascii") as file:
+                file.write(self.boot_id())
+        except OSError:
+            pass                # a full disk: the history has it as well
+
     def mark_reboot(self) -> bool:
         """Has cron or koid run the @reboot jobs since the boot?
 
@@ -3814,6 +3832,13 @@ class Machine:
             return False
         return True
 
+    def has_one_log(self) -> bool:
+        """Does the log have what is written to stderr, too? The journal does:
+        systemd.exec(5), JOURNAL_STREAM."""
+        status = os.fstat(2)
+        return os.geteuid() == 0 and os.environ.get("JOURNAL_STREAM") \
+            == f"{status.st_dev}:{status.st_ino}"
+
     def log(self, text: str, name: str = "koid", bad: bool = False) -> None:
         """Write a line to syslog, with the facility of cron. `bad`: it is an
         error."""
@@ -3821,6 +3846,57 @@ class Machine:
         syslog.openlog(name, syslog.LOG_PID, syslog.LOG_CRON)
         syslog.syslog(syslog.LOG_ERR if bad else syslog.LOG_INFO,
                       escape_controls(text))
+
+
+class Container(Machine):
+    """The machine in a container, which ends with koid: each start is a
+    boot, jobs have the environment of the container, the log is stdout."""
+
+    def __init__(self, clock: Clock | None = None):
+        super().__init__(clock)
+        self.boot = os.urandom(16).hex()
+
+    def boot_id(self) -> str:
+        return self.boot
+
+    def mark_reboot(self) -> bool:
+        return False
+
+    def host_environment(self) -> dict:
+        """Return the environment of the container. koid alone notifies a
+        manager of services."""
+        return {**CRON_ENVIRONMENT, **{
+            name: value for name, value in os.environ.items()
+            if name != "NOTIFY_SOCKET"}}
+
+    def has_one_log(self) -> bool:
+        return True
+
+    def log(self, text: str, name: str = "koid", bad: bool = False) -> None:
+        """Write a line to stdout."""
+        print_log_line(self.clock, f"{name}: {text}", sys.stdout)
+
+
+def print_log_line(clock: Clock, text: str, file) -> None:
+    """Print a line with its time; nothing if nobody can read it."""
+    try:
+        print(escape_controls(f"{format_rfc3339(clock.now())} {text}"),
+              file=file, flush=True)
+    except (OSError, ValueError):
+        pass
+
+
+def notify_manager(state: str) -> None:
+    """Report a state to systemd or another manager of services, if one asks
+    for it: sd_notify(3)."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+            # A name that begins with "@" is an abstract one: unix(7).
+            connection.sendto(state.encode(), "\0" + path[1:]
+                              if path[:1] == "@" else path)
+    except OSError:
+        pass
 
 
 def tab_names(directory: str) -> list[str]:
@@ -5672,13 +5748,12 @@ class DaemonLog:
         self.problems: dict[str, str] = {}
 
     def log(self, text: str, bad: bool = False) -> None:
-        """Write a line to stderr, and to the system's log if root runs us."""
-        at = format_rfc3339(self.machine.clock.now())
-        try:
-            print(escape_controls(f"{at} koid: {text}"), file=sys.stderr,
-                  flush=True)
-        except (OSError, ValueError):
-            pass                # nobody reads it; the jobs go on
+        """Write a line to stderr, and to the system's log if root runs
+        koid: to one of them if both are the same."""
+        if self.machine.has_one_log():
+            self.machine.log(text, bad=bad)
+            return
+        print_log_line(self.machine.clock, f"koid: {text}", sys.stderr)
         if os.geteuid() == 0:
             self.machine.log(text, bad=bad)
 
@@ -5771,8 +5846,7 @@ def send_last(connection, data: bytes) -> None:
 def job_environment(scheduled: ScheduledJob, account: Account, host: dict,
                     **more: str) -> dict[str, str]:
     """Return the environment of a job: cron's, and `more`."""
-    return {**host, "SHELL": DEFAULT_SHELL, "PATH": DEFAULT_PATH,
-            "HOME": account.home, **{
+    return {**host, "HOME": account.home, **{
                 name: value for name,
                 value in scheduled.job.environment.items()
                 if name and "=" not in name},
@@ -5808,7 +5882,8 @@ def was_rebooted(machine: Machine, store: RunStore) -> bool:
     """Has the machine been booted since a koid last ran? Yes if it cannot
     be known."""
     boot = machine.boot_id()
-    return not boot or boot != store.get_meta("boot")
+    return not boot or boot != (store.get_meta("boot") or machine.kept_boot(
+        posixpath.dirname(store.path)))
 
 
 SKIPPED_DATE, PAUSED = "date in KOI_SKIP", "paused"
@@ -6263,6 +6338,7 @@ class Scheduler:
         if begun:
             self.deferred_statements.append(
                 self.store.set_meta("boot", self.machine.boot_id()))
+            self.machine.keep_boot(self.home)
             self.record_and_start(*begun)
             self.record_jobs()
 
@@ -8271,6 +8347,7 @@ class Daemon:
             self.store.give_up(error)
         self.log.log(f"koid {VERSION}: "
                      f"{plural(len(self.registry.scheduled_jobs), 'job')}")
+        notify_manager("READY=1")
         release_memory()
         try:
             while not self.stopping:
@@ -8364,6 +8441,7 @@ class Daemon:
 
     def close(self) -> None:
         """Leave; the jobs and their supervisors stay."""
+        notify_manager("STOPPING=1")
         signal.signal(signal.SIGIO, signal.SIG_IGN)     # Python would die
         signal.setitimer(signal.ITIMER_REAL, 0)         # and by SIGALRM
         self.broker.process.stop()
@@ -8543,7 +8621,8 @@ def run_daemon(machine: Machine, system: bool) -> int:
     if system and os.geteuid():
         raise Error("only root can serve the tabs of the system", "sudo koid "
                     "--system")
-    set_process_name("koid", *["--system"][:system])
+    set_process_name("koid", *(word for word in sys.argv[1:]
+                               if word.startswith("--")))
     Daemon(machine, machine.state_directory(), system).serve()
     return EXIT_OK
 
@@ -19892,6 +19971,9 @@ OPTIONS = {     # by the attribute of Invocation that holds the value
     "json": Option("--json", "print JSON"),
     "system": Option("--system", "serve /etc/crontab, /etc/cron.d and cron's "
                      "tabs as well"),
+    "container": Option("--container", "be process 1 of a container: log to "
+                        "stdout, pass its environment to jobs, take each "
+                        "start for a boot"),
     "on": Option("--on HOST", "run the job on this host"),
     "url": Option("--url URL", "the dashboard (default: the one of this "
                   "machine)"),
@@ -21815,8 +21897,10 @@ After=remote-fs.target nss-user-lookup.target time-set.target
 {conflicts}StartLimitIntervalSec=0
 
 [Service]
+Type=notify
 ExecStart={command}
-{environment}Restart=always
+{environment}TimeoutStartSec=infinity
+Restart=always
 RestartSec=1
 # Jobs outlive a restart, an upgrade and a crash of koid: it alone is ended,
 # and a job that ate the memory is no reason to end the others.
@@ -21836,8 +21920,10 @@ Description=koi's dashboard
 StartLimitIntervalSec=0
 
 [Service]
+Type=notify
 ExecStart={command}
-{lines}ExecReload=kill -HUP $MAINPID
+{lines}TimeoutStartSec=infinity
+ExecReload=/bin/kill -HUP $MAINPID
 Restart=always
 RestartSec=2
 LimitNOFILE=65536
@@ -21884,7 +21970,8 @@ def command_daemon(options: Invocation) -> int:
     """koitab daemon, koid: run until a signal stops it. Raises Error."""
     if __name__ == "__main__":
         load_again()
-    return run_daemon(options.machine, options.system)
+    return run_daemon(Container() if options.container else options.machine,
+                      options.system)
 
 
 def dashboard_db(options: Invocation) -> str:
@@ -21945,6 +22032,7 @@ def command_dashboard(options: Invocation) -> int:
     try:
         server.run(lambda: log_addresses(options, server))
     finally:
+        notify_manager("STOPPING=1")
         notifier.stop()
         dashboard.stop()
     if dashboard.broken:
@@ -21955,12 +22043,8 @@ def command_dashboard(options: Invocation) -> int:
 def dashboard_log(options: Invocation):
     """Return the function that writes a line of the dashboard's log."""
     def log(text: str) -> None:
-        try:
-            at = format_rfc3339(options.machine.clock.now())
-            print(escape_controls(f"{at} dashboard: {text}"),
-                  file=sys.stderr, flush=True)
-        except (OSError, ValueError):
-            pass                # nobody reads it
+        print_log_line(options.machine.clock, f"dashboard: {text}",
+                       sys.stderr)
     return log
 
 
@@ -21979,6 +22063,7 @@ def log_addresses(options: Invocation, server: HttpServer) -> None:
             and not all(map(is_loopback, server.addresses)):
         server.log("warning: this is plain http: whoever is on the way can "
                    "read and change all of it")
+    notify_manager("READY=1")
     name = options.names[0] if options.names else ""
     if name and options.proxies:
         scheme = "https"                # the proxy's, and its port
@@ -21992,6 +22077,8 @@ def back_up(options: Invocation) -> int:
     """koitab dashboard --backup: copy the database. Raises Error."""
     options.reject_others(("db", "backup"), "dashboard --backup")
     path = dashboard_db(options)
+    if not os.path.exists(path) and path == f"{ROOT_HOME}/dashboard.db":
+        path = LENT_DB          # root's unit has it there
     if not os.path.exists(path):
         raise Error(f"{path} is not there", "--db FILE")
     dashboard = Dashboard(path, options.machine.clock)
@@ -22028,8 +22115,8 @@ def daemon_unit(options: Invocation, command: list[str],
     return UNIT.format(
         where="koitab unit daemon > /etc/systemd/system/koid.service; "
         "systemctl enable --now koid" if root else
-        "koitab unit daemon > ~/.config/systemd/user/koid.service; "
-        "systemctl\n# --user enable --now koid; loginctl enable-linger",
+        "koitab unit daemon > ~/.config/systemd/user/koid.service;"
+        "\n# systemctl --user enable --now koid; loginctl enable-linger",
         conflicts="Conflicts=cron.service crond.service cronie.service\n"
         if options.system else "",
         command=unit_command(command),
@@ -22070,6 +22157,8 @@ def dashboard_unit(options: Invocation, command: list[str]) -> str:
     root's rights. Raises Error.
     """
     low = any(0 < port < 1024 for _, port in check_dashboard_options(options))
+    if options.cert:
+        Certificate(options.cert, options.key).load()
     words, root = list(command), os.geteuid() == 0
     for key in ("listen", "names", "proxies"):
         for value in getattr(options, key):
@@ -22458,8 +22547,8 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         "/etc/crontab and /etc/cron.d as well. Nothing is installed."),
     "daemon": Command(
         command_daemon, SETUP, "be koid, which starts jobs",
-        options=("system",), text="It stays in the foreground, and has the "
-        "name koid, too. Jobs continue when it stops."),
+        options=("system", "container"), text="It stays in the foreground, "
+        "and has the name koid, too. Jobs continue when it stops."),
     "unit": Command(
         command_unit, SETUP, "print a unit for systemd",
         ("daemon", "dashboard"), ("system",) + DASHBOARD_OPTIONS,
@@ -22691,7 +22780,8 @@ def main(argv: list[str] | None = None, machine: Machine | None = None,
     except KeyboardInterrupt:
         return EXIT_SIGNAL + 2
     except OSError as error:            # a full disk, no descriptor left
-        print_error(called, Error(error.strerror or str(error)))
+        where = f"{error.filename}: " if error.filename else ""
+        print_error(called, Error(where + (error.strerror or str(error))))
         return EXIT_ERROR
 
 

@@ -35,7 +35,7 @@ import support
 from dashboard_rig import (HOST, HOST_TOKEN, OPERATOR_TOKEN, VIEWER_TOKEN,
                            DashboardProcess, encode_request, frames, piece,
                            sync_payload)
-from servers import Service, Web
+from servers import Service, Web, certificate
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 ACCEPT = os.environ.get("GOLDEN") == "accept"
@@ -824,11 +824,20 @@ def koitab_completion(stage: Stage) -> None:
 UNITS = (["daemon"], ["daemon", "--system"], ["dashboard"],
          ["dashboard", "--listen", "0.0.0.0:443", "--name", "koi.example",
           "--cert", "cert.pem", "--key", "key.pem", "--behind-proxy",
-          "10.0.0.2"])
+          "10.0.0.2"],
+         ["dashboard", "--cert", "missing.pem", "--key", "key.pem"])
+
+
+def make_certificate(stage: Stage) -> None:
+    """The files that UNITS names. The programs look into them."""
+    made = certificate(stage.folder)
+    for name, path in (("cert.pem", made.cert), ("key.pem", made.key)):
+        stage.file(name, Path(path).read_text())
 
 
 @scenario
 def koitab_as_a_user(stage: Stage) -> None:
+    make_certificate(stage)
     stage.become_user()
     for words in UNITS:
         stage.koitab("unit", *words)
@@ -842,6 +851,7 @@ def koitab_as_root(stage: Stage) -> None:
     stage.koitab("-u", "nobody", "-l")
     stage.koitab("-u", "nobody", "history")
     del stage.env["KOI_HOME"]
+    make_certificate(stage)
     for words in UNITS:
         stage.koitab("unit", *words)
 

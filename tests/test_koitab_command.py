@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import servers
 import support
 
 koitab = support.load("koitab")
@@ -1239,17 +1240,19 @@ def test_a_unit_for_launchd(type_in, monkeypatch):
     assert found["KeepAlive"] is found["AbandonProcessGroup"] is True
 
 
-def test_a_unit_of_the_dashboard_can_do_little(type_in, monkeypatch):
+def test_a_unit_of_the_dashboard_can_do_little(type_in, monkeypatch,
+                                               tmp_path):
+    made = servers.certificate(tmp_path)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(koitab, "__file__", "/usr/local/bin/koitab")
     monkeypatch.setattr(os, "access", lambda path, mode: True)
     monkeypatch.delenv("KOI_HOME", raising=False)
     done = type_in("unit", "dashboard", "--listen", "0.0.0.0:443", "--cert",
-                   "/etc/c.pem", "--key", "/etc/k.pem", "--name", "a$b.x")
+                   made.cert, "--key", made.key, "--name", "a$b.x")
     assert (done.code, done.out) == (2, "")     # no name of a host
     done = type_in("unit", "dashboard", "--listen", "0.0.0.0:443", "--cert",
-                   "/etc/c.pem", "--key", "/etc/k.pem", "--name", "koi.x")
+                   made.cert, "--key", made.key, "--name", "koi.x")
     lines = done.out.splitlines()
     assert (done.code, done.err) == (0, "")
     assert "ExecStart=/usr/local/bin/koitab dashboard --listen 0.0.0.0:443 " \
@@ -1259,9 +1262,34 @@ def test_a_unit_of_the_dashboard_can_do_little(type_in, monkeypatch):
     for line in ("DynamicUser=yes", "ProtectSystem=strict", "PrivateTmp=yes",
                  "NoNewPrivileges=yes", "MemoryDenyWriteExecute=yes",
                  "SystemCallFilter=@system-service", "LimitNOFILE=65536",
-                 "LoadCredential=key:/etc/k.pem",
+                 f"LoadCredential=key:{made.key}", "Type=notify",
+                 "ExecReload=/bin/kill -HUP $MAINPID",
                  "AmbientCapabilities=CAP_NET_BIND_SERVICE"):
         assert line in lines
+
+
+def test_a_unit_with_an_unusable_certificate_is_not_printed(type_in,
+                                                            tmp_path):
+    made = servers.certificate(tmp_path)
+    for cert, key in ((made.cert, "/none"), (made.key, made.key),
+                      (made.cert, servers.certificate(tmp_path).key)):
+        done = type_in("unit", "dashboard", "--cert", cert, "--key", key)
+        assert (done.code, done.out) == (1, "")
+        assert f"{cert} and {key} cannot be used: " in done.err
+
+
+@pytest.mark.parametrize("words", [["daemon"], ["dashboard"]])
+@pytest.mark.parametrize("uid", [0, 1000])
+def test_the_commands_above_a_unit_are_whole_lines(type_in, monkeypatch,
+                                                   words, uid):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    head = type_in("unit", *words).out.partition("\n[Unit]")[0]
+    commands = [command.strip() for line in head.splitlines()
+                for command in line.lstrip("# ").split(";") if command]
+    for command in commands:
+        assert command.startswith(("koitab unit ", "systemctl ",
+                                   "loginctl enable-linger")), command
 
 
 def test_a_unit_of_the_dashboard_keeps_to_the_database_it_is_given(

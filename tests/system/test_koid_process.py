@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import subprocess
 from pathlib import Path
 
@@ -111,3 +112,82 @@ def test_koid_as_process_1_reaps_an_orphan_at_once(container):
     assert "orphan" in container.inside("ps", "-eo", "args=")
     fifo.write_text("end\n")
     wait_until(lambda: processes() == 1, 10, "koid to reap the orphan")
+
+
+# --- koid --container -------------------------------------------------------
+
+def test_a_container_gives_its_environment_to_jobs(container):
+    """The tab and the user's account count before it."""
+    container.tab('MINE=tab\n"it" @manual env\n')
+    container.begin("--container", PATH="/srv/bin:/usr/bin:/bin",
+                    TOKEN="two words", MINE="container", HOME="/nonexistent",
+                    NOTIFY_SOCKET="/run/none")
+    shown = dict(line.partition("=")[::2] for line in
+                 container.run("it")[1].decode().splitlines())
+    assert shown["PATH"] == "/srv/bin:/usr/bin:/bin"
+    assert (shown["TOKEN"], shown["MINE"]) == ("two words", "tab")
+    assert shown["HOME"] == pwd.getpwuid(os.geteuid()).pw_dir
+    assert "NOTIFY_SOCKET" not in shown
+
+
+def test_elsewhere_jobs_do_not_get_the_environment_of_koid(container):
+    container.tab('"it" @manual env\n')
+    container.begin(PATH="/srv/bin:/usr/bin:/bin", TOKEN="two words")
+    shown = container.run("it")[1].decode().splitlines()
+    assert "PATH=/usr/bin:/bin" in shown and "TOKEN=two words" not in shown
+
+
+def test_a_container_logs_to_its_stdout(container):
+    container.tab('"it" @manual echo hi\nbad line\n')
+    container.spawn("--container", wrap=(
+        "unshare", "-pf", "--mount-proc", "--kill-child", "sh", "-c",
+        f'exec "$@" 2> {container.folder}/stderr', "sh"))
+    wait_until(container.answers, 30, "koid to answer")
+    container.run("it")
+    lines = wait_until(lambda: container.log().count("\n") > 2
+                       and container.log().splitlines(), 10, "the log")
+    texts = [line.partition(" ")[2] for line in lines]
+    assert f"koid: koid {koitab.VERSION}: 1 job" in texts
+    assert f"CRON: ({container.user}) CMD (echo hi)" in texts
+    assert any("tabs/" in text for text in texts)
+    assert len(texts) == len(set(texts))
+    assert (container.folder / "stderr").read_text() == ""
+
+
+def test_each_start_of_a_container_is_a_boot(container):
+    """In it nothing of the one before it is left, whatever its PIDs are."""
+    container.tab('"up" @reboot true\n"long" @manual sleep 600\n')
+    container.begin("--container")
+    container.ended("up")
+    run = container.launch("long")
+    container.running(run)
+    container.stop(9)
+    container.begin("--container")
+    container.ended("up", 2)
+    row = container.end_of(run)
+    assert (row["state"], row["reason"]) == ("interrupted",
+                                             "the machine went down")
+
+
+# --- one boot, without the history ------------------------------------------
+
+def test_jobs_of_a_boot_run_once_though_the_history_is_removed(tmp_path):
+    koi = support.Koi(tmp_path)
+    koi.tab('"up" @reboot true\n"long" @manual sleep 600\n')
+    koi.start()
+    koi.ended("up")
+    run = koi.launch("long")
+    koi.running(run)
+    koi.stop()
+    for file in koi.home.glob("history.db*"):
+        file.unlink()
+    koi.start()
+    try:
+        rows = koi.history()
+        assert [(row["run"], row["state"]) for row in rows] \
+            == [(run, "running")]
+        koi.ask("kill", run=run)
+        assert koi.end_of(run)["signal"] == 15
+    finally:
+        koi.stop()
+        koi.end_jobs()
