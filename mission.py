@@ -6684,6 +6684,52 @@ set -eu
 echo "nothing is backed up yet: edit $PWD/run"
 exit 1
 """
+# Units of systemd. A task may need anything: to mount, to become another
+# user, to copy setuid files, to send mail through a setgid program. So a unit
+# locks up nothing that a backup could need, and that of a user nothing at
+# all: there it would imply NoNewPrivileges=.
+UNITS = {
+    "service": """\
+{header}[Unit]
+Description=Backups of mission
+{after}
+[Service]
+Type=oneshot
+ExecStart={command}
+{environment}# mission itself stops its tasks, and then sends the failure mail.
+KillMode=mixed
+# A task that took all memory is no reason to end the others.
+OOMPolicy=continue
+{closed}""",
+    "timer": """\
+{header}[Unit]
+Description=Nightly backups of mission
+
+[Timer]
+OnCalendar=*-*-* 02:30:00
+# Many hosts do not reach one server in the same second.
+RandomizedDelaySec=10min
+# A run that was missed, because the host was off, is made up for.
+Persistent=true
+
+[Install]
+WantedBy=timers.target
+"""}
+UNIT_AFTER = """\
+Wants=network-online.target
+After=network-online.target remote-fs.target
+"""
+UNIT_CLOSED = """\
+LockPersonality=yes
+RestrictRealtime=yes
+"""
+UNIT_HEADER = """\
+# {program} unit service > {directory}/{name}.service
+# {program} unit timer > {directory}/{name}.timer
+# {systemctl} daemon-reload
+# {systemctl} enable --now {name}.timer
+"""
+UNIT_LINGER = "# loginctl enable-linger     (else only while you are logged in)\n"
 COMPLETIONS = {
     "bash": r'''# mission completion bash > /etc/bash_completion.d/mission
 _mission() {
@@ -6694,6 +6740,7 @@ _mission() {
             -- "$word")); return ;;
         completion) COMPREPLY=($(compgen -W "bash zsh fish" -- "$word"))
             return ;;
+        unit) COMPREPLY=($(compgen -W "service timer" -- "$word")); return ;;
     esac
     COMPREPLY=($(compgen -W "COMMANDS OPTIONS" -- "$word"))
 }
@@ -6706,6 +6753,7 @@ _mission() {
         -c|--config) _files; return ;;
         -t|--task) compadd -- ${(f)"$(mission list 2>/dev/null)"}; return ;;
         completion) compadd bash zsh fish; return ;;
+        unit) compadd service timer; return ;;
     esac
     compadd -- COMMANDS OPTIONS
 }
@@ -6715,6 +6763,7 @@ _mission "$@"
 complete -c mission -f -a "COMMANDS"
 complete -c mission -s c -l config -r -F
 complete -c mission -s t -l task -r -f -a "(mission list 2>/dev/null)"
+complete -c mission -n "__fish_seen_subcommand_from unit" -a "service timer"
 complete -c mission -f -a "OPTIONS"
 ''',
 }
@@ -7455,18 +7504,87 @@ def command_completion(_options, shell: str) -> int:
     return EXIT_OK
 
 
+def unit_word(word: str) -> str:
+    """Return a word that systemd reads as `word`: in quotes, with its
+    escapes, and with nothing that it expands (systemd.syntax(7))."""
+    import re
+    text = "".join(
+        chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}"
+        for byte in os.fsencode(re.sub(r'([\\"])', r"\\\1", word)))
+    text = text.replace("%", "%%")
+    return text if re.fullmatch(r"[\w@%+=:,./-]+", text) else f'"{text}"'
+
+
+def unit_command(words: list[str]) -> str:
+    """Return a command for ExecStart=, which expands $ after its first word
+    (systemd.service(5))."""
+    program, *arguments = map(unit_word, words)
+    return " ".join([program] + [word.replace("$", "$$")
+                                 for word in arguments])
+
+
+def unit_header(path: str) -> str:
+    """Return the comment that says where the units of the configuration at
+    `path` belong, and how to enable them."""
+    import re
+    import shlex
+    stem = re.sub(r"[^A-Za-z0-9_-]", "-", os.path.basename(path).split(".")[0])
+    root = os.geteuid() == 0
+    return UNIT_HEADER.format(
+        program=escape_controls(f"{PROG} -c {shlex.quote(path)}"),
+        name=PROG if stem in (PROG, "") else f"{PROG}-{stem}",
+        directory="/etc/systemd/system" if root else "~/.config/systemd/user",
+        systemctl="systemctl" if root else "systemctl --user") \
+        + ("" if root else UNIT_LINGER)
+
+
+def command_unit(options, kind: str) -> int:
+    """Print a unit of systemd that runs this configuration. Raises Error.
+
+    The configuration may be invalid still: a run reports that.
+    """
+    if kind not in UNITS:
+        raise Error(f"no unit {quoted(kind)}", "mission unit service|timer",
+                    EXIT_USAGE)
+    path, program = read_source(options.config).path, os.path.abspath(__file__)
+    words = [program] if os.access(program, os.X_OK) else [
+        sys.executable, "-IS", program]
+    kept = {name: os.environ[name] for name in ("MISSION_STATE",
+                                                "XDG_STATE_HOME")
+            if os.environ.get(name)}
+    root = os.geteuid() == 0
+    print(UNITS[kind].format(
+        header=unit_header(path), after=UNIT_AFTER if root else "",
+        closed=UNIT_CLOSED if root else "",
+        command=unit_command([*words, "-c", path, "run", "--headless"]),
+        environment="".join(f"Environment={unit_word(f'{n}={value}')}\n"
+                            for n, value in kept.items())), end="")
+    return EXIT_OK
+
+
 class Command(FrozenRecord):
     """A command: its function, and what may follow its name."""
     handler: object             # function(options, *arguments) -> exit status
     help: str
     own_options: tuple = ()     # names of OPTIONS, besides COMMON_OPTIONS
     arguments: str = ""         # "SLUG"; "[RUN]" may be left out
+    details: str = ""           # more lines of its help
 
     @property
     def options(self) -> tuple:
         return self.own_options + COMMON_OPTIONS
 
 
+VERDICTS = """\
+Verdicts:
+  ok        all went well
+  failed    errors or warnings in tasks, commit or chown (status 1)
+  trouble   the tasks succeeded; a mail, ping or log was not delivered (74)
+  stopped   a signal stopped the run
+  lost      the run was killed, or the host went down
+  running   the run has not ended yet
+
+"""
 COMMANDS = {
     "init": Command(command_init, "write a sample configuration"),
     "run": Command(command_run, "run the scheduled tasks, or those of -t",
@@ -7474,12 +7592,15 @@ COMMANDS = {
     "list": Command(command_list, "the tasks", ("json",)),
     "check": Command(command_check, "is the configuration right?"),
     "dump": Command(command_dump, "the configuration as JSON"),
-    "history": Command(command_history, "past runs", ("number", "json")),
+    "history": Command(command_history, "past runs", ("number", "json"),
+                       details=VERDICTS),
     "status": Command(command_status, "for monitoring: is all well?",
                       ("max_age", "json")),
     "log": Command(command_log, "a saved run log, by default the newest",
                    arguments="[RUN]"),
     "new": Command(command_new, "begin a new task", arguments="SLUG"),
+    "unit": Command(command_unit, "a unit of systemd for nightly runs",
+                    arguments="service|timer"),
     "completion": Command(command_completion, "completion for a shell",
                           arguments="bash|zsh|fish"),
 }
@@ -7514,7 +7635,7 @@ def command_help(name: str) -> str:
                              subsequent_indent=" " * 9,
                              break_on_hyphens=False)
     return (f"{PROG} {name}: {command.help}\n\nUsage: {synopsis}\n\n"
-            f"Options:\n{option_rows(command.options)}")
+            f"{command.details}Options:\n{option_rows(command.options)}")
 
 
 def dispatch(argv: list[str]) -> int:

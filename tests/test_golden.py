@@ -492,7 +492,7 @@ class MissionStage(Stage):
 
 
 MISSION_COMMANDS = ["init", "run", "list", "check", "dump", "history",
-                    "status", "log", "new", "completion"]
+                    "status", "log", "new", "unit", "completion"]
 
 
 @scenario
@@ -521,7 +521,7 @@ def mission_usage(stage: Stage) -> None:
             [], ["frob"], ["chekc"], ["run", "now"], ["list", "--frob"],
             ["-x"], ["--jso"], ["log", "a", "b"], ["new"], ["new", "A b"],
             ["new", "a", "b"], ["completion"], ["completion", "csh"],
-            ["history", "-n", "0"], ["history", "-n", "many"],
+            ["unit"], ["unit", "socket"], ["history", "-n", "0"], ["history", "-n", "many"],
             ["run", "--wait", "soon"], ["run", "-t"], ["-c"],
             ["check", "-c", "missing.json"], ["check", "-c", "."],
             ["run", "-t", "godo"], ["run", "-t", "nothing-like-it"],

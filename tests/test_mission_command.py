@@ -58,6 +58,10 @@ def typed(scratch, capsys, monkeypatch):
     (["new", "a", "b"], 'unexpected argument "b"'),
     (["completion"], "missing argument bash|zsh|fish"),
     (["completion", "csh"], 'no completion for "csh"'),
+    (["unit"], "missing argument service|timer\nmission: hint: mission unit"),
+    (["unit", "socket"], 'no unit "socket"\nmission: hint: mission unit'),
+    (["unit", "timer", "x"], 'unexpected argument "x"'),
+    (["unit", "timer", "--dry-run"], "--dry-run"),
     (["check", "-n", "3"], "unrecognized arguments: -n"),
     (["-n", "3", "check"], "--number is not an option of check"),
     (["list", "--headless"], "unrecognized arguments: --headless"),
@@ -284,6 +288,92 @@ def test_new_replaces_nothing(typed, scratch):
     assert run.read_text() == before
 
 
+# --- unit -----------------------------------------------------------------
+
+
+AWKWARD = "a b%c$d'e\"f\\g"
+
+
+@pytest.fixture
+def units(scratch, tmp_path):
+    """units(folder, uid) -> the units that a copy of mission in a folder
+    prints for the configuration there, as a user."""
+    def write(folder, uid: int = os.geteuid(), file: str = "home.json",
+              **env: str) -> dict:
+        folder.mkdir()
+        (folder / "mission").write_text(
+            (support.ROOT / "mission.py").read_text())
+        (folder / "mission").chmod(0o755)
+        (folder / file).write_text("{}")        # invalid, and readable
+        return {kind: subprocess.run(
+            [support.PYTHON, "-IS", str(folder / "mission"), "-c",
+             file, "unit", kind], cwd=folder, user=uid, check=True,
+            env={**scratch.env, "MISSION_STATE": "", **env},
+            stdout=subprocess.PIPE, text=True).stdout
+            for kind in ("service", "timer")}
+
+    tmp_path.chmod(0o755)
+    scratch.open_to_others()
+    return write
+
+
+def uids() -> list[int]:
+    return [0, 65534] if os.geteuid() == 0 else [os.geteuid()]
+
+
+@pytest.mark.parametrize("uid", uids())
+@pytest.mark.parametrize("name", ["plain", "a b%c$d", "caf\u00e9"])
+def test_systemd_accepts_the_units(name, uid, units, tmp_path):
+    """It finds the program by the path in ExecStart=, and the calendar's
+    words are right."""
+    support.need("systemd-analyze")
+    paths = []
+    found = units(tmp_path / name, uid, f"{AWKWARD}.json")
+    for kind, text in found.items():
+        paths.append(tmp_path / f"mission-home.{kind}")
+        paths[-1].write_text(text)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--recursive-errors=no",
+         *map(str, paths)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env={**os.environ, "SYSTEMD_LOG_LEVEL": "warning"})
+    assert "mission" not in done.stdout, done.stdout
+
+
+def test_unit_has_absolute_paths_in_which_systemd_expands_nothing(
+        units, tmp_path):
+    found = units(tmp_path / "a b", file=AWKWARD, MISSION_STATE=AWKWARD)
+    lines = found["service"].splitlines()
+    assert (f'ExecStart="{tmp_path}/a b/mission" -c "{tmp_path}/a b/'
+            """a b%%c$$d'e\\"f\\\\g" run --headless""" in lines)
+    assert ("Environment=\"MISSION_STATE=a b%%c$d'e\\\"f\\\\g\"" in lines)
+    assert "Type=oneshot" in lines
+    timer = found["timer"].splitlines()
+    assert {"OnCalendar=*-*-* 02:30:00", "Persistent=true",
+            "WantedBy=timers.target"} <= set(timer)
+
+
+@pytest.mark.parametrize("uid", uids())
+def test_first_lines_of_a_unit_say_where_it_belongs(uid, units, tmp_path):
+    user = "" if uid == 0 else " --user"
+    folder = "~/.config/systemd/user" if uid else "/etc/systemd/system"
+    config = f"{tmp_path}/plain/home.json"
+    for text in units(tmp_path / "plain", uid).values():
+        lines = [f"# mission -c {config} unit {kind} > {folder}/"
+                 f"mission-home.{kind}" for kind in ("service", "timer")]
+        lines += [f"# systemctl{user} daemon-reload",
+                  f"# systemctl{user} enable --now mission-home.timer"]
+        if uid:
+            lines.append("# loginctl enable-linger     "
+                         "(else only while you are logged in)")
+        assert text.splitlines()[:len(lines) + 1] == [*lines, "[Unit]"]
+
+
+def test_unit_of_a_missing_configuration_is_an_error(typed):
+    status, out, err = typed("unit", "service", "-c", "nothing.json")
+    assert (status, out) == (mission.EXIT_CONFIG, "")
+    assert "nothing.json: there is no such file" in err
+
+
 # --- history and log ------------------------------------------------------
 
 
@@ -321,6 +411,17 @@ def test_history_shows_when_how_long_and_what_became_of_it(typed, past):
     assert re.match(r"22aabbcc .* - +lost +in mail$", lines[3])
     assert re.search("^mail +[\u2581-\u2588]{2}  1.5s$", out, re.M)
     assert re.search("^offsite +[\u2581-\u2588]  1m0s$", out, re.M)
+
+
+def test_help_of_history_explains_each_verdict(typed):
+    out = typed("history", "--help")[1]
+    results = {"running", "lost"} | {mission.result_of(problems, stopped)
+                                     for problems, stopped in (
+        ([], 0), ([], 15), *(([mission.RunProblem(result, "error", "x", "y")],
+                              0) for result in ("tasks", "delivery")))}
+    assert len(results) == 6
+    for word in results:
+        assert re.search(f"^  {word} +[a-z]", out, re.M), word
 
 
 def test_history_shows_as_many_as_asked_for(typed, past):
