@@ -3278,6 +3278,8 @@ ZONE_DIRECTORIES = ("/usr/share/zoneinfo", "/usr/lib/zoneinfo",
                     "/usr/share/lib/zoneinfo", "/etc/zoneinfo")
 LOCAL_ZONE = "/etc/localtime"
 ROOT_HOME, ROOT_SOCKET = "/var/lib/koi", "/run/koi/koid.sock"
+UNIT_DIRECTORIES = ("/etc/systemd/system", "/usr/local/lib/systemd/system",
+                    "/lib/systemd/system")
 SYSTEM_TAB, SYSTEM_TAB_DIRECTORY = "/etc/crontab", "/etc/cron.d"
 SPOOLS = ("/var/spool/cron/crontabs", "/var/spool/cron")   # Debian, cronie
 CRON_PID = "/run/crond.pid"     # of Debian's cron and of cronie
@@ -7255,7 +7257,7 @@ class ControlService:
                           "is not running")
         if not self.daemon.scheduler.kill(run["run"],
                                           f"killed by {caller.name}"):
-            raise Error(f"run {run['run']} is not going on",
+            raise Error(f"run {run['run']} has ended",
                         f"koitab history {run['tag']}")
         return {"run": run}
 
@@ -7576,8 +7578,11 @@ class DaemonClient:
 
     def no_daemon(self) -> Error:
         """Return the error that says how to start koid."""
+        has_unit = self.home == ROOT_HOME and any(
+            os.path.exists(f"{directory}/koid.service")
+            for directory in UNIT_DIRECTORIES)
         return Error("koid is not running", "systemctl start koid"
-                     if self.home == ROOT_HOME else "koid &")
+                     if has_unit else "koid &")
 
     def without_daemon(self, request: dict) -> dict:
         """Carry out a request on the caller's own files. Raises Error if
@@ -20193,8 +20198,9 @@ def install(options: Invocation, text: str, path: str) -> bool:
     print_diagnostics(problems + unsafe_addresses(text), path)
     if reply["installed"]:
         if not reply["daemon"]:
-            options.warn("warning: koid is not running, so no job starts "
-                         "(koitab daemon; koitab unit daemon)")
+            error = DaemonClient(options.machine).no_daemon()
+            options.warn(f"warning: {error.message}, so no job starts "
+                         f"({error.hint})")
         return True
     errors = {problem.what for problem in problems if problem.fatal}
     if errors != {NEWLINE}:
@@ -20788,7 +20794,7 @@ class RunAttachment:
 
     def print_continues(self) -> None:
         self.output.flush()
-        self.options.warn(f"run {self.run} goes on (koitab log {self.run}; "
+        self.options.warn(f"run {self.run} continues (koitab log {self.run}; "
                           f"koitab kill {self.run})")
 
     def print_until_end(self, wakeups: int) -> int:
@@ -20817,18 +20823,31 @@ class RunAttachment:
             piece = b""
         if not piece:
             self.print_continues()
-            raise Error("koid has hung up", "koitab status")
+            raise Error("lost the connection to koid", "koitab status")
         self.data += piece
 
     def exit_status(self, body: bytes) -> int:
         """Print why the run ended, if it did not exit; return its status."""
         import json
         end = json.loads(body)
-        words = end["reason"] or (end["signal"] and signal_words(
-            end["signal"]))
-        if words:
-            self.options.warn(words)
+        if end["signal"] or end["reason"]:
+            self.options.warn(self.recorded_result() or end["reason"]
+                              or signal_words(end["signal"]))
         return status_of_run(end)
+
+    def recorded_result(self) -> str:
+        """Return what the history says of the run: its time limit, or who
+        killed it; "" if koid does not say in time."""
+        for _ in range(20):
+            try:
+                run = self.options.ask_koid("history", limit=1,
+                                            before=self.run + 1)["runs"][0]
+            except (Error, IndexError):
+                break
+            if run["run"] == self.run and run["state"] != "running":
+                return result_words(run)
+            time.sleep(0.1)     # it has not read the supervisor's report yet
+        return ""
 
 
 def status_of_run(run: dict) -> int:
@@ -20871,8 +20890,8 @@ def result_words(run: dict) -> str:
         words = signal_words(run["signal"])
     else:
         words = f"exit {run['exit']}" if run["exit"] else "ok"
-    if reason.startswith("timeout"):
-        words = reason
+    if reason.startswith("timeout after "):
+        words = f"stopped after {reason[14:]} (KOI_TIMEOUT)"
     elif reason:
         words += f": {reason}"
     return words + (f", attempt {run['attempt']}" if run["attempt"] > 1
@@ -20984,7 +21003,8 @@ def command_kill(options: Invocation, which: str) -> int:
     """koitab kill: SIGTERM, later SIGKILL; or out of the queue. Raises
     Error."""
     run = options.ask_koid("kill", **run_or_job(which))["run"]
-    print(f"run {run['run']} ({escape_controls(run['label'])}) is told to end")
+    print(f"run {run['run']} ({escape_controls(run['label'])}) was asked to "
+          f"end (SIGTERM; SIGKILL {KILL_AFTER:g} s later)")
     return EXIT_OK
 
 
@@ -21198,7 +21218,9 @@ def enroll(options: Invocation, client: DashboardClient,
         url, dash, host, token, host_key(keys.run, host).hex(), name, ca,
         options.machine.clock.now()))
     if not reload_enrollment(options):
-        options.warn("koid is not running; it links up when it is started")
+        error = DaemonClient(options.machine).no_daemon()
+        options.warn(f"{error.message}; it connects when it is started "
+                     f"({error.hint})")
 
 
 def require_not_enrolled(options: Invocation) -> None:
@@ -22360,6 +22382,13 @@ CHOICE_LINES = {
             '-a "{}"'}
 
 
+# What people type who know other programs -> how koitab says it.
+OTHER_WORDS = {
+    "list": "-l", "show": "-l", "edit": "-e", "rm": "-r", "remove": "-r",
+    "delete": "-r", "logs": "log", "version": "-V", "start": "daemon",
+    "test": "-T FILE", "install": "FILE", "jobs": "next", "join": "-d join"}
+
+
 def command_replace(options: Invocation, path: str | None = None) -> int:
     """koitab FILE: install a tab. Without a FILE it comes from standard
     input, as Debian's crontab has it, but not from a terminal. Raises
@@ -22372,8 +22401,8 @@ def command_replace(options: Invocation, path: str | None = None) -> int:
     try:
         text = options.machine.tab_text(path)
     except Error as error:
-        meant = nearest(path, command_words()) if path.isalpha() \
-            and not os.path.lexists(path) else ""
+        meant = OTHER_WORDS.get(path) or nearest(path, command_words()) \
+            if path.isalpha() and not os.path.lexists(path) else ""
         raise CrontabError(error.message,
                            f"{PROG} {meant}" if meant else "") from None
     return EXIT_OK if install(options, text, path) else EXIT_ERROR

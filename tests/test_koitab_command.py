@@ -167,7 +167,7 @@ def test_every_fault_is_told_and_nothing_is_installed(type_in, koid):
     assert (done.code, done.out, koid.text) == (1, "", "before\n")
     assert done.err == '''\
 -:1:1: bad minute: minute is 0 to 59, not "61"
--:2:1: bad time specifier: "@dayly" is none (@daily)
+-:2:1: bad time specifier: unknown "@dayly" (@daily)
 -:3:1: warning: odd minute: "5-1" runs backwards and never comes (5-59,0-1)
 -:3:1: warning: odd schedule: it never runs
 errors in crontab file, can't install.
@@ -657,8 +657,8 @@ def test_a_koid_that_hangs_up_leaves_the_run_going_on(type_in, koid):
     done = type_in("run", "Bots/Plain")
     assert done.code == 1
     assert done.err == (
-        "koitab: run 12 goes on (koitab log 12; koitab kill 12)\n"
-        "koitab: error: koid has hung up\nkoitab: hint: koitab status\n")
+        "koitab: run 12 continues (koitab log 12; koitab kill 12)\n"
+        "koitab: error: lost the connection to koid\nkoitab: hint: koitab status\n")
 
 
 def test_two_signals_are_for_the_job_and_the_third_is_for_us(capsys):
@@ -749,7 +749,7 @@ def test_json_for_a_terminal_has_no_controls_and_is_the_same_json(capsys):
     ({"exit": None, "signal": 9, "reason": "killed by alice"},
      "killed by signal 9 (SIGKILL): killed by alice"),
     ({"exit": None, "signal": 15, "reason": "timeout after 10m0s"},
-     "timeout after 10m0s"),
+     "stopped after 10m0s (KOI_TIMEOUT)"),
     ({"exit": 1, "attempt": 2}, "exit 1, attempt 2"),
     ({"state": "missed", "count": 12}, "missed x12"),
     ({"state": "missed"}, "missed"),
@@ -867,7 +867,8 @@ def test_log_of_a_run_that_goes_on_says_so(type_in, koid):
 
 def test_kill(type_in, koid):
     koid.runs = [a_run(5)]
-    assert type_in("kill", "5").out == "run 5 (backup) is told to end\n"
+    assert type_in("kill", "5").out == (
+        "run 5 (backup) was asked to end (SIGTERM; SIGKILL 10 s later)\n")
     assert koid.asked == [("kill", {"run": 5})]
     for which in ("0", "x", "-1", "\u0665"):    # not numbers of runs
         assert type_in("kill", "--", which).code == 0

@@ -981,7 +981,7 @@ def test_a_run_is_ended_by_term_and_then_by_kill(koi):
         kept = koi.end_of(run)
         assert short_of(kept) == ("manual", "done", code, sign)
         assert kept["reason"] == f"killed by {koi.user}"
-        with pytest.raises(koitab.Error, match="is not going on"):
+        with pytest.raises(koitab.Error, match="has ended"):
             koi.ask("kill", run=run)
     with pytest.raises(koitab.Error, match="there is no run 99"):
         koi.ask("kill", run=99)

@@ -438,7 +438,7 @@ def test_the_third_ctrl_c_leaves_the_job_running(live):
         done = terminal.end()
     assert done.code == 130
     run, = json.loads(live.run("status", "--json").out)["running"]
-    assert f"run {run['run']} goes on (koitab log {run['run']}; koitab kill "\
+    assert f"run {run['run']} continues (koitab log {run['run']}; koitab kill "\
         f"{run['run']})" in done.out
     log = live.run("log", str(run["run"]))
     assert log.out == "on\nint\nterm\n"
@@ -471,7 +471,7 @@ def test_a_reader_that_goes_away_does_not_end_the_job(live):
     process = live.start("run", "Flood")
     process.stdout.readline()
     process.stdout.close()
-    assert b"goes on" in process.stderr.read()
+    assert b"continues" in process.stderr.read()
     process.stderr.close()
     assert process.wait(20) == 141
     support.wait_until((live.folder / "flooded").exists, 20, "the job")
@@ -483,7 +483,8 @@ def test_kill_ends_a_run_for_who_watches_it_too(live):
     run, = json.loads(live.run("status", "--json").out)["running"]
     done = live.run("kill", str(run["run"]))
     assert (done.code, done.out) == (
-        0, f"run {run['run']} (Wait) is told to end\n")
+        0, f"run {run['run']} (Wait) was asked to end "
+        "(SIGTERM; SIGKILL 10 s later)\n")
     assert support.ended(process).code == 5
 
 
