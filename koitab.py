@@ -7636,9 +7636,12 @@ def ask_daemon(lines: LineConnection, request: dict) -> dict:
 
 AGENT_SECTIONS = ("Common", "LineProtocol", "Client", "Agent")
 AGENT_ACCOUNT, AGENT_UID = "koi-agent", 61171   # the uid if it has no account
-AGENT_FILES, AGENT_MEMORY = 64, 2**30   # open files; bytes of address space
+AGENT_FILES, AGENT_MEMORY = 16, 2**30   # open files; bytes of address space
+AGENT_TASKS = 64            # threads of its uid: of all agents on this machine
+AGENT_SILENCE = 70.0        # seconds: HOLD, PATIENCE, and 30 more
 AGENT_ENVIRONMENT = {"PATH": DEFAULT_PATH, "LANG": "C.UTF-8"}
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
+PR_CAPBSET_DROP, MOST_CAPABILITIES = 24, 64
 RESTART_FIRST, RESTART_LONGEST = 1.0, 60.0  # seconds until it is started again
 LOG_AGAIN = 10.0            # seconds between lines about the same thing
 MOST_PROBLEMS = 20          # that a dashboard gets
@@ -7676,18 +7679,23 @@ def agent_account(machine: Machine) -> Account:
 
 
 def forbid_new_privileges() -> None:
-    """Let no program that this process executes gain rights; clear the
-    capabilities that it would inherit. Linux alone has these calls. Raises
+    """Let no program that this process executes gain rights: root's process
+    before it becomes another user. Linux alone has these calls. Raises
     OSError."""
     if sys.platform != "linux":
         return
     import ctypes
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    numbers = [ctypes.c_ulong(number) for number in (1, 0, 0, 0)]
-    if prctl(PR_SET_NO_NEW_PRIVS, *numbers):
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def prctl(option: int, value: int) -> int:
+        return libc.prctl(option, *(
+            ctypes.c_ulong(number) for number in (value, 0, 0, 0)))
+
+    if prctl(PR_SET_NO_NEW_PRIVS, 1):
         raise OSError(ctypes.get_errno(), "no_new_privs cannot be set")
-    numbers[0] = ctypes.c_ulong(PR_CAP_AMBIENT_CLEAR_ALL)
-    prctl(PR_CAP_AMBIENT, *numbers)     # fails before Linux 4.3, without any
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)     # from Linux 4.3 on
+    for capability in range(MOST_CAPABILITIES):     # EPERM unless root
+        prctl(PR_CAPBSET_DROP, capability)
 
 
 def execute_agent(program: str, connection: int,
@@ -7715,9 +7723,11 @@ def execute_agent(program: str, connection: int,
                             (resource.RLIMIT_FSIZE, 0),
                             (resource.RLIMIT_CORE, 0)):
             resource.setrlimit(limit, (most, most))
-        if account:
-            drop_privileges(account)
         forbid_new_privileges()
+        if account:         # a uid that has no other processes
+            resource.setrlimit(resource.RLIMIT_NPROC,
+                               (AGENT_TASKS, AGENT_TASKS))
+            drop_privileges(account)
         os.execve(sys.executable, [sys.executable, "-IS", "-", "koi-agent"],
                   AGENT_ENVIRONMENT)
     except BaseException as error:
@@ -7741,7 +7751,7 @@ class AgentProcess:
         self.log, self.poller, self.answer = log, poller, answer
         self.pid, self.lines = 0, None      # a LineConnection
         self.start_at, self.pause = FOREVER, RESTART_FIRST  # ticks; seconds
-        self.started = 0.0                  # ticks
+        self.started = self.heard = 0.0     # ticks; of its last request
         self.problem = ""                   # why there is none
         self.kill_reason = ""               # why koid killed it
 
@@ -7769,7 +7779,8 @@ class AgentProcess:
         theirs.close()
         ours.setblocking(False)
         self.pid, self.lines = pid, LineConnection(ours, LONGEST_MESSAGE)
-        self.start_at, self.started = FOREVER, self.clock.ticks()
+        self.start_at = FOREVER
+        self.started = self.heard = self.clock.ticks()
         self.kill_reason = ""
         self.poller.register(ours.fileno(), self.on_ready)
 
@@ -7791,6 +7802,19 @@ class AgentProcess:
             self.kill_reason = self.kill_reason or reason
             os.kill(self.pid, signal.SIGKILL)   # a child until it is reaped
 
+    def check(self, now: float) -> None:
+        """Start the agent if that is due; kill one that is frozen."""
+        if now >= self.wake_at():
+            if self.pid:
+                self.heard = now
+                self.kill(f"silent for {AGENT_SILENCE:g}s")
+            else:
+                self.start()
+
+    def wake_at(self) -> float:
+        """Return the ticks at which `check` has something to do."""
+        return self.heard + AGENT_SILENCE if self.pid else self.start_at
+
     def ended(self, status: int, wanted: bool) -> None:
         """The process has ended, with this wait status; start it again if it
         is `wanted`."""
@@ -7811,7 +7835,7 @@ class AgentProcess:
 
     def on_ready(self, fd: int, _events: int) -> None:
         """The agent asks, or there is room for the rest of a reply."""
-        lines = self.lines
+        lines, self.heard = self.lines, self.clock.ticks()
         try:
             if lines.unsent:
                 lines.flush()
@@ -7928,10 +7952,10 @@ class AgentBroker:
         """Once in each turn of koid's loop: start the agent if it is due,
         and report news to it."""
         process = self.process
-        if now >= process.start_at and not process.pid:
+        if not process.pid:
             self.last_change_sent = -1
             self.cursors.clear()
-            process.start()
+        process.check(now)
         if process.lines and not process.lines.unsent \
                 and self.store.change != self.last_change_sent:
             self.last_change_sent = self.store.change
@@ -7949,7 +7973,7 @@ class AgentBroker:
 
     def wake_at(self) -> float:
         """Return the ticks at which there is something to do."""
-        return min(FOREVER if self.process.pid else self.process.start_at,
+        return min(self.process.wake_at(),
                    self.verifier.wake_at() if self.verifier else FOREVER)
 
     def shown(self) -> dict | None:
@@ -9041,7 +9065,7 @@ class SyncAgent:
     def retry_forever(self, step) -> None:
         """Call `step` again and again; after a failure, wait 1 to 60 s."""
         import random
-        client, pause, reported = None, PAUSE_FIRST, ""
+        client, pause = None, PAUSE_FIRST
         while True:
             early = False
             try:
@@ -9059,10 +9083,8 @@ class SyncAgent:
                     pause = PAUSE_REFUSED
             except Exception as bug:        # a bug, or an unforeseen answer
                 problem = f"its answer makes no sense: {bug!r}"
-            if problem != reported:
-                self.koid.ask(op="state", about=step.__name__,
-                              problem=problem[:500])
-                reported = problem
+            self.koid.ask(op="state", about=step.__name__,
+                          problem=problem[:500])
             with self.state:
                 if problem:
                     self.acked = None       # ask again what it has
@@ -9078,9 +9100,15 @@ class SyncAgent:
         an answer, because then the dashboard is back."""
         before = self.successes
         time.sleep(min(seconds, PAUSE_FIRST))
-        with self.state:
-            self.state.wait_for(lambda: early and self.successes != before,
-                                max(seconds - PAUSE_FIRST, 0))
+        seconds -= PAUSE_FIRST
+        while seconds > 0:
+            with self.state:
+                if self.state.wait_for(
+                        lambda: early and self.successes != before,
+                        min(seconds, HOLD)):
+                    return
+            self.koid.ask(op="state")   # koid replaces a silent agent
+            seconds -= HOLD
 
     def refusal_words(self, refused: HttpRefused) -> str:
         """Return why the dashboard refuses, for `koitab status`."""

@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import random
+import re
+import signal
 import socket
 import ssl
 import subprocess
@@ -477,6 +479,44 @@ def test_the_child_is_killed_and_comes_back(linked, dashboard):
     assert child_of(linked) != before
 
 
+def test_frozen_agent_is_replaced_and_reported(linked, dashboard):
+    """Its parent alone sees that a process was stopped."""
+    linked.stop()
+    linked.set_constants(AGENT_SILENCE=2.0, RESTART_FIRST=3.0).start()
+    frozen = child_of(linked)
+    os.kill(frozen, signal.SIGSTOP)
+    problem = support.wait_until(lambda: linked.ask("status")["dashboard"][
+        "problems"], 30)
+    assert problem == ["agent silent for 2s; restarting in 3s"]
+    assert f"dashboard: {problem[0]}\n" in linked.log()
+    assert not koitab.process_start_time(frozen)
+    assert child_of(linked) != frozen
+
+
+def test_agent_without_a_dashboard_shows_that_it_is_alive(koi):
+    """It reports in each pause between tries, however long that is."""
+    koi.patch += f"""
+text = k.agent_program().replace("PAUSE_FIRST, PAUSE_LONGEST = 1.0, 60.0",
+    "PAUSE_FIRST, PAUSE_LONGEST = 0.1, 9.0").replace("HOLD = 25", "HOLD = 0.1")
+assert "HOLD = 0.1" in text and "= 0.1, 9.0" in text
+k.agent_program = lambda: text
+heard, answer = [], k.AgentBroker.state
+def counted(self, request):
+    heard.append(request)
+    if len(heard) == 40:
+        open({str(koi.folder / "alive")!r}, "w").close()
+    return answer(self, request)
+k.AgentBroker.state = counted
+"""
+    lying_dashboard.belong(koi, "http://127.0.0.1:9")
+    koi.start()
+    support.wait_until((koi.folder / "alive").exists, 30)
+
+
+def test_agent_is_silent_for_less_than_koid_tolerates():
+    assert koitab.HOLD + koitab.PATIENCE + 30 == koitab.AGENT_SILENCE
+
+
 def test_the_child_ends_with_koid(linked, dashboard):
     dashboard.specs()
     child = child_of(linked)
@@ -514,8 +554,12 @@ def test_agent_is_a_fresh_process_that_has_no_rights(linked, dashboard):
     assert status["Name"] == "koi-agent"
     assert status["Uid"] == " ".join([str(uid)] * 4)
     assert status["NoNewPrivs"] == "1"
-    assert {status[f"Cap{kind}"] for kind in ("Prm", "Eff", "Amb")} == {
-        "0" * 16}
+    assert {status[f"Cap{kind}"] for kind in (
+        "Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
+    limits = Path(f"/proc/{child}/limits").read_text()
+    for name, most in (("Max file size", 0), ("Max core file size", 0),
+                       ("Max open files", 16), ("Max processes", 64)):
+        assert re.search(f"^{name} +{most} +{most} ", limits, re.M), limits
     assert Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")[1:] == [
         b"-IS", b"-", b"koi-agent", b""]
     variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
