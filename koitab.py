@@ -102,7 +102,7 @@ used.
 # The life of a run
 #
 #     schedule, by hand, catch-up, retry, reboot
-#       |-- overlap, queue full, date in KOI_SKIP -----> skipped (reason)
+#       |-- overlap, queue full, paused, KOI_SKIP -----> skipped (reason)
 #       |-- start not made: koid down, clock set ------> missed
 #       |-- delay, retry, previous run active --> queued
 #       |                            |-- kill, replace -> skipped
@@ -4299,6 +4299,7 @@ create table jobs (
     section text not null, name text not null, label text not null,
     file text not null default '', text text not null default '',
     assignments text not null default '', removed real not null default 0,
+    paused integer,
     unique (user, identity));
 create table runs (
     id integer primary key, job integer not null references jobs,
@@ -4356,6 +4357,8 @@ class RunStore:
     `last` and `last_job` are the highest numbers given, `change` the highest
     change: each row of a run gets the next one when it is written. `sent` is
     the change up to which a dashboard has all rows; None without one.
+    `pauses` has the end of each paused job's pause, seconds since 1970, by
+    (user, identity); 0: none.
     """
 
     def __init__(self, path: str, writing: bool = True):
@@ -4364,6 +4367,7 @@ class RunStore:
         self.broken = False             # the disk failed: start anew
         self.waiting: list[tuple] = []  # (statement, values) not written yet
         self.keys: dict[tuple, int] = {}    # (user, identity) -> id in jobs
+        self.pauses: dict[tuple, int] = {}
         self.last = self.last_job = 0
         self.change = 0
         self.sent: int | None = None
@@ -4388,6 +4392,10 @@ class RunStore:
         self.last_job = self.db.value("select max(id) from jobs") or 0
         self.keys = {(user, identity): key for key, user, identity in
                      self.db.execute("select id, user, identity from jobs")}
+        self.pauses.update({
+            (user, identity): until for user, identity, until in
+            self.db.execute("select user, identity, paused from jobs where "
+                            "paused is not null")})
         sent = self.get_meta("sent")
         self.sent = int(sent) if sent.isdigit() else None
         self.change = max(self.db.value("select max(change) from runs") or 0,
@@ -4480,6 +4488,9 @@ class RunStore:
         that a dashboard gets them again under the new name."""
         del self.keys[row["user"], row["identity"]]
         self.keys[whose] = row["id"]
+        until = self.pauses.pop((row["user"], row["identity"]), None)
+        if until is not None:
+            self.pauses[whose] = until
         before, self.change = self.change, self.change + self.last
         return [("update jobs set identity = ?, section = ?, name = ?, "
                  "label = ? where id = ?", (
@@ -4517,6 +4528,7 @@ class RunStore:
                       for table in ("output where run", "runs where id")]
         for key, *whose in jobs:
             del self.keys[tuple(whose)]
+            self.pauses.pop(tuple(whose), None)
             statements.append(("delete from jobs where id = ?", (key,)))
         return statements
 
@@ -4556,6 +4568,15 @@ class RunStore:
     def set_meta(self, name: str, value: str) -> tuple:
         """Return the statement that keeps a value by its name."""
         return ("insert or replace into meta values (?, ?)", (name, value))
+
+    def pause(self, key: tuple, until: int | None) -> tuple:
+        """Pause a job that is recorded until a time, 0: without end; None
+        ends its pause. Return the statement that keeps it."""
+        self.pauses.pop(key, None)
+        if until is not None:
+            self.pauses[key] = until
+        return ("update jobs set paused = ? where id = ?",
+                (until, self.keys[key]))
 
     # --- reading
 
@@ -5365,6 +5386,7 @@ class TabRegistry:
         self.zones: dict[str, Zone] = {"": UTC}
         self.scheduled_jobs: list[ScheduledJob] = []
         self.problems: list[str] = []
+        self.pauses: dict[tuple, int] = {}      # those of the RunStore
         self.version: tuple = ()
         self.links = False      # a tab of the system is a symbolic link
 
@@ -5450,9 +5472,20 @@ class TabRegistry:
         if not scheduled.schedule:
             return None
         zone = self.zones[scheduled.settings.zone]
+        until = self.paused_until(scheduled, now)
+        if until is not None:
+            if not until:
+                return None
+            now = until - 1
         due = next(unskipped_starts(scheduled.job, zone, now), None) \
             if scheduled.settings.skip else scheduled.schedule.next(now, zone)
         return due and due + scheduled.delay * MINUTE
+
+    def paused_until(self, scheduled: ScheduledJob, now: float) -> int | None:
+        """Return the end of the job's pause, 0 for one without end; None if
+        the job is not paused at `now`."""
+        until = self.pauses.get(scheduled.key)
+        return until if until == 0 or until and now < until else None
 
     def find_job(self, user: str, name: str) -> ScheduledJob:
         """Return the one job of a user, "" for all users, that `name` means.
@@ -6046,6 +6079,8 @@ class Planner:
                     due: float) -> str:
         """Return why a job that is due starts by hand alone; "" if it starts
         by itself."""
+        if self.registry.paused_until(scheduled, now) is not None:
+            return PAUSED
         zone = self.registry.zones.get(scheduled.settings.zone, UTC)
         return "" if last_skipped_day(scheduled.job, zone, due) is None \
             else SKIPPED_DATE
@@ -6230,7 +6265,7 @@ class Scheduler:
     """Moves each run from state to state, in the history and in memory.
 
         schedule, by hand, catch-up, retry, reboot
-          |-- KOI_OVERLAP, too many wait, KOI_SKIP > skipped (reason)
+          |-- overlap, queue full, paused, KOI_SKIP> skipped (reason)
           |-- not made: no koid, clock set --------> missed
           |-- delay, retry, previous run active ---> queued
           |                 |-- kill, job changed -> skipped
@@ -7046,6 +7081,8 @@ class ControlService:
         history [job limit before]    {runs, more}: the newest first
         log run|job           {run, size}, and the output as frames
         kill run|job          {run}
+        pause job [until]     {label}: it starts by hand alone
+        resume job            {label}
         status                {version, pid, jobs, running, tab, ...}
         relink                {linked}: the file `keys` was changed
         run job args          {run}, and the output as frames; koid alone
@@ -7057,6 +7094,7 @@ class ControlService:
                  store: RunStore, daemon=None):
         self.machine, self.home, self.registry = machine, home, registry
         self.store, self.daemon = store, daemon
+        registry.pauses = store.pauses
 
     def answer(self, caller: Caller, request: dict) -> tuple[dict, bytes]:
         """Return the reply to a request, and the bytes after it. Raises
@@ -7169,6 +7207,7 @@ class ControlService:
              "params": [vars(param) for param in scheduled.job.params],
              "next": self.registry.next_start(scheduled, now),
              "last": self.last_run(scheduled),
+             "paused": self.registry.paused_until(scheduled, now),
              "running": counts.get(scheduled.key, 0)}
             for scheduled in self.registry.scheduled_jobs if not user
             or scheduled.user == user]}
@@ -7261,6 +7300,27 @@ class ControlService:
                         f"koitab history {run['tag']}")
         return {"run": run}
 
+    def pause(self, caller: Caller, request: dict) -> dict:
+        """Answer "pause" and "resume". Raises Error."""
+        scheduled = self.registry.find_job(
+            self.job_owner(caller, request), request.get("job", ""))
+        until, now = request.get("until", 0), self.machine.clock.now()
+        label = scheduled.job.label
+        if request["op"] == "resume":
+            if self.registry.paused_until(scheduled, now) is None:
+                raise Error(f"{short(label)} is not paused")
+            until = None
+        elif until and until <= now:
+            raise Error(f"{format_rfc3339(until)} is in the past")
+        statements: list[tuple] = []
+        self.store.job_key(scheduled.key, scheduled.job, statements)
+        statements.append(self.store.pause(scheduled.key, until))
+        written = self.daemon.scheduler.write(statements)
+        self.daemon.broker.forget_list()
+        if not written:
+            raise Error(f"not recorded yet: {self.store.problem}")
+        return {"label": label}
+
     def status(self, caller: Caller, request: dict) -> dict:
         """Answer "status". Raises Error."""
         user, now = self.allowed_user(caller, request), int(
@@ -7302,9 +7362,10 @@ OPERATIONS = {
     "jobs": ControlService.jobs, "history": ControlService.history,
     "log": ControlService.log,
     "kill": ControlService.kill, "status": ControlService.status,
+    "pause": ControlService.pause, "resume": ControlService.pause,
     "relink": ControlService.relink}
 KINDS = {"op": str, "user": str, "text": str, "job": str, "run": int,
-         "limit": int, "before": int, "args": dict}
+         "limit": int, "before": int, "until": int, "args": dict}
 
 
 def caller_of(connection, machine: Machine) -> Caller:
@@ -7587,7 +7648,8 @@ class DaemonClient:
     def without_daemon(self, request: dict) -> dict:
         """Carry out a request on the caller's own files. Raises Error if
         koid alone can."""
-        if request["op"] in ("run", "kill", "status", "relink"):
+        if request["op"] in ("run", "kill", "pause", "resume", "status",
+                             "relink"):
             raise self.no_daemon()
         if self.home == ROOT_HOME and os.geteuid():
             raise self.no_daemon()
@@ -8100,7 +8162,11 @@ class AgentBroker:
                 "key": key_id(self.enrollment.secret),
                 "name": self.enrollment.name,
                 "user": self.machine.user_name(os.geteuid()),
-                "at": int(self.clock.now() * 1000), "jobs": manifests})
+                "at": int(self.clock.now() * 1000), "jobs": manifests,
+                "paused": {
+                    f"{scheduled.user}\n{scheduled.job.tag}":
+                    self.store.pauses[scheduled.key] for scheduled in jobs
+                    if scheduled.key in self.store.pauses}})
             self.listed = (body, list_mac(self.enrollment.secret, body),
                            sha256_hex(body))
         return self.listed
@@ -10651,7 +10717,7 @@ create table jobs (
     name text not null, label text not null,
     timing text not null default '', words text not null default '',
     command text not null default '', confirm text not null default 'no',
-    spec text not null default '', next real,
+    spec text not null default '', next real, paused real,
     removed integer not null default 0, deleted integer not null default 0,
     failing_since real, failures integer not null default 0, last_ok real,
     last_failed integer, unique (host, user, tag));
@@ -10800,6 +10866,7 @@ create index jobs_deleted on jobs (deleted) where deleted;
             inner = RequestFields(json.loads(body), "the list")
             jobs = [read_job(text) for text in inner.get("jobs", list,
                                                          MISSING)]
+            paused = RequestFields(inner.get("paused", dict, {}), "paused")
         except (ValueError, RecursionError):
             raise Error("the list is no JSON", "", 400) from None
         if inner.text("host") != status.host:
@@ -10807,9 +10874,11 @@ create index jobs_deleted on jobs (deleted) where deleted;
         if len(jobs) > MOST_JOBS:
             raise Error(f"more than {MOST_JOBS:,} jobs", "", 413)
         known = {(row["user"], row["tag"]): row for row in db.rows(
-            "select id, user, tag, spec, removed from jobs where host = ? "
-            "and not deleted", status.number)}
+            "select id, user, tag, spec, paused, removed from jobs where host "
+            "= ? and not deleted", status.number)}
         for job in jobs:
+            job["paused"] = paused.number(f"{job['user']}\n{job['tag']}",
+                                          None)
             self.store_job(db, status, job,
                            known.pop((job["user"], job["tag"]), None))
         for row in known.values():
@@ -10829,7 +10898,8 @@ create index jobs_deleted on jobs (deleted) where deleted;
         """Keep a job of a list; `known` is its row, if there is one."""
         if not known:
             self.insert_job(db, status, job)
-        elif known["spec"] != job["spec"] or known["removed"]:
+        elif known["removed"] or any(known[name] != job[name]
+                                     for name in ("spec", "paused")):
             db.update("jobs", {**job, "removed": 0}, id=known["id"])
             self.changes.mark_changed("jobs", known["id"])
 
@@ -12342,7 +12412,7 @@ class Overview:
         return {
             **{name: row[name] for name in (
                 "id", "user", "tag", "section", "name", "label", "words",
-                "command", "next", "confirm")},
+                "command", "next", "paused", "confirm")},
             "host": status.host if status else "", "when": row["timing"],
             "removed": bool(row["removed"]),
             "manual": row["timing"] == "@manual", "running": active,
@@ -12500,7 +12570,7 @@ FATAL_FAILURES = ("full", "disk", "damaged", "busy")
 REPOSITORIES = (AuditLog, Credentials, Alerts, PingChecks, Hosts, Runs,
                 Requests, HostSync)
 DASHBOARD_FORM = DatabaseForm(
-    "a dashboard of koi's", 0x6B6F6932, 3,
+    "a dashboard of koi's", 0x6B6F6932, 4,
     checked=("meta", "dashboard", "hosts", "epochs", "jobs", "requests",
              "checks", "alerts", "snoozes", "channels", "notifications"),
     pragmas=("foreign_keys=off", f"journal_size_limit={WAL_PAGES * 4096}",
@@ -17230,9 +17300,13 @@ const timeOfRun = (run) => run.started || run.due || run.requested_at;
 const durationOf = (run) => run.started
   ? (run.ended || now()) - run.started : null;
 
+// `paused` is the end of the pause; 0: it has none.
+const isPaused = (job) => job.paused === 0 || job.paused > now();
+
 // Returns why a job has no next start.
 function nextWords(job) {
   if (job.removed) return "in no tab";
+  if (isPaused(job)) return "paused";
   if (job.manual) return "when asked for";
   return job.when === "@reboot" ? "on reboot" : "not scheduled";
 }
@@ -17322,7 +17396,7 @@ class JobRow {
   // Draws the row again if its job, or how it is shown, has changed.
   update(job, onTop) {
     const host = hostOf(job), seen = [job, host?.name, host?.zone, onTop,
-      isSnoozed(job), phone.matches, wide.matches];
+      isSnoozed(job), isPaused(job), phone.matches, wide.matches];
     if (this.seen && seen.every((one, at) => one === this.seen[at])) return;
     Object.assign(this, { job, seen });
     const focusable = () => [...this.root.querySelectorAll(
@@ -17333,13 +17407,15 @@ class JobRow {
     if (jobList?.focused === this.root) jobList.letTabReach(this.root, 0);
   }
 
+  // Shows the cells that jobCells or checkCells returned.
   draw(cells) {
     const { state, name, href, title, where, why } = cells;
     const cell = (kind, ...inside) => el("div", { class: `c-${kind}`,
       role: "cell" }, ...inside);
     setAttributes(this.link, { text: name, href, title });
     this.root.replaceChildren(cell("is", stateMark(state),
-      isSnoozed(this.job) && muted(" snoozed")),
+      isSnoozed(this.job) && muted(" snoozed"),
+      isPaused(this.job) && muted(" paused")),
     cell("name", this.link, muted(where)), ...["words", "last", "history",
       "spark", "next", "act"].map((kind) => cell(kind, cells[kind])),
     ...why ? [why] : []);
@@ -18711,6 +18787,8 @@ function jobHead(job) {
     ["Runs", [job.words, " ", code(job.when)]], ["User", job.user],
     ["Next", job.next ? [timeNode(job.next, host), muted(" "), muted(dateNode(
       job.next, host))] : nextWords(job)],
+    ["Paused until", isPaused(job) && (job.paused
+      ? dateNode(job.paused, host) : code("koitab resume"))],
     ["Usually takes", job.usual && `${formatDuration(job.usual[0])} to ${
       formatDuration(job.usual[1])}`],
     ["Runs by", job.confirm === "cli"
@@ -20000,6 +20078,8 @@ OPTIONS = {     # by the attribute of Invocation that holds the value
     "tab": Option("--tab FILE", "a tab that is not installed; - is standard "
                   "input"),
     "start": Option("--from TIME", "only starts after this (default: now)"),
+    "until": Option("--until TIME", "end the pause then: 2026-03-29T01:30, or "
+                    "after 12h or 3d (default: koitab resume)"),
     "utc": Option("--utc", "show times in UTC"),
     "json": Option("--json", "print JSON"),
     "system": Option("--system", "serve /etc/crontab, /etc/cron.d and cron's "
@@ -20429,11 +20509,17 @@ def command_test(options: Invocation, path: str) -> int:
 # --- next -----------------------------------------------------------------
 
 
-def parse_instant(text: str, zone: Zone, now: float) -> int:
+def pause_words(until: float) -> str:
+    """Return "paused until TIME", as RFC 3339 writes it; 0: no end."""
+    return f"paused until {format_rfc3339(until)}" if until else "paused"
+
+
+def parse_instant(text: str, zone: Zone, now: float,
+                  option: str = "--from") -> int:
     """Return the value of --from in seconds since 1970. Local time is that
     of `zone`; "" is `now`. Raises Error."""
     def refuse():
-        raise Error(f"--from {text}: not a time (expected 2026-03-29T01:30, "
+        raise Error(f"{option} {text}: not a time (expected 2026-03-29T01:30, "
                     "2026-03-29T01:30:00+01:00 or 2026-03-29)", "",
                     EXIT_USAGE)
 
@@ -21036,6 +21122,25 @@ def command_kill(options: Invocation, which: str) -> int:
     return EXIT_OK
 
 
+def command_pause(options: Invocation, name: str) -> int:
+    """koitab pause: let a job start by hand alone. Raises Error."""
+    now, machine = options.machine.clock.now(), options.machine
+    seconds, until = parse_duration(options.until), 0
+    if "until" in options.given:
+        until = int(now + seconds) if seconds else parse_instant(
+            options.until, machine.local_zone(), now, "--until")
+    reply = options.ask_koid("pause", job=name, until=until)
+    print(f"{escape_controls(reply['label'])}: {pause_words(until)}")
+    return EXIT_OK
+
+
+def command_resume(options: Invocation, name: str) -> int:
+    """koitab resume: end a job's pause. Raises Error."""
+    reply = options.ask_koid("resume", job=name)
+    print(f"{escape_controls(reply['label'])}: resumed")
+    return EXIT_OK
+
+
 def command_status(options: Invocation) -> int:
     """koitab status: 0 if koid runs without problems and no job's last run
     failed, else 1. Raises Error."""
@@ -21056,6 +21161,9 @@ def command_status(options: Invocation) -> int:
         for word, lines in (status_fields(state, owner) if state else {
                 "tab": [plural(len(jobs), "job")]}).items():
             print_field(word, lines)
+        print_field("paused", [
+            f"{label_for(job, owner)}: {pause_words(job['paused'])}"
+            for job in jobs if job.get("paused") is not None])
         print_field("failed", [
             f"{label_for(job, owner)}: {result_words(job['last'])} at "
             f"{start_words(job['last'])} (koitab log {job['last']['run']})"
@@ -22574,6 +22682,15 @@ COMMANDS = {    # by the first word, or by the option that stands for it
                     "that is queued is skipped. RUN is a number that koitab "
                     "status shows; NAME is a job's name, its newest run that "
                     "has not ended is meant."),
+    "pause": Command(
+        command_pause, JOBS, "let a job start by hand alone", ("NAME",),
+        ("user", "until"), "A paused job makes no start by schedule, retry, "
+        "catch-up or @reboot, but koitab run and the dashboard still start "
+        "it. Its active runs continue."),
+    "resume": Command(
+        command_resume, JOBS, "end the pause of a job", ("NAME",), ("user",),
+        "The next start that falls due is made. Starts of the time before are "
+        "not made up for."),
     "status": Command(
         command_status, JOBS, "show koid, problems, active runs",
         options=("user", "json"), text="The exit status is 1 if koid does not "
@@ -22650,10 +22767,9 @@ def overview() -> str:
         heading = command.group if command.group != group else ""
         group = command.group
         rows.append(f"{heading:11}{typed:34}{command.help}\n")
-    return (f"{PROG}: a drop-in replacement for cron, with a dashboard.\n\n"
+    return (f"{PROG}: a drop-in replacement for cron, with a dashboard.\n"
             f"Usage: {PROG} COMMAND [OPTION]... [ARGUMENT]...   "
-            f"({PROG} COMMAND --help)\n       {PROG} FILE | -   "
-            "(./run for a file with the name of a command)\n\n"
+            f"({PROG} COMMAND --help)\n\n"
             f"{''.join(rows)}")
 
 

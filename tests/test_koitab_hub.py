@@ -287,6 +287,15 @@ def test_a_job_that_is_in_no_list_is_gone_and_comes_back(dashboard, web1):
     assert not any(job["removed"] for job in dashboard.state["jobs"])
 
 
+def test_list_has_the_ends_of_pauses(dashboard, web1):
+    body = dashboard.list_of(web1, spec(), spec("crawl"))
+    for paused in ({"root\ncrawl": NOW + 60}, {"root\ncrawl": 0}, {}):
+        inner = {**json.loads(body["body"]), "paused": paused}
+        dashboard.sync(web1, list={**body, "body": json.dumps(inner)})
+        assert [job["paused"] for job in dashboard.state["jobs"]] == [
+            None, paused.get("root\ncrawl")]
+
+
 def test_the_list_is_wanted_when_it_is_not_known(dashboard, web1):
     assert dashboard.sync(web1)["want_list"]
     body = dashboard.list_of(web1, spec())

@@ -764,6 +764,20 @@ def test_snoozed_job_leaves_needs_attention(page, stand_in):
     job["snoozed"] = 0
 
 
+def test_paused_job_says_so_until_its_pause_ends(page, stand_in):
+    job = next(job for job in stand_in.world.jobs.values()
+               if job["when"][0] != "@" and not job["removed"])
+    row = f"[...document.querySelectorAll('.row')].find((row) => " \
+        f"row.querySelector('[href=\"#/job/{job['id']}\"]')).textContent"
+    change = "const change = { jobs: [arguments[0]] }; " \
+        "applyChange(change); app.changed(change)"
+    for paused, said in ((0, True), (time.time() + 60, True),
+                         (time.time() - 60, False), (None, False)):
+        page.js(change, {**job, "next": None, "paused": paused})
+        page.wait(f"{row}.includes(' paused') === {json.dumps(said)}")
+    page.js(change, job)
+
+
 def test_channel_is_added_and_deleted(page, stand_in):
     page.visit("alerts", ".oneline")
     page.type(".oneline input", "night@example.org")

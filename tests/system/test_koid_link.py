@@ -95,6 +95,18 @@ def test_a_tab_that_changes_is_listed_anew(linked, dashboard):
     dashboard.wait_for(lambda: set(dashboard.specs()) == {"Other"})
 
 
+def test_pause_and_its_end_are_listed(linked, dashboard):
+    def paused():
+        return list(json.loads(dashboard.lists[-1]["body"])["paused"].items())
+
+    tag = json.loads(dashboard.specs()["Plain"])["tag"]
+    assert paused() == []
+    linked.ask("pause", job="Plain")
+    dashboard.wait_for(lambda: paused() == [(f"{linked.user}\n{tag}", 0)])
+    linked.ask("resume", job="Plain")
+    dashboard.wait_for(lambda: paused() == [])
+
+
 def test_a_run_that_is_watched_is_live_while_it_runs(linked, dashboard):
     verdict = ask(dashboard, request_for(dashboard.specs()["Long"]))
     run = str(verdict["run"])
