@@ -8768,6 +8768,8 @@ class HttpClient:
         from urllib.parse import urlsplit
         self.server = urlsplit(url)
         self.proxy = urlsplit(proxy) if proxy else None
+        self.proxy_headers = authorization(
+            proxy, "Proxy-Authorization") if proxy else {}
         if self.server.scheme not in ("http", "https") \
                 or not self.server.hostname:
             raise ValueError("invalid URL: expected http:// or https://")
@@ -8804,7 +8806,8 @@ class HttpClient:
         if self.connection.sock:
             self.connection.sock.settimeout(seconds)
         if self.proxy and not self.context:
-            target = f"http://{self.server.netloc}{target}"
+            target = f"http://{without_user(self.server)}{target}"
+            headers = {**headers, **self.proxy_headers}
         timer = Timer(seconds, self.abort)
         timer.daemon = True
         timer.start()
@@ -8833,7 +8836,8 @@ class HttpClient:
                                      context=self.context)
         if self.proxy:
             connection.set_tunnel(self.server.hostname,
-                                  self.server.port or 443)
+                                  self.server.port or 443,
+                                  self.proxy_headers)
         return connection
 
     def abort(self) -> None:
@@ -8865,7 +8869,7 @@ def send_request(method: str, url: str, body: bytes | None = None,
     """
     from urllib.parse import urljoin, urlsplit
     headers = {"User-Agent": f"{PROG}/{VERSION}", "Connection": "close",
-               **basic_authorization(url), **(headers or {})}
+               **authorization(url), **(headers or {})}
     while True:
         try:
             client = HttpClient(url, ca_file, proxy=proxy)
@@ -8884,7 +8888,7 @@ def send_request(method: str, url: str, body: bytes | None = None,
         if after.scheme not in ("https", before.scheme):
             raise ConnectionFailed(f"redirected from {before.scheme} to "
                                    f"{after.scheme}, which is refused")
-        if after.netloc != before.netloc:
+        if without_user(after) != without_user(before):
             headers.pop("Authorization", None)
         if response.status not in (307, 308):
             method, body = "GET", None
@@ -8897,7 +8901,12 @@ def request_target(url: str) -> str:
     return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
 
-def basic_authorization(url: str) -> dict[str, str]:
+def without_user(parts) -> str:
+    """Return host and port of a URL, the result of urlsplit()."""
+    return parts.netloc.rpartition("@")[2]
+
+
+def authorization(url: str, name: str = "Authorization") -> dict[str, str]:
     """Return the header that user and password of `url` ask for (RFC 7617)."""
     import base64
     from urllib.parse import unquote, urlsplit
@@ -8905,14 +8914,15 @@ def basic_authorization(url: str) -> dict[str, str]:
     if parts.username is None:
         return {}
     pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-    return {"Authorization":
-            "Basic " + base64.b64encode(pair.encode()).decode()}
+    return {name: "Basic " + base64.b64encode(pair.encode()).decode()}
 
 
 def failure_words(error: Exception) -> str:
     """Return why a server cannot be reached, in words and without [Errno]."""
     import socket
     import ssl
+    from http.client import (HTTPException, IncompleteRead,
+                             RemoteDisconnected)
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
@@ -8922,8 +8932,12 @@ def failure_words(error: Exception) -> str:
     if isinstance(error, socket.gaierror):
         return f"unknown host name: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or f"the connection broke ({type(error).__name__})"
+        return error.strerror[0].lower() + error.strerror[1:]
+    if isinstance(error, (IncompleteRead, RemoteDisconnected)):
+        return "the server closed the connection"
+    if isinstance(error, HTTPException):
+        return "invalid HTTP response"
+    return str(error) or "the connection failed"
 
 
 # ==========================================================================

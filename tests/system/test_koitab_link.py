@@ -77,7 +77,7 @@ WRONG = [   # what is typed, a part of what is said, the status
     (["-d", "join", "http://127.0.0.1:1/#nonsense"], "a dashboard's ID", 1),
     (["-d", "join", "http://127.0.0.1:1"], "no passphrase was given", 2),
     (["-d", "new", "http://127.0.0.1:1"],
-     "http://127.0.0.1:1: Connection refused\nkoitab: hint: koitab dashboard",
+     "http://127.0.0.1:1: connection refused\nkoitab: hint: koitab dashboard",
      1),
     (["-d", "new", "https://127.0.0.1:1", "--ca", "/none"],
      "--ca /none: No such file", 1),
