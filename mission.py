@@ -3588,7 +3588,7 @@ FRESH = 0.05            # seconds; a second change within them may leave the
 
 ELSEWHERE = "another file system"
 KEPT = "belongs to the user of a task"
-NOT_CHANGED = (stat.S_IFDIR, stat.S_IFBLK, stat.S_IFCHR)
+CHANGED = "changed while walking"
 
 
 class ChownReport(FrozenRecord):
@@ -3650,9 +3650,23 @@ class ChownWalk:
                 os.close(self.descriptors)
         return ChownReport(self.changed, self.right, self.left)
 
-    def leave(self, path: str, why: str) -> None:
+    def leave(self, why: str, *path: str) -> None:
         """Report an entry that keeps its owner, or its special bits."""
-        self.left.append((escape_controls(path), why))
+        self.left.append((escape_controls(os.path.join(*path)), why))
+
+    def refusal(self, status) -> str:
+        """Return why an entry keeps its owner, or ""."""
+        if status.st_dev != self.device:
+            return ELSEWHERE
+        if stat.S_IFMT(status.st_mode) in (stat.S_IFBLK, stat.S_IFCHR):
+            return "a device"
+        return KEPT if status.st_uid in self.kept else ""
+
+    def is_right(self, status) -> bool:
+        """Whether an entry has the wanted owner; it is counted then."""
+        is_right = (status.st_uid, status.st_gid) == (self.uid, self.gid)
+        self.right += is_right
+        return is_right
 
     def folder(self, fd: int, path: str, depth: int) -> None:
         """Change everything in a directory, then the directory itself: as
@@ -3666,19 +3680,18 @@ class ChownWalk:
                 try:
                     self.entry(fd, entry, path, is_steady, below)
                 except OSError as error:
-                    self.leave(os.path.join(path, entry.name),
-                               error.strerror)
+                    self.leave(error.strerror, path, entry.name)
         for name, identity in below:
             inner = os.path.join(path, name)
             if depth + 1 >= DEEPEST_TREE:
-                self.leave(inner, f"deeper than {DEEPEST_TREE} folders")
+                self.leave(f"deeper than {DEEPEST_TREE} folders", inner)
                 continue
             try:
                 self.enter(fd, name, identity, inner, depth)
             except OSError as error:
-                self.leave(inner, "changed while walking" if error.errno in (
+                self.leave(CHANGED if error.errno in (
                     errno.ELOOP, errno.ENOTDIR, errno.ENOENT)
-                    else error.strerror)
+                    else error.strerror, inner)
         self.give_directory(fd, path)
 
     def enter(self, fd, name, identity, path, depth) -> None:
@@ -3690,9 +3703,9 @@ class ChownWalk:
         try:
             status = os.fstat(inner)
             if (status.st_dev, status.st_ino) != identity:
-                self.leave(path, "changed while walking")
+                self.leave(CHANGED, path)
             elif mount_of(inner) != self.mount:
-                self.leave(path, ELSEWHERE)
+                self.leave(ELSEWHERE, path)
             else:
                 self.folder(inner, path, depth + 1)
         finally:
@@ -3706,26 +3719,17 @@ class ChownWalk:
         else can replace the entry, so it can be changed by its name.
         """
         status = entry.stat(follow_symlinks=False)
-        kind = stat.S_IFMT(status.st_mode)
-        if status.st_dev != self.device:
-            self.leave(os.path.join(folder, entry.name), ELSEWHERE)
-        elif kind == stat.S_IFDIR:
+        why = self.refusal(status)
+        if stat.S_ISDIR(status.st_mode) and why != ELSEWHERE:
             below.append((entry.name, (status.st_dev, status.st_ino)))
-        elif kind in (stat.S_IFBLK, stat.S_IFCHR):
-            self.leave(os.path.join(folder, entry.name), "a device")
-        elif status.st_uid == self.uid and status.st_gid == self.gid:
-            self.right += 1
-        elif status.st_uid in self.kept:
-            self.leave(os.path.join(folder, entry.name), KEPT)
+        elif why:
+            self.leave(why, folder, entry.name)
+        elif self.is_right(status):
+            pass
         elif PATH_ONLY and not (is_steady and is_plain(status)):
             self.open_entry(fd, entry.name, folder)
-        elif kind == stat.S_IFREG and status.st_nlink > 1:
-            self.count_link(fd, entry.name, os.path.join(folder, entry.name),
-                            status)
         else:
-            os.chown(entry.name, self.uid, self.gid, dir_fd=fd,
-                     follow_symlinks=False)
-            self.changed += 1
+            self.change(fd, entry.name, folder, status)
 
     def open_entry(self, fd: int, name: str, folder: str) -> None:
         """Change an entry that is not a directory through a descriptor.
@@ -3735,44 +3739,47 @@ class ChownWalk:
         held = os.open(name, PATH_ONLY | os.O_NOFOLLOW, dir_fd=fd)
         try:
             status = os.fstat(held)
-            kind = stat.S_IFMT(status.st_mode)
-            if self.is_mounted_below and mount_of(held) != self.mount:
-                self.leave(os.path.join(folder, name), ELSEWHERE)
-            elif kind in NOT_CHANGED or status.st_dev != self.device:
-                self.leave(os.path.join(folder, name),
-                           "changed while walking")
-            elif status.st_uid in self.kept:    # put there a moment ago
-                self.leave(os.path.join(folder, name), KEPT)
-            elif kind == stat.S_IFREG and status.st_nlink > 1:
-                self.count_link(fd, name, os.path.join(folder, name), status)
-            elif kind == stat.S_IFLNK:
-                os.chown(name, self.uid, self.gid, dir_fd=fd,
-                         follow_symlinks=False)
-                self.changed += 1
+            why = self.refusal(status)
+            if stat.S_ISDIR(status.st_mode):
+                why = CHANGED
+            elif self.is_mounted_below and mount_of(held) != self.mount:
+                why = ELSEWHERE
+            if why:
+                self.leave(why, folder, name)
             else:
-                self.drop_special_bits(held, status, folder, name)
-                os.chown(str(held), self.uid, self.gid,
-                         dir_fd=self.descriptors)
-                self.changed += 1
+                self.change(fd, name, folder, status, held)
         finally:
             os.close(held)
 
-    def drop_special_bits(self, held: int, status, *path: str) -> None:
-        """Remove the setuid and setgid bits of a file: with another owner
-        they would give the rights of that owner away."""
+    def change(self, fd: int, name: str, folder: str, status,
+               held: int = -1) -> None:
+        """Change the entry `name` of the directory `fd`: through `held`, if
+        it is open, or by its name. One of several hard links must wait."""
+        if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+            self.count_link(fd, name, os.path.join(folder, name), status)
+        elif held >= 0 and not stat.S_ISLNK(status.st_mode):
+            self.give(held, status, folder, name)
+        else:
+            os.chown(name, self.uid, self.gid, dir_fd=fd,
+                     follow_symlinks=False)
+            self.changed += 1
+
+    def give(self, held: int, status, *path: str) -> None:
+        """Change a file through a descriptor, without its setuid and setgid
+        bits: they would give the rights of the new owner away."""
         if stat.S_ISREG(status.st_mode) and status.st_mode & 0o6000:
             os.chmod(f"/proc/self/fd/{held}", status.st_mode & 0o1777)
-            self.leave(os.path.join(*path),
-                       "given over without its setuid and setgid bits")
+            self.leave("given over without its setuid and setgid bits", *path)
+        os.chown(str(held), self.uid, self.gid, dir_fd=self.descriptors)
+        self.changed += 1
 
     def give_directory(self, fd: int, path: str) -> None:
         """Change the owner of an open directory, unless it is right."""
         status = os.fstat(fd)
-        if (status.st_uid, status.st_gid) == (self.uid, self.gid):
-            self.right += 1
+        if self.is_right(status):
             return
         if status.st_uid in self.kept:
-            self.leave(path, KEPT)
+            self.leave(KEPT, path)
             return
         if status.st_mode & 0o6000:
             os.fchmod(fd, status.st_mode & 0o1777)
@@ -3798,10 +3805,10 @@ class ChownWalk:
         """Change a file if all of its hard links are in the tree."""
         path, status = seen["path"], seen["status"]
         if len(seen["names"]) != status.st_nlink:
-            return self.leave(path, f"{status.st_nlink} hard links, "
-                              f"{len(seen['names'])} of them here")
+            return self.leave(f"{status.st_nlink} hard links, "
+                              f"{len(seen['names'])} of them here", path)
         if not seen["still"] or not PATH_ONLY:
-            return self.leave(path, "hard links that just changed")
+            return self.leave("hard links that just changed", path)
         folders = os.path.relpath(path, root).split("/")
         fd = os.dup(top)
         try:
@@ -3815,12 +3822,10 @@ class ChownWalk:
             if (now.st_ino, now.st_dev, now.st_nlink, now.st_ctime_ns) != (
                     status.st_ino, status.st_dev, status.st_nlink,
                     status.st_ctime_ns):
-                return self.leave(path, "changed while walking")
-            self.drop_special_bits(fd, now, path)
-            os.chown(str(fd), self.uid, self.gid, dir_fd=self.descriptors)
-            self.changed += 1
+                return self.leave(CHANGED, path)
+            self.give(fd, now, path)
         except OSError as error:
-            self.leave(path, error.strerror)
+            self.leave(error.strerror, path)
         finally:
             os.close(fd)
         return None
@@ -3868,10 +3873,9 @@ def raise_open_files() -> None:
     for each level, and the usual limit is 1,024."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY or hard > soft:
-        wanted = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
-        if wanted > soft:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    wanted = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
+    if 0 <= soft < wanted:      # RLIM_INFINITY is -1
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def chown_tree(path: str, uid: int, gid: int, is_stopped=lambda: False,
