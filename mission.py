@@ -316,7 +316,12 @@ def try_lock(path: str) -> int | None:
 
 DEEPEST = 50            # levels; a configuration has five, and 100,000 would
                         # exhaust the stack
-ENDS_WORD = frozenset(" \t\r\n,:[]{}\"/")
+# Regular expressions for what is between values, for a string, for another
+# value, and for the number that such a value may be (RFC 8259).
+BLANKS = r"(?s)(?:[ \t\r\n]|//[^\n]*|/\*.*?\*/)*"
+STRING = r'(?s)"(?:[^"\\\n]|\\.)*"'
+WORD = r'[^ \t\r\n,:\[\]{}"/]+'
+NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?"
 CONSTANTS = {"true": True, "false": False, "null": None}
 
 
@@ -361,20 +366,17 @@ class JsoncReader:
     def peek(self) -> str:
         """Skip white space and comments; return the next character, or ''
         at the end of the text."""
-        text = self.text
-        while True:
-            if text[self.at:self.at + 1] in (" ", "\t", "\r", "\n"):
-                self.at += 1
-            elif text.startswith("//", self.at):
-                end = text.find("\n", self.at)
-                self.at = len(text) if end < 0 else end
-            elif text.startswith("/*", self.at):
-                end = text.find("*/", self.at + 2)
-                if end < 0:
-                    self.stop("this comment has no end", "*/")
-                self.at = end + 2
-            else:
-                return text[self.at:self.at + 1]
+        self.at += len(self.match(BLANKS))
+        if self.text.startswith("/*", self.at):
+            self.stop("this comment has no end", "*/")
+        return self.text[self.at:self.at + 1]
+
+    def match(self, expression: str) -> str:
+        """Return the match of an expression at the current position, or ''.
+        """
+        import re
+        found = re.compile(expression).match(self.text, self.at)
+        return found.group() if found else ""
 
     def accept(self, mark: str) -> bool:
         """Skip the character `mark`; False if another one is next."""
@@ -423,52 +425,40 @@ class JsoncReader:
 
     def string(self) -> str:
         """Read a string; `json` decodes it if it has escapes."""
-        start, end = self.at, self.at + 1
-        while self.text[end:end + 1] not in ('"', "\n", ""):
-            end += 2 if self.text[end] == "\\" else 1
-        text = self.text[start + 1:end]
-        if self.text[end:end + 1] != '"':
+        found = self.match(STRING)
+        if not found:
             self.stop("this string has no end", 'a closing " on its line')
+        text = found[1:-1]
         if "\\" in text or not text.isprintable():
             import json     # knows the escapes, and what JSON forbids
             try:
-                text = json.loads(self.text[start:end + 1])
+                text = json.loads(found)
             except ValueError as error:
                 self.at += getattr(error, "pos", 0)
                 self.stop("this string is broken",
                           r"escapes as JSON has them: \n, \t, \\, \u00e9")
         if any("\ud800" <= character <= "\udfff" for character in text):
             self.stop("half of a surrogate pair", r"both, as in \ud83d\ude00")
-        self.at = end + 1
+        self.at += len(found)
         return text
 
     def bare_word(self):
         """Read true, false, null or a number; no NaN and no infinity."""
-        end = self.at
-        while self.text[end:end + 1] not in ENDS_WORD and end < len(self.text):
-            end += 1
-        word = self.text[self.at:end] or self.text[self.at:self.at + 1]
-        digits = word.removeprefix("-")
+        import re
+        word = self.match(WORD) or self.text[self.at:self.at + 1]
+        is_number = len(word) <= 30 and re.fullmatch(NUMBER, word) \
+            and abs(float(word)) < 1e300
         if word in CONSTANTS:
             value = CONSTANTS[word]
-        elif digits.isascii() and digits.isdigit() and len(digits) <= 18 \
-                and (digits == "0" or digits[0] != "0"):
-            value = int(word)
-        elif digits[:1].isdigit() and len(word) <= 30 and is_number(word):
-            value = float(word)
+        elif is_number:
+            value = int(word) if word.removeprefix("-").isdigit() \
+                else float(word)
         else:
             self.stop(f"{quoted(word[:20])} is no value" if word
                       else "the text ends too early",
                       "a string, a number, true, false, null, [ or {")
         self.at += len(word)
         return value
-
-
-def is_number(word: str) -> bool:
-    """Whether the word is a number of RFC 8259 that a float can hold."""
-    import re
-    return bool(re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?"
-                             r"[0-9]+)?", word)) and abs(float(word)) < 1e300
 
 
 # ==========================================================================
