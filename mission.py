@@ -477,7 +477,6 @@ LOWER, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 ADDRESS = (r"[A-Za-z0-9_][A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{0,63}"
            r"@[A-Za-z0-9](?:[A-Za-z0-9.-]{0,253}[A-Za-z0-9])?")
-ENDPOINT = r"(?i)https?://[^\s/?#\\]+(?:[/?#][^\s\\]*)?"
 HOST_NAME = r"(?i)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.?)+"
 # Built-in tasks that are part of this file -> the storages they need.
 CARRIED = {"spotify": ("sync", "sessions")}
@@ -563,6 +562,11 @@ SIZES = ValueType(
     lambda v: {name: format_size(size) for name, size in v.items()})
 
 
+ADDRESSES = ValueType(
+    "an address or a list of addresses",
+    lambda v: isinstance(v, str) or is_text_list(v),
+    lambda v: (v,) if v and isinstance(v, str) else tuple(v),
+    lambda v: list(v) if len(v) > 1 else "".join(v))
 STATUSES = ValueType(
     "a list of exit statuses from 1 to 255",
     lambda v: isinstance(v, list) and all(
@@ -624,6 +628,8 @@ class Task(ConfigObject):
         "retryDelay": (DURATION, 0.0, "the time between two attempts"),
         "needs": (TEXTS, (), "slugs of tasks that must have succeeded"),
         "parallel": (TEXT, "", "neighbours of one group run side by side"),
+        "ping": (TEXT, "", "the URL to ping when it succeeded, URL/fail when "
+                 "it did not"),
         "user": (TEXT, "", "the user to run as, when mission runs as root"),
         "env": (VARIABLES, {}, "more environment variables"),
         "nice": (number(0, 19), 0, "the niceness"),
@@ -653,7 +659,7 @@ class User(ConfigObject):
     """The unprivileged user whose backups these are."""
     keys = {
         "name": (TEXT, REQUIRED, "the login name"),
-        "email": (TEXT, "", "the address that mail goes to"),
+        "email": (ADDRESSES, (), "the addresses that mail goes to"),
     }
 
 
@@ -684,11 +690,19 @@ class Ping(ConfigObject):
         "endpoint": (TEXT, "", "the URL; %s becomes the host name"),
         "start": (FLAG, False, "also ping URL/start when a run starts"),
         "fail": (FLAG, False, "also ping URL/fail when a run failed"),
+        "startEndpoint": (TEXT, "", "the URL to ping when a run starts"),
+        "failEndpoint": (TEXT, "", "the URL to ping when a run failed"),
         "log": (FLAG, False, "send the end of the log with the ping"),
         "timeout": (DURATION, 10.0, "the longest time of one request"),
         "retries": (number(1, 20), 3, "the most requests for one ping"),
+        "proxy": (TEXT, "", "the URL of an HTTP proxy"),
         "caFile": (PATH, "", "certificates (PEM) to trust, not the system's"),
     }
+
+    def wants(self, action: str) -> bool:
+        """Whether "start" or "fail" is pinged."""
+        return bool(getattr(self, action)
+                    or getattr(self, action + "_endpoint"))
 
 
 class Notify(ConfigObject):
@@ -718,6 +732,7 @@ class Mail(ConfigObject):
         "on": (one_of("always", "failure", "never"), "always",
                "the results that are mailed"),
         "start": (FLAG, True, "also mail when a run starts"),
+        "from": (TEXT, "", "the address of the sender"),
         "smtp": (object_of(Smtp), None, "the mail server"),
     }
 
@@ -1063,8 +1078,9 @@ class HostFacts(FrozenRecord):
 # What a run cannot use because of a diagnostic. Nothing at all: "" (the
 # whole file) and "trust" (it is not even used to send an alert). Else the run
 # is made without: "task SLUG", "storage NAME", "chown NAME", "filters",
-# "mail", "ping", "passBin", "caFile"; and with "delivery", which is reported
-# by `check` only: the run itself finds out what could not be delivered.
+# "mail", "address" (one of several), "ping", "ping SLUG", "passBin",
+# "caFile"; and with "delivery", which is reported by `check` only: the run
+# itself finds out what could not be delivered.
 SCOPES = ("", "trust")
 
 
@@ -1218,6 +1234,9 @@ class ConfigValidator:
             self.add(where + ("parallel",),
                      f"{described(task.parallel)} is no group name",
                      "letters a-z, digits, - and _")
+        if task.ping:
+            self.check_endpoint(where + ("ping",), task.ping,
+                                f"ping {task.slug}")
         self.check_objects_of_task(task)
         for why, hint in script_errors(task, self.config, self.facts):
             self.add(where + ("slug",), why, hint, f"task {task.slug}")
@@ -1272,14 +1291,17 @@ class ConfigValidator:
     def check_delivery(self) -> None:
         """Check ping, notify, mail and the files that they need."""
         config, smtp = self.config, self.config.mail.smtp
-        if config.ping.enabled and not is_endpoint(config.ping.endpoint):
-            self.add(("ping", "endpoint"), described(config.ping.endpoint)
-                     + " is no endpoint", "http://... or https://...", "ping")
+        self.check_pings(config.ping)
         if config.notify.enabled \
                 and not self.facts.programs.get("notify-send"):
             self.add(("notify", "enabled"), "there is no notify-send",
                      "install libnotify-bin, or false", "delivery")
-        self.check_address(("user", "email"), config.user.email)
+        good = [address for address in config.user.email
+                if address_of(address)]
+        for address in config.user.email:
+            self.check_address(("user", "email"), address,
+                               "address" if good else "mail")
+        self.check_address(("mail", "from"), config.mail.sender)
         if config.mail.enabled:
             self.check_mail()
             if smtp and config.mail.type == "smtp":
@@ -1295,10 +1317,30 @@ class ConfigValidator:
         self.check_file(("metrics", "textfile"), config.metrics.textfile,
                         "a file in a directory that mission can write")
 
-    def check_address(self, path: tuple, address: str) -> None:
+    def check_pings(self, ping: Ping) -> None:
+        """Check the URLs of `ping`."""
+        for key in ("endpoint", "startEndpoint", "failEndpoint", "proxy"):
+            url = getattr(ping, field_of(key))
+            if ping.enabled and key == "endpoint" or url and (
+                    ping.enabled or key == "proxy"):
+                self.check_endpoint(("ping", key), url, "ping")
+
+    def check_endpoint(self, path: tuple, url: str, scope: str) -> None:
+        """Check a URL. It is not quoted, because it may hold a secret."""
+        is_proxy = path[-1] == "proxy"
+        if not is_endpoint(url) or is_proxy and url.startswith("https"):
+            self.add(path, "invalid URL" if url else "missing URL",
+                     "http://HOST:PORT" if is_proxy else
+                     "http://... or https://..." + (
+                         "" if url.isascii() else
+                         ", the host name in its xn-- form"), scope)
+
+    def check_address(self, path: tuple, address: str,
+                      scope: str = "mail") -> None:
+        """Check a mail address; "" is none."""
         if address and not address_of(address):
             self.add(path, described(address) + " is no mail address",
-                     "name@example.com", "mail")
+                     "name@example.com", scope)
 
     def check_file(self, where: tuple, path: str, hint: str,
                    scope: str = "delivery") -> None:
@@ -1362,16 +1404,30 @@ def reachable(task: Task, tasks: dict) -> set:
 
 
 def is_endpoint(url: str) -> bool:
-    """Whether the URL is http or https and can be requested."""
-    import re
-    from urllib.parse import urlsplit
-    if not re.fullmatch(ENDPOINT, url) or escape_controls(url) != url:
-        return False
+    """Whether the URL is http or https and can be requested.
+
+    The host name must be ASCII: an international one has several forms (IDNA
+    2003 and 2008). A user's name cannot hold ":" (RFC 7617).
+    """
+    from urllib.parse import unquote, urlsplit
     try:
         parts = urlsplit(url.replace("%s", "host"))
-        return bool(parts.hostname) and parts.port != 0
-    except ValueError:          # of the port, or brackets that do not match
-        return False
+        host = parts.hostname or ""
+        return (parts.scheme in ("http", "https") and url.isprintable()
+                and not set(url) & {" ", "\\"} and parts.port != 0
+                and bool(host) and host.encode("idna").decode() == host
+                and ":" not in unquote(parts.username or ""))
+    except ValueError:          # of the port, brackets that do not match,
+        return False            # or a part of the host name
+
+
+def public_url(url: str) -> str:
+    """The part of a URL that messages name; the rest may hold a secret."""
+    from urllib.parse import urlsplit
+    if not is_endpoint(url):
+        return "an invalid URL"
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/"
 
 
 def mail_domain(host: str) -> str:
@@ -1666,6 +1722,7 @@ class Step(FrozenRecord):
     kind: str
     tasks: tuple = ()           # more than one run side by side
     storage: Storage | None = None
+    pinged: tuple = ()          # the tasks whose results are pinged
 
 
 STOPPED_BY_SIGNAL = ("tasks", "chown", "commit")    # skipped after SIGTERM
@@ -1724,6 +1781,17 @@ def parallel_groups(tasks: list[Task]) -> list[tuple]:
     return [tuple(batch) for batch in found]
 
 
+def task_steps(tasks: list[Task], headless: bool) -> list[Step]:
+    """The steps that run tasks and ping their results."""
+    steps = []
+    for group in parallel_groups(tasks):
+        steps.append(Step("tasks", group))
+        pinged = tuple(task for task in group if task.ping)
+        if headless and pinged:
+            steps.append(Step("ping_tasks", pinged=pinged))
+    return steps
+
+
 def plan(config: Config, slugs: list[str], headless: bool,
          quiet: bool = False) -> list[Step]:
     """The steps of a run, in order."""
@@ -1737,17 +1805,17 @@ def plan(config: Config, slugs: list[str], headless: bool,
         steps.append(Step("outbox"))
         if config.mail.start and config.mail.on == "always":
             steps.append(Step("mail_start"))
-    if headless and config.ping.enabled and (config.ping.start):
+    if headless and config.ping.enabled and config.ping.wants("start"):
         steps.append(Step("ping_start"))
     if notify:
         steps.append(Step("notify_start"))
-    steps += [Step("tasks", batch) for batch in parallel_groups(first)]
+    steps += task_steps(first, headless)
     if first:
         steps += [Step("chown", storage=storage)
                   for storage in config.storage.values() if storage.chown]
         steps += [Step("commit", storage=storage)
                   for storage in config.storage.values() if storage.commit]
-    steps += [Step("tasks", batch) for batch in parallel_groups(last)]
+    steps += task_steps(last, headless)
     steps.append(Step("finish"))
     if notify:
         steps.append(Step("notify_finish"))
@@ -1763,7 +1831,8 @@ def plan(config: Config, slugs: list[str], headless: bool,
 
 def step_text(step: Step, config: Config) -> str:
     """A step in words, for `--dry-run`."""
-    storage = step.storage
+    storage, ping = step.storage, config.ping
+    to = ", ".join(config.user.email)
     if step.kind == "tasks":
         names = ", ".join(f"{task.slug} ({task.entrypoint or 'built in'})"
                           for task in step.tasks)
@@ -1773,8 +1842,12 @@ def step_text(step: Step, config: Config) -> str:
     return {
         "start": "write the header and StartTime",
         "outbox": "send mails that earlier runs could not",
-        "mail_start": f"mail {config.user.email}: run started",
-        "ping_start": f"ping {config.ping.endpoint} (start)",
+        "mail_start": f"mail {to}: run started",
+        "ping_start": "ping {} (start)".format(
+            public_url(ping.start_endpoint or ping.endpoint)),
+        "ping_tasks": "; ".join(
+            f"ping {public_url(task.ping)} for {task.slug} (fail, if it did "
+            "not succeed)" for task in step.pinged),
         "notify_start": f"notify {config.user.name}: run started",
         "chown": storage and f"chown {storage.path} to {config.user.name}",
         "commit": storage and f"commit {storage.path}",
@@ -1783,10 +1856,14 @@ def step_text(step: Step, config: Config) -> str:
         "notify_finish": f"notify {config.user.name}: run finished",
         "summary": "list the warnings and errors",
         "keep_records": "write metrics and history, remove old logs",
-        "mail_finish": f"mail {config.user.email}: run finished, with the log"
-        + ("" if config.mail.on == "always" else " (on failure)"),
-        "ping_finish": f"ping {config.ping.endpoint} if all went well"
-        + (" (fail, if not)" if config.ping.fail else ""),
+        "mail_finish": f"mail {to}: run finished, with the log"
+        + ("" if config.mail.on == "always" else
+           ", if there are errors or warnings"),
+        "ping_finish": f"ping {public_url(ping.endpoint)} if all went well, "
+        "the mails included" + (
+            f"; ping {public_url(ping.fail_endpoint or ping.endpoint)} (fail)"
+            " if a task, chown or commit failed" if ping.wants("fail")
+            else ""),
     }[step.kind]
 
 
@@ -4570,27 +4647,58 @@ def failure_words(error: Exception) -> str:
 # ==========================================================================
 
 MAIL_SECONDS, DESKTOP_SECONDS = 60, 5
+WAITS_FOR = "X-Waits-For: "
+MAIL_PAUSE = 30.0       # seconds after which a mail server is asked again; a
+                        # third time after three times as long
 
 
-def sender_of(smtp: Smtp) -> str:
-    """The sender of a mail: mail.smtp.from, else the user that logs in,
-    whom most servers demand; '' if neither is an address."""
-    return address_of(smtp.sender) or address_of(smtp.user)
+def sender_of(mail: Mail) -> str:
+    """The sender of mails, or ''. It is mail.from; with a mail server
+    mail.smtp.from, mail.from or the user that logs in, whom most demand."""
+    found = [mail.sender] if mail.type == "sendmail" else [
+        mail.smtp.sender, mail.sender, mail.smtp.user]
+    return next(filter(None, map(address_of, found)), "")
 
 
-def deliver_by_smtp(smtp: Smtp, password: str, address: str,
-                    message: bytes) -> str:
-    """Send one message. Raises OSError or smtplib.SMTPException if the
-    server refuses anything, STARTTLS included: there is no silent fallback
-    to an unencrypted connection."""
-    import smtplib
-    direct = smtp.security == "tls"
-    port = smtp.port or {"tls": 465, "starttls": 587, "none": 25}[
+def smtp_server(smtp: Smtp) -> tuple[str, int]:
+    """The host and the port of the mail server."""
+    return smtp.host, smtp.port or {"tls": 465, "starttls": 587, "none": 25}[
         smtp.security]
-    options = {"host": smtp.host, "port": port, "timeout": MAIL_SECONDS,
+
+
+def deliver_by_smtp(smtp: Smtp, sender: str, password: str,
+                    addresses: list[str], message: bytes) -> dict:
+    """Send one message; return address -> why it was refused."""
+    import smtplib
+    try:
+        refused = smtp_session(smtp, sender, password, addresses, message)
+    except smtplib.SMTPRecipientsRefused as error:
+        # It lacks those that were not tried after a reply 421.
+        refused = {**dict.fromkeys(addresses, (421, b"connection closed")),
+                   **error.recipients}
+    except smtplib.SMTPResponseException as error:
+        refused = dict.fromkeys(addresses, (error.smtp_code,
+                                            error.smtp_error))
+    except Exception as error:
+        return dict.fromkeys(addresses, failure_words(error))
+    return {address: f"{code} {text.decode('utf-8', 'replace')}"
+            for address, (code, text) in refused.items()}
+
+
+def smtp_session(smtp: Smtp, sender: str, password: str, addresses: list[str],
+                 message: bytes) -> dict:
+    """Send one message; return the refused addresses and the replies.
+
+    Raises OSError or smtplib.SMTPException if the server refuses anything
+    else, STARTTLS included: there is no silent fallback to an unencrypted
+    connection.
+    """
+    import smtplib
+    host, port = smtp_server(smtp)
+    options = {"host": host, "port": port, "timeout": MAIL_SECONDS,
                "local_hostname": mail_domain(HOST)}
     server = smtplib.SMTP_SSL(context=tls_context(smtp.ca_file), **options) \
-        if direct else smtplib.SMTP(**options)
+        if smtp.security == "tls" else smtplib.SMTP(**options)
     with server:
         if smtp.security == "starttls":
             server.starttls(context=tls_context(smtp.ca_file))
@@ -4603,12 +4711,11 @@ def deliver_by_smtp(smtp: Smtp, password: str, address: str,
                 words).decode())
             if code != 235:
                 raise smtplib.SMTPAuthenticationError(code, text)
-        server.sendmail(sender_of(smtp) or address, [address],
-                        message.replace(b"\n", b"\r\n"))
-    return "accepted"
+        return server.sendmail(sender or addresses[0], addresses,
+                               message.replace(b"\n", b"\r\n"))
 
 
-def fetch(url: str, body: bytes | None, seconds: float, ca_file: str) -> str:
+def fetch(ping: Ping, url: str, body: bytes | None) -> str:
     """GET, or POST of a body; the status and the first line of the answer.
 
     At most 3 redirects are followed. Raises ConnectionFailed, also for any
@@ -4616,49 +4723,52 @@ def fetch(url: str, body: bytes | None, seconds: float, ca_file: str) -> str:
     """
     response = send_request(
         "GET" if body is None else "POST", url, body,
-        {"Content-Type": "text/plain; charset=utf-8"}, seconds, 1024,
-        redirects=3, ca_file=ca_file)
+        {"Content-Type": "text/plain; charset=utf-8"}, ping.timeout, 1024,
+        redirects=3, ca_file=ping.ca_file, proxy=with_host(ping.proxy))
     if not 200 <= response.status < 300:
         raise ConnectionFailed(f"HTTP {response.status} {response.reason}")
     first = response.body.decode("utf-8", "replace").strip().split("\n")[0]
     return f"{response.status} {escape_controls(first.strip())[:200]}"
 
 
-def ping_url(ping: Ping, action: str, run_id: str, host: str) -> str:
+def with_host(url: str) -> str:
+    """The URL with the host name in place of each `%s`."""
+    from urllib.parse import quote
+    return url.replace("%s", quote(os.fsencode(HOST), safe=""))
+
+
+def request_url(endpoint: str, action: str = "", run_id: str = "") -> str:
     """The URL to ping for an action: "start", "fail", or "" for success.
 
-    `%s` becomes the host name. With start, fail or log `rid` is added, by
+    It has `action` as the last part of its path, and `run_id` as `rid`, by
     which Healthchecks pairs the pings of one run.
     """
     from urllib.parse import quote, urlsplit, urlunsplit
     from string import punctuation
-    url = quote(ping.endpoint.replace("%s", quote(
-        host.encode("utf-8", "surrogateescape"), safe="")), safe=punctuation)
-    if not (action or ping.start or ping.fail or ping.log):
-        return url          # as it was written
-    parts = urlsplit(url)
+    parts = urlsplit(quote(with_host(endpoint), safe=punctuation))
     path, query = parts.path, parts.query
     if action:
         path = path.rstrip("/") + "/" + action
-    if ping.start or ping.fail or ping.log:
+    if run_id:
         query += ("&" if query else "") + "rid=" + run_id
     return urlunsplit((parts.scheme, parts.netloc, path, query, ""))
 
 
 def worth_another(answer: str) -> bool:
-    """Whether another request may help: not after a status 4xx, except 408
-    (timeout) and 429 (too many requests)."""
-    code = answer.removeprefix("HTTP ")[:3]
-    return code in ("408", "429") or not code.startswith("4") \
-        or not answer.startswith("HTTP ")
+    """Whether another try may help: not after a status 4xx of HTTP, except
+    408 (timeout) and 429 (too many requests), or a reply 5yz of a mail server
+    (RFC 5321, 4.2.1)."""
+    import re
+    return not re.match(r"HTTP 4(?!08|29)|\S+: 5\d\d ", answer)
 
 
-def rfc5322(sender: str, to: str, subject_line: str, body: str,
+def rfc5322(sender: str, to: list[str], subject_line: str, body: str,
             message_id: str, now: float) -> bytes:
     """The bytes of a mail (RFC 5322), with the body as quoted-printable, so
     that no line of a task is a command to a mail server.
 
-    `sender` may be ''; `now` is in seconds since 1970.
+    `sender` may be ''; `to` are bare addresses; `now` is in seconds since
+    1970.
     """
     domain = mail_domain(HOST)
     from email.message import EmailMessage
@@ -4666,13 +4776,21 @@ def rfc5322(sender: str, to: str, subject_line: str, body: str,
     from email.utils import formatdate
     message = EmailMessage(policy=default)
     message["From"] = sender or f"{PROG} <{myself().name}@{domain}>"
-    message["To"] = address_of(to)
+    message["To"] = ", ".join(to)
     message["Subject"] = subject_line
     message["Date"] = formatdate(now, localtime=True)
     message["Message-ID"] = f"<{message_id}@{domain}>"
     message["Auto-Submitted"] = "auto-generated"
     message.set_content(body, charset="utf-8", cte="quoted-printable")
     return message.as_bytes()
+
+
+def recipients(message: bytes, addresses: list[str]) -> list[str]:
+    """The addresses that a mail of the outbox still has to reach: those of
+    its header WAITS_FOR, or all."""
+    first = message.split(b"\n", 1)[0].decode("ascii", "replace")
+    left = first.removeprefix(WAITS_FOR).split(", ")
+    return [each for each in addresses if each in left] or addresses
 
 
 class Delivery:
@@ -4684,17 +4802,14 @@ class Delivery:
     def load_modules(self) -> None:
         """Import what the end of a long run needs: an upgrade of Python
         during the run could remove it."""
-        config = self.config
-        if config.mail.enabled:
-            import email.message    # noqa: F401
-            import email.policy     # noqa: F401
-            import email.utils      # noqa: F401
-        if config.mail.enabled and config.mail.type == "smtp":
-            import smtplib          # noqa: F401
-        if config.ping.enabled or config.mail.type == "smtp":
-            import http.client      # noqa: F401
-            import ssl              # noqa: F401
-            import threading        # noqa: F401
+        import email.message        # noqa: F401
+        import email.policy         # noqa: F401
+        import email.utils          # noqa: F401
+        import encodings.idna       # noqa: F401
+        import http.client          # noqa: F401
+        import smtplib              # noqa: F401
+        import ssl                  # noqa: F401
+        import threading            # noqa: F401
 
     def notify(self, text: str, failed: bool) -> str:
         """Show a message on the user's desktop; '' or why that failed."""
@@ -4708,44 +4823,59 @@ class Delivery:
             return f"{user} has no desktop session"
         env = environment(account, DBUS_SESSION_BUS_ADDRESS=bus,
                           DISPLAY=given.get("DISPLAY", ":0"))
-        markup = text.replace("&", "&amp;").replace("<", "&lt;").replace(
-            ">", "&gt;")
         done = self.processes.run(
             [find_program("notify-send") or "notify-send", "--app-name",
              PROG, "--icon", "dialog-error" if failed
              else "dialog-information", "--urgency", "critical", "--",
-             markup], DESKTOP_SECONDS, env=env, account=account)
+             text], DESKTOP_SECONDS, env=env, account=account)
         return done.reason if done.code else ""
 
-    def send_mail(self, message: bytes) -> str:
-        """Send a message; '' if it was accepted, else why not."""
-        config, processes = self.config, self.processes
-        address = address_of(config.user.email)
-        if config.mail.type == "sendmail":
-            program = find_program("sendmail")
-            if not program:
-                return "there is no sendmail"
-            done = processes.run([program, "-i", "--", address],
-                            processes.shortened(MAIL_SECONDS), message)
-            if not done.code and done.unread:
-                return "sendmail: it did not read the whole mail"
-            return f"sendmail: {done.reason}" if done.code else ""
-        smtp, password = config.mail.smtp, ""
+    def send_mail(self, message: bytes, addresses: list[str]) -> dict:
+        """Send a message; return address -> why it was refused."""
+        if self.config.mail.type == "smtp":
+            return self.send_by_smtp(message, addresses)
+        # One call for each: some programs, such as msmtp, give up all if the
+        # server refuses one.
+        found = {each: self.send_by_sendmail(message, each)
+                 for each in addresses}
+        return {each: reason for each, reason in found.items() if reason}
+
+    def send_by_sendmail(self, message: bytes, address: str) -> str:
+        """Send a message with sendmail; '' or why it was not accepted."""
+        program = find_program("sendmail")
+        if not program:
+            return "there is no sendmail"
+        sender = sender_of(self.config.mail)
+        done = self.processes.run(
+            [program, "-i", *(["-f", sender] if sender else []), "--",
+             address], self.processes.shortened(MAIL_SECONDS), message)
+        if not done.code and done.unread:
+            return "sendmail: it did not read the whole mail"
+        return f"sendmail: {done.reason}" if done.code else ""
+
+    def send_by_smtp(self, message: bytes, addresses: list[str]) -> dict:
+        """Send a message to the mail server, see `send_mail`."""
+        config, password = self.config, ""
+        smtp = config.mail.smtp
         if smtp.pass_name:
             try:
-                password = read_password(processes, config.pass_bin,
+                password = read_password(self.processes, config.pass_bin,
                                          config.user.name, smtp.pass_name)
             except Error as error:
-                return error.message
-        sent, reason = processes.run_in_child(
-            MAIL_SECONDS, deliver_by_smtp, smtp, password, address, message)
-        return "" if sent else f"smtp {smtp.host}: {reason}"
+                return dict.fromkeys(addresses, error.message)
+        sent, answer = self.processes.run_in_child(
+            MAIL_SECONDS, deliver_by_smtp, smtp, sender_of(config.mail),
+            password, addresses, message)
+        refused = answer if sent else dict.fromkeys(addresses, answer)
+        place = "{}:{}: ".format(*smtp_server(smtp))
+        return {address: place + " ".join(reason.split())[:300]
+                for address, reason in refused.items()}
 
     def ping(self, url: str, body: bytes | None) -> tuple[bool, str]:
         """Send one request: (True, answer of the server) or (False, why)."""
         ping = self.config.ping
         return self.processes.run_in_child(
-            ping.timeout, fetch, url, body, ping.timeout, ping.ca_file)
+            ping.timeout, fetch, ping, url, body)
 
     def write_metrics(self, record: dict, last_success: float) -> None:
         """Write the file of node_exporter's textfile collector.
@@ -5911,7 +6041,8 @@ class Runner:
 
     def begin(self, steps: list[Step]) -> None:
         """Record this run, and the runs that were lost before it."""
-        self.delivery.load_modules()
+        if self.headless:
+            self.delivery.load_modules()
         self.lost = self.state.lost()
         users = {}
         for task in self.config.tasks:
@@ -6019,7 +6150,8 @@ class Runner:
         """Log the start, and warn about runs that did not finish."""
         self.log_header("Start")
         self.log_line("StartTime " + local_time(self.started))
-        for scope in ("filters", "passBin") + ("caFile",) * self.headless:
+        for scope in ("filters", "passBin") + (
+                "caFile", "address") * self.headless:
             for error in self.errors.get(scope, ()):
                 self.problem("delivery", "error", scope, error)
         for run in self.lost:
@@ -6032,7 +6164,7 @@ class Runner:
                          f"{format_rfc3339(run['started'])} did "
                          f"not finish: {why} in {where}")
             if self.headless and self.config.ping.enabled \
-                    and self.config.ping.fail:
+                    and self.config.ping.wants("fail"):
                 self.ping("fail", run["id"])
 
     def time_left(self) -> float:
@@ -6532,22 +6664,76 @@ class Runner:
         for error in self.errors.get("mail", ()):
             return self.problem("delivery", "error",
                                 f"mail{kind.capitalize()}", error)
-        smtp = self.config.mail.smtp
+        addresses = self.addresses()
         message = rfc5322(
-            sender_of(smtp) if smtp else "",
-            self.config.user.email, subject(
+            sender_of(self.config.mail), addresses, subject(
                 HOST, text, self.mark() if kind == "finish" else ""), body,
             f"{self.run_id}.{kind}", self.processes.clock.now())
-        reason = self.delivery.send_mail(message)
+        # The tasks do not wait until a server takes the mail of the start.
+        reason, left = self.deliver(
+            message, addresses, (MAIL_PAUSE, 3 * MAIL_PAUSE)
+            if kind == "finish" and self.config.mail.type == "smtp" else ())
         if not reason:
             return self.log_line(word)
-        try:
-            self.state.queue_mail(f"{self.run_id}.{kind}", message)
-            reason += "; it waits for the next run"
-        except OSError as error:
-            reason += f"; it could not be kept either: {error.strerror}"
+        if left:
+            reason += self.queue_mail(f"{self.run_id}.{kind}", message,
+                                      addresses, left)
         return self.problem("delivery", "error", f"mail{kind.capitalize()}",
                             reason)
+
+    def addresses(self) -> list[str]:
+        """The valid addresses of user.email, each once."""
+        found = map(address_of, self.config.user.email)
+        return list(dict.fromkeys(filter(None, found)))
+
+    def deliver(self, message: bytes, addresses: list[str],
+                pauses: tuple = ()) -> tuple[str, list[str]]:
+        """Send a mail, again after each of `pauses` while the mail server
+        refuses it for now. Return '' or why it was refused, and the addresses
+        that it waits for: none that refuse it for good if others took it.
+        """
+        refused = dict.fromkeys(addresses, "")
+
+        def waiting() -> list[str]:
+            return [address for address, reason in refused.items()
+                    if worth_another(reason)]
+
+        def attempt() -> str:
+            late = waiting()
+            found = self.delivery.send_mail(message, late)
+            for address in late:
+                del refused[address]
+            refused.update(found)
+            return next(filter(worth_another, found.values()), "")
+
+        self.insist(attempt, pauses)
+        if len(refused) == len(addresses):
+            return "; ".join(dict.fromkeys(refused.values())), addresses
+        return "; ".join(map(": ".join, refused.items())), waiting()
+
+    def insist(self, attempt, pauses) -> None:
+        """Call attempt() until it returns '' instead of why another try may
+        help, or a signal comes, with pauses of so many seconds."""
+        for pause in pauses:
+            reason = attempt()
+            if not reason or self.processes.stopped:
+                return
+            self.log_line(f"{reason}; trying again in "
+                          + format_duration(pause))
+            self.processes.pause(pause)
+        attempt()
+
+    def queue_mail(self, name: str, message: bytes, addresses: list[str],
+                   left: list[str]) -> str:
+        """Keep a mail for those of its addresses that are left; return how
+        that went, for a message."""
+        if left != addresses:
+            message = f"{WAITS_FOR}{', '.join(left)}\n".encode() + message
+        try:
+            self.state.queue_mail(name, message)
+        except OSError as error:
+            return f"; it could not be kept either: {error.strerror}"
+        return "; queued, the next run sends it again"
 
     def outbox(self, _step: Step) -> None:
         """Send the mails that earlier runs could not send."""
@@ -6555,9 +6741,13 @@ class Runner:
             name = os.path.basename(path)
             try:
                 with open(path, "rb") as file:
-                    reason = self.delivery.send_mail(file.read())
-                if not reason:
+                    message = file.read()
+                addresses = recipients(message, self.addresses())
+                reason, left = self.deliver(message, addresses)
+                if not left:
                     os.unlink(path)
+                elif left != addresses:
+                    self.queue_mail(name[:-4], message, addresses, left)
             except OSError as error:
                 reason = error.strerror
             self.log_line(f"MailWaits {name}: {reason}" if reason
@@ -6575,35 +6765,57 @@ class Runner:
         if not exit_status(others, self.processes.stopped) \
                 and not self.log.error:
             self.ping("", self.run_id)
-        elif self.config.ping.fail and self.failed():
+        elif self.config.ping.wants("fail") and self.failed():
             self.ping("fail", self.run_id)
         else:
             self.log_line("no ping: not all went well")
 
+    def ping_tasks(self, step: Step) -> None:
+        """Ping the results of tasks, but of none that skipStatuses skipped."""
+        for task in step.pinged:
+            result = self.results.get(task.slug)
+            is_good = result and result.outcome == "ok"
+            if task.slug not in self.skipped:
+                self.request_ping(f"ping {task.slug}", task.ping,
+                                  "" if is_good else "fail")
+
     def ping(self, action: str, run_id: str) -> None:
-        """Ping the monitor; several times, if another try may help."""
-        for error in self.errors.get("ping", ()):
-            return self.problem("delivery", "error",
-                                "ping" + action.capitalize(), error)
-        ping = self.config.ping
-        url = ping_url(ping, action, run_id, HOST)
-        body = None
+        """Ping the monitor of the run. An endpoint for the action alone is
+        used as it is written."""
+        ping, body = self.config.ping, None
         if ping.log and action != "start" and "filters" not in self.errors:
             self.mail_log.close()
             body = self.mail_log.excerpt.end(PING_LIMIT).encode()[-PING_LIMIT:]
-        tries = 1 if action == "start" else ping.retries
-        for tried in range(tries):
+        own = getattr(ping, action + "_endpoint", "")
+        is_paired = ping.start or ping.fail or ping.log
+        self.request_ping(
+            "ping" + action.capitalize(), own or ping.endpoint,
+            "" if own else action, "" if own or not is_paired else run_id,
+            body)
+
+    def request_ping(self, source: str, endpoint: str, action: str = "",
+                     run_id: str = "", body: bytes | None = None) -> None:
+        """Request a URL, see `request_url`; several times, if another try may
+        help. `source` is that of a problem."""
+        for error in self.errors.get("ping") or self.errors.get(source, ()):
+            return self.problem("delivery", "error", source, error)
+        ping, url = self.config.ping, request_url(endpoint, action, run_id)
+        place = public_url(url) + (f" through {public_url(ping.proxy)}"
+                                   if ping.proxy else "")
+        accepted, answer = False, ""
+
+        def attempt() -> str:
+            nonlocal accepted, answer
             accepted, answer = self.delivery.ping(url, body)
-            if accepted or self.processes.stopped \
-                    or not worth_another(answer):
-                break
-            if tried + 1 < tries:
-                self.log_line(f"ping: {answer}; again")
-                self.processes.pause(min(2 ** tried, 30))
-        self.log_line(f"PingResponse {answer}")
+            return "" if accepted or not worth_another(answer) \
+                else f"{place}: {answer}"
+
+        self.insist(attempt, [] if source == "pingStart" else [
+            min(2 ** tried, 30) for tried in range(ping.retries - 1)])
+        if accepted:
+            self.log_line(f"PingResponse {answer}")
         if not accepted or answer.startswith("200 OK ("):
-            self.problem("delivery", "error", "ping" + action.capitalize(),
-                         answer)
+            self.problem("delivery", "error", source, f"{place}: {answer}")
         return None
 
     def report_no_start(self, text: str, details: str) -> None:
@@ -6614,7 +6826,7 @@ class Runner:
         if config.mail.enabled and config.mail.on != "never":
             self.mail("MailFinish", "run could not begin", "finish",
                       f"{text}\n\n{details}")
-        if config.ping.enabled and config.ping.fail:
+        if config.ping.enabled and config.ping.wants("fail"):
             self.ping("fail", self.run_id)
 
 
@@ -7247,7 +7459,8 @@ def config_for_alert(found: LoadedConfig, is_busy: bool) -> Config:
     unless only the lock is the reason, need passBin."""
     config, wrong = found.config, {
         each.what.partition(".")[0] for each in found.diagnostics
-        if each.what.startswith(("mail", "ping", "user.email"))}
+        if each.what.startswith(("mail", "ping", "user.email"))
+        and each.scope != "address"}
     mail, smtp = config.mail, config.mail.smtp
     needs_password = bool(smtp and smtp.pass_name and mail.type == "smtp")
     if wrong & {"mail", "user"} or needs_password and not is_busy:
@@ -7266,6 +7479,9 @@ def print_plan(found: LoadedConfig, options) -> int:
         for slug in (task.slug for task in step.tasks):
             for why in found.errors().get(f"task {slug}", ()):
                 print(f"     {slug} cannot start: {escape_controls(why)}")
+    for scope, errors in found.errors().items():
+        for why in () if scope.startswith("task ") else errors:
+            print(f"     problem: {escape_controls(why)}")
     return EXIT_OK
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import select
 import shutil
+import socket
 import socketserver
 import ssl
 import subprocess
@@ -173,7 +174,10 @@ class MailHandler(socketserver.StreamRequestHandler):
         verb = verb.upper()
         self.sink.commands.append(line.strip())
         if verb in self.sink.answers:
-            self.say(self.sink.answers[verb])
+            answer = self.sink.answers[verb]
+            if isinstance(answer, list):
+                answer = answer.pop(0) if len(answer) > 1 else answer[0]
+            self.say(answer)
         elif verb == "EHLO":
             offers = ["sink", "8BITMIME", "SIZE 104857600", "SMTPUTF8"]
             if self.sink.security == "starttls" and not self.secure:
@@ -193,6 +197,8 @@ class MailHandler(socketserver.StreamRequestHandler):
         elif verb == "MAIL":
             self.sender, self.recipients = rest[5:].split()[0], []
             self.say("250 ok")
+        elif rest in self.sink.refused:
+            self.say(self.sink.refused[rest])
         elif verb == "RCPT":
             self.recipients.append(rest[3:].strip().strip("<>"))
             self.say("250 ok")
@@ -248,8 +254,9 @@ class MailHandler(socketserver.StreamRequestHandler):
 class Sink(Service):
     """An SMTP server: plain, with STARTTLS, or with TLS from the start.
 
-    `answers` are given instead of the usual ones ({"RCPT": "451 later"});
-    `account` must log in; `silent` accepts and never says a word.
+    `answers` are given instead of the usual ones ({"RCPT": "451 later"}), a
+    list of them one after another and the last for ever; `refuse` one
+    recipient; `account` must log in; `silent` accepts and never says a word.
     """
 
     handler = MailHandler
@@ -259,8 +266,13 @@ class Sink(Service):
         super().__init__(port)
         self.security, self.certificate = security, certificate
         self.account, self.silent, self.answers = account, False, {}
+        self.refused: dict[str, str] = {}       # "TO:<a@b>" -> reply
         self.letters, self.wires = [], []
         self.commands, self.logins, self.sessions = [], [], 0
+
+    def refuse(self, address: str, reply: str) -> None:
+        """Answer RCPT for this address with `reply`."""
+        self.refused[f"TO:<{address}>"] = reply
 
     def wait(self, count: int, seconds: float = 10) -> list[Letter]:
         with self.changed:
@@ -283,6 +295,7 @@ class Request:
     body: bytes
     headers: dict           # lower case
     at: float
+    target: str             # as the request line has it
 
     @property
     def text(self) -> str:
@@ -299,17 +312,19 @@ class PingHandler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def do_GET(self) -> None:
+    def request_of(self, body: bytes) -> Request:
         parts = urlsplit(self.path)
-        size = int(self.headers.get("Content-Length", 0))
-        request = Request(
+        return Request(
             self.command, parts.path,
             {k: v[-1] for k, v in
-             parse_qs(parts.query, keep_blank_values=True).items()},
-            self.rfile.read(size),
+             parse_qs(parts.query, keep_blank_values=True).items()}, body,
             {k.lower(): v for k, v in self.headers.items()},
-            time.monotonic())
-        answer = self.server.service.note(request)
+            time.monotonic(), self.path)
+
+    def do_GET(self) -> None:
+        size = int(self.headers.get("Content-Length", 0))
+        answer = self.server.service.note(self.request_of(
+            self.rfile.read(size)))
         if isinstance(answer, Redirect):
             self.reply(answer.status, b"", Location=answer.target)
         elif isinstance(answer, int):
@@ -403,6 +418,34 @@ class Web(Service):
     def asked(self) -> list[str]:
         """What was asked, in short: ["GET /check/start", "GET /check"]."""
         return [f"{r.method} {r.path}" for r in self.requests]
+
+
+class ProxyHandler(PingHandler):
+    def do_CONNECT(self) -> None:
+        """Pass bytes on to the host of the request, until one side ends."""
+        self.server.service.note(self.request_of(b""))
+        host, port = self.path.split(":")
+        with socket.create_connection((host, int(port))) as there:
+            self.send_response(200)
+            self.end_headers()
+            self.close_connection = True
+            ends = {self.connection: there, there: self.connection}
+            while True:
+                for end in select.select(list(ends), [], [])[0]:
+                    data = end.recv(65536)
+                    if not data:
+                        return
+                    ends[end].sendall(data)
+
+
+class Proxy(Web):
+    """An HTTP proxy. It answers plain requests itself, and passes TLS on."""
+
+    handler = ProxyHandler
+
+    def targets(self) -> list[str]:
+        """The request lines, in short: ["GET http://host/path"]."""
+        return [f"{r.method} {r.target}" for r in self.requests]
 
 
 # ==========================================================================

@@ -236,10 +236,24 @@ FAULTS = [      # what stands there, what comes instead, the message
      "storage.sync.chown: /b holds /b/tasks"),
     # --- delivery
     *(('"mail":', f'"ping": {{"enabled": true, "endpoint": {AT}'
-       f'{json.dumps(url)}}}, "mail":', "is no endpoint (http://... or https")
-      for url in ("ftp://x/y", "file:///etc/passwd", "example.com/ping", "",
+       f'{json.dumps(url)}}}, "mail":', "invalid URL (http://... or https")
+      for url in ("ftp://x/y", "file:///etc/passwd", "example.com/ping",
                   "https://", "http:///x", "https://x/a b", "https://x/\n",
-                  "javascript:alert(1)", "https:\\\\x")),
+                  "javascript:alert(1)", "https:\\\\x",
+                  "http://a..b/",
+                  "http://a%3Ab:secret@x/")),
+    *(('"mail":', f'"ping": {{"enabled": true, "endpoint": "http://x", '
+       f'"{key}": {AT}"{url}"}}, "mail":', f"ping.{key}: invalid URL (http")
+      for key, url in (("startEndpoint", "x"), ("failEndpoint", "ftp://x"),
+                       ("proxy", "https://x:1"), ("proxy", "socks://x"))),
+    ('"mail":', f'"ping": {{"proxy": {AT}"x"}}, "mail":', "ping.proxy: inv"),
+    *(('"mail":', f'"ping": {{"enabled": true, "endpoint": {AT}'
+       f'"http://{host}/"}}, "mail":', "the host name in its xn-- form)")
+      for host in ("b\u00fccher.example", "fa\u00df.example")),
+    ('"slug": "mail",', f'"slug": "mail", "ping": {AT}"ftp://x",',
+     "tasks[0].ping: invalid URL"),
+    ('"mail":', f'"ping": {{"enabled": true, "endpoint": {AT}""}}, "mail":',
+     "missing URL (http://... or https"),
     ('"mail":', f'"ping": {AT}{{"enabled": true}}, "mail":', "ping.endpoint"),
     (MAIL, f'{{"enabled": true, "type": {AT}"smtp"}}', "mail.smtp.host: the"),
     (MAIL, '{"enabled": true, "type": "smtp", "smtp": {"host": '
@@ -250,6 +264,11 @@ FAULTS = [      # what stands there, what comes instead, the message
      f'"security": {AT}"none", "user": "u"}}}}', "travel unprotected"),
     (MAIL, '{"enabled": true, "type": "smtp", "smtp": {"host": "h", '
      f'"from": {AT}"nobody"}}}}', '"nobody" is no mail address'),
+    (MAIL, f'{{"from": {AT}"a@b\\nBcc: c@d"}}', "is no mail address"),
+    (USER, f'{{"name": "anon", "email": {AT}["a@b.c", "nobody"]}}',
+     'user.email: "nobody" is no mail address'),
+    (USER, f'{{"name": "anon", "email": {AT}[1]}}',
+     "user.email: a list does not fit (an address or a list of addresses)"),
     # --- patterns
     *(('"mail":', f'"filters": ["^x$", {AT}{json.dumps(text)}], "mail":',
        "filters[1]: ") for text in (
@@ -507,7 +526,7 @@ def test_a_configuration_of_the_original_reads(read, tmp_path):
     assert config.filters == ()
     assert config.ping.endpoint == "https://hc-ping.com/%s/a%20b"
     assert config.mail.enabled and config.mail.on == "always"
-    assert mission.address_of(config.user.email) == "anon@example.com"
+    assert mission.address_of(config.user.email[0]) == "anon@example.com"
 
 
 def test_the_defaults_are_the_originals_behaviour(read):
@@ -580,18 +599,21 @@ FULL = r"""{
          "timeout": "1h30m", "retries": 3, "retryDelay": "1m2.026s",
          "needs": ["b"], "parallel": "g", "user": "bob",
          "env": {"A": "1 // x", "B": ""}, "nice": 5,
-         "minFree": {"sync": "1536M", "logs": "100"}},
+         "minFree": {"sync": "1536M", "logs": "100"},
+         "ping": "https://h/a"},
         {"slug": "b", "type": "builtin", "timeout": "1001ms"}],
-    "user": {"name": "anon", "email": "anon@example.com"},
+    "user": {"name": "anon", "email": ["anon@example.com", "b@c.d"]},
     "passBin": "~/bin/pass",
     "storage": {"tasks": {"path": "tasks"}, "logs": {"path": "/l"},
                 "sync": {"path": "~bob/s", "chown": true, "commit": true}},
     "ping": {"enabled": true, "endpoint": "http://h/%s", "start": true,
              "fail": true, "log": true, "timeout": "2.5s", "retries": 1,
+             "startEndpoint": "http://h/s", "failEndpoint": "http://h/f",
+             "proxy": "http://p:3128",
              "caFile": "ca.pem"},
     "notify": {"enabled": true},
     "mail": {"enabled": true, "type": "smtp", "on": "failure",
-             "start": false, "smtp": {
+             "from": "x@y.z", "start": false, "smtp": {
                 "host": "h", "port": 2525, "security": "tls", "user": "u",
                 "passName": "p", "from": "a@b.c", "caFile": "~/ca.pem"}},
     "filters": ["^a\\z", "<&>"], "redact": ["x=\\S+"],

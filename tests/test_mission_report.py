@@ -561,7 +561,7 @@ def test_no_value_becomes_a_header_of_the_mail(evil):
     import email
     import email.policy
     message = mission.rfc5322(
-        "box", "Anon <anon@example.com>",
+        "box", ["anon@example.com"],
         mission.subject(evil, evil, "FAILURE"),
         f"{evil}\n", "id.start", 0.0)
     head = message.split(b"\n\n", 1)[0].lower()

@@ -5,6 +5,7 @@ A test server keeps what it was sent; tests say what must (not) be in it.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 import functools
@@ -37,6 +38,7 @@ DURATION = r"(\d+h)?(\d+m)?[\d.]+m?s"
 
 def by_smtp(scratch, sink, **smtp) -> None:
     """Mail goes straight to the sink; no program needed."""
+    scratch.patch(MAIL_PAUSE=0)
     scratch.config["user"]["email"] = ADDRESS
     scratch.config["mail"] = {
         "enabled": True, "type": "smtp",
@@ -846,6 +848,196 @@ def test_a_mail_that_nobody_takes_does_not_stop_the_others(scratch, sink):
 
 
 # ==========================================================================
+# Mail: several recipients, the sender, and another try
+# ==========================================================================
+
+OTHER = "other@mission.invalid"
+
+
+def to_both(scratch) -> None:
+    scratch.config["user"]["email"] = [ADDRESS, f"Ops <{OTHER}>"]
+    scratch.config["mail"]["start"] = False
+    scratch.task("one", "echo hello")
+
+
+def test_every_recipient_is_in_the_header_and_in_the_envelope(scratch, sink):
+    by_smtp(scratch, sink)
+    to_both(scratch)
+    scratch.config["user"]["email"].append(ADDRESS)     # once is enough
+    assert scratch.headless().code == 0
+    letter, = sink.wait(1)
+    assert letter.recipients == [ADDRESS, OTHER]
+    assert letter["To"] == f"{ADDRESS}, {OTHER}"
+
+
+def test_refused_recipient_is_reported_and_the_others_get_the_mail(scratch,
+                                                                   sink):
+    by_smtp(scratch, sink)
+    to_both(scratch)
+    sink.refuse(OTHER, "550 no such user")
+    result = scratch.headless()
+    undelivered(result)
+    assert result.err == (
+        "mission: error: the tasks ran well, but mailFinish: "
+        f"{OTHER}: 127.0.0.1:{sink.port}: 550 no such user\n")
+    letter, = sink.wait(1)
+    assert letter.recipients == [ADDRESS]
+    assert sink.sessions == 1 and scratch.outbox() == []
+
+
+def test_mail_waits_for_the_recipient_that_is_refused_for_now(scratch, sink):
+    by_smtp(scratch, sink)
+    to_both(scratch)
+    sink.refuse(OTHER, "452 mailbox full")
+    result = scratch.headless()
+    undelivered(result)
+    assert f"{OTHER}: 127.0.0.1:{sink.port}: 452 mailbox full; queued" \
+        in result.err
+    assert sink.sessions == 3 and len(scratch.outbox()) == 1
+    sink.refused.clear()
+    assert scratch.headless().code == 0
+    assert [letter.recipients for letter in sink.wait(3)] \
+        == [[ADDRESS], [OTHER], [ADDRESS, OTHER]]
+    first, late, _ = sink.letters
+    assert first["Message-ID"] == late["Message-ID"] and not scratch.outbox()
+
+
+def test_mail_goes_to_the_valid_addresses_of_a_list(scratch, sink):
+    by_smtp(scratch, sink)
+    to_both(scratch)
+    scratch.config["user"]["email"].append("nobody")
+    result = scratch.headless()
+    undelivered(result)
+    assert 'user.email: "nobody" is no mail address' in result.err
+    assert sink.wait(1)[0].recipients == [ADDRESS, OTHER]
+
+
+def test_sendmail_is_called_for_each_recipient(scratch):
+    """msmtp gives up the whole mail if the server refuses one recipient."""
+    by_sendmail(scratch)
+    to_both(scratch)
+    scratch.stand_in("sendmail", f"""
+        for to do :; done
+        [ "$to" != {ADDRESS} ] || exit 67
+        exec cat >'{scratch.folder}'/"$to" """)
+    result = scratch.headless()
+    undelivered(result)
+    assert f"{ADDRESS}: sendmail: exit status 67; queued" in result.err
+    assert (scratch.folder / OTHER).exists() and len(scratch.outbox()) == 1
+    scratch.stand_in("sendmail", f"printf '%s\\n' \"$*\" "
+                                 f">>'{scratch.folder}/calls'; cat >/dev/null")
+    assert scratch.headless().code == 0
+    assert (scratch.folder / "calls").read_text().splitlines() == [
+        f"-i -- {ADDRESS}", f"-i -- {ADDRESS}", f"-i -- {OTHER}"]
+
+
+@pytest.mark.parametrize("replies", [
+    ["451 later", "250 ok"], ["421 busy", "450 greylisted", "250 ok"]])
+def test_mail_that_is_refused_for_now_is_sent_again(scratch, sink, replies):
+    by_smtp(scratch, sink)
+    scratch.config["mail"]["start"] = False
+    sink.answers["MAIL"] = list(replies)
+    scratch.task("one", "true")
+    result = scratch.headless()
+    assert result.code == 0, result
+    assert sink.sessions == len(replies) and len(sink.letters) == 1
+    assert f"127.0.0.1:{sink.port}: {replies[0]}; trying again in" \
+        in scratch.log()
+
+
+@pytest.mark.parametrize("reply, sessions", [("451 later", 3),
+                                             ("550 not from you", 1)])
+def test_a_mail_is_tried_three_times_unless_it_is_refused_for_good(
+        scratch, sink, reply, sessions):
+    by_smtp(scratch, sink)
+    scratch.config["mail"]["start"] = False
+    sink.answers["MAIL"] = reply
+    scratch.task("one", "true")
+    result = scratch.headless()
+    undelivered(result)
+    assert sink.sessions == sessions and len(scratch.outbox()) == 1
+    assert result.err == (
+        "mission: error: the tasks ran well, but mailFinish: "
+        f"127.0.0.1:{sink.port}: {reply}; queued, the next run sends it "
+        "again\n")
+
+
+def test_the_tasks_do_not_wait_for_a_server_that_refuses_the_start(scratch,
+                                                                   sink):
+    by_smtp(scratch, sink)
+    sink.answers["MAIL"] = "451 later"
+    pipe = scratch.folder / "pipe"
+    scratch.task("one", f"mkfifo '{pipe}'; cat '{pipe}'")
+    process = scratch.start("run", "--headless")
+    with support.stopping(process):
+        support.wait_until(pipe.exists, what="the task")
+        before = sink.sessions
+        pipe.write_text("")
+        support.ended(process)
+    assert (before, sink.sessions) == (1, 4)
+
+
+def test_a_signal_ends_the_wait_for_the_mail_server(scratch):
+    port = servers.free_port()
+    by_smtp(scratch, servers.Sink(port=port))
+    scratch.config["mail"]["start"] = False
+    scratch.patch("k.MAIL_PAUSE = 3600.0")
+    scratch.task("one", "true")
+    process = scratch.start("run", "--headless")
+    with support.stopping(process):
+        support.wait_until(lambda: scratch.log_files() and "trying again"
+                           in scratch.log(), what="the first try")
+        assert f"127.0.0.1:{port}: connection refused; trying again in 1h" \
+            in scratch.log()
+        process.terminate()
+        result = support.ended(process, 20)
+    assert result.code == 128 + signal.SIGTERM, result
+    assert len(scratch.outbox()) == 1
+
+
+@pytest.mark.parametrize("mail, smtp, sender", [
+    ("Backup <a@mission.invalid>", None, "a@mission.invalid"),
+    ("a@mission.invalid", "b@mission.invalid", "b@mission.invalid")])
+def test_mail_from_is_the_sender_of_smtp(scratch, sink, mail, smtp, sender):
+    by_smtp(scratch, sink)
+    del scratch.config["mail"]["smtp"]["from"]
+    scratch.config["mail"]["from"] = mail
+    if smtp:
+        scratch.config["mail"]["smtp"]["from"] = smtp
+    scratch.task("one", "true")
+    assert scratch.headless().code == 0
+    for letter in sink.wait(2):
+        assert letter.sender == f"<{sender}>"
+        assert letter["From"] == sender
+
+
+def test_mail_from_is_the_sender_of_sendmail(scratch):
+    by_sendmail(scratch)
+    scratch.config["mail"].update({"from": "a@mission.invalid",
+                                   "start": False})
+    scratch.stand_in("sendmail", f"{{ echo \"$*\"; cat; }} "
+                                 f">'{scratch.folder}/mail'")
+    scratch.task("one", "true")
+    assert scratch.headless().code == 0
+    call, first = (scratch.folder / "mail").read_text().splitlines()[:2]
+    assert call == f"-i -f a@mission.invalid -- {ADDRESS}"
+    assert first == "From: a@mission.invalid"
+
+
+@pytest.mark.parametrize("sender", ["a@b\nBcc: c@mission.invalid", "-f@b.c",
+                                    "a@b.c, d@e.f"])
+def test_an_invalid_sender_sends_no_mail_and_stops_no_task(scratch, sink,
+                                                           sender):
+    by_smtp(scratch, sink)
+    scratch.config["mail"]["from"] = sender
+    scratch.task("one", "true")
+    result = scratch.headless()
+    undelivered(result)
+    assert "mail.from" in result.err and sink.sessions == 0
+    assert scratch.outcomes() == {"one": "ok"}
+
+
+# ==========================================================================
 # Pings
 # ==========================================================================
 
@@ -1165,6 +1357,221 @@ def test_no_success_is_pinged_after_a_mail_that_failed(scratch, web):
     scratch.task("one", "true")
     undelivered(scratch.headless())
     assert "GET /check" not in web.asked()
+
+
+# ==========================================================================
+# Pings: of tasks, endpoints of their own, proxies, and what stays secret
+# ==========================================================================
+
+def test_each_task_pings_its_own_result(scratch, web):
+    base = f"http://127.0.0.1:{web.port}"
+    pinging(scratch, web.url, fail=True)
+    for slug, script, options in [
+            ("good", "true", {}),
+            ("bad", "false", {}),
+            ("noted", "exit 1", {"warnStatuses": [1]}),
+            ("idle", "exit 75", {"skipStatuses": [75]}),
+            ("after-bad", "true", {"needs": ["bad"]}),
+            ("after-idle", "true", {"needs": ["idle"]}),
+            ("unpinged", "true", {}),
+            ("last", "true", {"post": True})]:
+        if slug != "unpinged":
+            options["ping"] = f"{base}/{slug}?key=%s"
+        scratch.task(slug, script, **options)
+    assert scratch.headless().code == 1
+    assert web.asked() == [
+        "GET /good", "GET /bad/fail", "GET /noted", "GET /after-bad/fail",
+        "GET /last", "GET /check/fail"]
+    assert web.requests[1].query == {"key": socket.gethostname()}
+
+
+def test_a_task_is_pinged_without_a_monitor_of_the_run(scratch, web):
+    scratch.task("one", "true", ping=web.url)
+    assert scratch.mission("run").code == 0 and web.asked() == []
+    assert scratch.headless().code == 0
+    assert web.asked() == ["GET /check"]
+
+
+def test_a_failed_ping_of_a_task_holds_back_the_success_ping(scratch, web):
+    with servers.Web(503) as broken:
+        scratch.patch(support.NO_PAUSES)
+        pinging(scratch, web.url, retries=2, fail=True)
+        scratch.task("one", "true", ping=broken.url + "/token?key=token")
+        scratch.task("two", "true")
+        result = scratch.headless()
+        undelivered(result)
+        assert len(broken.requests) == 2 and web.asked() == []
+    assert result.err == (
+        "mission: error: the tasks ran well, but ping one: "
+        f"http://127.0.0.1:{broken.port}/: HTTP 503 Service Unavailable\n")
+    assert "token" not in scratch.log()
+    assert scratch.outcomes() == {"one": "ok", "two": "ok"}
+
+
+def test_an_invalid_url_of_a_task_is_a_delivery_problem(scratch, web, capsys):
+    pinging(scratch, web.url)
+    scratch.task("one", "true", ping="ftp://secret@x/")
+    scratch.task("two", "true", ping=web.url + "/two")
+    assert "secret" not in config_error(scratch, capsys, "tasks[0].ping")
+    result = scratch.headless()
+    undelivered(result)
+    assert "ping one: tasks[0].ping: invalid URL" in result.err
+    assert "secret" not in result.err and web.asked() == ["GET /check/two"]
+
+
+def test_a_stopped_run_pings_the_failure_of_its_tasks(scratch, web):
+    started = scratch.folder / "started"
+    scratch.task("one", f"touch '{started}'; exec sleep 60",
+                 ping=web.url + "/one")
+    scratch.task("two", "true", ping=web.url + "/two")
+    process = scratch.start("run", "--headless")
+    with support.stopping(process):
+        support.wait_until(started.exists, what="the task")
+        process.terminate()
+        support.ended(process)
+    assert web.asked() == ["GET /check/one/fail", "GET /check/two/fail"]
+
+
+@pytest.mark.parametrize("script, last", [("true", "GET /check"),
+                                          ("false", "GET /down")])
+def test_endpoints_of_their_own_are_used_as_written(scratch, web, script,
+                                                    last):
+    base = f"http://127.0.0.1:{web.port}"
+    pinging(scratch, web.url, startEndpoint=f"{base}/up?h=%s",
+            failEndpoint=f"{base}/down?h=%s", log=True)
+    scratch.task("one", script)
+    scratch.headless()
+    assert [asked.replace("POST", "GET") for asked in web.asked()] \
+        == ["GET /up", last]
+    assert web.requests[0].query == {"h": socket.gethostname()}
+    assert ("rid" in web.requests[1].query) == (script == "true")
+    assert b"FinishTime" in web.requests[1].body
+
+
+@pytest.mark.parametrize("key", ["endpoint", "startEndpoint", "failEndpoint",
+                                 "proxy"])
+def test_an_invalid_url_of_the_monitor_stops_no_task(scratch, web, key):
+    pinging(scratch, web.url, start=True, **{key: "nonsense"}) \
+        if key != "endpoint" else pinging(scratch, "nonsense")
+    scratch.task("one", "true")
+    result = scratch.headless()
+    undelivered(result)
+    assert f"ping.{key}: invalid URL" in result.err and not web.requests
+    assert scratch.outcomes() == {"one": "ok"}
+
+
+def test_user_and_password_of_a_url_log_in_and_are_nowhere_else(scratch,
+                                                                sink):
+    by_smtp(scratch, sink)
+    with servers.Web(403) as web:
+        url = f"http://me:p%40ss-w0rd@127.0.0.1:{web.port}/token?key=token"
+        pinging(scratch, url, fail=True, start=True, log=True, retries=1)
+        scratch.task("one", "true", ping=url)
+        plan = scratch.mission("run", "--dry-run", "--headless")
+        result = scratch.headless()
+        undelivered(result)
+    wanted = "Basic " + base64.b64encode(b"me:p@ss-w0rd").decode()
+    assert {request.headers["authorization"] for request in web.requests} \
+        == {wanted}
+    assert web.requests[0].headers["host"] == f"127.0.0.1:{web.port}"
+    place = f"http://127.0.0.1:{web.port}/"
+    assert f"{place}: HTTP 403 Forbidden" in result.err
+    assert f"ping {place} " in plan.out
+    texts = [result.err, result.out, plan.out, plan.err, scratch.log(),
+             str(scratch.history()), *(each.text for each in sink.wait(2))]
+    for text in texts:
+        assert not re.search("w0rd|token|me:", text), text
+
+
+def test_a_redirect_keeps_the_password_for_the_same_server_alone(scratch):
+    with servers.Web() as other, servers.Web() as web:
+        web.answers = [servers.Redirect(f"http://127.0.0.1:{web.port}/a"),
+                       servers.Redirect(f"http://127.0.0.1:{other.port}/b")]
+        pinging(scratch, f"http://me:secret@127.0.0.1:{web.port}/check")
+        scratch.task("one", "true")
+        assert scratch.headless().code == 0
+    assert ["authorization" in each.headers for each in
+            web.requests + other.requests] == [True, True, False]
+
+
+def test_a_proxy_gets_the_request_and_its_own_password(scratch):
+    with servers.Proxy() as proxy:
+        pinging(scratch, "http://me:secret@hc.invalid:81/x?a=b",
+                proxy=f"http://you:hidden@127.0.0.1:{proxy.port}")
+        scratch.task("one", "true")
+        result = scratch.headless()
+    assert result.code == 0, result
+    assert proxy.targets() == ["GET http://hc.invalid:81/x?a=b"]
+    headers = proxy.requests[0].headers
+    assert headers["host"] == "hc.invalid:81"
+    for name, pair in (("authorization", b"me:secret"),
+                       ("proxy-authorization", b"you:hidden")):
+        assert headers[name] == "Basic " + base64.b64encode(pair).decode()
+
+
+def test_a_proxy_passes_tls_on_and_sees_no_secret(scratch, certificate):
+    with servers.Proxy() as proxy, \
+            servers.Web(certificate=certificate) as web:
+        pinging(scratch, web.url.replace("//", "//me:secret@"),
+                proxy=f"http://you:hidden@127.0.0.1:{proxy.port}",
+                caFile=certificate.cert)
+        scratch.task("one", "true")
+        result = scratch.headless()
+        assert result.code == 0, result
+    assert proxy.targets() == [f"CONNECT 127.0.0.1:{web.port}"]
+    assert "authorization" not in proxy.requests[0].headers
+    assert "proxy-authorization" in proxy.requests[0].headers
+    assert "authorization" in web.requests[0].headers
+    assert "proxy-authorization" not in web.requests[0].headers
+
+
+def test_a_proxy_that_is_not_there_is_named(scratch):
+    port = servers.free_port()
+    pinging(scratch, "http://hc.invalid/token", retries=1,
+            proxy=f"http://you:hidden@127.0.0.1:{port}")
+    scratch.task("one", "true")
+    assert scratch.headless().err == (
+        "mission: error: the tasks ran well, but ping: http://hc.invalid/ "
+        f"through http://127.0.0.1:{port}/: connection refused\n")
+
+
+@pytest.mark.parametrize("answer, words", [
+    (404, "HTTP 404 Not Found"),
+    ("close", "the server closed the connection"),
+    ("garbage", "invalid HTTP response"),
+    ("huge head", "invalid HTTP response"),
+])
+def test_a_message_names_the_server_and_what_went_wrong(scratch, answer,
+                                                        words):
+    with servers.Web(answer) as web:
+        pinging(scratch, web.url + "/token", retries=1)
+        scratch.task("one", "true")
+        result = scratch.headless()
+    assert result.err == ("mission: error: the tasks ran well, but ping: "
+                          f"http://127.0.0.1:{web.port}/: {words}\n")
+
+
+def test_the_plan_names_mails_and_pings_and_why_they_cannot_be_sent(scratch):
+    pinging(scratch, "https://hc.invalid/token/%s", fail=True,
+            failEndpoint="https://down.invalid/token")
+    scratch.config["user"]["email"] = [ADDRESS, OTHER]
+    scratch.config["mail"] = {"enabled": True, "type": "smtp"}
+    scratch.task("one", "true", ping="http://one.invalid/token")
+    plan = scratch.mission("run", "--dry-run", "--headless")
+    assert plan.code == 0, plan
+    steps = [line.split(". ", 1)[-1] for line in plan.out.splitlines()]
+    assert f"mail {ADDRESS}, {OTHER}: run started" in steps
+    assert steps.index("ping http://one.invalid/ for one (fail, if it did "
+                       "not succeed)") == 1 + next(
+        place for place, step in enumerate(steps)
+        if step.startswith("run the task one"))
+    assert ("ping https://hc.invalid/ if all went well, the mails included; "
+            "ping https://down.invalid/ (fail) if a task, chown or commit "
+            "failed") in steps
+    assert "     problem: mail.smtp.host: there is no SMTP host " \
+        in plan.out
+    by_hand = scratch.mission("run", "--dry-run").out
+    assert ".invalid" not in by_hand.split("problem:")[0]
 
 
 # ==========================================================================
