@@ -5375,8 +5375,9 @@ class ScheduledJob:
 class TabRegistry:
     """The jobs, time zones and problems of all tabs on this host.
 
-    `files` and `tabs` go by path. A tab whose file has the same version is
-    not read again; `version` is that of all files together.
+    `files` and `tabs` go by path; a file of cron's has its text, too. A tab
+    whose file has the same version is not read again; `version` is that of
+    all files together.
     """
 
     def __init__(self, machine: Machine, home: str, system: bool):
@@ -5410,6 +5411,7 @@ class TabRegistry:
         tabs = {path: self.read_tab(file) for path, file in files.items()}
         self.tabs = {path: tab for path, tab in tabs.items() if tab}
         self.files = {path: file.replace(text=file.text and "")
+                      if path.startswith(f"{self.home}/tabs/") else file
                       for path, file in files.items()}
         self.rebuild()
         self.links = any(file.system and os.path.islink(path)
@@ -6354,7 +6356,8 @@ class Scheduler:
         everything."""
         return [*self.log.problems.values(), *(
             text for text in self.registry.problems if not user
-            or text.startswith(f"{self.home}/tabs/{user}:"))]
+            or text.startswith(tuple(f"{directory}/{user}:" for directory in (
+                f"{self.home}/tabs", *SPOOLS))))]
 
     def late(self) -> list[tuple]:
         """Return key and label of the jobs that should have started by now,
@@ -7074,7 +7077,9 @@ class ControlService:
     A request is an object with "op", and "user" if another one's tab or jobs
     are meant. A reply is an object; {"error", "hint", "status"} refuses.
 
-        list                  {text}: the user's tab, null without one
+        list                  {text, served}: the user's tab, null without
+                              one; path -> text of cron's tabs with jobs of
+                              the user that koid serves
         install text          {installed, problems}
         remove                {removed}
         jobs                  {jobs}: with the next start and the last run
@@ -7156,7 +7161,19 @@ class ControlService:
         file = self.machine.user_tab(self.home, user)
         if file and file.text is None:
             raise Error(f"{file.path}: {file.problem}")
-        return {"text": file and file.text}
+        return {"text": file and file.text, "served": self.served(
+            user, caller.is_admin and not request.get("user"))}
+
+    def served(self, user: str, everyone: bool) -> dict[str, str]:
+        """Return the text by path of each crontab of cron's that koid serves
+        for a user. Of /etc/crontab and /etc/cron.d it has the lines of
+        others only if `everyone`."""
+        wanted = {scheduled.file for scheduled in self.registry.scheduled_jobs
+                  if scheduled.user == user}
+        return {path: only_lines_of(user, file.text) if file.system
+                and not everyone else file.text
+                for path, file in self.registry.files.items() if file.text
+                and (path in wanted or everyone and file.system)}
 
     def install(self, caller: Caller, request: dict) -> dict:
         """Answer "install": write a tab without errors, and take it up.
@@ -7366,6 +7383,16 @@ OPERATIONS = {
     "relink": ControlService.relink}
 KINDS = {"op": str, "user": str, "text": str, "job": str, "run": int,
          "limit": int, "before": int, "until": int, "args": dict}
+
+
+def only_lines_of(user: str, text: str) -> str:
+    """Return the text of a system tab in which only assignments and the
+    entries of one user are left; the others are empty lines."""
+    lines = {job.line for job in TabReader(text, True, True, "").read().jobs
+             if job.user == user}
+    return "".join((line if row in lines or parse_assignment(
+        line.lstrip(BLANKS)) else "") + "\n" for row, line in enumerate(
+            text.split("\n")[:max(lines, default=0)], start=1))
 
 
 def caller_of(connection, machine: Machine) -> Caller:
@@ -20338,9 +20365,19 @@ def usage_error(why: str) -> Error:
     return Error(f"usage error: {why}", f"{PROG} [-u USER] FILE", EXIT_ERROR)
 
 
+def ask_for_tab(options: Invocation) -> str | None:
+    """Return the installed tab, None without one, and warn if koid serves a
+    crontab of cron's as well. Raises Error."""
+    reply = options.ask_koid("list")
+    for path in reply.get("served", ()):
+        if path.startswith(SPOOLS):
+            options.warn(f"warning: koid serves {path}, too")
+    return reply["text"]
+
+
 def command_list(options: Invocation) -> int:
     """koitab -l: print the tab as it is. Raises Error."""
-    text = options.ask_koid("list")["text"]
+    text = ask_for_tab(options)
     if text is None:
         raise no_tab(options)
     print_tab(text)
@@ -20468,7 +20505,7 @@ def run_editor(path: str) -> None:
 
 def command_edit(options: Invocation) -> int:
     """koitab -e: edit the tab and install it. Raises Error."""
-    before = options.ask_koid("list")["text"]
+    before = ask_for_tab(options)
     if before is None:
         print(f"{no_tab(options)} - using an empty one",
               file=sys.stderr)
@@ -20574,21 +20611,16 @@ def parse_with_zones(options: Invocation, text: str, path: str = "",
 def select_tabs(options: Invocation):
     """Return the path, the tab and the zones of each tab that is meant.
     Raises Error."""
-    def read(path: str) -> tuple:
-        text = options.machine.tab_text(path)
-        return path, *parse_with_zones(options, text, path)
-
     if options.tab:
-        return [read(options.tab)]
-    text, found = options.ask_koid("list")["text"], []
-    if text is not None:
+        text = options.machine.tab_text(options.tab)
+        return [(options.tab, *parse_with_zones(options, text, options.tab))]
+    reply, found = options.ask_koid("list"), []
+    if reply["text"] is not None:
         found.append((f"crontab of {options.owner}", *parse_with_zones(
-            options, text, user=options.owner)))
-    if os.geteuid() == 0 and not options.user:
-        jobs = options.ask_koid("jobs")["jobs"]
-        found += [read(path)
-                  for path in dict.fromkeys(job["file"] for job in jobs)
-                  if path.startswith(SYSTEM_TABS)]
+            options, reply["text"], user=options.owner)))
+    for path, text in reply.get("served", {}).items():
+        user = options.owner if path.startswith(SPOOLS) else "root"
+        found.append((path, *parse_with_zones(options, text, path, user)))
     if not found:
         raise no_tab(options)
     return found
@@ -20685,6 +20717,10 @@ def find_job(jobs: list[dict], name: str, owner: str = "") -> dict:
         raise Error(f"{owner} has no job {short(name)}",
                     f"{PROG} run -u {others[0]} ...")
     found = [vars(job) for job in match_jobs(mine, name)] if name else []
+    if found and parse_count(name) is not None:
+        raise Error(f"{name} is not the name of a job; the job on line "
+                    f"{found[0]['line']} is {short(found[0]['label'])}",
+                    f"{PROG} run {found[0]['tag']}")
     if len(found) == 1:
         return found[0]
     if not found:
@@ -21172,7 +21208,7 @@ def command_status(options: Invocation) -> int:
         print_json({**state, "failed": bad})
     else:
         owner = options.owner
-        for word, lines in (status_fields(state, owner) if state else {
+        for word, lines in (status_fields(state, owner, jobs) if state else {
                 "tab": [plural(len(jobs), "job")]}).items():
             print_field(word, lines)
         print_field("paused", [
@@ -21188,15 +21224,19 @@ def command_status(options: Invocation) -> int:
     return EXIT_OK if well else EXIT_ERROR
 
 
-def status_fields(state: dict, owner: str) -> dict[str, list[str]]:
+def status_fields(state: dict, owner: str, jobs: list[dict]
+                  ) -> dict[str, list[str]]:
     """Return the lines that describe koid, by the word before them."""
-    tab = state["tab"]
+    tab, files = state["tab"], [
+        job["file"] for job in jobs
+        if not job["file"].startswith(f"{state['home']}/tabs/")]
     return {
         "koid": [f"{state['version']}, pid {state['pid']}, since "
                  f"{format_rfc3339(state['started'])}, {state['home']}"
                  + (", with cron's tabs" if state["system"] else "")],
-        "tab": [f"{tab['user']}: {plural(tab['jobs'], 'job')}",
-                *tab["problems"]],
+        "tab": [f"{tab['user']}: {plural(tab['jobs'], 'job')}", *(
+            f"{path}: {plural(files.count(path), 'job')}"
+            for path in dict.fromkeys(files)), *tab["problems"]],
         "running": [f"{run['run']} {label_for(run, owner)}, since "
                     f"{start_words(run)} ({run['trigger']})"
                     for run in state["running"]],

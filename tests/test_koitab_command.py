@@ -536,7 +536,7 @@ def test_secret_on_the_command_line_is_refused(run, koid):
 
 
 @pytest.mark.parametrize("name, tag_of", [
-    ("Bots/Plain", 1), ("3", 1), ("Other/Plain", 2)])
+    ("Bots/Plain", 1), ("Other/Plain", 2)])
 def test_a_job_by_any_of_its_names(run, koid, name, tag_of):
     tag = koitab.parse_tab(FORM).jobs[tag_of].tag
     assert run(name).code == 0
@@ -544,6 +544,8 @@ def test_a_job_by_any_of_its_names(run, koid, name, tag_of):
 
 
 @pytest.mark.parametrize("name, said", [
+    ("3", 'error: 3 is not the name of a job; the job on line 3 is "Plain"\n'
+     "koitab: hint: koitab run " + koitab.parse_tab(FORM).jobs[1].tag),
     ("Plain", 'error: 2 jobs are called "Plain": Bots/Plain, Other/Plain'),
     ("Say Hj", 'there is no job "Say Hj"\nkoitab: hint: did you mean "Say '
      'Hi"?')])
@@ -949,13 +951,10 @@ def test_next_of_the_installed_tab(type_in, koid):
 def test_next_shows_root_the_tabs_of_the_system(type_in, koid, monkeypatch,
                                                 tmp_path):
     monkeypatch.setattr(koitab, "SYSTEM_TABS", (f"{tmp_path}/cron.d/",))
-    (tmp_path / "cron.d").mkdir()
     path = tmp_path / "cron.d" / "pkg"
-    path.write_text("5 4 * * * www-data tidy\n")
-    koid.text = "@daily x\n"
-    jobs = koid.do_jobs({})["jobs"]
-    monkeypatch.setattr(koid, "do_jobs", lambda fields: {
-        "jobs": [*jobs, {**jobs[0], "file": str(path)}]})
+    monkeypatch.setattr(koid, "do_list", lambda fields: {
+        "text": "@daily x\n", "served": {
+            str(path): "5 4 * * * www-data tidy\n"}})
     done = type_in("next", "-n1")
     assert done.out == (
         "x: At 00:00\n    2026-03-29T00:00:00+00:00\n"

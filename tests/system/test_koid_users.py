@@ -223,7 +223,7 @@ def test_everyone_reaches_the_socket_and_only_root_the_home(town):
 
 def test_a_strict_umask_of_roots_shuts_nobody_out(town):
     town.start(wrap=STRICT)
-    assert town.caller(ALICE).ask("list") == {"text": None, "daemon": True}
+    assert town.caller(ALICE).ask("list")["text"] is None
 
 
 def test_a_tab_holds_before_the_answer_comes_and_is_the_users_own(town):
@@ -1393,6 +1393,83 @@ def test_without_system_the_tabs_of_cron_are_left_to_cron(system, out):
     system.start()
     assert system.ask("jobs")["jobs"] == []
     assert system.cron_pid() == str(cron.pid)
+
+
+# --- what koitab shows of cron's tabs
+
+
+def koitab_as(system, who, *args: str, **env: str) -> support.Result:
+    done = subprocess.run(
+        system.as_user(who, system.command(*args), **env),
+        stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    return support.Result(done.returncode, done.stdout.decode(),
+                          done.stderr.decode())
+
+
+@pytest.fixture
+def served(system):
+    """koid --system, with jobs of alice's and root's in all of cron's
+    places."""
+    system.put(ALICE, "30 4 * * * echo spooljob; exit 4\n",
+               uid=support.ALICE_UID)
+    system.write("cron.d/both", "A=1\n1 1 * * * root echo of-root $A\n"
+                 f"2 1 * * * {ALICE} echo of-alice $A\nB=2\n"
+                 "# secret\n3 1 * * * root echo secret\n", 0o600)
+    system.start("--system")
+    return system
+
+
+def test_user_sees_all_that_koid_serves_and_no_line_of_others(served):
+    shown = koitab_as(served, ALICE, "next")
+    assert shown.code == 0 and "T04:30:00" in shown.out
+    assert "echo of-alice $A" in shown.out and "T01:02:00" in shown.out
+    reply = served.caller(ALICE).ask("list")
+    assert reply["text"] is None and reply["served"] == {
+        "/etc/cron.d/both": f"A=1\n\n2 1 * * * {ALICE} echo of-alice $A\n",
+        f"/{SPOOL}/{ALICE}": "30 4 * * * echo spooljob; exit 4\n"}
+    assert koitab_as(served, MALLORY, "next").err == \
+        "no crontab for mallory\n"
+
+
+def test_user_runs_a_job_of_the_spool_and_status_shows_it(served):
+    run = koitab_as(served, ALICE, "run", "echo spooljob; exit 4")
+    assert (run.out, run.code) == ("spooljob\n", 4), run
+    assert "exit 4" in koitab_as(served, ALICE, "history").out
+    status = koitab_as(served, ALICE, "status").out
+    for line in (f"/{SPOOL}/{ALICE}: 1 job", "/etc/cron.d/both: 1 job"):
+        assert line in status
+
+
+@pytest.mark.parametrize("args, code", [(["-l"], 1), (["-e"], 0)])
+def test_l_and_e_say_that_a_spool_crontab_is_served(served, args, code):
+    shown = koitab_as(served, ALICE, *args, EDITOR="true")
+    assert shown.code == code
+    assert f"warning: koid serves /{SPOOL}/{ALICE}, too\n" in shown.err
+    assert "cron.d" not in shown.err
+    assert "koid serves" not in koitab_as(served, MALLORY, "-l").err
+
+
+def test_root_sees_the_system_tabs_and_a_number_starts_no_job(served):
+    shown = koitab_as(served, 0, "next")
+    for command in ("of-root", "of-alice", "secret"):
+        assert f"echo {command}" in shown.out
+    assert "spooljob" not in shown.out
+    assert "spooljob" in koitab_as(served, 0, "-u", ALICE, "next").out
+    for who, line, label in ((0, "2", "echo of-root $A"),
+                             (ALICE, "3", "echo of-alice $A")):
+        run = koitab_as(served, who, "run", line)
+        assert run.code == 1 and run.out == ""
+        assert f'{line} is not the name of a job; the job on line {line} ' \
+            f'is "{label}"' in run.err
+        command = run.err.split("hint: koitab ")[1].split()
+        assert koitab_as(served, who, *command).out.startswith("of-")
+
+
+def test_error_of_a_spool_crontab_is_its_users_problem(served):
+    served.put(ALICE, "99 * * * * echo\n", uid=support.ALICE_UID)
+    support.wait_until(lambda: served.caller(ALICE).ask("status")["problems"],
+                       10, "the problem")
+    assert served.caller(MALLORY).ask("status")["problems"] == []
 
 
 # --- beside cron: one of them runs
