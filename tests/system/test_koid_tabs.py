@@ -69,7 +69,7 @@ def test_retry_of_a_removed_or_changed_job_is_dropped(koi, clock, after, how):
     koi.tab('KOI_RETRY=5\n"it" * * 1 1 * echo OLD; false\n')
     clock.start(EDGE)
     koi.run("it")
-    wait_until(koi.unfinished, what="the retry to wait")
+    koi.ended()         # in the transaction that adds the retry
     change(koi, after)
     assert outcomes(koi)[1:] == [("retry", *how)]
     clock.elapse(koitab.RETRY_LONGEST)
