@@ -5281,8 +5281,8 @@ def state_name(config_path: str) -> str:
 
 RUN_IN_PROGRESS = {
     "id": "", "pid": 0, "started": 0.0, "boot": "", "headless": False,
-    "phase": "", "task": "", "log": "", "lost": [], "verdict": "",
-    "seconds": None}
+    "partial": False, "phase": "", "task": "", "log": "", "lost": [],
+    "verdict": "", "seconds": None}
 UNKNOWN_ID = "unknown"          # of a run whose file is torn
 FINISHED = "finished"           # the phase of a run that came to its end
 ROOM_FOR_RUN = 1024             # bytes of the file of the run in progress
@@ -5597,7 +5597,8 @@ def past_run(run: dict, result: str, **more) -> dict:
     `more` are known if it did not end."""
     return {"id": run["id"], "start": format_rfc3339(run["started"]),
             "started": run["started"], "headless": run.get("headless"),
-            "seconds": None, "verdict": result, "log": run.get("log", ""),
+            "partial": run.get("partial", False), "seconds": None,
+            "verdict": result, "log": run.get("log", ""),
             "errors": 0, "warnings": 0,
             "last": run.get("task") or run.get("phase", ""), "tasks": [],
             **more}
@@ -6054,8 +6055,8 @@ class Runner:
         self.state.write_current({
             "id": self.run_id, "pid": os.getpid(), "started": self.started,
             "boot": boot_id(), "headless": self.headless,
-            "log": self.log.path, "phase": "start", "task": "",
-            "lost": self.lost})
+            "partial": self.partial, "log": self.log.path,
+            "phase": "start", "task": "", "lost": self.lost})
         self.total = sum(len(step.tasks) for step in steps)
         if self.log.terminal:
             self.expected = self.state.expected()
@@ -6083,7 +6084,7 @@ class Runner:
         return past_run(
             self.state.current,
             result_of(self.problems, self.processes.stopped),
-            partial=self.partial, seconds=round(self.took, 3),
+            seconds=round(self.took, 3),
             errors=levels.count("error"), warnings=levels.count("warning"),
             tasks=[{**vars(task), "seconds": round(task.seconds, 3)}
                    for task in self.results.values()])

@@ -89,6 +89,8 @@ def test_run_whose_history_cannot_grow_is_not_reported_as_killed(scratch):
     assert "history" in result.err
     shown = json.loads(scratch.mission("history", "--json").out)
     assert [run["verdict"] for run in shown] == ["ok", "trouble"]
+    status = scratch.mission("status")
+    assert (status.code, status.err) == (1, ""), status
     scratch.patches = patches
     result = scratch.mission("run")
     assert result.code == 0, result
