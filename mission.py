@@ -7522,7 +7522,11 @@ def refuse_run_of_root(real_path: str) -> None:
 
 def open_state(options) -> StateDirectory:
     """The state directory, for reading. Raises Error without one."""
-    state = state_of(os.path.abspath(options.config), Clock())
+    path = os.path.abspath(options.config)
+    real_path = ask(os.path.realpath, path)
+    if real_path is None:
+        raise Error(f"{path}: {NO_ANSWER}", "", EXIT_CONFIG)
+    state = state_of(real_path, Clock())
     try:
         os.listdir(state.directory)
     except OSError:

@@ -146,7 +146,11 @@ def test_configuration_that_hangs_is_status_78(night):
     result = night.mission("run", "--headless", write=False)
     assert result.code == 78 and "does not answer" in result.err, result
     night.env["MISSION_STATE"] = str(night.state)
-    assert night.mission("check", write=False).code == 78
+    for command, code in (("check", 78), ("history", 78), ("log", 78),
+                          ("status", 3)):
+        result = night.mission(command, write=False)
+        assert result.code == code, result
+        assert "does not answer" in result.out + result.err
 
 
 def test_tasks_that_hang_fail_and_the_mail_goes_out(night):
