@@ -5934,6 +5934,37 @@ def pack_storage(send, path: str, since: float) -> bool:
     return bool(repository.pack())
 
 
+def storage_error(storage: Storage, commit: bool = False) -> str:
+    """Why the directory of a storage cannot be used now; or ''. With
+    `commit` it must be a repository."""
+    found = ask(storage_facts, storage.path, storage.chown, None)
+    error = NO_ANSWER if found is None else found["error"]
+    if not error and storage.mounted and not found["mounted"]:
+        error = "is not mounted"
+    if not error and commit and not found["repository"]:
+        error = (f"is no git repository, which storage.{storage.name}."
+                 f"commit needs (git init {storage.path}, as its owner)")
+    return f"{storage.path} {error}" if error else ""
+
+
+def condition_errors(task: Task, config: Config):
+    """Yield why a task cannot start now: a storage that it needs cannot be
+    used, or has too little space."""
+    names = [storage.name for storage in needed_storages(task, config)]
+    for name in dict.fromkeys([*names, *task.min_free]):
+        error = storage_error(config.storage[name])
+        wanted = task.min_free.get(name, 0)
+        free = ask(free_bytes, config.directory(name)) \
+            if wanted and not error else wanted
+        if error:
+            yield f"storage {name}: {error}"
+        elif free is None:
+            yield f"storage {name} {NO_ANSWER}"
+        elif free < wanted:
+            yield (f"only {format_size(free >> 20 << 20)} free on storage "
+                   f"{name}, and {format_size(wanted)} are wanted")
+
+
 class Runner:
     """Carries out the steps of one run."""
 
@@ -6294,33 +6325,7 @@ class Runner:
             errors = [f"{place} {NO_ANSWER}"]
         elif answer and not errors:
             errors = ["{} ({})".format(*answer)]
-        for storage in needed_storages(task, self.config):
-            error = self.storage_error(storage)
-            if error:
-                errors.append(f"storage {storage.name}: {error}")
-        answers = examine({name: (free_bytes, self.config.directory(name))
-                           for name in task.min_free})
-        for name, wanted in task.min_free.items():
-            free = answers.get(name)
-            if free is None:
-                errors.append(f"storage {name} {NO_ANSWER}")
-            elif free < wanted:
-                errors.append(
-                    f"only {format_size(free >> 20 << 20)} free on storage "
-                    f"{name}, and {format_size(wanted)} are wanted")
-        return errors
-
-    def storage_error(self, storage: Storage, commit: bool = False) -> str:
-        """Why the directory of a storage cannot be used now; or ''. With
-        `commit` it must be a repository."""
-        found = ask(storage_facts, storage.path, storage.chown, None)
-        error = NO_ANSWER if found is None else found["error"]
-        if not error and storage.mounted and not found["mounted"]:
-            error = "is not mounted"
-        if not error and commit and not found["repository"]:
-            error = (f"is no git repository, which storage.{storage.name}."
-                     f"commit needs (git init {storage.path}, as its owner)")
-        return f"{storage.path} {error}" if error else ""
+        return errors + list(condition_errors(task, self.config))
 
     def launch(self, task: Task, mark: str) -> Child:
         """Start a task. Raises OSError, and Error for an unknown user."""
@@ -6509,7 +6514,7 @@ class Runner:
     def refuse_storage(self, storage: Storage, source: str) -> bool:
         """Whether the housekeeping of a storage is an error, which is
         recorded: the storage is missing, or root must not work there."""
-        error = self.storage_error(storage, source == "commitRepositories")
+        error = storage_error(storage, source == "commitRepositories")
         errors = [error] if error else \
             self.errors.get(f"chown {storage.name}", []) \
             if source == "chownFiles" else []
@@ -6950,7 +6955,9 @@ UNIT_HEADER = """\
 # {systemctl} daemon-reload
 # {systemctl} enable --now {name}.timer
 """
-UNIT_LINGER = "# loginctl enable-linger     (else only while you are logged in)\n"
+UNIT_LINGER = """\
+# loginctl enable-linger     (else only while you are logged in)
+"""
 COMPLETIONS = {
     "bash": r'''# mission completion bash > /etc/bash_completion.d/mission
 _mission() {
@@ -7477,13 +7484,30 @@ def print_plan(found: LoadedConfig, options) -> int:
     steps = plan(found.config, options.tasks, options.headless, options.quiet)
     for place, step in enumerate(steps, start=1):
         print(f"{place:3}. {step_text(step, found.config)}")
-        for slug in (task.slug for task in step.tasks):
-            for why in found.errors().get(f"task {slug}", ()):
-                print(f"     {slug} cannot start: {escape_controls(why)}")
+        for line in obstacles(step, found):
+            print(f"     {escape_controls(line)}")
+    marked = {f"{word} {step.storage.name}" for step in steps if step.storage
+              for word in ("storage", "chown")}
     for scope, errors in found.errors().items():
-        for why in () if scope.startswith("task ") else errors:
+        for why in () if scope.startswith("task ") or scope in marked \
+                else errors:
             print(f"     problem: {escape_controls(why)}")
     return EXIT_OK
+
+
+def obstacles(step: Step, found: LoadedConfig):
+    """Yield why a step would fail now. An earlier step may change that: it
+    may mount a storage."""
+    errors, storage = found.errors(), step.storage
+    for task in step.tasks:
+        for why in errors.get(f"task {task.slug}", ()):
+            yield f"{task.slug} cannot start: {why}"
+        for why in condition_errors(task, found.config):
+            yield f"{task.slug} cannot start now: {why}"
+    if step.kind in ("chown", "commit"):
+        why = storage_error(storage, step.kind == "commit")
+        yield from [why] if why else errors.get(
+            f"{step.kind} {storage.name}", ())
 
 
 def perform(found: LoadedConfig, steps: list[Step], state: StateDirectory,

@@ -210,6 +210,43 @@ def test_dry_run_prints_the_plan_and_touches_nothing(typed, scratch):
     assert "photos" not in out
 
 
+def test_dry_run_marks_storages_that_cannot_be_used_now(typed, scratch):
+    gone, full = scratch.folder / "gone", scratch.make("full")
+    scratch.config["storage"].update(
+        gone={"path": str(gone), "chown": True},
+        disk={"path": str(full), "mounted": True, "commit": True},
+        full={"path": str(full)})
+    scratch.config["tasks"] = [
+        {"slug": slug, "type": "exec", "entrypoint": "/bin/true",
+         "scheduled": True, **more} for slug, more in (
+            ("mount", {"storages": []}), ("default", {}),
+            ("wants", {"storages": ["gone"]}),
+            ("large", {"storages": [], "minFree": {"full": "9000T"}}),
+            ("both", {"storages": [], "minFree": {"gone": "1K"}}),
+            ("small", {"storages": [], "minFree": {"full": "1K"}}))]
+    scratch.write()
+    status, out, err = typed("run", "--dry-run")
+    assert (status, err) == (0, "")
+    found, step = {}, ""
+    for line in out.splitlines():
+        if line.startswith("     "):
+            found.setdefault(step, []).append(line.strip())
+        step = step if line.startswith("     ") else line[5:]
+    assert {step.split(" (")[0]: lines for step, lines in found.items()} == {
+        "run the task default": [
+            f"default cannot start now: storage disk: {full} is not mounted"],
+        "run the task wants": [
+            f"wants cannot start now: storage gone: {gone} does not exist"],
+        "run the task large": [f"large cannot start now: {line}" for line in [
+            re.search(r"only \S+ free on storage full, and 9000T are wanted",
+                      out)[0]]],
+        "run the task both": [
+            f"both cannot start now: storage gone: {gone} does not exist"],
+        f"chown {gone} to {scratch.config['user']['name']}": [
+            f"{gone} does not exist"],
+        f"commit {full}": [f"{full} is not mounted"]}
+
+
 def test_the_tasks_asked_for_run_in_the_order_asked_for(typed):
     out = typed("run", "--dry-run", "-t", "photos", "-t", "mail")[1]
     assert out.index("photos") < out.index("mail") and "offsite" not in out

@@ -39,6 +39,7 @@ def test_parallel_task_runs_though_its_neighbour_cannot_start(scratch):
 
 @support.root_only
 def test_account_that_vanishes_fails_its_task_and_orphans_no_other(scratch):
+    scratch.open_to_others()
     mark = scratch.folder / "gone"
     scratch.patch(f"""
         import os
