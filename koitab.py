@@ -12342,19 +12342,30 @@ BADGES = {"ok": "#2a8a3e", "up": "#2a8a3e", "running": "#2a8a3e",
           "new": "#77777a", "paused": "#77777a", "skipped": "#77777a",
           "unknown": "#77777a", "late": "#b87800", "grace": "#b87800",
           "missed": "#b87800", "failed": "#c32b2b", "down": "#c32b2b"}
-METRICS = {
-    "koi_host_up": "1 while the host is heard of.",
-    "koi_host_seen_timestamp_seconds": "When it was last heard of.",
-    "koi_job_ok": "0 when the job failed, is late, missed or unknown.",
-    "koi_job_running": "Runs that go on.",
-    "koi_job_failures": "Failures in a row.",
-    "koi_job_last_end_timestamp_seconds": "When its last run ended.",
-    "koi_job_last_duration_seconds": "How long that took.",
-    "koi_job_last_exit_status": "How that ended.",
-    "koi_job_next_start_timestamp_seconds": "When it starts next.",
-    "koi_check_up": "0 when the check is down or paused.",
-    "koi_check_last_ping_timestamp_seconds": "When it was last pinged.",
-    "koi_alert": "1 for each alert that stands."}
+METRICS = {     # name -> help
+    "koi_build_info": "1; the label has the version of koi.",
+    "koi_host_up": "1 if the host was heard of lately, else 0.",
+    "koi_host_seen_timestamp_seconds": "When the host was last heard of.",
+    "koi_job_ok": "0 if the job failed, is late or was missed, else 1.",
+    "koi_job_running": "How many runs of the job are active.",
+    "koi_job_failures": "How many runs of the job failed in a row.",
+    "koi_job_last_end_timestamp_seconds": "When the job's last run ended.",
+    "koi_job_last_success_timestamp_seconds":
+        "When the job last ended with status 0.",
+    "koi_job_last_duration_seconds": "How long the job's last run took.",
+    "koi_job_last_exit_status":
+        "Exit status of the job's last run; 128+N after signal N.",
+    "koi_job_next_start_timestamp_seconds": "When the job starts next.",
+    "koi_check_up": "0 if the check is down, else 1.",
+    "koi_check_paused": "1 if the check is paused, else 0.",
+    "koi_check_last_ping_timestamp_seconds": "When the check was pinged last.",
+    "koi_alerts": "How many alerts of a kind are active.",
+    "koi_http_connections": "Open connections to the dashboard.",
+    "koi_http_long_polls": "Requests that wait for news.",
+    "koi_certificate_expiry_timestamp_seconds":
+        "When the dashboard's certificate expires."}
+WORST_FIRST = ("down", "failed", "missed", "late", "grace", "unknown",
+               "running", "ok", "up", "skipped", "paused", "new")
 
 
 def job_state(host_is_down: bool, kinds: set, active: list,
@@ -12380,7 +12391,8 @@ def label_text(text: str) -> str:
 
 
 class Metrics:
-    """The samples of one answer in Prometheus' text format."""
+    """The samples of one answer in Prometheus' text format. No two samples
+    of a metric have the same labels: IDs tell equal names apart."""
 
     def __init__(self):
         self.samples: dict[str, list] = {name: [] for name in METRICS}
@@ -12390,20 +12402,40 @@ class Metrics:
         if value is not None:
             text = ",".join(f'{key}="{label_text(label)}"'
                             for key, label in labels.items())
-            self.samples[name].append(f"{name}{{{text}}} {value:.15g}\n")
+            self.samples[name].append(
+                f"{name}{'{%s}' % text if text else ''} {value:.15g}\n")
 
-    def add_job(self, job: dict, labels: dict) -> None:
-        """Add the samples of a job as it is shown."""
+    def add_job(self, job: dict, host: str, last_ok: float | None) -> None:
+        """Add the samples of a job as it is shown. What is unknown while its
+        host is down has none."""
         last, failing = job["last"], job["failing"]
-        for name, value in (
-                ("ok", job["state"] not in ALERT_STATES),
-                ("running", len(job["running"])),
-                ("failures", failing["count"] if failing else 0),
-                ("last_end_timestamp_seconds", last and last["ended"]),
-                ("last_duration_seconds", last and seconds_of(last)),
-                ("last_exit_status", last and last["exit"]),
-                ("next_start_timestamp_seconds", job["next"])):
+        labels = {"host_id": job["host"], "host": host, "user": job["user"],
+                  "section": job["section"], "tag": job["tag"],
+                  "name": job["name"] or job["label"]}
+        values = {
+            "failures": failing["count"] if failing else 0,
+            "last_end_timestamp_seconds": last and last["ended"],
+            "last_success_timestamp_seconds": last_ok,
+            "last_duration_seconds": last and seconds_of(last),
+            "last_exit_status": last and (
+                128 + last["signal"] if last["signal"] else last["exit"])}
+        if job["state"] != "unknown":
+            values.update(ok=job["state"] not in ALERT_STATES,
+                          running=len(job["running"]),
+                          next_start_timestamp_seconds=job["next"])
+        for name, value in values.items():
             self.add(f"koi_job_{name}", value, **labels)
+
+    def add_check(self, check: dict) -> None:
+        """Add the samples of a check as it is shown. Its UUID, with which
+        anybody could ping it, is not among the labels."""
+        labels = {"check": hashed_uuid(check["id"]), "name": check["name"],
+                  "slug": check["slug"]}
+        if check["state"] != "paused":
+            self.add("koi_check_up", check["state"] != "down", **labels)
+        self.add("koi_check_paused", check["state"] == "paused", **labels)
+        self.add("koi_check_last_ping_timestamp_seconds", check["last_ping"],
+                 **labels)
 
     def text(self) -> str:
         """Return the answer."""
@@ -12411,6 +12443,13 @@ class Metrics:
             f"# HELP {name} {text}\n# TYPE {name} gauge\n"
             + "".join(self.samples[name])
             for name, text in METRICS.items() if self.samples[name])
+
+
+def hashed_uuid(uuid: str) -> str:
+    """Return what stands for a check's UUID where people read, as
+    Healthchecks' unique_key: 40 hex digits that cannot ping."""
+    import hashlib
+    return hashlib.sha1(uuid.encode()).hexdigest()
 
 
 class Overview:
@@ -12541,35 +12580,36 @@ class Overview:
 
     # --- for other programs
 
-    def metrics(self, db: Database, now: float) -> str:
-        """Return the state in Prometheus' text format."""
+    def metrics(self, db: Database, now: float, server: dict) -> str:
+        """Return the state in Prometheus' text format. `server` has the
+        values of metrics without labels. What was removed has no samples."""
         state, found = self.state(db, "viewer", now), Metrics()
         names = {host["id"]: host["name"] for host in state["hosts"]}
+        last_ok = dict(db.execute("select id, last_ok from jobs"))
+        found.add("koi_build_info", 1, version=VERSION)
         for host in state["hosts"]:
+            labels = {"host_id": host["id"], "host": host["name"]}
             found.add("koi_host_up", host["state"] in ("up", "duplicate"),
-                      host=host["name"])
+                      **labels)
             found.add("koi_host_seen_timestamp_seconds", host["seen"],
-                      host=host["name"])
+                      **labels)
         for job in state["jobs"]:
-            found.add_job(job, {
-                "host": names.get(job["host"], ""), "user": job["user"],
-                "section": job["section"], "tag": job["tag"],
-                "job": job["name"] or job["label"]})
+            if not job["removed"]:
+                found.add_job(job, names.get(job["host"], ""),
+                              last_ok[job["id"]])
         for check in state["checks"]:
-            labels = {"name": check["name"], "slug": check["slug"]}
-            found.add("koi_check_up", check["state"] in ("up", "grace",
-                                                         "new"), **labels)
-            found.add("koi_check_last_ping_timestamp_seconds",
-                      check["last_ping"], **labels)
-        for alert in state["alerts"]:
-            found.add("koi_alert", 1, subject=alert["subject"],
-                      kind=alert["kind"])
+            found.add_check(check)
+        kinds = [alert["kind"] for alert in state["alerts"]]
+        for kind in sorted(set(kinds)):
+            found.add("koi_alerts", kinds.count(kind), kind=kind)
+        for name, value in server.items():
+            found.add(name, value)
         return found.text()
 
     def badge(self, db: Database, key: str, name: str, now: float) -> dict:
-        """Return the word and the colour of a badge: of a check by its slug,
-        of a job by its tag, or of "all". Raises Error (404), also for a
-        wrong key."""
+        """Return the word and the colour of a badge: of the checks with a
+        slug, of a job on all hosts by its tag, or of "all". The worst of
+        them is shown. Raises Error (404), also for a wrong key."""
         if not db.value("select 1 from dashboard where badge_key = ?", key):
             raise not_found("badge")
         if name == "all":
@@ -12577,19 +12617,16 @@ class Overview:
             return {"label": "koi", "message": plural(count, "alert")
                     if count else "ok",
                     "color": BADGES["failed" if count else "ok"]}
-        row = db.row("select * from checks where slug = ?", name)
-        if row:
-            found = self.checks.shape(db, row, now)
-            label = found["name"] or name
-        else:
-            row = db.row("select * from jobs where tag = ? and not deleted",
-                         name)
-            if not row:
-                raise not_found("badge")
-            found = self.job(db, row)
-            label = found["name"] or found["label"]
-        return {"label": label, "message": found["state"],
-                "color": BADGES[found["state"]]}
+        found = [self.checks.shape(db, row, now) for row in db.rows(
+            "select * from checks where slug = ?", name)]
+        found = found or [self.job(db, row) for row in db.rows(
+            "select * from jobs where tag = ? and not deleted and not removed",
+            name)]
+        if not found:
+            raise not_found("badge")
+        worst = min(found, key=lambda each: WORST_FIRST.index(each["state"]))
+        return {"label": worst["name"] or worst.get("label") or name,
+                "message": worst["state"], "color": BADGES[worst["state"]]}
 
 
 # ==========================================================================
@@ -14935,13 +14972,14 @@ async def show_health(api: Api, _context: RequestContext) -> Response:
 
 async def show_metrics(api: Api, context: RequestContext) -> Response:
     """GET /metrics: for Prometheus, in its text format."""
-    ours = (f"koi_web_connections {len(api.server.connections)}\n"
-            f"koi_web_waiting {len(api.polls)}\n")
-    if api.certificate_expires:
-        ours += f"koi_web_certificate_expires {api.certificate_expires:.0f}\n"
+    server = {
+        "koi_http_connections": len(api.server.connections),
+        "koi_http_long_polls": len(api.polls),
+        "koi_certificate_expiry_timestamp_seconds":
+            api.certificate_expires or None}
     return await api.answer(
-        api.dashboard.overview.metrics, api.clock.now(),
-        encode=lambda text: Response(200, (text + ours).encode(), EXPOSITION))
+        api.dashboard.overview.metrics, api.clock.now(), server,
+        encode=lambda text: Response(200, text.encode(), EXPOSITION))
 
 
 async def show_badge(api: Api, context: RequestContext) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import threading
@@ -756,17 +757,69 @@ def test_a_day_with_too_much_says_how_far_it_goes(dashboard, web1,
 
 
 def test_metrics_are_prometheus_text(dashboard, web1):
-    dashboard.runs(web1, dashboard.record(exit=1, name='a"b\\c\nd'))
-    text = dashboard.ask(dashboard.dashboard.overview.metrics, NOW)
-    assert 'job="a\\"b\\\\c\\nd"} 0' in text
+    dashboard.runs(web1, dashboard.record(exit=1), list=dashboard.list_of(
+        web1, spec(name='a"b\\c\nd')))
+    text = dashboard.ask(dashboard.dashboard.overview.metrics, NOW,
+                         {})
+    assert 'name="a\\"b\\\\c\\nd"} 0' in text
     for line in text.splitlines():
         assert line.startswith("# ") or line.rpartition(" ")[2].replace(
             ".", "").isdigit(), line
 
 
+def samples(dashboard, name: str) -> list[str]:
+    """Return the samples of a metric: labels and value."""
+    text = dashboard.ask(dashboard.dashboard.overview.metrics, dashboard.now,
+                         {})
+    return [line[len(name):] for line in text.splitlines()
+            if re.match(rf"{name}\b", line)]
+
+
+def test_a_removed_job_has_no_samples(dashboard, web1):
+    dashboard.runs(web1, dashboard.record(exit=1),
+                   list=dashboard.list_of(web1, spec()))
+    assert len(samples(dashboard, "koi_job_ok")) == 1
+    dashboard.sync(web1, list=dashboard.list_of(web1))
+    assert samples(dashboard, "koi_job_ok") == []
+
+
+def test_what_is_unknown_of_a_silent_host_has_no_samples(dashboard, web1):
+    dashboard.runs(web1, dashboard.record(),
+                   list=dashboard.list_of(web1, spec()))
+    dashboard.pass_time(300)
+    assert dashboard.job()["state"] == "unknown"
+    assert samples(dashboard, "koi_host_up")[0].endswith(" 0")
+    assert samples(dashboard, "koi_job_ok") == []
+    assert samples(dashboard, "koi_job_running") == []
+    assert len(samples(dashboard, "koi_job_last_success_timestamp_seconds")
+               ) == 1
+
+
+def test_a_paused_check_is_not_reported_as_down(dashboard):
+    uuid = dashboard.do(dashboard.dashboard.checks.create, {"name": "a"}, NOW)[
+        "id"]
+    assert samples(dashboard, "koi_check_up")[0].endswith(" 1")
+    dashboard.do(dashboard.dashboard.checks.change, uuid, {"do": "pause"},
+                 NOW)
+    assert samples(dashboard, "koi_check_up") == []
+    assert samples(dashboard, "koi_check_paused")[0].endswith(" 1")
+
+
+def test_a_badge_shows_the_worst_of_all_hosts(dashboard, web1):
+    hosts = [web1] + [dashboard.join(each * 16, "web2") for each in
+                      ("d4", "e5")]
+    for number, host in enumerate(hosts):
+        dashboard.runs(host, dashboard.record(exit=number % 2),
+                       list=dashboard.list_of(host, spec()))
+    key = dashboard.state["dash"]["badge_key"]
+    assert dashboard.ask(dashboard.dashboard.overview.badge, key, "backup",
+                         NOW)["message"] == "failed"
+
+
 def test_a_badge_is_a_word_for_who_has_the_key(dashboard, web1):
     key = dashboard.state["dash"]["badge_key"]
-    dashboard.runs(web1, dashboard.record(exit=1))
+    dashboard.runs(web1, dashboard.record(exit=1),
+                   list=dashboard.list_of(web1, spec()))
     assert dashboard.ask(dashboard.dashboard.overview.badge, key, "all",
                          NOW)["message"] == "1 alert"
     assert dashboard.ask(dashboard.dashboard.overview.badge, key, "backup",

@@ -87,7 +87,7 @@ def test_metrics_need_a_key(server):
     assert server.ask("GET", "/metrics").status == 401
     reply = server.ask("GET", "/metrics", token=VIEWER_TOKEN)
     assert reply.headers["content-type"].startswith("text/plain; version=0")
-    assert b"koi_web_connections " in reply.body
+    assert b"\nkoi_http_connections " in reply.body
 
 
 def test_a_badge_is_a_picture_or_json(server):
@@ -510,7 +510,7 @@ def test_a_ping_answers_as_healthchecks_does(server):
 
 def waiting(server) -> int:
     text = server.ask("GET", "/metrics", token=VIEWER_TOKEN).body.decode()
-    return int(text.split("koi_web_waiting ")[1].split()[0])
+    return int(text.split("\nkoi_http_long_polls ")[1].split()[0])
 
 
 def an_order(server, nonce: str = "1" * 32) -> dict:
