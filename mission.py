@@ -21,24 +21,24 @@ who it runs as: C the caller (root from cron), U the user of the task, and
 O the owner of the repository.
 
  237 Common    what do both programs need?              (files, clock)       C
- 165 Jsonc     what does the configuration text say?    (nothing)            C
- 552 Config    what does the configuration mean?        (nothing)            C
- 531 Check     can this configuration run?              (nothing)            C
- 165 Plan      what will this run do, in order?         (nothing)            C
- 528 Report    what is reported of a run?               (nothing)            C
- 762 Processes how is a program started and stopped?   (processes)          C U
+ 155 Jsonc     what does the configuration text say?    (nothing)            C
+ 570 Config    what does the configuration mean?        (nothing)            C
+ 676 Check     can this configuration run?              (nothing)            C
+ 186 Plan      what will this run do, in order?         (nothing)            C
+ 476 Report    what is reported of a run?               (nothing)            C
+ 659 Processes how is a program started and stopped?   (processes)          C U
  266 Files     who can change a file?                   (files)              C
- 299 Host      what is true of this host?               (files)              C
- 309 Chown     how does a tree get another owner?       (files)              C
- 472 Git       how is a storage committed?             (files, processes)   C O
- 204 Client    how is one HTTP request bounded?        (network)            C U
- 209 Delivery  how do people hear of a run?             (network, processes) C
- 313 Builtins  which tasks need no script?              (files, network)     U
- 382 State     what is known of earlier runs?           (files, clock)       C
+ 346 Host      what is true of this host?               (files)              C
+ 325 Chown     how does a tree get another owner?       (files)              C
+ 456 Git       how is a storage committed?             (files, processes)   C O
+ 218 Client    how is one HTTP request bounded?        (network)            C U
+ 262 Delivery  how do people hear of a run?             (network, processes) C
+ 327 Builtins  which tasks need no script?              (files, network)     U
+ 383 State     what is known of earlier runs?           (files, clock)       C
  242 RunLog    where do the lines of a run go?          (files, terminal)    C
- 886 Run       how are the steps of a run carried out?  (machine)            C
- 110 Sample    what does `init` write?                  (nothing)            C
- 869 Command   what can I type?                         (terminal)           C
+ 983 Run       how are the steps of a run carried out?  (machine)            C
+ 161 Sample    what does `init` write?                  (nothing)            C
+ 969 Command   what can I type?                         (terminal)           C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
 the directory of the script and site-packages out of the imports: root runs

@@ -660,7 +660,8 @@ def test_a_koid_that_hangs_up_leaves_the_run_going_on(type_in, koid):
     assert done.code == 1
     assert done.err == (
         "koitab: run 12 continues (koitab log 12; koitab kill 12)\n"
-        "koitab: error: lost the connection to koid\nkoitab: hint: koitab status\n")
+        "koitab: error: lost the connection to koid\n"
+        "koitab: hint: koitab status\n")
 
 
 def test_two_signals_are_for_the_job_and_the_third_is_for_us(capsys):

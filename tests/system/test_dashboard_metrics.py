@@ -21,8 +21,8 @@ README = (support.ROOT / "README.md").read_text(encoding="utf-8")
 def promtool(*arguments: str, text: str = "") -> str:
     """Run promtool; return what it prints. It must find nothing wrong."""
     support.need("promtool")
-    done = subprocess.run(["promtool", *arguments], input=text, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(["promtool", *arguments], input=text, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout
     return done.stdout
 

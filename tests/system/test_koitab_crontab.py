@@ -438,8 +438,9 @@ def test_the_third_ctrl_c_leaves_the_job_running(live):
         done = terminal.end()
     assert done.code == 130
     run, = json.loads(live.run("status", "--json").out)["running"]
-    assert f"run {run['run']} continues (koitab log {run['run']}; koitab kill "\
-        f"{run['run']})" in done.out
+    number = run["run"]
+    assert (f"run {number} continues (koitab log {number}; koitab kill "
+            f"{number})") in done.out
     log = live.run("log", str(run["run"]))
     assert log.out == "on\nint\nterm\n"
     assert log.err.endswith(f"koitab: run {run['run']}: running\n")
