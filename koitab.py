@@ -1210,6 +1210,7 @@ MOST_DATES = 100            # in KOI_SKIP; they are shown in each description
 DEEPEST_SHELL = 50          # levels; Python's own stack has about 1,000
 BLANKS = " \t"
 SPACE = " \t\r\f\v"
+LONGEST_LABEL = 1000        # characters of a job's label
 
 
 class Settings(FrozenRecord):
@@ -1281,7 +1282,7 @@ class Job(FrozenRecord):
     @property
     def label(self) -> str:
         """The name, or the command of a job without one."""
-        return self.name or self.command
+        return (self.name or self.command)[:LONGEST_LABEL]
 
     def identity(self) -> tuple:
         """Return what makes it the same job after its line has moved."""
@@ -2877,17 +2878,21 @@ def parse_enrollment(text: str) -> Enrollment:
     return enrollment
 
 
-def job_manifest(job: Job, user: str) -> str:
+def job_manifest(job: Job, user: str, file: str, key: bytes) -> str:
     """Return a job as JSON, as the people see it who may run it.
 
     A request carries the SHA-256 of this text, so koid runs the job that
-    people saw, or nothing.
+    people saw, or nothing. The assignments in force may be secret: they
+    have a MAC by `key`, the host key, which the dashboard does not have.
     """
     import json
+    assignments = json.dumps(sorted(job.environment.items())).encode()
     return json.dumps({
-        "user": user, "tag": job.tag, "section": job.section,
+        "user": user, "file": file, "tag": job.tag, "section": job.section,
         "name": job.name, "label": job.label, "when": job.when,
-        "words": job.describe(), "command": job.command,
+        "words": job.describe(), "command": job.command, "input": job.stdin,
+        "assignments": hmac_sha256(hmac_sha256(
+            key, b"koi-assignments-v1"), assignments).hex(),
         "params": [{"name": param.name, "type": param.type,
                     "default": param.default, "choices": list(param.choices)}
                    for param in job.params],
@@ -5777,7 +5782,8 @@ class DaemonLog:
     """What koid writes to its log, and what is wrong with it now.
 
     `problems` maps what a problem is about to its text; `koitab status` and
-    the dashboard show it until `set_problem` takes it back.
+    the dashboard show it until `set_problem` takes it back. "list alice" is
+    the business of alice and root alone.
     """
 
     def __init__(self, machine: Machine):
@@ -6354,7 +6360,8 @@ class Scheduler:
     def problems_of(self, user: str) -> list[str]:
         """Return what is wrong, as far as it is this user's business; "":
         everything."""
-        return [*self.log.problems.values(), *(
+        return [*(text for about, text in self.log.problems.items()
+                  if not user or about.partition(" ")[2] in ("", user)), *(
             text for text in self.registry.problems if not user
             or text.startswith(tuple(f"{directory}/{user}:" for directory in (
                 f"{self.home}/tabs", *SPOOLS))))]
@@ -7738,6 +7745,8 @@ MOST_RECORD_BYTES = 2**20   # of the runs in one batch
 LONGEST_PIECE = 2**18       # bytes of output in one reply
 LIVE_BYTES = 2**20          # of live output in one reply; and one run's more
 BYTES_OF_LIST = 2**22       # of the list of jobs
+BYTES_OF_JOB = 1024         # in it, if it has less: 500 jobs are 500 KiB
+BYTES_OF_USER = 500 * BYTES_OF_JOB      # in it; who runs koid may use all
 RECORD_FIELDS = ("run", "change", "user", "tag", "section", "name", "label",
                  "trigger", "state", "due", "requested_at", "started", "ended",
                  "exit", "signal", "reason", "args", "attempt", "count",
@@ -8002,6 +8011,7 @@ class AgentBroker:
         self.problems: dict[str, str] = {}  # step of the agent -> text
         self.cursors: dict[int, OutputCursor] = {}
         self.listed: tuple | None = None        # body, MAC, SHA-256
+        self.cut_users: set[str] = set()    # of whose jobs it lacks some
         self.scheduled_jobs: dict[tuple, ScheduledJob] = {}
         self.logged: dict[str, float] = {}      # about what -> ticks
 
@@ -8169,34 +8179,56 @@ class AgentBroker:
         and its SHA-256. It is made anew when a tab has changed."""
         if self.listed is None:
             import json
-            jobs = self.scheduler.registry.scheduled_jobs
-            self.scheduled_jobs = {
-                scheduled.key: scheduled for scheduled in jobs}
-            manifests, size = [], 0
-            for scheduled in jobs:
-                manifests.append(job_manifest(scheduled.job, scheduled.user))
-                size += len(json.dumps(json.dumps(manifests[-1])))
-                if size > BYTES_OF_LIST:
-                    del manifests[-1]
-                    break
-            self.log.set_problem(
-                "list", "" if len(manifests) == len(jobs) else
-                f"the dashboard gets the first {len(manifests)} jobs only: "
-                "their list is too long")
+            master = self.machine.user_name(os.geteuid())
+            manifests, cut = self.share_list(master)
+            for user in self.cut_users | cut:
+                self.log.set_problem(
+                    f"list {user}", "" if user not in cut else "the dashboard "
+                    f"gets only the first jobs of {user}: there are too many")
+            self.cut_users = cut
             body = json.dumps({
                 "v": 1, "dash": self.enrollment.dash,
                 "host": self.enrollment.host,
                 "key": key_id(self.enrollment.secret),
                 "name": self.enrollment.name,
-                "user": self.machine.user_name(os.geteuid()),
-                "at": int(self.clock.now() * 1000), "jobs": manifests,
+                "user": master, "at": int(self.clock.now() * 1000),
+                "partial": sorted(cut), "jobs": manifests,
                 "paused": {
                     f"{scheduled.user}\n{scheduled.job.tag}":
-                    self.store.pauses[scheduled.key] for scheduled in jobs
+                    self.store.pauses[scheduled.key]
+                    for scheduled in self.scheduled_jobs.values()
                     if scheduled.key in self.store.pauses}})
             self.listed = (body, list_mac(self.enrollment.secret, body),
                            sha256_hex(body))
         return self.listed
+
+    def share_list(self, master: str) -> tuple[list[str], set[str]]:
+        """Return the manifests of the jobs that the list has room for, and
+        the users some of whose jobs it has not.
+
+        The jobs of `master`, who runs koid, come first. Each other user has
+        an equal share, so that nobody displaces the jobs of others.
+        """
+        import json
+        jobs: dict[str, list] = {master: []}
+        for scheduled in self.registry.scheduled_jobs:
+            jobs.setdefault(scheduled.user, []).append(scheduled)
+        manifests, cut, room = [], set(), BYTES_OF_LIST
+        self.scheduled_jobs = {}
+        for place, user in enumerate(jobs):
+            share = room if user == master else min(
+                BYTES_OF_USER, room // (len(jobs) - place))
+            for scheduled in jobs[user]:
+                text = job_manifest(scheduled.job, user, scheduled.file,
+                                    self.enrollment.secret)
+                size = max(len(json.dumps(json.dumps(text))), BYTES_OF_JOB)
+                if size > share:
+                    cut.add(user)
+                    break
+                share, room = share - size, room - size
+                manifests.append(text)
+                self.scheduled_jobs[scheduled.key] = scheduled
+        return manifests, cut
 
     def output(self, request: dict) -> dict:
         """Return a piece of what a run wrote."""
@@ -8322,8 +8354,9 @@ class RequestVerifier:
                 "only jobs that are @manual can be run from a dashboard")
         if scheduled.settings.confirm == "cli":
             raise RequestRejected("this job is to be run from a terminal only")
-        if sha256_hex(job_manifest(scheduled.job,
-                                  scheduled.user)) != fields["job"]:
+        if sha256_hex(job_manifest(
+                scheduled.job, scheduled.user, scheduled.file,
+                self.enrollment.secret)) != fields["job"]:
             raise RequestRejected(
                 "the job was changed since it was shown: reload it")
         return scheduled
@@ -10922,8 +10955,9 @@ create index jobs_deleted on jobs (deleted) where deleted;
                                           None)
             self.store_job(db, status, job,
                            known.pop((job["user"], job["tag"]), None))
+        partial = inner.get("partial", list, [])    # users with more jobs
         for row in known.values():
-            if not row["removed"]:
+            if not row["removed"] and row["user"] not in partial:
                 self.remove_job(db, row["id"])
         sha = sha256_hex(body)
         db.update("hosts", {

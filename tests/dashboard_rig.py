@@ -227,11 +227,11 @@ class InProcessDashboard:
             "offset": 3600, "zone": "Europe/Berlin", "version": "1.0",
             "boot": "x", "problems": [], **fields}, self.now)
 
-    def list_of(self, access, *specs: str) -> dict:
+    def list_of(self, access, *specs: str, **fields) -> dict:
         return {"mac": "e" * 64, "body": json.dumps({
             "v": 1, "dash": self.dash, "host": access.host,
             "key": "0" * 16, "name": "web1", "at": 1,
-            "jobs": list(specs)})}
+            "jobs": list(specs), **fields})}
 
     def record(self, state: str = "done", **fields) -> dict:
         """The record of a run; a new one, unless `run` is given."""

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import stat
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,71 @@ def test_line_that_a_koitab_and_the_spool_both_have_runs_once():
     assert [each.job.command for each in found.scheduled_jobs] == ["x", "y"]
     assert found.problems == [f"{SPOOL}:1: not used: the same job stands in "
                               f"{KOITAB}:1"]
+
+
+# Whose jobs a dashboard gets -------------------------------------------------
+
+
+def listed(registry) -> tuple:
+    """Return how many jobs of each user are in the list for a dashboard, the
+    bytes of all, and who has more."""
+    broker = SimpleNamespace(registry=registry, enrollment=SimpleNamespace(
+        secret=bytes(32)))
+    texts, cut = koitab.AgentBroker.share_list(broker, "root")
+    users = [json.loads(text)["user"] for text in texts]
+    assert len(broker.scheduled_jobs) == len(texts)
+    assert not texts or users[0] == "root"
+    return Counter(users), sum(map(len, texts)), cut
+
+
+def many(count: int, size: int = 10, text: str = "x") -> str:
+    return "".join(f'"{n}" @manual echo {text * size}\n'
+                   for n in range(count))
+
+
+def test_list_for_a_dashboard_has_roots_jobs_and_a_share_of_each_user():
+    """A tab of a user's displaces neither the jobs of root nor of others."""
+    alice, bob = ("/koi/tabs/alice", "alice"), ("/koi/tabs/bob", "bob")
+    counts, _, cut = listed(registry(
+        (*alice, many(9990)), (*bob, many(3)),
+        ("/koi/tabs/root", "root", many(700))))
+    assert dict(counts) == {
+        "root": 700, "alice": 500, "bob": 3}
+    assert cut == {"alice"}
+    # Four times as long in the list as in the tab.
+    counts, size, cut = listed(registry(
+        (*alice, many(900, 800, "\\")), (*bob, many(3)),
+        ("/koi/tabs/root", "root", many(2))))
+    assert counts["root"] == 2 and counts["bob"] == 3 and cut == {"alice"}
+    assert counts["alice"] > 10 and size < koitab.BYTES_OF_USER
+
+
+def test_many_users_share_what_the_list_has_room_for():
+    tabs = [(f"/koi/tabs/user{n}", f"user{n}", many(60, 40_000))
+            for n in range(5)]
+    counts, size, cut = listed(registry(
+        *tabs, ("/koi/tabs/root", "root", many(40, 40_000))))
+    assert counts["root"] == 40 and size < koitab.BYTES_OF_LIST
+    assert set(counts) - {"root"} == cut == {tab[1] for tab in tabs}
+    assert len({counts[user] for user in cut}) == 1
+
+
+def test_label_of_a_long_line_is_short(desk):
+    desk.registry.scheduled_jobs[:] = registry(
+        (KOITAB, "alice", f"@daily echo {'x' * 90_000}\n")).scheduled_jobs
+    add_runs(desk, "alice", 1)
+    reply = desk.answer(master(), {"op": "history"})
+    assert len(reply[0]["runs"][0]["label"]) == koitab.LONGEST_LABEL
+
+
+def test_problem_of_one_user_is_not_shown_to_others(desk):
+    log = koitab.DaemonLog(desk.machine)
+    log.set_problem("list alice", "too many")
+    log.set_problem("disk", "full")
+    scheduler = SimpleNamespace(log=log, home="/koi", registry=desk.registry)
+    for user, shown in (("", ["too many", "full"]), ("bob", ["full"]),
+                        ("alice", ["too many", "full"])):
+        assert koitab.Scheduler.problems_of(scheduler, user) == shown
 
 
 # A request is what it should be ----------------------------------------------

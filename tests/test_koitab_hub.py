@@ -297,6 +297,21 @@ def test_list_has_the_ends_of_pauses(dashboard, web1):
             None, paused.get("root\ncrawl")]
 
 
+def test_list_without_all_jobs_of_a_user_removes_none_of_that_user(
+        dashboard, web1):
+    def remaining(*specs: str, **fields) -> set[str]:
+        dashboard.sync(web1, list=dashboard.list_of(web1, *specs, **fields))
+        return {job["tag"] for job in dashboard.state["jobs"]
+                if not job["removed"]}
+
+    of_alice = [spec(tag, user="alice") for tag in ("mine", "more")]
+    assert remaining(spec(), spec("crawl"), *of_alice, partial=[]) == {
+        "backup", "crawl", "mine", "more"}
+    assert remaining(spec(), of_alice[0], partial=["alice"]) == {
+        "backup", "mine", "more"}
+    assert remaining(spec(), of_alice[0], partial=[]) == {"backup", "mine"}
+
+
 def test_the_list_is_wanted_when_it_is_not_known(dashboard, web1):
     assert dashboard.sync(web1)["want_list"]
     body = dashboard.list_of(web1, spec())

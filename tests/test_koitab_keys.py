@@ -200,9 +200,10 @@ def test_secret_is_decrypted_only_by_its_host():
 
 
 def test_manifest_differs_whenever_the_job_does_something_else():
-    def spec(line: str, before: str = "") -> str:
+    def spec(line: str, before: str = "", user: str = "ann",
+             file: str = "/tabs/ann", key: bytes = KEY) -> str:
         job = koitab.parse_tab(f"{before}\n{line}\n").jobs[0]
-        return koitab.job_manifest(job, "ann")
+        return koitab.job_manifest(job, user, file, key)
 
     plain = '"Hi" @manual echo {{To}}'
     seen = {spec(plain), spec('"Hi" @manual echo {{To, text}}'),
@@ -210,6 +211,16 @@ def test_manifest_differs_whenever_the_job_does_something_else():
             spec('"Hi" @manual printf {{To}}'),
             spec('"Hey" @manual echo {{To}}'),
             spec(plain, "[Office]"), spec(plain, "KOI_CONFIRM=yes"),
-            spec('"Hi" 1 * * * * echo {{To, string, you}}')}
-    assert len(seen) == 8
+            spec('"Hi" 1 * * * * echo {{To, string, you}}'),
+            spec(plain, user="bob"), spec(plain, file="/tabs/bob"),
+            *(spec(plain, setting) for setting in (
+                "PATH=/home/ann/bin", "PATH=/tmp", "SHELL=/bin/bash",
+                "MAILTO=ann", "KOI_TIMEOUT=1m", "CRON_TZ=Asia/Tokyo",
+                "A=b\nC=d", "A=d\nC=b")),
+            spec('"Hi" @manual cat%in'), spec('"Hi" @manual cat%out')}
+    assert len(seen) == 20
+    assert spec(plain, "TOKEN=hunter2") != spec(plain, "TOKEN=hunter2",
+                                                key=bytes(32))
+    assert "hunter2" not in spec(plain, "TOKEN=hunter2")
+    assert spec(plain, "A=b\nC=d") == spec(plain, "C=d\nA=b")
     assert json.loads(spec('"a" @manual echo \udcff'))["command"]
