@@ -8981,8 +8981,7 @@ def failure_words(error: Exception) -> str:
     """Return why a server cannot be reached, in words and without [Errno]."""
     import socket
     import ssl
-    from http.client import (HTTPException, IncompleteRead,
-                             RemoteDisconnected)
+    from http.client import HTTPException
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
@@ -8993,10 +8992,8 @@ def failure_words(error: Exception) -> str:
         return f"unknown host name: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[0].lower() + error.strerror[1:]
-    if isinstance(error, (IncompleteRead, RemoteDisconnected)):
-        return "the server closed the connection"
     if isinstance(error, HTTPException):
-        return "invalid HTTP response"
+        return "no complete HTTP response"
     return str(error) or "the connection failed"
 
 

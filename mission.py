@@ -1078,7 +1078,7 @@ class HostFacts(FrozenRecord):
 # What a run cannot use because of a diagnostic. Nothing at all: "" (the
 # whole file) and "trust" (it is not even used to send an alert). Else the run
 # is made without: "task SLUG", "storage NAME", "chown NAME", "filters",
-# "mail", "address" (one of several), "ping", "ping SLUG", "passBin",
+# "mail", "address" (the others get the mail), "ping", "ping SLUG", "passBin",
 # "caFile"; and with "delivery", which is reported by `check` only: the run
 # itself finds out what could not be delivered.
 SCOPES = ("", "trust")
@@ -1296,11 +1296,8 @@ class ConfigValidator:
                 and not self.facts.programs.get("notify-send"):
             self.add(("notify", "enabled"), "there is no notify-send",
                      "install libnotify-bin, or false", "delivery")
-        good = [address for address in config.user.email
-                if address_of(address)]
         for address in config.user.email:
-            self.check_address(("user", "email"), address,
-                               "address" if good else "mail")
+            self.check_address(("user", "email"), address, "address")
         self.check_address(("mail", "from"), config.mail.sender)
         if config.mail.enabled:
             self.check_mail()
@@ -1722,7 +1719,6 @@ class Step(FrozenRecord):
     kind: str
     tasks: tuple = ()           # more than one run side by side
     storage: Storage | None = None
-    pinged: tuple = ()          # the tasks whose results are pinged
 
 
 STOPPED_BY_SIGNAL = ("tasks", "chown", "commit")    # skipped after SIGTERM
@@ -1781,21 +1777,11 @@ def parallel_groups(tasks: list[Task]) -> list[tuple]:
     return [tuple(batch) for batch in found]
 
 
-def task_steps(tasks: list[Task], headless: bool) -> list[Step]:
-    """The steps that run tasks and ping their results."""
-    steps = []
-    for group in parallel_groups(tasks):
-        steps.append(Step("tasks", group))
-        pinged = tuple(task for task in group if task.ping)
-        if headless and pinged:
-            steps.append(Step("ping_tasks", pinged=pinged))
-    return steps
-
-
 def plan(config: Config, slugs: list[str], headless: bool,
          quiet: bool = False) -> list[Step]:
     """The steps of a run, in order."""
-    tasks = select_tasks(config, slugs)
+    tasks = [task if headless else task.replace(ping="")
+             for task in select_tasks(config, slugs)]
     first = [task for task in tasks if not task.post]
     last = [task for task in tasks if task.post]
     notify = config.notify.enabled and not quiet
@@ -1809,13 +1795,13 @@ def plan(config: Config, slugs: list[str], headless: bool,
         steps.append(Step("ping_start"))
     if notify:
         steps.append(Step("notify_start"))
-    steps += task_steps(first, headless)
+    steps += [Step("tasks", group) for group in parallel_groups(first)]
     if first:
         steps += [Step("chown", storage=storage)
                   for storage in config.storage.values() if storage.chown]
         steps += [Step("commit", storage=storage)
                   for storage in config.storage.values() if storage.commit]
-    steps += task_steps(last, headless)
+    steps += [Step("tasks", group) for group in parallel_groups(last)]
     steps.append(Step("finish"))
     if notify:
         steps.append(Step("notify_finish"))
@@ -1834,8 +1820,9 @@ def step_text(step: Step, config: Config) -> str:
     storage, ping = step.storage, config.ping
     to = ", ".join(config.user.email)
     if step.kind == "tasks":
-        names = ", ".join(f"{task.slug} ({task.entrypoint or 'built in'})"
-                          for task in step.tasks)
+        names = ", ".join(f"{task.slug} ({task.entrypoint or 'built in'})" + (
+            f" and ping {public_url(task.ping)} (fail, if it does not succeed)"
+            if task.ping else "") for task in step.tasks)
         return ("run side by side: " if len(step.tasks) > 1
                 else "run the post task " if step.tasks[0].post
                 else "run the task ") + names
@@ -1845,9 +1832,6 @@ def step_text(step: Step, config: Config) -> str:
         "mail_start": f"mail {to}: run started",
         "ping_start": "ping {} (start)".format(
             public_url(ping.start_endpoint or ping.endpoint)),
-        "ping_tasks": "; ".join(
-            f"ping {public_url(task.ping)} for {task.slug} (fail, if it did "
-            "not succeed)" for task in step.pinged),
         "notify_start": f"notify {config.user.name}: run started",
         "chown": storage and f"chown {storage.path} to {config.user.name}",
         "commit": storage and f"commit {storage.path}",
@@ -4620,8 +4604,7 @@ def failure_words(error: Exception) -> str:
     """Return why a server cannot be reached, in words and without [Errno]."""
     import socket
     import ssl
-    from http.client import (HTTPException, IncompleteRead,
-                             RemoteDisconnected)
+    from http.client import HTTPException
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
@@ -4632,10 +4615,8 @@ def failure_words(error: Exception) -> str:
         return f"unknown host name: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[0].lower() + error.strerror[1:]
-    if isinstance(error, (IncompleteRead, RemoteDisconnected)):
-        return "the server closed the connection"
     if isinstance(error, HTTPException):
-        return "invalid HTTP response"
+        return "no complete HTTP response"
     return str(error) or "the connection failed"
 
 
@@ -4658,12 +4639,6 @@ def sender_of(mail: Mail) -> str:
     found = [mail.sender] if mail.type == "sendmail" else [
         mail.smtp.sender, mail.sender, mail.smtp.user]
     return next(filter(None, map(address_of, found)), "")
-
-
-def smtp_server(smtp: Smtp) -> tuple[str, int]:
-    """The host and the port of the mail server."""
-    return smtp.host, smtp.port or {"tls": 465, "starttls": 587, "none": 25}[
-        smtp.security]
 
 
 def deliver_by_smtp(smtp: Smtp, sender: str, password: str,
@@ -4694,8 +4669,7 @@ def smtp_session(smtp: Smtp, sender: str, password: str, addresses: list[str],
     connection.
     """
     import smtplib
-    host, port = smtp_server(smtp)
-    options = {"host": host, "port": port, "timeout": MAIL_SECONDS,
+    options = {"host": smtp.host, "port": smtp.port, "timeout": MAIL_SECONDS,
                "local_hostname": mail_domain(HOST)}
     server = smtplib.SMTP_SSL(context=tls_context(smtp.ca_file), **options) \
         if smtp.security == "tls" else smtplib.SMTP(**options)
@@ -4755,11 +4729,12 @@ def request_url(endpoint: str, action: str = "", run_id: str = "") -> str:
 
 
 def worth_another(answer: str) -> bool:
-    """Whether another try may help: not after a status 4xx of HTTP, except
-    408 (timeout) and 429 (too many requests), or a reply 5yz of a mail server
-    (RFC 5321, 4.2.1)."""
+    """Whether another try may help after "SERVER: WHAT": not after a status
+    4xx of HTTP, except 408 (timeout) and 429 (too many requests), or a reply
+    5yz of a mail server (RFC 5321, 4.2.1)."""
     import re
-    return not re.match(r"HTTP 4(?!08|29)|\S+: 5\d\d ", answer)
+    return bool(answer) and not re.match(
+        r"\S+( through \S+)?: (HTTP 4(?!08|29)|5\d\d )", answer)
 
 
 def rfc5322(sender: str, to: list[str], subject_line: str, body: str,
@@ -4831,14 +4806,13 @@ class Delivery:
         return done.reason if done.code else ""
 
     def send_mail(self, message: bytes, addresses: list[str]) -> dict:
-        """Send a message; return address -> why it was refused."""
+        """Send a message; return address -> "" or why it was refused."""
         if self.config.mail.type == "smtp":
             return self.send_by_smtp(message, addresses)
         # One call for each: some programs, such as msmtp, give up all if the
         # server refuses one.
-        found = {each: self.send_by_sendmail(message, each)
-                 for each in addresses}
-        return {each: reason for each, reason in found.items() if reason}
+        return {each: self.send_by_sendmail(message, each)
+                for each in addresses}
 
     def send_by_sendmail(self, message: bytes, address: str) -> str:
         """Send a message with sendmail; '' or why it was not accepted."""
@@ -4855,8 +4829,9 @@ class Delivery:
 
     def send_by_smtp(self, message: bytes, addresses: list[str]) -> dict:
         """Send a message to the mail server, see `send_mail`."""
-        config, password = self.config, ""
-        smtp = config.mail.smtp
+        config, password, smtp = self.config, "", self.config.mail.smtp
+        port = smtp.port or {"tls": 465, "starttls": 587, "none": 25}[
+            smtp.security]
         if smtp.pass_name:
             try:
                 password = read_password(self.processes, config.pass_bin,
@@ -4864,18 +4839,22 @@ class Delivery:
             except Error as error:
                 return dict.fromkeys(addresses, error.message)
         sent, answer = self.processes.run_in_child(
-            MAIL_SECONDS, deliver_by_smtp, smtp, sender_of(config.mail),
-            password, addresses, message)
+            MAIL_SECONDS, deliver_by_smtp, smtp.replace(port=port),
+            sender_of(config.mail), password, addresses, message)
         refused = answer if sent else dict.fromkeys(addresses, answer)
-        place = "{}:{}: ".format(*smtp_server(smtp))
-        return {address: place + " ".join(reason.split())[:300]
-                for address, reason in refused.items()}
+        accepted = dict.fromkeys(addresses, "")
+        return {**accepted, **{
+            address: f"{smtp.host}:{port}: {' '.join(reason.split())[:300]}"
+            for address, reason in refused.items()}}
 
     def ping(self, url: str, body: bytes | None) -> tuple[bool, str]:
         """Send one request: (True, answer of the server) or (False, why)."""
         ping = self.config.ping
-        return self.processes.run_in_child(
+        accepted, answer = self.processes.run_in_child(
             ping.timeout, fetch, ping, url, body)
+        proxy = f" through {public_url(ping.proxy)}" if ping.proxy else ""
+        return accepted, answer if accepted \
+            else f"{public_url(url)}{proxy}: {answer}"
 
     def write_metrics(self, record: dict, last_success: float) -> None:
         """Write the file of node_exporter's textfile collector.
@@ -6182,8 +6161,7 @@ class Runner:
         """Log the start, and warn about runs that did not finish."""
         self.log_header("Start")
         self.log_line("StartTime " + local_time(self.started))
-        for scope in ("filters", "passBin") + (
-                "caFile", "address") * self.headless:
+        for scope in ("filters", "passBin") + ("caFile",) * self.headless:
             for error in self.errors.get(scope, ()):
                 self.problem("delivery", "error", scope, error)
         for run in self.lost:
@@ -6220,6 +6198,7 @@ class Runner:
         for task in step.tasks:
             self.results[task.slug] = TaskResult(task.slug, "skipped")
             self.log_line(f"SKIPPED {task.slug} (the run was stopped)")
+        self.ping_tasks(step)
 
     # --- tasks ------------------------------------------------------------
 
@@ -6242,6 +6221,7 @@ class Runner:
             if self.processes.stopped or self.is_late():
                 break
             attempt += 1
+        self.ping_tasks(step)
         self.log.sync(soon=True)
 
     def may_retry(self, task: Task, attempt: int) -> bool:
@@ -6667,10 +6647,10 @@ class Runner:
     def mail(self, word: str, text: str, kind: str, body: str) -> None:
         """Send a mail, or keep it for the next run. `word` is logged if it
         was accepted, `kind` ("start", "finish") is part of its ID."""
-        for error in self.errors.get("mail", ()):
-            return self.problem("delivery", "error",
-                                f"mail{kind.capitalize()}", error)
-        addresses = self.addresses()
+        source, addresses = f"mail{kind.capitalize()}", self.addresses()
+        self.undelivered(source, self.errors.get("address"))
+        if self.undelivered(source, self.errors.get("mail")) or not addresses:
+            return
         message = rfc5322(
             sender_of(self.config.mail), addresses, subject(
                 HOST, text, self.mark() if kind == "finish" else ""), body,
@@ -6679,13 +6659,17 @@ class Runner:
         reason, left = self.deliver(
             message, addresses, (MAIL_PAUSE, 3 * MAIL_PAUSE)
             if kind == "finish" and self.config.mail.type == "smtp" else ())
-        if not reason:
-            return self.log_line(word)
         if left:
             reason += self.queue_mail(f"{self.run_id}.{kind}", message,
                                       addresses, left)
-        return self.problem("delivery", "error", f"mail{kind.capitalize()}",
-                            reason)
+        if not self.undelivered(source, reason and [reason]):
+            self.log_line(word)
+
+    def undelivered(self, source: str, errors) -> bool:
+        """Whether there are errors of a delivery, which are recorded."""
+        for error in errors or ():
+            self.problem("delivery", "error", source, error)
+        return bool(errors)
 
     def addresses(self) -> list[str]:
         """The valid addresses of user.email, each once."""
@@ -6698,36 +6682,33 @@ class Runner:
         refuses it for now. Return '' or why it was refused, and the addresses
         that it waits for: none that refuse it for good if others took it.
         """
-        refused = dict.fromkeys(addresses, "")
+        results: dict[str, str] = {}
+        late = addresses
 
-        def waiting() -> list[str]:
-            return [address for address, reason in refused.items()
-                    if worth_another(reason)]
-
-        def attempt() -> str:
-            late = waiting()
-            found = self.delivery.send_mail(message, late)
-            for address in late:
-                del refused[address]
-            refused.update(found)
-            return next(filter(worth_another, found.values()), "")
+        def attempt() -> tuple[bool, str]:
+            nonlocal late
+            results.update(self.delivery.send_mail(message, late))
+            late = [each for each in late if worth_another(results[each])]
+            return not late, results[late[0]] if late else ""
 
         self.insist(attempt, pauses)
+        refused = {each: reason for each, reason in results.items() if reason}
         if len(refused) == len(addresses):
             return "; ".join(dict.fromkeys(refused.values())), addresses
-        return "; ".join(map(": ".join, refused.items())), waiting()
+        return "; ".join(map(": ".join, refused.items())), late
 
-    def insist(self, attempt, pauses) -> None:
-        """Call attempt() until it returns '' instead of why another try may
-        help, or a signal comes, with pauses of so many seconds."""
+    def insist(self, attempt, pauses) -> tuple[bool, str]:
+        """Return attempt(): whether it succeeded, and an answer. It is called
+        again after pauses of so many seconds, while another try may help and
+        no signal came."""
         for pause in pauses:
-            reason = attempt()
-            if not reason or self.processes.stopped:
-                return
-            self.log_line(f"{reason}; trying again in "
+            done, answer = attempt()
+            if done or self.processes.stopped or not worth_another(answer):
+                return done, answer
+            self.log_line(f"{answer}; trying again in "
                           + format_duration(pause))
             self.processes.pause(pause)
-        attempt()
+        return attempt()
 
     def queue_mail(self, name: str, message: bytes, addresses: list[str],
                    left: list[str]) -> str:
@@ -6743,17 +6724,18 @@ class Runner:
 
     def outbox(self, _step: Step) -> None:
         """Send the mails that earlier runs could not send."""
-        for path in self.state.queued_mails():
+        addresses = [] if "mail" in self.errors else self.addresses()
+        for path in self.state.queued_mails() if addresses else ():
             name = os.path.basename(path)
             try:
                 with open(path, "rb") as file:
                     message = file.read()
-                addresses = recipients(message, self.addresses())
-                reason, left = self.deliver(message, addresses)
+                wanted = recipients(message, addresses)
+                reason, left = self.deliver(message, wanted)
                 if not left:
                     os.unlink(path)
-                elif left != addresses:
-                    self.queue_mail(name[:-4], message, addresses, left)
+                elif left != wanted:
+                    self.queue_mail(name[:-4], message, wanted, left)
             except OSError as error:
                 reason = error.strerror
             self.log_line(f"MailWaits {name}: {reason}" if reason
@@ -6778,10 +6760,10 @@ class Runner:
 
     def ping_tasks(self, step: Step) -> None:
         """Ping the results of tasks, but of none that skipStatuses skipped."""
-        for task in step.pinged:
+        for task in step.tasks:
             result = self.results.get(task.slug)
             is_good = result and result.outcome == "ok"
-            if task.slug not in self.skipped:
+            if task.ping and task.slug not in self.skipped:
                 self.request_ping(f"ping {task.slug}", task.ping,
                                   "" if is_good else "fail")
 
@@ -6803,26 +6785,18 @@ class Runner:
                      run_id: str = "", body: bytes | None = None) -> None:
         """Request a URL, see `request_url`; several times, if another try may
         help. `source` is that of a problem."""
-        for error in self.errors.get("ping") or self.errors.get(source, ()):
-            return self.problem("delivery", "error", source, error)
+        if self.undelivered(source, self.errors.get("ping")
+                            or self.errors.get(source)):
+            return
         ping, url = self.config.ping, request_url(endpoint, action, run_id)
-        place = public_url(url) + (f" through {public_url(ping.proxy)}"
-                                   if ping.proxy else "")
-        accepted, answer = False, ""
-
-        def attempt() -> str:
-            nonlocal accepted, answer
-            accepted, answer = self.delivery.ping(url, body)
-            return "" if accepted or not worth_another(answer) \
-                else f"{place}: {answer}"
-
-        self.insist(attempt, [] if source == "pingStart" else [
-            min(2 ** tried, 30) for tried in range(ping.retries - 1)])
+        accepted, answer = self.insist(
+            lambda: self.delivery.ping(url, body), [
+                min(2 ** tried, 30) for tried in range(ping.retries - 1)
+                if source != "pingStart"])
         if accepted:
             self.log_line(f"PingResponse {answer}")
         if not accepted or answer.startswith("200 OK ("):
-            self.problem("delivery", "error", source, f"{place}: {answer}")
-        return None
+            self.undelivered(source, [answer])
 
     def report_no_start(self, text: str, details: str) -> None:
         """Mail and ping that this run cannot begin, if the configuration

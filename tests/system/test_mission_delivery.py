@@ -912,6 +912,26 @@ def test_mail_goes_to_the_valid_addresses_of_a_list(scratch, sink):
     assert sink.wait(1)[0].recipients == [ADDRESS, OTHER]
 
 
+@pytest.mark.parametrize("path, value", [
+    (("user", "email"), ["nobody"]), (("mail", "smtp", "host"), "")])
+def test_outbox_waits_until_the_configuration_is_valid(scratch, sink, path,
+                                                       value):
+    by_smtp(scratch, sink)
+    to_both(scratch)
+    sink.answers["MAIL"] = "550 no"
+    undelivered(scratch.headless())
+    sink.answers.clear()
+    section = scratch.config
+    for key in path[:-1]:
+        section = section[key]
+    before, section[path[-1]] = section[path[-1]], value
+    undelivered(scratch.headless())
+    assert len(scratch.outbox()) == 1 and sink.letters == []
+    section[path[-1]] = before
+    assert scratch.headless().code == 0
+    assert scratch.outbox() == [] and len(sink.wait(2)) == 2
+
+
 def test_sendmail_is_called_for_each_recipient(scratch):
     """msmtp gives up the whole mail if the server refuses one recipient."""
     by_sendmail(scratch)
@@ -1537,9 +1557,9 @@ def test_a_proxy_that_is_not_there_is_named(scratch):
 
 @pytest.mark.parametrize("answer, words", [
     (404, "HTTP 404 Not Found"),
-    ("close", "the server closed the connection"),
-    ("garbage", "invalid HTTP response"),
-    ("huge head", "invalid HTTP response"),
+    ("close", "no complete HTTP response"),
+    ("garbage", "no complete HTTP response"),
+    ("huge head", "no complete HTTP response"),
 ])
 def test_a_message_names_the_server_and_what_went_wrong(scratch, answer,
                                                         words):
@@ -1561,16 +1581,16 @@ def test_the_plan_names_mails_and_pings_and_why_they_cannot_be_sent(scratch):
     assert plan.code == 0, plan
     steps = [line.split(". ", 1)[-1] for line in plan.out.splitlines()]
     assert f"mail {ADDRESS}, {OTHER}: run started" in steps
-    assert steps.index("ping http://one.invalid/ for one (fail, if it did "
-                       "not succeed)") == 1 + next(
-        place for place, step in enumerate(steps)
-        if step.startswith("run the task one"))
+    run = scratch.tasks / "one" / "run"
+    assert (f"run the task one ({run}) and ping http://one.invalid/ (fail, if"
+            " it does not succeed)") in steps
     assert ("ping https://hc.invalid/ if all went well, the mails included; "
             "ping https://down.invalid/ (fail) if a task, chown or commit "
             "failed") in steps
     assert "     problem: mail.smtp.host: there is no SMTP host " \
         in plan.out
     by_hand = scratch.mission("run", "--dry-run").out
+    assert f"run the task one ({run})\n" in by_hand
     assert ".invalid" not in by_hand.split("problem:")[0]
 
 
