@@ -7452,6 +7452,7 @@ class ControlServer:
     connection: the run's number is the reply, and the run's supervisor sends
     the output over it, as frames. Each user may hold MOST_OF_ONE connections
     and MOST_BYTES_OF_ONE bytes of requests and replies; who runs koid, more.
+    In a turn of the loop each user has one request carried out.
     """
 
     def __init__(self, control: ControlService, scheduler: Scheduler,
@@ -7461,6 +7462,7 @@ class ControlServer:
         self.clock = control.machine.clock
         self.connections: dict[int, ControlConnection] = {}
         self.accept_at = FOREVER    # ticks: too many files were open
+        self.served: set[int] = set()   # uids, in this turn of the loop
         self.room = MOST_CONTROL_CONNECTIONS
 
     def listen(self, path: str) -> None:
@@ -7531,6 +7533,8 @@ class ControlServer:
                 if not lines.unsent:
                     self.close_connection(connection)
                 return
+            if connection.caller.uid in self.served:
+                return          # poll() reports the request again at once
             alive = lines.receive()
         except OSError:
             alive = False
@@ -7540,6 +7544,7 @@ class ControlServer:
             return
         line = lines.take_line()
         if line is not None:
+            self.served.add(connection.caller.uid)
             self.respond(connection, line)
 
     def bytes_of(self, caller: Caller, buffer: str) -> int:
@@ -7600,7 +7605,9 @@ class ControlServer:
         self.release(connection).close()
 
     def check(self, now: float) -> None:
-        """Close what took too long; accept again after a pause."""
+        """Close what took too long; accept again after a pause. Once in each
+        turn of the loop."""
+        self.served.clear()
         for connection in list(self.connections.values()):
             if now >= connection.deadline:
                 self.close_connection(connection)

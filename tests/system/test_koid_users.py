@@ -1122,6 +1122,45 @@ for _ in range(3):
     assert reply["text"] == "alice\n"
 
 
+# Writes down each turn of koid's loop, and whose requests are carried out.
+TURNS = """
+import os
+turns = os.open({path!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+wait, answer = k.Poller.wait, k.ControlService.answer
+def noted_wait(self, timeout):
+    os.write(turns, b"\\n")
+    return wait(self, timeout)
+def noted_answer(self, caller, request):
+    os.write(turns, caller.name.encode() + b" ")
+    return answer(self, caller, request)
+k.Poller.wait, k.ControlService.answer = noted_wait, noted_answer
+"""
+MANY_JOBS = "".join(f"0 {n % 24} 29 2 * true {n}\n"
+                    for n in range(9999 if support.FULL else 999))
+
+
+def test_one_user_has_one_request_carried_out_in_a_turn(town, tmp_path):
+    """Each request costs a look at all the jobs; 63 wait all the time."""
+    turns = tmp_path / "turns"
+    town.patch += TURNS.format(path=str(turns))
+    town.tab(MANY_JOBS, MALLORY)
+    town.start()
+    alice = town.caller(ALICE)
+    harmful(town, """
+if os.fork() == 0:
+    while os.getppid() != 1:
+        for door in [call(b'{"op": "jobs"}\\n') for _ in range(63)]:
+            while door.recv(65536):
+                pass
+    os._exit(0)
+""")
+    for _ in range(5):
+        assert "error" not in alice.ask("history")
+    served = turns.read_text()
+    assert served.count(f"{ALICE} ") == 5 and served.count(MALLORY) > 5
+    assert max(line.count(MALLORY) for line in served.splitlines()) == 1
+
+
 def test_the_places_that_one_user_cannot_take_are_left_to_the_others(town):
     town.start()
     harmful(town, "doors = [call(b'{') for _ in range(64)]")
