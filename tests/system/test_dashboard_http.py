@@ -1495,8 +1495,9 @@ def test_a_running_write_is_answered_before_it_ends(tmp_path):
 
 def test_systemd_accepts_the_unit(tmp_path):
     support.need("systemd-analyze")
-    for options in ([], ["--listen", "0.0.0.0:443", "--cert", "/c", "--key",
-                         "/k", "--name", "koi.example"]):
+    made = servers.certificate(tmp_path)
+    for options in ([], ["--listen", "0.0.0.0:443", "--cert", made.cert,
+                         "--key", made.key, "--name", "koi.example"]):
         unit = tmp_path / "koi-dashboard.service"
         done = typed(tmp_path, "unit", "dashboard", *options)
         assert (done.code, done.err) == (0, "")
