@@ -2038,28 +2038,26 @@ class OutputDecoder:
         import re
         self.log_filter, self.emit = log_filter, emit
         self.unsafe = re.compile(UNSAFE.replace("\n", "\x0b"))
-        self.pending = b""      # a line that has not ended yet
-        self.shown = 0          # bytes of it that are in the log already
-        self.cut = 0            # bytes of it that were passed on in pieces
+        self.pending = b""      # the end of the output, without a newline
+        self.size = 0           # bytes of its line that were taken before
+        self.begun = b""        # the first of them
 
     def take(self, chunk: bytes) -> None:
         """Emit the lines that end in this chunk of output."""
-        data = self.pending + chunk if self.pending else chunk
+        data = self.pending + chunk
         if b"\r" in data:       # progress bars: each state is a line
             last = b"\r" if data.endswith(b"\r") else b""
             data = data[:len(data) - len(last)].replace(
                 b"\r\n", b"\n").replace(b"\r", b"\n") + last
         end = data.rfind(b"\n") + 1
         lines, self.pending = data[:end], data[end:]
+        if lines and self.size:
+            line, _, lines = lines.partition(b"\n")
+            self.rest_of_line(line)
         if lines:
-            if self.shown or self.cut:
-                line, _, lines = lines.partition(b"\n")
-                self.rest_of_line(line)
-            if lines:
-                self.emit(self.text(lines[:-1]), None)
-        while len(self.pending) > LONGEST_LINE:
-            self.piece(self.pending[:LONGEST_LINE])
-            self.pending = self.pending[LONGEST_LINE:]
+            self.emit(self.text(lines[:-1]), None)
+        while len(self.pending) > LONGEST_LINE:     # too long for patterns
+            self.begin(self.pending[:LONGEST_LINE], " <<line goes on>>")
 
     def text(self, data: bytes) -> str:
         """Bytes as safe text, with escapes for controls and invalid UTF-8."""
@@ -2069,43 +2067,42 @@ class OutputDecoder:
         # A table, not sub(): a megabyte of NULs would be a million matches.
         return text.translate(ESCAPES) if self.unsafe.search(text) else text
 
-    def piece(self, data: bytes) -> None:
-        """Emit a part of a line that is too long for patterns."""
-        self.cut += len(data)
-        shown, self.shown = self.shown, 0
+    def begin(self, data: bytes, mark: str = "") -> None:
+        """Emit the beginning of `pending`, a part of a line that has not
+        ended. Redactions need the complete line, so it waits for them."""
+        self.pending = self.pending[len(data):]
+        self.size += len(data)
+        self.begun = (self.begun + data)[:LONGEST_LINE]
         if not self.log_filter.redacts:
-            self.emit(self.text(data[shown:]) + " <<line goes on>>", "")
+            self.emit(self.text(data) + mark, "")
 
     def rest_of_line(self, line: bytes) -> None:
-        """Emit the end of a line that was shown or cut before."""
-        if self.cut:
-            size, self.cut = self.cut + len(line), 0
-            note = TOO_LONG.format(f"{size:,}")
-            if self.log_filter.redacts:
-                self.emit(note, None)
-            else:
-                self.emit(self.text(line), note)
+        """Emit the end of a line that has begun."""
+        size, begun = self.size + len(line), self.begun
+        self.size, self.begun = 0, b""
+        note = TOO_LONG.format(f"{size:,}")
+        if size <= LONGEST_LINE:
+            self.emit(self.text(line), self.text(begun + line))
+        elif self.log_filter.redacts:
+            self.emit(note, None)
         else:
-            shown, self.shown = self.shown, 0
-            self.emit(self.text(line[shown:]), self.text(line))
+            self.emit(self.text(line), note)
 
     @property
     def waiting(self) -> bool:
-        """Whether there is an incomplete line to show. With redactions there
-        is none, because they need the complete line."""
-        return len(self.pending) > self.shown and not self.cut \
+        """Whether there is an incomplete line to show."""
+        return bool(self.pending.rstrip(b"\r")) \
             and not self.log_filter.redacts
 
     def silence(self) -> None:
         """Show an incomplete line, such as a prompt, after a silence."""
         if self.waiting:
-            self.emit(self.text(self.pending[self.shown:].rstrip(b"\r")), "")
-            self.shown = len(self.pending)
+            self.begin(self.pending.rstrip(b"\r"))
 
     def end(self) -> None:
         """Emit what is left: the last line may have no newline."""
         line, self.pending = self.pending.rstrip(b"\r"), b""
-        if line[self.shown:] or self.shown or self.cut:
+        if line or self.size:
             self.rest_of_line(line)
 
 
@@ -5277,17 +5274,15 @@ def coerce_record(found: object, blank: dict) -> dict:
     """The object `found` with all keys of `blank` and no others; a value of
     another type is replaced by that of `blank`, because a crash may have
     damaged the file. {} if `found` is not such an object."""
-    def fits(value, example) -> bool:
-        if isinstance(example, float):
-            return isinstance(value, (int, float))
-        return isinstance(value, (int, float, type(None))
-                          if example is None else type(example))
-
+    kinds = {float: (int, float), type(None): (int, float, type(None))}
     name = next(iter(blank))
     if not isinstance(found, dict) or not isinstance(found.get(name), str):
         return {}
-    whole = {key: found[key] if key in found and fits(found[key], example)
-             else example for key, example in blank.items()}
+    whole = {}
+    for key, example in blank.items():
+        value, kind = found.get(key, example), type(example)
+        whole[key] = value if isinstance(value, kinds.get(kind, kind)) \
+            else example
     inner = {"tasks": TASK_OF_PAST_RUN, "lost": RUN_IN_PROGRESS}
     for key in inner.keys() & whole.keys():
         whole[key] = [value for value in (
@@ -5329,10 +5324,14 @@ class StateDirectory:
         self.lock = os.path.join(locks or directory, "lock")
         self.current: dict = {}
         self.last_remembered: dict = {}
-        self.current_fd, self.current_size, self.error = -1, 0, ""
+        self.current_fd, self.current_size, self.error = -1, ROOM_FOR_RUN, ""
 
     def path(self, *names: str) -> str:
         return os.path.join(self.directory, *names)
+
+    def broken(self, error: OSError) -> None:
+        """Keep why the directory could not be read or written."""
+        self.error = f"{self.directory}: {error.strerror}"
 
     # --- the lock ---------------------------------------------------------
 
@@ -5358,7 +5357,7 @@ class StateDirectory:
     def make_directory(self) -> None:
         """Make the directory, and that of the lock. Raises Error if others
         can change them: they could replace the lock."""
-        for directory in {self.directory: 0, os.path.dirname(self.lock): 0}:
+        for directory in {self.directory, os.path.dirname(self.lock)}:
             make_private_directory(directory)
 
     def name_holder(self) -> None:
@@ -5397,8 +5396,7 @@ class StateDirectory:
         where = ""
         if run.get("pid") and pid in (0, run["pid"]):
             pid, since = run["pid"], run["started"]
-            where = f', in task "{run["task"]}"' if run.get("task") else \
-                f", in {run.get('phase', 'its beginning')}"
+            where = ", in " + place_of(run)
         if not pid:
             return "it has just begun"
         took = format_duration(round(self.clock.now() - since))
@@ -5440,36 +5438,38 @@ class StateDirectory:
         run = self.read_current()
         if not run or run["phase"] == FINISHED:
             return []
-        return run.get("lost", []) + [
+        return run["lost"] + [
             {key: value for key, value in run.items() if key != "lost"}]
 
     def write_current(self, run: dict) -> None:
         """Write down the run that begins now; see `update`."""
-        import json
         self.current = run
-        data = json.dumps(run).encode().ljust(ROOM_FOR_RUN - 1) + b"\n"
         try:
-            write_atomically(self.path("current.json"), data)
+            write_atomically(self.path("current.json"), self.current_bytes())
             self.current_fd = os.open(self.path("current.json"), os.O_WRONLY
                                       | os.O_NOFOLLOW)
         except OSError as error:
-            self.error = f"{self.directory}: {error.strerror}"
-        self.current_size = len(data)
+            self.broken(error)
+
+    def current_bytes(self) -> bytes:
+        """The run in progress as JSON, not shorter than it was before: an
+        older text must not show behind it."""
+        import json
+        data = json.dumps(self.current).encode().ljust(self.current_size - 1)
+        self.current_size = len(data) + 1
+        return data + b"\n"
 
     def update(self, **changes) -> None:
         """Write down where the run is now. It takes one small write in place
         and one sync, because this is done before every task."""
-        import json
         self.current.update(changes)
-        data = json.dumps(self.current).encode().ljust(
-            self.current_size - 1) + b"\n"
         if self.current_fd < 0:
             return
         try:
-            self.current_size = os.pwrite(self.current_fd, data, 0)
+            os.pwrite(self.current_fd, self.current_bytes(), 0)
             getattr(os, "fdatasync", os.fsync)(self.current_fd)
         except OSError as error:
-            self.error = f"{self.directory}: {error.strerror}"
+            self.broken(error)
 
     # --- the past ---------------------------------------------------------
 
@@ -5483,10 +5483,9 @@ class StateDirectory:
         try:
             with open(self.path("history.jsonl"), "rb") as file:
                 lines = file.read().split(b"\n")
-        except FileNotFoundError:
-            return []
         except OSError as error:
-            self.error = f"{self.directory}: {error.strerror}"
+            if error.errno != errno.ENOENT:
+                self.broken(error)
             return []
         found = {}
         for place, line in enumerate(lines):
@@ -5537,8 +5536,9 @@ class StateDirectory:
 
     def expected(self) -> dict[str, float]:
         """slug -> the median of its last ten good durations, in seconds."""
-        return {slug: sorted(found[-10:])[len(found[-10:]) // 2]
-                for slug, found in good_durations(self.history()).items()}
+        from statistics import median_high
+        return {slug: median_high(found[-10:]) for slug, found in good_durations(
+            self.history()).items()}
 
     # --- mails that wait --------------------------------------------------
 
@@ -5561,6 +5561,12 @@ class StateDirectory:
         return sorted(paths, key=lambda path: (os.stat(path).st_mtime, path))
 
 
+def place_of(run: dict) -> str:
+    """Where a run is, or was when it was killed, in words."""
+    return f'task "{run["task"]}"' if run["task"] \
+        else run["phase"] or "its beginning"
+
+
 def good_durations(records: list[dict]) -> dict[str, list]:
     """slug -> how long its successful runs took, in seconds, oldest first."""
     found: dict[str, list] = {}
@@ -5575,12 +5581,11 @@ def past_run(run: dict, result: str, **more) -> dict:
     """The record of a run for the history; of its values only those of
     `more` are known if it did not end."""
     return {"id": run["id"], "start": format_rfc3339(run["started"]),
-            "started": run["started"], "headless": run.get("headless"),
-            "partial": run.get("partial", False), "seconds": None,
-            "verdict": result, "log": run.get("log", ""),
+            "started": run["started"], "headless": run["headless"],
+            "partial": run["partial"], "seconds": None, "verdict": result,
+            "log": run["log"],
             "errors": 0, "warnings": 0,
-            "last": run.get("task") or run.get("phase", ""), "tasks": [],
-            **more}
+            "last": run["task"] or run["phase"], "tasks": [], **more}
 
 
 def state_of(config_path: str, clock: Clock) -> StateDirectory:
@@ -5603,14 +5608,14 @@ SPILL_LIMIT = 2**20             # of a lost log that goes to stderr
 LOG_NAME = "%Y-%m-%d-%H-%M-%S"
 
 
-def is_log_name(name: str) -> bool:
-    """Whether a file is a run log: 2026-03-29-02-00-00.txt, or with -2 to
-    -999 before .txt for a second one of that time."""
-    parts = name.removesuffix(".txt").split("-")
-    lengths = [len(part) for part in parts]
-    return name.endswith(".txt") and lengths[:6] == [4, 2, 2, 2, 2, 2] \
-        and len(parts) <= 7 and sum(lengths[6:]) <= 3 and all(
-            part.isascii() and part.isdigit() for part in parts)
+# The name of a run log: 2026-03-29-02-00-00.txt, or with -2 to -999 before
+# .txt for a second one of that time.
+LOG_FILE = r"(?a)\d{4}(-\d\d){5}(-\d{1,3})?\.txt"
+
+
+def paint(choice, code: str, text: str) -> str:
+    """The text in a colour (a code of ECMA-48 SGR), if `choice.colour`."""
+    return f"\x1b[{code}m{text}\x1b[0m" if choice.colour else text
 
 
 class LogWriter:
@@ -5631,29 +5636,27 @@ class LogWriter:
             self.serve(other.fileno())
         other.close()
         self.socket.settimeout(LOG_SECONDS)
+        self.answers = self.socket.makefile("rb")
 
-    def ask(self, request: list, data: bytes = b"") -> str:
-        """Send a request, a JSON list, and data; return the answer."""
+    def ask(self, *request):
+        """Call a method in the child: its name and its arguments, which are
+        JSON values; return its result."""
         import json
         if self.failure:
             raise self.failure
-        head = json.dumps([*request, len(data)]).encode() + b"\n"
         try:
-            self.socket.sendall(head + data)
-            answer = b""
-            while not answer.endswith(b"\n"):
-                chunk = self.socket.recv(CHUNK)
-                if not chunk:
-                    raise OSError(errno.EPIPE, "its writer ended")
-                answer += chunk
+            self.socket.sendall(json.dumps(request).encode() + b"\n")
+            answer = self.answers.readline()
+            if not answer:
+                raise OSError(errno.EPIPE, "its writer ended")
         except OSError as error:
             self.failure = OSError(error.errno or errno.ETIMEDOUT,
                                    error.strerror or NO_ANSWER)
             raise self.failure from None
-        failure, text = json.loads(answer)
+        failure, result = json.loads(answer)
         if failure:
-            raise OSError(failure, text)
-        return text
+            raise OSError(failure, result)
+        return result
 
     def serve(self, fd: int) -> None:
         """What the child does; does not return."""
@@ -5662,10 +5665,9 @@ class LogWriter:
             leave_parent(fd)
             with os.fdopen(3, "rb") as requests:
                 for line in requests:
-                    name, *arguments, size = json.loads(line)
-                    data = requests.read(size)
+                    name, *arguments = json.loads(line)
                     try:
-                        answer = [0, getattr(self, name)(*arguments, data)]
+                        answer = [0, getattr(self, name)(*arguments)]
                     except OSError as error:
                         answer = [error.errno, error.strerror]
                     write_all(3, json.dumps(answer).encode() + b"\n")
@@ -5674,7 +5676,7 @@ class LogWriter:
 
     # --- in the child -----------------------------------------------------
 
-    def create(self, directory: str, name: str, _data: bytes) -> str:
+    def create(self, directory: str, name: str) -> str:
         """Make a new file, `name` or with a number before .txt; return its
         name. It is made by descriptor, and no link is followed."""
         self.directory = open_directory(directory)
@@ -5689,23 +5691,22 @@ class LogWriter:
                 continue
         raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
 
-    def write(self, data: bytes) -> str:
-        write_all(self.fd, data)
-        return ""
+    def write(self, text: str) -> None:
+        write_all(self.fd, text.encode())
 
-    def sync(self, _data: bytes) -> str:
+    def sync(self) -> None:
         os.fsync(self.fd)
-        return ""
 
-    def prune(self, current: str, keep: int, _data: bytes) -> str:
+    def prune(self, current: str, keep: int) -> None:
         """Remove all run logs but `current` and the newest `keep` - 1.
 
         The time of the last change counts: the names tell what a clock
         showed that may have been wrong.
         """
+        import re
         ages = {}
         for name in os.listdir(self.directory):
-            if is_log_name(name) and name != current:
+            if re.fullmatch(LOG_FILE, name) and name != current:
                 status = os.stat(name, dir_fd=self.directory,
                                  follow_symlinks=False)
                 if stat.S_ISREG(status.st_mode):
@@ -5713,7 +5714,6 @@ class LogWriter:
         others = sorted(ages, key=ages.get)
         for name in others[:max(len(others) - keep + 1, 0)]:
             os.unlink(name, dir_fd=self.directory)
-        return ""
 
 
 class RunLog:
@@ -5743,7 +5743,7 @@ class RunLog:
         try:
             self.file = LogWriter()
             self.path = os.path.join(directory, self.file.ask(
-                ["create", directory, name]))
+                "create", directory, name))
         except OSError as error:
             self.file = None
             self.break_down(f"{directory}: {error.strerror}")
@@ -5775,7 +5775,7 @@ class RunLog:
                     f"written: {self.error}>>\n\n").encode() + data
         try:
             if self.file:
-                self.file.ask(["write"], data)
+                self.file.ask("write", data.decode())
             else:
                 write_all(self.fd, data)
             self.lost = 0
@@ -5818,18 +5818,14 @@ class RunLog:
                 soon and now - self.synced < 1.0):
             self.synced = now
             try:
-                self.file.ask(["sync"])
+                self.file.ask("sync")
             except OSError as error:
                 self.break_down(error.strerror)
-
-    def paint(self, code: str, text: str) -> str:
-        """The text in a colour (a code of ECMA-48 SGR), if there are any."""
-        return f"\x1b[{code}m{text}\x1b[0m" if self.colour else text
 
     def prune(self, keep: int) -> None:
         """Remove all run logs but the newest `keep` and this one. Raises
         OSError."""
-        self.file.ask(["prune", os.path.basename(self.path), keep])
+        self.file.ask("prune", os.path.basename(self.path), keep)
 
 
 # ==========================================================================
@@ -5981,7 +5977,7 @@ class Runner:
     def log_own(self, text: str, colour: str = "") -> None:
         """Log a text of mission itself, which may have several lines."""
         text = self.log_filter.redacted(text)
-        self.log.write(self.log.paint(colour, text) if colour else text)
+        self.log.write(paint(self.log, colour, text) if colour else text)
         self.mail_log.own(text)
 
     def log_line(self, text: str, colour: str = "") -> None:
@@ -6133,7 +6129,7 @@ class Runner:
         try:
             self.state.finish(self.record())
         except OSError as error:
-            self.state.error = f"{self.state.directory}: {error.strerror}"
+            self.state.broken(error)
             self.note_broken_files()
         return exit_status(self.problems, self.processes.stopped)
 
@@ -6165,14 +6161,12 @@ class Runner:
             for error in self.errors.get(scope, ()):
                 self.problem("delivery", "error", scope, error)
         for run in self.lost:
-            where = f'task "{run["task"]}"' if run.get("task") \
-                else run.get("phase", "its beginning")
-            why = "the machine was restarted" if run.get("boot") != boot_id() \
+            why = "the machine was restarted" if run["boot"] != boot_id() \
                 else "it was killed"
             self.problem("tasks", "warning", "previousRun", f"run "
                          f"{run['id'][:8]} of "
                          f"{format_rfc3339(run['started'])} did "
-                         f"not finish: {why} in {where}")
+                         f"not finish: {why} in {place_of(run)}")
             if self.headless and self.config.ping.enabled \
                     and self.config.ping.wants("fail"):
                 self.ping("fail", run["id"])
@@ -7153,11 +7147,6 @@ def print_json(value) -> int:
     import json
     print(json.dumps(value, indent=4, ensure_ascii=False))
     return EXIT_OK
-
-
-def paint(options, code: str, text: str) -> str:
-    """The text in a colour (a code of ECMA-48 SGR), if there are any."""
-    return f"\x1b[{code}m{text}\x1b[0m" if options.colour else text
 
 
 def read_text(path: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -393,7 +394,7 @@ def test_a_mail_that_was_not_written_whole_is_none(journal):
     ("1-2-3-4-5-6000000000000.txt", False),
 ])
 def test_which_files_are_logs_of_runs(name, ours):
-    assert mission.is_log_name(name) is ours
+    assert bool(re.fullmatch(mission.LOG_FILE, name)) is ours
 
 
 def log_of(folder, at: float = 1774747800.0):
@@ -423,7 +424,7 @@ def test_a_name_that_was_planted_is_passed_over(tmp_path):
 
 def prune(folder, current: str, keep: int) -> None:
     writer = types.SimpleNamespace(directory=os.open(folder, os.O_RDONLY))
-    mission.LogWriter.prune(writer, current, keep, b"")
+    mission.LogWriter.prune(writer, current, keep)
     os.close(writer.directory)
 
 
@@ -466,10 +467,10 @@ def test_logs_on_a_full_disk_go_to_stderr_up_to_a_limit(
     good = log.file.ask
     full = [True]
 
-    def ask(request, data=b""):
+    def ask(*request):
         if full[0]:
             raise OSError(28, "No space left on device")
-        return good(request, data)
+        return good(*request)
     monkeypatch.setattr(log.file, "ask", ask)
     monkeypatch.setattr(mission, "SPILL_LIMIT", 25)
     log.write("first line\n")
