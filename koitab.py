@@ -101,7 +101,7 @@ used.
 #
 # The life of a run
 #
-#     schedule, by hand, catch-up, retry, reboot
+#     schedule, by hand, after, catch-up, retry, reboot
 #       |-- overlap, queue full, paused, KOI_SKIP -----> skipped (reason)
 #       |-- start not made: koid down, clock set ------> missed
 #       |-- delay, retry, previous run active --> queued
@@ -1206,6 +1206,7 @@ LONGEST_COMMAND = 131_071   # bytes; Linux's limit for one argument
 LONGEST_NAME = 100
 LONGEST_VALUE, LONGEST_TEXT = 4096, 65_536      # bytes of an argument
 MOST_PARAMS = 64
+MOST_COMPARED = 10_000      # names, to find those that are alike
 MOST_DATES = 100            # in KOI_SKIP; they are shown in each description
 DEEPEST_SHELL = 50          # levels; Python's own stack has about 1,000
 BLANKS = " \t"
@@ -1266,7 +1267,7 @@ class Job(FrozenRecord):
     section: str
     name: str               # "" if it has none
     when: str               # as written: "*/5 * * * *", "@manual"
-    schedule: Schedule | None   # None: @manual or @reboot
+    schedule: Schedule | None   # None: @manual, @reboot or @after
     user: str               # of a system tab; else ""
     command: str            # as written, with % and {{..}}
     script: str             # what the shell gets
@@ -1277,12 +1278,18 @@ class Job(FrozenRecord):
     unlogged: bool = False          # a line that begins with "-"
     mail_failures: bool = False     # a command that begins with "-n "
     apart: tuple = ()       # tells it from an equal one: see told_apart
+    after: tuple = ()       # the identity of the job that @after names
     assignments: str = ""   # a checksum of `environment`
 
     @property
     def label(self) -> str:
         """The name, or the command of a job without one."""
         return (self.name or self.command)[:LONGEST_LABEL]
+
+    @property
+    def leader(self) -> str:
+        """The name in @after "NAME", as written; "" for any other job."""
+        return self.when[8:-1] if self.when.startswith("@after") else ""
 
     def identity(self) -> tuple:
         """Return what makes it the same job after its line has moved."""
@@ -1297,14 +1304,18 @@ class Job(FrozenRecord):
 
     def describe(self) -> str:
         """Return in English when it runs."""
-        if not self.schedule:
-            return {"@manual": "When asked for",
-                    "@reboot": "When the machine starts"}[self.when]
-        text, settings = self.schedule.describe(), self.settings
-        if settings.zone:
-            text += f" ({settings.zone})"
-        if settings.random_delay:
-            text += f", delayed by up to {settings.random_delay} minutes"
+        if self.when == "@manual":
+            return "When asked for"
+        settings = self.settings
+        if self.schedule:
+            text = self.schedule.describe()
+            if settings.zone:
+                text += f" ({settings.zone})"
+            if settings.random_delay:
+                text += f", delayed by up to {settings.random_delay} minutes"
+        else:
+            text = f"After {self.leader}" if self.leader \
+                else "When the machine starts"
         if settings.skip:
             text += f", not on {date_words(settings.skip)}"
         return text
@@ -2085,6 +2096,7 @@ class TabReader:
         self.environment: dict[str, str] = {}
         self.assignments = 0
         self.lines_of: dict[tuple, int] = {}
+        self.columns: dict[int, int] = {}   # of the name after @after, by row
         self.tab = Tab([], [], {})
 
     def read(self) -> Tab:
@@ -2104,6 +2116,49 @@ class TabReader:
                                 "the last line does not end",
                                 "press Enter at its end", True)
         return self.tab
+
+    def resolve_followers(self) -> None:
+        """Find the job that each @after names, and drop the lines for which
+        there is not exactly one that can start."""
+        named: dict[str, list] = {}
+        for job in self.tab.jobs if self.columns else ():
+            if job.name:
+                for name in (job.name, f"{job.section}/{job.name}"):
+                    named.setdefault(name, []).append(job)
+        followers: dict[tuple, list] = {}
+        valid = []
+        for job in self.tab.jobs:
+            found = named.get(job.leader, ())
+            if not job.leader:
+                valid.append(job)
+            elif len(found) == 1:
+                followers.setdefault(found[0].identity(), []).append(job)
+        for job in valid:       # it grows; a cycle is never reached
+            valid += [each.replace(after=job.identity())
+                      for each in followers.get(job.identity(), ())]
+        jobs = {job.line: job for job in valid}
+        for job in self.tab.jobs:
+            if job.line not in jobs:
+                self.tab.diagnostics.append(self.follower_error(
+                    job, named.get(job.leader, ()), named))
+        self.tab.jobs[:] = sorted(valid, key=lambda job: job.line)
+
+    def follower_error(self, job: Job, found: list,
+                       named: dict) -> Diagnostic:
+        """Return why a job with @after is dropped; `found` are the jobs that
+        it may mean, `named` all by their names."""
+        why, hint = f"{short(job.leader)} never starts by itself: the jobs " \
+            "before it are invalid or form a cycle", ""
+        if len(found) > 1:
+            why = f"{short(job.leader)} is the name of {len(found)} jobs"
+            hint = f'@after "{found[0].section}/{found[0].name}"'
+        elif not found:
+            why = f"there is no job {short(job.leader)} in this tab"
+            meant = nearest(job.leader, named) if len(named) * len(
+                self.columns) < MOST_COMPARED else ""
+            hint = f"did you mean {short(meant)}?" if meant else ""
+        return Diagnostic(job.line, self.columns[job.line], "bad job", why,
+                          escape_controls(hint))
 
     def diagnostic(self, at: int, what: str, why: str, hint: str = "",
                    fatal: bool = True) -> Diagnostic:
@@ -2283,6 +2338,14 @@ class TabReader:
         word, end = self.read_word(line, at)
         if word in ("@manual", "@reboot"):
             return word, None, end
+        if word == "@after" and not self.literal:
+            if not line.startswith('"', end):
+                self.reject(end, "bad name", "@after is followed by the name "
+                            "of a job, in quotes",
+                            '"Report" @after "Nightly" ~/report.sh')
+            self.columns[self.row] = self.base + end + 1
+            name, end = self.read_name(line, end)
+            return f'@after "{name}"', None, end
         if word not in SPECIALS:
             known = ["@manual", "@reboot", *SPECIALS]
             self.reject(at, "bad time specifier", f"unknown {short(word)}",
@@ -2600,7 +2663,9 @@ def parse_tab(text: str, system: bool = False, root: bool = False,
     braces are plain text, as in each system tab. An invalid line raises
     nothing.
     """
-    tab = TabReader(text, system, root, salt, literal).read()
+    reader = TabReader(text, system, root, salt, literal)
+    tab = reader.read()
+    reader.resolve_followers()
     tab = tab.replace(jobs=told_apart(tab.jobs, (file,) if system else ()))
     tab.diagnostics.sort(key=lambda each: (each.line, each.column))
     return tab
@@ -5370,6 +5435,7 @@ class ScheduledJob:
         self.delay = delay
         self.key = self.user, self.identity
         self.text = str(stable_random(f"{job.when}\0{job.command}"))
+        self.after = self.user, storable("\0".join(job.after))
 
     @property
     def content(self) -> tuple[str, str, str]:
@@ -5871,7 +5937,7 @@ class RunningRun:
                  supervisor: int = 0):
         self.run, self.key, self.queued = run, key, queued
         self.supervisor = supervisor
-        self.trigger = queued.trigger if queued else "schedule"
+        self.by_hand = bool(queued and queued.by_hand)
         self.reason = ""            # why koid ended it
         self.kill, self.kill_at = 0, FOREVER    # a signal; ticks
 
@@ -6146,8 +6212,7 @@ class CronMail:
         wrote = outcome.get("bytes") or outcome["state"] == "unstartable"
         # `koitab run` has shown what the run wrote, and its caller asks for
         # the retries. A note of koid's alone is no reason for mail.
-        by_hand = queued.by_hand if queued else running.trigger == "manual"
-        if not wrote or not to or by_hand \
+        if not wrote or not to or running.by_hand \
                 or job and job.mail_failures and good:
             return None, ""
         if not any(os.access(path, os.X_OK) for path in SENDMAILS):
@@ -6272,7 +6337,7 @@ def one_line(text: str) -> str:
 class Scheduler:
     """Moves each run from state to state, in the history and in memory.
 
-        schedule, by hand, catch-up, retry, reboot
+        schedule, by hand, after, catch-up, retry, reboot
           |-- overlap, queue full, paused, KOI_SKIP> skipped (reason)
           |-- not made: no koid, clock set --------> missed
           |-- delay, retry, previous run active ---> queued
@@ -6447,7 +6512,6 @@ class Scheduler:
     def record_and_start(self, starts: list[QueuedRun],
                          rows: list = ()) -> None:
         """Write down what is to be started and what was not, then start."""
-        ready = []
         statements = self.seen_statements() + self.deferred_statements
         self.deferred_statements = []
         for scheduled, row in rows:
@@ -6463,7 +6527,20 @@ class Scheduler:
                     and scheduled.settings.catchup == "yes":
                 starts.append(QueuedRun(scheduled, "catch-up", row["due"],
                                         self.clock.now()))
-        counts = self.running_counts()
+        ready = self.admit_all(starts, statements)
+        if not self.write(statements):
+            refused = [queued for queued in starts if self.refuse(queued)]
+            ready = [queued for queued in ready if queued not in refused]
+        for queued in starts:
+            if queued.connection and not queued.announced:
+                queued.announce()
+        self.start_runs(ready)
+
+    def admit_all(self, starts: list[QueuedRun],
+                  statements: list) -> list[QueuedRun]:
+        """Return the runs that begin now. The statements that keep the state
+        of each of `starts` are added to `statements`."""
+        ready, counts = [], self.running_counts()
         for queued in starts:
             state, reason = self.admit(queued, counts)
             if state == "running":
@@ -6472,13 +6549,7 @@ class Scheduler:
                     queued.scheduled.key, 0) + 1
             statements.append(self.state_statement(queued, state, reason,
                                                    statements))
-        if not self.write(statements):
-            refused = [queued for queued in starts if self.refuse(queued)]
-            ready = [queued for queued in ready if queued not in refused]
-        for queued in starts:
-            if queued.connection and not queued.announced:
-                queued.announce()
-        self.start_runs(ready)
+        return ready
 
     def admit(self, queued: QueuedRun, counts: dict) -> tuple[str, str]:
         """Return the state in which a run begins, and why if it is not
@@ -6605,8 +6676,11 @@ class Scheduler:
         ready = []
         for queued in self.waiting:
             key = queued.scheduled.key
-            if queued.waits_for_previous and counts.get(key) \
-                    or queued.at > now:
+            # A follower starts when its row is on the disk: the end that
+            # starts it would be found once more.
+            if queued.waits_for_previous and (
+                    counts.get(key) or queued.trigger == "after"
+                    and self.store.waiting) or queued.at > now:
                 continue
             if queued.waits_for_previous:
                 counts[key] = counts.get(key, 0) + 1
@@ -6786,12 +6860,13 @@ class Scheduler:
 
     def record_ends(self) -> None:
         """Write the ends of runs, their output, retries and mails."""
-        statements, retries, mails = [], [], []
+        statements, retries, mails, starts = [], [], [], []
         ends, self.unrecorded_ends = self.unrecorded_ends, []
         for running, status in ends:
             of_run: list[tuple] = []
             try:
-                self.record_end(running, status, of_run, retries, mails)
+                starts += self.record_end(running, status, of_run, retries,
+                                          mails)
             except OSError as error:    # too many files are open
                 self.log.set_problem(
                     "ends", f"a run's end cannot be read: {error}")
@@ -6805,14 +6880,20 @@ class Scheduler:
             else:
                 self.files_to_remove.append(running.run)
             statements += of_run
+        ready = self.admit_all(starts, statements)
+        self.waiting += retries
         if self.write(statements):
             self.mail.queue += mails
-        self.waiting += retries
+            self.start_runs(ready)
+            return
+        for queued in ready:
+            queued.waits_for_previous = True
+        self.waiting += ready
 
     def record_end(self, running: RunningRun, status: int, statements: list,
-                   retries: list, mails: list) -> None:
+                   retries: list, mails: list) -> list[QueuedRun]:
         """Add the statements, the retry and the mail of one run's end to the
-        lists. Raises OSError."""
+        lists; return the runs of jobs that follow. Raises OSError."""
         outcome, frames = self.outcome(running, status)
         statements += self.end_statements(running, outcome, frames)
         retry = self.retry_of(running, outcome)
@@ -6820,12 +6901,19 @@ class Scheduler:
             statements.append(self.state_statement(retry, "queued", "",
                                                    statements))
             retries.append(retry)
-            return
+            return []
         mail, state = self.mail.mail_for(running, outcome)
         if mail:
             mails.append(mail)
         if state:
             statements.append(self.store.update(running.run, mail=state))
+        if running.by_hand or outcome["state"] != "done" \
+                or outcome["exit"] != 0:
+            return []
+        now = self.clock.now()
+        return [QueuedRun(scheduled, "after", min(outcome["ended"], now), now)
+                for scheduled in self.registry.scheduled_jobs
+                if scheduled.after == running.key]
 
     def outcome(self, running: RunningRun, status: int) -> tuple[dict, bytes]:
         """Return how a run ended, as columns of its row, and its output.
@@ -6992,7 +7080,8 @@ class Scheduler:
         """Take over a run that has a file."""
         running = RunningRun(row["run"], (row["user"], row["identity"]),
                              queued)
-        running.trigger = row["trigger"]
+        running.by_hand = row["trigger"] == "manual" \
+            or row["mail"] == NOT_MAILED
         self.running[row["run"]] = running
         if was_rebooted(self.machine, self.store):
             running.reason = "the machine went down"
@@ -7012,7 +7101,7 @@ class Scheduler:
                 "state": "running", "started": header.started or None,
                 "reason": "its record was lost", "args": "{}"})])
             self.running[run] = running = RunningRun(run, key, None)
-            running.trigger = "manual"
+            running.by_hand = True
             if was_rebooted(self.machine, self.store):
                 self.ended[run] = NO_STATUS
 
@@ -16102,7 +16191,7 @@ const OUTCOMES = {  // outcome code of a run -> its word
 
 const TRIGGERS = {
   schedule: "its schedule", manual: "a person", "catch-up": "catching up",
-  retry: "a retry", reboot: "the machine's start",
+  retry: "a retry", reboot: "the machine's start", after: "the job before it",
 };
 
 const WORDS = {
@@ -17425,6 +17514,7 @@ function nextWords(job) {
   if (job.removed) return "in no tab";
   if (isPaused(job)) return "paused";
   if (job.manual) return "when asked for";
+  if (job.when.startsWith("@after")) return `after ${job.when.slice(8, -1)}`;
   return job.when === "@reboot" ? "on reboot" : "not scheduled";
 }
 
@@ -22814,8 +22904,8 @@ COMMANDS = {    # by the first word, or by the option that stands for it
                     "has not ended is meant."),
     "pause": Command(
         command_pause, JOBS, "let a job start by hand alone", ("NAME",),
-        ("user", "until"), "A paused job makes no start by schedule, retry, "
-        "catch-up or @reboot, but koitab run and the dashboard still start "
+        ("user", "until"), "A paused job makes no start by schedule, @after, "
+        "retry, catch-up or @reboot, but koitab run and the dashboard still start "
         "it. Its active runs continue."),
     "resume": Command(
         command_resume, JOBS, "end the pause of a job", ("NAME",), ("user",),

@@ -7,7 +7,8 @@ is the truth. Whatever is killed wherever, a fresh koid has to make of it:
 - every run that was executed is in the history, as done or interrupted;
 - every run that was acknowledged is there, and in one final state;
 - every minute is there that koid was to serve, started or missed;
-- @reboot as well.
+- @reboot as well;
+- each run that succeeded by schedule has one of the job that follows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from support import is_alive, process_state
 KEEP = 'echo "$KOI_RUN" | dd of={} oflag=append conv=notrunc,fsync ' \
     'status=none && echo kept'
 TAB = 'MAILTO=""\n"slot" * * * * * {keep}\n"boot" @reboot {keep}\n' \
-    '"hand" @manual {keep}\n'
+    '"hand" @manual {keep}\n"next" @after "slot" {keep}\n'
 # Of a supervisor's calls: between letting go of koid's lock and claiming the
 # run; the start of the job; its end; the end of all.
 TELLING = ("getpid", "clone3", "vfork", "wait4", "exit_group")
@@ -235,6 +236,11 @@ def faults(koi, runs: list, executed: Counter, acked: int | None,
     boots = [run for run in runs if run["trigger"] == "reboot"]
     if len(boots) != 1:
         wrong.append(f"{len(boots)} runs of @reboot")
+    good = sum(run["trigger"] == "schedule" and run["exit"] == 0
+               for run in runs)
+    after = sum(run["trigger"] == "after" for run in runs)
+    if good != after:
+        wrong.append(f"{good} good runs, and {after} that follow")
     return wrong
 
 

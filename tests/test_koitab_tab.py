@@ -183,6 +183,57 @@ def test_error_names_what_is_missing(text, where, why):
     assert ((error.column, error.what), error.why) == (where, why)
 
 
+# --- @after ---------------------------------------------------------------
+
+
+def test_follower_knows_the_job_that_it_follows():
+    found = jobs('"C" @after "S/B" c\n[S]\n"B" @after "A" b\n[T]\n'
+                 '"A" @daily a\n"B" @daily d\nKOI_SKIP=2027-01-01\n'
+                 '@after "A" e {{N, int, 1}}\n')
+    assert [(job.when, job.after, job.command) for job in found] == [
+        ('@after "S/B"', ("name", "S", "B"), "c"),
+        ('@after "A"', ("name", "T", "A"), "b"),
+        ("@daily", (), "a"), ("@daily", (), "d"),
+        ('@after "A"', ("name", "T", "A"), "e {{N, int, 1}}")]
+    assert [job.describe() for job in found][::4] == [
+        "After S/B", "After A, not on 2027-01-01"]
+
+
+@pytest.mark.parametrize("text, line, column, why, hint", [
+    ('"B" @after "A" b\n', 1, 12, 'no job "A"', ""),
+    ('"Nightly" @daily a\n "B"  @after  "Nigtly" b\n', 2, 15,
+     'no job "Nigtly"', 'did you mean "Nightly"?'),
+    ('"A" @daily a\n[S]\n"A" @daily a\n"B" @after "A" b\n', 4, 12,
+     '"A" is the name of 2 jobs', '@after "/A"'),
+    ('"A" @after "A" a\n', 1, 12, "form a cycle", ""),
+    ('61 * * * * a\n"A" 61 * * * * a\n"B" @after "A" b\n', 3, 12,
+     'no job "A"', ""),
+    ('"B" @after A b\n', 1, 12, "in quotes", '"Report" @after'),
+    ('"B" @after "" b\n', 1, 13, "the name is empty", ""),
+    ('"A" @daily a\n"B" @after "A" b {{N, int}}\n', 2, 18,
+     "it needs a default", ""),
+])
+def test_follower_without_one_valid_job_is_rejected(text, line, column, why,
+                                                    hint):
+    error = tab(text).errors()[-1]
+    assert (error.line, error.column) == (line, column)
+    assert why in error.why and hint in error.hint
+
+
+def test_cycle_drops_its_lines_and_those_that_follow_them():
+    found = tab('"A" @after "C" a\n"B" @after "A" b\n"C" @after "B" c\n'
+                '"D" @after "C" d\n"E" @daily e\n"F" @after "E" f\n')
+    assert [job.name for job in found.jobs] == ["E", "F"]
+    assert [(error.line, error.column) for error in found.errors()] == [
+        (line, 12) for line in (1, 2, 3, 4)]
+
+
+def test_crons_files_have_no_followers():
+    text = '"A" @daily root a\n"B" @after "A" root b\n'
+    assert errors_in(text, system=True)[0][:2] == (2, 5)
+    assert errors_in(text, literal=True)[0][:2] == (2, 5)
+
+
 # --- assignments ----------------------------------------------------------
 
 
@@ -708,6 +759,11 @@ def bounded(text: str, seconds: float = 5, **options):
     "@manual x " + "$(a)" * 32_000 + "{{a}}\n",
     "@manual x" + " $(a) eval sudo" * 8_000 + " {{a}}\n",
     "@manual x " + "case $(" * 15_000 + ")" * 15_000 + "{{a}}\n",
+    "".join(f'"{n}" @after "{n + 1}" x\n' for n in range(9_000)),
+    "".join(f'"{n}" @after "a{n}" x\n' for n in range(9_000)),
+    '"9000" @daily x\n' + "".join(f'"{n}" @after "{n + 1}" x\n'
+                                  for n in range(9_000)),
+    "".join(f'[{n}]\n"a" @after "a" x\n' for n in range(5_000)),
 ], ids=itertools.count())
 def test_hostile_tab_is_parsed_in_short_time(text):
     bounded(text[:2**20])
