@@ -701,8 +701,8 @@ class Ping(ConfigObject):
 
     def wants(self, action: str) -> bool:
         """Whether "start" or "fail" is pinged."""
-        return bool(getattr(self, action)
-                    or getattr(self, action + "_endpoint"))
+        return getattr(self, action) or bool(
+            getattr(self, action + "_endpoint"))
 
 
 class Notify(ConfigObject):
@@ -1256,16 +1256,15 @@ class ConfigValidator:
             if not re.fullmatch(VARIABLE, name) or "\0" in value:
                 self.add(task.where + ("env", name), "this is no variable",
                          "letters, digits and _, and a value without NUL")
-        for name in task.storages or ():
-            if name not in self.config.storage:
+        for key, names in (("storages", task.storages or ()),
+                           ("minFree", task.min_free)):
+            for name in names:
+                if name in self.config.storage:
+                    continue
                 meant = nearest(name, self.config.storage)
-                self.add(task.where + ("storages",), "no storage "
-                         + described(name), f"{meant}?" if meant
+                self.add(task.where + (key, name), "no such storage",
+                         f"{meant}?" if meant
                          else "one of " + ", ".join(self.config.storage))
-        for name in task.min_free:
-            if name not in self.config.storage:
-                self.add(task.where + ("minFree", name), "no such storage",
-                         "one of " + ", ".join(self.config.storage))
 
     def check_order(self) -> None:
         """Whether each needed task exists and can run before."""
@@ -4626,8 +4625,7 @@ def failure_words(error: Exception) -> str:
 
 MAIL_SECONDS, DESKTOP_SECONDS = 60, 5
 WAITS_FOR = "X-Waits-For: "
-MAIL_PAUSE = 30.0       # seconds after which a mail server is asked again; a
-                        # third time after three times as long
+MAIL_PAUSES = (30.0, 90.0)      # seconds until a mail server is asked again
 
 
 def sender_of(mail: Mail) -> str:
@@ -4860,21 +4858,18 @@ class Delivery:
         path = self.config.metrics.textfile
         data = metrics_text(record, last_success, self.config.path).encode()
 
-        def write(_send) -> list:
+        def write() -> str:
             try:
                 directory = open_directory(os.path.dirname(path))
                 write_atomically(os.path.basename(path), data, 0o644,
                                  dir_fd=directory)
             except OSError as error:
-                return [error.errno, error.strerror]
-            return []
+                return error.strerror
+            return ""
 
-        try:
-            failure = self.processes.supervise(ANSWER_SECONDS, write)
-        except Unanswered as error:
-            failure = [errno.ETIMEDOUT, str(error)]
+        _, failure = self.processes.run_in_child(ANSWER_SECONDS, write)
         if failure:
-            raise OSError(*failure, path)
+            raise OSError(errno.EIO, failure, path)
 
 
 # ==========================================================================
@@ -6158,8 +6153,7 @@ class Runner:
         self.log_header("Start")
         self.log_line("StartTime " + local_time(self.started))
         for scope in ("filters", "passBin") + ("caFile",) * self.headless:
-            for error in self.errors.get(scope, ()):
-                self.problem("delivery", "error", scope, error)
+            self.undelivered(scope, self.errors.get(scope))
         for run in self.lost:
             why = "the machine was restarted" if run["boot"] != boot_id() \
                 else "it was killed"
@@ -6651,7 +6645,7 @@ class Runner:
             f"{self.run_id}.{kind}", self.processes.clock.now())
         # The tasks do not wait until a server takes the mail of the start.
         reason, left = self.deliver(
-            message, addresses, (MAIL_PAUSE, 3 * MAIL_PAUSE)
+            message, addresses, MAIL_PAUSES
             if kind == "finish" and self.config.mail.type == "smtp" else ())
         if left:
             reason += self.queue_mail(f"{self.run_id}.{kind}", message,

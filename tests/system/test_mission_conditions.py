@@ -97,4 +97,4 @@ def test_check_refuses_an_unknown_storage_of_a_task(scratch):
     scratch.task("a", "true", storages=["lgs"])
     result = scratch.mission("check")
     assert result.code == 78
-    assert "tasks[0].storages: " in result.err and "logs?" in result.err
+    assert "tasks[0].storages.lgs: no such storage (logs?)" in result.err

@@ -38,7 +38,7 @@ DURATION = r"(\d+h)?(\d+m)?[\d.]+m?s"
 
 def by_smtp(scratch, sink, **smtp) -> None:
     """Mail goes straight to the sink; no program needed."""
-    scratch.patch(MAIL_PAUSE=0)
+    scratch.patch("assert k.MAIL_PAUSES\nk.MAIL_PAUSES = (0, 0)")
     scratch.config["user"]["email"] = ADDRESS
     scratch.config["mail"] = {
         "enabled": True, "type": "smtp",
@@ -1001,7 +1001,7 @@ def test_a_signal_ends_the_wait_for_the_mail_server(scratch):
     port = servers.free_port()
     by_smtp(scratch, servers.Sink(port=port))
     scratch.config["mail"]["start"] = False
-    scratch.patch("k.MAIL_PAUSE = 3600.0")
+    scratch.patch("k.MAIL_PAUSES = (3600.0, 0)")
     scratch.task("one", "true")
     process = scratch.start("run", "--headless")
     with support.stopping(process):
