@@ -5389,7 +5389,8 @@ class StateDirectory:
         """Who holds the lock, since when, in which task."""
         run, (pid, since) = self.read_current(), self.holder()
         where = ""
-        if run.get("pid") and pid in (0, run["pid"]):
+        if run.get("phase") != FINISHED and run.get("pid") \
+                and pid in (0, run["pid"]):
             pid, since = run["pid"], run["started"]
             where = ", in " + place_of(run)
         if not pid:
@@ -5437,14 +5438,20 @@ class StateDirectory:
             {key: value for key, value in run.items() if key != "lost"}]
 
     def write_current(self, run: dict) -> None:
-        """Write down the run that begins now; see `update`."""
-        self.current = run
+        """Write down the run that begins now; see `update`. Where a full disk
+        has no room for a new file, that of the last run is changed."""
+        self.current, path = run, self.path("current.json")
         try:
-            write_atomically(self.path("current.json"), self.current_bytes())
-            self.current_fd = os.open(self.path("current.json"), os.O_WRONLY
-                                      | os.O_NOFOLLOW)
+            write_atomically(path, self.current_bytes())
         except OSError as error:
             self.broken(error)
+        try:
+            self.current_fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+            self.current_size = os.fstat(self.current_fd).st_size
+        except OSError:
+            return
+        if self.error:
+            self.update()
 
     def current_bytes(self) -> bytes:
         """The run in progress as JSON, not shorter than it was before: an
@@ -5525,8 +5532,7 @@ class StateDirectory:
                   seconds=record.get("seconds"))
         if record != self.last_remembered:
             self.add_to_history(record)
-        if self.current_fd >= 0:
-            os.unlink(self.path("current.json"))
+        if self.current_fd >= 0:        # the file stays: see write_current
             os.close(self.current_fd)
 
     def expected(self) -> dict[str, float]:
@@ -5581,6 +5587,17 @@ def past_run(run: dict, result: str, **more) -> dict:
             "log": run["log"],
             "errors": 0, "warnings": 0,
             "last": run["task"] or run["phase"], "tasks": [], **more}
+
+
+def unrecorded_end(run: dict, known: dict[str, dict]) -> list[dict]:
+    """Return the record of a run in its file, if it has ended and the history
+    does not have that: it could not grow, perhaps only after an earlier
+    record of the run. `known`: run id -> the record in the history."""
+    if run.get("phase") != FINISHED:
+        return []
+    before = known.get(run["id"]) or past_run(run, "")
+    ended = {**before, "verdict": run["verdict"], "seconds": run["seconds"]}
+    return [] if ended == before else [ended]
 
 
 def state_of(config_path: str, clock: Clock) -> StateDirectory:
@@ -6065,14 +6082,10 @@ class Runner:
 
     def remember_earlier(self) -> None:
         """Record lost runs, and one that ended when the disk was full."""
-        known = {record["id"]: record["verdict"]
-                 for record in self.state.history()}
-        ended = self.state.read_current()
+        known = {record["id"]: record for record in self.state.history()}
         records = [past_run(run, "lost") for run in self.lost
-                   if known.get(run["id"]) != "lost"]
-        if ended.get("phase") == FINISHED and ended["id"] not in known:
-            records.append(past_run(ended, ended["verdict"],
-                                    seconds=ended["seconds"]))
+                   if known.get(run["id"], {}).get("verdict") != "lost"]
+        records += unrecorded_end(self.state.read_current(), known)
         try:
             for record in records:
                 self.state.add_to_history(record)
@@ -7519,16 +7532,14 @@ def open_state(options) -> StateDirectory:
 
 def runs_of(state: StateDirectory) -> list[dict]:
     """The runs of the history, and the one that is running or was lost."""
-    runs = state.history()
-    current = state.read_current()
-    if current and current["id"] not in {run["id"] for run in runs}:
-        is_running = state.is_locked()
-        ended = current["phase"] == FINISHED
+    runs, current = state.history(), state.read_current()
+    known = {run["id"]: run for run in runs}
+    ended = unrecorded_end(current, known)
+    if current and not ended and current["id"] not in known:
         runs.append(past_run(
-            current, "running" if is_running else
-            current["verdict"] if ended else "lost",
-            seconds=current["seconds"] if ended else None))
-    return runs
+            current, "running" if state.is_locked() else "lost"))
+    return [run for run in runs
+            if run["id"] not in {end["id"] for end in ended}] + ended
 
 
 COLOURS = {"ok": "32", "running": "36", "trouble": "33"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -148,7 +149,35 @@ def test_a_run_that_finished_is_not_lost(journal):
     assert journal.read_current()["task"] == "mail"
     journal.finish(record("a"))
     assert journal.lost() == [] and ids(journal.history()) == ["a"]
-    assert journal.read_current() == {}
+    assert journal.read_current()["phase"] == mission.FINISHED
+
+
+def test_run_with_no_room_for_a_file_takes_that_of_the_last_run(
+        journal, monkeypatch):
+    journal.write_current(run("a"))
+    journal.finish(record("a"))
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(mission, "write_atomically", fail)
+    monkeypatch.setattr(mission.StateDirectory, "add_to_history", fail)
+    full = mission.StateDirectory(journal.directory, FakeClock())
+    full.write_current(run("b"))
+    assert ids(full.lost()) == ["b"] and "No space" in full.error
+    with pytest.raises(OSError):
+        full.finish(record("b", "trouble"))
+    assert ids(full.history()) == ["a"]
+    shown = mission.runs_of(full)
+    assert [(one["id"], one["verdict"]) for one in shown] == [
+        ("a", "ok"), ("b", "trouble")]
+
+
+def test_end_of_a_run_counts_that_the_history_had_no_room_for(journal):
+    journal.write_current(run("a"))
+    journal.add_to_history(record("a", "ok"))
+    journal.update(phase=mission.FINISHED, verdict="trouble")
+    (shown,) = mission.runs_of(journal)
+    assert shown["verdict"] == "trouble"
 
 
 def test_a_run_that_was_killed_is_lost_with_its_last_task(journal):
