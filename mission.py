@@ -485,36 +485,41 @@ CARRIED = {"spotify": ("sync", "sessions")}
 def is_label(text: str, first: str) -> bool:
     """Whether the text is a slug or the name of a storage or group: at most
     64 of a-z, digits, - and _; the first one is in `first`."""
-    return text[:1] in tuple(first) and len(text) <= 64 and set(
-        text) <= set(LOWER + DIGITS + "-_")
+    import re
+    return bool(re.fullmatch(f"[{first}][a-z0-9_-]{{0,63}}", text))
 
 
 class ValueType(FrozenRecord):
     """The values that a key may have, and how they are read and written."""
     expected: str               # for a diagnostic
-    fits: object                # value -> bool
-    read: object = None         # JSON value -> the program's value
+    json: tuple                 # their Python types in JSON
+    read: object = None         # JSON value -> the program's value, or None
     write: object = None        # and back, for `dump`
-    blank: object = ""          # stands in for a required value that is wrong
     record: object = None       # class of the objects in the value, if any
     form: str = ""              # of objects: "one", "list" or "map"
 
+    def value(self, found):
+        """The program's value for a JSON value; None if it does not fit."""
+        if type(found) not in self.json:
+            return None
+        return self.read(found) if self.read else found
 
-def is_text_list(value) -> bool:
-    """Whether the value is a list of strings."""
-    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+def texts(found: list) -> tuple | None:
+    """The items as a tuple; None if one of them is not a string."""
+    return tuple(found) if all(isinstance(v, str) for v in found) else None
 
 
 def number(low: int, high: int) -> ValueType:
     """The type of a key that takes a whole number."""
-    return ValueType(f"a whole number from {low} to {high}",
-                     lambda v: type(v) is int and low <= v <= high)
+    return ValueType(f"a whole number from {low} to {high}", (int,),
+                     lambda v: v if low <= v <= high else None)
 
 
 def one_of(*words: str) -> ValueType:
     """The type of a key that takes one of some words."""
-    return ValueType(" or ".join(f'"{word}"' for word in words),
-                     lambda v: isinstance(v, str) and v in words)
+    return ValueType(" or ".join(f'"{word}"' for word in words), (str,),
+                     lambda v: v if v in words else None)
 
 
 SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -522,12 +527,9 @@ SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def parse_size(text: str) -> int | None:
     """The bytes in "512", "100K", "5G" (powers of 1024); None if invalid."""
-    text = text.removesuffix("B")
-    unit = text[-1:] if text[-1:] in tuple("KMGT") else ""
-    digits = text.removesuffix(unit)
-    if not (digits.isascii() and digits.isdigit() and len(digits) < 16):
-        return None
-    return int(digits) * SIZE_UNITS[unit]
+    import re
+    found = re.fullmatch("([0-9]{1,15})([KMGT]?)B?", text)
+    return int(found[1]) * SIZE_UNITS[found[2]] if found else None
 
 
 def format_size(size: int) -> str:
@@ -538,51 +540,46 @@ def format_size(size: int) -> str:
     return str(size)
 
 
-TEXT = ValueType("a string", lambda v: isinstance(v, str))
+TEXT = ValueType("a string", (str,))
 PATH = TEXT.replace()       # made absolute by `resolve_paths`
-FLAG = ValueType("true or false", lambda v: v is True or v is False)
-TEXTS = ValueType("a list of strings", is_text_list, tuple)
-DURATION = ValueType(
-    'a duration such as "90s", "10m" or "2h"',
-    lambda v: isinstance(v, str) and parse_duration(v) is not None,
-    parse_duration, format_duration)
-LIMIT = DURATION.replace(
-    expected=DURATION.expected + ", above zero",
-    fits=lambda v: isinstance(v, str) and bool(parse_duration(v)))
-SIZE = ValueType('a size such as "500M" or "5G"',
-                 lambda v: isinstance(v, str) and parse_size(v) is not None,
-                 parse_size, format_size)
-VARIABLES = ValueType(
-    "an object of strings", lambda v: isinstance(v, dict) and all(
-        isinstance(word, str) for word in v.values()), dict, dict)
+FLAG = ValueType("true or false", (bool,))
+TEXTS = ValueType("a list of strings", (list,), texts)
+DURATION = ValueType('a duration such as "90s", "10m" or "2h"', (str,),
+                     parse_duration, format_duration)
+LIMIT = DURATION.replace(expected=DURATION.expected + ", above zero",
+                         read=lambda v: parse_duration(v) or None)
+SIZE = ValueType('a size such as "500M" or "5G"', (str,), parse_size,
+                 format_size)
+VARIABLES = ValueType("an object of strings", (dict,), lambda v: v
+                      if texts(v.values()) is not None else None)
+
+
+def sizes(found: dict) -> dict | None:
+    """The sizes in bytes; None if one of them is invalid."""
+    read = {name: SIZE.value(size) for name, size in found.items()}
+    return None if None in read.values() else read
+
+
 SIZES = ValueType(
-    'an object such as {"sync": "5G"}', lambda v: isinstance(v, dict) and all(
-        SIZE.fits(size) for size in v.values()),
-    lambda v: {name: parse_size(size) for name, size in v.items()},
+    'an object such as {"sync": "5G"}', (dict,), sizes,
     lambda v: {name: format_size(size) for name, size in v.items()})
-
-
 ADDRESSES = ValueType(
-    "an address or a list of addresses",
-    lambda v: isinstance(v, str) or is_text_list(v),
-    lambda v: (v,) if v and isinstance(v, str) else tuple(v),
+    "an address or a list of addresses", (str, list),
+    lambda v: texts(v if isinstance(v, list) else [v] if v else []),
     lambda v: list(v) if len(v) > 1 else "".join(v))
 STATUSES = ValueType(
-    "a list of exit statuses from 1 to 255",
-    lambda v: isinstance(v, list) and all(
-        type(item) is int and 0 < item < 256 for item in v), tuple)
+    "a list of exit statuses from 1 to 255", (list,), lambda v: tuple(v)
+    if all(type(item) is int and 0 < item < 256 for item in v) else None)
 
 
 def object_of(record: type, form: str = "one") -> ValueType:
     """The type of a key whose value is one object, or a map of objects."""
-    return ValueType("an object", lambda v: isinstance(v, dict), blank={},
-                     record=record, form=form)
+    return ValueType("an object", (dict,), record=record, form=form)
 
 
 def list_of(record: type) -> ValueType:
     """The type of a key whose value is a list of objects."""
-    return ValueType("a list of objects", lambda v: isinstance(v, list),
-                     blank=[], record=record, form="list")
+    return ValueType("a list of objects", (list,), record=record, form="list")
 
 
 def each_object(form: str, value, function, where: tuple = ()):
@@ -916,17 +913,16 @@ class ConfigReader:
     def read_value(self, value, path: tuple, kind: ValueType, default,
                    report: bool):
         """The value of one key; null is "not set", as in the original."""
-        is_valid = value is not None and kind.fits(value)
-        if is_valid:
-            found = kind.read(value) if kind.read else value
-        else:
-            found = kind.blank if default is REQUIRED else default
+        read = kind.value(value)
+        found = read
+        if read is None:
+            found = kind.json[0]() if default is REQUIRED else default
         if value is None:
             if default is REQUIRED and report \
                     and path not in self.diagnostics.paths:
                 self.diagnostics.add(path, "this key is missing",
                                      kind.expected)
-        elif not is_valid:
+        elif read is None:
             self.diagnostics.add(path, f"{described(value)} does not fit",
                                  kind.expected)
         if not kind.record or found is None:
@@ -934,7 +930,7 @@ class ConfigReader:
         # An object that is missing has one diagnostic, not one for each key.
         return each_object(kind.form, found, lambda values, where:
                            self.read_object(kind.record, values, where,
-                                            is_valid), path)
+                                            read is not None), path)
 
 
 class UnknownHome(ValueError):
