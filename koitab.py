@@ -3835,17 +3835,48 @@ class Machine:
     def hold_cron_pid(self) -> int:
         """Lock cron's PID file, so that cron and koid never run at the same
         time. Return the descriptor, which holds the lock. Raises Error if
-        cron is running."""
-        fd = try_lock(CRON_PID)
+        cron is running, be it one that takes no lock (busybox)."""
+        pid = ", ".join(map(str, self.crons()))
+        fd = None if pid else try_lock(CRON_PID)
         if fd is None:
-            with open(CRON_PID, encoding="ascii", errors="replace") as file:
-                pid = file.read(20).strip()
+            if not pid:
+                with open(CRON_PID, encoding="ascii", errors="replace"
+                          ) as file:
+                    pid = file.read(20).strip()
             raise Error(f"cron runs (pid {pid}), and would start its jobs "
                         "beside koid", "systemctl disable --now cron")
         os.fchmod(fd, 0o644)
         os.ftruncate(fd, 0)
         os.write(fd, f"{os.getpid()}\n".encode())
         return fd
+
+    def crons(self) -> list[int]:
+        """Return the process IDs of the crons that run here: of none in
+        another container (a mount namespace), and of no child that only
+        waits for a job."""
+        if not os.path.isdir("/proc/self"):     # macOS, BSD
+            try:
+                with open("/var/run/cron.pid", encoding="ascii") as file:
+                    pid = int(file.read(20))
+                return [pid] if os.getpgid(pid) else []
+            except (OSError, ValueError):
+                return []
+        found = {}
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    program, _, rest = file.read().partition(
+                        b"(")[2].rpartition(b") ")
+                if program == b"busybox":
+                    with open(f"/proc/{name}/cmdline", "rb") as file:
+                        program = file.read().split(b"\0")[1]
+                if program in (b"cron", b"crond") and is_in_namespace(name):
+                    found[int(name)] = rest.split()     # proc(5)
+            except (OSError, IndexError):
+                continue            # it has ended
+        return [pid for pid, (_, parent, _, session, *_) in found.items()
+                if int(parent) not in found
+                and (parent != b"1" or int(session) == pid)]
 
     # --- events that wake koid
 
@@ -3969,6 +4000,15 @@ def notify_manager(state: str) -> None:
                               if path[:1] == "@" else path)
     except OSError:
         pass
+
+
+def is_in_namespace(pid: str) -> bool:
+    """Does a process see the same files as this one, as far as is known?"""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink(
+            "/proc/self/ns/mnt")
+    except PermissionError:         # another user's
+        return True
 
 
 def tab_names(directory: str) -> list[str]:
@@ -21368,6 +21408,8 @@ def command_status(options: Invocation) -> int:
         print(f"koid      {escape_controls(error.message)}"
               + (f" ({escape_controls(error.hint)})" if error.hint else ""))
         state = None
+    else:
+        state["problems"] += other_daemons(options, state)
     jobs = options.ask_koid("jobs")["jobs"]
     bad = [job for job in jobs if job["last"] and is_failure(job["last"])]
     if options.json:
@@ -21388,6 +21430,37 @@ def command_status(options: Invocation) -> int:
                           or state["tab"]["problems"]
                           or (state.get("dashboard") or {}).get("problems"))
     return EXIT_OK if well else EXIT_ERROR
+
+
+def other_daemons(options: Invocation, state: dict) -> list[str]:
+    """Return the problems that come from daemons next to the koid with this
+    state: what only another one serves, or two, or none. Raises Error."""
+    machine = options.machine
+    home = machine.state_directory()
+    if state["home"] != ROOT_HOME:
+        return []
+    if home != ROOT_HOME:
+        client = DaemonClient(machine)
+        client.path = machine.socket_path(home)
+        own = client.connect()
+        if own:
+            own.close()
+            return [f"{home} has a tab that only your own koid serves: end "
+                    "it, and install the tab again"]
+    if os.geteuid():
+        return []
+    crons = [f"cron (pid {pid})" for pid in machine.crons()]
+    if state["system"]:
+        crons.insert(0, "koid --system")
+    if len(crons) > 1:
+        return [f"{' and '.join(crons)} serve the same crontabs: jobs start "
+                "more than once"]
+    files = [] if crons else [
+        file.path for file in machine.tab_files(ROOT_HOME, True, {})
+        if file.text and not file.path.startswith(ROOT_HOME)
+        and TabReader(file.text, file.system, True, "", True).read().jobs]
+    return ["crontabs that nobody serves, because no cron runs and koid runs "
+            f"without --system: {', '.join(files)}"] if files else []
 
 
 def status_fields(state: dict, owner: str, jobs: list[dict]
@@ -21961,7 +22034,6 @@ class RemoteRun:
 MARK = "# koitab import: "      # begins a line that a person must check
 EMPTY = '""'
 CRON_HEADER = ("# DO NOT EDIT THIS FILE", "# (")
-CRON_PIDS = (CRON_PID, "/var/run/crond.pid", "/var/run/cron.pid")
 OURS = b'"""koitab: '           # the second line of this program
 
 
@@ -22227,30 +22299,11 @@ def print_next_steps(options: Invocation, importer: Importer,
     if any(line.startswith("# /etc/") for line in importer.lines):
         options.warn("koitab daemon --system reads /etc/crontab and "
                      "/etc/cron.d itself: then leave their jobs out")
-    pid = running_cron()
-    if pid:
-        options.warn(f"warning: cron is running (pid {pid}): jobs would run "
-                     "twice; once they are installed: systemctl disable "
-                     "--now cron")
-
-
-def running_cron() -> int:
-    """Return the process ID of the cron that runs here, or 0."""
-    for path in CRON_PIDS:
-        try:
-            with open(path, encoding="ascii") as file:
-                pid = parse_count(file.read(20).strip()) or 0
-            if not os.path.isdir("/proc/self"):
-                os.kill(pid, 0)
-                return pid
-            with open(f"/proc/{pid}/comm", encoding="utf-8") as file:
-                if file.read().strip() in ("cron", "crond"):
-                    return pid
-        except PermissionError:
-            return pid          # it is there, and root's
-        except (OSError, ValueError):
-            continue
-    return 0
+    crons = options.machine.crons()
+    if crons:
+        options.warn(f"warning: cron is running (pid {crons[0]}): jobs "
+                     "would run twice; once they are installed: systemctl "
+                     "disable --now cron")
 
 
 # ==========================================================================
@@ -22268,11 +22321,11 @@ DASHBOARD_OPTIONS = ("listen", "db", "cert", "key", "plain_http", "names",
                      "proxies")
 
 UNIT = """\
-# {where}
+{where}
 [Unit]
 Description=koid, which starts the jobs of koitab
 After=remote-fs.target nss-user-lookup.target time-set.target
-{conflicts}StartLimitIntervalSec=0
+StartLimitIntervalSec=0
 
 [Service]
 Type=notify
@@ -22292,7 +22345,7 @@ WantedBy={target}
 """
 
 DASHBOARD_UNIT = """\
-# {where}
+{where}
 [Unit]
 Description=koi's dashboard
 StartLimitIntervalSec=0
@@ -22486,17 +22539,22 @@ def command_unit(options: Invocation, service: str) -> int:
     return EXIT_OK
 
 
+def unit_header(service: str, unit: str) -> str:
+    """Return the lines that say how to install a unit. `enable --now` would
+    not restart a unit that is running (systemctl(1))."""
+    where, user, linger = ("/etc/systemd/system", "", "") \
+        if os.geteuid() == 0 else ("~/.config/systemd/user", "--user ",
+                                   "\n# loginctl enable-linger")
+    return f"# koitab unit {service} > {where}/{unit}.service\n# systemctl " \
+        f"{user}enable {unit} && systemctl {user}restart {unit}{linger}"
+
+
 def daemon_unit(options: Invocation, command: list[str],
                 environment: dict) -> str:
     """Return koid's unit for systemd, or for the systemd of a user."""
     root = os.geteuid() == 0
     return UNIT.format(
-        where="koitab unit daemon > /etc/systemd/system/koid.service; "
-        "systemctl enable --now koid" if root else
-        "koitab unit daemon > ~/.config/systemd/user/koid.service;"
-        "\n# systemctl --user enable --now koid; loginctl enable-linger",
-        conflicts="Conflicts=cron.service crond.service cronie.service\n"
-        if options.system else "",
+        where=unit_header("daemon" + " --system" * options.system, "koid"),
         command=unit_command(command),
         environment="".join(f"Environment={unit_word(f'{n}={value}')}\n"
                             for n, value in environment.items()),
@@ -22563,12 +22621,8 @@ def dashboard_unit(options: Invocation, command: list[str]) -> str:
     elif root:
         lines = f"ReadWritePaths={unit_word(posixpath.dirname(db))}\n"
     return DASHBOARD_UNIT.format(
-        where="koitab unit dashboard > /etc/systemd/system/"
-        "koi-dashboard.service;\n# systemctl enable --now koi-dashboard"
-        if root else "koitab unit dashboard > ~/.config/systemd/user/"
-        "koi-dashboard.service;\n# systemctl --user enable --now "
-        "koi-dashboard; loginctl enable-linger", command=line, lines=lines,
-        closed=CLOSED if root else "",
+        where=unit_header("dashboard", "koi-dashboard"), command=line,
+        lines=lines, closed=CLOSED if root else "",
         target="multi-user.target" if root else "default.target")
 
 

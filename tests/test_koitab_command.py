@@ -974,7 +974,7 @@ def imported(type_in, monkeypatch):
             koitab.Crontab(path, path.rpartition("/")[2], text, system)
             for path, text, system in tabs])
         monkeypatch.setattr(koitab.Machine, "login_name", lambda self: user)
-        monkeypatch.setattr(koitab, "running_cron", lambda: 0)
+        monkeypatch.setattr(koitab.Machine, "crons", lambda self: [])
         result = type_in(*argv)
         assert result.code == 0, result.err
         test = type_in("-T", "-", stdin=result.out)
@@ -1134,24 +1134,26 @@ def test_bytes_of_any_kind_come_through(monkeypatch, capfdbinary):
 
 def test_import_warns_when_cron_is_running(imported, type_in, monkeypatch):
     imported(("crontab of root", "@daily x\n", False))
-    monkeypatch.setattr(koitab, "running_cron", lambda: 99)
+    monkeypatch.setattr(koitab.Machine, "crons", lambda self: [99])
     assert "cron is running (pid 99): jobs would run twice" in type_in(
         "import").err
 
 
-def test_whether_cron_is_running_is_told_by_its_pid_file(monkeypatch,
-                                                         tmp_path):
-    path = tmp_path / "crond.pid"
-    monkeypatch.setattr(koitab, "CRON_PIDS", (str(path),))
-    assert koitab.running_cron() == 0
-    for text in (f"{os.getpid()}\n", "x", "", "999999999"):
-        path.write_text(text)       # koid itself holds that file, too
-        assert koitab.running_cron() == 0
-    program = tmp_path / "cron"
-    program.symlink_to("/bin/sleep")
-    with support.stopping(subprocess.Popen([str(program), "60"])) as cron:
-        path.write_text(f"{cron.pid}\n")
-        assert support.wait_until(koitab.running_cron) == cron.pid
+@pytest.mark.parametrize("words", [["cron", "-f"], ["crond", "-f"],
+                                   ["busybox", "crond"]])
+def test_running_cron_is_found_by_its_name(tmp_path, words):
+    """Not by a PID file: koid holds that, and busybox has none."""
+    if not os.path.isdir("/proc/self"):
+        support.absent("there is no /proc")
+    (tmp_path / "crond").touch()
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / words[0]
+    program.symlink_to("/usr/bin/tail")
+    machine = koitab.Machine()
+    with support.stopping(subprocess.Popen(
+            [str(program), *words[1:], "-f", "crond"], cwd=tmp_path)) as cron:
+        support.wait_until(lambda: cron.pid in machine.crons(), 10, "cron")
+    assert cron.pid not in machine.crons()
 
 
 def test_import_without_any_crontab(type_in, monkeypatch):
@@ -1226,12 +1228,14 @@ def test_a_unit_ends_no_job(type_in, monkeypatch):
     assert (done.code, done.err) == (0, "")
     for line in ("KillMode=process", "Restart=always", "OOMPolicy=continue",
                  'ExecStart="/usr/local/bin/koi $$tab%%" daemon --system',
-                 "Conflicts=cron.service crond.service cronie.service"):
+                 "# systemctl enable koid && systemctl restart koid"
+                 if ME == "root" else "# loginctl enable-linger"):
         assert line in lines
+    # Or a start of cron, by an upgrade of its package say, would stop koid.
+    assert "Conflicts" not in done.out
     assert all(line[0] in "#[ABCDEKORSTW" for line in lines if line)
     plain = type_in("unit", "daemon").out
     assert "--system" not in plain
-    assert "Conflicts" not in plain
 
 
 def test_a_unit_for_launchd(type_in, monkeypatch):

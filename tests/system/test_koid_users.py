@@ -1511,6 +1511,84 @@ def test_error_of_a_spool_crontab_is_its_users_problem(served):
     assert served.caller(MALLORY).ask("status")["problems"] == []
 
 
+# --- what status says of other daemons
+
+
+def fake_cron(system, *words: str) -> subprocess.Popen:
+    """A program that /proc shows as a cron; it takes no lock."""
+    program = system.folder / "bin" / words[0]
+    program.parent.mkdir(exist_ok=True)
+    program.symlink_to("/usr/bin/tail")
+    (system.folder / "crond").touch()
+    cron = system.popen(system.command([
+        "sh", "-c", 'cd "$0" && exec "$@"', str(system.folder),
+        str(program), *words[1:], "-f", "crond"]))
+    support.wait_until(lambda: Path(f"/proc/{cron.pid}/comm").read_text()
+                       == words[0] + "\n", 10, "the program")
+    return cron
+
+
+def trouble(system, who=0) -> str:
+    status = koitab_as(system, who, "status", "--json")
+    problems = json.loads(status.out)["problems"]
+    assert status.code == (1 if problems else 0), status
+    return "\n".join(problems)
+
+
+def test_status_reports_crontabs_that_nobody_serves(system):
+    system.write("cron.d/t", "* * 1 1 * root true\n")
+    system.write("cron.d/empty", "A=b\n")
+    system.put(ALICE, "* * 1 1 * true\n", uid=support.ALICE_UID)
+    system.start()
+    said = trouble(system)
+    assert "crontabs that nobody serves" in said and "/etc/cron.d/t" in said
+    assert f"/{SPOOL}/{ALICE}" in said and "empty" not in said
+    assert trouble(system, ALICE) == ""
+    with support.stopping(fake_cron(system, "cron")):
+        assert trouble(system) == ""
+    system.stop()
+    system.start("--system")
+    assert trouble(system) == ""
+
+
+@pytest.mark.parametrize("words", [["crond"], ["busybox", "crond"]])
+def test_koid_system_refuses_and_reports_a_cron_without_a_lock(system, words):
+    system.start("--system")
+    cron = fake_cron(system, *words)
+    assert f"koid --system and cron (pid {cron.pid}) serve the same" \
+        in trouble(system)
+    system.stop()
+    with pytest.raises(pytest.fail.Exception):
+        system.start("--system")
+    assert f"cron runs (pid {cron.pid})" in system.log()
+
+
+def test_status_reports_two_crons(system):
+    system.start()
+    first, second = fake_cron(system, "cron"), fake_cron(
+        system, "busybox", "crond")
+    said = trouble(system)
+    for cron in (first, second):
+        assert f"cron (pid {cron.pid})" in said
+
+
+def test_status_reports_a_koid_of_the_users_own(town):
+    hers = town.folder / "hers"
+    hers.mkdir()
+    support.own(hers, support.ALICE_UID)
+    env = {"HOME": str(hers)}
+    with support.stopping(town.popen(town.as_user(
+            ALICE, town.command("daemon"), **env))):
+        home = hers / ".local/state/koi"
+        support.wait_until((home / "koid.sock").exists, 20, "her koid")
+        town.start()
+        status = koitab_as(town, ALICE, "status", **env)
+        assert status.code == 1
+        assert f"{home} has a tab that only your own koid serves" \
+            in status.out
+    assert koitab_as(town, ALICE, "status", **env).code == 0
+
+
 # --- beside cron: one of them runs
 
 
