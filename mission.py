@@ -3253,21 +3253,31 @@ def untrusted_writer(path: str, trusted: set[int]) -> str:
     return ""
 
 
+SILENT: set[str] = set()    # directories of PATH that did not answer
+
+
 def find_program(name: str) -> str | None:
     """The path of a program, in PATH or the usual directories; or None.
 
-    cron's PATH lacks the sbin directories. For root a program that others
-    can change does not count.
+    cron's PATH lacks the sbin directories. A directory that does not answer
+    is passed over, and not asked again.
     """
     directories = os.environ.get("PATH", "").split(":")
     directories += SAFE_PATH.split(":") + ["/usr/lib"]
-    for directory in dict.fromkeys(directories):
-        path = os.path.join(directory, name)
-        if directory.startswith("/") and os.path.isfile(path) \
-                and os.access(path, os.X_OK) and not (
-                    os.geteuid() == 0 and untrusted_writer(path, {0})):
-            return path
-    return None
+    questions = {directory: (is_program, os.path.join(directory, name))
+                 for directory in directories
+                 if directory.startswith("/") and directory not in SILENT}
+    found = examine(questions)
+    SILENT.update(questions.keys() - found.keys())
+    return next((os.path.join(directory, name) for directory in questions
+                 if found.get(directory)), None)
+
+
+def is_program(path: str) -> bool:
+    """Whether `path` can be executed. For root a program that others can
+    change does not count."""
+    return os.path.isfile(path) and os.access(path, os.X_OK) and not (
+        os.geteuid() == 0 and untrusted_writer(path, {0}))
 
 
 # ==========================================================================
@@ -3524,8 +3534,7 @@ class HostInspector:
             config, trusted if root else None, silent))
         return HostFacts(
             uids=uids,
-            programs={name: answers.get(("program", name))
-                      for name in PROGRAMS},
+            programs={name: find_program(name) for name in PROGRAMS},
             usable={path: answers.get(("file", path), NO_ANSWER)
                     for path in named_files(config)},
             storage_errors={s.name: storages[s.name]["error"]
@@ -3556,10 +3565,8 @@ class HostInspector:
         `silent`: directories that do not answer; nothing below them is
         asked for.
         """
-        found = {("program", name): (find_program, name)
-                 for name in PROGRAMS}
-        for path, mode in named_files(config).items():
-            found[("file", path)] = (unusable, path, mode)
+        found = {("file", path): (unusable, path, mode)
+                 for path, mode in named_files(config).items()}
         for task in config.tasks:
             if not any(is_below(task.entrypoint, path) for path in silent):
                 found[("task", task.slug)] = (
@@ -7517,12 +7524,12 @@ def open_state(options) -> StateDirectory:
     if real_path is None:
         raise Error(f"{path}: {NO_ANSWER}", "", EXIT_CONFIG)
     state = state_of(real_path, Clock())
-    try:
-        os.listdir(state.directory)
-    except OSError:
+    answer = ask(os.access, state.directory, os.R_OK | os.X_OK)
+    if answer is None:
+        raise Error(f"{state.directory} {NO_ANSWER}")
+    if not answer:
         raise Error(f"no run of {options.config} is remembered",
-                    "-c names the configuration, and root's runs are root's"
-                    ) from None
+                    "-c names the configuration, and root's runs are root's")
     return state
 
 
@@ -7617,9 +7624,10 @@ def command_log(options, run: str = "") -> int:
                     "no run has saved a log", "mission history shows the "
                     "runs; a run by hand prints its log and saves none")
     path = runs[-1]["log"]
+    if ask(os.path.lexists, path) is None:
+        raise Error(f"{path} {NO_ANSWER}")
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-                    )
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise Error(f"{path}: {error.strerror}") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):

@@ -129,6 +129,31 @@ def test_logs_that_hang_stop_no_task(night):
     assert "could not be written" in mail.read_text()
 
 
+@pytest.mark.parametrize("folder, statuses", [
+    ("logs", {"log": 1}), ("state", {"log": 1, "history": 1, "status": 3})])
+def test_past_runs_that_hang_are_an_error(night, folder, statuses):
+    server = night.hang(night.make(folder), stop=False)
+    assert night.headless().code == 0
+    server.send_signal(signal.SIGSTOP)
+    for command in {"history", "status"} - statuses.keys():
+        assert night.mission(command).code == 0
+    for command, code in statuses.items():
+        result = night.mission(command)
+        assert result.code == code, result
+        assert "does not answer" in result.out + result.err
+
+
+def test_directory_of_path_that_hangs_is_passed_over(night):
+    """The programs of the directories after it are found."""
+    hung = night.make("hung")
+    night.env["PATH"] = f"{hung}:{night.env['PATH']}"
+    night.hang(hung)
+    assert night.mission("check").code == 0
+    result = night.headless()
+    assert (result.code, ran(night)) == (0, 1), result
+    assert len(list(night.mails.iterdir())) == 1
+
+
 def test_logs_that_hang_in_the_middle_of_a_run_stop_no_task(night):
     server = night.hang(night.logs, stop=False)
     night.task("b", f"kill -STOP {server.pid}; echo b")
