@@ -1320,7 +1320,8 @@ class ConfigValidator:
     def check_endpoint(self, path: tuple, url: str, scope: str) -> None:
         """Check a URL. It is not quoted, because it may hold a secret."""
         is_proxy = path[-1] == "proxy"
-        if not is_endpoint(url) or is_proxy and url.startswith("https"):
+        is_http = url.lower().startswith("http:")
+        if not is_endpoint(url) or is_proxy and not is_http:
             self.add(path, "invalid URL" if url else "missing URL",
                      "http://HOST:PORT" if is_proxy else
                      "http://... or https://..." + (

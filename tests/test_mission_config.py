@@ -245,7 +245,8 @@ FAULTS = [      # what stands there, what comes instead, the message
     *(('"mail":', f'"ping": {{"enabled": true, "endpoint": "http://x", '
        f'"{key}": {AT}"{url}"}}, "mail":', f"ping.{key}: invalid URL (http")
       for key, url in (("startEndpoint", "x"), ("failEndpoint", "ftp://x"),
-                       ("proxy", "https://x:1"), ("proxy", "socks://x"))),
+                       ("proxy", "https://x:1"), ("proxy", "HTTPS://x:1"),
+                       ("proxy", "socks://x"))),
     ('"mail":', f'"ping": {{"proxy": {AT}"x"}}, "mail":', "ping.proxy: inv"),
     *(('"mail":', f'"ping": {{"enabled": true, "endpoint": {AT}'
        f'"http://{host}/"}}, "mail":', "the host name in its xn-- form)")
