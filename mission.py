@@ -46,7 +46,8 @@ this file and the standard library, nothing else. Modules that cost
 milliseconds (`re` and `json` among them) are imported where they are used.
 """
 
-from __future__ import annotations
+# Python 3.6 cannot read on from here, and its error shows this line.
+from __future__ import annotations  # mission needs Python 3.9 or newer
 
 import errno
 import fcntl
@@ -56,6 +57,9 @@ import pwd
 import stat
 import sys
 import time
+
+if sys.version_info < (3, 9):
+    sys.exit("mission: error: mission needs Python 3.9 or newer")
 
 PROG, VERSION = "mission", "1.0"
 

@@ -157,6 +157,30 @@ def test_every_command_has_help_that_fits_80_columns(typed):
         assert max(map(len, out.splitlines())) <= 79
 
 
+@pytest.mark.parametrize("change", [
+    # An unknown feature is refused as Python 3.6 refuses `annotations`.
+    lambda text: text.replace("import annotations ", "import unknown "),
+    lambda text: "import sys; sys.version_info = (3, 8)\n" + text.replace(
+        "from __future__", "# from __future__")], ids=["3.6", "3.8"])
+def test_python_that_is_too_old_says_which_one_is_needed(change, tmp_path):
+    path = tmp_path / "mission.py"
+    path.write_text(change((support.ROOT / "mission.py").read_text()))
+    done = subprocess.run([support.PYTHON, "-IS", str(path), "--version"],
+                          stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "mission needs Python 3.9 or newer" in done.stderr
+
+
+def test_new_and_init_take_no_dry_run_and_write_nothing(typed, scratch):
+    before = sorted(scratch.folder.rglob("*"))
+    for words in (["new", "bar"], ["init", "-c", "z.json"]):
+        for line in ([*words, "--dry-run"], ["--dry-run", *words]):
+            status, out, err = typed(*line)
+            assert (status, out) == (mission.EXIT_USAGE, "")
+            assert "--dry-run" in err
+    assert sorted(scratch.folder.rglob("*")) == before
+
+
 @pytest.mark.parametrize("words", [["--version"], ["list", "--version"]])
 def test_the_version(words, typed):
     assert typed(*words) == (0, f"mission {mission.VERSION}\n", "")
