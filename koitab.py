@@ -2989,6 +2989,7 @@ REASONS = ("", "timeout")
 NO_STATUS, NO_FILE = -1, -2     # instead of a wait status
 NO_FILE_REASON = "its output cannot be kept"
 MASK = b"******"
+LOST_WORDS = b" left out here"
 
 
 class RunFileHeader:
@@ -3045,7 +3046,7 @@ def frame(stream: int, milliseconds: int, data: bytes) -> bytes:
 
 def lost_note(count: int) -> bytes:
     """Return the frame that stands for `count` bytes of lost output."""
-    return frame(NOTE, 0, f"{plural(count, 'byte')} left out here".encode())
+    return frame(NOTE, 0, plural(count, "byte").encode() + LOST_WORDS)
 
 
 def read_frames(data: bytes) -> list[tuple[int, int, bytes]]:
@@ -3067,26 +3068,24 @@ def stored_frames(data: bytes, header: RunFileHeader) -> bytes:
         + older + newer
 
 
-def frames_since(data: bytes, header: RunFileHeader, position: int
-                 ) -> tuple[bytes, int]:
+def frames_since(frames: bytes, position: int) -> tuple[bytes, int]:
     """Return the frames that a run wrote after its first `position` bytes of
-    output, and the position after them.
+    output, and the position after them; `frames` is all that is kept.
 
     A note stands for what was overwritten before it could be read.
     """
-    head, older, newer = header.split(data)
     found, at = bytearray(), 0
-    for part, lost in ((head, 0), (older + newer, header.lost)):
-        at += lost
-        if lost and position < at:
-            found += lost_note(at - position)
-        for stream, milliseconds, body in read_frames(part):
-            if at + len(body) > position:
-                found += frame(stream, milliseconds,
-                               body[max(position - at, 0):])
-            at += len(body)
-        position = max(position, at)
-    return bytes(found), position
+    for stream, milliseconds, body in read_frames(frames):
+        begin = max(position, at)
+        if stream == NOTE and body.endswith(LOST_WORDS):
+            at += int(body.partition(b" ")[0].replace(b",", b""))
+            if begin < at:
+                found += lost_note(at - begin)
+            continue
+        if at + len(body) > position:
+            found += frame(stream, milliseconds, body[begin - at:])
+        at += len(body)
+    return bytes(found), max(position, at)
 
 
 def output_text(frames: bytes) -> bytes:
@@ -7220,7 +7219,8 @@ class ControlService:
         remove                {removed}
         jobs                  {jobs}: with the next start and the last run
         history [job limit before]    {runs, more}: the newest first
-        log run|job           {run, size}, and the output as frames
+        log run|job [at]      {run, size, at}, and the output as frames, or
+                              what follows its first `at` bytes
         kill run|job          {run}
         pause job [until]     {label}: it starts by hand alone
         resume job            {label}
@@ -7441,7 +7441,8 @@ class ControlService:
                 frames = output_so_far(self.home, run["run"])
             except OSError as error:
                 raise Error(f"run {run['run']}: {error.strerror}") from None
-        return {"run": run, "size": len(frames)}, frames
+        frames, at = frames_since(frames, request.get("at", 0))
+        return {"run": run, "size": len(frames), "at": at}, frames
 
     def kill(self, caller: Caller, request: dict) -> dict:
         """Answer "kill". Raises Error."""
@@ -7518,7 +7519,7 @@ OPERATIONS = {
     "pause": ControlService.pause, "resume": ControlService.pause,
     "relink": ControlService.relink}
 KINDS = {"op": str, "user": str, "text": str, "job": str, "run": int,
-         "limit": int, "before": int, "until": int, "args": dict}
+         "limit": int, "before": int, "until": int, "at": int, "args": dict}
 
 
 def only_lines_of(user: str, text: str) -> str:
@@ -8406,7 +8407,8 @@ class AgentBroker:
             if run in self.scheduler.running else (b"", None)
         if not header:
             return None, 0
-        frames, cursor.position = frames_since(data, header, cursor.position)
+        frames, cursor.position = frames_since(stored_frames(data, header),
+                                               cursor.position)
         if not frames:
             return None, 0
         piece = {"run": run, "at": cursor.sent,
@@ -20328,6 +20330,8 @@ OPTIONS = {     # by the attribute of Invocation that holds the value
     "until": Option("--until TIME", "end the pause then: 2026-03-29T01:30, or "
                     "after 12h or 3d (default: koitab resume)"),
     "utc": Option("--utc", "show times in UTC"),
+    "follow": Option("-f, --follow", "print more of the output until the run "
+                     "ends"),
     "json": Option("--json", "print JSON"),
     "system": Option("--system", "serve /etc/crontab, /etc/cron.d and cron's "
                      "tabs as well"),
@@ -20909,6 +20913,7 @@ def print_starts(rows: list) -> None:
 
 SIGNALS_PASSED_ON = 2   # the next one ends koitab, and the job continues
 LONGEST_INPUT = 2**20   # bytes that ARG=- reads; koid takes less
+RESTART_TIME = 10.0     # seconds that koid may be away
 PAGE_OF_RUNS = 500      # a reply of koid's has so many at most
 
 
@@ -21071,6 +21076,11 @@ class OutputPrinter:
             self.print_escaped(stream, self.decoders[stream].decode(data))
         elif stream in (STDOUT, STDERR):
             write_all(stream, data)
+
+    def write_all(self, frames: list) -> None:
+        """Print all of `frames`."""
+        for stream, _, data in frames:
+            self.write(stream, data)
 
     def print_escaped(self, stream: int, text: str) -> None:
         """Print text on a terminal, but for what is incomplete at its end.
@@ -21351,6 +21361,9 @@ def run_or_job(which: str) -> dict:
 def command_log(options: Invocation, which: str) -> int:
     """koitab log: the output of a run, or of a job's newest. Raises
     Error."""
+    if options.json and options.follow:
+        raise Error("--follow cannot be combined with --json", "",
+                    EXIT_USAGE)
     reply = options.ask_koid("log", **run_or_job(which))
     run, frames = reply["run"], read_frames(reply.get("output", b""))
     if options.json:
@@ -21361,12 +21374,29 @@ def command_log(options: Invocation, which: str) -> int:
             for stream, ms, data in frames if stream in names]})
         return EXIT_OK
     output = OutputPrinter(options)
-    for stream, _, data in frames:
-        output.write(stream, data)
+    output.write_all(frames)
+    while options.follow and run["state"] in ("queued", "running"):
+        reply = more_output(options, reply)
+        run = reply["run"]
+        output.write_all(read_frames(reply.get("output", b"")))
     output.flush()
-    if run["state"] != "done":
+    if run["state"] != "done" or options.follow and run["exit"] != 0:
         options.warn(f"run {run['run']}: {result_words(run)}")
     return EXIT_OK
+
+
+def more_output(options: Invocation, reply: dict) -> dict:
+    """Wait, and return koid's next reply about the run of the last one. koid
+    may be restarted in between. Raises Error."""
+    begin = time.monotonic()
+    while True:
+        time.sleep(FOLLOW_PAUSE)
+        try:
+            return options.ask_koid("log", run=reply["run"]["run"],
+                                    at=reply["at"])
+        except Error:
+            if time.monotonic() - begin > RESTART_TIME:
+                raise
 
 
 def command_kill(options: Invocation, which: str) -> int:
@@ -22947,10 +22977,13 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         command_history, JOBS, "list past runs", ("[NAME]",),
         ("user", "number", "json"), "When each run started, by what, how long "
         "it took and how it ended; the newest is the last."),
-    "log": Command(command_log, JOBS, "print the output of a run",
-                   ("RUN|NAME",), ("user", "json"),
-                   "NAME is a job's name; its newest run is meant. RUN is a "
-                   "number that koitab history shows."),
+    "log": Command(
+        command_log, JOBS, "print the output of a run", ("RUN|NAME",),
+        ("user", "follow", "json"), "NAME is a job's name; its newest run is "
+        "meant. RUN is a number that koitab history shows. With -f, the "
+        "output is printed as it comes until the run has ended; the exit "
+        "status is then 0, however the run ended. Ctrl-C ends koitab and not "
+        "the run."),
     "kill": Command(command_kill, JOBS, "end a run", ("RUN|NAME",),
                     ("user",), "SIGTERM, and SIGKILL ten seconds later. A run "
                     "that is queued is skipped. RUN is a number that koitab "
@@ -22959,8 +22992,8 @@ COMMANDS = {    # by the first word, or by the option that stands for it
     "pause": Command(
         command_pause, JOBS, "let a job start by hand alone", ("NAME",),
         ("user", "until"), "A paused job makes no start by schedule, @after, "
-        "retry, catch-up or @reboot, but koitab run and the dashboard still start "
-        "it. Its active runs continue."),
+        "retry, catch-up or @reboot, but koitab run and the dashboard still "
+        "start it. Its active runs continue."),
     "resume": Command(
         command_resume, JOBS, "end the pause of a job", ("NAME",), ("user",),
         "The next start that falls due is made. Starts of the time before are "

@@ -315,3 +315,21 @@ def test_no_status_is_neither():
     ("queued", None, False), ("running", None, False)])
 def test_what_counts_as_a_failure(state, exit_status, bad):
     assert koitab.is_failure({"state": state, "exit": exit_status}) is bad
+
+
+@pytest.mark.parametrize("position, expected, end", [
+    (0, [(1, b"one"), (2, b"two"), (0, b"1,000 bytes left out here"),
+         (1, b"three")], 1011),
+    (2, [(1, b"e"), (2, b"two"), (0, b"1,000 bytes left out here"),
+         (1, b"three")], 1011),
+    (6, [(0, b"1,000 bytes left out here"), (1, b"three")], 1011),
+    (1000, [(0, b"6 bytes left out here"), (1, b"three")], 1011),
+    (1006, [(1, b"three")], 1011), (1010, [(1, b"e")], 1011),
+    (1011, [], 1011), (2000, [], 2000)])
+def test_frames_since_a_position_of_the_output(position, expected, end):
+    frames = b"".join((
+        koitab.frame(1, 5, b"one"), koitab.frame(2, 6, b"two"),
+        koitab.lost_note(1000), koitab.frame(1, 7, b"three")))
+    found, after = koitab.frames_since(frames, position)
+    assert ([(stream, body) for stream, _, body
+             in koitab.read_frames(found)], after) == (expected, end)
