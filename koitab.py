@@ -4398,6 +4398,9 @@ def create_private(path: str) -> None:
 LARGEST = 2**62                 # what SQLite can count
 MOST_WAITING = 50_000           # statements that wait for a full disk
 MOST_UNSENT = 10_000            # runs that are kept for a dashboard
+BYTES_OF_HISTORY = 2**28        # of a user who does not run koid
+PART_OF_DISK = 20               # and at most this part of the file system
+ROW_BYTES = 300                 # of a run without output, about
 NONCES_KEPT, NONCES_FOR = 10_000, 8 * DAY   # the rest goes when it is older
 HISTORY_FORM = DatabaseForm(
     "a history of koi's", 0x6B6F6931, 3, checked=("meta", "jobs", "runs"),
@@ -4480,6 +4483,7 @@ class RunStore:
         self.last = self.last_job = 0
         self.change = 0
         self.sent: int | None = None
+        self.used: dict[str, int] = {}  # user -> bytes, as far as charged
         self.db = Database(path, HISTORY_FORM if writing else
                            HISTORY_FORM.replace(checked=()))
 
@@ -4673,6 +4677,31 @@ class RunStore:
                   self.last - MOST_UNSENT)
         return [(f"delete from output where run in {old_runs}", values),
                 (f"delete from runs where id in {old_runs}", values)]
+
+    def charge(self, user: str, size: int) -> list[tuple]:
+        """Count `size` more bytes of a user's history. Return the statements
+        that remove the oldest runs of one who has more than a share, so that
+        nobody fills the disk. What is removed by other rules is not counted,
+        so the size is measured before anything is removed."""
+        disk = os.statvfs(os.path.dirname(self.path))
+        share = min(BYTES_OF_HISTORY,
+                    disk.f_frsize * disk.f_blocks // PART_OF_DISK)
+        self.used[user] = self.used.get(user, share) + size
+        if self.used[user] <= share:
+            return []
+        self.used[user] = size
+        finished = "from runs r join jobs j on j.id = r.job left join output" \
+            " o on o.run = r.id where j.user = ?1 and r.state not in " \
+            "('queued', 'running')"
+        for run, more in self.db.execute(
+                f"select r.id, {ROW_BYTES} + length(r.args) + ifnull(length("
+                f"o.frames), 0) {finished} order by r.id desc", user):
+            self.used[user] += more
+            if self.used[user] > share * 0.9:
+                old_runs = f"(select r.id {finished} and r.id <= ?2)"
+                return [(f"delete from {rows} in {old_runs}", (user, run))
+                        for rows in ("output where run", "runs where id")]
+        return []
 
     def set_meta(self, name: str, value: str) -> tuple:
         """Return the statement that keeps a value by its name."""
@@ -5871,6 +5900,7 @@ KEEP_REMOVED = 30 * DAY     # seconds that the runs of a removed job are kept
 FORGET_AT_ONCE, FORGET_PAUSE = 20, 0.1      # runs; seconds until the next
 LONG_ENOUGH = 600.0         # seconds after which nobody waits for a run
 MOST_QUEUED = 100           # runs of one job that may wait
+MOST_ACTIVE = 500           # runs of a user who does not run koid
 WRITE_AGAIN = 5.0           # seconds until a full disk is tried again
 CHECK_AGAIN = 2.0           # seconds between checks of adopted runs
 MOST_MAILERS = 2
@@ -6410,6 +6440,7 @@ class Scheduler:
         self.deferred_statements: list[tuple] = []  # written with the next
         self.pending_kills: list[tuple] = []    # (ticks, a group's leader)
         self.held: dict[tuple, tuple] = {}  # job, reason -> day, run, count
+        self.master = machine.user_name(os.geteuid())   # who runs koid
         self.write_at = 0.0                 # ticks, after a full disk
         self.check_at = FOREVER             # ticks: adopted runs
         self.forget_at = FOREVER            # ticks: runs of removed jobs
@@ -6452,6 +6483,14 @@ class Scheduler:
         counts: dict[tuple, int] = {}
         for running in self.running.values():
             counts[running.key] = counts.get(running.key, 0) + 1
+        return counts
+
+    def active_counts(self) -> dict[str, int]:
+        """Return how many runs of each user are running or waiting."""
+        counts: dict[str, int] = {}
+        for user in (*(running.key[0] for running in self.running.values()),
+                     *(queued.scheduled.user for queued in self.waiting)):
+            counts[user] = counts.get(user, 0) + 1
         return counts
 
     def user_of(self, run: int) -> str | None:
@@ -6580,8 +6619,16 @@ class Scheduler:
         """Return the runs that begin now. The statements that keep the state
         of each of `starts` are added to `statements`."""
         ready, counts = [], self.running_counts()
+        active = self.active_counts()
         for queued in starts:
-            state, reason = self.admit(queued, counts)
+            user = queued.scheduled.user
+            state, reason = self.admit(queued, counts) if active.get(
+                user, 0) < MOST_ACTIVE or user == self.master else (
+                    "skipped", f"{user} has {MOST_ACTIVE} active runs")
+            if state == "skipped":
+                queued.reject(reason)
+            else:
+                active[user] = active.get(user, 0) + 1
             if state == "running":
                 ready.append(queued)
                 counts[queued.scheduled.key] = counts.get(
@@ -6608,7 +6655,6 @@ class Scheduler:
         waiting = sum(other.scheduled.key == scheduled.key
                       for other in self.waiting)
         if policy == "skip" or waiting >= MOST_QUEUED:
-            queued.reject("the last run is still going")
             return "skipped", "the last run was still going" if \
                 policy == "skip" else f"{waiting} runs were waiting"
         if policy == "replace":
@@ -6692,7 +6738,14 @@ class Scheduler:
         key = self.store.job_key(scheduled.key, scheduled.job, statements)
         if row["state"] in ("missed", "skipped"):
             statements += self.store.prune(key, scheduled.settings.keep - 1)
+        statements += self.charge(scheduled.user, ROW_BYTES + len(
+            row.get("args", "")))
         return self.store.insert({"id": self.store.last, "job": key, **row})
+
+    def charge(self, user: str, size: int) -> list[tuple]:
+        """Return the statements that keep a user's history within its share;
+        that of the user who runs koid has no limit."""
+        return [] if user == self.master else self.store.charge(user, size)
 
     def refuse(self, queued: QueuedRun) -> bool:
         """On a full disk: a run by hand does not start, one that is due does.
@@ -6759,8 +6812,14 @@ class Scheduler:
     def start_runs(self, starts: list[QueuedRun]) -> None:
         """Give each run a supervisor, or record why it cannot start."""
         accounts: dict[str, Account | None] = {}
-        unstartable = []
+        counts: dict[str, int] = {}
         for queued in starts:
+            user = queued.scheduled.user
+            counts[user] = counts.get(user, 0) + 1
+        unstartable = []
+        # Who starts many runs waits for those who start few.
+        for queued in sorted(starts, key=lambda queued: counts[
+                queued.scheduled.user]):
             user = queued.scheduled.user
             try:
                 if user not in accounts:
@@ -7005,6 +7064,7 @@ class Scheduler:
         if frames:
             statements.append(("insert or replace into output values (?, ?)",
                                (running.run, frames)))
+            statements += self.charge(running.key[0], len(frames))
         if running.queued:
             keep = running.queued.scheduled.settings.keep
             statements += self.store.prune(self.store.keys[running.key], keep)

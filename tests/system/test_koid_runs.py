@@ -204,7 +204,7 @@ def test_under_it_lies_what_logins_get_from_the_host(koi, host, tmp_path):
     serving(koi, f'LC_ALL=POSIX\n"his" @manual {ENVIRON}\n')
     for job, user, home in (("his", "root", "/root"),
                             ("hers", ALICE, str(host.home[ALICE]))):
-        found = environment(koi.run(job)[1])
+        found = environment(koi.run(job, user=user)[1])
         found.pop("KOI_RUN")
         assert found == {
             "SHELL": "/bin/sh", "PATH": "/usr/bin:/bin", "HOME": home,
@@ -287,7 +287,7 @@ def test_root_does_not_lead_a_user_into_a_folder_closed_to_him(
     koi.host = host
     koi.tab(f'HOME={closed}\n"pwd" @manual pwd; id -un; id -Gn\n', user=ALICE)
     koi.start()
-    run, out, _, _ = koi.run("pwd")
+    run, out, _, _ = koi.run("pwd", user=ALICE)
     assert out.decode() == f"/\n{ALICE}\n{ALICE}\n"
     assert "Permission denied; it runs in /" in koi.text_of(run)
 
@@ -390,7 +390,7 @@ def test_a_shell_that_cannot_be_started(koi, shell, reason):
 def test_a_user_who_is_not_there(koi):
     koi.tab('"it" @reboot echo no\n', user="nobody-of-that-name")
     serving(koi, '"next" @manual echo yes\n')
-    run, = koi.ended("it")
+    run, = koi.ended("it", user="nobody-of-that-name")
     assert run["state"] == "unstartable"
     assert run["reason"] == "there is no user nobody-of-that-name"
     assert koi.run("next")[1] == b"yes\n"

@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import signal
+import sqlite3
 import stat
 import subprocess
 from pathlib import Path
@@ -1159,6 +1160,66 @@ if os.fork() == 0:
     served = turns.read_text()
     assert served.count(f"{ALICE} ") == 5 and served.count(MALLORY) > 5
     assert max(line.count(MALLORY) for line in served.splitlines()) == 1
+
+
+def test_output_of_one_user_does_not_fill_the_disk(town):
+    """Only the oldest runs of that user are removed."""
+    town.set_constants(BYTES_OF_HISTORY=4 * 2**20)
+    town.tab('"Noise" @manual head -c 1200000 /dev/urandom\n', ALICE)
+    for user in (MALLORY, "root"):
+        town.tab('"Mine" @manual echo mine\n', user)
+    town.start()
+    assert town.run("Mine")[1] == b"mine\n"
+    assert town.run("Mine", user=MALLORY)[1] == b"mine\n"
+    for _ in range(16 if support.FULL else 8):
+        town.caller(ALICE).ask("run", job="Noise")
+    assert town.run("Mine", user=MALLORY)[1] == b"mine\n"
+    runs = support.wait_until(lambda: [
+        run for run in town.history(user=ALICE) if run["state"] == "done"
+    ] and not town.ask("status")["running"] and town.history(user=ALICE))
+    with sqlite3.connect(town.home / "history.db") as db:
+        size, = db.execute("select sum(length(frames)) from output").fetchone()
+    db.close()
+    assert 2 * 2**20 < size < 4 * 2**20 and 2 <= len(runs) <= 4
+    assert len(town.history(job="Mine")) == 1
+    assert len(town.history(job="Mine", user=MALLORY)) == 2
+
+
+def test_one_user_has_a_limited_number_of_active_runs(town):
+    town.set_constants(MOST_ACTIVE=5)
+    town.tab('"Long" @manual sleep 600\n', ALICE)
+    town.tab('"Mine" @manual echo mine\n', MALLORY)
+    town.tab('"Long" @manual sleep 600\n')
+    town.start()
+    for _ in range(5):
+        town.caller(ALICE).write("run", job="Long")
+    support.wait_until(lambda: len(town.ask("status")["running"]) == 5)
+    reply = town.caller(ALICE).ask("run", job="Long")
+    assert reply["error"] == "alice has 5 active runs", reply
+    assert town.history(user=ALICE)[0]["state"] == "skipped"
+    assert town.caller(MALLORY).ask("run", job="Mine")["text"] == "mine\n"
+    for _ in range(6):          # root has no limit
+        town.launch("Long")
+    support.wait_until(lambda: len(town.ask("status")["running"]) == 11)
+
+
+def test_who_starts_few_runs_starts_before_who_starts_many(town, clock, out):
+    """The tab of alice is read first."""
+    town.tab("* * * * * true\n" * 30, ALICE)
+    town.tab("* * * * * true\n", MALLORY)
+    town.patch += f"""
+fork = k.fork_supervisor
+def noted_fork(account, *rest):
+    with open({str(out / "order")!r}, "a") as file:
+        file.write(account.name + "\\n")
+    return fork(account, *rest)
+k.fork_supervisor = noted_fork
+"""
+    clock.start(NOON)
+    clock.elapse(60)
+    order = support.wait_until(lambda: (out / "order").exists() and (
+        out / "order").read_text().split())
+    assert order[0] == MALLORY and set(order[1:]) <= {ALICE}
 
 
 def test_the_places_that_one_user_cannot_take_are_left_to_the_others(town):
