@@ -3342,6 +3342,7 @@ def due_at_minute(jobs: list[Job], zone_clock: ZoneClock, minute: int,
 
 CHUNK = 65_536              # bytes to read or send at once
 LONGEST_TAB = 2**20         # bytes
+TABS_KEPT = 5               # of a user, besides the one in use
 LONGEST_ZONE_FILE = 2**16   # bytes
 ZONE_DIRECTORIES = ("/usr/share/zoneinfo", "/usr/lib/zoneinfo",
                     "/usr/share/lib/zoneinfo", "/etc/zoneinfo")
@@ -3665,6 +3666,22 @@ class Machine:
             raise Error(f"the tab of {user} cannot be removed: "
                         f"{error.strerror}") from None
         return True
+
+    def keep_tab(self, home: str, user: str, text: str) -> str:
+        """Keep a tab that was replaced, as one of the last TABS_KEPT of the
+        user; return the path of the copy. Raises Error."""
+        self.make_home(home)
+        path = f"{home}/previous/{user}:"       # no user name contains a colon
+        try:
+            os.makedirs(posixpath.dirname(path), 0o700, exist_ok=True)
+            for number in range(TABS_KEPT, 1, -1):
+                if os.path.exists(f"{path}{number - 1}"):
+                    os.replace(f"{path}{number - 1}", f"{path}{number}")
+            write_atomically(f"{path}1", text.encode("utf-8",
+                                                     "surrogateescape"))
+        except OSError as error:
+            raise Error(f"{path}1: {error.strerror}") from None
+        return f"{path}1"
 
     def user_tab(self, home: str, user: str) -> TabFile | None:
         """Return the tab of `user` in koi's format; None if there is none."""
@@ -20612,6 +20629,7 @@ def print_diagnostics(problems: list[Diagnostic], path: str) -> None:
 def install(options: Invocation, text: str, path: str) -> bool:
     """Install a tab, print its diagnostics, and return if it is installed.
     The words are those of Debian's crontab. Raises Error."""
+    before = options.ask_koid("list")["text"]
     reply = options.ask_koid("install", text=text)
     problems = [Diagnostic(**row) for row in reply["problems"]]
     print_diagnostics(problems + unsafe_addresses(text), path)
@@ -20620,6 +20638,7 @@ def install(options: Invocation, text: str, path: str) -> bool:
             error = DaemonClient(options.machine).no_daemon()
             options.warn(f"warning: {error.message}, so no job starts "
                          f"({error.hint})")
+        keep_previous(options, before, text)
         return True
     errors = {problem.what for problem in problems if problem.fatal}
     if errors != {NEWLINE}:
@@ -20628,6 +20647,26 @@ def install(options: Invocation, text: str, path: str) -> bool:
         print("new crontab file is missing newline before EOF, can't "
               "install.", file=sys.stderr)
     return False
+
+
+def keep_previous(options: Invocation, before: str | None, text: str) -> None:
+    """Copy the tab that was replaced by `text`, if that lacks a job of it,
+    and print where the copy is."""
+    lost, kept = ({(job.identity(), job.when, job.command)
+                   for job in parse_tab(each, root=True).jobs}
+                  for each in (before or "", text))
+    lost -= kept
+    if not lost:
+        return
+    try:
+        path = options.machine.keep_tab(options.machine.state_directory(),
+                                        options.owner, before)
+    except Error as error:
+        options.warn("warning: the previous tab could not be kept: "
+                     f"{error.message}")
+        return
+    options.warn(f"{plural(len(lost), 'job')} removed or changed; the "
+                 f"previous tab is {path}")
 
 
 def usage_error(why: str) -> Error:
@@ -20669,8 +20708,10 @@ def command_remove(options: Invocation) -> int:
     if options.ask and not is_agreed(f"{options.called}: really delete "
                                      f"{owner}'s crontab? (y/n) "):
         return EXIT_OK
+    before = options.ask_koid("list")["text"]
     if not options.ask_koid("remove")["removed"]:
         raise no_tab(options)
+    keep_previous(options, before, "")
     return EXIT_OK
 
 

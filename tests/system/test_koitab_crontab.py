@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pty
+import pwd
 import select
 import shlex
 import signal
@@ -21,6 +22,7 @@ import support
 PROGRAM = str(support.ROOT / "koitab.py")
 # The first lines of the file, which run it from Python's cache.
 DAILY = "@daily x\n"
+ME = pwd.getpwuid(os.geteuid()).pw_name
 
 
 class Terminal:
@@ -172,6 +174,44 @@ def test_a_program_that_is_called_crontab_is_crontab(koi):
                           stderr=subprocess.PIPE)
     assert done.returncode == 1
     assert done.stderr.startswith(b"crontab: error: usage error: only one")
+
+
+@pytest.mark.parametrize("after", ["", "@daily y\n", None])
+def test_tab_that_loses_a_job_is_kept_and_its_place_is_printed(koi, after):
+    before = '"a" @daily x\n' + DAILY
+    koi.run("-", stdin=before)
+    argv = ["-r"] if after is None else ["-"]
+    done = koi.run(*argv, stdin=after or "")
+    path = koi.home / "previous" / f"{ME}:1"
+    assert done.code == 0 and f"koitab: 2 jobs removed or changed; the " \
+        f"previous tab is {path}\n" in done.err
+    assert path.read_text() == before
+    assert support.mode(path) == 0o600
+    assert koi.run(str(path)).code == 0
+    assert koi.run("-l").out == before
+
+
+def test_tab_that_keeps_its_jobs_is_replaced_without_a_word(koi):
+    koi.run("-", stdin=DAILY)
+    done = koi.run("-", stdin="A=1\n@hourly y\n" + DAILY)
+    assert "previous" not in done.err
+    assert not (koi.home / "previous").exists()
+
+
+def test_five_previous_tabs_are_kept(koi):
+    for number in range(8):
+        koi.run("-", stdin=f"@daily {number}\n")
+    assert {path.name: path.read_text()
+            for path in (koi.home / "previous").iterdir()} == {
+        f"{ME}:{age}": f"@daily {7 - age}\n" for age in range(1, 6)}
+
+
+def test_tab_is_removed_although_no_copy_can_be_kept(koi):
+    koi.run("-", stdin=DAILY)
+    (koi.home / "previous").touch()
+    done = koi.run("-r")
+    assert done.code == 0
+    assert "warning: the previous tab could not be kept: " in done.err
 
 
 def test_l_on_a_terminal_hides_nothing(koi):
