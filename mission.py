@@ -805,6 +805,12 @@ def described(value) -> str:
     return quoted(value) if isinstance(value, str) else str(value).lower()
 
 
+def suggestion(word: str, words) -> str:
+    """The one of `words` that was meant, or all of them, as a hint."""
+    meant = nearest(word, words)
+    return f"{meant}?" if meant else "one of " + ", ".join(words)
+
+
 class DiagnosticList:
     """The diagnostics of one text, in the order in which they were found.
 
@@ -901,13 +907,13 @@ class ConfigReader:
         values = values or {} if is_object else {}
         for key in values:
             if key not in record.keys:
-                meant, path = nearest(key, record.keys), where + (key,)
-                self.diagnostics.add(
-                    path, "unknown key", f"{meant}?" if meant
-                    else "one of " + ", ".join(record.keys),
-                    self.diagnostics.keys.get(path))
-                if meant.lower() == key.lower():    # Go ignores case
-                    self.diagnostics.paths.add(where + (meant,))
+                path = where + (key,)
+                self.diagnostics.add(path, "unknown key",
+                                     suggestion(key, record.keys),
+                                     self.diagnostics.keys.get(path))
+                self.diagnostics.paths.update(      # Go ignores case
+                    where + (known,) for known in record.keys
+                    if known.lower() == key.lower())
         fields = {field_of(key): self.read_value(
             values.get(key), where + (key,), kind, default,
             is_object and report)
@@ -1261,10 +1267,8 @@ class ConfigValidator:
             for name in names:
                 if name in self.config.storage:
                     continue
-                meant = nearest(name, self.config.storage)
                 self.add(task.where + (key, name), "no such storage",
-                         f"{meant}?" if meant
-                         else "one of " + ", ".join(self.config.storage))
+                         suggestion(name, self.config.storage))
 
     def check_order(self) -> None:
         """Whether each needed task exists and can run before."""
@@ -1273,9 +1277,8 @@ class ConfigValidator:
             path = task.where + ("needs",)
             for slug in task.needs:
                 if slug not in tasks:
-                    meant = nearest(slug, tasks)
                     self.add(path, f"there is no task {described(slug)}",
-                             f"{meant}?" if meant else "a slug of a task")
+                             suggestion(slug, tasks))
                 elif tasks[slug].post and not task.post:
                     self.add(path, f"{slug} is a post task and runs later",
                              "a task that is no post task")
@@ -7001,20 +7004,16 @@ def number_of_runs(text: str) -> int:
     return int(text)
 
 
-def greatest_age(text: str) -> float:
-    seconds = parse_duration(text)
-    if not seconds:
-        raise Error(f"--max-age {text}: not a duration", "--max-age 26h",
-                    EXIT_USAGE)
-    return seconds
-
-
-def time_to_wait(text: str) -> float:
-    seconds = parse_duration(text)
-    if seconds is None:
-        raise Error(f"--wait {text}: not a duration", "--wait 30m",
-                    EXIT_USAGE)
-    return seconds
+def duration_of(option: str, least: float):
+    """Return a function that reads a duration of `least` seconds or more,
+    and raises Error for anything else."""
+    def read(text: str) -> float:
+        seconds = parse_duration(text)
+        if seconds is None or seconds < least:
+            raise Error(f"{option} {text}: not a duration", f"{option} 30m",
+                        EXIT_USAGE)
+        return seconds
+    return read
 
 
 class Option(FrozenRecord):
@@ -7049,10 +7048,10 @@ OPTIONS = {     # by the name of the value
                       "print what a run would do, and do nothing"),
     "wait": Option("--wait TIME",
                    "wait for another run to end, e.g. 30m", 0.0, "store",
-                   time_to_wait),
+                   duration_of("--wait", 0)),
     "max_age": Option("--max-age TIME",
                       "the last success may be this old, e.g. 26h", None,
-                      "store", greatest_age),
+                      "store", duration_of("--max-age", 0.001)),
     "number": Option("-n, --number N", "how many past runs (default: 20)",
                      20, "store", number_of_runs),
     "json": Option("--json", "for programs"),
@@ -7221,10 +7220,6 @@ class LoadedConfig(FrozenRecord):
     diagnostics: list           # in the order of the text
     notes: list                 # warnings, which only `check` shows
 
-    def of_scope(self, scope: str) -> list[Diagnostic]:
-        """The diagnostics of one scope, see SCOPES."""
-        return [found for found in self.diagnostics if found.scope == scope]
-
     def errors(self) -> dict[str, list[str]]:
         """scope -> the texts of its diagnostics, without their lines; those
         of a task also without the key, because the task is named there."""
@@ -7245,8 +7240,9 @@ def validated(source: ConfigSource, with_facts: bool = True) -> LoadedConfig:
         host = HostInspector()
         config = resolved(config, host.home_of, diagnostics)
         ConfigValidator(config, host.facts(config), diagnostics).validate()
-    return LoadedConfig(config, in_order(diagnostics.found),
-                        in_order(diagnostics.notes))
+    return LoadedConfig(config, *(
+        sorted(found, key=lambda each: (each.line, each.column))
+        for found in (diagnostics.found, diagnostics.notes)))
 
 
 def loaded(file: str, with_facts: bool = True) -> LoadedConfig:
@@ -7255,14 +7251,11 @@ def loaded(file: str, with_facts: bool = True) -> LoadedConfig:
     return validated(read_source(file), with_facts)
 
 
-def in_order(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
-    return sorted(diagnostics, key=lambda found: (found.line, found.column))
-
-
 def require_valid(found: LoadedConfig, options, strict: bool = False) -> None:
     """Print the errors and raise Error if the configuration cannot be used;
     with `strict` if anything in it, or a task's program, has an error."""
-    if not strict and not any(found.of_scope(scope) for scope in SCOPES):
+    if not strict and not any(diagnostic.scope in SCOPES
+                              for diagnostic in found.diagnostics):
         return
     lines = dict.fromkeys(
         diagnostic.text(options.config) for diagnostic in found.diagnostics
