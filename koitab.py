@@ -3347,13 +3347,18 @@ LONGEST_ZONE_FILE = 2**16   # bytes
 ZONE_DIRECTORIES = ("/usr/share/zoneinfo", "/usr/lib/zoneinfo",
                     "/usr/share/lib/zoneinfo", "/etc/zoneinfo")
 LOCAL_ZONE = "/etc/localtime"
-ROOT_HOME, ROOT_SOCKET = "/var/lib/koi", "/run/koi/koid.sock"
 UNIT_DIRECTORIES = ("/etc/systemd/system", "/usr/local/lib/systemd/system",
                     "/lib/systemd/system")
+# The PID file: of Debian's cron and cronie's; of that of macOS and the BSDs.
+RUN_DIRECTORY, CRON_PID = ("/run", "/run/crond.pid") \
+    if sys.platform == "linux" else ("/var/run", "/var/run/cron.pid")
+ROOT_HOME, ROOT_SOCKET = "/var/lib/koi", f"{RUN_DIRECTORY}/koi/koid.sock"
 SYSTEM_TAB, SYSTEM_TAB_DIRECTORY = "/etc/crontab", "/etc/cron.d"
-SPOOLS = ("/var/spool/cron/crontabs", "/var/spool/cron")   # Debian, cronie
-CRON_PID = "/run/crond.pid"     # of Debian's cron and of cronie
-REBOOT_MARKERS = ("/run/crond.reboot", "/run/cron.reboot")
+# Of Debian, of cronie, of the BSDs, of macOS.
+SPOOLS = ("/var/spool/cron/crontabs", "/var/spool/cron", "/var/cron/tabs",
+          "/usr/lib/cron/tabs")
+REBOOT_MARKERS = (f"{RUN_DIRECTORY}/crond.reboot",
+                  f"{RUN_DIRECTORY}/cron.reboot")
 # Who may have a tab: the first of these files that is there decides.
 ACCESS_FILES = (("/etc/koi.allow", True), ("/etc/koi.deny", False),
                 ("/etc/cron.allow", True), ("/etc/cron.deny", False))
@@ -3390,6 +3395,7 @@ class TabFile(FrozenRecord):
         return not self.user
 
 
+UNKNOWN_BOOT = "unknown"    # kept where the system has no boot ID
 EXACTLY_0600 = 0o177    # not only a mask: as in Debian's cron, no other mode
 
 
@@ -3545,8 +3551,11 @@ class Machine:
             return None
         if os.geteuid():
             return Account(name, entry.pw_uid, os.getegid(), entry.pw_dir, [])
+        # macOS takes 16 groups, and gives many users more.
+        groups = os.getgrouplist(name, entry.pw_gid)
+        groups.sort(key=lambda gid: gid != entry.pw_gid)
         return Account(name, entry.pw_uid, entry.pw_gid, entry.pw_dir,
-                       os.getgrouplist(name, entry.pw_gid))
+                       groups[:os.sysconf("SC_NGROUPS_MAX")])
 
     def is_expired(self, user: str) -> bool:
         """Has the account of a user expired, by field 8 of shadow(5)? As in
@@ -3816,7 +3825,7 @@ class Machine:
                       encoding="ascii") as file:
                 return file.read().strip()
         except OSError:
-            return ""
+            return sysctl("kern.bootsessionuuid") or sysctl("kern.boottime")
 
     def kept_boot(self, home: str) -> str:
         """Return the `boot_id` that `keep_boot` wrote, or ""."""
@@ -3831,7 +3840,7 @@ class Machine:
         that somebody removes."""
         try:
             with open(f"{home}/lock", "w", encoding="ascii") as file:
-                file.write(self.boot_id())
+                file.write(self.boot_id() or UNKNOWN_BOOT)
         except OSError:
             pass                # a full disk: the history has it as well
 
@@ -4025,6 +4034,21 @@ def is_in_namespace(pid: str) -> bool:
             "/proc/self/ns/mnt")
     except PermissionError:         # another user's
         return True
+
+
+def sysctl(name: str) -> str:
+    """Return the value of a variable of the kernel of macOS or a BSD, in hex;
+    "" if there is none: sysctl(3)."""
+    import ctypes
+    value = ctypes.create_string_buffer(64)
+    size = ctypes.c_size_t(len(value))
+    try:
+        if ctypes.CDLL(None).sysctlbyname(name.encode(), value, ctypes.byref(
+                size), None, ctypes.c_size_t(0)):
+            return ""
+    except AttributeError:      # Linux does not have it
+        return ""
+    return value.raw[:size.value].rstrip(b"\0").hex()
 
 
 def tab_names(directory: str) -> list[str]:
@@ -4888,7 +4912,9 @@ def drop_privileges(account: Account) -> None:
         else:
             os.setgid(account.gid)
             os.setuid(account.uid)
-        if sorted(set(os.getgroups())) != sorted(set(account.groups)):
+        # macOS answers with the groups that its directory knows.
+        if sys.platform != "darwin" and set(os.getgroups()) \
+                != set(account.groups):
             raise PermissionError("the groups are not the user's")
     ids = {os.getuid(), os.geteuid(), *os.getresuid()} \
         if hasattr(os, "getresuid") else {os.getuid(), os.geteuid()}
@@ -5022,7 +5048,7 @@ class SupervisedRun:
 
     def start(self, nothing: int) -> None:
         """Start the job; `nothing` is an input at its end. Raises OSError,
-        ValueError."""
+        or whatever else is wrong."""
         spec = self.spec
         home = spec.environment["HOME"]
         try:
@@ -5033,27 +5059,24 @@ class SupervisedRun:
                 self.put(NOTE,
                          escape_controls(f"{home}: {error.strerror}; it runs "
                                                "in /").encode())
-        shell = spec.environment["SHELL"]
+        words = [encode_os(word) for word in (
+            spec.environment["SHELL"], "-c", spec.script)]
+        environment = {encode_os(name): encode_os(value) for name, value
+                       in spec.environment.items()}
         given = input_file(spec.stdin) if spec.stdin else nothing
         out, out_end = os.pipe()
         err, err_end = os.pipe()
         # The supervisor becomes as nice as its job: posix_spawn has no means.
         os.nice(max(spec.nice - os.nice(0), 0))
         try:
-            self.pid = os.posix_spawn(
-                encode_os(shell),
-                [encode_os(shell), b"-c", encode_os(spec.script)],
-                {encode_os(name): encode_os(value) for name, value
-                 in spec.environment.items()},
-                file_actions=[(os.POSIX_SPAWN_DUP2, given, 0),
-                              (os.POSIX_SPAWN_DUP2, out_end, 1),
-                              (os.POSIX_SPAWN_DUP2, err_end, 2)],
-                setsid=True, setsigmask=[], setsigdef=RESET)
+            self.pid = start_session(words, environment,
+                                     (given, out_end, err_end))
         except OSError as error:
             os.close(out)
             os.close(err)
             if error.errno not in AGAIN:
-                error = OSError(error.errno, f"{shell}: {error.strerror}")
+                error = OSError(error.errno, f"{spec.environment['SHELL']}: "
+                                f"{error.strerror}")
             raise error from None
         finally:
             for fd in (out_end, err_end, *[given][:given != nothing]):
@@ -5099,11 +5122,50 @@ AGAIN = (errno.EAGAIN, errno.ENOMEM)
 def end_group(pid: int, number: int) -> None:
     """Signal what is left of a job's group whose leader has ended. While it
     has a member no other process gets the leader's number."""
-    if not process_start_time(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         try:
             os.killpg(pid, number)
         except OSError:
             pass
+    except OSError:
+        pass                    # it is another user's process by now
+
+
+def start_session(words: list[bytes], environment: dict,
+                  streams: tuple) -> int:
+    """Start a program in a session of its own, with three descriptors, and
+    signals at their defaults. Return its PID. Raises OSError."""
+    try:
+        return os.posix_spawn(
+            words[0], words, environment,
+            file_actions=[(os.POSIX_SPAWN_DUP2, fd, number)
+                          for number, fd in enumerate(streams)],
+            setsid=True, setsigmask=[], setsigdef=RESET)
+    except NotImplementedError:     # FreeBSD cannot start a session so
+        pass
+    failed, failure = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.setsid()
+            for number, fd in enumerate(streams):
+                os.dup2(fd, number)
+            for number in RESET:
+                signal.signal(number, signal.SIG_DFL)
+            os.execve(words[0], words, environment)
+        except OSError as error:
+            os.write(failure, str(error.errno).encode())
+        finally:
+            os._exit(EXIT_BUG)
+    os.close(failure)
+    with open(failed, "rb") as file:
+        number = file.read()        # it ends when the program is executed
+    if number:
+        os.waitpid(pid, 0)
+        raise OSError(int(number), os.strerror(int(number)))
+    return pid
 
 
 def input_file(data: bytes) -> int:
@@ -5198,6 +5260,10 @@ class Supervisor:
             return None, False
         except OSError:
             return None, os.getppid() == self.daemon
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)    # see is_supervised
+        except OSError:
+            pass                # not in this file system
         if os.getppid() == self.daemon:
             return file, True
         # koid was killed before we came to this. The next one may have
@@ -5211,7 +5277,7 @@ class Supervisor:
         os.close(self.runs)
         try:
             drop_privileges(self.account)
-        except (OSError, ValueError) as error:
+        except Exception as error:
             if self.run:
                 self.refuse(error)
 
@@ -5220,7 +5286,7 @@ class Supervisor:
         run = self.run
         try:
             run.start(self.nothing)
-        except (OSError, ValueError) as error:
+        except Exception as error:      # whatever it is, it did not start
             now = time.monotonic()
             if getattr(error, "errno", 0) in AGAIN and now < run.give_up:
                 run.again = now + 1
@@ -5244,7 +5310,8 @@ class Supervisor:
         header.phase = UNSTARTABLE
         header.errno = getattr(error, "errno", None) or errno.EPERM
         self.run.put(NOTE, escape_controls(
-            f"could not start: {why or error}").encode())
+            "could not start: "
+            f"{why or str(error) or type(error).__name__}").encode())
         header.ended = time.time()
         self.finish()
 
@@ -5465,6 +5532,18 @@ def run_file(home: str, run: int, most: int = -1) -> bytes:
             return file.read(most)
     except FileNotFoundError:
         return b""
+
+
+def is_supervised(home: str, run: int) -> bool:
+    """Is a supervisor with this run? It holds a lock on the run's file."""
+    try:
+        with open(f"{home}/runs/{run}", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def read_stable_file(home: str, run: int) -> tuple[bytes,
@@ -6074,10 +6153,10 @@ def missed_row(scheduled: ScheduledJob, count: int, due: float,
 
 
 def was_rebooted(machine: Machine, store: RunStore) -> bool:
-    """Has the machine been booted since a koid last ran? Yes if it cannot
-    be known."""
-    boot = machine.boot_id()
-    return not boot or boot != (store.get_meta("boot") or machine.kept_boot(
+    """Has the machine been booted since a koid last ran? If it cannot be
+    known, only the first koid here takes its start for a boot."""
+    boot = machine.boot_id() or UNKNOWN_BOOT
+    return boot != (store.get_meta("boot") or machine.kept_boot(
         posixpath.dirname(store.path)))
 
 
@@ -6544,7 +6623,8 @@ class Scheduler:
         begun = self.planner.begin()
         if begun:
             self.deferred_statements.append(
-                self.store.set_meta("boot", self.machine.boot_id()))
+                self.store.set_meta("boot", self.machine.boot_id()
+                                    or UNKNOWN_BOOT))
             self.machine.keep_boot(self.home)
             self.record_and_start(*begun)
             self.record_jobs()
@@ -6953,8 +7033,12 @@ class Scheduler:
                                            HEADER_BYTES))
         except OSError:
             return False        # too many files are open; later
-        return not header or header.phase in (ENDED, UNSTARTABLE) \
-            or process_start_time(header.supervisor) != header.supervisor_start
+        if not header or header.phase in (ENDED, UNSTARTABLE):
+            return True
+        # Earlier versions held no lock, and not all file systems have them.
+        return not is_supervised(self.home, running.run) and (
+            not header.supervisor_start or header.supervisor_start
+            != process_start_time(header.supervisor))
 
     def collect_finished(self) -> None:
         """Move runs that have ended into the history. While it cannot be
@@ -7199,7 +7283,7 @@ class Scheduler:
         running.by_hand = row["trigger"] == "manual" \
             or row["mail"] == NOT_MAILED
         self.running[row["run"]] = running
-        if was_rebooted(self.machine, self.store):
+        if self.went_down(row["run"]):
             running.reason = "the machine went down"
             self.ended[row["run"]] = NO_STATUS
 
@@ -7218,8 +7302,14 @@ class Scheduler:
                 "reason": "its record was lost", "args": "{}"})])
             self.running[run] = running = RunningRun(run, key, None)
             running.by_hand = True
-            if was_rebooted(self.machine, self.store):
+            if self.went_down(run):
                 self.ended[run] = NO_STATUS
+
+    def went_down(self, run: int) -> bool:
+        """Did the machine go down under this run? The boot ID of a BSD is
+        another one after the clock is set."""
+        return was_rebooted(self.machine, self.store) \
+            and not is_supervised(self.home, run)
 
     def queued_of(self, row: dict,
                   scheduled: ScheduledJob | None) -> QueuedRun | None:
@@ -7619,14 +7709,20 @@ def caller_of(connection, machine: Machine) -> Caller:
     return Caller(uid % 2**32, machine.user_name(uid))
 
 
-def near_path(path: str) -> tuple[str, int]:
-    """Return a name for a socket's path that is short enough for the kernel
-    (108 bytes, unix(7)), and a descriptor to close after its use, or -1."""
-    if len(os.fsencode(path)) < 100:
-        return path, -1
+def call_with_path(call, path: str) -> None:
+    """Call `call` with the path of a socket. Where that is too long for the
+    kernel (unix(7), 108 bytes; 104 on macOS) with its last part, in its
+    directory. Raises OSError."""
     directory, _, name = path.rpartition("/")
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    return f"/proc/self/fd/{fd}/{name}", fd
+    if len(os.fsencode(path)) < 100:
+        return call(path)
+    here = os.open(".", getattr(os, "O_PATH", os.O_RDONLY) | os.O_CLOEXEC)
+    try:
+        os.chdir(directory)
+        call(name)
+    finally:
+        os.fchdir(here)
+        os.close(here)
 
 
 def connect_patiently(connection, path: str) -> None:
@@ -7679,7 +7775,6 @@ class ControlServer:
             os.makedirs(directory, 0o755, exist_ok=True)
             if everyone:
                 os.chmod(directory, 0o755)  # whatever the umask was
-            near, fd = near_path(path)
             try:
                 os.unlink(path)     # koid has the lock: nobody listens there
             except FileNotFoundError:
@@ -7687,11 +7782,9 @@ class ControlServer:
             self.listener = socket.socket(socket.AF_UNIX)
             mask = os.umask(0o111 if everyone else 0o177)
             try:
-                self.listener.bind(near)
+                call_with_path(self.listener.bind, path)
             finally:
                 os.umask(mask)
-                if fd >= 0:
-                    os.close(fd)
             self.listener.listen(1024)
             self.listener.setblocking(False)
         except OSError as error:
@@ -7845,10 +7938,9 @@ class DaemonClient:
         """Return a connection to koid; None if none answers. Raises
         Error."""
         connection = socket.socket(socket.AF_UNIX)
-        near, fd = self.path, -1
         try:
-            near, fd = near_path(self.path)
-            connect_patiently(connection, near)
+            call_with_path(lambda path: connect_patiently(connection, path),
+                           self.path)
             connection.settimeout(30)
             return LineConnection(connection, LONGEST_REPLY)
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
@@ -7857,9 +7949,6 @@ class DaemonClient:
         except OSError as error:
             connection.close()
             raise Error(f"{self.path}: {error.strerror or error}") from None
-        finally:
-            if fd >= 0:
-                os.close(fd)
 
     def ask(self, op: str, **fields) -> dict:
         """Return the reply to a request; what comes after it is in `output`.

@@ -146,7 +146,7 @@ def environment(output: bytes) -> dict[str, str]:
 
 
 def from_host() -> set[str]:
-    return set(koitab.Machine().host_environment())
+    return set(koitab.Machine().host_environment()) - {"SHELL", "PATH"}
 
 
 def test_a_job_has_crons_environment_and_nothing_of_koids(koi):
@@ -1310,7 +1310,7 @@ def test_a_job_of_a_user_is_mailed_by_that_user(koi, host, tmp_path):
                          if line.startswith("From: "))
     variables = {line.partition("=")[0] for line in rest[:begin_of_mail]}
     assert variables - from_host() == {"HOME", "LOGNAME", "PATH", "PWD",
-                                       "USER"}
+                                       "SHELL", "USER"}
     assert f"From: {ALICE} (Cron Daemon)" in rest[begin_of_mail:blank]
     assert rest[blank + 1:] == ["hers"]
 
