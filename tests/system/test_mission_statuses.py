@@ -140,7 +140,8 @@ def test_status_of_an_invalid_configuration_is_unknown(scratch):
 
 def run(verdict="ok", at=1000.0, partial=False, **tasks) -> dict:
     return mission.past_run(
-        {"id": str(at), "started": at}, verdict, seconds=10.0,
+        {**mission.RUN_IN_PROGRESS, "id": str(at), "started": at}, verdict,
+        seconds=10.0,
         partial=partial, tasks=[
             {"slug": slug, "outcome": outcome.rstrip("!"), "seconds": 1.0,
              "attempts": 1, "notice": "exit status 1" if outcome.endswith("!")
