@@ -3876,32 +3876,23 @@ class Machine:
         return fd
 
     def crons(self) -> list[int]:
-        """Return the process IDs of the crons that run here: of none in
-        another container (a mount namespace), and of no child that only
-        waits for a job."""
-        if not os.path.isdir("/proc/self"):     # macOS, BSD
+        """Return the process IDs of root's crons that run here, and not in
+        another container (a mount namespace). Their children that wait for a
+        job are called CRON."""
+        found = []
+        for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir(
+                "/proc/self") else ()):
             try:
-                with open("/var/run/cron.pid", encoding="ascii") as file:
-                    pid = int(file.read(20))
-                return [pid] if os.getpgid(pid) else []
-            except (OSError, ValueError):
-                return []
-        found = {}
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    program, _, rest = file.read().partition(
-                        b"(")[2].rpartition(b") ")
-                if program == b"busybox":
-                    with open(f"/proc/{name}/cmdline", "rb") as file:
-                        program = file.read().split(b"\0")[1]
-                if program in (b"cron", b"crond") and is_in_namespace(name):
-                    found[int(name)] = rest.split()     # proc(5)
-            except (OSError, IndexError):
+                with open(f"/proc/{name}/cmdline", "rb") as file:
+                    words = file.read().split(b"\0")
+                program = words[posixpath.basename(words[0]) == b"busybox"]
+                if posixpath.basename(program) in (b"cron", b"crond") \
+                        and not os.stat(f"/proc/{name}").st_uid \
+                        and is_in_namespace(name):
+                    found.append(int(name))
+            except OSError:
                 continue            # it has ended
-        return [pid for pid, (_, parent, _, session, *_) in found.items()
-                if int(parent) not in found
-                and (parent != b"1" or int(session) == pid)]
+        return found
 
     # --- events that wake koid
 
@@ -4450,8 +4441,7 @@ create table meta (name text primary key, value text not null) without rowid;
 create table jobs (
     id integer primary key, user text not null, identity text not null,
     section text not null, name text not null, label text not null,
-    file text not null default '', text text not null default '',
-    assignments text not null default '', removed real not null default 0,
+    content text not null default '', removed real not null default 0,
     paused integer,
     unique (user, identity));
 create table runs (
@@ -4633,8 +4623,7 @@ class RunStore:
         """Return what is kept of each job, by (user, identity). `removed` is
         when its tab lost it, in seconds since 1970; 0: its tab has it."""
         return {(row["user"], row["identity"]): row for row in self.db.rows(
-            "select id, user, identity, file, text, assignments, removed "
-            "from jobs")}
+            "select id, user, identity, content, removed from jobs")}
 
     def rename_job(self, row: dict, whose: tuple, job: Job) -> list[tuple]:
         """Return the statements that give the job of a row of `known_jobs`
@@ -4653,19 +4642,17 @@ class RunStore:
                 ("update runs set change = ? + id where job = ?",
                  (before, row["id"]))]
 
-    def note_jobs(self, present: dict[int, tuple], now: float) -> list[tuple]:
-        """Return the statements that keep file, text and assignments of the
-        jobs that tabs have, by their numbers, and `now` for those that no
-        tab has any more."""
-        known = {row["id"]: (row["file"], row["text"], row["assignments"],
-                             row["removed"])
+    def note_jobs(self, present: dict[int, str], now: float) -> list[tuple]:
+        """Return the statements that keep the content of the jobs that tabs
+        have, by their numbers, and `now` for those that no tab has any
+        more."""
+        known = {row["id"]: (row["content"], row["removed"])
                  for row in self.known_jobs().values()}
-        return [("update jobs set file = ?, text = ?, assignments = ?, "
-                 "removed = 0 where id = ?", (*content, key))
-                for key, content in present.items()
-                if known.get(key) != (*content, 0)] + [
+        return [("update jobs set content = ?, removed = 0 where id = ?",
+                 (content, key)) for key, content in present.items()
+                if known.get(key) != (content, 0)] + [
             ("update jobs set removed = ? where id = ?", (now, key))
-            for key, (*_, removed) in known.items()
+            for key, (_, removed) in known.items()
             if key not in present and not removed]
 
     def forget_removed(self, before: float, most: int) -> list[tuple]:
@@ -5586,7 +5573,8 @@ class ScheduledJob:
     """A job of a tab as koid runs it: for which user, and when next.
 
     `key` names it in the history. `delay` are the minutes of RANDOM_DELAY,
-    `text` is a checksum of schedule and command.
+    `text` is a checksum of schedule and command; `content` begins with it,
+    and is what the history keeps.
     """
 
     def __init__(self, job: Job, file: TabFile, delay: int):
@@ -5599,12 +5587,9 @@ class ScheduledJob:
         self.delay = delay
         self.key = self.user, self.identity
         self.text = str(stable_random(f"{job.when}\0{job.command}"))
+        self.content = storable(
+            f"{self.text} {job.assignments} {self.file}")
         self.after = self.user, storable("\0".join(job.after))
-
-    @property
-    def content(self) -> tuple[str, str, str]:
-        """Its file, text and assignments, as the history keeps them."""
-        return storable(self.file), self.text, self.job.assignments
 
 
 class TabRegistry:
@@ -5798,10 +5783,10 @@ def find_renamed(vanished: list[dict], new: list[ScheduledJob]
     both have the same user and content, and no other one has."""
     equal: dict[tuple, tuple[list, list]] = {}
     for row in vanished:
-        equal.setdefault((row["user"], row["file"], row["text"],
-                          row["assignments"]), ([], []))[0].append(row)
+        equal.setdefault((row["user"], row["content"]), ([], [])
+                         )[0].append(row)
     for scheduled in new:
-        equal.setdefault((scheduled.user, *scheduled.content), ([], [])
+        equal.setdefault((scheduled.user, scheduled.content), ([], [])
                          )[1].append(scheduled)
     return [(rows[0], jobs[0]) for rows, jobs in equal.values()
             if len(rows) == len(jobs) == 1]
@@ -7252,7 +7237,8 @@ class Scheduler:
             key = row["user"], row["identity"]
             queued = self.queued_of(row, jobs.get(key))
             if queued:
-                queued.text = before[key]["text"] or queued.text
+                queued.text = before[key]["content"].partition(
+                    " ")[0] or queued.text
             if run in files:
                 self.adopt_run(row, queued)
             elif queued and self.may_still_start(row, queued):

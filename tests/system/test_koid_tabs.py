@@ -200,15 +200,11 @@ def test_another_job_begins_a_history_of_its_own(koi, before, after):
 
 
 def test_job_of_another_file_or_user_takes_no_history_over():
-    row = {"id": 1, "user": "alice", "file": "/t", "text": "1",
-           "assignments": "2"}
-
     def job(user="alice", file="/t"):
-        file = koitab.TabFile(file, user, (), "")
-        scheduled = koitab.ScheduledJob(
-            koitab.parse_tab("@reboot true\n").jobs[0], file, 0)
-        row.update(text=scheduled.text, assignments=scheduled.job.assignments)
-        return scheduled
+        return koitab.ScheduledJob(
+            koitab.parse_tab("@reboot true\n").jobs[0],
+            koitab.TabFile(file, user, (), ""), 0)
+    row = {"id": 1, "user": "alice", "content": job().content}
     for new, found in ((job(), 1), (job("bob"), 0), (job(file="/u"), 0)):
         assert len(koitab.find_renamed([row], [new])) == found
 
