@@ -20639,7 +20639,7 @@ def print_field(word: str, lines: list[str]) -> None:
 # ==========================================================================
 # TabCommands: what can be done to a tab?               (files, terminal; C)
 #
-# gives   install, the commands -e, -l, -r, -T and next
+# gives   install, the commands -e, -l, -r and -T; select_tabs, next_starts
 # needs   DaemonClient, parse_tab, match_jobs, Invocation
 #
 # What crontab(1) knows works here as it does there: its messages and its
@@ -20943,12 +20943,7 @@ def command_test(options: Invocation, path: str) -> int:
     return EXIT_OK
 
 
-# --- next -----------------------------------------------------------------
-
-
-def pause_words(until: float) -> str:
-    """Return "paused until TIME", as RFC 3339 writes it; 0: no end."""
-    return f"paused until {format_rfc3339(until)}" if until else "paused"
+# --- which starts come next? ----------------------------------------------
 
 
 def parse_instant(text: str, zone: Zone, now: float,
@@ -21024,63 +21019,10 @@ def next_starts(job: Job, zones: dict, after: int, many: int,
         job, zones[job.settings.zone], after - delay), many)]
 
 
-def command_next(options: Invocation, name: str = ""
-                 ) -> int:
-    """koitab next: the status is 1 if a tab has errors. Raises Error."""
-    tabs, rows, errors = select_tabs(options), [], []
-    now = options.machine.clock.now()
-    jobs = match_jobs([job for _, tab, zones in tabs for job in tab.jobs
-                       if job.settings.zone in zones and (
-                           not name or job.user in ("", options.owner))],
-                      name)
-    for path, tab, zones in tabs:
-        print_diagnostics(tab.diagnostics, path)
-        errors += tab.errors()
-        after = parse_instant(options.start, zones[""], now)
-        for job in tab.jobs:
-            if any(job is each for each in jobs):
-                zone = UTC if options.utc else zones[job.settings.zone]
-                starts = next_starts(job, zones, after, options.number or 5,
-                                     random_delay(job, options.machine.host()))
-                rows.append((path, job, [
-                    utc_stamp(at) if options.utc else
-                    format_rfc3339(at, zone.offset(at)) for at in starts]))
-    if options.json:
-        print_json([{
-            "name": job.name or None, "tag": job.tag, "line": job.line,
-            "schedule": job.when, "words": job.describe(), "next": starts,
-            **({} if options.tab else {"file": path})}
-            for path, job, starts in rows])
-    else:
-        print_starts(rows)
-    return EXIT_ERROR if errors else EXIT_OK
-
-
-def utc_stamp(instant: int) -> str:
-    """Return an instant as RFC 3339 writes it in UTC."""
-    return format_rfc3339(instant, 0).replace("+00:00", "Z")
-
-
-def print_starts(rows: list) -> None:
-    """Print the next starts for people: (path, job, starts) in each row."""
-    section, file = "", rows[0][0] if rows else ""
-    for path, job, starts in rows:
-        if path != file:
-            section, file = "", path
-            print(f"# {escape_controls(path)}")
-        if job.section != section:
-            section = job.section
-            print(f"[{escape_controls(section)}]")
-        print(f"{escape_controls(job.label)}: "
-              f"{escape_controls(job.describe())}")
-        for start in starts:
-            print(f"    {start}")
-
-
 # ==========================================================================
 # RunCommands: how is a job run, and its past shown?           (terminal; C)
 #
-# gives   run_here, history, log, kill, status; find_job, read_arguments
+# gives   run_here, next, history, log, kill, pause, resume, status; find_job
 # needs   DaemonClient, match_jobs, Parameter, Invocation
 #
 # koid starts the job and sends its output in frames; the signals that come
@@ -21469,10 +21411,15 @@ def duration_words(seconds: float | None) -> str:
                            round(seconds, 1) if seconds >= 1 else seconds)
 
 
+def time_of_run(run: dict) -> float | None:
+    """Return when a run started, or should have; None if that is unknown."""
+    return next((run[key] for key in ("started", "due", "requested_at")
+                 if run[key] is not None), None)
+
+
 def start_words(run: dict) -> str:
     """Return when a run started, or should have, as RFC 3339 writes it."""
-    at = next((run[key] for key in ("started", "due", "requested_at")
-               if run[key] is not None), None)
+    at = time_of_run(run)
     return "-" if at is None else format_rfc3339(at)
 
 
@@ -21704,6 +21651,124 @@ def agent_lines(state: dict | None) -> list[str]:
     return found + [f"refused {row['count']:,} x, last at "
                     f"{format_rfc3339(row['at'])}: {row['reason']}"
                     for row in state["refused"][:5]]
+
+
+# --- next -----------------------------------------------------------------
+
+
+def relative_words(seconds: float) -> str:
+    """Return "in 3 h" or "3 h ago", cut off to one unit."""
+    size = abs(seconds)
+    unit, length = ("s", 1) if size < MINUTE else ("min", MINUTE) \
+        if size < HOUR else ("h", HOUR) if size < 2 * DAY else ("days", DAY)
+    text = f"{int(size // length)} {unit}"
+    return f"in {text}" if seconds >= 0 else f"{text} ago"
+
+
+def pause_words(until: float) -> str:
+    """Return "paused until TIME", as RFC 3339 writes it; 0: no end."""
+    return f"paused until {format_rfc3339(until)}" if until else "paused"
+
+
+class NextRow:
+    """What `koitab next` prints of one job. `known` is the job as koid lists
+    it, {} with --tab. Times are texts of RFC 3339, in the zone of the job."""
+
+    def __init__(self, options: Invocation, job: Job, zones: dict,
+                 known: dict):
+        self.options, self.job, self.known = options, job, known
+        self.zone = zones[job.settings.zone]
+        self.now = options.machine.clock.now()
+        after = parse_instant(options.start, zones[""], self.now)
+        paused = self.paused = known.get("paused")
+        self.starts = [] if paused == 0 else next_starts(
+            job, zones, max(after, (paused or 0) - 1), options.number or 5,
+            random_delay(job, options.machine.host()))
+
+    def stamp(self, at: float | None) -> str | None:
+        """Return a time as text; None for None."""
+        if at is None:
+            return None
+        if self.options.utc:
+            return format_rfc3339(at, 0).replace("+00:00", "Z")
+        return format_rfc3339(at, self.zone.offset(int(at)))
+
+    def fields(self) -> dict:
+        """Return the row for programs, without its file."""
+        job, last = self.job, self.known.get("last")
+        found = {
+            "name": job.name or None, "tag": job.tag, "line": job.line,
+            "schedule": job.when, "words": job.describe(),
+            "next": [self.stamp(at) for at in self.starts]}
+        if not self.options.tab:
+            found["paused"] = None if self.paused is None else {
+                "until": self.stamp(self.paused or None)}
+            found["last"] = last and {
+                **{name: last[name] for name in (
+                    "run", "trigger", "state", "exit", "signal", "count")},
+                "result": result_words(last), **{
+                    name: self.stamp(last[name])
+                    for name in ("due", "started", "ended")}}
+        return found
+
+    def print_all(self) -> None:
+        """Print the row for people."""
+        print(f"{escape_controls(self.job.label)}: "
+              f"{escape_controls(self.job.describe())}")
+        if self.paused is not None:
+            print(f"    {pause_words(self.paused)}")
+        for start in self.starts:
+            # Where --from asks about another time, now means nothing.
+            print(f"    {self.stamp(start)}" + (
+                "" if self.options.start else
+                f" ({relative_words(start - self.now)})"))
+        last = self.known.get("last")
+        at = last and time_of_run(last)
+        if at is not None:
+            took = duration_of(last)
+            print(f"    last: {self.stamp(at)} "
+                  f"({relative_words(at - self.now)}): "
+                  f"{escape_controls(result_words(last))}"
+                  + (f", took {duration_words(took)}" if took else ""))
+
+
+def command_next(options: Invocation, name: str = ""
+                 ) -> int:
+    """koitab next: the status is 1 if a tab has errors. Raises Error."""
+    tabs, rows, errors = select_tabs(options), [], []
+    jobs = match_jobs([job for _, tab, zones in tabs for job in tab.jobs
+                       if job.settings.zone in zones and (
+                           not name or job.user in ("", options.owner))],
+                      name)
+    known = {} if options.tab else {
+        (job["user"], job["tag"]): job
+        for job in options.ask_koid("jobs")["jobs"]}
+    for path, tab, zones in tabs:
+        print_diagnostics(tab.diagnostics, path)
+        errors += tab.errors()
+        rows += [(path, NextRow(options, job, zones, known and known.get(
+            (job.user or options.owner, job.tag), {})))
+            for job in tab.jobs if any(job is each for each in jobs)]
+    if options.json:
+        print_json([{**row.fields(), **({} if options.tab
+                                        else {"file": path})}
+                    for path, row in rows])
+    else:
+        print_rows(rows)
+    return EXIT_ERROR if errors else EXIT_OK
+
+
+def print_rows(rows: list) -> None:
+    """Print (path, NextRow)s for people, below their tabs and sections."""
+    section, file = "", rows[0][0] if rows else ""
+    for path, row in rows:
+        if path != file:
+            section, file = "", path
+            print(f"# {escape_controls(path)}")
+        if row.job.section != section:
+            section = row.job.section
+            print(f"[{escape_controls(section)}]")
+        row.print_all()
 
 
 # ==========================================================================
@@ -23148,7 +23213,7 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         ("user", "number", "start", "tab", "utc", "json"),
         "Without NAME, the starts of all jobs. TIME is 2026-03-29T01:30, with "
         "an offset or Z, or else in local time. The variable TZ sets the time "
-        "zone of --tab."),
+        "zone of --tab. Without --tab, a pause and the last run are shown."),
     "history": Command(
         command_history, JOBS, "list past runs", ("[NAME]",),
         ("user", "number", "json"), "When each run started, by what, how long "

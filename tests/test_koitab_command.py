@@ -941,7 +941,8 @@ def test_next_of_the_installed_tab(type_in, koid):
     koid.text = '[S]\n"N" 30 2 * * * x\n61 * * * * y\n'
     done = type_in("next", "-n", "1")
     assert done.code == 1
-    assert done.out == "[S]\nN: At 02:30\n    2026-03-29T02:30:00+00:00\n"
+    assert done.out == "[S]\nN: At 02:30\n    2026-03-29T02:30:00+00:00 " \
+        "(in 14 h)\n"
     assert done.err.startswith(f"crontab of {ME}:3:1: bad minute")
     found = json.loads(type_in("next", "N", "--json").out)
     assert [(row["name"], row["file"], len(row["next"])) for row in found] \
@@ -958,8 +959,9 @@ def test_next_shows_root_the_tabs_of_the_system(type_in, koid, monkeypatch,
             str(path): "5 4 * * * www-data tidy\n"}})
     done = type_in("next", "-n1")
     assert done.out == (
-        "x: At 00:00\n    2026-03-29T00:00:00+00:00\n"
-        f"# {path}\ntidy: At 04:05\n    2026-03-29T04:05:00+00:00\n")
+        "x: At 00:00\n    2026-03-29T00:00:00+00:00 (in 11 h)\n"
+        f"# {path}\ntidy: At 04:05\n    2026-03-29T04:05:00+00:00 (in 16 h)\n"
+    )
 
 
 # --- import ---------------------------------------------------------------

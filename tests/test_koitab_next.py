@@ -66,18 +66,26 @@ def test_next_in_words_and_times(type_in):
     assert done.out == '''\
 [Bots]
 Crawler: Every 5 minutes
-    2026-03-28T12:05:00+01:00
-    2026-03-28T12:10:00+01:00
+    2026-03-28T12:05:00+01:00 (in 4 min)
+    2026-03-28T12:10:00+01:00 (in 9 min)
 python script.py: Every hour
-    2026-03-28T13:00:00+01:00
-    2026-03-28T14:00:00+01:00
+    2026-03-28T13:00:00+01:00 (in 59 min)
+    2026-03-28T14:00:00+01:00 (in 1 h)
 [Admin]
 Say Hi: When asked for
 Night: At 02:30
-    2026-03-29T03:00:00+02:00
-    2026-03-30T02:30:00+02:00
+    2026-03-29T03:00:00+02:00 (in 13 h)
+    2026-03-30T02:30:00+02:00 (in 37 h)
 Start: When the machine starts
 '''
+
+
+@pytest.mark.parametrize("seconds, words", [
+    (0, "in 0 s"), (59.9, "in 59 s"), (60, "in 1 min"), (3599, "in 59 min"),
+    (3600, "in 1 h"), (172_799, "in 47 h"), (172_800, "in 2 days"),
+    (-1, "1 s ago"), (-7200, "2 h ago"), (-999_999, "11 days ago")])
+def test_relative_time_is_cut_off_to_one_unit(seconds, words):
+    assert koitab.relative_words(seconds) == words
 
 
 def test_next_for_programs(type_in):

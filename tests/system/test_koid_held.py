@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 
@@ -201,3 +202,40 @@ def test_pause_and_resume_are_commands(koi, clock):
                                     status=1)
     koi.stop()
     assert "koid is not running" in type_in(koi, "pause", "it", status=1)
+
+
+def test_next_shows_pause_and_last_run(koi, clock):
+    koi.tab("""\
+        MAILTO=""
+        "it" 0 3 * * * exit 3
+        "new" @manual echo new
+        "B" @after "it" echo b
+        """)
+    koi.patch += "k.Machine.local_zone = lambda machine: k.UTC\n"
+    clock.start(EVE - HOUR)
+    run = koi.run("it")[0]
+    koi.ask("pause", job="it", until=EVE + 5 * HOUR)
+    koi.ask("pause", job="B")
+    row = koi.row(run)
+    started, ended = (koitab.format_rfc3339(row[name], 0)
+                      for name in ("started", "ended"))
+    lines = type_in(koi, "next", "-n1").splitlines()
+    assert lines[:3] == [
+        "it: At 03:00", "    paused until 2026-12-24T05:00:00+00:00",
+        "    2026-12-25T03:00:00+00:00 (in 28 h)"]
+    assert lines[3].startswith(f"    last: {started} (")
+    assert " ago): exit 3, took " in lines[3]
+    assert lines[4:] == ["new: When asked for", "B: After it", "    paused"]
+    it, new, follower = json.loads(type_in(koi, "next", "-n1", "--json"))
+    assert it["paused"] == {"until": "2026-12-24T05:00:00+00:00"}
+    assert it["next"] == ["2026-12-25T03:00:00+00:00"]
+    assert it["last"] == {
+        "run": run, "trigger": "manual", "state": "done", "exit": 3,
+        "signal": None, "count": 1, "result": "exit 3",
+        "due": "2026-12-23T23:00:00+00:00", "started": started,
+        "ended": ended}
+    assert (new["paused"], new["last"]) == (None, None)
+    assert follower["paused"] == {"until": None}
+    assert json.loads(type_in(koi, "next", "it", "--utc", "--json"))[0][
+        "last"]["due"] == "2026-12-23T23:00:00Z"
+    assert "(in " not in type_in(koi, "next", "--from", "2027-01-01")
