@@ -54,4 +54,5 @@ uninstall: ## remove them again; configurations, logs and state stay
 	rm -f $(BIN)/mission $(BIN)/koitab $(BIN)/koid
 
 sums: ## SHA-256 of what is installed
-	@sha256sum mission.py koitab.py
+	@if command -v sha256sum >/dev/null; then sha256sum mission.py koitab.py; \
+	else shasum -a 256 mission.py koitab.py; fi

@@ -22844,14 +22844,19 @@ def unit_command(words: list[str]) -> str:
 
 
 def plist(command: list[str], environment: dict, label: str) -> str:
-    """Return a property list for launchd."""
+    """Return a property list for launchd; a comment says where it goes."""
     import plistlib
-    return plistlib.dumps({
+    directory, domain = ("/Library/LaunchDaemons", "system") \
+        if os.geteuid() == 0 else ("~/Library/LaunchAgents", "gui/$(id -u)")
+    path = f"{directory}/{label}.plist"
+    head = f"<!-- {path}\n     launchctl bootstrap {domain} {path} -->\n"
+    text = plistlib.dumps({
         "Label": label, "ProgramArguments": command,
         "EnvironmentVariables": environment, "RunAtLoad": True,
         "KeepAlive": True,
         "AbandonProcessGroup": True,    # jobs outlive koid
     }, sort_keys=False).decode()
+    return text.replace("<plist", head + "<plist", 1)
 
 
 def dashboard_unit(options: Invocation, command: list[str]) -> str:

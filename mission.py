@@ -2385,11 +2385,19 @@ class Account(FrozenRecord):
     home: str
 
     @property
+    def groups(self) -> list[int]:
+        """The user's own group, and as many others as setgroups(2) takes:
+        macOS takes 16, and gives many users more."""
+        groups = os.getgrouplist(self.name, self.gid)
+        groups.sort(key=lambda gid: gid != self.gid)
+        return groups[:os.sysconf("SC_NGROUPS_MAX")]
+
+    @property
     def popen(self) -> dict:
         """Arguments of Popen. Without `extra_groups` the child would keep
         root's groups (setgroups(2))."""
-        groups = os.getgrouplist(self.name, self.gid)
-        return {"user": self.uid, "group": self.gid, "extra_groups": groups}
+        return {"user": self.uid, "group": self.gid,
+                "extra_groups": self.groups}
 
 
 def account_of(user: str | int) -> Account | None:
@@ -3429,7 +3437,7 @@ def access_error(path: str, user: str, mode: int) -> tuple:
         return ()
     groups, gid = os.getgroups(), os.getegid()
     try:
-        os.setgroups(account.popen["extra_groups"])
+        os.setgroups(account.groups)
         os.setegid(account.gid)
         os.seteuid(account.uid)
         return barrier(path, account.name, mode)
@@ -3438,7 +3446,7 @@ def access_error(path: str, user: str, mode: int) -> tuple:
     finally:
         os.seteuid(0)
         os.setegid(gid)
-        os.setgroups(groups)
+        os.setgroups(groups[:os.sysconf("SC_NGROUPS_MAX")])
 
 
 def barrier(path: str, user: str, mode: int) -> tuple:
@@ -3657,7 +3665,7 @@ class ChownReport(FrozenRecord):
 
 
 # Without /proc or O_PATH (macOS) entries are changed by name in an open
-# folder, never following a link.
+# folder, never following a link, and files with more links not at all.
 PATH_ONLY = getattr(os, "O_PATH", 0) if os.path.isdir("/proc/self/fd") else 0
 
 
@@ -3784,7 +3792,8 @@ class ChownWalk:
             self.leave(why, folder, entry.name)
         elif self.is_right(status):
             pass
-        elif PATH_ONLY and not (is_steady and is_plain(status)):
+        elif PATH_ONLY and not (is_steady and is_plain(status)) \
+                or status.st_nlink == 1 and not is_plain(status):
             self.open_entry(fd, entry.name, folder)
         else:
             self.change(fd, entry.name, folder, status)
@@ -3794,7 +3803,8 @@ class ChownWalk:
 
         What was found when its directory was read may be another file now.
         """
-        held = os.open(name, PATH_ONLY | os.O_NOFOLLOW, dir_fd=fd)
+        held = os.open(name, (PATH_ONLY or os.O_NONBLOCK) | os.O_NOFOLLOW,
+                       dir_fd=fd)
         try:
             status = os.fstat(held)
             why = self.refusal(status)
@@ -3826,9 +3836,13 @@ class ChownWalk:
         """Change a file through a descriptor, without its setuid and setgid
         bits: they would give the rights of the new owner away."""
         if stat.S_ISREG(status.st_mode) and status.st_mode & 0o6000:
-            os.chmod(f"/proc/self/fd/{held}", status.st_mode & 0o1777)
+            os.chmod(f"/proc/self/fd/{held}" if PATH_ONLY else held,
+                     status.st_mode & 0o1777)
             self.leave("given over without its setuid and setgid bits", *path)
-        os.chown(str(held), self.uid, self.gid, dir_fd=self.descriptors)
+        if PATH_ONLY:
+            os.chown(str(held), self.uid, self.gid, dir_fd=self.descriptors)
+        else:
+            os.fchown(held, self.uid, self.gid)
         self.changed += 1
 
     def give_directory(self, fd: int, path: str) -> None:
@@ -3865,7 +3879,9 @@ class ChownWalk:
         if len(seen["names"]) != status.st_nlink:
             return self.leave(f"{status.st_nlink} hard links, "
                               f"{len(seen['names'])} of them here", path)
-        if not seen["still"] or not PATH_ONLY:
+        if not PATH_ONLY:
+            return self.leave("hard links (this system has no O_PATH)", path)
+        if not seen["still"]:
             return self.leave("hard links that just changed", path)
         folders = os.path.relpath(path, root).split("/")
         fd = os.dup(top)
@@ -3994,7 +4010,7 @@ def as_user(account: Account, function, *arguments) -> str:
     """Become a user for good, and return function(*arguments). Only for
     run_in_child. Raises OSError."""
     if os.geteuid() != account.uid:
-        os.setgroups(os.getgrouplist(account.name, account.gid))
+        os.setgroups(account.groups)
         os.setgid(account.gid)
         os.setuid(account.uid)
     return function(*arguments)

@@ -1246,6 +1246,22 @@ def test_a_unit_for_launchd(type_in, monkeypatch):
     assert found["KeepAlive"] is found["AbandonProcessGroup"] is True
 
 
+@pytest.mark.parametrize("uid, directory, domain", [
+    (0, "/Library/LaunchDaemons", "system"),
+    (501, "~/Library/LaunchAgents", "gui/$(id -u)")])
+def test_a_unit_for_launchd_says_where_it_goes(type_in, monkeypatch, uid,
+                                               directory, domain):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    for words, label in ((["daemon", "--system"], "koid"),
+                         (["dashboard"], "koi-dashboard")):
+        done = type_in("unit", *words)
+        assert plistlib.loads(done.out.encode())["Label"] == label
+        assert f"\n<!-- {directory}/{label}.plist\n" in done.out
+        assert f" launchctl bootstrap {domain} {directory}/{label}.plist" \
+            in done.out
+
+
 def test_a_unit_of_the_dashboard_can_do_little(type_in, monkeypatch,
                                                tmp_path):
     made = servers.certificate(tmp_path)
