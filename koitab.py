@@ -1207,7 +1207,7 @@ LONGEST_NAME = 100
 LONGEST_VALUE, LONGEST_TEXT = 4096, 65_536      # bytes of an argument
 MOST_PARAMS = 64
 MOST_COMPARED = 10_000      # names, to find those that are alike
-MOST_DATES = 100            # in KOI_SKIP; they are shown in each description
+LONGEST_DATES = 2_500       # characters of KOI_SKIP: descriptions show it
 DEEPEST_SHELL = 50          # levels; Python's own stack has about 1,000
 BLANKS = " \t"
 SPACE = " \t\r\f\v"
@@ -1317,7 +1317,7 @@ class Job(FrozenRecord):
             text = f"After {self.leader}" if self.leader \
                 else "When the machine starts"
         if settings.skip:
-            text += f", not on {date_words(settings.skip)}"
+            text += f", not on {self.environment['KOI_SKIP']}"
         return text
 
 
@@ -1373,16 +1373,9 @@ def parse_dates(text: str) -> tuple:
                              "begins", at)
         ranges.append((first, last))
         at += len(part) + 1
-    if len(ranges) > MOST_DATES:
-        raise ValueError(f"more than {MOST_DATES} dates and ranges", 0)
+    if len(text) > LONGEST_DATES:
+        raise ValueError(f"longer than {LONGEST_DATES:,} characters", 0)
     return tuple(ranges)
-
-
-def date_words(ranges: tuple) -> str:
-    """Return what `parse_dates` has read, as text."""
-    return ", ".join("..".join("{:04}-{:02}-{:02}".format(*calendar_date(day))
-                               for day in dict.fromkeys(each))
-                     for each in ranges)
 
 
 def has_control(text: str, allowed: str = "") -> bool:
@@ -1975,16 +1968,13 @@ def parse_positive(text: str) -> int | None:
     return parse_count(text) or None
 
 
-def parse_delay(text: str) -> int | None:
-    """Return minutes, at most a day; None if `text` is not that."""
-    minutes = parse_count(text)
-    return minutes if minutes is not None and minutes <= 1440 else None
-
-
-def parse_nice(text: str) -> int | None:
-    """Return a niceness from 0 to 19; None if `text` is not one."""
-    nice = parse_count(text)
-    return nice if nice is not None and nice < 20 else None
+def at_most(most: int):
+    """Return a function that returns a number from 0 to `most`, and None for
+    any other text."""
+    def parse(text: str) -> int | None:
+        number = parse_count(text)
+        return number if number is not None and number <= most else None
+    return parse
 
 
 SETTINGS = {    # variable -> field of Settings, parser, what it expects
@@ -1998,10 +1988,10 @@ SETTINGS = {    # variable -> field of Settings, parser, what it expects
     "KOI_START_WITHIN": ("start_within", parse_duration,
                          "a duration such as 10m"),
     "KOI_CONFIRM": ("confirm", one_of("yes", "no", "cli"), "yes, no or cli"),
-    "KOI_NICE": ("nice", parse_nice, "a niceness, 0 to 19"),
+    "KOI_NICE": ("nice", at_most(19), "a niceness, 0 to 19"),
     "KOI_SKIP": ("skip", parse_dates, "2026-12-24..2027-01-01,2027-05-01"),
     "CRON_TZ": ("zone", str, "a name such as Europe/Berlin"),
-    "RANDOM_DELAY": ("random_delay", parse_delay, "minutes, 0 to 1440"),
+    "RANDOM_DELAY": ("random_delay", at_most(1440), "minutes, 0 to 1440"),
 }
 
 
@@ -2133,6 +2123,11 @@ class TabReader:
                 valid.append(job)
             elif len(found) == 1:
                 followers.setdefault(found[0].identity(), []).append(job)
+                if found[0].when == "@manual":
+                    self.tab.diagnostics.append(Diagnostic(
+                        job.line, self.columns[job.line], "odd job",
+                        f"it never starts: {short(job.leader)} runs by hand "
+                        "alone", fatal=False))
         for job in valid:       # it grows; a cycle is never reached
             valid += [each.replace(after=job.identity())
                       for each in followers.get(job.identity(), ())]

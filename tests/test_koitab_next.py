@@ -208,7 +208,7 @@ def test_dates_that_are_skipped_have_no_starts(type_in):
     assert first["next"] == [f"2026-{day}T02:30:00+14:00"
                              for day in ("03-31", "04-02", "04-03")]
     assert first["words"] == ("At 02:30 (Pacific/Kiritimati), not on "
-                              "2026-03-29..2026-03-30, 2026-04-01")
+                              "2026-03-29..2026-03-30,2026-04-01")
     assert second["next"][0] == "10000-01-01T00:00:00+14:00"
 
 

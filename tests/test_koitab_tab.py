@@ -120,7 +120,7 @@ def test_case_file_has_all_rejected_lines():
     ("KOI_SKIP=2026-02-01,x,2026-02-03\n", [(1, 21, "bad setting")]),
     ("KOI_SKIP=2026-02-01,2026-02-02..\n", [(1, 21, "bad setting")]),
     ("KOI_SKIP=2027-01-01..2026-12-24\n", [(1, 10, "bad setting")]),
-    ("KOI_SKIP=" + "2027-01-01," * 100 + "2027-01-01\n",
+    ("KOI_SKIP=" + "2027-01-01," * 240 + "2027-01-01\n",
      [(1, 10, "bad setting")]),
     ("@manual x\nA=1\n@manual x\n", [(3, 1, "bad job")]),
     ('"A" @daily x\n"A" @hourly y\n', [(2, 1, "bad job")]),
@@ -226,6 +226,11 @@ def test_cycle_drops_its_lines_and_those_that_follow_them():
     assert [job.name for job in found.jobs] == ["E", "F"]
     assert [(error.line, error.column) for error in found.errors()] == [
         (line, 12) for line in (1, 2, 3, 4)]
+
+
+def test_follower_of_a_manual_job_gets_a_warning():
+    assert warnings('"A" @manual a\n"B" @after "A" b\n') == [
+        (2, 12, "odd job")]
 
 
 def test_crons_files_have_no_followers():
