@@ -4936,12 +4936,12 @@ class TaskArguments:
         write_all(self._secrets_fd, value.encode() + b"\n")
 
 
-def run_builtin(slug: str, given_fd: int, secrets_fd: int) -> int:
-    """Run a built-in task in this process; return the exit status."""
+def run_builtin(slug: str, arguments: str, secrets_fd: int) -> int:
+    """Run a built-in task in this process; return the exit status.
+    `arguments`: those of TaskArguments, as JSON."""
     import json
     import traceback
-    with os.fdopen(given_fd, "rb") as file:
-        given = json.loads(file.read())
+    given = json.loads(arguments)
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
     def log(text="") -> None:
@@ -5979,6 +5979,11 @@ def condition_errors(task: Task, config: Config):
                    f"{name}, and {format_size(wanted)} are wanted")
 
 
+def account_for(task: Task) -> Account | None:
+    """The account that a task runs as; None if there is no such user."""
+    return account_of(task.user) if task.user else myself()
+
+
 class Runner:
     """Carries out the steps of one run."""
 
@@ -6090,10 +6095,8 @@ class Runner:
         if self.headless:
             self.delivery.load_modules()
         self.lost = self.state.lost()
-        users = {}
-        for task in self.config.tasks:
-            account = account_of(task.user) if task.user else myself()
-            users[task.slug] = account.uid if account else -1
+        users = {task.slug: getattr(account_for(task), "uid", -1)
+                 for task in self.config.tasks}
         for run in self.lost:
             self.alive.update(processes_of_run(run["id"], users))
         self.remember_earlier()
@@ -6337,7 +6340,7 @@ class Runner:
 
     def launch(self, task: Task, mark: str) -> Child:
         """Start a task. Raises OSError, and Error for an unknown user."""
-        account = account_of(task.user) if task.user else myself()
+        account = account_for(task)
         if account is None:
             raise Error(f"unknown user {quoted(task.user)}")
         env = environment(
@@ -6365,8 +6368,7 @@ class Runner:
     def launch_builtin(self, task: Task, env: dict, become) -> Child:
         """Start mission again, as the process of a built-in task.
 
-        It gets its arguments through one pipe and sends the secrets that it
-        fetches through another. Raises OSError.
+        It sends the secrets that it fetches through a pipe. Raises OSError.
         """
         import json
         directory = os.path.join(self.config.directory("tasks"), task.slug)
@@ -6378,28 +6380,23 @@ class Runner:
             "pass_bin": self.config.pass_bin,
             "target_user": self.config.user.name,
             "storage": {s.name: s.path for s in
-                        self.config.storage.values()}}).encode()
-        reading, writing = os.pipe()
+                        self.config.storage.values()}})
         secrets, secrets_end = os.pipe()
         try:
-            os.set_blocking(writing, False)     # a pipe holds 64 KiB
-            write_all(writing, given)
-            os.close(writing)
             child = self.processes.start(
                 [sys.executable, "-Iu", os.path.abspath(__file__), "_builtin",
-                 task.slug, str(reading), str(secrets_end)], env,
+                 task.slug, given, str(secrets_end)], env,
                 directory if os.path.isdir(directory) else "/", become,
-                self.limit_of(task), pass_fds=(reading, secrets_end),
-                nice=task.nice)
+                self.limit_of(task), pass_fds=(secrets_end,), nice=task.nice)
         finally:
-            os.close(reading)
             os.close(secrets_end)
         os.set_blocking(secrets, False)
         child.secrets = secrets
         return child
 
-    def on_output(self, child: Child, chunk: bytes) -> None:
-        """Take output of a task, or b"" after a second of silence.
+    def on_output(self, child: Child, chunk: bytes | None) -> None:
+        """Take output of a task, b"" after a second of silence, None at the
+        end.
 
         An exception here is noted: the tasks must not be left alone.
         """
@@ -6409,6 +6406,8 @@ class Runner:
             if chunk:
                 child.written += len(chunk)
                 child.decoder.take(chunk)
+            elif chunk is None:
+                child.decoder.end()
             else:
                 child.decoder.silence()
         except Exception as error:
@@ -6432,17 +6431,12 @@ class Runner:
 
     def ended(self, child: Child, attempt: int) -> bool:
         """Record the end of one attempt; whether it succeeded."""
-        self.on_output(child, b"")
-        try:
-            child.decoder.end()
-        except Exception as error:
-            child.output_error = child.output_error or reason_of(error)
+        self.on_output(child, None)
         if child.over:
             self.log.write(child.over.text())
             self.log_line(
-                f"<<the log keeps {format_size(self.config.logs.max)} of "
-                          "a task's output: above are head and tail of the "
-                          "rest>>")
+                f"<<the log keeps {format_size(self.config.logs.max)} of a "
+                "task's output: above are head and tail of the rest>>")
         if child.secrets is not None:
             os.close(child.secrets)
         if child.leftovers:
@@ -6466,12 +6460,12 @@ class Runner:
             f"exit {code}" if code >= 0 else status_text(code))
         before = self.results.get(task.slug)
         total = seconds + (before.seconds if before else 0)
-        is_skip = meaning == "skip" and not error
-        notice = status_text(code) if meaning == "warn" and not error else ""
+        outcome = "failed" if error else \
+            "skipped" if meaning == "skip" else "ok"
         self.results[task.slug] = TaskResult(
-            task.slug, "failed" if error else "skipped" if is_skip else "ok",
-            total, attempt, notice)
-        if is_skip:
+            task.slug, outcome, total, attempt, status_text(code)
+            if meaning == "warn" and not error else "")
+        if outcome == "skipped":
             self.skipped.add(task.slug)
         self.log_line(f"TaskFinish {task.slug}: {words} in "
                       f"{format_duration(seconds)}")
@@ -6553,18 +6547,17 @@ class Runner:
             else:
                 decoder.take(text.encode("latin-1"))
 
-        began = [run["started"] for run in self.lost] + [
-            self.processes.clock.now()]
-        local = local_time(self.processes.clock.now())
+        now = self.processes.clock.now()
+        since = min([now, *(run["started"] for run in self.lost)])
         message = (f"{'auto' if self.headless else 'manual'} run complete "
-                   f"on {local}")
+                   f"on {local_time(now)}")
         try:
             warnings = self.processes.supervise(
-                GIT_SECONDS + SILENT_SECONDS, commit_storage, path, min(began),
+                GIT_SECONDS + SILENT_SECONDS, commit_storage, path, since,
                 message, step.storage.name in self.owned,
                 on_message=on_message, is_patient=True)
             found = [("warning", warning) for warning in warnings]
-            self.committed[step.storage.name] = min(began)
+            self.committed[step.storage.name] = since
         except (Error, Unanswered) as error:
             hint = getattr(error, "hint", "")
             found = [("error", f"{path}: {error}{hint and f' ({hint})'}")]
@@ -6580,15 +6573,16 @@ class Runner:
             return
         began, path = self.processes.clock.ticks(), step.storage.path
         try:
-            if self.processes.supervise(
-                    PACK_SECONDS + SILENT_SECONDS, pack_storage, path, since,
-                    is_patient=True):
-                took = self.processes.clock.ticks() - began
-                self.once_title("Pack")
-                self.log_line(f"Packed {path} in {format_duration(took)}")
+            has_grown = self.processes.supervise(
+                PACK_SECONDS + SILENT_SECONDS, pack_storage, path, since,
+                is_patient=True)
+            took = self.processes.clock.ticks() - began
+            line = f"Packed {path} in {format_duration(took)}"
         except (Error, Unanswered) as error:
+            has_grown, line = True, f"PackFailure {path}: {reason_of(error)}"
+        if has_grown:
             self.once_title("Pack")
-            self.log_line(f"PackFailure {path}: {reason_of(error)}")
+            self.log_line(line)
         self.log.sync()
 
     # --- the end, and delivery --------------------------------------------
@@ -6613,16 +6607,13 @@ class Runner:
         return "FAILURE" if self.failed() else \
             "WARNING" if self.notices() else ""
 
-    def finished_text(self) -> str:
-        """The text of the notification at the end."""
-        how = " with errors or warnings" if self.failed() else ""
-        return f"run finished{how} in {run_took(self.took)}"
-
     def notify_start(self, _step: Step) -> None:
         self.notify("NotifyStart", "run started", False)
 
     def notify_finish(self, _step: Step) -> None:
-        self.notify("NotifyFinish", self.finished_text(), self.failed())
+        how = " with errors or warnings" if self.failed() else ""
+        self.notify("NotifyFinish", f"run finished{how} in "
+                    + run_took(self.took), self.failed())
 
     def notify(self, word: str, text: str, failed: bool) -> None:
         """Notify the user; a failure is only logged, as nobody may be logged
@@ -7926,7 +7917,7 @@ def main(argv: list[str] | None = None) -> int:
     open_standard_streams()
     if argv[:1] == ["_builtin"]:        # the process of a built-in task
         # Not sys.exit, which waits for all threads of the task.
-        os._exit(run_builtin(argv[1], int(argv[2]), int(argv[3])))
+        os._exit(run_builtin(argv[1], argv[2], int(argv[3])))
     try:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):      # cron has no locale
