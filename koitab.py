@@ -5568,8 +5568,8 @@ class ScheduledJob:
     """A job of a tab as koid runs it: for which user, and when next.
 
     `key` names it in the history. `delay` are the minutes of RANDOM_DELAY,
-    `text` is a checksum of schedule and command; `content` begins with it,
-    and is what the history keeps.
+    `content` is what the history keeps: a checksum of schedule and command,
+    that of the assignments, and the file.
     """
 
     def __init__(self, job: Job, file: TabFile, delay: int):
@@ -5581,9 +5581,8 @@ class ScheduledJob:
         self.due: float | None = 0.0    # 0: not computed; None: never
         self.delay = delay
         self.key = self.user, self.identity
-        self.text = str(stable_random(f"{job.when}\0{job.command}"))
-        self.content = storable(
-            f"{self.text} {job.assignments} {self.file}")
+        text = stable_random(f"{job.when}\0{job.command}")
+        self.content = storable(f"{text} {job.assignments} {self.file}")
         self.after = self.user, storable("\0".join(job.after))
 
 
@@ -6028,7 +6027,7 @@ class QueuedRun:
     def __init__(self, scheduled: ScheduledJob, trigger: str, due: float,
                  requested: float):
         self.run, self.scheduled, self.trigger = 0, scheduled, trigger
-        self.text = scheduled.text      # when it was asked for
+        self.content = scheduled.content    # when it was asked for
         self.due, self.requested, self.attempt = due, requested, 1
         self.values: dict[str, str] = {
             param.name: param.default or "" for param in scheduled.job.params}
@@ -6051,10 +6050,14 @@ class QueuedRun:
 
     def obsolete(self, scheduled: ScheduledJob | None) -> str:
         """Return why it must not start; "" if it may. `scheduled` is its job
-        as the tabs have it now, None if they have it no more."""
+        as the tabs have it now, None if they have it no more. A request from
+        a dashboard was signed for the assignments as well."""
         if not scheduled:
             return "the job was removed"
-        return "" if scheduled.text == self.text else "the job was changed"
+        now, asked = scheduled.content, self.content
+        if not self.nonce:
+            now, asked = now.split()[0], asked.split()[0]
+        return "" if now == asked else "the job was changed"
 
     def reject(self, why: str) -> None:
         """Notify `koitab run`, if it waits, that the run does not start."""
@@ -7232,8 +7235,7 @@ class Scheduler:
             key = row["user"], row["identity"]
             queued = self.queued_of(row, jobs.get(key))
             if queued:
-                queued.text = before[key]["content"].partition(
-                    " ")[0] or queued.text
+                queued.content = before[key]["content"] or queued.content
             if run in files:
                 self.adopt_run(row, queued)
             elif queued and self.may_still_start(row, queued):
@@ -20699,7 +20701,7 @@ def print_diagnostics(problems: list[Diagnostic], path: str) -> None:
 def install(options: Invocation, text: str, path: str) -> bool:
     """Install a tab, print its diagnostics, and return if it is installed.
     The words are those of Debian's crontab. Raises Error."""
-    before = options.ask_koid("list")["text"]
+    before = readable_tab(options)
     reply = options.ask_koid("install", text=text)
     problems = [Diagnostic(**row) for row in reply["problems"]]
     print_diagnostics(problems + unsafe_addresses(text), path)
@@ -20719,12 +20721,21 @@ def install(options: Invocation, text: str, path: str) -> bool:
     return False
 
 
-def keep_previous(options: Invocation, before: str | None, text: str) -> None:
+def readable_tab(options: Invocation) -> str:
+    """Return the installed tab; "" without one, or if koid does not use it:
+    its mode may be wrong, which another tab corrects."""
+    try:
+        return options.ask_koid("list")["text"] or ""
+    except Error:
+        return ""
+
+
+def keep_previous(options: Invocation, before: str, text: str) -> None:
     """Copy the tab that was replaced by `text`, if that lacks a job of it,
     and print where the copy is."""
     lost, kept = ({(job.identity(), job.when, job.command)
                    for job in parse_tab(each, root=True).jobs}
-                  for each in (before or "", text))
+                  for each in (before, text))
     lost -= kept
     if not lost:
         return
@@ -20778,7 +20789,7 @@ def command_remove(options: Invocation) -> int:
     if options.ask and not is_agreed(f"{options.called}: really delete "
                                      f"{owner}'s crontab? (y/n) "):
         return EXIT_OK
-    before = options.ask_koid("list")["text"]
+    before = readable_tab(options)
     if not options.ask_koid("remove")["removed"]:
         raise no_tab(options)
     keep_previous(options, before, "")

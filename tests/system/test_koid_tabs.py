@@ -141,6 +141,18 @@ def test_delayed_run_is_dropped_with_its_job(koi, clock, after, how, restart):
     assert outcomes(koi) == [("schedule", *how)]
 
 
+@pytest.mark.parametrize("nonce, why", [
+    ("", ""), ("ab" * 16, "the job was changed")])
+def test_request_of_a_dashboard_is_dropped_if_assignments_change(nonce, why):
+    """It was signed for them; `koitab run` was not."""
+    first, second = (koitab.ScheduledJob(
+        koitab.parse_tab(f'A={value}\n"it" @manual echo $A\n').jobs[0],
+        koitab.TabFile("/t", "alice", (), ""), 0) for value in (1, 2))
+    queued = koitab.QueuedRun(first, "manual", 0.0, 0.0)
+    queued.nonce = nonce
+    assert (queued.obsolete(first), queued.obsolete(second)) == ("", why)
+
+
 # ==========================================================================
 # Which job is which
 # ==========================================================================

@@ -191,6 +191,13 @@ def test_tab_that_loses_a_job_is_kept_and_its_place_is_printed(koi, after):
     assert koi.run("-l").out == before
 
 
+@pytest.mark.parametrize("argv", [["-r"], ["-"]])
+def test_tab_that_others_may_write_can_be_replaced(koi, argv):
+    koi.run("-", stdin=DAILY)
+    (koi.home / "tabs" / ME).chmod(0o666)
+    assert koi.run(*argv, stdin="@daily y\n").code == 0
+
+
 def test_tab_that_keeps_its_jobs_is_replaced_without_a_word(koi):
     koi.run("-", stdin=DAILY)
     done = koi.run("-", stdin="A=1\n@hourly y\n" + DAILY)
