@@ -106,6 +106,7 @@ PARTS = {   # program -> the Debian package that brings it
     "unshare": "util-linux", "setpriv": "util-linux",
     "busybox": "busybox", "cron": "cron", "faketime": "faketime",
     "crontab": "cron", "systemd-analyze": "systemd", "dash": "dash",
+    "systemctl": "systemd", "pgrep": "procps",
     "nsenter": "util-linux", "setsid": "util-linux",
     "bindfs": "bindfs", "fusermount3": "fuse3",
     "mkfs.ext4": "e2fsprogs", "ps": "procps", "zsh": "zsh", "fish": "fish",

@@ -1,0 +1,257 @@
+"""README's way from cron to koid on a machine that systemd boots.
+
+systemd is process 1 of PID, mount, cgroup, network and other namespaces of
+the test's own, over an overlay of this machine's root: nothing is changed
+outside. A reboot ends all its processes, and boots the same root again, with
+another boot ID. The commands are those of the README.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import uuid
+from pathlib import Path
+
+import pytest
+
+import support
+from support import wait_until
+
+pytestmark = support.root_only
+
+# The machine's root: an overlay in a tmpfs, which outlives a boot.
+ROOT_SCRIPT = """
+set -e
+mount -t tmpfs tmpfs "$1"
+mkdir "$1/upper" "$1/work" "$1/root"
+mount -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" \\
+    "$1/root"
+echo ready
+exec sleep 3600
+"""
+# In new namespaces: what a container manager mounts, then systemd. It can
+# write to no file of the kernel's that is not of these namespaces.
+BOOT_SCRIPT = """
+set -e
+cd "$1"
+mount -t proc proc proc
+mount --bind proc/sys proc/sys
+mount -o remount,bind,ro proc/sys
+mount --bind boot_id proc/sys/kernel/random/boot_id
+mount -t sysfs -o ro sysfs sys
+mount -t cgroup2 cgroup2 sys/fs/cgroup
+mount -t tmpfs tmpfs run
+mount -t tmpfs -o mode=1777 tmpfs tmp
+for it in null zero full random urandom tty; do
+    touch "run/$it"; mount --bind "/dev/$it" "run/$it"
+done
+mount --move run dev
+mkdir dev/pts dev/shm
+mount -t devpts -o newinstance,ptmxmode=0666 devpts dev/pts
+ln -s pts/ptmx dev/ptmx
+ln -s /proc/self/fd dev/fd
+mount -t tmpfs tmpfs run
+exec env -i container=test PATH=/usr/sbin:/usr/bin:/sbin:/bin \\
+    chroot . /lib/systemd/systemd --system --log-target=journal --show-status=0
+"""
+ENTER = ["-m", "-u", "-i", "-n", "-p", "-r", "-w"]
+
+
+def make_cgroup() -> Path:
+    """A group of the test's own in the unified hierarchy. Skip where there
+    is none, or where none can be made: a container without delegation."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        device, place, kind = line.split()[:3]
+        if kind == "cgroup2":
+            own = Path("/proc/self/cgroup").read_text().rpartition(
+                "0::")[2].splitlines()[0]
+            group = Path(place + own) / f"koi-test-{os.getpid()}"
+            try:
+                group.mkdir()
+                (group / "inner").mkdir()
+                (group / "inner").rmdir()
+            except OSError as error:
+                support.absent(f"no cgroup for systemd: {error}")
+            return group
+    return support.absent("cgroup2 is not mounted")
+
+
+def readme(heading: str, first: str) -> list[str]:
+    """The commands of a section's block that begins with `first`, for root.
+    """
+    text = (support.ROOT / "README.md").read_text()
+    section = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    block = next(found for found in re.findall(
+        r"(?:^    .*\n)+", section, re.M) if first in found.split("\n")[0])
+    return [line.partition("  #")[0].strip().replace("sudo ", "")
+            for line in block.splitlines()]
+
+
+class Computer:
+    """A machine that can be booted again."""
+
+    def __init__(self, folder: Path):
+        support.need("unshare", "nsenter", "cron", "systemctl", "pgrep")
+        if not os.path.exists("/lib/systemd/systemd"):
+            support.absent("systemd is missing: apt-get install systemd")
+        self.group = make_cgroup()
+        place = folder / "machine"
+        place.mkdir()
+        self.holder = subprocess.Popen(
+            ["unshare", "-m", "sh", "-c", ROOT_SCRIPT, "sh", str(place)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.systemd: subprocess.Popen | None = None
+        if self.holder.stdout.readline() != b"ready\n":
+            support.absent("no overlay of the root: "
+                           f"{self.holder.stderr.read().decode().strip()}")
+        self.top = f"{place}/root"
+        self.root = Path(f"/proc/{self.holder.pid}/root{self.top}")
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Install cron and nothing else that starts at boot."""
+        units = self.root / "etc/systemd/system"
+        subprocess.run(["rm", "-rf", str(units)], check=True)
+        (units / "multi-user.target.wants").mkdir(parents=True)
+        (units / "multi-user.target.wants/cron.service").symlink_to(
+            "/lib/systemd/system/cron.service")
+        for name in ("koi", "cron/crontabs"):
+            parent = self.root / "var" / ("lib" if name == "koi" else "spool")
+            subprocess.run(["rm", "-rf", str(parent / name)], check=True)
+        (self.root / "var/spool/cron/crontabs").mkdir(parents=True)
+        for path in (self.root / "etc/cron.d").iterdir():
+            path.unlink()
+        (self.root / "etc/crontab").write_text("")
+        (self.root / "root/koitab.py").write_bytes(
+            (support.ROOT / "koitab.py").read_bytes())
+        for name in ("koitab", "koid"):
+            (self.root / "usr/local/bin" / name).unlink(missing_ok=True)
+
+    def boot(self) -> None:
+        """Boot, and wait until all units are started."""
+        (self.root / "boot_id").write_text(f"{uuid.uuid4()}\n")
+        self.systemd = subprocess.Popen(
+            ["nsenter", "-t", str(self.holder.pid), "-m", "sh", "-c",
+             f'echo 0 > "{self.group}/cgroup.procs"; exec unshare -fpmniuC '
+             '--kill-child --propagation private sh -c "$@"', "sh",
+             BOOT_SCRIPT, "sh", self.top], stdin=subprocess.DEVNULL)
+        wait_until(lambda: self.run("systemctl is-system-running").out.strip()
+                   in ("running", "degraded"), 60, "systemd to boot")
+
+    def reboot(self) -> None:
+        """End all processes at once, as a power failure does; boot again."""
+        self.end()
+        self.boot()
+
+    def end(self) -> None:
+        if self.systemd:
+            self.systemd.kill()
+            self.systemd.wait(30)
+        wait_until(lambda: not list(self.processes()), 30,
+                   "all processes to end")
+
+    def processes(self):
+        for file in self.group.rglob("cgroup.procs"):
+            yield from file.read_text().split()
+
+    def remove(self) -> None:
+        self.end()
+        self.holder.kill()
+        self.holder.communicate()
+        for folder, _, _ in os.walk(self.group, topdown=False):
+            os.rmdir(folder)
+
+    def run(self, command: str) -> support.Result:
+        """Run a shell's command on the machine, as root at a terminal."""
+        init = (support.children_of(self.systemd.pid) or [0])[0]
+        done = subprocess.run(
+            ["nsenter", "-t", str(init), *ENTER, "env", "-i", "HOME=/root",
+             "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "sh", "-c",
+             f"cd /root; {command}"], stdin=subprocess.DEVNULL, timeout=60,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return support.Result(done.returncode, done.stdout.decode(),
+                              done.stderr.decode())
+
+    def do(self, command: str) -> str:
+        """The output of a command that must succeed."""
+        done = self.run(command)
+        assert done.code == 0, (command, done)
+        return done.out
+
+
+@pytest.fixture
+def computer(tmp_path):
+    computer = Computer(tmp_path)
+    try:
+        computer.boot()
+        yield computer
+    finally:
+        computer.remove()
+
+
+def test_from_cron_to_koid_and_through_a_restart_and_a_reboot(computer):
+    # koid beside cron, as in "Install koi": it answers when systemctl
+    # returns, and is a unit that is ready.
+    (computer.root / "etc/cron.d/site").write_text(
+        "@reboot root echo up >> /root/boots\n"
+        "0 0 1 1 * root echo yearly\n")
+    assert computer.do("systemctl is-active cron") == "active\n"
+    for command in readme("Install koi", "install -m"):
+        computer.do(command)
+    computer.do("koitab status")
+    assert computer.do("systemctl is-enabled koid") == "enabled\n"
+    assert computer.do("systemctl show -P Type koid") == "notify\n"
+
+    # The switch, as in "Coming from cron".
+    for command in readme("Coming from cron", "disable --now cron"):
+        computer.do(command)
+    assert computer.run("systemctl is-active cron").out == "inactive\n"
+    computer.do("koitab status")
+    assert "echo yearly" in computer.do("koitab next")
+    assert computer.do("koitab run 'echo yearly'") == "yearly\n"
+    assert not (computer.root / "root/boots").exists()  # cron's at its boot
+
+    # A restart: the job continues, its output and its end are kept.
+    os.mkfifo(computer.root / "root/fifo")
+    computer.do("printf '\"Long\" @manual echo before; read word < fifo; "
+                "echo $word\\n\"Lost\" @manual sleep 600\\n' | koitab -")
+    computer.do("(koitab run Long &) >/dev/null 2>&1")
+    wait_until(lambda: "before" in computer.run("koitab log Long").out, 30,
+               "the job to begin")
+    first = computer.do("systemctl show -P MainPID koid")
+    computer.do("systemctl restart koid")
+    computer.do("koitab status")
+    assert computer.do("systemctl show -P MainPID koid") != first
+    assert computer.do("pgrep koid") == computer.do("pidof koid") \
+        == computer.do("systemctl show -P MainPID koid")
+    computer.do("echo after > fifo")
+    wait_until(lambda: "after" in computer.run("koitab log Long").out, 30,
+               "the job to end")
+
+    # The journal has each line once.
+    computer.do("journalctl --sync")
+    lines = computer.do("journalctl -t koid -t python3 -t koitab -o cat "
+                        "_SYSTEMD_UNIT=koid.service").splitlines()
+    assert sum(line.startswith("koid 1.0: ") for line in lines) == 3
+    assert not [line for line in lines if " koid: " in line]
+
+    # A reboot: koid is back, cron is not, jobs of the boot run once.
+    computer.do("(koitab run Lost &) >/dev/null 2>&1")
+    wait_until(lambda: "Lost" in computer.do("koitab status --json"), 30,
+               "the run")
+    wait_until(lambda: computer.run("pgrep -x sleep").code == 0, 30, "sleep")
+    computer.reboot()
+    computer.do("systemctl is-active koid")
+    assert computer.run("systemctl is-active cron").out == "inactive\n"
+    wait_until((computer.root / "root/boots").exists, 30, "@reboot")
+    computer.do("systemctl restart koid")
+    assert (computer.root / "root/boots").read_text() == "up\n"
+    assert "the machine went down" in computer.do("koitab history Lost")
+
+    # And back.
+    for command in readme("Coming from cron", "disable --now koid"):
+        computer.do(command)
+    assert computer.do("systemctl is-active cron") == "active\n"
+    assert (computer.root / "root/boots").read_text() == "up\n"
