@@ -4993,14 +4993,10 @@ class Spotify:
 
     def stored_token(self) -> dict:
         """The OAuth token in SESSIONS_DIR/spotify. Raises Error."""
-        import json
         hint = ('a JSON object with "refresh_token", from an OAuth login of '
                 "your Spotify app with the scope playlist-read-private")
         try:
-            fd = os.open("spotify", os.O_RDONLY | os.O_NONBLOCK
-                         | os.O_NOFOLLOW, dir_fd=self.sessions)
-            with os.fdopen(fd, "rb") as file:
-                token = json.loads(file.read(CHUNK))
+            token = load_json("spotify", self.sessions)
         except OSError as error:
             raise Error(f"{self.token_path}: {error.strerror}", hint) from None
         except ValueError as error:
@@ -5095,16 +5091,15 @@ class Spotify:
         if not str(url).startswith(self.api.rstrip("/") + "/"):
             raise Error(f"Spotify sent us to {escape_controls(str(url))}",
                         "the token goes to no other host")
-        if not self.token.get("access_token"):
-            self.refresh()
-        try:
-            return self.request(url, f"Bearer {self.token['access_token']}")
-        except Unauthorized:
-            self.refresh()
-        try:
-            return self.request(url, f"Bearer {self.token['access_token']}")
-        except Unauthorized:
-            raise Error("Spotify refuses a fresh access token") from None
+        for _ in range(2):
+            if not self.token.get("access_token"):
+                self.refresh()
+            try:
+                return self.request(url,
+                                    f"Bearer {self.token['access_token']}")
+            except Unauthorized:
+                self.token["access_token"] = ""
+        raise Error("Spotify refuses a fresh access token")
 
     def pages(self, path: str) -> list:
         """The items of all pages of a listing. Raises Error if any is
@@ -5181,14 +5176,10 @@ class Spotify:
 
     def is_ours(self, name: str) -> bool:
         """Whether a file was written by this task, by name and content."""
-        import json
         if not name.endswith((".json", ".json.new")):
             return False
         try:
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK,
-                         dir_fd=self.directory)
-            with os.fdopen(fd, "rb") as file:
-                identity = json.load(file)["playlist"]["id"]
+            identity = load_json(name, self.directory)["playlist"]["id"]
             return name.startswith(playlist_file({"id": identity}, "")[:-5])
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -5196,6 +5187,16 @@ class Spotify:
 
 class Unauthorized(Exception):
     """The access token has expired."""
+
+
+def load_json(name: str, directory: int):
+    """Return the value in a JSON file of an open directory; no link is
+    followed. Raises OSError and ValueError."""
+    import json
+    fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW,
+                 dir_fd=directory)
+    with os.fdopen(fd, "rb") as file:
+        return json.load(file)
 
 
 def json_object(response: HttpResponse) -> dict | None:
@@ -5346,7 +5347,8 @@ class StateDirectory:
         self.lock = os.path.join(locks or directory, "lock")
         self.current: dict = {}
         self.last_remembered: dict = {}
-        self.current_fd, self.current_size, self.error = -1, ROOM_FOR_RUN, ""
+        self.current_fd, self.current_size = -1, ROOM_FOR_RUN
+        self.error = ""
 
     def path(self, *names: str) -> str:
         return os.path.join(self.directory, *names)
