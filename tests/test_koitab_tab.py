@@ -230,7 +230,7 @@ def test_cycle_drops_its_lines_and_those_that_follow_them():
 
 def test_follower_of_a_manual_job_gets_a_warning():
     assert warnings('"A" @manual a\n"B" @after "A" b\n') == [
-        (2, 12, "odd job")]
+        (12, "odd job")]
 
 
 def test_crons_files_have_no_followers():
