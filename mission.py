@@ -7524,6 +7524,16 @@ def refuse_run_of_root(real_path: str) -> None:
                     EXIT_BUSY)
 
 
+def can_open(path: str) -> bool:
+    """Whether a file or directory can be opened. Unlike stat(2), open(2) of
+    a file is not answered by what the kernel remembers of a file system."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW))
+    except OSError:
+        return False
+    return True
+
+
 def open_state(options) -> StateDirectory:
     """The state directory, for reading. Raises Error without one."""
     path = os.path.abspath(options.config)
@@ -7531,13 +7541,23 @@ def open_state(options) -> StateDirectory:
     if real_path is None:
         raise Error(f"{path}: {NO_ANSWER}", "", EXIT_CONFIG)
     state = state_of(real_path, Clock())
-    answer = ask(os.access, state.directory, os.R_OK | os.X_OK)
+    answer = ask(can_open, state.directory)
     if answer is None:
         raise Error(f"{state.directory} {NO_ANSWER}")
     if not answer:
         raise Error(f"no run of {options.config} is remembered",
                     "-c names the configuration, and root's runs are root's")
     return state
+
+
+def recorded_runs(options) -> list[dict]:
+    """The result of `runs_of`, read in a child: the files of the state may
+    hang as well. Raises Error."""
+    state = open_state(options)
+    runs = ask(runs_of, state)
+    if runs is None:
+        raise Error(f"{state.directory} {NO_ANSWER}")
+    return runs
 
 
 def runs_of(state: StateDirectory) -> list[dict]:
@@ -7557,7 +7577,7 @@ COLOURS = {"ok": "32", "running": "36", "trouble": "33"}
 
 def command_history(options) -> int:
     """Print the last runs, and how long each task took in them."""
-    runs = runs_of(open_state(options))
+    runs = recorded_runs(options)
     shown = runs[-options.number:]
     if options.json:
         return print_json(shown)
@@ -7591,7 +7611,7 @@ def command_status(options) -> int:
     for error in found.diagnostics:
         raise Error(error.text(options.config), "", EXIT_CONFIG)
     config = found.config
-    runs = runs_of(open_state(options))
+    runs = recorded_runs(options)
     slugs = [task.slug for task in config.tasks if task.scheduled]
     status, reasons = health(slugs, runs, options.max_age, Clock().now())
     last = next((run for run in reversed(runs) if not run["partial"]
@@ -7622,7 +7642,7 @@ def command_log(options, run: str = "") -> int:
 
     `run` is the beginning of its ID or of the file's name. Raises Error.
     """
-    runs = [r for r in runs_of(open_state(options))
+    runs = [r for r in recorded_runs(options)
             if r.get("log") and (not run or r["id"].startswith(run)
                                  or os.path.basename(r["log"]).startswith(
                                      run))]
@@ -7631,7 +7651,7 @@ def command_log(options, run: str = "") -> int:
                     "no run has saved a log", "mission history shows the "
                     "runs; a run by hand prints its log and saves none")
     path = runs[-1]["log"]
-    if ask(os.path.lexists, path) is None:
+    if ask(can_open, path) is None:
         raise Error(f"{path} {NO_ANSWER}")
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
