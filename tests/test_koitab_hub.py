@@ -357,6 +357,25 @@ def test_a_run_without_a_job_makes_it(dashboard, web1):
     assert (job["name"], job["removed"], job["state"]) == ("Old", True, "ok")
 
 
+def test_runs_that_come_again_under_another_tag_move_to_that_job(dashboard,
+                                                                 web1):
+    """koid sends the runs of a job that was renamed again."""
+    dashboard.channel()
+    output = frames("words\n")
+    runs = [dashboard.record(size=len(output)), dashboard.record(exit=1)]
+    dashboard.runs(web1, *runs)
+    dashboard.sync(web1, outputs=[piece(
+        runs[0]["run"], 0, output)])
+    job = dashboard.job()["id"]
+    dashboard.take_notifications()
+    dashboard.runs(web1, *({**run, "tag": "renamed", "change": 50 + number}
+                           for number, run in enumerate(runs)))
+    renamed = dashboard.job("renamed")["id"]
+    assert dashboard.rows("select job, have from runs order by id") \
+        == [(renamed, len(output)), (renamed, 0)]
+    assert dashboard.take_notifications() == [] and job != renamed
+
+
 def test_a_new_history_counts_anew(dashboard, web1):
     """history.db was lost: the numbers begin again, and are other runs."""
     dashboard.runs(web1, dashboard.record(run=1, change=5))
