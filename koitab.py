@@ -160,6 +160,10 @@ from struct import Struct
 
 PROG, VERSION = "koitab", "1.0"
 
+# Those of the standard library that a smaller Python may lack.
+NEEDED_MODULES = ("_sqlite3", "_ctypes", "_ssl", "_json", "http", "resource",
+                  "asyncio")
+
 EXIT_OK = 0
 EXIT_ERROR = 1          # what crontab(1) exits with, whatever is wrong
 EXIT_USAGE = 2          # wrong usage of a command that crontab(1) lacks
@@ -384,6 +388,17 @@ def sync_directory(path: str, dir_fd: int | None = None) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def require_modules(names: tuple) -> None:
+    """Check that this Python has some modules, of which Debian's
+    python3-minimal lacks many. Raises Error."""
+    from importlib.machinery import PathFinder
+    for name in names:
+        if name not in sys.builtin_module_names \
+                and not PathFinder.find_spec(name):
+            raise Error(f"{sys.executable} has no module {name.strip('_')}",
+                        "apt-get install python3")
 
 
 def try_lock(path: str) -> int | None:
@@ -23496,6 +23511,7 @@ def main(argv: list[str] | None = None, machine: Machine | None = None,
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="surrogateescape")
         try:
+            require_modules(NEEDED_MODULES)
             status = dispatch(argv, machine or Machine(), called)
         except ExitWithText as text:
             print(text, end="")

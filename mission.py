@@ -63,6 +63,10 @@ if sys.version_info < (3, 9):
 
 PROG, VERSION = "mission", "1.0"
 
+# Those of the standard library that a smaller Python may lack.
+NEEDED_MODULES = ("_ssl", "_json", "http", "resource", "smtplib",
+                  "unicodedata")
+
 EXIT_OK = 0
 EXIT_PROBLEMS = 1       # the run had errors or warnings
 EXIT_USAGE = 2
@@ -291,6 +295,17 @@ def sync_directory(path: str, dir_fd: int | None = None) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def require_modules(names: tuple) -> None:
+    """Check that this Python has some modules, of which Debian's
+    python3-minimal lacks many. Raises Error."""
+    from importlib.machinery import PathFinder
+    for name in names:
+        if name not in sys.builtin_module_names \
+                and not PathFinder.find_spec(name):
+            raise Error(f"{sys.executable} has no module {name.strip('_')}",
+                        "apt-get install python3")
 
 
 def try_lock(path: str) -> int | None:
@@ -7946,6 +7961,7 @@ def main(argv: list[str] | None = None) -> int:
                 stream.reconfigure(encoding="utf-8",
                                    errors="backslashreplace")
         try:
+            require_modules(NEEDED_MODULES)
             status = dispatch(argv)
         except ExitWithText as text:
             print(text, end="")
