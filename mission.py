@@ -5582,8 +5582,8 @@ class StateDirectory:
     def expected(self) -> dict[str, float]:
         """slug -> the median of its last ten good durations, in seconds."""
         from statistics import median_high
-        return {slug: median_high(found[-10:]) for slug, found in good_durations(
-            self.history()).items()}
+        return {slug: median_high(found[-10:]) for slug, found
+                in good_durations(self.history()).items()}
 
     # --- mails that wait --------------------------------------------------
 
