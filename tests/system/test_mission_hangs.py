@@ -116,7 +116,7 @@ def test_storage_that_hangs_fails_only_the_tasks_that_need_it(night):
     night.hang(out)
     assert night.headless().code == 1
     assert night.outcomes() == {"a": "ok", "b": "failed"}
-    assert "storage out does not answer" in night.log()
+    assert f"storage out: {out} does not answer" in night.log()
 
 
 def test_logs_that_hang_stop_no_task(night):
