@@ -1565,6 +1565,7 @@ def test_root_sees_the_system_tabs_and_a_number_starts_no_job(served):
 
 
 def test_error_of_a_spool_crontab_is_its_users_problem(served):
+    (served.spool / ALICE).unlink()     # protected_regular in proc(5)
     served.put(ALICE, "99 * * * * echo\n", uid=support.ALICE_UID)
     support.wait_until(lambda: served.caller(ALICE).ask("status")["problems"],
                        10, "the problem")
