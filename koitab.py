@@ -3981,12 +3981,10 @@ class Container(Machine):
     """The machine in a container, which ends with koid: each start is a
     boot, jobs have the environment of the container, the log is stdout."""
 
-    def __init__(self, clock: Clock | None = None):
-        super().__init__(clock)
-        self.boot = os.urandom(16).hex()
-
     def boot_id(self) -> str:
-        return self.boot
+        """Return a text that differs after each start of this process."""
+        me = os.getpid()
+        return f"{super().boot_id()} {me} {process_start_time(me)}"
 
     def mark_reboot(self) -> bool:
         return False
@@ -6018,11 +6016,10 @@ class DaemonLog:
     def log(self, text: str, bad: bool = False) -> None:
         """Write a line to stderr, and to the system's log if root runs
         koid: to one of them if both are the same."""
-        if self.machine.has_one_log():
-            self.machine.log(text, bad=bad)
-            return
-        print_log_line(self.machine.clock, f"koid: {text}", sys.stderr)
-        if os.geteuid() == 0:
+        has_one_log = self.machine.has_one_log()
+        if not has_one_log:
+            print_log_line(self.machine.clock, f"koid: {text}", sys.stderr)
+        if has_one_log or os.geteuid() == 0:
             self.machine.log(text, bad=bad)
 
     def set_problem(self, about: str, text: str) -> None:
@@ -22765,10 +22762,8 @@ def command_dashboard(options: Invocation) -> int:
 
 def dashboard_log(options: Invocation):
     """Return the function that writes a line of the dashboard's log."""
-    def log(text: str) -> None:
-        print_log_line(options.machine.clock, f"dashboard: {text}",
-                       sys.stderr)
-    return log
+    return lambda text: print_log_line(
+        options.machine.clock, f"dashboard: {text}", sys.stderr)
 
 
 def log_addresses(options: Invocation, server: HttpServer) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import dashboard_rig
 import support
 from support import ALICE, ALICE_UID, wait_until
 
@@ -217,6 +218,32 @@ def test_a_shell_that_cannot_be_started_is_recorded(koi, shell, why):
     row = koi.end_of(koi.launch("it"))
     assert row["state"] == "unstartable"
     assert f"could not start: {shell}: {why}" in row["reason"]
+
+
+def test_a_run_reaches_a_dashboard(koi, tmp_path):
+    """All three are on such a machine: the dashboard, koid and its agent
+    (which is a fresh Python, and so the one of this machine)."""
+    start = koi.place.command(["python"])[:-1]
+    wrapper = tmp_path / "start"
+    wrapper.write_text(
+        "#!/bin/sh\npython=$1; shift 3\n"
+        f'exec "$python" -IS {support.ROOT}/tests/simulated_machine.py '
+        f'{koi.platform} "" "$@"\n')
+    wrapper.chmod(0o755)
+    koi.patch = dashboard_rig.FEW_ROUNDS + dashboard_rig.QUICK_TO_RETRY
+    koi.tab('"it" @manual echo hi\n')
+    with dashboard_rig.DashboardProcess(
+            tmp_path / "dashboard",
+            prefix=(*start, str(wrapper))) as dashboard:
+        koi.start()
+        done = koi.koitab("-d", "new", dashboard.url)
+        assert done.code == 0, done
+        koi.run("it")
+        wait_until(lambda: dashboard.rows(
+            "select state from runs") == [("done",)], 30,
+            f"the run to arrive\n{koi.log()}\n{dashboard.log()}")
+        assert koi.koitab("status").code == 0
+        dashboard.assert_no_bugs()
 
 
 def test_a_job_has_its_session_signals_and_descriptors(koi):
