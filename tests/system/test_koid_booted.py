@@ -237,13 +237,24 @@ def test_from_cron_to_koid_and_through_a_restart_and_a_reboot(computer):
     assert sum(line.startswith("koid 1.0: ") for line in lines) == 3
     assert not [line for line in lines if " koid: " in line]
 
+    # The dashboard's unit: ready when systemctl returns, a user that
+    # systemd lends, a database that root's backup finds.
+    computer.do("koitab unit dashboard > "
+                "/etc/systemd/system/koi-dashboard.service")
+    computer.do("systemctl enable --now koi-dashboard && koitab -d new")
+    assert computer.do("ps -C koi-dashboard -o user= --no-headers").strip() \
+        not in ("", "root")
+    computer.do("systemctl reload koi-dashboard")
+    computer.do("koitab dashboard --backup copy.db && test -s copy.db")
+    wait_until(lambda: computer.run("koitab status").code == 0, 30, "the link")
+
     # A reboot: koid is back, cron is not, jobs of the boot run once.
     computer.do("(koitab run Lost &) >/dev/null 2>&1")
     wait_until(lambda: "Lost" in computer.do("koitab status --json"), 30,
                "the run")
     wait_until(lambda: computer.run("pgrep -x sleep").code == 0, 30, "sleep")
     computer.reboot()
-    computer.do("systemctl is-active koid")
+    computer.do("systemctl is-active koid koi-dashboard")
     assert computer.run("systemctl is-active cron").out == "inactive\n"
     wait_until((computer.root / "root/boots").exists, 30, "@reboot")
     computer.do("systemctl restart koid")

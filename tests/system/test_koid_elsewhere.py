@@ -271,3 +271,22 @@ def test_any_exception_makes_a_run_unstartable(tmp_path, where, bug):
         assert koi.unfinished() == []
     finally:
         koi.stop()
+
+
+def test_a_run_without_a_lock_is_adopted_on_linux(tmp_path):
+    """An earlier koid started it, or the file system has no locks: the
+    supervisor's PID and its start are known all the same."""
+    koi = support.Koi(tmp_path)
+    koi.patch = "assert k.is_supervised\nk.is_supervised = lambda *_: False\n"
+    koi.tab('"it" @manual sleep 600\n')
+    koi.start()
+    try:
+        run = koi.launch("it")
+        koi.running(run)
+        koi.stop(signal.SIGKILL)
+        koi.start()
+        koi.ask("kill", run=run)
+        assert koi.end_of(run)["signal"] == signal.SIGTERM
+    finally:
+        koi.stop()
+        koi.end_jobs()
