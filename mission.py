@@ -2312,6 +2312,9 @@ def task_health(slug: str, runs: list[dict], max_age: float | None,
             run["seconds"] or 0) < now - max_age:
         return CRITICAL, (f"the last success of {slug} is too old: "
                           f"{run['start']}")
+    if max_age is not None and run["started"] > now:
+        return DOUBTFUL, (f"the last success of {slug} is in the future, so "
+                          f"the clock was set back: {run['start']}")
     if task.get("notice"):
         return DOUBTFUL, f"{slug}: {task['notice']}"
     return HEALTHY, ""
@@ -6030,6 +6033,7 @@ class Runner:
                                         # and found or made the user's
         self.committed: dict[str, float] = {}       # storage -> since when
         self.titles: set[str] = set()       # headers that were logged
+        self.side_by_side: set[str] = set()     # tasks that run together
         self.expected: dict[str, float] = {}
         self.now_running, self.total, self.shown_at = "", 0, 0.0
 
@@ -6078,7 +6082,11 @@ class Runner:
         text = self.log_filter.redacted(escape_controls(text))
         self.problems.append(RunProblem(result, level, source, text))
         word, colour = ("ERROR", "31") if level == "error" else ("WARN", "33")
-        self.log_line(f"{word}: {text}", colour)
+        self.log_line(f"{word}: {self.mark_of(source)}{text}", colour)
+
+    def mark_of(self, slug: str) -> str:
+        """What a line about a task begins with, if tasks run side by side."""
+        return f"{slug}: " if slug in self.side_by_side else ""
 
     # --- the run ----------------------------------------------------------
 
@@ -6162,7 +6170,7 @@ class Runner:
             try:
                 action(self.record())
             except OSError as error:
-                self.problem("delivery", "error", source, " ".join(
+                self.problem("delivery", "error", source, ": ".join(
                     filter(None, (error.filename, error.strerror))))
 
     def note_broken_files(self) -> None:
@@ -6255,11 +6263,12 @@ class Runner:
         names = ", ".join(task.name for task in step.tasks)
         self.log_header(("Task: " if len(step.tasks) == 1 else "Tasks: ")
                         + names)
-        together = len(step.tasks) > 1
+        self.side_by_side = {task.slug for task in step.tasks} \
+            if len(step.tasks) > 1 else set()
         ready = [task for task in step.tasks if self.may_start(task)]
         attempt = 1
         while ready:
-            failed = self.attempt(ready, attempt, together)
+            failed = self.attempt(ready, attempt)
             ready = [task for task in failed
                      if self.may_retry(task, attempt)]
             if ready:
@@ -6277,13 +6286,13 @@ class Runner:
         return attempt <= task.retries and not self.processes.stopped \
             and self.time_left() != 0
 
-    def attempt(self, tasks: list[Task], count: int, together: bool) -> list:
+    def attempt(self, tasks: list[Task], count: int) -> list:
         """Run tasks side by side, for the `count`-th time; return those that
         failed."""
         children, failed = [], []
         for task in tasks:
             try:
-                child = self.launch(task, f"{task.slug}: " if together else "")
+                child = self.launch(task, self.mark_of(task.slug))
             except Exception as error:      # the other tasks must run
                 self.close_attempt(
                     task, f"cannot start: {reason_of(error)}", 0.0, count)
@@ -6322,7 +6331,7 @@ class Runner:
             text = f"skipped: it needs {needed}, which {word}"
             if needed in self.skipped:
                 self.skipped.add(task.slug)
-                self.log_line(text)
+                self.log_line(self.mark_of(task.slug) + text)
             else:
                 self.problem("tasks", "warning", task.slug, text)
             return False
@@ -6487,8 +6496,8 @@ class Runner:
         self.log_line(f"TaskFinish {task.slug}: {words} in "
                       f"{format_duration(seconds)}")
         if error and self.may_retry(task, attempt):
-            self.log_line(f"attempt {attempt} of {task.retries + 1} failed: "
-                          f"{error}; again in "
+            self.log_line(f"{self.mark_of(task.slug)}attempt {attempt} of "
+                          f"{task.retries + 1} failed: {error}; again in "
                           f"{format_duration(task.retry_delay)}")
         elif error:
             self.problem("tasks", "error", task.slug, error)

@@ -33,8 +33,14 @@ def test_parallel_task_runs_though_its_neighbour_cannot_start(scratch):
     scratch.task("z", 'rmdir "$OUT_DIR"')
     scratch.task("x", "echo x", parallel="g")
     scratch.task("y", "echo y", parallel="g", minFree={"out": "1K"})
-    scratch.mission("run")
-    assert scratch.outcomes() == {"z": "ok", "x": "ok", "y": "failed"}
+    scratch.task("needs-y", "echo", parallel="g2", needs=["y"])
+    scratch.task("fails", "exit 1", parallel="g2", retries=1)
+    result = scratch.mission("run")
+    assert scratch.outcomes() == {"z": "ok", "x": "ok", "y": "failed",
+                                  "needs-y": "skipped", "fails": "failed"}
+    for line in ("] ERROR: y: ", "] WARN: needs-y: skipped: it needs y",
+                 "] fails: attempt 1 of 2 failed", "] ERROR: fails: exit"):
+        assert line in result.out, result
 
 
 @support.root_only

@@ -152,6 +152,8 @@ def run(verdict="ok", at=1000.0, partial=False, **tasks) -> dict:
     ([run(a="ok", b="ok")], None, 0),
     ([run(a="ok", b="ok")], 100.0, 0),
     ([run(a="ok", b="ok")], 80.0, 2),               # too old
+    ([run(a="ok", b="ok", at=2000.0)], 80.0, 1),    # the clock was set back
+    ([run(a="ok", b="ok", at=2000.0)], None, 0),
     ([run("failed", a="ok", b="failed")], None, 2),
     ([run("failed", a="ok", b="ok")], None, 2),     # housekeeping
     ([run("trouble", a="ok", b="ok")], None, 1),
