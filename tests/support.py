@@ -108,6 +108,8 @@ PARTS = {   # program -> the Debian package that brings it
     "crontab": "cron", "systemd-analyze": "systemd", "dash": "dash",
     "systemctl": "systemd", "pgrep": "procps",
     "nsenter": "util-linux", "setsid": "util-linux",
+    "restic": "restic", "borg": "borgbackup", "rsync": "rsync",
+    "setfacl": "acl",
     "bindfs": "bindfs", "fusermount3": "fuse3",
     "mkfs.ext4": "e2fsprogs", "ps": "procps", "zsh": "zsh", "fish": "fish",
 }
