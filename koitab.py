@@ -21106,10 +21106,12 @@ def read_arguments(job: dict, words: list[str]) -> dict[str, str]:
     missing = [param for param in params
                if param.default is None and param.name not in given]
     if missing and not os.isatty(0):
+        words = [f'"{escape_controls(param.name)}='
+                 f'{"-" if param.type == "secret" else "..."}"'
+                 for param in missing]
         raise Error("no value for " + join_words([
-            short(param.name) for param in missing]), " ".join([
-                "koitab run NAME", *(f'"{escape_controls(param.name)}=..."'
-                                     for param in missing)]), EXIT_USAGE)
+            short(param.name) for param in missing]),
+            " ".join(["koitab run NAME", *words]), EXIT_USAGE)
     given.update((param.name, prompt_value(param)) for param in missing)
     return {param.name: given.get(param.name, param.default)
             for param in params}

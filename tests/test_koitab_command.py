@@ -526,6 +526,11 @@ def test_an_argument_that_is_none(run, koid, words, said):
     assert [op for op, _ in koid.asked] == ["jobs"]
 
 
+def test_hint_for_a_missing_secret_does_not_put_it_on_the_command_line(run):
+    assert run("Pw").err == ('koitab: error: no value for "Pin"\n'
+                             'koitab: hint: koitab run NAME "Pin=-"\n')
+
+
 def test_secret_on_the_command_line_is_refused(run, koid):
     done = run("Pw", "Pin=hunter2")
     assert (done.code, done.out, done.err) == (
