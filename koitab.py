@@ -4523,6 +4523,7 @@ class RunStore:
         self.change = 0
         self.sent: int | None = None
         self.used: dict[str, int] = {}  # user -> bytes, as far as charged
+        self.share = BYTES_OF_HISTORY   # of one user, in bytes
         self.db = Database(path, HISTORY_FORM if writing else
                            HISTORY_FORM.replace(checked=()))
 
@@ -4540,6 +4541,9 @@ class RunStore:
                 raise
             moved = self.move_aside(error.message)
             self.db.open(epoch=epoch)
+        disk = os.statvfs(self.path)
+        self.share = min(self.share,
+                         disk.f_frsize * disk.f_blocks // PART_OF_DISK)
         self.last = self.db.value("select max(id) from runs") or 0
         self.last_job = self.db.value("select max(id) from jobs") or 0
         self.keys = {(user, identity): key for key, user, identity in
@@ -4719,11 +4723,8 @@ class RunStore:
         that remove the oldest runs of one who has more than a share, so that
         nobody fills the disk. What is removed by other rules is not counted,
         so the size is measured before anything is removed."""
-        disk = os.statvfs(os.path.dirname(self.path))
-        share = min(BYTES_OF_HISTORY,
-                    disk.f_frsize * disk.f_blocks // PART_OF_DISK)
-        self.used[user] = self.used.get(user, share) + size
-        if self.used[user] <= share:
+        self.used[user] = self.used.get(user, self.share) + size
+        if self.used[user] <= self.share:
             return []
         self.used[user] = size
         finished = "from runs r join jobs j on j.id = r.job left join output" \
@@ -4733,7 +4734,7 @@ class RunStore:
                 f"select r.id, {ROW_BYTES} + length(r.args) + ifnull(length("
                 f"o.frames), 0) {finished} order by r.id desc", user):
             self.used[user] += more
-            if self.used[user] > share * 0.9:
+            if self.used[user] > self.share * 0.9:
                 old_runs = f"(select r.id {finished} and r.id <= ?2)"
                 return [(f"delete from {rows} in {old_runs}", (user, run))
                         for rows in ("output where run", "runs where id")]
@@ -5593,6 +5594,8 @@ class ScheduledJob:
         self.schedule, self.settings = job.schedule, job.settings
         self.due: float | None = 0.0    # 0: not computed; None: never
         self.delay = delay
+        # A time and the next start after it: 29 February takes long to find.
+        self.known_next: tuple = FOREVER, None
         self.key = self.user, self.identity
         text = stable_random(f"{job.when}\0{job.command}")
         self.content = storable(f"{text} {job.assignments} {self.file}")
@@ -5706,8 +5709,12 @@ class TabRegistry:
             if not until:
                 return None
             now = until - 1
-        due = next(unskipped_starts(scheduled.job, zone, now), None) \
-            if scheduled.settings.skip else scheduled.schedule.next(now, zone)
+        since, due = scheduled.known_next
+        if not since <= now < (due or FOREVER):
+            due = next(unskipped_starts(scheduled.job, zone, now), None) \
+                if scheduled.settings.skip \
+                else scheduled.schedule.next(now, zone)
+            scheduled.known_next = now, due
         return due and due + scheduled.delay * MINUTE
 
     def paused_until(self, scheduled: ScheduledJob, now: float) -> int | None:

@@ -129,6 +129,20 @@ def test_line_that_a_koitab_and_the_spool_both_have_runs_once():
                               f"{KOITAB}:1"]
 
 
+def test_next_start_is_right_at_any_time_and_found_once():
+    """The next 29 February takes long to find, and 9,999 of them longer."""
+    found = registry((KOITAB, "alice", "*/7 * * * * x\n0 0 29 2 * y\n"))
+    often, seldom = found.scheduled_jobs
+    now = 1_795_348_800         # 2026-11-22 12:00:00 UTC
+    for step in (0, 1, 419, 420, 421, -1, 840, -86_400, 86_400 * 900):
+        for each in (often, seldom):
+            assert found.next_start(each, now + step) == each.schedule.next(
+                now + step, found.zones[""])
+    due = found.next_start(seldom, now)
+    seldom.schedule = SimpleNamespace(next=None)
+    assert found.next_start(seldom, now + 86_400) == due
+
+
 # Whose jobs a dashboard gets -------------------------------------------------
 
 
