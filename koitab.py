@@ -10410,11 +10410,11 @@ create index notifications_of_run on notifications (run)
         return set(db.column("select kind from alerts where subject = ?",
                              subject))
 
-    def drop(self, db: Database, subject: str) -> None:
-        """Remove the alerts of a deleted subject; nobody is notified."""
-        for kind in self.kinds_of(db, subject):
-            self.changes.mark_changed("alerts", (subject, kind))
-        db.delete("alerts", subject=subject)
+    def clear_all(self, db: Database, subject: str, title: str) -> None:
+        """End all alerts of a subject that is removed: a receiver that pairs
+        beginning and end would keep an open incident for ever."""
+        for kind in sorted(self.kinds_of(db, subject)):
+            self.clear_alert(db, subject, kind, title)
 
     def find(self, db: Database, key: tuple) -> dict | None:
         """Return the alert of (subject, kind) as it is shown, or None."""
@@ -10680,6 +10680,12 @@ def describe_period(period: float) -> str:
     return f"every {period:g} seconds"
 
 
+def name_of_check(check: dict) -> str:
+    """Return the name of a check for people. Its UUID is not among them:
+    whoever reads it could ping."""
+    return check["name"] or check["slug"] or "a check without a name"
+
+
 def header_text(text, most: int) -> str:
     """Return what a header says as text that SQLite takes."""
     return str(text or "")[:most].replace("\0", "").encode(
@@ -10852,7 +10858,7 @@ create index flips_of_check on flips ("check", at);
         db.insert("flips", check=check["id"], at=at, old=old,
                   new=check["status"], reason=reason)
         subject = f"check:{check['uuid']}"
-        name = check["name"] or check["slug"] or check["uuid"]
+        name = name_of_check(check)
         if check["status"] != "down":
             for kind in ("failed", "overdue"):
                 self.alerts.clear_alert(db, subject, kind,
@@ -10956,11 +10962,12 @@ create index flips_of_check on flips ("check", at);
         return {}
 
     def delete(self, db: Database, check: dict) -> None:
-        """Remove a check with its pings, flips and alerts."""
+        """Remove a check with its pings and flips; end its alerts."""
+        self.alerts.clear_all(db, f"check:{check['uuid']}",
+                              f"{name_of_check(check)} was deleted")
         db.delete("checks", id=check["id"])
         db.delete("pings", check=check["id"])
         db.delete("flips", check=check["id"])
-        self.alerts.drop(db, f"check:{check['uuid']}")
 
     # --- the tables
 
@@ -11155,11 +11162,13 @@ create index jobs_deleted on jobs (deleted) where deleted;
 
     def leave(self, db: Database, host: str, now: float) -> dict:
         """Refuse a host's syncs from now on; its runs stay. Raises Error."""
-        number = self.status_of(host).number
+        status = self.status_of(host)
+        number = status.number
         db.update("hosts", {"token": None, "down": 0}, id=number)
         for job in db.column("select id from jobs where host = ?", number):
             self.remove_job(db, job)
-        self.alerts.drop(db, f"host:{host}")
+        self.alerts.clear_all(db, f"host:{host}",
+                              f"{self.name_of(db, status)} was removed")
         self.audit.record(db, now, "forget", host=host)
         self.reload(db, host)
         self.changes.mark_changed("reset", host)
@@ -11307,7 +11316,8 @@ create index jobs_deleted on jobs (deleted) where deleted;
     def remove_job(self, db: Database, job: int) -> None:
         """Mark a job that is in no tab any more; its runs stay."""
         db.update("jobs", {"removed": 1, "next": None}, id=job)
-        self.alerts.drop(db, f"job:{job}")
+        self.alerts.clear_all(db, f"job:{job}",
+                              f"{self.job_name(db, job)} was removed")
         self.changes.mark_changed("jobs", job)
 
     def delete_job(self, db: Database, job: int) -> None:
@@ -11602,6 +11612,9 @@ create table unindexed (run integer primary key);
                            status.number, epoch):
             db.update("runs", {"state": "interrupted", "reason":
                                "the host lost its history"}, id=run["id"])
+            self.alerts.clear_alert(
+                db, f"job:{run['job']}", "slow",
+                self.hosts.job_name(db, run["job"]) + " was interrupted")
             self.mark_changed(run["id"], run["job"])
         db.execute("update runs set size = have where host = ? and epoch <> "
                    "? and have < size and state not in ('queued', 'running')",

@@ -320,6 +320,63 @@ def test_a_check_is_told_when_it_is_overdue_and_when_it_is_back(dashboard):
 
 
 # ==========================================================================
+# The end of what is removed
+# ==========================================================================
+
+def open_alerts(dashboard) -> list:
+    """What a receiver that pairs beginnings and ends has open."""
+    found = {}
+    for subject, kind, resolved in dashboard.rows(
+            "select subject, kind, resolved from notifications order by id"):
+        found[subject, kind] = not resolved
+    return [key for key, is_open in found.items() if is_open]
+
+
+def test_alert_ends_when_its_job_leaves_the_tab(dashboard, web1):
+    dashboard.runs(web1, dashboard.record(exit=1),
+                   dashboard.record(tag="crawl", name="Crawl", exit=1))
+    assert len(open_alerts(dashboard)) == 2
+    dashboard.sync(web1, list=dashboard.list_of(
+        web1, spec("renamed"), spec("crawl")))
+    assert open_alerts(dashboard) == [("job:2", "failed")]
+    assert dashboard.take_notifications()[2:] == [
+        "Night/Backup on web1 was removed"]
+
+
+def test_alerts_end_when_their_host_is_removed(dashboard, web1):
+    dashboard.runs(web1, dashboard.record(exit=1))
+    dashboard.pass_time(100)
+    assert sorted(open_alerts(dashboard)) == [
+        (f"host:{HOST}", "silent"), ("job:1", "failed")]
+    dashboard.do(dashboard.dashboard.retention.delete, {"host": HOST},
+                 dashboard.now)
+    assert open_alerts(dashboard) == [] and kinds(dashboard) == []
+    assert dashboard.take_notifications()[2:] == [
+        "Night/Backup on web1 was removed", "web1 was removed"]
+
+
+@pytest.mark.parametrize("action, words", [
+    ("delete", "Sync was deleted"), ("pause", "Sync is paused")])
+def test_alert_ends_when_its_check_is_deleted_or_paused(dashboard, action,
+                                                        words):
+    checks = dashboard.dashboard.checks
+    check = dashboard.do(checks.create, {"name": "Sync"}, NOW)["id"]
+    dashboard.ping(check, action="fail")
+    dashboard.do(checks.change, check, {"do": action}, dashboard.now)
+    assert open_alerts(dashboard) == [] and kinds(dashboard) == []
+    assert dashboard.take_notifications() == ["Sync failed", words]
+
+
+def test_slow_alert_ends_when_the_host_lost_its_history(dashboard, web1):
+    twenty(dashboard, web1)
+    dashboard.runs(web1, dashboard.record("running", started=NOW))
+    alive(dashboard, web1, 40)
+    assert open_alerts(dashboard) == [("job:1", "slow")]
+    dashboard.sync(web1, epoch=2)
+    assert open_alerts(dashboard) == []
+
+
+# ==========================================================================
 # Snooze
 # ==========================================================================
 
