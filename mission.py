@@ -6631,7 +6631,7 @@ class Runner:
     def mark(self) -> str:
         """The word in the subject of the mail: FAILURE, WARNING or ""."""
         return "FAILURE" if self.failed() else \
-            "WARNING" if self.notices() else ""
+            "WARNING" if self.notices() or self.problems else ""
 
     def notify_start(self, _step: Step) -> None:
         self.notify("NotifyStart", "run started", False)

@@ -511,7 +511,8 @@ def environment(tab: str, host: dict, **more: str) -> dict:
     file = koitab.TabFile("/tab", "alice", (), "")
     duty = koitab.ScheduledJob(koitab.parse_tab(tab).jobs[0], file, "salt")
     account = koitab.Account("alice", 1500, 1500, "/home/alice", [1500])
-    return koitab.job_environment(duty, account, host, **more)
+    return koitab.job_environment(
+        duty, account, {**host, **koitab.CRON_ENVIRONMENT}, **more)
 
 
 USUAL = {"SHELL": "/bin/sh", "PATH": "/usr/bin:/bin", "HOME": "/home/alice",
