@@ -22,34 +22,34 @@ who it runs as: R the user of koid (root), J the user of a job, U a user
 without rights, C the caller.
 
  1 values
- 237 Common        what do both programs need?             (files, clock) R U C
+ 248 Common        what do both programs need?             (files, clock) R U C
  317 Time          what do DST and clock jumps do to minutes?   (nothing) R U C
  452 Schedule      when does an entry run next?                 (nothing) R U C
-1433 Tab           what does a koitab say?                      (nothing) R U C
- 290 Keys          who may ask for a run?                       (nothing) R U C
- 185 RunFile       what does the file of a run hold?            (nothing) R U C
+1494 Tab           what does a koitab say?                      (nothing) R U C
+ 294 Keys          who may ask for a run?                       (nothing) R U C
+ 184 RunFile       what does the file of a run hold?            (nothing) R U C
  183 Plan          what is due now?                             (nothing) R
  2 koid
- 702 Machine       what may koi do to this computer?   (files, processes) R U C
+ 772 Machine       what may koi do to this computer?   (files, processes) R U C
  314 Database      how is an SQLite file made, checked, written?  (files) R U C
- 407 RunStore      where are the runs of this host kept?          (files) R C
- 651 Supervisor    who stays with a job?               (processes, files) R J
- 301 Jobs          which jobs exist, and whose are they?          (files) R C
+ 433 RunStore      where are the runs of this host kept?          (files) R C
+ 706 Supervisor    who stays with a job?               (processes, files) R J
+ 305 Jobs          which jobs exist, and whose are they?          (files) R C
  107 LineProtocol  how do other processes talk to koid?         (network) R U C
-1297 Scheduler     which run waits, starts, has ended?          (machine) R
- 672 ControlSocket how do users reach koid?              (network, files) R C
- 700 Broker        what may a dashboard ask of koid? (network, processes) R
+1367 Scheduler     which run waits, starts, has ended?          (machine) R
+ 680 ControlSocket how do users reach koid?              (network, files) R C
+ 727 Broker        what may a dashboard ask of koid? (network, processes) R
  335 Daemon        what wakes koid?                             (machine) R
  3 network
- 218 Client        how is one HTTP request bounded?             (network) U C
+ 215 Client        how is one HTTP request bounded?             (network) U C
  497 Agent         what does the dashboard lack?                (network) U C
  139 Fields        what may a request contain?                  (nothing) U
  144 Outcome       how did a run go, and was that usual?        (nothing) U
  210 Credentials   who may do what, and who did it?               (files) U
  282 Alerts        what is wrong now, and who is notified?        (files) U
- 469 PingChecks    is a job that koid does not run still alive?   (files) U
- 316 Hosts         which hosts and which jobs are there?          (files) U
- 363 Runs          which runs were there, with which output?      (files) U
+ 476 PingChecks    is a job that koid does not run still alive?   (files) U
+ 320 Hosts         which hosts and which jobs are there?          (files) U
+ 366 Runs          which runs were there, with which output?      (files) U
  266 AlertRules    when does a host or a job raise an alert?      (files) U
  165 Requests      what do people ask of hosts?                   (files) U
  194 HostSync      what does a host send, and get back?           (files) U
@@ -60,16 +60,16 @@ without rights, C the caller.
  195 Notifier      how does an alert go out?         (network, processes) U
  975 HttpServer    is this a valid request, in time?     (network, files) U
 1074 Api           who may call what?                           (network) U
-4696 Page          what does the browser run?                   (nothing) U C
+4697 Page          what does the browser run?                   (nothing) U C
  4 commands
- 222 Terminal      how does koitab speak with its caller?      (terminal) C
- 417 TabCommands   what can be done to a tab?           (files, terminal) C
- 570 RunCommands   how is a job run, and its past shown?       (terminal) C
+ 224 Terminal      how does koitab speak with its caller?      (terminal) C
+ 392 TabCommands   what can be done to a tab?           (files, terminal) C
+ 754 RunCommands   how is a job run, and its past shown?       (terminal) C
  521 Remote        what can a host ask of a dashboard? (network, terminal) C
- 305 Import        which crontabs does cron have here? (files, processes) C
- 319 Services      how are koid and the dashboard started?      (machine) C
+ 285 Import        which crontabs does cron have here? (files, processes) C
+ 323 Services      how are koid and the dashboard started?      (machine) C
   91 Source        which code runs as whom?             (files, terminal) C
- 517 Command       what can I type?                            (terminal) C
+ 521 Command       what can I type?                            (terminal) C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
 the directory of the script and site-packages out of the imports. Modules that

@@ -20,25 +20,25 @@ above it. The table gives the lines of each, its question, what it touches and
 who it runs as: C the caller (root from cron), U the user of the task, and
 O the owner of the repository.
 
- 237 Common    what do both programs need?              (files, clock)       C
+ 248 Common    what do both programs need?              (files, clock)       C
  155 Jsonc     what does the configuration text say?    (nothing)            C
- 570 Config    what does the configuration mean?        (nothing)            C
- 676 Check     can this configuration run?              (nothing)            C
- 186 Plan      what will this run do, in order?         (nothing)            C
+ 572 Config    what does the configuration mean?        (nothing)            C
+ 670 Check     can this configuration run?              (nothing)            C
+ 173 Plan      what will this run do, in order?         (nothing)            C
  476 Report    what is reported of a run?               (nothing)            C
- 659 Processes how is a program started and stopped?   (processes)          C U
- 266 Files     who can change a file?                   (files)              C
- 346 Host      what is true of this host?               (files)              C
- 325 Chown     how does a tree get another owner?       (files)              C
+ 667 Processes how is a program started and stopped?   (processes)          C U
+ 276 Files     who can change a file?                   (files)              C
+ 343 Host      what is true of this host?               (files)              C
+ 333 Chown     how does a tree get another owner?       (files)              C
  456 Git       how is a storage committed?             (files, processes)   C O
- 218 Client    how is one HTTP request bounded?        (network)            C U
- 262 Delivery  how do people hear of a run?             (network, processes) C
- 327 Builtins  which tasks need no script?              (files, network)     U
- 383 State     what is known of earlier runs?           (files, clock)       C
- 242 RunLog    where do the lines of a run go?          (files, terminal)    C
- 983 Run       how are the steps of a run carried out?  (machine)            C
+ 215 Client    how is one HTTP request bounded?        (network)            C U
+ 256 Delivery  how do people hear of a run?             (network, processes) C
+ 328 Builtins  which tasks need no script?              (files, network)     U
+ 409 State     what is known of earlier runs?           (files, clock)       C
+ 233 RunLog    where do the lines of a run go?          (files, terminal)    C
+ 968 Run       how are the steps of a run carried out?  (machine)            C
  161 Sample    what does `init` write?                  (nothing)            C
- 969 Command   what can I type?                         (terminal)           C
+ 974 Command   what can I type?                         (terminal)           C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
 the directory of the script and site-packages out of the imports: root runs
