@@ -10818,6 +10818,13 @@ create index flips_of_check on flips ("check", at);
         self.record_ping(db, check, action, rid and rid.lower(), call, now)
         return (201, "Created") if created else (200, "OK")
 
+    def is_known_key(self, db: Database, key: str, slug: str | None) -> bool:
+        """May a ping use this UUID or, with a slug, this ping key?"""
+        if slug is None:
+            return self.by_uuid(db, key.lower()) is not None
+        return db.value("select 1 from dashboard where ping_key = ?",
+                        key) is not None
+
     def record_ping(self, db: Database, check: dict, action: str,
                     rid: str | None, call: dict, now: float) -> None:
         """Keep a ping, and change the check as it says."""
@@ -13974,11 +13981,16 @@ def network_of(address: str) -> str:
     return str(found) if found.version == 4 else found.exploded[:19]
 
 
-def forwarded_address(header: str) -> str:
-    """Return the client in X-Forwarded-For, or "". The last address is the
-    one our proxy saw; those before it are claims of the client."""
-    last = header.rpartition(",")[2].strip(" \t")
-    return str(address_of(last) or address_of(split_authority(last)[0]) or "")
+def forwarded_address(header: str, proxies) -> str:
+    """Return the client in X-Forwarded-For, or "": the last address that is
+    not one of our `proxies`. Those before it are claims of the client."""
+    found = None
+    for part in reversed(header.split(",")):
+        text = part.strip(" \t")
+        found = address_of(text) or address_of(split_authority(text)[0])
+        if str(found) not in proxies:
+            break
+    return str(found or "")
 
 
 class ConnectionLimits:
@@ -14089,14 +14101,16 @@ class HttpConnection:
     """One connection, from its handshake to its end: `run` serves it.
 
     `peer` is the address on the other side, `network` by what it is counted
-    (None: not at all, for it is this machine or our proxy). The task of
-    `run` is cancelled to end the connection at once.
+    (None: not at all, for it is this machine or our proxy), `proxied`
+    whether it is our proxy. The task of `run` is cancelled to end the
+    connection at once.
     """
 
     def __init__(self, server: HttpServer, sock, peer: str,
                  network: str | None):
         self.server, self.sock = server, sock
         self.peer, self.network = peer, network
+        self.proxied = peer in server.proxies
         self.reader = self.writer = self.task = None
         self.buffer = bytearray()   # received, and not parsed yet
         self.unread = 0             # bytes of the present body
@@ -14184,8 +14198,13 @@ class HttpConnection:
 
     def client_address(self, request: Request) -> str:
         """Return who sent a request. Only our proxy is believed in that."""
-        header = request.headers.get("x-forwarded-for", "")
-        return self.network is None and forwarded_address(header) or self.peer
+        if not self.proxied:
+            return self.peer
+        found = forwarded_address(request.headers.get("x-forwarded-for", ""),
+                                  self.server.proxies)
+        if not found:
+            self.server.warn_of_proxy(self.peer)
+        return found or self.peer
 
     # --- requests
 
@@ -14498,7 +14517,8 @@ class HttpServer:
                  log=lambda line: None):
         self.api, self.listeners, self.certificate = api, listeners, \
             certificate
-        self.proxies, self.log = frozenset(proxies), log
+        self.proxies = frozenset(str(address_of(text)) for text in proxies)
+        self.log, self.warned = log, False
         self.refusals = RefusalLog(log)
         self.limits = ConnectionLimits()
         self.connections: dict[HttpConnection, None] = {}   # oldest first
@@ -14586,6 +14606,7 @@ class HttpServer:
     def admit(self, sock, peer: str) -> None:
         """Serve a connection if there is room; no byte was read yet."""
         import asyncio
+        peer = str(address_of(peer) or peer)
         near = is_loopback(peer) or peer in self.proxies
         network = None if near else network_of(peer)
         if not self.limits.has_room_for(network) or (
@@ -14599,6 +14620,14 @@ class HttpServer:
             connection.run())
         connection.task.add_done_callback(
             lambda _task: self.forget(connection))
+
+    def warn_of_proxy(self, peer: str) -> None:
+        """Log, once, that a request of our proxy does not say whose it is:
+        such requests share the limits of one client."""
+        if not self.warned:
+            self.warned = True
+            self.log(f"warning: {peer} sends requests without a valid "
+                     "X-Forwarded-For (a proxy must set it: see README)")
 
     def forget(self, connection: HttpConnection) -> None:
         """A connection has ended."""
@@ -14689,8 +14718,8 @@ FEED_TIME = 60.0        # seconds in which a browser comes back to a stream
 HEARTBEAT = 15.0        # seconds between two lines of a stream
 LONGEST_POLL, LONGEST_FOLLOW = 25.0, 10.0   # seconds, of a host and a page
 MOST_FRAMES, LONGEST_SEARCH = 2**20, 200    # bytes, characters
-MISSES, MISSES_IN_ALL = 10, 300         # wrong keys: of a network, of all
-BAN, LONGEST_BAN = 60.0, 3600.0         # seconds
+MISSES, MISS_TIME = 10, 60.0            # wrong keys of a network in seconds
+MISS_PAUSE = 1.0        # seconds before the answer to one more wrong key
 MOST_NETWORKS = 10_000                  # that LoginThrottle remembers
 
 HTML, BYTES = "text/html; charset=utf-8", "application/octet-stream"
@@ -14810,55 +14839,26 @@ def time_field(name: str, text: str) -> float:
 # --- who may ask ----------------------------------------------------------
 
 
-def remember(table: dict, network: str, value) -> None:
-    """Put a value into a table as the newest. The oldest is forgotten when
-    there are more than MOST_NETWORKS."""
-    table.pop(network, None)
-    table[network] = value
-    if len(table) > MOST_NETWORKS:
-        del table[next(iter(table))]
-
-
 class LoginThrottle:
-    """Wrong keys by network, and how long each network has to wait.
+    """Wrong keys by network, of which many are answered late.
 
-    Keys are made from passphrases, so they can be guessed. While a network
-    waits, its valid keys are refused as well: it must not learn which is.
+    Keys are made from passphrases, so they can be guessed. Only wrong keys
+    wait: other people in the same network have the right one.
     """
 
     def __init__(self):
-        self.misses: dict[str, tuple] = {}  # -> since, count, bans
-        self.banned: dict[str, float] = {}  # -> until
-        self.known: dict[str, float] = {}   # had a valid key -> when
-        self.since, self.count = 0.0, 0     # wrong keys of all networks
+        self.misses: dict[str, tuple] = {}      # network -> since, count
 
-    def wait(self, network: str, now: float) -> int:
-        """Return the seconds until this network may try again."""
-        until = self.banned.get(network, 0.0)
-        if self.count >= MISSES_IN_ALL and network not in self.known:
-            until = max(until, self.since + BAN)
-        return int(until - now) + 1 if until > now else 0
-
-    def add_miss(self, network: str, now: float) -> None:
-        """Record a wrong key. The tenth in a minute bans the network, each
-        time for twice as long; after an hour without, all is forgotten."""
-        if now - self.since > BAN:
-            self.since, self.count = now, 0
-        self.count += 1
-        since, count, bans = self.misses.get(network, (now, 0, 0))
-        if now - since > BAN:
-            bans = bans if now - since < LONGEST_BAN else 0
+    def add_miss(self, network: str, now: float) -> int:
+        """Record a wrong key. Return 0 or, after MISSES of them in MISS_TIME
+        seconds, for how long this network has to wait."""
+        since, count = self.misses.pop(network, (now, 0))
+        if now - since >= MISS_TIME:
             since, count = now, 0
-        count += 1
-        if count >= MISSES:
-            since, count = now + min(BAN * 2 ** bans, LONGEST_BAN), 0
-            bans = min(bans + 1, 10)
-            remember(self.banned, network, since)
-        remember(self.misses, network, (since, count, bans))
-
-    def add_success(self, network: str, now: float) -> None:
-        """Record a valid key."""
-        remember(self.known, network, now)
+        self.misses[network] = since, count + 1
+        if len(self.misses) > MOST_NETWORKS:
+            del self.misses[next(iter(self.misses))]    # the oldest
+        return int(since + MISS_TIME - now) + 1 if count >= MISSES else 0
 
 
 class RequestContext:
@@ -14942,7 +14942,7 @@ class AccessRules:
     def count(self, context: RequestContext) -> None:
         """Count the requests of clients behind our proxy, who share its
         connections. Raises Error."""
-        if context.address != context.connection.peer:
+        if context.connection.proxied:
             if not self.clients.has_room_for(context.network):
                 raise Error("too many requests at once", "try again", 503)
             self.clients.add(context.network)
@@ -14953,6 +14953,14 @@ class AccessRules:
         if context.counted:
             self.clients.remove(context.network, bool(context.principal))
 
+    def refuse_key(self, context: RequestContext, now: float, message: str,
+                   status: int) -> None:
+        """Record a wrong key. Raises Error: TooManyRequests after many."""
+        wait = self.throttle.add_miss(context.network, now)
+        if wait:
+            raise TooManyRequests("too many wrong keys", wait)
+        raise Error(message, "", status)
+
     def check_token(self, context: RequestContext, now: float) -> None:
         """Find out whose token it is and whether the route is for them; now
         is the event loop's time. Raises Error."""
@@ -14961,13 +14969,8 @@ class AccessRules:
         if kind.lower() != "bearer":
             raise Error("this needs a key", "Authorization: Bearer KEY", 401)
         principal = self.principal_of(token.strip(" "))
-        wait = self.throttle.wait(context.network, now)
-        if wait and not (principal and principal.role == "host"):
-            raise TooManyRequests("too many wrong keys", wait)
         if not principal:
-            self.throttle.add_miss(context.network, now)
-            raise Error("this key is not known here", "", 401)
-        self.throttle.add_success(context.network, now)
+            self.refuse_key(context, now, "this key is not known here", 401)
         context.principal = principal
         if context.counted:
             self.clients.mark_proven(context.network)
@@ -15118,9 +15121,13 @@ class Api:
                       connection: HttpConnection) -> Response:
         """Return the response to a request whose body is not read yet.
         Raises ConnectionClosed."""
+        import asyncio
         context = RequestContext(request, connection)
         try:
             response = self.check(context)
+            if not response and request.length \
+                    and context.route.handler is receive_ping:
+                response = await self.check_ping(context)
             if not response:
                 await connection.read_body(request)
                 context.query = self.parse_query(context)
@@ -15128,6 +15135,9 @@ class Api:
         except Error as error:
             self.server.refusals.add(
                 f"{context.log_name}: {error.status} {error.message}")
+            if isinstance(error, TooManyRequests):
+                # Or guesses would be limited by their senders alone.
+                await connection.run_until_closed(asyncio.sleep(MISS_PAUSE))
             response = error_response(error, {
                 401: (("WWW-Authenticate", "Bearer"),),
                 405: (("Allow", error.hint),)}.get(error.status, ()))
@@ -15168,6 +15178,14 @@ class Api:
             self.rules.check_token(context, self.loop.time())
         return None
 
+    async def check_ping(self, context: RequestContext) -> Response | None:
+        """Return the answer to a ping with an unknown key, before its body
+        takes memory; else None. Raises Error."""
+        known = await self.in_reader(
+            self.dashboard.read, self.dashboard.checks.is_known_key,
+            *context.values[:2])
+        return None if known else ping_response(404, "not found")
+
     def parse_query(self, context: RequestContext) -> dict:
         """Return the values of the fields that the route has. Raises
         Error."""
@@ -15179,7 +15197,7 @@ class Api:
     def uses_https(self, context: RequestContext) -> bool:
         """Did the client use https, to us or to our proxy?"""
         return self.server.certificate is not None or (
-            context.connection.network is None and context.request.headers.get(
+            context.connection.proxied and context.request.headers.get(
                 "x-forwarded-proto") == "https")
 
     # --- the database
@@ -15359,14 +15377,9 @@ async def show_salt(api: Api, _context: RequestContext) -> Response:
 
 async def create_dashboard(api: Api, context: RequestContext) -> Response:
     """POST /api/v1/dashboards: the only one, from this machine."""
-    throttle, now = api.rules.throttle, api.loop.time()
-    wait = throttle.wait(context.network, now)
-    if wait:
-        raise TooManyRequests("too many at once", wait)
-    throttle.add_miss(context.network, now)
     if not is_loopback(context.address):
-        raise Error("a dashboard is created on its own machine",
-                    "koitab -d new, in a shell there", 403)
+        api.rules.refuse_key(context, api.loop.time(), "a dashboard is "
+                             "created on its own machine", 403)
     credentials = api.dashboard.credentials
     return json_response(await api.write(
         credentials.create, await api.body_of(context), api.clock.now()), 201)
@@ -15383,6 +15396,11 @@ async def receive_ping(api: Api, context: RequestContext) -> Response:
             "body": request.body[:PING_BODY_LIMIT]}
     status, text = await api.write(api.dashboard.checks.ping, *context.values,
                                    call, api.clock.now())
+    return ping_response(status, text)
+
+
+def ping_response(status: int, text: str) -> Response:
+    """Return the answer to a ping, as Healthchecks has it."""
     return Response(status, text.encode(), headers=(
         ("Ping-Body-Limit", str(PING_BODY_LIMIT)),))
 

@@ -29,6 +29,10 @@ from dashboard_rig import (HOST, HOST_TOKEN, OPERATOR_TOKEN, VIEWER_TOKEN,
 koitab = support.load("koitab")
 
 
+# Tests that come by a proxy send its X-Forwarded-For themselves.
+PROXIED = ("--behind-proxy", "127.0.0.1")
+
+
 @pytest.fixture(scope="module")
 def server(server):
     """A dashboard that most tests share: they leave it as it was."""
@@ -445,23 +449,51 @@ def test_a_viewer_reads_and_changes_nothing(server):
         "subject": "job:1", "until": 0}, VIEWER_TOKEN).status == 403
 
 
-def test_wrong_keys_ban_an_address_but_not_its_hosts(server):
-    where = {"X_Forwarded_For": "203.0.113.9"}
-    statuses = [server.ask("GET", "/api/v1/state", token="f" * 64,
-                           **where).status for _ in range(12)]
-    assert statuses == [401] * 10 + [429] * 2
-    right = server.ask("GET", "/api/v1/state", token=OPERATOR_TOKEN, **where)
-    assert right.status == 429          # or the right guess would be seen
-    assert 55 <= int(right.headers["retry-after"]) <= 61
-    assert server.ask("POST", "/api/v1/sync", sync_payload(), HOST_TOKEN,
-                      **where).status == 200
-    assert server.ask("GET", "/api/v1/state",
-                      token=OPERATOR_TOKEN).status == 200
-    assert server.ask("GET", "/healthz", **where).status == 200
+def test_many_wrong_keys_are_throttled_and_right_keys_are_not(tmp_path):
+    with DashboardProcess(tmp_path, *PROXIED,
+                          patch="k.MISS_PAUSE = 0.0") as found:
+        found.set_up()
+        where = {"X_Forwarded_For": "203.0.113.9"}
+        replies = [found.ask("GET", "/api/v1/state", token="f" * 64, **where)
+                   for _ in range(12)]
+        assert [reply.status for reply in replies] == [401] * 10 + [429] * 2
+        assert 55 <= int(replies[-1].headers["retry-after"]) <= 61
+        for token in (OPERATOR_TOKEN, VIEWER_TOKEN):
+            assert found.ask("GET", "/api/v1/state", token=token,
+                             **where).status == 200
+        assert found.ask("POST", "/api/v1/sync", sync_payload(), HOST_TOKEN,
+                         **where).status == 200
+        assert found.ask("GET", "/api/v1/state", token="f" * 64).status == 401
+
+
+def test_wrong_keys_from_many_addresses_do_not_lock_out_a_new_one(tmp_path):
+    with DashboardProcess(tmp_path, *PROXIED,
+                          patch="k.MISS_PAUSE = 0.0") as found:
+        found.set_up()
+        with found.client() as client:
+            for number in range(310):
+                assert client.ask(
+                    "GET", "/api/v1/state", token="f" * 64,
+                    X_Forwarded_For=f"203.0.113.{number % 31}").status == 401
+            assert client.ask("GET", "/api/v1/state", token=OPERATOR_TOKEN,
+                              X_Forwarded_For="198.51.100.1").status == 200
+
+
+def test_only_wrong_keys_wait_for_their_answer(tmp_path):
+    with DashboardProcess(tmp_path, patch="k.MISSES = 0\n"
+                          "k.MISS_PAUSE = 600.0") as found:
+        found.set_up()
+        with found.client() as client:
+            client.send(encode_request(found.port, "GET", "/api/v1/state",
+                                       token="f" * 64))
+            assert found.ask("GET", "/api/v1/state",
+                             token=OPERATOR_TOKEN).status == 200
+            readable, _, _ = select.select([client.sock], [], [], 0)
+            assert not readable
 
 
 def test_the_log_contains_neither_keys_nor_queries(tmp_path):
-    with DashboardProcess(tmp_path) as found:
+    with DashboardProcess(tmp_path, *PROXIED) as found:
         found.set_up()
         found.ask("GET", "/api/v1/state?secret=1", token="deadbeef" * 8,
                   X_Forwarded_For="203.0.113.10")
@@ -744,11 +776,11 @@ def test_checks_and_channels_are_made_changed_and_removed(server):
         ).json["id"]
     path = f"/api/v1/checks/{uuid}"
     server.ask("POST", f"/ping/{uuid}", b"<script>" + b"x" * 20_000,
-               User_Agent="curl <i>", X_Forwarded_For="1.2.3.4, 203.0.113.5")
+               User_Agent="curl <i>", X_Forwarded_For="203.0.113.5")
     ping = server.ask("GET", f"{path}/pings",
                       token=VIEWER_TOKEN).json["pings"][0]
     assert (ping["ua"], ping["ip"], ping["size"]) == (
-        "curl <i>", "203.0.113.5", 10_000)
+        "curl <i>", "127.0.0.1", 10_000)
     body = server.ask("GET", f"{path}/pings/{ping['n']}/body",
                       token=VIEWER_TOKEN)
     assert body.body == b"<script>" + b"x" * 9_992
@@ -821,7 +853,8 @@ def test_a_rotated_key_opens_nothing_and_closes_streams(tmp_path):
 def test_only_the_first_dashboard_is_created_without_a_key(tmp_path):
     asked = {"salt": "11" * 16, "rounds": 600_000, "api_sha256": "e" * 64,
              "view_sha256": "f" * 64}
-    with DashboardProcess(tmp_path) as found:
+    with DashboardProcess(tmp_path, *PROXIED,
+                          patch="k.MISS_PAUSE = 0.0") as found:
         far = {"X_Forwarded_For": "203.0.113.1"}
         assert found.ask("POST", "/api/v1/dashboards", asked,
                          **far).status == 403
@@ -836,7 +869,8 @@ def test_only_the_first_dashboard_is_created_without_a_key(tmp_path):
 
 
 def test_attempts_to_create_a_dashboard_are_limited(tmp_path):
-    with DashboardProcess(tmp_path) as found:
+    with DashboardProcess(tmp_path, *PROXIED,
+                          patch="k.MISS_PAUSE = 0.0") as found:
         far = {"X_Forwarded_For": "203.0.113.1"}
         statuses = [found.ask("POST", "/api/v1/dashboards", {},
                               **far).status for _ in range(11)]
@@ -986,7 +1020,8 @@ def test_a_client_that_sends_too_slowly_gets_408(tmp_path):
     patch = "k.HEAD_TIME = k.BODY_TIME = 0.3"
     with DashboardProcess(tmp_path, patch=patch) as found:
         for data in (b"GET / HTTP/1.1\r\nX: ", encode_request(
-                found.port, "POST", "/ping/a/b", None, Content_Length=999)):
+                found.port, "POST", "/api/v1/dashboards", None,
+                Content_Length=999, Content_Type="application/json")):
             with found.client() as client:
                 client.send(data)
                 begin = time.monotonic()
@@ -1072,7 +1107,8 @@ k.Dashboard.health = lambda *values: wait() or health(*values)
 def test_clients_behind_a_proxy_are_counted_one_by_one(tmp_path):
     gate = tmp_path / "gate"
     with contextlib.ExitStack() as stack, DashboardProcess(
-            tmp_path, patch=SLOW_HEALTH.format(gate=str(gate))) as found:
+            tmp_path, *PROXIED,
+            patch=SLOW_HEALTH.format(gate=str(gate))) as found:
         clients = [stack.enter_context(found.client()).send(encode_request(
             found.port, "GET", "/healthz", X_Forwarded_For="1.1.1.1, "
             f"203.0.113.{number // 5}")) for number in range(10)]
@@ -1085,20 +1121,39 @@ def test_clients_behind_a_proxy_are_counted_one_by_one(tmp_path):
                          ).status == 200        # they have been counted off
 
 
-@pytest.mark.parametrize("options, seen", [
-    ((), "127.0.0.1"), (("--behind-proxy", "10.0.0.9"), "127.0.0.1"),
-    (("--behind-proxy", "127.0.0.1"), "203.0.113.5")])
-def test_only_a_configured_proxy_names_the_client(tmp_path, options, seen):
-    with DashboardProcess(tmp_path) as near:
-        uuid = near.set_up().add_check()
-    with DashboardProcess(tmp_path, "--plain-http", *options,
-                          patch=NOT_NEAR) as found:
-        for header in ("203.0.113.5", "x, 1.1.1.1,203.0.113.5:99"):
-            found.ask("GET", f"/ping/{uuid}", X_Forwarded_For=header)
+@pytest.mark.parametrize("options, header, seen", [
+    ((), "203.0.113.5", "127.0.0.1"),
+    (("--behind-proxy", "10.0.0.9"), "203.0.113.5", "127.0.0.1"),
+    (PROXIED, "1.1.1.1,203.0.113.5:99", "203.0.113.5"),
+    (PROXIED + ("--behind-proxy", "10.0.0.9"), "1.1.1.1, 203.0.113.5, "
+     "10.0.0.9", "203.0.113.5")])
+def test_only_a_configured_proxy_names_the_client(tmp_path, options, header,
+                                                  seen):
+    with DashboardProcess(tmp_path, *options) as found:
+        uuid = found.set_up().add_check()
+        found.ask("GET", f"/ping/{uuid}", X_Forwarded_For=header)
         pings = found.ask("GET", f"/api/v1/checks/{uuid}/pings",
-                          token=OPERATOR_TOKEN
-                          ).json["pings"]
-        assert [ping["ip"] for ping in pings] == [seen] * 2
+                          token=OPERATOR_TOKEN).json["pings"]
+        assert [ping["ip"] for ping in pings] == [seen]
+
+
+def test_a_proxy_that_names_no_client_is_logged_once(tmp_path):
+    with DashboardProcess(tmp_path, *PROXIED) as found:
+        for header in (None, "unknown"):
+            found.ask("GET", "/healthz", X_Forwarded_For=header)
+        assert found.log().count("without a valid X-Forwarded-For") == 1
+
+
+def test_an_unknown_ping_is_refused_before_its_body_arrives(server):
+    key = server.ask("GET", "/api/v1/state", token=OPERATOR_TOKEN).json[
+        "dash"]["ping_key"]
+    for path in ("/ping/11111111-2222-3333-4444-555555555555",
+                 f"/ping/{key}x/backup?create=1"):
+        with server.client() as client:
+            client.send(encode_request(server.port, "POST", path,
+                                       Content_Length=1_000_000))
+            reply = client.reply()
+            assert (reply.status, reply.body) == (404, b"not found")
 
 
 def test_silent_connections_make_room_for_a_new_one(tmp_path):
