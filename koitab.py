@@ -10507,12 +10507,14 @@ create index notifications_of_run on notifications (run)
                         403)
         return db.insert("channels", kind=kind, target=target, created=now)
 
-    def list_channels(self, db: Database) -> dict:
-        """Return the channels as they are shown, without passwords."""
+    def list_channels(self, db: Database, role: str) -> dict:
+        """Return the channels as a role sees them: an operator without
+        passwords, others without all that could be a secret in a URL."""
         rows = db.rows("select id, kind, target, last, error from channels "
                        "order by id")
         for row in rows:
-            row["target"] = without_password(row["target"])
+            row["target"] = without_password(row["target"]) \
+                if role == "operator" else without_path(row["target"])
         return {"channels": rows}
 
     # --- delivery
@@ -10573,6 +10575,14 @@ def without_password(target: str) -> str:
     if not found or "@" not in place:
         return target
     return f"{scheme}://***@{place.rpartition('@')[2]}{slash}{path}"
+
+
+def without_path(target: str) -> str:
+    """Return scheme and host of a URL; a mail address as it is."""
+    from urllib.parse import urlsplit
+    parts = urlsplit(target)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" \
+        if parts.netloc else target
 
 
 # ==========================================================================
@@ -10668,6 +10678,19 @@ def is_uuid(text: str) -> bool:
     return len(text) == 36 and text[8:24:5] == "----" and text.isascii() \
         and text.count("-") == 4 and HEX.issuperset(
             text.replace("-", "").lower())
+
+
+def hashed_uuid(uuid: str) -> str:
+    """Return what stands for a check's UUID where people read, as
+    Healthchecks' unique_key: 40 hex digits that cannot ping."""
+    import hashlib
+    return hashlib.sha1(uuid.encode()).hexdigest()
+
+
+def readable_subject(subject: str) -> str:
+    """Return an alert's subject without a UUID that can ping."""
+    kind, _, key = subject.partition(":")
+    return f"check:{hashed_uuid(key)}" if kind == "check" else subject
 
 
 def describe_period(period: float) -> str:
@@ -10994,8 +11017,11 @@ create index flips_of_check on flips ("check", at);
             if is_uuid(uuid) else None
 
     def find(self, db: Database, uuid: str) -> dict:
-        """Return the row of a check. Raises Error (404)."""
-        check = self.by_uuid(db, uuid)
+        """Return the row of a check by its UUID or what stands for it.
+        Raises Error (404)."""
+        check = self.by_uuid(db, uuid) or next(
+            (row for row in db.rows("select * from checks")
+             if hashed_uuid(row["uuid"]) == uuid), None)
         if not check:
             raise not_found("check")
         return check
@@ -12784,9 +12810,8 @@ class Metrics:
             self.add(f"koi_job_{name}", value, **labels)
 
     def add_check(self, check: dict) -> None:
-        """Add the samples of a check as it is shown. Its UUID, with which
-        anybody could ping it, is not among the labels."""
-        labels = {"check": hashed_uuid(check["id"]), "name": check["name"],
+        """Add the samples of a check as viewers see it."""
+        labels = {"check": check["id"], "name": check["name"],
                   "slug": check["slug"]}
         if check["state"] != "paused":
             self.add("koi_check_up", check["state"] != "down", **labels)
@@ -12802,11 +12827,27 @@ class Metrics:
             for name, text in METRICS.items() if self.samples[name])
 
 
-def hashed_uuid(uuid: str) -> str:
-    """Return what stands for a check's UUID where people read, as
-    Healthchecks' unique_key: 40 hex digits that cannot ping."""
-    import hashlib
-    return hashlib.sha1(uuid.encode()).hexdigest()
+def for_role(shown: dict, role: str) -> dict:
+    """Return the overview, or changes of it, as a role gets them: who is no
+    operator gets no UUID, for with it anybody can ping the check."""
+    if role == "operator" or not {"checks", "alerts",
+                                  "deleted"} & shown.keys():
+        return shown
+    found = {**shown}
+    if "checks" in shown:
+        found["checks"] = [{**check, "id": hashed_uuid(check["id"])}
+                           for check in shown["checks"]]
+    if "alerts" in shown:
+        found["alerts"] = [{**alert, "subject": readable_subject(
+            alert["subject"])} for alert in shown["alerts"]]
+    deleted = found["deleted"] = {**shown.get("deleted", {})}
+    if "checks" in deleted:
+        deleted["checks"] = list(map(hashed_uuid, deleted["checks"]))
+    if "alerts" in deleted:
+        deleted["alerts"] = [
+            f"{readable_subject(subject)}\n{kind}" for subject, kind in (
+                key.split("\n") for key in deleted["alerts"])]
+    return found
 
 
 class Overview:
@@ -12825,13 +12866,13 @@ class Overview:
                        "from dashboard") or {}
         if role != "operator":
             about["ping_key"] = ""
-        return {
+        return for_role({
             "now": now, "version": VERSION, "role": role, "dash": about,
             "hosts": self.hosts.list_all(db, now),
             "jobs": [self.job(db, row) for row in db.rows(
                 "select * from jobs where not deleted order by id")],
             "checks": self.checks.list_all(db, now),
-            "alerts": self.alerts.list_all(db)}
+            "alerts": self.alerts.list_all(db)}, role)
 
     def job(self, db: Database, row: dict) -> dict:
         """Return the row of a job as it is shown, with its last runs."""
@@ -12940,7 +12981,7 @@ class Overview:
     def metrics(self, db: Database, now: float, server: dict) -> str:
         """Return the state in Prometheus' text format. `server` has the
         values of metrics without labels. What was removed has no samples."""
-        state, found = self.state(db, "viewer", now), Metrics()
+        state, found = self.state(db, "metrics", now), Metrics()
         names = {host["id"]: host["name"] for host in state["hosts"]}
         last_ok = dict(db.execute("select id, last_ok from jobs"))
         found.add("koi_build_info", 1, version=VERSION)
@@ -13635,6 +13676,7 @@ class Notifier:
         import json
         body = {name: notification[name] for name in (
             "key", "at", "title", "text", "subject", "kind", "dash")}
+        body["subject"] = readable_subject(body["subject"])
         body["state"] = "over" if notification["resolved"] else "on"
         return post(notification["target"], json.dumps(body).encode(), {
             "Content-Type": "application/json",
@@ -14763,8 +14805,9 @@ class Route(FrozenRecord):
 
 
 def is_check(text: str) -> bool:
-    """Is it a UUID in lower case, as Healthchecks' paths have them?"""
-    return is_uuid(text) and text == text.lower()
+    """Is it a UUID in lower case, as Healthchecks' paths have them, or what
+    stands for one (see hashed_uuid)?"""
+    return is_uuid(text) and text == text.lower() or is_hex(text, 40)
 
 
 def is_number(text: str) -> bool:
@@ -15026,25 +15069,25 @@ class LongPoll:
 class ChangeStream:
     """The last changes of a dashboard, for the browsers that follow it.
 
-    A change is a line of JSON with a number `seq`, which only grows. `until`
-    is the time of the event loop to which changes are wanted although no
-    browser follows.
+    A change is a line of JSON with a number `seq`, which only grows; there
+    is one for operators, and one for other roles. `until` is the time of the
+    event loop to which changes are wanted although no browser follows.
     """
 
     def __init__(self):
         from collections import deque
         self.first = self.newest = 0        # all after `first` are here
-        self.lines: deque = deque()         # (seq, line)
+        self.lines: deque = deque()         # (seq, line, that of others)
         self.bytes, self.until = 0, 0.0
 
-    def add(self, seq: int, line: bytes) -> None:
+    def add(self, seq: int, line: bytes, others: bytes) -> None:
         """Remember a change, and forget the oldest ones."""
         self.newest = seq
-        self.lines.append((seq, line))
+        self.lines.append((seq, line, others))
         self.bytes += len(line)
         while len(self.lines) > MOST_CHANGES \
                 or self.bytes > MOST_CHANGE_BYTES:
-            self.first, old = self.lines.popleft()
+            self.first, old, _ = self.lines.popleft()
             self.bytes -= len(old)
 
     def clear(self, seq: int) -> None:
@@ -15053,12 +15096,14 @@ class ChangeStream:
         self.lines.clear()
         self.bytes = 0
 
-    def since(self, seq: int) -> bytes:
-        """Return the lines after the number `seq`, or START_OVER if some of
-        them are forgotten."""
+    def since(self, seq: int, role: str = "operator") -> bytes:
+        """Return the lines for a role after the number `seq`, or START_OVER
+        if some of them are forgotten."""
         if seq < self.first:
             return START_OVER
-        return b"".join(line for number, line in self.lines if number > seq)
+        return b"".join(line if role == "operator" else others
+                        for number, line, others in self.lines
+                        if number > seq)
 
 
 class Api:
@@ -15288,30 +15333,31 @@ class Api:
         changes = dict(changes)
         topics = [*(("host", host) for host in changes.pop("wake", ())),
                   *(("run", run) for run in changes.pop("live", ()))]
-        seq, line = changes.get("seq"), b""
+        seq, lines = changes.get("seq"), []
         if changes.get("reset"):
-            line = START_OVER
+            lines = [START_OVER]
         elif len(changes) > 1:      # more than the number
-            line = compact_json(changes).encode(
+            lines = [compact_json(for_role(changes, role)).encode(
                 "utf-8", "backslashreplace") + b"\n"
+                for role in ("operator", "viewer")]
         try:
-            self.loop.call_soon_threadsafe(self.dispatch_changes, seq, line,
+            self.loop.call_soon_threadsafe(self.dispatch_changes, seq, lines,
                                            topics)
         except RuntimeError:            # the loop has ended
             pass
 
-    def dispatch_changes(self, seq: int | None, line: bytes,
+    def dispatch_changes(self, seq: int | None, lines: list[bytes],
                          topics: list) -> None:
         """Wake those whom a change concerns."""
         for topic in topics:
             for poll in self.polls.get(topic, ()):
                 poll.event.set()
-        if not line:
+        if not lines:
             return
-        if line is START_OVER:
+        if lines[0] is START_OVER:
             self.changes.clear(seq or self.dashboard.seq)
         elif seq > self.changes.newest:
-            self.changes.add(seq, line)
+            self.changes.add(seq, *lines)
         for poll in self.followers.get(("changes",), ()):
             poll.event.set()
 
@@ -15437,7 +15483,7 @@ async def follow_changes(api: Api, context: RequestContext) -> Response:
         seq = since
         with LongPoll(api.followers, ("changes",)) as poll:
             while not poll.ended:
-                lines = stream.since(seq)
+                lines = stream.since(seq, context.principal.role)
                 seq = stream.newest if lines is START_OVER else max(
                     seq, stream.newest)
                 stream.until = api.loop.time() + FEED_TIME
@@ -15548,7 +15594,8 @@ async def show_ping_body(api: Api, context: RequestContext) -> Response:
 
 async def list_channels(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/channels: where alerts go."""
-    return await api.answer(api.dashboard.alerts.list_channels)
+    return await api.answer(api.dashboard.alerts.list_channels,
+                            context.principal.role)
 
 
 # --- handlers: for operators ----------------------------------------------
@@ -17293,7 +17340,7 @@ const VIEWS = [    // path -> view, the first that fits
   [/^day(?:\/([\d-]{10}))?$/, (...all) => dayView(...all)],
   [/^search$/, (...all) => searchView(...all)],
   [/^audit$/, (...all) => auditView(...all)],
-  [/^check\/(new|[0-9a-f-]{36})$/, (...all) => checkView(...all)],
+  [/^check\/(new|[0-9a-f-]{36,40})$/, (...all) => checkView(...all)],
   [/^check\/([0-9a-f-]{36})\/edit$/, (...all) => editCheckView(...all)],
   [/^alerts$/, (...all) => alertsView(...all)],
   [/^hosts$/, (...all) => hostsView(...all)],
@@ -17830,7 +17877,7 @@ function checkCells(check) {
     spark: sparkline(check.recent_runs, null),
     next: check.next ? timeNode(check.next) : muted({ paused: "paused",
       down: "overdue" }[check.state] || "waits for a ping"),
-    act: copyButton(pingUrl(check), "URL") };
+    act: isOperator() && copyButton(pingUrl(check), "URL") };
 }
 
 // One row of the list, of a job or a check.
@@ -19985,8 +20032,9 @@ function checkHead(check, isOpen) {
       && formatDuration(check.start_within)],
     ["May run for", check.run_limit > 0 && formatDuration(check.run_limit)],
     ["Tags", check.tags]]),
-  check.desc ? el("p", { text: check.desc }) : "", snippet(pingUrl(check)),
-  pingExamples(pingUrl(check), isOpen || !check.n)];
+  check.desc ? el("p", { text: check.desc }) : "",
+  ...isOperator() ? [snippet(pingUrl(check)),
+    pingExamples(pingUrl(check), isOpen || !check.n)] : []];
 }
 
 // Returns examples of how to ping a URL.

@@ -503,7 +503,8 @@ def test_a_webhook_gets_json_with_a_key(quiet, listener):
     assert (body["kind"], body["state"], body["subject"], body["dash"]) == (
         "failed", "on", "job:1", quiet.dash)
     assert quiet.rows("select * from notifications") == []
-    channel, = quiet.ask(quiet.dashboard.alerts.list_channels)["channels"]
+    channel, = quiet.ask(quiet.dashboard.alerts.list_channels,
+                         "operator")["channels"]
     assert (channel["last"], channel["error"]) == (NOW, "")
 
 
@@ -524,7 +525,8 @@ def test_a_password_in_an_address_is_sent_and_never_shown(quiet, listener):
     fail(quiet)
     deliver(quiet)
     assert listener.got[0][1]["Authorization"] == "Basic bWU6Z2VoIGVpbQ=="
-    channel, = quiet.ask(quiet.dashboard.alerts.list_channels)["channels"]
+    channel, = quiet.ask(quiet.dashboard.alerts.list_channels,
+                         "operator")["channels"]
     assert "geh" not in json.dumps(channel) and "***@" in channel["target"]
 
 
@@ -539,7 +541,8 @@ def test_what_fails_is_told_again_later_for_a_day(quiet, listener, status,
     quiet.ping(check, action="fail")
     listener.status = status
     deliver(quiet)
-    channel, = quiet.ask(quiet.dashboard.alerts.list_channels)["channels"]
+    channel, = quiet.ask(quiet.dashboard.alerts.list_channels,
+                         "operator")["channels"]
     assert words in channel["error"] and channel["last"] is None
     deliver(quiet)
     assert len(listener.got) == 1       # not at once
@@ -571,7 +574,7 @@ def test_the_other_channel_is_told_though_one_hangs(quiet, listener,
     dead.close()
     assert len(listener.got) == 1
     errors = [channel["error"] != "" for channel in quiet.ask(
-        quiet.dashboard.alerts.list_channels)["channels"]]
+        quiet.dashboard.alerts.list_channels, "operator")["channels"]]
     assert errors == [True, False]
 
 
@@ -644,7 +647,7 @@ def test_a_sendmail_that_fails_is_shown(dashboard, tmp_path, monkeypatch):
     fail(dashboard)
     deliver(dashboard)
     channel, = dashboard.ask(
-        dashboard.dashboard.alerts.list_channels)["channels"]
+        dashboard.dashboard.alerts.list_channels, "operator")["channels"]
     assert channel["error"] == "sendmail says no route"
 
 

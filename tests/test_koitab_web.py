@@ -468,18 +468,19 @@ def test_a_browser_that_comes_back_gets_what_it_missed():
     stream = koitab.ChangeStream()
     stream.clear(10)
     for seq in (12, 13, 20):
-        stream.add(seq, b"%d\n" % seq)
+        stream.add(seq, b"%d\n" % seq, b"")
     assert stream.since(9) == stream.since(-1) == koitab.START_OVER
     assert stream.since(10) == b"12\n13\n20\n"
     assert stream.since(12) == stream.since(12) == b"13\n20\n"
     assert stream.since(20) == b""
+    assert stream.since(10, "viewer") == b""
 
 
 @pytest.mark.parametrize("size", [10, koitab.MOST_CHANGE_BYTES // 50])
 def test_old_changes_are_forgotten_and_that_is_known(size):
     stream = koitab.ChangeStream()
     for seq in range(1, 2001):
-        stream.add(seq, b"x" * size)
+        stream.add(seq, b"x" * size, b"")
     assert stream.bytes <= koitab.MOST_CHANGE_BYTES
     assert len(stream.lines) <= koitab.MOST_CHANGES
     assert stream.since(stream.first - 1) == koitab.START_OVER
@@ -489,7 +490,7 @@ def test_old_changes_are_forgotten_and_that_is_known(size):
 
 def test_after_a_reset_nothing_older_is_known():
     stream = koitab.ChangeStream()
-    stream.add(1, b"x")
+    stream.add(1, b"x", b"")
     stream.clear(5)
     assert stream.since(4) == koitab.START_OVER
     assert (stream.since(5), stream.bytes) == (b"", 0)

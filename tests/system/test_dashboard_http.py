@@ -799,6 +799,43 @@ def test_checks_and_channels_are_made_changed_and_removed(server):
         "do": "delete", "id": made.json["id"]}, OPERATOR_TOKEN).status == 200
 
 
+def test_a_viewer_gets_no_id_that_pings_and_no_secret_of_a_channel(server):
+    uuid = server.ask("POST", "/api/v1/checks", {
+        "name": "seen by viewers", "period": 3600, "grace": 60},
+                      OPERATOR_TOKEN).json["id"]
+    key = hashlib.sha1(uuid.encode()).hexdigest()
+    for kind in ("webhook", "ntfy"):
+        server.ask("POST", "/api/v1/channels", {
+            "kind": kind, "target": "http://u:S3CRET@127.0.0.1:9/S3CRET?"
+            "t=S3CRET"}, OPERATOR_TOKEN)
+    seen = b""
+    with stream(server, now_of(server)) as client:
+        server.ask("POST", f"/ping/{uuid}/fail", b"oops")
+        changes = client.line()
+        server.ask("POST", f"/api/v1/checks/{uuid}", {"do": "pause"},
+                   OPERATOR_TOKEN)
+        server.ask("POST", f"/ping/{uuid}/fail", b"oops")
+        seen += changes + client.line() + client.line()
+        for route in koitab.ROUTES:
+            if route.role == "viewer" and not route.path.endswith("stream"):
+                path = route.path.replace("CHECK", key).replace("/N/", "/1/")
+                seen += server.ask("GET", path, token=VIEWER_TOKEN).body
+        server.ask("POST", f"/api/v1/checks/{uuid}", {"do": "delete"},
+                   OPERATOR_TOKEN)
+        seen += client.line()
+    first = json.loads(changes)
+    assert first["checks"][0]["id"] == key
+    assert first["alerts"][0]["subject"] == f"check:{key}"
+    assert seen.count(key.encode()) > 6 and b"oops" in seen
+    assert b'"http://127.0.0.1:9"' in seen
+    assert uuid.encode() not in seen and b"S3CRET" not in seen
+    assert server.ask("POST", f"/ping/{key}").status == 404
+    for channel in server.ask("GET", "/api/v1/channels",
+                              token=VIEWER_TOKEN).json["channels"]:
+        server.ask("POST", "/api/v1/channels", {
+            "do": "delete", "id": channel["id"]}, OPERATOR_TOKEN)
+
+
 def test_a_followed_run_is_demanded_from_its_host_and_sent_live(server):
     host, token = "ef" * 16, "01" * 32
     server.register_host(host, token)
