@@ -10299,9 +10299,15 @@ create table dashboard (
 # A change of state is notified once, when it begins and when it is over.
 # That is decided in the transaction of its cause, so neither can be lost
 # without the other. A subject is "job:ID", "host:ID" or "check:UUID".
+# When many change together, or one check again and again, a channel gets few
+# notifications: digests.
 # ==========================================================================
 
 MOST_CHANNELS = 20
+MOST_SINGLE = 10                # notifications of a channel in DIGEST_WINDOW,
+DIGEST_WINDOW = 600.0           # seconds; then one digest each DIGEST_PAUSE
+DIGEST_PAUSE = CHECK_PAUSE = 60.0   # and one change of a check each minute
+MOST_IN_DIGEST, LINES_OF_DIGEST = 1_000, 50
 
 
 class Alert(FrozenRecord):
@@ -10329,13 +10335,16 @@ create table snoozes (subject text primary key, until real not null)
 create table channels (
     id integer primary key autoincrement, kind text not null,
     target text not null, last real, error text not null default '',
+    options text not null default '{}', window real not null default 0,
+    sent integer not null default 0, sent_at real not null default 0,
     created real not null);
 create table notifications (
     id integer primary key autoincrement, channel integer not null,
     key text not null unique, at real not null, due real not null,
     tries integer not null default 0, title text not null,
     text text not null, subject text not null, kind text not null,
-    resolved integer not null, run integer);
+    resolved integer not null, run integer, output text not null default '',
+    alerts text not null default '[]');
 create index notifications_due on notifications (due);
 create index notifications_of_run on notifications (run)
     where run is not null;
@@ -10345,6 +10354,7 @@ create index notifications_of_run on notifications (run)
                  clock: Clock):
         self.changes, self.timers = changes, timers
         self.audit, self.clock = audit, clock
+        self.reported: dict[str, float] = {}    # check -> its last report
 
     def load(self, db: Database) -> None:
         """Set the timers of the snoozes."""
@@ -10374,9 +10384,24 @@ create index notifications_of_run on notifications (run)
     def notify(self, db: Database, number: int, alert: Alert,
                resolved: bool = False, due: float = 0.0,
                run: int | None = None) -> None:
-        """Add a notification about the alert `number` for each channel."""
+        """Add a notification about the alert `number` for each channel.
+
+        Of a check one change a minute is reported; one that was taken back
+        before its time is not.
+        """
         db.update("alerts", {"notified": 1}, id=number)
-        event = "over" if resolved else "on"
+        subject, now = alert.subject, self.clock.now()
+        if subject.startswith("check:"):
+            if resolved and db.execute(
+                    "delete from notifications where key glob ? and tries = 0 "
+                    "and due > ?", f"{number}-{alert.kind}-firing-*",
+                    now).rowcount:
+                self.reported[subject] = self.reported.get(
+                    subject, now) - CHECK_PAUSE
+                return
+            due = max(now, self.reported.get(subject, 0) + CHECK_PAUSE)
+            self.reported[subject] = due
+        event = "resolved" if resolved else "firing"
         for channel in db.column("select id from channels"):
             self.add_notification(
                 db, channel, f"{number}-{alert.kind}-{event}-{channel}",
@@ -10395,13 +10420,13 @@ create index notifications_of_run on notifications (run)
     def clear_alert(self, db: Database, subject: str, kind: str,
                     title: str) -> None:
         """End an alert; those who were notified of it get `title`."""
-        found = db.row("select id, notified from alerts where subject = ? and "
-                       "kind = ?", subject, kind)
+        found = db.row("select id, notified, since from alerts where subject "
+                       "= ? and kind = ?", subject, kind)
         if not found:
             return
         if found["notified"]:
-            self.notify(db, found["id"], Alert(subject, kind, 0.0, title, ""),
-                        resolved=True)
+            self.notify(db, found["id"], Alert(
+                subject, kind, found["since"], title, ""), resolved=True)
         db.delete("alerts", id=found["id"])
         self.changes.mark_changed("alerts", (subject, kind))
 
@@ -10519,13 +10544,61 @@ create index notifications_of_run on notifications (run)
 
     # --- delivery
 
-    def due_notifications(self, db: Database, now: float) -> list[dict]:
-        """Return at most 100 notifications to deliver now, each with its
-        channel."""
+    def due_channels(self, db: Database, now: float) -> list[int]:
+        """Return the channels that have notifications to deliver now."""
+        return db.column("select distinct channel from notifications where "
+                         "due <= ?", now)
+
+    def take_due(self, db: Database, channel: int, now: float) -> list[dict]:
+        """Return what to deliver now on a channel. If that would be too many
+        notifications, a digest takes their place, or they wait for one."""
+        due = db.rows("select id, kind, tries from notifications where "
+                      "channel = ? and due <= ? order by id limit ?",
+                      channel, now, MOST_IN_DIGEST)
+        fresh = [row["id"] for row in due
+                 if not row["tries"] and row["kind"] not in ("test", "digest")]
+        found = db.row("select window, sent, sent_at from channels where "
+                       "id = ?", channel) or {"window": 0, "sent": 0}
+        if not 0 <= now - found["window"] < DIGEST_WINDOW:
+            found.update(window=now, sent=0)
+        if fresh and found["sent"] + len(fresh) > MOST_SINGLE:
+            ready = found["sent_at"] + DIGEST_PAUSE
+            if found["sent"] and now < ready:
+                self.postpone(db, fresh, ready)
+                fresh = []
+            else:
+                self.add_digest(db, channel, fresh, now)
+        if fresh:
+            found.update(sent=found["sent"] + len(fresh), sent_at=now)
+            db.update("channels", found, id=channel)
         return db.rows(
             "select m.*, c.kind way, c.target, d.dash from notifications m "
-            "join channels c on c.id = m.channel cross join dashboard d "
-            "where m.due <= ? order by m.id limit 100", now)
+            "join channels c on c.id = m.channel cross join dashboard d where "
+            "m.channel = ? and m.due <= ? order by m.id limit 100",
+            channel, now)
+
+    def postpone(self, db: Database, numbers: list[int], due: float) -> None:
+        """Let notifications wait until `due`."""
+        for number in numbers:
+            db.update("notifications", {"due": due}, id=number)
+
+    def add_digest(self, db: Database, channel: int, numbers: list[int],
+                   now: float) -> None:
+        """Put one notification in the place of many."""
+        rows = [db.row("select * from notifications where id = ?", number)
+                for number in numbers]
+        ended = sum(row["resolved"] for row in rows)
+        title = f"{plural(len(rows) - ended, 'alert')} began, {ended:,} ended"
+        lines = [one_line(row["title"])[:200]
+                 for row in rows[:LINES_OF_DIGEST]]
+        if len(rows) > len(lines):
+            lines.append(f"and {len(rows) - len(lines):,} more")
+        self.add_notification(
+            db, channel, f"{rows[-1]['id']}-digest-{channel}",
+            Alert("", "digest", now, title, "\n".join(lines)), due=now,
+            resolved=ended == len(rows))
+        for number in numbers:
+            db.delete("notifications", id=number)
 
     def mark_delivered(self, db: Database, notification: int, error: str,
                        now: float) -> None:
@@ -10537,6 +10610,8 @@ create index notifications_of_run on notifications (run)
             return
         if error and now - found["at"] < DAY_SECONDS:
             pause = min(15 * 2**min(found["tries"], 10), 3600)
+            db.execute("update notifications set due = ? where channel = ? "
+                       "and due <= ?", now + 15, found["channel"], now)
             db.update("notifications", {"tries": found["tries"] + 1,
                                         "due": now + pause}, id=notification)
         else:
@@ -10545,13 +10620,17 @@ create index notifications_of_run on notifications (run)
         if not error:
             db.update("channels", {"last": now}, id=found["channel"])
 
-    def add_last_line(self, db: Database, run: int, line: str,
-                      now: float) -> None:
-        """Let notifications go that wait for a run's output, with its last
-        line."""
-        db.execute("update notifications set due = ?, text = text || ? where "
-                   "run = ? and tries = 0 and due > ?",
-                   now, f"\n\n{line}" if line else "", run, now)
+    def add_output(self, db: Database, run: int, lines: str,
+                   now: float) -> None:
+        """Give the last lines of a run's output to the notifications that
+        wait for them. Those of jobs that failed together go together."""
+        if not db.update("notifications", {"output": lines, "run": None},
+                         run=run, tries=0):
+            return
+        if not db.value("select 1 from notifications where run is not null "
+                        "and tries = 0 and due > ? limit 1", now):
+            db.execute("update notifications set due = ? where due > ? and "
+                       "tries = 0 and subject like 'job:%'", now, now)
         self.changes.mark_changed("notifications", run)
 
 
@@ -11702,7 +11781,7 @@ create table unindexed (run integer primary key);
         db.update("runs", {"line": line, "size": row["have"]}, id=run)
         if frames:
             db.insert("unindexed", "insert or ignore", run=run)
-        self.alerts.add_last_line(db, run, line, now)
+        self.alerts.add_output(db, run, line, now)
         self.mark_changed(run, row["job"])
         self.changes.after_commit(lambda: self.live.end(run))
 
@@ -13046,7 +13125,7 @@ FATAL_FAILURES = ("full", "disk", "damaged", "busy")
 REPOSITORIES = (AuditLog, Credentials, Alerts, PingChecks, Hosts, Runs,
                 Requests, HostSync)
 DASHBOARD_FORM = DatabaseForm(
-    "a dashboard of koi's", 0x6B6F6932, 4,
+    "a dashboard of koi's", 0x6B6F6932, 5,
     checked=("meta", "dashboard", "hosts", "epochs", "jobs", "requests",
              "checks", "alerts", "snoozes", "channels", "notifications"),
     pragmas=("foreign_keys=off", f"journal_size_limit={WAL_PAGES * 4096}",
@@ -13609,33 +13688,34 @@ class Notifier:
         thread yet; return these threads. Raises Error if the database
         cannot be read, and RuntimeError if no thread can be started."""
         import threading
-        by_channel: dict[int, list] = {}
-        for notification in self.dashboard.read(
-                self.dashboard.alerts.due_notifications,
-                self.dashboard.clock.now()):
-            by_channel.setdefault(notification["channel"],
-                                  []).append(notification)
         threads = []
-        for channel, notifications in by_channel.items():
+        for channel in self.dashboard.read(
+                self.dashboard.alerts.due_channels,
+                self.dashboard.clock.now()):
             if channel not in self.busy and not self.dashboard.full:
                 self.busy.add(channel)
                 threads.append(threading.Thread(
-                    target=self.deliver_all, args=(channel, notifications),
-                    daemon=True))
+                    target=self.deliver_all, args=(channel,), daemon=True))
                 threads[-1].start()
         return threads
 
-    def deliver_all(self, channel: int, notifications: list[dict]) -> None:
+    def deliver_all(self, channel: int) -> None:
         """Deliver a channel's notifications in order, until one fails: the
         others would fail for the same reason."""
+        do, alerts = self.dashboard.do, self.dashboard.alerts
+        error = ""
         try:
-            for notification in notifications:
-                error = self.deliver(notification)
-                self.dashboard.do(self.dashboard.alerts.mark_delivered,
-                                  notification["id"], error,
-                                  self.dashboard.clock.now())
-                if error or self.stopping:
-                    break
+            while not error and not self.stopping:
+                notifications = do(alerts.take_due, channel,
+                                   self.dashboard.clock.now())
+                if not notifications:
+                    return
+                for notification in notifications:
+                    error = self.deliver(notification)
+                    do(alerts.mark_delivered, notification["id"], error,
+                       self.dashboard.clock.now())
+                    if error or self.stopping:
+                        break
         except Error:           # the disk is full, or the dashboard stops
             pass
         finally:

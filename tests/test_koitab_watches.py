@@ -81,15 +81,67 @@ def test_how_it_failed_is_told(dashboard, web1, fields, words):
         "text"] == f"Night/Backup on web1: {words}"
 
 
-def test_the_letter_waits_for_the_output_but_not_for_ever(dashboard, web1):
+def due(dashboard) -> list[dict]:
+    """The notifications that the mail channel gets now."""
+    return dashboard.do(dashboard.dashboard.alerts.take_due, 1, dashboard.now)
+
+
+def test_notification_waits_15_seconds_for_the_output(dashboard, web1):
     data = frames("it broke\n", 2)
     dashboard.runs(web1, dashboard.record(exit=1, size=len(data)))
-    due = dashboard.dashboard.alerts.due_notifications
-    assert dashboard.ask(due, dashboard.now) == []
-    assert len(dashboard.ask(due, dashboard.now + 15)) == 1
+    assert due(dashboard) == []
+    dashboard.clock.time += 15
+    assert len(due(dashboard)) == 1
+    dashboard.clock.time -= 15
     dashboard.sync(web1, outputs=[piece(1, 0, data)])
-    notification, = dashboard.ask(due, dashboard.now)
-    assert notification["text"].endswith("exit status 1\n\nit broke")
+    notification, = due(dashboard)
+    assert (notification["text"], notification["output"]) == (
+        "Night/Backup on web1: exit status 1", "it broke")
+
+
+def failing(dashboard, count: int, size: int = 0) -> list[dict]:
+    """The records of as many jobs that failed."""
+    return [dashboard.record(tag=f"job{number}", name=f"Job{number}", exit=1,
+                             size=size) for number in range(count)]
+
+
+@pytest.mark.parametrize("text", ["", "it broke\n"])
+def test_sixty_jobs_that_fail_together_make_one_digest(dashboard, web1, text):
+    data = frames(text)
+    dashboard.runs(web1, *failing(dashboard, 60, len(data)))
+    for number in range(1, 61 if text else 1):
+        assert due(dashboard) == []
+        dashboard.sync(web1, outputs=[piece(number, 0, data)])
+    digest, = due(dashboard)
+    assert digest["title"] == "60 alerts began, 0 ended"
+    assert digest["text"].splitlines()[::50] == [
+        "Night/Job0 on web1 failed", "and 10 more"]
+    assert due(dashboard) == [digest]       # until it is delivered
+
+
+def test_alerts_beyond_ten_in_ten_minutes_wait_for_a_digest(dashboard, web1):
+    def deliver_due() -> list[str]:
+        rows = due(dashboard)
+        for row in rows:
+            dashboard.do(dashboard.dashboard.alerts.mark_delivered, row["id"],
+                         "", dashboard.now)
+        return [row["title"] for row in rows]
+
+    dashboard.sync(web1, list=dashboard.list_of(web1, *(
+        spec(f"job{number}") for number in range(13))))
+    for number, record in enumerate(failing(dashboard, 13)):
+        dashboard.runs(web1, record)
+        expected = [f"Night/Job{number} on web1 failed"] * (number < 10)
+        assert deliver_due() == expected
+    dashboard.clock.time += 60
+    assert deliver_due() == ["3 alerts began, 0 ended"]
+    dashboard.sync(web1, list=dashboard.list_of(web1))
+    assert deliver_due() == []
+    dashboard.clock.time += 60
+    assert deliver_due() == ["0 alerts began, 13 ended"]
+    dashboard.clock.time += 600
+    dashboard.runs(web1, dashboard.record(exit=1, due=dashboard.now))
+    assert deliver_due() == ["Night/Backup on web1 failed"]
 
 
 def test_old_failures_that_come_late_are_shown_and_not_told(dashboard, web1):
@@ -374,6 +426,18 @@ def test_slow_alert_ends_when_the_host_lost_its_history(dashboard, web1):
     assert open_alerts(dashboard) == [("job:1", "slow")]
     dashboard.sync(web1, epoch=2)
     assert open_alerts(dashboard) == []
+
+
+def test_one_change_of_a_check_is_reported_a_minute(dashboard):
+    check = dashboard.do(dashboard.dashboard.checks.create, {"name": "Sync"},
+                         NOW)["id"]
+    for action in ("fail", "success") * 500:
+        dashboard.ping(check, action=action)
+    assert dashboard.rows("select title, due from notifications") == [
+        ("Sync failed", NOW), ("Sync is up", NOW + 60)]
+    dashboard.ping(check, action="fail")
+    assert dashboard.rows("select due from notifications where not resolved"
+                          ) == [(NOW,), (NOW + 120,)]
 
 
 # ==========================================================================
