@@ -156,6 +156,7 @@ import stat
 import sys
 import time
 from bisect import bisect_right
+from collections import Counter
 from struct import Struct
 
 PROG, VERSION = "koitab", "1.0"
@@ -4617,14 +4618,15 @@ class RunStore:
             text = self.move_aside(str(error))
         raise Error(text) from None
 
-    def job_key(self, whose: tuple, job: Job, statements: list) -> int:
-        """Return the number of the job of `whose` = (user, identity); the
-        statement that adds a new one is appended to `statements`."""
+    def job_key(self, whose: tuple, job: Job) -> int:
+        """Return the number of the job of `whose` = (user, identity). The
+        statement that adds a new one goes to `waiting`, for the next
+        `write`."""
         key = self.keys.get(whose)
         if key is None:
             self.last_job += 1
             key = self.keys[whose] = self.last_job
-            statements.append((
+            self.waiting.append((
                 "insert into jobs (id, user, identity, section, name, label) "
                 "values (?, ?, ?, ?, ?, ?)", (
                     key, *map(storable, (*whose, job.section, job.name,
@@ -5581,7 +5583,7 @@ LONGEST_ARGS = 262_144          # bytes of all arguments of a run together
 class ScheduledJob:
     """A job of a tab as koid runs it: for which user, and when next.
 
-    `key` names it in the history. `delay` are the minutes of RANDOM_DELAY,
+    `key` names it in the history. `delay` are the seconds of RANDOM_DELAY,
     `content` is what the history keeps: a checksum of schedule and command,
     that of the assignments, and the file.
     """
@@ -5715,7 +5717,7 @@ class TabRegistry:
                 if scheduled.settings.skip \
                 else scheduled.schedule.next(now, zone)
             scheduled.known_next = now, due
-        return due and due + scheduled.delay * MINUTE
+        return due and due + scheduled.delay
 
     def paused_until(self, scheduled: ScheduledJob, now: float) -> int | None:
         """Return the end of the job's pause, 0 for one without end; None if
@@ -5723,11 +5725,20 @@ class TabRegistry:
         until = self.pauses.get(scheduled.key)
         return until if until == 0 or until and now < until else None
 
+    def by_key(self) -> dict[tuple, ScheduledJob]:
+        """Return the jobs by their keys."""
+        return {scheduled.key: scheduled for scheduled in self.scheduled_jobs}
+
+    def jobs_of(self, user: str) -> list[ScheduledJob]:
+        """Return the jobs of a user, "" for all users."""
+        return [scheduled for scheduled in self.scheduled_jobs
+                if user in ("", scheduled.user)]
+
     def find_job(self, user: str, name: str) -> ScheduledJob:
         """Return the one job of a user, "" for all users, that `name` means.
         Raises Error."""
-        jobs = {id(scheduled.job): scheduled for scheduled
-                in self.scheduled_jobs if user in ("", scheduled.user)}
+        jobs = {id(scheduled.job): scheduled
+                for scheduled in self.jobs_of(user)}
         found = match_jobs([each.job for each in jobs.values()], name)
         if not found:
             raise Error(f"there is no job {short(name)}")
@@ -5807,10 +5818,11 @@ def find_renamed(vanished: list[dict], new: list[ScheduledJob]
 
 
 def random_delay(job: Job, host: str) -> int:
-    """Return by how many minutes RANDOM_DELAY delays a job on this host. As
-    in cronie, one factor for all jobs; here a restart does not change it."""
+    """Return by how many seconds RANDOM_DELAY delays a job on this host: as
+    in cronie, by whole minutes, with one factor for all jobs; here a restart
+    does not change it."""
     factor = stable_random(f"{host}\0delay") % 1000
-    return job.settings.random_delay * factor // 1000
+    return job.settings.random_delay * factor // 1000 * MINUTE
 
 
 def match_jobs(jobs: list, name: str) -> list:
@@ -6045,7 +6057,8 @@ class QueuedRun:
 
     def __init__(self, scheduled: ScheduledJob, trigger: str, due: float,
                  requested: float):
-        self.run, self.scheduled, self.trigger = 0, scheduled, trigger
+        self.run = 0            # its number, once it has a row
+        self.scheduled, self.trigger = scheduled, trigger
         self.content = scheduled.content    # when it was asked for
         self.due, self.requested, self.attempt = due, requested, 1
         self.values: dict[str, str] = {
@@ -6053,11 +6066,16 @@ class QueuedRun:
         self.by_hand = trigger == "manual"  # it, or what it is a retry of
         self.at = 0.0           # ticks before which it does not start
         self.connection = None  # a socket: `koitab run` waits there
-        self.known = False      # it has a row in the history
         self.waits_for_previous = False
         self.announced = False  # `koitab run` has its number
         self.full_since = 0.0   # ticks: no process could be started
         self.nonce = ""         # of the request that asks for it
+
+    @property
+    def planned(self) -> float:
+        """When it is to start: RANDOM_DELAY delays starts by schedule."""
+        return self.due + (self.scheduled.delay
+                           if self.trigger == "schedule" else 0)
 
     def announce(self) -> None:
         """Send `koitab run` the number of its run."""
@@ -6192,28 +6210,32 @@ class Planner:
         """Return both clocks as they are now."""
         return ClockSample(self.clock.now(), self.clock.ticks())
 
+    def was_set(self, now: ClockSample) -> bool:
+        """Was the clock set, or did the machine sleep, since the last
+        sample?"""
+        seen = self.state.sample
+        return abs(now.instant - seen.instant - now.ticks + seen.ticks) > 1
+
     def due(self) -> tuple[list[QueuedRun], list[tuple]]:
         """Return the starts that fell due since the last call, and those
         that a change of the clock skipped."""
         before, now = self.state, self.sample()
-        strayed = now.instant - before.sample.instant \
-            - now.ticks + before.sample.ticks
+        was_set = self.was_set(now)
         first, jobs = self.next_due(), self.registry.scheduled_jobs
-        if abs(strayed) <= 1:
+        if not was_set:
             # Nobody set the clock, so what `next_due` computed holds. `plan`
             # need not look at thousands of jobs of which one is due.
             jobs = [job for job in jobs
                     if job.due is not None and job.due <= now.instant]
         self.state, launches = plan(jobs, before, now, first)
-        if abs(strayed) > 1:
+        if was_set:
             self.log.set_problem("clock", "")
             for scheduled in self.registry.scheduled_jobs:
                 scheduled.due = 0.0
         starts = []
         for launch in launches:
             queued = QueuedRun(launch.job, "schedule", launch.due, now.instant)
-            if launch.job.delay:
-                queued.at = now.ticks + launch.job.delay * MINUTE
+            queued.at = now.ticks + launch.job.delay
             starts.append(queued)
         return starts, [
             missed_row(scheduled, count, due, "the clock was set")
@@ -6240,15 +6262,12 @@ class Planner:
         the clock was set or a tab changed."""
         if not self.state:
             return self.clock.ticks() + 5
-        seen, due = self.state.sample, self.next_due()
-        now, ticks = self.clock.now(), self.clock.ticks()
-        if abs(now - seen.instant - ticks + seen.ticks) > 1:
+        seen, now, due = self.state.sample, self.sample(), self.next_due()
+        if self.was_set(now):
             return seen.ticks + MINUTE - seen.instant % MINUTE
         at = FOREVER if due is None else seen.ticks + due - seen.instant
-        if not each_minute:
-            return at
-        return min(ticks + (now // MINUTE + 1) * MINUTE - now,
-                   max(ticks, at))
+        return min(at, now.ticks + MINUTE - now.instant % MINUTE) \
+            if each_minute else at
 
     # --- at the start
 
@@ -6376,7 +6395,7 @@ class CronMail:
         environment = job.environment if job else {}
         to = environment.get("MAILTO", user)
         good = outcome["state"] == "done" and outcome["exit"] == 0
-        wrote = outcome.get("bytes") or outcome["state"] == "unstartable"
+        wrote = outcome["bytes"] or outcome["state"] == "unstartable"
         # `koitab run` has shown what the run wrote, and its caller asks for
         # the retries. A note of koid's alone is no reason for mail.
         if not wrote or not to or running.by_hand \
@@ -6576,20 +6595,14 @@ class Scheduler:
             times.append(self.write_at)
         return min(times)
 
-    def running_counts(self) -> dict[tuple, int]:
+    def running_counts(self) -> Counter:
         """Return how many runs of each job are running."""
-        counts: dict[tuple, int] = {}
-        for running in self.running.values():
-            counts[running.key] = counts.get(running.key, 0) + 1
-        return counts
+        return Counter(running.key for running in self.running.values())
 
-    def active_counts(self) -> dict[str, int]:
+    def active_counts(self) -> Counter:
         """Return how many runs of each user are running or waiting."""
-        counts: dict[str, int] = {}
-        for user in (*(running.key[0] for running in self.running.values()),
-                     *(queued.scheduled.user for queued in self.waiting)):
-            counts[user] = counts.get(user, 0) + 1
-        return counts
+        return Counter([running.key[0] for running in self.running.values()]
+                       + [queued.scheduled.user for queued in self.waiting])
 
     def user_of(self, run: int) -> str | None:
         """Return whose run is queued or running; None if it is neither."""
@@ -6607,11 +6620,12 @@ class Scheduler:
             or text.startswith(tuple(f"{directory}/{user}:" for directory in (
                 f"{self.home}/tabs", *SPOOLS))))]
 
-    def late(self) -> list[tuple]:
-        """Return key and label of the jobs that should have started by now,
-        and wait."""
-        return [(queued.scheduled.key, queued.scheduled.job.label)
-                for queued in self.waiting if self.late_reason(queued)]
+    def late(self, user: str) -> list[str]:
+        """Return the labels of the jobs of a user, "" for all, that should
+        have started by now, and wait."""
+        return [queued.scheduled.job.label for queued in self.waiting
+                if user in ("", queued.scheduled.user)
+                and self.late_reason(queued)]
 
     # --- due: a row, then a process
 
@@ -6637,13 +6651,12 @@ class Scheduler:
         if self.store.waiting:
             return
         known, statements = self.store.known_jobs(), []
-        present = {scheduled.key for scheduled
-                   in self.registry.scheduled_jobs}
+        present = self.registry.by_key()
         for row, scheduled in find_renamed(
                 [row for key, row in known.items()
                  if key not in present and not row["removed"]],
-                [scheduled for scheduled in self.registry.scheduled_jobs
-                 if scheduled.key not in known]):
+                [scheduled for key, scheduled in present.items()
+                 if key not in known]):
             statements += self.store.rename_job(row, scheduled.key,
                                                 scheduled.job)
             self.rename_runs((row["user"], row["identity"]), scheduled)
@@ -6664,14 +6677,12 @@ class Scheduler:
     def record_jobs(self) -> None:
         """Keep which jobs there are: only those can have missed a start when
         the next koid comes. Runs of others are removed in the end."""
-        statements, present = self.seen_statements(), {}
-        for scheduled in self.registry.scheduled_jobs:
-            present[self.store.job_key(scheduled.key, scheduled.job,
-                                       statements)] = scheduled.content
+        present = {self.store.job_key(scheduled.key, scheduled.job):
+                   scheduled.content
+                   for scheduled in self.registry.scheduled_jobs}
         now = self.clock.now()
-        statements += self.store.note_jobs(present,
-                                           now if now > EARLIEST else 0.0)
-        self.write(statements)
+        self.write(self.seen_statements() + self.store.note_jobs(
+            present, now if now > EARLIEST else 0.0))
         self.forget_at = 0.0
 
     def forget_removed(self, now: float) -> None:
@@ -6695,13 +6706,11 @@ class Scheduler:
             reason = self.planner.held_reason(scheduled, row["due"],
                                               row["due"])
             if reason:
-                statements.append(self.held_statement(
-                    scheduled, {**row, "state": "skipped", "reason": reason},
-                    statements))
+                statements += self.held_statements(
+                    scheduled, {**row, "state": "skipped", "reason": reason})
                 continue
-            statements.append(self.new_run(scheduled, row, statements))
-            if row["state"] == "missed" \
-                    and scheduled.settings.catchup == "yes":
+            statements += self.new_run(scheduled, row)
+            if scheduled.settings.catchup == "yes":
                 starts.append(QueuedRun(scheduled, "catch-up", row["due"],
                                         self.clock.now()))
         ready = self.admit_all(starts, statements)
@@ -6721,19 +6730,19 @@ class Scheduler:
         active = self.active_counts()
         for queued in starts:
             user = queued.scheduled.user
-            state, reason = self.admit(queued, counts) if active.get(
-                user, 0) < MOST_ACTIVE or user == self.master else (
-                    "skipped", f"{user} has {MOST_ACTIVE} active runs")
+            if active[user] < MOST_ACTIVE or user == self.master:
+                state, reason = self.admit(queued, counts)
+            else:
+                state = "skipped"
+                reason = f"{user} has {MOST_ACTIVE} active runs"
             if state == "skipped":
                 queued.reject(reason)
             else:
-                active[user] = active.get(user, 0) + 1
+                active[user] += 1
             if state == "running":
                 ready.append(queued)
-                counts[queued.scheduled.key] = counts.get(
-                    queued.scheduled.key, 0) + 1
-            statements.append(self.state_statement(queued, state, reason,
-                                                   statements))
+                counts[queued.scheduled.key] += 1
+            statements += self.state_statements(queued, state, reason)
         return ready
 
     def admit(self, queued: QueuedRun, counts: dict) -> tuple[str, str]:
@@ -6749,7 +6758,7 @@ class Scheduler:
             self.waiting.append(queued)
             return "queued", ""
         policy = scheduled.settings.overlap
-        if policy == "allow" or not counts.get(scheduled.key):
+        if policy == "allow" or not counts[scheduled.key]:
             return "running", self.late_reason(queued)
         waiting = sum(other.scheduled.key == scheduled.key
                       for other in self.waiting)
@@ -6762,10 +6771,10 @@ class Scheduler:
         self.waiting.append(queued)
         return "queued", WAITS_FOR_PREVIOUS
 
-    def held_statement(self, scheduled: ScheduledJob, row: dict,
-                       statements: list) -> tuple:
-        """Return the statement that counts starts that are held in the row
-        of the job's day, or adds that row."""
+    def held_statements(self, scheduled: ScheduledJob,
+                        row: dict) -> list[tuple]:
+        """Return the statements that count starts that are held in the row
+        of the job's day, or add that row."""
         key, count = (*scheduled.key, row["reason"]), row["count"]
         zone = self.registry.zones.get(scheduled.settings.zone, UTC)
         if key not in self.held:        # the koid before us may have a row
@@ -6778,12 +6787,12 @@ class Scheduler:
         day, run, before = self.held.get(key, (None, 0, 0))
         if day == local_day(zone, row["due"]):
             count += before
-            statement = self.store.update(run, count=count)
+            statements = [self.store.update(run, count=count)]
         else:
-            statement = self.new_run(scheduled, row, statements)
+            statements = self.new_run(scheduled, row)
             run = self.store.last
         self.held[key] = local_day(zone, row["due"]), run, count
-        return statement
+        return statements
 
     def kill_others(self, key: tuple) -> None:
         """KOI_OVERLAP=replace: end all runs of a job."""
@@ -6798,48 +6807,43 @@ class Scheduler:
         """Return by how much a run is later than KOI_START_WITHIN allows;
         "" if it is not."""
         within = queued.scheduled.settings.start_within
-        delay = queued.scheduled.delay * MINUTE \
-            if queued.trigger == "schedule" else 0
-        behind = self.clock.now() - queued.due - delay
+        behind = self.clock.now() - queued.planned
         return f"late by {format_duration(int(behind))}" \
             if within and behind > within else ""
 
-    def state_statement(self, queued: QueuedRun, state: str, reason: str,
-                        statements: list) -> tuple:
-        """Return the statement that keeps the state of a run, which gets its
-        number here; what must precede it is added to `statements`."""
+    def state_statements(self, queued: QueuedRun, state: str,
+                         reason: str) -> list[tuple]:
+        """Return the statements that keep the state of a run, which gets its
+        number here."""
         started = self.clock.now() if state == "running" else None
-        if queued.known:
-            return self.store.update(queued.run, state=state, reason=reason,
-                                     started=started)
+        if queued.run:
+            return [self.store.update(queued.run, state=state, reason=reason,
+                                      started=started)]
+        row = {"trigger": queued.trigger, "state": state, "due": queued.due,
+               "reason": reason}
         if state == "skipped" and reason in HELD:
-            return self.held_statement(queued.scheduled, {
-                "trigger": queued.trigger, "state": state, "reason": reason,
-                "due": queued.due, "count": 1}, statements)
-        queued.known = True
-        statement = self.new_run(queued.scheduled, {
-            "trigger": queued.trigger, "state": state, "due": queued.due,
-            "requested_at": queued.requested, "started": started,
-            "reason": reason, "args": queued.shown_values(),
-            "attempt": queued.attempt,
+            return self.held_statements(queued.scheduled, {**row, "count": 1})
+        statements = self.new_run(queued.scheduled, {
+            **row, "requested_at": queued.requested, "started": started,
+            "args": queued.shown_values(), "attempt": queued.attempt,
             "mail": NOT_MAILED if queued.by_hand
-            and queued.trigger == "retry" else ""}, statements)
+            and queued.trigger == "retry" else ""})
         queued.run = self.store.last
         if queued.nonce:
             statements += self.store.record_nonce(
                 queued.nonce, queued.requested, queued.run)
-        return statement
+        return statements
 
-    def new_run(self, scheduled: ScheduledJob, row: dict,
-                statements: list) -> tuple:
-        """Return the statement that adds a run, with the next number."""
+    def new_run(self, scheduled: ScheduledJob, row: dict) -> list[tuple]:
+        """Return the statements that add a run, with the next number."""
         self.store.last += 1
-        key = self.store.job_key(scheduled.key, scheduled.job, statements)
+        key = self.store.job_key(scheduled.key, scheduled.job)
+        statements = self.charge(scheduled.user, ROW_BYTES + len(
+            row.get("args", "")))
         if row["state"] in ("missed", "skipped"):
             statements += self.store.prune(key, scheduled.settings.keep - 1)
-        statements += self.charge(scheduled.user, ROW_BYTES + len(
-            row.get("args", "")))
-        return self.store.insert({"id": self.store.last, "job": key, **row})
+        return [*statements, self.store.insert({
+            "id": self.store.last, "job": key, **row})]
 
     def charge(self, user: str, size: int) -> list[tuple]:
         """Return the statements that keep a user's history within its share;
@@ -6870,11 +6874,10 @@ class Scheduler:
             # A follower starts when its row is on the disk: the end that
             # starts it would be found once more.
             if queued.waits_for_previous and (
-                    counts.get(key) or queued.trigger == "after"
+                    counts[key] or queued.trigger == "after"
                     and self.store.waiting) or queued.at > now:
                 continue
-            if queued.waits_for_previous:
-                counts[key] = counts.get(key, 0) + 1
+            counts[key] += queued.waits_for_previous
             ready.append(queued)
         if ready:
             self.waiting = [queued for queued in self.waiting
@@ -6888,9 +6891,7 @@ class Scheduler:
         now, or is dropped if the job was removed or changed."""
         if not self.waiting:
             return
-        jobs = {scheduled.key: scheduled
-                for scheduled in self.registry.scheduled_jobs}
-        statements = []
+        jobs, statements = self.registry.by_key(), []
         for queued in list(self.waiting):
             scheduled = jobs.get(queued.scheduled.key)
             reason = queued.obsolete(scheduled)
@@ -6911,10 +6912,7 @@ class Scheduler:
     def start_runs(self, starts: list[QueuedRun]) -> None:
         """Give each run a supervisor, or record why it cannot start."""
         accounts: dict[str, Account | None] = {}
-        counts: dict[str, int] = {}
-        for queued in starts:
-            user = queued.scheduled.user
-            counts[user] = counts.get(user, 0) + 1
+        counts = Counter(queued.scheduled.user for queued in starts)
         unstartable = []
         # Who starts many runs waits for those who start few.
         for queued in sorted(starts, key=lambda queued: counts[
@@ -7060,14 +7058,12 @@ class Scheduler:
             self.record_ends()
 
     def record_ends(self) -> None:
-        """Write the ends of runs, their output, retries and mails."""
-        statements, retries, mails, starts = [], [], [], []
+        """Write the ends of runs, their output, mails, and what follows."""
+        statements, mails, starts = [], [], []
         ends, self.unrecorded_ends = self.unrecorded_ends, []
         for running, status in ends:
-            of_run: list[tuple] = []
             try:
-                starts += self.record_end(running, status, of_run, retries,
-                                          mails)
+                of_run, mail, following = self.record_end(running, status)
             except OSError as error:    # too many files are open
                 self.log.set_problem(
                     "ends", f"a run's end cannot be read: {error}")
@@ -7075,14 +7071,15 @@ class Scheduler:
                 self.check_at = min(self.check_at, self.clock.ticks() + 1)
             except Exception as bug:    # of ours, with this run alone
                 self.log.set_problem("bug", f"run {running.run}: {bug!r}")
-                of_run = [self.store.update(
+                statements.append(self.store.update(
                     running.run, state="interrupted",
-                    reason="koid failed on its end")]
+                    reason="koid failed on its end"))
             else:
                 self.files_to_remove.append(running.run)
-            statements += of_run
+                statements += of_run
+                mails += mail
+                starts += following
         ready = self.admit_all(starts, statements)
-        self.waiting += retries
         if self.write(statements):
             self.mail.queue += mails
             self.start_runs(ready)
@@ -7091,72 +7088,58 @@ class Scheduler:
             queued.waits_for_previous = True
         self.waiting += ready
 
-    def record_end(self, running: RunningRun, status: int, statements: list,
-                   retries: list, mails: list) -> list[QueuedRun]:
-        """Add the statements, the retry and the mail of one run's end to the
-        lists; return the runs of jobs that follow. Raises OSError."""
+    def record_end(self, running: RunningRun, status: int) -> tuple:
+        """Return the statements that record one run's end, its mail, if any,
+        in a list, and the runs that follow: its retry, or those of jobs with
+        @after. Raises OSError."""
         outcome, frames = self.outcome(running, status)
-        statements += self.end_statements(running, outcome, frames)
+        statements = self.end_statements(running, outcome, frames)
         retry = self.retry_of(running, outcome)
         if retry:
-            statements.append(self.state_statement(retry, "queued", "",
-                                                   statements))
-            retries.append(retry)
-            return []
+            return statements, [], [retry]
         mail, state = self.mail.mail_for(running, outcome)
-        if mail:
-            mails.append(mail)
         if state:
             statements.append(self.store.update(running.run, mail=state))
-        if running.by_hand or outcome["state"] != "done" \
-                or outcome["exit"] != 0:
-            return []
+        well = outcome["state"] == "done" and outcome["exit"] == 0
         now = self.clock.now()
-        return [QueuedRun(scheduled, "after", min(outcome["ended"], now), now)
-                for scheduled in self.registry.scheduled_jobs
-                if scheduled.after == running.key]
+        return statements, [mail] if mail else [], [
+            QueuedRun(scheduled, "after", min(outcome["ended"], now), now)
+            for scheduled in self.registry.scheduled_jobs
+            if well and not running.by_hand
+            and scheduled.after == running.key]
 
     def outcome(self, running: RunningRun, status: int) -> tuple[dict, bytes]:
         """Return how a run ended, as columns of its row, and its output.
         Raises OSError."""
         data = run_file(self.home, running.run)
         header = parse_header(data)
-        if not header:
-            return self.outcome_without_file(running, status), b""
-        if running.kill == signal.SIGKILL and running.kill_at != FOREVER:
-            self.pending_kills.append((running.kill_at, header.job))
+        has_file, header = header is not None, header or RunFileHeader()
         frames = stored_frames(data, header)
-        exit_status, number = exit_and_signal(header.status) \
-            if header.phase == ENDED else (None, None)
-        state = {ENDED: "done", UNSTARTABLE: "unstartable"}.get(
-            header.phase, "interrupted")
-        if header.phase == RUNNING and status != NO_STATUS:
-            state = "done"      # a full disk: the end was only reported
-            exit_status, number = exit_and_signal(status)
+        if header.job and running.kill == signal.SIGKILL \
+                and running.kill_at != FOREVER:
+            self.pending_kills.append((running.kill_at, header.job))
+        if header.phase == ENDED:   # else a full disk: it was only reported
+            status = header.status
+        state = "unstartable" if header.phase == UNSTARTABLE else \
+            "interrupted" if status == NO_STATUS else "done"
+        exit_status, number = exit_and_signal(status)
         reason = running.reason or REASONS[header.reason]
         if reason == "timeout" and running.queued:
             limit = running.queued.scheduled.settings.timeout
             reason = f"timeout after {format_duration(limit)}"
-        elif state == "interrupted":
-            reason = reason or "its supervisor was killed"
         elif state == "unstartable":
             reason = output_text(frames).decode("utf-8", "replace").strip()
-        return {"state": state, "exit": exit_status, "signal": number,
-                "started": header.started or None,
-                "ended": header.ended or self.clock.now(),
-                "reason": reason, "bytes": header.total,
-                "cut": int(header.lost > 0)}, frames
-
-    def outcome_without_file(self, running: RunningRun, status: int) -> dict:
-        """Return the outcome of a run that never began, or that a full disk
-        left without a file."""
-        exit_status, number = exit_and_signal(status)
-        known = exit_status is not None or number is not None
-        return {"state": "done" if known else "interrupted",
-                "exit": exit_status, "signal": number,
-                "ended": self.clock.now(), "reason": running.reason or (
-                    "its output could not be kept" if known else
-                    "its supervisor was killed")}
+        elif state == "interrupted":
+            reason = reason or "its supervisor was killed"
+        elif not has_file:
+            reason = reason or "its output could not be kept"
+        outcome = {"state": state, "exit": exit_status, "signal": number,
+                   "ended": header.ended or self.clock.now(),
+                   "reason": reason, "bytes": header.total,
+                   "cut": int(header.lost > 0)}
+        if has_file:
+            outcome["started"] = header.started or None
+        return outcome, frames
 
     def end_statements(self, running: RunningRun, outcome: dict,
                        frames: bytes) -> list[tuple]:
@@ -7184,8 +7167,7 @@ class Scheduler:
         if not last or outcome["state"] != "done" or outcome["exit"] == 0 \
                 or running.reason:
             return None
-        scheduled = next((each for each in self.registry.scheduled_jobs
-                          if each.key == running.key), None)
+        scheduled = self.registry.by_key().get(running.key)
         if last.obsolete(scheduled) \
                 or last.attempt > scheduled.settings.retry:
             return None
@@ -7242,8 +7224,7 @@ class Scheduler:
         self.store.last = max(files | {self.store.last})
         rows = {row["run"]: row for row in self.store.runs(
             "r.state in ('queued', 'running')")}
-        jobs = {scheduled.key: scheduled
-                for scheduled in self.registry.scheduled_jobs}
+        jobs = self.registry.by_key()
         known = {run for run, in self.store.db.execute(
             "select id from runs")} if files else set()
         self.files_to_remove = [run for run in files if run in known
@@ -7292,20 +7273,17 @@ class Scheduler:
     def adopt_orphans(self, runs: list[int]) -> None:
         """Take over runs that have a file and no record: the disk was full,
         or the history was lost. They are shown as runs of a removed job."""
-        key = self.machine.user_name(os.geteuid()), "lost"
+        key = self.master, "lost"
         for run in runs:
             header = parse_header(run_file(self.home, run, HEADER_BYTES)
                                   ) or RunFileHeader()
-            statements: list[tuple] = []
-            job = self.store.job_key(key, LOST, statements)
-            self.write([*statements, self.store.insert({
-                "id": run, "job": job, "trigger": "manual",
-                "state": "running", "started": header.started or None,
-                "reason": "its record was lost", "args": "{}"})])
-            self.running[run] = running = RunningRun(run, key, None)
-            running.by_hand = True
-            if self.went_down(run):
-                self.ended[run] = NO_STATUS
+            self.write([self.store.insert({
+                "id": run, "job": self.store.job_key(key, LOST),
+                "trigger": "manual", "state": "running",
+                "started": header.started or None,
+                "reason": "its record was lost"})])
+            self.adopt_run({"run": run, "user": key[0], "identity": key[1],
+                            "trigger": "manual"}, None)
 
     def went_down(self, run: int) -> bool:
         """Did the machine go down under this run? The boot ID of a BSD is
@@ -7322,13 +7300,12 @@ class Scheduler:
             return None
         queued = QueuedRun(scheduled, row["trigger"], row["due"] or 0.0,
                            row["requested_at"] or 0.0)
-        queued.run, queued.known = row["run"], True
-        queued.values, queued.attempt = row["args"], row["attempt"]
+        queued.run, queued.attempt = row["run"], row["attempt"]
+        queued.values = row["args"]
         queued.by_hand = queued.by_hand or row["mail"] == NOT_MAILED
         queued.waits_for_previous = row["reason"] == WAITS_FOR_PREVIOUS
-        start = queued.due + (scheduled.delay * MINUTE if row["trigger"]
-                              == "schedule" else 0)
-        queued.at = self.clock.ticks() + max(0.0, start - self.clock.now())
+        queued.at = self.clock.ticks() + max(
+            0.0, queued.planned - self.clock.now())
         return queued
 
     def may_still_start(self, row: dict, queued: QueuedRun) -> bool:
@@ -7531,8 +7508,7 @@ class ControlService:
              "last": self.last_run(scheduled),
              "paused": self.registry.paused_until(scheduled, now),
              "running": counts.get(scheduled.key, 0)}
-            for scheduled in self.registry.scheduled_jobs if not user
-            or scheduled.user == user]}
+            for scheduled in self.registry.jobs_of(user)]}
 
     def last_run(self, scheduled: ScheduledJob) -> dict | None:
         """Return the newest run of a job."""
@@ -7635,10 +7611,9 @@ class ControlService:
             until = None
         elif until and until <= now:
             raise Error(f"{format_rfc3339(until)} is in the past")
-        statements: list[tuple] = []
-        self.store.job_key(scheduled.key, scheduled.job, statements)
-        statements.append(self.store.pause(scheduled.key, until))
-        written = self.daemon.scheduler.write(statements)
+        self.store.job_key(scheduled.key, scheduled.job)
+        written = self.daemon.scheduler.write(
+            [self.store.pause(scheduled.key, until)])
         self.daemon.broker.forget_list()
         if not written:
             raise Error(f"not recorded yet: {self.store.problem}")
@@ -7650,8 +7625,7 @@ class ControlService:
             self.machine.clock.now())
         tab = self.registry.tabs.get(f"{self.home}/tabs/{user or caller.name}"
                                      ) or Tab([], [], {})
-        jobs = [scheduled for scheduled in self.registry.scheduled_jobs
-                if not user or scheduled.user == user]
+        jobs = self.registry.jobs_of(user)
         starts = [start for start in (
             self.registry.next_start(scheduled, now)
             for scheduled in jobs) if start]
@@ -7661,9 +7635,8 @@ class ControlService:
             "version": VERSION, "pid": os.getpid(), "home": self.home,
             "started": self.daemon.started, "system": self.registry.system,
             "jobs": len(jobs), "running": running,
-            "next": min(starts, default=None), "late": [
-                label for key, label in self.daemon.scheduler.late()
-                if not user or key[0] == user],
+            "next": min(starts, default=None),
+            "late": self.daemon.scheduler.late(user),
             "tab": {"user": user or caller.name, "jobs": len(tab.jobs),
                     "problems": [problem.text("tab")
                                  for problem in tab.errors()]},
@@ -21194,11 +21167,10 @@ def select_tabs(options: Invocation):
 def next_starts(job: Job, zones: dict, after: int, many: int,
                 delay: int) -> list[int]:
     """Return the next starts of a job in seconds since 1970, each put off
-    by `delay` minutes."""
+    by `delay` seconds."""
     from itertools import islice
     if not job.schedule:
         return []
-    delay *= MINUTE
     return [start + delay for start in islice(unskipped_starts(
         job, zones[job.settings.zone], after - delay), many)]
 

@@ -61,7 +61,8 @@ def desk(tmp_path):
     store = koitab.RunStore(str(home / "history.db"))
     store.open()
     scheduler = SimpleNamespace(
-        running_counts=dict, late=list, problems_of=lambda user: [],
+        running_counts=dict, late=lambda user: [],
+        problems_of=lambda user: [],
         kill=lambda run, why: False)
     daemon = SimpleNamespace(scheduler=scheduler, started=0.0,
                              reload=book.load)
@@ -72,12 +73,11 @@ def desk(tmp_path):
 def add_runs(desk, user: str, count: int) -> None:
     """So many runs of one job."""
     duty = desk.registry.scheduled_jobs[0]
-    deeds: list = []
-    key = desk.store.job_key((user, duty.identity), duty.job, deeds)
-    deeds += [desk.store.insert({"job": key, "trigger": "manual",
-                                 "state": "done", "exit": 0, "started": 1.0})
-              for _ in range(count)]
-    assert desk.store.write(deeds)
+    key = desk.store.job_key((user, duty.identity), duty.job)
+    assert desk.store.write([
+        desk.store.insert({"job": key, "trigger": "manual", "state": "done",
+                           "exit": 0, "started": 1.0})
+        for _ in range(count)])
 
 
 # Whose tab a line is in ------------------------------------------------------

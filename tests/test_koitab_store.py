@@ -43,11 +43,10 @@ def whose(job) -> tuple[str, str]:
 
 def add(store, state: str = "done", job=BACKUP, **fields) -> int:
     """Add a run, as koid does; its number."""
-    deeds: list = []
-    key = store.job_key(whose(job), job, deeds)
+    key = store.job_key(whose(job), job)
     store.last += 1
-    deeds.append(store.insert({"id": store.last, "job": key, "state": state,
-                               "trigger": "schedule", **fields}))
+    deeds = [store.insert({"id": store.last, "job": key, "state": state,
+                           "trigger": "schedule", **fields})]
     if state == "done":
         deeds.append(("insert into output values (?, ?)",
                       (store.last, b"output %d" % store.last)))
