@@ -7904,7 +7904,6 @@ class DaemonClient:
         self.machine = machine
         self.home = machine.state_directory()
         self.path = machine.socket_path(self.home)
-        self.output = b""       # the bytes after the last reply
         if os.geteuid() and "KOI_HOME" not in os.environ \
                 and os.path.exists(ROOT_SOCKET):
             self.home, self.path = ROOT_HOME, ROOT_SOCKET
@@ -7926,17 +7925,18 @@ class DaemonClient:
             raise Error(f"{self.path}: {error.strerror or error}") from None
 
     def ask(self, op: str, **fields) -> dict:
-        """Return the reply to a request; what comes after it is in `output`.
-        Raises Error."""
-        lines = self.connect()
+        """Return the reply to a request, with whether a `daemon` gave it;
+        that to "log" with the `output`, too. Raises Error."""
+        request, lines = {"op": op, **fields}, self.connect()
         if not lines:
-            return self.without_daemon({"op": op, **fields})
+            return self.without_daemon(request)
         with lines.sock:
-            reply = ask_daemon(lines, {"op": op, **fields})
-            while op == "log" and lines.receive():
-                pass
-            self.output = bytes(lines.received)
-        return {**reply, "daemon": True}
+            reply = {**ask_daemon(lines, request), "daemon": True}
+            if op == "log":
+                while lines.receive():
+                    pass
+                reply["output"] = bytes(lines.received)
+        return reply
 
     def attach(self, job: str, args: dict, user: str = "") -> tuple:
         """Start a run: return its number, its connection, and the first
@@ -7960,10 +7960,8 @@ class DaemonClient:
     def without_daemon(self, request: dict) -> dict:
         """Carry out a request on the caller's own files. Raises Error if
         koid alone can."""
-        if request["op"] in ("run", "kill", "pause", "resume", "status",
-                             "relink"):
-            raise self.no_daemon()
-        if self.home == ROOT_HOME and os.geteuid():
+        if request["op"] in ("kill", "pause", "resume", "status", "relink") \
+                or self.home == ROOT_HOME and os.geteuid():
             raise self.no_daemon()
         if os.path.exists(self.home):
             self.machine.make_home(self.home)
@@ -7973,9 +7971,9 @@ class DaemonClient:
         store.open()
         control = ControlService(self.machine, self.home, registry, store)
         uid = os.geteuid()
-        reply, self.output = control.answer(
+        reply, output = control.answer(
             Caller(uid, self.machine.user_name(uid)), request)
-        return {**reply, "daemon": False}
+        return {**reply, "output": output, "daemon": False}
 
 
 def ask_daemon(lines: LineConnection, request: dict) -> dict:
@@ -20710,12 +20708,9 @@ class Invocation:
 
     def ask_koid(self, operation: str, **fields) -> dict:
         """Return koid's reply, or what the files say if koid does not run;
-        about the user of -u. "output" has what follows the reply, if there
-        is any. Raises Error."""
-        user = {"user": self.user} if self.user else {}
-        client = DaemonClient(self.machine)
-        reply = client.ask(operation, **fields, **user)
-        return {**reply, "output": client.output} if client.output else reply
+        about the user of -u. Raises Error."""
+        return DaemonClient(self.machine).ask(operation, user=self.user,
+                                              **fields)
 
     @property
     def owner(self) -> str:
@@ -21554,13 +21549,6 @@ def result_words(run: dict) -> str:
                     else "")
 
 
-def duration_of(run: dict) -> float | None:
-    """Return the seconds from start to end, None if one is unknown."""
-    if run["started"] is None or run["ended"] is None:
-        return None
-    return max(run["ended"] - run["started"], 0.0)
-
-
 def duration_words(seconds: float | None) -> str:
     """Return a duration with at most two significant parts, or "-"."""
     if seconds is None:
@@ -21569,15 +21557,9 @@ def duration_words(seconds: float | None) -> str:
                            round(seconds, 1) if seconds >= 1 else seconds)
 
 
-def time_of_run(run: dict) -> float | None:
-    """Return when a run started, or should have; None if that is unknown."""
-    return next((run[key] for key in ("started", "due", "requested_at")
-                 if run[key] is not None), None)
-
-
 def start_words(run: dict) -> str:
     """Return when a run started, or should have, as RFC 3339 writes it."""
-    at = time_of_run(run)
+    at = time_of(run)
     return "-" if at is None else format_rfc3339(at)
 
 
@@ -21591,12 +21573,10 @@ def label_for(run: dict, owner: str) -> str:
 def last_runs(options: Invocation, name: str) -> list[dict]:
     """Return the last runs, the newest at the end. Raises Error."""
     wanted, found = options.number or 20, []
-    fields = {"job": name} if name else {}
     while len(found) < wanted:
-        more = {"before": found[-1]["run"]} if found else {}
         runs = options.ask_koid(
-            "history", limit=min(wanted - len(found), PAGE_OF_RUNS),
-            **fields, **more)["runs"]
+            "history", job=name, before=found[-1]["run"] if found else 0,
+            limit=min(wanted - len(found), PAGE_OF_RUNS))["runs"]
         if not runs:
             break
         found += runs
@@ -21619,7 +21599,7 @@ def command_history(options: Invocation, name: str = ""
     print(f"{'RUN':>5}  {'STARTED':25}  {'JOB':{width}}  {'BY':8}  "
           f"{'TOOK':>6}  RESULT")
     for run, label in zip(runs, labels):
-        seconds = duration_of(run)
+        seconds = seconds_of(run)
         print(f"{run['run']:>5}  {start_words(run):25}  {label:{width}}  "
               f"{run['trigger']:8}  {duration_words(seconds):>6}  "
               f"{escape_controls(result_words(run))}")
@@ -21646,7 +21626,7 @@ def command_log(options: Invocation, which: str) -> int:
         raise Error("--follow cannot be combined with --json", "",
                     EXIT_USAGE)
     reply = options.ask_koid("log", **run_or_job(which))
-    run, frames = reply["run"], read_frames(reply.get("output", b""))
+    run, frames = reply["run"], read_frames(reply["output"])
     if options.json:
         names = {STDOUT: "stdout", STDERR: "stderr", NOTE: "note"}
         print_json({**run, "frames": [
@@ -21659,7 +21639,7 @@ def command_log(options: Invocation, which: str) -> int:
     while options.follow and run["state"] in ("queued", "running"):
         reply = more_output(options, reply)
         run = reply["run"]
-        output.write_all(read_frames(reply.get("output", b"")))
+        output.write_all(read_frames(reply["output"]))
     output.flush()
     if run["state"] != "done" or options.follow and run["exit"] != 0:
         options.warn(f"run {run['run']}: {result_words(run)}")
@@ -21881,9 +21861,9 @@ class NextRow:
                 "" if self.options.start else
                 f" ({relative_words(start - self.now)})"))
         last = self.known.get("last")
-        at = last and time_of_run(last)
+        at = last and time_of(last)
         if at is not None:
-            took = duration_of(last)
+            took = seconds_of(last)
             print(f"    last: {self.stamp(at)} "
                   f"({relative_words(at - self.now)}): "
                   f"{escape_controls(result_words(last))}"

@@ -638,7 +638,7 @@ class Koi:
         """A reply of koid's (or of the files). Raises koitab.Error."""
         with self.link() as link:
             reply = link.ask(op, **fields)
-            self.output = link.output
+            self.output = reply.pop("output", b"")
             return reply
 
     def run(self, job: str, user: str = "", **args: str

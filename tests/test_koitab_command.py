@@ -39,6 +39,7 @@ class Koid:
         self.connection = None
 
     def ask(self, op: str, **fields) -> dict:
+        fields = {name: value for name, value in fields.items() if value}
         self.asked.append((op, fields))
         if self.refused:
             raise self.refused
@@ -74,7 +75,8 @@ class Koid:
         return {"runs": newest[:fields["limit"]]}
 
     def do_log(self, _fields):
-        return {"run": self.runs[-1], "size": len(self.output)}
+        return {"run": self.runs[-1], "size": len(self.output),
+                "output": self.output}
 
     def do_kill(self, _fields):
         return {"run": self.runs[-1]}

@@ -40,7 +40,9 @@ import json
 def asked(request):
     link = k.DaemonClient(k.Machine())
     if request["op"] != "run":
-        return link.ask(request.pop("op"), **request)
+        reply = link.ask(request.pop("op"), **request)
+        reply.pop("output", None)       # bytes
+        return reply
     run, connection, data = link.attach(
         request["job"], request.get("args", {}), request.get("user", ""))
     chunks = [data]
