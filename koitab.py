@@ -7401,9 +7401,7 @@ class ControlService:
     def whose(self, caller: Caller, request: dict) -> str:
         """Return the user whose tab is meant. Raises Error if the caller may
         not have it, or that user no tab."""
-        user = request.get("user") or caller.name
-        if user != caller.name and not caller.is_admin:
-            raise Error("must be privileged to use -u")
+        user = self.allowed_user(caller, request) or caller.name
         if os.geteuid() and user != self.machine.user_name(os.geteuid()):
             raise Error("this koid belongs to an ordinary user, and runs "
                         "jobs for no other")
@@ -7519,41 +7517,37 @@ class ControlService:
     def history(self, caller: Caller, request: dict) -> dict:
         """Answer "history": up to `limit` runs before the run `before`, but
         LONGEST_VALUES characters of arguments at most. Raises Error."""
-        user, where, values = self.allowed_user(caller, request), ["1"], []
-        if user:
-            where.append("j.user = ?")
-            values.append(user)
+        user, of_job = self.allowed_user(caller, request), "1"
         if request.get("job"):
-            keys = self.keys_of(self.job_owner(caller, request),
-                                request["job"])
-            where.append(f"r.job in ({', '.join(map(str, keys))})")
-        if request.get("before"):
-            where.append("r.id < ?")
-            values.append(request["before"])
-        limit = max(1, min(request.get("limit") or 100, MOST_ROWS))
-        text = f"{' and '.join(where)} order by r.id desc limit ?"
+            of_job = self.condition_of_job(caller, request)
         runs, size = [], 0
-        for run in self.store.each_run(text, *values, limit):
+        for run in self.store.each_run(
+                f"?1 in ('', j.user) and {of_job} and r.id < ?2 "
+                "order by r.id desc limit ?3", user,
+                request.get("before") or LARGEST,
+                max(1, min(request.get("limit") or 100, MOST_ROWS))):
             runs.append(run)
             size += sum(map(len, run["args"].values()))
             if size > LONGEST_VALUES:
                 break
         return {"runs": runs, "more": size > LONGEST_VALUES}
 
-    def keys_of(self, user: str, name: str) -> list[int]:
-        """Return the numbers in the history of the jobs that a name means,
-        removed ones too. Raises Error."""
+    def condition_of_job(self, caller: Caller, request: dict) -> str:
+        """Return the SQL condition for runs of the jobs that a request
+        names, removed ones too. Raises Error."""
         from types import SimpleNamespace
+        user, name = self.job_owner(caller, request), request.get("job", "")
         rows = self.store.db.rows(
             "select id, identity, name, section, label as command, '' as line"
             " from jobs where user = ?1 or ?1 = ''", user)
         try:
-            return [job.id for job in match_jobs([
+            keys = [job.id for job in match_jobs([
                 SimpleNamespace(**row, tag=short_hash(row["identity"]))
                 for row in rows], storable(name))]
         except Error:           # it has no run yet
             scheduled = self.registry.find_job(user, name)
-            return [self.store.keys.get(scheduled.key, 0)]
+            keys = [self.store.keys.get(scheduled.key, 0)]
+        return f"r.job in ({', '.join(map(str, keys))})"
 
     def run_of(self, caller: Caller, request: dict, where: str,
                missing: str) -> dict:
@@ -7567,13 +7561,11 @@ class ControlService:
                 raise Error(f"there is no run {request['run']}",
                             "koitab history")
         else:
-            name = request.get("job", "")
-            keys = ", ".join(map(str, self.keys_of(
-                self.job_owner(caller, request), name)))
-            runs = self.store.runs(f"r.job in ({keys}) and {where} order by "
-                                   "r.id desc limit 1")
+            runs = self.store.runs(
+                f"{self.condition_of_job(caller, request)} and {where} "
+                "order by r.id desc limit 1")
             if not runs:
-                raise Error(f"{short(name)} {missing}")
+                raise Error(f"{short(request.get('job', ''))} {missing}")
         return runs[0]
 
     def log(self, caller: Caller, request: dict) -> tuple[dict, bytes]:

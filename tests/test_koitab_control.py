@@ -312,8 +312,8 @@ NO_USER = "unknown"
     (stranger("mallory"), "../x", MUST, MUST),
     (stranger("ghost"), None, NO_USER, "ghost"),
     # userdel, a container, a service: a uid without a name is not everyone.
-    (stranger(""), None, NO_USER, "no name"),
-    (stranger(""), "", NO_USER, "no name"),
+    (stranger(""), None, "no name", "no name"),
+    (stranger(""), "", "no name", "no name"),
     (stranger(""), "alice", MUST, MUST),
 ])
 def test_a_caller_means_himself_and_root_means_anyone(desk, caller, user,
