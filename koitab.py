@@ -8011,7 +8011,8 @@ LOG_AGAIN = 10.0            # seconds between lines about the same thing
 MOST_PROBLEMS = 20          # that a dashboard gets
 MOST_RECORD_BYTES = 2**20   # of the runs in one batch
 LONGEST_PIECE = 2**18       # bytes of output in one reply
-LIVE_BYTES = 2**20          # of live output in one reply; and one run's more
+LIVE_BYTES = 2**20          # of live output in a reply, in base64; and one
+                            # run's more
 BYTES_OF_LIST = 2**22       # of the list of jobs
 BYTES_OF_JOB = 1024         # in it, if it has less: 500 jobs are 500 KiB
 BYTES_OF_USER = 500 * BYTES_OF_JOB      # in it; who runs koid may use all
@@ -8243,10 +8244,11 @@ class AgentProcess:
 
 
 class OutputCursor:
-    """How far the output of a run that is followed was sent."""
+    """How far the output of a run that is followed was sent; -1: nothing
+    was."""
 
     def __init__(self) -> None:
-        self.position = self.sent = 0
+        self.position, self.sent = 0, -1
 
 
 class AgentBroker:
@@ -8358,11 +8360,10 @@ class AgentBroker:
     def answer(self, request: dict) -> dict:
         """Return the reply to a request of the agent's. Raises an exception
         of any kind if it is invalid."""
-        handler = {"hello": self.hello, "batch": self.batch,
-                   "output": self.output, "live": self.live,
-                   "request": self.request, "state": self.state}[
-                       request.get("op")]
-        return handler(request)
+        return {"hello": self.hello, "batch": self.batch,
+                "output": self.output, "live": self.live,
+                "request": self.verifier.verify_and_run,
+                "state": self.state}[request["op"]](request)
 
     def hello(self, _request: dict) -> dict:
         """Return what the agent needs: never the host key."""
@@ -8374,17 +8375,13 @@ class AgentBroker:
 
     def facts(self) -> dict:
         """Return what a dashboard shows about this host."""
-        zone, now = self.scheduler.registry.zones[""], self.clock.now()
+        zone, now = self.registry.zones[""], self.clock.now()
         return {"epoch": int(self.store.get_meta("epoch") or 0),
                 "offset": zone.offset(int(now)), "version": VERSION,
                 "zone": self.machine.zone_name(),
                 "boot": self.machine.boot_id(),
                 "problems": [escape_controls(text)[:300] for text in
                              self.scheduler.problems_of("")[:MOST_PROBLEMS]]}
-
-    def request(self, request: dict) -> dict:
-        """Verify a request that a dashboard handed out, and carry it out."""
-        return self.verifier.verify_and_run(request)
 
     def state(self, request: dict) -> dict:
         """Take how the agent is doing, and what the dashboard has."""
@@ -8426,9 +8423,9 @@ class AgentBroker:
         for row in rows:
             scheduled = self.scheduled_jobs.get((row["user"], row["identity"]))
             record = {name: row[name] for name in RECORD_FIELDS}
-            records.append({**record, "nonce": "", "next": scheduled
-                            and self.scheduler.registry.next_start(
-                                scheduled, now)})
+            records.append({
+                **record, "nonce": "", "next": scheduled
+                and self.registry.next_start(scheduled, now)})
             size += sum(map(len, row["args"].values())) + 1000
             if size > MOST_RECORD_BYTES:
                 break
@@ -8438,7 +8435,7 @@ class AgentBroker:
             reply["list"] = {"body": body, "mac": mac}
             reply["next"] = {
                 f"{scheduled.user}\n{scheduled.job.tag}":
-                self.scheduler.registry.next_start(scheduled, now)
+                self.registry.next_start(scheduled, now)
                 for scheduled in self.scheduled_jobs.values()}
         return reply
 
@@ -8447,7 +8444,7 @@ class AgentBroker:
         and its SHA-256. It is made anew when a tab has changed."""
         if self.listed is None:
             import json
-            master = self.machine.user_name(os.geteuid())
+            master = self.scheduler.master
             manifests, cut = self.share_list(master)
             for user in self.cut_users | cut:
                 self.log.set_problem(
@@ -8513,41 +8510,37 @@ class AgentBroker:
         time. The run that was sent the least comes first."""
         wanted = {int(run): size for run, size
                   in list(request["runs"].items())[:MOST_FOLLOWED]}
-        self.cursors = {run: cursor for run, cursor in self.cursors.items()
-                        if run in wanted}
+        self.cursors = {run: self.cursors.get(run) or OutputCursor()
+                        for run in wanted}
         found, room = [], LIVE_BYTES
-        for run in sorted(wanted, key=lambda run: getattr(
-                self.cursors.get(run), "sent", 0)):
+        for run in sorted(wanted, key=lambda run: self.cursors[run].sent):
             if room <= 0:
                 break
-            piece, size = self.live_piece(run, wanted[run])
+            piece = self.live_piece(run, wanted[run])
             if piece:
                 found.append(piece)
-                room -= size
+                room -= len(piece["data"])
         return {"live": found}
 
-    def live_piece(self, run: int, size: int) -> tuple[dict | None, int]:
+    def live_piece(self, run: int, size: int) -> dict | None:
         """Return the new output of a run of which the dashboard has `size`
-        bytes, and how many bytes it is."""
+        bytes; None if there is none."""
         from base64 import b64encode
-        cursor = self.cursors.get(run)
-        fresh = cursor is None or cursor.sent != size
+        cursor = self.cursors[run]
+        fresh = cursor.sent != size
         if fresh:
-            cursor = self.cursors[run] = OutputCursor()
-        data, header = read_stable_file(self.scheduler.home, run) \
-            if run in self.scheduler.running else (b"", None)
-        if not header:
-            return None, 0
-        frames, cursor.position = frames_since(stored_frames(data, header),
-                                               cursor.position)
+            cursor.position = cursor.sent = 0
+        frames, cursor.position = frames_since(output_so_far(
+            self.scheduler.home, run) if run in self.scheduler.running
+            else b"", cursor.position)
         if not frames:
-            return None, 0
+            return None
         piece = {"run": run, "at": cursor.sent,
                  "data": b64encode(frames).decode()}
         if fresh:
             piece["reset"] = True
         cursor.sent += len(frames)
-        return piece, len(frames)
+        return piece
 
 
 class RequestVerifier:
@@ -8642,13 +8635,11 @@ class RequestVerifier:
             raise RequestRejected("its arguments are not those of the job")
         values = dict(args)
         for name, text in secrets.items():
-            if len(text) % 2 or not HEX.issuperset(text):
-                raise RequestRejected("a secret in it cannot be read")
             try:
                 values[name] = encrypt_secret(
                     self.enrollment.secret, fields["nonce"], name,
                     bytes.fromhex(text)).decode()
-            except UnicodeDecodeError:
+            except ValueError:      # not in hex, or not UTF-8
                 raise RequestRejected(
                     "a secret in it cannot be read") from None
         return validate_arguments(scheduled.job, values)
