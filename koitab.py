@@ -4679,8 +4679,8 @@ class RunStore:
         jobs = self.db.execute(
             "select id, user, identity from jobs where removed > 0 and "
             "removed < ? and id not in (select job from runs)", before)
-        statements = [(f"delete from {table} = ?", (run,)) for run in runs
-                      for table in ("output where run", "runs where id")]
+        statements = self.delete_runs(
+            f"({', '.join(map(str, runs))})") if runs else []
         for key, *whose in jobs:
             del self.keys[tuple(whose)]
             self.pauses.pop(tuple(whose), None)
@@ -4713,12 +4713,16 @@ class RunStore:
                             "desc limit 1 offset ?", key, keep)
         if old is None:
             return []
-        old_runs = "(select id from runs where job = ? and id <= ? and " \
-            "state not in ('queued', 'running') and (change <= ? or id <= ?))"
-        values = (key, old, LARGEST if self.sent is None else self.sent,
-                  self.last - MOST_UNSENT)
-        return [(f"delete from output where run in {old_runs}", values),
-                (f"delete from runs where id in {old_runs}", values)]
+        return self.delete_runs(
+            "(select id from runs where job = ? and id <= ? and state not in "
+            "('queued', 'running') and (change <= ? or id <= ?))", key, old,
+            LARGEST if self.sent is None else self.sent,
+            self.last - MOST_UNSENT)
+
+    def delete_runs(self, runs: str, *values) -> list[tuple]:
+        """Return the statements that remove the runs in an SQL list."""
+        return [(f"delete from {rows} in {runs}", values)
+                for rows in ("output where run", "runs where id")]
 
     def charge(self, user: str, size: int) -> list[tuple]:
         """Count `size` more bytes of a user's history. Return the statements
@@ -4737,9 +4741,8 @@ class RunStore:
                 f"o.frames), 0) {finished} order by r.id desc", user):
             self.used[user] += more
             if self.used[user] > self.share * 0.9:
-                old_runs = f"(select r.id {finished} and r.id <= ?2)"
-                return [(f"delete from {rows} in {old_runs}", (user, run))
-                        for rows in ("output where run", "runs where id")]
+                return self.delete_runs(
+                    f"(select r.id {finished} and r.id <= ?2)", user, run)
         return []
 
     def set_meta(self, name: str, value: str) -> tuple:
