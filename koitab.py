@@ -3663,29 +3663,30 @@ class Machine:
                         "KOI_HOME=DIRECTORY is another place for koi's files"
                         ) from None
 
-    def write_tab(self, home: str, user: str, text: str) -> None:
-        """Install the tab of `user` completely or not at all. Raises
-        Error."""
-        self.make_home(home)
+    def write_file(self, path: str, text: str) -> None:
+        """Write a file of the state directory completely or not at all.
+        Raises Error."""
         try:
-            write_atomically(f"{home}/tabs/{user}",
-                             text.encode("utf-8", "surrogateescape"))
+            write_atomically(path, encode_os(text))
         except OSError as error:
-            raise Error(f"the tab of {user} cannot be written: "
-                        f"{error.strerror}") from None
+            raise Error(f"{path}: {error.strerror}") from None
 
-    def remove_tab(self, home: str, user: str) -> bool:
-        """Remove the tab of `user`. Return False if there is none. Raises
-        Error."""
+    def remove_file(self, path: str) -> bool:
+        """Remove a file of the state directory. Return False if there is
+        none. Raises Error."""
         try:
-            os.unlink(f"{home}/tabs/{user}")
-            sync_directory(f"{home}/tabs")
+            os.unlink(path)
+            sync_directory(posixpath.dirname(path))
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise Error(f"the tab of {user} cannot be removed: "
-                        f"{error.strerror}") from None
+            raise Error(f"{path}: {error.strerror}") from None
         return True
+
+    def write_tab(self, home: str, user: str, text: str) -> None:
+        """Install the tab of `user`. Raises Error."""
+        self.make_home(home)
+        self.write_file(f"{home}/tabs/{user}", text)
 
     def keep_tab(self, home: str, user: str, text: str) -> str:
         """Keep a tab that was replaced, as one of the last TABS_KEPT of the
@@ -3697,10 +3698,9 @@ class Machine:
             for number in range(TABS_KEPT, 1, -1):
                 if os.path.exists(f"{path}{number - 1}"):
                     os.replace(f"{path}{number - 1}", f"{path}{number}")
-            write_atomically(f"{path}1", text.encode("utf-8",
-                                                     "surrogateescape"))
         except OSError as error:
             raise Error(f"{path}1: {error.strerror}") from None
+        self.write_file(f"{path}1", text)
         return f"{path}1"
 
     def user_tab(self, home: str, user: str) -> TabFile | None:
@@ -3758,20 +3758,11 @@ class Machine:
     def write_enrollment(self, home: str, enrollment: Enrollment) -> None:
         """Write the file `keys`. Raises Error."""
         self.make_home(home)
-        try:
-            write_atomically(f"{home}/keys", enrollment.to_json().encode())
-        except OSError as error:
-            raise Error(f"{home}/keys: {error.strerror}") from None
+        self.write_file(f"{home}/keys", enrollment.to_json())
 
     def remove_enrollment(self, home: str) -> None:
         """Remove the file `keys`, if there is one. Raises Error."""
-        try:
-            os.unlink(f"{home}/keys")
-            sync_directory(home)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise Error(f"{home}/keys: {error.strerror}") from None
+        self.remove_file(f"{home}/keys")
 
     def zone_name(self) -> str:
         """Return the name of the machine's zone, such as Europe/Berlin; "" if
@@ -6159,7 +6150,7 @@ def launch_spec(queued: QueuedRun, account: Account, host: dict
             in enumerate(job.params, start=1)}
     return LaunchSpec(
         queued.run, job.script,
-        job.stdin.encode("utf-8", "surrogateescape"),
+        encode_os(job.stdin),
         job_environment(queued.scheduled, account, host,
                         KOI_RUN=str(queued.run), **more),
         job.settings.timeout, job.settings.nice,
@@ -7478,7 +7469,7 @@ class ControlService:
     def remove(self, caller: Caller, request: dict) -> dict:
         """Answer "remove". Raises Error."""
         user = self.whose(caller, request)
-        removed = self.machine.remove_tab(self.home, user)
+        removed = self.machine.remove_file(f"{self.home}/tabs/{user}")
         self.reload()
         return {"removed": removed}
 
@@ -20912,7 +20903,7 @@ def print_tab(text: str) -> None:
     if sys.stdout.isatty():
         lines = text.removesuffix("\n").split("\n") if text else []
         text = "".join(f"{escape_controls(line)}\n" for line in lines)
-    put_out(sys.stdout, text.encode("utf-8", "surrogateescape"))
+    put_out(sys.stdout, encode_os(text))
 
 
 def command_remove(options: Invocation) -> int:
@@ -20932,16 +20923,16 @@ class EditSession:
     """The file that an editor gets, in a directory where nobody but the
     caller can replace it."""
 
-    def __init__(self, text: str):
+    def __init__(self, options: Invocation, text: str):
         import tempfile
-        self.first = text
+        self.options, self.first = options, text
         try:
             self.directory = tempfile.mkdtemp(prefix="crontab.")
             self.path = posixpath.join(self.directory, "crontab")
             fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL
                          | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             with open(fd, "wb") as file:
-                file.write(text.encode("utf-8", "surrogateescape"))
+                file.write(encode_os(text))
         except OSError as error:
             raise Error(f"no place for a draft: {error.strerror}",
                         "TMPDIR=/var/tmp koitab -e") from None
@@ -20949,34 +20940,26 @@ class EditSession:
     def text(self) -> str:
         """Return what the editor left. The path may name another file by
         now, so the open file is judged. Raises Error."""
-        try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW
-                         | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                error = file_error(os.fstat(fd), (os.geteuid(),), 0, False)
-                if error:
-                    raise Error(f"{self.path}: {error}")
-                with open(fd, "rb", closefd=False) as file:
-                    data = file.read(LONGEST_TAB + 1)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise Error(f"{self.path}: {error.strerror}") from None
-        return data.decode("utf-8", "surrogateescape")
+        file = self.options.machine.tab_file(
+            self.path, "", (os.geteuid(),), 0, None, links=False)
+        if not file or file.text is None:
+            raise Error(f"{self.path}: "
+                        f"{file.problem if file else 'it was removed'}")
+        return file.text
 
     def remove(self) -> None:
         """Delete the draft and its directory."""
         import shutil
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def leave(self, options: Invocation) -> None:
+    def leave(self) -> None:
         """Keep a changed draft, since nothing was installed."""
         try:
             changed = self.text() != self.first
         except Error:
             changed = True
         if changed:
-            options.warn(f"edits left in {self.path}")
+            self.options.warn(f"edits left in {self.path}")
         else:
             self.remove()
 
@@ -21033,16 +21016,16 @@ def command_edit(options: Invocation) -> int:
     if before is None:
         print(f"{no_tab(options)} - using an empty one",
               file=sys.stderr)
-    draft = EditSession(TEMPLATE if before is None else before)
+    draft = EditSession(options, TEMPLATE if before is None else before)
     try:
         done = edit_until_installed(options, draft, before)
     except BaseException:
-        draft.leave(options)
+        draft.leave()
         raise
     if done:
         draft.remove()
         return EXIT_OK
-    draft.leave(options)
+    draft.leave()
     return EXIT_ERROR
 
 

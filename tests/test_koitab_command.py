@@ -39,7 +39,8 @@ class Koid:
         self.connection = None
 
     def ask(self, op: str, **fields) -> dict:
-        fields = {name: value for name, value in fields.items() if value}
+        fields = {name: value for name, value in fields.items()
+                  if value or name == "text"}
         self.asked.append((op, fields))
         if self.refused:
             raise self.refused

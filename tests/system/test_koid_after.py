@@ -18,8 +18,8 @@ STRIKE = """
 import os, signal
 
 def strike(scheduler, *args, real=k.Scheduler.{method}):
-    found = [] if {after} else real(scheduler, *args)
-    if any(queued.trigger == "after" for queued in found or args[0]):
+    found = ((), (), []) if {after} else real(scheduler, *args)
+    if any(queued.trigger == "after" for queued in found[2] or args[0]):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(scheduler, *args) if {after} else found
 
