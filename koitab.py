@@ -1680,7 +1680,7 @@ class Lexer:
         text = self.text
         if character == "\\":
             self.at += 1
-            self.placeholder("after a backslash") or self.skip()
+            self.read_character("after a backslash")
         elif character == "'":
             self.single_quotes("in single quotes")
         elif character == '"':
@@ -1699,7 +1699,7 @@ class Lexer:
             if self.placeholder(place, first and "=" not in before):
                 self.assigned.add(before.partition("=")[0].rstrip("+"))
             else:
-                self.skip()
+                self.at += 1
         else:
             self.at += 1
 
@@ -1739,9 +1739,10 @@ class Lexer:
         end = text.find("]", at)
         return end < 0 or text[at + 1:end].strip(LITERAL_CHARACTERS) != ""
 
-    def skip(self) -> None:
-        """Read one character, whatever it is."""
-        self.at += 1
+    def read_character(self, place: str) -> None:
+        """Read a placeholder, which is in `place`, or one character."""
+        if not self.placeholder(place):
+            self.at += 1
 
     def read_rest(self, place: str) -> None:
         """Read all up to the end, which is in `place`."""
@@ -1756,7 +1757,7 @@ class Lexer:
             if at < 0:
                 break
             self.at = at
-            self.placeholder(place) or self.skip()
+            self.read_character(place)
 
     def single_quotes(self, place: str) -> None:
         """Read '...', where no character is special."""
@@ -1778,17 +1779,15 @@ class Lexer:
             if character == '"':
                 self.at += 1
                 return
-            if character == "\\":
-                self.at += 1
-                self.placeholder("in double quotes") or self.skip()
-            elif character == "`":
+            if character == "`":
                 self.backquotes()
             elif character == "$":
                 self.dollar(quoted=True)
-            elif not self.placeholder("in double quotes"):
+            else:
                 if inner and character in "'}":
                     self.reject_ambiguous_quote()
-                self.at += 1
+                self.at += character == "\\"
+                self.read_character("in double quotes")
 
     def reject_ambiguous_quote(self) -> None:
         """Reject placeholders from here on: shells disagree about a quote."""
@@ -1803,8 +1802,7 @@ class Lexer:
                 self.at += 1
                 return
             self.at += character == "\\"
-            if not self.placeholder("in backquotes"):
-                self.at += 1
+            self.read_character("in backquotes")
 
     def dollar(self, quoted: bool) -> None:
         """Read $(..), $((..)), ${..}, $'..' or $name. `quoted`: it is in
@@ -1842,13 +1840,7 @@ class Lexer:
             if character == "}":
                 self.at += 1
                 break
-            if character == "\\":
-                self.at += 1
-                self.placeholder("in ${..}") or self.skip()
-            elif character == "'" and quoted:
-                self.reject_ambiguous_quote()
-                self.at += 1
-            elif character == "'":
+            if character == "'" and not quoted:
                 self.single_quotes("in ${..}")
             elif character == '"':
                 self.double_quotes(inner=quoted)
@@ -1856,8 +1848,11 @@ class Lexer:
                 self.backquotes()
             elif character == "$":
                 self.dollar(quoted)
-            elif not self.placeholder("in ${..}"):
-                self.at += 1
+            else:
+                if character == "'":
+                    self.reject_ambiguous_quote()
+                self.at += character == "\\"
+                self.read_character("in ${..}")
         self.depth -= 1
 
     def ansi_quotes(self) -> None:
@@ -1869,8 +1864,7 @@ class Lexer:
                     self.place_to_end = self.place_to_end \
                         or r"after $'..\'..'"
                 self.at += 1
-            if not self.placeholder("in $'..'"):
-                self.at += 1
+            self.read_character("in $'..'")
         self.at += 1
 
 
