@@ -3231,10 +3231,7 @@ def next_due(job: Job, state: SchedulerState) -> int | None:
                 None)
 
 
-def first_due(jobs: list[Job], state: SchedulerState) -> int | None:
-    """Return the instant of the first start of all jobs, or None."""
-    return min((due for due in (next_due(job, state) for job in jobs)
-                if due is not None), default=None)
+
 
 
 def advance(zone_clock: ZoneClock, after: int, until: int) -> ZoneClock:
@@ -3252,13 +3249,13 @@ def advance(zone_clock: ZoneClock, after: int, until: int) -> ZoneClock:
 
 
 def plan(jobs: list[Job], state: SchedulerState, now: ClockSample,
-         due: int | None = 0) -> tuple[SchedulerState, list[Launch]]:
+         due: int | None) -> tuple[SchedulerState, list[Launch]]:
     """Return the new state, and the launches that became due since the last
     sample, in order. Each start is returned once, whenever this is called.
 
-    Up to the first start, time passed as expected: koid slept. From there to
-    `now` something delayed koid, and would have delayed cron as well. `due`
-    is the result of `first_due` if the caller knows it, otherwise 0.
+    Up to `due`, the first start of all jobs, time passed as expected: koid
+    slept. From there to `now` something delayed koid, and would have delayed
+    cron as well. None: no job has a start.
     """
     after = int(state.sample.instant // 1)
     expected = state.sample.instant + now.ticks - state.sample.ticks
@@ -3270,7 +3267,6 @@ def plan(jobs: list[Job], state: SchedulerState, now: ClockSample,
     if unset // MINUTE == after // MINUTE:
         # cron would still sleep. `skipped` was reported by the last call.
         return state.replace(skipped=[]) if state.skipped else state, []
-    due = first_due(jobs, state) if due == 0 else due
     until = unset if due is None else min(unset, due - 1)
     if now.instant // MINUTE != unset // MINUTE:
         until = min(until, unset // MINUTE * MINUTE - 1)

@@ -560,12 +560,23 @@ def test_clock_set_back_within_a_minute_repeats_no_start():
     begin = at("2026-03-01 00:00")
     state = state_at(begin, {"": koitab.UTC})
     jobs = [job("* * * * *")]
-    state, launches = koitab.plan(jobs, state, koitab.ClockSample(
+    state, launches = plan(jobs, state, koitab.ClockSample(
         begin + 61, 61.0))
     assert len(launches) == 1
-    later, launches = koitab.plan(jobs, state, koitab.ClockSample(
+    later, launches = plan(jobs, state, koitab.ClockSample(
         begin + 50, 70.0))
     assert (later is state, launches) == (True, [])
+
+
+def first_due(jobs, state) -> int | None:
+    """Return the instant of the first start of all jobs, or None."""
+    return min((due for due in (koitab.next_due(each, state) for each in jobs)
+                if due is not None), default=None)
+
+
+def plan(jobs, state, now):
+    """Return the result of `plan` for jobs of which no due time is known."""
+    return koitab.plan(jobs, state, now, first_due(jobs, state))
 
 
 def state_at(instant: float, zones: dict, before=None):
@@ -589,13 +600,13 @@ def started(jobs, minutes, checks, here):
 
     state = koitab.state_for_zones(sample(0), {"": here})
     found = []
-    due = koitab.first_due(jobs, state)
+    due = first_due(jobs, state)
     for turn in range(1, len(minutes)):
         unset = state.sample.instant + sample(turn).ticks \
             - state.sample.ticks
         if turn in checks or due is not None and unset >= due:
-            state, launches = koitab.plan(jobs, state, sample(turn))
-            due = koitab.first_due(jobs, state)
+            state, launches = plan(jobs, state, sample(turn))
+            due = first_due(jobs, state)
             found += [(turn, launch.minute // MINUTE, launch.job.line)
                       for launch in launches]
     return found
@@ -692,15 +703,15 @@ def test_late_wakeup_neither_repeats_nor_loses_a_start():
         state, end = state_at(now, {"": here}), now + DAY
         found = []
         while state.sample.instant < end:
-            due = koitab.first_due(jobs, state)
+            due = first_due(jobs, state)
             now = dice.choice([
                 due + dice.random() * 59, due + dice.random(),
                 max(due - dice.random() * 900, state.sample.instant + 0.01)])
-            state, launches = koitab.plan(
+            state, launches = plan(
                 jobs, state, koitab.ClockSample(now, now - at(begin)))
             found += [(launch.job.line, launch.due) for launch in launches]
             if not launches and state.sample.instant != now:
-                state, launches = koitab.plan(
+                state, launches = plan(
                     jobs, state, koitab.ClockSample(due, due - at(begin)))
                 found += [(launch.job.line, launch.due)
                           for launch in launches]
@@ -715,7 +726,7 @@ def test_after_a_halt_fixed_jobs_catch_up_and_wildcard_jobs_run_once():
     jobs[1] = job("0-59 0-23 * * *", 2)
     begin = at("2026-03-01 00:00")
     state = state_at(begin, {"": here})
-    state, launches = koitab.plan(
+    state, launches = plan(
         jobs, state, koitab.ClockSample(begin + 600, 600.0))
     assert sum(launch.job.line == 1 for launch in launches) == 1
     assert [launch.minute for launch in launches if launch.job.line == 2] == [
@@ -731,7 +742,7 @@ def test_each_zone_has_its_own_virtual_clock():
     state = state_at(begin, {"": berlin, "UTC": koitab.UTC})
     found = []
     for minute in range(1, 600):
-        state, launches = koitab.plan(jobs, state, koitab.ClockSample(
+        state, launches = plan(jobs, state, koitab.ClockSample(
             begin + minute * 60, minute * 60.0))
         found += [(launch.job.line, launch.due) for launch in launches]
     assert found == [(1, at("2026-10-25T02:30+02:00")),
@@ -750,6 +761,6 @@ def test_jobs_of_one_minute_start_last_line_first_as_in_cron():
     begin = at("2026-03-01 00:00")
     jobs = [job("* * * * *", line) for line in (1, 2, 3)]
     state = state_at(begin, {"": koitab.UTC})
-    _, launches = koitab.plan(jobs, state,
+    _, launches = plan(jobs, state,
                               koitab.ClockSample(begin + 60, 60.0))
     assert [launch.job.line for launch in launches] == [3, 2, 1]

@@ -201,7 +201,9 @@ def planned(name: str) -> list[list[int]]:
         if turn == 0:
             watch = koitab.state_for_zones(
                 now, {"": koitab.Machine().zone(zone)})
-        watch, launches = koitab.plan(tab.jobs, watch, now)
+        due = min(filter(None, (koitab.next_due(job, watch)
+                                for job in tab.jobs)), default=None)
+        watch, launches = koitab.plan(tab.jobs, watch, now, due)
         starts += [[launch.job.line, wall] for launch in launches]
     return starts
 
