@@ -3231,9 +3231,6 @@ def next_due(job: Job, state: SchedulerState) -> int | None:
                 None)
 
 
-
-
-
 def advance(zone_clock: ZoneClock, after: int, until: int) -> ZoneClock:
     """Return the clock after the minutes between two instants, in which no
     start was due."""

@@ -414,7 +414,8 @@ def test_an_editor_with_an_open_quote_is_an_error(type_in, koid, monkeypatch):
 
 
 def test_a_draft_is_the_callers_alone():
-    draft = koitab.EditSession("a\udcff\n")
+    draft = koitab.EditSession(koitab.Invocation(koitab.Machine()),
+                               "a\udcff\n")
     try:
         assert support.mode(draft.directory) == 0o700
         assert support.mode(draft.path) == 0o600
@@ -433,11 +434,11 @@ def swap_large(path: str) -> None:
 
 
 @pytest.mark.parametrize("swap, why", [
-    (swap_link, "symbolic link"), (os.mkfifo, "no regular file"),
+    (swap_link, "it is a link"), (os.mkfifo, "no regular file"),
     (os.mkdir, "no regular file"), (swap_large, "larger than"),
-    (lambda path: None, "No such file")])
+    (lambda path: None, "it was removed")])
 def test_what_an_editor_left_is_judged_before_it_is_read(swap, why):
-    draft = koitab.EditSession("")
+    draft = koitab.EditSession(koitab.Invocation(koitab.Machine()), "")
     try:
         os.unlink(draft.path)
         swap(draft.path)
@@ -449,7 +450,7 @@ def test_what_an_editor_left_is_judged_before_it_is_read(swap, why):
 
 @support.root_only
 def test_a_draft_that_belongs_to_another_user_is_not_read():
-    draft = koitab.EditSession("")
+    draft = koitab.EditSession(koitab.Invocation(koitab.Machine()), "")
     try:
         os.chown(draft.path, support.ALICE_UID, -1)
         with pytest.raises(koitab.Error, match="its owner is uid 1500"):

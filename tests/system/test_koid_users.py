@@ -329,7 +329,9 @@ def test_name_of_a_job_means_roots_own_for_root(town):
     assert alice.ask("run", job="Deploy")["text"] == "trap\n"
     assert town.run("Deploy")[1] == b"of root\n"
     alice.write("run", job="Hers")
-    running = support.wait_until(lambda: town.ask("status")["running"])[0]
+    running = support.wait_until(lambda: [
+        run for run in town.ask("status")["running"]
+        if run["name"] == "Hers"])[0]
     assert {run["user"] for run in town.history(job="Deploy")} == {"root"}
     assert [run["user"] for run in town.history(
         job="Deploy", user=ALICE)] == [ALICE]
