@@ -10137,6 +10137,7 @@ class Credentials:
 
     `dash` is the dashboard's id, "" before it was created. The tokens are in
     memory as well: each HTTP request is judged by them, on any thread.
+    `founding` is the SHA-256 of the token that creates the dashboard.
     """
 
     TABLES = """
@@ -10149,7 +10150,7 @@ create table dashboard (
 
     def __init__(self, changes: Changes, audit: AuditLog):
         self.changes, self.audit = changes, audit
-        self.dash = ""
+        self.dash = self.founding = ""
         self.tokens: dict[str, Principal] = {}      # SHA-256 -> who
 
     def load(self, db: Database) -> None:
@@ -10171,6 +10172,10 @@ create table dashboard (
             else token
         return self.tokens.get(sha256_hex(token)) if is_hex(token, 64) \
             else None
+
+    def is_founder(self, token: str) -> bool:
+        """May who shows this token create the dashboard? Only one may."""
+        return not self.dash and sha256_hex(token) == self.founding
 
     def read_keys(self, fields) -> dict:
         """Return the keys in a request as columns. Raises Error."""
@@ -13052,6 +13057,7 @@ class Overview:
 
 MOST_IN_BATCH = 256             # operations that are written together
 MOST_OPERATIONS = 20_000            # then the next are refused
+FOUNDING = ".founding"          # ending of the file of the founding token
 BALLAST = 2**21                 # twice the log: given up when the disk is full
 MOST_MARKED = 2_000             # changes; more and the page reads all anew
 SEEN_STORED = 60.0              # seconds between notes of who was seen
@@ -13201,6 +13207,29 @@ class Dashboard:
             if failure_of(error) != "full":
                 raise
             self.on_disk_full()
+
+    def offer_founding(self) -> str:
+        """Write the token that creates the dashboard into a file that only
+        our own user and root can read; return its path. When there is a
+        dashboard, remove the file and return "". Raises Error."""
+        path = self.path + FOUNDING
+        if self.credentials.dash:
+            remove(path)
+            return ""
+        token = os.urandom(32).hex()
+        try:
+            write_atomically(path, f"{token}\n".encode())
+        except OSError as error:
+            raise Error(f"{path}: {error.strerror}") from None
+        self.credentials.founding = sha256_hex(token)
+        return path
+
+    def found(self, db: Database, fields, now: float) -> dict:
+        """Create the dashboard; the token for it is used up. Raises
+        Error."""
+        result = self.credentials.create(db, fields, now)
+        self.changes.after_commit(self.offer_founding)
+        return result
 
     def load(self) -> None:
         """Read what is in memory as well, and set the timers. Changes are
@@ -13823,6 +13852,12 @@ class Request:
         return self.minor == 1 and "close" not in [
             word.strip(" \t").lower() for word in
             self.headers.get("connection", "").split(",")]
+
+    @property
+    def token(self) -> str | None:
+        """The token that it shows, or None. RFC 6750, 2.1"""
+        kind, _, token = self.headers.get("authorization", "").partition(" ")
+        return token.strip(" ") if kind.lower() == "bearer" else None
 
     @property
     def content_type(self) -> str:
@@ -15011,24 +15046,23 @@ class AccessRules:
         if context.counted:
             self.clients.remove(context.network, bool(context.principal))
 
-    def refuse_key(self, context: RequestContext, now: float, message: str,
-                   status: int) -> None:
-        """Record a wrong key. Raises Error: TooManyRequests after many."""
+    def refuse_key(self, context: RequestContext, now: float,
+                   error: Error) -> None:
+        """Record a wrong key. Raises `error`, or after many TooManyRequests.
+        """
         wait = self.throttle.add_miss(context.network, now)
-        if wait:
-            raise TooManyRequests("too many wrong keys", wait)
-        raise Error(message, "", status)
+        raise TooManyRequests("too many wrong keys", wait) if wait else error
 
     def check_token(self, context: RequestContext, now: float) -> None:
         """Find out whose token it is and whether the route is for them; now
         is the event loop's time. Raises Error."""
-        kind, _, token = context.request.headers.get(
-            "authorization", "").partition(" ")
-        if kind.lower() != "bearer":
+        token = context.request.token
+        if token is None:
             raise Error("this needs a key", "Authorization: Bearer KEY", 401)
-        principal = self.principal_of(token.strip(" "))
+        principal = self.principal_of(token)
         if not principal:
-            self.refuse_key(context, now, "this key is not known here", 401)
+            self.refuse_key(context, now, Error("this key is not known here",
+                                                "", 401))
         context.principal = principal
         if context.counted:
             self.clients.mark_proven(context.network)
@@ -15437,13 +15471,15 @@ async def show_salt(api: Api, _context: RequestContext) -> Response:
 
 
 async def create_dashboard(api: Api, context: RequestContext) -> Response:
-    """POST /api/v1/dashboards: the only one, from this machine."""
-    if not is_loopback(context.address):
-        api.rules.refuse_key(context, api.loop.time(), "a dashboard is "
-                             "created on its own machine", 403)
+    """POST /api/v1/dashboards: the only one, with the founding token."""
     credentials = api.dashboard.credentials
-    return json_response(await api.write(
-        credentials.create, await api.body_of(context), api.clock.now()), 201)
+    if not credentials.is_founder(context.request.token or ""):
+        api.rules.refuse_key(context, api.loop.time(), Error(
+            "this server already has a dashboard", "koitab -d join URL", 403)
+            if credentials.dash else Error(
+                "a dashboard is created with the founding token of its "
+                "server", "koitab -d new URL", 403))
+    return json_response(await api.store(context, api.dashboard.found), 201)
 
 
 async def receive_ping(api: Api, context: RequestContext) -> Response:
@@ -21876,6 +21912,7 @@ def print_rows(rows: list) -> None:
 # ==========================================================================
 
 LOCAL_DASHBOARD = "http://127.0.0.1:8077"
+LENT_DB = "/var/lib/koi-dashboard/dashboard.db"     # of root's unit
 LONGEST_CA = 2**19      # bytes: it becomes a part of the file `keys`
 POLL_PAUSE = 0.2        # seconds between two questions about a request
 REQUEST_LIFE = 300_000  # ms that a request may wait for its host
@@ -21945,11 +21982,17 @@ def split_dashboard_url(text: str) -> tuple[str, str]:
 def read_passphrase(question: str = "Passphrase: ") -> str:
     """Return a passphrase from the terminal, or a line of standard input;
     an option could be read by everybody. Raises Error."""
+    return read_secret_line(question, "passphrase")
+
+
+def read_secret_line(question: str, what: str) -> str:
+    """Return the answer to a question, without an echo at a terminal; or a
+    line of standard input. Raises Error if there is none."""
     # Not from sys.stdin itself: it would read ahead of what ARG=- is to have.
     text = prompt_secret(question) if os.isatty(0) else sys.stdin.buffer \
         .readline().decode("utf-8", "surrogateescape").rstrip("\r\n")
     if not text:
-        raise Error("no passphrase was given", "type it, or write it to "
+        raise Error(f"no {what} was given", "type it, or write it to "
                     "standard input", EXIT_USAGE)
     return text
 
@@ -22039,6 +22082,7 @@ def new_dashboard(options: Invocation,
     """koitab -d new: make a dashboard and join it. Raises Error."""
     require_not_enrolled(options)
     client, ca = connect_dashboard(options, url)
+    client.token = founding_token(options, client)
     passphrase = format_passphrase(os.urandom(20))
     salt = os.urandom(SALT_BYTES)
     keys = derive_keys(passphrase, salt)
@@ -22049,6 +22093,69 @@ def new_dashboard(options: Invocation,
     print_keys(url, dash, keys, passphrase)
     enroll(options, client, url, ca, keys, dash)
     return EXIT_OK
+
+
+def founding_token(options: Invocation, client: DashboardClient) -> str:
+    """Return the token that creates a dashboard, of this machine or of
+    another; "" if that server has one already. Raises Error."""
+    token = find_founding_token(options, client)
+    try:
+        if not token:
+            client.request("GET", "/api/v1/salt")
+    except HttpRefused:                 # there is no dashboard
+        return read_secret_line("Founding token (the dashboard's log says "
+                                "in which file): ", "founding token")
+    except ConnectionFailed:
+        pass                            # the request with the keys says why
+    return token
+
+
+def find_founding_token(options: Invocation, client: DashboardClient) -> str:
+    """Return the token in the file of the dashboard of this machine, or "".
+
+    Only a file of a user who listens at the dashboard's port counts. So no
+    other user, who took the port, gets the token.
+    """
+    import pwd
+    if not is_local(client.host):
+        return ""
+    paths = [LENT_DB, f"{options.machine.state_directory()}/dashboard.db"]
+    users = listening_users(client.port)
+    paths += [f"{account.pw_dir}/.local/state/koi/dashboard.db"
+              for account in pwd.getpwall() if account.pw_uid in users]
+    return next(filter(None, (read_own_token(path + FOUNDING, users)
+                              for path in paths)), "")
+
+
+def listening_users(port: int) -> set[int]:
+    """Return the ids of the users who listen at a TCP port of this machine,
+    as proc_net_tcp(5) lists them; none elsewhere than on Linux."""
+    users = set()
+    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            with open(path, encoding="ascii") as file:
+                rows = [line.split() for line in file][1:]
+        except OSError:
+            continue
+        users.update(int(row[7]) for row in rows if row[3] == "0A"
+                     and int(row[1].rpartition(":")[2], 16) == port)
+    return users
+
+
+def read_own_token(path: str, users: set[int]) -> str:
+    """Return the token in a private file of one of `users`, or ""."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+                     | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    with open(fd, "rb") as file:
+        facts = os.fstat(fd)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_mode & 0o077 \
+                or facts.st_uid not in users:
+            return ""
+        token = file.read(65).decode("ascii", "replace").strip()
+    return token if is_hex(token, 64) else ""
 
 
 def print_keys(url: str, dash: str, keys: Keys, passphrase: str) -> None:
@@ -22759,7 +22866,6 @@ StateDirectoryMode=0700
 CapabilityBoundingSet={capabilities}
 AmbientCapabilities={capabilities}
 """
-LENT_DB = "/var/lib/koi-dashboard/dashboard.db"
 
 
 def command_daemon(options: Invocation) -> int:
@@ -22817,6 +22923,7 @@ def command_dashboard(options: Invocation) -> int:
         options.machine.make_home(options.machine.state_directory())
     dashboard = Dashboard(dashboard_db(options), options.machine.clock)
     dashboard.open()
+    founding = dashboard.offer_founding()
     dashboard.start()
     notifier = Notifier(dashboard, options.machine)
     notifier.start()
@@ -22826,7 +22933,7 @@ def command_dashboard(options: Invocation) -> int:
                         dashboard_log(options))
     set_process_name("koi-dashboard", *sys.argv[2:])
     try:
-        server.run(lambda: log_addresses(options, server))
+        server.run(lambda: log_addresses(options, server, founding))
     finally:
         notify_manager("STOPPING=1")
         notifier.stop()
@@ -22842,8 +22949,10 @@ def dashboard_log(options: Invocation):
         options.machine.clock, f"dashboard: {text}", sys.stderr)
 
 
-def log_addresses(options: Invocation, server: HttpServer) -> None:
-    """Log where the dashboard listens, and what to type next."""
+def log_addresses(options: Invocation, server: HttpServer,
+                  founding: str) -> None:
+    """Log where the dashboard listens and, where none was created, what to
+    type next. `founding` is the file of the token for that, or ""."""
     scheme = "https" if server.certificate else "http"
     urls = []
     for sock in server.listeners:
@@ -22864,7 +22973,11 @@ def log_addresses(options: Invocation, server: HttpServer) -> None:
     elif name and not split_authority(name)[1]:
         name += f":{server.listeners[0].getsockname()[1]}"
     where = f"{scheme}://{name}" if name else urls[0]
-    server.log(f"next: koitab -d new {where}; then open {where}")
+    if founding:
+        server.log(f"the founding token, for other machines: {founding}")
+        server.log(f"next: koitab -d new {where}; then open {where}")
+    else:
+        server.log(f"the page: {where}")
 
 
 def back_up(options: Invocation) -> int:

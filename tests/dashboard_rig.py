@@ -445,7 +445,8 @@ class DashboardProcess:
             pytest.fail(f"the dashboard ended: {self.log()}")
         log = self.logs[-1].read_text("utf-8", "replace")
         found = re.search(r"listens at https?://\S+:(\d+)\n", log)
-        return found[1] if found and "next: " in log else ""
+        return found[1] if found and re.search(
+            "dashboard: (next|the page): ", log) else ""
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         if self.process.poll() is None:
@@ -498,11 +499,23 @@ class DashboardProcess:
 
     def set_up(self) -> DashboardProcess:
         """Give it the tokens of this rig, and one host without a koid."""
-        made = self.ask("POST", "/api/v1/dashboards", new_dashboard())
+        made = self.found(new_dashboard())
         assert made.status == 201, made
         self.dash = made.json["dash"]
         self.register_host(HOST, HOST_TOKEN)
         return self
+
+    def founding_token(self) -> str:
+        """The token that creates the dashboard."""
+        path = Path(f"{self.db.absolute()}.founding")
+        if not path.exists():           # on a disk of its own
+            path = Path(f"/proc/{self.process.pid}/root{path}")
+        return path.read_text().strip()
+
+    def found(self, fields: dict) -> HttpReply:
+        """Create the dashboard with these keys."""
+        return self.ask("POST", "/api/v1/dashboards", fields,
+                        self.founding_token())
 
     def register_host(self, host: str, token: str) -> None:
         made = self.ask("POST", "/api/v1/hosts", {
@@ -602,7 +615,8 @@ class DashboardHost(support.Koi):
 
     def create_dashboard(self, dashboard: DashboardProcess) -> Operator:
         """`koitab -d new`; its text is `printed`."""
-        done = self.koitab("-d", "new", dashboard.url)
+        done = self.koitab("-d", "new", dashboard.url,
+                           stdin=dashboard.founding_token() + "\n")
         assert done.code == 0, done
         self.printed = done.out
         dash = re.search(r"^dashboard +\S+/#([0-9a-f]{16})$", done.out, re.M)

@@ -1030,7 +1030,8 @@ def koitab_with_a_dashboard(stage: Stage) -> None:
     koi.run("Colour")
     with stage.dashboard() as house:
         url = f"http://127.0.0.1:{house.port}"
-        secret = stage.typed_secret(stage.koitab("-d", "new", url).out)
+        secret = stage.typed_secret(stage.koitab(
+            "-d", "new", url, said=house.founding_token()).out)
         wait_until_sent(koi)
         stage.koitab("-d", "show")
         stage.koitab("-d", "new", url)
@@ -1130,7 +1131,8 @@ def sync_payloads(stage: Stage) -> None:
     koi.run("Bad")
     with stage.dashboard() as house, Proxy(house.port) as proxy:
         secret = stage.typed_secret(stage.koitab(
-            "-d", "new", f"http://127.0.0.1:{proxy.port}").out)
+            "-d", "new", f"http://127.0.0.1:{proxy.port}",
+            said=house.founding_token()).out)
         for part, name in (("sent", "wait"), ("sent", "records"),
                            ("answer", "acked"), ("answer", "missing_output"),
                            ("sent", "outputs")):

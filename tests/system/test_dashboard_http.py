@@ -17,6 +17,7 @@ import stat
 import subprocess
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -887,21 +888,31 @@ def test_a_rotated_key_opens_nothing_and_closes_streams(tmp_path):
         assert found.ask("GET", "/api/v1/state", token="e" * 64).status == 200
 
 
-def test_only_the_first_dashboard_is_created_without_a_key(tmp_path):
+def test_a_dashboard_is_created_once_with_the_founding_token(tmp_path):
     asked = {"salt": "11" * 16, "rounds": 600_000, "api_sha256": "e" * 64,
              "view_sha256": "f" * 64}
-    with DashboardProcess(tmp_path, *PROXIED,
-                          patch="k.MISS_PAUSE = 0.0") as found:
-        far = {"X_Forwarded_For": "203.0.113.1"}
-        assert found.ask("POST", "/api/v1/dashboards", asked,
-                         **far).status == 403
+    with DashboardProcess(tmp_path) as found:
+        file, token = Path(f"{found.db}.founding"), found.founding_token()
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        for wrong in ("", "0" * 64, token[1:]):
+            refused = found.ask("POST", "/api/v1/dashboards", asked, wrong)
+            assert refused.status == 403, wrong
+            assert "founding token" in refused.json["error"]
         assert found.ask("GET", "/api/v1/salt").status == 404
+        found.stop()
+        found.start()
+        assert found.ask("POST", "/api/v1/dashboards", asked,
+                         token).status == 403
         found.set_up()
-        refused = found.ask("POST", "/api/v1/dashboards", asked)
+        assert not file.exists() and "next: " in found.log()
+        refused = found.ask("POST", "/api/v1/dashboards", asked, token)
         assert refused.status == 403
         assert "-d join" in refused.json["hint"]
         salt = found.ask("GET", "/api/v1/salt").json
         assert (salt["dash"], salt["rounds"]) == (found.dash, 600_000)
+        found.stop()
+        found.start()
+        assert "next: " not in found.logs[-1].read_text()
         found.assert_no_bugs()
 
 
@@ -912,6 +923,7 @@ def test_attempts_to_create_a_dashboard_are_limited(tmp_path):
         statuses = [found.ask("POST", "/api/v1/dashboards", {},
                               **far).status for _ in range(11)]
         assert statuses == [403] * 10 + [429]
+        found.set_up()
 
 
 # --- browsers follow ------------------------------------------------------

@@ -459,7 +459,7 @@ def second(tmp_path_factory):
     keys = derive(password, salt, ROUNDS)
     with DashboardProcess(tmp_path_factory.mktemp("second"),
                           *SERVER_OPTIONS) as server:
-        made = server.ask("POST", "/api/v1/dashboards", {
+        made = server.found({
             "salt": salt.hex(), "rounds": ROUNDS,
             "api_sha256": koitab.sha256_hex(keys.api.hex()),
             "view_sha256": koitab.sha256_hex(keys.view.hex())})

@@ -50,10 +50,11 @@ class Elsewhere(support.Koi):
             str(self.boot) if self.has_boot_id else "", *flags[cached + 1:],
             *args])
 
-    def koitab(self, *args: str) -> support.Result:
-        process = support.subprocess.Popen(
-            self.command(*args), env=self.env, stdout=-1, stderr=-1)
-        return support.ended(process)
+    def koitab(self, *args: str, stdin: str = "") -> support.Result:
+        done = support.subprocess.run(
+            self.command(*args), env=self.env, input=stdin,
+            encoding="utf-8", stdout=-1, stderr=-1, timeout=60)
+        return support.Result(done.returncode, done.stdout, done.stderr)
 
     def restart(self, number: int = signal.SIGKILL) -> None:
         self.stop(number)
@@ -236,7 +237,8 @@ def test_a_run_reaches_a_dashboard(koi, tmp_path):
             tmp_path / "dashboard",
             prefix=(*start, str(wrapper))) as dashboard:
         koi.start()
-        done = koi.koitab("-d", "new", dashboard.url)
+        done = koi.koitab("-d", "new", dashboard.url,
+                          stdin=dashboard.founding_token())
         assert done.code == 0, done
         koi.run("it")
         wait_until(lambda: dashboard.rows(

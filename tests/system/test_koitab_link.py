@@ -6,15 +6,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import sqlite3
 import ssl
 import subprocess
+from pathlib import Path
 
 import pytest
 
 import servers
 import support
 from dashboard_rig import DashboardHost, DashboardProcess, Operator
+from support import ALICE_UID
 
 koitab = support.load("koitab")
 
@@ -105,7 +108,8 @@ def test_what_cannot_be_is_told_with_the_mend(loose, typed, words, status):
 
 def test_a_host_that_left_joins_by_the_passphrase_alone(tmp_path, loose):
     with DashboardProcess(tmp_path / "own") as server:
-        done = loose.koitab("-d", "new", server.url)
+        done = loose.koitab("-d", "new", server.url,
+                            stdin=server.founding_token())
         assert done.code == 0 and "koid is not running" in done.err, done
         password = re.search(r"^passphrase +([a-z0-9]{4}(-[a-z0-9]{4}){4})$",
                              done.out, re.M)[1]
@@ -135,6 +139,50 @@ def test_an_address_as_the_browser_shows_it_will_do(tmp_path, loose):
         third = DashboardHost(tmp_path / "third", "third")
         done = third.koitab("-d", "new", server.url)
         assert done.code == 1 and "dashboard" in done.err, done
+
+
+def test_new_finds_the_founding_token_of_this_machine(tmp_path, loose):
+    with DashboardProcess(loose.folder, db=f"{loose.home}/dashboard.db"
+                          ) as server:
+        done = loose.koitab("-d", "new", server.url)
+        assert done.code == 0, done
+        assert not Path(f"{server.db}.founding").exists()
+
+
+def test_new_asks_for_a_founding_token_that_it_does_not_find(tmp_path, loose):
+    with DashboardProcess(tmp_path / "own") as server:
+        done = loose.koitab("-d", "new", server.url)
+        assert done.code == 2 and "no founding token was given" in done.err
+        done = loose.koitab("-d", "new", server.url, stdin="0" * 64)
+        assert done.code == 1 and "the founding token of its" in done.err
+        done = loose.koitab("-d", "new", server.url,
+                            stdin=server.founding_token())
+        assert done.code == 0, done
+
+
+@support.root_only
+@pytest.mark.parametrize("owner, mode, found", [
+    (ALICE_UID, 0o600, True), (0, 0o600, False), (ALICE_UID, 0o640, False)])
+def test_a_founding_token_counts_only_if_the_listening_user_has_it_alone(
+        tmp_path, owner, mode, found):
+    file, token = tmp_path / "token", "ab" * 32
+    file.write_text(token)
+    os.chown(file, owner, owner)
+    file.chmod(mode)
+    assert koitab.read_own_token(str(file), {ALICE_UID}) == (
+        token if found else "")
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    assert koitab.read_own_token(str(link), {ALICE_UID}) == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/net/tcp"),
+                    reason="only Linux says who listens at a port")
+def test_the_users_who_listen_at_a_port_are_known():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        assert koitab.listening_users(port) == {os.geteuid()}
+    assert koitab.listening_users(port) == set()
 
 
 def test_keys_that_nobody_can_read_can_be_removed(loose):
@@ -178,7 +226,8 @@ def test_https_is_trusted_by_the_certificate_that_is_given(tmp_path):
         koid = DashboardHost(tmp_path / "home", "home", rounds="")
         done = koid.koitab("-d", "new", https.url)
         assert done.code == 1 and "certificate not trusted" in done.err
-        done = koid.koitab("-d", "new", https.url, "--ca", str(made.cert))
+        done = koid.koitab("-d", "new", https.url, "--ca", str(made.cert),
+                           stdin=https.founding_token())
         assert done.code == 0, done
         koid.start()
         try:
