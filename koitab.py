@@ -23004,37 +23004,38 @@ def command_unit(options: Invocation, service: str) -> int:
     path = os.path.abspath(__file__)
     command = [path] if os.access(path, os.X_OK) else [
         sys.executable, "-IS", path]
-    if service == "dashboard":
-        print(dashboard_unit(options, [*command, service]), end="")
-        return EXIT_OK
-    command += ["daemon"] + ["--system"] * options.system
-    kept = {name: os.environ[name] for name in ("KOI_HOME", "XDG_STATE_HOME")
-            if os.environ.get(name)}
-    print(plist(command, kept, "koid") if sys.platform == "darwin"
-          else daemon_unit(options, command, kept), end="")
+    make_unit = daemon_unit if service == "daemon" else dashboard_unit
+    print(make_unit(options, [*command, service]), end="")
     return EXIT_OK
 
 
-def unit_header(service: str, unit: str) -> str:
-    """Return the lines that say how to install a unit. `enable --now` would
-    not restart a unit that is running (systemctl(1))."""
-    where, user, linger = ("/etc/systemd/system", "", "") \
-        if os.geteuid() == 0 else ("~/.config/systemd/user", "--user ",
-                                   "\n# loginctl enable-linger")
-    return f"# koitab unit {service} > {where}/{unit}.service\n# systemctl " \
-        f"{user}enable {unit} && systemctl {user}restart {unit}{linger}"
+def unit_text(text: str, service: str, unit: str, **fields: str) -> str:
+    """Return a unit for systemd, or for the systemd of a user. It begins
+    with how to install it: `enable --now` would not restart a unit that is
+    running (systemctl(1))."""
+    where, user, linger, target = (
+        "/etc/systemd/system", "", "", "multi-user.target") \
+        if os.geteuid() == 0 else (
+            "~/.config/systemd/user", "--user ",
+            "\n# loginctl enable-linger", "default.target")
+    return text.format(
+        where=f"# koitab unit {service} > {where}/{unit}.service\n"
+        f"# systemctl {user}enable {unit} && "
+        f"systemctl {user}restart {unit}{linger}", target=target, **fields)
 
 
-def daemon_unit(options: Invocation, command: list[str],
-                environment: dict) -> str:
-    """Return koid's unit for systemd, or for the systemd of a user."""
-    root = os.geteuid() == 0
-    return UNIT.format(
-        where=unit_header("daemon" + " --system" * options.system, "koid"),
+def daemon_unit(options: Invocation, command: list[str]) -> str:
+    """Return koid's unit, with the variables that say where its state is."""
+    command += ["--system"] * options.system
+    environment = {name: os.environ[name] for name in (
+        "KOI_HOME", "XDG_STATE_HOME") if os.environ.get(name)}
+    if sys.platform == "darwin":
+        return plist(command, environment, "koid")
+    return unit_text(
+        UNIT, "daemon" + " --system" * options.system, "koid",
         command=unit_command(command),
         environment="".join(f"Environment={unit_word(f'{n}={value}')}\n"
-                            for n, value in environment.items()),
-        target="multi-user.target" if root else "default.target")
+                            for n, value in environment.items()))
 
 
 def unit_word(word: str) -> str:
@@ -23101,10 +23102,8 @@ def dashboard_unit(options: Invocation, command: list[str]) -> str:
                         for name, _ in files)
     elif root:
         lines = f"ReadWritePaths={unit_word(posixpath.dirname(db))}\n"
-    return DASHBOARD_UNIT.format(
-        where=unit_header("dashboard", "koi-dashboard"), command=line,
-        lines=lines, closed=CLOSED if root else "",
-        target="multi-user.target" if root else "default.target")
+    return unit_text(DASHBOARD_UNIT, "dashboard", "koi-dashboard",
+                     command=line, lines=lines, closed=CLOSED if root else "")
 
 
 # ==========================================================================
