@@ -101,26 +101,31 @@ used.
 #
 # The life of a run
 #
-#     schedule, by hand, after, catch-up, retry, reboot
-#       |-- overlap, queue full, paused, KOI_SKIP -----> skipped (reason)
-#       |-- start not made: koid down, clock set ------> missed
+#     trigger: schedule, manual, after, catch-up, retry, reboot
+#       |-- paused, KOI_SKIP, overlap, a share used up -> skipped (reason)
+#       |-- start not made: koid down, clock set -------> missed
 #       |-- delay, retry, previous run active --> queued
-#       |                            |-- kill, replace -> skipped
-#       |                            |-- job changed ---> skipped
-#       |                            |-- too late ------> interrupted
+#       |                            |-- killed, replaced,
+#       |                            |   job changed,
+#       |                            |   paused, KOI_SKIP -> skipped
+#       |                            |-- not begun before
+#       |                            |   koid stopped -----> interrupted
 #       |                            | start_queued
 #       +---------------------------> running
-#              restart, never begun -|-- by schedule ---> missed
-#                                    |-- else ----------> interrupted
-#              no user, shell, fork -|------------------> unstartable
-#              supervisor killed,    |
-#              machine rebooted -----|------------------> interrupted
-#              supervisor reports ---+------------------> done (exit, signal)
+#            not begun before koid   |-- by schedule -----> missed
+#            stopped, and too late --+-- else ------------> interrupted
+#            no user, shell, process, disk ---------------> unstartable
+#            supervisor killed, machine rebooted ---------> interrupted
+#            supervisor reports the end ------------------> done (exit,
+#                                                           signal)
 #
-# `Scheduler` moves every arrow; after a restart `adopt_runs` does. The file of
-# a run goes from CLAIMED to RUNNING to ENDED or UNSTARTABLE, moved by the
-# supervisor alone: koid may be killed, restarted or upgraded at any time, and
-# its jobs do not notice.
+# `Scheduler` moves every arrow: `admit` decides where a run begins, and
+# `record_ends` where it ends; after a restart `adopt_runs` does both. A pause
+# is not a state: it is the reason of a skipped run. A retry, and the run of a
+# job with @after, begin in the transaction that records the end of the run
+# before them. The file of a run goes from CLAIMED to RUNNING to ENDED or
+# UNSTARTABLE, moved by the supervisor alone: koid may be killed, restarted or
+# upgraded at any time, and its jobs do not notice.
 #
 # Sync
 #
@@ -6066,7 +6071,7 @@ class QueuedRun:
         except OSError:
             pass                # it has ended; the run is recorded anyway
 
-    def obsolete(self, scheduled: ScheduledJob | None) -> str:
+    def obsolete_reason(self, scheduled: ScheduledJob | None) -> str:
         """Return why it must not start; "" if it may. `scheduled` is its job
         as the tabs have it now, None if they have it no more. A request from
         a dashboard was signed for the assignments as well."""
@@ -6202,9 +6207,9 @@ class Planner:
         that a change of the clock skipped."""
         before, now = self.state, self.sample()
         was_set = self.was_set(now)
-        first, jobs = self.next_due(), self.registry.scheduled_jobs
+        first, jobs = self.first_due(), self.registry.scheduled_jobs
         if not was_set:
-            # Nobody set the clock, so what `next_due` computed holds. `plan`
+            # Nobody set the clock, so what `next_due` returned holds. `plan`
             # need not look at thousands of jobs of which one is due.
             jobs = [job for job in jobs
                     if job.due is not None and job.due <= now.instant]
@@ -6222,7 +6227,7 @@ class Planner:
             missed_row(scheduled, count, due, "the clock was set")
             for scheduled, count, due in self.state.skipped]
 
-    def next_due(self) -> int | None:
+    def first_due(self) -> int | None:
         """Return when the first job falls due. What was computed before
         holds until then, unless the clock is set."""
         now = self.state.sample.instant
@@ -6243,7 +6248,7 @@ class Planner:
         the clock was set or a tab changed."""
         if not self.state:
             return self.clock.ticks() + 5
-        seen, now, due = self.state.sample, self.sample(), self.next_due()
+        seen, now, due = self.state.sample, self.sample(), self.first_due()
         if self.was_set(now):
             return seen.ticks + MINUTE - seen.instant % MINUTE
         at = FOREVER if due is None else seen.ticks + due - seen.instant
@@ -6502,21 +6507,8 @@ def one_line(text: str) -> str:
 
 
 class Scheduler:
-    """Moves each run from state to state, in the history and in memory.
-
-        schedule, by hand, after, catch-up, retry, reboot
-          |-- overlap, queue full, paused, KOI_SKIP> skipped (reason)
-          |-- not made: no koid, clock set --------> missed
-          |-- delay, retry, previous run active ---> queued
-          |                 |-- kill, job changed -> skipped
-          |                              |-- restart, too late: interrupted
-          |                              | start_queued
-          +-----------------------------------> running
-             restart, never begun:  by schedule  -> missed
-                                    else         -> interrupted
-             no user, shell or process           -> unstartable
-             supervisor killed, machine rebooted -> interrupted
-             supervisor reports the end          -> done
+    """Moves each run from state to state, in the history and in memory: see
+    "The life of a run" in HOW IT WORKS.
 
     A run is in `waiting` while it is queued, in `running` until its end is
     reported, and in `unrecorded_ends` until that is in the history. Its
@@ -6875,7 +6867,7 @@ class Scheduler:
         jobs, statements = self.registry.by_key(), []
         for queued in list(self.waiting):
             scheduled = jobs.get(queued.scheduled.key)
-            reason = queued.obsolete(scheduled)
+            reason = queued.obsolete_reason(scheduled)
             if reason:
                 statements.append(self.drop(queued, reason))
             else:
@@ -7149,7 +7141,7 @@ class Scheduler:
                 or running.reason:
             return None
         scheduled = self.registry.by_key().get(running.key)
-        if last.obsolete(scheduled) \
+        if last.obsolete_reason(scheduled) \
                 or last.attempt > scheduled.settings.retry:
             return None
         if not running.supervisor and has_secret(scheduled.job):

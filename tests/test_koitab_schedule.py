@@ -640,7 +640,7 @@ def started_by_planner(jobs, minutes, checks, here):
         if not turn:
             planner.state = koitab.state_for_zones(planner.sample(),
                                                    {"": here})
-        due, seen = planner.next_due(), planner.state.sample
+        due, seen = planner.first_due(), planner.state.sample
         unset = seen.instant + machine.seconds - seen.ticks
         if turn in checks or due is not None and unset >= due:
             found += [(turn, queued.scheduled.line)

@@ -150,7 +150,7 @@ def test_request_of_a_dashboard_is_dropped_if_assignments_change(nonce, why):
         koitab.TabFile("/t", "alice", (), ""), 0) for value in (1, 2))
     queued = koitab.QueuedRun(first, "manual", 0.0, 0.0)
     queued.nonce = nonce
-    assert (queued.obsolete(first), queued.obsolete(second)) == ("", why)
+    assert tuple(map(queued.obsolete_reason, (first, second))) == ("", why)
 
 
 # ==========================================================================
