@@ -4456,11 +4456,7 @@ create table refusals (
     reason text primary key, count integer not null, at real not null
     ) without rowid;
 """)
-COLUMNS_OF_RUN = ("id", "job", "trigger", "state", "due", "requested_at",
-                  "started", "ended", "exit", "signal", "reason", "args",
-                  "attempt", "count", "bytes", "cut", "mail", "change")
-SHOWN_COLUMNS = ", ".join(f"r.{name}" for name in COLUMNS_OF_RUN) \
-    + ", j.user, j.identity, j.section, j.name, j.label"
+
 
 
 def creation_time(path: str) -> int:
@@ -4678,10 +4674,8 @@ class RunStore:
     def insert(self, run: dict) -> tuple:
         """Return the statement that adds a run of these columns."""
         run = {**run, "change": self.next_change()}
-        names = [name for name in COLUMNS_OF_RUN if name in run]
-        return (f"insert into runs ({', '.join(names)}) values "
-                f"({', '.join('?' * len(names))})",
-                tuple(run[name] for name in names))
+        return (f"insert into runs ({', '.join(run)}) values "
+                f"({', '.join('?' * len(run))})", tuple(run.values()))
 
     def update(self, run: int, **columns) -> tuple:
         """Return the statement that changes these columns of a run."""
@@ -4758,9 +4752,12 @@ class RunStore:
     def each_run(self, where: str, *values):
         """Yield the runs that an SQL condition finds, with the names of
         their jobs. `r` is the table of runs, `j` that of jobs."""
-        return map(shown, self.db.execute(
-            f"select {SHOWN_COLUMNS} from runs r join jobs j on j.id = r.job "
-            f"where {where}", *values))
+        found = self.db.execute(
+            "select r.id as run, r.*, j.user, j.identity, j.section, j.name, "
+            f"j.label from runs r join jobs j on j.id = r.job where {where}",
+            *values)
+        names = [column[0] for column in found.description]
+        return (shown(dict(zip(names, row))) for row in found)
 
     def runs(self, where: str, *values) -> list[dict]:
         """Return the runs that an SQL condition finds, as `each_run`."""
@@ -4831,11 +4828,9 @@ def storable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def shown(row: tuple) -> dict:
-    """Return a run as others see it, of the columns SHOWN_COLUMNS."""
+def shown(run: dict) -> dict:
+    """Return a row of `each_run` with its columns as others see them."""
     import json
-    run = dict(zip((*COLUMNS_OF_RUN, "user", "identity", "section", "name",
-                    "label"), row))
     try:
         run["args"] = dict(json.loads(run["args"]))
     except (ValueError, TypeError):     # damaged: the arguments of no job
@@ -4843,7 +4838,7 @@ def shown(row: tuple) -> dict:
     for name in ("due", "requested_at", "started", "ended"):
         if not isinstance(run[name], (float, int)):
             run[name] = None
-    run["run"] = run.pop("id")
+    del run["id"]
     run["tag"] = short_hash(run["identity"])
     run["cut"] = bool(run["cut"])
     return run
@@ -7483,9 +7478,9 @@ class ControlService:
 
     def last_run(self, scheduled: ScheduledJob) -> dict | None:
         """Return the newest run of a job."""
-        runs = self.store.runs("r.job = ? order by r.id desc limit 1",
-                               self.store.keys.get(scheduled.key, 0))
-        return runs[0] if runs else None
+        return next(self.store.each_run(
+            "r.job = ? order by r.id desc limit 1",
+            self.store.keys.get(scheduled.key, 0)), None)
 
     def history(self, caller: Caller, request: dict) -> dict:
         """Answer "history": up to `limit` runs before the run `before`, but
@@ -7591,16 +7586,15 @@ class ControlService:
         tab = self.registry.tabs.get(f"{self.home}/tabs/{user or caller.name}"
                                      ) or Tab([], [], {})
         jobs = self.registry.jobs_of(user)
-        starts = [start for start in (
-            self.registry.next_start(scheduled, now)
-            for scheduled in jobs) if start]
         running = self.store.runs("r.state = 'running' and (j.user = ?1 or "
                                   "?1 = '') order by r.id limit 1000", user)
         return {
             "version": VERSION, "pid": os.getpid(), "home": self.home,
             "started": self.daemon.started, "system": self.registry.system,
             "jobs": len(jobs), "running": running,
-            "next": min(starts, default=None),
+            "next": min(filter(None, (
+                self.registry.next_start(scheduled, now)
+                for scheduled in jobs)), default=None),
             "late": self.daemon.scheduler.late(user),
             "tab": {"user": user or caller.name, "jobs": len(tab.jobs),
                     "problems": [problem.text("tab")
