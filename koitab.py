@@ -4458,7 +4458,6 @@ create table refusals (
 """)
 
 
-
 def creation_time(path: str) -> int:
     """Return when a file was made, in nanoseconds since 1970; 0 if the
     system does not know. Raises OSError."""
@@ -6338,13 +6337,16 @@ class Planner:
 
     # --- what stays
 
-    def seen_statement(self) -> tuple:
-        """Return the statement that keeps up to when all starts were made."""
+    def seen_statements(self) -> list[tuple]:
+        """Return what each transaction writes: up to when all starts were
+        made."""
+        if not self.state:
+            return []
         zone_clocks = "\n".join(
             f"{name}={zone_clock.virtual},{zone_clock.checked}"
             for name, zone_clock in self.state.zone_clocks.items())
-        return ("insert or replace into meta values ('seen', ?), "
-                "('dials', ?)", (repr(self.state.sample.instant), zone_clocks))
+        return [self.store.set_meta("seen", repr(self.state.sample.instant)),
+                self.store.set_meta("dials", zone_clocks)]
 
     def take_zones(self) -> None:
         """Go on with the time zones that the tabs now name, by the files of
@@ -6375,12 +6377,11 @@ class CronMail:
         job = queued.scheduled.job if queued else None
         environment = job.environment if job else {}
         to = environment.get("MAILTO", user)
-        good = outcome["state"] == "done" and outcome["exit"] == 0
         wrote = outcome["bytes"] or outcome["state"] == "unstartable"
         # `koitab run` has shown what the run wrote, and its caller asks for
         # the retries. A note of koid's alone is no reason for mail.
         if not wrote or not to or running.by_hand \
-                or job and job.mail_failures and good:
+                or job and job.mail_failures and not is_failure(outcome):
             return None, ""
         if not any(os.access(path, os.X_OK) for path in SENDMAILS):
             if os.geteuid() == 0:
@@ -6649,7 +6650,7 @@ class Scheduler:
                    scheduled.content
                    for scheduled in self.registry.scheduled_jobs}
         now = self.clock.now()
-        self.write(self.seen_statements() + self.store.note_jobs(
+        self.write(self.planner.seen_statements() + self.store.note_jobs(
             present, now if now > EARLIEST else 0.0))
         self.forget_at = 0.0
 
@@ -6661,14 +6662,10 @@ class Scheduler:
         self.forget_at = now + (FORGET_PAUSE if statements else DAY)
         self.write(statements)
 
-    def seen_statements(self) -> list[tuple]:
-        """Return what each transaction writes about the starts made."""
-        return [self.planner.seen_statement()] if self.planner.state else []
-
     def record_and_start(self, starts: list[QueuedRun],
                          rows: list = ()) -> None:
         """Write down what is to be started and what was not, then start."""
-        statements = self.seen_statements() + self.deferred_statements
+        statements = self.planner.seen_statements() + self.deferred_statements
         self.deferred_statements = []
         for scheduled, row in rows:
             reason = self.planner.held_reason(scheduled, row["due"],
@@ -6745,6 +6742,7 @@ class Scheduler:
         of the job's day, or add that row."""
         key, count = (*scheduled.key, row["reason"]), row["count"]
         zone = self.registry.zones.get(scheduled.settings.zone, UTC)
+        today = local_day(zone, row["due"])
         if key not in self.held:        # the koid before us may have a row
             for run in self.store.runs(
                     "r.job = ? and r.state = 'skipped' and r.reason = ? "
@@ -6753,13 +6751,13 @@ class Scheduler:
                 self.held[key] = (local_day(zone, run["due"] or 0.0),
                                   run["run"], run["count"])
         day, run, before = self.held.get(key, (None, 0, 0))
-        if day == local_day(zone, row["due"]):
+        if day == today:
             count += before
             statements = [self.store.update(run, count=count)]
         else:
             statements = self.new_run(scheduled, row)
             run = self.store.last
-        self.held[key] = local_day(zone, row["due"]), run, count
+        self.held[key] = today, run, count
         return statements
 
     def kill_others(self, key: tuple) -> None:
@@ -7068,13 +7066,12 @@ class Scheduler:
         mail, state = self.mail.mail_for(running, outcome)
         if state:
             statements.append(self.store.update(running.run, mail=state))
-        well = outcome["state"] == "done" and outcome["exit"] == 0
         now = self.clock.now()
         return statements, [mail] if mail else [], [
             QueuedRun(scheduled, "after", min(outcome["ended"], now), now)
             for scheduled in self.registry.scheduled_jobs
-            if well and not running.by_hand
-            and scheduled.after == running.key]
+            if scheduled.after == running.key
+            and not (running.by_hand or is_failure(outcome))]
 
     def outcome(self, running: RunningRun, status: int) -> tuple[dict, bytes]:
         """Return how a run ended, as columns of its row, and its output.
@@ -8791,7 +8788,7 @@ class Daemon:
         signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
         for number in self.signals:
             signal.signal(number, self.note_signal)
-        self.poller.register(self.scheduler.reports, self.on_reports)
+        self.poller.register(self.scheduler.reports, lambda *_: None)
         self.alarm = self.machine.clock_alarm()
         if self.alarm is not None:
             self.poller.register(self.alarm, self.clock_was_set)
@@ -8829,7 +8826,7 @@ class Daemon:
         self.broker.process.stop()
         try:
             self.scheduler.collect_finished()
-            self.scheduler.write(self.scheduler.seen_statements())
+            self.scheduler.write(self.scheduler.planner.seen_statements())
         except Error as error:
             self.log.log(error.message, bad=True)
         remove(self.machine.socket_path(self.home))
@@ -8888,7 +8885,7 @@ class Daemon:
             self.reload_at = min(self.reload_at, self.clock.ticks() + SETTLE)
 
     def reap(self) -> None:
-        """Take the wait status of each child that has ended."""
+        """Read reports, and the wait status of each child that has ended."""
         self.scheduler.read_reports()
         while True:
             try:
@@ -8904,9 +8901,6 @@ class Daemon:
                 self.broker.agent_ended(status)
             else:
                 self.scheduler.supervisor_ended(pid)
-
-    def on_reports(self, _fd: int, _events: int) -> None:
-        self.scheduler.read_reports()
 
     def drain(self, fd: int, _events: int) -> None:
         """Empty the pipe of the signals, which are noted already."""
