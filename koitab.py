@@ -3655,13 +3655,14 @@ class Machine:
                         "KOI_HOME=DIRECTORY is another place for koi's files"
                         ) from None
 
-    def write_file(self, path: str, text: str) -> None:
+    def write_file(self, home: str, name: str, text: str) -> None:
         """Write a file of the state directory completely or not at all.
         Raises Error."""
+        self.make_home(home)
         try:
-            write_atomically(path, encode_os(text))
+            write_atomically(f"{home}/{name}", encode_os(text))
         except OSError as error:
-            raise Error(f"{path}: {error.strerror}") from None
+            raise Error(f"{home}/{name}: {error.strerror}") from None
 
     def remove_file(self, path: str) -> bool:
         """Remove a file of the state directory. Return False if there is
@@ -3675,11 +3676,6 @@ class Machine:
             raise Error(f"{path}: {error.strerror}") from None
         return True
 
-    def write_tab(self, home: str, user: str, text: str) -> None:
-        """Install the tab of `user`. Raises Error."""
-        self.make_home(home)
-        self.write_file(f"{home}/tabs/{user}", text)
-
     def keep_tab(self, home: str, user: str, text: str) -> str:
         """Keep a tab that was replaced, as one of the last TABS_KEPT of the
         user; return the path of the copy. Raises Error."""
@@ -3692,7 +3688,7 @@ class Machine:
                     os.replace(f"{path}{number - 1}", f"{path}{number}")
         except OSError as error:
             raise Error(f"{path}1: {error.strerror}") from None
-        self.write_file(f"{path}1", text)
+        self.write_file(home, f"previous/{user}:1", text)
         return f"{path}1"
 
     def user_tab(self, home: str, user: str) -> TabFile | None:
@@ -3749,8 +3745,7 @@ class Machine:
 
     def write_enrollment(self, home: str, enrollment: Enrollment) -> None:
         """Write the file `keys`. Raises Error."""
-        self.make_home(home)
-        self.write_file(f"{home}/keys", enrollment.to_json())
+        self.write_file(home, "keys", enrollment.to_json())
 
     def remove_enrollment(self, home: str) -> None:
         """Remove the file `keys`, if there is one. Raises Error."""
@@ -6373,15 +6368,15 @@ class CronMail:
                  ) -> tuple[tuple | None, str]:
         """Return the mail about a run that has ended, if cron would send
         one, and the state of the run's mail, if it has one."""
-        queued, user = running.queued, running.key[0]
-        job = queued.scheduled.job if queued else None
-        environment = job.environment if job else {}
-        to = environment.get("MAILTO", user)
+        scheduled = running.queued and running.queued.scheduled
+        mail = mail_of(running.run, running.key[0], scheduled, "")
+        user, to = mail[1:3]
         wrote = outcome["bytes"] or outcome["state"] == "unstartable"
         # `koitab run` has shown what the run wrote, and its caller asks for
         # the retries. A note of koid's alone is no reason for mail.
         if not wrote or not to or running.by_hand \
-                or job and job.mail_failures and not is_failure(outcome):
+                or scheduled and scheduled.job.mail_failures \
+                and not is_failure(outcome):
             return None, ""
         if not any(os.access(path, os.X_OK) for path in SENDMAILS):
             if os.geteuid() == 0:
@@ -6391,19 +6386,15 @@ class CronMail:
         if not safe_address(to):
             self.log.log(f"({user}) UNSAFE MAIL ({to})", bad=True)
             return None, "unsafe address"
-        return (running.run, user, to, job.command if job else "",
-                environment), "due"
+        return mail, "due"
 
     def adopt(self, scheduled_jobs: dict) -> None:
         """Queue the mail that was due when the koid before us stopped."""
         for row in self.store.runs("r.mail = 'due'"):
-            scheduled = scheduled_jobs.get((row["user"], row["identity"]))
-            environment = scheduled.job.environment if scheduled else {}
-            to = environment.get("MAILTO", row["user"])
-            if to and safe_address(to):
-                self.queue.append((
-                    row["run"], row["user"], to, scheduled.job.command
-                    if scheduled else row["label"], environment))
+            mail = mail_of(row["run"], row["user"], scheduled_jobs.get(
+                (row["user"], row["identity"])), row["label"])
+            if mail[2] and safe_address(mail[2]):
+                self.queue.append(mail)
 
     def send_queued(self, host: dict) -> None:
         """Start sendmails, with the environment `host`."""
@@ -6429,6 +6420,15 @@ class CronMail:
             self.log.log(f"(CRON) MAIL (run {run}: got status {code})",
                          bad=True)
         return self.store.update(run, mail=result)
+
+
+def mail_of(run: int, user: str, scheduled: ScheduledJob | None,
+            command: str) -> tuple:
+    """Return run, user, address, command and environment for the mail about
+    a run; `command` is that of a run whose job was removed."""
+    environment = scheduled.job.environment if scheduled else {}
+    return run, user, environment.get("MAILTO", user), \
+        scheduled.job.command if scheduled else command, environment
 
 
 def send_cron_mail(machine: Machine, host: dict, user: str, to: str,
@@ -7432,7 +7432,7 @@ class ControlService:
         check_zones(tab, self.machine)
         installed = not tab.errors()
         if installed:
-            self.machine.write_tab(self.home, user, text)
+            self.machine.write_file(self.home, f"tabs/{user}", text)
             self.reload()
         return {"installed": installed, "problems": [
             vars(problem) for problem in tab.diagnostics]}
@@ -21074,26 +21074,21 @@ def parse_instant(text: str, zone: Zone, now: float,
                   option: str = "--from") -> int:
     """Return the value of --from in seconds since 1970. Local time is that
     of `zone`; "" is `now`. Raises Error."""
-    def refuse():
-        raise Error(f"{option} {text}: not a time (expected 2026-03-29T01:30, "
-                    "2026-03-29T01:30:00+01:00 or 2026-03-29)", "",
-                    EXIT_USAGE)
-
     if not text or text == "now":
         return int(now // 1)
     import re
+    from datetime import datetime, timezone
     found = re.fullmatch(
         r"([0-9]{4})-([0-9]{2})-([0-9]{2})(?:[T ]([0-9]{2}):([0-9]{2})"
         r"(?::([0-9]{2})(?:\.[0-9]+)?)?)? ?(?:(Z|z)|([+-])([0-9]{2}):?"
         r"([0-9]{2}))?", text.strip())
-    if not found or not is_date("-".join(found.group(1, 2, 3))):
-        refuse()
-    year, month, day, hour, minute, second = (
-        int(part or 0) for part in found.group(1, 2, 3, 4, 5, 6))
-    if hour > 23 or minute > 59 or second > 60:
-        refuse()
-    wall = days_since_epoch(year, month, day) * DAY + hour * HOUR \
-        + minute * MINUTE + second
+    try:
+        wall = int(datetime(*(int(part or 0) for part in found.groups()[:6]),
+                            tzinfo=timezone.utc).timestamp())
+    except (AttributeError, ValueError):        # no match; no such day
+        raise Error(f"{option} {text}: not a time (expected 2026-03-29T01:30, "
+                    "2026-03-29T01:30:00+01:00 or 2026-03-29)", "",
+                    EXIT_USAGE) from None
     if found[7]:
         return wall
     if found[8]:
