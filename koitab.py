@@ -4747,9 +4747,8 @@ class RunStore:
         """Yield the runs that an SQL condition finds, with the names of
         their jobs. `r` is the table of runs, `j` that of jobs."""
         found = self.db.execute(
-            "select r.id as run, r.*, j.user, j.identity, j.section, j.name, "
-            f"j.label from runs r join jobs j on j.id = r.job where {where}",
-            *values)
+            "select r.*, j.user, j.identity, j.section, j.name, j.label "
+            f"from runs r join jobs j on j.id = r.job where {where}", *values)
         names = [column[0] for column in found.description]
         return (shown(dict(zip(names, row))) for row in found)
 
@@ -4832,7 +4831,7 @@ def shown(run: dict) -> dict:
     for name in ("due", "requested_at", "started", "ended"):
         if not isinstance(run[name], (float, int)):
             run[name] = None
-    del run["id"]
+    run["run"] = run.pop("id")
     run["tag"] = short_hash(run["identity"])
     run["cut"] = bool(run["cut"])
     return run

@@ -214,6 +214,7 @@ def test_next_shows_pause_and_last_run(koi, clock):
     koi.patch += "k.Machine.local_zone = lambda machine: k.UTC\n"
     clock.start(EVE - HOUR)
     run = koi.run("it")[0]
+    koi.ended("it")
     koi.ask("pause", job="it", until=EVE + 5 * HOUR)
     koi.ask("pause", job="B")
     row = koi.row(run)
