@@ -2260,6 +2260,11 @@ class TabReader:
         elif "$" in value:
             self.add_diagnostic(at + rest.index("$"), "odd variable",
                                 "cron does not expand $ in a value")
+        elif name in ("MAILTO", "MAILFROM") and value \
+                and not safe_address(value):
+            self.add_diagnostic(at, "unsafe mail", "nothing is mailed: "
+                                f"{name} is not {short(value)}",
+                                "me@example.com,root; no blanks")
         elif name == "TZ":
             self.add_diagnostic(0, "odd variable", "TZ is for the command, "
                                 "and does not change when jobs start",
@@ -20802,24 +20807,9 @@ def no_tab(options: Invocation) -> Error:
     return CrontabError(f"no crontab for {options.owner}")
 
 
-def unsafe_addresses(text: str) -> list[Diagnostic]:
-    """Return a warning for each address that cron would not give a mailer."""
-    found = []
-    for row, raw in enumerate(text.split("\n"), start=1):
-        line = raw.lstrip(BLANKS)
-        name, value, at = parse_assignment(line) or ("", "", 0)
-        if name in ("MAILTO", "MAILFROM") and value and "$" not in value \
-                and not safe_address(value):
-            found.append(Diagnostic(
-                row, len(raw) - len(line) + at + 1, "unsafe mail",
-                f"nothing is mailed: {name} is not {short(value)}",
-                "me@example.com,root; no blanks", False))
-    return found
-
-
 def print_diagnostics(problems: list[Diagnostic], path: str) -> None:
-    """Print all diagnostics of a tab, in the order of its lines."""
-    for problem in sorted(problems, key=lambda p: (p.line, p.column)):
+    """Print all diagnostics of a tab."""
+    for problem in problems:
         print(problem.text(path), file=sys.stderr)
 
 
@@ -20829,7 +20819,7 @@ def install(options: Invocation, text: str, path: str) -> bool:
     before = readable_tab(options)
     reply = options.ask_koid("install", text=text)
     problems = [Diagnostic(**row) for row in reply["problems"]]
-    print_diagnostics(problems + unsafe_addresses(text), path)
+    print_diagnostics(problems, path)
     if reply["installed"]:
         if not reply["daemon"]:
             error = DaemonClient(options.machine).no_daemon()
@@ -21056,7 +21046,7 @@ def command_test(options: Invocation, path: str) -> int:
     Raises Error."""
     text = options.machine.tab_text(path)
     tab, _ = parse_with_zones(options, text, path)
-    print_diagnostics(tab.diagnostics + unsafe_addresses(text), path)
+    print_diagnostics(tab.diagnostics, path)
     if tab.errors():
         print("Invalid crontab file. Syntax issues were found.",
               file=sys.stderr)
