@@ -2297,13 +2297,11 @@ class TabReader:
 
     def entry(self, line: str) -> Job:
         """Return the job of an entry. Raises LineRejected."""
-        at, unlogged, name = 0, False, ""
-        if line[0] == "-" and self.root:
-            at, unlogged = 1, True
+        unlogged, name, user = line[0] == "-" and self.root, "", ""
+        at = int(unlogged)
         if line.startswith('"', at):
             name, at = self.read_name(line, at)
-        when, schedule, at = self.read_when(line, at)
-        user = ""
+        begin, (when, schedule, at) = at, self.read_when(line, at)
         if self.system:
             user, at = self.read_word(line, at)
             if not user or user[0] == "*":
@@ -2319,7 +2317,7 @@ class TabReader:
                   script, stdin, params, self.environment, self.settings,
                   unlogged, mail_failures)
         self.check_unique(job)
-        self.lint_job(job, at)
+        self.lint_job(job, begin, at)
         return job
 
     def skip_blanks(self, line: str, at: int) -> int:
@@ -2561,10 +2559,11 @@ class TabReader:
 
     # --- what is valid and probably a mistake
 
-    def lint_job(self, job: Job, at: int) -> None:
-        """Warn about a job whose command is at the offset `at`."""
+    def lint_job(self, job: Job, begin: int, at: int) -> None:
+        """Warn about a job whose schedule begins at the offset `begin`, and
+        its command at `at`."""
         if job.schedule and not job.when.startswith("@"):
-            self.lint_schedule(job.schedule, self.raw[self.base:])
+            self.lint_schedule(job.schedule, begin)
         if job.command.endswith("\r"):
             self.add_diagnostic(at + len(job.command) - 1, "odd command",
                                 "the line ends in CR LF, and the shell gets "
@@ -2599,18 +2598,13 @@ class TabReader:
                                     "the value is the program: whoever fills "
                                     "it in can run anything")
 
-    def lint_schedule(self, schedule: Schedule, line: str) -> None:
-        """Warn about the five fields of an entry."""
-        at = 0
-        if line.startswith("-") and self.root:
-            at = 1
-        if line.startswith('"', at):
-            at = self.skip_blanks(line, line.index('"', at + 1) + 1)
-        first, words = at, schedule.text.split(" ")
+    def lint_schedule(self, schedule: Schedule, first: int) -> None:
+        """Warn about the five fields of an entry, which begin at `first`."""
+        at, words = first, schedule.text.split(" ")
         for field, word in zip(SCHEDULE_FIELDS, words):
             for why, hint in suspicious_parts(field, word):
                 self.add_diagnostic(at, f"odd {field.name}", why, hint)
-            at = self.read_word(line, at)[1]
+            at = self.read_word(self.raw[self.base:], at)[1]
         hours = set_bits(schedule.hours)
         if schedule.never:
             self.add_diagnostic(first, "odd schedule", "it never runs")
@@ -5768,17 +5762,16 @@ def local_day(zone: Zone, instant: float) -> int:
 def unskipped_starts(job: Job, zone: Zone, after: int):
     """Yield the starts of a scheduled job after an instant, without those on
     a date in KOI_SKIP."""
-    is_skipped = True
-    while is_skipped:
-        is_skipped = False
+    while True:
         for start in job.schedule.iter_starts(after, zone):
             last = last_skipped_day(job, zone, start)
             if last is not None:
                 # To the last minute of that day, or years would be searched.
                 after = max(start, zone.instant((last + 1) * DAY) - 1)
-                is_skipped = True
                 break
             yield start
+        else:
+            return
 
 
 def find_renamed(vanished: list[dict], new: list[ScheduledJob]
@@ -22894,7 +22887,9 @@ def command_dashboard(options: Invocation) -> int:
     api = Api(dashboard, page_text(),
               [text.lower() for text in options.names])
     server = HttpServer(api, listeners, certificate, options.proxies,
-                        dashboard_log(options))
+                        lambda text: print_log_line(
+                            options.machine.clock, f"dashboard: {text}",
+                            sys.stderr))
     set_process_name("koi-dashboard", *sys.argv[2:])
     try:
         server.run(lambda: log_addresses(options, server, founding))
@@ -22905,12 +22900,6 @@ def command_dashboard(options: Invocation) -> int:
     if dashboard.broken:
         raise Error(f"the dashboard cannot go on: {dashboard.broken}")
     return EXIT_OK
-
-
-def dashboard_log(options: Invocation):
-    """Return the function that writes a line of the dashboard's log."""
-    return lambda text: print_log_line(
-        options.machine.clock, f"dashboard: {text}", sys.stderr)
 
 
 def log_addresses(options: Invocation, server: HttpServer,
