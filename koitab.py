@@ -6330,15 +6330,17 @@ class Planner:
     # --- what stays
 
     def seen_statements(self) -> list[tuple]:
-        """Return what each transaction writes: up to when all starts were
-        made."""
+        """Return what each transaction with starts writes: up to when all
+        were made, and what a dashboard has."""
         if not self.state:
             return []
+        sent = [] if self.store.sent is None else [
+            self.store.set_meta("sent", str(self.store.sent))]
         zone_clocks = "\n".join(
             f"{name}={zone_clock.virtual},{zone_clock.checked}"
             for name, zone_clock in self.state.zone_clocks.items())
         return [self.store.set_meta("seen", repr(self.state.sample.instant)),
-                self.store.set_meta("dials", zone_clocks)]
+                self.store.set_meta("dials", zone_clocks), *sent]
 
     def take_zones(self) -> None:
         """Go on with the time zones that the tabs now name, by the files of
@@ -6520,7 +6522,7 @@ class Scheduler:
         self.ended: dict[int, int] = {}     # run -> wait status, or NO_STATUS
         self.unrecorded_ends: list[tuple] = []      # (RunningRun, status)
         self.files_to_remove: list[int] = []    # of runs, once written
-        self.deferred_statements: list[tuple] = []  # written with the next
+
         self.pending_kills: list[tuple] = []    # (ticks, a group's leader)
         self.held: dict[tuple, tuple] = {}  # job, reason -> day, run, count
         self.master = machine.user_name(os.geteuid())   # who runs koid
@@ -6604,9 +6606,8 @@ class Scheduler:
             return
         begun = self.planner.begin()
         if begun:
-            self.deferred_statements.append(
-                self.store.set_meta("boot", self.machine.boot_id()
-                                    or UNKNOWN_BOOT))
+            self.store.waiting.append(self.store.set_meta(
+                "boot", self.machine.boot_id() or UNKNOWN_BOOT))
             self.machine.keep_boot(self.home)
             self.record_and_start(*begun)
             self.record_jobs()
@@ -6662,8 +6663,7 @@ class Scheduler:
     def record_and_start(self, starts: list[QueuedRun],
                          rows: list = ()) -> None:
         """Write down what is to be started and what was not, then start."""
-        statements = self.planner.seen_statements() + self.deferred_statements
-        self.deferred_statements = []
+        statements = self.planner.seen_statements()
         for scheduled, row in rows:
             reason = self.planner.held_reason(scheduled, row["due"],
                                               row["due"])
@@ -6890,7 +6890,7 @@ class Scheduler:
                     raise ValueError(f"the account of {user} has expired")
                 spec = launch_spec(queued, accounts[user], self.host)
             except Exception as error:      # one job's; the others start
-                unstartable.append(self.unstartable(queued, str(error)))
+                unstartable += self.unstartable(queued, str(error))
                 continue
             self.start_supervisor(accounts[user], spec, queued)
         if unstartable:
@@ -6930,23 +6930,22 @@ class Scheduler:
                              f"{error.strerror}")
         queued.full_since = queued.full_since or now
         if now - queued.full_since > TRY_FOR:
-            self.write([self.unstartable(
-                queued, f"could not start: {error.strerror}")])
+            self.write(self.unstartable(
+                queued, f"could not start: {error.strerror}"))
         else:
             queued.at = now + TRY_AGAIN
             self.waiting.append(queued)
 
-    def unstartable(self, queued: QueuedRun, why: str) -> tuple:
-        """Return the statement that records why a run could not start."""
+    def unstartable(self, queued: QueuedRun, why: str) -> list[tuple]:
+        """Return the statements that record why a run could not start."""
         why = storable(why)
         queued.reject(why)
         self.log.log(f"({queued.scheduled.user}) ERROR ({why})", bad=True)
-        self.deferred_statements += self.store.prune(
-            self.store.keys[queued.scheduled.key],
-            queued.scheduled.settings.keep)
-        return self.store.update(
+        return [self.store.update(
             queued.run, state="unstartable", reason=why, started=None,
-            ended=self.clock.now())
+            ended=self.clock.now()), *self.store.prune(
+                self.store.keys[queued.scheduled.key],
+                queued.scheduled.settings.keep)]
 
     # --- ends
 
@@ -8359,11 +8358,7 @@ class AgentBroker:
         sent = request.get("sent")
         if type(sent) is int and 0 <= sent <= self.store.change \
                 and sent != self.store.sent:
-            self.store.sent = sent
-            deferred = self.scheduler.deferred_statements
-            deferred[:] = [each for each in deferred
-                           if each[1][:1] != ("sent",)]
-            deferred.append(self.store.set_meta("sent", str(sent)))
+            self.store.sent = sent      # written with the next starts
         return {}
 
     def log_once(self, about: str, text: str) -> None:

@@ -694,7 +694,7 @@ def test_run_of_an_expired_account_is_recorded_and_not_started(monkeypatch):
     scheduler = SimpleNamespace(
         machine=SimpleNamespace(account=lambda user: object(),
                                 is_expired=lambda user: user == "alice"),
-        unstartable=lambda queued, why: reasons.append(why), write=id,
+        unstartable=lambda queued, why: reasons.append(why) or [], write=id,
         log_starts=id)
     koitab.Scheduler.start_runs(scheduler, [queued])
     assert reasons == ["the account of alice has expired"]
