@@ -3187,7 +3187,7 @@ class SchedulerState(FrozenRecord):
     """How far the plan has been carried out, for all zones."""
     sample: ClockSample     # of the last call of `plan`
     zone_clocks: dict       # CRON_TZ -> ZoneClock; "" is the machine's zone
-    skipped: list = []      # what `skipped_starts` returned in that call
+
 
 
 class Launch(FrozenRecord):
@@ -3250,9 +3250,10 @@ def advance(zone_clock: ZoneClock, after: int, until: int) -> ZoneClock:
 
 
 def plan(jobs: list[Job], state: SchedulerState, now: ClockSample,
-         due: int | None) -> tuple[SchedulerState, list[Launch]]:
-    """Return the new state, and the launches that became due since the last
-    sample, in order. Each start is returned once, whenever this is called.
+         due: int | None) -> tuple[SchedulerState, list[Launch], list[tuple]]:
+    """Return the new state, the launches that became due since the last
+    sample, in order, and what `skipped_starts` returned. Each start is
+    returned once, whenever this is called.
 
     Up to `due`, the first start of all jobs, time passed as expected: koid
     slept. From there to `now` something delayed koid, and would have delayed
@@ -3266,8 +3267,7 @@ def plan(jobs: list[Job], state: SchedulerState, now: ClockSample,
         now = ClockSample(expected, now.ticks)
     unset = int(expected // 1)      # the instant, had nobody set the clock
     if unset // MINUTE == after // MINUTE:
-        # cron would still sleep. `skipped` was reported by the last call.
-        return state.replace(skipped=[]) if state.skipped else state, []
+        return state, [], []            # cron would still sleep
     until = unset if due is None else min(unset, due - 1)
     if now.instant // MINUTE != unset // MINUTE:
         until = min(until, unset // MINUTE * MINUTE - 1)
@@ -3283,7 +3283,7 @@ def plan(jobs: list[Job], state: SchedulerState, now: ClockSample,
     # Of the jobs that are due in one minute, cron starts the last line first.
     launches.sort(key=lambda launch: (launch.due, launch.minute,
                                       -launch.job.line))
-    return SchedulerState(now, zone_clocks, skipped), launches
+    return SchedulerState(now, zone_clocks), launches, skipped
 
 
 def check_zone(jobs: list[Job], zone_clock: ZoneClock, instant: float
@@ -5050,8 +5050,10 @@ class SupervisedRun:
                                 f"{error.strerror}")
             raise error from None
         finally:
-            for fd in (out_end, err_end, *[given][:given != nothing]):
-                os.close(fd)
+            os.close(out_end)
+            os.close(err_end)
+            if given != nothing:
+                os.close(given)
         self.streams = {out: STDOUT, err: STDERR}
 
     def note_start(self) -> None:
@@ -6199,7 +6201,7 @@ class Planner:
             # need not look at thousands of jobs of which one is due.
             jobs = [job for job in jobs
                     if job.due is not None and job.due <= now.instant]
-        self.state, launches = plan(jobs, before, now, first)
+        self.state, launches, skipped = plan(jobs, before, now, first)
         if was_set:
             self.log.set_problem("clock", "")
             for scheduled in self.registry.scheduled_jobs:
@@ -6211,7 +6213,7 @@ class Planner:
             starts.append(queued)
         return starts, [
             missed_row(scheduled, count, due, "the clock was set")
-            for scheduled, count, due in self.state.skipped]
+            for scheduled, count, due in skipped]
 
     def first_due(self) -> int | None:
         """Return when the first job falls due. What was computed before

@@ -576,7 +576,7 @@ def first_due(jobs, state) -> int | None:
 
 def plan(jobs, state, now):
     """Return the result of `plan` for jobs of which no due time is known."""
-    return koitab.plan(jobs, state, now, first_due(jobs, state))
+    return koitab.plan(jobs, state, now, first_due(jobs, state))[:2]
 
 
 def state_at(instant: float, zones: dict, before=None):

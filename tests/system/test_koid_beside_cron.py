@@ -203,7 +203,7 @@ def planned(name: str) -> list[list[int]]:
                 now, {"": koitab.Machine().zone(zone)})
         due = min(filter(None, (koitab.next_due(job, watch)
                                 for job in tab.jobs)), default=None)
-        watch, launches = koitab.plan(tab.jobs, watch, now, due)
+        watch, launches, _ = koitab.plan(tab.jobs, watch, now, due)
         starts += [[launch.job.line, wall] for launch in launches]
     return starts
 
