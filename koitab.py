@@ -6206,12 +6206,8 @@ class Planner:
             self.log.set_problem("clock", "")
             for scheduled in self.registry.scheduled_jobs:
                 scheduled.due = 0.0
-        starts = []
-        for launch in launches:
-            queued = QueuedRun(launch.job, "schedule", launch.due, now.instant)
-            queued.at = now.ticks + launch.job.delay
-            starts.append(queued)
-        return starts, [
+        return [QueuedRun(launch.job, "schedule", launch.due, now.instant)
+                for launch in launches], [
             missed_row(scheduled, count, due, "the clock was set")
             for scheduled, count, due in skipped]
 
@@ -6718,7 +6714,8 @@ class Scheduler:
             else now)
         if held:
             return "skipped", held
-        if queued.at > self.clock.ticks():
+        if queued.planned > now and not queued.run:
+            queued.at = self.clock.ticks() + queued.planned - now
             self.waiting.append(queued)
             return "queued", ""
         policy = scheduled.settings.overlap
@@ -6848,7 +6845,7 @@ class Scheduler:
             self.waiting = [queued for queued in self.waiting
                             if queued not in ready]
             for queued in ready:
-                queued.waits_for_previous, queued.at = False, 0.0
+                queued.waits_for_previous = False
             self.record_and_start(ready)
 
     def update_waiting(self) -> None:
@@ -7140,7 +7137,6 @@ class Scheduler:
                    RETRY_LONGEST)
         queued = QueuedRun(scheduled, "retry", self.clock.now() + wait,
                            self.clock.now())
-        queued.at = self.clock.ticks() + wait
         queued.attempt, queued.values = last.attempt + 1, last.values
         queued.by_hand = last.by_hand
         return queued
