@@ -13773,7 +13773,7 @@ HEAD_TIME, BODY_TIME = 10.0, 30.0   # seconds: handshake and each head; a body
 IDLE_TIME = 75.0        # seconds between two requests of a connection
 WRITE_TIME = 30.0       # seconds in which a client takes WRITE_SIZE bytes
 WRITE_SIZE, READ_SIZE = 2**16, 2**16
-LINGER_TIME, LINGER_BYTES = 1.0, 2**20  # that we discard after a refusal
+LINGER_TIME, LINGER_BYTES = 5.0, 2**24  # that we discard after a refusal
 AHEAD = 2**16           # bytes of requests that wait for their turn
 STOP_TIME = 1.5         # seconds for running requests when the server stops
 ACCEPT_PAUSE = 0.1      # seconds without accepting: no descriptor was left
@@ -13815,6 +13815,9 @@ class Request:
         self.method, self.minor, self.headers = method, minor, headers
         self.path, _, self.query = target.partition("?")
         self.length, self.body = body_length(method, headers), b""
+        self.chunked = "transfer-encoding" in headers
+        if self.chunked and minor == 0:
+            raise Error("HTTP/1.0 has no chunks", "", 400)
 
     @property
     def keeps_alive(self) -> bool:
@@ -13927,9 +13930,12 @@ def parse_headers(lines: list[str]) -> dict[str, str]:
 
 
 def body_length(method: str, headers: dict) -> int:
-    """Return the number of bytes after the head. Chunks are refused: two
-    programs can disagree about where they end. Raises Error."""
-    if "transfer-encoding" in headers:
+    """Return the number of bytes after the head; 0 for a body in chunks.
+    With a length as well two programs can disagree about where it ends.
+    Raises Error."""
+    if "transfer-encoding" in headers and (
+            headers["transfer-encoding"].lower() != "chunked"
+            or "content-length" in headers or method != "POST"):
         raise Error("a body has to come with its length",
                     "Content-Length, no Transfer-Encoding", 501)
     text = headers.get("content-length", "0")
@@ -13940,6 +13946,33 @@ def body_length(method: str, headers: dict) -> int:
     if int(text) and method in ("GET", "HEAD", "OPTIONS", "DELETE"):
         raise Error(f"{method} has no body", "", 400)
     return int(text)
+
+
+def take_chunks(buffer: bytearray, body: bytearray, most: int) -> bool:
+    """Move the chunks that are whole from `buffer` to `body`; return whether
+    the last one was there.
+
+    It is stricter than RFC 9112, 7.1: extensions and trailers are refused,
+    which no client of pings sends. Raises Error.
+    """
+    while True:
+        end = buffer.find(b"\r\n", 0, 10)
+        if end < 0 and len(buffer) < 10:
+            return False
+        digits = buffer[:max(end, 0)].decode("latin-1")
+        if not digits or not HEX.issuperset(digits.lower()):
+            raise Error("a chunk does not begin with its size", "", 400)
+        size = int(digits, 16)
+        if len(body) + size > most:
+            raise Error(f"the body is longer than {most:,} bytes", "", 413)
+        if len(buffer) < end + size + 4:
+            return False
+        if buffer[end + size + 2:end + size + 4] != b"\r\n":
+            raise Error("a chunk does not end where its size says", "", 400)
+        body += buffer[end + 2:end + size + 2]
+        del buffer[:end + size + 4]
+        if not size:
+            return True
 
 
 def parse_query(query: str) -> dict[str, str]:
@@ -14288,7 +14321,7 @@ class HttpConnection:
                 f"{self.peer} ?: {error.status} {error.message}")
             response = error_response(error)
         else:
-            self.unread = request.length
+            self.unread = request.length or request.chunked
             response = await self.server.api.respond(request, self)
         last = bool(self.unread or self.server.stopping or response.stream
                     or not request.keeps_alive)
@@ -14345,12 +14378,18 @@ class HttpConnection:
         del self.buffer[:end + 4]
         return parse_head(head)
 
-    async def read_body(self, request: Request) -> None:
-        """Read the body that belongs to a request. Raises Error,
-        ConnectionClosed."""
-        size = request.length
-        if "expect" in request.headers and len(self.buffer) < size:
+    async def read_body(self, request: Request, most: int) -> None:
+        """Read the body that belongs to a request, `most` bytes if it comes
+        in chunks. Raises Error, ConnectionClosed."""
+        size, body = request.length, bytearray()
+        if "expect" in request.headers and (
+                request.chunked or len(self.buffer) < size):
             await self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if request.chunked:
+            await self.read_until(
+                lambda: take_chunks(self.buffer, body, most), BODY_TIME)
+            request.body, self.unread = bytes(body), 0
+            return
         await self.read_until(lambda: len(self.buffer) >= size, BODY_TIME)
         request.body = bytes(self.buffer[:size])
         del self.buffer[:size]
@@ -14989,6 +15028,9 @@ class AccessRules:
     def check_body(self, request: Request, route: Route) -> None:
         """Refuse a body before it is read. Raises Error."""
         headers = request.headers
+        if request.chunked and route.role != "anyone":
+            raise Error("only a ping's body may come in chunks",
+                        "Content-Length", 501)
         if request.length > route.body:
             raise Error(f"the body is longer than {route.body:,} bytes", "",
                         413)
@@ -15193,7 +15235,8 @@ class Api:
                     and context.route.handler is receive_ping:
                 response = await self.check_ping(context)
             if not response:
-                await connection.read_body(request)
+                await connection.read_body(request,
+                                           context.route.body)
                 context.query = self.parse_query(context)
                 response = await context.route.handler(self, context)
         except Error as error:
@@ -15461,8 +15504,11 @@ async def receive_ping(api: Api, context: RequestContext) -> Response:
             "rid": context.query.get("rid"),
             "create": context.query.get("create") == "1",
             "body": request.body[:PING_BODY_LIMIT]}
-    status, text = await api.write(api.dashboard.checks.ping, *context.values,
-                                   call, api.clock.now())
+    try:
+        status, text = await api.write(
+            api.dashboard.checks.ping, *context.values, call, api.clock.now())
+    except DiskFull as full:    # ping clients repeat after 503, not 507
+        raise Error(full.message, full.hint, 503) from None
     return ping_response(status, text)
 
 

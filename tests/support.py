@@ -109,7 +109,7 @@ PARTS = {   # program -> the Debian package that brings it
     "systemctl": "systemd", "pgrep": "procps",
     "nsenter": "util-linux", "setsid": "util-linux",
     "restic": "restic", "borg": "borgbackup", "rsync": "rsync",
-    "setfacl": "acl",
+    "setfacl": "acl", "apache2": "apache2-bin",
     "bindfs": "bindfs", "fusermount3": "fuse3",
     "mkfs.ext4": "e2fsprogs", "ps": "procps", "zsh": "zsh", "fish": "fish",
 }

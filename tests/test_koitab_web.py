@@ -91,7 +91,7 @@ def test_an_ambiguous_request_line_is_refused(line, status):
     (["Content-Length: 0x5"], 400), (["Content-Length:"], 400),
     (["Content-Length: 5 5"], 400), (["Content-Length: 5.0"], 400),
     (["Content-Length: 12345678901234567890"], 413),
-    (["Transfer-Encoding: chunked"], 501),
+    (["Transfer-Encoding: gzip, chunked"], 501),
     (["Transfer-Encoding: identity"], 501), (["Transfer-Encoding:"], 501),
     (["Transfer-Encoding: chunked", "Content-Length: 5"], 501),
     (["Host: y"], 400), (["Authorization: a", "authorization: b"], 400),
@@ -103,9 +103,39 @@ def test_ambiguous_headers_are_refused(lines, status):
     assert error.status == status
 
 
+@pytest.mark.parametrize("data, status", [
+    (b"3\r\nabc\r\n0\r\n\r\nnext", b"abc"), (b"0\r\n\r\nnext", b""),
+    (b"a\r\n0123456789\r\n00\r\n\r\nnext", b"0123456789"),
+    (b"3\r\nab\r\n0\r\n\r\n", 400), (b"3\r\nabcd\r\n0\r\n\r\n", 400),
+    (b"3;x=y\r\nabc\r\n0\r\n\r\n", 400), (b"0\r\nX: y\r\n\r\n", 400),
+    (b" 3\r\nabc\r\n0\r\n\r\n", 400), (b"+3\r\nabc\r\n0\r\n\r\n", 400),
+    (b"0x3\r\nabc\r\n0\r\n\r\n", 400), (b"\r\nabc\r\n0\r\n\r\n", 400),
+    (b"3\nabc\n0\n\n0123456789", 400), (b"fffffffff\r\n", 400),
+    (b"b\r\n0123456789a\r\n0\r\n\r\n", 413), (b"7fffffff\r\n", 413),
+    (b"5\r\n01234\r\n6\r\n012345\r\n0\r\n\r\n", 413)])
+@pytest.mark.parametrize("step", [1, 100])
+def test_chunks_become_a_body_however_they_are_cut(data, status, step):
+    buffer, body = bytearray(), bytearray()
+
+    def ends() -> bool:
+        for at in range(0, len(data), step):
+            buffer.extend(data[at:at + step])
+            if koitab.take_chunks(buffer, body, 10):
+                buffer.extend(data[at + step:])
+                return True
+        return False
+
+    if isinstance(status, int):
+        assert refused(ends).status == status
+    else:
+        assert (ends(), body, buffer) == (True, status, b"next")
+
+
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "DELETE"])
 def test_methods_without_a_body_refuse_one(method):
     lines = f"{method} / HTTP/1.1", "Host: x"
+    assert refused(koitab.parse_head, head(
+        *lines, "Transfer-Encoding: chunked")).status == 501
     assert refused(koitab.parse_head, head(
         *lines, "Content-Length: 5")).status == 400
     assert koitab.parse_head(head(*lines, "Content-Length: 0")).length == 0

@@ -190,7 +190,7 @@ SMUGGLED = (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
 
 
 @pytest.mark.parametrize("lines", [
-    b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding:\tchunked\r\n",
+    b"Transfer-Encoding: gzip\r\n", b"Transfer-Encoding: xchunked\r\n",
     b"Content-Length: 4\r\nContent-Length: 40\r\n",
     b"Content-Length : 4\r\n", b"Content-Length: 4\r\n folded: x\r\n",
     b"X: a\rContent-Length: 4\r\n", b"X: a\nContent-Length: 4\r\n",
@@ -210,6 +210,75 @@ def test_no_request_can_be_smuggled_behind_a_body(server, lines):
         assert reply.status in (400, 413, 415, 501), reply
         assert reply.headers["connection"] == "close"
         assert client.is_closed()
+
+
+def encode_chunks(body: bytes, size: int) -> bytes:
+    """A body in chunks of `size` bytes."""
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (
+        body[at:at + size] for at in range(0, len(body), size))) \
+        + b"0\r\n\r\n"
+
+
+def test_a_ping_may_come_in_chunks_up_to_the_limit(server):
+    path = f"/ping/{server.uuid}"
+    with server.client() as client:
+        for _ in range(2):      # what follows on the connection is understood
+            client.send(encode_request(server.port, "POST", path, None,
+                                       Transfer_Encoding="chunked")
+                        + encode_chunks(b"all is well", 4))
+            assert client.reply().status == 200
+        client.send(encode_request(server.port, "POST", path, None,
+                                   Transfer_Encoding="chunked")
+                    + encode_chunks(b"x" * (2**20 + 1), 5000))
+        assert client.reply().status == 413
+        assert client.is_closed() and not client.reset
+    ping = server.ask("GET", f"/api/v1/checks/{server.uuid}/pings",
+                      token=VIEWER_TOKEN).json["pings"][0]
+    assert (ping["line"], ping["size"]) == ("all is well", 11)
+    with server.client() as client:
+        client.send(encode_request(
+            server.port, "POST", "/api/v1/snooze", None, OPERATOR_TOKEN,
+            Transfer_Encoding="chunked", Content_Type="application/json")
+            + b"2\r\n{}\r\n0\r\n\r\n")
+        assert client.reply().status == 501
+        assert client.is_closed()
+
+
+APACHE = """
+ServerRoot {folder}
+ServerName localhost
+PidFile {folder}/pid
+ErrorLog {folder}/log
+Listen 127.0.0.1:{port}
+LoadModule authz_core_module {modules}/mod_authz_core.so
+LoadModule mpm_event_module {modules}/mod_mpm_event.so
+LoadModule proxy_module {modules}/mod_proxy.so
+LoadModule proxy_http_module {modules}/mod_proxy_http.so
+ProxyPass / http://127.0.0.1:{target}/
+"""
+
+
+def test_a_body_of_8_mb_gets_413_through_apache(server, tmp_path):
+    support.need("apache2")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = tmp_path / "apache.conf"
+    config.write_text(APACHE.format(
+        folder=tmp_path, port=port, target=server.port,
+        modules="/usr/lib/apache2/modules"))
+    apache = subprocess.Popen(
+        ["/usr/sbin/apache2", "-X", "-f", str(config)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        def connected():
+            with contextlib.suppress(OSError):
+                return HttpClient(port)
+        with support.wait_until(connected, 10, "apache") as client:
+            assert client.ask("POST", f"/ping/{server.uuid}", b"x" * 2**23,
+                              Host=f"127.0.0.1:{server.port}").status == 413
+    finally:
+        apache.terminate()
+        apache.wait()
 
 
 def test_a_get_with_a_body_is_refused(server):
@@ -1345,7 +1414,7 @@ k.HttpServer.serve = serve
 
 
 @support.root_only
-def test_a_full_disk_gets_507_and_reads_continue(tmp_path):
+def test_a_full_disk_gets_503_for_pings_and_reads_continue(tmp_path):
     support.need("unshare")
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -1366,8 +1435,10 @@ def test_a_full_disk_gets_507_and_reads_continue(tmp_path):
                 reply = client.ask("POST", f"/ping/{uuid}", b"x" * 10_000)
                 if reply.status != 200:
                     break
-        assert reply.status == 507
-        assert "retry-after" in reply.headers
+        assert reply.status == 503
+        assert int(reply.headers["retry-after"]) > 0
+        assert found.ask("POST", "/api/v1/checks", {"name": "a"},
+                         OPERATOR_TOKEN).status == 507
         assert found.ask("GET", "/api/v1/state",
                          token=OPERATOR_TOKEN).status == 200
         os.unlink(path)
