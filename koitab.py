@@ -6046,6 +6046,11 @@ class QueuedRun:
         self.nonce = ""         # of the request that asks for it
 
     @property
+    def key(self) -> tuple:
+        """The user and the identity of the job."""
+        return self.scheduled.key
+
+    @property
     def planned(self) -> float:
         """When it is to start: RANDOM_DELAY delays starts by schedule."""
         return self.due + (self.scheduled.delay
@@ -6567,15 +6572,14 @@ class Scheduler:
 
     def active_counts(self) -> Counter:
         """Return how many runs of each user are running or waiting."""
-        return Counter([running.key[0] for running in self.running.values()]
-                       + [queued.scheduled.user for queued in self.waiting])
+        return Counter(run.key[0] for run in (*self.running.values(),
+                                              *self.waiting))
 
-    def user_of(self, run: int) -> str | None:
-        """Return whose run is queued or running; None if it is neither."""
-        if run in self.running:
-            return self.running[run].key[0]
-        return next((queued.scheduled.user for queued in self.waiting
-                     if queued.run == run), None)
+    def find_run(self, run: int) -> RunningRun | QueuedRun | None:
+        """Return the run with this number; None if it is neither queued nor
+        running."""
+        return self.running.get(run) or next((
+            queued for queued in self.waiting if queued.run == run), None)
 
     def problems_of(self, user: str) -> list[str]:
         """Return what is wrong, as far as it is this user's business; "":
@@ -6636,7 +6640,7 @@ class Scheduler:
                 running.key = scheduled.key
         for queued in [*self.waiting, *(running.queued for running in runs
                                         if running.queued)]:
-            if queued.scheduled.key == before:
+            if queued.key == before:
                 queued.scheduled = scheduled
 
     def record_jobs(self) -> None:
@@ -6701,7 +6705,7 @@ class Scheduler:
                 active[user] += 1
             if state == "running":
                 ready.append(queued)
-                counts[queued.scheduled.key] += 1
+                counts[queued.key] += 1
             statements += self.state_statements(queued, state, reason)
         return ready
 
@@ -6759,7 +6763,7 @@ class Scheduler:
     def kill_others(self, key: tuple) -> None:
         """KOI_OVERLAP=replace: end all runs of a job."""
         runs = [queued.run for queued in self.waiting
-                if queued.scheduled.key == key and queued.waits_for_previous]
+                if queued.key == key and queued.waits_for_previous]
         runs += [running.run for running in self.running.values()
                  if running.key == key]
         for run in runs:
@@ -6832,7 +6836,7 @@ class Scheduler:
         now, counts = self.clock.ticks(), self.running_counts()
         ready = []
         for queued in self.waiting:
-            key = queued.scheduled.key
+            key = queued.key
             # A follower starts when its row is on the disk: the end that
             # starts it would be found once more.
             if queued.waits_for_previous and (
@@ -6855,7 +6859,7 @@ class Scheduler:
             return
         jobs, statements = self.registry.by_key(), []
         for queued in list(self.waiting):
-            scheduled = jobs.get(queued.scheduled.key)
+            scheduled = jobs.get(queued.key)
             reason = queued.obsolete_reason(scheduled)
             if reason:
                 statements.append(self.drop(queued, reason))
@@ -6908,7 +6912,7 @@ class Scheduler:
         self.log.set_problem("fork", "")
         self.supervisors[pid] = queued.run
         self.running[queued.run] = RunningRun(
-            queued.run, queued.scheduled.key, queued, pid)
+            queued.run, queued.key, queued, pid)
         if queued.connection:
             queued.connection.close()
             queued.connection = None
@@ -6943,7 +6947,7 @@ class Scheduler:
         return [self.store.update(
             queued.run, state="unstartable", reason=why, started=None,
             ended=self.clock.now()), *self.store.prune(
-                self.store.keys[queued.scheduled.key],
+                self.store.keys[queued.key],
                 queued.scheduled.settings.keep)]
 
     # --- ends
@@ -7146,13 +7150,11 @@ class Scheduler:
     def kill(self, run: int, reason: str) -> bool:
         """End a run: SIGTERM, and SIGKILL KILL_AFTER seconds later. False if
         it has ended."""
-        queued = next((queued for queued in self.waiting
-                       if queued.run == run), None)
-        if queued:
-            return self.write([self.drop(queued, reason)])
-        running = self.running.get(run)
+        running = self.find_run(run)
         if not running:
             return False
+        if isinstance(running, QueuedRun):
+            return self.write([self.drop(running, reason)])
         running.reason = running.reason or reason
         running.kill = running.kill or signal.SIGTERM
         self.escalate_kill(running, self.clock.ticks())
@@ -8618,10 +8620,10 @@ class RequestVerifier:
         """End a run, and return its number. Raises RequestRejected."""
         run = fields["run"]
         epoch = int(self.store.get_meta("epoch") or 0)
-        user = self.scheduler.user_of(run)
-        if epoch != fields["epoch"] or user is None:
+        active = self.scheduler.find_run(run)
+        if epoch != fields["epoch"] or not active:
             raise RequestRejected(f"run {run} is not going on")
-        if user != fields["user"]:
+        if active.key[0] != fields["user"]:
             raise RequestRejected("it is for another user")
         if not self.scheduler.write(self.store.record_nonce(
                 fields["nonce"], self.clock.now(), run)):
