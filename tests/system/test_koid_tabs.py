@@ -123,6 +123,16 @@ def test_run_in_the_overlap_queue_is_dropped_with_its_job(koi, gate, after,
 DELAYED = 'RANDOM_DELAY=1440\n"it" 30 10 * * * echo {}\n'
 
 
+def test_start_of_the_minute_of_koids_start_is_delayed(koi, clock):
+    koi.tab(DELAYED.format("x"))
+    clock.start(EDGE - 60)
+    clock.seen()
+    koi.stop()
+    clock.start(EDGE + 1)
+    clock.seen()
+    assert outcomes(koi) == [("schedule", "queued", "")]
+
+
 @pytest.mark.parametrize("after, how", [
     (None, REMOVED), (DELAYED.format("NEW"), CHANGED),
     ("A=b\n" + DELAYED.format("OLD"), ("queued", ""))])
