@@ -9861,6 +9861,7 @@ OUTCOME_CODES = {"queued": "q", "running": "r", "missed": "m",
 BAD_CODES = frozenset("fkiu")
 ENOUGH_RUNS, USUAL_RUNS = 20, 30    # to say what is usual; of so many
 LONGEST_OUTPUT = 4 * 2**20      # bytes of one run; koid keeps 1 MiB
+LAST_LINES = 10                 # of an output, in a notification
 STRIPPED = r"\x1b\[[0-?]*[ -/]*[@-~]"   # colours and the like, as in ECMA-48
 
 
@@ -9947,20 +9948,23 @@ def stripped_line(text: str) -> str:
     return escape_controls(text.rstrip("\r").rpartition("\r")[2]).strip()
 
 
-def last_line(frames: bytes, bad: bool) -> str:
-    """Return the last line of an output, at most 300 characters; of its
-    errors, if the run went badly and wrote some."""
+def last_lines(frames: bytes, bad: bool) -> list[str]:
+    """Return the last lines of an output, at most LAST_LINES of at most 300
+    characters; of its errors, if the run went badly and wrote some."""
     kept = read_frames(frames)
     for streams in ((STDERR,), (STDOUT, STDERR), (NOTE,)):
         if streams == (STDERR,) and not bad:
             continue
-        text = b"".join(data for stream, _, data in kept
+        data = b"".join(data for stream, _, data in kept
                         if stream in streams)[-8192:]
-        for line in reversed(text.decode("utf-8", "replace").split("\n")):
-            line = stripped_line(line)
-            if line:
-                return line[:300]
-    return ""
+        # A character of UTF-8 that the cut went through is left out.
+        text = data.lstrip(bytes(range(0x80, 0xC0))).decode("utf-8",
+                                                            "replace")
+        lines = [stripped_line(line)[:300] for line in text.split("\n")]
+        lines = [line for line in lines if line]
+        if lines:
+            return lines[-LAST_LINES:]
+    return []
 
 
 def whole_frames(data: bytes) -> int:
@@ -10313,32 +10317,70 @@ create index notifications_of_run on notifications (run)
                 return
             due = max(now, self.reported.get(subject, 0) + CHECK_PAUSE)
             self.reported[subject] = due
-        event = "resolved" if resolved else "firing"
+        status = "resolved" if resolved else "firing"
+        entry = {
+            "id": f"{number}-{alert.kind}", "status": status,
+            "kind": alert.kind, "subject": subject, "title": alert.title,
+            "text": alert.text, "startsAt": format_rfc3339(alert.since),
+            "endsAt": format_rfc3339(now) if resolved else "",
+            **self.place_of(db, subject, run)}
         for channel in db.column("select id from channels"):
             self.add_notification(
-                db, channel, f"{number}-{alert.kind}-{event}-{channel}",
-                alert, resolved, due, run)
+                db, channel, f"{number}-{alert.kind}-{status}-{channel}",
+                alert, [entry], due, run)
+
+    def place_of(self, db: Database, subject: str, run: int | None) -> dict:
+        """Return what a subject is called, the number of a run on its host,
+        and `link`, where the page shows it."""
+        found = dict.fromkeys(("host", "section", "job", "check", "command"),
+                              "")
+        found.update(run=None, link="#/alerts")
+        kind, _, key = subject.partition(":")
+        if kind == "job":
+            found.update(db.row(
+                "select h.name host, j.section, coalesce(nullif(j.name, ''), "
+                "j.label) job, '#/job/' || j.id link from jobs j join hosts h "
+                "on h.id = j.host where j.id = ?", int(key)))
+        elif kind == "host":
+            found.update(host=db.value("select name from hosts where host = ?",
+                                       key), link="#/hosts")
+        elif kind == "check":
+            found["check"] = db.value("select name from checks where uuid = ?",
+                                      key)
+        if run is not None:
+            number = db.value("select n from runs where id = ?", run)
+            found.update(run=number, command=f"koitab log {number}",
+                         link=f"#/run/{run}")
+        return {name: value[:200] if isinstance(value, str) else value
+                for name, value in found.items()}
 
     def add_notification(self, db: Database, channel: int, key: str,
-                         alert: Alert, resolved: bool = False,
-                         due: float = 0.0, run: int | None = None) -> None:
-        """Add a notification; because of its key it is there once only."""
+                         alert: Alert, entries: list, due: float = 0.0,
+                         run: int | None = None) -> None:
+        """Add a notification about these entries, each a change of an alert;
+        because of its key it is there once only."""
         db.insert("notifications", "insert or ignore", channel=channel,
                   key=key, at=self.clock.now(), due=due, title=alert.title,
                   text=alert.text, subject=alert.subject, kind=alert.kind,
-                  resolved=resolved, run=run)
+                  resolved=all(entry["status"] == "resolved"
+                               for entry in entries) and bool(entries),
+                  run=run, alerts=compact_json(entries))
         self.changes.mark_changed("notifications", key)
 
     def clear_alert(self, db: Database, subject: str, kind: str,
                     title: str) -> None:
         """End an alert; those who were notified of it get `title`."""
-        found = db.row("select id, notified, since from alerts where subject "
-                       "= ? and kind = ?", subject, kind)
+        found = db.row("select id, notified, since, text from alerts where "
+                       "subject = ? and kind = ?", subject, kind)
         if not found:
             return
         if found["notified"]:
-            self.notify(db, found["id"], Alert(
-                subject, kind, found["since"], title, ""), resolved=True)
+            since = found["since"]
+            text = f"{title}. The alert lasted from " \
+                f"{format_rfc3339(since)} to " \
+                f"{format_rfc3339(self.clock.now())}:\n{found['text']}"
+            self.notify(db, found["id"], Alert(subject, kind, since, title,
+                                               text), resolved=True)
         db.delete("alerts", id=found["id"])
         self.changes.mark_changed("alerts", (subject, kind))
 
@@ -10421,7 +10463,7 @@ create index notifications_of_run on notifications (run)
             self.add_notification(
                 db, channel, f"test-{now}-{channel}",
                 Alert("", "test", now, "koi: a test", "If you can read this, "
-                      "koi can tell you what happens."), due=now)
+                      "koi can tell you what happens."), [], now)
         else:
             self.audit.record(db, now, "channel", state=action)
         return {"id": channel}
@@ -10497,8 +10539,12 @@ create index notifications_of_run on notifications (run)
     def add_digest(self, db: Database, channel: int, numbers: list[int],
                    now: float) -> None:
         """Put one notification in the place of many."""
+        import json
         rows = [db.row("select * from notifications where id = ?", number)
                 for number in numbers]
+        entries = [{**entry, "text": entry["text"][:300],
+                    "output": row["output"][-300:]}
+                   for row in rows for entry in json.loads(row["alerts"])]
         ended = sum(row["resolved"] for row in rows)
         title = f"{plural(len(rows) - ended, 'alert')} began, {ended:,} ended"
         lines = [one_line(row["title"])[:200]
@@ -10507,8 +10553,7 @@ create index notifications_of_run on notifications (run)
             lines.append(f"and {len(rows) - len(lines):,} more")
         self.add_notification(
             db, channel, f"{rows[-1]['id']}-digest-{channel}",
-            Alert("", "digest", now, title, "\n".join(lines)), due=now,
-            resolved=ended == len(rows))
+            Alert("", "digest", now, title, "\n".join(lines)), entries, now)
         for number in numbers:
             db.delete("notifications", id=number)
 
@@ -11689,11 +11734,12 @@ create table unindexed (run integer primary key);
         goes to those who wait for it."""
         row = db.row(f"select {SHOWN_OF_RUN} from runs where id = ?", run)
         frames = self.frames(db, run)
-        line = last_line(frames, code_of(row) in BAD_CODES)
-        db.update("runs", {"line": line, "size": row["have"]}, id=run)
+        lines = last_lines(frames, code_of(row) in BAD_CODES)
+        db.update("runs", {"line": (lines or [""])[-1], "size": row["have"]},
+                  id=run)
         if frames:
             db.insert("unindexed", "insert or ignore", run=run)
-        self.alerts.add_output(db, run, line, now)
+        self.alerts.add_output(db, run, "\n".join(lines), now)
         self.mark_changed(run, row["job"])
         self.changes.after_commit(lambda: self.live.end(run))
 
@@ -11959,7 +12005,8 @@ class AlertRules:
                 f"job:{job['id']}", "missed", record["at"],
                 f"{name} was missed",
                 f"{plural(record['count'], 'start')} missed: "
-                f"{record['reason'] or 'koid was not there'}"))
+                f"{record['reason'] or 'koid was not there'}"),
+                run=record["id"])
 
     def end_alerts(self, db: Database, job: int, *kinds: str) -> None:
         """End the alerts of these kinds of a job."""
@@ -11998,7 +12045,7 @@ class AlertRules:
                 f"job:{job}", "fast", record["at"],
                 f"{name} was suspiciously fast", f"{name} finished in "
                 f"{format_duration(took)}; it usually takes at least "
-                f"{format_duration(limit * 5)}"))
+                f"{format_duration(limit * 5)}"), run=record["id"])
 
     def slow_at(self, db: Database, status: HostStatus, job: int,
                 started: float | None) -> float | None:
@@ -12023,7 +12070,7 @@ class AlertRules:
             f"job:{job}", "slow", row["started"], f"{name} takes long",
             f"{name} has been running for "
             f"{format_duration(int(now - row['started']))}, more than three "
-            "times as long as usual"))
+            "times as long as usual"), run=run)
         self.changes.mark_changed("jobs", job)
 
 
@@ -13585,8 +13632,10 @@ class Notifier:
     notifications has a thread, so a channel that hangs delays no other.
     """
 
-    def __init__(self, dashboard: Dashboard, machine: Machine | None = None):
+    def __init__(self, dashboard: Dashboard, machine: Machine | None = None,
+                 url: str = ""):
         self.dashboard, self.machine = dashboard, machine or Machine()
+        self.url = url      # where people open the page; "" if unknown
         self.stopping, self.thread = False, None
         self.busy: set[int] = set()     # channels that have a thread
 
@@ -13660,6 +13709,7 @@ class Notifier:
     def deliver(self, notification: dict) -> str:
         """Deliver one notification; return "", or why that failed."""
         try:
+            add_facts(notification, self.url)
             return {"mail": self.send_mail, "webhook": self.send_webhook,
                     "ntfy": self.send_ntfy}[notification["way"]](notification)
         except Exception as error:      # of any kind: it is repeated
@@ -13691,9 +13741,8 @@ class Notifier:
         Raises ConnectionFailed and ValueError."""
         import json
         body = {name: notification[name] for name in (
-            "key", "at", "title", "text", "subject", "kind", "dash")}
-        body["subject"] = readable_subject(body["subject"])
-        body["state"] = "over" if notification["resolved"] else "on"
+            "key", "status", "kind", "title", "text", "time", "link", "dash",
+            "alerts")}
         return post(notification["target"], json.dumps(body).encode(), {
             "Content-Type": "application/json",
             "Idempotency-Key": notification["key"]})
@@ -13712,10 +13761,44 @@ class Notifier:
             priority, tag = "default", "bell"
         else:
             priority, tag = "high", "warning"
-        text = notification["text"] or notification["title"]
-        return post(notification["target"], text.encode()[:4000], {
+        text = notification["text"].encode()[:4000].decode("utf-8", "ignore")
+        click = {"Click": notification["link"]} if notification["link"] else {}
+        return post(notification["target"], text.encode(), {
             "Title": title, "Content-Type": "text/plain; charset=utf-8",
-            "Priority": priority, "Tags": tag})
+            "Priority": priority, "Tags": tag, **click})
+
+
+def add_facts(notification: dict, url: str) -> None:
+    """Complete a notification for its delivery: with its output, and with
+    links to the page at `url`."""
+    import json
+    alerts = json.loads(notification["alerts"])
+    for alert in alerts:
+        alert.setdefault("output", notification["output"])
+        alert["subject"] = readable_subject(alert["subject"])
+        alert["link"] = f"{url}/{alert['link']}" if url else ""
+    link = alerts[0]["link"] if len(alerts) == 1 else url and f"{url}/#/alerts"
+    text = notification["text"]
+    if notification["output"]:
+        text += "\n\n" + notification["output"]
+    notification.update(
+        alerts=alerts, text=text, link=link,
+        time=format_rfc3339(notification["at"]),
+        status="resolved" if notification["resolved"] else "firing")
+
+
+def mail_text(notification: dict) -> str:
+    """Return what a mail says: the text, and where to look."""
+    rows = [("Time", notification["time"]), ("Page", notification["link"])]
+    if len(notification["alerts"]) == 1:
+        alert, = notification["alerts"]
+        job = "/".join(filter(None, (alert["section"], alert["job"])))
+        rows = [("Host", alert["host"]), ("Job", job),
+                ("Check", alert["check"]), ("Began", alert["startsAt"]),
+                ("Ended", alert["endsAt"]), ("Output", alert["command"]),
+                ("Page", alert["link"])]
+    return notification["text"] + "\n\n" + "".join(
+        f"{name + ':':8}{one_line(value)}\n" for name, value in rows if value)
 
 
 def without_secrets(text: str, target: str) -> str:
@@ -13742,10 +13825,9 @@ def alert_mail(notification: dict, host: str) -> bytes:
     message["Message-ID"] = \
         f"<{notification['key']}.{notification['dash']}@koi>"
     message["Auto-Submitted"] = "auto-generated"
-    text = (notification["text"] or notification["title"]) + "\n"
     message.set_content("".join(
         each if each.isprintable() or each == "\n" else " "
-        for each in text), cte="quoted-printable")
+        for each in mail_text(notification)), cte="quoted-printable")
     return message.as_bytes()
 
 
@@ -22923,7 +23005,8 @@ def command_dashboard(options: Invocation) -> int:
     dashboard.open()
     founding = dashboard.offer_founding()
     dashboard.start()
-    notifier = Notifier(dashboard, options.machine)
+    notifier = Notifier(dashboard, options.machine, public_url(
+        options, [sock.getsockname()[:2] for sock in listeners]))
     notifier.start()
     api = Api(dashboard, page_text(),
               [text.lower() for text in options.names])
@@ -22943,16 +23026,32 @@ def command_dashboard(options: Invocation) -> int:
     return EXIT_OK
 
 
+def public_url(options: Invocation, places: list[tuple]) -> str:
+    """Return where people open the page: by the first --name, else at the
+    first of the addresses and ports, those of all interfaces by the name of
+    this machine."""
+    scheme = "https" if options.cert else "http"
+    address, port = places[0]
+    name = options.names[0] if options.names else ""
+    if name and options.proxies:
+        return f"https://{name}"        # the proxy's, and its port
+    if name and split_authority(name)[1]:
+        return f"{scheme}://{name}"
+    if not name:
+        name = options.machine.host() if address in ("0.0.0.0", "::") \
+            else url_name(address)
+    return f"{scheme}://{name}:{port}"
+
+
 def log_addresses(options: Invocation, server: HttpServer,
                   founding: str) -> None:
     """Log where the dashboard listens and, where none was created, what to
     type next. `founding` is the file of the token for that, or ""."""
     scheme = "https" if server.certificate else "http"
-    urls = []
     for sock in server.listeners:
         address, port = sock.getsockname()[:2]
-        urls.append(f"{scheme}://{url_name(address)}:{port}")
-        server.log(f"koi {VERSION} listens at {urls[-1]}")
+        server.log(f"koi {VERSION} listens at {scheme}://{url_name(address)}:"
+                   f"{port}")
     if server.certificate:
         server.log("SHA-256 of the certificate: "
                    f"{server.certificate.fingerprint}")
@@ -22961,12 +23060,8 @@ def log_addresses(options: Invocation, server: HttpServer,
         server.log("warning: this is plain http: whoever is on the way can "
                    "read and change all of it")
     notify_manager("READY=1")
-    name = options.names[0] if options.names else ""
-    if name and options.proxies:
-        scheme = "https"                # the proxy's, and its port
-    elif name and not split_authority(name)[1]:
-        name += f":{server.listeners[0].getsockname()[1]}"
-    where = f"{scheme}://{name}" if name else urls[0]
+    where = public_url(options, [sock.getsockname()[:2]
+                                 for sock in server.listeners])
     if founding:
         server.log(f"the founding token, for other machines: {founding}")
         server.log(f"next: koitab -d new {where}; then open {where}")

@@ -10,6 +10,7 @@ import socket
 import stat
 import threading
 import time
+import types
 
 import pytest
 
@@ -531,9 +532,9 @@ def listener():
     server.server_close()
 
 
-def deliver(dashboard) -> None:
+def deliver(dashboard, url: str = "") -> None:
     """Deliver what is due, with a dashboard that runs step by step."""
-    notifier = koitab.Notifier(dashboard.dashboard)
+    notifier = koitab.Notifier(dashboard.dashboard, url=url)
     threads = notifier.deliver_due()
     until = time.monotonic() + 10
     while any(thread.is_alive() for thread in threads):
@@ -564,12 +565,93 @@ def test_a_webhook_gets_json_with_a_key(quiet, listener):
     body = json.loads(body)
     assert path == "/hook?a=b"
     assert headers["Idempotency-Key"] == body["key"]
-    assert (body["kind"], body["state"], body["subject"], body["dash"]) == (
-        "failed", "on", "job:1", quiet.dash)
+    assert (body["kind"], body["status"], body["alerts"][0]["subject"],
+            body["dash"]) == ("failed", "firing", "job:1", quiet.dash)
     assert quiet.rows("select * from notifications") == []
     channel, = quiet.ask(quiet.dashboard.alerts.list_channels,
                          "operator")["channels"]
     assert (channel["last"], channel["error"]) == (NOW, "")
+
+
+def bodies(dashboard, listener, url: str = "") -> list[dict]:
+    """The bodies of webhooks that are due."""
+    listener.got.clear()
+    deliver(dashboard, url)
+    return [json.loads(body) for _, _, body in listener.got]
+
+
+def test_alert_and_its_end_say_when_where_and_what_to_do(quiet, listener):
+    quiet.channel("webhook", listener.url)
+    web1, data = quiet.join(), frames("start\nno space\n", 2)
+    quiet.runs(web1, quiet.record(exit=3, size=len(data), run=17))
+    quiet.sync(web1, outputs=[piece(17, 0, data)])
+    body, = bodies(quiet, listener, "https://koi.example.org")
+    began = koitab.format_rfc3339(NOW)
+    assert {**body, "dash": "", "alerts": []} == {
+        "key": "1-failed-firing-2", "status": "firing", "kind": "failed",
+        "title": "Night/Backup on web1 failed", "time": began, "dash": "",
+        "text": "Night/Backup on web1: exit status 3\n\nstart\nno space",
+        "link": "https://koi.example.org/#/run/1", "alerts": []}
+    assert body["alerts"] == [{
+        "id": "1-failed", "status": "firing", "kind": "failed",
+        "subject": "job:1", "title": body["title"],
+        "text": "Night/Backup on web1: exit status 3", "startsAt": began,
+        "endsAt": "", "host": "web1", "section": "Night", "job": "Backup",
+        "check": "", "run": 17, "command": "koitab log 17",
+        "link": body["link"], "output": "start\nno space"}]
+    quiet.clock.time += HOUR
+    quiet.runs(web1, quiet.record(run=18))
+    body, = bodies(quiet, listener, "https://koi.example.org")
+    end, = body["alerts"]
+    ended = koitab.format_rfc3339(NOW + HOUR)
+    assert (body["status"], end["id"], end["startsAt"], end["endsAt"]) == (
+        "resolved", "1-failed", began, ended)
+    assert body["text"] == (
+        f"Night/Backup on web1 works again. The alert lasted from {began} to "
+        f"{ended}:\nNight/Backup on web1: exit status 3")
+    assert body["link"] == "https://koi.example.org/#/job/1"
+
+
+def test_digest_has_an_entry_for_each_alert(quiet, listener):
+    quiet.channel("webhook", listener.url)
+    quiet.runs(quiet.join(), *failing(quiet, 60))
+    body, = bodies(quiet, listener)
+    assert body["kind"] == "digest" and len(body["alerts"]) == 60
+    assert {(each["status"], each["host"]) for each in body["alerts"]} == {
+        ("firing", "web1")}
+
+
+def test_id_of_a_check_that_could_ping_is_in_no_notification(quiet, listener):
+    quiet.channel("webhook", listener.url)
+    check = quiet.do(quiet.dashboard.checks.create, {"name": "Sync"},
+                     NOW)["id"]
+    quiet.ping(check, action="fail")
+    body, = bodies(quiet, listener, "https://koi.example.org")
+    assert body["alerts"][0]["check"] == "Sync"
+    assert check not in json.dumps(body)
+
+
+@pytest.mark.parametrize("text, lines", [
+    ("\n".join(map(str, range(20))), list(map(str, range(10, 20)))),
+    ("é" * 9000, ["é" * 300]), ("a\n\n\x1b[31mb\x1b[0m\n", ["a", "b"]),
+    ("", [])])
+def test_last_lines_are_few_and_cut_between_characters(text, lines):
+    assert koitab.last_lines(frames(text), bad=False) == lines
+
+
+@pytest.mark.parametrize("names, proxies, cert, place, url", [
+    ((), (), "", ("127.0.0.1", 8077), "http://127.0.0.1:8077"),
+    ((), (), "c", ("::1", 8077), "https://[::1]:8077"),
+    ((), (), "c", ("0.0.0.0", 8077), "https://web1:8077"),
+    (("koi.example",), (), "c", ("::", 443), "https://koi.example:443"),
+    (("koi.example:99",), (), "", ("::", 8077), "http://koi.example:99"),
+    (("koi.example",), ("::1",), "", ("::1", 8077), "https://koi.example")])
+def test_links_lead_to_where_people_open_the_page(names, proxies, cert, place,
+                                                  url):
+    options = types.SimpleNamespace(
+        names=names, proxies=proxies, cert=cert,
+        machine=types.SimpleNamespace(host=lambda: "web1"))
+    assert koitab.public_url(options, [place]) == url
 
 
 def test_ntfy_gets_a_title_a_priority_and_a_tag(quiet, listener):
