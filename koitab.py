@@ -9246,7 +9246,9 @@ class HttpRefused(Exception):
 
 
 def check_dashboard_url(url: str) -> str:
-    """Return the host name in the URL of a dashboard. Raises Error."""
+    """Return the host name in the URL of a dashboard. Behind a proxy the URL
+    may have a path, whose characters need no escape. Raises Error."""
+    import re
     from urllib.parse import urlsplit
     try:
         parts = urlsplit(url)
@@ -9255,7 +9257,8 @@ def check_dashboard_url(url: str) -> str:
         parts, valid = urlsplit(""), False
     if not valid or parts.scheme not in ("http", "https") \
             or not parts.hostname or "@" in parts.netloc \
-            or parts.path.strip("/") or parts.query or parts.fragment \
+            or not re.fullmatch(r"(/[\w~-][\w.~-]*)*/?", parts.path) \
+            or parts.query or parts.fragment \
             or not url.isascii() or not url.isprintable() or " " in url:
         raise Error(f'"{escape_controls(url[:80])}" is no URL of a dashboard',
                     "https://koi.example.com or http://127.0.0.1:8077")
@@ -9271,7 +9274,8 @@ def is_local(host: str) -> bool:
 class DashboardClient:
     """A connection to a dashboard's API: JSON in both directions.
 
-    `token` authenticates each request; `ca` is the text of the certificate
+    `url` may have a path, below which a proxy serves the dashboard. `token`
+    authenticates each request; `ca` is the text of the certificate
     authorities to trust instead of the system's. Raises Error for an
     invalid URL or unusable certificates.
     """
@@ -9286,6 +9290,7 @@ class DashboardClient:
                         "a file of PEM certificates") from None
         self.port = self.client.server.port or (
             443 if self.scheme == "https" else 80)
+        self.prefix = self.client.server.path.rstrip("/")
 
     def is_connected(self) -> bool:
         """Is there a connection that an earlier request has used?"""
@@ -9329,8 +9334,8 @@ class DashboardClient:
         if body is not None:
             headers["Content-Type"] = "application/json"
             data = json.dumps(body).encode()
-        response = self.client.request(method, path, data, headers, seconds,
-                                       LONGEST_ANSWER + 1)
+        response = self.client.request(method, self.prefix + path, data,
+                                       headers, seconds, LONGEST_ANSWER + 1)
         if len(response.body) > LONGEST_ANSWER:
             raise ConnectionFailed("its answer is too long")
         return response
@@ -14295,7 +14300,6 @@ class HttpConnection:
         self.unread = 0             # bytes of the present body
         self.idle = True            # no request is being read or answered
         self.proven = False         # it has shown a valid token
-        self.demanded = None        # Api: see sync
 
     async def run(self) -> None:
         """Serve requests in their order until one side ends it."""
@@ -15263,6 +15267,7 @@ class Api:
                                  dashboard.credentials.principal_of)
         self.clock, self.certificate_expires = Clock(), 0.0
         self.polls: dict[tuple, dict] = {}      # topic -> LongPolls
+        self.demanded: dict[str, tuple] = {}    # host -> see has_news
         self.followers: dict[tuple, dict] = {}  # the same, of streams
         self.changes = ChangeStream()
         self.reads = 0                          # waiting for a reader
@@ -15822,20 +15827,23 @@ async def sync(api: Api, context: RequestContext) -> Response:
     fields, principal = await api.body_of(context), context.principal
     wait = fields.get("wait")
     wait = min(wait, LONGEST_POLL) if isinstance(wait, (int, float)) else 0
-    if any(fields.get(name) for name in SENT):
+    sends = any(fields.get(name) for name in SENT)
+    if sends:
         wait = 0
     until, topic = api.loop.time() + wait, ("host", principal.host)
+    demanded = api.demanded.get(principal.host, demands_of({}))
     api.end_polls(api.polls, topic)     # of a connection that broke
     with LongPoll(api.polls, topic) as poll:
         reply = await api.write(api.dashboard.host_sync.sync, principal.host,
                                 fields, api.clock.now())
         while wait > 0 and not poll.ended and not has_news(
-                reply, context.connection) and \
+                reply, demanded) and \
                 await context.connection.run_until_closed(
                     poll.wait(until - api.loop.time())):
             reply.update(await api.write(api.dashboard.requests.waiting,
                                          principal.host, api.clock.now()))
-    context.connection.demanded = demands_of(reply)
+    if not sends:
+        api.demanded[principal.host] = demands_of(reply)
     return json_response(reply)
 
 
@@ -15845,11 +15853,11 @@ def demands_of(reply: dict) -> tuple:
             reply.get("missing_output", []))
 
 
-def has_news(reply: dict, connection: HttpConnection) -> bool:
-    """Must a sync be answered now? A demand that was sent before and was not
-    met is no news: the host would ask again at once, forever."""
-    return bool(reply.get("requests")) or demands_of(reply) != (
-        connection.demanded or demands_of({}))
+def has_news(reply: dict, demanded: tuple) -> bool:
+    """Must a sync be answered now? What the host's last poll `demanded` and
+    it did not send yet is no news: it would ask again at once, forever. (A
+    proxy may give each poll a connection of its own.)"""
+    return bool(reply.get("requests")) or demands_of(reply) != demanded
 
 
 # --- all routes -----------------------------------------------------------
@@ -17698,6 +17706,15 @@ function nextTheme() {
 
 const isFile = () => location.protocol === "file:";
 
+// Returns the dashboard's URL without a slash at its end: the directory of
+// the page, which is not the root where a proxy serves it below a path. A
+// file names it in its head, or leaves it to the login ("").
+function serverOfPage() {
+  const url = isFile() ? $("meta[name=koi-server]").content
+    : new URL(".", location.href).href;
+  return url.replace(/\/+$/, "");
+}
+
 // Shows the login; `why` is what went wrong or why the page was locked.
 function logInView(why = "") {
   const server = isFile() && !$("meta[name=koi-server]").content
@@ -17978,8 +17995,7 @@ const isCheck = (one) => "methods" in one;
 const needsAttention = (one) => BAD.has(one.state) && !isSnoozed(one);
 const checkState = (check) => check.started && check.state === "up"
   ? "running" : check.state;
-const origin = () => session.server || location.origin;
-const pingUrl = (check) => `${origin()}/ping/${check.id}`;
+const pingUrl = (check) => `${session.server}/ping/${check.id}`;
 
 // Returns the cells of a job's row.
 function jobCells(job, host, onTop) {
@@ -18354,7 +18370,7 @@ const noHosts = () => empty("No host has joined this dashboard yet",
   isOperator() && el("p", {}, "Or let something that is not koi\u2019s "
     + "report by a URL: ", link("#/check/new", "New check")));
 
-const joinCommands = () => [snippet(`koitab -d join ${origin()}/#${
+const joinCommands = () => [snippet(`koitab -d join ${session.server}/#${
   state.dash.id}`), snippet("koitab status")];
 
 // --- output: from bytes to lines, as a terminal would show them ------------
@@ -20516,17 +20532,18 @@ function settingsView(place, root) {
   root.classList.add("narrow");
   root.append(el("h1", { text: "Settings" }), section("This dashboard",
     el("p", {}, "Its address, to bookmark or to pass on:"),
-    snippet(`${origin()}/#${dash.id}`)), viewerSection(),
+    snippet(`${session.server}/#${dash.id}`)), viewerSection(),
   dash.ping_key ? section("Ping key", el("p", {}, "With it a check is "
     + "pinged by its slug, and made by the first ping:"), snippet(`curl -fsS `
-    + `-m 10 ${origin()}/ping/${dash.ping_key}/my-backup?create=1`)) : "",
+    + `-m 10 ${session.server}/ping/${dash.ping_key}/my-backup?create=1`))
+    : "",
   section("Badges", el("p", {}, "A small picture of a state, for a wiki or a "
     + "README. It tells a colour and nothing else:"),
-  snippet(`${origin()}/badge/${dash.badge_key}/all.svg`), mutedLine(
+  snippet(`${session.server}/badge/${dash.badge_key}/all.svg`), mutedLine(
     "In the place of ", code("all"), " may stand a check\u2019s slug or a "
     + "job\u2019s tag; ", code(".json"), " gives the same for programs.")),
   section("Prometheus", snippet(
-    `curl -H "Authorization: Bearer $KEY" ${origin()}/metrics`),
+    `curl -H "Authorization: Bearer $KEY" ${session.server}/metrics`),
   mutedLine("KEY is the viewer\u2019s key without its \u201cview-\u201d.")),
   section("Passphrase", el("p", {}, "To change it, type on a host:"),
     snippet("koitab -d rotate")),
@@ -20596,7 +20613,7 @@ function onKey(event) {
 // Starts the page; what follows comes from events.
 function start() {
   showTheme();
-  session.server = $("meta[name=koi-server]").content.replace(/\/+$/, "");
+  session.server = serverOfPage();
   if (!isFile() && !globalThis.isSecureContext) {
     $("#plain-http").textContent = WORDS.plainHttp;
     $("#plain-http").hidden = false;
@@ -20647,8 +20664,8 @@ def page_text(server: str | None = None) -> str:
     if server is not None:
         is_url = set(server).isdisjoint(" ;,'\"\n")
         policy = page_policy(
-            "'none'" if not is_url else server or "http: https:").replace(
-                "frame-ancestors 'none'; ", "")     # for headers alone
+            "'none'" if not is_url else f"{server}/" if server else
+            "http: https:").replace("frame-ancestors 'none'; ", "")
         text = text.replace(
             '<meta name="koi-server" content="">',
             '<meta http-equiv="Content-Security-Policy" content="'

@@ -243,6 +243,22 @@ def test_any_address_is_allowed_when_it_listens_beyond_loopback(host,
     assert koitab.is_allowed_host(host, frozenset(), True) is believed
 
 
+@pytest.mark.parametrize("url, host", [
+    ("https://koi.example", "koi.example"), ("http://[::1]:8077/", "::1"),
+    ("https://koi.example:8077/koi", "koi.example"),
+    ("https://koi.example/a-b/~c_d/e.f/", "koi.example")])
+def test_url_of_a_dashboard_may_have_a_path(url, host):
+    assert koitab.check_dashboard_url(url) == host
+
+
+@pytest.mark.parametrize("rest", [
+    "//", "/a//b", "/.", "/../x", "/a/.b", "/%2e", "/a;b", "/a\\b", "/\xe4",
+    "/a?b", "/a#b", "/a b", "/a\n", ":0", ":99999"])
+def test_url_of_a_dashboard_with_a_path_that_needs_escapes_is_refused(rest):
+    assert "is no URL of a dashboard" in refused(
+        koitab.check_dashboard_url, f"https://koi.example{rest}").message
+
+
 @pytest.mark.parametrize("address, network", [
     ("10.0.0.1", "10.0.0.1"), ("::ffff:10.0.0.1", "10.0.0.1"),
     ("2001:db8:1:2:3::4", "2001:0db8:0001:0002"),

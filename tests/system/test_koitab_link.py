@@ -72,7 +72,7 @@ WRONG = [   # what is typed, a part of what is said, the status
     (["-d", "new", "ftp://127.0.0.1"], "no URL of a dashboard", 1),
     (["-d", "new", "127.0.0.1:8077"], "no URL of a dashboard", 1),
     (["-d", "new", "http://u:p@127.0.0.1"], "no URL of a dashboard", 1),
-    (["-d", "new", "http://127.0.0.1/path"], "no URL of a dashboard", 1),
+    (["-d", "new", "http://127.0.0.1/a//b"], "no URL of a dashboard", 1),
     (["-d", "new", "http://127.0.0.1:99999"], "no URL of a dashboard", 1),
     (["-d", "new", "http://127.0.0.1/#ab"], "no URL of a dashboard", 1),
     (["-d", "new", "http://192.0.2.1"], "without TLS", 1),
