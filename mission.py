@@ -1911,6 +1911,7 @@ LONGEST_LINE = 2**18    # bytes; no pattern is applied to a longer line,
                         # because it would be copied in memory several times
 LINE_SECONDS = 1.0      # the longest a pattern may take for a line ...
 ALL_SECONDS = 10.0      # ... and for all lines that it was too slow for
+SCREEN_SECONDS = 0.1    # the longest for a block; then only single lines
 SLOW = "<<line withheld: {} took too long to judge it>>"
 TOO_LONG = "<<line of {} bytes withheld: too long to be judged>>"
 MAIL_LIMIT = 200_000    # characters of the log in a mail
@@ -1977,6 +1978,17 @@ def as_bare_line(text: str) -> str:
     return LEADING_SPACE + text[1:] if text.startswith(" ") else text
 
 
+def screen_of(text: str):
+    """Compile a pattern for blocks of lines, each after a newline: it has a
+    match where the pattern `text` matches one of the lines. None for a
+    pattern of a kind that could behave otherwise in a block."""
+    import re
+    if re.search(r"\(\?|\||\\[AZzB]|[*+?}]\+", text):
+        return None
+    # `re` finds a newline ten times as fast as the beginning of a line.
+    return pattern("\n" + text[1:] if text.startswith("^") else text, re.M)
+
+
 class LogFilter:
     """Redacts and filters whole lines.
 
@@ -1988,6 +2000,9 @@ class LogFilter:
     def __init__(self, redact, filters, limit):
         self.redactions = [pattern(text) for text in redact]
         self.filters = [pattern(as_bare_line(text)) for text in filters]
+        texts = [*redact, *map(as_bare_line, filters)]
+        self.screens = dict(zip(self.redactions + self.filters,
+                                map(screen_of, texts)))
         self.values: list[str] = []     # secrets, redacted by value
         # A pattern that was too slow -> the seconds that it has used since.
         self.slow: dict[object, float] = {}
@@ -2004,23 +2019,35 @@ class LogFilter:
         for value in self.values:
             text = text.replace(value, MASK)
         for rule in self.redactions:
-            lines = self.apply(rule, text.split("\n"),
-                               partial(rule.sub, MASK))
-            text = "\n".join(SLOW.format("redact") if line is None else line
-                             for line in lines)
+            if self.may_match(rule, text):
+                text = "\n".join(self.apply(
+                    rule, text.split("\n"), partial(rule.sub, MASK),
+                    SLOW.format("redact")))
         return text
 
     def keep_lines(self, text: str) -> list:
         """For each line True (keep), False (filtered) or None (withheld); []
-        without filters, as all lines are kept."""
+        if all lines are kept."""
         lines = text.split("\n")
-        found = [self.apply(rule, lines, lambda line, rule=rule:
-                            not rule.search(line)) for rule in self.filters]
-        return [False if False in results else None if None in results
-                else True for results in zip(*found)]
+        found = [self.apply(rule, lines, rule.search, MASK)
+                 for rule in self.filters if self.may_match(rule, text)]
+        if not any(map(any, found)):
+            return []
+        return [None if set(filter(None, results)) == {MASK}
+                else not any(results) for results in zip(*found)]
 
-    def apply(self, rule, lines: list, function) -> list:
-        """function(line) for each line; None where it took too long.
+    def may_match(self, rule, text: str) -> bool:
+        """Whether a line of `text` may match, found quickly for all lines
+        together; most blocks have no match."""
+        try:
+            return not self.screens[rule] or bool(self.limit(
+                SCREEN_SECONDS, self.screens[rule].search, "\n" + text))
+        except TooSlow:
+            self.screens[rule] = None
+            return True
+
+    def apply(self, rule, lines: list, function, withheld: str) -> list:
+        """function(line) for each line; `withheld` where it took too long.
 
         A pattern that was too slow is applied to each line alone from then
         on, and to none once it has used ALL_SECONDS.
@@ -2028,20 +2055,20 @@ class LogFilter:
         if rule not in self.slow:
             try:
                 return self.limit(LINE_SECONDS,
-                                  lambda: [function(line) for line in lines])
+                                  lambda: list(map(function, lines)))
             except TooSlow:
                 self.slow[rule] = 0.0
-        return [self.apply_to_line(rule, line, function) for line in lines]
+        return [self.apply_to_line(rule, line, function, withheld)
+                for line in lines]
 
-    def apply_to_line(self, rule, line: str, function):
-        """function(line); None if the pattern has used up its time."""
-        if self.slow[rule] >= ALL_SECONDS:
-            return None
-        try:
-            return self.limit(LINE_SECONDS, function, line)
-        except TooSlow:
-            self.slow[rule] += LINE_SECONDS
-            return None
+    def apply_to_line(self, rule, line: str, function, withheld: str):
+        """function(line); `withheld` if the pattern has used up its time."""
+        if self.slow[rule] < ALL_SECONDS:
+            try:
+                return self.limit(LINE_SECONDS, function, line)
+            except TooSlow:
+                self.slow[rule] += LINE_SECONDS
+        return withheld
 
 
 class OutputDecoder:
@@ -5697,14 +5724,14 @@ class LogWriter:
         self.socket.settimeout(LOG_SECONDS)
         self.answers = self.socket.makefile("rb")
 
-    def ask(self, *request):
+    def ask(self, *request, data: bytes = b""):
         """Call a method in the child: its name and its arguments, which are
-        JSON values; return its result."""
+        JSON values; return its result. `data` is for `write`."""
         import json
         if self.failure:
             raise self.failure
         try:
-            self.socket.sendall(json.dumps(request).encode() + b"\n")
+            self.socket.sendall(json.dumps(request).encode() + b"\n" + data)
             answer = self.answers.readline()
             if not answer:
                 raise OSError(errno.EPIPE, "its writer ended")
@@ -5722,8 +5749,8 @@ class LogWriter:
         import json
         try:
             leave_parent(fd)
-            with os.fdopen(3, "rb") as requests:
-                for line in requests:
+            with os.fdopen(3, "rb") as self.requests:
+                for line in self.requests:
                     name, *arguments = json.loads(line)
                     try:
                         answer = [0, getattr(self, name)(*arguments)]
@@ -5750,8 +5777,9 @@ class LogWriter:
                 continue
         raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
 
-    def write(self, text: str) -> None:
-        write_all(self.fd, text.encode())
+    def write(self, size: int) -> None:
+        """Write the next `size` bytes after the request to the file."""
+        write_all(self.fd, self.requests.read(size))
 
     def sync(self) -> None:
         os.fsync(self.fd)
@@ -5834,7 +5862,7 @@ class RunLog:
                     f"written: {self.error}>>\n\n").encode() + data
         try:
             if self.file:
-                self.file.ask("write", data.decode())
+                self.file.ask("write", len(data), data=data)
             else:
                 write_all(self.fd, data)
             self.lost = 0

@@ -496,10 +496,10 @@ def test_logs_on_a_full_disk_go_to_stderr_up_to_a_limit(
     good = log.file.ask
     full = [True]
 
-    def ask(*request):
+    def ask(*request, **more):
         if full[0]:
             raise OSError(28, "No space left on device")
-        return good(*request)
+        return good(*request, **more)
     monkeypatch.setattr(log.file, "ask", ask)
     monkeypatch.setattr(mission, "SPILL_LIMIT", 25)
     log.write("first line\n")
