@@ -3110,6 +3110,16 @@ def open_directory(path: str) -> int:
     return fd
 
 
+def open_regular(path: str, flags: int = 0):
+    """Open a regular file to read bytes. A FIFO is refused, not waited for.
+    Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "this is no regular file")
+    return os.fdopen(fd, "rb")
+
+
 def root_link(fd: int, name: str, error: OSError) -> str | None:
     """The target of a symbolic link that only root could have made; None
     for anything else. `error`: why the name could not be opened."""
@@ -3660,7 +3670,8 @@ class HostInspector:
         if writer:      # it is not opened: it could lead anywhere
             return script.replace(writer=writer)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            with open_regular(path) as file:
+                head = file.read(2**20 if task.type == "builtin" else 8192)
         except FileNotFoundError:
             return script.replace(state="does not exist")
         except ValueError:          # a NUL; the slug has an error already
@@ -3672,12 +3683,6 @@ class HostInspector:
             return script.replace(state="cannot be read")
         except OSError as error:
             return script.replace(state=f"cannot be opened ({error.strerror})")
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                return script.replace(state="is no regular file")
-            head = os.read(fd, 2**20 if task.type == "builtin" else 8192)
-        finally:
-            os.close(fd)
         script = script.replace(head=head.decode("latin-1"))
         if task.type == "builtin":
             return script.replace(state=python_error(head, path))
@@ -7192,33 +7197,36 @@ def print_json(value) -> int:
 
 
 def read_text(path: str) -> str:
-    """A configuration file. Raises Error."""
-    def refuse(reason: str, hint: str = ""):
-        raise Error(f"{path}: {reason}", hint, EXIT_CONFIG)
-
+    """Return the text of a configuration file. Raises Error."""
+    place = hint = ""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except FileNotFoundError:
-        refuse("there is no such file", "-c PATH, or `mission init` for one")
-    except OSError as error:
-        refuse(error.strerror)
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(fd)
-        refuse("this is no regular file")
-    with os.fdopen(fd, "rb") as file:
-        if status.st_size > LONGEST_CONFIG:
-            refuse("this is larger than 1 MiB, and no configuration")
-        try:
+        with open_regular(path) as file:
             data = file.read(LONGEST_CONFIG + 1)
-        except OSError as error:
-            refuse(error.strerror)
-    try:
-        return data.decode("utf-8")
+        if len(data) <= LONGEST_CONFIG:
+            return data.decode("utf-8")
+        reason = "this is larger than 1 MiB, and no configuration"
+    except FileNotFoundError:
+        reason = "there is no such file"
+        hint = "-c PATH, or `mission init` for one"
+    except OSError as error:
+        reason = error.strerror
     except UnicodeDecodeError as error:
         row = data.count(b"\n", 0, error.start) + 1
         column = error.start - data.rfind(b"\n", 0, error.start)
-        refuse(f"{row}:{column}: not UTF-8", "save it as UTF-8")
+        place = f":{row}:{column}"
+        reason, hint = "not UTF-8", "save it as UTF-8"
+    raise Error(f"{path}{place}: {reason}", hint, EXIT_CONFIG)
+
+
+def answer_about(path: str, function, status: int = EXIT_PROBLEMS,
+                 on_message=None):
+    """Return function(send), called in a child process, as the file system
+    may not answer; see `supervise`. Raises Error that names `path`."""
+    try:
+        return Processes(Clock()).supervise(ANSWER_SECONDS, function,
+                                            on_message=on_message)
+    except Unanswered:
+        raise Error(f"{path}: {NO_ANSWER}", "", status) from None
 
 
 class ConfigSource(FrozenRecord):
@@ -7229,17 +7237,10 @@ class ConfigSource(FrozenRecord):
 
 
 def read_source(file: str) -> ConfigSource:
-    """Read a configuration file. Raises Error.
-
-    In a child process, because its file system may not answer.
-    """
+    """Read a configuration file. Raises Error."""
     path = os.path.abspath(file)
-    try:
-        return ConfigSource(path, *Processes(Clock()).supervise(
-            ANSWER_SECONDS, lambda _send: [os.path.realpath(path),
-                                           read_text(path)]))
-    except Unanswered:
-        raise Error(f"{path}: {NO_ANSWER}", "", EXIT_CONFIG) from None
+    return ConfigSource(path, *answer_about(path, lambda _send: [
+        os.path.realpath(path), read_text(path)], EXIT_CONFIG))
 
 
 class LoadedConfig(FrozenRecord):
@@ -7543,39 +7544,16 @@ def refuse_run_of_root(real_path: str) -> None:
                     EXIT_BUSY)
 
 
-def can_open(path: str) -> bool:
-    """Whether a file or directory can be opened. Unlike stat(2), open(2) of
-    a file is not answered by what the kernel remembers of a file system."""
-    try:
-        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW))
-    except OSError:
-        return False
-    return True
-
-
-def open_state(options) -> StateDirectory:
-    """The state directory, for reading. Raises Error without one."""
+def recorded_runs(options) -> list[dict]:
+    """Return the runs of the configuration, see `runs_of`. Raises Error."""
     path = os.path.abspath(options.config)
-    real_path = ask(os.path.realpath, path)
-    if real_path is None:
-        raise Error(f"{path}: {NO_ANSWER}", "", EXIT_CONFIG)
-    state = state_of(real_path, Clock())
-    answer = ask(can_open, state.directory)
-    if answer is None:
-        raise Error(f"{state.directory} {NO_ANSWER}")
-    if not answer:
+    state = state_of(answer_about(
+        path, lambda _send: os.path.realpath(path), EXIT_CONFIG), Clock())
+    runs = answer_about(state.directory, lambda _send: runs_of(state)
+                        if os.access(state.directory, os.R_OK) else None)
+    if runs is None:
         raise Error(f"no run of {options.config} is remembered",
                     "-c names the configuration, and root's runs are root's")
-    return state
-
-
-def recorded_runs(options) -> list[dict]:
-    """The result of `runs_of`, read in a child: the files of the state may
-    hang as well. Raises Error."""
-    state = open_state(options)
-    runs = ask(runs_of, state)
-    if runs is None:
-        raise Error(f"{state.directory} {NO_ANSWER}")
     return runs
 
 
@@ -7669,41 +7647,47 @@ def command_log(options, run: str = "") -> int:
         raise Error(f"no saved log of run {quoted(run)}" if run else
                     "no run has saved a log", "mission history shows the "
                     "runs; a run by hand prints its log and saves none")
-    path = runs[-1]["log"]
-    if ask(can_open, path) is None:
-        raise Error(f"{path} {NO_ANSWER}")
+    path, pager = runs[-1]["log"], None
+    if sys.stdout.isatty():
+        pager = start_pager()
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise Error(f"{path}: {error.strerror}") from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise Error(f"{path} is no regular file")
-    with os.fdopen(fd, encoding="utf-8", errors="backslashreplace") as file:
-        if sys.stdout.isatty():
-            return page(file)
-        for line in file:
-            sys.stdout.write(escape_controls(line.rstrip("\n")) + "\n")
+        answer_about(path, lambda send: send_log(send, path), on_message=(
+            pager.stdin if pager else sys.stdout).write)
+    except BrokenPipeError:
+        if not pager:       # else the reader has seen enough
+            raise
+    finally:
+        if pager:
+            pager.communicate()
     return EXIT_OK
 
 
-def page(lines) -> int:
-    """Show lines through the caller's pager, $PAGER or less."""
+def send_log(send, path: str) -> None:
+    """Send the lines of a saved log in pieces, safe for a terminal. Raises
+    Error."""
+    try:
+        with open_regular(path, os.O_NOFOLLOW) as file:
+            lines = file.readlines(CHUNK)
+            while lines:
+                text = b"".join(lines).decode("utf-8", "backslashreplace")
+                send("".join(escape_controls(line) + "\n" for line
+                             in text.removesuffix("\n").split("\n")))
+                lines = file.readlines(CHUNK)
+    except OSError as error:
+        raise Error(f"{path}: {error.strerror}") from None
+
+
+def start_pager():
+    """Start the caller's pager, $PAGER or less; return its Popen. Raises
+    Error."""
     import shlex
     import subprocess
     pager = shlex.split(os.environ.get("PAGER") or "less")
     try:
-        child = subprocess.Popen(pager, stdin=subprocess.PIPE)
+        return subprocess.Popen(pager, stdin=subprocess.PIPE,
+                                encoding="utf-8")
     except OSError as error:
         raise Error(f"{pager[0]}: {error.strerror}", "PAGER=cat") from None
-    try:
-        with child.stdin as end:
-            for line in lines:
-                end.write((escape_controls(line.rstrip("\n")) + "\n").encode())
-    except BrokenPipeError:
-        pass                # the reader has seen enough
-    child.wait()
-    return EXIT_OK
 
 
 def readable_config(options) -> Config:

@@ -442,9 +442,9 @@ def test_a_message_stands_on_one_line_whatever_it_quotes(check):
 
 
 @pytest.mark.parametrize("data, words", [
-    (b'{"a": "\xff"}', "m.json: 1:8: not UTF-8"),
-    (b"\n\xfe\xff", "m.json: 2:1: not UTF-8"),
-    ("{}".encode("utf-16"), "m.json: 1:1: not UTF-8"),
+    (b'{"a": "\xff"}', "m.json:1:8: not UTF-8"),
+    (b"\n\xfe\xff", "m.json:2:1: not UTF-8"),
+    ("{}".encode("utf-16"), "m.json:1:1: not UTF-8"),
     (b" " * (2**20 + 1), "larger than 1 MiB"), (None, "no such file"),
     ("folder", "no regular file"), ("fifo", "no regular file"),
 ], ids=name_of)
