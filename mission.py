@@ -2534,6 +2534,10 @@ class Child:
             self.fd = -1
 
 
+class Unanswered(Error):
+    """A function in a child process did not answer within its limit."""
+
+
 class ProcessResult(FrozenRecord):
     """How a program that mission uses, such as git, ended."""
     code: int           # as in Popen: negative for a signal
@@ -2552,10 +2556,10 @@ class ProcessResult(FrozenRecord):
 
 def reason_of(error: BaseException) -> str:
     """An exception on one line, for a message."""
-    while getattr(error, "reason", None) and isinstance(
-            error.reason, BaseException):       # URLError wraps the real one
-        error = error.reason
     text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename \
+            else error.strerror
     return escape_controls(" ".join(text.split()))[:300]
 
 
@@ -2970,18 +2974,14 @@ class Processes:
         try:
             return True, self.supervise(self.shortened(seconds), call,
                                         signals=known)
-        except (Error, Unanswered) as error:
+        except Error as error:
             return False, "interrupted" if self.signals > known \
-                else str(error)
+                else error.message
 
     def shortened(self, seconds: float) -> float:
         """The limit of a delivery: short once a signal asked to stop, because
         the one who sent the signal waits."""
         return min(seconds, STOPPED_SECONDS) if self.stopped else seconds
-
-
-class Unanswered(Exception):
-    """A function in a child process did not answer within its limit."""
 
 
 def leave_parent(writing: int) -> None:
@@ -4933,24 +4933,19 @@ class Delivery:
             else f"{public_url(url)}{proxy}: {answer}"
 
     def write_metrics(self, record: dict, last_success: float) -> None:
-        """Write the file of node_exporter's textfile collector.
-
-        Raises OSError."""
+        """Write the file of node_exporter's textfile collector. Raises Error.
+        """
         path = self.config.metrics.textfile
         data = metrics_text(record, last_success, self.config.path).encode()
 
-        def write() -> str:
-            try:
-                directory = open_directory(os.path.dirname(path))
-                write_atomically(os.path.basename(path), data, 0o644,
-                                 dir_fd=directory)
-            except OSError as error:
-                return error.strerror
-            return ""
+        def write() -> None:
+            directory = open_directory(os.path.dirname(path))
+            write_atomically(os.path.basename(path), data, 0o644,
+                             dir_fd=directory)
 
-        _, failure = self.processes.run_in_child(ANSWER_SECONDS, write)
-        if failure:
-            raise OSError(errno.EIO, failure, path)
+        written, why = self.processes.run_in_child(ANSWER_SECONDS, write)
+        if not written:
+            raise Error(f"{path}: {why}")
 
 
 # ==========================================================================
@@ -5664,12 +5659,10 @@ def good_durations(records: list[dict]) -> dict[str, list]:
 def past_run(run: dict, result: str, **more) -> dict:
     """The record of a run for the history; of its values only those of
     `more` are known if it did not end."""
-    return {"id": run["id"], "start": format_rfc3339(run["started"]),
-            "started": run["started"], "headless": run["headless"],
-            "partial": run["partial"], "seconds": None, "verdict": result,
-            "log": run["log"],
-            "errors": 0, "warnings": 0,
-            "last": run["task"] or run["phase"], "tasks": [], **more}
+    same = {key: run[key] for key in PAST_RUN.keys() & run.keys()}
+    return {**PAST_RUN, **same, "start": format_rfc3339(run["started"]),
+            "seconds": None, "verdict": result,
+            "last": run["task"] or run["phase"], **more}
 
 
 def unrecorded_end(run: dict, known: dict[str, dict]) -> list[dict]:
@@ -5941,11 +5934,12 @@ def local_time(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
-def chown_storage(send, path: str, uid: int, gid: int, kept: set) -> dict:
-    """Chown a tree in a child of `supervise`, see `chown_tree`: the numbers,
-    and the first of the entries that were left alone.
+def chown_storage(send, path: str, uid: int, gid: int, kept: set) -> list:
+    """Chown a tree in a child of `supervise`, see `chown_tree`.
 
-    A signal ends the walk after the entry that it is at. Raises Error.
+    Return whether everything in .git has that owner now, lines for the log,
+    and a warning or "". A signal ends the walk after the entry that it is at.
+    Raises OSError.
     """
     import signal
     signals, sent = [], [time.monotonic()]
@@ -5959,20 +5953,19 @@ def chown_storage(send, path: str, uid: int, gid: int, kept: set) -> dict:
             send(None)              # a sign of life
         return bool(signals)
 
-    try:
-        done = chown_tree(path, uid, gid, is_stopped, kept)
-    except OSError as error:
-        raise Error(error.strerror) from None
+    done = chown_tree(path, uid, gid, is_stopped, kept)
     theirs = [name for name, why in done.left if why == KEPT]
     left = [entry for entry in done.left if entry[1] != KEPT]
     serious = [name for name, why in left if why != ELSEWHERE]
     inside = escape_controls(os.path.join(path, ".git")) + "/"
-    owns_git = not any((name + "/").startswith(inside)
-                       for name, _ in done.left)
-    return {"owns_git": owns_git, "changed": done.changed,
-            "left": left[:LEFT_NAMED], "serious": len(serious),
-            "first": "".join(serious[:1]), "theirs": len(theirs),
-            "first_of_theirs": "".join(theirs[:1])}
+    lines = [f"{path}: {plural(done.changed, 'file')}"]
+    if theirs:
+        lines.append(f"left to the users of tasks: {len(theirs):,}, the "
+                     f"first of them {theirs[0]}")
+    lines += [f"left alone: {name}: {why}" for name, why in left[:LEFT_NAMED]]
+    return [not any((name + "/").startswith(inside) for name, _ in done.left),
+            lines, f"{path}: left alone: {len(serious):,}, the first of them "
+            f"{serious[0]}" if serious else ""]
 
 
 def repository_of(send, path: str, since: float) -> Repository:
@@ -5990,11 +5983,8 @@ def repository_of(send, path: str, since: float) -> Repository:
 def commit_storage(send, path: str, since: float, message: str,
                    is_checked: bool) -> list[str]:
     """Commit a directory in a child of `supervise`; return the warnings.
-    Raises Error."""
-    try:
-        return repository_of(send, path, since).commit(message, is_checked)
-    except OSError as error:
-        raise Error(reason_of(error)) from None
+    Raises Error and OSError."""
+    return repository_of(send, path, since).commit(message, is_checked)
 
 
 def pack_storage(send, path: str, since: float) -> bool:
@@ -6206,9 +6196,8 @@ class Runner:
                                ("history", self.state.add_to_history)):
             try:
                 action(self.record())
-            except OSError as error:
-                self.problem("delivery", "error", source, ": ".join(
-                    filter(None, (error.filename, error.strerror))))
+            except (Error, OSError) as error:
+                self.problem("delivery", "error", source, reason_of(error))
 
     def note_broken_files(self) -> None:
         """Count a log or a state directory that cannot be written."""
@@ -6235,7 +6224,7 @@ class Runner:
 
     def write_metrics(self, record: dict) -> None:
         """Write the metrics of a scheduled run; a partial run or one by hand
-        does not touch them. Raises OSError."""
+        does not touch them. Raises Error."""
         def is_scheduled(run: dict) -> bool:
             return bool(run["headless"] and not run["partial"])
 
@@ -6546,29 +6535,21 @@ class Runner:
         """Give the files of a storage to user.name."""
         self.once_title("Chown")
         if self.refuse_storage(step.storage, "chownFiles"):
-            return None
+            return
         account = account_of(self.config.user.name)
         path = step.storage.path
         try:
-            done = self.processes.supervise(
+            owns_git, lines, warning = self.processes.supervise(
                 SILENT_SECONDS, chown_storage, path, account.uid, account.gid,
                 self.uids_of_tasks() - {0, account.uid})
-        except (Error, Unanswered) as error:
-            return self.problem("housekeeping", "warning", "chownFiles",
-                                f"{path}: {error}")
-        if done["owns_git"]:
+        except Error as error:
+            owns_git, lines, warning = False, [], f"{path}: {error}"
+        if owns_git:
             self.owned.add(step.storage.name)
-        self.log_line(f"{path}: {plural(done['changed'], 'file')}")
-        if done["theirs"]:
-            self.log_line(f"left to the users of tasks: {done['theirs']:,}, "
-                          f"the first of them {done['first_of_theirs']}")
-        for name, why in done["left"]:
-            self.log_line(f"left alone: {name}: {why}")
-        if done["serious"]:
-            self.problem("housekeeping", "warning", "chownFiles",
-                         f"{path}: left alone: {done['serious']:,}, the first "
-                         f"of them {done['first']}")
-        return None
+        for line in lines:
+            self.log_line(line)
+        if warning:
+            self.problem("housekeeping", "warning", "chownFiles", warning)
 
     def uids_of_tasks(self) -> set[int]:
         """The user ids that tasks run as by their key `user`."""
@@ -6621,9 +6602,9 @@ class Runner:
                 on_message=on_message, is_patient=True)
             found = [("warning", warning) for warning in warnings]
             self.committed[step.storage.name] = since
-        except (Error, Unanswered) as error:
-            hint = getattr(error, "hint", "")
-            found = [("error", f"{path}: {error}{hint and f' ({hint})'}")]
+        except Error as error:
+            hint = error.hint and f" ({error.hint})"
+            found = [("error", f"{path}: {error.message}{hint}")]
         decoder.end()
         for level, text in found:
             self.problem("housekeeping", level, "commitRepositories", text)
@@ -6641,8 +6622,8 @@ class Runner:
                 is_patient=True)
             took = self.processes.clock.ticks() - began
             line = f"Packed {path} in {format_duration(took)}"
-        except (Error, Unanswered) as error:
-            has_grown, line = True, f"PackFailure {path}: {reason_of(error)}"
+        except Error as error:
+            has_grown, line = True, f"PackFailure {path}: {error.message}"
         if has_grown:
             self.once_title("Pack")
             self.log_line(line)
@@ -7306,15 +7287,13 @@ def valid_config(options, with_facts: bool = True) -> Config:
 
 def command_init(options) -> int:
     """Write the sample configuration to a new file, for the user of
-    `sample_user`, and make its directories. Raises Error."""
+    `sample_user`, and make its directories. Raises Error and OSError."""
     try:
         fd = os.open(options.config, os.O_WRONLY | os.O_CREAT | os.O_EXCL
                      | os.O_NOFOLLOW, 0o600)
     except FileExistsError:
         raise Error(f"{options.config} exists already",
                     "-c PATH writes another") from None
-    except OSError as error:
-        raise Error(f"{options.config}: {error.strerror}") from None
     user = sample_user()
     with os.fdopen(fd, "w", encoding="utf-8") as file:
         file.write(SAMPLE.replace('"root"', json_text(
@@ -7338,19 +7317,15 @@ def json_text(text: str) -> str:
 
 def make_directory(path: str, owner: Account | None) -> None:
     """Make a directory that `init` names, unless there is one; root gives a
-    new one to `owner`. Raises Error."""
+    new one to `owner`. Raises OSError."""
     try:
-        try:
-            os.mkdir(path, 0o755)
-            is_new = True
-        except FileExistsError:
-            is_new = False
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        if is_new and owner and os.geteuid() == 0:
-            os.fchown(fd, owner.uid, owner.gid)
-        os.close(fd)
-    except OSError as error:
-        raise Error(f"{path}: {error.strerror}") from None
+        os.mkdir(path, 0o755)
+    except FileExistsError:
+        owner = None
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    if owner and os.geteuid() == 0:
+        os.fchown(fd, owner.uid, owner.gid)
+    os.close(fd)
 
 
 def command_check(options) -> int:
