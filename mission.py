@@ -1086,11 +1086,8 @@ class Script(FrozenRecord):
 class HostFacts(FrozenRecord):
     """What the host says of everything that a configuration names."""
     uids: dict                  # user name -> uid, or None
-    storage_errors: dict        # storage name -> "" or what is wrong with it
-    foreign_files: dict         # storage name -> a third user's file, or ""
+    storages: dict              # storage name -> result of storage_facts
     scripts: dict               # slug -> Script
-    of_system: set              # names of storages in SYSTEM_FOLDERS
-    repositories: set           # names of storages that have a .git
     programs: dict              # program -> path, or None
     usable: dict                # path of passBin, CA file -> "" or a reason
     writer: str = ""            # who else could change the configuration
@@ -1192,12 +1189,13 @@ class ConfigValidator:
         be committed."""
         path, commit = storage.path, storage.where + ("commit",)
         scope = f"storage {storage.name}"
-        error = self.facts.storage_errors.get(storage.name)
+        facts = self.facts.storages[storage.name]
+        error = facts["error"]
         if error:
             self.add(storage.where + ("path",), f"{path} {error}",
                      f"mkdir -p {path}" if "exist" in error
                      else "a folder that mission can use", scope)
-        elif storage.commit and storage.name not in self.facts.repositories:
+        elif storage.commit and not facts["repository"]:
             self.add(commit, f"{path} is no git repository",
                      f"git init {path}, as its owner", scope)
         if storage.commit and not self.facts.programs.get("git"):
@@ -1212,12 +1210,12 @@ class ConfigValidator:
             if path.startswith(storage.path.rstrip("/") + "/"):
                 self.add(where, f"{storage.path} holds {path}",
                          "a folder that holds backups alone", scope)
-        if storage.name in self.facts.of_system:
+        facts = self.facts.storages[storage.name]
+        if facts["of_system"]:
             self.add(where, f"{storage.path} belongs to the system",
                      "a folder that holds backups alone", scope)
-        elif self.facts.foreign_files.get(storage.name):
-            self.add(where, "it holds "
-                     + self.facts.foreign_files[storage.name],
+        elif facts["foreign"]:
+            self.add(where, f"it holds {facts['foreign']}",
                      f"files of root and {self.config.user.name} alone",
                      scope)
 
@@ -3539,12 +3537,9 @@ def storage_facts(path: str, strict: bool, known: set[int] | None) -> dict:
         "foreign": foreign_file(path, known) if known and strict else ""}
 
 
-def script_of(task: Task, answers: dict) -> Script | None:
-    """The script of a task among the answers of `examine`; None without
-    one."""
-    fields = answers.get(("task", task.slug),
-                         {"path": task.entrypoint, "state": NO_ANSWER})
-    return Script(**fields) if fields else None
+# The facts about a storage that does not answer.
+SILENT_STORAGE = {"error": NO_ANSWER, "of_system": False, "mounted": False,
+                  "repository": False, "foreign": ""}
 
 
 def trusted_users(config: Config) -> set[int]:
@@ -3592,37 +3587,34 @@ class HostInspector:
         Who else can change a file is found out for root only: what others
         run can harm only themselves.
         """
-        names = {config.user.name} | {task.user for task in config.tasks}
-        accounts = {name: account_of(name) for name in names if name}
-        uids = {name: account.uid if account else None
-                for name, account in accounts.items()}
-        trusted = trusted_users(config)
-        root = os.geteuid() == 0
-        known = {0, *(uid for uid in uids.values() if uid is not None)}
-        storages = examine(
-            {s.name: (storage_facts, s.path, s.chown or s.commit,
-                      known if root else None)
-             for s in config.storage.values() if s.path})
+        names = {config.user.name, *(task.user for task in config.tasks)}
+        uids = {name: getattr(account_of(name), "uid", None)
+                for name in names if name}
+        is_root = os.geteuid() == 0
+        trusted = trusted_users(config) if is_root else None
+        known = {0, *uids.values()} - {None} if is_root else None
+        storages = examine({
+            s.name: (storage_facts, s.path, s.chown or s.commit, known)
+            for s in config.storage.values() if s.path})
         silent = [s.path for s in config.storage.values()
                   if s.path and s.name not in storages]
-        answers = examine(self.questions(
-            config, trusted if root else None, silent))
+        tasks = {task.slug: (program_of(task, config), task)
+                 for task in config.tasks if program_of(task, config)}
+        files = named_files(config)
+        answers = examine({
+            **{path: (unusable, path, mode) for path, mode in files.items()},
+            **{("task", slug): (self.script_fields, path, task, trusted)
+               for slug, (path, task) in tasks.items()
+               if not any(is_below(path, below) for below in silent)}})
         return HostFacts(
             uids=uids,
             programs={name: find_program(name) for name in PROGRAMS},
-            usable={path: answers.get(("file", path), NO_ANSWER)
-                    for path in named_files(config)},
-            storage_errors={s.name: storages[s.name]["error"]
-                            if s.name in storages else NO_ANSWER
-                            for s in config.storage.values()},
-            of_system={name for name, found in storages.items()
-                       if found["of_system"]},
-            repositories={name for name, found in storages.items()
-                          if found["repository"]},
-            foreign_files={name: found["foreign"]
-                           for name, found in storages.items()},
-            scripts={task.slug: script_of(task, answers)
-                     for task in config.tasks},
+            usable={path: answers.get(path, NO_ANSWER) for path in files},
+            storages={name: storages.get(name, SILENT_STORAGE)
+                      for name in config.storage},
+            scripts={slug: Script(**answers.get(
+                ("task", slug), {"path": path, "state": NO_ANSWER}))
+                for slug, (path, _) in tasks.items()},
             writer=self.config_writer(config))
 
     def config_writer(self, config: Config) -> str:
@@ -3633,37 +3625,19 @@ class HostInspector:
         found = ask(untrusted_writer, config.path, trusted_users(config))
         return f"{config.path} {NO_ANSWER}" if found is None else found
 
-    def questions(self, config: Config, trusted, silent: list) -> dict:
-        """What `examine` asks about everything but the storages.
-
-        `trusted`: the user ids that may change what root runs, or None.
-        `silent`: directories that do not answer; nothing below them is
-        asked for.
-        """
-        found = {("file", path): (unusable, path, mode)
-                 for path, mode in named_files(config).items()}
-        for task in config.tasks:
-            if not any(is_below(task.entrypoint, path) for path in silent):
-                found[("task", task.slug)] = (
-                    self.script_fields, task, config, trusted)
-        return found
-
-    def script_fields(self, task: Task, config: Config, trusted) -> dict:
-        """The fields of the task's Script; {} without one."""
-        found = self.script(task, config, trusted)
-        if found and not found.state and not found.writer:
+    def script_fields(self, path: str, task: Task, trusted) -> dict:
+        """The fields of the Script of a task's program."""
+        found = self.script(path, task, trusted)
+        if not found.state and not found.writer:
             found = found.replace(barred=access_error(
-                found.path, task.user, MODES[task.type]))
-        return vars(found) if found else {}
+                path, task.user, MODES[task.type]))
+        return vars(found)
 
-    def script(self, task: Task, config: Config, trusted) -> Script | None:
-        """The facts about the file of a task; None if it has none.
+    def script(self, path: str, task: Task, trusted) -> Script:
+        """The facts about the file of a task.
 
         `trusted`: the user ids that may change it, or None for no check.
         """
-        path = program_of(task, config)
-        if not path:
-            return None
         script = Script(path)
         writer = untrusted_writer(path, trusted) \
             if trusted and os.path.exists(path) else ""
@@ -5998,8 +5972,9 @@ def pack_storage(send, path: str, since: float) -> bool:
 def storage_error(storage: Storage, commit: bool = False) -> str:
     """Why the directory of a storage cannot be used now; or ''. With
     `commit` it must be a repository."""
-    found = ask(storage_facts, storage.path, storage.chown, None)
-    error = NO_ANSWER if found is None else found["error"]
+    found = ask(storage_facts, storage.path, storage.chown, None) \
+        or SILENT_STORAGE
+    error = found["error"]
     if not error and storage.mounted and not found["mounted"]:
         error = "is not mounted"
     if not error and commit and not found["repository"]:

@@ -49,13 +49,21 @@ class FakeHost:
             path=task.entrypoint, **{"head": "#!/bin/sh\n",
                                      **self.says.get(task.slug, {})})
             for task in config.tasks if task.entrypoint}
+        says = {"storage_errors": {}, "foreign_files": {},
+                "repositories": config.storage,
+                "of_system": [name for name, storage in config.storage.items()
+                              if storage.path in mission.SYSTEM_DIRECTORIES],
+                **self.says}
         found = {
             "uids": {"anon": 1000, "bob": 1001, "root": 0, "toor": 0,
                      "odd": 65535, "none": 2**32 - 1},
-            "storage_errors": {}, "foreign_files": {}, "scripts": scripts,
-            "repositories": set(config.storage), "usable": {},
-            "of_system": {name for name, storage in config.storage.items()
-                          if storage.path in mission.SYSTEM_DIRECTORIES},
+            "storages": {name: {
+                "error": says["storage_errors"].get(name, ""),
+                "foreign": says["foreign_files"].get(name, ""),
+                "of_system": name in says["of_system"],
+                "repository": name in says["repositories"]}
+                for name in config.storage},
+            "scripts": scripts, "usable": {},
             "programs": {name: f"/usr/bin/{name}" for name in
                          ("git", "sendmail", "notify-send")}}
         return mission.HostFacts(**{**found, **{
