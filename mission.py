@@ -1478,15 +1478,10 @@ RE2_CLASSES = {"alpha": "a-zA-Z", "digit": "0-9", "alnum": "a-zA-Z0-9",
 def ranges(holds, end: int) -> str:
     """The inside of a class with the characters below the code `end` for
     which holds(character) is true."""
-    found, start = [], -1
-    for code in range(end + 1):
-        is_inside = code < end and holds(chr(code))
-        if is_inside and start < 0:
-            start = code
-        elif not is_inside and start >= 0:
-            found.append(f"\\U{start:08x}-\\U{code - 1:08x}")
-            start = -1
-    return "".join(found)
+    from itertools import groupby
+    runs = [list(codes) for is_inside, codes in groupby(
+        range(end), lambda code: holds(chr(code))) if is_inside]
+    return "".join(f"\\U{run[0]:08x}-\\U{run[-1]:08x}" for run in runs)
 
 
 CATEGORIES: dict[str, str] = {}     # what `category` returned before
@@ -1805,34 +1800,27 @@ def plan(config: Config, slugs: list[str], headless: bool,
     first = [task for task in tasks if not task.post]
     last = [task for task in tasks if task.post]
     notify = config.notify.enabled and not quiet
+    ping = headless and config.ping.enabled
     mail = headless and config.mail.enabled and config.mail.on != "never"
-    steps = [Step("start")]
-    if mail:
-        steps.append(Step("outbox"))
-        if config.mail.start and config.mail.on == "always":
-            steps.append(Step("mail_start"))
-    if headless and config.ping.enabled and config.ping.wants("start"):
-        steps.append(Step("ping_start"))
-    if notify:
-        steps.append(Step("notify_start"))
-    steps += [Step("tasks", group) for group in parallel_groups(first)]
-    if first:
-        steps += [Step("chown", storage=storage)
-                  for storage in config.storage.values() if storage.chown]
-        steps += [Step("commit", storage=storage)
-                  for storage in config.storage.values() if storage.commit]
-    steps += [Step("tasks", group) for group in parallel_groups(last)]
-    steps.append(Step("finish"))
-    if notify:
-        steps.append(Step("notify_finish"))
-    steps += [Step("summary"), Step("keep_records")]
-    if mail:
-        steps.append(Step("mail_finish"))
-    if headless and config.ping.enabled:
-        steps.append(Step("ping_finish"))
-    steps += [Step("pack", storage=step.storage) for step in steps
-              if step.kind == "commit"]
-    return steps
+    before = {
+        "start": True, "outbox": mail,
+        "mail_start": mail and config.mail.start
+        and config.mail.on == "always",
+        "ping_start": ping and config.ping.wants("start"),
+        "notify_start": notify}
+    after = {
+        "finish": True, "notify_finish": notify, "summary": True,
+        "keep_records": True, "mail_finish": mail, "ping_finish": ping}
+    chown, commit, pack = (
+        [Step(kind, storage=storage) for storage in config.storage.values()
+         if first and getattr(storage, key)]
+        for kind, key in (("chown", "chown"), ("commit", "commit"),
+                          ("pack", "commit")))
+    return [*(Step(kind) for kind, wanted in before.items() if wanted),
+            *(Step("tasks", group) for group in parallel_groups(first)),
+            *chown, *commit,
+            *(Step("tasks", group) for group in parallel_groups(last)),
+            *(Step(kind) for kind, wanted in after.items() if wanted), *pack]
 
 
 def step_text(step: Step, config: Config) -> str:
@@ -4083,15 +4071,13 @@ def find_locks(directories: list[str]) -> dict[str, float]:
     Runs as the owner of the repository."""
     found = {}
     for directory in directories:
-        places = [directory]
-        places += [place for place, _, _ in
-                   os.walk(os.path.join(directory, "refs"))]
-        for place in places:
+        refs = os.walk(os.path.join(directory, "refs"))
+        for place in [directory, *(place for place, _, _ in refs)]:
             try:
-                for name in os.listdir(place):
-                    path = os.path.join(place, name)
-                    if name.endswith(".lock"):
-                        found[path] = os.lstat(path).st_mtime
+                for entry in os.scandir(place):
+                    if entry.name.endswith(".lock"):
+                        found[entry.path] = entry.stat(
+                            follow_symlinks=False).st_mtime
             except OSError:         # it is gone, or not the owner's
                 continue
     return found
@@ -4313,18 +4299,16 @@ class Repository:
         def keep(data: bytes) -> None:
             output.extend(data[:OUTPUT_KEPT - len(output)])
 
-        def count(data: bytes) -> None:
-            self.changes += data.count(b"\0")
-
         try:
             self.must("add", "-A", report=keep)
-            fields = self.must(
+            text = self.must(
                 "diff", "--cached", "--name-status", "-z", "--no-renames",
                 "--no-ext-diff", "--no-textconv", "--ignore-submodules=none",
-                report=count).output.split("\0")[:-1]
-            self.changes //= 2          # each has a letter and a name
+                whole=True).output
+            self.changes = text.count("\0") // 2   # a letter and a name each
+            fields = text.split("\0", 2 * CHANGES_NAMED)
             names = [f"{letter}  {escape_controls(name)}\n" for letter, name
-                     in zip(fields[::2], fields[1::2])][:CHANGES_NAMED]
+                     in zip(fields[::2], fields[1::2])]
             if self.changes > len(names):
                 names.append(f"and {self.changes - len(names):,} more\n")
             self.raw("".join(names).encode())
@@ -4360,15 +4344,9 @@ class Repository:
     def nested(self) -> list[str]:
         """Warnings about repositories in the directory: git commits the hash
         of their HEAD, but none of their files. Submodules are intended."""
-        names, rest = set(), [b""]
-
-        def collect(data: bytes) -> None:   # the listing can be long
-            *entries, rest[0] = (rest[0] + data).split(b"\0")
-            names.update(
-                entry.partition(b"\t")[2].decode("utf-8", "surrogateescape")
-                for entry in entries if entry.startswith(b"160000 "))
-
-        self.must("ls-files", "-s", "-z", report=collect)
+        listing = self.must("ls-files", "-s", "-z", whole=True).output
+        names = {entry.partition("\t")[2] for entry in listing.split("\0")
+                 if entry.startswith("160000 ")}
         if not names:
             return []
         modules = self.call("config", "-z", "-f", ".gitmodules",
@@ -6177,14 +6155,14 @@ class Runner:
     def note_broken_files(self) -> None:
         """Count a log or a state directory that cannot be written."""
         self.log.sync()
-        counted_sources = {problem.source for problem in self.problems}
-        if self.log.error and "log" not in counted_sources:
-            self.problems.append(RunProblem(
-                "delivery", "error", "log", f"{self.log.lost:,} bytes could "
-                f"not be written: {self.log.error}"))
-        if self.state.error and "history" not in counted_sources:
-            self.problems.append(RunProblem("delivery", "error", "history",
-                                            self.state.error))
+        known = {problem.source for problem in self.problems}
+        for source, text in (
+                ("log", self.log.error and f"{self.log.lost:,} bytes could "
+                 f"not be written: {self.log.error}"),
+                ("history", self.state.error)):
+            if text and source not in known:
+                self.problems.append(RunProblem("delivery", "error", source,
+                                                text))
 
     def end(self) -> int:
         """Close the records of the run; return its exit status."""
