@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import subprocess
 
 import pytest
@@ -510,6 +511,19 @@ def test_log_of_a_run_that_saved_none_says_so(typed, past, scratch):
     os.unlink(scratch.logs / "2026-03-03-02-00-00.txt")
     status, out, err = typed("log")
     assert status == 1 and out == "" and "2026-03-03-02-00-00.txt: " in err
+
+
+def test_log_prints_what_could_be_read_when_the_rest_does_not_answer(
+        typed, past, scratch, monkeypatch):
+    def hang(send, path: str) -> None:
+        send("first\n")
+        signal.pause()
+
+    monkeypatch.setattr(mission, "send_log", hang)
+    monkeypatch.setattr(mission, "ANSWER_SECONDS", 0.5)
+    path = scratch.logs / "2026-03-03-02-00-00.txt"
+    assert typed("log") == (1, "first\n", f"mission: error: {path}: does not "
+                            "answer\n")
 
 
 @pytest.mark.parametrize("plant", ["link", "fifo", "folder"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -541,3 +543,36 @@ def test_lock_is_in_the_home_of_the_account_if_there_is_one(
         "alice", 4242, 4242, str(home)))
     assert mission.lock_home() == str(
         home / ".local/state/mission" if home_exists else tmp_path / "state")
+
+
+# --- metrics --------------------------------------------------------------
+
+
+def test_the_writer_of_metrics_gets_no_signal_that_came_before(
+        tmp_path, monkeypatch):
+    """SIGTERM stopped the run; the child that writes must not end of it."""
+    gate, path = tmp_path / "gate", tmp_path / "mission.prom"
+    os.mkfifo(gate)
+    processes = mission.Processes(mission.Clock())
+    processes.stopped, processes.signals = signal.SIGTERM, 1
+    looks = []
+
+    def on_tick() -> None:
+        looks.append(1)
+        if len(looks) > 3:      # it was looked at, and still writes
+            with contextlib.suppress(OSError):
+                os.close(os.open(gate, os.O_WRONLY | os.O_NONBLOCK))
+
+    real = mission.open_directory
+
+    def slow(directory: str) -> int:
+        os.close(os.open(gate, os.O_RDONLY))
+        return real(directory)
+
+    processes.on_tick = on_tick
+    monkeypatch.setattr(mission, "open_directory", slow)
+    monkeypatch.setattr(mission, "metrics_text", lambda *_: "all well\n")
+    config = types.SimpleNamespace(
+        metrics=types.SimpleNamespace(textfile=str(path)), path="m.json")
+    mission.Delivery(config, processes).write_metrics({}, 0)
+    assert path.read_text() == "all well\n"
