@@ -8223,8 +8223,8 @@ class AgentBroker:
         {"op": "output", "run": RUN, "at": BYTE}    a piece of a run's output
         {"op": "live", "runs": {RUN: BYTE}}         new output of active runs
         {"op": "request", "body": TEXT, "mac": HEX} the result of a request
-        {"op": "state", "about": STEP, "problem": TEXT, "sent": CHANGE}
-                                        {}; koid keeps both
+        {"op": "state", "about": STEP, "problem": TEXT, "retry": SECONDS,
+         "sent": CHANGE}                {}; koid keeps them
 
     Between replies koid sends {"news": 1} when a run has changed.
     """
@@ -8238,7 +8238,10 @@ class AgentBroker:
                                     self.answer)
         self.verifier: RequestVerifier | None = None
         self.last_change_sent = -1
-        self.problems: dict[str, str] = {}  # step of the agent -> text
+        self.problems: dict[str, str] = {}  # what the agent says of itself
+        # A connection of the agent's -> (what is wrong, its next try).
+        self.failures: dict[str, tuple[str, float]] = {}
+        self.down_since = 0.0
         self.cursors: dict[int, OutputCursor] = {}
         self.listed: tuple | None = None        # body, MAC, SHA-256
         self.cut_users: set[str] = set()    # of whose jobs it lacks some
@@ -8258,6 +8261,7 @@ class AgentBroker:
             return
         self.process.stop()
         self.problems.clear()
+        self.failures.clear()
         self.process.problem = ""
         self.listed, self.process.start_at = None, FOREVER
         if self.enrollment:
@@ -8307,8 +8311,8 @@ class AgentBroker:
 
     def shown(self) -> dict | None:
         """Return the connection's state for `koitab status`."""
-        problems = dict.fromkeys(
-            [self.process.problem, *self.problems.values()])
+        problems = [self.process.problem, self.connection_problem(),
+                    *self.problems.values()]
         return self.enrollment and {
             "url": self.enrollment.url, "name": self.enrollment.name,
             "problems": [text for text in problems if text],
@@ -8346,20 +8350,46 @@ class AgentBroker:
     def state(self, request: dict) -> dict:
         """Take how the agent is doing, and what the dashboard has."""
         about = request.get("about")
-        if about in ("agent", "poll", "send", "skipped"):
-            text = escape_controls(str(request.get("problem", ""))[:500])
-            # The agent's two connections mostly fail for one reason.
-            if text not in self.problems.values():
-                self.log_once(about, text)
-            self.process.problem = ""
+        text = escape_controls(str(request.get("problem", ""))[:500])
+        if about in ("poll", "send"):
+            self.note_connection(about, text, request.get("retry"))
+        elif about in ("agent", "skipped"):
+            self.log_once(about, text)
             self.problems.pop(about, None)
             if text:
                 self.problems[about] = text
+        if about:
+            self.process.problem = ""
         sent = request.get("sent")
         if type(sent) is int and 0 <= sent <= self.store.change \
                 and sent != self.store.sent:
             self.store.sent = sent      # written with the next starts
         return {}
+
+    def note_connection(self, about: str, text: str, retry) -> None:
+        """Note what is wrong with one of the agent's two connections, ""
+        for nothing, and in how many seconds it tries again. Both mostly fail
+        for one reason, so the log gets one line."""
+        now = self.clock.now()
+        if not self.failures:
+            self.down_since = now
+        self.failures.pop(about, None)
+        if text:
+            seconds = retry if isinstance(retry, (int, float)) \
+                and 0 <= retry <= HOUR else 0
+            self.failures[about] = text, now + seconds
+            self.log_once("connection", f"{self.enrollment.url}: {text}")
+
+    def connection_problem(self) -> str:
+        """Return what is wrong with the connection to the dashboard, since
+        when, and when the next try is; or ""."""
+        if not self.failures:
+            return ""
+        (text, _), *_ = self.failures.values()
+        again = min(at for _, at in self.failures.values())
+        return f"down since {format_rfc3339(self.down_since)}: " \
+            f"{self.enrollment.url}: {text} (next try at " \
+            f"{format_rfc3339(again)})"
 
     def log_once(self, about: str, text: str) -> None:
         """Log a line, but not more often than somebody may read it."""
@@ -9283,6 +9313,7 @@ class DashboardClient:
     def __init__(self, url: str, token: str = "", ca: str = ""):
         self.host = check_dashboard_url(url)
         self.scheme, self.token = url.partition(":")[0], token
+        self.has_passphrase = False     # the token comes from a passphrase
         try:
             self.client = HttpClient(url, ca_text=ca)
         except (OSError, ValueError) as error:
@@ -9438,8 +9469,9 @@ class SyncAgent:
                     pause = PAUSE_REFUSED
             except Exception as bug:        # a bug, or an unforeseen answer
                 problem = f"its answer makes no sense: {bug!r}"
+            wait = pause * random.uniform(0.7, 1.3) if problem else 0.0
             self.koid.ask(op="state", about=step.__name__,
-                          problem=problem[:500])
+                          problem=problem[:500], retry=wait)
             with self.state:
                 if problem:
                     self.acked = None       # ask again what it has
@@ -9447,7 +9479,7 @@ class SyncAgent:
                     self.successes += 1
                 self.state.notify_all()
             if problem:
-                self.wait_to_retry(pause * random.uniform(0.7, 1.3), early)
+                self.wait_to_retry(wait, early)
                 pause = min(pause * 2, PAUSE_LONGEST)
 
     def wait_to_retry(self, seconds: float, early: bool) -> None:
@@ -17767,7 +17799,7 @@ async function tryLogIn({ server, secret, open, bar, failed }) {
 
 // Returns why a login failed.
 function whyNot(error) {
-  if (error.status === 401) return "That is not the passphrase.";
+  if (error.status === 401) return `Wrong passphrase for ${origin()}.`;
   if (error.status === 404) {
     return "There is no dashboard here yet: type koitab -d new on a host.";
   }
@@ -22024,10 +22056,20 @@ def ask_dashboard(client: DashboardClient, method: str, path: str,
     try:
         return client.request(method, path, body)
     except ConnectionFailed as error:
-        raise Error(f"{where}: {error}", "koitab dashboard"
-                    if is_local(client.host) else "") from None
+        hint = "--ca FILE, with its certificate or its authority's (PEM)" \
+            if "certificate not trusted" in str(error) else \
+            "koitab dashboard" if is_local(client.host) else ""
+        raise Error(f"{where}: {error}", hint) from None
     except HttpRefused as no:
+        if no.status == 401 and client.has_passphrase:
+            raise wrong_passphrase(where) from None
         raise Error(f"{where}: {no.text}", no.hint) from None
+
+
+def wrong_passphrase(url: str) -> Error:
+    """Return the Error for a passphrase that is not the dashboard's."""
+    return Error(f"wrong passphrase for {url}", "type the one that koitab -d "
+                 "new printed, or the last koitab -d rotate")
 
 
 def read_certificates(path: str) -> str:
@@ -22136,7 +22178,7 @@ def log_in(client: DashboardClient, dash: str,
     except (KeyError, ValueError, TypeError):
         raise Error("not a koi dashboard") from None
     keys = derive_keys(passphrase, salt, rounds)
-    client.token = keys.api.hex()
+    client.token, client.has_passphrase = keys.api.hex(), True
     return keys, dash
 
 
@@ -22303,7 +22345,7 @@ def rotate_passphrase(options: Invocation) -> int:
     keys, _ = log_in(client, enrollment.dash,
                      read_passphrase("Passphrase of now: "))
     if host_key(keys.run, enrollment.host) != enrollment.secret:
-        raise Error("this is not the passphrase of this dashboard")
+        raise wrong_passphrase(enrollment.url)
     passphrase = format_passphrase(os.urandom(20))
     salt = os.urandom(SALT_BYTES)
     fresh = derive_keys(passphrase, salt)
@@ -23081,7 +23123,9 @@ def log_addresses(options: Invocation, server: HttpServer,
                                  for sock in server.listeners])
     if founding:
         server.log(f"the founding token, for other machines: {founding}")
-        server.log(f"next: koitab -d new {where}; then open {where}")
+        ca = " (with --ca FILE, if no authority has signed the certificate)" \
+            if server.certificate else ""
+        server.log(f"next: koitab -d new {where}{ca}; then open {where}")
     else:
         server.log(f"the page: {where}")
 

@@ -49,8 +49,8 @@ def test_wrong_passphrase_is_refused_and_many_tries_are_throttled(
     stand_in.world.tries = 3
     browser.go("about:blank")
     browser.go(stand_in.url)
-    for words in ("That is not the passphrase.",
-                  "That is not the passphrase.",
+    wrong = f"Wrong passphrase for {stand_in.url.rstrip('/')}."
+    for words in (wrong, wrong,
                   "Too many tries. Try again in 40 s."):
         browser.js("document.querySelector('#secret').value = 'wrong'")
         browser.click("form .primary")

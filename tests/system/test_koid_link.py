@@ -406,8 +406,12 @@ def test_where_nobody_listens_jobs_run_on_and_all_comes_later(koi):
     koi.start()
     for _ in range(3):
         koi.run("Plain")
-    assert "refused" in " ".join(support.wait_until(
-        lambda: koi.ask("status")["dashboard"]["problems"]))
+    problems = support.wait_until(
+        lambda: koi.ask("status")["dashboard"]["problems"])
+    assert len(problems) == 1 and re.fullmatch(
+        rf"down since 2\S+: http://127\.0\.0\.1:{port}: connection refused "
+        r"\(next try at 2\S+\)", problems[0]), problems
+    assert koi.log().count("connection refused") == 1
 
 
 def test_one_that_accepts_and_says_nothing_costs_nothing(koi):
@@ -706,6 +710,21 @@ def test_who_asks_much_and_hears_nothing_fills_no_memory(hostile):
     assert support.megabytes_of(hostile.daemon.pid) < before + 60
 
 
+def test_two_causes_of_one_outage_are_one_problem_and_one_line(hostile):
+    hostile.begin("""
+for step, problem, retry in (("poll", "no answer in time", 9e9), ("send",
+                             "connection refused", 5), ("other", "", 0)):
+    connection.sendall(json.dumps({"op": "state", "about": step,
+        "problem": problem, "retry": retry}).encode() + b"\\n")
+    while lines.readline() == b'{"news": 1}\\n':
+        pass""")
+    problems = support.wait_until(lambda: len(
+        hostile.log().split("no answer in time")) > 1 and hostile.ask(
+            "status")["dashboard"]["problems"])
+    assert len(problems) == 1 and "no answer in time (next" in problems[0]
+    assert "connection refused" not in hostile.log()
+
+
 def test_who_does_not_take_its_answer_costs_no_time(hostile):
     tab = "".join(f'"Job {n}" @manual echo {"x" * 900}\n'
                   for n in range(1000)) + '"Plain" @manual echo plain\n'
@@ -731,8 +750,8 @@ for n in range({count}):
     for _ in range(2):
         hostile.run("Plain")
     before = support.megabytes_of(hostile.daemon.pid)
-    support.wait_until(lambda: hostile.ask("status")["dashboard"][
-        "problems"] == [f"no {count - 1}"], 30)
+    support.wait_until(lambda: f": no {count - 1} (" in " ".join(
+        hostile.ask("status")["dashboard"]["problems"]), 30)
     assert len(hostile.log()) < 5000
     assert support.megabytes_of(hostile.daemon.pid) < before + 3
 

@@ -226,6 +226,7 @@ def test_https_is_trusted_by_the_certificate_that_is_given(tmp_path):
         koid = DashboardHost(tmp_path / "home", "home", rounds="")
         done = koid.koitab("-d", "new", https.url)
         assert done.code == 1 and "certificate not trusted" in done.err
+        assert "koitab: hint: --ca FILE" in done.err
         done = koid.koitab("-d", "new", https.url, "--ca", str(made.cert),
                            stdin=https.founding_token())
         assert done.code == 0, done
@@ -250,7 +251,7 @@ def test_new_keys_are_printed_before_they_are_valid(tmp_path):
 
 def check_rotation(server, koid, operator) -> None:
     done = koid.koitab("-d", "rotate", stdin="not it\n")
-    assert "not the passphrase of this dashboard" in done.err and not done.out
+    assert f"wrong passphrase for {server.url}\n" in done.err and not done.out
     keys = (koid.home / "keys").read_bytes()
     if os.path.exists("/dev/full"):
         with open("/dev/full", "wb") as full:
