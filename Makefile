@@ -5,8 +5,8 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 BIN = $(DESTDIR)$(PREFIX)/bin
 # What the tests start for real, as Debian calls it.
-PARTS = acl apache2-bin bash bindfs borgbackup busybox chromium chromium-driver cron dbus dunst e2fsprogs faketime fish fonts-dejavu-core fuse3 git gnupg \
-	libcap2-bin libfaketime libnotify-bin moreutils msmtp msmtp-mta nginx-light openssl pass postgresql procps prometheus python3 python3-pytest \
+PARTS = acl apache2-bin bash bindfs borgbackup busybox caddy chromium chromium-driver cron dbus dunst e2fsprogs faketime fish fonts-dejavu-core fuse3 git gnupg \
+	haproxy libcap2-bin libfaketime libnotify-bin moreutils msmtp msmtp-mta nginx-light openssl pass postgresql procps prometheus python3 python3-pytest \
 	restic rsync strace systemd tzdata util-linux xvfb zsh
 # From trixie on old names of time zones are in a package of their own.
 PARTS_IF_THERE = tzdata-legacy

@@ -45,6 +45,7 @@ SECONDS = {
     "test_koid_users.py": 40,
     "test_mission_builtins.py": 30, "test_dashboard_page.py": 26,
     "test_mission_git.py": 25, "test_mission_chown.py": 24,
+    "test_dashboard_proxies.py": 22,
     "test_koid_runs.py": 23, "test_dashboard_whole.py": 22,
     "test_koid_beside_cron.py": 21, "test_koitab_arguments.py": 20,
     "test_koid_link.py": 19, "test_dashboard_http.py": 18,

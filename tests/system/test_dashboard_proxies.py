@@ -23,7 +23,7 @@ from dashboard_rig import (
     DashboardHost, HttpClient, PageDriver, encode_request, koitab,
     sync_payload)
 
-support.PARTS.update(nginx="nginx-light")
+support.PARTS.update(nginx="nginx-light", apache2="apache2-bin")
 
 README = (support.ROOT / "README.md").read_text(encoding="utf-8")
 NAME = "koi.example.com"
@@ -68,13 +68,39 @@ http {{
     scgi_temp_path {folder}/scgi;
 {block}
 }}
-"""}
+""", "caddy": """{{
+    admin off
+    http_port {other_port}
+    https_port {port}
+    local_certs
+    skip_install_trust
+}}
+{block}""", "haproxy": "{block}", "apache2": """
+ServerRoot {folder}
+ServerName localhost
+PidFile {folder}/pid
+DefaultRuntimeDir {folder}
+ErrorLog {folder}/log
+LoadModule mpm_event_module {modules}/mod_mpm_event.so
+LoadModule authz_core_module {modules}/mod_authz_core.so
+LoadModule ssl_module {modules}/mod_ssl.so
+LoadModule proxy_module {modules}/mod_proxy.so
+LoadModule proxy_http_module {modules}/mod_proxy_http.so
+Listen 127.0.0.1:{port}
+{block}"""}
 COMMANDS = {
-    "nginx": "nginx -p {folder} -e {folder}/log -c {folder}/configuration"}
+    "nginx": "nginx -p {folder} -e {folder}/log -c {folder}/configuration",
+    "caddy": "caddy run --adapter caddyfile --config {folder}/configuration",
+    "haproxy": "haproxy -db -f {folder}/configuration",
+    "apache2": "apache2 -X -f {folder}/configuration"}
+MODULES = "/usr/lib/apache2/modules"
 # What is tested -> proxy, block, path.
 PROXIES = {
     "nginx": ("nginx", nginx_block, ""),
-    "nginx_below_a_path": ("nginx", nginx_block_below_a_path, "/koi")}
+    "nginx_below_a_path": ("nginx", nginx_block_below_a_path, "/koi"),
+    "caddy": ("caddy", lambda: readme_block(f"{NAME} {{"), ""),
+    "haproxy": ("haproxy", lambda: readme_block("listen koi"), ""),
+    "apache": ("apache2", lambda: readme_block("<VirtualHost *:443>"), "")}
 
 
 class ClientOfProxy(HttpClient):
@@ -100,11 +126,16 @@ class ProxyProcess:
         for before, after in (
                 ("443", str(self.port)), ("8077", str(dashboard.port)),
                 ("/etc/koi/cert.pem", certificate.cert),
-                ("/etc/koi/key.pem", certificate.key)):
+                ("/etc/koi/key.pem", certificate.key),
+                ("/etc/koi/both.pem", str(folder / "both.pem"))):
             block = re.sub(rf"\b{re.escape(before)}\b" if before.isdigit()
                            else re.escape(before), after, block)
+        (folder / "both.pem").write_bytes(b"".join(
+            Path(file).read_bytes()
+            for file in (certificate.cert, certificate.key)))
         (folder / "configuration").write_text(FRAMES[program].format(
-            block=block, folder=folder))
+            block=block, folder=folder, port=self.port, modules=MODULES,
+            other_port=servers.free_port()))
 
     def __enter__(self) -> ProxyProcess:
         command = COMMANDS[self.program].format(folder=self.folder).split()
