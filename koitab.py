@@ -9872,6 +9872,14 @@ def is_text(text: str) -> bool:
                                      for character in text)
 
 
+def cut_text(text: str, most: int) -> str:
+    """Return `text`, or the characters that fit into `most` bytes of UTF-8,
+    with a sign that some are missing."""
+    data = text.encode()
+    return text if len(data) <= most else data[:most - 3].decode(
+        errors="ignore") + "\u2026"
+
+
 def not_found(what: str) -> Error:
     """Return the Error for a thing that is not there."""
     return Error(f"there is no such {what}", "", 404)
@@ -11167,6 +11175,8 @@ create index flips_of_check on flips ("check", at);
 # ==========================================================================
 
 MOST_JOBS, MOST_HOSTS, LONGEST_HOST_LIST = 10_000, 5_000, 8 * 2**20
+JOBS_OF_HOST = 500              # that are shown, without --jobs
+LABEL_BYTES = 1024              # of a label and of a command, as shown
 DUPLICATE_SHOWN = 600.0         # seconds after its last refused sync
 
 
@@ -11184,6 +11194,7 @@ class HostStatus:
         self.is_down = bool(row["down"])
         self.loaded = self.up_since = now
         self.duplicate_at = 0.0             # when another one was refused
+        self.left_out = 0                   # jobs of its list: see --jobs
 
 
 class Hosts:
@@ -11218,6 +11229,7 @@ create index jobs_deleted on jobs (deleted) where deleted;
                  credentials: Credentials, clock: Clock):
         self.changes, self.audit, self.alerts = changes, audit, alerts
         self.credentials, self.clock = credentials, clock
+        self.most_jobs = JOBS_OF_HOST
         self.statuses: dict[str, HostStatus] = {}       # host -> its status
         self.ids: dict[int, str] = {}       # number in the database -> host
 
@@ -11330,11 +11342,17 @@ create index jobs_deleted on jobs (deleted) where deleted;
         """Return the row of a host as it is shown."""
         import json
         status = self.statuses.get(row["host"]) or HostStatus(row, now)
+        problems = json.loads(row["problems"])
+        if status.left_out:
+            problems.append(
+                f"{plural(status.left_out, 'job')} not shown: this dashboard "
+                f"takes {self.most_jobs:,} of a host (koitab dashboard "
+                "--jobs N)")
         return {"id": row["host"], "name": row["name"], "seen": status.seen,
                 "state": host_state(row["token"], status, now),
                 "since": row["joined"], **{name: row[name] for name in (
                     "offset", "zone", "skew", "version", "key")},
-                "problems": json.loads(row["problems"])}
+                "problems": problems}
 
     def signed_list(self, db: Database, host: str) -> dict:
         """Return a host's list of jobs as it came, and its MAC. Raises
@@ -11365,6 +11383,7 @@ create index jobs_deleted on jobs (deleted) where deleted;
             raise Error("this is the list of another host", "", 400)
         if len(jobs) > MOST_JOBS:
             raise Error(f"more than {MOST_JOBS:,} jobs", "", 413)
+        jobs, rest = fair_share(jobs, self.most_jobs)
         known = {(row["user"], row["tag"]): row for row in db.rows(
             "select id, user, tag, spec, paused, removed from jobs where host "
             "= ? and not deleted", status.number)}
@@ -11373,7 +11392,9 @@ create index jobs_deleted on jobs (deleted) where deleted;
                                           None)
             self.store_job(db, status, job,
                            known.pop((job["user"], job["tag"]), None))
-        partial = inner.get("partial", list, [])    # users with more jobs
+        status.left_out = len(rest)
+        partial = [*inner.get("partial", list, []),     # users with more jobs
+                   *(job["user"] for job in rest)]
         for row in known.values():
             if not row["removed"] and row["user"] not in partial:
                 self.remove_job(db, row["id"])
@@ -11390,7 +11411,10 @@ create index jobs_deleted on jobs (deleted) where deleted;
                   known: dict | None) -> None:
         """Keep a job of a list; `known` is its row, if there is one."""
         if not known:
-            self.insert_job(db, status, job)
+            if self.has_room(db, status):
+                self.insert_job(db, status, job)
+            else:
+                status.left_out += 1
         elif known["removed"] or any(known[name] != job[name]
                                      for name in ("spec", "paused")):
             db.update("jobs", {**job, "removed": 0}, id=known["id"])
@@ -11402,19 +11426,20 @@ create index jobs_deleted on jobs (deleted) where deleted;
         self.changes.mark_changed("jobs", number)
         return number
 
+    def has_room(self, db: Database, status: HostStatus) -> bool:
+        """May this host have one more job, with those that are removed?"""
+        return db.value("select count(*) from jobs where host = ?",
+                        status.number) < 4 * self.most_jobs
+
     def job_of_record(self, db: Database, status: HostStatus,
-                      record: dict) -> int:
+                      record: dict) -> int | None:
         """Return the job of a run's record. An unknown one is added, because
-        its tab may have changed before the list came. Raises Error."""
+        its tab may have changed before the list came; None without room."""
         found = db.value("select id from jobs where host = ? and user = ? "
                          "and tag = ?", status.number, record["user"],
                          record["tag"])
-        if found:
+        if found or not self.has_room(db, status):
             return found
-        if db.value("select count(*) from jobs where host = ?",
-                    status.number) >= 2 * MOST_JOBS:
-            raise Error(f"the host has more than {2 * MOST_JOBS:,} jobs",
-                        "forget some that are gone", 413)
         return self.insert_job(db, status, {"removed": 1, **{
             name: record[name] for name in ("user", "tag", "section", "name",
                                             "label")}})
@@ -11463,6 +11488,19 @@ def host_state(token: str | None, status: HostStatus, now: float) -> str:
     return "duplicate" if status.duplicate_at > now - DUPLICATE_SHOWN else "up"
 
 
+def fair_share(jobs: list[dict], most: int) -> tuple[list, list]:
+    """Return `most` jobs of a list and the rest. Each user gets as many as
+    others, so that nobody displaces the jobs of others."""
+    counts: dict[str, int] = {}
+
+    def place(job: dict) -> int:
+        counts[job["user"]] = counts.get(job["user"], 0) + 1
+        return counts[job["user"]]
+
+    jobs = sorted(jobs, key=place)
+    return jobs[:most], jobs[most:]
+
+
 def read_job(text) -> dict:
     """Return a job of a host's list as columns; `text` is its JSON. Raises
     ValueError and Error."""
@@ -11473,6 +11511,8 @@ def read_job(text) -> dict:
     job = {name: request.text(name, most, "") for name, most in (
         ("section", 1000), ("name", 1000), ("label", 200_000),
         ("words", 5000), ("command", 200_000), ("confirm", 10))}
+    for name in ("label", "words", "command"):
+        job[name] = cut_text(job[name], LABEL_BYTES)
     return {"user": request.text("user", 256), "tag": request.text("tag", 100),
             "timing": request.text("when", 1000), "spec": text, **job}
 
@@ -11691,6 +11731,8 @@ create table unindexed (run integer primary key);
         code = code_of(record)
         days = KEEP_OUTPUT_DAYS * (2 if code in BAD_CODES else 1)
         job = self.hosts.job_of_record(db, status, record)
+        if job is None:
+            return False
         columns = {name: record[name] for name in SENT_COLUMNS}
         columns.update(job=job, at=at, keep_until=min(
             record["ended"] or at, now) + days * DAY_SECONDS)
@@ -12303,6 +12345,7 @@ def read_record(request: RequestFields) -> dict:
     for name, most in (("section", 1000), ("name", 1000),
                        ("label", 200_000), ("trigger", 50)):
         record[name] = request.text(name, most, "")
+    record["label"] = cut_text(record["label"], LABEL_BYTES)
     record["reason"] = request.text("reason", 200_000, "")[:2000]
     record["state"] = request.choice("state", RUN_STATES)
     record["args"] = json.dumps(request.texts("args", 2 * LONGEST_ARGS),
@@ -20737,6 +20780,15 @@ def parse_number(text: str) -> int:
     return number
 
 
+def parse_jobs(text: str) -> int:
+    """Return the value of --jobs. Raises Error."""
+    number = parse_count(text) or 0
+    if not 0 < number <= MOST_JOBS:
+        raise Error(f"--jobs {text}: not a number from 1 to {MOST_JOBS:,}",
+                    "--jobs 2000", EXIT_USAGE)
+    return number
+
+
 class Option(FrozenRecord):
     """An option, for argparse, the help and the completion scripts."""
     spelling: str               # "-n, --number N"
@@ -20802,6 +20854,8 @@ OPTIONS = {     # by the attribute of Invocation that holds the value
                     "repeatable", is_list=True),
     "proxies": Option("--behind-proxy ADDRESS", "believe X-Forwarded-For of "
                       "this proxy; repeatable", is_list=True),
+    "jobs": Option("--jobs N", "jobs of one host that are shown (500)",
+                   parse_jobs),
     "backup": Option("--backup FILE", "copy the database to FILE, and exit"),
     "help": Option("-h, --help", "print this help"),
     "version": Option("-V, --version", "the version"),
@@ -22929,7 +22983,7 @@ def print_next_steps(options: Invocation, importer: Importer,
 
 # Those that a unit passes on; --backup is for one call only.
 DASHBOARD_OPTIONS = ("listen", "db", "cert", "key", "plain_http", "names",
-                     "proxies")
+                     "proxies", "jobs")
 
 UNIT = """\
 {where}
@@ -23061,6 +23115,7 @@ def command_dashboard(options: Invocation) -> int:
     if not options.db:
         options.machine.make_home(options.machine.state_directory())
     dashboard = Dashboard(dashboard_db(options), options.machine.clock)
+    dashboard.hosts.most_jobs = options.jobs or JOBS_OF_HOST
     dashboard.open()
     founding = dashboard.offer_founding()
     dashboard.start()
@@ -23232,6 +23287,7 @@ def dashboard_unit(options: Invocation, command: list[str]) -> str:
         for value in getattr(options, key):
             words += [*OPTIONS[key].names, value]
     words += ["--plain-http"] * options.plain_http
+    words += ["--jobs", str(options.jobs)] if options.jobs else []
     db = dashboard_db(options)
     lent = root and not options.db and "KOI_HOME" not in os.environ \
         and sys.platform != "darwin"

@@ -475,6 +475,58 @@ def test_long_texts_are_cut_or_refused_but_never_a_fault(dashboard, web1):
         dashboard.runs(web1, dashboard.record(args={"a": "x" * 600_000}))
 
 
+def test_labels_and_commands_are_shown_up_to_1_kib(dashboard, web1):
+    """Twelve syncs of records with labels of 199,000 characters: the
+    overview was 91 MiB, the metrics 547 MiB."""
+    for number in range(12):
+        dashboard.runs(web1, *(dashboard.record(
+            tag=f"t{number}-{each}", label="\u00e9" * 199_000, name="")
+            for each in range(40)))
+    text = "\u00e9" * 50_000
+    dashboard.sync(web1, list=dashboard.list_of(web1, spec(
+        "backup", name="", label=text, command=text, words=text[:5000])))
+    job = dashboard.job()
+    assert all(len(job[name].encode()) <= 1024 and job[name].endswith("\u2026")
+               for name in ("label", "command", "words"))
+    assert len(json.dumps(dashboard.state, ensure_ascii=False).encode()) \
+        < 2**20
+    metrics = dashboard.ask(dashboard.dashboard.overview.metrics,
+                            dashboard.now, {})
+    assert len(metrics.encode()) < 2**14
+
+
+def test_a_host_has_500_jobs_and_no_user_displaces_others(dashboard, web1):
+    flood = [spec(f"k{number}", user="alice") for number in range(700)]
+    dashboard.sync(web1, list=dashboard.list_of(
+        web1, spec("backup"), *flood, spec("report", user="bob")))
+    users = [job["user"] for job in dashboard.state["jobs"]]
+    assert len(users) == 500
+    assert {"root", "bob", "alice"} == set(users)
+    host, = dashboard.state["hosts"]
+    assert host["problems"] == [
+        "202 jobs not shown: this dashboard takes 500 of a host (koitab "
+        "dashboard --jobs N)"]
+    # Other jobs come first: those that are not shown now are not removed.
+    dashboard.sync(web1, list=dashboard.list_of(
+        web1, spec("backup"), *flood[::-1]))
+    removed = {job["user"] for job in dashboard.state["jobs"]
+               if job["removed"]}
+    assert removed == {"bob"}
+    dashboard.sync(web1, list=dashboard.list_of(web1, spec("backup")))
+    assert dashboard.state["hosts"][0]["problems"] == []
+
+
+def test_records_of_ever_new_jobs_fill_no_memory(dashboard, web1):
+    dashboard.dashboard.hosts.most_jobs = 3
+    records = [dashboard.record(tag=f"t{number}") for number in range(20)]
+    answer = dashboard.runs(web1, *records)
+    assert answer["acked"] == 20        # or the host would repeat for ever
+    assert len(dashboard.state["jobs"]) == 12
+    other = dashboard.join("d" * 32, "web2")
+    dashboard.runs(other, dashboard.record())
+    assert len(dashboard.state["jobs"]) == 13
+
+
 def test_of_two_koids_with_one_identity_the_newer_is_believed(dashboard, web1):
     dashboard.sync(web1, instance="2000-aaaaaaaa")
     with refused(409) as refusal:
