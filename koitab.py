@@ -3713,11 +3713,11 @@ class Machine:
         for name in tab_names(f"{home}/tabs"):
             add(f"{home}/tabs/{name}", name, (os.geteuid(),), 0o022)
         if system:
-            add(SYSTEM_TAB, "", (0,), 0o022, links=False, follow=True)
-            for name in tab_names(SYSTEM_TAB_DIRECTORY):
-                if PACKAGE_NAME_CHARACTERS.issuperset(name):
-                    add(f"{SYSTEM_TAB_DIRECTORY}/{name}", "", (0,), 0o022,
-                         links=False, follow=True)
+            for path in (SYSTEM_TAB, *(
+                    f"{SYSTEM_TAB_DIRECTORY}/{name}"
+                    for name in tab_names(SYSTEM_TAB_DIRECTORY)
+                    if PACKAGE_NAME_CHARACTERS.issuperset(name))):
+                add(path, "", (0,), 0o022, links=False, follow=True)
             spool = self.spool()
             for name in tab_names(spool):
                 account = self.account(name)
@@ -4519,12 +4519,11 @@ class RunStore:
                          disk.f_frsize * disk.f_blocks // PART_OF_DISK)
         self.last = self.db.value("select max(id) from runs") or 0
         self.last_job = self.db.value("select max(id) from jobs") or 0
-        self.keys = {(user, identity): key for key, user, identity in
-                     self.db.execute("select id, user, identity from jobs")}
-        self.pauses.update({
-            (user, identity): until for user, identity, until in
-            self.db.execute("select user, identity, paused from jobs where "
-                            "paused is not null")})
+        for key, user, identity, paused in self.db.execute(
+                "select id, user, identity, paused from jobs"):
+            self.keys[user, identity] = key
+            if paused is not None:
+                self.pauses[user, identity] = paused
         sent = self.get_meta("sent")
         self.sent = int(sent) if sent.isdigit() else None
         self.change = max(self.db.value("select max(change) from runs") or 0,
@@ -5172,7 +5171,7 @@ class Supervisor:
         self.account, self.spec = account, spec
         self.runs, self.report, self.nothing = runs, report, nothing
         self.poller = Poller()
-        self.reports: list[bytes] = []          # not yet on koid's pipe
+        self.reports = b""                      # not yet on koid's pipe
         self.daemon = daemon                    # koid's pid
         self.run: SupervisedRun | None = None   # None: there is no more to do
 
@@ -5182,7 +5181,7 @@ class Supervisor:
         self.detach()
         file, claimed = self.claim(self.spec.run)
         if file is None and claimed:
-            self.reports.append(REPORT.pack(self.spec.run, NO_FILE))
+            self.reports = REPORT.pack(self.spec.run, NO_FILE)
             self.send_reports()
         if claimed:
             self.open_run(file)
@@ -5381,7 +5380,7 @@ class Supervisor:
             except OSError:
                 pass
         status = run.status if run.status is not None else NO_STATUS
-        self.reports.append(REPORT.pack(run.spec.run, status))
+        self.reports += REPORT.pack(run.spec.run, status)
         if run.connection:
             import json
             exit_status, number = exit_and_signal(status)
@@ -5392,14 +5391,14 @@ class Supervisor:
 
     def send_reports(self) -> None:
         """Write the reports to koid's pipe, if koid still reads it."""
-        while self.reports:
+        if self.reports:
             try:
-                os.write(self.report, self.reports[0])
+                os.write(self.report, self.reports)
             except BlockingIOError:
                 return          # the pipe is full: again in a second
             except OSError:
                 pass            # koid has ended; the next reads the file
-            del self.reports[0]
+            self.reports = b""
 
     # --- `koitab run`, which waits for the output
 
@@ -21984,12 +21983,14 @@ def pause_words(until: float) -> str:
 
 
 class NextRow:
-    """What `koitab next` prints of one job. `known` is the job as koid lists
-    it, {} with --tab. Times are texts of RFC 3339, in the zone of the job."""
+    """What `koitab next` prints of one job of the tab at `path`. `known` is
+    the job as koid lists it, {} with --tab. Times are texts of RFC 3339, in
+    the zone of the job."""
 
-    def __init__(self, options: Invocation, job: Job, zones: dict,
+    def __init__(self, options: Invocation, path: str, job: Job, zones: dict,
                  known: dict):
-        self.options, self.job, self.known = options, job, known
+        self.options, self.path, self.job = options, path, job
+        self.known = known
         self.zone = zones[job.settings.zone]
         self.now = options.machine.clock.now()
         after = parse_instant(options.start, zones[""], self.now)
@@ -22007,7 +22008,7 @@ class NextRow:
         return format_rfc3339(at, self.zone.offset(int(at)))
 
     def fields(self) -> dict:
-        """Return the row for programs, without its file."""
+        """Return the row for programs."""
         job, last = self.job, self.known.get("last")
         found = {
             "name": job.name or None, "tag": job.tag, "line": job.line,
@@ -22022,6 +22023,7 @@ class NextRow:
                 "result": result_words(last), **{
                     name: self.stamp(last[name])
                     for name in ("due", "started", "ended")}}
+            found["file"] = self.path
         return found
 
     def print_all(self) -> None:
@@ -22059,25 +22061,23 @@ def command_next(options: Invocation, name: str = ""
     for path, tab, zones in tabs:
         print_diagnostics(tab.diagnostics, path)
         errors += tab.errors()
-        rows += [(path, NextRow(options, job, zones, known and known.get(
-            (job.user or options.owner, job.tag), {})))
+        rows += [NextRow(options, path, job, zones, known and known.get(
+            (job.user or options.owner, job.tag), {}))
             for job in tab.jobs if any(job is each for each in jobs)]
     if options.json:
-        print_json([{**row.fields(), **({} if options.tab
-                                        else {"file": path})}
-                    for path, row in rows])
+        print_json([row.fields() for row in rows])
     else:
         print_rows(rows)
     return EXIT_ERROR if errors else EXIT_OK
 
 
 def print_rows(rows: list) -> None:
-    """Print (path, NextRow)s for people, below their tabs and sections."""
-    section, file = "", rows[0][0] if rows else ""
-    for path, row in rows:
-        if path != file:
-            section, file = "", path
-            print(f"# {escape_controls(path)}")
+    """Print NextRows for people, below their tabs and sections."""
+    section, file = "", rows[0].path if rows else ""
+    for row in rows:
+        if row.path != file:
+            section, file = "", row.path
+            print(f"# {escape_controls(file)}")
         if row.job.section != section:
             section = row.job.section
             print(f"[{escape_controls(section)}]")
