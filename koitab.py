@@ -3152,6 +3152,15 @@ def exit_and_signal(status: int) -> tuple[int | None, int | None]:
     return (None, number) if number else (status >> 8 & 0xFF, None)
 
 
+def signal_words(number: int) -> str:
+    """Return "killed by signal 9 (SIGKILL)"; some signals have no name."""
+    try:
+        name = f" ({signal.Signals(number).name})"
+    except ValueError:
+        name = ""
+    return f"killed by signal {number}{name}"
+
+
 def is_failure(run: dict) -> bool:
     """Did a run of the history fail?"""
     return run["state"] in ("interrupted", "unstartable", "missed") or (
@@ -8151,7 +8160,7 @@ class AgentProcess:
         if wanted and lost:
             exit_status, number = exit_and_signal(status)
             how = self.kill_reason or (
-                f"killed by {signal.Signals(number).name}" if number
+                signal_words(number) if number
                 else f"ended with status {exit_status}")
             self.problem = f"agent {how}; restarting in {self.pause:g}s"
             self.log.log(f"dashboard: {self.problem}", bad=True)
@@ -21693,15 +21702,6 @@ def sparkline(durations: list[float]) -> str:
     top = max(durations, default=0) or 1
     return "".join(BARS[min(int(duration / top * 8), 7)]
                    for duration in durations)
-
-
-def signal_words(number: int) -> str:
-    """Return "killed by signal 9 (SIGKILL)"."""
-    try:
-        name = f" ({signal.Signals(number).name})"
-    except ValueError:
-        name = ""
-    return f"killed by signal {number}{name}"
 
 
 def result_words(run: dict) -> str:

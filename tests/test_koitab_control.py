@@ -642,6 +642,19 @@ def test_status_of_sendmail_is_logged_in_decimal(desk, status, logged):
     assert logged in lines[0]
 
 
+@pytest.mark.parametrize("number", [9, 40])
+def test_agent_that_any_signal_ended_is_started_again(number):
+    """Signal 40 has no name."""
+    clock = SimpleNamespace(ticks=lambda: 5.0)
+    agent = koitab.AgentProcess(
+        SimpleNamespace(clock=clock), SimpleNamespace(log=lambda *_, bad: 0),
+        SimpleNamespace(close=id), None)
+    agent.lines = SimpleNamespace(sock=SimpleNamespace(detach=lambda: 3))
+    agent.ended(number, wanted=True)
+    assert f"agent killed by signal {number}" in agent.problem
+    assert agent.start_at == 5.0 + koitab.RESTART_FIRST
+
+
 # Who may have a tab ----------------------------------------------------------
 
 
