@@ -2146,17 +2146,16 @@ class TabReader:
         for job in valid:       # it grows; a cycle is never reached
             valid += [each.replace(after=job.identity())
                       for each in followers.get(job.identity(), ())]
-        jobs = {job.line: job for job in valid}
-        for job in self.tab.jobs:
-            if job.line not in jobs:
-                self.tab.diagnostics.append(self.follower_error(
-                    job, named.get(job.leader, ()), named))
+        lines = {job.line for job in valid}
+        self.tab.diagnostics.extend(
+            self.follower_error(job, named) for job in self.tab.jobs
+            if job.line not in lines)
         self.tab.jobs[:] = sorted(valid, key=lambda job: job.line)
 
-    def follower_error(self, job: Job, found: list,
-                       named: dict) -> Diagnostic:
-        """Return why a job with @after is dropped; `found` are the jobs that
-        it may mean, `named` all by their names."""
+    def follower_error(self, job: Job, named: dict) -> Diagnostic:
+        """Return why a job with @after is dropped; `named` are the jobs of
+        the tab by their names."""
+        found = named.get(job.leader, ())
         why, hint = f"{short(job.leader)} never starts by itself: the jobs " \
             "before it are invalid or form a cycle", ""
         if len(found) > 1:
