@@ -6529,15 +6529,14 @@ class Scheduler:
         self.waiting: list[QueuedRun] = []
         self.running: dict[int, RunningRun] = {}
         self.supervisors: dict[int, int] = {}   # pid -> run
-        self.ended: dict[int, int] = {}     # run -> wait status, or NO_STATUS
-        self.unrecorded_ends: list[tuple] = []      # (RunningRun, status)
+        self.unrecorded_ends: list[tuple] = []  # (RunningRun, wait status)
         self.files_to_remove: list[int] = []    # of runs, once written
 
         self.pending_kills: list[tuple] = []    # (ticks, a group's leader)
         self.held: dict[tuple, tuple] = {}  # job, reason -> day, run, count
         self.master = machine.user_name(os.geteuid())   # who runs koid
         self.write_at = 0.0                 # ticks, after a full disk
-        self.check_at = FOREVER             # ticks: adopted runs
+        self.check_at = 0.0                 # ticks: adopted runs
         self.forget_at = FOREVER            # ticks: runs of removed jobs
 
     def open(self) -> None:
@@ -6969,26 +6968,32 @@ class Scheduler:
             if status == NO_FILE:   # or it would pass for one not begun
                 self.write([self.store.update(run, reason=NO_FILE_REASON)])
             else:
-                self.ended[run] = status
+                self.end(run, status)
+
+    def end(self, run: int, status: int = NO_STATUS) -> None:
+        """Let the end of a run be recorded. Without a wait status its file
+        says how it ended."""
+        running = self.running.pop(run, None)
+        if running:
+            self.unrecorded_ends.append((running, status))
 
     def supervisor_ended(self, pid: int) -> None:
         """Handle the end of a child that may have been a supervisor."""
         running = self.running.get(self.supervisors.pop(pid, 0))
-        if running and running.run not in self.ended:
-            if self.has_ended(running):
-                self.ended[running.run] = NO_STATUS
-            else:       # the koid before us had started it already
-                running.supervisor, self.check_at = 0, 0.0
+        if running and self.has_ended(running):
+            self.end(running.run)
+        elif running:       # the koid before us had started it already
+            running.supervisor, self.check_at = 0, 0.0
 
     def check(self, now: float) -> None:
         """Check adopted runs, and send the signals that are due."""
         if now >= self.check_at:
             self.check_at = FOREVER
-            for running in self.running.values():
+            for running in list(self.running.values()):
                 if not running.supervisor:
                     self.check_at = now + CHECK_AGAIN
                     if self.has_ended(running):
-                        self.ended.setdefault(running.run, NO_STATUS)
+                        self.end(running.run)
         if now >= self.forget_at:
             self.forget_removed(now)
         for running in list(self.running.values()):
@@ -7016,13 +7021,8 @@ class Scheduler:
         """Move runs that have ended into the history. While it cannot be
         written they stay in their files."""
         now = self.clock.ticks()
-        for run, status in self.ended.items():
-            running = self.running.pop(run, None)
-            if running:
-                self.unrecorded_ends.append((running, status))
-        if self.ended:
+        if self.unrecorded_ends:
             self.start_queued()
-        self.ended.clear()
         if self.store.waiting and now >= self.write_at:
             self.write_at = now + WRITE_AGAIN
             self.write([])
@@ -7212,7 +7212,6 @@ class Scheduler:
                 lost.append(self.not_begun(row, key in jobs, queued))
         self.write(lost)
         self.update_waiting()
-        self.check_at = 0.0 if self.running else FOREVER
         self.mail.adopt(jobs)
 
     def not_begun(self, row: dict, has_job: bool,
@@ -7236,7 +7235,7 @@ class Scheduler:
         self.running[row["run"]] = running
         if self.went_down(row["run"]):
             running.reason = "the machine went down"
-            self.ended[row["run"]] = NO_STATUS
+            self.end(row["run"])
 
     def adopt_orphans(self, runs: list[int]) -> None:
         """Take over runs that have a file and no record: the disk was full,
