@@ -6534,7 +6534,7 @@ class Scheduler:
 
         self.pending_kills: list[tuple] = []    # (ticks, a group's leader)
         self.held: dict[tuple, tuple] = {}  # job, reason -> day, run, count
-        self.master = machine.user_name(os.geteuid())   # who runs koid
+        self.koid_user = machine.user_name(os.geteuid())   # who runs koid
         self.write_at = 0.0                 # ticks, after a full disk
         self.check_at = 0.0                 # ticks: adopted runs
         self.forget_at = FOREVER            # ticks: runs of removed jobs
@@ -6700,7 +6700,7 @@ class Scheduler:
         active = self.active_counts()
         for queued in starts:
             user = queued.scheduled.user
-            if active[user] < MOST_ACTIVE or user == self.master:
+            if active[user] < MOST_ACTIVE or user == self.koid_user:
                 state, reason = self.admit(queued, counts)
             else:
                 state = "skipped"
@@ -6820,7 +6820,7 @@ class Scheduler:
     def charge(self, user: str, size: int) -> list[tuple]:
         """Return the statements that keep a user's history within its share;
         that of the user who runs koid has no limit."""
-        return [] if user == self.master else self.store.charge(user, size)
+        return [] if user == self.koid_user else self.store.charge(user, size)
 
     def refuse(self, queued: QueuedRun) -> bool:
         """On a full disk: a run by hand does not start, one that is due does.
@@ -7240,7 +7240,7 @@ class Scheduler:
     def adopt_orphans(self, runs: list[int]) -> None:
         """Take over runs that have a file and no record: the disk was full,
         or the history was lost. They are shown as runs of a removed job."""
-        key = self.master, "lost"
+        key = self.koid_user, "lost"
         for run in runs:
             header = parse_header(run_file(self.home, run, HEADER_BYTES)
                                   ) or RunFileHeader()
@@ -8436,8 +8436,8 @@ class AgentBroker:
         and its SHA-256. It is made anew when a tab has changed."""
         if self.listed is None:
             import json
-            master = self.scheduler.master
-            manifests, cut = self.share_list(master)
+            koid_user = self.scheduler.koid_user
+            manifests, cut = self.share_list(koid_user)
             for user in self.cut_users | cut:
                 self.log.set_problem(
                     f"list {user}", "" if user not in cut else "the dashboard "
@@ -8448,7 +8448,7 @@ class AgentBroker:
                 "host": self.enrollment.host,
                 "key": key_id(self.enrollment.secret),
                 "name": self.enrollment.name,
-                "user": master, "at": int(self.clock.now() * 1000),
+                "user": koid_user, "at": int(self.clock.now() * 1000),
                 "partial": sorted(cut), "jobs": manifests,
                 "paused": {
                     f"{scheduled.user}\n{scheduled.job.tag}":
@@ -8459,21 +8459,21 @@ class AgentBroker:
                            sha256_hex(body))
         return self.listed
 
-    def share_list(self, master: str) -> tuple[list[str], set[str]]:
+    def share_list(self, koid_user: str) -> tuple[list[str], set[str]]:
         """Return the manifests of the jobs that the list has room for, and
         the users some of whose jobs it has not.
 
-        The jobs of `master`, who runs koid, come first. Each other user has
+        The jobs of `koid_user`, who runs koid, come first. Each other user has
         an equal share, so that nobody displaces the jobs of others.
         """
         import json
-        jobs: dict[str, list] = {master: []}
+        jobs: dict[str, list] = {koid_user: []}
         for scheduled in self.registry.scheduled_jobs:
             jobs.setdefault(scheduled.user, []).append(scheduled)
         manifests, cut, room = [], set(), BYTES_OF_LIST
         self.scheduled_jobs = {}
         for place, user in enumerate(jobs):
-            share = room if user == master else min(
+            share = room if user == koid_user else min(
                 BYTES_OF_USER, room // (len(jobs) - place))
             for scheduled in jobs[user]:
                 text = job_manifest(scheduled.job, user, scheduled.file,
