@@ -3935,17 +3935,16 @@ class Machine:
         spec = (ctypes.c_longlong * 4)(0, 0, 2**40, 0)
         return ctypes.CDLL(None).timerfd_settime(fd, 3, spec, None) == 0
 
-    def signal_job(self, header: RunFileHeader, number: int) -> bool:
-        """Send the signal `number` to a job's process group. Return False if
-        the job is not running: its PID may be another process now."""
+    def signal_job(self, header: RunFileHeader, number: int) -> None:
+        """Send the signal `number` to a job's process group, if the job is
+        running: else its PID may be another process now."""
         if header.phase != RUNNING or not header.job \
                 or process_start_time(header.job) != header.job_start:
-            return False
+            return
         try:
             os.killpg(header.job, number)
         except OSError:
-            return False
-        return True
+            pass
 
     def has_one_log(self) -> bool:
         """Does the log have what is written to stderr, too? The journal does:
