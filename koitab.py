@@ -17847,7 +17847,7 @@ async function tryLogIn({ server, secret, open, bar, failed }) {
 
 // Returns why a login failed.
 function whyNot(error) {
-  if (error.status === 401) return `Wrong passphrase for ${origin()}.`;
+  if (error.status === 401) return `Wrong passphrase for ${session.server}.`;
   if (error.status === 404) {
     return "There is no dashboard here yet: type koitab -d new on a host.";
   }
