@@ -248,7 +248,8 @@ AS_IF = {"LOGNAME": ALICE, "USER": ALICE, "SUDO_USER": ALICE,
 ON_ALICE = [("list", {}), ("install", {"text": "@manual id\n"}),
             ("remove", {}), ("jobs", {}), ("history", {}), ("status", {}),
             ("run", {"job": "Hers"}), ("log", {"job": "Hers"}),
-            ("log", {"run": 1}), ("kill", {"run": 1})]
+            ("log", {"run": 1}), ("kill", {"run": 1}),
+            ("pause", {"job": "Hers"}), ("resume", {"job": "Hers"})]
 HERS = '"Hers" @manual echo secret\n"Long" @manual sleep 600\n'
 
 
@@ -285,6 +286,7 @@ def test_77_without_a_name_one_sees_and_runs_ones_own_only(busy, who):
     caller = busy.caller(who, **AS_IF)
     for op, fields in (("run", {"job": "Hers"}), ("log", {"job": "Hers"}),
                        ("log", {"run": 1}), ("kill", {"run": 2}),
+                       ("pause", {"job": "Hers"}), ("pause", {"job": ""}),
                        ("run", {"job": ""}), ("log", {})):
         reply = caller.ask(op, **fields)
         assert "error" in reply, (op, fields, reply)
@@ -336,13 +338,18 @@ def test_name_of_a_job_means_roots_own_for_root(town):
     assert [run["user"] for run in town.history(
         job="Deploy", user=ALICE)] == [ALICE]
     assert town.ask("log", job="Deploy")["run"]["user"] == "root"
-    for op in ("log", "kill", "history", "run"):
+    for op in ("log", "kill", "history", "run", "pause"):
         with pytest.raises(koitab.Error, match="no job"):
             town.ask(op, job="Hers")
+    town.ask("pause", job="Deploy", user=ALICE)
+    paused = {job["user"]: job["paused"] for job in town.ask("jobs")["jobs"]
+              if job["name"] == "Deploy"}
+    town.ask("resume", job="Deploy", user=ALICE)
     assert town.ask("kill", job="Hers", user=ALICE)["run"]["run"] \
         == running["run"]
     with pytest.raises(koitab.Error, match="\"Deploy\" is not running"):
         town.ask("kill", job="Deploy")
+    assert paused == {"root": None, ALICE: 0}
 
 
 @pytest.mark.parametrize("name", [
