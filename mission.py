@@ -837,11 +837,12 @@ class DiagnosticList:
         self.places: dict[tuple, int] = {}
         self.keys: dict[tuple, int] = {}
         self.paths: set[tuple] = set()      # paths that have a diagnostic
-        self.notes: list[Diagnostic] = []   # warnings of `check`
 
     def add(self, path: tuple, why: str, hint: str,
-            at: int | None = None, scope: str = "") -> None:
-        """Add an error of the value at `path`, or at the offset `at`.
+            at: int | None = None, scope: str = "",
+            fatal: bool = True) -> None:
+        """Add an error of the value at `path`, or at the offset `at`; if not
+        `fatal` a warning, which only `check` shows.
 
         Its place is that of the value, or of the nearest object around it.
         """
@@ -853,13 +854,7 @@ class DiagnosticList:
         self.found.append(Diagnostic(
             self.text.count("\n", 0, at) + 1,
             at - self.text.rfind("\n", 0, at), key_path(path), why, hint,
-            scope=scope))
-
-    def note(self, path: tuple, why: str, hint: str) -> None:
-        """Add a warning of the value at `path`, which only `check` shows."""
-        self.add(path, why, hint)
-        self.paths.remove(path)
-        self.notes.append(self.found.pop().replace(fatal=False))
+            fatal=fatal, scope=scope))
 
 
 class ConfigReader:
@@ -1146,8 +1141,9 @@ class ConfigValidator:
         if self.facts.uids.get(self.config.user.name) != 0:
             self.check_account(self.config.user.name, path)
         elif not self.is_known(path):
-            self.diagnostics.note(path, "all backups will belong to root",
-                                  "an ordinary user, if there is one")
+            self.diagnostics.add(path, "all backups will belong to root",
+                                 "an ordinary user, if there is one",
+                                 fatal=False)
 
     def check_account(self, name: str, path: tuple, scope: str = "") -> None:
         """Check a user that tasks run as, or that gets the files."""
@@ -1225,11 +1221,11 @@ class ConfigValidator:
         names = sorted({task.user for task in self.config.tasks}
                        - {"", self.config.user.name})
         if storage.commit and names:
-            self.diagnostics.note(
+            self.diagnostics.add(
                 storage.where + ("commit",), "files here that belong to "
                 + ", ".join(map(escape_controls, names)) + " stay theirs, "
                 f"and git reads them as {self.config.user.name}",
-                "a storage of its own for tasks with `user`")
+                "a storage of its own for tasks with `user`", fatal=False)
 
     # --- tasks ------------------------------------------------------------
 
@@ -6081,7 +6077,8 @@ class Runner:
                 else:
                     self.state.update(phase=step.kind, task=", ".join(
                         task.slug for task in step.tasks))
-                    getattr(self, step.kind)(step)
+                    method = getattr(self, step.kind)
+                    method(step) if step.tasks or step.storage else method()
             except Exception as error:      # a bug of mission
                 import traceback
                 for line in traceback.format_exc().splitlines():
@@ -6138,7 +6135,7 @@ class Runner:
             tasks=[{**vars(task), "seconds": round(task.seconds, 3)}
                    for task in self.results.values()])
 
-    def keep_records(self, _step: Step) -> None:
+    def keep_records(self) -> None:
         """Write metrics and history and remove old logs.
 
         Mail and ping come after it, so that they report what fails here.
@@ -6195,7 +6192,7 @@ class Runner:
         if self.config.logs.keep and self.log.path:
             self.log.prune(self.config.logs.keep)
 
-    def start(self, _step: Step) -> None:
+    def start(self) -> None:
         """Log the start, and warn about runs that did not finish."""
         self.log_header("Start")
         self.log_line("StartTime " + local_time(self.started))
@@ -6584,7 +6581,7 @@ class Runner:
 
     # --- the end, and delivery --------------------------------------------
 
-    def finish(self, _step: Step) -> None:
+    def finish(self) -> None:
         """Log the end; the rest of the run delivers its news."""
         self.took = self.log.elapsed()
         self.log_header("Finish")
@@ -6604,10 +6601,10 @@ class Runner:
         return "FAILURE" if self.failed() else \
             "WARNING" if self.notices() or self.problems else ""
 
-    def notify_start(self, _step: Step) -> None:
+    def notify_start(self) -> None:
         self.notify("NotifyStart", "run started", False)
 
-    def notify_finish(self, _step: Step) -> None:
+    def notify_finish(self) -> None:
         how = " with errors or warnings" if self.failed() else ""
         self.notify("NotifyFinish", f"run finished{how} in "
                     + run_took(self.took), self.failed())
@@ -6618,7 +6615,7 @@ class Runner:
         reason = self.delivery.notify(text, failed)
         self.log_line(f"NotifyFailure {reason}" if reason else word)
 
-    def summary(self, _step: Step) -> None:
+    def summary(self) -> None:
         """Log the notices, warnings and errors again, together."""
         if self.notices():
             self.log_header("Notices")
@@ -6631,11 +6628,11 @@ class Runner:
                 for problem in found:
                     self.log_own(f"- {problem.source}: {problem.text}\n")
 
-    def mail_start(self, _step: Step) -> None:
+    def mail_start(self) -> None:
         self.mail("MailStart", "run started", "start",
                   "The run has started.\n")
 
-    def mail_finish(self, _step: Step) -> None:
+    def mail_finish(self) -> None:
         """Mail the result and the filtered log."""
         if self.config.mail.on == "failure" and not self.problems \
                 and not self.processes.stopped:
@@ -6738,7 +6735,7 @@ class Runner:
             return f"; it could not be kept either: {error.strerror}"
         return "; queued, the next run sends it again"
 
-    def outbox(self, _step: Step) -> None:
+    def outbox(self) -> None:
         """Send the mails that earlier runs could not send."""
         addresses = [] if "mail" in self.errors else self.addresses()
         for path in self.state.queued_mails() if addresses else ():
@@ -6759,10 +6756,10 @@ class Runner:
             if "took too long" in reason or "no answer" in reason:
                 break           # one such wait a run is enough
 
-    def ping_start(self, _step: Step) -> None:
+    def ping_start(self) -> None:
         self.ping("start", self.run_id)
 
-    def ping_finish(self, _step: Step) -> None:
+    def ping_finish(self) -> None:
         """Ping success exactly when the exit status will be 0."""
         self.log_header("Ping")
         others = [p for p in self.problems if p.source != "pingStart"]
@@ -7203,9 +7200,10 @@ def validated(source: ConfigSource, with_facts: bool = True) -> LoadedConfig:
         host = HostInspector()
         config = resolved(config, host.home_of, diagnostics)
         ConfigValidator(config, host.facts(config), diagnostics).validate()
-    return LoadedConfig(config, *(
-        sorted(found, key=lambda each: (each.line, each.column))
-        for found in (diagnostics.found, diagnostics.notes)))
+    found = sorted(diagnostics.found, key=lambda each: (each.line,
+                                                        each.column))
+    return LoadedConfig(config, [each for each in found if each.fatal],
+                        [each for each in found if not each.fatal])
 
 
 def loaded(file: str, with_facts: bool = True) -> LoadedConfig:
