@@ -3672,7 +3672,6 @@ CHANGED = "changed while walking"
 class ChownReport(FrozenRecord):
     """What a chown of a tree did."""
     changed: int                # entries that got the new owner
-    right: int                  # entries that had it already
     left: list                  # (path, reason) of what was left alone
 
 
@@ -3699,7 +3698,7 @@ class ChownWalk:
         """`kept`: the user ids whose files and directories stay theirs."""
         self.uid, self.gid, self.is_stopped = uid, gid, is_stopped
         self.kept = kept
-        self.changed = self.right = 0
+        self.changed = 0
         self.waited = False
         self.left: list[tuple[str, str]] = []
         self.linked: dict[int, dict] = {}   # inode -> what was seen of it
@@ -3726,7 +3725,7 @@ class ChownWalk:
             os.close(top)
             if self.descriptors >= 0:
                 os.close(self.descriptors)
-        return ChownReport(self.changed, self.right, self.left)
+        return ChownReport(self.changed, self.left)
 
     def leave(self, why: str, *path: str) -> None:
         """Report an entry that keeps its owner, or its special bits."""
@@ -3741,10 +3740,8 @@ class ChownWalk:
         return KEPT if status.st_uid in self.kept else ""
 
     def is_right(self, status) -> bool:
-        """Whether an entry has the wanted owner; it is counted then."""
-        is_right = (status.st_uid, status.st_gid) == (self.uid, self.gid)
-        self.right += is_right
-        return is_right
+        """Whether an entry has the wanted owner."""
+        return (status.st_uid, status.st_gid) == (self.uid, self.gid)
 
     def folder(self, fd: int, path: str, depth: int) -> None:
         """Change everything in a directory, then the directory itself: as
@@ -5294,19 +5291,19 @@ def coerce_record(found: object, blank: dict) -> dict:
     """The object `found` with all keys of `blank` and no others; a value of
     another type is replaced by that of `blank`, because a crash may have
     damaged the file. {} if `found` is not such an object."""
-    kinds = {float: (int, float), type(None): (int, float, type(None))}
     name = next(iter(blank))
     if not isinstance(found, dict) or not isinstance(found.get(name), str):
         return {}
+    kinds = {float: (int, float), type(None): (int, float, type(None))}
     whole = {}
     for key, example in blank.items():
-        value, kind = found.get(key, example), type(example)
+        value, kind = found.get(key), type(example)
         whole[key] = value if isinstance(value, kinds.get(kind, kind)) \
             else example
-    inner = {"tasks": TASK_OF_PAST_RUN, "lost": RUN_IN_PROGRESS}
-    for key in inner.keys() & whole.keys():
-        whole[key] = [value for value in (
-            coerce_record(value, inner[key]) for value in whole[key]) if value]
+    for key, inner in (("tasks", TASK_OF_PAST_RUN), ("lost", RUN_IN_PROGRESS)):
+        if key in whole:
+            found = [coerce_record(value, inner) for value in whole[key]]
+            whole[key] = list(filter(None, found))
     return whole
 
 
