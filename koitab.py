@@ -10510,12 +10510,13 @@ create index notifications_of_run on notifications (run)
             db.delete("channels", id=channel)
             db.delete("notifications", channel=channel)
         if action == "test":
+            key = f"test-{now}-{channel}"
             self.add_notification(
-                db, channel, f"test-{now}-{channel}",
+                db, channel, key,
                 Alert("", "test", now, "koi: a test", "If you can read this, "
                       "koi can tell you what happens."), [], now)
-        else:
-            self.audit.record(db, now, "channel", state=action)
+            return {"id": channel, "key": key}
+        self.audit.record(db, now, "channel", state=action)
         return {"id": channel}
 
     def add_channel(self, db: Database, request: RequestFields,
@@ -10611,11 +10612,14 @@ create index notifications_of_run on notifications (run)
                        now: float) -> None:
         """Record an attempt to deliver; `error` is "" if it went well. Else
         it is repeated for a day, after 15 s to 1 h."""
-        found = db.row("select channel, at, tries from notifications where "
-                       "id = ?", notification)
+        found = db.row("select channel, at, tries, kind, key from "
+                       "notifications where id = ?", notification)
         if not found:
             return
-        if error and now - found["at"] < DAY_SECONDS:
+        if found["kind"] == "test":     # somebody waits for this attempt
+            self.changes.mark_changed("tests", found["key"])
+        if error and now - found["at"] < DAY_SECONDS \
+                and found["kind"] != "test":
             pause = min(15 * 2**min(found["tries"], 10), 3600)
             db.execute("update notifications set due = ? where channel = ? "
                        "and due <= ?", now + 15, found["channel"], now)
@@ -10626,6 +10630,17 @@ create index notifications_of_run on notifications (run)
         db.update("channels", {"error": error[:500]}, id=found["channel"])
         if not error:
             db.update("channels", {"last": now}, id=found["channel"])
+
+    def test_result(self, db: Database, test: dict) -> dict | None:
+        """Return how a test went that change_channel has added; None as long
+        as it was not tried."""
+        if db.value("select 1 from notifications where key = ?",
+                    test["key"]):
+            return None
+        error = db.value("select error from channels where id = ?",
+                         test["id"])
+        error = "the channel was deleted" if error is None else error
+        return {"id": test["id"], "delivered": not error, "error": error}
 
     def add_output(self, db: Database, run: int, lines: str,
                    now: float) -> None:
@@ -13603,7 +13618,7 @@ class Dashboard:
         marked = self.changes.take_marked()
         if marked.pop("notifications", None):
             self.notifications_due.set()
-        lines = {kind: marked.pop(kind) for kind in ("wake", "live")
+        lines = {kind: marked.pop(kind) for kind in ("wake", "live", "tests")
                  if kind in marked}
         if marked:
             self.seq += 1
@@ -13703,6 +13718,7 @@ class Dashboard:
 # ==========================================================================
 
 SEND_SECONDS = 15.0     # for one notification
+TEST_SECONDS = 20.0     # that the answer to Test waits for its delivery
 MOST_ANSWER = 1024      # bytes of an answer that are read
 DELIVERY_PAUSE = 5.0    # seconds between checks for due notifications
 
@@ -15256,7 +15272,7 @@ class AccessRules:
 
 class LongPoll:
     """A request that waits for news about a topic: ("host", ID), ("run",
-    NUMBER) or ("changes", DASHBOARD).
+    NUMBER), ("test", KEY) or ("changes", DASHBOARD).
 
     `with` enters it in `polls` before the first question is asked, so that
     no news between a question and the wait for more is missed.
@@ -15563,7 +15579,8 @@ class Api:
         """Hand on what was committed. Called in the writer's thread."""
         changes = dict(changes)
         topics = [*(("host", host) for host in changes.pop("wake", ())),
-                  *(("run", run) for run in changes.pop("live", ()))]
+                  *(("run", run) for run in changes.pop("live", ())),
+                  *(("test", key) for key in changes.pop("tests", ()))]
         seq, lines = changes.get("seq"), []
         if changes.get("reset"):
             lines = [START_OVER]
@@ -15887,9 +15904,22 @@ async def change_check(api: Api, context: RequestContext) -> Response:
 
 
 async def change_channel(api: Api, context: RequestContext) -> Response:
-    """POST /api/v1/channels: add, test or delete one."""
-    return json_response(
-        await api.store(context, api.dashboard.alerts.change_channel))
+    """POST /api/v1/channels: add, test or delete one. The answer to a test
+    says whether the receiver took it."""
+    alerts = api.dashboard.alerts
+    result = await api.store(context, alerts.change_channel)
+    if "key" not in result:
+        return json_response(result)
+    found, until = None, api.loop.time() + TEST_SECONDS
+    with LongPoll(api.polls, ("test", result["key"])) as poll:
+        while not found:
+            found = await api.in_reader(api.dashboard.read,
+                                        alerts.test_result, result)
+            if not found and not await context.connection.run_until_closed(
+                    poll.wait(until - api.loop.time())):
+                found = {"id": result["id"], "delivered": False, "error":
+                         f"no result after {TEST_SECONDS:g} seconds"}
+    return json_response(found)
 
 
 async def forget_subject(api: Api, context: RequestContext) -> Response:
@@ -20518,8 +20548,9 @@ ntfy: ["Topic\u2019s URL", "https://ntfy.sh/my-topic"] };
 // Shows the channels, and draws them again after each change.
 function showChannels(root, channels) {
   const send = (body, done) => withToast(async () => {
-    await post("channels", body);
-    showToast(done);
+    const { error } = await post("channels", body);
+    showToast(error ? `Not delivered: ${visible(error)}` : done,
+      error && "bad");
     showChannels(root, (await get("channels")).channels);
   });
   const act = (words, action, id, done) => button(words, () =>
@@ -20529,7 +20560,7 @@ function showChannels(root, channels) {
       { text: target }), error && el("div", { class: "error",
       text: visible(error) })), muted(last ? ["told ", timeNode(last)]
       : "not used yet"), isOperator() && el("span", { class: "row-actions" },
-      act("Test", "test", id, "Sent; look there"),
+      act("Test", "test", id, "Delivered"),
       act("Delete", "delete", id, "Deleted"))));
   root.replaceChildren(items.length ? el("ul", { class: "alerts" }, items)
     : mutedLine("Nobody yet: what goes wrong shows on this page alone."),

@@ -820,6 +820,18 @@ def test_a_test_letter_can_be_asked_for(quiet, listener):
                  {"do": "test", "id": 99}, NOW)
 
 
+def test_test_that_failed_is_not_repeated(quiet, listener):
+    channel = quiet.channel("webhook", listener.url)
+    listener.status = 500
+    alerts = quiet.dashboard.alerts
+    test = quiet.do(alerts.change_channel, {"do": "test", "id": channel}, NOW)
+    assert quiet.ask(alerts.test_result, test) is None
+    deliver(quiet)
+    assert quiet.ask(alerts.test_result, test) == {
+        "id": channel, "delivered": False, "error": "it answered 500"}
+    assert quiet.rows("select * from notifications") == []
+
+
 def test_what_was_decided_is_told_after_a_crash(quiet, listener):
     """A notification is written in the transaction of its cause."""
     quiet.channel("webhook", listener.url)

@@ -15,6 +15,7 @@ import socket
 import ssl
 import stat
 import subprocess
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -904,6 +905,39 @@ def test_a_viewer_gets_no_id_that_pings_and_no_secret_of_a_channel(server):
                               token=VIEWER_TOKEN).json["channels"]:
         server.ask("POST", "/api/v1/channels", {
             "do": "delete", "id": channel["id"]}, OPERATOR_TOKEN)
+
+
+def test_answer_to_a_test_says_whether_the_receiver_took_it(server):
+    def test_of(port: int) -> dict:
+        channel = server.ask("POST", "/api/v1/channels", {
+            "kind": "webhook", "target": f"http://127.0.0.1:{port}/x"},
+            OPERATOR_TOKEN).json["id"]
+        answer = server.ask("POST", "/api/v1/channels", {
+            "do": "test", "id": channel}, OPERATOR_TOKEN).json
+        server.ask("POST", "/api/v1/channels", {
+            "do": "delete", "id": channel}, OPERATOR_TOKEN)
+        assert answer.pop("id") == channel
+        return answer
+
+    def take() -> None:
+        connection, _ = receiver.accept()
+        with connection, connection.makefile("rb") as request:
+            length, line = 0, b"-"
+            while line.strip():
+                name, _, value = line.partition(b":")
+                length = int(value) if name == b"Content-Length" else length
+                line = request.readline()
+            request.read(length)
+            connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    receiver = socket.create_server(("127.0.0.1", 0))
+    port, thread = receiver.getsockname()[1], threading.Thread(target=take)
+    thread.start()
+    assert test_of(port) == {"delivered": True, "error": ""}
+    thread.join()
+    receiver.close()
+    answer = test_of(port)
+    assert not answer["delivered"] and "refused" in answer["error"]
 
 
 def test_a_followed_run_is_demanded_from_its_host_and_sent_live(server):
