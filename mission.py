@@ -1731,13 +1731,6 @@ class Step(FrozenRecord):
 STOPPED_BY_SIGNAL = ("tasks", "chown", "commit")    # skipped after SIGTERM
 
 
-def unknown_word(kind: str, word: str, known, hint: str) -> Error:
-    """Return the error about a task or a command that does not exist."""
-    meant = nearest(word, known)
-    return Error(f"there is no {kind} {quoted(word)}",
-                 f"did you mean {meant}?" if meant else hint, EXIT_USAGE)
-
-
 def select_tasks(config: Config, slugs: list[str]) -> list[Task]:
     """Return the tasks of a run in their order.
 
@@ -1748,7 +1741,10 @@ def select_tasks(config: Config, slugs: list[str]) -> list[Task]:
     tasks = {task.slug: task for task in config.tasks}
     for slug in slugs:
         if slug not in tasks:
-            raise unknown_word("task", slug, tasks, "mission list shows them")
+            meant = nearest(slug, tasks)
+            raise Error(f"there is no task {quoted(slug)}",
+                        f"did you mean {meant}?" if meant
+                        else "mission list shows them", EXIT_USAGE)
     found = [tasks[slug] for slug in dict.fromkeys(slugs)] or [
         task for task in config.tasks if task.scheduled]
     if not found:
@@ -6992,6 +6988,10 @@ LONGEST_CONFIG = 2**20
 SYSLOG_SECONDS = 5.0
 
 
+class ExitWithText(Exception):
+    """Nothing is left to do but to print a text."""
+
+
 def number_of_runs(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text)):
         raise Error(f"-n {text}: not a number of runs", "-n 20", EXIT_USAGE)
@@ -7011,11 +7011,12 @@ def duration_of(option: str, least: float):
 
 
 class Option(FrozenRecord):
-    """An option, for the command line, the help and the completion."""
+    """An option, for argparse, the help and the completion."""
     spelling: str               # "-t, --task SLUG"
     help: str
-    default: object = False     # [] collects the values
-    read: object = None         # text -> value; None: it takes no value
+    default: object = False
+    action: str = "store_true"  # of argparse
+    read: object = str          # text -> value; raises Error
 
     @property
     def names(self) -> list[str]:
@@ -7025,33 +7026,35 @@ class Option(FrozenRecord):
     @property
     def synopsis(self) -> str:
         value = self.spelling.partition(self.names[-1])[2]
-        return f"[{self.names[0]}{value}]" + "..." * (self.default == [])
+        return f"[{self.names[0]}{value}]" + "..." * (self.action == "append")
 
 
 OPTIONS = {     # by the name of the value
     "config": Option("-c, --config PATH",
                      "configuration (default: mission.config.json)",
-                     "mission.config.json", str),
+                     "mission.config.json", "store"),
     "tasks": Option("-t, --task SLUG",
-                    "run this task; may be given several times", [], str),
+                    "run this task; may be given several times", [],
+                    "append"),
     "headless": Option("--headless",
                        "as from cron: log to a file, mail, ping"),
     "dry_run": Option("--dry-run",
                       "print what a run would do, and do nothing"),
     "wait": Option("--wait TIME",
-                   "wait for another run to end, e.g. 30m", 0.0,
+                   "wait for another run to end, e.g. 30m", 0.0, "store",
                    duration_of("--wait", 0)),
     "max_age": Option("--max-age TIME",
                       "the last success may be this old, e.g. 26h", None,
-                      duration_of("--max-age", 0.001)),
+                      "store", duration_of("--max-age", 0.001)),
     "number": Option("-n, --number N", "how many past runs (default: 20)",
-                     20, number_of_runs),
+                     20, "store", number_of_runs),
     "json": Option("--json", "for programs"),
     "quiet": Option("-q, --quiet", "no desktop notification"),
     "verbose": Option("-v, --verbose", "more detail"),
     "no_color": Option("-C, --no-color", "no colour"),
-    "help": Option("-h, --help", "this text, or that of a command"),
-    "version": Option("--version", "the version"),
+    "help": Option("-h, --help", "this text, or that of a command",
+                   action="help"),
+    "version": Option("--version", "the version", action="version"),
 }
 # Every command takes these; quiet and verbose as well, because scripts for
 # the original give them anywhere.
@@ -7066,48 +7069,78 @@ def option_rows(keys) -> str:
         for key in keys)
 
 
-def read_options(argv: list[str]) -> tuple[dict, list[str]]:
-    """Return the options of a command line, by their keys in OPTIONS, and
-    its words. Raises Error."""
-    import getopt
-    keys = {name.lstrip("-"): key for key, option in OPTIONS.items()
-            for name in option.names}
-    forms = [name + "=" * bool(OPTIONS[key].read)
-             for name, key in keys.items()]
-    short = "".join(form for form in forms if form[1:] in ("", "="))
-    try:
-        found, words = getopt.gnu_getopt(argv, short.replace("=", ":"), forms)
-    except getopt.GetoptError as error:
-        raise Error(error.msg, "mission --help", EXIT_USAGE) from None
-    given: dict[str, object] = {}
-    for name, text in found:
-        key = keys[name.lstrip("-")]
-        read = OPTIONS[key].read
-        if key == "tasks":
-            given.setdefault(key, []).append(text)
+def add_options(parser, keys, absent=None) -> None:
+    """Add options to an ArgumentParser; `absent`: for options that are not
+    given, in place of their default."""
+    for key in keys:
+        option, more = OPTIONS[key], {}
+        if option.action in ("store", "append"):
+            more = {"type": option.read}
+        if option.action == "version":
+            more = {"version": f"{PROG} {VERSION}"}
         else:
-            given[key] = read(text) if read else True
-    return given, words
+            more.update(dest=key, default=absent or option.default)
+        parser.add_argument(*option.names, action=option.action, **more)
 
 
-def options_of(name: str, given: dict):
-    """Return an object with the value of each option of the command `name`,
-    and `colour`. Raises Error for an option that the command lacks."""
-    from types import SimpleNamespace
-    for key in given.keys() - set(COMMANDS[name].options):
-        raise Error(f"{OPTIONS[key].names[-1]} is not an option of {name}",
-                    f"mission {name} --help", EXIT_USAGE)
-    defaults = {key: option.default for key, option in OPTIONS.items()}
-    options = SimpleNamespace(**{**defaults, **given})
+def option_parser(help_text: str, hint: str):
+    """An ArgumentParser that raises Error or ExitWithText, where argparse
+    would print and exit."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise Error(message, hint, EXIT_USAGE)
+
+        def print_help(self, file=None):
+            raise ExitWithText(help_text)
+
+        def exit(self, status=0, message=None):     # --version has printed
+            raise ExitWithText("")
+
+    return Parser(PROG, add_help=False)
+
+
+def parse_arguments(argv: list[str]):
+    """(command, options, arguments) of a command line. Raises Error.
+
+    Options stand before or after the command, as in the original. So one
+    parser reads what comes before it, and that of the command the rest.
+    """
+    import argparse
+    parser = option_parser(usage(), "mission --help")
+    add_options(parser, OPTIONS, argparse.SUPPRESS)
+    parser.add_argument("words", nargs=argparse.PARSER).required = False
+    options = parser.parse_args(argv)
+    words = vars(options).pop("words", None)
+    if not words:
+        raise Error("which command?", "mission --help", EXIT_USAGE)
+    name, *rest = words
+    if name not in COMMANDS:
+        meant = nearest(name, COMMANDS)
+        raise Error(f"there is no command {quoted(name)}", f"did you mean "
+                    f"{meant}?" if meant else "mission --help", EXIT_USAGE)
+    command = COMMANDS[name]
+    hint = f"mission {name} --help"
+    for key in vars(options):
+        if key not in command.options:
+            raise Error(f"{OPTIONS[key].names[-1]} is not an option of "
+                        f"{name}", hint, EXIT_USAGE)
+    parser = option_parser(command_help(name), hint)
+    add_options(parser, command.options)
+    parser.add_argument("words", nargs="*")
+    options = parser.parse_intermixed_args(rest, options)
     options.colour = sys.stdout.isatty() and not (
         options.no_color or os.environ.get("NO_COLOR"))
-    return options
+    words = vars(options).pop("words") or []
+    check_arguments(name, command, words)
+    return command, options, words
 
 
-def check_arguments(name: str, words: list[str]) -> None:
+def check_arguments(name: str, command: Command, words: list[str]) -> None:
     """Raise Error for a missing or surplus argument."""
-    usage_line = f"mission {name} {COMMANDS[name].arguments}".rstrip()
-    wanted = COMMANDS[name].arguments.split()
+    usage_line = f"mission {name} {command.arguments}".rstrip()
+    wanted = command.arguments.split()
     if len(words) > len(wanted):
         raise Error(f"unexpected argument {quoted(words[len(wanted)])}",
                     usage_line, EXIT_USAGE)
@@ -7548,7 +7581,7 @@ def command_status(options) -> int:
 def asks_for_status(argv: list[str]) -> bool:
     """Whether the command of a command line, valid or not, is `status`."""
     with_value = {name for option in OPTIONS.values() for name in option.names
-                  if option.read}
+                  if option.action in ("store", "append")}
     before = ""
     for word in argv:
         if not word.startswith("-") and before not in with_value:
@@ -7818,21 +7851,8 @@ def command_help(name: str) -> str:
 
 def dispatch(argv: list[str]) -> int:
     """Run one command; its exit status. Raises Error."""
-    given, words = read_options(argv)
-    name = words[0] if words else ""
-    text = f"{PROG} {VERSION}\n" if "version" in given else \
-        "" if "help" not in given else \
-        command_help(name) if name in COMMANDS else usage()
-    if text:
-        print(text, end="")
-        return EXIT_OK
-    if not words:
-        raise Error("which command?", "mission --help", EXIT_USAGE)
-    if name not in COMMANDS:
-        raise unknown_word("command", name, COMMANDS, "mission --help")
-    options = options_of(name, given)
-    check_arguments(name, words[1:])
-    return COMMANDS[name].handler(options, *words[1:])
+    command, options, arguments = parse_arguments(argv)
+    return command.handler(options, *arguments)
 
 
 def open_standard_streams() -> None:
@@ -7884,8 +7904,12 @@ def main(argv: list[str] | None = None) -> int:
             if hasattr(stream, "reconfigure"):      # cron has no locale
                 stream.reconfigure(encoding="utf-8",
                                    errors="backslashreplace")
-        require_modules(NEEDED_MODULES)
-        status = dispatch(argv)
+        try:
+            require_modules(NEEDED_MODULES)
+            status = dispatch(argv)
+        except ExitWithText as text:
+            print(text, end="")
+            status = EXIT_OK
         sys.stdout.flush()
         return status
     except Error as error:
