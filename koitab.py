@@ -22425,9 +22425,10 @@ def rotate_passphrase(options: Invocation) -> int:
     enrollment = require_enrollment(options)
     client, _ = connect_dashboard(options, enrollment.url, enrollment.ca)
     keys, _ = log_in(client, enrollment.dash,
-                     read_passphrase("Passphrase of now: "))
+                     read_passphrase("Current passphrase: "))
     if host_key(keys.run, enrollment.host) != enrollment.secret:
         raise wrong_passphrase(enrollment.url)
+    warn_of_rotation(options, client, enrollment)
     passphrase = format_passphrase(os.urandom(20))
     salt = os.urandom(SALT_BYTES)
     fresh = derive_keys(passphrase, salt)
@@ -22445,9 +22446,22 @@ def rotate_passphrase(options: Invocation) -> int:
             key=host_key(fresh.run, enrollment.host).hex(),
             since=options.machine.clock.now()))
     reload_enrollment(options)
-    options.warn("on each other host: koitab -d off; koitab -d join "
-                 f"{enrollment.url} (until then nothing can be run there)")
     return EXIT_OK
+
+
+def warn_of_rotation(options: Invocation, client: DashboardClient,
+                     enrollment: Enrollment) -> None:
+    """Print which other hosts have to join again after a rotation. A host
+    that has not still obeys the old keys, which the dashboard refuses.
+    Raises Error."""
+    hosts = ask_dashboard(client, "GET", "/api/v1/state").get("hosts", [])
+    names = [escape_controls(host["name"]) for host in hosts
+             if host["state"] != "left" and host["id"] != enrollment.host]
+    if names:
+        options.warn(
+            f"{plural(len(names), 'other host')} must join again, and until "
+            f"then nothing can be run there: {', '.join(names)} (on each: "
+            f"koitab -d off; koitab -d join {enrollment.url})")
 
 
 def leave_dashboard(options: Invocation) -> int:
@@ -23699,8 +23713,9 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         "new makes a dashboard (default: http://127.0.0.1:8077) and prints "
         "its passphrase, once; join makes this machine a member of it, with "
         "the passphrase from the terminal or standard input; show prints how "
-        "the connection is; rotate makes a new passphrase and new keys, and "
-        "the old ones end at once; off leaves the dashboard."),
+        "the connection is; rotate makes a new passphrase and new keys: the "
+        "dashboard refuses the old ones at once, and each other host must "
+        "join again; off leaves the dashboard."),
     "page": Command(
         command_page, DASHBOARD, "print the page, to open from disk",
         ("[URL]",), text="The code of a page that was opened from disk never "

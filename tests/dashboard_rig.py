@@ -517,10 +517,11 @@ class DashboardProcess:
         return self.ask("POST", "/api/v1/dashboards", fields,
                         self.founding_token())
 
-    def register_host(self, host: str, token: str) -> None:
+    def register_host(self, host: str, token: str,
+                      operator: str = OPERATOR_TOKEN) -> None:
         made = self.ask("POST", "/api/v1/hosts", {
             "host": host, "name": f"host {host[:4]}",
-            "token_sha256": koitab.sha256_hex(token)}, OPERATOR_TOKEN)
+            "token_sha256": koitab.sha256_hex(token)}, operator)
         assert made.status == 201, made
 
     def add_check(self) -> str:

@@ -253,12 +253,15 @@ def check_rotation(server, koid, operator) -> None:
     done = koid.koitab("-d", "rotate", stdin="not it\n")
     assert f"wrong passphrase for {server.url}\n" in done.err and not done.out
     keys = (koid.home / "keys").read_bytes()
+    server.register_host("d4" * 16, "e5" * 32, operator.token)
     if os.path.exists("/dev/full"):
         with open("/dev/full", "wb") as full:
-            subprocess.run(
+            stopped = subprocess.run(
                 [*koid.command(), "-d", "rotate"],
                 env=koid.env, input=operator.password.encode() + b"\n",
-                stdout=full, stderr=subprocess.DEVNULL, timeout=60)
+                stdout=full, stderr=subprocess.PIPE, timeout=60)
+        # It is told before anything was changed.
+        assert b"1 other host must join again" in stopped.stderr
         assert operator.ask("state")["dash"]["id"] == operator.dash
         assert (koid.home / "keys").read_bytes() == keys
     done = koid.koitab("-d", "rotate", stdin=f"{operator.password}\n")
