@@ -9774,6 +9774,14 @@ class RequestFields:
         if not isinstance(fields, dict):
             raise Error(f"{what} is no JSON object", "", 400)
 
+    def allow_only(self, names) -> None:
+        """Refuse fields that are not among `names`: they would be silently
+        ignored."""
+        for name in sorted(self.fields.keys() - set(names)):
+            like = nearest(name, names)
+            raise Error(f"{self.what}: there is no field {short(name)}",
+                        f"did you mean {like}?" if like else "", 400)
+
     def wrong(self, name: str, why: str) -> Error:
         """Return the Error for a field."""
         return Error(f"{self.what}: {name} {why}", "", 400)
@@ -10937,8 +10945,11 @@ create index flips_of_check on flips ("check", at);
         if rid is not None and not is_uuid(rid):
             return 400, "invalid uuid format"
         if not check:
+            asked = RequestFields({**call.get("fields", {}),
+                                   "name": slug[:100]}, "the check")
             check, created = self.insert(db, now, {
-                **NEW_CHECK, "name": slug, "slug": slug}), True
+                **self.read_check(asked, NEW_CHECK), "name": slug,
+                "slug": slug}), True
         self.record_ping(db, check, action, rid and rid.lower(), call, now)
         return (201, "Created") if created else (200, "OK")
 
@@ -11028,8 +11039,11 @@ create index flips_of_check on flips ("check", at);
         """Add a check; return its id. Raises Error."""
         if self.count(db) >= MOST_CHECKS:
             raise Error(f"there are {MOST_CHECKS:,} checks already", "", 403)
-        check = self.insert(db, now, self.read_check(
-            RequestFields(fields, "the check"), {}))
+        request = RequestFields(fields, "the check")
+        request.allow_only(("name", "slug", *NEW_CHECK))
+        columns = self.read_check(request, {})
+        self.refuse_used_slug(db, columns["slug"])
+        check = self.insert(db, now, columns)
         self.audit.record(db, now, "check", label=check["name"], state="made")
         self.changes.mark_changed("checks", check["uuid"])
         return {"id": check["uuid"]}
@@ -11044,6 +11058,8 @@ create index flips_of_check on flips ("check", at);
                 raise request.wrong(name, "is less than a minute")
             return float(value)
 
+        if not request.text("name", 100, old.get("name", "")).strip():
+            raise request.wrong("name", "is empty")
         slug = request.text("slug", 100, old.get("slug", ""))
         if not SLUG_CHARACTERS.issuperset(slug):
             raise request.wrong("slug", "may have a to z, 0 to 9, - and _")
@@ -11069,6 +11085,7 @@ create index flips_of_check on flips ("check", at);
     def change(self, db: Database, uuid: str, fields, now: float) -> dict:
         """Edit, pause, resume or delete a check. Raises Error."""
         request = RequestFields(fields, "the check")
+        request.allow_only(("do", "name", "slug", *NEW_CHECK))
         check = self.find(db, uuid)
         action = request.choice("do", ("edit", "pause", "resume", "delete"),
                                 "edit")
@@ -11081,6 +11098,8 @@ create index flips_of_check on flips ("check", at);
             return {}
         if action == "edit":
             changed = self.read_check(request, check)
+            if changed["slug"] != check["slug"]:
+                self.refuse_used_slug(db, changed["slug"])
         elif action == "pause":
             changed = {"status": "paused", "last_start": None}
         else:
@@ -11091,6 +11110,15 @@ create index flips_of_check on flips ("check", at);
         if check["status"] != old:
             self.record_flip(db, check, old, now, "")
         return {}
+
+    def refuse_used_slug(self, db: Database, slug: str) -> None:
+        """Raise Error (409) if a check has this slug: a ping to it would be
+        for neither."""
+        name = db.value("select name from checks where slug = ?",
+                        slug) if slug else None
+        if name is not None:
+            raise Error(f"the check: slug {slug} is that of the check "
+                        f"{short(name)}", "", 409)
 
     def delete(self, db: Database, check: dict) -> None:
         """Remove a check with its pings and flips; end its alerts."""
@@ -15689,6 +15717,7 @@ async def receive_ping(api: Api, context: RequestContext) -> Response:
             "ua": request.headers.get("user-agent", "")[:200],
             "rid": context.query.get("rid"),
             "create": context.query.get("create") == "1",
+            "fields": new_check_fields(context.query),
             "body": request.body[:PING_BODY_LIMIT]}
     try:
         status, text = await api.write(
@@ -15696,6 +15725,13 @@ async def receive_ping(api: Api, context: RequestContext) -> Response:
     except DiskFull as full:    # ping clients repeat after 503, not 507
         raise Error(full.message, full.hint, 503) from None
     return ping_response(status, text)
+
+
+def new_check_fields(query: dict) -> dict:
+    """Return the fields of the check that a ping with create=1 makes."""
+    fields = {name: query[name] for name in (
+        "period", "grace", "schedule", "tz") if name in query}
+    return {**fields, "kind": "cron"} if "schedule" in fields else fields
 
 
 def ping_response(status: int, text: str) -> Response:
@@ -15974,7 +16010,9 @@ def has_news(reply: dict, demanded: tuple) -> bool:
 
 BEFORE = {"before": number_field}
 OUTPUT_QUERY = {"from": number_field, "len": number_field, "wait": time_field}
-PING_QUERY = {"rid": text_field, "create": text_field}
+PING_QUERY = {"rid": text_field, "create": text_field,
+              "period": time_field, "grace": time_field,
+              "schedule": text_field, "tz": text_field}
 
 ROUTES = [Route(*row) for row in (
     ("GET", "/", "anyone", show_page),

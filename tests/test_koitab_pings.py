@@ -105,7 +105,9 @@ def test_a_uuid_may_be_in_upper_case(dashboard, check):
 
 
 def test_a_slug_of_two_checks_is_ambiguous(dashboard, check):
-    make(dashboard)
+    """An older koi took a second one."""
+    other = make(dashboard, slug="other")
+    dashboard.dashboard.db.update("checks", {"slug": "backup"}, uuid=other)
     assert dashboard.ping(dashboard.ping_key, "backup") == (
         409, "ambiguous slug")
 
@@ -119,13 +121,71 @@ def test_a_check_made_by_its_first_ping_has_a_day_and_an_hour(dashboard):
         "period": DAY, "grace": HOUR, "tz": "UTC", "state": "up", "n": 1}
 
 
+@pytest.mark.parametrize("query, wanted", [
+    ({"period": 600.0, "grace": 120.0}, {"kind": "simple", "period": 600.0,
+                                         "grace": 120.0}),
+    ({"schedule": "*/5 * * * *", "tz": "Europe/Berlin"},
+     {"kind": "cron", "schedule": "*/5 * * * *", "tz": "Europe/Berlin",
+      "grace": 3600.0})])
+def test_a_first_ping_says_when_the_next_is_expected(dashboard, query,
+                                                     wanted):
+    fields = koitab.new_check_fields(query)
+    for _ in range(2):      # what a later ping says changes nothing
+        dashboard.ping(dashboard.ping_key, "x" * 200, create=True,
+                       fields=fields)
+        check = shown(dashboard)
+        assert {name: check[name] for name in wanted} == wanted
+        assert check["slug"] == "x" * 200
+        fields = {"period": 60.0}
+
+
+@pytest.mark.parametrize("fields", [
+    {"period": 5.0}, {"schedule": "x", "kind": "cron"},
+    {"schedule": "* * * * *", "kind": "cron", "tz": "No/Where"}])
+def test_a_first_ping_with_a_wrong_schedule_makes_no_check(dashboard, fields):
+    with refused(400):
+        dashboard.ping(dashboard.ping_key, "a", create=True, fields=fields)
+    assert dashboard.state["checks"] == []
+
+
+def test_a_check_with_an_unknown_field_is_refused_by_its_name(dashboard,
+                                                              check):
+    with refused(400) as refusal:
+        make(dashboard, periode=3)
+    assert "periode" in refusal.message
+    with refused(400) as refusal:
+        change(dashboard, check, nam="b")
+    assert "nam" in refusal.message
+
+
+@pytest.mark.parametrize("name", ["", " ", None])
+def test_a_check_without_a_name_is_refused(dashboard, check, name):
+    with refused(400) as refusal:
+        make(dashboard, name=name, slug="a")
+    assert "name" in refusal.message
+    with refused(400):
+        change(dashboard, check, name=name or "")
+
+
+def test_a_second_check_with_a_slug_is_refused_by_its_name(dashboard, check):
+    with refused(409) as refusal:
+        make(dashboard, name="Other")
+    assert "backup" in refusal.message and "Backup" in refusal.message
+    other = make(dashboard, name="Other", slug="other")
+    with refused(409):
+        change(dashboard, other, slug="backup")
+    change(dashboard, other, name="Again", slug="other")
+    make(dashboard, name="Third", slug="")
+    make(dashboard, name="Fourth", slug="")
+
+
 def test_checks_have_a_limit_and_pings_may_make_twice_as_many(dashboard,
                                                               monkeypatch):
     monkeypatch.setattr(koitab, "MOST_CHECKS", 2)
     make(dashboard)
-    make(dashboard)
+    make(dashboard, slug="")
     with refused(403):
-        make(dashboard)
+        make(dashboard, slug="")
     answers = [dashboard.ping(dashboard.ping_key, f"a{number}", create=True)[0]
                for number in range(3)]
     assert answers == [201, 201, 404]
@@ -342,7 +402,7 @@ def test_a_zone_that_is_gone_does_not_stop_pings(dashboard, check):
 
 def test_a_paused_check_wakes_with_a_ping_unless_by_hand_only(dashboard):
     for manual, state in ((False, "up"), (True, "paused")):
-        check = make(dashboard, manual_resume=manual)
+        check = make(dashboard, slug="", manual_resume=manual)
         dashboard.ping(check, action="start")
         change(dashboard, check, do="pause")
         assert not shown(dashboard, check)["started"]

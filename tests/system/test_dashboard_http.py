@@ -940,6 +940,23 @@ def test_answer_to_a_test_says_whether_the_receiver_took_it(server):
     assert not answer["delivered"] and "refused" in answer["error"]
 
 
+def test_a_first_ping_over_http_says_when_the_next_is_expected(server):
+    state = server.ask("GET", "/api/v1/state", token=OPERATOR_TOKEN).json
+    path = f"/ping/{state['dash']['ping_key']}/asked"
+    assert server.ask("GET", path + "?create=1&period=soon").status == 400
+    assert server.ask("GET", path + "?create=1&period=5").status == 400
+    made = server.ask("GET", path + "?create=1&grace=120&schedule=*/5+*+*+*+*"
+                      "&tz=Europe/Berlin")
+    assert made.status == 201, made
+    check, = (each for each in server.ask(
+        "GET", "/api/v1/state", token=OPERATOR_TOKEN).json["checks"]
+        if each["slug"] == "asked")
+    assert (check["kind"], check["schedule"], check["tz"], check["grace"]) \
+        == ("cron", "*/5 * * * *", "Europe/Berlin", 120)
+    assert server.ask("POST", f"/api/v1/checks/{check['id']}", {
+        "do": "delete"}, OPERATOR_TOKEN).status == 200
+
+
 def test_a_followed_run_is_demanded_from_its_host_and_sent_live(server):
     host, token = "ef" * 16, "01" * 32
     server.register_host(host, token)
