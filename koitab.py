@@ -10861,13 +10861,40 @@ create index flips_of_check on flips ("check", at);
         self.changes, self.timers, self.audit = changes, timers, audit
         self.alerts, self.zone_of = alerts, zone_of
         self.zones: dict[str, Zone] = {}    # each is read from a file once
+        # (begin, end) of the times in which the dashboard was down.
+        self.downtimes: list[tuple] = []
 
     def load(self, db: Database, now: float) -> None:
-        """Set the timers of the checks that may go down."""
+        """Set the timers of the checks that may go down. Since it was alive
+        last, as far as that was stored, the dashboard was down."""
+        import json
+        stored = dict(db.execute("select name, value from meta"))
+        self.downtimes = json.loads(stored.get("downtimes", "[]"))
+        alive = float(stored.get("alive", now))
+        if alive < now:
+            self.downtimes = [*self.downtimes, (alive, now)][-100:]
         for key in db.column("select id from checks where status <> 'down'"):
             self.timers.schedule("check", key, now)
 
     # --- when a ping is expected
+
+    def store_alive(self, db: Database) -> bool:
+        """Chore: store that the dashboard is up."""
+        for name, value in (("alive", str(self.alerts.clock.now())),
+                            ("downtimes", compact_json(self.downtimes))):
+            db.insert("meta", "insert or replace", name=name, value=value)
+        return False
+
+    def shifted(self, check: dict) -> tuple[dict, float | None]:
+        """Return a check and when its next ping should come. Its open start
+        and that time are moved by the time in which no ping could arrive:
+        it does not count (uptime-kuma#1159). Raises Error."""
+        start, expected = check["last_start"], self.expected(check)
+        since = max(check["last_ping"] or 0, start or 0)
+        lost = sum(end - max(begin, since) for begin, end in self.downtimes
+                   if end > since)
+        return {**check, "last_start": start and start + lost}, \
+            expected and expected + lost
 
     def expected(self, check: dict) -> float | None:
         """Return when the next ping should come; None if none is expected.
@@ -10903,7 +10930,7 @@ create index flips_of_check on flips ("check", at);
         An error must not stop pings: then the timer is set to an hour.
         """
         try:
-            expected = self.expected(check)
+            check, expected = self.shifted(check)
             down = down_at(check, expected)
         except Exception:
             self.timers.schedule("check", check["id"], now + 3600)
@@ -11021,7 +11048,7 @@ create index flips_of_check on flips ("check", at);
         if not check or check["status"] == "down":
             return
         self.changes.mark_changed("checks", check["uuid"])
-        when = down_at(check, self.expected(check))
+        when = down_at(*self.shifted(check))
         if when is None or when > now:
             self.set_timer(check, now)
             db.update("checks", {"alert_after": when}, id=key)
@@ -11164,8 +11191,9 @@ create index flips_of_check on flips ("check", at);
 
     def shape(self, db: Database, check: dict, now: float) -> dict:
         """Return the row of a check as it is shown, with its last pings."""
+        moved = check
         try:
-            expected = self.expected(check)
+            moved, expected = self.shifted(check)
             words = Schedule.parse(check["schedule"]).describe() \
                 if check["kind"] == "cron" \
                 else describe_period(check["period"])
@@ -11185,7 +11213,7 @@ create index flips_of_check on flips ("check", at);
                 "last_ping", "last_start", "n")},
             "id": check["uuid"], "words": words,
             "manual_resume": bool(check["manual_resume"]),
-            "state": check_state(check, expected, now),
+            "state": check_state(moved, expected, now),
             "started": check["last_start"] is not None,
             "last_duration": duration if duration is None
             or duration <= LONGEST_MEASURED else None, "next": expected,
@@ -13298,6 +13326,7 @@ class Dashboard:
             Chore("index_next", 5.0, self.index_next),
             Chore("expire_old", 60.0, self.retention.expire_old),
             Chore("give_back", 300.0, self.give_back),
+            Chore("store_alive", SEEN_STORED, self.checks.store_alive),
             Chore("store_seen", SEEN_STORED, self.hosts.store_seen)]
 
     @property

@@ -339,15 +339,37 @@ def test_going_down_is_kept_at_the_time_it_was_due(dashboard, check):
     assert len(flips(dashboard)) == 2
 
 
-def test_what_went_down_while_the_dashboard_was_off_is_told_after(dashboard,
-                                                                  check):
+def test_downtime_of_the_dashboard_does_not_count_for_deadlines(dashboard,
+                                                                check):
+    def is_down(after: float) -> list[str]:
+        reopened.pass_time(after)
+        return reopened.take_notifications()
+
     dashboard.channel()
     dashboard.ping(check)
+    dashboard.pass_time(HOUR)
+    dashboard.do(dashboard.dashboard.checks.store_alive)
     dashboard.clock.time += 9 * DAY
     reopened = dashboard.reopen()
-    reopened.dashboard.run_once()
-    assert reopened.take_notifications() == ["Backup is overdue"]
+    assert is_down(0) == [] and reopened.state["checks"][0]["state"] == "up"
+    reopened.do(reopened.dashboard.checks.store_alive)
+    reopened.clock.time += DAY              # and once more
+    reopened = reopened.reopen()
+    assert is_down(DAY - 1) == []
+    assert is_down(1) == ["Backup is overdue"]
     assert reopened.state["checks"][0]["state"] == "down"
+
+
+def test_open_start_does_not_time_out_by_the_downtime(dashboard, check):
+    dashboard.channel()
+    dashboard.ping(check, action="start")
+    dashboard.do(dashboard.dashboard.checks.store_alive)
+    dashboard.clock.time += DAY
+    reopened = dashboard.reopen()
+    reopened.pass_time(HOUR - 1)
+    assert reopened.take_notifications() == []
+    reopened.pass_time(1)
+    assert reopened.take_notifications() == ["Backup is overdue"]
 
 
 def utc(text: str) -> float:
