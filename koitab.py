@@ -10540,6 +10540,9 @@ create index notifications_of_run on notifications (run)
         if kind != "mail" and not is_web_address(target):
             raise Error("this is no address of the web",
                         "https://example.org/path", 400)
+        if kind == "ntfy" and not request_target(target).strip("/"):
+            raise Error("missing topic in the URL", "https://ntfy.sh/TOPIC",
+                        400)
         if db.value("select count(*) from channels") >= MOST_CHANNELS:
             raise Error(f"there are {MOST_CHANNELS} channels already", "",
                         403)

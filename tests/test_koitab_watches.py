@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import email
 import email.policy
 import http.server
@@ -676,6 +677,15 @@ def test_a_password_in_an_address_is_sent_and_never_shown(quiet, listener):
     assert "geh" not in json.dumps(channel) and "***@" in channel["target"]
 
 
+def test_token_of_ntfy_is_sent_as_password_of_an_empty_user(quiet, listener):
+    quiet.channel("ntfy", listener.url.replace("//", "//:tk_abcdefgh@") + "/t")
+    fail(quiet)
+    deliver(quiet)
+    (_, headers, _), = listener.got
+    assert headers["Authorization"] == "Basic " + base64.b64encode(
+        b":tk_abcdefgh").decode()
+
+
 @pytest.mark.parametrize("status, words", [
     (500, "it answered 500"), (404, "it answered 404"),
     (302, "redirects are not followed")])
@@ -803,6 +813,7 @@ def test_a_sendmail_that_fails_is_shown(dashboard, tmp_path, monkeypatch):
     ("webhook", "file:///etc/passwd"), ("webhook", "http://"),
     ("webhook", "http://x/ y"), ("webhook", "http://x/\r\nA: b"),
     ("ntfy", "javascript:1"), ("ntfy", "http://x:99999/"), ("sms", "1"),
+    ("ntfy", "https://ntfy.sh/"), ("ntfy", "https://:tk_a@ntfy.sh"),
     ("webhook", "http://é/"), ("webhook", "http://x:0/")])
 def test_a_channel_that_is_none_is_refused(dashboard, kind, target):
     with refused(400):
