@@ -95,7 +95,7 @@ class Dashboard:
                      "KOI_HOME": str(folder / "koi")})
         self.pid, self.port = self.process.pid, 0
         began = time.monotonic()
-        while "next: " not in self.log():
+        while "dashboard: the page: " not in self.log():
             if self.process.poll() is not None:
                 raise SystemExit(f"bench: it ended: {self.log()}")
             time.sleep(0.01)
