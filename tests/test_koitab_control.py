@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import stat
 from collections import Counter
@@ -829,11 +830,14 @@ def test_one_reason_of_both_connections_is_shown_and_logged_once(desk):
         koitab.Poller())
     broker.enrollment = SimpleNamespace(url="https://koi", name="web1")
     for about in ("poll", "send", "poll"):
-        broker.state({"about": about, "problem": "Connection refused"})
-    assert broker.shown()["problems"] == ["Connection refused"]
-    assert lines == ["dashboard: Connection refused"]
+        broker.state({"about": about, "problem": "Connection refused",
+                      "retry": 2})
+    problem, = broker.shown()["problems"]
+    assert re.fullmatch(r"down since 2\S+: https://koi: Connection refused "
+                        r"\(next try at 2\S+\)", problem)
+    assert lines == ["dashboard: https://koi: Connection refused"]
     broker.state({"about": "send", "problem": "timeout"})
-    assert broker.shown()["problems"] == ["Connection refused", "timeout"]
+    assert len(broker.shown()["problems"]) == 1
     broker.state({"about": "poll", "problem": ""})
     broker.state({"about": "send", "problem": ""})
     assert broker.shown()["problems"] == []
