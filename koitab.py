@@ -10565,6 +10565,10 @@ create index notifications_of_run on notifications (run)
         return db.column("select distinct channel from notifications where "
                          "due <= ?", now)
 
+    def is_waiting(self, db: Database) -> bool:
+        """Is there a notification, due or to be repeated later?"""
+        return bool(db.value("select exists (select 1 from notifications)"))
+
     def take_due(self, db: Database, channel: int, now: float) -> list[dict]:
         """Return what to deliver now on a channel. If that would be too many
         notifications, a digest takes their place, or they wait for one."""
@@ -13239,6 +13243,8 @@ FOUNDING = ".founding"          # ending of the file of the founding token
 BALLAST = 2**21                 # twice the log: given up when the disk is full
 MOST_MARKED = 2_000             # changes; more and the page reads all anew
 SEEN_STORED = 60.0              # seconds between notes of who was seen
+INDEX_PAUSE = 5.0               # seconds from a write to the index of outputs
+WRITER_SLEEP = 60.0             # seconds: then a clock that was set is noticed
 # After these no other operation of the transaction can be trusted.
 FATAL_FAILURES = ("full", "disk", "damaged", "busy")
 REPOSITORIES = (AuditLog, Credentials, Alerts, PingChecks, Hosts, Runs,
@@ -13277,7 +13283,8 @@ class Dashboard:
     question gets a connection that only reads. `on_changes(lines)` is called
     after each commit that changed something, on the writer's thread;
     `is_followed()` says whether anybody wants to know more than that.
-    `broken` says why nothing can be believed any more.
+    `broken` says why nothing can be believed any more; `on_broken()` is
+    called when the writer's thread ends for that reason.
     """
 
     def __init__(self, path: str, clock: Clock | None = None, zone_of=None):
@@ -13293,6 +13300,7 @@ class Dashboard:
         self.problems: dict[str, str] = {}
         self.seq = 0                    # the number of the newest change
         self.on_changes, self.is_followed = None, lambda: True
+        self.on_broken = lambda: None
         self.notifications_due = threading.Event()
         self.compose(zone_of or Machine().zone)
 
@@ -13325,8 +13333,8 @@ class Dashboard:
             "request": self.requests.check_expired,
             "snooze": self.alerts.check_snooze}
         self.chores = [
-            Chore("make_room", 1.0, self.make_room),
-            Chore("index_next", 5.0, self.index_next),
+            Chore("make_room", DAY, self.make_room),
+            Chore("index_next", DAY, self.index_next),
             Chore("expire_old", 60.0, self.retention.expire_old),
             Chore("give_back", 300.0, self.give_back),
             Chore("store_alive", SEEN_STORED, self.checks.store_alive),
@@ -13548,11 +13556,20 @@ class Dashboard:
                 if not self.queue and self.stopping:
                     return
                 if not self.queue and not busy:
-                    self.wakes.wait(min(max(self.pause(), 0.01), 1.0))
+                    self.wakes.wait(min(max(self.pause(), 0.01),
+                                        WRITER_SLEEP))
         with self.wakes:        # from now on `write` refuses by itself
             rest = list(self.queue)
             self.queue.clear()
         self.report(rest, [(None, Error(self.broken, "", 503))] * len(rest))
+        self.on_broken()
+
+    def give_up(self, why: str) -> None:
+        """Have the writer's thread end, because nothing can be believed any
+        more. Any thread may call it."""
+        with self.wakes:
+            self.broken = why
+            self.wakes.notify()
 
     def pause(self) -> float:
         """Return the seconds until something is due by itself."""
@@ -13568,10 +13585,16 @@ class Dashboard:
                 min(len(self.queue), MOST_IN_BATCH))]
         if batch:
             self.commit_batch(batch)
+            self.index_soon()
         timers = [] if self.broken or self.full else self.due_timers()
         if timers:
             self.commit_batch(timers)
         return bool(self.run_chore() or batch or timers)
+
+    def index_soon(self) -> None:
+        """Have outputs indexed that the last operations may have added."""
+        chore = next(each for each in self.chores if each.name == "index_next")
+        chore.at = min(chore.at, self.clock.ticks() + INDEX_PAUSE)
 
     def due_timers(self) -> list[tuple]:
         """Return the operations of the timers that are due. One that fails
@@ -13602,7 +13625,7 @@ class Dashboard:
         self.commit_batch([(chore.step, (), lambda *how: found.extend(how))],
                           even_if_full=True)
         more, error = found
-        rest = min(chore.rest, 2.0) if self.full else chore.rest
+        rest = 1.0 if self.full else chore.rest
         chore.at = ticks if more else ticks + rest
         self.problems.pop(f"chore {chore.name}", None)
         if error and not isinstance(error, DiskFull):
@@ -13660,7 +13683,7 @@ class Dashboard:
             return DiskFull()
         if kind == "busy":
             return Error("the database is in use", "try again later", 503)
-        self.broken = f"{self.path}: {error}"
+        self.give_up(f"{self.path}: {error}")
         return Error(self.broken, "the dashboard ends, and looks at its "
                      "database when it starts", 503)
 
@@ -13817,17 +13840,21 @@ class Notifier:
 
     def serve(self) -> None:
         """Deliver what is due, whenever the dashboard reports something due
-        and every DELIVERY_PAUSE seconds, until `stop`."""
+        and, while something waits, every DELIVERY_PAUSE seconds, until
+        `stop`."""
         while not self.stopping and not self.dashboard.broken:
             self.dashboard.notifications_due.clear()
+            pause = DELIVERY_PAUSE
             try:
                 self.deliver_due()
+                if not self.dashboard.read(self.dashboard.alerts.is_waiting):
+                    pause = None        # until the event
             except Error as error:
                 self.dashboard.problems["alerts"] = \
                     f"alerts: {error.message}"
             except RuntimeError:        # no thread can be started now
                 self.busy.clear()
-            self.dashboard.notifications_due.wait(DELIVERY_PAUSE)
+            self.dashboard.notifications_due.wait(pause)
 
     def deliver_due(self) -> list:
         """Start a thread for each channel that has due notifications and no
@@ -14721,6 +14748,7 @@ class RefusalLog:
 
     def __init__(self, log):
         self.log = log                  # a function of a line
+        self.call_later = lambda *call: None    # that of the event loop
         self.count, self.until = 0, 0.0     # lines of the present period
 
     def add(self, text: str) -> None:
@@ -14729,6 +14757,8 @@ class RefusalLog:
         self.count += 1
         if self.count <= LINES_IN_TIME:
             self.log(text)
+        elif self.count == LINES_IN_TIME + 1:
+            self.call_later(LINES_TIME, self.end_period)
 
     def end_period(self) -> None:
         """When the period is over, log how many lines were left out."""
@@ -14902,10 +14932,12 @@ class HttpServer:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop_event.set)
         loop.add_signal_handler(signal.SIGHUP, self.reload)
+        self.refusals.call_later = loop.call_later
         self.api.open(self)
         tasks = [loop.create_task(self.accept_from(sock))
                  for sock in self.listeners]
-        tasks.append(loop.create_task(self.watch_health()))
+        if self.certificate:
+            tasks.append(loop.create_task(self.watch_certificate()))
         ready()
         await self.stop_event.wait()
         for task in tasks:
@@ -14999,19 +15031,14 @@ class HttpServer:
             pass
         sock.close()
 
-    # --- health
+    # --- the certificate
 
-    async def watch_health(self) -> None:
-        """Stop when Api cannot continue; check the certificate each day."""
+    async def watch_certificate(self) -> None:
+        """Check each day how long the certificate is valid."""
         import asyncio
-        seconds = 0
-        while not self.api.broken:
-            if self.certificate and seconds % DAY == 0:
-                self.api.report_certificate(self.certificate)
-            self.refusals.end_period()
-            await asyncio.sleep(1.0)
-            seconds += 1
-        self.stop_event.set()
+        while True:
+            self.api.report_certificate(self.certificate)
+            await asyncio.sleep(DAY)
 
     def reload(self) -> None:
         """Read a renewed certificate, on SIGHUP."""
@@ -15437,6 +15464,10 @@ class Api:
         self.readers = ThreadPoolExecutor(MOST_READERS)
         self.rules.names |= set(map(url_name, server.addresses))
         self.rules.literals = not all(map(is_loopback, server.addresses))
+        self.dashboard.on_broken = lambda: self.loop.call_soon_threadsafe(
+            server.stop_event.set)
+        if self.broken:         # before somebody listened
+            server.stop_event.set()
         self.dashboard.is_followed = self.is_followed
         self.dashboard.on_changes = self.on_changes
 
@@ -15448,7 +15479,8 @@ class Api:
 
     def close(self) -> None:
         """End. Called in the event loop, after the last request."""
-        self.dashboard.on_changes = None
+        self.dashboard.on_changes, self.dashboard.on_broken = \
+            None, lambda: None
         self.readers.shutdown(wait=False)
 
     @property

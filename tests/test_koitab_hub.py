@@ -8,6 +8,7 @@ import re
 import sqlite3
 import subprocess
 import threading
+from unittest import mock
 
 import pytest
 
@@ -1302,3 +1303,36 @@ def test_many_threads_read_while_one_writes(tmp_path):
     dashboard.dashboard.stop()
     assert faults == [] and [entry[0] for entry in recent] == list(
         range(1, 41))
+
+
+# --- nothing to do
+
+
+def test_dashboard_without_work_sleeps_for_a_minute(dashboard):
+    dashboard.run_chores()
+    assert dashboard.dashboard.pause() == 60
+    assert koitab.WRITER_SLEEP >= 60
+
+
+def test_output_is_indexed_soon_after_it_arrives(dashboard, web1):
+    dashboard.run_chores()
+    dashboard.runs(web1, dashboard.record())
+    assert dashboard.dashboard.pause() == koitab.INDEX_PAUSE
+
+
+def test_notifier_without_notifications_waits_for_an_event(dashboard):
+    """It would wake the processor twelve times a minute else."""
+    notifier, waits = koitab.Notifier(dashboard.dashboard), []
+
+    def wait(seconds=None) -> None:
+        waits.append(seconds)
+        if len(waits) == 1:
+            dashboard.do(dashboard.dashboard.alerts.change_channel, {
+                "id": dashboard.channel(), "do": "test"}, dashboard.now)
+        notifier.stopping = len(waits) == 2
+
+    with mock.patch.object(dashboard.dashboard.notifications_due, "wait",
+                           wait), \
+            mock.patch.object(notifier, "deliver_due"):
+        notifier.serve()
+    assert waits == [None, koitab.DELIVERY_PAUSE]

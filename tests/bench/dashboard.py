@@ -15,6 +15,8 @@ much of the processor that takes. All of it goes over the loopback.
               runs begin and end, and 20 and 200 as after a pause
     agents    2,000 hosts whose long polls wait and 200 browsers that follow
               the stream, held by one process, plain and with TLS
+    idle      wake-ups of a dashboard that nobody asks, and the size of what
+              a browser reads first
     click     from a signed request to the first line of the job: a real
               koid, with nothing else to do and with the 2,000 agents held
     million   every question of the page, asked of 1,000,000 runs of 300
@@ -32,6 +34,7 @@ import http.server
 import json
 import os
 import random
+import re
 import resource
 import selectors
 import socket
@@ -644,6 +647,32 @@ def agents_rows(what: str, quick: bool, used: float, size: float, note: str,
         f"{size:.0f} MB", f"{each:.0f} kB each; {note}")
 
 
+# --- idle -----------------------------------------------------------------
+
+
+def wakes_of(pid: int) -> int:
+    """How often the threads of a process have waited for something."""
+    return sum(int(re.search(r"^voluntary_ctxt_switches:\s*(\d+)",
+                             path.read_text(), re.M)[1])
+               for path in Path(f"/proc/{pid}/task").glob("*/status"))
+
+
+def idle(args, folder: Path) -> None:
+    seconds = 60 if args.quick else 300
+    with Dashboard(args, folder / "idle") as ours:
+        time.sleep(10)              # what it does once, at its start
+        before, began = wakes_of(ours.pid), time.monotonic()
+        time.sleep(seconds)
+        wakes = (wakes_of(ours.pid) - before) * 60 / (
+            time.monotonic() - began)
+        state, page = (len(ask(ours.client(), "GET", path)[1])
+                       for path in ("/api/v1/state", "/"))
+    row("idle: wake-ups a minute", "at most 10", f"{wakes:.1f}",
+        "without hosts and browsers")
+    row("idle: bytes of an empty state, of the page", "",
+        f"{state:,}, {page:,}")
+
+
 # --- click ----------------------------------------------------------------
 
 
@@ -968,7 +997,7 @@ def question_row(client, name: str, path, many: int,
 # --- what was typed -------------------------------------------------------
 
 FIGURES = {figure.__name__: figure for figure in (pings, records, agents,
-                                                  click, million)}
+                                                  idle, click, million)}
 INSIDE = {deed.__name__: deed for deed in (load_pings, load_records,
                                            load_agents, serve_plain)}
 KOI = None

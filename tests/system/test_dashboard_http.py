@@ -1417,7 +1417,7 @@ def test_an_internal_error_is_logged_in_one_line_and_answered_with_500(
 
 BROKEN = """
 def broken(self, db):
-    self.broken = "the disk lies"
+    self.give_up("the disk lies")
     raise k.Error("no", "", 503)
 k.Dashboard.health = broken
 """
