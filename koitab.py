@@ -25,51 +25,51 @@ without rights, C the caller.
  248 Common        what do both programs need?             (files, clock) R U C
  317 Time          what do DST and clock jumps do to minutes?   (nothing) R U C
  452 Schedule      when does an entry run next?                 (nothing) R U C
-1494 Tab           what does a koitab say?                      (nothing) R U C
+1486 Tab           what does a koitab say?                      (nothing) R U C
  294 Keys          who may ask for a run?                       (nothing) R U C
- 184 RunFile       what does the file of a run hold?            (nothing) R U C
- 183 Plan          what is due now?                             (nothing) R
+ 193 RunFile       what does the file of a run hold?            (nothing) R U C
+ 176 Plan          what is due now?                             (nothing) R
  2 koid
- 772 Machine       what may koi do to this computer?   (files, processes) R U C
+ 757 Machine       what may koi do to this computer?   (files, processes) R U C
  314 Database      how is an SQLite file made, checked, written?  (files) R U C
- 433 RunStore      where are the runs of this host kept?          (files) R C
- 706 Supervisor    who stays with a job?               (processes, files) R J
- 305 Jobs          which jobs exist, and whose are they?          (files) R C
+ 429 RunStore      where are the runs of this host kept?          (files) R C
+ 708 Supervisor    who stays with a job?               (processes, files) R J
+ 314 Jobs          which jobs exist, and whose are they?          (files) R C
  107 LineProtocol  how do other processes talk to koid?         (network) R U C
-1367 Scheduler     which run waits, starts, has ended?          (machine) R
- 680 ControlSocket how do users reach koid?              (network, files) R C
- 727 Broker        what may a dashboard ask of koid? (network, processes) R
- 335 Daemon        what wakes koid?                             (machine) R
+1318 Scheduler     which run waits, starts, has ended?          (machine) R
+ 665 ControlSocket how do users reach koid?              (network, files) R C
+ 744 Broker        what may a dashboard ask of koid? (network, processes) R
+ 332 Daemon        what wakes koid?                             (machine) R
  3 network
  215 Client        how is one HTTP request bounded?             (network) U C
- 497 Agent         what does the dashboard lack?                (network) U C
- 139 Fields        what may a request contain?                  (nothing) U
- 144 Outcome       how did a run go, and was that usual?        (nothing) U
- 210 Credentials   who may do what, and who did it?               (files) U
- 282 Alerts        what is wrong now, and who is notified?        (files) U
- 476 PingChecks    is a job that koid does not run still alive?   (files) U
- 320 Hosts         which hosts and which jobs are there?          (files) U
- 366 Runs          which runs were there, with which output?      (files) U
- 266 AlertRules    when does a host or a job raise an alert?      (files) U
+ 504 Agent         what does the dashboard lack?                (network) U C
+ 155 Fields        what may a request contain?                  (nothing) U
+ 148 Outcome       how did a run go, and was that usual?        (nothing) U
+ 215 Credentials   who may do what, and who did it?               (files) U
+ 434 Alerts        what is wrong now, and who is notified?        (files) U
+ 547 PingChecks    is a job that koid does not run still alive?   (files) U
+ 352 Hosts         which hosts and which jobs are there?          (files) U
+ 369 Runs          which runs were there, with which output?      (files) U
+ 267 AlertRules    when does a host or a job raise an alert?      (files) U
  165 Requests      what do people ask of hosts?                   (files) U
- 194 HostSync      what does a host send, and get back?           (files) U
+ 195 HostSync      what does a host send, and get back?           (files) U
  174 Search        which outputs contain a text?                  (files) U
  142 Retention     what is removed, and when?                     (files) U
- 301 Overview      what do the page and other programs see?       (files) U
- 521 Dashboard     who writes, in which order?                    (files) U
- 195 Notifier      how does an alert go out?         (network, processes) U
- 975 HttpServer    is this a valid request, in time?     (network, files) U
-1074 Api           who may call what?                           (network) U
-4697 Page          what does the browser run?                   (nothing) U C
+ 316 Overview      what do the page and other programs see?       (files) U
+ 565 Dashboard     who writes, in which order?                    (files) U
+ 237 Notifier      how does an alert go out?         (network, processes) U
+1041 HttpServer    is this a valid request, in time?     (network, files) U
+1109 Api           who may call what?                           (network) U
+4708 Page          what does the browser run?                   (nothing) U C
  4 commands
- 224 Terminal      how does koitab speak with its caller?      (terminal) C
- 392 TabCommands   what can be done to a tab?           (files, terminal) C
- 754 RunCommands   how is a job run, and its past shown?       (terminal) C
- 521 Remote        what can a host ask of a dashboard? (network, terminal) C
+ 232 Terminal      how does koitab speak with its caller?      (terminal) C
+ 363 TabCommands   what can be done to a tab?           (files, terminal) C
+ 731 RunCommands   how is a job run, and its past shown?       (terminal) C
+ 616 Remote        what can a host ask of a dashboard? (network, terminal) C
  285 Import        which crontabs does cron have here? (files, processes) C
- 323 Services      how are koid and the dashboard started?      (machine) C
+ 341 Services      how are koid and the dashboard started?      (machine) C
   91 Source        which code runs as whom?             (files, terminal) C
- 521 Command       what can I type?                            (terminal) C
+ 522 Command       what can I type?                            (terminal) C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
 the directory of the script and site-packages out of the imports. Modules that

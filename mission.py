@@ -22,23 +22,23 @@ O the owner of the repository.
 
  248 Common    what do both programs need?              (files, clock)       C
  155 Jsonc     what does the configuration text say?    (nothing)            C
- 572 Config    what does the configuration mean?        (nothing)            C
- 670 Check     can this configuration run?              (nothing)            C
- 173 Plan      what will this run do, in order?         (nothing)            C
- 476 Report    what is reported of a run?               (nothing)            C
+ 567 Config    what does the configuration mean?        (nothing)            C
+ 664 Check     can this configuration run?              (nothing)            C
+ 166 Plan      what will this run do, in order?         (nothing)            C
+ 503 Report    what is reported of a run?               (nothing)            C
  667 Processes how is a program started and stopped?   (processes)          C U
- 276 Files     who can change a file?                   (files)              C
- 343 Host      what is true of this host?               (files)              C
- 333 Chown     how does a tree get another owner?       (files)              C
- 456 Git       how is a storage committed?             (files, processes)   C O
+ 286 Files     who can change a file?                   (files)              C
+ 314 Host      what is true of this host?               (files)              C
+ 330 Chown     how does a tree get another owner?       (files)              C
+ 446 Git       how is a storage committed?             (files, processes)   C O
  215 Client    how is one HTTP request bounded?        (network)            C U
- 256 Delivery  how do people hear of a run?             (network, processes) C
+ 251 Delivery  how do people hear of a run?             (network, processes) C
  328 Builtins  which tasks need no script?              (files, network)     U
- 409 State     what is known of earlier runs?           (files, clock)       C
- 233 RunLog    where do the lines of a run go?          (files, terminal)    C
- 968 Run       how are the steps of a run carried out?  (machine)            C
+ 407 State     what is known of earlier runs?           (files, clock)       C
+ 234 RunLog    where do the lines of a run go?          (files, terminal)    C
+ 958 Run       how are the steps of a run carried out?  (machine)            C
  161 Sample    what does `init` write?                  (nothing)            C
- 974 Command   what can I type?                         (terminal)           C
+ 948 Command   what can I type?                         (terminal)           C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
 the directory of the script and site-packages out of the imports: root runs
