@@ -781,8 +781,12 @@ echo ended; exit 8
 
 def agent_of(koi) -> int:
     """The pid of koid's agent; its other children are supervisors."""
-    return next((pid for pid in support.children_of(koi.daemon.pid)
-                 if status_of(pid)["Name"] == "koi-agent"), 0)
+    for pid in support.children_of(koi.daemon.pid):
+        # A child may end between the two looks.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if status_of(pid)["Name"] == "koi-agent":
+                return pid
+    return 0
 
 
 def koitab_on(koi, *args: str) -> support.Result:
