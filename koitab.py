@@ -8808,10 +8808,10 @@ class Daemon:
 
     def listen_to_events(self) -> None:
         """Let signals, reports, the clock and changes of tabs wake koid."""
-        woken, self.wake = os.pipe()
-        for fd in (woken, self.wake):
+        self.woken, self.wake = os.pipe()
+        for fd in (self.woken, self.wake):
             os.set_blocking(fd, False)
-        self.poller.register(woken, self.drain)
+        self.poller.register(self.woken, lambda *_: None)
         signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
         for number in self.signals:
             signal.signal(number, self.note_signal)
@@ -8899,7 +8899,13 @@ class Daemon:
         self.signals[number] = True
 
     def take_signals(self) -> None:
-        """Handle the signals that came since the last turn."""
+        """Handle the signals that came since the last turn. The pipe is
+        emptied before they are looked at: the byte of a signal that comes
+        later stays in it and wakes the next turn."""
+        try:
+            os.read(self.woken, CHUNK)
+        except BlockingIOError:
+            pass
         came = [number for number in self.signals if self.signals[number]]
         for number in came:
             self.signals[number] = False    # the next one counts anew
@@ -8928,13 +8934,6 @@ class Daemon:
                 self.broker.agent_ended(status)
             else:
                 self.scheduler.supervisor_ended(pid)
-
-    def drain(self, fd: int, _events: int) -> None:
-        """Empty the pipe of the signals, which are noted already."""
-        try:
-            os.read(fd, CHUNK)
-        except BlockingIOError:
-            pass
 
     def clock_was_set(self, fd: int, _events: int) -> None:
         """The clock was set, or the machine slept: the turn reads it."""

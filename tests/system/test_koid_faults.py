@@ -249,6 +249,27 @@ def test_sigterm_ends_koid_at_once_and_no_job(koi, clock, gate):
     assert truth(koi) == [run]
 
 
+def test_sigterm_in_the_turn_of_another_signal_ends_koid(koi, clock):
+    """It comes after koid has looked for signals, and before it empties the
+    pipe that the signals fill to wake it."""
+    file = koi.folder / "stop"
+    koi.patch += f"""
+import os, signal
+start_queued = k.Scheduler.start_queued
+def start_and_stop(self):
+    start_queued(self)
+    if os.path.exists({str(file)!r}):
+        os.unlink({str(file)!r})
+        os.kill(os.getpid(), signal.SIGTERM)
+k.Scheduler.start_queued = start_and_stop
+"""
+    koi.tab('"job" @manual true\n')
+    clock.start(NOON)           # it stands: no time that is due wakes koid
+    file.touch()
+    koi.daemon.send_signal(signal.SIGCHLD)
+    assert koi.daemon.wait(30) == 0
+
+
 def test_a_stop_is_clean_though_tabs_change_meanwhile(koi):
     koi.tab('"job" @manual true\n')
     file = koi.home / "tabs" / koi.user
@@ -841,7 +862,7 @@ def test_an_acknowledged_run_survives_the_power_cut_and_is_not_repeated(
             executed(koi, before + 1)
         ext4.cut()
         koi.stop(signal.SIGKILL)
-        end_all(koi, ext4)
+        wait_until(lambda: not end_all(koi, ext4), 20, "all to have ended")
         ext4.back()
         ext4.boot.write_text(f"boot {count}\n")
         koi.start()
@@ -852,9 +873,10 @@ def test_an_acknowledged_run_survives_the_power_cut_and_is_not_repeated(
     assert sorted(run["run"] for run in koi.history()) == runs
 
 
-def end_all(koi, disk) -> None:
-    """End all that was started here, as the power cut did."""
-    mine, place = str(koi.folder).encode(), str(disk.place)
+def end_all(koi, disk) -> list[int]:
+    """End all that was started here, as the power cut did. Return the pids
+    of these processes; each may have had a child meanwhile."""
+    mine, place, ended = str(koi.folder).encode(), str(disk.place), []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             files = [os.readlink(fd) for fd in (process / "fd").iterdir()]
@@ -862,6 +884,8 @@ def end_all(koi, disk) -> None:
                     mine in (process / "cmdline").read_bytes()
                     or any(file.startswith(place) for file in files)):
                 support.kill(int(process.name))
+                ended.append(int(process.name))
+    return ended
 
 
 # A disk that fails -----------------------------------------------------------
