@@ -39,7 +39,7 @@ without rights, C the caller.
 1318 Scheduler     which run waits, starts, has ended?          (machine) R
  665 ControlSocket how do users reach koid?              (network, files) R C
  744 Broker        what may a dashboard ask of koid? (network, processes) R
- 332 Daemon        what wakes koid?                             (machine) R
+ 331 Daemon        what wakes koid?                             (machine) R
  3 network
  215 Client        how is one HTTP request bounded?             (network) U C
  504 Agent         what does the dashboard lack?                (network) U C
