@@ -2682,12 +2682,12 @@ def parse_tab(text: str, system: bool = False, root: bool = False,
 # ==========================================================================
 # Keys: who may ask for a run?                              (nothing; R U C)
 #
-# A password gives three keys: `api` lets a browser read and send requests,
-# `view` lets it only read, and `run` never leaves the browser or terminal in
-# which the password was typed. Each host holds a host key, made from the run
-# key and its host ID. A request is a text and its MAC over the exact bytes;
-# the MAC is checked before the text is parsed. The page does the same in
-# JavaScript, and a test compares the two.
+# A password gives two keys: `api` lets a browser read and send requests,
+# and `run` never leaves the browser or terminal in which the password was
+# typed. Each host holds a host key, made from the run key and its host ID. A
+# request is a text and its MAC over the exact bytes; the MAC is checked
+# before the text is parsed. The page does the same in JavaScript, and a test
+# compares the two.
 # ==========================================================================
 
 ROUNDS = 600_000            # of PBKDF2-HMAC-SHA256: OWASP's minimum
@@ -2698,7 +2698,6 @@ LONGEST_LIFE = 600_000      # ms for which a request may be valid
 LONGEST_BODY = 2**19        # bytes of a request: 256 KiB, all escaped
 DEEPEST_BODY = 4            # dicts and lists in one another
 PASSPHRASE_CHARACTERS = "0123456789abcdefghjkmnpqrstvwxyz"  # no i, l, o, u
-VIEW_PREFIX = "view-"
 HEX = frozenset("0123456789abcdef")
 RUN_FIELDS = {"v", "do", "key", "dash", "host", "user", "tag", "job", "args",
               "secrets", "nonce", "iat", "exp"}
@@ -2734,7 +2733,6 @@ def sha256_hex(text: str | bytes) -> str:
 class Keys(FrozenRecord):
     """The keys of one password, 32 bytes each."""
     api: bytes              # reads, and sends requests
-    view: bytes             # reads
     run: bytes              # signs; never leaves the machine it is made on
 
 
@@ -2756,7 +2754,7 @@ def derive_keys(password: str, salt: bytes, rounds: int = ROUNDS) -> Keys:
         raise Error("the password is not UTF-8") from None
     root = pbkdf2_hmac("sha256", secret, salt, rounds)
     return Keys(*(hmac_sha256(root, f"koi-{name}-v1".encode())
-                  for name in ("api", "view", "run")))
+                  for name in ("api", "run")))
 
 
 def host_key(run_key: bytes, host: str) -> bytes:
@@ -4122,6 +4120,7 @@ class DatabaseForm(FrozenRecord):
     SQL that makes a new one; `checked` are the tables that each start reads
     through; `pragmas` are settings besides those that every file has;
     `companion` ends the name of a file that must not outlive it.
+    `migrations` has the SQL that makes a schema the next one.
     """
     name: str
     application: int
@@ -4130,6 +4129,7 @@ class DatabaseForm(FrozenRecord):
     checked: tuple
     pragmas: tuple = ()
     companion: str = ""
+    migrations: dict = {}
 
 
 def failure_of(error: Exception) -> str:
@@ -4249,6 +4249,11 @@ class Database:
         if schema > self.form.schema:
             raise Error(f"{self.path} was written by a newer koi (schema "
                         f"{schema})", "install that version again")
+        while schema in self.form.migrations:
+            self.connection.executescript(
+                f"begin; {self.form.migrations[schema]} "
+                f"pragma user_version={schema + 1}; commit")
+            schema += 1
         if schema < self.form.schema:
             raise Error(f"{self.path} was written by an older koi (schema "
                         f"{schema}, this one needs {self.form.schema})", hint)
@@ -10060,6 +10065,9 @@ def cut_to_frames(data: bytes, most: int) -> bytes:
 # ==========================================================================
 
 DAY_SECONDS = 86_400.0
+# What an access token is for: all that people may read, the checks, or the
+# metrics alone.
+ACCESS_ROLES = ("viewer", "checks", "metrics")
 
 
 class Changes:
@@ -10123,9 +10131,11 @@ class Timers:
 
 
 class Principal(FrozenRecord):
-    """Who a token stands for: an operator, a viewer, or a host."""
-    role: str
+    """Who a token stands for: an operator, a host, or who has the access
+    token of a name."""
+    role: str               # operator, host, or one of ACCESS_ROLES
     host: str = ""
+    name: str = ""
 
 
 class AuditLog:
@@ -10166,43 +10176,49 @@ create index audit_by_nonce on audit (nonce) where nonce <> '';
 
 
 class Credentials:
-    """The dashboard's keys, and the tokens of its hosts.
+    """The dashboard's keys, access tokens, and the tokens of its hosts.
 
     `dash` is the dashboard's id, "" before it was created. The tokens are in
     memory as well: each HTTP request is judged by them, on any thread.
-    `founding` is the SHA-256 of the token that creates the dashboard.
+    `founding` is the SHA-256 of the token that creates the dashboard. `used`
+    has when access tokens were used, by name, until that is stored.
     """
 
     TABLES = """
 create table dashboard (
     id integer primary key check (id = 1), dash text not null,
     salt text not null, rounds integer not null, api_sha256 text not null,
-    view_sha256 text not null, ping_key text not null,
-    badge_key text not null, created real not null);
+    ping_key text not null, badge_key text not null, created real not null);
+create table tokens (
+    id integer primary key, name text not null unique, role text not null,
+    sha256 text not null unique, created real not null, used real);
 """
 
     def __init__(self, changes: Changes, audit: AuditLog):
         self.changes, self.audit = changes, audit
         self.dash = self.founding = ""
         self.tokens: dict[str, Principal] = {}      # SHA-256 -> who
+        self.used: dict[str, float] = {}
 
     def load(self, db: Database) -> None:
         """Read the keys and tokens again; other threads see the old or the
         new ones."""
         tokens = {token: Principal("host", host) for token, host in db.execute(
             "select token, host from hosts where token is not null")}
+        for sha256, role, name in db.execute(
+                "select sha256, role, name from tokens"):
+            tokens[sha256] = Principal(role, "", name)
         found = db.row("select * from dashboard")
         if found:
-            tokens[found["view_sha256"]] = Principal("viewer")
             tokens[found["api_sha256"]] = Principal("operator")
             self.dash = found["dash"]
         self.tokens = tokens
 
     def principal_of(self, token: str) -> Principal | None:
-        """Return who a token stands for. It is looked up by its hash, so the
-        time that takes says nothing about the tokens there are."""
-        token = token[len(VIEW_PREFIX):] if token.startswith(VIEW_PREFIX) \
-            else token
+        """Return who a token stands for, with its prefix or without. It is
+        looked up by its hash, so the time that takes says nothing about the
+        tokens there are."""
+        token = token.rpartition("-")[2]
         return self.tokens.get(sha256_hex(token)) if is_hex(token, 64) \
             else None
 
@@ -10216,8 +10232,7 @@ create table dashboard (
         return {"salt": request.hex("salt", 2 * SALT_BYTES),
                 "rounds": request.whole("rounds", low=ROUNDS,
                                         high=MOST_ROUNDS),
-                "api_sha256": request.hex("api_sha256", 64),
-                "view_sha256": request.hex("view_sha256", 64)}
+                "api_sha256": request.hex("api_sha256", 64)}
 
     def create(self, db: Database, fields, now: float) -> dict:
         """Create the dashboard; return its id. Raises Error (403) if this
@@ -10227,7 +10242,7 @@ create table dashboard (
             raise Error("this server already has a dashboard",
                         "koitab -d join URL", 403)
         keys = self.read_keys(fields)
-        self.refuse_used(db, keys["api_sha256"], keys["view_sha256"])
+        self.refuse_used(db, keys["api_sha256"])
         dash = os.urandom(8).hex()
         db.insert("dashboard", id=1, dash=dash, **keys,
                   ping_key=token_urlsafe(16), badge_key=os.urandom(16).hex(),
@@ -10239,24 +10254,67 @@ create table dashboard (
         """Replace the dashboard's keys; the old ones open nothing any more.
         Raises Error."""
         keys = self.read_keys(fields)
-        self.refuse_used(db, keys["api_sha256"], keys["view_sha256"])
+        self.refuse_used(db, keys["api_sha256"])
         db.update("dashboard", keys, id=1)
         self.audit.record(db, now, "rotate")
         self.changes.after_commit(lambda: self.load(db))
         return {"dash": self.dash}
 
-    def refuse_used(self, db: Database, *tokens: str) -> None:
-        """Raise Error (409) if one of these would stand for two principals."""
-        for token in tokens:
-            if tokens.count(token) > 1 or db.value(
-                    "select 1 from hosts where token = ?", token):
-                raise Error("these keys are in use already", "", 409)
-
-    def refuse_own(self, db: Database, token: str) -> None:
-        """Raise Error (409) if a host's token is one of the dashboard's."""
-        if db.value("select 1 from dashboard where ? in (api_sha256, "
-                    "view_sha256)", token):
+    def refuse_used(self, db: Database, token: str) -> None:
+        """Raise Error (409) if a token, given by its SHA-256, would stand for
+        two principals."""
+        if db.value("select 1 from (select token from hosts union all select "
+                    "sha256 from tokens union all select api_sha256 from "
+                    "dashboard) where token = ?", token):
             raise Error("these keys are in use already", "", 409)
+
+    # --- access tokens
+
+    def change_tokens(self, db: Database, fields, now: float) -> dict:
+        """Add an access token, of which only the SHA-256 is sent; or revoke
+        one. Raises Error."""
+        request = RequestFields(fields, "the token")
+        request.allow_only(("do", "name", "role", "sha256"))
+        action = request.choice("do", ("add", "revoke"), "add")
+        name = request.text("name", 100)
+        if action == "revoke":
+            if not db.delete("tokens", name=name):
+                raise not_found("token")
+            self.used.pop(name, None)
+        else:
+            self.add_token(db, request, name, now)
+        self.audit.record(db, now, "token", label=name, state=action)
+        self.changes.after_commit(lambda: self.load(db))
+        return {}
+
+    def add_token(self, db: Database, request: RequestFields, name: str,
+                  now: float) -> None:
+        """Add an access token to the table. Raises Error."""
+        if not name.strip():
+            raise request.wrong("name", "is empty")
+        if db.value("select 1 from tokens where name = ?", name):
+            raise Error(f"there is a token {short(name)} already",
+                        "another name, or revoke that one", 409)
+        token = request.hex("sha256", 64)
+        self.refuse_used(db, token)
+        db.insert("tokens", name=name, sha256=token, created=now,
+                  role=request.choice("role", ACCESS_ROLES))
+
+    def list_tokens(self, db: Database) -> dict:
+        """Return the access tokens by name, with the time of last use."""
+        rows = db.rows("select name, role, created, used from tokens order "
+                       "by name")
+        for row in rows:
+            row["used"] = self.used.get(row["name"], row["used"])
+        return {"tokens": rows}
+
+    def store_used(self, db: Database) -> None:
+        """Write when access tokens were used."""
+        used, self.used = self.used, {}
+        for name, at in used.items():
+            db.update("tokens", {"used": at}, name=name)
+
+    # --- what everybody may know
 
     def salt(self, db: Database) -> dict:
         """Return what the keys are derived with. Raises Error (404)."""
@@ -11347,7 +11405,6 @@ create index jobs_deleted on jobs (deleted) where deleted;
         name = request.text("name", 255) or host[:8]
         known = db.row("select id, token from hosts where host = ?", host)
         if not known or known["token"] != token:
-            self.credentials.refuse_own(db, token)
             self.credentials.refuse_used(db, token)
         if known:
             db.update("hosts", {"name": name, "token": token},
@@ -11408,7 +11465,9 @@ create index jobs_deleted on jobs (deleted) where deleted;
         return skew if abs(skew) > 5 else 0.0
 
     def store_seen(self, db: Database) -> bool:
-        """Write when the hosts were seen, for all at once."""
+        """Write when hosts were seen and tokens were used, for all at
+        once."""
+        self.credentials.store_used(db)
         for status in self.statuses.values():
             if (status.seen or 0) > status.stored_seen:
                 db.update("hosts", {"seen": status.seen}, id=status.number)
@@ -13248,15 +13307,33 @@ WRITER_SLEEP = 60.0             # seconds: then a clock that was set is noticed
 FATAL_FAILURES = ("full", "disk", "damaged", "busy")
 REPOSITORIES = (AuditLog, Credentials, Alerts, PingChecks, Hosts, Runs,
                 Requests, HostSync)
+# A key that was made from the passphrase to read all is an access token now.
+MIGRATIONS = {5: """
+alter table dashboard rename to old;
+create table dashboard (
+    id integer primary key check (id = 1), dash text not null,
+    salt text not null, rounds integer not null, api_sha256 text not null,
+    ping_key text not null, badge_key text not null, created real not null);
+create table tokens (
+    id integer primary key, name text not null unique, role text not null,
+    sha256 text not null unique, created real not null, used real);
+insert into dashboard select id, dash, salt, rounds, api_sha256, ping_key,
+    badge_key, created from old;
+insert into tokens (name, role, sha256, created)
+    select 'viewer key', 'viewer', view_sha256, created from old;
+drop table old;
+"""}
 DASHBOARD_FORM = DatabaseForm(
-    "a dashboard of koi's", 0x6B6F6932, 5,
-    checked=("meta", "dashboard", "hosts", "epochs", "jobs", "requests",
-             "checks", "alerts", "snoozes", "channels", "notifications"),
+    "a dashboard of koi's", 0x6B6F6932, 6,
+    checked=("meta", "dashboard", "tokens", "hosts", "epochs", "jobs",
+             "requests", "checks", "alerts", "snoozes", "channels",
+             "notifications"),
     pragmas=("foreign_keys=off", f"journal_size_limit={WAL_PAGES * 4096}",
              "secure_delete=fast", "cache_size=-16384"),
     companion=".ballast",
     tables="create table meta (name text primary key, value text not null) "
-           "without rowid;" + "".join(each.TABLES for each in REPOSITORIES))
+           "without rowid;" + "".join(each.TABLES for each in REPOSITORIES),
+    migrations=MIGRATIONS)
 
 
 class DiskFull(Error):
@@ -15105,6 +15182,7 @@ PAGE_POLICY = (
     "'script'; trusted-types koi")
 # The role of a route -> the roles of the tokens that are good for it.
 TOKEN_ROLES = {"host": ("host",), "viewer": ("viewer", "operator"),
+               "metrics": ("metrics", "viewer", "operator"),
                "operator": ("operator",),
                "host or operator": ("host", "operator")}
 # A host that sends one of these wants to know at once that it arrived.
@@ -15559,6 +15637,9 @@ class Api:
         self.rules.count(context)
         if context.route.role != "anyone":
             self.rules.check_token(context, self.loop.time())
+            if context.principal.name:
+                self.dashboard.credentials.used[context.principal.name] = \
+                    self.clock.now()
         return None
 
     async def check_ping(self, context: RequestContext) -> Response | None:
@@ -15960,6 +16041,18 @@ async def rotate_keys(api: Api, context: RequestContext) -> Response:
     return json_response(result)
 
 
+async def list_tokens(api: Api, _context: RequestContext) -> Response:
+    """GET /api/v1/tokens: the access tokens, without what is secret."""
+    return await api.answer(api.dashboard.credentials.list_tokens)
+
+
+async def change_tokens(api: Api, context: RequestContext) -> Response:
+    """POST /api/v1/tokens: add or revoke one; streams have to come again."""
+    result = await api.store(context, api.dashboard.credentials.change_tokens)
+    api.end_polls(api.followers, ("changes",))
+    return json_response(result)
+
+
 async def add_host(api: Api, context: RequestContext) -> Response:
     """POST /api/v1/hosts: a host joins."""
     return json_response(
@@ -16080,11 +16173,13 @@ PING_QUERY = {"rid": text_field, "create": text_field,
 ROUTES = [Route(*row) for row in (
     ("GET", "/", "anyone", show_page),
     ("GET", "/healthz", "anyone", show_health, {}, SMALL_BODY, True),
-    ("GET", "/metrics", "viewer", show_metrics),
+    ("GET", "/metrics", "metrics", show_metrics),
     ("GET", "/badge/KEY/NAME", "anyone", show_badge, {}, SMALL_BODY, True),
     ("GET", "/api/v1/salt", "anyone", show_salt),
     ("POST", "/api/v1/dashboards", "anyone", create_dashboard),
     ("POST", "/api/v1/rotate", "operator", rotate_keys),
+    ("GET", "/api/v1/tokens", "operator", list_tokens),
+    ("POST", "/api/v1/tokens", "operator", change_tokens),
     ("POST", "/api/v1/hosts", "operator", add_host),
     ("DELETE", "/api/v1/hosts/HOST", "host or operator", remove_host),
     ("GET", "/api/v1/hosts/HOST/list", "viewer", show_host_list),
@@ -16853,7 +16948,7 @@ const TRIGGERS = {
 };
 
 const WORDS = {
-  viewer: "A viewer's key can read, and nothing else.",
+  viewer: "A viewer's token can read, and nothing else.",
   otherKeys: "This host has other keys: type koitab -d join there.",
   noList: "This host has not shown its signed list of jobs yet.",
   plainHttp: "This page came over plain http: anyone on the way can change " +
@@ -17378,7 +17473,7 @@ async function derive(password, salt, rounds, progress) {
     ? await rootBySubtle(secret, unhex(salt), rounds)
     : await rootByWorker(secret, unhex(salt), rounds, progress);
   const key = (name) => hmac(root, utf8(`koi-${name}-v1`));
-  return { api: key("api"), view: key("view"), run: key("run") };
+  return { api: key("api"), run: key("run") };
 }
 
 async function rootBySubtle(secret, salt, iterations) {
@@ -17491,7 +17586,7 @@ async function errorOf(reply) {
 const get = async (path, options) => (await fetched(path, options)).json();
 const post = (path, body) => get(path, { method: "POST", body });
 
-// Opens a session with a passphrase or a viewer's key. Throws ApiError.
+// Opens a session with a passphrase or a viewer's token. Throws ApiError.
 async function logIn(secret, progress) {
   const viewer = secret.trim().toLowerCase().match(/^view-([0-9a-f]{64})$/);
   let keys = null;
@@ -17518,8 +17613,8 @@ function lock(why = "") {
   app.close(why);
 }
 
-// The keys are forgotten after 15 minutes without a touch. A viewer's key can
-// do no harm, and its page may stay open on a wall.
+// The keys are forgotten after 15 minutes without a touch. A viewer's token
+// can do no harm, and its page may stay open on a wall.
 function lockWhenIdle() {
   const mark = () => { session.used = Date.now(); };
   for (const kind of ["pointerdown", "pointermove", "keydown", "wheel",
@@ -17948,7 +18043,7 @@ function logInView(why = "") {
   el("label", { for: "secret", text: "Passphrase" }), user, secret, failed,
   bar, open, el("p", { class: "muted", id: "hint", text: "It stays in this "
     + "tab: keys are made of it here, and are gone when the tab is closed. "
-    + "A viewer\u2019s key (view-\u2026) opens this page for reading." })));
+    + "A viewer\u2019s token (view-\u2026) opens this page for reading." })));
   secret.focus();
 }
 
@@ -20744,7 +20839,10 @@ function settingsView(place, root) {
   root.classList.add("narrow");
   root.append(el("h1", { text: "Settings" }), section("This dashboard",
     el("p", {}, "Its address, to bookmark or to pass on:"),
-    snippet(`${session.server}/#${dash.id}`)), viewerSection(),
+    snippet(`${session.server}/#${dash.id}`)), section("Viewers", el("p", {
+    text: "A token for people who only read. It is typed in the place of the "
+    + "passphrase. On a host, type:" }),
+  snippet("koitab -d token new NAME --role viewer")),
   dash.ping_key ? section("Ping key", el("p", {}, "With it a check is "
     + "pinged by its slug, and made by the first ping:"), snippet(`curl -fsS `
     + `-m 10 ${session.server}/ping/${dash.ping_key}/my-backup?create=1`))
@@ -20755,23 +20853,14 @@ function settingsView(place, root) {
     "In the place of ", code("all"), " may stand a check\u2019s slug or a "
     + "job\u2019s tag; ", code(".json"), " gives the same for programs.")),
   section("Prometheus", snippet(
-    `curl -H "Authorization: Bearer $KEY" ${session.server}/metrics`),
-  mutedLine("KEY is the viewer\u2019s key without its \u201cview-\u201d.")),
+    `curl -H "Authorization: Bearer $TOKEN" ${session.server}/metrics`),
+  mutedLine("TOKEN is made by ", code(
+    "koitab -d token new NAME --role metrics"), ".")),
   section("Passphrase", el("p", {}, "To change it, type on a host:"),
     snippet("koitab -d rotate")),
   mutedLine(`koi ${state.version}. You are `, isOperator()
     ? "an operator: you may run what is @manual." : "a viewer."));
   return { title: "Settings" };
-}
-
-// Returns the part with the viewer's key, which operators see.
-function viewerSection() {
-  const key = session.keys && `view-${hex(session.keys.view)}`;
-  return section("Viewers", el("p", { text: "Who has this key sees all jobs "
-    + "and outputs, and can run nothing. It is typed in the place of the "
-    + "passphrase." }), key ? button("Show the viewer\u2019s key", (event) =>
-    event.target.replaceWith(snippet(key)))
-    : mutedLine("Operators can see it."));
 }
 
 // --- shortcuts, and the start ----------------------------------------------
@@ -20958,6 +21047,9 @@ OPTIONS = {     # by the attribute of Invocation that holds the value
     "test": Option("-T FILE", "test this tab"),
     "user": Option("-u USER", "the tab, jobs and runs of another user (root)"),
     "action": Option("-d ACTION", "what to do with a dashboard"),
+    "role": Option("--role ROLE", "what an access token may do: viewer (read "
+                   "all), checks (use Healthchecks' API), metrics (read "
+                   "/metrics)"),
     "number": Option("-n, --number N", "how many starts of each job (5), or "
                      "runs (20)", parse_number),
     "tab": Option("--tab FILE", "a tab that is not installed; - is standard "
@@ -22343,8 +22435,7 @@ def reload_enrollment(options: Invocation) -> bool:
 def hashes_of(keys: Keys, salt: bytes) -> dict:
     """Return what a dashboard may know of keys, as its API takes it."""
     return {"salt": salt.hex(), "rounds": ROUNDS,
-            "api_sha256": sha256_hex(keys.api.hex()),
-            "view_sha256": sha256_hex(keys.view.hex())}
+            "api_sha256": sha256_hex(keys.api.hex())}
 
 
 def log_in(client: DashboardClient, dash: str,
@@ -22412,7 +22503,7 @@ def new_dashboard(options: Invocation,
                          hashes_of(keys, salt)).get("dash", "")
     if not is_hex(dash, 16):
         raise Error("not a koi dashboard")
-    print_keys(url, dash, keys, passphrase)
+    print_keys(url, dash, passphrase)
     enroll(options, client, url, ca, keys, dash)
     return EXIT_OK
 
@@ -22480,14 +22571,12 @@ def read_own_token(path: str, users: set[int]) -> str:
     return token if is_hex(token, 64) else ""
 
 
-def print_keys(url: str, dash: str, keys: Keys, passphrase: str) -> None:
-    """Print passphrase and viewer key, which are shown only this time."""
+def print_keys(url: str, dash: str, passphrase: str) -> None:
+    """Print the passphrase, which is shown only this time."""
     print(f"dashboard   {url.rstrip('/')}/#{dash}")
     print(f"passphrase  {passphrase}")
     print("            Keep it: it is stored nowhere, and whoever has it"
           " can run your jobs.")
-    print(f"viewer key  {VIEW_PREFIX}{keys.view.hex()}")
-    print("            With this one sees everything and can start nothing.")
     sys.stdout.flush()
 
 
@@ -22534,7 +22623,7 @@ def rotate_passphrase(options: Invocation) -> int:
     salt = os.urandom(SALT_BYTES)
     fresh = derive_keys(passphrase, salt)
     # First: keys that are valid and known to nobody would lock out everybody.
-    print_keys(enrollment.url, enrollment.dash, fresh, passphrase)
+    print_keys(enrollment.url, enrollment.dash, passphrase)
     try:
         ask_dashboard(client, "POST", "/api/v1/rotate",
                       hashes_of(fresh, salt))
@@ -22589,14 +22678,49 @@ def leave_dashboard(options: Invocation) -> int:
     return EXIT_OK
 
 
+def manage_tokens(options: Invocation, action: str, name: str = "") -> int:
+    """koitab -d token: make, list or revoke the access tokens of people and
+    programs. Raises Error."""
+    is_new = action == "new"
+    if (action == "list") == bool(name) or is_new != (
+            options.role in ACCESS_ROLES):
+        raise Error("invalid arguments", "koitab -d token new NAME --role "
+                    "viewer|checks|metrics, list, or revoke NAME", EXIT_USAGE)
+    client, dash = choose_dashboard(options)
+    log_in(client, dash, read_passphrase())
+    if action == "list":
+        print_tokens(ask_dashboard(client, "GET", "/api/v1/tokens")["tokens"])
+        return EXIT_OK
+    token = os.urandom(32).hex()
+    ask_dashboard(client, "POST", "/api/v1/tokens", {
+        "name": name, "role": options.role, "sha256": sha256_hex(token)}
+        if is_new else {"do": "revoke", "name": name})
+    if is_new:
+        options.warn(f"access token {short(name)}, shown only this time:")
+        print(f"{'view' if options.role == 'viewer' else options.role}-"
+              f"{token}")
+    return EXIT_OK
+
+
+def print_tokens(tokens: list[dict]) -> None:
+    """Print a line per access token."""
+    for token in tokens:
+        used = token["used"] and format_rfc3339(token["used"]) or "never"
+        print(f"{escape_controls(token['name']):20} {token['role']:8} "
+              f"{format_rfc3339(token['created'])}  last used {used}")
+
+
 DASHBOARD_ACTIONS = {
     "new": new_dashboard, "join": join_dashboard, "show": show_enrollment,
-    "rotate": rotate_passphrase, "off": leave_dashboard}
+    "rotate": rotate_passphrase, "off": leave_dashboard,
+    "token": manage_tokens}
 
 
 def command_enrollment(options: Invocation, action: str,
                        *words: str) -> int:
     """koitab -d ACTION. Raises Error."""
+    if action != "token":
+        options.reject_others(("action", "ca", "plain_http"), f"-d {action}")
     return DASHBOARD_ACTIONS[action](options, *words)
 
 
@@ -23666,8 +23790,7 @@ def command_completion(options: Invocation,
     text = COMPLETIONS[shell]
     for word, value in {
             "NAMED": join.join(name for name, command in COMMANDS.items()
-                               if any("NAME" in line
-                                      for line in command.usage)),
+                               if "NAME" in command.usage[0]),
             "FILES": join.join(options_with("FILE")),
             "USERS": join.join(options_with("USER")),
             "CHOICES": "\n".join(lines),
@@ -23809,14 +23932,17 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         "https, or --plain-http. SIGHUP reads the certificate again."),
     "-d": Command(
         command_enrollment, DASHBOARD, "join, show or leave a dashboard",
-        ("new [URL]", "join URL", "show", "rotate", "off"),
-        ("action", "ca", "plain_http"),
+        ("new [URL]", "join URL", "show", "rotate", "off",
+         "token new|list|revoke [NAME]"),
+        ("action", "role", "ca", "plain_http"),
         "new makes a dashboard (default: http://127.0.0.1:8077) and prints "
         "its passphrase, once; join makes this machine a member of it, with "
         "the passphrase from the terminal or standard input; show prints how "
         "the connection is; rotate makes a new passphrase and new keys: the "
         "dashboard refuses the old ones at once, and each other host must "
-        "join again; off leaves the dashboard."),
+        "join again, while access tokens stay valid; off leaves the "
+        "dashboard; token makes, lists or revokes an access token, with the "
+        "passphrase."),
     "page": Command(
         command_page, DASHBOARD, "print the page, to open from disk",
         ("[URL]",), text="The code of a page that was opened from disk never "

@@ -65,8 +65,14 @@ def derive(password: str, salt: bytes, rounds: int) -> koitab.Keys:
 def new_dashboard() -> dict:
     """The fields that make a dashboard with the two tokens above."""
     return {"salt": "00" * 16, "rounds": koitab.ROUNDS,
-            "api_sha256": koitab.sha256_hex(OPERATOR_TOKEN),
-            "view_sha256": koitab.sha256_hex(VIEWER_TOKEN)}
+            "api_sha256": koitab.sha256_hex(OPERATOR_TOKEN)}
+
+
+def new_token(role: str = "viewer", token: str = VIEWER_TOKEN,
+              name: str = "") -> dict:
+    """The fields that add an access token, called as its role."""
+    return {"name": name or role, "role": role,
+            "sha256": koitab.sha256_hex(token)}
 
 
 # ==========================================================================
@@ -150,6 +156,9 @@ class InProcessDashboard:
             self.dash = self.do(self.dashboard.credentials.create,
                                 new_dashboard(),
                                 NOW)["dash"]
+            # Not by the operation: it would have a row in the audit.
+            self.dashboard.db.insert("tokens", created=NOW, **new_token())
+            self.dashboard.credentials.load(self.dashboard.db)
         else:
             self.dash = self.dashboard.credentials.dash
 
@@ -502,6 +511,9 @@ class DashboardProcess:
         made = self.found(new_dashboard())
         assert made.status == 201, made
         self.dash = made.json["dash"]
+        made = self.ask("POST", "/api/v1/tokens", new_token(),
+                        OPERATOR_TOKEN)
+        assert made.status == 200, made
         self.register_host(HOST, HOST_TOKEN)
         return self
 
@@ -646,7 +658,7 @@ class Operator:
         salted = dashboard.ask("GET", f"/api/v1/salt?dash={dash}").json
         self.keys = derive(password, bytes.fromhex(salted["salt"]),
                            salted["rounds"])
-        self.token, self.viewer = self.keys.api.hex(), self.keys.view.hex()
+        self.token = self.keys.api.hex()
 
     def reply(self, method: str, path: str, body=None, token: str = ""
               ) -> HttpReply:
@@ -662,6 +674,12 @@ class Operator:
         reply = self.reply("POST", path, body)
         assert reply.status < 300, (path, reply)
         return reply.json
+
+    def viewer_token(self) -> str:
+        """A fresh access token of a viewer."""
+        token = os.urandom(32).hex()
+        self.tell("tokens", new_token("viewer", token, token))
+        return token
 
     def host(self, name: str) -> str:
         return next(host["id"] for host in self.ask("state")["hosts"]

@@ -15,6 +15,7 @@ import email.policy
 import json
 import os
 import pwd
+import re
 import shlex
 import shutil
 import socket
@@ -283,17 +284,21 @@ class Dashboard:
 
     def join(self) -> str:
         """Make a dashboard and belong to it: its link and passphrase, as
-        koitab tells them. The viewer key is kept for this demo's looks."""
-        print(f"\n$ koitab -d new {self.url}", flush=True)
-        said = subprocess.run(
-            [*self.koi.koitab, "-d", "new", self.url], env=self.koi.env,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            encoding="utf-8", check=True).stdout
+        koitab tells them. A viewer's token is kept for this demo's looks."""
+        said = self.koitab("new", self.url)
         print(said, end="", flush=True)
-        self.keys = next(word for word in said.split()
-                         if word.startswith("view-")).removeprefix("view-")
+        password = re.search(r"^passphrase +(\S+)$", said, re.M)[1]
+        self.keys = self.koitab("token", "new", "demo", "--role", "viewer",
+                                stdin=password + "\n").strip()
         return "".join(line + "\n" for line in said.splitlines()
                        if line.startswith(("dashboard", "passphrase")))
+
+    def koitab(self, *words: str, stdin: str = "") -> str:
+        """Run `koitab -d`; what it prints."""
+        print(f"\n$ koitab -d {' '.join(words)}", flush=True)
+        return subprocess.run(
+            [*self.koi.koitab, "-d", *words], env=self.koi.env, input=stdin,
+            stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout
 
 
 def free_port() -> int:

@@ -576,7 +576,7 @@ class Page(http.server.BaseHTTPRequestHandler):
     def role(self) -> str:
         token = (self.headers.get("Authorization") or "")[7:]
         keys = self.world.keys
-        return {keys.api.hex(): "operator", keys.view.hex(): "viewer"}.get(
+        return {keys.api.hex(): "operator", VECTOR["view"]: "viewer"}.get(
             token, "")
 
     def salt(self):

@@ -14,8 +14,8 @@ import pytest
 
 import support
 from dashboard_rig import (HOST, NOW, OPERATOR_TOKEN, VIEWER_TOKEN,
-                           InProcessDashboard, frames, piece, refused, spec,
-                           token_of)
+                           InProcessDashboard, frames, new_token, piece,
+                           refused, spec, token_of)
 
 koitab = support.load("koitab")
 Error = koitab.Error
@@ -205,7 +205,7 @@ def test_a_backup_is_whole_and_only_ours(dashboard, web1, tmp_path):
 def test_a_token_opens_what_it_is_for(dashboard, web1):
     key_of = dashboard.principal_of
     assert key_of(OPERATOR_TOKEN) == koitab.Principal("operator")
-    assert key_of(VIEWER_TOKEN) == koitab.Principal("viewer")
+    assert key_of(VIEWER_TOKEN) == koitab.Principal("viewer", "", "viewer")
     assert key_of("view-" + VIEWER_TOKEN).role == "viewer"
     assert web1 == koitab.Principal("host", HOST)
     for token in ("", "a" * 63, "A" * 64, "f" * 64, "a" * 64 + "\n"):
@@ -215,8 +215,7 @@ def test_a_token_opens_what_it_is_for(dashboard, web1):
 def test_rotated_keys_open_nothing_any_more(dashboard):
     dashboard.do(dashboard.dashboard.credentials.rotate, {
         "salt": "1" * 32, "rounds": 700_000,
-        "api_sha256": koitab.sha256_hex("1" * 64),
-        "view_sha256": koitab.sha256_hex("2" * 64)}, NOW)
+        "api_sha256": koitab.sha256_hex("1" * 64)}, NOW)
     assert dashboard.principal_of(OPERATOR_TOKEN) is None
     assert dashboard.principal_of("1" * 64).role == "operator"
     assert dashboard.ask(dashboard.dashboard.credentials.salt) == {
@@ -235,34 +234,103 @@ def test_the_database_holds_no_token(dashboard, web1):
 @pytest.mark.parametrize("fields", [
     {"rounds": 599_999}, {"rounds": 600_000.0}, {"rounds": True},
     {"salt": "0" * 31}, {"salt": "G" * 32}, {"salt": None},
-    {"api_sha256": "é" * 64}, {"view_sha256": 7}, {"rounds": 2**70}])
+    {"api_sha256": "é" * 64}, {"api_sha256": 7}, {"rounds": 2**70}])
 def test_weak_or_odd_keys_are_refused(dashboard, fields):
     with refused(400):
         dashboard.do(dashboard.dashboard.credentials.rotate, {
             "salt": "0" * 32, "rounds": 600_000, "api_sha256": "1" * 64,
-            "view_sha256": "2" * 64, **fields}, NOW)
+            **fields}, NOW)
 
 
 def test_a_second_dashboard_is_not_created_in_a_database(dashboard):
     with refused(403) as refusal:
         dashboard.do(dashboard.dashboard.credentials.create, {
-            "salt": "0" * 32, "rounds": 600_000, "api_sha256": "1" * 64,
-            "view_sha256": "2" * 64}, NOW)
+            "salt": "0" * 32, "rounds": 600_000,
+            "api_sha256": "1" * 64}, NOW)
     assert refusal.message == "this server already has a dashboard"
     assert dashboard.rows("select count(*) from dashboard") == [(1,)]
 
 
 def test_one_token_opens_one_door(dashboard, web1):
-    for api, view in (("1" * 64, "1" * 64),
-                      (koitab.sha256_hex(token_of(HOST)), "2" * 64)):
+    credentials = dashboard.dashboard.credentials
+    for token in (token_of(HOST), VIEWER_TOKEN, OPERATOR_TOKEN):
+        used = koitab.sha256_hex(token)
         with refused(409):
-            dashboard.do(dashboard.dashboard.credentials.rotate, {
-                "salt": "0" * 32, "rounds": 600_000, "api_sha256": api,
-                "view_sha256": view}, NOW)
-    with refused(409):
-        dashboard.do(dashboard.dashboard.hosts.join, {
-            "host": HOST, "name": "x",
-            "token_sha256": koitab.sha256_hex(OPERATOR_TOKEN)}, NOW)
+            dashboard.do(credentials.rotate, {
+                "salt": "0" * 32, "rounds": 600_000, "api_sha256": used}, NOW)
+        with refused(409):
+            dashboard.do(credentials.change_tokens,
+                         new_token("checks", token, "another"), NOW)
+        with refused(409):
+            dashboard.do(dashboard.dashboard.hosts.join, {
+                "host": "d4" * 16, "name": "x", "token_sha256": used}, NOW)
+
+
+# ==========================================================================
+# Access tokens
+# ==========================================================================
+
+def test_access_tokens_are_added_listed_and_revoked_one_by_one(dashboard):
+    credentials = dashboard.dashboard.credentials
+    dashboard.clock.time += 100
+    dashboard.do(credentials.change_tokens,
+                 new_token("metrics", "7" * 64, "prometheus"), dashboard.now)
+    assert dashboard.principal_of("metrics-" + "7" * 64) == koitab.Principal(
+        "metrics", "", "prometheus")
+    credentials.used["prometheus"] = NOW + 160
+    for _ in range(2):          # in memory, then from the database
+        assert dashboard.ask(credentials.list_tokens) == {"tokens": [
+            {"name": "prometheus", "role": "metrics", "created": NOW + 100,
+             "used": NOW + 160},
+            {"name": "viewer", "role": "viewer", "created": NOW,
+             "used": None}]}
+        dashboard.do(dashboard.dashboard.hosts.store_seen)
+        assert credentials.used == {}
+    dashboard.do(credentials.change_tokens,
+                 {"do": "revoke", "name": "prometheus"}, NOW)
+    assert dashboard.principal_of("7" * 64) is None
+    assert dashboard.principal_of(VIEWER_TOKEN).role == "viewer"
+    assert [(row["label"], row["state"]) for row in dashboard.ask(
+        dashboard.dashboard.audit.page)["rows"][:2]] == [
+            ("prometheus", "revoke"), ("prometheus", "add")]
+
+
+@pytest.mark.parametrize("status, fields", [
+    (409, {"name": "viewer"}), (400, {"name": " "}), (400, {"role": "host"}),
+    (400, {"role": "operator"}), (400, {"sha256": "7"}), (400, {"x": 1}),
+    (404, {"do": "revoke", "name": "other"})])
+def test_an_odd_access_token_is_refused(dashboard, status, fields):
+    with refused(status):
+        dashboard.do(dashboard.dashboard.credentials.change_tokens,
+                     {**new_token("checks", "7" * 64), **fields}, NOW)
+
+
+def test_a_key_of_viewers_is_an_access_token_after_the_upgrade(dashboard):
+    db = dashboard.dashboard.db
+    db.connection.executescript(f"""
+        drop table tokens; alter table dashboard rename to new;
+        create table dashboard (
+            id integer primary key check (id = 1), dash text not null,
+            salt text not null, rounds integer not null,
+            api_sha256 text not null, view_sha256 text not null,
+            ping_key text not null, badge_key text not null,
+            created real not null);
+        insert into dashboard select id, dash, salt, rounds, api_sha256,
+            '{koitab.sha256_hex("8" * 64)}', ping_key, badge_key, created
+            from new;
+        drop table new; pragma user_version=5;""")
+    after = dashboard.reopen()
+    assert after.principal_of("view-" + "8" * 64) == koitab.Principal(
+        "viewer", "", "viewer key")
+    assert after.principal_of(OPERATOR_TOKEN).role == "operator"
+    assert after.dash == dashboard.dash
+    fresh = InProcessDashboard(dashboard.path + "2")
+    for table in ("dashboard", "tokens"):
+        assert after.rows(f"select sql from sqlite_master where name = "
+                          f"'{table}'") == fresh.rows(
+            f"select sql from sqlite_master where name = '{table}'")
+    for each in (after, fresh):
+        each.dashboard.close()
 
 
 # ==========================================================================

@@ -115,8 +115,11 @@ class Dashboard:
         dashboard.db.execute("begin")
         dashboard.db.insert(
             "dashboard", id=1, dash=DASH, salt="00" * 16, rounds=600_000,
-            api_sha256=KOI.sha256_hex(API), view_sha256=KOI.sha256_hex(VIEW),
-            ping_key="pings", badge_key="badge", created=time.time())
+            api_sha256=KOI.sha256_hex(API), ping_key="pings",
+            badge_key="badge", created=time.time())
+        dashboard.db.insert(
+            "tokens", name="bench", role="viewer", created=time.time(),
+            sha256=KOI.sha256_hex(VIEW))
         if fill:
             fill(dashboard.db.connection)
         dashboard.db.execute("commit")

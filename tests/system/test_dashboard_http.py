@@ -26,7 +26,7 @@ import servers
 import support
 from dashboard_rig import (HOST, HOST_TOKEN, OPERATOR_TOKEN, VIEWER_TOKEN,
                            DashboardProcess, HttpClient, encode_request,
-                           sync_payload)
+                           new_token, sync_payload)
 
 koitab = support.load("koitab")
 
@@ -496,6 +496,9 @@ def path_of(route) -> str:
 
 def test_a_token_of_another_role_is_refused_on_every_route(server):
     wrong = []
+    for role, token in (("checks", "c4" * 32), ("metrics", "e5" * 32)):
+        assert server.ask("POST", "/api/v1/tokens", new_token(role, token),
+                          OPERATOR_TOKEN).status == 200
     for route in koitab.ROUTES:
         if route.role == "anyone":
             continue
@@ -503,6 +506,8 @@ def test_a_token_of_another_role_is_refused_on_every_route(server):
         for token, role in ((OPERATOR_TOKEN, "operator"), (VIEWER_TOKEN,
                                                            "viewer"),
                             (f"view-{VIEWER_TOKEN}", "viewer"),
+                            ("checks-" + "c4" * 32, "checks"),
+                            ("metrics-" + "e5" * 32, "metrics"),
                             (HOST_TOKEN, "host"), ("", "")):
             if role in koitab.TOKEN_ROLES[route.role]:
                 continue
@@ -997,20 +1002,36 @@ def test_a_rotated_key_opens_nothing_and_closes_streams(tmp_path):
         with stream(found, now_of(found)) as client:
             made = found.ask("POST", "/api/v1/rotate", {
                 "salt": "11" * 16, "rounds": 600_000,
-                "api_sha256": koitab.sha256_hex("e" * 64),
-                "view_sha256": koitab.sha256_hex("f" * 64)}, OPERATOR_TOKEN)
+                "api_sha256": koitab.sha256_hex("e" * 64)}, OPERATOR_TOKEN)
             assert made.status == 200
             client.read_to_end()
         assert found.ask("GET", "/api/v1/state",
                          token=OPERATOR_TOKEN).status == 401
+        for token in ("e" * 64, VIEWER_TOKEN):
+            assert found.ask("GET", "/api/v1/state",
+                             token=token).status == 200
+
+
+def test_a_revoked_access_token_opens_nothing_and_closes_streams(tmp_path):
+    with DashboardProcess(tmp_path) as found:
+        found.set_up()
+        found.ask("POST", "/api/v1/tokens",
+                  new_token("viewer", "f" * 64, "wall"), OPERATOR_TOKEN)
+        with stream(found, now_of(found)) as client:
+            assert found.ask("POST", "/api/v1/tokens", {
+                "do": "revoke", "name": "viewer"}, OPERATOR_TOKEN
+                             ).status == 200
+            client.read_to_end()
         assert found.ask("GET", "/api/v1/state",
                          token=VIEWER_TOKEN).status == 401
-        assert found.ask("GET", "/api/v1/state", token="e" * 64).status == 200
+        assert found.ask("GET", "/api/v1/state", token="f" * 64).status == 200
+        wall, = found.ask("GET", "/api/v1/tokens",
+                          token=OPERATOR_TOKEN).json["tokens"]
+        assert wall["name"] == "wall" and wall["used"] >= wall["created"]
 
 
 def test_a_dashboard_is_created_once_with_the_founding_token(tmp_path):
-    asked = {"salt": "11" * 16, "rounds": 600_000, "api_sha256": "e" * 64,
-             "view_sha256": "f" * 64}
+    asked = {"salt": "11" * 16, "rounds": 600_000, "api_sha256": "e" * 64}
     with DashboardProcess(tmp_path) as found:
         file, token = Path(f"{found.db}.founding"), found.founding_token()
         assert stat.S_IMODE(file.stat().st_mode) == 0o600

@@ -190,7 +190,8 @@ def test_the_search_finds_a_line_and_leads_to_it(browser):
 
 def test_a_viewer_sees_all_and_can_run_nothing(server, web1_host, operator,
                                                browser):
-    browser.open(server.url, f"view-{operator.viewer}")
+    viewer = operator.viewer_token()
+    browser.open(server.url, f"view-{viewer}")
     browser.wait(job_row("Args"))
     runs = operator.runs("Long")
     if not runs:                # this test was chosen alone
@@ -206,13 +207,13 @@ def test_a_viewer_sees_all_and_can_run_nothing(server, web1_host, operator,
             "Snooze|New check|Add)\\b/.test(text))") == [], place
     assert operator.password not in browser.text("body")
     browser.visit(f"job/{runs[0]['job']}/run")
-    browser.shows("A viewer's key can read, and nothing else.")
+    browser.shows("A viewer's token can read, and nothing else.")
     host = operator.host("web1")
     body = operator.sealed(host, operator.request(
         host, operator.specs(host)["Quick"], {"Who": "x"}))
     before = len(operator.runs("Quick"))
     assert operator.reply("POST", "requests", body,
-                          token=operator.viewer).status == 403
+                          token=viewer).status == 403
     # The same from within the page, with all that it knows.
     assert browser.js("""return post('requests', arguments[0]).then(
         () => 'taken', (error) => error.status)""", body) == 403
@@ -461,8 +462,7 @@ def second(tmp_path_factory):
                           *SERVER_OPTIONS) as server:
         made = server.found({
             "salt": salt.hex(), "rounds": ROUNDS,
-            "api_sha256": koitab.sha256_hex(keys.api.hex()),
-            "view_sha256": koitab.sha256_hex(keys.view.hex())})
+            "api_sha256": koitab.sha256_hex(keys.api.hex())})
         yield Operator(server, made.json["dash"], password)
         server.assert_no_bugs()
 
