@@ -10339,6 +10339,7 @@ MOST_SINGLE = 10                # notifications of a channel in DIGEST_WINDOW,
 DIGEST_WINDOW = 600.0           # seconds; then one digest each DIGEST_PAUSE
 DIGEST_PAUSE = CHECK_PAUSE = 60.0   # and one change of a check each minute
 MOST_IN_DIGEST, LINES_OF_DIGEST = 1_000, 50
+UNTIL_WELL = LARGEST_TIME       # a snooze ends with its subject's last alert
 
 
 class Alert(FrozenRecord):
@@ -10380,6 +10381,8 @@ create index notifications_due on notifications (due);
 create index notifications_of_run on notifications (run)
     where run is not null;
 """
+    SHOWN = "select a.subject, kind, since, text, coalesce(until, 0) " \
+        "snoozed from alerts a left join snoozes s on s.subject = a.subject"
 
     def __init__(self, changes: Changes, timers: Timers, audit: AuditLog,
                  clock: Clock):
@@ -10418,15 +10421,18 @@ create index notifications_of_run on notifications (run)
         """Add a notification about the alert `number` for each channel.
 
         Of a check one change a minute is reported; one that was taken back
-        before its time is not.
+        before its time is not. The key of a repeated notification is another
+        one: receivers drop what they know.
         """
-        db.update("alerts", {"notified": 1}, id=number)
+        before = db.value("select notified from alerts where id = ?", number)
+        db.update("alerts", {"notified": before + 1}, id=number)
+        again = f"-{before + 1}" if before and not resolved else ""
         subject, now = alert.subject, self.clock.now()
         if subject.startswith("check:"):
             if resolved and db.execute(
                     "delete from notifications where key glob ? and tries = 0 "
                     "and due > ?", f"{number}-{alert.kind}-firing-*",
-                    now).rowcount:
+                    now).rowcount and before == 1:
                 self.reported[subject] = self.reported.get(
                     subject, now) - CHECK_PAUSE
                 return
@@ -10441,8 +10447,9 @@ create index notifications_of_run on notifications (run)
             **self.place_of(db, subject, run)}
         for channel in db.column("select id from channels"):
             self.add_notification(
-                db, channel, f"{number}-{alert.kind}-{status}-{channel}",
-                alert, [entry], due, run)
+                db, channel,
+                f"{number}-{alert.kind}-{status}-{channel}{again}", alert,
+                [entry], due, run)
 
     def place_of(self, db: Database, subject: str, run: int | None) -> dict:
         """Return what a subject is called, the number of a run on its host,
@@ -10498,6 +10505,15 @@ create index notifications_of_run on notifications (run)
                                                text), resolved=True)
         db.delete("alerts", id=found["id"])
         self.changes.mark_changed("alerts", (subject, kind))
+        if not self.kinds_of(db, subject) and db.delete(
+                "snoozes", subject=subject, until=UNTIL_WELL):
+            self.mark_subject(subject)
+
+    def mark_subject(self, subject: str) -> None:
+        """Have the new state of a subject published."""
+        kind, _, key = subject.partition(":")
+        self.changes.mark_changed(f"{kind}s",
+                                  int(key) if kind == "job" else key)
 
     def kinds_of(self, db: Database, subject: str) -> set:
         """Return the kinds of a subject's active alerts."""
@@ -10512,13 +10528,11 @@ create index notifications_of_run on notifications (run)
 
     def find(self, db: Database, key: tuple) -> dict | None:
         """Return the alert of (subject, kind) as it is shown, or None."""
-        return db.row("select subject, kind, since, text from alerts where "
-                      "subject = ? and kind = ?", *key)
+        return db.row(f"{self.SHOWN} where a.subject = ? and kind = ?", *key)
 
     def list_all(self, db: Database) -> list[dict]:
         """Return the active alerts as they are shown, the newest first."""
-        return db.rows("select subject, kind, since, text from alerts order "
-                       "by since desc")
+        return db.rows(f"{self.SHOWN} order by since desc")
 
     # --- snoozes
 
@@ -10531,29 +10545,37 @@ create index notifications_of_run on notifications (run)
 
     def snooze(self, db: Database, subject: str, until: float,
                now: float) -> None:
-        """Notify nobody about a subject until a time; one in the past ends
-        the snooze."""
+        """Notify nobody about a subject until a time, or UNTIL_WELL; a time
+        in the past ends the snooze. Raises Error (409) if it is well."""
+        kinds = self.kinds_of(db, subject)
+        if until == UNTIL_WELL and not kinds:
+            raise Error("no alert of this is active", "", 409)
         db.delete("snoozes", subject=subject)
         if until > now:
             db.insert("snoozes", subject=subject, until=until)
             self.timers.schedule("snooze", subject, until)
         else:
-            self.notify_missed(db, subject)
+            self.notify_active(db, subject, 0)
+        self.mark_subject(subject)
+        self.changes.mark_changed("alerts", *((subject, kind)
+                                              for kind in kinds))
 
     def check_snooze(self, db: Database, subject: str, now: float) -> None:
-        """If a snooze is over, notify of the alerts that are still active."""
+        """If a snooze is over, notify of the alerts that are still active:
+        people who knew of them may wait for that."""
         until = db.value("select until from snoozes where subject = ?",
                          subject)
         if until is not None and until > now:
             self.timers.schedule("snooze", subject, until)
         elif until is not None:
             db.delete("snoozes", subject=subject)
-            self.notify_missed(db, subject)
+            self.notify_active(db, subject, LARGEST_WHOLE)
 
-    def notify_missed(self, db: Database, subject: str) -> None:
-        """Notify of the alerts of a subject that nobody knows of."""
+    def notify_active(self, db: Database, subject: str, most: int) -> None:
+        """Notify of the active alerts of a subject that were notified at
+        most `most` times."""
         for row in db.rows("select id, kind, since, text from alerts where "
-                           "subject = ? and not notified", subject):
+                           "subject = ? and notified <= ?", subject, most):
             title = row["text"].partition("\n")[0][:200]
             self.notify(db, row["id"], Alert(subject, row["kind"],
                                              row["since"], title,
@@ -12055,6 +12077,26 @@ def describe_failure(record: dict) -> str:
     return record["state"]
 
 
+def read_time(request: RequestFields, name: str) -> float:
+    """Return a field that is a time, in seconds since 1970. It is given as
+    such, or as text in the format of RFC 3339. Raises Error."""
+    import re
+    from datetime import datetime
+    if not isinstance(request.fields.get(name), str):
+        return request.number(name)
+    found = re.fullmatch(
+        r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.\d+)?"
+        r"([Zz]|[+-]\d\d:\d\d)", request.text(name), re.A)
+    try:
+        day, time_of_day, offset = found.groups()
+        offset = "+00:00" if offset in "Zz" else offset
+        return datetime.fromisoformat(
+            f"{day} {time_of_day}{offset}").timestamp()
+    except (AttributeError, ValueError):
+        raise request.wrong(name, "is not a time such as "
+                            "2026-11-30T08:00:00+01:00") from None
+
+
 class AlertRules:
     """The rules by which hosts and jobs raise alerts."""
 
@@ -12078,25 +12120,27 @@ class AlertRules:
             self.timers.schedule("slow", run, now + SETTLED_AFTER)
 
     def snooze(self, db: Database, fields, now: float) -> dict:
-        """Notify nobody about a subject until a time; it is shown as before.
-        Raises Error."""
+        """Notify nobody about a subject until a time, or until it is well;
+        it is shown as before. Raises Error."""
         request = RequestFields(fields)
-        subject, until = request.text("subject", 100), request.number("until")
+        subject = request.text("subject", 100)
+        until = UNTIL_WELL if request.fields.get("until") == "well" \
+            else read_time(request, "until")
         kind, _, key = subject.partition(":")
         job, host = None, ""
         if kind == "host":
             self.hosts.status_of(key)
             host = key
         elif kind == "check":
-            self.checks.find(db, key)
+            subject = f"check:{self.checks.find(db, key)['uuid']}"
         elif kind == "job" and key.isascii() and key.isdigit():
-            key = job = self.hosts.job(db, int(key[:18]))["id"]
+            job = self.hosts.job(db, int(key[:18]))["id"]
+            subject = f"job:{job}"
         else:
             raise not_found("subject")
         self.alerts.snooze(db, subject, until, now)
         self.audit.record(db, now, "snooze", host=host, job=job,
                           label=subject, state="on" if until > now else "off")
-        self.changes.mark_changed(f"{kind}s", key)
         return {}
 
     # --- a host
@@ -16079,7 +16123,7 @@ async def create_request(api: Api, context: RequestContext) -> Response:
 
 
 async def snooze_alert(api: Api, context: RequestContext) -> Response:
-    """POST /api/v1/snooze: no alert about a subject until a time."""
+    """POST /api/v1/snooze: no notifications of a subject until a time."""
     return json_response(await api.store(context, api.dashboard.rules.snooze))
 
 
@@ -16202,6 +16246,10 @@ ROUTES = [Route(*row) for row in (
     ("POST", "/api/v1/requests", "operator", create_request, {},
      REQUEST_BODY),
     ("GET", "/api/v1/requests/NONCE", "viewer", show_request),
+    # {"subject": "job:ID", "host:ID" or "check:UUID", "until": seconds since
+    # 1970, "2026-11-30T08:00:00+01:00" (RFC 3339), "well": until its last
+    # alert has ended, or 0: ends the snooze}. Jobs, checks and alerts show
+    # `snoozed`: 0, seconds since 1970, or 1099511627776 for "well".
     ("POST", "/api/v1/snooze", "operator", snooze_alert),
     ("POST", "/api/v1/checks", "operator", add_check),
     ("POST", "/api/v1/checks/CHECK", "operator", change_check),

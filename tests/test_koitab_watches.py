@@ -489,6 +489,79 @@ def test_a_snooze_is_kept_over_a_restart(dashboard, web1):
     assert len(reopened.take_notifications()) == 1
 
 
+def snooze_until(dashboard, until, subject: str = "job:1") -> None:
+    dashboard.do(dashboard.dashboard.rules.snooze,
+                 {"subject": subject, "until": until}, dashboard.now)
+
+
+def test_known_alert_that_outlasts_its_snooze_is_notified_again(dashboard,
+                                                                web1):
+    dashboard.runs(web1, dashboard.record(exit=1))
+    (first,), = dashboard.rows("select key from notifications")
+    assert len(dashboard.take_notifications()) == 1
+    snooze(dashboard, "job:1", HOUR)
+    reopened = dashboard.reopen()
+    alive(reopened, web1, HOUR - 20)
+    assert reopened.take_notifications() == []
+    alive(reopened, web1, 60)
+    (again, alerts), = reopened.rows("select key, alerts from notifications")
+    # Receivers drop a key that they know; the id pairs it with its end.
+    assert again != first and json.loads(alerts)[0]["id"] == "1-failed"
+    reopened.take_notifications()
+    reopened.runs(web1, reopened.record())
+    assert reopened.take_notifications() == [
+        "Night/Backup on web1 works again"]
+
+
+def test_snooze_until_well_ends_with_the_last_alert(dashboard, web1):
+    dashboard.runs(web1, dashboard.record(exit=1))
+    dashboard.take_notifications()
+    snooze_until(dashboard, "well")
+    shown = dashboard.state["alerts"][0]["snoozed"], dashboard.job()["snoozed"]
+    assert shown == (koitab.UNTIL_WELL,) * 2
+    dashboard = dashboard.reopen()
+    alive(dashboard, web1, 3 * HOUR)
+    dashboard.runs(web1, dashboard.record(exit=1))
+    assert dashboard.take_notifications() == []
+    dashboard.lines.clear()
+    dashboard.runs(web1, dashboard.record())
+    assert dashboard.job()["snoozed"] == 0
+    assert dashboard.take_notifications() == [
+        "Night/Backup on web1 works again"]
+    dashboard.runs(web1, dashboard.record(exit=1))
+    assert dashboard.take_notifications() == ["Night/Backup on web1 failed"]
+
+
+def test_what_is_well_cannot_be_snoozed_until_it_is_well(dashboard, web1):
+    with refused(409):
+        snooze_until(dashboard, "well")
+
+
+@pytest.mark.parametrize("until", [
+    NOW + HOUR, koitab.format_rfc3339(NOW + HOUR, 0),
+    koitab.format_rfc3339(NOW + HOUR, 7200), "2027-01-15t09:00:00.25z"])
+def test_snooze_ends_at_a_time_as_seconds_or_rfc_3339(dashboard, web1, until):
+    snooze_until(dashboard, until)
+    assert dashboard.job()["snoozed"] == NOW + HOUR
+
+
+@pytest.mark.parametrize("until", [
+    "2027-01-15", "2027-01-15T09:00:00", "2027-02-30T09:00:00Z", "soon", "",
+    None, True, -1, "2027-W01"])
+def test_end_of_a_snooze_that_is_not_a_time_is_refused(dashboard, web1,
+                                                       until):
+    with refused(400):
+        snooze_until(dashboard, until)
+
+
+def test_check_is_snoozed_by_what_stands_for_its_uuid(dashboard):
+    check = dashboard.do(dashboard.dashboard.checks.create, {"name": "Sync"},
+                         NOW)["id"]
+    snooze_until(dashboard, NOW + HOUR, "check:" + koitab.hashed_uuid(check))
+    dashboard.ping(check, action="fail")
+    assert dashboard.take_notifications() == []
+
+
 @pytest.mark.parametrize("subject", [
     "job:99", "job:x", "job:", "host:" + "d" * 32, "check:1", "", "job:²",
     "moon:1", "job:" + "9" * 40])
