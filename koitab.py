@@ -1233,6 +1233,7 @@ DEEPEST_SHELL = 50          # levels; Python's own stack has about 1,000
 BLANKS = " \t"
 SPACE = " \t\r\f\v"
 LONGEST_LABEL = 1000        # characters of a job's label
+LONGEST_ABOUT = 300         # characters of a job's description
 
 
 class Settings(FrozenRecord):
@@ -1278,6 +1279,8 @@ class Parameter(FrozenRecord):
             return "it is not UTF-8"
         if has_control(value, "\n\t" if self.type == "text" else "\t"):
             return "it has a control character"
+        if not value and self.default != "":
+            return "the value is empty"
         most = LONGEST_TEXT if self.type == "text" else LONGEST_VALUE
         return f"it is longer than {most:,} bytes" if size > most else ""
 
@@ -1301,6 +1304,7 @@ class Job(FrozenRecord):
     apart: tuple = ()       # tells it from an equal one: see told_apart
     after: tuple = ()       # the identity of the job that @after names
     assignments: str = ""   # a checksum of `environment`
+    about: str = ""         # the comment directly above it, in one line
 
     @property
     def label(self) -> str:
@@ -2088,7 +2092,8 @@ class TabReader:
     chooses. `row` and `raw` are the present line, `base` is the offset of its
     first character that is not blank; an `at` in the methods is an offset
     from there. `settings` and
-    `environment` are what the lines above assigned. `lines_of` has the line
+    `environment` are what the lines above assigned, `about` is the comment
+    directly above. `lines_of` has the line
     of the identity of each job that must have one of its own.
     """
 
@@ -2097,7 +2102,7 @@ class TabReader:
         self.text, self.system, self.root = text, system, root or system
         self.literal = literal or system
         self.salt, self.row, self.raw, self.base = salt, 0, "", 0
-        self.section, self.settings = "", Settings()
+        self.section, self.settings, self.about = "", Settings(), ""
         self.environment: dict[str, str] = {}
         self.assignments = 0
         self.lines_of: dict[tuple, int] = {}
@@ -2189,31 +2194,38 @@ class TabReader:
         """Read the present line: a comment, section, assignment or entry."""
         line = self.raw.lstrip(BLANKS)
         self.base = len(self.raw) - len(line)
-        if not line or line[0] == "#":
+        if line[:1] == "#":
+            text = line.lstrip("#").strip()
+            self.about = f"{self.about} {text}".strip()[:LONGEST_ABOUT]
             return
         try:
-            if "\0" in line:
-                self.reject(line.index("\0"), "bad line",
-                            "there is a NUL in it")
-            if line[0] == "\ufeff":
-                self.reject(0, "bad minute", "the line begins with a byte "
-                            "order mark (BOM)",
-                            "save the file as UTF-8 without a BOM")
-            if line[0] == "[" and line.rstrip(SPACE)[-1] == "]":
-                self.section = self.valid_name(
-                    line.rstrip(SPACE)[1:-1].strip(BLANKS), 1, "bad section",
-                    "[Backups]")
-                return
-            assignment = parse_assignment(line)
-            if assignment:
-                self.assign(*assignment)
-            elif line[0] == "[":
-                self.reject(len(line.rstrip(SPACE)), "bad section",
-                            "missing ]", "[Backups]")
-            else:
-                self.tab.jobs.append(self.entry(line))
+            if line:
+                self.read_statement(line)
         except LineRejected as rejected:
             self.tab.diagnostics.extend(rejected.diagnostics)
+        self.about = ""
+
+    def read_statement(self, line: str) -> None:
+        """Read a section, an assignment or an entry. Raises LineRejected."""
+        if "\0" in line:
+            self.reject(line.index("\0"), "bad line", "there is a NUL in it")
+        if line[0] == "\ufeff":
+            self.reject(0, "bad minute", "the line begins with a byte "
+                        "order mark (BOM)",
+                        "save the file as UTF-8 without a BOM")
+        if line[0] == "[" and line.rstrip(SPACE)[-1] == "]":
+            self.section = self.valid_name(
+                line.rstrip(SPACE)[1:-1].strip(BLANKS), 1, "bad section",
+                "[Backups]")
+            return
+        assignment = parse_assignment(line)
+        if assignment:
+            self.assign(*assignment)
+        elif line[0] == "[":
+            self.reject(len(line.rstrip(SPACE)), "bad section", "missing ]",
+                        "[Backups]")
+        else:
+            self.tab.jobs.append(self.entry(line))
 
     def valid_name(self, name: str, at: int, what: str, hint: str) -> str:
         """Return `name` if a job or section may have it. Raises
@@ -2312,9 +2324,12 @@ class TabReader:
         command = line[at:]
         self.check_command(command, at)
         script, stdin, params = self.read_arguments(command, at, when)
+        # A crontab of cron's has comments that describe no job: "# m h dom".
+        about = "" if self.literal else escape_controls(
+            self.about)[:LONGEST_ABOUT]
         job = Job(self.row, self.section, name, when, schedule, user, command,
                   script, stdin, params, self.environment, self.settings,
-                  unlogged, mail_failures)
+                  unlogged, mail_failures, about=about)
         self.check_unique(job)
         self.lint_job(job, begin, at)
         return job
@@ -2961,7 +2976,8 @@ def job_manifest(job: Job, user: str, file: str, key: bytes) -> str:
     return json.dumps({
         "user": user, "file": file, "tag": job.tag, "section": job.section,
         "name": job.name, "label": job.label, "when": job.when,
-        "words": job.describe(), "command": job.command, "input": job.stdin,
+        "words": job.describe(), "about": job.about, "command": job.command,
+        "input": job.stdin,
         "assignments": hmac_sha256(hmac_sha256(
             key, b"koi-assignments-v1"), assignments).hex(),
         "params": [{"name": param.name, "type": param.type,
@@ -11676,6 +11692,7 @@ def read_job(text) -> dict:
         ("words", 5000), ("command", 200_000), ("confirm", 10))}
     for name in ("label", "words", "command"):
         job[name] = cut_text(job[name], LABEL_BYTES)
+    request.text("about", LONGEST_ABOUT, "")      # stays in `spec`
     return {"user": request.text("user", 256), "tag": request.text("tag", 100),
             "timing": request.text("when", 1000), "spec": text, **job}
 
@@ -13179,6 +13196,7 @@ class Overview:
 
     def job(self, db: Database, row: dict) -> dict:
         """Return the row of a job as it is shown, with its last runs."""
+        import json
         history = self.runs.history(db, row["id"])
         active = self.runs.active(db, row["id"])
         last = self.runs.last_ended(db, row["id"])
@@ -13195,6 +13213,7 @@ class Overview:
                 "id", "user", "tag", "section", "name", "label", "words",
                 "command", "next", "paused", "confirm")},
             "host": status.host if status else "", "when": row["timing"],
+            "about": json.loads(row["spec"] or "{}").get("about", ""),
             "removed": bool(row["removed"]),
             "manual": row["timing"] == "@manual", "running": active,
             "state": job_state(bool(status) and status.is_down,
@@ -13212,13 +13231,22 @@ class Overview:
         return {"run": self.runs.shape(row), "job": self.job(db, job),
                 **self.runs.neighbours(db, run, job["id"])}
 
+    def changed_job(self, db: Database, job: int, changed: dict) -> dict:
+        """Return a job for the stream, in which `new_runs` has the entries of
+        the run history bar that have changed. Raises Error."""
+        shown = self.job(db, self.hosts.job(db, job))
+        runs = changed.get("runs", ())
+        shown["new_runs"] = [entry for entry in shown.pop("recent_runs")
+                             if entry[0] in runs]
+        return shown
+
     def describe_changes(self, db: Database, changed: dict,
                          now: float) -> dict:
         """Return the new state of what changed, by kind; `deleted` has the
         IDs of what was deleted."""
         makers = {
             "runs": lambda run: self.runs.shape(self.runs.find(db, run)),
-            "jobs": lambda job: self.job(db, self.hosts.job(db, job)),
+            "jobs": lambda job: self.changed_job(db, job, changed),
             "hosts": lambda host: self.hosts.shape(self.hosts.row(
                 db, self.hosts.status_of(host)), now),
             "checks": lambda uuid: self.checks.shape(
@@ -14577,6 +14605,36 @@ def head_bytes(response: Response, last: bool) -> bytes:
         + SECURITY_HEADERS + b"\r\n"
 
 
+GZIP_HEADERS = (("Content-Encoding", "gzip"), ("Vary", "Accept-Encoding"))
+
+
+def accepts_gzip(request: Request) -> bool:
+    """May the response be compressed? RFC 9110, 12.5.3"""
+    for each in request.headers.get("accept-encoding", "").split(","):
+        coding, _, weight = each.replace(" ", "").lower().partition(";q=")
+        if coding == "gzip":
+            return weight.strip("0.") != "" or not weight
+    return False
+
+
+def gzip_parts(parts) -> bytes:
+    """Return the gzip (RFC 1952) of the (text, level) of `parts`.
+
+    No part refers to the text of another one, so the length of the whole
+    never shows what two of them have in common; level 0 only copies.
+    """
+    import zlib
+    found, crc, size = [b"\x1f\x8b\x08" + bytes(6) + b"\xff"], 0, 0
+    for text, level in parts:
+        compressor = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
+        found += compressor.compress(text), compressor.flush(
+            zlib.Z_FULL_FLUSH)
+        crc, size = zlib.crc32(text, crc), size + len(text)
+    # RFC 1951: a last block that is empty.
+    return b"".join(found) + b"\x03\0" + Struct("<II").pack(
+        crc, size & 0xFFFFFFFF)
+
+
 # --- one connection -------------------------------------------------------
 
 
@@ -15566,7 +15624,9 @@ class Api:
     def __init__(self, dashboard: Dashboard, page: str, names=()):
         self.dashboard = dashboard
         self.page, self.page_policy = page.encode(), page_policy_of(page)
-        self.page_tag = f'"{sha256_hex(self.page)[:32]}"'
+        self.packed_page = gzip_parts([(self.page, 9)])
+        # Weak, because it is the same for both encodings.
+        self.page_tag = f'W/"{sha256_hex(self.page)[:32]}"'
         self.rules = AccessRules(names,
                                  dashboard.credentials.principal_of)
         self.clock, self.certificate_expires = Clock(), 0.0
@@ -15830,11 +15890,14 @@ class Api:
 
 
 async def show_page(api: Api, context: RequestContext) -> Response:
-    """GET /: the page."""
-    headers = (("ETag", api.page_tag),
+    """GET /: the page. It has no secrets, so a browser may keep it, and asks
+    each time whether it has changed."""
+    headers = (("ETag", api.page_tag), ("Cache-Control", "no-cache"),
                ("Content-Security-Policy", api.page_policy))
-    if context.request.headers.get("if-none-match") == api.page_tag:
+    if api.page_tag in context.request.headers.get("if-none-match", ""):
         return Response(304, b"", HTML, headers)
+    if accepts_gzip(context.request):
+        return Response(200, api.packed_page, HTML, headers + GZIP_HEADERS)
     return Response(200, api.page, HTML, headers)
 
 
@@ -15931,22 +15994,63 @@ def ping_response(status: int, text: str) -> Response:
 # --- handlers: for viewers ------------------------------------------------
 
 
-def state_response(state: dict) -> Response:
-    """Return the overview as JSON.
+def pack_history(runs: list) -> dict:
+    """Return the entries of a run history bar in columns; `id` and `at` (in
+    seconds) have the differences from the entry before. It is a fifth of
+    their length."""
+    def differences(values: list) -> list:
+        return [new - old for old, new in zip([0, *values], values)]
+
+    ids, times, seconds, codes = zip(*runs) if runs else ((), (), (), ())
+    return {"id": differences(ids), "at": differences([
+        round(at or 0) for at in times]), "how": "".join(codes),
+        "took": [took and float(f"{took:.3g}") for took in seconds]}
+
+
+def state_parts(state: dict) -> list[tuple[bytes, int]]:
+    """Return the overview as pieces of JSON, each with the level of its
+    compression (see gzip_parts).
+
+    Who sees how long an encrypted answer is, and chooses a text in it, could
+    guess a secret that is compressed with that text (BREACH). So keys, and
+    what can ping a check, are only copied, and the jobs of one user of a
+    host are compressed apart from those of others. The page sends a token
+    and no cookie: other pages cannot have the state requested.
 
     Jobs are encoded one by one. json holds the interpreter's lock for a
     whole call, 0.5 s for 3,000 jobs, and nobody would be served meanwhile.
     """
-    rows = ",".join(map(compact_json, state.pop("jobs")))
-    return Response(200, f'{compact_json(state)[:-1]},"jobs":[{rows}]}}'
-                    .encode("utf-8", "backslashreplace"), JSON)
+    from itertools import groupby
+
+    def owner(job: dict) -> tuple:
+        return job["host"], job["user"]
+
+    rest = {name: value for name, value in state.items() if name != "jobs"}
+    rest["checks"] = [{**check, "recent_runs": pack_history(
+        check["recent_runs"])} for check in state["checks"]]
+    parts, comma = [(f'{compact_json(rest)[:-1]},"jobs":[', 0)], ""
+    for _, jobs in groupby(sorted(state["jobs"], key=owner), owner):
+        rows = ",".join(compact_json({**job, "recent_runs": pack_history(
+            job["recent_runs"])}) for job in jobs)
+        parts.append((comma + rows, 6))
+        comma = ","
+    return [(text.encode("utf-8", "backslashreplace"), level)
+            for text, level in (*parts, ("]}", 0))]
 
 
 async def show_state(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/state: all that the overview shows."""
     api.change_stream()     # no change after it is missed
+
+    def encode(state: dict) -> Response:
+        parts = state_parts(state)
+        if accepts_gzip(context.request):
+            return Response(200, gzip_parts(parts), JSON,
+                            headers=GZIP_HEADERS)
+        return Response(200, b"".join(text for text, _ in parts), JSON)
+
     return await api.answer(api.dashboard.state, context.principal.role,
-                            api.clock.now(), encode=state_response)
+                            api.clock.now(), encode=encode)
 
 
 async def follow_changes(api: Api, context: RequestContext) -> Response:
@@ -17692,9 +17796,33 @@ const KEY_OF = { hosts: (host) => host.id, jobs: (job) => job.id,
 const NAMES = { jobs: ["label", "name", "section", "words", "user"],
   hosts: ["name"], checks: ["name", "tags", "words"], alerts: ["text"] };
 
+// Returns the entries of a run history bar, [id, at, seconds, outcome]. GET
+// state has them in columns, with differences of ids and times.
+function unpacked(runs) {
+  if (Array.isArray(runs)) return runs;
+  const added = (list) => {
+    let sum = 0;
+    return list.map((one) => sum += one);
+  };
+  const times = added(runs.at);
+  return added(runs.id).map((id, at) => [id, times[at], runs.took[at],
+    runs.how[at]]);
+}
+
+// Returns old entries with those that a change of the job has brought.
+function withNewRuns(old, runs) {
+  const all = new Map([...old, ...runs].map((run) => [run[0], run]));
+  return [...all.values()].sort((a, b) => a[0] - b[0]).slice(-90);
+}
+
 // Puts new versions of things into the state.
 function store(kind, items = []) {
   for (const item of items) {
+    if (item.recent_runs) item.recent_runs = unpacked(item.recent_runs);
+    else if (item.new_runs) {
+      item.recent_runs = withNewRuns(state[kind].get(item.id)?.recent_runs
+        || [], item.new_runs);
+    }
     for (const name of NAMES[kind]) item[name] = visible(item[name] || "");
     state[kind].set(KEY_OF[kind](item), item);
   }
@@ -19934,7 +20062,7 @@ const LONGEST_VALUE = 4096, LONGEST_TEXT = 65536;
 
 // The same as Parameter.value_error in koitab.py: why a value is invalid, or
 // "".
-function valueError({ type, choices }, value) {
+function valueError({ type, choices, default: usual }, value) {
   if (type === "int") {
     return /^-?\d{1,18}$/.test(value) ? "" : "an int is 1 to 18 digits";
   }
@@ -19954,6 +20082,7 @@ function valueError({ type, choices }, value) {
       && isUnsafe(char.charCodeAt(0)))) {
     return "it has a control character";
   }
+  if (value === "" && usual !== "") return "the value is empty";
   const most = type === "text" ? LONGEST_TEXT : LONGEST_VALUE;
   return utf8(value).length > most
     ? `it is longer than ${most.toLocaleString("en")} bytes` : "";

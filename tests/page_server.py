@@ -547,9 +547,10 @@ class Page(http.server.BaseHTTPRequestHandler):
                  in parse_qs(url.query).items()}
         parts = url.path.strip("/").split("/")
         if url.path == "/":
-            return self.send(200, koitab.page_text().encode(),
-                             "text/html; charset=utf-8",
-                             Content_Security_Policy=koitab.page_policy())
+            return self.send(200, koitab.gzip_parts([(
+                koitab.page_text().encode(), 9)]), "text/html; charset=utf-8",
+                Content_Encoding="gzip",
+                Content_Security_Policy=koitab.page_policy())
         if parts[:2] != ["api", "v1"]:
             return self.refuse(404, "there is nothing here")
         if parts[2] == "salt":
@@ -584,7 +585,9 @@ class Page(http.server.BaseHTTPRequestHandler):
                      "rounds": self.server.rounds})
 
     def get_state(self, _rest, _query):
-        self.answer(self.world.state(self.role()))
+        self.send(200, koitab.gzip_parts(koitab.state_parts(
+            self.world.state(self.role()))), "application/json",
+            Content_Encoding="gzip")
 
     def get_stream(self, _rest, query):
         if self.server.deaf:

@@ -349,6 +349,19 @@ def test_a_list_makes_jobs_and_keeps_its_exact_text(dashboard, web1):
         dashboard.list_of(web1, spec(), spec("crawl"))
 
 
+def test_job_has_the_description_of_the_list(dashboard, web1):
+    def send(**fields):
+        dashboard.sync(web1, list=dashboard.list_of(web1, spec(**fields)))
+
+    send(about="Sends a greeting.")
+    assert dashboard.job()["about"] == "Sends a greeting."
+    send()          # from an older koid
+    assert dashboard.job()["about"] == ""
+    for wrong in (5, "x" * 301):
+        with pytest.raises(koitab.Error):
+            send(about=wrong)
+
+
 def test_a_job_that_is_in_no_list_is_gone_and_comes_back(dashboard, web1):
     dashboard.sync(web1, list=dashboard.list_of(web1, spec(), spec("crawl")))
     dashboard.sync(web1, list=dashboard.list_of(web1, spec("crawl")))
@@ -826,7 +839,8 @@ def test_a_change_is_told_after_it_is_in_the_state(dashboard, web1):
     dashboard.runs(web1, dashboard.record())
     (changes, seq, state), = seen
     assert (changes["seq"], state) == (seq, "ok")
-    assert changes["jobs"][0]["recent_runs"][-1][3] == "o"
+    assert [entry[3] for entry in changes["jobs"][0]["new_runs"]] == ["o"]
+    assert "recent_runs" not in changes["jobs"][0]
     assert changes["runs"][0]["id"] == 1 and changes["live"] == [1]
     json.dumps(changes)
 

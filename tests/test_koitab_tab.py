@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import subprocess
@@ -309,6 +310,26 @@ def test_jobs_get_the_section_above_and_their_name():
     assert found[4].environment == {"A": "b"}
     assert found[1].label == "Crawler"
     assert found[2].label == "s.py"
+
+
+@pytest.mark.parametrize("above, about", [
+    ("# Sends a greeting.\n", "Sends a greeting."),
+    ("  ## Sends\n#\n# a greeting.\n", "Sends a greeting."),
+    ("# Of the section\n[Bots]\n", ""),
+    ("# Of the assignment\nA=b\n", ""),
+    ("# Of nothing\n\n", ""),
+    ("# Of the job above\n@daily x\n", ""),
+    ("# \x1b[31m\u202e\n", "\\x1b[31m\\u202e"),
+    ("# " + "long " * 30_000 + "\n", ("long " * 60).strip())])
+def test_comment_directly_above_a_job_describes_it(above, about):
+    found = jobs(above + '"Hi" @manual hi\n')[-1]
+    assert found.about.strip() == about
+    assert json.loads(koitab.job_manifest(found, "ann", "", b""))[
+        "about"].strip() == about
+
+
+def test_comments_of_crons_files_describe_nothing():
+    assert only("# m h dom\n@daily x", literal=True).about == ""
 
 
 def test_tag_depends_on_section_and_name_or_on_schedule_and_command():
@@ -628,7 +649,7 @@ def test_scheduled_job_needs_defaults():
     ("int", ["0", "-5", "9" * 18], ["", "-", "--1", "+1", "1.0", " 1", "1\n",
                                     "\u0663", "1e3", "9" * 19]),
     ("bool", ["true", "false"], ["", "True", "1", "yes", "null"]),
-    ("string", ["", "$(id)", "-rf", "a\tb"], ["a\0b", "a\nb", "\ud800",
+    ("string", [" ", "$(id)", "-rf", "a\tb"], ["a\0b", "a\nb", "\ud800",
                                              "\x1b[2J", "\u202e"]),
     ("text", ["a\nb"], ["a\rb", "a\0b", "\x07"]),
     ("date", ["2026-03-29"], ["2026-3-29", "2026-02-30", "0000-01-01",
@@ -638,6 +659,14 @@ def test_type_accepts_valid_and_rejects_invalid_values(kind, good, bad):
     param = koitab.Parameter("a", kind)
     assert [value for value in good if param.value_error(value)] == []
     assert [value for value in bad if not param.value_error(value)] == []
+
+
+@pytest.mark.parametrize("kind", ["string", "text", "secret"])
+@pytest.mark.parametrize("default", [None, "x"])
+def test_value_may_be_empty_only_where_the_default_is(kind, default):
+    assert koitab.Parameter("A", kind, default).value_error("") \
+        == "the value is empty"
+    assert koitab.Parameter("A", kind, "").value_error("") == ""
 
 
 @pytest.mark.parametrize("command, program", [

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import hashlib
 import inspect
 import json
+import random
 import re
 import xml.etree.ElementTree
+import zlib
 
 import pytest
 
@@ -443,6 +446,39 @@ def test_every_response_has_the_security_headers():
         "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY",
         "Cross-Origin-Opener-Policy": "same-origin"}
+
+
+def state_with(command: str, secret: str) -> dict:
+    """An overview with a key, and with the jobs of two users."""
+    jobs = [{"host": "h", "user": user, "command": text, "recent_runs": [
+        (4, 1000.5, 1.2345, "o"), (9, 1060.25, None, "m")]}
+        for user, text in (("ann", command), ("root", f"x {secret}"),
+                           ("ann", "another command"))]
+    return {"dash": {"ping_key": secret}, "checks": [], "jobs": jobs}
+
+
+def test_packed_state_has_the_history_in_columns():
+    parts = koitab.state_parts(state_with("a", "b"))
+    packed = koitab.gzip_parts(parts)
+    found = json.loads(gzip.decompress(packed))
+    assert [job["user"] for job in found["jobs"]] == ["ann", "ann", "root"]
+    assert found["jobs"][0]["recent_runs"] == {
+        "id": [4, 5], "at": [1000, 60], "how": "om", "took": [1.23, None]}
+    empty = {**state_with("a", "b"), "jobs": []}
+    assert json.loads(gzip.decompress(koitab.gzip_parts(
+        koitab.state_parts(empty))))["jobs"] == []
+
+
+def test_length_of_the_packed_state_gives_no_secret_away():
+    """A job's command that has the key or another user's text in it is
+    packed no better than one that has not."""
+    secret = random.Random(5).randbytes(40).hex()
+    other = random.Random(6).randbytes(40).hex()
+    right, wrong = (len(koitab.gzip_parts(koitab.state_parts(
+        state_with(f"guess {guess}", secret)))) for guess in (secret, other))
+    assert abs(right - wrong) < 6       # other digits, not fewer
+    assert len(zlib.compress((secret + secret).encode())) + 30 \
+        < len(zlib.compress((secret + other).encode()))
 
 
 @pytest.mark.parametrize("value", ["a\r\nB: c", "a\nb", "ä", "\0", "\x1b"])

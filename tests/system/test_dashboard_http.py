@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -73,10 +74,28 @@ def test_the_page_comes_with_a_policy_that_fits_it(server):
     assert reply.headers["content-type"] == "text/html; charset=utf-8"
     assert reply.headers["content-security-policy"] == \
         koitab.page_policy_of(reply.body.decode())
-    assert reply.headers["cache-control"] == "no-store"
+    assert reply.headers["cache-control"] == "no-cache"
     assert "set-cookie" not in reply.headers
     again = server.ask("GET", "/", If_None_Match=reply.headers["etag"])
     assert (again.status, again.body) == (304, b"")
+
+
+def test_page_and_state_are_compressed_for_clients_that_accept_it(server):
+    for path, most in (("/", 80_000), ("/api/v1/state", 10_000)):
+        plain = server.ask("GET", path, token=OPERATOR_TOKEN)
+        packed = server.ask("GET", path, token=OPERATOR_TOKEN,
+                            Accept_Encoding="br;q=1, gzip;q=0.5")
+        assert "content-encoding" not in plain.headers
+        assert packed.headers["content-encoding"] == "gzip"
+        assert packed.headers["vary"] == "Accept-Encoding"
+        assert len(packed.body) < most
+        text = gzip.decompress(packed.body)
+        assert text == plain.body or json.loads(text).keys() \
+            == json.loads(plain.body).keys()
+        for refused in ("", "identity", "gzip;q=0", "gzip;q=0.000", "x-gzip"):
+            assert "content-encoding" not in server.ask(
+                "GET", path, token=OPERATOR_TOKEN,
+                Accept_Encoding=refused).headers, refused
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/api/v1/state"])

@@ -126,54 +126,54 @@ PAYLOADS = [
 # canary, for what `show` gets depends on the value. (So it does after a tilde
 # in zsh and ksh93, for which ~"" is a folder.)
 TAKEN = {
-    "a word": ("show {{v, text}}", ["{}"]),
-    "part of a word": ("show --to={{v, text}}.x", ["--to={}.x"]),
-    "twice": ("show {{v, text}} {{v}}", ["{}", "{}"]),
-    "twice in a word": ("show {{v, text}}{{v}}", ["{}{}"]),
-    "beside quotes": ("show 'q'{{v, text}}\"r\"", ["q{}r"]),
-    "after a tilde": ("show ~{{v, text}}", ["~{}"]),
-    "after a hash": ("show a#{{v, text}}", ["a#{}"]),
-    "after two backslashes": (r"show \\{{v, text}}", [r"\{}"]),
-    "after a percent": (r"show \%{{v, text}}", ["%{}"]),
-    "before the input": ("show {{v, text}}%input%", ["{}"]),
-    "after --": ("show -- {{v, text}}", ["--", "{}"]),
-    "an assignment": ('V={{v, text}}; show "$V"', ["{}"]),
-    "part of an assignment": ('V=a{{v, text}}b; show "$V"', ["a{}b"]),
-    "a command's variable": ("V={{v, text}} showv", ["{}"]),
-    "env": ("env V={{v, text}} showv", ["{}"]),
-    "export": ("export V; V={{v, text}}; showv", ["{}"]),
-    "case": ("case {{v, text}} in no) ;; *) show {{v}};; esac", ["{}"]),
+    "a word": ("show {{v, text, }}", ["{}"]),
+    "part of a word": ("show --to={{v, text, }}.x", ["--to={}.x"]),
+    "twice": ("show {{v, text, }} {{v}}", ["{}", "{}"]),
+    "twice in a word": ("show {{v, text, }}{{v}}", ["{}{}"]),
+    "beside quotes": ("show 'q'{{v, text, }}\"r\"", ["q{}r"]),
+    "after a tilde": ("show ~{{v, text, }}", ["~{}"]),
+    "after a hash": ("show a#{{v, text, }}", ["a#{}"]),
+    "after two backslashes": (r"show \\{{v, text, }}", [r"\{}"]),
+    "after a percent": (r"show \%{{v, text, }}", ["%{}"]),
+    "before the input": ("show {{v, text, }}%input%", ["{}"]),
+    "after --": ("show -- {{v, text, }}", ["--", "{}"]),
+    "an assignment": ('V={{v, text, }}; show "$V"', ["{}"]),
+    "part of an assignment": ('V=a{{v, text, }}b; show "$V"', ["a{}b"]),
+    "a command's variable": ("V={{v, text, }} showv", ["{}"]),
+    "env": ("env V={{v, text, }} showv", ["{}"]),
+    "export": ("export V; V={{v, text, }}; showv", ["{}"]),
+    "case": ("case {{v, text, }} in no) ;; *) show {{v}};; esac", ["{}"]),
     "a pattern of case": (
-        "case no in {{v, text}}) ;; *) show {{v}};; esac", ["{}"]),
-    "a test": ("[ {{v, text}} = {{v}} ] && show {{v}}", ["{}"]),
-    "a subshell": ("(show {{v, text}}; true)", ["{}"]),
-    "a group": ("{ show {{v, text}}; }", ["{}"]),
-    "if": ("if show {{v, text}}; then show {{v}}; fi", ["{}", "{}"]),
-    "for": ('for x in {{v, text}} k; do show "$x"; done', ["{}", "k"]),
-    "while": ("while show {{v, text}}; do break; done", ["{}"]),
-    "a function": ('f() { show "$1"; }; f {{v, text}}', ["{}"]),
-    "set": ('set -- {{v, text}}; show "$@"', ["{}"]),
-    "a pipe": ("true | show {{v, text}} | cat", ["{}"]),
-    "a list": ("false || true && show {{v, text}}; true", ["{}"]),
-    "the background": ("show {{v, text}} & wait", ["{}"]),
-    "not": ("! show {{v, text}}", ["{}"]),
-    "after $(..)": ("show $(true) {{v, text}}", ["{}"]),
-    "after backquotes": ("show `true` {{v, text}}", ["{}"]),
-    "after ${..}": ("show ${NO:-$(true)} {{v, text}}", ["{}"]),
-    "after a sum": ("show $((1+(2))) {{v, text}}", ["3", "{}"]),
-    "after quotes": ("show 'a\"b' \"c'd\" {{v, text}}",
+        "case no in {{v, text, }}) ;; *) show {{v}};; esac", ["{}"]),
+    "a test": ("[ {{v, text, }} = {{v}} ] && show {{v}}", ["{}"]),
+    "a subshell": ("(show {{v, text, }}; true)", ["{}"]),
+    "a group": ("{ show {{v, text, }}; }", ["{}"]),
+    "if": ("if show {{v, text, }}; then show {{v}}; fi", ["{}", "{}"]),
+    "for": ('for x in {{v, text, }} k; do show "$x"; done', ["{}", "k"]),
+    "while": ("while show {{v, text, }}; do break; done", ["{}"]),
+    "a function": ('f() { show "$1"; }; f {{v, text, }}', ["{}"]),
+    "set": ('set -- {{v, text, }}; show "$@"', ["{}"]),
+    "a pipe": ("true | show {{v, text, }} | cat", ["{}"]),
+    "a list": ("false || true && show {{v, text, }}; true", ["{}"]),
+    "the background": ("show {{v, text, }} & wait", ["{}"]),
+    "not": ("! show {{v, text, }}", ["{}"]),
+    "after $(..)": ("show $(true) {{v, text, }}", ["{}"]),
+    "after backquotes": ("show `true` {{v, text, }}", ["{}"]),
+    "after ${..}": ("show ${NO:-$(true)} {{v, text, }}", ["{}"]),
+    "after a sum": ("show $((1+(2))) {{v, text, }}", ["3", "{}"]),
+    "after quotes": ("show 'a\"b' \"c'd\" {{v, text, }}",
                      ['a"b', "c'd", "{}"]),
-    "exec": ("exec show {{v, text}}", ["{}"]),
-    "beside a redirection": ("show {{v, text}} > out 2>&1 < /dev/null",
+    "exec": ("exec show {{v, text, }}", ["{}"]),
+    "beside a redirection": ("show {{v, text, }} > out 2>&1 < /dev/null",
                              ["{}"]),
-    "a redirection": ("show k > {{v, text}}", ""),
-    "the input's name": ("show k < {{v, text}}", ""),
-    "the program": ("{{v, text}} k", ""),
+    "a redirection": ("show k > {{v, text, }}", ""),
+    "the input's name": ("show k < {{v, text, }}", ""),
+    "the program": ("{{v, text, }} k", ""),
 }
 RICHER = {
-    "a here-string": ("show {{v, text}} <<< {{v}}", ["{}"]),
-    "an array": ('x=(a {{v, text}}); show "${x[@]}"', ["a", "{}"]),
-    "an array's entry": ('x[1]={{v, text}}; show "${x[1]}"', ["{}"]),
+    "a here-string": ("show {{v, text, }} <<< {{v}}", ["{}"]),
+    "an array": ('x=(a {{v, text, }}); show "${x[@]}"', ["a", "{}"]),
+    "an array's entry": ('x[1]={{v, text, }}; show "${x[1]}"', ["{}"]),
 }
 
 
@@ -230,7 +230,7 @@ def test_no_value_runs_and_each_arrives_whole(shell, tmp_path):
 
 
 def test_a_redirection_goes_to_the_file_of_that_name(room):
-    job = job_of("echo k > {{v, text}}")
+    job = job_of("echo k > {{v, text, }}")
     for value, shell in with_shells(PAYLOADS):
         name = os.fsdecode(as_bytes(value))
         if not value or "/" in name or len(os.fsencode(name)) > 255:
@@ -680,7 +680,7 @@ DATES = {"2026-03-29": 1, "2024-02-29": 1, "2023-02-29": 0, "2026-13-01": 0,
          "2026/03/29": 0, "\uff12026-01-01": 0, "$(id)-01-01": 0, "": 0}
 CHOICES = {"a": 1, "b c": 1, "": 0, "A": 0, "a|b c": 0, "a\n": 0, "a ": 0,
            "$(id)": 0}
-STRINGS = {"": 1, "$(id)": 1, "-rf": 1, "a\tb": 1, "\U0001f600": 1,
+STRINGS = {"": 0, "$(id)": 1, "-rf": 1, "a\tb": 1, "\U0001f600": 1,
            "x" * 4096: 1, "a\nb": 0, "\r": 0, "\0": 0, "\udcff": 0,
            "a\ud83d\ude00": 0, "\x1b[2J": 0, "\x07": 0, "\x7f": 0, "\x85": 0,
            "\u202e": 0, "\u2028": 0}
@@ -795,9 +795,9 @@ def test_koid_hands_values_over_as_they_are(koid, room):
     the tab does not fill in an argument."""
     tab = "KOI_ARG_1=wrong\n" + "".join(
         f"SHELL={support.find(shell)}\n\"{shell}\" @manual "
-        f"{room.bin}/show {{{{v, text}}}}\n" for shell in ("dash", "bash"))
+        f"{room.bin}/show {{{{v, text, }}}}\n" for shell in ("dash", "bash"))
     assert koid("-", input=tab.encode()).returncode == 0
-    text = job_of("show {{v, text}}").params[0]
+    text = job_of("show {{v, text, }}").params[0]
     given = [value for value in PAYLOADS[::ONE_IN]
              if isinstance(value, str) and not text.value_error(value)]
     for value in given:
@@ -811,7 +811,7 @@ def test_koid_hands_values_over_as_they_are(koid, room):
 
 
 @pytest.mark.parametrize("words", [
-    [], ["v=a\rb"], ["v=\x1b"], ["v=" + "x" * 65_537], ["w=1"],
+    [], ["v="], ["v=a\rb"], ["v=\x1b"], ["v=" + "x" * 65_537], ["w=1"],
     ["v=1", "w=2"], [b"v=\xff"]])
 def test_koid_starts_nothing_with_other_values(koid, room, words):
     tab = f'"A" @manual {room.bin}/show {{{{v, text}}}}\n'
