@@ -6,10 +6,12 @@ DESTDIR ?=
 BIN = $(DESTDIR)$(PREFIX)/bin
 # What the tests start for real, as Debian calls it.
 PARTS = acl apache2-bin bash bindfs borgbackup busybox caddy chromium chromium-driver cron dbus dunst e2fsprogs faketime fish fonts-dejavu-core fuse3 git gnupg \
-	haproxy libcap2-bin libfaketime libnotify-bin moreutils msmtp msmtp-mta nginx-light openssl pass postgresql procps prometheus python3 python3-pytest \
+	haproxy libcap2-bin libfaketime libnotify-bin moreutils msmtp msmtp-mta nginx-light openssl pass postgresql procps prometheus python3 python3-pip python3-pytest \
 	restic rsync strace systemd tzdata util-linux xvfb zsh
 # From trixie on old names of time zones are in a package of their own.
 PARTS_IF_THERE = tzdata-legacy
+# A client of Healthchecks, for Debian's Python. Only its test uses it.
+CLIENT = healthchecks-io==0.4.4
 
 .PHONY: help demo test test-all parts bench pictures lint install uninstall sums
 
@@ -30,6 +32,8 @@ parts: ## install the real parts the tests use (Debian, as root)
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -q \
 	    --no-install-recommends $(PARTS) \
 	    $$(apt-cache pkgnames | grep -x $(PARTS_IF_THERE))
+	/usr/bin/python3 -m pip install -q --root-user-action=ignore --upgrade \
+	    --target .test-env/healthchecks-io $(CLIENT)
 
 bench: ## measure, side by side with a baseline or a peer
 	$(PYTHON) tests/bench/mission.py

@@ -10296,7 +10296,6 @@ create table tokens (
         if action == "revoke":
             if not db.delete("tokens", name=name):
                 raise not_found("token")
-            self.used.pop(name, None)
         else:
             self.add_token(db, request, name, now)
         self.audit.record(db, now, "token", label=name, state=action)
@@ -10814,6 +10813,11 @@ NEW_CHECK = {"tags": "", "desc": "", "kind": "simple", "period": 86_400.0,
              "grace": 3600.0, "schedule": "* * * * *", "tz": "UTC",
              "start_within": 0.0, "run_limit": 0.0, "manual_resume": 0,
              "methods": ""}
+# What a request of Healthchecks' API may say of a check, and by which of it a
+# check may be looked for.
+API_FIELDS = ("name", "slug", "tags", "desc", "timeout", "grace", "schedule",
+              "tz", "manual_resume", "methods", "channels", "unique")
+UNIQUE_FIELDS = ("name", "slug", "tags", "timeout", "grace")
 
 
 def down_at(check: dict, expected: float | None) -> float | None:
@@ -10918,6 +10922,51 @@ def name_of_check(check: dict) -> str:
     """Return the name of a check for people. Its UUID is not among them:
     whoever reads it could ping."""
     return check["name"] or check["slug"] or "a check without a name"
+
+
+def read_api_fields(fields: dict) -> dict:
+    """Return the fields of a check for those of Healthchecks' API. All
+    channels get the alerts of every check. Raises Error."""
+    request = RequestFields(fields, "the check")
+    request.allow_only(API_FIELDS)
+    request.choice("channels", ("", "*"), "*")
+    found = {name: value for name, value in fields.items()
+             if name in NEW_CHECK or name in UNIQUE_FIELDS}
+    period = found.pop("timeout", None)
+    if period:
+        found.update(kind="simple", period=period)
+    if found.get("schedule"):
+        found["kind"] = "cron"
+    return found
+
+
+def api_check(check: dict, url: str, role: str) -> dict:
+    """Return a check, as `PingChecks.shape` shows it, in the form of
+    Healthchecks' API v3. `url` is the dashboard's; viewers get no address
+    that pings."""
+    found = {name: check[name] for name in (
+        "name", "slug", "tags", "desc", "manual_resume", "methods", "started",
+        "last_duration")}
+    found.update(
+        grace=int(check["grace"]), n_pings=check["n"], status=check["state"],
+        last_ping=api_time(check["last_ping"]),
+        next_ping=api_time(check["next"]))
+    if check["kind"] == "simple":
+        found["timeout"] = int(check["period"])
+    else:
+        found.update(schedule=check["schedule"], tz=check["tz"])
+    uuid = check["id"]
+    if role == "viewer":
+        return {**found, "unique_key": hashed_uuid(uuid)}
+    place = f"{url}/api/v3/checks/{uuid}"
+    return {**found, "uuid": uuid, "ping_url": f"{url}/ping/{uuid}",
+            "update_url": place, "pause_url": f"{place}/pause",
+            "resume_url": f"{place}/resume", "channels": "*"}
+
+
+def api_time(at: float | None) -> str | None:
+    """Return a time as Healthchecks' API has it."""
+    return None if at is None else format_rfc3339(at, 0)
 
 
 def header_text(text, most: int) -> str:
@@ -11221,7 +11270,7 @@ create index flips_of_check on flips ("check", at);
         if action == "resume" and check["status"] != "paused":
             raise Error("the check is not paused", "", 409)
         self.audit.record(db, now, "check", label=check["name"], state=action)
-        self.changes.mark_changed("checks", uuid)
+        self.changes.mark_changed("checks", check["uuid"])
         if action == "delete":
             self.delete(db, check)
             return {}
@@ -11239,6 +11288,32 @@ create index flips_of_check on flips ("check", at);
         if check["status"] != old:
             self.record_flip(db, check, old, now, "")
         return {}
+
+    def change_by_api(self, db: Database, uuid: str, action: str, fields,
+                      now: float) -> dict:
+        """Edit, pause, resume or delete a check as Healthchecks' API does;
+        return it as it is shown, a deleted one as it was. Raises Error."""
+        before = self.show(db, uuid, now)
+        self.change(db, before["id"], {**read_api_fields(fields),
+                                       "do": action}, now)
+        return before if action == "delete" else self.show(db, uuid, now)
+
+    def add_by_api(self, db: Database, fields, now: float
+                   ) -> tuple[dict, bool]:
+        """Add a check; or edit the first one that equals it in what `unique`
+        names. Return it as it is shown, and whether it is new. Raises
+        Error."""
+        request, wanted = RequestFields(fields), read_api_fields(fields)
+        unique = request.get("unique", list, [])
+        if not set(UNIQUE_FIELDS).issuperset(map(str, unique)):
+            raise request.wrong("unique", f"may have {UNIQUE_FIELDS}")
+        names = ["period" if name == "timeout" else name for name in unique]
+        for row in db.rows("select * from checks order by id"):
+            if names and all(row[name] == wanted.get(name)
+                             for name in names):
+                return self.change_by_api(db, row["uuid"], "edit", fields,
+                                          now), False
+        return self.show(db, self.create(db, wanted, now)["id"], now), True
 
     def refuse_used_slug(self, db: Database, slug: str) -> None:
         """Raise Error (409) if a check has this slug: a ping to it would be
@@ -11323,6 +11398,10 @@ create index flips_of_check on flips ("check", at);
             "snoozed": self.alerts.snoozed_until(db,
                                                  f"check:{check['uuid']}")}
 
+    def show(self, db: Database, uuid: str, now: float) -> dict:
+        """Return one check as it is shown. Raises Error (404)."""
+        return self.shape(db, self.find(db, uuid), now)
+
     def list_pings(self, db: Database, uuid: str,
                    before: int | None = None) -> dict:
         """Return the 100 newest pings of a check before a number. Raises
@@ -11333,6 +11412,29 @@ create index flips_of_check on flips ("check", at);
                        self.find(db, uuid)["id"],
                        LARGEST_WHOLE if before is None else before)
         return {"pings": rows[:100], "more": len(rows) > 100}
+
+    def pings_for_api(self, db: Database, uuid: str, url: str) -> dict:
+        """Return the pings of a check as Healthchecks' API does; `url` is
+        the dashboard's. Raises Error."""
+        rows = db.rows("select kind type, at date, n, scheme, ip remote_addr, "
+                       "method, ua, rid, duration, exit exitstatus, "
+                       'length(body) body_url from pings where "check" = ? '
+                       "order by n desc", self.find(db, uuid)["id"])
+        for row in rows:
+            row["date"] = api_time(row["date"])
+            row["body_url"] = f"{url}/api/v3/checks/{uuid}/pings/" \
+                f"{row['n']}/body" if row["body_url"] else None
+        return {"pings": rows}
+
+    def flips_for_api(self, db: Database, uuid: str, begin: float,
+                      end: float) -> list:
+        """Return when a check went up or down in a time, the newest first,
+        as Healthchecks' API does. Raises Error."""
+        return [{"timestamp": api_time(at), "up": int(new == "up")}
+                for at, new in db.execute(
+                    'select at, new from flips where "check" = ? and at >= ? '
+                    "and at <= ? and new in ('up', 'down') order by at desc",
+                    self.find(db, uuid)["id"], begin, end)]
 
     def ping_body(self, db: Database, uuid: str, n: int) -> bytes:
         """Return the body of a ping. Raises Error."""
@@ -13249,8 +13351,7 @@ class Overview:
             "jobs": lambda job: self.changed_job(db, job, changed),
             "hosts": lambda host: self.hosts.shape(self.hosts.row(
                 db, self.hosts.status_of(host)), now),
-            "checks": lambda uuid: self.checks.shape(
-                db, self.checks.find(db, uuid), now),
+            "checks": lambda uuid: self.checks.show(db, uuid, now),
             "requests": lambda nonce: self.requests.state(db, nonce),
             "alerts": lambda key: self.alerts.find(db, key)}
         found, deleted = {}, {}
@@ -14248,9 +14349,11 @@ class Request:
 
     @property
     def token(self) -> str | None:
-        """The token that it shows, or None. RFC 6750, 2.1"""
+        """The token that it shows, or None: RFC 6750, 2.1, or the header of
+        Healthchecks."""
         kind, _, token = self.headers.get("authorization", "").partition(" ")
-        return token.strip(" ") if kind.lower() == "bearer" else None
+        return token.strip(" ") if kind.lower() == "bearer" \
+            else self.headers.get("x-api-key")
 
     @property
     def content_type(self) -> str:
@@ -14396,7 +14499,8 @@ def take_chunks(buffer: bytearray, body: bytearray, most: int) -> bool:
 
 
 def parse_query(query: str) -> dict[str, str]:
-    """Return the fields of a query, each of them once. Raises Error."""
+    """Return the fields of a query, each of them once; several tags become
+    one field, with blanks. Raises Error."""
     from urllib.parse import parse_qsl
     try:
         fields = parse_qsl(query, keep_blank_values=True, errors="strict",
@@ -14404,6 +14508,9 @@ def parse_query(query: str) -> dict[str, str]:
     except ValueError:
         raise Error("the query is not UTF-8, or has too many fields", "", 400
                     ) from None
+    tags = " ".join(text for name, text in fields if name == "tag")
+    fields = [("tag", tags)] * bool(tags) + [
+        field for field in fields if field[0] != "tag"]
     if len(dict(fields)) < len(fields):
         raise Error("the query has a field twice", "", 400)
     return dict(fields)
@@ -15285,6 +15392,8 @@ PAGE_POLICY = (
 # The role of a route -> the roles of the tokens that are good for it.
 TOKEN_ROLES = {"host": ("host",), "viewer": ("viewer", "operator"),
                "metrics": ("metrics", "viewer", "operator"),
+               "checks": ("checks", "operator"),
+               "checks or viewer": ("checks", "viewer", "operator"),
                "operator": ("operator",),
                "host or operator": ("host", "operator")}
 # A host that sends one of these wants to know at once that it arrived.
@@ -15338,6 +15447,7 @@ def is_id(text: str) -> bool:
 PATH_FIELDS = {
     "HOST": is_id, "NONCE": is_id, "JOB": is_number, "RUN": is_number,
     "N": is_number, "CHECK": is_check, "KEY": is_slug,
+    "ACTION": lambda text: text in ("pause", "resume"),
     "NAME": lambda text: is_slug(text.rpartition(".")[0])}
 
 
@@ -15350,6 +15460,17 @@ def match_path(words: list[str], parts: list[str]) -> tuple | None:
         return None
     return tuple(int(part) if PATH_FIELDS[word] is is_number else part
                  for word, part in zip(words, parts) if word in PATH_FIELDS)
+
+
+def path_of(request: Request) -> str:
+    """Return the path by which a request is routed. With the header of
+    Healthchecks it is for that API: versions 1 and 2 are answered as version
+    3 is. There a path may end with a slash."""
+    import re
+    path = request.path
+    if "x-api-key" in request.headers:
+        path = re.sub("^/api/v[12]/", "/api/v3/", path)
+    return path.rstrip("/") if path.startswith("/api/v3/") else path
 
 
 def match_ping(path: str) -> tuple:
@@ -15489,7 +15610,9 @@ class AccessRules:
                         "no Content-Encoding", 415)
         if headers.get("expect", "100-continue").lower() != "100-continue":
             raise Error("this expects too much", "", 417)
-        if request.method == "POST" and route.path.startswith("/api/") \
+        # Healthchecks takes any type. A page of others cannot send it with a
+        # key, as the header needs the permission that `check_origin` refuses.
+        if request.method == "POST" and route.path.startswith("/api/v1/") \
                 and request.content_type != JSON:
             raise Error("the body has to be JSON", f"Content-Type: {JSON}",
                         415)
@@ -15722,7 +15845,7 @@ class Api:
         to OPTIONS (CORS preflight), else None. Raises Error."""
         request = context.request
         self.rules.check_host(request.headers.get("host", ""))
-        routes, context.values = find_routes(request.path)
+        routes, context.values = find_routes(path_of(request))
         if not routes:
             raise Error("there is nothing here", "", 404)
         self.rules.check_origin(context, next(iter(routes.values())))
@@ -15767,6 +15890,15 @@ class Api:
         return self.server.certificate is not None or (
             context.connection.proxied and context.request.headers.get(
                 "x-forwarded-proto") == "https")
+
+    def url_of(self, context: RequestContext) -> str:
+        """Return the dashboard's URL, as the client calls it."""
+        scheme = "https" if self.uses_https(context) else "http"
+        return f"{scheme}://{context.request.headers['host']}"
+
+    def show_check(self, context: RequestContext, check: dict) -> dict:
+        """Return a check as Healthchecks' API shows it to the client."""
+        return api_check(check, self.url_of(context), context.principal.role)
 
     # --- the database
 
@@ -15829,6 +15961,14 @@ class Api:
         fields = await self.body_of(context)
         return await self.write(operation, *values, fields,
                                 self.clock.now())
+
+    async def change_check(self, context: RequestContext, action: str,
+                           fields: dict) -> Response:
+        """Change a check as Healthchecks' API does. Raises Error."""
+        check = await self.write(
+            self.dashboard.checks.change_by_api, context.values[0], action,
+            fields, self.clock.now())
+        return json_response(self.show_check(context, check))
 
     # --- news
 
@@ -16268,6 +16408,80 @@ async def forget_subject(api: Api, context: RequestContext) -> Response:
         await api.store(context, api.dashboard.retention.delete))
 
 
+# --- handlers: Healthchecks' management API -------------------------------
+
+
+async def list_checks(api: Api, context: RequestContext) -> Response:
+    """GET /api/v3/checks: all, or those with a slug or with all tags."""
+    query = context.query
+    tags = set(query.get("tag", "").split())
+
+    def encode(checks: list) -> Response:
+        return json_response({"checks": [
+            api.show_check(context, check) for check in checks
+            if tags <= set(check["tags"].split())
+            and check["slug"] == query.get("slug", check["slug"])]})
+
+    return await api.answer(api.dashboard.checks.list_all, api.clock.now(),
+                            encode=encode)
+
+
+async def save_check(api: Api, context: RequestContext) -> Response:
+    """POST /api/v3/checks: add a check, or edit the one that is meant."""
+    check, is_new = await api.store(context, api.dashboard.checks.add_by_api)
+    return json_response(api.show_check(context, check),
+                         201 if is_new else 200)
+
+
+async def show_check(api: Api, context: RequestContext) -> Response:
+    """GET /api/v3/checks/CHECK: one check."""
+    return await api.answer(
+        api.dashboard.checks.show, *context.values, api.clock.now(),
+        encode=lambda check: json_response(api.show_check(context, check)))
+
+
+async def edit_check(api: Api, context: RequestContext) -> Response:
+    """POST /api/v3/checks/CHECK: change what the request names."""
+    return await api.change_check(context, "edit", await api.body_of(context))
+
+
+async def pause_check(api: Api, context: RequestContext) -> Response:
+    """POST /api/v3/checks/CHECK/ACTION: pause or resume."""
+    return await api.change_check(context, context.values[1], {})
+
+
+async def delete_check(api: Api, context: RequestContext) -> Response:
+    """DELETE /api/v3/checks/CHECK: with its pings."""
+    return await api.change_check(context, "delete", {})
+
+
+async def list_check_pings(api: Api, context: RequestContext) -> Response:
+    """GET /api/v3/checks/CHECK/pings: newest first."""
+    return await api.answer(api.dashboard.checks.pings_for_api,
+                            *context.values, api.url_of(context))
+
+
+async def show_check_body(api: Api, context: RequestContext) -> Response:
+    """GET /api/v3/checks/CHECK/pings/N/body: what a ping has sent."""
+    return await show_ping_body(api, context)
+
+
+async def list_flips(api: Api, context: RequestContext) -> Response:
+    """GET /api/v3/checks/CHECK/flips: when it went up or down."""
+    query = context.query
+    begin = query.get("start", 0.0)
+    if "seconds" in query:
+        begin = api.clock.now() - query["seconds"]
+    return await api.answer(api.dashboard.checks.flips_for_api,
+                            *context.values, begin,
+                            query.get("end", LARGEST_TIME))
+
+
+async def show_status(api: Api, context: RequestContext) -> Response:
+    """GET /api/v3/status: OK, as /healthz."""
+    return await show_health(api, context)
+
+
 # --- handlers: for hosts --------------------------------------------------
 
 
@@ -16361,7 +16575,19 @@ ROUTES = [Route(*row) for row in (
     ("GET", "/api/v1/checks/CHECK/pings/N/body", "viewer", show_ping_body),
     ("GET", "/api/v1/channels", "viewer", list_channels),
     ("POST", "/api/v1/channels", "operator", change_channel),
-    ("POST", "/api/v1/forget", "operator", forget_subject))]
+    ("POST", "/api/v1/forget", "operator", forget_subject),
+    ("GET", "/api/v3/checks", "checks or viewer", list_checks,
+     {"slug": text_field, "tag": text_field}),
+    ("POST", "/api/v3/checks", "checks", save_check),
+    ("GET", "/api/v3/checks/CHECK", "checks or viewer", show_check),
+    ("POST", "/api/v3/checks/CHECK", "checks", edit_check),
+    ("POST", "/api/v3/checks/CHECK/ACTION", "checks", pause_check),
+    ("DELETE", "/api/v3/checks/CHECK", "checks", delete_check),
+    ("GET", "/api/v3/checks/CHECK/pings", "checks", list_check_pings),
+    ("GET", "/api/v3/checks/CHECK/pings/N/body", "checks", show_check_body),
+    ("GET", "/api/v3/checks/CHECK/flips", "checks or viewer", list_flips,
+     {"seconds": time_field, "start": time_field, "end": time_field}),
+    ("GET", "/api/v3/status", "anyone", show_status))]
 # The paths of pings are not in the table: see match_ping.
 PING_ROUTES = {method: Route(method, "PING", "anyone", receive_ping,
                              PING_QUERY, PING_BODY, True)
