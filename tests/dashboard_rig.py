@@ -260,6 +260,11 @@ class InProcessDashboard:
             "args": {}, "attempt": 1, "count": 1, "bytes": 0, "cut": False,
             "size": 0, "next": None, "nonce": "", **fields}
 
+    def failing(self, count: int, size: int = 0) -> list[dict]:
+        """The records of as many jobs that failed."""
+        return [self.record(tag=f"job{number}", name=f"Job{number}", exit=1,
+                            size=size) for number in range(count)]
+
     def runs(self, access, *records: dict, **fields) -> dict:
         return self.sync(access, records=list(records), **fields)
 

@@ -1,0 +1,405 @@
+"""Channels: how a notification goes out, and what its receiver gets."""
+
+from __future__ import annotations
+
+import base64
+import email
+import email.policy
+import http.server
+import json
+import socket
+import stat
+import threading
+import time
+import types
+
+import pytest
+
+import support
+from dashboard_rig import HOST, NOW, InProcessDashboard, frames, piece, refused
+
+koitab = support.load("koitab")
+DAY, HOUR = 86_400, 3600
+
+
+pytestmark = pytest.mark.usefixtures("small_ballast")
+
+
+@pytest.fixture(autouse=True)
+def mail_channel(dashboard):
+    """Somebody is notified."""
+    dashboard.channel()
+
+
+class Listener(http.server.BaseHTTPRequestHandler):
+    """Keeps what is posted, and answers as it is told."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.got.append((self.path, dict(self.headers), body))
+        if self.server.sleeps:
+            time.sleep(self.server.sleeps)
+        self.send_response(self.server.status)
+        if self.server.status == 302:
+            self.send_header("Location", "/elsewhere")
+        self.send_header("Content-Length", "3")
+        self.end_headers()
+        self.wfile.write(b"ok\n")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def listener():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener)
+    server.got, server.status, server.sleeps = [], 200, 0
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def deliver(dashboard, url: str = "") -> None:
+    """Deliver what is due, with a dashboard that runs step by step."""
+    notifier = koitab.Notifier(dashboard.dashboard, url=url)
+    threads = notifier.deliver_due()
+    until = time.monotonic() + 10
+    while any(thread.is_alive() for thread in threads):
+        dashboard.dashboard.run_once()
+        time.sleep(0.002)
+        assert time.monotonic() < until
+    dashboard.dashboard.run_once()
+
+
+@pytest.fixture
+def quiet(dashboard):
+    """No channel but those that the test makes."""
+    dashboard.do(dashboard.dashboard.alerts.change_channel,
+                 {"do": "delete", "id": 1}, NOW)
+    return dashboard
+
+
+def fail(dashboard) -> None:
+    web1 = dashboard.join()
+    dashboard.runs(web1, dashboard.record(exit=1, name='Bäck"up\r\nBcc: x'))
+
+
+def test_a_webhook_gets_json_with_a_key(quiet, listener):
+    quiet.channel("webhook", listener.url + "/hook?a=b")
+    fail(quiet)
+    deliver(quiet)
+    (path, headers, body), = listener.got
+    body = json.loads(body)
+    assert path == "/hook?a=b"
+    assert headers["Idempotency-Key"] == body["key"]
+    assert (body["kind"], body["status"], body["alerts"][0]["subject"],
+            body["dash"]) == ("failed", "firing", "job:1", quiet.dash)
+    assert quiet.rows("select * from notifications") == []
+    channel, = quiet.ask(quiet.dashboard.alerts.list_channels,
+                         "operator")["channels"]
+    assert (channel["last"], channel["error"]) == (NOW, "")
+
+
+def bodies(dashboard, listener, url: str = "") -> list[dict]:
+    """The bodies of webhooks that are due."""
+    listener.got.clear()
+    deliver(dashboard, url)
+    return [json.loads(body) for _, _, body in listener.got]
+
+
+def test_alert_and_its_end_say_when_where_and_what_to_do(quiet, listener):
+    quiet.channel("webhook", listener.url)
+    web1, data = quiet.join(), frames("start\nno space\n", 2)
+    quiet.runs(web1, quiet.record(exit=3, size=len(data), run=17))
+    quiet.sync(web1, outputs=[piece(17, 0, data)])
+    body, = bodies(quiet, listener, "https://koi.example.org")
+    began = koitab.format_rfc3339(NOW)
+    assert {**body, "dash": "", "alerts": []} == {
+        "key": "1-failed-firing-2", "status": "firing", "kind": "failed",
+        "title": "Night/Backup on web1 failed", "time": began, "dash": "",
+        "text": "Night/Backup on web1: exit status 3\n\nstart\nno space",
+        "link": "https://koi.example.org/#/run/1", "alerts": []}
+    assert body["alerts"] == [{
+        "id": "1-failed", "status": "firing", "kind": "failed",
+        "subject": "job:1", "title": body["title"],
+        "text": "Night/Backup on web1: exit status 3", "startsAt": began,
+        "endsAt": "", "host": "web1", "section": "Night", "job": "Backup",
+        "check": "", "run": 17, "command": "koitab log 17",
+        "link": body["link"], "output": "start\nno space"}]
+    quiet.clock.time += HOUR
+    quiet.runs(web1, quiet.record(run=18))
+    body, = bodies(quiet, listener, "https://koi.example.org")
+    end, = body["alerts"]
+    ended = koitab.format_rfc3339(NOW + HOUR)
+    assert (body["status"], end["id"], end["startsAt"], end["endsAt"]) == (
+        "resolved", "1-failed", began, ended)
+    assert body["text"] == (
+        f"Night/Backup on web1 works again. The alert lasted from {began} to "
+        f"{ended}:\nNight/Backup on web1: exit status 3")
+    assert body["link"] == "https://koi.example.org/#/job/1"
+
+
+def test_digest_has_an_entry_for_each_alert(quiet, listener):
+    quiet.channel("webhook", listener.url)
+    quiet.runs(quiet.join(), *quiet.failing(60))
+    body, = bodies(quiet, listener)
+    assert body["kind"] == "digest" and len(body["alerts"]) == 60
+    assert {(each["status"], each["host"]) for each in body["alerts"]} == {
+        ("firing", "web1")}
+
+
+def test_id_of_a_check_that_could_ping_is_in_no_notification(quiet, listener):
+    quiet.channel("webhook", listener.url)
+    check = quiet.do(quiet.dashboard.checks.create, {"name": "Sync"},
+                     NOW)["id"]
+    quiet.ping(check, action="fail")
+    body, = bodies(quiet, listener, "https://koi.example.org")
+    assert body["alerts"][0]["check"] == "Sync"
+    assert check not in json.dumps(body)
+
+
+@pytest.mark.parametrize("text, lines", [
+    ("\n".join(map(str, range(20))), list(map(str, range(10, 20)))),
+    ("é" * 9000, ["é" * 300]), ("a\n\n\x1b[31mb\x1b[0m\n", ["a", "b"]),
+    ("", [])])
+def test_last_lines_are_few_and_cut_between_characters(text, lines):
+    assert koitab.last_lines(frames(text), bad=False) == lines
+
+
+@pytest.mark.parametrize("names, proxies, cert, place, url", [
+    ((), (), "", ("127.0.0.1", 8077), "http://127.0.0.1:8077"),
+    ((), (), "c", ("::1", 8077), "https://[::1]:8077"),
+    ((), (), "c", ("0.0.0.0", 8077), "https://web1:8077"),
+    (("koi.example",), (), "c", ("::", 443), "https://koi.example:443"),
+    (("koi.example:99",), (), "", ("::", 8077), "http://koi.example:99"),
+    (("koi.example",), ("::1",), "", ("::1", 8077), "https://koi.example")])
+def test_links_lead_to_where_people_open_the_page(names, proxies, cert, place,
+                                                  url):
+    options = types.SimpleNamespace(
+        names=names, proxies=proxies, cert=cert,
+        machine=types.SimpleNamespace(host=lambda: "web1"))
+    assert koitab.public_url(options, [place]) == url
+
+
+def test_ntfy_gets_a_title_a_priority_and_a_tag(quiet, listener):
+    quiet.channel("ntfy", listener.url + "/topic")
+    fail(quiet)
+    deliver(quiet)
+    (path, headers, body), = listener.got
+    assert headers["Title"].startswith("=?utf-8?")
+    assert headers["Priority"] == "high" and headers["Tags"] == "warning"
+    assert "Bcc" not in headers and b"exit status 1" in body
+
+
+def test_a_password_in_an_address_is_sent_and_never_shown(quiet, listener):
+    url = listener.url.replace("http://", "http://me:geh%20eim@")
+    quiet.channel("webhook", url)
+    listener.status = 500
+    fail(quiet)
+    deliver(quiet)
+    assert listener.got[0][1]["Authorization"] == "Basic bWU6Z2VoIGVpbQ=="
+    channel, = quiet.ask(quiet.dashboard.alerts.list_channels,
+                         "operator")["channels"]
+    assert "geh" not in json.dumps(channel) and "***@" in channel["target"]
+
+
+def test_token_of_ntfy_is_sent_as_password_of_an_empty_user(quiet, listener):
+    quiet.channel("ntfy", listener.url.replace("//", "//:tk_abcdefgh@") + "/t")
+    fail(quiet)
+    deliver(quiet)
+    (_, headers, _), = listener.got
+    assert headers["Authorization"] == "Basic " + base64.b64encode(
+        b":tk_abcdefgh").decode()
+
+
+@pytest.mark.parametrize("status, words", [
+    (500, "it answered 500"), (404, "it answered 404"),
+    (302, "redirects are not followed")])
+def test_what_fails_is_told_again_later_for_a_day(quiet, listener, status,
+                                                  words):
+    quiet.channel("webhook", listener.url)
+    check = quiet.do(quiet.dashboard.checks.create, {"name": "x"},
+                     NOW)["id"]
+    quiet.ping(check, action="fail")
+    listener.status = status
+    deliver(quiet)
+    channel, = quiet.ask(quiet.dashboard.alerts.list_channels,
+                         "operator")["channels"]
+    assert words in channel["error"] and channel["last"] is None
+    deliver(quiet)
+    assert len(listener.got) == 1       # not at once
+    waits = []
+    for _ in range(12):
+        due, = quiet.rows("select due from notifications")[0]
+        waits.append(due - quiet.now)
+        quiet.clock.time = due
+        deliver(quiet)
+    assert waits[:3] == [15, 30, 60] and max(waits) == HOUR
+    keys = {dict(headers)["Idempotency-Key"]
+            for _, headers, _ in listener.got}
+    assert len(keys) == 1
+    quiet.clock.time = NOW + DAY + 1
+    deliver(quiet)
+    assert quiet.rows("select * from notifications") == []
+
+
+def test_the_other_channel_is_told_though_one_hangs(quiet, listener,
+                                                    monkeypatch):
+    monkeypatch.setattr(koitab, "SEND_SECONDS", 0.3)
+    dead = socket.socket()
+    dead.bind(("127.0.0.1", 0))
+    dead.listen()               # it accepts, and never says a word
+    quiet.channel("webhook", f"http://127.0.0.1:{dead.getsockname()[1]}/")
+    quiet.channel("webhook", listener.url)
+    fail(quiet)
+    deliver(quiet)
+    dead.close()
+    assert len(listener.got) == 1
+    errors = [channel["error"] != "" for channel in quiet.ask(
+        quiet.dashboard.alerts.list_channels, "operator")["channels"]]
+    assert errors == [True, False]
+
+
+def test_a_channel_gets_its_notifications_from_one_thread(quiet, listener):
+    quiet.channel("webhook", listener.url)
+    listener.sleeps = 0.2
+    fail(quiet)
+    notifier = koitab.Notifier(quiet.dashboard)
+    threads = notifier.deliver_due() + notifier.deliver_due()
+    while any(thread.is_alive() for thread in threads):
+        quiet.dashboard.run_once()
+        time.sleep(0.002)
+    assert len(listener.got) == 1
+
+
+def test_an_answer_that_drips_is_cut_off(monkeypatch):
+    monkeypatch.setattr(koitab, "SEND_SECONDS", 0.4)
+    server = socket.create_server(("127.0.0.1", 0))
+    over, finished = threading.Event(), []
+
+    def drip():
+        connection, _ = server.accept()
+        try:
+            connection.sendall(b"HTTP/1.1 ")
+            for _ in range(300):
+                connection.sendall(b"x")
+                if over.wait(0.05):
+                    break
+            else:
+                finished.append(True)
+        except OSError:
+            pass
+        connection.close()
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    with pytest.raises(koitab.ConnectionFailed):
+        koitab.post(f"http://127.0.0.1:{server.getsockname()[1]}/",
+                    b"", {})
+    over.set()
+    thread.join()
+    assert not finished
+    server.close()
+
+
+def test_mail_goes_through_sendmail_with_clean_headers(dashboard, tmp_path,
+                                                       monkeypatch):
+    program, kept = tmp_path / "sendmail", tmp_path / "mail"
+    program.write_text(f"#!/bin/sh\necho \"$@\" > {kept}.args\n"
+                       f"exec cat > {kept}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(koitab, "SENDMAILS", (str(program),))
+    fail(dashboard)
+    deliver(dashboard)
+    assert (tmp_path / "mail.args").read_text() == "-i -- ops@example.org\n"
+    message = email.message_from_bytes(kept.read_bytes(),
+                                       policy=email.policy.default)
+    assert message["Bcc"] is None and message["To"] == "ops@example.org"
+    assert message["Subject"] == \
+        r'koi: Night/Bäck"up\x0d\x0aBcc: x on web1 failed'
+    assert message["Message-ID"] and "exit status 1" in message.get_content()
+    assert dashboard.rows("select * from notifications") == []
+
+
+def test_a_sendmail_that_fails_is_shown(dashboard, tmp_path, monkeypatch):
+    program = tmp_path / "sendmail"
+    program.write_text("#!/bin/sh\necho no route >&2; exit 75\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(koitab, "SENDMAILS", (str(program),))
+    fail(dashboard)
+    deliver(dashboard)
+    channel, = dashboard.ask(
+        dashboard.dashboard.alerts.list_channels, "operator")["channels"]
+    assert channel["error"] == "sendmail says no route"
+
+
+@pytest.mark.parametrize("kind, target", [
+    ("mail", "-oQ/tmp"), ("mail", "a@b c@d"), ("mail", "root"),
+    ("mail", "a@b\nBcc: c"), ("mail", "a@b,c@d"), ("webhook", "ftp://x/"),
+    ("webhook", "file:///etc/passwd"), ("webhook", "http://"),
+    ("webhook", "http://x/ y"), ("webhook", "http://x/\r\nA: b"),
+    ("ntfy", "javascript:1"), ("ntfy", "http://x:99999/"), ("sms", "1"),
+    ("ntfy", "https://ntfy.sh/"), ("ntfy", "https://:tk_a@ntfy.sh"),
+    ("webhook", "http://é/"), ("webhook", "http://x:0/")])
+def test_a_channel_that_is_none_is_refused(dashboard, kind, target):
+    with refused(400):
+        dashboard.channel(kind, target)
+
+
+def test_a_test_letter_can_be_asked_for(quiet, listener):
+    channel = quiet.channel("webhook", listener.url)
+    quiet.do(quiet.dashboard.alerts.change_channel,
+             {"do": "test", "id": channel}, NOW)
+    deliver(quiet)
+    assert json.loads(listener.got[0][2])["kind"] == "test"
+    with refused(404):
+        quiet.do(quiet.dashboard.alerts.change_channel,
+                 {"do": "test", "id": 99}, NOW)
+
+
+def test_test_that_failed_is_not_repeated(quiet, listener):
+    channel = quiet.channel("webhook", listener.url)
+    listener.status = 500
+    alerts = quiet.dashboard.alerts
+    test = quiet.do(alerts.change_channel, {"do": "test", "id": channel}, NOW)
+    assert quiet.ask(alerts.test_result, test) is None
+    deliver(quiet)
+    assert quiet.ask(alerts.test_result, test) == {
+        "id": channel, "delivered": False, "error": "it answered 500"}
+    assert quiet.rows("select * from notifications") == []
+
+
+def test_what_was_decided_is_told_after_a_crash(quiet, listener):
+    """A notification is written in the transaction of its cause."""
+    quiet.channel("webhook", listener.url)
+    fail(quiet)
+    reopened = quiet.reopen()
+    deliver(reopened)
+    assert len(listener.got) == 1
+    more = reopened.reopen()
+    more.pass_time(60)
+    deliver(more)
+    assert len(listener.got) == 1
+
+
+def test_the_notifier_delivers_a_new_notification_at_once(tmp_path, listener):
+    dashboard = InProcessDashboard(tmp_path / "d.db", koitab.Clock())
+    dashboard.channel("webhook", listener.url)
+    web1 = dashboard.join()
+    dashboard.dashboard.start()
+    notifier = koitab.Notifier(dashboard.dashboard)
+    notifier.start()
+    time.sleep(0.1)             # it waits by now
+    dashboard.dashboard.do(dashboard.dashboard.host_sync.sync, web1.host, {
+        "v": 3, "host": HOST, "epoch": 1, "instance": "1-aaaaaaaa",
+        "records": [{**dashboard.record(exit=1), "ended": time.time()}]},
+        time.time())
+    support.wait_until(lambda: listener.got, 20)
+    support.wait_until(lambda: dashboard.rows(
+        "select * from notifications") == [], 5)
+    notifier.stop()
+    dashboard.dashboard.stop()
