@@ -10806,6 +10806,7 @@ def without_path(target: str) -> str:
 MOST_CHECKS = 1_000
 KEEP_PINGS = 100                # of one check
 PING_BODY_LIMIT = 10_000
+PING_BODIES = 2**18             # bytes of all bodies that a check keeps
 LONGEST_MEASURED = 72 * 3600    # a start and an end that belong together
 HISTORY_BAR = 90                # entries of a run history bar
 SLUG_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
@@ -11160,7 +11161,8 @@ create index flips_of_check on flips ("check", at);
 
     def insert_ping(self, db: Database, check: dict, now: float, call: dict,
                     **columns) -> None:
-        """Add a ping; of its check only the last KEEP_PINGS stay."""
+        """Add a ping; of its check only the last KEEP_PINGS stay, and the
+        last bodies."""
         body = bytes(call.get("body") or b"")[:PING_BODY_LIMIT]
         line = body[-1000:].decode("utf-8", "replace").strip()
         headers = {name: header_text(call.get(name), most) for name, most in (
@@ -11171,6 +11173,12 @@ create index flips_of_check on flips ("check", at);
         if check["n"] % KEEP_PINGS == 0:
             db.execute('delete from pings where "check" = ? and n <= ?',
                        check["id"], check["n"] - KEEP_PINGS)
+        if check["n"] % 10 == 0:
+            db.execute(
+                "update pings set body = x'' where \"check\" = ?1 and n <= "
+                "(select max(n) from (select n, sum(length(body)) over (order "
+                'by n desc) kept from pings where "check" = ?1) where kept > '
+                "?2)", check["id"], PING_BODIES)
 
     def record_flip(self, db: Database, check: dict, old: str, at: float,
                     reason: str) -> None:
@@ -11438,11 +11446,14 @@ create index flips_of_check on flips ("check", at);
 
     def ping_body(self, db: Database, uuid: str, n: int) -> bytes:
         """Return the body of a ping. Raises Error."""
-        body = db.value('select body from pings where "check" = ? and n = ?',
-                        self.find(db, uuid)["id"], n)
-        if body is None:
+        row = db.row('select body, size from pings where "check" = ? and n = '
+                     "?", self.find(db, uuid)["id"], n)
+        if not row:
             raise not_found("ping")
-        return body
+        if len(row["body"]) < row["size"]:
+            raise Error("this body was removed: later ones fill the share of "
+                        "the check", "", 404)
+        return row["body"]
 
 
 # ==========================================================================
@@ -11819,6 +11830,27 @@ SHOWN_OF_RUN = ("id, job, host, n, epoch, trigger, state, due, requested_at, "
                 "bytes, cut, size, have, line")
 
 
+# What each host keeps here, in bytes. Migration 6 makes the same: what comes
+# later needs a migration of its own.
+RUN_BYTES = """
+create index runs_with_output on runs (host, id) where have > 0;
+create table usage (host integer primary key, bytes integer not null);
+create trigger runs_added after insert on runs begin
+    insert into usage values (new.host, new.have + length(new.args))
+    on conflict (host) do update set bytes = bytes + excluded.bytes;
+end;
+create trigger runs_changed after update of have, args on runs
+    when new.have <> old.have or new.args <> old.args begin
+    update usage set bytes = bytes + new.have - old.have
+        + length(new.args) - length(old.args) where host = new.host;
+end;
+create trigger runs_removed after delete on runs begin
+    update usage set bytes = bytes - old.have - length(old.args)
+        where host = old.host;
+end;
+"""
+
+
 class LiveOutput:
     """What runs that are followed have written so far.
 
@@ -11893,7 +11925,8 @@ class LiveOutput:
 
 
 class Runs:
-    """The tables of runs and their outputs."""
+    """The tables of runs and their outputs. SQLite keeps the sums of their
+    bytes in `usage`, for the quota of each host."""
 
     TABLES = """
 create table runs (
@@ -11924,7 +11957,7 @@ create table outputs (
     data blob not null);
 create unique index outputs_of_run on outputs (run, at);
 create table unindexed (run integer primary key);
-"""
+""" + RUN_BYTES
 
     def __init__(self, changes: Changes, alerts: Alerts, hosts: Hosts):
         self.changes, self.alerts, self.hosts = changes, alerts, hosts
@@ -12680,10 +12713,12 @@ create table epochs (host integer not null, epoch integer not null,
 """
 
     def __init__(self, changes: Changes, timers: Timers, hosts: Hosts,
-                 runs: Runs, rules: AlertRules, requests: Requests):
+                 runs: Runs, rules: AlertRules, requests: Requests,
+                 enforce_quota):
         self.changes, self.timers = changes, timers
         self.hosts, self.runs = hosts, runs
         self.rules, self.requests = rules, requests
+        self.enforce_quota = enforce_quota      # (db, number of the host)
 
     def sync(self, db: Database, host: str, payload, now: float) -> dict:
         """Take what the host with this id sends; return what is demanded of
@@ -12707,6 +12742,7 @@ create table epochs (host integer not null, epoch integer not null,
             "records", RECORDS_AT_ONCE), now)
         for output in request.each("outputs", MOST_OUTPUTS):
             self.runs.store_output(db, status, epoch, output, now)
+        self.enforce_quota(db, status.number)
         for output in request.each("live", MOST_OUTPUTS):
             self.runs.store_live(status, output)
         for result in request.each("results", RECORDS_AT_ONCE):
@@ -12999,6 +13035,7 @@ class Search:
 # ==========================================================================
 
 KEEP_RUNS = 10_000              # of one job
+HOST_BYTES = 2**30              # of outputs and arguments of one host
 KEEP_RUN_DAYS, KEEP_AUDIT_DAYS, KEEP_EVENT_DAYS = 400, 400, 93
 AT_ONCE = 1_000                 # rows that are removed in one step
 FREE_PAGES = 2_000              # that the database may keep for later
@@ -13043,6 +13080,20 @@ class Retention:
             self.hosts.delete_job(db, number)
         return {}
 
+    def enforce_quota(self, db: Database, host: int) -> None:
+        """Remove the oldest outputs of a host that has more than its share
+        of bytes; without outputs its oldest runs. Other hosts keep theirs."""
+        while (db.value("select bytes from usage where host = ?", host)
+               or 0) > HOST_BYTES:
+            run = db.value("select id from runs where host = ? and have > 0 "
+                           "order by id limit 1", host)
+            if run is None:
+                self.remove_runs(db, db.column(
+                    "select id from runs where host = ? order by id limit 20",
+                    host))
+            else:
+                self.search.remove(db, run)
+
     def expire_old(self, db: Database) -> bool:
         """Do one step; return whether there may be more to do."""
         now = self.clock.now()
@@ -13062,7 +13113,7 @@ class Retention:
             host = db.value("select id from hosts where deleted limit 1")
             if host is None:
                 return 0
-            for table in ("epochs", "requests"):
+            for table in ("epochs", "requests", "usage"):
                 db.delete(table, host=host)
             return db.delete("hosts", id=host)
         runs = db.column("select id from runs where job = ? limit ?", job,
@@ -13480,7 +13531,8 @@ WRITER_SLEEP = 60.0             # seconds: then a clock that was set is noticed
 FATAL_FAILURES = ("full", "disk", "damaged", "busy")
 REPOSITORIES = (AuditLog, Credentials, Alerts, PingChecks, Hosts, Runs,
                 Requests, HostSync)
-# A key that was made from the passphrase to read all is an access token now.
+# 5: a key that was made from the passphrase to read all becomes an access
+# token. 6: the sums of bytes by host are kept.
 MIGRATIONS = {5: """
 alter table dashboard rename to old;
 create table dashboard (
@@ -13495,9 +13547,12 @@ insert into dashboard select id, dash, salt, rounds, api_sha256, ping_key,
 insert into tokens (name, role, sha256, created)
     select 'viewer key', 'viewer', view_sha256, created from old;
 drop table old;
+""", 6: RUN_BYTES + """
+insert into usage select host, sum(have + length(args)) from runs
+    group by host;
 """}
 DASHBOARD_FORM = DatabaseForm(
-    "a dashboard of koi's", 0x6B6F6932, 6,
+    "a dashboard of koi's", 0x6B6F6932, 7,
     checked=("meta", "dashboard", "tokens", "hosts", "epochs", "jobs",
              "requests", "checks", "alerts", "snoozes", "channels",
              "notifications"),
@@ -13568,11 +13623,12 @@ class Dashboard:
                                 self.checks, self.hosts, self.runs)
         self.requests = Requests(changes, timers, audit, self.hosts,
                                  self.credentials, self.runs.live)
-        self.host_sync = HostSync(changes, timers, self.hosts, self.runs,
-                                  self.rules, self.requests)
         self.search = Search(self.runs, self.problems)
         self.retention = Retention(changes, audit, self.hosts, self.search,
                                    self.clock, lambda: self.full)
+        self.host_sync = HostSync(changes, timers, self.hosts, self.runs,
+                                  self.rules, self.requests,
+                                  self.retention.enforce_quota)
         self.overview = Overview(self.credentials, self.alerts, self.checks,
                                  self.hosts, self.runs, self.requests)
         self.timer_handlers = {

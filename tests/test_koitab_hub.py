@@ -305,6 +305,13 @@ def test_an_odd_access_token_is_refused(dashboard, status, fields):
                      {**new_token("checks", "7" * 64), **fields}, NOW)
 
 
+# From schema 7 to schema 6.
+WITHOUT_BYTES = """
+    drop trigger runs_added; drop trigger runs_changed;
+    drop trigger runs_removed; drop table usage;
+    drop index runs_with_output;"""
+
+
 def test_a_key_of_viewers_is_an_access_token_after_the_upgrade(dashboard):
     db = dashboard.dashboard.db
     db.connection.executescript(f"""
@@ -318,7 +325,7 @@ def test_a_key_of_viewers_is_an_access_token_after_the_upgrade(dashboard):
         insert into dashboard select id, dash, salt, rounds, api_sha256,
             '{koitab.sha256_hex("8" * 64)}', ping_key, badge_key, created
             from new;
-        drop table new; pragma user_version=5;""")
+        drop table new; {WITHOUT_BYTES} pragma user_version=5;""")
     after = dashboard.reopen()
     assert after.principal_of("view-" + "8" * 64) == koitab.Principal(
         "viewer", "", "viewer key")
@@ -1160,6 +1167,81 @@ def found(dashboard, text: str, *more) -> list:
     hits = dashboard.ask(dashboard.dashboard.search.find, text,
                          *more)["matches"]
     return [(hit["run"]["id"], hit["line"]) for hit in hits]
+
+
+# --- quotas
+
+OTHER = "d4" * 16
+
+
+def usage(dashboard) -> dict[int, int]:
+    """The bytes that are counted, which must be those that are there."""
+    counted = dict(dashboard.rows("select host, bytes from usage where "
+                                  "bytes > 0"))
+    assert counted == dict(dashboard.rows(
+        "select host, sum(have + length(args)) from runs group by host "
+        "having sum(have + length(args)) > 0"))
+    return counted
+
+
+def test_flooding_host_loses_its_oldest_outputs_and_no_other_does(
+        dashboard, web1, monkeypatch):
+    monkeypatch.setattr(koitab, "HOST_BYTES", 20_000)
+    other = dashboard.join(OTHER, "web2")
+    kept = written(dashboard, other, "needle of the other\n" * 500)
+    mine = [written(dashboard, web1, f"needle {number} ".ljust(2000) + "\n")
+            for number in range(30)]
+    dashboard.run_chores()
+    counted = usage(dashboard)
+    assert counted[1] <= 20_000 < counted[1] + 2100 and counted[2] > 10_000
+    with_output = [run for run, in dashboard.rows(
+        "select id from runs where have > 0 order by id")]
+    assert with_output == [kept, *mine[-9:]]
+    assert {run for run, _ in found(dashboard, "needle")} == {
+        kept, *mine[-9:]}
+    assert dashboard.rows("select count(*) from runs") == [(31,)]
+    assert dashboard.sync(web1)["missing_output"] == []
+
+
+def test_host_that_floods_arguments_loses_its_oldest_runs(
+        dashboard, web1, monkeypatch):
+    monkeypatch.setattr(koitab, "HOST_BYTES", 20_000)
+    other = dashboard.join(OTHER, "web2")
+    dashboard.runs(other, dashboard.record(args={"a": "x" * 15_000}))
+    for _ in range(50):
+        dashboard.runs(web1, dashboard.record(args={"a": "x" * 1000}))
+    assert usage(dashboard)[1] <= 20_000
+    assert dashboard.rows("select count(*) from runs where host = 2") == [
+        (1,)]
+    newest, = dashboard.rows("select max(n) from runs where host = 1")
+    assert newest == (dashboard.number,)
+
+
+def test_bytes_are_counted_through_changes_and_removals(dashboard, web1):
+    written(dashboard, web1, "one\n")
+    record = dashboard.record("running", args={"a": "b"})
+    dashboard.runs(web1, record)
+    dashboard.runs(web1, dashboard.record(run=record["run"],
+                                          args={"a": "ccc"}))
+    assert usage(dashboard) == {1: len(frames("one\n")) + 2 + 12}
+    dashboard.do(dashboard.dashboard.retention.delete, {"host": HOST}, NOW)
+    dashboard.run_chores()
+    assert usage(dashboard) == {} == dict(dashboard.rows(
+        "select host, bytes from usage"))
+
+
+def test_bytes_of_a_database_of_schema_6_are_counted(dashboard, web1):
+    written(dashboard, web1, "one\n")
+    before = usage(dashboard)
+    dashboard.dashboard.db.connection.executescript(
+        WITHOUT_BYTES + "pragma user_version=6;")
+    dashboard.dashboard.close()
+    after = InProcessDashboard(dashboard.path, dashboard.clock, fresh=False)
+    assert usage(after) == before
+    after.number, after.change = dashboard.number, dashboard.change
+    written(after, web1, "two\n")
+    assert usage(after) == {1: 2 * before[1]}
+    after.dashboard.close()
 
 
 @pytest.mark.parametrize("index", ["trigram", "words", ""])

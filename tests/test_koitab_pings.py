@@ -191,6 +191,24 @@ def test_checks_have_a_limit_and_pings_may_make_twice_as_many(dashboard,
     assert answers == [201, 201, 404]
 
 
+def test_flooded_check_keeps_its_last_bodies_and_no_other_loses_one(
+        dashboard, check):
+    other = make(dashboard, slug="other")
+    body_of = dashboard.dashboard.checks.ping_body
+    dashboard.ping(other, body=b"mine")
+    for number in range(60):
+        dashboard.ping(check, body=b"%03d" % number + b"x" * 9_997)
+    kept, = dashboard.rows('select sum(length(body)) from pings where '
+                           '"check" = 1')
+    assert koitab.PING_BODIES - 10_000 < kept[0] <= koitab.PING_BODIES
+    assert dashboard.ask(body_of, check, 60).startswith(b"059")
+    with refused(404) as refusal:
+        dashboard.ask(body_of, check, 1)
+    assert "was removed" in refusal.message
+    assert pings(dashboard, check)[-1]["size"] == 10_000
+    assert dashboard.ask(body_of, other, 1) == b"mine"
+
+
 @pytest.mark.parametrize("body, kept", [
     (b"", b""), (b"x" * 10_000, b"x" * 10_000),
     (b"x" * 10_001, b"x" * 10_000), (b"\0\xff\r\n", b"\0\xff\r\n")])
