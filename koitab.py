@@ -13341,11 +13341,17 @@ class Overview:
             about["ping_key"] = ""
         return for_role({
             "now": now, "version": VERSION, "role": role, "dash": about,
-            "hosts": self.hosts.list_all(db, now),
+            "hosts": [self.host(db, shown) for shown in
+                      self.hosts.list_all(db, now)],
             "jobs": [self.job(db, row) for row in db.rows(
                 "select * from jobs where not deleted order by id")],
             "checks": self.checks.list_all(db, now),
             "alerts": self.alerts.list_all(db)}, role)
+
+    def host(self, db: Database, shown: dict) -> dict:
+        """Return a host as it is shown, with the end of its snooze."""
+        return {**shown, "snoozed": self.alerts.snoozed_until(
+            db, f"host:{shown['id']}")}
 
     def job(self, db: Database, row: dict) -> dict:
         """Return the row of a job as it is shown, with its last runs."""
@@ -13400,8 +13406,8 @@ class Overview:
         makers = {
             "runs": lambda run: self.runs.shape(self.runs.find(db, run)),
             "jobs": lambda job: self.changed_job(db, job, changed),
-            "hosts": lambda host: self.hosts.shape(self.hosts.row(
-                db, self.hosts.status_of(host)), now),
+            "hosts": lambda host: self.host(db, self.hosts.shape(
+                self.hosts.row(db, self.hosts.status_of(host)), now)),
             "checks": lambda uuid: self.checks.show(db, uuid, now),
             "requests": lambda nonce: self.requests.state(db, nonce),
             "alerts": lambda key: self.alerts.find(db, key)}
@@ -16738,6 +16744,7 @@ terminal.</noscript>
 <div id="announcer" class="away" aria-live="polite"></div>
 <div id="toast" role="status"></div>
 <div id="tip" role="tooltip" hidden></div>
+<div id="menu" popover></div>
 <dialog id="shortcuts" aria-label="Keys"></dialog>
 <script>/* PAGE_JS */</script>
 </body>
@@ -16752,8 +16759,8 @@ PAGE_CSS = r"""
   --line: #e3e4e1; --hover: #f0f1ee; --press: #e6e8e4; --accent: #1f5fbf;
   --on-accent: #fff; --ok: #2a7f4c; --bad: #c4281f; --late: #9a5b00;
   --run: #1f6fd0; --quiet: #6b7480; --bad-bg: #fdf1f0; --bad-line: #f3cfcc;
-  --mark: #ffe9a8; --here: #fff4d1; --b-ok: #7dbb94; --b-bad: #d5453c;
-  --b-odd: #c98a1b; --b-skip: #bfc5ca; --b-run: #3b82db; --koi: #e4572e;
+  --mark: #ffe9a8; --here: #fff4d1; --b-ok: #4c9a6a; --b-bad: #d5453c;
+  --b-odd: #ad730f; --b-skip: #7f8890; --b-run: #3b82db; --koi: #e4572e;
   --log: #fcfcfb; --log-ink: #24292f; --add: #e2f3e6; --del: #fbe6e4;
   --f0: #24292f; --f1: #c4281f; --f2: #1f7a3f; --f3: #8a5a00; --f4: #1f5fbf;
   --f5: #8e3aa8; --f6: #0b7285; --f7: #6b7480; --f8: #59636e; --f9: #d0342a;
@@ -16771,8 +16778,8 @@ PAGE_CSS = r"""
     --line: #2a3036; --hover: #20252a; --press: #2a3037; --accent: #7fb0f5;
     --on-accent: #0e1420; --ok: #6cc48c; --bad: #ff8178; --late: #e7b057;
     --run: #7fb0f5; --quiet: #8f9aa5; --bad-bg: #261a1b; --bad-line: #4a2b2b;
-    --mark: #5c4a12; --here: #33301f; --b-ok: #3f7d58; --b-bad: #e5645b;
-    --b-odd: #d09a3e; --b-skip: #4a535c; --b-run: #5a9bf0; --koi: #f0704a;
+    --mark: #5c4a12; --here: #33301f; --b-ok: #4f9a6e; --b-bad: #e5645b;
+    --b-odd: #d09a3e; --b-skip: #717c86; --b-run: #5a9bf0; --koi: #f0704a;
     --log: #15181c; --log-ink: #d9dde1; --add: #17301f; --del: #3a1f20;
     --f0: #7d8791; --f1: #ff8178; --f2: #6cc48c; --f3: #e7b057;
     --f4: #7fb0f5; --f5: #d29bee; --f6: #63c7d8; --f7: #c6ccd2;
@@ -16787,8 +16794,8 @@ PAGE_CSS = r"""
   --line: #2a3036; --hover: #20252a; --press: #2a3037; --accent: #7fb0f5;
   --on-accent: #0e1420; --ok: #6cc48c; --bad: #ff8178; --late: #e7b057;
   --run: #7fb0f5; --quiet: #8f9aa5; --bad-bg: #261a1b; --bad-line: #4a2b2b;
-  --mark: #5c4a12; --here: #33301f; --b-ok: #3f7d58; --b-bad: #e5645b;
-  --b-odd: #d09a3e; --b-skip: #4a535c; --b-run: #5a9bf0; --koi: #f0704a;
+  --mark: #5c4a12; --here: #33301f; --b-ok: #4f9a6e; --b-bad: #e5645b;
+  --b-odd: #d09a3e; --b-skip: #717c86; --b-run: #5a9bf0; --koi: #f0704a;
   --log: #15181c; --log-ink: #d9dde1; --add: #17301f; --del: #3a1f20;
   --f0: #7d8791; --f1: #ff8178; --f2: #6cc48c; --f3: #e7b057;
   --f4: #7fb0f5; --f5: #d29bee; --f6: #63c7d8; --f7: #c6ccd2;
@@ -16932,6 +16939,13 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .help span { font-weight: 600; min-width: 8px; }
 
 /* Jobs */
+.headline h1 { display: flex; align-items: center; gap: 9px; }
+.headline h1.s-ok { color: var(--ink); }
+.headline p { margin-top: 3px; color: var(--soft); }
+.headline p span { margin-right: 10px; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 12px; font-size: 12.5px;
+  margin-left: auto; }
+.legend span { display: inline-flex; gap: 5px; align-items: center; }
 .toolbar { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
 .toolbar input { width: 220px; }
 .chips { display: flex; gap: 4px; flex-wrap: wrap; }
@@ -16940,32 +16954,37 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .chip b { font-weight: 600; font-variant-numeric: tabular-nums; }
 .chip[aria-pressed="true"] { background: var(--press); color: var(--ink); }
 .group + .group { margin-top: 14px; }
+.heads { position: sticky; top: 47px; z-index: 2; background: var(--paper);
+  padding: 5px 12px; border: 1px solid transparent; color: var(--soft);
+  font-size: 12px; }
+.heads > div { font-size: 12px; line-height: 1.45; color: var(--soft); }
+.stale .row, .stale .headline { filter: grayscale(1); }
 .group { content-visibility: auto; contain-intrinsic-size: auto 300px; }
 .head > div { display: flex; align-items: baseline; gap: 10px;
   padding: 0 12px 5px; }
 .head h2 { font-size: 15px; }
 .head h2 .muted { font-size: 13px; margin-left: 8px; }
 .head h3 { font-size: 13px; font-weight: 500; color: var(--soft); }
-.head .btn { margin-left: auto; }
+.head .btn { margin-left: auto; min-height: 26px; }
 .hoststate { display: inline-flex; align-items: center; gap: 5px;
   margin-left: 10px; font-size: 13px; font-weight: 500;
   color: var(--late); }
 .hoststate .icon { align-self: center; }
 .hint { padding: 10px 12px; background: var(--card);
   border: 1px solid var(--line); border-radius: 8px; }
-.row {
-  display: grid; column-gap: 14px; align-items: center; min-height: 38px;
-  padding: 3px 12px; background: var(--card); border: 1px solid var(--line);
-  border-top-width: 0;
+.row, .heads {
+  display: grid; column-gap: 14px; align-items: center;
   grid-template-columns: 90px minmax(130px, 1.3fr) minmax(110px, 1fr) 172px
-    270px 60px 92px 68px;
+    240px 60px 92px 68px;
 }
+.row { min-height: 38px; padding: 3px 12px; background: var(--card);
+  border: 1px solid var(--line); border-top-width: 0; }
 .head + .row { border-top-width: 1px; border-radius: 8px 8px 0 0; }
 .row:last-child { border-radius: 0 0 8px 8px; }
 .head + .row:last-child { border-radius: 8px; }
 .row:hover { background: var(--hover); }
 .row:focus-within { box-shadow: inset 3px 0 0 var(--accent); }
-.row > div { min-width: 0; }
+.row > div, .heads > div { min-width: 0; }
 .c-name { display: flex; gap: 8px; align-items: baseline; }
 .c-name a { color: var(--ink); font-weight: 550; overflow: hidden;
   flex-shrink: 0; max-width: 100%;
@@ -16978,7 +16997,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .c-last { display: flex; gap: 8px; align-items: baseline;
   white-space: nowrap; font-size: 13px; }
 .c-last a { color: var(--ink); }
-.c-last .exit { color: var(--bad); font-weight: 600; }
+.c-last .exit { font-weight: 600; }
 .c-next { font-size: 13px; white-space: nowrap; }
 .c-act { text-align: right; }
 .c-act .btn { min-height: 26px; }
@@ -16994,7 +17013,15 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
   flex: 1 1 240px; padding: 4px 8px; border-radius: 5px; overflow: hidden;
   background: var(--bad-bg); white-space: nowrap; text-overflow: ellipsis;
 }
-.row-actions { display: inline-flex; gap: 6px; flex-wrap: wrap; }
+.row-actions { display: inline-flex; gap: 6px; flex-wrap: wrap;
+  align-items: center; }
+#menu { position: absolute; inset: auto; margin: 0; min-width: 210px;
+  padding: 6px; border: 1px solid var(--line); border-radius: 10px;
+  background: var(--card); color: var(--ink); box-shadow: 0 6px 24px #0003; }
+#menu > .btn { display: flex; width: 100%; justify-content: space-between;
+  gap: 18px; min-height: 34px; border-color: transparent; }
+#menu form { display: flex; gap: 6px; padding: 8px 10px 4px;
+  margin-top: 6px; border-top: 1px solid var(--line); }
 .why .row-actions { margin-left: auto; }
 .why .btn { min-height: 26px; padding: 2px 9px; }
 
@@ -17004,7 +17031,8 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .b-ok { fill: var(--b-ok); } .b-bad { fill: var(--b-bad); }
 .b-odd { fill: var(--b-odd); } .b-skip { fill: var(--b-skip); }
 .b-run { fill: var(--b-run); }
-.b-hollow { fill: none; stroke: var(--b-odd); stroke-width: 1.3; }
+.b-hollow { fill: none; stroke: var(--b-odd); }
+.b-track { fill: var(--line); }
 .b-wait { fill: none; stroke: var(--b-run); }
 .spark rect { fill: var(--press); }
 .spark path { fill: none; stroke: var(--soft); stroke-width: 1.2; }
@@ -17269,18 +17297,19 @@ dialog > * + * { margin-top: 12px; }
 }
 
 /* Narrower: columns go, the order stays */
-@media (min-width: 1480px) {
-  .row { grid-template-columns: 96px minmax(160px, 1.3fr)
-    minmax(150px, 1fr) 190px 360px 60px 100px 72px; }
+@media (min-width: 1360px) {
+  .row, .heads { grid-template-columns: 90px minmax(140px, 1.3fr)
+    minmax(110px, 1fr) 172px 360px 60px 92px 72px; }
 }
 @media (max-width: 1180px) {
-  .row { grid-template-columns: 90px minmax(130px, 1fr) 172px 270px
+  .row, .heads { grid-template-columns: 90px minmax(130px, 1fr) 172px 240px
     92px 68px; }
   .c-words, .c-spark { display: none; }
   .lock span, #connection span { display: none; }
 }
 @media (max-width: 940px) {
-  .row { grid-template-columns: 90px minmax(110px, 1fr) 172px 270px 68px; }
+  .row, .heads { grid-template-columns: 90px minmax(110px, 1fr) 172px 240px
+    68px; }
   .c-next { display: none; }
   #top { flex-wrap: wrap; }
   #top nav { order: 9; flex-basis: 100%; overflow-x: auto; margin: 0; }
@@ -17295,6 +17324,10 @@ dialog > * + * { margin-top: 12px; }
   .help, .zone, .roomy { display: none; }
   .toolbar input { flex: 1 1 140px; width: auto; }
   .btn { min-height: 34px; }
+  .heads { display: none; }
+  .chips { flex-wrap: nowrap; overflow-x: auto; max-width: 100%;
+    scrollbar-width: none; }
+  .legend { margin-left: 0; font-size: 12px; gap: 2px 9px; }
   .row { grid-template-columns: minmax(0, 1fr) auto; gap: 3px 10px;
     padding: 9px 12px; grid-template-areas: "name act" "is next"
       "last history"; }
@@ -17364,12 +17397,14 @@ PAGE_JS = r""""use strict";
 // --- words that are shown in more than one place ---------------------------
 
 const STATES = {    // state -> the word, and a rank: the worst first
-  failed: ["failed", 0], down: ["down", 0], missed: ["missed", 1],
+  failed: ["failed", 0], down: ["down", 0], duplicate: ["duplicate", 0],
+  missed: ["missed", 1],
   late: ["late", 2], grace: ["late", 2], unknown: ["unknown", 4],
   running: ["running", 3], started: ["running", 3], skipped: ["skipped", 5],
   new: ["new", 6], paused: ["paused", 6], ok: ["ok", 7], up: ["ok", 7],
 };
-const BAD = new Set(["failed", "down", "missed", "late", "grace"]);
+const BAD = new Set(["failed", "down", "duplicate", "missed", "late",
+  "grace"]);
 
 const OUTCOMES = {  // outcome code of a run -> its word
   o: "ok", f: "failed", k: "killed", m: "missed", s: "skipped",
@@ -17444,8 +17479,8 @@ const ICONS = {     // drawn on 16 x 16; each state has a shape of its own
   run: ["M5 3.2v9.6L12.6 8z"], search: ["M7 2.5a4.5 4.5 0 1 0 .01 0z",
     "M10.4 10.4L14 14"], left: ["M10 3L5 8l5 5"], right: ["M6 3l5 5-5 5"],
 };
-const SHAPES = { down: "failed", grace: "late", started: "running",
-  up: "ok" };
+const SHAPES = { down: "failed", duplicate: "late", grace: "late",
+  started: "running", up: "ok" };
 
 // Returns the icon of a state or a button.
 function icon(name) {
@@ -17533,6 +17568,16 @@ const crumbs = (...parts) => el("p", { class: "crumbs" }, parts.filter(
 const titleRow = (title, ...actions) => el("div", { class: "title-row" },
   title, el("div", { class: "actions" }, ...actions));
 
+// Replaces what is in `root` by the nodes that `draw` returns. What had the
+// focus has it again, by its place.
+function redraw(root, draw) {
+  const focusable = () => [...root.querySelectorAll(
+    "a, button, input, summary, .bars")];
+  const focused = focusable().indexOf(document.activeElement);
+  root.replaceChildren(...draw());
+  focusable()[focused]?.focus({ preventScroll: true });
+}
+
 // Pairs of a name and what it is; pairs without a value are left out.
 function factList(pairs, kind = "facts") {
   const items = pairs.filter(([, value]) => value).map(([name, value]) =>
@@ -17607,6 +17652,31 @@ function confirmButton(text, sure, action, facts) {
   return button(text, (event) => event.target.replaceWith(button(sure, action,
     { class: "btn danger" })), facts);
 }
+
+// Opens the page's one menu below a button. The browser closes it on Escape
+// and on a click elsewhere.
+function openMenu(anchor, items) {
+  const menu = $("#menu"), box = anchor.getBoundingClientRect();
+  menu.replaceChildren(...items);
+  menu.showPopover();
+  const above = box.bottom + menu.offsetHeight + 8 > innerHeight;
+  menu.style.left = `${Math.max(8, Math.min(box.left, document.body
+    .clientWidth - menu.offsetWidth - 8))}px`;
+  menu.style.top = `${scrollY + Math.max(4, above
+    ? box.top - menu.offsetHeight - 4 : box.bottom + 4)}px`;
+  $(".btn", menu).focus();
+}
+
+const menuButton = (text, items, facts) => button(text, (event) =>
+  openMenu(event.currentTarget, items()), { "aria-haspopup": "true",
+  ...facts });
+
+// One line of a menu: it closes the menu and does something.
+const menuItem = (text, detail, action) => button([el("span", { text }),
+  muted(detail)], () => {
+  $("#menu").hidePopover();
+  action();
+});
 
 // Puts "Loading" into `root` until `load` has an answer, and then `show`s it,
 // or the error.
@@ -17769,6 +17839,7 @@ function updateTimes() {
     const text = node.words(node.at);
     if (node.textContent !== text) node.textContent = text;
   }
+  app.showAge();
 }
 
 // --- keys: the same as in section Keys of koitab.py ------------------------
@@ -18067,8 +18138,8 @@ function lockWhenIdle() {
 // --- state: what the dashboard knows, and the stream that keeps it current -
 
 const state = { seq: 0, hosts: new Map(), jobs: new Map(),
-  checks: new Map(), alerts: new Map(), dash: {}, version: "",
-  problems: [] };
+  checks: new Map(), alerts: new Map(), alertsOf: new Map(), dash: {},
+  version: "", problems: [] };
 const KEY_OF = { hosts: (host) => host.id, jobs: (job) => job.id,
   checks: (check) => check.id,
   alerts: (alert) => `${alert.subject}\n${alert.kind}` };
@@ -18108,12 +18179,22 @@ function store(kind, items = []) {
     for (const name of NAMES[kind]) item[name] = visible(item[name] || "");
     state[kind].set(KEY_OF[kind](item), item);
   }
+  if (kind === "alerts") indexAlerts();
+}
+
+// Finds the alerts of each subject.
+function indexAlerts() {
+  state.alertsOf = new Map();
+  for (const alert of state.alerts.values()) {
+    const { subject } = alert, others = state.alertsOf.get(subject) || [];
+    state.alertsOf.set(subject, [...others, alert]);
+  }
 }
 
 // Forgets all that the dashboard knows, at the lock.
 function forgetState() {
   for (const kind of Object.keys(KEY_OF)) state[kind] = new Map();
-  state.dash = {};
+  Object.assign(state, { alertsOf: new Map(), dash: {} });
 }
 
 // Takes the whole state, as GET state has it.
@@ -18130,8 +18211,9 @@ function replaceState(answer) {
 // Takes one line of the stream: new versions of things, and IDs of deleted.
 function applyChange(change) {
   if (change.seq) state.seq = change.seq;
-  const worse = (change.jobs || []).filter((job) => BAD.has(job.state)
-    && state.jobs.get(job.id)?.state !== job.state);
+  const worse = ["jobs", "hosts"].flatMap((kind) => (change[kind] || [])
+    .filter((one) => BAD.has(one.state)
+      && state[kind].get(one.id)?.state !== one.state));
   for (const kind of Object.keys(KEY_OF)) store(kind, change[kind]);
   for (const [kind, ids] of Object.entries(change.deleted || {})) {
     for (const id of ids) removeFrom(kind, id);
@@ -18146,23 +18228,97 @@ function removeFrom(kind, id) {
   for (const [key, alert] of state.alerts) {
     if (alert.subject === id) state.alerts.delete(key);
   }
+  indexAlerts();
 }
 
-// Announces to people who cannot see the page which jobs became worse.
-function announce(jobs) {
-  if (!jobs.length) return;
-  $("#announcer").textContent = jobs.slice(0, 3).map((job) =>
-    `${job.label} ${STATES[job.state][0]} on ${hostName(job.host)}`)
-    .join("; ");
+// Announces to people who cannot see the page what became worse.
+function announce(things) {
+  if (!things.length) return;
+  $("#announcer").textContent = things.slice(0, 3).map((one) =>
+    `${nameOf(one)} ${STATES[one.state][0]}${isHost(one) ? ""
+      : ` on ${hostName(one.host)}`}`).join("; ");
 }
 
 const hostOf = (thing) => thing && state.hosts.get(thing.host);
 const hostName = (id) => state.hosts.get(id)?.name || "a forgotten host";
+const isCheck = (one) => "methods" in one;
+const isHost = (one) => "skew" in one;
+const nameOf = (one) => one.label || one.name || one.slug;
+
+// --- attention: what is wrong now, counted in one way for the whole page ---
+
 const isSnoozed = (one) => Boolean(one.snoozed) && one.snoozed > now();
+
+// Returns the subject of the alerts about a thing, as the API names it.
+const subjectOf = (one) => `${isCheck(one) ? "check" : isHost(one) ? "host"
+  : "job"}:${one.id}`;
+const alertsAbout = (one) => state.alertsOf.get(subjectOf(one)) || [];
+const allThings = () => [...state.hosts.values(), ...state.jobs.values(),
+  ...state.checks.values()];
+
+// Is something wrong with it, snoozed or not? While a host is down, that is
+// the one problem of all its jobs.
+function hasProblem(one) {
+  if (one.removed || one.state === "unknown") return false;
+  return BAD.has(one.state) || Boolean(one.failing)
+    || alertsAbout(one).length > 0;
+}
+
+const needsAttention = (one) => hasProblem(one) && !isSnoozed(one);
+
+// Returns "7 jobs, 2 checks and 1 host".
+function countWords(things) {
+  const kinds = { job: 0, check: 0, host: 0 };
+  for (const one of things) kinds[subjectOf(one).split(":")[0]] += 1;
+  const words = Object.entries(kinds).filter(([, count]) => count)
+    .map(([kind, count]) => plural(count, kind));
+  return words.join(", ").replace(/, ([^,]*)$/, " and $1");
+}
+
+// Returns the state and the sentence that answer: is everything well?
+function summary() {
+  const things = allThings(), wrong = things.filter(needsAttention);
+  const jobs = things.filter((one) => !isHost(one) && !one.removed);
+  const snoozed = things.filter(hasProblem).length - wrong.length;
+  if (wrong.length) {
+    return { mark: wrong.some((one) => STATES[one.state][1] === 0) ? "failed"
+      : "late", text: `${countWords(wrong)} need${wrong.length === 1 ? "s"
+      : ""} attention.` };
+  }
+  if (snoozed) {
+    return { mark: "paused", text: `Nothing else needs attention; ${
+      plural(snoozed, "problem")} snoozed.` };
+  }
+  if (!jobs.some((one) => one.last || one.last_ping)) {
+    return { mark: "new", text: jobs.length ? `${countWords(jobs)}; nothing `
+      + "has run yet." : "No jobs yet." };
+  }
+  return { mark: "ok", text: jobs.length === 1 ? `${nameOf(jobs[0])} is well.`
+    : `All ${countWords(jobs)} are well.` };
+}
+
+// Returns the last failure of any job and the next start, as sentences.
+function latestNews() {
+  let failed = null, next = null;
+  for (const job of state.jobs.values()) {
+    const run = job.recent_runs.findLast(([, , , outcome]) =>
+      "fkiu".includes(outcome));
+    if (run && !(failed?.run[1] > run[1])) failed = { job, run };
+    if (job.next > now() && job.state !== "unknown"
+        && !(next?.next < job.next)) next = job;
+  }
+  const place = (job) => state.hosts.size > 1 && ` on ${hostName(job.host)}`;
+  return [failed && el("span", {}, "Last failure: ", link(
+    `#/run/${failed.run[0]}`, failed.job.label), place(failed.job), ", ",
+  timeNode(failed.run[1], hostOf(failed.job)), "."), next && el("span", {},
+    "Next: ", link(`#/job/${next.id}`, next.label), place(next), " ",
+    timeNode(next.next, hostOf(next)), ".")];
+}
 
 // GET stream: one long response, a line of JSON for each change.
 const stream = {
   abort: null, pause: 1, timer: 0, live: false, reader: null,
+  lost: 0,          // when the connection broke, in ms; 0: it did not
 
   start() {
     this.stop();
@@ -18201,6 +18357,7 @@ const stream = {
         { signal: abort.signal });
       app.showConnection("live", "Live");
       this.live = true;
+      this.lost = 0;
       const reader = this.reader = reply.body.getReader();
       if (document.hidden) this.closeWhenHidden(reader, abort, 3);
       await this.read(reader, abort);
@@ -18244,6 +18401,7 @@ const stream = {
   reconnect(abort, why) {
     if (abort !== this.abort) return;
     this.live = false;
+    this.lost ||= Date.now();
     this.reader = null;
     const wait = this.pause * (0.8 + 0.4 * Math.random());
     this.pause = Math.min(this.pause * 2, 30);
@@ -18323,8 +18481,8 @@ const app = {
   // Returns the parts of the bar at the top.
   bar() {
     const nav = el("nav", { "aria-label": "Places" }, NAV.map(([path, word]) =>
-      link(`#/${path}`, [word, path === "alerts"
-        && el("span", { class: "count", id: "alerts" })],
+      link(`#/${path}`, [word, path === "jobs"
+        && el("span", { class: "count", id: "problem-count" })],
       { "data-path": path })));
     const input = el("input", { name: "q", type: "search", placeholder:
       "Search all outputs", "aria-label": "Search all outputs",
@@ -18354,6 +18512,7 @@ const app = {
     if (this.view?.moved && base(place.path) === base(this.path)
         && this.view.moved(place)) return;
     if (this.path === "jobs") this.jobsScroll = scrollY;
+    justSnoozed.clear();
     this.view?.leave?.();
     hideTip();
     const root = el("div", { class: "view" });
@@ -18400,13 +18559,23 @@ const app = {
   showSummary() {
     $("#problems").hidden = !state.problems.length;
     $("#problems").textContent = state.problems.join(" ");
-    const all = [...state.jobs.values(), ...state.checks.values()];
-    this.bad = all.filter((one) => BAD.has(one.state)
-      && !isSnoozed(one)).length;
+    this.bad = allThings().filter(needsAttention).length;
     this.showTitle();
-    showFavicon(this.bad ? "bad" : state.alerts.size ? "late"
-      : all.length ? "ok" : "none");
-    $("#alerts").textContent = state.alerts.size || "";
+    showFavicon(this.bad ? "bad" : summary().mark === "ok" ? "ok" : "none");
+    $("#problem-count").textContent = this.bad || "";
+  },
+
+  // Greys what is shown if nothing has been heard for 10 s, and draws it again
+  // when a snooze has ended.
+  showAge() {
+    if (!this.view) return;
+    const isOld = stream.lost > 0 && Date.now() - stream.lost > 10000;
+    if (document.body.classList.toggle("stale", isOld) !== this.isOld
+        || ticks % 30 === 0 && this.bad
+          !== allThings().filter(needsAttention).length) {
+      this.isOld = isOld;
+      this.changed({ all: true });
+    }
   },
 
   showTitle(title = this.view?.title) {
@@ -18555,11 +18724,8 @@ const BAR_HEIGHTS = { o: 0.62, s: 0.3, r: 0.62, q: 0.62 };
 function bars(items, height, facts, tipOf, hrefOf) {
   const paths = {};
   for (const { x, w, outcome } of items) {
-    const style = BAR_STYLES[outcome] || "odd";
-    const h = Math.round(height * (BAR_HEIGHTS[outcome] || 1));
-    (paths[style] ||= []).push(style === "hollow" || style === "wait"
-      ? outline(x, height - h, w, h) : `M${x} ${height - h}h${w}v${h}h${
-        -w}z`);
+    (paths[BAR_STYLES[outcome] || "odd"] ||= []).push(
+      barPath(outcome, x, w, height));
   }
   const node = svg("svg", { class: "bars", role: "img", ...facts },
     Object.entries(paths).map(([style, d]) => svg("path", {
@@ -18568,9 +18734,25 @@ function bars(items, height, facts, tipOf, hrefOf) {
   return node;
 }
 
+// Returns the path of one bar.
+function barPath(outcome, x, w, height) {
+  const style = BAR_STYLES[outcome], h = Math.round(height
+    * (BAR_HEIGHTS[outcome] || 1));
+  return style === "hollow" || style === "wait" ? outline(x, height - h, w, h)
+    : `M${x} ${height - h}h${w}v${h}h${-w}z`;
+}
+
+// Returns the line that explains the bars.
+const legend = () => el("p", { class: "legend muted" }, "Each bar is a run:",
+  Object.entries({ o: "ok", f: "failed", m: "missed", s: "skipped",
+    i: "interrupted", r: "running" }).map(([outcome, word]) => el("span", {},
+    svg("svg", { viewBox: "0 0 5 14", width: 5, height: 14,
+      "aria-hidden": "true" }, svg("path", { d: barPath(outcome, 0, 5, 14),
+      class: `b-${BAR_STYLES[outcome]}` })), word)));
+
 // An outline; what is too narrow for one has its middle missing.
 function outline(x, y, w, h) {
-  if (w >= 4) return `M${x + 0.5} ${y + 0.5}h${w - 1}v${h - 1}h${1 - w}z`;
+  if (w >= 3) return `M${x + 0.5} ${y + 0.5}h${w - 1}v${h - 1}h${1 - w}z`;
   const end = Math.max(2, Math.floor(h / 4)), middle = x + w / 2;
   return `M${middle} ${y}v${end}M${middle} ${y + h - end}v${end}`;
 }
@@ -18653,22 +18835,27 @@ function barKey(event) {
 }
 
 const phone = matchMedia("(max-width: 859px)");
-const wide = matchMedia("(min-width: 1480px)");
+const wide = matchMedia("(min-width: 1360px)");
 
 // Returns the run history bar: the last runs, as [id, at, seconds, outcome].
 function historyBar(runs, host, hrefOf = ({ run }) => `#/run/${run[0]}`) {
-  const most = phone.matches ? 30 : 90, pitch = phone.matches ? 5
-    : wide.matches ? 4 : 3;
+  const most = phone.matches ? 30 : wide.matches ? 90 : 60;
+  const pitch = phone.matches ? 5 : 4;
   const last = runs.slice(-most), skip = most - last.length;
   const items = last.map((run, at) => ({ x: (at + skip) * pitch,
     w: pitch - 1, outcome: run[3], run }));
   const width = most * pitch, counts = outcomeCounts(last.map((run) =>
     run[3]));
-  return bars(items, 18, { viewBox: `0 0 ${width} 18`, width, height: 18,
-    tabindex: -1, "aria-label": counts ? `last ${plural(last.length, "run")
-    }: ${counts}` : "no runs yet" },
+  const node = bars(items, 18, { viewBox: `0 0 ${width} 18`, width,
+    height: 18, tabindex: -1, "aria-label": counts ? `last ${
+      plural(last.length, "run")}: ${counts}` : "no runs yet" },
   ({ run: [, at, seconds, outcome] }) => tipWords(outcome, at, host, seconds),
   hrefOf);
+  if (skip) {
+    node.prepend(svg("path", { class: "b-track", d: `M0 16h${skip * pitch
+      - 1}v2h${1 - skip * pitch}z` }));
+  }
+  return node;
 }
 
 // Returns how long the last 30 runs took, over the band of what is usual. The
@@ -18745,18 +18932,75 @@ const runLink = (job) => linkButton(`#/job/${job.id}/run`,
   [icon("run"), "Run"], { class: "btn run", "aria-label":
     `Run ${job.label}` });
 
-// Returns the buttons that silence the alerts of a job or check.
-function snoozeButtons(subject, one) {
-  const until = (seconds, words) => button(words, () => withToast(() =>
-    post("snooze", { subject, until: seconds ? Math.round(now() + seconds)
-      : 0 }), seconds ? `Quiet for ${roughDuration(seconds)}`
-    : "Alerts again"));
-  return isSnoozed(one) ? until(0, "Wake up")
-    : [until(3600, "Snooze 1 h"), until(86400, "1 d")];
+// --- snooze: no alerts about one thing, until a time -----------------------
+
+// What was snoozed since this view was opened stays where it is.
+const justSnoozed = new Set();
+
+const UNTIL_WELL = 2 ** 40;     // the end of such a snooze, as the API has it
+const untilWords = (until) => until === "well" || until >= UNTIL_WELL
+  ? "until it is well" : `until ${shortTime(until)}`;
+
+// Returns when it is 8:00, so many days from today, in the shown zone.
+function morning(days) {
+  const day = isoDay(shifted(now() + days * 86400));
+  return localTime(`${day}T08:00`);
 }
 
-const isCheck = (one) => "methods" in one;
-const needsAttention = (one) => BAD.has(one.state) && !isSnoozed(one);
+// Returns the time of a text such as 2026-03-29T08:00 in the shown zone.
+function localTime(text) {
+  const at = Date.parse(`${text}Z`) / 1000;
+  return at - shiftOf(at - shiftOf(at));
+}
+
+// Returns the lines of the menu of a thing that may be snoozed.
+function snoozeItems(one) {
+  const item = (text, until) => menuItem(text, clock(shifted(until)), () =>
+    snooze(one, until));
+  const toMonday = (8 - shifted(now()).getUTCDay()) % 7 || 7;
+  const date = el("input", { type: "datetime-local", required: true,
+    "aria-label": "Snooze until", value: isoDay(shifted(morning(7)))
+      + "T08:00" });
+  return [item("For an hour", Math.round(now() + 3600)),
+    item("Tomorrow", morning(1)),
+    toMonday > 1 && item("Monday", morning(toMonday)),
+    alertsAbout(one).length > 0 && menuItem("Until it is well", "", () =>
+      snooze(one, "well")),
+    form({}, () => {
+      $("#menu").hidePopover();
+      snooze(one, localTime(date.value));
+    }, date, submitButton("Snooze", { class: "btn" }))].filter(isThere);
+}
+
+// Snoozes a thing until a time, "well" or 0 (no longer), shows it at once, and
+// puts the focus on the button that takes the place of the one pressed.
+async function snooze(one, until) {
+  const subject = subjectOf(one);
+  if (!await withToast(() => post("snooze", { subject, until }), until
+    ? `Snoozed ${untilWords(until)}` : "Alerts again")) return;
+  justSnoozed.add(subject);
+  const kind = `${subject.split(":")[0]}s`;
+  const fresh = { ...state[kind].get(one.id) || one,
+    snoozed: until === "well" ? UNTIL_WELL : until };
+  store(kind, [fresh]);
+  app.changed({ [kind]: [fresh] });
+  app.update();
+  const box = [...document.querySelectorAll("[data-subject]")].find((node) =>
+    node.dataset.subject === subject);
+  box?.lastChild.focus();
+}
+
+// Returns the button that opens the menu, or how long it is snoozed and the
+// button that ends that.
+function snoozeBox(one) {
+  const subject = subjectOf(one), until = isSnoozed(one)
+    && muted(`snoozed ${untilWords(one.snoozed)}`);
+  return el("span", { class: "row-actions", "data-subject": subject }, until,
+    isOperator() && (until ? button(justSnoozed.has(subject) ? "Undo"
+      : "Alert again", () => snooze(one, 0)) : menuButton("Snooze\u2026",
+      () => snoozeItems(one), { "aria-label": `Snooze ${nameOf(one)}` })));
+}
+
 const checkState = (check) => check.started && check.state === "up"
   ? "running" : check.state;
 const pingUrl = (check) => `${session.server}/ping/${check.id}`;
@@ -18764,7 +19008,7 @@ const pingUrl = (check) => `${session.server}/ping/${check.id}`;
 // Returns the cells of a job's row.
 function jobCells(job, host, onTop) {
   const { last } = job, end = last && endOfRun(last);
-  return { state: job.state, name: job.label, href: `#/job/${job.id}`,
+  return { state: markOf(job), name: job.label, href: `#/job/${job.id}`,
     title: job.command, where: onTop
       ? `${hostName(job.host)}${job.section ? ` / ${job.section}` : ""}`
       : job.user !== "root" ? job.user : "",
@@ -18772,33 +19016,78 @@ function jobCells(job, host, onTop) {
     last: last ? [link(`#/run/${last.id}`, timeNode(last.ended
       || timeOfRun(last), host)), muted(last.started && end !== "running"
       ? shortDuration(durationOf(last)) : ""), end !== "running"
-      && end !== "exit 0" && el("span", { class: "exit", text: end })]
-      : muted("never ran"),
+      && end !== "exit 0" && el("span", { class: `exit s-${runState(last)}`,
+      text: end })] : muted("never ran"),
     history: job.recent_runs.length > 0 && historyBar(job.recent_runs, host),
     spark: sparkline(job.recent_runs, job.usual),
-    next: job.next ? timeNode(job.next, host) : muted(nextWords(job)),
+    next: job.next ? [job.next < now() && muted("was due "), timeNode(
+      job.next, host)] : muted(nextWords(job)),
     act: canRun(job) && runLink(job),
-    why: job.failing && failingLine(job, job.failing, host) };
+    why: (job.failing || hasProblem(job)) && whyLine(job) };
 }
 
-// The line that explains a failing job, with what one would do next.
-function failingLine(job, { since, count, last_ok: good, line }, host) {
-  const { last } = job;
-  return el("div", { class: "why", role: "cell" }, line && el("pre", {
-    text: visible(line), title: "the last line of its output" }),
-  muted("failing for ", timeNode(since, host, () => roughDuration(now()
-    - since)), `, ${plural(count, "run")}; `, good ? ["last ok ",
-    dateNode(good, host)] : "never ok in what is kept"),
-  el("span", { class: "row-actions" },
-    last && linkButton(`#/run/${last.id}`, "Output"),
-    last && good && linkButton(`#/run/${last.id}?diff`,
-      ["Diff", el("span", { class: "roomy", text: " with last good" })]),
-    isOperator() && snoozeButtons(`job:${job.id}`, job)));
+// Returns the mark of the state of a thing. An alert about one that is well
+// otherwise says more: it was slow, or fast.
+function markOf(one) {
+  const kind = alertsAbout(one)[0]?.kind;
+  if (!BAD.has(one.state) && (kind === "slow" || kind === "fast")) {
+    return stateMark("late", kind);
+  }
+  return stateMark(isCheck(one) ? checkState(one) : one.state);
+}
+
+// Returns the cells of the row of a host that is down.
+function hostCells(host) {
+  const jobs = [...state.jobs.values()].filter((job) => job.host === host.id
+    && !job.removed);
+  return { state: markOf(host), name: host.name, href: "#/hosts",
+    where: "host", words: plural(jobs.length, "job"),
+    last: host.seen ? timeNode(host.seen, host) : muted("never heard of"),
+    why: whyLine(host) };
+}
+
+// Returns why a host needs attention.
+function hostWords(host) {
+  if (host.state !== "down") {
+    return host.state === "duplicate" ? "Two daemons use this host\u2019s "
+      + "identity (a cloned machine?)." : alertWords(host);
+  }
+  return ["Not heard of for ", timeNode(host.seen, host, () =>
+    roughDuration(now() - host.seen)), ". Its jobs may be running or not."];
+}
+
+const alertWords = (one) => alertsAbout(one).map(({ text }) =>
+  visible(text.split("\n")[0])).join("; ");
+
+// The line that explains a problem, with what one would do next.
+function whyLine(one) {
+  const words = one.failing ? failingWords(one) : [el("span", {},
+    isHost(one) ? hostWords(one) : alertWords(one)), ""];
+  const actions = one.failing ? outputLinks(one) : [];
+  return el("div", { class: "why", role: "cell" }, words, el("span",
+    { class: "row-actions" }, actions, snoozeBox(one)));
+}
+
+// Returns the links to the output of a failed run, and to what is different.
+const outputLinks = ({ last, failing }) => last && [
+  linkButton(`#/run/${last.id}`, "Output"), failing.last_ok && linkButton(
+    `#/run/${last.id}?diff`, ["Diff", el("span", { class: "roomy",
+      text: " with last good" })])];
+
+// Returns the last line of a failing job's output, and since when it fails.
+function failingWords(job) {
+  const { since, count, last_ok: good, line } = job.failing;
+  const host = hostOf(job);
+  return [line && el("pre", { text: visible(line),
+    title: "the last line of its output" }), muted("failing for ", timeNode(
+    since, host, () => roughDuration(now() - since)), `, ${
+    plural(count, "run")}; `, good ? ["last ok ", dateNode(good, host)]
+    : "never ok in what is kept")];
 }
 
 // Returns the cells of a check's row.
 function checkCells(check) {
-  return { state: checkState(check), name: check.name || check.slug,
+  return { state: markOf(check), name: nameOf(check),
     href: `#/check/${check.id}`, title: check.desc, where: check.tags || "",
     words: el("span", { text: check.words }),
     last: check.last_ping ? [timeNode(check.last_ping),
@@ -18808,7 +19097,8 @@ function checkCells(check) {
     spark: sparkline(check.recent_runs, null),
     next: check.next ? timeNode(check.next) : muted({ paused: "paused",
       down: "overdue" }[check.state] || "waits for a ping"),
-    act: isOperator() && copyButton(pingUrl(check), "URL") };
+    act: isOperator() && copyButton(pingUrl(check), "URL"),
+    why: hasProblem(check) && whyLine(check) };
 }
 
 // One row of the list, of a job or a check.
@@ -18822,38 +19112,55 @@ class JobRow {
   // Draws the row again if its job, or how it is shown, has changed.
   update(job, onTop) {
     const host = hostOf(job), seen = [job, host?.name, host?.zone, onTop,
-      isSnoozed(job), isPaused(job), phone.matches, wide.matches];
+      isSnoozed(job), isPaused(job), alertWords(job), phone.matches,
+      wide.matches];
     if (this.seen && seen.every((one, at) => one === this.seen[at])) return;
     Object.assign(this, { job, seen });
-    const focusable = () => [...this.root.querySelectorAll(
-      "a, button, .bars")];
-    const focused = focusable().indexOf(document.activeElement);
-    this.draw(isCheck(job) ? checkCells(job) : jobCells(job, host, onTop));
-    focusable()[focused]?.focus({ preventScroll: true });
+    this.draw(isHost(job) ? hostCells(job) : isCheck(job) ? checkCells(job)
+      : jobCells(job, host, onTop));
     if (jobList?.focused === this.root) jobList.letTabReach(this.root, 0);
   }
 
   // Shows the cells that jobCells or checkCells returned.
   draw(cells) {
-    const { state, name, href, title, where, why } = cells;
+    const { state: mark, name, href, title, where, why } = cells;
     const cell = (kind, ...inside) => el("div", { class: `c-${kind}`,
       role: "cell" }, ...inside);
     setAttributes(this.link, { text: name, href, title });
-    this.root.replaceChildren(cell("is", stateMark(state),
-      isSnoozed(this.job) && muted(" snoozed"),
+    redraw(this.root, () => [cell("is", mark, !why && isSnoozed(this.job)
+      && muted(" snoozed"),
       isPaused(this.job) && muted(" paused")),
     cell("name", this.link, muted(where)), ...["words", "last", "history",
       "spark", "next", "act"].map((kind) => cell(kind, cells[kind])),
-    ...why ? [why] : []);
+    ...why ? [why] : []]);
   }
 }
 
-const STATE_FILTERS = [     // what is counted, its word, whether one fits
-  ["", "All", () => true],
-  ["bad", "Needs attention", (one) => BAD.has(one.state)],
+const isState = (...states) => (one) => states.includes(one.state);
+const STATE_FILTERS = [     // its name, its word, whether a thing fits
+  ["", "All", (one) => !isHost(one)],
+  ["bad", "Needs attention", needsAttention],
+  ["failed", "Failed", (one) => Boolean(one.failing) || !isHost(one)
+    && isState("failed", "down")(one)],
+  ["missed", "Missed", isState("missed")],
+  ["late", "Late", isState("late", "grace")],
   ["running", "Running", (one) => one.running?.length || one.started],
-  ["unknown", "Unknown", (one) => one.state === "unknown"],
+  ["unknown", "Unknown", isState("unknown")],
+  ["snoozed", "Snoozed", isSnoozed],
+  ["new", "Never ran", isState("new")],
 ];
+
+const COLUMNS = [["is", "State"], ["name", "Job"], ["words", "Schedule"],
+  ["last", "Last run"], ["history", "Runs"], ["spark", "Duration"],
+  ["next", "Next"], ["act", "Actions"]];
+
+// Draws the sentence at the top of the page, and the news below it.
+function drawHeadline(root) {
+  const { mark, text } = summary(), age = stream.lost > 0
+    && `As of ${clock(shifted(stream.lost / 1000 + clockOffset))}: `;
+  redraw(root, () => [el("h1", { class: `s-${mark}` }, icon(mark),
+    el("span", {}, age, text)), el("p", {}, latestNews())]);
+}
 
 // The list and its toolbar. It stays while other views are shown.
 class JobList {
@@ -18864,10 +19171,15 @@ class JobList {
     this.body = el("div", { class: "jobs", role: "table",
       "aria-label": "Jobs", onfocusin: (event) => this.setFocused(
         event.target.closest(".row")) });
+    this.heads = el("div", { role: "rowgroup" }, el("div", { class: "heads",
+      role: "row" }, COLUMNS.map(([kind, word]) => el("div",
+      { class: `c-${kind}`, role: "columnheader" }, kind === "act"
+        ? el("span", { class: "away", text: word }) : word))));
     this.none = el("div");
+    this.headline = el("div", { class: "headline" });
     this.bar = this.toolbar();
-    this.root = el("div", { class: "view" }, el("h1", { class: "away",
-      text: "Jobs" }), this.bar, this.body, this.none);
+    this.root = el("div", { class: "view" }, this.headline, this.bar,
+      this.body, this.none);
     for (const query of [phone, wide]) {
       query.addEventListener("change", () => this.root.isConnected
         && this.update());
@@ -18893,12 +19205,13 @@ class JobList {
       "data-state": state }));
     return el("div", { class: "toolbar" }, this.text, this.host,
       el("div", { class: "chips", role: "group",
-        "aria-label": "Filter by state" }, this.chips));
+        "aria-label": "Filter by state" }, this.chips), legend());
   }
 
   update(changes) {
-    if (changes && !["all", "jobs", "hosts", "checks", "deleted"].some(
-      (kind) => changes[kind])) return;
+    if (changes && !["all", "jobs", "hosts", "checks", "alerts", "deleted"]
+      .some((kind) => changes[kind])) return;
+    drawHeadline(this.headline);
     const focus = document.activeElement;
     this.draw(groupedJobs());
     this.filter();
@@ -18910,18 +19223,18 @@ class JobList {
   // Draws the groups, and forgets rows and groups that have left.
   draw(groups) {
     const keys = new Set();
-    arrange(this.body, groups.map((group) => {
+    arrange(this.body, [this.heads, ...groups.map((group) => {
       keys.add(group.key);
       const shown = this.group(group);
       arrange(shown.root, [shown.head, ...group.items.map((item) => {
-        const key = isCheck(item) ? item.id : +item.id;
+        const key = subjectOf(item);
         if (!this.rows.has(key)) this.rows.set(key, new JobRow());
         keys.add(key);
         this.rows.get(key).update(item, group.key === "!");
         return this.rows.get(key).root;
       }), ...group.items.length ? [] : [shown.hint]]);
       return shown.root;
-    }));
+    })]);
     for (const map of [this.rows, this.groups]) {
       for (const key of map.keys()) if (!keys.has(key)) map.delete(key);
     }
@@ -18931,8 +19244,8 @@ class JobList {
   group({ key, id, section: name, items }) {
     if (!this.groups.has(key)) {
       this.groups.set(key, { head: el("div", { class: "head", role: "row" }),
-        root: el("section", { class: `group ${key === "!" ? "attention"
-          : ""}`, role: "rowgroup" }) });
+        root: el("div", { class: `group ${key === "!" ? "attention" : ""}`,
+          role: "rowgroup" }) });
     }
     const group = this.groups.get(key), host = state.hosts.get(id);
     const seen = JSON.stringify([host?.state, host?.name, host?.seen > 0]);
@@ -18942,8 +19255,9 @@ class JobList {
           hostName(id), " type ", code("koitab -e"), "."] : "None yet. A "
           + "check is a URL that a job elsewhere pings; it tells when the "
           + "ping stays away.") });
-      group.head.replaceChildren(el("div", { role: "columnheader" },
-        id ? [group.title, name && el("h3", { text: name })]
+      group.head.replaceChildren(el("div", { role: "rowheader",
+        "aria-colspan": COLUMNS.length }, id ? [group.title,
+        name && el("h3", { text: name })]
           : key === "!" ? el("h2", { text: "Needs attention" })
             : checksHeading()));
     }
@@ -18959,12 +19273,12 @@ class JobList {
       || ((job) => job.state === wanted);
     let shown = 0;
     for (const { job, root } of this.rows.values()) {
-      const near = (!host || job.host === host)
+      const near = (!host || (job.host || job.id) === host)
         && (!text || searchable(job).includes(text));
       for (const [state, , is] of STATE_FILTERS) {
         counts[state] = (counts[state] || 0) + (near && is(job) ? 1 : 0);
       }
-      root.hidden = !near || !fits(job);
+      root.hidden = !near || wanted !== "" && !fits(job);
       shown += root.hidden ? 0 : 1;
     }
     const isFiltered = Boolean(text || host || wanted);
@@ -18977,7 +19291,7 @@ class JobList {
   // A host's name is shown above the first of its groups that is shown.
   showGroups(isFiltered) {
     let lastHost = "";
-    for (const root of this.body.children) {
+    for (const root of [...this.body.children].slice(1)) {
       root.hidden = isFiltered && ![...root.children].some((one) => one.row
         && !one.hidden);
       const { id, title } = root.group;
@@ -19058,7 +19372,10 @@ class JobList {
 // needs attention, the sections of each host, the checks.
 function groupedJobs() {
   const jobs = [...state.jobs.values()], checks = [...state.checks.values()];
-  const urgent = [...jobs, ...checks].filter(needsAttention).sort(worstFirst);
+  const isUrgent = (one) => needsAttention(one)
+    || justSnoozed.has(subjectOf(one));
+  const urgent = [...[...state.hosts.values()].filter(isUrgent),
+    ...[...jobs, ...checks].filter(isUrgent).sort(worstFirst)];
   const groups = urgent.length ? [{ key: "!", items: urgent }] : [];
   const ofHosts = new Map([...state.hosts.keys()].map((id) => [id, []]));
   for (const job of jobs) {
@@ -19070,7 +19387,7 @@ function groupedJobs() {
   for (const { id } of ids) {
     const own = ofHosts.get(id), sections = new Map(own.length ? []
       : [["", []]]);
-    for (const job of own.filter((one) => !needsAttention(one))) {
+    for (const job of own.filter((one) => !isUrgent(one))) {
       if (!sections.has(job.section)) sections.set(job.section, []);
       sections.get(job.section).push(job);
     }
@@ -19081,15 +19398,16 @@ function groupedJobs() {
   }
   if (jobs.length + checks.length) {
     groups.push({ key: "checks", items: checks.filter((one) =>
-      !needsAttention(one)) });
+      !isUrgent(one)) });
   }
   return groups;
 }
 
 const byName = (a, b) => a.name < b.name ? -1 : a.name > b.name ? 1 : 0;
 const searchable = (job) => [job.label, job.name, job.section, job.command,
-  job.user, job.tags, job.slug, job.when, job.words, hostName(job.host)]
-  .join(" ").toLowerCase();
+  job.user, job.tags, job.slug, job.when, job.words, hostName(job.host),
+  STATES[job.state]?.[0], isSnoozed(job) && "snoozed", job.failing && "failed",
+  job.state === "new" && "never ran"].filter(Boolean).join(" ").toLowerCase();
 
 // Orders by the rank of the state, then the latest first.
 function worstFirst(a, b) {
@@ -20180,8 +20498,7 @@ function jobView(place, root) {
   if (!job) return lostView(place, root);
   const head = el("div"), list = el("div");
   root.append(head, list);
-  const draw = () => head.replaceChildren(...jobHead(state.jobs.get(id)
-    || job));
+  const draw = () => redraw(head, () => jobHead(state.jobs.get(id) || job));
   draw();
   showLoaded(list, () => get(`jobs/${id}/runs?limit=50`), (answer) =>
     list.append(runTable(answer, job)));
@@ -20203,8 +20520,7 @@ function jobHead(job) {
     job.section || null),
   titleRow(el("h1", {}, job.label), canRun(job) && runLink(job),
     linkButton(`#/search?job=${job.id}`, "Search its output"),
-    isOperator() && BAD.has(job.state)
-      && snoozeButtons(`job:${job.id}`, job),
+    hasProblem(job) && snoozeBox(job),
     isOperator() && job.removed && button("Forget", () =>
       withToast(forget, "Forgotten"), { class: "btn danger" })),
   el("pre", { class: "command", title: "the command" },
@@ -20951,7 +21267,7 @@ function checkHead(check, isOpen) {
     isOperator() && [linkButton(`#/check/${check.id}/edit`, "Edit"),
       check.state === "paused" ? act("Resume", { do: "resume" })
         : act("Pause", { do: "pause" }),
-      BAD.has(check.state) && snoozeButtons(`check:${check.id}`, check),
+      hasProblem(check) && snoozeBox(check),
       confirmButton("Delete\u2026", `Delete ${name}`, () =>
         withToast(remove, "Deleted"), { class: "btn danger" })]),
   factList([["State", stateMark(checkState(check))],
@@ -21144,14 +21460,13 @@ function alertsView(place, root) {
   const channels = el("div", { class: "channels" });
   root.append(el("h1", { text: "Alerts" }), list, section("Who is told",
     channels));
-  const draw = () => list.replaceChildren(alertList());
+  const draw = () => redraw(list, () => [alertList()]);
   draw();
   showLoaded(channels, () => get("channels"), (answer) =>
     showChannels(channels, answer.channels));
   return { title: "Alerts", update: (changes) => {
-    if (changes.alerts || changes.deleted || changes.all || changes.jobs) {
-      draw();
-    }
+    if (["alerts", "deleted", "all", "jobs", "checks", "hosts"].some(
+      (kind) => changes[kind])) draw();
   } };
 }
 
@@ -21159,7 +21474,7 @@ const ALERT_STATES = { failed: "failed", late: "late", missed: "missed",
   slow: "late", fast: "late", silent: "unknown", overdue: "failed" };
 
 // Returns what an alert is about: {one, name, href, where, host}.
-function subjectOf({ subject }) {
+function aboutAlert({ subject }) {
   const at = subject.indexOf(":");
   const kind = subject.slice(0, at), id = subject.slice(at + 1);
   if (kind === "job") {
@@ -21186,13 +21501,11 @@ function alertList() {
       + "was missed, or took much longer than it ever did."));
   }
   return el("ul", { class: "alerts" }, alerts.map((alert) => {
-    const { one, name, href, where, host } = subjectOf(alert);
+    const { one, name, href, where, host } = aboutAlert(alert);
     return el("li", {}, stateMark(ALERT_STATES[alert.kind] || "unknown",
       alert.kind), el("div", { class: "what" }, link(href, name), " ",
       muted(where), el("div", { text: visible(alert.text || "") })),
-    muted("since ", dateNode(alert.since, host)), isOperator()
-      && el("span", { class: "row-actions" },
-        snoozeButtons(alert.subject, one || {})));
+    muted("since ", dateNode(alert.since, host)), one && snoozeBox(one));
   }));
 }
 
@@ -21357,7 +21670,8 @@ function onKey(event) {
     hideTip();
     return;
   }
-  if (input || $("#shortcuts").open || barKey(event)) return;
+  if (input || $("#shortcuts").open || $("#menu:popover-open")
+      || barKey(event)) return;
   const { key } = event, shortcuts = app.view?.shortcuts || {};
   if (Date.now() - pressedG < 1500 && AFTER_G[key]) {
     pressedG = 0;

@@ -91,7 +91,7 @@ class World:
     """All that the made-up dashboard knows."""
 
     def __init__(self, empty=False, many=False, hostile=False, now=None,
-                 recent_runs=90):
+                 recent_runs=90, well=False):
         self.now = now or time.time()
         self.dice = random.Random(7)
         self.seq, self.changes = 1, []
@@ -108,6 +108,8 @@ class World:
             self.make_special()
             self.make_checks()
             self.make_audit()
+        if well:
+            self.make_well()
 
     # --- what is made up
 
@@ -130,6 +132,7 @@ class World:
                 "state": "down" if down else "up",
                 "skew": 43.0 if name == "mail" else 0.1, "version": "1.0",
                 "key": koitab.key_id(key), "since": self.now - 9e6,
+                "snoozed": 0,
                 "problems": ["/etc/cron.d/old:3: hour is 0 to 23, not '24'"]
                 if name == "db1" else []}
 
@@ -307,6 +310,21 @@ class World:
             if state == "down":
                 self.alert(f"check:{ident}", "overdue", self.now - 7200,
                            "no ping for 8 days")
+
+    def make_well(self):
+        """Nothing is wrong, though something failed once."""
+        self.alerts.clear()
+        for host in self.hosts.values():
+            host.update(state="up", seen=self.now)
+        for job in self.jobs.values():
+            good = [run for run in self.runs.values()
+                    if run["job"] == job["id"] and run["exit"] == 0]
+            job.update(failing=None, state="running" if job["running"]
+                       else "ok" if good else "new", last=good[-1] if good
+                       else None)
+        for check in self.checks.values():
+            check["state"] = {"down": "up", "grace": "up"}.get(
+                check["state"], check["state"])
 
     def make_audit(self):
         manual = [job for job in self.jobs.values() if job["manual"]]
@@ -694,6 +712,8 @@ class Page(http.server.BaseHTTPRequestHandler):
 
     def post_snooze(self, _rest, body):
         kind, ident = body["subject"].split(":", 1)
+        if body["until"] == "well":
+            body["until"] = koitab.UNTIL_WELL
         world = self.world
         if kind == "job":
             world.jobs[int(ident)]["snoozed"] = body["until"]
@@ -701,6 +721,9 @@ class Page(http.server.BaseHTTPRequestHandler):
         elif kind == "check":
             world.checks[ident]["snoozed"] = body["until"]
             world.push(checks=[world.checks[ident]])
+        elif kind == "host":
+            world.hosts[ident]["snoozed"] = body["until"]
+            world.push(hosts=[world.hosts[ident]])
         self.answer({})
 
     def post_checks(self, rest, body):

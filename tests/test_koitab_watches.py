@@ -465,6 +465,13 @@ def test_what_stands_when_the_snooze_is_over_is_told_then(dashboard, web1,
         "Night/Backup on web1 works again"]
 
 
+def test_snoozed_host_is_shown_with_the_end_of_its_snooze(dashboard, web1):
+    snooze(dashboard, f"host:{HOST}", HOUR)
+    assert dashboard.state["hosts"][0]["snoozed"] == NOW + HOUR
+    snooze(dashboard, f"host:{HOST}", 0)
+    assert dashboard.state["hosts"][0]["snoozed"] == 0
+
+
 def test_a_snooze_is_kept_over_a_restart(dashboard, web1):
     snooze(dashboard, f"host:{HOST}", HOUR)
     reopened = dashboard.reopen()

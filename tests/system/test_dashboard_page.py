@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import pytest
@@ -136,12 +137,12 @@ def test_failing_jobs_come_first_with_their_last_line(page, stand_in):
     page.find(".attention .row")
     failing = [job for job in stand_in.world.jobs.values()
                if job["state"] in ("failed", "missed")]
-    assert page.js("return document.querySelector('.jobs').firstChild"
+    assert page.js("return document.querySelector('.jobs .group')"
                    ".classList.contains('attention')")
     shown = page.js("return [...document.querySelectorAll('.attention .row "
                     ".c-name a')].map((a) => a.textContent)")
     assert {job["label"] for job in failing} <= set(shown)
-    assert "failing for" in page.text(".attention .why")
+    assert "failing for" in page.text(".attention .why:has(pre)")
     assert page.js("return document.title").startswith("(")
     assert page.js("return decodeURIComponent(document.querySelector("
                    "'link[rel=icon]').href)").count("#d6342c") == 1
@@ -171,16 +172,133 @@ def test_focused_button_of_a_row_stays_focused_when_its_job_changes(
         page, stand_in):
     page.find(".attention .why")
     number = page.js("""
-        const row = document.querySelector(".attention .why").parentNode;
+        const row = document.querySelector(".attention .why:has(pre)")
+            .parentNode;
         window.old = [...row.querySelectorAll("button")].find((one) =>
-            one.textContent === "Snooze 1 h");
+            one.textContent === "Snooze\u2026");
         old.focus();
         return row.row.job.id;""")
     stand_in.world.push(jobs=[stand_in.world.jobs[number]])
     page.wait("!window.old.isConnected")
     assert page.js("return [document.activeElement.textContent, document"
                    ".activeElement.closest('.row').row.job.id]") == [
-        "Snooze 1 h", number]
+        "Snooze\u2026", number]
+
+
+@pytest.fixture(scope="module")
+def well():
+    """A dashboard on which nothing is wrong."""
+    with page_server.Server(recent_runs=20, well=True) as stand_in:
+        yield stand_in
+
+
+def test_headline_says_that_all_is_well_and_what_failed_last(browser, well):
+    browser.open(well.url, PASSWORD)
+    count = len(well.world.jobs)
+    assert browser.text("h1") == (
+        f"All {count} jobs and {len(well.world.checks)} checks are well.")
+    news = browser.text(".headline p")
+    assert re.search(r"Last failure: .+ on \w+, .+ ago\.", news)
+    assert re.search(r"Next: .+ on \w+ in .+\.", news)
+    assert browser.js("return [document.title, document.querySelector("
+                      "'#problem-count').textContent]") == ["koi", ""]
+
+
+def test_headline_chip_title_and_badge_count_the_same(page, stand_in):
+    """Jobs, checks and hosts that are down, but not the jobs of such hosts,
+    because nobody knows how they are."""
+    world = stand_in.world
+    jobs = sum(job["state"] in ("failed", "missed")
+               for job in world.jobs.values())
+    checks = sum(check["state"] in ("down", "grace")
+                 for check in world.checks.values())
+    page.wait("document.querySelector('h1').textContent.endsWith("
+              f"'{jobs} jobs, {checks} checks and 1 host need attention.')")
+    count = str(jobs + checks + 1)
+    assert page.js("""return [
+        document.querySelector("[data-state=bad] b").textContent,
+        document.title.match(/\\d+/)[0],
+        document.querySelector("#problem-count").textContent,
+        String(document.querySelectorAll(".attention .row").length)]"""
+                   ) == [count] * 4
+
+
+def test_host_that_is_down_comes_first_and_explains_its_jobs(page, stand_in):
+    host = next(host for host in stand_in.world.hosts.values()
+                if host["state"] == "down")
+    row = page.text(".attention .row")
+    assert host["name"] in row and "down" in row
+    assert "Not heard of for 15 min. Its jobs may be running or not." in row
+    page.js("document.querySelector('[data-state=unknown]').click()")
+    assert page.js("return document.querySelectorAll('.attention .row:not("
+                   "[hidden])').length") == 0
+    page.click('[data-state=""]')
+
+
+def test_next_start_of_an_unknown_job_in_the_past_was_due_then(page, stand_in):
+    job = next(job for job in stand_in.world.jobs.values()
+               if job["state"] == "unknown" and job["next"])
+    shown = f"[href='#/job/{job['id']}']"
+    show(page, {**job, "next": time.time() - 120})
+    page.wait(f"document.querySelector(\".row:has({shown}) .c-next\")"
+              ".textContent === 'was due 2 min ago'")
+    show(page, job)
+
+
+def test_columns_have_headers_in_the_table_of_jobs(page):
+    assert page.js("return [...document.querySelectorAll('.jobs "
+                   "[role=columnheader]')].map((one) => one.textContent)"
+                   ) == ["State", "Job", "Schedule", "Last run", "Runs",
+                         "Duration", "Next", "Actions"]
+    assert page.js("return document.querySelectorAll('section[role]').length"
+                   ) == 0
+
+
+def test_bar_of_a_missed_run_has_a_shape_and_colours_have_a_contrast_of_3(
+        page):
+    """At 1180 pixels a bar has 3, so that an outline has an inside."""
+    page.size(1180, 900)
+    page.wait("document.querySelector('.bars').bars.items.at(-1).w === 3")
+    assert page.js("return document.querySelector('.b-hollow')"
+                   ".getAttribute('d').split('M')[1]").count("h") == 2
+    assert page.js("return document.querySelector('.legend').textContent"
+                   ) == ("Each bar is a run:okfailedmissedskippedinterrupted"
+                         "running")
+    for scheme in ("light", "dark"):
+        page.media(prefers_color_scheme=scheme)
+        assert page.js(LIGHT + """
+            const style = getComputedStyle(document.documentElement);
+            const colour = (name) => light([1, 3, 5].map((at) => parseInt(
+                style.getPropertyValue(name).trim().slice(at, at + 2), 16)));
+            const card = scheme === "light" ? 1 : colour("--card");
+            return ["--b-ok", "--b-bad", "--b-odd", "--b-skip", "--b-run"]
+              .filter((name) => (Math.max(card, colour(name)) + 0.05)
+                / (Math.min(card, colour(name)) + 0.05) < 3)""".replace(
+                    "scheme ===", f"'{scheme}' ===")) == []
+    page.media(prefers_color_scheme="light")
+
+
+@pytest.mark.parametrize("words, changed", [
+    ("missed", {"state": "missed"}), ("failed", {"state": "failed"}),
+    ("never ran", {"state": "new"}), ("snoozed", {"snoozed": 4e9})])
+def test_filter_finds_jobs_by_the_word_of_their_state(page, stand_in, words,
+                                                      changed):
+    job = next(job for job in stand_in.world.jobs.values()
+               if job["label"] == "Clean carts" and job["state"] == "ok")
+    show(page, {**job, **changed})
+    page.js("jobList.text.value = arguments[0]; jobList.text.dispatchEvent("
+            "new Event('input'))", words)
+    assert job["id"] in page.js(
+        "return [...document.querySelectorAll('.row:not([hidden])')].map("
+        "(row) => row.row.job.id)")
+    page.js("jobList.clear()")
+    show(page, job)
+
+
+def show(page, job: dict) -> None:
+    """Show a version of a job, as if it had come by the stream."""
+    page.js("const change = { jobs: [arguments[0]] }; applyChange(change); "
+            "app.changed(change); app.update()", job)
 
 
 def test_lost_stream_is_shown_and_reconnects(page, stand_in):
@@ -291,7 +409,7 @@ def cpu_seconds_of(browser, script: str) -> float:
 
 def test_views_are_reached_by_keyboard_alone(page, stand_in):
     page.find(".row")
-    page.keys("j", "j", "k")
+    page.keys("j", "j", "j", "k")       # the first is a host
     name = page.js("return document.activeElement.textContent")
     assert name and page.js("return Boolean(document.activeElement.closest("
                             "'.row'))")
@@ -348,12 +466,14 @@ def test_text_has_a_contrast_of_4_5(page, stand_in, scheme):
         page.media(prefers_color_scheme="light")
 
 
-CONTRAST = """
+LIGHT = """
 function light(c) {
   const [r, g, b] = c.map((v) => (v /= 255) <= 0.03928 ? v / 12.92
     : ((v + 0.055) / 1.055) ** 2.4);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 }
+"""
+CONTRAST = LIGHT + """
 const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
 function ground(node) {
   for (; node; node = node.parentElement) {
@@ -752,16 +872,63 @@ def test_check_is_created_edited_paused_and_deleted(page, stand_in):
     assert made[0]["id"] not in checks
 
 
-def test_snoozed_job_leaves_needs_attention(page, stand_in):
-    page.find(".attention .why")
-    name = page.text(".attention .c-name a")
-    page.js("[...document.querySelectorAll('.attention button')].find((b) =>"
-            " b.textContent === 'Snooze 1 h').click()")
-    page.wait("document.querySelector('.attention .c-name a').textContent "
-              f"!== {json.dumps(name)}")
-    job = next(job for job in stand_in.world.jobs.values() if job["snoozed"])
-    assert 3500 < job["snoozed"] - time.time() < 3700
+def snooze_first(page, line: str) -> str:
+    """Snooze the first failing job by a line of the menu; its subject."""
+    page.find(".attention .why pre")
+    subject = page.js("const box = document.querySelector('.attention .why"
+                      ":has(pre) [data-subject]'); box.lastChild.focus(); "
+                      "return box.dataset.subject")
+    page.keys("Enter")
+    page.wait("document.activeElement.closest('#menu')")
+    page.press(line, "#menu .btn span")
+    page.wait("document.activeElement.textContent === 'Undo'")
+    return subject
+
+
+@pytest.mark.parametrize("line, hour", [("For an hour", None),
+                                        ("Tomorrow", 8)])
+def test_snoozed_job_stays_until_the_next_visit_and_can_be_undone(
+        page, stand_in, line, hour):
+    count = int(page.text("[data-state=bad] b"))
+    subject = snooze_first(page, line)
+    job = stand_in.world.jobs[int(subject[4:])]
+    until = job["snoozed"]
+    assert time.localtime(until)[3:5] == (hour, 0) if hour else \
+        3500 < until - time.time() < 3700
+    assert page.js("return document.activeElement.closest('[data-subject]')"
+                   ".dataset.subject") == subject
+    row = "document.activeElement.closest('.attention .row').textContent"
+    assert "snoozed until " in page.js(f"return {row}")
+    page.wait(f"document.querySelector('[data-state=bad] b').textContent === "
+              f"'{count - 1}'")
+    assert page.text("[data-state=snoozed] b") == "1"
+    assert page.js("return document.title").startswith(f"({count - 1}) ")
+    page.keys("Enter")
+    page.wait("document.activeElement.textContent === 'Snooze\u2026'")
+    assert job["snoozed"] == 0
+    page.wait(f"document.querySelector('[data-state=bad] b').textContent === "
+              f"'{count}'")
+
+
+def test_job_is_snoozed_until_it_is_well(page, stand_in):
+    subject = snooze_first(page, "Until it is well")
+    assert stand_in.world.jobs[int(subject[4:])]["snoozed"] \
+        == koitab.UNTIL_WELL == page.js("return UNTIL_WELL")
+    row = "document.activeElement.closest('.attention .row').textContent"
+    assert "snoozed until it is well" in page.js(f"return {row}")
+    page.keys("Enter")
+    page.wait("document.activeElement.textContent === 'Snooze\u2026'")
+
+
+def test_snoozed_job_leaves_needs_attention_at_the_next_visit(page, stand_in):
+    subject = snooze_first(page, "For an hour")
+    page.visit("hosts", "h1")
+    page.visit("jobs", ".row")
+    assert page.js("return document.querySelector(`[data-subject='${"
+                   "arguments[0]}']`).closest('.attention')", subject) is None
+    job = stand_in.world.jobs[int(subject[4:])]
     job["snoozed"] = 0
+    stand_in.world.push(jobs=[job])
 
 
 def test_paused_job_says_so_until_its_pause_ends(page, stand_in):
