@@ -24,52 +24,52 @@ without rights, C the caller.
  1 values
  248 Common        what do both programs need?             (files, clock) R U C
  317 Time          what do DST and clock jumps do to minutes?   (nothing) R U C
- 452 Schedule      when does an entry run next?                 (nothing) R U C
-1486 Tab           what does a koitab say?                      (nothing) R U C
- 294 Keys          who may ask for a run?                       (nothing) R U C
+ 453 Schedule      when does an entry run next?                 (nothing) R U C
+1501 Tab           what does a koitab say?                      (nothing) R U C
+ 293 Keys          who may ask for a run?                       (nothing) R U C
  193 RunFile       what does the file of a run hold?            (nothing) R U C
  176 Plan          what is due now?                             (nothing) R
  2 koid
  757 Machine       what may koi do to this computer?   (files, processes) R U C
- 314 Database      how is an SQLite file made, checked, written?  (files) R U C
+ 321 Database      how is an SQLite file made, checked, written?  (files) R U C
  429 RunStore      where are the runs of this host kept?          (files) R C
  708 Supervisor    who stays with a job?               (processes, files) R J
  314 Jobs          which jobs exist, and whose are they?          (files) R C
  107 LineProtocol  how do other processes talk to koid?         (network) R U C
 1318 Scheduler     which run waits, starts, has ended?          (machine) R
- 665 ControlSocket how do users reach koid?              (network, files) R C
+ 666 ControlSocket how do users reach koid?              (network, files) R C
  744 Broker        what may a dashboard ask of koid? (network, processes) R
- 331 Daemon        what wakes koid?                             (machine) R
+ 332 Daemon        what wakes koid?                             (machine) R
  3 network
  215 Client        how is one HTTP request bounded?             (network) U C
  504 Agent         what does the dashboard lack?                (network) U C
  155 Fields        what may a request contain?                  (nothing) U
  148 Outcome       how did a run go, and was that usual?        (nothing) U
- 215 Credentials   who may do what, and who did it?               (files) U
- 434 Alerts        what is wrong now, and who is notified?        (files) U
- 547 PingChecks    is a job that koid does not run still alive?   (files) U
- 352 Hosts         which hosts and which jobs are there?          (files) U
- 369 Runs          which runs were there, with which output?      (files) U
- 267 AlertRules    when does a host or a job raise an alert?      (files) U
+ 267 Credentials   who may do what, and who did it?               (files) U
+ 456 Alerts        what is wrong now, and who is notified?        (files) U
+ 661 PingChecks    is a job that koid does not run still alive?   (files) U
+ 354 Hosts         which hosts and which jobs are there?          (files) U
+ 391 Runs          which runs were there, with which output?      (files) U
+ 289 AlertRules    when does a host or a job raise an alert?      (files) U
  165 Requests      what do people ask of hosts?                   (files) U
- 195 HostSync      what does a host send, and get back?           (files) U
+ 198 HostSync      what does a host send, and get back?           (files) U
  174 Search        which outputs contain a text?                  (files) U
- 142 Retention     what is removed, and when?                     (files) U
- 316 Overview      what do the page and other programs see?       (files) U
- 565 Dashboard     who writes, in which order?                    (files) U
+ 157 Retention     what is removed, and when?                     (files) U
+ 332 Overview      what do the page and other programs see?       (files) U
+ 592 Dashboard     who writes, in which order?                    (files) U
  237 Notifier      how does an alert go out?         (network, processes) U
-1041 HttpServer    is this a valid request, in time?     (network, files) U
-1109 Api           who may call what?                           (network) U
-4708 Page          what does the browser run?                   (nothing) U C
+1077 HttpServer    is this a valid request, in time?     (network, files) U
+1296 Api           who may call what?                           (network) U
+5035 Page          what does the browser run?                   (nothing) U C
  4 commands
- 232 Terminal      how does koitab speak with its caller?      (terminal) C
+ 235 Terminal      how does koitab speak with its caller?      (terminal) C
  363 TabCommands   what can be done to a tab?           (files, terminal) C
  731 RunCommands   how is a job run, and its past shown?       (terminal) C
- 616 Remote        what can a host ask of a dashboard? (network, terminal) C
+ 648 Remote        what can a host ask of a dashboard? (network, terminal) C
  285 Import        which crontabs does cron have here? (files, processes) C
  341 Services      how are koid and the dashboard started?      (machine) C
   91 Source        which code runs as whom?             (files, terminal) C
- 522 Command       what can I type?                            (terminal) C
+ 524 Command       what can I type?                            (terminal) C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
 the directory of the script and site-packages out of the imports. Modules that
@@ -732,7 +732,7 @@ def parse_tzif(name: str, data: bytes) -> Zone:
                    for number in range(types)]
         at += types * 6 + characters + leaps * (width + 4) + std + utc
         if header[0] != b"TZif" or not types:
-            raise ValueError(f"{name} is no file of a time zone")
+            raise ValueError(f"{name} is not a time zone file")
         rule = data[at:].strip(b"\n").decode("ascii") if width == 8 else ""
         rule = rule if "," in rule else ""      # without one there is no DST
         in_order = [offsets[0]] + [offsets[each] for each in type_numbers]
@@ -854,7 +854,8 @@ class ScheduleField:
         """Return the number after the / of the element `text`."""
         if not (word.isdigit() and word.isascii()) or not word.strip("0"):
             self.reject(at,
-                        f"the step of {short(text)} is no number from 1 on")
+                        f"the step of {short(text)} is not a number "
+                        "greater than 0")
         return int(word.lstrip("0")[:LONGEST_NUMBER])
 
     def choose_value(self, text: str, at: int, pick) -> int:
@@ -947,7 +948,7 @@ class Schedule:
         if len(parts) != 5:
             if text.startswith("@"):
                 raise ScheduleError("time specifier", 0,
-                                    f"{short(text)} is none",
+                                    f"unknown {short(text)}",
                                     " ".join(SPECIALS))
             raise ScheduleError(SCHEDULE_FIELDS[min(len(parts), 4)].name,
                                 len(text),
@@ -1414,8 +1415,8 @@ def has_control(text: str, allowed: str = "") -> bool:
 
 # --- sh: where may a placeholder be? --------------------------------------
 
-QUOTES = "leave the quotes away: koi quotes the value"
-ALONE = "let it stand alone, as a word of the command"
+QUOTES = "remove the quotes: koi quotes the value itself"
+ALONE = "make it a word of its own in the command"
 PLACEMENT_HINTS = {     # place of a placeholder -> hint
     "in single quotes": QUOTES, "in double quotes": QUOTES,
     "in $'..'": QUOTES, "in backquotes": ALONE, "in $(..)": ALONE,
@@ -2167,7 +2168,7 @@ class TabReader:
             why = f"{short(job.leader)} is the name of {len(found)} jobs"
             hint = f'@after "{found[0].section}/{found[0].name}"'
         elif not found:
-            why = f"there is no job {short(job.leader)} in this tab"
+            why = f"no job named {short(job.leader)} in this tab"
             meant = nearest(job.leader, named) if len(named) * len(
                 self.columns) < MOST_COMPARED else ""
             hint = f"did you mean {short(meant)}?" if meant else ""
@@ -2261,12 +2262,12 @@ class TabReader:
                                 f"did you mean {meant}?" if meant else "")
         elif not name.isidentifier() or not name.isascii():
             self.add_diagnostic(0, "odd variable",
-                                f"{short(name)} is no name that a "
-                                "shell can read")
+                                f"{short(name)} is not a valid variable "
+                                "name: a shell cannot read it")
         elif "\t" not in value and len(words) >= 6 and all(
                 word[0] in "*0123456789" for word in words[1:6]):
             self.add_diagnostic(0, "odd variable",
-                                f"this sets {name}, and is no job",
+                                f"this line sets {name} and is not a job",
                                 "a job has its columns first")
         elif "$" in value:
             self.add_diagnostic(at + rest.index("$"), "odd variable",
@@ -2415,7 +2416,7 @@ class TabReader:
     def check_command(self, command: str, at: int) -> None:
         """Raises LineRejected for a command that no shell can run."""
         if not command.strip(SPACE):
-            self.reject(at, "bad command", "there is none")
+            self.reject(at, "bad command", "missing command")
         if command[0] == "*":
             self.reject(at, "bad command", "it begins with a star",
                         "five columns, not six")
@@ -2448,7 +2449,7 @@ class TabReader:
                       else declared_names(command))
         self.find_in_input(lexer, command, end)
         misplaced = [self.diagnostic(
-            at + each.start, "bad argument", f"it stands {each.place}",
+            at + each.start, "bad argument", f"it is {each.place}",
             PLACEMENT_HINTS[each.place])
             for each in lexer.found if each.place]
         self.check_ignored_braces(lexer, command, at, when)
@@ -2538,20 +2539,20 @@ class TabReader:
         if default is not None:
             reason = param.value_error(default)
             if reason:
-                reject(f"{short(default)} is no default: {reason}", "")
+                reject(f"invalid default {short(default)}: {reason}", "")
         elif when != "@manual":
-            reject("nobody is asked when the job is due, so it needs a "
+            reject("koid asks nobody when the job is due, so it needs a "
                    "default", f"{{{{{escape_controls(name)}, "
                    f"{kind or 'string'}, default}}}}")
         if name in known and known[name] != param:
-            reject(f"there are two arguments {short(name)}",
-                   f"{{{{{escape_controls(name)}}}}} stands for the same "
+            reject(f"duplicate argument {short(name)}",
+                   f"{{{{{escape_controls(name)}}}}} inserts the same value "
                    "again")
         if len(known) >= MOST_PARAMS:
             reject(f"there are more than {MOST_PARAMS}", "")
         if kind == "secret" and default:
             self.add_diagnostic(at, "odd argument",
-                                "a default that stands here is no secret")
+                                "a default in the tab is not secret")
         return param
 
     def parse_type(self, kind: str, at: int) -> tuple[str, tuple]:
@@ -2566,7 +2567,7 @@ class TabReader:
             return "choice", choices
         if kind not in ("", "string", "int", "bool", "text", "date",
                         "secret"):
-            self.reject(at, "bad argument", f"{short(kind)} is no type",
+            self.reject(at, "bad argument", f"unknown type {short(kind)}",
                         "string, int, bool, text, date,"
                         " secret or choice(a|b|c)")
         return kind, ()
@@ -2599,8 +2600,8 @@ class TabReader:
         if evaluator:
             self.add_diagnostic(where, "unsafe argument",
                                 f"{escape_controls(evaluator)} reads the "
-                                "value again, as code: whoever fills it in "
-                                "can run anything")
+                                "value again as code: anyone who fills it "
+                                "in can run anything")
         runner = wrapped_program(lexer.words)
         if runner:
             self.add_diagnostic(where, "unsafe argument",
@@ -2609,8 +2610,8 @@ class TabReader:
         for each in lexer.found:
             if each.first:
                 self.add_diagnostic(at + each.start, "unsafe argument",
-                                    "the value is the program: whoever fills "
-                                    "it in can run anything")
+                                    "the value is the program: anyone who "
+                                    "fills it in can run anything")
 
     def lint_schedule(self, schedule: Schedule, first: int) -> None:
         """Warn about the five fields of an entry, which begin at `first`."""
@@ -2759,7 +2760,7 @@ def derive_keys(password: str, salt: bytes, rounds: int = ROUNDS) -> Keys:
     """
     if len(salt) != SALT_BYTES or not ROUNDS <= rounds <= MOST_ROUNDS:
         raise Error("the dashboard asks for keys that would be weak",
-                    "it is not one of ours, or somebody changed it")
+                    "it is not a koi dashboard, or it was tampered with")
     from hashlib import pbkdf2_hmac
     from unicodedata import normalize
     try:
@@ -2827,7 +2828,7 @@ def verify_request(key: bytes, body, mac) -> dict:
     Raises RequestRejected.
     """
     if not isinstance(body, str) or not isinstance(mac, str):
-        raise RequestRejected("it is no signed request")
+        raise RequestRejected("not a signed request")
     if len(body) > LONGEST_BODY:
         raise RequestRejected(f"it is longer than {LONGEST_BODY:,} bytes")
     try:
@@ -2850,7 +2851,7 @@ def verify_request(key: bytes, body, mac) -> dict:
         raise RequestRejected("it has not the fields of a request")
     for values in (request.get("args", {}), request.get("secrets", {})):
         if any(type(value) is not str for value in values.values()):
-            raise RequestRejected("an argument is no text")
+            raise RequestRejected("an argument is not a string")
     return request
 
 
@@ -2948,7 +2949,7 @@ def parse_enrollment(text: str) -> Enrollment:
     try:
         found = json.loads(text)
     except RecursionError:
-        raise ValueError("it is damaged") from None
+        raise ValueError("the file is damaged") from None
     if not isinstance(found, dict) or found.pop("v", 0) != 1:
         raise ValueError("it is of another version")
     try:
@@ -3431,7 +3432,7 @@ def file_error(status, owners: tuple, mask: int, links: bool) -> str:
     a user could have made it, to a file of another user.
     """
     if not stat.S_ISREG(status.st_mode):
-        return "it is no regular file"
+        return "it is not a regular file"
     if status.st_uid not in owners:
         return f"its owner is uid {status.st_uid}"
     exact = mask == EXACTLY_0600
@@ -3493,7 +3494,7 @@ class Machine:
                     return zone
         zone = parse_posix_tz(name) if name.isascii() else None
         if not zone:
-            raise Error(f"there is no time zone {short(name)}",
+            raise Error(f"unknown time zone {short(name)}",
                         "Europe/Berlin; ls /usr/share/zoneinfo"
                         if os.path.isdir(ZONE_DIRECTORIES[0])
                         else "apt-get install tzdata")
@@ -3665,11 +3666,11 @@ class Machine:
                     pass
                 status = os.lstat(directory)
                 if not stat.S_ISDIR(status.st_mode):
-                    raise Error(f"{directory} is no folder")
+                    raise Error(f"{directory} is not a directory")
                 if status.st_uid != os.geteuid():
                     raise Error(f"{directory} belongs to another user")
                 if status.st_mode & 0o077:
-                    raise Error(f"{directory} is open to others",
+                    raise Error(f"{directory} is accessible to other users",
                                 f"chmod 700 {directory}")
         except OSError as error:
             raise Error(f"{error.filename or home}: {error.strerror}",
@@ -4256,7 +4257,7 @@ class Database:
         application = self.value("pragma application_id")
         if not application:     # a file of length 0 passes SQLite's checks
             raise DatabaseDamaged(f"{self.path}: not {self.form.name}")
-        hint = f"move it away to begin anew: mv {self.path} {self.path}.old"
+        hint = f"to start afresh: mv {self.path} {self.path}.old"
         if self.form.companion:
             hint += f"; rm -f {self.path}{self.form.companion}"
         if application != self.form.application:
@@ -4561,8 +4562,8 @@ class RunStore:
     def move_aside(self, why: str) -> str:
         """Put a damaged history out of the way; return a sentence about it.
         Raises OSError."""
-        return f"the history was damaged ({why}) and is now " \
-            f"{self.db.move_aside()}; a new one was begun"
+        return f"the history was damaged ({why}): moved it to " \
+            f"{self.db.move_aside()} and began a new one"
 
     # --- writing
 
@@ -5634,7 +5635,7 @@ class TabRegistry:
         except OSError as error:
             self.version = ()
             self.problems = [f"{error.filename}: {error.strerror}; the tabs "
-                             "go on as they were"]
+                             "stay as they were"]
             return True
         version = (
             sorted((path, file.version) for path, file in files.items()),
@@ -5743,7 +5744,7 @@ class TabRegistry:
                 for scheduled in self.jobs_of(user)}
         found = match_jobs([each.job for each in jobs.values()], name)
         if not found:
-            raise Error(f"there is no job {short(name)}")
+            raise Error(f"no job named {short(name)}")
         users = sorted({jobs[id(job)].user for job in found})
         if len(users) > 1:
             raise Error(f"{short(name)} is a job of {', '.join(users)}",
@@ -5755,8 +5756,8 @@ class TabRegistry:
 
 
 # How the problem of a file begins that must not be used: others could have
-# written it. After any other problem its last tab goes on.
-UNBELIEVED = ("its ", "others may", "it has another", "it is no ",
+# written it. After any other problem its last valid tab stays in use.
+UNBELIEVED = ("its ", "others may", "it has another", "it is not a ",
               "it is a link")
 
 
@@ -5771,7 +5772,7 @@ def only_first(scheduled_jobs: list[ScheduledJob],
         if first is not scheduled:
             problems.append(
                 f"{scheduled.file}:{scheduled.line}: not used: the same "
-                f"job stands in {first.file}:{first.line}")
+                f"job is in {first.file}:{first.line}")
     return list(seen.values())
 
 
@@ -5839,7 +5840,7 @@ def match_jobs(jobs: list, name: str) -> list:
         job for job in jobs if job.tag == name]
     if name and not found:
         meant = nearest(name, [job.name for job in jobs if job.name])
-        raise Error(f"there is no job {short(name)}",
+        raise Error(f"no job named {short(name)}",
                     f"did you mean {short(meant)}?" if meant else
                     "a job's name, its tag, or its line")
     return found
@@ -5865,9 +5866,9 @@ def validate_arguments(job: Job, given: dict) -> dict[str, str]:
     params = {param.name: param for param in job.params}
     unknown = [name for name in given if name not in params]
     if unknown:
-        raise Error(f"there is no argument {short(str(unknown[0]))}",
-                    "it has " + ", ".join(params) if params else
-                    "this job has none")
+        raise Error(f"unknown argument {short(str(unknown[0]))}",
+                    "expected " + ", ".join(params) if params else
+                    "this job takes no arguments")
     values = {}
     for name, param in params.items():
         value = given.get(name, param.default)
@@ -5875,7 +5876,7 @@ def validate_arguments(job: Job, given: dict) -> dict[str, str]:
             raise Error(f"the argument {short(name)} is missing",
                         f"{name}=VALUE")
         reason = param.value_error(value) if isinstance(value, str) else \
-            "it is no text"
+            "not a string"
         if reason:
             raise Error(f"the argument {short(name)}: {reason}")
         values[name] = value
@@ -5974,9 +5975,9 @@ def parse_line(line: bytes) -> dict:
     try:
         message = json.loads(line.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError):
-        raise Error("this is no request") from None
+        raise Error("invalid request") from None
     if not isinstance(message, dict):
-        raise Error("this is no request")
+        raise Error("invalid request")
     return message
 
 
@@ -6754,7 +6755,7 @@ class Scheduler:
         waiting = sum(other.scheduled.key == scheduled.key
                       for other in self.waiting)
         if policy == "skip" or waiting >= MOST_QUEUED:
-            return "skipped", "the last run was still going" if \
+            return "skipped", "the last run was still running" if \
                 policy == "skip" else f"{waiting} runs were waiting"
         if policy == "replace":
             self.kill_others(scheduled.key)
@@ -6914,7 +6915,7 @@ class Scheduler:
                 if user not in accounts:
                     accounts[user] = self.machine.account(user)
                 if not accounts[user]:
-                    raise ValueError(f"there is no user {user}")
+                    raise ValueError(f"user {user} does not exist")
                 if self.machine.is_expired(user):
                     raise ValueError(f"the account of {user} has expired")
                 spec = launch_spec(queued, accounts[user], self.host)
@@ -7390,8 +7391,8 @@ class ControlService:
         not have it, or that user no tab."""
         user = self.allowed_user(caller, request) or caller.name
         if os.geteuid() and user != self.machine.user_name(os.geteuid()):
-            raise Error("this koid belongs to an ordinary user, and runs "
-                        "jobs for no other")
+            raise Error("this koid runs as an ordinary user, so it runs jobs "
+                        "for no other user")
         if not user or "/" in user or not self.machine.account(user):
             raise Error(f"user `{user}' unknown")
         why = self.machine.access_error(user)
@@ -7448,7 +7449,7 @@ class ControlService:
         user, text = self.whose(caller, request), request.get("text", "")
         why = tab_text_error(text)
         if why:
-            raise Error(f"this is no crontab: {why}")
+            raise Error(f"not a crontab: {why}")
         tab = parse_tab(text, root=user == "root",
                         salt=self.machine.salt(user))
         check_zones(tab, self.machine)
@@ -7545,7 +7546,7 @@ class ControlService:
         if request.get("run"):
             runs = self.store.runs("r.id = ?", request["run"])
             if not runs or user and runs[0]["user"] != user:
-                raise Error(f"there is no run {request['run']}",
+                raise Error(f"no run {request['run']}",
                             "koitab history")
         else:
             runs = self.store.runs(
@@ -7625,7 +7626,8 @@ class ControlService:
     def relink(self, caller: Caller, _request: dict) -> dict:
         """Answer "relink". Raises Error."""
         if not caller.is_admin:
-            raise Error("only who runs koid can do this")
+            raise Error("permission denied: only root or the user that runs "
+                        "koid may do this")
         self.daemon.broker.load()
         return {"linked": self.daemon.broker.enrollment is not None}
 
@@ -8622,7 +8624,7 @@ class RequestVerifier:
             if each.user == fields["user"] and each.job.tag == fields["tag"]),
             None)
         if not scheduled:
-            raise RequestRejected("there is no such job any more")
+            raise RequestRejected("the job does not exist any more")
         if scheduled.job.when != "@manual":
             raise RequestRejected(
                 "only jobs that are @manual can be run from a dashboard")
@@ -8678,7 +8680,7 @@ class RequestVerifier:
         epoch = int(self.store.get_meta("epoch") or 0)
         active = self.scheduler.find_run(run)
         if epoch != fields["epoch"] or not active:
-            raise RequestRejected(f"run {run} is not going on")
+            raise RequestRejected(f"run {run} is not running")
         if active.key[0] != fields["user"]:
             raise RequestRejected("it is for another user")
         if not self.scheduler.write(self.store.record_nonce(
@@ -8798,7 +8800,7 @@ class Daemon:
         self.lock = try_lock(f"{self.home}/lock")
         if self.lock is None:
             raise Error(f"koid already runs ({self.home})",
-                        "koitab status tells its pid")
+                        "koitab status")
         self.cron_pid = self.machine.hold_cron_pid() if self.registry.system \
             else -1
         self.started = self.clock.now()
@@ -8851,8 +8853,9 @@ class Daemon:
         where = bug.__traceback__
         while where.tb_next:
             where = where.tb_next
-        self.log.set_problem("bug", f"koid has a fault, at its line "
-                             f"{where.tb_lineno}: {bug!r}")
+        self.log.set_problem(
+            "bug", f"internal error (please report): {bug!r} at koitab.py:"
+            f"{where.tb_lineno}")
         for scheduled in list(self.registry.scheduled_jobs):
             try:
                 if self.scheduler.planner.state:
@@ -8880,7 +8883,7 @@ class Daemon:
         remove(self.machine.socket_path(self.home))
         if self.cron_pid >= 0:
             remove(CRON_PID)
-        self.log.log("stopped; jobs that run go on")
+        self.log.log("stopped; running jobs continue")
 
     # --- one turn
 
@@ -9315,7 +9318,7 @@ def check_dashboard_url(url: str) -> str:
             or not re.fullmatch(r"(/[\w~-][\w.~-]*)*/?", parts.path) \
             or parts.query or parts.fragment \
             or not url.isascii() or not url.isprintable() or " " in url:
-        raise Error(f'"{escape_controls(url[:80])}" is no URL of a dashboard',
+        raise Error(f'"{escape_controls(url[:80])}" is not a dashboard URL',
                     "https://koi.example.com or http://127.0.0.1:8077")
     return parts.hostname
 
@@ -9525,7 +9528,7 @@ class SyncAgent:
     def refusal_words(self, refused: HttpRefused) -> str:
         """Return why the dashboard refuses, for `koitab status`."""
         words = {401: "it does not know this host", 403: "it refuses this "
-                 "host", 404: "it is no dashboard of koi's", 409:
+                 "host", 404: "not a koi dashboard", 409:
                  "another koid uses this host's identity (was the machine "
                  "cloned? koitab -d off; koitab -d join)"
                  }.get(refused.status, "")
@@ -9792,14 +9795,14 @@ class RequestFields:
     def __init__(self, fields, what: str = "the request"):
         self.fields, self.what = fields, what
         if not isinstance(fields, dict):
-            raise Error(f"{what} is no JSON object", "", 400)
+            raise Error(f"{what} is not a JSON object", "", 400)
 
     def allow_only(self, names) -> None:
         """Refuse fields that are not among `names`: they would be silently
         ignored."""
         for name in sorted(self.fields.keys() - set(names)):
             like = nearest(name, names)
-            raise Error(f"{self.what}: there is no field {short(name)}",
+            raise Error(f"{self.what}: unknown field {short(name)}",
                         f"did you mean {like}?" if like else "", 400)
 
     def wrong(self, name: str, why: str) -> Error:
@@ -9830,7 +9833,7 @@ class RequestFields:
         if len(value) > most:
             raise self.too_long(f"{name} is longer than {most:,}")
         if "\0" in value or not is_text(value):
-            raise self.wrong(name, "is no text")
+            raise self.wrong(name, "is not a string")
         return value
 
     def hex(self, name: str, length: int) -> str:
@@ -9865,7 +9868,7 @@ class RequestFields:
         """Return one of `words`."""
         value = self.get(name, str, default)
         if value not in words:
-            raise self.wrong(name, f"is none of {', '.join(words)}")
+            raise self.wrong(name, f"is not one of {', '.join(words)}")
         return value
 
     def each(self, name: str, most: int) -> list:
@@ -9882,7 +9885,7 @@ class RequestFields:
         found = self.get(name, dict, {})
         if any(not isinstance(value, str) or not is_text(value)
                or not is_text(key) for key, value in found.items()):
-            raise self.wrong(name, "holds what is no text")
+            raise self.wrong(name, "has a value that is not a string")
         if sum(len(key) + len(value) for key, value in found.items()) > most:
             raise self.too_long(f"{name} is too long")
         return found
@@ -9896,7 +9899,7 @@ class RequestFields:
         try:
             return b64decode(text, validate=True)
         except ValueError:
-            raise self.wrong(name, "is no base64") from None
+            raise self.wrong(name, "is not base64") from None
 
 
 def is_text(text: str) -> bool:
@@ -9915,7 +9918,7 @@ def cut_text(text: str, most: int) -> str:
 
 def not_found(what: str) -> Error:
     """Return the Error for a thing that is not there."""
-    return Error(f"there is no such {what}", "", 404)
+    return Error(f"no such {what}", "", 404)
 
 
 def compact_json(value) -> str:
@@ -10629,10 +10632,10 @@ create index notifications_of_run on notifications (run)
         target = request.text("target", 1000).strip()
         if kind == "mail" and not (safe_address(target) and "@" in target
                                    and "," not in target):
-            raise Error("this is no mail address that sendmail would get",
+            raise Error("invalid email address",
                         "name@example.org", 400)
         if kind != "mail" and not is_web_address(target):
-            raise Error("this is no address of the web",
+            raise Error("invalid URL: expected http:// or https://",
                         "https://example.org/path", 400)
         if kind == "ntfy" and not request_target(target).strip("/"):
             raise Error("missing topic in the URL", "https://ntfy.sh/TOPIC",
@@ -11194,7 +11197,7 @@ create index flips_of_check on flips ("check", at);
         elif reason == "fail":
             self.alerts.raise_alert(db, Alert(
                 subject, "failed", at, f"{name} failed",
-                f"{name} has told a failure"))
+                f"{name} reported a failure"))
         else:
             self.alerts.raise_alert(db, Alert(
                 subject, "overdue", at, f"{name} is overdue",
@@ -11670,7 +11673,7 @@ create index jobs_deleted on jobs (deleted) where deleted;
                                                          MISSING)]
             paused = RequestFields(inner.get("paused", dict, {}), "paused")
         except (ValueError, RecursionError):
-            raise Error("the list is no JSON", "", 400) from None
+            raise Error("the list is not JSON", "", 400) from None
         if inner.text("host") != status.host:
             raise Error("this is the list of another host", "", 400)
         if len(jobs) > MOST_JOBS:
@@ -12700,7 +12703,7 @@ def parse_instance(text: str) -> tuple[int, str]:
     start, _, name = text.partition("-")
     if not start.isascii() or not start.isdigit() or len(start) > 15 \
             or not is_hex(name, 8):
-        raise Error("the request: instance is none", "", 400)
+        raise Error("the request: invalid instance", "", 400)
     return int(start), name
 
 
@@ -12951,7 +12954,7 @@ class Search:
                 raise
             self.index = ""
             self.problems["index"] = "the index of outputs is damaged: " \
-                "search goes on without it, and is slow"
+                "search works without it, but is slow"
 
     def find(self, db: Database, text: str, job: int | None = None,
              before: int | None = None) -> dict:
@@ -13574,8 +13577,9 @@ class DiskFull(Error):
     """The disk is full: nothing can be kept now."""
 
     def __init__(self):
-        super().__init__("the dashboard's disk is full, and nothing was kept",
-                         "make room there; it goes on by itself", 507)
+        super().__init__("the dashboard's disk is full: nothing was stored",
+                         "make room there; the dashboard recovers by itself",
+                         507)
 
 
 class Chore:
@@ -13690,7 +13694,7 @@ class Dashboard:
                     self.path + ending):
                 raise Error(
                     f"{self.path} is gone, but {self.path}{ending} is there",
-                    "put a backup in its place; to begin anew, remove "
+                    "restore a backup; to start afresh, remove "
                     f"{self.path}{ending} too")
 
     def write_something(self) -> None:
@@ -13861,7 +13865,7 @@ class Dashboard:
             try:
                 busy = self.run_once()
             except Exception as bug:    # better to begin anew than to hang
-                self.broken = f"a fault of koi's own: {bug!r}"
+                self.broken = f"internal error (please report): {bug!r}"
                 break
             with self.wakes:
                 if not self.queue and self.stopping:
@@ -13918,7 +13922,8 @@ class Dashboard:
                 self.timers.schedule(kind, key,
                                      now + (3600.0 if is_bug else 5.0))
                 if is_bug:
-                    self.problems[kind] = f"a fault of koi's own: {error!r}"
+                    self.problems[kind] = \
+                        f"internal error (please report): {error!r}"
             return then
 
         now = self.clock.now()
@@ -14005,7 +14010,8 @@ class Dashboard:
                 if then:
                     then(result, error)
             except Exception as bug:    # the others are called anyway
-                self.problems["bug"] = f"a fault of koi's own: {bug!r}"
+                self.problems["bug"] = \
+                    f"internal error (please report): {bug!r}"
 
     def publish(self) -> None:
         """Number what changed, and pass it on."""
@@ -14027,7 +14033,8 @@ class Dashboard:
             try:
                 self.on_changes(lines)
             except Exception as bug:
-                self.problems["bug"] = f"a fault of koi's own: {bug!r}"
+                self.problems["bug"] = \
+                    f"internal error (please report): {bug!r}"
 
     # --- chores, and a full disk
 
@@ -14222,9 +14229,9 @@ class Notifier:
         program = next((path for path in SENDMAILS
                         if os.access(path, os.X_OK)), None)
         if not program:
-            return "there is no sendmail here"
+            return "sendmail is not installed"
         if not safe_address(notification["target"]):
-            return "this is no address"
+            return "invalid email address"
         done = subprocess.run(
             [program, "-i", "--", notification["target"]],
             input=alert_mail(notification, self.machine.host()),
@@ -14432,7 +14439,7 @@ def partial_head_error(data: bytes) -> str:
     """
     if not 65 <= data[0] <= 90:     # a method begins with A to Z
         return "this port speaks plain http" if data[0] == 22 else \
-            "this is no HTTP"
+            "not an HTTP request"
     ends = data.count(b"\r\n")
     if data.count(b"\n") != ends \
             or data.count(b"\r") - ends != data.endswith(b"\r"):
@@ -14469,13 +14476,13 @@ def parse_head(head: bytes) -> Request:
     if version not in ("HTTP/1.1", "HTTP/1.0"):
         raise Error("this speaks HTTP/1.1", "", 400)
     if method not in METHODS:
-        raise Error("there is no such method here", "", 501)
+        raise Error(f"unsupported method {short(method)}", "", 501)
     why = target_error(target)
     if why:
         raise Error(why, "", 400)
     headers = parse_headers(lines[1:])
     if version == "HTTP/1.1" and "host" not in headers:
-        raise Error("there is no Host", "", 400)
+        raise Error("missing Host header", "", 400)
     return Request(method, target, int(version[-1]), headers)
 
 
@@ -14484,7 +14491,7 @@ def target_error(target: str) -> str:
     so what could be read in two ways is refused, not normalized."""
     path = target.partition("?")[0]
     if not path.startswith("/"):
-        return "the target is no path"
+        return "the target is not a path"
     if not (target.isascii() and target.isprintable()) or " " in target:
         return "the target is not ASCII without blanks"
     if "//" in path or "/." in path or any(
@@ -14525,7 +14532,7 @@ def body_length(method: str, headers: dict) -> int:
                     "Content-Length, no Transfer-Encoding", 501)
     text = headers.get("content-length", "0")
     if not text.isascii() or not text.isdigit():
-        raise Error("Content-Length is no number", "", 400)
+        raise Error("Content-Length is not a number", "", 400)
     if len(text) > 15:
         raise Error("the body is too long", "", 413)
     if int(text) and method in ("GET", "HEAD", "OPTIONS", "DELETE"):
@@ -14606,7 +14613,7 @@ def parse_body(body: bytes) -> dict:
         raise Error("the body is not the JSON of a request", "", 400
                     ) from None
     if not isinstance(found, dict):
-        raise Error("the body is no JSON object", "", 400)
+        raise Error("the body is not a JSON object", "", 400)
     return found
 
 
@@ -15135,7 +15142,7 @@ def listen_address(text: str) -> tuple[str, int]:
     name = "127.0.0.1" if name == "localhost" else name
     address = address_of(name) if name and port else None
     if not address or int(port) > 65535:
-        raise Error(f"{short(text)} is no ADDRESS:PORT",
+        raise Error(f"{short(text)} is not ADDRESS:PORT",
                     "127.0.0.1:8077, 0.0.0.0:8077, [::1]:8077", EXIT_USAGE)
     return str(address), int(port)
 
@@ -15559,7 +15566,7 @@ def text_field(_name: str, text: str) -> str:
 def number_field(name: str, text: str) -> int:
     """Return the number in a query's field. Raises Error."""
     if not is_number(text):
-        raise Error(f"{name} is no number", "", 400)
+        raise Error(f"{name} is not a number", "", 400)
     return int(text)
 
 
@@ -15567,7 +15574,7 @@ def time_field(name: str, text: str) -> float:
     """Return the seconds in a query's field. Raises Error."""
     import re
     if not re.fullmatch(r"[0-9]{1,18}(\.[0-9]*)?", text):
-        raise Error(f"{name} is no time", "", 400)
+        raise Error(f"{name} is not a time", "", 400)
     return float(text)
 
 
@@ -15896,7 +15903,7 @@ class Api:
         except Exception as bug:
             self.server.refusals.report_bug(bug)
             response = error_response(Error(
-                "a fault of the dashboard's", "its log says more", 500))
+                "internal error of the dashboard", "see its log", 500))
         finally:
             self.rules.uncount(context)
         response.headers += context.cors
@@ -22193,7 +22200,7 @@ def editor() -> list[str]:
     for program in EDITORS:
         if shutil.which(program):
             return [program]
-    raise Error("there is no editor", "EDITOR=PROGRAM koitab -e")
+    raise Error("no editor found", "EDITOR=PROGRAM koitab -e")
 
 
 def run_editor(path: str) -> None:
@@ -22253,7 +22260,7 @@ def edit_until_installed(options: Invocation, draft: EditSession,
             options.warn("no changes made to crontab")
             return True
         if options.ask_koid("list")["text"] != before:
-            raise Error("the crontab was changed by somebody else meanwhile",
+            raise Error("the crontab has changed since you began to edit it",
                         f"{PROG} -l | diff - {draft.path}")
         options.warn("installing new crontab")
         if install(options, text, draft.path):
@@ -22832,8 +22839,8 @@ def command_kill(options: Invocation, which: str) -> int:
     """koitab kill: SIGTERM, later SIGKILL; or out of the queue. Raises
     Error."""
     run = options.ask_koid("kill", **run_or_job(which))["run"]
-    print(f"run {run['run']} ({escape_controls(run['label'])}) was asked to "
-          f"end (SIGTERM; SIGKILL {KILL_AFTER:g} s later)")
+    print(f"stopping run {run['run']} ({escape_controls(run['label'])}): "
+          f"SIGTERM sent, SIGKILL in {KILL_AFTER:g}s")
     return EXIT_OK
 
 
@@ -23782,7 +23789,7 @@ def user_crontab(options: Invocation) -> str:
         if os.geteuid() and "no crontab" not in errors:
             raise Error(f"{program} -l: {errors}")
     elif os.geteuid():
-        raise Error("there is no crontab program that could be asked",
+        raise Error("crontab(1) is not installed",
                     f"sudo koitab -u {owner} import")
     for spool in SPOOLS if os.geteuid() == 0 else ():
         path = posixpath.join(spool, owner)

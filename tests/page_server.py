@@ -587,7 +587,7 @@ class Page(http.server.BaseHTTPRequestHandler):
                 return self.refuse(404, "there is nothing here")
             return handler(parts[3:], query if body is None else body)
         except (KeyError, StopIteration):
-            return self.refuse(404, "there is no such thing")
+            return self.refuse(404, "no such thing")
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
         return None

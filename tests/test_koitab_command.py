@@ -397,7 +397,7 @@ def test_without_a_choice_the_usual_editors_are_tried(monkeypatch, tmp_path):
     for name in ("VISUAL", "EDITOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(koitab.Error, match="there is no editor"):
+    with pytest.raises(koitab.Error, match="no editor found"):
         koitab.editor()
     for program in ("nano", "vi", "sensible-editor"):
         (tmp_path / program).write_text("#!/bin/sh\n")
@@ -434,8 +434,8 @@ def swap_large(path: str) -> None:
 
 
 @pytest.mark.parametrize("swap, why", [
-    (swap_link, "it is a link"), (os.mkfifo, "no regular file"),
-    (os.mkdir, "no regular file"), (swap_large, "larger than"),
+    (swap_link, "it is a link"), (os.mkfifo, "not a regular file"),
+    (os.mkdir, "not a regular file"), (swap_large, "larger than"),
     (lambda path: None, "it was removed")])
 def test_what_an_editor_left_is_judged_before_it_is_read(swap, why):
     draft = koitab.EditSession(koitab.Invocation(koitab.Machine()), "")
@@ -556,7 +556,7 @@ def test_a_job_by_any_of_its_names(run, koid, name, tag_of):
     ("3", 'error: 3 is not the name of a job; the job on line 3 is "Plain"\n'
      "koitab: hint: koitab run " + koitab.parse_tab(FORM).jobs[1].tag),
     ("Plain", 'error: 2 jobs are called "Plain": Bots/Plain, Other/Plain'),
-    ("Say Hj", 'there is no job "Say Hj"\nkoitab: hint: did you mean "Say '
+    ("Say Hj", 'no job named "Say Hj"\nkoitab: hint: did you mean "Say '
      'Hi"?')])
 def test_a_job_that_is_none_or_two(run, name, said):
     done = run(name)
@@ -568,7 +568,7 @@ def test_a_job_that_is_none_or_two(run, name, said):
     ("Deploy", "root", 1), ("Deploy", "alice", 0), ("Hers", "alice", 2),
     ("Hers", "root", "root has no job \"Hers\""),
     ("Hers", "", 2), ("Deploy", "", '2 jobs are called "Deploy"'),
-    ("None", "root", 'there is no job "None"')])
+    ("None", "root", 'no job named "None"')])
 def test_name_of_a_job_means_that_of_one_user(name, owner, meant):
     jobs = [{"name": name, "user": user, "line": 1, "section": "",
              "command": "", "tag": "t"} for name, user in (
@@ -652,8 +652,8 @@ def test_output_goes_where_the_job_sent_it(run, cut):
     ({"exit": None, "signal": 33}, 161, "killed by signal 33"),
     ({"exit": None, "signal": 15, "reason": "timeout after 10m0s"}, 143,
      "timeout after 10m0s"),
-    ({"exit": None, "reason": "the last run was still going"}, 1,
-     "the last run was still going")])
+    ({"exit": None, "reason": "the last run was still running"}, 1,
+     "the last run was still running")])
 def test_the_exit_status_is_the_jobs(run, end, status, said):
     done = run("Bots/Plain", **end)
     assert (done.code, done.out) == (status, "")
@@ -766,8 +766,8 @@ def test_json_for_a_terminal_has_no_controls_and_is_the_same_json(capsys):
     ({"state": "missed", "count": 12}, "missed x12"),
     ({"state": "missed"}, "missed"),
     ({"state": "interrupted"}, "interrupted"),
-    ({"state": "skipped", "reason": "the last run was still going"},
-     "skipped: the last run was still going"),
+    ({"state": "skipped", "reason": "the last run was still running"},
+     "skipped: the last run was still running"),
     ({"state": "unstartable", "reason": "no such user"},
      "not started: no such user"),
     ({"state": "running"}, "running"), ({"state": "queued"}, "queued")])
@@ -880,7 +880,7 @@ def test_log_of_a_run_that_goes_on_says_so(type_in, koid):
 def test_kill(type_in, koid):
     koid.runs = [a_run(5)]
     assert type_in("kill", "5").out == (
-        "run 5 (backup) was asked to end (SIGTERM; SIGKILL 10 s later)\n")
+        "stopping run 5 (backup): SIGTERM sent, SIGKILL in 10s\n")
     assert koid.asked == [("kill", {"run": 5})]
     for which in ("0", "x", "-1", "\u0665"):    # not numbers of runs
         assert type_in("kill", "--", which).code == 0
@@ -1076,7 +1076,7 @@ def test_what_one_file_sets_does_not_hold_for_the_next(imported):
     ("61 * * * * x", "bad minute"), ("5.5 * * * * x", "bad minute"),
     ("@dayly x", "bad time specifier"), ('A="x" # c', "bad minute"),
     ("* * * * * cat%{{x, int}}", "bad argument"),
-    ("CRON_TZ=Mars/City", "there is no time zone"), ("\r", "bad minute"),
+    ("CRON_TZ=Mars/City", "unknown time zone"), ("\r", "bad minute"),
     ("[Section]", "no line of cron's")])
 def test_a_line_that_koi_cannot_read_is_kept_as_a_comment(imported, line,
                                                           reason):

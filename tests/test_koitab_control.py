@@ -126,7 +126,7 @@ def test_line_that_a_koitab_and_the_spool_both_have_runs_once():
     found = registry((KOITAB, "alice", "@daily x\n"),
                      (SPOOL, "alice", "@daily x\n@daily y\n"))
     assert [each.job.command for each in found.scheduled_jobs] == ["x", "y"]
-    assert found.problems == [f"{SPOOL}:1: not used: the same job stands in "
+    assert found.problems == [f"{SPOOL}:1: not used: the same job is in "
                               f"{KOITAB}:1"]
 
 
@@ -217,7 +217,7 @@ def test_problem_of_one_user_is_not_shown_to_others(desk):
     b'{"op": "list"}{}', b"\xff\xfe", b"[" * 100_000,
     b'{"a":' * 100_000, b'{"run": ' + b"9" * 1_000_000 + b"x}"])
 def test_what_is_no_object_is_no_request(line):
-    with pytest.raises(Error, match="this is no request"):
+    with pytest.raises(Error, match="invalid request"):
         koitab.parse_line(line)
 
 
@@ -330,8 +330,8 @@ def test_a_caller_means_himself_and_root_means_anyone(desk, caller, user,
 
 @pytest.mark.parametrize("user, whose", [
     (None, "alice"), ("alice", "alice"),
-    ("mallory", "belongs to an ordinary user"),
-    ("root", "belongs to an ordinary user")])
+    ("mallory", "runs as an ordinary user"),
+    ("root", "runs as an ordinary user")])
 def test_an_ordinary_users_koid_has_tabs_of_his_alone(
         desk, monkeypatch, user, whose):
     monkeypatch.setattr(koitab.os, "geteuid", lambda: 1500)
@@ -415,7 +415,7 @@ def test_a_job_is_called_by_name_section_line_command_or_tag(desk, name,
     ("mallory", ""), ("alice", "\0"), ("alice", "\ud800"),
     ("alice", "x" * 100_000)])
 def test_a_job_that_is_not_there_is_named(desk, user, name):
-    with pytest.raises(Error, match="there is no job"):
+    with pytest.raises(Error, match="no job named"):
         desk.registry.find_job(user, name)
 
 
@@ -464,10 +464,10 @@ def test_values_are_checked_and_defaults_filled_in(given, values):
 
 @pytest.mark.parametrize("given, why", [
     ({}, "the argument \"S\" is missing"),
-    ({"s": "x"}, 'there is no argument "s"'),
-    ({"S": "x", "X": "y"}, 'there is no argument "X"'),
-    ({"S": 5}, "it is no text"), ({"S": ["x"]}, "it is no text"),
-    ({"S": True}, "it is no text"), ({"S": {}}, "it is no text"),
+    ({"s": "x"}, 'unknown argument "s"'),
+    ({"S": "x", "X": "y"}, 'unknown argument "X"'),
+    ({"S": 5}, "not a string"), ({"S": ["x"]}, "not a string"),
+    ({"S": True}, "not a string"), ({"S": {}}, "not a string"),
     ({"S": None}, "is missing"),
     ({"S": "a\0b"}, "control character"), ({"S": "a\nb"}, "control"),
     ({"S": "\x1b[31m"}, "control"), ({"S": "\ud800"}, "not UTF-8"),
@@ -500,9 +500,9 @@ def test_all_values_together_fit_into_an_environment():
 
 
 def test_a_job_without_arguments_says_so():
-    with pytest.raises(Error, match="no argument") as refused:
+    with pytest.raises(Error, match="unknown argument") as refused:
         koitab.validate_arguments(job("@manual id"), {"A": "x"})
-    assert refused.value.hint == "this job has none"
+    assert refused.value.hint == "this job takes no arguments"
 
 
 # The environment of a job ----------------------------------------------------
@@ -738,11 +738,11 @@ OWN, PACKAGED, SPOOLED = ((0,), 0o022, True), ((0,), 0o022, False), \
     (OWN, status(uid=1500), "uid 1500"), (OWN, status(links=2), "hard link"),
     (OWN, status(links=0), "hard link"),
     (OWN, status(size=2**20), ""), (OWN, status(size=2**20 + 1), "1,048,576"),
-    (OWN, status(stat.S_IFIFO | 0o600), "no regular file"),
-    (OWN, status(stat.S_IFDIR | 0o600), "no regular file"),
-    (OWN, status(stat.S_IFCHR | 0o600), "no regular file"),
-    (OWN, status(stat.S_IFLNK | 0o600), "no regular file"),
-    (OWN, status(stat.S_IFSOCK | 0o600), "no regular file"),
+    (OWN, status(stat.S_IFIFO | 0o600), "not a regular file"),
+    (OWN, status(stat.S_IFDIR | 0o600), "not a regular file"),
+    (OWN, status(stat.S_IFCHR | 0o600), "not a regular file"),
+    (OWN, status(stat.S_IFLNK | 0o600), "not a regular file"),
+    (OWN, status(stat.S_IFSOCK | 0o600), "not a regular file"),
     # Anyone who may link to /etc/crontab could switch it off (MDKSA-2007:234).
     (PACKAGED, status(REGULAR | 0o644, links=2), ""),
     (PACKAGED, status(REGULAR | 0o664), "chmod"),
@@ -785,7 +785,7 @@ def test_a_fifo_hangs_nobody(tmp_path):
     os.mkfifo(tmp_path / "fifo", 0o600)
     file = koitab.Machine().tab_file(str(tmp_path / "fifo"), "x", (ME,),
                                      0o022, None)
-    assert file.problem == "it is no regular file"
+    assert file.problem == "it is not a regular file"
 
 
 def test_names_in_leaves_out_what_editors_and_packages_leave_behind(tmp_path):

@@ -176,7 +176,7 @@ def test_a_zone_that_is_none(type_in, monkeypatch):
     monkeypatch.setenv("TZ", "Europe/Nowhere")
     done = type_in("next", "--tab", "tab", tab=TAB)
     assert (done.code, done.out) == (1, "")
-    assert "no time zone" in done.err
+    assert "unknown time zone" in done.err
 
 
 @pytest.mark.parametrize("name", ["Europe/Nowhere", "../../../etc/passwd",
@@ -196,7 +196,7 @@ def test_cron_tz_holds_for_the_lines_below_it(type_in):
         (7, ["2026-03-29T12:00:00+02:00"])]
     assert json.loads(done.out)[1]["words"] == "At 12:00 (America/New_York)"
     assert done.code == 1
-    assert done.err.startswith("tab:4:9: bad setting: there is no time zone")
+    assert done.err.startswith("tab:4:9: bad setting: unknown time zone")
 
 
 def test_dates_that_are_skipped_have_no_starts(type_in):

@@ -201,14 +201,14 @@ def test_follower_knows_the_job_that_it_follows():
 
 
 @pytest.mark.parametrize("text, line, column, why, hint", [
-    ('"B" @after "A" b\n', 1, 12, 'no job "A"', ""),
+    ('"B" @after "A" b\n', 1, 12, 'no job named "A"', ""),
     ('"Nightly" @daily a\n "B"  @after  "Nigtly" b\n', 2, 15,
-     'no job "Nigtly"', 'did you mean "Nightly"?'),
+     'no job named "Nigtly"', 'did you mean "Nightly"?'),
     ('"A" @daily a\n[S]\n"A" @daily a\n"B" @after "A" b\n', 4, 12,
      '"A" is the name of 2 jobs', '@after "/A"'),
     ('"A" @after "A" a\n', 1, 12, "form a cycle", ""),
     ('61 * * * * a\n"A" 61 * * * * a\n"B" @after "A" b\n', 3, 12,
-     'no job "A"', ""),
+     'no job named "A"', ""),
     ('"B" @after A b\n', 1, 12, "in quotes", '"Report" @after'),
     ('"B" @after "" b\n', 1, 13, "the name is empty", ""),
     ('"A" @daily a\n"B" @after "A" b {{N, int}}\n', 2, 18,
@@ -537,7 +537,7 @@ def test_valid_line_gets_no_warning(line):
 def test_placeholder_is_rejected_where_the_shell_reads_no_word(command, place):
     line = f"@manual {command}\n"
     found = tab(line).errors()
-    assert found[-1].why == f"it stands {place}"
+    assert found[-1].why == f"it is {place}"
     assert found[-1].column == line.rindex("{{") + 1
     assert found[-1].hint
     # The same in a scheduled job, and in a tab that was edited by hand.

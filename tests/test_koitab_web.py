@@ -258,7 +258,7 @@ def test_url_of_a_dashboard_may_have_a_path(url, host):
     "//", "/a//b", "/.", "/../x", "/a/.b", "/%2e", "/a;b", "/a\\b", "/\xe4",
     "/a?b", "/a#b", "/a b", "/a\n", ":0", ":99999"])
 def test_url_of_a_dashboard_with_a_path_that_needs_escapes_is_refused(rest):
-    assert "is no URL of a dashboard" in refused(
+    assert "is not a dashboard URL" in refused(
         koitab.check_dashboard_url, f"https://koi.example{rest}").message
 
 

@@ -154,8 +154,8 @@ WRONG = {   # what is changed -> a word of the reason
     "other host": ({"host": "b2" * 16}, "another host"),
     "other dashboard": ({"dash": "0" * 16}, "another dashboard"),
     "other keys": ({"key": "0" * 16}, "other keys"),
-    "other user": ({"user": "somebody"}, "no such job"),
-    "unknown job": ({"tag": "0" * 12}, "no such job"),
+    "other user": ({"user": "somebody"}, "job does not exist"),
+    "unknown job": ({"tag": "0" * 12}, "job does not exist"),
     "changed job": ({"job": "0" * 64}, "changed since"),
     "expired": ({"iat": 1_600_000_000_000, "exp": 1_600_000_300_000},
                 "expired"),
@@ -280,14 +280,14 @@ def test_a_run_is_killed_only_by_a_signed_request(linked, dashboard):
         return ask(dashboard, {**kill, "nonce": os.urandom(16).hex(),
                                **changes})
 
-    for changes, word in (({"epoch": epoch + 1}, "not going on"),
-                          ({"run": run + 1}, "not going on"),
+    for changes, word in (({"epoch": epoch + 1}, "not running"),
+                          ({"run": run + 1}, "not running"),
                           ({"user": "somebody"}, "another user")):
         assert word in told(**changes)["reason"]
     assert told()["state"] == "accepted"
     run, = linked.ended()
     assert (run["signal"], run["reason"]) == (15, "killed from the dashboard")
-    assert "not going on" in told()["reason"]
+    assert "not running" in told()["reason"]
 
 
 def test_a_request_that_cannot_be_recorded_is_refused(koi, dashboard):

@@ -392,7 +392,7 @@ def test_a_user_who_is_not_there(koi):
     serving(koi, '"next" @manual echo yes\n')
     run, = koi.ended("it", user="nobody-of-that-name")
     assert run["state"] == "unstartable"
-    assert run["reason"] == "there is no user nobody-of-that-name"
+    assert run["reason"] == "user nobody-of-that-name does not exist"
     assert koi.run("next")[1] == b"yes\n"
 
 
@@ -593,12 +593,12 @@ def test_a_run_is_skipped_while_the_last_one_goes_on(koi, fifo):
             f'"other" @manual echo other\n')
     run = koi.launch("it")
     koi.running(run)
-    with pytest.raises(koitab.Error, match="still going"):
+    with pytest.raises(koitab.Error, match="still running"):
         koi.run("it")
     assert out_of(koi, "other") == "other\n"
     skipped = koi.history(job="it")[0]
     assert skipped["run"] > run and skipped["state"] == "skipped"
-    assert skipped["reason"] == "the last run was still going"
+    assert skipped["reason"] == "the last run was still running"
     assert skipped["started"] is None
     fifo.go()
     assert koi.end_of(run)["exit"] == 0
@@ -710,7 +710,7 @@ def test_a_job_keeps_as_many_runs_as_it_says(koi):
                " to be forgotten")
     assert rows(koi, "output") == [*runs[-3:], last]
     assert not list((koi.home / "runs").iterdir())
-    with pytest.raises(koitab.Error, match="there is no run"):
+    with pytest.raises(koitab.Error, match="no run"):
         koi.ask("log", run=runs[0])
 
 
@@ -983,7 +983,7 @@ def test_a_run_is_ended_by_term_and_then_by_kill(koi):
         assert kept["reason"] == f"killed by {koi.user}"
         with pytest.raises(koitab.Error, match="has ended"):
             koi.ask("kill", run=run)
-    with pytest.raises(koitab.Error, match="there is no run 99"):
+    with pytest.raises(koitab.Error, match="no run 99"):
         koi.ask("kill", run=99)
 
 

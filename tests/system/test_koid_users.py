@@ -487,8 +487,9 @@ NOT_BELIEVED = {
     "bob1": (with_mode(0o666), "chmod go-w"),
     "bob2": (with_mode(0o620), "chmod go-w"),
     "bob3": (of_alice, "owner"), "bob4": (hard_link, "hard link"),
-    "bob5": (symbolic_link, "link"), "bob6": (fifo, "no regular file"),
-    "bob7": (folder, "no regular file"), "bob8": (device, "no regular file"),
+    "bob5": (symbolic_link, "link"), "bob6": (fifo, "not a regular file"),
+    "bob7": (folder, "not a regular file"),
+    "bob8": (device, "not a regular file"),
     "bob9": (endless, "larger than"), "bob10": (with_nul, "NUL")}
 
 
@@ -567,7 +568,7 @@ def test_73_a_home_that_is_a_link_or_anothers_is_refused(town):
     os.chown(town.home, support.ALICE_UID, 0)
     with pytest.raises(pytest.fail.Exception):
         town.start()
-    assert "is no folder" in town.log()
+    assert "is not a directory" in town.log()
     assert "belongs to another user" in town.log()
 
 
@@ -768,10 +769,11 @@ def test_81_the_job_of_a_user_who_is_gone_is_recorded_and_not_run(town, out):
     town.tab('"Hers" @manual id -un\n', ALICE)
     town.start()
     passwd.write_text(before)
-    assert town.run("Bobs", user="bob")[3]["reason"] == "there is no user bob"
+    end = town.run("Bobs", user="bob")[3]
+    assert end["reason"] == "user bob does not exist"
     run = town.history(job="Bobs", user="bob")[0]
     assert (run["state"], run["user"]) == ("unstartable", "bob")
-    assert run["reason"] == "there is no user bob"
+    assert run["reason"] == "user bob does not exist"
     assert list(out.iterdir()) == []
     assert town.caller(ALICE).ask("run", job="Hers")["text"] == "alice\n"
 
@@ -782,7 +784,8 @@ def test_81_a_uid_that_would_mean_no_change_is_no_user(town, out, line):
     town.people(line)
     town.tab(f'"Bobs" @manual id > {out}/ran\n', "bob")
     town.start()
-    assert town.run("Bobs", user="bob")[3]["reason"] == "there is no user bob"
+    end = town.run("Bobs", user="bob")[3]
+    assert end["reason"] == "user bob does not exist"
     assert list(out.iterdir()) == []
 
 
@@ -1450,7 +1453,7 @@ def test_koid_system_runs_what_debians_cron_runs_and_as_the_same_users(
         runs = koid.history()
         assert {(run["user"], run["reason"]) for run in runs
                 if run["state"] == "unstartable"} >= {
-            ("nobody-such", "there is no user nobody-such")}
+            ("nobody-such", "user nobody-such does not exist")}
         log = koid.log()
         for path in ("cron.d/open", "cron.d/group", "cron.d/foreign"):
             assert f"/etc/{path}: not used: " in log
@@ -1768,7 +1771,7 @@ def test_a_users_own_koid_is_his_alone(town, where, home):
     assert alice.ask("run", job="Me")["text"] == "alice\n"
     assert alice.ask("status")["system"] is False
     reply = alice.ask("list", user=MALLORY)
-    assert "belongs to an ordinary user" in reply["error"]
+    assert "runs as an ordinary user" in reply["error"]
     mallory = town.caller(MALLORY, KOI_HOME=str(base / home))
     for op in ("list", "jobs", "history", "status"):
         assert "Permission denied" in mallory.ask(op)["error"], op

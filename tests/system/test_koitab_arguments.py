@@ -262,8 +262,8 @@ def test_random_arguments_arrive_byte_for_byte(shell, room):
 
 # --- the 27 contexts of a value that is put into the text -------------------
 
-QUOTES = "leave the quotes away: koi quotes the value"
-ALONE = "let it stand alone, as a word of the command"
+QUOTES = "remove the quotes: koi quotes the value itself"
+ALONE = "make it a word of its own in the command"
 REFUSED = [     # the command, where the placeholder stands, the mend
     ('show "Hi {{v}}"', "in double quotes", QUOTES),
     ("show 'Hi {{v}}'", "in single quotes", QUOTES),
@@ -343,7 +343,7 @@ def test_koitab_says_where_and_how_to_mend(tmp_path):
     assert done.returncode == 1
     for line, (command, place, mend) in enumerate(REFUSED, start=1):
         column = len("@manual ") + command.index("{{v}}") + 1
-        assert f"{file}:{line}:{column}: bad argument: it stands {place} " \
+        assert f"{file}:{line}:{column}: bad argument: it is {place} " \
             f"({mend})\n" in said, command
     assert koitab.parse_tab(tab).jobs == []
     print(f"\n{len(REFUSED)} contexts refused, {KNOWN} of them known",

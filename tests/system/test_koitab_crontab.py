@@ -371,7 +371,8 @@ def test_no_shell_reads_the_editor(koi):
 
 @pytest.mark.parametrize("script, said", [
     ('rm "$1"; ln -s /etc/passwd "$1"', "it is a link"),
-    ('rm "$1"; mkfifo "$1"', "no regular file"), ('rm "$1"', "it was removed"),
+    ('rm "$1"; mkfifo "$1"', "not a regular file"),
+    ('rm "$1"', "it was removed"),
     ('head -c 1048577 /dev/zero > "$1"', "larger than")])
 def test_what_stands_in_for_the_draft_is_refused(koi, script, said):
     koi.run("-", stdin=DAILY)
@@ -388,7 +389,7 @@ def test_two_who_edit_at_once_do_not_undo_each_other(koi):
     koi.editor(f'echo "@hourly mine" >> "$1"; echo "@hourly its" | {other}')
     done = koi.run("-e")
     assert done.code == 1
-    assert "changed by somebody else" in done.err
+    assert "has changed since you began" in done.err
     assert koi.tab() == "@hourly its\n"
     assert koi.drafts()[0].read_text() == DAILY + "@hourly mine\n"
 
@@ -531,8 +532,8 @@ def test_kill_ends_a_run_for_who_watches_it_too(live):
     run, = json.loads(live.run("status", "--json").out)["running"]
     done = live.run("kill", str(run["run"]))
     assert (done.code, done.out) == (
-        0, f"run {run['run']} (Wait) was asked to end "
-        "(SIGTERM; SIGKILL 10 s later)\n")
+        0, f"stopping run {run['run']} (Wait): SIGTERM sent, SIGKILL in "
+        "10s\n")
     assert support.ended(process).code == 5
 
 

@@ -69,12 +69,12 @@ WRONG = [   # what is typed, a part of what is said, the status
     (["-d", "rotate"], "belongs to no dashboard", 1),
     (["-d", "show", "--json"], "--json is not an option of koitab -d", 2),
     (["-d", "new", "--password", "-"], "unknown option --password", 2),
-    (["-d", "new", "ftp://127.0.0.1"], "no URL of a dashboard", 1),
-    (["-d", "new", "127.0.0.1:8077"], "no URL of a dashboard", 1),
-    (["-d", "new", "http://u:p@127.0.0.1"], "no URL of a dashboard", 1),
-    (["-d", "new", "http://127.0.0.1/a//b"], "no URL of a dashboard", 1),
-    (["-d", "new", "http://127.0.0.1:99999"], "no URL of a dashboard", 1),
-    (["-d", "new", "http://127.0.0.1/#ab"], "no URL of a dashboard", 1),
+    (["-d", "new", "ftp://127.0.0.1"], "not a dashboard URL", 1),
+    (["-d", "new", "127.0.0.1:8077"], "not a dashboard URL", 1),
+    (["-d", "new", "http://u:p@127.0.0.1"], "not a dashboard URL", 1),
+    (["-d", "new", "http://127.0.0.1/a//b"], "not a dashboard URL", 1),
+    (["-d", "new", "http://127.0.0.1:99999"], "not a dashboard URL", 1),
+    (["-d", "new", "http://127.0.0.1/#ab"], "not a dashboard URL", 1),
     (["-d", "new", "http://192.0.2.1"], "without TLS", 1),
     (["-d", "join", "http://koi.example"], "--plain-http", 1),
     (["-d", "join", "http://127.0.0.1:1/#nonsense"], "a dashboard's ID", 1),
@@ -88,12 +88,12 @@ WRONG = [   # what is typed, a part of what is said, the status
     (["-d", "new", "https://127.0.0.1:1", "--ca", "/dev/null"],
      "not a file of certificates", 1),
     (["run", "--on", "web1", "Say"], "belongs to no dashboard", 1),
-    (["run", "--on", "web1", "--url", "", "Say"], "no URL of a", 1),
+    (["run", "--on", "web1", "--url", "", "Say"], "not a dashboard URL", 1),
     (["run", "--url", "http://127.0.0.1:1", "Say"],
      "--url is not an option of koitab run without --on", 2),
     (["run", "--plain-http", "Say"], "not an option of koitab run", 2),
     (["run", "--on", "", "Say"], "belongs to no dashboard", 1),
-    (["page", "nonsense"], "no URL of a dashboard", 1),
+    (["page", "nonsense"], "not a dashboard URL", 1),
 ]
 
 
@@ -358,7 +358,7 @@ def test_a_run_there_is_as_a_run_here(web1_host, ready):
 
 WRONG_RUNS = [
     (["web1", "Sya"],
-     'there is no job "Sya"\nkoitab: hint: did you mean "Say"?', 1),
+     'no job named "Sya"\nkoitab: hint: did you mean "Say"?', 1),
     (["web1", "Say"], 'no value for "To"', 2),
     (["web1", "Say", "To=a", "To=b"], "given twice", 2),
     (["web1", "Say", "Of=a"], 'no argument "Of"', 2),
