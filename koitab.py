@@ -2930,6 +2930,7 @@ class Enrollment(FrozenRecord):
     name: str               # of the host, as the dashboard shows it
     ca: str = ""            # certificates to trust instead of the system's
     since: float = 0.0      # seconds since 1970
+    plain_http: bool = False    # secrets may go by http over TCP
 
     @property
     def secret(self) -> bytes:
@@ -2960,6 +2961,7 @@ def parse_enrollment(text: str) -> Enrollment:
     if not (is_hex(enrollment.dash, 16) and is_hex(enrollment.host, 32)
             and is_hex(enrollment.token, 64) and is_hex(enrollment.key, 64)
             and isinstance(enrollment.since, (int, float))
+            and isinstance(enrollment.plain_http, bool)
             and all(isinstance(each, str) for each in texts)):
         raise ValueError("something is missing in it")
     return enrollment
@@ -3378,6 +3380,7 @@ UNIT_DIRECTORIES = ("/etc/systemd/system", "/usr/local/lib/systemd/system",
 RUN_DIRECTORY, CRON_PID = ("/run", "/run/crond.pid") \
     if sys.platform == "linux" else ("/var/run", "/var/run/cron.pid")
 ROOT_HOME, ROOT_SOCKET = "/var/lib/koi", f"{RUN_DIRECTORY}/koi/koid.sock"
+DASHBOARD_SOCKETS = f"{RUN_DIRECTORY}/koi-dashboard"    # of root's ones
 SYSTEM_TAB, SYSTEM_TAB_DIRECTORY = "/etc/crontab", "/etc/cron.d"
 # Of Debian, of cronie, of the BSDs, of macOS.
 SPOOLS = ("/var/spool/cron/crontabs", "/var/spool/cron", "/var/cron/tabs",
@@ -3653,6 +3656,18 @@ class Machine:
         if home == ROOT_HOME:
             return ROOT_SOCKET
         return posixpath.join(home, "koid.sock")
+
+    def dashboard_directory(self, db: str) -> str:
+        """Return the directory for the Unix socket of a dashboard with the
+        database `db`. Where root's unit and root have it, the agent of
+        root's koid and other users reach it."""
+        return os.environ.get("RUNTIME_DIRECTORY") or (
+            posixpath.dirname(db) if os.geteuid() else DASHBOARD_SOCKETS)
+
+    def dashboard_directories(self) -> list[str]:
+        """Return where the Unix sockets of this machine's dashboards are,
+        as far as the caller trusts them: root's, and the caller's own."""
+        return [DASHBOARD_SOCKETS, self.state_directory()]
 
     def make_home(self, home: str) -> None:
         """Create the state directory, or check that no other user can access
@@ -5993,6 +6008,61 @@ def error_reply(error: Error) -> dict:
             "status": error.status}
 
 
+def peer_uid(connection) -> int:
+    """Return the uid of the process at the other end of a Unix socket: of
+    the one that called connect(), or listen(). Raises OSError."""
+    if hasattr(socket, "SO_PEERCRED"):
+        _, uid, _ = Struct("3i").unpack(connection.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    else:       # macOS: LOCAL_PEERCRED gives a struct xucred
+        uid = Struct("2I").unpack_from(connection.getsockopt(0, 1, 76))[1]
+    return uid % 2**32
+
+
+def call_with_path(call, path: str) -> None:
+    """Call `call` with the path of a socket. Where that is too long for the
+    kernel (unix(7), 108 bytes; 104 on macOS) with its last part, in its
+    directory. Raises OSError."""
+    directory, _, name = path.rpartition("/")
+    if len(os.fsencode(path)) < 100:
+        return call(path)
+    here = os.open(".", getattr(os, "O_PATH", os.O_RDONLY) | os.O_CLOEXEC)
+    try:
+        os.chdir(directory)
+        call(name)
+    finally:
+        os.fchdir(here)
+        os.close(here)
+
+
+def listen_at_path(path: str, everyone: bool):
+    """Return a listening Unix socket, for `everyone` or for the user alone.
+
+    Its directory is made if it is missing. The caller makes sure that no
+    other process listens at `path`. Raises OSError.
+    """
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    listener = socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o022)
+    try:
+        os.makedirs(posixpath.dirname(path), exist_ok=True)
+        os.umask(0o111 if everyone else 0o177)
+        call_with_path(listener.bind, path)
+    finally:
+        os.umask(mask)
+    listener.listen(1024)
+    listener.setblocking(False)
+    return listener
+
+
+def dashboard_socket_name(port: int) -> str:
+    """Return the name of the Unix socket of the dashboard at a TCP port."""
+    return f"dashboard-{port}.sock"
+
+
 # ==========================================================================
 # Scheduler: which run waits, starts, has ended?                (machine; R)
 #
@@ -7656,28 +7726,8 @@ def only_lines_of(user: str, text: str) -> str:
 
 def caller_of(connection, machine: Machine) -> Caller:
     """Return the user at the other end of a Unix socket."""
-    if hasattr(socket, "SO_PEERCRED"):
-        _, uid, _ = Struct("3i").unpack(connection.getsockopt(
-            socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    else:       # macOS: LOCAL_PEERCRED gives a struct xucred
-        uid = Struct("2I").unpack_from(connection.getsockopt(0, 1, 76))[1]
-    return Caller(uid % 2**32, machine.user_name(uid))
-
-
-def call_with_path(call, path: str) -> None:
-    """Call `call` with the path of a socket. Where that is too long for the
-    kernel (unix(7), 108 bytes; 104 on macOS) with its last part, in its
-    directory. Raises OSError."""
-    directory, _, name = path.rpartition("/")
-    if len(os.fsencode(path)) < 100:
-        return call(path)
-    here = os.open(".", getattr(os, "O_PATH", os.O_RDONLY) | os.O_CLOEXEC)
-    try:
-        os.chdir(directory)
-        call(name)
-    finally:
-        os.fchdir(here)
-        os.close(here)
+    uid = peer_uid(connection)
+    return Caller(uid, machine.user_name(uid))
 
 
 def connect_patiently(connection, path: str) -> None:
@@ -7725,23 +7775,8 @@ class ControlServer:
 
     def listen(self, path: str) -> None:
         """Make the socket. Raises Error."""
-        directory, everyone = posixpath.dirname(path), path == ROOT_SOCKET
-        try:
-            os.makedirs(directory, 0o755, exist_ok=True)
-            if everyone:
-                os.chmod(directory, 0o755)  # whatever the umask was
-            try:
-                os.unlink(path)     # koid has the lock: nobody listens there
-            except FileNotFoundError:
-                pass
-            self.listener = socket.socket(socket.AF_UNIX)
-            mask = os.umask(0o111 if everyone else 0o177)
-            try:
-                call_with_path(self.listener.bind, path)
-            finally:
-                os.umask(mask)
-            self.listener.listen(1024)
-            self.listener.setblocking(False)
+        try:    # koid has the lock, so nobody else listens there
+            self.listener = listen_at_path(path, path == ROOT_SOCKET)
         except OSError as error:
             raise Error(f"{path}: {error.strerror}") from None
         self.room = self.machine.open_files() - SPARE_FILES
@@ -8361,6 +8396,8 @@ class AgentBroker:
         """Return what the agent needs: never the host key."""
         return {"url": self.enrollment.url, "token": self.enrollment.token,
                 "ca": self.enrollment.ca, "host": self.enrollment.host,
+                "plain_http": self.enrollment.plain_http,
+                "directories": self.machine.dashboard_directories(),
                 "instance": f"{int(self.clock.now() * 1000)}-"
                             f"{os.urandom(4).hex()}",
                 "facts": self.facts()}
@@ -9292,6 +9329,8 @@ RESULTS_AT_ONCE = 200       # in one payload; a dashboard takes 1,000
 TRIES_OF_ONE = 3            # for a record that the dashboard does not take
 LARGEST_CHANGE = 2**62      # what SQLite can count
 SYNC_PATH = "/api/v1/sync"
+# What the agent gets for its DashboardClient, in the order of arguments.
+CLIENT_SETTINGS = ("url", "token", "ca", "directories", "plain_http")
 SYNC_VERSION = 3
 
 
@@ -9329,27 +9368,105 @@ def is_local(host: str) -> bool:
         or host.startswith("127.") and host.replace(".", "").isdigit()
 
 
+def only_writers(directory: str) -> set[int]:
+    """Return the uids that alone can put a file into `directory`, an
+    absolute path without links, or replace a directory above it: root's and
+    its owner's. The set is empty if others can. Raises OSError."""
+    writers = {0, os.stat(directory).st_uid}
+    path, sticky = directory, 0     # above it, a sticky directory protects
+    while True:
+        facts = os.stat(path)
+        if facts.st_uid not in writers \
+                or facts.st_mode & 0o022 and not facts.st_mode & sticky:
+            return set()
+        if path == "/":
+            return writers
+        path, sticky = posixpath.dirname(path), stat.S_ISVTX
+
+
+def connect_dashboard_socket(port: int, directories, seconds: float):
+    """Return a connection to the Unix socket of this machine's dashboard at
+    a TCP port; None if none of `directories` has one that answers, and that
+    belongs to root or to the directory's owner alone."""
+    for directory in map(os.path.realpath, directories):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(seconds)
+        try:
+            writers = only_writers(directory)
+            call_with_path(connection.connect, posixpath.join(
+                directory, dashboard_socket_name(port)))
+            if peer_uid(connection) in writers:
+                return connection
+        except OSError:
+            pass                # there is none, or nobody listens at it
+        connection.close()
+    return None
+
+
+class SecretHttpClient(HttpClient):
+    """An HttpClient that may send secrets: by TLS, or by the Unix socket of
+    a dashboard of this machine, in one of `directories`.
+
+    By plain http over TCP only if `plain_http` permits it: on loopback every
+    user may have taken the port, elsewhere it is read on the way.
+    """
+
+    def __init__(self, url: str, ca: str, directories, plain_http: bool):
+        super().__init__(url, ca_text=ca)
+        self.directories, self.plain_http = directories, plain_http
+        self.is_local = is_local(self.server.hostname)
+
+    def new_connection(self, seconds: float):
+        """Return an http.client connection, which has a socket already if
+        that is a Unix socket. Raises Error if there is no secure one."""
+        connection = super().new_connection(seconds)
+        if not self.context and self.is_local:
+            connection.sock = connect_dashboard_socket(
+                connection.port, self.directories, seconds)
+            connection.auto_open = not connection.sock  # never TCP instead
+        if self.context or connection.sock or self.plain_http:
+            return connection
+        if self.is_local:
+            raise Error("no dashboard of this machine answers at its Unix "
+                        "socket, and by plain http any user of this machine "
+                        "could take the keys", "koitab dashboard; or "
+                        "--plain-http if you trust all its users")
+        raise Error("without TLS anybody on the way can read the output and "
+                    "the keys of this dashboard", "https://, or --plain-http "
+                    "if you trust the network")
+
+
 class DashboardClient:
     """A connection to a dashboard's API: JSON in both directions.
 
     `url` may have a path, below which a proxy serves the dashboard. `token`
     authenticates each request; `ca` is the text of the certificate
-    authorities to trust instead of the system's. Raises Error for an
-    invalid URL or unusable certificates.
+    authorities to trust instead of the system's. See SecretHttpClient for
+    `directories` and `plain_http`. Raises Error for an invalid URL or
+    unusable certificates.
     """
 
-    def __init__(self, url: str, token: str = "", ca: str = ""):
+    def __init__(self, url: str, token: str = "", ca: str = "",
+                 directories=(), plain_http: bool = False):
         self.host = check_dashboard_url(url)
         self.scheme, self.token = url.partition(":")[0], token
         self.has_passphrase = False     # the token comes from a passphrase
+        self.is_exposed = False         # `open` found plain http over TCP
         try:
-            self.client = HttpClient(url, ca_text=ca)
+            self.client = SecretHttpClient(url, ca, directories, plain_http)
         except (OSError, ValueError) as error:
             raise Error(f"the certificates to trust: {error}",
                         "a file of PEM certificates") from None
         self.port = self.client.server.port or (
             443 if self.scheme == "https" else 80)
         self.prefix = self.client.server.path.rstrip("/")
+
+    def open(self) -> None:
+        """Find the way to the dashboard before the first request. Raises
+        Error if secrets must not go that way."""
+        connection = self.client.new_connection(PATIENCE)
+        self.is_exposed = not self.client.context and not connection.sock
+        self.client.connection = connection
 
     def is_connected(self) -> bool:
         """Is there a connection that an earlier request has used?"""
@@ -9483,9 +9600,8 @@ class SyncAgent:
         while True:
             early = False
             try:
-                client = client or DashboardClient(
-                    self.settings["url"], self.settings["token"],
-                    self.settings["ca"])
+                client = client or DashboardClient(*(
+                    self.settings[name] for name in CLIENT_SETTINGS))
                 step(client)
                 pause, problem = PAUSE_FIRST, ""
             except (ConnectionFailed, Error) as error:
@@ -14372,6 +14488,7 @@ MOST_CONNECTIONS, MOST_OF_ADDRESS, MOST_UNPROVEN = 4096, 512, 64
 # asyncio buffers 256 KiB per TLS connection from Python 3.11 on, half a
 # gigabyte for 2,000 hosts. Two TLS records are enough.
 TLS_BUFFER = 2**15
+UNIX_PEER = "local"     # the address of who comes by the Unix socket
 LINES_TIME, LINES_IN_TIME = 10.0, 20    # of the log, about refusals
 CERTIFICATE_SOON = 14 * DAY             # seconds before it expires: warn
 # Flags of OpenSSL (X509_VERIFY_PARAM_set_flags(3)) that `ssl` does not name,
@@ -15161,6 +15278,13 @@ def listener(address: str, port: int):
     return sock
 
 
+def tcp_places(listeners: list) -> list[tuple[str, int]]:
+    """Return addresses and ports of listening sockets; a Unix socket has
+    none."""
+    return [sock.getsockname()[:2] for sock in listeners
+            if sock.family != socket.AF_UNIX]
+
+
 def url_name(address: str) -> str:
     """Return an address as URLs have it: IPv6 in brackets."""
     return f"[{address}]" if ":" in address else address
@@ -15261,7 +15385,7 @@ class HttpServer:
     @property
     def addresses(self) -> list[str]:
         """Where it listens."""
-        return [sock.getsockname()[0] for sock in self.listeners]
+        return [address for address, _ in tcp_places(self.listeners)]
 
     def run(self, ready=lambda: None) -> None:
         """Serve until a signal says stop, or Api cannot go on. `ready` is
@@ -15331,14 +15455,15 @@ class HttpServer:
                     self.refusals.add(f"cannot accept: {error.strerror}")
                     await asyncio.sleep(ACCEPT_PAUSE)
                 continue        # else the client has closed it already
-            self.admit(sock, address[0])
+            self.admit(sock, address[0] if address else UNIX_PEER)
             await asyncio.sleep(0)      # others are served in between
 
     def admit(self, sock, peer: str) -> None:
         """Serve a connection if there is room; no byte was read yet."""
         import asyncio
         peer = str(address_of(peer) or peer)
-        near = is_loopback(peer) or peer in self.proxies
+        near = peer == UNIX_PEER or is_loopback(peer) \
+            or peer in self.proxies
         network = None if near else network_of(peer)
         if not self.limits.has_room_for(network) or (
                 self.limits.is_full and not self.make_room()):
@@ -21851,8 +21976,9 @@ OPTIONS = {     # by the attribute of Invocation that holds the value
                   "machine)"),
     "ca": Option("--ca FILE", "trust these certificates (PEM), not the "
                  "system's"),
-    "plain_http": Option("--plain-http", "allow http beyond this machine, "
-                         "where anybody on the way can read and change it"),
+    "plain_http": Option("--plain-http", "allow plain http, of which other "
+                         "users of this machine, or anybody on the way, can "
+                         "take the keys"),
     "listen": Option("--listen ADDRESS:PORT", "listen here (127.0.0.1:8077); "
                      "repeatable", is_list=True),
     "db": Option("--db FILE", "its database (dashboard.db in the state "
@@ -23142,20 +23268,25 @@ def read_certificates(path: str) -> str:
     return text
 
 
-def connect_dashboard(options: Invocation, url: str, ca: str = ""
-            ) -> tuple[DashboardClient, str]:
+def connect_dashboard(options: Invocation, url: str, ca: str = "",
+                      plain_http: bool = False) -> tuple[DashboardClient, str]:
     """Return a client for a dashboard, and the certificates that it trusts
-    ("": the system's). Raises Error, also where the keys could be read on
-    the way without --plain-http."""
+    ("": the system's). Raises Error, also where others could take the keys
+    and there is no --plain-http, or none when this host joined."""
     if "ca" in options.given:
         ca = read_certificates(options.ca)
-    client = DashboardClient(url, ca=ca)
-    if client.scheme == "http" and not is_local(client.host) \
-            and not options.plain_http:
-        raise Error(f"{url}: without TLS anybody on the way can read the "
-                    "output and the keys of this dashboard", "https://, an "
-                    "ssh tunnel to 127.0.0.1, or --plain-http if you trust "
-                    "the network")
+    client = DashboardClient(url, "", ca,
+                             options.machine.dashboard_directories(),
+                             plain_http or options.plain_http)
+    try:
+        client.open()
+    except Error as error:
+        raise Error(f"{url}: {error.message}", error.hint) from None
+    if "plain_http" in options.given and client.is_exposed:
+        options.warn(f"warning: {url} is plain http: " + (
+            "any user of this machine who takes the port can take the keys"
+            if is_local(client.host) else "anybody on the way can read the "
+            "keys and change all of it"))
     return client, ca
 
 
@@ -23246,7 +23377,7 @@ def enroll(options: Invocation, client: DashboardClient,
         "host": host, "name": name, "token_sha256": sha256_hex(token)})
     options.machine.write_enrollment(directory, Enrollment(
         url, dash, host, token, host_key(keys.run, host).hex(), name, ca,
-        options.machine.clock.now()))
+        options.machine.clock.now(), client.is_exposed))
     if not reload_enrollment(options):
         error = DaemonClient(options.machine).no_daemon()
         options.warn(f"{error.message}; it connects when it is started "
@@ -23393,7 +23524,8 @@ def show_enrollment(options: Invocation) -> int:
 def rotate_passphrase(options: Invocation) -> int:
     """koitab -d rotate: new keys for all; the old ones end. Raises Error."""
     enrollment = require_enrollment(options)
-    client, _ = connect_dashboard(options, enrollment.url, enrollment.ca)
+    client, _ = connect_dashboard(options, enrollment.url, enrollment.ca,
+                                  enrollment.plain_http)
     keys, _ = log_in(client, enrollment.dash,
                      read_passphrase("Current passphrase: "))
     if host_key(keys.run, enrollment.host) != enrollment.secret:
@@ -23449,8 +23581,9 @@ def leave_dashboard(options: Invocation) -> int:
     options.machine.remove_enrollment(directory)
     reload_enrollment(options)
     try:
-        client = DashboardClient(enrollment.url, enrollment.token,
-                                 enrollment.ca)
+        client, _ = connect_dashboard(options, enrollment.url, enrollment.ca,
+                                      enrollment.plain_http)
+        client.token = enrollment.token
         ask_dashboard(client, "DELETE", f"/api/v1/hosts/{enrollment.host}")
     except Error as error:
         options.warn(f"the dashboard was not told: {error.message}")
@@ -23514,7 +23647,8 @@ def choose_dashboard(options: Invocation) -> tuple[DashboardClient, str]:
         url, dash = split_dashboard_url(options.url)
         return connect_dashboard(options, url)[0], dash
     enrollment = require_enrollment(options)
-    client, _ = connect_dashboard(options, enrollment.url, enrollment.ca)
+    client, _ = connect_dashboard(options, enrollment.url, enrollment.ca,
+                                  enrollment.plain_http)
     return client, enrollment.dash
 
 
@@ -24103,6 +24237,7 @@ LENT = """\
 DynamicUser=yes
 StateDirectory=koi-dashboard
 StateDirectoryMode=0700
+RuntimeDirectory=koi-dashboard
 CapabilityBoundingSet={capabilities}
 AmbientCapabilities={capabilities}
 """
@@ -24164,27 +24299,50 @@ def command_dashboard(options: Invocation) -> int:
     dashboard = Dashboard(dashboard_db(options), options.machine.clock)
     dashboard.hosts.most_jobs = options.jobs or JOBS_OF_HOST
     dashboard.open()
+    sockets = {} if certificate else local_sockets(options, listeners)
     founding = dashboard.offer_founding()
     dashboard.start()
     notifier = Notifier(dashboard, options.machine, public_url(
-        options, [sock.getsockname()[:2] for sock in listeners]))
+        options, tcp_places(listeners)))
     notifier.start()
     api = Api(dashboard, page_text(),
               [text.lower() for text in options.names])
-    server = HttpServer(api, listeners, certificate, options.proxies,
-                        lambda text: print_log_line(
-                            options.machine.clock, f"dashboard: {text}",
-                            sys.stderr))
+    server = HttpServer(api, [*listeners, *sockets.values()], certificate,
+                        options.proxies, lambda text: log_dashboard(
+                            options, text))
     set_process_name("koi-dashboard", *sys.argv[2:])
     try:
         server.run(lambda: log_addresses(options, server, founding))
     finally:
         notify_manager("STOPPING=1")
+        for path in sockets:
+            remove(path)
         notifier.stop()
         dashboard.stop()
     if dashboard.broken:
         raise Error(f"the dashboard cannot go on: {dashboard.broken}")
     return EXIT_OK
+
+
+def log_dashboard(options: Invocation, text: str) -> None:
+    """Print a line to the dashboard's log."""
+    print_log_line(options.machine.clock, f"dashboard: {text}", sys.stderr)
+
+
+def local_sockets(options: Invocation, listeners: list) -> dict:
+    """Return, by their paths, the Unix sockets for the hosts and users of
+    this machine, one for each port; without those that cannot be made."""
+    sockets = {}
+    for port in {port for _, port in tcp_places(listeners)}:
+        path = posixpath.join(
+            options.machine.dashboard_directory(dashboard_db(options)),
+            dashboard_socket_name(port))
+        try:
+            sockets[path] = listen_at_path(path, everyone=True)
+        except OSError as error:
+            log_dashboard(options, f"{path}: {error.strerror}: "
+                          f"without this socket {PROG} needs --plain-http")
+    return sockets
 
 
 def public_url(options: Invocation, places: list[tuple]) -> str:
@@ -24209,8 +24367,7 @@ def log_addresses(options: Invocation, server: HttpServer,
     """Log where the dashboard listens and, where none was created, what to
     type next. `founding` is the file of the token for that, or ""."""
     scheme = "https" if server.certificate else "http"
-    for sock in server.listeners:
-        address, port = sock.getsockname()[:2]
+    for address, port in tcp_places(server.listeners):
         server.log(f"koi {VERSION} listens at {scheme}://{url_name(address)}:"
                    f"{port}")
     if server.certificate:
@@ -24221,8 +24378,7 @@ def log_addresses(options: Invocation, server: HttpServer,
         server.log("warning: this is plain http: whoever is on the way can "
                    "read and change all of it")
     notify_manager("READY=1")
-    where = public_url(options, [sock.getsockname()[:2]
-                                 for sock in server.listeners])
+    where = public_url(options, tcp_places(server.listeners))
     if founding:
         server.log(f"the founding token, for other machines: {founding}")
         ca = " (with --ca FILE, if no authority has signed the certificate)" \
@@ -24354,7 +24510,8 @@ def dashboard_unit(options: Invocation, command: list[str]) -> str:
         line += "".join(f" --{name} ${{CREDENTIALS_DIRECTORY}}/{name}"
                         for name, _ in files)
     elif root:
-        lines = f"ReadWritePaths={unit_word(posixpath.dirname(db))}\n"
+        lines = f"ReadWritePaths={unit_word(posixpath.dirname(db))}\n" \
+            "RuntimeDirectory=koi-dashboard\n"
     return unit_text(DASHBOARD_UNIT, "dashboard", "koi-dashboard",
                      command=line, lines=lines, closed=CLOSED if root else "")
 

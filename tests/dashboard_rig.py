@@ -432,7 +432,8 @@ class DashboardProcess:
         self.folder, self.options, self.tls = Path(folder), options, tls
         self.folder.mkdir(parents=True, exist_ok=True)
         self.db = Path(db or self.folder / "dashboard.db")
-        self.patch, self.prefix, self.port = rounds + patch, prefix, 0
+        self.patch = rounds + SOCKET_BY_DATABASE + patch
+        self.prefix, self.port = prefix, 0
         self.logs: list[Path] = []      # one for each start
         self.hosts: dict[str, DashboardHost] = {}
 
@@ -571,6 +572,13 @@ class DashboardProcess:
 NAMED = "k.Machine.host = lambda self: {name!r}\n"
 # An agent tries again, and is started again, after 0.1 s instead of 1 s.
 QUICK_TO_RETRY = "k.PAUSE_FIRST = k.RESTART_FIRST = 0.1\n"
+# /run/koi-dashboard is the machine's, not a test's.
+SOCKET_BY_DATABASE = """
+k.Machine.dashboard_directory = lambda self, db: k.posixpath.dirname(db)
+"""
+# Most tests come by plain http, as proxies and browsers do: as if each command
+# had this option. test_dashboard_recordings.py has those of the Unix socket.
+PLAIN_HTTP = "k.Invocation.plain_http = True\n"
 # A clock that goes right, but for being set wrong.
 SHIFTED = """
 now = k.Clock.now
@@ -582,12 +590,13 @@ class DashboardHost(support.Koi):
     """A koid, and the koitab commands of its machine."""
 
     def __init__(self, folder: Path, name: str, shift: float = 0,
-                 rounds: str = FEW_ROUNDS):
+                 rounds: str = FEW_ROUNDS, plain_http: bool = True):
         folder.mkdir(parents=True, exist_ok=True)
         super().__init__(folder)
         self.name = name
         self.patch = rounds + QUICK_TO_RETRY + NAMED.format(name=name) + (
-            SHIFTED.format(shift=shift) if shift else "")
+            SHIFTED.format(shift=shift) if shift else "") \
+            + PLAIN_HTTP * plain_http
 
     def command(self, *args: str) -> list[str]:
         return [*support.program("koitab", self.python, self.patch), *args]

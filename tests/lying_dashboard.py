@@ -174,7 +174,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def enrollment(url: str, **changes):
     fields = {"url": url, "dash": DASH, "host": HOST, "token": TOKEN,
-              "key": KEY.hex(), "name": "web1", "since": time.time()}
+              "key": KEY.hex(), "name": "web1", "since": time.time(),
+              "plain_http": True}
     return koitab.Enrollment(**{**fields, **changes})
 
 

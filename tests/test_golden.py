@@ -810,7 +810,8 @@ def koitab_dashboard_usage(stage: Stage) -> None:
             ["page", "--json"]):
         stage.koitab(*words)
     stage.koitab("-d", "join", "http://127.0.0.1:1")
-    stage.koitab("-d", "join", "http://127.0.0.1:1", said="words\n")
+    stage.koitab("-d", "join", "https://127.0.0.1:1")
+    stage.koitab("-d", "join", "https://127.0.0.1:1", said="words\n")
 
 
 @scenario
@@ -1030,7 +1031,8 @@ def koitab_with_a_dashboard(stage: Stage) -> None:
     with stage.dashboard() as house:
         url = f"http://127.0.0.1:{house.port}"
         secret = stage.typed_secret(stage.koitab(
-            "-d", "new", url, said=house.founding_token()).out)
+            "-d", "new", url, "--plain-http",
+            said=house.founding_token()).out)
         wait_until_sent(koi)
         stage.koitab("-d", "show")
         stage.koitab("-d", "new", url)
@@ -1052,6 +1054,7 @@ def koitab_with_a_dashboard(stage: Stage) -> None:
         stage.koitab("-d", "off")
         stage.koitab("-d", "show")
         stage.koitab("-d", "join", url, said="wrong\n")
+        stage.koitab("-d", "join", url, "--plain-http", said="wrong\n")
         house.stop()
     stage.note("the dashboard's log")
     stage.show(house.log())
@@ -1130,7 +1133,7 @@ def sync_payloads(stage: Stage) -> None:
     koi.run("Bad")
     with stage.dashboard() as house, Proxy(house.port) as proxy:
         secret = stage.typed_secret(stage.koitab(
-            "-d", "new", f"http://127.0.0.1:{proxy.port}",
+            "-d", "new", f"http://127.0.0.1:{proxy.port}", "--plain-http",
             said=house.founding_token()).out)
         for part, name in (("sent", "wait"), ("sent", "records"),
                            ("answer", "acked"), ("answer", "missing_output"),

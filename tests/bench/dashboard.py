@@ -733,7 +733,7 @@ class Koid:
         keys.write_text(KOI.Enrollment(
             url=f"http://127.0.0.1:{ours.port}", dash=DASH, host=self.host,
             token=token_of_host(number), key=self.key.hex(), name="clicked",
-            since=time.time()).to_json())
+            since=time.time(), plain_http=True).to_json())
         keys.chmod(0o600)
         with open(folder / "koid.log", "wb") as log:
             self.process = subprocess.Popen(

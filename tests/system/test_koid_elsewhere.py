@@ -231,7 +231,8 @@ def test_a_run_reaches_a_dashboard(koi, tmp_path):
         f'exec "$python" -IS {support.ROOT}/tests/simulated_machine.py '
         f'{koi.platform} "" "$@"\n')
     wrapper.chmod(0o755)
-    koi.patch = dashboard_rig.FEW_ROUNDS + dashboard_rig.QUICK_TO_RETRY
+    koi.patch = dashboard_rig.FEW_ROUNDS + dashboard_rig.QUICK_TO_RETRY \
+        + dashboard_rig.PLAIN_HTTP
     koi.tab('"it" @manual echo hi\n')
     with dashboard_rig.DashboardProcess(
             tmp_path / "dashboard",

@@ -50,6 +50,12 @@ def loose(server, tmp_path):
     return DashboardHost(tmp_path, "loose")
 
 
+@pytest.fixture
+def strict(tmp_path):
+    """A machine that does not permit plain http by itself."""
+    return DashboardHost(tmp_path, "strict", plain_http=False)
+
+
 def there(web1_host, operator, *words: str, stdin: str = "") -> support.Result:
     return web1_host.koitab("run", "--on", "web1", *words,
                             stdin=f"{operator.password}\n{stdin}")
@@ -78,9 +84,10 @@ WRONG = [   # what is typed, a part of what is said, the status
     (["-d", "new", "http://192.0.2.1"], "without TLS", 1),
     (["-d", "join", "http://koi.example"], "--plain-http", 1),
     (["-d", "join", "http://127.0.0.1:1/#nonsense"], "a dashboard's ID", 1),
-    (["-d", "join", "http://127.0.0.1:1"], "no passphrase was given", 2),
-    (["-d", "new", "http://127.0.0.1:1"],
-     "http://127.0.0.1:1: connection refused\nkoitab: hint: koitab dashboard",
+    (["-d", "join", "http://127.0.0.1:1"], "could take the keys", 1),
+    (["-d", "join", "https://127.0.0.1:1"], "no passphrase was given", 2),
+    (["-d", "new", "https://127.0.0.1:1"],
+     "https://127.0.0.1:1: connection refused\nkoitab: hint: koitab dashbo",
      1),
     (["-d", "new", "https://127.0.0.1:1", "--ca", "/none"],
      "--ca /none: No such file", 1),
@@ -98,12 +105,12 @@ WRONG = [   # what is typed, a part of what is said, the status
 
 
 @pytest.mark.parametrize("typed, words, status", WRONG)
-def test_what_cannot_be_is_told_with_the_mend(loose, typed, words, status):
-    done = loose.koitab(*typed)
+def test_what_cannot_be_is_told_with_the_mend(strict, typed, words, status):
+    done = strict.koitab(*typed)
     assert (words in done.err, done.code, done.out) == (True, status, ""), done
     assert all(line.startswith(("koitab: error: ", "koitab: hint: "))
                for line in done.err.splitlines())
-    assert not (loose.home / "keys").exists()
+    assert not (strict.home / "keys").exists()
 
 
 def test_a_host_that_left_joins_by_the_passphrase_alone(tmp_path, loose):
