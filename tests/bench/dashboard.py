@@ -489,7 +489,7 @@ def pings(args, folder: Path) -> None:
                 rounds.take(name, plain.process.pid, load_pings, port,
                             [f"/{name}/1"], PING_WIRES, seconds)
             rounds.take("fresh", ours.pid, load_fresh_pings, ours.port,
-                        checks, 16, seconds)
+                        checks, 64, seconds)
         for wires in () if args.quick else (1, 16, 1000):
             rounds.take(f"{wires}", ours.pid, load_pings, ours.port, checks,
                         wires, seconds)
