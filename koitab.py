@@ -13077,15 +13077,13 @@ class Search:
         """Return the newest runs before a run whose output contains a text,
         each with the first line that does. After SEARCH_TIME, or 20 of
         them, `more` is true. Raises Error."""
-        import re
         import sqlite3
         text = text.strip()[:200]
         if len(text) < 2 or not is_text(text) or "\0" in text:
             raise Error("two letters at least are needed", "", 400)
         if job is not None:
             self.runs.hosts.job(db, job)
-        wanted, matches = re.compile(re.escape(text), re.I), []
-        until, more = time.monotonic() + SEARCH_TIME, False
+        until, matches, more = time.monotonic() + SEARCH_TIME, [], False
         db.connection.set_progress_handler(
             lambda: int(time.monotonic() > until), 10_000)
         try:
@@ -13093,7 +13091,7 @@ class Search:
                 if len(matches) == 20 or time.monotonic() > until:
                     more = True
                     break
-                matches += self.match(db, run, wanted)
+                matches += self.match(db, run, text)
         except sqlite3.DatabaseError as error:
             if "interrupted" not in str(error):
                 if failure_of(error) == "damaged":
@@ -13127,15 +13125,17 @@ class Search:
             quoted)
         return merge(waiting, (run for run, in rows), reverse=True)
 
-    def match(self, db: Database, run: int, wanted) -> list[dict]:
-        """Return [the first line of a run that a pattern finds, and where
-        its chunk begins], or []."""
+    def match(self, db: Database, run: int, wanted: str) -> list[dict]:
+        """Return [the first line of a run that has a text, and where its
+        chunk begins], or []."""
         import re
         for at, data in db.execute("select at, data from outputs where run = "
                                    "? order by at", run):
             text = re.sub(STRIPPED, "", output_text(data).decode(
                 "utf-8", "replace"))
-            match = wanted.search(text)
+            # Small letters are found ten times as fast as those of any case.
+            match = wanted.lower() in text.lower() and re.search(
+                re.escape(wanted), text, re.I)
             if match:
                 try:
                     shown = self.runs.shape(self.runs.find(db, run))
