@@ -16086,9 +16086,14 @@ class Api:
                 "x-forwarded-proto") == "https")
 
     def url_of(self, context: RequestContext) -> str:
-        """Return the dashboard's URL, as the client calls it."""
-        scheme = "https" if self.uses_https(context) else "http"
-        return f"{scheme}://{context.request.headers['host']}"
+        """Return the dashboard's URL, as the client calls it. A proxy of ours
+        has TLS, unless it says otherwise, and may name the path it adds."""
+        headers, prefix = context.request.headers, ""
+        is_https = self.server.certificate is not None
+        if context.connection.proxied:
+            prefix = headers.get("x-forwarded-prefix", "")
+            is_https = headers.get("x-forwarded-proto") != "http"
+        return f"http{'s' * is_https}://{headers['host']}{prefix}"
 
     def show_check(self, context: RequestContext, check: dict) -> dict:
         """Return a check as Healthchecks' API shows it to the client."""

@@ -10,7 +10,8 @@ import subprocess
 import pytest
 
 import support
-from dashboard_rig import OPERATOR_TOKEN, VIEWER_TOKEN, new_token
+from dashboard_rig import (OPERATOR_TOKEN, VIEWER_TOKEN, DashboardProcess,
+                           new_token)
 
 koitab = support.load("koitab")
 
@@ -28,6 +29,15 @@ def house(server):
                       new_token("checks", CHECKS_TOKEN), OPERATOR_TOKEN)
     assert made.status == 200, made
     return server
+
+
+@pytest.fixture(scope="module")
+def proxied(tmp_path_factory):
+    """A dashboard behind a proxy on this machine."""
+    with DashboardProcess(tmp_path_factory.mktemp("proxied"), "--name",
+                          "koi.example", "--behind-proxy", "127.0.0.1"
+                          ) as found:
+        yield found.set_up()
 
 
 def call(house, method: str, path: str, body=None, key: str = CHECKS_TOKEN,
@@ -205,6 +215,18 @@ def test_each_version_is_answered_as_the_third(house, version):
     assert "checks" in call(house, "GET", "checks/", version=version).json
     assert call(house, "GET", "checks", version=version).status == 200
     assert call(house, "GET", "status/", version=version).body == b"OK"
+
+
+@pytest.mark.parametrize("headers, url", [
+    ({}, "https://koi.example"), ({"X_Forwarded_Proto": "http"},
+                                  "http://koi.example"),
+    ({"X_Forwarded_Proto": "https", "X_Forwarded_Prefix": "/koi"},
+     "https://koi.example/koi")])
+def test_addresses_behind_a_proxy_are_the_public_ones(proxied, headers, url):
+    made = proxied.ask(
+        "POST", "/api/v3/checks", {"name": "x"}, OPERATOR_TOKEN,
+        Host="koi.example", X_Forwarded_For="203.0.113.9", **headers)
+    assert made.json["ping_url"] == f"{url}/ping/{made.json['uuid']}"
 
 
 # Drives the client as its users do; prints what it found.
