@@ -160,8 +160,16 @@ class Computer:
         self.end()
         self.holder.kill()
         self.holder.communicate()
-        for folder, _, _ in os.walk(self.group, topdown=False):
-            os.rmdir(folder)
+        wait_until(self.remove_group, 30, "the control groups to be empty")
+
+    def remove_group(self) -> bool:
+        """A process that has ended may count for a moment longer."""
+        try:
+            for folder, _, _ in os.walk(self.group, topdown=False):
+                os.rmdir(folder)
+        except OSError:
+            return False
+        return True
 
     def run(self, command: str) -> support.Result:
         """Run a shell's command on the machine, as root at a terminal."""
