@@ -667,7 +667,10 @@ class Disk:
         (self.koi.home.parent / "filler").unlink()
 
     def cut(self) -> None:
-        """Take the power away, now."""
+        """Take the power away: what was not synced is lost. Nobody may be
+        writing: a process in fsync can hang in the kernel after this, and
+        keep the file system from being unmounted. What is killed first
+        leaves the same bytes on the disk."""
         assert self.run(self.koi.python, "-c", CUT, str(self.place)) == 0
 
     def back(self) -> None:
@@ -836,8 +839,8 @@ def test_a_power_cut_while_a_tab_is_installed_leaves_a_whole_one(koi, ext4,
         koi.start(wrap=struck(*when.split()))
         with pytest.raises(koitab.Error):
             koi.ask("install", text=new)
-    ext4.cut()
     koi.stop(signal.SIGKILL)
+    ext4.cut()
     ext4.back()
     text = tab.read_text()
     assert text == new if when == "after" else text in (old, new)
@@ -860,9 +863,9 @@ def test_an_acknowledged_run_survives_the_power_cut_and_is_not_repeated(
             wait_until(lambda: koi.header(runs[-1]), 20, "its supervisor")
         elif when == "executed":
             executed(koi, before + 1)
-        ext4.cut()
         koi.stop(signal.SIGKILL)
         wait_until(lambda: not end_all(koi, ext4), 20, "all to have ended")
+        ext4.cut()
         ext4.back()
         ext4.boot.write_text(f"boot {count}\n")
         koi.start()
