@@ -32,7 +32,7 @@ parts: ## install the real parts the tests use (Debian, as root)
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -q \
 	    --no-install-recommends $(PARTS) \
 	    $$(apt-cache pkgnames | grep -x $(PARTS_IF_THERE))
-	/usr/bin/python3 -m pip install -q --root-user-action=ignore --upgrade \
+	-/usr/bin/python3 -m pip install -q --root-user-action=ignore --upgrade \
 	    --target .test-env/healthchecks-io $(CLIENT)
 
 bench: ## measure, side by side with a baseline or a peer
