@@ -12635,6 +12635,12 @@ create index requests_waiting on requests (host) where state = 'waiting';
 create index requests_by_time on requests (at);
 """
 
+    SHOWN = (
+        "select q.nonce, q.state, q.reason, q.expires, h.host, a.job, a.what, "
+        "(select id from runs r where r.host = q.host and r.epoch = q.epoch "
+        "and r.n = q.n) run from requests q join hosts h on h.id = q.host "
+        "left join audit a on a.nonce <> '' and a.nonce = q.nonce")
+
     def __init__(self, changes: Changes, timers: Timers, audit: AuditLog,
                  hosts: Hosts, credentials: Credentials, live: LiveOutput):
         self.changes, self.timers, self.audit = changes, timers, audit
@@ -12715,13 +12721,25 @@ create index requests_by_time on requests (at);
 
     def state(self, db: Database, nonce: str) -> dict:
         """Return what became of a request. Raises Error (404)."""
-        found = db.row(
-            "select nonce, state, reason, (select id from runs r where r.host "
-            "= q.host and r.epoch = q.epoch and r.n = q.n) run from requests "
-            "q where nonce = ?", nonce) if is_hex(nonce, 32) else None
+        found = db.row(f"{self.SHOWN} where q.nonce = ?", nonce) \
+            if is_hex(nonce, 32) else None
         if not found:
             raise not_found("request")
         return found
+
+    def list_waiting(self, db: Database) -> list[dict]:
+        """Return the requests that wait for their hosts."""
+        return db.rows(f"{self.SHOWN} where q.state = 'waiting'")
+
+    def withdraw(self, db: Database, nonce: str) -> dict:
+        """Take a request back that no host has fetched; return its state.
+        Raises Error."""
+        found = self.state(db, nonce)
+        if found["state"] != "waiting" or nonce in self.handed_out:
+            raise Error("the host has the request already", "", 409)
+        db.update("requests", {"state": "withdrawn"}, nonce=nonce)
+        self.changes.mark_changed("requests", nonce)
+        return self.state(db, nonce)
 
     def waiting(self, db: Database, host: str, now: float) -> dict:
         """Return what is demanded of a host: requests, and the runs that are
@@ -13465,6 +13483,7 @@ class Overview:
             "jobs": [self.job(db, row) for row in db.rows(
                 "select * from jobs where not deleted order by id")],
             "checks": self.checks.list_all(db, now),
+            "requests": self.requests.list_waiting(db),
             "alerts": self.alerts.list_all(db)}, role)
 
     def host(self, db: Database, shown: dict) -> dict:
@@ -16565,6 +16584,12 @@ async def create_request(api: Api, context: RequestContext) -> Response:
                           "state": result["state"]}, 202)
 
 
+async def withdraw_request(api: Api, context: RequestContext) -> Response:
+    """DELETE /api/v1/requests/NONCE: take it back, if no host has it."""
+    return json_response(await api.write(api.dashboard.requests.withdraw,
+                                         *context.values))
+
+
 async def snooze_alert(api: Api, context: RequestContext) -> Response:
     """POST /api/v1/snooze: no notifications of a subject until a time."""
     return json_response(await api.store(context, api.dashboard.rules.snooze))
@@ -16763,6 +16788,7 @@ ROUTES = [Route(*row) for row in (
     ("POST", "/api/v1/requests", "operator", create_request, {},
      REQUEST_BODY),
     ("GET", "/api/v1/requests/NONCE", "viewer", show_request),
+    ("DELETE", "/api/v1/requests/NONCE", "operator", withdraw_request),
     # {"subject": "job:ID", "host:ID" or "check:UUID", "until": seconds since
     # 1970, "2026-11-30T08:00:00+01:00" (RFC 3339), "well": until its last
     # alert has ended, or 0: ends the snooze}. Jobs, checks and alerts show
@@ -17202,7 +17228,8 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
   margin-top: 2px !important; }
 .title-row h1 { display: flex; align-items: center; gap: 9px;
   overflow-wrap: anywhere; min-width: 0; }
-.actions { display: flex; gap: 6px; flex-wrap: wrap; align-items: center; }
+.actions { display: flex; gap: 6px; flex-wrap: wrap; align-items: center;
+  min-width: 0; }
 .facts { display: flex; flex-wrap: wrap; gap: 8px 28px;
   margin-top: 12px; }
 .facts dt { font-size: 12px; color: var(--soft); }
@@ -17345,6 +17372,17 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .login .error:empty { display: none; }
 label, .label { font-weight: 600; font-size: 13px; }
 .check label { font-weight: 500; font-size: 14px; }
+.by-hand { display: grid; gap: 10px; max-width: 860px; }
+.by-hand li { display: flex; gap: 8px 16px; align-items: center;
+  padding: 12px 16px; }
+.by-hand .what { flex: 1; min-width: 0; overflow-wrap: anywhere; }
+.by-hand .what > * + * { margin-top: 3px; }
+.by-hand h2 { font-size: 15px; }
+.by-hand .state { vertical-align: middle; }
+.waiting { margin: 8px 0; }
+#used { width: 220px; }
+.login .pair input { flex: 1; width: auto !important; min-width: 0; }
+#caps:empty { display: none; }
 .runform { display: flex; flex-direction: column; gap: 16px; }
 .field { display: flex; flex-direction: column; gap: 4px; }
 .field.check { flex-direction: row; }
@@ -17612,6 +17650,8 @@ const ICONS = {     // drawn on 16 x 16; each state has a shape of its own
   copy: ["M6 6h7v7H6zM3 10V3h7"], sun: ["M8 5a3 3 0 1 0 .01 0z",
     "M8 1v1.5M8 13.5V15M1 8h1.5M13.5 8H15M3 3l1 1M12 12l1 1",
     "M3 13l1-1M12 4l1-1"],
+  eye: ["M1.5 8C4 3.500 12 3.500 14.500 8 12 12.500 4 12.500 1.500 8z",
+    "M8 6.2a1.8 1.8 0 1 0 .01 0z"],
   lock: ["M4 7.5h8V14H4zM5.5 7V5a2.5 2.5 0 0 1 5 0v2"],
   run: ["M5 3.2v9.6L12.6 8z"], search: ["M7 2.5a4.5 4.5 0 1 0 .01 0z",
     "M10.4 10.4L14 14"], left: ["M10 3L5 8l5 5"], right: ["M6 3l5 5-5 5"],
@@ -17685,7 +17725,8 @@ function outcomeCounts(codes) {
     .join(", ");
 }
 
-// Preferences alone outlive the tab: theme, zone, wrap. Never a key.
+// Preferences outlive the tab: theme, zone, wrap, and the token of a viewer
+// who wants to stay logged in. Never a key.
 const preferences = {
   get(name, usual) {
     try { return localStorage.getItem("koi." + name) || usual; }
@@ -18228,13 +18269,20 @@ async function errorOf(reply) {
 const get = async (path, options) => (await fetched(path, options)).json();
 const post = (path, body) => get(path, { method: "POST", body });
 
+// Returns a passphrase as koitab prints it, however it was typed: in capitals,
+// with blanks at its ends, with blanks or nothing for its dashes.
+function asGenerated(text) {
+  return /^\s*[0-9a-z]{4}([-\s]?[0-9a-z]{4}){4}\s*$/i.test(text)
+    ? text.toLowerCase().replace(/[-\s]/g, "").match(/.{4}/g).join("-") : text;
+}
+
 // Opens a session with a passphrase or a viewer's token. Throws ApiError.
 async function logIn(secret, progress) {
   const viewer = secret.trim().toLowerCase().match(/^view-([0-9a-f]{64})$/);
   let keys = null;
   if (!viewer) {
     const { salt, rounds } = await get("salt");
-    keys = await derive(secret, salt, rounds, progress);
+    keys = await derive(asGenerated(secret), salt, rounds, progress);
   }
   session.token = viewer ? viewer[1] : hex(keys.api);
   try {
@@ -18263,7 +18311,7 @@ function lockWhenIdle() {
     "touchstart"]) addEventListener(kind, mark, { passive: true });
   const check = () => {
     if (isOperator() && Date.now() - session.used > IDLE) {
-      lock("Locked after 15 minutes without a touch.");
+      lock("Locked after 15 minutes of inactivity.");
     }
   };
   setInterval(check, 5000);
@@ -18275,16 +18323,17 @@ function lockWhenIdle() {
 // --- state: what the dashboard knows, and the stream that keeps it current -
 
 const state = { seq: 0, hosts: new Map(), jobs: new Map(),
-  checks: new Map(), alerts: new Map(), alertsOf: new Map(), dash: {},
-  version: "", problems: [] };
+  checks: new Map(), alerts: new Map(), alertsOf: new Map(),
+  requests: new Map(), dash: {}, version: "", problems: [] };
 const KEY_OF = { hosts: (host) => host.id, jobs: (job) => job.id,
-  checks: (check) => check.id,
+  checks: (check) => check.id, requests: (request) => request.nonce,
   alerts: (alert) => `${alert.subject}\n${alert.kind}` };
 
 // Texts that are shown in many places: their control characters are made
 // visible once, here.
-const NAMES = { jobs: ["label", "name", "section", "words", "user"],
-  hosts: ["name"], checks: ["name", "tags", "words"], alerts: ["text"] };
+const NAMES = { jobs: ["label", "name", "section", "words", "user", "about"],
+  hosts: ["name"], checks: ["name", "tags", "words"], alerts: ["text"],
+  requests: [] };
 
 // Returns the entries of a run history bar, [id, at, seconds, outcome]. GET
 // state has them in columns, with differences of ids and times.
@@ -18308,6 +18357,10 @@ function withNewRuns(old, runs) {
 // Puts new versions of things into the state.
 function store(kind, items = []) {
   for (const item of items) {
+    if (item.state !== "waiting" && kind === "requests") {
+      state.requests.delete(item.nonce);
+      continue;
+    }
     if (item.recent_runs) item.recent_runs = unpacked(item.recent_runs);
     else if (item.new_runs) {
       item.recent_runs = withNewRuns(state[kind].get(item.id)?.recent_runs
@@ -18551,9 +18604,11 @@ const stream = {
 // --- app: the frame, and which view is shown in it -------------------------
 
 const VIEWS = [    // path -> view, the first that fits
-  [/^(?:jobs)?$/, (...all) => jobsView(...all)],
+  [/^(?:jobs)?$/, (place, root) => place.query.get("state") === "manual"
+    ? byHandView(place, root) : jobsView(place, root)],
   [/^job\/(\d+)$/, (...all) => jobView(...all)],
   [/^job\/(\d+)\/run$/, (...all) => formView(...all)],
+  [/^by-hand$/, (...all) => byHandView(...all)],
   [/^run\/(\d+)(?:\/L(\d+))?$/, (...all) => runView(...all)],
   [/^day(?:\/([\d-]{10}))?$/, (...all) => dayView(...all)],
   [/^search$/, (...all) => searchView(...all)],
@@ -18564,8 +18619,9 @@ const VIEWS = [    // path -> view, the first that fits
   [/^hosts$/, (...all) => hostsView(...all)],
   [/^settings$/, (...all) => settingsView(...all)],
 ];
-const NAV = [["jobs", "Jobs"], ["day", "Day"], ["alerts", "Alerts"],
-  ["audit", "Audit"], ["hosts", "Hosts"], ["settings", "Settings"]];
+const NAV = [["jobs", "Jobs"], ["by-hand", "Run by hand"], ["day", "Day"],
+  ["alerts", "Alerts"], ["audit", "Audit"], ["hosts", "Hosts"],
+  ["settings", "Settings"]];
 
 // Returns what the address requests. One that hosts join by ends in #ID, and
 // shows the jobs.
@@ -18636,8 +18692,8 @@ const app = {
       button(el("span", { text: "?" }), showShortcuts, {
         class: "btn quiet help", "aria-label": "Keys", title: "Keys (?)" }),
       button([icon("lock"), el("span", { text: "Lock" })],
-        () => lock("Locked."), { class: "btn quiet lock",
-          title: "Forget the keys and close" })];
+        () => { preferences.set("viewer", ""); lock("Locked."); },
+        { class: "btn quiet lock", title: "Forget the keys and close" })];
   },
 
   // Shows the view of the address. A view may stay for a new address of its
@@ -18685,7 +18741,7 @@ const app = {
   },
 
   update() {
-    const changes = this.waiting;
+    const changes = this.waiting || { all: true };
     this.waiting = null;
     if (!session.token) return;
     this.view?.update?.(changes);
@@ -18796,19 +18852,80 @@ function logInView(why = "") {
     hidden: true, value: location.host });
   const secret = el("input", { type: "password", id: "secret",
     autocomplete: "current-password", required: true, spellcheck: "false",
-    "aria-describedby": "why hint" });
+    autocapitalize: "off", "aria-describedby": "why caps hint" });
   const open = submitButton("Open");
   const bar = el("progress", { max: 1, hidden: true,
     "aria-label": "Computing the keys" });
+  const parts = { server, secret, open, bar, failed };
   $("#main").replaceChildren(form({ class: "card login" }, () =>
-    tryLogIn({ server, secret, open, bar, failed }),
+    tryLogIn(parts),
   el("h1", {}, brand(), "koi"), server && [el("label", { for: "server",
     text: "Dashboard\u2019s address" }), server],
-  el("label", { for: "secret", text: "Passphrase" }), user, secret, failed,
-  bar, open, el("p", { class: "muted", id: "hint", text: "It stays in this "
-    + "tab: keys are made of it here, and are gone when the tab is closed. "
-    + "A viewer\u2019s token (view-\u2026) opens this page for reading." })));
+  el("label", { for: "secret", text: "Passphrase" }), user,
+  el("div", { class: "pair" }, secret, showSecretButton(secret)),
+  capsNote(secret), failed, bar, open, el("p", { class: "muted", id: "hint",
+    text: "The passphrase stays in this tab, and is forgotten when the tab "
+    + "is closed. Capitals, blanks and dashes make no difference." })));
   secret.focus();
+  if (!server) showFirstPage();
+  return parts;
+}
+
+// The button that shows what is typed.
+function showSecretButton(secret) {
+  return button(icon("eye"), (event) => {
+    const isShown = secret.type === "password";
+    secret.type = isShown ? "text" : "password";
+    event.currentTarget.setAttribute("aria-pressed", String(isShown));
+  }, { class: "btn toggle", "aria-label": "Show the passphrase",
+    title: "Show the passphrase", "aria-pressed": "false" });
+}
+
+// The line that is shown while Caps Lock is on.
+function capsNote(secret) {
+  const note = el("p", { class: "late", id: "caps", role: "status" });
+  const look = (event) => {
+    note.textContent = event.getModifierState?.("CapsLock")
+      ? "Caps Lock is on." : "";
+  };
+  secret.addEventListener("keydown", look);
+  secret.addEventListener("keyup", look);
+  return note;
+}
+
+// Shows what to type in the place of the login while there is no dashboard
+// on this server yet; the login comes by itself.
+async function showFirstPage() {
+  const card = $(".login");
+  let page = null;
+  for (;;) {
+    const error = await get("salt").then(() => null, (one) => one);
+    if (!(page || card).isConnected) return;
+    if (error?.status !== 404) break;
+    if (!page) {
+      page = el("div", { class: "card login" }, el("h1", {}, brand(), "koi"),
+        el("p", { text: "This server has no dashboard yet. On this server, "
+          + "as the user that started it, type:" }),
+        snippet(`koitab -d new ${session.server}`), mutedLine("The command "
+          + "prints a passphrase. Then this page asks for it."));
+      card.replaceWith(page);
+    }
+    await pause(2000);
+  }
+  if (page) logInView();
+}
+
+// Logs in with the token of a read-only link (#view-...), which leaves the
+// address bar at once, or of a viewer who stays logged in.
+async function logInViewer() {
+  const isLink = /^#view-[0-9a-f]{64}$/.test(location.hash);
+  const token = isLink ? location.hash.slice(1) : preferences.get("viewer");
+  if (isLink) history.replaceState(null, "", "#/jobs");
+  const parts = logInView();
+  if (!token) return;
+  parts.secret.value = token;
+  await tryLogIn(parts);
+  if (!session.token && !isLink) parts.failed.textContent = "";
 }
 
 // Logs in and opens the app, or shows the error below the field.
@@ -18838,9 +18955,7 @@ async function tryLogIn({ server, secret, open, bar, failed }) {
 // Returns why a login failed.
 function whyNot(error) {
   if (error.status === 401) return `Wrong passphrase for ${session.server}.`;
-  if (error.status === 404) {
-    return "There is no dashboard here yet: type koitab -d new on a host.";
-  }
+  if (error.status === 404) return "This server has no dashboard yet.";
   if (error.status === 429) {
     return `Too many tries. Try again in ${error.wait
       ? roughDuration(error.wait) : "a minute"}.`;
@@ -20787,8 +20902,74 @@ async function resultOf(nonce, onWait = () => {}, isRun = true) {
 
 function resultWords({ state: is, reason }) {
   return is === "refused" ? `The host refused: ${reason}` : is === "expired"
-    ? "The host did not take it within 5 minutes; it is void now."
-    : "The host accepted it.";
+    ? "The host did not answer within 5 minutes. The request has expired."
+    : is === "withdrawn" ? "The request is taken back. Nothing ran."
+      : "The host accepted the request.";
+}
+
+// Returns the requests that wait for a host to run a job.
+const waitingFor = (job) => [...state.requests.values()].filter((one) =>
+  one.job === job.id && one.what === "run" && one.state === "waiting");
+
+// Returns a line for each request that waits: until when, and Take it back.
+const waitingList = (job) => waitingFor(job).map(({ nonce, expires }) =>
+  el("div", { class: "note question waiting", role: "status" }, el("span", {},
+    `1 run is waiting for ${hostName(job.host)}. The request expires `,
+    timeNode(expires, hostOf(job)), "."), isOperator() && button(
+    "Take it back", () => withToast(() => fetched(`requests/${nonce}`,
+      { method: "DELETE" }), "The request is taken back. Nothing ran."))));
+
+// Returns what a user should know before a run on a host that is down.
+function hostDownNote(job) {
+  const host = hostOf(job);
+  return host && host.state !== "up" && host.state !== "duplicate"
+    && el("p", { class: "note late" }, `${host.name} `, host.seen ? ["was "
+      + "last seen ", timeNode(host.seen, host)] : "was never seen",
+    ". If it is not back within 5 minutes, the request expires.");
+}
+
+// --- run by hand: what people may start ------------------------------------
+
+// #/by-hand
+function byHandView(place, root) {
+  const list = el("div");
+  root.append(el("h1", { text: "Run by hand" }), list);
+  const draw = () => list.replaceChildren(byHandList());
+  draw();
+  return { title: "Run by hand", update: (changes) => {
+    if (changes.jobs || changes.requests || changes.hosts || changes.all) {
+      draw();
+    }
+  } };
+}
+
+// Returns the jobs that people start, by section and name.
+function byHandList() {
+  const order = (job) => ({ name: `${job.section}\n${job.label}\n${
+    hostName(job.host)}`.toLowerCase() });
+  const jobs = [...state.jobs.values()].filter((job) => job.manual
+    && !job.removed).sort((a, b) => byName(order(a), order(b)));
+  if (!jobs.length) {
+    return empty("No job is run by hand yet", el("p", {}, "On a host, type ",
+      code("koitab -e"), " and add a line such as:"), snippet("# Greets a "
+      + "person.\n\"Say hello\" @manual echo Hello {{Name}}"));
+  }
+  return el("ul", { class: "by-hand" }, jobs.map(byHandItem));
+}
+
+// Returns the card of a job: what it does, how it went last, and Run.
+function byHandItem(job) {
+  const host = hostOf(job), { last } = job;
+  return el("li", { class: "card" }, el("div", { class: "what" },
+    el("h2", {}, link(`#/job/${job.id}`, job.label), muted(` ${[job.section,
+      hostName(job.host)].filter(Boolean).join(" \u00b7 ")}`)),
+    job.about && el("p", { text: job.about }),
+    el("p", { class: "muted" }, last ? [stateMark(runState(last)), " ",
+      link(`#/run/${last.id}`, timeNode(last.ended || timeOfRun(last),
+        host))] : "never ran", job.running.length > 0 && [", ",
+      stateMark("running")]), waitingList(job)),
+  canRun(job) ? runLink(job) : job.confirm === "cli" && mutedLine(
+    "only by ", code("koitab run"), " on the host"));
 }
 
 // --- form: made from the arguments that the job declares -------------------
@@ -20835,22 +21016,34 @@ function isDate(text) {
   return !Number.isNaN(+date) && isoDay(date) === text;
 }
 
+let keptValues = null;  // of the form that was open when the page locked
+
 // #/job/ID/run
 function formView(place, root) {
   const id = +place.parts[0], job = state.jobs.get(id);
   if (!job) return lostView(place, root);
   root.classList.add("narrow");
-  const title = el("h1", { text: "Run" });
-  root.append(crumbs(link("#/jobs", "Jobs"), link(`#/job/${id}`, "the job")),
-    title);
+  const title = el("h1", { text: "Run" }), waits = el("div");
+  const row = titleRow(title), draw = () => waits.replaceChildren(
+    ...waitingList(state.jobs.get(id) || job));
+  root.append(crumbs(link("#/by-hand", "Run by hand"), link(`#/job/${id}`,
+    job.label)), row, waits);
+  draw();
+  let runForm = null;
   showLoaded(root, () => formData(job), ({ spec, runs }) => {
     // What the host signed is shown, and not what the dashboard says of it.
     title.textContent = `Run ${visible(spec.label)}`;
-    const runForm = new RunForm(job, spec, runs);
+    runForm = new RunForm(job, spec, runs);
+    row.lastChild.append(...[runForm.earlier].filter(isThere));
     root.append(runForm.root);
+    if (keptValues?.id === id) runForm.fill(keptValues.args);
+    keptValues = null;
     (runForm.fields[0]?.input || runForm.send).focus();
   });
-  return { title: `Run ${job.label}` };
+  return { title: `Run ${job.label}`, update: (changes) =>
+    (changes.requests || changes.all) && draw(), leave() {
+    if (!session.token && runForm) keptValues = { id, args: runForm.open() };
+  } };
 }
 
 // Returns the job as its host signed it, and its last runs. Throws ApiError
@@ -20883,16 +21076,25 @@ class RunForm {
     this.send = submitButton([icon("run"), spec.confirm === "yes"
       ? "Run\u2026" : `Run on ${spec.on}`]);
     this.question = el("div", { class: "note question", hidden: true });
+    this.earlier = this.earlierValues(runs);
     this.root = form({ class: "runform", novalidate: true }, () =>
-      this.submit(),
-    mutedLine(`Runs on ${spec.on} as `, el("b", { text: spec.user }), "."),
-    this.earlierValues(runs), this.fields.map((one) => one.root),
-    el("div", { class: "previewed" }, el("h2", { class: "label",
-      text: "What will run" }), el("pre", { class: "command" },
-      this.preview)), el("div", { class: "actions" }, this.send,
-      linkButton(`#/job/${job.id}`, "Cancel", { class: "btn quiet" })),
+      this.submit(), spec.about && el("p", { class: "about",
+      text: visible(spec.about) }), this.fields.map((one) => one.root),
+    this.command(), hostDownNote(job), el("div", { class: "actions" },
+      this.send, linkButton("#/by-hand", "Cancel", { class: "btn quiet" })),
     this.question, this.status);
     this.changed();
+  }
+
+  // The command with the values in it, for those who want to see it.
+  command() {
+    const node = el("details", { class: "card previewed", ontoggle: () =>
+      preferences.set("command", node.open ? "open" : "closed"),
+    open: preferences.get("command") === "open" }, el("summary",
+      { text: "Command" }), mutedLine("Runs as ", el("b",
+      { text: this.spec.user }), ` on ${this.spec.on}.`),
+    el("pre", { class: "command" }, this.preview));
+    return node;
   }
 
   // The choice of values of earlier runs: each set once, secrets left out.
@@ -20906,14 +21108,25 @@ class RunForm {
     }
     if (!sets.size) return null;
     const list = [...sets.values()];
-    const input = select({ id: "used", onchange: () => {
-      const args = input.value && list[+input.value].args;
-      for (const one of this.fields) one.fill(args);
-      this.changed();
-    } }, [["", "the defaults"], ...list.slice(0, 10).map((run, at) => [
+    const input = select({ id: "used", "aria-label": "Use earlier values",
+      onchange: () => this.fill(input.value && list[+input.value].args) },
+    [["", "Use earlier values\u2026"], ...list.slice(0, 10).map((run, at) => [
       String(at), `${shortTime(run.requested_at || run.started,
         hostOf(this.job))}: ${valuesWords(run.args)}`])]);
-    return field("Fill in", input);
+    return input;
+  }
+
+  // Fills the fields with the arguments of an earlier run, or the defaults.
+  fill(args) {
+    for (const one of this.fields) one.fill(args);
+    this.changed();
+  }
+
+  // Returns the values that are not secret, by name.
+  open() {
+    return Object.fromEntries(this.fields.filter((one) =>
+      one.param.type !== "secret").map((one) => [one.param.name,
+      one.value()]));
   }
 
   changed() {
@@ -20932,9 +21145,10 @@ class RunForm {
   }
 
   askToConfirm() {
-    this.question.replaceChildren(el("span", { text: "This job asks to be "
-      + "sure: it starts at once." }), submitButton(`Run ${
-      visible(this.spec.label)} on ${this.spec.on}`), button("No", () => {
+    const label = visible(this.spec.label);
+    this.question.replaceChildren(el("span", { text: `${label} starts `
+      + `immediately on ${this.spec.on}. Run it?` }), submitButton(
+      `Run ${label}`), button("No", () => {
       this.question.hidden = true;
       this.send.focus();
     }));
@@ -20947,7 +21161,7 @@ class RunForm {
     const values = new Map(this.fields.map((one) => [one.param.name,
       one.value()]));
     this.send.disabled = true;
-    this.showStatus("wait", "Signed. Waiting for the host to take it\u2026");
+    this.showStatus("wait", `Waiting for ${this.spec.on}\u2026`);
     try {
       const sent = await post("requests", runRequest(this.job, this.spec,
         values));
@@ -20955,7 +21169,10 @@ class RunForm {
         is === "accepted" && this.showStatus("wait", "Accepted\u2026"));
       const ok = result.state === "accepted";
       this.showStatus(ok ? "ok" : "bad", resultWords(result));
-      if (ok && result.run && this.root.isConnected) go(`run/${result.run}`);
+      // Back must not return to the filled form.
+      if (ok && result.run && this.root.isConnected) {
+        location.replace(`#/run/${result.run}`);
+      }
     } catch (error) {
       this.showStatus("bad", error.message);
       throw error;
@@ -20974,26 +21191,35 @@ const valuesWords = (args) => Object.entries(args).filter(([, value]) =>
   !isMasked(value)).map(([name, value]) => `${name} ${visible(value).slice(
   0, 40)}`).join(", ");
 
-const TYPE_HELP = { int: "A whole number.", text: "May have several lines.",
-  secret: "Goes to the host veiled: the dashboard does not learn it, and "
-    + "nothing keeps it." };
+const TYPE_HELP = { int: "A whole number, such as 5.",
+  secret: "Encrypted for this host. Not stored anywhere." };
+
+// Returns what to do about an invalid value; `why` is what valueError says.
+function plainError({ type, default: usual }, value, why) {
+  if (!value && usual !== "" && type !== "choice") {
+    return type === "date" ? "Please choose a date." : "Please fill this in.";
+  }
+  return { int: "Please type a whole number, such as 5.",
+    date: "Please choose a date of the calendar.",
+    choice: "Please choose one of these." }[type]
+    || `Please change this: ${why}.`;
+}
 
 // The field of one argument, by its type.
 class ArgumentField {
   constructor(param, at, changed) {
     this.param = param;
     const { type, default: usual } = param, id = `arg${at}`;
-    const hasDefault = isThere(usual) && usual !== ""
-      && !["bool", "secret", "text"].includes(type);
-    const help = [TYPE_HELP[type], hasDefault && `Default: ${visible(usual)}`]
-      .filter(Boolean).join(" ");
+    const help = TYPE_HELP[type] || "", isOptional = usual === "";
     this.error = el("span", { class: "error", id: `${id}-error` });
     this.input = this.makeInput({ id, name: id, autocomplete: "off",
+      "aria-required": type !== "bool" && !isOptional && "true",
       "aria-describedby": `${id}-error ${id}-help`, oninput: () => {
         if (this.input.getAttribute("aria-invalid")) this.validate();
         changed();
       } });
-    const label = el("label", { for: id, text: visible(param.name) });
+    const label = el("label", { for: id }, visible(param.name),
+      isOptional && muted(" (optional)"));
     this.root = el("div", { class: `field is-${type}` },
       type === "bool" ? el("div", { class: "check" }, this.input, label)
         : [label, this.input],
@@ -21036,10 +21262,8 @@ class ArgumentField {
 
   // Shows beside the field what is wrong with its value, and returns it.
   validate() {
-    const mayBeEmpty = ["string", "text", "secret"].includes(this.param.type);
-    const why = !mayBeEmpty && !this.value() ? "a value is needed"
-      : valueError(this.param, this.value());
-    this.showError(why);
+    const value = this.value(), why = valueError(this.param, value);
+    this.showError(why && plainError(this.param, value, why));
     return why;
   }
 
@@ -21748,10 +21972,7 @@ function settingsView(place, root) {
   root.classList.add("narrow");
   root.append(el("h1", { text: "Settings" }), section("This dashboard",
     el("p", {}, "Its address, to bookmark or to pass on:"),
-    snippet(`${session.server}/#${dash.id}`)), section("Viewers", el("p", {
-    text: "A token for people who only read. It is typed in the place of the "
-    + "passphrase. On a host, type:" }),
-  snippet("koitab -d token new NAME --role viewer")),
+    snippet(`${session.server}/#${dash.id}`)), viewerSection(),
   dash.ping_key ? section("Ping key", el("p", {}, "With it a check is "
     + "pinged by its slug, and made by the first ping:"), snippet(`curl -fsS `
     + `-m 10 ${session.server}/ping/${dash.ping_key}/my-backup?create=1`))
@@ -21770,6 +21991,34 @@ function settingsView(place, root) {
   mutedLine(`koi ${state.version}. You are `, isOperator()
     ? "an operator: you may run what is @manual." : "a viewer."));
   return { title: "Settings" };
+}
+
+// The part about read-only links: operators make them, and a viewer chooses
+// whether this device stays logged in.
+function viewerSection() {
+  if (!isOperator()) {
+    const stay = el("input", { id: "stay", type: "checkbox",
+      checked: Boolean(preferences.get("viewer")), onchange: () =>
+        preferences.set("viewer", stay.checked ? `view-${session.token}`
+          : "") });
+    return section("This device", checkbox(stay,
+      "Stay logged in on this device"), mutedLine("For a screen on a wall. "
+      + "The device can read everything here, and cannot run anything."));
+  }
+  const name = el("input", { id: "link-name", required: true, maxlength: 100,
+    placeholder: "Screen in the kitchen", autocomplete: "off" });
+  const made = el("div", { role: "status" });
+  return section("Read-only links", el("p", { text: "Anyone with the link "
+    + "can see all jobs and output, but cannot run anything." }),
+  form({ class: "oneline" }, () => withToast(async () => {
+    const token = randomHex(32);
+    await post("tokens", { name: name.value, role: "viewer",
+      sha256: hex(sha256(unhex(token))) });
+    made.replaceChildren(snippet(`${session.server}/#view-${token}`),
+      mutedLine("Copy the link now; it is not shown again. To end it, type "
+        + "on a host: ", code(`koitab -d token revoke "${name.value}"`)));
+  }), el("label", { class: "away", for: "link-name", text: "Name" }), name,
+  submitButton("Make a link", { class: "btn" })), made);
 }
 
 // --- shortcuts, and the start ----------------------------------------------
@@ -21841,7 +22090,7 @@ function start() {
   addEventListener("scroll", hideTip, { passive: true });
   document.addEventListener("visibilitychange", () =>
     stream.onVisibilityChange());
-  logInView();
+  logInViewer();
 }
 
 start();

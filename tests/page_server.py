@@ -101,6 +101,8 @@ class World:
         self.alerts, self.audit, self.channels = {}, [], []
         self.requests, self.outputs = {}, {}
         self.tries = 0
+        self.is_founded = True
+        self.tokens = []
         self.hostile, self.recent_runs = hostile, recent_runs
         if not empty:
             self.make_hosts()
@@ -160,6 +162,8 @@ class World:
                "Shop" else "shop", "tag": koitab.short_hash(f"{host}{number}"),
                "section": section, "name": name, "label": name,
                "when": when, "words": words, "command": command,
+               "about": self.odd("Sends a greeting to somebody.")
+               if "Say Hi" in name else "",
                "manual": when == "@manual", "confirm": "yes" if
                "Restart" in name else confirm, "removed": False,
                "next": self.now + self.dice.randint(20, 50_000)
@@ -355,6 +359,8 @@ class World:
                 "hosts": list(self.hosts.values()),
                 "jobs": list(self.jobs.values()),
                 "checks": list(self.checks.values()),
+                "requests": [request for request in self.requests.values()
+                             if request["state"] == "waiting"],
                 "alerts": list(self.alerts.values())}
 
     def push(self, **change):
@@ -383,7 +389,7 @@ class World:
     def spec(job: dict) -> str:
         return json.dumps({name: job[name] for name in (
             "user", "tag", "section", "name", "label", "when", "words",
-            "command", "params", "confirm")}, ensure_ascii=False)
+            "command", "params", "confirm", "about")}, ensure_ascii=False)
 
     def verify(self, sent: dict) -> dict:
         """What koid would say to a signed request."""
@@ -403,6 +409,10 @@ class World:
 
     def carry_out(self, request: dict):
         nonce = request["nonce"]
+        self.settle_request(request, nonce)
+        self.push(requests=[self.requests[nonce]])
+
+    def settle_request(self, request: dict, nonce: str):
         if request["refused"]:
             self.requests[nonce].update(state="refused",
                                         reason=request["refused"])
@@ -555,6 +565,9 @@ class Page(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.route("GET", None)
 
+    def do_DELETE(self):
+        self.route("DELETE", None)
+
     def do_POST(self):
         size = int(self.headers.get("Content-Length") or 0)
         self.route("POST", json.loads(self.rfile.read(size)))
@@ -599,7 +612,9 @@ class Page(http.server.BaseHTTPRequestHandler):
             token, "")
 
     def salt(self):
-        self.answer({"dash": DASH, "salt": SALT,
+        if not self.world.is_founded:
+            return self.refuse(404, "there is no such dashboard")
+        return self.answer({"dash": DASH, "salt": SALT,
                      "rounds": self.server.rounds})
 
     def get_state(self, _rest, _query):
@@ -703,12 +718,28 @@ class Page(http.server.BaseHTTPRequestHandler):
     def post_requests(self, _rest, body):
         world = self.world
         request = world.verify(body)
+        job = next((job for job in world.jobs.values() if (
+            job["host"], job["tag"]) == (request["host"], request.get("tag"))),
+            {"id": None})
         world.requests[request["nonce"]] = {
             "nonce": request["nonce"], "state": "waiting", "reason": "",
-            "run": None}
+            "run": None, "what": request["do"], "host": request["host"],
+            "job": job["id"], "expires": request["exp"] / 1000}
         world.last_request = request
-        threading.Timer(0.3, world.carry_out, (request,)).start()
+        if world.hosts[request["host"]]["state"] == "up":
+            threading.Timer(0.3, world.carry_out, (request,)).start()
+        world.push(requests=[world.requests[request["nonce"]]])
         self.answer({"nonce": request["nonce"], "state": "waiting"}, 202)
+
+    def delete_requests(self, rest, _query):
+        found = self.world.requests[rest[0]]
+        found["state"] = "withdrawn"
+        self.world.push(requests=[found])
+        self.answer(found)
+
+    def post_tokens(self, _rest, body):
+        self.world.tokens.append(body)
+        self.answer({})
 
     def post_snooze(self, _rest, body):
         kind, ident = body["subject"].split(":", 1)

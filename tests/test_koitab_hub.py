@@ -1046,7 +1046,31 @@ def test_a_request_is_handed_out_and_answered(dashboard, web1, asked):
     assert dashboard.sync(web1)["requests"] == []
     assert dashboard.ask(dashboard.dashboard.requests.state,
                          "1" * 32) == {
-        "nonce": "1" * 32, "state": "accepted", "reason": "", "run": 1}
+        "nonce": "1" * 32, "state": "accepted", "reason": "", "run": 1,
+        "expires": NOW + 300, "host": HOST, "job": 1, "what": "run"}
+
+
+def test_request_that_waits_is_shown_and_can_be_withdrawn(dashboard, web1,
+                                                          asked):
+    waiting, = dashboard.state["requests"]
+    assert (waiting["job"], waiting["host"], waiting["expires"]) == (
+        1, HOST, NOW + 300)
+    withdraw = dashboard.dashboard.requests.withdraw
+    assert dashboard.do(withdraw, "1" * 32)["state"] == "withdrawn"
+    assert dashboard.state["requests"] == []
+    assert dashboard.sync(web1)["requests"] == []
+    assert audit_rows(dashboard)[0]["state"] == "withdrawn"
+    for nonce, status in (("1" * 32, 409), ("2" * 32, 404)):
+        with refused(status):
+            dashboard.do(withdraw, nonce)
+
+
+def test_request_that_the_host_has_fetched_is_not_withdrawn(dashboard, web1,
+                                                            asked):
+    dashboard.sync(web1)
+    with refused(409):
+        dashboard.do(dashboard.dashboard.requests.withdraw, "1" * 32)
+    assert len(dashboard.state["requests"]) == 1
 
 
 def test_the_same_request_twice_is_one(dashboard, asked):

@@ -45,7 +45,7 @@ def test_local_storage_holds_only_preferences():
     assert used == ['localStorage.getItem("koi." + name)',
                     'localStorage.setItem("koi." + name, value)']
     assert set(re.findall(r'preferences\.set\("(\w+)"', koitab.PAGE_JS)) == {
-        "zone", "theme", "times", "wrap"}
+        "zone", "theme", "times", "wrap", "command", "viewer"}
 
 
 def test_page_loads_nothing_from_elsewhere():

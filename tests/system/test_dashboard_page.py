@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -84,6 +85,78 @@ def test_viewer_sees_jobs_and_no_run_buttons(browser, stand_in):
                       "button').length") == 0
     browser.visit(f"job/{stand_in.world.every_type}/run", ".note")
     assert "can read, and nothing else" in browser.text(".note")
+
+
+@pytest.mark.parametrize("typed, read", [
+    (" abcd-efgh-1234-5678-wxyz", "abcd-efgh-1234-5678-wxyz"),
+    ("ABCD-EFGH-1234-5678-WXYZ", "abcd-efgh-1234-5678-wxyz"),
+    ("abcdefgh12345678wxyz", "abcd-efgh-1234-5678-wxyz"),
+    ("abcd efgh 1234\t5678 wxyz\n", "abcd-efgh-1234-5678-wxyz"),
+    (" Chosen by Ann ", " Chosen by Ann "),
+    ("abcd-efgh-1234-5678-wxy", "abcd-efgh-1234-5678-wxy"),
+    ("abcd--efgh-1234-5678-wxyz", "abcd--efgh-1234-5678-wxyz")])
+def test_passphrase_is_accepted_as_people_type_it(page, typed, read):
+    assert page.js("return asGenerated(arguments[0])", typed) == read
+
+
+def test_typed_passphrase_can_be_shown(browser, stand_in):
+    browser.go("about:blank")
+    browser.go(stand_in.url)
+    browser.type("#secret", "abc")
+    for kind in ("text", "password"):
+        browser.click(".login .toggle")
+        assert browser.js("return document.querySelector('#secret').type"
+                          ) == kind
+    browser.js("document.querySelector('#secret').dispatchEvent(new "
+               "KeyboardEvent('keyup', {modifierCapsLock: true}))")
+    assert browser.text("#caps") == "Caps Lock is on."
+
+
+def test_first_page_says_what_to_type_until_there_is_a_dashboard(browser,
+                                                                 stand_in):
+    stand_in.world.is_founded = False
+    try:
+        browser.go("about:blank")
+        browser.go(stand_in.url)
+        browser.find(".login .snippet")
+        assert browser.text(".login .snippet code") == \
+            f"koitab -d new {stand_in.url.rstrip('/')}"
+    finally:
+        stand_in.world.is_founded = True
+    browser.find("#secret")
+    browser.faults()        # the browser's own words of the 404
+
+
+def test_read_only_link_opens_the_page_and_leaves_the_address(browser,
+                                                              stand_in):
+    token = f"view-{page_server.VECTOR['view']}"
+    browser.go("about:blank")
+    browser.go(f"{stand_in.url}#{token}")
+    browser.find(".row")
+    assert browser.js("return location.hash") == "#/jobs"
+    browser.visit("settings", "#stay")
+    browser.click("#stay")
+    browser.go("about:blank")
+    browser.go(stand_in.url)
+    browser.find(".row")
+    browser.click(".lock")
+    browser.go("about:blank")
+    browser.go(stand_in.url)
+    browser.find("#secret")
+    assert browser.js("return localStorage.getItem('koi.viewer')") == ""
+
+
+def test_operator_makes_a_read_only_link(page, stand_in):
+    page.visit("settings", "#link-name")
+    page.type("#link-name", "Kitchen")
+    page.keys("Enter")
+    page.find("[role=status] .snippet")
+    link = page.text("[role=status] .snippet code")
+    made = stand_in.world.tokens.pop()
+    assert link.startswith(f"{stand_in.url}#view-")
+    assert (made["name"], made["role"]) == ("Kitchen", "viewer")
+    assert made["sha256"] == hashlib.sha256(bytes.fromhex(
+        link.rpartition("-")[2])).hexdigest()
 
 
 def test_locking_forgets_the_keys_and_the_state(page):
@@ -748,13 +821,16 @@ def test_form_of_every_type_starts_a_run_and_shows_it(page, stand_in):
     page.click(".runform .primary")
     page.wait("document.activeElement.getAttribute('aria-invalid')")
     assert page.js("return document.activeElement.labels[0].textContent"
-                   ) == "Not before"
+                   ) == "To Handle"
+    assert page.text("#arg0-error") == "Please fill this in."
     page.type("#arg0", "o'brien <b>")
     page.js("const d = document.querySelector('#arg5'); d.value = "
             "'2026-03-29'; d.dispatchEvent(new Event('input'))")
     page.type("#arg6", "hunter2")
+    page.click(".previewed summary")
     assert "--to='o'\\''brien <b>'" in page.text(".previewed pre")
     assert "hunter2" not in page.text(".previewed pre")
+    page.click(".previewed summary")
     page.click(".runform .primary")
     page.wait("location.hash.startsWith('#/run/')")
     request = world.last_request
@@ -772,6 +848,104 @@ def test_form_of_every_type_starts_a_run_and_shows_it(page, stand_in):
     world.jobs[job["id"]]["state"] = "ok"
 
 
+def every_type(page, stand_in):
+    """Open the form with a field of each type."""
+    path = f"job/{stand_in.world.every_type}/run"
+    page.visit("jobs", ".row")
+    page.visit(path, ".runform")
+
+
+def test_form_names_what_is_missing_and_what_may_stay_empty(page, stand_in):
+    world = stand_in.world
+    world.jobs[world.every_type]["params"][1]["default"] = ""
+    every_type(page, stand_in)
+    labels = page.js("return [...document.querySelectorAll('.field label')]"
+                     ".map((one) => one.textContent)")
+    assert labels[1] == "Message (optional)"
+    assert [label for label in labels if "optional" in label] == labels[1:2]
+    for value, text in (("x", "Please type a whole number, such as 5."),
+                        ("", "Please fill this in.")):
+        page.js("const d = document.querySelector('#arg2'); d.value = "
+                "arguments[0]", value)
+        page.click(".runform .primary")
+        page.wait("document.querySelector('#arg2-error').textContent "
+                  f"=== {json.dumps(text)}")
+    assert page.text("#arg5-error") == "Please choose a date."
+    assert page.text("#arg6-error") == "Please fill this in."
+    assert page.text("#arg1-error") == ""
+    world.jobs[world.every_type]["params"][1]["default"] = \
+        "Hello,\nhow are you?"
+
+
+def test_form_keeps_its_values_over_a_lock_but_no_secret(page, stand_in):
+    every_type(page, stand_in)
+    page.type("#arg0", "ann")
+    page.type("#arg6", "hunter2")
+    page.click(".lock")
+    page.insert("#secret", PASSWORD)
+    page.keys("Enter")
+    page.find(".runform")
+    assert page.js("return ['#arg0', '#arg6'].map((css) => document"
+                   ".querySelector(css).value)") == ["ann", ""]
+    every_type(page, stand_in)
+    assert page.js("return document.querySelector('#arg0').value") == ""
+
+
+def test_back_from_the_run_does_not_return_to_the_form(page, stand_in):
+    job = next(job for job in stand_in.world.jobs.values() if job["label"] ==
+               "Say Hi" and stand_in.world.hosts[job["host"]]["name"] ==
+               "web1")
+    page.visit("by-hand", ".by-hand")
+    page.click(f".by-hand [href='#/job/{job['id']}/run']")
+    page.find(".runform")
+    assert page.text(".about") == "Sends a greeting to somebody."
+    page.type("#arg0", "ann")
+    page.keys("Enter")
+    page.wait("location.hash.startsWith('#/run/')")
+    page.js("history.back()")
+    page.wait("location.hash === '#/by-hand'")
+
+
+def test_request_to_a_host_that_is_down_waits_and_is_taken_back(page,
+                                                                stand_in):
+    world = stand_in.world
+    world.hosts[page_server.VECTOR["host"]]["state"] = "down"
+    try:
+        page.js("state.hosts.get(arguments[0]).state = 'down'",
+                page_server.VECTOR["host"])
+        every_type(page, stand_in)
+        assert "If it is not back within 5 minutes, the request expires." \
+            in page.text(".note.late")
+        page.type("#arg0", "ann")
+        page.js("document.querySelector('#arg5').value = '2026-03-29'")
+        page.type("#arg6", "hunter2")
+        page.click(".runform .primary")
+        page.find(".waiting button")
+        page.visit("by-hand", ".by-hand .waiting")
+        assert page.text(".waiting").startswith(
+            "1 run is waiting for web1. The request expires in ")
+        page.click(".waiting button")
+        page.wait("!document.querySelector('.waiting')")
+        nonce = world.last_request["nonce"]
+        assert world.requests[nonce]["state"] == "withdrawn"
+    finally:
+        world.hosts[page_server.VECTOR["host"]]["state"] = "up"
+        page.js("state.hosts.get(arguments[0]).state = 'up'",
+                page_server.VECTOR["host"])
+
+
+def test_view_lists_the_jobs_that_are_run_by_hand(page, stand_in):
+    page.visit("jobs?state=manual", ".by-hand")
+    page.visit("by-hand", ".by-hand")
+    shown = page.js("return [...document.querySelectorAll('.by-hand h2 a')]"
+                    ".map((a) => a.getAttribute('href'))")
+    assert sorted(shown) == sorted(
+        f"#/job/{job['id']}" for job in stand_in.world.jobs.values()
+        if job["manual"])
+    assert "Sends a greeting to somebody." in page.text(".by-hand")
+    assert page.text("nav [aria-current]") == "Run by hand"
+
+
 def test_job_with_confirmation_asks_before_it_runs(page, stand_in):
     job = next(job for job in stand_in.world.jobs.values() if job["label"] ==
                "Restart web" and stand_in.world.hosts[job["host"]]["name"] ==
@@ -779,7 +953,8 @@ def test_job_with_confirmation_asks_before_it_runs(page, stand_in):
     page.visit(f"job/{job['id']}/run", ".runform")
     stand_in.world.last_request = None
     page.click(".runform .primary")
-    assert page.text(".question .primary") == "Run Restart web on web1"
+    assert page.text(".question span") == \
+        "Restart web starts immediately on web1. Run it?"
     assert stand_in.world.last_request is None
     page.click(".question .primary")
     page.wait("location.hash.startsWith('#/run/')")
@@ -813,7 +988,8 @@ def test_form_shows_the_label_that_the_host_signed(page, stand_in):
     page.js("state.jobs.get(arguments[0]).command = 'true'", job["id"])
     page.visit(f"job/{job['id']}/run", ".runform")
     assert page.text("h1") == "Run Write a message"
-    assert page.text(".previewed pre").startswith("~/tweet.sh --to=")
+    assert page.js("return document.querySelector('.previewed pre')"
+                   ".textContent").startswith("~/tweet.sh --to=")
 
 
 def test_refused_request_shows_the_reason(page, stand_in, monkeypatch):
@@ -824,6 +1000,8 @@ def test_refused_request_shows_the_reason(page, stand_in, monkeypatch):
     page.visit(f"job/{job['id']}/run", ".runform")
     page.js("const d = document.querySelector('#arg5'); d.value = "
             "'2026-03-29'; d.dispatchEvent(new Event('input'))")
+    page.type("#arg0", "ann")
+    page.type("#arg6", "hunter2")
     page.click(".runform .primary")
     page.wait("document.querySelector('.status.bad')")
     assert page.text(".status") == "The host refused: it has expired, 4 s ago"
