@@ -39,6 +39,7 @@ without rights, C the caller.
 1318 Scheduler     which run waits, starts, has ended?          (machine) R
  666 ControlSocket how do users reach koid?              (network, files) R C
  744 Broker        what may a dashboard ask of koid? (network, processes) R
+ 250 Embedded      who runs this machine's dashboard? (network, processes) R
  332 Daemon        what wakes koid?                             (machine) R
  3 network
  215 Client        how is one HTTP request bounded?             (network) U C
@@ -143,7 +144,8 @@ used.
 #
 # koid is one thread with one poll loop. Each job has a supervisor: a fork of
 # koid that owns its pipes and becomes its user. The agent is a fresh process
-# that is executed without privileges and never held the host key. In a
+# that is executed without privileges and never held the host key; so is the
+# dashboard that `EmbeddedDashboard` runs on sockets that koid opened. In a
 # dashboard the event loop owns connections, a writer thread the one writing
 # connection, an executor the reading ones, a notifier thread the deliveries;
 # they hand over values that do not change.
@@ -3391,6 +3393,7 @@ REBOOT_MARKERS = (f"{RUN_DIRECTORY}/crond.reboot",
 ACCESS_FILES = (("/etc/koi.allow", True), ("/etc/koi.deny", False),
                 ("/etc/cron.allow", True), ("/etc/cron.deny", False))
 SENDMAILS = ("/usr/sbin/sendmail", "/usr/lib/sendmail")
+SEND_SECONDS = 15.0         # for one notification of an alert
 DEFAULT_PATH = "/usr/bin:/bin"  # Debian's; cronie adds the sbin directories
 DEFAULT_SHELL = "/bin/sh"
 CRON_ENVIRONMENT = {"SHELL": DEFAULT_SHELL, "PATH": DEFAULT_PATH}
@@ -3667,7 +3670,8 @@ class Machine:
     def dashboard_directories(self) -> list[str]:
         """Return where the Unix sockets of this machine's dashboards are,
         as far as the caller trusts them: root's, and the caller's own."""
-        return [DASHBOARD_SOCKETS, self.state_directory()]
+        return [DASHBOARD_SOCKETS, posixpath.dirname(ROOT_SOCKET),
+                self.state_directory()]
 
     def make_home(self, home: str) -> None:
         """Create the state directory, or check that no other user can access
@@ -4127,6 +4131,59 @@ def set_process_name(name: str, *arguments: str) -> None:
             file.write(text[:end - start - 1].ljust(end - start, b"\0"))
     except (OSError, ValueError):
         pass
+
+
+def run_sendmail(words: list[str], message: bytes, environment: dict,
+                 seconds: float) -> tuple[int, str]:
+    """Run sendmail with these arguments; return its exit status and the end
+    of what it wrote to stderr. Raises OSError, SubprocessError."""
+    import subprocess
+    program = next((path for path in SENDMAILS if os.access(path, os.X_OK)),
+                   "")
+    if not program:
+        return 1, "sendmail is not installed"
+    done = subprocess.run([program, *words], input=message, env=environment,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          timeout=seconds)
+    return done.returncode, escape_controls(
+        done.stderr.decode("utf-8", "replace").strip()[-300:])
+
+
+def send_alert_mail(host: str, mail: dict, environment: dict) -> str:
+    """Give the mail of an alert to sendmail; return "", or why that failed.
+    `mail` is what `alert_message` needs. Raises OSError, SubprocessError."""
+    to = mail["to"]
+    if not safe_address(to) or "@" not in to:
+        return "invalid email address"
+    status, words = run_sendmail(["-i", "--", to], alert_message(host, **mail),
+                                 environment, SEND_SECONDS)
+    return f"sendmail says {words or status}" if status else ""
+
+
+def alert_message(host: str, to: str, subject: str, text: str, key: str,
+                  at: float) -> bytes:
+    """Return the mail of an alert, sent from `host`. It contains foreign
+    text, so a character that could break a header becomes a blank."""
+    from email import policy
+    from email.message import EmailMessage
+    from email.utils import formatdate
+    message = EmailMessage(policy=policy.SMTP.clone(linesep="\n"))
+    message["From"] = f"koi <koi@{one_line(host)}>"
+    message["To"] = to
+    message["Subject"] = one_line("koi: " + subject)[:200]
+    message["Date"] = formatdate(at)
+    message["Message-ID"] = f"<{one_line(key)}@koi>"
+    message["Auto-Submitted"] = "auto-generated"
+    message.set_content("".join(
+        each if each.isprintable() or each == "\n" else " "
+        for each in text), cte="quoted-printable")
+    return message.as_bytes()
+
+
+def one_line(text: str) -> str:
+    """For a header: what would break or steer it becomes a blank."""
+    return "".join(each if each.isprintable() else " "
+                   for each in text)[:900]
 
 
 # ==========================================================================
@@ -6548,15 +6605,10 @@ def send_cron_mail(machine: Machine, host: dict, user: str, to: str,
             os.chdir(account.home)
         except OSError:
             os.chdir("/")
-        program = next(path for path in SENDMAILS if os.access(path, os.X_OK))
-        import subprocess
-        status = subprocess.run(
-            [program, "-FCronDaemon", "-i", "-B8BITMIME", "-oem", to],
-            input=message, env={**host, "PATH": DEFAULT_PATH,
-                                "HOME": account.home, "LOGNAME": user,
-                                "USER": user},
-            timeout=MAIL_TIME, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL).returncode % 256
+        status = run_sendmail(
+            ["-FCronDaemon", "-i", "-B8BITMIME", "-oem", to], message,
+            {**host, "PATH": DEFAULT_PATH, "HOME": account.home,
+             "LOGNAME": user, "USER": user}, MAIL_TIME)[0] % 256
     except BaseException as error:
         status = TRY_LATER if isinstance(error, ImportError) else 1
         machine.log(f"({user}) MAIL (not sent: {error})", bad=True)
@@ -6591,12 +6643,6 @@ def mail_about(user: str, host: str, to: str, command: str,
     message["Content-Transfer-Encoding"] = encoding or "8bit"
     message["MIME-Version"] = "1.0"
     return message.as_bytes() + text
-
-
-def one_line(text: str) -> str:
-    """For a header: what would break or steer it becomes a blank."""
-    return "".join(each if each.isprintable() else " "
-                   for each in text)[:900]
 
 
 # --- the states of runs ---------------------------------------------------
@@ -7430,6 +7476,8 @@ class ControlService:
         resume job            {label}
         status                {version, pid, jobs, running, tab, ...}
         relink                {linked}: the file `keys` was changed
+        dashboard             {url, db, uid, ready, problem}: of the one that
+                              koid runs from now on
         run job args          {run}, and the output as frames; koid alone
 
     `daemon` is koid's Daemon, or None.
@@ -7701,6 +7749,13 @@ class ControlService:
         self.daemon.broker.load()
         return {"linked": self.daemon.broker.enrollment is not None}
 
+    def dashboard(self, caller: Caller, _request: dict) -> dict:
+        """Answer "dashboard". Raises Error."""
+        if not caller.is_admin:
+            raise Error("permission denied: only root or the user that runs "
+                        "koid may do this")
+        return self.daemon.embedded.demand()
+
 
 OPERATIONS = {
     "list": ControlService.listing, "install": ControlService.install,
@@ -7709,7 +7764,7 @@ OPERATIONS = {
     "log": ControlService.log,
     "kill": ControlService.kill, "status": ControlService.status,
     "pause": ControlService.pause, "resume": ControlService.pause,
-    "relink": ControlService.relink}
+    "relink": ControlService.relink, "dashboard": ControlService.dashboard}
 KINDS = {"op": str, "user": str, "text": str, "job": str, "run": int,
          "limit": int, "before": int, "until": int, "at": int, "args": dict}
 
@@ -7975,7 +8030,8 @@ class DaemonClient:
     def without_daemon(self, request: dict) -> dict:
         """Carry out a request on the caller's own files. Raises Error if
         koid alone can."""
-        if request["op"] in ("kill", "pause", "resume", "status", "relink") \
+        if request["op"] in ("kill", "pause", "resume", "status", "relink",
+                             "dashboard") \
                 or self.home == ROOT_HOME and os.geteuid():
             raise self.no_daemon()
         if os.path.exists(self.home):
@@ -8055,17 +8111,17 @@ def agent_program() -> str:
     return head + "".join(sections[name] for name in AGENT_SECTIONS)
 
 
-def agent_account(machine: Machine) -> Account:
-    """Return the user that the agent of root's koid runs as. Raises OSError
-    if another account has its uid."""
-    account = machine.account(AGENT_ACCOUNT)
+def service_account(machine: Machine, name: str, uid: int) -> Account:
+    """Return the user that a process of root's koid runs as: the account
+    `name`, else `uid`. Raises OSError if another account has that."""
+    account = machine.account(name)
     if account and account.uid:
         return account.replace(groups=[account.gid])
-    other = machine.user_name(AGENT_UID)
+    other = machine.user_name(uid)
     if other:
-        raise OSError(errno.EPERM, f"uid {AGENT_UID} belongs to {other}: "
-                      f"make an account {AGENT_ACCOUNT}")
-    return Account(AGENT_ACCOUNT, AGENT_UID, AGENT_UID, "/", [AGENT_UID])
+        raise OSError(errno.EPERM, f"uid {uid} belongs to {other}: make an "
+                      f"account {name}")
+    return Account(name, uid, uid, "/", [uid])
 
 
 def forbid_new_privileges() -> None:
@@ -8088,12 +8144,13 @@ def forbid_new_privileges() -> None:
         prctl(PR_CAPBSET_DROP, capability)
 
 
-def execute_agent(program: str, connection: int,
-                  account: Account | None) -> None:
-    """In a child of koid's: become the agent, or exit.
+def execute_python(program: str, fds: list[int], arguments: list[str],
+                   account: Account | None, limits: dict[str, int]) -> None:
+    """In a child of koid's: become a fresh Python that runs the text
+    `program`, or exit.
 
-    `program` is the text on its standard input, and the socket `connection`
-    its only other descriptor that leads anywhere.
+    It gets the descriptors `fds`, as 3 (a socket to koid), 4 and so on, and
+    no others. `limits` are those of setrlimit(2), by their names.
     """
     import resource
     try:
@@ -8101,29 +8158,29 @@ def execute_agent(program: str, connection: int,
         os.setsid()
         os.chdir("/")
         os.umask(0o077)
-        text, connection = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (
-            input_file(program.encode()), connection))
         null = os.open(os.devnull, os.O_WRONLY)
-        for fd, number in ((text, 0), (null, 1), (null, 2),
-                           (connection, AGENT_SOCKET)):
+        fds = [input_file(program.encode()), null, null, *fds]
+        for number, fd in enumerate([       # away from the numbers below
+                fcntl.fcntl(fd, fcntl.F_DUPFD, len(fds)) for fd in fds]):
             os.dup2(fd, number)
-        close_all_but({0, 1, 2, AGENT_SOCKET})
-        for limit, most in ((resource.RLIMIT_NOFILE, AGENT_FILES),
-                            (resource.RLIMIT_AS, AGENT_MEMORY),
-                            (resource.RLIMIT_FSIZE, 0),
-                            (resource.RLIMIT_CORE, 0)):
-            resource.setrlimit(limit, (most, most))
+        close_all_but(set(range(len(fds))))
         forbid_new_privileges()
-        if account:         # a uid that has no other processes
-            resource.setrlimit(resource.RLIMIT_NPROC,
-                               (AGENT_TASKS, AGENT_TASKS))
+        for name, most in limits.items():
+            # Only a uid of its own has no other processes to count.
+            if account or name != "RLIMIT_NPROC":
+                limit = getattr(resource, name)
+                hard = resource.getrlimit(limit)[1]
+                if hard != resource.RLIM_INFINITY:
+                    most = min(most, hard)
+                resource.setrlimit(limit, (most, most))
+        if account:
             drop_privileges(account)
-        os.execve(sys.executable, [sys.executable, "-IS", "-", "koi-agent"],
+        os.execve(sys.executable, [sys.executable, "-IS", "-", *arguments],
                   AGENT_ENVIRONMENT)
     except BaseException as error:
         os.write(AGENT_SOCKET, format_line({
             "op": "state", "about": "agent",
-            "problem": f"the agent cannot be started: {error}"}))
+            "problem": f"{arguments[0]} cannot be started: {error}"}))
     finally:
         os._exit(EXIT_BUG)
 
@@ -8134,11 +8191,14 @@ class AgentProcess:
     `answer` maps a request of the agent's to its reply. What an exception
     of `answer` says about the agent: it is killed, and started again.
     """
+    name, longest = "agent", LONGEST_MESSAGE
+    one_at_a_time = True    # it waits for a reply before it asks again
 
     def __init__(self, machine: Machine, log: DaemonLog, poller: Poller,
                  answer):
         self.machine, self.clock = machine, machine.clock
         self.log, self.poller, self.answer = log, poller, answer
+        self.account, self.silence = (AGENT_ACCOUNT, AGENT_UID), AGENT_SILENCE
         self.pid, self.lines = 0, None      # a LineConnection
         self.start_at, self.pause = FOREVER, RESTART_FIRST  # ticks; seconds
         self.started = self.heard = 0.0     # ticks; of its last request
@@ -8153,26 +8213,36 @@ class AgentProcess:
         """Start the agent, or try again after a pause."""
         pair = ()
         try:
-            account = agent_account(self.machine) \
+            account = service_account(self.machine, *self.account) \
                 if os.geteuid() == 0 else None
+            self.prepare(account)
             ours, theirs = pair = socket.socketpair()
             pid = os.fork()
         except OSError as error:
-            self.problem = f"no agent: {error.strerror}"
+            self.problem = f"no {self.name}: {error.strerror}"
             self.delay_start()
             for end in pair:
                 end.close()
             return
         if not pid:
-            execute_agent(self.program + "\nrun_agent()\n", theirs.fileno(),
-                          account)
+            self.execute(theirs.fileno(), account)
         theirs.close()
         ours.setblocking(False)
-        self.pid, self.lines = pid, LineConnection(ours, LONGEST_MESSAGE)
+        self.pid, self.lines = pid, LineConnection(ours, self.longest)
         self.start_at = FOREVER
         self.started = self.heard = self.clock.ticks()
         self.kill_reason = ""
         self.poller.register(ours.fileno(), self.on_ready)
+
+    def prepare(self, account: Account | None) -> None:
+        """Do what the process needs before it is forked. Raises OSError."""
+
+    def execute(self, connection: int, account: Account | None) -> None:
+        """In the child: become the agent, or exit."""
+        execute_python(f"{self.program}\nrun_agent()\n", [connection],
+                       ["koi-agent"], account, {
+            "RLIMIT_NOFILE": AGENT_FILES, "RLIMIT_AS": AGENT_MEMORY,
+            "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0, "RLIMIT_NPROC": AGENT_TASKS})
 
     def delay_start(self) -> None:
         """Start the agent again after a pause, which doubles each time."""
@@ -8197,13 +8267,13 @@ class AgentProcess:
         if now >= self.wake_at():
             if self.pid:
                 self.heard = now
-                self.kill(f"silent for {AGENT_SILENCE:g}s")
+                self.kill(f"silent for {self.silence:g}s")
             else:
                 self.start()
 
     def wake_at(self) -> float:
         """Return the ticks at which `check` has something to do."""
-        return self.heard + AGENT_SILENCE if self.pid else self.start_at
+        return self.heard + self.silence if self.pid else self.start_at
 
     def ended(self, status: int, wanted: bool) -> None:
         """The process has ended, with this wait status; start it again if it
@@ -8217,7 +8287,8 @@ class AgentProcess:
             how = self.kill_reason or (
                 signal_words(number) if number
                 else f"ended with status {exit_status}")
-            self.problem = f"agent {how}; restarting in {self.pause:g}s"
+            self.problem = f"{self.name} {how}; restarting in " \
+                f"{self.pause:g}s"
             self.log.log(f"dashboard: {self.problem}", bad=True)
             self.delay_start()
         elif wanted:
@@ -8236,21 +8307,25 @@ class AgentProcess:
         except OSError:
             alive = False
         line = lines.take_line()
-        if not alive or line is not None and lines.received:
-            # It has ended (see `ended`), or somebody took it over: the agent
-            # waits for a reply before it asks again.
+        if not alive or line is not None and lines.received \
+                and self.one_at_a_time:
+            # It has ended (see `ended`), or somebody took it over.
             self.poller.modify(fd, 0)
             self.kill("sent an invalid line" if alive
                       else "closed its connection")
-        elif line is not None:
+            return
+        while line is not None:
             self.reply(line)
+            line = lines.take_line()
 
     def reply(self, line: bytes) -> None:
-        """Answer one request of the agent's."""
+        """Answer one request of the agent's, now or later."""
         try:
-            self.send(self.answer(parse_line(line)))
+            reply = self.answer(parse_line(line))
+            if reply is not None:
+                self.send(reply)
         except Exception as bug:        # the jobs must not suffer
-            self.log.log("dashboard: invalid request of the agent: "
+            self.log.log(f"dashboard: invalid request of the {self.name}: "
                          f"{bug!r}", bad=True)
             self.kill("sent an invalid request")
 
@@ -8759,6 +8834,230 @@ class RequestVerifier:
 
 
 # ==========================================================================
+# Embedded: who runs this machine's dashboard?       (network, processes; R)
+#
+# `koitab -d new` asks koid for a dashboard. koid opens its sockets, so that
+# no other user takes them, and starts it as another user. As the agent, it
+# may be anybody's by now: all that it can have of koid is a line in the log
+# and a mail of a given form, few of each.
+# ==========================================================================
+
+DASHBOARD_ACCOUNT, DASHBOARD_UID = "koi-dashboard", 61170
+ROOT_PORT, USER_PORT = 877, 8077    # only root can listen below 1024
+DASHBOARD_BACKLOG = 512     # connections that wait to be accepted
+DASHBOARD_FILES, DASHBOARD_TASKS = 2**16, 256   # of its uid
+LONGEST_MAIL = 2**18        # bytes of a line that it sends
+MOST_ALERT_MAILS = 100      # in an hour
+MOST_LOG_LINES = 20         # in LOG_AGAIN seconds
+FIRST_LISTENER = 5          # its descriptors, after the program's file
+# Compiles the program on descriptor 4, as LOADER does; the arguments are
+# those of `run_embedded`.
+DASHBOARD_LOADER = (
+    "import sys; koi = {'__name__': 'koi', '__file__': 'koitab.py'}; "
+    "exec(compile(open(4, encoding='utf-8').read(), 'koitab.py', 'exec'), "
+    "koi); sys.exit(koi['run_embedded'](*sys.argv[2:]))")
+
+
+def make_directory_of(uid: int, directory: str) -> None:
+    """Make the directory of a dashboard's database, for its user. Raises
+    OSError if it belongs to another user already."""
+    os.makedirs(posixpath.dirname(directory), 0o755, exist_ok=True)
+    try:
+        os.mkdir(directory, 0o700)
+        os.chown(directory, uid, -1, follow_symlinks=False)
+    except FileExistsError:
+        pass
+    status = os.lstat(directory)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != uid:
+        raise OSError(errno.EPERM, f"{directory} does not belong to uid {uid}")
+
+
+class EmbeddedDashboard(AgentProcess):
+    """The process of the dashboard that koid runs, if it was asked to.
+
+    The file `dashboard` of koi's state says so, and has the port. The
+    database is in a directory of its own, as koi's state is closed to the
+    dashboard's user. koid keeps the sockets open when the process ends.
+
+    The process sends objects, most of which get no reply:
+
+        {"op": "ready"}                 it serves
+        {"op": "log", "text": TEXT}     a line for koid's log
+        {"op": "state", "problem": TEXT}    why it ends
+        {"op": "mail", "mail": FIELDS}  {"error": TEXT}, "" once sendmail
+                                        has taken the mail; see alert_message
+    """
+    name, longest, one_at_a_time = "dashboard", LONGEST_MAIL, False
+
+    def __init__(self, machine: Machine, home: str, log: DaemonLog,
+                 poller: Poller):
+        super().__init__(machine, log, poller, self.take)
+        self.account = DASHBOARD_ACCOUNT, DASHBOARD_UID
+        self.silence = FOREVER
+        self.home, self.db = home, f"{home}-dashboard/dashboard.db"
+        self.port, self.listeners, self.is_ready = 0, [], False
+        self.socket = ""                    # the path of the Unix socket
+        self.reported = ""                  # why it ends, as it says
+        self.uid = -1                       # who it runs as
+        self.mailers: set[int] = set()      # pids
+        self.mailed: list[float] = []       # ticks, of the last hour
+        self.logged: list[float] = []       # of the last LOG_AGAIN seconds
+
+    # --- what koid does
+
+    def load(self) -> None:
+        """Run the dashboard if an earlier koid was asked for it."""
+        try:
+            with open(f"{self.home}/dashboard", encoding="ascii") as file:
+                self.port, self.start_at = int(file.read(6)), 0.0
+        except (OSError, ValueError):
+            pass
+
+    def demand(self) -> dict:
+        """Run the dashboard from now on; return where it is, and how.
+        Raises Error."""
+        if not self.port:
+            self.port, self.start_at = self.listen(), 0.0
+        return {"url": f"http://127.0.0.1:{self.port}", "db": self.db,
+                "uid": self.uid, "ready": self.is_ready,
+                "problem": self.problem}
+
+    def listen(self) -> int:
+        """Open the sockets, at the port of an earlier time if there was one;
+        return the port. Raises Error."""
+        wanted = (self.port,) if self.port else (
+            ROOT_PORT,) if os.geteuid() == 0 else (USER_PORT, 0)
+        for port in wanted:
+            try:    # who has the port has the other socket, too
+                sock = socket.create_server(("127.0.0.1", port),
+                                            backlog=DASHBOARD_BACKLOG)
+                port = sock.getsockname()[1]
+                self.socket = posixpath.join(
+                    self.home if os.geteuid()
+                    else posixpath.dirname(ROOT_SOCKET),
+                    dashboard_socket_name(port))
+                self.listeners = [sock, listen_at_path(self.socket, True)]
+                return port
+            except OSError as error:
+                why = error
+        raise Error(f"127.0.0.1:{wanted[0]}: {os.strerror(why.errno)}",
+                    "koitab dashboard --listen ADDRESS:PORT")
+
+    def prepare(self, account: Account | None) -> None:
+        """Open the sockets, and make the directory of the database. Raises
+        OSError."""
+        if not self.listeners:
+            try:
+                self.listen()
+            except Error as error:
+                raise OSError(errno.EADDRINUSE, error.message) from None
+        self.uid = account.uid if account else os.geteuid()
+        make_directory_of(self.uid, posixpath.dirname(self.db))
+        self.program = open(__file__, "rb")     # as it is now
+
+    def execute(self, connection: int, account: Account | None) -> None:
+        """In the child: become the dashboard, or exit."""
+        execute_python(
+            DASHBOARD_LOADER,
+            [connection, self.program.fileno(),
+             *(sock.fileno() for sock in self.listeners)],
+            ["koi-dashboard", self.db, str(len(self.listeners))], account, {
+                "RLIMIT_NOFILE": DASHBOARD_FILES, "RLIMIT_CORE": 0,
+                "RLIMIT_NPROC": DASHBOARD_TASKS})
+
+    def start(self) -> None:
+        """Start the process, or try again after a pause."""
+        super().start()
+        if self.pid:
+            self.program.close()
+        else:
+            self.log.set_problem("embedded", self.problem)
+
+    def stop(self) -> None:
+        """Close its connection, at which the process ends by itself."""
+        if self.lines:
+            fd, self.lines = self.lines.sock.detach(), None
+            self.poller.close(fd)
+        self.is_ready = False
+
+    def ended(self, status: int, wanted: bool = True) -> None:
+        """The process has ended; start it again."""
+        super().ended(status, wanted)       # it logs that
+        self.problem, self.reported = self.reported or self.problem, ""
+        self.log.problems["embedded"] = self.problem
+
+    # --- what the process asks for
+
+    def take(self, request: dict) -> dict | None:
+        """Carry out a request of the process; return the reply, if one is
+        due now. Raises an exception of any kind if it is invalid."""
+        return {"ready": self.note_ready, "log": self.log_line,
+                "state": self.note_problem, "mail": self.start_mail}[
+                    request["op"]](request)
+
+    def note_ready(self, _request: dict) -> None:
+        """The process serves: a later koid is to run it as well."""
+        self.machine.write_file(self.home, "dashboard", f"{self.port}\n")
+        self.is_ready, self.problem = True, ""
+        self.log.set_problem("embedded", "")
+
+    def note_problem(self, request: dict) -> None:
+        """The process ends, and says why."""
+        self.reported = escape_controls(str(request["problem"])[:300])
+        self.log.set_problem("embedded", f"dashboard: {self.reported}")
+
+    def log_line(self, request: dict) -> None:
+        """Log a line, if there are not too many."""
+        if self.has_room(self.logged, MOST_LOG_LINES, LOG_AGAIN):
+            self.log.log("dashboard: " + str(request["text"])[:1000])
+
+    def has_room(self, times: list[float], most: int, seconds: float) -> bool:
+        """Note a thing in `times`, in ticks, if in the last `seconds` there
+        were not `most` already; return whether it was noted."""
+        now = self.clock.ticks()
+        times[:] = [at for at in times if now - at < seconds]
+        if len(times) >= most:
+            return False
+        times.append(now)
+        return True
+
+    def start_mail(self, request: dict) -> dict | None:
+        """Let a child send the mail, which replies to the process."""
+        mail = {name: kind(request["mail"][name]) for name, kind in (
+            ("to", str), ("subject", str), ("text", str), ("key", str),
+            ("at", float))}
+        if len(self.mailers) >= MOST_MAILERS or not self.has_room(
+                self.mailed, MOST_ALERT_MAILS, HOUR):
+            return {"error": f"koid sends at most {MOST_ALERT_MAILS} mails "
+                    f"of alerts in an hour, and {MOST_MAILERS} at once"}
+        try:
+            pid = os.fork()
+        except OSError as error:
+            return {"error": f"koid cannot start sendmail: {error.strerror}"}
+        if not pid:
+            self.mail_in_child(mail)
+        self.mailers.add(pid)
+        return None
+
+    def mail_in_child(self, mail: dict) -> None:
+        """In a child of koid's: send a mail, reply, and exit."""
+        connection = self.lines.sock
+        try:
+            reset_signals(signal.SIG_DFL)
+            close_all_but({0, 1, 2, connection.fileno()})
+            os.setsid()
+            error = send_alert_mail(self.machine.host(), mail, {
+                **self.machine.host_environment(), "PATH": DEFAULT_PATH,
+                "HOME": os.path.expanduser("~")})
+        except BaseException as bug:
+            error = f"{type(bug).__name__}: {bug}"
+        try:
+            connection.send(format_line({"error": error}))
+        finally:
+            os._exit(EXIT_OK)
+
+
+# ==========================================================================
 # Daemon: what wakes koid?                                      (machine; R)
 #
 # One process and one thread, which sleeps in poll() until a start is due, a
@@ -8795,6 +9094,7 @@ class Daemon:
                                       self.store, self)
         self.server = ControlServer(self.control, self.scheduler, self.poller)
         self.broker = AgentBroker(self.scheduler, self.poller)
+        self.embedded = EmbeddedDashboard(machine, home, self.log, self.poller)
         self.tab_directories: dict[str, int | None] = {}    # -> descriptor
         self.reload_at = FOREVER            # ticks
         self.stopping = False
@@ -8853,6 +9153,7 @@ class Daemon:
         self.scheduler.start_due()
         self.store.began(self.clock.now())
         self.broker.load()
+        self.embedded.load()
         import gc
         gc.collect()
         gc.freeze()         # supervisors share what is there by now
@@ -8912,6 +9213,8 @@ class Daemon:
         signal.signal(signal.SIGIO, signal.SIG_IGN)     # Python would die
         signal.setitimer(signal.ITIMER_REAL, 0)         # and by SIGALRM
         self.broker.process.stop()
+        self.embedded.stop()
+        remove(self.embedded.socket)
         try:
             self.scheduler.collect_finished()
             self.scheduler.write(self.scheduler.planner.seen_statements())
@@ -8943,13 +9246,14 @@ class Daemon:
         self.scheduler.collect_finished()
         self.scheduler.mail.send_queued(self.scheduler.host)
         self.broker.run_once(now)
+        self.embedded.check(now)
 
     def poll_timeout(self) -> float:
         """Return the milliseconds until something is due; -1: never."""
         each_minute = self.alarm is None or self.must_poll_tabs()
         soon = min(self.reload_at, self.scheduler.planner.wake_at(each_minute),
                    self.scheduler.wake_at(), self.server.wake_at(),
-                   self.broker.wake_at())
+                   self.broker.wake_at(), self.embedded.wake_at())
         return -1 if soon == FOREVER else min(
             max(soon - self.clock.ticks(), 0), LONGEST_SLEEP) * 1000
 
@@ -8993,6 +9297,10 @@ class Daemon:
                     self.scheduler.mail.take_status(pid, status)])
             elif pid == self.broker.process.pid:
                 self.broker.agent_ended(status)
+            elif pid == self.embedded.pid:
+                self.embedded.ended(status)
+            elif pid in self.embedded.mailers:
+                self.embedded.mailers.discard(pid)
             else:
                 self.scheduler.supervisor_ended(pid)
 
@@ -14253,10 +14561,64 @@ class Dashboard:
 # that fails is repeated for a day, and its error shown on the page.
 # ==========================================================================
 
-SEND_SECONDS = 15.0     # for one notification
 TEST_SECONDS = 20.0     # that the answer to Test waits for its delivery
 MOST_ANSWER = 1024      # bytes of an answer that are read
 DELIVERY_PAUSE = 5.0    # seconds between checks for due notifications
+STOP_LATEST = 10.0      # seconds from koid's end to that of its dashboard
+
+
+class KoidLink:
+    """The connection of an embedded dashboard to koid, which started it and
+    can run a sendmail that needs privileges. See EmbeddedDashboard."""
+
+    def __init__(self):
+        import queue
+        import threading
+        self.lines = LineConnection(socket.socket(fileno=AGENT_SOCKET),
+                                    LONGEST_REPLY)
+        self.replies = queue.SimpleQueue()
+        self.sending, self.mailing = threading.Lock(), threading.Lock()
+
+    def start(self) -> None:
+        """Start the thread that reads what koid sends."""
+        import threading
+        threading.Thread(target=self.read, name="koid", daemon=True).start()
+
+    def read(self) -> None:
+        """Keep koid's replies for `send_mail`. When koid has ended, end:
+        the next koid starts another dashboard."""
+        try:
+            while True:
+                self.replies.put(self.lines.read())
+        except (OSError, Error):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(STOP_LATEST)
+        os._exit(EXIT_ERROR)
+
+    def send(self, **message) -> None:
+        """Send koid a message; nothing if it has ended. Any thread may call
+        it."""
+        try:
+            with self.sending:
+                self.lines.sock.sendall(format_line(message))
+        except OSError:
+            pass                # see `read`
+
+    def log(self, text: str) -> None:
+        """Have koid write a line to its log."""
+        self.send(op="log", text=text)
+
+    def send_mail(self, mail: dict) -> str:
+        """Have koid send a mail; return "", or why that failed."""
+        import queue
+        with self.mailing:
+            while not self.replies.empty():
+                self.replies.get()      # it came too late for its mail
+            self.send(op="mail", mail=mail)
+            try:
+                return self.replies.get(timeout=2 * SEND_SECONDS)["error"]
+            except queue.Empty:
+                return "no answer from koid"
 
 
 class Notifier:
@@ -14270,9 +14632,10 @@ class Notifier:
     """
 
     def __init__(self, dashboard: Dashboard, machine: Machine | None = None,
-                 url: str = ""):
+                 url: str = "", koid: KoidLink | None = None):
         self.dashboard, self.machine = dashboard, machine or Machine()
         self.url = url      # where people open the page; "" if unknown
+        self.koid = koid    # it sends the mails, if it runs the dashboard
         self.stopping, self.thread = False, None
         self.busy: set[int] = set()     # channels that have a thread
 
@@ -14358,24 +14721,15 @@ class Notifier:
                                    notification["target"])
 
     def send_mail(self, notification: dict) -> str:
-        """Give a mail to sendmail; return "", or why that failed. Raises
-        OSError and SubprocessError."""
-        import subprocess
-        program = next((path for path in SENDMAILS
-                        if os.access(path, os.X_OK)), None)
-        if not program:
-            return "sendmail is not installed"
-        if not safe_address(notification["target"]):
-            return "invalid email address"
-        done = subprocess.run(
-            [program, "-i", "--", notification["target"]],
-            input=alert_mail(notification, self.machine.host()),
-            env={"PATH": DEFAULT_PATH, "HOME": os.environ.get("HOME", "/")},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            timeout=SEND_SECONDS)
-        errors = done.stderr.decode("utf-8", "replace").strip()[-300:]
-        return "" if done.returncode == 0 else \
-            f"sendmail says {escape_controls(errors) or done.returncode}"
+        """Give a mail to sendmail, or to koid; return "", or why that
+        failed. Raises OSError and SubprocessError."""
+        mail = {"to": notification["target"], "subject": notification["title"],
+                "text": mail_text(notification), "at": notification["at"],
+                "key": f"{notification['key']}.{notification['dash']}"}
+        if self.koid:
+            return self.koid.send_mail(mail)
+        return send_alert_mail(self.machine.host(), mail, {
+            "PATH": DEFAULT_PATH, "HOME": os.environ.get("HOME", "/")})
 
     def send_webhook(self, notification: dict) -> str:
         """POST a notification as JSON; return "", or why that failed.
@@ -14450,26 +14804,6 @@ def without_secrets(text: str, target: str) -> str:
         if len(part) > 3:
             text = text.replace(part, "...")
     return escape_controls(text)[:300]
-
-
-def alert_mail(notification: dict, host: str) -> bytes:
-    """Return a notification as a mail from `host`. It contains foreign text,
-    so a character that could break a header becomes a blank."""
-    from email import policy
-    from email.message import EmailMessage
-    from email.utils import formatdate
-    message = EmailMessage(policy=policy.SMTP.clone(linesep="\n"))
-    message["From"] = f"koi <koi@{one_line(host)}>"
-    message["To"] = notification["target"]
-    message["Subject"] = one_line("koi: " + notification["title"])[:200]
-    message["Date"] = formatdate(notification["at"])
-    message["Message-ID"] = \
-        f"<{notification['key']}.{notification['dash']}@koi>"
-    message["Auto-Submitted"] = "auto-generated"
-    message.set_content("".join(
-        each if each.isprintable() or each == "\n" else " "
-        for each in mail_text(notification)), cte="quoted-printable")
-    return message.as_bytes()
 
 
 def post(target: str, body: bytes, headers: dict) -> str:
@@ -23479,6 +23813,7 @@ LOCAL_DASHBOARD = "http://127.0.0.1:8077"
 LENT_DB = "/var/lib/koi-dashboard/dashboard.db"     # of root's unit
 LONGEST_CA = 2**19      # bytes: it becomes a part of the file `keys`
 POLL_PAUSE = 0.2        # seconds between two questions about a request
+START_SECONDS = 60.0    # that a dashboard may take to start
 REQUEST_LIFE = 300_000  # ms that a request may wait for its host
 FINAL_STATES = ("done", "interrupted", "missed", "skipped", "unstartable")
 LEAVE_AND_JOIN = "on that host: koitab -d off; koitab -d join URL"
@@ -23655,12 +23990,12 @@ def require_enrollment(options: Invocation) -> Enrollment:
     return enrollment
 
 
-def new_dashboard(options: Invocation,
-                  url: str = LOCAL_DASHBOARD) -> int:
+def new_dashboard(options: Invocation, url: str = "") -> int:
     """koitab -d new: make a dashboard and join it. Raises Error."""
     require_not_enrolled(options)
+    url, token = (url, "") if url else find_dashboard(options)
     client, ca = connect_dashboard(options, url)
-    client.token = founding_token(options, client)
+    client.token = token or founding_token(options, client)
     passphrase = format_passphrase(os.urandom(20))
     salt = os.urandom(SALT_BYTES)
     keys = derive_keys(passphrase, salt)
@@ -23671,6 +24006,30 @@ def new_dashboard(options: Invocation,
     print_keys(url, dash, passphrase)
     enroll(options, client, url, ca, keys, dash)
     return EXIT_OK
+
+
+def find_dashboard(options: Invocation) -> tuple[str, str]:
+    """Return the URL and the founding token of a dashboard that runs on this
+    machine and was not created yet; else of the one that koid runs, which
+    it starts. Another user's, who took the port, has no socket that counts.
+    Raises Error."""
+    try:
+        client, _ = connect_dashboard(options, LOCAL_DASHBOARD)
+        token = find_founding_token(options, client)
+    except Error:
+        token = ""
+    if token:
+        return LOCAL_DASHBOARD, token
+    until = options.machine.clock.ticks() + START_SECONDS
+    while True:
+        found = options.ask_koid("dashboard")
+        if found["ready"]:
+            path = found["db"] + FOUNDING
+            return found["url"], read_own_token(path, {found["uid"]})
+        if found["problem"] or options.machine.clock.ticks() > until:
+            raise Error(found["problem"] or "the dashboard does not start",
+                        "koitab status; or koitab dashboard")
+        time.sleep(POLL_PAUSE)
 
 
 def founding_token(options: Invocation, client: DashboardClient) -> str:
@@ -24550,32 +24909,68 @@ def command_dashboard(options: Invocation) -> int:
     listeners = [listener(*each) for each in addresses]
     if not options.db:
         options.machine.make_home(options.machine.state_directory())
-    dashboard = Dashboard(dashboard_db(options), options.machine.clock)
+        options.db = dashboard_db(options)
+    sockets = {} if certificate else local_sockets(options, listeners)
+    try:
+        serve_dashboard(options, [*listeners, *sockets.values()], certificate,
+                        lambda text: log_dashboard(options, text))
+    finally:
+        for path in sockets:
+            remove(path)
+    return EXIT_OK
+
+
+def run_embedded(db: str, count: str) -> int:
+    """Be the dashboard that koid has started, on the first `count` sockets
+    that koid opened, until koid ends. Return the exit status."""
+    koid, options = KoidLink(), Invocation(Machine())
+    koid.start()
+    options.db = db
+    try:
+        serve_dashboard(options, [
+            socket.socket(fileno=FIRST_LISTENER + number)
+            for number in range(int(count))], None, koid.log, koid)
+        return EXIT_OK
+    except Error as error:
+        koid.send(op="state", problem=error.message)
+    except Exception as bug:
+        koid.send(op="state", problem=repr(bug))
+    return EXIT_ERROR
+
+
+def serve_dashboard(options: Invocation, listeners: list,
+                    certificate: Certificate | None, log,
+                    koid: KoidLink | None = None) -> None:
+    """Serve on these sockets until a signal stops it. `log` takes a line;
+    `koid` has started it. Raises Error."""
+    for sock in listeners:
+        sock.setblocking(False)
+    dashboard = Dashboard(options.db, options.machine.clock)
     dashboard.hosts.most_jobs = options.jobs or JOBS_OF_HOST
     dashboard.open()
-    sockets = {} if certificate else local_sockets(options, listeners)
     founding = dashboard.offer_founding()
     dashboard.start()
     notifier = Notifier(dashboard, options.machine, public_url(
-        options, tcp_places(listeners)))
+        options, tcp_places(listeners)), koid)
     notifier.start()
     api = Api(dashboard, page_text(),
               [text.lower() for text in options.names])
-    server = HttpServer(api, [*listeners, *sockets.values()], certificate,
-                        options.proxies, lambda text: log_dashboard(
-                            options, text))
+    server = HttpServer(api, listeners, certificate, options.proxies, log)
     set_process_name("koi-dashboard", *sys.argv[2:])
+
+    def ready() -> None:
+        log_addresses(options, server, founding)
+        if koid:
+            koid.send(op="ready")
+
     try:
-        server.run(lambda: log_addresses(options, server, founding))
+        server.run(ready)
     finally:
         notify_manager("STOPPING=1")
-        for path in sockets:
-            remove(path)
         notifier.stop()
         dashboard.stop()
     if dashboard.broken:
         raise Error(f"the dashboard cannot go on: {dashboard.broken}")
-    return EXIT_OK
 
 
 def log_dashboard(options: Invocation, text: str) -> None:
@@ -24589,7 +24984,7 @@ def local_sockets(options: Invocation, listeners: list) -> dict:
     sockets = {}
     for port in {port for _, port in tcp_places(listeners)}:
         path = posixpath.join(
-            options.machine.dashboard_directory(dashboard_db(options)),
+            options.machine.dashboard_directory(options.db),
             dashboard_socket_name(port))
         try:
             sockets[path] = listen_at_path(path, everyone=True)
