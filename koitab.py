@@ -24056,8 +24056,12 @@ def find_founding_token(options: Invocation, client: DashboardClient) -> str:
     import pwd
     if not is_local(client.host):
         return ""
-    paths = [LENT_DB, f"{options.machine.state_directory()}/dashboard.db"]
+    home = options.machine.state_directory()
+    paths = [LENT_DB, f"{home}-dashboard/dashboard.db", f"{home}/dashboard.db"]
     users = listening_users(client.port)
+    if 0 in users:      # root opened the socket of a dashboard, perhaps
+        account = options.machine.account(DASHBOARD_ACCOUNT)
+        users.add(account.uid if account else DASHBOARD_UID)
     paths += [f"{account.pw_dir}/.local/state/koi/dashboard.db"
               for account in pwd.getpwall() if account.pw_uid in users]
     return next(filter(None, (read_own_token(path + FOUNDING, users)
@@ -24865,9 +24869,36 @@ def command_daemon(options: Invocation) -> int:
 
 
 def dashboard_db(options: Invocation) -> str:
-    """Return the path of the dashboard's database."""
+    """Return the path of the dashboard's database: if root starts it, in a
+    directory of its own, because it becomes another user then."""
+    home = options.machine.state_directory()
+    own = os.geteuid() == 0 and options.user != "root"
     return os.path.abspath(
-        options.db or f"{options.machine.state_directory()}/dashboard.db")
+        options.db or f"{home}{'-dashboard' * own}/dashboard.db")
+
+
+def prepare_database(options: Invocation) -> Account | None:
+    """Set options.db to the path of the database, and make its directory.
+    Return the user that this process, if it is root's, has to become: the
+    dashboard's, or that of -u. Raises Error."""
+    path, machine = dashboard_db(options), options.machine
+    home, given, options.db = machine.state_directory(), options.db, path
+    if os.geteuid() or options.user == "root":
+        if not given:
+            machine.make_home(home)
+        return None
+    if not (given or os.path.exists(path)) \
+            and os.path.exists(f"{home}/dashboard.db"):
+        raise Error(f"{home}/dashboard.db belongs to a dashboard that ran as "
+                    "root", "koitab dashboard -u root")
+    try:
+        account = machine.account(options.user) if options.user \
+            else service_account(machine, DASHBOARD_ACCOUNT, DASHBOARD_UID)
+        make_directory_of(account.uid, posixpath.dirname(path))
+    except OSError as error:
+        raise Error(error.strerror or str(error),
+                    "koitab dashboard -u USER") from None
+    return account
 
 
 def check_dashboard_options(options: Invocation) -> list[tuple[str, int]]:
@@ -24907,16 +24938,17 @@ def command_dashboard(options: Invocation) -> int:
         certificate = Certificate(options.cert, options.key)
         certificate.load()
     listeners = [listener(*each) for each in addresses]
-    if not options.db:
-        options.machine.make_home(options.machine.state_directory())
-        options.db = dashboard_db(options)
+    account = prepare_database(options)
     sockets = {} if certificate else local_sockets(options, listeners)
     try:
+        if account:
+            forbid_new_privileges()
+            drop_privileges(account)
         serve_dashboard(options, [*listeners, *sockets.values()], certificate,
                         lambda text: log_dashboard(options, text))
     finally:
         for path in sockets:
-            remove(path)
+            remove(path)        # fails where root made it
     return EXIT_OK
 
 
@@ -25039,10 +25071,8 @@ def log_addresses(options: Invocation, server: HttpServer,
 
 def back_up(options: Invocation) -> int:
     """koitab dashboard --backup: copy the database. Raises Error."""
-    options.reject_others(("db", "backup"), "dashboard --backup")
+    options.reject_others(("db", "backup", "user"), "dashboard --backup")
     path = dashboard_db(options)
-    if not os.path.exists(path) and path == f"{ROOT_HOME}/dashboard.db":
-        path = LENT_DB          # root's unit has it there
     if not os.path.exists(path):
         raise Error(f"{path} is not there", "--db FILE")
     dashboard = Dashboard(path, options.machine.clock)
@@ -25128,8 +25158,8 @@ def dashboard_unit(options: Invocation, command: list[str]) -> str:
     For root it has no account of its own: systemd lends it one, with a
     state directory, and hands it the certificate's key, which only root
     can read (systemd.exec(5), DynamicUser= and LoadCredential=). With --db
-    the database may be anywhere, so then it runs as root, without most of
-    root's rights. Raises Error.
+    the database may be anywhere, so then root starts it, and it becomes the
+    dashboard's user by itself. Raises Error.
     """
     low = any(0 < port < 1024 for _, port in check_dashboard_options(options))
     if options.cert:
@@ -25143,7 +25173,7 @@ def dashboard_unit(options: Invocation, command: list[str]) -> str:
     db = dashboard_db(options)
     lent = root and not options.db and "KOI_HOME" not in os.environ \
         and sys.platform != "darwin"
-    words += ["--db", LENT_DB if lent else db]
+    words += ["--db", db]
     files = [(name, os.path.abspath(getattr(options, name)))
              for name in ("cert", "key") if options.cert]
     if not lent:
@@ -25159,7 +25189,9 @@ def dashboard_unit(options: Invocation, command: list[str]) -> str:
         line += "".join(f" --{name} ${{CREDENTIALS_DIRECTORY}}/{name}"
                         for name, _ in files)
     elif root:
-        lines = f"ReadWritePaths={unit_word(posixpath.dirname(db))}\n" \
+        place = posixpath.dirname(db)       # made at the start, if not given
+        place = place if options.db else posixpath.dirname(place)
+        lines = f"ReadWritePaths={unit_word(place)}\n" \
             "RuntimeDirectory=koi-dashboard\n"
     return unit_text(DASHBOARD_UNIT, "dashboard", "koi-dashboard",
                      command=line, lines=lines, closed=CLOSED if root else "")
@@ -25512,10 +25544,11 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         "run, a job's last run failed, or something else is wrong."),
     "dashboard": Command(
         command_dashboard, DASHBOARD, "serve the dashboard of all hosts",
-        options=DASHBOARD_OPTIONS + ("backup",),
+        options=DASHBOARD_OPTIONS + ("backup", "user"),
         text="It stays in the foreground; koitab unit dashboard starts it at "
-        "boot. Beyond this machine it needs --cert and --key, a proxy with "
-        "https, or --plain-http. SIGHUP reads the certificate again."),
+        "boot. Started by root it becomes the user of -u (koi-dashboard, else "
+        "uid 61170). Beyond this machine it needs --cert and --key, a proxy "
+        "with https, or --plain-http. SIGHUP reads the certificate again."),
     "-d": Command(
         command_enrollment, DASHBOARD, "join, show or leave a dashboard",
         ("new [URL]", "join URL", "show", "rotate", "off",

@@ -36,6 +36,8 @@ koitab = support.load("koitab")
 NOW = 1_800_000_000.0       # a Friday in 2027
 OPERATOR_TOKEN, VIEWER_TOKEN = "a1" * 32, "b2" * 32
 HOST = "c3" * 16
+# Started by root, a dashboard becomes another user; here it has root's files.
+STAY_ROOT = ("-u", "root") if support.AS_ROOT else ()
 
 
 def token_of(host: str) -> str:
@@ -445,7 +447,8 @@ class DashboardProcess:
         with open(self.logs[-1], "wb") as log:
             self.process = subprocess.Popen(
                 [*self.prefix, *support.program("koitab", patch=self.patch),
-                 "dashboard", *listen, "--db", str(self.db), *self.options],
+                 "dashboard", *listen, "--db", str(self.db), *STAY_ROOT,
+                 *self.options],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env={"PATH": os.environ.get("PATH", os.defpath),
                      "HOME": str(self.folder),

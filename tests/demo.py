@@ -169,6 +169,10 @@ def write_config(folder: Path, git: bool) -> None:
     (folder / "night.json").write_text(json.dumps(config, indent=4) + "\n")
 
 
+# Started by root, a dashboard becomes another user; the demo's files are its.
+STAY_ROOT = ["-u", "root"] if os.geteuid() == 0 else []
+
+
 class Demo:
     """The scratch folder, and what is typed in it."""
 
@@ -246,7 +250,7 @@ class Dashboard:
         with open(self.koi.folder / "dashboard.log", "wb") as log:
             self.server = subprocess.Popen(
                 [*self.koi.koitab, "dashboard", "--listen",
-                 f"127.0.0.1:{self.port}"], env=self.koi.env,
+                 f"127.0.0.1:{self.port}", *STAY_ROOT], env=self.koi.env,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.wait_for(lambda: self.get("/healthz") == "OK", "the dashboard")
         return self

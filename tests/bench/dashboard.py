@@ -91,6 +91,8 @@ class Dashboard:
         self.found(fill)
         command = [args.koitab.resolve(), "dashboard", "--listen",
                    "127.0.0.1:0", "--db", self.db]
+        if os.geteuid() == 0:       # else it becomes another user
+            command += ["-u", "root"]
         if tls:
             make_certificate(folder)
             command += ["--cert", self.cert, "--key", folder / "key.pem"]

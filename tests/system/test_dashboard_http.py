@@ -25,9 +25,9 @@ import pytest
 
 import servers
 import support
-from dashboard_rig import (HOST, HOST_TOKEN, OPERATOR_TOKEN, VIEWER_TOKEN,
-                           DashboardProcess, HttpClient, encode_request,
-                           new_token, sync_payload)
+from dashboard_rig import (HOST, HOST_TOKEN, OPERATOR_TOKEN, STAY_ROOT,
+                           VIEWER_TOKEN, DashboardProcess, HttpClient,
+                           encode_request, new_token, sync_payload)
 
 koitab = support.load("koitab")
 
@@ -1677,15 +1677,15 @@ def test_a_missing_certificate_is_reported(tmp_path):
 
 def test_a_port_in_use_is_reported(tmp_path, server):
     done = typed(tmp_path, "dashboard", "--listen", f"127.0.0.1:{server.port}",
-                 "--db", str(tmp_path / "db"))
+                 "--db", str(tmp_path / "db"), *STAY_ROOT)
     assert done.code == 1
     assert "Address already in use" in done.err
 
 
 def test_a_second_process_on_a_database_is_refused(tmp_path, server):
     done = typed(tmp_path, "dashboard", "--listen", "127.0.0.1:0", "--db",
-                 server.db)
-    assert done.code == 1, done
+                 server.db, *STAY_ROOT)
+    assert done.code == 1 and "another dashboard" in done.err, done
     assert server.ask("GET", "/healthz").status == 200
 
 

@@ -405,3 +405,46 @@ def test_lines_of_a_dashboard_in_the_log_are_few_and_short(taken_over):
 def test_what_a_dashboard_may_not_ask_for_is_an_error(taken_over, request_):
     with pytest.raises((KeyError, ValueError, TypeError)):
         taken_over.take(request_)
+
+
+# --- koitab dashboard, started by root --------------------------------------
+
+
+@pytest.fixture
+def by_itself(host):
+    """`koitab dashboard`, started by root without -u."""
+    log = host.folder / "dashboard.log"
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            host.command("dashboard", "--listen", "127.0.0.1:0"),
+            env=host.env, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    with support.stopping(process):
+        wait_until(lambda: "dashboard: next: " in log.read_text(), 30,
+                   "the dashboard to listen")
+        process.url = re.search(r"listens at (http://\S+)",
+                                log.read_text())[1]
+        yield process
+
+
+@support.root_only
+def test_a_dashboard_that_root_starts_becomes_another_user(host, by_itself):
+    uid, effective, forbidden = status_of(
+        by_itself.pid, "Uid", "CapEff", "NoNewPrivs")
+    assert uid.split() == [str(koitab.DASHBOARD_UID)] * 4
+    assert int(effective, 16) == 0 and forbidden == "1"
+    assert support.owner(host.directory) == koitab.DASHBOARD_UID
+    done = host.koitab("-d", "new", by_itself.url)
+    assert done.code == 0, done         # it has found the token
+
+
+@support.root_only
+@pytest.mark.parametrize("options, status, words", [
+    ((), 1, "dashboard.db belongs to a dashboard that ran as root\n"
+     "koitab: hint: koitab dashboard -u root\n"),
+    (("--db", "of-root/db"), 1, "of-root does not belong to uid 61170\n"
+     "koitab: hint: koitab dashboard -u USER\n")])
+def test_a_database_of_root_is_not_taken_over(host, options, status, words):
+    (host.home / "dashboard.db").touch()
+    (host.folder / "of-root").mkdir()
+    done = host.koitab("dashboard", "--listen", "127.0.0.1:0", *options)
+    assert (done.code, done.out, words in done.err) == (status, "", True), done
