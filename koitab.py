@@ -24835,9 +24835,12 @@ SystemCallFilter=@system-service
 [Install]
 WantedBy={target}
 """
-# What only the system's manager can close.
+# What only the system's manager can close. The program may be in a home.
 CLOSED = """\
 PrivateTmp=yes
+PrivateMounts=yes
+ProtectProc=invisible
+ProcSubset=pid
 PrivateDevices=yes
 ProtectSystem=strict
 ProtectHome=read-only
@@ -24857,6 +24860,11 @@ StateDirectoryMode=0700
 RuntimeDirectory=koi-dashboard
 CapabilityBoundingSet={capabilities}
 AmbientCapabilities={capabilities}
+"""
+# What only root needs; it makes the list above shorter.
+NOT_ROOT = """\
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
 """
 
 
@@ -25194,7 +25202,8 @@ def dashboard_unit(options: Invocation, command: list[str]) -> str:
         lines = f"ReadWritePaths={unit_word(place)}\n" \
             "RuntimeDirectory=koi-dashboard\n"
     return unit_text(DASHBOARD_UNIT, "dashboard", "koi-dashboard",
-                     command=line, lines=lines, closed=CLOSED if root else "")
+                     command=line, lines=lines, closed=(
+                         CLOSED if root else "") + NOT_ROOT * lent)
 
 
 # ==========================================================================

@@ -448,3 +448,51 @@ def test_a_database_of_root_is_not_taken_over(host, options, status, words):
     (host.folder / "of-root").mkdir()
     done = host.koitab("dashboard", "--listen", "127.0.0.1:0", *options)
     assert (done.code, done.out, words in done.err) == (status, "", True), done
+
+
+# --- units ------------------------------------------------------------------
+
+# Why an exposure that `systemd-analyze security` finds stays open.
+OPEN_POINTS = {
+    "RootDirectory=/RootImage=": "Python and the program are in the host's",
+    "RestrictAddressFamilies=~AF_UNIX": "sd_notify, and local clients",
+    "RestrictAddressFamilies=~AF_(INET|INET6)": "pages, hosts, webhooks",
+    "PrivateNetwork=": "the same",
+    "IPAddressDeny=": "hosts and webhooks may have any address",
+    "ProtectHome=": "the program may be in a home; it is read-only",
+    "PrivateUsers=": "it fails in containers, and there are no privileges",
+    "DeviceAllow=": "ProtectClock= adds the clock, to be read"}
+
+
+def printed(command: list[str]) -> str:
+    """Return what a command that must succeed prints."""
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE,
+                          encoding="utf-8").stdout
+
+
+def exposure(folder: Path, service: str, *options: str) -> tuple[str, set]:
+    """Return the exposure of a unit and the points that are open."""
+    support.need("systemd-analyze")
+    unit = folder / f"{service}.service"
+    unit.write_text(printed(
+        support.program("koitab") + ["unit", *options]))
+    text = printed([
+        "systemd-analyze", "security", "--offline=true", "--no-pager",
+        str(unit)])
+    return (re.search(r"level for \S+: ([0-9.]+)", text)[1],
+            set(re.findall(r"^\u2717 (\S+)", text, re.M)))
+
+
+@support.root_only
+def test_exposure_of_the_units_is_known_and_has_reasons(tmp_path):
+    figure, points = exposure(tmp_path, "koi-dashboard", "dashboard")
+    assert float(figure) <= 1.3 and points <= set(OPEN_POINTS), points
+    # A port below 1024 needs a capability of the host's.
+    figure, points = exposure(tmp_path, "koi-dashboard", "dashboard",
+                              "--listen", "127.0.0.1:443")
+    assert float(figure) <= 1.5 and points <= {
+        *OPEN_POINTS, "AmbientCapabilities=",
+        "CapabilityBoundingSet=~CAP_NET_(BIND_SERVICE|BROADCAST|RAW)"}, points
+    # What is closed to koid is closed to every job.
+    figure, _ = exposure(tmp_path, "koid", "daemon")
+    assert float(figure) <= 9.6
