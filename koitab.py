@@ -10753,7 +10753,7 @@ create table tokens (
     def store_used(self, db: Database) -> None:
         """Write when access tokens were used."""
         used, self.used = self.used, {}
-        for name, at in used.items():
+        for name, at in list(used.items()):     # a request may add to it yet
             db.update("tokens", {"used": at}, name=name)
 
     # --- what everybody may know
@@ -13901,8 +13901,9 @@ class Overview:
         names = ("id", "job", "at", "ended", "due", "state", "exit", "signal",
                  "reason")
         for statement, values in (
-                ("where state in ('queued', 'running') and at < ? order by "
-                 "at", (begin,)),
+                # +at: SQLite would read all runs by time for those few.
+                ("where state in ('queued', 'running') and +at < ? order by "
+                 "+at", (begin,)),
                 ("where at >= ? and at < ? and ended - started > 3600 and "
                  "ended > ? order by at", (begin - LONGEST_BAR, begin, begin)),
                 ("where at >= ? and at < ? and ended > ? and ended - started "
