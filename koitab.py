@@ -13829,12 +13829,14 @@ class Overview:
             "snoozed": self.alerts.snoozed_until(db, subject)}
 
     def run(self, db: Database, run: int) -> dict:
-        """Return a run as it is shown, its job, and the runs next to it.
-        Raises Error."""
+        """Return a run as it is shown, its job, the runs next to it, and the
+        last lines of one that failed. Raises Error."""
         row = self.runs.find(db, run)
         job = self.hosts.job(db, row["job"])
+        lines = last_lines(self.runs.frames(db, run), True) \
+            if code_of(row) in BAD_CODES else []
         return {"run": self.runs.shape(row), "job": self.job(db, job),
-                **self.runs.neighbours(db, run, job["id"])}
+                "lines": lines, **self.runs.neighbours(db, run, job["id"])}
 
     def changed_job(self, db: Database, job: int, changed: dict) -> dict:
         """Return a job for the stream, in which `new_runs` has the entries of
@@ -17567,6 +17569,22 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
   min-width: 0; }
 .facts { display: flex; flex-wrap: wrap; gap: 8px 28px;
   margin-top: 12px; }
+.lead { color: var(--soft); margin-top: 4px; }
+.runhead .lines { margin-top: 10px; }
+.lines { padding: 8px 12px; border: 1px solid var(--bad-line);
+  border-radius: 6px; background: var(--bad-bg); max-height: 220px;
+  overflow: auto; }
+.note.failure { margin-top: 12px; color: var(--ink); }
+.failure > * + * { margin-top: 10px; }
+.failure .lines { background: var(--card); }
+.charts { margin-top: 16px; }
+.charts h2 { margin-bottom: 6px; font-size: 13px; }
+.charts .legend { margin: 2px 0 14px; }
+.charts .spark { display: block; }
+.dates { display: block; }
+.dates text { fill: var(--soft); font-size: 11.5px; }
+.leads { cursor: pointer; }
+.leads:hover { background: var(--hover); }
 .facts dt { font-size: 12px; color: var(--soft); }
 .facts dd { min-height: 21px; }
 .args { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 10px; }
@@ -17577,12 +17595,14 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .command { padding: 9px 12px; border: 1px solid var(--line);
   border-radius: 8px; background: var(--card); margin-top: 10px;
   max-height: 260px; overflow: auto; }
-.wide { margin-top: 14px; }
 .view.run { display: grid; grid-template-columns: minmax(0, 1fr);
   gap: 0 24px; }
 .view.run > * { margin: 0; }
-.runmain { display: flex; flex-direction: column; gap: 12px; min-width: 0;
-  min-height: max(560px, calc(100vh - 79px)); }
+.runmain { display: flex; flex-direction: column; gap: 12px;
+  min-width: 0; }
+@media (min-width: 860px) {
+  .runmain:not(:has(.diff)) { max-height: max(640px, calc(100vh - 79px)); }
+}
 #main:has(> .view.run) { padding-bottom: 16px; }
 aside.runs { display: none; }
 @media (min-width: 1100px) {
@@ -17606,7 +17626,7 @@ aside.runs a:hover { background: var(--hover); text-decoration: none; }
 aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 
 /* Output */
-.output { position: relative; flex: 1; display: flex;
+.output { position: relative; flex: 0 1 auto; min-height: 0; display: flex;
   flex-direction: column; border: 1px solid var(--line);
   border-radius: 8px; background: var(--log); overflow: hidden; }
 .bar { display: flex; flex-wrap: wrap; gap: 6px; align-items: center;
@@ -17616,7 +17636,7 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .finding { display: inline-flex; align-items: center; gap: 4px; }
 .finding .btn { padding: 3px 5px; }
 .found { font-size: 12.5px; min-width: 0; }
-.pane { flex: 1 1 320px; min-height: 0; overflow: auto;
+.pane { max-height: max(320px, calc(100vh - 200px)); overflow: auto;
   color: var(--log-ink); font: 12.5px/18px var(--mono); tab-size: 8;
   padding: 4px 0; overscroll-behavior: contain; }
 .pane:focus-visible { outline-offset: -2px; }
@@ -17736,7 +17756,7 @@ label, .label { font-weight: 600; font-size: 13px; }
 .note { padding: 10px 13px; border: 1px solid var(--line);
   border-radius: 8px; background: var(--card); }
 .note.bad { border-color: var(--bad-line); background: var(--bad-bg); }
-.note.bad, .note.bad b { color: var(--bad); }
+.note.bad:not(.failure), .note.bad b { color: var(--bad); }
 .note.ok { color: var(--ok); }
 .status:empty { display: none; }
 .question { display: flex; gap: 8px 12px; flex-wrap: wrap;
@@ -18108,6 +18128,14 @@ const empty = (title, ...inside) => el("div", { class: "empty" },
 // A row of a table; what is not a cell is put into one.
 const tableRow = (...cells) => el("tr", {}, cells.map((cell) =>
   cell?.localName === "td" ? cell : el("td", {}, cell)));
+
+// The same, and a click anywhere on the row leads to `href`.
+const clickableRow = (href, ...cells) => setAttributes(tableRow(...cells), {
+  class: "leads", onclick: (event) => {
+    if (!event.target.closest("a, button") && getSelection().isCollapsed) {
+      location.hash = href;
+    }
+  } });
 
 function table(names, rows, kind = "") {
   return el("table", { class: `list ${kind}` }, el("thead", {}, el("tr", {},
@@ -19078,7 +19106,7 @@ const app = {
   update() {
     const changes = this.waiting || { all: true };
     this.waiting = null;
-    if (!session.token) return;
+    if (!session.token || !changes) return;
     this.view?.update?.(changes);
     this.showSummary();
   },
@@ -19425,30 +19453,30 @@ const phone = matchMedia("(max-width: 859px)");
 const wide = matchMedia("(min-width: 1360px)");
 
 // Returns the run history bar: the last runs, as [id, at, seconds, outcome].
-function historyBar(runs, host, hrefOf = ({ run }) => `#/run/${run[0]}`) {
-  const most = phone.matches ? 30 : wide.matches ? 90 : 60;
-  const pitch = phone.matches ? 5 : 4;
+function historyBar(runs, host, hrefOf = ({ run }) => `#/run/${run[0]}`,
+  { most = phone.matches ? 30 : wide.matches ? 90 : 60,
+    pitch = phone.matches ? 5 : 4, height = 18 } = {}) {
   const last = runs.slice(-most), skip = most - last.length;
   const items = last.map((run, at) => ({ x: (at + skip) * pitch,
     w: pitch - 1, outcome: run[3], run }));
   const width = most * pitch, counts = outcomeCounts(last.map((run) =>
     run[3]));
-  const node = bars(items, 18, { viewBox: `0 0 ${width} 18`, width,
-    height: 18, tabindex: -1, "aria-label": counts ? `last ${
+  const node = bars(items, height, { viewBox: `0 0 ${width} ${height}`, width,
+    height, tabindex: -1, "aria-label": counts ? `last ${
       plural(last.length, "run")}: ${counts}` : "no runs yet" },
   ({ run: [, at, seconds, outcome] }) => tipWords(outcome, at, host, seconds),
   hrefOf);
   if (skip) {
-    node.prepend(svg("path", { class: "b-track", d: `M0 16h${skip * pitch
-      - 1}v2h${1 - skip * pitch}z` }));
+    node.prepend(svg("path", { class: "b-track", d: `M0 ${height - 2}h${
+      skip * pitch - 1}v2h${1 - skip * pitch}z` }));
   }
   return node;
 }
 
 // Returns how long the last 30 runs took, over the band of what is usual. The
 // scale is logarithmic if one took ten times as long as most.
-function sparkline(runs, usual) {
-  const times = runs.slice(-30).filter(([, , seconds, outcome]) =>
+function sparkline(runs, usual, { width = 60, height = 18, most = 30 } = {}) {
+  const times = runs.slice(-most).filter(([, , seconds, outcome]) =>
     isThere(seconds) && !"msqr".includes(outcome)).map((run) => run[2]);
   if (times.length < 3) return null;
   const all = [...times, ...usual || []].map((s) => Math.max(s, 0.001));
@@ -19457,13 +19485,13 @@ function sparkline(runs, usual) {
   const scale = (s) => isLog ? Math.log(Math.max(s, 0.001)) : s;
   const low = isLog ? scale(Math.min(...all)) : 0;
   const high = Math.max(scale(Math.max(...all)), low + 1e-6);
-  const y = (s) => 16 - 14 * (scale(s) - low) / (high - low);
-  const last = times.length - 1, x = (at) => 1 + at * 56 / last;
-  return svg("svg", { class: "spark", viewBox: "0 0 60 18", width: 60,
-    height: 18, role: "img", "aria-label": `took ${formatDuration(times[last])
-    } last${usual ? `, usually ${formatDuration(usual[0])} to ${
-      formatDuration(usual[1])}` : ""}` },
-  usual && svg("rect", { x: 0, width: 60, y: y(usual[1]),
+  const y = (s) => height - 2 - (height - 4) * (scale(s) - low) / (high - low);
+  const last = times.length - 1, x = (at) => 1 + at * (width - 4) / last;
+  return svg("svg", { class: "spark", viewBox: `0 0 ${width} ${height}`,
+    width, height, role: "img", "aria-label": `took ${
+      formatDuration(times[last])} last${usual
+      ? `, usually ${usualWords(usual)}` : ""}` },
+  usual && svg("rect", { x: 0, width, y: y(usual[1]),
     height: Math.max(1.5, y(usual[0]) - y(usual[1])) }),
   svg("path", { d: times.map((s, at) => `${at ? "L" : "M"}${
     x(at).toFixed(1)} ${y(s).toFixed(1)}`).join("") }),
@@ -19494,6 +19522,28 @@ function endOfRun(run) {
   if (run.state !== "done") return run.state;
   if (run.reason === "timeout") return "timeout";
   return run.signal ? `signal ${run.signal}` : `exit ${run.exit}`;
+}
+
+// Returns "2 min to 3 min".
+const usualWords = ([least, most]) => `${formatDuration(least)} to ${
+  formatDuration(most)}`;
+
+// Returns how long a run will still take if it takes as long as usual.
+function leftWords(usual, started) {
+  const took = now() - started, left = (usual[0] + usual[1]) / 2 - took;
+  if (left > 1) return `about ${roughDuration(left)} left`;
+  return took > usual[1] ? `longer than usual (${usualWords(usual)})`
+    : "almost done";
+}
+
+// Returns since when the newest run of a job is running, and for how long
+// still; null if none is.
+function runningWords(job) {
+  const run = job.recent_runs.findLast(([, , , outcome]) => outcome === "r");
+  if (!run || !job.running.length) return null;
+  const node = (words) => timeNode(run[1], hostOf(job), words);
+  return [link(`#/run/${run[0]}`, node(() => roughDuration(now() - run[1]))),
+    job.usual && muted(node(() => leftWords(job.usual, run[1])))];
 }
 
 const timeOfRun = (run) => run.started || run.due || run.requested_at;
@@ -19594,23 +19644,30 @@ const pingUrl = (check) => `${session.server}/ping/${check.id}`;
 
 // Returns the cells of a job's row.
 function jobCells(job, host, onTop) {
-  const { last } = job, end = last && endOfRun(last);
   return { state: markOf(job), name: job.label, href: `#/job/${job.id}`,
     title: job.command, where: onTop
       ? `${hostName(job.host)}${job.section ? ` / ${job.section}` : ""}`
       : job.user !== "root" ? job.user : "",
     words: el("span", { text: job.words, title: job.when }),
-    last: last ? [link(`#/run/${last.id}`, timeNode(last.ended
-      || timeOfRun(last), host)), muted(last.started && end !== "running"
-      ? shortDuration(durationOf(last)) : ""), end !== "running"
-      && end !== "exit 0" && el("span", { class: `exit s-${runState(last)}`,
-      text: end })] : muted("never ran"),
+    last: runningWords(job) || lastWords(job, host),
     history: job.recent_runs.length > 0 && historyBar(job.recent_runs, host),
     spark: sparkline(job.recent_runs, job.usual),
     next: job.next ? [job.next < now() && muted("was due "), timeNode(
       job.next, host)] : muted(nextWords(job)),
     act: canRun(job) && runLink(job),
     why: (job.failing || hasProblem(job)) && whyLine(job) };
+}
+
+// Returns when the last run of a job ended, how long it took, and its end if
+// that was not good.
+function lastWords(job, host) {
+  const { last } = job;
+  if (!last) return muted("never ran");
+  const end = endOfRun(last);
+  return [link(`#/run/${last.id}`, timeNode(last.ended || timeOfRun(last),
+    host)), muted(last.started ? shortDuration(durationOf(last)) : ""),
+  end !== "exit 0" && el("span", { class: `exit s-${runState(last)}`,
+    text: end })];
 }
 
 // Returns the mark of the state of a thing. An alert about one that is well
@@ -20447,7 +20504,8 @@ class OutputViewer {
       ([name, by, label]) => button(icon(name), () => this.step(by),
         { class: "btn quiet", "aria-label": label, hidden: true }));
     this.buttons = {
-      err: toggle("stderr", "Only lines of stderr", () => this.onlyErr()),
+      err: toggle("Errors only", "Only lines of stderr", () =>
+        this.onlyErr()),
       times: toggle("Times", "Times: off, since the start, by the clock",
         () => this.nextTimes()),
       wrap: toggle("Wrap", "Wrap long lines (w)", () => this.setWrap()),
@@ -20768,6 +20826,17 @@ function sentence(run) {
     : `Failed with exit ${run.exit} after ${time}`;
 }
 
+const RUN_TITLES = { queued: "waits for its turn", running: "is running",
+  missed: "did not start", skipped: "was skipped",
+  interrupted: "was interrupted", unstartable: "could not start" };
+
+// Returns in words after the name of a job how a run of it went.
+function runTitle(run) {
+  if (run.state !== "done") return RUN_TITLES[run.state] || run.state;
+  if (run.reason === "timeout") return "was stopped at its time limit";
+  return run.signal ? "was killed" : run.exit === 0 ? "worked" : "failed";
+}
+
 // Returns why a run has no output.
 function nothingWords(run) {
   if (!run.started) return "It did not start, so there is no output.";
@@ -20813,8 +20882,8 @@ function runView(place, root) {
 
 // One run: what happened, its output, and the other runs beside it.
 class RunPage {
-  constructor({ run, job, good, older, newer }, place, root) {
-    Object.assign(this, { run, job, good, older, newer });
+  constructor({ run, job, good, older, newer, lines }, place, root) {
+    Object.assign(this, { run, job, good, older, newer, lines });
     this.host = state.hosts.get(run.host);
     this.output = new OutputViewer(run, this.host, place);
     this.head = el("div", { class: "runhead" });
@@ -20848,15 +20917,35 @@ class RunPage {
   // Draws what is above the output.
   draw() {
     const { run, job } = this, mark = runState(run);
-    this.head.replaceChildren(el("p", { class: "crumbs" },
-      link(`#/job/${run.job}`, job?.label || "a job"), muted(" on "),
-      hostName(run.host)),
-    titleRow(el("h1", { class: `s-${mark}` }, icon(mark), el("span", {},
-      sentence(run), run.ended ? [", ", timeNode(run.ended, this.host)]
-        : "")), ...this.actions()), this.facts(),
+    const name = job?.label || "A job";
+    redraw(this.head, () => [crumbs(link("#/jobs", "Jobs"), link(
+      `#/job/${run.job}`, name), hostName(run.host)),
+    titleRow(el("h1", { class: `s-${mark}` }, icon(mark), el("span",
+      { text: `${name} ${runTitle(run)}` })), ...this.actions()),
+    el("p", { class: "lead" }, this.lead()), failedRun(run)
+      && this.lines?.length > 0 && el("pre", { class: "lines",
+        text: this.lines.slice(-4).map(visible).join("\n") }), this.facts(),
     factList(Object.entries(run.args).map(([name, value]) => [name,
       isMasked(value) ? el("span", { title: "a secret", text: DOTS })
-        : code(visible(quoted(value)))]), "args"));
+        : value ? code(visible(quoted(value))) : muted("(empty)")]), "args")]
+      .filter(Boolean));
+  }
+
+  // Returns the sentences below the title: how it ended, what is usual, and
+  // since when the job fails.
+  lead() {
+    const { run, host } = this, job = state.jobs.get(run.job) || this.job;
+    const isRunning = run.state === "running" && run.started;
+    return [isRunning ? ["Running for ", timeNode(run.started, host, () =>
+      roughDuration(now() - run.started))] : sentence(run), run.ended && [", ",
+      timeNode(run.ended, host)], job?.usual && (isRunning ? [", ",
+      timeNode(run.started, host, () => leftWords(job.usual, run.started))]
+      : run.started && `; usually ${usualWords(job.usual)}`), ".",
+    failedRun(run) && job?.failing && job.last?.id === run.id && [" Failing ",
+      "since ", dateNode(job.failing.since, host), `, ${plural(
+        job.failing.count, "run")}; `, job.failing.last_ok ? ["last ok ",
+        dateNode(job.failing.last_ok, host), "."] : "never ok in what is "
+        + "kept."]];
   }
 
   // Returns the buttons on the right of the sentence.
@@ -20885,12 +20974,12 @@ class RunPage {
     const late = run.started && run.due ? run.started - run.due : 0;
     return factList([["Host", hostName(run.host)], ["User", this.job?.user],
       ["Started by", TRIGGERS[run.trigger] || run.trigger],
-      ["Due", run.due && dateNode(run.due, host)],
+      ["Due", run.due && run.trigger !== "manual" && dateNode(run.due, host)],
       ["Start", run.started && [dateNode(run.started, host), late >= 60
         && el("span", { class: "late",
           text: ` ${roughDuration(late)} late` })]],
       ["Took", run.ended && formatDuration(durationOf(run))],
-      ["Number", `#${run.n}`], ["Attempt", run.attempt > 1 && run.attempt],
+      ["Run number", `#${run.n}`], ["Attempt", run.attempt > 1 && run.attempt],
       ["Counts for", run.count > 1 && plural(run.count, "start")],
       ["Output", run.bytes > 0 && bytesWords(run.bytes)
         + (run.cut ? ", cut" : "")]]);
@@ -21021,7 +21110,8 @@ const withoutDigits = (line) => line.replace(/\d+/g, "0");
 
 // Returns the difference between two outputs, as linesToCompare gives them.
 function diffNode(old, young, good, close) {
-  const list = el("div", { class: "difflines" });
+  const list = el("div", { class: "difflines", tabindex: 0, role: "region",
+    "aria-label": "Lines that differ" });
   const ignore = el("input", { type: "checkbox", checked: true,
     onchange: () => show() });
   const counts = muted();
@@ -21041,9 +21131,24 @@ function diffNode(old, young, good, close) {
     el("div", { class: "bar" }, el("h2", {}, "Difference from the last good ",
       link(`#/run/${good}`, "run")), counts, el("span", { class: "grow" }),
     el("label", { class: "check" }, ignore, "Ignore numbers"),
+    button("Next change", () => showNextChange(list)),
     button("Close", close)), (old.cut || young.cut) && el("p", {
       class: "note", text: `Only the first ${
         MOST_COMPARED.toLocaleString("en")} lines were compared.` }), list);
+}
+
+// Scrolls to the first changed line below the middle of the list, or to the
+// first of all.
+function showNextChange(list) {
+  const box = list.getBoundingClientRect(), middle = box.top + box.height / 2;
+  const changes = [...list.querySelectorAll(".new, .removed")].filter((line) =>
+    !line.previousSibling?.className || line.previousSibling.className
+      === "fold");
+  const next = changes.find((line) => line.getBoundingClientRect().top
+    > middle + 18) || changes[0];
+  if (next) {
+    list.scrollTop += next.getBoundingClientRect().top - middle;
+  }
 }
 
 // Returns elements for what differs, with three lines around it; the lines
@@ -21083,22 +21188,63 @@ function diffLines(found) {
 function jobView(place, root) {
   const id = +place.parts[0], job = state.jobs.get(id);
   if (!job) return lostView(place, root);
-  const head = el("div"), list = el("div");
-  root.append(head, list);
-  const draw = () => redraw(head, () => jobHead(state.jobs.get(id) || job));
-  draw();
-  showLoaded(list, () => get(`jobs/${id}/runs?limit=50`), (answer) =>
-    list.append(runTable(answer, job)));
-  return { title: job.label, shortcuts: { r: () => canRun(job)
-    && go(`job/${id}/run`) }, update: (changes) => {
-    if (changes.all || (changes.jobs || []).some((one) => one.id === id)) {
-      draw();
-    }
-  } };
+  const page = new JobPage(job, root);
+  return { title: job.label, shortcuts: { r: () => canRun(page.job)
+    && go(`job/${id}/run`) }, update: (changes) => page.update(changes),
+  leave: () => page.leave() };
+}
+
+// One job: what is wrong with it, its last runs as pictures, its runs.
+class JobPage {
+  constructor(job, root) {
+    Object.assign(this, { job, lines: [], linesOf: 0 });
+    this.head = el("div");
+    this.list = el("div");
+    root.append(this.head, this.list);
+    this.draw();
+    this.loadLines();
+    this.resized = () => this.draw();
+    addEventListener("resize", this.resized);
+    showLoaded(this.list, () => get(`jobs/${job.id}/runs?limit=50`),
+      (answer) => this.list.append(runTable(answer, job)));
+  }
+
+  update(changes) {
+    const isIts = (one) => one.id === this.job.id
+      || one.subject === subjectOf(this.job);
+    if (!changes.all && ![...changes.jobs || [], ...changes.alerts || []]
+      .some(isIts)) return;
+    this.job = state.jobs.get(this.job.id) || this.job;
+    this.draw();
+    this.loadLines();
+  }
+
+  // Gets the last lines of the run that failed last.
+  async loadLines() {
+    const { last, failing } = this.job;
+    if (!failing || !last || last.id === this.linesOf) return;
+    this.linesOf = last.id;
+    const answer = await withToast(() => get(`runs/${last.id}`));
+    if (!answer || last.id !== this.linesOf) return;
+    this.lines = answer.lines || [];
+    this.draw();
+  }
+
+  draw() {
+    if (!this.head.isConnected) return;
+    redraw(this.head, () => jobHead(this.job, this.lines).filter(Boolean));
+    const width = this.head.clientWidth;
+    const box = $(".charts", this.head);
+    box?.replaceChildren(...jobCharts(this.job, width));
+  }
+
+  leave() {
+    removeEventListener("resize", this.resized);
+  }
 }
 
 // Returns what is shown above the runs of a job.
-function jobHead(job) {
+function jobHead(job, lines) {
   const host = hostOf(job), forget = async () => {
     await post("forget", { job: job.id });
     go("jobs");
@@ -21107,23 +21253,67 @@ function jobHead(job) {
     job.section || null),
   titleRow(el("h1", {}, job.label), canRun(job) && runLink(job),
     linkButton(`#/search?job=${job.id}`, "Search its output"),
-    hasProblem(job) && snoozeBox(job),
     isOperator() && job.removed && button("Forget", () =>
       withToast(forget, "Forgotten"), { class: "btn danger" })),
-  el("pre", { class: "command", title: "the command" },
-    code(visible(job.command))),
-  factList([["State", stateMark(job.state)],
+  problemNote(job, lines), runningNote(job),
+  job.recent_runs.length > 0 && el("div", { class: "charts" }),
+  factList([["State", markOf(job)],
     ["Runs", [job.words, " ", code(job.when)]], ["User", job.user],
     ["Next", job.next ? [timeNode(job.next, host), muted(" "), muted(dateNode(
       job.next, host))] : nextWords(job)],
     ["Paused until", isPaused(job) && (job.paused
       ? dateNode(job.paused, host) : code("koitab resume"))],
-    ["Usually takes", job.usual && `${formatDuration(job.usual[0])} to ${
-      formatDuration(job.usual[1])}`],
     ["Runs by", job.confirm === "cli"
       && "koitab run alone (KOI_CONFIRM=cli)"]]),
-  el("div", { class: "wide" }, job.recent_runs.length > 0
-    && setAttributes(historyBar(job.recent_runs, host), { tabindex: 0 }))];
+  el("pre", { class: "command", title: "the command" },
+    code(visible(job.command)))];
+}
+
+// Returns what is wrong with a job, the last lines of its output, and what
+// one would do next; or null.
+function problemNote(job, lines) {
+  const { last, failing } = job;
+  if (!failing && !hasProblem(job)) return null;
+  const shown = lines.length ? lines : [failing?.line].filter(Boolean);
+  return el("section", { class: "note bad failure", "aria-label":
+    "What is wrong" }, el("p", {}, failing && last ? [el("b",
+    { text: sentence(last) }), last.ended && [", ", timeNode(last.ended,
+    hostOf(job))], ". Failing since ", dateNode(failing.since, hostOf(job)),
+  `, ${plural(failing.count, "run")}; `, failing.last_ok ? ["last ok ",
+    dateNode(failing.last_ok, hostOf(job))] : "never ok in what is kept", "."]
+    : [el("b", { text: STATES[job.state]?.[0] || job.state }), " ",
+      alertWords(job)]), failing && shown.length > 0 && el("pre",
+    { class: "lines", text: shown.map(visible).join("\n") }),
+  el("div", { class: "row-actions" }, failing && outputLinks(job),
+    canRun(job) && runLink(job), snoozeBox(job)));
+}
+
+// Returns a line about a run that is active, or null.
+function runningNote(job) {
+  const words = runningWords(job);
+  return words && el("p", { class: "note s-running" }, icon("running"),
+    " Running for ", words[0], words[1] && [", ", words[1]]);
+}
+
+// Returns the pictures of the last runs: how they went, with dates, and how
+// long they took, beside what is usual.
+function jobCharts(job, width) {
+  const host = hostOf(job), runs = job.recent_runs;
+  const most = Math.max(1, Math.min(runs.length, Math.floor(width / 4)));
+  const pitch = Math.max(4, Math.min(20, Math.floor(width / most)));
+  const last = runs.slice(-most), size = { most, pitch, height: 34 };
+  const step = Math.ceil(110 / pitch), labels = last.filter((_, at) =>
+    at % step === 0 && (at + step / 1.4) < last.length);
+  const across = pitch * most, line = sparkline(runs, job.usual, {
+    width: across, height: 46, most });
+  return [el("h2", { text: `Last ${plural(last.length, "run")}` }),
+    setAttributes(historyBar(runs, host, undefined, size), { tabindex: 0 }),
+    svg("svg", { class: "dates", width: across, height: 18,
+      "aria-hidden": "true" }, labels.map((run) => svg("text", {
+      x: last.indexOf(run) * pitch, y: 13, text: shortTime(run[1], host) }))),
+    legend(), line && el("h2", {}, "Durations", muted(job.usual
+      ? ` the band is usual: ${usualWords(job.usual)}` : "")), line]
+    .filter(Boolean);
 }
 
 // Returns the table of a job's runs.
@@ -21134,14 +21324,15 @@ function runTable(answer, job) {
       ? "It runs when somebody asks for it." : job.words));
   }
   return pagedTable("Older runs", ["State", "Start", "Took", "End", "By",
-    "Last line"], answer, "runs", (run) => tableRow(stateMark(runState(run)),
+    "Last line"], answer, "runs", (run) => clickableRow(`#/run/${run.id}`,
+    stateMark(runState(run)),
     link(`#/run/${run.id}`, dateNode(timeOfRun(run), host)),
     el("td", { class: "num" }, run.started
       && formatDuration(durationOf(run))),
     isLive(run) ? "" : endOfRun(run),
     el("td", { class: "muted" }, TRIGGERS[run.trigger] || run.trigger),
-    el("td", { class: "message" }, visible(run.line || ""),
-      argsWords(run.args))),
+    el("td", { class: `message ${failedRun(run) ? "" : "muted"}` },
+      visible(run.line || ""), argsWords(run.args))),
   ({ id }) => `jobs/${job.id}/runs?limit=100&before=${id}`, "runs");
 }
 

@@ -667,7 +667,9 @@ class Page(http.server.BaseHTTPRequestHandler):
                     == 0]
             at = ids.index(number)
             return self.answer({
-                "run": run, "job": world.jobs[run["job"]], "good": good[-1]
+                "run": run, "job": world.jobs[run["job"]],
+                "lines": koitab.last_lines(world.frames(number), True)
+                if run["exit"] else [], "good": good[-1]
                 if good else None, "older": ids[at - 1] if at else None,
                 "newer": ids[at + 1] if at + 1 < len(ids) else None})
         if rest[1] == "raw":

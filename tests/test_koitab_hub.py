@@ -899,6 +899,18 @@ def test_a_run_knows_its_neighbours_and_the_last_good_one(dashboard, web1):
     assert shown["job"]["tag"] == "backup"
 
 
+def test_failed_run_is_shown_with_the_last_lines_of_its_errors(dashboard,
+                                                               web1):
+    frames = b"".join(koitab.frame(stream, 0, text) for stream, text in (
+        (2, b"warning\n"), (1, b"step 1\nstep 2\n"), (2, b"no space\n")))
+    dashboard.runs(web1, dashboard.record(size=len(frames), exit=1),
+                   dashboard.record(size=len(frames)))
+    dashboard.sync(web1, outputs=[piece(run, 0, frames) for run in (1, 2)])
+    lines = [dashboard.ask(dashboard.dashboard.overview.run, run)["lines"]
+             for run in (1, 2)]
+    assert lines == [["warning", "no space"], []]
+
+
 def test_a_day_shows_what_reached_into_it(dashboard, web1):
     day = NOW + 86_400
     cases = [       # (started, ended, shown)

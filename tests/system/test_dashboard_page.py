@@ -720,9 +720,95 @@ def test_output_shows_stderr_notes_times_and_the_linked_line(page, stand_in):
     page.type(".bar input", "page-3")
     page.wait("document.querySelector('.found').textContent === '1 of 10'")
     page.js("[...document.querySelectorAll('.bar button')].find((b) => "
-            "b.textContent === 'stderr').click()")
+            "b.textContent === 'Errors only').click()")
+    assert page.js("return [...document.querySelectorAll('.bar button')]"
+                   ".find((b) => b.textContent === 'Errors only')"
+                   ".ariaPressed") == "true"
     assert page.js("return [...document.querySelectorAll('.line')].filter("
                    "(n) => n.checkVisibility()).length") == 4
+
+
+def test_run_page_leads_with_the_name_of_the_job_and_its_last_errors(
+        page, stand_in):
+    page.visit(f"run/{stand_in.world.colours}", ".runhead .lines")
+    assert page.text("h1") == "Build the site failed"
+    lead = page.text(".lead")
+    assert lead.startswith("Failed with exit 3 after 12 s, ")
+    assert re.search(r"; usually .+ to .+\. Failing since .+, 1 run; last ok "
+                     r".+\.", lead)
+    assert page.text(".runhead .lines").split("\n")[-2:] == [
+        "error: ENOSPC: no space left on device, write 'dist/index.html'",
+        "at writeFile (node:fs:2317:11)"]
+    assert page.js("return document.querySelector('.difflines')") is None
+    page.press("Diff with last good")
+    page.wait("document.querySelector('.difflines .new')")
+    page.press("Next change")
+    assert page.js("const box = document.querySelector('.difflines')"
+                   ".getBoundingClientRect(); return [...document"
+                   ".querySelectorAll('.difflines :is(.new, .removed)')]"
+                   ".some((line) => { const y = line.getBoundingClientRect()"
+                   ".top; return y >= box.top && y < box.bottom; })")
+    page.press("Close", ".diff button")
+
+
+def test_output_is_as_tall_as_its_lines_and_run_by_hand_has_no_due_time(
+        page, stand_in):
+    world = stand_in.world
+    job = next(job for job in world.jobs.values() if job["label"] == "Say Hi"
+               and job["last"]["exit"] == 0)
+    run = job["last"]
+    world.outputs[run["id"]] = page_server.frame(1, 5, "one\ntwo\n")
+    args, run["args"] = run["args"], {"Emoji": ""}
+    run["due"] = run["requested_at"]
+    page.visit(f"run/{run['id']}", ".line")
+    assert page.text("h1") == "Say Hi worked"
+    assert "Due" not in page.text(".facts")
+    assert page.text(".args") == "Emoji\n(empty)"
+    assert page.js("return document.querySelector('.pane').clientHeight"
+                   ) < 70
+    run.update(args=args, due=None)
+    del world.outputs[run["id"]]
+
+
+def test_job_page_leads_with_what_failed(page, stand_in):
+    world = stand_in.world
+    job = world.jobs[world.runs[world.colours]["job"]]
+    page.visit(f"job/{job['id']}", ".failure .lines")
+    page.wait("document.querySelector('.failure .lines').textContent"
+              ".includes('error: ENOSPC')")
+    words = page.text(".failure")
+    assert words.startswith("Failed with exit 3 after 12 s, ")
+    assert re.search(r"Failing since .+, 1 run; last ok .+\.", words)
+    assert page.js("return [...document.querySelectorAll('.failure a, "
+                   ".failure button')].map((one) => one.textContent)") == [
+        "Output", "Diff with last good", "Snooze\u2026"]
+    assert page.js("""
+        const [bars, dates, line] = document.querySelectorAll(
+            ".charts svg.bars, .charts .dates, .charts .spark");
+        return [bars.clientWidth > 300, dates.children.length > 0,
+            Boolean(line.querySelector("rect"))]""") == [True, True, True]
+    page.wait("document.querySelector('.leads')")
+    page.js("document.querySelector('.leads .message').click()")
+    page.wait(f"location.hash === '#/run/{world.colours}'")
+
+
+def test_running_job_says_how_long_it_will_still_take(page, stand_in):
+    world = stand_in.world
+    job = world.jobs[world.runs[world.live]["job"]]
+    started = time.time() - 12
+    runs = [[*run[:1], started, *run[2:]] if run[3] == "r" else run
+            for run in job["recent_runs"]]
+    for usual, words in (([48, 56], "about 40 s left"), ([10, 13], "almost"),
+                         ([1, 2], "longer than usual (1.0 s to 2.0 s)"),
+                         (None, "")):
+        show(page, {**job, "usual": usual, "recent_runs": runs})
+        page.visit(f"job/{job['id']}", ".note.s-running")
+        assert words in page.text(".note.s-running")
+        page.visit("jobs", ".row")
+        assert words in page.js(
+            "return document.querySelector(\".row:has([href='#/job/"
+            f"{job['id']}']) .c-last\").textContent")
+    show(page, job)
 
 
 def test_empty_output_says_that_nothing_was_printed(page, stand_in):
@@ -806,8 +892,8 @@ def test_live_run_is_followed_until_it_ends(page, stand_in):
     job = world.jobs[world.runs[run]["job"]]
     world.runs[run].update(state="done", exit=0, ended=time.time())
     world.push(runs=[world.runs[run]], jobs=[job])
-    page.wait("document.querySelector('h1')?.textContent.startsWith("
-              "'Finished in')")
+    page.wait("document.querySelector('h1')?.textContent === "
+              "'Follow orders worked'")
     page.wait("document.querySelector('.bar [title*=end]').hidden")
 
 
@@ -842,8 +928,8 @@ def test_form_of_every_type_starts_a_run_and_shows_it(page, stand_in):
     assert koitab.encrypt_secret(key, request["nonce"], "Token", bytes.fromhex(
         request["secrets"]["Token"])) == b"hunter2"
     assert request["exp"] - request["iat"] == 300_000
-    page.wait("document.querySelector('h1')?.textContent.startsWith("
-              "'Finished')")
+    page.wait("document.querySelector('h1')?.textContent === "
+              "'Write a message worked'")
     assert "\u2022\u2022" in page.text(".args")
     world.jobs[job["id"]]["state"] = "ok"
 
