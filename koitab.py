@@ -17357,7 +17357,7 @@ mark { background: var(--mark); color: inherit; border-radius: 2px; }
 .btn.quiet { border-color: transparent; background: none; }
 .btn.quiet:hover { background: var(--hover); }
 .btn.run { color: var(--accent); font-weight: 600; }
-.toggle[aria-pressed="true"] {
+.toggle:is([aria-pressed="true"], [aria-current]) {
   background: var(--press); border-color: var(--soft);
 }
 input:not([type=checkbox]), select, textarea {
@@ -17551,6 +17551,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .dayrow > a { padding: 0 8px 0 12px; overflow: hidden; font-size: 13px;
   text-overflow: ellipsis; white-space: nowrap; color: var(--ink); }
 .dayrow:hover { background: var(--hover); }
+.dayrow.is-bad { box-shadow: inset 3px 0 0 var(--b-bad); }
 .axis { position: sticky; top: 47px; background: var(--card); z-index: 1; }
 .axis:hover { background: var(--card); }
 .axis text { fill: var(--soft); font-size: 11.5px; }
@@ -21820,7 +21821,7 @@ const shownValue = (value) => visibleLines(quoted(value));
 
 // --- day: one day across hosts ---------------------------------------------
 
-// #/day, #/day/2026-03-29, #/day/2026-03-29?h=6&at=12
+// #/day, #/day/2026-03-29, #/day/2026-03-29?h=6&at=12, #/day?state=missed
 function dayView(place, root) {
   const [date] = place.parts, hours = +(place.query.get("h") || 24);
   let from = dayStart(date || isoDay(shifted(now())));
@@ -21828,6 +21829,7 @@ function dayView(place, root) {
     from = date ? from + 3600 * +(place.query.get("at") || 0)
       : Math.floor(now() / 3600) * 3600 - 4 * 3600;
   }
+  dayFilter.state = place.query.get("state") || dayFilter.state;
   const day = new Day(from, from + hours * 3600, hours, root);
   return { title: "Day", leave: () => day.leave(), shortcuts: {
     j: () => day.move(1), k: () => day.move(-1) },
@@ -21842,6 +21844,24 @@ function dayStart(date) {
   return noon - 43200 - shiftOf(first);
 }
 
+const dayFilter = { text: "", host: "", state: "" };
+const countOf = (starts, outcomes) => starts.filter(({ outcome }) =>
+  outcomes.includes(outcome)).length;
+const DAY_FILTERS = [   // its name, its words, how much of it a row has
+  ["ran", "ran", ({ starts }) => countOf(starts, "ofkir")],
+  ["failed", "failed", ({ starts }) => countOf(starts, "fkiu")],
+  ["missed", "missed", ({ starts }) => countOf(starts, "m")],
+  ["skipped", "skipped", ({ starts }) => countOf(starts, "s")],
+  ["late", "late", ({ job, isNow }) => +(isNow && job.state === "late")],
+  ["unknown", "unknown", ({ job, isNow }) => +(isNow
+    && job.state === "unknown")],
+  ["next", "still to come", ({ isNext }) => +isNext],
+  ["idle", "with no start", ({ job, starts, isNext }) => +(!starts.length
+    && !isNext && !job.manual && !job.removed)],
+];
+const isBadDay = ({ job, starts, isNow }) => countOf(starts, "fkium") > 0
+  || isNow && job.state === "late";
+
 // The bars of a day, or of 6 hours of it, one row per job.
 class Day {
   constructor(from, to, hours, root) {
@@ -21849,7 +21869,7 @@ class Day {
     this.grid = el("div", { class: "day" });
     this.table = el("details", { class: "astable" }, el("summary",
       { text: "The same as a table" }));
-    root.append(this.bar(), this.grid, this.table);
+    root.append(this.bar(), this.toolbar(), this.grid, this.table);
     this.resized = () => this.grid.clientWidth !== this.width && this.draw();
     addEventListener("resize", this.resized);
     showLoaded(this.grid, () => this.load(), (rows) => this.show(rows));
@@ -21861,7 +21881,8 @@ class Day {
     const d = shifted(this.from), isToday = isoDay(d)
       === isoDay(shifted(now()));
     const zoom = (hours) => link(this.path(this.from, hours), `${hours} h`,
-      { class: "btn toggle", "aria-pressed": String(this.hours === hours) });
+      { class: "btn toggle", "aria-current": this.hours === hours
+        && "true" });
     return titleRow(el("h1", {}, isToday ? "Today, " : "", `${
       WEEKDAYS[d.getUTCDay()]} ${dayMonth(d)}`, this.hours === 6
       ? muted(` ${clock(d)} to ${clock(shifted(this.to))}`) : ""),
@@ -21870,6 +21891,46 @@ class Day {
     linkButton("#/day", "Today"),
     button(icon("right"), () => this.move(1), { "aria-label": "Later",
       title: "Later (j)" }), zoom(24), zoom(6));
+  }
+
+  // Returns the fields of the filter; a press on a chosen chip ends it.
+  toolbar() {
+    const set = (name, value) => {
+      dayFilter[name] = value;
+      this.draw();
+    };
+    const text = el("input", { type: "search", "aria-label": "Filter jobs",
+      placeholder: "Filter jobs", autocomplete: "off", value: dayFilter.text,
+      oninput: () => set("text", text.value) });
+    const hosts = [...state.hosts.values()].sort(byName);
+    const host = select({ "aria-label": "Host", onchange: () => set("host",
+      host.value) }, [["", "All hosts"], ...hosts.map(({ id, name }) => [id,
+      name])], dayFilter.host);
+    this.chips = DAY_FILTERS.map(([name, words]) => button([el("b"), words],
+      () => set("state", dayFilter.state === name ? "" : name),
+      { class: "btn chip", "data-state": name }));
+    return el("div", { class: "toolbar" }, text, hosts.length > 1 && host,
+      el("div", { class: "chips", role: "group",
+        "aria-label": "Filter by what happened" }, this.chips), legend());
+  }
+
+  // Returns the rows that fit the filter, and counts what they have. Without
+  // a chip, jobs with nothing in this time are left out.
+  filtered() {
+    const { host, state: wanted } = dayFilter;
+    const text = dayFilter.text.toLowerCase();
+    const near = this.rows.filter(({ job }) => (!host || job.host === host)
+      && (!text || searchable(job).includes(text)));
+    this.chips.forEach((chip, at) => {
+      const [name, , count] = DAY_FILTERS[at];
+      const sum = near.reduce((before, row) => before + count(row), 0);
+      chip.firstChild.textContent = sum.toLocaleString("en");
+      chip.setAttribute("aria-pressed", String(name === wanted));
+      chip.hidden = !sum && name !== "ran" && name !== wanted;
+    });
+    const fits = DAY_FILTERS.find(([name]) => name === wanted)?.[2]
+      || (({ starts, isNext }) => starts.length || isNext);
+    return near.filter(fits);
   }
 
   path(from, hours) {
@@ -21918,34 +21979,37 @@ class Day {
   }
 
   show(rows) {
-    const order = (job) => ({ name: `${hostName(job.host)}\n${
+    const order = ({ job }) => ({ name: `${hostName(job.host)}\n${
       job.section}` });
-    this.rows = [...state.jobs.values()].map((job) => ({ job,
-      starts: startsOf(rows.get(job.id)) }))
-      .filter(({ job, starts }) => starts.length || this.isNext(job))
-      .sort((a, b) => byName(order(a.job), order(b.job)));
+    const isNow = now() >= this.from && now() < this.to;
+    this.rows = [...state.jobs.values()].map((job) => ({ job, isNow,
+      starts: startsOf(rows.get(job.id)), isNext: this.isNext(job) }))
+      .sort((a, b) => isBadDay(b) - isBadDay(a) || byName(order(a), order(b)));
     this.draw();
-    this.tabulate();
   }
 
   // Draws the rows in the width that there is.
   draw() {
     if (!this.rows || !this.grid.isConnected) return;
-    if (!this.rows.length) {
-      return this.grid.replaceChildren(empty("Nothing ran, and nothing was "
-        + "due"));
+    const rows = this.filtered(), { text, host, state: wanted } = dayFilter;
+    this.tabulate(rows);
+    if (!rows.length) {
+      return this.grid.replaceChildren(empty(text || host || wanted
+        ? "No job fits the filter" : "Nothing ran, and nothing was due"));
     }
     this.width = this.grid.clientWidth;
     const width = Math.max(160, this.width - (phone.matches ? 96 : 200) - 8);
     let last = "";
     const nodes = [this.axis(width)];
-    for (const { job, starts } of this.rows) {
-      if (job.host !== last) {
-        nodes.push(el("h2", { text: hostName(job.host) }));
-      }
-      last = job.host;
-      nodes.push(el("div", { class: "dayrow" }, link(`#/job/${job.id}`,
-        job.label, { title: job.label }), this.lane(job, starts, width)));
+    for (const row of rows) {
+      const { job, starts } = row, isBad = isBadDay(row);
+      const head = isBad ? "Failed, missed or late" : hostName(job.host);
+      if (head !== last) nodes.push(el("h2", { text: head }));
+      last = head;
+      nodes.push(el("div", { class: `dayrow ${isBad ? "is-bad" : ""}` }, link(
+        `#/job/${job.id}`, [job.label, isBad && muted(" ",
+          hostName(job.host))], { title: job.label }),
+      this.lane(job, starts, width)));
     }
     this.grid.replaceChildren(...nodes);
   }
@@ -21993,8 +22057,8 @@ class Day {
     return node;
   }
 
-  tabulate() {
-    const rows = this.rows.flatMap(({ job, starts }) => starts.map((start) =>
+  tabulate(shown) {
+    const rows = shown.flatMap(({ job, starts }) => starts.map((start) =>
       ({ ...start, job }))).sort((a, b) => a.at - b.at).slice(0, 2000);
     this.table.replaceChildren(this.table.firstChild, table(["Start", "Job",
       "Host", "How", "Took"], rows.map(({ job, run, at, end, outcome }) => {

@@ -477,6 +477,41 @@ def cpu_seconds_of(browser, script: str) -> float:
     return browser.cpu_seconds() - before
 
 
+def test_day_begins_with_counts_that_filter_and_shows_problems_first(
+        page, stand_in):
+    """What did not run is two clicks away: Day, and missed."""
+    world = stand_in.world
+    midnight = time.mktime((*time.localtime()[:3], 0, 0, 0, 0, 0, -1))
+    job = next(job for job in world.jobs.values()
+               if job["label"] == "Security updates" and job["state"] == "ok")
+    recent, last = job["recent_runs"], job["last"]
+    run = world.add_run(job, max(midnight, time.time() - 600), 1, "missed")
+    page.press("Day", "#top a")
+    page.wait("document.querySelector('[data-state=missed] b')?.textContent"
+              " > 0")
+    assert page.js("return [...document.querySelectorAll('.chips button')]"
+                   ".find((chip) => !chip.hidden).textContent"
+                   ).endswith("ran")
+    assert page.text(".day h2") == "Failed, missed or late"
+    assert page.js("return document.querySelector('.legend') !== null")
+    page.click("[data-state=missed]")
+    assert page.js("return document.querySelector('[data-state=missed]')"
+                   ".ariaPressed") == "true"
+    shown = page.js("return [...document.querySelectorAll('.dayrow > a')]"
+                    ".map((one) => one.textContent)")
+    assert len(shown) == int(page.text("[data-state=missed] b"))
+    assert any(name.startswith("Security updates") for name in shown)
+    page.click("[data-state=missed]")
+    page.click("[data-state=unknown]")
+    down = [one for one in world.jobs.values() if one["state"] == "unknown"]
+    assert page.text("[data-state=unknown] b") == str(len(down))
+    assert page.js("return document.querySelectorAll('.dayrow > a').length"
+                   ) == len(down)
+    page.js("dayFilter.state = ''")
+    del world.runs[run["id"]]
+    job.update(recent_runs=recent, last=last)
+
+
 # --- keyboard
 
 
