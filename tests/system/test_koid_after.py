@@ -115,7 +115,7 @@ KOI_SKIP=2026-12-24
     found = {run["name"]: (run["trigger"], run["state"], run["reason"],
                            run["count"]) for run in reversed(koi.history())}
     assert found["slow"] == ("after", "skipped", "the last run was still "
-                             "going", 1)
+                             "running", 1)
     assert found["paused"] == ("after", "skipped", "paused", 2)
     assert found["date"] == ("after", "skipped", "date in KOI_SKIP", 2)
     (koi.folder / "go").touch()
