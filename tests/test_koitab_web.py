@@ -157,8 +157,8 @@ def test_a_head_has_at_most_64_header_lines():
 
 
 @pytest.mark.parametrize("data, why", [
-    (b"\x16\x03\x01\x02\x00\x01", "plain http"), (b"\r\nGET /", "no HTTP"),
-    (b"get / HTTP/1.1\r\n", "no HTTP"), (b"\x00", "no HTTP"),
+    (b"\x16\x03\x01\x02\x00\x01", "plain http"), (b"\r\nGET /", "not an HTTP"),
+    (b"get / HTTP/1.1\r\n", "not an HTTP"), (b"\x00", "not an HTTP"),
     (b"GET / HTTP/1.1\n", "half of CR LF"), (b"G\rX", "half of CR LF"),
     (b"GET / HTTP/1.1\r\nX: a\rContent-Length: 5\r\n", "half of CR LF"),
     (b"GET / HTTP/1.1\r\nX: a\n\r\n", "half of CR LF"), (b"GE\0T", "NUL"),
