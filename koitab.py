@@ -17449,8 +17449,10 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .toolbar { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
 .toolbar input { width: 220px; }
 .chips { display: flex; gap: 4px; flex-wrap: wrap; }
-.chip { border-radius: 15px; color: var(--soft); border-color: transparent;
-  background: none; }
+.chip { border-radius: 15px; color: var(--soft); background: none; }
+.chip:is([data-state="failed"], [data-state="bad"]) b { color: var(--bad); }
+.chip:is([data-state="missed"], [data-state="late"]) b {
+  color: var(--late); }
 .chip b { font-weight: 600; font-variant-numeric: tabular-nums; }
 .chip[aria-pressed="true"] { background: var(--press); color: var(--ink); }
 .group + .group { margin-top: 14px; }
@@ -17524,6 +17526,11 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
   margin-top: 6px; border-top: 1px solid var(--line); }
 .why .row-actions { margin-left: auto; }
 .why .btn { min-height: 26px; padding: 2px 9px; }
+@media (hover: hover) and (min-width: 860px) {
+  .many .row:not(:hover, :focus-within) .why .btn:is(a,
+    [aria-haspopup]) { opacity: 0; }
+}
+.alerts pre { margin-top: 3px; color: var(--soft); }
 
 /* History bars, sparklines, days */
 .bars { display: block; cursor: pointer; overflow: visible;
@@ -17868,8 +17875,12 @@ dialog > * + * { margin-top: 12px; }
   .c-next { grid-area: next; display: block; text-align: right; }
   .c-act { grid-area: act; }
   .c-name { flex-wrap: wrap; gap: 0 8px; }
+  .row { position: relative; }
+  .c-name a::after { content: ""; position: absolute; inset: 0; }
+  .row :is(.btn, .bars, .c-last a) { position: relative; z-index: 1; }
   .why { grid-column: 1 / -1; padding: 4px 0 2px; }
-  .why .row-actions { margin-left: 0; }
+  .why pre { flex-basis: 100%; }
+  .why .btn[aria-haspopup] { min-width: 44px; justify-content: center; }
   .head > div { padding-left: 4px; flex-wrap: wrap; }
   .dayrow { grid-template-columns: 96px 1fr; }
   .axis { position: static; }
@@ -19629,14 +19640,16 @@ async function snooze(one, until) {
 }
 
 // Returns the button that opens the menu, or how long it is snoozed and the
-// button that ends that.
-function snoozeBox(one) {
+// button that ends that. `more` are other lines of the menu.
+function snoozeBox(one, more = []) {
   const subject = subjectOf(one), until = isSnoozed(one)
     && muted(`snoozed ${untilWords(one.snoozed)}`);
+  const opener = () => menuButton(more.length ? "\u2026" : "Snooze\u2026",
+    () => [...more, ...snoozeItems(one)], { "aria-label": more.length
+      ? `Actions of ${nameOf(one)}` : `Snooze ${nameOf(one)}` });
   return el("span", { class: "row-actions", "data-subject": subject }, until,
     isOperator() && (until ? button(justSnoozed.has(subject) ? "Undo"
-      : "Alert again", () => snooze(one, 0)) : menuButton("Snooze\u2026",
-      () => snoozeItems(one), { "aria-label": `Snooze ${nameOf(one)}` })));
+      : "Alert again", () => snooze(one, 0)) : opener()));
 }
 
 const checkState = (check) => check.started && check.state === "up"
@@ -19701,16 +19714,28 @@ function hostWords(host) {
     roughDuration(now() - host.seen)), ". Its jobs may be running or not."];
 }
 
-const alertWords = (one) => alertsAbout(one).map(({ text }) =>
-  visible(text.split("\n")[0])).join("; ");
+// Returns the first line of an alert. The name of its job, with which it
+// begins, is left out, because it stands next to the line.
+function shortAlert(alert) {
+  const [line] = (alert.text || "").split("\n"), { one } = aboutAlert(alert);
+  const name = one && !isHost(one) && [one.section && one.section + "/",
+    nameOf(one), one.host && ` on ${hostName(one.host)}`].join("");
+  return visible(name && line.startsWith(name) ? line.slice(name.length)
+    .replace(/^:? /, "") : line);
+}
+
+const alertWords = (one) => alertsAbout(one).map(shortAlert).join("; ");
 
 // The line that explains a problem, with what one would do next.
 function whyLine(one) {
   const words = one.failing ? failingWords(one) : [el("span", {},
     isHost(one) ? hostWords(one) : alertWords(one)), ""];
-  const actions = one.failing ? outputLinks(one) : [];
+  const { last } = one, more = phone.matches && one.failing && last ? [
+    menuItem("Output", "", () => go(`run/${last.id}`)), menuItem(
+      "Diff with last good", "", () => go(`run/${last.id}?diff`))] : [];
   return el("div", { class: "why", role: "cell" }, words, el("span",
-    { class: "row-actions" }, actions, snoozeBox(one)));
+    { class: "row-actions" }, !phone.matches && one.failing
+      && outputLinks(one), snoozeBox(one, more)));
 }
 
 // Returns the links to the output of a failed run, and to what is different.
@@ -19871,6 +19896,7 @@ class JobList {
     arrange(this.body, [this.heads, ...groups.map((group) => {
       keys.add(group.key);
       const shown = this.group(group);
+      shown.root.classList.toggle("many", group.items.length > 12);
       arrange(shown.root, [shown.head, ...group.items.map((item) => {
         const key = subjectOf(item);
         if (!this.rows.has(key)) this.rows.set(key, new JobRow());
@@ -20083,7 +20109,7 @@ function hostStateWords(host) {
   if (host.state === "duplicate") return "two daemons use this host\u2019s "
     + "identity";
   if (host.state === "new" || !host.seen) return "has not called yet";
-  return [host.state === "down" ? "silent, last heard " : "heard ",
+  return [host.state === "down" ? "down, last heard of " : "heard ",
     timeNode(host.seen, host)];
 }
 
@@ -22422,7 +22448,7 @@ function alertsView(place, root) {
 }
 
 const ALERT_STATES = { failed: "failed", late: "late", missed: "missed",
-  slow: "late", fast: "late", silent: "unknown", overdue: "failed" };
+  slow: "late", fast: "late", silent: "failed", overdue: "failed" };
 
 // Returns what an alert is about: {one, name, href, where, host}.
 function aboutAlert({ subject }) {
@@ -22451,13 +22477,20 @@ function alertList() {
     return empty("All is well", mutedLine("Here stands what failed, is late, "
       + "was missed, or took much longer than it ever did."));
   }
-  return el("ul", { class: "alerts" }, alerts.map((alert) => {
-    const { one, name, href, where, host } = aboutAlert(alert);
-    return el("li", {}, stateMark(ALERT_STATES[alert.kind] || "unknown",
-      alert.kind), el("div", { class: "what" }, link(href, name), " ",
-      muted(where), el("div", { text: visible(alert.text || "") })),
-    muted("since ", dateNode(alert.since, host)), one && snoozeBox(one));
-  }));
+  return el("ul", { class: "alerts" }, alerts.map(alertItem));
+}
+
+// Returns an alert with the last line of the output, and what one would do.
+function alertItem(alert) {
+  const { one, name, href, where, host } = aboutAlert(alert);
+  const { line } = one?.failing || {};
+  return el("li", {}, stateMark(ALERT_STATES[alert.kind] || "unknown",
+    alert.kind === "silent" ? "down" : alert.kind),
+  el("div", { class: "what" }, link(href, name), " ", muted(where),
+    el("div", { text: shortAlert(alert) }), line && el("pre",
+      { text: visible(line) })), muted("since ", dateNode(alert.since, host)),
+  one && el("span", { class: "row-actions" }, one.failing && outputLinks(one),
+    snoozeBox(one)));
 }
 
 const CHANNEL_HELP = { mail: ["Address", "ann@example.org"], webhook: [
@@ -22523,7 +22556,7 @@ const hostTable = () => el("div", { class: "scroll" }, table(["Host",
   "State", "Jobs", "Heard", "Its clock", "koi", ""],
 [...state.hosts.values()].sort(byName).map(hostRow)));
 
-const HOST_STATES = { up: ["ok", "up"], down: ["unknown", "silent"],
+const HOST_STATES = { up: ["ok", "up"], down: ["failed", "down"],
   duplicate: ["late", "two with one identity"], new: ["new", "new"],
   left: ["paused", "left"] };
 

@@ -1209,6 +1209,45 @@ def test_snoozed_job_stays_until_the_next_visit_and_can_be_undone(
               f"'{count}'")
 
 
+def test_alert_names_its_job_once_with_last_line_and_output(page, stand_in):
+    world = stand_in.world
+    job = world.jobs[world.runs[world.colours]["job"]]
+    page.js("""
+        const alert = { ...state.alerts.get(arguments[0]),
+            text: "Shop/Build the site on web1: exit status 3" };
+        const change = { alerts: [alert] };
+        applyChange(change);""", f"job:{job['id']}\nfailed")
+    page.visit("alerts", ".alerts li")
+    item = page.js("return [...document.querySelectorAll('.alerts li')].find("
+                   "(one) => one.textContent.includes('Build the site'))"
+                   ".innerText")
+    assert item.count("Build the site") == 1 and "exit status 3" in item
+    assert "no space left on device" in item and "Output" in item
+
+
+def test_actions_of_a_row_are_in_one_menu_on_a_phone(page, stand_in):
+    page.size(390, 800)
+    page.wait("document.querySelector('.attention .why:has(pre) "
+              "[aria-haspopup]')?.textContent === '\u2026'")
+    page.js("document.querySelector('.attention .why:has(pre) "
+            "[aria-haspopup]').click()")
+    lines = page.js("return [...document.querySelectorAll('#menu > .btn "
+                    "span:first-child')].map((one) => one.textContent)")
+    assert lines[:3] == ["Output", "Diff with last good", "For an hour"]
+    page.press("Output", "#menu .btn span")
+    page.wait("location.hash.startsWith('#/run/')")
+    page.size(1280, 900)
+
+
+def test_old_state_is_grey_and_says_of_when_it_is(page):
+    page.js("stream.lost = Date.now() - 11000; app.showAge()")
+    page.wait("/^As of \\d\\d:\\d\\d: /.test(document.querySelector('h1')"
+              ".textContent)")
+    assert page.js("return document.body.classList.contains('stale')")
+    page.js("stream.lost = 0; app.showAge()")
+    page.wait("!document.querySelector('h1').textContent.includes('As of')")
+
+
 def test_job_is_snoozed_until_it_is_well(page, stand_in):
     subject = snooze_first(page, "Until it is well")
     assert stand_in.world.jobs[int(subject[4:])]["snoozed"] \
