@@ -8869,7 +8869,8 @@ def make_directory_of(uid: int, directory: str) -> None:
         pass
     status = os.lstat(directory)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != uid:
-        raise OSError(errno.EPERM, f"{directory} does not belong to uid {uid}")
+        raise OSError(errno.EPERM, f"{directory} does not belong to uid {uid}"
+                      ": another dashboard may use it")
 
 
 class EmbeddedDashboard(AgentProcess):
@@ -8941,7 +8942,8 @@ class EmbeddedDashboard(AgentProcess):
             except OSError as error:
                 why = error
         raise Error(f"127.0.0.1:{wanted[0]}: {os.strerror(why.errno)}",
-                    "koitab dashboard --listen ADDRESS:PORT")
+                    "koitab dashboard --listen ADDRESS:PORT; or koitab -d "
+                    "join URL")
 
     def prepare(self, account: Account | None) -> None:
         """Open the sockets, and make the directory of the database. Raises
@@ -8997,14 +8999,16 @@ class EmbeddedDashboard(AgentProcess):
 
     def note_ready(self, _request: dict) -> None:
         """The process serves: a later koid is to run it as well."""
-        self.machine.write_file(self.home, "dashboard", f"{self.port}\n")
+        if not self.is_ready:
+            self.machine.write_file(self.home, "dashboard", f"{self.port}\n")
         self.is_ready, self.problem = True, ""
         self.log.set_problem("embedded", "")
 
     def note_problem(self, request: dict) -> None:
         """The process ends, and says why."""
         self.reported = escape_controls(str(request["problem"])[:300])
-        self.log.set_problem("embedded", f"dashboard: {self.reported}")
+        if self.has_room(self.logged, MOST_LOG_LINES, LOG_AGAIN):
+            self.log.set_problem("embedded", f"dashboard: {self.reported}")
 
     def log_line(self, request: dict) -> None:
         """Log a line, if there are not too many."""
@@ -24317,7 +24321,7 @@ def find_dashboard(options: Invocation) -> tuple[str, str]:
             return found["url"], read_own_token(path, {found["uid"]})
         if found["problem"] or options.machine.clock.ticks() > until:
             raise Error(found["problem"] or "the dashboard does not start",
-                        "koitab status; or koitab dashboard")
+                        "koitab dashboard; or koitab -d join URL")
         time.sleep(POLL_PAUSE)
 
 

@@ -377,6 +377,16 @@ def taken_over(tmp_path, monkeypatch):
     return embedded
 
 
+def test_no_dashboard_runs_as_the_uid_of_an_account(taken_over, monkeypatch):
+    monkeypatch.setattr(koitab.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(taken_over.machine, "account", lambda name: None)
+    monkeypatch.setattr(taken_over.machine, "user_name", lambda uid: "bob")
+    taken_over.start()
+    assert (taken_over.pid, taken_over.problem) == (
+        0, "no dashboard: uid 61170 belongs to bob: make an account "
+        "koi-dashboard")
+
+
 def test_mails_of_a_dashboard_are_few(taken_over):
     for _ in range(koitab.MOST_ALERT_MAILS):
         assert taken_over.take({"op": "mail", "mail": MAIL}) is None
@@ -395,8 +405,19 @@ def test_sendmails_of_a_dashboard_are_few_at_once(taken_over):
 def test_lines_of_a_dashboard_in_the_log_are_few_and_short(taken_over):
     for _ in range(100):
         taken_over.take({"op": "log", "text": "x" * 10_000})
+        taken_over.take({"op": "state", "problem": os.urandom(1000).hex()})
     assert len(taken_over.lines_logged) == koitab.MOST_LOG_LINES
     assert max(map(len, taken_over.lines_logged)) < 1100
+
+
+def test_a_dashboard_can_make_koid_write_one_file_once(taken_over,
+                                                       monkeypatch):
+    written = []
+    monkeypatch.setattr(taken_over.machine, "write_file",
+                        lambda *values: written.append(values))
+    for _ in range(100):
+        taken_over.take({"op": "ready"})
+    assert written == [(taken_over.home, "dashboard", "0\n")]
 
 
 @pytest.mark.parametrize("request_", [
@@ -441,7 +462,8 @@ def test_a_dashboard_that_root_starts_becomes_another_user(host, by_itself):
 @pytest.mark.parametrize("options, status, words", [
     ((), 1, "dashboard.db belongs to a dashboard that ran as root\n"
      "koitab: hint: koitab dashboard -u root\n"),
-    (("--db", "of-root/db"), 1, "of-root does not belong to uid 61170\n"
+    (("--db", "of-root/db"), 1, "of-root does not belong to uid 61170: "
+     "another dashboard may use it\n"
      "koitab: hint: koitab dashboard -u USER\n")])
 def test_a_database_of_root_is_not_taken_over(host, options, status, words):
     (host.home / "dashboard.db").touch()
