@@ -10703,6 +10703,9 @@ create table tokens (
         keys = self.read_keys(fields)
         self.refuse_used(db, keys["api_sha256"])
         db.update("dashboard", keys, id=1)
+        # Who lists jobs under one of these keys has not joined again.
+        db.execute("insert or replace into meta select 'rotated_keys', "
+                   "ifnull(group_concat(key), '') from hosts")
         self.audit.record(db, now, "rotate")
         self.changes.after_commit(lambda: self.load(db))
         return {"dash": self.dash}
@@ -12076,6 +12079,15 @@ create index jobs_deleted on jobs (deleted) where deleted;
                 "since": row["joined"], **{name: row[name] for name in (
                     "offset", "zone", "skew", "version", "key")},
                 "problems": problems}
+
+    def list_outdated(self, db: Database) -> list[dict]:
+        """Return the hosts that have not joined again since the last rotate,
+        by the keys that signed their lists of jobs."""
+        keys = (db.value("select value from meta where name = 'rotated_keys'")
+                or "").split(",")
+        return [{"id": row["host"], "name": row["name"]} for row in db.rows(
+            "select host, name, key from hosts where token is not null and "
+            "key != '' order by name, id") if row["key"] in keys]
 
     def signed_list(self, db: Database, host: str) -> dict:
         """Return a host's list of jobs as it came, and its MAC. Raises
@@ -16888,6 +16900,13 @@ async def rotate_keys(api: Api, context: RequestContext) -> Response:
     return json_response(result)
 
 
+async def list_outdated(api: Api, _context: RequestContext) -> Response:
+    """GET /api/v1/outdated: the hosts that have to join again."""
+    return await api.answer(
+        api.dashboard.hosts.list_outdated,
+        encode=lambda hosts: json_response({"hosts": hosts}))
+
+
 async def list_tokens(api: Api, _context: RequestContext) -> Response:
     """GET /api/v1/tokens: the access tokens, without what is secret."""
     return await api.answer(api.dashboard.credentials.list_tokens)
@@ -17105,6 +17124,7 @@ ROUTES = [Route(*row) for row in (
     ("GET", "/api/v1/salt", "anyone", show_salt),
     ("POST", "/api/v1/dashboards", "anyone", create_dashboard),
     ("POST", "/api/v1/rotate", "operator", rotate_keys),
+    ("GET", "/api/v1/outdated", "host or operator", list_outdated),
     ("GET", "/api/v1/tokens", "operator", list_tokens),
     ("POST", "/api/v1/tokens", "operator", change_tokens),
     ("POST", "/api/v1/hosts", "operator", add_host),
@@ -24428,7 +24448,24 @@ def show_enrollment(options: Invocation) -> int:
         return EXIT_ERROR
     print_field("link", agent_lines(state)[1:] or ["up"] if state else [
         "koid does not use these keys: see koitab status; or restart it"])
-    return EXIT_ERROR if not state or state["problems"] else EXIT_OK
+    if not state or state["problems"]:
+        return EXIT_ERROR
+    return show_outdated(options, enrollment)
+
+
+def show_outdated(options: Invocation, enrollment: Enrollment) -> int:
+    """Print which hosts nothing can be run on, because they have not joined
+    again after a rotate; return 1 if this is one of them. Raises Error."""
+    client, _ = connect_dashboard(options, enrollment.url, enrollment.ca,
+                                  enrollment.plain_http)
+    client.token = enrollment.token
+    hosts = ask_dashboard(client, "GET", "/api/v1/outdated").get("hosts", [])
+    if hosts:
+        print_field("outdated", [*(host["name"] for host in hosts),
+                                 "(on each: koitab -d off; koitab -d join "
+                                 f"{enrollment.url})"])
+    return EXIT_ERROR if enrollment.host in [
+        host["id"] for host in hosts] else EXIT_OK
 
 
 def rotate_passphrase(options: Invocation) -> int:

@@ -328,6 +328,28 @@ def check_rotation(server, koid, operator) -> None:
         fresh.host("rotating")).hex()
 
 
+def test_hosts_that_have_not_joined_again_after_rotate_are_listed(tmp_path):
+    with DashboardProcess(tmp_path / "own") as server:
+        web1, web2 = (server.add_host(name, TAB) for name in ("web1", "web2"))
+        operator = web1.create_dashboard(server)
+        web2.join(operator)
+        for name in ("web1", "web2"):
+            operator.specs(operator.host(name))     # the list has arrived
+        assert "outdated" not in web1.koitab("-d", "show").out
+        done = web1.koitab("-d", "rotate", stdin=operator.password + "\n")
+        password = re.search(r"^passphrase +(\S+)$", done.out, re.M)[1]
+        fresh = Operator(server, operator.dash, password)
+        support.wait_until(
+            lambda: "outdated  web2\n" in web1.koitab("-d", "show").out, 30,
+            "the list of web1 to be signed with the new keys")
+        assert web1.koitab("-d", "show").code == 0
+        done = web2.koitab("-d", "show")
+        assert done.code == 1 and "outdated  web2\n" in done.out, done
+        assert web2.koitab("-d", "off").code == 0
+        web2.join(fresh)
+        assert "outdated" not in web1.koitab("-d", "show").out
+
+
 # --- a user who is not root, beside root's koid
 
 
