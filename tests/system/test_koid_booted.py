@@ -274,3 +274,30 @@ def test_from_cron_to_koid_and_through_a_restart_and_a_reboot(computer):
         computer.do(command)
     assert computer.do("systemctl is-active cron") == "active\n"
     assert (computer.root / "root/boots").read_text() == "up\n"
+
+
+def test_a_dashboard_of_koid_through_a_reboot_and_into_a_unit(computer):
+    for command in readme("Install koi", "install -m"):
+        computer.do(command)
+    for command in readme("A dashboard in five minutes", "koitab -d new"):
+        assert "http://127.0.0.1:877/#" in computer.do(command)
+    wait_until(lambda: computer.run("koitab -d show").code == 0, 30, "koid")
+    assert computer.do("ps -C koi-dashboard -o uid= --no-headers").strip() \
+        == str(61170)
+    computer.reboot()
+    wait_until(lambda: computer.run("koitab -d show").code == 0, 30, "koid")
+
+    # A unit takes over the database and the port.
+    computer.do("rm /var/lib/koi/dashboard && systemctl restart koid")
+    wait_until(lambda: computer.run("pgrep -x koi-dashboard").code == 1, 30,
+               "the dashboard to end")
+    computer.do("koitab unit dashboard --listen 127.0.0.1:877 > "
+                "/etc/systemd/system/koi-dashboard.service")
+    computer.do("systemctl enable --now koi-dashboard")
+    wait_until(lambda: computer.run("koitab -d show").code == 0, 30, "koid")
+    assert computer.run("koitab -d off").code == 0
+    done = computer.run("koitab -d new")
+    assert (done.code, done.err) == (
+        1, "koitab: error: 127.0.0.1:877: Address already in use\n"
+        "koitab: hint: koitab dashboard --listen ADDRESS:PORT; or koitab -d "
+        "join URL\n")
