@@ -70,6 +70,7 @@ without rights, C the caller.
  285 Import        which crontabs does cron have here? (files, processes) C
  341 Services      how are koid and the dashboard started?      (machine) C
   91 Source        which code runs as whom?             (files, terminal) C
+ 144 Help          what can I look up?                          (terminal) C
  524 Command       what can I type?                            (terminal) C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
@@ -25628,6 +25629,150 @@ def print_sections(sections: list[Section]) -> None:
 
 
 # ==========================================================================
+# Help: what can I look up?                                      (terminal; C)
+#
+# gives   TOPICS, command_topic
+# needs   Error, Invocation
+#
+# A topic is a text that `koitab help TOPIC` prints. The README has the same
+# text, and a test compares them.
+# ==========================================================================
+
+
+class Party(FrozenRecord):
+    """Who takes part in a dashboard, and what each can do at worst."""
+    name: str
+    read: str
+    change: str
+    delay: str
+    silence: str
+    tests: tuple            # names of those that prove it
+
+
+PARTIES = (
+    Party("User on a host or on the dashboard's machine",
+          "their own tab, jobs and runs; of others nothing",
+          "their own tab and runs; the page, while they hold a dashboard's "
+          "port (see below)",
+          "others as far as the machine lets them; koid serves users in turn",
+          "their own jobs; browsers, while they hold that port",
+          ("test_77_nobody_acts_for_another_whatever_his_environment_says",
+           "test_77_without_a_name_one_sees_and_runs_ones_own_only",
+           "test_process_that_takes_the_port_gets_no_byte_of_hosts_and_"
+           "commands",
+           "test_socket_in_a_directory_that_others_can_write_is_not_used",
+           "test_a_host_has_500_jobs_and_no_user_displaces_others")),
+    Party("Host (its root, or its token)",
+          "requests for this host, and names of hosts that have to join again",
+          "what it shows of itself: name, jobs, runs, outputs",
+          "requests for this host; no other host",
+          "itself, which shows as down; no other host",
+          ("test_a_token_of_another_role_is_refused_on_every_route",
+           "test_a_verdict_of_another_host_is_nothing",
+           "test_key_of_another_host_does_not_verify",
+           "test_flooding_host_loses_its_oldest_outputs_and_no_other_does")),
+    Party("Viewer token",
+          "all jobs, runs, outputs, alerts and hosts; no address that pings, "
+          "no secret of a channel, no argument of the type secret",
+          "nothing", "nothing", "nothing",
+          ("test_a_viewer_reads_and_changes_nothing",
+           "test_viewers_have_no_route_that_changes_something",
+           "test_a_viewer_gets_no_id_that_pings_and_no_secret_of_a_channel",
+           "test_the_secret_is_nowhere")),
+    Party("Checks token",
+          "checks, their pings and the addresses that ping",
+          "checks and what was pinged", "the alerts of checks",
+          "checks, by a pause or a ping",
+          ("test_key_of_checks_opens_nothing_else",)),
+    Party("Metrics token", "the numbers of /metrics, with the names of hosts, "
+          "jobs and checks", "nothing", "nothing", "nothing",
+          ("test_metrics_need_a_key", "test_no_label_can_ping_a_check",
+           "test_a_token_of_another_role_is_refused_on_every_route")),
+    Party("Operator key, without the passphrase",
+          "all but secret arguments",
+          "hosts, checks, channels, tokens and, by rotate, the keys; it runs "
+          "no job",
+          "requests, which it can withdraw",
+          "alerts, by a snooze or without channels",
+          ("test_both_keys_of_a_password_differ",
+           "test_no_mutated_or_replayed_request_is_executed")),
+    Party("The dashboard's disk, or whoever took the dashboard over",
+          "all but secret arguments, keys and tokens, of which it has "
+          "SHA-256 alone; the passphrase, if the page that it serves is used",
+          "what people see; not which job a host runs, nor with what",
+          "requests, until they expire", "everything; hosts show as down",
+          ("test_the_database_holds_no_token", "test_the_secret_is_nowhere",
+           "test_a_broken_into_dashboard_that_replays_everything_runs_nothing",
+           "test_no_mutated_or_replayed_request_is_executed",
+           "test_host_is_the_one_that_signs_by_the_name")),
+    Party("Network, between hosts, browsers and dashboard",
+          "nothing by TLS; all by plain http", "nothing by TLS; all by plain "
+          "http", "everything", "everything; hosts show as down",
+          ("test_relay_of_tls_sees_no_string_that_a_later_request_accepts",
+           "test_server_with_another_certificate_gets_no_byte",
+           "test_recorded_bytes_of_plain_http_contain_a_token_that_works")),
+    Party("Proxy that has the certificate",
+          "all that passes: keys, tokens and outputs; the passphrase, if the "
+          "page that it passes on is used",
+          "all that passes, but no signed request or list; the address of a "
+          "client, if --behind-proxy names the proxy",
+          "everything", "everything",
+          ("test_only_a_configured_proxy_names_the_client",
+           "test_a_broken_into_dashboard_that_replays_everything_runs_nothing",
+           "test_altered_job_list_is_refused")),
+    Party("Pinger (an address that pings)",
+          "nothing", "the state of this check; with the ping key, new checks",
+          "the alert of this check", "this check",
+          ("test_a_ping_answers_as_healthchecks_does",
+           "test_an_unknown_ping_is_refused_before_its_body_arrives",
+           "test_pings_have_the_paths_of_healthchecks")),
+)
+SECURITY_INTRODUCTION = """\
+What each party can do at worst, and the tests that prove it. To run a job
+takes the passphrase, from which the key comes that signs the request; the
+host checks the signature, and neither dashboard nor operator key can make it.
+"""
+SECURITY_END = """\
+One exception: whoever serves the page can take the passphrase that is typed
+there. While a dashboard is down, any user of its machine can take a port from
+1024 on and serve such a page; the embedded dashboard of root's koid has a
+port below that. The output of `koitab page`, opened from disk, and
+`koitab run --on HOST` do not run code of the server.
+"""
+
+
+def security_text() -> str:
+    """Return the topic `security`: a paragraph for each of PARTIES."""
+    import textwrap
+    parts = [SECURITY_INTRODUCTION]
+    for party in PARTIES:
+        rows = [textwrap.fill(
+            getattr(party, word), 79, initial_indent=f"    {word:9}",
+            subsequent_indent=" " * 13, break_on_hyphens=False)
+            for word in ("read", "change", "delay", "silence")]
+        tests = [f"      {name}" for name in party.tests]
+        parts.append("\n".join([party.name, *rows, "    tests", *tests, ""]))
+    return "\n".join([*parts, SECURITY_END])
+
+
+TOPICS = {      # name -> (title, function that returns the text)
+    "security": ("what each party of a dashboard can do at worst",
+                 security_text)}
+
+
+def command_topic(_options: Invocation, topic: str = "") -> int:
+    """koitab help: print a topic, or the list of them. Raises Error."""
+    if not topic:
+        for name, (title, _text) in TOPICS.items():
+            print(f"{PROG} help {name:12} {title}")
+        return EXIT_OK
+    if topic not in TOPICS:
+        raise Error(f"no topic {short(topic)}", f"{PROG} help", EXIT_USAGE)
+    print(TOPICS[topic][1](), end="")
+    return EXIT_OK
+
+
+# ==========================================================================
 # Command: what can I type?                                    (terminal; C)
 #
 # gives   COMMANDS, main
@@ -25925,6 +26070,10 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         ("bash|zsh|fish|names",), ("user",),
         "The first line of the script says where to put it. names prints the "
         "names of the jobs, one a line: the scripts complete with them."),
+    "help": Command(
+        command_topic, SETUP, "print the text of a topic", ("[TOPIC]",),
+        text="Without a TOPIC, the topics. security says what each party of a "
+        "dashboard can read, change, delay and silence."),
     "source": Command(
         command_source, SETUP, "print what this program runs",
         ("[SECTION|daemon|dashboard]",), text="Without an argument, the "
@@ -25960,7 +26109,7 @@ def overview() -> str:
         rows.append(f"{heading:11}{typed:34}{command.help}\n")
     return (f"{PROG}: a drop-in replacement for cron, with a dashboard.\n"
             f"Usage: {PROG} COMMAND [OPTION]... [ARGUMENT]...   "
-            f"({PROG} COMMAND --help)\n\n"
+            f"({PROG} COMMAND --help)\n"
             f"{''.join(rows)}")
 
 

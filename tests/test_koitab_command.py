@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+import textwrap
 import types
 from pathlib import Path
 
@@ -1435,6 +1436,27 @@ def test_the_bash_completion_completes(type_in, tmp_path, typed, found):
         cwd=tmp_path, stdout=subprocess.PIPE, env={
             "PATH": f"{tmp_path}:{os.environ.get('PATH', os.defpath)}"})
     assert sorted(done.stdout.decode().split("\n")[:-1]) == found
+
+
+def test_help_lists_the_topics_and_prints_one(type_in):
+    assert "koitab help security " in type_in("help").out
+    assert type_in("help", "security").out == koitab.security_text()
+    done = type_in("help", "nothing")
+    assert done.code == 2 and 'no topic "nothing"' in done.err
+
+
+def test_readme_has_the_topic_security():
+    text = (support.ROOT / "README.md").read_text(encoding="utf-8")
+    assert textwrap.indent(koitab.security_text(), "    ") in text
+    assert max(map(len, koitab.security_text().splitlines())) < 80
+
+
+def test_tests_that_the_topic_security_names_exist():
+    there = {name for path in (support.ROOT / "tests").rglob("test_*.py")
+             for name in re.findall(r"^def (test_\w+)\(", path.read_text(),
+                                    re.M)}
+    for party in koitab.PARTIES:
+        assert party.tests and set(party.tests) <= there, party.name
 
 
 def test_help_is_at_most_24_lines_and_names_every_command(type_in):

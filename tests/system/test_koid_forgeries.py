@@ -19,7 +19,8 @@ from lying_dashboard import HOST, KEY, RUN_KEY, request_for, text_of
 
 koitab = support.load("koitab")
 
-COUNT = int(os.environ.get("TESTS_FORGERIES", 100_000 if support.FULL else 2_000))
+COUNT = int(os.environ.get("TESTS_FORGERIES",
+                           100_000 if support.FULL else 2_000))
 BATCH = 99              # of the 100 that an agent takes from one answer
 OTHER_HOST = "b2" * 16
 MINUTE = 60_000         # ms
