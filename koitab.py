@@ -17900,6 +17900,7 @@ dialog > * + * { margin-top: 12px; }
   .c-next { grid-area: next; display: block; text-align: right; }
   .c-act { grid-area: act; }
   .c-name { flex-wrap: wrap; gap: 0 8px; }
+  .why > .muted { flex: 1 1 0; }
   .row { position: relative; }
   .c-name a::after { content: ""; position: absolute; inset: 0; }
   .row :is(.btn, .bars, .c-last a) { position: relative; z-index: 1; }
@@ -19617,8 +19618,8 @@ const untilWords = (until) => until === "well" || until >= UNTIL_WELL
 
 // Returns when it is 8:00, so many days from today, in the shown zone.
 function morning(days) {
-  const day = isoDay(shifted(now() + days * 86400));
-  return localTime(`${day}T08:00`);
+  const noon = Date.parse(`${isoDay(shifted(now()))}T12:00Z`);
+  return localTime(`${isoDay(new Date(noon + days * 864e5))}T08:00`);
 }
 
 // Returns the time of a text such as 2026-03-29T08:00 in the shown zone.
@@ -19635,11 +19636,11 @@ function snoozeItems(one) {
   const date = el("input", { type: "datetime-local", required: true,
     "aria-label": "Snooze until", value: isoDay(shifted(morning(7)))
       + "T08:00" });
-  return [item("For an hour", Math.round(now() + 3600)),
-    item("Tomorrow", morning(1)),
-    toMonday > 1 && item("Monday", morning(toMonday)),
-    alertsAbout(one).length > 0 && menuItem("Until it is well", "", () =>
-      snooze(one, "well")),
+  return [item("Snooze for an hour", Math.round(now() + 3600)),
+    item("Snooze until tomorrow", morning(1)),
+    toMonday > 1 && item("Snooze until Monday", morning(toMonday)),
+    alertsAbout(one).length > 0 && menuItem("Snooze until it is well", "",
+      () => snooze(one, "well")),
     form({}, () => {
       $("#menu").hidePopover();
       snooze(one, localTime(date.value));
@@ -19754,7 +19755,9 @@ const alertWords = (one) => alertsAbout(one).map(shortAlert).join("; ");
 // The line that explains a problem, with what one would do next.
 function whyLine(one) {
   const words = one.failing ? failingWords(one) : [el("span", {},
-    isHost(one) ? hostWords(one) : alertWords(one)), ""];
+    isHost(one) ? hostWords(one) : alertWords(one) || { missed:
+      "Its last start was not made.", late: "It should have started by now.",
+    grace: "The ping is late." }[one.state])];
   const { last } = one, more = phone.matches && one.failing && last ? [
     menuItem("Output", "", () => go(`run/${last.id}`)), menuItem(
       "Diff with last good", "", () => go(`run/${last.id}?diff`))] : [];
@@ -22508,11 +22511,11 @@ function alertList() {
 // Returns an alert with the last line of the output, and what one would do.
 function alertItem(alert) {
   const { one, name, href, where, host } = aboutAlert(alert);
-  const { line } = one?.failing || {};
+  const text = shortAlert(alert), { line } = one?.failing || {};
   return el("li", {}, stateMark(ALERT_STATES[alert.kind] || "unknown",
     alert.kind === "silent" ? "down" : alert.kind),
   el("div", { class: "what" }, link(href, name), " ", muted(where),
-    el("div", { text: shortAlert(alert) }), line && el("pre",
+    el("div", { text }), line && !text.includes(visible(line)) && el("pre",
       { text: visible(line) })), muted("since ", dateNode(alert.since, host)),
   one && el("span", { class: "row-actions" }, one.failing && outputLinks(one),
     snoozeBox(one)));

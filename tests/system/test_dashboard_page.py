@@ -1184,8 +1184,8 @@ def snooze_first(page, line: str) -> str:
     return subject
 
 
-@pytest.mark.parametrize("line, hour", [("For an hour", None),
-                                        ("Tomorrow", 8)])
+@pytest.mark.parametrize("line, hour", [
+    ("Snooze for an hour", None), ("Snooze until tomorrow", 8)])
 def test_snoozed_job_stays_until_the_next_visit_and_can_be_undone(
         page, stand_in, line, hour):
     count = int(page.text("[data-state=bad] b"))
@@ -1225,6 +1225,47 @@ def test_alert_names_its_job_once_with_last_line_and_output(page, stand_in):
     assert "no space left on device" in item and "Output" in item
 
 
+@pytest.mark.parametrize("today, words, until", [
+    ("2026-11-25T23:30", "Snooze until Monday", "2026-11-30T08:00"),
+    ("2026-11-25T23:30", "Snooze until tomorrow", "2026-11-26T08:00"),
+    ("2026-11-29T10:00", "Snooze until tomorrow", "2026-11-30T08:00"),
+    ("2026-11-30T00:10", "Snooze until Monday", "2026-12-07T08:00")])
+def test_morning_of_a_snooze_is_at_8_in_the_shown_zone(page, today, words,
+                                                       until):
+    """On a Sunday, tomorrow is Monday, so that the menu has one of them."""
+    chosen = page.js("""
+        const [today, words] = arguments, kept = clockOffset, sent = [];
+        const realFetch = window.fetch;
+        window.fetch = (url, options) => { sent.push(options.body);
+            return Promise.reject(new TypeError("stopped here")); };
+        clockOffset += localTime(today) - now();
+        const job = [...state.jobs.values()][0];
+        const items = snoozeItems(job).map((one) => one.textContent);
+        $("#menu").showPopover();
+        snoozeItems(job).find((one) => one.textContent.startsWith(words))
+            .click();
+        clockOffset = kept;
+        window.fetch = realFetch;
+        return [JSON.parse(sent[0]).until, items.length];""", today, words)
+    assert chosen[0] == page.js("return localTime(arguments[0])", until)
+    page.js("document.querySelector('#toast').className = ''")
+
+
+def test_day_after_a_day_of_25_hours_is_not_the_same_day(page):
+    """In the early hours of such a day, 24 hours later is the same date."""
+    assert page.js("""
+        const kept = clockOffset, host = { zone: "Europe/Berlin" };
+        const realShift = Date.prototype.getTimezoneOffset;
+        Date.prototype.getTimezoneOffset = function offset() {
+            return -hostShift(this / 1000, host) / 60; };
+        clockOffset += localTime("2026-10-25T00:10") - now();
+        try { return new Date(morning(1) * 1000).toISOString(); }
+        finally {
+            clockOffset = kept;
+            Date.prototype.getTimezoneOffset = realShift;
+        }""") == "2026-10-26T07:00:00.000Z"
+
+
 def test_actions_of_a_row_are_in_one_menu_on_a_phone(page, stand_in):
     page.size(390, 800)
     page.wait("document.querySelector('.attention .why:has(pre) "
@@ -1233,7 +1274,8 @@ def test_actions_of_a_row_are_in_one_menu_on_a_phone(page, stand_in):
             "[aria-haspopup]').click()")
     lines = page.js("return [...document.querySelectorAll('#menu > .btn "
                     "span:first-child')].map((one) => one.textContent)")
-    assert lines[:3] == ["Output", "Diff with last good", "For an hour"]
+    assert lines[:3] == ["Output", "Diff with last good",
+                         "Snooze for an hour"]
     page.press("Output", "#menu .btn span")
     page.wait("location.hash.startsWith('#/run/')")
     page.size(1280, 900)
@@ -1249,7 +1291,7 @@ def test_old_state_is_grey_and_says_of_when_it_is(page):
 
 
 def test_job_is_snoozed_until_it_is_well(page, stand_in):
-    subject = snooze_first(page, "Until it is well")
+    subject = snooze_first(page, "Snooze until it is well")
     assert stand_in.world.jobs[int(subject[4:])]["snoozed"] \
         == koitab.UNTIL_WELL == page.js("return UNTIL_WELL")
     row = "document.activeElement.closest('.attention .row').textContent"
@@ -1259,7 +1301,7 @@ def test_job_is_snoozed_until_it_is_well(page, stand_in):
 
 
 def test_snoozed_job_leaves_needs_attention_at_the_next_visit(page, stand_in):
-    subject = snooze_first(page, "For an hour")
+    subject = snooze_first(page, "Snooze for an hour")
     page.visit("hosts", "h1")
     page.visit("jobs", ".row")
     assert page.js("return document.querySelector(`[data-subject='${"
