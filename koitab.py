@@ -15067,12 +15067,11 @@ def parse_query(query: str) -> dict[str, str]:
     except ValueError:
         raise Error("the query is not UTF-8, or has too many fields", "", 400
                     ) from None
-    tags = " ".join(text for name, text in fields if name == "tag")
-    fields = [("tag", tags)] * bool(tags) + [
-        field for field in fields if field[0] != "tag"]
-    if len(dict(fields)) < len(fields):
+    found, tags = dict(fields), [text for name, text in fields
+                                 if name == "tag"]
+    if len(fields) - len(found) > len(tags[1:]):
         raise Error("the query has a field twice", "", 400)
-    return dict(fields)
+    return {**found, "tag": " ".join(tags)} if tags else found
 
 
 def parse_body(body: bytes) -> dict:
@@ -17053,10 +17052,8 @@ async def show_check_body(api: Api, context: RequestContext) -> Response:
 
 async def list_flips(api: Api, context: RequestContext) -> Response:
     """GET /api/v3/checks/CHECK/flips: when it went up or down."""
-    query = context.query
-    begin = query.get("start", 0.0)
-    if "seconds" in query:
-        begin = api.clock.now() - query["seconds"]
+    query, now = context.query, api.clock.now()
+    begin = max(query.get("start", 0), now - query.get("seconds", now))
     return await api.answer(api.dashboard.checks.flips_for_api,
                             *context.values, begin,
                             query.get("end", LARGEST_TIME))

@@ -192,13 +192,14 @@ def test_request_line_and_head_have_a_largest_size(data, end, status):
 
 @pytest.mark.parametrize("query, fields", [
     ("", {}), ("a=1&b=", {"a": "1", "b": ""}), ("a", {"a": ""}),
-    ("q=a+b%20c%C3%A4", {"q": "a b cä"}), ("q=a=b", {"q": "a=b"})])
+    ("q=a+b%20c%C3%A4", {"q": "a b cä"}), ("q=a=b", {"q": "a=b"}),
+    ("tag=x&q=1&tag=y", {"tag": "x y", "q": "1"})])
 def test_a_query_becomes_fields(query, fields):
     assert koitab.parse_query(query) == fields
 
 
 @pytest.mark.parametrize("query", [
-    "a=1&a=2", "a=%ff", "&".join(f"a{n}=1" for n in range(17))])
+    "a=1&a=2", "tag=x&tag=y&a=1&a=2", "a=%ff", "&".join(f"a{n}=1" for n in range(17))])
 def test_an_invalid_query_is_refused(query):
     assert refused(koitab.parse_query, query).status == 400
 
