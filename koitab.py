@@ -8850,6 +8850,7 @@ DASHBOARD_FILES, DASHBOARD_TASKS = 2**16, 256   # of its uid
 LONGEST_MAIL = 2**18        # bytes of a line that it sends
 MOST_ALERT_MAILS = 100      # in an hour
 MOST_LOG_LINES = 20         # in LOG_AGAIN seconds
+DASHBOARD_END = 3.0         # seconds from its SIGTERM to SIGKILL
 FIRST_LISTENER = 5          # its descriptors, after the program's file
 # Compiles the program on descriptor 4, as LOADER does; the arguments are
 # those of `run_embedded`.
@@ -8982,6 +8983,17 @@ class EmbeddedDashboard(AgentProcess):
             fd, self.lines = self.lines.sock.detach(), None
             self.poller.close(fd)
         self.is_ready = False
+
+    def end(self) -> None:
+        """Stop the process and wait for its end: the next koid is to find
+        the port and the database free."""
+        self.stop()
+        until = self.clock.ticks() + DASHBOARD_END
+        while self.pid and not os.waitpid(self.pid, os.WNOHANG)[0]:
+            if self.clock.ticks() > until:
+                self.kill("stopped")
+            time.sleep(0.02)
+        remove(self.socket)
 
     def ended(self, status: int, wanted: bool = True) -> None:
         """The process has ended; start it again."""
@@ -9218,8 +9230,7 @@ class Daemon:
         signal.signal(signal.SIGIO, signal.SIG_IGN)     # Python would die
         signal.setitimer(signal.ITIMER_REAL, 0)         # and by SIGALRM
         self.broker.process.stop()
-        self.embedded.stop()
-        remove(self.embedded.socket)
+        self.embedded.end()
         try:
             self.scheduler.collect_finished()
             self.scheduler.write(self.scheduler.planner.seen_statements())

@@ -156,9 +156,12 @@ def test_the_dashboard_has_no_right_but_its_database(host):
 
 def test_a_later_koid_runs_the_dashboard_again_at_the_same_port(host):
     host.start().new()
+    pid = host.pid()
     host.stop()
+    assert not support.is_alive(pid)
     host.start()
     wait_until(host.listens, 30, "the dashboard to be back")
+    assert host.problems() == "" and "restarting" not in host.log()
     wait_until(lambda: host.koitab("-d", "show").code == 0, 30,
                "koid to be connected")
 
