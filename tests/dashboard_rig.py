@@ -356,14 +356,30 @@ class HttpClient:
 
     def reply(self, method: str = "GET") -> HttpReply:
         status, headers = self.head()
+        if headers.get("transfer-encoding") == "chunked" and method != "HEAD":
+            return HttpReply(status, headers, b"".join(self.chunks()))
         length = int(headers.get("content-length", 0)) \
             if method != "HEAD" else 0
+        return HttpReply(status, headers, self.take(length))
+
+    def take(self, length: int) -> bytes:
+        """So many bytes."""
         while len(self.data) < length:
             if not self.more():
                 raise EOFError(bytes(self.data[:300]))
-        body = bytes(self.data[:length])
+        data = bytes(self.data[:length])
         del self.data[:length]
-        return HttpReply(status, headers, body)
+        return data
+
+    def chunks(self):
+        """The chunks of a body whose length was not known: RFC 9112, 7.1."""
+        size = 1
+        while size:
+            while b"\r\n" not in self.data:
+                if not self.more():
+                    raise EOFError(bytes(self.data[:300]))
+            size = int(self.take(self.data.index(b"\r\n") + 2), 16)
+            yield self.take(size + 2)[:-2]
 
     def read_to_end(self, seconds: float = 10) -> bytes:
         """All that comes until the other side closes the connection."""
