@@ -24197,11 +24197,17 @@ def connect_dashboard(options: Invocation, url: str, ca: str = "",
     except Error as error:
         raise Error(f"{url}: {error.message}", error.hint) from None
     if "plain_http" in options.given and client.is_exposed:
-        options.warn(f"warning: {url} is plain http: " + (
-            "any user of this machine who takes the port can take the keys"
-            if is_local(client.host) else "anybody on the way can read the "
-            "keys and change all of it"))
+        warn_of_plain_http(options, client.host, url)
     return client, ca
+
+
+def warn_of_plain_http(options: Invocation, host: str, url: str) -> None:
+    """Print who can take the keys that are sent to `url`, which names
+    `host`."""
+    options.warn(f"warning: {url} is plain http: " + (
+        "any user of this machine who takes the port can take the keys"
+        if is_local(host) else "anybody on the way can read the keys and "
+        "change all of it"))
 
 
 def split_dashboard_url(text: str) -> tuple[str, str]:
@@ -25937,7 +25943,11 @@ def command_page(options: Invocation, url: str = "") -> int:
             enrollment_directory(options))
         url = enrollment.url if enrollment else ""
     if url:
-        check_dashboard_url(url)
+        client = DashboardClient(url)
+        # A port below 1024 is root's; a browser knows no Unix socket.
+        if client.scheme == "http" and not (
+                is_local(client.host) and client.port < 1024):
+            warn_of_plain_http(options, client.host, url)
     put_out(sys.stdout, page_text(url.rstrip("/")).encode())
     return EXIT_OK
 

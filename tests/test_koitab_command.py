@@ -1438,6 +1438,17 @@ def test_the_bash_completion_completes(type_in, tmp_path, typed, found):
     assert sorted(done.stdout.decode().split("\n")[:-1]) == found
 
 
+@pytest.mark.parametrize("url, words", [
+    ("https://koi.example", ""), ("http://127.0.0.1:877", ""),
+    ("http://127.0.0.1:8077", "any user of this machine"),
+    ("http://koi.example:877", "anybody on the way")])
+def test_page_from_disk_comes_with_a_warning_of_plain_http(type_in, url,
+                                                           words):
+    done = type_in("page", url)
+    assert done.code == 0 and f'"{url}"' in done.out
+    assert words in done.err and bool(done.err) == bool(words)
+
+
 def test_help_lists_the_topics_and_prints_one(type_in):
     assert "koitab help security " in type_in("help").out
     assert type_in("help", "security").out == koitab.security_text()
