@@ -91,7 +91,7 @@ sleep {{{{Seconds, int, 1}}}}; echo Bye
 INVOICE = """\
 #!/bin/sh
 echo "an invoice for <$1>, as $2"
-[ -n "$1" ] || { echo "no customer, no invoice" >&2; exit 3; }
+[ "$1" != nobody ] || { echo "no such customer, no invoice" >&2; exit 3; }
 """
 
 SENDMAIL = """\
@@ -402,7 +402,7 @@ def show_koi(folder: Path) -> bool:
         explain("A job by hand: its output, its exit status. Whatever stands "
                 "in an\n    argument is a value and never becomes code.")
         told += [koi.type("run", "Say hello", "To whom=O'Brien $(id)"),
-                 koi.type("run", "Invoice", "Customer=", "Format=pdf"),
+                 koi.type("run", "Invoice", "Customer=nobody", "Format=pdf"),
                  koi.type("run", "Invoice", "Customer=Acme & Sons"),
                  koi.type("run", "Quick check")]
         explain("Every run is kept, with its output.")
