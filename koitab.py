@@ -4150,26 +4150,33 @@ def run_sendmail(words: list[str], message: bytes, environment: dict,
         done.stderr.decode("utf-8", "replace").strip()[-300:])
 
 
+def is_mail_address(text: str) -> bool:
+    """Is `text` one mail address, without signs that an option has?"""
+    return safe_address(text) and "@" in text and "," not in text
+
+
 def send_alert_mail(host: str, mail: dict, environment: dict) -> str:
     """Give the mail of an alert to sendmail; return "", or why that failed.
     `mail` is what `alert_message` needs. Raises OSError, SubprocessError."""
-    to = mail["to"]
-    if not safe_address(to) or "@" not in to:
+    to, sender = mail["to"], mail["sender"]
+    if not is_mail_address(to) or sender and not is_mail_address(sender):
         return "invalid email address"
-    status, words = run_sendmail(["-i", "--", to], alert_message(host, **mail),
-                                 environment, SEND_SECONDS)
+    options = ["-i", *(["-f", sender] if sender else [])]
+    status, words = run_sendmail([*options, "--", to], alert_message(
+        host, **mail), environment, SEND_SECONDS)
     return f"sendmail says {words or status}" if status else ""
 
 
-def alert_message(host: str, to: str, subject: str, text: str, key: str,
-                  at: float) -> bytes:
-    """Return the mail of an alert, sent from `host`. It contains foreign
-    text, so a character that could break a header becomes a blank."""
+def alert_message(host: str, to: str, sender: str, subject: str, text: str,
+                  key: str, at: float) -> bytes:
+    """Return the mail of an alert, from `sender` or, if that is "", from
+    koi@HOST. It contains foreign text, so a character that could break a
+    header becomes a blank."""
     from email import policy
     from email.message import EmailMessage
     from email.utils import formatdate
     message = EmailMessage(policy=policy.SMTP.clone(linesep="\n"))
-    message["From"] = f"koi <koi@{one_line(host)}>"
+    message["From"] = f"koi <{one_line(sender or f'koi@{host}')}>"
     message["To"] = to
     message["Subject"] = one_line("koi: " + subject)[:200]
     message["Date"] = formatdate(at)
@@ -9041,8 +9048,8 @@ class EmbeddedDashboard(AgentProcess):
     def start_mail(self, request: dict) -> dict | None:
         """Let a child send the mail, which replies to the process."""
         mail = {name: kind(request["mail"][name]) for name, kind in (
-            ("to", str), ("subject", str), ("text", str), ("key", str),
-            ("at", float))}
+            ("to", str), ("sender", str), ("subject", str), ("text", str),
+            ("key", str), ("at", float))}
         if len(self.mailers) >= MOST_MAILERS or not self.has_room(
                 self.mailed, MOST_ALERT_MAILS, HOUR):
             return {"error": f"koid sends at most {MOST_ALERT_MAILS} mails "
@@ -10801,6 +10808,10 @@ DIGEST_WINDOW = 600.0           # seconds; then one digest each DIGEST_PAUSE
 DIGEST_PAUSE = CHECK_PAUSE = 60.0   # and one change of a check each minute
 MOST_IN_DIGEST, LINES_OF_DIGEST = 1_000, 50
 UNTIL_WELL = LARGEST_TIME       # a snooze ends with its subject's last alert
+SMTP_PORTS = {"starttls": 587, "tls": 465, "none": 25}      # RFC 8314
+CHANNEL_OPTIONS = {             # kind of a channel -> what it may have
+    "mail": ("from",), "webhook": (), "ntfy": (),
+    "smtp": ("from", "host", "port", "security", "user", "password")}
 
 
 class Alert(FrozenRecord):
@@ -10850,6 +10861,8 @@ create index notifications_of_run on notifications (run)
         self.changes, self.timers = changes, timers
         self.audit, self.clock = audit, clock
         self.reported: dict[str, float] = {}    # check -> its last report
+        # Key of a test whose result somebody waits for -> its error, or None.
+        self.tests: dict[str, str | None] = {}
 
     def load(self, db: Database) -> None:
         """Set the timers of the snoozes."""
@@ -11063,6 +11076,7 @@ create index notifications_of_run on notifications (run)
                 db, channel, key,
                 Alert("", "test", now, "koi: a test", "If you can read this, "
                       "koi can tell you what happens."), [], now)
+            self.changes.after_commit(lambda: self.tests.update({key: None}))
             return {"id": channel, "key": key}
         self.audit.record(db, now, "channel", state=action)
         return {"id": channel}
@@ -11071,31 +11085,25 @@ create index notifications_of_run on notifications (run)
                     now: float) -> int:
         """Add the channel that a request describes; return its id. Raises
         Error."""
-        kind = request.choice("kind", ("mail", "webhook", "ntfy"))
-        target = request.text("target", 1000).strip()
-        if kind == "mail" and not (safe_address(target) and "@" in target
-                                   and "," not in target):
-            raise Error("invalid email address",
-                        "name@example.org", 400)
-        if kind != "mail" and not is_web_address(target):
-            raise Error("invalid URL: expected http:// or https://",
-                        "https://example.org/path", 400)
-        if kind == "ntfy" and not request_target(target).strip("/"):
-            raise Error("missing topic in the URL", "https://ntfy.sh/TOPIC",
-                        400)
+        columns = read_channel(request)
         if db.value("select count(*) from channels") >= MOST_CHANNELS:
             raise Error(f"there are {MOST_CHANNELS} channels already", "",
                         403)
-        return db.insert("channels", kind=kind, target=target, created=now)
+        return db.insert("channels", created=now, **columns)
 
     def list_channels(self, db: Database, role: str) -> dict:
         """Return the channels as a role sees them: an operator without
         passwords, others without all that could be a secret in a URL."""
-        rows = db.rows("select id, kind, target, last, error from channels "
-                       "order by id")
+        import json
+        rows = db.rows("select id, kind, target, options, last, error from "
+                       "channels order by id")
         for row in rows:
-            row["target"] = without_password(row["target"]) \
-                if role == "operator" else without_path(row["target"])
+            options = json.loads(row.pop("options"))
+            if role == "operator":
+                row["target"] = without_password(row["target"])
+                row["options"] = without_values(options)
+            else:
+                row["target"] = without_path(row["target"])
         return {"channels": rows}
 
     # --- delivery
@@ -11132,10 +11140,10 @@ create index notifications_of_run on notifications (run)
             found.update(sent=found["sent"] + len(fresh), sent_at=now)
             db.update("channels", found, id=channel)
         return db.rows(
-            "select m.*, c.kind way, c.target, d.dash from notifications m "
-            "join channels c on c.id = m.channel cross join dashboard d where "
-            "m.channel = ? and m.due <= ? order by m.id limit 100",
-            channel, now)
+            "select m.*, c.kind way, c.target, c.options, d.dash from "
+            "notifications m join channels c on c.id = m.channel cross join "
+            "dashboard d where m.channel = ? and m.due <= ? order by m.kind "
+            "<> 'test', m.id limit 100", channel, now)
 
     def postpone(self, db: Database, numbers: list[int], due: float) -> None:
         """Let notifications wait until `due`."""
@@ -11164,17 +11172,18 @@ create index notifications_of_run on notifications (run)
             db.delete("notifications", id=number)
 
     def mark_delivered(self, db: Database, notification: int, error: str,
-                       now: float) -> None:
+                       now: float, is_final: bool = False) -> None:
         """Record an attempt to deliver; `error` is "" if it went well. Else
-        it is repeated for a day, after 15 s to 1 h."""
+        it is repeated for a day, after 15 s to 1 h, unless it `is_final`."""
         found = db.row("select channel, at, tries, kind, key from "
                        "notifications where id = ?", notification)
         if not found:
             return
-        if found["kind"] == "test":     # somebody waits for this attempt
+        if found["key"] in self.tests:
+            self.tests[found["key"]] = error
             self.changes.mark_changed("tests", found["key"])
         if error and now - found["at"] < DAY_SECONDS \
-                and found["kind"] != "test":
+                and found["kind"] != "test" and not is_final:
             pause = min(15 * 2**min(found["tries"], 10), 3600)
             db.execute("update notifications set due = ? where channel = ? "
                        "and due <= ?", now + 15, found["channel"], now)
@@ -11192,8 +11201,7 @@ create index notifications_of_run on notifications (run)
         if db.value("select 1 from notifications where key = ?",
                     test["key"]):
             return None
-        error = db.value("select error from channels where id = ?",
-                         test["id"])
+        error = self.tests[test["key"]]
         error = "the channel was deleted" if error is None else error
         return {"id": test["id"], "delivered": not error, "error": error}
 
@@ -11209,6 +11217,54 @@ create index notifications_of_run on notifications (run)
             db.execute("update notifications set due = ? where due > ? and "
                        "tries = 0 and subject like 'job:%'", now, now)
         self.changes.mark_changed("notifications", run)
+
+
+def read_channel(request: RequestFields) -> dict:
+    """Return the columns of the channel that a request describes. Raises
+    Error."""
+    request.allow_only(("do", "kind", "target", "options"))
+    kind = request.choice("kind", tuple(CHANNEL_OPTIONS))
+    target = request.text("target", 1000).strip()
+    if kind in ("mail", "smtp") and not is_mail_address(target):
+        raise Error("invalid email address",
+                    "name@example.org", 400)
+    if kind in ("webhook", "ntfy") and not is_web_address(target):
+        raise Error("invalid URL: expected http:// or https://",
+                    "https://example.org/path", 400)
+    if kind == "ntfy" and not request_target(target).strip("/"):
+        raise Error("missing topic in the URL", "https://ntfy.sh/TOPIC", 400)
+    options = RequestFields(request.get("options", dict, {}), "options")
+    options.allow_only(CHANNEL_OPTIONS[kind])
+    found = {}
+    sender = options.text("from", 320, "")
+    if sender and not is_mail_address(sender):
+        raise options.wrong("from", "is not a mail address")
+    if sender:
+        found["from"] = sender
+    if kind == "smtp":
+        found.update(read_mail_server(options))
+    return {"kind": kind, "target": target, "options": compact_json(found)}
+
+
+def read_mail_server(options: RequestFields) -> dict:
+    """Return the options of a channel of the kind smtp. Raises Error."""
+    import re
+    security = options.choice("security", tuple(SMTP_PORTS), "starttls")
+    found = {"security": security, "port": options.whole(
+        "port", SMTP_PORTS[security], 1, 65_535)}
+    for name, default in (("host", MISSING), ("user", ""), ("password", "")):
+        found[name] = options.text(name, 255, default)
+        if not (found[name].isascii() and found[name].isprintable()):
+            raise options.wrong(name, "has characters other than ASCII")
+    if not re.fullmatch("[A-Za-z0-9.:_-]+", found["host"]):
+        raise options.wrong("host", "is not a host name")
+    if bool(found["user"]) != bool(found["password"]):
+        raise options.wrong("user", "and password need each other")
+    if found["user"] and security == "none" \
+            and found["host"] not in ("localhost", "127.0.0.1", "::1"):
+        raise options.wrong("security", "none would send the password "
+                            "unencrypted")
+    return found
 
 
 def is_web_address(text: str) -> bool:
@@ -11231,6 +11287,14 @@ def without_password(target: str) -> str:
     if not found or "@" not in place:
         return target
     return f"{scheme}://***@{place.rpartition('@')[2]}{slash}{path}"
+
+
+def without_values(options: dict) -> dict:
+    """Return the options of a channel without its secrets: the password, and
+    the values of headers."""
+    return {name: "***" if name == "password" and value
+            else dict.fromkeys(value, "***") if name == "headers" else value
+            for name, value in options.items()}
 
 
 def without_path(target: str) -> str:
@@ -14588,8 +14652,9 @@ class Dashboard:
 # ==========================================================================
 # Notifier: how does an alert go out?                (network, processes; U)
 #
-# A change of state is reported once: by mail, webhook or ntfy. A delivery
-# that fails is repeated for a day, and its error shown on the page.
+# A change of state is reported once: by mail (the machine's sendmail, or a
+# mail server), webhook or ntfy. A delivery that fails is repeated for a day,
+# unless a mail server refuses it for good, and its error shown on the page.
 # ==========================================================================
 
 TEST_SECONDS = 20.0     # that the answer to Test waits for its delivery
@@ -14731,9 +14796,9 @@ class Notifier:
                 if not notifications:
                     return
                 for notification in notifications:
-                    error = self.deliver(notification)
+                    error, is_final = self.deliver(notification)
                     do(alerts.mark_delivered, notification["id"], error,
-                       self.dashboard.clock.now())
+                       self.dashboard.clock.now(), is_final)
                     if error or self.stopping:
                         break
         except Error:           # the disk is full, or the dashboard stops
@@ -14741,26 +14806,76 @@ class Notifier:
         finally:
             self.busy.discard(channel)
 
-    def deliver(self, notification: dict) -> str:
-        """Deliver one notification; return "", or why that failed."""
+    def deliver(self, notification: dict) -> tuple[str, bool]:
+        """Deliver one notification. Return "", or why that failed, and
+        whether a repetition would be refused, too (RFC 5321, 4.2.1)."""
+        import json
+        code, target = 0, notification["target"]
+        options = notification["options"] = json.loads(
+            notification["options"])
         try:
             add_facts(notification, self.url)
-            return {"mail": self.send_mail, "webhook": self.send_webhook,
-                    "ntfy": self.send_ntfy}[notification["way"]](notification)
-        except Exception as error:      # of any kind: it is repeated
-            return without_secrets(f"{type(error).__name__}: {error}",
-                                   notification["target"])
+            error = {
+                "mail": self.send_mail, "webhook": self.send_webhook,
+                "ntfy": self.send_ntfy, "smtp": self.send_smtp}[
+                    notification["way"]](notification)
+        except Exception as failure:    # of any kind: it is repeated
+            code, words = smtp_reply(failure)
+            error = f"the mail server answered {code} {words}" if code \
+                else failure_words(failure)
+        return without_secrets(error, target, options), 500 <= code < 600
+
+    def mail_fields(self, notification: dict) -> dict:
+        """Return what `alert_message` needs for the mail of a
+        notification."""
+        return {"to": notification["target"], "subject": notification["title"],
+                "text": mail_text(notification), "at": notification["at"],
+                "key": f"{notification['key']}.{notification['dash']}",
+                "sender": notification["options"].get("from", "")}
 
     def send_mail(self, notification: dict) -> str:
         """Give a mail to sendmail, or to koid; return "", or why that
         failed. Raises OSError and SubprocessError."""
-        mail = {"to": notification["target"], "subject": notification["title"],
-                "text": mail_text(notification), "at": notification["at"],
-                "key": f"{notification['key']}.{notification['dash']}"}
+        mail = self.mail_fields(notification)
         if self.koid:
             return self.koid.send_mail(mail)
         return send_alert_mail(self.machine.host(), mail, {
             "PATH": DEFAULT_PATH, "HOME": os.environ.get("HOME", "/")})
+
+    def send_smtp(self, notification: dict) -> str:
+        """Give a mail to the channel's mail server; return "". With TLS its
+        certificate is verified. Raises OSError; smtplib's errors are."""
+        import smtplib
+        from threading import Timer
+        options, host = notification["options"], self.machine.host()
+        message = alert_message(host, **self.mail_fields(notification))
+        settings = {"timeout": SEND_SECONDS, "local_hostname": one_line(host)}
+        server = smtplib.SMTP_SSL(context=tls_context(), **settings) \
+            if options["security"] == "tls" else smtplib.SMTP(**settings)
+        # Only the constructor sets the name that the certificate must have;
+        # it would also connect, and no timer could end that.
+        server._host = options["host"]
+        timer = Timer(SEND_SECONDS + 1, abort_session, (server,))
+        timer.daemon = True
+        timer.start()
+        try:
+            code, words = server.connect(options["host"], options["port"])
+            if code != 220:
+                raise smtplib.SMTPConnectError(code, words)
+            if options["security"] == "starttls":
+                server.starttls(context=tls_context())
+            if options["user"]:
+                server.login(options["user"], options["password"])
+            server.sendmail(options.get("from") or f"koi@{one_line(host)}",
+                            [notification["target"]], message.decode("ascii"))
+            try:
+                server.quit()
+            except OSError:         # the mail was accepted before
+                pass
+            return ""
+        finally:
+            timer.cancel()
+            server.close()
 
     def send_webhook(self, notification: dict) -> str:
         """POST a notification as JSON; return "", or why that failed.
@@ -14827,14 +14942,34 @@ def mail_text(notification: dict) -> str:
         f"{name + ':':8}{one_line(value)}\n" for name, value in rows if value)
 
 
-def without_secrets(text: str, target: str) -> str:
-    """Return an error's text without the URL or address `target` and its
-    parts, because they may hold a key."""
+def without_secrets(text: str, target: str, options: dict) -> str:
+    """Return an error's text without the URL or address `target`, its parts,
+    and what is secret in a channel's options: it may hold a key."""
     from urllib.parse import urlsplit
-    for part in (target, *map(str, urlsplit(target)[1:4])):
+    for part in (target, *map(str, urlsplit(target)[1:4]),
+                 *options.get("headers", {}).values(),
+                 options.get("user", ""), options.get("password", "")):
         if len(part) > 3:
             text = text.replace(part, "...")
     return escape_controls(text)[:300]
+
+
+def smtp_reply(error: Exception) -> tuple[int, str]:
+    """Return code and text of the mail server's reply that an exception of
+    smtplib has; (0, "") if it has none."""
+    code, text = next(iter(getattr(error, "recipients", {}).values()), (
+        getattr(error, "smtp_code", 0), getattr(error, "smtp_error", b"")))
+    return code, text.decode("utf-8", "replace") \
+        if isinstance(text, bytes) else text
+
+
+def abort_session(server) -> None:
+    """End what an smtplib.SMTP waits for; from any thread."""
+    try:
+        # The method of SSLSocket would drop its TLS state under a read.
+        socket.socket.shutdown(server.sock, socket.SHUT_RDWR)
+    except (AttributeError, TypeError, OSError):
+        pass                # it is closed, or not open yet
 
 
 def post(target: str, body: bytes, headers: dict) -> str:
@@ -15737,7 +15872,7 @@ def shown_certificate(context, path: str) -> tuple[float, bytes]:
 NEEDED = tuple(
     "base64 binascii calendar concurrent.futures.thread email.header "
     "email.message email.policy email.utils hashlib heapq hmac html "
-    "http.client ipaddress json queue re secrets sqlite3 ssl struct "
+    "http.client ipaddress json queue re secrets smtplib sqlite3 ssl struct "
     "subprocess threading traceback unicodedata urllib.parse uuid zlib"
     .split())
 
@@ -16986,14 +17121,17 @@ async def change_channel(api: Api, context: RequestContext) -> Response:
     if "key" not in result:
         return json_response(result)
     found, until = None, api.loop.time() + TEST_SECONDS
-    with LongPoll(api.polls, ("test", result["key"])) as poll:
-        while not found:
-            found = await api.in_reader(api.dashboard.read,
-                                        alerts.test_result, result)
-            if not found and not await context.connection.run_until_closed(
-                    poll.wait(until - api.loop.time())):
-                found = {"id": result["id"], "delivered": False, "error":
-                         f"no result after {TEST_SECONDS:g} seconds"}
+    try:
+        with LongPoll(api.polls, ("test", result["key"])) as poll:
+            while not found:
+                found = await api.in_reader(api.dashboard.read,
+                                            alerts.test_result, result)
+                if not found and not await context.connection.run_until_closed(
+                        poll.wait(until - api.loop.time())):
+                    found = {"id": result["id"], "delivered": False, "error":
+                             f"no result after {TEST_SECONDS:g} seconds"}
+    finally:
+        del alerts.tests[result["key"]]
     return json_response(found)
 
 

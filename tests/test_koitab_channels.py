@@ -15,6 +15,7 @@ import types
 
 import pytest
 
+import servers
 import support
 from dashboard_rig import HOST, NOW, InProcessDashboard, frames, piece, refused
 
@@ -321,6 +322,8 @@ def test_mail_goes_through_sendmail_with_clean_headers(dashboard, tmp_path,
     assert message["Bcc"] is None and message["To"] == "ops@example.org"
     assert message["Subject"] == \
         r'koi: Night/Bäck"up\x0d\x0aBcc: x on web1 failed'
+    host = koitab.Machine().host()
+    assert message["From"] == f"koi <koi@{host}>"
     assert message["Message-ID"] and "exit status 1" in message.get_content()
     assert dashboard.rows("select * from notifications") == []
 
@@ -403,3 +406,204 @@ def test_the_notifier_delivers_a_new_notification_at_once(tmp_path, listener):
         "select * from notifications") == [], 5)
     notifier.stop()
     dashboard.dashboard.stop()
+
+
+def test_mail_has_the_sender_of_its_channel(quiet, tmp_path, monkeypatch):
+    program, kept = tmp_path / "sendmail", tmp_path / "mail"
+    program.write_text(f"#!/bin/sh\necho \"$@\" > {kept}.args\n"
+                       f"exec cat > {kept}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(koitab, "SENDMAILS", (str(program),))
+    add(quiet, "mail", "ops@example.org", {"from": "koi@example.net"})
+    fail(quiet)
+    deliver(quiet)
+    assert (tmp_path / "mail.args").read_text() == \
+        "-i -f koi@example.net -- ops@example.org\n"
+    message = email.message_from_bytes(kept.read_bytes())
+    assert message["From"] == "koi <koi@example.net>"
+
+
+# --- a mail server
+
+ACCOUNT = "koi", "op en:sesame"
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    return servers.certificate(tmp_path_factory.mktemp("certificate"))
+
+
+def add(dashboard, kind: str, target: str, options: dict) -> int:
+    """Add a channel with options; return its id."""
+    return dashboard.do(dashboard.dashboard.alerts.change_channel, {
+        "kind": kind, "target": target, "options": options}, NOW)["id"]
+
+
+def add_smtp(dashboard, sink, **options) -> int:
+    return add(dashboard, "smtp", "ops@example.org", {
+        "host": "localhost", "port": sink.port, "security": sink.security,
+        **options})
+
+
+def shown(dashboard, role: str = "operator") -> dict:
+    """The last channel as a role sees it."""
+    return dashboard.ask(dashboard.dashboard.alerts.list_channels,
+                         role)["channels"][-1]
+
+
+@pytest.mark.parametrize("security", ["starttls", "tls", "none"])
+def test_mail_server_gets_a_mail_after_the_login(quiet, security, certificate,
+                                                 monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.cert))
+    with servers.Sink(security, certificate, ACCOUNT) as sink:
+        add_smtp(quiet, sink, user=ACCOUNT[0], password=ACCOUNT[1],
+                 **{"from": "koi@example.net"})
+        fail(quiet)
+        deliver(quiet)
+    letter, = sink.letters
+    assert (letter.sender, letter.recipients, letter.login, letter.secure) == (
+        "<koi@example.net>", ["ops@example.org"], ACCOUNT, security != "none")
+    assert letter["From"] == "koi <koi@example.net>"
+    assert "exit status 1" in letter.text and letter["Bcc"] == "None"
+    assert sink.commands[-1].upper() == "QUIT" and b"\n" not in \
+        sink.wires[0].replace(b"\r\n", b"")
+    assert quiet.rows("select * from notifications") == []
+    assert (shown(quiet)["error"], shown(quiet)["last"]) == ("", NOW)
+
+
+@pytest.mark.parametrize("security", ["starttls", "tls"])
+def test_mail_server_with_an_unknown_certificate_gets_no_password(
+        quiet, security, certificate):
+    with servers.Sink(security, certificate, ACCOUNT) as sink:
+        add_smtp(quiet, sink, user=ACCOUNT[0], password=ACCOUNT[1])
+        fail(quiet)
+        deliver(quiet)
+    assert sink.logins == [] and "certificate" in shown(quiet)["error"]
+    assert len(quiet.rows("select * from notifications")) == 1
+
+
+def test_mail_server_without_starttls_gets_no_mail(quiet):
+    with servers.Sink("none") as sink:
+        add_smtp(quiet, sink, security="starttls")
+        fail(quiet)
+        deliver(quiet)
+    assert sink.letters == [] and "STARTTLS" in shown(quiet)["error"]
+    assert len(quiet.rows("select * from notifications")) == 1
+
+
+@pytest.mark.parametrize("verb, reply, is_repeated", [
+    ("RCPT", "451 4.3.0 later", True), ("DATA", "452 no room", True),
+    ("MAIL", "421 4.3.2 closing", True), ("EHLO", "421 busy", True),
+    ("RCPT", "550 5.1.1 unknown user", False),
+    ("MAIL", "553 not your address", False),
+    ("DATA", "554 5.7.1 looks like spam", False)])
+def test_what_a_mail_server_refuses_for_good_is_not_repeated(
+        quiet, verb, reply, is_repeated):
+    with servers.Sink("none") as sink:
+        sink.answers[verb] = reply
+        if verb == "EHLO":
+            sink.answers["HELO"] = reply
+        add_smtp(quiet, sink)
+        fail(quiet)
+        deliver(quiet)
+        assert len(quiet.rows("select * from notifications")) == is_repeated
+        assert shown(quiet)["error"] == f"the mail server answered {reply}"
+        sink.answers.clear()
+        quiet.clock.time += 15
+        deliver(quiet)
+        assert len(sink.letters) == is_repeated
+
+
+def test_wrong_password_is_shown_and_not_in_the_error(quiet):
+    with servers.Sink("none", account=ACCOUNT) as sink:
+        sink.answers["AUTH"] = "535 5.7.8 no: op en:sesame"
+        add_smtp(quiet, sink, user="koi@x", password=ACCOUNT[1])
+        fail(quiet)
+        deliver(quiet)
+    assert shown(quiet)["error"].endswith("answered 535 5.7.8 no: ...")
+
+
+def test_mail_server_that_says_nothing_is_left_in_time(quiet, monkeypatch):
+    monkeypatch.setattr(koitab, "SEND_SECONDS", 0.3)
+    with servers.Sink("none") as sink:
+        sink.silent = True
+        add_smtp(quiet, sink)
+        fail(quiet)
+        deliver(quiet)
+        assert shown(quiet)["error"] == "no answer in time"
+
+
+def test_mail_server_that_drips_is_cut_off(monkeypatch):
+    """Each byte comes in time; the whole has a limit."""
+    monkeypatch.setattr(koitab, "SEND_SECONDS", 0.4)
+    server, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
+    finished = []
+
+    def drip():
+        connection, _ = server.accept()
+        try:
+            connection.sendall(b"220-")
+            for _ in range(300):
+                connection.sendall(b"x")
+                if over.wait(0.05):
+                    break
+            else:
+                finished.append(True)
+        except OSError:
+            pass
+        connection.close()
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    with pytest.raises(OSError):
+        koitab.Notifier(None).send_smtp({"target": "a@b", "options": {
+            "host": "127.0.0.1", "port": server.getsockname()[1],
+            "security": "none"}})
+    over.set()
+    thread.join()
+    server.close()
+    assert not finished
+
+
+def test_password_of_a_mail_server_is_shown_to_nobody(quiet):
+    add(quiet, "smtp", "ops@example.org", {
+        "host": "mail.example.org", "user": "koi", "password": "sesame"})
+    channel = shown(quiet)
+    assert channel["options"] == {
+        "security": "starttls", "port": 587, "host": "mail.example.org",
+        "user": "koi", "password": "***"}
+    assert "options" not in shown(quiet, "viewer")
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("mail", {"from": "koi"}), ("mail", {"from": "-oQ@x"}),
+    ("mail", {"form": "a@b"}), ("ntfy", {"from": "a@b"}), ("smtp", {}),
+    ("smtp", {"host": "a b"}), ("smtp", {"host": "x", "port": 0}),
+    ("smtp", {"host": "x", "security": "ssl"}), ("mail", []),
+    ("smtp", {"host": "x", "user": "u"}),
+    ("smtp", {"host": "x", "password": "p"}),
+    ("smtp", {"host": "x", "user": "ü", "password": "p"}),
+    ("smtp", {"host": "x", "user": "u\r\n", "password": "p"}),
+    ("smtp", {"host": "x", "security": "none", "user": "u",
+              "password": "p"})])
+def test_options_that_a_channel_cannot_have_are_refused(dashboard, kind,
+                                                        options):
+    with refused(400):
+        add(dashboard, kind, "https://ntfy.sh/x" if kind == "ntfy"
+            else "ops@example.org", options)
+
+
+def test_result_of_a_test_is_that_of_no_other_notification(quiet):
+    """What waited before the test comes after it, and fails."""
+    with servers.Sink("none") as sink:
+        channel = add_smtp(quiet, sink)
+        fail(quiet)
+        sink.answers["RCPT"] = ["250 ok", "451 later"]
+        alerts = quiet.dashboard.alerts
+        test = quiet.do(alerts.change_channel, {"do": "test", "id": channel},
+                        NOW)
+        deliver(quiet)
+        assert sink.subjects() == ["koi: koi: a test"]
+    assert "451" in shown(quiet)["error"]
+    assert quiet.ask(alerts.test_result, test) == {
+        "id": channel, "delivered": True, "error": ""}

@@ -335,8 +335,8 @@ def test_mail_of_the_dashboard_has_the_rights_of_koid(host):
     assert "sendmail says the queue is full" in result["error"]
 
 
-MAIL = {"to": "ops@example.org", "subject": "x", "text": "y", "key": "k",
-        "at": 1.0}
+MAIL = {"to": "ops@example.org", "sender": "", "subject": "x", "text": "y",
+        "key": "k", "at": 1.0}
 
 
 @pytest.mark.parametrize("field, value, expected", [
@@ -360,8 +360,9 @@ def test_a_field_of_a_mail_cannot_add_a_header(field, value, expected):
 @pytest.mark.parametrize("to", [
     "-oQ/tmp@example.org", "root", "a@b, c@d", "a@b\nBcc: c@d", "|sh@x", ""])
 def test_a_recipient_that_is_not_one_address_gets_no_mail(to):
-    assert koitab.send_alert_mail("web1", {**MAIL, "to": to}, {}) \
-        == "invalid email address"
+    for fields in ({"to": to}, {"sender": to or "-"}):
+        assert koitab.send_alert_mail("web1", {**MAIL, **fields}, {}) \
+            == "invalid email address"
 
 
 @pytest.fixture
