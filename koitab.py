@@ -10810,8 +10810,16 @@ MOST_IN_DIGEST, LINES_OF_DIGEST = 1_000, 50
 UNTIL_WELL = LARGEST_TIME       # a snooze ends with its subject's last alert
 SMTP_PORTS = {"starttls": 587, "tls": 465, "none": 25}      # RFC 8314
 CHANNEL_OPTIONS = {             # kind of a channel -> what it may have
-    "mail": ("from",), "webhook": (), "ntfy": (),
+    "mail": ("from",), "webhook": ("headers", "body"), "ntfy": (),
     "smtp": ("from", "host", "port", "security", "user", "password")}
+# What a webhook gets: of the notification, and of its alert if it has one.
+NOTIFICATION_FIELDS = ("key", "status", "kind", "title", "text", "time",
+                       "link", "dash")
+ALERT_FIELDS = ("startsAt", "endsAt", "host", "section", "job", "check",
+                "run", "command", "output")
+# HTTP has them, or the client sets them.
+REFUSED_HEADERS = ("host", "content-length", "transfer-encoding",
+                   "connection", "expect", "idempotency-key")
 
 
 class Alert(FrozenRecord):
@@ -11243,6 +11251,8 @@ def read_channel(request: RequestFields) -> dict:
         found["from"] = sender
     if kind == "smtp":
         found.update(read_mail_server(options))
+    if kind == "webhook":
+        found.update(read_webhook(options))
     return {"kind": kind, "target": target, "options": compact_json(found)}
 
 
@@ -11265,6 +11275,52 @@ def read_mail_server(options: RequestFields) -> dict:
         raise options.wrong("security", "none would send the password "
                             "unencrypted")
     return found
+
+
+def read_webhook(options: RequestFields) -> dict:
+    """Return the options of a channel of the kind webhook. Raises Error."""
+    import re
+    found = {"headers": {name.title(): value for name, value
+                         in options.texts("headers", 4000).items()},
+             "body": options.text("body", 10_000, "")}
+    for name, value in found["headers"].items():
+        if not re.fullmatch("[A-Za-z0-9_-]+", name) or not re.fullmatch(
+                "[ -~]*", value) or name.lower() in REFUSED_HEADERS:
+            raise options.wrong("headers", f"has an invalid {short(name)}")
+    if found["body"]:
+        check_template(options, found["body"])
+    return {name: value for name, value in found.items() if value}
+
+
+def check_template(options: RequestFields, body: str) -> None:
+    """Refuse a webhook's body that would not become JSON. Raises Error."""
+    import json
+    names = (*NOTIFICATION_FIELDS, *ALERT_FIELDS)
+    try:
+        json.loads(fill_template(body, dict.fromkeys(names, 'a "b"')))
+    except KeyError as error:
+        name = error.args[0]
+        raise Error(f"options: body has an unknown placeholder {short(name)}",
+                    f"did you mean {nearest(name, names) or 'text'}?", 400
+                    ) from None
+    except (ValueError, RecursionError):
+        raise Error("options: body is not JSON", 'placeholders stand within '
+                    'strings: {"text": "{{text}}"}', 400) from None
+
+
+def fill_template(body: str, values: dict) -> str:
+    """Return a webhook's body with the values in the place of {{NAME}} and
+    {{NAME:LENGTH}}, as they are written in a string of JSON. Raises KeyError
+    for an unknown name, and ValueError for an invalid length."""
+    import json
+    import re
+
+    def written(found) -> str:
+        name, _, most = found[1].partition(":")
+        value = str(values[name.strip()])
+        return json.dumps(value[:int(most)] if most else value)[1:-1]
+
+    return re.sub(r"\{\{([^}]*)\}\}", written, body)
 
 
 def is_web_address(text: str) -> bool:
@@ -14878,15 +14934,22 @@ class Notifier:
             server.close()
 
     def send_webhook(self, notification: dict) -> str:
-        """POST a notification as JSON; return "", or why that failed.
-        Raises ConnectionFailed and ValueError."""
+        """POST a notification as JSON, in the form that its channel has;
+        return "", or why that failed. Raises ConnectionFailed and
+        ValueError."""
         import json
-        body = {name: notification[name] for name in (
-            "key", "status", "kind", "title", "text", "time", "link", "dash",
-            "alerts")}
-        return post(notification["target"], json.dumps(body).encode(), {
+        options, alerts = notification["options"], notification["alerts"]
+        body = {name: notification[name] for name in NOTIFICATION_FIELDS}
+        if "body" in options:
+            alert = alerts[0] if len(alerts) == 1 else {}
+            text = fill_template(options["body"], {**body, **{
+                name: alert.get(name) or "" for name in ALERT_FIELDS}})
+        else:
+            text = json.dumps({**body, "alerts": alerts})
+        return post(notification["target"], text.encode(), {
             "Content-Type": "application/json",
-            "Idempotency-Key": notification["key"]})
+            "Idempotency-Key": notification["key"],
+            **options.get("headers", {})})
 
     def send_ntfy(self, notification: dict) -> str:
         """POST a notification to a topic of ntfy; return "", or why that

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import email
 import email.policy
 import http.server
@@ -537,32 +538,31 @@ def test_mail_server_that_drips_is_cut_off(monkeypatch):
     """Each byte comes in time; the whole has a limit."""
     monkeypatch.setattr(koitab, "SEND_SECONDS", 0.4)
     server, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
-    finished = []
 
     def drip():
         connection, _ = server.accept()
-        try:
+        with contextlib.suppress(OSError):
             connection.sendall(b"220-")
-            for _ in range(300):
+            while not over.wait(0.05):
                 connection.sendall(b"x")
-                if over.wait(0.05):
-                    break
-            else:
-                finished.append(True)
-        except OSError:
-            pass
         connection.close()
 
-    thread = threading.Thread(target=drip)
+    thread = threading.Thread(target=drip, daemon=True)
     thread.start()
-    with pytest.raises(OSError):
-        koitab.Notifier(None).send_smtp({"target": "a@b", "options": {
-            "host": "127.0.0.1", "port": server.getsockname()[1],
-            "security": "none"}})
-    over.set()
-    thread.join()
-    server.close()
-    assert not finished
+    notifier = koitab.Notifier(None)
+    monkeypatch.setattr(notifier, "mail_fields", lambda _: {
+        "to": "a@b", "sender": "", "subject": "", "text": "", "key": "k",
+        "at": NOW})
+    try:
+        with pytest.raises(OSError):
+            notifier.send_smtp({"target": "a@b", "options": {
+                "host": "127.0.0.1", "port": server.getsockname()[1],
+                "security": "none"}})
+        assert not over.is_set()
+    finally:
+        over.set()
+        thread.join(20)
+        server.close()
 
 
 def test_password_of_a_mail_server_is_shown_to_nobody(quiet):
@@ -607,3 +607,151 @@ def test_result_of_a_test_is_that_of_no_other_notification(quiet):
     assert "451" in shown(quiet)["error"]
     assert quiet.ask(alerts.test_result, test) == {
         "id": channel, "delivered": True, "error": ""}
+
+
+# --- webhooks with headers and a body
+
+def utf16(text: str) -> int:
+    """The length of a text as JavaScript counts it, which is the largest."""
+    return len(text.encode("utf-16-le")) // 2
+
+
+def check_slack(body: dict) -> list[str]:
+    """Block Kit: a section's text has 1 to 3,000 characters, and needs no
+    escapes as plain text."""
+    texts = []
+    assert body.keys() == {"blocks"} and 1 <= len(body["blocks"]) <= 50
+    for block in body["blocks"]:
+        assert block.keys() == {"type", "text"}
+        assert block["type"] == "section"
+        assert block["text"].keys() == {"type", "text"}
+        assert block["text"]["type"] == "plain_text"
+        texts.append(block["text"]["text"])
+        assert 1 <= utf16(texts[-1]) <= 3000
+    return texts
+
+
+def check_discord(body: dict) -> list[str]:
+    """Execute Webhook: one of content, embeds; 10 embeds at most with a
+    title of 256, a description of 4,096 and 6,000 characters in all."""
+    assert body.keys() == {"embeds"} and 1 <= len(body["embeds"]) <= 10
+    embed, = body["embeds"]
+    assert embed.keys() == {"title", "description"}
+    assert 1 <= utf16(embed["title"]) <= 256
+    assert 1 <= utf16(embed["description"]) <= 4096
+    assert sum(map(utf16, embed.values())) <= 6000
+    return list(embed.values())
+
+
+def check_teams(body: dict) -> list[str]:
+    """A message of Workflows: at most 28 KB, with adaptive cards."""
+    assert len(json.dumps(body)) <= 28 * 1024
+    assert body["type"] == "message"
+    attachment, = body["attachments"]
+    assert attachment["contentType"] == \
+        "application/vnd.microsoft.card.adaptive"
+    assert attachment["contentUrl"] is None
+    card = attachment["content"]
+    assert card["type"] == "AdaptiveCard" and card["version"] == "1.4"
+    assert card["$schema"].endswith("/adaptive-card.json")
+    assert {block["type"] for block in card["body"]} == {"TextBlock"}
+    assert all(block["text"] and block["wrap"] for block in card["body"])
+    return [block["text"] for block in card["body"]]
+
+
+def check_gotify(body: dict) -> list[str]:
+    """POST /message: a text, which is required, a title, and a whole number
+    as priority."""
+    assert body.keys() == {"title", "message", "priority"}
+    assert body["message"] and type(body["priority"]) is int
+    return [body["title"], body["message"]]
+
+
+SERVICES = {"Slack": check_slack, "Discord": check_discord,
+            "Teams": check_teams, "Gotify": check_gotify}
+
+
+def recipe(service: str) -> tuple[dict, str]:
+    """Headers and body of a service, as README prints them."""
+    text = (support.ROOT / "README.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines()
+               if line.startswith(f"| {service} |"))
+    header, body = (cell.strip(" `") for cell in row.split("|")[3:5])
+    name, _, value = header.partition(": ")
+    return {name: value} if name else {}, body
+
+
+@pytest.mark.parametrize("output", [
+    "", "no space", "x" * 400 + "\n",
+    "\U0001f4a5\\\"'{{title}}<!here>" + "\U0001f4a5" * 300 + "\n"],
+    ids=["none", "one line", "long", "wide"])
+@pytest.mark.parametrize("service", SERVICES)
+def test_recipe_of_readme_makes_what_the_service_takes(quiet, listener,
+                                                       service, output):
+    headers, body = recipe(service)
+    add(quiet, "webhook", listener.url, {"headers": headers, "body": body})
+    web1, data = quiet.join(), frames(output * 10, 2)
+    for name in ("Bäck\"up\\", "\U0001f4a5" * 300):
+        listener.got.clear()
+        quiet.runs(web1, quiet.record(exit=1, size=len(data), name=name,
+                                      tag=name[:3], run=17 + len(name)))
+        if data:
+            quiet.sync(web1, outputs=[piece(17 + len(name), 0, data)])
+        deliver(quiet, "https://koi.example.org")
+        (_, sent, posted), = listener.got
+        texts = SERVICES[service](json.loads(posted))
+        assert name[:9] in texts[0] and "exit status 1" in texts[1]
+        assert output.strip()[:7] in texts[1]
+        assert headers.items() <= sent.items()
+
+
+def test_alert_fills_the_placeholders_of_a_body(quiet, listener):
+    names = (*koitab.NOTIFICATION_FIELDS, *koitab.ALERT_FIELDS)
+    add(quiet, "webhook", listener.url, {
+        "headers": {"content-type": "application/vnd.x+json"},
+        "body": json.dumps({name: "{{ %s }}" % name for name in names})})
+    quiet.runs(quiet.join(), quiet.record(exit=3, run=17))
+    deliver(quiet, "https://koi.example.org")
+    (_, headers, body), = listener.got
+    assert headers["Content-Type"] == "application/vnd.x+json"
+    found = json.loads(body)
+    assert (found["host"], found["run"], found["endsAt"], found["job"]) == (
+        "web1", "17", "", "Backup")
+    assert found["link"] == "https://koi.example.org/#/run/1"
+
+
+def test_digest_and_test_leave_the_fields_of_an_alert_empty(quiet, listener):
+    channel = add(quiet, "webhook", listener.url, {
+        "body": '{"a": "{{kind}}", "b": "{{host}}"}'})
+    quiet.runs(quiet.join(), *quiet.failing(60))
+    quiet.do(quiet.dashboard.alerts.change_channel,
+             {"do": "test", "id": channel}, NOW)
+    deliver(quiet)
+    assert [json.loads(body) for _, _, body in listener.got] == [
+        {"a": "test", "b": ""}, {"a": "digest", "b": ""}]
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"body": '{"a": "{{titel}}"}'}, 'placeholder "titel"'),
+    ({"body": '{"a": "{{}}"}'}, 'placeholder ""'),
+    ({"body": '{"a": {{title}}}'}, "not JSON"), ({"body": "{"}, "not JSON"),
+    ({"body": '{"a": "{{text:many}}"}'}, "not JSON"),
+    ({"body": 1}, "body is of the wrong kind"),
+    ({"headers": {"A b": "x"}}, 'an invalid "A B"'),
+    ({"headers": {"A": "x\r\nB: y"}}, 'an invalid "A"'),
+    ({"headers": {"A": "é"}}, 'an invalid "A"'),
+    ({"headers": {"Host": "x"}}, 'an invalid "Host"'),
+    ({"headers": {"content-LENGTH": "0"}}, "an invalid"),
+    ({"headers": {"A": 1}}, "headers"), ({"method": "PUT"}, "method")])
+def test_webhook_that_could_not_be_sent_is_refused(dashboard, options, words):
+    with refused(400) as error:
+        add(dashboard, "webhook", "https://example.org/", options)
+    assert words in error.message
+
+
+def test_values_of_headers_are_shown_to_nobody(quiet, listener):
+    add(quiet, "webhook", listener.url, {
+        "headers": {"X-Gotify-Key": "sesame"}, "body": '{"a": "{{text}}"}'})
+    assert shown(quiet)["options"] == {"headers": {"X-Gotify-Key": "***"},
+                                       "body": '{"a": "{{text}}"}'}
+    assert "options" not in shown(quiet, "viewer")
