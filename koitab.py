@@ -12052,6 +12052,8 @@ class HostStatus:
         self.loaded = self.up_since = now
         self.duplicate_at = 0.0             # when another one was refused
         self.left_out = 0                   # jobs of its list: see --jobs
+        # When the certificate that it gets from us expires, as it reports.
+        self.certificate: float | None = None
 
 
 class Hosts:
@@ -12779,12 +12781,14 @@ create table unindexed (run integer primary key);
 # ==========================================================================
 # AlertRules: when does a host or a job raise an alert?           (files; U)
 #
-# A job is late, slow, suspiciously fast, missed or failed, a host is down.
+# A job is late, slow, suspiciously fast, missed or failed, a host is down,
+# the dashboard's certificate expires soon.
 # Nothing is raised for what happened while nobody could have noticed, and of
 # a host that is down its jobs raise nothing: what they do is unknown.
 # ==========================================================================
 
 HOST_DOWN_AFTER = 90.0          # seconds without a sync: three long polls
+CERTIFICATE_SOON = 14 * DAY_SECONDS     # before it expires: alert
 LATE_AFTER = 90.0               # seconds: a minute's grace, and the way here
 SETTLED_AFTER = 30.0            # a host that is back may have much to send
 OUTPUT_WAIT = 15.0              # seconds that a notification waits for output
@@ -12833,10 +12837,14 @@ class AlertRules:
         self.changes, self.timers, self.audit = changes, timers, audit
         self.alerts, self.checks = alerts, checks
         self.hosts, self.runs = hosts, runs
+        self.certificate: float | None = None   # when our own one expires
+        self.settled = 0.0      # by then all hosts that are up have synced
 
     def load(self, db: Database, now: float) -> None:
         """Set the timers of hosts, jobs and runs. Hosts get some time to
         send what happened before this start."""
+        self.settled = now + HOST_DOWN_AFTER
+        self.timers.schedule("certificate", "", self.settled)
         for host, status in self.hosts.statuses.items():
             if status.seen is not None:
                 self.timers.schedule("host", host, now + HOST_DOWN_AFTER)
@@ -12860,6 +12868,8 @@ class AlertRules:
             host = key
         elif kind == "check":
             subject = f"check:{self.checks.find(db, key)['uuid']}"
+        elif subject == "dashboard:certificate":
+            pass
         elif kind == "job" and key.isascii() and key.isdigit():
             job = self.hosts.job(db, int(key[:18]))["id"]
             subject = f"job:{job}"
@@ -12912,6 +12922,34 @@ class AlertRules:
         for run in db.column("select id from runs where host = ? and state "
                              "in ('queued', 'running')", status.number):
             self.timers.schedule("slow", run, now + SETTLED_AFTER)
+
+    # --- the certificate
+
+    def check_certificate(self, db: Database, _key: str, now: float) -> None:
+        """Raise an alert if a certificate of this dashboard expires soon:
+        its own one, or that which a host gets, maybe from a proxy. One alert
+        for all hosts: they have one cause."""
+        if now < self.settled:
+            return self.timers.schedule("certificate", "", self.settled)
+        found = [(status.certificate, self.hosts.name_of(db, status))
+                 for status in self.hosts.statuses.values()
+                 if status.certificate and status.seen
+                 and now - status.seen < HOST_DOWN_AFTER]
+        if self.certificate:
+            found.append((self.certificate, ""))
+        expires, host = min(found, default=(FOREVER, ""))
+        soon = expires - CERTIFICATE_SOON
+        self.timers.schedule("certificate", "",
+                             soon if soon > now else now + 3600)
+        subject, kind = "dashboard:certificate", "certificate"
+        if soon > now:
+            return self.alerts.clear_alert(
+                db, subject, kind, "the dashboard's certificate was renewed")
+        whose = f" that {host} gets" if host else ""
+        self.alerts.raise_alert(db, Alert(
+            subject, kind, now, "the dashboard's certificate expires soon",
+            f"the dashboard's certificate{whose} expires at "
+            f"{format_rfc3339(expires)}; then hosts and browsers are cut off"))
 
     # --- a job that should start
 
@@ -13365,6 +13403,11 @@ create table epochs (host integer not null, epoch integer not null,
             self.runs.end_epoch(db, status, facts["epoch"])
         if "instance" in changed:
             self.requests.hand_out_again(db, status)
+            status.certificate = None
+        expires = request.number("certificate_expires", None)
+        if expires not in (None, status.certificate):
+            status.certificate = expires
+            self.timers.schedule("certificate", "", now)
         if row["down"]:
             self.rules.on_host_up(db, status, row["name"], now)
             changed["down"] = 0
@@ -14238,6 +14281,7 @@ class Dashboard:
         self.timer_handlers = {
             "host": self.rules.check_host, "late": self.rules.check_late,
             "slow": self.rules.check_slow,
+            "certificate": self.rules.check_certificate,
             "check": self.checks.check_deadline,
             "request": self.requests.check_expired,
             "snooze": self.alerts.check_snooze}
@@ -15072,7 +15116,6 @@ MOST_CONNECTIONS, MOST_OF_ADDRESS, MOST_UNPROVEN = 4096, 512, 64
 TLS_BUFFER = 2**15
 UNIX_PEER = "local"     # the address of who comes by the Unix socket
 LINES_TIME, LINES_IN_TIME = 10.0, 20    # of the log, about refusals
-CERTIFICATE_SOON = 14 * DAY             # seconds before it expires: warn
 # Flags of OpenSSL (X509_VERIFY_PARAM_set_flags(3)) that `ssl` does not name,
 # or only from 3.10 on.
 PARTIAL_CHAIN, NO_CHECK_TIME = 0x80000, 0x200000
@@ -16571,6 +16614,9 @@ class Api:
         """Show a certificate's expiry: in the metrics and, when it is near,
         in the log and among the dashboard's problems."""
         self.certificate_expires = certificate.expires
+        rules = self.dashboard.rules
+        rules.certificate = certificate.expires
+        self.dashboard.write(rules.check_certificate, "", self.clock.now())
         problem = certificate.problem(self.clock.now())
         self.dashboard.problems.pop("certificate", None)
         if problem:
@@ -22685,7 +22731,8 @@ function alertsView(place, root) {
 }
 
 const ALERT_STATES = { failed: "failed", late: "late", missed: "missed",
-  slow: "late", fast: "late", silent: "failed", overdue: "failed" };
+  slow: "late", fast: "late", certificate: "late", silent: "failed",
+  overdue: "failed" };
 
 // Returns what an alert is about: {one, name, href, where, host}.
 function aboutAlert({ subject }) {
@@ -22695,6 +22742,9 @@ function aboutAlert({ subject }) {
     const job = state.jobs.get(+id);
     return { one: job, name: job?.label || "a job", href: `#/job/${id}`,
       where: job && hostName(job.host), host: hostOf(job) };
+  }
+  if (kind === "dashboard") {
+    return { name: "This dashboard", href: "#/alerts", where: "" };
   }
   if (kind === "check") {
     const check = state.checks.get(id);

@@ -428,6 +428,72 @@ def test_one_change_of_a_check_is_reported_a_minute(dashboard):
 
 
 # ==========================================================================
+# Certificates
+# ==========================================================================
+
+def own_certificate(dashboard, expires: float) -> None:
+    """The dashboard has read a certificate."""
+    rules = dashboard.dashboard.rules
+    rules.certificate = expires
+    dashboard.do(rules.check_certificate, "", dashboard.now)
+
+
+def test_own_certificate_alerts_14_days_before_it_expires(dashboard, web1):
+    expires = NOW + 14 * DAY + HOUR
+    own_certificate(dashboard, expires)
+    alive(dashboard, web1, HOUR - 60)
+    assert kinds(dashboard) == []
+    alive(dashboard, web1, 120)
+    alert, = dashboard.state["alerts"]
+    assert (alert["kind"], alert["subject"]) == (
+        "certificate", "dashboard:certificate")
+    assert koitab.format_rfc3339(expires) in alert["text"]
+    dashboard = dashboard.reopen()
+    own_certificate(dashboard, expires + 90 * DAY)
+    alive(dashboard, web1, 100)
+    assert kinds(dashboard) == []
+    assert dashboard.take_notifications() == [
+        "the dashboard's certificate expires soon",
+        "the dashboard's certificate was renewed"]
+
+
+def test_certificate_that_hosts_get_makes_one_alert(dashboard, web1):
+    """A proxy in front of the dashboard shows its own."""
+    web2 = dashboard.join("d4" * 16, "web2")
+    alive(dashboard, web1, 100)
+    for expires, found in ((NOW + 3 * DAY, ["certificate"]),
+                           (NOW + 90 * DAY, [])):
+        for host in (web1, web2):
+            dashboard.sync(host, certificate_expires=expires)
+            dashboard.sync(host)            # of a fresh agent: unknown
+        dashboard.pass_time(1)
+        assert kinds(dashboard) == found
+    assert dashboard.take_notifications() == [
+        "the dashboard's certificate expires soon",
+        "the dashboard's certificate was renewed"]
+
+
+def test_host_that_is_down_holds_no_alert_of_a_certificate(dashboard, web1):
+    alive(dashboard, web1, 100)
+    web2 = dashboard.join("d4" * 16, "web2")
+    dashboard.sync(web2, certificate_expires=NOW + DAY)
+    dashboard.pass_time(1)
+    assert "web2 gets" in dashboard.state["alerts"][0]["text"]
+    alive(dashboard, web1, HOUR + 100)
+    assert kinds(dashboard) == ["silent"]
+
+
+def test_alert_of_a_certificate_can_be_snoozed(dashboard, web1):
+    alive(dashboard, web1, 100)
+    snooze(dashboard, "dashboard:certificate", HOUR)
+    own_certificate(dashboard, dashboard.now + DAY)
+    assert dashboard.take_notifications() == []
+    assert kinds(dashboard) == ["certificate"]
+    with refused(404):
+        snooze(dashboard, "dashboard:x", HOUR)
+
+
+# ==========================================================================
 # Snooze
 # ==========================================================================
 
