@@ -12789,6 +12789,9 @@ create table unindexed (run integer primary key);
 
 HOST_DOWN_AFTER = 90.0          # seconds without a sync: three long polls
 CERTIFICATE_SOON = 14 * DAY_SECONDS     # before it expires: alert
+ALERT_SETTINGS = {              # name -> default, least, most
+    "failures": (1, 1, 100),    # in a row, until a job alerts
+    "host_down": (HOST_DOWN_AFTER, 60, DAY_SECONDS)}    # seconds
 LATE_AFTER = 90.0               # seconds: a minute's grace, and the way here
 SETTLED_AFTER = 30.0            # a host that is back may have much to send
 OUTPUT_WAIT = 15.0              # seconds that a notification waits for output
@@ -12837,22 +12840,47 @@ class AlertRules:
         self.changes, self.timers, self.audit = changes, timers, audit
         self.alerts, self.checks = alerts, checks
         self.hosts, self.runs = hosts, runs
+        self.settings = {name: default
+                         for name, (default, _, _) in ALERT_SETTINGS.items()}
         self.certificate: float | None = None   # when our own one expires
         self.settled = 0.0      # by then all hosts that are up have synced
 
     def load(self, db: Database, now: float) -> None:
         """Set the timers of hosts, jobs and runs. Hosts get some time to
         send what happened before this start."""
+        import json
+        self.settings.update(json.loads(db.value(
+            "select value from meta where name = 'settings'") or "{}"))
         self.settled = now + HOST_DOWN_AFTER
         self.timers.schedule("certificate", "", self.settled)
         for host, status in self.hosts.statuses.items():
             if status.seen is not None:
-                self.timers.schedule("host", host, now + HOST_DOWN_AFTER)
+                self.timers.schedule("host", host,
+                                     now + self.settings["host_down"])
         for job, due in db.execute("select id, next from jobs where next is "
                                    "not null and not removed"):
             self.timers.schedule("late", job, max(due, now + SETTLED_AFTER))
         for run in db.column("select id from runs where state = 'running'"):
             self.timers.schedule("slow", run, now + SETTLED_AFTER)
+
+    def read_settings(self, _db: Database) -> dict:
+        """Return the settings of the rules."""
+        return self.settings
+
+    def change_settings(self, db: Database, fields, now: float) -> dict:
+        """Change settings of the rules; return all. Raises Error."""
+        request = RequestFields(fields)
+        request.allow_only(ALERT_SETTINGS)
+        settings = {name: request.whole(name, self.settings[name], least, most)
+                    for name, (_, least, most) in ALERT_SETTINGS.items()}
+        db.insert("meta", "insert or replace", name="settings",
+                  value=compact_json(settings))
+        self.audit.record(db, now, "settings", args=compact_json(
+            {name: str(value) for name, value in settings.items()}))
+        self.changes.after_commit(lambda: self.settings.update(settings))
+        for host in self.hosts.statuses:    # it may be down by now
+            self.timers.schedule("host", host, now)
+        return settings
 
     def snooze(self, db: Database, fields, now: float) -> dict:
         """Notify nobody about a subject until a time, or until it is well;
@@ -12887,7 +12915,7 @@ class AlertRules:
         status = self.hosts.statuses.get(host)
         if not status or status.is_down or status.seen is None:
             return
-        at = max(status.seen, status.loaded) + HOST_DOWN_AFTER
+        at = max(status.seen, status.loaded) + self.settings["host_down"]
         if at > now:
             return self.timers.schedule("host", host, at)
         row = self.hosts.row(db, status)
@@ -13025,7 +13053,8 @@ class AlertRules:
                 "failing_since": end if since is None else since},
                 id=job["id"])
             self.end_alerts(db, job["id"], "late", "slow")
-            if end > now - DAY_SECONDS:
+            if end > now - DAY_SECONDS \
+                    and job["failures"] >= self.settings["failures"]:
                 self.raise_failed(db, job, record, now)
         elif record["code"] == "m" and record["at"] > now - DAY_SECONDS:
             self.end_alerts(db, job["id"], "late")
@@ -13414,7 +13443,8 @@ create table epochs (host integer not null, epoch integer not null,
         status.seen = now
         if changed:
             db.update("hosts", {**changed, "seen": now}, id=status.number)
-        self.timers.schedule("host", status.host, now + HOST_DOWN_AFTER)
+        self.timers.schedule("host", status.host,
+                             now + self.rules.settings["host_down"])
 
     def read_facts(self, row: dict, request: RequestFields,
                    now: float) -> dict:
@@ -17210,6 +17240,17 @@ async def snooze_alert(api: Api, context: RequestContext) -> Response:
     return json_response(await api.store(context, api.dashboard.rules.snooze))
 
 
+async def show_settings(api: Api, _context: RequestContext) -> Response:
+    """GET /api/v1/settings: those of the rules for alerts."""
+    return await api.answer(api.dashboard.rules.read_settings)
+
+
+async def change_settings(api: Api, context: RequestContext) -> Response:
+    """POST /api/v1/settings: change those of the rules for alerts."""
+    return json_response(
+        await api.store(context, api.dashboard.rules.change_settings))
+
+
 async def add_check(api: Api, context: RequestContext) -> Response:
     """POST /api/v1/checks: a check that expects pings."""
     return json_response(
@@ -17406,6 +17447,9 @@ ROUTES = [Route(*row) for row in (
      REQUEST_BODY),
     ("GET", "/api/v1/requests/NONCE", "viewer", show_request),
     ("DELETE", "/api/v1/requests/NONCE", "operator", withdraw_request),
+    # {"failures": in a row until a job alerts, "host_down": seconds}
+    ("GET", "/api/v1/settings", "viewer", show_settings),
+    ("POST", "/api/v1/settings", "operator", change_settings),
     # {"subject": "job:ID", "host:ID" or "check:UUID", "until": seconds since
     # 1970, "2026-11-30T08:00:00+01:00" (RFC 3339), "well": until its last
     # alert has ended, or 0: ends the snooze}. Jobs, checks and alerts show

@@ -428,6 +428,61 @@ def test_one_change_of_a_check_is_reported_a_minute(dashboard):
 
 
 # ==========================================================================
+# Settings
+# ==========================================================================
+
+def change_settings(dashboard, **fields) -> dict:
+    return dashboard.do(dashboard.dashboard.rules.change_settings, fields,
+                        dashboard.now)
+
+
+def test_job_alerts_after_its_third_failure_in_a_row(dashboard, web1):
+    assert change_settings(dashboard, failures=3) == {
+        "failures": 3, "host_down": 90}
+    dashboard = dashboard.reopen()
+    fails = dashboard.record(exit=1), dashboard.record(exit=1)
+    dashboard.runs(web1, *fails)
+    assert kinds(dashboard) == [] and dashboard.job()["state"] == "failed"
+    dashboard.runs(web1, dashboard.record())            # it begins anew
+    dashboard.runs(web1, dashboard.record(exit=1), dashboard.record(exit=1))
+    assert dashboard.take_notifications() == []
+    dashboard.runs(web1, dashboard.record(exit=1))
+    assert "3 times in a row" in dashboard.state["alerts"][0]["text"]
+    dashboard.runs(web1, dashboard.record())
+    assert len(dashboard.take_notifications()) == 2
+
+
+def test_host_is_down_after_as_many_seconds_as_are_set(dashboard, web1):
+    change_settings(dashboard, host_down=600)
+    dashboard.pass_time(500)
+    dashboard.sync(web1)
+    dashboard = dashboard.reopen()
+    dashboard.pass_time(599)
+    assert kinds(dashboard) == []
+    dashboard.pass_time(2)
+    assert kinds(dashboard) == ["silent"]
+
+
+def test_host_that_is_down_by_a_new_setting_alerts_at_once(dashboard, web1):
+    change_settings(dashboard, host_down=3600)
+    dashboard.pass_time(700)
+    assert kinds(dashboard) == []
+    change_settings(dashboard, host_down=600)
+    dashboard.pass_time(1)
+    assert kinds(dashboard) == ["silent"]
+
+
+@pytest.mark.parametrize("fields", [
+    {"failures": 0}, {"failures": 101}, {"failures": True}, {"failures": 1.5},
+    {"host_down": 59}, {"host_down": 86_401}, {"fail": 1}])
+def test_setting_out_of_its_limits_is_refused(dashboard, fields):
+    with refused(400):
+        change_settings(dashboard, **fields)
+    assert dashboard.ask(dashboard.dashboard.rules.read_settings) == {
+        "failures": 1, "host_down": 90}
+
+
+# ==========================================================================
 # Certificates
 # ==========================================================================
 
