@@ -12791,7 +12791,7 @@ HOST_DOWN_AFTER = 90.0          # seconds without a sync: three long polls
 CERTIFICATE_SOON = 14 * DAY_SECONDS     # before it expires: alert
 ALERT_SETTINGS = {              # name -> default, least, most
     "failures": (1, 1, 100),    # in a row, until a job alerts
-    "host_down": (HOST_DOWN_AFTER, 60, DAY_SECONDS)}    # seconds
+    "host_down": (int(HOST_DOWN_AFTER), 60, 86_400)}    # seconds
 LATE_AFTER = 90.0               # seconds: a minute's grace, and the way here
 SETTLED_AFTER = 30.0            # a host that is back may have much to send
 OUTPUT_WAIT = 15.0              # seconds that a notification waits for output
@@ -12862,10 +12862,6 @@ class AlertRules:
             self.timers.schedule("late", job, max(due, now + SETTLED_AFTER))
         for run in db.column("select id from runs where state = 'running'"):
             self.timers.schedule("slow", run, now + SETTLED_AFTER)
-
-    def read_settings(self, _db: Database) -> dict:
-        """Return the settings of the rules."""
-        return self.settings
 
     def change_settings(self, db: Database, fields, now: float) -> dict:
         """Change settings of the rules; return all. Raises Error."""
@@ -17242,7 +17238,7 @@ async def snooze_alert(api: Api, context: RequestContext) -> Response:
 
 async def show_settings(api: Api, _context: RequestContext) -> Response:
     """GET /api/v1/settings: those of the rules for alerts."""
-    return await api.answer(api.dashboard.rules.read_settings)
+    return json_response(api.dashboard.rules.settings)
 
 
 async def change_settings(api: Api, context: RequestContext) -> Response:
@@ -22768,6 +22764,12 @@ function alertsView(place, root) {
   draw();
   showLoaded(channels, () => get("channels"), (answer) =>
     showChannels(channels, answer.channels));
+  if (isOperator()) {
+    const settings = el("div");
+    root.append(section("When it alerts", settings));
+    showLoaded(settings, () => get("settings"), (answer) =>
+      settings.replaceChildren(settingsForm(answer)));
+  }
   return { title: "Alerts", update: (changes) => {
     if (["alerts", "deleted", "all", "jobs", "checks", "hosts"].some(
       (kind) => changes[kind])) draw();
@@ -22826,7 +22828,34 @@ function alertItem(alert) {
 
 const CHANNEL_HELP = { mail: ["Address", "ann@example.org"], webhook: [
   "URL that gets a POST with JSON", "https://chat.example.org/hook"],
-ntfy: ["Topic\u2019s URL", "https://ntfy.sh/my-topic"] };
+ntfy: ["Topic\u2019s URL", "https://ntfy.sh/my-topic"],
+smtp: ["Address", "ann@example.org"] };
+const SENDER = ["from", "Sender", "Empty: koi@ and this host."];
+// What a channel may have: name, label, help, attributes of its field.
+const CHANNEL_OPTIONS = { mail: [SENDER], ntfy: [], webhook: [
+  ["headers", "Headers", "One a line: NAME: VALUE.", { rows: 2 }],
+  ["body", "Body", "JSON with {{title}}, {{text}} and others, as README "
+    + "says. Empty: koi\u2019s own.", { rows: 4 }]], smtp: [
+  ["host", "Mail server", "", { required: true }],
+  ["port", "Port", "Empty: the usual one.", { type: "number", min: 1,
+    max: 65535 }],
+  ["security", "Security", "starttls, tls or none. Empty: starttls.",
+    { pattern: "starttls|tls|none" }], ["user", "User", ""],
+  ["password", "Password", "", { type: "password" }], SENDER] };
+
+// Returns the options of a channel from its fields; empty ones are left out.
+function readOptions(fields) {
+  const options = {};
+  for (const [name, { value }] of Object.entries(fields)) {
+    if (!value()) continue;
+    options[name] = name === "port" ? +value() : name !== "headers" ? value()
+      : Object.fromEntries(value().split("\n").map((line) => {
+        const at = line.indexOf(":");
+        return [line.slice(0, at).trim(), line.slice(at + 1).trim()];
+      }));
+  }
+  return options;
+}
 
 // Shows the channels, and draws them again after each change.
 function showChannels(root, channels) {
@@ -22856,15 +22885,36 @@ function channelForm(send) {
     Object.keys(CHANNEL_HELP).map((text) => [text]));
   const target = el("input", { required: true, autocomplete: "off",
     spellcheck: "false" });
+  const options = el("div");
+  let fields = {};
   const show = () => {
     const [label, example] = CHANNEL_HELP[kind.value];
     setAttributes(target, { "aria-label": label, placeholder: example,
-      type: kind.value === "mail" ? "email" : "url" });
+      type: ["mail", "smtp"].includes(kind.value) ? "email" : "url" });
+    fields = Object.fromEntries(CHANNEL_OPTIONS[kind.value].map(
+      ([name, words, help, facts]) => [name, textField(`channel-${name}`,
+        words, "", help, facts)]));
+    options.replaceChildren(...Object.values(fields).map(
+      (one) => one.root));
   };
   show();
-  return form({ class: "oneline" }, () => send({ kind: kind.value,
-    target: target.value }, "Added"), kind, target,
-  submitButton("Add", { class: "btn" }));
+  return form({}, () => send({ kind: kind.value, target: target.value,
+    options: readOptions(fields) }, "Added"), el("div", { class: "oneline" },
+    kind, target, submitButton("Add", { class: "btn" })), options);
+}
+
+// Returns the form that sets when jobs and hosts alert.
+function settingsForm({ failures, host_down: down }) {
+  const fields = { failures: textField("set-failures",
+    "Failures in a row until a job alerts", failures, "",
+    { type: "number", min: 1, max: 100, required: true }),
+  host_down: textField("set-down", "Seconds until a host is down", down, "",
+    { type: "number", min: 60, max: 86400, required: true }) };
+  return form({ class: "runform" }, () => withToast(() => post("settings",
+    { failures: +fields.failures.value(),
+      host_down: +fields.host_down.value() }), "Saved"),
+  fields.failures.root, fields.host_down.root, submitButton("Save",
+    { class: "btn" }));
 }
 
 // --- hosts -----------------------------------------------------------------

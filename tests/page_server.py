@@ -699,6 +699,9 @@ class Page(http.server.BaseHTTPRequestHandler):
     def get_channels(self, _rest, _query):
         self.answer({"channels": self.world.channels})
 
+    def get_settings(self, _rest, _query):
+        self.answer({"failures": 1, "host_down": 90})
+
     def get_requests(self, rest, _query):
         self.answer(self.world.requests[rest[0]])
 

@@ -478,7 +478,7 @@ def test_host_that_is_down_by_a_new_setting_alerts_at_once(dashboard, web1):
 def test_setting_out_of_its_limits_is_refused(dashboard, fields):
     with refused(400):
         change_settings(dashboard, **fields)
-    assert dashboard.ask(dashboard.dashboard.rules.read_settings) == {
+    assert dashboard.dashboard.rules.settings == {
         "failures": 1, "host_down": 90}
 
 
