@@ -3,7 +3,7 @@
 
 It loads tasks from a configuration, runs them in order from root's crontab
 or by hand, gives what they stored to its owner and commits it, mails and
-keeps the log, and pings a monitor only when all went well.
+keeps the log, and pings a monitor only when everything succeeded.
 
 What it promises:
 - One failing task never stops the others, and never passes unnoticed: the
@@ -38,6 +38,7 @@ O the owner of the repository.
  234 RunLog    where do the lines of a run go?          (files, terminal)    C
  958 Run       how are the steps of a run carried out?  (machine)            C
  161 Sample    what does `init` write?                  (nothing)            C
+ 370 Help      what can I look up?                     (nothing)            C
  948 Command   what can I type?                         (terminal)           C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
@@ -345,7 +346,7 @@ CONSTANTS = {"true": True, "false": False, "null": None}
 
 
 class JsoncError(Exception):
-    """The text is not JSONC at the offset `at`: why, and what is expected."""
+    """The text is not JSONC at the offset `at`: why, and how to fix it."""
 
     def __init__(self, at: int, why: str, hint: str):
         super().__init__(why)
@@ -353,7 +354,7 @@ class JsoncError(Exception):
 
 
 def quoted(text: str) -> str:
-    """The text in double quotes, escaped, cut to 60 characters."""
+    """Return the text in double quotes, escaped, cut to 60 characters."""
     return '"' + escape_controls(text[:60]).replace('"', '\\"') + '"'
 
 
@@ -375,19 +376,26 @@ class JsoncReader:
         JsoncError."""
         value = self.value((), 0)
         if self.peek():
-            self.stop("there is more text after the end", "one { ... } alone")
+            self.expect("the end of the file")
         return value
 
-    def stop(self, why: str, hint: str):
+    def stop(self, why: str, hint: str = ""):
         """Raise JsoncError for the current position."""
         raise JsoncError(self.at, why, hint)
+
+    def expect(self, what: str):
+        """Raise JsoncError, because something else than `what` is next."""
+        word = self.match(WORD) or self.text[self.at:self.at + 1]
+        found = "a string" if word == '"' else quoted(word[:20])
+        self.stop(f"expected {what}, found {found}" if word
+                  else "unexpected end of file")
 
     def peek(self) -> str:
         """Skip white space and comments; return the next character, or ''
         at the end of the text."""
         self.at += len(self.match(BLANKS))
         if self.text.startswith("/*", self.at):
-            self.stop("this comment has no end", "*/")
+            self.stop("unterminated comment", "expected */")
         return self.text[self.at:self.at + 1]
 
     def match(self, expression: str) -> str:
@@ -409,7 +417,8 @@ class JsoncReader:
         mark = self.peek()
         self.places[path] = self.at
         if depth > DEEPEST:
-            self.stop("this is nested too deep", f"at most {DEEPEST} levels")
+            self.stop("nested too deeply",
+                      f"expected at most {DEEPEST} levels")
         if mark == "{":
             return self.mapping(path, depth)
         if mark == "[":
@@ -417,36 +426,39 @@ class JsoncReader:
         return self.string() if mark == '"' else self.bare_word()
 
     def mapping(self, path: tuple, depth: int) -> dict:
+        """Read the object at `path`."""
         found = {}
         self.accept("{")
         while not self.accept("}"):
             if self.peek() != '"':
-                self.stop("a key is missing here", 'a key in double quotes')
+                self.expect("a key in double quotes")
             at, key = self.at, self.string()
             if key in found:
                 self.duplicates.append((path + (key,), at))
             self.keys[path + (key,)] = at
             if not self.accept(":"):
-                self.stop(f"there is no colon after {quoted(key)}", ":")
+                self.expect('":"')
             found[key] = self.value(path + (key,), depth + 1)
             if not self.accept(",") and self.peek() != "}":
-                self.stop("an object goes on here without a comma", ", or }")
+                self.expect('"," or "}"')
         return found
 
     def sequence(self, path: tuple, depth: int) -> list:
+        """Read the list at `path`."""
         found = []
         self.accept("[")
         while not self.accept("]"):
             found.append(self.value(path + (len(found),), depth + 1))
             if not self.accept(",") and self.peek() != "]":
-                self.stop("a list goes on here without a comma", ", or ]")
+                self.expect('"," or "]"')
         return found
 
     def string(self) -> str:
         """Read a string; `json` decodes it if it has escapes."""
         found = self.match(STRING)
         if not found:
-            self.stop("this string has no end", 'a closing " on its line')
+            self.stop("unterminated string",
+                      'expected a closing " on the same line')
         text = found[1:-1]
         if "\\" in text or not text.isprintable():
             import json     # knows the escapes, and what JSON forbids
@@ -454,10 +466,11 @@ class JsoncReader:
                 text = json.loads(found)
             except ValueError as error:
                 self.at += getattr(error, "pos", 0)
-                self.stop("this string is broken",
-                          r"escapes as JSON has them: \n, \t, \\, \u00e9")
+                self.stop("invalid escape or control character",
+                          r"expected escapes such as \n, \t, \\ or \u00e9")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            self.stop("half of a surrogate pair", r"both, as in \ud83d\ude00")
+            self.stop("half of a surrogate pair",
+                      r"expected both halves, as in \ud83d\ude00")
         self.at += len(found)
         return text
 
@@ -473,9 +486,7 @@ class JsoncReader:
             value = int(word) if word.removeprefix("-").isdigit() \
                 else float(word)
         else:
-            self.stop(f"{quoted(word[:20])} is no value" if word
-                      else "the text ends too early",
-                      "a string, a number, true, false, null, [ or {")
+            self.expect("a value")
         self.at += len(word)
         return value
 
@@ -497,6 +508,7 @@ VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 ADDRESS = (r"[A-Za-z0-9_][A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{0,63}"
            r"@[A-Za-z0-9](?:[A-Za-z0-9.-]{0,253}[A-Za-z0-9])?")
 HOST_NAME = r"(?i)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.?)+"
+SLUG_RULE = "expected letters a-z, digits, - and _, at most 64"
 # Built-in tasks that are part of this file -> the storages they need.
 CARRIED = {"spotify": ("sync", "sessions")}
 
@@ -510,7 +522,7 @@ def is_label(text: str, first: str) -> bool:
 
 class ValueType(FrozenRecord):
     """The values that a key may have, and how they are read and written."""
-    expected: str               # for a diagnostic
+    expected: str               # in a diagnostic, after "expected"
     json: tuple                 # their Python types in JSON
     read: object = None         # JSON value -> the program's value, or None
     write: object = None        # and back, for `dump`
@@ -518,25 +530,26 @@ class ValueType(FrozenRecord):
     form: str = ""              # of objects: "one", "list" or "map"
 
     def value(self, found):
-        """The program's value for a JSON value; None if it does not fit."""
+        """Return the program's value for a JSON value; None if it does not
+        fit."""
         if type(found) not in self.json:
             return None
         return self.read(found) if self.read else found
 
 
 def texts(found: list) -> tuple | None:
-    """The items as a tuple; None if one of them is not a string."""
+    """Return the items as a tuple; None if one of them is not a string."""
     return tuple(found) if all(isinstance(v, str) for v in found) else None
 
 
 def number(low: int, high: int) -> ValueType:
-    """The type of a key that takes a whole number."""
+    """Return the type of a key that takes a whole number."""
     return ValueType(f"a whole number from {low} to {high}", (int,),
                      lambda v: v if low <= v <= high else None)
 
 
 def one_of(*words: str) -> ValueType:
-    """The type of a key that takes one of some words."""
+    """Return the type of a key that takes one of some words."""
     return ValueType(" or ".join(f'"{word}"' for word in words), (str,),
                      lambda v: v if v in words else None)
 
@@ -545,14 +558,16 @@ SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_size(text: str) -> int | None:
-    """The bytes in "512", "100K", "5G" (powers of 1024); None if invalid."""
+    """Return the bytes in "512", "100K", "5G" (powers of 1024); None if
+    invalid."""
     import re
     found = re.fullmatch("([0-9]{1,15})([KMGT]?)B?", text)
     return int(found[1]) * SIZE_UNITS[found[2]] if found else None
 
 
 def format_size(size: int) -> str:
-    """The bytes in the largest unit that divides them: 5G, 1536M, 100."""
+    """Return the bytes in the largest unit that divides them: 5G, 1536M, 100.
+    """
     for unit in "TGMK":
         if size and size % SIZE_UNITS[unit] == 0:
             return f"{size // SIZE_UNITS[unit]}{unit}"
@@ -560,7 +575,7 @@ def format_size(size: int) -> str:
 
 
 TEXT = ValueType("a string", (str,))
-PATH = TEXT.replace()       # made absolute by `resolve_paths`
+PATH = TEXT.replace(expected="a path")    # made absolute by `resolve_paths`
 FLAG = ValueType("true or false", (bool,))
 TEXTS = ValueType("a list of strings", (list,), texts)
 DURATION = ValueType('a duration such as "90s", "10m" or "2h"', (str,),
@@ -574,7 +589,7 @@ VARIABLES = ValueType("an object of strings", (dict,), lambda v: v
 
 
 def sizes(found: dict) -> dict | None:
-    """The sizes in bytes; None if one of them is invalid."""
+    """Return the sizes in bytes; None if one of them is invalid."""
     read = {name: SIZE.value(size) for name, size in found.items()}
     return None if None in read.values() else read
 
@@ -592,12 +607,13 @@ STATUSES = ValueType(
 
 
 def object_of(record: type, form: str = "one") -> ValueType:
-    """The type of a key whose value is one object, or a map of objects."""
+    """Return the type of a key whose value is one object, or a map of objects.
+    """
     return ValueType("an object", (dict,), record=record, form=form)
 
 
 def list_of(record: type) -> ValueType:
-    """The type of a key whose value is a list of objects."""
+    """Return the type of a key whose value is a list of objects."""
     return ValueType("a list of objects", (list,), record=record, form="list")
 
 
@@ -633,29 +649,54 @@ class ConfigObject(FrozenRecord):
 class Task(ConfigObject):
     """A task of the configuration."""
     keys = {
-        "slug": (TEXT, REQUIRED, "the name in commands, paths and reports"),
+        "slug": (TEXT, REQUIRED, "the name in commands, paths and reports: "
+                 "letters a-z, digits, - and _, at most 64"),
         "name": (TEXT, "", "the name for people; by default the slug"),
-        "type": (one_of("exec", "builtin"), REQUIRED, "a program, or Python"),
-        "scheduled": (FLAG, False, "runs without -t"),
-        "post": (FLAG, False, "runs after chown and commit"),
-        "entrypoint": (PATH, "", "the program; by default TASKS_DIR/slug/run"),
-        "timeout": (LIMIT, None, "the longest time of one attempt"),
-        "retries": (number(0, 100), 0, "attempts after a failure"),
-        "retryDelay": (DURATION, 0.0, "the time between two attempts"),
-        "needs": (TEXTS, (), "slugs of tasks that must have succeeded"),
-        "parallel": (TEXT, "", "neighbours of one group run side by side"),
-        "ping": (TEXT, "", "the URL to ping when it succeeded, URL/fail when "
-                 "it did not"),
-        "user": (TEXT, "", "the user to run as, when mission runs as root"),
+        "type": (one_of("exec", "builtin"), REQUIRED,
+                 "how it runs: exec is a program, builtin a Python function"),
+        "scheduled": (FLAG, False, "run the task if there is no -t"),
+        "post": (FLAG, False,
+                 "run the task after all others, chown and commit"),
+        "entrypoint": (PATH, "", "the program of an exec task; by default "
+                       "TASKS_DIR/slug/run"),
+        "timeout": (LIMIT, None, "the time limit of an attempt: then SIGTERM "
+                    "to the process group of the task, SIGKILL 10 s later, "
+                    "and the task has failed; by default no limit"),
+        "retries": (number(0, 100), 0, "how many times to run the task again "
+                    "after a failure"),
+        "retryDelay": (DURATION, 0.0, "the pause before each retry"),
+        "needs": (TEXTS, (), "slugs of tasks that run before, scheduled or "
+                  "not. The task is skipped with a warning unless all of "
+                  "them succeeded"),
+        "parallel": (TEXT, "", "a group name: tasks of one group that follow "
+                     "each other run side by side, and their lines in the "
+                     "log begin with the slug"),
+        "ping": (TEXT, "", "a URL to ping after a headless run of the task if "
+                 "it succeeded, URL/fail if it did not, nothing if "
+                 "skipStatuses skipped it. ping.enabled need not be set; "
+                 "timeout, retries, proxy and caFile of ping apply"),
+        "user": (TEXT, "", "the user to run as (uid, groups, HOME) when "
+                 "mission runs as root. The user must be able to reach the "
+                 "program. A storage with chown does not change the user's "
+                 "files. By default the user that runs mission"),
         "env": (VARIABLES, {}, "more environment variables"),
         "nice": (number(0, 19), 0, "the niceness"),
-        "minFree": (SIZES, {}, "the free bytes that storages must have"),
-        "storages": (TEXTS, None, "the storages that it needs; by default "
-                     "all with `mounted`"),
-        "okStatuses": (STATUSES, (), "more exit statuses of a success"),
-        "warnStatuses": (STATUSES, (), "those of a success with a notice"),
-        "skipStatuses": (STATUSES, (), "those of neither success nor "
-                         "failure"),
+        "minFree": (SIZES, {}, "the free space that each storage must have "
+                    "when the task starts; else the task fails"),
+        "storages": (TEXTS, None, "the storages that the task needs: it fails "
+                     "if one is missing, does not answer, or is not mounted "
+                     "(`mounted`). The task that mounts one has []. By "
+                     "default all storages with `mounted`"),
+        "okStatuses": (STATUSES, (), "more exit statuses that are a success, "
+                       "such as 24 of rsync"),
+        "warnStatuses": (STATUSES, (), "exit statuses that are a success with "
+                         "a notice, such as 1 of borg or 3 of restic: the "
+                         "subject of the mail has [WARNING], and `mission "
+                         "status` returns 1"),
+        "skipStatuses": (STATUSES, (), "exit statuses that are neither "
+                         "success nor failure, such as 75: tasks that need "
+                         "the task are skipped. A status may be in one of "
+                         "the three lists only"),
     }
 
 
@@ -675,17 +716,21 @@ class User(ConfigObject):
     """The unprivileged user whose backups these are."""
     keys = {
         "name": (TEXT, REQUIRED, "the login name"),
-        "email": (ADDRESSES, (), "the addresses that mail goes to"),
+        "email": (ADDRESSES, (), "the addresses that mail goes to; needed "
+                  "for mail"),
     }
 
 
 class Storage(ConfigObject):
     """A directory that tasks write to, known by its key in `storage`."""
     keys = {
-        "path": (PATH, REQUIRED, "the directory"),
+        "path": (PATH, REQUIRED, "the directory; tasks get it as NAME_DIR. "
+                 "The storages `tasks` and `logs` are required"),
         "chown": (FLAG, False, "give all files to user.name after the tasks"),
-        "commit": (FLAG, False, "commit all files with git after the tasks"),
-        "mounted": (FLAG, False, "it must be a mount point"),
+        "commit": (FLAG, False, "commit all files with git after the tasks "
+                   "and chown"),
+        "mounted": (FLAG, False, "the directory must be a mount point when a "
+                    "task that needs it starts, and before chown and commit"),
     }
 
     @property
@@ -702,17 +747,24 @@ class Storage(ConfigObject):
 class Ping(ConfigObject):
     """The monitor that is pinged when a run succeeded."""
     keys = {
-        "enabled": (FLAG, False, "ping after a run with --headless"),
-        "endpoint": (TEXT, "", "the URL; %s becomes the host name"),
-        "start": (FLAG, False, "also ping URL/start when a run starts"),
-        "fail": (FLAG, False, "also ping URL/fail when a run failed"),
-        "startEndpoint": (TEXT, "", "the URL to ping when a run starts"),
-        "failEndpoint": (TEXT, "", "the URL to ping when a run failed"),
-        "log": (FLAG, False, "send the end of the log with the ping"),
-        "timeout": (DURATION, 10.0, "the longest time of one request"),
-        "retries": (number(1, 20), 3, "the most requests for one ping"),
-        "proxy": (TEXT, "", "the URL of an HTTP proxy"),
-        "caFile": (PATH, "", "certificates (PEM) to trust, not the system's"),
+        "enabled": (FLAG, False, "ping after a headless run that succeeded"),
+        "endpoint": (TEXT, "", "the http or https URL. In every ping URL %s "
+                     "becomes the host name, USER:PASSWORD@ logs in, and an "
+                     "international host name is written in its xn-- form"),
+        "start": (FLAG, False, "also ping endpoint/start when a run starts"),
+        "fail": (FLAG, False, "also ping endpoint/fail when a run failed"),
+        "startEndpoint": (TEXT, "", "the URL to ping when a run starts, used "
+                          "as written"),
+        "failEndpoint": (TEXT, "", "the URL to ping when a run failed, used "
+                         "as written"),
+        "log": (FLAG, False, "send the end of the filtered log with the "
+                "ping, as the body of a POST"),
+        "timeout": (DURATION, 10.0, "the time limit of one request"),
+        "retries": (number(1, 20), 3, "the most requests for one ping. A "
+                    "status 4xx except 408 and 429 is not repeated"),
+        "proxy": (TEXT, "", "an HTTP proxy, http://USER:PASSWORD@HOST:PORT"),
+        "caFile": (PATH, "", "certificates (PEM) to trust in place of the "
+                   "system's"),
     }
 
     def wants(self, action: str) -> bool:
@@ -723,32 +775,40 @@ class Ping(ConfigObject):
 
 class Notify(ConfigObject):
     """The notification on the user's desktop."""
-    keys = {"enabled": (FLAG, False, "notify at start and end")}
+    keys = {"enabled": (FLAG, False, "show a notification on the desktop of "
+                        "user.name at start and end, with notify-send")}
 
 
 class Smtp(ConfigObject):
     """The mail server, for mail.type "smtp"."""
     keys = {
-        "host": (TEXT, "", "the name of the server"),
-        "port": (number(1, 65535), None, "by default 587, 465 or 25"),
+        "host": (TEXT, "", "the name of the server; needed for type smtp"),
+        "port": (number(1, 65535), None, "the port; by default 587 for "
+                 "starttls, 465 for tls, 25 for none"),
         "security": (one_of("starttls", "tls", "none"), "starttls",
-                     "how the connection is encrypted"),
+                     "how the connection is encrypted. mission never uses "
+                     "less"),
         "user": (TEXT, "", "the name to log in with"),
-        "passName": (TEXT, "", "the password's name, for passBin"),
-        "from": (TEXT, "", "the address of the sender"),
-        "caFile": (PATH, "", "certificates (PEM) to trust, not the system's"),
+        "passName": (TEXT, "", "the name of the password, for passBin"),
+        "from": (TEXT, "", "the address of the sender; by default mail.from, "
+                 "else mail.smtp.user if it is an address"),
+        "caFile": (PATH, "", "certificates (PEM) to trust in place of the "
+                   "system's"),
     }
 
 
 class Mail(ConfigObject):
     """The mails at the start and the end of a run."""
     keys = {
-        "enabled": (FLAG, False, "send mail about a run with --headless"),
-        "type": (one_of("sendmail", "smtp"), "sendmail", "who sends it"),
+        "enabled": (FLAG, False, "send mail when a headless run starts and "
+                    "ends"),
+        "type": (one_of("sendmail", "smtp"), "sendmail", "how mail is sent"),
         "on": (one_of("always", "failure", "never"), "always",
-               "the results that are mailed"),
-        "start": (FLAG, True, "also mail when a run starts"),
-        "from": (TEXT, "", "the address of the sender"),
+               "the results that are mailed. With failure there is no mail "
+               "of the start"),
+        "start": (FLAG, True, "also send a mail when a run starts"),
+        "from": (TEXT, "", "the address of the sender; by default "
+                 "mission <USER@HOST>"),
         "smtp": (object_of(Smtp), None, "the mail server"),
     }
 
@@ -756,14 +816,18 @@ class Mail(ConfigObject):
 class Logs(ConfigObject):
     """The run logs in storage.logs."""
     keys = {
-        "keep": (number(1, 10**6), None, "the number of run logs to keep"),
-        "max": (SIZE, 2**30, "the most that is logged of one task's output"),
+        "keep": (number(1, 10**6), None, "how many run logs to keep, with "
+                 "that of the current run; by default all"),
+        "max": (SIZE, 2**30, "the most that is logged of the output of one "
+                "task. Beyond it only head and tail are kept, and counted"),
     }
 
 
 class Metrics(ConfigObject):
     """The metrics for Prometheus."""
-    keys = {"textfile": (PATH, "", "a file of node_exporter's collector")}
+    keys = {"textfile": (PATH, "", "a file for the textfile collector of "
+                         "node_exporter, written after each headless run "
+                         "without -t")}
 
 
 class Config(ConfigObject):
@@ -771,27 +835,43 @@ class Config(ConfigObject):
     keys = {
         "tasks": (list_of(Task), REQUIRED, "what to run, in this order"),
         "defaults": (object_of(Defaults), {}, "values for all tasks"),
-        "runTimeout": (LIMIT, None, "the longest time of a whole run"),
+        "runTimeout": (LIMIT, None, "the time limit of a whole run: then the "
+                       "running task is stopped, the rest is skipped, and "
+                       "the run has failed; by default no limit"),
         "user": (object_of(User), REQUIRED, "whose backups these are"),
-        "passBin": (PATH, "", "prints the password that is its argument"),
+        "passBin": (PATH, "", "the program that prints the password whose "
+                    "name is its argument, such as /usr/bin/pass"),
         "storage": (object_of(Storage, "map"), REQUIRED, "the directories"),
         "ping": (object_of(Ping), {}, "the monitor"),
         "notify": (object_of(Notify), {}, "the desktop notification"),
         "mail": (object_of(Mail), {}, "the mails"),
-        "filters": (TEXTS, (), "patterns of lines that mails leave out"),
-        "redact": (TEXTS, (), "patterns that become *** in the log"),
+        "filters": (TEXTS, (), "regular expressions of lines that are left "
+                    "out of mail and ping, but not of the log"),
+        "redact": (TEXTS, (), "regular expressions of what becomes *** in "
+                   "the log and everything made from it"),
         "logs": (object_of(Logs), {}, "the run logs"),
         "metrics": (object_of(Metrics), {}, "the metrics"),
         "trust": (one_of("user", "root"), "user",
-                  "who may change what root runs, besides root"),
+                  "who may be able to write what root runs: user.name, or "
+                  "root alone. See `mission help security`"),
     }
 
     path: str = ""
     real_path: str = ""         # the same without symbolic links
 
     def directory(self, name: str) -> str:
-        """The directory of the storage `name`."""
+        """Return the directory of the storage `name`."""
         return self.storage[name].path
+
+
+def key_paths(record: type, path: str = "") -> dict[str, tuple]:
+    """Return each key of a configuration by its path: storage.NAME.chown."""
+    found = {}
+    for key, row in record.keys.items():
+        mark = {"list": "[]", "map": ".NAME"}.get(row[0].form, "")
+        found.update(key_paths(row[0].record, f"{path}{key}{mark}.")
+                     if row[0].record else {path + key: row})
+    return found
 
 
 RENAMED = {"from": "sender"}    # `from` is a keyword of Python
@@ -814,16 +894,18 @@ KINDS = {dict: "an object", list: "a list", type(None): "null"}
 
 
 def described(value) -> str:
-    """An invalid value, short enough for a line."""
+    """Return an invalid value, short enough for a line."""
     if type(value) in KINDS:
         return KINDS[type(value)]
     return quoted(value) if isinstance(value, str) else str(value).lower()
 
 
 def suggestion(word: str, words) -> str:
-    """The one of `words` that was meant, or all of them, as a hint."""
+    """Return a hint with the one of `words` that was meant, or with all of
+    them."""
     meant = nearest(word, words)
-    return f"{meant}?" if meant else "one of " + ", ".join(words)
+    return f"did you mean {meant}?" if meant \
+        else "expected one of " + ", ".join(words)
 
 
 class DiagnosticList:
@@ -866,11 +948,11 @@ class ConfigReader:
         self.values = self.parse(text)
 
     def parse(self, text: str):
-        """The JSON value of the text; None if it is not JSONC."""
+        """Return the JSON value of the text; None if it is not JSONC."""
         add, reader = self.diagnostics.add, JsoncReader(text)
         if text.startswith("\ufeff"):
             return add((), "the file begins with a byte order mark",
-                       "UTF-8 without it")
+                       "expected UTF-8 without one")
         try:
             values = reader.document()
         except JsoncError as error:
@@ -878,11 +960,11 @@ class ConfigReader:
         self.diagnostics.places = reader.places
         self.diagnostics.keys = reader.keys
         for path, at in reader.duplicates:
-            add(path, "this key stands twice", "once in an object", at)
+            add(path, "duplicate key", "remove one of them", at)
         return values
 
     def config(self) -> Config | None:
-        """The configuration, with paths as written; None if the text is
+        """Return the configuration, with paths as written; None if the text is
         not an object."""
         if isinstance(self.values, dict):
             config = self.read_object(Config, self.values, ())
@@ -891,12 +973,13 @@ class ConfigReader:
                 tasks=tuple(self.with_defaults(task, config.defaults)
                             for task in config.tasks))
         if not self.diagnostics.found:
-            self.diagnostics.add(
-                (), f"{described(self.values)} is no object", "{ ... }")
+            self.diagnostics.add((), "expected an object, found "
+                                 + described(self.values), "")
         return None
 
     def with_defaults(self, task: Task, defaults: Defaults) -> Task:
-        """The task with the defaults of the keys that it does not set."""
+        """Return the task with the defaults of the keys that it does not set.
+        """
         values = self.values["tasks"][task.where[-1]]
         if not isinstance(values, dict):
             return task
@@ -907,18 +990,22 @@ class ConfigReader:
 
     def read_object(self, record: type, values, where: tuple,
                     report: bool = True) -> ConfigObject:
-        """One object. Defaults take the place of what is missing or wrong,
-        so that the rest can still be checked. With `report` a required key
-        that is missing is an error."""
+        """Return one object. Defaults take the place of what is missing or
+        wrong, so that the rest can still be checked. With `report` a required
+        key that is missing is an error."""
         is_object = isinstance(values, (dict, type(None)))
         if not is_object:
-            self.diagnostics.add(where, f"{described(values)} is no object",
-                                 "{ ... }")
+            self.diagnostics.add(where, "expected an object, found "
+                                 + described(values), "")
         values = values or {} if is_object else {}
         for key in values:
             if key not in record.keys:
                 path = where + (key,)
+                homes = [home for home in key_paths(Config)
+                         if home.endswith("." + key)]
                 self.diagnostics.add(path, "unknown key",
+                                     f"expected in {' or '.join(homes)}"
+                                     if homes else
                                      suggestion(key, record.keys),
                                      self.diagnostics.keys.get(path))
                 self.diagnostics.paths.update(      # Go ignores case
@@ -932,7 +1019,8 @@ class ConfigReader:
 
     def read_value(self, value, path: tuple, kind: ValueType, default,
                    report: bool):
-        """The value of one key; null is "not set", as in the original."""
+        """Return the value of one key; null is "not set", as in the original.
+        """
         read = kind.value(value)
         found = read
         if read is None:
@@ -940,17 +1028,21 @@ class ConfigReader:
         if value is None:
             if default is REQUIRED and report \
                     and path not in self.diagnostics.paths:
-                self.diagnostics.add(path, "this key is missing",
-                                     kind.expected)
+                self.diagnostics.add(path, "missing key",
+                                     f"expected {kind.expected}")
         elif read is None:
-            self.diagnostics.add(path, f"{described(value)} does not fit",
-                                 kind.expected)
+            what = "unknown type" if path[-1] == "type" else "invalid value"
+            self.diagnostics.add(path, f"{what} {described(value)}",
+                                 f"expected {kind.expected}")
         if not kind.record or found is None:
             return found
         # An object that is missing has one diagnostic, not one for each key.
         return each_object(kind.form, found, lambda values, where:
                            self.read_object(kind.record, values, where,
                                             read is not None), path)
+
+
+NO_SUCH_USER = "expected the name of a user of this host"
 
 
 class UnknownHome(ValueError):
@@ -965,7 +1057,7 @@ def absolute_path(path: str, base: str, user: str, home_of) -> str:
     name of the user.
     """
     if "\0" in path:
-        raise ValueError("a path cannot hold NUL")
+        raise ValueError("a path cannot contain NUL")
     if path.startswith("~"):
         name, _, rest = path[1:].partition("/")
         home = home_of(name or user)
@@ -977,7 +1069,8 @@ def absolute_path(path: str, base: str, user: str, home_of) -> str:
 
 
 def resolve_paths(record: ConfigObject, absolute) -> ConfigObject:
-    """The record with absolute(path, path of keys) for each of its paths."""
+    """Return the record with absolute(path, path of keys) for each of its
+    paths."""
     changes = {}
     for key, (kind, _, _) in record.keys.items():
         value = getattr(record, field_of(key))
@@ -991,8 +1084,8 @@ def resolve_paths(record: ConfigObject, absolute) -> ConfigObject:
 
 
 def resolved(config: Config, home_of, diagnostics: DiagnosticList) -> Config:
-    """The configuration with absolute paths, and a name and an entrypoint
-    for each task. `home_of(name)` returns a home or None.
+    """Return the configuration with absolute paths, and a name and an
+    entrypoint for each task. `home_of(name)` returns a home or None.
 
     A path that cannot be resolved becomes "". Relative paths start from the
     directory of the file itself, also if a symbolic link leads to it.
@@ -1002,7 +1095,7 @@ def resolved(config: Config, home_of, diagnostics: DiagnosticList) -> Config:
     def absolute(path: str, where: tuple) -> str:
         if path.startswith("~") and not config.user.name:
             return ""           # the missing name is reported
-        hint = "an absolute path, or ~ of a user of this host"
+        hint = "expected an absolute path, or ~ of a user of this host"
         try:
             return absolute_path(path, posixpath.dirname(config.real_path),
                                  config.user.name, home_of)
@@ -1011,7 +1104,8 @@ def resolved(config: Config, home_of, diagnostics: DiagnosticList) -> Config:
                 homeless.append(where)
             else:
                 diagnostics.add(where, f"{described(path)}: cannot expand ~: "
-                                f"there is no user {error}", hint)
+                                f"user {quoted(str(error))} does not exist",
+                                hint)
         except ValueError as error:
             diagnostics.add(where, str(error), hint)
         return ""
@@ -1019,9 +1113,9 @@ def resolved(config: Config, home_of, diagnostics: DiagnosticList) -> Config:
     found = resolve_paths(config, absolute)
     if homeless:
         diagnostics.add(
-            ("user", "name"), f"there is no user {described(config.user.name)}"
-            f" ({plural(len(homeless), 'path')} below ~ of this user)",
-            "the name of a user of this host")
+            ("user", "name"), f"user {described(config.user.name)} does not "
+            f"exist, so ~ cannot be expanded in "
+            f"{plural(len(homeless), 'path')}", NO_SUCH_USER)
     directory = found.directory("tasks") if "tasks" in found.storage else ""
     return found.replace(tasks=tuple(task.replace(
         name=task.name or task.slug,
@@ -1032,7 +1126,7 @@ def resolved(config: Config, home_of, diagnostics: DiagnosticList) -> Config:
 
 
 def as_json(record: ConfigObject) -> dict:
-    """What `dump` prints: fed back as a configuration it says the same."""
+    """Return what `dump` prints, which is a valid configuration."""
     found = {}
     for key, (kind, _, _) in record.keys.items():
         value = getattr(record, field_of(key))
@@ -1065,7 +1159,17 @@ SYSTEM_DIRECTORIES = frozenset(
     "/usr/local/bin /usr/sbin /usr/share /var /var/cache /var/lib /var/log "
     "/var/spool /var/tmp /Applications /Library /System /Users /Volumes "
     "/private /private/etc /private/var".split())
+ONLY_BACKUPS = "expected a directory that contains only backups"
 BASH_RULE = "set -euo pipefail"
+
+
+def protection(writer: str) -> str:
+    """Return the command against what `untrusted_writer` found, or ""."""
+    path, _, who = writer.partition(" is writable by ")
+    for start, change in (("everyone", "o-w"), ("its group", "g-w")):
+        if who.startswith(f"{start} (mode"):
+            return f"chmod {change} {path}"
+    return f"setfacl -b {path}" if who else ""
 
 
 class Script(FrozenRecord):
@@ -1132,8 +1236,9 @@ class ConfigValidator:
         if self.facts.writer:
             trusted = "nobody else" if self.config.trust == "root" \
                 else self.config.user.name
-            self.add((), self.facts.writer, f"root and {trusted} alone can "
-                     "write it and its folders", "trust")
+            self.add((), self.facts.writer, protection(self.facts.writer)
+                     or f"expected that only root and {trusted} can write "
+                     "the file and its directories", "trust")
 
     def check_user(self) -> None:
         """Check user.name; root is allowed, with a note."""
@@ -1142,18 +1247,18 @@ class ConfigValidator:
             self.check_account(self.config.user.name, path)
         elif not self.is_known(path):
             self.diagnostics.add(path, "all backups will belong to root",
-                                 "an ordinary user, if there is one",
+                                 "expected an ordinary user, if there is one",
                                  fatal=False)
 
     def check_account(self, name: str, path: tuple, scope: str = "") -> None:
         """Check a user that tasks run as, or that gets the files."""
         uid = self.facts.uids.get(name)
         if uid is None:
-            self.add(path, f"there is no user {described(name)}",
-                     "the name of a user of this host", scope)
+            self.add(path, f"user {described(name)} does not exist",
+                     NO_SUCH_USER, scope)
         elif uid in NOT_A_USER:
-            self.add(path, f"{name} has the user id {uid}",
-                     "an unprivileged user", scope)
+            self.add(path, f"{name} has the user ID {uid}",
+                     "expected an unprivileged user", scope)
 
     # --- storages ---------------------------------------------------------
 
@@ -1162,18 +1267,19 @@ class ConfigValidator:
         variables = {}
         for name in ("tasks", "logs"):
             if name not in self.config.storage:
-                self.add(("storage",), f"there is no storage {name!r}",
+                self.add(("storage",), f'missing storage "{name}"',
                          f'"{name}": {{"path": "..."}}')
         for name, storage in self.config.storage.items():
             if not is_label(name, LOWER):
                 self.add(storage.where,
-                         f"{described(name)} is no storage name",
-                         "letters a-z, digits, - and _, first a letter")
+                         f"invalid storage name {described(name)}",
+                         "expected letters a-z, digits, - and _, and a "
+                         "letter first")
             other = variables.setdefault(storage.variable, name)
             if other != name:
-                self.add(storage.where, "gives the variable "
-                         f"{storage.variable}, as does storage.{other}",
-                         "a name of its own")
+                self.add(storage.where, "same variable "
+                         f"{storage.variable} as storage.{other}",
+                         "rename one of the storages")
             if storage.path:    # else it could not be resolved
                 self.check_storage(storage)
                 if storage.chown:
@@ -1190,12 +1296,12 @@ class ConfigValidator:
         if error:
             self.add(storage.where + ("path",), f"{path} {error}",
                      f"mkdir -p {path}" if "exist" in error
-                     else "a folder that mission can use", scope)
+                     else "expected a directory that mission can use", scope)
         elif storage.commit and not facts["repository"]:
-            self.add(commit, f"{path} is no git repository",
+            self.add(commit, f"{path} is not a git repository",
                      f"git init {path}, as its owner", scope)
         if storage.commit and not self.facts.programs.get("git"):
-            self.add(commit, "there is no git", "install git", scope)
+            self.add(commit, "git is not installed", "install git", scope)
 
     def check_chown(self, storage: Storage) -> None:
         """Giving away the wrong directory as root cannot be undone."""
@@ -1204,16 +1310,16 @@ class ConfigValidator:
             if "tasks" in self.config.storage else []
         for path in inside + [self.config.path]:
             if path.startswith(storage.path.rstrip("/") + "/"):
-                self.add(where, f"{storage.path} holds {path}",
-                         "a folder that holds backups alone", scope)
+                self.add(where, f"{storage.path} contains {path}",
+                         ONLY_BACKUPS, scope)
         facts = self.facts.storages[storage.name]
         if facts["of_system"]:
-            self.add(where, f"{storage.path} belongs to the system",
-                     "a folder that holds backups alone", scope)
+            self.add(where, f"{storage.path} is a system directory",
+                     ONLY_BACKUPS, scope)
         elif facts["foreign"]:
-            self.add(where, f"it holds {facts['foreign']}",
-                     f"files of root and {self.config.user.name} alone",
-                     scope)
+            self.add(where, f"{storage.path} contains {facts['foreign']}",
+                     f"expected only files of root and "
+                     f"{self.config.user.name}", scope)
 
     def check_users_of_tasks(self, storage: Storage) -> None:
         """Note that chown leaves the files of tasks[].user alone, where git
@@ -1222,10 +1328,10 @@ class ConfigValidator:
                        - {"", self.config.user.name})
         if storage.commit and names:
             self.diagnostics.add(
-                storage.where + ("commit",), "files here that belong to "
-                + ", ".join(map(escape_controls, names)) + " stay theirs, "
-                f"and git reads them as {self.config.user.name}",
-                "a storage of its own for tasks with `user`", fatal=False)
+                storage.where + ("commit",), "chown skips the files of "
+                + ", ".join(map(escape_controls, names)) + ", and git reads "
+                f"them as {self.config.user.name}",
+                "use another storage for tasks with `user`", fatal=False)
 
     # --- tasks ------------------------------------------------------------
 
@@ -1233,22 +1339,22 @@ class ConfigValidator:
         """Check one task; with a wrong slug nothing else can be checked."""
         where = task.where
         if not is_label(task.slug, LOWER + DIGITS):
-            self.add(where + ("slug",), f"{described(task.slug)} is no slug",
-                     "letters a-z, digits, - and _, at most 64")
+            self.add(where + ("slug",), f"invalid slug {described(task.slug)}",
+                     SLUG_RULE)
             return
         if is_duplicate:
-            self.add(where + ("slug",), f'"{task.slug}" stands twice',
-                     "a slug of its own for each task")
+            self.add(where + ("slug",), f'duplicate slug "{task.slug}"',
+                     "rename one of the tasks")
         if escape_controls(task.name) != task.name or len(task.name) > 200:
-            self.add(where + ("name",), "control characters in a name, or "
-                     "more than 200", "printable text")
+            self.add(where + ("name",), "invalid name",
+                     "expected at most 200 printable characters")
         if task.user:
             self.check_account(task.user, where + ("user",),
                                f"task {task.slug}")
         if task.parallel and not is_label(task.parallel, LOWER + DIGITS):
             self.add(where + ("parallel",),
-                     f"{described(task.parallel)} is no group name",
-                     "letters a-z, digits, - and _")
+                     f"invalid group name {described(task.parallel)}",
+                     SLUG_RULE)
         if task.ping:
             self.check_endpoint(where + ("ping",), task.ping,
                                 f"ping {task.slug}")
@@ -1265,18 +1371,20 @@ class ConfigValidator:
             statuses = set(getattr(task, field_of(key)))
             for status in sorted(seen & statuses):
                 self.add(task.where + (key,), f"status {status} is in two "
-                         "lists", "in one of " + ", ".join(STATUS_KEYS))
+                         "lists", "remove it from one of "
+                         + ", ".join(STATUS_KEYS))
             seen |= statuses
         for name, value in task.env.items():
             if not re.fullmatch(VARIABLE, name) or "\0" in value:
-                self.add(task.where + ("env", name), "this is no variable",
-                         "letters, digits and _, and a value without NUL")
+                self.add(task.where + ("env", name), "invalid variable",
+                         "expected a name of letters, digits and _, and a "
+                         "value without NUL")
         for key, names in (("storages", task.storages or ()),
                            ("minFree", task.min_free)):
             for name in names:
                 if name in self.config.storage:
                     continue
-                self.add(task.where + (key, name), "no such storage",
+                self.add(task.where + (key, name), "unknown storage",
                          suggestion(name, self.config.storage))
 
     def check_order(self) -> None:
@@ -1286,16 +1394,16 @@ class ConfigValidator:
             path = task.where + ("needs",)
             for slug in task.needs:
                 if slug not in tasks:
-                    self.add(path, f"there is no task {described(slug)}",
+                    self.add(path, f"unknown task {described(slug)}",
                              suggestion(slug, tasks))
                 elif tasks[slug].post and not task.post:
-                    self.add(path, f"{slug} is a post task and runs later",
-                             "a task that is no post task")
+                    self.add(path, f"{slug} is a post task, which runs later",
+                             'expected a task without "post"')
             if task.slug in reachable(task, tasks):
-                self.add(path, f"{task.slug} needs itself in the end",
-                         "an order in which they can run")
+                self.add(path, f"{task.slug} needs itself, directly or "
+                         "through other tasks", "remove one of the needs")
         if not tasks:
-            self.add(("tasks",), "there are no tasks", "at least one")
+            self.add(("tasks",), "no tasks", "expected at least one")
 
     # --- delivery ---------------------------------------------------------
 
@@ -1305,8 +1413,9 @@ class ConfigValidator:
         self.check_pings(config.ping)
         if config.notify.enabled \
                 and not self.facts.programs.get("notify-send"):
-            self.add(("notify", "enabled"), "there is no notify-send",
-                     "install libnotify-bin, or false", "delivery")
+            self.add(("notify", "enabled"), "notify-send is not installed",
+                     'install libnotify-bin, or set "enabled": false',
+                     "delivery")
         for address in config.user.email:
             self.check_address(("user", "email"), address, "address")
         self.check_address(("mail", "from"), config.mail.sender)
@@ -1314,16 +1423,16 @@ class ConfigValidator:
             self.check_mail()
             if smtp and config.mail.type == "smtp":
                 self.check_smtp(smtp)
-        pem = "a file with the CA's certificate in PEM"
+        pem = "expected a file with the CA's certificate in PEM"
         self.check_file(("ping", "caFile"), config.ping.ca_file, pem,
                         "caFile" if config.ping.enabled else "delivery")
         self.check_file(("mail", "smtp", "caFile"),
                         smtp.ca_file if smtp else "", pem)
         self.check_file(("passBin",), config.pass_bin,
-                        "the path of an executable such as /usr/bin/pass",
-                        "passBin")
+                        "expected a program such as /usr/bin/pass", "passBin")
         self.check_file(("metrics", "textfile"), config.metrics.textfile,
-                        "a file in a directory that mission can write")
+                        "expected a file in a directory that mission can "
+                        "write")
 
     def check_pings(self, ping: Ping) -> None:
         """Check the URLs of `ping`."""
@@ -1339,8 +1448,8 @@ class ConfigValidator:
         is_http = url.lower().startswith("http:")
         if not is_endpoint(url) or is_proxy and not is_http:
             self.add(path, "invalid URL" if url else "missing URL",
-                     "http://HOST:PORT" if is_proxy else
-                     "http://... or https://..." + (
+                     "expected http://HOST:PORT" if is_proxy else
+                     "expected http:// or https://" + (
                          "" if url.isascii() else
                          ", the host name in its xn-- form"), scope)
 
@@ -1348,11 +1457,12 @@ class ConfigValidator:
                       scope: str = "mail") -> None:
         """Check a mail address; "" is none."""
         if address and not address_of(address):
-            self.add(path, described(address) + " is no mail address",
-                     "name@example.com", scope)
+            self.add(path, f"invalid email address {described(address)}",
+                     "expected name@example.com", scope)
 
     def check_file(self, where: tuple, path: str, hint: str,
                    scope: str = "delivery") -> None:
+        """Check a file that the configuration names; "" is none."""
         if path and self.facts.usable.get(path):
             self.add(where, f"{path} {self.facts.usable[path]}", hint, scope)
 
@@ -1361,30 +1471,31 @@ class ConfigValidator:
         import re
         mail = self.config.mail
         if not self.config.user.email:
-            self.add(("user", "email"), "mail is enabled and there is no "
-                     "address", "name@example.com", "mail")
+            self.add(("user", "email"), "missing key, because mail is "
+                     "enabled", "expected name@example.com", "mail")
         if mail.type == "sendmail" \
                 and not self.facts.programs.get("sendmail"):
             self.add(("mail", "type"),
-                     "there is no sendmail in PATH, /usr/sbin or /usr/lib",
+                     "sendmail is not in PATH, /usr/sbin or /usr/lib",
                      "install a mail transport such as msmtp-mta, or "
                      '"type": "smtp"', "delivery")
         if mail.type == "smtp" and not (mail.smtp and re.fullmatch(
                 r"[A-Za-z0-9.:_-]+", mail.smtp.host)):
-            self.add(("mail", "smtp", "host"), "there is no SMTP host",
-                     '"smtp": {"host": "mail.example.com", ...}', "mail")
+            self.add(("mail", "smtp", "host"), "missing or invalid host",
+                     'expected "smtp": {"host": "mail.example.com"}', "mail")
 
     def check_smtp(self, smtp: Smtp) -> None:
+        """Check the mail server's section."""
         path = ("mail", "smtp")
         if smtp.pass_name and not (self.config.pass_bin and smtp.user):
             self.add(path + ("passName",),
-                     "a password without passBin or user",
-                     "passBin, user and passName", "mail")
+                     "passName needs passBin and mail.smtp.user",
+                     "set all three, or none", "mail")
         if smtp.user and smtp.security == "none" and smtp.host not in (
                 "127.0.0.1", "::1", "localhost"):
             self.add(path + ("security",),
-                     "the password would travel unprotected",
-                     '"starttls" or "tls"', "mail")
+                     "the password would be sent unencrypted",
+                     'expected "starttls" or "tls"', "mail")
         self.check_address(path + ("from",), smtp.sender)
 
     def check_patterns(self) -> None:
@@ -1396,13 +1507,14 @@ class ConfigValidator:
                     pattern(text)
                 except (re.error, Warning, OverflowError,
                         RecursionError) as error:
-                    self.add((key, index), f"{described(text)} does not "
-                             f"compile: {error}", "a regular expression",
+                    self.add((key, index), "invalid regular expression "
+                             f"{described(text)}: {error}", "",
                              "filters" if key == "filters" else "")
 
 
 def reachable(task: Task, tasks: dict) -> set:
-    """The slugs that must run before `task`, directly or through others."""
+    """Return the slugs that must run before `task`, directly or through
+    others."""
     found, ahead = set(), list(task.needs)
     while ahead:
         slug = ahead.pop()
@@ -1431,7 +1543,8 @@ def is_endpoint(url: str) -> bool:
 
 
 def public_url(url: str) -> str:
-    """The part of a URL that messages name; the rest may hold a secret."""
+    """Return the part of a URL that messages name; the rest may hold a secret.
+    """
     from urllib.parse import urlsplit
     if not is_endpoint(url):
         return "an invalid URL"
@@ -1440,7 +1553,7 @@ def public_url(url: str) -> str:
 
 
 def mail_domain(host: str) -> str:
-    """The host's name as the domain of addresses and message IDs.
+    """Return the host's name as the domain of addresses and message IDs.
 
     A host name may be any bytes (sethostname(2)); an unusable one becomes
     "localhost"."""
@@ -1450,7 +1563,8 @@ def mail_domain(host: str) -> str:
 
 
 def address_of(email: str) -> str:
-    """The bare address of "Name <a@b>" or "a@b"; '' if it is invalid."""
+    """Return the bare address of "Name <a@b>" or "a@b"; '' if it is invalid.
+    """
     import re
     match = re.fullmatch(r"[^<>\r\n\0]*<([^<>\s]+)>|(\S+)", email)
     address = (match[1] or match[2]) if match else ""
@@ -1472,8 +1586,8 @@ RE2_CLASSES = {"alpha": "a-zA-Z", "digit": "0-9", "alnum": "a-zA-Z0-9",
 
 
 def ranges(holds, end: int) -> str:
-    """The inside of a class with the characters below the code `end` for
-    which holds(character) is true."""
+    """Return the inside of a class with the characters below the code `end`
+    for which holds(character) is true."""
     from itertools import groupby
     runs = [list(codes) for is_inside, codes in groupby(
         range(end), lambda code: holds(chr(code))) if is_inside]
@@ -1484,7 +1598,7 @@ CATEGORIES: dict[str, str] = {}     # what `category` returned before
 
 
 def category(token: str) -> str:
-    r"""The inside of a class for \pL or \P{Lu}: a general category of
+    r"""Return the inside of a class for \pL or \P{Lu}: a general category of
     Unicode. Raises re.error for anything else, as a script."""
     import re
     import unicodedata
@@ -1495,8 +1609,8 @@ def category(token: str) -> str:
         known = re.fullmatch("L[ulmto]?|M[nce]?|N[dlo]?|P[cdseifo]?|"
                              "S[mcko]?|Z[slp]?|C[cfso]?", wanted)
         if not known:
-            raise re.error(f"{token} has no translation: only the general "
-                           r"categories of Unicode do, such as \p{Lu}")
+            raise re.error(f"{token} is not supported, only the general "
+                           r"categories of Unicode are, such as \p{Lu}")
         CATEGORIES[token] = ranges(lambda character: is_other != (
             unicodedata.category(character).startswith(wanted)
             and unicodedata.category(character) != "Cn"), 0x110000)
@@ -1504,7 +1618,7 @@ def category(token: str) -> str:
 
 
 def translated_escape(token: str, in_class: bool) -> str:
-    """An escape of RE2 for Python. Raises re.error."""
+    """Return an escape of RE2 for Python. Raises re.error."""
     if token[:2] in (r"\p", r"\P"):
         inside = category(token)
         return inside if in_class else f"[{inside}]"
@@ -1514,7 +1628,8 @@ def translated_escape(token: str, in_class: bool) -> str:
 
 
 def translated_class(token: str) -> str:
-    """A class of RE2, such as [a[:^space:]], for Python. Raises re.error."""
+    """Return a class of RE2, such as [a[:^space:]], for Python. Raises
+    re.error."""
     import re
 
     def part(match) -> str:
@@ -1525,7 +1640,7 @@ def translated_class(token: str) -> str:
         if len(found) == 1:     # Python warns of a set operation to come
             return "\\" + found
         if name not in RE2_CLASSES:
-            raise re.error(f"there is no class {found}")
+            raise re.error(f"unknown class {found}")
         inside = RE2_CLASSES[name]
         return inside if found[2] != "^" else ranges(
             lambda character: not re.match(f"[{inside}]", character),
@@ -1537,7 +1652,7 @@ def translated_class(token: str) -> str:
 
 
 def translated(text: str) -> str:
-    """A regular expression of Go in Python's spelling. Raises re.error.
+    """Return a regular expression of Go in Python's spelling. Raises re.error.
 
     A flag such as (?i) holds to the end of its group and in all of its
     alternatives, so a(?i)b|c becomes a(?i:b)|(?i:c).
@@ -1554,7 +1669,7 @@ def translated(text: str) -> str:
             token = translated_class(token)
         elif token.startswith("(?") and token.endswith(")"):
             if "U" in token:
-                raise re.error("(?U) has no translation: write *? for *, and "
+                raise re.error("(?U) is not supported: write *? for *, and "
                                "* for *?")
             token = token[:-1] + ":"
             flags[-1] += token
@@ -1585,13 +1700,15 @@ def pattern(text: str, flags: int = 0):
 
 
 def interpreter_words(head: str) -> list[str]:
-    """The words of the #! line: ["/usr/bin/env", "bash"]; [] if none."""
+    """Return the words of the #! line: ["/usr/bin/env", "bash"]; [] if none.
+    """
     first = head.split("\n", 1)[0]
     return first[2:].split() if first.startswith("#!") else []
 
 
 def interpreter_name(head: str) -> str:
-    """The interpreter of a script: that of `env -S bash -eu` is bash."""
+    """Return the interpreter of a script: that of `env -S bash -eu` is bash.
+    """
     words = interpreter_words(head)
     if words and posixpath.basename(words[0]) == "env":
         words = [word for word in words[1:]
@@ -1628,32 +1745,33 @@ def script_errors(task: Task, config: Config, facts: HostFacts):
             "does not exist": f"mission new {task.slug}",
             "is not executable": f"chmod +x {path}",
             NOEXEC: "mount -o remount,exec, or another directory",
-        }.get(script.state, "a script that can be read and run")
+        }.get(script.state, "expected a script that can be read and run")
         return
     if script.writer:
-        yield script.writer, ("only root and those root trusts may write "
-                                "what root runs, and the folders above it")
+        yield script.writer, protection(script.writer) or (
+            "only root and user.name may be able to write what root runs, "
+            "and the directories above it")
     if script.barred:
         yield tuple(script.barred)
     if script.writer or task.type == "builtin":
         return
     if head.startswith("#!") and not interpreter_name(head):
-        yield (f"{path}:1: the #! line names no interpreter", "#!/bin/sh")
+        yield f"{path}:1: no interpreter in the #! line", "#!/bin/sh"
     elif head.split("\n", 1)[0].endswith("\r"):
         yield (f"{path}:1: the #! line ends in CR (a Windows line end)",
                f"sed -i 's/\\r$//' {path}")
     elif script.missing_interpreter:
         yield (f"{path}:1: the interpreter {script.missing_interpreter} does "
-               "not exist", "an interpreter of this host")
+               "not exist", "expected an interpreter of this host")
     elif not head.startswith("#!"):
         if not head.startswith(PROGRAM_MAGIC):
             yield (f"{path}:1: neither a program nor a script with a #! line",
-                   "#!/bin/sh, or another interpreter, as its first line")
+                   "begin it with #!/bin/sh, or another interpreter")
     elif posixpath.basename(interpreter_name(head)) == "bash":
         row, options = bash_options(head)
         if STRICT_OPTIONS - options:
             yield (f"{path}:{row}: a bash task must begin with "
-                   f"'{BASH_RULE}'", f"{BASH_RULE} as its first command")
+                   f"'{BASH_RULE}'", f"make '{BASH_RULE}' its first command")
 
 
 STRICT_OPTIONS = {"errexit", "nounset", "pipefail"}
@@ -1742,14 +1860,14 @@ def select_tasks(config: Config, slugs: list[str]) -> list[Task]:
     for slug in slugs:
         if slug not in tasks:
             meant = nearest(slug, tasks)
-            raise Error(f"there is no task {quoted(slug)}",
-                        f"did you mean {meant}?" if meant
-                        else "mission list shows them", EXIT_USAGE)
+            raise Error(f"unknown task {quoted(slug)}",
+                        f"mission run -t {meant}" if meant
+                        else "mission list", EXIT_USAGE)
     found = [tasks[slug] for slug in dict.fromkeys(slugs)] or [
         task for task in config.tasks if task.scheduled]
     if not found:
-        raise Error("no task is scheduled", "name tasks with -t, or set "
-                    '"scheduled": true', EXIT_USAGE)
+        raise Error('no task has "scheduled": true',
+                    "mission run -t SLUG", EXIT_USAGE)
     return with_needed(found, tasks)
 
 
@@ -1770,8 +1888,8 @@ def with_needed(tasks: list[Task], by_slug: dict[str, Task]) -> list[Task]:
 
 
 def parallel_groups(tasks: list[Task]) -> list[tuple]:
-    """The tasks in groups that run side by side: neighbours with the same
-    `parallel`, unless one needs another."""
+    """Return the tasks in groups that run side by side: neighbours with the
+    same `parallel`, unless one needs another."""
     found: list[list[Task]] = []
     for task in tasks:
         last = found[-1] if found else []
@@ -1786,7 +1904,7 @@ def parallel_groups(tasks: list[Task]) -> list[tuple]:
 
 def plan(config: Config, slugs: list[str], headless: bool,
          quiet: bool = False) -> list[Step]:
-    """The steps of a run, in order."""
+    """Return the steps of a run, in order."""
     tasks = [task if headless else task.replace(ping="")
              for task in select_tasks(config, slugs)]
     first = [task for task in tasks if not task.post]
@@ -1816,7 +1934,7 @@ def plan(config: Config, slugs: list[str], headless: bool,
 
 
 def step_text(step: Step, config: Config) -> str:
-    """A step in words, for `--dry-run`."""
+    """Return a step in words, for `--dry-run`."""
     storage, ping = step.storage, config.ping
     to = ", ".join(config.user.email)
     if step.kind == "tasks":
@@ -1828,7 +1946,7 @@ def step_text(step: Step, config: Config) -> str:
                 else "run the task ") + names
     return {
         "start": "write the header and StartTime",
-        "outbox": "send mails that earlier runs could not",
+        "outbox": "send queued mails of earlier runs",
         "mail_start": f"mail {to}: run started",
         "ping_start": "ping {} (start)".format(
             public_url(ping.start_endpoint or ping.endpoint)),
@@ -1843,8 +1961,8 @@ def step_text(step: Step, config: Config) -> str:
         "mail_finish": f"mail {to}: run finished, with the log"
         + ("" if config.mail.on == "always" else
            ", if there are errors or warnings"),
-        "ping_finish": f"ping {public_url(ping.endpoint)} if all went well, "
-        "the mails included" + (
+        "ping_finish": f"ping {public_url(ping.endpoint)} if everything "
+        "succeeded, mails included" + (
             f"; ping {public_url(ping.fail_endpoint or ping.endpoint)} (fail)"
             " if a task, chown or commit failed" if ping.wants("fail")
             else ""),
@@ -1852,7 +1970,7 @@ def step_text(step: Step, config: Config) -> str:
 
 
 def needed_storages(task: Task, config: Config) -> list[Storage]:
-    """The storages that must be there when the task starts."""
+    """Return the storages that must be there when the task starts."""
     if task.storages is None:
         return [s for s in config.storage.values() if s.mounted]
     return [config.storage[name] for name in task.storages]
@@ -1894,8 +2012,8 @@ LONGEST_LINE = 2**18    # bytes; no pattern is applied to a longer line,
 LINE_SECONDS = 1.0      # the longest a pattern may take for a line ...
 ALL_SECONDS = 10.0      # ... and for all lines that it was too slow for
 SCREEN_SECONDS = 0.1    # the longest for a block; then only single lines
-SLOW = "<<line withheld: {} took too long to judge it>>"
-TOO_LONG = "<<line of {} bytes withheld: too long to be judged>>"
+SLOW = "<<line withheld: {} took too long to match>>"
+TOO_LONG = "<<line of {} bytes withheld: too long to match>>"
 MAIL_LIMIT = 200_000    # characters of the log in a mail
 PING_LIMIT = 10_000     # what Healthchecks keeps of a ping's body
 PLAIN = bytes(range(0x20, 0x7F)) + b"\t\n"
@@ -1929,17 +2047,19 @@ class TaskResult(FrozenRecord):
 
 
 def header(title: str) -> str:
-    """The three lines that begin a part of the log, as in the original."""
+    """Return the three lines that begin a part of the log, as in the original.
+    """
     return f"{RULE}\n# {escape_controls(title)}\n{RULE}\n\n"
 
 
 def elapsed_column(elapsed: float) -> str:
-    """The first column of a line of the log: the time since the start."""
+    """Return the first column of a line of the log: the time since the start.
+    """
     return "[%-10s] " % format_duration(elapsed)
 
 
 def status_text(code: int) -> str:
-    """How a process ended, in the original's words."""
+    """Return how a process ended, in the original's words."""
     if code >= 0:
         return f"exit status {code}"
     import signal
@@ -1956,7 +2076,8 @@ LEADING_SPACE = "(?:^| )"
 
 
 def as_bare_line(text: str) -> str:
-    """A filter of the original, for a line without the elapsed column."""
+    """Return a filter of the original, for a line without the elapsed column.
+    """
     return LEADING_SPACE + text[1:] if text.startswith(" ") else text
 
 
@@ -1996,7 +2117,7 @@ class LogFilter:
         return bool(self.redactions or self.values)
 
     def redacted(self, text: str) -> str:
-        """The lines of `text` with *** in place of each match."""
+        """Return the lines of `text` with *** in place of each match."""
         from functools import partial
         for value in self.values:
             text = text.replace(value, MASK)
@@ -2084,10 +2205,11 @@ class OutputDecoder:
         if lines:
             self.emit(self.text(lines[:-1]), None)
         while len(self.pending) > LONGEST_LINE:     # too long for patterns
-            self.begin(self.pending[:LONGEST_LINE], " <<line goes on>>")
+            self.begin(self.pending[:LONGEST_LINE], " <<line continues>>")
 
     def text(self, data: bytes) -> str:
-        """Bytes as safe text, with escapes for controls and invalid UTF-8."""
+        """Return bytes as safe text, with escapes for controls and invalid
+        UTF-8."""
         if not data.translate(None, PLAIN):
             return data.decode("ascii")
         text = data.decode("utf-8", "backslashreplace")
@@ -2166,13 +2288,13 @@ class Excerpt:
         self.tail, self.tail_size = [text[start:]], len(text) - start
 
     def text(self) -> str:
-        """The head, a line with the size of the gap, and the tail."""
+        """Return the head, a line with the size of the gap, and the tail."""
         gap = f"\n<<{plural(self.lost_lines, 'line')} left out here: " \
             f"{self.lost_size:,} characters>>\n\n" if self.lost_size else ""
         return self.head + gap + "".join(self.tail)
 
     def end(self, limit: int) -> str:
-        """The last lines, `limit` characters at most."""
+        """Return the last lines, `limit` characters at most."""
         text = (self.head + "".join(self.tail))[-limit - 1:]
         return text if len(text) <= limit else text[text.find("\n") + 1:]
 
@@ -2210,12 +2332,13 @@ class MailLog:
 
 
 def prefixed(text: str, prefix: str) -> str:
-    """The lines with the prefix before each, and a newline at the end."""
+    """Return the lines with the prefix before each, and a newline at the end.
+    """
     return prefix + text.replace("\n", "\n" + prefix) + "\n"
 
 
 def counted(problems: list[RunProblem]) -> str:
-    """2 errors and 1 warning"""
+    """Return the numbers of problems in words: 2 errors and 1 warning."""
     levels = [problem.level for problem in problems]
     parts = [plural(levels.count(level), level)
              for level in ("error", "warning") if level in levels]
@@ -2223,29 +2346,29 @@ def counted(problems: list[RunProblem]) -> str:
 
 
 def backup_problems(problems: list[RunProblem]) -> list[RunProblem]:
-    """The problems of tasks and housekeeping, which make a run fail."""
+    """Return the problems of tasks and housekeeping, which make a run fail."""
     return [p for p in problems if p.result != "delivery"]
 
 
 def result_of(problems: list[RunProblem], stopped: int) -> str:
-    """The result of a run in its history; "trouble": something was not
-    delivered. `stopped` is the number of a signal, or 0."""
+    """Return the result of a run that has ended, see RESULT_MEANINGS.
+    `stopped` is the number of a signal, or 0."""
     if stopped:
         return "stopped"
     if backup_problems(problems):
         return "failed"
-    return "trouble" if problems else "ok"
+    return "undelivered" if problems else "ok"
 
 
 def exit_status(problems: list[RunProblem], stopped: int) -> int:
-    """The exit status of a run; 0 if and only if nothing went wrong."""
+    """Return the exit status of a run; 0 if and only if nothing went wrong."""
     return EXIT_SIGNAL + stopped if stopped else {
-        "failed": EXIT_PROBLEMS, "trouble": EXIT_DELIVERY, "ok": EXIT_OK,
-    }[result_of(problems, 0)]
+        "failed": EXIT_PROBLEMS, "undelivered": EXIT_DELIVERY,
+        "ok": EXIT_OK}[result_of(problems, 0)]
 
 
 def closing_words(problems: list[RunProblem], stopped: int) -> str:
-    """The message about a run on stderr; '' if nothing went wrong."""
+    """Return the message about a run on stderr; '' if nothing went wrong."""
     if stopped:
         import signal
         return f"the run was stopped by {signal.Signals(stopped).name}"
@@ -2254,14 +2377,14 @@ def closing_words(problems: list[RunProblem], stopped: int) -> str:
         verb = "was" if len(backup) == 1 else "were"
         return f"{counted(backup)} {verb} emitted during the run"
     if problems:
-        return "the tasks ran well, but " + "; ".join(
+        return "all tasks succeeded, but " + "; ".join(
             f"{problem.source}: {problem.text}" for problem in problems)
     return ""
 
 
 def subject(host: str, text: str, mark: str) -> str:
-    """The subject of a mail; `mark` is FAILURE, WARNING or "". No value can
-    add a second header.
+    """Return the subject of a mail; `mark` is FAILURE, WARNING or "". No value
+    can add a second header.
 
     Python before 3.13 turns a newline in an encoded word into a header, so
     `=?` is broken up as well.
@@ -2280,14 +2403,14 @@ def health(slugs: list[str], runs: list[dict], max_age: float | None,
     """Return whether the last complete run is good and recent, as an index
     of HEALTH_WORDS, and the reasons if it is not.
 
-    `slugs` are the scheduled tasks. Each is judged by its own last success,
-    in a partial run as well; `max_age` is in seconds. `runs` are records of
-    the history, oldest first; `now` is in seconds since 1970.
+    `slugs` are the scheduled tasks. The last success of each counts, also in
+    a partial run; `max_age` is in seconds. `runs` are records of the history,
+    oldest first; `now` is in seconds since 1970.
     """
-    ended = [run for run in runs if run["verdict"] != "running"]
+    ended = [run for run in runs if run["result"] != "running"]
     complete = [run for run in ended if not run["partial"]]
     if not complete:
-        return UNKNOWN, ["no complete run is recorded"]
+        return UNKNOWN, ["no complete run recorded"]
     found = [task_health(slug, ended, max_age, now) for slug in slugs]
     found.append(run_health(complete[-1]))
     return (max(status for status, _ in found),
@@ -2298,12 +2421,12 @@ def run_health(run: dict) -> tuple[int, str]:
     """Return the health of a run without that of its tasks, and why."""
     about = f"the run of {run['start']}"
     failed = [task for task in run["tasks"] if task["outcome"] == "failed"]
-    if run["verdict"] == "trouble":
+    if run["result"] == "undelivered":
         return DOUBTFUL, f"{about} could not deliver its mail, ping or log"
-    if run["verdict"] == "failed" and not failed:
+    if run["result"] == "failed" and not failed:
         return CRITICAL, f"{about} had errors or warnings"
-    if run["verdict"] in ("lost", "stopped"):
-        return CRITICAL, f"{about} was {run['verdict']}"
+    if run["result"] in ("lost", "stopped"):
+        return CRITICAL, f"{about} was {run['result']}"
     return HEALTHY, ""
 
 
@@ -2330,15 +2453,17 @@ def task_health(slug: str, runs: list[dict], max_age: float | None,
 
 
 def run_took(seconds: float) -> str:
-    """A duration for people, without fractions of a second if possible."""
+    """Return a duration for people, without fractions of a second if possible.
+    """
     return format_duration(round(seconds) if seconds >= 1 else seconds)
 
 
+GOOD_RESULTS = ("ok", "undelivered")    # the backup is complete
 BARS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: list[float]) -> str:
-    """A line of bars; the greatest value has the highest bar."""
+    """Return a line of bars; the greatest value has the highest bar."""
     top = max(values, default=0) or 1
     return "".join(BARS[min(int(value / top * 8), 7)] for value in values)
 
@@ -2364,7 +2489,7 @@ def metrics_text(record: dict, last_success: float, config: str) -> str:
     tasks = [(f'{{config="{path}",task="{task["slug"]}"}}', task)
              for task in record["tasks"]]
     metric("run_success", "1 if the last run had no errors or warnings.",
-           (whole, int(record["verdict"] in ("ok", "trouble"))))
+           (whole, int(record["result"] in GOOD_RESULTS)))
     metric("run_start_seconds", "When the last run started.",
            (whole, int(record["started"])))
     metric("run_duration_seconds", "How long it took.",
@@ -2428,7 +2553,7 @@ class Account(FrozenRecord):
 
 
 def account_of(user: str | int) -> Account | None:
-    """The account with a name or a user id; None if there is none."""
+    """Return the account with a name or a user id; None if there is none."""
     try:
         entry = pwd.getpwuid(user) if isinstance(user, int) \
             else pwd.getpwnam(user)
@@ -2438,8 +2563,8 @@ def account_of(user: str | int) -> Account | None:
 
 
 def myself() -> Account:
-    """The account that mission runs as. HOME counts for others than root,
-    because sudo may keep the caller's HOME."""
+    """Return the account that mission runs as. HOME counts for others than
+    root, because sudo may keep the caller's HOME."""
     uid = os.geteuid()
     account = account_of(uid) or Account(str(uid), uid, os.getegid(), "/")
     if uid == 0:
@@ -2448,7 +2573,8 @@ def myself() -> Account:
 
 
 def environment(account: Account, **more: str) -> dict:
-    """The environment of a child: of the caller's only the time zone."""
+    """Return the environment of a child: of the caller's only the time zone.
+    """
     found = {"PATH": SAFE_PATH, "HOME": account.home, "USER": account.name,
              "LOGNAME": account.name, "SHELL": "/bin/sh", "LANG": "C.UTF-8"}
     if os.environ.get("TZ"):
@@ -2479,6 +2605,7 @@ class Child:
 
     @property
     def open(self) -> bool:
+        """Whether the pipe of its output is open."""
         return self.fd >= 0
 
     @property
@@ -2487,7 +2614,7 @@ class Child:
         return self.code is not None
 
     def seconds(self) -> float:
-        """How long it ran."""
+        """Return how long it ran."""
         return (self.ended_at or self.started) - self.started
 
     def signal(self, number: int) -> None:
@@ -2507,6 +2634,7 @@ class Child:
                          | os.WNOWAIT) is not None
 
     def close(self) -> None:
+        """Close the pipe of its output."""
         if self.open:
             os.close(self.fd)
             self.fd = -1
@@ -2533,7 +2661,7 @@ class ProcessResult(FrozenRecord):
 
 
 def reason_of(error: BaseException) -> str:
-    """An exception on one line, for a message."""
+    """Return an exception on one line, for a message."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename \
@@ -2554,7 +2682,7 @@ def list_processes():
 
 
 def open_links(pid: int) -> list[str]:
-    """The files that a process has open, and its working directory."""
+    """Return the files that a process has open, and its working directory."""
     found = []
     try:
         found.append(os.readlink(f"/proc/{pid}/cwd"))
@@ -2610,7 +2738,7 @@ def boot_time() -> float:
 
 
 def boot_id() -> str:
-    """A text that is another one after each boot (random(4))."""
+    """Return a text that is another one after each boot (random(4))."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
             return f.read().strip()
@@ -2932,9 +3060,9 @@ class Processes:
 
     def run_in_child(self, seconds: float, function,
                      *arguments) -> tuple[bool, object]:
-        """(True, result) of function(*arguments), run in a child process;
-        (False, reason) if it raised an exception or took too long, or when a
-        signal asked to stop.
+        """Return (True, result) of function(*arguments), run in a child
+        process; (False, reason) if it raised an exception or took too long, or
+        when a signal asked to stop.
 
         A name lookup has no limit of time, and smtplib limits each read and
         not the whole; a process can be killed. It is forked, because its
@@ -2957,8 +3085,8 @@ class Processes:
                 else error.message
 
     def shortened(self, seconds: float) -> float:
-        """The limit of a delivery: short once a signal asked to stop, because
-        the one who sent the signal waits."""
+        """Return the limit of a delivery: short once a signal asked to stop,
+        because the one who sent the signal waits."""
         return min(seconds, STOPPED_SECONDS) if self.stopped else seconds
 
 
@@ -3042,8 +3170,8 @@ def read_password(processes: Processes, pass_bin: str, user: str,
     line = done.output.split("\n", 1)[0].rstrip("\r")
     if done.code or not line or len(line) > 4096:
         raise Error(f"{pass_bin} {escape_controls(name)}: " + (
-            done.reason if done.code else "no password came"
-            if not line else "its first line is longer than 4 KiB"))
+            done.reason if done.code else "empty first line"
+            if not line else "first line longer than 4 KiB"))
     return line
 
 
@@ -3094,13 +3222,13 @@ def open_regular(path: str, flags: int = 0):
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OSError(errno.EINVAL, "this is no regular file")
+        raise OSError(errno.EINVAL, "not a regular file")
     return os.fdopen(fd, "rb")
 
 
 def root_link(fd: int, name: str, error: OSError) -> str | None:
-    """The target of a symbolic link that only root could have made; None
-    for anything else. `error`: why the name could not be opened."""
+    """Return the target of a symbolic link that only root could have made;
+    None for anything else. `error`: why the name could not be opened."""
     if error.errno not in (errno.ELOOP, errno.ENOTDIR):
         return None
     directory = os.fstat(fd)
@@ -3146,23 +3274,23 @@ def writer_of(path: str, trusted: set[int], sticky: bool = True) -> str:
     if sticky and stat.S_ISDIR(mode) and mode & stat.S_ISVTX:
         return ""
     if mode & 0o002:
-        return f"can be written by everyone {words}"
+        return f"is writable by everyone {words}"
     access = attribute(path, POSIX_ACL) if mode & 0o020 else b""
     if mode & 0o020 and not access and not is_trusted_group(
             status.st_gid, trusted):
-        return f"can be written by its group {words}"
+        return f"is writable by its group {words}"
     found = acl_writer(access, status.st_gid, trusted) \
         or nfs4_writer(attribute(path, NFS4_ACL), trusted)
     if not found and stat.S_ISDIR(mode):
         found = acl_writer(attribute(path, POSIX_DEFAULT_ACL),
                            status.st_gid, trusted)
-    return f"can be written by {found} (access control list)" if found else ""
+    return f"is writable by {found} (access control list)" if found else ""
 
 
 def user_name(uid: int) -> str:
     """Return the name of a user, or words with the number."""
     account = account_of(uid)
-    return account.name if account else f"user id {uid}"
+    return account.name if account else f"user ID {uid}"
 
 
 def attribute(path: str | int, name: str) -> bytes:
@@ -3200,7 +3328,7 @@ def acl_writer(data: bytes, owning_group: int, trusted: set[int]) -> str:
                                                             trusted):
             return "its group"
         if tag == ACL_GROUP and not is_trusted_group(number, trusted):
-            return f"the group with id {number}"
+            return f"the group with ID {number}"
     return ""
 
 
@@ -3270,9 +3398,9 @@ def lists_all_users() -> bool:
 
 
 def path_components(path: str) -> list[str]:
-    """Every path on the way to the file at `path`, symbolic links included:
-    a user who can change one of them can put another file in its place.
-    Raises OSError for more than 40 links, as the kernel does."""
+    """Return every path on the way to the file at `path`, symbolic links
+    included: a user who can change one of them can put another file in its
+    place. Raises OSError for more than 40 links, as the kernel does."""
     names, at, found, links = path.split("/"), "/", ["/"], 0
     while names:
         name = names.pop(0)
@@ -3294,8 +3422,8 @@ def path_components(path: str) -> list[str]:
 
 
 def untrusted_writer(path: str, trusted: set[int]) -> str:
-    """Which component of `path` others than `trusted` can change, and why;
-    '' if none. It is the rule of StrictModes in sshd_config(5)."""
+    """Return which component of `path` others than `trusted` can change, and
+    why; '' if none. It is the rule of StrictModes in sshd_config(5)."""
     try:
         for place in path_components(path):
             found = writer_of(place, trusted)
@@ -3310,7 +3438,7 @@ SILENT: set[str] = set()    # directories of PATH that did not answer
 
 
 def find_program(name: str) -> str | None:
-    """The path of a program, in PATH or the usual directories; or None.
+    """Return the path of a program, in PATH or the usual directories; or None.
 
     cron's PATH lacks the sbin directories. A directory that does not answer
     is passed over, and not asked again.
@@ -3342,13 +3470,14 @@ def is_program(path: str) -> bool:
 
 
 def directory_error(path: str, strict: bool) -> str:
-    """What is wrong with the directory of a storage; '' if nothing.
+    """Return what is wrong with the directory of a storage; '' if nothing.
 
     `strict`: root must be able to open it without following a link that
     another user made.
     """
     if not os.path.isdir(path):
-        return "is no folder" if os.path.exists(path) else "does not exist"
+        return "is not a directory" if os.path.exists(path) \
+            else "does not exist"
     if strict:
         try:
             os.close(open_directory(path))
@@ -3358,7 +3487,8 @@ def directory_error(path: str, strict: bool) -> str:
 
 
 def python_error(source: bytes, path: str) -> str:
-    """What is wrong with the task.py of a built-in task; '' if nothing."""
+    """Return what is wrong with the task.py of a built-in task; '' if nothing.
+    """
     import ast
     if b"\0" in source:
         return "is not valid Python: it contains null bytes"
@@ -3373,7 +3503,7 @@ def python_error(source: bytes, path: str) -> str:
 
 
 def foreign_file(directory: str, known: set[int]) -> str:
-    """A file in the directory whose owner is not in `known`; or ''.
+    """Return a file in the directory whose owner is not in `known`; or ''.
 
     No link of another user leads to a directory whose names are shown.
     """
@@ -3384,13 +3514,13 @@ def foreign_file(directory: str, known: set[int]) -> str:
     try:
         uid = os.fstat(fd).st_uid
         if uid not in known:
-            return f"{directory} of user id {uid}"
+            return f"files of user ID {uid}"
         with os.scandir(fd) as entries:
             for entry in entries:
                 uid = entry.stat(follow_symlinks=False).st_uid
                 if uid not in known:
-                    return (f"{escape_controls(entry.name)} of user id "
-                            f"{uid}")
+                    return (f"{escape_controls(entry.name)}, which belongs "
+                            f"to user ID {uid}")
     except OSError:
         pass
     finally:
@@ -3399,7 +3529,8 @@ def foreign_file(directory: str, known: set[int]) -> str:
 
 
 def find_missing_interpreter(head: str) -> str:
-    """The interpreter of a script that this host does not have; or ''."""
+    """Return the interpreter of a script that this host does not have; or ''.
+    """
     words = interpreter_words(head)
     if words and not os.access(words[0], os.X_OK):
         return words[0]
@@ -3421,7 +3552,7 @@ def is_below(path: str, directory: str) -> bool:
 
 
 def named_files(config: Config) -> dict[str, int]:
-    """The files that the configuration names -> how mission uses them:
+    """Return the files that the configuration names -> how mission uses them:
     os.R_OK to read, os.X_OK to execute, os.W_OK to replace."""
     files = {config.ping.ca_file: os.R_OK, config.pass_bin: os.X_OK,
              config.metrics.textfile: os.W_OK}
@@ -3431,7 +3562,7 @@ def named_files(config: Config) -> dict[str, int]:
 
 
 def unusable(path: str, mode: int) -> str:
-    """Why a file of `named_files` cannot be used, or ''."""
+    """Return why a file of `named_files` cannot be used, or ''."""
     if mode == os.R_OK:
         return "" if os.access(path, os.R_OK) else "cannot be read"
     if mode == os.W_OK:
@@ -3453,7 +3584,7 @@ MODES = {"exec": os.X_OK, "builtin": os.R_OK}
 
 
 def program_of(task: Task, config: Config) -> str:
-    """The file that a task runs; "" if it is a part of mission."""
+    """Return the file that a task runs; "" if it is a part of mission."""
     if task.type == "exec":
         return task.entrypoint
     if task.slug in CARRIED or "tasks" not in config.storage:
@@ -3495,7 +3626,7 @@ def barrier(path: str, user: str, mode: int) -> tuple:
         except PermissionError:
             directory = os.path.dirname(place)
             return (f"{directory} cannot be searched by {user}",
-                    f"chmod o+x {directory}, or another place for the task")
+                    f"chmod o+x {directory}")
         except OSError:         # it is reported as missing
             return ()
     letter = "x" if mode == os.X_OK else "r"
@@ -3504,7 +3635,7 @@ def barrier(path: str, user: str, mode: int) -> tuple:
 
 
 def storage_facts(path: str, strict: bool, known: set[int] | None) -> dict:
-    """The facts about the directory of a storage.
+    """Return the facts about the directory of a storage.
 
     `strict`: as in directory_error. `known`: the user ids whose files may be
     in a directory that root gives to a user; None: nobody asks.
@@ -3523,7 +3654,8 @@ SILENT_STORAGE = {"error": NO_ANSWER, "of_system": False, "mounted": False,
 
 
 def trusted_users(config: Config) -> set[int]:
-    """The user ids that may change what root runs; see the key `trust`."""
+    """Return the user ids that may change what root runs; see the key `trust`.
+    """
     account = account_of(config.user.name)
     return {0, account.uid} if account and config.trust == "user" else {0}
 
@@ -3533,7 +3665,7 @@ NO_LOGIN = frozenset(("nologin", "false", "sync"))
 
 
 def sample_user() -> Account | None:
-    """The user whose backups a new configuration is for.
+    """Return the user whose backups a new configuration is for.
 
     Root's is the user that called sudo, else the only ordinary account with
     a login shell; None if there is not exactly one. Anybody else's is their
@@ -3554,7 +3686,8 @@ class HostInspector:
     """Finds on this host what a configuration is validated against."""
 
     def home_of(self, name: str) -> str | None:
-        """The home directory of a user; None if there is no such user."""
+        """Return the home directory of a user; None if there is no such user.
+        """
         account = account_of(name)
         me = myself()
         if account and account.uid == me.uid:
@@ -3598,15 +3731,15 @@ class HostInspector:
             writer=self.config_writer(config))
 
     def config_writer(self, config: Config) -> str:
-        """Who else could change the configuration; always '' unless root
-        runs mission."""
+        """Return who else could change the configuration; always '' unless
+        root runs mission."""
         if os.geteuid() != 0:
             return ""
         found = ask(untrusted_writer, config.path, trusted_users(config))
         return f"{config.path} {NO_ANSWER}" if found is None else found
 
     def script_fields(self, path: str, task: Task, trusted) -> dict:
-        """The fields of the Script of a task's program."""
+        """Return the fields of the Script of a task's program."""
         found = self.script(path, task, trusted)
         if not found.state and not found.writer:
             found = found.replace(barred=access_error(
@@ -3614,7 +3747,7 @@ class HostInspector:
         return vars(found)
 
     def script(self, path: str, task: Task, trusted) -> Script:
-        """The facts about the file of a task.
+        """Return the facts about the file of a task.
 
         `trusted`: the user ids that may change it, or None for no check.
         """
@@ -3629,7 +3762,7 @@ class HostInspector:
         except FileNotFoundError:
             return script.replace(state="does not exist")
         except ValueError:          # a NUL; the slug has an error already
-            return script.replace(state="is no path")
+            return script.replace(state="is not a valid path")
         except PermissionError:
             # A program may be executable and not readable.
             if os.access(path, os.X_OK) and task.type == "exec":
@@ -3755,7 +3888,7 @@ class ChownWalk:
         for name, identity in below:
             inner = os.path.join(path, name)
             if depth + 1 >= DEEPEST_TREE:
-                self.leave(f"deeper than {DEEPEST_TREE} folders", inner)
+                self.leave(f"deeper than {DEEPEST_TREE} directories", inner)
                 continue
             try:
                 self.enter(fd, name, identity, inner, depth)
@@ -3768,7 +3901,7 @@ class ChownWalk:
     def enter(self, fd, name, identity, path, depth) -> None:
         """Walk the directory `name` in `fd`, if it is still the one with
         `identity`: (device, inode)."""
-        # O_NONBLOCK: a FIFO may have taken the folder's place.
+        # O_NONBLOCK: a FIFO may be in the directory's place by now.
         inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
                         | os.O_NOFOLLOW, dir_fd=fd)
         try:
@@ -3843,7 +3976,7 @@ class ChownWalk:
         if stat.S_ISREG(status.st_mode) and status.st_mode & 0o6000:
             os.chmod(f"/proc/self/fd/{held}" if PATH_ONLY else held,
                      status.st_mode & 0o1777)
-            self.leave("given over without its setuid and setgid bits", *path)
+            self.leave("changed without its setuid and setgid bits", *path)
         if PATH_ONLY:
             os.chown(str(held), self.uid, self.gid, dir_fd=self.descriptors)
         else:
@@ -3925,7 +4058,7 @@ def is_plain(status) -> bool:
 
 
 def mount_of(fd: int) -> str:
-    """The ID of the mount that a descriptor is in (Linux; else '').
+    """Return the ID of the mount that a descriptor is in (Linux; else '').
 
     A bind mount of the same file system has the same st_dev.
     """
@@ -3938,7 +4071,7 @@ def mount_of(fd: int) -> str:
 
 
 def mount_points() -> list[str]:
-    """The paths where something is mounted (Linux)."""
+    """Return the paths where something is mounted (Linux)."""
     try:
         with open("/proc/self/mountinfo", encoding="utf-8",
                   errors="surrogateescape") as file:
@@ -3972,7 +4105,8 @@ def chown_tree(path: str, uid: int, gid: int, is_stopped=lambda: False,
 
 
 def free_bytes(path: str) -> int:
-    """The bytes that users other than root may still write at `path`."""
+    """Return the bytes that users other than root may still write at `path`.
+    """
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
 
@@ -4067,7 +4201,7 @@ def find_locks(directories: list[str]) -> dict[str, float]:
                     if entry.name.endswith(".lock"):
                         found[entry.path] = entry.stat(
                             follow_symlinks=False).st_mtime
-            except OSError:         # it is gone, or not the owner's
+            except OSError:         # removed since then, or unreadable
                 continue
     return found
 
@@ -4109,8 +4243,8 @@ class Repository:
         me = myself()
         self.owner = me if uid == me.uid else account_of(uid)
         if self.owner is None:
-            raise Error(f"{path} belongs to user id {uid}, who is unknown",
-                        "chown it to a user")
+            raise Error(f"{path} belongs to user ID {uid}, which has no "
+                        "account", f"chown -hR USER {path}")
         if self.owner.uid != me.uid and me.uid != 0:
             raise Error(f"{path} belongs to {self.owner.name}",
                         f"run mission as {self.owner.name} or as root")
@@ -4151,6 +4285,7 @@ class Repository:
         return text
 
     def raw(self, data: bytes) -> None:
+        """Report output of git as it is."""
         self.report("", data)
 
     def commit(self, message: str, is_checked: bool = False) -> list[str]:
@@ -4166,8 +4301,8 @@ class Repository:
         self.wait_for_locks()
         state = self.look_up(git_state, self.directories[0])
         if state:
-            return [f"{self.path} is in the middle of a {state}: "
-                    "not committed"]
+            return [f"{self.path} was not committed, because a {state} is in "
+                    "progress"]
         warnings = self.add() + self.nested()
         if not self.changes:
             self.report("NoChanges", "")
@@ -4201,8 +4336,8 @@ class Repository:
         lines = done.output.split("\n")
         if done.code or len(lines) != 5 or lines[:2] != ["true", ""]:
             raise Error(f"{self.path}/.git does not lead to a repository of "
-                        f"{self.owner.name}", "git status, as "
-                        f"{self.owner.name}, shows why")
+                        f"{self.owner.name}", f"git -C {self.path} status, "
+                        f"as {self.owner.name}")
         found = [os.path.normpath(os.path.join(self.path, line))
                  for line in lines[2:4]]
         self.directories = list(dict.fromkeys(found))
@@ -4233,8 +4368,8 @@ class Repository:
             or self.look_up(untrusted_entry, directories, 0, True)
         if found:
             raise Error("git would run as root, and "
-                        + escape_controls(found), "chown the storage to its "
-                        "user, or protect it")
+                        + escape_controls(found), protection(found)
+                        or f"chown -hR USER {self.path}")
 
     def refuse_untrusted_files(self) -> None:
         """Raise Error if anyone but root can write a file outside the
@@ -4261,7 +4396,7 @@ class Repository:
             if found:
                 raise Error("git would run as root and read "
                             f"{escape_controls(file)}, and "
-                            + escape_controls(found), "protect it")
+                            + escape_controls(found), protection(found))
         borrowed = [line[11:] for line in self.must(
             "count-objects", "-v").output.split("\n")
             if line.startswith("alternate: ")]
@@ -4331,8 +4466,9 @@ class Repository:
                     self.env[f"GIT_{role}_{key.upper()}"] = value
 
     def nested(self) -> list[str]:
-        """Warnings about repositories in the directory: git commits the hash
-        of their HEAD, but none of their files. Submodules are intended."""
+        """Return warnings about repositories in the directory: git commits the
+        hash of their HEAD, but none of their files. Submodules are intended.
+        """
         listing = self.must("ls-files", "-s", "-z", whole=True).output
         names = {entry.partition("\t")[2] for entry in listing.split("\0")
                  if entry.startswith("160000 ")}
@@ -4343,7 +4479,7 @@ class Repository:
         declared = {entry.partition("\n")[2]
                     for entry in modules.split("\0")}
         return [escape_controls(os.path.join(self.path, name))
-                + " is a repository of its own: its files are not committed"
+                + " is a nested repository, so its files are not committed"
                 for name in sorted(names - declared)]
 
     def sync(self) -> None:
@@ -4377,7 +4513,7 @@ class Repository:
         return self.look_up(find_locks, self.directories)
 
     def users(self) -> list[str]:
-        """"pid (name)" of each git that has the repository open."""
+        """Return "pid (name)" of each git that has the repository open."""
         places = [self.path] + self.directories
         return [f"{pid} ({name})" for pid, name in list_processes()
                 if pid != os.getpid() and any(
@@ -4397,10 +4533,9 @@ class Repository:
             locks = self.locks()
             if locks:       # else its git has ended since we looked
                 lock = escape_controls(min(locks))
-                raise Error(f"{lock} is held"
-                            + (f" by {users[0]}" if users else
-                               ", for less than 15 minutes, by nobody"),
-                            f"if no git works there: rm {lock}")
+                raise Error(f"{lock} is held by {users[0]}" if users else
+                            f"{lock} is less than 15 minutes old",
+                            f"rm {lock}, if no git is running there")
 
     def clear_locks(self) -> bool:
         """Remove the locks of a git that was killed, as the owner; whether
@@ -4651,7 +4786,7 @@ MAIL_PAUSES = (30.0, 90.0)      # seconds until a mail server is asked again
 
 
 def sender_of(mail: Mail) -> str:
-    """The sender of mails, or ''. It is mail.from; with a mail server
+    """Return the sender of mails, or ''. It is mail.from; with a mail server
     mail.smtp.from, mail.from or the user that logs in, whom most demand."""
     found = [mail.sender] if mail.type == "sendmail" else [
         mail.smtp.sender, mail.sender, mail.smtp.user]
@@ -4723,13 +4858,14 @@ def fetch(ping: Ping, url: str, body: bytes | None) -> str:
 
 
 def with_host(url: str) -> str:
-    """The URL with the host name in place of each `%s`."""
+    """Return the URL with the host name in place of each `%s`."""
     from urllib.parse import quote
     return url.replace("%s", quote(os.fsencode(HOST), safe=""))
 
 
 def request_url(endpoint: str, action: str = "", run_id: str = "") -> str:
-    """The URL to ping for an action: "start", "fail", or "" for success.
+    """Return the URL to ping for an action: "start", "fail", or "" for
+    success.
 
     It has `action` as the last part of its path, and `run_id` as `rid`, by
     which Healthchecks pairs the pings of one run.
@@ -4756,8 +4892,8 @@ def worth_another(answer: str) -> bool:
 
 def rfc5322(sender: str, to: list[str], subject_line: str, body: str,
             message_id: str, now: float) -> bytes:
-    """The bytes of a mail (RFC 5322), with the body as quoted-printable, so
-    that no line of a task is a command to a mail server.
+    """Return the bytes of a mail (RFC 5322), with the body as
+    quoted-printable, so that no line of a task is a command to a mail server.
 
     `sender` may be ''; `to` are bare addresses; `now` is in seconds since
     1970.
@@ -4778,8 +4914,8 @@ def rfc5322(sender: str, to: list[str], subject_line: str, body: str,
 
 
 def recipients(message: bytes, addresses: list[str]) -> list[str]:
-    """The addresses that a mail of the outbox still has to reach: those of
-    its header WAITS_FOR, or all."""
+    """Return the addresses that a mail of the outbox still has to reach: those
+    of its header WAITS_FOR, or all."""
     first = message.split(b"\n", 1)[0].decode("ascii", "replace")
     left = first.removeprefix(WAITS_FOR).split(", ")
     return [each for each in addresses if each in left] or addresses
@@ -4835,13 +4971,13 @@ class Delivery:
         """Send a message with sendmail; '' or why it was not accepted."""
         program = find_program("sendmail")
         if not program:
-            return "there is no sendmail"
+            return "sendmail is not installed"
         sender = sender_of(self.config.mail)
         done = self.processes.run(
             [program, "-i", *(["-f", sender] if sender else []), "--",
              address], self.processes.shortened(MAIL_SECONDS), message)
         if not done.code and done.unread:
-            return "sendmail: it did not read the whole mail"
+            return "sendmail: ended before it had read the whole mail"
         return f"sendmail: {done.reason}" if done.code else ""
 
     def send_by_smtp(self, message: bytes, addresses: list[str]) -> dict:
@@ -4893,7 +5029,7 @@ class Delivery:
 # Builtins: which tasks need no script?                  (files, network; U)
 #
 # A built-in task is Python: TASKS_DIR/slug/task.py with `run(args, log)`,
-# or one that stands here. It runs in a process of its own, so that it can
+# or one of this section. It runs in a process of its own, so that it can
 # be timed out, become another user, and crash without harm.
 # ==========================================================================
 
@@ -4912,10 +5048,10 @@ class TaskArguments:
         self._pass_bin, self._secrets_fd = given["pass_bin"], secrets_fd
 
     def pass_value(self, name: str) -> str:
-        """A value of the password store. mission gets it first, and redacts
-        it in the log. Raises Error."""
+        """Return a value of the password store. mission gets it first, and
+        redacts it in the log. Raises Error."""
         if not self._pass_bin:
-            raise Error("passBin is not set", "/usr/bin/pass")
+            raise Error("passBin is not set", '"passBin": "/usr/bin/pass"')
         value = read_password(Processes(Clock()), self._pass_bin,
                               self.target_user, name)
         self.hide(value)
@@ -4955,7 +5091,8 @@ def run_builtin(slug: str, arguments: str, secrets_fd: int) -> int:
 
 
 def load_task(path: str):
-    """The function `run` of the task.py at `path`. Raises what it raises."""
+    """Return the function `run` of the task.py at `path`. Raises any
+    exception of that file."""
     import importlib.util
     sys.path.insert(0, os.path.dirname(path))   # for modules beside it
     spec = importlib.util.spec_from_file_location("task", path)
@@ -4982,7 +5119,7 @@ class Spotify:
         self.token = self.stored_token()
 
     def stored_token(self) -> dict:
-        """The OAuth token in SESSIONS_DIR/spotify. Raises Error."""
+        """Return the OAuth token in SESSIONS_DIR/spotify. Raises Error."""
         hint = ('a JSON object with "refresh_token", from an OAuth login of '
                 "your Spotify app with the scope playlist-read-private")
         try:
@@ -4998,6 +5135,7 @@ class Spotify:
         return token
 
     def hide(self, token: dict) -> None:
+        """Redact the tokens in the log."""
         for key in ("access_token", "refresh_token"):
             if isinstance(token.get(key), str) and token[key]:
                 self.args.hide(token[key])
@@ -5022,7 +5160,7 @@ class Spotify:
                                          "token_type") if answer.get(key)}}
         self.hide(self.token)
         if not isinstance(answer.get("access_token"), str):
-            raise Error("Spotify gave no access token")
+            raise Error("Spotify sent no access token")
         lives = answer.get("expires_in")
         self.token["expiry"] = time.strftime(
             "%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + (
@@ -5032,7 +5170,7 @@ class Spotify:
 
     def request(self, url: str, authorization: str,
                 data: bytes | None = None) -> dict:
-        """One answer as JSON; waits and tries again on 429 and 5xx, and
+        """Return one answer as JSON; waits and tries again on 429 and 5xx, and
         when the connection fails. Raises Error, and Unauthorized on 401.
 
         No redirect is followed: the authorization would go along.
@@ -5059,7 +5197,7 @@ class Spotify:
             if found is not None:
                 return found
             retry_after = str(response.headers.get("Retry-After", ""))
-            reason = "an answer that is no JSON object" if status == 200 \
+            reason = "the answer is not a JSON object" if status == 200 \
                 else f"HTTP {status} " + escape_controls(
                     response.body.decode("utf-8", "replace").strip()[:200])
             if status not in (200, 429) and status < 500:
@@ -5071,16 +5209,17 @@ class Spotify:
         seconds = float(retry_after) if retry_after.isdecimal() \
             else 0.5 * 2 ** (tried - 1)
         if seconds > LONGEST_WAIT:
-            raise Error(f"Spotify asks to wait {retry_after} s",
-                        "run it later")
+            raise Error(f"Spotify allows no request for {retry_after} s",
+                        "mission run -t spotify, later")
         self.log(f"Waiting {format_duration(seconds)}: {reason}")
         time.sleep(seconds)
 
     def get(self, url: str) -> dict:
-        """One object of the API, with a new token if the old one expired."""
+        """Return one object of the API, with a new token if the old one
+        expired."""
         if not str(url).startswith(self.api.rstrip("/") + "/"):
-            raise Error(f"Spotify sent us to {escape_controls(str(url))}",
-                        "the token goes to no other host")
+            raise Error("Spotify named another server, which does not get "
+                        f"the token: {escape_controls(str(url))}")
         for _ in range(2):
             if not self.token.get("access_token"):
                 self.refresh()
@@ -5089,10 +5228,10 @@ class Spotify:
                                     f"Bearer {self.token['access_token']}")
             except Unauthorized:
                 self.token["access_token"] = ""
-        raise Error("Spotify refuses a fresh access token")
+        raise Error("Spotify refused a new access token")
 
     def pages(self, path: str) -> list:
-        """The items of all pages of a listing. Raises Error if any is
+        """Return the items of all pages of a listing. Raises Error if any is
         missing: an incomplete listing would remove files."""
         found, url, seen = [], self.api.rstrip("/") + path, set()
         while url:
@@ -5102,10 +5241,10 @@ class Spotify:
             found += page["items"]
             url = page.get("next")
             if url in seen:
-                raise Error(f"{path}: the pages go round in circles")
+                raise Error(f"{path}: a page leads back to an earlier one")
         total = page.get("total", len(found))
         if isinstance(total, int) and len(found) < total:
-            raise Error(f"{path}: {len(found)} of {total} items came")
+            raise Error(f"{path}: received {len(found)} of {total} items")
         return found
 
     def download(self) -> None:
@@ -5154,13 +5293,13 @@ class Spotify:
     def remove_all_but(self, wanted: set) -> None:
         """Remove the files of deleted playlists, and no others. Raises Error
         if no playlist is left: that is more likely an error of Spotify."""
-        gone = [name for name in sorted(os.listdir(self.directory))
-                if name not in wanted and self.is_ours(name)]
-        if gone and not wanted:
-            raise Error("Spotify lists no playlist at all, and there are "
-                        f"{len(gone)} on disk: nothing was removed",
-                        f"if that is right, empty {self.path}")
-        for name in gone:
+        deleted = [name for name in sorted(os.listdir(self.directory))
+                   if name not in wanted and self.is_ours(name)]
+        if deleted and not wanted:
+            raise Error("Spotify lists no playlist, but "
+                        f"{len(deleted)} are on the disk: nothing was removed",
+                        f"empty {self.path}, if the account has none")
+        for name in deleted:
             os.unlink(name, dir_fd=self.directory)
             self.log(f"Removed {name}")
 
@@ -5190,7 +5329,7 @@ def load_json(name: str, directory: int):
 
 
 def json_object(response: HttpResponse) -> dict | None:
-    """The JSON object in a response of status 200; None without one."""
+    """Return the JSON object in a response of status 200; None without one."""
     import json
     try:
         found = json.loads(response.body) if response.status == 200 else None
@@ -5200,7 +5339,7 @@ def json_object(response: HttpResponse) -> dict | None:
 
 
 def playlist_file(playlist: dict, missing="unknown-playlist-name") -> str:
-    """ID_NAME.json, the name reduced to letters, digits, - and _."""
+    """Return ID_NAME.json, the name reduced to letters, digits, - and _."""
     import re
     name = playlist.get("name") or missing
     safe = re.sub(r"[^A-Za-z0-9_-]", "", str(name))[:100]
@@ -5231,7 +5370,7 @@ OUTBOX_LIMIT = 50               # mails
 
 
 def state_home() -> str:
-    """The directory with the state of all configurations."""
+    """Return the directory with the state of all configurations."""
     given = os.environ.get("MISSION_STATE")
     if given:
         return os.path.abspath(given)
@@ -5243,7 +5382,7 @@ def state_home() -> str:
 
 
 def lock_home() -> str:
-    """The directory with the locks of all configurations.
+    """Return the directory with the locks of all configurations.
 
     No variable moves it: cron and a shell must find the same lock. It is
     empty after a boot, or in the home directory of passwd(5). An account
@@ -5259,8 +5398,8 @@ def lock_home() -> str:
 
 
 def state_name(config_path: str) -> str:
-    """The name of a configuration's state directory: the name of its file
-    and a hash of its real path."""
+    """Return the name of a configuration's state directory: the name of its
+    file and a hash of its real path."""
     import hashlib
     path = os.path.realpath(config_path)
     stem = "".join(c for c in os.path.basename(path).split(".json")[0]
@@ -5271,25 +5410,28 @@ def state_name(config_path: str) -> str:
 RUN_IN_PROGRESS = {
     "id": "", "pid": 0, "started": 0.0, "boot": "", "headless": False,
     "partial": False, "phase": "", "task": "", "log": "", "lost": [],
-    "verdict": "", "seconds": None}
+    "result": "", "seconds": None}
 UNKNOWN_ID = "unknown"          # of a run whose file is torn
 FINISHED = "finished"           # the phase of a run that came to its end
 ROOM_FOR_RUN = 1024             # bytes of the file of the run in progress
 PAST_RUN = {
     "id": "", "start": "", "started": 0.0, "headless": False,
-    "partial": False, "seconds": None, "verdict": "", "log": "",
+    "partial": False, "seconds": None, "result": "", "log": "",
     "errors": 0, "warnings": 0, "last": "", "tasks": []}
 TASK_OF_PAST_RUN = {"slug": "", "outcome": "", "seconds": 0.0, "attempts": 0,
                     "notice": ""}
 
 
 def coerce_record(found: object, blank: dict) -> dict:
-    """The object `found` with all keys of `blank` and no others; a value of
-    another type is replaced by that of `blank`, because a crash may have
-    damaged the file. {} if `found` is not such an object."""
+    """Return the object `found` with all keys of `blank` and no others; a
+    value of another type is replaced by that of `blank`, because a crash may
+    have damaged the file. {} if `found` is not such an object."""
     name = next(iter(blank))
     if not isinstance(found, dict) or not isinstance(found.get(name), str):
         return {}
+    if "verdict" in found:      # the names in files of earlier versions
+        result = found["verdict"]
+        found["result"] = "undelivered" if result == "trouble" else result
     kinds = {float: (int, float), type(None): (int, float, type(None))}
     whole = {}
     for key, example in blank.items():
@@ -5311,17 +5453,18 @@ def make_private_directory(directory: str) -> None:
         os.makedirs(directory, 0o700, exist_ok=True)
         status = os.lstat(directory)
     except OSError as error:
-        raise Error(f"{error.filename}: {error.strerror}", "mission "
-                    "keeps its lock and history there") from None
+        raise Error("cannot make the directory of the lock and the history: "
+                    f"{error.filename}: {error.strerror}") from None
     if status.st_uid != os.geteuid() or status.st_mode & 0o022 \
             or not stat.S_ISDIR(status.st_mode):
-        raise Error(f"{directory} can be written by others",
-                    f"chown {myself().name} and chmod 700")
-    found = writer_of(os.path.realpath(os.path.dirname(directory)),
-                      {0, os.geteuid()})
+        raise Error(f"{directory} is writable by other users",
+                    f"chown {myself().name} {directory}; "
+                    f"chmod 700 {directory}")
+    above = os.path.realpath(os.path.dirname(directory))
+    found = writer_of(above, {0, os.geteuid()})
     if found:
-        raise Error(f"{os.path.dirname(directory)} {found}",
-                    "who could put another lock in the place of ours")
+        raise Error(f"{above} {found}, so others could replace the lock",
+                    protection(f"{above} {found}"))
 
 
 class StateDirectory:
@@ -5341,6 +5484,7 @@ class StateDirectory:
         self.error = ""
 
     def path(self, *names: str) -> str:
+        """Return a path below this directory."""
         return os.path.join(self.directory, *names)
 
     def broken(self, error: OSError) -> None:
@@ -5358,14 +5502,14 @@ class StateDirectory:
             try:
                 self.held = try_lock(self.lock)
             except OSError as error:
-                raise Error(f"{self.lock}: {error.strerror}",
-                            "without a lock two runs could meet") from None
+                raise Error(f"cannot take the lock: {self.lock}: "
+                            f"{error.strerror}") from None
             if self.held is not None:
                 self.name_holder()
                 return
             if self.clock.ticks() >= deadline:
                 raise Error(f"another run is active: {self.busy()}",
-                            "--wait 30m waits for its end", EXIT_BUSY)
+                            "mission run --wait 30m", EXIT_BUSY)
             time.sleep(0.1)
 
     def make_directory(self) -> None:
@@ -5385,7 +5529,7 @@ class StateDirectory:
             pass
 
     def holder(self) -> tuple[int, float]:
-        """The process that holds the lock and when it began, in seconds
+        """Return the process that holds the lock and when it began, in seconds
         since 1970; (0, 0.0) if that is not known."""
         try:
             with open(self.lock, "rb") as file:
@@ -5405,7 +5549,7 @@ class StateDirectory:
         return held is None
 
     def busy(self) -> str:
-        """Who holds the lock, since when, in which task."""
+        """Return who holds the lock, since when, in which task."""
         run, (pid, since) = self.read_current(), self.holder()
         where = ""
         if run.get("phase") != FINISHED and run.get("pid") \
@@ -5413,13 +5557,13 @@ class StateDirectory:
             pid, since = run["pid"], run["started"]
             where = ", in " + place_of(run)
         if not pid:
-            return "it has just begun"
+            return "started just now"
         took = format_duration(round(self.clock.now() - since))
         return f"pid {pid}, since {format_rfc3339(since)} ({took}){where}"
 
     def is_first_alert(self) -> bool:
-        """Whether nobody was told yet that this holder keeps the lock; from
-        now on somebody was. Raises OSError."""
+        """Whether no alert was sent yet about this holder of the lock; the
+        next call returns False. Raises OSError."""
         holder = "{} {}".format(*self.holder()).encode()
         try:
             with open(self.path("alerted"), "rb") as file:
@@ -5433,7 +5577,8 @@ class StateDirectory:
     # --- the run in progress ----------------------------------------------
 
     def read_current(self) -> dict:
-        """The run that is in progress, or was when it was killed; else {}."""
+        """Return the run that is in progress, or was when it was killed; else
+        {}."""
         import json
         try:
             with open(self.path("current.json"), "rb") as file:
@@ -5449,7 +5594,7 @@ class StateDirectory:
                          "started": status.st_mtime}
 
     def lost(self) -> list[dict]:
-        """The runs that did not end and are not reported yet."""
+        """Return the runs that did not end and are not reported yet."""
         run = self.read_current()
         if not run or run["phase"] == FINISHED:
             return []
@@ -5473,8 +5618,8 @@ class StateDirectory:
             self.update()
 
     def current_bytes(self) -> bytes:
-        """The run in progress as JSON, not shorter than it was before: an
-        older text must not show behind it."""
+        """Return the run in progress as JSON, not shorter than it was before:
+        an older text must not show behind it."""
         import json
         data = json.dumps(self.current).encode().ljust(self.current_size - 1)
         self.current_size = len(data) + 1
@@ -5547,8 +5692,8 @@ class StateDirectory:
         changed in place, so the next run sees that this one has ended, and
         records it. Raises OSError.
         """
-        self.update(phase=FINISHED, verdict=record["verdict"],
-                  seconds=record.get("seconds"))
+        self.update(phase=FINISHED, result=record["result"],
+                    seconds=record.get("seconds"))
         if record != self.last_remembered:
             self.add_to_history(record)
         if self.current_fd >= 0:        # the file stays: see write_current
@@ -5571,7 +5716,7 @@ class StateDirectory:
             os.unlink(old)
 
     def queued_mails(self) -> list[str]:
-        """The paths of the mails that wait, the oldest first."""
+        """Return the paths of the mails that wait, the oldest first."""
         try:
             names = os.listdir(self.path("outbox"))
         except FileNotFoundError:
@@ -5582,7 +5727,7 @@ class StateDirectory:
 
 
 def place_of(run: dict) -> str:
-    """Where a run is, or was when it was killed, in words."""
+    """Return where a run is, or was when it was killed, in words."""
     return f'task "{run["task"]}"' if run["task"] \
         else run["phase"] or "its beginning"
 
@@ -5598,11 +5743,11 @@ def good_durations(records: list[dict]) -> dict[str, list]:
 
 
 def past_run(run: dict, result: str, **more) -> dict:
-    """The record of a run for the history; of its values only those of
+    """Return the record of a run for the history; of its values only those of
     `more` are known if it did not end."""
     same = {key: run[key] for key in PAST_RUN.keys() & run.keys()}
     return {**PAST_RUN, **same, "start": format_rfc3339(run["started"]),
-            "seconds": None, "verdict": result,
+            "seconds": None, "result": result,
             "last": run["task"] or run["phase"], **more}
 
 
@@ -5613,12 +5758,12 @@ def unrecorded_end(run: dict, known: dict[str, dict]) -> list[dict]:
     if run.get("phase") != FINISHED:
         return []
     before = known.get(run["id"]) or past_run(run, "")
-    ended = {**before, "verdict": run["verdict"], "seconds": run["seconds"]}
+    ended = {**before, "result": run["result"], "seconds": run["seconds"]}
     return [] if ended == before else [ended]
 
 
 def state_of(config_path: str, clock: Clock) -> StateDirectory:
-    """The state directory of the configuration at `config_path`."""
+    """Return the state directory of the configuration at `config_path`."""
     name = state_name(config_path)
     return StateDirectory(os.path.join(state_home(), name), clock,
                           os.path.join(lock_home(), name))
@@ -5643,7 +5788,8 @@ LOG_FILE = r"(?a)\d{4}(-\d\d){5}(-\d{1,3})?\.txt"
 
 
 def paint(choice, code: str, text: str) -> str:
-    """The text in a colour (a code of ECMA-48 SGR), if `choice.colour`."""
+    """Return the text in a colour (a code of ECMA-48 SGR), if `choice.colour`.
+    """
     return f"\x1b[{code}m{text}\x1b[0m" if choice.colour else text
 
 
@@ -5725,6 +5871,7 @@ class LogWriter:
         write_all(self.fd, self.requests.read(size))
 
     def sync(self) -> None:
+        """Sync the file. Raises OSError."""
         os.fsync(self.fd)
 
     def prune(self, current: str, keep: int) -> None:
@@ -5785,8 +5932,8 @@ class RunLog:
     def break_down(self, reason: str) -> None:
         """Use stderr from now on; the log is tried again after RETRY_LOG."""
         if not self.error:
-            sys.stderr.write(f"{PROG}: the log cannot be written "
-                             f"({reason}); its lines follow here\n")
+            sys.stderr.write(f"{PROG}: warning: cannot write the log, so it "
+                             f"continues here: {reason}\n")
         self.error = reason
         self.retry_at = self.clock.ticks() + RETRY_LOG
 
@@ -5823,7 +5970,7 @@ class RunLog:
         room = SPILL_LIMIT - self.spilled
         self.spilled += len(data)
         if 0 < room < len(data):
-            data = data[:room] + b"\n<<more of the log is lost>>\n"
+            data = data[:room] + b"\n<<the rest of the log is lost>>\n"
         try:
             if room > 0:
                 write_all(2, data)
@@ -5910,8 +6057,8 @@ def chown_storage(send, path: str, uid: int, gid: int, kept: set) -> list:
 
 
 def repository_of(send, path: str, since: float) -> Repository:
-    """The repository at `path`, for a child of `supervise`. What git and
-    mission report there is sent as [kind, text]. Raises Error."""
+    """Return the repository at `path`, for a child of `supervise`. What git
+    and mission report there is sent as [kind, text]. Raises Error."""
     processes = Processes(Clock())
     processes.listen()
 
@@ -5937,7 +6084,7 @@ def pack_storage(send, path: str, since: float) -> bool:
 
 
 def storage_error(storage: Storage, commit: bool = False) -> str:
-    """Why the directory of a storage cannot be used now; or ''. With
+    """Return why the directory of a storage cannot be used now; or ''. With
     `commit` it must be a repository."""
     found = ask(storage_facts, storage.path, storage.chown, None) \
         or SILENT_STORAGE
@@ -5945,7 +6092,7 @@ def storage_error(storage: Storage, commit: bool = False) -> str:
     if not error and storage.mounted and not found["mounted"]:
         error = "is not mounted"
     if not error and commit and not found["repository"]:
-        error = (f"is no git repository, which storage.{storage.name}."
+        error = (f"is not a git repository, which storage.{storage.name}."
                  f"commit needs (git init {storage.path}, as its owner)")
     return f"{storage.path} {error}" if error else ""
 
@@ -5964,12 +6111,13 @@ def condition_errors(task: Task, config: Config):
         elif free is None:
             yield f"storage {name} {NO_ANSWER}"
         elif free < wanted:
-            yield (f"only {format_size(free >> 20 << 20)} free on storage "
-                   f"{name}, and {format_size(wanted)} are wanted")
+            yield (f"storage {name} has only {format_size(free >> 20 << 20)} "
+                   f"free, less than minFree ({format_size(wanted)})")
 
 
 def account_for(task: Task) -> Account | None:
-    """The account that a task runs as; None if there is no such user."""
+    """Return the account that a task runs as; None if there is no such user.
+    """
     return account_of(task.user) if task.user else myself()
 
 
@@ -6054,7 +6202,8 @@ class Runner:
         self.log_line(f"{word}: {self.mark_of(source)}{text}", colour)
 
     def mark_of(self, slug: str) -> str:
-        """What a line about a task begins with, if tasks run side by side."""
+        """Return what a line about a task begins with, if tasks run side by
+        side."""
         return f"{slug}: " if slug in self.side_by_side else ""
 
     # --- the run ----------------------------------------------------------
@@ -6077,7 +6226,8 @@ class Runner:
                 for line in traceback.format_exc().splitlines():
                     self.log_line(line)
                 self.problem("tasks", "error", step.kind,
-                             f"fault in mission: {reason_of(error)}")
+                             "internal error (please report): "
+                             f"{type(error).__name__}: {reason_of(error)}")
         status = self.end()
         # This can take long, and no result depends on it.
         for step in steps:
@@ -6109,7 +6259,7 @@ class Runner:
         """Record lost runs, and one that ended when the disk was full."""
         known = {record["id"]: record for record in self.state.history()}
         records = [past_run(run, "lost") for run in self.lost
-                   if known.get(run["id"], {}).get("verdict") != "lost"]
+                   if known.get(run["id"], {}).get("result") != "lost"]
         records += unrecorded_end(self.state.read_current(), known)
         try:
             for record in records:
@@ -6118,7 +6268,7 @@ class Runner:
             self.state.error = reason_of(error)
 
     def record(self) -> dict:
-        """The record of this run for the history."""
+        """Return the record of this run for the history."""
         levels = [problem.level for problem in self.problems]
         return past_run(
             self.state.current,
@@ -6173,8 +6323,7 @@ class Runner:
 
         if self.config.metrics.textfile and is_scheduled(record):
             good = [run["started"] for run in self.state.history() + [record]
-                    if is_scheduled(run) and run["verdict"] in ("ok",
-                                                                "trouble")]
+                    if is_scheduled(run) and run["result"] in GOOD_RESULTS]
             tasks = [task for task in record["tasks"]
                      if task["slug"] not in self.skipped]
             self.delivery.write_metrics({**record, "tasks": tasks},
@@ -6192,8 +6341,8 @@ class Runner:
         for scope in ("filters", "passBin") + ("caFile",) * self.headless:
             self.undelivered(scope, self.errors.get(scope))
         for run in self.lost:
-            why = "the machine was restarted" if run["boot"] != boot_id() \
-                else "it was killed"
+            why = "the host was restarted" if run["boot"] != boot_id() \
+                else "mission was killed"
             self.problem("tasks", "warning", "previousRun", f"run "
                          f"{run['id'][:8]} of "
                          f"{format_rfc3339(run['started'])} did "
@@ -6203,7 +6352,7 @@ class Runner:
                 self.ping("fail", run["id"])
 
     def time_left(self) -> float:
-        """The seconds until runTimeout; NO_LIMIT without one."""
+        """Return the seconds until runTimeout; NO_LIMIT without one."""
         return max((self.config.run_timeout or NO_LIMIT)
                    - self.log.elapsed(), 0.0)
 
@@ -6212,9 +6361,9 @@ class Runner:
         if self.time_left() != 0:
             return False
         if "runTimeout" not in {each.source for each in self.problems}:
-            self.problem("tasks", "error", "runTimeout", "time limit of the "
-                         "run (runTimeout) reached: "
-                         + format_duration(self.config.run_timeout))
+            limit = format_duration(self.config.run_timeout)
+            self.problem("tasks", "error", "runTimeout",
+                         f"time limit of {limit} for the run reached")
         return True
 
     def skip(self, step: Step) -> None:
@@ -6297,7 +6446,7 @@ class Runner:
             word = "has no result" if before is None else \
                 "failed" if before.outcome == "failed" else "was skipped"
             self.results[task.slug] = TaskResult(task.slug, "skipped")
-            text = f"skipped: it needs {needed}, which {word}"
+            text = f"skipped, because {needed} {word}"
             if needed in self.skipped:
                 self.skipped.add(task.slug)
                 self.log_line(self.mark_of(task.slug) + text)
@@ -6321,8 +6470,8 @@ class Runner:
             errors.append("still running from a run that was lost: process "
                           + self.alive[task.slug])
         if task.user and os.geteuid() and task.user != myself().name:
-            errors.append(f"it runs as {task.user}, and mission does not run "
-                          "as root")
+            errors.append(f"cannot run as {task.user}, because mission does "
+                          "not run as root")
         program = program_of(task, self.config)
         place = program or self.config.directory("tasks")
         answer = ask(access_error, place, program and task.user,
@@ -6337,7 +6486,7 @@ class Runner:
         """Start a task. Raises OSError, and Error for an unknown user."""
         account = account_for(task)
         if account is None:
-            raise Error(f"unknown user {quoted(task.user)}")
+            raise Error(f"user {quoted(task.user)} does not exist")
         env = environment(
             account, TARGET_USER=self.config.user.name,
             PASS_BIN=self.config.pass_bin, MISSION_RUN_ID=self.run_id,
@@ -6357,7 +6506,7 @@ class Runner:
         return child
 
     def limit_of(self, task: Task) -> float:
-        """The seconds that the task may take now."""
+        """Return the seconds that the task may take now."""
         return min(task.timeout or NO_LIMIT, self.time_left())
 
     def launch_builtin(self, task: Task, env: dict, become) -> Child:
@@ -6430,18 +6579,18 @@ class Runner:
         if child.over:
             self.log.write(child.over.text())
             self.log_line(
-                f"<<the log keeps {format_size(self.config.logs.max)} of a "
-                "task's output: above are head and tail of the rest>>")
+                f"<<output beyond {format_size(self.config.logs.max)} "
+                "(logs.max): only its head and tail are above>>")
         if child.secrets is not None:
             os.close(child.secrets)
         if child.leftovers:
             self.problem("tasks", "warning", child.task.slug,
-                         "processes it left behind held its output open: "
+                         "processes left behind held the output open: "
                          + ", ".join(child.leftovers))
         meaning = "" if child.why else status_meaning(child.task, child.code)
         error = child.why or ("" if meaning else status_text(child.code))
         if child.output_error and not error:
-            error = f"its output was lost: {child.output_error}"
+            error = f"some output was lost: {child.output_error}"
         return self.close_attempt(child.task, error, child.seconds(), attempt,
                                   child.code, meaning)
 
@@ -6466,8 +6615,8 @@ class Runner:
                       f"{format_duration(seconds)}")
         if error and self.may_retry(task, attempt):
             self.log_line(f"{self.mark_of(task.slug)}attempt {attempt} of "
-                          f"{task.retries + 1} failed: {error}; again in "
-                          f"{format_duration(task.retry_delay)}")
+                          f"{task.retries + 1} failed: {error}; next attempt "
+                          f"in {format_duration(task.retry_delay)}")
         elif error:
             self.problem("tasks", "error", task.slug, error)
         return not error
@@ -6495,7 +6644,7 @@ class Runner:
             self.problem("housekeeping", "warning", "chownFiles", warning)
 
     def uids_of_tasks(self) -> set[int]:
-        """The user ids that tasks run as by their key `user`."""
+        """Return the user ids that tasks run as by their key `user`."""
         accounts = [account_of(task.user) for task in self.config.tasks
                     if task.user]
         return {account.uid for account in accounts if account}
@@ -6590,14 +6739,17 @@ class Runner:
                 if result.notice}
 
     def mark(self) -> str:
-        """The word in the subject of the mail: FAILURE, WARNING or ""."""
+        """Return the word in the subject of the mail: FAILURE, WARNING or "".
+        """
         return "FAILURE" if self.failed() else \
             "WARNING" if self.notices() or self.problems else ""
 
     def notify_start(self) -> None:
+        """Notify the user of the start."""
         self.notify("NotifyStart", "run started", False)
 
     def notify_finish(self) -> None:
+        """Notify the user of the end and the result."""
         how = " with errors or warnings" if self.failed() else ""
         self.notify("NotifyFinish", f"run finished{how} in "
                     + run_took(self.took), self.failed())
@@ -6622,6 +6774,7 @@ class Runner:
                     self.log_own(f"- {problem.source}: {problem.text}\n")
 
     def mail_start(self) -> None:
+        """Mail that the run has started."""
         self.mail("MailStart", "run started", "start",
                   "The run has started.\n")
 
@@ -6634,8 +6787,8 @@ class Runner:
         found = closing_words(self.problems, self.processes.stopped)
         notices = "".join(f"{slug} ended with a notice: {notice}.\n"
                           for slug, notice in self.notices().items())
-        body = (f"{found or 'All tasks ran well'}.\n" + notices
-                + (f"The whole log: {escape_controls(HOST)}:{self.log.path}\n"
+        body = (f"{found or 'All tasks succeeded'}.\n" + notices
+                + (f"Full log: {escape_controls(HOST)}:{self.log.path}\n"
                    if self.log.path else "")
                 + (f"The log could not be written ({self.log.error}).\n"
                    if self.log.error else "")
@@ -6645,8 +6798,9 @@ class Runner:
                   "finish", body)
 
     def mailed_log(self) -> str:
-        """The log as mails and pings may contain it: filtered, or left out
-        if a filter is invalid, because it could keep a secret from them."""
+        """Return the log as mails and pings may contain it: filtered, or left
+        out if a filter is invalid, because it could keep a secret from them.
+        """
         return "The log is left out, because a filter is invalid.\n" \
             if "filters" in self.errors else self.mail_log.excerpt.text()
 
@@ -6678,7 +6832,7 @@ class Runner:
         return bool(errors)
 
     def addresses(self) -> list[str]:
-        """The valid addresses of user.email, each once."""
+        """Return the valid addresses of user.email, each once."""
         found = map(address_of, self.config.user.email)
         return list(dict.fromkeys(filter(None, found)))
 
@@ -6711,7 +6865,7 @@ class Runner:
             done, answer = attempt()
             if done or self.processes.stopped or not worth_another(answer):
                 return done, answer
-            self.log_line(f"{answer}; trying again in "
+            self.log_line(f"{answer}; next attempt in "
                           + format_duration(pause))
             self.processes.pause(pause)
         return attempt()
@@ -6725,7 +6879,7 @@ class Runner:
         try:
             self.state.queue_mail(name, message)
         except OSError as error:
-            return f"; it could not be kept either: {error.strerror}"
+            return f"; not queued either: {error.strerror}"
         return "; queued, the next run sends it again"
 
     def outbox(self) -> None:
@@ -6750,6 +6904,7 @@ class Runner:
                 break           # one such wait a run is enough
 
     def ping_start(self) -> None:
+        """Ping the start to the monitor."""
         self.ping("start", self.run_id)
 
     def ping_finish(self) -> None:
@@ -6762,7 +6917,7 @@ class Runner:
         elif self.config.ping.wants("fail") and self.failed():
             self.ping("fail", self.run_id)
         else:
-            self.log_line("no ping: not all went well")
+            self.log_line("success ping not sent: the run had problems")
 
     def ping_tasks(self, step: Step) -> None:
         """Ping the results of tasks, but of none that skipStatuses skipped."""
@@ -6810,7 +6965,7 @@ class Runner:
         config = self.config
         self.problems.append(RunProblem("tasks", "error", PROG, text))
         if config.mail.enabled and config.mail.on != "never":
-            self.mail("MailFinish", "run could not begin", "finish",
+            self.mail("MailFinish", "run could not start", "finish",
                       f"{text}\n\n{details}")
         if config.ping.enabled and config.ping.wants("fail"):
             self.ping("fail", self.run_id)
@@ -6827,8 +6982,8 @@ SAMPLE = r'''// mission's configuration: JSON with comments and trailing commas.
 // `mission check` reports every error; `mission dump` shows all keys.
 // A relative path is relative to this file.
 {
-    // What to do, in this order. A task is the program TASKS_DIR/slug/run;
-    // `mission new SLUG` writes one to begin with.
+    // The tasks, in the order in which they run. A task is the program
+    // TASKS_DIR/slug/run; `mission new SLUG` makes one.
     "tasks": [
         {
             "slug": "etc",
@@ -6841,8 +6996,8 @@ SAMPLE = r'''// mission's configuration: JSON with comments and trailing commas.
         //     "slug": "offsite",
         //     "type": "exec",
         //     "scheduled": true,
-        //     "post": true,        // after the others, chown and commit
-        //     "needs": ["etc"],    // skipped if that one failed
+        //     "post": true,        // runs after all others and after commit
+        //     "needs": ["etc"],    // skipped if etc failed
         //     "retries": 2,
         //     "retryDelay": "30s",
         // },
@@ -6854,26 +7009,26 @@ SAMPLE = r'''// mission's configuration: JSON with comments and trailing commas.
     // The program that prints the password named by its argument.
     // "passBin": "/usr/bin/pass",
 
-    // Each is a variable for the tasks: LOCAL_DIR, ...
-    // chown: give the files to user.name.
-    // commit: commit them with git (after `git init` in the directory).
+    // The directories. A task finds them in LOCAL_DIR, LOGS_DIR, ...
+    // "chown": give all files to user.name.
+    // "commit": commit all files with git (after `git init`).
     "storage": {
         "tasks": { "path": "tasks" },
         "logs": { "path": "logs" },
         "local": { "path": "local", "chown": true },
     },
 
-    // The URL to request when a run succeeded; %s is the host's name.
+    // The URL to request after a run without problems; %s is the host name.
     "ping": { "enabled": false, "endpoint": "https://hc-ping.com/UUID" },
 
     "notify": { "enabled": false },
 
     "mail": { "enabled": false, "type": "sendmail" },
 
-    // Lines that stay in the log and are left out of the mail.
+    // Lines that match are left out of the mail, but not of the log.
     "filters": ["^sending incremental file list$"],
 
-    // Matches become *** in the log and in everything made from it.
+    // What matches becomes *** in the log, the mail and the ping.
     "redact": ["(?i)(password|token)=[^ ]+"],
 
     "logs": { "keep": 90 },
@@ -6882,10 +7037,9 @@ SAMPLE = r'''// mission's configuration: JSON with comments and trailing commas.
 TASK_SCRIPT = """#!/bin/sh
 set -eu
 
-# The task {slug}. Its directory is the working directory, and it gets the
-# variables $LOCAL_DIR and the like (one for each storage), $PASS_BIN and
-# $TARGET_USER. All that it prints is in the log; a status other than 0 is a
-# failure.
+# The task {slug}. It runs in this directory, with a variable for each storage
+# (LOCAL_DIR, ...), PASS_BIN and TARGET_USER. Everything that it prints is
+# logged. An exit status other than 0 is a failure.
 
 echo "nothing is backed up yet: edit $PWD/run"
 exit 1
@@ -6902,9 +7056,9 @@ Description=Backups of mission
 [Service]
 Type=oneshot
 ExecStart={command}
-{environment}# mission itself stops its tasks, and then sends the failure mail.
+{environment}# SIGTERM goes to mission alone, which stops its tasks and mails.
 KillMode=mixed
-# A task that took all memory is no reason to end the others.
+# If one task runs out of memory, the others still run.
 OOMPolicy=continue
 {closed}""",
     "timer": """\
@@ -6913,9 +7067,9 @@ Description=Nightly backups of mission
 
 [Timer]
 OnCalendar=*-*-* 02:30:00
-# Many hosts do not reach one server in the same second.
+# So that many hosts do not start at the same second.
 RandomizedDelaySec=10min
-# A run that was missed, because the host was off, is made up for.
+# Start at boot if the host was off at that time.
 Persistent=true
 
 [Install]
@@ -6936,7 +7090,7 @@ UNIT_HEADER = """\
 # {systemctl} enable --now {name}.timer
 """
 UNIT_LINGER = """\
-# loginctl enable-linger     (else only while you are logged in)
+# loginctl enable-linger     (to run while you are not logged in)
 """
 COMPLETIONS = {
     "bash": r'''# mission completion bash > /etc/bash_completion.d/mission
@@ -6978,6 +7132,445 @@ complete -c mission -f -a "OPTIONS"
 
 
 # ==========================================================================
+# Help: what can I look up?                                     (nothing; C)
+#
+# `mission help TOPIC` prints a topic as it is here, `mission man TOPIC`
+# the same text in roff. Every key of the configuration has a row in the
+# topic "config", which comes from the tables that the reader uses.
+#
+# A topic has blocks between empty lines: a HEADING, a paragraph, an example
+# (indented by four), or terms (by two) with their meanings (by six).
+# ==========================================================================
+
+RELEASED = "2026-11-29"         # the date of the manual pages
+STATUS_MEANINGS = """\
+  0
+      Everything succeeded. Nothing is written to stderr.
+  1
+      The run had errors or warnings.
+  2
+      Wrong usage; nothing ran.
+  74
+      The tasks succeeded, but mail, ping, log or metrics could not be
+      delivered.
+  75
+      Another run holds the lock.
+  78
+      The configuration is invalid; nothing ran.
+  128+N
+      Stopped by signal N.
+"""
+RESULT_MEANINGS = """\
+  ok
+      Everything succeeded.
+  failed
+      Errors or warnings in tasks, commit or chown (status 1).
+  undelivered
+      The tasks succeeded, but a mail, ping, log or metrics file was not
+      delivered (status 74).
+  stopped
+      A signal stopped the run.
+  lost
+      The run was killed, or the host went down.
+  running
+      The run has not ended yet.
+"""
+CONFIG_TOPIC = """\
+FORMAT
+
+The configuration is JSON (RFC 8259) with // and /* */ comments and trailing
+commas. `mission -c FILE` names the file; the default is mission.config.json
+in the working directory. `mission check` reports every error in one pass, with
+its line and column. `mission dump` prints all keys, with paths resolved and
+defaults filled in.
+
+A path that begins with ~ is below the home directory of user.name, ~bob below
+that of bob. A relative path is relative to the directory of the configuration.
+
+A duration is a number with a unit: 500ms, 90s, 10m, 1h30m, 2d. A size is a
+number with K, M, G or T, which are powers of 1024: 500M, 5G.
+
+KEYS
+
+{KEYS}
+
+EXAMPLE
+
+    {
+        "tasks": [
+            {"slug": "mount", "type": "exec", "scheduled": true,
+             "storages": []},
+            {"slug": "home", "type": "exec", "scheduled": true,
+             "needs": ["mount"], "timeout": "2h", "retries": 2,
+             "retryDelay": "1m", "minFree": {"disk": "20G"}},
+        ],
+        "user": {"name": "alice", "email": "alice@example.com"},
+        "storage": {
+            "tasks": {"path": "tasks"},
+            "logs": {"path": "logs"},
+            "disk": {"path": "/mnt/disk", "mounted": true},
+            "sync": {"path": "sync", "chown": true, "commit": true},
+        },
+        "ping": {"enabled": true, "start": true, "fail": true, "log": true,
+                 "endpoint": "https://hc-ping.com/UUID"},
+        "mail": {"enabled": true, "type": "sendmail", "on": "failure"},
+    }
+"""
+TASKS_TOPIC = """\
+PROGRAMS
+
+A task is an executable TASKS_DIR/SLUG/run, or the program of its key
+entrypoint. Everything that it prints is logged, stdout and stderr in order.
+Exit status 0 is a success, and any other a failure, except for those of
+okStatuses, warnStatuses and skipStatuses.
+
+The working directory is that of the program, stdin is /dev/null, the umask is
+022, and the task has its own session.
+
+A bash script must begin with `set -euo pipefail`, or a spelling that is at
+least as strict, such as `#!/bin/bash -eu` followed by `set -o pipefail`.
+Otherwise a command that fails in the middle of the script goes unnoticed.
+
+ENVIRONMENT
+
+A task gets these variables and nothing from the caller, so a run by hand and
+one from cron are the same.
+
+  PATH
+      /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+  HOME, USER, LOGNAME
+      From the account that the task runs as.
+  SHELL, LANG
+      /bin/sh and C.UTF-8.
+  TZ
+      As mission has it, if it is set.
+  TASKS_DIR, LOGS_DIR, NAME_DIR
+      The path of each storage; my-disk becomes MY_DISK_DIR.
+  TARGET_USER, PASS_BIN
+      The keys user.name and passBin.
+  MISSION_RUN_ID, MISSION_TASK
+      The UUID of the run and the slug of the task.
+
+The key env of a task adds variables or replaces these.
+
+BUILT-IN TASKS
+
+A task of type builtin is a Python function in TASKS_DIR/SLUG/task.py. It runs
+in a process of its own; an exception is a failure.
+
+    def run(args, log):
+        log("copying to " + args.storage["sync"])
+        token = args.pass_value("cloud/token")
+
+args.pass_value(NAME) returns a password from passBin, which then never appears
+in the log. args.target_user is user.name.
+
+The slug spotify is a built-in task that is part of mission. It stores every
+playlist of an account with all its tracks, one JSON file each, in
+SYNC_DIR/spotify. It needs storage.sync; storage.sessions with a file spotify
+that contains {"refresh_token": "..."}; and spotify_api_client_id and
+spotify_api_client_secret in the password store.
+
+EXAMPLES
+
+A dump of PostgreSQL, in a task that root runs:
+
+    runuser -u postgres -- pg_dumpall > "$LOCAL_DIR/all.sql"
+
+A copy with rsync, whose status 24 (files vanished) is a success:
+
+    {"slug": "home", "type": "exec", "okStatuses": [24]}
+"""
+BEHAVIOUR_TOPIC = """\
+ORDER
+
+A run takes the lock, mails and pings the start, and runs the tasks in order.
+Then it gives the files of storages with chown to user.name, commits storages
+with commit, and runs the post tasks. At the end it sends the desktop
+notification, lists warnings and errors, writes history and metrics, removes
+old logs, mails, pings, and packs the repositories that have grown. Chown and
+commit happen if at least one task without "post" was to run.
+
+RESULTS
+
+Tasks and housekeeping (chown, commit) decide whether a run failed: status 1,
+[FAILURE] in the subject of the mail, no success ping. Delivery (mail, ping,
+log, metrics) does not: status 74 and [WARNING]. A desktop that cannot be
+notified is only a line in the log. The success ping is sent exactly when the
+status is 0, except that a failed start ping does not prevent it.
+
+CHECK AND RUN
+
+`mission check` reports every error. A run does what it can. An invalid program
+or an unknown user of a task fails this task alone. A storage that is missing,
+is not a repository, or does not answer within 20 seconds is an error of its
+chown and commit. A mail, ping, passBin, CA file or filter that cannot work is
+status 74; with an invalid filter the mail is sent without the log.
+
+Any other error prevents the run (78). With --headless the fail ping and the
+mail are sent if their own sections are valid and need no password; while
+another run holds the lock (75), once for each holder. A configuration that
+other users can write is used for nothing: mission writes one line to stderr
+and one to syslog.
+
+INTERRUPTED RUNS
+
+A run that was killed or lost its host is a warning of the next run, with its
+ID and its last task, and `lost` in the history. A task that still runs from
+then is not started again.
+
+SIGTERM, SIGINT and SIGHUP stop the running task: SIGTERM to its process group,
+SIGKILL after 10 seconds or at the second signal. The other tasks, chown and
+commit are skipped. The mail and the fail ping are sent.
+
+When a task ends and processes that it started hold its output open, mission
+reads for 2 more seconds, ends those of its process group, and names them in a
+warning. It names a process that made its own session and does not stop it.
+
+THE LOG
+
+Control characters and characters that reorder text are written as \\x1b or
+\\u202e, invalid UTF-8 as \\xff, so the log is safe for a terminal. A carriage
+return ends a line, so each state of a progress bar is a line.
+
+Patterns of filters and redact are applied to a line without the elapsed time.
+A filter that begins with a space also matches the beginning of a line.
+Filtered lines are counted in the mail. A line that takes longer than a second
+to match, or is longer than 256 KiB, is withheld from the mail; with redact
+from the log as well.
+
+If the disk is full, the lines of the log go to stderr.
+
+MAIL
+
+A mail contains at most 200,000 characters of the log: its head and its tail.
+If the mail server refuses a mail for now (4xx) or does not answer, mission
+tries again after 30 and after 90 seconds. A mail that no server accepted is
+queued (50 at most), and the next run sends it again. If one of several
+recipients is refused for good (5xx), the others get the mail.
+
+COMMITS
+
+git adds and commits everything as the owner of the directory, without hooks,
+prompts, pager or signature, and at most 10 minutes a command. Then the file
+systems of the repository are synced. The log names up to 1,000 changed files.
+Locks of git are removed if they are older than 15 minutes or the last boot, or
+if mission's own git left them, and no git is running there.
+
+After mail and ping, `git gc --auto` packs repositories that have grown, for at
+most an hour. A failure is a line PackFailure in the log.
+
+FILES
+
+  /var/lib/mission, ~/.local/state/mission
+      History, queued mails and the run in progress, of root and of others.
+      XDG_STATE_HOME and MISSION_STATE move them.
+  /run/mission, ~/.local/state/mission
+      The lock. No variable moves it.
+"""
+SECURITY_TOPIC = """\
+TRUST
+
+As root, mission refuses a configuration or a task that anyone but root and
+user.name can write, in the file itself or a directory above it: by its mode, a
+group, or an access control list (POSIX or NFSv4). A group is trusted if the
+host lists it and all its members are trusted; none is if nsswitch.conf(5)
+takes users from SSSD or LDAP. With "trust": "root" only root is trusted. Use
+that if user.name must not be able to become root, because root runs what is in
+the tasks directory.
+
+STORAGES
+
+In a directory that a user can write, root follows no symbolic link, enters no
+other file system, and changes no device and no file that has a hard link
+elsewhere. setuid and setgid bits are dropped. Files of a task's user stay
+theirs, and the log counts them.
+
+In the repository of another user root opens no file and runs nothing: git runs
+as the owner. Root's own repository is committed only if nobody else can write
+anything that git reads. Error messages quote no file of a repository.
+
+SECRETS
+
+passBin runs as user.name. A password is never an argument, and never in a log,
+a mail or a commit. What matches a pattern of redact becomes *** in the log and
+everything made from it. `mission dump` prints the configuration with all its
+URLs.
+
+Mail and ping verify certificates. No proxy of the environment is used, and no
+redirect leads from https to http. Messages name only scheme, host and port of
+a ping URL, because the rest may be a secret.
+
+LIMITS
+
+Root can do anything, and so can a task that root runs. Patterns match lines: a
+secret that a program splits over two lines is not found. A task that makes its
+own session outlives its timeout.
+"""
+STATUS_TOPIC = """\
+EXIT STATUS
+
+{STATUSES}
+
+Every status except 0 comes with one line on stderr, so cron mails it.
+
+RESULTS
+
+`mission history` shows one word for each run:
+
+{RESULTS}
+
+MONITORING
+
+`mission status` prints one line to stdout and uses the statuses of monitoring
+plugins. It judges each scheduled task by its own last success.
+
+  0
+      OK.
+  1
+      Warning: a task ended with a notice or has not run yet, something was not
+      delivered, or the last success is in the future.
+  2
+      Critical: a task failed, its last success is older than --max-age, or the
+      run was lost or stopped.
+  3
+      Unknown: no complete run, wrong usage, or an invalid configuration.
+
+METRICS
+
+With metrics.textfile each scheduled run (--headless, without -t) writes these
+series, all with the label config:
+
+  mission_run_success
+      1 if the tasks, chown and commit had no errors or warnings, else 0.
+  mission_run_errors, mission_run_warnings
+      Their number.
+  mission_run_start_seconds, mission_run_duration_seconds
+      When the last run started (seconds since 1970), and how long it took.
+  mission_last_success_seconds
+      When the last successful run started.
+  mission_task_success, mission_task_duration_seconds
+      For each task, with the label task: 1 or 0, and how long it took.
+"""
+TITLE = "run backup tasks in order and report every failure"
+MANUAL = """\
+SYNOPSIS
+
+`mission` [-c FILE] COMMAND [OPTION]... [ARGUMENT]
+
+DESCRIPTION
+
+mission runs the tasks of a configuration in their order, from cron, a systemd
+timer or by hand. It gives what they stored to its owner, commits it with git,
+mails and keeps the log, and pings a monitor only if everything succeeded. One
+failing task does not stop the others.
+
+COMMANDS
+
+{commands}
+
+OPTIONS
+
+Options may be given before or after the command. Without colour: NO_COLOR.
+
+{options}
+
+EXIT STATUS
+
+{statuses}
+
+EXAMPLES
+
+{examples}
+
+SEE ALSO
+
+{pages}
+"""
+TOPICS = {      # name: (title, text)
+    "config": ("the configuration file", CONFIG_TOPIC),
+    "tasks": ("what a task is and what it gets", TASKS_TOPIC),
+    "behaviour": ("what a run does, in detail", BEHAVIOUR_TOPIC),
+    "security": ("what mission trusts and protects", SECURITY_TOPIC),
+    "status": ("exit statuses, results and monitoring", STATUS_TOPIC),
+}
+
+
+def default_text(kind: ValueType, default) -> str:
+    """Return the default of a key in words."""
+    import json
+    if default is REQUIRED:
+        return " Required."
+    if default in (None, "", (), {}):
+        return ""
+    value = kind.write(default) if kind.write else default
+    return f" Default: {json.dumps(value)}."
+
+
+def term_row(term: str, meaning: str) -> str:
+    """Return a term and its meaning, as a topic has them."""
+    import textwrap
+    return f"  {term}\n" + textwrap.fill(
+        meaning[0].upper() + meaning[1:], 79, break_on_hyphens=False,
+        initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def key_row(path: str, kind: ValueType, default, meaning: str) -> str:
+    """Return the row of a key in the topic "config"."""
+    return term_row(path, f"{meaning}. Value: {kind.expected}."
+                    + default_text(kind, default))
+
+
+def topic_text(name: str) -> str:
+    """Return the text of a topic, with the tables that belong in it."""
+    keys = "\n".join(key_row(path, *row)
+                     for path, row in key_paths(Config).items())
+    return TOPICS[name][1].replace("{KEYS}\n", keys + "\n").replace(
+        "{STATUSES}\n", STATUS_MEANINGS).replace(
+        "{RESULTS}\n", RESULT_MEANINGS)
+
+
+ROFF_ESCAPES = {ord(character): escape for character, escape in (
+    ("\\", r"\e"), ("-", r"\-"), ("'", r"\(aq"), ("^", r"\(ha"),
+    ("~", r"\(ti"))}
+
+
+def roff_words(text: str) -> str:
+    """Return text for roff: characters that it would replace are escaped,
+    `words in backticks` are bold, and no word begins with a dot."""
+    import re
+    bold = re.sub(r"`(.+?)`", r"\\fB\1\\fR", text.translate(ROFF_ESCAPES))
+    return re.sub(r"(?<!\S)\.", r"\\&.", bold)
+
+
+def roff_block(block: str, is_first: bool) -> str:
+    """Return a block of a topic in roff, see man(7). `is_first`: it is the
+    first below a heading."""
+    import textwrap
+    if block.isupper():
+        return f".SH {block}"
+    if block.startswith("    "):
+        return (".nf\n" if is_first else ".PP\n.nf\n") + roff_words(block) \
+            + "\n.fi"
+    if not block.startswith("  "):
+        return ".PP\n" * (not is_first) + textwrap.fill(
+            roff_words(block), 79, break_on_hyphens=False)
+    return "\n".join(
+        roff_words(row.strip()) if row.startswith(" " * 6)
+        else f".TP\n\\fB{roff_words(row.strip())}\\fR"
+        for row in block.split("\n"))
+
+
+def manual_page(name: str, section: int, title: str, text: str) -> str:
+    """Return a manual page in roff, made from the text of a topic."""
+    blocks = ["NAME", f"{name} - {title}", *text.strip("\n").split("\n\n")]
+    before = ["", *blocks]
+    return (f'.TH {name.upper()} {section} {RELEASED} "mission {VERSION}"\n'
+            + "\n".join(roff_block(block, earlier.isupper()) for
+                        block, earlier in zip(blocks, before)) + "\n")
+
+
+# ==========================================================================
 # Command: what can I type?                                    (terminal; C)
 #
 # Each command has a function, and a row in COMMANDS. `main` is the only way
@@ -6993,8 +7586,10 @@ class ExitWithText(Exception):
 
 
 def number_of_runs(text: str) -> int:
+    """Return the number of -n. Raises Error."""
     if not (text.isascii() and text.isdigit() and int(text)):
-        raise Error(f"-n {text}: not a number of runs", "-n 20", EXIT_USAGE)
+        raise Error(f"-n {text}: not a number of runs",
+                    "mission history -n 20", EXIT_USAGE)
     return int(text)
 
 
@@ -7004,8 +7599,8 @@ def duration_of(option: str, least: float):
     def read(text: str) -> float:
         seconds = parse_duration(text)
         if seconds is None or seconds < least:
-            raise Error(f"{option} {text}: not a duration", f"{option} 30m",
-                        EXIT_USAGE)
+            raise Error(f"{option} {text}: not a duration such as 90s, 30m "
+                        "or 26h", "", EXIT_USAGE)
         return seconds
     return read
 
@@ -7020,41 +7615,43 @@ class Option(FrozenRecord):
 
     @property
     def names(self) -> list[str]:
+        """Its spellings without the value: -t, --task."""
         return [word for word in self.spelling.replace(",", "").split()
                 if word.startswith("-")]
 
     @property
     def synopsis(self) -> str:
+        """Its part of a usage line: [-t SLUG]..."""
         value = self.spelling.partition(self.names[-1])[2]
         return f"[{self.names[0]}{value}]" + "..." * (self.action == "append")
 
 
 OPTIONS = {     # by the name of the value
-    "config": Option("-c, --config PATH",
-                     "configuration (default: mission.config.json)",
+    "config": Option("-c, --config FILE",
+                     "the configuration (default: mission.config.json)",
                      "mission.config.json", "store"),
     "tasks": Option("-t, --task SLUG",
-                    "run this task; may be given several times", [],
+                    "run this task, scheduled or not; repeatable", [],
                     "append"),
     "headless": Option("--headless",
-                       "as from cron: log to a file, mail, ping"),
+                       "log to a file, send mail and ping (for cron)"),
     "dry_run": Option("--dry-run",
-                      "print what a run would do, and do nothing"),
+                      "print the steps of the run and do nothing"),
     "wait": Option("--wait TIME",
-                   "wait for another run to end, e.g. 30m", 0.0, "store",
+                   "wait so long for another run to end (30m)", 0.0, "store",
                    duration_of("--wait", 0)),
     "max_age": Option("--max-age TIME",
-                      "the last success may be this old, e.g. 26h", None,
-                      "store", duration_of("--max-age", 0.001)),
+                      "a last success older than this is critical (26h)",
+                      None, "store", duration_of("--max-age", 0.001)),
     "number": Option("-n, --number N", "how many past runs (default: 20)",
                      20, "store", number_of_runs),
-    "json": Option("--json", "for programs"),
-    "quiet": Option("-q, --quiet", "no desktop notification"),
-    "verbose": Option("-v, --verbose", "more detail"),
-    "no_color": Option("-C, --no-color", "no colour"),
-    "help": Option("-h, --help", "this text, or that of a command",
+    "json": Option("--json", "print JSON"),
+    "quiet": Option("-q, --quiet", "show no desktop notification"),
+    "verbose": Option("-v, --verbose", "print more detail"),
+    "no_color": Option("-C, --no-color", "print without colour"),
+    "help": Option("-h, --help", "print help about the command",
                    action="help"),
-    "version": Option("--version", "the version", action="version"),
+    "version": Option("--version", "print the version", action="version"),
 }
 # Every command takes these; quiet and verbose as well, because scripts for
 # the original give them anywhere.
@@ -7062,92 +7659,103 @@ COMMON_OPTIONS = ("config", "quiet", "verbose", "no_color", "help", "version")
 
 
 def option_rows(keys) -> str:
-    """The options of a help text, a line each."""
+    """Return the options of a help text, a line each."""
     return "".join(
         f"  {'' if ',' in OPTIONS[key].spelling else '    '}"
         f"{OPTIONS[key].spelling}".ljust(23) + OPTIONS[key].help + "\n"
         for key in keys)
 
 
-def add_options(parser, keys, absent=None) -> None:
-    """Add options to an ArgumentParser; `absent`: for options that are not
-    given, in place of their default."""
-    for key in keys:
-        option, more = OPTIONS[key], {}
-        if option.action in ("store", "append"):
-            more = {"type": option.read}
-        if option.action == "version":
-            more = {"version": f"{PROG} {VERSION}"}
-        else:
-            more.update(dest=key, default=absent or option.default)
-        parser.add_argument(*option.names, action=option.action, **more)
-
-
-def option_parser(help_text: str, hint: str):
-    """An ArgumentParser that raises Error or ExitWithText, where argparse
-    would print and exit."""
+def option_parser(text: str, hint: str):
+    """Return a parser of all options that raises Error or ExitWithText where
+    argparse would print and exit. `text` is for --help."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            raise Error(message, hint, EXIT_USAGE)
+            raise Error(message.removeprefix("argument ").replace(
+                "unrecognized arguments:", "unknown option"), hint, EXIT_USAGE)
 
         def print_help(self, file=None):
-            raise ExitWithText(help_text)
+            raise ExitWithText(text)
 
         def exit(self, status=0, message=None):     # --version has printed
             raise ExitWithText("")
 
-    return Parser(PROG, add_help=False)
+    parser = Parser(PROG, add_help=False)
+    for key, option in OPTIONS.items():
+        more = {"dest": key, "default": argparse.SUPPRESS}
+        if option.action == "version":
+            more = {"version": f"{PROG} {VERSION}"}
+        elif option.action in ("store", "append"):
+            more["type"] = option.read
+        parser.add_argument(*option.names, action=option.action, **more)
+    parser.add_argument("words", nargs="*")
+    return parser
+
+
+def command_word(argv: list[str]) -> str:
+    """Return the command of a command line, which may be invalid, or ""."""
+    with_value = {name for option in OPTIONS.values() for name in option.names
+                  if option.action in ("store", "append")}
+    before = ""
+    for word in argv:
+        if not word.startswith("-") and before not in with_value:
+            return word
+        before = word
+    return ""
 
 
 def parse_arguments(argv: list[str]):
-    """(command, options, arguments) of a command line. Raises Error.
+    """Return (command, options, arguments) of a command line. Raises Error.
 
-    Options stand before or after the command, as in the original. So one
-    parser reads what comes before it, and that of the command the rest.
+    Options stand before or after the command, as in the original.
     """
     import argparse
-    parser = option_parser(usage(), "mission --help")
-    add_options(parser, OPTIONS, argparse.SUPPRESS)
-    parser.add_argument("words", nargs=argparse.PARSER).required = False
-    options = parser.parse_args(argv)
-    words = vars(options).pop("words", None)
-    if not words:
-        raise Error("which command?", "mission --help", EXIT_USAGE)
-    name, *rest = words
+    name = command_word(argv)
+    text, hint = (command_help_text(name), f"{PROG} {name} --help") \
+        if name in COMMANDS else (usage(), f"{PROG} --help")
+    given = vars(option_parser(text, hint).parse_intermixed_args(argv))
+    name, *words = given.pop("words") or [""]
     if name not in COMMANDS:
-        meant = nearest(name, COMMANDS)
-        raise Error(f"there is no command {quoted(name)}", f"did you mean "
-                    f"{meant}?" if meant else "mission --help", EXIT_USAGE)
+        raise unknown_word("command", name, COMMANDS, PROG)
     command = COMMANDS[name]
-    hint = f"mission {name} --help"
-    for key in vars(options):
+    for key in given:
         if key not in command.options:
             raise Error(f"{OPTIONS[key].names[-1]} is not an option of "
-                        f"{name}", hint, EXIT_USAGE)
-    parser = option_parser(command_help(name), hint)
-    add_options(parser, command.options)
-    parser.add_argument("words", nargs="*")
-    options = parser.parse_intermixed_args(rest, options)
+                        f"{PROG} {name}", hint, EXIT_USAGE)
+    options = argparse.Namespace(**{
+        **{key: OPTIONS[key].default for key in command.options}, **given})
     options.colour = sys.stdout.isatty() and not (
         options.no_color or os.environ.get("NO_COLOR"))
-    words = vars(options).pop("words") or []
     check_arguments(name, command, words)
     return command, options, words
 
 
+def unknown_word(kind: str, word: str, known, before: str) -> Error:
+    """Return the error for a word that is not one of `known`. `before`: what
+    is typed before it."""
+    meant = nearest(word, known)
+    what = f"unknown {kind} {quoted(word)}" if word else f"no {kind} given"
+    return Error(what if meant else f"{what} (expected {', '.join(known)})",
+                 f"{before} {meant}" if meant else "", EXIT_USAGE)
+
+
 def check_arguments(name: str, command: Command, words: list[str]) -> None:
-    """Raise Error for a missing or surplus argument."""
-    usage_line = f"mission {name} {command.arguments}".rstrip()
-    wanted = command.arguments.split()
+    """Raise Error for a missing, surplus or unknown argument."""
+    hint, wanted = usage_line(name), command.arguments.split()
     if len(words) > len(wanted):
-        raise Error(f"unexpected argument {quoted(words[len(wanted)])}",
-                    usage_line, EXIT_USAGE)
+        word = words[len(wanted)]
+        if os.path.isfile(word):
+            hint = f"{PROG} -c {word} {name}"
+        raise Error(f"unexpected argument {quoted(word)}", hint, EXIT_USAGE)
     for argument in wanted[len(words):]:
         if not argument.startswith("["):
-            raise Error(f"missing argument {argument}", usage_line,
-                        EXIT_USAGE)
+            raise Error(f"missing argument {argument}", hint, EXIT_USAGE)
+    choices = command.arguments.split("|")
+    if len(choices) > 1 and words[0] not in choices:
+        raise Error(f"unexpected argument {quoted(words[0])} (expected "
+                    f"{', '.join(choices)})", "", EXIT_USAGE)
 
 
 def print_json(value) -> int:
@@ -7165,17 +7773,16 @@ def read_text(path: str) -> str:
             data = file.read(LONGEST_CONFIG + 1)
         if len(data) <= LONGEST_CONFIG:
             return data.decode("utf-8")
-        reason = "this is larger than 1 MiB, and no configuration"
+        reason = "larger than 1 MiB"
     except FileNotFoundError:
-        reason = "there is no such file"
-        hint = "-c PATH, or `mission init` for one"
+        reason, hint = "no such file", f"{PROG} -c {path} init"
     except OSError as error:
         reason = error.strerror
     except UnicodeDecodeError as error:
         row = data.count(b"\n", 0, error.start) + 1
         column = error.start - data.rfind(b"\n", 0, error.start)
         place = f":{row}:{column}"
-        reason, hint = "not UTF-8", "save it as UTF-8"
+        reason, hint = "not UTF-8", f"iconv -f latin1 -t utf-8 {path}"
     raise Error(f"{path}{place}: {reason}", hint, EXIT_CONFIG)
 
 
@@ -7216,14 +7823,14 @@ class LoadedConfig(FrozenRecord):
         found: dict[str, list[str]] = {}
         for each in self.diagnostics:
             what = "" if each.scope.startswith("task ") else f"{each.what}: "
-            found.setdefault(each.scope, []).append(
-                f"{what}{each.why} ({each.hint})")
+            hint = each.hint and f" ({each.hint})"
+            found.setdefault(each.scope, []).append(f"{what}{each.why}{hint}")
         return found
 
 
 def validated(source: ConfigSource, with_facts: bool = True) -> LoadedConfig:
-    """The configuration of a text. Without `with_facts` only the text is
-    validated, not what it names."""
+    """Return the configuration of a text. Without `with_facts` only the text
+    is validated, not what it names."""
     reader = ConfigReader(source.text, source.path, source.real_path)
     config, diagnostics = reader.config(), reader.diagnostics
     if config and with_facts:
@@ -7254,13 +7861,13 @@ def require_valid(found: LoadedConfig, options, strict: bool = False) -> None:
     for line in lines:
         print(line, file=sys.stderr)
     if lines:
-        raise Error(f"{plural(len(lines), 'fault')} in {options.config}", "",
+        raise Error(f"{plural(len(lines), 'error')} in {options.config}", "",
                     EXIT_CONFIG)
 
 
 def valid_config(options, with_facts: bool = True) -> Config:
-    """The configuration that was named. Raises Error if it cannot be used.
-    """
+    """Return the configuration that was named. Raises Error if it cannot be
+    used."""
     found = loaded(options.config, with_facts)
     require_valid(found, options)
     return found.config
@@ -7269,31 +7876,26 @@ def valid_config(options, with_facts: bool = True) -> Config:
 def command_init(options) -> int:
     """Write the sample configuration to a new file, for the user of
     `sample_user`, and make its directories. Raises Error and OSError."""
+    import json
     try:
         fd = os.open(options.config, os.O_WRONLY | os.O_CREAT | os.O_EXCL
                      | os.O_NOFOLLOW, 0o600)
     except FileExistsError:
-        raise Error(f"{options.config} exists already",
-                    "-c PATH writes another") from None
+        raise Error(f"{options.config} already exists",
+                    f"{PROG} -c PATH init") from None
     user = sample_user()
     with os.fdopen(fd, "w", encoding="utf-8") as file:
-        file.write(SAMPLE.replace('"root"', json_text(
-            user.name if user else "root")))
+        file.write(SAMPLE.replace('"root"', json.dumps(
+            user.name if user else "root", ensure_ascii=False)))
     if os.geteuid() == 0 and not user:
-        print(f"user.name in {options.config} is root, because there is not "
-              "exactly one ordinary user")
+        print(f"user.name in {options.config} is root, because this host "
+              "does not have exactly one ordinary user")
     directory = os.path.dirname(os.path.abspath(options.config))
     for name, given_to in (("tasks", None), ("logs", None), ("local", user)):
         make_directory(os.path.join(directory, name), given_to)
     print(paint(options, "32", f"Created {options.config}") + ", tasks, logs "
           "and local; next: mission new etc")
     return EXIT_OK
-
-
-def json_text(text: str) -> str:
-    """The text as a string of JSON."""
-    import json
-    return json.dumps(text, ensure_ascii=False)
 
 
 def make_directory(path: str, owner: Account | None) -> None:
@@ -7383,9 +7985,9 @@ def refuse_untrusted(found: LoadedConfig, options) -> None:
     writer = HostInspector().config_writer(found.config) if found.config \
         else ""
     if writer:
-        text = f"{options.config} is not used: {writer}"
+        text = f"{options.config} is not trusted: {writer}"
         Processes(Clock()).run_in_child(SYSLOG_SECONDS, log_to_syslog, text)
-        raise Error(text, "", EXIT_CONFIG)
+        raise Error(text, protection(writer), EXIT_CONFIG)
 
 
 def log_to_syslog(text: str) -> str:
@@ -7419,8 +8021,8 @@ def report_no_start(found: LoadedConfig, state: StateDirectory,
 
 
 def config_for_alert(found: LoadedConfig, is_busy: bool) -> Config:
-    """The configuration with mail and ping off where they are invalid or,
-    unless only the lock is the reason, need passBin."""
+    """Return the configuration with mail and ping off where they are invalid
+    or, unless only the lock is the reason, need passBin."""
     config, wrong = found.config, {
         each.what.partition(".")[0] for each in found.diagnostics
         if each.what.startswith(("mail", "ping", "user.email"))
@@ -7494,10 +8096,9 @@ def refuse_run_of_root(real_path: str) -> None:
     if os.geteuid() and os.path.isdir(os.path.join(
             "/var/lib/mission", state_name(real_path))) \
             and not os.environ.get("MISSION_STATE"):
-        raise Error("root runs this configuration, and its lock cannot be "
-                    "seen from here: permission denied",
-                    "sudo mission run, or a configuration of your own",
-                    EXIT_BUSY)
+        raise Error("permission denied: root runs this configuration, and "
+                    "root's lock is not visible to other users",
+                    "sudo mission run", EXIT_BUSY)
 
 
 def recorded_runs(options) -> list[dict]:
@@ -7508,13 +8109,15 @@ def recorded_runs(options) -> list[dict]:
     runs = answer_about(state.directory, lambda _send: runs_of(state)
                         if os.access(state.directory, os.R_OK) else None)
     if runs is None:
-        raise Error(f"no run of {options.config} is remembered",
-                    "-c names the configuration, and root's runs are root's")
+        raise Error(f"no runs recorded for {options.config}"
+                    + (" by this user" if os.geteuid() else ""),
+                    f"{PROG} -c FILE history")
     return runs
 
 
 def runs_of(state: StateDirectory) -> list[dict]:
-    """The runs of the history, and the one that is running or was lost."""
+    """Return the runs of the history, and the one that is running or was lost.
+    """
     runs, current = state.history(), state.read_current()
     known = {run["id"]: run for run in runs}
     ended = unrecorded_end(current, known)
@@ -7525,7 +8128,13 @@ def runs_of(state: StateDirectory) -> list[dict]:
             if run["id"] not in {end["id"] for end in ended}] + ended
 
 
-COLOURS = {"ok": "32", "running": "36", "trouble": "33"}
+COLOURS = {"ok": "32", "running": "36", "undelivered": "33"}
+
+
+def public_record(run: dict) -> dict:
+    """Return the record of a run as --json prints it: with one time, which
+    is RFC 3339."""
+    return {key: value for key, value in run.items() if key != "started"}
 
 
 def command_history(options) -> int:
@@ -7533,20 +8142,20 @@ def command_history(options) -> int:
     runs = recorded_runs(options)
     shown = runs[-options.number:]
     if options.json:
-        return print_json(shown)
-    print(f"{'RUN':8}  {'STARTED':25}  {'TOOK':>12}  VERDICT")
+        return print_json([public_record(run) for run in shown])
+    print(f"{'RUN':8}  {'STARTED':25}  {'TOOK':>12}  RESULT")
     for run in shown:
         took = "-" if run["seconds"] is None else format_duration(
             run["seconds"])
-        result = paint(options, COLOURS.get(run["verdict"], "31"),
-                        f"{run['verdict']:8}")
         failed = [task["slug"] for task in run["tasks"]
                   if task["outcome"] == "failed"]
         detail = ", ".join(failed) if failed else (
-            f"in {run['last']}" if run["verdict"] in ("lost", "running")
+            f"in {run['last']}" if run["result"] in ("lost", "running")
             else "")
+        result = paint(options, COLOURS.get(run["result"], "31"),
+                       run["result"])
         print(f"{run['id'][:8]:8}  {run['start']:25}  {took:>12}  {result}"
-              f" {escape_controls(detail)}".rstrip())
+              + f": {escape_controls(detail)}" * bool(detail))
     durations = good_durations(runs)
     if durations:
         print("\nHow long the tasks took, the newest on the right:")
@@ -7568,26 +8177,15 @@ def command_status(options) -> int:
     slugs = [task.slug for task in config.tasks if task.scheduled]
     status, reasons = health(slugs, runs, options.max_age, Clock().now())
     last = next((run for run in reversed(runs) if not run["partial"]
-                 and run["verdict"] != "running"), None)
+                 and run["result"] != "running"), None)
     if options.json:
         print_json({"status": status, "word": HEALTH_WORDS[status],
-                    "reasons": reasons, "lastRun": last})
+                    "reasons": reasons,
+                    "lastRun": last and public_record(last)})
     else:
-        text = "; ".join(reasons) or f"the last run, of {last['start']}"
+        text = "; ".join(reasons) or f"last run: {last['start']}"
         print(escape_controls(f"{HEALTH_WORDS[status]}: {text}"))
     return status
-
-
-def asks_for_status(argv: list[str]) -> bool:
-    """Whether the command of a command line, valid or not, is `status`."""
-    with_value = {name for option in OPTIONS.values() for name in option.names
-                  if option.action in ("store", "append")}
-    before = ""
-    for word in argv:
-        if not word.startswith("-") and before not in with_value:
-            return word == "status"
-        before = word
-    return False
 
 
 def command_log(options, run: str = "") -> int:
@@ -7601,8 +8199,8 @@ def command_log(options, run: str = "") -> int:
                                      run))]
     if not runs:
         raise Error(f"no saved log of run {quoted(run)}" if run else
-                    "no run has saved a log", "mission history shows the "
-                    "runs; a run by hand prints its log and saves none")
+                    "no saved logs: only a run with --headless saves its log",
+                    "mission history" if run else "")
     path, pager = runs[-1]["log"], None
     if sys.stdout.isatty():
         pager = start_pager()
@@ -7646,9 +8244,49 @@ def start_pager():
         raise Error(f"{pager[0]}: {error.strerror}", "PAGER=cat") from None
 
 
+def print_paged(text: str) -> int:
+    """Print a text, through the pager on a terminal; the exit status."""
+    if sys.stdout.isatty():
+        start_pager().communicate(text)
+    else:
+        print(text, end="")
+    return EXIT_OK
+
+
+def command_help(_options, topic: str = "") -> int:
+    """Print a topic or the help of a command. Raises Error."""
+    if topic in TOPICS:
+        return print_paged(topic_text(topic))
+    if topic in COMMANDS:
+        return print_paged(command_help_text(topic))
+    if topic:
+        raise unknown_word("topic", topic, [*TOPICS, *COMMANDS],
+                           f"{PROG} help")
+    for name, (title, _) in TOPICS.items():
+        print(f"  {PROG} help {name:11}{title}")
+    print(f"  {PROG} help COMMAND    its options and examples")
+    return EXIT_OK
+
+
+def command_man(_options, topic: str = "") -> int:
+    """Print a manual page: mission(1), or that of a topic. Raises Error."""
+    if topic and topic not in TOPICS:
+        raise unknown_word("topic", topic, TOPICS, f"{PROG} man")
+    print(manual_page(f"{PROG}-{topic}", 7, TOPICS[topic][0],
+                      topic_text(topic)) if topic else
+          manual_page(PROG, 1, TITLE, manual_text()), end="")
+    return EXIT_OK
+
+
+def command_version(_options) -> int:
+    """Print the version."""
+    print(f"{PROG} {VERSION}")
+    return EXIT_OK
+
+
 def readable_config(options) -> Config:
-    """The configuration, which may have errors in its values, but not in
-    that of storage.tasks. Raises Error; also if it is not to be trusted."""
+    """Return the configuration, which may have errors in its values, but not
+    in that of storage.tasks. Raises Error; also if it is not to be trusted."""
     source = read_source(options.config)
     found = validated(source, with_facts=False)
     refuse_untrusted(found, options)
@@ -7671,8 +8309,8 @@ def command_new(options, slug: str) -> int:
     Both belong to the owner of the tasks' directory. Raises Error.
     """
     if not is_label(slug, LOWER + DIGITS):
-        raise Error(f"{quoted(slug)} is no slug", "letters a-z, digits, - "
-                    "and _, at most 64", EXIT_USAGE)
+        raise Error(f"invalid slug {quoted(slug)} ({SLUG_RULE})", "",
+                    EXIT_USAGE)
     config = readable_config(options)
     directory = config.directory("tasks")
     path = os.path.join(directory, slug, "run")
@@ -7686,12 +8324,12 @@ def command_new(options, slug: str) -> int:
                      | os.O_NOFOLLOW, 0o755, dir_fd=below)
         write_all(fd, TASK_SCRIPT.replace("{slug}", slug).encode())
         for made in (fd, below):
-            if os.geteuid() == 0:   # who owns the folder will edit the file
+            if os.geteuid() == 0:   # the owner of the directory edits it
                 os.fchown(made, owner.st_uid, owner.st_gid)
             os.close(made)
     except FileExistsError:
-        raise Error(f"{os.path.dirname(path)} exists already",
-                    "choose another slug, or edit what is there") from None
+        raise Error(f"{os.path.dirname(path)} already exists",
+                    f"edit {path}") from None
     except OSError as error:
         raise Error(f"{path}: {error.strerror}") from None
     print(f"Created {path}")
@@ -7705,10 +8343,7 @@ def command_new(options, slug: str) -> int:
 
 
 def command_completion(_options, shell: str) -> int:
-    """Print the completion for a shell. Raises Error."""
-    if shell not in COMPLETIONS:
-        raise Error(f"no completion for {quoted(shell)}", "bash, zsh or fish",
-                    EXIT_USAGE)
+    """Print the completion for a shell."""
     names = " ".join(option.names[-1] for option in OPTIONS.values())
     print(COMPLETIONS[shell].replace("COMMANDS", " ".join(COMMANDS)).replace(
         "OPTIONS", names), end="")
@@ -7754,9 +8389,6 @@ def command_unit(options, kind: str) -> int:
 
     The configuration may be invalid still: a run reports that.
     """
-    if kind not in UNITS:
-        raise Error(f"no unit {quoted(kind)}", "mission unit service|timer",
-                    EXIT_USAGE)
     path, program = read_source(options.config).path, os.path.abspath(__file__)
     words = [program] if os.access(program, os.X_OK) else [
         sys.executable, "-IS", program]
@@ -7774,85 +8406,164 @@ def command_unit(options, kind: str) -> int:
 
 
 class Command(FrozenRecord):
-    """A command: its function, and what may follow its name."""
+    """A command, for the parser, the help and the completion scripts."""
     handler: object             # function(options, *arguments) -> exit status
-    help: str
+    group: str                  # its place in `mission --help`
+    help: str                   # a verb phrase
     own_options: tuple = ()     # names of OPTIONS, besides COMMON_OPTIONS
     arguments: str = ""         # "SLUG"; "[RUN]" may be left out
-    details: str = ""           # more lines of its help
+    text: str = ""              # a paragraph for its help
+    examples: tuple = ()        # command lines for its help
+    topic: str = "behaviour"    # where to read more
 
     @property
     def options(self) -> tuple:
+        """The names of all its options."""
         return self.own_options + COMMON_OPTIONS
 
 
-VERDICTS = """\
-Verdicts:
-  ok        all went well
-  failed    errors or warnings in tasks, commit or chown (status 1)
-  trouble   the tasks succeeded; a mail, ping or log was not delivered (74)
-  stopped   a signal stopped the run
-  lost      the run was killed, or the host went down
-  running   the run has not ended yet
-
-"""
 COMMANDS = {
-    "init": Command(command_init, "write a sample configuration"),
-    "run": Command(command_run, "run the scheduled tasks, or those of -t",
-                   ("tasks", "headless", "dry_run", "wait")),
-    "list": Command(command_list, "the tasks", ("json",)),
-    "check": Command(command_check, "is the configuration right?"),
-    "dump": Command(command_dump, "the configuration as JSON"),
-    "history": Command(command_history, "past runs", ("number", "json"),
-                       details=VERDICTS),
-    "status": Command(command_status, "for monitoring: is all well?",
-                      ("max_age", "json")),
-    "log": Command(command_log, "a saved run log, by default the newest",
-                   arguments="[RUN]"),
-    "new": Command(command_new, "begin a new task", arguments="SLUG"),
-    "unit": Command(command_unit, "a unit of systemd for nightly runs",
-                    arguments="service|timer"),
-    "completion": Command(command_completion, "completion for a shell",
-                          arguments="bash|zsh|fish"),
+    "init": Command(
+        command_init, "set up", "write a sample configuration",
+        text="Writes mission.config.json, or the file of -c, and makes the "
+        "directories that it names. user.name becomes the user that called "
+        "sudo, else the caller. For root it is the only ordinary account, or "
+        "root.",
+        examples=("mission init", "mission -c /etc/mission.json init"),
+        topic="config"),
+    "new": Command(
+        command_new, "set up", "create a task", arguments="SLUG",
+        text="Writes TASKS_DIR/SLUG/run, an executable script, and prints the "
+        "line for the configuration if it is missing there.",
+        examples=("mission new etc",), topic="tasks"),
+    "check": Command(
+        command_check, "set up", "validate the configuration",
+        text="Prints every error with its line and column to stderr, and "
+        "notes to stdout. It checks what the configuration names as well: "
+        "programs, users, directories, repositories.",
+        examples=("mission check", "mission -c /etc/mission.json check"),
+        topic="config"),
+    "dump": Command(
+        command_dump, "set up", "print the configuration as JSON",
+        text="Prints every key, with paths resolved and defaults filled in. "
+        "The output is a valid configuration.",
+        examples=("mission dump",), topic="config"),
+    "list": Command(
+        command_list, "set up", "list the tasks", ("json",),
+        text="Prints the slugs; with -v the names as well, and which tasks "
+        "are scheduled or post tasks.",
+        examples=("mission list -v", "mission list --json"), topic="tasks"),
+    "unit": Command(
+        command_unit, "set up", "print a systemd unit for nightly runs",
+        arguments="service|timer",
+        text="The comment at the top of the unit says where to put the unit "
+        "and how to enable it.",
+        examples=("mission unit service > /etc/systemd/system/mission.service",
+                  "mission unit timer > /etc/systemd/system/mission.timer")),
+    "run": Command(
+        command_run, "runs", "run the scheduled tasks, or those of -t",
+        ("tasks", "headless", "dry_run", "wait"),
+        text="By hand the log goes to the terminal. With --headless it goes "
+        "to a file in storage.logs, and mail and ping are sent.",
+        examples=("mission run --dry-run", "mission run -t etc -t home",
+                  "mission -c /etc/mission.json run --headless --wait 30m")),
+    "history": Command(
+        command_history, "runs", "list past runs", ("number", "json"),
+        text="When each run started, how long it took and how it ended; the "
+        "newest is the last. Below it are the durations of each task.",
+        examples=("mission history -n 5", "mission history --json"),
+        topic="status"),
+    "log": Command(
+        command_log, "runs", "print a saved run log (default: the newest)",
+        arguments="[RUN]",
+        text="RUN is the beginning of the run's ID, as `mission history` "
+        "prints it, or of the name of the log file. On a terminal the log "
+        "goes through $PAGER.",
+        examples=("mission log", "mission log 2026-03-29"), topic="status"),
+    "status": Command(
+        command_status, "runs", "report success or failure to a monitor",
+        ("max_age", "json"),
+        text="Prints one line to stdout. The exit status is 0 (ok), 1 "
+        "(warning), 2 (critical) or 3 (unknown), as monitoring plugins have "
+        "it.",
+        examples=("mission status --max-age 26h",), topic="status"),
+    "completion": Command(
+        command_completion, "more", "print completion for a shell",
+        arguments="bash|zsh|fish",
+        text="Prints a script for the shell. Its first line says where to "
+        "put it.",
+        examples=("mission completion bash > "
+                  "/etc/bash_completion.d/mission",)),
+    "help": Command(
+        command_help, "more", "print help about a topic or a command",
+        arguments="[TOPIC]",
+        text="Without TOPIC it lists the topics. On a terminal the text goes "
+        "through $PAGER.",
+        examples=("mission help config", "mission help run")),
+    "man": Command(
+        command_man, "more", "print a manual page in roff",
+        arguments="[TOPIC]",
+        text="Without TOPIC it is the page mission(1).",
+        examples=("mission man > /usr/local/share/man/man1/mission.1",
+                  "mission man config | man -l -")),
+    "version": Command(
+        command_version, "more", "print the version",
+        text="Prints the name and the version, as --version does.",
+        examples=("mission version",)),
 }
 
 
 def usage() -> str:
-    """The text of `mission --help`."""
-    commands = "".join(
-        f"  mission {f'{name} {command.arguments}':28}{command.help}\n"
-        for name, command in COMMANDS.items())
-    return (f"{PROG}: run backup tasks in order, and never let a failure pass "
-            f"unnoticed.\n\nUsage: mission [OPTION]... COMMAND [OPTION]... "
-            f"[ARGUMENT]\n\nCommands:\n{commands}\nOptions:\n"
-            f"{option_rows(OPTIONS)}\n{STATUS_HELP}")
+    """Return the text of `mission --help`."""
+    rows, before = "", ""
+    for name, command in COMMANDS.items():
+        group = "" if command.group == before else command.group
+        before = command.group
+        rows += f"{group:8}{f'{name} {command.arguments}':28}{command.help}\n"
+    return (f"{PROG}: {TITLE}.\n"
+            f"Usage: {PROG} [-c FILE] COMMAND [OPTION]... [ARGUMENT]\n\n"
+            f"{rows}\n{PROG} help COMMAND shows options and examples. "
+            f"{PROG} help TOPIC explains:\n{', '.join(TOPICS)}.\n")
 
 
-STATUS_HELP = """\
-Exit status: 0 all well; 1 errors or warnings in the run; 2 wrong usage;
-74 only mail, ping or log failed; 75 another run is active; 78 configuration;
-128+N stopped by signal N.
-"""
+def usage_line(name: str) -> str:
+    """Return the usage of a command with its own options."""
+    command = COMMANDS[name]
+    return " ".join(filter(None, [
+        PROG, name, *(OPTIONS[key].synopsis for key in command.own_options),
+        command.arguments]))
 
 
-def command_help(name: str) -> str:
-    """The text of `mission COMMAND --help`."""
+def command_help_text(name: str) -> str:
+    """Return the text of `mission COMMAND --help`."""
     import textwrap
     command = COMMANDS[name]
-    words = [f"mission {name}", *(OPTIONS[key].synopsis for key in
-                                  command.own_options), "[OPTION]...",
-             command.arguments]
-    synopsis = textwrap.fill(" ".join(words).rstrip(), 72,
-                             subsequent_indent=" " * 9,
-                             break_on_hyphens=False)
-    return (f"{PROG} {name}: {command.help}\n\nUsage: {synopsis}\n\n"
-            f"{command.details}Options:\n{option_rows(command.options)}")
+    usage_text = textwrap.fill(f"{usage_line(name)} [OPTION]...", 72,
+                               break_on_hyphens=False,
+                               subsequent_indent=" " * 9)
+    return (f"{PROG} {name}: {command.help}\n\nUsage: {usage_text}\n\n"
+            f"{textwrap.fill(command.text, 79)}\n\nOptions:\n"
+            f"{option_rows(command.options)}\nExamples:\n"
+            + "".join(f"  {line}\n" for line in command.examples)
+            + f"\nSee also: {PROG} help {command.topic}\n")
 
 
-def dispatch(argv: list[str]) -> int:
-    """Run one command; its exit status. Raises Error."""
-    command, options, arguments = parse_arguments(argv)
-    return command.handler(options, *arguments)
+def manual_text() -> str:
+    """Return the text of mission(1), in the form of a topic."""
+    def rows(terms: dict) -> str:
+        return "\n".join(map(term_row, terms, terms.values()))
+
+    commands = {usage_line(name): command.text
+                for name, command in COMMANDS.items()}
+    options = {option.spelling: option.help + "."
+               for option in OPTIONS.values()}
+    lines = dict.fromkeys(line for command in COMMANDS.values()
+                          for line in command.examples)
+    return MANUAL.format(
+        commands=rows(commands), options=rows(options),
+        statuses=STATUS_MEANINGS.rstrip("\n"),
+        examples="\n".join(f"    {line}" for line in lines),
+        pages=", ".join(f"`{PROG}-{name}`(7)" for name in TOPICS))
 
 
 def open_standard_streams() -> None:
@@ -7885,7 +8596,7 @@ def report_error(error: Error) -> None:
 
 def exit_status_of(error: Error, argv: list[str]) -> int:
     """Report an error as the command does; return the exit status."""
-    if asks_for_status(argv):           # a plugin writes to stdout
+    if command_word(argv) == "status":  # a plugin writes to stdout
         print(f"{HEALTH_WORDS[UNKNOWN]}: {escape_controls(error.message)}")
         return UNKNOWN
     report_error(error)
@@ -7906,7 +8617,8 @@ def main(argv: list[str] | None = None) -> int:
                                    errors="backslashreplace")
         try:
             require_modules(NEEDED_MODULES)
-            status = dispatch(argv)
+            command, options, arguments = parse_arguments(argv)
+            status = command.handler(options, *arguments)
         except ExitWithText as text:
             print(text, end="")
             status = EXIT_OK

@@ -309,7 +309,7 @@ def test_a_renamed_playlist_leaves_no_file_with_its_old_name(
     assert list(account.files()) == ["one_After.json"]
 
 
-STRANGERS = {       # files that we did not make, some of which look like ours
+STRANGERS = {       # files that the task did not write; some look so
     "notes.txt": "do not lose me",
     "holiday_photos.json": '{"mine": true}',
     "gone_Other.json": "[]",
@@ -494,7 +494,8 @@ def test_a_server_that_never_answers_meets_the_timeout(account, spotify):
     assert time.monotonic() - began < 30
 
 
-def test_a_server_that_is_not_there_is_told_in_words(account, spotify):
+def test_an_unreachable_server_is_reported_without_error_numbers(
+        account, spotify):
     account.task["timeout"] = "2s"
     account.task["env"]["SPOTIFY_API_URL"] = "http://127.0.0.1:1/v1"
     out = account.back_up(well=False).out
@@ -597,10 +598,10 @@ BAD_TOKENS = {
 }
 
 
-@pytest.mark.parametrize("fault", BAD_TOKENS)
-def test_a_bad_token_file_is_named(fault, account, spotify):
+@pytest.mark.parametrize("mistake", BAD_TOKENS)
+def test_a_bad_token_file_is_named(mistake, account, spotify):
     account.task["timeout"] = "5s"
-    BAD_TOKENS[fault](account.token_file)
+    BAD_TOKENS[mistake](account.token_file)
     out = account.back_up(well=False).out
     assert str(account.token_file) in out
     assert "Traceback" not in out and "timed out" not in out
@@ -614,7 +615,7 @@ def test_pass_is_asked_for_the_secret_and_then_for_the_id(account, spotify):
                                        "1 spotify_api_client_id"]
 
 
-def test_wrong_credentials_are_told_once_and_not_tried_again(
+def test_wrong_credentials_are_reported_once_and_not_tried_again(
         account, spotify):
     account.log_in_long_ago()
     account.secrets.put("spotify_api_client_secret", "of-yesterday")
@@ -747,7 +748,7 @@ def odd_texts(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", range(len(ODD_TEXTS)), ids=ODD_TEXTS)
-def test_no_text_that_it_says_can_break_it(odd_texts, number):
+def test_any_text_of_a_builtin_task_is_logged_safely(odd_texts, number):
     assert f"still here after {number}" in support.log_texts(odd_texts.out)
     assert odd_texts.code == 0
     assert not set("\x1b\0\r\x85\u2028\u202e") & set(odd_texts.out)
@@ -848,7 +849,7 @@ def test_a_thread_that_never_ends_does_not_hold_the_run(scratch):
     assert "returns" in support.log_texts(result.out)
 
 
-def test_what_it_changes_is_changed_for_itself_alone(scratch):
+def test_a_builtin_task_cannot_change_the_runner(scratch):
     where = """
         echo "$LABEL: $(pwd -P) $(umask) ${MINE-unset} $(ulimit -n) $HOME"
         """
@@ -875,7 +876,7 @@ def test_what_it_changes_is_changed_for_itself_alone(scratch):
     assert support.mode(scratch.log_files()[-1]) == 0o600
 
 
-def test_it_holds_none_of_the_runners_files(scratch):
+def test_a_builtin_task_has_none_of_the_runners_files_open(scratch):
     scratch.builtin("mine", """
         import os
         def run(args, log):
@@ -894,7 +895,7 @@ def test_it_holds_none_of_the_runners_files(scratch):
             or str(scratch.logs) in line] == []
 
 
-def test_what_it_says_cannot_forge_the_runners_lines(scratch):
+def test_output_of_a_builtin_task_cannot_forge_the_runners_lines(scratch):
     scratch.builtin("mine", r"""
         def run(args, log):
             log("a\n# Errors\nERROR: forged\n[1s        ] WARN: forged")
@@ -921,10 +922,10 @@ def test_a_builtin_task_runs_as_the_user_it_names(alice):
 
 
 # ==========================================================================
-# Built-in tasks of the user's own: faults that check finds
+# Built-in tasks of the user's own: mistakes that check finds
 # ==========================================================================
 
-FAULTS = {          # task.py, or None -> words of the complaint
+MISTAKES = {          # task.py, or None -> words of the complaint
     "missing": (None, "does not exist"),
     "no run function": (b"def walk(args, log): pass\n", "run"),
     "a syntax error": (b"def run(args, log):\n    return (\n", "2"),
@@ -936,11 +937,11 @@ FAULTS = {          # task.py, or None -> words of the complaint
 
 @pytest.fixture(scope="module")
 def broken_builtins(tmp_path_factory):
-    """A task for each fault, as slug a, b, c ..., and one that is well."""
-    scratch = support.Scratch(tmp_path_factory.mktemp("faults"))
-    slugs = {fault: f"fault{n}" for n, fault in enumerate(FAULTS)}
-    for fault, slug in slugs.items():
-        what, _ = FAULTS[fault]
+    """A task for each mistake, as slug a, b, c ..., and one that is well."""
+    scratch = support.Scratch(tmp_path_factory.mktemp("mistakes"))
+    slugs = {mistake: f"mistake{n}" for n, mistake in enumerate(MISTAKES)}
+    for mistake, slug in slugs.items():
+        what, _ = MISTAKES[mistake]
         scratch.builtin(slug, "def run(args, log): pass")
         path = scratch.tasks / slug / "task.py"
         if what is None:
@@ -951,23 +952,23 @@ def broken_builtins(tmp_path_factory):
     return slugs, scratch.mission("check"), scratch.mission("run")
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_check_names_a_fault_in_a_builtin_task(broken_builtins, fault):
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_check_reports_an_error_in_a_builtin_task(broken_builtins, mistake):
     slugs, check, _ = broken_builtins
     line, = [line for line in check.err.splitlines()
-             if f"/{slugs[fault]}/task.py" in line]
-    assert FAULTS[fault][1] in line.split("task.py", 1)[1]
+             if f"/{slugs[mistake]}/task.py" in line]
+    assert MISTAKES[mistake][1] in line.split("task.py", 1)[1]
     assert check.code == 78 and "Traceback" not in check.err
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_a_builtin_task_fails_it_alone_in_a_run(
-        broken_builtins, fault):
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_an_error_in_a_builtin_task_fails_only_this_task(
+        broken_builtins, mistake):
     slugs, _, run = broken_builtins
-    about = task_section(run.out, slugs[fault])
-    assert "ERROR: " in about and FAULTS[fault][1] in about
+    about = task_section(run.out, slugs[mistake])
+    assert "ERROR: " in about and MISTAKES[mistake][1] in about
     assert "the last one ran" in support.log_texts(run.out)
-    assert f"{len(FAULTS)} errors " in run.err and run.code == 1
+    assert f"{len(MISTAKES)} errors " in run.err and run.code == 1
 
 
 def test_check_accepts_any_way_to_name_run(scratch):
@@ -1098,7 +1099,7 @@ def test_only_the_first_line_of_a_value_counts(scratch, secrets):
     assert "length 14" in support.log_texts(scratch.mission("run").out)
 
 
-def test_an_empty_value_spoils_nothing_in_the_log(scratch, secrets):
+def test_an_empty_value_redacts_nothing_in_the_log(scratch, secrets):
     secrets.put("bank", "")
     scratch.builtin("mine", """
         def run(args, log):
@@ -1112,7 +1113,7 @@ def test_an_empty_value_spoils_nothing_in_the_log(scratch, secrets):
         scratch.mission("run").out)
 
 
-def test_a_pass_that_fails_fails_the_task_by_name(scratch, secrets):
+def test_a_failing_passbin_fails_the_task_and_is_named(scratch, secrets):
     scratch.builtin("mine", """
         def run(args, log):
             args.pass_value("no-such-name")

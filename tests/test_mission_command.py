@@ -45,11 +45,13 @@ def typed(scratch, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("words, message", [
-    ([], "which command?\nmission: hint: mission --help"),
-    (["-v"], "which command?"), (["rnu"], "did you mean run?"),
-    (["lst"], 'there is no command "lst"\nmission: hint: did you mean list?'),
-    (["chekc"], "did you mean check?"), (["frobnicate"], "mission --help"),
-    ([""], 'there is no command ""'), (["_builtins"], "there is no command"),
+    ([], "no command given (expected init, new, check,"),
+    (["-v"], "no command given"),
+    (["rnu"], 'unknown command "rnu"\nmission: hint: mission run'),
+    (["lst"], 'unknown command "lst"\nmission: hint: mission list'),
+    (["chekc"], "hint: mission check"),
+    (["frobnicate"], 'unknown command "frobnicate" (expected init, new,'),
+    ([""], "no command given"), (["_builtins"], "unknown command"),
     (["list", "--jsno"], "--jsno"), (["list", "--task"], "--task"),
     (["-x", "list"], "-x"), (["list", "-t"], "-t"),
     (["list", "--json=yes"], "--json"), (["--he", "list"], "--he"),
@@ -58,15 +60,17 @@ def typed(scratch, capsys, monkeypatch):
     (["new"], "missing argument SLUG\nmission: hint: mission new SLUG"),
     (["new", "a", "b"], 'unexpected argument "b"'),
     (["completion"], "missing argument bash|zsh|fish"),
-    (["completion", "csh"], 'no completion for "csh"'),
+    (["completion", "csh"],
+     'unexpected argument "csh" (expected bash, zsh, fish)'),
     (["unit"], "missing argument service|timer\nmission: hint: mission unit"),
-    (["unit", "socket"], 'no unit "socket"\nmission: hint: mission unit'),
+    (["unit", "socket"],
+     'unexpected argument "socket" (expected service, timer)'),
     (["unit", "timer", "x"], 'unexpected argument "x"'),
     (["unit", "timer", "--dry-run"], "--dry-run"),
-    (["check", "-n", "3"], "unrecognized arguments: -n"),
-    (["-n", "3", "check"], "--number is not an option of check"),
-    (["list", "--headless"], "unrecognized arguments: --headless"),
-    (["--dry-run", "dump"], "--dry-run is not an option of dump"),
+    (["check", "-n", "3"], "--number is not an option of mission check"),
+    (["-n", "3", "check"], "--number is not an option of mission check"),
+    (["list", "--headless"], "--headless is not an option of mission list"),
+    (["--dry-run", "dump"], "--dry-run is not an option of mission dump"),
     (["history", "-n", "x"], "-n x: not a number of runs"),
     (["history", "-n", "0"], "-n 0: not a number"),
     (["history", "-n", "-5"], "not a number"),
@@ -75,13 +79,13 @@ def typed(scratch, capsys, monkeypatch):
     (["run", "--wait", "soon"], "--wait soon: not a duration"),
     (["run", "--wait=-1s"], "not a duration"),
     (["run", "--wait", "-1s"], "--wait: expected one argument"),
-    (["run", "-t", "phots"], "did you mean photos?"),
-    (["run", "-t", "mail", "-t", "xyz"], 'there is no task "xyz"'),
-    (["-t", "../mail", "run", "--dry-run"], "there is no task"),
-    (["new", "../x"], '"../x" is no slug'), (["new", "A"], "is no slug"),
-    (["new", "a\nb"], "is no slug"), (["new", "-x"], "-x"),
-    (["new", "x" * 65], "is no slug"),
-    (["\x1b[2Jrun"], "there is no command"),
+    (["run", "-t", "phots"], "hint: mission run -t photos"),
+    (["run", "-t", "mail", "-t", "xyz"], 'unknown task "xyz"'),
+    (["-t", "../mail", "run", "--dry-run"], "unknown task"),
+    (["new", "../x"], 'invalid slug "../x"'), (["new", "A"], "invalid slug"),
+    (["new", "a\nb"], "invalid slug"), (["new", "-x"], "-x"),
+    (["new", "x" * 65], "invalid slug"),
+    (["\x1b[2Jrun"], "unknown command"),
 ], ids=lambda value: " ".join(map(repr, value)) if isinstance(
     value, list) else None)
 def test_wrong_usage_is_an_error_with_a_hint_and_nothing_runs(
@@ -120,7 +124,7 @@ def test_options_stand_before_or_after_the_command(commands, options, typed):
         assert before == after == middle and before[0] == 0
 
 
-def test_the_option_given_last_holds(typed):
+def test_the_last_of_two_equal_options_wins(typed):
     assert typed("-c", "nothing.json", "list", "-c",
                  "mission.config.json")[0] == 0
     assert typed("list", "-c", "nothing.json")[0] == mission.EXIT_CONFIG
@@ -137,7 +141,7 @@ def test_tasks_named_before_and_after_the_command_all_run(typed):
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["-h", "nonsense"]])
-def test_help_lists_commands_and_options(words, typed):
+def test_help_lists_the_commands(words, typed):
     assert typed(*words) == (0, mission.usage(), "")
 
 
@@ -146,14 +150,71 @@ def test_help_lists_commands_and_options(words, typed):
 def test_help_of_a_command_has_its_usage_and_its_options_alone(words, typed):
     status, out, err = typed(*words)
     assert (status, err) == (0, "")
-    assert out.splitlines()[2] == "Usage: mission log [OPTION]... [RUN]"
-    assert "--config PATH" in out and "--headless" not in out
+    assert out.splitlines()[2] == "Usage: mission log [RUN] [OPTION]..."
+    assert "--config FILE" in out and "--headless" not in out
+
+
+def test_help_is_short_and_names_every_topic(typed):
+    out = typed("--help")[1]
+    assert out.count("\n") <= 24 and max(map(len, out.splitlines())) <= 79
+    assert all(topic in out.splitlines()[-1] for topic in mission.TOPICS)
+
+
+def test_help_without_a_topic_lists_the_topics(typed):
+    status, out, err = typed("help")
+    assert (status, err) == (0, "")
+    assert all(f"mission help {topic} " in out for topic in mission.TOPICS)
+
+
+@pytest.mark.parametrize("topic", mission.TOPICS)
+def test_topic_fits_80_columns_and_has_no_mark_left(topic, typed):
+    out = typed("help", topic)[1]
+    assert out == mission.topic_text(topic)
+    assert max(map(len, out.splitlines())) <= 79
+    assert not re.search(r"\{[A-Z]+\}", out)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["help", "cofnig"], 'unknown topic "cofnig"\n'
+     "mission: hint: mission help config"),
+    (["help", "xyz"], 'unknown topic "xyz" (expected config, tasks,'),
+    (["man", "run"], 'unknown topic "run" (expected config, tasks,')])
+def test_an_unknown_topic_names_the_known_ones(words, message, typed):
+    status, out, err = typed(*words)
+    assert (status, out) == (mission.EXIT_USAGE, "") and message in err
+
+
+def test_help_of_a_command_is_that_of_its_option(typed):
+    assert typed("help", "run") == typed("run", "--help")
+
+
+def test_version_is_a_command_too(typed):
+    assert typed("version") == typed("--version")
+
+
+@pytest.mark.parametrize("topic", ["", *mission.TOPICS])
+def test_manual_page_is_clean_and_has_all_words_of_its_text(
+        topic, typed, tmp_path):
+    """groff and mandoc find nothing wrong with the roff."""
+    page = tmp_path / "page.roff"
+    page.write_text(typed("man", *filter(None, [topic]))[1])
+    shown = ""
+    support.need("mandoc", "groff")
+    for command in ("mandoc -T lint", "groff -ww -rHY=0 -man -Tascii -P-cbou"):
+        done = subprocess.run(
+            [*command.split(), str(page)], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert done.stderr == "" and done.returncode == 0
+        shown = done.stdout
+    text = mission.topic_text(topic) if topic else mission.manual_text()
+    missing = set(text.replace("`", "").split()) - set(shown.split())
+    assert sorted(missing) == []
 
 
 def test_every_command_has_help_that_fits_80_columns(typed):
     for name, command in mission.COMMANDS.items():
         out = typed(name, "--help")[1]
-        assert out == mission.command_help(name)
+        assert out == mission.command_help_text(name)
         assert command.help in out
         assert max(map(len, out.splitlines())) <= 79
 
@@ -183,7 +244,7 @@ def test_new_and_init_take_no_dry_run_and_write_nothing(typed, scratch):
 
 
 @pytest.mark.parametrize("words", [["--version"], ["list", "--version"]])
-def test_the_version(words, typed):
+def test_version_is_one_line(words, typed):
     assert typed(*words) == (0, f"mission {mission.VERSION}\n", "")
 
 
@@ -263,7 +324,8 @@ def test_dry_run_marks_storages_that_cannot_be_used_now(typed, scratch):
         "run the task wants": [
             f"wants cannot start now: storage gone: {gone} does not exist"],
         "run the task large": [f"large cannot start now: {line}" for line in [
-            re.search(r"only \S+ free on storage full, and 9000T are wanted",
+            re.search(r"storage full has only \S+ free, less than minFree "
+                      r"\(9000T\)",
                       out)[0]]],
         "run the task both": [
             f"both cannot start now: storage gone: {gone} does not exist"],
@@ -272,7 +334,7 @@ def test_dry_run_marks_storages_that_cannot_be_used_now(typed, scratch):
         f"commit {full}": [f"{full} is not mounted"]}
 
 
-def test_the_tasks_asked_for_run_in_the_order_asked_for(typed):
+def test_tasks_of_the_option_run_in_the_order_of_the_command_line(typed):
     out = typed("run", "--dry-run", "-t", "photos", "-t", "mail")[1]
     assert out.index("photos") < out.index("mail") and "offsite" not in out
 
@@ -282,7 +344,7 @@ def test_a_broken_script_stops_check_and_not_the_dry_run(typed, scratch):
     status, out, err = typed("check")
     assert status == mission.EXIT_CONFIG and out == ""
     assert "does not exist (mission new mail)" in err
-    assert "mission: error: 1 fault in mission.config.json\n" in err
+    assert "mission: error: 1 error in mission.config.json\n" in err
     assert typed("run", "--dry-run")[0] == 0
     assert typed("dump")[0] == 0 and typed("list")[0] == 0
 
@@ -290,14 +352,77 @@ def test_a_broken_script_stops_check_and_not_the_dry_run(typed, scratch):
 @pytest.mark.parametrize("words", [
     ["check"], ["dump"], ["list"], ["run"], ["run", "--dry-run"],
 ])
-def test_a_faulty_configuration_stops_every_command(words, typed, scratch):
+def test_an_invalid_configuration_stops_every_command(words, typed, scratch):
     scratch.config["tasks"][0]["timout"] = "5m"
     scratch.write()
     status, out, err = typed(*words)
     assert (status, out) == (mission.EXIT_CONFIG, "")
     assert re.match(r"mission\.config\.json:\d+:\d+: tasks\[0\]\.timout: "
-                    r"unknown key \(timeout\?\)\nmission: error: 1 fault",
+                    r"unknown key \(did you mean timeout\?\)\n"
+                    "mission: error: 1 error",
                     err)
+
+
+# Typical mistakes in a configuration: what is replaced, by what, the message
+# and its fix.
+MISTAKES = [
+    ('"type": "exec"', '"type": "exce"', 'tasks[0].type: unknown type "exce" '
+     '(expected "exec" or "builtin")'),
+    ('"slug": "photos"', '"slug": "mail"', 'tasks[1].slug: duplicate slug '
+     '"mail" (rename one of the tasks)'),
+    ('"slug": "mail",', '"slug": "mail"', 'expected "," or "}", found a str'),
+    ('"slug": "mail",', '"slug": ,', 'expected a value, found ","'),
+    ('"slug": "mail"', "'slug': 'mail'", "expected a key in double quotes, "
+     "found \"'slug'\""),
+    ('"slug": "mail",', '"slug" "mail",', 'expected ":", found a string'),
+    ('"slug": "mail"', '"slug": mail', 'expected a value, found "mail"'),
+    ('"slug": "mail"', '"slug": "mail', "unterminated string (expected a "
+     'closing " on the same line)'),
+    ('"slug": "mail",', '"slug": "mail", "timeout": 2h,',
+     'expected a value, found "2h"'),
+    ('"slug": "mail",', '"slug": "mail", "timeout": 90,',
+     'tasks[0].timeout: invalid value 90 (expected a duration such as "90s"'),
+    ('"slug": "mail",', '"slug": "mail", "commit": true,',
+     "tasks[0].commit: unknown key (expected in storage.NAME.commit)"),
+    ('"tasks": [', '"timeout": "1h", "tasks": [', "timeout: unknown key "
+     "(expected in tasks[].timeout or defaults.timeout or ping.timeout)"),
+    ('"slug": "mail",', '"slug": "mail", "Scheduled": true,',
+     "tasks[0].Scheduled: unknown key (did you mean scheduled?)"),
+    ('"slug": "mail",', '"slug": "mail", "entrypoint": "~webadm/run",',
+     'cannot expand ~: user "webadm" does not exist (expected an absolute'),
+    ('"slug": "mail",', '"slug": "mail", "needs": ["photo"],',
+     'tasks[0].needs: unknown task "photo" (did you mean photos?)'),
+]
+
+
+@pytest.mark.parametrize("old, new, message", MISTAKES)
+def test_a_typical_mistake_has_a_message_that_names_the_fix(
+        old, new, message, typed, scratch):
+    text = scratch.path.read_text()
+    assert old in text
+    scratch.path.write_text(text.replace(old, new, 1))
+    status, out, err = typed("check")
+    assert (status, out) == (mission.EXIT_CONFIG, "")
+    assert message in err
+
+
+def test_a_file_that_ends_early_says_so(typed, scratch):
+    scratch.path.write_text(scratch.path.read_text().rstrip()[:-1])
+    assert "unexpected end of file" in typed("check")[2]
+
+
+@pytest.mark.parametrize("words, hint", [
+    (["run", "mail"], "mission run [-t SLUG]... [--headless]"),
+    (["check", "mission.config.json"],
+     "mission -c mission.config.json check"),
+    (["-c", "missing.json", "check"], "missing.json init"),
+    (["history"], "mission -c FILE history"),
+    (["new", "mail"], "tasks/mail/run")])
+def test_a_typical_slip_on_the_command_line_has_a_hint(words, hint, typed):
+    status, out, err = typed(*words)
+    assert status and out == ""
+    assert err.startswith("mission: error: ")
+    assert "\nmission: hint: " in err and hint in err.splitlines()[1]
 
 
 # --- init and new ---------------------------------------------------------
@@ -318,7 +443,7 @@ def test_init_writes_the_sample_for_its_owner_alone(typed, scratch,
 def test_init_replaces_nothing(typed, scratch):
     before = scratch.path.read_text()
     status, out, err = typed("init")
-    assert status == 1 and out == "" and "exists already" in err
+    assert status == 1 and out == "" and "already exists" in err
     assert scratch.path.read_text() == before
     os.symlink("elsewhere", "link.json")
     assert typed("init", "-c", "link.json")[0] == 1
@@ -326,7 +451,7 @@ def test_init_replaces_nothing(typed, scratch):
     assert typed("init", "-c", "no/such/folder.json")[0] == 1
 
 
-def test_new_begins_a_task_that_fails_until_it_is_written(typed, scratch):
+def test_new_creates_a_task_that_fails_until_it_is_edited(typed, scratch):
     status, out, err = typed("new", "music")
     run = scratch.tasks / "music" / "run"
     assert (status, err) == (0, "") and str(run) in out
@@ -346,7 +471,7 @@ def test_new_replaces_nothing(typed, scratch):
     run = scratch.tasks / "mail" / "run"
     before = run.read_text()
     status, _, err = typed("new", "mail")
-    assert status == 1 and "exists already" in err
+    assert status == 1 and "already exists" in err
     assert run.read_text() == before
 
 
@@ -426,14 +551,14 @@ def test_first_lines_of_a_unit_say_where_it_belongs(uid, units, tmp_path):
                   f"# systemctl{user} enable --now mission-home.timer"]
         if uid:
             lines.append("# loginctl enable-linger     "
-                         "(else only while you are logged in)")
+                         "(to run while you are not logged in)")
         assert text.splitlines()[:len(lines) + 1] == [*lines, "[Unit]"]
 
 
 def test_unit_of_a_missing_configuration_is_an_error(typed):
     status, out, err = typed("unit", "service", "-c", "nothing.json")
     assert (status, out) == (mission.EXIT_CONFIG, "")
-    assert "nothing.json: there is no such file" in err
+    assert "nothing.json: no such file" in err
 
 
 # --- history and log ------------------------------------------------------
@@ -441,59 +566,59 @@ def test_unit_of_a_missing_configuration_is_an_error(typed):
 
 @pytest.fixture
 def past(typed, scratch):
-    """Three runs that are remembered: ok, failed, lost."""
+    """Three recorded runs: ok, failed, lost."""
     journal = mission.StateDirectory(
         str(scratch.state / mission.state_name(str(scratch.path))),
         mission.Clock())
     journal.make_directory()
-    for number, verdict in enumerate(("ok", "failed", "lost")):
+    for number, result in enumerate(("ok", "failed", "lost")):
         log = scratch.logs / f"2026-03-0{number + 1}-02-00-00.txt"
         log.write_text(f"log {number}\n\x1b[2Jevil\n")
         journal.add_to_history({
-            "id": f"{number}{number}aabbcc-1", "verdict": verdict,
+            "id": f"{number}{number}aabbcc-1", "result": result,
             "start": f"2026-03-0{number + 1}T02:00:00+01:00",
             "started": 1772326800.0 + 86400 * number, "headless": True,
-            "seconds": None if verdict == "lost" else 62.5 + number,
+            "seconds": None if result == "lost" else 62.5 + number,
             "log": str(log), "errors": 0, "warnings": 0, "last": "mail",
-            "tasks": [] if verdict == "lost" else [
+            "tasks": [] if result == "lost" else [
                 {"slug": "mail", "outcome": "ok", "seconds": 1.5,
                  "attempts": 1},
-                {"slug": "offsite", "outcome": verdict, "seconds": 60.0,
+                {"slug": "offsite", "outcome": result, "seconds": 60.0,
                  "attempts": 1}]})
     return journal
 
 
-def test_history_shows_when_how_long_and_what_became_of_it(typed, past):
+def test_history_shows_start_duration_and_result_of_each_run(typed, past):
     status, out, err = typed("history")
     assert (status, err) == (0, "")
     lines = out.splitlines()
     assert re.match(r"00aabbcc  2026-03-01T02:00:00\+01:00 +1m2\.5s +ok$",
                     lines[1])
-    assert re.match(r"11aabbcc .* 1m3\.5s +failed +offsite$", lines[2])
-    assert re.match(r"22aabbcc .* - +lost +in mail$", lines[3])
+    assert re.match(r"11aabbcc .* 1m3\.5s +failed: offsite$", lines[2])
+    assert re.match(r"22aabbcc .* - +lost: in mail$", lines[3])
     assert re.search("^mail +[\u2581-\u2588]{2}  1.5s$", out, re.M)
     assert re.search("^offsite +[\u2581-\u2588]  1m0s$", out, re.M)
 
 
-def test_help_of_history_explains_each_verdict(typed):
-    out = typed("history", "--help")[1]
+def test_topic_status_explains_each_result(typed):
+    out = typed("help", "status")[1]
     results = {"running", "lost"} | {mission.result_of(problems, stopped)
                                      for problems, stopped in (
         ([], 0), ([], 15), *(([mission.RunProblem(result, "error", "x", "y")],
                               0) for result in ("tasks", "delivery")))}
     assert len(results) == 6
     for word in results:
-        assert re.search(f"^  {word} +[a-z]", out, re.M), word
+        assert re.search(f"^  {word}\n      [A-Z]", out, re.M), word
 
 
-def test_history_shows_as_many_as_asked_for(typed, past):
+def test_history_shows_the_number_of_runs_of_the_option(typed, past):
     found = json.loads(typed("history", "--json", "-n", "2")[1])
-    assert [run["verdict"] for run in found] == ["failed", "lost"]
+    assert [run["result"] for run in found] == ["failed", "lost"]
 
 
 def test_history_before_the_first_run_says_so(typed):
     status, out, err = typed("history")
-    assert status == 1 and out == "" and "no run of mission" in err
+    assert status == 1 and out == "" and "no runs recorded for mission" in err
 
 
 @pytest.mark.parametrize("word, number", [

@@ -46,8 +46,8 @@ def run(name: str, **more) -> dict:
             "phase": "start", "task": "", **more}
 
 
-def record(name: str, verdict: str = "ok", **more) -> dict:
-    return {"id": name, "verdict": verdict, "tasks": [], **more}
+def record(name: str, result: str = "ok", **more) -> dict:
+    return {"id": name, "result": result, "tasks": [], **more}
 
 
 def ids(records) -> list[str]:
@@ -105,7 +105,18 @@ def test_no_byte_of_a_torn_history_can_hide_the_next_run(journal):
         assert ids(journal.history())[-1] == "next", end
 
 
-def test_what_is_remembered_is_on_the_disk(journal, monkeypatch):
+def test_history_of_an_earlier_version_is_read(journal):
+    """Its key was `verdict`, and its word for an undelivered mail another."""
+    journal.make_directory()
+    for name, verdict in (("a", "trouble"), ("b", "failed")):
+        old = {key: value for key, value in record(name).items()
+               if key != "result"}
+        journal.add_to_history({**old, "verdict": verdict})
+    assert [run["result"] for run in journal.history()] == [
+        "undelivered", "failed"]
+
+
+def test_a_recorded_run_is_on_the_disk(journal, monkeypatch):
     synced = []
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (
@@ -167,19 +178,19 @@ def test_run_with_no_room_for_a_file_takes_that_of_the_last_run(
     full.write_current(run("b"))
     assert ids(full.lost()) == ["b"] and "No space" in full.error
     with pytest.raises(OSError):
-        full.finish(record("b", "trouble"))
+        full.finish(record("b", "undelivered"))
     assert ids(full.history()) == ["a"]
     shown = mission.runs_of(full)
-    assert [(one["id"], one["verdict"]) for one in shown] == [
-        ("a", "ok"), ("b", "trouble")]
+    assert [(one["id"], one["result"]) for one in shown] == [
+        ("a", "ok"), ("b", "undelivered")]
 
 
 def test_end_of_a_run_counts_that_the_history_had_no_room_for(journal):
     journal.write_current(run("a"))
     journal.add_to_history(record("a", "ok"))
-    journal.update(phase=mission.FINISHED, verdict="trouble")
+    journal.update(phase=mission.FINISHED, result="undelivered")
     (shown,) = mission.runs_of(journal)
-    assert shown["verdict"] == "trouble"
+    assert shown["result"] == "undelivered"
 
 
 def test_a_run_that_was_killed_is_lost_with_its_last_task(journal):
@@ -204,13 +215,13 @@ def test_run_that_was_killed_while_it_mailed_is_lost(journal):
 
 
 def test_later_record_of_a_run_replaces_the_earlier_one(journal):
-    for name, verdict in (("a", "ok"), ("b", "ok"), ("a", "lost")):
-        journal.add_to_history(record(name, verdict))
-    assert [(one["id"], one["verdict"]) for one in journal.history()] == [
+    for name, result in (("a", "ok"), ("b", "ok"), ("a", "lost")):
+        journal.add_to_history(record(name, result))
+    assert [(one["id"], one["result"]) for one in journal.history()] == [
         ("a", "lost"), ("b", "ok")]
 
 
-def test_runs_that_were_lost_one_after_the_other_are_all_told_of(journal):
+def test_consecutive_lost_runs_are_all_reported(journal):
     """Each dies before it can report the one before it."""
     for name in "abc":
         lost = journal.lost()
@@ -239,10 +250,10 @@ def test_a_current_file_that_a_crash_tore_is_a_lost_run(text, journal):
 def test_history_shows_a_lost_run_before_the_next_one_reports_it(journal):
     journal.write_current(run("a", task="mail"))
     found = mission.runs_of(journal)
-    assert [(one["id"], one["verdict"], one["last"]) for one in found] == [
+    assert [(one["id"], one["result"], one["last"]) for one in found] == [
         ("a", "lost", "mail")]
     journal.acquire(0)
-    assert [one["verdict"] for one in mission.runs_of(journal)] == ["running"]
+    assert [one["result"] for one in mission.runs_of(journal)] == ["running"]
     os.close(journal.held)
 
 
@@ -273,7 +284,7 @@ def other_run(journal) -> subprocess.Popen:
     return process
 
 
-def test_a_second_run_is_told_who_holds_the_lock(journal):
+def test_a_second_run_reports_who_holds_the_lock(journal):
     journal.clock = mission.Clock()
     with support.stopping(other_run(journal)) as process:
         with pytest.raises(mission.Error) as caught:
@@ -301,9 +312,9 @@ def test_wait_waits_for_the_end_of_the_other_run(journal):
         os.close(journal.held)
 
 
-def test_a_lock_without_a_run_says_that_it_has_just_begun(journal):
+def test_a_lock_without_a_run_says_that_the_run_started_just_now(journal):
     held = mission.try_lock(journal.path("lock"))
-    with pytest.raises(mission.Error, match="just begun"):
+    with pytest.raises(mission.Error, match="started just now"):
         journal.acquire(0)
     os.close(held)
 
@@ -311,7 +322,7 @@ def test_a_lock_without_a_run_says_that_it_has_just_begun(journal):
 # --- where it is kept -----------------------------------------------------
 
 
-def test_the_folder_is_ours_alone(tmp_path):
+def test_the_state_directory_is_accessible_to_its_owner_only(tmp_path):
     old = os.umask(0)
     try:
         journal = mission.StateDirectory(str(tmp_path / "a" / "b" / "c"),
@@ -370,7 +381,8 @@ def test_one_folder_per_configuration(tmp_path):
     ({"XDG_STATE_HOME": "/x", "HOME": "/h"}, 1000, "/x/mission"),
     ({"HOME": "/h"}, 1000, "/h/.local/state/mission"),
 ])
-def test_where_the_state_lives(environ, uid, home, monkeypatch):
+def test_the_state_directory_follows_user_and_variables(
+        environ, uid, home, monkeypatch):
     for name in ("MISSION_STATE", "XDG_STATE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
@@ -509,7 +521,7 @@ def test_logs_on_a_full_disk_go_to_stderr_up_to_a_limit(
     log.write("third line\n")
     assert "No space left" in log.error and log.lost == 34
     err = capfd.readouterr().err
-    assert "the log cannot be written" in err and "first line\nsecond" in err
+    assert "cannot write the log, so" in err and "first line\nsecond" in err
     assert "third line\n" not in err
     full[0] = False
     log.write("too early\n")            # it tries again after some seconds
@@ -521,7 +533,7 @@ def test_logs_on_a_full_disk_go_to_stderr_up_to_a_limit(
     assert text.endswith("room again\n")
 
 
-def test_a_log_folder_that_is_gone_is_no_crash(tmp_path, capfd):
+def test_a_missing_log_directory_does_not_crash(tmp_path, capfd):
     log = log_of(tmp_path / "gone")
     log.write("to stderr\n")
     assert log.error and log.path == ""

@@ -20,34 +20,35 @@ def at_once(_seconds, function, *arguments):
     return function(*arguments)
 
 
-def sieve(redact=(), filters=(), limit=at_once, values=()):
+def log_filter(redact=(), filters=(), limit=at_once, values=()):
     found = mission.LogFilter(redact, filters, limit)
     found.values.extend(values)
     return found
 
 
-class Told:
-    """What a Scribe tells: the lines of the log, and those to be judged."""
+class Decoded:
+    """What an OutputDecoder emits: lines for the log, and for filters."""
 
     def __init__(self, redact=()):
-        self.shown, self.judged = [], []
-        self.scribe = mission.OutputDecoder(sieve(redact), self.tell)
+        self.shown, self.filtered = [], []
+        self.decoder = mission.OutputDecoder(log_filter(redact),
+                                             self.take_lines)
 
-    def tell(self, text: str, whole) -> None:
+    def take_lines(self, text: str, whole) -> None:
         self.shown += text.split("\n")
         if whole is None:
-            self.judged += text.split("\n")
+            self.filtered += text.split("\n")
         elif whole:
-            self.judged.append(whole)
+            self.filtered.append(whole)
 
-    def of(self, *chunks) -> Told:
+    def of(self, *chunks) -> Decoded:
         """Take chunks; None is a second of silence."""
         for chunk in chunks:
             if chunk is None:
-                self.scribe.silence()
+                self.decoder.silence()
             else:
-                self.scribe.take(chunk)
-        self.scribe.end()
+                self.decoder.take(chunk)
+        self.decoder.end()
         return self
 
 
@@ -85,24 +86,24 @@ each_output = pytest.mark.parametrize(
 
 @each_output
 def test_bytes_become_lines_that_are_safe_to_show(data, lines):
-    told = Told().of(data)
-    assert told.shown == told.judged == lines
+    output = Decoded().of(data)
+    assert output.shown == output.filtered == lines
 
 
 @each_output
 def test_where_the_chunks_end_makes_no_difference(data, lines):
     for cut in range(len(data) + 1):
-        assert Told().of(data[:cut], data[cut:]).shown == lines, cut
+        assert Decoded().of(data[:cut], data[cut:]).shown == lines, cut
     bytewise = [data[at:at + 1] for at in range(len(data))]
-    assert Told().of(*bytewise).shown == lines
+    assert Decoded().of(*bytewise).shown == lines
 
 
 @each_output
-def test_silence_anywhere_changes_nothing_that_is_judged(data, lines):
+def test_a_silence_anywhere_changes_nothing_that_filters_see(data, lines):
     for cut in range(len(data) + 1):
-        told = Told().of(data[:cut], None, data[cut:])
-        # An empty line cannot be judged when it was shown already.
-        assert [line for line in told.judged if line] == [
+        output = Decoded().of(data[:cut], None, data[cut:])
+        # An empty line has nothing to filter if it was shown already.
+        assert [line for line in output.filtered if line] == [
             line for line in lines if line], cut
 
 
@@ -114,40 +115,40 @@ def test_random_chunks_of_random_bytes_give_the_same_lines():
         data = b"".join(dice.choice(pieces) for _ in range(40))
         cuts = sorted(dice.sample(range(len(data)), 6)) + [len(data)]
         chunks = [data[a:b] for a, b in zip([0] + cuts, cuts)]
-        assert Told().of(*chunks).shown == Told().of(data).shown
-        assert "".join(Told().of(data).shown).isprintable()
+        assert Decoded().of(*chunks).shown == Decoded().of(data).shown
+        assert "".join(Decoded().of(data).shown).isprintable()
 
 
-def test_a_prompt_is_shown_after_a_silence_and_judged_when_it_is_whole():
-    told = Told()
-    told.scribe.take(b"Password: ")
-    assert told.scribe.waiting and told.shown == []
-    told.scribe.silence()
-    assert told.shown == ["Password: "] and told.judged == []
-    assert not told.scribe.waiting
-    told.of(b"wrong\nnext\n")
-    assert told.shown == ["Password: ", "wrong", "next"]
-    assert told.judged == ["Password: wrong", "next"]
+def test_a_prompt_is_shown_after_a_silence_and_filtered_when_complete():
+    output = Decoded()
+    output.decoder.take(b"Password: ")
+    assert output.decoder.waiting and output.shown == []
+    output.decoder.silence()
+    assert output.shown == ["Password: "] and output.filtered == []
+    assert not output.decoder.waiting
+    output.of(b"wrong\nnext\n")
+    assert output.shown == ["Password: ", "wrong", "next"]
+    assert output.filtered == ["Password: wrong", "next"]
 
 
 def test_a_prompt_that_grows_is_shown_piece_by_piece():
-    told = Told().of(b"a", None, b"b", None, b"c", None, b"\n", b"d")
-    assert told.shown == ["a", "b", "c", "", "d"]
-    assert told.judged == ["abc", "d"]
+    output = Decoded().of(b"a", None, b"b", None, b"c", None, b"\n", b"d")
+    assert output.shown == ["a", "b", "c", "", "d"]
+    assert output.filtered == ["abc", "d"]
 
 
-def test_nothing_is_shown_before_it_is_whole_when_there_are_redactions():
-    told = Told(redact=["secret"])
-    told.scribe.take(b"sec")
-    told.scribe.silence()
-    assert not told.scribe.waiting and told.shown == []
-    assert told.of(b"ret\n").shown == ["secret"]    # now it can be judged
+def test_with_redactions_only_complete_lines_are_shown():
+    output = Decoded(redact=["secret"])
+    output.decoder.take(b"sec")
+    output.decoder.silence()
+    assert not output.decoder.waiting and output.shown == []
+    assert output.of(b"ret\n").shown == ["secret"]    # complete
 
 
 # --- lines that are too long ----------------------------------------------
 
 
-GOES_ON = " <<line goes on>>"
+GOES_ON = " <<line continues>>"
 
 
 @pytest.fixture
@@ -156,19 +157,19 @@ def short_lines(monkeypatch):
 
 
 def test_a_long_line_is_cut_with_marks_and_nothing_is_lost(short_lines):
-    told = Told().of(b"before\n", b"x" * 20, b"y" * 20, b"z\nafter\n")
-    pieces = told.shown[1:-1]
+    output = Decoded().of(b"before\n", b"x" * 20, b"y" * 20, b"z\nafter\n")
+    pieces = output.shown[1:-1]
     assert all(piece.endswith(GOES_ON) for piece in pieces[:-1])
     assert "".join(pieces).replace(GOES_ON, "") == "x" * 20 + "y" * 20 + "z"
-    assert (told.shown[0], told.shown[-1]) == ("before", "after")
-    assert told.judged == [
+    assert (output.shown[0], output.shown[-1]) == ("before", "after")
+    assert output.filtered == [
         "before", mission.TOO_LONG.format("41"), "after"]
 
 
 def test_a_long_line_is_withheld_when_it_cannot_be_redacted(short_lines):
-    told = Told(redact=["secret"]).of(b"x" * 15, b"secret", b"y" * 20,
+    output = Decoded(redact=["secret"]).of(b"x" * 15, b"secret", b"y" * 20,
                                       b"\nafter\n")
-    assert told.shown == [mission.TOO_LONG.format("41"), "after"]
+    assert output.shown == [mission.TOO_LONG.format("41"), "after"]
 
 
 @pytest.mark.parametrize("chunks, lines", [
@@ -185,32 +186,32 @@ def test_a_long_line_is_withheld_when_it_cannot_be_redacted(short_lines):
      ["next line", "last line"]),
 ])
 def test_the_lines_after_a_long_one_are_whole(chunks, lines, short_lines):
-    told = Told().of(*chunks)
-    assert told.shown[-2:] == lines
-    assert told.judged[-2:] == lines
+    output = Decoded().of(*chunks)
+    assert output.shown[-2:] == lines
+    assert output.filtered[-2:] == lines
 
 
 def test_what_a_prompt_showed_is_not_shown_again(short_lines):
-    told = Told().of(b"prompt", None, b"x" * 30, b"\n")
-    shown = "".join(told.shown).replace(GOES_ON, "")
+    output = Decoded().of(b"prompt", None, b"x" * 30, b"\n")
+    shown = "".join(output.shown).replace(GOES_ON, "")
     assert shown == "prompt" + "x" * 30
 
 
 @pytest.mark.parametrize("redact", [(), ("secret",)])
 def test_a_long_line_without_an_end_is_not_lost(redact, short_lines):
-    told = Told(redact).of(b"x" * 16, b"x" * 16)
-    assert told.shown[-1] == mission.TOO_LONG.format("32") if redact else \
-        "".join(told.shown).replace(GOES_ON, "") == "x" * 32
-    assert told.judged == [mission.TOO_LONG.format("32")]
+    output = Decoded(redact).of(b"x" * 16, b"x" * 16)
+    assert output.shown[-1] == mission.TOO_LONG.format("32") if redact else \
+        "".join(output.shown).replace(GOES_ON, "") == "x" * 32
+    assert output.filtered == [mission.TOO_LONG.format("32")]
 
 
-def test_an_endless_line_does_not_swell_the_scribe():
-    told = Told()
-    told.tell = lambda text, whole: None
-    told.scribe.emit = told.tell
+def test_an_endless_line_takes_little_memory_in_the_decoder():
+    output = Decoded()
+    output.take_lines = lambda text, whole: None
+    output.decoder.emit = output.take_lines
     for _ in range(200):
-        told.scribe.take(b"x" * 65536)
-        assert len(told.scribe.pending) <= mission.LONGEST_LINE + 65536
+        output.decoder.take(b"x" * 65536)
+        assert len(output.decoder.pending) <= mission.LONGEST_LINE + 65536
 
 
 # --- redactions and filters -----------------------------------------------
@@ -232,7 +233,7 @@ LINES = ["", "secret", "a secret", "secret a", "secrets", "nosecret", "a",
 
 
 @pytest.mark.parametrize("text", PATTERNS)
-def test_the_lines_of_a_chunk_are_judged_one_by_one(text):
+def test_filters_apply_to_each_line_of_a_chunk(text):
     alone = re.compile(mission.pattern(text).pattern, mission.pattern(
         text).flags)
     dice = random.Random(text)
@@ -240,9 +241,9 @@ def test_the_lines_of_a_chunk_are_judged_one_by_one(text):
         lines = dice.sample(LINES, dice.randrange(1, 6))
         chunk = "\n".join(lines)
         wanted = [not alone.search(line) for line in lines]
-        found = sieve(filters=[text]).keep_lines(chunk)
+        found = log_filter(filters=[text]).keep_lines(chunk)
         assert found == ([] if all(wanted) else wanted), lines
-        assert sieve(redact=[text]).redacted(chunk) == "\n".join(
+        assert log_filter(redact=[text]).redacted(chunk) == "\n".join(
             alone.sub("***", line) for line in lines), lines
 
 
@@ -255,29 +256,30 @@ def test_the_lines_of_a_chunk_are_judged_one_by_one(text):
     ([r"(\w+)@"], [], r"a@b \1", r"***b \1"),
     ([], ["a.b"], "a.b axb", "*** axb"),
 ])
-def test_what_matches_becomes_three_stars(redact, values, text, found):
-    one = sieve(redact, values=values)
+def test_a_redacted_match_becomes_three_stars(redact, values, text, found):
+    one = log_filter(redact, values=values)
     assert one.redacts and one.redacted(text) == found
 
 
 def test_nothing_is_redacted_and_everything_wanted_without_patterns():
-    one = sieve()
+    one = log_filter()
     assert not one.redacts
     assert one.redacted("a\nb") == "a\nb" and one.keep_lines("a\nb") == []
 
 
-@pytest.mark.parametrize("filters, text, verdicts", [
+@pytest.mark.parametrize("filters, text, results", [
     (["^a$"], "b\nc", []), (["^a$"], "a\nb", [False, True]),
     (["a", "b"], "a\nb\nc", [False, False, True]),
     (["^$"], "\nx\n", [False, True, False]), (["zz1$"], "x zz1", [False]),
 ])
-def test_filters_match_the_bare_line(filters, text, verdicts):
-    assert sieve(filters=filters).keep_lines(text) == verdicts
+def test_filters_match_the_bare_line(filters, text, results):
+    assert log_filter(filters=filters).keep_lines(text) == results
 
 
 def test_a_filter_of_the_original_may_begin_with_the_columns_space():
-    """It judged `[12ms      ] text`: its sample's filters begin so."""
-    one = sieve(filters=[" sending incremental", " $"])
+    """The original matched `[12ms      ] text`: its sample's filters begin
+    with that space."""
+    one = log_filter(filters=[" sending incremental", " $"])
     assert one.keep_lines("sending incremental file list\nxsending incremental"
                       "\nnow sending incremental") == [False, True, False]
 
@@ -297,18 +299,18 @@ class Slow:
         return function(*arguments)
 
 
-def test_a_line_that_could_not_be_judged_is_withheld():
+def test_a_line_that_takes_too_long_to_match_is_withheld():
     text = "ok\naaa!\nfine"
     limit = Slow("aaa", text)
-    one = sieve(redact=["(a+)+$"], limit=limit)
+    one = log_filter(redact=["(a+)+$"], limit=limit)
     assert one.redacted(text).split("\n") == [
         "ok", mission.SLOW.format("redact"), "fine"]
-    one = sieve(filters=["(a+)+$"], limit=limit)
+    one = log_filter(filters=["(a+)+$"], limit=limit)
     assert one.keep_lines(text) == [True, None, True]
 
 
-def test_a_line_that_one_filter_drops_need_not_be_judged_by_another():
-    one = sieve(filters=["(a+)+$", "!"])
+def test_a_line_dropped_by_one_filter_is_dropped_though_another_is_slow():
+    one = log_filter(filters=["(a+)+$", "!"])
     one.apply = lambda rule, lines, judge, withheld: [
         withheld if rule is one.filters[0] else judge(lines[0])]
     assert one.keep_lines("aaa!") == [False]
@@ -317,7 +319,7 @@ def test_a_line_that_one_filter_drops_need_not_be_judged_by_another():
 def test_a_pattern_gets_only_so_much_time_in_a_run():
     """Ten seconds for all its slow lines; then they are withheld unread."""
     limit = Slow("a", "a")
-    one = sieve(redact=["(a+)+$"], limit=limit)
+    one = log_filter(redact=["(a+)+$"], limit=limit)
     for _ in range(30):
         assert one.redacted("a") == mission.SLOW.format("redact")
     calls = limit.calls
@@ -328,20 +330,21 @@ def test_a_pattern_gets_only_so_much_time_in_a_run():
 
 def test_a_slow_redaction_withholds_nothing_when_nothing_is_slow():
     limit = Slow("aaa", "quick")
-    assert sieve(redact=["q"], limit=limit).redacted("quick") == "***uick"
+    assert log_filter(redact=["q"], limit=limit).redacted("quick") == "***uick"
 
 
 def test_a_block_without_a_match_is_searched_once_for_each_pattern():
     limit = Slow("aaa", "quick")
-    one = sieve(redact=["password="], filters=["^skip", "same$"], limit=limit)
+    one = log_filter(redact=["password="], filters=["^skip", "same$"],
+                     limit=limit)
     text = "\n".join(["sent photos"] * 100)
     assert one.redacted(text) == text and one.keep_lines(text) == []
     assert limit.calls == 3
 
 
-def test_a_block_that_takes_too_long_is_judged_line_by_line():
+def test_a_block_that_takes_too_long_is_matched_line_by_line():
     limit = Slow("\n", "quick")
-    one = sieve(redact=["b+"], limit=limit)
+    one = log_filter(redact=["b+"], limit=limit)
     assert one.redacted("abc\nabb") == "a***c\na***"
 
 
@@ -380,7 +383,7 @@ def test_a_short_text_is_kept_whole():
     [5] * 1000, [1] * 300, [49, 51] * 50, [100_000], [3, 100_000, 3],
     [100_000, 3], [700] * 20, [25, 25, 25, 25],
 ])
-def test_head_and_tail_are_kept_and_what_lies_between_is_counted(
+def test_head_and_tail_are_kept_and_the_middle_is_counted(
         sizes, limit):
     texts = [f"{number % 10}" * (size - 1) + "\n"
              for number, size in enumerate(sizes)]
@@ -423,42 +426,42 @@ def test_an_excerpt_of_a_million_lines_stays_small_and_quick():
     assert len(one.text()) < 2200
 
 
-# --- the log as the mail tells it -----------------------------------------
+# --- the log in the mail --------------------------------------------------
 
 
 def test_filtered_lines_are_counted_where_they_stood():
-    story = mission.MailLog(sieve(filters=["^drop"]))
-    story.own("# Start\n")
-    story.output("a\ndrop 1\ndrop 2\nb", "[1s] ")
-    story.output("drop 3", "[2s] ")
-    story.own("[3s] TaskFinish\n")
-    story.output("drop 4", "[4s] ")
-    story.close()
-    assert story.excerpt.text() == (
+    mail_log = mission.MailLog(log_filter(filters=["^drop"]))
+    mail_log.own("# Start\n")
+    mail_log.output("a\ndrop 1\ndrop 2\nb", "[1s] ")
+    mail_log.output("drop 3", "[2s] ")
+    mail_log.own("[3s] TaskFinish\n")
+    mail_log.output("drop 4", "[4s] ")
+    mail_log.close()
+    assert mail_log.excerpt.text() == (
         "# Start\n[1s] a\n\n<<2 lines filtered>>\n\n[1s] b\n"
         "\n<<1 line filtered>>\n\n[3s] TaskFinish\n"
         "\n<<1 line filtered>>\n\n")
 
 
-def test_our_own_lines_are_never_filtered():
-    story = mission.MailLog(sieve(filters=["."]))
-    story.own("- mail: exit status 1\n")
-    assert story.excerpt.text() == "- mail: exit status 1\n"
+def test_missions_own_lines_are_never_filtered():
+    mail_log = mission.MailLog(log_filter(filters=["."]))
+    mail_log.own("- mail: exit status 1\n")
+    assert mail_log.excerpt.text() == "- mail: exit status 1\n"
 
 
-def test_a_line_that_no_filter_could_judge_is_withheld_from_the_mail():
-    story = mission.MailLog(sieve(filters=["x"]))
-    story.log_filter.keep_lines = lambda text: [True, None]
-    story.output("a\nb", "> ")
+def test_a_line_too_slow_for_a_filter_is_withheld_from_the_mail():
+    mail_log = mission.MailLog(log_filter(filters=["x"]))
+    mail_log.log_filter.keep_lines = lambda text: [True, None]
+    mail_log.output("a\nb", "> ")
     withheld = mission.SLOW.format("a filter")
-    assert story.excerpt.text() == f"> a\n> {withheld}\n"
+    assert mail_log.excerpt.text() == f"> a\n> {withheld}\n"
 
 
-def test_the_mail_is_capped():
-    story = mission.MailLog(sieve())
+def test_the_log_in_a_mail_is_cut_to_the_limit():
+    mail_log = mission.MailLog(log_filter())
     for number in range(60_000):
-        story.output(f"line {number}", "[1s        ] ")
-    text = story.excerpt.text()
+        mail_log.output(f"line {number}", "[1s        ] ")
+    text = mail_log.excerpt.text()
     assert len(text) <= mission.MAIL_LIMIT + 200
     assert "line 0\n" in text and "line 59999\n" in text
     assert re.search(r"<<[\d,]+ lines left out here: [\d,]+ char", text)
@@ -471,7 +474,7 @@ def test_every_line_of_a_text_gets_the_prefix():
 # --- the log's look -------------------------------------------------------
 
 
-def test_a_header_is_the_originals():
+def test_a_header_is_that_of_the_original():
     rule = "# " + "\u2014" * 47
     assert mission.header("Task: Mail") == \
         f"{rule}\n# Task: Mail\n{rule}\n\n"
@@ -485,7 +488,7 @@ def test_a_title_forges_no_header():
     (0, "[0s        ] "), (0.012, "[12ms      ] "), (1.234, "[1.234s    ] "),
     (3605.1, "[1h0m5.1s  ] "), (360000.123, "[100h0m0.123s] "),
 ])
-def test_the_elapsed_column(elapsed, column):
+def test_elapsed_column_is_twelve_characters_or_wider(elapsed, column):
     assert mission.elapsed_column(elapsed) == column
 
 
@@ -498,12 +501,12 @@ def test_how_a_process_ended(code, text):
     assert mission.status_text(code) == text
 
 
-# --- verdicts -------------------------------------------------------------
+# --- results -------------------------------------------------------------
 
 
-def problem(verdict: str, level: str = "error", source: str = "x",
+def problem(result: str, level: str = "error", source: str = "x",
             text: str = "y"):
-    return mission.RunProblem(verdict, level, source, text)
+    return mission.RunProblem(result, level, source, text)
 
 
 E, W = problem("tasks"), problem("tasks", "warning")
@@ -511,25 +514,25 @@ H, D = problem("housekeeping", "warning"), problem("delivery", "error",
                                                    "ping", "HTTP 500")
 
 
-@pytest.mark.parametrize("problems, stopped, verdict, status, words", [
+@pytest.mark.parametrize("problems, stopped, result, status, words", [
     ([], 0, "ok", 0, ""),
     ([E], 0, "failed", 1, "1 error was emitted during the run"),
     ([E, E, W], 0, "failed", 1,
      "2 errors and 1 warning were emitted during the run"),
     ([W], 0, "failed", 1, "1 warning was emitted during the run"),
     ([H, H], 0, "failed", 1, "2 warnings were emitted during the run"),
-    ([D], 0, "trouble", 74, "the tasks ran well, but ping: HTTP 500"),
-    ([D, D], 0, "trouble", 74,
-     "the tasks ran well, but ping: HTTP 500; ping: HTTP 500"),
+    ([D], 0, "undelivered", 74, "all tasks succeeded, but ping: HTTP 500"),
+    ([D, D], 0, "undelivered", 74,
+     "all tasks succeeded, but ping: HTTP 500; ping: HTTP 500"),
     ([E, D], 0, "failed", 1, "1 error was emitted during the run"),
     ([D, W], 0, "failed", 1, "1 warning was emitted during the run"),
     ([], 15, "stopped", 143, "the run was stopped by SIGTERM"),
     ([E, D], 2, "stopped", 130, "the run was stopped by SIGINT"),
     ([D], 1, "stopped", 129, "the run was stopped by SIGHUP"),
 ])
-def test_the_verdict_the_exit_status_and_the_one_line(
-        problems, stopped, verdict, status, words):
-    assert mission.result_of(problems, stopped) == verdict
+def test_problems_decide_result_exit_status_and_message(
+        problems, stopped, result, status, words):
+    assert mission.result_of(problems, stopped) == result
     assert mission.exit_status(problems, stopped) == status
     assert mission.closing_words(problems, stopped) == words
 
@@ -538,7 +541,7 @@ def test_the_verdict_the_exit_status_and_the_one_line(
     (0.0123, "12ms"), (0.9996, "999ms"), (1.2, "1s"), (62.4, "1m2s"),
     (3599.7, "1h0m0s"), (3600, "1h0m0s"),
 ])
-def test_how_long_the_run_took(seconds, text):
+def test_run_duration_has_whole_seconds_from_one_second_on(seconds, text):
     assert mission.run_took(seconds) == text
 
 
@@ -602,7 +605,7 @@ def test_a_spark_line_has_a_bar_for_each_value(values, bars):
     assert mission.sparkline(values) == bars
 
 
-RECORD = {"verdict": "failed", "started": 1774747800.5, "seconds": 62.1234,
+RECORD = {"result": "failed", "started": 1774747800.5, "seconds": 62.1234,
           "errors": 2, "warnings": 1, "tasks": [
               {"slug": "mail", "outcome": "ok", "seconds": 1.5},
               {"slug": "x-y_z", "outcome": "skipped", "seconds": 0.0}]}
@@ -642,16 +645,17 @@ def test_metrics_are_prometheus_text():
             in text.splitlines()
 
 
-@pytest.mark.parametrize("verdict, success", [
-    ("ok", 1), ("trouble", 1), ("failed", 0), ("stopped", 0), ("lost", 0),
+@pytest.mark.parametrize("result, success", [
+    ("ok", 1), ("undelivered", 1), ("failed", 0), ("stopped", 0), ("lost", 0),
 ])
-def test_a_backup_is_good_though_the_mail_was_not(verdict, success):
-    text = mission.metrics_text({**RECORD, "verdict": verdict}, 0, "/m")
+def test_an_undelivered_mail_does_not_change_the_success_metric(
+        result, success):
+    text = mission.metrics_text({**RECORD, "result": result}, 0, "/m")
     assert f'mission_run_success{{config="/m"}} {success}\n' in text
 
 
-def test_the_two_lists_of_what_is_unsafe_are_one():
-    """`visible` escapes by a pattern, the Scribe by a table."""
+def test_both_lists_of_unsafe_characters_are_equal():
+    """`visible` escapes by a pattern, the OutputDecoder by a table."""
     unsafe = re.compile(mission.UNSAFE)
     by_pattern = {code for code in range(0x110000)
                   if unsafe.match(chr(code))}

@@ -507,23 +507,40 @@ def test_the_readmes_tables_name_no_key_that_is_not_there():
     assert named
 
 
-def test_every_option_is_in_the_readmes_tables_and_in_the_usage():
+
+def test_every_key_of_the_configuration_is_in_its_topic():
+    terms = re.findall(r"^  (\S+)$", mission.topic_text("config"), re.M)
+    assert {term.replace("NAME", "*") for term in terms} == all_keys()
+
+
+def test_every_result_and_metric_is_in_the_topic_status():
+    text = mission.topic_text("status")
+    record = {"result": "ok", "started": 0, "seconds": 1, "errors": 0,
+              "warnings": 0, "tasks": []}
+    metrics = re.findall(r"# HELP (\S+)", mission.metrics_text(record, 0, "m"))
+    assert metrics
+    assert [word for word in [*metrics, *mission.HEALTH_WORDS]
+            if not re.search(rf"\b{word}\b", text, re.I)] == []
+
+
+def test_every_option_is_in_the_readmes_tables_and_in_the_manual():
     options = {name for option in mission.OPTIONS.values()
                for name in option.names}
     named = {word for text in words_of_tables() for word in re.findall(
         r"(?<![\w-])--?[A-Za-z][a-z-]*", text)}
-    usage = set(re.findall(r"(?<![\w-])--?[A-Za-z][a-z-]*", mission.usage()))
+    manual = set(re.findall(r"^  (--?[A-Za-z-]+)(?:, (--[a-z-]+))?",
+                            mission.manual_text(), re.M))
     assert sorted(options - named) == []
-    assert sorted(options - usage) == []
-    assert sorted(usage - options) == []
+    assert {name for names in manual for name in names if name} == options
 
 
-def test_every_command_is_in_the_readme_and_in_the_usage():
+def test_every_command_is_in_the_readme_the_usage_and_the_manual():
     text = (support.ROOT / "README.md").read_text(encoding="utf-8")
     for command in mission.COMMANDS:
         assert re.search(rf"\bmission (\[options\] )?{command}\b", text)
-        assert re.search(rf"\bmission (\[options\] )?{command}\b",
-                         mission.usage())
+        assert re.search(rf"^.{{8}}{command}\b", mission.usage(), re.M)
+        assert re.search(rf"^  mission {command}\b", mission.manual_text(),
+                         re.M)
 
 
 EXITS = {value for word, value in vars(mission).items()
@@ -537,10 +554,12 @@ def test_every_exit_status_is_in_the_readmes_table():
     assert first & {"128+N", "128 + N"}
 
 
-def test_every_exit_status_is_in_the_usage():
+@pytest.mark.parametrize("text", [mission.manual_text(),
+                                  mission.topic_text("status")],
+                         ids=["manual", "topic"])
+def test_every_exit_status_is_in_the_manual_and_its_topic(text):
     for value in EXITS:
-        assert re.search(rf"\b{value}\b", mission.usage().split(
-            "Exit status")[1])
+        assert re.search(rf"^  {value}\b", text, re.M)
 
 
 def test_the_readme_says_all_of_koitab():

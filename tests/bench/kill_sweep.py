@@ -82,7 +82,7 @@ def main() -> int:
             counts["killed" if killed else "not reached"] += 1
             lost = len(scratch.history())
             wrong = faults(scratch)
-            counts["lost run reported"] += scratch.history()[lost]["verdict"] \
+            counts["lost run reported"] += scratch.history()[lost]["result"] \
                 == "lost"
             counts["made good" if not wrong else "NOT MADE GOOD"] += 1
             names[name] += 1

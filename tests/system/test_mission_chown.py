@@ -91,7 +91,7 @@ def test_everything_plain_is_given_over_and_counted(tree):
     assert (again.changed, again.left) == (0, [])
 
 
-def test_a_run_gives_what_its_tasks_left_to_the_user(alice, host):
+def test_chown_gives_the_files_of_tasks_to_the_user(alice, host):
     folder = backup(alice, host)
     alice.task("one", 'mkdir "$SYNC_DIR/new"; echo x > "$SYNC_DIR/new/file"')
     result = alice.headless()
@@ -101,7 +101,7 @@ def test_a_run_gives_what_its_tasks_left_to_the_user(alice, host):
     assert "# Chown" in alice.log()
 
 
-def test_1_a_symbolic_link_is_not_followed(tree, victim):
+def test_a_symbolic_link_is_not_followed(tree, victim):
     (tree / "link").symlink_to(victim)
     (tree / "folder").symlink_to(victim.parent)
     (tree / "nowhere").symlink_to("/nonexistent")
@@ -111,7 +111,7 @@ def test_1_a_symbolic_link_is_not_followed(tree, victim):
     assert support.owner(tree / "link") == ALICE
 
 
-def test_1_a_link_that_leads_nowhere_stops_nothing(tree):
+def test_a_link_that_leads_nowhere_stops_nothing(tree):
     for name in "abc":
         (tree / name).symlink_to("/nonexistent")
         (tree / (name + "x")).touch()
@@ -162,14 +162,14 @@ SWAPS = [("links", attack.walk_by_paths), ("inner", attack.walk_by_paths),
 
 
 @pytest.mark.parametrize("kind", [kind for kind, _ in SWAPS])
-def test_2_no_swap_during_the_walk_leads_out_of_the_tree(arena, kind):
+def test_no_swap_during_the_walk_leads_out_of_the_tree(arena, kind):
     rig = attack.Race(arena, kind)
     passes, stolen = race(rig, chown_tree)
     assert stolen == 0 and passes > 10
 
 
 @pytest.mark.parametrize("kind, careless", SWAPS)
-def test_2_a_careless_walk_loses_that_race(arena, kind, careless):
+def test_a_careless_walk_loses_the_race_of_the_swap(arena, kind, careless):
     _, stolen = race(attack.Race(arena, kind), careless, 60)
     assert stolen > 0
 
@@ -202,23 +202,23 @@ def test_a_walk_that_changes_any_name_loses_that_race(arena, kind,
 
 
 @pytest.mark.parametrize("kind", ["link", "folder"])
-def test_3_a_link_that_is_moved_about_is_not_counted_twice(arena, kind):
+def test_a_link_that_is_moved_about_is_not_counted_twice(arena, kind):
     passes, stolen = race(attack.Links(arena, kind), chown_tree)
     assert stolen == 0 and passes > 3
 
 
 @pytest.mark.parametrize("kind", ["link", "folder"])
-def test_3_a_walk_that_counts_names_loses_that_race(arena, kind):
+def test_a_walk_that_counts_names_loses_the_race_of_hard_links(arena, kind):
     _, stolen = race(attack.Links(arena, kind), attack.counting_walk, 60)
     assert stolen > 0
 
 
-def test_5_a_fifo_swapped_in_for_a_folder_does_not_hang_the_walk(arena):
+def test_a_fifo_swapped_in_for_a_folder_does_not_hang_the_walk(arena):
     passes, _ = race(attack.Race(arena, "fifo"), chown_tree)
     assert passes > 10
 
 
-def test_5_the_librarys_walk_hangs_or_breaks_there(arena):
+def test_os_fwalk_hangs_or_fails_at_a_swapped_fifo(arena):
     with pytest.raises((Hung, NotADirectoryError, FileNotFoundError)):
         rig = attack.Race(arena, "fifo")
         with rig.attacker():
@@ -227,7 +227,7 @@ def test_5_the_librarys_walk_hangs_or_breaks_there(arena):
                     attack.walk_of_the_library(rig.tree, ALICE, ALICE)
 
 
-def test_10_a_parent_that_is_swapped_is_refused_or_not_followed(arena):
+def test_a_parent_that_is_swapped_is_refused_or_not_followed(arena):
     rig = attack.Race(arena, "links")
     top = rig.tree / "d" / "e"
 
@@ -242,7 +242,7 @@ def test_10_a_parent_that_is_swapped_is_refused_or_not_followed(arena):
 # Hard links, special files, privileges ---------------------------------------
 
 
-def test_3_a_file_with_a_name_outside_is_left_alone_and_named(tree, victim):
+def test_a_file_with_a_name_outside_is_left_alone_and_named(tree, victim):
     os.link(victim, tree / "hard")
     done = chown_tree(tree)
     assert untouched(victim)
@@ -250,7 +250,7 @@ def test_3_a_file_with_a_name_outside_is_left_alone_and_named(tree, victim):
     assert "hard" in named(done) and "link" in named(done)
 
 
-def test_3_a_file_whose_names_are_all_in_the_tree_is_given_over(tree):
+def test_a_file_whose_names_are_all_in_the_tree_is_given_over(tree):
     (tree / "deep").mkdir()
     os.link(tree / "plain", tree / "second")
     os.link(tree / "plain", tree / "deep" / "third")
@@ -259,7 +259,7 @@ def test_3_a_file_whose_names_are_all_in_the_tree_is_given_over(tree):
     assert done.left == []
 
 
-def test_3_a_snapshot_of_hard_links_just_made_is_given_over(alice, host):
+def test_a_snapshot_of_hard_links_just_made_is_given_over(alice, host):
     """As `cp -al` or `rsync --link-dest` make them, moments ago."""
     folder = backup(alice, host)
     alice.task("one", 'cd "$SYNC_DIR"; mkdir today\n'
@@ -269,7 +269,7 @@ def test_3_a_snapshot_of_hard_links_just_made_is_given_over(alice, host):
     assert {support.owner(path) for path in folder.rglob("*")} == {ALICE}
 
 
-def test_3_a_run_that_left_a_hard_link_alone_is_not_all_well(alice, host,
+def test_a_hard_link_left_alone_makes_the_run_fail(alice, host,
                                                              victim):
     folder = backup(alice, host)
     os.link(victim, folder / "hard")
@@ -281,7 +281,7 @@ def test_3_a_run_that_left_a_hard_link_alone_is_not_all_well(alice, host,
     assert support.owner(folder / "new") == ALICE
 
 
-def test_4_fifos_and_sockets_do_not_hold_the_walk(tree):
+def test_fifos_and_sockets_do_not_hold_the_walk(tree):
     import socket
     os.mkfifo(tree / "fifo")
     with socket.socket(socket.AF_UNIX) as server:
@@ -293,7 +293,7 @@ def test_4_fifos_and_sockets_do_not_hold_the_walk(tree):
 
 @pytest.mark.parametrize("kind, number", [
     (stat.S_IFBLK, (7, 0)), (stat.S_IFCHR, (1, 3))], ids=["block", "char"])
-def test_6_a_device_is_never_given_away_and_is_named(tree, kind, number):
+def test_a_device_is_never_given_away_and_is_named(tree, kind, number):
     os.mknod(tree / "disk", kind | 0o660, os.makedev(*number))
     done = chown_tree(tree)
     assert support.owner(tree / "disk") == 0
@@ -304,7 +304,7 @@ def test_6_a_device_is_never_given_away_and_is_named(tree, kind, number):
 
 @pytest.mark.parametrize("mode", [
     0o4755, 0o2755, 0o6755, 0o4644, 0o2644, 0o6600], ids=oct)
-def test_7_setuid_and_setgid_bits_do_not_survive(tree, mode):
+def test_setuid_and_setgid_bits_do_not_survive(tree, mode):
     program = tree / "program"
     program.write_text("x")
     program.chmod(mode)
@@ -313,7 +313,7 @@ def test_7_setuid_and_setgid_bits_do_not_survive(tree, mode):
     assert support.mode(program) == mode & 0o777
 
 
-def test_7_a_setgid_file_that_is_already_the_users_loses_it_too(tree):
+def test_a_setgid_file_that_is_already_the_users_loses_it_too(tree):
     """Owner alice, group root: only the group changes hands."""
     program = tree / "program"
     program.write_text("x")
@@ -324,7 +324,7 @@ def test_7_a_setgid_file_that_is_already_the_users_loses_it_too(tree):
     assert support.mode(program) == 0o644
 
 
-def test_8_file_capabilities_do_not_survive(tree):
+def test_file_capabilities_do_not_survive(tree):
     support.need("setcap", "getcap")
     program = tree / "program"
     program.write_text("x")
@@ -340,7 +340,7 @@ def test_8_file_capabilities_do_not_survive(tree):
 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "folder", "file"])
-def test_9_a_mount_inside_the_tree_is_not_entered(alice, host, victim, kind):
+def test_a_mount_inside_the_tree_is_not_entered(alice, host, victim, kind):
     """A bind mount of the same file system has the same device number."""
     folder = backup(alice, host)
     here = folder / "mnt"
@@ -370,10 +370,10 @@ def test_9_a_mount_inside_the_tree_is_not_entered(alice, host, victim, kind):
     assert f"{folder}/mnt" in alice.log()
 
 
-# Where the tree stands -------------------------------------------------------
+# Where the tree is -----------------------------------------------------------
 
 
-def test_10_a_storage_behind_a_link_of_the_users_is_refused(alice, host,
+def test_a_storage_behind_a_link_of_the_users_is_refused(alice, host,
                                                             victim):
     victims = victim.parent / "victims"
     victims.mkdir()
@@ -389,7 +389,7 @@ def test_10_a_storage_behind_a_link_of_the_users_is_refused(alice, host,
 
 
 @pytest.mark.parametrize("under", ["", "sub"], ids=["itself", "its parent"])
-def test_10_a_storage_turned_into_a_link_during_the_run_is_refused(
+def test_a_storage_turned_into_a_link_during_the_run_is_refused(
         alice, host, victim, under):
     victims = victim.parent / "victims" / under
     victims.mkdir(parents=True)
@@ -407,7 +407,7 @@ def test_10_a_storage_turned_into_a_link_during_the_run_is_refused(
     assert str(top) in alice.log()
 
 
-def test_10_a_storage_behind_a_link_of_roots_is_fine(alice, host):
+def test_a_storage_behind_a_link_of_roots_is_fine(alice, host):
     folder = backup(alice, host)
     link = alice.folder / "link"
     link.symlink_to(folder)
@@ -424,7 +424,7 @@ def test_10_a_storage_behind_a_link_of_roots_is_fine(alice, host):
     "/home", "/root", "/var", "/var/lib", "/tmp", "/bin", "/dev",
     "LINK TO /etc", "LINK TO /", "LINK TO THE FOLDER OF ALL",
     "FOLDER OF ALL", "HOME OF MALLORY"])
-def test_11_folders_of_the_system_are_never_given_away(alice, host, path):
+def test_folders_of_the_system_are_never_given_away(alice, host, path):
     """FOLDER OF ALL holds the configuration and the tasks."""
     words = {"FOLDER OF ALL": alice.folder, "HOME OF MALLORY":
              host.home["mallory"]}
@@ -441,7 +441,7 @@ def test_11_folders_of_the_system_are_never_given_away(alice, host, path):
 
 
 @pytest.mark.parametrize("depth", ["x", "sub/x"])
-def test_11_a_folder_with_a_third_users_files_is_refused(alice, host, depth):
+def test_a_folder_with_a_third_users_files_is_refused(alice, host, depth):
     folder = backup(alice, host)
     path = folder / depth
     path.parent.mkdir(exist_ok=True)
@@ -469,7 +469,7 @@ def dig(top: Path, levels: int) -> None:
 
 
 @pytest.mark.parametrize("levels", [400, 600, 5000])
-def test_12_a_deep_tree_is_walked_or_named_and_stops_nothing(tree, levels):
+def test_a_deep_tree_is_walked_or_named_and_stops_nothing(tree, levels):
     for name in ("aside", "beside", "zide"):
         (tree / name).mkdir()
         (tree / name / "file").touch()
@@ -489,7 +489,7 @@ def test_12_a_deep_tree_is_walked_or_named_and_stops_nothing(tree, levels):
         subprocess.run(["rm", "-rf", str(tree)], check=True)
 
 
-def test_12_a_run_over_a_deep_tree_ends_with_a_clean_message(alice, host):
+def test_a_run_over_a_deep_tree_ends_with_a_clean_message(alice, host):
     folder = backup(alice, host)
     alice.task("one", 'echo x > "$SYNC_DIR/new"')
     dig(folder, 5000)
@@ -506,7 +506,7 @@ def test_12_a_run_over_a_deep_tree_ends_with_a_clean_message(alice, host):
 @pytest.mark.parametrize("name", [
     b"\xff" * 255, b"caf\xe9", b"a\nb", b"\x1b[2J", b"-rf", b" ", b"*",
     "\u202egnp.exe".encode()], ids=repr)
-def test_13_any_name_is_given_over(tree, name):
+def test_files_of_any_name_are_chowned(tree, name):
     path = os.path.join(os.fsencode(tree), name)
     os.mkdir(path)
     os.close(os.open(os.path.join(path, name), os.O_CREAT | os.O_WRONLY))
@@ -521,7 +521,7 @@ def test_13_any_name_is_given_over(tree, name):
     (b"a\x1b[2Jb", r"a\x1b[2Jb"), (b"a\rb", r"a\x0db"),
     ("a\u202eb".encode(), r"a\u202eb"), (b"caf\xe9", "caf"),
 ])
-def test_14_a_name_in_the_log_is_one_escaped_line(alice, host, victim, name,
+def test_a_name_in_the_log_is_one_escaped_line(alice, host, victim, name,
                                                   shown):
     folder = backup(alice, host)
     os.link(victim, os.path.join(os.fsencode(folder), name))
@@ -535,7 +535,7 @@ def test_14_a_name_in_the_log_is_one_escaped_line(alice, host, victim, name,
     assert "\x1b" not in log and "\u202e" not in log and "\r" not in log
 
 
-def test_13_many_files_take_little_memory(tree):
+def test_many_files_take_little_memory(tree):
     import tracemalloc
     for number in range(2000):
         os.close(os.open(tree / f"{number:0200}", os.O_CREAT, 0o600))
@@ -556,7 +556,7 @@ def test_13_many_files_take_little_memory(tree):
 @pytest.mark.parametrize("name", [
     "nobody-of-that-name", "0", "1500", "4294967295", "-1", "", " ",
     "alice\n", "alice:x", "minus", "short", 1500, None])
-def test_15_only_the_name_of_a_user_will_do(alice, host, name):
+def test_chown_accepts_only_the_name_of_a_user(alice, host, name):
     """`minus` has the uid 2^32-1 and `short` 2^16-1: to chown(2) they mean
     "do not change", and a process so started stays root's."""
     with open(host.folder / "passwd", "a") as passwd:
@@ -572,7 +572,7 @@ def test_15_only_the_name_of_a_user_will_do(alice, host, name):
     assert not (alice.folder / "ran").exists()
 
 
-def test_15_root_may_be_the_user_and_chown_gives_to_root(alice):
+def test_root_may_be_the_user_and_chown_gives_to_root(alice):
     folder = alice.make("backup")
     alice.config["storage"]["sync"] = {"path": str(folder), "chown": True}
     alice.config["user"]["name"] = "root"

@@ -31,9 +31,9 @@ def test_check_reports_an_invalid_default_once(scratch):
     scratch.task("b", "true")
     result = scratch.mission("check")
     assert result.code == 78
-    assert "defaults.retries: -1 does not fit" in result.err
-    assert "defaults.timout: unknown key (timeout?)" in result.err
-    assert "2 faults" in result.err
+    assert "defaults.retries: invalid value -1 (expected" in result.err
+    assert "defaults.timout: unknown key (did you mean timeout?)" in result.err
+    assert "2 errors" in result.err
 
 
 def test_run_timeout_stops_the_running_task_and_skips_the_rest(scratch):
@@ -47,7 +47,7 @@ def test_run_timeout_stops_the_running_task_and_skips_the_rest(scratch):
     assert result.code == 1
     assert scratch.outcomes() == {"slow": "failed", "rest": "skipped",
                                   "last": "skipped"}
-    assert "time limit of the run (runTimeout) reached" in result.out
+    assert "time limit of 1s for the run reached" in result.out
     assert "Chown" not in result.out
 
 
@@ -97,4 +97,5 @@ def test_check_refuses_an_unknown_storage_of_a_task(scratch):
     scratch.task("a", "true", storages=["lgs"])
     result = scratch.mission("check")
     assert result.code == 78
-    assert "tasks[0].storages.lgs: no such storage (logs?)" in result.err
+    assert ("tasks[0].storages.lgs: unknown storage (did you mean logs?)"
+            in result.err)

@@ -38,7 +38,7 @@ def test_files_go_to_their_user_and_what_stays_has_its_reason(scratch):
     assert support.mode(store / "special") == 0o755
     assert support.owner(store / "linked") == 0
     assert "hard links (this system has no O_PATH)" in done.out
-    assert "given over without its setuid and setgid bits" in done.out
+    assert "changed without its setuid and setgid bits" in done.out
 
 
 def test_a_task_and_a_commit_of_a_user_with_many_groups(scratch):

@@ -206,7 +206,7 @@ def test_a_failing_call_never_ends_in_a_traceback_or_a_false_success(
 # A lost run ------------------------------------------------------------------
 
 
-def test_a_killed_run_is_reported_once_and_stands_as_lost(scratch):
+def test_a_killed_run_is_reported_once_and_listed_as_lost(scratch):
     gate, pids = waiting(scratch)
     scratch.task("quick", "echo quick")
     process = scratch.start("run", "--headless")
@@ -223,11 +223,11 @@ def test_a_killed_run_is_reported_once_and_stands_as_lost(scratch):
     warning = [line for line in again.out.splitlines() if "WARN: " in line]
     assert len(warning) == 1, again
     assert lost["id"][:8] in warning[0] and "slow" in warning[0]
-    assert (lost["verdict"], last["errors"], last["warnings"]) \
+    assert (lost["result"], last["errors"], last["warnings"]) \
         == ("lost", 0, 1)
     assert "lost" in scratch.mission("history").out
     silent(scratch.mission("run", "-t", "quick"))
-    assert [run["verdict"] for run in scratch.history()].count("lost") == 1
+    assert [run["result"] for run in scratch.history()].count("lost") == 1
 
 
 def test_a_task_that_outlived_its_runner_is_not_started_beside_itself(
@@ -320,7 +320,7 @@ def test_a_torn_last_line_of_the_history_costs_that_line_alone(scratch,
     result = scratch.mission("run")
     assert result.code == 0, result
     told = json.loads(scratch.mission("history", "--json").out)
-    assert [run["verdict"] for run in told].count("ok") == 3, told
+    assert [run["result"] for run in told].count("ok") == 3, told
 
 
 # Signals ---------------------------------------------------------------------
@@ -347,7 +347,7 @@ def test_a_signal_stops_the_task_and_leaves_the_rest(scratch, number):
     assert not (scratch.tasks / "ran").exists()
     log, last = scratch.log(), scratch.history()[-1]
     assert number.name in log or str(int(number)) in log
-    assert last["verdict"] == "stopped"
+    assert last["result"] == "stopped"
     done = {entry["slug"]: entry["outcome"] for entry in last["tasks"]}
     assert done["never"] == done["late"] == "skipped"
     for slug in ("never", "late"):
@@ -359,7 +359,7 @@ def test_a_signal_stops_the_task_and_leaves_the_rest(scratch, number):
 
 
 def deaf(scratch) -> Path:
-    """A task that notes SIGTERM and goes on; the file of its pid."""
+    """A task that records SIGTERM and continues; the file of its pid."""
     pids, heard = scratch.folder / "pids", scratch.folder / "heard"
     scratch.task("deaf", "trap '' INT HUP\n"
                  "trap 'echo TERM >> \"$HEARD\"' TERM\n"
@@ -386,7 +386,7 @@ def test_a_second_signal_kills_at_once(scratch):
     assert "Traceback" not in result.err
 
 
-def test_a_deaf_task_is_killed_after_the_grace(scratch):
+def test_a_task_that_ignores_sigterm_is_killed_later(scratch):
     pids = deaf(scratch)
     scratch.patch(TERM_TO_KILL=0.3)
     process = scratch.start("run")
@@ -471,7 +471,7 @@ def test_a_closed_stdout_or_stderr_is_survived(scratch):
 # The lock --------------------------------------------------------------------
 
 
-def test_a_second_run_is_told_who_holds_the_lock(scratch):
+def test_a_second_run_reports_who_holds_the_lock(scratch):
     gate, pids = waiting(scratch)
     scratch.task("other", "touch ../ran")
     process = scratch.start("run")
@@ -544,7 +544,7 @@ def test_a_leftover_of_a_task_does_not_hold_the_lock(scratch):
 
 
 @support.root_only
-def test_somebody_else_is_told_that_he_may_not(alice, host):
+def test_another_user_gets_permission_denied(alice, host):
     alice.task("hello", "touch ../ran")
     alice.write()
     home = host.home["mallory"]
@@ -591,7 +591,7 @@ def test_a_git_that_was_killed_fails_one_run_and_not_the_next(
     assert git(folder, "show", "HEAD:count").out == "one\none\n"
 
 
-def test_an_old_lock_of_nobody_is_cleared_and_said(scratch):
+def test_a_stale_lock_is_removed_and_logged(scratch):
     folder = tallying(scratch, "one")
     lock = folder / ".git" / "index.lock"
     lock.touch()
@@ -795,7 +795,7 @@ def test_a_power_cut_during_a_task_is_reported_by_the_next_run(on_disk,
     disk.back()
     result = on_disk.mission("run", "-t", "one")
     assert result.code == 1 and "slow" in result.out, result
-    assert on_disk.history()[-2]["verdict"] == "lost"
+    assert on_disk.history()[-2]["result"] == "lost"
     silent(on_disk.mission("run", "-t", "one"))
 
 
@@ -877,7 +877,7 @@ def test_a_full_repository_fails_alone(scratch, disk):
 
 @support.root_only
 @tmpfs("64k")
-def test_a_full_state_folder_is_said_and_stops_no_task(scratch, disk):
+def test_a_full_state_directory_is_reported_and_stops_no_task(scratch, disk):
     folder = tallying(scratch, "one", "two")
     scratch.host = disk
     scratch.env["MISSION_STATE"] = str(disk.folder)
@@ -895,7 +895,7 @@ def test_a_full_state_folder_is_said_and_stops_no_task(scratch, disk):
 
 @support.root_only
 @tmpfs("64k")
-def test_a_read_only_state_folder_is_said(scratch, disk):
+def test_a_read_only_state_directory_is_reported(scratch, disk):
     scratch.task("one", "echo one")
     scratch.host = disk
     scratch.env["MISSION_STATE"] = str(disk.folder)
@@ -905,7 +905,7 @@ def test_a_read_only_state_folder_is_said(scratch, disk):
     assert "Traceback" not in result.err
 
 
-def test_few_file_descriptors_are_enough_or_it_is_said(scratch):
+def test_a_lack_of_file_descriptors_is_reported(scratch):
     folder = tallying(scratch, "one")
     scratch.write()
     for limit in (4, 6, 8, 10, 12, 16):

@@ -36,7 +36,7 @@ def is_intact(victim: Path) -> bool:
 
 
 def assert_refused(result, *words: str) -> None:
-    """A fault of the configuration, named, and no traceback."""
+    """A mistake of the configuration, named, and no traceback."""
     assert result.code == 78 and "Traceback" not in result.err, result
     assert all(word in result.err for word in words), result
 
@@ -95,7 +95,8 @@ AWAY = {
 
 @support.root_only
 @pytest.mark.parametrize("how", AWAY)
-def test_18_the_mail_is_whole_whatever_becomes_of_the_log(alice, victim, how):
+def test_the_mail_is_complete_though_the_log_cannot_be_written(
+        alice, victim, how):
     mails = alice.keep_mail(start=False)
     script = AWAY[how].replace(" /", f" '{alice.folder}'") \
         if how == "moved" else AWAY[how]
@@ -112,7 +113,7 @@ def test_18_the_mail_is_whole_whatever_becomes_of_the_log(alice, victim, how):
 
 
 @support.root_only
-def test_19_logs_may_be_a_link_of_roots_and_change_hands(alice, host):
+def test_logs_may_be_a_link_of_root(alice, host):
     elsewhere = host.home["alice"] / "logs"
     elsewhere.mkdir()
     alice.logs.rmdir()
@@ -128,7 +129,7 @@ def test_19_logs_may_be_a_link_of_roots_and_change_hands(alice, host):
 
 
 @support.root_only
-def test_19_logs_behind_a_link_of_the_users_are_not_written(alice, host,
+def test_logs_behind_a_link_of_the_users_are_not_written(alice, host,
                                                             tmp_path):
     cron = tmp_path / "cron.d"
     cron.mkdir()
@@ -143,7 +144,7 @@ def test_19_logs_behind_a_link_of_the_users_are_not_written(alice, host,
 
 
 @support.root_only
-def test_23_retention_removes_old_logs_and_nothing_else(alice, victim,
+def test_retention_removes_old_logs_and_nothing_else(alice, victim,
                                                         tmp_path):
     treasure = tmp_path / "treasure"
     treasure.mkdir()
@@ -175,7 +176,7 @@ def test_23_retention_removes_old_logs_and_nothing_else(alice, victim,
 
 
 @support.root_only
-def test_20_nobody_else_can_hold_the_lock(alice, host):
+def test_nobody_else_can_hold_the_lock(alice, host):
     alice.task("one", ":")
     assert alice.mission("run").code == 0
     (lock,) = alice.state.glob("*/lock")
@@ -186,7 +187,7 @@ def test_20_nobody_else_can_hold_the_lock(alice, host):
 
 
 @support.root_only
-def test_20_a_lock_on_the_configuration_blocks_nobody(alice):
+def test_a_lock_on_the_configuration_blocks_nobody(alice):
     alice.task("one", ":")
     alice.write()
     alice.path.chmod(0o644)
@@ -210,7 +211,7 @@ STATES = {
 
 @support.root_only
 @pytest.mark.parametrize("state", STATES)
-def test_20_a_state_folder_that_another_can_write_is_refused(alice, state):
+def test_a_state_folder_that_another_can_write_is_refused(alice, state):
     alice.task("one", "echo x >> ../../ran")
     assert alice.mission("run").code == 0
     (folder,) = alice.state.iterdir()
@@ -222,7 +223,7 @@ def test_20_a_state_folder_that_another_can_write_is_refused(alice, state):
 
 @support.root_only
 @pytest.mark.parametrize("kind", ["junk", "a pid"])
-def test_21_a_lock_file_that_was_left_does_not_lock(alice, kind):
+def test_a_lock_file_that_was_left_does_not_lock(alice, kind):
     alice.task("one", ":")
     assert alice.mission("run").code == 0
     (lock,) = alice.state.glob("*/lock")
@@ -271,7 +272,7 @@ def deep(alice):
 
 @support.root_only
 @pytest.mark.parametrize("intruder", INTRUDERS)
-def test_24_a_configuration_that_another_can_change_is_refused(deep,
+def test_a_configuration_that_another_can_change_is_refused(deep,
                                                                intruder):
     mark = marking_task(deep)
     deep.write()
@@ -284,7 +285,7 @@ def test_24_a_configuration_that_another_can_change_is_refused(deep,
 @pytest.mark.parametrize("trust, code", [(None, 0), ("user", 0),
                                          ("root", 78)])
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_24_trust_decides_whether_the_user_may_own_it(deep, trust, code,
+def test_trust_decides_whether_the_user_may_own_it(deep, trust, code,
                                                       what):
     marking_task(deep)
     if trust:
@@ -306,7 +307,7 @@ LINKS = {
 
 @support.root_only
 @pytest.mark.parametrize("case", LINKS)
-def test_24_every_link_on_the_way_is_judged(deep, case):
+def test_every_link_on_the_way_is_checked(deep, case):
     mark = marking_task(deep)
     deep.write()
     code, links = LINKS[case]
@@ -322,7 +323,7 @@ def test_24_every_link_on_the_way_is_judged(deep, case):
 
 
 @support.root_only
-def test_25_a_configuration_lying_where_root_stands_is_judged_too(alice,
+def test_a_configuration_in_the_working_directory_is_checked_too(alice,
                                                                   host):
     mark = marking_task(alice)
     home = host.home["mallory"]
@@ -352,7 +353,8 @@ ODD_FILES = {
 
 
 @pytest.mark.parametrize("kind", ODD_FILES)
-def test_26_a_configuration_that_is_no_file_is_refused_at_once(scratch, kind):
+def test_a_configuration_that_is_not_a_regular_file_is_refused_at_once(
+        scratch, kind):
     ODD_FILES[kind](scratch.path)
     for command in ("check", "list"):
         result = scratch.mission(command, write=False, timeout=20)
@@ -390,7 +392,8 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_27_broken_text_is_a_line_with_a_place(scratch, bomb):
+def test_an_unreadable_configuration_is_one_line_with_a_position(
+        scratch, bomb):
     scratch.path.write_bytes(BOMBS[bomb])
     scratch.path.chmod(0o600)
     started = time.monotonic()
@@ -409,7 +412,7 @@ def test_27_broken_text_is_a_line_with_a_place(scratch, bomb):
     "../../etc", "a/b", "..", ".", "-x", "--", "_x", "", " ", "a b", "A",
     "\uff41", "\u0661", "a\n", "a\0b", "a" * 65, "a" * 300, "a\u202eb",
     "$(id)"])
-def test_28_a_slug_is_a_plain_word(scratch, slug):
+def test_invalid_slugs_are_refused(scratch, slug):
     scratch.task("one", ":")
     scratch.config["tasks"][0]["slug"] = slug
     assert_refused(scratch.mission("run"), "tasks[0].slug")
@@ -440,7 +443,7 @@ TASKS = {
 
 @support.root_only
 @pytest.mark.parametrize("case", TASKS)
-def test_29_root_does_not_run_what_another_can_change(alice, case):
+def test_root_does_not_run_what_another_can_change(alice, case):
     mark, good = alice.folder / "mark", alice.folder / "good"
     TASKS[case](alice.task("bad", f"touch '{mark}'"))
     alice.task("good", f"touch '{good}'")
@@ -458,7 +461,8 @@ def test_29_root_does_not_run_what_another_can_change(alice, case):
     lambda folder: give(folder, MALLORY),
     lambda folder: give(folder, 0, 0, 0o777)], ids=["mallory's", "everyone's"])
 @pytest.mark.parametrize("kind", ["task", "entrypoint", "builtin"])
-def test_29_nor_what_lies_in_a_folder_of_anothers(alice, change, kind):
+def test_root_does_not_run_a_task_in_a_directory_of_another_user(
+        alice, change, kind):
     mark = alice.folder / "mark"
     folder = alice.tasks
     if kind == "builtin":
@@ -484,7 +488,7 @@ def test_29_nor_what_lies_in_a_folder_of_anothers(alice, change, kind):
 
 @support.root_only
 @pytest.mark.parametrize("kind", ["task", "builtin"])
-def test_29_what_another_can_change_is_not_opened(alice, victim, kind):
+def test_what_another_can_change_is_not_opened(alice, victim, kind):
     """It could be a link to a file of root's, whose words a message quotes.
     """
     victim.write_text("#!/SECRET\nimport SECRET\n")
@@ -527,7 +531,7 @@ def test_no_name_behind_a_link_of_the_users_is_shown(alice, host, tmp_path,
 @support.root_only
 @pytest.mark.parametrize("trust, code", [(None, 0), ("root", 1)])
 @pytest.mark.parametrize("what", ["script", "folder", "all"])
-def test_29_trust_decides_whether_the_user_may_own_tasks(alice, trust, code,
+def test_trust_decides_whether_the_user_may_own_tasks(alice, trust, code,
                                                          what):
     mark = alice.folder / "mark"
     run = alice.task("one", f"touch '{mark}'")
@@ -540,7 +544,7 @@ def test_29_trust_decides_whether_the_user_may_own_tasks(alice, trust, code,
 
 
 @support.root_only
-def test_29_a_program_in_a_folder_of_anothers_is_passed_over(alice, host):
+def test_a_program_in_a_folder_of_anothers_is_passed_over(alice, host):
     """The sendmail of mallory comes first in PATH and is not run."""
     mails = alice.keep_mail(start=False)
     hers, mark = host.home["mallory"], alice.folder / "mark"
@@ -698,7 +702,7 @@ def test_an_nfs4_list_that_is_cut_short_is_an_error():
     ("sub/~",               "HERE/sub/~"),
     ("ALICE/./sub//",       "ALICE/sub"),
 ])
-def test_31_a_path_means_one_place(alice, host, written, means):
+def test_a_path_has_one_meaning(alice, host, written, means):
     """`~` is an expansion at the front alone, and of passwd's homes, not of
     the caller's HOME; a relative path starts at the configuration."""
     places = {"ALICE": str(host.home["alice"]), "HERE": str(alice.folder),
@@ -718,7 +722,7 @@ def test_31_a_path_means_one_place(alice, host, written, means):
 
 
 @support.root_only
-def test_31_a_home_of_nobody_is_a_fault(alice):
+def test_a_home_of_an_unknown_user_is_an_error(alice):
     alice.config["storage"]["sync"] = {"path": "~nobody-of-that-name/x"}
     alice.task("one", ":")
     assert_refused(alice.mission("check"), "storage.sync.path",

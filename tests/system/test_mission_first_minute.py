@@ -80,7 +80,7 @@ def test_first_minute_of_root_works_as_typed(host, tmp_path, empty, users,
     assert support.owner(copied) == {
         "root": 0, support.ALICE: support.ALICE_UID,
         support.MALLORY: support.MALLORY_UID}[expected]
-    noted = "is root, because there is not exactly one" in result.out
+    noted = "because this host does not have exactly one" in result.out
     assert noted == (expected == "root")
     assert ("all backups will belong to root" in result.out) == noted
     assert support.owner(empty / "backup/tasks/etc/run") == 0

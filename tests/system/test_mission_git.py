@@ -127,14 +127,14 @@ def test_a_deleted_file_is_committed_and_an_ignored_one_is_not(scratch, own):
 
 
 @support.root_only
-def test_42_without_an_identity_there_is_one_and_mission_it_is(alice, repo):
+def test_without_an_identity_of_git_the_commit_is_missions(alice, repo):
     result = alice.headless()
     assert result.code == 0, (result, alice.log())
     said = must_git(repo, "log", "-1", "--format=%an, %ae, %cn", uid=ALICE)
     assert re.fullmatch("mission, alice@.+, mission", said)
 
 
-def test_42_the_owners_identity_is_used_where_there_is_one(scratch, own):
+def test_the_owners_identity_is_used_where_there_is_one(scratch, own):
     must_git(own, "config", "user.name", "Someone Own")
     must_git(own, "config", "user.email", "own@example.com")
     assert scratch.mission("run").code == 0
@@ -146,7 +146,7 @@ NAMES = [b"-rf", b":(exclude)*", b":!x", b"--pathspec-from-file=x", b"-", b"*",
          b" ", b"a\nb", b"\xff\xfe", b"caf\xe9", b"\x1b[2J", b'"', b"\\"]
 
 
-def test_43_files_of_any_name_are_committed(scratch, own):
+def test_files_of_any_name_are_committed(scratch, own):
     for name in NAMES:
         Path(os.fsdecode(os.path.join(os.fsencode(own), name))).write_text("x")
     result = scratch.mission("run")
@@ -158,7 +158,7 @@ def test_43_files_of_any_name_are_committed(scratch, own):
 
 
 @pytest.mark.parametrize("name", ["-rf", "a b", ":(exclude)x", "$(id)", "ü"])
-def test_43_a_storage_of_any_name_is_committed(scratch, name):
+def test_a_storage_of_any_name_is_committed(scratch, name):
     folder = make_repository(scratch.folder / name)
     scratch.config["storage"]["sync"] = {"path": str(folder), "commit": True}
     scratch.task("one", 'echo x > "$SYNC_DIR/new"')
@@ -168,7 +168,7 @@ def test_43_a_storage_of_any_name_is_committed(scratch, name):
 
 
 @pytest.mark.parametrize("nested", ["with a commit", "empty"])
-def test_44_a_repository_inside_is_a_warning_that_names_it(scratch, own,
+def test_a_repository_inside_is_a_warning_that_names_it(scratch, own,
                                                            nested):
     inner = own / "clone"
     if nested == "empty":
@@ -182,7 +182,7 @@ def test_44_a_repository_inside_is_a_warning_that_names_it(scratch, own,
     assert "# Warnings" in result.out or "# Errors" in result.out
 
 
-def test_44_a_submodule_that_is_declared_is_no_warning(scratch, own):
+def test_a_declared_submodule_is_not_a_warning(scratch, own):
     origin = make_repository(scratch.folder / "origin")
     must_git(own, "-c", "protocol.file.allow=always", "submodule", "--quiet",
              "add", str(origin), "sub")
@@ -203,7 +203,7 @@ def test_a_worktree_whose_git_is_a_file_is_committed(scratch):
     assert is_committed(tree)
 
 
-def test_38_a_missing_repository_is_an_error_and_is_not_made(scratch):
+def test_a_missing_repository_is_an_error_and_is_not_made(scratch):
     folder = scratch.storage("sync", commit=True)
     scratch.task("one", ":")
     result = scratch.mission("run")
@@ -327,7 +327,7 @@ def test_a_careless_git_does_run_it_as_root(repo, spy, vector, tmp_path):
 
 
 @support.root_only
-def test_39_sudo_uid_alone_makes_a_careless_git_run_it(repo, spy):
+def test_git_without_a_clean_environment_trusts_sudo_uid(repo, spy):
     hook("pre-commit")(repo, spy)
     (repo / "file").write_text("changed")
     git(repo, "commit", "-a", "-m", "x")
@@ -338,7 +338,7 @@ def test_39_sudo_uid_alone_makes_a_careless_git_run_it(repo, spy):
 
 
 @support.root_only
-def test_40_no_git_variable_of_the_caller_reaches_git(alice, repo, spy,
+def test_no_git_variable_of_the_caller_reaches_git(alice, repo, spy,
                                                       tmp_path):
     elsewhere = make_repository(tmp_path / "elsewhere")
     trace = tmp_path / "trace"
@@ -365,7 +365,7 @@ def test_40_no_git_variable_of_the_caller_reaches_git(alice, repo, spy,
 
 
 @support.root_only
-def test_40_a_git_in_a_folder_that_others_can_write_is_passed_over(
+def test_a_git_in_a_folder_that_others_can_write_is_passed_over(
         alice, repo, spy, host):
     for folder, uid in (spy.folder, MALLORY), (host.home["mallory"], 0):
         fake = folder / "git"
@@ -380,7 +380,7 @@ def test_40_a_git_in_a_folder_that_others_can_write_is_passed_over(
 
 
 @support.root_only
-def test_42_git_sees_the_owners_home_and_nothing_of_roots(alice, repo, spy,
+def test_git_sees_the_owners_home_and_nothing_of_roots(alice, repo, spy,
                                                           host):
     told = spy.folder / "told"
     spy.program("filter", f"env > '{told}'; id -G >> '{told}'; exec cat")
@@ -419,7 +419,7 @@ def all_intact(folder: Path, files=("secret", "open")) -> bool:
 
 
 @support.root_only
-def test_36_a_worktree_elsewhere_is_not_read(alice, repo, victims):
+def test_a_worktree_elsewhere_is_not_read(alice, repo, victims):
     victims.chmod(0o700)
     must_git(repo, "config", "core.worktree", str(victims), uid=ALICE)
     result = alice.headless()
@@ -434,7 +434,7 @@ def test_36_a_worktree_elsewhere_is_not_read(alice, repo, victims):
 @pytest.mark.parametrize("name", [
     "logs/HEAD", "COMMIT_EDITMSG", "index", "index.lock", "HEAD",
     "refs/heads/main", "objects", "hooks"])
-def test_37_a_link_inside_git_changes_nothing_of_roots(alice, repo, victims,
+def test_a_link_inside_git_changes_nothing_of_roots(alice, repo, victims,
                                                        name):
     path = repo / ".git" / name
     if path.is_dir():
@@ -453,7 +453,7 @@ def test_37_a_link_inside_git_changes_nothing_of_roots(alice, repo, victims,
 
 @support.root_only
 @pytest.mark.parametrize("target", ["an empty folder", "a repository"])
-def test_38_a_git_that_leads_to_a_folder_of_roots_is_refused(
+def test_a_git_that_leads_to_a_folder_of_roots_is_refused(
         alice, repo, victims, tmp_path, target):
     if target == "a repository":
         theirs = make_repository(tmp_path / "theirs")
@@ -494,7 +494,7 @@ MIXED = {
 
 @support.root_only
 @pytest.mark.parametrize("case", MIXED)
-def test_41_owners_that_are_mixed_are_refused_and_named(alice, host, spy,
+def test_owners_that_are_mixed_are_refused_and_named(alice, host, spy,
                                                         case):
     """Modes are those of files of root's with alice's group."""
     place, changes = MIXED[case]
@@ -523,7 +523,7 @@ def test_41_owners_that_are_mixed_are_refused_and_named(alice, host, spy,
 
 
 @support.root_only
-def test_41_roots_own_repository_is_committed_as_root(alice):
+def test_roots_own_repository_is_committed_as_root(alice):
     folder = make_repository(alice.folder / "repo")
     alice.config["storage"]["sync"] = {"path": str(folder), "commit": True}
     alice.task("one", 'echo x > "$SYNC_DIR/new"')
@@ -533,7 +533,7 @@ def test_41_roots_own_repository_is_committed_as_root(alice):
 
 
 @support.root_only
-def test_41_what_root_left_in_the_users_repository_is_put_right_by_chown(
+def test_what_root_left_in_the_users_repository_is_put_right_by_chown(
         alice, repo, tmp_path):
     """As after a `sudo git commit`, or a run without chown."""
     must_git(repo, "commit", "-q", "--allow-empty", "-m", "by root",
@@ -546,7 +546,7 @@ def test_41_what_root_left_in_the_users_repository_is_put_right_by_chown(
 
 
 @support.root_only
-def test_41_the_walk_of_chown_is_the_check_of_the_owners(alice, repo):
+def test_the_walk_of_chown_is_the_check_of_the_owners(alice, repo):
     """git's directory is walked once more only for what chown left."""
     walked = alice.folder / "walked"
     alice.patch(f"""
@@ -569,7 +569,7 @@ def test_41_the_walk_of_chown_is_the_check_of_the_owners(alice, repo):
 
 
 @support.root_only
-def test_41_a_git_file_that_becomes_a_fifo_does_not_hang_the_run(alice, repo):
+def test_a_git_file_that_becomes_a_fifo_does_not_hang_the_run(alice, repo):
     alice.task("away", 'mv "$SYNC_DIR/.git" "$SYNC_DIR/../away"\n'
                'mkfifo "$SYNC_DIR/.git"')
     result = alice.headless(timeout=60)
@@ -807,7 +807,7 @@ def test_a_repository_around_the_storage_is_not_committed(scratch):
 
 @support.root_only
 @pytest.mark.parametrize("kind", ["file", "directory"])
-def test_what_the_owner_cannot_read_is_named_with_the_remedy(alice, repo,
+def test_files_the_owner_cannot_read_are_named_with_the_fix(alice, repo,
                                                              kind):
     """As root stores it without chown. git passes over such a directory."""
     alice.config["storage"]["sync"]["chown"] = False
@@ -899,7 +899,7 @@ def test_packing_that_fails_is_a_line_in_the_log_alone(scratch, own):
     result = scratch.headless()
     assert (result.code, result.err) == (0, ""), result
     assert f"PackFailure {own}: git gc: exit" in scratch.log()
-    assert scratch.history()[-1]["verdict"] == "ok"
+    assert scratch.history()[-1]["result"] == "ok"
     assert count_commits(own) == 2
 
 
@@ -914,7 +914,7 @@ def test_packing_is_ended_by_a_signal_and_the_run_stays_good(scratch, own):
         read x < '{scratch.folder}/gate'""")
     run = scratch.start("run", "--headless")
     support.wait_until(pid.exists, 30, "git gc")
-    assert scratch.history()[-1]["verdict"] == "ok"
+    assert scratch.history()[-1]["result"] == "ok"
     run.terminate()
     result = support.ended(run)
     assert result.code == 0, result
@@ -930,7 +930,7 @@ def test_packing_is_ended_by_a_signal_and_the_run_stays_good(scratch, own):
 @pytest.mark.parametrize("name", [
     "index.lock", "HEAD.lock", "refs/heads/main.lock", "config.lock",
     "packed-refs.lock"])
-def test_45_an_old_lock_is_cleared_and_all_is_committed(alice, repo, name):
+def test_an_old_lock_is_cleared_and_all_is_committed(alice, repo, name):
     lock = repo / ".git" / name
     lock.touch()
     os.chown(lock, ALICE, ALICE)
@@ -943,7 +943,7 @@ def test_45_an_old_lock_is_cleared_and_all_is_committed(alice, repo, name):
 
 
 @support.root_only
-def test_45_a_fresh_lock_of_an_unknown_is_left_and_named(alice, repo):
+def test_a_fresh_lock_of_an_unknown_is_left_and_named(alice, repo):
     lock = repo / ".git" / "index.lock"
     lock.touch()
     os.chown(lock, ALICE, ALICE)
@@ -956,7 +956,7 @@ def test_45_a_fresh_lock_of_an_unknown_is_left_and_named(alice, repo):
 
 
 @support.root_only
-def test_45_a_git_at_work_is_waited_for(alice, repo, tmp_path):
+def test_a_git_at_work_is_waited_for(alice, repo, tmp_path):
     """alice's own commit holds index.lock while her editor is open."""
     ready, gate = repo.parent / "ready", repo.parent / "gate"
     os.mkfifo(gate)
@@ -988,7 +988,7 @@ def test_45_a_git_at_work_is_waited_for(alice, repo, tmp_path):
 
 @pytest.fixture
 def slow(repo, spy):
-    """A filter that waits as long as its gate stands, and who runs it."""
+    """A filter that waits while its gate exists, and the user that runs it."""
     gate, pids = spy.folder / "gate", spy.folder / "pids"
     spy.program("filter", f"if [ -e '{gate}' ]; then\n"
                 f"  echo $PPID $$ > '{pids}.new'; mv '{pids}.new' '{pids}'\n"
@@ -1008,7 +1008,7 @@ def in_filter(pids: Path) -> tuple[int, int]:
 
 
 @support.root_only
-def test_45_what_a_killed_git_left_does_not_stop_the_next_run(alice, repo,
+def test_what_a_killed_git_left_does_not_stop_the_next_run(alice, repo,
                                                               slow):
     """Whether this run tries once more or not: git is killed each time."""
     gate, pids = slow
@@ -1030,7 +1030,8 @@ def test_45_what_a_killed_git_left_does_not_stop_the_next_run(alice, repo,
 
 
 @support.root_only
-def test_45_nor_what_a_killed_runner_and_its_git_left(alice, repo, slow):
+def test_leftovers_of_a_killed_runner_and_its_git_do_not_stop_the_next_run(
+        alice, repo, slow):
     gate, pids = slow
     run = alice.start("run", "--headless")
     git_pid, filter_pid = in_filter(pids)
@@ -1049,7 +1050,7 @@ def test_45_nor_what_a_killed_runner_and_its_git_left(alice, repo, slow):
 
 
 @support.root_only
-def test_45_a_lock_that_is_a_link_takes_nothing_of_roots_along(alice, repo,
+def test_a_lock_that_is_a_link_takes_nothing_of_roots_along(alice, repo,
                                                                victims):
     lock = repo / ".git" / "refs" / "heads" / "main.lock"
     lock.symlink_to(victims / "open")

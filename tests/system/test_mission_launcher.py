@@ -28,7 +28,7 @@ def run(command: list[str], **env) -> subprocess.CompletedProcess:
         stderr=subprocess.PIPE, universal_newlines=True)
 
 
-def test_the_file_runs_as_it_is(installed):
+def test_the_file_is_executable_as_it_is(installed):
     assert run([str(installed), "--version"]).stdout.startswith("mission ")
     link = installed.parent / "also"
     link.symlink_to(installed)
@@ -41,7 +41,7 @@ def test_words_reach_it_as_they_were_typed(installed):
     assert '"two  words"' in result.stderr
 
 
-def test_the_exit_status_is_missions(installed):
+def test_the_launcher_returns_the_exit_status(installed):
     assert run([str(installed), "nonsense"]).returncode == 2
     missing = str(installed.parent / "none.json")
     assert run([str(installed), "-c", missing, "check"]).returncode == 78

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import datetime
 import json
 import os
 import pwd
@@ -413,16 +414,16 @@ def is_good(night: Night) -> None:
     assert (night.result.code, night.result.err) == (0, ""), night.result
     assert [mail.subject.partition(" in ")[0] for mail in night.mails] == [
         f"{HOST}: run started", f"{HOST}: run finished"]
-    assert night.mail.text.startswith("All tasks ran well.\n")
+    assert night.mail.text.startswith("All tasks succeeded.\n")
     assert night.pings == SUCCESS
-    assert night.record["verdict"] == "ok"
+    assert night.record["result"] == "ok"
     assert set(night.outcomes.values()) == {"ok"}
     assert night.status.code == 0, night.status
-    assert night.status.out.startswith("OK: the last run, of "
+    assert night.status.out.startswith("OK: last run: "
                                        + night.record["start"])
     assert night.metrics["run_success"] == 1
     assert night.metrics["last_success_seconds"] == int(
-        night.record["started"])
+        seconds_of(night))
 
 
 def has_failed(night: Night, last_good: Night, *problems: str) -> None:
@@ -439,11 +440,11 @@ def has_failed(night: Night, last_good: Night, *problems: str) -> None:
     for problem in problems:
         assert any(line.startswith(problem) for line in summary), summary
     assert night.pings == FAILURE
-    assert night.record["verdict"] == "failed"
+    assert night.record["result"] == "failed"
     assert night.status.code == 2, night.status
     assert night.record["start"] in night.status.out
     assert night.metrics["last_success_seconds"] == int(
-        last_good.record["started"])
+        seconds_of(last_good))
 
 
 def only_delivery_failed(night: Night, *sources: str) -> None:
@@ -451,12 +452,17 @@ def only_delivery_failed(night: Night, *sources: str) -> None:
     assert night.result.code == 74, night.result
     assert f"{HOST}: [WARNING] run finished in " in night.mail.subject
     for text in night.result.err.splitlines()[-1], night.mail.text:
-        assert "the tasks ran well, but log: " in text
+        assert "all tasks succeeded, but log: " in text
         assert all(f"{source}: " in text for source in sources), text
     assert night.pings == SUCCESS[:1]       # the start: neither end
-    assert night.record["verdict"] == "trouble"
+    assert night.record["result"] == "undelivered"
     assert night.status.code == 1, night.status
     assert night.record["start"] in night.status.out
+
+
+def seconds_of(night: Night) -> float:
+    """When the run of a night began, in seconds since 1970."""
+    return datetime.datetime.fromisoformat(night.record["start"]).timestamp()
 
 
 def test_good_night_stores_what_can_be_restored(server):
@@ -488,8 +494,8 @@ def test_night_with_a_notice(server, last_good):
     assert night.result.code == 0, night.result
     assert f"{HOST}: [WARNING] run finished" in night.mail.subject
     assert night.mail.text.startswith(
-        "All tasks ran well.\nborg ended with a notice: exit status 1.\n")
-    assert night.pings == SUCCESS and night.record["verdict"] == "ok"
+        "All tasks succeeded.\nborg ended with a notice: exit status 1.\n")
+    assert night.pings == SUCCESS and night.record["result"] == "ok"
     assert night.status.code == 1 and "borg: exit status 1" in night.status.out
     assert night.metrics["run_success"] == 1
 
@@ -544,7 +550,7 @@ def test_night_in_which_the_disk_becomes_full(server, last_good):
     night = server.night()
     server.must("sh", "-c", f"rm /home/alice/film {BACKUP}/archive/*")
     has_failed(night, last_good,
-               "offsite: skipped: it needs home, which failed",
+               "offsite: skipped, because home failed",
                "home: exit status 2",
                f"commitRepositories: {BACKUP}/sync: git add: exit status 128")
     assert "tar: /mnt/backup/archive/home.tar: " in night.mail.text
@@ -579,7 +585,7 @@ def test_night_on_a_full_disk(full, last_good):
                "home: exit status 2", "commitRepositories: ")
     assert support.owner(full.see(BACKUP / "sync/root")) == support.ALICE_UID
     assert full.mission("run", "-t", "app").code == 0     # it knows the end
-    assert [run["verdict"] for run in full.history()[-2:]] == [
+    assert [run["result"] for run in full.history()[-2:]] == [
         "failed", "ok"]
 
 
@@ -595,8 +601,8 @@ def test_good_night_on_a_full_disk(full, last_good):
     assert support.owner(full.see(BACKUP / "sync/root")) == support.ALICE_UID
     only_delivery_failed(night, "log")
     assert full.mission("run", "-t", "app").code == 0
-    assert [run["verdict"] for run in full.history()[-2:]] == [
-        "trouble", "ok"]
+    assert [run["result"] for run in full.history()[-2:]] == [
+        "undelivered", "ok"]
 
 
 def test_night_with_a_stuck_disk_that_has_data_to_write(server, last_good):
@@ -649,7 +655,7 @@ k.Clock.now = lambda clock: now(clock) + float(open({str(offset)!r}).read())
     ahead = server.night(patch=clock)
     assert ahead.result.code == 0 and ahead.pings == SUCCESS
     log = server.see(Path(ahead.record["log"]))
-    os.utime(log, (ahead.record["started"],) * 2)
+    os.utime(log, (seconds_of(ahead),) * 2)
     with server.changed(app=f"#!/bin/sh\necho 0 > {offset}"):
         middle = server.night(patch=clock)      # this task sets it back
     for night in ahead, middle:
@@ -660,7 +666,7 @@ k.Clock.now = lambda clock: now(clock) + float(open({str(offset)!r}).read())
     assert abs(age) < 60
     night = server.night()
     is_good(night)
-    assert night.record["started"] < middle.record["started"]
+    assert seconds_of(night) < seconds_of(middle)
     assert [run["id"] for run in night.history[-3:]] == [
         each.record["id"] for each in (ahead, middle, night)]
     logs = {path.name for path in server.see(BACKUP / "logs").iterdir()}
@@ -676,7 +682,8 @@ def test_night_after_a_list_that_lets_a_user_write(server, last_good):
     server.must("setfacl", "-b", str(CONFIG))
     assert night.result.code == 78
     assert night.result.err == (
-        f"mission: error: {CONFIG} is not used: {CONFIG} can be written by "
-        "postgres (access control list)\n")
+        f"mission: error: {CONFIG} is not trusted: {CONFIG} is writable by "
+        f"postgres (access control list)\n"
+        f"mission: hint: setfacl -b {CONFIG}\n")
     assert night.mails == night.pings == []
     assert night.history == before

@@ -79,7 +79,7 @@ def test_a_task_gets_exactly_the_environment_of_the_manual(scratch):
         "MISSION_TASK": "hello", "KEY": "a=b c"}
 
 
-def test_pass_bin_is_set_even_when_there_is_none(scratch):
+def test_pass_bin_is_an_empty_variable_without_passbin(scratch):
     scratch.task("hello", SHOW)
     assert "PASS_BIN=" in log_texts(scratch.mission("run").out)
 
@@ -225,7 +225,7 @@ for fd in range(3):
         print(fd, error)
 """
 # The leader of a session on a new terminal: runs a command, then says what
-# stands in the terminal's input.
+# is in the terminal's input.
 LEADER = """
 import os, select, subprocess, sys, termios, tty
 tty.setraw(0)
@@ -289,7 +289,7 @@ def test_a_child_that_keeps_the_pipe_does_not_keep_the_run(scratch):
     assert not is_alive(int(pid))
 
 
-def test_what_a_leftover_still_says_is_not_lost(scratch):
+def test_output_of_a_leftover_process_is_not_lost(scratch):
     scratch.task("daemon", "(sleep 0.5; echo late) & echo early")
     result = scratch.mission("run")
     assert {"early", "late"} <= set(log_texts(result.out))
@@ -372,8 +372,8 @@ def test_a_task_cannot_forge_the_runners_lines(scratch):
     result = scratch.mission("run")
     assert (result.code, result.err) == (0, "")
     last = scratch.history()[-1]
-    assert (last["verdict"], last["errors"], last["warnings"]) == ("ok", 0, 0)
-    # Nothing of it stands where only the runner writes: at a line's start.
+    assert (last["result"], last["errors"], last["warnings"]) == ("ok", 0, 0)
+    # Nothing of it is at the start of a line, where only the runner writes.
     headers = re.findall(f"^{rule}\n# (.*)", result.out, re.M)
     assert headers == ["Start", "Task: Hello", "Finish"]
     for line in re.split("[\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", result.out):
@@ -416,9 +416,9 @@ def test_pass_runs_as_the_user_and_its_value_is_never_shown(alice, host):
     ("echo half; exit 3",                     "fake-pass key: exit status 3"),
     ("sleep 300",                             "timed out"),
     ("head -c 100000 /dev/zero | tr '\\0' x", "fake-pass key: "),
-    ("true",                                  "fake-pass key: no password"),
+    ("true",                                  "fake-pass key: empty first"),
 ])
-def test_a_pass_that_misbehaves_fails_the_task_and_says_so(
+def test_an_unusable_answer_of_passbin_fails_the_task(
         scratch, script, why):
     scratch.fake_pass(script)
     scratch.builtin("fetch", "def run(args, log):\n"
@@ -536,7 +536,7 @@ def test_a_prompt_without_a_newline_is_seen_while_it_waits(scratch):
 # Redaction -------------------------------------------------------------------
 
 
-def test_redactions_hold_in_the_log_and_all_that_is_made_from_it(scratch):
+def test_redactions_apply_to_the_log_and_everything_made_from_it(scratch):
     scratch.config["redact"] = [r"token=\w+", r"(?i)password: *\S+"]
     scratch.task("leak", """
         echo "url?token=abc123&x=1 and PassWord: hunter2 and more"
@@ -578,7 +578,7 @@ def test_a_secret_fetched_with_pass_is_redacted_by_value(scratch):
     "a" * 60 + "!",             # hours for (a+)+$ in a backtracking matcher
     "a" * 3000 + "!",
 ])
-def test_a_line_that_a_runaway_redaction_cannot_judge_is_withheld(
+def test_a_line_too_slow_for_a_redaction_is_withheld(
         scratch, junk):
     scratch.patch(LINE_SECONDS=0.3)
     scratch.config["redact"] = ["(a+)+$", "secret"]

@@ -471,31 +471,31 @@ def broken_repository(scratch):
     (sync / ".git" / "HEAD").write_text("nonsense\n")
 
 
-@pytest.mark.parametrize("setup, code, verdict, tasks", [
-    (refused_ping,      74, "trouble", "ok"),   # not delivered, yet good
+@pytest.mark.parametrize("setup, code, outcome, tasks", [
+    (refused_ping,      74, "undelivered", "ok"),   # not delivered, yet good
     (broken_repository, 1,  "failed",  "ok"),
     (failing,           1,  "failed",  "failed"),
 ])
-def test_tasks_housekeeping_and_delivery_are_judged_apart(
-        scratch, setup, code, verdict, tasks):
+def test_tasks_housekeeping_and_delivery_decide_the_result_separately(
+        scratch, setup, code, outcome, tasks):
     setup(scratch)
     result = scratch.headless()
     last = scratch.history()[-1]
-    assert (result.code, last["verdict"]) == (code, verdict), result
+    assert (result.code, last["result"]) == (code, outcome), result
     assert {task["outcome"] for task in last["tasks"]} == {tasks}
 
 
 # history, log, metrics, logs.keep --------------------------------------------
 
 
-def test_history_tells_when_how_long_and_the_verdict(scratch):
+def test_history_shows_start_duration_and_result(scratch):
     scratch.task("hello", "[ ! -e ../bad ]")
     for number in range(3):
         if number == 2:
             (scratch.tasks / "bad").touch()
         scratch.mission("run")
     told = json.loads(scratch.mission("history", "--json").out)
-    assert [run["verdict"] for run in told] in (
+    assert [run["result"] for run in told] in (
         ["ok", "ok", "failed"], ["failed", "ok", "ok"])
     for run in told:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d.*", run["start"])
@@ -507,11 +507,11 @@ def test_history_tells_when_how_long_and_the_verdict(scratch):
     spark = [line for line in text.splitlines() if SPARKS & set(line)]
     assert len(spark) == 1 and "hello" in spark[0]
     last = json.loads(scratch.mission("history", "-n", "1", "--json").out)
-    assert [run["verdict"] for run in last] == ["failed"]
+    assert [run["result"] for run in last] == ["failed"]
     assert len(scratch.mission("history", "-n", "1").out) < len(text)
 
 
-def test_log_shows_the_newest_run_or_the_one_asked_for(scratch):
+def test_log_shows_the_newest_run_or_the_named_one(scratch):
     scratch.task("hello", 'echo "run $MISSION_RUN_ID"')
     scratch.headless()
     scratch.headless()
@@ -577,8 +577,8 @@ def test_init_writes_the_sample_and_never_over_a_file(tmp_path):
     written.write_text("mine")
     result = bare(tmp_path, "init")
     assert result.code not in (0, 75) and result.err == (
-        "mission: error: mission.config.json exists already\n"
-        "mission: hint: -c PATH writes another\n")
+        "mission: error: mission.config.json already exists\n"
+        "mission: hint: mission -c PATH init\n")
     assert written.read_text() == "mine"
 
 
@@ -602,7 +602,7 @@ def test_list_names_every_task_in_order(scratch):
                                    ("apple", "Apple", False, True)]
 
 
-def test_check_says_nothing_when_all_is_well(scratch):
+def test_check_of_a_valid_configuration_prints_nothing(scratch):
     scratch.task("hello")
     result = scratch.mission("check")
     assert (result.code, result.out, result.err) == (0, "", "")

@@ -39,7 +39,8 @@ def test_warn_status_is_a_success_with_a_notice(scratch):
     assert status.out.startswith("WARNING: ") and "borg" in status.out
 
 
-def test_skip_status_is_neither_and_skips_what_needs_it(scratch):
+def test_skip_status_is_neither_success_nor_failure_and_skips_dependents(
+        scratch):
     scratch.task("laptop", "exit 75", skipStatuses=[75], retries=3)
     scratch.task("after", "echo after", needs=["laptop"])
     scratch.task("last", "echo last", needs=["after"])
@@ -138,9 +139,9 @@ def test_status_of_an_invalid_configuration_is_unknown(scratch):
     assert "typo" in result.out and "UNKNOWN" in result.out
 
 
-def run(verdict="ok", at=1000.0, partial=False, **tasks) -> dict:
+def run(result="ok", at=1000.0, partial=False, **tasks) -> dict:
     return mission.past_run(
-        {**mission.RUN_IN_PROGRESS, "id": str(at), "started": at}, verdict,
+        {**mission.RUN_IN_PROGRESS, "id": str(at), "started": at}, result,
         seconds=10.0,
         partial=partial, tasks=[
             {"slug": slug, "outcome": outcome.rstrip("!"), "seconds": 1.0,
@@ -156,7 +157,7 @@ def run(verdict="ok", at=1000.0, partial=False, **tasks) -> dict:
     ([run(a="ok", b="ok", at=2000.0)], None, 0),
     ([run("failed", a="ok", b="failed")], None, 2),
     ([run("failed", a="ok", b="ok")], None, 2),     # housekeeping
-    ([run("trouble", a="ok", b="ok")], None, 1),
+    ([run("undelivered", a="ok", b="ok")], None, 1),
     ([run(a="ok!", b="ok")], None, 1),
     ([run(a="ok", b="ok"), run("lost", 1050.0)], None, 2),
     ([run("lost"), run(a="ok", b="ok", at=1050.0)], None, 0),
@@ -171,7 +172,7 @@ def run(verdict="ok", at=1000.0, partial=False, **tasks) -> dict:
     ([run(at=1000.0, partial=True, a="ok", b="ok")], None, 3),
     ([], None, 3),
 ])
-def test_health_of_the_history(runs, max_age, expected):
+def test_history_decides_the_health(runs, max_age, expected):
     status, reasons = mission.health(["a", "b"], runs, max_age, 1100.0)
     assert status == expected, reasons
     assert bool(reasons) == (expected != 0)

@@ -38,8 +38,8 @@ def test_check_names_the_directory_that_the_user_cannot_search(private, host):
     line, closing = result.err.splitlines()
     assert line.endswith(
         f"tasks[1].slug: {home} cannot be searched by mallory "
-        f"(chmod o+x {home}, or another place for the task)")
-    assert result.code == 78 and "1 fault" in closing
+        f"(chmod o+x {home})")
+    assert result.code == 78 and "1 error" in closing
     home.chmod(0o711)
     assert_silent(private.mission("check"))
 
@@ -122,7 +122,7 @@ def test_file_of_root_in_their_directory_is_given_over(alice, shared):
     assert support.owner(shared / "pg") == MALLORY
 
 
-def test_file_that_takes_the_place_of_another_is_not_given_over(tmp_path):
+def test_file_swapped_during_the_walk_is_not_chowned(tmp_path):
     """It was root's when its directory was read, and another user's when it
     is opened."""
     mission = support.load("mission")
@@ -140,7 +140,8 @@ def test_file_that_takes_the_place_of_another_is_not_given_over(tmp_path):
     assert support.owner(tmp_path / "secret") == MALLORY
 
 
-def test_check_warns_of_their_files_where_git_would_read_them(alice, shared):
+def test_check_warns_of_files_of_other_users_in_a_committed_storage(
+        alice, shared):
     support.own(shared, 0)
     support.init_repository(shared)
     support.own(shared, ALICE)
@@ -151,6 +152,6 @@ def test_check_warns_of_their_files_where_git_would_read_them(alice, shared):
     result = alice.mission("check")
     assert (result.code, result.err) == (0, "")
     assert result.out.endswith(
-        "warning: storage.local.commit: files here that belong to mallory "
-        "stay theirs, and git reads them as alice (a storage of its own for "
-        "tasks with `user`)\n")
+        "warning: storage.local.commit: chown skips the files of mallory, and "
+        "git reads them as alice (use another storage for tasks with "
+        "`user`)\n")
