@@ -4,9 +4,11 @@ PYTHON ?= python3
 PREFIX ?= /usr/local
 DESTDIR ?=
 BIN = $(DESTDIR)$(PREFIX)/bin
+MAN = $(DESTDIR)$(PREFIX)/share/man
+MISSION_TOPICS = config tasks behaviour security status
 # What the tests start for real, as Debian calls it.
-PARTS = acl apache2-bin bash bindfs borgbackup busybox caddy chromium chromium-driver cron dbus dunst e2fsprogs faketime fish fonts-dejavu-core fuse3 git gnupg \
-	haproxy libcap2-bin libfaketime libnotify-bin moreutils msmtp msmtp-mta nginx-light openssl pass postgresql procps prometheus python3 python3-pip python3-pytest \
+PARTS = acl apache2-bin bash bindfs borgbackup busybox caddy chromium chromium-driver cron dbus dunst e2fsprogs faketime fish fonts-dejavu-core fuse3 git gnupg groff-base \
+	haproxy libcap2-bin libfaketime libnotify-bin mandoc moreutils msmtp msmtp-mta nginx-light openssl pass postgresql procps prometheus python3 python3-pip python3-pytest \
 	restic rsync strace systemd tzdata util-linux xvfb zsh
 # From trixie on old names of time zones are in a package of their own.
 PARTS_IF_THERE = tzdata-legacy
@@ -46,16 +48,20 @@ pictures: ## take the README's pictures of the dashboard (needs chromium)
 lint: ## unused names and other slips (needs ruff)
 	ruff check --no-cache --config tests/ruff.toml mission.py koitab.py tests
 
-install: ## copy mission, koitab and koid to $(PREFIX)/bin
-	install -d $(BIN)
+install: ## copy mission, koitab and koid to $(PREFIX)/bin, and manual pages
+	install -d $(BIN) $(MAN)/man1 $(MAN)/man7
 	install -m 0755 mission.py $(BIN)/mission
 	install -m 0755 koitab.py $(BIN)/koitab
 	ln -sf koitab $(BIN)/koid
+	$(PYTHON) -IS mission.py man >$(MAN)/man1/mission.1
+	for topic in $(MISSION_TOPICS); do $(PYTHON) -IS mission.py man $$topic \
+	    >$(MAN)/man7/mission-$$topic.7 || exit 1; done
 	@[ -n "$(DESTDIR)" ] || for name in mission koitab koid; do \
 	    $(BIN)/$$name --version >/dev/null || exit 1; done
 
 uninstall: ## remove them again; configurations, logs and state stay
-	rm -f $(BIN)/mission $(BIN)/koitab $(BIN)/koid
+	rm -f $(BIN)/mission $(BIN)/koitab $(BIN)/koid $(MAN)/man1/mission.1 \
+	    $(MISSION_TOPICS:%=$(MAN)/man7/mission-%.7)
 
 sums: ## SHA-256 of what is installed
 	@if command -v sha256sum >/dev/null; then sha256sum mission.py koitab.py; \
