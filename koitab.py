@@ -17636,7 +17636,9 @@ ol, ul { padding: 0; list-style: none; }
 h1 { font-size: 20px; line-height: 1.3; font-weight: 620; }
 h2 { font-size: 14px; font-weight: 620; }
 a { color: var(--accent); text-decoration: none; }
-a:hover { text-decoration: underline; }
+a:hover, :is(p, td, li .what, .diff h2) > a:not(.btn) {
+  text-decoration: underline; text-underline-offset: 2px;
+}
 code, pre, kbd, .num { font-family: var(--mono); font-size: 12.5px; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 mark { background: var(--mark); color: inherit; border-radius: 2px; }
@@ -18472,7 +18474,8 @@ const clickableRow = (href, ...cells) => setAttributes(tableRow(...cells), {
 
 function table(names, rows, kind = "") {
   return el("table", { class: `list ${kind}` }, el("thead", {}, el("tr", {},
-    names.map((text) => el("th", { scope: "col", text })))),
+    names.map((text) => text ? el("th", { scope: "col", text })
+      : el("td")))),
   el("tbody", {}, rows));
 }
 
@@ -19369,14 +19372,16 @@ const app = {
 
   // Returns the parts of the bar at the top.
   bar() {
-    const nav = el("nav", { "aria-label": "Places" }, NAV.map(([path, word]) =>
-      link(`#/${path}`, [word, path === "jobs"
+    const places = NAV.filter(([path]) => isOperator() || path !== "by-hand");
+    const nav = el("nav", { "aria-label": "Places" }, places.map(
+      ([path, word]) => link(`#/${path}`, [word, path === "jobs"
         && el("span", { class: "count", id: "problem-count" })],
       { "data-path": path })));
     const input = el("input", { name: "q", type: "search", placeholder:
       "Search all outputs", "aria-label": "Search all outputs",
     autocomplete: "off" });
-    const find = form({ role: "search", id: "find" }, () =>
+    const find = form({ role: "search", id: "find",
+      "aria-label": "All outputs" }, () =>
       go(`search?q=${encodeURIComponent(input.value)}`), icon("search"),
     input);
     return [link("#/jobs", [brand(), "koi"], { class: "brand" }), nav, find,
@@ -19386,7 +19391,7 @@ const app = {
       button(icon("sun"), nextTheme, { class: "btn quiet theme",
         "aria-label": "Light or dark", title: "Light or dark" }),
       button(el("span", { text: "?" }), showShortcuts, {
-        class: "btn quiet help", "aria-label": "Keys", title: "Keys (?)" }),
+        class: "btn quiet help", "aria-label": "? Keys", title: "Keys (?)" }),
       button([icon("lock"), el("span", { text: "Lock" })],
         () => { preferences.set("viewer", ""); lock("Locked."); },
         { class: "btn quiet lock", title: "Forget the keys and close" })];
@@ -20986,6 +20991,7 @@ class OutputViewer {
       this.isMatch(line) && "match"];
     return el("div", { class: kinds.filter(Boolean).join(" ") }, el("a", {
       class: "number", tabindex: -1, "data-n": number || null,
+      "aria-label": number ? `line ${number}` : null,
       href: number ? `#/run/${this.run.id}/L${number}` : null }),
     el("span", { class: "time", ...at !== null && {
       "data-since": sinceStart(at), "data-clock": clockSeconds(time) } }),
@@ -22443,7 +22449,8 @@ function searchView(place, root) {
     ? `&job=${job}` : ""}`;
   root.append(el("h1", {}, only ? ["Search the output of ", link(
     `#/job/${job}`, only.label)] : "Search all outputs"),
-  form({ class: "searchform", role: "search" }, () => go(path(input.value)),
+  form({ class: "searchform", role: "search",
+    "aria-label": "Search" }, () => go(path(input.value)),
     input, submitButton("Search")));
   if (text) {
     showLoaded(root, () => get(path(text)), (answer) => root.append(
@@ -23031,9 +23038,9 @@ const SHORTCUTS = [["/", "search or filter"], ["j  k",
   "down, up; older, newer"], ["Enter", "open"],
 ["\u2190  \u2192", "walk along a strip"], ["r", "run the job"],
 ["f", "follow an output"], ["w", "wrap its lines"], ["g j", "jobs"],
-["g t", "the day"], ["g s", "search"], ["g a", "alerts"], ["g h", "hosts"],
+["g r", "run by hand"], ["g t", "the day"], ["g s", "search"], ["g a", "alerts"], ["g h", "hosts"],
 ["?", "these keys"], ["Esc", "close, leave a field"]];
-const AFTER_G = { j: "jobs", t: "day", s: "search", a: "alerts", h: "hosts",
+const AFTER_G = { j: "jobs", r: "by-hand", t: "day", s: "search", a: "alerts", h: "hosts",
   u: "audit" };
 
 // Opens the dialog with the list of keys.

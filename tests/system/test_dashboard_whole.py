@@ -120,6 +120,7 @@ def test_a_form_runs_a_job_and_its_output_comes_in_live(
     browser.wait("document.activeElement.id === 'arg0'")
     for at, value in enumerate([*VALUES.values(), SECRET]):
         browser.insert(f"#arg{at}", value)
+    browser.press("Command", "summary")
     browser.shows("'o'\\''brien' '$(id)'")         # what will run
     assert SECRET not in browser.text(".previewed")
     browser.press("Run on web1")
