@@ -7,9 +7,9 @@ BIN = $(DESTDIR)$(PREFIX)/bin
 MAN = $(DESTDIR)$(PREFIX)/share/man
 MISSION_TOPICS = config tasks behaviour security status
 # What the tests start for real, as Debian calls it.
-PARTS = acl apache2-bin bash bindfs borgbackup busybox caddy chromium chromium-driver cron dbus dunst e2fsprogs faketime fish fonts-dejavu-core fuse3 git gnupg groff-base \
+PARTS = acl apache2-bin bash bindfs borgbackup busybox caddy chromium chromium-driver cron dbus dunst e2fsprogs faketime firefox-esr fish fonts-dejavu-core fuse3 git gnupg groff-base \
 	haproxy libcap2-bin libfaketime libnotify-bin mandoc moreutils msmtp msmtp-mta nginx-light openssl pass postgresql procps prometheus python3 python3-pip python3-pytest \
-	restic rsync strace systemd tzdata util-linux xvfb zsh
+	restic rsync strace systemd tzdata util-linux webkit2gtk-driver xvfb zsh
 # From trixie on old names of time zones are in a package of their own.
 PARTS_IF_THERE = tzdata-legacy
 # A client of Healthchecks, for Debian's Python. Only its test uses it.
@@ -36,6 +36,7 @@ parts: ## install the real parts the tests use (Debian, as root)
 	    $$(apt-cache pkgnames | grep -x $(PARTS_IF_THERE))
 	-/usr/bin/python3 -m pip install -q --root-user-action=ignore --upgrade \
 	    --target .test-env/healthchecks-io $(CLIENT)
+	-/usr/bin/python3 tests/fetch_axe.py
 
 bench: ## measure, side by side with a baseline or a peer
 	$(PYTHON) tests/bench/mission.py

@@ -17576,7 +17576,8 @@ PAGE_CSS = r"""
 :root {
   color-scheme: light;
   --paper: #f7f7f5; --card: #fff; --ink: #1d2126; --soft: #5a636e;
-  --line: #e3e4e1; --hover: #f0f1ee; --press: #e6e8e4; --accent: #1f5fbf;
+  --line: #e3e4e1; --edge: #838b94;
+  --hover: #f0f1ee; --press: #e6e8e4; --accent: #1f5fbf;
   --on-accent: #fff; --ok: #2a7f4c; --bad: #c4281f; --late: #9a5b00;
   --run: #1f6fd0; --quiet: #6b7480; --bad-bg: #fdf1f0; --bad-line: #f3cfcc;
   --mark: #ffe9a8; --here: #fff4d1; --b-ok: #4c9a6a; --b-bad: #d5453c;
@@ -17595,7 +17596,8 @@ PAGE_CSS = r"""
   :root:not([data-theme="light"]) {
     color-scheme: dark;
     --paper: #131619; --card: #1a1e22; --ink: #e3e6e9; --soft: #9aa5b0;
-    --line: #2a3036; --hover: #20252a; --press: #2a3037; --accent: #7fb0f5;
+    --line: #2a3036; --edge: #6f7983;
+    --hover: #20252a; --press: #2a3037; --accent: #7fb0f5;
     --on-accent: #0e1420; --ok: #6cc48c; --bad: #ff8178; --late: #e7b057;
     --run: #7fb0f5; --quiet: #8f9aa5; --bad-bg: #261a1b; --bad-line: #4a2b2b;
     --mark: #5c4a12; --here: #33301f; --b-ok: #4f9a6e; --b-bad: #e5645b;
@@ -17611,7 +17613,8 @@ PAGE_CSS = r"""
 :root[data-theme="dark"] {
   color-scheme: dark;
   --paper: #131619; --card: #1a1e22; --ink: #e3e6e9; --soft: #9aa5b0;
-  --line: #2a3036; --hover: #20252a; --press: #2a3037; --accent: #7fb0f5;
+  --line: #2a3036; --edge: #6f7983;
+  --hover: #20252a; --press: #2a3037; --accent: #7fb0f5;
   --on-accent: #0e1420; --ok: #6cc48c; --bad: #ff8178; --late: #e7b057;
   --run: #7fb0f5; --quiet: #8f9aa5; --bad-bg: #261a1b; --bad-line: #4a2b2b;
   --mark: #5c4a12; --here: #33301f; --b-ok: #4f9a6e; --b-bad: #e5645b;
@@ -17636,7 +17639,7 @@ ol, ul { padding: 0; list-style: none; }
 h1 { font-size: 20px; line-height: 1.3; font-weight: 620; }
 h2 { font-size: 14px; font-weight: 620; }
 a { color: var(--accent); text-decoration: none; }
-a:hover, :is(p, td, li .what, .diff h2) > a:not(.btn) {
+a:hover, .headline a, :is(p, td, li .what, .diff h2) > a:not(.btn) {
   text-decoration: underline; text-underline-offset: 2px;
 }
 code, pre, kbd, .num { font-family: var(--mono); font-size: 12.5px; }
@@ -17662,7 +17665,7 @@ mark { background: var(--mark); color: inherit; border-radius: 2px; }
 /* Buttons and fields */
 .btn {
   display: inline-flex; align-items: center; gap: 6px; min-height: 28px;
-  padding: 3px 10px; border: 1px solid var(--line); border-radius: 6px;
+  padding: 3px 10px; border: 1px solid var(--edge); border-radius: 6px;
   background: var(--card); color: var(--ink); font: inherit;
   font-size: 13px; line-height: 1.3; cursor: pointer; white-space: nowrap;
 }
@@ -17683,7 +17686,7 @@ mark { background: var(--mark); color: inherit; border-radius: 2px; }
   background: var(--press); border-color: var(--soft);
 }
 input:not([type=checkbox]), select, textarea {
-  min-height: 32px; padding: 4px 9px; border: 1px solid var(--line);
+  min-height: 32px; padding: 4px 9px; border: 1px solid var(--edge);
   border-radius: 6px; background: var(--card); color: var(--ink);
   font: inherit; max-width: 100%;
 }
@@ -18183,7 +18186,16 @@ dialog > * + * { margin-top: 12px; }
   #find { flex: 1 1 90px; }
   .help, .zone, .roomy { display: none; }
   .toolbar input { flex: 1 1 140px; width: auto; }
-  .btn { min-height: 34px; }
+  /* Fingers need 40 px, and iOS enlarges a page with smaller text. */
+  .btn, .bar .btn, .head .btn, .c-act .btn, .why .btn, summary, #top nav a,
+  input:not([type=checkbox]), select, .bar input[type=search] {
+    min-height: 40px; }
+  .btn { min-width: 40px; justify-content: center; }
+  summary, #top nav a { display: flex; align-items: center; }
+  input:not([type=checkbox]), select, textarea, .field textarea {
+    font-size: 16px; }
+  input[type=checkbox] { width: 24px; height: 24px; }
+  .check { min-height: 40px; align-items: center; }
   .heads { display: none; }
   .chips { flex-wrap: nowrap; overflow-x: auto; max-width: 100%;
     scrollbar-width: none; }
@@ -23038,9 +23050,11 @@ const SHORTCUTS = [["/", "search or filter"], ["j  k",
   "down, up; older, newer"], ["Enter", "open"],
 ["\u2190  \u2192", "walk along a strip"], ["r", "run the job"],
 ["f", "follow an output"], ["w", "wrap its lines"], ["g j", "jobs"],
-["g r", "run by hand"], ["g t", "the day"], ["g s", "search"], ["g a", "alerts"], ["g h", "hosts"],
+["g r", "run by hand"], ["g t", "the day"],
+["g s", "search"], ["g a", "alerts"], ["g h", "hosts"],
 ["?", "these keys"], ["Esc", "close, leave a field"]];
-const AFTER_G = { j: "jobs", r: "by-hand", t: "day", s: "search", a: "alerts", h: "hosts",
+const AFTER_G = { j: "jobs", r: "by-hand", t: "day", s: "search",
+  a: "alerts", h: "hosts",
   u: "audit" };
 
 // Opens the dialog with the list of keys.
@@ -23144,6 +23158,13 @@ def page_text(server: str | None = None) -> str:
             f'<meta name="koi-server" content="{escape(server)}">')
     return text.replace("/* PAGE_CSS */", PAGE_CSS).replace(
         "/* PAGE_JS */", PAGE_JS)
+
+
+def served_page() -> str:
+    """Return the page as the dashboard sends it: without comments of the
+    script and without indentation, which are a seventh of the transfer."""
+    import re
+    return re.sub(r"(?m)^ *//.*\n|^ +", "", page_text())
 
 
 # ==========================================================================
@@ -25693,7 +25714,7 @@ def serve_dashboard(options: Invocation, listeners: list,
     notifier = Notifier(dashboard, options.machine, public_url(
         options, tcp_places(listeners)), koid)
     notifier.start()
-    api = Api(dashboard, page_text(),
+    api = Api(dashboard, served_page(),
               [text.lower() for text in options.names])
     server = HttpServer(api, listeners, certificate, options.proxies, log)
     set_process_name("koi-dashboard", *sys.argv[2:])

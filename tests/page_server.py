@@ -578,10 +578,11 @@ class Page(http.server.BaseHTTPRequestHandler):
                  in parse_qs(url.query).items()}
         parts = url.path.strip("/").split("/")
         if url.path == "/":
-            return self.send(200, koitab.gzip_parts([(
-                koitab.page_text().encode(), 9)]), "text/html; charset=utf-8",
-                Content_Encoding="gzip",
-                Content_Security_Policy=koitab.page_policy())
+            page = koitab.served_page()
+            return self.send(
+                200, koitab.gzip_parts([(page.encode(), 9)]),
+                "text/html; charset=utf-8", Content_Encoding="gzip",
+                Content_Security_Policy=koitab.page_policy_of(page))
         if parts[:2] != ["api", "v1"]:
             return self.refuse(404, "there is nothing here")
         if parts[2] == "salt":

@@ -81,7 +81,7 @@ def test_the_page_comes_with_a_policy_that_fits_it(server):
 
 
 def test_page_and_state_are_compressed_for_clients_that_accept_it(server):
-    for path, most in (("/", 80_000), ("/api/v1/state", 10_000)):
+    for path, most in (("/", 65_000), ("/api/v1/state", 10_000)):
         plain = server.ask("GET", path, token=OPERATOR_TOKEN)
         packed = server.ask("GET", path, token=OPERATOR_TOKEN,
                             Accept_Encoding="br;q=1, gzip;q=0.5")

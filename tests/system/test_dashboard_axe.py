@@ -1,0 +1,112 @@
+"""The page for everyone: axe-core finds nothing in any view, and a phone's
+fingers find each button."""
+
+from __future__ import annotations
+
+import pytest
+
+import fetch_axe
+import page_server
+import support
+
+PASSWORD = page_server.PASSWORD
+RUN = """
+    const {violations} = await axe.run(document,
+        {resultTypes: ["violations"]});
+    return violations.map(({id, impact, nodes}) => `${id} (${impact}) ${
+        nodes.length}: ${nodes[0].html.slice(0, 200)}`);"""
+
+
+@pytest.fixture(scope="module")
+def stand_in():
+    with page_server.Server(recent_runs=20) as stand_in:
+        yield stand_in
+
+
+@pytest.fixture(scope="module")
+def page(browser, stand_in):
+    """Logged in, with axe loaded; once for all tests here."""
+    if not fetch_axe.SCRIPT.exists():
+        support.absent("axe-core is missing: make parts")
+    browser.open(stand_in.url, PASSWORD)
+    browser.find(".row")
+    browser.js(fetch_axe.SCRIPT.read_text() + "\nwindow.axe = axe;")
+    return browser
+
+
+def views(world) -> list[tuple]:
+    """Return each view's path, and what shows that it is there."""
+    failed = next(job for job in world.jobs.values() if job["failing"])
+    check = next(iter(world.checks))
+    return [
+        ("jobs", ".row"), ("jobs?state=bad", ".row"), ("by-hand", ".by-hand"),
+        (f"job/{failed['id']}", ".list"),
+        (f"job/{world.every_type}/run", ".runform"),
+        (f"run/{world.colours}", ".line"),
+        (f"run/{failed['last']['id']}?diff", ".difflines"),
+        ("day", ".dayrow"), ("search", "#main h1"),
+        ("search?q=done", ".matches"), ("audit", "table"),
+        (f"check/{check}", ".snippet"), ("check/new", ".runform"),
+        ("alerts", ".alerts"), ("hosts", "table"), ("settings", ".snippet"),
+        ("nowhere", "#main h1")]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_nothing_in_any_view(page, stand_in, scheme, width):
+    page.size(width, 900)
+    page.media(prefers_color_scheme=scheme)
+    found = {}
+    try:
+        for path, css in views(stand_in.world):
+            page.visit(path, css)
+            page.wait("!document.querySelector('.waits')")
+            violations = page.js(RUN)
+            if violations:
+                found[path] = violations
+    finally:
+        page.media(prefers_color_scheme="light")
+        page.size(1280, 900)
+    assert found == {}
+
+
+SMALL = """
+    return [...document.querySelectorAll("button, select, .btn, summary, "
+        + "nav a, input, textarea")].filter((node) => {
+      if (!node.checkVisibility()) return false;
+      const box = (node.type === "checkbox" ? node.closest(".check") : node)
+        .getBoundingClientRect();
+      return box.height < 39.5 || box.width < 24
+        || node.matches("input, select, textarea")
+        && node.type !== "checkbox"
+        && parseFloat(getComputedStyle(node).fontSize) < 16;
+    }).map((node) => node.outerHTML.slice(0, 120));"""
+
+
+def test_phone_has_large_targets_and_large_text_in_fields(page, stand_in):
+    page.size(390, 844)
+    found = {}
+    try:
+        for path, css in views(stand_in.world):
+            page.visit(path, css)
+            small = page.js(SMALL)
+            if small:
+                found[path] = small
+    finally:
+        page.size(1280, 900)
+    assert found == {}
+
+
+def test_axe_finds_nothing_in_the_login(page, stand_in):
+    page.click(".lock")
+    page.find("#secret")
+    assert page.js(RUN) == []
+    stand_in.world.is_founded = False
+    try:
+        page.js("logInView()")
+        page.find(".login .snippet")
+        assert page.js(RUN) == []
+    finally:
+        stand_in.world.is_founded = True
+        page.find("#secret")
+        page.faults()       # the browser's own words of the 404
