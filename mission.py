@@ -8232,11 +8232,12 @@ def send_log(send, path: str) -> None:
 
 
 def start_pager():
-    """Start the caller's pager, $PAGER or less; return its Popen. Raises
-    Error."""
+    """Start the caller's pager, $PAGER or less, or cat where that is missing;
+    return its Popen. Raises Error."""
     import shlex
     import subprocess
-    pager = shlex.split(os.environ.get("PAGER") or "less")
+    pager = shlex.split(os.environ.get("PAGER") or find_program("less")
+                        or "cat")
     try:
         return subprocess.Popen(pager, stdin=subprocess.PIPE,
                                 encoding="utf-8")
@@ -8263,8 +8264,8 @@ def command_help(_options, topic: str = "") -> int:
         raise unknown_word("topic", topic, [*TOPICS, *COMMANDS],
                            f"{PROG} help")
     for name, (title, _) in TOPICS.items():
-        print(f"  {PROG} help {name:11}{title}")
-    print(f"  {PROG} help COMMAND    its options and examples")
+        print(f"{PROG} help {name:12} {title}")
+    print(f"{PROG} help COMMAND      its options and examples")
     return EXIT_OK
 
 

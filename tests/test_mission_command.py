@@ -188,6 +188,13 @@ def test_help_of_a_command_is_that_of_its_option(typed):
     assert typed("help", "run") == typed("run", "--help")
 
 
+def test_pager_is_cat_where_less_is_missing(typed, monkeypatch):
+    monkeypatch.delenv("PAGER", raising=False)
+    monkeypatch.setattr(mission, "find_program", lambda name: None)
+    with mission.start_pager() as pager:
+        assert pager.args == ["cat"]
+
+
 def test_version_is_a_command_too(typed):
     assert typed("version") == typed("--version")
 
