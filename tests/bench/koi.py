@@ -17,6 +17,8 @@ install`) is put into a scratch folder; the output says what could not.
               with 1, 100 and 1,000 jobs in each minute; one daemon at a
               time. The floor is posix_spawn of sh and date by one process.
               Then one job among 1,000 and 5,000 that are not due
+    claim     what KOI_ONE_OF adds to the lateness of a start, with one
+              member of etcd on this machine, and to the processor time
     hold      what watches a job that goes on: its memory, for 1 job and
               100; all daemons at the same time
     many      koid's memory over 10,000 runs
@@ -353,6 +355,22 @@ class Peers:
         return Start([self.script, "daemon"], {"KOI_HOME": str(home)},
                      home / "koid.sock")
 
+    def group(self, room: Path, entries) -> Start:
+        """koid, whose jobs are those of a group, and a member of etcd."""
+        named = [Entry(f'"{number}" {entry.when}', entry.command)
+                 for number, entry in enumerate(entries)]
+        start = self.koid(room, named)
+        tab = room / "home" / "tabs" / "root"
+        tab.write_text("KOI_ONE_OF=bench\nCRON_TZ=UTC\n" + tab.read_text())
+        peer = ETCD.replace("20790", "20791")
+        etcd = f"etcd --data-dir {room}/etcd --listen-client-urls {ETCD} " \
+            f"--advertise-client-urls {ETCD} --listen-peer-urls {peer} " \
+            f"--initial-advertise-peer-urls {peer} --initial-cluster " \
+            f"default={peer} --log-level error"
+        return start._replace(argv=[
+            "/bin/sh", "-c", f'{etcd} & exec "$@"', "sh", *start.argv,
+            "--etcd", ETCD, "--etcd-insecure"])
+
     def in_a_room(self, room: Path, entries, *argv: str) -> Start:
         tab = write_tab(room / "tab", entries)
         return Start(["unshare", "-m", "--propagation", "private",
@@ -410,6 +428,7 @@ class Peers:
         return Start([binary, "-l", "ERROR", "-c", tab])
 
 
+ETCD = "http://127.0.0.1:20790"
 DAEMONS = ("koid", "cron", "cronie", "busybox", "supercronic", "yacron")
 # p50 / p99 at 1, 100 and 1,000 jobs in ms, on an idle machine with 2 cores;
 # the floor was 529 / 1,095 at 1,000. For peers that are hard to have.
@@ -619,6 +638,21 @@ def late_row(jobs: int, name: str, found: Late, floor: Late,
         WANTED_LATE[jobs] if name == "koid" else "", found.text(), note)
 
 
+# --- claim: what does a group cost? ---------------------------------------
+
+
+def claim(bench: Bench) -> None:
+    for jobs in (1, 100, 1000):
+        alone = late_of(bench, "koid", jobs)
+        shared = late_of(bench, "group", jobs)
+        row(f"claim: {plural(jobs, 'job')} a minute", "",
+            f"{shared.at(.5) - alone.at(.5):+,.0f} / "
+            f"{shared.at(.99) - alone.at(.99):+,.0f} ms",
+            f"p50 / p99; in a group {shared.text()}, alone {alone.text()}; "
+            f"koi-claims and etcd: {shared.cpu - alone.cpu:.1f} s CPU a "
+            f"minute; {len(shared.times):,} of {shared.due:,} starts")
+
+
 # --- hold: what watches a job that goes on? -------------------------------
 
 
@@ -727,8 +761,8 @@ def gushed(bench: Bench, name: str, script: str, bare: float) -> None:
 
 # --- what was typed -------------------------------------------------------
 
-FIGURES = {figure.__name__: figure for figure in (idle, late, hold, many,
-                                                    gush)}
+FIGURES = {figure.__name__: figure for figure in (idle, late, claim, hold,
+                                                    many, gush)}
 
 
 def make_venv(folder: Path, python: str) -> Path:
@@ -744,7 +778,7 @@ def make_venv(folder: Path, python: str) -> Path:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="NAMES",
-                        help="next,idle,late,hold,gush")
+                        help="next,idle,late,claim,hold,many,gush")
     parser.add_argument("--peers", default=",".join(DAEMONS),
                         metavar="NAMES", help=",".join(DAEMONS))
     parser.add_argument("--quick", action="store_true",
