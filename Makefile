@@ -7,8 +7,8 @@ BIN = $(DESTDIR)$(PREFIX)/bin
 MAN = $(DESTDIR)$(PREFIX)/share/man
 MISSION_TOPICS = config tasks behaviour security status
 # What the tests start for real, as Debian calls it.
-PARTS = acl apache2-bin bash bindfs borgbackup busybox caddy chromium chromium-driver cron dbus dunst e2fsprogs faketime firefox-esr fish fonts-dejavu-core fuse3 git gnupg groff-base \
-	haproxy libcap2-bin libfaketime libnotify-bin mandoc moreutils msmtp msmtp-mta nginx-light openssl pass postgresql procps prometheus python3 python3-pip python3-pytest \
+PARTS = acl apache2-bin bash bindfs borgbackup busybox caddy chromium chromium-driver cron dbus dunst e2fsprogs etcd-server faketime firefox-esr fish fonts-dejavu-core fuse3 git gnupg groff-base \
+	haproxy iproute2 libcap2-bin libfaketime libnotify-bin mandoc moreutils msmtp msmtp-mta nginx-light openssl pass postgresql procps prometheus python3 python3-pip python3-pytest \
 	restic rsync strace systemd tzdata util-linux webkit2gtk-driver xvfb zsh
 # From trixie on old names of time zones are in a package of their own.
 PARTS_IF_THERE = tzdata-legacy

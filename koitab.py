@@ -40,10 +40,12 @@ without rights, C the caller.
  666 ControlSocket how do users reach koid?              (network, files) R C
  744 Broker        what may a dashboard ask of koid? (network, processes) R
  250 Embedded      who runs this machine's dashboard? (network, processes) R
+   1 Groups        may this host make a start?          (files, processes) R
  332 Daemon        what wakes koid?                             (machine) R
  3 network
  215 Client        how is one HTTP request bounded?             (network) U C
  504 Agent         what does the dashboard lack?                (network) U C
+   1 Claims        which host of a group makes a start?       (network) U
  155 Fields        what may a request contain?                  (nothing) U
  148 Outcome       how did a run go, and was that usual?        (nothing) U
  267 Credentials   who may do what, and who did it?               (files) U
@@ -106,7 +108,10 @@ used.
 #     trigger: schedule, manual, after, catch-up, retry, reboot
 #       |-- paused, KOI_SKIP, overlap, a share used up -> skipped (reason)
 #       |-- start not made: koid down, clock set -------> missed
-#       |-- delay, retry, previous run active --> queued
+#       |-- delay, retry, claim, previous run active --> queued
+#       |                            |-- another host of the
+#       |                            |   group makes it ---> elsewhere (host)
+#       |                            |-- no claim in time --> missed
 #       |                            |-- killed, replaced,
 #       |                            |   job changed,
 #       |                            |   paused, KOI_SKIP -> skipped
@@ -146,7 +151,8 @@ used.
 # koid is one thread with one poll loop. Each job has a supervisor: a fork of
 # koid that owns its pipes and becomes its user. The agent is a fresh process
 # that is executed without privileges and never held the host key; so is the
-# dashboard that `EmbeddedDashboard` runs on sockets that koid opened. In a
+# dashboard that `EmbeddedDashboard` runs on sockets that koid opened, and so
+# is what asks etcd which host of a group makes a start (KOI_ONE_OF). In a
 # dashboard the event loop owns connections, a writer thread the one writing
 # connection, an executor the reading ones, a notifier thread the deliveries;
 # they hand over values that do not change.
@@ -1048,12 +1054,13 @@ class Schedule:
         return next(self.iter_starts(after, zone), None)
 
     def iter_starts(self, after: int, zone: Zone = UTC,
-                    virtual: int | None = None):
+                    virtual: int | None = None, pairs: bool = False):
         """Yield the instants of all starts after the minute of `after`, as
         Debian's cron makes them, without end.
 
         `virtual` is the last local minute whose jobs were started; None if
-        the daemon ran through all changes of `zone` before `after`.
+        the daemon ran through all changes of `zone` before `after`. With
+        `pairs`, each instant comes with the local minute that it is for.
         """
         if self.never:
             return
@@ -1067,7 +1074,7 @@ class Schedule:
             low = first_minute_after_jump(virtual, first, self.wildcard)
             for minute in self.minutes_between(low, end):
                 latest = max(minute, first) - offset
-                yield latest
+                yield (latest, minute) if pairs else latest
             # The only date of a wildcard job may always be in a gap.
             if end - offset - latest > DAYS_IN_400_YEARS * DAY:
                 return
@@ -1252,6 +1259,7 @@ class Settings(FrozenRecord):
     confirm: str = "no"
     nice: int = 0
     skip: tuple = ()            # (first, last) days since 1970, each
+    one_of: str = ""            # the group of hosts; "": this host alone
     zone: str = ""              # CRON_TZ; "": the machine's
     random_delay: int = 0       # minutes
 
@@ -1347,6 +1355,8 @@ class Job(FrozenRecord):
                 else "When the machine starts"
         if settings.skip:
             text += f", not on {self.environment['KOI_SKIP']}"
+        if settings.one_of:
+            text += f", on one host of {settings.one_of}"
         return text
 
 
@@ -2000,6 +2010,14 @@ def at_most(most: int):
     return parse
 
 
+def parse_group(text: str) -> str | None:
+    """Return the name of a group of hosts, or "" for none; None if `text`
+    is neither."""
+    return text if len(text) <= LONGEST_NAME and text.isascii() and \
+        text.translate(dict.fromkeys(map(ord, "._-"), "x")).isalnum() \
+        or not text else None
+
+
 SETTINGS = {    # variable -> field of Settings, parser, what it expects
     "KOI_TIMEOUT": ("timeout", parse_duration,
                     "a duration such as 90s or 1h30m"),
@@ -2013,6 +2031,8 @@ SETTINGS = {    # variable -> field of Settings, parser, what it expects
     "KOI_CONFIRM": ("confirm", one_of("yes", "no", "cli"), "yes, no or cli"),
     "KOI_NICE": ("nice", at_most(19), "a niceness, 0 to 19"),
     "KOI_SKIP": ("skip", parse_dates, "2026-12-24..2027-01-01,2027-05-01"),
+    "KOI_ONE_OF": ("one_of", parse_group,
+                   "a group's name: letters, digits, . _ -"),
     "CRON_TZ": ("zone", str, "a name such as Europe/Berlin"),
     "RANDOM_DELAY": ("random_delay", at_most(1440), "minutes, 0 to 1440"),
 }
@@ -2095,7 +2115,7 @@ class TabReader:
     begin with "-". `literal`: braces are plain text. `salt` decides what ~
     chooses. `row` and `raw` are the present line, `base` is the offset of its
     first character that is not blank; an `at` in the methods is an offset
-    from there. `settings` and
+    from there. `name` is that of the present entry. `settings` and
     `environment` are what the lines above assigned, `about` is the comment
     directly above. `lines_of` has the line
     of the identity of each job that must have one of its own.
@@ -2106,7 +2126,8 @@ class TabReader:
         self.text, self.system, self.root = text, system, root or system
         self.literal = literal or system
         self.salt, self.row, self.raw, self.base = salt, 0, "", 0
-        self.section, self.settings, self.about = "", Settings(), ""
+        self.section, self.name, self.about = "", "", ""
+        self.settings = Settings()
         self.environment: dict[str, str] = {}
         self.assignments = 0
         self.lines_of: dict[tuple, int] = {}
@@ -2312,10 +2333,10 @@ class TabReader:
 
     def entry(self, line: str) -> Job:
         """Return the job of an entry. Raises LineRejected."""
-        unlogged, name, user = line[0] == "-" and self.root, "", ""
+        unlogged, self.name, user = line[0] == "-" and self.root, "", ""
         at = int(unlogged)
         if line.startswith('"', at):
-            name, at = self.read_name(line, at)
+            self.name, at = self.read_name(line, at)
         begin, (when, schedule, at) = at, self.read_when(line, at)
         if self.system:
             user, at = self.read_word(line, at)
@@ -2331,10 +2352,12 @@ class TabReader:
         # A crontab of cron's has comments that describe no job: "# m h dom".
         about = "" if self.literal else escape_controls(
             self.about)[:LONGEST_ABOUT]
-        job = Job(self.row, self.section, name, when, schedule, user, command,
-                  script, stdin, params, self.environment, self.settings,
-                  unlogged, mail_failures, about=about)
+        job = Job(self.row, self.section, self.name, when, schedule, user,
+                  command, script, stdin, params, self.environment,
+                  self.settings, unlogged, mail_failures, about=about)
         self.check_unique(job)
+        if job.settings.one_of:
+            self.check_group(job, begin)
         self.lint_job(job, begin, at)
         return job
 
@@ -2387,8 +2410,12 @@ class TabReader:
 
     def read_fields(self, line: str, at: int):
         """Do what `read_when` does, for an entry with five fields."""
+        group = self.settings.one_of    # all its hosts must choose alike
+        salt = f"{group}\0{self.section}\0{self.name}" if group else \
+            f"{self.salt}\0{line}"
+
         def pick(text: str) -> int:
-            return stable_random(f"{self.salt}\0{line}\0{text}")
+            return stable_random(f"{salt}\0{text}")
 
         words, bits, errors = [], [], []
         for field in SCHEDULE_FIELDS:
@@ -2437,6 +2464,18 @@ class TabReader:
             self.reject(0, "bad job", f"line {before} is the same job, and "
                         "runs would be mixed up",
                         'a "Name" of its own in front')
+
+    def check_group(self, job: Job, at: int) -> None:
+        """Raises LineRejected for a job whose starts the hosts of a group
+        cannot share. Its schedule begins at the offset `at`."""
+        if not job.name:
+            self.reject(at, "bad job", "KOI_ONE_OF is for named jobs: the "
+                        "hosts know a start by the job's name",
+                        '"Name" in front of the schedule')
+        if job.when in ("@manual", "@reboot"):
+            self.reject(at, "bad job", f"KOI_ONE_OF is not for {job.when}: "
+                        "such a start belongs to one host",
+                        "KOI_ONE_OF= above this line")
 
     # --- {{arguments}}
 
@@ -4827,6 +4866,22 @@ class RunStore:
         """Return the statement that keeps a value by its name."""
         return ("insert or replace into meta values (?, ?)", (name, value))
 
+    def forget_claim(self, run: int) -> tuple:
+        """Return the statement that forgets which start a run is to claim
+        (see `keep_claim`)."""
+        return ("delete from meta where name = ?", (f"claim {run}",))
+
+    def keep_claim(self, run: int, start: str, instance: str) -> tuple:
+        """Return the statement that keeps which start a run is to claim, and
+        the random name of the koid that does."""
+        return self.set_meta(f"claim {run}", f"{instance} {start}")
+
+    def claims(self) -> dict[int, list[str]]:
+        """Return [instance, start] of what `keep_claim` kept, by run."""
+        return {int(name[6:]): value.split(" ", 1) for name, value
+                in self.db.execute("select name, value from meta where name "
+                                   "like 'claim %'")}
+
     def pause(self, key: tuple, until: int | None) -> tuple:
         """Pause a job that is recorded until a time, 0: without end; None
         ends its pause. Return the statement that keeps it."""
@@ -5661,6 +5716,7 @@ def output_so_far(home: str, run: int) -> bytes:
 # ==========================================================================
 
 LONGEST_ARGS = 262_144          # bytes of all arguments of a run together
+MIDWINTER, MIDSUMMER = 1_767_225_600, 1_782_864_000     # of 2026, UTC
 
 
 class ScheduledJob:
@@ -5702,6 +5758,7 @@ class TabRegistry:
         self.zones: dict[str, Zone] = {"": UTC}
         self.scheduled_jobs: list[ScheduledJob] = []
         self.problems: list[str] = []
+        self.has_etcd = False       # koid has --etcd, for KOI_ONE_OF
         self.pauses: dict[tuple, int] = {}      # those of the RunStore
         self.version: tuple = ()
         self.links = False      # a tab of the system is a symbolic link
@@ -5777,10 +5834,14 @@ class TabRegistry:
                     self.problems.append(
                         f"{path}: output is not mailed: MAILTO is not "
                         f"{short(to)} (an address, without $ or blanks)")
+            errors = group_errors(tab, zones[""], self.has_etcd)
+            self.problems += [error.text(path) for error in errors]
+            lines = {error.line for error in errors}
             scheduled_jobs += [
                 ScheduledJob(job, self.files[path],
                              random_delay(job, self.machine.host()))
-                for job in tab.jobs if job.settings.zone in zones]
+                for job in tab.jobs if job.settings.zone in zones
+                and job.line not in lines]
         self.zones = zones
         self.scheduled_jobs = only_first(scheduled_jobs, self.problems)
 
@@ -5907,6 +5968,37 @@ def random_delay(job: Job, host: str) -> int:
     return job.settings.random_delay * factor // 1000 * MINUTE
 
 
+def start_of_minute(job: Job, zone: Zone, minute: int, due: int
+                    ) -> tuple[str, int]:
+    """Return the name that all hosts of a group have for a start, and its
+    instant: the local minute and the zone, or the UTC minute of a wildcard
+    entry. `due` is when this host makes it. Names sort by time."""
+    if job.schedule.wildcard:
+        at = shown = minute - zone.offset(due)
+        name = "UTC"
+    else:
+        at, shown, name = zone.instant(minute), minute, job.settings.zone
+    return time.strftime(f"%Y-%m-%dT%H:%M {name}", time.gmtime(shown)), at
+
+
+def group_errors(tab: Tab, zone: Zone, has_etcd: bool = True
+                 ) -> list[Diagnostic]:
+    """Return why jobs with KOI_ONE_OF cannot run on this machine, which has
+    the time zone `zone`."""
+    is_utc = not any(map(zone.offset, (MIDWINTER, MIDSUMMER)))
+    found = []
+    for job in tab.jobs:
+        why, hint = ("koid runs without --etcd", "koid --etcd URL") \
+            if not has_etcd else (
+            "it needs CRON_TZ: the zones of machines may differ",
+            "CRON_TZ=UTC above this line") if job.schedule and not (
+                job.settings.zone or is_utc) else ("", "")
+        if job.settings.one_of and why:
+            found.append(Diagnostic(job.line, 1, "bad job",
+                                    f"KOI_ONE_OF: {why}", hint))
+    return found
+
+
 def match_jobs(jobs: list, name: str) -> list:
     """Return the jobs that `name` means; all if it is "". Raises Error.
 
@@ -5936,6 +6028,8 @@ def check_zones(tab: Tab, machine: Machine) -> dict[str, Zone]:
         except Error as error:
             tab.diagnostics.append(Diagnostic(line, column, "bad setting",
                                            error.message, error.hint))
+    if any(job.settings.one_of for job in tab.jobs):
+        tab.diagnostics.extend(group_errors(tab, machine.local_zone()))
     tab.diagnostics.sort(key=lambda problem: (problem.line, problem.column))
     return zones
 
@@ -6153,6 +6247,7 @@ LONGEST_MAIL_LINE = 900     # bytes of a line in a mail that is not encoded
 NOT_MAILED = "by hand"      # the state of the mail of such a run
 TRY_LATER = 75              # its status for that; the next koid does
 WAITS_FOR_PREVIOUS = "waits for the last run"   # the reason of such a run
+WAITS_FOR_CLAIM = "waits for its claim"         # and of such a one
 LOST = Job(0, "", "(record lost)", "@manual", None, "", "", "", "", (), {},
            Settings())
 
@@ -6207,6 +6302,8 @@ class QueuedRun:
         self.announced = False  # `koitab run` has its number
         self.full_since = 0.0   # ticks: no process could be started
         self.nonce = ""         # of the request that asks for it
+        self.start = ""         # its name in a group: see start_of_minute
+        self.claimed = False    # this host is to make it
 
     @property
     def key(self) -> tuple:
@@ -6374,10 +6471,21 @@ class Planner:
             self.log.set_problem("clock", "")
             for scheduled in self.registry.scheduled_jobs:
                 scheduled.due = 0.0
-        return [QueuedRun(launch.job, "schedule", launch.due, now.instant)
+        return [self.start_by_schedule(launch.job, launch.minute, launch.due)
                 for launch in launches], [
             missed_row(scheduled, count, due, "the clock was set")
             for scheduled, count, due in skipped]
+
+    def start_by_schedule(self, scheduled: ScheduledJob, minute: int,
+                          due: int) -> QueuedRun:
+        """Return the start for a local minute of the job's zone. It falls
+        due now; one that a group shares fell due when all hosts have it."""
+        queued = QueuedRun(scheduled, "schedule", due, self.clock.now())
+        if scheduled.settings.one_of:
+            queued.start, queued.due = start_of_minute(
+                scheduled.job, self.registry.zones[scheduled.settings.zone],
+                minute, due)
+        return queued
 
     def first_due(self) -> int | None:
         """Return when the first job falls due. What was computed before
@@ -6456,21 +6564,25 @@ class Planner:
                 continue        # a new job has missed nothing
             zone = self.state.zone_clocks[scheduled.settings.zone].zone
             groups: dict[tuple, tuple] = {}     # -> first start, count
-            for number, start in enumerate(
-                    scheduled.schedule.iter_starts(int(seen), zone)):
+            for number, (start, local) in enumerate(
+                    scheduled.schedule.iter_starts(int(seen), zone,
+                                                   pairs=True)):
                 if start > now or number >= MOST_COUNTED:
                     break
                 if start >= minute:
-                    starts.append(QueuedRun(scheduled, "schedule", start,
-                                            now))
+                    starts.append(self.start_by_schedule(scheduled, local,
+                                                         start))
                     continue
                 reason = self.held_reason(scheduled, start, start)
                 group = reason, local_day(zone, start) if reason else 0
-                first, count = groups.get(group, (start, 0))
-                groups[group] = first, count + 1
-            rows += [missed_row(scheduled, count, first,
-                                "koid was not running")
-                     for first, count in groups.values()]
+                first, count = groups.get(group, (start, 0, 0))[:2]
+                groups[group] = first, count + 1, (local, start)
+            for first, count, last in groups.values():
+                rows.append(missed_row(scheduled, count, first,
+                                       "koid was not running"))
+                if scheduled.settings.one_of:
+                    rows[-1][1]["start"] = self.start_by_schedule(
+                        scheduled, *last).start
         return starts, rows
 
     def held_reason(self, scheduled: ScheduledJob, now: float,
@@ -6679,6 +6791,7 @@ class Scheduler:
 
         self.pending_kills: list[tuple] = []    # (ticks, a group's leader)
         self.held: dict[tuple, tuple] = {}  # job, reason -> day, run, count
+        self.groups = None                  # a ClaimBroker, with --etcd
         self.koid_user = machine.user_name(os.geteuid())   # who runs koid
         self.write_at = 0.0                 # ticks, after a full disk
         self.check_at = 0.0                 # ticks: adopted runs
@@ -6818,6 +6931,7 @@ class Scheduler:
         """Write down what is to be started and what was not, then start."""
         statements = self.planner.seen_statements()
         for scheduled, row in rows:
+            start = row.pop("start", "")
             reason = self.planner.held_reason(scheduled, row["due"],
                                               row["due"])
             if reason:
@@ -6825,9 +6939,15 @@ class Scheduler:
                     scheduled, {**row, "state": "skipped", "reason": reason})
                 continue
             statements += self.new_run(scheduled, row)
-            if scheduled.settings.catchup == "yes":
+            if start and row["count"] == 1:
+                self.groups.ask_who_ran(self.store.last, scheduled, start)
+                statements.append(self.store.keep_claim(
+                    self.store.last, start, self.groups.instance))
+            if scheduled.settings.catchup == "yes" and (
+                    start or not scheduled.settings.one_of):
                 starts.append(QueuedRun(scheduled, "catch-up", row["due"],
                                         self.clock.now()))
+                starts[-1].start = start
         ready = self.admit_all(starts, statements)
         if not self.write(statements):
             refused = [queued for queued in starts if self.refuse(queued)]
@@ -6858,6 +6978,8 @@ class Scheduler:
                 ready.append(queued)
                 counts[queued.key] += 1
             statements += self.state_statements(queued, state, reason)
+            if reason == WAITS_FOR_CLAIM:
+                self.groups.claim(queued)
         return ready
 
     def admit(self, queued: QueuedRun, counts: dict) -> tuple[str, str]:
@@ -6874,6 +6996,11 @@ class Scheduler:
             self.waiting.append(queued)
             return "queued", ""
         policy = scheduled.settings.overlap
+        if queued.start and not queued.claimed and not (
+                policy == "skip" and counts[scheduled.key]):
+            queued.at = FOREVER
+            self.waiting.append(queued)
+            return "queued", WAITS_FOR_CLAIM
         if policy == "allow" or not counts[scheduled.key]:
             return "running", self.late_reason(queued)
         waiting = sum(other.scheduled.key == scheduled.key
@@ -6935,7 +7062,8 @@ class Scheduler:
         started = self.clock.now() if state == "running" else None
         if queued.run:
             return [self.store.update(queued.run, state=state, reason=reason,
-                                      started=started)]
+                                      started=started)] + [
+                self.store.forget_claim(queued.run)] * queued.claimed
         row = {"trigger": queued.trigger, "state": state, "due": queued.due,
                "reason": reason}
         if state == "skipped" and reason in HELD:
@@ -6949,6 +7077,9 @@ class Scheduler:
         if queued.nonce:
             statements += self.store.record_nonce(
                 queued.nonce, queued.requested, queued.run)
+        if queued.start and state == "queued":
+            statements.append(self.store.keep_claim(
+                queued.run, queued.start, self.groups.instance))
         return statements
 
     def new_run(self, scheduled: ScheduledJob, row: dict) -> list[tuple]:
@@ -7018,11 +7149,12 @@ class Scheduler:
                 queued.scheduled = scheduled
         self.write(statements)
 
-    def drop(self, queued: QueuedRun, reason: str) -> tuple:
+    def drop(self, queued: QueuedRun, reason: str,
+             state: str = "skipped") -> tuple:
         """Let a run that waits not start; return the statement for that."""
         self.waiting.remove(queued)
         queued.reject(reason)
-        return self.store.update(queued.run, state="skipped", reason=reason)
+        return self.store.update(queued.run, state=state, reason=reason)
 
     # --- processes
 
@@ -7344,6 +7476,7 @@ class Scheduler:
                                 and run not in rows]
         self.adopt_orphans(sorted(files - known))
         lost, before = [], self.store.known_jobs()
+        claims = self.store.claims()
         for run, row in rows.items():
             key = row["user"], row["identity"]
             queued = self.queued_of(row, jobs.get(key))
@@ -7351,13 +7484,43 @@ class Scheduler:
                 queued.content = before[key]["content"] or queued.content
             if run in files:
                 self.adopt_run(row, queued)
+            elif queued and run in claims:
+                lost += self.adopt_claim(queued, row, *claims.pop(run))
             elif queued and self.may_still_start(row, queued):
                 self.waiting.append(queued)
             else:
                 lost.append(self.not_begun(row, key in jobs, queued))
-        self.write(lost)
+        self.write(lost + self.adopt_missed(claims, jobs))
         self.update_waiting()
         self.mail.adopt(jobs)
+
+    def adopt_claim(self, queued: QueuedRun, row: dict, instance: str,
+                    start: str) -> list[tuple]:
+        """Take over a run whose start waited for its claim; `instance` is
+        the koid that asked for it. Return statements."""
+        self.waiting.append(queued)
+        if not self.groups:
+            return [self.drop(queued, "koid runs without --etcd", "missed"),
+                    self.store.forget_claim(queued.run)]
+        queued.start = start
+        if row["reason"] == WAITS_FOR_CLAIM:
+            queued.at = FOREVER
+            self.groups.claim(queued, instance)
+        return []
+
+    def adopt_missed(self, claims: dict, jobs: dict) -> list[tuple]:
+        """Ask once more who made the starts in `claims`, by run, that this
+        host missed. Return the statements that forget the others."""
+        statements = []
+        for run, (_, start) in claims.items():
+            found = self.store.runs("r.id = ? and r.state = 'missed'", run)
+            scheduled = found and jobs.get((found[0]["user"],
+                                            found[0]["identity"]))
+            if scheduled and self.groups:
+                self.groups.ask_who_ran(run, scheduled, start)
+            else:
+                statements.append(self.store.forget_claim(run))
+        return statements
 
     def not_begun(self, row: dict, has_job: bool,
                   queued: QueuedRun | None) -> tuple:
@@ -7579,6 +7742,9 @@ class ControlService:
         tab = parse_tab(text, root=user == "root",
                         salt=self.machine.salt(user))
         check_zones(tab, self.machine)
+        if self.daemon and not self.registry.has_etcd:
+            tab.diagnostics.extend(group_errors(
+                tab, self.registry.zones[""], False))
         installed = not tab.errors()
         if installed:
             self.machine.write_file(self.home, f"tabs/{user}", text)
@@ -7619,6 +7785,7 @@ class ControlService:
              "next": self.registry.next_start(scheduled, now),
              "last": self.last_run(scheduled),
              "paused": self.registry.paused_until(scheduled, now),
+             "group": scheduled.settings.one_of,
              "running": counts.get(scheduled.key, 0)}
             for scheduled in self.registry.jobs_of(user)]}
 
@@ -8109,14 +8276,14 @@ RECORD_FIELDS = ("run", "change", "user", "tag", "section", "name", "label",
                  "bytes", "cut", "size")
 
 
-def agent_program() -> str:
+def agent_program(names: tuple = AGENT_SECTIONS) -> str:
     """Return the text of the agent's program: the head of this file and the
-    sections AGENT_SECTIONS. Raises OSError."""
+    sections with these names. Raises OSError."""
     with open(__file__, encoding="utf-8") as file:
         head, *rest = file.read().split("# " + "=" * 74 + "\n")
     sections = {intro[2:].partition(":")[0]: body
                 for intro, body in zip(rest[::2], rest[1::2])}
-    return head + "".join(sections[name] for name in AGENT_SECTIONS)
+    return head + "".join(sections[name] for name in names)
 
 
 def service_account(machine: Machine, name: str, uid: int) -> Account:
@@ -8197,9 +8364,12 @@ class AgentProcess:
     """The agent's process: started, restarted after growing pauses, stopped.
 
     `answer` maps a request of the agent's to its reply. What an exception
-    of `answer` says about the agent: it is killed, and started again.
+    of `answer` says about the agent: it is killed, and started again. Its
+    program is `sections` of this file and calls `main`; `peer` is what it
+    talks to.
     """
     name, longest = "agent", LONGEST_MESSAGE
+    peer, main, sections = "dashboard", "run_agent", AGENT_SECTIONS
     one_at_a_time = True    # it waits for a reply before it asks again
 
     def __init__(self, machine: Machine, log: DaemonLog, poller: Poller,
@@ -8215,7 +8385,7 @@ class AgentProcess:
 
     def load_program(self) -> None:
         """Read the agent's text: a later koitab.py may be another one."""
-        self.program = agent_program()
+        self.program = agent_program(self.sections)
 
     def start(self) -> None:
         """Start the agent, or try again after a pause."""
@@ -8247,8 +8417,8 @@ class AgentProcess:
 
     def execute(self, connection: int, account: Account | None) -> None:
         """In the child: become the agent, or exit."""
-        execute_python(f"{self.program}\nrun_agent()\n", [connection],
-                       ["koi-agent"], account, {
+        execute_python(f"{self.program}\n{self.main}()\n", [connection],
+                       [f"koi-{self.name}"], account, {
             "RLIMIT_NOFILE": AGENT_FILES, "RLIMIT_AS": AGENT_MEMORY,
             "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0, "RLIMIT_NPROC": AGENT_TASKS})
 
@@ -8297,7 +8467,7 @@ class AgentProcess:
                 else f"ended with status {exit_status}")
             self.problem = f"{self.name} {how}; restarting in " \
                 f"{self.pause:g}s"
-            self.log.log(f"dashboard: {self.problem}", bad=True)
+            self.log.log(f"{self.peer}: {self.problem}", bad=True)
             self.delay_start()
         elif wanted:
             self.start_at = 0.0
@@ -8333,7 +8503,7 @@ class AgentProcess:
             if reply is not None:
                 self.send(reply)
         except Exception as bug:        # the jobs must not suffer
-            self.log.log(f"dashboard: invalid request of the {self.name}: "
+            self.log.log(f"{self.peer}: invalid request of the {self.name}: "
                          f"{bug!r}", bad=True)
             self.kill("sent an invalid request")
 
@@ -9082,6 +9252,272 @@ class EmbeddedDashboard(AgentProcess):
 
 
 # ==========================================================================
+# Groups: may this host make a start?                   (files, processes; R)
+#
+# The hosts of KOI_ONE_OF=GROUP share the starts of a job: etcd decides which
+# of them makes one. The process of the section Claims asks etcd; koid keeps
+# what waits for an answer and starts nothing without one. That process is not
+# root: a lie of it can lose a start, or make one that is due here, no other.
+# ==========================================================================
+
+CLAIM_SECTIONS = (*AGENT_SECTIONS, "Claims")
+CLAIM_TIME = 60.0           # seconds after which a start is not claimed
+LAST_LOOK = 5.0             # more, in which etcd may say who ran it
+LONGEST_PEM = 60_000        # bytes; it has to fit into a pipe
+CLAIMS_AT_ONCE = 500        # in one reply
+CLAIM_ENDS = {              # how etcd decided -> state and reason of the run
+    "elsewhere": ("elsewhere", "{}"),
+    "won": ("missed", "it was claimed too late"),
+    "before": ("interrupted", "koid was stopped before it began"),
+    "later": ("missed", "{} has made a later start"),
+    "nobody": ("missed", "no host of the group made it in time")}
+
+
+class EtcdSettings(FrozenRecord):
+    """The options of koid that begin with --etcd; all but `urls`, `user` and
+    `insecure` are paths."""
+    urls: list
+    ca: str
+    cert: str
+    key: str
+    user: str
+    password: str
+    insecure: bool
+
+    def check(self) -> None:
+        """Raise Error if koid cannot start with them."""
+        import re
+        for url in self.urls:
+            if not re.fullmatch(r"https?://([^][/@?#:]+|\[[^][/@?#]+\])"
+                                r"(:\d{1,5})?/?", url):
+                raise Error(f"--etcd {url}: invalid URL: expected "
+                            "https://HOST:2379", "", EXIT_USAGE)
+            if url.startswith("http:") and not self.insecure:
+                raise Error(f"--etcd {url}: anybody on the way can read and "
+                            "change plain http", "--etcd-insecure, for tests",
+                            EXIT_USAGE)
+        for one, other in (("cert", "key"), ("user", "password")):
+            if bool(getattr(self, one)) != bool(getattr(self, other)):
+                raise Error(f"--etcd-{one} needs the option for its {other}, "
+                            "and the reverse", "", EXIT_USAGE)
+        self.read()
+
+    def read(self) -> dict:
+        """Return what the claims' process gets: texts, no paths. Raises
+        Error."""
+        found = {"urls": self.urls, "user": self.user}
+        for name in ("ca", "cert", "key", "password"):
+            path, found[name] = getattr(self, name), ""
+            if not path:
+                continue
+            try:
+                with open(path, encoding="utf-8") as file:
+                    found[name] = file.read(LONGEST_PEM)
+                    mode = os.fstat(file.fileno()).st_mode & 0o777
+            except (OSError, UnicodeDecodeError) as error:
+                raise Error(f"{path}: {getattr(error, 'strerror', error)}"
+                            ) from None
+            if mode & 0o077 and name in ("key", "password"):
+                raise Error(f"{path} is accessible to other users (mode "
+                            f"{mode:04o})", f"chmod 600 {path}")
+        return {**found, "password": found["password"].rstrip("\n")}
+
+
+class ClaimProcess(AgentProcess):
+    """The process of the section Claims."""
+    name, peer = "claims", "etcd"
+    main, sections = "run_claims", CLAIM_SECTIONS
+
+
+class ClaimBroker:
+    """Keeps the starts that wait for a claim, and the process that claims.
+
+    The process sends {"op": "hello"} and gets its settings; then {"op":
+    "turn", "results": [...], "problem": TEXT}, and gets {"work": [...]}, the
+    orders about starts: "claim"; "record", once koid still wants what was
+    claimed; "settle": do not claim, say who ran it. Between replies koid
+    sends {"news": 1} when it has an order. `claims` has the last order about
+    each run; `lanes` the runs of a job that wait, the earliest start first:
+    only that one is claimed, or a later start would exclude it.
+    """
+
+    def __init__(self, scheduler: Scheduler, poller: Poller,
+                 settings: EtcdSettings):
+        self.scheduler, self.clock = scheduler, scheduler.clock
+        self.log, self.settings = scheduler.log, settings
+        self.instance = os.urandom(8).hex()
+        self.process = ClaimProcess(scheduler.machine, scheduler.log, poller,
+                                    self.answer)
+        self.process.start_at = 0.0
+        self.claims: dict[int, dict] = {}
+        self.lanes: dict[str, list[int]] = {}
+        self.deadlines: dict[int, float] = {}   # ticks, by run
+        self.news: dict[int, None] = {}     # runs with an order not sent yet
+        self.has_notified = False
+
+    # --- what the scheduler wants
+
+    def claim(self, queued: QueuedRun, before: str = "") -> None:
+        """Ask for the start of a run that waits for its claim. `before` is
+        the koid that asked first, if this one took the run over."""
+        claim = self.add(queued.run, queued.scheduled, queued.start, before)
+        self.deadlines[queued.run] = self.clock.ticks() + self.time_left(
+            queued)
+        lane = self.lanes.setdefault(claim["key"], [])
+        lane.append(queued.run)
+        if lane[0] == queued.run:
+            self.order(queued.run, "claim")
+
+    def time_left(self, queued: QueuedRun) -> float:
+        """Return the seconds in which a start may still be claimed."""
+        due = queued.requested if queued.trigger == "catch-up" \
+            else queued.planned
+        return due - self.clock.now() + (
+            queued.scheduled.settings.start_within or CLAIM_TIME)
+
+    def ask_who_ran(self, run: int, scheduled: ScheduledJob,
+                    start: str) -> None:
+        """Let the record of a start that this host missed be corrected."""
+        self.add(run, scheduled, start, "")
+        self.order(run, "settle")
+
+    def add(self, run: int, scheduled: ScheduledJob, start: str,
+            before: str) -> dict:
+        """Return a new claim."""
+        from urllib.parse import quote
+        job, parts = scheduled.job, [scheduled.settings.one_of, scheduled.user,
+                                     scheduled.job.section]
+        key = "/".join(quote(part, safe="") for part in (*parts, job.name))
+        digest = short_hash(f"{job.when}\0{job.settings.zone}")
+        self.claims[run] = {
+            "run": run, "do": "wait", "start": start, "before": before,
+            "key": f"/koi/v1/{key}:{digest}",
+            "command": short_hash(job.command)}
+        return self.claims[run]
+
+    def order(self, run: int, what: str) -> None:
+        """Let the process do something about a start."""
+        if what == "settle":
+            self.leave_lane(run)
+        self.claims[run]["do"] = what
+        self.news[run] = None
+
+    def leave_lane(self, run: int) -> None:
+        """Let the next start of the same job be claimed."""
+        lane = self.lanes.get(self.claims[run]["key"], [])
+        if run in lane:
+            is_first = lane[0] == run
+            lane.remove(run)
+            if not lane:
+                del self.lanes[self.claims[run]["key"]]
+            elif is_first:
+                self.order(lane[0], "claim")
+
+    # --- time
+
+    def run_once(self, now: float) -> None:
+        """Once in each turn of koid's loop: give up what is too late, and
+        report news to the process."""
+        self.process.check(now)
+        if self.process.problem:
+            self.log.problems["etcd"] = f"etcd: {self.process.problem}"
+        statements = [
+            statement for run, at in list(self.deadlines.items())
+            if now >= at for statement in self.expire(run, now)]
+        if statements:
+            self.scheduler.write(statements)
+        lines = self.process.lines
+        if self.news and lines and not (lines.unsent or self.has_notified):
+            self.has_notified = True
+            self.process.send({"news": 1})
+
+    def wake_at(self) -> float:
+        """Return the ticks at which `run_once` has something to do."""
+        return min([self.process.wake_at(), *self.deadlines.values()])
+
+    def expire(self, run: int, now: float) -> list[tuple]:
+        """A start is too late to be claimed. etcd may say for a moment who
+        ran it; then it is missed, until etcd does. Return statements."""
+        if self.claims[run]["do"] != "settle":
+            self.order(run, "settle")
+            self.deadlines[run] = now + LAST_LOOK
+            return []
+        del self.deadlines[run]
+        queued = self.waiting_run(run)
+        problem = self.log.problems.get("etcd", "etcd gave no answer")
+        return [self.scheduler.drop(
+            queued, f"not claimed in time: {problem}", "missed")
+            ] if queued else []
+
+    def waiting_run(self, run: int) -> QueuedRun | None:
+        """Return the run with this number if it waits for its claim."""
+        queued = self.scheduler.find_run(run)
+        return queued if isinstance(queued, QueuedRun) \
+            and not queued.claimed else None
+
+    # --- the process
+
+    def answer(self, request: dict) -> dict:
+        """Return the reply to a request of the process. Raises an exception
+        of any kind if it is invalid."""
+        self.has_notified, self.process.problem = False, ""
+        if request["op"] == "hello":
+            self.news = {run: None for run, claim in self.claims.items()
+                         if claim["do"] != "wait"}
+            return {**self.settings.read(), "instance": self.instance,
+                    "host": self.scheduler.machine.host()}
+        problem = escape_controls(str(request["problem"])[:300])
+        self.log.set_problem("etcd", problem and f"etcd: {problem}")
+        statements = []     # written together: each write waits for the disk
+        for result in request.get("results", ()):
+            if result["run"] in self.claims:
+                statements += self.take(result["run"], result)
+        if statements:
+            self.scheduler.write(statements)
+        runs = list(self.news)[:CLAIMS_AT_ONCE]
+        for run in runs:
+            del self.news[run]
+        return {"work": [self.claims[run] for run in runs
+                         if run in self.claims]}
+
+    def take(self, run: int, result: dict) -> list[tuple]:
+        """Take what etcd decided about a start. Return statements."""
+        claim, queued = self.claims[run], self.waiting_run(run)
+        if result["state"] == "claimed":
+            if claim["do"] != "settle":
+                self.order(run, "record" if queued else "settle")
+            return []
+        state, reason = CLAIM_ENDS[result["state"]]
+        host = escape_controls(str(result.get("host", ""))[:LONGEST_NAME])
+        if state == "elsewhere" and result.get("command") != claim["command"]:
+            host += ", which has another command"
+        is_on_time = queued and claim["do"] != "settle" \
+            and self.time_left(queued) > 0
+        self.leave_lane(run)
+        del self.claims[run]
+        self.deadlines.pop(run, None)
+        if result["state"] == "won" and is_on_time:
+            queued.claimed, queued.at = True, 0.0
+            return []
+        return self.end_statements(run, queued, state, reason.format(host))
+
+    def end_statements(self, run: int, queued: QueuedRun | None, state: str,
+                       reason: str) -> list[tuple]:
+        """Return the statements that record why a start is not made here. One
+        that a person took out of the queue keeps its record."""
+        store = self.scheduler.store
+        statements = [store.forget_claim(run)]
+        if queued:
+            statements += [
+                self.scheduler.drop(queued, reason, state), *store.prune(
+                    store.keys[queued.key], queued.scheduled.settings.keep)]
+        elif state == "elsewhere" and store.runs(
+                "r.id = ? and r.state = 'missed'", run):
+            statements.append(store.update(run, state=state, reason=reason))
+        return statements
+
+
+# ==========================================================================
 # Daemon: what wakes koid?                                      (machine; R)
 #
 # One process and one thread, which sleeps in poll() until a start is due, a
@@ -9107,7 +9543,8 @@ def release_memory() -> None:
 class Daemon:
     """koid's loop: what it holds together, and what wakes it."""
 
-    def __init__(self, machine: Machine, home: str, system: bool = False):
+    def __init__(self, machine: Machine, home: str, system: bool = False,
+                 etcd: EtcdSettings | None = None):
         self.machine, self.home, self.clock = machine, home, machine.clock
         self.poller, self.log = Poller(), DaemonLog(machine)
         self.registry = TabRegistry(machine, home, system)
@@ -9119,6 +9556,9 @@ class Daemon:
         self.server = ControlServer(self.control, self.scheduler, self.poller)
         self.broker = AgentBroker(self.scheduler, self.poller)
         self.embedded = EmbeddedDashboard(machine, home, self.log, self.poller)
+        self.groups = self.scheduler.groups = etcd and ClaimBroker(
+            self.scheduler, self.poller, etcd)
+        self.registry.has_etcd = bool(etcd)
         self.tab_directories: dict[str, int | None] = {}    # -> descriptor
         self.reload_at = FOREVER            # ticks
         self.stopping = False
@@ -9190,6 +9630,8 @@ class Daemon:
                      for scheduled in self.registry.scheduled_jobs}:
             self.machine.account(user)      # the C library's modules, too
         self.broker.process.load_program()
+        if self.groups:
+            self.groups.process.load_program()
 
     def listen_to_events(self) -> None:
         """Let signals, reports, the clock and changes of tabs wake koid."""
@@ -9238,6 +9680,8 @@ class Daemon:
         signal.setitimer(signal.ITIMER_REAL, 0)         # and by SIGALRM
         self.broker.process.stop()
         self.embedded.end()
+        if self.groups:
+            self.groups.process.stop()
         try:
             self.scheduler.collect_finished()
             self.scheduler.write(self.scheduler.planner.seen_statements())
@@ -9270,13 +9714,16 @@ class Daemon:
         self.scheduler.mail.send_queued(self.scheduler.host)
         self.broker.run_once(now)
         self.embedded.check(now)
+        if self.groups:
+            self.groups.run_once(now)
 
     def poll_timeout(self) -> float:
         """Return the milliseconds until something is due; -1: never."""
         each_minute = self.alarm is None or self.must_poll_tabs()
         soon = min(self.reload_at, self.scheduler.planner.wake_at(each_minute),
                    self.scheduler.wake_at(), self.server.wake_at(),
-                   self.broker.wake_at(), self.embedded.wake_at())
+                   self.broker.wake_at(), self.embedded.wake_at(),
+                   self.groups.wake_at() if self.groups else FOREVER)
         return -1 if soon == FOREVER else min(
             max(soon - self.clock.ticks(), 0), LONGEST_SLEEP) * 1000
 
@@ -9324,6 +9771,8 @@ class Daemon:
                 self.embedded.ended(status)
             elif pid in self.embedded.mailers:
                 self.embedded.mailers.discard(pid)
+            elif self.groups and pid == self.groups.process.pid:
+                self.groups.process.ended(status, wanted=True)
             else:
                 self.scheduler.supervisor_ended(pid)
 
@@ -9410,14 +9859,15 @@ def load_again() -> None:
     os.execv(sys.executable, [sys.executable, "-IS", "-", *sys.argv])
 
 
-def run_daemon(machine: Machine, system: bool) -> int:
+def run_daemon(machine: Machine, system: bool,
+               etcd: EtcdSettings | None = None) -> int:
     """Be koid, until a signal says stop. Raises Error."""
     if system and os.geteuid():
         raise Error("only root can serve the tabs of the system", "sudo koid "
                     "--system")
     set_process_name("koid", *(word for word in sys.argv[1:]
                                if word.startswith("--")))
-    Daemon(machine, machine.state_directory(), system).serve()
+    Daemon(machine, machine.state_directory(), system, etcd).serve()
     return EXIT_OK
 
 
@@ -10194,20 +10644,22 @@ def certificate_expiry(client: DashboardClient) -> float | None:
         "notAfter"])
 
 
-def run_agent() -> None:
-    """The whole program of the agent's process; descriptor 3 is its socket
-    to koid. It ends when koid closes that."""
+def run_for_koid(name: str, make) -> None:
+    """The whole program of a process that koid starts under this name, with
+    its socket to koid as descriptor 3; `make` returns what serves there. It
+    ends when koid closes the socket."""
     # What it may need is loaded now: Python may be upgraded under it.
     import encodings.idna, http.client, json, queue, random  # noqa: E401, F401
     import re, ssl, threading, urllib.parse     # noqa: E401, F401
+    import base64, heapq, itertools             # noqa: E401, F401
     try:
         with open("/proc/self/comm", "w", encoding="ascii") as file:
-            file.write("koi-agent")     # for ps; Linux alone has this
+            file.write(name)            # for ps; Linux alone has this
     except OSError:
         pass
     koid, status = KoidConnection(socket.socket(fileno=AGENT_SOCKET)), EXIT_BUG
     try:
-        agent = SyncAgent(koid, koid.read_settings())
+        agent = make(koid, koid.read_settings())
         agent.start()
         koid.listen(agent.on_news)
     except OSError:
@@ -10217,6 +10669,344 @@ def run_agent() -> None:
                          "problem": f"the agent failed: {bug!r}"})
     finally:
         os._exit(status)
+
+
+def run_agent() -> None:
+    """The whole program of the agent's process."""
+    run_for_koid("koi-agent", SyncAgent)
+
+
+# ==========================================================================
+# Claims: which host of a group makes a start?                   (network; U)
+#
+# A process of its own, as the agent is, that knows etcd and its password and
+# nothing else of this host. Below the key of a job etcd has `claim/START`,
+# with a lease, and `last`, without one: the newest start that a host made. A
+# start that is not later than `last` is never made again. All decisions are
+# etcd's transactions, so a late or repeated message cannot change one.
+# ==========================================================================
+
+LEASE_TIME = 20             # seconds from a host's death to the next claim
+LEASE_PAUSE = 5.0           # seconds between keepalives
+ETCD_PATIENCE = 4.0         # seconds for an answer of one member
+CLAIM_WORKERS = 4           # connections, next to that of the lease
+LOOK_PAUSE = 0.3            # seconds until another's claim is looked at again
+HOLD_CLAIM = 5.0            # seconds that koid has to confirm a claim
+SETTLE_PAUSE, MOST_LOOKS = 5.0, 24      # seconds; other clocks may be slow
+RETRY_PAUSE = 1.0           # seconds after etcd gave no answer
+
+
+class EtcdRefused(Exception):
+    """etcd does not carry out a request: its reason."""
+
+
+def base64_text(text: str) -> str:
+    """Return text as the JSON gateway of etcd wants keys and values."""
+    import base64
+    return base64.b64encode(text.encode()).decode()
+
+
+def load_certificate(context, *texts: str) -> None:
+    """Load a certificate and its key (PEM) into an SSLContext. That takes
+    files alone, and this process can write none: they come from pipes.
+    Raises ConnectionFailed."""
+    readers = []
+    try:
+        for text in texts:
+            reader, writer = os.pipe()
+            readers.append(reader)
+            os.write(writer, text.encode())
+            os.close(writer)
+        context.load_cert_chain(*(f"/dev/fd/{fd}" for fd in readers))
+    except OSError:     # its text is about the pipe: "illegal seek"
+        raise ConnectionFailed("the certificate and its key are invalid, or "
+                               "do not belong together") from None
+    finally:
+        for reader in readers:
+            os.close(reader)
+
+
+class EtcdClient:
+    """A connection to one member of etcd at a time; the next one follows
+    when a member does not answer. `settings` are those of `hello`."""
+
+    def __init__(self, settings: dict):
+        self.settings, self.number = settings, 0
+        self.client, self.token = None, ""
+
+    def ask(self, path: str, **body) -> dict:
+        """Return the answer; each member is asked once. Raises
+        ConnectionFailed, and EtcdRefused."""
+        urls = self.settings["urls"]
+        for left in reversed(range(len(urls))):
+            url = urls[self.number % len(urls)]
+            try:
+                return self.ask_member(url, path, body)
+            except ConnectionFailed as error:
+                self.number += 1
+                self.client = None
+                if not left:
+                    raise ConnectionFailed(f"{url}: {error}") from None
+
+    def ask_member(self, url: str, path: str, body: dict) -> dict:
+        """Return the answer of one member; log in first if that is needed.
+        Raises ConnectionFailed, and EtcdRefused."""
+        name, password = self.settings["user"], self.settings["password"]
+        self.client = self.client or self.connect(url)
+        for is_last in (not name, True):
+            if name and not self.token:
+                self.token = self.post("/v3/auth/authenticate", {
+                    "name": name, "password": password})["token"]
+            try:
+                return self.post(path, body)
+            except EtcdRefused as refused:
+                if is_last or "auth" not in str(refused):
+                    raise
+                self.token = ""         # it expires after five minutes
+
+    def connect(self, url: str) -> HttpClient:
+        """Return a client for a member. Raises ConnectionFailed."""
+        try:
+            client = HttpClient(url, ca_text=self.settings["ca"])
+            if client.context and self.settings["cert"]:
+                load_certificate(client.context, self.settings["cert"],
+                                 self.settings["key"])
+        except (OSError, ValueError) as error:
+            raise ConnectionFailed(failure_words(error)) from None
+        return client
+
+    def post(self, path: str, body: dict) -> dict:
+        """Return the answer to one request. Raises ConnectionFailed, and
+        EtcdRefused."""
+        import json
+        response = self.client.request(
+            "POST", path, json.dumps(body).encode(),
+            {"Authorization": self.token} if self.token else {},
+            ETCD_PATIENCE)
+        try:
+            answer = json.loads(response.body)
+            if response.status == 200:
+                return dict(answer)
+            why = str(answer["error"])
+        except (ValueError, KeyError, TypeError):
+            raise ConnectionFailed(
+                f"HTTP status {response.status}: {response.body[:200]!r}"
+                ) from None
+        raise (ConnectionFailed if response.status >= 500
+               else EtcdRefused)(why)
+
+
+class ClaimClient:
+    """Carries out koid's orders about starts; several threads at once.
+
+    `work` has the order about each run that is not settled. `queue` is a heap
+    of (ticks, number, order): an order that is not in `work` any more was
+    replaced. `known` has the revision and the value of each key `last` that
+    was seen. `changed` guards all of it.
+    """
+
+    def __init__(self, koid: KoidConnection, settings: dict):
+        from itertools import count
+        from threading import Condition
+        self.koid, self.settings, self.changed = koid, settings, Condition()
+        self.work: dict[int, dict] = {}
+        self.queue: list[tuple] = []
+        self.numbers = count()
+        self.results: list[dict] = []
+        self.known: dict[str, tuple] = {}
+        self.lease, self.has_news = "", True
+        self.problems = {"lease": "", "claims": ""}
+
+    def start(self) -> None:
+        """Start the threads."""
+        from threading import Thread
+        for run in (self.report, self.keep_lease,
+                    *[self.carry_out] * CLAIM_WORKERS):
+            Thread(target=self.end_after, args=(run,)).start()
+
+    def end_after(self, run) -> None:
+        """Run a thread; koid starts the process again if a bug ends one."""
+        try:
+            run()
+        finally:
+            os._exit(EXIT_BUG)
+
+    def on_news(self) -> None:
+        """koid has orders."""
+        with self.changed:
+            self.has_news = True
+            self.changed.notify_all()
+
+    def report(self) -> None:
+        """Give koid the results and take its orders, again and again."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.has_news or self.results,
+                                      LEASE_PAUSE)
+                results, self.results, self.has_news = self.results, [], False
+            reply = self.koid.ask(op="turn", results=results,
+                                  problem="; ".join(filter(
+                                      None, self.problems.values())))
+            with self.changed:
+                for order in reply["work"]:
+                    self.work[order["run"]] = {**order, "looks": 0}
+                    self.put_off(self.work[order["run"]], 0.0)
+
+    def put_off(self, order: dict, pause: float) -> None:
+        """Let an order be carried out after `pause` seconds."""
+        import heapq
+        heapq.heappush(self.queue, (time.monotonic() + pause,
+                                    next(self.numbers), order))
+        self.changed.notify_all()
+
+    def keep_lease(self) -> None:
+        """Have a lease, as long as etcd answers."""
+        etcd, renew_at = EtcdClient(self.settings), 0.0
+        while True:
+            now = time.monotonic()
+            try:
+                if not self.lease:
+                    self.lease = etcd.ask("/v3/lease/grant",
+                                          TTL=LEASE_TIME)["ID"]
+                    renew_at = now + LEASE_PAUSE
+                elif now >= renew_at:
+                    found = etcd.ask("/v3/lease/keepalive", ID=self.lease)
+                    if "TTL" not in found.get("result", {}):
+                        self.lease = ""     # it ran out
+                    renew_at = now + LEASE_PAUSE
+                self.problems["lease"] = ""
+            except (ConnectionFailed, EtcdRefused) as error:
+                self.problems["lease"] = str(error)
+            time.sleep(RETRY_PAUSE)
+
+    def carry_out(self) -> None:
+        """Carry out orders, one after the other."""
+        etcd = EtcdClient(self.settings)
+        while True:
+            order = self.take()
+            try:
+                if order["do"] == "claim" and not self.lease:
+                    raise ConnectionFailed("there is no lease yet")
+                result, pause = self.step(etcd, order)
+                self.problems["claims"] = ""
+            except (ConnectionFailed, EtcdRefused) as error:
+                if "lease" in str(error):
+                    self.lease = ""
+                elif isinstance(error, EtcdRefused):
+                    self.problems["claims"] = str(error)
+                result, pause = {}, RETRY_PAUSE
+            with self.changed:
+                self.finish(order, result, pause)
+
+    def take(self) -> dict:
+        """Wait for the next order that is due, and return it."""
+        import heapq
+        with self.changed:
+            while True:
+                pause = self.queue[0][0] - time.monotonic() if self.queue \
+                    else None
+                if pause is not None and pause <= 0:
+                    order = heapq.heappop(self.queue)[2]
+                    if self.work.get(order["run"]) is order:
+                        return order
+                else:
+                    self.changed.wait(pause)
+
+    def finish(self, order: dict, result: dict, pause: float | None) -> None:
+        """Keep what became of an order, unless koid has replaced it; without
+        a pause koid decides what comes next."""
+        if self.work.get(order["run"]) is not order:
+            return
+        if result:
+            self.results.append({"run": order["run"], **result})
+            self.changed.notify_all()
+            if result["state"] != "claimed":
+                del self.work[order["run"]]
+        if pause is not None:
+            self.put_off(order, pause)
+
+    # --- one transaction
+
+    def step(self, etcd: EtcdClient, order: dict) -> tuple:
+        """Do what is next for a start. Return the result or {}, and after
+        how many seconds to go on, or None. Raises ConnectionFailed, and
+        EtcdRefused."""
+        import json
+        key, start = order["key"], order["start"]
+        mine = json.dumps({
+            "start": start, "host": self.settings["host"],
+            "instance": self.settings["instance"], "run": order["run"],
+            "command": order["command"]})
+        revision, last = self.known.get(key, ("0", {}))
+        claim = ""
+        if last.get("start", "") < start:
+            claim, revision, last = self.transact(etcd, order, mine, revision)
+            self.known[key] = revision, last
+        if last.get("start", "") >= start:
+            return {"state": self.outcome(order, last), "host": last["host"],
+                    "command": last["command"]}, None
+        return self.undecided(order, claim, claim == mine)
+
+    def outcome(self, order: dict, last: dict) -> str:
+        """Return how a start was decided that is not later than `last`."""
+        if last["start"] > order["start"]:
+            return "later"
+        if last["run"] == order["run"]:
+            if last["instance"] == self.settings["instance"]:
+                return "won"
+            if last["instance"] == order["before"]:
+                return "before"
+        return "elsewhere"
+
+    def undecided(self, order: dict, claim: str, is_mine: bool) -> tuple:
+        """Return what `step` does, for a start that no host has recorded."""
+        if order["do"] == "settle":
+            order["looks"] += 1
+            return ({"state": "nobody"}, None) \
+                if order["looks"] > MOST_LOOKS else ({}, SETTLE_PAUSE)
+        if order["do"] == "release":    # koid is slow: another host may do it
+            return {}, None
+        if order["do"] == "claim" and is_mine:
+            order["do"] = "release"
+            return {"state": "claimed"}, HOLD_CLAIM
+        order["do"] = "claim"
+        return {}, LOOK_PAUSE if claim else 0.0
+
+    def transact(self, etcd: EtcdClient, order: dict, mine: str,
+                 revision: str) -> tuple[str, str, dict]:
+        """Carry out the transaction of an order; return the claim as it now
+        is, and the revision and value of `last`. `revision` is the last one
+        that was seen. Raises ConnectionFailed, and EtcdRefused."""
+        import base64
+        import json
+        claim, last = (base64_text(f"{order['key']}/{name}") for name in (
+            f"claim/{order['start']}", "last"))
+        value = base64_text(mine)
+        is_mine = {"key": claim, "target": "VALUE", "value": value}
+        is_free = {"key": claim, "target": "CREATE", "create_revision": "0"}
+        is_known = {"key": last, "target": "MOD", "mod_revision": revision}
+        delete = {"request_delete_range": {"key": claim}}
+        compare, writes = {
+            "claim": ([is_free, is_known], [{"request_put": {
+                "key": claim, "value": value, "lease": self.lease}}]),
+            "record": ([is_mine, is_known], [{"request_put": {
+                "key": last, "value": value}}, delete]),
+        }.get(order["do"], ([is_mine], [delete]))
+        look = [{"request_range": {"key": key}} for key in (claim, last)]
+        answer = etcd.ask("/v3/kv/txn", compare=compare,
+                          success=writes + look, failure=look)
+        claims, lasts = (each["response_range"].get("kvs", [])
+                         for each in answer["responses"][-2:])
+        text = base64.b64decode(claims[0]["value"]).decode() if claims else ""
+        if not lasts:
+            return text, "0", {}
+        return text, lasts[0]["mod_revision"], json.loads(
+            base64.b64decode(lasts[0]["value"]))
+
+
+def run_claims() -> None:
+    """The whole program of the process that asks etcd."""
+    run_for_koid("koi-claims", ClaimClient)
 
 
 # ==========================================================================
@@ -10382,10 +11172,11 @@ def compact_json(value) -> str:
 # ==========================================================================
 
 ACTIVE_STATES = ("queued", "running")
-RUN_STATES = (*ACTIVE_STATES, "done", "interrupted", "missed", "skipped",
-              "unstartable")
+RUN_STATES = (*ACTIVE_STATES, "done", "elsewhere", "interrupted", "missed",
+              "skipped", "unstartable")
 OUTCOME_CODES = {"queued": "q", "running": "r", "missed": "m",
-                 "skipped": "s", "interrupted": "i", "unstartable": "u"}
+                 "skipped": "s", "interrupted": "i", "unstartable": "u",
+                 "elsewhere": "e"}
 BAD_CODES = frozenset("fkiu")
 ENOUGH_RUNS, USUAL_RUNS = 20, 30    # to say what is usual; of so many
 LONGEST_OUTPUT = 4 * 2**20      # bytes of one run; koid keeps 1 MiB
@@ -12635,7 +13426,8 @@ create table unindexed (run integer primary key);
             run = db.insert("runs", host=status.number, epoch=epoch,
                             n=record["n"], **columns)
         record.update(id=run, job=job, at=at, code=code,
-                      is_end=was_active and not is_active)
+                      is_end=was_active and not is_active
+                      or record["state"] == "elsewhere")
         self.mark_changed(run, job)
         return True
 
@@ -13036,9 +13828,10 @@ class AlertRules:
                   now: float) -> None:
         """Do what the end of a run means for its job."""
         end = record["ended"] or record["at"]
-        if record["code"] == "o":
-            db.update("jobs", {"failures": 0, "failing_since": None,
-                               "last_ok": end}, id=job["id"])
+        if record["code"] in ("o", "e"):    # it ran here, or elsewhere
+            good = {"last_ok": end} if record["code"] == "o" else {}
+            db.update("jobs", {"failures": 0, "failing_since": None, **good},
+                      id=job["id"])
             self.end_alerts(db, job["id"], "failed", "late", "missed", "slow")
             self.check_fast(db, job["id"], record, now)
         elif record["code"] in BAD_CODES:
@@ -13898,8 +14691,8 @@ def job_state(host_is_down: bool, kinds: set, active: list,
         return "late"
     if not last:
         return "new"
-    return {"o": "ok", "m": "missed", "s": "skipped"}.get(code_of(last),
-                                                          "failed")
+    return {"o": "ok", "e": "ok", "m": "missed", "s": "skipped"}.get(
+        code_of(last), "failed")
 
 
 def label_text(text: str) -> str:
@@ -18286,6 +19079,7 @@ const BAD = new Set(["failed", "down", "duplicate", "missed", "late",
 const OUTCOMES = {  // outcome code of a run -> its word
   o: "ok", f: "failed", k: "killed", m: "missed", s: "skipped",
   i: "interrupted", u: "could not start", r: "running", q: "queued",
+  e: "ran on another host",
 };
 
 const TRIGGERS = {
@@ -19680,8 +20474,8 @@ function whyNot(error) {
 
 // Outcomes differ in height and fill, not in colour alone.
 const BAR_STYLES = { o: "ok", f: "bad", k: "bad", u: "bad", i: "odd",
-  m: "hollow", s: "skip", r: "run", q: "wait" };
-const BAR_HEIGHTS = { o: 0.62, s: 0.3, r: 0.62, q: 0.62 };
+  m: "hollow", s: "skip", r: "run", q: "wait", e: "ok" };
+const BAR_HEIGHTS = { o: 0.62, s: 0.3, r: 0.62, q: 0.62, e: 0.3 };
 
 // Returns a picture of items {x, w, outcome}: one path for each style, however
 // many items there are. tipOf(item) is shown at the pointer, hrefOf(item) is
@@ -21182,6 +21976,7 @@ function sentence(run) {
       roughDuration(durationOf(run) || 0)}`;
     case "missed": return `Missed: it was due and did not start${why}`;
     case "skipped": return `Skipped${why}`;
+    case "elsewhere": return `Ran on another host of its group${why}`;
     case "interrupted": return `Interrupted${why || ": nobody saw its end"}`;
     case "unstartable": return `Could not start${why}`;
   }
@@ -23257,6 +24052,18 @@ OPTIONS = {     # by the attribute of Invocation that holds the value
     "container": Option("--container", "be process 1 of a container: log to "
                         "stdout, pass its environment to jobs, take each "
                         "start for a boot"),
+    "etcd": Option("--etcd URL", "etcd for KOI_ONE_OF: a member's address; "
+                   "repeatable", is_list=True),
+    "etcd_ca": Option("--etcd-ca FILE", "trust these certificates for etcd "
+                      "(PEM)"),
+    "etcd_cert": Option("--etcd-cert FILE", "koid's certificate for etcd "
+                        "(PEM)"),
+    "etcd_key": Option("--etcd-key FILE", "the key of that certificate (PEM)"),
+    "etcd_user": Option("--etcd-user NAME", "koid's user in etcd"),
+    "etcd_password": Option("--etcd-password-file FILE", "the password of "
+                            "that user"),
+    "etcd_insecure": Option("--etcd-insecure", "allow http for etcd, for "
+                            "tests"),
     "on": Option("--on HOST", "run the job on this host"),
     "url": Option("--url URL", "the dashboard (default: the one of this "
                   "machine)"),
@@ -24354,6 +25161,7 @@ def status_fields(state: dict, owner: str, jobs: list[dict]
         "tab": [f"{tab['user']}: {plural(tab['jobs'], 'job')}", *(
             f"{path}: {plural(files.count(path), 'job')}"
             for path in dict.fromkeys(files)), *tab["problems"]],
+        "group": group_lines(jobs, owner),
         "running": [f"{run['run']} {label_for(run, owner)}, since "
                     f"{start_words(run)} ({run['trigger']})"
                     for run in state["running"]],
@@ -24363,6 +25171,20 @@ def status_fields(state: dict, owner: str, jobs: list[dict]
             for known in tab["problems"])],     # "tab" has them
         "next": [format_rfc3339(state["next"])] if state["next"] else [],
         "dashboard": agent_lines(state.get("dashboard"))}
+
+
+def group_lines(jobs: list[dict], owner: str) -> list[str]:
+    """Return for each job that a group of hosts shares who ran it last."""
+    found = []
+    for job in jobs:
+        last = job.get("group") and job["last"]
+        where = "never ran" if not last else "last on " + (
+            last["reason"] if last["state"] == "elsewhere" else
+            f"this host ({result_words(last)})") + f" at {start_words(last)}"
+        if job.get("group"):
+            found.append(escape_controls(
+                f"{job['group']}: {label_for(job, owner)}, {where}"))
+    return found
 
 
 def agent_lines(state: dict | None) -> list[str]:
@@ -24437,6 +25259,8 @@ class NextRow:
                     name: self.stamp(last[name])
                     for name in ("due", "started", "ended")}}
             found["file"] = self.path
+        if job.settings.one_of:
+            found["group"] = job.settings.one_of
         return found
 
     def print_all(self) -> None:
@@ -24513,7 +25337,8 @@ LONGEST_CA = 2**19      # bytes: it becomes a part of the file `keys`
 POLL_PAUSE = 0.2        # seconds between two questions about a request
 START_SECONDS = 60.0    # that a dashboard may take to start
 REQUEST_LIFE = 300_000  # ms that a request may wait for its host
-FINAL_STATES = ("done", "interrupted", "missed", "skipped", "unstartable")
+FINAL_STATES = ("done", "elsewhere", "interrupted", "missed", "skipped",
+                "unstartable")
 LEAVE_AND_JOIN = "on that host: koitab -d off; koitab -d join URL"
 
 
@@ -25503,6 +26328,8 @@ def print_next_steps(options: Invocation, importer: Importer,
 # Those that a unit passes on; --backup is for one call only.
 DASHBOARD_OPTIONS = ("listen", "db", "cert", "key", "plain_http", "names",
                      "proxies", "jobs")
+ETCD_OPTIONS = ("etcd", "etcd_ca", "etcd_cert", "etcd_key", "etcd_user",
+                "etcd_password", "etcd_insecure")   # as EtcdSettings has them
 
 UNIT = """\
 {where}
@@ -25591,10 +26418,23 @@ SystemCallErrorNumber=EPERM
 
 def command_daemon(options: Invocation) -> int:
     """koitab daemon, koid: run until a signal stops it. Raises Error."""
+    etcd = etcd_settings(options)
     if __name__ == "__main__":
         load_again()
     return run_daemon(Container() if options.container else options.machine,
-                      options.system)
+                      options.system, etcd)
+
+
+def etcd_settings(options: Invocation) -> EtcdSettings | None:
+    """Return what the options for etcd say; None if there are none. Raises
+    Error."""
+    given = [key for key in options.given if key in ETCD_OPTIONS]
+    if given and not options.etcd:
+        raise Error(f"{OPTIONS[given[0]].names[0]} needs --etcd URL", "",
+                    EXIT_USAGE)
+    settings = EtcdSettings(*(getattr(options, key) for key in ETCD_OPTIONS))
+    settings.check()
+    return settings if given else None
 
 
 def dashboard_db(options: Invocation) -> str:
@@ -25815,7 +26655,8 @@ def back_up(options: Invocation) -> int:
 def command_unit(options: Invocation, service: str) -> int:
     """koitab unit: print what systemd or launchd needs. Raises Error."""
     options.reject_others(
-        ("system",) if service == "daemon" else DASHBOARD_OPTIONS,
+        ("system",) + ETCD_OPTIONS if service == "daemon"
+        else DASHBOARD_OPTIONS,
         f"unit {service}")
     path = os.path.abspath(__file__)
     command = [path] if os.access(path, os.X_OK) else [
@@ -25843,6 +26684,14 @@ def unit_text(text: str, service: str, unit: str, **fields: str) -> str:
 def daemon_unit(options: Invocation, command: list[str]) -> str:
     """Return koid's unit, with the variables that say where its state is."""
     command += ["--system"] * options.system
+    etcd_settings(options)
+    for key in options.given:
+        if key in ETCD_OPTIONS:
+            option, value = OPTIONS[key], getattr(options, key)
+            for each in value if option.is_list else [value]:
+                command += option.names + ([] if each is True else [
+                    each if key in ("etcd", "etcd_user")
+                    else os.path.abspath(each)])
     environment = {name: os.environ[name] for name in (
         "KOI_HOME", "XDG_STATE_HOME") if os.environ.get(name)}
     if sys.platform == "darwin":
@@ -26451,14 +27300,17 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         "/etc/crontab and /etc/cron.d as well. Nothing is installed."),
     "daemon": Command(
         command_daemon, SETUP, "be koid, which starts jobs",
-        options=("system", "container"), text="It stays in the foreground, "
-        "and has the name koid, too. Jobs continue when it stops."),
+        options=("system", "container") + ETCD_OPTIONS,
+        text="It stays in the foreground, and has the name koid, too. Jobs "
+        "continue when it stops. The options for etcd are for jobs with "
+        "KOI_ONE_OF, whose starts several hosts share."),
     "unit": Command(
         command_unit, SETUP, "print a unit for systemd",
-        ("daemon", "dashboard"), ("system",) + DASHBOARD_OPTIONS,
+        ("daemon", "dashboard"), ("system",) + ETCD_OPTIONS
+        + DASHBOARD_OPTIONS,
         "With these options the unit starts koid or the dashboard: --system "
-        "is for daemon, the others are for dashboard. On macOS it is a "
-        "property list for launchd."),
+        "and those for etcd are for daemon, the others for dashboard. On "
+        "macOS it is a property list for launchd."),
     "completion": Command(
         command_completion, SETUP, "print completion for a shell",
         ("bash|zsh|fish|names",), ("user",),
@@ -26526,7 +27378,7 @@ def option_help(option: Option) -> str:
     import textwrap
     indent = "  " if len(option.names[0]) == 2 else "      "
     return textwrap.fill(
-        f"{indent + option.spelling:30}{option.help}", 79,
+        f"{indent + option.spelling + ' ':30}{option.help}", 79,
         subsequent_indent=" " * 30, break_on_hyphens=False) + "\n"
 
 

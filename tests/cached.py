@@ -38,7 +38,8 @@ def pass_on_constants(program: ModuleType, before: dict) -> None:
                and before.get(name) != value]
     text = getattr(program, "agent_program", None)
     if text and changed:
-        program.agent_program = lambda: "".join([text(), *changed])
+        program.agent_program = lambda *names: "".join(
+            [text(*names), *changed])
 
 
 main(*sys.argv[1:4])

@@ -1387,7 +1387,7 @@ def test_wrong_usage_of_what_crontab_lacks(type_in, koid, argv, said):
 def test_the_daemon_has_a_name_of_its_own(type_in, monkeypatch, argv, called,
                                           system):
     started = []
-    monkeypatch.setattr(koitab, "run_daemon", lambda machine, system:
+    monkeypatch.setattr(koitab, "run_daemon", lambda machine, system, etcd:
                         started.append(system) or 0)
     assert type_in(*argv, called=called).code == 0
     assert started == [system]

@@ -279,12 +279,15 @@ def test_a_section_uses_only_names_from_itself_and_from_above(name):
     assert early == []
 
 
-def test_the_agents_program_uses_only_names_from_its_own_sections():
+@pytest.mark.parametrize("program, count", [
+    ("AGENT_SECTIONS", 4), ("CLAIM_SECTIONS", 5)])
+def test_the_agents_program_uses_only_names_from_its_own_sections(
+        program, count):
     """koid executes the head and these sections alone, as another program."""
     parts, home = sections("koitab"), homes("koitab")
     own = {number for number, part in enumerate(parts, start=1)
-           if part.name in support.load("koitab").AGENT_SECTIONS}
-    assert len(own) == 4
+           if part.name in getattr(support.load("koitab"), program)}
+    assert len(own) == count
     foreign = []
     for line, words in uses("koitab"):
         here = sum(part.start <= line for part in parts)

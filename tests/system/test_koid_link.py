@@ -515,7 +515,7 @@ def test_agent_without_a_dashboard_shows_that_it_is_alive(koi):
 text = k.agent_program().replace("PAUSE_FIRST, PAUSE_LONGEST = 1.0, 60.0",
     "PAUSE_FIRST, PAUSE_LONGEST = 0.1, 9.0").replace("HOLD = 25", "HOLD = 0.1")
 assert "HOLD = 0.1" in text and "= 0.1, 9.0" in text
-k.agent_program = lambda: text
+k.agent_program = lambda *names: text
 heard, answer = [], k.AgentBroker.state
 def counted(self, request):
     heard.append(request)
@@ -669,7 +669,7 @@ class Hostile(support.Koi):
     def begin(self, deeds: str, tab: str = '"Plain" @manual echo plain\n'):
         program = HOSTILE.format(deeds=textwrap.indent(deeds, " " * 8))
         self.patch += "k.RESTART_FIRST, k.RESTART_LONGEST = 0.1, 1.0\n" \
-            f"k.agent_program = lambda: {program!r}\n"
+            f"k.agent_program = lambda *names: {program!r}\n"
         self.tab(tab)
         lying_dashboard.belong(self, "http://127.0.0.1:9")
         self.start()

@@ -1,0 +1,284 @@
+"""KOI_ONE_OF: of several hosts, one makes each start, by a real etcd."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+import koi_group
+import support
+from koi_group import Group, check, record, settled
+
+koitab = support.load("koitab")
+pytestmark = support.root_only
+
+NOON = 1_795_348_800
+
+
+@pytest.fixture
+def group(tmp_path):
+    support.need("etcd")
+    tmp_path.chmod(0o755)
+    found = Group(tmp_path, NOON + 30, 0)
+    yield found
+    found.close()
+
+
+EACH_MINUTE = "0-59 0-23 * * *"     # no wildcard entry: see cron's rules
+
+
+def rows_of(host, due: float) -> list[tuple]:
+    return [(row["state"], row["reason"]) for row in host.rows()
+            if row["due"] == due]
+
+
+def hosts_of(group: Group, due: float) -> list[str]:
+    """The hosts on which a start was executed."""
+    dues = {(host.name, row["run"]): row["due"] for host in group.hosts
+            for row in host.rows()}
+    return [host for host, run, _ in group.executed()
+            if dues[host, run] == due]
+
+
+def wrong_of(group: Group, due: float) -> list[str]:
+    return check(record(group, due - 1, due + 1)).wrong
+
+
+def start(group: Group) -> None:
+    for host in group.hosts:
+        host.start()
+    support.wait_until(lambda: all(
+        host.koi.answers() for host in group.hosts), 30, "the koids")
+
+
+def test_each_start_runs_on_one_host_and_the_other_names_it(group):
+    group.single(2).tab(["* * * * *", EACH_MINUTE])
+    start(group)
+    support.wait_until(lambda: len(group.executed()) >= 4, 60, "two minutes")
+    settled(*group.hosts)
+    due = min(row["due"] for row in group.hosts[0].rows())
+    for host, other in (group.hosts, group.hosts[::-1]):
+        assert {row["reason"] for row in host.rows()
+                if row["state"] == "elsewhere"} <= {other.name}
+    states = sorted(state for host in group.hosts
+                    for state, _ in rows_of(host, due))
+    assert states == ["done", "done", "elsewhere", "elsewhere"]
+    assert wrong_of(group, due) == []
+
+
+def fail_at(group: Group, point: str, number: int) -> tuple:
+    """Let the first host fail that comes to a point, and kill the other one,
+    which else would fail there, too. Return both, and the start."""
+    group.single(2).tab([EACH_MINUTE], "KOI_START_WITHIN=10m")
+    for host in group.hosts:
+        host.rate, host.points, host.chosen = 1.0, (point,), (number,)
+        host.start()
+        host.rate = 0.0
+    failed = support.wait_until(lambda: next((
+        host for host in group.hosts if host.koi.daemon.poll() is not None
+        or support.process_state(host.koi.daemon.pid) == "T"), None), 60,
+        "a host to fail")
+    other = next(host for host in group.hosts if host is not failed)
+    other.signal(9)
+    other.koi.daemon.wait(30)
+    failed.signal(number)
+    due = next(row["due"] for row in failed.rows()
+               if row["state"] == "queued")
+    other.start()
+    return failed, other, due
+
+
+@pytest.mark.parametrize("number", [9, 19], ids=["killed", "frozen"])
+def test_another_host_takes_over_before_the_record_in_etcd(group, number):
+    failed, other, due = fail_at(group, "claimed", number)
+    support.wait_until(lambda: hosts_of(group, due), 60, "the other host")
+    failed.signal(18)
+    if number == 9:
+        failed.start()
+    settled(*group.hosts)
+    assert hosts_of(group, due) == [other.name]
+    assert rows_of(failed, due) == [("elsewhere", other.name)]
+    assert wrong_of(group, due) == []
+
+
+def test_start_whose_host_dies_after_the_record_is_not_repeated(group):
+    failed, other, due = fail_at(group, "won", 9)
+    support.wait_until(lambda: rows_of(other, due) == [
+        ("elsewhere", failed.name)], 60, "the other host to see the record")
+    failed.start()
+    settled(*group.hosts)
+    assert rows_of(failed, due) == [
+        ("interrupted", "koid was stopped before it began")]
+    assert hosts_of(group, due) == []
+    assert wrong_of(group, due) == []
+
+
+def frozen_during_a_start(group: Group) -> float:
+    """Freeze the second host; return a start that the first one makes."""
+    maker, frozen = group.hosts
+    start(group)
+    frozen.signal(19)
+    begin = len(group.executed())
+    support.wait_until(lambda: len(group.executed()) > begin + 1, 60,
+                       "a start of the first host")
+    settled(maker)
+    return maker.rows()[-1]["due"]
+
+
+def late_host(group: Group, patch: str = "") -> list[str]:
+    """One host is frozen while another makes a start, dies, and loses its
+    lease. Return what the checker says when the first has looked."""
+    group.single(2).tab([EACH_MINUTE], "KOI_START_WITHIN=10m")
+    for host in group.hosts:
+        host.patch = patch
+    due = frozen_during_a_start(group)
+    maker, late = group.hosts
+    maker.signal(9)
+    maker.koi.daemon.wait(30)
+    wait_for_no_lease(group)
+    late.signal(18)
+    support.wait_until(lambda: rows_of(late, due) not in (
+        [], [("queued", koitab.WAITS_FOR_CLAIM)]), 30, "the late host")
+    settled(late)
+    return wrong_of(group, due)
+
+
+def wait_for_no_lease(group: Group) -> None:
+    """Until the hosts' leases have run out, two seconds after a kill."""
+    client = koitab.HttpClient(group.urls[0])
+    support.wait_until(lambda: b'"leases"' not in client.request(
+        "POST", "/v3/lease/leases", b"{}").body, 30, "the leases to end")
+
+
+def test_late_host_makes_no_start_of_a_host_that_is_gone(group):
+    assert late_host(group) == []
+
+
+def test_checker_finds_the_start_made_twice_with_a_lease_on_last(group):
+    wrong = late_host(group, koi_group.LEASE_ON_LAST)
+    assert len(wrong) == 1 and "was executed by" in wrong[0]
+
+
+def test_without_etcd_a_start_is_missed_until_etcd_says_who_ran_it(group):
+    group.single(2).tab([EACH_MINUTE], "KOI_START_WITHIN=20s")
+    due = frozen_during_a_start(group)
+    maker, late = group.hosts
+    group.members[0].kill()
+    late.signal(18)
+    support.wait_until(lambda: [state for state, _ in rows_of(late, due)]
+                       == ["missed"], 60, "the start to be missed")
+    assert rows_of(late, due)[0][1].startswith(
+        "not claimed in time: etcd: http://127.0.0.1")
+    group.members[0].start()
+    support.wait_until(lambda: rows_of(late, due) == [
+        ("elsewhere", maker.name)], 60, "the record to be corrected")
+
+
+# --- TLS, and a user -------------------------------------------------------
+
+
+def make_certificates(folder) -> None:
+    """An authority's, the server's, and koid's, as the README makes them."""
+    for command in (
+            "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=ca "
+            "-keyout ca.key -out ca.pem",
+            "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=other "
+            "-keyout other.key -out other.pem",
+            "req -newkey rsa:2048 -nodes -subj /CN=h1 -keyout h1.key "
+            "-out h1.csr",
+            "x509 -req -in h1.csr -CA ca.pem -CAkey ca.key -CAcreateserial "
+            "-days 2 -extfile h1.ext -out h1.pem",
+            "req -newkey rsa:2048 -nodes -subj /O=koi -keyout koi.key "
+            "-out koi.csr",
+            "x509 -req -in koi.csr -CA ca.pem -CAkey ca.key -days 2 "
+            "-CAcreateserial -out koi.pem"):
+        (folder / "h1.ext").write_text("subjectAltName=IP:127.0.0.1")
+        done = subprocess.run(["openssl", *command.split()], cwd=folder,
+                              capture_output=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+    for key in folder.glob("*.key"):
+        key.chmod(0o600)
+    (folder / "password").write_text("open sesame\n")
+    (folder / "wrong").write_text("open\n")
+    for name in ("password", "wrong"):
+        (folder / name).chmod(0o600)
+
+
+@pytest.fixture(scope="module")
+def secure(tmp_path_factory):
+    """A member with TLS, client certificates and authentication, where the
+    user koi may use its own keys alone: its folder and its URL."""
+    support.need("etcd", "openssl")
+    folder = tmp_path_factory.mktemp("secure")
+    make_certificates(folder)
+    client, peer = koi_group.free_urls()
+    url = client.replace("http:", "https:")
+    member = koi_group.Member(folder, "m1", None, url, peer, options=(
+        "--cert-file", f"{folder}/h1.pem", "--key-file", f"{folder}/h1.key",
+        "--trusted-ca-file", f"{folder}/ca.pem", "--client-cert-auth"))
+    member.start()
+    etcd = koitab.EtcdClient({
+        "urls": [url], "user": "", "password": "",
+        **{name: (folder / file).read_text() for name, file in (
+            ("ca", "ca.pem"), ("cert", "koi.pem"), ("key", "koi.key"))}})
+
+    def answers() -> bool:
+        try:
+            return bool(etcd.ask("/v3/maintenance/status"))
+        except koitab.ConnectionFailed:
+            return False
+    support.wait_until(answers, 60, "etcd")
+    key, end = map(koitab.base64_text, ("/koi/v1/", "/koi/v10"))
+    for path, body in (
+            ("user/add", {"name": "root", "password": "root"}),
+            ("role/add", {"name": "root"}),
+            ("user/grant", {"user": "root", "role": "root"}),
+            ("role/add", {"name": "koi"}),
+            ("role/grant", {"name": "koi", "perm": {
+                "permType": "READWRITE", "key": key, "range_end": end}}),
+            ("user/add", {"name": "koi", "password": "open sesame"}),
+            ("user/grant", {"user": "koi", "role": "koi"}), ("enable", {})):
+        etcd.ask(f"/v3/auth/{path}", **body)
+    yield folder, url
+    member.kill()
+
+
+def start_secure(koi, secure, **files: str):
+    folder, url = secure
+    files = {"ca": "ca.pem", "cert": "koi.pem", "key": "koi.key",
+             "password-file": "password", **files}
+    koi.tab('MAILTO=""\nKOI_ONE_OF=web\nCRON_TZ=UTC\nKOI_START_WITHIN=15s\n'
+            f'"Shared" {EACH_MINUTE} echo ran\n')
+    zero = koi_group.time.monotonic()
+    koi.patch = koi_group.CLOCK.format(now=NOON + 40, zero=zero,
+                                       speed=koi_group.SPEED, host="h1")
+    koi.set_constants(**koi_group.FAST)
+    koi.start("--etcd", url, "--etcd-user", "koi", *(
+        word for name, file in files.items()
+        for word in (f"--etcd-{name}", f"{folder}/{file}")))
+
+
+def test_start_over_tls_with_certificate_and_password(koi, secure):
+    start_secure(koi, secure)
+    run = koi.ended("Shared", seconds=60)[-1]
+    assert run["state"] == "done", (run, koi.problems())
+    assert koi.text_of(run["run"]) == "ran\n"
+    assert koi.problems() == ""
+
+
+@pytest.mark.parametrize("files, problem", [
+    ({"password-file": "wrong"}, "invalid user ID or password"),
+    ({"ca": "other.pem"}, "certificate not trusted"),
+    ({"cert": "other.pem", "key": "other.key"}, "TLS failed"),
+    ({"cert": "ca.pem"}, "do not belong together"),
+    # etcd's own rule for its JSON gateway, when it asks for a password.
+    ({"cert": "h1.pem", "key": "h1.key"}, "CommonName of client"),
+])
+def test_wrong_secret_for_etcd_is_a_problem_and_starts_nothing(
+        koi, secure, files, problem):
+    start_secure(koi, secure, **files)
+    support.wait_until(lambda: problem in koi.problems(), 30,
+                       "the problem\n" + koi.problems())
+    run = koi.ended("Shared", seconds=60)[-1]
+    assert run["state"] == "missed" and problem in run["reason"]
