@@ -4871,13 +4871,13 @@ class RunStore:
         (see `keep_claim`)."""
         return ("delete from meta where name = ?", (f"claim {run}",))
 
-    def keep_claim(self, run: int, start: str, instance: str) -> tuple:
+    def keep_claim(self, run: int, start: str, instances: str) -> tuple:
         """Return the statement that keeps which start a run is to claim, and
-        the random name of the koid that does."""
-        return self.set_meta(f"claim {run}", f"{instance} {start}")
+        the random names of the koids that asked for it, joined by commas."""
+        return self.set_meta(f"claim {run}", f"{instances} {start}")
 
     def claims(self) -> dict[int, list[str]]:
-        """Return [instance, start] of what `keep_claim` kept, by run."""
+        """Return [instances, start] of what `keep_claim` kept, by run."""
         return {int(name[6:]): value.split(" ", 1) for name, value
                 in self.db.execute("select name, value from meta where name "
                                    "like 'claim %'")}
@@ -7494,10 +7494,10 @@ class Scheduler:
         self.update_waiting()
         self.mail.adopt(jobs)
 
-    def adopt_claim(self, queued: QueuedRun, row: dict, instance: str,
+    def adopt_claim(self, queued: QueuedRun, row: dict, instances: str,
                     start: str) -> list[tuple]:
-        """Take over a run whose start waited for its claim; `instance` is
-        the koid that asked for it. Return statements."""
+        """Take over a run whose start waited for its claim; `instances` are
+        the koids that asked for it. Return statements."""
         self.waiting.append(queued)
         if not self.groups:
             return [self.drop(queued, "koid runs without --etcd", "missed"),
@@ -7505,8 +7505,9 @@ class Scheduler:
         queued.start = start
         if row["reason"] == WAITS_FOR_CLAIM:
             queued.at = FOREVER
-            self.groups.claim(queued, instance)
-        return []
+            self.groups.claim(queued, instances)
+        return [self.store.keep_claim(
+            queued.run, start, f"{instances},{self.groups.instance}")]
 
     def adopt_missed(self, claims: dict, jobs: dict) -> list[tuple]:
         """Ask once more who made the starts in `claims`, by run, that this
@@ -9358,8 +9359,8 @@ class ClaimBroker:
     # --- what the scheduler wants
 
     def claim(self, queued: QueuedRun, before: str = "") -> None:
-        """Ask for the start of a run that waits for its claim. `before` is
-        the koid that asked first, if this one took the run over."""
+        """Ask for the start of a run that waits for its claim. `before` are
+        the koids that asked for it, if this one took the run over."""
         claim = self.add(queued.run, queued.scheduled, queued.start, before)
         self.deadlines[queued.run] = self.clock.ticks() + self.time_left(
             queued)
@@ -10954,7 +10955,7 @@ class ClaimClient:
         if last["run"] == order["run"]:
             if last["instance"] == self.settings["instance"]:
                 return "won"
-            if last["instance"] == order["before"]:
+            if last["instance"] in order["before"].split(","):
                 return "before"
         return "elsewhere"
 

@@ -463,7 +463,8 @@ def check(found: dict) -> Verdict:
             continue
         executed.setdefault((row["job"], row["due"]), []).append((host, at))
     counts = {"starts": len(found["expected"]), "executed": 0,
-              "not executed": 0, "executed twice": 0, "fair": 0, "fair, not executed": 0,
+              "not executed": 0, "executed twice": 0, "fair": 0,
+              "fair, not executed": 0,
               "faults": len(found["events"])}
     for job, due in map(tuple, found["expected"]):
         where = executed.get((job, due), [])

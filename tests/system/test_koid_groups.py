@@ -114,6 +114,23 @@ def test_start_whose_host_dies_after_the_record_is_not_repeated(group):
     assert wrong_of(group, due) == []
 
 
+def test_koid_knows_the_record_of_each_koid_before_it(group):
+    """The second koid takes over the start of the first, records it, and
+    dies; the third one must not take the record for another host's."""
+    host, = group.single(1).hosts
+    group.tab([EACH_MINUTE], "KOI_START_WITHIN=10m")
+    host.rate, host.chosen = 1.0, (9,)
+    for host.points in (("claimed",), ("won",)):
+        host.start().koi.daemon.wait(60)
+    host.rate = 0.0
+    due = next(row["due"] for row in host.rows() if row["state"] == "queued")
+    host.start()
+    settled(host)
+    assert rows_of(host, due) == [
+        ("interrupted", "koid was stopped before it began")]
+    assert hosts_of(group, due) == []
+
+
 def frozen_during_a_start(group: Group) -> float:
     """Freeze the second host; return a start that the first one makes."""
     maker, frozen = group.hosts
