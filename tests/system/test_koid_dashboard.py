@@ -104,8 +104,11 @@ def host(tmp_path):
     host.stop(signal.SIGKILL)
     host.end_jobs()
     wait_until(lambda: not support.is_alive(pid), 30, "its dashboard to end")
-    if support.AS_ROOT and hasattr(host, "port"):
-        Path("/run/koi", koitab.dashboard_socket_name(host.port)).unlink()
+    if support.AS_ROOT and (host.home / "dashboard").exists():
+        # A killed koid left its socket.
+        port = int((host.home / "dashboard").read_text())
+        Path("/run/koi", koitab.dashboard_socket_name(port)).unlink(
+            missing_ok=True)
 
 
 def status_of(pid: int, *names: str) -> list[str]:
