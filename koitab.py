@@ -23263,7 +23263,11 @@ function searchView(place, root) {
   if (text) {
     showLoaded(root, () => get(path(text)), (answer) => root.append(
       matchList(answer, text, path(text))));
-  } else input.focus();
+  } else {
+    root.append(empty("Search what jobs have printed", mutedLine("Such as a "
+      + "word of an error, or the name of a file.")));
+    input.focus();
+  }
   return { title: text ? `${text} \u00b7 search` : "Search", shortcuts: {
     "/": () => input.select(), j: () => focusLink(root, 1),
     k: () => focusLink(root, -1) } };
@@ -23741,7 +23745,7 @@ function hostsView(place, root) {
     el("p", {}, "On the machine, type this; it asks for the dashboard\u2019s "
     + "passphrase, which stays there:"), joinCommands()));
   const draw = () => list.replaceChildren(state.hosts.size ? hostTable()
-    : mutedLine("None yet."));
+    : mutedLine("No host has joined this dashboard yet."));
   draw();
   return { title: "Hosts", update: (changes) => {
     if (changes.hosts || changes.deleted || changes.all) draw();

@@ -566,8 +566,10 @@ def test_every_control_has_a_name_and_every_view_one_h1(page, stand_in):
 def test_text_has_a_contrast_of_4_5(page, stand_in, scheme):
     page.media(prefers_color_scheme=scheme)
     try:
+        job = stand_in.world.runs[stand_in.world.colours]["job"]
         for path, css in (("jobs", ".row"), ("alerts", ".alerts li"), (
-                f"run/{stand_in.world.colours}", ".line")):
+                f"run/{stand_in.world.colours}", ".line"), (
+                    f"job/{job}", ".failure .lines"), ("day", ".dayrow")):
             page.visit(path, css)
             assert page.js(CONTRAST) == [], path
     finally:
@@ -894,6 +896,11 @@ def test_leaving_a_live_output_ends_its_request(page, stand_in):
     page.wait("window.signal")
     page.js("location.hash = '#/hosts'")
     page.wait("window.signal.aborted")
+
+
+def test_empty_search_says_what_it_searches(page):
+    page.visit("search", ".empty")
+    assert "what jobs have printed" in page.text(".empty")
 
 
 def test_search_result_leads_to_its_line(page, stand_in):
