@@ -24,56 +24,56 @@ without rights, C the caller.
  1 values
  248 Common        what do both programs need?             (files, clock) R U C
  317 Time          what do DST and clock jumps do to minutes?   (nothing) R U C
- 453 Schedule      when does an entry run next?                 (nothing) R U C
-1501 Tab           what does a koitab say?                      (nothing) R U C
- 293 Keys          who may ask for a run?                       (nothing) R U C
+ 454 Schedule      when does an entry run next?                 (nothing) R U C
+1533 Tab           what does a koitab say?                      (nothing) R U C
+ 295 Keys          who may ask for a run?                       (nothing) R U C
  193 RunFile       what does the file of a run hold?            (nothing) R U C
  176 Plan          what is due now?                             (nothing) R
  2 koid
- 757 Machine       what may koi do to this computer?   (files, processes) R U C
+ 832 Machine       what may koi do to this computer?   (files, processes) R U C
  321 Database      how is an SQLite file made, checked, written?  (files) R U C
- 429 RunStore      where are the runs of this host kept?          (files) R C
+ 445 RunStore      where are the runs of this host kept?          (files) R C
  708 Supervisor    who stays with a job?               (processes, files) R J
- 314 Jobs          which jobs exist, and whose are they?          (files) R C
- 107 LineProtocol  how do other processes talk to koid?         (network) R U C
-1318 Scheduler     which run waits, starts, has ended?          (machine) R
- 666 ControlSocket how do users reach koid?              (network, files) R C
- 744 Broker        what may a dashboard ask of koid? (network, processes) R
- 250 Embedded      who runs this machine's dashboard? (network, processes) R
-   1 Groups        may this host make a start?          (files, processes) R
- 332 Daemon        what wakes koid?                             (machine) R
+ 353 Jobs          which jobs exist, and whose are they?          (files) R C
+ 162 LineProtocol  how do other processes talk to koid?         (network) R U C
+1377 Scheduler     which run waits, starts, has ended?          (machine) R
+ 645 ControlSocket how do users reach koid?              (network, files) R C
+ 768 Broker        what may a dashboard ask of koid? (network, processes) R
+ 240 Embedded      who runs this machine's dashboard? (network, processes) R
+ 266 Groups        may this host make a start?          (files, processes) R
+ 354 Daemon        what wakes koid?                             (machine) R
  3 network
  215 Client        how is one HTTP request bounded?             (network) U C
- 504 Agent         what does the dashboard lack?                (network) U C
-   1 Claims        which host of a group makes a start?       (network) U
+ 590 Agent         what does the dashboard lack?                (network) U C
+ 333 Claims        which host of a group makes a start?       (network) U
  155 Fields        what may a request contain?                  (nothing) U
- 148 Outcome       how did a run go, and was that usual?        (nothing) U
- 267 Credentials   who may do what, and who did it?               (files) U
- 456 Alerts        what is wrong now, and who is notified?        (files) U
+ 149 Outcome       how did a run go, and was that usual?        (nothing) U
+ 270 Credentials   who may do what, and who did it?               (files) U
+ 569 Alerts        what is wrong now, and who is notified?        (files) U
  661 PingChecks    is a job that koid does not run still alive?   (files) U
- 354 Hosts         which hosts and which jobs are there?          (files) U
- 391 Runs          which runs were there, with which output?      (files) U
- 289 AlertRules    when does a host or a job raise an alert?      (files) U
- 165 Requests      what do people ask of hosts?                   (files) U
- 198 HostSync      what does a host send, and get back?           (files) U
+ 365 Hosts         which hosts and which jobs are there?          (files) U
+ 392 Runs          which runs were there, with which output?      (files) U
+ 351 AlertRules    when does a host or a job raise an alert?      (files) U
+ 183 Requests      what do people ask of hosts?                   (files) U
+ 204 HostSync      what does a host send, and get back?           (files) U
  174 Search        which outputs contain a text?                  (files) U
  157 Retention     what is removed, and when?                     (files) U
- 332 Overview      what do the page and other programs see?       (files) U
- 592 Dashboard     who writes, in which order?                    (files) U
- 237 Notifier      how does an alert go out?         (network, processes) U
-1077 HttpServer    is this a valid request, in time?     (network, files) U
-1296 Api           who may call what?                           (network) U
-5035 Page          what does the browser run?                   (nothing) U C
+ 336 Overview      what do the page and other programs see?       (files) U
+ 593 Dashboard     who writes, in which order?                    (files) U
+ 341 Notifier      how does an alert go out?         (network, processes) U
+1084 HttpServer    is this a valid request, in time?     (network, files) U
+1334 Api           who may call what?                           (network) U
+5639 Page          what does the browser run?                   (nothing) U C
  4 commands
- 235 Terminal      how does koitab speak with its caller?      (terminal) C
+ 248 Terminal      how does koitab speak with its caller?      (terminal) C
  363 TabCommands   what can be done to a tab?           (files, terminal) C
- 731 RunCommands   how is a job run, and its past shown?       (terminal) C
- 648 Remote        what can a host ask of a dashboard? (network, terminal) C
+ 748 RunCommands   how is a job run, and its past shown?       (terminal) C
+ 709 Remote        what can a host ask of a dashboard? (network, terminal) C
  285 Import        which crontabs does cron have here? (files, processes) C
- 341 Services      how are koid and the dashboard started?      (machine) C
+ 461 Services      how are koid and the dashboard started?      (machine) C
   91 Source        which code runs as whom?             (files, terminal) C
  144 Help          what can I look up?                          (terminal) C
- 524 Command       what can I type?                            (terminal) C
+ 536 Command       what can I type?                            (terminal) C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
 the directory of the script and site-packages out of the imports. Modules that

@@ -21,25 +21,25 @@ who it runs as: C the caller (root from cron), U the user of the task, and
 O the owner of the repository.
 
  248 Common    what do both programs need?              (files, clock)       C
- 155 Jsonc     what does the configuration text say?    (nothing)            C
- 567 Config    what does the configuration mean?        (nothing)            C
- 664 Check     can this configuration run?              (nothing)            C
+ 165 Jsonc     what does the configuration text say?    (nothing)            C
+ 650 Config    what does the configuration mean?        (nothing)            C
+ 688 Check     can this configuration run?              (nothing)            C
  166 Plan      what will this run do, in order?         (nothing)            C
- 503 Report    what is reported of a run?               (nothing)            C
- 667 Processes how is a program started and stopped?   (processes)          C U
+ 510 Report    what is reported of a run?               (nothing)            C
+ 670 Processes how is a program started and stopped?   (processes)          C U
  286 Files     who can change a file?                   (files)              C
- 314 Host      what is true of this host?               (files)              C
- 330 Chown     how does a tree get another owner?       (files)              C
- 446 Git       how is a storage committed?             (files, processes)   C O
+ 319 Host      what is true of this host?               (files)              C
+ 331 Chown     how does a tree get another owner?       (files)              C
+ 447 Git       how is a storage committed?             (files, processes)   C O
  215 Client    how is one HTTP request bounded?        (network)            C U
- 251 Delivery  how do people hear of a run?             (network, processes) C
- 328 Builtins  which tasks need no script?              (files, network)     U
- 407 State     what is known of earlier runs?           (files, clock)       C
- 234 RunLog    where do the lines of a run go?          (files, terminal)    C
- 958 Run       how are the steps of a run carried out?  (machine)            C
- 161 Sample    what does `init` write?                  (nothing)            C
- 370 Help      what can I look up?                     (nothing)            C
- 948 Command   what can I type?                         (terminal)           C
+ 252 Delivery  how do people hear of a run?             (network, processes) C
+ 331 Builtins  which tasks need no script?              (files, network)     U
+ 413 State     what is known of earlier runs?           (files, clock)       C
+ 236 RunLog    where do the lines of a run go?          (files, terminal)    C
+ 966 Run       how are the steps of a run carried out?  (machine)            C
+ 160 Sample    what does `init` write?                  (nothing)            C
+ 439 Help      what can I look up?                     (nothing)            C
+1068 Command   what can I type?                         (terminal)           C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
 the directory of the script and site-packages out of the imports: root runs
