@@ -34,7 +34,7 @@ GO={folder}/go
 "Daily" 17 3 * * * echo daily
 [Office]
 "Args" @manual {python} {folder}/args.py {{{{Who}}}} {{{{Code}}}} \
-{{{{Mood, string, calm}}}} {{{{Nothing}}}} {{{{Lines, text}}}} \
+{{{{Mood, string, calm}}}} {{{{Nothing, string, }}}} {{{{Lines, text}}}} \
 {{{{Word, secret}}}}
 "Long" @manual echo long; echo $$ > {folder}/long; exec sleep 300
 "Fail" @manual echo to {{{{Who}}}}; echo bad >&2; exit 3
