@@ -442,7 +442,6 @@ FORM = '"Form" @manual echo {{S}} {{N, int, 3}} {{B, bool, false}} ' \
 @pytest.mark.parametrize("given, values", [
     ({"S": "x"}, {"S": "x", "N": "3", "B": "false", "C": "a", "T": "x",
                   "D": "2026-03-29"}),
-    ({"S": ""}, {"S": ""}),
     ({"S": "'; id; '\"$(id)`id`\\!*~{{S}}"},
      {"S": "'; id; '\"$(id)`id`\\!*~{{S}}"}),
     ({"S": "-rf"}, {"S": "-rf"}), ({"S": "a\tb"}, {"S": "a\tb"}),
@@ -464,6 +463,7 @@ def test_values_are_checked_and_defaults_filled_in(given, values):
 
 @pytest.mark.parametrize("given, why", [
     ({}, "the argument \"S\" is missing"),
+    ({"S": ""}, "the argument \"S\": the value is empty"),
     ({"s": "x"}, 'unknown argument "s"'),
     ({"S": "x", "X": "y"}, 'unknown argument "X"'),
     ({"S": 5}, "not a string"), ({"S": ["x"]}, "not a string"),
@@ -496,7 +496,12 @@ def test_all_values_together_fit_into_an_environment():
     given = {f"P{number}": "é" * 32_000 for number in range(5)}
     with pytest.raises(Error, match="together"):
         koitab.validate_arguments(form, given)
-    assert koitab.validate_arguments(form, {**given, "P4": ""})["P4"] == ""
+    assert koitab.validate_arguments(form, {**given, "P4": "x"})["P4"] == "x"
+
+
+def test_argument_with_an_empty_default_may_be_empty():
+    form = job("@manual echo {{S, string, }}")
+    assert koitab.validate_arguments(form, {"S": ""}) == {"S": ""}
 
 
 def test_a_job_without_arguments_says_so():
