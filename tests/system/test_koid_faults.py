@@ -1447,7 +1447,7 @@ def test_a_corrupt_tab_costs_its_bad_lines_or_leaves_the_last_good_one(
 HANGUP_IN_TIME = """
 import os, signal
 def ticks(self, ticks=k.Clock.ticks):
-    if os.path.exists({file!r}):
+    if os.path.exists({file!r}) and not os.path.exists({fresh!r}):
         os.unlink({file!r})
         os.kill(os.getpid(), signal.SIGHUP)
     return ticks(self)
@@ -1456,13 +1456,13 @@ k.Clock.ticks = ticks
 
 
 def test_a_hangup_during_the_notice_of_a_change_is_not_lost(koi, clock):
-    """SIGHUP means now, and SIGIO a moment later, when time has passed."""
-    file = koi.folder / "hangup"
-    koi.patch += HANGUP_IN_TIME.format(file=str(file))
+    """SIGHUP means now, and SIGIO a moment later, when time has passed. It
+    comes when the new tab is in place, in whichever turn that is."""
+    file, fresh = koi.folder / "hangup", koi.folder / "fresh"
+    koi.patch += HANGUP_IN_TIME.format(file=str(file), fresh=str(fresh))
     koi.tab('"old" @manual true\n')
     clock.start(NOON)
     assert koi.names() == ["old"]
-    fresh = koi.folder / "fresh"
     fresh.write_text('"new" @manual true\n')
     fresh.chmod(0o600)
     clock.seen()

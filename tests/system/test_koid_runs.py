@@ -704,7 +704,7 @@ def test_a_job_keeps_as_many_runs_as_it_says(koi):
     runs = [koi.launch("it") for _ in range(6)]
     koi.run("one")
     last = koi.run("one")[0]
-    for run in (runs[-1], last):
+    for run in (*runs[-3:], last):      # they run side by side
         koi.end_of(run)
     wait_until(lambda: rows(koi, "runs") == [*runs[-3:], last], 10, "old runs"
                " to be forgotten")
