@@ -832,11 +832,13 @@ def test_job_page_leads_with_what_failed(page, stand_in):
 def test_running_job_says_how_long_it_will_still_take(page, stand_in):
     world = stand_in.world
     job = world.jobs[world.runs[world.live]["job"]]
-    started = time.time() - 12
+    hour = 3600     # so long that a slow machine makes no difference
+    started = time.time() - 20.2 * hour
     runs = [[*run[:1], started, *run[2:]] if run[3] == "r" else run
             for run in job["recent_runs"]]
-    for usual, words in (([48, 56], "about 40 s left"), ([10, 13], "almost"),
-                         ([1, 2], "longer than usual (1.0 s to 2.0 s)"),
+    for usual, words in (([40 * hour, 41 * hour], "about 20 h left"),
+                         ([10 * hour, 30 * hour], "almost"),
+                         ([hour, 2 * hour], "longer than usual ("),
                          (None, "")):
         show(page, {**job, "usual": usual, "recent_runs": runs})
         page.visit(f"job/{job['id']}", ".note.s-running")
