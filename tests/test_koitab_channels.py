@@ -90,7 +90,7 @@ def fail(dashboard) -> None:
     dashboard.runs(web1, dashboard.record(exit=1, name='Bäck"up\r\nBcc: x'))
 
 
-def test_a_webhook_gets_json_with_a_key(quiet, listener):
+def test_webhook_receives_json_with_an_idempotency_key(quiet, listener):
     quiet.channel("webhook", listener.url + "/hook?a=b")
     fail(quiet)
     deliver(quiet)
@@ -113,7 +113,8 @@ def bodies(dashboard, listener, url: str = "") -> list[dict]:
     return [json.loads(body) for _, _, body in listener.got]
 
 
-def test_alert_and_its_end_say_when_where_and_what_to_do(quiet, listener):
+def test_notification_of_an_alert_names_its_time_host_and_next_step(
+        quiet, listener):
     quiet.channel("webhook", listener.url)
     web1, data = quiet.join(), frames("start\nno space\n", 2)
     quiet.runs(web1, quiet.record(exit=3, size=len(data), run=17))
@@ -168,7 +169,7 @@ def test_id_of_a_check_that_could_ping_is_in_no_notification(quiet, listener):
     ("\n".join(map(str, range(20))), list(map(str, range(10, 20)))),
     ("é" * 9000, ["é" * 300]), ("a\n\n\x1b[31mb\x1b[0m\n", ["a", "b"]),
     ("", [])])
-def test_last_lines_are_few_and_cut_between_characters(text, lines):
+def test_notification_has_few_last_lines_cut_between_characters(text, lines):
     assert koitab.last_lines(frames(text), bad=False) == lines
 
 
@@ -179,15 +180,15 @@ def test_last_lines_are_few_and_cut_between_characters(text, lines):
     (("koi.example",), (), "c", ("::", 443), "https://koi.example:443"),
     (("koi.example:99",), (), "", ("::", 8077), "http://koi.example:99"),
     (("koi.example",), ("::1",), "", ("::1", 8077), "https://koi.example")])
-def test_links_lead_to_where_people_open_the_page(names, proxies, cert, place,
-                                                  url):
+def test_links_in_notifications_have_the_public_url(
+        names, proxies, cert, place, url):
     options = types.SimpleNamespace(
         names=names, proxies=proxies, cert=cert,
         machine=types.SimpleNamespace(host=lambda: "web1"))
     assert koitab.public_url(options, [place]) == url
 
 
-def test_ntfy_gets_a_title_a_priority_and_a_tag(quiet, listener):
+def test_ntfy_message_has_a_title_a_priority_and_a_tag(quiet, listener):
     quiet.channel("ntfy", listener.url + "/topic")
     fail(quiet)
     deliver(quiet)
@@ -197,7 +198,7 @@ def test_ntfy_gets_a_title_a_priority_and_a_tag(quiet, listener):
     assert "Bcc" not in headers and b"exit status 1" in body
 
 
-def test_a_password_in_an_address_is_sent_and_never_shown(quiet, listener):
+def test_password_in_a_url_is_sent_and_never_shown(quiet, listener):
     url = listener.url.replace("http://", "http://me:geh%20eim@")
     quiet.channel("webhook", url)
     listener.status = 500
@@ -209,7 +210,8 @@ def test_a_password_in_an_address_is_sent_and_never_shown(quiet, listener):
     assert "geh" not in json.dumps(channel) and "***@" in channel["target"]
 
 
-def test_token_of_ntfy_is_sent_as_password_of_an_empty_user(quiet, listener):
+def test_token_of_ntfy_is_sent_as_the_password_of_an_empty_user(
+        quiet, listener):
     quiet.channel("ntfy", listener.url.replace("//", "//:tk_abcdefgh@") + "/t")
     fail(quiet)
     deliver(quiet)
@@ -221,8 +223,7 @@ def test_token_of_ntfy_is_sent_as_password_of_an_empty_user(quiet, listener):
 @pytest.mark.parametrize("status, words", [
     (500, "it answered 500"), (404, "it answered 404"),
     (302, "redirects are not followed")])
-def test_what_fails_is_told_again_later_for_a_day(quiet, listener, status,
-                                                  words):
+def test_failed_delivery_is_repeated_for_a_day(quiet, listener, status, words):
     quiet.channel("webhook", listener.url)
     check = quiet.do(quiet.dashboard.checks.create, {"name": "x"},
                      NOW)["id"]
@@ -249,8 +250,8 @@ def test_what_fails_is_told_again_later_for_a_day(quiet, listener, status,
     assert quiet.rows("select * from notifications") == []
 
 
-def test_the_other_channel_is_told_though_one_hangs(quiet, listener,
-                                                    monkeypatch):
+def test_channel_that_hangs_does_not_delay_another_channel(
+        quiet, listener, monkeypatch):
     monkeypatch.setattr(koitab, "SEND_SECONDS", 0.3)
     dead = socket.socket()
     dead.bind(("127.0.0.1", 0))
@@ -266,7 +267,7 @@ def test_the_other_channel_is_told_though_one_hangs(quiet, listener,
     assert errors == [True, False]
 
 
-def test_a_channel_gets_its_notifications_from_one_thread(quiet, listener):
+def test_one_thread_delivers_all_notifications_of_a_channel(quiet, listener):
     quiet.channel("webhook", listener.url)
     listener.sleeps = 0.2
     fail(quiet)
@@ -278,7 +279,7 @@ def test_a_channel_gets_its_notifications_from_one_thread(quiet, listener):
     assert len(listener.got) == 1
 
 
-def test_an_answer_that_drips_is_cut_off(monkeypatch):
+def test_slow_response_ends_with_a_timeout(monkeypatch):
     monkeypatch.setattr(koitab, "SEND_SECONDS", 0.4)
     server = socket.create_server(("127.0.0.1", 0))
     over, finished = threading.Event(), []
@@ -329,7 +330,8 @@ def test_mail_goes_through_sendmail_with_clean_headers(dashboard, tmp_path,
     assert dashboard.rows("select * from notifications") == []
 
 
-def test_a_sendmail_that_fails_is_shown(dashboard, tmp_path, monkeypatch):
+def test_error_of_sendmail_is_shown_with_its_channel(
+        dashboard, tmp_path, monkeypatch):
     program = tmp_path / "sendmail"
     program.write_text("#!/bin/sh\necho no route >&2; exit 75\n")
     program.chmod(0o755)
@@ -349,12 +351,12 @@ def test_a_sendmail_that_fails_is_shown(dashboard, tmp_path, monkeypatch):
     ("ntfy", "javascript:1"), ("ntfy", "http://x:99999/"), ("sms", "1"),
     ("ntfy", "https://ntfy.sh/"), ("ntfy", "https://:tk_a@ntfy.sh"),
     ("webhook", "http://é/"), ("webhook", "http://x:0/")])
-def test_a_channel_that_is_none_is_refused(dashboard, kind, target):
+def test_invalid_channel_is_refused(dashboard, kind, target):
     with refused(400):
         dashboard.channel(kind, target)
 
 
-def test_a_test_letter_can_be_asked_for(quiet, listener):
+def test_test_notification_is_sent_on_request(quiet, listener):
     channel = quiet.channel("webhook", listener.url)
     quiet.do(quiet.dashboard.alerts.change_channel,
              {"do": "test", "id": channel}, NOW)
@@ -365,7 +367,7 @@ def test_a_test_letter_can_be_asked_for(quiet, listener):
                  {"do": "test", "id": 99}, NOW)
 
 
-def test_test_that_failed_is_not_repeated(quiet, listener):
+def test_failed_test_notification_is_not_repeated(quiet, listener):
     channel = quiet.channel("webhook", listener.url)
     listener.status = 500
     alerts = quiet.dashboard.alerts
@@ -377,7 +379,7 @@ def test_test_that_failed_is_not_repeated(quiet, listener):
     assert quiet.rows("select * from notifications") == []
 
 
-def test_what_was_decided_is_told_after_a_crash(quiet, listener):
+def test_notification_is_sent_after_a_crash(quiet, listener):
     """A notification is written in the transaction of its cause."""
     quiet.channel("webhook", listener.url)
     fail(quiet)
@@ -409,7 +411,8 @@ def test_the_notifier_delivers_a_new_notification_at_once(tmp_path, listener):
     dashboard.dashboard.stop()
 
 
-def test_mail_has_the_sender_of_its_channel(quiet, tmp_path, monkeypatch):
+def test_mail_is_sent_from_the_address_of_its_channel(
+        quiet, tmp_path, monkeypatch):
     program, kept = tmp_path / "sendmail", tmp_path / "mail"
     program.write_text(f"#!/bin/sh\necho \"$@\" > {kept}.args\n"
                        f"exec cat > {kept}\n")
@@ -453,8 +456,8 @@ def shown(dashboard, role: str = "operator") -> dict:
 
 
 @pytest.mark.parametrize("security", ["starttls", "tls", "none"])
-def test_mail_server_gets_a_mail_after_the_login(quiet, security, certificate,
-                                                 monkeypatch):
+def test_mail_is_sent_to_the_mail_server_after_the_login(
+        quiet, security, certificate, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate.cert))
     with servers.Sink(security, certificate, ACCOUNT) as sink:
         add_smtp(quiet, sink, user=ACCOUNT[0], password=ACCOUNT[1],
@@ -473,7 +476,7 @@ def test_mail_server_gets_a_mail_after_the_login(quiet, security, certificate,
 
 
 @pytest.mark.parametrize("security", ["starttls", "tls"])
-def test_mail_server_with_an_unknown_certificate_gets_no_password(
+def test_mail_server_with_an_untrusted_certificate_gets_no_password(
         quiet, security, certificate):
     with servers.Sink(security, certificate, ACCOUNT) as sink:
         add_smtp(quiet, sink, user=ACCOUNT[0], password=ACCOUNT[1])
@@ -498,7 +501,7 @@ def test_mail_server_without_starttls_gets_no_mail(quiet):
     ("RCPT", "550 5.1.1 unknown user", False),
     ("MAIL", "553 not your address", False),
     ("DATA", "554 5.7.1 looks like spam", False)])
-def test_what_a_mail_server_refuses_for_good_is_not_repeated(
+def test_mail_that_is_refused_permanently_is_not_repeated(
         quiet, verb, reply, is_repeated):
     with servers.Sink("none") as sink:
         sink.answers[verb] = reply
@@ -515,7 +518,7 @@ def test_what_a_mail_server_refuses_for_good_is_not_repeated(
         assert len(sink.letters) == is_repeated
 
 
-def test_wrong_password_is_shown_and_not_in_the_error(quiet):
+def test_refused_login_is_reported_without_the_password(quiet):
     with servers.Sink("none", account=ACCOUNT) as sink:
         sink.answers["AUTH"] = "535 5.7.8 no: op en:sesame"
         add_smtp(quiet, sink, user="koi@x", password=ACCOUNT[1])
@@ -524,7 +527,8 @@ def test_wrong_password_is_shown_and_not_in_the_error(quiet):
     assert shown(quiet)["error"].endswith("answered 535 5.7.8 no: ...")
 
 
-def test_mail_server_that_says_nothing_is_left_in_time(quiet, monkeypatch):
+def test_mail_server_that_sends_nothing_ends_with_a_timeout(
+        quiet, monkeypatch):
     monkeypatch.setattr(koitab, "SEND_SECONDS", 0.3)
     with servers.Sink("none") as sink:
         sink.silent = True
@@ -534,7 +538,7 @@ def test_mail_server_that_says_nothing_is_left_in_time(quiet, monkeypatch):
         assert shown(quiet)["error"] == "no answer in time"
 
 
-def test_mail_server_that_drips_is_cut_off(monkeypatch):
+def test_slow_mail_server_ends_with_a_timeout(monkeypatch):
     """Each byte comes in time; the whole has a limit."""
     monkeypatch.setattr(koitab, "SEND_SECONDS", 0.4)
     server, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
@@ -565,7 +569,7 @@ def test_mail_server_that_drips_is_cut_off(monkeypatch):
         server.close()
 
 
-def test_password_of_a_mail_server_is_shown_to_nobody(quiet):
+def test_password_of_a_mail_server_is_never_shown(quiet):
     add(quiet, "smtp", "ops@example.org", {
         "host": "mail.example.org", "user": "koi", "password": "sesame"})
     channel = shown(quiet)
@@ -586,14 +590,13 @@ def test_password_of_a_mail_server_is_shown_to_nobody(quiet):
     ("smtp", {"host": "x", "user": "u\r\n", "password": "p"}),
     ("smtp", {"host": "x", "security": "none", "user": "u",
               "password": "p"})])
-def test_options_that_a_channel_cannot_have_are_refused(dashboard, kind,
-                                                        options):
+def test_invalid_options_of_a_channel_are_refused(dashboard, kind, options):
     with refused(400):
         add(dashboard, kind, "https://ntfy.sh/x" if kind == "ntfy"
             else "ops@example.org", options)
 
 
-def test_result_of_a_test_is_that_of_no_other_notification(quiet):
+def test_result_of_a_test_notification_is_its_own(quiet):
     """What waited before the test comes after it, and fails."""
     with servers.Sink("none") as sink:
         channel = add_smtp(quiet, sink)
@@ -686,8 +689,8 @@ def recipe(service: str) -> tuple[dict, str]:
     "\U0001f4a5\\\"'{{title}}<!here>" + "\U0001f4a5" * 300 + "\n"],
     ids=["none", "one line", "long", "wide"])
 @pytest.mark.parametrize("service", SERVICES)
-def test_recipe_of_readme_makes_what_the_service_takes(quiet, listener,
-                                                       service, output):
+def test_documented_template_produces_a_valid_message_of_the_service(
+        quiet, listener, service, output):
     headers, body = recipe(service)
     add(quiet, "webhook", listener.url, {"headers": headers, "body": body})
     web1, data = quiet.join(), frames(output * 10, 2)
@@ -743,13 +746,13 @@ def test_digest_and_test_leave_the_fields_of_an_alert_empty(quiet, listener):
     ({"headers": {"Host": "x"}}, 'an invalid "Host"'),
     ({"headers": {"content-LENGTH": "0"}}, "an invalid"),
     ({"headers": {"A": 1}}, "headers"), ({"method": "PUT"}, "method")])
-def test_webhook_that_could_not_be_sent_is_refused(dashboard, options, words):
+def test_webhook_that_cannot_be_sent_is_refused(dashboard, options, words):
     with refused(400) as error:
         add(dashboard, "webhook", "https://example.org/", options)
     assert words in error.message
 
 
-def test_values_of_headers_are_shown_to_nobody(quiet, listener):
+def test_values_of_headers_are_never_shown(quiet, listener):
     add(quiet, "webhook", listener.url, {
         "headers": {"X-Gotify-Key": "sesame"}, "body": '{"a": "{{text}}"}'})
     assert shown(quiet)["options"] == {"headers": {"X-Gotify-Key": "***"},

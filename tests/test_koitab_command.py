@@ -165,7 +165,8 @@ def test_an_empty_file_is_an_empty_tab(type_in, koid):
     assert koid.text == ""
 
 
-def test_every_fault_is_told_and_nothing_is_installed(type_in, koid):
+def test_invalid_tab_is_not_installed_and_every_error_is_reported(
+        type_in, koid):
     koid.text = "before\n"
     done = type_in("-", stdin="61 * * * * a\n@dayly b\n5-1 * * * * c\n")
     assert (done.code, done.out, koid.text) == (1, "", "before\n")
@@ -184,7 +185,7 @@ errors in crontab file, can't install.
     ("61 * * * * a\n@daily x", [
         "errors in crontab file, can't install.", "new crontab file is "
         "missing newline before EOF, can't install."])])
-def test_a_last_line_without_its_end_is_told_in_debians_words(
+def test_missing_final_newline_is_reported_with_debians_message(
         type_in, text, said):
     done = type_in("-", stdin=text)
     assert done.code == 1
@@ -192,13 +193,14 @@ def test_a_last_line_without_its_end_is_told_in_debians_words(
     assert done.err.count("can't install") == len(said)
 
 
-def test_what_looks_wrong_is_told_and_installed(type_in, koid):
+def test_suspicious_tab_is_installed_with_warnings(type_in, koid):
     done = type_in("-", stdin="5-1 * * * * c\n")
     assert (done.code, koid.text) == (0, "5-1 * * * * c\n")
     assert "-:1:1: warning: odd minute" in done.err
 
 
-def test_without_a_daemon_it_is_installed_with_a_warning(type_in, koid):
+def test_tab_is_installed_with_a_warning_while_koid_is_not_running(
+        type_in, koid):
     koid.daemon = False
     done = type_in("-", stdin="@daily x\n")
     assert (done.code, koid.text) == (0, "@daily x\n")
@@ -212,8 +214,7 @@ def test_without_a_daemon_it_is_installed_with_a_warning(type_in, koid):
     ("-oQ/tmp", False), ("a;b", False), ("\u00e9@x", False),
     ("|cat", False), (",a", False)])
 @pytest.mark.parametrize("way", ["-", "-T"])
-def test_an_address_that_nobody_mails_to_is_warned_of(type_in, way, value,
-                                                      safe):
+def test_unsafe_mail_address_gets_a_warning(type_in, way, value, safe):
     for name in ("MAILTO", "MAILFROM"):
         Path("tab").write_text(f"# hello\n  {name} = {value}\n@daily x\n")
         done = type_in("tab") if way == "-" else type_in("-T", "tab")
@@ -228,7 +229,7 @@ def test_an_address_that_nobody_mails_to_is_warned_of(type_in, way, value,
      "history\n"),
     ("", ": No such file or directory\n"),
     (".", ".: Is a directory\n")])
-def test_a_file_that_cannot_be_read_is_told_in_crontabs_words(
+def test_unreadable_file_is_reported_with_crontabs_message(
         type_in, koid, name, said):
     done = type_in(name)
     assert (done.code, done.out, done.err) == (1, "", said)
@@ -249,7 +250,8 @@ def test_a_file_that_cannot_be_read_is_told_in_crontabs_words(
     (["--json", "x"], "--json is not an option of koitab FILE"),
     (["-n", "x"], "-n x: not a number"), (["-x"], "-x"), (["--nope"], "nope"),
     (["-T"], "-T"), (["-u"], "-u")])
-def test_wrong_usage_of_what_crontab_has(type_in, koid, argv, said):
+def test_wrong_usage_of_crontabs_options_exits_with_crontabs_status(
+        type_in, koid, argv, said):
     done = type_in(*argv)
     assert (done.out, koid.asked) == ("", [])
     assert done.code == 1
@@ -258,20 +260,22 @@ def test_wrong_usage_of_what_crontab_has(type_in, koid, argv, said):
                for line in done.err.splitlines())
 
 
-def test_on_a_terminal_a_bare_call_says_how(type_in, koid):
+def test_call_without_arguments_on_a_terminal_is_wrong_usage(type_in, koid):
     done = type_in(terminal=True)
     assert (done.code, done.out, koid.asked) == (1, "", [])
     assert "file name or - (for stdin) must be specified" in done.err
 
 
-def test_it_says_crontab_when_it_is_called_so(type_in, koid):
+def test_program_called_crontab_begins_its_messages_with_crontab(
+        type_in, koid):
     assert type_in("-l", "-e", called="crontab").err.startswith("crontab: ")
     koid.daemon = False
     assert type_in("-", stdin="", called="crontab").err.startswith(
         "crontab: warning: ")
 
 
-def test_a_file_of_that_name_is_no_command_to_crontab(type_in, koid):
+def test_crontab_suggests_a_path_for_a_file_named_like_a_command(
+        type_in, koid):
     Path("status").write_text("@daily x\n")
     done = type_in("status", called="crontab")
     assert (done.code, koid.asked) == (1, [])
@@ -293,7 +297,7 @@ def as_alice(monkeypatch):
 @pytest.mark.parametrize("argv", [["-l"], ["-e"], ["-r"], ["tab"],
                                   ["run", "x"], ["next"], ["history"],
                                   ["log", "1"], ["kill", "1"], ["import"]])
-def test_u_is_refused_to_others_whatever_the_environment_says(
+def test_option_u_is_refused_to_other_users_in_any_environment(
         type_in, koid, as_alice, monkeypatch, argv):
     for name in ("USER", "LOGNAME", "SUDO_USER"):
         monkeypatch.setenv(name, "root")
@@ -303,8 +307,8 @@ def test_u_is_refused_to_others_whatever_the_environment_says(
     assert done.err == "must be privileged to use -u\n"
 
 
-def test_u_with_ones_own_name_is_allowed(type_in, koid, as_alice,
-                                         monkeypatch):
+def test_option_u_with_the_callers_own_name_is_allowed(
+        type_in, koid, as_alice, monkeypatch):
     import pwd
     monkeypatch.setattr(pwd, "getpwnam", lambda name: name)
     koid.text = "@daily x\n"
@@ -312,7 +316,7 @@ def test_u_with_ones_own_name_is_allowed(type_in, koid, as_alice,
     assert koid.asked == [("list", {"user": "alice"})]
 
 
-def test_a_user_that_there_is_not(type_in, koid, monkeypatch):
+def test_unknown_user_is_refused(type_in, koid, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: 0)
     done = type_in("-u", "no\x1bbody", "-l", called="crontab")
     assert (done.code, koid.asked) == (1, [])
@@ -320,7 +324,7 @@ def test_a_user_that_there_is_not(type_in, koid, monkeypatch):
 
 
 @pytest.mark.parametrize("argv", [["-l"], ["-r"], ["next"]])
-def test_no_tab_is_told_in_crontabs_words(type_in, argv):
+def test_missing_tab_is_reported_with_crontabs_message(type_in, argv):
     done = type_in(*argv)
     assert (done.code, done.out) == (1, "")
     assert done.err == f"no crontab for {ME}\n"
@@ -329,14 +333,14 @@ def test_no_tab_is_told_in_crontabs_words(type_in, argv):
 HOSTILE = "@daily a\r@daily b\t\x08\x1b[2J\u202e\udcff\n# c\n"
 
 
-def test_l_copies_every_byte(koid, capfdbinary):
+def test_option_l_prints_every_byte_of_the_tab(koid, capfdbinary):
     koid.text = HOSTILE
     koitab.main(["-l"])
     assert capfdbinary.readouterr().out == HOSTILE.encode(
         "utf-8", "surrogateescape")
 
 
-def test_l_shows_a_terminal_nothing_that_it_would_obey(type_in, koid):
+def test_option_l_escapes_control_characters_on_a_terminal(type_in, koid):
     koid.text = HOSTILE
     assert type_in("-l", terminal=True).out == (
         "@daily a\\x0d@daily b\t\\x08\\x1b[2J\\u202e\\udcff\n# c\n")
@@ -344,7 +348,7 @@ def test_l_shows_a_terminal_nothing_that_it_would_obey(type_in, koid):
     assert type_in("-l", terminal=True).out == ""
 
 
-def test_r_removes_without_a_question(type_in, koid):
+def test_option_r_removes_the_tab_without_confirmation(type_in, koid):
     koid.text = "x"
     assert type_in("-r", stdin="n\n").code == 0
     assert koid.text is None
@@ -355,8 +359,8 @@ def test_r_removes_without_a_question(type_in, koid):
     ("NO\n", False, 1), ("", False, 1), ("maybe\n\ny\n", True, 3),
     ("what\n", False, 2), ("y", True, 1)])
 @pytest.mark.parametrize("argv", [["-r", "-i"], ["-ir"]])
-def test_r_i_asks_until_it_is_told(type_in, koid, argv, typed, removed,
-                                   asked):
+def test_option_i_repeats_its_question_until_yes_or_no(
+        type_in, koid, argv, typed, removed, asked):
     koid.text = "x"
     done = type_in(*argv, stdin=typed, called="crontab")
     assert (done.code, done.out) == (0, "")
@@ -366,7 +370,7 @@ def test_r_i_asks_until_it_is_told(type_in, koid, argv, typed, removed,
     assert done.err.count("Enter Y or N") == asked - 1
 
 
-def test_a_refusal_of_koids_is_printed_as_it_is(type_in, koid):
+def test_error_of_koid_is_printed_unchanged(type_in, koid):
     koid.refused = koitab.Error(
         "You (alice) are not allowed to use this program (koitab)",
         "see /etc/koi.allow")
@@ -394,7 +398,7 @@ def test_the_editor_is_split_as_sh_does_and_no_shell_reads_it(
     assert koitab.editor() == words
 
 
-def test_without_a_choice_the_usual_editors_are_tried(monkeypatch, tmp_path):
+def test_usual_editors_are_tried_if_none_is_set(monkeypatch, tmp_path):
     for name in ("VISUAL", "EDITOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -414,7 +418,7 @@ def test_an_editor_with_an_open_quote_is_an_error(type_in, koid, monkeypatch):
     assert "EDITOR cannot be read" in done.err
 
 
-def test_a_draft_is_the_callers_alone():
+def test_draft_is_accessible_to_the_caller_only():
     draft = koitab.EditSession(koitab.Invocation(koitab.Machine()),
                                "a\udcff\n")
     try:
@@ -438,7 +442,7 @@ def swap_large(path: str) -> None:
     (swap_link, "it is a link"), (os.mkfifo, "not a regular file"),
     (os.mkdir, "not a regular file"), (swap_large, "larger than"),
     (lambda path: None, "it was removed")])
-def test_what_an_editor_left_is_judged_before_it_is_read(swap, why):
+def test_replaced_draft_is_refused_before_it_is_read(swap, why):
     draft = koitab.EditSession(koitab.Invocation(koitab.Machine()), "")
     try:
         os.unlink(draft.path)
@@ -450,7 +454,7 @@ def test_what_an_editor_left_is_judged_before_it_is_read(swap, why):
 
 
 @support.root_only
-def test_a_draft_that_belongs_to_another_user_is_not_read():
+def test_draft_owned_by_another_user_is_not_read():
     draft = koitab.EditSession(koitab.Invocation(koitab.Machine()), "")
     try:
         os.chown(draft.path, support.ALICE_UID, -1)
@@ -460,7 +464,7 @@ def test_a_draft_that_belongs_to_another_user_is_not_read():
         draft.remove()
 
 
-def test_the_template_is_a_good_tab_when_its_marks_are_taken_away():
+def test_template_without_its_comment_marks_is_a_valid_tab():
     assert koitab.parse_tab(koitab.TEMPLATE).jobs == []
     lines = [line[2:] for line in koitab.TEMPLATE.splitlines()
              if line[2:3] in tuple('[@"0123456789') or "=" in line[:14]]
@@ -502,7 +506,7 @@ def run(type_in, koid):
     ours.close()
 
 
-def test_a_job_gets_what_was_typed_and_else_the_defaults(run, koid):
+def test_job_gets_the_given_values_and_the_defaults_of_the_others(run, koid):
     done = run("Say Hi", "To Handle=@bob=x y", "N=-5", "a=b=1", "Loud=true")
     assert (done.code, done.out, done.err) == (0, "", "")
     assert koid.asked[-1] == ("run", {
@@ -524,7 +528,7 @@ def test_a_job_gets_what_was_typed_and_else_the_defaults(run, koid):
     (["To Handle=\udcff"], "it is not UTF-8"),
     ([], 'no value for "To Handle"\nkoitab: hint: koitab run NAME '
      '"To Handle=..."')])
-def test_an_argument_that_is_none(run, koid, words, said):
+def test_invalid_argument_is_refused(run, koid, words, said):
     done = run("Say Hi", *words)
     assert (done.code, done.out) == (2, "")
     assert said in done.err
@@ -547,7 +551,7 @@ def test_secret_on_the_command_line_is_refused(run, koid):
 
 @pytest.mark.parametrize("name, tag_of", [
     ("Bots/Plain", 1), ("Other/Plain", 2)])
-def test_a_job_by_any_of_its_names(run, koid, name, tag_of):
+def test_job_is_found_by_each_of_its_names(run, koid, name, tag_of):
     tag = koitab.parse_tab(FORM).jobs[tag_of].tag
     assert run(name).code == 0
     assert koid.asked[-1][1]["job"] == tag
@@ -559,7 +563,7 @@ def test_a_job_by_any_of_its_names(run, koid, name, tag_of):
     ("Plain", 'error: 2 jobs are called "Plain": Bots/Plain, Other/Plain'),
     ("Say Hj", 'no job named "Say Hj"\nkoitab: hint: did you mean "Say '
      'Hi"?')])
-def test_a_job_that_is_none_or_two(run, name, said):
+def test_unknown_or_ambiguous_job_is_refused(run, name, said):
     done = run(name)
     assert (done.code, done.out) == (1, "")
     assert said in done.err
@@ -570,7 +574,7 @@ def test_a_job_that_is_none_or_two(run, name, said):
     ("Hers", "root", "root has no job \"Hers\""),
     ("Hers", "", 2), ("Deploy", "", '2 jobs are called "Deploy"'),
     ("None", "root", 'no job named "None"')])
-def test_name_of_a_job_means_that_of_one_user(name, owner, meant):
+def test_job_of_the_named_user_is_run(name, owner, meant):
     jobs = [{"name": name, "user": user, "line": 1, "section": "",
              "command": "", "tag": "t"} for name, user in (
                  ("Deploy", "alice"), ("Deploy", "root"), ("Hers", "alice"))]
@@ -581,17 +585,17 @@ def test_name_of_a_job_means_that_of_one_user(name, owner, meant):
         koitab.find_job(jobs, name, owner)
 
 
-def test_values_may_come_by_standard_input(run, koid):
+def test_values_are_read_from_standard_input(run, koid):
     assert run("Pw", "Pin=-", stdin="se cret\n").code == 0
     assert koid.asked[-1][1]["args"] == {"Pin": "se cret"}
 
 
-def test_standard_input_that_is_no_text_is_no_value(run, koid):
+def test_standard_input_that_is_not_text_is_refused(run, koid):
     assert run("Pw", "Pin=-", stdin="\udcff\n").code == 2
     assert [op for op, _ in koid.asked] == ["jobs"]
 
 
-def test_on_a_terminal_what_is_missing_is_asked_for(run, koid):
+def test_missing_values_are_prompted_for_on_a_terminal(run, koid):
     done = run("Say Hi", "N=2", stdin="a\x1bb\n@bob\n", terminal=True)
     assert done.code == 0
     assert done.err == ("To Handle:   it has a control character\n"
@@ -600,14 +604,14 @@ def test_on_a_terminal_what_is_missing_is_asked_for(run, koid):
                                          "To Handle": "@bob"}
 
 
-def test_who_gives_no_answer_runs_nothing(run, koid):
+def test_prompt_without_an_answer_starts_no_run(run, koid):
     done = run("Say Hi", stdin="", terminal=True)
     assert done.code == 1
     assert "so nothing ran" in done.err
     assert [op for op, _ in koid.asked] == ["jobs"]
 
 
-def test_a_secret_is_asked_for_without_an_echo(run, koid, monkeypatch):
+def test_prompt_for_a_secret_does_not_echo(run, koid, monkeypatch):
     import getpass
     monkeypatch.setattr(getpass, "getpass", lambda question: "1234"
                         if question == "Pin (secret): " else "")
@@ -619,8 +623,8 @@ def test_a_secret_is_asked_for_without_an_echo(run, koid, monkeypatch):
     ("yes", True, "y\n", True), ("yes", True, "n\n", False),
     ("yes", True, "", False), ("yes", False, "", True),
     ("no", True, "", True), ("cli", True, "", True)])
-def test_koi_confirm_asks_on_a_terminal(run, koid, confirm, terminal, typed,
-                                        ran):
+def test_job_with_koi_confirm_prompts_on_a_terminal(
+        run, koid, confirm, terminal, typed, ran):
     koid.confirm = confirm
     done = run("Bots/Plain", stdin=typed, terminal=terminal)
     assert ("Run Plain? (y/n) " in done.err) is (
@@ -629,7 +633,7 @@ def test_koi_confirm_asks_on_a_terminal(run, koid, confirm, terminal, typed,
     assert done.code == (0 if ran else 1)
 
 
-def test_without_a_daemon_nobody_is_asked_for_arguments(run, koid):
+def test_run_does_not_prompt_while_koid_is_not_running(run, koid):
     koid.daemon = False
     done = run("Say Hi", terminal=True)
     assert (done.code, done.out) == (1, "")
@@ -637,7 +641,7 @@ def test_without_a_daemon_nobody_is_asked_for_arguments(run, koid):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 8, 9, 12, 30, 1000])
-def test_output_goes_where_the_job_sent_it(run, cut):
+def test_output_is_printed_to_the_stream_the_job_wrote_to(run, cut):
     """However the frames are cut on their way."""
     done = run("Bots/Plain", frames=[
         (1, b"out\n"), (2, b"err\xc3"), (2, b"\xa9\n"), (0, b"a note"),
@@ -655,13 +659,13 @@ def test_output_goes_where_the_job_sent_it(run, cut):
      "timeout after 10m0s"),
     ({"exit": None, "reason": "the last run was still running"}, 1,
      "the last run was still running")])
-def test_the_exit_status_is_the_jobs(run, end, status, said):
+def test_run_exits_with_the_status_of_the_job(run, end, status, said):
     done = run("Bots/Plain", **end)
     assert (done.code, done.out) == (status, "")
     assert done.err == (f"koitab: {said}\n" if said else "")
 
 
-def test_a_koid_that_hangs_up_leaves_the_run_going_on(type_in, koid):
+def test_run_continues_when_the_connection_to_koid_is_lost(type_in, koid):
     koid.text = FORM
     ours, theirs = socket.socketpair()
     koid.connection = ours, b""
@@ -674,7 +678,7 @@ def test_a_koid_that_hangs_up_leaves_the_run_going_on(type_in, koid):
         "koitab: hint: koitab status\n")
 
 
-def test_two_signals_are_for_the_job_and_the_third_is_for_us(capsys):
+def test_first_two_interrupts_reach_the_job_and_the_third_detaches(capsys):
     ours, theirs = socket.socketpair()
     with ours, theirs:
         follower = koitab.RunAttachment(koitab.Invocation(None), 12, ours,
@@ -722,7 +726,8 @@ HARMFUL = [     # bytes of a job, and what a terminal gets
 
 
 @pytest.mark.parametrize("data, shown", HARMFUL)
-def test_output_reaches_a_terminal_without_controls(printed, data, shown):
+def test_output_is_printed_to_a_terminal_without_control_characters(
+        printed, data, shown):
     shown = data if shown is None else shown
     for stream in (koitab.STDOUT, koitab.STDERR):
         whole = printed((stream, data))
@@ -732,19 +737,19 @@ def test_output_reaches_a_terminal_without_controls(printed, data, shown):
         assert pieces == whole
 
 
-def test_colours_of_a_job_end_before_a_note_of_koi(printed, capsys):
+def test_colours_of_a_job_end_before_a_message_of_koi(printed, capsys):
     out, err = printed((koitab.STDOUT, b"\x1b[8mhidden"),
                        (koitab.NOTE, b"a \x1b note"))
     assert (out, err) == (b"\x1b[8mhidden\x1b[0m\n", b"")
     assert capsys.readouterr().err == "koitab: a \\x1b note\n"
 
 
-def test_output_of_ones_own_job_is_printed_as_it_is(printed):
+def test_output_of_the_callers_own_job_is_printed_unchanged(printed):
     data = b"\x1b[2J\x9b\rx"
     assert printed((koitab.STDOUT, data), raw=True)[0] == data
 
 
-def test_json_for_a_terminal_has_no_controls_and_is_the_same_json(capsys):
+def test_json_on_a_terminal_has_escaped_controls_and_equal_values(capsys):
     value = {"a": "\x1b\x7f\x9b\u061c\u202e\ufeff\udcff\u00e9\n"}
     koitab.print_json(value)
     text = capsys.readouterr().out
@@ -772,14 +777,14 @@ def test_json_for_a_terminal_has_no_controls_and_is_the_same_json(capsys):
     ({"state": "unstartable", "reason": "no such user"},
      "not started: no such user"),
     ({"state": "running"}, "running"), ({"state": "queued"}, "queued")])
-def test_a_result_in_words(changes, words):
+def test_result_of_a_run_is_described_in_words(changes, words):
     assert koitab.result_words(a_run(**changes)) == words
 
 
 @pytest.mark.parametrize("durations, line", [
     ([], ""), ([0.0], "▁"), ([1, 2, 3, 4, 5, 6, 7, 8], "▂▃▄▅▆▇██"),
     ([0, 100], "▁█")])
-def test_a_spark_line(durations, line):
+def test_durations_are_drawn_as_a_sparkline(durations, line):
     assert koitab.sparkline(durations) == line
 
 
@@ -807,15 +812,15 @@ b+b: a\\x1bb               █  4s
 '''
 
 
-def test_history_of_one_job_and_for_programs(type_in, koid):
+def test_history_can_be_limited_to_one_job_and_printed_as_json(type_in, koid):
     koid.runs = [a_run(number) for number in range(1, 31)]
     done = type_in("history", "backup", "-n", "3", "--json")
     assert [run["run"] for run in json.loads(done.out)] == [28, 29, 30]
     assert koid.asked == [("history", {"job": "backup", "limit": 3})]
 
 
-def test_history_asks_for_pages_until_it_has_enough(type_in, koid,
-                                                    monkeypatch):
+def test_history_requests_pages_until_it_has_enough_runs(
+        type_in, koid, monkeypatch):
     monkeypatch.setattr(koitab, "PAGE_OF_RUNS", 10)
     koid.runs = [a_run(number) for number in range(1, 31)]
     for number, shown in ((25, 25), (99, 30)):
@@ -824,7 +829,7 @@ def test_history_asks_for_pages_until_it_has_enough(type_in, koid,
             range(31 - shown, 31))
 
 
-def test_a_history_without_runs(type_in):
+def test_history_without_runs_says_so(type_in):
     done = type_in("history")
     assert (done.code, done.out) == (0, "")
     assert done.err == "koitab: no run is remembered\n"
@@ -838,7 +843,7 @@ def frames(*parts) -> bytes:
 
 @pytest.mark.parametrize("which, fields", [
     ("7", {"run": 7}), ("backup", {"job": "backup"}), ("0", {"job": "0"})])
-def test_log_by_run_or_by_name(type_in, koid, which, fields):
+def test_log_accepts_a_run_number_or_a_job_name(type_in, koid, which, fields):
     koid.runs = [a_run()]
     koid.output = frames((1, b"a\n"), (2, b"b"), (0, b"9 bytes left out "
                          b"here"), (1, b"\x1b[2J\xc3\xa9"))
@@ -848,7 +853,7 @@ def test_log_by_run_or_by_name(type_in, koid, which, fields):
     assert done.err == "bkoitab: 9 bytes left out here\n"
 
 
-def test_log_for_programs(type_in, koid):
+def test_log_as_json_has_the_run_and_its_output(type_in, koid):
     koid.runs, koid.output = [a_run()], frames(
         (1, b"a\n"), (2, b"\xff"), (0, b"note"), (3, b"{}"))
     found = json.loads(type_in("log", "1", "--json").out)
@@ -867,18 +872,18 @@ def test_log_for_programs(type_in, koid):
     ([b"\xc3", b"\xa9\n"], "\u00e9\n"), ([b"\xc2\x9b2J\n"], "\\x9b2J\n"),
     ([b"1%\r2%\r\n"], "1%\\x0d2%\n"), ([b"\xe2\x80\xae\n"], "\\u202e\n"),
     ([b"a\tb\n"], "a\tb\n")])
-def test_log_on_a_terminal_shows_colours_and_obeys_nothing(
+def test_log_on_a_terminal_keeps_colours_and_escapes_other_controls(
         type_in, koid, parts, shown):
     koid.runs, koid.output = [a_run()], frames(*((1, p) for p in parts))
     assert type_in("log", "1", terminal=True).out == shown
 
 
-def test_log_of_a_run_that_goes_on_says_so(type_in, koid):
+def test_log_of_an_active_run_says_that_it_is_running(type_in, koid):
     koid.runs = [a_run(5, state="running", ended=None)]
     assert type_in("log", "5").err == "koitab: run 5: running\n"
 
 
-def test_kill(type_in, koid):
+def test_kill_asks_koid_to_stop_the_named_run(type_in, koid):
     koid.runs = [a_run(5)]
     assert type_in("kill", "5").out == (
         "stopping run 5 (backup): SIGTERM sent, SIGKILL in 10s\n")
@@ -888,7 +893,7 @@ def test_kill(type_in, koid):
         assert koid.asked[-1] == ("kill", {"job": which})
 
 
-def test_status_when_all_is_well(type_in, koid):
+def test_status_without_problems_exits_with_0(type_in, koid):
     koid.text = "@daily backup\n"
     koid.last = {"backup": a_run()}
     koid.state.update(next=1e9, running=[a_run(8, state="running")])
@@ -912,7 +917,7 @@ next      2001-09-09T01:46:40+00:00
     (a_run(9, state="missed"), "failed    backup: missed at"),
     (a_run(9, state="interrupted"), "failed    backup: interrupted at"),
     (a_run(9, exit=None, signal=9), "failed    backup: killed by signal 9")])
-def test_status_is_1_when_something_is_wrong(type_in, koid, what, said):
+def test_status_with_a_problem_exits_with_1(type_in, koid, what, said):
     koid.text = "@daily backup\n"
     if "run" in what:
         koid.last = {"backup": what}
@@ -924,7 +929,7 @@ def test_status_is_1_when_something_is_wrong(type_in, koid, what, said):
     assert type_in("status", "--json").code == 1
 
 
-def test_status_without_a_daemon_still_tells_of_the_tab(type_in, koid):
+def test_status_describes_the_tab_while_koid_is_not_running(type_in, koid):
     koid.text = "@daily backup\n"
 
     def do_status(_fields):
@@ -936,7 +941,7 @@ def test_status_without_a_daemon_still_tells_of_the_tab(type_in, koid):
                         "\ntab       1 job\n")
 
 
-def test_a_trouble_of_the_tab_is_told_once(type_in, koid):
+def test_problem_of_the_tab_is_shown_once(type_in, koid):
     koid.state["tab"]["problems"] = ["tab:1:1: bad minute"]
     koid.state["problems"] = ["/h/tabs/me:1:1: bad minute", "another"]
     done = type_in("status")
@@ -947,7 +952,7 @@ def test_a_trouble_of_the_tab_is_told_once(type_in, koid):
 # --- next, of what is installed -------------------------------------------
 
 
-def test_next_of_the_installed_tab(type_in, koid):
+def test_next_shows_the_starts_of_the_installed_tab(type_in, koid):
     koid.text = '[S]\n"N" 30 2 * * * x\n61 * * * * y\n'
     done = type_in("next", "-n", "1")
     assert done.code == 1
@@ -960,8 +965,8 @@ def test_next_of_the_installed_tab(type_in, koid):
 
 
 @support.root_only
-def test_next_shows_root_the_tabs_of_the_system(type_in, koid, monkeypatch,
-                                                tmp_path):
+def test_next_shows_the_system_tabs_to_root(
+        type_in, koid, monkeypatch, tmp_path):
     monkeypatch.setattr(koitab, "SYSTEM_TABS", (f"{tmp_path}/cron.d/",))
     path = tmp_path / "cron.d" / "pkg"
     monkeypatch.setattr(koid, "do_list", lambda fields: {
@@ -1019,7 +1024,7 @@ MAILTO=me
 
 
 @support.root_only     # a "-" before the time is root's
-def test_the_users_column_of_a_system_tab_goes(imported):
+def test_import_removes_the_user_column_of_a_system_tab(imported):
     done = imported(("/etc/crontab", "17 *\t* * *\troot\tcd / && x\n"
                      "-5 4 * * * root root root\n@daily root -n y\n"
                      "@hourly  root   z\n", True))
@@ -1028,7 +1033,7 @@ def test_the_users_column_of_a_system_tab_goes(imported):
         "@daily -n y", "@hourly  z"]
 
 
-def test_jobs_of_others_are_comments_that_say_how_to_install_them(imported):
+def test_import_comments_jobs_of_other_users_with_install_commands(imported):
     done = imported(("/etc/cron.d/pkg", "1 2 * * * root a\n"
                      "3 4 * * * www-data b\n5 6 * * * www-data c\n"
                      "7 8 * * * root d\n", True))
@@ -1040,7 +1045,7 @@ def test_jobs_of_others_are_comments_that_say_how_to_install_them(imported):
 
 
 @support.root_only
-def test_for_another_user_there_are_his_jobs_alone(imported):
+def test_import_for_another_user_has_only_the_jobs_of_that_user(imported):
     done = imported(
         ("crontab of daemon", "@daily own\n", False),
         ("/etc/cron.d/a", "1 2 * * * root a\n-3 4 * * * daemon b\n", True),
@@ -1052,7 +1057,7 @@ def test_for_another_user_there_are_his_jobs_alone(imported):
     assert "koitab -u daemon import > tab; koitab -u daemon tab" in done.err
 
 
-def test_what_one_file_sets_does_not_hold_for_the_next(imported):
+def test_imported_assignments_do_not_apply_to_the_next_file(imported):
     done = imported(
         ("/etc/crontab", "SHELL=/bin/bash\nPATH=/opt\nMAILTO=\nHOME=/x\n"
          "TZ=Asia/Tokyo\nCRON_TZ=Asia/Tokyo\nRANDOM_DELAY=5\nFOO=bar\n"
@@ -1079,8 +1084,7 @@ def test_what_one_file_sets_does_not_hold_for_the_next(imported):
     ("* * * * * cat%{{x, int}}", "bad argument"),
     ("CRON_TZ=Mars/City", "unknown time zone"), ("\r", "bad minute"),
     ("[Section]", "no line of cron's")])
-def test_a_line_that_koi_cannot_read_is_kept_as_a_comment(imported, line,
-                                                          reason):
+def test_import_keeps_an_invalid_line_as_a_comment(imported, line, reason):
     done = imported(("crontab of root", f"{line}\n@daily y\n", False))
     assert live(done.out) == ["[crontab of root]", "@daily y"]
     marked = done.out.split("# koitab import: ")[1]
@@ -1100,14 +1104,14 @@ def test_imported_line_prints_the_braces_that_cron_prints(imported, command):
         subprocess.check_output(["sh", "-c", command])
 
 
-def test_a_last_line_that_cron_does_not_run_stays_a_comment(imported):
+def test_import_keeps_a_last_line_without_newline_as_a_comment(imported):
     done = imported(("/etc/cron.d/a", "@daily root a\n@daily root b", True))
     assert live(done.out) == ["[a]", "@daily a"]
     assert "# koitab import: premature EOF" in done.out
 
 
 @support.root_only     # a "-" before the time is root's
-def test_jobs_that_are_the_same_get_names(imported):
+def test_equal_imported_jobs_get_different_names(imported):
     done = imported(
         ("crontab of root", '@daily say "hi"\n@daily say "hi"\n@daily x\n',
          False),
@@ -1135,7 +1139,7 @@ def test_every_line_that_cron_knows_or_refuses_can_be_imported(imported):
     assert len(koitab.parse_tab(done.out).jobs) >= len(specs)
 
 
-def test_bytes_of_any_kind_come_through(monkeypatch, capfdbinary):
+def test_import_preserves_all_bytes(monkeypatch, capfdbinary):
     monkeypatch.setattr(koitab, "find_crontabs", lambda options: [
         koitab.Crontab("c", "c", "@daily \udcff\u00e9\n# \x1b\udcfe\n",
                       False)])
@@ -1167,7 +1171,7 @@ def test_running_cron_is_found_by_its_name(tmp_path, words):
     assert cron.pid not in machine.crons()
 
 
-def test_import_without_any_crontab(type_in, monkeypatch):
+def test_import_without_a_crontab_is_an_error(type_in, monkeypatch):
     monkeypatch.setattr(koitab, "find_crontabs", lambda options: [])
     done = type_in("import")
     assert (done.code, done.out) == (1, "")
@@ -1197,7 +1201,7 @@ def found(called: str = "koitab") -> list:
     return koitab.find_crontabs(koitab.Invocation(koitab.Machine(), called))
 
 
-def test_the_crontab_comes_from_the_real_program(spool):
+def test_import_reads_the_output_of_the_real_crontab(spool):
     spool.program('[ "$1 $2 $3" = "-u %s -l" ] || [ "$*" = -l ] || exit 9\n'
                   "echo '@daily x'" % ME)
     assert [(source.path, source.text) for source in found()] == [
@@ -1205,7 +1209,7 @@ def test_the_crontab_comes_from_the_real_program(spool):
 
 
 @support.root_only
-def test_for_root_it_comes_from_the_spool_when_the_program_is_ours(spool):
+def test_import_reads_the_spool_for_root_if_crontab_is_koitab(spool):
     own = spool.folder / "spool" / ME
     own.write_text("# DO NOT EDIT THIS FILE - edit the master.\n# (x "
                    "installed on y)\n# (Cron version)\n# mine\n@daily x\n")
@@ -1215,7 +1219,7 @@ def test_for_root_it_comes_from_the_spool_when_the_program_is_ours(spool):
 
 
 @support.root_only
-def test_root_gets_the_tabs_of_the_system_that_cron_reads(spool, capsys):
+def test_import_by_root_reads_the_system_tabs_that_cron_reads(spool, capsys):
     (spool.folder / "crontab").write_text("@daily root a\n")
     for name in ("b_1", "a-2", ".placeholder", "old.bak"):
         (spool.folder / "cron.d" / name).write_text(f"# {name}\n")
@@ -1229,7 +1233,7 @@ def test_root_gets_the_tabs_of_the_system_that_cron_reads(spool, capsys):
 # --- unit, completion, and the rest ---------------------------------------
 
 
-def test_a_unit_ends_no_job(type_in, monkeypatch):
+def test_unit_of_koid_does_not_stop_jobs(type_in, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(koitab, "__file__", "/usr/local/bin/koi $tab%")
     monkeypatch.setattr(os, "access", lambda path, mode: True)
@@ -1249,7 +1253,7 @@ def test_a_unit_ends_no_job(type_in, monkeypatch):
     assert "--system" not in plain
 
 
-def test_a_unit_for_launchd(type_in, monkeypatch):
+def test_unit_on_macos_is_a_launchd_property_list(type_in, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     found = plistlib.loads(type_in("unit", "daemon").out.encode())
     assert found["ProgramArguments"][-1] == "daemon"
@@ -1259,8 +1263,8 @@ def test_a_unit_for_launchd(type_in, monkeypatch):
 @pytest.mark.parametrize("uid, directory, domain", [
     (0, "/Library/LaunchDaemons", "system"),
     (501, "~/Library/LaunchAgents", "gui/$(id -u)")])
-def test_a_unit_for_launchd_says_where_it_goes(type_in, monkeypatch, uid,
-                                               directory, domain):
+def test_unit_for_launchd_names_its_path(
+        type_in, monkeypatch, uid, directory, domain):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(os, "geteuid", lambda: uid)
     for words, label in ((["daemon", "--system"], "koid"),
@@ -1272,8 +1276,7 @@ def test_a_unit_for_launchd_says_where_it_goes(type_in, monkeypatch, uid,
             in done.out
 
 
-def test_a_unit_of_the_dashboard_can_do_little(type_in, monkeypatch,
-                                               tmp_path):
+def test_unit_of_the_dashboard_is_sandboxed(type_in, monkeypatch, tmp_path):
     made = servers.certificate(tmp_path)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
@@ -1312,8 +1315,8 @@ def test_a_unit_with_an_unusable_certificate_is_not_printed(type_in,
 
 @pytest.mark.parametrize("words", [["daemon"], ["dashboard"]])
 @pytest.mark.parametrize("uid", [0, 1000])
-def test_the_commands_above_a_unit_are_whole_lines(type_in, monkeypatch,
-                                                   words, uid):
+def test_commands_above_a_unit_can_be_copied_as_lines(
+        type_in, monkeypatch, words, uid):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(os, "geteuid", lambda: uid)
     head = type_in("unit", *words).out.partition("\n[Unit]")[0]
@@ -1324,8 +1327,7 @@ def test_the_commands_above_a_unit_are_whole_lines(type_in, monkeypatch,
                                    "loginctl enable-linger")), command
 
 
-def test_a_unit_of_the_dashboard_keeps_to_the_database_it_is_given(
-        type_in, monkeypatch):
+def test_unit_of_the_dashboard_uses_the_given_database(type_in, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     done = type_in("unit", "dashboard", "--db", "/srv/a b/koi.db")
@@ -1338,7 +1340,8 @@ def test_a_unit_of_the_dashboard_keeps_to_the_database_it_is_given(
     assert "ProtectSystem" not in done.out      # not a user's to ask for
 
 
-def test_a_plist_of_the_dashboard(type_in, monkeypatch):
+def test_property_list_of_the_dashboard_has_its_arguments(
+        type_in, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     found = plistlib.loads(type_in("unit", "dashboard", "--listen",
                                    "[::1]:8077").out.encode())
@@ -1373,7 +1376,8 @@ def test_a_plist_of_the_dashboard(type_in, monkeypatch):
     (["history", "--json=x"], "--json: ignored explicit argument"),
     (["history", "-n"], "-n/--number: expected one argument"),
     (["next", "-n", "0"], "not a number")])
-def test_wrong_usage_of_what_crontab_lacks(type_in, koid, argv, said):
+def test_wrong_usage_of_koitabs_own_commands_exits_with_2(
+        type_in, koid, argv, said):
     done = type_in(*argv)
     assert (done.code, done.out, koid.asked) == (2, "", [])
     assert said in done.err
@@ -1384,8 +1388,8 @@ def test_wrong_usage_of_what_crontab_lacks(type_in, koid, argv, said):
     (["daemon"], "koitab", False), (["daemon", "--system"], "koitab", True),
     ([], "koid", False), (["--system"], "koid", True),
     (["daemon"], "koid", False)])
-def test_the_daemon_has_a_name_of_its_own(type_in, monkeypatch, argv, called,
-                                          system):
+def test_daemon_is_started_by_its_name_or_its_command(
+        type_in, monkeypatch, argv, called, system):
     started = []
     monkeypatch.setattr(koitab, "run_daemon", lambda machine, system, etcd:
                         started.append(system) or 0)
@@ -1393,7 +1397,7 @@ def test_the_daemon_has_a_name_of_its_own(type_in, monkeypatch, argv, called,
     assert started == [system]
 
 
-def test_names_for_the_completions(type_in, koid):
+def test_completion_lists_the_names_of_jobs(type_in, koid):
     koid.text = FORM + "@daily without a name\n"
     assert type_in("completion", "names").out == (
         "Say Hi\nPlain\nPlain\nPw\n")
@@ -1423,7 +1427,8 @@ def test_a_completion_is_a_script_of_its_shell(type_in, shell, tmp_path):
     (["koitab", "unit", ""], ["daemon", "dashboard"]),
     (["koitab", "-d", "r"], ["rotate"]),
     (["koitab", "--fr"], ["--from"])])
-def test_the_bash_completion_completes(type_in, tmp_path, typed, found):
+def test_bash_completes_commands_options_and_jobs(
+        type_in, tmp_path, typed, found):
     support.need("bash")
     program = tmp_path / "koitab"
     program.write_text("#!/bin/sh\nprintf '%s\\n' 'Say Hi' Plain '$(id)'\n")
@@ -1442,8 +1447,7 @@ def test_the_bash_completion_completes(type_in, tmp_path, typed, found):
     ("https://koi.example", ""), ("http://127.0.0.1:877", ""),
     ("http://127.0.0.1:8077", "any user of this machine"),
     ("http://koi.example:877", "anybody on the way")])
-def test_page_from_disk_comes_with_a_warning_of_plain_http(type_in, url,
-                                                           words):
+def test_page_command_warns_of_a_plain_http_url(type_in, url, words):
     done = type_in("page", url)
     assert done.code == 0 and f'"{url}"' in done.out
     assert words in done.err and bool(done.err) == bool(words)
@@ -1462,7 +1466,7 @@ def test_readme_has_the_topic_security():
     assert max(map(len, koitab.security_text().splitlines())) < 80
 
 
-def test_tests_that_the_topic_security_names_exist():
+def test_every_test_named_by_the_topic_security_exists():
     there = {name for path in (support.ROOT / "tests").rglob("test_*.py")
              for name in re.findall(r"^def (test_\w+)\(", path.read_text(),
                                     re.M)}
@@ -1504,14 +1508,15 @@ def test_every_option_is_in_the_help_of_a_command():
     assert set(koitab.OPTIONS) - told == {"help", "version"}
 
 
-def test_koid_has_the_help_of_the_daemon(type_in):
+def test_help_of_koid_is_the_help_of_daemon(type_in):
     assert type_in("--help", called="koid").out == type_in(
         "daemon", "--help").out
 
 
 @pytest.mark.parametrize("argv", [["-n", "3", "history"], ["history", "-n3"],
                                   ["history", "--number=3"]])
-def test_options_stand_on_both_sides_of_the_command(type_in, koid, argv):
+def test_options_are_accepted_before_and_after_the_command(
+        type_in, koid, argv):
     assert type_in(*argv).code == 0
     assert koid.asked == [("history", {"limit": 3})]
 
@@ -1555,7 +1560,7 @@ def test_source_of_the_daemon_is_parts_1_and_2(type_in):
     assert names == re.findall(r"^  (\w+) ", listed, re.M)
 
 
-def test_source_of_the_dashboard_has_what_runs_without_rights(type_in):
+def test_source_of_the_dashboard_is_the_code_that_runs_unprivileged(type_in):
     names = re.findall(r"^# (\w+): .*\?", type_in("source", "dashboard").out,
                        re.M)
     assert {"Common", "HttpServer", "Page"} <= set(names)
