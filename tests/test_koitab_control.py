@@ -99,7 +99,7 @@ def registry(*files: tuple[str, str, str]):
 SPOOL, KOITAB = "/var/spool/cron/crontabs/alice", "/koi/tabs/alice"
 
 
-def test_braces_are_plain_text_in_the_crontabs_that_cron_had():
+def test_braces_are_plain_text_in_crontabs_of_cron():
     found = registry(
         (KOITAB, "alice", "@daily a {{N, int, 1}}\n"),
         ("/etc/cron.d/x", "", "@daily root b {{N, int, 1}}\n"),
@@ -122,7 +122,7 @@ def test_equal_lines_of_one_file_and_of_two_system_tabs_all_run():
         koitab.short_hash(each.identity) for each in found.scheduled_jobs}
 
 
-def test_line_that_a_koitab_and_the_spool_both_have_runs_once():
+def test_line_in_both_a_tab_and_the_spool_runs_once():
     found = registry((KOITAB, "alice", "@daily x\n"),
                      (SPOOL, "alice", "@daily x\n@daily y\n"))
     assert [each.job.command for each in found.scheduled_jobs] == ["x", "y"]
@@ -130,7 +130,7 @@ def test_line_that_a_koitab_and_the_spool_both_have_runs_once():
                               f"{KOITAB}:1"]
 
 
-def test_next_start_is_right_at_any_time_and_found_once():
+def test_next_start_is_correct_at_any_time_and_cached():
     """The next 29 February takes long to find, and 9,999 of them longer."""
     found = registry((KOITAB, "alice", "*/7 * * * * x\n0 0 29 2 * y\n"))
     often, seldom = found.scheduled_jobs
@@ -164,7 +164,7 @@ def many(count: int, size: int = 10, text: str = "x") -> str:
                    for n in range(count))
 
 
-def test_list_for_a_dashboard_has_roots_jobs_and_a_share_of_each_user():
+def test_dashboard_list_has_all_jobs_of_root_and_a_share_for_each_user():
     """A tab of a user's displaces neither the jobs of root nor of others."""
     alice, bob = ("/koi/tabs/alice", "alice"), ("/koi/tabs/bob", "bob")
     counts, _, cut = listed(registry(
@@ -181,7 +181,7 @@ def test_list_for_a_dashboard_has_roots_jobs_and_a_share_of_each_user():
     assert counts["alice"] > 10 and size < koitab.BYTES_OF_USER
 
 
-def test_many_users_share_what_the_list_has_room_for():
+def test_many_users_share_the_room_in_the_dashboard_list():
     tabs = [(f"/koi/tabs/user{n}", f"user{n}", many(60, 40_000))
             for n in range(5)]
     counts, size, cut = listed(registry(
@@ -191,7 +191,7 @@ def test_many_users_share_what_the_list_has_room_for():
     assert len({counts[user] for user in cut}) == 1
 
 
-def test_label_of_a_long_line_is_short(desk):
+def test_label_of_a_long_line_is_cut(desk):
     desk.registry.scheduled_jobs[:] = registry(
         (KOITAB, "alice", f"@daily echo {'x' * 90_000}\n")).scheduled_jobs
     add_runs(desk, "alice", 1)
@@ -216,12 +216,12 @@ def test_problem_of_one_user_is_not_shown_to_others(desk):
     b"", b"garbage", b"null", b"[]", b'"x"', b"5", b"{", b"{}x",
     b'{"op": "list"}{}', b"\xff\xfe", b"[" * 100_000,
     b'{"a":' * 100_000, b'{"run": ' + b"9" * 1_000_000 + b"x}"])
-def test_what_is_no_object_is_no_request(line):
+def test_line_that_is_not_a_json_object_is_an_invalid_request(line):
     with pytest.raises(Error, match="invalid request"):
         koitab.parse_line(line)
 
 
-def test_bytes_that_are_no_utf_8_stay_what_they_are():
+def test_bytes_that_are_not_utf_8_are_preserved():
     request = koitab.parse_line(b'{"text": "caf\xe9"}')
     assert request["text"].encode("utf-8", "surrogateescape") == b"caf\xe9"
 
@@ -229,7 +229,7 @@ def test_bytes_that_are_no_utf_8_stay_what_they_are():
 @pytest.mark.parametrize("op", [
     None, 5, "", "fly", "LIST", "list ", ["list"], {"op": "list"}, True,
     "answer", "__class__", "run"])
-def test_an_operation_is_one_of_a_few_words(desk, op):
+def test_unknown_operation_is_refused(desk, op):
     with pytest.raises(Error, match="koid knows no request"):
         desk.answer(master(), {"op": op})
 
@@ -244,7 +244,7 @@ RIGHT = {
 
 @pytest.mark.parametrize("field", RIGHT)
 @pytest.mark.parametrize("value", WRONG, ids=repr)
-def test_each_field_has_one_type(desk, monkeypatch, field, value):
+def test_field_of_another_type_is_refused(desk, monkeypatch, field, value):
     """null is no string, true no number, and what SQLite cannot hold is no
     number either."""
     monkeypatch.setitem(koitab.OPERATIONS, "list", lambda *_: {"ok": 1})
@@ -258,7 +258,7 @@ def test_each_field_has_one_type(desk, monkeypatch, field, value):
             desk.answer(master(), request)
 
 
-def test_fields_that_it_does_not_know_do_no_harm(desk):
+def test_unknown_fields_are_ignored(desk):
     reply, rest = desk.answer(master(), {"op": "list", "uid": 0, "x": [1]})
     assert reply["text"].startswith("[Night]") and rest == b""
 
@@ -266,7 +266,7 @@ def test_fields_that_it_does_not_know_do_no_harm(desk):
 @pytest.mark.parametrize("limit, rows", [
     (None, 100), (0, 100), (1, 1), (250, 250), (1_200, 1_000),
     (2**40, 1_000)])
-def test_a_history_has_at_most_a_thousand_rows(desk, limit, rows):
+def test_reply_has_at_most_a_thousand_rows_of_history(desk, limit, rows):
     add_runs(desk, "alice", 1_200)
     request = {"op": "history"}
     if limit is not None:
@@ -275,7 +275,7 @@ def test_a_history_has_at_most_a_thousand_rows(desk, limit, rows):
 
 
 @pytest.mark.parametrize("limit", [-1, -5, -2**62])
-def test_no_limit_is_taken_for_no_limit(desk, limit):
+def test_history_is_limited_for_any_value_of_limit(desk, limit):
     """To SQLite a negative one is."""
     add_runs(desk, "alice", 1_200)
     try:
@@ -285,7 +285,7 @@ def test_no_limit_is_taken_for_no_limit(desk, limit):
     assert len(reply["runs"]) <= koitab.MOST_ROWS
 
 
-def test_a_text_that_is_too_long_is_refused_before_it_is_read(
+def test_tab_that_is_too_long_is_refused_before_it_is_parsed(
         desk, monkeypatch):
     monkeypatch.setattr(koitab, "parse_tab", lambda *_, **__: 1 / 0)
     with pytest.raises(Error, match="larger than"):
@@ -317,8 +317,8 @@ NO_USER = "unknown"
     (stranger(""), "", "no name", "no name"),
     (stranger(""), "alice", MUST, MUST),
 ])
-def test_a_caller_means_himself_and_root_means_anyone(desk, caller, user,
-                                                      whose, mine):
+def test_user_may_name_only_their_own_account_and_root_any(
+        desk, caller, user, whose, mine):
     request = {} if user is None else {"user": user}
     for ask, expected in ((desk.whose, whose), (desk.allowed_user, mine)):
         if expected in (MUST, NO_USER, "no name"):
@@ -332,7 +332,7 @@ def test_a_caller_means_himself_and_root_means_anyone(desk, caller, user,
     (None, "alice"), ("alice", "alice"),
     ("mallory", "runs as an ordinary user"),
     ("root", "runs as an ordinary user")])
-def test_an_ordinary_users_koid_has_tabs_of_his_alone(
+def test_koid_of_an_ordinary_user_serves_only_that_user(
         desk, monkeypatch, user, whose):
     monkeypatch.setattr(koitab.os, "geteuid", lambda: 1500)
     monkeypatch.setattr(Host, "user_name", lambda self, uid: "alice")
@@ -351,7 +351,7 @@ def test_an_ordinary_users_koid_has_tabs_of_his_alone(
     (koitab.Caller(0, "root"), "mallory",
      "The user mallory cannot use this program (koitab)"),
     (koitab.Caller(0, "root"), None, None)])
-def test_who_is_shut_out_hears_it_as_from_crontab(
+def test_excluded_user_gets_crontabs_message(
         desk, monkeypatch, caller, user, says):
     monkeypatch.setattr(koitab.os, "geteuid", lambda: 0)
     desk.machine.shut_out = "/etc/koi.deny"
@@ -367,7 +367,7 @@ def test_who_is_shut_out_hears_it_as_from_crontab(
 
 @pytest.mark.parametrize("op", ["jobs", "history", "status"])
 @pytest.mark.parametrize("caller", [stranger("mallory"), stranger("")])
-def test_nothing_of_anothers_is_in_a_reply(desk, op, caller):
+def test_reply_contains_nothing_of_another_user(desk, op, caller):
     add_runs(desk, "alice", 3)
     try:
         reply, rest = desk.answer(caller, {"op": op})
@@ -381,13 +381,13 @@ def test_nothing_of_anothers_is_in_a_reply(desk, op, caller):
 @pytest.mark.parametrize("op", ["log", "kill"])
 @pytest.mark.parametrize("caller", [stranger("mallory"), stranger("")])
 @pytest.mark.parametrize("request_of", [{"run": 1}, {"job": "Hers"}, {}])
-def test_anothers_run_is_not_there(desk, op, caller, request_of):
+def test_run_of_another_user_is_not_found(desk, op, caller, request_of):
     add_runs(desk, "alice", 3)
     with pytest.raises(Error):
         desk.answer(caller, {"op": op, **request_of})
 
 
-def test_the_kernel_says_who_calls(monkeypatch):
+def test_caller_is_identified_by_the_kernel(monkeypatch):
     for name in ("LOGNAME", "USER", "SUDO_USER"):
         monkeypatch.setenv(name, "mallory")
     ours, theirs = socket.socketpair()
@@ -403,8 +403,7 @@ def test_the_kernel_says_who_calls(monkeypatch):
 @pytest.mark.parametrize("name, line", [
     ("Hers", 2), ("Night/Hers", 2), ("2", 2), ("3", 3), ("true", 3),
     ("echo {{A, string, x}}", 2)])
-def test_a_job_is_called_by_name_section_line_command_or_tag(desk, name,
-                                                             line):
+def test_job_is_found_by_name_section_line_command_or_tag(desk, name, line):
     duty = desk.registry.find_job("alice", name)
     assert duty.line == line
     assert desk.registry.find_job("alice", duty.job.tag) is duty
@@ -414,12 +413,12 @@ def test_a_job_is_called_by_name_section_line_command_or_tag(desk, name,
     ("alice", "Hars"), ("alice", "9"), ("mallory", "Hers"), ("mallory", "2"),
     ("mallory", ""), ("alice", "\0"), ("alice", "\ud800"),
     ("alice", "x" * 100_000)])
-def test_a_job_that_is_not_there_is_named(desk, user, name):
+def test_error_of_an_unknown_job_names_it(desk, user, name):
     with pytest.raises(Error, match="no job named"):
         desk.registry.find_job(user, name)
 
 
-def test_a_name_of_several_jobs_is_asked_about(desk):
+def test_ambiguous_job_name_is_refused_with_the_candidates(desk):
     with pytest.raises(Error, match="the name of 2 jobs") as refused:
         desk.registry.find_job("alice", "")
     assert all(duty.job.tag in refused.value.hint
@@ -485,7 +484,7 @@ def test_values_are_checked_and_defaults_filled_in(given, values):
                                                "date"),
     ({"S": "x", "T": "a\rb"}, "control"),
 ])
-def test_a_value_that_does_not_fit_is_refused_with_the_reason(given, why):
+def test_invalid_value_is_refused_with_the_reason(given, why):
     with pytest.raises(Error, match=why.replace("|", r"\|")):
         koitab.validate_arguments(job(FORM), given)
 
@@ -504,7 +503,7 @@ def test_argument_with_an_empty_default_may_be_empty():
     assert koitab.validate_arguments(form, {"S": ""}) == {"S": ""}
 
 
-def test_a_job_without_arguments_says_so():
+def test_argument_of_a_job_without_arguments_is_refused():
     with pytest.raises(Error, match="unknown argument") as refused:
         koitab.validate_arguments(job("@manual id"), {"A": "x"})
     assert refused.value.hint == "this job takes no arguments"
@@ -540,18 +539,18 @@ USUAL = {"SHELL": "/bin/sh", "PATH": "/usr/bin:/bin", "HOME": "/home/alice",
     ("LD_PRELOAD=/x.so\n", {}, {"LD_PRELOAD": "/x.so"}),
     ('"B=C"=1\n', {}, {}), ("MAILTO=bob\n", {}, {"MAILTO": "bob"}),
 ])
-def test_a_jobs_environment(tab, host, changed):
+def test_environment_of_a_job_comes_from_tab_and_host(tab, host, changed):
     found = environment(f"{tab}* * * * * id\n", host)
     assert found == {**USUAL, **changed}
 
 
-def test_what_koi_gives_to_a_job_the_tab_cannot_take():
+def test_tab_cannot_override_the_variables_that_koi_sets():
     found = environment("KOI_RUN=9\nKOI_ARG_1=x\n* * * * * id\n", {},
                         KOI_RUN="5", KOI_ARG_1="y")
     assert (found["KOI_RUN"], found["KOI_ARG_1"]) == ("5", "y")
 
 
-def test_lines_above_count_and_lines_below_do_not():
+def test_assignments_above_a_job_apply_and_those_below_do_not():
     tab = koitab.parse_tab("A=1\n* * * * * x\nA=2\n* * * * * y\n")
     assert [job.environment["A"] for job in tab.jobs] == ["1", "2"]
 
@@ -569,7 +568,7 @@ def test_lines_above_count_and_lines_below_do_not():
     ('a"b', False), ("a\\b", False), ("a(b)", False), ("a*", False),
     ("a?", False), ("a~", False), ("a#b", False), ("é@x", False),
     ("a@é", False), ("٣", False), ("a\u202e", False)])
-def test_an_address_is_letters_and_a_few_signs(address, safe):
+def test_mail_address_with_unsafe_characters_is_rejected(address, safe):
     assert koitab.safe_address(address) is safe
 
 
@@ -601,7 +600,7 @@ def test_mail_has_the_bytes_of_the_output(output, charset):
 
 
 @pytest.mark.parametrize("output", OUTPUTS, ids=range(len(OUTPUTS)))
-def test_output_that_the_tab_says_is_encoded_is_not_encoded_again(output):
+def test_output_with_a_content_transfer_encoding_is_not_encoded_again(output):
     import base64
     written = base64.encodebytes(output)
     found = mailed(written, CONTENT_TRANSFER_ENCODING="base64")
@@ -622,7 +621,7 @@ FAILED = {"state": "done", "exit": 1, "signal": None, "bytes": 5}
 @pytest.mark.parametrize("trigger, state", [
     ("manual", ""), ("schedule", "due"), ("reboot", "due"),
     ("catch-up", "due")])
-def test_mail_is_sent_for_the_retry_of_each_run_but_those_by_hand(
+def test_retry_of_a_scheduled_run_is_mailed_and_one_by_hand_is_not(
         desk, monkeypatch, trigger, state):
     monkeypatch.setattr(koitab, "SENDMAILS", ["/bin/sh"])
     tabs = registry((KOITAB, "alice", "KOI_RETRY=1\n@daily x\n"))
@@ -649,7 +648,7 @@ def test_status_of_sendmail_is_logged_in_decimal(desk, status, logged):
 
 
 @pytest.mark.parametrize("number", [9, 40])
-def test_agent_that_any_signal_ended_is_started_again(number):
+def test_agent_killed_by_any_signal_is_restarted(number):
     """Signal 40 has no name."""
     clock = SimpleNamespace(ticks=lambda: 5.0)
     agent = koitab.AgentProcess(
@@ -675,7 +674,7 @@ def test_agent_that_any_signal_ended_is_started_again(number):
     ({"koi.deny": "bob\n", "cron.deny": "alice\n"}, ""),
     ({"koi.deny": "alice\n", "cron.allow": "alice\n"}, "koi.deny"),
 ])
-def test_cron_allow_and_cron_deny_count_without_those_of_koi(
+def test_cron_allow_and_cron_deny_apply_if_koi_has_none(
         tmp_path, monkeypatch, files, excluded_by):
     monkeypatch.setattr(koitab, "ACCESS_FILES", tuple(
         (str(tmp_path / path.rpartition("/")[2]), wanted)
@@ -762,7 +761,7 @@ OWN, PACKAGED, SPOOLED = ((0,), 0o022, True), ((0,), 0o022, False), \
     (SPOOLED, status(REGULAR | 0o4600), "chmod"),
     (SPOOLED, status(links=2), "hard link"),
 ])
-def test_which_files_root_believes(how, given, fault):
+def test_root_trusts_only_files_that_others_cannot_write(how, given, fault):
     found = koitab.file_error(given, *how)
     assert fault in found if fault else found == ""
 
@@ -770,11 +769,11 @@ def test_which_files_root_believes(how, given, fault):
 @pytest.mark.parametrize("how, given, mend", [
     (OWN, status(REGULAR | 0o666), "chmod go-w"),
     (SPOOLED, status(REGULAR | 0o644), "chmod 600")])
-def test_the_mend_that_is_named_mends_it(how, given, mend):
+def test_error_of_an_unsafe_file_names_the_fix(how, given, mend):
     assert mend in koitab.file_error(given, *how)
 
 
-def test_a_link_is_not_followed_unless_it_is_a_packages(tmp_path):
+def test_symbolic_link_is_followed_only_where_packages_may_place_one(tmp_path):
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("@manual id\n")
     target.chmod(0o600)
@@ -786,14 +785,14 @@ def test_a_link_is_not_followed_unless_it_is_a_packages(tmp_path):
     assert read(str(tmp_path / "none"), "x", (ME,), 0o022, None) is None
 
 
-def test_a_fifo_hangs_nobody(tmp_path):
+def test_fifo_is_refused_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "fifo", 0o600)
     file = koitab.Machine().tab_file(str(tmp_path / "fifo"), "x", (ME,),
                                      0o022, None)
     assert file.problem == "it is not a regular file"
 
 
-def test_names_in_leaves_out_what_editors_and_packages_leave_behind(tmp_path):
+def test_tab_names_exclude_files_left_by_editors_and_packages(tmp_path):
     for name in ("alice", "bob.smith", "a-b_c", "UPPER", "x~y", "tmpx",
                  ".hidden", "#auto#", "backup~", "tmp.12345", "alice.new"):
         (tmp_path / name).touch()
@@ -802,7 +801,7 @@ def test_names_in_leaves_out_what_editors_and_packages_leave_behind(tmp_path):
     assert koitab.tab_names(str(tmp_path / "none")) == []
 
 
-def test_a_trouble_stays_until_it_is_mended(desk):
+def test_problem_of_a_tab_is_reported_until_it_is_fixed(desk):
     """Also when another tab changes meanwhile."""
     tabs = os.path.join(desk.home, "tabs")
 
@@ -826,7 +825,7 @@ def test_a_trouble_stays_until_it_is_mended(desk):
 
 # What does koid say about its agent? -----------------------------------------
 
-def test_one_reason_of_both_connections_is_shown_and_logged_once(desk):
+def test_reason_shared_by_both_connections_is_shown_and_logged_once(desk):
     lines: list = []
     log = SimpleNamespace(log=lambda text, bad=False: lines.append(text))
     broker = koitab.AgentBroker(

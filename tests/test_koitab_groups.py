@@ -39,7 +39,7 @@ def test_job_that_hosts_cannot_share_is_refused(line, why):
 @pytest.mark.parametrize("name, valid", [
     ("web", True), ("web-2.eu_x", True), ("", True), ("a/b", False),
     ("a b", False), ("\u00e4", False), ("a" * 101, False)])
-def test_name_of_a_group(name, valid):
+def test_group_name_is_accepted_or_rejected_by_its_characters(name, valid):
     tab = parse('"A" * * * * * true', f"KOI_ONE_OF={name}\n")
     assert (not tab.errors()) == valid
     assert tab.jobs[0].settings.one_of == (name if valid else "")
@@ -50,7 +50,7 @@ def test_job_with_after_is_allowed_in_a_group():
     assert tab.errors() == [] and len(tab.jobs) == 2
 
 
-def test_tilde_is_the_same_on_all_hosts_of_a_group_and_for_all_commands():
+def test_tilde_has_one_value_on_all_hosts_of_a_group_for_any_command():
     def minutes(command: str, salt: str, name: str = "A", **settings):
         job, = parse(f'"{name}" ~ * * * * {command}', salt=salt,
                      **settings).jobs
@@ -112,7 +112,7 @@ def starts_at(job, zone, due: int):
         yield pair
 
 
-def test_host_that_looks_late_has_the_same_name_for_a_start():
+def test_host_that_checks_late_has_the_same_name_for_a_start():
     """Its minute is made up for four minutes later: see plan()."""
     zone = koitab.Machine().zone("Europe/Berlin")
     for schedule, name in (("0 2 * * *", "2026-06-01T02:00 Europe/Berlin"),
@@ -138,7 +138,7 @@ def settings(tmp_path, **changes):
         "user": "koi", "insecure": False, **changes})
 
 
-def test_claims_process_gets_texts_and_no_paths(tmp_path):
+def test_claims_process_gets_contents_and_no_paths(tmp_path):
     found = settings(tmp_path)
     found.check()
     assert found.read() == {
@@ -155,13 +155,13 @@ def test_claims_process_gets_texts_and_no_paths(tmp_path):
     ({"password": ""}, "--etcd-user needs"), ({"user": ""}, "--etcd-user"),
     ({"ca": "/no/such"}, "/no/such: No such file"),
 ])
-def test_setting_for_etcd_that_is_wrong_is_an_error(tmp_path, changes, why):
+def test_invalid_setting_for_etcd_is_an_error(tmp_path, changes, why):
     with pytest.raises(koitab.Error, match=why):
         settings(tmp_path, **changes).check()
 
 
 @pytest.mark.parametrize("name", ["key", "password"])
-def test_secret_that_others_can_read_is_refused(tmp_path, name):
+def test_secret_file_that_others_can_read_is_refused(tmp_path, name):
     found = settings(tmp_path)
     (tmp_path / name).chmod(0o640)
     with pytest.raises(koitab.Error) as caught:

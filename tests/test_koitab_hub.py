@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("small_ballast")
 # The file, and how it is written
 # ==========================================================================
 
-def test_what_was_acknowledged_is_on_the_disk(tmp_path):
+def test_database_syncs_every_commit_to_disk(tmp_path):
     dashboard = InProcessDashboard(tmp_path / "d.db", durable=True)
     assert dashboard.dashboard.db.value("pragma journal_mode") == "wal"
     assert dashboard.dashboard.db.value("pragma synchronous") == 2     # FULL
@@ -36,7 +36,7 @@ def test_what_was_acknowledged_is_on_the_disk(tmp_path):
     assert dashboard.dashboard.db.value("pragma auto_vacuum") == 2
 
 
-def test_the_database_is_for_its_owner_alone(dashboard, tmp_path):
+def test_database_is_accessible_to_its_owner_only(dashboard, tmp_path):
     dashboard.join()
     assert {file.name: support.mode(file) for file in tmp_path.iterdir()
             } == dict.fromkeys((
@@ -49,14 +49,14 @@ def test_a_second_dashboard_does_not_open_the_same_database(dashboard):
         InProcessDashboard(dashboard.path)
 
 
-def test_a_newer_schema_is_left_alone(dashboard):
+def test_database_of_a_newer_schema_is_refused_unchanged(dashboard):
     dashboard.dashboard.db.execute("pragma user_version=99")
     dashboard.dashboard.close()
     with pytest.raises(Error, match="newer koi"):
         InProcessDashboard(dashboard.path)
 
 
-def test_hint_for_an_older_schema_leads_to_a_new_database(dashboard):
+def test_hint_for_an_older_schema_names_the_steps_to_a_new_database(dashboard):
     dashboard.dashboard.db.execute("pragma user_version=1")
     dashboard.dashboard.close()
     with pytest.raises(Error, match="older koi") as refused:
@@ -66,7 +66,7 @@ def test_hint_for_an_older_schema_leads_to_a_new_database(dashboard):
     InProcessDashboard(dashboard.path).dashboard.close()
 
 
-def test_each_deed_stands_or_falls_alone(dashboard):
+def test_failed_operation_does_not_undo_the_others(dashboard):
     def good(db, name):
         db.execute("insert into meta values (?, '1')", name)
         return name
@@ -91,7 +91,7 @@ def test_each_deed_stands_or_falls_alone(dashboard):
                           ) == [("a",), ("b",)]
 
 
-def test_what_waits_is_written_in_one_transaction(dashboard):
+def test_waiting_operations_are_written_in_one_transaction(dashboard):
     seen, commits = [], []
     dashboard.dashboard.db.connection.set_trace_callback(
         lambda text: commits.append(text) if text.lower() == "commit"
@@ -103,7 +103,7 @@ def test_what_waits_is_written_in_one_transaction(dashboard):
     assert len(commits) == 2        # the group, and a chore
 
 
-def test_an_answer_is_given_after_the_commit(dashboard):
+def test_operation_is_answered_after_its_commit(dashboard):
     """Another connection sees what was acknowledged, when it is."""
     seen = []
     dashboard.dashboard.write(lambda db: db.execute(
@@ -114,7 +114,7 @@ def test_an_answer_is_given_after_the_commit(dashboard):
     assert seen == [("y",)]
 
 
-def test_what_a_failed_deed_leaves_for_memory_is_not_done(dashboard):
+def test_failed_operation_does_not_change_the_memory(dashboard):
     def deed(_db):
         dashboard.dashboard.changes.after_commit(lambda: done.append(1))
         raise Error("no")
@@ -125,12 +125,12 @@ def test_what_a_failed_deed_leaves_for_memory_is_not_done(dashboard):
     assert done == []
 
 
-def test_a_question_cannot_write(dashboard):
+def test_read_operation_cannot_write(dashboard):
     with pytest.raises(Error):
         dashboard.ask(lambda db: db.execute("delete from meta"))
 
 
-def test_a_writers_thread_does_what_waits_before_it_ends(tmp_path):
+def test_writer_thread_finishes_waiting_operations_before_it_ends(tmp_path):
     hub = koitab.Dashboard(str(tmp_path / "d.db"))
     hub.open()
     hub.start()
@@ -143,7 +143,7 @@ def test_a_writers_thread_does_what_waits_before_it_ends(tmp_path):
     assert pytest.raises(Error, hub.do, lambda db: 1).value.status == 503
 
 
-def test_a_fault_of_ours_in_the_thread_ends_it_and_nobody_hangs(tmp_path):
+def test_bug_in_the_writer_thread_ends_it_and_no_caller_hangs(tmp_path):
     hub = koitab.Dashboard(str(tmp_path / "d.db"))
     hub.open()
     hub.due_timers = lambda: 1 / 0
@@ -155,7 +155,7 @@ def test_a_fault_of_ours_in_the_thread_ends_it_and_nobody_hangs(tmp_path):
     hub.stop()
 
 
-def test_a_disk_that_fails_ends_all_acknowledging(dashboard, monkeypatch):
+def test_disk_error_ends_all_writes_and_reads_continue(dashboard, monkeypatch):
     def deed(_db):
         raise sqlite3.OperationalError("disk I/O error")
 
@@ -169,7 +169,7 @@ def test_a_disk_that_fails_ends_all_acknowledging(dashboard, monkeypatch):
     assert dashboard.ask(lambda db: 1) == 1     # reads go on
 
 
-def test_a_full_disk_answers_507_and_heals(dashboard, monkeypatch):
+def test_full_disk_gives_507_until_there_is_room(dashboard, monkeypatch):
     def deed(_db):
         raise sqlite3.OperationalError("database or disk is full")
 
@@ -188,7 +188,8 @@ def test_a_full_disk_answers_507_and_heals(dashboard, monkeypatch):
     assert dashboard.dashboard.problem_list == []
 
 
-def test_a_backup_is_whole_and_only_ours(dashboard, web1, tmp_path):
+def test_backup_is_complete_and_accessible_to_its_owner_only(
+        dashboard, web1, tmp_path):
     dashboard.runs(web1, dashboard.record())
     dashboard.dashboard.backup(str(tmp_path / "copy.db"))
     assert support.mode(tmp_path / "copy.db") == 0o600
@@ -202,7 +203,7 @@ def test_a_backup_is_whole_and_only_ours(dashboard, web1, tmp_path):
 # Keys and dashboards
 # ==========================================================================
 
-def test_a_token_opens_what_it_is_for(dashboard, web1):
+def test_token_gives_the_access_of_its_role(dashboard, web1):
     key_of = dashboard.principal_of
     assert key_of(OPERATOR_TOKEN) == koitab.Principal("operator")
     assert key_of(VIEWER_TOKEN) == koitab.Principal("viewer", "", "viewer")
@@ -212,7 +213,7 @@ def test_a_token_opens_what_it_is_for(dashboard, web1):
         assert key_of(token) is None
 
 
-def test_rotated_keys_open_nothing_any_more(dashboard):
+def test_rotated_keys_are_refused(dashboard):
     dashboard.do(dashboard.dashboard.credentials.rotate, {
         "salt": "1" * 32, "rounds": 700_000,
         "api_sha256": koitab.sha256_hex("1" * 64)}, NOW)
@@ -235,7 +236,7 @@ def test_the_database_holds_no_token(dashboard, web1):
     {"rounds": 599_999}, {"rounds": 600_000.0}, {"rounds": True},
     {"salt": "0" * 31}, {"salt": "G" * 32}, {"salt": None},
     {"api_sha256": "é" * 64}, {"api_sha256": 7}, {"rounds": 2**70}])
-def test_weak_or_odd_keys_are_refused(dashboard, fields):
+def test_weak_or_malformed_keys_are_refused(dashboard, fields):
     with refused(400):
         dashboard.do(dashboard.dashboard.credentials.rotate, {
             "salt": "0" * 32, "rounds": 600_000, "api_sha256": "1" * 64,
@@ -251,7 +252,7 @@ def test_a_second_dashboard_is_not_created_in_a_database(dashboard):
     assert dashboard.rows("select count(*) from dashboard") == [(1,)]
 
 
-def test_one_token_opens_one_door(dashboard, web1):
+def test_token_in_use_is_refused_for_another_role(dashboard, web1):
     credentials = dashboard.dashboard.credentials
     for token in (token_of(HOST), VIEWER_TOKEN, OPERATOR_TOKEN):
         used = koitab.sha256_hex(token)
@@ -299,7 +300,7 @@ def test_access_tokens_are_added_listed_and_revoked_one_by_one(dashboard):
     (409, {"name": "viewer"}), (400, {"name": " "}), (400, {"role": "host"}),
     (400, {"role": "operator"}), (400, {"sha256": "7"}), (400, {"x": 1}),
     (404, {"do": "revoke", "name": "other"})])
-def test_an_odd_access_token_is_refused(dashboard, status, fields):
+def test_malformed_access_token_is_refused(dashboard, status, fields):
     with refused(status):
         dashboard.do(dashboard.dashboard.credentials.change_tokens,
                      {**new_token("checks", "7" * 64), **fields}, NOW)
@@ -344,7 +345,7 @@ def test_a_key_of_viewers_is_an_access_token_after_the_upgrade(dashboard):
 # A sync
 # ==========================================================================
 
-def test_a_list_makes_jobs_and_keeps_its_exact_text(dashboard, web1):
+def test_job_list_creates_jobs_and_its_exact_text_is_kept(dashboard, web1):
     dashboard.sync(web1, list=dashboard.list_of(web1, spec(), spec("crawl")),
                    next={"root\nbackup": NOW + 60, "root\ncrawl": None})
     backup, crawl = dashboard.state["jobs"]
@@ -356,7 +357,7 @@ def test_a_list_makes_jobs_and_keeps_its_exact_text(dashboard, web1):
         dashboard.list_of(web1, spec(), spec("crawl"))
 
 
-def test_job_has_the_description_of_the_list(dashboard, web1):
+def test_job_has_the_description_in_its_list(dashboard, web1):
     def send(**fields):
         dashboard.sync(web1, list=dashboard.list_of(web1, spec(**fields)))
 
@@ -369,7 +370,8 @@ def test_job_has_the_description_of_the_list(dashboard, web1):
             send(about=wrong)
 
 
-def test_a_job_that_is_in_no_list_is_gone_and_comes_back(dashboard, web1):
+def test_job_missing_from_the_list_is_removed_until_it_is_listed_again(
+        dashboard, web1):
     dashboard.sync(web1, list=dashboard.list_of(web1, spec(), spec("crawl")))
     dashboard.sync(web1, list=dashboard.list_of(web1, spec("crawl")))
     assert [job["removed"] for job in dashboard.state["jobs"]] == [True, False]
@@ -377,7 +379,7 @@ def test_a_job_that_is_in_no_list_is_gone_and_comes_back(dashboard, web1):
     assert not any(job["removed"] for job in dashboard.state["jobs"])
 
 
-def test_list_has_the_ends_of_pauses(dashboard, web1):
+def test_job_list_contains_the_ends_of_pauses(dashboard, web1):
     body = dashboard.list_of(web1, spec(), spec("crawl"))
     for paused in ({"root\ncrawl": NOW + 60}, {"root\ncrawl": 0}, {}):
         inner = {**json.loads(body["body"]), "paused": paused}
@@ -386,7 +388,7 @@ def test_list_has_the_ends_of_pauses(dashboard, web1):
             None, paused.get("root\ncrawl")]
 
 
-def test_list_without_all_jobs_of_a_user_removes_none_of_that_user(
+def test_incomplete_job_list_of_a_user_removes_no_job_of_that_user(
         dashboard, web1):
     def remaining(*specs: str, **fields) -> set[str]:
         dashboard.sync(web1, list=dashboard.list_of(web1, *specs, **fields))
@@ -401,7 +403,7 @@ def test_list_without_all_jobs_of_a_user_removes_none_of_that_user(
     assert remaining(spec(), of_alice[0], partial=[]) == {"backup", "mine"}
 
 
-def test_the_list_is_wanted_when_it_is_not_known(dashboard, web1):
+def test_unknown_job_list_is_requested(dashboard, web1):
     assert dashboard.sync(web1)["want_list"]
     body = dashboard.list_of(web1, spec())
     sha = koitab.sha256_hex(body["body"])
@@ -410,7 +412,7 @@ def test_the_list_is_wanted_when_it_is_not_known(dashboard, web1):
     assert dashboard.sync(web1, list_sha="0" * 64)["want_list"]
 
 
-def test_a_record_comes_twice_and_is_kept_once(dashboard, web1):
+def test_repeated_record_is_stored_once(dashboard, web1):
     record = dashboard.record()
     for _ in range(3):
         assert dashboard.runs(web1, record)["acked"] == 1
@@ -418,7 +420,8 @@ def test_a_record_comes_twice_and_is_kept_once(dashboard, web1):
     assert len(dashboard.job()["recent_runs"]) == 1
 
 
-def test_a_run_that_goes_on_is_changed_and_never_goes_back(dashboard, web1):
+def test_active_run_is_updated_and_never_returns_to_an_earlier_state(
+        dashboard, web1):
     start = dashboard.record("running")
     dashboard.runs(web1, start)
     assert dashboard.job()["state"] == "running"
@@ -431,7 +434,7 @@ def test_a_run_that_goes_on_is_changed_and_never_goes_back(dashboard, web1):
     assert dashboard.rows("select count(*) from runs") == [(1,)]
 
 
-def test_the_end_may_come_before_the_start(dashboard, web1):
+def test_end_of_a_run_is_accepted_before_its_start(dashboard, web1):
     start = dashboard.record("running")
     end = dashboard.record(run=start["run"], exit=3)
     assert dashboard.runs(web1, end)["acked"] == 2
@@ -440,14 +443,13 @@ def test_the_end_may_come_before_the_start(dashboard, web1):
     assert dashboard.job()["last"]["exit"] == 3
 
 
-def test_a_run_without_a_job_makes_it(dashboard, web1):
+def test_run_of_an_unknown_job_creates_the_job(dashboard, web1):
     dashboard.runs(web1, dashboard.record(tag="gone", name="Old"))
     job, = dashboard.state["jobs"]
     assert (job["name"], job["removed"], job["state"]) == ("Old", True, "ok")
 
 
-def test_runs_that_come_again_under_another_tag_move_to_that_job(dashboard,
-                                                                 web1):
+def test_runs_sent_again_with_another_tag_move_to_that_job(dashboard, web1):
     """koid sends the runs of a job that was renamed again."""
     dashboard.channel()
     output = frames("words\n")
@@ -465,7 +467,7 @@ def test_runs_that_come_again_under_another_tag_move_to_that_job(dashboard,
     assert dashboard.take_notifications() == [] and job != renamed
 
 
-def test_a_new_history_counts_anew(dashboard, web1):
+def test_runs_of_a_new_history_are_other_runs(dashboard, web1):
     """history.db was lost: the numbers begin again, and are other runs."""
     dashboard.runs(web1, dashboard.record(run=1, change=5))
     reopened = dashboard.record(run=1, change=1, exit=1)
@@ -491,7 +493,7 @@ def test_a_restored_database_says_from_where_it_needs_records(dashboard, web1,
     old.dashboard.close()
 
 
-def test_ids_have_the_order_of_the_starts(dashboard, web1):
+def test_ids_of_runs_are_in_order_of_their_starts(dashboard, web1):
     """A long run ends after others that began later."""
     long = dashboard.record("running")
     short = dashboard.record()
@@ -520,7 +522,8 @@ ODD_FIELDS = [
 
 
 @pytest.mark.parametrize("fields", ODD_FIELDS, ids=lambda f: str(f)[:40])
-def test_a_sync_that_is_odd_is_refused_whole(dashboard, web1, fields):
+def test_sync_with_an_invalid_field_is_refused_completely(
+        dashboard, web1, fields):
     with refused(403 if "host" in fields else 400):
         dashboard.sync(web1, **{"list": dashboard.list_of(web1, spec()),
                                 **fields})
@@ -538,7 +541,7 @@ ODD_RECORDS = [
 
 
 @pytest.mark.parametrize("fields", ODD_RECORDS, ids=str)
-def test_a_record_that_is_odd_is_refused(dashboard, web1, fields):
+def test_invalid_record_is_refused(dashboard, web1, fields):
     with refused(400):
         dashboard.runs(web1, dashboard.record(), dashboard.record(**fields))
     assert dashboard.rows("select count(*) from runs") == [(0,)]
@@ -549,12 +552,12 @@ def test_a_record_that_is_odd_is_refused(dashboard, web1, fields):
     {"zone": "x" * 201}, {"next": dict.fromkeys(map(str, range(10_001)))},
     {"list": {"body": "x" * (8 * 2**20 + 1), "mac": "e" * 64}},
     {"outputs": [{"run": 1, "at": 0, "data": "A" * 6_000_000}]}])
-def test_too_much_at_once_is_refused(dashboard, web1, fields):
+def test_sync_with_too_many_records_is_refused(dashboard, web1, fields):
     with refused(413):
         dashboard.sync(web1, **fields)
 
 
-def test_long_texts_are_cut_or_refused_but_never_a_fault(dashboard, web1):
+def test_long_texts_are_cut_or_refused(dashboard, web1):
     dashboard.runs(web1, dashboard.record(reason="x" * 100_000,
                                           args={"a": "'; drop table runs --"}))
     run = dashboard.job()["last"]
@@ -564,7 +567,7 @@ def test_long_texts_are_cut_or_refused_but_never_a_fault(dashboard, web1):
         dashboard.runs(web1, dashboard.record(args={"a": "x" * 600_000}))
 
 
-def test_labels_and_commands_are_shown_up_to_1_kib(dashboard, web1):
+def test_labels_and_commands_are_cut_to_1_kib(dashboard, web1):
     """Twelve syncs of records with labels of 199,000 characters: the
     overview was 91 MiB, the metrics 547 MiB."""
     for number in range(12):
@@ -584,7 +587,8 @@ def test_labels_and_commands_are_shown_up_to_1_kib(dashboard, web1):
     assert len(metrics.encode()) < 2**14
 
 
-def test_a_host_has_500_jobs_and_no_user_displaces_others(dashboard, web1):
+def test_host_keeps_at_most_500_jobs_and_no_user_displaces_others(
+        dashboard, web1):
     flood = [spec(f"k{number}", user="alice") for number in range(700)]
     dashboard.sync(web1, list=dashboard.list_of(
         web1, spec("backup"), *flood, spec("report", user="bob")))
@@ -605,7 +609,7 @@ def test_a_host_has_500_jobs_and_no_user_displaces_others(dashboard, web1):
     assert dashboard.state["hosts"][0]["problems"] == []
 
 
-def test_records_of_ever_new_jobs_fill_no_memory(dashboard, web1):
+def test_records_of_ever_new_jobs_do_not_fill_the_memory(dashboard, web1):
     dashboard.dashboard.hosts.most_jobs = 3
     records = [dashboard.record(tag=f"t{number}") for number in range(20)]
     answer = dashboard.runs(web1, *records)
@@ -616,7 +620,7 @@ def test_records_of_ever_new_jobs_fill_no_memory(dashboard, web1):
     assert len(dashboard.state["jobs"]) == 13
 
 
-def test_of_two_koids_with_one_identity_the_newer_is_believed(dashboard, web1):
+def test_newer_of_two_koids_with_one_host_id_is_accepted(dashboard, web1):
     dashboard.sync(web1, instance="2000-aaaaaaaa")
     with refused(409) as refusal:
         dashboard.sync(web1, instance="1000-bbbbbbbb")
@@ -631,7 +635,7 @@ def test_of_two_koids_with_one_identity_the_newer_is_believed(dashboard, web1):
     assert dashboard.state["hosts"][0]["state"] == "up"
 
 
-def test_a_clock_that_is_wrong_shows(dashboard, web1):
+def test_clock_skew_of_a_host_is_shown(dashboard, web1):
     dashboard.sync(web1, now=NOW - 43)
     assert dashboard.state["hosts"][0]["skew"] == 43
     assert dashboard.state["hosts"][0]["offset"] == 3600
@@ -644,7 +648,7 @@ def test_a_clock_that_is_wrong_shows(dashboard, web1):
 TEXT = frames("one\ntwo\n") + frames("it broke\n", 2) + frames("three\n")
 
 
-def test_output_comes_in_pieces_and_is_asked_for(dashboard, web1):
+def test_missing_output_is_requested_piece_by_piece(dashboard, web1):
     cut = len(frames("one\n"))
     reply = dashboard.runs(web1, dashboard.record(size=len(TEXT), exit=1))
     assert reply["missing_output"] == [[1, 0]]
@@ -661,7 +665,7 @@ def test_output_comes_in_pieces_and_is_asked_for(dashboard, web1):
         b"one\ntwo\nit broke\nthree\n"
 
 
-def test_a_piece_is_kept_up_to_its_last_whole_frame(dashboard, web1):
+def test_piece_is_stored_up_to_its_last_whole_frame(dashboard, web1):
     cut = len(frames("one\n"))
     dashboard.runs(web1, dashboard.record(size=len(TEXT)))
     reply = dashboard.sync(web1, outputs=[piece(1, 0, TEXT[:cut + 5])])
@@ -671,7 +675,7 @@ def test_a_piece_is_kept_up_to_its_last_whole_frame(dashboard, web1):
 @pytest.mark.parametrize("data", [
     b"no frames at all", b"\xff" * 40, TEXT[:-1] + b"",
     koitab.frame(9, 0, b"x") * 4], ids=["text", "ff", "cut", "stream"])
-def test_output_that_is_none_is_not_asked_for_again(dashboard, web1, data):
+def test_invalid_output_is_not_requested_again(dashboard, web1, data):
     dashboard.runs(web1, dashboard.record(size=len(data)))
     dashboard.sync(web1, outputs=[piece(1, 0, data)])
     reply = dashboard.sync(web1, outputs=[piece(1, 0, data)])
@@ -680,7 +684,7 @@ def test_output_that_is_none_is_not_asked_for_again(dashboard, web1, data):
     dashboard.run_chores()
 
 
-def test_output_that_the_host_has_lost_is_not_asked_for(dashboard, web1):
+def test_output_that_the_host_has_lost_is_not_requested(dashboard, web1):
     reply = dashboard.runs(web1, dashboard.record(size=99))
     assert reply["missing_output"] == [[1, 0]]
     assert dashboard.sync(web1, outputs=[piece(1, 0, b"", deleted=True)]
@@ -688,7 +692,8 @@ def test_output_that_the_host_has_lost_is_not_asked_for(dashboard, web1):
 
 
 @pytest.mark.parametrize("size", [1, 9, 10, 30, 10**6])
-def test_any_part_of_output_is_whole_frames(dashboard, web1, size):
+def test_every_part_of_an_output_consists_of_whole_frames(
+        dashboard, web1, size):
     dashboard.runs(web1, dashboard.record(size=len(TEXT)))
     dashboard.sync(web1, outputs=[piece(1, 0, TEXT)])
     at, found = 0, b""
@@ -708,15 +713,15 @@ def test_any_part_of_output_is_whole_frames(dashboard, web1, size):
     ("\x1b]0;title\x07shown\n", 1, 0, "shown"),
     ("no end", 1, 0, "no end"), ("a\x07b\n", 1, 0, r"a\x07b"),
     ("x" * 999 + "\n", 1, 0, "x" * 300), ("\xff\n", 1, 0, "\xff")])
-def test_the_last_line_is_what_a_terminal_would_show(dashboard, web1, text,
-                                                     stream, status, line):
+def test_last_line_is_the_one_that_a_terminal_would_show(
+        dashboard, web1, text, stream, status, line):
     data = frames(text, stream)
     dashboard.runs(web1, dashboard.record(size=len(data), exit=status))
     dashboard.sync(web1, outputs=[piece(1, 0, data)])
     assert dashboard.job()["last"]["line"] == line
 
 
-def test_the_last_line_of_a_failed_run_is_of_its_errors(dashboard, web1):
+def test_last_line_of_a_failed_run_comes_from_its_stderr(dashboard, web1):
     for exit_status, line in ((1, "it broke"), (0, "three")):
         run = dashboard.record(size=len(TEXT), exit=exit_status)
         dashboard.runs(web1, run)
@@ -726,7 +731,7 @@ def test_the_last_line_of_a_failed_run_is_of_its_errors(dashboard, web1):
 
 # --- live
 
-def test_a_run_that_is_looked_at_is_asked_for(dashboard, web1):
+def test_live_output_of_a_followed_run_is_requested(dashboard, web1):
     dashboard.runs(web1, dashboard.record("running"))
     assert dashboard.sync(web1)["live"] == {}
     dashboard.lines.clear()
@@ -745,7 +750,8 @@ def test_a_run_that_is_looked_at_is_asked_for(dashboard, web1):
     assert dashboard.rows("select count(*) from outputs") == [(0,)]
 
 
-def test_live_output_must_follow_what_is_there(dashboard, web1):
+def test_live_output_is_stored_only_if_it_continues_the_known_part(
+        dashboard, web1):
     dashboard.runs(web1, dashboard.record("running"))
     dashboard.dashboard.follow(1)
     data = frames("one\n")
@@ -758,7 +764,7 @@ def test_live_output_must_follow_what_is_there(dashboard, web1):
                          999)[3] == 50
 
 
-def test_live_output_has_a_limit_and_begins_at_a_frame(dashboard, web1):
+def test_live_output_is_limited_and_begins_at_a_frame(dashboard, web1):
     dashboard.runs(web1, dashboard.record("running"))
     dashboard.dashboard.follow(1)
     data = koitab.frame(1, 0, b"x" * 60_000)
@@ -770,7 +776,8 @@ def test_live_output_has_a_limit_and_begins_at_a_frame(dashboard, web1):
     assert begin % len(data) == 0 and begin > 0
 
 
-def test_live_output_goes_when_the_whole_is_there(dashboard, web1):
+def test_live_output_is_dropped_once_the_whole_output_is_stored(
+        dashboard, web1):
     dashboard.runs(web1, dashboard.record("running"))
     dashboard.dashboard.follow(1)
     dashboard.sync(web1, live=[piece(1, 0, frames("one\n"))])
@@ -807,7 +814,8 @@ def test_a_run_has_an_outcome_code_and_its_job_a_state(
     assert dashboard.reopen().job()["recent_runs"][-1][3] == code
 
 
-def test_the_strip_is_the_last_ninety_runs_oldest_first(dashboard, web1):
+def test_run_history_bar_shows_the_last_ninety_runs_oldest_first(
+        dashboard, web1):
     assert dashboard.state      # so that it is kept up, not read anew
     dashboard.runs(web1, *[dashboard.record(exit=number % 2)
                            for number in range(100)])
@@ -817,7 +825,8 @@ def test_the_strip_is_the_last_ninety_runs_oldest_first(dashboard, web1):
     assert dashboard.reopen().job()["recent_runs"] == recent
 
 
-def test_failing_since_when_how_often_and_with_what_line(dashboard, web1):
+def test_failing_job_has_the_time_count_and_last_line_of_its_failures(
+        dashboard, web1):
     dashboard.runs(web1, dashboard.record())
     for _ in range(3):
         dashboard.clock.time += 100
@@ -832,14 +841,14 @@ def test_failing_since_when_how_often_and_with_what_line(dashboard, web1):
     assert dashboard.job()["failing"] is None
 
 
-def test_what_is_usual_is_said_after_twenty_good_runs(dashboard, web1):
+def test_usual_duration_is_known_after_twenty_successful_runs(dashboard, web1):
     for number in range(20):
         assert dashboard.job()["usual"] is None if number else True
         dashboard.runs(web1, dashboard.record(started=NOW - 10 - number))
     assert dashboard.job()["usual"] == [12.0, 28.0]
 
 
-def test_a_change_is_told_after_it_is_in_the_state(dashboard, web1):
+def test_change_is_published_after_it_is_in_the_state(dashboard, web1):
     seen = []
     dashboard.dashboard.on_changes = lambda changes: seen.append(
         (changes, dashboard.state["seq"], dashboard.job()["state"]))
@@ -852,14 +861,14 @@ def test_a_change_is_told_after_it_is_in_the_state(dashboard, web1):
     json.dumps(changes)
 
 
-def test_numbers_of_changes_grow_over_restarts(dashboard, web1):
+def test_change_numbers_increase_over_restarts(dashboard, web1):
     dashboard.runs(web1, dashboard.record())
     before = dashboard.state["seq"]
     dashboard.clock.time += 2
     assert dashboard.reopen().state["seq"] > before
 
 
-def test_a_flood_of_changes_says_read_all_anew(dashboard, web1):
+def test_too_many_changes_are_published_as_a_reset(dashboard, web1):
     dashboard.lines.clear()
     for _ in range(3):
         dashboard.dashboard.write(
@@ -870,14 +879,14 @@ def test_a_flood_of_changes_says_read_all_anew(dashboard, web1):
     assert dashboard.lines[0]["reset"] and "runs" not in dashboard.lines[0]
 
 
-def test_a_viewer_is_told_no_key_to_ping_with(dashboard):
+def test_viewer_gets_no_ping_key(dashboard):
     state = dashboard.ask(dashboard.dashboard.state,
                           "viewer", NOW)
     assert state["role"] == "viewer" and state["dash"]["ping_key"] == ""
     assert dashboard.state["dash"]["ping_key"]
 
 
-def test_runs_are_turned_over_page_by_page(dashboard, web1):
+def test_runs_are_listed_page_by_page(dashboard, web1):
     dashboard.runs(web1, *[dashboard.record() for _ in range(25)])
     seen, before = [], None
     while True:
@@ -890,7 +899,7 @@ def test_runs_are_turned_over_page_by_page(dashboard, web1):
     assert seen == list(range(25, 0, -1))
 
 
-def test_a_run_knows_its_neighbours_and_the_last_good_one(dashboard, web1):
+def test_run_names_its_neighbours_and_the_last_successful_run(dashboard, web1):
     dashboard.runs(web1, dashboard.record(), dashboard.record(tag="crawl"),
                    dashboard.record(exit=1), dashboard.record(exit=2),
                    dashboard.record())
@@ -911,7 +920,7 @@ def test_failed_run_is_shown_with_the_last_lines_of_its_errors(dashboard,
     assert lines == [["warning", "no space"], []]
 
 
-def test_a_day_shows_what_reached_into_it(dashboard, web1):
+def test_day_lists_all_runs_that_overlap_it(dashboard, web1):
     day = NOW + 86_400
     cases = [       # (started, ended, shown)
         (NOW, NOW + 60, False), (NOW, day + 60, True),
@@ -930,8 +939,8 @@ def test_a_day_shows_what_reached_into_it(dashboard, web1):
     assert (found["from"], found["to"]) == (day, day + 86_400)
 
 
-def test_a_day_with_too_much_says_how_far_it_goes(dashboard, web1,
-                                                  monkeypatch):
+def test_day_with_too_many_runs_says_where_its_list_ends(
+        dashboard, web1, monkeypatch):
     monkeypatch.setattr(koitab, "MOST_BARS", 10)
     dashboard.runs(web1, *[dashboard.record(started=NOW + n, ended=NOW + n)
                            for n in range(25)])
@@ -971,7 +980,7 @@ def test_a_removed_job_has_no_samples(dashboard, web1):
     assert samples(dashboard, "koi_job_ok") == []
 
 
-def test_what_is_unknown_of_a_silent_host_has_no_samples(dashboard, web1):
+def test_host_that_is_down_has_no_samples_of_unknown_values(dashboard, web1):
     dashboard.runs(web1, dashboard.record(),
                    list=dashboard.list_of(web1, spec()))
     dashboard.pass_time(300)
@@ -1004,7 +1013,7 @@ def test_a_badge_shows_the_worst_of_all_hosts(dashboard, web1):
                          NOW)["message"] == "failed"
 
 
-def test_a_badge_is_a_word_for_who_has_the_key(dashboard, web1):
+def test_badge_is_given_only_with_its_key(dashboard, web1):
     key = dashboard.state["dash"]["badge_key"]
     dashboard.runs(web1, dashboard.record(exit=1),
                    list=dashboard.list_of(web1, spec()))
@@ -1044,7 +1053,8 @@ def asked(dashboard, web1):
     return found
 
 
-def test_a_request_is_handed_out_and_answered(dashboard, web1, asked):
+def test_request_is_sent_to_its_host_and_its_result_is_stored(
+        dashboard, web1, asked):
     signed = {"body": asked["body"], "mac": asked["mac"]}
     assert dashboard.sync(web1)["requests"] == [signed]
     assert dashboard.sync(web1)[
@@ -1062,8 +1072,7 @@ def test_a_request_is_handed_out_and_answered(dashboard, web1, asked):
         "expires": NOW + 300, "host": HOST, "job": 1, "what": "run"}
 
 
-def test_request_that_waits_is_shown_and_can_be_withdrawn(dashboard, web1,
-                                                          asked):
+def test_waiting_request_is_shown_and_can_be_withdrawn(dashboard, web1, asked):
     waiting, = dashboard.state["requests"]
     assert (waiting["job"], waiting["host"], waiting["expires"]) == (
         1, HOST, NOW + 300)
@@ -1077,15 +1086,14 @@ def test_request_that_waits_is_shown_and_can_be_withdrawn(dashboard, web1,
             dashboard.do(withdraw, nonce)
 
 
-def test_request_that_the_host_has_fetched_is_not_withdrawn(dashboard, web1,
-                                                            asked):
+def test_fetched_request_cannot_be_withdrawn(dashboard, web1, asked):
     dashboard.sync(web1)
     with refused(409):
         dashboard.do(dashboard.dashboard.requests.withdraw, "1" * 32)
     assert len(dashboard.state["requests"]) == 1
 
 
-def test_the_same_request_twice_is_one(dashboard, asked):
+def test_repeated_request_is_stored_once(dashboard, asked):
     reopened = dashboard.do(dashboard.dashboard.requests.create, asked,
                             NOW)
     assert reopened["state"] == "waiting"
@@ -1097,7 +1105,7 @@ def test_the_same_request_twice_is_one(dashboard, asked):
                      request(dashboard, tag="x"), NOW)
 
 
-def test_a_request_that_nobody_answers_expires(dashboard, web1, asked):
+def test_unanswered_request_expires(dashboard, web1, asked):
     dashboard.pass_time(301)
     assert dashboard.sync(web1)["requests"] == []
     dashboard.pass_time(5)
@@ -1112,8 +1120,7 @@ def test_a_request_that_nobody_answers_expires(dashboard, web1, asked):
                          )["state"] == "accepted"
 
 
-def test_a_request_expires_though_the_dashboard_was_restarted(dashboard,
-                                                              asked):
+def test_request_expires_after_a_restart_of_the_dashboard(dashboard, asked):
     reopened = dashboard.reopen()
     reopened.pass_time(310)
     assert reopened.ask(reopened.dashboard.requests.state,
@@ -1134,7 +1141,7 @@ def test_a_refusal_is_shown_with_its_reason(dashboard, web1, asked):
     assert (row["state"], row["run"]) == ("accepted", 1)
 
 
-def test_a_verdict_of_another_host_is_nothing(dashboard, asked):
+def test_result_from_another_host_is_ignored(dashboard, asked):
     other = dashboard.join("d" * 32, "web2")
     dashboard.sync(other, results=[{"nonce": "1" * 32, "state": "refused",
                                      "run": None, "reason": "x"}])
@@ -1147,20 +1154,20 @@ def test_a_verdict_of_another_host_is_nothing(dashboard, asked):
     {"dash": "0" * 16}, {"host": "d" * 32}, {"nonce": "x"}, {"do": "dance"},
     {"exp": 1}, {"exp": 2 * 10**12}, {"exp": 1.5}, {"args": {"a": 1}},
     {"user": "a\0"}, {"secrets": []}], ids=str)
-def test_a_request_that_is_odd_is_refused(dashboard, web1, fields):
+def test_invalid_request_is_refused(dashboard, web1, fields):
     with refused(400):
         dashboard.do(dashboard.dashboard.requests.create, request(
             dashboard, **{"nonce": "2" * 32, **fields}), NOW)
 
 
-def test_a_request_that_can_be_read_in_two_ways_is_refused(dashboard, web1):
+def test_ambiguous_request_is_refused(dashboard, web1):
     asked = request(dashboard)
     asked["body"] = asked["body"].replace('"tag":', '"tag": "a", "tag":')
     with refused(400):
         dashboard.do(dashboard.dashboard.requests.create, asked, NOW)
 
 
-def test_requests_that_wait_for_one_host_have_a_limit(dashboard, web1):
+def test_number_of_waiting_requests_of_a_host_is_limited(dashboard, web1):
     for number in range(100):
         dashboard.do(dashboard.dashboard.requests.create, request(
             dashboard, f"{number:032x}"), NOW)
@@ -1172,7 +1179,7 @@ def test_requests_that_wait_for_one_host_have_a_limit(dashboard, web1):
         )
 
 
-def test_the_audit_is_turned_over_page_by_page(dashboard):
+def test_audit_log_is_listed_page_by_page(dashboard):
     for number in range(230):       # all at one moment
         dashboard.dashboard.audit.record(dashboard.dashboard.db, NOW, "check",
                                    label=str(number))
@@ -1220,7 +1227,7 @@ def usage(dashboard) -> dict[int, int]:
     return counted
 
 
-def test_flooding_host_loses_its_oldest_outputs_and_no_other_does(
+def test_host_above_its_quota_loses_only_its_own_oldest_outputs(
         dashboard, web1, monkeypatch):
     monkeypatch.setattr(koitab, "HOST_BYTES", 20_000)
     other = dashboard.join(OTHER, "web2")
@@ -1239,7 +1246,7 @@ def test_flooding_host_loses_its_oldest_outputs_and_no_other_does(
     assert dashboard.sync(web1)["missing_output"] == []
 
 
-def test_host_that_floods_arguments_loses_its_oldest_runs(
+def test_host_above_its_quota_by_arguments_loses_its_oldest_runs(
         dashboard, web1, monkeypatch):
     monkeypatch.setattr(koitab, "HOST_BYTES", 20_000)
     other = dashboard.join(OTHER, "web2")
@@ -1253,7 +1260,8 @@ def test_host_that_floods_arguments_loses_its_oldest_runs(
     assert newest == (dashboard.number,)
 
 
-def test_bytes_are_counted_through_changes_and_removals(dashboard, web1):
+def test_stored_bytes_are_counted_correctly_after_changes_and_removals(
+        dashboard, web1):
     written(dashboard, web1, "one\n")
     record = dashboard.record("running", args={"a": "b"})
     dashboard.runs(web1, record)
@@ -1266,7 +1274,7 @@ def test_bytes_are_counted_through_changes_and_removals(dashboard, web1):
         "select host, bytes from usage"))
 
 
-def test_bytes_of_a_database_of_schema_6_are_counted(dashboard, web1):
+def test_stored_bytes_of_an_older_schema_are_counted(dashboard, web1):
     written(dashboard, web1, "one\n")
     before = usage(dashboard)
     dashboard.dashboard.db.connection.executescript(
@@ -1305,14 +1313,14 @@ def test_a_text_is_found_in_all_outputs(dashboard, web1, index):
 
 @pytest.mark.parametrize("text", ['"', "a* OR", "NEAR(", "text:", "%%", "--",
                                   "^x", "') --"])
-def test_no_text_is_an_order_to_the_index(dashboard, web1, text):
+def test_search_text_is_never_a_query_operator(dashboard, web1, text):
     run = written(dashboard, web1, f"left {text} right\n")
     dashboard.run_chores()
     if len(text) > 1:
         assert found(dashboard, text) == [(run, f"left {text} right")]
 
 
-def test_the_chunk_of_a_hit_is_named(dashboard, web1):
+def test_match_names_the_chunk_that_contains_it(dashboard, web1):
     data = [frames("one\n" * 9), frames("two needle\n")]
     dashboard.runs(web1, dashboard.record(size=sum(map(len, data))))
     dashboard.sync(web1, outputs=[piece(1, 0, data[0])])
@@ -1334,7 +1342,7 @@ def test_head_and_tail_of_long_output_are_indexed(dashboard, web1):
     assert found(dashboard, "middle needle") == []
 
 
-def test_a_damaged_index_costs_time_and_nothing_else(dashboard, web1):
+def test_search_finds_all_matches_after_the_index_is_damaged(dashboard, web1):
     written(dashboard, web1, "one needle\n")
     dashboard.run_chores()
     dashboard.do(lambda db: db.execute("update found_data set block = x'a5'"))
@@ -1350,7 +1358,7 @@ def test_a_damaged_index_costs_time_and_nothing_else(dashboard, web1):
     assert dashboard.dashboard.broken == ""
 
 
-def test_a_hundred_hits_come_in_pages(dashboard, web1):
+def test_hundred_matches_are_listed_in_pages(dashboard, web1):
     for number in range(45):
         written(dashboard, web1, f"needle {number}\n")
     dashboard.run_chores()
@@ -1378,7 +1386,8 @@ def test_runs_beyond_the_limit_are_thinned_out(dashboard, web1, monkeypatch):
                           ) == [(1, 10, 21), (2, 5, 31)]
 
 
-def test_old_runs_and_outputs_go_and_failed_ones_later(dashboard, web1):
+def test_old_runs_and_outputs_are_removed_and_failed_ones_later(
+        dashboard, web1):
     good = written(dashboard, web1, "needle good\n")
     bad = written(dashboard, web1, "needle bad\n", exit=1)
     dashboard.run_chores()
@@ -1399,7 +1408,7 @@ def test_old_runs_and_outputs_go_and_failed_ones_later(dashboard, web1):
     assert dashboard.sync(web1)["missing_output"] == []
 
 
-def test_pages_that_nobody_needs_are_given_back(dashboard, web1, monkeypatch):
+def test_unused_database_pages_are_freed(dashboard, web1, monkeypatch):
     monkeypatch.setattr(koitab, "FREE_PAGES", 50)
     for _ in range(3):
         written(dashboard, web1, ("x" * 7999 + "\n") * 120)
@@ -1412,7 +1421,7 @@ def test_pages_that_nobody_needs_are_given_back(dashboard, web1, monkeypatch):
     assert dashboard.dashboard.db.value("pragma page_count") < size / 2
 
 
-def test_small_steps_even_when_much_is_old(dashboard, web1):
+def test_each_step_of_retention_is_small(dashboard, web1):
     for _ in range(3):
         dashboard.runs(web1, *[dashboard.record() for _ in range(1000)])
     dashboard.clock.time += 500 * 86_400
@@ -1421,8 +1430,7 @@ def test_small_steps_even_when_much_is_old(dashboard, web1):
     assert dashboard.rows("select count(*) from runs") == [(2000,)]
 
 
-def test_a_job_that_is_forgotten_is_hidden_at_once_and_then_removed(
-        dashboard, web1):
+def test_deleted_job_is_hidden_at_once_and_removed_later(dashboard, web1):
     dashboard.runs(web1, dashboard.record(), dashboard.record(tag="crawl"))
     dashboard.sync(web1, list=dashboard.list_of(web1, spec("crawl")))
     with refused(409):
@@ -1440,7 +1448,7 @@ def test_a_job_that_is_forgotten_is_hidden_at_once_and_then_removed(
     assert dashboard.rows("select id from jobs order by id") == [(2,), (3,)]
 
 
-def test_a_host_that_is_forgotten_is_gone_with_all_it_told(dashboard, web1):
+def test_deleted_host_is_removed_with_all_its_records(dashboard, web1):
     dashboard.runs(web1, dashboard.record())
     dashboard.do(dashboard.dashboard.retention.delete, {"host": HOST},
                  NOW)

@@ -106,7 +106,7 @@ def test_key_decides(house, key, status):
     assert status == 200 or reply.json["error"]
 
 
-def test_key_of_checks_opens_nothing_else(house):
+def test_checks_token_is_refused_on_all_other_routes(house):
     for path in ("state", "hosts", "tokens", "audit"):
         assert call(house, "GET", path, version=1).status == 404
         assert house.ask("GET", f"/api/v1/{path}",

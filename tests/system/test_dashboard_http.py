@@ -108,7 +108,7 @@ def test_head_answers_as_get_without_a_body(server, path):
         assert client.ask("GET", "/healthz").body == b"OK"
 
 
-def test_metrics_need_a_key(server):
+def test_metrics_require_a_token(server):
     assert server.ask("GET", "/metrics").status == 401
     reply = server.ask("GET", "/metrics", token=VIEWER_TOKEN)
     assert reply.headers["content-type"].startswith("text/plain; version=0")
@@ -513,7 +513,7 @@ def path_of(route) -> str:
                     for word in route.path.split("/"))
 
 
-def test_a_token_of_another_role_is_refused_on_every_route(server):
+def test_token_of_another_role_is_refused_on_every_route(server):
     wrong = []
     for role, token in (("checks", "c4" * 32), ("metrics", "e5" * 32)):
         assert server.ask("POST", "/api/v1/tokens", new_token(role, token),
@@ -537,7 +537,7 @@ def test_a_token_of_another_role_is_refused_on_every_route(server):
     assert wrong == []
 
 
-def test_a_viewer_reads_and_changes_nothing(server):
+def test_viewer_can_read_the_state_and_change_nothing(server):
     assert server.ask("GET", "/api/v1/state", token=VIEWER_TOKEN).json[
         "role"] == "viewer"
     assert server.ask("POST", "/api/v1/snooze", {
@@ -620,7 +620,7 @@ def test_many_refusals_do_not_fill_the_log(tmp_path):
 # --- pings ----------------------------------------------------------------
 
 
-def test_a_ping_answers_as_healthchecks_does(server):
+def test_ping_is_answered_as_by_healthchecks(server):
     for method, path in (("GET", ""), ("HEAD", ""), ("POST", "/start"),
                          ("GET", "/fail"), ("GET", "/log"), ("GET", "/7"),
                          ("GET", "/")):
@@ -897,7 +897,7 @@ def test_checks_and_channels_are_made_changed_and_removed(server):
         "do": "delete", "id": made.json["id"]}, OPERATOR_TOKEN).status == 200
 
 
-def test_a_viewer_gets_no_id_that_pings_and_no_secret_of_a_channel(server):
+def test_viewer_gets_no_ping_url_and_no_secret_of_a_channel(server):
     uuid = server.ask("POST", "/api/v1/checks", {
         "name": "seen by viewers", "period": 3600, "grace": 60},
                       OPERATOR_TOKEN).json["id"]
@@ -1339,8 +1339,8 @@ def test_clients_behind_a_proxy_are_counted_one_by_one(tmp_path):
     (PROXIED, "1.1.1.1,203.0.113.5:99", "203.0.113.5"),
     (PROXIED + ("--behind-proxy", "10.0.0.9"), "1.1.1.1, 203.0.113.5, "
      "10.0.0.9", "203.0.113.5")])
-def test_only_a_configured_proxy_names_the_client(tmp_path, options, header,
-                                                  seen):
+def test_client_address_is_taken_only_from_a_configured_proxy(
+        tmp_path, options, header, seen):
     with DashboardProcess(tmp_path, *options) as found:
         uuid = found.set_up().add_check()
         found.ask("GET", f"/ping/{uuid}", X_Forwarded_For=header)

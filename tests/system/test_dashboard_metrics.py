@@ -78,7 +78,7 @@ def test_no_two_samples_have_the_same_labels(scraped):
     assert len(series) == len(set(series))
 
 
-def test_no_label_can_ping_a_check(scraped):
+def test_no_label_contains_a_ping_url(scraped):
     text = metrics_of(scraped)
     assert scraped.uuid not in text and "koi_check_up{" in text
 

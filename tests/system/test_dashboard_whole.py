@@ -145,7 +145,8 @@ def test_a_form_runs_a_job_and_its_output_comes_in_live(
     assert browser.text(".pane .bold") == "red"
 
 
-def test_the_secret_is_nowhere(server, web1_host, operator, browser):
+def test_secret_argument_is_not_shown_and_in_no_file(
+        server, web1_host, operator, browser):
     runs = operator.runs("Args")
     assert runs[0]["args"] == {**VALUES, "Word": "******"}
     browser.visit(f"job/{runs[0]['job']}")
@@ -832,7 +833,7 @@ def test_the_same_request_twice_is_one(firm):
     assert "another" not in firm.done.read_text()
 
 
-def test_a_broken_into_dashboard_that_replays_everything_runs_nothing(firm):
+def test_compromised_dashboard_starts_no_run_by_replaying_requests(firm):
     """All that was ever asked waits again, under the dates of today; koid
     has been started anew, too."""
     fresh = [firm.body() for _ in range(3)]

@@ -269,8 +269,7 @@ def busy(town):
 
 @pytest.mark.parametrize("who", [MALLORY, STRANGER])
 @pytest.mark.parametrize("name", [ALICE, "root"])
-def test_77_nobody_acts_for_another_whatever_his_environment_says(
-        busy, who, name):
+def test_user_cannot_act_for_another_user_in_any_environment(busy, who, name):
     caller = busy.caller(who, **AS_IF)
     for op, fields in ON_ALICE:
         reply = caller.ask(op, user=name, **fields)
@@ -282,7 +281,7 @@ def test_77_nobody_acts_for_another_whatever_his_environment_says(
 
 
 @pytest.mark.parametrize("who", [MALLORY, STRANGER])
-def test_77_without_a_name_one_sees_and_runs_ones_own_only(busy, who):
+def test_user_without_option_u_sees_and_runs_only_their_own_jobs(busy, who):
     caller = busy.caller(who, **AS_IF)
     for op, fields in (("run", {"job": "Hers"}), ("log", {"job": "Hers"}),
                        ("log", {"run": 1}), ("kill", {"run": 2}),

@@ -412,8 +412,8 @@ def test_a_wrong_passphrase_runs_nothing(web1_host, ready):
     assert done.code == 1 and not done.out, done
 
 
-def test_host_is_the_one_that_signs_by_the_name(server, web1_host, ready,
-                                                tmp_path):
+def test_host_is_identified_by_its_key_and_not_by_its_name(
+        server, web1_host, ready, tmp_path):
     """A dashboard that calls one host by the name of another starts nothing
     there; the ID that it shows always means the same host."""
     db1 = server.add_host("db1", '"Twice" @manual echo I am db1\n')
