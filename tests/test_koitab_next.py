@@ -60,7 +60,7 @@ TAB = '''MAILTO=root
 '''
 
 
-def test_next_in_words_and_times(type_in):
+def test_next_prints_the_schedule_in_words_and_the_next_starts(type_in):
     done = type_in("next", "--tab", "tab", "-n", "2", tab=TAB)
     assert (done.code, done.err) == (0, "")
     assert done.out == '''\
@@ -88,7 +88,7 @@ def test_relative_time_is_cut_off_to_one_unit(seconds, words):
     assert koitab.relative_words(seconds) == words
 
 
-def test_next_for_programs(type_in):
+def test_next_as_json_has_the_fields_of_each_job(type_in):
     done = type_in("next", "--tab", "tab", "--json", "-n1", tab=TAB)
     found = json.loads(done.out)
     assert [list(row) for row in found] == [
@@ -105,7 +105,7 @@ def test_next_for_programs(type_in):
 
 @pytest.mark.parametrize("name, lines", [
     ("Crawler", [3]), ("Admin/Night", [7]), ("4", [4]), ("Say Hi", [6])])
-def test_next_of_one_job(type_in, name, lines):
+def test_next_can_be_limited_to_one_job(type_in, name, lines):
     done = type_in("next", name, "--json", "--tab=tab", tab=TAB)
     assert [row["line"] for row in json.loads(done.out)] == lines
     tag = json.loads(done.out)[0]["tag"]
@@ -113,7 +113,7 @@ def test_next_of_one_job(type_in, name, lines):
     assert again.out == done.out
 
 
-def test_a_job_that_is_not_there(type_in):
+def test_next_of_an_unknown_job_is_an_error(type_in):
     done = type_in("next", "Crawlr", "--tab", "tab", tab=TAB)
     assert (done.code, done.out) == (1, "")
     assert 'did you mean "Crawler"?' in done.err
@@ -132,7 +132,7 @@ def test_a_job_that_is_not_there(type_in):
     ("now", "2026-03-29T03:00:00+02:00"),
     ("", "2026-03-29T03:00:00+02:00"),
 ])
-def test_from(type_in, start, first):
+def test_option_from_sets_the_reference_time(type_in, start, first):
     done = type_in("next", "Night", "--json", "--tab", "tab", "--from", start,
                    tab=TAB)
     assert json.loads(done.out)[0]["next"][0] == first
@@ -141,7 +141,7 @@ def test_from(type_in, start, first):
 @pytest.mark.parametrize("start", [
     "yesterday", "2026", "2026-02-30", "2026-13-01", "2026-01-01T24:00",
     "2026-01-01T12:60", "1", "\uff12026-01-01", "2026-01-01T12:00+1"])
-def test_from_what_is_no_time(type_in, start):
+def test_option_from_with_an_invalid_time_is_an_error(type_in, start):
     done = type_in("next", "--tab", "tab", "--from", start, tab=TAB)
     assert (done.code, done.out) == (2, "")
     assert "not a time" in done.err
@@ -161,7 +161,7 @@ def test_tz_sets_the_zone(type_in, monkeypatch, place, first):
     assert json.loads(done.out)[0]["next"][0] == first
 
 
-def test_without_tz_the_machine_says_it(type_in, monkeypatch):
+def test_zone_of_the_machine_applies_without_tz(type_in, monkeypatch):
     monkeypatch.delenv("TZ")
     monkeypatch.setattr(koitab, "LOCAL_ZONE",
                         str(support.ZONES / "Asia/Kathmandu"))
@@ -172,7 +172,7 @@ def test_without_tz_the_machine_says_it(type_in, monkeypatch):
     assert json.loads(done.out)[0]["next"] == ["2026-03-29T02:30:00+00:00"]
 
 
-def test_a_zone_that_is_none(type_in, monkeypatch):
+def test_unknown_zone_is_an_error(type_in, monkeypatch):
     monkeypatch.setenv("TZ", "Europe/Nowhere")
     done = type_in("next", "--tab", "tab", tab=TAB)
     assert (done.code, done.out) == (1, "")
@@ -182,12 +182,12 @@ def test_a_zone_that_is_none(type_in, monkeypatch):
 @pytest.mark.parametrize("name", ["Europe/Nowhere", "../../../etc/passwd",
                                   "/etc/localtime", "", "zone.tab", "a\0b",
                                   "Europe"])
-def test_cron_tz_names_no_file_of_its_own(name):
+def test_cron_tz_cannot_name_a_file_outside_the_zone_directory(name):
     with pytest.raises(koitab.Error):
         koitab.Machine().zone(name)
 
 
-def test_cron_tz_holds_for_the_lines_below_it(type_in):
+def test_cron_tz_applies_to_the_lines_below_it(type_in):
     text = ("0 12 * * * a\nCRON_TZ=America/New_York\n0 12 * * * b\n"
             "CRON_TZ=Europe/Nowhere\n0 12 * * * c\nCRON_TZ=\n0 12 * * * d\n")
     done = type_in("next", "--tab", "tab", "--json", "-n1", tab=text)
@@ -235,13 +235,13 @@ def test_skipped_dates_are_those_of_the_zone_in_all_its_changes(place):
     assert [next(found) for _ in wanted] == wanted
 
 
-def test_utc(type_in):
+def test_option_utc_prints_times_in_utc(type_in):
     done = type_in("next", "Night", "--utc", "--json", "--tab=tab", "-n1",
                    tab=TAB)
     assert json.loads(done.out)[0]["next"] == ["2026-03-29T01:00:00Z"]
 
 
-def test_a_start_that_cron_makes_twice_is_given_twice(type_in):
+def test_start_that_cron_makes_twice_is_listed_twice(type_in):
     done = type_in("next", "--json", "--tab=tab", "-n3",
                    tab="0-59/30 2 * * * x\n")
     assert json.loads(done.out)[0]["next"] == [
@@ -249,7 +249,7 @@ def test_a_start_that_cron_makes_twice_is_given_twice(type_in):
         "2026-03-30T02:00:00+02:00"]
 
 
-def test_a_bad_line_is_told_and_the_others_are_shown(type_in):
+def test_invalid_line_is_reported_and_the_other_jobs_are_shown(type_in):
     done = type_in("next", "--json", "--tab=tab", "-n1",
                    tab="61 * * * * a\n@daily b\n")
     assert [row["line"] for row in json.loads(done.out)] == [2]
@@ -257,7 +257,7 @@ def test_a_bad_line_is_told_and_the_others_are_shown(type_in):
     assert done.code == 1
 
 
-def test_the_tab_may_come_by_standard_input(type_in, monkeypatch):
+def test_tab_is_read_from_standard_input(type_in, monkeypatch):
     read, write = os.pipe()
     os.write(write, TAB.encode())
     os.close(write)
@@ -272,7 +272,7 @@ def test_the_tab_may_come_by_standard_input(type_in, monkeypatch):
     assert "2026-03-29T03:00:00+02:00" in done.out
 
 
-def test_bytes_that_are_not_utf_8_survive(type_in):
+def test_bytes_that_are_not_utf_8_are_preserved(type_in):
     done = type_in("next", "--json", "--tab", "tab", "-n1",
                    tab='"\u00e9\U0001f600" @daily x\n@hourly \udcff\udcfe\n')
     assert json.loads(done.out)[0]["name"] == "\u00e9\U0001f600"
@@ -290,8 +290,8 @@ def vectors() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("spec, place, reference, starts", vectors())
-def test_the_vectors_by_the_command_line(type_in, monkeypatch, spec, place,
-                                         reference, starts):
+def test_next_equals_the_vectors_of_the_case_files(
+        type_in, monkeypatch, spec, place, reference, starts):
     monkeypatch.setenv("TZ", place)
     done = type_in("next", "--json", "--utc", "--tab=tab", "--from", reference,
                    tab=f"{spec} true\n")
@@ -303,13 +303,13 @@ def test_the_vectors_by_the_command_line(type_in, monkeypatch, spec, place,
 # --- koitab -T ------------------------------------------------------------
 
 
-def test_a_good_tab_passes(type_in):
+def test_check_of_a_valid_tab_succeeds(type_in):
     done = type_in("-T", "tab", tab=TAB)
     assert (done.code, done.out) == (0, "")
     assert done.err == "No syntax issues were found in the crontab file.\n"
 
 
-def test_a_bad_tab_fails_with_every_fault(type_in):
+def test_check_of_an_invalid_tab_fails_and_reports_every_error(type_in):
     done = type_in("-T", "tab", tab="61 * * * * a\n* 24 * * * b\n"
                    "5-1 * * * * c\n@daily d")
     assert (done.code, done.out) == (1, "")
@@ -322,7 +322,7 @@ def test_a_bad_tab_fails_with_every_fault(type_in):
     assert ": warning: " in lines[2]
 
 
-def test_warnings_alone_do_not_fail(type_in):
+def test_check_of_a_tab_with_warnings_succeeds(type_in):
     done = type_in("-T", "tab", tab="5-1 * * * * c\n")
     assert done.code == 0
     assert "warning: odd minute" in done.err
@@ -334,7 +334,7 @@ def test_warnings_alone_do_not_fail(type_in):
     (lambda: Path("nothing").write_bytes(b"#" * (2**20 + 1)),
      "nothing: larger than 1,048,576 bytes"),
 ])
-def test_a_file_that_cannot_be_read(type_in, make, message):
+def test_check_of_an_unreadable_file_is_an_error(type_in, make, message):
     make()
     done = type_in("-T", "nothing")
     assert (done.code, done.out) == (1, "")
@@ -355,7 +355,7 @@ def test_a_file_that_cannot_be_read(type_in, make, message):
     (["next", "--tab", "tab", "-n", "9999999"], 2, "not a number"),
     (["next", "--\x1b[2J"], 2, "unknown option"),
 ])
-def test_wrong_usage(type_in, argv, status, said):
+def test_wrong_usage_is_an_error_without_output(type_in, argv, status, said):
     done = type_in(*argv, tab=TAB)
     assert (done.code, done.out) == (status, "")
     assert said in done.err
@@ -366,13 +366,13 @@ def test_wrong_usage(type_in, argv, status, said):
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["-h", "tab"]])
-def test_help_is_an_answer(type_in, argv):
+def test_help_is_printed_to_stdout_with_status_0(type_in, argv):
     done = type_in(*argv)
     assert (done.code, done.out, done.err) == (0, koitab.overview(), "")
 
 
 @pytest.mark.parametrize("argv", [["--version"], ["-V"]])
-def test_version(type_in, argv):
+def test_version_is_printed_as_one_line(type_in, argv):
     assert type_in(*argv).out == f"koitab {koitab.VERSION}\n"
 
 
@@ -387,7 +387,7 @@ def run(*argv: str, **options) -> subprocess.CompletedProcess:
                           timeout=60, **options)
 
 
-def test_the_program_runs_by_itself_and_by_python(tmp_path):
+def test_program_runs_as_an_executable_and_by_python(tmp_path):
     path = tmp_path / "tab"
     path.write_text(TAB)
     program = str(support.ROOT / "koitab.py")
@@ -400,7 +400,7 @@ def test_the_program_runs_by_itself_and_by_python(tmp_path):
         assert run(program, *rest).stdout == by_python.stdout
 
 
-def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
+def test_closed_pipe_causes_no_traceback(tmp_path):
     path = tmp_path / "tab"
     path.write_text("* * * * * x\n")
     process = subprocess.Popen(
@@ -414,7 +414,7 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
     assert process.wait(60) == 128 + 13
 
 
-def test_what_costs_milliseconds_is_imported_late(tmp_path):
+def test_slow_modules_are_imported_only_when_used(tmp_path):
     path = tmp_path / "tab"
     path.write_text(TAB)
     done = run(sys.executable, "-B", "-I", "-S", "-X", "importtime",
@@ -427,7 +427,7 @@ def test_what_costs_milliseconds_is_imported_late(tmp_path):
                          "hashlib", "difflib", "subprocess", "asyncio"}
 
 
-def test_standard_output_may_be_anything():
+def test_standard_output_without_reconfigure_is_accepted():
     stream = io.StringIO()          # has no reconfigure
     saved, sys.stdout = sys.stdout, stream
     try:

@@ -59,8 +59,8 @@ def flips(dashboard) -> list[tuple]:
     ("0", "success", 0, "up"), ("1", "fail", 1, "down"),
     ("255", "fail", 255, "down"), ("007", "fail", 7, "down")])
 @pytest.mark.parametrize("by_slug", [False, True])
-def test_each_address_says_how_it_went(dashboard, check, by_slug, action, kind,
-                                       status, state):
+def test_each_ping_url_records_its_result(
+        dashboard, check, by_slug, action, kind, status, state):
     where = (dashboard.ping_key, "backup") if by_slug else (check,)
     assert dashboard.ping(*where, action=action) == (200, "OK")
     ping, = pings(dashboard, check)
@@ -93,8 +93,8 @@ def test_each_address_says_how_it_went(dashboard, check, by_slug, action, kind,
      (201, "Created")),
     ("KEY", "fresh", "success", {"create": True, "rid": "x"},
      (400, "invalid uuid format"))])
-def test_the_answers_are_those_of_healthchecks(dashboard, check, key, slug,
-                                               action, call, answer):
+def test_ping_responses_equal_those_of_healthchecks(
+        dashboard, check, key, slug, action, call, answer):
     key = {"UUID": check, "KEY": dashboard.ping_key}.get(key, key)
     assert dashboard.ping(key, slug, action, **call) == answer
     assert len(dashboard.state["checks"]) == 1 + (answer[0] == 201)
@@ -112,7 +112,8 @@ def test_a_slug_of_two_checks_is_ambiguous(dashboard, check):
         409, "ambiguous slug")
 
 
-def test_a_check_made_by_its_first_ping_has_a_day_and_an_hour(dashboard):
+def test_check_created_by_ping_defaults_to_1_day_period_1_hour_grace(
+        dashboard):
     dashboard.ping(dashboard.ping_key, "my_job-1", create=True)
     check = shown(dashboard)
     assert {name: check[name] for name in ("name", "slug", "kind", "period",
@@ -127,8 +128,8 @@ def test_a_check_made_by_its_first_ping_has_a_day_and_an_hour(dashboard):
     ({"schedule": "*/5 * * * *", "tz": "Europe/Berlin"},
      {"kind": "cron", "schedule": "*/5 * * * *", "tz": "Europe/Berlin",
       "grace": 3600.0})])
-def test_a_first_ping_says_when_the_next_is_expected(dashboard, query,
-                                                     wanted):
+def test_first_ping_may_set_the_schedule_of_its_check(
+        dashboard, query, wanted):
     fields = koitab.new_check_fields(query)
     for _ in range(2):      # what a later ping says changes nothing
         dashboard.ping(dashboard.ping_key, "x" * 200, create=True,
@@ -142,7 +143,8 @@ def test_a_first_ping_says_when_the_next_is_expected(dashboard, query,
 @pytest.mark.parametrize("fields", [
     {"period": 5.0}, {"schedule": "x", "kind": "cron"},
     {"schedule": "* * * * *", "kind": "cron", "tz": "No/Where"}])
-def test_a_first_ping_with_a_wrong_schedule_makes_no_check(dashboard, fields):
+def test_first_ping_with_an_invalid_schedule_creates_no_check(
+        dashboard, fields):
     with refused(400):
         dashboard.ping(dashboard.ping_key, "a", create=True, fields=fields)
     assert dashboard.state["checks"] == []
@@ -179,8 +181,8 @@ def test_a_second_check_with_a_slug_is_refused_by_its_name(dashboard, check):
     make(dashboard, name="Fourth", slug="")
 
 
-def test_checks_have_a_limit_and_pings_may_make_twice_as_many(dashboard,
-                                                              monkeypatch):
+def test_number_of_checks_is_limited_and_twice_as_high_for_pings(
+        dashboard, monkeypatch):
     monkeypatch.setattr(koitab, "MOST_CHECKS", 2)
     make(dashboard)
     make(dashboard, slug="")
@@ -191,7 +193,7 @@ def test_checks_have_a_limit_and_pings_may_make_twice_as_many(dashboard,
     assert answers == [201, 201, 404]
 
 
-def test_flooded_check_keeps_its_last_bodies_and_no_other_loses_one(
+def test_check_with_too_many_bodies_loses_only_its_own_oldest_bodies(
         dashboard, check):
     other = make(dashboard, slug="other")
     body_of = dashboard.dashboard.checks.ping_body
@@ -212,14 +214,16 @@ def test_flooded_check_keeps_its_last_bodies_and_no_other_loses_one(
 @pytest.mark.parametrize("body, kept", [
     (b"", b""), (b"x" * 10_000, b"x" * 10_000),
     (b"x" * 10_001, b"x" * 10_000), (b"\0\xff\r\n", b"\0\xff\r\n")])
-def test_a_body_is_kept_raw_up_to_its_limit(dashboard, check, body, kept):
+def test_body_of_a_ping_is_stored_unchanged_up_to_its_limit(
+        dashboard, check, body, kept):
     dashboard.ping(check, body=body)
     assert dashboard.ask(dashboard.dashboard.checks.ping_body, check,
                          1) == kept
     assert pings(dashboard, check)[0]["size"] == len(kept)
 
 
-def test_what_is_kept_of_a_ping(dashboard, check):
+def test_ping_is_stored_with_its_client_exit_status_and_last_line(
+        dashboard, check):
     dashboard.ping(check, action="3", rid=RID, ua="x" * 300, ip="10.0.0.1",
                    method="POST", body=b"one\n\x1b[1mtwo\n")
     assert pings(dashboard, check) == [{
@@ -228,7 +232,7 @@ def test_what_is_kept_of_a_ping(dashboard, check):
         "duration": None, "line": "two"}]
 
 
-def test_of_the_pings_of_a_check_the_last_hundred_stay(dashboard, check):
+def test_check_keeps_its_last_hundred_pings(dashboard, check):
     for _ in range(250):
         dashboard.dashboard.write(dashboard.dashboard.checks.ping, check, None,
                                   "success",
@@ -241,7 +245,7 @@ def test_of_the_pings_of_a_check_the_last_hundred_stay(dashboard, check):
     assert page["pings"][0]["n"] == 199
 
 
-def test_by_post_only_another_method_is_ignored_and_answered_ok(dashboard):
+def test_check_for_post_only_ignores_other_methods_with_200_ok(dashboard):
     check = make(dashboard, methods="POST")
     assert dashboard.ping(check, method="GET") == (200, "OK")
     assert shown(dashboard)["state"] == "new"
@@ -259,9 +263,8 @@ def test_by_post_only_another_method_is_ignored_and_answered_ok(dashboard):
     ((None, None), 5.0, False), ((RID, RID), 5.0, False),
     ((RID, RID.upper()), 5.0, False), ((RID, OTHER), None, True),
     ((RID, None), None, False), ((None, RID), None, True)])
-def test_an_end_belongs_to_the_start_of_its_rid(dashboard, check, rids,
-                                                seconds,
-                                                started):
+def test_end_of_a_run_is_matched_to_the_start_with_its_rid(
+        dashboard, check, rids, seconds, started):
     dashboard.ping(check, action="start", rid=rids[0])
     dashboard.pass_time(5)
     dashboard.ping(check, rid=rids[1])
@@ -271,13 +274,13 @@ def test_an_end_belongs_to_the_start_of_its_rid(dashboard, check, rids,
     assert found["state"] == "up"
 
 
-def test_a_failure_closes_any_start(dashboard, check):
+def test_failure_closes_a_start_with_any_rid(dashboard, check):
     dashboard.ping(check, action="start", rid=RID)
     dashboard.ping(check, action="fail", rid=OTHER)
     assert not shown(dashboard)["started"]
 
 
-def test_a_start_is_not_a_ping_for_the_schedule(dashboard, check):
+def test_start_does_not_count_as_a_ping_of_the_schedule(dashboard, check):
     dashboard.ping(check)
     dashboard.pass_time(100)
     dashboard.ping(check, action="start")
@@ -285,7 +288,7 @@ def test_a_start_is_not_a_ping_for_the_schedule(dashboard, check):
     assert shown(dashboard)["last_start"] == NOW + 100
 
 
-def test_a_duration_of_more_than_three_days_is_none(dashboard):
+def test_duration_of_more_than_three_days_is_discarded(dashboard):
     check = make(dashboard, grace=365 * DAY, period=365 * DAY)
     dashboard.ping(check, action="start")
     dashboard.pass_time(72 * HOUR + 1)
@@ -294,7 +297,7 @@ def test_a_duration_of_more_than_three_days_is_none(dashboard):
     assert pings(dashboard, check)[0]["duration"] is None
 
 
-def test_recent_runs_of_a_check_show_how_they_ended(dashboard, check):
+def test_recent_runs_of_a_check_have_their_results(dashboard, check):
     assert dashboard.state
     for action in ("start", "success", "log", "fail", "0", "9"):
         dashboard.ping(check, action=action)
@@ -339,7 +342,8 @@ def test_recent_runs_of_a_check_show_how_they_ended(dashboard, check):
     ({"start_within": 600}, [
         ("success", 0, "up"), ("start", DAY + 1, "up"),
         (None, HOUR - 1, "up"), (None, 1, "down")])], ids=str)
-def test_a_checks_state(dashboard, fields, story):
+def test_state_of_a_check_follows_its_pings_and_the_time(
+        dashboard, fields, story):
     check = make(dashboard, **fields)
     for action, later, state in story:
         dashboard.pass_time(later)
@@ -348,7 +352,7 @@ def test_a_checks_state(dashboard, fields, story):
         assert shown(dashboard)["state"] == state, (action, later)
 
 
-def test_going_down_is_kept_at_the_time_it_was_due(dashboard, check):
+def test_change_to_down_is_recorded_at_its_due_time(dashboard, check):
     dashboard.ping(check)
     dashboard.pass_time(3 * DAY)
     assert dashboard.rows("select at, old, new from flips order by id") == [
@@ -378,7 +382,8 @@ def test_downtime_of_the_dashboard_does_not_count_for_deadlines(dashboard,
     assert reopened.state["checks"][0]["state"] == "down"
 
 
-def test_open_start_does_not_time_out_by_the_downtime(dashboard, check):
+def test_downtime_of_the_dashboard_does_not_expire_an_open_start(
+        dashboard, check):
     dashboard.channel()
     dashboard.ping(check, action="start")
     dashboard.do(dashboard.dashboard.checks.store_alive)
@@ -410,7 +415,7 @@ def utc(text: str) -> float:
     ("@daily", "America/New_York", "2026-07-01 05:00:00",
      "2026-07-02 04:00:00"),
     ("0 0 31 2 *", "UTC", "2026-01-01 00:00:00", None)])
-def test_a_cron_check_is_expected_by_the_clock_of_its_zone(
+def test_cron_check_is_due_in_the_time_of_its_zone(
         dashboard, schedule, tz, last, expected):
     dashboard.clock.time = utc(last)
     check = make(dashboard, kind="cron", schedule=schedule, tz=tz)
@@ -426,7 +431,7 @@ def test_a_cron_check_is_expected_by_the_clock_of_its_zone(
         assert shown(dashboard)["state"] == "up"
 
 
-def test_a_zone_that_is_gone_does_not_stop_pings(dashboard, check):
+def test_check_with_an_unknown_zone_still_accepts_pings(dashboard, check):
     dashboard.do(lambda db: db.execute(
         "update checks set kind = 'cron', tz = 'Mars/Olympus'"))
     assert dashboard.ping(check) == (200, "OK")
@@ -440,7 +445,7 @@ def test_a_zone_that_is_gone_does_not_stop_pings(dashboard, check):
 # Pausing, editing
 # ==========================================================================
 
-def test_a_paused_check_wakes_with_a_ping_unless_by_hand_only(dashboard):
+def test_ping_resumes_a_paused_check_unless_resumed_by_hand_only(dashboard):
     for manual, state in ((False, "up"), (True, "paused")):
         check = make(dashboard, slug="", manual_resume=manual)
         dashboard.ping(check, action="start")
@@ -456,12 +461,12 @@ def test_a_paused_check_wakes_with_a_ping_unless_by_hand_only(dashboard):
     assert shown(dashboard, check)["last_ping"] is None
 
 
-def test_only_what_is_paused_can_be_resumed(dashboard, check):
+def test_check_that_is_not_paused_cannot_be_resumed(dashboard, check):
     with refused(409):
         change(dashboard, check, do="resume")
 
 
-def test_a_deleted_check_is_gone_with_its_pings(dashboard, check):
+def test_deleted_check_is_removed_with_its_pings(dashboard, check):
     dashboard.ping(check)
     change(dashboard, check, do="delete")
     assert dashboard.state["checks"] == []
@@ -470,7 +475,7 @@ def test_a_deleted_check_is_gone_with_its_pings(dashboard, check):
     dashboard.pass_time(9 * DAY)
 
 
-def test_an_edit_changes_what_it_says_and_nothing_else(dashboard, check):
+def test_edit_changes_only_the_given_fields(dashboard, check):
     dashboard.ping(check)
     change(dashboard, check, do="edit", period=3600, tags="a b")
     found = shown(dashboard)
@@ -488,7 +493,7 @@ def test_an_edit_changes_what_it_says_and_nothing_else(dashboard, check):
     {"kind": "cron", "schedule": "* * * * *", "tz": "Mars/Olympus"},
     {"kind": "cron", "schedule": "* * * * *", "tz": "../../etc/passwd"},
     {"manual_resume": 1}, {"tags": []}, {"desc": "\ud800"}], ids=str)
-def test_a_check_that_is_odd_is_refused(dashboard, fields):
+def test_invalid_check_is_refused(dashboard, fields):
     with refused(400):
         make(dashboard, **fields)
     assert dashboard.state["checks"] == []

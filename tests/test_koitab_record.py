@@ -39,7 +39,7 @@ def test_a_frame_is_nine_bytes_and_its_text_on_every_machine():
     assert koitab.frame(2, 258, b"ab") == b"\2\2\1\0\0\2\0\0\0ab"
 
 
-def test_after_49_days_the_time_of_a_frame_stands_still():
+def test_time_of_a_frame_stops_at_its_largest_value_after_49_days():
     (_, milliseconds, _), = koitab.read_frames(koitab.frame(1, 2**40, b"x"))
     assert milliseconds == 2**32 - 1
 
@@ -47,12 +47,12 @@ def test_after_49_days_the_time_of_a_frame_stands_still():
 @pytest.mark.parametrize("size, found", [
     (0, []), (8, []), (9, [b""]), (10, [b"a"]), (12, [b"abc"]),
     (20, [b"abc"]), (22, [b"abc", b"d"])])
-def test_frames_that_break_off_are_read_up_to_there(size, found):
+def test_truncated_frames_are_read_up_to_the_last_whole_one(size, found):
     data = koitab.frame(1, 0, b"abc") + koitab.frame(1, 0, b"def")
     assert [part for _, _, part in koitab.read_frames(data[:size])] == found
 
 
-def test_the_text_of_an_output_is_both_streams_and_the_notes():
+def test_text_of_an_output_contains_both_streams_and_the_notes():
     data = b"".join(koitab.frame(*each) for each in [
         (STDOUT, 0, b"a\n"), (NOTE, 1, b"cut"), (STDERR, 2, b"\xff\0"),
         (STDOUT, 3, b"b"), (END, 4, b'{"exit": 0}')])
@@ -79,7 +79,7 @@ def test_a_header_is_read_as_it_was_written():
     assert vars(found) == values
 
 
-def test_a_header_fits_into_its_room_and_begins_with_its_version():
+def test_header_has_a_fixed_size_and_begins_with_its_version():
     data = header().pack()
     assert data[:4] == b"KOI1"
     assert len(data) == koitab.HEADER.size <= koitab.HEADER_BYTES
@@ -88,7 +88,7 @@ def test_a_header_fits_into_its_room_and_begins_with_its_version():
 @pytest.mark.parametrize("data", [
     b"", b"KOI1", header().pack()[:-1], b"KOI2" + header().pack()[4:],
     b"\0" * 256])
-def test_what_is_no_header_of_ours_is_none(data):
+def test_invalid_header_is_parsed_as_none(data):
     assert koitab.parse_header(data) is None
 
 
@@ -117,13 +117,13 @@ def file_of(head: bytes, first: bytes, second: bytes, **fields) -> tuple:
     (1, b"1", None, 0, "head1"),                # the first is being written
     (0, None, None, 5, "head[koi: 5 bytes left out here]\n"),   # a full disk
 ])
-def test_the_segments_stand_in_their_order(turn, first, second, lost, text):
+def test_segments_are_read_in_their_order(turn, first, second, lost, text):
     data, made = file_of(b"head", first, second, segment=turn, lost=lost)
     assert koitab.output_text(koitab.stored_frames(data, made)
                               ).decode() == text
 
 
-def test_what_lies_behind_the_segments_is_not_shown():
+def test_bytes_after_the_segments_are_ignored():
     data, made = file_of(b"new", b"1", None, segment=2)
     assert b"before" not in koitab.stored_frames(data, made)
 
@@ -158,7 +158,7 @@ def pieces_kept(pieces: list[bytes]) -> tuple[bytes, object, int]:
 
 
 @pytest.mark.parametrize("seed", range(150))
-def test_a_beginning_and_an_end_are_kept_of_any_output(small, seed):
+def test_head_and_tail_of_any_output_are_kept(small, seed):
     """Held against the whole output: what is kept is its beginning and its
     end, what is left out is counted to the byte, the file does not grow."""
     dice = random.Random(seed)
@@ -189,7 +189,7 @@ def test_a_beginning_and_an_end_are_kept_of_any_output(small, seed):
     assert kept > SMALL_HEAD + SMALL_SEGMENT - 2 * 9
 
 
-def test_a_megabyte_is_kept_whole_but_for_its_frames():
+def test_output_of_almost_a_megabyte_is_kept_completely():
     size = 2**20 - 100 * koitab.FRAME.size
     frames, found, _ = pieces_kept([b"x" * 65_536] * 16)
     assert found.lost and found.total == 2**20
@@ -233,8 +233,7 @@ def model(secrets: list[bytes], text: bytes) -> bytes:
      b"******"),
     ([b"a.c", b"["], [b"abc a.c ["], b"abc ****** ******"),
 ])
-def test_a_secret_is_masked_though_it_comes_in_pieces(secrets, pieces,
-                                                      shown):
+def test_secret_split_into_pieces_is_masked(secrets, pieces, shown):
     assert masked(secrets, pieces) == shown
 
 
@@ -252,7 +251,7 @@ TEXTS = [bytes(letters) for size in range(1, 8)
          for letters in itertools.product(b"ab", repeat=size)]
 
 
-def test_all_short_texts_are_masked_as_if_they_came_whole():
+def test_masking_of_split_short_texts_equals_masking_of_whole_ones():
     """Each secret of up to four letters in each text of up to seven, cut
     everywhere; one letter at a time as well."""
     for secret in SECRETS:
@@ -263,7 +262,7 @@ def test_all_short_texts_are_masked_as_if_they_came_whole():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_several_secrets_are_masked_as_if_the_text_came_whole(seed):
+def test_masking_of_several_secrets_does_not_depend_on_the_pieces(seed):
     """Also when one is part of another, or looks like a mask."""
     dice = random.Random(seed)
     for _ in range(3000):
@@ -279,7 +278,7 @@ def test_several_secrets_are_masked_as_if_the_text_came_whole(seed):
             (secrets, pieces)
 
 
-def test_no_secret_waits_in_one_stream_for_the_other():
+def test_secret_split_across_two_streams_is_not_joined():
     mask = koitab.SecretMasker([b"secret"])
     assert mask.feed(STDOUT, b"sec") == b""
     assert mask.feed(STDERR, b"ret") == b"ret"
@@ -294,17 +293,18 @@ def test_no_secret_waits_in_one_stream_for_the_other():
     ("exit 0", 0, None), ("exit 1", 1, None), ("exit 255", 255, None),
     ("kill -9 $$", None, 9), ("kill -15 $$", None, 15),
     ("kill -HUP $$", None, 1), ("ulimit -c 0; kill -SEGV $$", None, 11)])
-def test_a_wait_status_is_an_exit_or_a_signal(command, exit_status, number):
+def test_wait_status_is_split_into_exit_status_and_signal(
+        command, exit_status, number):
     pid = os.posix_spawn("/bin/sh", ["sh", "-c", command], {})
     _, status = os.waitpid(pid, 0)
     assert koitab.exit_and_signal(status) == (exit_status, number)
 
 
-def test_the_bit_for_a_core_dump_is_no_signal():
+def test_core_dump_bit_is_not_part_of_the_signal():
     assert koitab.exit_and_signal(0x8B) == (None, 11)
 
 
-def test_no_status_is_neither():
+def test_missing_status_is_neither_exit_nor_signal():
     assert koitab.exit_and_signal(koitab.NO_STATUS) == (None, None)
 
 
@@ -313,7 +313,8 @@ def test_no_status_is_neither():
     ("interrupted", None, True), ("unstartable", None, True),
     ("missed", None, True), ("skipped", None, False),
     ("queued", None, False), ("running", None, False)])
-def test_what_counts_as_a_failure(state, exit_status, bad):
+def test_state_and_exit_status_decide_whether_a_run_failed(
+        state, exit_status, bad):
     assert koitab.is_failure({"state": state, "exit": exit_status}) is bad
 
 
@@ -326,7 +327,8 @@ def test_what_counts_as_a_failure(state, exit_status, bad):
     (1000, [(0, b"6 bytes left out here"), (1, b"three")], 1011),
     (1006, [(1, b"three")], 1011), (1010, [(1, b"e")], 1011),
     (1011, [], 1011), (2000, [], 2000)])
-def test_frames_since_a_position_of_the_output(position, expected, end):
+def test_frames_are_read_from_a_position_of_the_output(
+        position, expected, end):
     frames = b"".join((
         koitab.frame(1, 5, b"one"), koitab.frame(2, 6, b"two"),
         koitab.lost_note(1000), koitab.frame(1, 7, b"three")))

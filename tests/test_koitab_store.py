@@ -62,19 +62,19 @@ def numbers(store) -> list[int]:
 # What is written
 # ==========================================================================
 
-def test_what_was_acknowledged_is_on_the_disk(store):
+def test_history_syncs_every_commit_to_disk(store):
     assert store.db.value("pragma journal_mode") == "wal"
     assert store.db.value("pragma synchronous") == 2         # FULL
 
 
-def test_the_history_is_for_its_owner_alone(store, path):
+def test_history_is_accessible_to_its_owner_only(store, path):
     assert support.mode(path) == 0o600
     add(store)
     assert {support.mode(file) for file in path.parent.glob("history.db*")
             } == {0o600}
 
 
-def test_a_run_is_shown_with_its_job(store):
+def test_run_is_read_with_its_job(store):
     run = add(store, exit=3, due=1.5, started=2.5, ended=3.5, bytes=7,
               args='{"To": "bob"}', cut=1)
     assert store.runs("r.id = ?", run) == [{
@@ -88,7 +88,7 @@ def test_a_run_is_shown_with_its_job(store):
     assert store.output(run) == b"output 1" and store.output(99) == b""
 
 
-def test_a_run_is_changed_and_a_note_is_kept(store):
+def test_run_is_updated_and_meta_values_are_replaced(store):
     run = add(store, "running")
     store.write([store.update(run, state="done", exit=0, reason="x'; drop"),
                  store.set_meta("boot", "one"), store.set_meta("boot", "two")])
@@ -104,7 +104,7 @@ def test_statements_are_carried_out_together_or_not_at_all(store):
     assert store.get_meta("a") == "" and not store.db.in_transaction
 
 
-def test_a_job_has_one_number_for_ever(store, path):
+def test_job_keeps_its_number_permanently(store, path):
     add(store, job=BACKUP)
     add(store, job=CRAWL)
     add(store, job=BACKUP)
@@ -114,7 +114,7 @@ def test_a_job_has_one_number_for_ever(store, path):
     assert again.runs("r.id = 4")[0]["job"] == 2
 
 
-def test_bytes_that_are_no_text_can_be_in_a_job(store):
+def test_bytes_that_are_not_utf_8_are_stored_in_a_job(store):
     job, = koitab.parse_tab("@hourly echo \udcff\n").jobs
     add(store, job=job)
     assert store.runs("1")[0]["label"] == "echo \\udcff"
@@ -222,7 +222,7 @@ def filled(path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_history_is_moved_aside_and_told(path, damage):
+def test_damaged_history_is_moved_aside_and_reported(path, damage):
     filled(path)
     damage(path)
     damaged = path.read_bytes()
@@ -256,7 +256,8 @@ def noise_in_the_output(path):
 
 
 @pytest.mark.parametrize("damage", [no_output, noise_in_the_output])
-def test_damage_met_by_writing_is_moved_aside_by_the_next_koid(path, damage):
+def test_history_found_damaged_by_a_write_is_moved_aside_by_the_next_koid(
+        path, damage):
     """What a run wrote is not looked through at each start. If it turns out
     to be damaged, koid may end, but it must not end again and again."""
     filled(path)
@@ -283,7 +284,7 @@ def test_two_damaged_histories_are_both_kept(path):
     assert kept == {b"one ", b"two "}
 
 
-def test_who_only_reads_moves_nothing(path):
+def test_reader_does_not_move_a_damaged_history(path):
     garbage(path)
     before = path.read_bytes()
     with pytest.raises(koitab.Error, match="history.db"):
@@ -292,12 +293,12 @@ def test_who_only_reads_moves_nothing(path):
     assert [file.name for file in path.parent.iterdir()] == ["history.db"]
 
 
-def test_who_only_reads_needs_no_history(path):
+def test_reader_of_a_missing_history_finds_no_runs(path):
     assert numbers(store_at(path, writing=False)) == []
     assert not path.exists()
 
 
-def test_a_history_of_a_newer_koi_is_left_alone(path):
+def test_history_of_a_newer_koi_is_refused_unchanged(path):
     filled(path)
     db = sqlite3.connect(path)
     db.execute("pragma user_version=99")
@@ -309,7 +310,7 @@ def test_a_history_of_a_newer_koi_is_left_alone(path):
     assert not list(path.parent.glob("*corrupt*"))
 
 
-def test_what_cannot_be_opened_is_an_error_and_stays(path):
+def test_history_that_cannot_be_opened_is_an_error_and_unchanged(path):
     path.mkdir()
     with pytest.raises(koitab.Error, match="unable to open"):
         store_at(path)
@@ -330,7 +331,7 @@ def room(store) -> None:
     store.db.execute("pragma max_page_count=1000000")
 
 
-def test_a_full_disk_keeps_statements_and_writes_them_later(store):
+def test_statements_wait_while_the_disk_is_full_and_are_written_later(store):
     add(store)
     fill(store)
     big = store.set_meta("big", "x" * 100_000)
@@ -345,7 +346,7 @@ def test_a_full_disk_keeps_statements_and_writes_them_later(store):
     assert store.problem == "" and not store.waiting
 
 
-def test_of_what_waits_the_newest_is_kept(store, monkeypatch):
+def test_newest_waiting_statements_are_kept(store, monkeypatch):
     monkeypatch.setattr(koitab, "MOST_WAITING", 10)
     fill(store)
     store.write([store.set_meta("big", "x" * 100_000)])
@@ -357,7 +358,7 @@ def test_of_what_waits_the_newest_is_kept(store, monkeypatch):
     assert store.get_meta("n20") and not store.get_meta("n19")
 
 
-def test_a_history_that_another_holds_waits_as_well(store, path):
+def test_statements_wait_while_another_process_locks_the_history(store, path):
     store.db.execute("pragma busy_timeout=10")
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("begin immediate")
@@ -393,7 +394,7 @@ print(trouble)
 
 
 @support.root_only
-def test_a_disk_that_is_really_full(tmp_path):
+def test_history_survives_a_full_file_system(tmp_path):
     support.need("unshare")
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -407,7 +408,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     assert "full" in trouble or "I/O" in trouble
 
 
-def test_a_file_of_another_form_is_refused_and_stays(path):
+def test_database_of_another_program_or_version_is_refused_unchanged(path):
     """The database of a dashboard, and a history of an older koi."""
     for pragma, words in (("application_id=7", "not a history of koi's"),
                           ("user_version=0", "an older koi")):

@@ -234,7 +234,7 @@ def test_follower_of_a_manual_job_gets_a_warning():
         (12, "odd job")]
 
 
-def test_crons_files_have_no_followers():
+def test_after_is_not_recognized_in_crontabs_of_cron():
     text = '"A" @daily root a\n"B" @after "A" root b\n'
     assert errors_in(text, system=True)[0][:2] == (2, 5)
     assert errors_in(text, literal=True)[0][:2] == (2, 5)
@@ -724,7 +724,7 @@ BRACES = [
 
 
 @pytest.mark.parametrize("command", BRACES)
-def test_braces_are_plain_text_in_the_files_of_cron(command):
+def test_braces_are_plain_text_in_crontabs_of_cron(command):
     script, stdin, _ = koitab.split_percent(command)
     for line, options in (
             (f"0 1 * * * root {command}", {"system": True}),
@@ -846,7 +846,7 @@ def test_random_text_never_raises():
     assert time.process_time() - began < 60
 
 
-def test_shells_and_lexer_agree_where_a_word_is(tmp_path):
+def test_lexer_finds_the_same_words_as_the_shells(tmp_path):
     """Where the lexer accepts a placeholder, a shell reads one word, so the
     value is never run."""
     support.need("bash", "dash")

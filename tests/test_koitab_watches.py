@@ -46,7 +46,7 @@ def kinds(dashboard) -> list[str]:
 # Jobs
 # ==========================================================================
 
-def test_a_failure_is_told_once_and_its_end_too(dashboard, web1):
+def test_failure_and_its_end_are_notified_once_each(dashboard, web1):
     dashboard.runs(web1, dashboard.record(exit=1))
     assert dashboard.take_notifications() == ["Night/Backup on web1 failed"]
     dashboard.runs(web1, dashboard.record(exit=2))
@@ -68,7 +68,7 @@ def test_a_failure_is_told_once_and_its_end_too(dashboard, web1):
     ({"state": "interrupted"}, "interrupted"),
     ({"state": "unstartable", "reason": "no such \x1b[31m user"},
      r"no such \x1b[31m user")])
-def test_how_it_failed_is_told(dashboard, web1, fields, words):
+def test_notification_says_how_the_run_failed(dashboard, web1, fields, words):
     dashboard.runs(web1, {**dashboard.record(), **fields})
     assert dashboard.state["alerts"][0][
         "text"] == f"Night/Backup on web1: {words}"
@@ -93,7 +93,8 @@ def test_notification_waits_15_seconds_for_the_output(dashboard, web1):
 
 
 @pytest.mark.parametrize("text", ["", "it broke\n"])
-def test_sixty_jobs_that_fail_together_make_one_digest(dashboard, web1, text):
+def test_jobs_that_fail_together_are_notified_in_one_digest(
+        dashboard, web1, text):
     data = frames(text)
     dashboard.runs(web1, *dashboard.failing(60, len(data)))
     for number in range(1, 61 if text else 1):
@@ -131,7 +132,8 @@ def test_alerts_beyond_ten_in_ten_minutes_wait_for_a_digest(dashboard, web1):
     assert deliver_due() == ["Night/Backup on web1 failed"]
 
 
-def test_old_failures_that_come_late_are_shown_and_not_told(dashboard, web1):
+def test_old_failures_that_arrive_late_are_shown_but_not_notified(
+        dashboard, web1):
     old = NOW - 2 * DAY
     dashboard.runs(web1, dashboard.record(exit=1, due=old, started=old,
                                           ended=old))
@@ -139,8 +141,7 @@ def test_old_failures_that_come_late_are_shown_and_not_told(dashboard, web1):
         "state"] == "failed"
 
 
-def test_a_job_is_late_when_its_host_is_there_and_says_nothing(dashboard,
-                                                               web1):
+def test_job_is_late_if_its_host_is_up_and_reports_no_start(dashboard, web1):
     dashboard.sync(web1, next={"root\nbackup": NOW + 100})
     alive(dashboard, web1, 189)
     assert dashboard.take_notifications() == []
@@ -166,7 +167,7 @@ def test_a_job_that_starts_in_time_is_not_late(dashboard, web1):
 
 @pytest.mark.parametrize("fields", [
     {"next": None}, {"next": NOW + 100}])       # a koid that says no more
-def test_a_record_of_the_start_is_enough(dashboard, web1, fields):
+def test_job_with_a_recorded_start_is_not_late(dashboard, web1, fields):
     dashboard.sync(web1, next={"root\nbackup": NOW + 100})
     alive(dashboard, web1, 120)
     dashboard.runs(web1, dashboard.record("running", due=NOW + 100, **fields))
@@ -174,7 +175,7 @@ def test_a_record_of_the_start_is_enough(dashboard, web1, fields):
     assert dashboard.take_notifications() == []
 
 
-def test_a_job_that_left_its_tab_is_not_late(dashboard, web1):
+def test_job_removed_from_its_tab_is_not_late(dashboard, web1):
     dashboard.sync(web1, next={"root\nbackup": NOW + 100})
     dashboard.sync(web1, list=dashboard.list_of(web1, spec("crawl")))
     alive(dashboard, web1, 600)
@@ -195,7 +196,7 @@ def test_a_job_is_late_by_the_clock_of_its_host(dashboard, web1):
     assert dashboard.take_notifications() == ["Night/Backup on web1 is late"]
 
 
-def test_what_was_missed_is_told_until_it_runs_again(dashboard, web1):
+def test_missed_job_has_an_alert_until_it_runs_again(dashboard, web1):
     dashboard.runs(web1, dashboard.record("missed", count=8,
                                           reason="it was off"))
     assert dashboard.take_notifications() == [
@@ -215,8 +216,8 @@ def twenty(dashboard, web1, seconds: float = 10) -> None:
 
 
 @pytest.mark.parametrize("runs, slow", [(20, True), (19, False)])
-def test_a_run_slower_than_ever_is_told_while_it_goes_on(dashboard, web1, runs,
-                                                         slow):
+def test_unusually_slow_run_is_notified_while_it_is_running(
+        dashboard, web1, runs, slow):
     dashboard.runs(web1, *[dashboard.record() for _ in range(runs)])
     dashboard.runs(web1, dashboard.record("running", started=NOW))
     alive(dashboard, web1, 29)
@@ -230,7 +231,8 @@ def test_a_run_slower_than_ever_is_told_while_it_goes_on(dashboard, web1, runs,
         "Night/Backup on web1 has ended"] * slow
 
 
-def test_slowness_is_seen_after_a_restart_too(dashboard, web1):
+def test_slow_run_is_notified_after_a_restart_of_the_dashboard(
+        dashboard, web1):
     twenty(dashboard, web1)
     dashboard.runs(web1, dashboard.record("running", started=NOW))
     reopened = dashboard.reopen()
@@ -243,8 +245,7 @@ def test_slowness_is_seen_after_a_restart_too(dashboard, web1):
 
 @pytest.mark.parametrize("usual, took, fast", [
     (10, 1.9, True), (10, 2.1, False), (0.5, 0.01, False)])
-def test_a_good_run_that_was_far_too_fast_is_told(dashboard, web1, usual, took,
-                                                  fast):
+def test_unusually_fast_run_is_notified(dashboard, web1, usual, took, fast):
     twenty(dashboard, web1, usual)
     dashboard.runs(web1, dashboard.record(started=NOW - took))
     assert [alert["text"] for alert in dashboard.state["alerts"]] == [
@@ -263,7 +264,8 @@ def test_a_good_run_that_was_far_too_fast_is_told(dashboard, web1, usual, took,
 # Hosts
 # ==========================================================================
 
-def test_a_silent_host_is_one_alert_and_its_jobs_are_unknown(dashboard, web1):
+def test_host_that_is_down_has_one_alert_and_its_jobs_are_unknown(
+        dashboard, web1):
     dashboard.sync(web1, next={"root\nbackup": NOW + 60, "root\ncrawl": NOW +
                                60})
     dashboard.runs(web1, dashboard.record("running", started=NOW, next=NOW +
@@ -289,7 +291,7 @@ def test_a_silent_host_is_one_alert_and_its_jobs_are_unknown(dashboard, web1):
                                               "Night/Crawl on web1 is late"]
 
 
-def test_a_host_that_may_be_silent_has_no_late_jobs(dashboard, web1):
+def test_host_that_may_be_down_has_no_late_jobs(dashboard, web1):
     """It was heard of shortly before the start, and not since."""
     dashboard.sync(web1, next={"root\nbackup": NOW + 10})
     dashboard.pass_time(40)
@@ -299,21 +301,21 @@ def test_a_host_that_may_be_silent_has_no_late_jobs(dashboard, web1):
     assert dashboard.take_notifications() == ["web1 is silent"]
 
 
-def test_a_host_that_polls_slowly_is_not_silent(dashboard, web1):
+def test_host_that_polls_slowly_is_not_down(dashboard, web1):
     for _ in range(20):
         dashboard.pass_time(80)
         dashboard.sync(web1)
     assert dashboard.take_notifications() == []
 
 
-def test_a_host_that_never_came_is_new_and_not_silent(dashboard):
+def test_host_that_never_connected_is_new_and_not_down(dashboard):
     dashboard.join()
     dashboard.pass_time(9999)
     assert dashboard.take_notifications() == [] and dashboard.state["hosts"][
         0]["state"] == "new"
 
 
-def test_a_watch_that_comes_early_is_repeated(dashboard, web1):
+def test_check_of_a_host_just_after_a_restart_raises_no_alert(dashboard, web1):
     """The dashboard was restarted: nobody can have been heard of."""
     dashboard.clock.time += DAY
     reopened = dashboard.reopen()
@@ -321,7 +323,7 @@ def test_a_watch_that_comes_early_is_repeated(dashboard, web1):
     assert reopened.take_notifications() == []
 
 
-def test_after_a_restart_hosts_have_time_to_come_back(dashboard, web1):
+def test_hosts_have_time_to_reconnect_after_a_restart(dashboard, web1):
     dashboard.clock.time += DAY
     reopened = dashboard.reopen()
     reopened.dashboard.run_once()
@@ -340,7 +342,7 @@ def test_after_a_restart_hosts_have_time_to_come_back(dashboard, web1):
 # Checks
 # ==========================================================================
 
-def test_a_check_is_told_when_it_is_overdue_and_when_it_is_back(dashboard):
+def test_check_is_notified_when_it_is_down_and_when_it_is_up_again(dashboard):
     check = dashboard.do(dashboard.dashboard.checks.create,
                          {"name": "Sync"},
                          NOW)["id"]
@@ -475,7 +477,7 @@ def test_host_that_is_down_by_a_new_setting_alerts_at_once(dashboard, web1):
 @pytest.mark.parametrize("fields", [
     {"failures": 0}, {"failures": 101}, {"failures": True}, {"failures": 1.5},
     {"host_down": 59}, {"host_down": 86_401}, {"fail": 1}])
-def test_setting_out_of_its_limits_is_refused(dashboard, fields):
+def test_setting_outside_its_limits_is_refused(dashboard, fields):
     with refused(400):
         change_settings(dashboard, **fields)
     assert dashboard.dashboard.rules.settings == {
@@ -512,7 +514,8 @@ def test_own_certificate_alerts_14_days_before_it_expires(dashboard, web1):
         "the dashboard's certificate was renewed"]
 
 
-def test_certificate_that_hosts_get_makes_one_alert(dashboard, web1):
+def test_expiring_certificate_seen_by_several_hosts_has_one_alert(
+        dashboard, web1):
     """A proxy in front of the dashboard shows its own."""
     web2 = dashboard.join("d4" * 16, "web2")
     alive(dashboard, web1, 100)
@@ -528,7 +531,7 @@ def test_certificate_that_hosts_get_makes_one_alert(dashboard, web1):
         "the dashboard's certificate was renewed"]
 
 
-def test_host_that_is_down_holds_no_alert_of_a_certificate(dashboard, web1):
+def test_host_that_goes_down_ends_its_certificate_alert(dashboard, web1):
     alive(dashboard, web1, 100)
     web2 = dashboard.join("d4" * 16, "web2")
     dashboard.sync(web2, certificate_expires=NOW + DAY)
@@ -538,7 +541,7 @@ def test_host_that_is_down_holds_no_alert_of_a_certificate(dashboard, web1):
     assert kinds(dashboard) == ["silent"]
 
 
-def test_alert_of_a_certificate_can_be_snoozed(dashboard, web1):
+def test_alert_for_a_certificate_can_be_snoozed(dashboard, web1):
     alive(dashboard, web1, 100)
     snooze(dashboard, "dashboard:certificate", HOUR)
     own_certificate(dashboard, dashboard.now + DAY)
@@ -559,7 +562,7 @@ def snooze(dashboard, subject: str, seconds: float) -> None:
         dashboard.now)
 
 
-def test_what_is_snoozed_is_shown_and_not_told(dashboard, web1):
+def test_snoozed_alert_is_shown_but_not_notified(dashboard, web1):
     snooze(dashboard, "job:1", HOUR)
     assert dashboard.job() is not None and dashboard.job()[
         "snoozed"] == NOW + HOUR
@@ -571,8 +574,8 @@ def test_what_is_snoozed_is_shown_and_not_told(dashboard, web1):
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_what_stands_when_the_snooze_is_over_is_told_then(dashboard, web1,
-                                                          early):
+def test_alert_that_outlasts_its_snooze_is_notified_at_its_end(
+        dashboard, web1, early):
     snooze(dashboard, "job:1", HOUR)
     dashboard.runs(web1, dashboard.record(exit=1))
     if early:
@@ -593,7 +596,7 @@ def test_snoozed_host_is_shown_with_the_end_of_its_snooze(dashboard, web1):
     assert dashboard.state["hosts"][0]["snoozed"] == 0
 
 
-def test_a_snooze_is_kept_over_a_restart(dashboard, web1):
+def test_snooze_survives_a_restart(dashboard, web1):
     snooze(dashboard, f"host:{HOST}", HOUR)
     reopened = dashboard.reopen()
     reopened.pass_time(100)
@@ -645,7 +648,7 @@ def test_snooze_until_well_ends_with_the_last_alert(dashboard, web1):
     assert dashboard.take_notifications() == ["Night/Backup on web1 failed"]
 
 
-def test_what_is_well_cannot_be_snoozed_until_it_is_well(dashboard, web1):
+def test_job_without_an_alert_cannot_be_snoozed_until_well(dashboard, web1):
     with refused(409):
         snooze_until(dashboard, "well")
 
@@ -653,7 +656,8 @@ def test_what_is_well_cannot_be_snoozed_until_it_is_well(dashboard, web1):
 @pytest.mark.parametrize("until", [
     NOW + HOUR, koitab.format_rfc3339(NOW + HOUR, 0),
     koitab.format_rfc3339(NOW + HOUR, 7200), "2027-01-15t09:00:00.25z"])
-def test_snooze_ends_at_a_time_as_seconds_or_rfc_3339(dashboard, web1, until):
+def test_end_of_a_snooze_is_given_in_seconds_or_as_rfc_3339(
+        dashboard, web1, until):
     snooze_until(dashboard, until)
     assert dashboard.job()["snoozed"] == NOW + HOUR
 
@@ -667,7 +671,7 @@ def test_end_of_a_snooze_that_is_not_a_time_is_refused(dashboard, web1,
         snooze_until(dashboard, until)
 
 
-def test_check_is_snoozed_by_what_stands_for_its_uuid(dashboard):
+def test_check_is_snoozed_by_the_hash_of_its_uuid(dashboard):
     check = dashboard.do(dashboard.dashboard.checks.create, {"name": "Sync"},
                          NOW)["id"]
     snooze_until(dashboard, NOW + HOUR, "check:" + koitab.hashed_uuid(check))
@@ -678,6 +682,6 @@ def test_check_is_snoozed_by_what_stands_for_its_uuid(dashboard):
 @pytest.mark.parametrize("subject", [
     "job:99", "job:x", "job:", "host:" + "d" * 32, "check:1", "", "job:²",
     "moon:1", "job:" + "9" * 40])
-def test_only_what_there_is_can_be_snoozed(dashboard, web1, subject):
+def test_unknown_subject_cannot_be_snoozed(dashboard, web1, subject):
     with refused(404):
         snooze(dashboard, subject, 60)

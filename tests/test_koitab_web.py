@@ -201,7 +201,7 @@ def test_a_query_becomes_fields(query, fields):
 @pytest.mark.parametrize("query", [
     "a=1&a=2", "tag=x&tag=y&a=1&a=2", "a=%ff",
     "&".join(f"a{n}=1" for n in range(17))])
-def test_an_invalid_query_is_refused(query):
+def test_invalid_query_is_refused(query):
     assert refused(koitab.parse_query, query).status == 400
 
 
@@ -243,8 +243,8 @@ def test_only_configured_host_names_are_allowed(host, believed):
 @pytest.mark.parametrize("host, believed", [
     ("10.0.0.1:8077", True), ("[fe80::1]:8077", True),
     ("evil.example:8077", False), ("0.0.0.0", True), ("1.2.3", False)])
-def test_any_address_is_allowed_when_it_listens_beyond_loopback(host,
-                                                                believed):
+def test_ip_address_is_an_allowed_host_if_the_server_listens_on_a_network(
+        host, believed):
     assert koitab.is_allowed_host(host, frozenset(), True) is believed
 
 
@@ -268,7 +268,7 @@ def test_url_of_a_dashboard_with_a_path_that_needs_escapes_is_refused(rest):
     ("10.0.0.1", "10.0.0.1"), ("::ffff:10.0.0.1", "10.0.0.1"),
     ("2001:db8:1:2:3::4", "2001:0db8:0001:0002"),
     ("fe80::1%eth0", "fe80:0000:0000:0000"), ("?", "?"), ("", "?")])
-def test_clients_are_counted_by_network(address, network):
+def test_clients_are_counted_by_their_network(address, network):
     assert koitab.network_of(address) == network
 
 
@@ -286,7 +286,7 @@ def test_an_invalid_listen_address_is_refused(text):
     assert "ADDRESS:PORT" in refused(koitab.listen_address, text).message
 
 
-def test_more_than_ten_wrong_keys_in_a_minute_have_to_wait():
+def test_eleventh_wrong_key_in_a_minute_has_to_wait():
     throttle = koitab.LoginThrottle()
     assert [throttle.add_miss("a", 1000.0 + number) for number in range(12)
             ] == [0] * 10 + [51, 50]
@@ -294,7 +294,7 @@ def test_more_than_ten_wrong_keys_in_a_minute_have_to_wait():
     assert throttle.add_miss("a", 1060.0) == 0
 
 
-def test_guesses_from_many_networks_do_not_fill_the_memory():
+def test_wrong_keys_from_many_networks_do_not_fill_the_memory():
     throttle = koitab.LoginThrottle()
     for number in range(koitab.MOST_NETWORKS + 100):
         throttle.add_miss(str(number), 0.0)
@@ -348,8 +348,8 @@ def test_the_server_is_full_at_its_limit():
                                    "203.0.113.5"),
     ("203.0.113.5, ::ffff:10.0.0.2,127.0.0.1", "203.0.113.5"),
     ("unknown, 10.0.0.2", ""), ("10.0.0.2", "10.0.0.2")])
-def test_the_client_is_the_last_forwarded_address_that_is_no_proxy(header,
-                                                                   address):
+def test_client_is_the_last_forwarded_address_that_is_not_a_proxy(
+        header, address):
     assert koitab.forwarded_address(header, {"10.0.0.2", "127.0.0.1"}
                                     ) == address
 
@@ -380,7 +380,7 @@ def handler_of(method: str, path: str) -> tuple:
     ("GET", "/index.html", ()), ("GET", "/healthz/", ()),
     ("DELETE", f"/api/v1/hosts/{'A' * 32}", ()),
     ("DELETE", f"/api/v1/hosts/{'a' * 31}", ())])
-def test_a_path_matches_one_row_of_the_table_or_none(method, path, found):
+def test_path_matches_at_most_one_route(method, path, found):
     assert handler_of(method, path) == found
 
 
@@ -459,7 +459,7 @@ def state_with(command: str, secret: str) -> dict:
     return {"dash": {"ping_key": secret}, "checks": [], "jobs": jobs}
 
 
-def test_packed_state_has_the_history_in_columns():
+def test_compressed_state_has_the_recent_runs_in_columns():
     parts = koitab.state_parts(state_with("a", "b"))
     packed = koitab.gzip_parts(parts)
     found = json.loads(gzip.decompress(packed))
@@ -471,7 +471,7 @@ def test_packed_state_has_the_history_in_columns():
         koitab.state_parts(empty))))["jobs"] == []
 
 
-def test_length_of_the_packed_state_gives_no_secret_away():
+def test_length_of_the_compressed_state_reveals_no_secret():
     """A job's command that has the key or another user's text in it is
     packed no better than one that has not."""
     secret = random.Random(5).randbytes(40).hex()
@@ -484,7 +484,7 @@ def test_length_of_the_packed_state_gives_no_secret_away():
 
 
 @pytest.mark.parametrize("value", ["a\r\nB: c", "a\nb", "ä", "\0", "\x1b"])
-def test_foreign_text_cannot_get_into_a_response_head(value):
+def test_foreign_text_cannot_add_a_response_header(value):
     response = koitab.Response(headers=(("X", value),))
     with pytest.raises(AssertionError):
         koitab.head_bytes(response, False)
@@ -548,7 +548,7 @@ def test_errors_are_json_with_a_hint():
 # --- changes that are followed --------------------------------------------
 
 
-def test_a_browser_that_comes_back_gets_what_it_missed():
+def test_browser_that_reconnects_gets_the_changes_it_missed():
     stream = koitab.ChangeStream()
     stream.clear(10)
     for seq in (12, 13, 20):
@@ -561,7 +561,7 @@ def test_a_browser_that_comes_back_gets_what_it_missed():
 
 
 @pytest.mark.parametrize("size", [10, koitab.MOST_CHANGE_BYTES // 50])
-def test_old_changes_are_forgotten_and_that_is_known(size):
+def test_stream_from_a_dropped_change_starts_over(size):
     stream = koitab.ChangeStream()
     for seq in range(1, 2001):
         stream.add(seq, b"x" * size, b"")
@@ -572,7 +572,7 @@ def test_old_changes_are_forgotten_and_that_is_known(size):
     assert len(stream.lines) == 2000 - stream.first
 
 
-def test_after_a_reset_nothing_older_is_known():
+def test_stream_from_before_a_reset_starts_over():
     stream = koitab.ChangeStream()
     stream.add(1, b"x", b"")
     stream.clear(5)
@@ -585,7 +585,7 @@ def test_after_a_reset_nothing_older_is_known():
 TOPIC = ("host", "a")
 
 
-def test_a_poll_waits_until_there_is_news():
+def test_poll_waits_for_a_change():
     async def waits() -> list:
         polls, found = {}, []
         with koitab.LongPoll(polls, TOPIC) as poll:
@@ -600,7 +600,7 @@ def test_a_poll_waits_until_there_is_news():
     assert asyncio.run(waits()) == [False, True, False]
 
 
-def test_news_between_a_question_and_the_wait_is_not_missed():
+def test_change_between_the_query_and_the_wait_is_not_missed():
     async def waits() -> bool:
         with koitab.LongPoll({}, TOPIC) as poll:
             poll.event.set()
@@ -610,7 +610,7 @@ def test_news_between_a_question_and_the_wait_is_not_missed():
 
 
 @pytest.mark.parametrize("error", [None, koitab.Error("gone", "", 401)])
-def test_a_poll_that_was_ended_is_answered_at_once(error):
+def test_ended_poll_is_answered_at_once(error):
     async def waits() -> bool:
         with koitab.LongPoll({}, TOPIC) as poll:
             poll.end(error)
@@ -622,7 +622,7 @@ def test_a_poll_that_was_ended_is_answered_at_once(error):
         assert asyncio.run(waits()) is False
 
 
-def test_a_poll_is_forgotten_when_it_ends():
+def test_ended_poll_is_removed():
     async def waits() -> tuple:
         polls = {}
         with koitab.LongPoll(polls, TOPIC):
